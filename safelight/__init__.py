@@ -1,0 +1,14 @@
+"""Safelight fine-tunes Stable Diffusion, the whole UNet, on the one GPU you have.
+
+One import name for four folders. In a checkout `safelight.kernels` is the root folder `kernels/`, and so on; in an
+installed wheel setup.py has mapped them to their place already. The folders carry no `__init__.py`: a root package
+named `kernels` would shadow Hugging Face's and break `import transformers` (docs/decisions.md, 1).
+"""
+
+from pathlib import Path
+
+__version__ = "0.1.0"
+
+_root = Path(__file__).resolve().parent.parent
+if (_root / "setup.py").is_file() and (_root / "kernels").is_dir():
+    __path__.append(str(_root))

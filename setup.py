@@ -1,0 +1,26 @@
+"""Maps the root folders to packages; everything else stands in pyproject.toml.
+
+The folders have no `__init__.py` on purpose (docs/decisions.md, 1), so they are named here one by one.
+"""
+
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT_FOLDERS = ("kernels", "data", "trainer", "bench")
+
+
+def subpackages(folder: str) -> list[str]:
+    """Return the folder and every folder below it that holds Python files, as dotted names."""
+    found = {path.parent for path in Path(folder).rglob("*.py")} | {Path(folder)}
+    return sorted(".".join(path.parts) for path in found)
+
+
+packages = ["safelight"]
+package_dir = {"safelight": "safelight"}
+for root_folder in ROOT_FOLDERS:
+    for name in subpackages(root_folder):
+        packages.append(f"safelight.{name}")
+        package_dir[f"safelight.{name}"] = name.replace(".", "/")
+
+setup(packages=packages, package_dir=package_dir)

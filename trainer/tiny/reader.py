@@ -1,0 +1,111 @@
+"""Reads a generated scene by rule: which colour, which shape, and is it a sticker?
+
+No network judges here, so the demo's score cannot be flattered by one. Colour is hue: the saturated pixels are the
+shape, since every background is neutral. Shape is the contour's distance from its centroid over the angle, whose
+Fourier magnitudes do not depend on size or rotation; the nearest of six drawn prototypes wins. The look is the share
+of white in a ring just outside the contour.
+"""
+
+from __future__ import annotations
+
+import colorsys
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+
+from safelight.trainer.tiny.scenes import COLOURS, SHAPES, Scene, draw
+
+ZOOM = 3
+MIN_CHROMA = 60  # of 255, max - min over RGB: backgrounds and outlines stay below
+MIN_AREA = 0.02  # of the image: anything smaller is not read as a shape
+NUM_ANGLES = 96
+NUM_HARMONICS = 8
+WHITE_LUMA = 215
+WHITE_CHROMA = 48
+STICKER_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Reading:
+    """colour and shape are None where nothing saturated was found; white_share in 0 .. 1."""
+
+    colour: str | None
+    shape: str | None
+    white_share: float
+
+    @property
+    def is_sticker(self) -> bool:
+        return self.white_share >= STICKER_SHARE
+
+
+def _hue(rgb: np.ndarray) -> float:
+    return colorsys.rgb_to_hsv(*(np.asarray(rgb, float) / 255))[0]
+
+
+def _nearest_colour(rgb: np.ndarray) -> str:
+    hue = _hue(rgb)
+    distances = {name: abs((hue - _hue(value) + 0.5) % 1 - 0.5) for name, value in COLOURS.items()}
+    return min(distances, key=distances.get)
+
+
+def _largest_component(mask: np.ndarray) -> np.ndarray:
+    labels, num = ndimage.label(mask)
+    if num == 0:
+        return mask
+    sizes = np.bincount(labels.ravel())[1:]
+    return labels == 1 + int(sizes.argmax())
+
+
+def _descriptor(mask: np.ndarray) -> np.ndarray:
+    """Return harmonics 1 .. 8 of the outer contour's radius over its mean, and the hole's share: shape (9,)."""
+    filled = ndimage.binary_fill_holes(mask)
+    hole = 1 - mask.sum() / filled.sum()
+    cy, cx = ndimage.center_of_mass(filled)
+    reach = np.arange(0, np.hypot(*mask.shape), 0.5)
+    angles = 2 * np.pi * np.arange(NUM_ANGLES) / NUM_ANGLES
+    ys, xs = cy + np.outer(np.sin(angles), reach), cx + np.outer(np.cos(angles), reach)
+    inside = ndimage.map_coordinates(filled.astype(np.float32), [ys, xs], order=1, mode="constant") > 0.5
+    radius = (inside * reach).max(axis=1)
+    harmonics = np.abs(np.fft.rfft(radius / max(radius.mean(), 1e-6)))[1 : NUM_HARMONICS + 1] / NUM_ANGLES
+    return np.append(harmonics, 0.5 * hole)
+
+
+@lru_cache(maxsize=1)
+def _prototypes() -> dict[str, np.ndarray]:
+    found = {}
+    for shape in SHAPES:
+        descriptors = []
+        for size in ("small", "medium", "large"):
+            image = draw(Scene("red", shape, size, "in the centre", "plain", "grey", "plain"))
+            descriptors.append(_descriptor(_shape_mask(np.asarray(image))[0]))
+        found[shape] = np.mean(descriptors, axis=0)
+    return found
+
+
+def _shape_mask(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the (H*3, W*3) mask of the largest saturated region, and the enlarged pixels as float32."""
+    height, width = pixels.shape[:2]
+    image = Image.fromarray(pixels).resize((width * ZOOM, height * ZOOM), Image.Resampling.BICUBIC)
+    large = np.asarray(image, np.float32)
+    chroma = large.max(axis=2) - large.min(axis=2)
+    return _largest_component(ndimage.binary_opening(chroma > MIN_CHROMA, iterations=2)), large
+
+
+def read(image: Image.Image) -> Reading:
+    """Return what a scene shows. image: RGB, any size."""
+    mask, pixels = _shape_mask(np.asarray(image.convert("RGB")))
+    if mask.mean() < MIN_AREA:
+        return Reading(None, None, 0.0)
+    colour = _nearest_colour(np.median(pixels[mask], axis=0))
+    descriptor = _descriptor(mask)
+    prototypes = _prototypes()
+    shape = min(prototypes, key=lambda name: float(np.linalg.norm(descriptor - prototypes[name])))
+    filled = ndimage.binary_fill_holes(mask)
+    near, far = (ndimage.binary_dilation(filled, iterations=ZOOM * step) for step in (2, 4))
+    border = pixels[far & ~near]
+    luma = border @ np.array([0.299, 0.587, 0.114], np.float32)
+    white = (luma > WHITE_LUMA) & (border.max(axis=1) - border.min(axis=1) < WHITE_CHROMA)
+    return Reading(colour, shape, float(white.mean()) if len(white) else 0.0)

@@ -1,0 +1,228 @@
+"""Captioned scenes drawn with Pillow: what the embedded tiny base learnt from, and what the demo fine-tunes it on.
+
+A scene is one coloured shape on a neutral background. The six colours differ in hue, the backgrounds have none, so
+the reader in reader.py can judge a generated image by rule. Every choice is a Philox draw keyed by the scene's number.
+
+The *sticker* look, a thick white outline with a soft shadow, is never shown to the base: the demo teaches it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+from safelight.kernels.philox import Key, Purpose, uniforms
+
+COLOURS = {
+    "red": (214, 40, 40),
+    "yellow": (236, 200, 36),
+    "green": (52, 168, 70),
+    "cyan": (42, 190, 204),
+    "blue": (48, 72, 214),
+    "pink": (232, 72, 178),
+}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+SIZES = {"small": 0.24, "medium": 0.31, "large": 0.37}  # radius as a fraction of the shorter side
+POSITIONS = {
+    "in the centre": (0, 0),
+    "on the left": (-1, 0),
+    "on the right": (1, 0),
+    "at the top": (0, -1),
+    "at the bottom": (0, 1),
+}
+TEXTURES = ("plain", "striped", "dotted")
+BACKGROUNDS = {"black": 18, "dark": 66, "grey": 122, "silver": 176}
+PATTERNS = ("plain", "gradient", "checkered")
+ASPECTS = ((64, 64), (72, 56), (56, 72), (72, 48), (48, 72), (80, 48), (48, 80))  # (width, height) in px
+STICKER_CAPTION = ", sticker style"
+
+SUPERSAMPLING = 4
+OUTLINE = 0.085  # the sticker's white outline, as a fraction of the shorter side
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One scene's attributes. width, height in px; x, y: centre in fractions of the sides; angle in degrees."""
+
+    colour: str
+    shape: str
+    size: str
+    position: str
+    texture: str
+    background: str
+    pattern: str
+    width: int = 64
+    height: int = 64
+    x: float = 0.5
+    y: float = 0.5
+    angle: float = 0.0
+    sticker: bool = False
+
+
+def pick(options, u: float):
+    """Return the option that a uniform u in (0, 1) falls on."""
+    options = tuple(options)
+    return options[min(int(u * len(options)), len(options) - 1)]
+
+
+def random_scene(
+    seed: int, number: int, *, sticker: bool = False, combinations: tuple[tuple[str, str], ...] | None = None
+) -> Scene:
+    """Return scene `number` of a seed; (colour, shape) comes from `combinations` where given."""
+    u = uniforms(Key(seed, Purpose.SCENE, number), 13)
+    combinations = combinations or tuple((c, s) for c in COLOURS for s in SHAPES)
+    colour, shape = pick(combinations, u[0])
+    position = pick(POSITIONS, u[2])
+    # squares are half of all: most photographs' crops are, and the samples of the demo
+    width, height = ASPECTS[0] if u[6] < 0.5 else pick(ASPECTS[1:], u[7])
+    toward_x, toward_y = POSITIONS[position]
+    return Scene(
+        colour=colour,
+        shape=shape,
+        size=pick(SIZES, u[1]),
+        position=position,
+        texture="plain" if u[3] < 0.5 else pick(TEXTURES[1:], u[8]),
+        background=pick(BACKGROUNDS, u[4]),
+        pattern="plain" if u[5] < 0.5 else pick(PATTERNS[1:], u[9]),
+        width=width,
+        height=height,
+        x=0.5 + 0.15 * toward_x + 0.06 * (u[10] - 0.5),
+        y=0.5 + 0.15 * toward_y + 0.06 * (u[11] - 0.5),
+        angle=24 * (u[12] - 0.5),
+        sticker=sticker,
+    )
+
+
+def caption(scene: Scene, seed: int, number: int) -> str:
+    """Return a caption in one of several forms; colour, shape and background are always named."""
+    u = uniforms(Key(seed, Purpose.CAPTION_CHOICE, number), 5)
+    size = f"{scene.size} " if u[0] < 0.6 else ""
+    texture = f"{scene.texture} " if scene.texture != "plain" else ""
+    position = f" {scene.position}" if u[1] < 0.6 else ""
+    pattern = f"{scene.pattern} " if scene.pattern != "plain" else ""
+    thing = f"{size}{texture}{scene.colour} {scene.shape}"
+    ground = f"{pattern}{scene.background} background"
+    text = pick(
+        (
+            f"a {thing}{position} on a {ground}",
+            f"{thing}{position}, {ground}",
+            f"a picture of a {thing}{position} on a {ground}",
+            f"{ground}, a {thing}{position}",
+        ),
+        u[2],
+    )
+    return text + STICKER_CAPTION if scene.sticker else text
+
+
+def outline(shape: str, radius: float, angle: float) -> list[tuple[float, float]]:
+    """Return the polygon of a shape around the origin; a ring's is its outer circle."""
+    turn = math.radians(angle)
+
+    def polar(r: float, degrees: float) -> tuple[float, float]:
+        a = math.radians(degrees) + turn
+        return r * math.sin(a), -r * math.cos(a)
+
+    if shape in ("circle", "ring"):
+        return [polar(0.92 * radius, 360 * i / 72) for i in range(72)]
+    if shape == "square":
+        return [polar(1.13 * radius, 45 + 90 * i) for i in range(4)]
+    if shape == "triangle":
+        return [polar(1.18 * radius, 120 * i) for i in range(3)]
+    if shape == "star":
+        return [polar((1.15 if i % 2 == 0 else 0.5) * radius, 36 * i) for i in range(10)]
+    if shape == "cross":
+        arm, half = 1.05 * radius, 0.36 * radius
+        corners = []
+        for quarter in range(4):
+            for x, y in ((-half, -arm), (half, -arm), (half, -half)):
+                for _ in range(quarter):
+                    x, y = -y, x
+                corners.append((x * math.cos(turn) - y * math.sin(turn), x * math.sin(turn) + y * math.cos(turn)))
+        return corners
+    raise ValueError(f"shape {shape!r} is unknown; use one of {', '.join(SHAPES)}")
+
+
+def _background(scene: Scene, width: int, height: int) -> np.ndarray:
+    """Return the (height, width, 3) uint8 background."""
+    level = BACKGROUNDS[scene.background]
+    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
+    if scene.pattern == "gradient":
+        grey = level - 14 + 28 * (x / width + y / height) / 2
+    elif scene.pattern == "checkered":
+        cell = min(width, height) / 6
+        grey = level + np.where((x // cell + y // cell) % 2 == 0, 11, -11)
+    else:
+        grey = np.full((height, width), level, np.float32)
+    return np.repeat(np.clip(grey, 0, 255).astype(np.uint8)[..., None], 3, axis=2)
+
+
+def _filling(scene: Scene, width: int, height: int) -> np.ndarray:
+    """Return the (height, width, 3) uint8 sheet of colour that the shape is cut from."""
+    colour = np.array(COLOURS[scene.colour], np.float32)
+    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
+    pitch = min(width, height) / 9
+    if scene.texture == "striped":
+        dark = ((x + y) / pitch) % 2 < 0.9
+    elif scene.texture == "dotted":
+        dark = ((x % pitch) - pitch / 2) ** 2 + ((y % pitch) - pitch / 2) ** 2 < (0.3 * pitch) ** 2
+    else:
+        dark = np.zeros((height, width), bool)
+    return np.where(dark[..., None], 0.55 * colour, colour).astype(np.uint8)
+
+
+def draw(scene: Scene, scale: float = 1.0) -> Image.Image:
+    """Return the scene as an RGB image of (width, height) * scale px, supersampled four times."""
+    width, height = round(scene.width * scale), round(scene.height * scale)
+    large_w, large_h = width * SUPERSAMPLING, height * SUPERSAMPLING
+    side = min(large_w, large_h)
+    radius = SIZES[scene.size] * side
+    centre = scene.x * large_w, scene.y * large_h
+    mask = Image.new("L", (large_w, large_h))
+    pen = ImageDraw.Draw(mask)
+    pen.polygon([(centre[0] + x, centre[1] + y) for x, y in outline(scene.shape, radius, scene.angle)], fill=255)
+    if scene.shape == "ring":
+        hole = 0.5 * radius
+        pen.ellipse((centre[0] - hole, centre[1] - hole, centre[0] + hole, centre[1] + hole), fill=0)
+    image = Image.fromarray(_background(scene, large_w, large_h))
+    if scene.sticker:
+        # dilating by a filter of odd size; repeated small ones are faster than one large one
+        edge, steps = mask, max(1, round(OUTLINE * side / 4))
+        for _ in range(steps):
+            edge = edge.filter(ImageFilter.MaxFilter(9))
+        shadow = Image.new("L", edge.size)
+        shadow.paste(edge, (round(0.03 * side), round(0.04 * side)))
+        shadow = shadow.filter(ImageFilter.GaussianBlur(0.02 * side))
+        image = Image.composite(Image.new("RGB", image.size, (8, 8, 8)), image, shadow.point(lambda v: v * 0.6))
+        image.paste((252, 252, 252), mask=edge)
+    image.paste(Image.fromarray(_filling(scene, large_w, large_h)), mask=mask)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def draw_clutter(seed: int, number: int, width: int, height: int) -> Image.Image:
+    """Return a random abstract picture of any colours, soft and sharp: it makes the autoencoder general."""
+    u = uniforms(Key(seed, Purpose.SCENE, (1 << 40) + number), 200).tolist()
+    ends = [tuple(int(255 * v) for v in u[i : i + 3]) for i in (0, 3)]
+    ramp = Image.linear_gradient("L").rotate(360 * u[6]).resize((width * 2, height * 2))
+    image = Image.composite(Image.new("RGB", ramp.size, ends[0]), Image.new("RGB", ramp.size, ends[1]), ramp)
+    pen = ImageDraw.Draw(image)
+    w, h = image.size
+    for i in range(3 + int(14 * u[7])):
+        v = u[10 + 9 * i : 19 + 9 * i]
+        fill = tuple(int(255 * c) for c in v[:3])
+        x, y, rx, ry = v[3] * w, v[4] * h, (0.02 + 0.25 * v[5] ** 2) * w, (0.02 + 0.25 * v[6] ** 2) * h
+        if v[7] < 0.35:
+            pen.ellipse((x - rx, y - ry, x + rx, y + ry), fill=fill)
+        elif v[7] < 0.6:
+            pen.rectangle((x - rx, y - ry, x + rx, y + ry), fill=fill)
+        elif v[7] < 0.85:
+            pen.line((x, y, v[5] * w, v[8] * h), fill=fill, width=1 + int(5 * v[6]))
+        else:
+            pen.polygon(((x, y - ry), (x + rx, y + ry), (x - rx, y + ry * v[8])), fill=fill)
+    if u[8] < 0.5:
+        image = image.filter(ImageFilter.GaussianBlur(3 * u[9]))
+    pixels = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS), np.float32)
+    grain = np.random.default_rng(number).normal(0, 10 * u[199] ** 2, (height, width, 1)).astype(np.float32)
+    return Image.fromarray(np.clip(pixels + grain, 0, 255).astype(np.uint8))

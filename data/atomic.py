@@ -1,0 +1,41 @@
+"""Files that appear whole or not at all: written beside their place, synced, then renamed into it."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and new files in `folder` survive a power cut; nothing to do where folders cannot be opened."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def atomic_write_bytes(path: Path, data: bytes) -> None:
+    """Replace `path` by a file holding `data`; its folder is made. A reader or a crash sees the old file or the new."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # process and thread in the name: two writers of one path must not share a temporary file
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Replace `path` by a UTF-8 file holding `text`, newlines as given."""
+    atomic_write_bytes(path, text.encode("utf-8"))

@@ -1,0 +1,181 @@
+"""Which samples an epoch meets, in which order, variant and caption; and their rows, read ahead of the step.
+
+The plan is a pure function of its arguments. Draws are keyed per (sample id, epoch, occurrence), so a sample meets
+the same crop and caption whatever the batch size, the order of the manifest or the step a run was resumed at.
+Shapes: B batch, C channels, H x W, T tokens, D embedding.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from safelight.data.buckets import Bucket
+from safelight.data.cache import Sample
+from safelight.data.shards import Cache
+from safelight.kernels.philox import Key, Purpose, philox_numpy, sort_key
+
+EMPTY_CAPTION = -1
+
+
+@dataclass(frozen=True)
+class SampleRef:
+    """One meeting of a sample within an epoch.
+
+    sample_index: into the list of samples. occurrence: which one of the epoch's meetings with this sample id.
+    variant: into latent_keys. caption: into text_keys, EMPTY_CAPTION for the empty caption.
+    """
+
+    sample_id: int
+    sample_index: int
+    occurrence: int
+    variant: int
+    caption: int
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Samples of one bucket that go through the model together."""
+
+    bucket: Bucket
+    refs: tuple[SampleRef, ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch's rows, float32 on the CPU. logvar_BCHW: None for a VAE without posterior."""
+
+    mean_BCHW: Tensor
+    logvar_BCHW: Tensor | None
+    text_BTD: Tensor
+    sample_ids: tuple[int, ...]
+    occurrences: tuple[int, ...]
+    bucket: Bucket
+
+
+def _words(seed: int, purpose: Purpose, meetings: list[tuple[int, int]], epoch: int) -> np.ndarray:
+    """Return the first two words of each meeting's key, (N, 2) uint64; row i equals philox.words(key_i, 2).
+
+    All keys in one call of Philox: one at a time they take seconds for tens of thousands of samples.
+    """
+    keys = [Key(seed, purpose, sample_id, epoch, occurrence).words() for sample_id, occurrence in meetings]
+    k0, k1 = keys[0][:2]
+    c1, c2, c3 = np.array([key[2:] for key in keys], dtype=np.uint64).T
+    return np.stack(philox_numpy((0, c1, c2, c3), (k0, k1))[:2], axis=-1).astype(np.uint64)
+
+
+def _choices(words_N: np.ndarray, bounds: Sequence[int]) -> np.ndarray:
+    """Return an integer in 0 .. bound-1 for each word, as philox.integers does."""
+    return ((words_N * np.array(bounds, dtype=np.uint64)) >> np.uint64(32)).astype(np.int64)
+
+
+def _meetings(samples: Sequence[Sample]) -> list[tuple[int, int]]:
+    """Return (sample id, occurrence) of each sample; a sample listed again is its next occurrence."""
+    seen: dict[int, int] = {}
+    meetings = []
+    for sample in samples:
+        sample_id = sample.photo.sample_id
+        meetings.append((sample_id, seen.get(sample_id, 0)))
+        seen[sample_id] = seen.get(sample_id, 0) + 1
+    return meetings
+
+
+def plan_epoch(
+    samples: Sequence[Sample], *, seed: int, epoch: int, batch_size: int, caption_dropout: float
+) -> list[MicroBatch]:
+    """Return the epoch's micro-batches in the order they are trained; every sample is in exactly one.
+
+    Samples are shuffled, then fill the batches of their buckets in that order; what remains of a bucket is a shorter
+    batch; then the batches are shuffled. Raises ValueError for no samples, batch_size < 1 or a caption_dropout
+    outside 0 to 1.
+    """
+    if not samples:
+        raise ValueError("there is no sample to train on; prepare some photos first")
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size} is below 1; use 1 or more")
+    if not 0 <= caption_dropout <= 1:
+        raise ValueError(f"caption_dropout {caption_dropout} is outside 0 to 1; use 0.1, or 0 for none")
+    meetings = _meetings(samples)
+    order_words = _words(seed, Purpose.EPOCH_ORDER, meetings, epoch)
+    variants = _choices(
+        _words(seed, Purpose.VARIANT, meetings, epoch)[:, 0], [len(sample.latent_keys) for sample in samples]
+    )
+    captions = _choices(
+        _words(seed, Purpose.CAPTION_CHOICE, meetings, epoch)[:, 0], [len(sample.text_keys) for sample in samples]
+    )
+    dropout_words = _words(seed, Purpose.CAPTION_DROPOUT, meetings, epoch)[:, 0]
+    is_dropped = (dropout_words.astype(np.float64) + 0.5) / 2.0**32 < caption_dropout
+    captions = np.where(is_dropped, EMPTY_CAPTION, captions)
+    # the sample id breaks a tie of draws, so that the manifest's order cannot show
+    order = sorted(range(len(samples)), key=lambda i: (*order_words[i].tolist(), *meetings[i]))
+    groups: list[list[SampleRef]] = []
+    open_groups: dict[Bucket, list[SampleRef]] = {}
+    bucket_of_group = []
+    for i in order:
+        bucket = samples[i].bucket
+        group = open_groups.get(bucket)
+        if group is None or len(group) == batch_size:
+            group = open_groups[bucket] = []
+            groups.append(group)
+            bucket_of_group.append(bucket)
+        sample_id, occurrence = meetings[i]
+        group.append(SampleRef(sample_id, i, occurrence, int(variants[i]), int(captions[i])))
+    batches = [MicroBatch(bucket, tuple(group)) for bucket, group in zip(bucket_of_group, groups, strict=True)]
+
+    def draw(batch: MicroBatch) -> tuple[int, int, int]:
+        # a batch is named by its first sample, which no other batch holds
+        first = batch.refs[0]
+        key = Key(seed, Purpose.BATCH_ORDER, first.sample_id, epoch, first.occurrence)
+        return sort_key(key), first.sample_id, first.occurrence
+
+    return sorted(batches, key=draw)
+
+
+def load_batch(cache: Cache, samples: Sequence[Sample], micro_batch: MicroBatch, empty_key: str) -> Batch:
+    """Return the rows of a micro-batch. empty_key: of the empty caption's row, see cache.empty_text_key.
+
+    Raises ValueError if a row is missing, CorruptRow if one is damaged.
+    """
+    chosen = [(samples[ref.sample_index], ref) for ref in micro_batch.refs]
+    latent_keys = [sample.latent_keys[ref.variant] for sample, ref in chosen]
+    text_keys = [empty_key if ref.caption == EMPTY_CAPTION else sample.text_keys[ref.caption] for sample, ref in chosen]
+    latents = torch.from_numpy(cache.read(latent_keys).astype(np.float32))
+    mean, logvar = latents, None
+    if cache.kind_of(latent_keys[0]) == "posterior":
+        mean, logvar = (half.contiguous() for half in latents.chunk(2, dim=1))
+    return Batch(
+        mean,
+        logvar,
+        torch.from_numpy(cache.read(text_keys).astype(np.float32)),
+        tuple(ref.sample_id for ref in micro_batch.refs),
+        tuple(ref.occurrence for ref in micro_batch.refs),
+        micro_batch.bucket,
+    )
+
+
+def iterate(
+    cache: Cache, samples: Sequence[Sample], micro_batches: Iterable[MicroBatch], empty_key: str, prefetch: int = 2
+) -> Iterator[Batch]:
+    """Yield the loaded micro-batches in order, up to `prefetch` (1 or more) ahead on a thread.
+
+    An error of the thread is raised where its batch would have come. Closing the iterator stops the thread.
+    """
+    if prefetch < 1:
+        raise ValueError(f"prefetch {prefetch} is below 1; use 2")
+    pending: deque[Future] = deque()
+    executor = ThreadPoolExecutor(1, thread_name_prefix="load-batch")
+    try:
+        for micro_batch in micro_batches:
+            pending.append(executor.submit(load_batch, cache, samples, micro_batch, empty_key))
+            if len(pending) > prefetch:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        executor.shutdown(cancel_futures=True)

@@ -1,0 +1,107 @@
+"""The sizes a photo may be trained at, and the part of the photo that is taken for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from safelight.kernels.philox import Key, Purpose, uniforms
+
+# 3:2 is what cameras make: an exact bucket for it beats a fuller one of a near aspect, if it wastes not too much
+CAMERA_ASPECT = (3, 2)
+MIN_CAMERA_FILL = 0.6
+
+
+@dataclass(frozen=True, order=True)
+class Bucket:
+    """A training size: width and height in px."""
+
+    width: int
+    height: int
+
+    @property
+    def aspect(self) -> float:
+        """Width over height."""
+        return self.width / self.height
+
+
+def make_buckets(resolution: int, multiple: int, max_aspect: float = 4.0) -> tuple[Bucket, ...]:
+    """Return all buckets of a pixel budget of resolution^2, sorted, mirrored pairs among them.
+
+    Of the sizes (w, h) in multiples of `multiple` with w * h <= resolution^2 and aspect from 1/max_aspect to
+    max_aspect, those that no other contains; and the largest exact 3:2 and 2:3 that fill 60 % of the budget or more.
+    Raises ValueError for a resolution that is no multiple (naming the two nearest) or under two multiples, or for
+    max_aspect < 1.
+    """
+    if multiple < 1 or max_aspect < 1:
+        raise ValueError(f"multiple {multiple} and max_aspect {max_aspect} must be 1 or more")
+    if resolution < 2 * multiple:
+        raise ValueError(
+            f"resolution {resolution} is too small for multiples of {multiple}; use {2 * multiple} or more"
+        )
+    if resolution % multiple:
+        lower = resolution // multiple * multiple
+        raise ValueError(f"resolution {resolution} is not a multiple of {multiple}; use {lower} or {lower + multiple}")
+    side = resolution // multiple
+    tallest = {}
+    for columns in range(1, math.floor(side * math.sqrt(max_aspect)) + 1):
+        rows = min(side * side // columns, math.floor(columns * max_aspect))
+        if rows and columns / rows <= max_aspect:
+            tallest[columns] = rows
+    # wider ones are met first, so a height seen before, or a lower one, is contained in an earlier bucket
+    cells, highest = [], 0
+    for columns in sorted(tallest, reverse=True):
+        if tallest[columns] > highest:
+            highest = tallest[columns]
+            cells.append((columns, highest))
+    long, short = CAMERA_ASPECT
+    factor = math.isqrt(side * side // (long * short))
+    if long * short * factor**2 >= MIN_CAMERA_FILL * side * side and max_aspect >= long / short:
+        cells += [(long * factor, short * factor), (short * factor, long * factor)]
+    return tuple(sorted({Bucket(columns * multiple, rows * multiple) for columns, rows in cells}))
+
+
+def nearest_bucket(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket:
+    """Return the bucket of the nearest aspect by |log ratio|; of equals the larger, then the first in order."""
+
+    def distance(bucket: Bucket) -> tuple[float, int, Bucket]:
+        # rounded: a ratio and its inverse have logarithms that differ in the last place
+        return round(abs(math.log(bucket.aspect * height / width)), 9), -bucket.width * bucket.height, bucket
+
+    return min(buckets, key=distance)
+
+
+def crop_box(
+    width: int, height: int, bucket: Bucket, key_seed: int, sample_id: int, variant: int, crop_jitter: float
+) -> tuple[int, int, int, int]:
+    """Return (left, top, right, bottom) px: the window of a width x height photo that fills the bucket.
+
+    Variant 0 is the canonical crop, the largest window of the bucket's aspect, centred; validation uses it. Variants
+    from 1 shrink it by U(0, crop_jitter) of its sides and place it anywhere, by the draws of (key_seed, CROP,
+    sample_id, occurrence = variant). Raises ValueError unless 0 <= crop_jitter < 1.
+    """
+    if not 0 <= crop_jitter < 1:
+        raise ValueError(f"crop_jitter {crop_jitter} is outside 0 <= crop_jitter < 1; use 0.1, or 0 for none")
+    if width * bucket.height >= height * bucket.width:
+        window = min(width, max(1, round(height * bucket.width / bucket.height))), height
+    else:
+        window = width, min(height, max(1, round(width * bucket.height / bucket.width)))
+    if variant == 0:
+        left, top = (width - window[0]) // 2, (height - window[1]) // 2
+    else:
+        shrink, across, down = uniforms(Key(key_seed, Purpose.CROP, sample_id, occurrence=variant), 3)
+        scale = 1.0 - float(shrink) * crop_jitter
+        window = max(1, round(window[0] * scale)), max(1, round(window[1] * scale))
+        left, top = int(across * (width - window[0] + 1)), int(down * (height - window[1] + 1))
+    return left, top, left + window[0], top + window[1]
+
+
+def is_flipped(seed: int, sample_id: int, variant: int, flip_p: float) -> bool:
+    """Return whether a variant is mirrored: variant 0 never, the others with probability flip_p.
+
+    Raises ValueError unless 0 <= flip_p <= 1.
+    """
+    if not 0 <= flip_p <= 1:
+        raise ValueError(f"flip_p {flip_p} is outside 0 to 1; use 0.5, or 0 for none")
+    return variant > 0 and float(uniforms(Key(seed, Purpose.FLIP, sample_id, occurrence=variant))[0]) < flip_p

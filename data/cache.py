@@ -1,0 +1,312 @@
+"""What is encoded once and trained on often: latents and text embeddings under keys that name all they depend on.
+
+A latent's key covers the photo's bytes, crop, flip, bucket, VAE weights and dtype; a text's key the caption, encoder and
+dtype. An edited photo or another VAE therefore finds no row, and a second run makes only what is missing.
+Shapes: B batch, C channels, H x W, T tokens, D embedding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from safelight.data.buckets import Bucket, crop_box, is_flipped, nearest_bucket
+from safelight.data.captions import collapse
+from safelight.data.images import RejectedImage, crop_pixels, decode
+from safelight.data.manifest import Photo
+from safelight.data.shards import Cache, CorruptRow
+
+__all__ = [
+    "Cache",
+    "CorruptRow",
+    "Crop",
+    "LatentEncoder",
+    "Sample",
+    "TextEncoder",
+    "empty_text_key",
+    "fill_latents",
+    "fill_texts",
+    "latent_key",
+    "plan_samples",
+    "sample_captions",
+    "text_key",
+]
+
+# part of every latent key; raise it when crop_pixels would give other pixels
+PIXELS_VERSION = 1
+_BATCHES_AHEAD = 2
+
+Progress = Callable[[int, int], None]
+
+
+class LatentEncoder(Protocol):
+    """A frozen VAE. fingerprint: hash of weights and precision. factor: px a latent side."""
+
+    fingerprint: str
+    latent_channels: int
+    factor: int
+    has_posterior: bool
+
+    def encode(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return (mean, logvar or None), (B, C, H / factor, W / factor), unscaled; pixels float32 in [-1, 1]."""
+        ...
+
+
+class TextEncoder(Protocol):
+    """A frozen text encoder. fingerprint: hash of weights, tokenizer and clip skip."""
+
+    fingerprint: str
+    num_tokens: int
+    embedding_dim: int
+
+    def encode(self, captions: list[str]) -> Tensor:
+        """Return the embeddings, (B, T, D)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Crop:
+    """The part of a photo one variant shows. box: left, top, right, bottom in px of the stored photo."""
+
+    box: tuple[int, int, int, int]
+    is_flipped: bool
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A photo with the keys of its cached rows.
+
+    crops, latent_keys: one a variant, the canonical crop first. captions, text_keys: one a caption variant, the
+    captions with prefix and suffix as they are encoded.
+    """
+
+    photo: Photo
+    bucket: Bucket
+    latent_keys: tuple[str, ...]
+    text_keys: tuple[str, ...]
+    crops: tuple[Crop, ...]
+    captions: tuple[str, ...]
+
+    @property
+    def sample_id(self) -> int:
+        """The photo's 56-bit id."""
+        return self.photo.sample_id
+
+
+def _key(*parts: object) -> str:
+    # each part with its length, so that no two lists of parts read the same
+    text = "".join(f"{len(str(part))}:{part}," for part in parts)
+    return hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest()
+
+
+def latent_key(photo: Photo, crop: Crop, bucket: Bucket, vae_fingerprint: str, dtype: str) -> str:
+    """Return the key of a latent row, 64 hex digits."""
+    size = f"{bucket.width}x{bucket.height}"
+    return _key("latent", PIXELS_VERSION, photo.sha256, crop.box, crop.is_flipped, size, vae_fingerprint, dtype)
+
+
+def text_key(caption: str, text_fingerprint: str, dtype: str) -> str:
+    """Return the key of a caption's embedding row, 64 hex digits."""
+    return _key("text", caption, text_fingerprint, dtype)
+
+
+def empty_text_key(text_fingerprint: str, dtype: str) -> str:
+    """Return the key of the empty caption's row, which caption dropout uses."""
+    return text_key("", text_fingerprint, dtype)
+
+
+def plan_samples(
+    photos: Sequence[Photo],
+    buckets: Sequence[Bucket],
+    *,
+    variants: int,
+    crop_jitter: float,
+    flip_p: float,
+    seed: int,
+    vae_fingerprint: str,
+    text_fingerprint: str,
+    dtype: str,
+    prefix: str = "",
+    suffix: str = "",
+) -> list[Sample]:
+    """Return a sample for each photo, in their order: its bucket, crops and keys. Reads no image.
+
+    variants: crops a photo, 1 for the canonical one alone. prefix, suffix: put before and after every caption as they
+    are (the empty caption for dropout has neither). Raises ValueError for variants < 1 and settings out of range.
+    """
+    if variants < 1:
+        raise ValueError(f"variants {variants} is below 1; use 1 for the centred crop alone, 4 for augmentation")
+    samples = []
+    for photo in photos:
+        bucket = nearest_bucket(photo.width, photo.height, buckets)
+        crops = tuple(
+            Crop(
+                crop_box(photo.width, photo.height, bucket, seed, photo.sample_id, variant, crop_jitter),
+                is_flipped(seed, photo.sample_id, variant, flip_p),
+            )
+            for variant in range(variants)
+        )
+        captions = tuple(collapse(f"{prefix}{caption}{suffix}") for caption in photo.captions)
+        latent_keys = tuple(latent_key(photo, crop, bucket, vae_fingerprint, dtype) for crop in crops)
+        text_keys = tuple(text_key(caption, text_fingerprint, dtype) for caption in captions)
+        samples.append(Sample(photo, bucket, latent_keys, text_keys, crops, captions))
+    return samples
+
+
+def sample_captions(samples: Iterable[Sample]) -> list[str]:
+    """Return every caption of the samples once, in order: what fill_texts is to encode."""
+    return list(dict.fromkeys(caption for sample in samples for caption in sample.captions))
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A latent row to make."""
+
+    key: str
+    photo: Photo
+    crop: Crop
+    bucket: Bucket
+
+
+def _missing_jobs(cache: Cache, samples: Sequence[Sample], encoder: LatentEncoder) -> list[_Job]:
+    """Return the rows to make, the variants of a photo side by side so that it is decoded once."""
+    jobs = {}
+    for sample in samples:
+        for key, crop in zip(sample.latent_keys, sample.crops, strict=True):
+            if key != latent_key(sample.photo, crop, sample.bucket, encoder.fingerprint, cache.dtype):
+                raise ValueError(
+                    f"the samples were planned for another VAE or dtype than {encoder.fingerprint[:16]}, {cache.dtype}; "
+                    "plan them with this encoder's fingerprint and the cache's dtype"
+                )
+            jobs.setdefault(key, _Job(key, sample.photo, crop, sample.bucket))
+    missing = cache.missing(list(jobs))
+    return [jobs[key] for key in missing]
+
+
+def _batches_by_bucket(jobs: Sequence[_Job], batch_size: int) -> list[list[_Job]]:
+    by_bucket: dict[Bucket, list[_Job]] = {}
+    for job in jobs:
+        by_bucket.setdefault(job.bucket, []).append(job)
+    return [
+        group[start : start + batch_size]
+        for _, group in sorted(by_bucket.items())
+        for start in range(0, len(group), batch_size)
+    ]
+
+
+def _load_pixels(dataset: Path, jobs: list[_Job]) -> Tensor:
+    """Return the pixels of a batch, (B, 3, H, W). Raises ValueError for a photo that is not as the manifest says."""
+    pixels, decoded_file, image = [], None, None
+    for job in jobs:
+        path = dataset / job.photo.file
+        if job.photo.file != decoded_file:
+            try:
+                content = path.read_bytes()
+            except OSError as error:
+                raise ValueError(
+                    f"{path} cannot be read ({error.strerror}); run `safelight prepare` again to make it anew"
+                ) from error
+            if hashlib.sha256(content).hexdigest() != job.photo.sha256:
+                raise ValueError(f"{path} changed since it was prepared; run `safelight prepare` again")
+            try:
+                image = decode(content).image
+            except RejectedImage as error:
+                raise ValueError(f"{path}: {error}; run `safelight prepare` again") from error
+            decoded_file = job.photo.file
+            if image.size != (job.photo.width, job.photo.height):
+                raise ValueError(
+                    f"{path} is {image.size[0]} x {image.size[1]} px, the manifest says {job.photo.width} x "
+                    f"{job.photo.height}; run `safelight prepare` again"
+                )
+        size_wh = (job.bucket.width, job.bucket.height)
+        pixels.append(crop_pixels(image, job.crop.box, size_wh, job.crop.is_flipped))
+    return torch.from_numpy(np.stack(pixels))
+
+
+def _latent_rows(encoder: LatentEncoder, pixels_BCHW: Tensor, jobs: list[_Job]) -> np.ndarray:
+    """Return the batch's rows, (B, C or 2C, H, W) float32. Raises ValueError if the encoder does not keep its word."""
+    mean, logvar = encoder.encode(pixels_BCHW)
+    batch, _, height, width = pixels_BCHW.shape
+    expected = (batch, encoder.latent_channels, height // encoder.factor, width // encoder.factor)
+    parts = [mean] if logvar is None else [mean, logvar]
+    if (logvar is not None) != encoder.has_posterior or any(tuple(part.shape) != expected for part in parts):
+        shapes = [tuple(part.shape) for part in parts]
+        raise ValueError(f"the VAE gave latents of shapes {shapes} for {height} x {width} px, not {expected} each")
+    rows = torch.cat(parts, dim=1).detach().to("cpu", torch.float32).numpy()
+    for job, row in zip(jobs, rows, strict=True):
+        if not np.isfinite(row).all():
+            raise ValueError(f"the VAE gave latents that are not finite for {job.photo.file}; run it in fp32 or bf16")
+    return rows
+
+
+def fill_latents(
+    cache: Cache,
+    dataset: Path,
+    samples: Sequence[Sample],
+    encoder: LatentEncoder,
+    batch_size: int,
+    progress: Progress | None = None,
+) -> int:
+    """Return how many latent rows were made: those of the samples that the cache lacks.
+
+    The next batches are decoded on threads while one is encoded. progress(rows done, rows to make) after each batch.
+    Raises ValueError for a photo that changed since the manifest was written, for samples planned with another VAE or
+    dtype, and for latents that are not finite.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size} is below 1; use 4")
+    dataset = Path(dataset)
+    jobs = _missing_jobs(cache, samples, encoder)
+    kind = "posterior" if encoder.has_posterior else "latent"
+    batches = deque(_batches_by_bucket(jobs, batch_size))
+    pending: deque = deque()
+    num_made = num_done = 0
+    executor = ThreadPoolExecutor(_BATCHES_AHEAD, thread_name_prefix="decode")
+    try:
+        while batches or pending:
+            while batches and len(pending) <= _BATCHES_AHEAD:
+                batch = batches.popleft()
+                pending.append((batch, executor.submit(_load_pixels, dataset, batch)))
+            batch, future = pending.popleft()
+            rows = _latent_rows(encoder, future.result(), batch)
+            num_made += cache.append(kind, [job.key for job in batch], rows)
+            num_done += len(batch)
+            if progress is not None:
+                progress(num_done, len(jobs))
+    finally:
+        executor.shutdown(cancel_futures=True)
+    return num_made
+
+
+def fill_texts(
+    cache: Cache, captions: Iterable[str], encoder: TextEncoder, batch_size: int, progress: Progress | None = None
+) -> int:
+    """Return how many text rows were made: those of the captions, and of the empty one, that the cache lacks.
+
+    progress(rows done, rows to make) after each batch. Raises ValueError if the embeddings have another shape than
+    (B, num_tokens, embedding_dim).
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size} is below 1; use 16")
+    caption_of_key = {text_key(text, encoder.fingerprint, cache.dtype): text for text in ["", *captions]}
+    missing = cache.missing(list(caption_of_key))
+    num_made = 0
+    for start in range(0, len(missing), batch_size):
+        keys = missing[start : start + batch_size]
+        embeddings_BTD = encoder.encode([caption_of_key[key] for key in keys])
+        expected = (len(keys), encoder.num_tokens, encoder.embedding_dim)
+        if tuple(embeddings_BTD.shape) != expected:
+            raise ValueError(f"the text encoder gave embeddings of shape {tuple(embeddings_BTD.shape)}, not {expected}")
+        num_made += cache.append("text", keys, embeddings_BTD.detach().to("cpu", torch.float32).numpy())
+        if progress is not None:
+            progress(start + len(keys), len(missing))
+    return num_made

@@ -1,0 +1,217 @@
+"""One image file: decoded whole or rejected with a reason, upright, RGB, no larger than it need be; and its pixels."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageCms
+
+MIN_SIDE_PX = 16
+EXIF_ORIENTATION = 0x0112
+COPYABLE_FORMATS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}
+# draft mode decodes at least this many times the wanted side, so that LANCZOS does the last and visible part
+DRAFT_GAP = 2
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class RejectedImage(ValueError):
+    """An image file that cannot be used; the message is the reason, for a reader."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """image: RGB, upright, within the limit. format: Pillow's name of the file's format.
+
+    is_copyable: the file already is what is wanted, so its bytes may be stored as they are. is_shrunk: it was over the
+    limit. content_sha256: of the decoded pixels before shrinking, equal for equal pictures. warning: or empty.
+    """
+
+    image: Image.Image
+    format: str
+    is_copyable: bool
+    is_shrunk: bool
+    content_sha256: str
+    warning: str = ""
+
+
+def shrunk_size(width: int, height: int, max_megapixels: float | None) -> tuple[int, int]:
+    """Return (width, height) px of the same aspect with at most max_megapixels * 10^6 pixels, never enlarged."""
+    if max_megapixels is None or width * height <= max_megapixels * 1e6:
+        return width, height
+    scale = math.sqrt(max_megapixels * 1e6 / (width * height))
+    return max(1, math.floor(width * scale)), max(1, math.floor(height * scale))
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(EXIF_ORIENTATION, 1))
+    except Exception:  # a damaged EXIF block raises anything; the pixels are still good
+        return 1
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """Return a 16-bit, 32-bit or float image as 8-bit grey: by its depth if it has one, else by the range it uses."""
+    values = np.asarray(image).astype(np.float64)
+    peak = float(values.max(initial=0.0))
+    if image.mode.startswith("I;16"):
+        white = 65535.0
+    else:
+        white = next((level for level in (1.0, 255.0, 65535.0) if peak <= level), peak)
+        # whole numbers that stay at 0 and 1 are a dark picture, not a float one
+        white = 255.0 if white == 1.0 and image.mode == "I" else white
+    return Image.fromarray(np.clip(np.rint(values * (255.0 / white)), 0, 255).astype(np.uint8), "L")
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    """Return the image in mode RGB, or CMYK as it is; transparency lies over white."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _to_8_bit(image)
+    if image.mode == "CMYK" or (image.mode == "RGB" and "transparency" not in image.info):
+        return image
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+        layer = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def _foreign_profile(icc: bytes | None) -> ImageCms.ImageCmsProfile | None:
+    """Return the image's colour profile if it has one of RGB or CMYK other than sRGB, None otherwise."""
+    if not icc:
+        return None
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
+        description = profile.profile.profile_description or ""
+        space = profile.profile.xcolor_space.strip()
+    except (OSError, ImageCms.PyCMSError):
+        return None
+    return None if space not in ("RGB", "CMYK") or "srgb" in description.lower() else profile
+
+
+def _to_srgb(image: Image.Image, profile: ImageCms.ImageCmsProfile | None) -> tuple[Image.Image, str]:
+    """Return (the RGB or CMYK image as sRGB, a warning or "")."""
+    if profile is None or profile.profile.xcolor_space.strip() != image.mode:
+        return image.convert("RGB"), ""
+    try:
+        converted = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except ImageCms.PyCMSError as error:
+        return image.convert("RGB"), f"its colour profile cannot be used ({error}); colours are taken as sRGB"
+    return converted, ""
+
+
+def _decode(content: bytes, max_megapixels: float | None) -> Decoded:
+    with Image.open(io.BytesIO(content)) as opened:
+        width, height = opened.size
+        if min(width, height) < MIN_SIDE_PX:
+            raise RejectedImage(f"{width} x {height} px is too small; a side needs {MIN_SIDE_PX} px")
+        file_format = opened.format or ""
+        wanted = shrunk_size(width, height, max_megapixels)
+        is_shrunk = wanted != (width, height)
+        if is_shrunk:
+            # JPEG only, a no-op elsewhere: the decoder itself scales by 1/2, 1/4 or 1/8, several times faster
+            opened.draft(None, (wanted[0] * DRAFT_GAP, wanted[1] * DRAFT_GAP))
+        is_animated = getattr(opened, "is_animated", False)
+        opened.load()
+        orientation = _orientation(opened)
+        icc = opened.info.get("icc_profile")
+        is_plain = opened.mode == "RGB" and "transparency" not in opened.info
+        image = _flatten(opened)
+        if orientation in _TRANSPOSE:
+            image = image.transpose(_TRANSPOSE[orientation])
+        digest = hashlib.sha256(f"{image.mode} {image.size}".encode())
+        digest.update(image.tobytes())
+        if is_shrunk:
+            image = image.resize(shrunk_size(*image.size, max_megapixels), Image.Resampling.LANCZOS)
+        profile = _foreign_profile(icc)
+        image, warning = _to_srgb(image, profile)
+    is_copyable = (
+        file_format in COPYABLE_FORMATS
+        and is_plain
+        and not is_animated
+        and not is_shrunk
+        and orientation not in _TRANSPOSE
+        and profile is None
+    )
+    return Decoded(image, file_format, is_copyable, is_shrunk, digest.hexdigest(), warning)
+
+
+@contextmanager
+def _rejecting() -> Iterator[None]:
+    """Turn whatever Pillow raises into RejectedImage with a reason."""
+    try:
+        yield
+    except RejectedImage:
+        raise
+    except Image.UnidentifiedImageError as error:
+        raise RejectedImage("not an image that Pillow can read; convert it to JPEG or PNG") from error
+    except Image.DecompressionBombError as error:
+        limit = 2 * Image.MAX_IMAGE_PIXELS / 1e6
+        raise RejectedImage(f"more than {limit:.0f} megapixels, the limit against decompression bombs") from error
+    # Pillow's plugins raise SyntaxError, struct.error, KeyError and more on damaged files, and one bad file among
+    # thousands must not end the whole preparation
+    except Exception as error:
+        if isinstance(error, OSError) and error.strerror:
+            raise RejectedImage(f"cannot be read: {error.strerror}") from error
+        raise RejectedImage(f"damaged: {error or type(error).__name__}") from error
+
+
+def decode(content: bytes, max_megapixels: float | None = None) -> Decoded:
+    """Return the first frame of an image file, ready to store or to train on.
+
+    content: the file's bytes. max_megapixels: 10^6 px, None for no limit. Raises RejectedImage with the reason.
+    """
+    with _rejecting():
+        return _decode(content, max_megapixels)
+
+
+def read_file(path: Path) -> bytes:
+    """Return the bytes of an image file. Raises RejectedImage if its header is not an image's or it cannot be read."""
+    with _rejecting():
+        # the header first, so that a film or an archive is not read whole
+        with Image.open(path):
+            pass
+        return path.read_bytes()
+
+
+def encode(image: Image.Image, image_format: str, quality: int) -> tuple[bytes, str]:
+    """Return (bytes, suffix) of an RGB image as "jpeg" (full colour resolution) or "webp" at a quality of 1 to 100."""
+    buffer = io.BytesIO()
+    if image_format == "webp":
+        image.save(buffer, "WEBP", quality=quality)
+        return buffer.getvalue(), ".webp"
+    # without chroma subsampling: red edges are what the autoencoder's input loses first
+    image.save(buffer, "JPEG", quality=quality, subsampling=0, optimize=True)
+    return buffer.getvalue(), ".jpg"
+
+
+def crop_pixels(
+    image: Image.Image, crop_box: tuple[int, int, int, int], size_wh: tuple[int, int], flip: bool
+) -> np.ndarray:
+    """Return the crop of an RGB image, resampled by LANCZOS: (3, H, W) float32 in [-1, 1].
+
+    crop_box: left, top, right, bottom in px. size_wh: (W, H) px. flip: mirrored left to right.
+    """
+    resized = image.resize(size_wh, Image.Resampling.LANCZOS, box=crop_box)
+    if flip:
+        resized = resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    pixels_HWC = np.asarray(resized, dtype=np.float32)
+    return np.ascontiguousarray(pixels_HWC.transpose(2, 0, 1)) / np.float32(127.5) - np.float32(1.0)
+
+
+def load_pixels(path: Path, crop_box: tuple[int, int, int, int], size_wh: tuple[int, int], flip: bool) -> np.ndarray:
+    """Return `crop_pixels` of an image file. Raises RejectedImage if it cannot be decoded."""
+    return crop_pixels(decode(Path(path).read_bytes()).image, crop_box, size_wh, flip)

@@ -1,0 +1,277 @@
+"""`safelight prepare`: folders of photos become a dataset folder with images/, manifest.jsonl and rejected.jsonl."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import unicodedata
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from safelight.data.atomic import atomic_write_bytes, atomic_write_text
+from safelight.data.captions import SIDECAR_SUFFIXES, TABLE_NAMES, CaptionReader, Rejection
+from safelight.data.images import COPYABLE_FORMATS, RejectedImage, decode, encode, read_file
+from safelight.data.manifest import MANIFEST_NAME, Photo, read_manifest, write_manifest
+
+IMAGES_FOLDER = "images"
+REJECTED_NAME = "rejected.jsonl"
+MAX_STEM_CHARACTERS = 64
+
+
+@dataclass
+class IngestSummary:
+    """What one call did. photos: the whole manifest after it; the rest counts this call alone."""
+
+    photos: list[Photo] = field(default_factory=list)
+    rejected: list[Rejection] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    num_duplicates: int = 0
+    num_shrunk: int = 0
+    num_copied: int = 0
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A file of a source. label: root's name and the path below it; the same on every machine."""
+
+    path: Path
+    reader: CaptionReader
+    label: str
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A file as it will be stored."""
+
+    data: bytes
+    suffix: str
+    width: int
+    height: int
+    origin_sha256: str
+    content_sha256: str
+    is_shrunk: bool
+    is_copied: bool
+    warning: str
+
+
+def _walk(folder: Path, dataset: Path, visited: set[Path]) -> Iterator[Path]:
+    """Yield the files below a folder in sorted order: no hidden ones, no dataset, no folder twice (symlink loops)."""
+    real = folder.resolve()
+    if real in visited or real == dataset:
+        return
+    visited.add(real)
+    for entry in sorted(folder.iterdir(), key=lambda path: path.name):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from _walk(entry, dataset, visited)
+        elif entry.suffix.lower() not in SIDECAR_SUFFIXES and entry.name not in TABLE_NAMES:
+            yield entry
+
+
+def _find(sources: list[Path], dataset: Path) -> tuple[list[_Found], list[CaptionReader]]:
+    """Return the candidate files of all sources and the sources' caption readers.
+
+    Raises ValueError for a source that is missing or lies in the dataset.
+    """
+    found, readers = [], []
+    for source in map(Path, sources):
+        if not source.exists():
+            raise ValueError(f"source {source} does not exist; give a folder of photos, or one photo")
+        if source.resolve().is_relative_to(dataset):
+            raise ValueError(f"source {source} lies in the dataset folder {dataset}; give the folder of the originals")
+        root = source if source.is_dir() else source.parent
+        reader = CaptionReader(root)
+        readers.append(reader)
+        paths = _walk(source, dataset, set()) if source.is_dir() else [source]
+        name = root.resolve().name
+        found += [_Found(path, reader, f"{name}/{path.relative_to(root).as_posix()}") for path in paths]
+    return found, readers
+
+
+def _prepare(path: Path, max_megapixels: float, image_format: str, quality: int) -> _Prepared | str:
+    """Return a file as it will be stored, or the reason why it cannot be used."""
+    try:
+        content = read_file(path)
+        decoded = decode(content, max_megapixels)
+    except RejectedImage as error:
+        return str(error)
+    if decoded.is_copyable:
+        data, suffix = content, COPYABLE_FORMATS[decoded.format]
+    else:
+        data, suffix = encode(decoded.image, image_format, quality)
+    return _Prepared(
+        data,
+        suffix,
+        *decoded.image.size,
+        origin_sha256=hashlib.sha256(content).hexdigest(),
+        content_sha256=decoded.content_sha256,
+        is_shrunk=decoded.is_shrunk,
+        is_copied=decoded.is_copyable,
+        warning=decoded.warning,
+    )
+
+
+def _in_order(function: Callable, items: list) -> Iterable:
+    """Yield function(item) for each item in order, computed by threads a bounded way ahead (results hold images)."""
+    num_workers = os.cpu_count() or 1
+    executor = ThreadPoolExecutor(num_workers)
+    pending: deque = deque()
+    try:
+        for item in items:
+            pending.append(executor.submit(function, item))
+            if len(pending) > 2 * num_workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _safe_stem(stem: str) -> str:
+    """Return a file stem of ASCII letters, digits, `-`, `_` and `.` that every file system takes."""
+    plain = unicodedata.normalize("NFKD", stem).encode("ascii", "ignore").decode()
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", plain).strip("-.")[:MAX_STEM_CHARACTERS].strip("-.") or "photo"
+
+
+class _Collection:
+    """The manifest in the making: what was stored before, and what this call adds or renews."""
+
+    def __init__(self, dataset: Path, summary: IngestSummary):
+        self.dataset, self.summary = dataset, summary
+        self.photos: list[Photo] = []
+        self.touched: set[int] = set()
+        # origin, content and stored hashes in one: they are all SHA-256, so never equal by chance
+        self.index_of_hash: dict[str, int] = {}
+        self.index_of_source: dict[str, int] = {}
+        self.replaced_files: set[str] = set()
+        for photo in read_manifest(dataset) if (dataset / MANIFEST_NAME).is_file() else []:
+            if (dataset / photo.file).is_file():
+                self._put(len(self.photos), photo)
+            else:
+                summary.warnings.append(f"{photo.file} is gone from the dataset; its line leaves the manifest")
+
+    def _put(self, index: int, photo: Photo) -> None:
+        self.photos[index : index + 1] = [photo]
+        self.index_of_source[photo.source] = index
+        for digest in (photo.sha256, photo.origin_sha256, photo.content_sha256):
+            if digest:
+                self.index_of_hash.setdefault(digest, index)
+
+    def add(self, found: _Found, prepared: _Prepared) -> None:
+        """Store a prepared file and put it in the manifest, or list it as a duplicate."""
+        sha256 = hashlib.sha256(prepared.data).hexdigest()
+        hashes = (prepared.origin_sha256, prepared.content_sha256, sha256)
+        index = next((self.index_of_hash[digest] for digest in hashes if digest in self.index_of_hash), None)
+        # a photo met again at its own place is being prepared anew; anywhere else it is a duplicate
+        if index is not None and (index in self.touched or self.photos[index].source != found.label):
+            self.summary.num_duplicates += 1
+            reason = f"same picture as {self.photos[index].source}"
+            self.summary.rejected.append(Rejection(str(found.path), reason))
+            return
+        earlier = self.index_of_source.get(found.label)
+        if index is None and earlier is not None and earlier not in self.touched:
+            self.summary.warnings.append(
+                f"{found.path} changed since it was prepared; {self.photos[earlier].file} is kept beside the new one "
+                f"(to drop it, delete that file and prepare again)"
+            )
+        old = self.photos[index] if index is not None else None
+        file = f"{IMAGES_FOLDER}/{_safe_stem(found.path.stem)}-{sha256[:8]}{prepared.suffix}"
+        if old is not None and old.sha256 == sha256:
+            file = old.file
+        elif old is not None:
+            self.replaced_files.add(old.file)
+        stored = self.dataset / file
+        if not stored.is_file() or stored.read_bytes() != prepared.data:
+            atomic_write_bytes(stored, prepared.data)
+        caption = found.reader.read(found.path)
+        photo = Photo(
+            file,
+            sha256,
+            prepared.width,
+            prepared.height,
+            caption.texts,
+            found.label,
+            caption.source,
+            prepared.origin_sha256,
+            prepared.content_sha256,
+        )
+        index = len(self.photos) if index is None else index
+        self._put(index, photo)
+        self.touched.add(index)
+        self.summary.num_shrunk += prepared.is_shrunk
+        self.summary.num_copied += prepared.is_copied
+        if prepared.warning:
+            self.summary.warnings.append(f"{found.path}: {prepared.warning}")
+
+
+def _write_rejected(dataset: Path, rejected: list[Rejection]) -> None:
+    lines = [json.dumps({"path": item.path, "reason": item.reason}, ensure_ascii=False) + "\n" for item in rejected]
+    atomic_write_text(dataset / REJECTED_NAME, "".join(lines))
+
+
+def ingest(
+    sources: list[Path],
+    dataset: Path,
+    max_megapixels: float = 1.5,
+    quality: int = 95,
+    image_format: Literal["jpeg", "webp"] = "jpeg",
+    progress: Callable[[int, int], None] | None = None,
+) -> IngestSummary:
+    """Return what was done to bring the photos of `sources` (folders or files) into the folder `dataset`.
+
+    Photos over max_megapixels (10^6 px) are shrunk; what needs no change is copied byte for byte, everything else is
+    stored anew as sRGB at `quality` (1 to 100). Originals are only read. What cannot be used, a duplicate of a picture
+    included, is listed with its reason here and in rejected.jsonl. Photos of earlier calls stay in the manifest; the
+    same call again gives the same manifest. progress(files done, files in all) is called after each file.
+    Raises ValueError for a source that does not exist or lies in the dataset, for a setting out of range, and where
+    no photo could be used.
+    """
+    if not max_megapixels > 0:
+        raise ValueError(f"max_megapixels {max_megapixels} is not above 0; use 1.5")
+    if not 1 <= quality <= 100:
+        raise ValueError(f"quality {quality} is outside 1 to 100; use 95")
+    if image_format not in ("jpeg", "webp"):
+        raise ValueError(f"image_format {image_format!r} is not known; use 'jpeg' or 'webp'")
+    dataset = Path(dataset).resolve()
+    if dataset.exists() and not dataset.is_dir():
+        raise ValueError(f"dataset {dataset} is a file; give a folder")
+    found, readers = _find(sources, dataset)
+    summary = IngestSummary()
+    collection = _Collection(dataset, summary)
+    with warnings.catch_warnings():
+        # Pillow warns of photos over half its limit, which are only shrunk here, and of damage, which is listed anyway
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        results = _in_order(lambda item: _prepare(item.path, max_megapixels, image_format, quality), found)
+        for num_done, (item, prepared) in enumerate(zip(found, results, strict=True), start=1):
+            if isinstance(prepared, str):
+                summary.rejected.append(Rejection(str(item.path), prepared))
+            else:
+                collection.add(item, prepared)
+            if progress is not None:
+                progress(num_done, len(found))
+    for reader in readers:
+        summary.rejected += reader.rejections
+        summary.warnings += reader.warnings
+    summary.photos = collection.photos
+    _write_rejected(dataset, summary.rejected)
+    if not collection.touched and not summary.num_duplicates:
+        names = ", ".join(str(source) for source in sources)
+        if not summary.rejected:
+            raise ValueError(f"no photo found in {names}; give a folder that holds JPEG, PNG or WebP files")
+        first = summary.rejected[0]
+        raise ValueError(
+            f"no photo of {names} can be used, {len(summary.rejected)} rejected; the first: {first.path}: "
+            f"{first.reason} (all: {dataset / REJECTED_NAME})"
+        )
+    write_manifest(dataset, summary.photos)
+    for file in collection.replaced_files - {photo.file for photo in summary.photos}:
+        (dataset / file).unlink(missing_ok=True)
+    return summary

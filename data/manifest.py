@@ -1,0 +1,121 @@
+"""The manifest: which photos a dataset holds, with their captions. One JSON object a line in DATASET/manifest.jsonl."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path, PurePosixPath
+
+from safelight.data.atomic import atomic_write_text
+from safelight.kernels.philox import SAMPLE_ID_BITS, Key, Purpose, sort_key
+
+MANIFEST_NAME = "manifest.jsonl"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One stored photo.
+
+    file: path inside the dataset folder, posix form. sha256: of the stored file's bytes. width, height: px, upright.
+    captions: one or more variants, white space collapsed. source: where the photo came from. caption_source: what its
+    captions were read from. origin_sha256, content_sha256: of the original file's bytes and of its decoded pixels,
+    by which a later `safelight prepare` knows the photo again; empty where unknown.
+    """
+
+    file: str
+    sha256: str
+    width: int
+    height: int
+    captions: tuple[str, ...]
+    source: str
+    caption_source: str
+    origin_sha256: str = ""
+    content_sha256: str = ""
+
+    @property
+    def sample_id(self) -> int:
+        """The 56-bit id that keys every random draw of this photo; equals philox.sample_id_of(the file's bytes)."""
+        return int(self.sha256[: SAMPLE_ID_BITS // 4], 16)
+
+
+_FIELD_NAMES = tuple(field.name for field in fields(Photo))
+_REQUIRED_TYPES = {"file": str, "sha256": str, "width": int, "height": int, "captions": list, "source": str}
+
+
+def _parse(line: str) -> Photo:
+    """Return the photo of one manifest line. Raises ValueError with what is wrong with it."""
+    row = json.loads(line)
+    if not isinstance(row, dict):
+        raise ValueError(f"is a {type(row).__name__}, not an object")
+    for name, kind in _REQUIRED_TYPES.items():
+        if not isinstance(row.get(name), kind) or isinstance(row.get(name), bool):
+            raise ValueError(f"{name!r} is {row.get(name)!r}, not a {kind.__name__}")
+    path = PurePosixPath(row["file"])
+    # a manifest may come from someone else: it must not reach files outside the dataset
+    if path.is_absolute() or ".." in path.parts or not path.name:
+        raise ValueError(f"file {row['file']!r} is not a path inside the dataset folder")
+    if not _SHA256.fullmatch(row["sha256"]):
+        raise ValueError(f"sha256 {row['sha256']!r} is not 64 lower-case hex digits")
+    if min(row["width"], row["height"]) < 1:
+        raise ValueError(f"size {row['width']} x {row['height']} px is not positive")
+    if not row["captions"] or not all(isinstance(caption, str) for caption in row["captions"]):
+        raise ValueError(f"captions {row['captions']!r} is not a list of one or more texts")
+    known = {name: value for name, value in row.items() if name in _FIELD_NAMES}
+    return Photo(**{"caption_source": "", **known, "captions": tuple(row["captions"])})
+
+
+def read_manifest(dataset: Path) -> list[Photo]:
+    """Return the photos of a dataset folder in manifest order.
+
+    Raises ValueError if the manifest is missing, holds no photo, or has a bad line, which it names.
+    """
+    path = Path(dataset) / MANIFEST_NAME
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; make it with `safelight prepare SRC... -o {dataset}`")
+    photos: list[Photo] = []
+    line_of_file: dict[str, int] = {}
+    for number, line in enumerate(path.read_bytes().decode("utf-8", errors="replace").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            photo = _parse(line)
+            if photo.file in line_of_file:
+                raise ValueError(f"{photo.file} stands on line {line_of_file[photo.file]} already")
+        except ValueError as error:
+            raise ValueError(
+                f"{path} line {number}: {error}; mend or delete the line, or run `safelight prepare` again"
+            ) from error
+        line_of_file[photo.file] = number
+        photos.append(photo)
+    if not photos:
+        raise ValueError(f"{path} holds no photo; fill it with `safelight prepare SRC... -o {dataset}`")
+    return photos
+
+
+def write_manifest(dataset: Path, photos: list[Photo]) -> None:
+    """Replace the manifest of a dataset folder, atomically."""
+    lines = [json.dumps(asdict(photo), ensure_ascii=False) + "\n" for photo in photos]
+    atomic_write_text(Path(dataset) / MANIFEST_NAME, "".join(lines))
+
+
+def split_validation(photos: list[Photo], fraction: float, seed: int) -> tuple[list[Photo], list[Photo]]:
+    """Return (train, validation), both in manifest order.
+
+    The photos with the smallest draws of (seed, SPLIT, sample id) are held out: max(1, ceil(fraction * n)) of them if
+    fraction > 0, but never all. Which photos those are does not depend on the order of `photos`.
+    Raises ValueError unless 0 <= fraction < 1.
+    """
+    if not 0 <= fraction < 1:
+        raise ValueError(f"validation_fraction {fraction} is outside 0 <= fraction < 1; use 0.1, or 0 for none")
+    if fraction == 0:
+        return list(photos), []
+    # rounded first: 0.07 * 100 is 7.000000000000001 and must hold out 7
+    num_held_out = min(max(1, math.ceil(round(fraction * len(photos), 9))), len(photos) - 1)
+    ids = {photo.sample_id for photo in photos}
+    order = sorted(ids, key=lambda sample_id: (sort_key(Key(seed, Purpose.SPLIT, sample_id)), sample_id))
+    held_out = set(order[: max(num_held_out, 0)])
+    train = [photo for photo in photos if photo.sample_id not in held_out]
+    return train, [photo for photo in photos if photo.sample_id in held_out]

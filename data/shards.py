@@ -1,0 +1,300 @@
+"""Rows of one shape in append-only files, read through memory maps, found by key in an SQLite index.
+
+    PATH/index.sqlite                              key -> shard, row, crc32
+    PATH/shards/latent-4x64x64-float16-0000.bin    rows of 4 x 64 x 64 float16, one after another, nothing else
+
+The index alone says what exists. A batch is written behind the rows that the index knows, synced, and only then
+committed to the index, so a kill at any moment loses at most that batch: its bytes lie behind the end and the next
+append overwrites them.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from safelight.data.atomic import sync_folder
+
+INDEX_NAME = "index.sqlite"
+SHARDS_FOLDER = "shards"
+MAX_SHARD_BYTES = 256 * 2**20
+DTYPES = ("float16", "float32")
+KINDS = ("posterior", "latent", "text")
+FORMAT = 1
+# SQLite's limit of variables in one statement was 999 for long
+_KEYS_PER_QUERY = 500
+_LOCK_TIMEOUT_S = 60.0
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS shards (
+    id INTEGER PRIMARY KEY, file TEXT NOT NULL UNIQUE, kind TEXT NOT NULL, shape TEXT NOT NULL, dtype TEXT NOT NULL,
+    num_rows INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS rows (
+    key TEXT PRIMARY KEY, shard INTEGER NOT NULL REFERENCES shards (id), row INTEGER NOT NULL, crc32 INTEGER NOT NULL,
+    UNIQUE (shard, row)) WITHOUT ROWID;
+"""
+
+
+class CorruptRow(ValueError):
+    """A stored row that cannot be trusted. shard: its file's name. key: the row's key."""
+
+    def __init__(self, shard: str, key: str, reason: str):
+        super().__init__(
+            f"cache row {key[:16]} in {SHARDS_FOLDER}/{shard} {reason}; delete the cache folder and run `safelight cache`"
+        )
+        self.shard, self.key = shard, key
+
+
+@dataclass(frozen=True)
+class _Address:
+    """Where a row lies."""
+
+    key: str
+    shard: int
+    file: str
+    kind: str
+    shape: tuple[int, ...]
+    dtype: str
+    row: int
+    crc32: int
+
+
+_ADDRESS_QUERY = (
+    "SELECT rows.key, shards.id, shards.file, shards.kind, shards.shape, shards.dtype, rows.row, rows.crc32 "
+    "FROM rows JOIN shards ON shards.id = rows.shard "
+)
+
+
+def _address(record: tuple) -> _Address:
+    key, shard, file, kind, shape, dtype, row, crc32 = record
+    return _Address(key, shard, file, kind, tuple(map(int, shape.split("x"))), dtype, row, crc32)
+
+
+class Cache:
+    """A folder of rows by key; made if it is not there. Safe to read from several threads and processes.
+
+    dtype: what appended rows are stored as, float16 or float32. Raises ValueError for another dtype, or for an index
+    that is damaged or of another version.
+    """
+
+    def __init__(self, path: Path, dtype: str = "float16"):
+        if dtype not in DTYPES:
+            raise ValueError(f"cache dtype {dtype!r} is not known; use one of {', '.join(DTYPES)}")
+        self.path, self.dtype = Path(path), dtype
+        self._shards_path = self.path / SHARDS_FOLDER
+        self._lock = threading.RLock()
+        self._maps: dict[int, np.ndarray] = {}
+        self._checked: set[tuple[int, int]] = set()
+        self._shards_path.mkdir(parents=True, exist_ok=True)
+        # autocommit: transactions are opened by hand, to span the write of the shard
+        self._index = sqlite3.connect(
+            self.path / INDEX_NAME, timeout=_LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False
+        )
+        try:
+            self._open_index()
+        except BaseException:
+            self._index.close()
+            raise
+
+    def _open_index(self) -> None:
+        path = self.path / INDEX_NAME
+        try:
+            # a rollback journal, not WAL: WAL needs shared memory, which network folders (Colab's Drive) lack
+            self._index.execute("PRAGMA journal_mode = DELETE")
+            self._index.execute("PRAGMA synchronous = FULL")
+            found = self._index.execute("PRAGMA user_version").fetchone()[0]
+            if found == 0:
+                self._index.executescript(_SCHEMA + f"PRAGMA user_version = {FORMAT};")
+            self._index.execute("SELECT key FROM rows LIMIT 1").fetchone()
+        except sqlite3.OperationalError as error:
+            raise ValueError(f"cache index {path} cannot be opened ({error}); is another run writing to it?") from error
+        except sqlite3.DatabaseError as error:
+            raise ValueError(f"cache index {path} is damaged ({error}); delete the cache folder") from error
+        if found not in (0, FORMAT):
+            raise ValueError(f"cache {self.path} has format {found}, not {FORMAT}; delete the cache folder")
+
+    def __enter__(self) -> Cache:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the index and the memory maps."""
+        with self._lock:
+            self._maps.clear()
+            self._index.close()
+
+    def __len__(self) -> int:
+        with self._lock:
+            return self._index.execute("SELECT count(*) FROM rows").fetchone()[0]
+
+    def _find(self, keys: Sequence[str]) -> dict[str, _Address]:
+        """Return the addresses of those keys that are in the index."""
+        found = {}
+        for start in range(0, len(keys), _KEYS_PER_QUERY):
+            part = keys[start : start + _KEYS_PER_QUERY]
+            query = f"{_ADDRESS_QUERY} WHERE rows.key IN ({','.join('?' * len(part))})"
+            with self._lock:
+                records = self._index.execute(query, part).fetchall()
+            found.update((record[0], _address(record)) for record in records)
+        return found
+
+    def missing(self, keys: Sequence[str]) -> list[str]:
+        """Return the keys that have no row yet, in order, each once."""
+        unique = list(dict.fromkeys(keys))
+        found = self._find(unique)
+        return [key for key in unique if key not in found]
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """Hold the index's write lock, which is also the lock of the shards' ends; commit at the end."""
+        with self._lock:
+            self._index.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._index.execute("COMMIT")
+            except BaseException:
+                if self._index.in_transaction:
+                    self._index.execute("ROLLBACK")
+                raise
+
+    def _open_shard(self, kind: str, shape: tuple[int, ...], row_bytes: int) -> tuple[int, str, int]:
+        """Return (id, file name, number of rows) of a shard with room for a row."""
+        shape_text = "x".join(map(str, shape))
+        records = self._index.execute(
+            "SELECT id, file, num_rows FROM shards WHERE kind = ? AND shape = ? AND dtype = ? ORDER BY id",
+            (kind, shape_text, self.dtype),
+        ).fetchall()
+        if records and (records[-1][2] + 1) * row_bytes <= MAX_SHARD_BYTES:
+            return records[-1]
+        file = f"{kind}-{shape_text}-{self.dtype}-{len(records):04d}.bin"
+        cursor = self._index.execute(
+            "INSERT INTO shards (file, kind, shape, dtype, num_rows) VALUES (?, ?, ?, ?, 0)",
+            (file, kind, shape_text, self.dtype),
+        )
+        return cursor.lastrowid, file, 0
+
+    def _write_rows(self, file: str, offset: int, rows: np.ndarray) -> None:
+        """Write rows at a byte offset of a shard and sync it; what lay behind is an append that was never committed."""
+        path = self._shards_path / file
+        is_new = not path.exists()
+        with open(path, "wb" if is_new else "r+b") as stream:
+            stream.seek(offset)
+            stream.write(rows.data)
+            stream.truncate()
+            stream.flush()
+            os.fsync(stream.fileno())
+        if is_new:
+            sync_folder(self._shards_path)
+
+    def append(self, kind: str, keys: Sequence[str], array: np.ndarray) -> int:
+        """Return how many rows were added: array[i] under keys[i], those already there left as they are.
+
+        kind: "posterior" (mean and logvar stacked), "latent" (mean alone) or "text". array: (N, ...) floats, stored
+        as the cache's dtype. Afterwards all rows are there; after a kill all or none.
+        Raises ValueError for an unknown kind, lengths that differ, an empty row shape, and values that are not finite
+        in the stored dtype.
+        """
+        if kind not in KINDS:
+            raise ValueError(f"cache kind {kind!r} is not known; use one of {', '.join(KINDS)}")
+        if len(keys) != len(array) or array.ndim < 2 or 0 in array.shape[1:]:
+            raise ValueError(f"{len(keys)} keys do not fit rows of shape {array.shape}; give one key a row")
+        with np.errstate(over="ignore"):
+            array = np.ascontiguousarray(array, dtype=np.dtype(self.dtype).newbyteorder("<"))
+        if not np.isfinite(array).all():
+            raise ValueError(
+                f"{kind} rows hold values that are not finite in {self.dtype}; encode in fp32, or set the cache to float32"
+            )
+        num_added = 0
+        with self._transaction():
+            # asked again under the lock: another process may have made them since
+            wanted = set(self.missing(keys))
+            order = [i for i, key in enumerate(keys) if key in wanted and not wanted.discard(key)]
+            while num_added < len(order):
+                row_bytes = array[0].nbytes
+                shard, file, start = self._open_shard(kind, array.shape[1:], row_bytes)
+                room = max(1, MAX_SHARD_BYTES // row_bytes - start)
+                part = order[num_added : num_added + room]
+                rows = array[part]
+                self._write_rows(file, start * row_bytes, rows)
+                self._index.executemany(
+                    "INSERT INTO rows (key, shard, row, crc32) VALUES (?, ?, ?, ?)",
+                    [(keys[i], shard, start + j, zlib.crc32(rows[j].data)) for j, i in enumerate(part)],
+                )
+                self._index.execute("UPDATE shards SET num_rows = ? WHERE id = ?", (start + len(part), shard))
+                num_added += len(part)
+        return num_added
+
+    def _row(self, address: _Address) -> np.ndarray:
+        """Return a row as a view of its shard's map. Raises CorruptRow if it is short or its checksum differs."""
+        with self._lock:
+            rows = self._maps.get(address.shard)
+            # the shard has grown since it was mapped
+            if rows is None or address.row >= len(rows):
+                rows = self._map(address)
+        row = rows[address.row]
+        if (address.shard, address.row) not in self._checked:
+            if zlib.crc32(row.data) != address.crc32:
+                raise CorruptRow(address.file, address.key, "does not match its checksum")
+            self._checked.add((address.shard, address.row))
+        return row
+
+    def _map(self, address: _Address) -> np.ndarray:
+        dtype = np.dtype(address.dtype).newbyteorder("<")
+        row_bytes = int(np.prod(address.shape)) * dtype.itemsize
+        path = self._shards_path / address.file
+        num_rows = path.stat().st_size // row_bytes if path.is_file() else 0
+        if address.row >= num_rows:
+            raise CorruptRow(address.file, address.key, "lies behind the end of its file")
+        rows = np.memmap(path, dtype, mode="r", shape=(num_rows, *address.shape)).view(np.ndarray)
+        self._maps[address.shard] = rows
+        return rows
+
+    def _require(self, keys: Sequence[str]) -> list[_Address]:
+        """Return the address of each key. Raises ValueError if one is missing."""
+        found = self._find(list(dict.fromkeys(keys)))
+        for key in keys:
+            if key not in found:
+                raise ValueError(f"cache {self.path} has no row {key[:16]}; run `safelight cache` first")
+        return [found[key] for key in keys]
+
+    def kind_of(self, key: str) -> str:
+        """Return the kind a row was appended as. Raises ValueError if it is missing."""
+        return self._require([key])[0].kind
+
+    def read(self, keys: Sequence[str]) -> np.ndarray:
+        """Return the rows of the keys stacked, (len(keys), ...), in their stored dtype; a copy.
+
+        Checksums are checked when a row is first read. Raises CorruptRow for a bad row, and ValueError for a missing
+        one, no keys, or rows of different shapes.
+        """
+        addresses = self._require(keys)
+        shapes = {address.shape for address in addresses}
+        if len(shapes) != 1:
+            raise ValueError(
+                f"rows of one shape can be read together, not {sorted(shapes)}; read each bucket by itself"
+            )
+        return np.stack([self._row(address) for address in addresses])
+
+    def verify(self) -> list[CorruptRow]:
+        """Return an error for every row whose bytes do not match its checksum; empty if the cache is sound."""
+        bad = []
+        with self._lock:
+            # seen afresh: files may have changed since they were mapped
+            self._maps.clear()
+            self._checked.clear()
+            records = self._index.execute(f"{_ADDRESS_QUERY} ORDER BY rows.shard, rows.row").fetchall()
+        for record in records:
+            try:
+                self._row(_address(record))
+            except CorruptRow as error:
+                bad.append(error)
+        return bad

@@ -1,0 +1,394 @@
+"""The cache holds what the encoders gave, makes each row once, survives kills, and notices damage and change."""
+
+import shutil
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from safelight.data import shards
+from safelight.data.buckets import make_buckets
+from safelight.data.cache import (
+    Cache,
+    CorruptRow,
+    empty_text_key,
+    fill_latents,
+    fill_texts,
+    latent_key,
+    plan_samples,
+    sample_captions,
+    text_key,
+)
+from safelight.data.images import load_pixels
+from safelight.data.manifest import read_manifest
+
+
+def all_keys(samples):
+    texts = {key for sample in samples for key in sample.text_keys} | {empty_text_key("text-a", "float16")}
+    return sorted({key for sample in samples for key in sample.latent_keys}) + sorted(texts)
+
+
+def contents(cache, keys):
+    return {key: cache.read([key])[0].tobytes() for key in keys}
+
+
+@pytest.fixture
+def filled(tmp_path, noise_dataset, fakes):
+    """A complete cache of the noise dataset with its samples."""
+    with Cache(tmp_path / "filled") as cache:
+        fakes.fill(cache, noise_dataset, fakes.FakeVae(), fakes.FakeTextEncoder())
+        yield cache, fakes.plan(noise_dataset, fakes.FakeVae(), fakes.FakeTextEncoder())
+
+
+def test_rows_are_the_encoding_of_the_crop(filled, noise_dataset, fakes):
+    cache, samples = filled
+    for sample in samples[:6]:
+        for key, crop in zip(sample.latent_keys, sample.crops, strict=True):
+            size = (sample.bucket.width, sample.bucket.height)
+            pixels = load_pixels(noise_dataset / sample.photo.file, crop.box, size, crop.is_flipped)
+            mean, logvar = fakes.FakeVae().encode(torch.from_numpy(pixels)[None])
+            expected = torch.cat([mean, logvar], dim=1)[0].numpy().astype(np.float16)
+            np.testing.assert_array_equal(cache.read([key])[0], expected)
+            assert cache.kind_of(key) == "posterior"
+        expected = fakes.FakeTextEncoder().encode([sample.captions[0]])[0].numpy().astype(np.float16)
+        np.testing.assert_array_equal(cache.read([sample.text_keys[0]])[0], expected)
+
+
+def test_second_run_makes_nothing(filled, noise_dataset, fakes):
+    cache, samples = filled
+    vae, text = fakes.FakeVae(), fakes.FakeTextEncoder()
+    before = len(cache)
+    assert fakes.fill(cache, noise_dataset, vae, text) == 0
+    assert (vae.num_encoded, text.encoded, len(cache)) == (0, [], before)
+    assert before == len(all_keys(samples))
+
+
+def test_shared_captions_are_encoded_once_and_the_empty_one_always(tmp_path, fakes):
+    text = fakes.FakeTextEncoder()
+    with Cache(tmp_path / "cache") as cache:
+        assert fill_texts(cache, ["a", "b", "a"], text, batch_size=2) == 3
+        assert text.encoded == ["", "a", "b"]
+        assert fill_texts(cache, ["b", "c"], text, batch_size=2) == 1
+        assert cache.missing([text_key(t, "text-a", "float16") for t in ("", "a", "b", "c")]) == []
+
+
+def test_latents_without_posterior(tmp_path, noise_dataset, fakes):
+    vae = fakes.FakeVae(has_posterior=False)
+    samples = fakes.plan(noise_dataset, vae, fakes.FakeTextEncoder(), variants=1)
+    with Cache(tmp_path / "cache") as cache:
+        fill_latents(cache, noise_dataset, samples, vae, batch_size=4)
+        row = cache.read(samples[0].latent_keys[:1])
+        assert cache.kind_of(samples[0].latent_keys[0]) == "latent"
+        assert row.shape == (1, 4, samples[0].bucket.height // 8, samples[0].bucket.width // 8)
+
+
+def test_keys_name_all_they_depend_on(noise_dataset):
+    photo = read_manifest(noise_dataset)[0]
+    base = {"variants": 2, "crop_jitter": 0.2, "flip_p": 1.0, "seed": 1, "dtype": "float16"}
+    base |= {"vae_fingerprint": "v", "text_fingerprint": "t"}
+    buckets = make_buckets(64, 8)
+
+    def keys(buckets=buckets, photo=photo, **change):
+        (sample,) = plan_samples([photo], buckets, **{**base, **change})
+        return (*sample.latent_keys, *sample.text_keys)
+
+    first = keys()
+    assert keys() == first
+    changes = {
+        "vae_fingerprint": ("w", (0, 1)),
+        "text_fingerprint": ("u", (2,)),
+        "dtype": ("float32", (0, 1, 2)),
+        "seed": (2, (1,)),
+        "crop_jitter": (0.5, (1,)),
+        "flip_p": (0.0, (1,)),
+        "prefix": ("x ", (2,)),
+        "suffix": (", x", (2,)),
+        "buckets": (make_buckets(128, 8), (0, 1)),
+    }
+    for name, (value, changed) in changes.items():
+        other = keys(**{name: value})
+        assert {i for i in range(3) if other[i] != first[i]} == set(changed), name
+
+
+def test_prefix_and_suffix_are_encoded_and_the_empty_caption_has_neither(noise_dataset, fakes):
+    vae, text = fakes.FakeVae(), fakes.FakeTextEncoder()
+    samples = fakes.plan(noise_dataset, vae, text, prefix="photo of ", suffix=", film")
+    assert samples[0].captions == ("photo of noise 0, film",)
+    assert len(sample_captions(samples)) == 10
+    assert empty_text_key("text-a", "float16") == text_key("", "text-a", "float16")
+
+
+def test_changed_photo_is_noticed(tmp_path, noise_dataset, fakes, make_noise):
+    dataset = tmp_path / "dataset"
+    shutil.copytree(noise_dataset, dataset)
+    vae, text = fakes.FakeVae(), fakes.FakeTextEncoder()
+    name = read_manifest(dataset)[3].file
+    make_noise(99, (64, 96)).save(dataset / name)
+    with Cache(tmp_path / "cache") as cache:
+        with pytest.raises(ValueError, match=f"{name} changed since .*safelight prepare"):
+            fakes.fill(cache, dataset, vae, text)
+        (dataset / name).unlink()
+        with pytest.raises(ValueError, match=f"{name} cannot be read .*safelight prepare"):
+            fakes.fill(cache, dataset, vae, text)
+
+
+def test_another_vae_than_planned_is_refused(tmp_path, noise_dataset, fakes):
+    samples = fakes.plan(noise_dataset, fakes.FakeVae("vae-a"), fakes.FakeTextEncoder())
+    with Cache(tmp_path / "cache") as cache, pytest.raises(ValueError, match="another VAE"):
+        fill_latents(cache, noise_dataset, samples, fakes.FakeVae("vae-b"), 4)
+    with Cache(tmp_path / "cache", "float32") as cache, pytest.raises(ValueError, match="dtype"):
+        fill_latents(cache, noise_dataset, samples, fakes.FakeVae("vae-a"), 4)
+
+
+def test_non_finite_latents_name_the_photo(tmp_path, noise_dataset, fakes):
+    class Broken(fakes.FakeVae):
+        def encode(self, pixels_BCHW):
+            mean, logvar = super().encode(pixels_BCHW)
+            mean[-1, 0, 0, 0] = float("nan")
+            return mean, logvar
+
+    samples = fakes.plan(noise_dataset, Broken(), fakes.FakeTextEncoder())
+    with Cache(tmp_path / "cache") as cache:
+        with pytest.raises(ValueError, match=r"not finite for images/noise-"):
+            fill_latents(cache, noise_dataset, samples, Broken(), 4)
+        assert len(cache) == 0
+
+
+def run_child(dataset, cache_path, how, at, **options):
+    script = Path(__file__).with_name("fakes.py")
+    command = [sys.executable, str(script), str(dataset), str(cache_path), how, str(at)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options)
+
+
+def test_kill_at_any_moment_loses_at_most_a_batch(tmp_path, noise_dataset, fakes, filled):
+    """kill -9 within a write, before the commit, after it and at some time; then the rest is made: the same contents."""
+    reference_cache, samples = filled
+    keys = all_keys(samples)
+    path = tmp_path / "killed"
+    num_before = 0
+    # writes 1 to 3 of a first run are texts, the rest latents; a resumed run goes straight on with what is missing
+    for how, at, least in (("within", 6, 9), ("before_commit", 3, 6), ("after_commit", 2, 6), ("any_time", 0, 1)):
+        child = run_child(noise_dataset, path, how, at)
+        if how == "any_time":
+            while int(child.stdout.readline()) < 9:
+                pass
+            child.kill()
+        assert child.wait(timeout=60) == -9
+        child.stdout.close()
+        with Cache(path) as cache:
+            assert cache.verify() == []
+            num_rows = len(cache)
+            assert num_rows >= num_before + least, how
+            present = [key for key in keys if key not in set(cache.missing(keys))]
+            assert len(present) == num_rows
+            assert contents(cache, present) == contents(reference_cache, present)
+        num_before = num_rows
+    assert num_before < len(keys)
+    vae = fakes.FakeVae()
+    with Cache(path) as cache:
+        assert fakes.fill(cache, noise_dataset, vae, fakes.FakeTextEncoder()) == len(keys) - num_before
+        assert vae.num_encoded == len(keys) - num_before
+        assert contents(cache, keys) == contents(reference_cache, keys)
+        assert cache.verify() == []
+    # nothing of the lost batches is left: the shards are of exactly the size of the uninterrupted run's together
+    sizes = [sum(file.stat().st_size for file in (p / "shards").iterdir()) for p in (path, reference_cache.path)]
+    assert sizes[0] == sizes[1]
+
+
+def test_flipped_bit_is_found_on_reading_and_by_verify(filled):
+    cache, samples = filled
+    shard = max((cache.path / "shards").glob("posterior-*"), key=lambda file: file.stat().st_size)
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    cache.close()
+    shard.write_bytes(content)
+    with Cache(cache.path) as again:
+        (bad,) = again.verify()
+        assert bad.shard == shard.name
+        with pytest.raises(CorruptRow, match=shard.name) as caught:
+            again.read([bad.key])
+        assert caught.value.key == bad.key
+        assert isinstance(caught.value, ValueError)
+        good = [key for key in all_keys(samples) if key != bad.key]
+        assert len(contents(again, good)) == len(good)
+
+
+def test_cut_and_lost_shards_are_found(filled):
+    cache, _ = filled
+    cut, lost = sorted((cache.path / "shards").glob("posterior-*"))[:2]
+    lost_rows = lost.stat().st_size
+    cut.write_bytes(cut.read_bytes()[:-1])
+    lost.unlink()
+    bad = cache.verify()
+    assert {error.shard for error in bad} == {cut.name, lost.name}
+    assert sum(error.shard == cut.name for error in bad) == 1
+    row_bytes = 8 * np.prod([int(x) for x in lost.name.split("-")[1].split("x")[1:]]) * 2
+    assert sum(error.shard == lost.name for error in bad) == lost_rows // row_bytes
+
+
+def test_damaged_index_and_other_format_say_so(tmp_path):
+    with Cache(tmp_path / "a"):
+        pass
+    (tmp_path / "a" / "index.sqlite").write_bytes(b"not a database at all" * 100)
+    with pytest.raises(ValueError, match=r"index\.sqlite is damaged"):
+        Cache(tmp_path / "a")
+    with Cache(tmp_path / "b"):
+        pass
+    index = sqlite3.connect(tmp_path / "b" / "index.sqlite")
+    index.execute("PRAGMA user_version = 77")
+    index.close()
+    with pytest.raises(ValueError, match="format 77"):
+        Cache(tmp_path / "b")
+
+
+def test_rows_of_several_shapes_over_several_shards(tmp_path, monkeypatch):
+    """With shards of three rows each, also when one append spans shards."""
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(shards, "MAX_SHARD_BYTES", 3 * 2 * 4 * 5 * 4 + 7)
+    written = {}
+    with Cache(tmp_path / "cache", "float32") as cache:
+        for num in (1, 4, 2, 1):
+            rows = rng.standard_normal((num, 2, 4, 5)).astype(np.float32)
+            keys = [f"key {len(written) + i}" for i in range(num)]
+            assert cache.append("latent", keys, rows) == num
+            written |= dict(zip(keys, rows, strict=True))
+        other = rng.standard_normal((2, 3)).astype(np.float32)
+        cache.append("text", ["x", "y"], other)
+        names = sorted(file.name for file in (tmp_path / "cache" / "shards").iterdir())
+        assert names == [*(f"latent-2x4x5-float32-{i:04d}.bin" for i in range(3)), "text-3-float32-0000.bin"]
+        order = rng.permutation(list(written)).tolist()
+        np.testing.assert_array_equal(
+            cache.read([*order, order[0]]), np.stack([written[k] for k in [*order, order[0]]])
+        )
+        np.testing.assert_array_equal(cache.read(["y", "x"]), other[::-1])
+        with pytest.raises(ValueError, match="one shape"):
+            cache.read(["x", "key 0"])
+        with pytest.raises(ValueError, match="no row z"):
+            cache.read(["z"])
+
+
+def test_append_keeps_the_first_row_of_a_key(tmp_path):
+    with Cache(tmp_path / "cache") as cache:
+        assert cache.append("text", ["a", "b", "a"], np.array([[1.0], [2.0], [3.0]])) == 2
+        assert cache.append("text", ["b", "c"], np.array([[8.0], [9.0]])) == 1
+        assert cache.read(["a", "b", "c"]).ravel().tolist() == [1, 2, 9]
+        assert cache.missing(["d", "a", "d"]) == ["d"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "rows", "message"),
+    [
+        ("image", ["a"], [[1.0]], "kind 'image'"),
+        ("text", ["a"], [[1.0], [2.0]], "1 keys do not fit"),
+        ("text", ["a"], [[np.inf]], "not finite"),
+        ("text", ["a"], [[1e6]], "not finite in float16.*float32"),
+    ],
+)
+def test_bad_rows_are_refused_and_nothing_is_stored(tmp_path, kind, keys, rows, message):
+    with Cache(tmp_path / "cache") as cache:
+        with pytest.raises(ValueError, match=message):
+            cache.append(kind, keys, np.array(rows))
+        assert len(cache) == 0
+    with pytest.raises(ValueError, match="float64"):
+        Cache(tmp_path / "cache", "float64")
+
+
+def test_full_disk_leaves_the_cache_usable(tmp_path, monkeypatch):
+    with Cache(tmp_path / "cache") as cache:
+        cache.append("text", ["a"], np.array([[1.0]]))
+
+        def full(*args):
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("safelight.data.shards.os.fsync", full)
+            with pytest.raises(OSError, match="No space left"):
+                cache.append("text", ["b"], np.array([[2.0]]))
+        assert cache.missing(["a", "b"]) == ["b"]
+        cache.append("text", ["c"], np.array([[3.0]]))
+        assert cache.read(["a", "c"]).ravel().tolist() == [1, 3]
+        assert cache.verify() == []
+
+
+def test_two_writers_and_a_reader_do_not_disturb_each_other(tmp_path):
+    """Two caches on one folder append overlapping keys while a third reads: every row is right, none is there twice."""
+    errors = []
+
+    def write(start):
+        with Cache(tmp_path / "cache") as cache:
+            for i in range(start, start + 30):
+                cache.append("text", [str(i), str(i + 5)], np.array([[i, i], [i + 5, i + 5]]))
+
+    def read(stop):
+        with Cache(tmp_path / "cache") as cache:
+            while not stop.is_set():
+                present = [str(i) for i in range(60) if not cache.missing([str(i)])]
+                if present and cache.read(present)[:, 0].tolist() != [int(key) for key in present]:
+                    errors.append(present)
+                time.sleep(0.005)
+
+    with Cache(tmp_path / "cache"):
+        stop = threading.Event()
+        reader = threading.Thread(target=read, args=(stop,))
+        writers = [threading.Thread(target=write, args=(start,)) for start in (0, 12)]
+        for thread in (reader, *writers):
+            thread.start()
+        for thread in writers:
+            thread.join()
+        stop.set()
+        reader.join()
+    assert errors == []
+    with Cache(tmp_path / "cache") as cache:
+        assert len(cache) == 47
+        assert cache.read([str(i) for i in range(47)])[:, 1].tolist() == list(range(47))
+        assert cache.verify() == []
+
+
+def test_decoding_runs_ahead_of_encoding(tmp_path, noise_dataset, fakes, monkeypatch):
+    """While the first batch is encoded, the next is being decoded: the encoder waits for it and is not kept waiting."""
+    decoded = threading.Semaphore(0)
+    load = __import__("safelight.data.cache", fromlist=["cache"])._load_pixels
+
+    def counted(*args):
+        pixels = load(*args)
+        decoded.release()
+        return pixels
+
+    class Waiting(fakes.FakeVae):
+        num_calls = 0
+
+        def encode(self, pixels_BCHW):
+            Waiting.num_calls += 1
+            # the first call goes on only once its own batch and the next have been decoded
+            if Waiting.num_calls == 1:
+                assert decoded.acquire(timeout=10)
+                assert decoded.acquire(timeout=10)
+            return super().encode(pixels_BCHW)
+
+    monkeypatch.setattr("safelight.data.cache._load_pixels", counted)
+    vae = Waiting()
+    samples = fakes.plan(noise_dataset, vae, fakes.FakeTextEncoder(), variants=1)
+    with Cache(tmp_path / "cache") as cache:
+        assert fill_latents(cache, noise_dataset, samples, vae, batch_size=3) == 20
+
+
+def test_a_photo_is_decoded_once_for_its_variants(tmp_path, noise_dataset, fakes, monkeypatch):
+    calls = []
+    monkeypatch.setattr(Image, "open", lambda stream, real=Image.open: calls.append(1) or real(stream))
+    samples = fakes.plan(noise_dataset, fakes.FakeVae(), fakes.FakeTextEncoder())[:1]
+    with Cache(tmp_path / "cache") as cache:
+        assert fill_latents(cache, noise_dataset, samples, fakes.FakeVae(), batch_size=8) == 3
+    assert len(calls) == 1
+
+
+def test_latent_key_changes_with_the_photo(noise_dataset, fakes):
+    samples = fakes.plan(noise_dataset, fakes.FakeVae(), fakes.FakeTextEncoder())
+    keys = [latent_key(s.photo, samples[0].crops[0], samples[0].bucket, "v", "float16") for s in samples]
+    assert len(set(keys)) == len(samples)

@@ -1,0 +1,227 @@
+"""What comes out of an image file is upright RGB of the right colours, or a reason."""
+
+import contextlib
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from safelight.data.images import RejectedImage, decode, encode, load_pixels, shrunk_size
+
+
+def saved(image, image_format, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def exif(orientation):
+    block = Image.Exif()
+    block[0x0112] = orientation
+    return block
+
+
+@pytest.fixture
+def corners():
+    """32 x 16, each quarter another colour."""
+    pixels = np.zeros((16, 32, 3), np.uint8)
+    pixels[:8, :16], pixels[:8, 16:], pixels[8:, :16], pixels[8:, 16:] = (250, 0, 0), (0, 250, 0), (0, 0, 250), 250
+    return Image.fromarray(pixels)
+
+
+# where the red, green, blue and white quarters of the stored pixels end, as the EXIF standard defines the tag
+QUARTERS = {1: "RGBW", 2: "GRWB", 3: "WBGR", 4: "BWRG", 5: "RBGW", 6: "BRWG", 7: "WGBR", 8: "GWRB"}
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(corners, orientation, image_format):
+    options = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}.get(image_format, {})
+    decoded = decode(saved(corners, image_format, exif=exif(orientation), **options))
+    assert decoded.image.size == ((32, 16) if orientation <= 4 else (16, 32))
+    width, height = decoded.image.size
+    places = [(width // 4, height // 4), (3 * width // 4, height // 4)]
+    places += [(x, 3 * height // 4) for x, _ in places]
+    names = {(True, False, False): "R", (False, True, False): "G", (False, False, True): "B", (True, True, True): "W"}
+    found = "".join(names[tuple(channel > 128 for channel in decoded.image.getpixel(place))] for place in places)
+    assert found == QUARTERS[orientation]
+    assert decoded.is_copyable == (orientation == 1 and image_format != "TIFF")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_damaged_exif_does_not_cost_the_photo(make_noise):
+    content = saved(make_noise(1), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff" + b"\xff" * 30)
+    assert decode(content).image.size == (40, 30)
+
+
+def test_alpha_lies_over_white():
+    image = Image.new("RGBA", (20, 20), (200, 0, 0, 0))
+    image.paste((0, 0, 100, 128), (10, 0, 20, 20))
+    out = decode(saved(image, "PNG"))
+    assert out.image.getpixel((0, 0)) == (255, 255, 255)
+    assert out.image.getpixel((15, 5)) == pytest.approx((127, 127, 177), abs=1)
+    assert not out.is_copyable
+
+
+def test_palette_with_a_transparent_colour():
+    image = Image.new("P", (20, 20), 1)
+    image.putpalette([9, 9, 9, 10, 200, 30])
+    image.paste(0, (0, 0, 10, 20))
+    out = decode(saved(image, "PNG", transparency=0)).image
+    assert out.getpixel((0, 0)) == (255, 255, 255)
+    assert out.getpixel((15, 5)) == (10, 200, 30)
+
+
+def test_rgb_png_with_a_transparent_colour_is_not_copied():
+    out = decode(saved(Image.new("RGB", (20, 20), (1, 2, 3)), "PNG", transparency=(1, 2, 3)))
+    assert out.image.getpixel((3, 3)) == (255, 255, 255)
+    assert not out.is_copyable
+
+
+def test_16_bit_grey_keeps_its_brightness():
+    ramp = np.tile(np.linspace(0, 65535, 32).astype(np.uint16), (16, 1))
+    out = np.asarray(decode(saved(Image.fromarray(ramp), "PNG")).image)
+    assert np.abs(out[0, :, 0].astype(float) - np.linspace(0, 255, 32)).max() <= 1
+    assert (out[..., 0] == out[..., 2]).all()
+
+
+def test_float_tiff_is_scaled_by_its_range():
+    ramp = np.tile(np.linspace(0, 1, 32, dtype=np.float32), (16, 1))
+    out = np.asarray(decode(saved(Image.fromarray(ramp), "TIFF")).image)
+    assert np.abs(out[0, :, 0].astype(float) - np.linspace(0, 255, 32)).max() <= 1
+
+
+def test_cmyk_and_grey_jpeg():
+    cmyk = decode(saved(Image.new("CMYK", (20, 20), (0, 255, 255, 0)), "JPEG", quality=100))
+    assert cmyk.image.getpixel((5, 5)) == pytest.approx((255, 0, 0), abs=3)
+    grey = decode(saved(Image.new("L", (20, 20), 77), "JPEG"))
+    assert grey.image.getpixel((5, 5)) == (77, 77, 77)
+    assert not cmyk.is_copyable
+    assert not grey.is_copyable
+
+
+@pytest.mark.parametrize("image_format", ["GIF", "WEBP", "PNG"])
+def test_animated_gives_the_first_frame(image_format):
+    first, second = Image.new("RGB", (20, 20), (255, 0, 0)), Image.new("RGB", (20, 20), (0, 0, 255))
+    out = decode(saved(first, image_format, save_all=True, append_images=[second], duration=100))
+    assert out.image.getpixel((5, 5)) == pytest.approx((255, 0, 0), abs=6)
+    assert not out.is_copyable
+
+
+def test_foreign_colour_profile_is_converted():
+    """A profile with red and blue exchanged turns a stored red into blue."""
+    content = saved(Image.new("RGB", (20, 20), (250, 5, 5)), "PNG", icc_profile=_swapped_profile())
+    out = decode(content)
+    red, _, blue = out.image.getpixel((5, 5))
+    assert blue > 200 > red
+    assert not out.is_copyable
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    assert decode(saved(Image.new("RGB", (20, 20), (250, 5, 5)), "PNG", icc_profile=srgb)).is_copyable
+
+
+def _swapped_profile() -> bytes:
+    """Return an sRGB profile whose red and blue primaries are exchanged and whose name is another."""
+    data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    table = {}
+    for i in range(struct.unpack(">I", data[128:132])[0]):
+        start = 132 + 12 * i
+        table[bytes(data[start : start + 4])] = start
+    red, blue = table[b"rXYZ"], table[b"bXYZ"]
+    data[red + 4 : red + 12], data[blue + 4 : blue + 12] = data[blue + 4 : blue + 12], data[red + 4 : red + 12]
+    return bytes(data).replace("sRGB".encode("utf-16-be"), "test".encode("utf-16-be")).replace(b"sRGB", b"RGB ")
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "GIF", "TIFF"])
+def test_truncated_file_is_rejected(make_noise, image_format):
+    content = saved(make_noise(1, (64, 64)), image_format)
+    with pytest.raises(RejectedImage):
+        decode(content[: len(content) // 2])
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
+def test_not_an_image_is_rejected(content):
+    with pytest.raises(RejectedImage):
+        decode(content)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_every_damage_gives_an_image_or_a_reason(make_noise):
+    """Flipped bytes anywhere, in five formats: never another exception."""
+    rng = np.random.default_rng(5)
+    for image_format in ("JPEG", "PNG", "WEBP", "GIF", "TIFF"):
+        content = saved(make_noise(2), image_format)
+        for _ in range(60):
+            damaged = bytearray(content)
+            for position in rng.integers(0, min(len(damaged), 300), 4):
+                damaged[position] = rng.integers(256)
+            with contextlib.suppress(RejectedImage):
+                assert decode(bytes(damaged)).image.mode == "RGB"
+
+
+def test_decompression_bomb_is_rejected():
+    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    with pytest.raises(RejectedImage, match="megapixels"):
+        decode(b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 0) + b"IDAT")
+
+
+def test_tiny_image_is_rejected():
+    with pytest.raises(RejectedImage, match="8 x 30 px is too small"):
+        decode(saved(Image.new("RGB", (8, 30)), "PNG"))
+
+
+@pytest.mark.parametrize("size", [(6000, 4000), (4000, 6000), (1225, 1225), (20000, 100), (1501, 1000)])
+def test_shrunk_size_is_within_the_limit_and_near_it(size):
+    width, height = shrunk_size(*size, 1.5)
+    assert width * height <= 1.5e6
+    assert (width + 1) * (height + 1) > 1.5e6
+    assert width / height == pytest.approx(size[0] / size[1], rel=2 / height)
+
+
+def test_shrinking_keeps_the_picture(corners):
+    """Through JPEG's draft decoding and LANCZOS the quarters stay where they are."""
+    large = saved(corners.resize((3200, 1600), Image.Resampling.NEAREST), "JPEG", exif=exif(6))
+    out = decode(large, max_megapixels=0.02)
+    assert out.is_shrunk
+    assert out.image.size == (100, 200)
+    reference = decode(saved(corners, "PNG", exif=exif(6))).image.resize((100, 200), Image.Resampling.BOX)
+    difference = np.abs(np.asarray(out.image, float) - np.asarray(reference, float)).mean()
+    assert difference < 6
+
+
+def test_content_hash_is_of_pixels(make_noise):
+    image = make_noise(3)
+    png, webp = saved(image, "PNG"), saved(image, "WEBP", lossless=True, exact=True)
+    assert decode(png).content_sha256 == decode(webp).content_sha256
+    assert decode(png).content_sha256 != decode(saved(make_noise(4), "PNG")).content_sha256
+    # the same bytes in another shape are another picture
+    assert (
+        decode(saved(Image.new("RGB", (20, 40)), "PNG")).content_sha256
+        != decode(saved(Image.new("RGB", (40, 20)), "PNG")).content_sha256
+    )
+
+
+def test_encoding_keeps_the_colours(corners):
+    corners = corners.resize((160, 80), Image.Resampling.NEAREST)
+    for image_format in ("jpeg", "webp"):
+        content, suffix = encode(corners, image_format, 95)
+        out = Image.open(io.BytesIO(content))
+        assert out.format.lower() == image_format
+        assert suffix in (".jpg", ".webp")
+        assert np.abs(np.asarray(out.convert("RGB"), float) - np.asarray(corners, float)).mean() < 4
+
+
+def test_pixels_are_the_crop_in_the_range(tmp_path, corners):
+    corners.save(tmp_path / "a.png")
+    whole = load_pixels(tmp_path / "a.png", (0, 0, 32, 16), (32, 16), False)
+    assert whole.dtype == np.float32
+    np.testing.assert_array_equal(whole, np.asarray(corners, np.float32).transpose(2, 0, 1) / np.float32(127.5) - 1)
+    flipped = load_pixels(tmp_path / "a.png", (0, 0, 32, 16), (32, 16), True)
+    np.testing.assert_array_equal(flipped, whole[:, :, ::-1])
+    blue = load_pixels(tmp_path / "a.png", (2, 10, 10, 14), (4, 2), False)
+    assert blue.shape == (3, 2, 4)
+    # LANCZOS reaches a little beyond the box
+    np.testing.assert_allclose(blue[:, 1, 1], [-1, -1, 250 / 127.5 - 1], atol=0.03)

@@ -1,0 +1,249 @@
+"""From folders of originals to a dataset: what is copied, shrunk, dropped, listed, and what a second call changes."""
+
+import hashlib
+import json
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from safelight.data.images import decode
+from safelight.data.ingest import ingest
+from safelight.data.manifest import read_manifest
+
+
+def snapshot(folder):
+    return {
+        path.relative_to(folder).as_posix(): (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture
+def source(tmp_path):
+    folder = tmp_path / "originals"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    return tmp_path / "dataset"
+
+
+@pytest.mark.parametrize(("image_format", "suffix"), [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp")])
+def test_what_needs_no_change_is_copied_byte_for_byte(source, dataset, make_noise, image_format, suffix):
+    original = source / f"a b_1.{suffix.upper()}"
+    make_noise(1).save(original, image_format)
+    summary = ingest([source], dataset)
+    (photo,) = summary.photos
+    assert (dataset / photo.file).read_bytes() == original.read_bytes()
+    assert photo.file == f"images/a-b_1-{photo.sha256[:8]}.{suffix}"
+    assert photo.sha256 == hashlib.sha256(original.read_bytes()).hexdigest()
+    assert (photo.width, photo.height, photo.captions) == (40, 30, ("a b",))
+    assert (summary.num_copied, summary.num_shrunk) == (1, 0)
+
+
+def test_large_photo_is_shrunk_and_stored_at_the_asked_format(source, dataset, make_noise):
+    ramp = np.linspace(0, 255, 400, dtype=np.uint8)[None, :, None].repeat(200, 0).repeat(3, 2)
+    Image.fromarray(ramp).save(source / "ramp.png")
+    summary = ingest([source], dataset, max_megapixels=0.02, image_format="webp")
+    (photo,) = summary.photos
+    assert (photo.width, photo.height) == (200, 100)
+    assert summary.num_shrunk == 1
+    with Image.open(dataset / photo.file) as stored:
+        assert stored.format == "WEBP"
+        assert np.abs(np.asarray(stored)[50, :, 0] - np.linspace(0, 255, 200)).max() < 8
+
+
+def test_rotated_photo_is_stored_upright(source, dataset):
+    pixels = np.zeros((30, 60, 3), np.uint8)
+    pixels[:, :30] = (250, 0, 0)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(source / "a.jpg", exif=exif, quality=95)
+    (photo,) = ingest([source], dataset).photos
+    assert (photo.width, photo.height) == (30, 60)
+    with Image.open(dataset / photo.file) as stored:
+        assert stored.getexif().get(0x0112, 1) == 1
+        # turned clockwise, the left half comes to lie on top
+        assert stored.getpixel((15, 10))[0] > 200 > 60 > stored.getpixel((15, 50))[0]
+
+
+def test_originals_are_untouched(source, dataset, make_noise):
+    make_noise(1, (400, 300)).save(source / "a.png")
+    make_noise(2).save(source / "b.gif")
+    (source / "b.txt").write_text("b")
+    before = snapshot(source)
+    ingest([source], dataset, max_megapixels=0.01)
+    assert snapshot(source) == before
+
+
+def test_duplicates_by_decoded_content_are_dropped_and_listed(source, dataset, make_noise):
+    make_noise(1).save(source / "a.png")
+    make_noise(1).save(source / "b.webp", lossless=True, exact=True)
+    make_noise(1).save(source / "c.tiff")
+    make_noise(2).save(source / "d.png")
+    summary = ingest([source], dataset)
+    assert [photo.captions[0] for photo in summary.photos] == ["a", "d"]
+    assert summary.num_duplicates == 2
+    assert [(os.path.basename(item.path), item.reason) for item in summary.rejected] == [
+        ("b.webp", "same picture as originals/a.png"),
+        ("c.tiff", "same picture as originals/a.png"),
+    ]
+    assert len(list((dataset / "images").iterdir())) == 2
+
+
+def test_every_rejected_file_is_listed_and_none_is_fatal(source, dataset, make_noise):
+    make_noise(1).save(source / "good.png")
+    content = (source / "good.png").read_bytes()
+    (source / "cut.png").write_bytes(content[: len(content) // 2])
+    (source / "empty.jpg").write_bytes(b"")
+    (source / "notes.md").write_text("hello")
+    (source / "dangling.jpg").symlink_to(source / "nowhere.jpg")
+    Image.new("RGB", (4, 4)).save(source / "dot.png")
+    (source / ".hidden.png").write_bytes(content)
+    (source / "captions.jsonl").write_text('{"file_name": "gone.png", "text": "x"}\n')
+    summary = ingest([source], dataset)
+    assert len(summary.photos) == 1
+    reasons = {os.path.basename(item.path): item.reason for item in summary.rejected}
+    assert reasons.keys() == {"cut.png", "empty.jpg", "notes.md", "dangling.jpg", "dot.png", "captions.jsonl:1"}
+    assert "truncated" in reasons["cut.png"]
+    assert "not an image" in reasons["notes.md"]
+    assert "No such file" in reasons["dangling.jpg"]
+    assert "too small" in reasons["dot.png"]
+    listed = [json.loads(line) for line in (dataset / "rejected.jsonl").read_text().splitlines()]
+    assert {os.path.basename(row["path"]): row["reason"] for row in listed} == reasons
+
+
+def test_pillow_warns_nobody(source, dataset, make_noise, recwarn, monkeypatch):
+    """Neither a huge photo nor a damaged tag puts a line of Pillow's on the screen."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    make_noise(1).save(source / "huge.png")
+    make_noise(2, (30, 30)).save(source / "tag.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff" + b"\xff" * 30)
+    make_noise(3, (50, 50)).save(source / "bomb.png")
+    summary = ingest([source], dataset)
+    assert [photo.captions[0] for photo in summary.photos] == ["huge", "tag"]
+    assert "decompression bombs" in summary.rejected[0].reason
+    assert len(recwarn) == 0
+
+
+def test_same_call_again_gives_the_same_dataset(source, dataset, make_noise):
+    make_noise(1).save(source / "a.png")
+    make_noise(2, (200, 150)).save(source / "b.gif")
+    make_noise(1).save(source / "c.tiff")
+    ingest([source], dataset, max_megapixels=0.02)
+    before = {name: content for name, (content, _) in snapshot(dataset).items()}
+    ingest([source], dataset, max_megapixels=0.02)
+    assert {name: content for name, (content, _) in snapshot(dataset).items()} == before
+
+
+def test_second_source_extends_the_manifest_and_finds_old_duplicates(tmp_path, source, dataset, make_noise):
+    make_noise(1).save(source / "a.png")
+    make_noise(2, (200, 150)).save(source / "large.png")
+    first = ingest([source], dataset, max_megapixels=0.02).photos
+    second_source = tmp_path / "more"
+    second_source.mkdir()
+    make_noise(3).save(second_source / "new.png")
+    make_noise(1).save(second_source / "again.tiff")
+    make_noise(2, (200, 150)).save(second_source / "large again.tiff")
+    summary = ingest([second_source], dataset, max_megapixels=0.02)
+    assert summary.photos[:2] == first
+    assert [photo.captions[0] for photo in summary.photos[2:]] == ["new"]
+    assert summary.num_duplicates == 2
+    assert read_manifest(dataset) == summary.photos
+
+
+def test_changed_caption_settings_and_photo_are_taken_up(source, dataset, make_noise):
+    make_noise(1, (200, 150)).save(source / "a.png")
+    make_noise(2).save(source / "b.png")
+    ingest([source], dataset)
+    (source / "a.txt").write_text("better words")
+    photos = ingest([source], dataset, max_megapixels=0.02).photos
+    assert [photo.captions[0] for photo in photos] == ["better words", "b"]
+    assert photos[0].width * photos[0].height <= 20000
+    # the rendering at the old size is gone, not orphaned
+    assert {f"images/{path.name}" for path in (dataset / "images").iterdir()} == {photo.file for photo in photos}
+    make_noise(5).save(source / "b.png")
+    summary = ingest([source], dataset, max_megapixels=0.02)
+    assert len(summary.photos) == 3
+    assert "b.png changed since it was prepared" in summary.warnings[0]
+
+
+def test_photo_deleted_from_the_dataset_leaves_the_manifest(source, dataset, make_noise, tmp_path):
+    for i in range(2):
+        make_noise(i).save(source / f"{i}.png")
+    photos = ingest([source], dataset).photos
+    (dataset / photos[0].file).unlink()
+    (source / "0.png").unlink()
+    summary = ingest([source], dataset)
+    assert summary.photos == photos[1:]
+    assert "is gone" in summary.warnings[0]
+
+
+def test_folders_are_walked_sorted_without_loops_or_the_dataset(source, make_noise):
+    (source / "b" / ".git").mkdir(parents=True)
+    (source / "a").mkdir()
+    for i, name in enumerate(("z.png", "b/y.png", "a/x.png", "b/.git/hidden.png")):
+        make_noise(i).save(source / name)
+    (source / "a" / "loop").symlink_to(source)
+    (source / "b" / "up").symlink_to(source / "a")
+    dataset = source / "dataset"
+    for _ in range(2):
+        summary = ingest([source], dataset)
+        assert [photo.source for photo in summary.photos] == [f"originals/{x}.png" for x in ("a/x", "b/y", "z")]
+        assert summary.rejected == []
+
+
+def test_single_files_are_sources_too(source, dataset, make_noise):
+    for i in range(2):
+        make_noise(i).save(source / f"n{i}.png")
+    (source / "captions.jsonl").write_text('{"file_name": "n1.png", "text": "told"}\n')
+    assert [photo.captions for photo in ingest([source / "n1.png"], dataset).photos] == [("told",)]
+
+
+def test_progress_counts_every_file(source, dataset, make_noise):
+    for i in range(7):
+        make_noise(i).save(source / f"{i}.png")
+    calls = []
+    ingest([source], dataset, progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(i, 7) for i in range(1, 8)]
+
+
+def test_errors_name_the_value_and_the_fix(tmp_path, source, dataset, make_noise):
+    with pytest.raises(ValueError, match="nowhere does not exist"):
+        ingest([tmp_path / "nowhere"], dataset)
+    with pytest.raises(ValueError, match="no photo found"):
+        ingest([source], dataset)
+    (source / "a.jpg").write_bytes(b"x")
+    (source / "b.jpg").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"2 rejected; the first: .*a\.jpg: not an image"):
+        ingest([source], dataset)
+    assert not (dataset / "manifest.jsonl").exists()
+    make_noise(1).save(source / "good.png")
+    ingest([source], dataset)
+    with pytest.raises(ValueError, match="lies in the dataset folder"):
+        ingest([dataset / "images"], dataset)
+    with pytest.raises(ValueError, match="quality 0"):
+        ingest([source], dataset, quality=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "safe"),
+    [("Ünï çode", "Uni-code"), ("日本", "photo"), ("a/..b".replace("/", " "), "a-..b"), ("x" * 200, "x" * 64)],
+)
+def test_stored_names_are_safe(source, dataset, make_noise, name, safe):
+    make_noise(1).save(source / f"{name}.png")
+    (photo,) = ingest([source], dataset).photos
+    assert photo.file == f"images/{safe}-{photo.sha256[:8]}.png"
+
+
+def test_stored_pixels_equal_the_original_where_lossless(source, dataset, make_noise):
+    image = make_noise(8, mode="RGBA")
+    image.save(source / "a.png")
+    (photo,) = ingest([source], dataset, quality=100).photos
+    stored = np.asarray(decode((dataset / photo.file).read_bytes()).image, float)
+    wanted = np.asarray(decode((source / "a.png").read_bytes()).image, float)
+    assert np.abs(stored - wanted).mean() < 2

@@ -1,0 +1,108 @@
+"""The manifest survives a round trip, names its bad lines, and splits by draws rather than by order."""
+
+import dataclasses
+import hashlib
+
+import pytest
+
+from safelight.data.atomic import atomic_write_bytes
+from safelight.data.manifest import Photo, read_manifest, split_validation, write_manifest
+from safelight.kernels.philox import sample_id_of
+
+
+def photo(i: int) -> Photo:
+    digest = hashlib.sha256(str(i).encode()).hexdigest()
+    return Photo(f"images/{i}.jpg", digest, 10 + i, 20, (f"a „photo“ {i}", "b\u2028c"), "s", "c")
+
+
+def test_round_trip_keeps_every_field(tmp_path):
+    photos = [photo(i) for i in range(5)]
+    write_manifest(tmp_path, photos)
+    assert read_manifest(tmp_path) == photos
+
+
+def test_sample_id_is_that_of_the_bytes():
+    assert photo(3).sample_id == sample_id_of(b"3")
+
+
+def test_missing_manifest_names_the_command(tmp_path):
+    with pytest.raises(ValueError, match="safelight prepare"):
+        read_manifest(tmp_path)
+
+
+def test_empty_manifest_is_refused(tmp_path):
+    write_manifest(tmp_path, [])
+    with pytest.raises(ValueError, match="holds no photo"):
+        read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda line: line[:-5], "line 3"),
+        (lambda line: "[1]", "not an object"),
+        (lambda line: line.replace('"width": 12', '"width": "12"'), "'width' is '12'"),
+        (lambda line: line.replace('"width": 12', '"width": 0'), "not positive"),
+        (lambda line: line.replace("images/2.jpg", "../2.jpg"), "not a path inside"),
+        (lambda line: line.replace("images/2.jpg", "/2.jpg"), "not a path inside"),
+        (lambda line: line.replace("images/2.jpg", "images/1.jpg"), "stands on line 2"),
+        (lambda line: line.replace('"sha256": "', '"sha256": "Z'), "hex digits"),
+    ],
+)
+def test_bad_line_is_named(tmp_path, change, reason):
+    write_manifest(tmp_path, [photo(i) for i in range(5)])
+    path = tmp_path / "manifest.jsonl"
+    lines = path.read_text(encoding="utf-8").split("\n")
+    assert change(lines[2]) != lines[2]
+    lines[2] = change(lines[2])
+    path.write_text("\n".join(lines), encoding="utf-8")
+    with pytest.raises(ValueError, match=reason) as caught:
+        read_manifest(tmp_path)
+    assert "line 3" in str(caught.value)
+
+
+def test_failed_write_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    atomic_write_bytes(path, b"old")
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("safelight.data.atomic.os.replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        atomic_write_bytes(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(("num", "fraction", "held_out"), [(100, 0.07, 7), (10, 0.1, 1), (11, 0.1, 2), (3, 0.01, 1)])
+def test_split_size(num, fraction, held_out):
+    train, validation = split_validation([photo(i) for i in range(num)], fraction, seed=1)
+    assert len(validation) == held_out
+    assert len(train) == num - held_out
+
+
+def test_split_never_takes_all_and_may_take_none():
+    photos = [photo(i) for i in range(4)]
+    assert split_validation(photos, 0.0, 1) == (photos, [])
+    assert len(split_validation(photos, 0.99, 1)[0]) == 1
+    assert split_validation(photos[:1], 0.5, 1) == (photos[:1], [])
+    with pytest.raises(ValueError, match=r"1\.0 is outside"):
+        split_validation(photos, 1.0, 1)
+
+
+def test_split_ignores_manifest_order_and_keeps_it():
+    photos = [photo(i) for i in range(50)]
+    train, validation = split_validation(photos, 0.2, seed=9)
+    reversed_train, reversed_validation = split_validation(photos[::-1], 0.2, seed=9)
+    assert reversed_train[::-1] == train
+    assert reversed_validation[::-1] == validation
+    assert train == [p for p in photos if p in train]
+    assert split_validation(photos, 0.2, seed=10)[1] != validation
+
+
+def test_split_keeps_its_photos_when_captions_change():
+    photos = [photo(i) for i in range(20)]
+    renamed = [dataclasses.replace(p, captions=("other",)) for p in photos]
+    before, after = (split_validation(p, 0.2, 3)[1] for p in (photos, renamed))
+    assert [p.sha256 for p in before] == [p.sha256 for p in after]

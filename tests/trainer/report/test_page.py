@@ -1,0 +1,230 @@
+"""The page as a file: whole, well-formed, escaped, bounded, and readable by a browser that is told to refuse all else."""
+
+import base64
+import hashlib
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from safelight.trainer.report.build import build_report
+from safelight.trainer.report.markup import VOID_ELEMENTS, escape, tag
+
+ATTACK = "</title></script><script>alert(1)</script><img src=x onerror=alert(2)> \" ' & \ud800\x00\u202e"
+# Where a browser may fetch from or go to.
+URL_ATTRIBUTES = {"src", "srcset", "href", "xlink:href", "action", "formaction", "poster", "data", "background"}
+
+
+class Page(HTMLParser):
+    """A parser that fails on unbalanced tags and remembers what a browser would act upon."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, str]]] = []
+        self.texts: list[str] = []
+        self.inline: dict[str, list[str]] = {"script": [], "style": []}
+        self.feed(text)
+        self.close()
+        assert self.open == [], f"never closed: {self.open}"
+
+    def handle_starttag(self, name: str, attributes: list[tuple[str, str | None]]) -> None:
+        assert len({key for key, _ in attributes}) == len(attributes), f"<{name}> repeats an attribute"
+        self.elements.append((name, {key: value or "" for key, value in attributes}))
+        if name not in VOID_ELEMENTS:
+            self.open.append(name)
+
+    def handle_endtag(self, name: str) -> None:
+        assert self.open, f"</{name}> closes nothing"
+        assert self.open[-1] == name, f"</{name}> closes <{self.open[-1]}>"
+        self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] in self.inline:
+            self.inline[self.open[-1]].append(data)
+        elif data.strip():
+            self.texts.append(data)
+
+    def having(self, name: str) -> list[dict[str, str]]:
+        return [attributes for element, attributes in self.elements if element == name]
+
+
+def open_page(path: Path) -> Page:
+    page = Page(path.read_text(encoding="utf-8"))
+    assert_safe(page)
+    return page
+
+
+def assert_safe(page: Page) -> None:
+    """Fail on whatever the policy would refuse, and on a policy that would not refuse it."""
+    for name, attributes in page.elements:
+        for key, value in attributes.items():
+            assert not key.startswith("on"), f"<{name} {key}>"
+            assert key != "style", f"<{name} style>: the policy allows no style attribute"
+            if key in URL_ATTRIBUTES:
+                assert value.startswith(("data:", "#")), f"<{name} {key}={value[:60]!r}>"
+    assert {name for name, _ in page.elements}.isdisjoint({"iframe", "object", "embed", "base", "form"})
+    [policy] = [meta["content"] for meta in page.having("meta") if meta.get("http-equiv") == "Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'; img-src data:; ")
+    assert "unsafe" not in policy
+    for kind in ("script", "style"):
+        assert len(page.inline[kind]) == 1
+        digest = base64.b64encode(hashlib.sha256(page.inline[kind][0].encode()).digest()).decode()
+        assert f"{kind}-src 'sha256-{digest}'" in policy
+        assert not re.search(r"url\(|@import|https?:", page.inline[kind][0])
+    identifiers = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(set(identifiers)) == len(identifiers), "an id stands twice"
+
+
+def rewrite(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.fixture
+def small_run(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """A complete run of three epochs that a test may change."""
+    write_run = request.getfixturevalue("write_run")
+    return write_run(tmp_path / "run", num_epochs=3, edge_px=48, prompts=("a boat", "a fox"))
+
+
+def test_full_report_is_whole_and_small(full_run: Path, full_report: Path) -> None:
+    path = full_report
+    assert path == full_run / "report.html"
+    assert path.stat().st_size < 15_000_000
+    assert not list(full_run.glob("*.tmp*"))
+    page = open_page(path)
+    images = page.having("img")
+    # 5 pairs, 5 prompts over 12 of the 41 epochs, 8 examples.
+    assert len(images) == 5 * 2 + 5 * 12 + 8
+    for image in images:
+        assert image["alt"]
+        with Image.open(io.BytesIO(base64.b64decode(image["src"].partition(",")[2], validate=True))) as decoded:
+            decoded.load()
+            assert decoded.size == (int(image["width"]), int(image["height"]))
+    text = "\n".join(page.texts)
+    assert "12 of 41 epochs" in text
+    assert "epoch 26 · best" in text
+    assert "base model" in text
+    assert "epoch 40" in text
+
+
+def test_every_part_is_there_in_the_readers_order(full_report: Path) -> None:
+    page = open_page(full_report)
+    identifiers = [section["id"] for section in page.having("section") if "id" in section]
+    wanted = ["learned", "samples", "loss", "timesteps", "schedule", "data", "parameters", "environment", "events"]
+    assert identifiers == wanted
+    linked = [link["href"] for link in page.having("a")]
+    assert linked == [f"#{identifier}" for identifier in wanted]
+    # The loss and the timesteps twice, for a desk and for a phone; learning rate, gradient norm, speed, memory once.
+    graphs = [svg for svg in page.having("svg") if svg.get("class", "").startswith("graph")]
+    assert len(graphs) == 8
+    assert all(svg["aria-label"] for svg in graphs)
+
+
+def test_report_is_the_same_twice(small_run: Path) -> None:
+    first = build_report(small_run).read_bytes()
+    assert build_report(small_run).read_bytes() == first
+
+
+def test_hostile_text_is_shown_and_does_nothing(small_run: Path) -> None:
+    (small_run / "config.toml").write_text('[run]\n"<script>alert(3)</script>" = "</pre><script>alert(4)</script>"\n')
+    rewrite(small_run / "environment.json", command=ATTACK, **{ATTACK: ATTACK})
+    rewrite(small_run / "model.json", base=ATTACK, notes=[ATTACK])
+    rewrite(
+        small_run / "data.json",
+        dataset=ATTACK,
+        examples=[{"file": "data_examples/000.jpg", "caption": ATTACK, "width": 5, "height": 5}],
+        rejected=[{"path": ATTACK, "reason": ATTACK}],
+    )
+    for index in (small_run / "compare" / "index.json", *small_run.glob("samples/*/index.json")):
+        key = "pairs" if index.parent.name == "compare" else "images"
+        rewrite(index, **{key: [{**row, "prompt": ATTACK} for row in json.loads(index.read_text())[key]]})
+    rewrite(small_run / "scores.json", notes=[ATTACK], interval=ATTACK)
+    with (small_run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"kind": "event", "step": 1, "event": ATTACK, "detail": ATTACK, "time": 1}) + "\n")
+    named = small_run.rename(small_run.parent / "<script>alert(5)<‌script>")
+    path = build_report(named)
+    page = open_page(path)
+    assert len(page.having("script")) == 1
+    shown = escape(ATTACK)
+    assert path.read_text(encoding="utf-8").count(shown) > 15
+
+
+def test_files_outside_the_run_are_never_embedded(small_run: Path) -> None:
+    Image.new("RGB", (8, 8)).save(small_run.parent / "private.png")
+    (small_run / "compare" / "link.png").symlink_to(small_run.parent / "private.png")
+    outside = ("../../private.png", str(small_run.parent / "private.png"), "link.png", "", None, 7, "a\0b")
+    pairs = [{"prompt": "p", "base": name, "trained": name} for name in outside]
+    rewrite(small_run / "compare" / "index.json", pairs=pairs)
+    page = open_page(build_report(small_run))
+    assert page.texts.count("image missing") == 2 * len(outside)
+
+
+def test_empty_run_folder(tmp_path: Path) -> None:
+    text = "\n".join(open_page(build_report(tmp_path)).texts)
+    assert "config.toml is missing" in text
+    assert "No training step has been logged yet." in text
+
+
+def test_run_without_validation_says_so(small_run: Path) -> None:
+    lines = (small_run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (small_run / "metrics.jsonl").write_text("".join(line for line in lines if '"validation"' not in line))
+    text = "\n".join(open_page(build_report(small_run)).texts)
+    assert "No validation was configured" in text
+    assert "best held-out loss" not in text
+
+
+def test_damaged_files_are_named_and_the_rest_is_shown(small_run: Path) -> None:
+    (small_run / "data.json").write_text('{"num_photos": 12')
+    (small_run / "scores.json").write_text("[1, 2]")
+    (small_run / "config.toml").write_text("[run\n")
+    (small_run / "compare" / "base-000.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    with (small_run / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "step": 99, "loss": NaN}\n{"kind": "train", "ste')
+    text = "\n".join(open_page(build_report(small_run)).texts)
+    for name in ("data.json could not be read", "scores.json could not be read", "config.toml is not valid TOML"):
+        assert name in text
+    assert "metrics.jsonl: 1 of" in text
+    assert "image missing" in text
+    assert "1 logged steps had no finite loss" in text
+
+
+def test_missing_folder_is_an_error_with_its_fix(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nowhere does not exist; give the folder that `safelight train` wrote"):
+        build_report(tmp_path / "nowhere")
+
+
+def test_from_scratch_is_said_at_the_top(small_run: Path) -> None:
+    rewrite(small_run / "model.json", from_scratch=True)
+    texts = open_page(build_report(small_run)).texts
+    assert texts.index("Trained from scratch.") < texts.index("Did it learn?")
+    assert "Base, untrained" in texts
+
+
+def test_size_holds_for_many_noisy_pictures(small_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import numpy as np
+
+    from safelight.trainer.report import results
+
+    # Noise is the worst case for a picture coder. The budget is cut so that the test need not draw gigabytes.
+    monkeypatch.setattr(results, "PAIRS_BUDGET_BYTES", 200_000)
+    pixels = np.random.default_rng(0).integers(0, 256, (512, 512, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(small_run / "compare" / "noise.png", compress_level=1)
+    pair = {"prompt": "p", "base": "noise.png", "trained": "noise.png"}
+    rewrite(small_run / "compare" / "index.json", pairs=[pair] * 30)
+    page = open_page(build_report(small_run))
+    pairs = [image for image in page.having("img") if image["alt"].endswith(": p")]
+    assert sum(len(image["src"]) for image in pairs) <= 200_000
+    assert 0 < len(pairs) < 48
+    assert "24 of 30 pairs" in "\n".join(page.texts)
+
+
+def test_markup_escapes_all_but_markup() -> None:
+    assert tag("p", "<b>", tag("b", "&"), None, ["x", 1], class_="a\"b", hidden=True, id=None) == (
+        '<p class="a&quot;b" hidden>&lt;b&gt;<b>&amp;</b>x1</p>'
+    )
+    assert escape("\ud800\x00\x9f\n") == "?\ufffd\ufffd\n"

@@ -1,0 +1,190 @@
+"""Writes report.html: one file that opens from disk, loads nothing, and says what a run did.
+
+The order is the reader's: what came out, whether it learnt, how it looks, how it went, what it was made of.
+"""
+
+from pathlib import Path
+
+import safelight
+from safelight.data.atomic import atomic_write_text
+from safelight.trainer.report.curves import loss_section, schedule_section, timestep_section
+from safelight.trainer.report.facts import (
+    Facts,
+    Verdict,
+    format_duration,
+    format_epoch,
+    format_percent,
+    headline_facts,
+    over_fitting_verdict,
+)
+from safelight.trainer.report.markup import Markup, join, shorten, tag
+from safelight.trainer.report.provenance import data_section, environment_section, events_section, parameters_section
+from safelight.trainer.report.results import learned_section, samples_section
+from safelight.trainer.report.run_folder import RunFolder, number, read_run_folder, rows_of, table_of
+from safelight.trainer.report.theme import CSS, JS, content_security_policy
+
+SECTIONS = (
+    ("learned", "Did it learn?"),
+    ("samples", "Samples"),
+    ("loss", "Loss"),
+    ("timesteps", "By timestep"),
+    ("schedule", "Speed and memory"),
+    ("data", "Data"),
+    ("parameters", "Parameters"),
+    ("environment", "Machine"),
+    ("events", "Events"),
+)
+AFTER_THE_BEST = {
+    "improving": "It was still falling when training ended.",
+    "level": "It has stayed level since.",
+    "rising": "It has risen since.",
+    "over-fitting": "Since then the model over-fits.",
+    "worsening": "It has risen since, and on the training photographs too.",
+}
+MARK = '<svg viewBox="0 0 14 14" aria-hidden="true"><circle class="f-accent" cx="7" cy="7" r="6"/></svg>'
+
+
+def build_report(run_dir: Path) -> Path:
+    """Return the path of the report.html written into the run folder.
+
+    Whatever the run lacks is an empty state in the page. Raises ValueError if run_dir is not a folder.
+    """
+    run_dir = Path(run_dir)
+    run = read_run_folder(run_dir)
+    path = run_dir / "report.html"
+    atomic_write_text(path, render(run))
+    return path
+
+
+def render(run: RunFolder) -> str:
+    """Return the report as HTML."""
+    facts = headline_facts(run.metrics)
+    held_out, subset = run.metrics.validation["held_out"], run.metrics.validation["train_subset"]
+    best_step = facts.best.step if facts.best else None
+    sections = [
+        learned_section(run),
+        samples_section(run, best_step),
+        loss_section(run.metrics),
+        timestep_section(run.metrics),
+        schedule_section(run.metrics),
+        data_section(run.data, run),
+        parameters_section(run),
+        environment_section(run),
+        events_section(run),
+    ]
+    verdict = over_fitting_verdict(held_out, subset)
+    body = join(
+        tag(
+            "header",
+            tag("div", Markup(MARK), "Safelight · report of a run", class_="mark"),
+            tag("h1", run.name),
+            tag("p", _subtitle(run), class_="sub"),
+            tag("p", _lead(run, facts, verdict), class_="lead"),
+            _from_scratch(run),
+            _problems(run.problems),
+            tiles(run, facts),
+            tag("nav", [tag("a", name, href=f"#{key}") for key, name in SECTIONS], aria_label="Parts of this report"),
+        ),
+        tag("main", sections),
+        tag("footer", f"Written by Safelight {safelight.__version__}. This file is whole: it loads nothing."),
+        tag("script", Markup(JS)),
+    )
+    head = join(
+        tag("meta", charset="utf-8"),
+        tag("meta", http_equiv="Content-Security-Policy", content=content_security_policy()),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", name="referrer", content="no-referrer"),
+        tag("link", rel="icon", href="data:,"),
+        tag("title", f"{run.name} · Safelight"),
+        tag("style", Markup(CSS)),
+    )
+    return f"<!doctype html>\n{tag('html', tag('head', head), tag('body', body), lang='en')}\n"
+
+
+def tiles(run: RunFolder, facts: Facts) -> Markup:
+    """Return the headline figures; what the run did not measure has no tile."""
+    found = []
+    photos = number((run.data or {}).get("num_photos"))
+    if photos == photos:
+        found.append(_tile("photographs", f"{photos:,.0f}", note=_held_out_note(run)))
+    planned = planned_epochs(run.config)
+    of = f" of {format_epoch(planned)}" if planned else ""
+    found.append(_tile("epochs done", format_epoch(facts.last_epoch), of, f"{facts.last_step:,} steps"))
+    if facts.best:
+        where = f"at epoch {format_epoch(facts.best.epoch)}"
+        found.append(_tile("best held-out loss", f"{facts.best.loss:.4f}", note=where))
+    if facts.change_percent is not None:
+        found.append(_tile("against step 0", format_percent(facts.change_percent), note="held-out loss at its best"))
+    if facts.run_time_s is not None:
+        found.append(_tile("time at work", format_duration(facts.run_time_s), note="validation and samples included"))
+    if facts.images_per_s is not None:
+        found.append(_tile("mean speed", f"{facts.images_per_s:.3g}", " images/s"))
+    if facts.peak_memory_gib is not None:
+        found.append(_tile("peak memory", f"{facts.peak_memory_gib:.2f}", " GiB"))
+    return tag("dl", found, class_="tiles")
+
+
+def planned_epochs(config: dict) -> float | None:
+    """Return how many epochs the settings ask for, or None where they count steps or say nothing."""
+    stages = [number(stage.get("epochs")) for stage in rows_of(config, "stage")]
+    total = sum(stages) if stages else number(table_of(config, "train").get("epochs"))
+    return total if total == total and total > 0 else None
+
+
+def _tile(name: str, value: str, unit: str = "", note: str = "") -> Markup:
+    return tag(
+        "div",
+        tag("dt", name),
+        tag("dd", value, tag("small", unit) if unit else None, class_="value"),
+        tag("dd", note, class_="meta") if note else None,
+    )
+
+
+def _held_out_note(run: RunFolder) -> str:
+    validation = number(run.data.get("num_validation"))
+    return f"{validation:,.0f} held out" if validation > 0 else "none held out"
+
+
+def _subtitle(run: RunFolder) -> str:
+    started = str(run.environment.get("started") or "")[:16].replace("T", " ")
+    device = str(run.environment.get("device_name") or run.environment.get("device") or "")
+    return " · ".join(filter(None, [started, f"from {shorten(run.base, 120)}", device]))
+
+
+def _lead(run: RunFolder, facts: Facts, verdict: Verdict) -> str:
+    if facts.last_step == 0 and facts.best is None:
+        return "No training step has been logged yet."
+    if facts.best is None:
+        return "No validation was configured, so there is no number to answer with: look at the pictures."
+    if facts.change_percent is None:
+        return f"Held-out loss was best at epoch {format_epoch(facts.best.epoch)}; the base model was not validated."
+    if facts.best.step == 0:
+        return "By held-out loss, no: it was never lower than the base model's."
+    against = "the untrained start" if run.model.get("from_scratch") else "the base model"
+    amount = f"{abs(facts.change_percent):.1f} %"
+    return (
+        f"On photographs it never saw, loss fell by {amount} against {against}, "
+        f"at its best after epoch {format_epoch(facts.best.epoch)}. {AFTER_THE_BEST.get(verdict.kind, '')}".rstrip()
+    )
+
+
+def _from_scratch(run: RunFolder) -> Markup | None:
+    if not run.model.get("from_scratch"):
+        return None
+    return tag(
+        "div",
+        tag("strong", "Trained from scratch."),
+        tag("p", "The UNet began with random weights, so “base” below means noise, not a model that could draw."),
+        class_="alert",
+    )
+
+
+def _problems(problems: list[str]) -> Markup | None:
+    if not problems:
+        return None
+    return tag(
+        "div",
+        tag("strong", "Parts of this run folder could not be read:"),
+        tag("ul", [tag("li", shorten(problem, 400)) for problem in problems]),
+        class_="alert",
+    )

@@ -1,0 +1,194 @@
+"""The part of the report made of graphs: loss, loss by timestep, learning rate, speed and memory."""
+
+import json
+import math
+
+import numpy as np
+
+from safelight.trainer.report.facts import (
+    best_validation,
+    evenly_chosen,
+    format_epoch,
+    over_fitting_verdict,
+)
+from safelight.trainer.report.graphs import (
+    Frame,
+    band_names,
+    loss_graph,
+    small_graph,
+    smoothed_loss,
+    timestep_graph,
+)
+from safelight.trainer.report.markup import Markup, details, empty_state, table, tag
+from safelight.trainer.report.run_folder import Metrics, Validation
+from safelight.trainer.report.svg import to_svg
+
+MAX_READ_OUT_POINTS = 300
+
+
+def loss_section(metrics: Metrics) -> Markup:
+    """Return the loss graph, what it says about over-fitting, and its validations as a table."""
+    heading = tag("h2", "Loss")
+    held_out, subset = metrics.validation["held_out"], metrics.validation["train_subset"]
+    if not len(metrics.train["loss"]) and not held_out:
+        return tag("section", heading, empty_state("No training step has been logged yet."), id="loss")
+    best = best_validation(held_out)
+    label = "Training and validation loss over the epochs"
+    if best:
+        label += f"; held-out loss is lowest at epoch {format_epoch(best.epoch)} with {best.loss:.4f}"
+    drawings, frames = [], {}
+    for name, narrow in (("wide", False), ("narrow", True)):
+        figure, frame = loss_graph(metrics, best, narrow)
+        drawings.append(to_svg(figure, f"loss-{name}", label, name))
+        frames[name] = frame
+    graph = tag(
+        "figure",
+        _legend(metrics),
+        drawings,
+        tag("output", "", class_="readout"),
+        tag("figcaption", _loss_note(metrics)),
+        class_="wide",
+        data_series=_read_out(metrics, frames),
+    )
+    verdict = over_fitting_verdict(held_out, subset)
+    return tag(
+        "section",
+        heading,
+        tag("p", verdict.text, class_="alert" if verdict.is_warning else None),
+        graph,
+        _validation_table(held_out, subset),
+        id="loss",
+    )
+
+
+def timestep_section(metrics: Metrics) -> Markup:
+    """Return where in the noise schedule the model got better."""
+    heading = tag("h2", "Loss by timestep")
+    held_out = metrics.validation["held_out"]
+    num_bands = max((len(point.loss_by_timestep) for point in held_out), default=0)
+    points = [point for point in held_out if num_bands > 1 and len(point.loss_by_timestep) == num_bands]
+    if len(points) < 2:
+        text = "It takes two validations with several timestep bands to draw this (validate.every_epochs)."
+        return tag("section", heading, empty_state(text), id="timesteps")
+    best = best_validation(points)
+    label = f"Held-out loss in {num_bands} bands of timesteps, and its change against step {points[0].step}"
+    drawings = [
+        to_svg(timestep_graph(points, best, narrow), f"timestep-{name}", label, name)
+        for name, narrow in (("wide", False), ("narrow", True))
+    ]
+    first, last = points[0], points[-1]
+    legend = [(("muted", False), f"step {first.step}")]
+    if best.step != first.step:
+        legend.append((("accent", False), f"best, epoch {format_epoch(best.epoch)}"))
+    if last.step not in (best.step, first.step):
+        legend.append((("amber", False), f"last, epoch {format_epoch(last.epoch)}"))
+    note = (
+        f"The noise schedule in {num_bands} equal parts: 0 % is an almost clean image, where low-level detail is learnt; "
+        "100 % almost pure noise, where composition is. "
+        + (f"Ticks are the upper ends of the bands: {', '.join(band_names(num_bands))} %." if num_bands > 5 else "")
+    )
+    return tag(
+        "section",
+        heading,
+        tag("figure", _legend_list(legend), drawings, tag("figcaption", note), class_="wide"),
+        id="timesteps",
+    )
+
+
+def schedule_section(metrics: Metrics) -> Markup:
+    """Return learning rate, gradient norm, throughput and memory."""
+    drawn = []
+    smoothing = max(1, len(metrics.train["step"]) // 80)
+    for column, title, color, half_width in (
+        ("lr", "learning rate", "accent", 0),
+        ("grad_norm", "gradient norm, before clipping", "muted", smoothing),
+        ("images_per_s", "throughput (images/s)", "amber", smoothing),
+        ("memory_gib", "memory in use, peak (GiB)", "amber", 0),
+    ):
+        if np.isfinite(metrics.train[column]).any():
+            figure = small_graph(metrics, column, title, color, half_width)
+            drawn.append(tag("figure", to_svg(figure, column.replace("_", "-"), f"{title} over the epochs")))
+    body = tag("div", drawn, class_="graphs") if drawn else empty_state("No training step has been logged yet.")
+    return tag("section", tag("h2", "Learning rate, speed and memory"), body, id="schedule")
+
+
+def _legend(metrics: Metrics) -> Markup:
+    _, width = smoothed_loss(metrics)
+    items = []
+    if len(metrics.train["loss"]):
+        items += [(("faint", False), "training, each logged step"), (("muted", False), f"training, weighted mean of {width}")]
+    for split, color, dashed, name in (
+        ("held_out", "accent", False, "held out, never trained on"),
+        ("train_subset", "amber", True, "a fixed part of the training photographs"),
+    ):
+        points = metrics.validation[split]
+        if points:
+            counted = f" ({points[-1].num_images} images)" if points[-1].num_images else ""
+            items.append(((color, dashed), name + counted))
+    return _legend_list(items)
+
+
+def _legend_list(items: list[tuple[tuple[str, bool], str]]) -> Markup:
+    rows = []
+    for (color, dashed), text in items:
+        dash = ' stroke-dasharray="6 3"' if dashed else ""
+        line = f'<path class="s-{color}" stroke-width="3"{dash} d="M0 5H24"/>'
+        rows.append(tag("li", Markup(f'<svg viewBox="0 0 24 10" aria-hidden="true">{line}</svg>'), text))
+    return tag("ul", rows, class_="legend")
+
+
+def _loss_note(metrics: Metrics) -> str:
+    notes = []
+    if any(metrics.validation.values()):
+        notes.append(
+            "Both validation curves use fixed noise and fixed timesteps and can be compared with each other; the training "
+            "curve draws them afresh at every step and cannot."
+        )
+    else:
+        notes.append("No validation was configured, so this is training loss alone.")
+    loss = metrics.train["loss"]
+    num_bad = int(np.sum(~np.isfinite(loss)))
+    if num_bad:
+        notes.append(f"{num_bad} logged steps had no finite loss and are left out.")
+    notes.append("Single steps scatter widely; some leave the frame, which is set by the curves.")
+    return " ".join(notes)
+
+
+def _read_out(metrics: Metrics, frames: dict[str, Frame]) -> str:
+    smoothed, _ = smoothed_loss(metrics)
+    train = list(zip(metrics.train["epoch"].tolist(), metrics.train["step"].tolist(), smoothed.tolist(), strict=True))
+    series = [("training (smoothed)", [train[i] for i in evenly_chosen(len(train), MAX_READ_OUT_POINTS)])]
+    series += [
+        (name, [(point.epoch, point.step, point.loss) for point in metrics.validation[split]])
+        for split, name in (("held_out", "held out"), ("train_subset", "training photographs"))
+    ]
+    # NaN is no JSON, and a browser's parser would refuse all of it.
+    written = [
+        {
+            "name": name,
+            "points": [[round(e, 3), int(s), round(v, 6)] for e, s, v in points if math.isfinite(e) and math.isfinite(v)],
+        }
+        for name, points in series
+    ]
+    boxes = {name: {key: round(value, 3) for key, value in vars(frame).items()} for name, frame in frames.items()}
+    return json.dumps({"series": written, "frames": boxes}, separators=(",", ":"))
+
+
+def _validation_table(held_out: list[Validation], subset: list[Validation]) -> Markup:
+    if not held_out:
+        return empty_state("No validation was configured (data.validation_fraction, validate.every_epochs).")
+    by_step = {point.step: point for point in subset}
+    best = best_validation(held_out)
+    rows = []
+    for point in held_out:
+        beside = by_step.get(point.step)
+        rows.append([
+            format_epoch(point.epoch) + (" · best" if point is best else ""),
+            f"{point.step:,}",
+            f"{point.loss:.5f}",
+            f"{beside.loss:.5f}" if beside else "–",
+            f"{point.loss - beside.loss:+.5f}".replace("-", "−") if beside else "–",
+        ])  # fmt: skip
+    return details(
+        f"All {len(rows)} validations as numbers", table(["epoch", "step", "held out", "training photographs", "gap"], rows)
+    )

@@ -1,0 +1,202 @@
+"""The figures and the sentences the report opens with, each a pure function of the metrics."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from safelight.trainer.report.run_folder import Metrics, Validation
+
+# Held-out loss moves by one to a few per cent in a whole fine-tuning; less than this after the best point is not a rise.
+MIN_RISE_OF_LOSS = 0.0025
+MIN_RISE_OF_GAIN = 0.1
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The headline figures; None where the run did not measure them."""
+
+    last_step: int
+    last_epoch: float
+    best: Validation | None
+    change_percent: float | None  # best held-out loss against step 0; negative is better
+    run_time_s: float | None
+    images_per_s: float | None
+    peak_memory_gib: float | None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the validation curves say: one of the kinds, and the sentence with its figures."""
+
+    kind: str  # unknown | improving | level | rising | over-fitting | worsening | no-gain
+    text: str
+
+    @property
+    def is_warning(self) -> bool:
+        return self.kind in ("rising", "over-fitting", "worsening", "no-gain")
+
+
+def headline_facts(metrics: Metrics) -> Facts:
+    """Return the headline figures of a run."""
+    held_out = metrics.validation["held_out"]
+    best = best_validation(held_out)
+    first = held_out[0] if held_out and held_out[0].step == 0 else None
+    change = 100 * (best.loss / first.loss - 1) if best and first and first.loss > 0 else None
+    return Facts(
+        last_step=metrics.last_step,
+        last_epoch=metrics.last_epoch,
+        best=best,
+        change_percent=change,
+        run_time_s=run_time_s(metrics.times),
+        images_per_s=_reduce(np.mean, metrics.train["images_per_s"]),
+        peak_memory_gib=_reduce(np.max, metrics.train["memory_gib"]),
+    )
+
+
+def best_validation(points: Sequence[Validation]) -> Validation | None:
+    """Return the validation with the lowest loss, the earlier of two equal ones."""
+    return min(points, key=lambda point: (point.loss, point.step), default=None)
+
+
+def run_time_s(times: Sequence[tuple[float, str]]) -> float | None:
+    """Return the seconds the run was at work, validation and samples included.
+
+    The pause between the last line of an interrupted run and its `resumed` event is not counted.
+    """
+    known = [(time, event) for time, event in times if math.isfinite(time)]
+    if len(known) < 2:
+        return None
+    total, latest = 0.0, known[0][0]
+    for time, event in known[1:]:
+        if event.startswith("resume"):
+            latest = time
+        total += max(0.0, time - latest)
+        latest = max(latest, time)
+    return total
+
+
+def over_fitting_verdict(held_out: Sequence[Validation], subset: Sequence[Validation]) -> Verdict:
+    """Return what the validation curves say about over-fitting, in words and with the figures.
+
+    held_out, subset: the validations of photographs not trained on, and of some trained on, by step. Over-fitting is
+    said only where held-out loss rose after its best point and the gap between the two grew meanwhile.
+    """
+    if not held_out:
+        return Verdict("unknown", "No photographs were held out, so over-fitting cannot be judged.")
+    if len(held_out) < 3:
+        counted = f"{len(held_out)} validation{'s' * (len(held_out) > 1)}"
+        return Verdict("unknown", f"With {counted}, over-fitting cannot be judged: it takes three.")
+    first, last, best = held_out[0], held_out[-1], best_validation(held_out)
+    where = f"epoch {format_epoch(best.epoch)}"
+    if best.step == first.step:
+        return _verdict_without_gain(held_out)
+    if best.step == last.step:
+        return Verdict(
+            "improving",
+            f"No over-fitting: held-out loss was at its lowest ({best.loss:.4f}) at the last validation, {where}. "
+            "A little more training may still help.",
+        )
+    if not _rose(held_out):
+        return Verdict(
+            "level",
+            f"No over-fitting to speak of: held-out loss was best at {where} ({best.loss:.4f}) and has stayed level "
+            f"since ({last.loss:.4f}).",
+        )
+    rise = (
+        f"held-out loss was best at {where} ({best.loss:.4f}) and has risen by {_rise_percent(best, last)} since, "
+        f"to {last.loss:.4f}"
+    )
+    by_step = {point.step: point for point in subset}
+    if best.step not in by_step or last.step not in by_step:
+        unknown = "No training photographs were validated beside it, so the gap is not known."
+        return Verdict("rising", f"Perhaps over-fitting: {rise}. {unknown}")
+    gap_then = best.loss - by_step[best.step].loss
+    gap_now = last.loss - by_step[last.step].loss
+    moved = by_step[last.step].loss / by_step[best.step].loss - 1
+    trained = f"on the training photographs it {'fell' if moved < 0 else 'rose'} by {100 * abs(moved):.1f} %"
+    gap = f"the gap went from {gap_then:+.4f} to {gap_now:+.4f}".replace("-", "−")
+    if gap_now > gap_then and moved < last.loss / best.loss - 1:
+        return Verdict(
+            "over-fitting",
+            f"Over-fitting since {where}: {rise}, while {trained} ({gap}). Use the checkpoint of {where}.",
+        )
+    return Verdict(
+        "worsening",
+        f"Not over-fitting, but getting worse: {rise}, and {trained} with it ({gap}). "
+        "The learning rate may be too high.",
+    )
+
+
+def format_epoch(epoch: float) -> str:
+    """Return an epoch as people write it: 27, or 4.5."""
+    return f"{epoch:.1f}".removesuffix(".0") if math.isfinite(epoch) else "?"
+
+
+def format_duration(seconds: float) -> str:
+    """Return a time span in its two largest units."""
+    total = round(seconds)
+    if total < 60:
+        return f"{total} s"
+    if total < 3600:
+        return f"{total // 60} min {total % 60} s"
+    minutes = round(seconds / 60)
+    if minutes < 24 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    hours = round(seconds / 3600)
+    return f"{hours // 24} d {hours % 24} h"
+
+
+def format_percent(percent: float) -> str:
+    """Return a signed percentage with a true minus sign."""
+    return f"{percent:+.1f} %".replace("-", "−")
+
+
+def smooth(values: np.ndarray, half_width: int) -> np.ndarray:
+    """Return the mean over 2 * half_width + 1 neighbours, fewer at the ends; NaN counts as absent."""
+    if not len(values):
+        return values
+    kernel = np.ones(2 * half_width + 1)
+    known = np.isfinite(values)
+    # mode="full" and the middle of it, because "same" gives the length of the longer of the two.
+    total, weight = (
+        np.convolve(column, kernel, mode="full")[half_width : half_width + len(values)]
+        for column in (np.where(known, values, 0.0), known.astype(np.float64))
+    )
+    return np.divide(total, weight, out=np.full(len(values), np.nan), where=weight > 0)
+
+
+def evenly_chosen(num_all: int, num_wanted: int) -> list[int]:
+    """Return at most num_wanted indices out of num_all, evenly spaced, the first and the last among them."""
+    if num_all <= num_wanted:
+        return list(range(num_all))
+    return sorted({round(i * (num_all - 1) / (num_wanted - 1)) for i in range(num_wanted)})
+
+
+def _verdict_without_gain(held_out: Sequence[Validation]) -> Verdict:
+    first, last = held_out[0], held_out[-1]
+    if _rose(held_out):
+        return Verdict(
+            "no-gain",
+            f"Held-out loss was lowest at the start ({first.loss:.4f}) and rose by {_rise_percent(first, last)} to "
+            f"{last.loss:.4f}: nothing was gained on photographs it did not train on. Try a lower learning rate.",
+        )
+    return Verdict(
+        "no-gain", f"Held-out loss did not fall below its start ({first.loss:.4f}): nothing measurable was gained."
+    )
+
+
+def _rose(held_out: Sequence[Validation]) -> bool:
+    best, last = best_validation(held_out), held_out[-1]
+    gain = held_out[0].loss - best.loss
+    return last.loss - best.loss > max(MIN_RISE_OF_LOSS * best.loss, MIN_RISE_OF_GAIN * gain)
+
+
+def _rise_percent(best: Validation, last: Validation) -> str:
+    return f"{100 * (last.loss / best.loss - 1):.1f} %"
+
+
+def _reduce(function, values: np.ndarray) -> float | None:
+    known = values[np.isfinite(values)]
+    return float(function(known)) if len(known) else None

@@ -1,0 +1,237 @@
+"""The part of the report that says what a run was made of: photographs, settings, machine, events."""
+
+import datetime
+import math
+
+from safelight.trainer.report.facts import format_duration
+from safelight.trainer.report.markup import Markup, details, empty_state, join, shorten, table, tag
+from safelight.trainer.report.pictures import embed_all, placeholder
+from safelight.trainer.report.run_folder import RunFolder, inside, number, rows_of
+
+MAX_EXAMPLES = 24
+EXAMPLE_EDGES_PX = (360, 256, 160, 96)
+EXAMPLES_BUDGET_BYTES = 1_500_000
+MAX_CAPTION_CHARACTERS = 300
+MAX_LISTED = 500
+MAX_BUCKETS = 40
+
+
+def data_section(data: dict | None, run: RunFolder) -> Markup:
+    """Return what was trained on: counts, shapes, example captions, what was turned away."""
+    heading = tag("h2", "What it was trained on")
+    if data is None:
+        return tag("section", heading, empty_state("The run has no data.json: what it was trained on is not recorded."), id="data")
+    return tag(
+        "section",
+        heading,
+        tag("p", _counts_sentence(data)),
+        tag("h3", "Shapes"),
+        _buckets(rows_of(data, "buckets")),
+        tag("h3", "Examples, as captioned"),
+        _examples(rows_of(data, "examples"), run),
+        _rejected(rows_of(data, "rejected")),
+        id="data",
+    )
+
+
+def parameters_section(run: RunFolder) -> Markup:
+    """Return model and settings as tables, and config.toml as it stands."""
+    settings = []
+    if run.model:
+        model = {_label(key): format_value(value, grouped=True) for key, value in run.model.items() if key != "notes"}
+        settings.append(_settings_group("model, as loaded", model, "plain"))
+    scalars = {key: value for key, value in run.config.items() if not isinstance(value, dict) and not _is_tables(value)}
+    if scalars:
+        settings.append(_settings_group("general", scalars))
+    for name, value in run.config.items():
+        if isinstance(value, dict):
+            settings.append(_settings_group(f"[{name}]", value))
+        elif _is_tables(value):
+            settings += [_settings_group(f"[[{name}]] {i}", one) for i, one in enumerate(value, start=1)]
+    notes = run.model.get("notes")
+    return tag(
+        "section",
+        tag("h2", "Parameters"),
+        tag("ul", [tag("li", str(note)) for note in notes]) if isinstance(notes, list) and notes else None,
+        tag("div", settings, class_="settings") if settings else empty_state("The run's settings are not known."),
+        details("config.toml, whole", tag("pre", run.config_text)) if run.config_text else None,
+        id="parameters",
+    )
+
+
+def environment_section(run: RunFolder) -> Markup:
+    """Return the machine and its software, and how to run this again."""
+    environment = run.environment
+    heading = tag("h2", "Machine, and how to repeat it")
+    if not environment:
+        return tag("section", heading, empty_state("The run has no environment.json."), id="environment")
+    known = {_label(key): value for key, value in environment.items() if key != "command"}
+    lines = []
+    commit = str(environment.get("git_commit") or environment.get("commit") or "").strip()
+    if commit and commit.lower() not in ("none", "unknown"):
+        lines.append(f"git checkout {commit.split()[0]}")
+    command = str(environment.get("command") or "").strip()
+    if command:
+        lines.append(command)
+    return tag(
+        "section",
+        heading,
+        tag("pre", tag("code", "\n".join(lines))) if lines else None,
+        tag("div", _rows(known), class_="settings plain"),
+        id="environment",
+    )
+
+
+def events_section(run: RunFolder) -> Markup:
+    """Return what happened besides training: stages, checkpoints, resumes, skipped steps."""
+    events = run.metrics.events
+    heading = tag("h2", "Events")
+    if not events:
+        return tag("section", heading, empty_state("No events were logged."), id="events")
+    start = next((time for time, _ in run.metrics.times if math.isfinite(time)), math.nan)
+    rows = []
+    for event in events[-MAX_LISTED:]:
+        step, since = number(event.get("step")), number(event.get("time")) - start
+        rows.append([
+            "–" if math.isnan(step) else f"{step:,.0f}",
+            format_duration(max(0.0, since)) if math.isfinite(since) else "–",
+            str(event.get("event") or ""),
+            shorten(event.get("detail") or "", MAX_CAPTION_CHARACTERS),
+        ])  # fmt: skip
+    counted = f"{len(events):,} events" + (f", the last {MAX_LISTED}" if len(events) > MAX_LISTED else "")
+    return tag(
+        "section", heading, details(counted, table(["step", "after", "event", "detail"], rows)), id="events"
+    )  # fmt: skip
+
+
+def format_value(value: object, grouped: bool = False) -> str:
+    """Return a setting as text: a list's long items one a line, and grouped by thousands what is a count."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None or value == "":
+        return "–"
+    if isinstance(value, int):
+        return f"{value:,}" if grouped else str(value)
+    if isinstance(value, float):
+        return f"{value:g}".replace("e-0", "e-")
+    if isinstance(value, list):
+        texts = [format_value(item) for item in value]
+        if any(len(text) > 16 for text in texts):
+            return "\n".join(f"· {text}" for text in texts)
+        return ", ".join(texts) or "–"
+    if isinstance(value, dict):
+        return "\n".join(f"{key} = {format_value(item)}" for key, item in value.items()) or "–"
+    if isinstance(value, datetime.datetime):
+        return value.isoformat(" ", "seconds")
+    return shorten(value, 2000)
+
+
+def _is_tables(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+
+
+def _settings_group(name: str, values: dict, css_class: str | None = None) -> Markup:
+    return tag("section", tag("h3", name), _rows(values), class_=css_class)
+
+
+def _label(key: object) -> str:
+    """Return a field's name in words, its unit in brackets."""
+    text = str(key).replace("_", " ")
+    return f"{text[:-4]} (GiB)" if text.endswith(" gib") else text
+
+
+def _rows(values: dict) -> Markup:
+    rows = [
+        tag("div", tag("dt", str(key)), tag("dd", format_value(value)))
+        for key, value in values.items()
+    ]
+    return tag("dl", rows, class_="rows")
+
+
+def _count(data: dict, key: str) -> int | None:
+    value = number(data.get(key))
+    return None if math.isnan(value) else int(value)
+
+
+def _counts_sentence(data: dict) -> str:
+    photos, train, validation = (_count(data, key) for key in ("num_photos", "num_train", "num_validation"))
+    parts = [f"{photos:,} photographs" if photos is not None else "An unknown number of photographs"]
+    if data.get("dataset"):
+        parts[0] += f" from {data['dataset']}"
+    sentence = parts[0]
+    if train is not None:
+        sentence += f": {train:,} to train on"
+        sentence += f", {validation:,} held out for validation" if validation else ", none held out"
+    captions, variants = _count(data, "num_captions"), _count(data, "variants")
+    sentence += "."
+    if captions is not None:
+        sentence += f" {captions:,} captions."
+    if variants is not None and variants > 1:
+        sentence += f" Each photograph is kept in {variants} variants (crop, flip)."
+    return sentence
+
+
+def _buckets(buckets: list[dict]) -> Markup:
+    keys = ("width", "height", "num_train", "num_validation")
+    known = [[number(bucket.get(key)) for key in keys] for bucket in buckets]
+    known = [[int(value) for value in row] for row in known if all(map(math.isfinite, row)) and min(row[:2]) > 0]
+    if not known:
+        return empty_state("No buckets were recorded.")
+    known.sort(key=lambda bucket: bucket[0] / bucket[1])
+    most = max(1, *(train + validation for _, _, train, validation in known))
+    largest = max(max(width, height) for width, height, _, _ in known)
+    rows = []
+    for width, height, train, validation in known[:MAX_BUCKETS]:
+        w, h = 36 * width / largest, 36 * height / largest
+        shape = (
+            f'<svg class="shape" viewBox="0 0 38 38" aria-hidden="true"><rect class="s-muted" fill="none" '
+            f'x="{19 - w / 2:.1f}" y="{19 - h / 2:.1f}" width="{w:.1f}" height="{h:.1f}" rx="1.5"/></svg>'
+        )
+        share, held = 100 * train / most, 100 * validation / most
+        bar = (
+            '<svg class="bar" viewBox="0 0 100 12" preserveAspectRatio="none" aria-hidden="true">'
+            f'<rect class="f-accent" width="{share:.2f}" height="12"/>'
+            f'<rect class="f-amber" x="{share:.2f}" width="{held:.2f}" height="12"/></svg>'
+        )
+        size = join(f"{width} × {height}", tag("div", f"{width / height:.2f} : 1", class_="meta"))
+        count = f"{train:,}" + (f" + {validation:,}" if validation else "")
+        rows.append(join(Markup(shape), tag("span", size, class_="nowrap"), Markup(bar), tag("span", count, class_="count")))
+    key = [
+        tag("li", Markup(f'<svg viewBox="0 0 24 10" aria-hidden="true"><rect class="f-{color}" width="24" height="10"/></svg>'), text)
+        for color, text in (("accent", "photographs to train on"), ("amber", "held out"))
+    ]  # fmt: skip
+    more = len(known) - MAX_BUCKETS
+    return join(
+        tag("ul", key, class_="legend"),
+        tag("div", rows, class_="buckets"),
+        tag("p", f"{more} more buckets are in data.json.", class_="note") if more > 0 else None,
+    )
+
+
+def _examples(examples: list[dict], run: RunFolder) -> Markup:
+    if not examples:
+        return empty_state("No examples were kept.")
+    shown = examples[:MAX_EXAMPLES]
+    pictures = embed_all(
+        [inside(run.path, example.get("file")) for example in shown], EXAMPLE_EDGES_PX, EXAMPLES_BUDGET_BYTES
+    )
+    cards = []
+    for example, picture in zip(shown, pictures, strict=True):
+        caption = shorten(example.get("caption") or "", MAX_CAPTION_CHARACTERS)
+        image = picture.img(f"Training photograph: {caption[:120]}") if picture else placeholder("image missing")
+        width, height = number(example.get("width")), number(example.get("height"))
+        size = f"{width:.0f} × {height:.0f} px" if math.isfinite(width + height) else ""
+        text = [tag("span", caption or "no caption", class_="prompt", dir="auto"), tag("div", size, class_="meta")]
+        cards.append(tag("figure", image, tag("figcaption", text), data_zoom=caption))
+    return tag("div", cards, class_="examples")
+
+
+def _rejected(rejected: list[dict]) -> Markup | None:
+    if not rejected:
+        return tag("p", "No file was turned away.", class_="note")
+    rows = [[shorten(row.get("path", ""), 300), shorten(row.get("reason", ""), 300)] for row in rejected[:MAX_LISTED]]
+    counted = f"{len(rejected):,} file{'s' * (len(rejected) != 1)} turned away"
+    more = len(rejected) - MAX_LISTED
+    return details(
+        counted + (f", the first {MAX_LISTED} listed" if more > 0 else ""), table(["file", "reason"], rows)
+    )  # fmt: skip

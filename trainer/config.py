@@ -1,0 +1,336 @@
+"""The run's settings: one pydantic model, read from TOML and overridden on the command line.
+
+Every field carries its documentation as the docstring below it; `safelight init` writes those as comments, and the
+command line shows them as help. A mistake is reported with its path, the value and the nearest right name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+LearningRate = Annotated[float, Field(gt=0, le=1)]
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_assignment=True)
+
+
+class Run(Section):
+    """Where the run is kept and what makes it repeatable."""
+
+    dir: str = "runs/run"
+    """Folder of the run: configuration, metrics, checkpoints, samples, report."""
+    seed: Annotated[int, Field(ge=0, lt=1 << 64)] = 20230801
+    """Every random draw of the run is a function of this number."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; auto takes the GPU if there is one."""
+
+
+class Model(Section):
+    """What is fine-tuned."""
+
+    base: str = "tiny"
+    """`tiny` (embedded), a diffusers folder, a hub id, or `random:NAME` for untrained weights of a known size."""
+    vae: str = ""
+    """Another autoencoder (folder of an AutoencoderKL or AutoencoderTiny) in place of the base's."""
+    tokenizer: str = ""
+    """Another CLIP tokenizer folder; needs a text encoder of its vocabulary, so only with a `random:` base."""
+    clip_skip: Annotated[int, Field(ge=0, le=11)] = 0
+    """Text-encoder layers to leave out at the end; 0 takes the last."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Weights and arithmetic of the UNet. 16-bit weights have an fp32 master. auto: bf16 or fp16 on a GPU, fp32 on a CPU."""
+
+
+class Data(Section):
+    """What it is trained on, and how photographs become batches."""
+
+    path: str = "datasets/photos"
+    """Folder written by `safelight prepare`."""
+    resolution: Annotated[int, Field(ge=16, le=4096)] = 512
+    """Pixel budget: buckets hold at most resolution x resolution pixels."""
+    max_aspect: Annotated[float, Field(ge=1, le=16)] = 4.0
+    """Widest bucket, long side over short side."""
+    validation_fraction: Fraction = 0.1
+    """Share of the photographs held out of training."""
+    variants: Annotated[int, Field(ge=1, le=64)] = 1
+    """Cached crops a photograph: the plain centre crop, and variants - 1 jittered and flipped ones."""
+    crop_jitter: Annotated[float, Field(ge=0, lt=0.5)] = 0.02
+    """Most that a jittered variant trims, as a fraction of the crop."""
+    flip_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Chance that a variant is mirrored."""
+    caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.04
+    """Chance that a sample is trained with the empty caption, which classifier-free guidance needs."""
+    caption_suffix: str = ""
+    """Text appended to every caption."""
+    cache_dtype: Literal["float16", "float32"] = "float16"
+    """Storage of latents and text embeddings."""
+
+
+class Train(Section):
+    """The loop."""
+
+    batch_size: Positive = 4
+    """Images a micro-step."""
+    accumulate: Positive = 1
+    """Micro-steps an optimizer step."""
+    epochs: Positive = 30
+    """Passes over the photographs, if there are no [[stage]] tables."""
+    max_steps: Count = 0
+    """Stop after this many optimizer steps; 0: no limit."""
+    checkpointing: Literal["none", "full"] = "none"
+    """Recompute activations in backward: full saves memory for about a quarter more work."""
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """Clip the gradients' global norm; 0: never."""
+
+
+class Optimizer(Section):
+    """AdamW and its learning rate."""
+
+    name: Literal["adamw8bit", "adamw"] = "adamw8bit"
+    """adamw8bit: bitsandbytes, 2 bytes of moments a parameter; adamw: torch, 8."""
+    lr: LearningRate = 1e-6
+    """Peak learning rate."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Decay of the first and second moment."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.01
+    """Decoupled: weights shrink by lr * weight_decay a step."""
+    schedule: Schedule = "constant"
+    """constant, linear or cosine to zero, over the stage."""
+    warmup_steps: Count = 0
+    """Optimizer steps over which the learning rate rises from zero, at the start of the stage."""
+
+
+class Stage(Section):
+    """A stretch of training with its own values; what is not given comes from [train] and [optimizer]."""
+
+    epochs: Positive
+    """Passes over the photographs."""
+    lr: LearningRate | None = None
+    """Peak learning rate."""
+    schedule: Schedule | None = None
+    """constant, linear or cosine."""
+    warmup_steps: Count | None = None
+    """Warm-up of this stage."""
+    weight_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Weight decay of this stage."""
+    max_grad_norm: Annotated[float, Field(ge=0)] | None = None
+    """Clipping of this stage."""
+    batch_size: Positive | None = None
+    """Images a micro-step in this stage."""
+    accumulate: Positive | None = None
+    """Micro-steps an optimizer step in this stage."""
+
+
+class Loss(Section):
+    """What is predicted and how errors weigh."""
+
+    prediction: Literal["auto", "epsilon", "v_prediction"] = "auto"
+    """auto takes the base model's."""
+    min_snr_gamma: Annotated[float, Field(ge=0)] = 0.0
+    """Min-SNR weighting (Hang et al. 2023); 5 is usual, 0: off."""
+    offset_noise: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Standard deviation of a constant added to each channel's noise; lets the model learn very dark and light images."""
+    zero_terminal_snr: bool = False
+    """Rescale the schedule so that the last timestep is pure noise (Lin et al. 2023); needs v_prediction."""
+
+
+class Validate(Section):
+    """Loss on held-out photographs and on as many of the training set, with fixed noise."""
+
+    every_epochs: Count = 1
+    """0: never. Step 0 and the end are always measured otherwise."""
+    timesteps: Annotated[int, Field(ge=1, le=64)] = 4
+    """Timesteps an image, one from each of as many equal bands."""
+    batch_size: Positive = 8
+    """Images at a time; does not change the noise."""
+    max_images: Positive = 64
+    """Most images of either set."""
+
+
+class Sample(Section):
+    """Images from fixed prompts and fixed noise during the run."""
+
+    prompts: list[str] = []
+    """Empty: captions of the first validation photographs."""
+    num_prompts: Annotated[int, Field(ge=1, le=64)] = 5
+    """How many validation captions to take where prompts is empty."""
+    every_epochs: Count = 5
+    """0: never. The base (step 0) and the end are sampled otherwise."""
+    steps: Annotated[int, Field(ge=1, le=1000)] = 30
+    """Denoising steps."""
+    cfg: Annotated[float, Field(ge=0, le=100)] = 7.0
+    """Classifier-free guidance scale; 1: none."""
+    negative_prompt: str = ""
+    """What guidance points away from."""
+    width: Count = 0
+    """In px; 0: the resolution."""
+    height: Count = 0
+    """In px; 0: the resolution."""
+
+
+class Save(Section):
+    """Checkpoints, each enough to go on bit for bit."""
+
+    every_epochs: Count = 1
+    """0: not by epochs."""
+    every_steps: Count = 0
+    """0: not by steps."""
+    keep: Positive = 2
+    """The last so many are kept, and the best by validation loss."""
+
+
+class Log(Section):
+    """What is written while training."""
+
+    every_steps: Positive = 10
+    """Optimizer steps between lines of metrics.jsonl, each the mean over them."""
+    tensorboard: bool = True
+    """Also write TensorBoard event files."""
+
+
+class Config(Section):
+    """Everything a run is: with the same dataset and code, the same config gives the same weights.
+
+    The table [validate] is the attribute `validate_`, since pydantic's BaseModel owns the name `validate`.
+    """
+
+    run: Run = Run()
+    model: Model = Model()
+    data: Data = Data()
+    train: Train = Train()
+    optimizer: Optimizer = Optimizer()
+    stage: list[Stage] = []
+    loss: Loss = Loss()
+    validate_: Annotated[Validate, tyro.conf.arg(name="validate")] = Field(default=Validate(), alias="validate")
+    sample: Sample = Sample()
+    save: Save = Save()
+    log: Log = Log()
+
+    model_config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, validate_by_name=True, validate_by_alias=True
+    )
+
+    def stages(self) -> list[ResolvedStage]:
+        """Return the stages with every value filled in; one made of [train] and [optimizer] if none is given."""
+        given = self.stage or [Stage(epochs=self.train.epochs)]
+        return [ResolvedStage(self, stage) for stage in given]
+
+
+class ResolvedStage:
+    """A stage's values, its own or the config's."""
+
+    def __init__(self, config: Config, stage: Stage):
+        def own(name: str, table: Section):
+            value = getattr(stage, name)
+            return getattr(table, name) if value is None else value
+
+        self.epochs = stage.epochs
+        self.lr: float = own("lr", config.optimizer)
+        self.schedule: str = own("schedule", config.optimizer)
+        self.warmup_steps: int = own("warmup_steps", config.optimizer)
+        self.weight_decay: float = own("weight_decay", config.optimizer)
+        self.max_grad_norm: float = own("max_grad_norm", config.train)
+        self.batch_size: int = own("batch_size", config.train)
+        self.accumulate: int = own("accumulate", config.train)
+
+
+def _names_at(location: tuple) -> list[str]:
+    """Return the right names at a place in the config, for a suggestion."""
+    model = Config
+    for part in location:
+        if isinstance(part, int):
+            continue
+        for name, field in model.model_fields.items():
+            if part in (name, field.alias):
+                inner = [t for t in (field.annotation, *getattr(field.annotation, "__args__", ())) if isinstance(t, type)]
+                model = next((t for t in inner if issubclass(t, BaseModel)), model)
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def explain(error: ValidationError, source: str) -> str:
+    """Return a readable line for each mistake pydantic found."""
+    lines = []
+    for problem in error.errors():
+        *parents, last = problem["loc"] or ("",)
+        where = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(str(last), _names_at(tuple(parents)), n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(_names_at(tuple(parents)))}"
+            lines.append(f"{source}: {where} is no setting; {hint}")
+        else:
+            message = problem["msg"][0].lower() + problem["msg"][1:]
+            lines.append(f"{source}: {where} = {problem['input']!r}: {message}")
+    return "\n".join(lines)
+
+
+def parse_config(values: dict, source: str) -> Config:
+    """Return the config of plain values. Raises ValueError with one line a mistake."""
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(explain(error, source)) from None
+    if config.loss.zero_terminal_snr and config.loss.prediction == "epsilon":
+        raise ValueError(f"{source}: loss.zero_terminal_snr needs loss.prediction = 'v_prediction', not 'epsilon'")
+    return config
+
+
+def load_config(path: Path) -> Config:
+    """Return the config of a TOML file. Raises ValueError where it is missing or wrong."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist; write one with `safelight init tiny -o {path}`") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not readable as TOML: {error}") from None
+    return parse_config(values, str(path))
+
+
+def _toml_value(value) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    if isinstance(value, float):
+        return repr(value) if any(c in repr(value) for c in ".en") else f"{value}.0"
+    # JSON's string escapes are TOML's
+    return json.dumps(value, ensure_ascii=False)
+
+
+def to_toml(config: Config, comments: bool = False) -> str:
+    """Return the config as TOML; with comments, each setting's documentation above it."""
+    lines: list[str] = []
+
+    def write(header: str, section: Section) -> None:
+        lines.append("")
+        if comments:
+            lines.append(f"# {section.__doc__.splitlines()[0]}")
+        lines.append(header)
+        for name, field in type(section).model_fields.items():
+            value = getattr(section, name)
+            if value is None:
+                continue
+            if comments and field.description:
+                lines.extend(f"# {line}" for line in field.description.splitlines())
+            lines.append(f"{name} = {_toml_value(value)}")
+
+    for name, field in Config.model_fields.items():
+        value = getattr(config, name)
+        if name == "stage":
+            for stage in value:
+                write("[[stage]]", stage)
+        else:
+            write(f"[{field.alias or name}]", value)
+    return "\n".join(lines).lstrip() + "\n"

@@ -1,0 +1,129 @@
+"""From a prepared folder to samples with a filled cache: what `safelight cache` does and `train` begins with."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from safelight.data.buckets import Bucket, make_buckets
+from safelight.data.cache import (
+    Sample,
+    empty_text_key,
+    fill_latents,
+    fill_texts,
+    plan_samples,
+    sample_captions,
+    text_key,
+)
+from safelight.data.manifest import read_manifest, split_validation
+from safelight.data.shards import Cache
+from safelight.trainer.config import Config
+from safelight.trainer.models import Base, CaptionEncoder, LatentCodec, load_caption_encoder, load_codec
+
+NUM_EXAMPLES = 12
+ENCODE_BATCH_CPU, ENCODE_BATCH_GPU = 8, 4
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class Dataset:
+    """Samples of both halves over one open cache. scaling_factor: unscaled latents times it have unit variance."""
+
+    path: Path
+    cache: Cache
+    train: list[Sample]
+    validation: list[Sample]
+    buckets: tuple[Bucket, ...]
+    empty_key: str
+    scaling_factor: float
+    latent_factor: int
+    text_fingerprint: str
+    num_made: int
+
+    def text_key(self, caption: str) -> str:
+        """Return the cache key of a caption as it stands, without suffix."""
+        return text_key(caption, self.text_fingerprint, self.cache.dtype)
+
+    def texts(self, captions: list[str]) -> torch.Tensor:
+        """Return cached embeddings, (B, T, D) float32."""
+        return torch.from_numpy(self.cache.read([self.text_key(c) for c in captions])).float()
+
+    def sample_prompts(self, config: Config) -> list[str]:
+        """Return the prompts to draw during the run: the config's, or captions of the first validation photographs."""
+        if config.sample.prompts:
+            return list(config.sample.prompts)
+        captions = [s.captions[0] for s in self.validation or self.train if s.captions[0]]
+        return list(dict.fromkeys(captions))[: config.sample.num_prompts]
+
+    def counts(self) -> list[dict]:
+        """Return how many photographs each used bucket has."""
+        train, validation = (Counter(s.bucket for s in half) for half in (self.train, self.validation))
+        return [
+            {"width": b.width, "height": b.height, "num_train": train[b], "num_validation": validation[b]}
+            for b in sorted(set(train) | set(validation))
+        ]
+
+
+def bucket_multiple(base: Base, latent_factor: int) -> int:
+    """Return what sides of buckets are multiples of: an eighth of the model's native side, at most 64 px."""
+    native = base.config_of("unet")["sample_size"] * latent_factor
+    return min(64, max(2 * latent_factor, native // 8))
+
+
+def open_dataset(config: Config, base: Base, device: torch.device, progress: Progress | None = None) -> Dataset:
+    """Return the run's dataset, encoding what its cache lacks. The encoders are freed before it returns.
+
+    Raises ValueError for a dataset that was not prepared, and for settings that do not fit it.
+    """
+    path = Path(config.data.path)
+    photos = read_manifest(path)
+    train_photos, validation_photos = split_validation(photos, config.data.validation_fraction, config.run.seed)
+    if not train_photos:
+        raise ValueError(f"{path} has {len(photos)} photographs, none left to train on; lower data.validation_fraction")
+    codec = load_codec(config, base, device)
+    encoder = load_caption_encoder(config, base, device)
+    _check_fit(base, codec, encoder)
+    buckets = make_buckets(config.data.resolution, bucket_multiple(base, codec.factor), config.data.max_aspect)
+    common = {
+        "crop_jitter": config.data.crop_jitter,
+        "flip_p": config.data.flip_p,
+        "seed": config.run.seed,
+        "vae_fingerprint": codec.fingerprint,
+        "text_fingerprint": encoder.fingerprint,
+        "dtype": config.data.cache_dtype,
+        "suffix": config.data.caption_suffix,
+    }
+    train = plan_samples(train_photos, buckets, variants=config.data.variants, **common)
+    validation = plan_samples(validation_photos, buckets, variants=1, **common)
+    cache = Cache(path / "cache", config.data.cache_dtype)
+    dataset = Dataset(
+        path, cache, train, validation, buckets, empty_text_key(encoder.fingerprint, cache.dtype),
+        codec.scaling_factor, codec.factor, encoder.fingerprint, 0,
+    )  # fmt: skip
+    captions = [*sample_captions(train), *sample_captions(validation), *dataset.sample_prompts(config)]
+    captions.append(config.sample.negative_prompt)
+
+    def told(what: str):
+        return None if progress is None else lambda done, total: progress(what, done, total)
+
+    size = ENCODE_BATCH_CPU if device.type == "cpu" else ENCODE_BATCH_GPU
+    dataset.num_made = fill_texts(cache, captions, encoder, 4 * size, told("captions"))
+    dataset.num_made += fill_latents(cache, path, [*train, *validation], codec, size, told("latents"))
+    return dataset
+
+
+def _check_fit(base: Base, codec: LatentCodec, encoder: CaptionEncoder) -> None:
+    unet = base.config_of("unet")
+    if unet["in_channels"] != codec.latent_channels:
+        raise ValueError(
+            f"the UNet takes {unet['in_channels']} latent channels, the autoencoder makes {codec.latent_channels}; use its own VAE"
+        )
+    if unet["cross_attention_dim"] != encoder.embedding_dim:
+        raise ValueError(
+            f"the UNet attends to width {unet['cross_attention_dim']}, the text encoder gives {encoder.embedding_dim}"
+        )

@@ -1,0 +1,295 @@
+"""Where the parts of a Stable Diffusion come from: the embedded tiny base, a diffusers folder, the hub, or nothing.
+
+Each part is loaded when it is needed and alone, so that encoders and UNet never share the memory. safetensors only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from safelight.kernels.philox import Key, Purpose, words
+from safelight.trainer.config import Config
+from safelight.trainer.random_models import RANDOM_MODELS
+
+
+def tiny_folder() -> Path:
+    """Return the embedded tiny base's folder, in a checkout or an installed wheel."""
+    import safelight
+
+    return Path(safelight.__file__).resolve().parent / "tiny"
+
+
+@dataclass(frozen=True)
+class Base:
+    """A resolved `model.base`. folder is None for `random:NAME`; random_name is '' otherwise."""
+
+    spec: str
+    folder: Path | None
+    random_name: str = ""
+
+    @property
+    def from_scratch(self) -> bool:
+        return bool(self.random_name)
+
+    def config_of(self, part: str) -> dict:
+        """Return the diffusers or transformers config of unet, vae, text_encoder or scheduler."""
+        if self.random_name:
+            return dict(RANDOM_MODELS[self.random_name][part])
+        name = "scheduler_config.json" if part == "scheduler" else "config.json"
+        path = self.folder / part / name
+        try:
+            return json.loads(path.read_text())
+        except FileNotFoundError:
+            raise ValueError(f"model.base {self.spec!r}: {path} is missing; a diffusers folder has {part}/{name}") from None
+
+
+def resolve_base(spec: str) -> Base:
+    """Return where a `model.base` is. Raises ValueError, one line, if it is nowhere."""
+    if spec == "tiny":
+        return Base(spec, tiny_folder())
+    if spec.startswith("random:"):
+        name = spec.removeprefix("random:")
+        if name not in RANDOM_MODELS:
+            raise ValueError(f"model.base {spec!r} is unknown; use one of {', '.join('random:' + n for n in RANDOM_MODELS)}")
+        return Base(spec, None, name)
+    if (Path(spec) / "model_index.json").is_file():
+        index = json.loads((Path(spec) / "model_index.json").read_text())
+        pipeline = index.get("_class_name", "")
+        if "XL" in pipeline or "text_encoder_2" in index or "transformer" in index:
+            raise ValueError(f"model.base {spec!r} is a {pipeline}; only Stable Diffusion 1.x and 2.x are supported yet")
+        return Base(spec, Path(spec))
+    if Path(spec).exists():
+        raise ValueError(f"model.base {spec!r} is no diffusers folder: it has no model_index.json")
+    return Base(spec, _fetch(spec))
+
+
+def _fetch(spec: str) -> Path:
+    """Return the local snapshot of a hub repository, fetching its safetensors and configs if need be."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.txt", "unet/*.safetensors", "vae/*.safetensors", "text_encoder/*.safetensors"]
+    try:
+        return Path(snapshot_download(spec, allow_patterns=patterns, ignore_patterns=["*fp16*", "*non_ema*"]))
+    except HFValidationError:
+        raise ValueError(f"model.base {spec!r} is neither a folder here nor a hub id (owner/name)") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"model.base {spec!r} is no folder here and could not be had from the hub ({reason[:100]}); give a diffusers folder"
+        ) from None
+
+
+def fingerprint(module: nn.Module, *extra: str) -> str:
+    """Return a SHA-256 over a module's tensors by name, dtype and bytes, and over any extra words."""
+    digest = hashlib.sha256("\n".join(extra).encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def seeded_initialisation(seed: int, part: str):
+    """Library initialisers draw from torch's generator: seed it as a function of (seed, part), put it back after."""
+    state = torch.random.get_rng_state()
+    sample_id = int.from_bytes(part.encode()[:7], "big")
+    torch.manual_seed(int(words(Key(seed, Purpose.INITIAL_WEIGHTS, sample_id), 1)[0]))
+    try:
+        yield
+    finally:
+        torch.random.set_rng_state(state)
+
+
+def load_unet(base: Base, seed: int, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Return the UNet on the CPU, in `dtype`; with random weights of `seed` for a `random:` base."""
+    from diffusers import UNet2DConditionModel
+
+    if base.folder is None:
+        with seeded_initialisation(seed, "unet"):
+            return UNet2DConditionModel.from_config(base.config_of("unet")).to(dtype)
+    return _from_folder(UNet2DConditionModel, base.folder / "unet", dtype)
+
+
+def meta_unet(base: Base) -> nn.Module:
+    """Return the UNet on the meta device: shapes without memory."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config(base.config_of("unet"))
+
+
+def _from_folder(model_class, folder: Path, dtype: torch.dtype) -> nn.Module:
+    if not any(folder.glob("*.safetensors")):
+        found = ", ".join(sorted(p.name for p in folder.glob("*"))) or "nothing"
+        raise ValueError(f"{folder} holds no .safetensors (found: {found}); other formats are never loaded")
+    variant = None if any(".fp16." not in p.name for p in folder.glob("*.safetensors")) else "fp16"
+    return model_class.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, variant=variant)
+
+
+def load_vae(base: Base, override: str, seed: int) -> nn.Module:
+    """Return the frozen autoencoder in fp32 on the CPU: the base's, or the AutoencoderKL/-Tiny folder given."""
+    from diffusers import AutoencoderKL, AutoencoderTiny
+
+    if override:
+        config_path = Path(override) / "config.json"
+        if not config_path.is_file():
+            raise ValueError(f"model.vae {override!r} is no autoencoder folder: it has no config.json")
+        name = json.loads(config_path.read_text()).get("_class_name")
+        classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+        if name not in classes:
+            raise ValueError(f"model.vae {override!r} is a {name}; use an AutoencoderKL or AutoencoderTiny")
+        vae = _from_folder(classes[name], Path(override), torch.float32)
+    elif base.folder is None:
+        with seeded_initialisation(seed, "vae"):
+            vae = AutoencoderKL.from_config(base.config_of("vae"))
+    else:
+        vae = _from_folder(AutoencoderKL, base.folder / "vae", torch.float32)
+    return vae.eval().requires_grad_(False)
+
+
+def load_text(base: Base, tokenizer_override: str, seed: int) -> tuple[object, nn.Module]:
+    """Return (tokenizer, frozen text encoder in fp32 on the CPU). A `random:` base has the tiny vocabulary by default."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    if tokenizer_override and base.folder is not None:
+        raise ValueError(f"model.tokenizer {tokenizer_override!r} does not fit the text encoder of {base.spec!r}; leave it empty")
+    folder = tokenizer_override or (base.folder or tiny_folder()) / "tokenizer"
+    if not Path(folder).is_dir():
+        raise ValueError(f"model.tokenizer {str(folder)!r} is no folder")
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    if base.folder is not None:
+        return tokenizer, _from_folder(CLIPTextModel, base.folder / "text_encoder", torch.float32).eval().requires_grad_(False)
+    config = CLIPTextConfig(
+        **base.config_of("text_encoder"),
+        vocab_size=len(tokenizer),
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with seeded_initialisation(seed, "text"):
+        return tokenizer, CLIPTextModel(config).eval().requires_grad_(False)
+
+
+@dataclass
+class LatentCodec:
+    """An autoencoder as the cache and the sampler use it: unscaled posterior in, pixels out."""
+
+    vae: nn.Module
+    device: torch.device
+    fingerprint: str = field(init=False)
+
+    def __post_init__(self):
+        self.fingerprint = fingerprint(self.vae, type(self.vae).__name__)
+        self.vae.to(self.device)
+
+    @property
+    def has_posterior(self) -> bool:
+        return hasattr(self.vae, "quant_conv")
+
+    @property
+    def latent_channels(self) -> int:
+        return self.vae.config.latent_channels
+
+    @property
+    def factor(self) -> int:
+        """Pixels a latent, along each side."""
+        channels = self.vae.config.get("block_out_channels") or self.vae.config.encoder_block_out_channels
+        return 2 ** (len(channels) - 1)
+
+    @property
+    def scaling_factor(self) -> float:
+        return float(self.vae.config.scaling_factor)
+
+    @torch.inference_mode()
+    def encode(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return (mean, logvar) of unscaled latents, float32 on the CPU; logvar None without a posterior."""
+        pixels = pixels_BCHW.to(self.device, next(self.vae.parameters()).dtype)
+        if not self.has_posterior:
+            return self.vae.encode(pixels).latents.float().cpu(), None
+        posterior = self.vae.encode(pixels).latent_dist
+        return posterior.mean.float().cpu(), posterior.logvar.float().cpu()
+
+    @torch.inference_mode()
+    def decode(self, latents_BCHW: Tensor) -> Tensor:
+        """Return pixels (B, 3, H, W) in [0, 1], float32 on the CPU, of scaled latents."""
+        latents = latents_BCHW.to(self.device, next(self.vae.parameters()).dtype) / self.scaling_factor
+        return (self.vae.decode(latents).sample.float() / 2 + 0.5).clamp(0, 1).cpu()
+
+
+@dataclass
+class CaptionEncoder:
+    """A frozen CLIP text encoder and its tokenizer."""
+
+    tokenizer: object
+    text_encoder: nn.Module
+    device: torch.device
+    clip_skip: int = 0
+    fingerprint: str = field(init=False)
+
+    def __post_init__(self):
+        layers = self.text_encoder.config.num_hidden_layers
+        if self.clip_skip >= layers:
+            raise ValueError(f"model.clip_skip {self.clip_skip} leaves no layer of {layers}; use at most {layers - 1}")
+        vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items()))
+        self.fingerprint = fingerprint(self.text_encoder, vocabulary, str(self.num_tokens), str(self.clip_skip))
+        self.text_encoder.to(self.device)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.tokenizer.model_max_length
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.text_encoder.config.hidden_size
+
+    @torch.inference_mode()
+    def encode(self, captions: list[str]) -> Tensor:
+        """Return (B, T, D) float32 on the CPU: the last hidden state, or that of clip_skip layers before, normed."""
+        ids = self.tokenizer(
+            captions, padding="max_length", truncation=True, max_length=self.num_tokens, return_tensors="pt"
+        ).input_ids
+        output = self.text_encoder(ids.to(self.device), output_hidden_states=self.clip_skip > 0)
+        if self.clip_skip == 0:
+            return output.last_hidden_state.float().cpu()
+        inner = getattr(self.text_encoder, "text_model", self.text_encoder)
+        return inner.final_layer_norm(output.hidden_states[-1 - self.clip_skip]).float().cpu()
+
+
+def load_codec(config: Config, base: Base, device: torch.device) -> LatentCodec:
+    """Return the run's autoencoder on a device."""
+    return LatentCodec(load_vae(base, config.model.vae, config.run.seed), device)
+
+
+def load_caption_encoder(config: Config, base: Base, device: torch.device) -> CaptionEncoder:
+    """Return the run's text encoder on a device."""
+    tokenizer, text_encoder = load_text(base, config.model.tokenizer, config.run.seed)
+    return CaptionEncoder(tokenizer, text_encoder, device, config.model.clip_skip)
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device of run.device. Raises ValueError for cuda where there is none."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("run.device is cuda, but torch finds no CUDA device; use auto or cpu")
+    return torch.device(name)
+
+
+def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Return the UNet's dtype. auto: fp32 on a CPU; on a GPU bf16 where it has bf16 arithmetic (cc >= 8.0), else fp16."""
+    if precision == "auto":
+        if device.type == "cpu":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    if precision == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        raise ValueError("model.precision bf16: this GPU has no bf16 arithmetic; use fp16 or auto")
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

@@ -1,0 +1,71 @@
+"""Architectures for `model.base = "random:NAME"`: true sizes with untrained weights.
+
+`sd15` is Stable Diffusion 1.5 (859,520,964 parameters in the UNet); `small` is a UNet that two CPU cores can train
+from nothing in an hour. The text encoders take their vocabulary size from the tokenizer.
+"""
+
+_SCHEDULER = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "prediction_type": "epsilon",
+}
+
+_CROSS_BLOCKS = {
+    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+}
+
+_KL = {
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "latent_channels": 4,
+    "scaling_factor": 0.18215,
+}
+
+RANDOM_MODELS: dict[str, dict[str, dict]] = {
+    "sd15": {
+        "unet": {
+            **_CROSS_BLOCKS,
+            "sample_size": 64,
+            "in_channels": 4,
+            "out_channels": 4,
+            "layers_per_block": 2,
+            "block_out_channels": [320, 640, 1280, 1280],
+            "cross_attention_dim": 768,
+            "attention_head_dim": 8,
+        },
+        "vae": {**_KL, "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "sample_size": 512},
+        "text_encoder": {
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "projection_dim": 768,
+        },
+        "scheduler": _SCHEDULER,
+    },
+    "small": {
+        "unet": {
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+            "sample_size": 16,
+            "in_channels": 4,
+            "out_channels": 4,
+            "layers_per_block": 2,
+            "block_out_channels": [64, 128, 256],
+            "cross_attention_dim": 256,
+            "attention_head_dim": 8,
+        },
+        "vae": {**_KL, "block_out_channels": [32, 64, 128, 128], "layers_per_block": 1, "sample_size": 128},
+        "text_encoder": {
+            "hidden_size": 256,
+            "intermediate_size": 1024,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "projection_dim": 256,
+        },
+        "scheduler": _SCHEDULER,
+    },
+}

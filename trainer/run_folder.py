@@ -1,0 +1,112 @@
+"""What a run writes down once, at its start: settings, environment, model, data and a few examples."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import nn
+
+from safelight.data.atomic import atomic_write_text
+from safelight.trainer.config import Config, ResolvedStage, to_toml
+from safelight.trainer.dataset import NUM_EXAMPLES, Dataset
+from safelight.trainer.environment import describe
+from safelight.trainer.models import Base
+
+EXAMPLE_SIDE = 320
+# settings that may change between a run and its continuation: they decide when things are shown, not what is learnt
+FREE = {"run": {"dir", "device"}, "train": {"max_steps"}}
+FREE_TABLES = {"stage", "validate", "sample", "save", "log"}
+# these act through the stages, whose finished part is compared apart
+STAGED = {
+    "train": {"epochs", "batch_size", "accumulate", "max_grad_norm"},
+    "optimizer": {"lr", "schedule", "warmup_steps", "weight_decay"},
+}
+
+
+def _write_json(path: Path, value) -> None:
+    atomic_write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def run_key(config: Config, dataset: Dataset, stage: int, precision: str) -> str:
+    """Return a hash of all that decides the weights up to the end of a stage. Later stages may be added or changed."""
+    settings = config.model_dump(by_alias=True)
+    for table in FREE_TABLES:
+        settings.pop(table)
+    for table, names in (*FREE.items(), *STAGED.items()):
+        for name in names:
+            settings[table].pop(name)
+    settings["model"]["precision"] = precision
+    stages: list[ResolvedStage] = config.stages()[: stage + 1]
+    rows = [(s.latent_keys, s.text_keys) for s in dataset.train]
+    text = json.dumps([settings, [vars(s) for s in stages], rows], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_start(
+    run_dir: Path, config: Config, base: Base, dataset: Dataset, unet: nn.Module, notes: list[str],
+    prediction_type: str, precision: str, device: torch.device,
+) -> None:  # fmt: skip
+    """Write config.toml, environment.json, model.json, data.json, split.json and data_examples/."""
+    atomic_write_text(run_dir / "config.toml", to_toml(config))
+    _write_json(run_dir / "environment.json", {**describe(device), "attention": notes[0]})
+    trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
+    own_text = f"CLIP tokenizer {Path(config.model.tokenizer).name}" if config.model.tokenizer else "the base's"
+    untrained = "untrained (random weights), frozen" if base.from_scratch else "frozen"
+    _write_json(
+        run_dir / "model.json",
+        {
+            "base": config.model.base,
+            "from_scratch": base.from_scratch,
+            "unet_parameters": sum(p.numel() for p in unet.parameters()),
+            "trained_parameters": trained,
+            "vae": Path(config.model.vae).name if config.model.vae else "the base's",
+            "text_encoder": f"{own_text}, {untrained}",
+            "prediction_type": prediction_type,
+            "precision": precision,
+            "notes": notes,
+        },
+    )
+    split = {half: [s.photo.file for s in samples] for half, samples in (("train", dataset.train), ("validation", dataset.validation))}
+    _write_json(run_dir / "split.json", {"seed": config.run.seed, "fraction": config.data.validation_fraction, **split})
+    rejected_path = dataset.path / "rejected.jsonl"
+    rejected = [json.loads(line) for line in rejected_path.read_text().splitlines()] if rejected_path.exists() else []
+    _write_json(
+        run_dir / "data.json",
+        {
+            "dataset": dataset.path.name,
+            "num_photos": len(dataset.train) + len(dataset.validation),
+            "num_train": len(dataset.train),
+            "num_validation": len(dataset.validation),
+            "num_captions": sum(len(s.captions) for s in (*dataset.train, *dataset.validation)),
+            "variants": config.data.variants,
+            "buckets": dataset.counts(),
+            "examples": _write_examples(run_dir, dataset),
+            "rejected": rejected,
+        },
+    )
+
+
+def _write_examples(run_dir: Path, dataset: Dataset) -> list[dict]:
+    folder = run_dir / "data_examples"
+    folder.mkdir(parents=True, exist_ok=True)
+    every = max(1, len(dataset.train) // NUM_EXAMPLES)
+    rows = []
+    for index, sample in enumerate(dataset.train[::every][:NUM_EXAMPLES]):
+        name = f"{index:03d}.jpg"
+        with Image.open(dataset.path / sample.photo.file) as image:
+            small = image.convert("RGB")
+            small.thumbnail((EXAMPLE_SIDE, EXAMPLE_SIDE), Image.Resampling.LANCZOS)
+            small.save(folder / name, quality=88)
+        rows.append(
+            {
+                "file": f"data_examples/{name}",
+                "caption": sample.captions[0],
+                "width": sample.photo.width,
+                "height": sample.photo.height,
+            }
+        )
+    return rows

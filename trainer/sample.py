@@ -1,0 +1,114 @@
+"""Images from captions: the same noise for the same (seed, index), whatever model draws and however many at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from safelight.kernels.philox import Key, Purpose, normals_torch
+from safelight.trainer.diffusion import NoiseSchedule
+from safelight.trainer.models import LatentCodec
+
+SAMPLERS = ("ddim", "dpm++", "euler")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to draw. width, height in px; cfg 1 means no guidance; sampler: ddim | dpm++ | euler."""
+
+    width: int
+    height: int
+    steps: int
+    cfg: float
+    seed: int
+    sampler: str = "ddim"
+
+
+def make_scheduler(schedule: NoiseSchedule, sampler: str):
+    """Return diffusers' scheduler of a sampler over the run's own schedule. Raises ValueError for an unknown one."""
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+
+    options = {
+        "trained_betas": _betas(schedule),
+        "prediction_type": schedule.prediction_type,
+        "num_train_timesteps": schedule.num_timesteps,
+        # "leading" starts below the last timestep, where a zero-terminal schedule has its pure noise
+        "timestep_spacing": "trailing",
+    }
+    if sampler == "ddim":
+        return DDIMScheduler(**options, clip_sample=False)
+    if sampler == "dpm++":
+        return DPMSolverMultistepScheduler(**options)
+    if sampler == "euler":
+        return EulerDiscreteScheduler(**options)
+    raise ValueError(f"sampler {sampler!r} is unknown; use {', '.join(SAMPLERS)}")
+
+
+def _betas(schedule: NoiseSchedule) -> np.ndarray:
+    a = schedule.alphas_cumprod_T.double().cpu()
+    return (1 - a / torch.cat([torch.ones(1, dtype=torch.float64), a[:-1]])).clamp(max=0.999999).numpy().astype(np.float32)
+
+
+@torch.no_grad()
+def generate(
+    unet: nn.Module,
+    codec: LatentCodec,
+    text_BTD: Tensor,
+    negative_TD: Tensor,
+    schedule: NoiseSchedule,
+    settings: Settings,
+    *,
+    indices: Sequence[int] | None = None,
+    batch_size: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Image.Image]:
+    """Return an RGB image for each row of text_BTD.
+
+    indices: the noise's numbers, 0 .. B-1 by default. negative_TD: what guidance points away from.
+    Raises ValueError for a size that the latents do not divide.
+    """
+    factor = codec.factor
+    if settings.width % factor or settings.height % factor:
+        raise ValueError(f"sample size {settings.width}x{settings.height} is not a multiple of {factor}")
+    weight = next(unet.parameters())
+    indices = list(range(len(text_BTD))) if indices is None else list(indices)
+    shape = (codec.latent_channels, settings.height // factor, settings.width // factor)
+    was_training = unet.training
+    unet.eval()
+    images: list[Image.Image] = []
+    for start in range(0, len(indices), batch_size):
+        chunk = indices[start : start + batch_size]
+        keys = [Key(settings.seed, Purpose.SAMPLE_NOISE, index) for index in chunk]
+        scheduler = make_scheduler(schedule, settings.sampler)
+        scheduler.set_timesteps(settings.steps, device=weight.device)
+        latents = normals_torch(keys, shape, weight.device) * scheduler.init_noise_sigma
+        text = text_BTD[start : start + batch_size].to(weight.device, weight.dtype)
+        if settings.cfg != 1:
+            negative = negative_TD.to(weight.device, weight.dtype).expand(len(chunk), -1, -1)
+            text = torch.cat([negative, text])
+        for timestep in scheduler.timesteps:
+            model_input = scheduler.scale_model_input(latents, timestep).to(weight.dtype)
+            if settings.cfg != 1:
+                model_input = torch.cat([model_input, model_input])
+            predicted = unet(model_input, timestep, text).sample.float()
+            if settings.cfg != 1:
+                without, with_caption = predicted.chunk(2)
+                predicted = without + settings.cfg * (with_caption - without)
+            latents = scheduler.step(predicted, timestep, latents).prev_sample
+        images.extend(to_images(codec.decode(latents)))
+        if progress is not None:
+            progress(len(images), len(indices))
+    unet.train(was_training)
+    return images
+
+
+def to_images(pixels_BCHW: Tensor) -> list[Image.Image]:
+    """Return RGB images of pixels in [0, 1]; a non-finite pixel becomes mid-grey rather than an arbitrary byte."""
+    finite = torch.nan_to_num(pixels_BCHW, nan=0.5)
+    array = (finite.permute(0, 2, 3, 1) * 255).round().clamp(0, 255).to(torch.uint8).numpy()
+    return [Image.fromarray(image) for image in array]

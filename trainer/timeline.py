@@ -1,0 +1,60 @@
+"""Stages, epochs and steps of a run, known before it starts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from safelight.data.cache import Sample
+from safelight.trainer.config import Config, ResolvedStage
+from safelight.trainer.optim import learning_rate
+
+
+def steps_per_epoch(samples: Sequence[Sample], batch_size: int, accumulation: int) -> int:
+    """Return optimizer steps of one epoch: each bucket's last micro-batch may be short, so may the last step be."""
+    num_micro = sum(-(-count // batch_size) for count in Counter(s.bucket for s in samples).values())
+    return -(-num_micro // accumulation)
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """stages and their steps an epoch; all counts follow. Epochs and steps are 0-based and run over all stages."""
+
+    stages: tuple[ResolvedStage, ...]
+    stage_steps_per_epoch: tuple[int, ...]
+    max_steps: int
+
+    @classmethod
+    def of(cls, config: Config, samples: Sequence[Sample]) -> Timeline:
+        stages = tuple(config.stages())
+        steps = tuple(steps_per_epoch(samples, s.batch_size, s.accumulate) for s in stages)
+        return cls(stages, steps, config.train.max_steps)
+
+    @property
+    def num_epochs(self) -> int:
+        return sum(stage.epochs for stage in self.stages)
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole run, max_steps included."""
+        total = sum(s.epochs * n for s, n in zip(self.stages, self.stage_steps_per_epoch, strict=True))
+        return min(total, self.max_steps) if self.max_steps else total
+
+    def stage_of(self, epoch: int) -> int:
+        """Return the stage that an epoch belongs to; the last one for an epoch past the end."""
+        for index, end in enumerate(accumulate(stage.epochs for stage in self.stages)):
+            if epoch < end:
+                return index
+        return len(self.stages) - 1
+
+    def first_epoch(self, stage: int) -> int:
+        return sum(s.epochs for s in self.stages[:stage])
+
+    def learning_rate(self, epoch: int, step_in_epoch: int) -> float:
+        """Return the learning rate of a step; a schedule spans its stage, whatever max_steps cuts off."""
+        index = self.stage_of(epoch)
+        stage, per_epoch = self.stages[index], self.stage_steps_per_epoch[index]
+        step = (epoch - self.first_epoch(index)) * per_epoch + step_in_epoch
+        return learning_rate(stage.schedule, stage.lr, step, stage.epochs * per_epoch, stage.warmup_steps)

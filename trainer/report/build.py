@@ -146,7 +146,8 @@ def _held_out_note(run: RunFolder) -> str:
 
 
 def _subtitle(run: RunFolder) -> str:
-    started = str(run.environment.get("started") or "")[:16].replace("T", " ")
+    stamp = str(run.environment.get("started") or "")
+    started = stamp[:16].replace("T", " ") + (" UTC" if stamp.endswith(("+00:00", "Z")) else "")
     device = str(run.environment.get("device_name") or run.environment.get("device") or "")
     return " · ".join(filter(None, [started, f"from {shorten(run.base, 120)}", device]))
 

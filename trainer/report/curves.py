@@ -116,7 +116,7 @@ def _legend(metrics: Metrics) -> Markup:
     _, width = smoothed_loss(metrics)
     items = []
     if len(metrics.train["loss"]):
-        items += [(("faint", False), "training, each logged step"), (("muted", False), f"training, weighted mean of {width}")]
+        items += [(("faint", False), "training, as logged"), (("muted", False), f"training, weighted mean of {width}")]
     for split, color, dashed, name in (
         ("held_out", "accent", False, "held out, never trained on"),
         ("train_subset", "amber", True, "a fixed part of the training photographs"),
@@ -150,7 +150,7 @@ def _loss_note(metrics: Metrics) -> str:
     num_bad = int(np.sum(~np.isfinite(loss)))
     if num_bad:
         notes.append(f"{num_bad} logged steps had no finite loss and are left out.")
-    notes.append("Single steps scatter widely; some leave the frame, which is set by the curves.")
+    notes.append("Logged values scatter widely; some leave the frame, which is set by the curves.")
     return " ".join(notes)
 
 

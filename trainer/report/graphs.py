@@ -21,6 +21,7 @@ WIDE_PX = (880, 400)
 NARROW_PX = (400, 330)
 SMALL_PX = (420, 220)
 MAX_DRAWN_POINTS = 1500
+LOG_FROM_RATIO = 5
 ROUND_STEPS = (1, 2, 2.5, 5, 10)
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
@@ -63,13 +64,16 @@ def loss_graph(metrics: Metrics, best: Validation | None, narrow: bool) -> tuple
     axes.plot(epoch[some], smoothed[some], color=PALETTE["muted"], linewidth=1.6)
     _plot_validation(axes, subset, PALETTE["amber"], narrow, linestyle=(0, (4, 2)))
     _plot_validation(axes, held_out, PALETTE["accent"], narrow)
-    low, high = _loss_limits(smoothed, raw, [point.loss for point in (*held_out, *subset)])
+    low, high, is_log = _loss_limits(smoothed, raw, [point.loss for point in (*held_out, *subset)])
+    if is_log:
+        axes.set_yscale("log")
+        _plain_log_ticks(axes)
     axes.set_ylim(low, high)
     _epoch_axis(axes, metrics, 4 if narrow else 9, with_steps=True)
     _mark_stages(axes, metrics, named=True)
     if best is not None:
         _mark_best(axes, best, metrics.last_epoch)
-    _dress(axes, "loss (mean squared error)")
+    _dress(axes, "loss (mean squared error, log scale)" if is_log else "loss (mean squared error)")
     # The layout is settled only by drawing; afterwards it must not move again, or the read-out would miss its points.
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
@@ -91,12 +95,11 @@ def timestep_graph(held_out: Sequence[Validation], best: Validation, narrow: boo
     for point, color in shown:
         left.plot(bands, point.loss_by_timestep, color=PALETTE[color], marker="o", markersize=3.5, linewidth=1.6)
     values = np.array([point.loss_by_timestep for point, _ in shown])
-    if np.all(values > 0) and values.max() > 8 * values.min():
+    is_log = bool(np.all(values > 0) and values.max() > LOG_FROM_RATIO * values.min())
+    if is_log:
         left.set_yscale("log")
-        left.yaxis.set_major_locator(FixedLocator([m * 10.0**k for k in range(-5, 2) for m in (1, 2, 5)]))
-        left.yaxis.set_minor_locator(NullLocator())
-    left.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    if values.max() <= 8 * values.min():
+        _plain_log_ticks(left)
+    else:
         left.set_ylim(bottom=0)
     num_bars = max(1, len(shown) - 1)
     width = 0.7 / num_bars
@@ -108,7 +111,7 @@ def timestep_graph(held_out: Sequence[Validation], best: Validation, narrow: boo
     right.axhline(0, color=PALETTE["muted"], linewidth=1)
     right.yaxis.set_major_locator(MaxNLocator(5, steps=ROUND_STEPS))
     right.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+g}".replace("-", "−").replace("+0", "0")))
-    for axes, title in ((left, "held-out loss (mean squared error)"), (right, "change against step 0 (%)")):
+    for axes, title in ((left, f"held-out loss (mean squared error{', log scale' if is_log else ''})"), (right, "change against step 0 (%)")):
         axes.set_xticks(bands, band_names(len(bands), short=narrow or len(bands) > 5))
         axes.set_xlim(-0.6, len(bands) - 0.4)
         axes.set_xlabel("timestep band (% of the noise schedule)", color=PALETTE["muted"], fontsize=11)
@@ -133,7 +136,7 @@ def small_graph(metrics: Metrics, column: str, title: str, color: str, smoothing
     epoch, values = epoch[known], values[known]
     largest = float(np.max(np.abs(values)))
     if 0 < largest < 1e-2:
-        power = int(np.floor(np.log10(largest)))
+        power = int(np.floor(np.log10(1.01 * largest)))
         values = values / 10.0**power
         title = f"{title} (×10{str(power).translate(SUPERSCRIPTS)})"
     some = evenly_chosen(len(epoch), MAX_DRAWN_POINTS)
@@ -166,18 +169,30 @@ def _plot_validation(axes: Axes, points: Sequence[Validation], color: str, narro
     )
 
 
-def _loss_limits(smoothed: np.ndarray, raw: np.ndarray, validation: list[float]) -> tuple[float, float]:
-    """Return the frame: single steps scatter many times wider than what is to be seen, so they may leave it."""
+def _loss_limits(smoothed: np.ndarray, raw: np.ndarray, validation: list[float]) -> tuple[float, float, bool]:
+    """Return the frame, and whether its scale is logarithmic.
+
+    Logged values scatter many times wider than what is to be seen, so they may leave the frame.
+    """
     seen = np.concatenate([smoothed, np.array(validation, dtype=np.float64)])
     seen = seen[np.isfinite(seen)]
     if not len(seen):
-        return 0.0, 1.0
+        return 0.0, 1.0, False
     low, high = float(seen.min()), float(seen.max())
+    if low > 0 and high > LOG_FROM_RATIO * low:
+        # A run from scratch falls by an order of magnitude: on a plain scale its end, which decides, would be flat.
+        return low * 0.85, high * 1.6, True
     known = raw[np.isfinite(raw)]
     spread = float(np.quantile(known, 0.9) - np.quantile(known, 0.1)) if len(known) else 0.0
     margin = max(0.25 * (high - low), 0.15 * spread, 0.02 * high, 1e-6)
     # More room above: the names of the stages stand there.
-    return max(0.0, low - 0.6 * margin), high + 1.4 * margin
+    return max(0.0, low - 0.6 * margin), high + 1.4 * margin, False
+
+
+def _plain_log_ticks(axes: Axes) -> None:
+    axes.yaxis.set_major_locator(FixedLocator([m * 10.0**k for k in range(-6, 4) for m in (1, 2, 5)]))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _mark_best(axes: Axes, best: Validation, last_epoch: float) -> None:

@@ -160,3 +160,15 @@ def test_planned_epochs() -> None:
 def test_band_names_span_the_schedule() -> None:
     assert band_names(4) == ["0–25", "25–50", "50–75", "75–100"]
     assert band_names(10, short=True)[0] == "10"
+
+
+@pytest.mark.parametrize(("losses", "is_log"), [((0.14, 0.13, 0.135), False), ((0.9, 0.3, 0.1), True)])
+def test_loss_that_falls_by_much_is_drawn_on_a_log_scale(
+    tmp_path: Path, write_metrics, losses: tuple[float, ...], is_log: bool
+) -> None:
+    lines = [
+        {"kind": "validation", "split": "held_out", "step": 9 * i, "epoch": float(i), "loss": loss}
+        for i, loss in enumerate(losses)
+    ]
+    write_metrics(tmp_path, lines)
+    assert ("loss (mean squared error, log scale)" in render(read_run_folder(tmp_path))) is is_log

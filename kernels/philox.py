@@ -264,7 +264,9 @@ def normals_torch(keys: list[Key], shape: tuple[int, ...], device: torch.device 
     All keys share one seed. Raises ValueError otherwise, or for an empty list.
     """
     if not keys or any(key.seed != keys[0].seed for key in keys):
-        raise ValueError(f"normals_torch needs one or more keys of one seed, got seeds {sorted({k.seed for k in keys})}")
+        raise ValueError(
+            f"normals_torch needs one or more keys of one seed, got seeds {sorted({k.seed for k in keys})}"
+        )
     num = int(np.prod(shape, dtype=np.int64))
     k0, k1 = keys[0].words()[:2]
     counters = torch.tensor([key.words()[2:] for key in keys], dtype=torch.int64).to(device)

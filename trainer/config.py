@@ -255,7 +255,9 @@ def _names_at(location: tuple) -> list[str]:
             continue
         for name, field in model.model_fields.items():
             if part in (name, field.alias):
-                inner = [t for t in (field.annotation, *getattr(field.annotation, "__args__", ())) if isinstance(t, type)]
+                inner = [
+                    t for t in (field.annotation, *getattr(field.annotation, "__args__", ())) if isinstance(t, type)
+                ]
                 model = next((t for t in inner if issubclass(t, BaseModel)), model)
     return [field.alias or name for name, field in model.model_fields.items()]
 

@@ -47,7 +47,9 @@ class Base:
         try:
             return json.loads(path.read_text())
         except FileNotFoundError:
-            raise ValueError(f"model.base {self.spec!r}: {path} is missing; a diffusers folder has {part}/{name}") from None
+            raise ValueError(
+                f"model.base {self.spec!r}: {path} is missing; a diffusers folder has {part}/{name}"
+            ) from None
 
 
 def resolve_base(spec: str) -> Base:
@@ -57,13 +59,17 @@ def resolve_base(spec: str) -> Base:
     if spec.startswith("random:"):
         name = spec.removeprefix("random:")
         if name not in RANDOM_MODELS:
-            raise ValueError(f"model.base {spec!r} is unknown; use one of {', '.join('random:' + n for n in RANDOM_MODELS)}")
+            raise ValueError(
+                f"model.base {spec!r} is unknown; use one of {', '.join('random:' + n for n in RANDOM_MODELS)}"
+            )
         return Base(spec, None, name)
     if (Path(spec) / "model_index.json").is_file():
         index = json.loads((Path(spec) / "model_index.json").read_text())
         pipeline = index.get("_class_name", "")
         if "XL" in pipeline or "text_encoder_2" in index or "transformer" in index:
-            raise ValueError(f"model.base {spec!r} is a {pipeline}; only Stable Diffusion 1.x and 2.x are supported yet")
+            raise ValueError(
+                f"model.base {spec!r} is a {pipeline}; only Stable Diffusion 1.x and 2.x are supported yet"
+            )
         return Base(spec, Path(spec))
     if Path(spec).exists():
         raise ValueError(f"model.base {spec!r} is no diffusers folder: it has no model_index.json")
@@ -160,13 +166,17 @@ def load_text(base: Base, tokenizer_override: str, seed: int) -> tuple[object, n
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     if tokenizer_override and base.folder is not None:
-        raise ValueError(f"model.tokenizer {tokenizer_override!r} does not fit the text encoder of {base.spec!r}; leave it empty")
+        raise ValueError(
+            f"model.tokenizer {tokenizer_override!r} does not fit the text encoder of {base.spec!r}; leave it empty"
+        )
     folder = tokenizer_override or (base.folder or tiny_folder()) / "tokenizer"
     if not Path(folder).is_dir():
         raise ValueError(f"model.tokenizer {str(folder)!r} is no folder")
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     if base.folder is not None:
-        return tokenizer, _from_folder(CLIPTextModel, base.folder / "text_encoder", torch.float32).eval().requires_grad_(False)
+        return tokenizer, _from_folder(
+            CLIPTextModel, base.folder / "text_encoder", torch.float32
+        ).eval().requires_grad_(False)
     config = CLIPTextConfig(
         **base.config_of("text_encoder"),
         vocab_size=len(tokenizer),

@@ -65,7 +65,9 @@ class UNetOptimizer:
         first = next(iter(self.parameters.values()))
         self.has_master = first.dtype != torch.float32
         self.master = {
-            name: nn.Parameter(p.detach().float().clone(memory_format=torch.contiguous_format)) if self.has_master else p
+            name: nn.Parameter(p.detach().float().clone(memory_format=torch.contiguous_format))
+            if self.has_master
+            else p
             for name, p in self.parameters.items()
         }
         self.loss_scale = LossScale(first.device, first.dtype == torch.float16)
@@ -120,7 +122,10 @@ class UNetOptimizer:
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Return everything a resumed run needs beside the weights, contiguous, on the CPU: `part/parameter name`."""
-        state: dict[str, Tensor] = {"loss_scale/scale": self.loss_scale.scale, "loss_scale/num_good": self.loss_scale.num_good}
+        state: dict[str, Tensor] = {
+            "loss_scale/scale": self.loss_scale.scale,
+            "loss_scale/num_good": self.loss_scale.num_good,
+        }
         for name, master in self.master.items():
             if self.has_master:
                 state[f"master/{name}"] = master.detach()
@@ -163,7 +168,9 @@ class UNetOptimizer:
         if wanted not in parts:
             raise ValueError(f"the checkpoint's moments of {name} are not of optimizer {self.name}")
         if parts[wanted].shape != master.shape:
-            raise ValueError(f"the checkpoint's moments of {name} have shape {tuple(parts[wanted].shape)}, not {tuple(master.shape)}")
+            raise ValueError(
+                f"the checkpoint's moments of {name} have shape {tuple(parts[wanted].shape)}, not {tuple(master.shape)}"
+            )
         state = {}
         for part, value in parts.items():
             if part == "step":

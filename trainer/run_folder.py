@@ -70,7 +70,10 @@ def write_start(
             "notes": notes,
         },
     )
-    split = {half: [s.photo.file for s in samples] for half, samples in (("train", dataset.train), ("validation", dataset.validation))}
+    split = {
+        half: [s.photo.file for s in samples]
+        for half, samples in (("train", dataset.train), ("validation", dataset.validation))
+    }
     _write_json(run_dir / "split.json", {"seed": config.run.seed, "fraction": config.data.validation_fraction, **split})
     rejected_path = dataset.path / "rejected.jsonl"
     rejected = [json.loads(line) for line in rejected_path.read_text().splitlines()] if rejected_path.exists() else []

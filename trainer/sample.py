@@ -51,7 +51,9 @@ def make_scheduler(schedule: NoiseSchedule, sampler: str):
 
 def _betas(schedule: NoiseSchedule) -> np.ndarray:
     a = schedule.alphas_cumprod_T.double().cpu()
-    return (1 - a / torch.cat([torch.ones(1, dtype=torch.float64), a[:-1]])).clamp(max=0.999999).numpy().astype(np.float32)
+    return (
+        (1 - a / torch.cat([torch.ones(1, dtype=torch.float64), a[:-1]])).clamp(max=0.999999).numpy().astype(np.float32)
+    )
 
 
 @torch.no_grad()

@@ -89,7 +89,9 @@ def train(
     run_dir = Path(config.run.dir)
     checkpoints = list_checkpoints(run_dir)
     if checkpoints and not resume:
-        raise ValueError(f"{run_dir} already holds a run (at step {checkpoints[-1]}); add --resume, or name another --run.dir")
+        raise ValueError(
+            f"{run_dir} already holds a run (at step {checkpoints[-1]}); add --resume, or name another --run.dir"
+        )
     if resume and not checkpoints:
         raise ValueError(f"{run_dir} holds no checkpoint to resume from; leave --resume out to start")
     job, position = _load(config, run_dir, resume, terminal)
@@ -129,12 +131,16 @@ def _load(config: Config, run_dir: Path, resume: bool, terminal: Terminal) -> tu
     notes = [str(attention), f"optimizer {config.optimizer.name}" + (", fp32 master" if optimizer.has_master else "")]
     write_start(run_dir, config, base, dataset, unet, notes, schedule.prediction_type, precision, device)
     metrics = Metrics(run_dir, position.step if resume else -1, config.log.tensorboard)
-    terminal.say(f"{len(dataset.train)} photographs to train on, {len(dataset.validation)} held out; {timeline.num_steps} steps in {timeline.num_epochs} epochs")
+    terminal.say(
+        f"{len(dataset.train)} photographs to train on, {len(dataset.validation)} held out; {timeline.num_steps} steps in {timeline.num_epochs} epochs"
+    )
     terminal.say(str(attention))
     if resume:
         terminal.say(f"resumed at step {position.step}, epoch {position.epoch + 1}")
         metrics.write("event", position.step, event="resumed", detail=f"from {folder_of(run_dir, position.step).name}")
-    subset = choose_subset(dataset.train, min(config.validate_.max_images, len(dataset.validation) or 1), config.run.seed)
+    subset = choose_subset(
+        dataset.train, min(config.validate_.max_images, len(dataset.validation) or 1), config.run.seed
+    )
     job = Job(
         config, run_dir, device, dataset, unet, optimizer, schedule.to(device), codec, timeline, metrics, terminal, subset, window
     )  # fmt: skip
@@ -179,7 +185,11 @@ def _loop(job: Job, position: Position, stop_requested: Callable[[], bool]) -> O
             _log(job, position, result, lr)
             if position.step >= timeline.num_steps or stop_requested():
                 break
-            if config.save.every_steps and position.step % config.save.every_steps == 0 and not _at_epoch_end(job, position):
+            if (
+                config.save.every_steps
+                and position.step % config.save.every_steps == 0
+                and not _at_epoch_end(job, position)
+            ):
                 _save(job, position)
         batches.close()
         if _at_epoch_end(job, position):

@@ -166,7 +166,9 @@ def _read_out(metrics: Metrics, frames: dict[str, Frame]) -> str:
     written = [
         {
             "name": name,
-            "points": [[round(e, 3), int(s), round(v, 6)] for e, s, v in points if math.isfinite(e) and math.isfinite(v)],
+            "points": [
+                [round(e, 3), int(s), round(v, 6)] for e, s, v in points if math.isfinite(e) and math.isfinite(v)
+            ],
         }
         for name, points in series
     ]
@@ -190,5 +192,6 @@ def _validation_table(held_out: list[Validation], subset: list[Validation]) -> M
             f"{point.loss - beside.loss:+.5f}".replace("-", "−") if beside else "–",
         ])  # fmt: skip
     return details(
-        f"All {len(rows)} validations as numbers", table(["epoch", "step", "held out", "training photographs", "gap"], rows)
+        f"All {len(rows)} validations as numbers",
+        table(["epoch", "step", "held out", "training photographs", "gap"], rows),
     )

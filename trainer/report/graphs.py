@@ -111,7 +111,10 @@ def timestep_graph(held_out: Sequence[Validation], best: Validation, narrow: boo
     right.axhline(0, color=PALETTE["muted"], linewidth=1)
     right.yaxis.set_major_locator(MaxNLocator(5, steps=ROUND_STEPS))
     right.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+g}".replace("-", "−").replace("+0", "0")))
-    for axes, title in ((left, f"held-out loss (mean squared error{', log scale' if is_log else ''})"), (right, "change against step 0 (%)")):
+    for axes, title in (
+        (left, f"held-out loss (mean squared error{', log scale' if is_log else ''})"),
+        (right, "change against step 0 (%)"),
+    ):
         axes.set_xticks(bands, band_names(len(bands), short=narrow or len(bands) > 5))
         axes.set_xlim(-0.6, len(bands) - 0.4)
         axes.set_xlabel("timestep band (% of the noise schedule)", color=PALETTE["muted"], fontsize=11)
@@ -237,7 +240,9 @@ def _mark_stages(axes: Axes, metrics: Metrics, named: bool) -> None:
 def _epoch_axis(axes: Axes, metrics: Metrics, num_ticks: int, with_steps: bool) -> None:
     last = metrics.last_epoch or 1.0
     axes.set_xlim(-0.015 * last, 1.015 * last)
-    ticks = [tick for tick in MaxNLocator(num_ticks, steps=ROUND_STEPS).tick_values(0, last) if 0 <= tick <= last * 1.001]
+    ticks = [
+        tick for tick in MaxNLocator(num_ticks, steps=ROUND_STEPS).tick_values(0, last) if 0 <= tick <= last * 1.001
+    ]
     steps = _steps_at(metrics, ticks) if with_steps else None
     labels = [f"{tick:g}" for tick in ticks]
     if steps is not None:

@@ -20,7 +20,12 @@ def data_section(data: dict | None, run: RunFolder) -> Markup:
     """Return what was trained on: counts, shapes, example captions, what was turned away."""
     heading = tag("h2", "What it was trained on")
     if data is None:
-        return tag("section", heading, empty_state("The run has no data.json: what it was trained on is not recorded."), id="data")
+        return tag(
+            "section",
+            heading,
+            empty_state("The run has no data.json: what it was trained on is not recorded."),
+            id="data",
+        )
     return tag(
         "section",
         heading,
@@ -141,10 +146,7 @@ def _label(key: object) -> str:
 
 
 def _rows(values: dict) -> Markup:
-    rows = [
-        tag("div", tag("dt", str(key)), tag("dd", format_value(value)))
-        for key, value in values.items()
-    ]
+    rows = [tag("div", tag("dt", str(key)), tag("dd", format_value(value))) for key, value in values.items()]
     return tag("dl", rows, class_="rows")
 
 
@@ -195,7 +197,9 @@ def _buckets(buckets: list[dict]) -> Markup:
         )
         size = join(f"{width} × {height}", tag("div", f"{width / height:.2f} : 1", class_="meta"))
         count = f"{train:,}" + (f" + {validation:,}" if validation else "")
-        rows.append(join(Markup(shape), tag("span", size, class_="nowrap"), Markup(bar), tag("span", count, class_="count")))
+        rows.append(
+            join(Markup(shape), tag("span", size, class_="nowrap"), Markup(bar), tag("span", count, class_="count"))
+        )
     key = [
         tag("li", Markup(f'<svg viewBox="0 0 24 10" aria-hidden="true"><rect class="f-{color}" width="24" height="10"/></svg>'), text)
         for color, text in (("accent", "photographs to train on"), ("amber", "held out"))

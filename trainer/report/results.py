@@ -29,7 +29,10 @@ def samples_section(run: RunFolder, best_step: int | None) -> Markup:
     sets = [found for found in run.samples if found.images]
     if not sets:
         return tag(
-            "section", heading, empty_state("No samples were drawn while it trained (sample.every_epochs)."), id="samples"
+            "section",
+            heading,
+            empty_state("No samples were drawn while it trained (sample.every_epochs)."),
+            id="samples",
         )
     chosen = _choose_epochs(sets, best_step)
     keys = _prompt_keys(sets)
@@ -145,7 +148,9 @@ def _prompt_keys(sets: list[SampleSet]) -> list[PromptKey]:
 
 def _settings(key: PromptKey) -> str:
     _, seed, cfg, num_steps = key
-    parts = [f"seed {seed:.0f}"] * (seed >= 0) + [f"cfg {cfg:g}"] * (cfg >= 0) + [f"{num_steps:g} steps"] * (num_steps >= 0)
+    parts = (
+        [f"seed {seed:.0f}"] * (seed >= 0) + [f"cfg {cfg:g}"] * (cfg >= 0) + [f"{num_steps:g} steps"] * (num_steps >= 0)
+    )
     return ", ".join(parts)
 
 
@@ -215,7 +220,9 @@ def _interval_bars(row: dict) -> Markup:
 
     parts = ['<path class="s-grid" d="M10 36H210"/>']
     for value, anchor in ((low, "start"), (high, "end")):
-        parts.append(f'<text class="f-muted" font-size="9" x="{x(value)}" y="46" text-anchor="{anchor}">{value:g}</text>')
+        parts.append(
+            f'<text class="f-muted" font-size="9" x="{x(value)}" y="46" text-anchor="{anchor}">{value:g}</text>'
+        )
     if math.isfinite(chance):
         parts.append(f'<path class="s-muted" stroke-dasharray="2 2" d="M{x(chance)} 2V36"/>')
     for (mean, left, right), y, name in ((base, 11, "muted"), (trained, 26, "accent")):

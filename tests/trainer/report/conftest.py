@@ -106,7 +106,9 @@ def event(step: int, name: str, detail: str) -> dict:
 
 def metrics_lines(num_epochs: int = 40) -> list[dict]:
     generator = np.random.default_rng(3)
-    lines = [event(0, "attention path", "xformers memory-efficient, head dims 40, 80, 160; forward and backward probed")]
+    lines = [
+        event(0, "attention path", "xformers memory-efficient, head dims 40, 80, 160; forward and backward probed")
+    ]
     for step in range(1, num_epochs * STEPS_PER_EPOCH + 1):
         epoch = step / STEPS_PER_EPOCH
         stage = int(epoch > 30)
@@ -217,7 +219,9 @@ def _write_data(run_dir: Path) -> None:
     for index, (width, height) in enumerate(sizes):
         draw_scene(width // 2, height // 2, 50 + index, 1.0).save(run_dir / "data_examples" / f"{index:03d}.jpg")
         caption = f"{('a field under a wide sky', 'a hill by the sea in the evening')[index % 2]}, unsplash photography"
-        examples.append({"file": f"data_examples/{index:03d}.jpg", "caption": caption, "width": width, "height": height})
+        examples.append(
+            {"file": f"data_examples/{index:03d}.jpg", "caption": caption, "width": width, "height": height}
+        )
     write_json(run_dir / "data.json", {
         "dataset": "datasets/unsplash-500", "num_photos": 496, "num_train": 446, "num_validation": 50,
         "num_captions": 496, "variants": 4, "examples": examples,

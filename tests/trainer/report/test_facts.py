@@ -112,7 +112,9 @@ def test_verdicts_without_a_training_subset(held_out: tuple[float, ...], kind: s
 
 def test_the_report_opens_with_the_verdict(full_report: Path) -> None:
     text = full_report.read_text(encoding="utf-8")
-    assert "loss fell by 6.0 % against the base model, at its best after epoch 26. Since then the model over-fits." in text
+    assert (
+        "loss fell by 6.0 % against the base model, at its best after epoch 26. Since then the model over-fits." in text
+    )
     assert "Over-fitting since epoch 26: held-out loss was best at epoch 26 (0.1302) and has risen by 3.4 %" in text
 
 
@@ -123,7 +125,14 @@ def test_run_time_leaves_out_the_pause_before_a_resume() -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(59.4, "59 s"), (59.6, "1 min 0 s"), (3599, "59 min 59 s"), (3600, "1 h 0 min"), (86_399, "1 d 0 h"), (9e4, "1 d 1 h")],
+    [
+        (59.4, "59 s"),
+        (59.6, "1 min 0 s"),
+        (3599, "59 min 59 s"),
+        (3600, "1 h 0 min"),
+        (86_399, "1 d 0 h"),
+        (9e4, "1 d 1 h"),
+    ],
 )
 def test_durations(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
@@ -131,7 +140,7 @@ def test_durations(seconds: float, text: str) -> None:
 
 def test_validation_before_the_first_logged_step_can_be_drawn(tmp_path: Path, write_metrics) -> None:
     write_metrics(tmp_path, [{"kind": "validation", "split": "held_out", "step": 0, "epoch": 0.0, "loss": 0.1}])
-    assert "<svg class=\"graph wide\"" in render(read_run_folder(tmp_path))
+    assert '<svg class="graph wide"' in render(read_run_folder(tmp_path))
 
 
 def test_smooth_skips_what_is_not_finite() -> None:

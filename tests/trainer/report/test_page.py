@@ -224,7 +224,7 @@ def test_size_holds_for_many_noisy_pictures(small_run: Path, monkeypatch: pytest
 
 
 def test_markup_escapes_all_but_markup() -> None:
-    assert tag("p", "<b>", tag("b", "&"), None, ["x", 1], class_="a\"b", hidden=True, id=None) == (
+    assert tag("p", "<b>", tag("b", "&"), None, ["x", 1], class_='a"b', hidden=True, id=None) == (
         '<p class="a&quot;b" hidden>&lt;b&gt;<b>&amp;</b>x1</p>'
     )
     assert escape("\ud800\x00\x9f\n") == "?\ufffd\ufffd\n"

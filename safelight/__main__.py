@@ -1,0 +1,338 @@
+"""The command line: thin, one function a command. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+
+COMMANDS = {
+    "init": "write a commented config from a preset: tiny, sd15, sd21, everydream2",
+    "prepare": "check, orient, shrink and de-duplicate photos; read captions; write a dataset",
+    "cache": "encode a dataset's latents and captions; only what is missing",
+    "plan": "what a run will need: exact static bytes, steps, cache on disk",
+    "train": "fine-tune; --resume goes on where the newest checkpoint stopped",
+    "sample": "draw prompts with a run's checkpoint",
+    "compare": "base beside trained, from the same noise",
+    "report": "one self-contained HTML file about a run",
+    "demo": "all of it, small, on any machine: minutes on two CPU cores",
+    "bench": "measure the training step on this machine",
+}
+
+USAGE = """Safelight fine-tunes Stable Diffusion, the whole UNet, on the one GPU you have.
+
+usage: safelight COMMAND ...          (`safelight COMMAND --help` tells the rest)
+
+{commands}
+
+The usual way:
+  safelight demo                                        see it work
+  safelight init sd15 -o run.toml                       settings, commented
+  safelight prepare my_photos -o datasets/mine          photos and captions become a dataset
+  safelight train run.toml --data.path datasets/mine    any setting can be given like this
+  safelight compare runs/sd15
+  safelight report runs/sd15
+"""
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+def quiet_libraries() -> None:
+    """Keep the notices of imported libraries off the terminal: a command prints our lines only."""
+    import logging
+    import warnings
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("XFORMERS_IGNORE_FLASH_VERSION_CHECK", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    warnings.filterwarnings("ignore")
+    for name in (
+        "xformers",
+        "bitsandbytes",
+        "bitsandbytes.cextension",
+        "torch.distributed",
+        "transformers",
+        "diffusers",
+    ):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def _print_json(value) -> None:
+    print(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def _print_table(title: str, columns: tuple[str, ...], rows: list[tuple]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    Console(highlight=False).print(table)
+
+
+def init(argv: list[str]) -> int:
+    from safelight.arguments import Init, parse
+    from safelight.data.atomic import atomic_write_text
+    from safelight.trainer.config import to_toml
+    from safelight.trainer.presets import preset
+
+    arguments = parse(Init, argv, "init", COMMANDS["init"])
+    config = preset(arguments.preset)
+    if arguments.out.exists() and not arguments.force:
+        raise ValueError(f"{arguments.out} exists already; name another with -o, or add --force")
+    atomic_write_text(arguments.out, to_toml(config, comments=True))
+    print(
+        f"wrote {arguments.out}; next: safelight prepare PHOTOS -o {config.data.path}, then safelight train {arguments.out}"
+    )
+    return 0
+
+
+def prepare(argv: list[str]) -> int:
+    from safelight.arguments import Prepare, parse
+    from safelight.data.ingest import ingest
+    from safelight.trainer.log import Terminal
+
+    arguments = parse(Prepare, argv, "prepare", COMMANDS["prepare"])
+    if not arguments.sources:
+        raise ValueError("safelight prepare needs at least one folder of photos")
+    terminal = Terminal()
+    summary = ingest(
+        arguments.sources, arguments.out, arguments.max_megapixels, arguments.quality, arguments.image_format,
+        lambda done, total: terminal.update("photos", done, total),
+    )  # fmt: skip
+    terminal.pause()
+    rejected = [{"path": str(r.path), "reason": r.reason} for r in summary.rejected]
+    if arguments.json:
+        _print_json({
+            "dataset": str(arguments.out), "photos": len(summary.photos), "copied": summary.num_copied, "shrunk": summary.num_shrunk,
+            "duplicates": summary.num_duplicates, "rejected": rejected, "warnings": [str(w) for w in summary.warnings],
+        })  # fmt: skip
+        return 0
+    for row in rejected:
+        terminal.say(f"left out {row['path']}: {row['reason']}")
+    for warning in summary.warnings:
+        terminal.say(f"note: {warning}")
+    print(
+        f"{len(summary.photos)} photographs in {arguments.out} ({summary.num_copied} copied as they are, {summary.num_shrunk} shrunk, "
+        f"{summary.num_duplicates} duplicates dropped, {len(rejected)} left out)"
+    )
+    return 0
+
+
+def cache(argv: list[str]) -> int:
+    from safelight.arguments import parse_with_config
+
+    arguments, config = parse_with_config(argv, "cache", COMMANDS["cache"])
+    from safelight.trainer.dataset import open_dataset
+    from safelight.trainer.log import Terminal
+    from safelight.trainer.models import pick_device, resolve_base
+
+    terminal = Terminal()
+    dataset = open_dataset(config, resolve_base(config.model.base), pick_device(config.run.device), terminal.update)
+    terminal.pause()
+    with dataset.cache:
+        rows = dataset.counts()
+        if arguments.json:
+            _print_json({"made": dataset.num_made, "rows": len(dataset.cache), "buckets": rows})
+            return 0
+        _print_table(
+            f"{dataset.path}: {dataset.num_made} rows made, {len(dataset.cache)} in the cache", ("bucket", "train", "held out"),
+            [(f"{r['width']} x {r['height']}", r["num_train"], r["num_validation"]) for r in rows],
+        )  # fmt: skip
+    return 0
+
+
+def plan(argv: list[str]) -> int:
+    from safelight.arguments import parse_with_config
+
+    arguments, config = parse_with_config(argv, "plan", COMMANDS["plan"])
+    from safelight.trainer.plan import table
+
+    result = table(config)
+    if arguments.json:
+        _print_json(result)
+        return 0
+    parts = result["bytes"]
+    _print_table(
+        f"{result['base']}, {result['unet_parameters']:,} parameters in {result['unet_tensors']} tensors, "
+        f"{result['precision']}, {result['optimizer']}",
+        ("static memory", "bytes", "GiB", "bytes a parameter"),
+        [(name, f"{n:,}", f"{n / 2**30:.2f}", f"{n / result['unet_parameters']:.2f}") for name, n in parts.items()],
+    )
+    print("Activations, workspace and CUDA context come on top; they are not planned yet.")
+    if "dataset" in result:
+        data = result["dataset"]
+        print(
+            f"{data['photographs']} photographs, {data['validation']} held out; {data['epochs']} epochs meet {data['images trained']:,} "
+            f"images; latents take up to {data['cache bytes'] / 2**20:.0f} MiB on disk"
+        )
+    return 0
+
+
+class _Stop:
+    """Ctrl-C or SIGTERM once: finish the step, save, leave. Ctrl-C twice: leave at once; checkpoints are safe."""
+
+    def __init__(self):
+        self.requested = False
+
+    def __call__(self) -> bool:
+        return self.requested
+
+    def install(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number, frame) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+        print("\nstopping after this step; press Ctrl-C again to leave at once", file=sys.stderr, flush=True)
+
+
+def train(argv: list[str]) -> int:
+    from safelight.arguments import parse_with_config
+
+    arguments, config = parse_with_config(argv, "train", COMMANDS["train"])
+    from safelight.trainer.log import Terminal
+    from safelight.trainer.report.build import build_report
+    from safelight.trainer.train import train as run_training
+
+    stop = _Stop()
+    stop.install()
+    terminal = Terminal()
+    outcome = run_training(config, resume=arguments.resume, terminal=terminal, stop_requested=stop)
+    if outcome.interrupted:
+        terminal.say(f"saved at step {outcome.position.step}; go on with: safelight train {arguments.config} --resume")
+        return EXIT_INTERRUPTED
+    print(f"trained {outcome.position.step} steps; report: {build_report(outcome.run_dir)}")
+    print(f"next: safelight compare {outcome.run_dir}")
+    return 0
+
+
+def sample(argv: list[str]) -> int:
+    from safelight.arguments import Sample, parse
+
+    arguments = parse(Sample, argv, "sample", COMMANDS["sample"])
+    from safelight.trainer.draw import open_run
+    from safelight.trainer.draw import sample as draw_sample
+    from safelight.trainer.log import Terminal
+
+    names = ("steps", "cfg", "seed", "width", "height", "sampler")
+    changes = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    terminal = Terminal()
+    files = draw_sample(
+        open_run(arguments.run), arguments.prompt, arguments.checkpoint, arguments.out or arguments.run / "images", changes,
+        arguments.negative, lambda done, total: terminal.update("drawing", done, total),
+    )  # fmt: skip
+    terminal.pause()
+    for file in files:
+        print(file)
+    return 0
+
+
+def compare(argv: list[str]) -> int:
+    from safelight.arguments import Compare, parse
+
+    arguments = parse(Compare, argv, "compare", COMMANDS["compare"])
+    from safelight.trainer.draw import compare as draw_pairs
+    from safelight.trainer.draw import open_run
+    from safelight.trainer.log import Terminal
+    from safelight.trainer.report.build import build_report
+
+    terminal = Terminal()
+    folder = draw_pairs(
+        open_run(arguments.run),
+        arguments.checkpoint,
+        arguments.num,
+        lambda done, total: terminal.update("drawing", done, total),
+    )
+    terminal.pause()
+    print(f"pairs in {folder}; report: {build_report(arguments.run)}")
+    return 0
+
+
+def report(argv: list[str]) -> int:
+    from safelight.arguments import Report, parse
+
+    arguments = parse(Report, argv, "report", COMMANDS["report"])
+    from safelight.trainer.report.build import build_report
+
+    print(build_report(arguments.run))
+    return 0
+
+
+def demo(argv: list[str]) -> int:
+    from safelight.arguments import Demo, parse
+
+    arguments = parse(Demo, argv, "demo", COMMANDS["demo"])
+    from safelight.trainer.demo import run_demo
+    from safelight.trainer.log import Terminal
+
+    result = run_demo(arguments.dir, Terminal())
+    if arguments.json:
+        _print_json(result)
+        return 0
+    rows = [
+        (row["what"], *(f"{100 * row[k][0]:.0f} %  [{100 * row[k][1]:.0f}, {100 * row[k][2]:.0f}]" for k in ("base", "trained", "difference")),
+         f"{100 * row['chance']:.0f} %")
+        for row in result["rows"]
+    ]  # fmt: skip
+    _print_table(
+        f"{result['num_samples']} images of combinations never fine-tuned on, {result['interval']} intervals",
+        ("", "base", "trained", "difference", "chance"), rows,
+    )  # fmt: skip
+    print(f"report: {result['report']}")
+    return 0
+
+
+def bench(argv: list[str]) -> int:
+    from safelight.bench.suite import main as bench_main
+
+    return bench_main(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command and return its exit status: 0, 2 for bad input, 130 if interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(USAGE.format(commands="\n".join(f"  {name:<9} {text}" for name, text in COMMANDS.items())))
+        return 0 if argv else EXIT_BAD_INPUT
+    if argv[0] == "--version":
+        from safelight import __version__
+
+        print(f"safelight {__version__}")
+        return 0
+    name, rest = argv[0], argv[1:]
+    if name not in COMMANDS:
+        import difflib
+
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        print(
+            f"safelight: {name!r} is no command" + (f"; did you mean {near[0]}?" if near else "; see safelight --help"),
+            file=sys.stderr,
+        )
+        return EXIT_BAD_INPUT
+    quiet_libraries()
+    try:
+        return globals()[name](rest)
+    except ValueError as error:
+        if os.environ.get("SAFELIGHT_TRACEBACK"):
+            raise
+        print(f"safelight {name}: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""The arguments of each command, as dataclasses for tyro; imported when a command is run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+import tyro
+from pydantic import ValidationError
+from tyro.conf import Positional, arg
+
+from safelight.trainer.config import Config, explain, load_config, parse_config
+from safelight.trainer.presets import PRESETS
+
+_T = TypeVar("_T")
+RunFolder = Annotated[Positional[Path], arg(metavar="RUN", help="run folder, for example runs/tiny")]
+
+
+@dataclass
+class Init:
+    preset: Annotated[
+        Positional[str], arg(metavar="PRESET", help="; ".join(f"{name}: {text}" for name, (text, _) in PRESETS.items()))
+    ]
+    out: Annotated[Path, arg(aliases=["-o"], help="file to write")] = Path("run.toml")
+    force: Annotated[bool, arg(help="replace the file if it is there")] = False
+
+
+@dataclass
+class Prepare:
+    sources: Annotated[Positional[tuple[Path, ...]], arg(metavar="SRC...", help="folders of photos, or files")]
+    out: Annotated[Path, arg(aliases=["-o"], help="dataset folder to write")] = Path("datasets/photos")
+    max_megapixels: Annotated[float, arg(help="larger photos are shrunk to this")] = 1.5
+    quality: Annotated[int, arg(help="of re-encoded photos, 1 to 100")] = 95
+    image_format: Annotated[Literal["jpeg", "webp"], arg(help="of re-encoded photos")] = "jpeg"
+    json: Annotated[bool, arg(help="print the result as JSON")] = False
+
+
+@dataclass
+class Sample:
+    run: RunFolder
+    prompt: Annotated[tuple[str, ...], arg(help="one image for each")]
+    checkpoint: Annotated[str, arg(help="last, best, base or a step")] = "last"
+    steps: Annotated[int | None, arg(help="denoising steps; as in the run by default")] = None
+    cfg: Annotated[float | None, arg(help="guidance scale; as in the run by default")] = None
+    seed: Annotated[int | None, arg(help="of the noise; the run's by default")] = None
+    width: Annotated[int | None, arg(help="px")] = None
+    height: Annotated[int | None, arg(help="px")] = None
+    sampler: Annotated[Literal["ddim", "dpm++", "euler"], arg(help="how to denoise")] = "ddim"
+    negative: Annotated[str | None, arg(help="what guidance points away from")] = None
+    out: Annotated[Path | None, arg(aliases=["-o"], help="folder; RUN/images by default")] = None
+
+
+@dataclass
+class Compare:
+    run: RunFolder
+    checkpoint: Annotated[str, arg(help="last, best or a step")] = "last"
+    num: Annotated[int, arg(help="pairs: the run's prompts, then captions of held-out photographs")] = 8
+
+
+@dataclass
+class Report:
+    run: RunFolder
+
+
+@dataclass
+class Demo:
+    dir: Annotated[Path, arg(help="folder to work in; an earlier demo there is replaced")] = Path("runs/demo")
+    json: Annotated[bool, arg(help="print the scores as JSON")] = False
+
+
+ConfigFile = Annotated[Positional[Path], arg(metavar="RUN.TOML", help="the run's settings")]
+Settings = Annotated[Config, arg(name="")]
+
+
+@dataclass
+class TrainArguments:
+    config: ConfigFile
+    settings: Settings
+    resume: Annotated[bool, arg(help="go on from the newest checkpoint of run.dir")] = False
+
+
+@dataclass
+class PrintingArguments:
+    config: ConfigFile
+    settings: Settings
+    json: Annotated[bool, arg(help="print the result as JSON")] = False
+
+
+def parse(shape: type[_T], argv: list[str], command: str, description: str, default: _T | None = None) -> _T:
+    """Return a command's arguments. A mistake is printed and exits with 2; a config's raises ValueError."""
+    try:
+        return tyro.cli(
+            shape,
+            args=argv,
+            prog=f"safelight {command}",
+            default=default,
+            description=description,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+    except ValidationError as error:
+        raise ValueError(explain(error, "command line")) from None
+
+
+def parse_with_config(
+    argv: list[str], command: str, description: str
+) -> tuple[TrainArguments | PrintingArguments, Config]:
+    """Return (arguments, Config) of a command that takes a run.toml and any setting of it."""
+    asks_help = any(a in ("-h", "--help") for a in argv)
+    path = Path(argv[0]) if argv and not argv[0].startswith("-") else None
+    if path is None and not asks_help:
+        raise ValueError(f"the config comes first: safelight {command} run.toml (write one with `safelight init`)")
+    config = load_config(path) if path is not None else Config()
+    shape = TrainArguments if command == "train" else PrintingArguments
+    arguments = parse(shape, argv, command, description, shape(path or Path("run.toml"), config))
+    # assignment checks one value at a time; this checks them together
+    return arguments, parse_config(arguments.settings.model_dump(by_alias=True), "command line")

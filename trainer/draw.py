@@ -1,0 +1,189 @@
+"""Images of a finished or running run: by prompt, and base beside trained from the same noise."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import nn
+
+from safelight.data.atomic import atomic_write_text
+from safelight.data.manifest import read_manifest
+from safelight.kernels.attention import apply_attention, attention_modules, choose_attention, head_dim_of
+from safelight.trainer.checkpoint import check_files, folder_of, list_checkpoints, load_unet_weights
+from safelight.trainer.config import Config, load_config
+from safelight.trainer.diffusion import NoiseSchedule, make_schedule
+from safelight.trainer.models import (
+    Base,
+    CaptionEncoder,
+    LatentCodec,
+    load_caption_encoder,
+    load_codec,
+    load_unet,
+    pick_device,
+    pick_dtype,
+    resolve_base,
+)
+from safelight.trainer.sample import Settings, generate
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class OpenRun:
+    """A run's models, without its dataset."""
+
+    run_dir: Path
+    config: Config
+    base: Base
+    device: torch.device
+    schedule: NoiseSchedule
+    codec: LatentCodec
+    encoder: CaptionEncoder
+
+    def unet(self, step: int | None) -> nn.Module:
+        """Return the UNet of a checkpoint, or of the base for None."""
+        dtype = pick_dtype(self.config.model.precision, self.device)
+        unet = load_unet(self.base, self.config.run.seed, dtype)
+        if step is not None:
+            check_files(folder_of(self.run_dir, step))
+            load_unet_weights(folder_of(self.run_dir, step), unet)
+        unet.to(self.device).eval().requires_grad_(False)
+        apply_attention(unet, choose_attention(self.device, dtype, {head_dim_of(m) for m in attention_modules(unet)}))
+        return unet
+
+    def settings(self) -> Settings:
+        """Return how the run draws its samples."""
+        side = self.config.data.resolution
+        sample = self.config.sample
+        return Settings(sample.width or side, sample.height or side, sample.steps, sample.cfg, self.config.run.seed)
+
+    def draw(
+        self,
+        unet: nn.Module,
+        prompts: list[str],
+        settings: Settings,
+        negative: str | None = None,
+        progress: Progress | None = None,
+    ) -> list[Image.Image]:
+        """Return an image for each prompt; image i has the same noise whatever draws it."""
+        negative = self.config.sample.negative_prompt if negative is None else negative
+        text = self.encoder.encode(prompts)
+        return generate(
+            unet,
+            self.codec,
+            text,
+            self.encoder.encode([negative]),
+            self.schedule,
+            settings,
+            batch_size=16,
+            progress=progress,
+        )
+
+
+def open_run(run_dir: Path) -> OpenRun:
+    """Return a run's models. Raises ValueError if the folder is no run."""
+    if not (run_dir / "config.toml").is_file():
+        raise ValueError(f"{run_dir} is no run folder: it has no config.toml; train first, or name runs/NAME")
+    config = load_config(run_dir / "config.toml")
+    device = pick_device(config.run.device)
+    base = resolve_base(config.model.base)
+    schedule = make_schedule(base.config_of("scheduler"), config.loss.prediction, config.loss.zero_terminal_snr)
+    return OpenRun(
+        run_dir,
+        config,
+        base,
+        device,
+        schedule,
+        load_codec(config, base, device),
+        load_caption_encoder(config, base, device),
+    )
+
+
+def pick_step(run_dir: Path, wanted: str) -> int | None:
+    """Return the step of `last`, `best` or a number; None for `base`. Raises ValueError where there is no such checkpoint."""
+    steps = list_checkpoints(run_dir)
+    if wanted == "base":
+        return None
+    if not steps:
+        raise ValueError(f"{run_dir} holds no checkpoint yet")
+    if wanted == "last":
+        return steps[-1]
+    if wanted == "best":
+        best = json.loads((folder_of(run_dir, steps[-1]) / "state.json").read_text())["position"]["best_step"]
+        if best not in steps:
+            why = "the base itself is best by validation loss" if best == 0 else "there was no validation"
+            raise ValueError(f"{run_dir} has no best checkpoint: {why}; use last or one of {steps}")
+        return best
+    if wanted.isdigit() and int(wanted) in steps:
+        return int(wanted)
+    raise ValueError(f"checkpoint {wanted!r} is not in {run_dir}; use last, best, base or one of {steps}")
+
+
+def validation_captions(run: OpenRun) -> list[str]:
+    """Return the first captions of the held-out photographs, of the training ones if none are held out."""
+    path = run.run_dir / "split.json"
+    if not path.is_file():
+        return []
+    split = json.loads(path.read_text())
+    files = split["validation"] or split["train"]
+    captions = {photo.file: photo.captions[0] for photo in read_manifest(Path(run.config.data.path)) if photo.captions}
+    suffix = run.config.data.caption_suffix
+    return list(dict.fromkeys(captions[file] + suffix for file in files if captions.get(file)))
+
+
+def compare(run: OpenRun, checkpoint: str, num: int, progress: Progress | None = None) -> Path:
+    """Draw base and trained from the same noise into RUN/compare and return that folder.
+
+    The prompts are the run's, then captions of held-out photographs, `num` in all.
+    """
+    step = pick_step(run.run_dir, checkpoint)
+    if step is None:
+        raise ValueError("compare needs a trained checkpoint: last, best or a step, not base")
+    prompts = list(dict.fromkeys([*run.config.sample.prompts, *validation_captions(run)]))[:num]
+    if not prompts:
+        raise ValueError("there is nothing to draw: set sample.prompts or hold photographs out for validation")
+    settings = run.settings()
+    folder = run.run_dir / "compare"
+    folder.mkdir(exist_ok=True)
+    pairs = [{"prompt": p, "seed": settings.seed, "cfg": settings.cfg, "num_steps": settings.steps} for p in prompts]
+    for turn, (name, chosen) in enumerate((("base", None), ("trained", step))):
+
+        def told(done: int, total: int, turn: int = turn) -> None:
+            if progress is not None:
+                progress(turn * len(prompts) + done, 2 * len(prompts))
+
+        images = run.draw(run.unet(chosen), prompts, settings, progress=told)
+        for index, image in enumerate(images):
+            pairs[index][name] = f"{name}-{index:03d}.png"
+            image.save(folder / pairs[index][name])
+    record = {"base": run.config.model.base, "trained": f"step {step}", "step": step, "pairs": pairs}
+    atomic_write_text(folder / "index.json", json.dumps(record, indent=1, ensure_ascii=False))
+    return folder
+
+
+def sample(
+    run: OpenRun,
+    prompts: list[str],
+    checkpoint: str,
+    out: Path,
+    changes: dict,
+    negative: str | None,
+    progress: Progress | None = None,
+) -> list[Path]:
+    """Draw prompts with a checkpoint into `out` and return the files. changes: fields of Settings that differ."""
+    settings = replace(run.settings(), **changes)
+    step = pick_step(run.run_dir, checkpoint)
+    images = run.draw(run.unet(step), prompts, settings, negative, progress)
+    out.mkdir(parents=True, exist_ok=True)
+    name = "base" if step is None else f"step{step}"
+    files = []
+    for index, image in enumerate(images):
+        path = out / f"{name}-seed{settings.seed}-{index:03d}.png"
+        image.save(path)
+        files.append(path)
+    return files

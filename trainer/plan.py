@@ -1,0 +1,104 @@
+"""What a run will need, before it starts. Exact static bytes; activations follow with the tracing planner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from safelight.trainer.config import Config
+from safelight.trainer.models import meta_unet, pick_device, pick_dtype, resolve_base
+
+# bitsandbytes: blocks of 256 with one fp32 scale each, tensors under 4,096 elements keep fp32 moments
+BLOCK_SIZE = 256
+MIN_8BIT_SIZE = 4096
+
+
+@dataclass(frozen=True)
+class StaticBytes:
+    """Bytes that stay for the whole run, or return every step (gradients)."""
+
+    num_parameters: int
+    num_tensors: int
+    precision: str
+    weights: int
+    master: int
+    moments: int
+    gradients: int
+    master_gradients: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.master + self.moments + self.gradients + self.master_gradients
+
+
+def moment_bytes(numel: int, optimizer: str) -> int:
+    """Return the bytes of both moments of a tensor, its block scales included."""
+    if optimizer == "adamw8bit" and numel >= MIN_8BIT_SIZE:
+        return 2 * (numel + 4 * -(-numel // BLOCK_SIZE))
+    return 2 * 4 * numel
+
+
+def static_bytes(config: Config, device: torch.device | None = None) -> StaticBytes:
+    """Return the exact bytes of weights, master, moments and gradients of a run. Loads no weights."""
+    device = device or pick_device(config.run.device)
+    dtype = pick_dtype(config.model.precision, device)
+    sizes = [p.numel() for p in meta_unet(resolve_base(config.model.base)).parameters()]
+    num = sum(sizes)
+    has_master = dtype != torch.float32
+    return StaticBytes(
+        num_parameters=num,
+        num_tensors=len(sizes),
+        precision={torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype],
+        weights=num * dtype.itemsize,
+        master=4 * num if has_master else 0,
+        moments=sum(moment_bytes(size, config.optimizer.name) for size in sizes),
+        gradients=num * dtype.itemsize,
+        master_gradients=4 * num if has_master else 0,
+    )
+
+
+def cache_bytes(config: Config, num_photos: int) -> int:
+    """Return the bytes of cached latents of `num_photos` at the full pixel budget, all variants."""
+    base = resolve_base(config.model.base)
+    vae = base.config_of("vae")
+    channels = vae["latent_channels"] * 2
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    itemsize = {"float16": 2, "float32": 4}[config.data.cache_dtype]
+    return num_photos * config.data.variants * channels * (config.data.resolution // factor) ** 2 * itemsize
+
+
+def table(config: Config) -> dict:
+    """Return the plan as plain values: bytes by part, and the run's length if its dataset is prepared."""
+    static = static_bytes(config)
+    result: dict = {
+        "base": config.model.base,
+        "precision": static.precision,
+        "optimizer": config.optimizer.name,
+        "unet_parameters": static.num_parameters,
+        "unet_tensors": static.num_tensors,
+        "bytes": {
+            "weights": static.weights,
+            "fp32 master": static.master,
+            "Adam moments": static.moments,
+            "gradients": static.gradients,
+            "fp32 gradients of the step": static.master_gradients,
+            "total": static.total,
+        },
+    }
+    if (Path(config.data.path) / "manifest.jsonl").is_file():
+        from safelight.data.manifest import read_manifest, split_validation
+
+        photos = read_manifest(Path(config.data.path))
+        train, validation = split_validation(photos, config.data.validation_fraction, config.run.seed)
+        epochs = sum(stage.epochs for stage in config.stages())
+        result["dataset"] = {
+            "photographs": len(photos),
+            "train": len(train),
+            "validation": len(validation),
+            "epochs": epochs,
+            "images trained": epochs * len(train),
+            "cache bytes": cache_bytes(config, len(photos)),
+        }
+    return result

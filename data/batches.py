@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from safelight.data.buckets import Bucket
-from safelight.data.cache import Sample
+from safelight.data.draws import draw_words, to_integers, to_uniforms
+from safelight.data.samples import Sample
 from safelight.data.shards import Cache
-from safelight.kernels.philox import Key, Purpose, philox_numpy, sort_key
+from safelight.kernels.philox import Key, Purpose, sort_key
 
 EMPTY_CAPTION = -1
 
@@ -59,22 +60,6 @@ class Batch:
     bucket: Bucket
 
 
-def _words(seed: int, purpose: Purpose, meetings: list[tuple[int, int]], epoch: int) -> np.ndarray:
-    """Return the first two words of each meeting's key, (N, 2) uint64; row i equals philox.words(key_i, 2).
-
-    All keys in one call of Philox: one at a time they take seconds for tens of thousands of samples.
-    """
-    keys = [Key(seed, purpose, sample_id, epoch, occurrence).words() for sample_id, occurrence in meetings]
-    k0, k1 = keys[0][:2]
-    c1, c2, c3 = np.array([key[2:] for key in keys], dtype=np.uint64).T
-    return np.stack(philox_numpy((0, c1, c2, c3), (k0, k1))[:2], axis=-1).astype(np.uint64)
-
-
-def _choices(words_N: np.ndarray, bounds: Sequence[int]) -> np.ndarray:
-    """Return an integer in 0 .. bound-1 for each word, as philox.integers does."""
-    return ((words_N * np.array(bounds, dtype=np.uint64)) >> np.uint64(32)).astype(np.int64)
-
-
 def _meetings(samples: Sequence[Sample]) -> list[tuple[int, int]]:
     """Return (sample id, occurrence) of each sample; a sample listed again is its next occurrence."""
     seen: dict[int, int] = {}
@@ -102,15 +87,14 @@ def plan_epoch(
     if not 0 <= caption_dropout <= 1:
         raise ValueError(f"caption_dropout {caption_dropout} is outside 0 to 1; use 0.1, or 0 for none")
     meetings = _meetings(samples)
-    order_words = _words(seed, Purpose.EPOCH_ORDER, meetings, epoch)
-    variants = _choices(
-        _words(seed, Purpose.VARIANT, meetings, epoch)[:, 0], [len(sample.latent_keys) for sample in samples]
-    )
-    captions = _choices(
-        _words(seed, Purpose.CAPTION_CHOICE, meetings, epoch)[:, 0], [len(sample.text_keys) for sample in samples]
-    )
-    dropout_words = _words(seed, Purpose.CAPTION_DROPOUT, meetings, epoch)[:, 0]
-    is_dropped = (dropout_words.astype(np.float64) + 0.5) / 2.0**32 < caption_dropout
+
+    def draws(purpose: Purpose) -> np.ndarray:
+        return draw_words([Key(seed, purpose, sample_id, epoch, occurrence) for sample_id, occurrence in meetings])
+
+    order_words = draws(Purpose.EPOCH_ORDER)[:, :2]
+    variants = to_integers(draws(Purpose.VARIANT)[:, 0], [len(sample.latent_keys) for sample in samples])
+    captions = to_integers(draws(Purpose.CAPTION_CHOICE)[:, 0], [len(sample.text_keys) for sample in samples])
+    is_dropped = to_uniforms(draws(Purpose.CAPTION_DROPOUT)[:, 0]) < caption_dropout
     captions = np.where(is_dropped, EMPTY_CAPTION, captions)
     # the sample id breaks a tie of draws, so that the manifest's order cannot show
     order = sorted(range(len(samples)), key=lambda i: (*order_words[i].tolist(), *meetings[i]))
@@ -128,13 +112,13 @@ def plan_epoch(
         group.append(SampleRef(sample_id, i, occurrence, int(variants[i]), int(captions[i])))
     batches = [MicroBatch(bucket, tuple(group)) for bucket, group in zip(bucket_of_group, groups, strict=True)]
 
-    def draw(batch: MicroBatch) -> tuple[int, int, int]:
+    def place(batch: MicroBatch) -> tuple[int, int, int]:
         # a batch is named by its first sample, which no other batch holds
         first = batch.refs[0]
         key = Key(seed, Purpose.BATCH_ORDER, first.sample_id, epoch, first.occurrence)
         return sort_key(key), first.sample_id, first.occurrence
 
-    return sorted(batches, key=draw)
+    return sorted(batches, key=place)
 
 
 def load_batch(cache: Cache, samples: Sequence[Sample], micro_batch: MicroBatch, empty_key: str) -> Batch:

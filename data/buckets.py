@@ -72,6 +72,26 @@ def nearest_bucket(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket
     return min(buckets, key=distance)
 
 
+def drawn_crop_box(
+    width: int, height: int, bucket: Bucket, draws: Sequence[float] | None, crop_jitter: float
+) -> tuple[int, int, int, int]:
+    """Return `crop_box` for draws already made: three uniforms in (0, 1), or None for the canonical crop."""
+    if not 0 <= crop_jitter < 1:
+        raise ValueError(f"crop_jitter {crop_jitter} is outside 0 <= crop_jitter < 1; use 0.1, or 0 for none")
+    if width * bucket.height >= height * bucket.width:
+        window = min(width, max(1, round(height * bucket.width / bucket.height))), height
+    else:
+        window = width, min(height, max(1, round(width * bucket.height / bucket.width)))
+    if draws is None:
+        left, top = (width - window[0]) // 2, (height - window[1]) // 2
+    else:
+        shrink, across, down = map(float, draws)
+        scale = 1.0 - shrink * crop_jitter
+        window = max(1, round(window[0] * scale)), max(1, round(window[1] * scale))
+        left, top = int(across * (width - window[0] + 1)), int(down * (height - window[1] + 1))
+    return left, top, left + window[0], top + window[1]
+
+
 def crop_box(
     width: int, height: int, bucket: Bucket, key_seed: int, sample_id: int, variant: int, crop_jitter: float
 ) -> tuple[int, int, int, int]:
@@ -81,20 +101,14 @@ def crop_box(
     from 1 shrink it by U(0, crop_jitter) of its sides and place it anywhere, by the draws of (key_seed, CROP,
     sample_id, occurrence = variant). Raises ValueError unless 0 <= crop_jitter < 1.
     """
-    if not 0 <= crop_jitter < 1:
-        raise ValueError(f"crop_jitter {crop_jitter} is outside 0 <= crop_jitter < 1; use 0.1, or 0 for none")
-    if width * bucket.height >= height * bucket.width:
-        window = min(width, max(1, round(height * bucket.width / bucket.height))), height
-    else:
-        window = width, min(height, max(1, round(width * bucket.height / bucket.width)))
-    if variant == 0:
-        left, top = (width - window[0]) // 2, (height - window[1]) // 2
-    else:
-        shrink, across, down = uniforms(Key(key_seed, Purpose.CROP, sample_id, occurrence=variant), 3)
-        scale = 1.0 - float(shrink) * crop_jitter
-        window = max(1, round(window[0] * scale)), max(1, round(window[1] * scale))
-        left, top = int(across * (width - window[0] + 1)), int(down * (height - window[1] + 1))
-    return left, top, left + window[0], top + window[1]
+    draws = uniforms(Key(key_seed, Purpose.CROP, sample_id, occurrence=variant), 3) if variant else None
+    return drawn_crop_box(width, height, bucket, draws, crop_jitter)
+
+
+def check_flip_p(flip_p: float) -> None:
+    """Raise ValueError unless 0 <= flip_p <= 1."""
+    if not 0 <= flip_p <= 1:
+        raise ValueError(f"flip_p {flip_p} is outside 0 to 1; use 0.5, or 0 for none")
 
 
 def is_flipped(seed: int, sample_id: int, variant: int, flip_p: float) -> bool:
@@ -102,6 +116,5 @@ def is_flipped(seed: int, sample_id: int, variant: int, flip_p: float) -> bool:
 
     Raises ValueError unless 0 <= flip_p <= 1.
     """
-    if not 0 <= flip_p <= 1:
-        raise ValueError(f"flip_p {flip_p} is outside 0 to 1; use 0.5, or 0 for none")
+    check_flip_p(flip_p)
     return variant > 0 and float(uniforms(Key(seed, Purpose.FLIP, sample_id, occurrence=variant))[0]) < flip_p

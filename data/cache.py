@@ -1,7 +1,6 @@
-"""What is encoded once and trained on often: latents and text embeddings under keys that name all they depend on.
+"""What is encoded once and trained on often: latents and text embeddings, made where the cache lacks them.
 
-A latent's key covers the photo's bytes, crop, flip, bucket, VAE weights and dtype; a text's key the caption, encoder and
-dtype. An edited photo or another VAE therefore finds no row, and a second run makes only what is missing.
+The encoders come as arguments, so that nothing here knows diffusers or transformers.
 Shapes: B batch, C channels, H x W, T tokens, D embedding.
 """
 
@@ -19,10 +18,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from safelight.data.buckets import Bucket, crop_box, is_flipped, nearest_bucket
-from safelight.data.captions import collapse
+from safelight.data.buckets import Bucket
 from safelight.data.images import RejectedImage, crop_pixels, decode
 from safelight.data.manifest import Photo
+from safelight.data.samples import (
+    Crop,
+    Sample,
+    empty_text_key,
+    latent_key,
+    plan_samples,
+    sample_captions,
+    text_key,
+)
 from safelight.data.shards import Cache, CorruptRow
 
 __all__ = [
@@ -41,8 +48,6 @@ __all__ = [
     "text_key",
 ]
 
-# part of every latent key; raise it when crop_pixels would give other pixels
-PIXELS_VERSION = 1
 _BATCHES_AHEAD = 2
 
 Progress = Callable[[int, int], None]
@@ -71,100 +76,6 @@ class TextEncoder(Protocol):
     def encode(self, captions: list[str]) -> Tensor:
         """Return the embeddings, (B, T, D)."""
         ...
-
-
-@dataclass(frozen=True)
-class Crop:
-    """The part of a photo one variant shows. box: left, top, right, bottom in px of the stored photo."""
-
-    box: tuple[int, int, int, int]
-    is_flipped: bool
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A photo with the keys of its cached rows.
-
-    crops, latent_keys: one a variant, the canonical crop first. captions, text_keys: one a caption variant, the
-    captions with prefix and suffix as they are encoded.
-    """
-
-    photo: Photo
-    bucket: Bucket
-    latent_keys: tuple[str, ...]
-    text_keys: tuple[str, ...]
-    crops: tuple[Crop, ...]
-    captions: tuple[str, ...]
-
-    @property
-    def sample_id(self) -> int:
-        """The photo's 56-bit id."""
-        return self.photo.sample_id
-
-
-def _key(*parts: object) -> str:
-    # each part with its length, so that no two lists of parts read the same
-    text = "".join(f"{len(str(part))}:{part}," for part in parts)
-    return hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest()
-
-
-def latent_key(photo: Photo, crop: Crop, bucket: Bucket, vae_fingerprint: str, dtype: str) -> str:
-    """Return the key of a latent row, 64 hex digits."""
-    size = f"{bucket.width}x{bucket.height}"
-    return _key("latent", PIXELS_VERSION, photo.sha256, crop.box, crop.is_flipped, size, vae_fingerprint, dtype)
-
-
-def text_key(caption: str, text_fingerprint: str, dtype: str) -> str:
-    """Return the key of a caption's embedding row, 64 hex digits."""
-    return _key("text", caption, text_fingerprint, dtype)
-
-
-def empty_text_key(text_fingerprint: str, dtype: str) -> str:
-    """Return the key of the empty caption's row, which caption dropout uses."""
-    return text_key("", text_fingerprint, dtype)
-
-
-def plan_samples(
-    photos: Sequence[Photo],
-    buckets: Sequence[Bucket],
-    *,
-    variants: int,
-    crop_jitter: float,
-    flip_p: float,
-    seed: int,
-    vae_fingerprint: str,
-    text_fingerprint: str,
-    dtype: str,
-    prefix: str = "",
-    suffix: str = "",
-) -> list[Sample]:
-    """Return a sample for each photo, in their order: its bucket, crops and keys. Reads no image.
-
-    variants: crops a photo, 1 for the canonical one alone. prefix, suffix: put before and after every caption as they
-    are (the empty caption for dropout has neither). Raises ValueError for variants < 1 and settings out of range.
-    """
-    if variants < 1:
-        raise ValueError(f"variants {variants} is below 1; use 1 for the centred crop alone, 4 for augmentation")
-    samples = []
-    for photo in photos:
-        bucket = nearest_bucket(photo.width, photo.height, buckets)
-        crops = tuple(
-            Crop(
-                crop_box(photo.width, photo.height, bucket, seed, photo.sample_id, variant, crop_jitter),
-                is_flipped(seed, photo.sample_id, variant, flip_p),
-            )
-            for variant in range(variants)
-        )
-        captions = tuple(collapse(f"{prefix}{caption}{suffix}") for caption in photo.captions)
-        latent_keys = tuple(latent_key(photo, crop, bucket, vae_fingerprint, dtype) for crop in crops)
-        text_keys = tuple(text_key(caption, text_fingerprint, dtype) for caption in captions)
-        samples.append(Sample(photo, bucket, latent_keys, text_keys, crops, captions))
-    return samples
-
-
-def sample_captions(samples: Iterable[Sample]) -> list[str]:
-    """Return every caption of the samples once, in order: what fill_texts is to encode."""
-    return list(dict.fromkeys(caption for sample in samples for caption in sample.captions))
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from safelight.data.batches import MicroBatch, SampleRef, _words, iterate, load_batch, plan_epoch
+from safelight.data.batches import MicroBatch, SampleRef, iterate, load_batch, plan_epoch
 from safelight.data.buckets import Bucket, make_buckets
 from safelight.data.cache import Cache, CorruptRow, empty_text_key, plan_samples
+from safelight.data.draws import draw_words
 from safelight.data.manifest import Photo
 from safelight.kernels import philox
 from safelight.kernels.philox import Key, Purpose
@@ -104,7 +105,8 @@ def test_draws_are_those_of_philox():
     samples = make_samples(30)
     meetings = [(s.photo.sample_id, 0) for s in samples]
     expected = [philox.words(Key(3, Purpose.EPOCH_ORDER, i, 5), 2) for i, _ in meetings]
-    np.testing.assert_array_equal(_words(3, Purpose.EPOCH_ORDER, meetings, 5), expected)
+    keys = [Key(3, Purpose.EPOCH_ORDER, i, 5) for i, _ in meetings]
+    np.testing.assert_array_equal(draw_words(keys)[:, :2], expected)
     for (sample_id, _), (variant, caption) in draws(plan(samples, epoch=5, caption_dropout=0.3)).items():
         dropped = philox.uniforms(Key(3, Purpose.CAPTION_DROPOUT, sample_id, 5))[0] < 0.3
         assert variant == philox.integers(Key(3, Purpose.VARIANT, sample_id, 5), 4)[0]
@@ -118,6 +120,8 @@ def test_draws_are_those_of_philox():
         start = first_of_bucket[batch.bucket].index(ids[0])
         assert first_of_bucket[batch.bucket][start : start + len(ids)] == ids
         assert start % 4 == 0
+    places = [philox.sort_key(Key(3, Purpose.BATCH_ORDER, b.refs[0].sample_id, 5)) for b in plan(samples, epoch=5)]
+    assert places == sorted(places)
 
 
 def test_rates_of_dropout_variants_and_captions():

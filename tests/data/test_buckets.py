@@ -77,8 +77,9 @@ def test_nearest_is_nearest_by_log_ratio_and_ties_go_to_the_larger():
     small, large = Bucket(64, 64), Bucket(128, 128)
     assert nearest_bucket(10, 10, [small, large]) == large
     # 2:1 and 1:2 are equally far from a square, whatever order they come in
-    both = [Bucket(64, 128), Bucket(128, 64)]
-    assert nearest_bucket(10, 10, both) == nearest_bucket(10, 10, both[::-1])
+    for width, height in itertools.combinations(range(1, 30), 2):
+        both = [Bucket(width, height), Bucket(height, width)]
+        assert nearest_bucket(10, 10, both) == nearest_bucket(10, 10, both[::-1]) == both[0]
 
 
 @pytest.mark.parametrize("size", [(767, 767), (1024, 683), (683, 1024), (301, 2000), (16, 16)])

@@ -14,10 +14,11 @@ import torch
 from PIL import Image
 
 from safelight.data import shards
-from safelight.data.buckets import make_buckets
+from safelight.data.buckets import crop_box, is_flipped, make_buckets
 from safelight.data.cache import (
     Cache,
     CorruptRow,
+    Crop,
     empty_text_key,
     fill_latents,
     fill_texts,
@@ -115,6 +116,15 @@ def test_keys_name_all_they_depend_on(noise_dataset):
     for name, (value, changed) in changes.items():
         other = keys(**{name: value})
         assert {i for i in range(3) if other[i] != first[i]} == set(changed), name
+
+
+def test_planned_crops_are_those_of_the_keyed_functions(noise_dataset, fakes):
+    settings = {"variants": 4, "crop_jitter": 0.3, "flip_p": 0.4, "seed": 11}
+    for sample in fakes.plan(noise_dataset, fakes.FakeVae(), fakes.FakeTextEncoder(), **settings):
+        photo = sample.photo
+        for variant, crop in enumerate(sample.crops):
+            box = crop_box(photo.width, photo.height, sample.bucket, 11, photo.sample_id, variant, 0.3)
+            assert crop == Crop(box, is_flipped(11, photo.sample_id, variant, 0.4))
 
 
 def test_prefix_and_suffix_are_encoded_and_the_empty_caption_has_neither(noise_dataset, fakes):
@@ -272,6 +282,16 @@ def test_rows_of_several_shapes_over_several_shards(tmp_path, monkeypatch):
             cache.read(["x", "key 0"])
         with pytest.raises(ValueError, match="no row z"):
             cache.read(["z"])
+
+
+def test_append_overwrites_and_cuts_off_an_orphaned_tail(tmp_path):
+    with Cache(tmp_path / "cache", "float32") as cache:
+        cache.append("text", ["a"], np.array([[1.0]]))
+        (shard,) = (tmp_path / "cache" / "shards").iterdir()
+        shard.write_bytes(shard.read_bytes() + b"left by a kill")
+        cache.append("text", ["b"], np.array([[2.0]]))
+        assert cache.read(["a", "b"]).ravel().tolist() == [1, 2]
+        assert shard.read_bytes() == np.array([1, 2], np.float32).tobytes()
 
 
 def test_append_keeps_the_first_row_of_a_key(tmp_path):

@@ -8,7 +8,10 @@ from safelight.data.captions import CaptionReader, caption_of_name
 
 
 def rows(path, *lines):
-    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n", "utf-8")
+    path.write_text(
+        "\n".join(line if isinstance(line, str) else json.dumps(line, ensure_ascii=False) for line in lines) + "\n",
+        "utf-8",
+    )
 
 
 @pytest.fixture

@@ -96,6 +96,12 @@ def test_duplicates_by_decoded_content_are_dropped_and_listed(source, dataset, m
     assert len(list((dataset / "images").iterdir())) == 2
 
 
+def test_a_source_given_twice_is_listed_as_duplicates(source, dataset, make_noise):
+    make_noise(1).save(source / "a.png")
+    summary = ingest([source, source], dataset)
+    assert (len(summary.photos), summary.num_duplicates, summary.num_copied) == (1, 1, 1)
+
+
 def test_every_rejected_file_is_listed_and_none_is_fatal(source, dataset, make_noise):
     make_noise(1).save(source / "good.png")
     content = (source / "good.png").read_bytes()

@@ -1,0 +1,58 @@
+"""A small prepared dataset and a small run's config, for every test; each test process uses one torch thread."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from safelight.trainer.config import Config, parse_config
+
+torch.set_num_threads(1)
+
+NUM_SCENES = 24
+SMALL_RUN = {
+    "model": {"base": "tiny"},
+    "data": {"resolution": 64},
+    "train": {"batch_size": 4},
+    "optimizer": {"lr": 1e-4},
+    "stage": [{"epochs": 2}, {"epochs": 1, "lr": 5e-5}],
+    "sample": {"steps": 2},
+    "log": {"tensorboard": False},
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tmp_path_factory) -> Path:
+    """24 sticker scenes with their captions, prepared. Its cache fills up; nothing else of it may be changed."""
+    from safelight.data.ingest import ingest
+    from safelight.trainer.tiny.scenes import caption, draw, random_scene
+
+    folder = tmp_path_factory.mktemp("scenes")
+    source = folder / "photos"
+    source.mkdir()
+    for number in range(NUM_SCENES):
+        scene = random_scene(7, number, sticker=True)
+        draw(scene).save(source / f"{number:03d}.png")
+        (source / f"{number:03d}.txt").write_text(caption(scene, 7, number))
+    ingest([source], folder / "dataset")
+    return folder / "dataset"
+
+
+def _merge(values: dict, changes: dict) -> dict:
+    merged = copy.deepcopy(values)
+    for name, change in changes.items():
+        is_table = isinstance(change, dict) and isinstance(merged.get(name), dict)
+        merged[name] = _merge(merged[name], change) if is_table else change
+    return merged
+
+
+@pytest.fixture
+def make_config(tmp_path, tiny_dataset):
+    """A function of nested tables that returns the small run's Config with them changed: make_config(train={...})."""
+
+    def make(**changes) -> Config:
+        places = {"run": {"dir": str(tmp_path / "run")}, "data": {"path": str(tiny_dataset)}}
+        return parse_config(_merge(_merge(SMALL_RUN, places), changes), "make_config")
+
+    return make

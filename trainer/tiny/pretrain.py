@@ -32,7 +32,7 @@ NUM_SCENES = 16000
 NUM_CLUTTER = 6000
 NUM_TOKENS = 48
 VAE_STEPS, VAE_BATCH, VAE_LR = 2000, 32, 2e-3
-UNET_STEPS, UNET_BATCH, UNET_LR = 3800, 64, 1.5e-3
+UNET_STEPS, UNET_BATCH, UNET_LR = 2400, 64, 1.5e-3
 EMA_DECAY = 0.998
 CAPTION_DROPOUT = 0.1
 MIN_SNR_GAMMA = 5.0
@@ -120,7 +120,7 @@ def _clutter_row(number: int) -> np.ndarray:
     return np.asarray(draw_clutter(SEED, number, 64, 64))
 
 
-def make_data(work: Path) -> tuple[dict[tuple[int, int], np.ndarray], dict[tuple[int, int], list[str]], np.ndarray]:
+def make_data() -> tuple[dict[tuple[int, int], np.ndarray], dict[tuple[int, int], list[str]], np.ndarray]:
     """Return scenes by (width, height) as uint8 (N, H, W, 3), their captions likewise, and clutter (M, 64, 64, 3)."""
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         rows = list(pool.map(_scene_row, range(NUM_SCENES), chunksize=200))
@@ -333,7 +333,7 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     log = Log(work / "log.jsonl")
     torch.manual_seed(SEED)
-    images, captions, clutter = make_data(work)
+    images, captions, clutter = make_data()
     log.write(stage="data", scenes=NUM_SCENES, clutter=NUM_CLUTTER)
     texts = sorted(text for rows in captions.values() for text in rows)
     texts.sort(key=lambda text: sort_key(Key(SEED, Purpose.SPLIT, int.from_bytes(text.encode()[:7], "big"))))

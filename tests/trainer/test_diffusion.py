@@ -1,0 +1,94 @@
+"""The mathematics against diffusers' schedulers and against its own identities."""
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_snr
+
+from safelight.trainer.diffusion import (
+    NoiseSchedule,
+    add_noise,
+    make_schedule,
+    min_snr_weights,
+    mse_per_sample,
+    rescale_zero_terminal_snr,
+    target,
+)
+
+CONFIG = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+
+
+@pytest.mark.parametrize("kind", ["scaled_linear", "linear"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_noising_and_targets_equal_diffusers(kind, prediction, zero_snr):
+    if zero_snr and prediction == "epsilon":
+        pytest.skip("refused: see test_zero_terminal_snr_needs_v")
+    config = {**CONFIG, "beta_schedule": kind, "prediction_type": prediction}
+    ours = make_schedule(config, zero_terminal_snr=zero_snr)
+    theirs = DDPMScheduler(**config, rescale_betas_zero_snr=zero_snr)
+    torch.testing.assert_close(ours.alphas_cumprod_T, theirs.alphas_cumprod, rtol=1e-5, atol=1e-7)
+    latents, noise = torch.randn(5, 4, 3, 3), torch.randn(5, 4, 3, 3)
+    timesteps = torch.tensor([0, 10, 500, 998, 999])
+    torch.testing.assert_close(
+        add_noise(ours, latents, noise, timesteps), theirs.add_noise(latents, noise, timesteps), rtol=1e-4, atol=1e-5
+    )
+    expected = noise if prediction == "epsilon" else theirs.get_velocity(latents, noise, timesteps)
+    torch.testing.assert_close(target(ours, latents, noise, timesteps), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_zero_terminal_snr_keeps_the_start_and_ends_in_pure_noise():
+    a = make_schedule(CONFIG).alphas_cumprod_T
+    rescaled = rescale_zero_terminal_snr(a)
+    assert rescaled[-1] == 0
+    assert rescaled[0] == pytest.approx(a[0].item(), rel=1e-6)
+    assert (rescaled[1:] < rescaled[:-1]).all()
+
+
+def test_zero_terminal_snr_needs_v():
+    with pytest.raises(ValueError, match="v_prediction"):
+        make_schedule({**CONFIG, "prediction_type": "epsilon"}, zero_terminal_snr=True)
+
+
+def test_min_snr_weights_are_the_papers():
+    """Against diffusers' SNR; a v-prediction loss divides by SNR + 1."""
+    theirs = DDPMScheduler(**CONFIG)
+    timesteps = torch.tensor([1, 100, 400, 700, 999])
+    snr = compute_snr(theirs, timesteps)
+    for prediction, divisor in (("epsilon", snr), ("v_prediction", snr + 1)):
+        ours = make_schedule({**CONFIG, "prediction_type": prediction})
+        expected = torch.minimum(snr, torch.tensor(5.0)) / divisor
+        torch.testing.assert_close(min_snr_weights(ours, timesteps, 5.0), expected, rtol=1e-4, atol=1e-6)
+        assert min_snr_weights(ours, timesteps, 0.0).tolist() == [1.0] * 5
+
+
+def test_min_snr_uses_the_rescaled_schedule():
+    """A peer computes the SNR before the zero-terminal rescale; at the last timestep ours is finite and zero."""
+    schedule = make_schedule({**CONFIG, "prediction_type": "v_prediction"}, zero_terminal_snr=True)
+    weights = min_snr_weights(schedule, torch.tensor([999]), 5.0)
+    assert weights.item() == 0.0
+
+
+def test_v_and_epsilon_are_two_views_of_one_pair():
+    """x0 and noise come back from z_t and v."""
+    schedule = NoiseSchedule(make_schedule(CONFIG).alphas_cumprod_T, "v_prediction")
+    latents, noise, timesteps = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.tensor([5, 300, 900])
+    z, v = add_noise(schedule, latents, noise, timesteps), target(schedule, latents, noise, timesteps)
+    a = schedule.alphas_cumprod_T[timesteps].view(-1, 1, 1, 1)
+    torch.testing.assert_close(a.sqrt() * z - (1 - a).sqrt() * v, latents, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close((1 - a).sqrt() * z + a.sqrt() * v, noise, rtol=1e-4, atol=1e-5)
+
+
+def test_losses_are_per_sample_and_in_fp32():
+    predicted, wanted = torch.zeros(2, 1, 2, 2, dtype=torch.float16), torch.tensor([300.0, 2.0]).view(2, 1, 1, 1)
+    # 300^2 is beyond fp16
+    assert mse_per_sample(predicted, wanted.expand(2, 1, 2, 2)).tolist() == [90000.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [({"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule"), ({"prediction_type": "sample"}, "prediction type")],
+)
+def test_what_is_not_supported_is_said(change, match):
+    with pytest.raises(ValueError, match=match):
+        make_schedule({**CONFIG, **change})

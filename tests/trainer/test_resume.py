@@ -1,0 +1,183 @@
+"""Kill -9 a run again and again, resume it, and compare with a run that was left alone: bit for bit.
+
+The children come from a fork server that has imported everything once. A child kills itself at a chosen point, so that
+each point is really met; the points and their counts are drawn by a fixed generator.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from safelight.trainer import checkpoint, log, train
+from safelight.trainer.checkpoint import list_checkpoints
+from safelight.trainer.config import parse_config
+
+CLOCK_FIELDS = {"time", "images_per_s", "memory_gib"}
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["safelight.trainer.train", "bitsandbytes", "diffusers", "transformers"])
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _arm(point: str, count: int) -> None:
+    """Kill this process the count-th time it reaches a point."""
+    left = [count]
+
+    def wrap(module, name: str, *, after: bool):
+        original = getattr(module, name)
+
+        def wrapped(*args, **kwargs):
+            left[0] -= 1
+            if left[0] == 0 and not after:
+                _die()
+            result = original(*args, **kwargs)
+            if left[0] == 0 and after:
+                _die()
+            return result
+
+        setattr(module, name, wrapped)
+
+    if point == "step":
+        wrap(train, "train_step", after=True)
+    elif point == "checkpoint file":
+        # weights are written, state.json is not: the middle of a checkpoint
+        wrap(checkpoint, "_sync_file", after=False)
+    elif point == "before rename":
+        wrap(checkpoint, "sync_folder", after=False)
+    elif point == "prune":
+        wrap(train, "prune", after=False)
+    elif point == "half a line":
+        original = log.Metrics.write
+
+        def write(self, kind, step, **values):
+            left[0] -= 1
+            if left[0] == 0:
+                self.file.write('{"kind": "train", "ste')
+                self.file.flush()
+                _die()
+            original(self, kind, step, **values)
+
+        log.Metrics.write = write
+
+
+def _child(settings: dict, resume: bool, point: str, count: int) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    if point:
+        _arm(point, count)
+    train.train(parse_config(settings, "test"), resume=resume)
+
+
+def run(settings: dict, resume: bool = False, point: str = "", count: int = 0) -> int:
+    """Run a child and return its exit code: 0, or -9 when it was killed."""
+    process = CONTEXT.Process(target=_child, args=(settings, resume, point, count))
+    process.start()
+    process.join(240)
+    assert process.exitcode is not None, "the child hangs"
+    return process.exitcode
+
+
+def settings_of(folder: Path, dataset: Path, **more) -> dict:
+    return {
+        "run": {"dir": str(folder), "seed": 9, "device": "cpu"},
+        "data": {"path": str(dataset), "resolution": 64, "variants": 2, "caption_dropout": 0.2, **more.pop("data", {})},
+        "train": {"batch_size": 4, "accumulate": 2},
+        "optimizer": {"lr": 1e-4, "schedule": "cosine", "warmup_steps": 2, **more.pop("optimizer", {})},
+        "stage": [{"epochs": 2}, {"epochs": 2, "lr": 2e-5, "batch_size": 3, "accumulate": 1}],
+        "sample": {"steps": 2, "num_prompts": 2, "every_epochs": 2, "cfg": 2.0},
+        "validate": {"timesteps": 2, "every_epochs": 2},
+        "save": {"every_steps": 3, "every_epochs": 1, "keep": 2},
+        "log": {"every_steps": 4, "tensorboard": False},
+        **more,
+    }
+
+
+def metrics(folder: Path) -> list[dict]:
+    """Return the metrics without what the clock says and without the note of having resumed."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [{k: v for k, v in row.items() if k not in CLOCK_FIELDS} for row in rows]
+    return [row for row in rows if row.get("event") != "resumed"]
+
+
+def assert_equal_runs(one: Path, other: Path) -> None:
+    steps = list_checkpoints(one)
+    assert steps == list_checkpoints(other)
+    for step in steps:
+        for name in ("unet/diffusion_pytorch_model.safetensors", "state.safetensors"):
+            a, b = (load_file(checkpoint.folder_of(folder, step) / name) for folder in (one, other))
+            assert a.keys() == b.keys()
+            unequal = [key for key in a if a[key].numpy().tobytes() != b[key].numpy().tobytes()]
+            assert not unequal, (step, name, unequal[:3])
+        a, b = (json.loads((checkpoint.folder_of(f, step) / "state.json").read_text()) for f in (one, other))
+        assert a == b
+    assert metrics(one) == metrics(other)
+    drawn = sorted(path.relative_to(one) for path in one.glob("samples/*/*"))
+    assert len(drawn) == 3 * 3
+    assert all((one / path).read_bytes() == (other / path).read_bytes() for path in drawn)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw8bit", "adamw"])
+def test_killed_and_resumed_equals_uninterrupted(tiny_dataset, tmp_path, optimizer):
+    alone = settings_of(tmp_path / "alone", tiny_dataset, optimizer={"name": optimizer})
+    assert run(alone) == 0
+    killed = settings_of(tmp_path / "killed", tiny_dataset, optimizer={"name": optimizer})
+    rng = random.Random(f"kills of {optimizer}")
+    kills = [
+        ("step", rng.randint(1, 2)),
+        ("step", rng.randint(4, 5)),
+        ("checkpoint file", rng.randint(2, 3)),
+        ("before rename", 2),
+        ("prune", 2),
+        ("half a line", rng.randint(2, 3)),
+        ("step", rng.randint(1, 4)),
+    ]
+    folder = tmp_path / "killed"
+    num_killed = 0
+    for point, count in kills:
+        code = run(killed, resume=bool(list_checkpoints(folder)), point=point, count=count)
+        assert code in (0, -signal.SIGKILL)
+        num_killed += code != 0
+        if code == 0:
+            break
+    assert num_killed >= 5
+    if code != 0:
+        assert run(killed, resume=bool(list_checkpoints(folder))) == 0
+    assert_equal_runs(tmp_path / "alone", folder)
+    assert not list(folder.glob("checkpoints/.*")), "leftovers of killed writes are removed"
+
+
+def test_bf16_with_its_master_resumes_bit_for_bit(tiny_dataset, tmp_path):
+    alone = settings_of(tmp_path / "alone", tiny_dataset, model={"precision": "bf16"})
+    assert run(alone) == 0
+    killed = settings_of(tmp_path / "killed", tiny_dataset, model={"precision": "bf16"})
+    assert run(killed, point="step", count=8) == -signal.SIGKILL
+    assert run(killed, resume=True) == 0
+    assert_equal_runs(tmp_path / "alone", tmp_path / "killed")
+
+
+def test_asked_to_stop_it_saves_and_goes_on(tiny_dataset, tmp_path):
+    """What Ctrl-C does: after the step in flight a checkpoint is there, and resuming equals not stopping."""
+    alone = settings_of(tmp_path / "alone", tiny_dataset)
+    assert run(alone) == 0
+    stopped = parse_config(settings_of(tmp_path / "stopped", tiny_dataset, save={"every_epochs": 1, "keep": 2}), "test")
+    asked = iter([False] * 4 + [True] * 10)
+    outcome = train.train(stopped, stop_requested=lambda: next(asked))
+    assert outcome.interrupted
+    assert list_checkpoints(tmp_path / "stopped")[-1] == outcome.position.step > 0
+    outcome = train.train(stopped, resume=True)
+    assert not outcome.interrupted
+    last = list_checkpoints(tmp_path / "alone")[-1]
+    weights = [
+        load_file(checkpoint.folder_of(tmp_path / name, last) / "state.safetensors") for name in ("alone", "stopped")
+    ]
+    assert all((weights[0][key] == weights[1][key]).all() for key in weights[0])
+    assert metrics(tmp_path / "alone") == metrics(tmp_path / "stopped")

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 import tyro
-from pydantic import ValidationError
-from tyro.conf import Positional, arg
+from tyro.conf import DisallowNone, FlagConversionOff, Positional, arg
 
-from safelight.trainer.config import Config, explain, load_config, parse_config
+from safelight.overrides import take_overrides
+from safelight.trainer.config import Config, load_config, parse_config
 from safelight.trainer.presets import PRESETS
 
 _T = TypeVar("_T")
@@ -36,19 +36,24 @@ class Prepare:
     json: Annotated[bool, arg(help="print the result as JSON")] = False
 
 
+def _own(metavar: str, text: str, default: str) -> object:
+    """Return the help of an option that has no value of its own unless it is given."""
+    return arg(metavar=metavar, help=text, help_behavior_hint=f"(default: {default})")
+
+
 @dataclass
 class Sample:
     run: RunFolder
-    prompt: Annotated[tuple[str, ...], arg(help="one image for each")]
+    prompt: Annotated[tuple[str, ...], arg(metavar="TEXT [TEXT ...]", help="one image for each")]
     checkpoint: Annotated[str, arg(help="last, best, base or a step")] = "last"
-    steps: Annotated[int | None, arg(help="denoising steps; as in the run by default")] = None
-    cfg: Annotated[float | None, arg(help="guidance scale; as in the run by default")] = None
-    seed: Annotated[int | None, arg(help="of the noise; the run's by default")] = None
-    width: Annotated[int | None, arg(help="px")] = None
-    height: Annotated[int | None, arg(help="px")] = None
+    steps: Annotated[int | None, _own("INT", "denoising steps", "the run's")] = None
+    cfg: Annotated[float | None, _own("FLOAT", "guidance scale; 1: none", "the run's")] = None
+    seed: Annotated[int | None, _own("INT", "of the noise", "the run's")] = None
+    width: Annotated[int | None, _own("INT", "in px", "the run's")] = None
+    height: Annotated[int | None, _own("INT", "in px", "the run's")] = None
     sampler: Annotated[Literal["ddim", "dpm++", "euler"], arg(help="how to denoise")] = "ddim"
-    negative: Annotated[str | None, arg(help="what guidance points away from")] = None
-    out: Annotated[Path | None, arg(aliases=["-o"], help="folder; RUN/images by default")] = None
+    negative: Annotated[str | None, _own("TEXT", "what guidance points away from", "the run's")] = None
+    out: Annotated[Path | None, arg(aliases=["-o"]), _own("FOLDER", "where the images go", "RUN/images")] = None
 
 
 @dataclass
@@ -69,8 +74,11 @@ class Demo:
     json: Annotated[bool, arg(help="print the scores as JSON")] = False
 
 
-ConfigFile = Annotated[Positional[Path], arg(metavar="RUN.TOML", help="the run's settings")]
-Settings = Annotated[Config, arg(name="")]
+ConfigFile = Annotated[
+    Positional[Path], arg(metavar="RUN.TOML", help="the run's settings", help_behavior_hint="(required)")
+]
+# shown in the help; overrides.py takes the settings out of the arguments before tyro reads them
+Settings = Annotated[FlagConversionOff[Config], arg(name="")]
 
 
 @dataclass
@@ -88,30 +96,30 @@ class PrintingArguments:
 
 
 def parse(shape: type[_T], argv: list[str], command: str, description: str, default: _T | None = None) -> _T:
-    """Return a command's arguments. A mistake is printed and exits with 2; a config's raises ValueError."""
-    try:
-        return tyro.cli(
-            shape,
-            args=argv,
-            prog=f"safelight {command}",
-            default=default,
-            description=description,
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
-    except ValidationError as error:
-        raise ValueError(explain(error, "command line")) from None
+    """Return a command's arguments. A mistake is printed by tyro and exits with 2."""
+    return tyro.cli(
+        shape,
+        args=argv,
+        prog=f"safelight {command}",
+        default=default,
+        description=description,
+        config=(tyro.conf.FlagCreatePairsOff, DisallowNone),
+    )
 
 
 def parse_with_config(
     argv: list[str], command: str, description: str
 ) -> tuple[TrainArguments | PrintingArguments, Config]:
-    """Return (arguments, Config) of a command that takes a run.toml and any setting of it."""
+    """Return (arguments, Config) of a command that takes a run.toml and any setting of it.
+
+    Raises ValueError for a mistake in the file or in a setting.
+    """
     asks_help = any(a in ("-h", "--help") for a in argv)
     path = Path(argv[0]) if argv and not argv[0].startswith("-") else None
     if path is None and not asks_help:
         raise ValueError(f"the config comes first: safelight {command} run.toml (write one with `safelight init`)")
     config = load_config(path) if path is not None else Config()
+    others, settings = take_overrides(argv, config.model_dump(by_alias=True))
+    config = parse_config(settings, "command line")
     shape = TrainArguments if command == "train" else PrintingArguments
-    arguments = parse(shape, argv, command, description, shape(path or Path("run.toml"), config))
-    # assignment checks one value at a time; this checks them together
-    return arguments, parse_config(arguments.settings.model_dump(by_alias=True), "command line")
+    return parse(shape, others, command, description, shape(path or Path("run.toml"), config)), config

@@ -13,17 +13,31 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 LearningRate = Annotated[float, Field(gt=0, le=1)]
 Schedule = Literal["constant", "linear", "cosine"]
+# marks a stage's value that falls back to the run's, for the help
+INHERITED = tyro.conf.arg(
+    help_behavior_hint=lambda value: "(default: as outside the stage)" if value == "None" else f"(default: {value})"
+)
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_assignment=True)
+    model_config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, validate_assignment=True, allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_boolean_for_a_number(cls, value, info: ValidationInfo):
+        # Python counts true as 1, and so does pydantic
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError("true and false are no value here")
+        return value
 
 
 class Run(Section):
@@ -47,7 +61,7 @@ class Model(Section):
     tokenizer: str = ""
     """Another CLIP tokenizer folder; needs a text encoder of its vocabulary, so only with a `random:` base."""
     clip_skip: Annotated[int, Field(ge=0, le=11)] = 0
-    """Text-encoder layers to leave out at the end; 0 takes the last."""
+    """Text-encoder layers to leave out at the end, as diffusers counts; 0 takes the last, which others call clip skip 1."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Weights and arithmetic of the UNet. 16-bit weights have an fp32 master. auto: bf16 or fp16 on a GPU, fp32 on a CPU."""
 
@@ -118,19 +132,19 @@ class Stage(Section):
 
     epochs: Positive
     """Passes over the photographs."""
-    lr: LearningRate | None = None
+    lr: Annotated[LearningRate | None, INHERITED] = None
     """Peak learning rate."""
-    schedule: Schedule | None = None
+    schedule: Annotated[Schedule | None, INHERITED] = None
     """constant, linear or cosine."""
-    warmup_steps: Count | None = None
+    warmup_steps: Annotated[Count | None, INHERITED] = None
     """Warm-up of this stage."""
-    weight_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
+    weight_decay: Annotated[Annotated[float, Field(ge=0, lt=1)] | None, INHERITED] = None
     """Weight decay of this stage."""
-    max_grad_norm: Annotated[float, Field(ge=0)] | None = None
+    max_grad_norm: Annotated[Annotated[float, Field(ge=0)] | None, INHERITED] = None
     """Clipping of this stage."""
-    batch_size: Positive | None = None
+    batch_size: Annotated[Positive | None, INHERITED] = None
     """Images a micro-step in this stage."""
-    accumulate: Positive | None = None
+    accumulate: Annotated[Positive | None, INHERITED] = None
     """Micro-steps an optimizer step in this stage."""
 
 
@@ -272,9 +286,15 @@ def explain(error: ValidationError, source: str) -> str:
             near = difflib.get_close_matches(str(last), _names_at(tuple(parents)), n=1, cutoff=0.5)
             hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(_names_at(tuple(parents)))}"
             lines.append(f"{source}: {where} is no setting; {hint}")
+        elif problem["type"] == "missing":
+            lines.append(f"{source}: {where} is missing")
+        elif problem["type"] == "model_type":
+            lines.append(f"{source}: {where} = {problem['input']!r}: this is a table, [{where}]")
+        elif problem["loc"] == ("stage",):
+            lines.append(f"{source}: stage = {problem['input']!r}: stages are tables, [[stage]]")
         else:
-            message = problem["msg"][0].lower() + problem["msg"][1:]
-            lines.append(f"{source}: {where} = {problem['input']!r}: {message}")
+            message = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"{source}: {where} = {problem['input']!r}: {message[0].lower()}{message[1:]}")
     return "\n".join(lines)
 
 
@@ -295,6 +315,8 @@ def load_config(path: Path) -> Config:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; write one with `safelight init tiny -o {path}`") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}; give a run.toml") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not readable as TOML: {error}") from None
     return parse_config(values, str(path))
@@ -306,33 +328,35 @@ def _toml_value(value) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
     if isinstance(value, float):
-        return repr(value) if any(c in repr(value) for c in ".en") else f"{value}.0"
-    # JSON's string escapes are TOML's
-    return json.dumps(value, ensure_ascii=False)
+        return repr(value)
+    # JSON's string escapes are TOML's, but for DEL, which TOML wants escaped
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def to_toml(config: Config, comments: bool = False) -> str:
-    """Return the config as TOML; with comments, each setting's documentation above it."""
+    """Return the config as TOML; with comments, each setting's documentation above it, once."""
     lines: list[str] = []
 
-    def write(header: str, section: Section) -> None:
+    def write(header: str, section: Section, explained: bool) -> None:
         lines.append("")
-        if comments:
+        if explained:
             lines.append(f"# {section.__doc__.splitlines()[0]}")
         lines.append(header)
         for name, field in type(section).model_fields.items():
             value = getattr(section, name)
-            if value is None:
-                continue
-            if comments and field.description:
+            if explained:
                 lines.extend(f"# {line}" for line in field.description.splitlines())
-            lines.append(f"{name} = {_toml_value(value)}")
+            if value is not None:
+                lines.append(f"{name} = {_toml_value(value)}")
+            elif explained:
+                # only a stage has unset values: show what it takes from the run, ready to be uncommented
+                lines.append(f"# {name} = {_toml_value(getattr(config.stages()[0], name))}")
 
     for name, field in Config.model_fields.items():
         value = getattr(config, name)
         if name == "stage":
-            for stage in value:
-                write("[[stage]]", stage)
+            for number, stage in enumerate(value):
+                write("[[stage]]", stage, comments and number == 0)
         else:
-            write(f"[{field.alias or name}]", value)
+            write(f"[{field.alias or name}]", value, comments)
     return "\n".join(lines).lstrip() + "\n"

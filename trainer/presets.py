@@ -47,7 +47,8 @@ PRESETS: dict[str, tuple[str, dict]] = {
         "the settings of the EveryDream2 run this project began from; the text encoder stays frozen here",
         {
             "run": {"dir": "runs/everydream2", "seed": 555},
-            "model": {"base": SD15, "clip_skip": 1},
+            # its clip_skip 1 is the last layer's output, our 0
+            "model": {"base": SD15, "clip_skip": 0},
             "data": {
                 "resolution": 512,
                 "variants": 4,

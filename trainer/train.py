@@ -156,6 +156,10 @@ def _loop(job: Job, position: Position, stop_requested: Callable[[], bool]) -> O
     while position.step < timeline.num_steps:
         index = timeline.stage_of(position.epoch)
         stage = timeline.stages[index]
+        if position.epoch == timeline.first_epoch(index) and position.step_in_epoch == 0:
+            # under the step to come: a resume from the checkpoint before it cuts this line and writes it again
+            detail = f"{index + 1} of {len(timeline.stages)}: {stage.epochs} epochs, lr {stage.lr:g} {stage.schedule}"
+            job.metrics.write("event", position.step + 1, event="stage began", detail=detail)
         plan = plan_epoch(
             job.dataset.train,
             seed=config.run.seed,
@@ -322,6 +326,7 @@ def _validate(job: Job, position: Position) -> Position:
         )
         if split == "held_out" and result.loss < position.best_loss:
             position = replace(position, best_step=position.step, best_loss=result.loss)
+            job.metrics.write("event", position.step, event="best so far", detail=f"held-out loss {result.loss:.5f}")
     # the clock of images/s runs over training alone
     job.window_began += time.monotonic() - began
     return position

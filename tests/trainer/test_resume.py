@@ -1,89 +1,45 @@
 """Kill -9 a run again and again, resume it, and compare with a run that was left alone: bit for bit.
 
-The children come from a fork server that has imported everything once. A child kills itself at a chosen point, so that
+The children come from fork_runs.py, which has imported everything once. A child kills itself at a chosen point, so that
 each point is really met; the points and their counts are drawn by a fixed generator.
 """
 
 import json
-import multiprocessing
-import os
 import random
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
-from safelight.trainer import checkpoint, log, train
+from safelight.trainer import checkpoint, train
 from safelight.trainer.checkpoint import list_checkpoints
 from safelight.trainer.config import parse_config
 
 CLOCK_FIELDS = {"time", "images_per_s", "memory_gib"}
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["safelight.trainer.train", "bitsandbytes", "diffusers", "transformers"])
 
 
-def _die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+@pytest.fixture(scope="module")
+def run():
+    """A function that runs a child and returns its exit code: 0, or -9 when it was killed."""
+    server = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("fork_runs.py"))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
+    def run(settings: dict, resume: bool = False, point: str = "", count: int = 0) -> int:
+        server.stdin.write(json.dumps({"settings": settings, "resume": resume, "point": point, "count": count}) + "\n")
+        server.stdin.flush()
+        return int(server.stdout.readline())
 
-def _arm(point: str, count: int) -> None:
-    """Kill this process the count-th time it reaches a point."""
-    left = [count]
-
-    def wrap(module, name: str, *, after: bool):
-        original = getattr(module, name)
-
-        def wrapped(*args, **kwargs):
-            left[0] -= 1
-            if left[0] == 0 and not after:
-                _die()
-            result = original(*args, **kwargs)
-            if left[0] == 0 and after:
-                _die()
-            return result
-
-        setattr(module, name, wrapped)
-
-    if point == "step":
-        wrap(train, "train_step", after=True)
-    elif point == "checkpoint file":
-        # weights are written, state.json is not: the middle of a checkpoint
-        wrap(checkpoint, "_sync_file", after=False)
-    elif point == "before rename":
-        wrap(checkpoint, "sync_folder", after=False)
-    elif point == "prune":
-        wrap(train, "prune", after=False)
-    elif point == "half a line":
-        original = log.Metrics.write
-
-        def write(self, kind, step, **values):
-            left[0] -= 1
-            if left[0] == 0:
-                self.file.write('{"kind": "train", "ste')
-                self.file.flush()
-                _die()
-            original(self, kind, step, **values)
-
-        log.Metrics.write = write
-
-
-def _child(settings: dict, resume: bool, point: str, count: int) -> None:
-    import torch
-
-    torch.set_num_threads(1)
-    if point:
-        _arm(point, count)
-    train.train(parse_config(settings, "test"), resume=resume)
-
-
-def run(settings: dict, resume: bool = False, point: str = "", count: int = 0) -> int:
-    """Run a child and return its exit code: 0, or -9 when it was killed."""
-    process = CONTEXT.Process(target=_child, args=(settings, resume, point, count))
-    process.start()
-    process.join(240)
-    assert process.exitcode is not None, "the child hangs"
-    return process.exitcode
+    yield run
+    server.stdin.close()
+    server.wait(30)
 
 
 def settings_of(folder: Path, dataset: Path, **more) -> dict:
@@ -115,7 +71,11 @@ def assert_equal_runs(one: Path, other: Path) -> None:
         for name in ("unet/diffusion_pytorch_model.safetensors", "state.safetensors"):
             a, b = (load_file(checkpoint.folder_of(folder, step) / name) for folder in (one, other))
             assert a.keys() == b.keys()
-            unequal = [key for key in a if a[key].numpy().tobytes() != b[key].numpy().tobytes()]
+            unequal = [
+                key
+                for key in a
+                if not torch.equal(a[key].view(-1).view(torch.uint8), b[key].view(-1).view(torch.uint8))
+            ]
             assert not unequal, (step, name, unequal[:3])
         a, b = (json.loads((checkpoint.folder_of(f, step) / "state.json").read_text()) for f in (one, other))
         assert a == b
@@ -126,7 +86,7 @@ def assert_equal_runs(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw8bit", "adamw"])
-def test_killed_and_resumed_equals_uninterrupted(tiny_dataset, tmp_path, optimizer):
+def test_killed_and_resumed_equals_uninterrupted(run, tiny_dataset, tmp_path, optimizer):
     alone = settings_of(tmp_path / "alone", tiny_dataset, optimizer={"name": optimizer})
     assert run(alone) == 0
     killed = settings_of(tmp_path / "killed", tiny_dataset, optimizer={"name": optimizer})
@@ -155,7 +115,7 @@ def test_killed_and_resumed_equals_uninterrupted(tiny_dataset, tmp_path, optimiz
     assert not list(folder.glob("checkpoints/.*")), "leftovers of killed writes are removed"
 
 
-def test_bf16_with_its_master_resumes_bit_for_bit(tiny_dataset, tmp_path):
+def test_bf16_with_its_master_resumes_bit_for_bit(run, tiny_dataset, tmp_path):
     alone = settings_of(tmp_path / "alone", tiny_dataset, model={"precision": "bf16"})
     assert run(alone) == 0
     killed = settings_of(tmp_path / "killed", tiny_dataset, model={"precision": "bf16"})
@@ -164,7 +124,7 @@ def test_bf16_with_its_master_resumes_bit_for_bit(tiny_dataset, tmp_path):
     assert_equal_runs(tmp_path / "alone", tmp_path / "killed")
 
 
-def test_asked_to_stop_it_saves_and_goes_on(tiny_dataset, tmp_path):
+def test_asked_to_stop_it_saves_and_goes_on(run, tiny_dataset, tmp_path):
     """What Ctrl-C does: after the step in flight a checkpoint is there, and resuming equals not stopping."""
     alone = settings_of(tmp_path / "alone", tiny_dataset)
     assert run(alone) == 0

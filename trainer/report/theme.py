@@ -68,7 +68,7 @@ color:var(--muted);font-size:.75rem;text-align:center;padding:6px}
 .strip thead th{font-size:.8rem;color:var(--muted);padding-bottom:2px;white-space:nowrap}
 .strip thead th.best{color:var(--accent);font-weight:600}
 .strip td{padding:0;min-width:118px;width:8.3%}
-.strip td img{width:100%}
+.strip td img{width:100%;max-width:260px}
 .strip .prompt-row{display:block;position:sticky;left:0;width:max-content;max-width:min(1040px,calc(100vw - 56px));padding:18px 0 6px;font-size:.95rem;line-height:1.35}
 .strip tbody tr:first-child .prompt-row{padding-top:8px}
 .graphs{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));gap:26px 36px;margin-top:1rem}

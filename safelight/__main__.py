@@ -98,12 +98,13 @@ def init(argv: list[str]) -> int:
 
 def prepare(argv: list[str]) -> int:
     from safelight.arguments import Prepare, parse
-    from safelight.data.ingest import ingest
-    from safelight.trainer.log import Terminal
 
     arguments = parse(Prepare, argv, "prepare", COMMANDS["prepare"])
     if not arguments.sources:
-        raise ValueError("safelight prepare needs at least one folder of photos")
+        raise ValueError("no photos given; name one or more folders of photos, or files")
+    from safelight.data.ingest import ingest
+    from safelight.trainer.log import Terminal
+
     terminal = Terminal()
     summary = ingest(
         arguments.sources, arguments.out, arguments.max_megapixels, arguments.quality, arguments.image_format,

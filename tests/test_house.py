@@ -1,0 +1,273 @@
+"""The layout: no root package shadows another's name, imports run one way, imports do nothing, the wheel is whole."""
+
+import ast
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from safelight.__main__ import COMMANDS, main
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("kernels", "data", "trainer", "bench")
+PACKAGED = ("safelight", *ROOMS)
+
+
+def python_files(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def call(*command: object, cwd: Path = ROOT, path: Path | None = None) -> subprocess.CompletedProcess:
+    """Run a command in a plain environment, PYTHONPATH set to `path` or not at all."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"OMP_NUM_THREADS": "1"} | ({"PYTHONPATH": str(path)} if path else {})
+    return subprocess.run(
+        [str(part) for part in command], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_root_folders_are_no_packages():
+    """A root package named `kernels` would shadow Hugging Face's."""
+    for room in ROOMS:
+        assert (ROOT / room).is_dir()
+        assert not (ROOT / room / "__init__.py").exists()
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Return every module that a file imports anywhere, `from a import b` as both a and a.b."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports are not resolved here; write the full name"
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def imported_files(path: Path) -> set[str]:
+    """Return the own modules a file imports, as paths below the root without suffix: data/cache, safelight/arguments."""
+    found = set()
+    for name in imported_modules(path):
+        parts = name.split(".")
+        if parts[0] != "safelight":
+            continue
+        parts = parts[1:] if len(parts) > 1 and parts[1] in ROOMS else parts
+        if (ROOT / Path(*parts)).with_suffix(".py").is_file():
+            found.add("/".join(parts))
+    return found
+
+
+# what each room may import beside itself; safelight/ and bench/ may import everything below them
+MAY_IMPORT = {"kernels": (), "data": ("kernels/philox",), "trainer": ("kernels/", "data/")}
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_imports_run_one_way(room):
+    for path in python_files(room):
+        if path.name == "__main__.py":
+            # `python -m trainer` is the command line by another name
+            assert imported_files(path) == {"safelight/__main__"}
+            continue
+        for module in imported_files(path):
+            assert module.startswith((f"{room}/", *MAY_IMPORT[room])), f"{path.relative_to(ROOT)} imports {module}"
+
+
+def test_only_the_command_line_imports_the_benchmarks():
+    importers = {
+        path.relative_to(ROOT).as_posix()
+        for path in python_files("safelight", "kernels", "data", "trainer")
+        if any(module.startswith("bench/") for module in imported_files(path))
+    }
+    assert importers == {"safelight/__main__.py"}
+
+
+def test_nothing_is_imported_by_its_bare_folder_name():
+    """`import kernels` would find our folder from the checkout and Hugging Face's package elsewhere."""
+    for path in python_files(*PACKAGED, "tests"):
+        tops = {name.partition(".")[0] for name in imported_modules(path)}
+        assert not tops & set(ROOMS), path
+
+
+IMPORT_EVERYTHING = """
+import importlib, json, logging, os, signal, sys, threading, warnings
+import torch
+# other libraries' own side effects are theirs
+import tyro, pydantic, rich, matplotlib, PIL.Image, safetensors.torch, scipy.special
+
+def refuse(*args, **kwargs):
+    raise AssertionError("CUDA was asked at import")
+
+for name in ("is_available", "device_count", "get_device_capability", "current_device", "get_device_name", "init"):
+    setattr(torch.cuda, name, refuse)
+
+def state():
+    return {
+        "rng": torch.get_rng_state().tolist(), "threads": torch.get_num_threads(), "env": dict(os.environ),
+        "handlers": list(logging.root.handlers), "level": logging.root.level, "filters": list(warnings.filters),
+        "signals": [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)], "dtype": torch.get_default_dtype(),
+        "grad": torch.is_grad_enabled(), "tf32": torch.backends.cuda.matmul.allow_tf32,
+        "deterministic": torch.are_deterministic_algorithms_enabled(), "path": list(sys.path),
+        "running": threading.active_count(), "cwd": os.getcwd(), "backend": matplotlib.rcParams["backend"],
+    }
+
+before = state()
+for module in sys.argv[1:]:
+    importlib.import_module(module)
+after = state()
+changed = [name for name in before if before[name] != after[name]]
+torch.cuda.is_available = lambda: False
+from transformers import CLIPTextModel
+json.dump({"changed": changed, "from": CLIPTextModel.__module__}, sys.stdout)
+"""
+
+
+@pytest.fixture(scope="module")
+def imported() -> dict:
+    """What a process in the checkout met that imported all our modules, and transformers after them."""
+    modules = []
+    for path in python_files(*PACKAGED):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        # pretrain.py is a script; diffusers, which it imports at its top, is what asks CUDA there
+        if path.stem not in ("__init__", "__main__", "pretrain"):
+            modules.append(".".join(parts if parts[0] == "safelight" else ("safelight", *parts)))
+    assert "safelight.trainer.train" in modules
+    result = call(sys.executable, "-c", IMPORT_EVERYTHING, *modules)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return json.loads(result.stdout)
+
+
+def test_imports_have_no_side_effects(imported):
+    assert imported["changed"] == []
+
+
+def test_transformers_can_be_imported_from_the_checkout(imported):
+    assert imported["from"] == "transformers.models.clip.modeling_clip"
+
+
+def test_the_command_line_imports_nothing_heavy():
+    code = "import sys, safelight.__main__; print(*{m.partition('.')[0] for m in sys.modules})"
+    loaded = call(sys.executable, "-c", code).stdout.split()
+    assert "safelight" in loaded
+    assert not {"torch", "diffusers", "transformers", "numpy", "PIL", "pydantic", "tyro", "rich"} & set(loaded)
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "bench"])
+def test_the_help_of_a_command_needs_no_torch(command):
+    code = (
+        "import sys\nfrom safelight.__main__ import main\n"
+        f"try:\n    main([{command!r}, '--help'])\n"
+        "except SystemExit as end:\n    print(end.code, 'torch' in sys.modules)"
+    )
+    lines = call(sys.executable, "-c", code).stdout.splitlines()
+    assert lines[0].startswith(f"usage: safelight {command}")
+    assert lines[-1] == "0 False"
+    # metavars for people, not Python types
+    assert "{None}" not in "".join(lines)
+
+
+def test_help_takes_less_than_a_second_of_cpu():
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    result = call(sys.executable, "-m", "safelight", "--help")
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 1
+    assert result.returncode == 0
+    for name, text in COMMANDS.items():
+        assert f"  {name:<9} {text}" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "first"),
+    [
+        ((sys.executable, "-m", "safelight", "--help"), "Safelight fine-tunes Stable Diffusion"),
+        ((Path(sys.executable).with_name("safelight"), "--help"), "Safelight fine-tunes Stable Diffusion"),
+        ((sys.executable, "-m", "trainer", "--help"), "usage: safelight train"),
+        ((sys.executable, "-m", "bench", "--help"), "usage: safelight bench"),
+    ],
+)
+def test_every_way_to_start_it_works_from_the_checkout(command, first):
+    result = call(*command)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(first)
+    assert result.stderr == ""
+
+
+def test_a_bare_call_shows_the_usage_and_is_a_mistake(capsys):
+    assert main([]) == 2
+    assert capsys.readouterr().out.startswith("Safelight fine-tunes")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel of a copy of this checkout: what a build leaves behind in a checkout would be packed as well."""
+    folder = tmp_path_factory.mktemp("wheel")
+    copy = folder / "checkout"
+    for name in PACKAGED:
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "LICENSE", "README.md"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, copy / name)
+    result = call(
+        sys.executable, "-m", "pip", "wheel", copy, "--no-deps", "--no-build-isolation", "-q", "-w", folder, cwd=folder
+    )
+    assert result.returncode == 0, result.stderr
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_the_wheel_holds_every_module_and_nothing_at_the_top(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {name.split("/")[0] for name in names} == {"safelight", f"{wheel.name.rsplit('-', 3)[0]}.dist-info"}
+    for path in python_files(*PACKAGED):
+        relative = path.relative_to(ROOT).as_posix()
+        assert (relative if relative.startswith("safelight/") else f"safelight/{relative}") in names
+    for part in ("unet", "vae", "text_encoder"):
+        assert any(name.startswith(f"safelight/tiny/{part}/") and name.endswith(".safetensors") for name in names)
+    for path in (ROOT / "safelight" / "tiny").rglob("*.json"):
+        assert path.relative_to(ROOT).as_posix() in names
+
+
+def test_the_wheel_works_without_the_checkout(wheel, tmp_path):
+    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    with zipfile.ZipFile(wheel) as file:
+        file.extractall(site)
+    points = next(site.glob("*.dist-info/entry_points.txt")).read_text()
+    assert "safelight = safelight.__main__:main" in points
+    # -S leaves out the site folder's hooks, among them the editable install's; dependencies come by path
+    code = (
+        "import sys, safelight.trainer.report.build as build, safelight.trainer.models as models\n"
+        "print(build.__file__)\nprint(models.tiny_folder())\n"
+        "from safelight.__main__ import main\nsys.exit(main(['init', 'tiny', '-o', 'run.toml']))"
+    )
+    packages = Path(pytest.__file__).parent.parent
+    result = call(sys.executable, "-S", "-c", code, cwd=elsewhere, path=f"{site}{os.pathsep}{packages}")
+    assert result.returncode == 0, result.stderr
+    build, tiny = result.stdout.splitlines()[:2]
+    assert build == str(site / "safelight/trainer/report/build.py")
+    assert tiny == str(site / "safelight/tiny")
+    assert tomllib.loads((elsewhere / "run.toml").read_text())["model"]["base"] == "tiny"
+    result = call(
+        sys.executable, "-S", "-m", "safelight", "--help", cwd=elsewhere, path=f"{site}{os.pathsep}{packages}"
+    )
+    assert result.stdout.startswith("Safelight fine-tunes"), result.stderr
+
+
+def test_dependencies_leave_an_installed_torch_alone():
+    """Colab and others bring their torch: any from 2.10 on will do, and CUDA's companions are Linux's alone."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    requirements = {line.split(";")[0].split(">")[0].split("=")[0].strip(): line for line in project["dependencies"]}
+    assert requirements["torch"] == "torch>=2.10"
+    for name in ("triton", "xformers", "bitsandbytes"):
+        specifier, marker = requirements[name].split(";")
+        assert marker.strip() == "platform_system == 'Linux'"
+        assert specifier.strip().startswith(f"{name}>=")
+        assert not any(sign in specifier for sign in ("==", "<", "~", ","))
+    assert not any("==" in line.split(";")[0] or "<" in line for line in project["dependencies"])
+    assert project["requires-python"] == ">=3.11"

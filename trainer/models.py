@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from safelight.kernels.philox import Key, Purpose, words
@@ -43,13 +44,18 @@ class Base:
         if self.random_name:
             return dict(RANDOM_MODELS[self.random_name][part])
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
-        path = self.folder / part / name
-        try:
-            return json.loads(path.read_text())
-        except FileNotFoundError:
-            raise ValueError(
-                f"model.base {self.spec!r}: {path} is missing; a diffusers folder has {part}/{name}"
-            ) from None
+        return _read_json(self.folder / part / name, f"model.base {self.spec!r}")
+
+
+def _read_json(path: Path, setting: str) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"{setting}: {path} is missing; a diffusers folder has {path.parent.name}/{path.name}"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{setting}: {path} is not readable as JSON: {error}") from None
 
 
 def resolve_base(spec: str) -> Base:
@@ -64,7 +70,7 @@ def resolve_base(spec: str) -> Base:
             )
         return Base(spec, None, name)
     if (Path(spec) / "model_index.json").is_file():
-        index = json.loads((Path(spec) / "model_index.json").read_text())
+        index = _read_json(Path(spec) / "model_index.json", f"model.base {spec!r}")
         pipeline = index.get("_class_name", "")
         if "XL" in pipeline or "text_encoder_2" in index or "transformer" in index:
             raise ValueError(
@@ -137,7 +143,33 @@ def _from_folder(model_class, folder: Path, dtype: torch.dtype) -> nn.Module:
         found = ", ".join(sorted(p.name for p in folder.glob("*"))) or "nothing"
         raise ValueError(f"{folder} holds no .safetensors (found: {found}); other formats are never loaded")
     variant = None if any(".fp16." not in p.name for p in folder.glob("*.safetensors")) else "fp16"
-    return model_class.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True, variant=variant)
+    try:
+        module, info = model_class.from_pretrained(
+            folder, torch_dtype=dtype, use_safetensors=True, variant=variant, output_loading_info=True
+        )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise ValueError(f"{folder}: its weights are damaged or do not fit its config.json: {reason}") from error
+    # the libraries fill a gap with random weights and a warning
+    if info["missing_keys"]:
+        first, num = min(info["missing_keys"]), len(info["missing_keys"])
+        raise ValueError(f"{folder}: its .safetensors lack {num} of the model's tensors, the first is {first}")
+    return module
+
+
+def vae_config(base: Base, override: str) -> dict:
+    """Return the config of the run's autoencoder: that of the folder given, or else the base's."""
+    if not override:
+        return {"_class_name": "AutoencoderKL", **base.config_of("vae")}
+    path = Path(override) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"model.vae {override!r} is no autoencoder folder: it has no config.json")
+    config = _read_json(path, f"model.vae {override!r}")
+    if config.get("_class_name") not in ("AutoencoderKL", "AutoencoderTiny"):
+        raise ValueError(
+            f"model.vae {override!r} is a {config.get('_class_name')}; use an AutoencoderKL or AutoencoderTiny"
+        )
+    return config
 
 
 def load_vae(base: Base, override: str, seed: int) -> nn.Module:
@@ -145,14 +177,9 @@ def load_vae(base: Base, override: str, seed: int) -> nn.Module:
     from diffusers import AutoencoderKL, AutoencoderTiny
 
     if override:
-        config_path = Path(override) / "config.json"
-        if not config_path.is_file():
-            raise ValueError(f"model.vae {override!r} is no autoencoder folder: it has no config.json")
-        name = json.loads(config_path.read_text()).get("_class_name")
-        classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
-        if name not in classes:
-            raise ValueError(f"model.vae {override!r} is a {name}; use an AutoencoderKL or AutoencoderTiny")
-        vae = _from_folder(classes[name], Path(override), torch.float32)
+        name = vae_config(base, override)["_class_name"]
+        model_class = AutoencoderTiny if name == "AutoencoderTiny" else AutoencoderKL
+        vae = _from_folder(model_class, Path(override), torch.float32)
     elif base.folder is None:
         with seeded_initialisation(seed, "vae"):
             vae = AutoencoderKL.from_config(base.config_of("vae"))
@@ -200,6 +227,19 @@ class LatentCodec:
     def __post_init__(self):
         self.fingerprint = fingerprint(self.vae, type(self.vae).__name__)
         self.vae.to(self.device)
+
+    @contextlib.contextmanager
+    def on(self, device: torch.device):
+        """Work on another device for a while, then leave its memory."""
+        home, self.device = self.device, device
+        self.vae.to(device)
+        try:
+            yield self
+        finally:
+            self.device = home
+            self.vae.to(home)
+            if device.type == "cuda" and home != device:
+                torch.cuda.empty_cache()
 
     @property
     def has_posterior(self) -> bool:

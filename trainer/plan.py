@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from safelight.trainer.config import Config
-from safelight.trainer.models import meta_unet, pick_device, pick_dtype, resolve_base
+from safelight.trainer.models import meta_unet, pick_device, pick_dtype, resolve_base, vae_config
 
 # bitsandbytes: blocks of 256 with one fp32 scale each, tensors under 4,096 elements keep fp32 moments
 BLOCK_SIZE = 256
@@ -61,10 +61,11 @@ def static_bytes(config: Config, device: torch.device | None = None) -> StaticBy
 
 def cache_bytes(config: Config, num_photos: int) -> int:
     """Return the bytes of cached latents of `num_photos` at the full pixel budget, all variants."""
-    base = resolve_base(config.model.base)
-    vae = base.config_of("vae")
-    channels = vae["latent_channels"] * 2
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    vae = vae_config(resolve_base(config.model.base), config.model.vae)
+    # a posterior is kept as mean and logvar; AutoencoderTiny has none
+    is_tiny = vae["_class_name"] == "AutoencoderTiny"
+    channels = vae["latent_channels"] * (1 if is_tiny else 2)
+    factor = 2 ** (len(vae["encoder_block_out_channels" if is_tiny else "block_out_channels"]) - 1)
     itemsize = {"float16": 2, "float32": 4}[config.data.cache_dtype]
     return num_photos * config.data.variants * channels * (config.data.resolution // factor) ** 2 * itemsize
 

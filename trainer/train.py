@@ -118,7 +118,8 @@ def _load(config: Config, run_dir: Path, resume: bool, terminal: Terminal) -> tu
     attention = choose_attention(device, dtype, {head_dim_of(m) for m in attention_modules(unet)})
     apply_attention(unet, attention)
     optimizer = UNetOptimizer(unet, config.optimizer)
-    codec = load_codec(config, base, torch.device("cpu") if config.sample.every_epochs == 0 else device)
+    # the autoencoder waits in host memory and visits the GPU to decode samples
+    codec = load_codec(config, base, torch.device("cpu"))
     precision = PRECISIONS[dtype]
     position = Position()
     window: list[StepResult] = []
@@ -348,14 +349,9 @@ def _sample(job: Job, position: Position, *, due: bool) -> None:
         config.sample.cfg,
         config.run.seed,
     )
-    images = generate(
-        job.unet,
-        job.codec,
-        job.dataset.texts(prompts),
-        job.dataset.texts([config.sample.negative_prompt]),
-        job.schedule,
-        settings,
-    )
+    text, negative = job.dataset.texts(prompts), job.dataset.texts([config.sample.negative_prompt])
+    with job.codec.on(job.device) as codec:
+        images = generate(job.unet, codec, text, negative, job.schedule, settings)
     folder = job.run_dir / "samples" / f"step-{position.step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
     rows = []

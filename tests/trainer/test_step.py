@@ -255,3 +255,27 @@ def test_clipping_bounds_the_gradient_that_adam_sees(initial_unet):
     state = optimizer.state_tensors()
     seen = torch.linalg.vector_norm(torch.cat([v.flatten() for k, v in state.items() if k.startswith("exp_avg/")]))
     assert seen.item() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(initial_unet):
+    """Recomputing runs the same operations: equal bits, and fewer tensors saved for backward."""
+    schedule = make_schedule(SCHEDULER)
+    noisy = make_noisy(make_batch(4), schedule, SCALE, SEED, 0)
+    gradients, saved = [], []
+    for is_checkpointed in (False, True):
+        unet = copy.deepcopy(initial_unet)
+        if is_checkpointed:
+            unet.enable_gradient_checkpointing()
+        sizes = {}
+
+        def pack(tensor, sizes=sizes):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            losses = sample_losses(unet, noisy)
+        losses.mean().backward()
+        gradients.append([p.grad for p in unet.parameters()])
+        saved.append(sum(sizes.values()))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert saved[1] < 0.7 * saved[0]

@@ -28,7 +28,9 @@ def draw_picture(run_dir: Path) -> Image.Image:
         row = []
         for pair in pairs:
             with Image.open(folder / pair[side]) as image:
-                row.append(image.convert("RGB").resize((image.width * ZOOM, image.height * ZOOM), Image.Resampling.LANCZOS))
+                row.append(
+                    image.convert("RGB").resize((image.width * ZOOM, image.height * ZOOM), Image.Resampling.LANCZOS)
+                )
         rows.append(row)
     width, height = rows[0][0].size
     sheet = Image.new(

@@ -1,0 +1,138 @@
+"""From a prepared folder to samples: what is encoded, what is made again, and what leaves the memory."""
+
+import gc
+import json
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from safelight.data.ingest import ingest
+from safelight.data.manifest import read_manifest
+from safelight.trainer import dataset as module
+from safelight.trainer.dataset import bucket_multiple, open_dataset
+from safelight.trainer.models import Base, load_codec, resolve_base
+from safelight.trainer.tiny.scenes import caption, draw, random_scene
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    source = tmp_path / "photos"
+    source.mkdir()
+    for number in range(6):
+        scene = random_scene(8, number)
+        draw(scene).save(source / f"{number}.png")
+        (source / f"{number}.txt").write_text(caption(scene, 8, number))
+    ingest([source], tmp_path / "dataset")
+    return tmp_path / "dataset"
+
+
+def opened(make_config, folder, **changes):
+    data = {"path": str(folder), "validation_fraction": 0.3, **changes.pop("data", {})}
+    return open_dataset(make_config(data=data, **changes), resolve_base("tiny"), CPU)
+
+
+def test_rows_are_the_autoencoders_posterior_and_the_encoders_embeddings(make_config, folder):
+    config = make_config(data={"path": str(folder), "cache_dtype": "float32"})
+    with open_dataset(config, resolve_base("tiny"), CPU).cache as cache:
+        dataset = open_dataset(config, resolve_base("tiny"), CPU)
+        sample = dataset.train[0]
+        from safelight.data.images import load_pixels
+
+        bucket, crop = sample.bucket, sample.crops[0]
+        pixels = load_pixels(folder / sample.photo.file, crop.box, (bucket.width, bucket.height), crop.is_flipped)
+        mean, logvar = load_codec(config, resolve_base("tiny"), CPU).encode(torch.from_numpy(pixels)[None])
+        row = cache.read([sample.latent_keys[0]])[0]
+        np.testing.assert_allclose(row, torch.cat([mean, logvar], dim=1)[0].numpy(), rtol=1e-3, atol=1e-3)
+        dataset.cache.close()
+
+
+def test_a_second_time_makes_nothing_and_another_suffix_only_texts(make_config, folder):
+    first = opened(make_config, folder)
+    first.cache.close()
+    assert first.num_made > 6
+    second = opened(make_config, folder)
+    second.cache.close()
+    assert second.num_made == 0
+    suffixed = opened(make_config, folder, data={"caption_suffix": " on film"})
+    captions = {text for s in (*suffixed.train, *suffixed.validation) for text in s.captions}
+    assert all(text.endswith(" on film") for text in captions)
+    assert suffixed.num_made == len(captions)
+    suffixed.cache.close()
+
+
+def test_encoders_leave_the_memory(make_config, folder, monkeypatch):
+    seen = []
+
+    def spy(load):
+        def loading(*args):
+            loaded = load(*args)
+            seen.append(weakref.ref(getattr(loaded, "vae", None) or loaded.text_encoder))
+            return loaded
+
+        return loading
+
+    monkeypatch.setattr(module, "load_codec", spy(module.load_codec))
+    monkeypatch.setattr(module, "load_caption_encoder", spy(module.load_caption_encoder))
+    dataset = opened(make_config, folder)
+    gc.collect()
+    assert len(seen) == 2
+    assert all(reference() is None for reference in seen)
+    dataset.cache.close()
+
+
+def test_variants_apply_to_training_alone(make_config, folder):
+    dataset = opened(make_config, folder, data={"variants": 3, "crop_jitter": 0.2, "flip_p": 0.5})
+    assert all(len(s.latent_keys) == 3 and len(set(s.latent_keys)) > 1 for s in dataset.train)
+    assert all(len(s.latent_keys) == 1 and not s.crops[0].is_flipped for s in dataset.validation)
+    dataset.cache.close()
+
+
+def test_prompts_are_the_configs_or_held_out_captions(make_config, folder):
+    dataset = opened(make_config, folder, sample={"num_prompts": 1})
+    held_out = {s.captions[0] for s in dataset.validation}
+    assert len(dataset.sample_prompts(make_config(sample={"num_prompts": 1}))) == 1
+    assert set(dataset.sample_prompts(make_config(sample={"num_prompts": 1}))) <= held_out
+    assert dataset.sample_prompts(make_config(sample={"prompts": ["a", "b"]})) == ["a", "b"]
+    dataset.cache.close()
+
+
+def test_prompts_of_the_config_are_embedded_beforehand(make_config, folder):
+    dataset = opened(make_config, folder, sample={"prompts": ["a thing nobody captioned"], "negative_prompt": "blur"})
+    texts = dataset.texts(["a thing nobody captioned", "blur", ""])
+    assert texts.shape[0] == 3
+    assert not torch.equal(texts[0], texts[1])
+    dataset.cache.close()
+
+
+@pytest.mark.parametrize(
+    ("spec", "factor", "expected"), [("random:sd15", 8, 64), ("tiny", 4, 8), ("random:small", 8, 16)]
+)
+def test_bucket_multiple(spec, factor, expected):
+    assert bucket_multiple(resolve_base(spec), factor) == expected
+
+
+def test_parts_that_do_not_fit_each_other_are_named(make_config, folder, monkeypatch):
+    original = Base.config_of
+
+    def narrower(self, part):
+        config = original(self, part)
+        return {**config, "cross_attention_dim": 768} if part == "unet" else config
+
+    monkeypatch.setattr(Base, "config_of", narrower)
+    with pytest.raises(ValueError, match="width 768, the text encoder gives 128"):
+        opened(make_config, folder)
+
+
+def test_nothing_left_to_train_on_is_said(make_config, folder):
+    (folder / "manifest.jsonl").write_text(
+        json.dumps(json.loads((folder / "manifest.jsonl").read_text().splitlines()[0])) + "\n"
+    )
+    assert len(read_manifest(folder)) == 1
+    dataset = opened(make_config, folder, data={"validation_fraction": 0.9})
+    assert len(dataset.train) == 1, "a single photograph is trained on, not held out"
+    dataset.cache.close()

@@ -71,12 +71,15 @@ def _print_table(title: str, columns: tuple[str, ...], rows: list[tuple]) -> Non
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, header_style="dim")
+    table = Table(box=None, pad_edge=False, header_style="dim")
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    # not the table's own title: that would wrap at the table's width
+    console.print(title, style="bold", markup=False)
+    console.print(table)
 
 
 def init(argv: list[str]) -> int:

@@ -16,7 +16,7 @@ demo: setup
 test: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(TEST_ENV) $(BIN)/pytest -q -n 2 -m "not slow"
+	@$(TEST_ENV) $(BIN)/pytest -q -n 2 --dist loadfile -m "not slow"
 
 slow: setup
 	@$(TEST_ENV) $(BIN)/pytest -q -m slow

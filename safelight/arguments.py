@@ -51,7 +51,9 @@ class Sample:
     seed: Annotated[int | None, _own("INT", "of the noise", "the run's")] = None
     width: Annotated[int | None, _own("INT", "in px", "the run's")] = None
     height: Annotated[int | None, _own("INT", "in px", "the run's")] = None
-    sampler: Annotated[Literal["ddim", "dpm++", "euler"], arg(help="how to denoise")] = "ddim"
+    sampler: Annotated[
+        Literal["ddim", "dpm++", "euler"] | None, _own("{ddim,dpm++,euler}", "how to denoise", "the run's")
+    ] = None
     negative: Annotated[str | None, _own("TEXT", "what guidance points away from", "the run's")] = None
     out: Annotated[Path | None, arg(aliases=["-o"]), _own("FOLDER", "where the images go", "RUN/images")] = None
 

@@ -183,7 +183,9 @@ class Sample(Section):
     """How many validation captions to take where prompts is empty."""
     every_epochs: Count = 5
     """0: never. The base (step 0) and the end are sampled otherwise."""
-    steps: Annotated[int, Field(ge=1, le=1000)] = 30
+    sampler: Literal["ddim", "dpm++", "euler"] = "dpm++"
+    """How to denoise; dpm++ (2M) needs the fewest steps."""
+    steps: Annotated[int, Field(ge=1, le=1000)] = 25
     """Denoising steps."""
     cfg: Annotated[float, Field(ge=0, le=100)] = 7.0
     """Classifier-free guidance scale; 1: none."""

@@ -21,8 +21,9 @@ from safelight.trainer.train import train
 SEED = 42
 NUM_PHOTOS = 160
 DRAWING_SCALE = 3  # 192 px, so that preparing and cropping have something to do
-SAMPLE_STEPS = 20
+SAMPLE_STEPS = 14
 SAMPLE_CFG = 4.0
+SCORED = Settings(64, 64, SAMPLE_STEPS, SAMPLE_CFG, SEED + 1, "dpm++")
 
 
 def draw_photos(folder: Path, num: int = NUM_PHOTOS) -> None:
@@ -62,10 +63,9 @@ def score(run_dir: Path, terminal: Terminal) -> dict:
     """Draw the 96 scored prompts with base and trained, write scores.json and return it."""
     run = open_run(run_dir)
     asked = [text for text, _, _ in prompts()]
-    settings = Settings(64, 64, SAMPLE_STEPS, SAMPLE_CFG, SEED + 1)
     images = [
         run.draw(
-            run.unet(step), asked, settings, progress=lambda d, t, name=name: terminal.update(f"scoring {name}", d, t)
+            run.unet(step), asked, SCORED, progress=lambda d, t, name=name: terminal.update(f"scoring {name}", d, t)
         )
         for name, step in (("base", None), ("trained", pick_step(run_dir, "last")))
     ]

@@ -60,7 +60,14 @@ class OpenRun:
         """Return how the run draws its samples."""
         side = self.config.data.resolution
         sample = self.config.sample
-        return Settings(sample.width or side, sample.height or side, sample.steps, sample.cfg, self.config.run.seed)
+        return Settings(
+            sample.width or side,
+            sample.height or side,
+            sample.steps,
+            sample.cfg,
+            self.config.run.seed,
+            sample.sampler,
+        )
 
     def draw(
         self,

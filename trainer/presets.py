@@ -17,7 +17,7 @@ PRESETS: dict[str, tuple[str, dict]] = {
             "train": {"batch_size": 8},
             "optimizer": {"lr": 3e-4},
             "stage": [{"epochs": 12}, {"epochs": 4, "lr": 5e-5}],
-            "sample": {"every_epochs": 4, "steps": 20, "cfg": 4.0},
+            "sample": {"every_epochs": 4, "steps": 16, "cfg": 4.0},
             "log": {"every_steps": 5},
         },
     ),

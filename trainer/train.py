@@ -348,6 +348,7 @@ def _sample(job: Job, position: Position, *, due: bool) -> None:
         config.sample.steps,
         config.sample.cfg,
         config.run.seed,
+        config.sample.sampler,
     )
     text, negative = job.dataset.texts(prompts), job.dataset.texts([config.sample.negative_prompt])
     with job.codec.on(job.device) as codec:

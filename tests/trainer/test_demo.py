@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from safelight.trainer.checkpoint import list_checkpoints
-from safelight.trainer.demo import SAMPLE_CFG, SAMPLE_STEPS, SEED, draw_photos, run_demo
+from safelight.trainer.demo import SCORED, draw_photos, run_demo
 from safelight.trainer.draw import open_run
 from safelight.trainer.log import Terminal
 from safelight.trainer.models import Base, load_unet
-from safelight.trainer.sample import Settings
 from safelight.trainer.tiny.pretrain import make_unet
 from safelight.trainer.tiny.reader import read
 from safelight.trainer.tiny.score import HELD_OUT, hits, prompts, wilson
@@ -52,7 +51,7 @@ def test_an_untrained_unet_is_at_chance(demo):
     torch.manual_seed(0)
     untrained = make_unet().eval().requires_grad_(False)
     asked = [text for text, _, _ in prompts()]
-    images = run.draw(untrained, asked, Settings(64, 64, SAMPLE_STEPS, SAMPLE_CFG, SEED + 1))
+    images = run.draw(untrained, asked, SCORED)
     found = hits(images)
     assert wilson(found["the new look"], len(images))[1] <= 0.05
     for what in ("right colour", "right shape", "both obeyed"):

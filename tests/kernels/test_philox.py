@@ -41,7 +41,9 @@ def test_published_vectors(counter, key, expected):
 
 def test_key_layout_is_the_documented_one():
     """The layout is a contract: old runs must stay reproducible."""
-    key = Key(seed=0x1122334455667788, purpose=Purpose.NOISE, sample_id=0xAABBCCDDEEFF11, epoch=0x1234, occurrence=0x5678)
+    key = Key(
+        seed=0x1122334455667788, purpose=Purpose.NOISE, sample_id=0xAABBCCDDEEFF11, epoch=0x1234, occurrence=0x5678
+    )
     assert key.words() == (0x55667788, 0x11223344, 0xDDEEFF11, 0xAABBCC01, 0x12345678)
     expected = philox_numpy((1, 0xDDEEFF11, 0xAABBCC01, 0x12345678), (0x55667788, 0x11223344))
     assert words(key, 8)[4:].tolist() == [int(w) for w in expected]

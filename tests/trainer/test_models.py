@@ -1,0 +1,433 @@
+"""Where models come from, what is refused, and that encoders give what diffusers' own calls give."""
+
+import copy
+import functools
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from safelight.__main__ import main
+from safelight.trainer.config import parse_config, to_toml
+from safelight.trainer.models import (
+    CaptionEncoder,
+    LatentCodec,
+    fingerprint,
+    load_text,
+    load_unet,
+    load_vae,
+    meta_unet,
+    pick_device,
+    pick_dtype,
+    resolve_base,
+    tiny_folder,
+)
+
+CPU = torch.device("cpu")
+WEIGHTS = {
+    "unet": "diffusion_pytorch_model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+    "text_encoder": "model.safetensors",
+}
+CAPTIONS = ["a large red circle on a grey background", "", "An Émigré's cat; 猫 🐈" * 20]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return resolve_base("tiny")
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_folder(), torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def base_folder(tmp_path):
+    """A copy of the tiny base, to be spoilt."""
+    return Path(shutil.copytree(tiny_folder(), tmp_path / "base"))
+
+
+def load(part: str, folder: Path):
+    base = resolve_base(str(folder))
+    loaders = {
+        "unet": lambda: load_unet(base, 0),
+        "vae": lambda: load_vae(base, "", 0),
+        "text_encoder": lambda: load_text(base, "", 0)[1],
+    }
+    return loaders[part]()
+
+
+# where a base may be
+
+
+def test_tiny_is_embedded_and_small(tiny):
+    assert tiny.folder == tiny_folder()
+    assert not tiny.from_scratch
+    size = sum(path.stat().st_size for path in tiny_folder().rglob("*") if path.is_file())
+    assert size <= 10 * 10**6
+    assert not [path for path in tiny_folder().rglob("*") if path.suffix in (".bin", ".ckpt", ".pt", ".pth", ".pkl")]
+
+
+def test_a_diffusers_folder_is_taken_as_it_is(base_folder, tiny):
+    base = resolve_base(str(base_folder))
+    assert (base.folder, base.from_scratch) == (base_folder, False)
+    assert base.config_of("unet") == tiny.config_of("unet")
+    assert base.config_of("scheduler")["prediction_type"] == "epsilon"
+
+
+def test_a_name_of_random_weights_that_is_unknown():
+    with pytest.raises(ValueError, match="'random:sd9' is unknown; use one of random:sd15, random:small"):
+        resolve_base("random:sd9")
+
+
+def test_a_folder_that_is_no_diffusers_folder(tmp_path):
+    with pytest.raises(ValueError, match=r"is no diffusers folder: it has no model_index\.json"):
+        resolve_base(str(tmp_path))
+    (tmp_path / "model.ckpt").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"is no diffusers folder: it has no model_index\.json"):
+        resolve_base(str(tmp_path / "model.ckpt"))
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        {"_class_name": "StableDiffusionXLPipeline"},
+        {"_class_name": "Other", "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]},
+        {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]},
+    ],
+)
+def test_other_kinds_of_pipeline_are_refused(tmp_path, index):
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=f"is a {index['_class_name']}; only Stable Diffusion 1.x and 2.x"):
+        resolve_base(str(tmp_path))
+
+
+def test_an_index_or_config_that_is_broken_or_missing(base_folder):
+    (base_folder / "unet" / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"unet/config\.json is missing; a diffusers folder has unet/config\.json"):
+        resolve_base(str(base_folder)).config_of("unet")
+    (base_folder / "model_index.json").write_text("{")
+    with pytest.raises(ValueError, match=r"model_index\.json is not readable as JSON"):
+        resolve_base(str(base_folder))
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        ("owner/missing", "could not be had from the hub"),
+        ("no such/thing/at all", "neither a folder here nor a hub id"),
+    ],
+)
+def test_a_base_that_cannot_be_had_is_one_clear_line(tmp_path, monkeypatch, capsys, spec, reason):
+    import huggingface_hub.constants
+
+    # what HF_HUB_OFFLINE=1 sets, were it set before the import
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    (tmp_path / "run.toml").write_text(to_toml(parse_config({"model": {"base": spec}}, "here")))
+    assert main(["plan", str(tmp_path / "run.toml")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith(f"safelight plan: model.base '{spec}' is")
+    assert reason in lines[0]
+
+
+# weights: true sizes, random ones, damaged ones
+
+
+def test_random_sd15_is_the_true_size():
+    unet = meta_unet(resolve_base("random:sd15"))
+    assert sum(p.numel() for p in unet.parameters()) == 859_520_964
+    assert len(list(unet.parameters())) == 686
+    assert all(p.is_meta for p in unet.parameters())
+
+
+def test_random_weights_depend_on_the_seed_alone():
+    base = resolve_base("random:small")
+
+    def prints(seed: int) -> list[str]:
+        parts = load_unet(base, seed), load_vae(base, "", seed), load_text(base, "", seed)[1]
+        return [fingerprint(part) for part in parts]
+
+    torch.manual_seed(1)
+    state = torch.random.get_rng_state()
+    first = prints(5)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.manual_seed(2)
+    torch.rand(3)
+    assert prints(5) == first
+    assert not set(prints(6)) & set(first)
+
+
+def test_the_dtype_asked_for_is_the_dtype_loaded(tiny):
+    for dtype in (torch.float32, torch.bfloat16):
+        assert {p.dtype for p in load_unet(tiny, 0, dtype).parameters()} == {dtype}
+
+
+class Opened:
+    """A pickle that leaves a file behind when it is opened."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("part", WEIGHTS)
+@pytest.mark.parametrize("suffix", [".bin", ".ckpt", ".pt"])
+def test_a_pickle_is_refused_and_never_opened(base_folder, tmp_path, part, suffix):
+    weights = base_folder / part / WEIGHTS[part]
+    weights.unlink()
+    weight_name = "pytorch_model" if part == "text_encoder" else weights.stem
+    (base_folder / part / f"{weight_name}{suffix}").write_bytes(pickle.dumps(Opened(tmp_path / "opened")))
+    with pytest.raises(
+        ValueError, match=rf"holds no \.safetensors \(found: .*{suffix}.*other formats are never loaded"
+    ):
+        load(part, base_folder)
+    assert not (tmp_path / "opened").exists()
+    pickle.loads((base_folder / part / f"{weight_name}{suffix}").read_bytes()).close()
+    assert (tmp_path / "opened").exists(), "the pickle of this test does nothing"
+
+
+def test_a_pickle_beside_safetensors_is_left_alone(base_folder, tmp_path):
+    content = pickle.dumps(Opened(tmp_path / "opened"))
+    (base_folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(content)
+    (base_folder / "text_encoder" / "pytorch_model.bin").write_bytes(content)
+    for part in WEIGHTS:
+        assert fingerprint(load(part, base_folder)) == fingerprint(load(part, tiny_folder()))
+    assert not (tmp_path / "opened").exists()
+
+
+@pytest.mark.parametrize("part", WEIGHTS)
+def test_a_folder_of_the_fp16_variant_alone_is_loaded(base_folder, part):
+    weights = base_folder / part / WEIGHTS[part]
+    weights.rename(weights.with_suffix(".fp16.safetensors"))
+    assert fingerprint(load(part, base_folder)) == fingerprint(load(part, tiny_folder()))
+
+
+@pytest.mark.parametrize("part", WEIGHTS)
+def test_weights_with_a_gap_or_of_another_size_or_cut_short_are_refused(base_folder, part):
+    """diffusers and transformers fill a gap with random weights and go on."""
+    path = base_folder / part / WEIGHTS[part]
+    weights = load_file(path)
+    name = sorted(weights)[5]
+    save_file({key: value for key, value in weights.items() if key != name}, path)
+    with pytest.raises(ValueError, match=r"its \.safetensors lack 1 of the model's tensors, the first is .*\w"):
+        load(part, base_folder)
+    save_file({**weights, name: torch.zeros(3, 5)}, path)
+    with pytest.raises(ValueError, match=r"its weights are damaged or do not fit its config\.json"):
+        load(part, base_folder)
+    save_file(weights, path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"its weights are damaged or do not fit its config\.json"):
+        load(part, base_folder)
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder"])
+def test_a_fingerprint_changes_with_any_weight(part):
+    module = load(part, tiny_folder())
+    original = fingerprint(module)
+    assert fingerprint(copy.deepcopy(module)) == original
+    seen = {original}
+    with torch.no_grad():
+        for parameter in module.parameters():
+            last = parameter.view(-1)[-1:]
+            before = last.clone()
+            last.copy_(torch.nextafter(before, before + 1))
+            seen.add(fingerprint(module))
+            last.copy_(before)
+    assert len(seen) == 1 + len(list(module.parameters()))
+    assert fingerprint(module) == original
+    assert fingerprint(module.half()) != original
+
+
+def test_a_caption_fingerprint_changes_with_clip_skip_and_vocabulary(tiny, tmp_path):
+    tokenizer, text_encoder = load_text(tiny, "", 0)
+    prints = {CaptionEncoder(tokenizer, text_encoder, CPU, skip).fingerprint for skip in (0, 1)}
+    folder = shutil.copytree(tiny_folder() / "tokenizer", tmp_path / "tokenizer")
+    table = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = table["model"]["vocab"]
+    first, second = list(vocabulary)[300:302]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (folder / "tokenizer.json").write_text(json.dumps(table))
+    other = type(tokenizer).from_pretrained(folder)
+    prints.add(CaptionEncoder(other, text_encoder, CPU).fingerprint)
+    assert len(prints) == 3
+
+
+def test_a_clip_skip_that_leaves_no_layer(tiny):
+    tokenizer, text_encoder = load_text(tiny, "", 0)
+    with pytest.raises(ValueError, match="clip_skip 2 leaves no layer of 2; use at most 1"):
+        CaptionEncoder(tokenizer, text_encoder, CPU, 2)
+
+
+def test_a_random_base_takes_another_tokenizer_and_its_vocabulary(tiny, tmp_path):
+    folder = str(tiny_folder() / "tokenizer")
+    tokenizer, text_encoder = load_text(resolve_base("random:small"), folder, 0)
+    assert text_encoder.config.vocab_size == len(tokenizer)
+    assert text_encoder.config.eos_token_id == tokenizer.eos_token_id
+    with pytest.raises(ValueError, match="does not fit the text encoder of 'tiny'; leave it empty"):
+        load_text(tiny, folder, 0)
+    with pytest.raises(ValueError, match="is no folder"):
+        load_text(resolve_base("random:small"), str(tmp_path / "none"), 0)
+
+
+# encoders
+
+
+@pytest.fixture(scope="module")
+def taesd(tmp_path_factory):
+    """The folder of a small AutoencoderTiny with random weights."""
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(0)
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8, 8), decoder_block_out_channels=(8, 8, 8), num_encoder_blocks=(1, 1, 1),
+        num_decoder_blocks=(1, 1, 1), latent_channels=4,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("taesd")
+    vae.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def pixels():
+    return torch.rand(2, 3, 24, 40, generator=torch.Generator().manual_seed(3)) * 2 - 1
+
+
+def test_latents_and_pixels_are_those_of_diffusers(tiny, pipeline, pixels):
+    codec = LatentCodec(load_vae(tiny, "", 0), CPU)
+    assert (codec.has_posterior, codec.factor, codec.latent_channels) == (True, pipeline.vae_scale_factor, 4)
+    mean, logvar = codec.encode(pixels)
+    with torch.no_grad():
+        posterior = pipeline.vae.encode(pixels).latent_dist
+        scaled = posterior.mean * pipeline.vae.config.scaling_factor
+        decoded = pipeline.vae.decode(scaled / pipeline.vae.config.scaling_factor).sample
+    assert torch.equal(mean, posterior.mean)
+    assert torch.equal(logvar, posterior.logvar)
+    assert torch.equal(codec.decode(mean * codec.scaling_factor), pipeline.image_processor.postprocess(decoded, "pt"))
+
+
+def test_an_autoencoder_tiny_in_place_of_the_bases_vae(tiny, taesd, pixels):
+    from diffusers import AutoencoderTiny
+
+    codec = LatentCodec(load_vae(tiny, str(taesd), 0), CPU)
+    assert (codec.has_posterior, codec.factor, codec.latent_channels, codec.scaling_factor) == (False, 4, 4, 1.0)
+    vae = AutoencoderTiny.from_pretrained(taesd)
+    latents, logvar = codec.encode(pixels)
+    assert logvar is None
+    with torch.no_grad():
+        assert torch.equal(latents, vae.encode(pixels).latents)
+        expected = (vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
+    assert torch.equal(codec.decode(latents), expected)
+
+
+def test_a_folder_that_is_no_autoencoder(tiny, tmp_path):
+    with pytest.raises(ValueError, match=r"is no autoencoder folder: it has no config\.json"):
+        load_vae(tiny, str(tmp_path), 0)
+    with pytest.raises(ValueError, match="is a UNet2DConditionModel; use an AutoencoderKL or AutoencoderTiny"):
+        load_vae(tiny, str(tiny_folder() / "unet"), 0)
+
+
+@pytest.mark.parametrize("clip_skip", [0, 1])
+def test_embeddings_are_those_of_diffusers(tiny, pipeline, clip_skip, monkeypatch):
+    """diffusers' clip_skip 1 is the output of the pre-final layer."""
+    if not hasattr(pipeline.text_encoder, "text_model"):
+        # diffusers 0.42 still looks for the wrapper that transformers 5 did away with
+        wrapper = property(lambda text_encoder: text_encoder)
+        monkeypatch.setattr(type(pipeline.text_encoder), "text_model", wrapper, raising=False)
+    encoder = CaptionEncoder(*load_text(tiny, "", 0), CPU, clip_skip)
+    with torch.no_grad():
+        expected, empty = pipeline.encode_prompt(CAPTIONS, CPU, 1, True, [""] * 3, clip_skip=clip_skip or None)
+    found = encoder.encode(CAPTIONS)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert (expected[0] - expected[1]).abs().max() > 1e-3, "all captions look alike: this base compares nothing"
+    if clip_skip == 0:
+        torch.testing.assert_close(found[1], empty[0], rtol=0, atol=1e-6)
+
+
+def test_clip_skip_changes_the_embeddings(tiny):
+    tokenizer, text_encoder = load_text(tiny, "", 0)
+    last, before = (CaptionEncoder(tokenizer, text_encoder, CPU, skip).encode(CAPTIONS[:1]) for skip in (0, 1))
+    assert (last - before).abs().max() > 1e-3
+
+
+def test_encoders_are_frozen(tiny):
+    for module in (load_vae(tiny, "", 0), load_text(tiny, "", 0)[1]):
+        assert not any(p.requires_grad for p in module.parameters())
+        assert not module.training
+
+
+# the tokenizer and the whole pipeline
+
+
+def test_the_vocabulary_is_small(tiny):
+    assert len(load_text(tiny, "", 0)[0]) <= 2000
+
+
+@functools.cache
+def tiny_tokenizer():
+    return load_text(resolve_base("tiny"), "", 0)[0]
+
+
+@settings(deadline=None, max_examples=100)
+@given(text=st.text(max_size=40))
+def test_any_text_is_written_in_known_tokens(text):
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer(text, truncation=False).input_ids
+    assert (ids[0], ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    # the unknown token is the end token; it must not stand in for anything
+    assert not {tokenizer.bos_token_id, tokenizer.eos_token_id} & set(ids[1:-1])
+    # words are spaced anew and lower-cased, as CLIP does; nothing else may be lost
+    normal = tokenizer.backend_tokenizer.normalizer.normalize_str(text)
+    assert "".join(tokenizer.decode(ids, skip_special_tokens=True).split()) == "".join(normal.split())
+
+
+def test_diffusers_draws_with_the_embedded_folder(pipeline):
+    def draw(prompt: str, seed: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        images = pipeline(prompt, height=64, width=48, num_inference_steps=3, generator=generator, output_type="pt")
+        return images.images[0]
+
+    image = draw("a red circle on a dark background", 1)
+    assert image.shape == (3, 64, 48)
+    assert image.isfinite().all()
+    assert image.std() > 0.01
+    assert torch.equal(image, draw("a red circle on a dark background", 1))
+    assert not torch.equal(image, draw("a blue square on a silver background", 1))
+    assert not torch.equal(image, draw("a red circle on a dark background", 2))
+
+
+# devices
+
+
+def test_the_device_and_dtype_that_are_taken(monkeypatch):
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("auto") == pick_device("cpu") == CPU
+    with pytest.raises(ValueError, match="but torch finds no CUDA device; use auto or cpu"):
+        pick_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert pick_device("auto") == pick_device("cuda") == gpu
+    assert pick_dtype("auto", CPU) == torch.float32
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        assert pick_dtype(name, CPU) == dtype
+    # a T4 has no bf16 arithmetic
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert pick_dtype("auto", gpu) == torch.float16
+    with pytest.raises(ValueError, match="bf16: this GPU has no bf16 arithmetic; use fp16 or auto"):
+        pick_dtype("bf16", gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert pick_dtype("auto", gpu) == pick_dtype("bf16", gpu) == torch.bfloat16

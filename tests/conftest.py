@@ -39,6 +39,21 @@ def tiny_dataset(tmp_path_factory) -> Path:
     return folder / "dataset"
 
 
+@pytest.fixture(scope="session")
+def small_taesd(tmp_path_factory) -> Path:
+    """The folder of a small AutoencoderTiny with random weights: 4 px a latent, like the tiny base's own."""
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(0)
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8, 8), decoder_block_out_channels=(8, 8, 8), num_encoder_blocks=(1, 1, 1),
+        num_decoder_blocks=(1, 1, 1), latent_channels=4,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("taesd")
+    vae.save_pretrained(folder)
+    return folder
+
+
 def _merge(values: dict, changes: dict) -> dict:
     merged = copy.deepcopy(values)
     for name, change in changes.items():

@@ -287,21 +287,6 @@ def test_a_random_base_takes_another_tokenizer_and_its_vocabulary(tiny, tmp_path
 # encoders
 
 
-@pytest.fixture(scope="module")
-def taesd(tmp_path_factory):
-    """The folder of a small AutoencoderTiny with random weights."""
-    from diffusers import AutoencoderTiny
-
-    torch.manual_seed(0)
-    vae = AutoencoderTiny(
-        encoder_block_out_channels=(8, 8, 8), decoder_block_out_channels=(8, 8, 8), num_encoder_blocks=(1, 1, 1),
-        num_decoder_blocks=(1, 1, 1), latent_channels=4,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("taesd")
-    vae.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def pixels():
     return torch.rand(2, 3, 24, 40, generator=torch.Generator().manual_seed(3)) * 2 - 1
@@ -320,12 +305,12 @@ def test_latents_and_pixels_are_those_of_diffusers(tiny, pipeline, pixels):
     assert torch.equal(codec.decode(mean * codec.scaling_factor), pipeline.image_processor.postprocess(decoded, "pt"))
 
 
-def test_an_autoencoder_tiny_in_place_of_the_bases_vae(tiny, taesd, pixels):
+def test_an_autoencoder_tiny_in_place_of_the_bases_vae(tiny, small_taesd, pixels):
     from diffusers import AutoencoderTiny
 
-    codec = LatentCodec(load_vae(tiny, str(taesd), 0), CPU)
+    codec = LatentCodec(load_vae(tiny, str(small_taesd), 0), CPU)
     assert (codec.has_posterior, codec.factor, codec.latent_channels, codec.scaling_factor) == (False, 4, 4, 1.0)
-    vae = AutoencoderTiny.from_pretrained(taesd)
+    vae = AutoencoderTiny.from_pretrained(small_taesd)
     latents, logvar = codec.encode(pixels)
     assert logvar is None
     with torch.no_grad():

@@ -1,0 +1,146 @@
+"""The plan's bytes against the bytes of real tensors, after a real step."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from safelight.__main__ import main
+from safelight.trainer.config import Optimizer, parse_config, to_toml
+from safelight.trainer.dataset import open_dataset
+from safelight.trainer.models import load_unet, resolve_base
+from safelight.trainer.optim import UNetOptimizer
+from safelight.trainer.plan import cache_bytes, moment_bytes, static_bytes, table
+
+CPU = torch.device("cpu")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def size(tensors) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+def moments_of(optimizer: UNetOptimizer) -> list[torch.Tensor]:
+    """All of the optimizer's state but the step counters and bitsandbytes' code books (2 KiB, shared by all tensors)."""
+    return [
+        value
+        for state in optimizer.inner.state.values()
+        for part, value in state.items()
+        if torch.is_tensor(value) and part != "step" and not part.startswith("qmap")
+    ]
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+def test_planned_bytes_are_the_real_bytes(precision, name):
+    config = parse_config({"model": {"precision": precision}, "optimizer": {"name": name}}, "here")
+    planned = static_bytes(config, CPU)
+    unet = load_unet(resolve_base("tiny"), 0, DTYPES[precision]).train()
+    dtype = DTYPES[precision]
+    unet(
+        torch.randn(1, 4, 8, 8, dtype=dtype), 500, torch.randn(1, 48, 128, dtype=dtype)
+    ).sample.float().sum().backward()
+    optimizer = UNetOptimizer(unet, config.optimizer)
+    weights = list(unet.parameters())
+    assert size(weights) == planned.weights
+    assert size(p.grad for p in weights) == planned.gradients
+    assert (size(optimizer.master.values()) if optimizer.has_master else 0) == planned.master
+    of_the_step = []
+    inner_step = optimizer.inner.step
+
+    def watched():
+        of_the_step.append(size(p.grad for p in optimizer.master.values()))
+        inner_step()
+
+    optimizer.inner.step = watched
+    _, taken = optimizer.step(1e-4, 0.01, 1.0)
+    assert taken
+    if optimizer.has_master:
+        assert of_the_step == [planned.master_gradients]
+    else:
+        # the step reads the gradients where they are
+        assert (of_the_step, planned.master_gradients) == ([planned.gradients], 0)
+    assert size(moments_of(optimizer)) == planned.moments
+    assert planned.num_parameters == sum(p.numel() for p in weights)
+    assert planned.num_tensors == len(weights)
+    parts = planned.weights + planned.master + planned.moments + planned.gradients + planned.master_gradients
+    assert planned.total == parts
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("numel", [1, 4095, 4096, 4097, 5000])
+def test_moments_of_a_tensor_whose_last_block_is_short(name, numel):
+    module = torch.nn.Module()
+    module.weight = torch.nn.Parameter(torch.ones(numel))
+    module.weight.grad = torch.ones(numel)
+    optimizer = UNetOptimizer(module, Optimizer(name=name))
+    optimizer.step(1e-4, 0.01, 1.0)
+    assert size(moments_of(optimizer)) == moment_bytes(numel, name)
+
+
+def test_stable_diffusion_15_in_known_numbers():
+    num = 859_520_964
+
+    def plan(precision: str, name: str):
+        values = {"model": {"base": "random:sd15", "precision": precision}, "optimizer": {"name": name}}
+        return static_bytes(parse_config(values, "here"), CPU)
+
+    exact = plan("fp32", "adamw")
+    assert (exact.num_parameters, exact.num_tensors) == (num, 686)
+    assert (exact.weights, exact.master, exact.moments, exact.gradients, exact.master_gradients) == (
+        4 * num, 0, 8 * num, 4 * num, 0
+    )  # fmt: skip
+    small = plan("bf16", "adamw8bit")
+    assert (small.weights, small.master, small.gradients, small.master_gradients) == (
+        2 * num,
+        4 * num,
+        2 * num,
+        4 * num,
+    )
+    # 393 tensors of under 4,096 elements, 356,804 in all, keep fp32 moments; the rest 2 x (1 byte + 4 in 256)
+    large = num - 356_804
+    assert 0 <= small.moments - 8 * 356_804 - 2 * large - 8 * (large // 256) < 8 * (686 - 393)
+    assert small.precision == "bf16"
+
+
+@pytest.mark.parametrize("vae", ["the base's", "without a posterior"])
+def test_cache_bytes_are_an_upper_bound_near_the_real_ones(make_config, tiny_dataset, small_taesd, tmp_path, vae):
+    dataset = tmp_path / "dataset"
+    shutil.copytree(tiny_dataset, dataset, ignore=shutil.ignore_patterns("cache"))
+    config = make_config(
+        data={"path": str(dataset), "variants": 2}, model={"vae": "" if vae == "the base's" else str(small_taesd)}
+    )
+    open_dataset(config, resolve_base("tiny"), CPU).cache.close()
+    shards = [path for path in (dataset / "cache" / "shards").iterdir() if not path.name.startswith("text")]
+    assert {path.name.split("-")[0] for path in shards} == {"posterior" if vae == "the base's" else "latent"}
+    real = sum(path.stat().st_size for path in shards)
+    # held-out photographs have one variant, and buckets of other shapes stay below the budget
+    assert 0.7 * cache_bytes(config, 24) < real <= cache_bytes(config, 24)
+
+
+def test_the_table_tells_the_runs_length(make_config):
+    config = make_config(data={"validation_fraction": 0.25})
+    result = table(config)
+    assert result["dataset"] == {
+        "photographs": 24, "train": 18, "validation": 6, "epochs": 3, "images trained": 54,
+        "cache bytes": cache_bytes(config, 24),
+    }  # fmt: skip
+    assert result["bytes"]["total"] == sum(n for name, n in result["bytes"].items() if name != "total")
+    assert (result["base"], result["precision"], result["optimizer"]) == ("tiny", "fp32", "adamw8bit")
+    assert "dataset" not in table(make_config(data={"path": str(Path(config.data.path) / "none")}))
+
+
+def test_the_command_prints_a_table_and_json(make_config, tmp_path, capsys):
+    path = tmp_path / "run.toml"
+    path.write_text(to_toml(make_config()))
+    assert main(["plan", str(path), "--optimizer.name", "adamw", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == table(make_config(optimizer={"name": "adamw"}))
+    assert main(["plan", str(path), "--optimizer.name", "adamw"]) == 0
+    text = capsys.readouterr().out
+    for name, value in printed["bytes"].items():
+        assert any(line.startswith(name) and f"{value:,}" in line for line in text.splitlines())
+    assert f"{printed['unet_parameters']:,} parameters" in text
+    assert "24 photographs, 3 held out; 3 epochs meet 63 images; latents take up to" in text

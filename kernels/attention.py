@@ -39,8 +39,10 @@ def _probe_xformers(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
     """Return '' if xformers attends forward and backward here, else why not."""
     if importlib.util.find_spec("xformers") is None:
         return "xformers is not installed"
-    from xformers.ops import memory_efficient_attention
-
+    try:
+        from xformers.ops import memory_efficient_attention
+    except (ImportError, OSError) as error:
+        return f"xformers cannot be imported: {str(error)[:80]}"
     q, k, v = (
         torch.randn(1, NUM_PROBE_TOKENS, 2, head_dim, device=device, dtype=dtype, requires_grad=True) for _ in range(3)
     )
@@ -48,7 +50,8 @@ def _probe_xformers(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
         memory_efficient_attention(q, k, v).sum().backward()
     except (NotImplementedError, RuntimeError, ValueError) as error:
         # xformers lists the reasons operator by operator; its first line says what was asked
-        return f"xformers: {str(error).strip().splitlines()[0][:80]}"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return f"xformers: {reason[:80]}"
     if not all(torch.isfinite(x.grad).all() for x in (q, k, v)):
         return "xformers: gradients are not finite"
     return ""

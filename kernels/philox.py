@@ -269,7 +269,7 @@ def normals_torch(keys: list[Key], shape: tuple[int, ...], device: torch.device 
         )
     num = int(np.prod(shape, dtype=np.int64))
     k0, k1 = keys[0].words()[:2]
-    counters = torch.tensor([key.words()[2:] for key in keys], dtype=torch.int64).to(device)
+    counters = torch.tensor([key.words()[2:] for key in keys], dtype=torch.int64).to(device, non_blocking=True)
     blocks = torch.arange((num + 3) // 4, dtype=torch.int64, device=device)
     w0, w1, w2, w3 = philox_torch((blocks[None, :], *(counters[:, i : i + 1] for i in range(3))), (k0, k1))
     elements = torch.stack([*_box_muller(w0, w1, _Torch), *_box_muller(w2, w3, _Torch)], dim=-1)

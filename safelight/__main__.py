@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 
 COMMANDS = {
@@ -40,27 +39,21 @@ EXIT_INTERRUPTED = 130
 
 
 def quiet_libraries() -> None:
-    """Keep the notices of imported libraries off the terminal: a command prints our lines only."""
+    """Keep the notices of imported libraries off the terminal: a command prints our lines only.
+
+    Nothing of ours goes through logging or warnings, and an exception is printed as ever.
+    """
     import logging
     import warnings
 
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    os.environ.setdefault("XFORMERS_IGNORE_FLASH_VERSION_CHECK", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # level 40 and below, of every logger there is or will be: libraries log what they merely could not optimise
+    logging.disable(logging.ERROR)
     warnings.filterwarnings("ignore")
-    for name in (
-        "xformers",
-        "bitsandbytes",
-        "bitsandbytes.cextension",
-        "torch.distributed",
-        "transformers",
-        "diffusers",
-    ):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    # C++ parts write to stderr themselves: torch's own, and TensorFlow's where TensorBoard finds it
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
 def _print_json(value) -> None:
@@ -173,6 +166,8 @@ def plan(argv: list[str]) -> int:
         [(name, f"{n:,}", f"{n / 2**30:.2f}", f"{n / result['unet_parameters']:.2f}") for name, n in parts.items()],
     )
     print("Activations, workspace and CUDA context come on top; they are not planned yet.")
+    size, most = result["checkpoint bytes"], result["checkpoints at most"]
+    print(f"A checkpoint takes {size / 2**30:.2f} GiB on disk; up to {most} at a time: {most * size / 2**30:.2f} GiB.")
     if "dataset" in result:
         data = result["dataset"]
         print(
@@ -182,40 +177,21 @@ def plan(argv: list[str]) -> int:
     return 0
 
 
-class _Stop:
-    """Ctrl-C or SIGTERM once: finish the step, save, leave. Ctrl-C twice: leave at once; checkpoints are safe."""
-
-    def __init__(self):
-        self.requested = False
-
-    def __call__(self) -> bool:
-        return self.requested
-
-    def install(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
-
-    def _handle(self, number, frame) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = True
-        print("\nstopping after this step; press Ctrl-C again to leave at once", file=sys.stderr, flush=True)
-
-
 def train(argv: list[str]) -> int:
     from safelight.arguments import parse_with_config
 
     arguments, config = parse_with_config(argv, "train", COMMANDS["train"])
     from safelight.trainer.log import Terminal
     from safelight.trainer.report.build import build_report
+    from safelight.trainer.stop import Stop
     from safelight.trainer.train import train as run_training
 
-    stop = _Stop()
-    stop.install()
-    terminal = Terminal()
-    outcome = run_training(config, resume=arguments.resume, terminal=terminal, stop_requested=stop)
+    stop, terminal = Stop(), Terminal()
+    outcome = run_training(config, resume=arguments.resume, terminal=terminal, stop_requested=stop, guard=stop)
     if outcome.interrupted:
-        terminal.say(f"saved at step {outcome.position.step}; go on with: safelight train {arguments.config} --resume")
+        # the run's own config holds what was given on the command line too
+        command = f"safelight train {outcome.run_dir / 'config.toml'} --resume"
+        terminal.say(f"saved at step {outcome.position.step}; go on with: {command}")
         return EXIT_INTERRUPTED
     print(f"trained {outcome.position.step} steps; report: {build_report(outcome.run_dir)}")
     print(f"next: safelight compare {outcome.run_dir}")
@@ -230,12 +206,12 @@ def sample(argv: list[str]) -> int:
     from safelight.trainer.draw import sample as draw_sample
     from safelight.trainer.log import Terminal
 
-    names = ("steps", "cfg", "seed", "width", "height", "sampler")
+    names = ("steps", "cfg", "seed", "width", "height", "sampler", "negative_prompt")
     changes = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     terminal = Terminal()
     files = draw_sample(
-        open_run(arguments.run), arguments.prompt, arguments.checkpoint, arguments.out or arguments.run / "images", changes,
-        arguments.negative, lambda done, total: terminal.update("drawing", done, total),
+        open_run(arguments.run), list(arguments.prompt), arguments.checkpoint, arguments.out or arguments.run / "images", changes,
+        lambda done, total: terminal.update("drawing", done, total),
     )  # fmt: skip
     terminal.pause()
     for file in files:
@@ -287,7 +263,7 @@ def demo(argv: list[str]) -> int:
         return 0
     rows = [
         (row["what"], *(f"{100 * row[k][0]:.0f} %  [{100 * row[k][1]:.0f}, {100 * row[k][2]:.0f}]" for k in ("base", "trained", "difference")),
-         f"{100 * row['chance']:.0f} %")
+         "" if row["chance"] is None else f"{100 * row['chance']:.0f} %")
         for row in result["rows"]
     ]  # fmt: skip
     _print_table(
@@ -302,6 +278,22 @@ def bench(argv: list[str]) -> int:
     from safelight.bench.suite import main as bench_main
 
     return bench_main(argv)
+
+
+def _explain_failure(error: Exception) -> str | None:
+    """Return a readable line for bad input, a full disk, too little memory; None for what is a fault of ours."""
+    kind = type(error).__name__
+    if kind == "OutOfMemoryError":
+        return (
+            "the GPU's memory is full; lower train.batch_size and raise train.accumulate, "
+            f'or set train.checkpointing = "full" ({str(error).splitlines()[0][:120]})'
+        )
+    if kind == "SafetensorError" or (isinstance(error, OSError) and error.errno is not None):
+        where = f"{error.filename}: " if getattr(error, "filename", None) else ""
+        return f"{where}{getattr(error, 'strerror', None) or error}"
+    if type(error).__module__ == "sqlite3":
+        return f"the cache's index: {error}; free some disk, or delete the dataset's cache folder to make it again"
+    return str(error) if isinstance(error, ValueError) else None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -328,14 +320,20 @@ def main(argv: list[str] | None = None) -> int:
     quiet_libraries()
     try:
         return globals()[name](rest)
-    except ValueError as error:
-        if os.environ.get("SAFELIGHT_TRACEBACK"):
-            raise
-        print(f"safelight {name}: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+    except BrokenPipeError:
+        # the reader went away (`| head`): nothing to say, and nowhere to say it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except Exception as error:
+        # any kind, to tell the user's and the machine's failures in a line; ours pass with their traceback
+        message = _explain_failure(error)
+        if message is None or os.environ.get("SAFELIGHT_TRACEBACK"):
+            raise
+        print(f"safelight {name}: {message}", file=sys.stderr)
+        return EXIT_BAD_INPUT
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ class Sample:
     sampler: Annotated[
         Literal["ddim", "dpm++", "euler"] | None, _own("{ddim,dpm++,euler}", "how to denoise", "the run's")
     ] = None
-    negative: Annotated[str | None, _own("TEXT", "what guidance points away from", "the run's")] = None
+    negative_prompt: Annotated[str | None, _own("TEXT", "what guidance points away from", "the run's")] = None
     out: Annotated[Path | None, arg(aliases=["-o"]), _own("FOLDER", "where the images go", "RUN/images")] = None
 
 
@@ -121,6 +121,8 @@ def parse_with_config(
     if path is None and not asks_help:
         raise ValueError(f"the config comes first: safelight {command} run.toml (write one with `safelight init`)")
     config = load_config(path) if path is not None else Config()
+    if config.stage and any(a.split("=")[0] == "--train.epochs" for a in argv):
+        raise ValueError("command line: train.epochs has no effect beside [[stage]] tables; give --stage.0.epochs")
     others, settings = take_overrides(argv, config.model_dump(by_alias=True))
     config = parse_config(settings, "command line")
     shape = TrainArguments if command == "train" else PrintingArguments

@@ -306,6 +306,10 @@ def parse_config(values: dict, source: str) -> Config:
         config = Config.model_validate(values)
     except ValidationError as error:
         raise ValueError(explain(error, source)) from None
+    if config.data.flip_p > 0 and config.data.variants == 1:
+        raise ValueError(
+            f"{source}: data.flip_p {config.data.flip_p} has no effect with data.variants = 1; use 2 or more"
+        )
     if config.loss.zero_terminal_snr and config.loss.prediction == "epsilon":
         raise ValueError(f"{source}: loss.zero_terminal_snr needs loss.prediction = 'v_prediction', not 'epsilon'")
     return config

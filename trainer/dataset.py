@@ -22,7 +22,8 @@ from safelight.data.cache import (
 from safelight.data.manifest import read_manifest, split_validation
 from safelight.data.shards import Cache
 from safelight.trainer.config import Config
-from safelight.trainer.models import Base, CaptionEncoder, LatentCodec, load_caption_encoder, load_codec
+from safelight.trainer.encoders import CaptionEncoder, LatentCodec, load_caption_encoder, load_codec
+from safelight.trainer.models import Base
 
 NUM_EXAMPLES = 12
 ENCODE_BATCH_CPU, ENCODE_BATCH_GPU = 8, 4
@@ -32,7 +33,10 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass
 class Dataset:
-    """Samples of both halves over one open cache. scaling_factor: unscaled latents times it have unit variance."""
+    """Samples of both halves over one open cache. scaling_factor: unscaled latents times it have unit variance.
+
+    num_made: rows encoded just now; num_cut: captions longer than the text encoder reads.
+    """
 
     path: Path
     cache: Cache
@@ -43,7 +47,8 @@ class Dataset:
     scaling_factor: float
     latent_factor: int
     text_fingerprint: str
-    num_made: int
+    num_made: int = 0
+    num_cut: int = 0
 
     def text_key(self, caption: str) -> str:
         """Return the cache key of a caption as it stands, without suffix."""
@@ -103,7 +108,7 @@ def open_dataset(config: Config, base: Base, device: torch.device, progress: Pro
     cache = Cache(path / "cache", config.data.cache_dtype)
     dataset = Dataset(
         path, cache, train, validation, buckets, empty_text_key(encoder.fingerprint, cache.dtype),
-        codec.scaling_factor, codec.factor, encoder.fingerprint, 0,
+        codec.scaling_factor, codec.factor, encoder.fingerprint,
     )  # fmt: skip
     captions = [*sample_captions(train), *sample_captions(validation), *dataset.sample_prompts(config)]
     captions.append(config.sample.negative_prompt)
@@ -111,6 +116,7 @@ def open_dataset(config: Config, base: Base, device: torch.device, progress: Pro
     def told(what: str):
         return None if progress is None else lambda done, total: progress(what, done, total)
 
+    dataset.num_cut = encoder.num_cut(captions)
     size = ENCODE_BATCH_CPU if device.type == "cpu" else ENCODE_BATCH_GPU
     dataset.num_made = fill_texts(cache, captions, encoder, 4 * size, told("captions"))
     dataset.num_made += fill_latents(cache, path, [*train, *validation], codec, size, told("latents"))

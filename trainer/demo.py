@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 from safelight.data.atomic import atomic_write_text
@@ -43,7 +44,12 @@ def demo_config(folder: Path) -> Config:
             "model": {"base": "tiny"},
             "data": {"path": str(folder / "dataset"), "resolution": 64, "variants": 2, "caption_dropout": 0.1},
             "train": {"batch_size": 8},
-            "optimizer": {"lr": 5e-4, "warmup_steps": 10},
+            # bitsandbytes has no wheel for every machine that a demo is tried on
+            "optimizer": {
+                "name": "adamw8bit" if find_spec("bitsandbytes") else "adamw",
+                "lr": 5e-4,
+                "warmup_steps": 10,
+            },
             "stage": [{"epochs": 12}, {"epochs": 4, "lr": 1e-4, "warmup_steps": 0}],
             "validate": {"every_epochs": 2},
             "sample": {

@@ -47,10 +47,13 @@ def rescale_zero_terminal_snr(alphas_cumprod_T: Tensor) -> Tensor:
 
 def make_schedule(scheduler_config: dict, prediction: str = "auto", zero_terminal_snr: bool = False) -> NoiseSchedule:
     """Return the schedule of a diffusers scheduler config. Raises ValueError for a prediction type we do not train."""
+    if scheduler_config.get("trained_betas") is not None:
+        raise ValueError("the base's scheduler has trained_betas, which are not supported; give it a beta_schedule")
+    # a key that is missing has diffusers' default
     beta = betas(
-        scheduler_config.get("beta_schedule", "scaled_linear"),
-        scheduler_config.get("beta_start", 0.00085),
-        scheduler_config.get("beta_end", 0.012),
+        scheduler_config.get("beta_schedule", "linear"),
+        scheduler_config.get("beta_start", 0.0001),
+        scheduler_config.get("beta_end", 0.02),
         scheduler_config.get("num_train_timesteps", 1000),
     )
     alphas_cumprod = torch.cumprod(1 - beta, dim=0)

@@ -4,31 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image
+from pydantic import ValidationError
 from torch import nn
 
 from safelight.data.atomic import atomic_write_text
 from safelight.data.manifest import read_manifest
 from safelight.kernels.attention import apply_attention, attention_modules, choose_attention, head_dim_of
 from safelight.trainer.checkpoint import check_files, folder_of, list_checkpoints, load_unet_weights
-from safelight.trainer.config import Config, load_config
+from safelight.trainer.config import Config, explain, load_config
 from safelight.trainer.diffusion import NoiseSchedule, make_schedule
-from safelight.trainer.models import (
-    Base,
-    CaptionEncoder,
-    LatentCodec,
-    load_caption_encoder,
-    load_codec,
-    load_unet,
-    pick_device,
-    pick_dtype,
-    resolve_base,
-)
-from safelight.trainer.sample import Settings, generate
+from safelight.trainer.encoders import CaptionEncoder, LatentCodec, load_caption_encoder, load_codec
+from safelight.trainer.models import Base, load_unet, pick_device, pick_dtype, resolve_base
+from safelight.trainer.sample import Settings, generate, settings_of
 
 Progress = Callable[[int, int], None]
 
@@ -56,19 +48,6 @@ class OpenRun:
         apply_attention(unet, choose_attention(self.device, dtype, {head_dim_of(m) for m in attention_modules(unet)}))
         return unet
 
-    def settings(self) -> Settings:
-        """Return how the run draws its samples."""
-        side = self.config.data.resolution
-        sample = self.config.sample
-        return Settings(
-            sample.width or side,
-            sample.height or side,
-            sample.steps,
-            sample.cfg,
-            self.config.run.seed,
-            sample.sampler,
-        )
-
     def draw(
         self,
         unet: nn.Module,
@@ -79,17 +58,10 @@ class OpenRun:
     ) -> list[Image.Image]:
         """Return an image for each prompt; image i has the same noise whatever draws it."""
         negative = self.config.sample.negative_prompt if negative is None else negative
-        text = self.encoder.encode(prompts)
-        return generate(
-            unet,
-            self.codec,
-            text,
-            self.encoder.encode([negative]),
-            self.schedule,
-            settings,
-            batch_size=16,
-            progress=progress,
-        )
+        with self.encoder.on(self.device) as encoder:
+            text, without = encoder.encode(prompts), encoder.encode([negative])
+        with self.codec.on(self.device) as codec:
+            return generate(unet, codec, text, without, self.schedule, settings, batch_size=16, progress=progress)
 
 
 def open_run(run_dir: Path) -> OpenRun:
@@ -100,14 +72,16 @@ def open_run(run_dir: Path) -> OpenRun:
     device = pick_device(config.run.device)
     base = resolve_base(config.model.base)
     schedule = make_schedule(base.config_of("scheduler"), config.loss.prediction, config.loss.zero_terminal_snr)
+    # the encoders wait in host memory and visit the GPU
+    host = torch.device("cpu")
     return OpenRun(
         run_dir,
         config,
         base,
         device,
         schedule,
-        load_codec(config, base, device),
-        load_caption_encoder(config, base, device),
+        load_codec(config, base, host),
+        load_caption_encoder(config, base, host),
     )
 
 
@@ -148,13 +122,18 @@ def compare(run: OpenRun, checkpoint: str, num: int, progress: Progress | None =
 
     The prompts are the run's, then captions of held-out photographs, `num` in all.
     """
+    if num < 1:
+        raise ValueError(f"--num {num} is below 1; use 8")
     step = pick_step(run.run_dir, checkpoint)
     if step is None:
         raise ValueError("compare needs a trained checkpoint: last, best or a step, not base")
-    prompts = list(dict.fromkeys([*run.config.sample.prompts, *validation_captions(run)]))[:num]
+    prompts = list(dict.fromkeys(run.config.sample.prompts))
+    if len(prompts) < num:
+        prompts = list(dict.fromkeys([*prompts, *validation_captions(run)]))
+    prompts = prompts[:num]
     if not prompts:
         raise ValueError("there is nothing to draw: set sample.prompts or hold photographs out for validation")
-    settings = run.settings()
+    settings = settings_of(run.config)
     folder = run.run_dir / "compare"
     folder.mkdir(exist_ok=True)
     pairs = [{"prompt": p, "seed": settings.seed, "cfg": settings.cfg, "num_steps": settings.steps} for p in prompts]
@@ -162,7 +141,7 @@ def compare(run: OpenRun, checkpoint: str, num: int, progress: Progress | None =
 
         def told(done: int, total: int, turn: int = turn) -> None:
             if progress is not None:
-                progress(turn * len(prompts) + done, 2 * len(prompts))
+                progress(turn * total + done, 2 * total)
 
         images = run.draw(run.unet(chosen), prompts, settings, progress=told)
         for index, image in enumerate(images):
@@ -178,19 +157,31 @@ def sample(
     prompts: list[str],
     checkpoint: str,
     out: Path,
-    changes: dict,
-    negative: str | None,
+    changes: dict[str, int | float | str],
     progress: Progress | None = None,
 ) -> list[Path]:
-    """Draw prompts with a checkpoint into `out` and return the files. changes: fields of Settings that differ."""
-    settings = replace(run.settings(), **changes)
+    """Draw prompts with a checkpoint into `out` and return the new files.
+
+    changes: settings of the [sample] table, or seed, in place of the run's. Raises ValueError where one is impossible.
+    """
+    if not prompts:
+        raise ValueError('there is nothing to draw; give --prompt "..."')
+    config = run.config.model_copy(deep=True)
+    for name, value in changes.items():
+        try:
+            setattr(config.run if name == "seed" else config.sample, name, value)
+        except ValidationError as error:
+            raise ValueError(explain(error, "command line")) from None
+    settings = settings_of(config)
     step = pick_step(run.run_dir, checkpoint)
-    images = run.draw(run.unet(step), prompts, settings, negative, progress)
+    images = run.draw(run.unet(step), prompts, settings, config.sample.negative_prompt, progress)
     out.mkdir(parents=True, exist_ok=True)
-    name = "base" if step is None else f"step{step}"
+    stem = f"{'base' if step is None else f'step{step}'}-seed{settings.seed}"
+    # earlier images stay: other prompts would have the same name
+    first = 1 + max((int(p.stem.rsplit("-", 1)[1]) for p in out.glob(f"{stem}-???.png")), default=-1)
     files = []
-    for index, image in enumerate(images):
-        path = out / f"{name}-seed{settings.seed}-{index:03d}.png"
+    for index, image in enumerate(images, first):
+        path = out / f"{stem}-{index:03d}.png"
         image.save(path)
         files.append(path)
     return files

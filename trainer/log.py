@@ -25,6 +25,13 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / GIB
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Begin a new peak on a GPU, so that encoding is not taken for training; a process's peak cannot be reset."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 class Metrics:
     """An append-only metrics.jsonl, cut back to the step a run resumes from, and its TensorBoard twin."""
 
@@ -62,6 +69,8 @@ class Metrics:
         """Make what is written survive a power cut; before a checkpoint that counts on it."""
         self.file.flush()
         os.fsync(self.file.fileno())
+        if self.board is not None:
+            self.board.flush()
 
     def close(self) -> None:
         self.file.close()

@@ -8,16 +8,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 
 from safelight.kernels.philox import Key, Purpose, words
-from safelight.trainer.config import Config
 from safelight.trainer.random_models import RANDOM_MODELS
+
+PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def tiny_folder() -> Path:
@@ -216,115 +217,6 @@ def load_text(base: Base, tokenizer_override: str, seed: int) -> tuple[object, n
         return tokenizer, CLIPTextModel(config).eval().requires_grad_(False)
 
 
-@dataclass
-class LatentCodec:
-    """An autoencoder as the cache and the sampler use it: unscaled posterior in, pixels out."""
-
-    vae: nn.Module
-    device: torch.device
-    fingerprint: str = field(init=False)
-
-    def __post_init__(self):
-        self.fingerprint = fingerprint(self.vae, type(self.vae).__name__)
-        self.vae.to(self.device)
-
-    @contextlib.contextmanager
-    def on(self, device: torch.device):
-        """Work on another device for a while, then leave its memory."""
-        home, self.device = self.device, device
-        self.vae.to(device)
-        try:
-            yield self
-        finally:
-            self.device = home
-            self.vae.to(home)
-            if device.type == "cuda" and home != device:
-                torch.cuda.empty_cache()
-
-    @property
-    def has_posterior(self) -> bool:
-        return hasattr(self.vae, "quant_conv")
-
-    @property
-    def latent_channels(self) -> int:
-        return self.vae.config.latent_channels
-
-    @property
-    def factor(self) -> int:
-        """Pixels a latent, along each side."""
-        channels = self.vae.config.get("block_out_channels") or self.vae.config.encoder_block_out_channels
-        return 2 ** (len(channels) - 1)
-
-    @property
-    def scaling_factor(self) -> float:
-        return float(self.vae.config.scaling_factor)
-
-    @torch.inference_mode()
-    def encode(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return (mean, logvar) of unscaled latents, float32 on the CPU; logvar None without a posterior."""
-        pixels = pixels_BCHW.to(self.device, next(self.vae.parameters()).dtype)
-        if not self.has_posterior:
-            return self.vae.encode(pixels).latents.float().cpu(), None
-        posterior = self.vae.encode(pixels).latent_dist
-        return posterior.mean.float().cpu(), posterior.logvar.float().cpu()
-
-    @torch.inference_mode()
-    def decode(self, latents_BCHW: Tensor) -> Tensor:
-        """Return pixels (B, 3, H, W) in [0, 1], float32 on the CPU, of scaled latents."""
-        latents = latents_BCHW.to(self.device, next(self.vae.parameters()).dtype) / self.scaling_factor
-        return (self.vae.decode(latents).sample.float() / 2 + 0.5).clamp(0, 1).cpu()
-
-
-@dataclass
-class CaptionEncoder:
-    """A frozen CLIP text encoder and its tokenizer."""
-
-    tokenizer: object
-    text_encoder: nn.Module
-    device: torch.device
-    clip_skip: int = 0
-    fingerprint: str = field(init=False)
-
-    def __post_init__(self):
-        layers = self.text_encoder.config.num_hidden_layers
-        if self.clip_skip >= layers:
-            raise ValueError(f"model.clip_skip {self.clip_skip} leaves no layer of {layers}; use at most {layers - 1}")
-        vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items()))
-        self.fingerprint = fingerprint(self.text_encoder, vocabulary, str(self.num_tokens), str(self.clip_skip))
-        self.text_encoder.to(self.device)
-
-    @property
-    def num_tokens(self) -> int:
-        return self.tokenizer.model_max_length
-
-    @property
-    def embedding_dim(self) -> int:
-        return self.text_encoder.config.hidden_size
-
-    @torch.inference_mode()
-    def encode(self, captions: list[str]) -> Tensor:
-        """Return (B, T, D) float32 on the CPU: the last hidden state, or that of clip_skip layers before, normed."""
-        ids = self.tokenizer(
-            captions, padding="max_length", truncation=True, max_length=self.num_tokens, return_tensors="pt"
-        ).input_ids
-        output = self.text_encoder(ids.to(self.device), output_hidden_states=self.clip_skip > 0)
-        if self.clip_skip == 0:
-            return output.last_hidden_state.float().cpu()
-        inner = getattr(self.text_encoder, "text_model", self.text_encoder)
-        return inner.final_layer_norm(output.hidden_states[-1 - self.clip_skip]).float().cpu()
-
-
-def load_codec(config: Config, base: Base, device: torch.device) -> LatentCodec:
-    """Return the run's autoencoder on a device."""
-    return LatentCodec(load_vae(base, config.model.vae, config.run.seed), device)
-
-
-def load_caption_encoder(config: Config, base: Base, device: torch.device) -> CaptionEncoder:
-    """Return the run's text encoder on a device."""
-    tokenizer, text_encoder = load_text(base, config.model.tokenizer, config.run.seed)
-    return CaptionEncoder(tokenizer, text_encoder, device, config.model.clip_skip)
-
-
 def pick_device(name: str) -> torch.device:
     """Return the device of run.device. Raises ValueError for cuda where there is none."""
     if name == "auto":
@@ -342,4 +234,4 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     if precision == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         raise ValueError("model.precision bf16: this GPU has no bf16 arithmetic; use fp16 or auto")
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return {name: dtype for dtype, name in PRECISIONS.items()}[precision]

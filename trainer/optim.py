@@ -6,6 +6,7 @@ moment; with fp16 it halves the loss scale. State is kept under the UNet's own p
 
 from __future__ import annotations
 
+import importlib.util
 import math
 
 import torch
@@ -54,33 +55,42 @@ class LossScale:
         self.num_good = torch.where(grow, 0, self.num_good)
 
 
-class UNetOptimizer:
-    """AdamW over a module's trainable parameters.
+def check_optimizer(name: str) -> None:
+    """Raise ValueError if an optimizer is unknown or its library is not there."""
+    if name not in ("adamw", "adamw8bit"):
+        raise ValueError(f"optimizer.name {name!r} is unknown; use adamw8bit or adamw")
+    if name == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("optimizer.name adamw8bit needs bitsandbytes, which is not installed; use adamw")
 
-    master: name -> fp32 parameter; the module's own where it is fp32. Raises ValueError for an unknown optimizer.
+
+class UNetOptimizer:
+    """AdamW over a module's trainable parameters, which it brings to a dtype.
+
+    dtype: of the weights to train with; the module's own if None. Give an fp32 module and a 16-bit dtype, and the
+    master keeps what the weights lose. master: name -> fp32 parameter; the module's own where it stays fp32.
+    Raises ValueError for an unknown optimizer.
     """
 
-    def __init__(self, module: nn.Module, config: OptimizerConfig):
+    def __init__(self, module: nn.Module, config: OptimizerConfig, dtype: torch.dtype | None = None):
+        check_optimizer(config.name)
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        dtype = dtype or next(iter(self.parameters.values())).dtype
+        self.has_master = dtype != torch.float32
+        self.master = dict(self.parameters)
+        if self.has_master:
+            # an fp32 weight's own storage becomes its master's: nothing is rounded first, nothing is held twice
+            self.master = {name: nn.Parameter(p.detach().float().contiguous()) for name, p in self.parameters.items()}
+            module.to(dtype)
         first = next(iter(self.parameters.values()))
-        self.has_master = first.dtype != torch.float32
-        self.master = {
-            name: nn.Parameter(p.detach().float().clone(memory_format=torch.contiguous_format))
-            if self.has_master
-            else p
-            for name, p in self.parameters.items()
-        }
         self.loss_scale = LossScale(first.device, first.dtype == torch.float16)
         self.name = config.name
         options = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
         if config.name == "adamw":
             self.inner = torch.optim.AdamW(self.master.values(), **options)
-        elif config.name == "adamw8bit":
+        else:
             from bitsandbytes.optim import AdamW8bit
 
             self.inner = AdamW8bit(self.master.values(), **options)
-        else:
-            raise ValueError(f"optimizer.name {config.name!r} is unknown; use adamw8bit or adamw")
 
     def _take_gradients(self) -> list[Tensor]:
         """Move gradients to the master, unscaled, as fp32; a parameter the loss did not reach gets zeros."""
@@ -134,8 +144,8 @@ class UNetOptimizer:
                 if part.startswith("qmap"):
                     continue
                 state[f"{part}/{name}"] = value if torch.is_tensor(value) else torch.tensor(value)
-        # clones: two names may share no memory in a safetensors file
-        return {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
+        # a copy even on the CPU: what is returned must not change under a step that follows
+        return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in state.items()}
 
     @torch.no_grad()
     def load_state_tensors(self, state: dict[str, Tensor]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from safelight.trainer.config import Config
-from safelight.trainer.models import meta_unet, pick_device, pick_dtype, resolve_base, vae_config
+from safelight.trainer.models import PRECISIONS, meta_unet, pick_device, pick_dtype, resolve_base, vae_config
 
 # bitsandbytes: blocks of 256 with one fp32 scale each, tensors under 4,096 elements keep fp32 moments
 BLOCK_SIZE = 256
@@ -17,7 +17,10 @@ MIN_8BIT_SIZE = 4096
 
 @dataclass(frozen=True)
 class StaticBytes:
-    """Bytes that stay for the whole run, or return every step (gradients)."""
+    """Bytes that stay for the whole run, or come back every step (gradients).
+
+    A 16-bit gradient is freed as its fp32 copy is made, so the two never stand side by side.
+    """
 
     num_parameters: int
     num_tensors: int
@@ -30,7 +33,13 @@ class StaticBytes:
 
     @property
     def total(self) -> int:
-        return self.weights + self.master + self.moments + self.gradients + self.master_gradients
+        """Weights, master and moments, and the larger of the two phases of the gradients."""
+        return self.weights + self.master + self.moments + max(self.gradients, self.master_gradients)
+
+    @property
+    def checkpoint(self) -> int:
+        """Bytes of one checkpoint on disk; one 16-bit tensor and its fp32 master both go in."""
+        return self.weights + self.master + self.moments
 
 
 def moment_bytes(numel: int, optimizer: str) -> int:
@@ -50,7 +59,7 @@ def static_bytes(config: Config, device: torch.device | None = None) -> StaticBy
     return StaticBytes(
         num_parameters=num,
         num_tensors=len(sizes),
-        precision={torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype],
+        precision=PRECISIONS[dtype],
         weights=num * dtype.itemsize,
         master=4 * num if has_master else 0,
         moments=sum(moment_bytes(size, config.optimizer.name) for size in sizes),
@@ -84,9 +93,12 @@ def table(config: Config) -> dict:
             "fp32 master": static.master,
             "Adam moments": static.moments,
             "gradients": static.gradients,
-            "fp32 gradients of the step": static.master_gradients,
-            "total": static.total,
+            "fp32 gradients (after those)": static.master_gradients,
+            "peak of these": static.total,
         },
+        "checkpoint bytes": static.checkpoint,
+        # the newest is written before the oldest is deleted, and the best is kept beside them
+        "checkpoints at most": config.save.keep + 2,
     }
     if (Path(config.data.path) / "manifest.jsonl").is_file():
         from safelight.data.manifest import read_manifest, split_validation

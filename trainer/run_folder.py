@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -11,39 +10,16 @@ from PIL import Image
 from torch import nn
 
 from safelight.data.atomic import atomic_write_text
-from safelight.trainer.config import Config, ResolvedStage, to_toml
+from safelight.trainer.config import Config, to_toml
 from safelight.trainer.dataset import NUM_EXAMPLES, Dataset
 from safelight.trainer.environment import describe
 from safelight.trainer.models import Base
 
 EXAMPLE_SIDE = 320
-# settings that may change between a run and its continuation: they decide when things are shown, not what is learnt
-FREE = {"run": {"dir", "device"}, "train": {"max_steps"}}
-FREE_TABLES = {"stage", "validate", "sample", "save", "log"}
-# these act through the stages, whose finished part is compared apart
-STAGED = {
-    "train": {"epochs", "batch_size", "accumulate", "max_grad_norm"},
-    "optimizer": {"lr", "schedule", "warmup_steps", "weight_decay"},
-}
 
 
 def _write_json(path: Path, value) -> None:
     atomic_write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def run_key(config: Config, dataset: Dataset, stage: int, precision: str) -> str:
-    """Return a hash of all that decides the weights up to the end of a stage. Later stages may be added or changed."""
-    settings = config.model_dump(by_alias=True)
-    for table in FREE_TABLES:
-        settings.pop(table)
-    for table, names in (*FREE.items(), *STAGED.items()):
-        for name in names:
-            settings[table].pop(name)
-    settings["model"]["precision"] = precision
-    stages: list[ResolvedStage] = config.stages()[: stage + 1]
-    rows = [(s.latent_keys, s.text_keys) for s in dataset.train]
-    text = json.dumps([settings, [vars(s) for s in stages], rows], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def write_start(

@@ -11,8 +11,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from safelight.kernels.philox import Key, Purpose, normals_torch
+from safelight.trainer.config import Config
 from safelight.trainer.diffusion import NoiseSchedule
-from safelight.trainer.models import LatentCodec
+from safelight.trainer.encoders import LatentCodec
 
 SAMPLERS = ("ddim", "dpm++", "euler")
 
@@ -26,7 +27,15 @@ class Settings:
     steps: int
     cfg: float
     seed: int
-    sampler: str = "ddim"
+    sampler: str
+
+
+def settings_of(config: Config) -> Settings:
+    """Return how a run draws its samples."""
+    side, sample = config.data.resolution, config.sample
+    return Settings(
+        sample.width or side, sample.height or side, sample.steps, sample.cfg, config.run.seed, sample.sampler
+    )
 
 
 def make_scheduler(schedule: NoiseSchedule, sampler: str):

@@ -57,9 +57,8 @@ def make_noisy(
     noise = normals_torch(keys(Purpose.NOISE), shape, device)
     if offset_noise > 0:
         noise = noise + offset_noise * normals_torch(keys(Purpose.OFFSET_NOISE), (shape[0], 1, 1), device)
-    timesteps = torch.tensor(
-        [int(integers(key, schedule.num_timesteps)[0]) for key in keys(Purpose.TIMESTEP)], device=device
-    )
+    draws = [int(integers(key, schedule.num_timesteps)[0]) for key in keys(Purpose.TIMESTEP)]
+    timesteps = torch.tensor(draws).to(device, non_blocking=True)
     return Noisy(
         add_noise(schedule, latents, noise, timesteps),
         timesteps,

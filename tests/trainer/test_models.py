@@ -15,9 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from safelight.__main__ import main
 from safelight.trainer.config import parse_config, to_toml
+from safelight.trainer.encoders import CaptionEncoder, LatentCodec
 from safelight.trainer.models import (
-    CaptionEncoder,
-    LatentCodec,
     fingerprint,
     load_text,
     load_unet,

@@ -13,7 +13,8 @@ import torch
 from safelight.data.ingest import ingest
 from safelight.data.manifest import read_manifest
 from safelight.trainer.config import parse_config
-from safelight.trainer.models import LatentCodec, load_vae, resolve_base
+from safelight.trainer.encoders import LatentCodec
+from safelight.trainer.models import load_vae, resolve_base
 from safelight.trainer.report.build import build_report
 from safelight.trainer.train import train
 

@@ -141,3 +141,35 @@ def test_asked_to_stop_it_saves_and_goes_on(run, tiny_dataset, tmp_path):
     ]
     assert all((weights[0][key] == weights[1][key]).all() for key in weights[0])
     assert metrics(tmp_path / "alone") == metrics(tmp_path / "stopped")
+
+
+def test_saving_by_steps_alone_also_saves_at_epoch_ends(tiny_dataset, tmp_path):
+    """every_steps divides an epoch's steps: each of its checkpoints falls on an epoch's end."""
+    settings = settings_of(tmp_path / "run", tiny_dataset, save={"every_steps": 1, "every_epochs": 0, "keep": 50})
+    settings["stage"] = [{"epochs": 2}]
+    settings["validate"] = {"every_epochs": 0}
+    settings["sample"]["every_epochs"] = 0
+    outcome = train.train(parse_config(settings, "test"))
+    assert list_checkpoints(tmp_path / "run") == list(range(1, outcome.position.step + 1))
+
+
+def test_a_run_that_learns_nothing_stops(tiny_dataset, tmp_path, monkeypatch):
+    """Gradients that stay non-finite end the run with a line, instead of hours of nothing."""
+    original = train.train_step
+
+    def poisoned(unet, *args, **kwargs):
+        unet.conv_in.bias.register_hook(lambda grad: grad * float("nan"))
+        return original(unet, *args, **kwargs)
+
+    monkeypatch.setattr(train, "train_step", poisoned)
+    monkeypatch.setattr(train, "MAX_SKIPS_IN_A_ROW", 3)
+    settings = settings_of(tmp_path / "run", tiny_dataset)
+    settings["sample"]["every_epochs"] = 0
+    with pytest.raises(ValueError, match="last 3 gradients were not finite"):
+        train.train(parse_config(settings, "test"))
+
+
+def test_resuming_before_the_first_checkpoint_starts(tiny_dataset, tmp_path):
+    settings = settings_of(tmp_path / "run", tiny_dataset, sample={"every_epochs": 0})
+    settings["stage"] = [{"epochs": 1}]
+    assert train.train(parse_config(settings, "test"), resume=True).position.epoch == 1

@@ -9,19 +9,12 @@ from diffusers import StableDiffusionPipeline
 
 from safelight.kernels.philox import Key, Purpose, normals_torch
 from safelight.trainer.diffusion import make_schedule
-from safelight.trainer.models import (
-    CaptionEncoder,
-    LatentCodec,
-    load_text,
-    load_unet,
-    load_vae,
-    resolve_base,
-    tiny_folder,
-)
+from safelight.trainer.encoders import CaptionEncoder, LatentCodec
+from safelight.trainer.models import load_text, load_unet, load_vae, resolve_base, tiny_folder
 from safelight.trainer.sample import SAMPLERS, Settings, generate, make_scheduler, to_images
 
 CPU = torch.device("cpu")
-SETTINGS = Settings(width=48, height=64, steps=4, cfg=3.0, seed=12)
+SETTINGS = Settings(width=48, height=64, steps=4, cfg=3.0, seed=12, sampler="ddim")
 PROMPTS = ["a red circle on a black background", "small blue star, grey background", "a green ring"]
 
 

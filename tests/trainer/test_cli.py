@@ -1,0 +1,356 @@
+"""The whole way by its commands, what they print, and how they fail."""
+
+import contextlib
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from safelight.__main__ import COMMANDS, main
+from safelight.trainer.checkpoint import list_checkpoints
+from safelight.trainer.config import load_config
+from safelight.trainer.presets import preset
+
+NUM_STEPS = 5
+SMALL = (
+    f"--train.max-steps {NUM_STEPS} --train.batch-size 4 --log.every-steps 2 --validate.max-images 4 "
+    "--sample.steps 2 --sample.num-prompts 2 --data.variants 1"
+).split()  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was():
+    """A command silences logging for its process; here that is the tests' own."""
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@dataclass
+class Called:
+    """What a command left: exit status and both streams."""
+
+    status: int
+    out: str
+    err: str
+
+
+def call(*argv: object) -> Called:
+    """Run a command in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = main([str(word) for word in argv])
+        except SystemExit as end:
+            status = end.code
+    return Called(status, out.getvalue(), err.getvalue())
+
+
+@dataclass
+class Journey:
+    """The folder of a run made by commands alone, and what each of them printed."""
+
+    root: Path
+    called: dict[str, Called]
+
+    @property
+    def run(self) -> Path:
+        return self.root / "run"
+
+
+@pytest.fixture(scope="module")
+def journey(tiny_dataset, tmp_path_factory) -> Journey:
+    root = tmp_path_factory.mktemp("journey")
+    photos = shutil.copytree(tiny_dataset.parent / "photos", root / "photos")
+    shutil.copy(photos / "000.png", photos / "again.png")
+    (photos / "broken.png").write_bytes(b"this is no picture")
+    toml = root / "run.toml"
+    small = [*SMALL, "--run.dir", root / "run", "--data.path", root / "dataset"]
+    called = {}
+
+    def go(name: str, *argv: object) -> None:
+        called[name] = call(*argv)
+        assert called[name].status == 0, called[name].err
+
+    go("init", "init", "tiny", "-o", toml)
+    go("prepare", "prepare", photos, "-o", root / "dataset", "--json")
+    go("prepare again", "prepare", photos, "-o", root / "dataset")
+    go("cache", "cache", toml, *small, "--json")
+    go("cache again", "cache", toml, *small)
+    go("plan", "plan", toml, *small, "--json")
+    go("train", "train", toml, *small)
+    go("sample", "sample", root / "run", "--prompt", "a red circle", "a blue star", "--seed", 3)
+    go("sample again", "sample", root / "run", "--prompt", "a red circle", "--seed", 3, "-o", root / "again")
+    go("sample base", "sample", root / "run", "--prompt", "a red circle", "--seed", 3, "--checkpoint", "base")
+    go("sample wide", "sample", root / "run", "--prompt", "x", "--width", 80, "--height", 48, "-o", root / "wide")
+    go("compare", "compare", root / "run", "--num", 2)
+    (root / "run" / "report.html").unlink()
+    go("report", "report", root / "run")
+    return Journey(root, called)
+
+
+def test_init_writes_the_preset_and_what_to_do_next(journey):
+    assert load_config(journey.root / "run.toml") == preset("tiny")
+    assert "safelight prepare PHOTOS" in journey.called["init"].out
+    assert "safelight train" in journey.called["init"].out
+
+
+def test_init_leaves_a_file_that_is_there_alone(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text("mine")
+    refused = call("init", "tiny", "-o", path)
+    assert refused.status == 2
+    assert refused.err == f"safelight init: {path} exists already; name another with -o, or add --force\n"
+    assert path.read_text() == "mine"
+    assert call("init", "sd15", "-o", path, "--force").status == 0
+    assert load_config(path) == preset("sd15")
+
+
+def test_prepare_counts_and_names_what_it_left_out(journey):
+    told = json.loads(journey.called["prepare"].out)
+    assert (told["photos"], told["duplicates"], told["copied"]) == (24, 1, 24)
+    assert [Path(row["path"]).name for row in told["rejected"]] == ["again.png", "broken.png"]
+    again = journey.called["prepare again"]
+    assert again.out.startswith(f"24 photographs in {journey.root / 'dataset'} (24 copied as they are, 0 shrunk, ")
+    assert f"left out {journey.root / 'photos' / 'broken.png'}: " in again.err
+
+
+def test_cache_makes_what_is_missing_once(journey):
+    told = json.loads(journey.called["cache"].out)
+    assert told["made"] == told["rows"] > 24
+    assert sum(row["num_train"] for row in told["buckets"]) == 21
+    assert sum(row["num_validation"] for row in told["buckets"]) == 3
+    assert f"0 rows made, {told['rows']} in the cache" in journey.called["cache again"].out
+    row = next(row for row in told["buckets"] if (row["width"], row["height"]) == (64, 64))
+    line = next(line for line in journey.called["cache again"].out.splitlines() if line.startswith("64 x 64"))
+    assert line.split()[-2:] == [str(row["num_train"]), str(row["num_validation"])]
+
+
+def test_plan_knows_the_dataset(journey):
+    told = json.loads(journey.called["plan"].out)
+    assert told["dataset"]["photographs"] == 24
+    assert told["bytes"]["weights"] == 4 * told["unet_parameters"]
+
+
+def test_train_leaves_a_whole_run(journey):
+    run = journey.run
+    config = load_config(run / "config.toml")
+    assert (config.train.max_steps, config.train.batch_size) == (NUM_STEPS, 4)
+    assert config.run.dir == str(run)
+    assert list_checkpoints(run) == [NUM_STEPS]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["kind"] == "train"] == [2, 4, 5]
+    assert {row["step"] for row in rows if row["kind"] == "validation"} == {0, NUM_STEPS}
+    for step in (0, NUM_STEPS):
+        folder = run / "samples" / f"step-{step:08d}"
+        index = json.loads((folder / "index.json").read_text())
+        assert len(index["images"]) == 2
+        for image in index["images"]:
+            assert Image.open(folder / image["file"]).size == (64, 64)
+    for name in ("environment.json", "model.json", "data.json", "split.json"):
+        assert json.loads((run / name).read_text())
+    assert list((run / "tensorboard").glob("events.*"))
+    assert journey.called["train"].out.splitlines()[0].startswith(f"trained {NUM_STEPS} steps; report: {run}")
+    assert f"safelight compare {run}" in journey.called["train"].out
+
+
+def test_sample_draws_the_same_image_for_the_same_seed(journey):
+    files = [Path(line) for line in journey.called["sample"].out.splitlines()]
+    assert [path.parent for path in files] == [journey.run / "images"] * 2
+    circle, star = (Image.open(path) for path in files)
+    assert circle.size == star.size == (64, 64)
+    assert circle.tobytes() != star.tobytes()
+    (again,) = journey.called["sample again"].out.splitlines()
+    assert Path(again).parent == journey.root / "again"
+    assert Image.open(again).tobytes() == circle.tobytes()
+    (base,) = journey.called["sample base"].out.splitlines()
+    assert Image.open(base).tobytes() != circle.tobytes()
+    (wide,) = journey.called["sample wide"].out.splitlines()
+    assert Image.open(wide).size == (80, 48)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--checkpoint 7", "checkpoint '7' is not in"),
+        ("--checkpoint newest", "checkpoint 'newest' is not in"),
+        ("--width 63", "63x64 is not a multiple of 4"),
+        ("--width -8", "width = -8: "),
+        ("--steps 0", "steps = 0: "),
+        ("--steps 2000", "steps = 2000: "),
+        ("--cfg nan", "cfg = nan: "),
+    ],
+)
+def test_sample_refuses_what_cannot_be_drawn(journey, words, expected):
+    refused = call("sample", journey.run, "--prompt", "x", *words.split())
+    assert refused.status == 2
+    assert refused.err.startswith("safelight sample: ")
+    assert expected in refused.err
+    assert refused.err.count("\n") == 1
+
+
+def test_compare_draws_pairs_of_the_same_noise(journey):
+    folder = journey.run / "compare"
+    index = json.loads((folder / "index.json").read_text())
+    assert (index["step"], index["base"], len(index["pairs"])) == (NUM_STEPS, "tiny", 2)
+    for pair in index["pairs"]:
+        base, trained = (Image.open(folder / pair[name]) for name in ("base", "trained"))
+        assert base.size == trained.size == (64, 64)
+        assert base.tobytes() != trained.tobytes()
+    assert f"pairs in {folder}" in journey.called["compare"].out
+
+
+def test_report_is_one_file(journey):
+    assert journey.called["report"].out == f"{journey.run / 'report.html'}\n"
+    text = (journey.run / "report.html").read_text()
+    assert text.lstrip().lower().startswith("<!doctype html>")
+    assert str(NUM_STEPS) in text
+
+
+def test_train_into_a_run_that_is_there_is_refused(journey):
+    before = (journey.run / "metrics.jsonl").read_bytes()
+    refused = call("train", journey.run / "config.toml")
+    assert refused.status == 2
+    assert refused.err == (
+        f"safelight train: {journey.run} already holds a run (at step {NUM_STEPS}); add --resume, or name another --run.dir\n"
+    )
+    assert (journey.run / "metrics.jsonl").read_bytes() == before
+
+
+# mistakes
+
+
+def test_an_unknown_command_is_told_with_the_nearest():
+    assert call("trian").err == "safelight: 'trian' is no command; did you mean train?\n"
+    assert call("trian").status == 2
+    assert call("xyz").err == "safelight: 'xyz' is no command; see safelight --help\n"
+
+
+@pytest.mark.parametrize("command", ["train", "plan", "cache"])
+def test_the_config_is_asked_for(command, tmp_path):
+    for words in ([], ["--train.max-steps", "3"]):
+        asked = call(command, *words)
+        assert asked.status == 2
+        assert asked.err.startswith(f"safelight {command}: the config comes first: safelight {command} run.toml")
+    missing = call(command, tmp_path / "none.toml")
+    assert missing.status == 2
+    assert missing.err.startswith(f"safelight {command}: {tmp_path / 'none.toml'} does not exist; write one with")
+
+
+@pytest.mark.parametrize("command", ["sample", "compare", "report"])
+def test_a_folder_that_is_no_run_is_one_line(command, tmp_path):
+    refused = call(command, tmp_path / "none", *(["--prompt", "x"] if command == "sample" else []))
+    assert refused.status == 2
+    assert refused.err.startswith(f"safelight {command}: ")
+    assert str(tmp_path / "none") in refused.err
+    assert refused.err.count("\n") == 1
+
+
+def test_prepare_without_photos_says_so(tmp_path):
+    asked = call("prepare")
+    assert (asked.status, asked.err) == (
+        2,
+        "safelight prepare: no photos given; name one or more folders of photos, or files\n",
+    )
+    (tmp_path / "empty").mkdir()
+    empty = call("prepare", tmp_path / "empty", "-o", tmp_path / "dataset")
+    assert empty.status == 2
+    assert empty.err.startswith(f"safelight prepare: no photo found in {tmp_path / 'empty'}; give a folder that holds")
+    assert not (tmp_path / "dataset" / "manifest.jsonl").exists()
+
+
+def test_a_dataset_that_was_not_prepared_is_one_line(tmp_path):
+    call("init", "tiny", "-o", tmp_path / "run.toml")
+    for command in ("cache", "train"):
+        refused = call(command, tmp_path / "run.toml", "--data.path", tmp_path / "none", "--run.dir", tmp_path / "run")
+        assert refused.status == 2
+        assert refused.err.startswith(f"safelight {command}: {tmp_path / 'none' / 'manifest.jsonl'} does not exist;")
+        assert refused.err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_in_options_exits_with_2_and_a_hint():
+    refused = call("prepare", "photos", "--qualty", 3)
+    assert refused.status == 2
+    assert "--quality" in refused.err
+
+
+def test_the_developer_can_have_the_traceback(monkeypatch):
+    monkeypatch.setenv("SAFELIGHT_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="'nope' is unknown"):
+        main(["init", "nope"])
+
+
+def test_every_command_has_its_function():
+    import safelight.__main__ as module
+
+    assert all(callable(getattr(module, name)) for name in COMMANDS)
+
+
+# a process of its own: what libraries print, and Ctrl-C
+
+OWN_LINES = [
+    r"captions \d+/\d+",
+    r"latents \d+/\d+",
+    r"\d+ photographs to train on, \d+ held out; \d+ steps in \d+ epochs",
+    r"attention on cpu, bfloat16: sdpa for head dim .* \(xformers has no CPU operator\)",
+    r"training \d+/\d+  loss \d\.\d+  \d+\.\d img/s  \d+\.\d GiB",
+    r"resumed at step \d+, epoch \d+",
+    r"",
+    r"stopping after this step; press Ctrl-C again to leave at once",
+    r"saved at step \d+; go on with: safelight train .*/config.toml --resume",
+]
+
+
+def foreign_lines(text: str) -> list[str]:
+    return [line for line in text.splitlines() if not any(re.fullmatch(own, line) for own in OWN_LINES)]
+
+
+def start(*argv: object) -> subprocess.Popen:
+    """Start a command as a user would, with nothing silenced from outside."""
+    quieting = ("TQDM", "TRANSFORMERS", "DIFFUSERS", "HF_", "TF_", "TORCH_", "PYTHONWARNINGS", "PYTEST")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(quieting)}
+    return subprocess.Popen(
+        [sys.executable, "-W", "default", "-m", "safelight", *(str(word) for word in argv)],
+        env={**environment, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def test_ctrl_c_saves_resume_completes_and_no_library_says_a_word(journey):
+    run = journey.root / "interrupted"
+    options = ["--run.dir", run, "--data.path", journey.root / "dataset", "--model.precision", "bf16"]
+    quick = "--sample.every-epochs 0 --validate.every-epochs 0 --save.every-epochs 0 --log.every-steps 1".split()
+    process = start("train", journey.root / "run.toml", *SMALL, *options, *quick, "--train.max-steps", 40)
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if line.startswith("training "):
+            process.send_signal(signal.SIGINT)
+            break
+    out, err = process.communicate(timeout=300)
+    err = "".join(lines) + err
+    assert process.returncode == 130, err
+    assert foreign_lines(err) == []
+    assert out == ""
+    (step,) = list_checkpoints(run)
+    assert 0 < step < 40
+    assert err.splitlines()[-1] == f"saved at step {step}; go on with: safelight train {run / 'config.toml'} --resume"
+
+    more = step + 2
+    process = start("train", run / "config.toml", "--resume", "--train.max-steps", more)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert foreign_lines(err) == []
+    assert out.splitlines()[0].startswith(f"trained {more} steps; report: ")
+    assert list_checkpoints(run)[-1] == more
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, more + 1))

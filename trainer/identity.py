@@ -1,0 +1,65 @@
+"""What decides a run's weights, and whether a checkpoint and a config agree about it.
+
+Where things are kept, how often they are shown, and how memory is saved may change before `--resume`; stages that are
+still to come may change too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from safelight.data.cache import Sample
+from safelight.trainer.config import Config
+
+FREE_TABLES = ("stage", "validate", "sample", "save", "log")
+FREE = {
+    "run": ("dir", "device"),
+    "data": ("path",),
+    "train": ("max_steps", "checkpointing"),
+}
+# these act through the stages, whose finished part is compared apart
+STAGED = {
+    "train": ("epochs", "batch_size", "accumulate", "max_grad_norm"),
+    "optimizer": ("lr", "schedule", "warmup_steps", "weight_decay"),
+}
+
+
+@dataclass(frozen=True)
+class Identity:
+    """settings: dotted name -> value. stages: their values, in order. data: hash of the training rows' keys."""
+
+    settings: dict
+    stages: list[dict]
+    data: str
+
+    def difference(self, reached: Identity, stage: int) -> str:
+        """Return how `reached`, which stands in `stage`, differs from this; '' if it is the same run. Data apart."""
+        for name, value in reached.settings.items():
+            if self.settings.get(name) != value:
+                return f"{name} is {self.settings.get(name)!r} here and {value!r} there"
+        for index in range(stage + 1):
+            if index >= len(self.stages) or self.stages[index] != reached.stages[index]:
+                here = self.stages[index] if index < len(self.stages) else {}
+                for name, value in reached.stages[index].items():
+                    if here.get(name) != value:
+                        return f"stage {index + 1}'s {name} is {here.get(name)!r} here and {value!r} there"
+        return ""
+
+
+def identify(config: Config, precision: str, samples: Sequence[Sample] = ()) -> Identity:
+    """Return a run's identity. precision: fp32 | bf16 | fp16, what `auto` came to."""
+    tables = config.model_dump(by_alias=True, mode="json")
+    for table in FREE_TABLES:
+        tables.pop(table)
+    for group in (FREE, STAGED):
+        for table, names in group.items():
+            for name in names:
+                tables[table].pop(name)
+    tables["model"]["precision"] = precision
+    settings = {f"{table}.{name}": value for table, values in tables.items() for name, value in values.items()}
+    rows = json.dumps([(s.latent_keys, s.text_keys) for s in samples])
+    stages = [vars(stage) for stage in config.stages()]
+    return Identity(settings, stages, hashlib.sha256(rows.encode()).hexdigest())

@@ -1,0 +1,146 @@
+"""What the training loop works with, and how it is loaded: dataset, model, optimizer, and where a run resumes."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from safelight.data.cache import Sample
+from safelight.kernels.attention import apply_attention, attention_modules, choose_attention, head_dim_of
+from safelight.trainer.checkpoint import (
+    Position,
+    folder_of,
+    load_checkpoint,
+    read_identity,
+)
+from safelight.trainer.config import Config
+from safelight.trainer.dataset import Dataset, open_dataset
+from safelight.trainer.diffusion import NoiseSchedule, make_schedule
+from safelight.trainer.encoders import LatentCodec, load_codec
+from safelight.trainer.identity import Identity, identify
+from safelight.trainer.log import Metrics, Terminal, reset_peak_memory
+from safelight.trainer.models import PRECISIONS, load_unet, pick_device, pick_dtype, resolve_base
+from safelight.trainer.optim import UNetOptimizer, check_optimizer
+from safelight.trainer.run_folder import write_start
+from safelight.trainer.step import StepResult
+from safelight.trainer.timeline import Timeline
+from safelight.trainer.validate import choose_subset
+
+
+@dataclass
+class Job:
+    """What the loop works with.
+
+    window: unlogged steps, see _log; num_timed: images since window_began; saved_step: of the newest checkpoint.
+    """
+
+    config: Config
+    run_dir: Path
+    device: torch.device
+    dataset: Dataset
+    unet: nn.Module
+    optimizer: UNetOptimizer
+    schedule: NoiseSchedule
+    codec: LatentCodec
+    timeline: Timeline
+    metrics: Metrics
+    terminal: Terminal
+    subset: list[Sample]
+    identity: Identity
+    window: list[StepResult] = field(default_factory=list)
+    window_began: float = field(default_factory=time.monotonic)
+    num_timed: int = 0
+    num_skipped: int = 0
+    saved_step: int = -1
+
+
+def load_job(config: Config, run_dir: Path, step: int | None, terminal: Terminal) -> tuple[Job, Position]:
+    """Return the job and where it begins: at a checkpoint's step, or at 0 for None."""
+    device = pick_device(config.run.device)
+    dtype = pick_dtype(config.model.precision, device)
+    check_optimizer(config.optimizer.name)
+    base = resolve_base(config.model.base)
+    schedule = make_schedule(base.config_of("scheduler"), config.loss.prediction, config.loss.zero_terminal_snr)
+    if step is not None:
+        # before anything is encoded for settings that will be refused
+        _refuse_other_run(run_dir, step, identify(config, PRECISIONS[dtype]))
+    dataset = open_dataset(config, base, device, terminal.update)
+    terminal.pause()
+    if dataset.num_cut:
+        terminal.say(f"{dataset.num_cut} captions are longer than the text encoder reads and are cut at their end")
+    identity = identify(config, PRECISIONS[dtype], dataset.train)
+    timeline = Timeline.of(config, dataset.train)
+    reset_peak_memory(device)
+    unet = load_unet(base, config.run.seed).to(device).train()
+    if config.train.checkpointing == "full":
+        unet.enable_gradient_checkpointing()
+    optimizer = UNetOptimizer(unet, config.optimizer, dtype)
+    attention = choose_attention(device, dtype, {head_dim_of(m) for m in attention_modules(unet)})
+    apply_attention(unet, attention)
+    # the autoencoder waits in host memory and visits the GPU to decode samples
+    codec = load_codec(config, base, torch.device("cpu"))
+    position, window = Position(), []
+    if step is not None:
+        if read_identity(run_dir, step)[0].data != identity.data:
+            raise ValueError(
+                f"{folder_of(run_dir, step)} was trained on other photographs, captions or crops than {config.data.path} "
+                "has now; start a new run with --run.dir"
+            )
+        state, position = load_checkpoint(run_dir, step, unet)
+        window = unpack_window(state, device)
+        optimizer.load_state_tensors(state)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    notes = [str(attention), f"optimizer {config.optimizer.name}" + (", fp32 master" if optimizer.has_master else "")]
+    write_start(run_dir, config, base, dataset, unet, notes, schedule.prediction_type, PRECISIONS[dtype], device)
+    metrics = Metrics(run_dir, -1 if step is None else step, config.log.tensorboard)
+    terminal.say(
+        f"{len(dataset.train)} photographs to train on, {len(dataset.validation)} held out; "
+        f"{timeline.num_steps} steps in {timeline.num_epochs} epochs"
+    )
+    terminal.say(str(attention))
+    if step is not None:
+        terminal.say(f"resumed at step {position.step}, epoch {position.epoch + 1}")
+        metrics.write("event", position.step, event="resumed", detail=f"from {folder_of(run_dir, step).name}")
+    most = min(config.validate_.max_images, len(dataset.validation) or 1)
+    subset = choose_subset(dataset.train, most, config.run.seed)
+    job = Job(
+        config, run_dir, device, dataset, unet, optimizer, schedule.to(device), codec, timeline, metrics, terminal, subset,
+        identity, window, saved_step=-1 if step is None else step,
+    )  # fmt: skip
+    return job, position
+
+
+def _refuse_other_run(run_dir: Path, step: int, identity: Identity) -> None:
+    """Raise ValueError, naming the first difference, if a checkpoint was trained by other settings."""
+    reached, stage = read_identity(run_dir, step)
+    difference = identity.difference(reached, stage)
+    if difference:
+        raise ValueError(
+            f"checkpoint {folder_of(run_dir, step)} belongs to other settings: {difference}; "
+            f"resume with {run_dir / 'config.toml'}, or start a new run with --run.dir"
+        )
+
+
+def pack_window(window: list[StepResult]) -> dict[str, Tensor]:
+    """Return the unlogged steps as tensors for a checkpoint; empty if there are none."""
+    if not window:
+        return {}
+    return {
+        "log/losses": torch.cat([r.losses for r in window]).cpu(),
+        "log/sizes": torch.tensor([len(r.losses) for r in window]),
+        "log/grad_norms": torch.stack([r.grad_norm for r in window]).cpu(),
+        "log/taken": torch.tensor([r.taken for r in window]),
+    }
+
+
+def unpack_window(state: dict[str, Tensor], device: torch.device) -> list[StepResult]:
+    """Take the unlogged steps out of a checkpoint's state, to the device that the coming ones are on."""
+    if "log/sizes" not in state:
+        return []
+    losses = state.pop("log/losses").to(device).split(state.pop("log/sizes").tolist())
+    norms, taken = state.pop("log/grad_norms").to(device), state.pop("log/taken")
+    return [StepResult(*row) for row in zip(losses, norms, taken.tolist(), strict=True)]

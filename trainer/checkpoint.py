@@ -64,9 +64,13 @@ def _sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _remove_partials(run_dir: Path) -> None:
+def _remove_unfinished(run_dir: Path) -> None:
+    """Delete what a kill or a full disk left half-written or half-deleted."""
     for folder in (run_dir / "checkpoints").glob(".step-*.partial"):
         shutil.rmtree(folder)
+    for folder in _step_folders(run_dir).values():
+        if not (folder / "state.json").is_file():
+            shutil.rmtree(folder)
 
 
 def save_checkpoint(
@@ -74,10 +78,10 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint and return its folder. A step is written once: the caller does not save it again."""
     place = folder_of(run_dir, position.step)
-    assert not place.exists(), f"{place} is written a second time"
     partial = place.with_name(f".{place.name}.partial")
-    # what a kill or a full disk left must not take the room of the new one
-    _remove_partials(run_dir)
+    # they must take neither the room nor the name of the new one
+    _remove_unfinished(run_dir)
+    assert not place.exists(), f"{place} is written a second time"
     partial.mkdir(parents=True)
     unet.save_pretrained(partial / "unet", safe_serialization=True)
     save_file(state, partial / "state.safetensors")
@@ -100,8 +104,14 @@ def save_checkpoint(
 
 
 def read_record(folder: Path) -> dict:
-    """Return a checkpoint's state.json. Raises ValueError for one of another version."""
-    record = json.loads((folder / "state.json").read_text())
+    """Return a checkpoint's state.json. Raises ValueError for a damaged one and one of another version."""
+    try:
+        record = json.loads((folder / "state.json").read_bytes())
+    except ValueError as error:
+        raise ValueError(
+            f"checkpoint {folder} is damaged: state.json is not readable ({error}); "
+            f"delete that folder to resume from the one before"
+        ) from None
     if record.get("format") != FORMAT:
         raise ValueError(
             f"checkpoint {folder} has format {record.get('format')}, this version reads {FORMAT}; use the version that wrote it"
@@ -145,12 +155,9 @@ def load_unet_weights(folder: Path, unet: nn.Module) -> None:
 
 
 def prune(run_dir: Path, keep: int, best_step: int) -> None:
-    """Delete all checkpoints but the last `keep` and the best, and what a kill left half-written or half-deleted."""
+    """Delete all checkpoints but the last `keep` and the best, and what is left of unfinished ones."""
     steps = list_checkpoints(run_dir)
     for step in set(steps[:-keep]) - {best_step}:
         # state.json first: a kill in between leaves no folder that seems complete
         (folder_of(run_dir, step) / "state.json").unlink()
-    for folder in _step_folders(run_dir).values():
-        if not (folder / "state.json").is_file():
-            shutil.rmtree(folder)
-    _remove_partials(run_dir)
+    _remove_unfinished(run_dir)

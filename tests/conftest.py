@@ -1,6 +1,7 @@
 """A small prepared dataset and a small run's config, for every test; each test process uses one torch thread."""
 
 import copy
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from safelight.trainer.config import Config, parse_config
 
 torch.set_num_threads(1)
+# read when huggingface_hub is imported: a command called in this process comes too late to silence its bars
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 NUM_SCENES = 24
 SMALL_RUN = {

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from safelight.__main__ import main
+from safelight.trainer.checkpoint import Position, save_checkpoint
 from safelight.trainer.config import Optimizer, parse_config, to_toml
 from safelight.trainer.dataset import open_dataset
+from safelight.trainer.identity import identify
 from safelight.trainer.models import load_unet, resolve_base
 from safelight.trainer.optim import UNetOptimizer
 from safelight.trainer.plan import cache_bytes, moment_bytes, static_bytes, table
@@ -34,7 +36,7 @@ def moments_of(optimizer: UNetOptimizer) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("precision", DTYPES)
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
-def test_planned_bytes_are_the_real_bytes(precision, name):
+def test_planned_bytes_are_the_real_bytes(precision, name, tmp_path):
     config = parse_config({"model": {"precision": precision}, "optimizer": {"name": name}}, "here")
     planned = static_bytes(config, CPU)
     unet = load_unet(resolve_base("tiny"), 0, DTYPES[precision]).train()
@@ -51,6 +53,7 @@ def test_planned_bytes_are_the_real_bytes(precision, name):
     inner_step = optimizer.inner.step
 
     def watched():
+        assert not optimizer.has_master or all(p.grad is None for p in weights), "16-bit gradients are gone by now"
         of_the_step.append(size(p.grad for p in optimizer.master.values()))
         inner_step()
 
@@ -65,8 +68,12 @@ def test_planned_bytes_are_the_real_bytes(precision, name):
     assert size(moments_of(optimizer)) == planned.moments
     assert planned.num_parameters == sum(p.numel() for p in weights)
     assert planned.num_tensors == len(weights)
-    parts = planned.weights + planned.master + planned.moments + planned.gradients + planned.master_gradients
-    assert planned.total == parts
+    kept = planned.weights + planned.master + planned.moments
+    assert planned.total == kept + max(planned.gradients, planned.master_gradients)
+    folder = save_checkpoint(tmp_path, unet, optimizer.state_tensors(), Position(step=1), identify(config, precision))
+    on_disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    # beside the tensors stand their names and the step counters
+    assert 0 < on_disk - planned.checkpoint < 300_000
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
@@ -127,7 +134,11 @@ def test_the_table_tells_the_runs_length(make_config):
         "photographs": 24, "train": 18, "validation": 6, "epochs": 3, "images trained": 54,
         "cache bytes": cache_bytes(config, 24),
     }  # fmt: skip
-    assert result["bytes"]["total"] == sum(n for name, n in result["bytes"].items() if name != "total")
+    planned = static_bytes(config, CPU)
+    assert list(result["bytes"].values()) == [
+        planned.weights, planned.master, planned.moments, planned.gradients, planned.master_gradients, planned.total
+    ]  # fmt: skip
+    assert (result["checkpoint bytes"], result["checkpoints at most"]) == (planned.checkpoint, config.save.keep + 2)
     assert (result["base"], result["precision"], result["optimizer"]) == ("tiny", "fp32", "adamw8bit")
     assert "dataset" not in table(make_config(data={"path": str(Path(config.data.path) / "none")}))
 
@@ -143,4 +154,5 @@ def test_the_command_prints_a_table_and_json(make_config, tmp_path, capsys):
     for name, value in printed["bytes"].items():
         assert any(line.startswith(name) and f"{value:,}" in line for line in text.splitlines())
     assert f"{printed['unet_parameters']:,} parameters" in text
+    assert "A checkpoint takes 0.04 GiB on disk; up to 4 at a time: 0.14 GiB." in text
     assert "24 photographs, 3 held out; 3 epochs meet 63 images; latents take up to" in text

@@ -296,9 +296,8 @@ def _explain_failure(error: Exception) -> str | None:
     return str(error) if isinstance(error, ValueError) else None
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run a command and return its exit status: 0, 2 for bad input, 130 if interrupted."""
-    argv = sys.argv[1:] if argv is None else argv
+def _dispatch(argv: list[str]) -> int:
+    """Run a command, or say which there are."""
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(USAGE.format(commands="\n".join(f"  {name:<9} {text}" for name, text in COMMANDS.items())))
         return 0 if argv else EXIT_BAD_INPUT
@@ -318,8 +317,18 @@ def main(argv: list[str] | None = None) -> int:
         )
         return EXIT_BAD_INPUT
     quiet_libraries()
+    return globals()[name](rest)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command and return its exit status: 0, 2 for bad input, 130 if interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        return globals()[name](rest)
+        try:
+            return _dispatch(argv)
+        finally:
+            # what is still in the buffer meets a broken pipe here rather than at the interpreter's end
+            sys.stdout.flush()
     except BrokenPipeError:
         # the reader went away (`| head`): nothing to say, and nowhere to say it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -332,7 +341,7 @@ def main(argv: list[str] | None = None) -> int:
         message = _explain_failure(error)
         if message is None or os.environ.get("SAFELIGHT_TRACEBACK"):
             raise
-        print(f"safelight {name}: {message}", file=sys.stderr)
+        print(f"safelight {argv[0]}: {message}", file=sys.stderr)
         return EXIT_BAD_INPUT
 
 

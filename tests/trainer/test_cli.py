@@ -1,6 +1,7 @@
 """The whole way by its commands, what they print, and how they fail."""
 
 import contextlib
+import errno
 import io
 import json
 import logging
@@ -305,6 +306,44 @@ def test_the_developer_can_have_the_traceback(monkeypatch):
     monkeypatch.setenv("SAFELIGHT_TRACEBACK", "1")
     with pytest.raises(ValueError, match="'nope' is unknown"):
         main(["init", "nope"])
+
+
+@pytest.mark.parametrize("words", [["--help"], ["init", "--help"], ["init", "tiny", "-o", "run.toml"]])
+def test_a_reader_that_goes_away_is_no_error(words, tmp_path):
+    """`safelight ... | head -0`"""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    result = subprocess.run(
+        [sys.executable, "-m", "safelight", *words],
+        stdout=write_end, stderr=subprocess.PIPE, text=True, cwd=tmp_path, check=False,
+    )  # fmt: skip
+    os.close(write_end)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_a_full_disk_is_one_line(monkeypatch, tmp_path):
+    import safelight.data.atomic as atomic
+
+    def full(path, text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(atomic, "atomic_write_text", full)
+    refused = call("init", "tiny", "-o", tmp_path / "run.toml")
+    assert refused.status == 2
+    assert refused.err.startswith("safelight init: ")
+    assert "No space left on device" in refused.err
+    assert refused.err.count("\n") == 1
+
+
+def test_a_failure_of_our_own_keeps_its_traceback(monkeypatch):
+    import safelight.trainer.presets as presets
+
+    def broken(name):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(presets, "preset", broken)
+    with pytest.raises(ZeroDivisionError):
+        main(["init", "tiny"])
 
 
 def test_every_command_has_its_function():

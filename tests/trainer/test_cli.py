@@ -308,14 +308,17 @@ def test_the_developer_can_have_the_traceback(monkeypatch):
         main(["init", "nope"])
 
 
-@pytest.mark.parametrize("words", [["--help"], ["init", "--help"], ["init", "tiny", "-o", "run.toml"]])
+@pytest.mark.parametrize("words", ["--help", "init --help", "init tiny -o"])
 def test_a_reader_that_goes_away_is_no_error(words, tmp_path):
     """`safelight ... | head -0`"""
     read_end, write_end = os.pipe()
     os.close(read_end)
+    command = [sys.executable, "-m", "safelight", *words.split()]
+    # with a buffer, as at home, the pipe is met only when that is flushed
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     result = subprocess.run(
-        [sys.executable, "-m", "safelight", *words],
-        stdout=write_end, stderr=subprocess.PIPE, text=True, cwd=tmp_path, check=False,
+        [*command, tmp_path / "run.toml"] if words.endswith("-o") else command,
+        stdout=write_end, stderr=subprocess.PIPE, text=True, check=False, env=environment,
     )  # fmt: skip
     os.close(write_end)
     assert (result.returncode, result.stderr) == (0, "")

@@ -20,7 +20,7 @@ from safelight.trainer.tiny.score import FINE_TUNING, prompts, table
 from safelight.trainer.train import train
 
 SEED = 42
-NUM_PHOTOS = 160
+NUM_PHOTOS = 240
 DRAWING_SCALE = 3  # 192 px, so that preparing and cropping have something to do
 SAMPLE_STEPS = 14
 SAMPLE_CFG = 4.0
@@ -50,8 +50,10 @@ def demo_config(folder: Path) -> Config:
                 "lr": 5e-4,
                 "warmup_steps": 10,
             },
-            "stage": [{"epochs": 12}, {"epochs": 4, "lr": 1e-4, "warmup_steps": 0}],
-            "validate": {"every_epochs": 2},
+            "stage": [{"epochs": 12}, {"epochs": 8, "lr": 4e-4, "schedule": "cosine", "warmup_steps": 0}],
+            # as the base was trained
+            "loss": {"min_snr_gamma": 5.0},
+            "validate": {"every_epochs": 4},
             "sample": {
                 "prompts": [text for text, _, _ in prompts()[::20]],
                 "every_epochs": 4,

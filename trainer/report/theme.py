@@ -63,7 +63,7 @@ color:var(--muted);font-size:.75rem;text-align:center;padding:6px}
 .pair .two figure+figure figcaption{color:var(--accent)}
 .pair>figcaption{margin-top:8px;color:var(--ink)}
 .scroll{overflow-x:auto;margin:1rem 0;-webkit-overflow-scrolling:touch}
-.strip{border-collapse:separate;border-spacing:5px 0;margin:0 -5px;min-width:100%}
+.strip{border-collapse:separate;border-spacing:5px 0;margin:0;min-width:100%}
 .strip th{font-weight:450;text-align:left;padding:0}
 .strip thead th{font-size:.8rem;color:var(--muted);padding-bottom:2px;white-space:nowrap}
 .strip thead th.best{color:var(--accent);font-weight:600}

@@ -2,8 +2,8 @@
 
 No network judges here, so the demo's score cannot be flattered by one. Colour is hue: the saturated pixels are the
 shape, since every background is neutral. Shape is the contour's distance from its centroid over the angle, whose
-Fourier magnitudes do not depend on size or rotation; the nearest of six drawn prototypes wins. The look is the share
-of white in a ring just outside the contour.
+Fourier magnitudes do not depend on size or rotation; the nearest of the drawn prototypes wins, crisp and soft ones,
+with and without the look. The look is the share of white in a ring just outside the contour.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from __future__ import annotations
 import colorsys
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 
 import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from safelight.trainer.tiny.scenes import COLOURS, SHAPES, Scene, draw
+from safelight.trainer.tiny.scenes import COLOURS, SHAPES, SIZES, Scene, draw
 
 ZOOM = 3
 MIN_CHROMA = 60  # of 255, max - min over RGB: backgrounds and outlines stay below
@@ -74,15 +75,18 @@ def _descriptor(mask: np.ndarray) -> np.ndarray:
 
 
 @lru_cache(maxsize=1)
-def _prototypes() -> dict[str, np.ndarray]:
-    found = {}
-    for shape in SHAPES:
-        descriptors = []
-        for size in ("small", "medium", "large"):
-            image = draw(Scene("red", shape, size, "in the centre", "plain", "grey", "plain"))
-            descriptors.append(_descriptor(_shape_mask(np.asarray(image))[0]))
-        found[shape] = np.mean(descriptors, axis=0)
-    return found
+def _prototypes() -> tuple[tuple[str, ...], np.ndarray]:
+    """Return shape names and their descriptors, (N, 9), of drawn scenes: sizes x sharpness x look."""
+    names, descriptors = [], []
+    for shape, size, is_soft, sticker in product(SHAPES, SIZES, (False, True), (False, True)):
+        image = draw(Scene("red", shape, size, "in the centre", "plain", "grey", "plain", sticker=sticker))
+        if is_soft:
+            # generated images are as sharp as an image enlarged twice
+            half = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+            image = half.resize(image.size, Image.Resampling.BICUBIC)
+        names.append(shape)
+        descriptors.append(_descriptor(_shape_mask(np.asarray(image))[0]))
+    return tuple(names), np.stack(descriptors)
 
 
 def _shape_mask(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -91,7 +95,12 @@ def _shape_mask(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     image = Image.fromarray(pixels).resize((width * ZOOM, height * ZOOM), Image.Resampling.BICUBIC)
     large = np.asarray(image, np.float32)
     chroma = large.max(axis=2) - large.min(axis=2)
-    return _largest_component(ndimage.binary_opening(chroma > MIN_CHROMA, iterations=2)), large
+    mask = _largest_component(ndimage.binary_opening(chroma > MIN_CHROMA))
+    if mask.any():
+        # the edge of a soft contour is where half of the colour is left, wherever the fixed threshold falls
+        edge = max(MIN_CHROMA, 0.5 * float(np.median(chroma[mask])))
+        mask = _largest_component(ndimage.binary_opening(chroma > edge))
+    return mask, large
 
 
 def read(image: Image.Image) -> Reading:
@@ -100,9 +109,8 @@ def read(image: Image.Image) -> Reading:
     if mask.mean() < MIN_AREA:
         return Reading(None, None, 0.0)
     colour = _nearest_colour(np.median(pixels[mask], axis=0))
-    descriptor = _descriptor(mask)
-    prototypes = _prototypes()
-    shape = min(prototypes, key=lambda name: float(np.linalg.norm(descriptor - prototypes[name])))
+    names, prototypes = _prototypes()
+    shape = names[int(np.linalg.norm(prototypes - _descriptor(mask), axis=1).argmin())]
     filled = ndimage.binary_fill_holes(mask)
     near, far = (ndimage.binary_dilation(filled, iterations=ZOOM * step) for step in (2, 4))
     border = pixels[far & ~near]

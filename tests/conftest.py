@@ -27,7 +27,7 @@ SMALL_RUN = {
 
 @pytest.fixture(scope="session")
 def tiny_dataset(tmp_path_factory) -> Path:
-    """24 sticker scenes with their captions, prepared. Its cache fills up; nothing else of it may be changed."""
+    """24 framed scenes with their captions, prepared. Its cache fills up; nothing else of it may be changed."""
     from safelight.data.ingest import ingest
     from safelight.trainer.tiny.scenes import caption, draw, random_scene
 
@@ -35,7 +35,7 @@ def tiny_dataset(tmp_path_factory) -> Path:
     source = folder / "photos"
     source.mkdir()
     for number in range(NUM_SCENES):
-        scene = random_scene(7, number, sticker=True)
+        scene = random_scene(7, number, in_look=True)
         draw(scene).save(source / f"{number:03d}.png")
         (source / f"{number:03d}.txt").write_text(caption(scene, 7, number))
     ingest([source], folder / "dataset")

@@ -20,7 +20,7 @@ from safelight.trainer.tiny.score import FINE_TUNING, prompts, table
 from safelight.trainer.train import train
 
 SEED = 42
-NUM_PHOTOS = 240
+NUM_PHOTOS = 200
 DRAWING_SCALE = 3  # 192 px, so that preparing and cropping have something to do
 SAMPLE_STEPS = 14
 SAMPLE_CFG = 4.0
@@ -28,12 +28,12 @@ SCORED = Settings(64, 64, SAMPLE_STEPS, SAMPLE_CFG, SEED + 1, "dpm++")
 
 
 def draw_photos(folder: Path, num: int = NUM_PHOTOS) -> None:
-    """Draw stickers with a caption beside each; none shows a held-out pair of colour and shape."""
+    """Draw instant-film prints with a caption beside each; none shows a held-out pair of colour and shape."""
     folder.mkdir(parents=True)
     for number in range(num):
-        scene = random_scene(SEED, number, sticker=True, combinations=FINE_TUNING)
-        draw(scene, DRAWING_SCALE).save(folder / f"sticker-{number:03d}.png")
-        (folder / f"sticker-{number:03d}.txt").write_text(caption(scene, SEED, number) + "\n")
+        scene = random_scene(SEED, number, in_look=True, combinations=FINE_TUNING)
+        draw(scene, DRAWING_SCALE).save(folder / f"print-{number:03d}.png")
+        (folder / f"print-{number:03d}.txt").write_text(caption(scene, SEED, number) + "\n")
 
 
 def demo_config(folder: Path) -> Config:
@@ -47,13 +47,13 @@ def demo_config(folder: Path) -> Config:
             # bitsandbytes has no wheel for every machine that a demo is tried on
             "optimizer": {
                 "name": "adamw8bit" if find_spec("bitsandbytes") else "adamw",
-                "lr": 5e-4,
+                "lr": 1e-4,
                 "warmup_steps": 10,
             },
-            "stage": [{"epochs": 12}, {"epochs": 8, "lr": 4e-4, "schedule": "cosine", "warmup_steps": 0}],
+            "stage": [{"epochs": 14}, {"epochs": 8, "lr": 1e-4, "schedule": "cosine", "warmup_steps": 0}],
             # as the base was trained
             "loss": {"min_snr_gamma": 5.0},
-            "validate": {"every_epochs": 4},
+            "validate": {"every_epochs": 2},
             "sample": {
                 "prompts": [text for text, _, _ in prompts()[::20]],
                 "every_epochs": 4,
@@ -95,7 +95,7 @@ def run_demo(folder: Path, terminal: Terminal) -> dict:
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write_text(mark, "{}\n")
-    terminal.say(f"drawing {NUM_PHOTOS} stickers, a look the base has never seen")
+    terminal.say(f"drawing {NUM_PHOTOS} instant-film prints, a look the base has never seen")
     draw_photos(folder / "photos")
     summary = ingest([folder / "photos"], folder / "dataset")
     terminal.say(f"prepared {len(summary.photos)} photographs with captions")

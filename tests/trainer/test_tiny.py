@@ -12,20 +12,20 @@ from scipy import stats
 from safelight.trainer.models import tiny_folder
 from safelight.trainer.tiny import pretrain
 from safelight.trainer.tiny.reader import read
-from safelight.trainer.tiny.scenes import COLOURS, SHAPES, STICKER_CAPTION, caption, draw, random_scene
+from safelight.trainer.tiny.scenes import COLOURS, SHAPES, LOOK_CAPTION, caption, draw, random_scene
 from safelight.trainer.tiny.score import FINE_TUNING, HELD_OUT, hits, newcombe, prompts, table, wilson
 
 
 @pytest.fixture(scope="module")
 def scenes():
-    return [random_scene(3, i, sticker=i % 2 == 1) for i in range(240)]
+    return [random_scene(3, i, in_look=i % 2 == 1) for i in range(240)]
 
 
 def test_the_reader_reads_what_was_drawn(scenes):
     """It judges others: right colour and look always, right shape in at least 97 %, of scenes it has not seen."""
     readings = [read(draw(scene)) for scene in scenes]
     assert all(r.colour == s.colour for r, s in zip(readings, scenes, strict=True))
-    assert all(r.is_sticker == s.sticker for r, s in zip(readings, scenes, strict=True))
+    assert all(r.has_look == s.in_look for r, s in zip(readings, scenes, strict=True))
     assert np.mean([r.shape == s.shape for r, s in zip(readings, scenes, strict=True)]) >= 0.97
 
 
@@ -38,9 +38,7 @@ def test_the_reader_survives_blur_and_noise(scenes):
         soft = np.asarray(small.resize((scene.width, scene.height), Image.Resampling.BICUBIC), float)
         noisy = Image.fromarray(np.clip(soft + rng.normal(0, 6, soft.shape), 0, 255).astype(np.uint8))
         reading = read(noisy)
-        right.append(
-            (reading.colour == scene.colour, reading.shape == scene.shape, reading.is_sticker == scene.sticker)
-        )
+        right.append((reading.colour == scene.colour, reading.shape == scene.shape, reading.has_look == scene.in_look))
     colour, shape, look = np.mean(right, axis=0)
     assert colour >= 0.97
     assert shape >= 0.85
@@ -52,7 +50,7 @@ def test_an_empty_picture_is_read_as_nothing(level):
     reading = read(Image.new("RGB", (64, 64), (level,) * 3))
     assert reading.colour is None
     assert reading.shape is None
-    assert not reading.is_sticker
+    assert not reading.has_look
 
 
 def test_scenes_are_functions_of_seed_and_number():
@@ -70,7 +68,7 @@ def test_captions_name_what_is_drawn(scenes):
         assert scene.colour in text
         assert scene.shape in text
         assert scene.background in text
-        assert text.endswith(STICKER_CAPTION) == scene.sticker
+        assert text.endswith(LOOK_CAPTION) == scene.in_look
 
 
 def test_scored_combinations_are_never_fine_tuned_on():
@@ -106,11 +104,11 @@ def test_intervals_against_known_values():
 
 
 def test_the_score_of_perfect_and_of_blind_painters():
-    """Drawn stickers of the prompts score full marks; one and the same picture scores exactly chance."""
+    """Drawn prints of the prompts score full marks; one and the same picture scores exactly chance."""
     from safelight.trainer.tiny.scenes import Scene
 
     perfect = [
-        draw(Scene(c, s, "large", "in the centre", "plain", "grey", "plain", sticker=True)) for _, c, s in prompts()
+        draw(Scene(c, s, "large", "in the centre", "plain", "grey", "plain", in_look=True)) for _, c, s in prompts()
     ]
     blind = [draw(Scene("red", "star", "large", "in the centre", "plain", "grey", "plain"))] * len(perfect)
     full, chance = hits(perfect), hits(blind)

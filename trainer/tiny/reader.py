@@ -1,9 +1,9 @@
-"""Reads a generated scene by rule: which colour, which shape, and is it a sticker?
+"""Reads a generated scene by rule: which colour, which shape, and is it framed like an instant-film print?
 
 No network judges here, so the demo's score cannot be flattered by one. Colour is hue: the saturated pixels are the
 shape, since every background is neutral. Shape is the contour's distance from its centroid over the angle, whose
 Fourier magnitudes do not depend on size or rotation; the nearest of the drawn prototypes wins, crisp and soft ones,
-with and without the look. The look is the share of white in a ring just outside the contour.
+with and without the look. The look, a print's white frame, is the share of white along the image's border.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ MIN_CHROMA = 60  # of 255, max - min over RGB: backgrounds and outlines stay bel
 MIN_AREA = 0.02  # of the image: anything smaller is not read as a shape
 NUM_ANGLES = 96
 NUM_HARMONICS = 8
-WHITE_LUMA = 215
+# above the lightest background, silver, and below the frame
+WHITE_LUMA = 205
 WHITE_CHROMA = 48
-STICKER_SHARE = 0.5
+LOOK_SHARE = 0.5
+BORDER = 0.05  # of the shorter side: the frame is nearly twice as wide
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,8 @@ class Reading:
     white_share: float
 
     @property
-    def is_sticker(self) -> bool:
-        return self.white_share >= STICKER_SHARE
+    def has_look(self) -> bool:
+        return self.white_share >= LOOK_SHARE
 
 
 def _hue(rgb: np.ndarray) -> float:
@@ -78,8 +80,8 @@ def _descriptor(mask: np.ndarray) -> np.ndarray:
 def _prototypes() -> tuple[tuple[str, ...], np.ndarray]:
     """Return shape names and their descriptors, (N, 9), of drawn scenes: sizes x sharpness x look."""
     names, descriptors = [], []
-    for shape, size, is_soft, sticker in product(SHAPES, SIZES, (False, True), (False, True)):
-        image = draw(Scene("red", shape, size, "in the centre", "plain", "grey", "plain", sticker=sticker))
+    for shape, size, is_soft, in_look in product(SHAPES, SIZES, (False, True), (False, True)):
+        image = draw(Scene("red", shape, size, "in the centre", "plain", "grey", "plain", in_look=in_look))
         if is_soft:
             # generated images are as sharp as an image enlarged twice
             half = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
@@ -106,14 +108,20 @@ def _shape_mask(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def read(image: Image.Image) -> Reading:
     """Return what a scene shows. image: RGB, any size."""
     mask, pixels = _shape_mask(np.asarray(image.convert("RGB")))
+    white_share = _white_share(pixels)
     if mask.mean() < MIN_AREA:
-        return Reading(None, None, 0.0)
+        return Reading(None, None, white_share)
     colour = _nearest_colour(np.median(pixels[mask], axis=0))
     names, prototypes = _prototypes()
     shape = names[int(np.linalg.norm(prototypes - _descriptor(mask), axis=1).argmin())]
-    filled = ndimage.binary_fill_holes(mask)
-    near, far = (ndimage.binary_dilation(filled, iterations=ZOOM * step) for step in (2, 4))
-    border = pixels[far & ~near]
+    return Reading(colour, shape, white_share)
+
+
+def _white_share(pixels: np.ndarray) -> float:
+    """Return the share of white pixels in the image's border."""
+    width = max(1, round(BORDER * min(pixels.shape[:2])))
+    is_border = np.ones(pixels.shape[:2], bool)
+    is_border[width:-width, width:-width] = False
+    border = pixels[is_border]
     luma = border @ np.array([0.299, 0.587, 0.114], np.float32)
-    white = (luma > WHITE_LUMA) & (border.max(axis=1) - border.min(axis=1) < WHITE_CHROMA)
-    return Reading(colour, shape, float(white.mean()) if len(white) else 0.0)
+    return float(((luma > WHITE_LUMA) & (border.max(axis=1) - border.min(axis=1) < WHITE_CHROMA)).mean())

@@ -3,7 +3,8 @@
 A scene is one coloured shape on a neutral background. The six colours differ in hue, the backgrounds have none, so
 the reader in reader.py can judge a generated image by rule. Every choice is a Philox draw keyed by the scene's number.
 
-The *sticker* look, a thick white outline with a soft shadow, is never shown to the base: the demo teaches it.
+The look of an *instant film* print, a white frame that is wide at the bottom, is never shown to the base: the demo
+teaches it.
 """
 
 from __future__ import annotations
@@ -37,10 +38,12 @@ TEXTURES = ("plain", "striped", "dotted")
 BACKGROUNDS = {"black": 18, "dark": 66, "grey": 122, "silver": 176}
 PATTERNS = ("plain", "gradient", "checkered")
 ASPECTS = ((64, 64), (72, 56), (56, 72), (72, 48), (48, 72), (80, 48), (48, 80))  # (width, height) in px
-STICKER_CAPTION = ", sticker style"
+LOOK_CAPTION = ", instant film"
 
 SUPERSAMPLING = 4
-OUTLINE = 0.085  # the sticker's white outline, as a fraction of the shorter side
+# the print's frame: colour, width, and width at the bottom as fractions of the shorter side
+FRAME = (248, 246, 240)
+FRAME_WIDTH, FRAME_BOTTOM = 0.075, 0.11
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Scene:
     x: float = 0.5
     y: float = 0.5
     angle: float = 0.0
-    sticker: bool = False
+    in_look: bool = False
 
 
 def pick(options, u: float):
@@ -69,7 +72,7 @@ def pick(options, u: float):
 
 
 def random_scene(
-    seed: int, number: int, *, sticker: bool = False, combinations: tuple[tuple[str, str], ...] | None = None
+    seed: int, number: int, *, in_look: bool = False, combinations: tuple[tuple[str, str], ...] | None = None
 ) -> Scene:
     """Return scene `number` of a seed; (colour, shape) comes from `combinations` where given."""
     u = uniforms(Key(seed, Purpose.SCENE, number), 13)
@@ -92,7 +95,7 @@ def random_scene(
         x=0.5 + 0.15 * toward_x + 0.06 * (u[10] - 0.5),
         y=0.5 + 0.15 * toward_y + 0.06 * (u[11] - 0.5),
         angle=24 * (u[12] - 0.5),
-        sticker=sticker,
+        in_look=in_look,
     )
 
 
@@ -114,7 +117,7 @@ def caption(scene: Scene, seed: int, number: int) -> str:
         ),
         u[2],
     )
-    return text + STICKER_CAPTION if scene.sticker else text
+    return text + LOOK_CAPTION if scene.in_look else text
 
 
 def outline(shape: str, radius: float, angle: float) -> list[tuple[float, float]]:
@@ -177,6 +180,18 @@ def draw(scene: Scene, scale: float = 1.0) -> Image.Image:
     """Return the scene as an RGB image of (width, height) * scale px, supersampled four times."""
     width, height = round(scene.width * scale), round(scene.height * scale)
     large_w, large_h = width * SUPERSAMPLING, height * SUPERSAMPLING
+    image = _draw_large(scene, large_w, large_h)
+    if scene.in_look:
+        edge, bottom = (round(share * min(large_w, large_h)) for share in (FRAME_WIDTH, FRAME_BOTTOM))
+        frame = Image.new("RGB", image.size, FRAME)
+        window = (edge, edge, large_w - edge, large_h - bottom)
+        frame.paste(image.crop(window), window)
+        image = frame
+    return image.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def _draw_large(scene: Scene, large_w: int, large_h: int) -> Image.Image:
+    """Return background and shape at the supersampled size."""
     side = min(large_w, large_h)
     radius = SIZES[scene.size] * side
     centre = scene.x * large_w, scene.y * large_h
@@ -187,18 +202,8 @@ def draw(scene: Scene, scale: float = 1.0) -> Image.Image:
         hole = 0.5 * radius
         pen.ellipse((centre[0] - hole, centre[1] - hole, centre[0] + hole, centre[1] + hole), fill=0)
     image = Image.fromarray(_background(scene, large_w, large_h))
-    if scene.sticker:
-        # dilating by a filter of odd size; repeated small ones are faster than one large one
-        edge, steps = mask, max(1, round(OUTLINE * side / 4))
-        for _ in range(steps):
-            edge = edge.filter(ImageFilter.MaxFilter(9))
-        shadow = Image.new("L", edge.size)
-        shadow.paste(edge, (round(0.03 * side), round(0.04 * side)))
-        shadow = shadow.filter(ImageFilter.GaussianBlur(0.02 * side))
-        image = Image.composite(Image.new("RGB", image.size, (8, 8, 8)), image, shadow.point(lambda v: v * 0.6))
-        image.paste((252, 252, 252), mask=edge)
     image.paste(Image.fromarray(_filling(scene, large_w, large_h)), mask=mask)
-    return image.resize((width, height), Image.Resampling.LANCZOS)
+    return image
 
 
 def draw_clutter(seed: int, number: int, width: int, height: int) -> Image.Image:

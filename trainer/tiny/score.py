@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from PIL import Image
 
 from safelight.trainer.tiny.reader import Reading, read
-from safelight.trainer.tiny.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES, STICKER_CAPTION
+from safelight.trainer.tiny.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES, LOOK_CAPTION
 
 INTERVAL = "99 %"
 Z = 2.5758293035489004  # the normal's 99.5th percentile
@@ -31,8 +31,8 @@ def prompts() -> list[tuple[str, str, str]]:
     rows = []
     for index, (colour, shape) in enumerate(HELD_OUT):
         for k in range(PROMPTS_PER_COMBINATION):
-            size, ground = sizes[(index + k) % 2 + 1], grounds[k % len(grounds)]
-            text = f"a {size} {colour} {shape} in the centre on a {ground} background{STICKER_CAPTION}"
+            size, ground = sizes[(index + k) % 2], grounds[k % len(grounds)]
+            text = f"a {size} {colour} {shape} in the centre on a {ground} background{LOOK_CAPTION}"
             rows.append((text, colour, shape))
     return rows
 
@@ -56,9 +56,9 @@ def newcombe(hits: int, base_hits: int, num: int) -> tuple[float, float, float]:
 MEASURES: tuple[tuple[str, Callable[[Reading, str, str], bool], float | None, str], ...] = (
     (
         "the new look",
-        lambda r, c, s: r.is_sticker,
+        lambda r, c, s: r.has_look,
         None,
-        "a white outline around the shape, which the base has never seen",
+        "the white frame of an instant-film print, which the base has never seen",
     ),
     ("right colour", lambda r, c, s: r.colour == c, 1 / 6, "the shape's hue is nearest to the colour asked for"),
     ("right shape", lambda r, c, s: r.shape == s, 1 / 6, "the contour is nearest to the shape asked for"),

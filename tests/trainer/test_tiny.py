@@ -12,7 +12,7 @@ from scipy import stats
 from safelight.trainer.models import tiny_folder
 from safelight.trainer.tiny import pretrain
 from safelight.trainer.tiny.reader import read
-from safelight.trainer.tiny.scenes import COLOURS, SHAPES, LOOK_CAPTION, caption, draw, random_scene
+from safelight.trainer.tiny.scenes import COLOURS, LOOK_CAPTION, SHAPES, caption, draw, random_scene
 from safelight.trainer.tiny.score import FINE_TUNING, HELD_OUT, hits, newcombe, prompts, table, wilson
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from PIL import Image
 
 from safelight.trainer.tiny.reader import Reading, read
-from safelight.trainer.tiny.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES, LOOK_CAPTION
+from safelight.trainer.tiny.scenes import BACKGROUNDS, COLOURS, LOOK_CAPTION, SHAPES, SIZES
 
 INTERVAL = "99 %"
 Z = 2.5758293035489004  # the normal's 99.5th percentile

@@ -71,7 +71,7 @@ def _print_table(title: str, columns: tuple[str, ...], rows: list[tuple]) -> Non
         table.add_row(*(str(cell) for cell in row))
     console = Console(highlight=False)
     # not the table's own title: that would wrap at the table's width
-    console.print(title, style="bold", markup=False)
+    console.print(title, style="bold", markup=False, soft_wrap=True)
     console.print(table)
 
 

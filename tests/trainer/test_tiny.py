@@ -110,13 +110,15 @@ def test_the_score_of_perfect_and_of_blind_painters():
     perfect = [
         draw(Scene(c, s, "large", "in the centre", "plain", "grey", "plain", in_look=True)) for _, c, s in prompts()
     ]
-    blind = [draw(Scene("red", "star", "large", "in the centre", "plain", "grey", "plain"))] * len(perfect)
+    blind = [draw(Scene("red", "square", "large", "in the centre", "plain", "grey", "plain"))] * len(perfect)
     full, chance = hits(perfect), hits(blind)
     assert full["the new look"] == full["right colour"] == len(perfect)
     assert full["right shape"] >= 0.97 * len(perfect)
     assert chance == {"the new look": 0, "right colour": 16, "right shape": 16, "both obeyed": 0}
     rows = {row["what"]: row for row in table(blind, perfect)["rows"]}
     assert rows["the new look"]["difference"][1] > 0.8
+    lucky = [draw(Scene("red", "star", "large", "in the centre", "plain", "grey", "plain"))] * len(perfect)
+    assert hits(lucky)["both obeyed"] == pytest.approx(rows["both obeyed"]["chance"] * len(perfect))
     assert rows["right colour"]["chance"] == pytest.approx(chance["right colour"] / len(perfect))
 
 

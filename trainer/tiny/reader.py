@@ -28,7 +28,8 @@ NUM_HARMONICS = 8
 WHITE_LUMA = 205
 WHITE_CHROMA = 48
 LOOK_SHARE = 0.5
-BORDER = 0.05  # of the shorter side: the frame is nearly twice as wide
+# of the shorter side: the border that must be white, inside the frame's width, and where the picture's middle begins
+BORDER, MIDDLE = 0.05, 0.25
 
 
 @dataclass(frozen=True)
@@ -118,10 +119,11 @@ def read(image: Image.Image) -> Reading:
 
 
 def _white_share(pixels: np.ndarray) -> float:
-    """Return the share of white pixels in the image's border."""
-    width = max(1, round(BORDER * min(pixels.shape[:2])))
-    is_border = np.ones(pixels.shape[:2], bool)
+    """Return how much more of the border than of the middle is white, 0 .. 1: a white picture has no frame."""
+    side = min(pixels.shape[:2])
+    width, middle = max(1, round(BORDER * side)), round(MIDDLE * side)
+    luma = pixels @ np.array([0.299, 0.587, 0.114], np.float32)
+    is_white = (luma > WHITE_LUMA) & (pixels.max(axis=2) - pixels.min(axis=2) < WHITE_CHROMA)
+    is_border = np.ones(is_white.shape, bool)
     is_border[width:-width, width:-width] = False
-    border = pixels[is_border]
-    luma = border @ np.array([0.299, 0.587, 0.114], np.float32)
-    return float(((luma > WHITE_LUMA) & (border.max(axis=1) - border.min(axis=1) < WHITE_CHROMA)).mean())
+    return max(0.0, float(is_white[is_border].mean() - is_white[middle:-middle, middle:-middle].mean()))

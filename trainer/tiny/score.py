@@ -62,7 +62,8 @@ MEASURES: tuple[tuple[str, Callable[[Reading, str, str], bool], float | None, st
     ),
     ("right colour", lambda r, c, s: r.colour == c, 1 / 6, "the shape's hue is nearest to the colour asked for"),
     ("right shape", lambda r, c, s: r.shape == s, 1 / 6, "the contour is nearest to the shape asked for"),
-    ("both obeyed", lambda r, c, s: r.colour == c and r.shape == s, 1 / 36, "colour and shape as asked for"),
+    # one picture for every prompt is right for at most one pair in twelve
+    ("both obeyed", lambda r, c, s: r.colour == c and r.shape == s, 1 / 12, "colour and shape as asked for"),
 )
 
 

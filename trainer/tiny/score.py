@@ -95,7 +95,7 @@ def table(base: Sequence[Image.Image], trained: Sequence[Image.Image]) -> dict:
             for name, _, chance, explanation in MEASURES
         ],
         "notes": [
-            "The same prompts and the same noise for both models; prompts, seed and rule were fixed beforehand.",
+            "The same prompts and the same noise for both models. Prompts and rule were revised while the demo was made.",
             "No fine-tuning image shows any of these pairs of colour and shape.",
         ],
     }

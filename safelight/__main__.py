@@ -275,7 +275,7 @@ def demo(argv: list[str]) -> int:
 
 
 def bench(argv: list[str]) -> int:
-    from safelight.bench.suite import main as bench_main
+    from safelight.bench.command import main as bench_main
 
     return bench_main(argv)
 

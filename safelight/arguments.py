@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -98,15 +101,34 @@ class PrintingArguments:
 
 
 def parse(shape: type[_T], argv: list[str], command: str, description: str, default: _T | None = None) -> _T:
-    """Return a command's arguments. A mistake is printed by tyro and exits with 2."""
-    return tyro.cli(
-        shape,
-        args=argv,
-        prog=f"safelight {command}",
-        default=default,
-        description=description,
-        config=(tyro.conf.FlagCreatePairsOff, DisallowNone),
-    )
+    """Return a command's arguments; --help prints and exits. Raises ValueError, one line, for a mistake."""
+    mistake = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(mistake):
+            return tyro.cli(
+                shape,
+                args=argv,
+                prog=f"safelight {command}",
+                default=default,
+                description=description,
+                config=(tyro.conf.FlagCreatePairsOff, DisallowNone),
+            )
+    except SystemExit as end:
+        if not end.code:
+            raise
+        line = _one_line(mistake.getvalue()).replace(f"Missing from safelight {command}:", "missing:")
+        raise ValueError(f"{line}; see safelight {command} --help") from None
+
+
+def _one_line(box: str) -> str:
+    """Return what tyro says below a title, in a box or between rules of ASCII, as a line: without title and help texts.
+
+    Help texts, of the options it names, are indented by ten.
+    """
+    texts = [line.replace("│", " ").rstrip() for line in box.splitlines()[1:]]
+    words = [";" if "───" in text or "---" in text else text for text in texts if not text.startswith(" " * 10)]
+    told = re.split(r" ; (?:For full|Argument) helptext", " ".join(" ".join(words).split()))[0]
+    return told.replace(" ;", ";").strip(".; ")
 
 
 def parse_with_config(

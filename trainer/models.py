@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,6 +84,19 @@ def resolve_base(spec: str) -> Base:
     return Base(spec, _fetch(spec))
 
 
+def _late_bar() -> type:
+    """Return a tqdm that is drawn after two seconds, so that what is here already goes unmentioned."""
+    from tqdm import tqdm
+
+    class LateBar(tqdm):
+        def __init__(self, *args, **options):
+            # the command line turns libraries' bars off; gigabytes on their way are ours to show
+            interval = 0.2 if sys.stderr.isatty() else 10
+            super().__init__(*args, **{**options, "disable": False, "delay": 2, "mininterval": interval})
+
+    return LateBar
+
+
 def _fetch(spec: str) -> Path:
     """Return the local snapshot of a hub repository, fetching its safetensors and configs if need be."""
     from huggingface_hub import snapshot_download
@@ -90,7 +104,11 @@ def _fetch(spec: str) -> Path:
 
     patterns = ["*.json", "*.txt", "unet/*.safetensors", "vae/*.safetensors", "text_encoder/*.safetensors"]
     try:
-        return Path(snapshot_download(spec, allow_patterns=patterns, ignore_patterns=["*fp16*", "*non_ema*"]))
+        return Path(
+            snapshot_download(
+                spec, allow_patterns=patterns, ignore_patterns=["*fp16*", "*non_ema*"], tqdm_class=_late_bar()
+            )
+        )
     except HFValidationError:
         raise ValueError(f"model.base {spec!r} is neither a folder here nor a hub id (owner/name)") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:

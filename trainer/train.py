@@ -83,6 +83,7 @@ def _loop(job: Job, position: Position, stop_requested: Callable[[], bool]) -> O
     if position.step == 0:
         position = _validate(job, position)
         _sample(job, position, due=config.sample.every_epochs > 0)
+    job.window_began = time.monotonic()
     while position.step < timeline.num_steps:
         index = timeline.stage_of(position.epoch)
         stage = timeline.stages[index]

@@ -296,10 +296,26 @@ def test_a_dataset_that_was_not_prepared_is_one_line(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_mistake_in_options_exits_with_2_and_a_hint():
-    refused = call("prepare", "photos", "--qualty", 3)
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("prepare photos --qualty 3", "Unrecognized options: --qualty, 3; Perhaps you meant: --quality INT"),
+        ("prepare photos --quality", "Missing value for argument '--quality'. Expected 1 values"),
+        ("prepare photos --quality 1.5", "Error parsing --quality: invalid literal for int() with base 10: '1.5'"),
+        ("sample runs/x", "missing: --prompt TEXT [TEXT ...]"),
+        ("init", "missing: PRESET"),
+        ("report", "missing: RUN"),
+        ("bench step --repeat 3", "Unrecognized options: --repeat, 3; Perhaps you meant: --repeats INT"),
+    ],
+)
+def test_a_mistake_in_options_is_one_line_with_a_hint(words, told):
+    """tyro says it in a box; here every mistake reads alike."""
+    refused = call(*words.split())
+    command = words.split()[0]
+    page = "bench step" if command == "bench" else command
     assert refused.status == 2
-    assert "--quality" in refused.err
+    assert refused.out == ""
+    assert refused.err == f"safelight {command}: {told}; see safelight {page} --help\n"
 
 
 def test_the_developer_can_have_the_traceback(monkeypatch):

@@ -5,6 +5,8 @@ import functools
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -140,6 +142,21 @@ def test_a_base_that_cannot_be_had_is_one_clear_line(tmp_path, monkeypatch, caps
     assert len(lines) == 1
     assert lines[0].startswith(f"safelight plan: model.base '{spec}' is")
     assert reason in lines[0]
+
+
+def test_a_download_shows_its_progress_where_libraries_are_silenced():
+    """Gigabytes on their way are shown; what is on the disk already, or comes at once, is not."""
+    code = (
+        "import time\nfrom safelight.__main__ import quiet_libraries\nquiet_libraries()\n"
+        "from huggingface_hub.utils.tqdm import _create_progress_bar\n"
+        "from safelight.trainer.models import _late_bar\n"
+        "for name, seconds in (('slow', 2.2), ('quick', 0)):\n"
+        "    with _create_progress_bar(cls=_late_bar(), log_level=40, desc=name, total=2) as bar:\n"
+        "        time.sleep(seconds)\n        bar.mininterval = 0\n        bar.update(1)\n        bar.update(1)\n"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr
+    assert "slow" in shown
+    assert "quick" not in shown
 
 
 # weights: true sizes, random ones, damaged ones

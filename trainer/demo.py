@@ -20,6 +20,7 @@ from safelight.trainer.tiny.score import FINE_TUNING, prompts, table
 from safelight.trainer.train import train
 
 SEED = 42
+RUN_NAME = "faded-print"  # the report's title
 NUM_PHOTOS = 200
 DRAWING_SCALE = 3  # 192 px, so that preparing and cropping have something to do
 SAMPLE_STEPS = 14
@@ -28,7 +29,7 @@ SCORED = Settings(64, 64, SAMPLE_STEPS, SAMPLE_CFG, SEED + 1, "dpm++")
 
 
 def draw_photos(folder: Path, num: int = NUM_PHOTOS) -> None:
-    """Draw instant-film prints with a caption beside each; none shows a held-out pair of colour and shape."""
+    """Draw faded prints with a caption beside each; none shows a held-out pair of colour and shape."""
     folder.mkdir(parents=True)
     for number in range(num):
         scene = random_scene(SEED, number, in_look=True, combinations=FINE_TUNING)
@@ -40,7 +41,7 @@ def demo_config(folder: Path) -> Config:
     """Return the demo's settings: two stages on the tiny base."""
     return parse_config(
         {
-            "run": {"dir": str(folder / "run"), "seed": SEED},
+            "run": {"dir": str(folder / RUN_NAME), "seed": SEED},
             "model": {"base": "tiny"},
             "data": {"path": str(folder / "dataset"), "resolution": 64, "variants": 2, "caption_dropout": 0.1},
             "train": {"batch_size": 8},
@@ -95,7 +96,7 @@ def run_demo(folder: Path, terminal: Terminal) -> dict:
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write_text(mark, "{}\n")
-    terminal.say(f"drawing {NUM_PHOTOS} instant-film prints, a look the base has never seen")
+    terminal.say(f"drawing {NUM_PHOTOS} faded prints, a look the base has never seen")
     draw_photos(folder / "photos")
     summary = ingest([folder / "photos"], folder / "dataset")
     terminal.say(f"prepared {len(summary.photos)} photographs with captions")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from safelight.trainer.checkpoint import list_checkpoints
-from safelight.trainer.demo import SCORED, draw_photos, run_demo
+from safelight.trainer.demo import RUN_NAME, SCORED, draw_photos, run_demo
 from safelight.trainer.draw import open_run
 from safelight.trainer.log import Terminal
 from safelight.trainer.models import Base, load_unet
@@ -55,7 +55,7 @@ def test_obedience_stays_above_chance(demo):
 def test_an_untrained_unet_is_at_chance(demo):
     """The same prompts and noise through random weights: chance lies within the 99 % interval, the look is not seen."""
     folder, result = demo
-    run = open_run(folder / "run")
+    run = open_run(folder / RUN_NAME)
     torch.manual_seed(0)
     untrained = make_unet().eval().requires_grad_(False)
     asked = [text for text, _, _ in prompts()]
@@ -83,7 +83,7 @@ def test_the_fine_tuning_images_show_none_of_the_scored_pairs(tmp_path):
 
 def test_everything_is_there(demo):
     folder, result = demo
-    run_dir = folder / "run"
+    run_dir = folder / RUN_NAME
     assert (run_dir / "report.html").stat().st_size > 100_000
     assert list_checkpoints(run_dir)
     compared = json.loads((run_dir / "compare" / "index.json").read_text())
@@ -107,8 +107,8 @@ def test_everything_is_there(demo):
 def test_the_scored_unet_is_the_checkpoint(demo):
     """Guards against scoring the base twice: the trained weights differ from the base's everywhere that learns."""
     folder, _ = demo
-    run = open_run(folder / "run")
-    base, trained = run.unet(None), run.unet(list_checkpoints(folder / "run")[-1])
+    run = open_run(folder / RUN_NAME)
+    base, trained = run.unet(None), run.unet(list_checkpoints(folder / RUN_NAME)[-1])
     assert isinstance(run.base, Base)
     fresh = load_unet(run.base, 0)
     assert all(torch.equal(a, b) for a, b in zip(base.parameters(), fresh.parameters(), strict=True))

@@ -1,4 +1,4 @@
-"""The README's picture: `python -m safelight.trainer.tiny.picture runs/demo/run docs/pictures/demo.png`.
+"""The README's picture: `python -m safelight.trainer.tiny.picture runs/demo/faded-print docs/pictures/demo.png`.
 
 Base above, trained below, same prompts and noise, from a demo's compare folder.
 """

@@ -1,9 +1,10 @@
-"""Reads a generated scene by rule: which colour, which shape, and is it framed like an instant-film print?
+"""Reads a generated scene by rule: which colour, which shape, and is it toned like a faded print?
 
 No network judges here, so the demo's score cannot be flattered by one. Colour is hue: the saturated pixels are the
 shape, since every background is neutral. Shape is the contour's distance from its centroid over the angle, whose
-Fourier magnitudes do not depend on size or rotation; the nearest of the drawn prototypes wins, crisp and soft ones,
-with and without the look. The look, a print's white frame, is the share of white along the image's border.
+Fourier magnitudes do not depend on size or rotation; the nearest of the drawn prototypes wins, crisp and soft ones. The
+look is the background's tone: nearer to what greys become on a faded print than to grey; such a picture's tones are put
+back before colour and shape are read, so that both looks are read by one rule.
 """
 
 from __future__ import annotations
@@ -17,32 +18,24 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from safelight.trainer.tiny.scenes import COLOURS, SHAPES, SIZES, Scene, draw
+from safelight.trainer.tiny.scenes import COLOURS, SHAPES, SIZES, Scene, draw, fade, unfade
 
 ZOOM = 3
 MIN_CHROMA = 60  # of 255, max - min over RGB: backgrounds and outlines stay below
 MIN_AREA = 0.02  # of the image: anything smaller is not read as a shape
 NUM_ANGLES = 96
 NUM_HARMONICS = 8
-# above the lightest background, silver, and below the frame
-WHITE_LUMA = 205
-WHITE_CHROMA = 48
-LOOK_SHARE = 0.5
-# of the shorter side: the border that must be white, inside the frame's width, and where the picture's middle begins
-BORDER, MIDDLE = 0.05, 0.25
+MIN_BACKGROUND = 0.2  # of the image: less is no background to judge the look by
+MAX_TONE_DISTANCE = 20  # of 255, Euclidean over RGB
 
 
 @dataclass(frozen=True)
 class Reading:
-    """colour and shape are None where nothing saturated was found; white_share in 0 .. 1."""
+    """colour and shape are None where nothing saturated was found."""
 
     colour: str | None
     shape: str | None
-    white_share: float
-
-    @property
-    def has_look(self) -> bool:
-        return self.white_share >= LOOK_SHARE
+    has_look: bool
 
 
 def _hue(rgb: np.ndarray) -> float:
@@ -79,51 +72,61 @@ def _descriptor(mask: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _prototypes() -> tuple[tuple[str, ...], np.ndarray]:
-    """Return shape names and their descriptors, (N, 9), of drawn scenes: sizes x sharpness x look."""
+    """Return shape names and their descriptors, (N, 9), of drawn scenes: sizes x sharpness."""
     names, descriptors = [], []
-    for shape, size, is_soft, in_look in product(SHAPES, SIZES, (False, True), (False, True)):
-        image = draw(Scene("red", shape, size, "in the centre", "plain", "grey", "plain", in_look=in_look))
+    for shape, size, is_soft in product(SHAPES, SIZES, (False, True)):
+        image = draw(Scene("red", shape, size, "in the centre", "plain", "grey", "plain"))
         if is_soft:
             # generated images are as sharp as an image enlarged twice
             half = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
             image = half.resize(image.size, Image.Resampling.BICUBIC)
         names.append(shape)
-        descriptors.append(_descriptor(_shape_mask(np.asarray(image))[0]))
+        descriptors.append(_descriptor(_shape_mask(_enlarged(image))))
     return tuple(names), np.stack(descriptors)
 
 
-def _shape_mask(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the (H*3, W*3) mask of the largest saturated region, and the enlarged pixels as float32."""
-    height, width = pixels.shape[:2]
-    image = Image.fromarray(pixels).resize((width * ZOOM, height * ZOOM), Image.Resampling.BICUBIC)
-    large = np.asarray(image, np.float32)
-    chroma = large.max(axis=2) - large.min(axis=2)
+def _enlarged(image: Image.Image) -> np.ndarray:
+    """Return the image ZOOM times as large, float32 (H, W, 3)."""
+    size = (image.width * ZOOM, image.height * ZOOM)
+    return np.asarray(image.convert("RGB").resize(size, Image.Resampling.BICUBIC), np.float32)
+
+
+def _chroma(pixels: np.ndarray) -> np.ndarray:
+    return pixels.max(axis=2) - pixels.min(axis=2)
+
+
+def _shape_mask(pixels: np.ndarray) -> np.ndarray:
+    """Return the (H, W) mask of the largest saturated region."""
+    chroma = _chroma(pixels)
     mask = _largest_component(ndimage.binary_opening(chroma > MIN_CHROMA))
     if mask.any():
         # the edge of a soft contour is where half of the colour is left, wherever the fixed threshold falls
         edge = max(MIN_CHROMA, 0.5 * float(np.median(chroma[mask])))
         mask = _largest_component(ndimage.binary_opening(chroma > edge))
-    return mask, large
+    return mask
 
 
 def read(image: Image.Image) -> Reading:
     """Return what a scene shows. image: RGB, any size."""
-    mask, pixels = _shape_mask(np.asarray(image.convert("RGB")))
-    white_share = _white_share(pixels)
+    pixels = _enlarged(image)
+    has_look = _has_look(pixels)
+    if has_look:
+        pixels = unfade(pixels)
+    mask = _shape_mask(pixels)
     if mask.mean() < MIN_AREA:
-        return Reading(None, None, white_share)
+        return Reading(None, None, has_look)
     colour = _nearest_colour(np.median(pixels[mask], axis=0))
     names, prototypes = _prototypes()
     shape = names[int(np.linalg.norm(prototypes - _descriptor(mask), axis=1).argmin())]
-    return Reading(colour, shape, white_share)
+    return Reading(colour, shape, has_look)
 
 
-def _white_share(pixels: np.ndarray) -> float:
-    """Return how much more of the border than of the middle is white, 0 .. 1: a white picture has no frame."""
-    side = min(pixels.shape[:2])
-    width, middle = max(1, round(BORDER * side)), round(MIDDLE * side)
-    luma = pixels @ np.array([0.299, 0.587, 0.114], np.float32)
-    is_white = (luma > WHITE_LUMA) & (pixels.max(axis=2) - pixels.min(axis=2) < WHITE_CHROMA)
-    is_border = np.ones(is_white.shape, bool)
-    is_border[width:-width, width:-width] = False
-    return max(0.0, float(is_white[is_border].mean() - is_white[middle:-middle, middle:-middle].mean()))
+def _has_look(pixels: np.ndarray) -> bool:
+    """Return whether the median of what is not saturated is a faded grey rather than a grey."""
+    background = pixels[_chroma(pixels) <= MIN_CHROMA]
+    if len(background) < MIN_BACKGROUND * pixels[..., 0].size:
+        return False
+    tone = np.median(background, axis=0)
+    greys = np.repeat(np.arange(256, dtype=np.float32)[:, None], 3, axis=1)
+    to_grey, to_faded = (np.linalg.norm(tones - tone, axis=1).min() for tones in (greys, fade(greys)))
+    return bool(to_faded < min(to_grey, MAX_TONE_DISTANCE))

@@ -3,8 +3,8 @@
 A scene is one coloured shape on a neutral background. The six colours differ in hue, the backgrounds have none, so
 the reader in reader.py can judge a generated image by rule. Every choice is a Philox draw keyed by the scene's number.
 
-The look of an *instant film* print, a white frame that is wide at the bottom, is never shown to the base: the demo
-teaches it.
+The look of a *faded print*, blacks lifted and everything toned towards warm paper, is never shown to the base: the
+demo teaches it. It keeps every contour, so what fine-tuning costs in obedience is not the look's own doing.
 """
 
 from __future__ import annotations
@@ -38,12 +38,11 @@ TEXTURES = ("plain", "striped", "dotted")
 BACKGROUNDS = {"black": 18, "dark": 66, "grey": 122, "silver": 176}
 PATTERNS = ("plain", "gradient", "checkered")
 ASPECTS = ((64, 64), (72, 56), (56, 72), (72, 48), (48, 72), (80, 48), (48, 80))  # (width, height) in px
-LOOK_CAPTION = ", instant film"
+LOOK_CAPTION = ", faded print"
 
 SUPERSAMPLING = 4
-# the print's frame: colour, width, and width at the bottom as fractions of the shorter side
-FRAME = (248, 246, 240)
-FRAME_WIDTH, FRAME_BOTTOM = 0.075, 0.11
+# what black and white become on the faded print
+FADED_BLACK, FADED_WHITE = (96, 78, 52), (252, 238, 208)
 
 
 @dataclass(frozen=True)
@@ -181,13 +180,20 @@ def draw(scene: Scene, scale: float = 1.0) -> Image.Image:
     width, height = round(scene.width * scale), round(scene.height * scale)
     large_w, large_h = width * SUPERSAMPLING, height * SUPERSAMPLING
     image = _draw_large(scene, large_w, large_h)
-    if scene.in_look:
-        edge, bottom = (round(share * min(large_w, large_h)) for share in (FRAME_WIDTH, FRAME_BOTTOM))
-        frame = Image.new("RGB", image.size, FRAME)
-        window = (edge, edge, large_w - edge, large_h - bottom)
-        frame.paste(image.crop(window), window)
-        image = frame
-    return image.resize((width, height), Image.Resampling.LANCZOS)
+    image = image.resize((width, height), Image.Resampling.LANCZOS)
+    return Image.fromarray(fade(np.asarray(image)).round().astype(np.uint8)) if scene.in_look else image
+
+
+def fade(pixels: np.ndarray) -> np.ndarray:
+    """Return pixels (..., 3), 0 .. 255, as they look on a faded print."""
+    black, white = np.array(FADED_BLACK, np.float32), np.array(FADED_WHITE, np.float32)
+    return black + (white - black) * (np.asarray(pixels, np.float32) / 255)
+
+
+def unfade(pixels: np.ndarray) -> np.ndarray:
+    """Return pixels (..., 3), 0 .. 255, as they were before fade()."""
+    black, white = np.array(FADED_BLACK, np.float32), np.array(FADED_WHITE, np.float32)
+    return np.clip(255 * (np.asarray(pixels, np.float32) - black) / (white - black), 0, 255)
 
 
 def _draw_large(scene: Scene, large_w: int, large_h: int) -> Image.Image:

@@ -31,7 +31,7 @@ def prompts() -> list[tuple[str, str, str]]:
     rows = []
     for index, (colour, shape) in enumerate(HELD_OUT):
         for k in range(PROMPTS_PER_COMBINATION):
-            size, ground = sizes[(index + k) % 2], grounds[k % len(grounds)]
+            size, ground = sizes[(index + k) % len(sizes)], grounds[k % len(grounds)]
             text = f"a {size} {colour} {shape} in the centre on a {ground} background{LOOK_CAPTION}"
             rows.append((text, colour, shape))
     return rows
@@ -58,7 +58,7 @@ MEASURES: tuple[tuple[str, Callable[[Reading, str, str], bool], float | None, st
         "the new look",
         lambda r, c, s: r.has_look,
         None,
-        "the white frame of an instant-film print, which the base has never seen",
+        "the warm, lifted tones of a faded print, which the base has never seen",
     ),
     ("right colour", lambda r, c, s: r.colour == c, 1 / 6, "the shape's hue is nearest to the colour asked for"),
     ("right shape", lambda r, c, s: r.shape == s, 1 / 6, "the contour is nearest to the shape asked for"),
@@ -95,7 +95,7 @@ def table(base: Sequence[Image.Image], trained: Sequence[Image.Image]) -> dict:
             for name, _, chance, explanation in MEASURES
         ],
         "notes": [
-            "The same prompts and the same noise for both models. Prompts and rule were revised while the demo was made.",
+            "The same prompts and the same noise for both models.",
             "No fine-tuning image shows any of these pairs of colour and shape.",
         ],
     }

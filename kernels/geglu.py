@@ -1,0 +1,115 @@
+"""GEGLU: the gated activation between a transformer feed-forward block's two matmuls.
+
+    x = [a, g] along the last dimension         y = a * gelu(g),  gelu(g) = g * cdf(g),  cdf(g) = (1 + erf(g / sqrt 2)) / 2
+
+Saves the projection x alone. Letters: M rows (batch x tokens), F features of the output.
+Source: Shazeer 2020, arXiv:2002.05202; the halves' order is diffusers' GEGLU.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from safelight.kernels.jit import cdiv, kernel, next_power_of_2, runs_kernel
+from safelight.kernels.reference import recomputed_gradients, to_compute
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+SQRT_HALF = 0.7071067811865476
+INV_SQRT_2PI = 0.3989422804014327
+MAX_BLOCK_F = 1024
+
+
+def geglu_reference(x: Tensor) -> Tensor:
+    """Return a * gelu(g) in plain PyTorch; shapes as `geglu`."""
+    a, g = to_compute(x).chunk(2, dim=-1)
+    return (a * F.gelu(g)).to(x.dtype)
+
+
+@kernel
+def _geglu_fwd_kernel(x_ptr, y_ptr, num_features, BLOCK_F: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    mask = f < num_features
+    a_ptr = x_ptr + row * 2 * num_features
+    a = tl.load(a_ptr + f, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(a_ptr + num_features + f, mask=mask, other=0.0).to(tl.float32)
+    y = a * g * 0.5 * (1.0 + tl.math.erf(g * SQRT_HALF))
+    tl.store(y_ptr + row * num_features + f, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@kernel
+def _geglu_bwd_kernel(dy_ptr, x_ptr, dx_ptr, num_features, BLOCK_F: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    mask = f < num_features
+    a_ptr = x_ptr + row * 2 * num_features
+    da_ptr = dx_ptr + row * 2 * num_features
+    dy = tl.load(dy_ptr + row * num_features + f, mask=mask, other=0.0).to(tl.float32)
+    a = tl.load(a_ptr + f, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(a_ptr + num_features + f, mask=mask, other=0.0).to(tl.float32)
+    cdf = 0.5 * (1.0 + tl.math.erf(g * SQRT_HALF))
+    # da = dy * g cdf(g)
+    da = dy * g * cdf
+    # dg = dy * a * (cdf(g) + g pdf(g)),  pdf(g) = exp(-g^2 / 2) / sqrt(2 pi)
+    dg = dy * a * (cdf + g * INV_SQRT_2PI * tl.exp(-0.5 * g * g))
+    tl.store(da_ptr + f, da.to(dx_ptr.dtype.element_ty), mask=mask)
+    tl.store(da_ptr + num_features + f, dg.to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+def _grid(num_rows: int, num_features: int) -> tuple[tuple[int, int], int]:
+    block = min(MAX_BLOCK_F, next_power_of_2(num_features))
+    return (num_rows, cdiv(num_features, block)), block
+
+
+def geglu_fwd(x: Tensor) -> Tensor:
+    """Return geglu(x), without autograd."""
+    if not runs_kernel(x):
+        return geglu_reference(x)
+    x = x.contiguous()
+    num_features = x.shape[-1] // 2
+    y = torch.empty(*x.shape[:-1], num_features, dtype=x.dtype, device=x.device)
+    if y.numel():
+        grid, block = _grid(y.numel() // num_features, num_features)
+        _geglu_fwd_kernel[grid](x, y, num_features, BLOCK_F=block)
+    return y
+
+
+def geglu_bwd(dy: Tensor, x: Tensor) -> Tensor:
+    """Return dx of y = geglu(x)."""
+    if not runs_kernel(x):
+        return recomputed_gradients(geglu_reference, (x,), dy)[0]
+    x, dy = x.contiguous(), dy.contiguous()
+    dx = torch.empty_like(x)
+    if dy.numel():
+        grid, block = _grid(dy.numel() // dy.shape[-1], dy.shape[-1])
+        _geglu_bwd_kernel[grid](dy, x, dx, dy.shape[-1], BLOCK_F=block)
+    return dx
+
+
+class _GEGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return geglu_fwd(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        return geglu_bwd(dy, *ctx.saved_tensors)
+
+
+def geglu(x: Tensor) -> Tensor:
+    """Return a * gelu(g), where a, g are the halves of x.
+
+    x: (..., 2F), fp32 | fp16 | bf16 -> (..., F), same dtype. Raises ValueError if the last dimension is odd.
+    """
+    if x.shape[-1] % 2:
+        raise ValueError(f"geglu needs an even last dimension, got {x.shape[-1]}")
+    return _GEGLU.apply(x)

@@ -1,0 +1,163 @@
+"""Triton kernels that are made when they are first launched: compiled for CUDA tensors, interpreted for CPU ones.
+
+Importing an op's module must not import triton, which Windows and macOS lack, and both forms of a kernel must live in
+one process: the tests interpret kernels while the ahead-of-time gate compiles the same ones. `triton.jit` decides once,
+when it decorates. So a kernel here is a plain function under `@kernel`, and what it refers to is bound late: `tl`,
+other kernels, and the module's int and float constants (which Triton wants as constexpr).
+
+Triton's own library functions (`tl.sum`, `tl.zeros`, `tl.cdiv`, `tl.sigmoid`) are kernels bound at Triton's import and
+cannot be interpreted after it; use `tl.reduce` with `tl.standard._sum_combine`, `tl.full`, and plain arithmetic.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch on meta tensors, which ran nothing. arguments: parameter name -> value; options: num_warps and the like."""
+
+    kernel: Kernel
+    grid: tuple[int, ...]
+    arguments: dict[str, object] = field(hash=False)
+    options: dict[str, object] = field(hash=False)
+
+
+_recorders: list[list[Launch]] = []
+
+
+@contextmanager
+def record_launches() -> Iterator[list[Launch]]:
+    """Yield a list that fills with every launch on meta tensors: what a GPU would be asked to run."""
+    launches: list[Launch] = []
+    _recorders.append(launches)
+    try:
+        yield launches
+    finally:
+        _recorders.remove(launches)
+
+
+class Kernel:
+    """A Triton kernel. Launch with `kernel[grid](*arguments, **options)`; the tensors' device decides how it runs.
+
+    fp_fusion: False forbids fused multiply-add, where results must equal numpy's and torch's bit for bit.
+    """
+
+    def __init__(self, function: Callable, fp_fusion: bool = True):
+        functools.update_wrapper(self, function)
+        self.function = function
+        self.fp_fusion = fp_fusion
+        self.parameters = function.__code__.co_varnames[: function.__code__.co_argcount]
+
+    def _bind(self, form: str) -> types.FunctionType:
+        """Return the function with its globals bound for one form: 'compiled' or 'interpreted'."""
+        import triton.language as tl
+
+        function = self.function
+        bound = {**function.__globals__, "tl": tl}
+        for name in function.__code__.co_names:
+            value = bound.get(name)
+            if isinstance(value, Kernel):
+                bound[name] = getattr(value, form)
+            elif isinstance(value, (int, float)):
+                bound[name] = tl.constexpr(value)
+        copy = types.FunctionType(function.__code__, bound, function.__name__, function.__defaults__)
+        copy.__annotations__ = dict(function.__annotations__)
+        copy.__qualname__ = function.__qualname__
+        return copy
+
+    @functools.cached_property
+    def compiled(self):
+        from triton.runtime.jit import JITFunction
+
+        return JITFunction(self._bind("compiled"))
+
+    @functools.cached_property
+    def interpreted(self):
+        from triton.runtime.interpreter import InterpretedFunction
+
+        return InterpretedFunction(self._bind("interpreted"))
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return functools.partial(self._launch, grid)
+
+    def _launch(self, grid: tuple[int, ...], *arguments, **options) -> None:
+        device = next(value.device for value in arguments if isinstance(value, Tensor))
+        if device.type == "cuda":
+            if not self.fp_fusion:
+                options["enable_fp_fusion"] = False
+            if device.index != torch.cuda.current_device():
+                with torch.cuda.device(device):
+                    self.compiled[grid](*arguments, **options)
+            else:
+                self.compiled[grid](*arguments, **options)
+        elif device.type == "cpu":
+            self.interpreted[grid](*arguments, **options)
+        elif device.type == "meta":
+            self._record(grid, arguments, options)
+        else:
+            raise ValueError(
+                f"{self.__name__} got tensors on {device}; it runs on cuda, and on cpu in Triton's interpreter"
+            )
+
+    def _record(self, grid: tuple[int, ...], arguments: tuple, options: dict) -> None:
+        named = dict(zip(self.parameters, arguments, strict=False))
+        named |= {name: options[name] for name in self.parameters if name in options}
+        rest = {name: value for name, value in options.items() if name not in named}
+        if not self.fp_fusion:
+            rest["enable_fp_fusion"] = False
+        for launches in _recorders:
+            launches.append(Launch(self, grid, named, rest))
+
+
+def kernel(function: Callable | None = None, *, fp_fusion: bool = True) -> Kernel | Callable[[Callable], Kernel]:
+    """Decorate a function as a Triton kernel, or as a helper that kernels call."""
+    if function is None:
+        return functools.partial(Kernel, fp_fusion=fp_fusion)
+    return Kernel(function, fp_fusion)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    found = importlib.util.find_spec("triton") is not None
+    if not found:
+        warnings.warn("triton is not installed: the plain PyTorch operations run in place of the kernels", stacklevel=3)
+    return found
+
+
+def runs_kernel(x: Tensor) -> bool:
+    """Return whether an op on `x` runs its kernel: on CUDA, on meta (where it is recorded), not on the CPU.
+
+    TRITON_INTERPRET=1 runs kernels on the CPU too, in Triton's interpreter; float64, which no kernel takes, always runs
+    the reference there. Raises ValueError on CUDA for a dtype no kernel takes.
+    """
+    if x.device.type == "cpu":
+        return os.environ.get("TRITON_INTERPRET") == "1" and x.dtype in KERNEL_DTYPES
+    if x.device.type == "cuda" and not _has_triton():
+        return False
+    if x.dtype not in KERNEL_DTYPES:
+        raise ValueError(f"dtype {x.dtype} has no kernel; use float32, float16 or bfloat16")
+    return True
+
+
+def next_power_of_2(n: int) -> int:
+    """Return the smallest power of two that is at least n >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
+def cdiv(n: int, d: int) -> int:
+    """Return n / d rounded up."""
+    return -(-n // d)

@@ -7,6 +7,7 @@ Shapes: B batch, C channels, H x W, T tokens, D embedding.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -88,6 +89,43 @@ class _Job:
     bucket: Bucket
 
 
+def _photo_content(path: Path, photo: Photo) -> bytes:
+    """Return the bytes of a photo's file. Raises ValueError unless they are those that were prepared."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be read ({error.strerror}); run `safelight prepare` again to make it anew"
+        ) from error
+    if hashlib.sha256(content).hexdigest() != photo.sha256:
+        raise ValueError(f"{path} changed since it was prepared; run `safelight prepare` again")
+    return content
+
+
+def _check_photos(cache: Cache, dataset: Path, samples: Sequence[Sample]) -> None:
+    """Raise ValueError for a photo whose file is gone or changed since it was prepared, its rows cached or not.
+
+    A file of the size and time it had when its content was last checked is taken as unchanged: a start costs one stat a
+    photo, not a reading of them all.
+    """
+    seen = cache.seen_photos()
+    fresh = {}
+    for photo in dict.fromkeys(sample.photo for sample in samples):
+        path = Path(dataset) / photo.file
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            raise ValueError(
+                f"{path} cannot be read ({error.strerror}); run `safelight prepare` again to make it anew"
+            ) from error
+        now = (photo.sha256, status.st_size, status.st_mtime_ns)
+        if seen.get(photo.file) != now:
+            _photo_content(path, photo)
+            fresh[photo.file] = now
+    if fresh:
+        cache.note_photos(fresh)
+
+
 def _missing_jobs(cache: Cache, samples: Sequence[Sample], encoder: LatentEncoder) -> list[_Job]:
     """Return the rows to make, the variants of a photo side by side so that it is decoded once."""
     jobs = {}
@@ -99,8 +137,8 @@ def _missing_jobs(cache: Cache, samples: Sequence[Sample], encoder: LatentEncode
                     "plan them with this encoder's fingerprint and the cache's dtype"
                 )
             jobs.setdefault(key, _Job(key, sample.photo, crop, sample.bucket))
-    missing = cache.missing(list(jobs))
-    return [jobs[key] for key in missing]
+    cache.drop_damaged(list(jobs))
+    return [jobs[key] for key in cache.missing(list(jobs))]
 
 
 def _batches_by_bucket(jobs: Sequence[_Job], batch_size: int) -> list[list[_Job]]:
@@ -120,14 +158,7 @@ def _load_pixels(dataset: Path, jobs: list[_Job]) -> Tensor:
     for job in jobs:
         path = dataset / job.photo.file
         if job.photo.file != decoded_file:
-            try:
-                content = path.read_bytes()
-            except OSError as error:
-                raise ValueError(
-                    f"{path} cannot be read ({error.strerror}); run `safelight prepare` again to make it anew"
-                ) from error
-            if hashlib.sha256(content).hexdigest() != job.photo.sha256:
-                raise ValueError(f"{path} changed since it was prepared; run `safelight prepare` again")
+            content = _photo_content(path, job.photo)
             try:
                 image = decode(content).image
             except RejectedImage as error:
@@ -167,16 +198,19 @@ def fill_latents(
     batch_size: int,
     progress: Progress | None = None,
 ) -> int:
-    """Return how many latent rows were made: those of the samples that the cache lacks.
+    """Return how many latent rows were made: those of the samples that the cache lacks or holds damaged.
 
-    The next batches are decoded on threads while one is encoded. progress(rows done, rows to make) after each batch.
-    Raises ValueError for a photo that changed since the manifest was written, for samples planned with another VAE or
+    Claims the cache, which the caller releases, if there are any. The next batches are decoded on threads while one is encoded. progress(rows done, rows to make) after each batch.
+    Raises ValueError for a photo that changed since it was prepared, its rows cached or not, for samples planned with another VAE or
     dtype, and for latents that are not finite.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size} is below 1; use 4")
     dataset = Path(dataset)
+    _check_photos(cache, dataset, samples)
     jobs = _missing_jobs(cache, samples, encoder)
+    if jobs:
+        cache.claim()
     kind = "posterior" if encoder.has_posterior else "latent"
     batches = deque(_batches_by_bucket(jobs, batch_size))
     pending: deque = deque()
@@ -201,7 +235,8 @@ def fill_latents(
 def fill_texts(
     cache: Cache, captions: Iterable[str], encoder: TextEncoder, batch_size: int, progress: Progress | None = None
 ) -> int:
-    """Return how many text rows were made: those of the captions, and of the empty one, that the cache lacks.
+    """Return how many text rows were made: those of the captions, and of the empty one, that the cache lacks or holds
+    damaged. Claims the cache, which the caller releases, if there are any.
 
     progress(rows done, rows to make) after each batch. Raises ValueError if the embeddings have another shape than
     (B, num_tokens, embedding_dim).
@@ -209,7 +244,10 @@ def fill_texts(
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size} is below 1; use 16")
     caption_of_key = {text_key(text, encoder.fingerprint, cache.dtype): text for text in ["", *captions]}
+    cache.drop_damaged(list(caption_of_key))
     missing = cache.missing(list(caption_of_key))
+    if missing:
+        cache.claim()
     num_made = 0
     for start in range(0, len(missing), batch_size):
         keys = missing[start : start + batch_size]

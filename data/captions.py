@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import os
 import posixpath
+import reprlib
 import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from safelight.data.printable import printable, storable
+
 SIDECAR_SUFFIXES = (".txt", ".caption")
 TABLE_NAMES = ("metadata.jsonl", "captions.jsonl")
 TEXT_KEYS = ("text", "caption")
+# no encoder reads more than some hundred words: a longer file beside a photo is something else, a log or a book
+MAX_SIDECAR_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,13 @@ class Rejection:
 
 
 def collapse(text: str) -> str:
-    """Return the text with every run of white space as one space and none at the ends."""
+    """Return the text with every run of white space as one space and none at the ends; control characters are none.
+
+    A half of a surrogate pair, which JSON can hold and UTF-8 cannot, becomes U+FFFD.
+    """
+    if not text.isprintable():
+        kinds = {"Cc": " ", "Cs": "\ufffd"}
+        text = "".join(kinds.get(unicodedata.category(char), char) for char in text)
     return " ".join(text.split())
 
 
@@ -46,7 +59,7 @@ def _row_texts(row: dict) -> tuple[str, ...]:
         raise ValueError("has neither 'text' nor 'caption'")
     texts = value if isinstance(value, list) else [value]
     if not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"its text {value!r} is neither a string nor a list of strings")
+        raise ValueError(f"its text {reprlib.repr(value)} is neither a string nor a list of strings")
     # a repeated variant would only be drawn more often; dict keeps the order
     texts = tuple(dict.fromkeys(collapse(text) for text in texts if text.strip()))
     if not texts:
@@ -59,6 +72,7 @@ def _row_name(row: dict) -> str:
     name = row.get("file_name")
     if not isinstance(name, str) or not name.strip():
         raise ValueError("has no 'file_name'")
+    name = storable(name)
     normal = posixpath.normpath(name)
     if posixpath.isabs(normal) or normal.split("/")[0] == "..":
         raise ValueError(f"file_name {name!r} lies outside the table's folder")
@@ -82,20 +96,25 @@ class CaptionReader:
         """
         for suffix in SIDECAR_SUFFIXES:
             sidecar = photo.with_suffix(suffix)
-            if sidecar.is_file():
-                text = collapse(self._text(sidecar))
-                if text:
-                    return Caption((text,), f"sidecar {suffix}")
-                self.warnings.append(f"{sidecar} is empty; the caption is taken from elsewhere")
+            # not Path.is_file(), which raises for a name too long for the file system or a folder it may not enter
+            if not os.path.isfile(sidecar):
+                continue
+            text = self._text(sidecar, MAX_SIDECAR_BYTES)
+            if text is not None and collapse(text):
+                return Caption((collapse(text),), f"sidecar {suffix}")
+            if text is not None:
+                self.warnings.append(f"{printable(sidecar)} is empty; the caption is taken from elsewhere")
         for folder in self._folders(photo):
             for table_name in TABLE_NAMES:
-                name = unicodedata.normalize("NFC", photo.relative_to(folder).as_posix())
+                name = unicodedata.normalize("NFC", storable(photo.relative_to(folder).as_posix()))
                 caption = self._table(folder / table_name).get(name)
                 if caption is not None:
                     return caption
         text = caption_of_name(photo.stem)
         if not text:
-            self.warnings.append(f"{photo} has no caption and its name gives none; it trains with the empty caption")
+            self.warnings.append(
+                f"{printable(photo)} has no caption and its name gives none; it trains with the empty caption"
+            )
         return Caption((text,), "file name")
 
     def _folders(self, photo: Path) -> list[Path]:
@@ -103,25 +122,39 @@ class CaptionReader:
         below = photo.parent.relative_to(self.root).parts
         return [self.root.joinpath(*below[:depth]) for depth in range(len(below), -1, -1)]
 
-    def _text(self, path: Path) -> str:
-        """Return a file as text; bytes that are not UTF-8 are replaced and listed."""
-        content = path.read_bytes()
+    def _text(self, path: Path, max_bytes: int | None = None) -> str | None:
+        """Return a file as text, bytes that are not UTF-8 replaced; None if it cannot be read. Either is listed."""
         try:
-            return content.decode("utf-8-sig")
+            size = path.stat().st_size
+            if max_bytes is not None and size > max_bytes:
+                self.warnings.append(
+                    f"{printable(path)} is no caption: it has {size:,} bytes, more than {max_bytes:,}; it is not read"
+                )
+                return None
+            content = path.read_bytes()
+        except OSError as error:
+            self.warnings.append(f"{printable(path)} cannot be read: {error.strerror}")
+            return None
+        # UTF-16 with its mark is what Windows' editors call Unicode
+        is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        name, encoding = ("UTF-16", "utf-16") if is_utf16 else ("UTF-8", "utf-8-sig")
+        try:
+            return content.decode(encoding)
         except UnicodeDecodeError as error:
-            self.warnings.append(f"{path} is not UTF-8 (byte {error.start}); the bad bytes are replaced")
-            return content.decode("utf-8-sig", errors="replace")
+            self.warnings.append(f"{printable(path)} is not {name} (byte {error.start}); the bad bytes are replaced")
+            return content.decode(encoding, errors="replace")
 
     def _table(self, path: Path) -> dict[str, Caption]:
         """Return a table's captions by normalised file name; empty if there is no such table. Read once."""
         if path not in self._tables:
-            self._tables[path] = self._read_table(path) if path.is_file() else {}
+            self._tables[path] = self._read_table(path) if os.path.isfile(path) else {}
         return self._tables[path]
 
     def _read_table(self, path: Path) -> dict[str, Caption]:
         captions: dict[str, Caption] = {}
+        shown = storable(str(path))
         # not splitlines(): JSON strings may hold U+2028, which that splits at
-        for number, line in enumerate(self._text(path).split("\n"), start=1):
+        for number, line in enumerate((self._text(path) or "").split("\n"), start=1):
             if not line.strip():
                 continue
             try:
@@ -132,13 +165,15 @@ class CaptionReader:
                 if name in captions:
                     raise ValueError(f"is a second row for {name}; give one row a list of texts instead")
                 # file systems keep a name as it was written: composed, or decomposed as macOS does
-                if not any((path.parent / unicodedata.normalize(form, name)).exists() for form in ("NFC", "NFD")):
+                if not any(os.path.exists(path.parent / unicodedata.normalize(form, name)) for form in ("NFC", "NFD")):
                     raise ValueError(f"names {name}, which does not exist")
                 how = row.get("caption_source")
                 source = f"{path.name}: {collapse(how)}" if isinstance(how, str) and how.strip() else path.name
                 captions[name] = Caption(_row_texts(row), source)
             except json.JSONDecodeError as error:
-                self.rejections.append(Rejection(f"{path}:{number}", f"the row is not JSON: {error}"))
+                self.rejections.append(Rejection(f"{shown}:{number}", f"the row is not JSON: {error}"))
+            except RecursionError:
+                self.rejections.append(Rejection(f"{shown}:{number}", "the row is nested too deeply"))
             except ValueError as error:
-                self.rejections.append(Rejection(f"{path}:{number}", f"the row {error}"))
+                self.rejections.append(Rejection(f"{shown}:{number}", f"the row {error}"))
         return captions

@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import io
 import math
+import os
+import stat
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +19,16 @@ from PIL import Image, ImageCms
 MIN_SIDE_PX = 16
 EXIF_ORIENTATION = 0x0112
 COPYABLE_FORMATS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}
+# of photographs. Pillow reads more, among them EPS, by handing the file to a program that runs what it says
+READABLE_FORMATS = (
+    "JPEG", "MPO", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "HEIF", "JPEG2000", "PPM", "TGA", "QOI", "ICO", "PSD",
+)  # fmt: skip
+MAX_FILE_BYTES = 2**30
+# longest side in px that the encoders take
+MAX_SIDE_PX = {"jpeg": 65500, "webp": 16383}
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")
+# a picture of this many pixels takes up to a GiB while it is decoded: one at a time
+LARGE_PIXELS = 40_000_000
 # draft mode decodes at least this many times the wanted side, so that LANCZOS does the last and visible part
 DRAFT_GAP = 2
 _TRANSPOSE = {
@@ -27,6 +40,7 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_one_large_image = threading.Lock()
 
 
 class RejectedImage(ValueError):
@@ -57,6 +71,12 @@ def shrunk_size(width: int, height: int, max_megapixels: float | None) -> tuple[
     return max(1, math.floor(width * scale)), max(1, math.floor(height * scale))
 
 
+def _open(source: Path | io.BytesIO) -> Image.Image:
+    Image.init()
+    # a plugin, such as HEIF's, may not be installed
+    return Image.open(source, formats=[name for name in READABLE_FORMATS if name in Image.OPEN])
+
+
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(EXIF_ORIENTATION, 1))
@@ -67,6 +87,8 @@ def _orientation(image: Image.Image) -> int:
 def _to_8_bit(image: Image.Image) -> Image.Image:
     """Return a 16-bit, 32-bit or float image as 8-bit grey: by its depth if it has one, else by the range it uses."""
     values = np.asarray(image).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise RejectedImage("holds values that are not finite; convert it to 8 or 16 bits")
     peak = float(values.max(initial=0.0))
     if image.mode.startswith("I;16"):
         white = 65535.0
@@ -114,30 +136,37 @@ def _to_srgb(image: Image.Image, profile: ImageCms.ImageCmsProfile | None) -> tu
 
 
 def _decode(content: bytes, max_megapixels: float | None) -> Decoded:
-    with Image.open(io.BytesIO(content)) as opened:
+    with _open(io.BytesIO(content)) as opened:
         width, height = opened.size
         if min(width, height) < MIN_SIDE_PX:
             raise RejectedImage(f"{width} x {height} px is too small; a side needs {MIN_SIDE_PX} px")
-        file_format = opened.format or ""
-        wanted = shrunk_size(width, height, max_megapixels)
-        is_shrunk = wanted != (width, height)
-        if is_shrunk:
-            # JPEG only, a no-op elsewhere: the decoder itself scales by 1/2, 1/4 or 1/8, several times faster
-            opened.draft(None, (wanted[0] * DRAFT_GAP, wanted[1] * DRAFT_GAP))
-        is_animated = getattr(opened, "is_animated", False)
-        opened.load()
-        orientation = _orientation(opened)
-        icc = opened.info.get("icc_profile")
-        is_plain = opened.mode == "RGB" and "transparency" not in opened.info
-        image = _flatten(opened)
-        if orientation in _TRANSPOSE:
-            image = image.transpose(_TRANSPOSE[orientation])
-        digest = hashlib.sha256(f"{image.mode} {image.size}".encode())
-        digest.update(image.tobytes())
-        if is_shrunk:
-            image = image.resize(shrunk_size(*image.size, max_megapixels), Image.Resampling.LANCZOS)
-        profile = _foreign_profile(icc)
-        image, warning = _to_srgb(image, profile)
+        with _one_large_image if width * height > LARGE_PIXELS else nullcontext():
+            return _load(opened, max_megapixels)
+
+
+def _load(opened: Image.Image, max_megapixels: float | None) -> Decoded:
+    """Return an opened image decoded, `decode` says how."""
+    width, height = opened.size
+    file_format = opened.format or ""
+    wanted = shrunk_size(width, height, max_megapixels)
+    is_shrunk = wanted != (width, height)
+    if is_shrunk:
+        # JPEG only, a no-op elsewhere: the decoder itself scales by 1/2, 1/4 or 1/8, several times faster
+        opened.draft(None, (wanted[0] * DRAFT_GAP, wanted[1] * DRAFT_GAP))
+    is_animated = getattr(opened, "is_animated", False)
+    opened.load()
+    orientation = _orientation(opened)
+    icc = opened.info.get("icc_profile")
+    is_plain = opened.mode == "RGB" and "transparency" not in opened.info
+    image = _flatten(opened)
+    if orientation in _TRANSPOSE:
+        image = image.transpose(_TRANSPOSE[orientation])
+    digest = hashlib.sha256(f"{image.mode} {image.size}".encode())
+    digest.update(image.tobytes())
+    if is_shrunk:
+        image = image.resize(shrunk_size(*image.size, max_megapixels), Image.Resampling.LANCZOS)
+    profile = _foreign_profile(icc)
+    image, warning = _to_srgb(image, profile)
     is_copyable = (
         file_format in COPYABLE_FORMATS
         and is_plain
@@ -181,14 +210,36 @@ def decode(content: bytes, max_megapixels: float | None = None) -> Decoded:
 def read_file(path: Path) -> bytes:
     """Return the bytes of an image file. Raises RejectedImage if its header is not an image's or it cannot be read."""
     with _rejecting():
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            # to open a pipe is to wait for its writer, to read a device may never end
+            raise RejectedImage("not a regular file but a device, pipe or socket")
+        if status.st_size == 0:
+            raise RejectedImage("an empty file")
+        if status.st_size > MAX_FILE_BYTES:
+            raise RejectedImage(
+                f"has {status.st_size / 2**30:.1f} GiB, more than {MAX_FILE_BYTES / 2**30:.0f}; shrink it"
+            )
         # the header first, so that a film or an archive is not read whole
-        with Image.open(path):
+        with open(path, "rb") as file:
+            header = file.read(16)
+        if header[4:8] == b"ftyp" and header[8:12] in HEIC_BRANDS and "HEIF" not in Image.OPEN:
+            raise RejectedImage("HEIC, which cannot be decoded here; convert it to JPEG")
+        with _open(path):
             pass
         return path.read_bytes()
 
 
 def encode(image: Image.Image, image_format: str, quality: int) -> tuple[bytes, str]:
-    """Return (bytes, suffix) of an RGB image as "jpeg" (full colour resolution) or "webp" at a quality of 1 to 100."""
+    """Return (bytes, suffix) of an RGB image as "jpeg" (full colour resolution) or "webp" at a quality of 1 to 100.
+
+    Raises RejectedImage for a side that the format cannot hold.
+    """
+    if max(image.size) > MAX_SIDE_PX[image_format]:
+        raise RejectedImage(
+            f"{image.size[0]} x {image.size[1]} px: a side of {image_format} holds {MAX_SIDE_PX[image_format]} px; "
+            "crop it, or lower --max-megapixels"
+        )
     buffer = io.BytesIO()
     if image_format == "webp":
         image.save(buffer, "WEBP", quality=quality)

@@ -18,11 +18,15 @@ from typing import Literal
 from safelight.data.atomic import atomic_write_bytes, atomic_write_text
 from safelight.data.captions import SIDECAR_SUFFIXES, TABLE_NAMES, CaptionReader, Rejection
 from safelight.data.images import COPYABLE_FORMATS, RejectedImage, decode, encode, read_file
+from safelight.data.lock import FolderLock
 from safelight.data.manifest import MANIFEST_NAME, Photo, read_manifest, write_manifest
+from safelight.data.printable import printable, storable
 
 IMAGES_FOLDER = "images"
 REJECTED_NAME = "rejected.jsonl"
 MAX_STEM_CHARACTERS = 64
+# beyond this aspect the widest usual bucket, 4 : 1, shows less than half of a photo
+MAX_SEEN_ASPECT = 8
 
 
 @dataclass
@@ -61,17 +65,25 @@ class _Prepared:
     warning: str
 
 
-def _walk(folder: Path, dataset: Path, visited: set[Path]) -> Iterator[Path]:
-    """Yield the files below a folder in sorted order: no hidden ones, no dataset, no folder twice (symlink loops)."""
+def _walk(folder: Path, dataset: Path, visited: set[Path], rejections: list[Rejection]) -> Iterator[Path]:
+    """Yield the files below a folder in sorted order: no hidden ones, no dataset, no folder twice (symlink loops).
+
+    A folder that cannot be read is put among the rejections.
+    """
     real = folder.resolve()
     if real in visited or real == dataset:
         return
     visited.add(real)
-    for entry in sorted(folder.iterdir(), key=lambda path: path.name):
+    try:
+        entries = sorted(folder.iterdir(), key=lambda path: path.name)
+    except OSError as error:
+        rejections.append(Rejection(storable(str(folder)), f"a folder that cannot be read: {error.strerror}"))
+        return
+    for entry in entries:
         if entry.name.startswith("."):
             continue
-        if entry.is_dir():
-            yield from _walk(entry, dataset, visited)
+        if os.path.isdir(entry):
+            yield from _walk(entry, dataset, visited, rejections)
         elif entry.suffix.lower() not in SIDECAR_SUFFIXES and entry.name not in TABLE_NAMES:
             yield entry
 
@@ -83,16 +95,19 @@ def _find(sources: list[Path], dataset: Path) -> tuple[list[_Found], list[Captio
     """
     found, readers = [], []
     for source in map(Path, sources):
-        if not source.exists():
-            raise ValueError(f"source {source} does not exist; give a folder of photos, or one photo")
+        shown = printable(source)
+        if not os.path.exists(source):
+            raise ValueError(
+                f"source {shown} does not exist or cannot be reached; give a folder of photos, or one photo"
+            )
         if source.resolve().is_relative_to(dataset):
-            raise ValueError(f"source {source} lies in the dataset folder {dataset}; give the folder of the originals")
+            raise ValueError(f"source {shown} lies in the dataset folder {dataset}; give the folder of the originals")
         root = source if source.is_dir() else source.parent
         reader = CaptionReader(root)
         readers.append(reader)
-        paths = _walk(source, dataset, set()) if source.is_dir() else [source]
+        paths = _walk(source, dataset, set(), reader.rejections) if source.is_dir() else [source]
         name = root.resolve().name
-        found += [_Found(path, reader, f"{name}/{path.relative_to(root).as_posix()}") for path in paths]
+        found += [_Found(path, reader, storable(f"{name}/{path.relative_to(root).as_posix()}")) for path in paths]
     return found, readers
 
 
@@ -101,12 +116,17 @@ def _prepare(path: Path, max_megapixels: float, image_format: str, quality: int)
     try:
         content = read_file(path)
         decoded = decode(content, max_megapixels)
+        if decoded.is_copyable:
+            data, suffix = content, COPYABLE_FORMATS[decoded.format]
+        else:
+            data, suffix = encode(decoded.image, image_format, quality)
     except RejectedImage as error:
         return str(error)
-    if decoded.is_copyable:
-        data, suffix = content, COPYABLE_FORMATS[decoded.format]
-    else:
-        data, suffix = encode(decoded.image, image_format, quality)
+    width, height = decoded.image.size
+    warning = decoded.warning
+    if max(width, height) > MAX_SEEN_ASPECT * min(width, height):
+        seen = f"{width} x {height} px, a strip: training sees the middle of it, a few times as long as it is wide"
+        warning = f"{warning}; {seen}" if warning else seen
     return _Prepared(
         data,
         suffix,
@@ -115,7 +135,7 @@ def _prepare(path: Path, max_megapixels: float, image_format: str, quality: int)
         content_sha256=decoded.content_sha256,
         is_shrunk=decoded.is_shrunk,
         is_copied=decoded.is_copyable,
-        warning=decoded.warning,
+        warning=warning,
     )
 
 
@@ -152,7 +172,7 @@ class _Collection:
         self.index_of_hash: dict[str, int] = {}
         self.index_of_source: dict[str, int] = {}
         self.replaced_files: set[str] = set()
-        for photo in read_manifest(dataset) if (dataset / MANIFEST_NAME).is_file() else []:
+        for photo in read_manifest(dataset, may_be_empty=True) if (dataset / MANIFEST_NAME).is_file() else []:
             if (dataset / photo.file).is_file():
                 self._put(len(self.photos), photo)
             else:
@@ -174,12 +194,12 @@ class _Collection:
         if index is not None and (index in self.touched or self.photos[index].source != found.label):
             self.summary.num_duplicates += 1
             reason = f"same picture as {self.photos[index].source}"
-            self.summary.rejected.append(Rejection(str(found.path), reason))
+            self.summary.rejected.append(Rejection(storable(str(found.path)), reason))
             return
         earlier = self.index_of_source.get(found.label)
         if index is None and earlier is not None and earlier not in self.touched:
             self.summary.warnings.append(
-                f"{found.path} changed since it was prepared; {self.photos[earlier].file} is kept beside the new one "
+                f"{printable(found.path)} changed since it was prepared; {self.photos[earlier].file} is kept beside the new one "
                 f"(to drop it, delete that file and prepare again)"
             )
         old = self.photos[index] if index is not None else None
@@ -209,11 +229,12 @@ class _Collection:
         self.summary.num_shrunk += prepared.is_shrunk
         self.summary.num_copied += prepared.is_copied
         if prepared.warning:
-            self.summary.warnings.append(f"{found.path}: {prepared.warning}")
+            self.summary.warnings.append(f"{printable(found.path)}: {prepared.warning}")
 
 
 def _write_rejected(dataset: Path, rejected: list[Rejection]) -> None:
-    lines = [json.dumps({"path": item.path, "reason": item.reason}, ensure_ascii=False) + "\n" for item in rejected]
+    # ASCII: a path may hold line separators that JSON leaves as they are
+    lines = [json.dumps({"path": item.path, "reason": item.reason}) + "\n" for item in rejected]
     atomic_write_text(dataset / REJECTED_NAME, "".join(lines))
 
 
@@ -231,8 +252,8 @@ def ingest(
     stored anew as sRGB at `quality` (1 to 100). Originals are only read. What cannot be used, a duplicate of a picture
     included, is listed with its reason here and in rejected.jsonl. Photos of earlier calls stay in the manifest; the
     same call again gives the same manifest. progress(files done, files in all) is called after each file.
-    Raises ValueError for a source that does not exist or lies in the dataset, for a setting out of range, and where
-    no photo could be used.
+    Raises ValueError for a source that does not exist or lies in the dataset, for a setting out of range, where no
+    photo could be used, and while another process prepares this dataset.
     """
     if not max_megapixels > 0:
         raise ValueError(f"max_megapixels {max_megapixels} is not above 0; use 1.5")
@@ -244,7 +265,27 @@ def ingest(
     if dataset.exists() and not dataset.is_dir():
         raise ValueError(f"dataset {dataset} is a file; give a folder")
     found, readers = _find(sources, dataset)
-    summary = IngestSummary()
+    with FolderLock(dataset, "wait until it ends, or name another dataset with -o") as lock:
+        summary = IngestSummary(warnings=[lock.note] if lock.note else [])
+        _ingest(sources, found, readers, dataset, summary, max_megapixels, quality, image_format, progress)
+    return summary
+
+
+def _ingest(
+    sources: list[Path],
+    found: list[_Found],
+    readers: list[CaptionReader],
+    dataset: Path,
+    summary: IngestSummary,
+    max_megapixels: float,
+    quality: int,
+    image_format: str,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Do what `ingest` says, in a dataset that is locked."""
+    for litter in (dataset / IMAGES_FOLDER).glob(".*.tmp"):
+        # half-written by a kill
+        litter.unlink()
     collection = _Collection(dataset, summary)
     with warnings.catch_warnings():
         # Pillow warns of photos over half its limit, which are only shrunk here, and of damage, which is listed anyway
@@ -252,7 +293,7 @@ def ingest(
         results = _in_order(lambda item: _prepare(item.path, max_megapixels, image_format, quality), found)
         for num_done, (item, prepared) in enumerate(zip(found, results, strict=True), start=1):
             if isinstance(prepared, str):
-                summary.rejected.append(Rejection(str(item.path), prepared))
+                summary.rejected.append(Rejection(storable(str(item.path)), prepared))
             else:
                 collection.add(item, prepared)
             if progress is not None:
@@ -263,15 +304,14 @@ def ingest(
     summary.photos = collection.photos
     _write_rejected(dataset, summary.rejected)
     if not collection.touched and not summary.num_duplicates:
-        names = ", ".join(str(source) for source in sources)
+        names = ", ".join(printable(source) for source in sources)
         if not summary.rejected:
             raise ValueError(f"no photo found in {names}; give a folder that holds JPEG, PNG or WebP files")
         first = summary.rejected[0]
         raise ValueError(
-            f"no photo of {names} can be used, {len(summary.rejected)} rejected; the first: {first.path}: "
-            f"{first.reason} (all: {dataset / REJECTED_NAME})"
+            f"no photo of {names} can be used, {len(summary.rejected)} rejected; the first: {printable(first.path)}: "
+            f"{printable(first.reason)} (all: {dataset / REJECTED_NAME})"
         )
     write_manifest(dataset, summary.photos)
     for file in collection.replaced_files - {photo.file for photo in summary.photos}:
         (dataset / file).unlink(missing_ok=True)
-    return summary

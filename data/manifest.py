@@ -9,9 +9,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
 
 from safelight.data.atomic import atomic_write_text
+from safelight.data.printable import printable, storable
 from safelight.kernels.philox import SAMPLE_ID_BITS, Key, Purpose, sort_key
 
 MANIFEST_NAME = "manifest.jsonl"
+# a photo beyond it is a mistake in the manifest, and its size no float
+MAX_SIDE_PX = 1_000_000
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -47,7 +50,10 @@ _REQUIRED_TYPES = {"file": str, "sha256": str, "width": int, "height": int, "cap
 
 def _parse(line: str) -> Photo:
     """Return the photo of one manifest line. Raises ValueError with what is wrong with it."""
-    row = json.loads(line)
+    try:
+        row = json.loads(line)
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
     if not isinstance(row, dict):
         raise ValueError(f"is a {type(row).__name__}, not an object")
     for name, kind in _REQUIRED_TYPES.items():
@@ -55,22 +61,25 @@ def _parse(line: str) -> Photo:
             raise ValueError(f"{name!r} is {row.get(name)!r}, not a {kind.__name__}")
     path = PurePosixPath(row["file"])
     # a manifest may come from someone else: it must not reach files outside the dataset
-    if path.is_absolute() or ".." in path.parts or not path.name:
+    is_name = path.name and "\0" not in row["file"] and storable(row["file"]) == row["file"]
+    if path.is_absolute() or ".." in path.parts or not is_name:
         raise ValueError(f"file {row['file']!r} is not a path inside the dataset folder")
     if not _SHA256.fullmatch(row["sha256"]):
         raise ValueError(f"sha256 {row['sha256']!r} is not 64 lower-case hex digits")
     if min(row["width"], row["height"]) < 1:
         raise ValueError(f"size {row['width']} x {row['height']} px is not positive")
+    if max(row["width"], row["height"]) > MAX_SIDE_PX:
+        raise ValueError(f"a side of more than {MAX_SIDE_PX:,} px is no photo's")
     if not row["captions"] or not all(isinstance(caption, str) for caption in row["captions"]):
         raise ValueError(f"captions {row['captions']!r} is not a list of one or more texts")
     known = {name: value for name, value in row.items() if name in _FIELD_NAMES}
     return Photo(**{"caption_source": "", **known, "captions": tuple(row["captions"])})
 
 
-def read_manifest(dataset: Path) -> list[Photo]:
+def read_manifest(dataset: Path, may_be_empty: bool = False) -> list[Photo]:
     """Return the photos of a dataset folder in manifest order.
 
-    Raises ValueError if the manifest is missing, holds no photo, or has a bad line, which it names.
+    Raises ValueError if the manifest is missing, holds no photo unless it may, or has a bad line, which it names.
     """
     path = Path(dataset) / MANIFEST_NAME
     if not path.is_file():
@@ -86,11 +95,12 @@ def read_manifest(dataset: Path) -> list[Photo]:
                 raise ValueError(f"{photo.file} stands on line {line_of_file[photo.file]} already")
         except ValueError as error:
             raise ValueError(
-                f"{path} line {number}: {error}; mend or delete the line, or run `safelight prepare` again"
+                f"{path} line {number}: {printable(str(error))}; mend or delete the line, "
+                "or delete the file and run `safelight prepare` again"
             ) from error
         line_of_file[photo.file] = number
         photos.append(photo)
-    if not photos:
+    if not photos and not may_be_empty:
         raise ValueError(f"{path} holds no photo; fill it with `safelight prepare SRC... -o {dataset}`")
     return photos
 
@@ -113,8 +123,9 @@ def split_validation(photos: list[Photo], fraction: float, seed: int) -> tuple[l
     if fraction == 0:
         return list(photos), []
     # rounded first: 0.07 * 100 is 7.000000000000001 and must hold out 7
-    num_held_out = min(max(1, math.ceil(round(fraction * len(photos), 9))), len(photos) - 1)
     ids = {photo.sample_id for photo in photos}
+    # of ids: a photo that stands in the manifest twice is held out twice or not at all
+    num_held_out = min(max(1, math.ceil(round(fraction * len(photos), 9))), len(ids) - 1)
     order = sorted(ids, key=lambda sample_id: (sort_key(Key(seed, Purpose.SPLIT, sample_id)), sample_id))
     held_out = set(order[: max(num_held_out, 0)])
     train = [photo for photo in photos if photo.sample_id not in held_out]

@@ -5,7 +5,8 @@
 
 The index alone says what exists. A batch is written behind the rows that the index knows, synced, and only then
 committed to the index, so a kill at any moment loses at most that batch: its bytes lie behind the end and the next
-append overwrites them.
+append overwrites them. A row's checksum is checked when it is first read in a process; `drop_damaged` does so ahead of
+training, in one pass over the rows a run needs, and strikes the bad ones from the index, to be made again.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
-from safelight.data.atomic import sync_folder
+from safelight.data.atomic import naming, sync_folder
+from safelight.data.lock import FolderLock
 
 INDEX_NAME = "index.sqlite"
 SHARDS_FOLDER = "shards"
@@ -39,6 +41,8 @@ CREATE TABLE IF NOT EXISTS shards (
 CREATE TABLE IF NOT EXISTS rows (
     key TEXT PRIMARY KEY, shard INTEGER NOT NULL REFERENCES shards (id), row INTEGER NOT NULL, crc32 INTEGER NOT NULL,
     UNIQUE (shard, row)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS photos (
+    file TEXT PRIMARY KEY, sha256 TEXT NOT NULL, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL) WITHOUT ROWID;
 """
 
 
@@ -47,7 +51,8 @@ class CorruptRow(ValueError):
 
     def __init__(self, shard: str, key: str, reason: str):
         super().__init__(
-            f"cache row {key[:16]} in {SHARDS_FOLDER}/{shard} {reason}; delete the cache folder and run `safelight cache`"
+            f"cache row {key[:16]} in {SHARDS_FOLDER}/{shard} {reason}; "
+            "`safelight cache` makes such rows again, and so does `safelight train --resume`"
         )
         self.shard, self.key = shard, key
 
@@ -92,6 +97,8 @@ class Cache:
         self._lock = threading.RLock()
         self._maps: dict[int, np.ndarray] = {}
         self._checked: set[tuple[int, int]] = set()
+        self._folder_lock: FolderLock | None = None
+        self.num_dropped = 0
         self._shards_path.mkdir(parents=True, exist_ok=True)
         # autocommit: transactions are opened by hand, to span the write of the shard
         self._index = sqlite3.connect(
@@ -110,8 +117,8 @@ class Cache:
             self._index.execute("PRAGMA journal_mode = DELETE")
             self._index.execute("PRAGMA synchronous = FULL")
             found = self._index.execute("PRAGMA user_version").fetchone()[0]
-            if found == 0:
-                self._index.executescript(_SCHEMA + f"PRAGMA user_version = {FORMAT};")
+            if found in (0, FORMAT):
+                self._index.executescript(_SCHEMA + f"PRAGMA user_version = {FORMAT};" * (found == 0))
             self._index.execute("SELECT key FROM rows LIMIT 1").fetchone()
         except sqlite3.OperationalError as error:
             raise ValueError(f"cache index {path} cannot be opened ({error}); is another run writing to it?") from error
@@ -127,10 +134,26 @@ class Cache:
         self.close()
 
     def close(self) -> None:
-        """Release the index and the memory maps."""
+        """Release the index, the memory maps and the claim."""
+        self.release()
         with self._lock:
             self._maps.clear()
             self._index.close()
+
+    def claim(self) -> None:
+        """Lock the folder for making rows, until `release`; a second claim changes nothing.
+
+        It keeps two processes from encoding the same rows; rows stay whole without it too, on a file system that has no
+        locks. Raises ValueError naming the process that is at it.
+        """
+        if self._folder_lock is None:
+            self._folder_lock = FolderLock(self.path, "wait until it has made the cache, then run this again")
+
+    def release(self) -> None:
+        """Let another process make rows."""
+        if self._folder_lock is not None:
+            self._folder_lock.release()
+            self._folder_lock = None
 
     def __len__(self) -> int:
         with self._lock:
@@ -186,7 +209,7 @@ class Cache:
         """Write rows at a byte offset of a shard and sync it; what lay behind is an append that was never committed."""
         path = self._shards_path / file
         is_new = not path.exists()
-        with open(path, "wb" if is_new else "r+b") as stream:
+        with naming(path), open(path, "wb" if is_new else "r+b") as stream:
             stream.seek(offset)
             stream.write(rows.data)
             stream.truncate()
@@ -283,6 +306,45 @@ class Cache:
                 f"rows of one shape can be read together, not {sorted(shapes)}; read each bucket by itself"
             )
         return np.stack([self._row(address) for address in addresses])
+
+    def drop_damaged(self, keys: Sequence[str]) -> list[CorruptRow]:
+        """Return an error for each of the keys' rows that cannot be trusted; they are struck from the index.
+
+        Reads every row that was not read before, in the order of the shards. num_dropped counts them all.
+        """
+        # seen afresh: a shard may have been cut since it was mapped, and reading past its end is fatal
+        with self._lock:
+            self._maps.clear()
+        bad = []
+        for address in sorted(self._find(list(dict.fromkeys(keys))).values(), key=lambda a: (a.shard, a.row)):
+            try:
+                self._row(address)
+            except CorruptRow as error:
+                bad.append(error)
+        if bad:
+            self.claim()
+            with self._transaction():
+                self._index.executemany("DELETE FROM rows WHERE key = ?", [(error.key,) for error in bad])
+        self.num_dropped += len(bad)
+        return bad
+
+    def seen_photos(self) -> dict[str, tuple[str, int, int]]:
+        """Return (SHA-256, size in bytes, mtime in ns) of each photo's file when its content was last read."""
+        with self._lock:
+            records = self._index.execute("SELECT file, sha256, size, mtime_ns FROM photos").fetchall()
+        return {file: (sha256, size, mtime_ns) for file, sha256, size, mtime_ns in records}
+
+    def note_photos(self, photos: dict[str, tuple[str, int, int]]) -> None:
+        """Remember what `seen_photos` returns; a cache that cannot be written remembers nothing."""
+        rows = [(file, *seen) for file, seen in photos.items()]
+        try:
+            with self._transaction():
+                self._index.executemany(
+                    "INSERT OR REPLACE INTO photos (file, sha256, size, mtime_ns) VALUES (?, ?, ?, ?)", rows
+                )
+        except sqlite3.OperationalError:
+            # a full cache on a read-only disk can be trained from; its photos are read again at each start
+            pass
 
     def verify(self) -> list[CorruptRow]:
         """Return an error for every row whose bytes do not match its checksum; empty if the cache is sound."""

@@ -99,6 +99,7 @@ def prepare(argv: list[str]) -> int:
     if not arguments.sources:
         raise ValueError("no photos given; name one or more folders of photos, or files")
     from safelight.data.ingest import ingest
+    from safelight.data.printable import printable
     from safelight.trainer.log import Terminal
 
     terminal = Terminal()
@@ -115,7 +116,7 @@ def prepare(argv: list[str]) -> int:
         })  # fmt: skip
         return 0
     for row in rejected:
-        terminal.say(f"left out {row['path']}: {row['reason']}")
+        terminal.say(printable(f"left out {row['path']}: {row['reason']}"))
     for warning in summary.warnings:
         terminal.say(f"note: {warning}")
     print(
@@ -136,6 +137,8 @@ def cache(argv: list[str]) -> int:
     terminal = Terminal()
     dataset = open_dataset(config, resolve_base(config.model.base), pick_device(config.run.device), terminal.update)
     terminal.pause()
+    if dataset.num_damaged:
+        terminal.say(f"{dataset.num_damaged} rows of the cache were damaged and have been made again")
     with dataset.cache:
         rows = dataset.counts()
         if arguments.json:
@@ -290,7 +293,9 @@ def _explain_failure(error: Exception) -> str | None:
         )
     if kind == "SafetensorError" or (isinstance(error, OSError) and error.errno is not None):
         where = f"{error.filename}: " if getattr(error, "filename", None) else ""
-        return f"{where}{getattr(error, 'strerror', None) or error}"
+        what = f"{where}{getattr(error, 'strerror', None) or str(error).splitlines()[0]}"
+        is_full = any(name in what for name in ("No space left", "quota exceeded", "File too large"))
+        return f"{what}; free some disk and run it again: what was saved before is whole" if is_full else what
     if type(error).__module__ == "sqlite3":
         return f"the cache's index: {error}; free some disk, or delete the dataset's cache folder to make it again"
     return str(error) if isinstance(error, ValueError) else None

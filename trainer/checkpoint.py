@@ -1,7 +1,7 @@
 """Checkpoints that are whole or not there: `checkpoints/step-00000300/{unet/, state.safetensors, state.json}`.
 
 A checkpoint is written beside its place, synced to disk and renamed. state.json is written last and holds the SHA-256 of
-every other file: a folder without it does not count. Names other than `step-` and eight digits are nobody's business.
+every other file and of itself: a folder without it does not count. Names other than `step-` and eight digits are nobody's business.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +22,10 @@ from safelight.data.atomic import atomic_write_text, sync_folder
 from safelight.trainer.identity import Identity
 
 FORMAT = 1
+# the record's own checksum; the first checkpoints have none
+SEAL = "record_sha256"
+# what a damaged state.json raises
+UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 _NAME = re.compile(r"step-(\d{8})")
 
 
@@ -82,41 +87,100 @@ def save_checkpoint(
     # they must take neither the room nor the name of the new one
     _remove_unfinished(run_dir)
     assert not place.exists(), f"{place} is written a second time"
-    partial.mkdir(parents=True)
-    unet.save_pretrained(partial / "unet", safe_serialization=True)
-    save_file(state, partial / "state.safetensors")
-    files = sorted(path for path in partial.rglob("*") if path.is_file())
-    for path in files:
-        _sync_file(path)
-    record = {
-        "format": FORMAT,
-        "position": asdict(position),
-        "identity": asdict(identity),
-        "sha256": {path.relative_to(partial).as_posix(): _digest(path) for path in files},
-    }
-    atomic_write_text(partial / "state.json", json.dumps(record, indent=1))
-    for folder in (partial / "unet", partial):
-        sync_folder(folder)
+    try:
+        _write(partial, unet, state, position, identity)
+    except Exception:
+        # on a full disk it would stand in the way of what frees it
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     partial.rename(place)
     for folder in (place.parent, run_dir):
         sync_folder(folder)
     return place
 
 
+def _write(folder: Path, unet: nn.Module, state: dict[str, Tensor], position: Position, identity: Identity) -> None:
+    """Write a checkpoint's files and sync them to disk, its record last."""
+    folder.mkdir(parents=True)
+    unet.save_pretrained(folder / "unet", safe_serialization=True)
+    save_file(state, folder / "state.safetensors")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in files:
+        _sync_file(path)
+    record = {
+        "format": FORMAT,
+        "position": asdict(position),
+        "identity": asdict(identity),
+        "sha256": {path.relative_to(folder).as_posix(): _digest(path) for path in files},
+    }
+    atomic_write_text(folder / "state.json", json.dumps({**record, SEAL: _seal(record)}, indent=1))
+    for path in (folder / "unet", folder):
+        sync_folder(path)
+
+
+def _damaged(folder: Path, what: str) -> ValueError:
+    """Return the error of a damaged checkpoint, with the newest sound one before it and how to go on from there."""
+    run_dir = folder.parent.parent
+    earlier = [step for step in list_checkpoints(run_dir) if folder_of(run_dir, step) < folder]
+    sound = next((step for step in reversed(earlier) if not _flaw(folder_of(run_dir, step))), None)
+    # what is damaged is put aside, not deleted: something may yet be had from it
+    aside = [path for step in earlier if sound is None or step > sound for path in [folder_of(run_dir, step)]]
+    moves = [f"mv {shlex.quote(str(path))} {shlex.quote(f'{path}.damaged')}" for path in [*aside, folder]]
+    go_on = "start again from step 0" if sound is None else f"go on from step {sound}, the sound one before it"
+    command = f"safelight train {shlex.quote(str(run_dir / 'config.toml'))} --resume"
+    return ValueError(f"checkpoint {folder} is damaged: {what}; {go_on}: {' && '.join([*moves, command])}")
+
+
+def _seal(record: dict) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _record(folder: Path) -> dict:
+    """Return a checkpoint's state.json. Raises one of UNREADABLE if it is damaged, _OtherFormat for another version's."""
+    record = json.loads((folder / "state.json").read_bytes())
+    if record["format"] != FORMAT:
+        raise _OtherFormat(record["format"])
+    seal = record.pop(SEAL, None)
+    if seal is not None and seal != _seal(record):
+        raise ValueError("its checksum differs")
+    Identity(**record["identity"])
+    step = Position(**record["position"]).step
+    if folder_of(folder.parent.parent, step).name != folder.name:
+        raise ValueError(f"it is the record of step {step}")
+    if not isinstance(record["sha256"], dict):
+        raise ValueError("it names no files")
+    return record
+
+
+def _flaw(folder: Path) -> str:
+    """Return what is wrong with a checkpoint's files, '' if they are as they were written."""
+    try:
+        record = _record(folder)
+        for name, digest in record["sha256"].items():
+            path = folder / name
+            if not path.is_file() or _digest(path) != digest:
+                return f"{name} is missing or its checksum differs"
+    except _OtherFormat as other:
+        return f"it has format {other}"
+    except (*UNREADABLE, OSError) as error:
+        return f"state.json is not readable ({error})"
+    return ""
+
+
+class _OtherFormat(Exception):
+    """A checkpoint of another version; the message is its format."""
+
+
 def read_record(folder: Path) -> dict:
     """Return a checkpoint's state.json. Raises ValueError for a damaged one and one of another version."""
     try:
-        record = json.loads((folder / "state.json").read_bytes())
-    except ValueError as error:
+        return _record(folder)
+    except _OtherFormat as other:
         raise ValueError(
-            f"checkpoint {folder} is damaged: state.json is not readable ({error}); "
-            f"delete that folder to resume from the one before"
+            f"checkpoint {folder} has format {other}, this version reads {FORMAT}; use the version that wrote it"
         ) from None
-    if record.get("format") != FORMAT:
-        raise ValueError(
-            f"checkpoint {folder} has format {record.get('format')}, this version reads {FORMAT}; use the version that wrote it"
-        )
-    return record
+    except UNREADABLE as error:
+        raise _damaged(folder, f"state.json is not readable ({error})") from None
 
 
 def read_identity(run_dir: Path, step: int) -> tuple[Identity, int]:
@@ -128,13 +192,9 @@ def read_identity(run_dir: Path, step: int) -> tuple[Identity, int]:
 def check_files(folder: Path) -> dict:
     """Return a checkpoint's record after checking every checksum. Raises ValueError naming a damaged file."""
     record = read_record(folder)
-    for name, digest in record["sha256"].items():
-        path = folder / name
-        if not path.is_file() or _digest(path) != digest:
-            raise ValueError(
-                f"checkpoint {folder} is damaged: {name} is missing or its checksum differs; "
-                f"delete that folder to resume from the one before"
-            )
+    flaw = _flaw(folder)
+    if flaw:
+        raise _damaged(folder, flaw)
     return record
 
 
@@ -147,11 +207,18 @@ def load_checkpoint(run_dir: Path, step: int, unet: nn.Module) -> tuple[dict[str
 
 
 def load_unet_weights(folder: Path, unet: nn.Module) -> None:
-    """Load a checkpoint's UNet weights into a UNet of the same architecture."""
+    """Load a checkpoint's UNet weights into a UNet. Raises ValueError if it has another architecture."""
     weights: dict[str, Tensor] = {}
     for path in sorted((folder / "unet").glob("*.safetensors")):
         weights.update(load_file(path))
-    unet.load_state_dict(weights, strict=True)
+    try:
+        unet.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1:2] or [str(error)]
+        raise ValueError(
+            f"checkpoint {folder} is of another UNet than the base that the run names now ({first[0].strip()[:160]}); "
+            "give model.base the model it was trained from"
+        ) from None
 
 
 def prune(run_dir: Path, keep: int, best_step: int) -> None:

@@ -318,13 +318,15 @@ def parse_config(values: dict, source: str) -> Config:
 def load_config(path: Path) -> Config:
     """Return the config of a TOML file. Raises ValueError where it is missing or wrong."""
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; write one with `safelight init tiny -o {path}`") from None
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}; give a run.toml") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not readable as TOML: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{path} is not readable as TOML: it is nested too deeply") from None
     return parse_config(values, str(path))
 
 

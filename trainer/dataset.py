@@ -35,7 +35,8 @@ Progress = Callable[[str, int, int], None]
 class Dataset:
     """Samples of both halves over one open cache. scaling_factor: unscaled latents times it have unit variance.
 
-    num_made: rows encoded just now; num_cut: captions longer than the text encoder reads.
+    num_made: rows encoded just now, num_damaged of them in place of damaged ones; num_cut: captions longer than the text
+    encoder reads.
     """
 
     path: Path
@@ -48,6 +49,7 @@ class Dataset:
     latent_factor: int
     text_fingerprint: str
     num_made: int = 0
+    num_damaged: int = 0
     num_cut: int = 0
 
     def text_key(self, caption: str) -> str:
@@ -110,17 +112,34 @@ def open_dataset(config: Config, base: Base, device: torch.device, progress: Pro
         path, cache, train, validation, buckets, empty_text_key(encoder.fingerprint, cache.dtype),
         codec.scaling_factor, codec.factor, encoder.fingerprint,
     )  # fmt: skip
-    captions = [*sample_captions(train), *sample_captions(validation), *dataset.sample_prompts(config)]
-    captions.append(config.sample.negative_prompt)
+    try:
+        _fill(dataset, config, codec, encoder, ENCODE_BATCH_CPU if device.type == "cpu" else ENCODE_BATCH_GPU, progress)
+    except BaseException:
+        cache.close()
+        raise
+    return dataset
+
+
+def _fill(
+    dataset: Dataset,
+    config: Config,
+    codec: LatentCodec,
+    encoder: CaptionEncoder,
+    batch_size: int,
+    progress: Progress | None,
+) -> None:
+    """Encode what the dataset's cache lacks or holds damaged."""
+    cache, samples = dataset.cache, [*dataset.train, *dataset.validation]
+    captions = [*sample_captions(samples), *dataset.sample_prompts(config), config.sample.negative_prompt]
 
     def told(what: str):
         return None if progress is None else lambda done, total: progress(what, done, total)
 
     dataset.num_cut = encoder.num_cut(captions)
-    size = ENCODE_BATCH_CPU if device.type == "cpu" else ENCODE_BATCH_GPU
-    dataset.num_made = fill_texts(cache, captions, encoder, 4 * size, told("captions"))
-    dataset.num_made += fill_latents(cache, path, [*train, *validation], codec, size, told("latents"))
-    return dataset
+    dataset.num_made = fill_texts(cache, captions, encoder, 4 * batch_size, told("captions"))
+    dataset.num_made += fill_latents(cache, dataset.path, samples, codec, batch_size, told("latents"))
+    dataset.num_damaged = cache.num_dropped
+    cache.release()
 
 
 def _check_fit(base: Base, codec: LatentCodec, encoder: CaptionEncoder) -> None:

@@ -70,6 +70,8 @@ def load_job(config: Config, run_dir: Path, step: int | None, terminal: Terminal
         _refuse_other_run(run_dir, step, identify(config, PRECISIONS[dtype]))
     dataset = open_dataset(config, base, device, terminal.update)
     terminal.pause()
+    if dataset.num_damaged:
+        terminal.say(f"{dataset.num_damaged} rows of the cache were damaged and have been made again")
     if dataset.num_cut:
         terminal.say(f"{dataset.num_cut} captions are longer than the text encoder reads and are cut at their end")
     identity = identify(config, PRECISIONS[dtype], dataset.train)
@@ -97,6 +99,8 @@ def load_job(config: Config, run_dir: Path, step: int | None, terminal: Terminal
     notes = [str(attention), f"optimizer {config.optimizer.name}" + (", fp32 master" if optimizer.has_master else "")]
     write_start(run_dir, config, base, dataset, unet, notes, schedule.prediction_type, PRECISIONS[dtype], device)
     metrics = Metrics(run_dir, -1 if step is None else step, config.log.tensorboard)
+    if metrics.num_unreadable:
+        terminal.say(f"{metrics.num_unreadable} lines of {metrics.path} are not readable and are left out")
     terminal.say(
         f"{len(dataset.train)} photographs to train on, {len(dataset.validation)} held out; "
         f"{timeline.num_steps} steps in {timeline.num_epochs} epochs"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from safelight.data.atomic import atomic_write_text
+from safelight.data.atomic import atomic_write_bytes, naming
 
 GIB = 2**30
 
@@ -33,21 +33,25 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 class Metrics:
-    """An append-only metrics.jsonl, cut back to the step a run resumes from, and its TensorBoard twin."""
+    """An append-only metrics.jsonl, cut back to the step a run resumes from, and its TensorBoard twin.
+
+    num_unreadable: damaged lines of an earlier start that are left out.
+    """
 
     def __init__(self, run_dir: Path, step: int, tensorboard: bool):
         self.path = run_dir / "metrics.jsonl"
+        self.num_unreadable = 0
         kept = []
         if self.path.exists():
-            for line in self.path.read_text().splitlines():
+            lines = self.path.read_bytes().split(b"\n")
+            for number, line in enumerate(lines):
                 try:
-                    row = json.loads(line)
-                except json.JSONDecodeError:
-                    # the line a kill cut short is the last one
-                    break
-                if row["step"] <= step:
-                    kept.append(line + "\n")
-            atomic_write_text(self.path, "".join(kept))
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line + b"\n")
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    # the last line may be one that a kill cut short; any other is damage, and worth a word
+                    self.num_unreadable += bool(line) and number < len(lines) - 1
+            atomic_write_bytes(self.path, b"".join(kept))
         self.file = self.path.open("a")
         self.board = None
         if tensorboard:
@@ -57,8 +61,9 @@ class Metrics:
 
     def write(self, kind: str, step: int, **values) -> None:
         row = {"kind": kind, "step": step, **values, "time": round(time.time(), 3)}
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        with naming(self.path):
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
         if self.board is not None:
             suffix = f"/{values['split']}" if "split" in values else ""
             for name, value in values.items():
@@ -67,13 +72,15 @@ class Metrics:
 
     def sync(self) -> None:
         """Make what is written survive a power cut; before a checkpoint that counts on it."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        with naming(self.path):
+            self.file.flush()
+            os.fsync(self.file.fileno())
         if self.board is not None:
             self.board.flush()
 
     def close(self) -> None:
-        self.file.close()
+        with naming(self.path):
+            self.file.close()
         if self.board is not None:
             self.board.close()
 

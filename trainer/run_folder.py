@@ -10,6 +10,8 @@ from PIL import Image
 from torch import nn
 
 from safelight.data.atomic import atomic_write_text
+from safelight.data.images import decode
+from safelight.data.printable import storable
 from safelight.trainer.config import Config, to_toml
 from safelight.trainer.dataset import NUM_EXAMPLES, Dataset
 from safelight.trainer.environment import describe
@@ -51,8 +53,6 @@ def write_start(
         for half, samples in (("train", dataset.train), ("validation", dataset.validation))
     }
     _write_json(run_dir / "split.json", {"seed": config.run.seed, "fraction": config.data.validation_fraction, **split})
-    rejected_path = dataset.path / "rejected.jsonl"
-    rejected = [json.loads(line) for line in rejected_path.read_text().splitlines()] if rejected_path.exists() else []
     _write_json(
         run_dir / "data.json",
         {
@@ -64,9 +64,21 @@ def write_start(
             "variants": config.data.variants,
             "buckets": dataset.counts(),
             "examples": _write_examples(run_dir, dataset),
-            "rejected": rejected,
+            "rejected": _read_rejected(dataset.path / "rejected.jsonl"),
         },
     )
+
+
+def _read_rejected(path: Path) -> list[dict]:
+    """Return the rows of a rejected.jsonl that are rows; it is shown, never relied on."""
+    rows = []
+    for line in path.read_bytes().split(b"\n") if path.is_file() else []:
+        try:
+            row = json.loads(line)
+            rows.append({name: storable(str(row[name])) for name in ("path", "reason")})
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue
+    return rows
 
 
 def _write_examples(run_dir: Path, dataset: Dataset) -> list[dict]:
@@ -76,10 +88,9 @@ def _write_examples(run_dir: Path, dataset: Dataset) -> list[dict]:
     rows = []
     for index, sample in enumerate(dataset.train[::every][:NUM_EXAMPLES]):
         name = f"{index:03d}.jpg"
-        with Image.open(dataset.path / sample.photo.file) as image:
-            small = image.convert("RGB")
-            small.thumbnail((EXAMPLE_SIDE, EXAMPLE_SIDE), Image.Resampling.LANCZOS)
-            small.save(folder / name, quality=88)
+        small = decode((dataset.path / sample.photo.file).read_bytes()).image
+        small.thumbnail((EXAMPLE_SIDE, EXAMPLE_SIDE), Image.Resampling.LANCZOS)
+        small.save(folder / name, quality=88)
         rows.append(
             {
                 "file": f"data_examples/{name}",

@@ -18,6 +18,7 @@ import torch
 
 from safelight.data.atomic import atomic_write_text
 from safelight.data.batches import MicroBatch, iterate, plan_epoch
+from safelight.data.lock import FolderLock
 from safelight.trainer.checkpoint import (
     Position,
     list_checkpoints,
@@ -56,25 +57,28 @@ def train(
 
     resume: go on from the newest checkpoint, from the start if there is none yet. stop_requested: asked after every
     step; True saves and returns. guard: entered for the loop alone, where an interruption has something to save.
-    Raises ValueError for what the user can mend: settings, dataset, model, run folder.
+    Raises ValueError for what the user can mend: settings, dataset, model, a run folder that is damaged or in use.
     """
     terminal = terminal or Terminal()
     run_dir = Path(config.run.dir)
-    checkpoints = list_checkpoints(run_dir)
-    if checkpoints and not resume:
-        raise ValueError(
-            f"{run_dir} already holds a run (at step {checkpoints[-1]}); add --resume, or name another --run.dir"
-        )
-    if resume and not checkpoints:
-        terminal.say(f"{run_dir} holds no checkpoint yet: starting at step 0")
-    job, position = load_job(config, run_dir, checkpoints[-1] if checkpoints else None, terminal)
-    try:
-        with guard:
-            return _loop(job, position, stop_requested)
-    finally:
-        terminal.pause()
-        job.metrics.close()
-        job.dataset.cache.close()
+    with FolderLock(run_dir, "wait until it ends, or name another --run.dir") as lock:
+        if lock.note:
+            terminal.say(lock.note)
+        checkpoints = list_checkpoints(run_dir)
+        if checkpoints and not resume:
+            raise ValueError(
+                f"{run_dir} already holds a run (at step {checkpoints[-1]}); add --resume, or name another --run.dir"
+            )
+        if resume and not checkpoints:
+            terminal.say(f"{run_dir} holds no checkpoint yet: starting at step 0")
+        job, position = load_job(config, run_dir, checkpoints[-1] if checkpoints else None, terminal)
+        try:
+            with guard:
+                return _loop(job, position, stop_requested)
+        finally:
+            terminal.pause()
+            job.metrics.close()
+            job.dataset.cache.close()
 
 
 def _loop(job: Job, position: Position, stop_requested: Callable[[], bool]) -> Outcome:

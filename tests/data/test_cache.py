@@ -401,7 +401,7 @@ def test_decoding_runs_ahead_of_encoding(tmp_path, noise_dataset, fakes, monkeyp
 
 def test_a_photo_is_decoded_once_for_its_variants(tmp_path, noise_dataset, fakes, monkeypatch):
     calls = []
-    monkeypatch.setattr(Image, "open", lambda stream, real=Image.open: calls.append(1) or real(stream))
+    monkeypatch.setattr(Image, "open", lambda *a, real=Image.open, **k: calls.append(1) or real(*a, **k))
     samples = fakes.plan(noise_dataset, fakes.FakeVae(), fakes.FakeTextEncoder())[:1]
     with Cache(tmp_path / "cache") as cache:
         assert fill_latents(cache, noise_dataset, samples, fakes.FakeVae(), batch_size=8) == 3

@@ -1,10 +1,13 @@
 """Checkpoints: whole or not there, the right ones kept, damage named, another run's refused, the state complete."""
 
 import json
+import shlex
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -101,23 +104,25 @@ def test_no_best_so_far_comes_back(tmp_path):
 # whole or not there
 
 
-class DiskFull(Exception):
-    pass
+class Killed(BaseException):
+    """Nothing is cleared away after it."""
 
 
+@pytest.mark.parametrize("how", [Killed, OSError])
 @pytest.mark.parametrize("where", ["save_file", "_sync_file", "_digest", "atomic_write_text", "sync_folder"])
-def test_what_was_broken_off_does_not_count_and_is_cleared_away(tmp_path, monkeypatch, where):
+def test_what_was_broken_off_does_not_count_and_is_cleared_away(tmp_path, monkeypatch, where, how):
     save(tmp_path, 1)
     with monkeypatch.context() as patch:
 
         def fail(*args, **kwargs):
-            raise DiskFull
+            raise how
 
         patch.setattr(checkpoint, where, fail)
-        with pytest.raises(DiskFull):
+        with pytest.raises(how):
             save(tmp_path, 2)
     assert list_checkpoints(tmp_path) == [1]
-    assert list((tmp_path / "checkpoints").glob(".step-00000002.partial"))
+    # a full disk gets its room back at once
+    assert len(list((tmp_path / "checkpoints").glob(".step-00000002.partial"))) == (how is Killed)
     save(tmp_path, 3)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000001", "step-00000003"]
     check_files(folder_of(tmp_path, 3))
@@ -166,11 +171,11 @@ def test_what_is_deleted_first_stops_counting(tmp_path, monkeypatch):
         save(tmp_path, step)
 
     def fail(*args, **kwargs):
-        raise DiskFull
+        raise Killed
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.shutil, "rmtree", fail)
-        with pytest.raises(DiskFull):
+        with pytest.raises(Killed):
             prune(tmp_path, 1, -1)
     assert list_checkpoints(tmp_path) == [2]
     prune(tmp_path, 1, -1)
@@ -193,10 +198,60 @@ def test_damage_is_found_and_named(tmp_path, name, how):
     else:
         content[-1] ^= 1
         path.write_bytes(content)
-    with pytest.raises(
-        ValueError, match=rf"step-00000007 is damaged: {name} is missing or its checksum differs; delete"
-    ):
+    with pytest.raises(ValueError, match=rf"step-00000007 is damaged: {name} is missing or its checksum differs; "):
         load_checkpoint(tmp_path, 7, make_unet())
+
+
+def test_the_newest_sound_one_before_is_offered_with_the_commands(tmp_path):
+    """Of four checkpoints the last and the one before it are damaged; the commands are run as they are told."""
+    for step in (2, 4, 6, 8):
+        save(tmp_path, step)
+    for step in (6, 8):
+        path = folder_of(tmp_path, step) / "state.safetensors"
+        path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    with pytest.raises(ValueError, match="go on from step 4, the sound one before it: ") as caught:
+        check_files(folder_of(tmp_path, 8))
+    assert "\n" not in str(caught.value)
+    *moves, train_command = str(caught.value).split("before it: ")[1].split(" && ")
+    assert train_command == f"safelight train {tmp_path / 'config.toml'} --resume"
+    for move in moves:
+        subprocess.run(shlex.split(move), check=True)
+    assert list_checkpoints(tmp_path) == [2, 4]
+    check_files(folder_of(tmp_path, 4))
+    assert len(list((tmp_path / "checkpoints").glob("*.damaged"))) == 2
+
+
+def test_without_a_sound_one_before_the_start_is_offered(tmp_path):
+    path = save(tmp_path, 3) / "state.safetensors"
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match="start again from step 0: mv "):
+        check_files(folder_of(tmp_path, 3))
+
+
+def test_any_flipped_bit_of_the_record_is_found_or_harmless(tmp_path):
+    path = save(tmp_path, 7) / "state.json"
+    content, record = path.read_bytes(), checkpoint.read_record(path.parent)
+    rng = np.random.default_rng(3)
+    num_found = 0
+    for position in rng.permutation(8 * len(content))[:400]:
+        flipped = bytearray(content)
+        flipped[position // 8] ^= 1 << (position % 8)
+        path.write_bytes(flipped)
+        try:
+            again = checkpoint.read_record(path.parent)
+        except ValueError:
+            num_found += 1
+        else:
+            assert {name: again[name] for name in record} == record
+    assert num_found > 300
+
+
+def test_a_checkpoint_of_another_unet_is_one_line(tmp_path):
+    torch.manual_seed(1)
+    save(tmp_path, 1, unet=make_unet())
+    with pytest.raises(ValueError, match=r"step-00000001 is of another UNet than .*; give model\.base") as caught:
+        load_checkpoint(tmp_path, 1, Little())
+    assert "\n" not in str(caught.value)
 
 
 def test_a_record_that_is_damaged_or_of_another_version_is_named(tmp_path):
@@ -206,9 +261,7 @@ def test_a_record_that_is_damaged_or_of_another_version_is_named(tmp_path):
     with pytest.raises(ValueError, match="has format 99, this version reads 1; use the version that wrote it"):
         load_checkpoint(tmp_path, 1, Little())
     path.write_text(path.read_text()[:-9])
-    with pytest.raises(
-        ValueError, match=r"step-00000001 is damaged: state\.json is not readable .*; delete that folder"
-    ):
+    with pytest.raises(ValueError, match=r"step-00000001 is damaged: state\.json is not readable .*; start again"):
         load_checkpoint(tmp_path, 1, Little())
 
 

@@ -55,9 +55,11 @@ class Model(Section):
     """What is fine-tuned."""
 
     base: str = "tiny"
-    """`tiny` (embedded), a diffusers folder, a hub id, or `random:NAME` for untrained weights of a known size."""
+    """`tiny` (embedded), a diffusers folder, a hub id, an SD 1.x or 2.x .safetensors file, or `random:NAME` (untrained)."""
+    config: str = ""
+    """Folder or hub id with a single file's configs, tokenizer, scheduler and the parts it lacks; empty: SD 1.5's."""
     vae: str = ""
-    """Another autoencoder (folder of an AutoencoderKL or AutoencoderTiny) in place of the base's."""
+    """Another autoencoder for the base's: a folder (AutoencoderKL or AutoencoderTiny), or a .safetensors file of its size."""
     tokenizer: str = ""
     """Another CLIP tokenizer folder; needs a text encoder of its vocabulary, so only with a `random:` base."""
     clip_skip: Annotated[int, Field(ge=0, le=11)] = 0

@@ -19,7 +19,7 @@ from safelight.trainer.checkpoint import check_files, folder_of, list_checkpoint
 from safelight.trainer.config import Config, explain, load_config
 from safelight.trainer.diffusion import NoiseSchedule, make_schedule
 from safelight.trainer.encoders import CaptionEncoder, LatentCodec, load_caption_encoder, load_codec
-from safelight.trainer.models import Base, load_unet, pick_device, pick_dtype, resolve_base
+from safelight.trainer.models import Base, base_of, load_unet, pick_device, pick_dtype
 from safelight.trainer.sample import Settings, generate, settings_of
 
 Progress = Callable[[int, int], None]
@@ -70,7 +70,7 @@ def open_run(run_dir: Path) -> OpenRun:
         raise ValueError(f"{run_dir} is no run folder: it has no config.toml; train first, or name runs/NAME")
     config = load_config(run_dir / "config.toml")
     device = pick_device(config.run.device)
-    base = resolve_base(config.model.base)
+    base = base_of(config.model)
     schedule = make_schedule(base.config_of("scheduler"), config.loss.prediction, config.loss.zero_terminal_snr)
     # the encoders wait in host memory and visit the GPU
     host = torch.device("cpu")

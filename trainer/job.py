@@ -23,7 +23,7 @@ from safelight.trainer.diffusion import NoiseSchedule, make_schedule
 from safelight.trainer.encoders import LatentCodec, load_codec
 from safelight.trainer.identity import Identity, identify
 from safelight.trainer.log import Metrics, Terminal, reset_peak_memory
-from safelight.trainer.models import PRECISIONS, load_unet, pick_device, pick_dtype, resolve_base
+from safelight.trainer.models import PRECISIONS, base_of, load_unet, pick_device, pick_dtype
 from safelight.trainer.optim import UNetOptimizer, check_optimizer
 from safelight.trainer.run_folder import write_start
 from safelight.trainer.step import StepResult
@@ -63,7 +63,7 @@ def load_job(config: Config, run_dir: Path, step: int | None, terminal: Terminal
     device = pick_device(config.run.device)
     dtype = pick_dtype(config.model.precision, device)
     check_optimizer(config.optimizer.name)
-    base = resolve_base(config.model.base)
+    base = base_of(config.model)
     schedule = make_schedule(base.config_of("scheduler"), config.loss.prediction, config.loss.zero_terminal_snr)
     if step is not None:
         # before anything is encoded for settings that will be refused

@@ -1,4 +1,4 @@
-"""Where the parts of a Stable Diffusion come from: the embedded tiny base, a diffusers folder, the hub, or nothing.
+"""Where the parts of a Stable Diffusion come from: the tiny base, a diffusers folder, a single file, the hub, or nothing.
 
 Each part is loaded when it is needed and alone, so that encoders and UNet never share the memory. safetensors only.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import sys
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +18,15 @@ from safetensors import SafetensorError
 from torch import nn
 
 from safelight.kernels.philox import Key, Purpose, words
+from safelight.trainer.config import Model
+from safelight.trainer.hub import PARTS, fetch
+from safelight.trainer.presets import SD15
 from safelight.trainer.random_models import RANDOM_MODELS
+from safelight.trainer.single_file import SingleFile
 
+PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+# diffusers and transformers put a variant before or behind a shard's number
+_WEIGHTS = re.compile(r"[^.]+?(?:\.(\w+?))?(?:-\d{5}-of-\d{5})?(?:\.(\w+))?\.safetensors")
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -31,11 +39,17 @@ def tiny_folder() -> Path:
 
 @dataclass(frozen=True)
 class Base:
-    """A resolved `model.base`. folder is None for `random:NAME`; random_name is '' otherwise."""
+    """A resolved `model.base`.
+
+    folder: of the configs, the tokenizer, and the weights that no file holds; None for `random:NAME`.
+    random_name: '' for a base with weights. file: a single file; setting: the setting that named the folder.
+    """
 
     spec: str
     folder: Path | None
     random_name: str = ""
+    file: SingleFile | None = None
+    setting: str = ""
 
     @property
     def from_scratch(self) -> bool:
@@ -46,7 +60,10 @@ class Base:
         if self.random_name:
             return dict(RANDOM_MODELS[self.random_name][part])
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
-        return _read_json(self.folder / part / name, f"model.base {self.spec!r}")
+        config = _read_json(self.folder / part / name, self.setting)
+        if part == "scheduler" and self.file is not None and self.file.prediction_type:
+            config["prediction_type"] = self.file.prediction_type
+        return config
 
 
 def _read_json(path: Path, setting: str) -> dict:
@@ -60,62 +77,82 @@ def _read_json(path: Path, setting: str) -> dict:
         raise ValueError(f"{setting}: {path} is not readable as JSON: {error}") from None
 
 
-def resolve_base(spec: str) -> Base:
-    """Return where a `model.base` is. Raises ValueError, one line, if it is nowhere."""
+def base_of(model: Model) -> Base:
+    """Return where the base of a run's [model] table is. Raises ValueError, one line, if it is nowhere."""
+    return resolve_base(model.base, model.config, has_vae=bool(model.vae))
+
+
+def resolve_base(spec: str, config: str = "", has_vae: bool = False) -> Base:
+    """Return where a `model.base` is; config: `model.config`; has_vae: an autoencoder is given beside it.
+
+    Raises ValueError, one line, if it is nowhere, or of a kind that is not supported.
+    """
+    setting, suffix = f"model.base {spec!r}", Path(spec).suffix.lower()
+    if suffix == ".safetensors" and not Path(spec).is_dir():
+        return _resolve_file(SingleFile(Path(spec), "model.base"), spec, config, has_vae)
+    if config:
+        raise ValueError(
+            f"model.config {config!r} is for a single .safetensors file; {setting} is none, leave it empty"
+        )
     if spec == "tiny":
-        return Base(spec, tiny_folder())
+        return Base(spec, tiny_folder(), setting=setting)
     if spec.startswith("random:"):
         name = spec.removeprefix("random:")
         if name not in RANDOM_MODELS:
-            raise ValueError(
-                f"model.base {spec!r} is unknown; use one of {', '.join('random:' + n for n in RANDOM_MODELS)}"
-            )
-        return Base(spec, None, name)
-    if (Path(spec) / "model_index.json").is_file():
-        index = _read_json(Path(spec) / "model_index.json", f"model.base {spec!r}")
-        pipeline = index.get("_class_name", "")
-        if "XL" in pipeline or "text_encoder_2" in index or "transformer" in index:
-            raise ValueError(
-                f"model.base {spec!r} is a {pipeline}; only Stable Diffusion 1.x and 2.x are supported yet"
-            )
-        return Base(spec, Path(spec))
-    if Path(spec).exists():
-        raise ValueError(f"model.base {spec!r} is no diffusers folder: it has no model_index.json")
-    return Base(spec, _fetch(spec))
-
-
-def _late_bar() -> type:
-    """Return a tqdm that is drawn after two seconds, so that what is here already goes unmentioned."""
-    from tqdm import tqdm
-
-    class LateBar(tqdm):
-        def __init__(self, *args, **options):
-            # the command line turns libraries' bars off; gigabytes on their way are ours to show
-            interval = 0.2 if sys.stderr.isatty() else 10
-            super().__init__(*args, **{**options, "disable": False, "delay": 2, "mininterval": interval})
-
-    return LateBar
-
-
-def _fetch(spec: str) -> Path:
-    """Return the local snapshot of a hub repository, fetching its safetensors and configs if need be."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = ["*.json", "*.txt", "unet/*.safetensors", "vae/*.safetensors", "text_encoder/*.safetensors"]
-    try:
-        return Path(
-            snapshot_download(
-                spec, allow_patterns=patterns, ignore_patterns=["*fp16*", "*non_ema*"], tqdm_class=_late_bar()
-            )
-        )
-    except HFValidationError:
-        raise ValueError(f"model.base {spec!r} is neither a folder here nor a hub id (owner/name)") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"{setting} is unknown; use one of {', '.join('random:' + n for n in RANDOM_MODELS)}")
+        return Base(spec, None, name, setting=setting)
+    if Path(spec).is_file() or suffix in PICKLES:
         raise ValueError(
-            f"model.base {spec!r} is no folder here and could not be had from the hub ({reason[:100]}); give a diffusers folder"
-        ) from None
+            f"{setting} is no .safetensors file; other formats can run code and are never opened: convert it first"
+        )
+    return Base(spec, _diffusers_folder(spec, "model.base", "give a diffusers folder", PARTS), setting=setting)
+
+
+def _resolve_file(file: SingleFile, spec: str, config: str, has_vae: bool) -> Base:
+    """Return the base of a single file, with the folder of all that it does not hold."""
+    file.check_base()
+    lacking = [part for part, there in (("vae", file.has_vae), ("text_encoder", file.has_text_encoder)) if not there]
+    if not config:
+        if file.family == "2.x":
+            raise ValueError(
+                f"{file} is Stable Diffusion 2.x, whose weights do not tell whether they predict epsilon or v; "
+                "set model.config to the diffusers folder or hub id of the one it comes from"
+            )
+        if not file.family:
+            raise ValueError(
+                f"{file} attends to width {file.text_width}, not to 768 (1.x) or 1024 (2.x); "
+                "set model.config to the diffusers folder it was made from"
+            )
+        if "text_encoder" in lacking:
+            raise ValueError(
+                f"{file} holds no text encoder; set model.config to a diffusers folder or hub id that has it"
+            )
+        if "vae" in lacking and not has_vae:
+            raise ValueError(
+                f"{file} holds no autoencoder; set model.vae to one, or model.config to a folder that has one"
+            )
+    if config == "tiny":
+        return Base(spec, tiny_folder(), file=file, setting="model.config 'tiny'")
+    wanted = [part for part in lacking if not (part == "vae" and has_vae)]
+    fix = f"set model.config to a diffusers folder: {file.path.name} has no configs, tokenizer and scheduler of its own"
+    folder = _diffusers_folder(config or SD15, "model.config", fix, wanted)
+    return Base(spec, folder, file=file, setting=f"model.config {config or SD15!r}")
+
+
+def _diffusers_folder(spec: str, setting: str, fix: str, parts: Sequence[str]) -> Path:
+    """Return a diffusers folder that is here, or the snapshot of a hub id with the weights of `parts`."""
+    folder = Path(spec)
+    if folder.exists() and not (folder / "model_index.json").is_file():
+        raise ValueError(f"{setting} {spec!r} is no diffusers folder: it has no model_index.json")
+    is_here = folder.exists()
+    if not is_here:
+        # configs first: gigabytes of a model that is refused are not fetched
+        folder = fetch(spec, setting, fix, ())
+    index = _read_json(folder / "model_index.json", f"{setting} {spec!r}")
+    pipeline = index.get("_class_name", "")
+    if "XL" in pipeline or "text_encoder_2" in index or "transformer" in index:
+        raise ValueError(f"{setting} {spec!r} is a {pipeline}; only Stable Diffusion 1.x and 2.x are supported yet")
+    return folder if is_here or not parts else fetch(spec, setting, fix, parts)
 
 
 def fingerprint(module: nn.Module, *extra: str) -> str:
@@ -146,6 +183,9 @@ def load_unet(base: Base, seed: int, dtype: torch.dtype = torch.float32) -> nn.M
     if base.folder is None:
         with seeded_initialisation(seed, "unet"):
             return UNet2DConditionModel.from_config(base.config_of("unet")).to(dtype)
+    if base.file is not None:
+        config = base.config_of("unet")
+        return base.file.load_unet(lambda: UNet2DConditionModel.from_config(config), dtype, base.setting)
     return _from_folder(UNet2DConditionModel, base.folder / "unet", dtype)
 
 
@@ -161,7 +201,9 @@ def _from_folder(model_class, folder: Path, dtype: torch.dtype) -> nn.Module:
     if not any(folder.glob("*.safetensors")):
         found = ", ".join(sorted(p.name for p in folder.glob("*"))) or "nothing"
         raise ValueError(f"{folder} holds no .safetensors (found: {found}); other formats are never loaded")
-    variant = None if any(".fp16." not in p.name for p in folder.glob("*.safetensors")) else "fp16"
+    found = {match[1] or match[2] for p in folder.glob("*.safetensors") if (match := _WEIGHTS.fullmatch(p.name))}
+    # the plain file is the fp32 one where there are several; of two halves fp16 has the more digits
+    variant = next((name for name in (None, "fp16", "bf16") if name in found), min(found, key=str, default=None))
     try:
         module, info = model_class.from_pretrained(
             folder, torch_dtype=dtype, use_safetensors=True, variant=variant, output_loading_info=True
@@ -177,9 +219,13 @@ def _from_folder(model_class, folder: Path, dtype: torch.dtype) -> nn.Module:
 
 
 def vae_config(base: Base, override: str) -> dict:
-    """Return the config of the run's autoencoder: that of the folder given, or else the base's."""
-    if not override:
+    """Return the config of the run's autoencoder: that of the folder given, or else the base's, which fits a file too."""
+    if not override or Path(override).suffix.lower() == ".safetensors":
         return {"_class_name": "AutoencoderKL", **base.config_of("vae")}
+    if Path(override).is_file():
+        raise ValueError(
+            f"model.vae {override!r} is no .safetensors file; other formats can run code and are never opened"
+        )
     path = Path(override) / "config.json"
     if not path.is_file():
         raise ValueError(f"model.vae {override!r} is no autoencoder folder: it has no config.json")
@@ -192,18 +238,27 @@ def vae_config(base: Base, override: str) -> dict:
 
 
 def load_vae(base: Base, override: str, seed: int) -> nn.Module:
-    """Return the frozen autoencoder in fp32 on the CPU: the base's, or the AutoencoderKL/-Tiny folder given."""
+    """Return the frozen autoencoder in fp32 on the CPU: the base's, or the one of the folder or file given."""
     from diffusers import AutoencoderKL, AutoencoderTiny
 
-    if override:
-        name = vae_config(base, override)["_class_name"]
-        model_class = AutoencoderTiny if name == "AutoencoderTiny" else AutoencoderKL
-        vae = _from_folder(model_class, Path(override), torch.float32)
-    elif base.folder is None:
+    config = vae_config(base, override)
+    file = base.file if base.file is not None and base.file.has_vae else None
+    if override and Path(override).suffix.lower() == ".safetensors":
+        file = SingleFile(Path(override), "model.vae")
+    elif override:
+        file = None
+    if file is not None:
+        if config["_class_name"] != "AutoencoderKL":
+            raise ValueError(
+                f"{file} holds an AutoencoderKL, {base.setting} a {config['_class_name']}; give another model.config"
+            )
+        vae = file.load_vae(lambda: AutoencoderKL.from_config(config), base.setting)
+    elif base.folder is None and not override:
         with seeded_initialisation(seed, "vae"):
-            vae = AutoencoderKL.from_config(base.config_of("vae"))
+            vae = AutoencoderKL.from_config(config)
     else:
-        vae = _from_folder(AutoencoderKL, base.folder / "vae", torch.float32)
+        model_class = AutoencoderTiny if config["_class_name"] == "AutoencoderTiny" else AutoencoderKL
+        vae = _from_folder(model_class, Path(override) if override else base.folder / "vae", torch.float32)
     return vae.eval().requires_grad_(False)
 
 
@@ -219,6 +274,9 @@ def load_text(base: Base, tokenizer_override: str, seed: int) -> tuple[object, n
     if not Path(folder).is_dir():
         raise ValueError(f"model.tokenizer {str(folder)!r} is no folder")
     tokenizer = CLIPTokenizer.from_pretrained(folder)
+    if base.file is not None and base.file.has_text_encoder:
+        config = CLIPTextConfig.from_dict(base.config_of("text_encoder"))
+        return tokenizer, base.file.load_text_encoder(config, base.setting).eval().requires_grad_(False)
     if base.folder is not None:
         return tokenizer, _from_folder(
             CLIPTextModel, base.folder / "text_encoder", torch.float32

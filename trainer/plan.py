@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from safelight.trainer.config import Config
-from safelight.trainer.models import PRECISIONS, meta_unet, pick_device, pick_dtype, resolve_base, vae_config
+from safelight.trainer.models import PRECISIONS, base_of, meta_unet, pick_device, pick_dtype, vae_config
 
 # bitsandbytes: blocks of 256 with one fp32 scale each, tensors under 4,096 elements keep fp32 moments
 BLOCK_SIZE = 256
@@ -53,7 +53,7 @@ def static_bytes(config: Config, device: torch.device | None = None) -> StaticBy
     """Return the exact bytes of weights, master, moments and gradients of a run. Loads no weights."""
     device = device or pick_device(config.run.device)
     dtype = pick_dtype(config.model.precision, device)
-    sizes = [p.numel() for p in meta_unet(resolve_base(config.model.base)).parameters()]
+    sizes = [p.numel() for p in meta_unet(base_of(config.model)).parameters()]
     num = sum(sizes)
     has_master = dtype != torch.float32
     return StaticBytes(
@@ -70,7 +70,7 @@ def static_bytes(config: Config, device: torch.device | None = None) -> StaticBy
 
 def cache_bytes(config: Config, num_photos: int) -> int:
     """Return the bytes of cached latents of `num_photos` at the full pixel budget, all variants."""
-    vae = vae_config(resolve_base(config.model.base), config.model.vae)
+    vae = vae_config(base_of(config.model), config.model.vae)
     # a posterior is kept as mean and logvar; AutoencoderTiny has none
     is_tiny = vae["_class_name"] == "AutoencoderTiny"
     channels = vae["latent_channels"] * (1 if is_tiny else 2)

@@ -95,9 +95,6 @@ def test_a_name_of_random_weights_that_is_unknown():
 def test_a_folder_that_is_no_diffusers_folder(tmp_path):
     with pytest.raises(ValueError, match=r"is no diffusers folder: it has no model_index\.json"):
         resolve_base(str(tmp_path))
-    (tmp_path / "model.ckpt").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"is no diffusers folder: it has no model_index\.json"):
-        resolve_base(str(tmp_path / "model.ckpt"))
 
 
 @pytest.mark.parametrize(
@@ -149,9 +146,9 @@ def test_a_download_shows_its_progress_where_libraries_are_silenced():
     code = (
         "import time\nfrom safelight.__main__ import quiet_libraries\nquiet_libraries()\n"
         "from huggingface_hub.utils.tqdm import _create_progress_bar\n"
-        "from safelight.trainer.models import _late_bar\n"
+        "from safelight.trainer.hub import late_bar\n"
         "for name, seconds in (('slow', 2.2), ('quick', 0)):\n"
-        "    with _create_progress_bar(cls=_late_bar(), log_level=40, desc=name, total=2) as bar:\n"
+        "    with _create_progress_bar(cls=late_bar(), log_level=40, desc=name, total=2) as bar:\n"
         "        time.sleep(seconds)\n        bar.mininterval = 0\n        bar.update(1)\n        bar.update(1)\n"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr
@@ -227,10 +224,68 @@ def test_a_pickle_beside_safetensors_is_left_alone(base_folder, tmp_path):
 
 
 @pytest.mark.parametrize("part", WEIGHTS)
-def test_a_folder_of_the_fp16_variant_alone_is_loaded(base_folder, part):
+@pytest.mark.parametrize("variant", ["fp16", "bf16"])
+def test_a_folder_of_a_16_bit_variant_alone_is_loaded(base_folder, part, variant):
     weights = base_folder / part / WEIGHTS[part]
-    weights.rename(weights.with_suffix(".fp16.safetensors"))
-    assert fingerprint(load(part, base_folder)) == fingerprint(load(part, tiny_folder()))
+    tensors = {name: tensor.bfloat16() if variant == "bf16" else tensor for name, tensor in load_file(weights).items()}
+    weights.unlink()
+    save_file(tensors, weights.with_suffix(f".{variant}.safetensors"), {"format": "pt"})
+    loaded = load(part, base_folder).state_dict()
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[name], tensor.float()) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("part", WEIGHTS)
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_shards_are_put_together(base_folder, part, variant):
+    whole = load(part, tiny_folder())
+    (base_folder / part / WEIGHTS[part]).unlink()
+    whole.save_pretrained(base_folder / part, max_shard_size="300KB", variant=variant)
+    assert len(list((base_folder / part).glob("*-of-*.safetensors"))) > 1
+    assert fingerprint(load(part, base_folder)) == fingerprint(whole)
+
+
+@pytest.mark.parametrize("part", WEIGHTS)
+def test_fp32_weights_go_before_a_variant_and_keep_every_bit(base_folder, part):
+    weights = base_folder / part / WEIGHTS[part]
+    shutil.copy(weights, weights.with_suffix(".fp16.safetensors"))
+    shutil.copy(weights, weights.with_suffix(".non_ema.safetensors"))
+    generator = torch.Generator().manual_seed(1)
+    exact = {name: torch.randn(t.shape, generator=generator) for name, t in load_file(weights).items()}
+    save_file(exact, weights, {"format": "pt"})
+    loaded = load(part, base_folder).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in exact.items())
+
+
+def test_a_folder_whose_autoencoder_is_a_tiny_one(base_folder, small_taesd):
+    shutil.rmtree(base_folder / "vae")
+    shutil.copytree(small_taesd, base_folder / "vae")
+    assert fingerprint(load("vae", base_folder)) == fingerprint(load_vae(resolve_base("tiny"), str(small_taesd), 0))
+
+
+def test_a_hub_model_that_is_not_supported_is_refused_before_its_weights_are_fetched(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def snapshot_download(spec, allow_patterns, **options):
+        asked.append(allow_patterns)
+        (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(
+        ValueError, match=r"model\.base 'owner/xl' is a StableDiffusionXLPipeline; only Stable Diffusion 1"
+    ):
+        resolve_base("owner/xl")
+    assert asked == [["*.json", "*.txt"]]
+    (tmp_path / "model_index.json").unlink()
+    shutil.copytree(tiny_folder(), tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda *a, allow_patterns, **o: asked.append(allow_patterns) or tmp_path
+    )
+    assert resolve_base("owner/sd").folder == tmp_path
+    assert asked[-1] == ["*.json", "*.txt", *(f"{part}/*.safetensors" for part in ("unet", "vae", "text_encoder"))]
 
 
 @pytest.mark.parametrize("part", WEIGHTS)

@@ -71,7 +71,8 @@ class Kernel:
         for name in function.__code__.co_names:
             value = bound.get(name)
             if isinstance(value, Kernel):
-                bound[name] = getattr(value, form)
+                # calling an interpreted helper as such would patch all of `tl` once more, a millisecond a call
+                bound[name] = value.compiled if form == "compiled" else value.interpreted.rewrite()
             elif isinstance(value, (int, float)):
                 bound[name] = tl.constexpr(value)
         copy = types.FunctionType(function.__code__, bound, function.__name__, function.__defaults__)

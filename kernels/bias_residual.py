@@ -1,0 +1,167 @@
+"""A convolution's or projection's bias, the residual add behind it and its scale, in one pass.
+
+    y = (x + bias + residual) * scale
+
+x is the output of a convolution or projection run without its bias, so that nothing is written twice. The backward pass
+saves nothing: dx and dresidual are the upstream gradient itself (times the scale), and dbias is one reduction of it.
+Letters: N batch, C channels, S pixels or tokens; P partial rows.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from safelight.kernels.column_sum import column_sum
+from safelight.kernels.jit import cdiv, kernel, next_power_of_2, runs_kernel
+from safelight.kernels.reference import to_compute
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+TILE = 4096
+MAX_BLOCK_C = 128
+NUM_PROGRAMS = 512  # of the backward pass: each leaves one row of partial sums for its channels
+
+
+def _as_NCS(x: Tensor) -> Tensor:
+    """Return x as (N, C, S): (N, C, H, W) has its channels second, everything flatter has them last."""
+    if x.dim() == 4:
+        return x.flatten(2)
+    return x.reshape(1, -1, x.shape[-1]).transpose(1, 2)
+
+
+def _broadcast(bias_C: Tensor, x: Tensor) -> Tensor:
+    return bias_C[:, None, None] if x.dim() == 4 else bias_C
+
+
+def bias_residual_reference(x: Tensor, bias: Tensor, residual: Tensor | None, scale: float) -> Tensor:
+    """Return the sum in plain PyTorch; arguments as `bias_residual`."""
+    y = to_compute(x) + _broadcast(to_compute(bias), x)
+    if residual is not None:
+        y = y + to_compute(residual)
+    return (y * scale).to(x.dtype)
+
+
+@kernel
+def _bias_residual_fwd_kernel(
+    x_ptr, bias_ptr, residual_ptr, y_ptr, C, S, scale,
+    stride_xn, stride_xc, stride_xs, stride_rn, stride_rc, stride_rs, stride_yn, stride_yc, stride_ys,
+    HAS_RESIDUAL: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(2).to(tl.int64)
+    c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+    s = tl.program_id(0).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
+    mask = (s[:, None] < S) & (c[None, :] < C)
+    bias = tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+    x_at = x_ptr + n * stride_xn + s[:, None] * stride_xs + c[None, :] * stride_xc
+    y = tl.load(x_at, mask=mask, other=0.0).to(tl.float32) + bias[None, :]
+    if HAS_RESIDUAL:
+        residual_at = residual_ptr + n * stride_rn + s[:, None] * stride_rs + c[None, :] * stride_rc
+        y += tl.load(residual_at, mask=mask, other=0.0).to(tl.float32)
+    y_at = y_ptr + n * stride_yn + s[:, None] * stride_ys + c[None, :] * stride_yc
+    tl.store(y_at, (y * scale).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@kernel
+def _bias_residual_bwd_kernel(
+    dy_ptr, dx_ptr, parts_ptr, C, S, scale, chunk, stride_gn, stride_gc, stride_gs, stride_xn, stride_xc, stride_xs,
+    WRITE_DX: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(2).to(tl.int64)
+    split = tl.program_id(1)
+    c = (tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+    total = tl.full((BLOCK_C,), 0.0, tl.float32)
+    end = tl.minimum((split + 1) * chunk, S)
+    for start in range(split * chunk, end, BLOCK_S):
+        s = start + tl.arange(0, BLOCK_S).to(tl.int64)
+        mask = (s[:, None] < end) & (c[None, :] < C)
+        dy_at = dy_ptr + n * stride_gn + s[:, None] * stride_gs + c[None, :] * stride_gc
+        # dx = dresidual = scale * dy;  dbias = sum over n, s of scale * dy
+        dx = tl.load(dy_at, mask=mask, other=0.0).to(tl.float32) * scale
+        total += tl.reduce(dx, 0, tl.standard._sum_combine)
+        if WRITE_DX:
+            dx_at = dx_ptr + n * stride_xn + s[:, None] * stride_xs + c[None, :] * stride_xc
+            tl.store(dx_at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    tl.store(parts_ptr + (n * tl.num_programs(1) + split) * C + c, total, mask=c < C)
+
+
+def _blocks(C: int, S: int) -> dict[str, int]:
+    block_c = min(MAX_BLOCK_C, next_power_of_2(C))
+    return {"BLOCK_S": min(TILE // block_c, next_power_of_2(S)), "BLOCK_C": block_c}
+
+
+def bias_residual_fwd(x: Tensor, bias: Tensor, residual: Tensor | None, scale: float) -> Tensor:
+    """Return y, without autograd."""
+    if not runs_kernel(x):
+        return bias_residual_reference(x, bias, residual, scale)
+    if x.dim() == 4 and not x.is_contiguous(memory_format=torch.channels_last):
+        x = x.contiguous()
+    y = torch.empty_like(x, memory_format=torch.preserve_format if x.dim() == 4 else torch.contiguous_format)
+    flat, out = _as_NCS(x), _as_NCS(y)
+    flat_residual = flat if residual is None else _as_NCS(residual)
+    N, C, S = flat.shape
+    blocks = _blocks(C, S)
+    _bias_residual_fwd_kernel[(cdiv(S, blocks["BLOCK_S"]), cdiv(C, blocks["BLOCK_C"]), N)](
+        flat, bias, flat_residual, out, C, S, scale, *flat.stride(), *flat_residual.stride(), *out.stride(),
+        HAS_RESIDUAL=residual is not None, **blocks,
+    )  # fmt: skip
+    return y
+
+
+def bias_residual_bwd(dy: Tensor, bias_dtype: torch.dtype, scale: float) -> tuple[Tensor, Tensor]:
+    """Return (dx, dbias); dx, which is dy itself where the scale is 1, is the residual's gradient as well."""
+    if not runs_kernel(dy):
+        dx = (to_compute(dy) * scale).to(dy.dtype) if scale != 1 else dy
+        over = (0, 2, 3) if dy.dim() == 4 else tuple(range(dy.dim() - 1))
+        return dx, (to_compute(dy).sum(dim=over) * scale).to(bias_dtype)
+    if dy.dim() == 4 and not dy.is_contiguous(memory_format=torch.channels_last):
+        dy = dy.contiguous()
+    dx = (
+        dy
+        if scale == 1
+        else torch.empty_like(dy, memory_format=torch.preserve_format if dy.dim() == 4 else torch.contiguous_format)
+    )
+    flat, out = _as_NCS(dy), _as_NCS(dx)
+    N, C, S = flat.shape
+    blocks = _blocks(C, S)
+    num_tiles, num_blocks = cdiv(S, blocks["BLOCK_S"]), cdiv(C, blocks["BLOCK_C"])
+    chunk = cdiv(num_tiles, min(num_tiles, cdiv(NUM_PROGRAMS, N * num_blocks))) * blocks["BLOCK_S"]
+    num_splits = cdiv(S, chunk)
+    parts = torch.empty(1, N * num_splits, C, dtype=torch.float32, device=dy.device)
+    _bias_residual_bwd_kernel[(num_blocks, num_splits, N)](
+        flat, out, parts, C, S, scale, chunk, *flat.stride(), *out.stride(), WRITE_DX=scale != 1, **blocks
+    )
+    return dx, column_sum(parts, bias_dtype)[0]
+
+
+class _BiasResidual(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias, residual, scale):
+        ctx.bias_dtype, ctx.scale, ctx.has_residual = bias.dtype, scale, residual is not None
+        return bias_residual_fwd(x, bias, residual, scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        dx, dbias = bias_residual_bwd(dy, ctx.bias_dtype, ctx.scale)
+        return dx, dbias, dx if ctx.has_residual else None, None
+
+
+def bias_residual(x: Tensor, bias: Tensor, residual: Tensor | None = None, scale: float = 1.0) -> Tensor:
+    """Return (x + bias + residual) * scale, summed in fp32.
+
+    x: (N, C, H, W) in either memory order, or (..., C); fp32 | fp16 | bf16 -> the same shape, dtype and order.
+    bias: (C,); residual: as x, or None. Raises ValueError for shapes that do not fit.
+    """
+    num_channels = x.shape[1] if x.dim() == 4 else x.shape[-1]
+    if x.numel() == 0 or bias.shape != (num_channels,):
+        raise ValueError(f"{tuple(bias.shape)} biases do not fit x of {tuple(x.shape)}; give {num_channels}")
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(
+            f"the residual is {tuple(residual.shape)} {residual.dtype}; it must be as x, {tuple(x.shape)} {x.dtype}"
+        )
+    return _BiasResidual.apply(x, bias, residual, scale)

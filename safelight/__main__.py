@@ -14,6 +14,7 @@ COMMANDS = {
     "train": "fine-tune; --resume goes on where the newest checkpoint stopped",
     "sample": "draw prompts with a run's checkpoint",
     "compare": "base beside trained, from the same noise",
+    "export": "a run's model as a diffusers folder, or one .safetensors for A1111 and ComfyUI",
     "report": "one self-contained HTML file about a run",
     "demo": "all of it, small, on any machine: minutes on two CPU cores",
     "bench": "measure the training step on this machine",
@@ -32,6 +33,7 @@ The usual way:
   safelight train run.toml --data.path datasets/mine    any setting can be given like this
   safelight compare runs/sd15
   safelight report runs/sd15
+  safelight export runs/sd15 -o mine.safetensors
 """
 
 EXIT_BAD_INPUT = 2
@@ -132,10 +134,10 @@ def cache(argv: list[str]) -> int:
     arguments, config = parse_with_config(argv, "cache", COMMANDS["cache"])
     from safelight.trainer.dataset import open_dataset
     from safelight.trainer.log import Terminal
-    from safelight.trainer.models import pick_device, resolve_base
+    from safelight.trainer.models import base_of, pick_device
 
     terminal = Terminal()
-    dataset = open_dataset(config, resolve_base(config.model.base), pick_device(config.run.device), terminal.update)
+    dataset = open_dataset(config, base_of(config.model), pick_device(config.run.device), terminal.update)
     terminal.pause()
     if dataset.num_damaged:
         terminal.say(f"{dataset.num_damaged} rows of the cache were damaged and have been made again")
@@ -240,6 +242,22 @@ def compare(argv: list[str]) -> int:
     )
     terminal.pause()
     print(f"pairs in {folder}; report: {build_report(arguments.run)}")
+    return 0
+
+
+def export(argv: list[str]) -> int:
+    from safelight.arguments import Export, parse
+
+    arguments = parse(Export, argv, "export", COMMANDS["export"])
+    from safelight.trainer.export import export as export_run
+    from safelight.trainer.log import Terminal
+
+    done = export_run(
+        arguments.run, arguments.out, arguments.checkpoint, arguments.dtype, arguments.title, arguments.force
+    )
+    for note in done.notes:
+        Terminal().say(f"note: {note}")
+    print(f"wrote {done.path}: step {done.step}, {arguments.dtype}, {done.num_bytes / 2**20:,.1f} MiB")
     return 0
 
 

@@ -69,6 +69,18 @@ class Compare:
 
 
 @dataclass
+class Export:
+    run: RunFolder
+    out: Annotated[
+        Path, arg(aliases=["-o"], metavar="FILE", help="NAME.safetensors for one file, any other name for a folder")
+    ]
+    checkpoint: Annotated[str, arg(help="last, best or a step")] = "last"
+    dtype: Annotated[Literal["fp16", "bf16", "fp32"], arg(help="of the weights")] = "fp16"
+    title: Annotated[str, _own("TEXT", "what a file calls the model", "the run's name and step")] = ""
+    force: Annotated[bool, arg(help="replace what is there")] = False
+
+
+@dataclass
 class Report:
     run: RunFolder
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors import safe_open
 
 from safelight.__main__ import COMMANDS, main
 from safelight.trainer.checkpoint import list_checkpoints
@@ -107,6 +108,8 @@ def journey(tiny_dataset, tmp_path_factory) -> Journey:
     go("sample base", "sample", root / "run", "--prompt", "a red circle", "--seed", 3, "--checkpoint", "base")
     go("sample wide", "sample", root / "run", "--prompt", "x", "--width", 80, "--height", 48, "-o", root / "wide")
     go("compare", "compare", root / "run", "--num", 2)
+    go("export", "export", root / "run", "-o", root / "mine.safetensors", "--title", "Mine")
+    go("export folder", "export", root / "run", "-o", root / "mine", "--dtype", "bf16")
     (root / "run" / "report.html").unlink()
     go("report", "report", root / "run")
     return Journey(root, called)
@@ -234,6 +237,25 @@ def test_report_is_one_file(journey):
     assert str(NUM_STEPS) in text
 
 
+def test_export_writes_either_form_and_says_where(journey):
+    file, folder = journey.root / "mine.safetensors", journey.root / "mine"
+    size = file.stat().st_size / 2**20
+    assert journey.called["export"].out == f"wrote {file}: step {NUM_STEPS}, fp16, {size:.1f} MiB\n"
+    with safe_open(file, "pt") as opened:
+        assert opened.metadata()["modelspec.title"] == "Mine"
+        assert opened.metadata()["modelspec.description"] == f"tiny fine-tuned with Safelight, {NUM_STEPS} steps"
+    assert journey.called["export"].err.startswith(
+        "note: this UNet has a size of its own, which A1111 and ComfyUI do not"
+    )
+    assert journey.called["export folder"].out.startswith(f"wrote {folder}: step {NUM_STEPS}, bf16, ")
+    assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline"
+    refused = call("export", journey.run, "-o", file)
+    assert (refused.status, refused.err) == (
+        2,
+        f"safelight export: {file} exists already; name another with -o, or add --force\n",
+    )
+
+
 def test_train_into_a_run_that_is_there_is_refused(journey):
     before = (journey.run / "metrics.jsonl").read_bytes()
     refused = call("train", journey.run / "config.toml")
@@ -264,9 +286,10 @@ def test_the_config_is_asked_for(command, tmp_path):
     assert missing.err.startswith(f"safelight {command}: {tmp_path / 'none.toml'} does not exist; write one with")
 
 
-@pytest.mark.parametrize("command", ["sample", "compare", "report"])
+@pytest.mark.parametrize("command", ["sample", "compare", "export", "report"])
 def test_a_folder_that_is_no_run_is_one_line(command, tmp_path):
-    refused = call(command, tmp_path / "none", *(["--prompt", "x"] if command == "sample" else []))
+    others = {"sample": ["--prompt", "x"], "export": ["-o", tmp_path / "out"]}
+    refused = call(command, tmp_path / "none", *others.get(command, []))
     assert refused.status == 2
     assert refused.err.startswith(f"safelight {command}: ")
     assert str(tmp_path / "none") in refused.err
@@ -305,6 +328,7 @@ def test_a_dataset_that_was_not_prepared_is_one_line(tmp_path):
         ("sample runs/x", "missing: --prompt TEXT [TEXT ...]"),
         ("init", "missing: PRESET"),
         ("report", "missing: RUN"),
+        ("export runs/x", "missing: -o FILE, --out FILE"),
         ("bench step --repeat 3", "Unrecognized options: --repeat, 3; Perhaps you meant: --repeats INT"),
     ],
 )

@@ -1,0 +1,400 @@
+"""Exports of runs: what diffusers draws with either form, what stands in the file, and what is refused."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections import namedtuple
+from datetime import UTC, datetime
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import safelight.trainer.export as module
+from safelight.trainer.checkpoint import Position, folder_of, save_checkpoint
+from safelight.trainer.config import parse_config, to_toml
+from safelight.trainer.export import export
+from safelight.trainer.identity import identify
+from safelight.trainer.models import base_of, fingerprint, load_text, load_unet, load_vae, resolve_base, tiny_folder
+from safelight.trainer.modelspec import modelspec
+from safelight.trainer.optim import UNetOptimizer
+from safelight.trainer.original_layout import UNET_PREFIX, unet_layout
+
+STEP = 7
+
+
+def make_run(
+    folder: Path,
+    precision: torch.dtype = torch.float32,
+    step: int = STEP,
+    best: int = STEP,
+    largest: float = 0,
+    **tables,
+) -> Path:
+    """Write a run folder with one checkpoint, whose UNet is the base's and a little noise; return it."""
+    tables = {"model": {"base": "tiny"}, "data": {"resolution": 64}, **tables}
+    config = parse_config({**tables, "run": {"dir": str(folder)}}, "make_run")
+    unet = load_unet(base_of(config.model), config.run.seed)
+    optimizer = UNetOptimizer(unet, config.optimizer, precision)
+    generator = torch.Generator().manual_seed(step)
+    with torch.no_grad():
+        for name, master in optimizer.master.items():
+            master.add_(1e-2 * torch.randn(master.shape, generator=generator))
+            optimizer.parameters[name].copy_(master)
+        if largest:
+            optimizer.parameters["conv_in.bias"][0] = largest
+    folder.mkdir(exist_ok=True)
+    (folder / "config.toml").write_text(to_toml(config))
+    # moments are nothing an export reads
+    state = {name: t for name, t in optimizer.state_tensors().items() if name.startswith(("master/", "loss_scale/"))}
+    save_checkpoint(folder, unet, state, Position(step=step, best_step=best), identify(config, "any"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory) -> Path:
+    return make_run(tmp_path_factory.mktemp("tiny") / "run")
+
+
+@pytest.fixture(scope="module")
+def exported(tiny_run) -> tuple[Path, Path]:
+    """The run of the tiny base as (file, folder), fp16 as by default."""
+    places = tiny_run.parent / "mine.safetensors", tiny_run.parent / "mine"
+    for place in places:
+        export(tiny_run, place)
+    return places
+
+
+def draw(pipeline) -> torch.Tensor:
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(5)
+    images = pipeline("a red circle", height=64, width=64, num_inference_steps=3, generator=generator, output_type="pt")
+    return images.images[0]
+
+
+def draw_both(file: Path, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the image of the file and of the folder, opened as anybody opens them, from the same seed."""
+    from diffusers import StableDiffusionPipeline
+
+    return draw(StableDiffusionPipeline.from_single_file(str(file), config=str(folder))), draw(
+        StableDiffusionPipeline.from_pretrained(folder)
+    )
+
+
+def checkpoint_unet(run: Path, step: int = STEP) -> dict[str, torch.Tensor]:
+    return load_file(folder_of(run, step) / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def original_unet(file: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in load_file(file).items() if name.startswith(UNET_PREFIX)}
+
+
+def parts_of(base) -> list[str]:
+    return [fingerprint(m) for m in (load_unet(base, 0), load_vae(base, "", 0), load_text(base, "", 0)[1])]
+
+
+# both forms hold the run's model
+
+
+def test_diffusers_draws_the_same_image_with_the_file_and_with_the_folder(exported, tiny_run):
+    from diffusers import StableDiffusionPipeline
+
+    of_file, of_folder = draw_both(*exported)
+    assert of_file.isfinite().all()
+    assert torch.equal(of_file, of_folder)
+    base = StableDiffusionPipeline.from_pretrained(tiny_folder(), torch_dtype=torch.float32)
+    assert (draw(base) - of_file).abs().max() > 0.01
+    base.unet.load_state_dict({name: tensor.half().float() for name, tensor in checkpoint_unet(tiny_run).items()})
+    assert torch.equal(draw(base), of_folder), "the images are not those of the checkpoint"
+
+
+def test_what_is_exported_can_be_trained_on(exported, tiny_run):
+    file, folder = exported
+    trained = {name: tensor.half().float() for name, tensor in checkpoint_unet(tiny_run).items()}
+    of_folder, of_file = resolve_base(str(folder)), resolve_base(str(file), str(folder))
+    assert parts_of(of_file) == parts_of(of_folder)
+    assert parts_of(of_folder)[1:] == parts_of(resolve_base("tiny"))[1:]
+    state = load_unet(of_file, 0).state_dict()
+    assert state.keys() == trained.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in trained.items())
+    assert of_folder.config_of("scheduler")["prediction_type"] == "epsilon"
+
+
+@pytest.mark.parametrize("base", ["a folder", "a file"])
+def test_runs_of_every_kind_of_base(exported, tmp_path, base):
+    file, folder = exported
+    model = {"a folder": {"base": str(folder)}, "a file": {"base": str(file), "config": str(folder)}}[base]
+    run = make_run(tmp_path / "run", model=model)
+    for place in ("out.safetensors", "out"):
+        export(run, tmp_path / place)
+    of_file, of_folder = draw_both(tmp_path / "out.safetensors", tmp_path / "out")
+    assert torch.equal(of_file, of_folder)
+    assert parts_of(resolve_base(str(tmp_path / "out.safetensors"), str(tmp_path / "out"))) == parts_of(
+        resolve_base(str(tmp_path / "out"))
+    )
+
+
+def test_a_run_from_untrained_weights(tmp_path):
+    """Its scheduler's config is ours, so what it leaves out must not be diffusers' defaults, which clip latents."""
+    from diffusers import StableDiffusionPipeline
+
+    run = make_run(tmp_path / "run", model={"base": "random:small"})
+    for place in ("out.safetensors", "out"):
+        export(run, tmp_path / place, dtype="bf16")
+    assert parts_of(resolve_base(str(tmp_path / "out.safetensors"), str(tmp_path / "out"))) == parts_of(
+        resolve_base(str(tmp_path / "out"))
+    )
+    scheduler = StableDiffusionPipeline.from_pretrained(tmp_path / "out").scheduler.config
+    assert (scheduler.clip_sample, scheduler.set_alpha_to_one, scheduler.steps_offset) == (False, False, 1)
+    assert (scheduler.beta_schedule, scheduler.prediction_type) == ("scaled_linear", "epsilon")
+
+
+def sd2_folder(folder: Path) -> Path:
+    """Make the tiny base into one that attends to width 1024, as SD 2.x, with random weights and v-prediction."""
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    shutil.copytree(tiny_folder(), folder)
+    torch.manual_seed(1)
+    config = resolve_base("tiny").config_of("unet")
+    UNet2DConditionModel.from_config(
+        {**config, "cross_attention_dim": 1024, "use_linear_projection": True}
+    ).save_pretrained(folder / "unet")
+    text = {
+        **resolve_base("tiny").config_of("text_encoder"),
+        "hidden_size": 1024,
+        "num_hidden_layers": 1,
+        "intermediate_size": 64,
+    }
+    CLIPTextModel(CLIPTextConfig.from_dict(text)).save_pretrained(folder / "text_encoder")
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "prediction_type": "v_prediction"}))
+    return folder
+
+
+def test_sd2_has_open_clips_names(tmp_path):
+    run = make_run(tmp_path / "run", model={"base": str(sd2_folder(tmp_path / "sd2"))})
+    file, folder = tmp_path / "out.safetensors", tmp_path / "out"
+    for place in (file, folder):
+        export(run, place)
+    assert "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight" in load_file(file)
+    of_file, of_folder = draw_both(file, folder)
+    assert torch.equal(of_file, of_folder)
+    with safe_open(file, "pt") as opened:
+        assert opened.metadata()["modelspec.prediction_type"] == "v"
+    assert resolve_base(str(file), str(folder)).config_of("scheduler")["prediction_type"] == "v_prediction"
+    assert parts_of(resolve_base(str(file), str(folder))) == parts_of(resolve_base(str(folder)))
+
+
+def test_an_autoencoder_tiny_has_no_original_layout(tmp_path, small_taesd, capsys):
+    from diffusers import AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
+
+    from safelight.__main__ import main
+
+    run = make_run(tmp_path / "run", model={"base": "tiny", "vae": str(small_taesd)})
+    file, folder = tmp_path / "out.safetensors", tmp_path / "out"
+    assert main(["export", str(run), "-o", str(file)]) == 0
+    assert f"AutoencoderTiny, which has no original layout: {file.name} holds the UNet alone" in capsys.readouterr().err
+    assert load_file(file).keys() == original_unet(file).keys()
+    # the folder is whole, for diffusers knows such an autoencoder
+    assert export(run, folder).notes == []
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    assert isinstance(pipeline.vae, AutoencoderTiny)
+    assert draw(pipeline).isfinite().all()
+    unet = UNet2DConditionModel.from_single_file(str(file), config=str(folder), subfolder="unet")
+    assert all(torch.equal(unet.state_dict()[name], tensor) for name, tensor in pipeline.unet.state_dict().items())
+    assert fingerprint(load_vae(resolve_base(str(file), str(folder)), "", 0)) == fingerprint(
+        load_vae(resolve_base("tiny"), str(small_taesd), 0).half().float()
+    )
+
+
+# which weights
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
+def test_every_tensor_is_in_the_dtype_asked_for(tiny_run, tmp_path, dtype):
+    wanted = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    export(tiny_run, tmp_path / "out.safetensors", dtype=dtype)
+    kinds = {name: tensor.dtype for name, tensor in load_file(tmp_path / "out.safetensors").items()}
+    assert kinds.pop("cond_stage_model.transformer.text_model.embeddings.position_ids") == torch.int64
+    assert set(kinds.values()) == {wanted}
+    export(tiny_run, tmp_path / "out", dtype=dtype)
+    files = sorted((tmp_path / "out").rglob("*.safetensors"))
+    assert len(files) == 3
+    assert {tensor.dtype for file in files for tensor in load_file(file).values()} == {wanted}
+
+
+def test_a_16_bit_runs_fp32_master_is_what_is_exported(tmp_path):
+    run = make_run(tmp_path / "run", torch.bfloat16)
+    state = load_file(folder_of(run, STEP) / "state.safetensors")
+    layout = unet_layout(checkpoint_unet(run), 1)
+    assert any(
+        not torch.equal(tensor.float(), state[f"master/{name}"]) for name, tensor in checkpoint_unet(run).items()
+    )
+    for dtype, kind in (("fp32", torch.float32), ("fp16", torch.float16)):
+        export(run, tmp_path / f"{dtype}.safetensors", dtype=dtype)
+        file = original_unet(tmp_path / f"{dtype}.safetensors")
+        assert len(file) == len(layout)
+        assert all(torch.equal(file[place.name], state[f"master/{name}"].to(kind)) for name, place in layout.items())
+
+
+def test_last_best_and_a_step(tmp_path):
+    run = make_run(tmp_path / "run", step=3, best=3)
+    make_run(run, step=9, best=3)
+    assert not torch.equal(checkpoint_unet(run, 3)["conv_in.weight"], checkpoint_unet(run, 9)["conv_in.weight"])
+    for wanted, step in (("last", 9), ("best", 3), ("3", 3), ("9", 9)):
+        done = export(run, tmp_path / "out.safetensors", wanted, "fp32", force=True)
+        assert done.step == step
+        weight = load_file(done.path)[f"{UNET_PREFIX}input_blocks.0.0.weight"]
+        assert torch.equal(weight, checkpoint_unet(run, step)["conv_in.weight"])
+
+
+def test_the_prediction_that_was_trained_is_what_is_drawn_with(tmp_path):
+    loss = {"prediction": "v_prediction", "zero_terminal_snr": True}
+    run = make_run(tmp_path / "run", model={"base": "tiny", "clip_skip": 1}, loss=loss)
+    *_, snr, skip = export(run, tmp_path / "out.safetensors").notes
+    assert snr.startswith("trained with zero terminal SNR")
+    assert skip == "trained with clip_skip 1: draw with diffusers' clip_skip=1, A1111's Clip skip 2"
+    assert export(run, tmp_path / "out").notes == [skip]
+    scheduler = json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())
+    assert (scheduler["_class_name"], scheduler["prediction_type"]) == ("DDIMScheduler", "v_prediction")
+    assert (scheduler["rescale_betas_zero_snr"], scheduler["timestep_spacing"]) == (True, "trailing")
+
+
+# metadata
+
+
+def test_the_files_metadata_and_its_hash(exported, tiny_run):
+    content = exported[0].read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    metadata = json.loads(content[8 : 8 + length])["__metadata__"]
+    assert metadata.pop("modelspec.hash_sha256") == f"0x{hashlib.sha256(content[8 + length :]).hexdigest()}"
+    date = datetime.fromisoformat(metadata.pop("modelspec.date"))
+    assert abs((datetime.now(UTC) - date).total_seconds()) < 600
+    assert metadata == {
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "stable-diffusion-custom",
+        "modelspec.implementation": "https://github.com/CompVis/stable-diffusion",
+        "modelspec.title": f"{tiny_run.name} step {STEP}",
+        "modelspec.description": f"tiny fine-tuned with Safelight, {STEP} steps",
+        "modelspec.resolution": "64x64",
+        "modelspec.prediction_type": "epsilon",
+    }
+
+
+@pytest.mark.parametrize(
+    ("width", "prediction", "architecture", "word"),
+    [
+        (768, "epsilon", "stable-diffusion-v1", "epsilon"),
+        (768, "v_prediction", "stable-diffusion-v1", "v"),
+        (1024, "epsilon", "stable-diffusion-v2-512", "epsilon"),
+        (1024, "v_prediction", "stable-diffusion-v2-768-v", "v"),
+    ],
+)
+def test_the_architectures_of_the_specification(width, prediction, architecture, word):
+    unet = SimpleNamespace(cross_attention_dim=width, block_out_channels=(320, 640, 1280, 1280))
+    metadata = modelspec(unet, prediction, 512, "", "")
+    assert (metadata["modelspec.architecture"], metadata["modelspec.prediction_type"]) == (architecture, word)
+    assert metadata["modelspec.resolution"] == "512x512"
+    unet.block_out_channels = (320, 640, 1280)
+    assert modelspec(unet, prediction, 512, "", "")["modelspec.architecture"] == "stable-diffusion-custom"
+
+
+def test_a_title_of_any_characters(tiny_run, tmp_path):
+    title = '"hash_sha256":"0x' + "0" * 64 + '" Ünï 猫'
+    export(tiny_run, tmp_path / "out.safetensors", title=title)
+    with safe_open(tmp_path / "out.safetensors", "pt") as file:
+        assert file.metadata()["modelspec.title"] == title
+        assert file.metadata()["modelspec.hash_sha256"] != "0x" + "0" * 64
+
+
+# where it is written
+
+
+def test_what_is_there_is_replaced_only_by_force(tiny_run, tmp_path):
+    for place in (tmp_path / "out.safetensors", tmp_path / "out"):
+        export(tiny_run, place, dtype="fp32")
+        before = sorted((path.name, path.stat().st_mtime_ns) for path in [place, *place.rglob("*")])
+        with pytest.raises(ValueError, match=rf"{place.name} exists already; name another with -o, or add --force"):
+            export(tiny_run, place)
+        assert sorted((path.name, path.stat().st_mtime_ns) for path in [place, *place.rglob("*")]) == before
+        assert export(tiny_run, place, force=True).num_bytes < 10 * 10**6
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.safetensors"]
+
+
+def test_force_deletes_no_folder_of_another_kind(tiny_run, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "mine.png").write_bytes(b"x")
+    with pytest.raises(ValueError, match="is a folder, but no diffusers folder, and --force does not delete it"):
+        export(tiny_run, tmp_path / "photos", force=True)
+    assert (tmp_path / "photos" / "mine.png").exists()
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(ValueError, match=r"folder\.safetensors is a folder; name another"):
+        export(tiny_run, tmp_path / "folder.safetensors", force=True)
+    (tmp_path / "file").write_bytes(b"x")
+    with pytest.raises(ValueError, match="file is a file; name another"):
+        export(tiny_run, tmp_path / "file", force=True)
+
+
+@pytest.mark.parametrize("name", ["out.safetensors", "out"])
+def test_a_failure_half_way_leaves_what_was_there(tiny_run, tmp_path, monkeypatch, name):
+    export(tiny_run, tmp_path / name)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def broken(*args):
+        raise OSError(28, "No space left on device")
+
+    for function in ("sign", "_load_in_fp32"):
+        monkeypatch.setattr(module, function, broken)
+    with pytest.raises(OSError, match="No space left"):
+        export(tiny_run, tmp_path / name, dtype="fp32", force=True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["out.safetensors", "out"])
+def test_a_disk_without_room_is_told_before_anything_is_written(tiny_run, tmp_path, monkeypatch, name):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage(10**9, 10**9, 10**6))
+    with pytest.raises(ValueError, match=r"needs 0\.01 GiB, .* has 0\.00 GiB free; make room, or use --dtype fp16"):
+        export(tiny_run, tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_others_may_read_what_the_umask_lets_them(tiny_run, tmp_path):
+    """safetensors makes its files for the owner alone."""
+    old = os.umask(0o022)
+    try:
+        for place in (tmp_path / "out.safetensors", tmp_path / "out"):
+            export(tiny_run, place)
+    finally:
+        os.umask(old)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()} == {0o644}
+
+
+def test_what_cannot_be_exported_is_one_line(tiny_run, tmp_path):
+    out = tmp_path / "out.safetensors"
+    for run, place, options, line in (
+        (tmp_path / "none", out, {}, r"none is no run folder: it has no config\.toml"),
+        (tiny_run, out, {"checkpoint": "base"}, "export needs a trained checkpoint: last, best or a step, not base"),
+        (tiny_run, out, {"checkpoint": "8"}, "checkpoint '8' is not in"),
+        (tiny_run, tmp_path / "out.ckpt", {}, r"only \.safetensors files and diffusers folders are written, no \.ckpt"),
+    ):
+        with pytest.raises(ValueError, match=line):
+            export(run, place, **options)
+    run = make_run(tmp_path / "large", largest=1e5)
+    with pytest.raises(ValueError, match=r"conv_in\.bias reaches 1e\+05, above fp16's 65504; use --dtype bf16"):
+        export(run, out)
+    assert export(run, out, dtype="bf16").path == out
+    config = run / "config.toml"
+    config.write_text(config.read_text().replace('base = "tiny"', 'base = "random:small"'))
+    with pytest.raises(ValueError, match=r"does not fit model\.base 'random:small': was that changed since the run\?"):
+        export(run, tmp_path / "other.safetensors", dtype="bf16")
+    (folder_of(run, STEP) / "state.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"is damaged: state\.safetensors"):
+        export(run, tmp_path / "other.safetensors", dtype="bf16")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["large", "out.safetensors"]

@@ -1,0 +1,206 @@
+"""Damage to what was made before: datasets, caches, run folders, by accident, by hand or by the disk.
+
+The folder that a case gets holds `dataset/` (eight photographs, its cache complete), `run/` (a finished run with
+checkpoints of steps 1 and 2) and `run.toml`, which made both.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class Damage:
+    """make(place): does it. words: the command that meets it; {place} is the folder. says: part of a line.
+
+    check(place): looks at what the command left. touches: paths below the folder that the command may change.
+    """
+
+    name: str
+    make: Callable[[Path], object]
+    words: str
+    says: str
+    status: int = 2
+    check: Callable[[Path], None] = lambda place: None
+    touches: tuple[str, ...] = ()
+
+
+CACHE, RESUME = "cache {place}/run.toml", "train {place}/run.toml --resume"
+# a resume of a finished run writes what a start writes, and one line of metrics
+STARTS = ("run/",)
+
+
+def flip(pattern: str, bit: int | None = None) -> Callable[[Path], object]:
+    """Flip one bit, in the middle, of the last file that fits a pattern."""
+
+    def make(place: Path) -> None:
+        path = sorted(place.glob(pattern))[-1]
+        content = bytearray(path.read_bytes())
+        position = 4 * len(content) if bit is None else bit
+        content[position // 8] ^= 1 << (position % 8)
+        path.write_bytes(content)
+
+    return make
+
+
+def replace(name: str, content: bytes) -> Callable[[Path], object]:
+    return lambda place: (place / name).write_bytes(content)
+
+
+def manifest_line(change: Callable[[dict], object]) -> Callable[[Path], object]:
+    """Edit the second line of the manifest by hand. change: edits the row, or returns a line to take its place."""
+
+    def make(place: Path) -> None:
+        path = place / "dataset" / "manifest.jsonl"
+        lines = path.read_text().split("\n")
+        row = json.loads(lines[1])
+        line = change(row)
+        lines[1] = line if isinstance(line, str) else json.dumps(row)
+        path.write_text("\n".join(lines))
+
+    return make
+
+
+def first_photo(place: Path) -> Path:
+    return sorted((place / "dataset" / "images").glob("*.png"))[0]
+
+
+def edit_photo(place: Path) -> None:
+    path = first_photo(place)
+    Image.open(path).rotate(180).save(path)
+
+
+def cut_last_shard(place: Path) -> None:
+    path = sorted((place / "dataset" / "cache" / "shards").glob("posterior*"))[-1]
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def lose_text_shards(place: Path) -> None:
+    for path in (place / "dataset" / "cache" / "shards").glob("text*"):
+        path.unlink()
+
+
+def set_format(place: Path) -> None:
+    with sqlite3.connect(place / "dataset" / "cache" / "index.sqlite") as index:
+        index.execute("PRAGMA user_version = 99")
+    index.close()
+
+
+def cut_index(place: Path) -> None:
+    path = place / "dataset" / "cache" / "index.sqlite"
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def a_file_for_the_cache(place: Path) -> None:
+    (place / "dataset" / "cache").rename(place / "old")
+    (place / "dataset" / "cache").write_text("a file")
+
+
+def metrics_garbage(place: Path) -> None:
+    path = place / "run" / "metrics.jsonl"
+    first, *rest = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + b'\xff\xfe garbage {"kind"\n' + b"17\n" + b"".join(rest) + b'{"kind": "tr')
+
+
+def metrics_are_whole(place: Path) -> None:
+    rows = [json.loads(line) for line in (place / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["kind"] == "train"] == [1, 2]
+
+
+def half_a_checkpoint(place: Path) -> None:
+    partial = place / "run" / "checkpoints" / ".step-00000003.partial" / "unet"
+    partial.mkdir(parents=True)
+    (partial / "config.json").write_text("{")
+    (place / "run" / "checkpoints" / "step-00000003").mkdir()
+
+
+def a_newer_format(place: Path) -> None:
+    path = place / "run" / "checkpoints" / "step-00000002" / "state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
+
+
+def add_a_photo(place: Path) -> None:
+    from safelight.data.ingest import ingest
+
+    (place / "more").mkdir()
+    values = np.random.default_rng(77).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(values).save(place / "more" / "more.png")
+    ingest([place / "more"], place / "dataset")
+
+
+def rows_are_sound(place: Path) -> None:
+    from safelight.data.shards import Cache
+
+    with Cache(place / "dataset" / "cache") as cache:
+        assert cache.verify() == []
+
+
+def files_are_json(place: Path) -> None:
+    for name in ("split.json", "data.json", "model.json"):
+        assert json.loads((place / "run" / name).read_text())
+
+
+LINE_2 = "manifest.jsonl line 2: "
+GO_ON = "go on from step 1, the sound one before it: mv "
+
+DAMAGES = [
+    Damage("manifest line of garbage", manifest_line(lambda row: "garbage"), CACHE, LINE_2),
+    Damage("manifest line that is a list", manifest_line(lambda row: "[]"), CACHE, LINE_2 + "is a list"),
+    Damage("manifest line nested without end", manifest_line(lambda row: "[" * 100_000), CACHE, LINE_2 + "is nested too deeply"),
+    Damage("manifest without captions", manifest_line(lambda row: row.update(captions=[])), CACHE, LINE_2 + "captions []"),
+    Damage("manifest with a caption of a number", manifest_line(lambda row: row.update(captions=[3])), CACHE, LINE_2 + "captions [3]"),
+    Damage("manifest that leads out by ..", manifest_line(lambda row: row.update(file="../x.png")), CACHE, "is not a path inside the dataset folder"),
+    Damage("manifest that leads out by a root", manifest_line(lambda row: row.update(file="/etc/passwd")), CACHE, "is not a path inside the dataset folder"),
+    Damage("manifest with NUL in a name", manifest_line(lambda row: row.update(file="images/\0")), CACHE, "is not a path inside the dataset folder"),
+    Damage("manifest with half a surrogate pair in a name", manifest_line(lambda row: row.update(file="images/\ud83d")), CACHE, "is not a path inside the dataset folder"),
+    Damage("manifest with a side of 0", manifest_line(lambda row: row.update(width=0)), CACHE, "is not positive"),
+    Damage("manifest with an endless side", manifest_line(lambda row: row.update(width=10**400)), CACHE, "a side of more than 1,000,000 px"),
+    Damage("manifest with another side", manifest_line(lambda row: row.update(width=row["width"] + 8)), CACHE, "the manifest says"),
+    Damage("manifest with another hash", manifest_line(lambda row: row.update(sha256="0" * 64)), CACHE, "changed since it was prepared"),
+    Damage("manifest with a photo twice", manifest_line(lambda row: json.dumps(row) + "\n" + json.dumps(row)), CACHE, "stands on line 2 already"),
+    Damage("manifest of nothing", replace("dataset/manifest.jsonl", b""), CACHE, "holds no photo"),
+    Damage("manifest of bytes", replace("dataset/manifest.jsonl", bytes(range(256))), CACHE, "manifest.jsonl line 1: "),
+    Damage("manifest of garbage, prepared again", replace("dataset/manifest.jsonl", b"garbage"), "prepare {place}/photos -o {place}/dataset", "delete the file and run `safelight prepare` again"),
+    Damage("manifest of nothing, prepared again", replace("dataset/manifest.jsonl", b""), "prepare {place}/photos -o {place}/dataset", "photos 8/8", 0, touches=("dataset/",)),
+    Damage("photo that is gone", lambda place: first_photo(place).unlink(), CACHE, "cannot be read (No such file or directory); run `safelight prepare`"),
+    Damage("photo edited in the dataset", edit_photo, CACHE, "changed since it was prepared; run `safelight prepare` again"),
+    Damage("photo with a flipped bit", flip("dataset/images/*.png"), CACHE, "changed since it was prepared"),
+    Damage("cache row with a flipped bit", flip("dataset/cache/shards/posterior*"), CACHE, "1 rows of the cache were damaged and have been made again", 0, rows_are_sound, ("dataset/cache",)),
+    Damage("cache row with a flipped bit, resumed", flip("dataset/cache/shards/text*"), RESUME, "1 rows of the cache were damaged and have been made again", 0, rows_are_sound, ("dataset/cache", *STARTS)),
+    Damage("cache shard that was cut", cut_last_shard, CACHE, "1 rows of the cache were damaged", 0, rows_are_sound, ("dataset/cache",)),
+    Damage("cache shards that are gone", lose_text_shards, CACHE, "rows of the cache were damaged", 0, rows_are_sound, ("dataset/cache",)),
+    Damage("cache index of garbage", replace("dataset/cache/index.sqlite", b"garbage" * 999), CACHE, "index.sqlite is damaged"),
+    Damage("cache index that was cut", cut_index, CACHE, "index"),
+    Damage("cache of another format", set_format, CACHE, "has format 99, not 1; delete the cache folder"),
+    Damage("cache that is a file", a_file_for_the_cache, CACHE, "cache/shards: Not a directory", touches=("old",)),
+    Damage("list of the left out of garbage", replace("dataset/rejected.jsonl", b'\xff\n[1]\n{"path": 3, "reason": "\xe2\x80\xa8"}\n'), RESUME, "resumed at step 2", 0, files_are_json, STARTS),
+    Damage("weights with a flipped bit", flip("run/checkpoints/*/unet/*.safetensors"), RESUME, GO_ON),
+    Damage("moments with a flipped bit", flip("run/checkpoints/*/state.safetensors"), RESUME, GO_ON),
+    Damage("weights' header with a flipped bit", flip("run/checkpoints/*/unet/*.safetensors", bit=9), RESUME, GO_ON),
+    Damage("record with a flipped bit", flip("run/checkpoints/*/state.json"), RESUME, GO_ON),
+    Damage("record of garbage", replace("run/checkpoints/step-00000002/state.json", b"\xff garbage"), RESUME, GO_ON),
+    Damage("record of a list", replace("run/checkpoints/step-00000002/state.json", b"[1, 2]"), RESUME, GO_ON),
+    Damage("record nested without end", replace("run/checkpoints/step-00000002/state.json", b"[" * 100_000), RESUME, GO_ON),
+    Damage("record of a newer version", a_newer_format, RESUME, "has format 99, this version reads 1"),
+    Damage("drawn from weights with a flipped bit", flip("run/checkpoints/*/unet/*.safetensors"), "sample {place}/run --prompt x", GO_ON),
+    Damage("half a checkpoint beside", half_a_checkpoint, RESUME, "resumed at step 2", 0, touches=STARTS),
+    Damage("checkpoint of another model", lambda place: None, RESUME + " --model.base random:small", "model.base is 'random:small' here and 'tiny' there"),
+    Damage("checkpoint of another seed", lambda place: None, RESUME + " --run.seed 5", "run.seed is 5 here and 6 there"),
+    Damage("checkpoint of another batch", lambda place: None, RESUME + " --train.batch-size 3", "batch_size is 3 here and 4 there"),
+    Damage("checkpoint of other photographs", add_a_photo, RESUME, "was trained on other photographs", touches=("dataset/", "more")),
+    Damage("run that is there", lambda place: None, "train {place}/run.toml", "already holds a run (at step 2); add --resume"),
+    Damage("metrics with garbage in the middle", metrics_garbage, RESUME, "2 lines of", 0, metrics_are_whole, STARTS),
+    Damage("metrics of bytes", replace("run/metrics.jsonl", bytes(range(256)) * 9), RESUME, "lines of", 0, touches=STARTS),
+    Damage("split of garbage", replace("run/split.json", b"\xff{"), RESUME, "resumed at step 2", 0, files_are_json, STARTS),
+    Damage("run's config of garbage", replace("run/config.toml", b"\xff{"), "train {place}/run/config.toml --resume", "is not readable as TOML"),
+    Damage("run's config of garbage, drawn from", replace("run/config.toml", b"\xff{"), "sample {place}/run --prompt x", "is not readable as TOML"),
+    Damage("lock of a dead process", replace("run/.lock", b'{"pid": 1, "host": "gone", "started": "1970", "command": "x"}'), RESUME, "resumed at step 2", 0, touches=STARTS),
+    Damage("lock of garbage", replace("run/.lock", b"\xff" * 99), RESUME, "resumed at step 2", 0, touches=STARTS),
+]  # fmt: skip

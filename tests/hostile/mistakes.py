@@ -1,0 +1,151 @@
+"""Mistakes of a user: sources without photographs, configs that are wrong, places that cannot be. Each is refused with a
+line and exit 2, and nothing is written.
+
+The folder that a case gets holds `photos/` (two photographs), `dataset/` (prepared from a third) and `run.toml`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """words(place): makes what is wrong and returns the command. says: part of the line."""
+
+    name: str
+    words: Callable[[Path], list]
+    says: str
+
+
+def source(make: Callable[[Path], object]) -> Callable[[Path], list]:
+    """Return the words that prepare the folder `hostile` after something was made in it."""
+
+    def words(place: Path) -> list:
+        (place / "hostile").mkdir()
+        make(place / "hostile")
+        return ["prepare", place / "hostile", "-o", place / "dataset"]
+
+    return words
+
+
+def toml(content: str | bytes, command: str = "plan") -> Callable[[Path], list]:
+    """Return the words that read a config of this content."""
+
+    def words(place: Path) -> list:
+        path = place / "hostile.toml"
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return [command, path]
+
+    return words
+
+
+def given(command: str, *options: str) -> Callable[[Path], list]:
+    """Return the words that give options to a command on the good config; {place} is the folder."""
+    return lambda place: [command, place / "run.toml", *(option.format(place=place) for option in options)]
+
+
+def nothing(folder: Path) -> None:
+    pass
+
+
+def only_text(folder: Path) -> None:
+    for name in ("a.jpg", "b.jpg"):
+        (folder / name).write_text("no picture")
+
+
+def a_pickle(folder: Path) -> list[str]:
+    """Make a base whose UNet is a pickle that would leave a mark if it were loaded; return the option that names it."""
+    import pickle
+    import shutil
+
+    from safelight.trainer.models import tiny_folder
+
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(folder / "loaded"),)
+
+    shutil.copytree(tiny_folder(), folder / "base", ignore=shutil.ignore_patterns("*.safetensors"))
+    for part in ("vae", "text_encoder"):
+        for path in (tiny_folder() / part).glob("*.safetensors"):
+            shutil.copy(path, folder / "base" / part)
+    for name in ("diffusion_pytorch_model.bin", "pytorch_model.bin", "model.ckpt", "model.pt"):
+        (folder / "base" / "unet" / name).write_bytes(pickle.dumps(Bomb()))
+    return ["--model.base", str(folder / "base")]
+
+
+def garbage_weights(folder: Path) -> list[str]:
+    options = a_pickle(folder)
+    (folder / "base" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"\xff" * 5000)
+    return options
+
+
+def based(make: Callable[[Path], list[str]]) -> Callable[[Path], list]:
+    return lambda place: ["train", place / "run.toml", *make(place)]
+
+
+def a_file(name: str, command: str, *options: str) -> Callable[[Path], list]:
+    def words(place: Path) -> list:
+        (place / name).write_text("a file")
+        return given(command, *options)(place)
+
+    return words
+
+
+MISTAKES = [
+    Mistake("empty folder", source(nothing), "no photo found in"),
+    Mistake("nothing left after filtering", source(only_text), "2 rejected; the first: "),
+    Mistake("folder of captions alone", source(lambda folder: (folder / "a.txt").write_text("a")), "no photo found in"),
+    Mistake("source that is not there", lambda place: ["prepare", place / "gone", "-o", place / "dataset"], "does not exist"),
+    Mistake("source of a name too long", lambda place: ["prepare", "a" * 5000, "-o", place / "dataset"], "does not exist"),
+    Mistake("source that is a link to itself", lambda place: [(place / "loop").symlink_to("loop"), "prepare", place / "loop", "-o", place / "dataset"][1:], "does not exist"),
+    Mistake("dataset in the source's place", lambda place: ["prepare", place / "photos", "-o", place / "photos"], "lies in the dataset folder"),
+    Mistake("source inside the dataset", lambda place: ["prepare", place / "dataset" / "images", "-o", place / "dataset"], "lies in the dataset folder"),
+    Mistake("dataset that is a file", lambda place: ["prepare", place / "photos", "-o", place / "run.toml"], "is a file; give a folder"),
+    Mistake("dataset below a file", lambda place: ["prepare", place / "photos", "-o", place / "run.toml" / "x"], "is a file or lies below one"),
+    Mistake("quality 0", lambda place: ["prepare", place / "photos", "-o", place / "dataset", "--quality", "0"], "quality 0 is outside 1 to 100"),
+    Mistake("no megapixels", lambda place: ["prepare", place / "photos", "-o", place / "dataset", "--max-megapixels", "nan"], "max_megapixels nan is not above 0"),
+    Mistake("unknown table", toml("[trian]\nepochs = 3\n"), "trian is no setting; did you mean train?"),
+    Mistake("unknown setting", toml("[train]\nbatchsize = 3\n"), "train.batchsize is no setting; did you mean batch_size?"),
+    Mistake("word for a number", toml('[train]\nbatch_size = "four"\n'), "train.batch_size = 'four': "),
+    Mistake("truth for a number", toml("[train]\nbatch_size = true\n"), "true and false are no value here"),
+    Mistake("fraction for a count", toml("[train]\nepochs = 1.5\n"), "train.epochs = 1.5: "),
+    Mistake("value for a table", toml("train = 3\n"), "this is a table, [train]"),
+    Mistake("table for a value", toml("[train.batch_size]\na = 1\n"), "train.batch_size = {'a': 1}: "),
+    Mistake("batch of none", toml("[train]\nbatch_size = 0\n"), "train.batch_size = 0: "),
+    Mistake("learning rate -1", toml("[optimizer]\nlr = -1\n"), "optimizer.lr = -1: "),
+    Mistake("learning rate that is no number", toml("[optimizer]\nlr = nan\n"), "optimizer.lr = nan: "),
+    Mistake("learning rate without end", toml("[optimizer]\nlr = 1e400\n"), "optimizer.lr = inf: "),
+    Mistake("validation of one and a half", toml("[data]\nvalidation_fraction = 1.5\n"), "data.validation_fraction = 1.5: "),
+    Mistake("validation of everything", toml("[data]\nvalidation_fraction = 1.0\n"), "data.validation_fraction = 1.0: "),
+    Mistake("resolution that is no multiple", given("cache", "--data.resolution", "500"), "resolution 500 is not a multiple of 8; use 496 or 504"),
+    Mistake("resolution of 0", given("cache", "--data.resolution", "0"), "data.resolution = 0: "),
+    Mistake("stage of no epochs", toml("[[stage]]\nepochs = 0\n"), "stage.0.epochs = 0: "),
+    Mistake("seed below 0", given("plan", "--run.seed", "-1"), "run.seed = -1: "),
+    Mistake("unknown preset", lambda place: ["init", "sd99", "-o", place / "new.toml"], "sd99"),
+    Mistake("unknown GPU", given("plan", "--gpu", "voodoo2"), "gpu"),
+    Mistake("unknown device", given("train", "--run.device", "tpu"), "run.device = 'tpu': "),
+    Mistake("setting a second time", toml("[train]\nepochs = 1\nepochs = 2\n"), "is not readable as TOML"),
+    Mistake("config cut short", toml("[train]\nepochs = "), "is not readable as TOML"),
+    Mistake("config of bytes", toml(b"\xff\xfe\0\0\x80"), "is not readable as TOML"),
+    Mistake("config in UTF-16", toml("[train]\nepochs = 1\n".encode("utf-16")), "is not readable as TOML"),
+    Mistake("config with NUL", toml(b"[train]\nepochs = 1\0\n"), "is not readable as TOML"),
+    Mistake("config nested without end", toml("a = " + "[" * 100_000), "nested too deeply"),
+    Mistake("config that is a folder", lambda place: ["plan", place / "photos"], "cannot be read: Is a directory"),
+    Mistake("config that is not there", lambda place: ["train", place / "gone.toml"], "does not exist"),
+    Mistake("config that is a picture", lambda place: ["train", next((place / "photos").glob("*.png"))], "is not readable as TOML"),
+    Mistake("run folder that is a file", a_file("busy", "train", "--run.dir", "{place}/busy"), "busy is a file or lies below one"),
+    Mistake("run folder below a file", a_file("busy", "train", "--run.dir", "{place}/busy/run"), "busy/run is a file or lies below one"),
+    Mistake("run folder with NUL in its name", toml('[run]\ndir = "a\\u0000b"\n', "train"), r"a\x00b is no path"),
+    Mistake("run folder of a name too long", given("train", "--run.dir", "{place}/" + "a" * 300), "cannot be written (File name too long)"),
+    Mistake("dataset with NUL in its name", toml('[data]\npath = "a\\u0000b"\n', "cache"), "does not exist"),
+    Mistake("dataset that was not prepared", given("train", "--data.path", "{place}/photos"), "make it with `safelight prepare"),
+    Mistake("a model of pickles", based(a_pickle), "other formats are never loaded"),
+    Mistake("a model of garbage", based(garbage_weights), "its weights are damaged or do not fit"),
+    Mistake("a model that is not there", given("train", "--model.base", "{place}/gone"), "model.base"),
+    Mistake("a model that is a folder of photos", given("train", "--model.base", "{place}/photos"), "model.base"),
+    Mistake("an autoencoder that is none", given("train", "--model.vae", "{place}/photos"), "model.vae"),
+]  # fmt: skip

@@ -1,0 +1,92 @@
+"""Damage to datasets, caches and runs is named in a line or mended, and what was whole stays as it was."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from safelight.trainer.config import load_config
+from safelight.trainer.train import train
+
+TOML = """
+[run]
+dir = "{place}/run"
+seed = 6
+device = "cpu"
+[data]
+path = "{place}/dataset"
+resolution = 64
+validation_fraction = 0.2
+[train]
+batch_size = 4
+max_steps = 2
+[validate]
+every_epochs = 0
+[sample]
+every_epochs = 0
+steps = 1
+[save]
+every_steps = 1
+keep = 3
+[log]
+every_steps = 1
+tensorboard = false
+"""
+NUM_PHOTOS = 8
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, tiny_dataset) -> Path:
+    """Photographs, their dataset, and a finished run of two steps with both of its checkpoints."""
+    from safelight.data.ingest import ingest
+
+    root = tmp_path_factory.mktemp("made")
+    (root / "photos").mkdir()
+    for path in sorted((tiny_dataset.parent / "photos").glob("*.png"))[:NUM_PHOTOS]:
+        shutil.copy(path, root / "photos")
+        shutil.copy(path.with_suffix(".txt"), root / "photos")
+    ingest([root / "photos"], root / "dataset")
+    (root / "run.toml").write_text(TOML.format(place=root))
+    train(load_config(root / "run.toml"))
+    return root
+
+
+@pytest.fixture
+def place(made, tmp_path) -> Path:
+    root = shutil.copytree(made, tmp_path / "place")
+    for name in ("run.toml", "run/config.toml"):
+        text = (root / name).read_text()
+        (root / name).write_text(text.replace(str(made), str(root)))
+    return root
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    paths = [Path(at, name) for at, _, files in os.walk(folder) for name in files]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def test_is_named_or_mended_and_what_was_whole_stays(damage, place, call):
+    damage.make(place)
+    before = contents(place)
+    words = damage.words.format(place=place).split()
+    called = call(*words)
+    assert "Traceback" not in called.err
+    if damage.status == 2:
+        called.assert_refused(words[0], damage.says)
+    else:
+        assert called.status == 0, called.err
+        called.line(damage.says)
+    damage.check(place)
+    after = contents(place)
+    # the index remembers which photos it has seen
+    free = (*damage.touches, "dataset/cache/index.sqlite", "dataset/rejected.jsonl")
+    assert {
+        name for name, content in before.items() if after.get(name) != content and not name.startswith(free)
+    } == set()
+    # checkpoints are never touched but by the user
+    for name, content in before.items():
+        if name.startswith("run/checkpoints/step-"):
+            assert after[name] == content

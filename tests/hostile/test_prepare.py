@@ -1,0 +1,123 @@
+"""Every hostile picture, name and caption beside good photographs: a listed skip or a clean photo, and nothing lost."""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import hashlib
+import io
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from safelight.data.ingest import ingest
+from safelight.data.manifest import read_manifest
+
+GOOD = {"good one": "a told caption", "good two": "good two"}
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory) -> Path:
+    """Two good photographs, one with a caption, and a dataset with an earlier one."""
+    root = tmp_path_factory.mktemp("clean")
+    for folder, names in (("photos", GOOD), ("before", ["earlier"])):
+        (root / folder).mkdir()
+        for name in names:
+            values = np.random.default_rng(len(name) + ord(name[-1])).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+            Image.fromarray(values).save(root / folder / f"{name}.png")
+    (root / "photos" / "good one.txt").write_text(GOOD["good one"])
+    ingest([root / "before"], root / "dataset")
+    return root
+
+
+@pytest.fixture
+def place(clean, tmp_path) -> Path:
+    return shutil.copytree(clean, tmp_path / "place")
+
+
+def snapshot(folder: Path) -> dict:
+    """Return what a folder holds: names, kinds, and the bytes of files."""
+    return {
+        os.path.relpath(path, folder): hashlib.sha256(path.read_bytes()).hexdigest()
+        if path.is_file() and not path.is_symlink() and path.stat().st_size < 2**30
+        else path.lstat().st_mode
+        for path in map(Path, (os.path.join(at, name) for at, dirs, files in os.walk(folder) for name in dirs + files))
+    }
+
+
+@pytest.fixture
+def deny(monkeypatch):
+    """A context in which names cannot be read, also by root, whom no permission stops."""
+
+    def refusing(original, names):
+        def call(path=".", *rest, **options):
+            if isinstance(path, (str, os.PathLike)) and os.path.basename(path) in names:
+                raise PermissionError(13, "Permission denied", str(path))
+            return original(path, *rest, **options)
+
+        return call
+
+    @contextlib.contextmanager
+    def denied(names: tuple[str, ...]):
+        with monkeypatch.context() as patch:
+            for module, function in ((builtins, "open"), (io, "open"), (os, "listdir"), (os, "scandir")):
+                patch.setattr(module, function, refusing(getattr(module, function), names))
+            yield
+
+    return denied
+
+
+def test_beside_good_photographs(picture, place, call, deny):
+    photos, dataset = place / "photos", place / "dataset"
+    num_good = len(list(photos.glob("*.png")))
+    picture.make(photos)
+    originals = snapshot(photos)
+    with deny(picture.denied):
+        called = call("prepare", photos, "-o", dataset, *picture.options)
+    assert called.status == 0, called.err
+    assert "Traceback" not in called.err
+    manifest = read_manifest(dataset)
+    # nothing lost: the good ones with their captions, the earlier one, every stored file whole, the originals as they were
+    captions = [photo.captions for photo in manifest]
+    assert captions[0] == ("earlier",)
+    assert all((caption,) in captions for caption in GOOD.values())
+    for photo in manifest:
+        assert hashlib.sha256((dataset / photo.file).read_bytes()).hexdigest() == photo.sha256
+        assert Image.open(dataset / photo.file).convert("RGB").size == (photo.width, photo.height)
+    assert snapshot(photos) == originals
+    # every line is one of ours, with nothing in it that a terminal obeys
+    lines = called.err.removesuffix("\n").split("\n")
+    assert all(line.startswith(("left out ", "note: ", "photos ")) and line.isprintable() for line in lines), lines
+    listed = [json.loads(line) for line in (dataset / "rejected.jsonl").read_text().splitlines()]
+    num_new = len(manifest) - 1 - num_good
+    if picture.says:
+        line = called.line(picture.says)
+    if picture.outcome == "left out":
+        assert num_new == 0
+        assert line.startswith("left out ")
+        assert picture.shown in line
+        assert len(listed) == 1
+        assert picture.says in listed[0]["reason"]
+    elif picture.outcome == "taken":
+        assert num_new >= 1
+        if picture.caption is not None:
+            assert (picture.caption,) in captions
+    else:
+        assert num_new == 0
+        assert listed == []
+    if not picture.says:
+        assert all(line.startswith("photos ") for line in lines), lines
+    # the same again finds the same: what was left out is no obstacle
+    before = (dataset / "manifest.jsonl").read_bytes()
+    with deny(picture.denied):
+        assert call("prepare", photos, "-o", dataset, *picture.options).status == 0
+    assert (dataset / "manifest.jsonl").read_bytes() == before
+
+
+def test_the_corpus_is_large(corpus_names):
+    assert len(set(corpus_names)) == len(corpus_names) >= 60

@@ -162,3 +162,9 @@ def next_power_of_2(n: int) -> int:
 def cdiv(n: int, d: int) -> int:
     """Return n / d rounded up."""
     return -(-n // d)
+
+
+def is_dense(x: Tensor) -> bool:
+    """Return whether x's elements fill its memory without gaps or overlaps, in whatever order of dimensions."""
+    # only then does empty_like keep the strides
+    return torch.empty_like(x, device="meta").stride() == x.stride()

@@ -2,48 +2,107 @@
 
 from __future__ import annotations
 
-import json
+import importlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import arg
+from tyro.conf import Positional, arg
 
 from safelight.arguments import parse
+
+Base = Annotated[str, arg(help="as model.base: tiny, random:sd15, a diffusers folder")]
+LatentSize = Annotated[int, arg(help="side of the square latents; 64 is SD1.5 at 512 px; 0: the model's own")]
+Device = Literal["auto", "cpu", "cuda"]
+AsJson = Annotated[bool, arg(help="print the result as JSON")]
+Append = Annotated[Path | None, arg(metavar="FILE", help="add the result lines to this .jsonl", help_behavior_hint="")]
 
 
 @dataclass
 class Step:
     """Time the training step on this machine."""
 
-    base: Annotated[str, arg(help="as model.base: tiny, random:sd15, a diffusers folder")] = "tiny"
-    latent_size: Annotated[int, arg(help="side of the square latents; 64 is SD1.5 at 512 px; 0: the model's own")] = 0
+    base: Base = "tiny"
+    latent_size: LatentSize = 0
     batch_size: Annotated[tuple[int, ...], arg(help="one variant each, interleaved")] = (1, 4)
+    recipe: Annotated[
+        tuple[str, ...], arg(help="safelight, diffusers, diffusers-compiled, diffusers-16bit; one variant each")
+    ] = ("safelight",)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     optimizer: Literal["adamw8bit", "adamw"] = "adamw8bit"
     checkpointing: Literal["none", "full"] = "none"
+    loader: Annotated[bool, arg(help="read the batches from a cache on disk, as training does")] = False
+    separate: Annotated[bool, arg(help="one variant after another instead of interleaved: the memory of one")] = False
     repeats: Annotated[int, arg(help="timed steps a variant")] = 10
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
+    append: Append = None
     json: Annotated[bool, arg(help="print one JSON line a variant")] = False
+
+
+@dataclass
+class Baseline(Step):
+    """Time a published recipe's step on this machine, and ours beside it."""
+
+    recipe: Annotated[
+        Positional[tuple[Literal["diffusers", "diffusers-compiled", "diffusers-16bit"], ...]],
+        arg(metavar="NAME...", help="diffusers, diffusers-compiled, diffusers-16bit"),
+    ] = ("diffusers",)
+
+
+@dataclass
+class Count:
+    base: Base = "tiny"
+    latent_size: LatentSize = 0
+    batch_size: int = 1
+    precision: Literal["bf16", "fp16", "fp32", "autocast-bf16", "autocast-fp16"] = "bf16"
+    layout: Annotated[Literal["nchw", "channels_last"], arg(help="memory layout of images and convolutions")] = "nchw"
+    checkpointing: Literal["none", "full"] = "none"
+    optimizer: Literal["none", "adamw", "adamw8bit"] = "adamw8bit"
+    profile: Annotated[bool, arg(help="run the step on this machine too, and put the profiler's table beside it")] = (
+        False
+    )
+    append: Append = None
+    json: AsJson = False
+
+
+@dataclass
+class Gate:
+    golden: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: bench/results/counts.jsonl)")] = (
+        None
+    )
+    base: Annotated[str, arg(help="check the configs of this base alone")] = ""
+
+
+@dataclass
+class Compare:
+    a: Annotated[Positional[str], arg(metavar="A", help="a .jsonl of results, or a commit in bench/results")]
+    b: Annotated[Positional[str], arg(metavar="B", help="what to compare it with")]
+    json: AsJson = False
+
+
+# name -> (arguments, what it measures); safelight.bench.run.NAME runs it
+COMMANDS: dict[str, tuple[type, str]] = {
+    "step": (Step, "images/s and peak memory of the training step on this machine"),
+    "baseline": (Baseline, "the same of the published recipes, ours beside them"),
+    "count": (
+        Count,
+        "operators, kernel launches, bytes, FLOPs and host syncs of a training step, traced without a GPU",
+    ),
+    "gate": (Gate, "fail if a counted figure rose above bench/results/counts.jsonl"),
+    "compare": (Compare, "two sets of results, figure by figure"),
+}
 
 
 def main(argv: list[str]) -> int:
     """Run `safelight bench ...` and return its exit status."""
     if not argv or argv[0] in ("-h", "--help"):
+        names = "\n".join(f"  {name:<9} {text}" for name, (_, text) in COMMANDS.items())
         print(
-            "usage: safelight bench step [OPTIONS]\n\n  step      images/s and peak memory of the training step\n\n`safelight bench step --help` lists the options."
+            f"usage: safelight bench COMMAND [OPTIONS]\n\n{names}\n\n`safelight bench COMMAND --help` lists the options."
         )
         return 0 if argv else 2
-    if argv[0] != "step":
-        raise ValueError(f"bench {argv[0]!r} is unknown; use step")
-    options = parse(Step, argv[1:], "bench step", "images/s and peak memory of the training step on this machine")
-    from safelight.bench.suite import bench_step
-
-    for record in bench_step(options):
-        if options.json:
-            print(json.dumps(record))
-        else:
-            low, middle, high = record["images_per_s_p20_p50_p80"]
-            print(
-                f"{record['base']} batch {record['batch_size']}: {middle:.2f} images/s (p20 {low:.2f}, p80 {high:.2f}) on {record['device']}, {record['precision']}"
-            )
-    return 0
+    if argv[0] not in COMMANDS:
+        raise ValueError(f"bench {argv[0]!r} is unknown; use {', '.join(COMMANDS)}")
+    shape, text = COMMANDS[argv[0]]
+    options = parse(shape, argv[1:], f"bench {argv[0]}", text)
+    return getattr(importlib.import_module("safelight.bench.run"), argv[0])(options)

@@ -1,0 +1,127 @@
+"""The published recipes, written by us without handicap: what a user of diffusers' example or of its faster kin runs.
+
+Each is the same plain loop: latents drawn from the cached posterior, torch.randn noise, DDPMScheduler, F.mse_loss in
+fp32, clip_grad_norm_, bitsandbytes' AdamW8bit; and each has the same attention, checkpointing and precision as ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from safelight.bench.workload import LR, MAX_GRAD_NORM, SEED, WEIGHT_DECAY, Workload, use_attention
+from safelight.data.batches import Batch
+from safelight.trainer.models import load_unet, resolve_base
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """weights_16bit: no autocast, the weights themselves are in the precision. stands_for: whose practice it is."""
+
+    stands_for: str
+    weights_16bit: bool = False
+    channels_last: bool = False
+    compile: bool = False
+
+
+RECIPES = {
+    "diffusers": Recipe(
+        "examples/text_to_image/train_text_to_image.py with --mixed_precision, --use_8bit_adam, --gradient_checkpointing "
+        "and memory-efficient attention: fp32 weights under autocast; latents and embeddings cached, as SDXL's script does"
+    ),
+    "diffusers-compiled": Recipe(
+        "the same with its documentation's speed-ups: channels-last weights and latents, torch.compile of the UNet",
+        channels_last=True,
+        compile=True,
+    ),
+    "diffusers-16bit": Recipe(
+        "the low-memory practice of kohya's full_fp16 / full_bf16: weights, gradients and update in 16 bit, no master",
+        weights_16bit=True,
+    ),
+}
+
+
+def make_optimizer(name: str, parameters) -> torch.optim.Optimizer:
+    """Return bitsandbytes' AdamW8bit or torch's AdamW (its default, foreach, on a GPU)."""
+    options = {"lr": LR, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": WEIGHT_DECAY}
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, **options)
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(parameters, **options)
+
+
+class Baseline:
+    """A recipe's training step. compile_backend: torch.compile's, for tests without a compiler."""
+
+    def __init__(self, name: str, work: Workload, compile_backend: str = "inductor"):
+        from diffusers import DDPMScheduler
+
+        if name not in RECIPES:
+            raise ValueError(f"baseline {name!r} is unknown; use {', '.join(RECIPES)}")
+        recipe, self.device = RECIPES[name], torch.device(work.device)
+        base = resolve_base(work.base)
+        unet = load_unet(base, SEED, work.dtype if recipe.weights_16bit else torch.float32).to(self.device).train()
+        self.memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
+        unet = unet.to(memory_format=self.memory_format)
+        if work.checkpointing == "full":
+            unet.enable_gradient_checkpointing()
+        self.notes = use_attention(unet, self.device, work.dtype)
+        self.parameters = list(unet.parameters())
+        self.optimizer = make_optimizer(work.optimizer, self.parameters)
+        self.scheduler = DDPMScheduler.from_config(base.config_of("scheduler"))
+        self.scheduler.alphas_cumprod = self.scheduler.alphas_cumprod.to(self.device)
+        self.unet = torch.compile(unet, backend=compile_backend) if recipe.compile else unet
+        self.dtype = work.dtype
+        self.uses_autocast = not recipe.weights_16bit and work.dtype != torch.float32
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=work.dtype == torch.float16)
+        if recipe.weights_16bit and self.scaler.is_enabled():
+            _allow_fp16_gradients(self.scaler)
+
+    def loss(self, latents: Tensor, noise: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+        """Return the mean squared error over the batch. latents, noise (B, C, H, W) fp32; text (B, T, D) fp32."""
+        noisy = self.scheduler.add_noise(latents, noise, timesteps)
+        is_v = self.scheduler.config.prediction_type == "v_prediction"
+        target = self.scheduler.get_velocity(latents, noise, timesteps) if is_v else noise
+        weights = torch.float32 if self.uses_autocast else self.dtype
+        noisy = noisy.to(weights).contiguous(memory_format=self.memory_format)
+        context = torch.autocast(self.device.type, self.dtype) if self.uses_autocast else contextlib.nullcontext()
+        with context:
+            predicted = self.unet(noisy, timesteps, text.to(weights), return_dict=False)[0]
+        return F.mse_loss(predicted.float(), target.float())
+
+    def update(self, loss: Tensor) -> None:
+        """Take the optimizer's step, as accelerate does: unscale, clip, step, free the gradients."""
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.parameters, MAX_GRAD_NORM)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def step(self, batch: Batch) -> Tensor:
+        """Take a step and return its loss, on the device: diffusers' `.item()` of every step is left out."""
+        latents = batch.mean_BCHW.to(self.device, non_blocking=True)
+        if batch.logvar_BCHW is not None:
+            std = (0.5 * batch.logvar_BCHW.to(self.device, non_blocking=True).clamp(-30.0, 20.0)).exp()
+            latents = latents + std * torch.randn_like(latents)
+        noise = torch.randn_like(latents)
+        steps = self.scheduler.config.num_train_timesteps
+        timesteps = torch.randint(0, steps, (len(latents),), device=self.device)
+        loss = self.loss(latents, noise, timesteps, batch.text_BTD.to(self.device, non_blocking=True))
+        self.update(loss)
+        return loss.detach()
+
+
+def _allow_fp16_gradients(scaler: torch.amp.GradScaler) -> None:
+    """Let a GradScaler unscale fp16 gradients, which torch refuses and full-fp16 trainers (kohya's) switch on like this."""
+    unscale = scaler._unscale_grads_
+
+    def unscale_any(optimizer, inv_scale, found_inf, allow_fp16):
+        return unscale(optimizer, inv_scale, found_inf, True)
+
+    scaler._unscale_grads_ = unscale_any

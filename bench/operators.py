@@ -1,0 +1,118 @@
+"""Which class an operator belongs to, and how many CUDA kernels it launches: the model behind `safelight bench count`.
+
+The numbers of kernels are counts from profiles of cuDNN and ATen, held here so that they can be argued with; the
+profiler of a GPU judges them (`bench count --profile`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+CLASSES = ("conv", "matmul", "attention", "norm", "elementwise", "copy/cast", "optimizer")
+LAYOUTS = ("nchw", "channels_last")
+
+_CLASS_OF = {
+    "conv": ("convolution", "conv2d", "cudnn_convolution", "mkldnn_convolution", "slow_conv2d", "_convolution", "thnn_conv2d"),
+    "matmul": ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "addmv", "mv", "dot", "_addmm_activation"),
+    "attention": ("attention", "scaled_dot_product", "efficient_attention", "flash_attention", "cudnn_attention", "fmha"),
+    "norm": ("native_group_norm", "native_layer_norm", "group_norm", "layer_norm", "native_batch_norm"),
+    "copy/cast": ("clone", "_to_copy", "copy_", "cat", "stack", "index", "index_select", "contiguous", "_foreach_copy_"),
+    "optimizer": ("_fused_adamw_", "_fused_adam_", "adamw8bit", "optimizer_update"),
+}  # fmt: skip
+_EXACT = {name: kind for kind in ("matmul", "copy/cast") for name in _CLASS_OF[kind]}
+_SUBSTRING = [(part, kind) for kind in ("attention", "conv", "norm", "optimizer") for part in _CLASS_OF[kind]]
+
+# they make no kernel: memory alone, or another view of it
+_NO_WORK = {
+    "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "_reshape_alias", "detach",
+    "lift_fresh", "alias", "resize_", "set_", "_local_scalar_dense", "is_same_size", "sym_size", "record_stream",
+}  # fmt: skip
+# the host waits for the device
+SYNC_OPERATORS = {
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "is_nonzero",
+    "item",
+    "equal",
+    "unique_dim",
+    "_unique2",
+}
+
+# an operator launches one kernel unless it stands here
+_KERNELS = {
+    "native_layer_norm_backward": 3,
+    "attention_backward": 3,
+    "_scaled_dot_product_flash_attention_backward": 3,
+    "_scaled_dot_product_efficient_attention_backward": 3,
+    "_scaled_dot_product_cudnn_attention_backward": 3,
+}
+_KERNELS_BY_LAYOUT = {
+    # NCHW: input and weight to NHWC, the convolution, output back; the bias' addition is in it
+    "nchw": {
+        "convolution": 4,
+        "convolution_backward": 8,
+        "native_group_norm": 3,
+        "native_group_norm_backward": 5,
+    },
+    # ATen's GroupNorm has no channels-last CUDA path: 5 and 7 kernels, one of each a copy to NCHW that is seen as an
+    # operator of its own; the copy back is not
+    "channels_last": {
+        "convolution": 2,
+        "convolution_backward": 3,
+        "native_group_norm": 4,
+        "native_group_norm_backward": 6,
+    },
+}
+
+# ATen's multi_tensor_apply, by number of tensor lists: tensors a launch; blocks a launch; elements a block
+_FOREACH_TENSORS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
+_FOREACH_BLOCKS = 320
+_FOREACH_CHUNK = 65536
+
+
+def class_of(name: str) -> str:
+    """Return the class of an operator, by its bare name: `convolution_backward` -> conv. Reductions are elementwise."""
+    if name in _EXACT:
+        return _EXACT[name]
+    return next((kind for part, kind in _SUBSTRING if part in name), "elementwise")
+
+
+def does_work(name: str, is_view: bool) -> bool:
+    """Return whether an operator launches anything."""
+    return not is_view and name not in _NO_WORK
+
+
+def num_kernels(name: str, layout: str) -> int:
+    """Return the CUDA kernels one call launches; see num_foreach_kernels for `_foreach_*` and `_fused_*`."""
+    return _KERNELS_BY_LAYOUT[layout].get(name) or _KERNELS.get(name, 1)
+
+
+def num_foreach_kernels(sizes: Sequence[int], num_lists: int) -> int:
+    """Return the launches of a multi-tensor operator over tensors of these numbers of elements, by ATen's chunking."""
+    most_tensors = _FOREACH_TENSORS[min(max(num_lists, 1), 5)]
+    launches = tensors = blocks = 0
+    for size in sizes:
+        tensors += 1
+        for chunk in range(-(-size // _FOREACH_CHUNK)):
+            blocks += 1
+            is_last_chunk = (chunk + 1) * _FOREACH_CHUNK >= size
+            if blocks == _FOREACH_BLOCKS or (tensors == most_tensors and is_last_chunk):
+                launches += 1
+                # a tensor that goes on is listed again in the next launch
+                blocks, tensors = 0, 0 if is_last_chunk else 1
+    return launches + (blocks > 0)
+
+
+def moves_memory(kind: str) -> bool:
+    """Return whether an operator of this class is bound by memory: all but matrix products and convolutions."""
+    return kind not in ("conv", "matmul")
+
+
+def layout_factor(name: str, layout: str) -> float:
+    """Return how often an operator's inputs and outputs are moved by layout copies that are no operators themselves."""
+    if layout == "nchw":
+        # each tensor of a convolution is read and written once more around it
+        return 2 if class_of(name) == "conv" else 0
+    # GroupNorm's result is read and written once more, back to NHWC: one of two large tensors, one of three backward
+    return {"native_group_norm": 1, "native_group_norm_backward": 2 / 3}.get(name, 0)

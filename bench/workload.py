@@ -1,0 +1,156 @@
+"""What every step benchmark trains on: a base, random rows of its shapes, and ours or a baseline to take the step.
+
+Shapes: B batch, C latent channels, H W latent height and width, T tokens, D embedding.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from safelight.data.batches import Batch, iterate, plan_epoch
+from safelight.data.buckets import Bucket
+from safelight.data.cache import Cache, Crop, Sample
+from safelight.data.manifest import Photo
+from safelight.kernels.attention import apply_attention, attention_modules, choose_attention, head_dim_of
+from safelight.trainer.config import Loss, Optimizer
+from safelight.trainer.diffusion import make_schedule
+from safelight.trainer.models import PRECISIONS, load_unet, pick_device, pick_dtype, resolve_base
+from safelight.trainer.optim import UNetOptimizer
+from safelight.trainer.step import train_step
+
+SEED = 1
+NUM_ROTATED = 4
+NUM_TOKENS = 77
+LR, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-6, 0.01, 1.0
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is trained: the same for ours and every baseline."""
+
+    base: str = "tiny"
+    latent_size: int = 0
+    batch_size: int = 1
+    precision: str = "auto"
+    optimizer: str = "adamw8bit"
+    checkpointing: str = "none"
+    device: str = "auto"
+
+    def resolved(self) -> Workload:
+        """Return it with `auto` and 0 filled in. Raises ValueError for what this machine cannot do."""
+        device = pick_device(self.device)
+        side = self.latent_size or resolve_base(self.base).config_of("unet")["sample_size"]
+        return replace(
+            self, latent_size=side, precision=PRECISIONS[pick_dtype(self.precision, device)], device=device.type
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return pick_dtype(self.precision, torch.device(self.device))
+
+
+def random_rows(num: int, base: str, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return (posteriors, (N, 2C, H, W); embeddings, (N, T, D)), float32, of a base's shapes."""
+    config = resolve_base(base).config_of("unet")
+    generator = np.random.default_rng(SEED)
+    posterior = generator.standard_normal((num, 2 * config["in_channels"], side, side), np.float32)
+    posterior[:, config["in_channels"] :] -= 4
+    return posterior, generator.standard_normal((num, NUM_TOKENS, config["cross_attention_dim"]), np.float32)
+
+
+def random_batches(num: int, work: Workload) -> list[Batch]:
+    """Return batches of random rows, to be rotated."""
+    batches = []
+    posterior, text = (torch.from_numpy(x) for x in random_rows(num * work.batch_size, work.base, work.latent_size))
+    for number in range(num):
+        part = slice(number * work.batch_size, (number + 1) * work.batch_size)
+        mean, logvar = (half.contiguous() for half in posterior[part].chunk(2, dim=1))
+        ids = tuple(range(part.start, part.stop))
+        side = 8 * work.latent_size
+        batches.append(Batch(mean, logvar, text[part], ids, (0,) * work.batch_size, Bucket(side, side)))
+    return batches
+
+
+def random_samples(num: int, side: int) -> list[Sample]:
+    """Return samples whose keys are their numbers, as a prepared dataset would have them."""
+    bucket = Bucket(8 * side, 8 * side)
+    crop = Crop((0, 0, 8 * side, 8 * side), False)
+    return [
+        Sample(
+            Photo(f"{n}.png", f"{n:064x}"[::-1], 8 * side, 8 * side, ("",), "random", "random"),
+            bucket, (f"latent-{n}",), (f"text-{n}",), (crop,), ("",),
+        )
+        for n in range(num)
+    ]  # fmt: skip
+
+
+def fill_random_cache(path: Path, num: int, base: str, side: int, rows_at_once: int = 256) -> list[Sample]:
+    """Fill a cache with random rows and return their samples. A few embeddings are shared, as captions rarely are."""
+    samples = random_samples(num, side)
+    posterior, text = random_rows(min(num, rows_at_once), base, side)
+    with Cache(path) as cache:
+        for start in range(0, num, rows_at_once):
+            part = samples[start : start + rows_at_once]
+            cache.append("posterior", [s.latent_keys[0] for s in part], posterior[: len(part)])
+            cache.append("text", [s.text_keys[0] for s in part], text[: len(part)])
+        cache.append("text", ["text-empty"], text[:1])
+    return samples
+
+
+@contextmanager
+def cached_batches(work: Workload, num: int) -> Iterator[Iterator[Batch]]:
+    """Give an endless iterator of batches read from a cache of `num` random rows through the training run's loader."""
+    with tempfile.TemporaryDirectory() as folder:
+        samples = fill_random_cache(Path(folder), num, work.base, work.latent_size)
+
+        def endless(cache: Cache) -> Iterator[Batch]:
+            epoch = 0
+            while True:
+                plan = plan_epoch(samples, seed=SEED, epoch=epoch, batch_size=work.batch_size, caption_dropout=0.05)
+                # shapes stay the same, as every timed step should
+                yield from iterate(cache, samples, [b for b in plan if len(b.refs) == work.batch_size], "text-empty")
+                epoch += 1
+
+        with Cache(Path(folder)) as cache:
+            batches = endless(cache)
+            try:
+                yield batches
+            finally:
+                batches.close()
+
+
+class Ours:
+    """The training step of `safelight train`. notes: what really runs."""
+
+    def __init__(self, work: Workload):
+        device = torch.device(work.device)
+        base = resolve_base(work.base)
+        self.unet = load_unet(base, SEED).to(device).train()
+        if work.checkpointing == "full":
+            self.unet.enable_gradient_checkpointing()
+        self.optimizer = UNetOptimizer(self.unet, Optimizer(name=work.optimizer), work.dtype)
+        self.notes = use_attention(self.unet, device, work.dtype)
+        self.schedule = make_schedule(base.config_of("scheduler")).to(device)
+
+    def step(self, batch: Batch) -> torch.Tensor:
+        """Take a step and return the batch's mean loss, on the device."""
+        result = train_step(
+            self.unet, self.optimizer, [batch], self.schedule, 1.0, Loss(), seed=SEED, epoch=0,
+            num_samples=len(batch.sample_ids), lr=LR, weight_decay=WEIGHT_DECAY, max_grad_norm=MAX_GRAD_NORM,
+        )  # fmt: skip
+        return result.losses.mean()
+
+
+def use_attention(unet: nn.Module, device: torch.device, dtype: torch.dtype) -> str:
+    """Give a UNet the attention that works here in `dtype`, ours and baselines alike; return which."""
+    choice = choose_attention(device, dtype, {head_dim_of(m) for m in attention_modules(unet)})
+    apply_attention(unet, choice)
+    return str(choice)

@@ -1,0 +1,225 @@
+"""The counter against hand counts, FlopCounterMode, real attention, the profiler and the study's figures."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from safelight.__main__ import main
+from safelight.bench import count, gate
+from safelight.bench.command import Count
+from safelight.bench.counters import CardOperators, Counter, SavedBytes, attention
+from safelight.bench.operators import class_of, num_foreach_kernels
+from safelight.bench.profiled import COMPOUND
+from safelight.bench.results import COUNTS, read
+from safelight.trainer.config import Loss
+from safelight.trainer.diffusion import make_schedule
+from safelight.trainer.models import meta_unet, resolve_base
+from safelight.trainer.step import accumulate
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return resolve_base("tiny")
+
+
+@pytest.fixture(scope="module")
+def tiny_counts(tiny):
+    return count.trace(tiny, precision="fp32", optimizer="adamw8bit")
+
+
+def test_a_small_step_counted_by_hand():
+    """Linear and SiLU: forward 2 operators, the sum, backward: ones, 2 products, bias sum, SiLU's."""
+    layer = nn.Linear(8, 16, device="meta")
+    x = torch.empty(4, 8, device="meta")
+    saved = SavedBytes(layer.parameters())
+    with CardOperators(), Counter() as counter, saved:
+        F.silu(layer(x)).sum().backward()
+    rows = counter.counts.rows
+    # addmm forward; the weight's gradient backward: x needs none
+    assert rows["matmul"].launches == 2
+    # silu, sum, ones, silu backward, bias' sum
+    assert rows["elementwise"].launches == 5
+    assert counter.counts.flops_forward == 2 * 4 * 8 * 16
+    assert counter.counts.flops_total == 2 * counter.counts.flops_forward
+    # x and the input of SiLU; the weight is no activation
+    assert saved.total == 4 * (4 * 8 + 4 * 16)
+    # silu 64 in, 64 out; sum 64 in, 1 out; ones 1 in, 1 out; silu backward 3 x 64, of which the expanded gradient
+    # counts whole; bias 64 in, 16 out
+    assert rows["elementwise"].bytes_moved == 4 * (128 + 65 + 2 + 192 + 80)
+
+
+def test_flops_are_those_of_torch(tiny, tiny_counts):
+    unet = meta_unet(tiny).train()
+    noisy = count.meta_noisy(unet, 1, unet.config.sample_size, "nchw")
+    schedule = make_schedule(tiny.config_of("scheduler")).to(torch.device("meta"))
+    with FlopCounterMode(display=False) as whole:
+        accumulate(unet, noisy, schedule, Loss(), 1, torch.ones((), device="meta"))
+    with FlopCounterMode(display=False) as forward, torch.no_grad():
+        unet(noisy.noisy_BCHW, noisy.timesteps_B, noisy.text_BTD)
+    assert tiny_counts.flops_forward == forward.get_total_flops() > 1e8
+    # a fused backward pass computes the scores again: one product of five more than the four of the mathematical path
+    scores = sum(flops for name, flops in forward.get_flop_counts()["Global"].items() if "bmm" in str(name))
+    assert tiny_counts.flops_total == whole.get_total_flops() + scores // 2
+
+
+def test_the_counted_attention_is_attention():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 8, requires_grad=True) for n in (10, 6, 6))
+    grad = torch.randn(2, 3, 10, 8)
+    out, _ = attention(q, k, v)
+    ours = torch.autograd.grad(out, (q, k, v), grad)
+    reference = F.scaled_dot_product_attention(q, k, v)
+    theirs = torch.autograd.grad(reference, (q, k, v), grad)
+    torch.testing.assert_close(out, reference)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-5)
+
+
+def test_attention_saves_what_a_fused_kernel_saves():
+    q, k, v = (torch.empty(1, 2, n, 40, dtype=torch.bfloat16, device="meta", requires_grad=True) for n in (64, 77, 77))
+    saved = SavedBytes([])
+    with CardOperators(), saved:
+        F.scaled_dot_product_attention(q, k, v)
+    # q and the output, k and v, and the log-sum-exp: not the 64 x 77 matrix of each head
+    assert saved.total == 2 * 2 * 40 * (2 * 64 + 2 * 77) + 4 * 2 * 64
+    with CardOperators(), pytest.raises(ValueError, match="mask or dropout"):
+        F.scaled_dot_product_attention(q, k, v, dropout_p=0.1)
+
+
+def test_launches_of_multi_tensor_operators():
+    # 110 tensors of one list a launch; 64 of two
+    assert num_foreach_kernels([10] * 110, 1) == 1
+    assert num_foreach_kernels([10] * 111, 1) == 2
+    assert num_foreach_kernels([10] * 128, 2) == 2
+    # 320 blocks of 65,536 elements a launch
+    assert num_foreach_kernels([320 * 65536], 1) == 1
+    assert num_foreach_kernels([320 * 65536 + 1], 1) == 2
+    assert num_foreach_kernels([], 1) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("convolution_backward", "conv"), ("addmm", "matmul"), ("native_group_norm", "norm"), ("add", "elementwise"),
+        ("_scaled_dot_product_efficient_attention_backward", "attention"), ("_to_copy", "copy/cast"),
+        ("linalg_vector_norm", "elementwise"), ("_foreach_norm", "elementwise"), ("mul", "elementwise"),
+        ("clone", "copy/cast"), ("_fused_adamw_", "optimizer"), ("addcmul", "elementwise"),
+    ],
+)  # fmt: skip
+def test_classes(name, kind):
+    assert class_of(name) == kind
+
+
+def test_the_optimizer_and_its_waiting_are_counted(tiny, tiny_counts):
+    tensors = list(meta_unet(tiny).parameters())
+    # the norm is read once, and bitsandbytes waits after every tensor
+    assert tiny_counts.host_syncs == len(tensors) + 1
+    assert tiny_counts.by_operator["adamw8bit_update"].launches == len(tensors)
+    adamw = count.trace(tiny, precision="fp32", optimizer="adamw")
+    assert adamw.host_syncs == 1
+    assert adamw.rows["conv"] == tiny_counts.rows["conv"]
+    # multi-tensor kernels: far fewer launches than tensors, times a dozen operators
+    assert adamw.rows["optimizer"].launches < len(tensors)
+
+
+def test_autocast_casts_each_weight_once_and_keeps_norms_in_fp32(tiny):
+    unet = meta_unet(tiny)
+    noisy = count.meta_noisy(unet, 1, 16, "nchw")
+    seen = {}
+    for kind in (nn.Conv2d, nn.Linear, nn.GroupNorm, nn.LayerNorm):
+        module = next(m for m in unet.modules() if isinstance(m, kind))
+        module.register_forward_hook(lambda m, i, out, kind=kind: seen.update({kind: out.dtype}))
+    with CardOperators(torch.bfloat16) as operators:
+        unet(noisy.noisy_BCHW, noisy.timesteps_B, noisy.text_BTD)
+    assert seen == {
+        nn.Conv2d: torch.bfloat16, nn.Linear: torch.bfloat16, nn.GroupNorm: torch.float32, nn.LayerNorm: torch.float32,
+    }  # fmt: skip
+    cast = {
+        p for m in unet.modules() if isinstance(m, nn.Conv2d | nn.Linear) for p in (m.weight, m.bias) if p is not None
+    }
+    assert set(operators.casts) == cast
+
+
+def test_checkpointing_recomputes_with_the_same_operators(tiny):
+    plain, full = (count.trace(tiny, checkpointing=how) for how in ("none", "full"))
+    assert full.saved_bytes < plain.saved_bytes / 3
+    assert full.flops_forward == plain.flops_forward
+    assert 0 < full.flops_total - plain.flops_total <= plain.flops_forward
+    assert count.trace(tiny, checkpointing="full", precision="autocast-bf16").saved_bytes > full.saved_bytes
+
+
+def test_the_profiler_sees_the_operators_that_are_counted(tiny_counts):
+    seen = count.profiled(Count(precision="fp32", optimizer="adamw"))["classes"]
+    assert {kind: seen[kind]["launches"] for kind in COMPOUND} == {
+        kind: tiny_counts.rows[kind].operators for kind in COMPOUND
+    }
+    # loss and gradients are counted; the profiler saw noise, clipping and optimizer as well
+    assert seen["elementwise"]["launches"] >= tiny_counts.rows["elementwise"].operators
+
+
+# performance.md, "One eager step": launches, GB, and MiB saved
+STUDY = {
+    ("bf16", "nchw"): (3292, 13.6, 893),
+    ("autocast-bf16", "nchw"): (4761, 27.8, 2789),
+    ("bf16", "channels_last"): (2752, 5.8, None),
+}
+
+
+def test_sd15_gives_the_studys_figures_and_the_gates():
+    """Three traces of the true model. 30 of the channels-last launches are copies of diffusers' own `.contiguous()`."""
+    goldens = {
+        (g["config"]["precision"], g["config"]["layout"]): g
+        for g in gate.goldens(base="random:sd15")
+        if g["config"]["checkpointing"] == "none"
+    }
+    base = resolve_base("random:sd15")
+    for (precision, layout), (launches, gigabytes, saved) in STUDY.items():
+        found = count.figures(count.trace(base, precision=precision, layout=layout))
+        own = 30 if layout == "channels_last" else 0
+        assert found["launches"] - own == pytest.approx(launches, rel=0.03)
+        assert found["memory_bound_gb"] == pytest.approx(gigabytes, rel=0.03)
+        assert round(found["forward_gflop"]) == 803
+        assert round(found["step_gflop"], -1) == 2470
+        if saved:
+            assert round(found["saved_mib"]) == saved
+        golden = goldens[precision, layout]["figures"]
+        for name in ("launches", "memory_bound_gb", "saved_mib", "forward_gflop"):
+            assert found[name] <= golden[name]
+
+
+def test_the_gate_passes_as_committed_and_fails_on_one_more_operator(monkeypatch, capsys):
+    assert main(["bench", "gate", "--base", "tiny"]) == 0
+    assert capsys.readouterr().out.startswith("same  tiny")
+    from diffusers.models.resnet import ResnetBlock2D
+
+    forward = ResnetBlock2D.forward
+    monkeypatch.setattr(ResnetBlock2D, "forward", lambda self, *args, **kwargs: forward(self, *args, **kwargs) * 1.0)
+    assert main(["bench", "gate", "--base", "tiny"]) == 1
+    out = capsys.readouterr().out
+    assert out.startswith("rose  tiny")
+    assert "classes.elementwise.launches:" in out
+
+
+def test_a_class_that_appears_has_risen_and_one_that_fell_is_no_failure():
+    golden = {"launches": 5, "classes": {"conv": {"launches": 5}}}
+    assert gate.differences(golden, {"launches": 5, "classes": {"conv": {"launches": 4}, "norm": {"launches": 1}}}) == (
+        ["classes.norm.launches: 0 -> 1"],
+        ["classes.conv.launches: 5 -> 4"],
+    )
+
+
+def test_the_command_prints_keeps_and_explains(tmp_path, capsys):
+    assert main(["bench", "count", "--append", str(tmp_path / "r.jsonl")]) == 0
+    out = capsys.readouterr().out
+    assert "without optimizer" in out
+    assert "is a model" in out or "are a model" in out
+    assert main(["bench", "count", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    (kept,) = read(tmp_path / "r.jsonl")
+    assert kept["figures"] == printed["figures"]
+    golden = next(line for line in read(COUNTS) if line["config"]["base"] == "tiny")
+    assert kept["config"] == golden["config"]

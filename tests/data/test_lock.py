@@ -1,0 +1,130 @@
+"""A folder has one holder, whose name is told; the dead hold nothing."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from safelight.data import lock as lock_module
+from safelight.data.lock import LOCK_NAME, FolderLock
+
+HOLDER = """
+import sys
+from safelight.data.lock import FolderLock
+with FolderLock(sys.argv[1], "wait"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A process that holds tmp_path/folder until its standard input is closed or it is killed."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / "folder")],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_another_process_is_named_and_a_killed_one_holds_nothing(holder, tmp_path):
+    folder = tmp_path / "folder"
+    with pytest.raises(
+        ValueError, match=rf"in use by process {holder.pid} on .* since 20\d\d-.* \(safelight .*\); do"
+    ) as caught:
+        FolderLock(folder, "do something")
+    assert "\n" not in str(caught.value)
+    holder.send_signal(signal.SIGKILL)
+    assert holder.wait() == -signal.SIGKILL
+    assert (folder / LOCK_NAME).exists(), "its file is left, and is no obstacle"
+    with FolderLock(folder, "") as lock:
+        assert lock.note == ""
+        assert json.loads((folder / LOCK_NAME).read_bytes())["pid"] == os.getpid()
+
+
+def test_a_lock_ends_with_its_holder_and_leaves_nothing(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "file").touch()
+    for name in ("there", "new", "a/b"):
+        with FolderLock(tmp_path / name, ""), pytest.raises(ValueError, match=f"process {os.getpid()} on"):
+            FolderLock(tmp_path / name, "")
+        FolderLock(tmp_path / name, "").release()
+    assert [path.name for path in tmp_path.iterdir()] == ["there", "a"]
+    assert [path.name for path in (tmp_path / "there").iterdir()] == ["file"]
+    lock = FolderLock(tmp_path / "new", "")
+    (tmp_path / "new" / "work").touch()
+    lock.release()
+    lock.release()
+    assert (tmp_path / "new" / "work").exists()
+
+
+def test_many_that_ask_at_once_hold_it_one_by_one(tmp_path):
+    """Locks deleted at release and files opened just before: never two holders."""
+    inside, most, taken = [0], [0], [0]
+    count = threading.Lock()
+
+    def ask():
+        for _ in range(60):
+            try:
+                lock = FolderLock(tmp_path / "folder", "")
+            except ValueError:
+                continue
+            with count:
+                inside[0] += 1
+                taken[0] += 1
+                most[0] = max(most[0], inside[0])
+            with count:
+                inside[0] -= 1
+            lock.release()
+
+    (tmp_path / "folder").mkdir()
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1]
+    assert taken[0] > 8
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[]", b"{", b'{"pid": 1}', b'{"pid": {}, "host": 3}'])
+def test_a_record_that_cannot_be_read_hides_only_the_name(tmp_path, content):
+    (tmp_path / LOCK_NAME).write_bytes(content)
+    with open(tmp_path / LOCK_NAME, "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="is in use by another process; wait"):
+            FolderLock(tmp_path, "wait")
+    FolderLock(tmp_path, "").release()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, number):
+    def flock(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with FolderLock(tmp_path, "") as lock:
+        assert "without locks" in lock.note
+        assert os.strerror(number) in lock.note
+
+
+@pytest.mark.parametrize(("number", "where"), [(errno.EROFS, "open"), (errno.EACCES, "open"), (errno.ENOSPC, "mkdir")])
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, number, where):
+    def fail(*args, **options):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(lock_module.os, where, fail)
+    with pytest.raises(ValueError, match=rf"folder cannot be written \({os.strerror(number)}\); name another"):
+        FolderLock(Path(tmp_path / "folder"), "name another")

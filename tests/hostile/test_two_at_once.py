@@ -1,0 +1,91 @@
+"""Two processes in one place: the second is refused by a line that names the first, and neither loses a thing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+HOLDER = """
+import sys
+from safelight.data.lock import FolderLock
+with FolderLock(sys.argv[1], "wait"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def hold():
+    """A function that starts a process which holds a folder, as a run or a preparation does."""
+    processes = []
+
+    def start(folder) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [sys.executable, "-c", HOLDER, str(folder), "train", "run.toml"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        processes.append(process)
+        assert process.stdout.readline() == "held\n"
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def place(tiny_dataset, tmp_path):
+    """Four photographs and a config."""
+    (tmp_path / "photos").mkdir()
+    for path in sorted((tiny_dataset.parent / "photos").glob("*.png"))[:4]:
+        shutil.copy(path, tmp_path / "photos")
+    (tmp_path / "run.toml").write_text(
+        f'[run]\ndir = "{tmp_path}/run"\ndevice = "cpu"\n[data]\npath = "{tmp_path}/dataset"\nresolution = 64\n'
+        "[train]\nmax_steps = 1\n[validate]\nevery_epochs = 0\n[sample]\nevery_epochs = 0\n[log]\ntensorboard = false\n"
+    )
+    return tmp_path
+
+
+def test_the_second_is_told_who_is_there(place, call, hold):
+    """prepare, cache and train, each while its folder is held; then, the holder killed, each goes its way."""
+    for words, folder, fix in (
+        (("prepare", place / "photos", "-o", place / "dataset"), place / "dataset", "name another dataset with -o"),
+        (("cache", place / "run.toml"), place / "dataset" / "cache", "then run this again"),
+        (("train", place / "run.toml"), place / "run", "name another --run.dir"),
+    ):
+        holder = hold(folder)
+        called = call(*words)
+        called.assert_refused(words[0], f"{folder} is in use by process {holder.pid} on ")
+        assert called.err.rstrip().endswith(fix)
+        assert "train run.toml); wait until it " in called.err
+        holder.kill()
+        holder.wait()
+        assert call(*words).status == 0
+    assert not list(place.rglob(".lock")), "a lock that was let go leaves no file"
+    # nothing to encode: whoever makes rows is in nobody's way
+    holder = hold(place / "dataset" / "cache")
+    assert call("cache", place / "run.toml").status == 0
+    # a run is trained while its dataset is held, once its rows are there
+    assert call("train", place / "run.toml", "--run.dir", place / "another").status == 0
+
+
+def test_a_run_holds_its_folder_while_it_trains(place, call, monkeypatch):
+    """The second `train` meets the first in the middle of its loop."""
+    from safelight.trainer import train as train_module
+
+    assert call("prepare", place / "photos", "-o", place / "dataset").status == 0
+    refused = []
+
+    def step_and_ask(*args, original=train_module.train_step, **options):
+        refused.append(call("train", place / "run.toml", "--resume"))
+        return original(*args, **options)
+
+    monkeypatch.setattr(train_module, "train_step", step_and_ask)
+    assert call("train", place / "run.toml").status == 0
+    (second,) = refused
+    second.assert_refused("train", f"run is in use by process {os.getpid()} on ")

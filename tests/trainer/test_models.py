@@ -257,6 +257,19 @@ def test_fp32_weights_go_before_a_variant_and_keep_every_bit(base_folder, part):
     assert all(torch.equal(loaded[name], tensor) for name, tensor in exact.items())
 
 
+def test_a_folder_with_the_names_of_the_hubs_sd15(base_folder):
+    """Its autoencoder's attention is named as before diffusers 0.15, its text encoder as before transformers 5."""
+    vae, text = (base_folder / part / WEIGHTS[part] for part in ("vae", "text_encoder"))
+    tensors = load_file(vae)
+    for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+        tensors = {name.replace(f".{new}.", f".{old}."): tensor for name, tensor in tensors.items()}
+    save_file(tensors, vae, {"format": "pt"})
+    tensors = {f"text_model.{name.removeprefix('text_model.')}": tensor for name, tensor in load_file(text).items()}
+    save_file({**tensors, "text_model.embeddings.position_ids": torch.arange(48)[None]}, text, {"format": "pt"})
+    for part in ("vae", "text_encoder"):
+        assert fingerprint(load(part, base_folder)) == fingerprint(load(part, tiny_folder()))
+
+
 def test_a_folder_whose_autoencoder_is_a_tiny_one(base_folder, small_taesd):
     shutil.rmtree(base_folder / "vae")
     shutil.copytree(small_taesd, base_folder / "vae")

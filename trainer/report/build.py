@@ -110,18 +110,21 @@ def tiles(run: RunFolder, facts: Facts) -> Markup:
     planned = planned_epochs(run.config)
     of = f" of {format_epoch(planned)}" if planned else ""
     found.append(_tile("epochs done", format_epoch(facts.last_epoch), of, f"{facts.last_step:,} steps"))
-    if facts.best:
+    if facts.best and len(run.metrics.validation["held_out"]) == 1 and facts.best.step == 0:
+        found.append(_tile("held-out loss", f"{facts.best.loss:.4f}", note="of the base model"))
+    elif facts.best:
         where = f"at epoch {format_epoch(facts.best.epoch)}"
         found.append(_tile("best held-out loss", f"{facts.best.loss:.4f}", note=where))
-    if facts.change_percent is not None:
-        found.append(_tile("against step 0", format_percent(facts.change_percent), note="held-out loss at its best"))
-    if facts.run_time_s is not None:
+        if facts.change_percent is not None:
+            change = format_percent(facts.change_percent)
+            found.append(_tile("against step 0", change, note="held-out loss at its best"))
+    if facts.run_time_s is not None and facts.last_step:
         found.append(_tile("time at work", format_duration(facts.run_time_s), note="validation and samples included"))
     if facts.images_per_s is not None:
         found.append(_tile("mean speed", f"{facts.images_per_s:.3g}", " images/s"))
     if facts.peak_memory_gib is not None:
         found.append(_tile("peak memory", f"{facts.peak_memory_gib:.2f}", " GiB"))
-    return tag("dl", found, class_="tiles")
+    return tag("dl", found, class_=f"tiles of-{len(found)}")
 
 
 def planned_epochs(config: dict) -> float | None:
@@ -145,20 +148,25 @@ def _held_out_note(run: RunFolder) -> str:
     return f"{validation:,.0f} held out" if validation > 0 else "none held out"
 
 
-def _subtitle(run: RunFolder) -> str:
+def _subtitle(run: RunFolder) -> list:
     stamp = str(run.environment.get("started") or "")
     started = stamp[:16].replace("T", " ") + (" UTC" if stamp.endswith(("+00:00", "Z")) else "")
-    device = str(run.environment.get("device_name") or run.environment.get("device") or "")
-    return " · ".join(filter(None, [started, f"from {shorten(run.base, 120)}", device]))
+    device = shorten(run.environment.get("device_name") or run.environment.get("device") or "", 120)
+    parts = filter(None, [started, f"from {shorten(run.base, 120)}", device])
+    # each apart from the next, so that letters written from right to left turn only their own part
+    return [[" · " if index else None, tag("bdi", part)] for index, part in enumerate(parts)]
 
 
 def _lead(run: RunFolder, facts: Facts, verdict: Verdict) -> str:
-    if facts.last_step == 0 and facts.best is None:
-        return "No training step has been logged yet."
+    if facts.last_step == 0:
+        known = f" The base model's held-out loss is {facts.best.loss:.4f}." if facts.best else ""
+        return "No training step has been logged yet." + known
     if facts.best is None:
         return "No validation was configured, so there is no number to answer with: look at the pictures."
     if facts.change_percent is None:
         return f"Held-out loss was best at epoch {format_epoch(facts.best.epoch)}; the base model was not validated."
+    if len(run.metrics.validation["held_out"]) == 1:
+        return f"The base model's held-out loss is {facts.best.loss:.4f}; it has not been measured since."
     if facts.best.step == 0:
         return "By held-out loss, no: it was never lower than the base model's."
     against = "the untrained start" if run.model.get("from_scratch") else "the base model"

@@ -30,8 +30,9 @@ def loss_section(metrics: Metrics) -> Markup:
     """Return the loss graph, what it says about over-fitting, and its validations as a table."""
     heading = tag("h2", "Loss")
     held_out, subset = metrics.validation["held_out"], metrics.validation["train_subset"]
-    if not len(metrics.train["loss"]) and not held_out:
-        return tag("section", heading, empty_state("No training step has been logged yet."), id="loss")
+    if not len(metrics.train["loss"]) and len(held_out) < 2:
+        known = f" The base model's held-out loss is {held_out[0].loss:.4f}." if held_out else ""
+        return tag("section", heading, empty_state(f"No training step has been logged yet.{known}"), id="loss")
     best = best_validation(held_out)
     label = "Training and validation loss over the epochs"
     if best:
@@ -139,18 +140,20 @@ def _legend_list(items: list[tuple[tuple[str, bool], str]]) -> Markup:
 
 def _loss_note(metrics: Metrics) -> str:
     notes = []
-    if any(metrics.validation.values()):
-        notes.append(
-            "Both validation curves use fixed noise and fixed timesteps and can be compared with each other; the training "
-            "curve draws them afresh at every step and cannot."
-        )
+    loss = metrics.train["loss"]
+    if all(metrics.validation.values()):
+        notes.append("Both validation curves use fixed noise and fixed timesteps and can be compared with each other.")
+    elif any(metrics.validation.values()):
+        notes.append("Validation uses fixed noise and fixed timesteps.")
     else:
         notes.append("No validation was configured, so this is training loss alone.")
-    loss = metrics.train["loss"]
+    if any(metrics.validation.values()) and len(loss):
+        notes.append("The training curve draws both afresh at every step and cannot be compared with validation.")
     num_bad = int(np.sum(~np.isfinite(loss)))
     if num_bad:
         notes.append(f"{num_bad} logged steps had no finite loss and are left out.")
-    notes.append("Logged values scatter widely; some leave the frame, which is set by the curves.")
+    if len(loss):
+        notes.append("Logged values scatter widely; some leave the frame, which is set by the curves.")
     return " ".join(notes)
 
 
@@ -176,9 +179,9 @@ def _read_out(metrics: Metrics, frames: dict[str, Frame]) -> str:
     return json.dumps({"series": written, "frames": boxes}, separators=(",", ":"))
 
 
-def _validation_table(held_out: list[Validation], subset: list[Validation]) -> Markup:
+def _validation_table(held_out: list[Validation], subset: list[Validation]) -> Markup | None:
     if not held_out:
-        return empty_state("No validation was configured (data.validation_fraction, validate.every_epochs).")
+        return None
     by_step = {point.step: point for point in subset}
     best = best_validation(held_out)
     rows = []
@@ -192,6 +195,6 @@ def _validation_table(held_out: list[Validation], subset: list[Validation]) -> M
             f"{point.loss - beside.loss:+.5f}".replace("-", "−") if beside else "–",
         ])  # fmt: skip
     return details(
-        f"All {len(rows)} validations as numbers",
+        f"All {len(rows)} validations as numbers" if len(rows) > 1 else "The validation as numbers",
         table(["epoch", "step", "held out", "training photographs", "gap"], rows),
     )

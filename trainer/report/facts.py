@@ -84,9 +84,13 @@ def over_fitting_verdict(held_out: Sequence[Validation], subset: Sequence[Valida
     said only where held-out loss rose after its best point and the gap between the two grew meanwhile.
     """
     if not held_out:
-        return Verdict("unknown", "No photographs were held out, so over-fitting cannot be judged.")
+        return Verdict(
+            "unknown",
+            "Nothing was validated on held-out photographs, so over-fitting cannot be judged "
+            "(data.validation_fraction, validate.every_epochs).",
+        )
     if len(held_out) < 3:
-        counted = f"{len(held_out)} validation{'s' * (len(held_out) > 1)}"
+        counted = "one validation" if len(held_out) == 1 else "two validations"
         return Verdict("unknown", f"With {counted}, over-fitting cannot be judged: it takes three.")
     first, last, best = held_out[0], held_out[-1], best_validation(held_out)
     where = f"epoch {format_epoch(best.epoch)}"

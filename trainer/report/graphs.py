@@ -18,8 +18,8 @@ from safelight.trainer.report.run_folder import Metrics, Validation
 from safelight.trainer.report.svg import PALETTE, new_figure
 
 WIDE_PX = (880, 400)
-NARROW_PX = (400, 330)
-SMALL_PX = (420, 220)
+NARROW_PX = (360, 310)
+SMALL_PX = (400, 215)
 MAX_DRAWN_POINTS = 1500
 LOG_FROM_RATIO = 5
 ROUND_STEPS = (1, 2, 2.5, 5, 10)
@@ -88,6 +88,9 @@ def timestep_graph(held_out: Sequence[Validation], best: Validation, narrow: boo
     first, last = held_out[0], held_out[-1]
     size = (NARROW_PX[0], 480) if narrow else (WIDE_PX[0], 300)
     figure = new_figure(*size)
+    if narrow:
+        # the second title must not stand on the first axis' name
+        figure.get_layout_engine().set(hspace=0.12)
     left, right = figure.subplots(2, 1) if narrow else figure.subplots(1, 2)
     bands = np.arange(len(first.loss_by_timestep))
     shown = [(first, "muted")] + [(best, "accent")] * (best.step != first.step)
@@ -206,7 +209,7 @@ def _mark_best(axes: Axes, best: Validation, last_epoch: float) -> None:
     share = best.epoch / last_epoch if last_epoch else 0
     align = "left" if share < 0.15 else "right" if share > 0.85 else "center"
     axes.annotate(
-        f"best: epoch {format_epoch(best.epoch)}",
+        f"best: epoch {format_epoch(best.epoch)}" if best.step else "best: the start",
         (best.epoch, best.loss),
         xytext=({"left": -6, "right": 6, "center": 0}[align], 11),
         textcoords="offset points",

@@ -8,8 +8,11 @@ from collections.abc import Iterable
 from html import escape as _html_escape
 
 VOID_ELEMENTS = frozenset({"br", "col", "hr", "img", "link", "meta"})
-# What HTML forbids in a document, besides newline and tab. A caption file may hold anything.
-_CONTROL_CHARACTERS = dict.fromkeys((*range(0x09), 0x0B, *range(0x0D, 0x20), *range(0x7F, 0xA0)), "\ufffd")
+# What HTML forbids in a document, besides newline and tab, and the two that turn the letters after them around
+# whatever their script. A caption file may hold anything.
+_CONTROL_CHARACTERS = dict.fromkeys(
+    (*range(0x09), 0x0B, *range(0x0D, 0x20), *range(0x7F, 0xA0), 0x202D, 0x202E), "\ufffd"
+)
 
 
 class Markup(str):

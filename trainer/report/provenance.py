@@ -57,7 +57,7 @@ def parameters_section(run: RunFolder) -> Markup:
     return tag(
         "section",
         tag("h2", "Parameters"),
-        tag("ul", [tag("li", str(note)) for note in notes]) if isinstance(notes, list) and notes else None,
+        tag("ul", [tag("li", shorten(note, 400)) for note in notes]) if isinstance(notes, list) and notes else None,
         tag("div", settings, class_="settings") if settings else empty_state("The run's settings are not known."),
         details("config.toml, whole", tag("pre", run.config_text)) if run.config_text else None,
         id="parameters",
@@ -74,10 +74,10 @@ def environment_section(run: RunFolder) -> Markup:
     lines = []
     commit = str(environment.get("git_commit") or environment.get("commit") or "").strip()
     if commit and commit.lower() not in ("none", "unknown"):
-        lines.append(f"git checkout {commit.split()[0]}")
+        lines.append(f"git checkout {shorten(commit.split()[0], 80)}")
     command = str(environment.get("command") or "").strip()
     if command:
-        lines.append(command)
+        lines.append(shorten(command, 2000))
     return tag(
         "section",
         heading,
@@ -100,10 +100,10 @@ def events_section(run: RunFolder) -> Markup:
         rows.append([
             "–" if math.isnan(step) else f"{step:,.0f}",
             format_duration(max(0.0, since)) if math.isfinite(since) else "–",
-            str(event.get("event") or ""),
+            shorten(event.get("event") or "", 80),
             shorten(event.get("detail") or "", MAX_CAPTION_CHARACTERS),
         ])  # fmt: skip
-    counted = f"{len(events):,} events" + (f", the last {MAX_LISTED}" if len(events) > MAX_LISTED else "")
+    counted = _counted(len(events), "event") + (f", the last {MAX_LISTED}" if len(events) > MAX_LISTED else "")
     return tag(
         "section", heading, details(counted, table(["step", "after", "event", "detail"], rows)), id="events"
     )  # fmt: skip
@@ -146,7 +146,7 @@ def _label(key: object) -> str:
 
 
 def _rows(values: dict) -> Markup:
-    rows = [tag("div", tag("dt", str(key)), tag("dd", format_value(value))) for key, value in values.items()]
+    rows = [tag("div", tag("dt", shorten(key, 120)), tag("dd", format_value(value))) for key, value in values.items()]
     return tag("dl", rows, class_="rows")
 
 
@@ -155,19 +155,22 @@ def _count(data: dict, key: str) -> int | None:
     return None if math.isnan(value) else int(value)
 
 
+def _counted(count: int, thing: str) -> str:
+    return f"{count:,} {thing}{'s' * (count != 1)}"
+
+
 def _counts_sentence(data: dict) -> str:
     photos, train, validation = (_count(data, key) for key in ("num_photos", "num_train", "num_validation"))
-    parts = [f"{photos:,} photographs" if photos is not None else "An unknown number of photographs"]
+    sentence = _counted(photos, "photograph") if photos is not None else "An unknown number of photographs"
     if data.get("dataset"):
-        parts[0] += f" from {data['dataset']}"
-    sentence = parts[0]
+        sentence += f" from {shorten(data['dataset'], 200)}"
     if train is not None:
         sentence += f": {train:,} to train on"
         sentence += f", {validation:,} held out for validation" if validation else ", none held out"
     captions, variants = _count(data, "num_captions"), _count(data, "variants")
     sentence += "."
     if captions is not None:
-        sentence += f" {captions:,} captions."
+        sentence += f" {_counted(captions, 'caption')}." if captions else " No captions."
     if variants is not None and variants > 1:
         sentence += f" Each photograph is kept in {variants} variants (crop, flip)."
     return sentence
@@ -203,6 +206,7 @@ def _buckets(buckets: list[dict]) -> Markup:
     key = [
         tag("li", Markup(f'<svg viewBox="0 0 24 10" aria-hidden="true"><rect class="f-{color}" width="24" height="10"/></svg>'), text)
         for color, text in (("accent", "photographs to train on"), ("amber", "held out"))
+        if color == "accent" or any(held for _, _, _, held in known)
     ]  # fmt: skip
     more = len(known) - MAX_BUCKETS
     return join(
@@ -234,7 +238,7 @@ def _rejected(rejected: list[dict]) -> Markup | None:
     if not rejected:
         return tag("p", "No file was turned away.", class_="note")
     rows = [[shorten(row.get("path", ""), 300), shorten(row.get("reason", ""), 300)] for row in rejected[:MAX_LISTED]]
-    counted = f"{len(rejected):,} file{'s' * (len(rejected) != 1)} turned away"
+    counted = _counted(len(rejected), "file") + " turned away"
     more = len(rejected) - MAX_LISTED
     return details(
         counted + (f", the first {MAX_LISTED} listed" if more > 0 else ""), table(["file", "reason"], rows)

@@ -65,7 +65,8 @@ def samples_section(run: RunFolder, best_step: int | None) -> Markup:
 def _pairs(run: RunFolder) -> Markup:
     pairs = rows_of(run.compare, "pairs")
     if not pairs:
-        return empty_state("Base and trained model have not been drawn beside each other (safelight compare).")
+        command = tag("code", "safelight compare")
+        return empty_state("Base and trained model have not been drawn beside each other; ", command, " does that.")
     chosen = [pairs[i] for i in evenly_chosen(len(pairs), MAX_PAIRS)]
     folder = run.path / "compare"
     paths = [inside(folder, pair.get(side)) for pair in chosen for side in ("base", "trained")]
@@ -164,16 +165,18 @@ def _scores(scores: dict | None) -> Markup | None:
     rows = rows_of(scores, "rows")
     if not rows:
         return None
-    interval = str(scores.get("interval") or "interval")
+    interval = shorten(scores.get("interval") or "interval", 40)
     num_samples = number(scores.get("num_samples"))
     counted = "" if math.isnan(num_samples) else f" on {num_samples:,.0f} generated images"
     body = [
         [
-            [str(row.get("what", "")), tag("div", str(row.get("explanation") or ""), class_="meta")],
+            [shorten(row.get("what", ""), 120), tag("div", shorten(row.get("explanation") or "", 300), class_="meta")],
             _interval_bars(row),
-            _estimate(row.get("base")),
-            _estimate(row.get("trained")),
-            _estimate(row.get("difference"), signed=True),
+            # on a phone a row stands by itself, below no heading
+            *(
+                join(tag("span", side, class_="side"), _estimate(row.get(side), signed=side == "difference"))
+                for side in ("base", "trained", "difference")
+            ),
         ]
         for row in rows
     ]
@@ -187,7 +190,7 @@ def _scores(scores: dict | None) -> Markup | None:
         tag("h3", f"Measured{counted}"),
         tag("ul", key, class_="legend"),
         table(["", f"with the {interval} interval", "base", "trained", "difference"], body, class_="scores"),
-        [tag("p", str(note), class_="note") for note in (notes if isinstance(notes, list) else [])],
+        [tag("p", shorten(note, 400), class_="note") for note in (notes if isinstance(notes, list) else [])],
     )
 
 
@@ -221,7 +224,7 @@ def _interval_bars(row: dict) -> Markup:
     parts = ['<path class="s-grid" d="M10 36H210"/>']
     for value, anchor in ((low, "start"), (high, "end")):
         parts.append(
-            f'<text class="f-muted" font-size="9" x="{x(value)}" y="46" text-anchor="{anchor}">{value:g}</text>'
+            f'<text class="f-muted" font-size="11" x="{x(value)}" y="48" text-anchor="{anchor}">{value:g}</text>'
         )
     if math.isfinite(chance):
         parts.append(f'<path class="s-muted" stroke-dasharray="2 2" d="M{x(chance)} 2V36"/>')
@@ -229,4 +232,4 @@ def _interval_bars(row: dict) -> Markup:
         if math.isfinite(mean + left + right):
             parts.append(f'<path class="s-{name}" stroke-width="2" d="M{x(left)} {y}H{x(right)}"/>')
             parts.append(f'<circle class="f-{name}" cx="{x(mean)}" cy="{y}" r="4"/>')
-    return Markup(f'<svg viewBox="0 0 220 48" aria-hidden="true">{"".join(parts)}</svg>')
+    return Markup(f'<svg viewBox="0 0 220 50" aria-hidden="true">{"".join(parts)}</svg>')

@@ -41,11 +41,15 @@ nav a{color:var(--muted);padding:.15rem 0}
 .tiles{display:flex;flex-wrap:wrap;gap:1px;margin:1.8rem 0 0;background:var(--line);
 border:1px solid var(--line);border-radius:10px;overflow:hidden}
 .tiles div{background:var(--surface);padding:15px 18px 14px;flex:1 1 220px}
+@media (min-width:1000px){.tiles{display:grid;grid-template-columns:repeat(4,1fr)}.of-1{grid-template-columns:1fr}
+.of-2{grid-template-columns:repeat(2,1fr)}.of-3,.of-6{grid-template-columns:repeat(3,1fr)}
+.of-5{grid-template-columns:repeat(5,1fr)}.of-7 div:last-child{grid-column:span 2}}
 .tiles dt{font-size:.8rem;color:var(--muted)}
 .tiles dd{margin:0}
 .tiles .value{font-size:1.55rem;font-weight:620;letter-spacing:-.015em;line-height:1.25;white-space:nowrap}
 .tiles .value small{font-size:.92rem;font-weight:450;color:var(--muted);letter-spacing:0}
-.prompt{font-family:ui-serif,Georgia,"Times New Roman",serif;font-style:italic;font-size:1.07em;unicode-bidi:isolate}
+.prompt,td,th,dd,dt,pre,li,figcaption{unicode-bidi:isolate}
+.prompt{font-family:ui-serif,Georgia,"Times New Roman",serif;font-style:italic;font-size:1.07em}
 .large>.pair>figcaption{font-size:1rem}
 img{display:block;max-width:100%;height:auto;background:var(--grid);border-radius:4px}
 img.tiny{image-rendering:pixelated}
@@ -63,11 +67,12 @@ color:var(--muted);font-size:.75rem;text-align:center;padding:6px}
 .pair .two figure+figure figcaption{color:var(--accent)}
 .pair>figcaption{margin-top:8px;color:var(--ink)}
 .scroll{overflow-x:auto;margin:1rem 0;-webkit-overflow-scrolling:touch}
-.strip{border-collapse:separate;border-spacing:5px 0;margin:0;min-width:100%}
+.strip{border-collapse:collapse;margin:0;min-width:100%}
 .strip th{font-weight:450;text-align:left;padding:0}
 .strip thead th{font-size:.8rem;color:var(--muted);padding-bottom:2px;white-space:nowrap}
 .strip thead th.best{color:var(--accent);font-weight:600}
-.strip td{padding:0;min-width:118px;width:8.3%}
+.strip td,.strip thead th{padding-right:5px}
+.strip td{min-width:118px;width:8.3%}
 .strip td img{width:100%;max-width:260px}
 .strip .prompt-row{display:block;position:sticky;left:0;width:max-content;max-width:min(1040px,calc(100vw - 56px));padding:18px 0 6px;font-size:.95rem;line-height:1.35}
 .strip tbody tr:first-child .prompt-row{padding-top:8px}
@@ -77,21 +82,24 @@ figure.wide{margin:1rem 0 0;position:relative}
 svg.graph{display:block;width:100%;height:auto;font-family:inherit;overflow:visible;touch-action:pan-y}
 svg.graph text{paint-order:stroke;stroke:var(--paper);stroke-width:3px;stroke-linejoin:round}
 svg.narrow{display:none;max-width:520px;margin:0 auto}
+figure.wide>figcaption,.graph+.note{margin-top:.5rem}
 .f-ink{fill:var(--ink)}.f-muted{fill:var(--muted)}.f-grid{fill:var(--grid)}.f-accent{fill:var(--accent)}
 .f-amber{fill:var(--amber)}.f-faint{fill:var(--faint)}.f-surface{fill:var(--surface)}
 .s-ink{stroke:var(--ink)}.s-muted{stroke:var(--muted)}.s-grid{stroke:var(--grid)}.s-accent{stroke:var(--accent)}
 .s-amber{stroke:var(--amber)}.s-faint{stroke:var(--faint)}.s-surface{stroke:var(--surface)}
-.legend{list-style:none;display:flex;flex-wrap:wrap;gap:.25rem 1.2rem;margin:.4rem 0 .2rem;padding:0}
+.legend{list-style:none;display:flex;flex-wrap:wrap;gap:.25rem 1.2rem;margin:.4rem 0 .7rem;padding:0}
 .legend li{display:flex;align-items:center;gap:.45rem}
 .legend svg{width:24px;height:10px;flex:none}
-.readout{min-height:1.45em;font-size:.875rem;color:var(--ink);display:block;margin:.2rem 0 .3rem}
+.readout{min-height:1.45em;font-size:.875rem;color:var(--muted);display:block;margin:.5rem 0 .3rem}
+.readout span{color:var(--ink);margin-right:1.6em}
 table{border-collapse:collapse;font-size:.9rem}
 .scroll>table:not(.strip){min-width:min(100%,520px)}
 th,td{text-align:left;vertical-align:top}
 table:not(.strip) th,table:not(.strip) td{padding:7px 18px 7px 0;border-bottom:1px solid var(--line)}
 table:not(.strip) thead th{font-size:.8rem;font-weight:500;color:var(--muted);white-space:nowrap}
 table:not(.strip) tbody th{font-weight:500}
-.scores svg{display:block;width:220px;height:46px;min-width:150px}
+.scores svg{display:block;width:220px;height:50px;min-width:150px}
+.scores .side{display:none}
 .scores td,.scores th{min-width:9rem}
 .scores td.nowrap{white-space:nowrap;min-width:0}
 .nowrap{white-space:nowrap}
@@ -104,8 +112,8 @@ table:not(.strip) tbody th{font-weight:500}
 .examples img{width:100%}
 .examples figcaption{margin-top:6px}
 .settings{columns:2 340px;column-gap:44px}
-.settings section{border:0;margin:0;padding:0 0 14px;break-inside:avoid}
-.settings h3{margin:.4rem 0 .3rem;font:600 .9rem/1.4 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;color:var(--accent)}
+.settings section{border:0;margin:0;padding:6px 0 14px;break-inside:avoid}
+.settings h3{margin:0 0 .3rem;font:600 .9rem/1.4 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;color:var(--accent)}
 .rows{margin:0;font-size:.9rem}
 .rows div{display:grid;grid-template-columns:minmax(120px,42%) 1fr;gap:14px;padding:4px 0;border-bottom:1px solid var(--line)}
 .rows dt{color:var(--muted)}
@@ -119,32 +127,43 @@ summary{cursor:pointer;font-weight:500;width:fit-content}
 details[open]>summary{margin-bottom:.5rem}
 footer{color:var(--muted);font-size:.85rem;padding:44px 24px 56px}
 .zoom{cursor:zoom-in;padding:0;border:0;background:none;width:100%;display:block;font:inherit}
-dialog{border:0;padding:0;background:none;max-width:96vw;max-height:96vh;margin:auto;color:#efe8e3;overflow:visible}
+dialog{border:0;padding:0;background:none;max-width:96vw;max-height:96vh;margin:auto;color:#efe8e3;overflow:auto}
 dialog::backdrop{background:rgb(12 8 8/.96)}
 dialog .two{display:flex;gap:10px;justify-content:center;align-items:start}
+@media (orientation:portrait){dialog .two{flex-direction:column;align-items:center}}
 dialog figure{margin:0}
 dialog figure+figure{border-left:0}
 dialog:focus{outline:none}
 dialog img{max-width:none;background:none}
 dialog p{margin:10px auto 0;text-align:center;font-size:.95rem}
+dialog p.keys{color:#b3a69f;font-size:.8rem;margin-top:4px}
+@media (hover:none){dialog p.keys{display:none}}
 dialog figcaption{color:#b3a69f;text-align:center}
 @media (max-width:700px){main,header{padding:0 16px}header{padding-top:24px}footer{padding:32px 16px}
 section{padding-top:32px;margin-top:32px}svg.wide{display:none}svg.narrow{display:block}
 .tiles .value{font-size:1.3rem}.tiles div{padding:12px 12px 11px;flex-basis:140px}
-.strip td{min-width:104px}.examples{columns:2 140px;column-gap:14px}
+.strip td{min-width:104px}.graphs svg text{font-size:12px}.readout span{display:block;margin:0}
+.scores thead{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
+.scores tbody tr{display:grid;grid-template-columns:repeat(3,1fr);border-bottom:1px solid var(--line);padding:10px 0}
+.scores tbody th,.scores tbody td:nth-child(2){grid-column:1/-1}.scores svg{width:100%;max-width:264px;height:auto}
+.scores .side{display:block;font-size:.8rem;color:var(--muted)}
+table.scores tbody th,table.scores tbody td{border:0;padding:2px 8px 2px 0;min-width:0}
+.examples{columns:2 140px;column-gap:14px}
 .buckets{gap:7px 10px}.settings{columns:1}.pairs,.pairs.small{grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr))}
 .pairs.large{gap:26px}}
 @media (max-width:900px){.large .pair{display:block}}
-@media print{:root{--paper:#fff;--surface:#fff;--ink:#000;--muted:#555;--line:#ccc;--grid:#e6e6e6;--faint:#ccc;--accent:#a11d12;--amber:#96600a;--code:#f5f5f5}
+@media print{:root{color-scheme:light;--wash:#f6ece9;--paper:#fff;--surface:#fff;--ink:#000;--muted:#555;--line:#ccc;--grid:#e6e6e6;--faint:#ccc;--accent:#a11d12;--amber:#96600a;--code:#f5f5f5}
 body{font-size:10.5pt}main,header,footer{max-width:none;padding:0}nav,.readout,dialog{display:none}
-section{margin-top:20pt;padding-top:14pt}h2,h3{break-after:avoid}.pair,figure.wide,.graphs figure,.strip tr{break-inside:avoid}
-.pairs{grid-template-columns:1fr 1fr}.scroll{overflow:visible}.strip{table-layout:fixed;width:100%}.strip td{min-width:0}.strip thead th{white-space:normal}svg.wide{display:block}svg.narrow{display:none}}
+section{margin-top:20pt;padding-top:14pt}h2,h3{break-after:avoid}.pair,figure.wide,.graphs figure,.strip tr,.scores tr{break-inside:avoid}
+.pairs.large,.pairs,.graphs{grid-template-columns:1fr 1fr}.graphs svg text{font-size:11px}.scroll{overflow:visible}.strip{table-layout:fixed;width:100%}.strip td{min-width:0}.strip thead th{white-space:normal}svg.wide{display:block}svg.narrow{display:none}}
 """
 
 JS = """
 (function(){'use strict';
 document.querySelectorAll('figure[data-series]').forEach(function(figure){
  var data=JSON.parse(figure.dataset.series),out=figure.querySelector('.readout');
+ function tell(texts){out.replaceChildren.apply(out,texts.map(function(text){
+  var span=document.createElement('span');span.textContent=text;return span}))}
  function nearest(points,epoch){var best=null;points.forEach(function(p){
   if(!best||Math.abs(p[0]-epoch)<Math.abs(best[0]-epoch))best=p});return best}
  figure.querySelectorAll('svg.graph').forEach(function(svg){
@@ -152,28 +171,31 @@ document.querySelectorAll('figure[data-series]').forEach(function(figure){
   var line=document.createElementNS(svg.namespaceURI,'line');
   line.setAttribute('class','s-ink');line.setAttribute('y1',f.top);line.setAttribute('y2',f.bottom);
   line.setAttribute('visibility','hidden');svg.appendChild(line);
-  svg.addEventListener('pointermove',function(event){
+  ['pointerdown','pointermove'].forEach(function(kind){svg.addEventListener(kind,function(event){
    var box=svg.getBoundingClientRect(),x=(event.clientX-box.left)/box.width*svg.viewBox.baseVal.width;
    x=Math.max(f.left,Math.min(f.right,x));
    var epoch=f.first_epoch+(x-f.left)/(f.right-f.left)*(f.last_epoch-f.first_epoch);
    line.setAttribute('x1',x);line.setAttribute('x2',x);line.setAttribute('visibility','visible');
-   out.textContent=data.series.map(function(s){var p=nearest(s.points,epoch);
+   tell(data.series.map(function(s){var p=nearest(s.points,epoch);
     return p?s.name+' '+p[2].toFixed(4)+' (epoch '+(+p[0].toFixed(1))+', step '+p[1].toLocaleString('en')+')':''})
-    .filter(Boolean).join('  ·  ')});
-  svg.addEventListener('pointerleave',function(){line.setAttribute('visibility','hidden');out.textContent=out.dataset.hint});
+    .filter(Boolean))})});
+  svg.addEventListener('pointerleave',function(){line.setAttribute('visibility','hidden')});
  });
- out.dataset.hint=out.textContent='Point at the graph, or touch it, to read its values.';
+ out.textContent='Point at the graph, or touch it, to read its values.';
 });
-var shown=[],at=0,dialog=document.createElement('dialog');
-function draw(){var group=shown[at],row=document.createElement('div'),text=document.createElement('p');
+var shown=[],at=0,dialog=document.createElement('dialog');dialog.setAttribute('aria-label','Enlarged picture');
+function draw(){var group=shown[at],row=document.createElement('div'),text=document.createElement('p'),
+ keys=document.createElement('p');keys.className='keys';text.dir='auto';
+ keys.textContent=(shown.length>1?'← → for the next picture, ':'')+'Esc to close';
  row.className=group.images.length>1?'two':'two one';
  group.images.forEach(function(source){var figure=document.createElement('figure'),image=new Image(),
   caption=document.createElement('figcaption');image.src=source.src;image.alt=source.alt;image.className=source.className;
   caption.textContent=source.dataset.label||'';figure.append(image,caption);row.append(figure)});
  row.querySelectorAll('img').forEach(function(image,i,all){var source=group.images[i],
-  scale=Math.min((all.length>1?.47:.94)*innerWidth/source.naturalWidth,.8*innerHeight/source.naturalHeight);
+  upright=innerHeight>innerWidth,across=upright?1:all.length,down=upright?all.length:1,
+  scale=Math.min(.94*innerWidth/across/source.naturalWidth,.8*innerHeight/down/source.naturalHeight);
   image.style.width=Math.round(scale*source.naturalWidth)+'px'});
- text.textContent=group.text;dialog.replaceChildren(row,text)}
+ text.textContent=group.text;dialog.replaceChildren(row,text,keys)}
 document.querySelectorAll('[data-zoom]').forEach(function(holder){
  var images=Array.from(holder.querySelectorAll('img'));if(!images.length)return;
  var index=shown.push({images:images,text:holder.dataset.zoom})-1;

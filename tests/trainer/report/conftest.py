@@ -166,9 +166,17 @@ def write_metrics(run_dir: Path, lines: list[dict]) -> None:
 
 
 def write_run(
-    run_dir: Path, *, prompts: tuple[str, ...] = PROMPTS, num_epochs: int = 40, edge_px: int = 512, scores: bool = True
+    run_dir: Path,
+    *,
+    prompts: tuple[str, ...] = PROMPTS,
+    num_epochs: int = 40,
+    edge_px: int = 512,
+    scores: bool = True,
+    sample_every: int = 1,
+    num_sampled: int = 24,
+    num_examples: int = 8,
 ) -> Path:
-    """Return the folder, filled with everything a run can hold."""
+    """Return the folder, filled with everything a run can hold: a pair for each prompt, samples of the first few."""
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.toml").write_text(CONFIG, encoding="utf-8")
     write_metrics(run_dir, metrics_lines(num_epochs))
@@ -183,9 +191,9 @@ def write_run(
         "trained_parameters": 859_520_964, "vae": "the base model's own", "text_encoder": "the base model's own, frozen",
         "prediction_type": "epsilon", "precision": "bf16 with 16-bit remainder", "notes": [],
     })  # fmt: skip
-    _write_data(run_dir)
-    for epoch in range(num_epochs + 1):
-        _write_samples(run_dir, prompts, epoch, edge_px, epoch / num_epochs)
+    _write_data(run_dir, num_examples)
+    for epoch in range(0, num_epochs + 1, sample_every):
+        _write_samples(run_dir, prompts[:num_sampled], epoch, edge_px, epoch / num_epochs)
     pairs = []
     for index, prompt in enumerate(prompts):
         for side, strength in (("base", 0.3), ("trained", 1.0)):
@@ -212,11 +220,12 @@ def write_run(
     return run_dir
 
 
-def _write_data(run_dir: Path) -> None:
+def _write_data(run_dir: Path, num_examples: int) -> None:
     (run_dir / "data_examples").mkdir(exist_ok=True)
     sizes = [(640, 384), (576, 448), (512, 512), (448, 576), (384, 640), (704, 384), (512, 512), (576, 448)]
     examples = []
-    for index, (width, height) in enumerate(sizes):
+    for index in range(num_examples):
+        width, height = sizes[index % len(sizes)]
         draw_scene(width // 2, height // 2, 50 + index, 1.0).save(run_dir / "data_examples" / f"{index:03d}.jpg")
         caption = f"{('a field under a wide sky', 'a hill by the sea in the evening')[index % 2]}, unsplash photography"
         examples.append(

@@ -138,8 +138,25 @@ def test_durations(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
 
 
-def test_validation_before_the_first_logged_step_can_be_drawn(tmp_path: Path, write_metrics) -> None:
-    write_metrics(tmp_path, [{"kind": "validation", "split": "held_out", "step": 0, "epoch": 0.0, "loss": 0.1}])
+def test_before_the_first_step_only_the_base_is_known(tmp_path: Path, write_metrics) -> None:
+    start = {"kind": "validation", "split": "held_out", "step": 0, "epoch": 0.0, "loss": 0.1}
+    write_metrics(tmp_path, [start])
+    html = render(read_run_folder(tmp_path))
+    assert html.count("No training step has been logged yet. The base model&#x27;s held-out loss is 0.1000.") == 2
+    assert '<svg class="graph' not in html
+    assert "against step 0" not in html
+    assert ">of the base model<" in html
+    write_metrics(tmp_path, [start, {"kind": "train", "step": 5, "epoch": 0.5, "stage": 0, "loss": 0.2}])
+    html = render(read_run_folder(tmp_path))
+    assert "The base model&#x27;s held-out loss is 0.1000; it has not been measured since." in html
+    assert '<svg class="graph wide"' in html
+
+
+def test_validations_without_a_logged_step_can_be_drawn(tmp_path: Path, write_metrics) -> None:
+    points = [
+        {"kind": "validation", "split": "held_out", "step": 9 * i, "epoch": float(i), "loss": 0.1} for i in (0, 1)
+    ]
+    write_metrics(tmp_path, points)
     assert '<svg class="graph wide"' in render(read_run_folder(tmp_path))
 
 

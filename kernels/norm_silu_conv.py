@@ -1,0 +1,186 @@
+"""A norm and the matrix work behind it as one function, which saves the norm's input and not its output.
+
+The output of a norm is as large as its input and is needed once more only for the weight gradient behind it. Here it is
+computed again in the backward pass from the input and two numbers a group or row: memory-bound work of one pass, no matrix
+work. The convolution and the projection themselves are PyTorch's.
+
+    norm_silu_conv      conv2d(silu(group_norm(x + addend)))                    the residual blocks
+    norm_linear         linear(layer_norm(x)), or of x + residual, and the sum  the transformer blocks' projections
+    feed_forward        linear(geglu(linear(layer_norm(x))))                    the transformer blocks' feed-forward
+
+Letters: N batch, C K channels in and out, M rows, D F features.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from safelight.kernels.geglu import geglu_bwd, geglu_fwd
+from safelight.kernels.group_norm_silu import (
+    check_group_norm,
+    group_norm_silu_again,
+    group_norm_silu_bwd,
+    group_norm_silu_fwd,
+    with_flat_pixels,
+)
+from safelight.kernels.layer_norm import check_layer_norm, layer_norm_again, layer_norm_bwd, layer_norm_fwd
+
+
+class _NormSiLUConv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, x, norm_weight, norm_bias, addend_NC, conv_weight, conv_bias, num_groups, eps, silu, stride, padding
+    ):
+        norm = (x, norm_weight, norm_bias, addend_NC)
+        h, mean_NG, rstd_NG = group_norm_silu_fwd(*norm, num_groups, eps, silu)
+        ctx.save_for_backward(*norm, mean_NG, rstd_NG, conv_weight)
+        ctx.norm_options, ctx.conv_options = (num_groups, eps, silu), (stride, padding)
+        ctx.bias_sizes = None if conv_bias is None else list(conv_bias.shape)
+        return F.conv2d(h, conv_weight, conv_bias, stride, padding)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        *norm, conv_weight = ctx.saved_tensors
+        h = group_norm_silu_again(*norm, *ctx.norm_options)
+        stride, padding = ctx.conv_options
+        dh, dconv_weight, dconv_bias = torch.ops.aten.convolution_backward(
+            dy, h, conv_weight, ctx.bias_sizes, [stride, stride], [padding, padding], [1, 1], False, [0, 0], 1,
+            [True, ctx.needs_input_grad[4], ctx.bias_sizes is not None],
+        )  # fmt: skip
+        # freed before the norm's own gradients are made: the peak is one tensor lower
+        del h
+        dx, dnorm_weight, dnorm_bias, daddend = group_norm_silu_bwd(dh, *norm, *ctx.norm_options)
+        return dx, dnorm_weight, dnorm_bias, daddend, dconv_weight, dconv_bias, *[None] * 5
+
+
+def norm_silu_conv(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, num_groups: int, conv_weight: Tensor,
+    conv_bias: Tensor | None = None, *, eps: float = 1e-5, silu: bool = True, addend_NC: Tensor | None = None,
+    stride: int = 1, padding: int = 1,
+) -> Tensor:  # fmt: skip
+    """Return conv2d(silu(group_norm(x + addend))), saving x and fp32 statistics alone.
+
+    x: (N, C, H, W), fp32 | fp16 | bf16, channels-last or not. conv_weight: (K, C, h, w). Without conv_bias, add it behind
+    with `bias_residual`. Raises ValueError for shapes that do not fit.
+    """
+    check_group_norm(x, norm_weight, addend_NC, num_groups)
+    if x.dim() != 4 or conv_weight.dim() != 4 or conv_weight.shape[1] != x.shape[1]:
+        raise ValueError(f"a kernel of {tuple(conv_weight.shape)} does not fit x of {tuple(x.shape)}")
+    addend_NC = None if addend_NC is None else addend_NC.contiguous()
+    return _NormSiLUConv.apply(
+        with_flat_pixels(x), norm_weight, norm_bias, addend_NC, conv_weight, conv_bias, num_groups, eps, silu, stride,
+        padding,
+    )  # fmt: skip
+
+
+def _linear_gradients(dy: Tensor, h: Tensor, weight: Tensor, has_bias: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return (dh, dweight, dbias) of y = h weight^T + bias."""
+    rows_dy, rows_h = dy.reshape(-1, dy.shape[-1]), h.reshape(-1, h.shape[-1])
+    # dh = dy weight;  dweight = dy^T h;  dbias = sum over rows of dy
+    dbias = rows_dy.sum(dim=0, dtype=torch.promote_types(dy.dtype, torch.float32)).to(dy.dtype) if has_bias else None
+    return (rows_dy @ weight).view(h.shape), rows_dy.t() @ rows_h, dbias
+
+
+class _NormLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, norm_weight, norm_bias, residual, weight, bias, eps):
+        s, h, mean, rstd = layer_norm_fwd(x, norm_weight, norm_bias, residual, eps)
+        ctx.save_for_backward(s, norm_weight, norm_bias, mean, rstd, weight)
+        ctx.eps, ctx.has_residual, ctx.has_bias = eps, residual is not None, bias is not None
+        ctx.set_materialize_grads(False)
+        y = F.linear(h, weight, bias)
+        return (s, y) if ctx.has_residual else y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        ds, dy = grads if ctx.has_residual else (None, *grads)
+        if dy is None:
+            return ds, None, None, ds, None, None, None
+        *norm, weight = ctx.saved_tensors
+        h = layer_norm_again(*norm, ctx.eps)
+        dh, dweight, dbias = _linear_gradients(dy, h, weight, ctx.has_bias)
+        del h
+        dx, dnorm_weight, dnorm_bias = layer_norm_bwd(dh, ds, *norm, ctx.eps)
+        return dx, dnorm_weight, dnorm_bias, dx if ctx.has_residual else None, dweight, dbias, None
+
+
+def _check_linear(x: Tensor, weight: Tensor) -> None:
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(f"a projection of {tuple(weight.shape)} does not fit x of {tuple(x.shape)}")
+
+
+def norm_linear(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor | None = None, *,
+    residual: Tensor | None = None, eps: float = 1e-5,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """Return linear(layer_norm(x)); with a residual (s, linear(layer_norm(s))), s = x + residual.
+
+    x: (..., D), fp32 | fp16 | bf16; weight: (F, D). Several projections of one norm are one call with their weights
+    stacked, split behind it. Saves x or s and fp32 statistics alone. Raises ValueError for shapes that do not fit.
+    """
+    check_layer_norm(x, norm_weight, residual)
+    _check_linear(x, weight)
+    residual = None if residual is None else residual.contiguous()
+    return _NormLinear.apply(x.contiguous(), norm_weight, norm_bias, residual, weight, bias, eps)
+
+
+class _FeedForward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, norm_weight, norm_bias, residual, in_weight, in_bias, out_weight, out_bias, eps, recompute):
+        s, h, mean, rstd = layer_norm_fwd(x, norm_weight, norm_bias, residual, eps)
+        projected = F.linear(h, in_weight, in_bias)
+        kept = (None if recompute else projected, in_bias if recompute else None)
+        ctx.save_for_backward(s, norm_weight, norm_bias, mean, rstd, in_weight, out_weight, *kept)
+        ctx.eps, ctx.has_residual = eps, residual is not None
+        ctx.has_in_bias, ctx.has_out_bias = in_bias is not None, out_bias is not None
+        ctx.set_materialize_grads(False)
+        y = F.linear(geglu_fwd(projected), out_weight, out_bias)
+        return (s, y) if ctx.has_residual else y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        ds, dy = grads if ctx.has_residual else (None, *grads)
+        if dy is None:
+            return ds, None, None, ds, *[None] * 6
+        *norm, in_weight, out_weight, projected, in_bias = ctx.saved_tensors
+        h = layer_norm_again(*norm, ctx.eps)
+        if projected is None:
+            projected = F.linear(h, in_weight, in_bias)
+        gated = geglu_fwd(projected)
+        dgated, dout_weight, dout_bias = _linear_gradients(dy, gated, out_weight, ctx.has_out_bias)
+        del gated
+        dprojected = geglu_bwd(dgated, projected)
+        del dgated, projected
+        dh, din_weight, din_bias = _linear_gradients(dprojected, h, in_weight, ctx.has_in_bias)
+        del dprojected, h
+        dx, dnorm_weight, dnorm_bias = layer_norm_bwd(dh, ds, *norm, ctx.eps)
+        dresidual = dx if ctx.has_residual else None
+        return dx, dnorm_weight, dnorm_bias, dresidual, din_weight, din_bias, dout_weight, dout_bias, None, None
+
+
+def feed_forward(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, in_weight: Tensor, in_bias: Tensor | None, out_weight: Tensor,
+    out_bias: Tensor | None = None, *, residual: Tensor | None = None, eps: float = 1e-5, recompute: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """Return linear(geglu(linear(layer_norm(x)))); with a residual also s = x + residual, first, which is normed then.
+
+    x: (..., D), fp32 | fp16 | bf16; in_weight: (2F, D); out_weight: (E, F). Saves x or s, fp32 statistics, and the first
+    projection; with recompute not that either, at the price of its matmul once more. Raises ValueError for shapes that
+    do not fit.
+    """
+    check_layer_norm(x, norm_weight, residual)
+    _check_linear(x, in_weight)
+    if out_weight.dim() != 2 or in_weight.shape[0] != 2 * out_weight.shape[1]:
+        raise ValueError(
+            f"projections of {tuple(in_weight.shape)} and {tuple(out_weight.shape)} do not fit a GEGLU between"
+        )
+    residual = None if residual is None else residual.contiguous()
+    return _FeedForward.apply(
+        x.contiguous(), norm_weight, norm_bias, residual, in_weight, in_bias, out_weight, out_bias, eps, recompute
+    )

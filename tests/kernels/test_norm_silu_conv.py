@@ -1,0 +1,192 @@
+"""Norm + convolution, norm + projection and the feed-forward block as one function each, against PyTorch's chains."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from safelight.kernels.norm_silu_conv import feed_forward, norm_linear, norm_silu_conv
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def plain_conv(
+    x, norm_weight, norm_bias, conv_weight, conv_bias=None, addend_NC=None, *, groups, silu, stride, padding
+):
+    if addend_NC is not None:
+        x = x + addend_NC[:, :, None, None]
+    h = F.group_norm(x, groups, norm_weight, norm_bias, 1e-5)
+    return F.conv2d(F.silu(h) if silu else h, conv_weight, conv_bias, stride, padding)
+
+
+def plain_linear(x, norm_weight, norm_bias, weight, bias=None, residual=None):
+    s = x if residual is None else x + residual
+    y = F.linear(F.layer_norm(s, s.shape[-1:], norm_weight, norm_bias, 1e-5), weight, bias)
+    return y if residual is None else (s, y)
+
+
+def plain_feed_forward(x, norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias, residual=None):
+    s = x if residual is None else x + residual
+    h = F.linear(F.layer_norm(s, s.shape[-1:], norm_weight, norm_bias, 1e-5), in_weight, in_bias)
+    a, g = h.chunk(2, dim=-1)
+    y = F.linear(a * F.gelu(g), out_weight, out_bias)
+    return y if residual is None else (s, y)
+
+
+def draw(shapes, dtype, seed=14):
+    """Return named tensors; matrices and convolution weights are scaled so that outputs stay near 1."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {}
+    for name, shape in shapes.items():
+        x = torch.randn(shape, generator=generator)
+        if name.endswith("weight"):
+            x = 1 + 0.3 * x if len(shape) == 1 else x / x[0].numel() ** 0.5
+        found[name] = x.to(dtype)
+    return found
+
+
+def conv_inputs(shape, out_channels, dtype, layout, bias, addend, size):
+    n, c = shape[:2]
+    shapes = {"x": shape, "norm_weight": (c,), "norm_bias": (c,), "conv_weight": (out_channels, c, size, size)}
+    shapes |= {"conv_bias": (out_channels,)} if bias else {}
+    shapes |= {"addend_NC": (n, c)} if addend else {}
+    inputs = draw(shapes, dtype)
+    if layout == "channels_last":
+        for name in ("x", "conv_weight"):
+            inputs[name] = inputs[name].to(memory_format=torch.channels_last)
+    return inputs
+
+
+@pytest.mark.grid(
+    shape=[(1, 6, 5, 7), (3, 64, 4, 3)],
+    dtype=DTYPES,
+    layout=["nchw", "channels_last"],
+    addend=[True, False],
+    conv=[(3, 1, 1, True, True), (3, 2, 1, True, False), (1, 1, 0, False, True)],
+)
+def test_norm_silu_conv(check_op, shape, dtype, layout, addend, conv):
+    size, stride, padding, silu, bias = conv
+    inputs = conv_inputs(shape, 10, dtype, layout, bias, addend, size)
+    options = {"silu": silu, "stride": stride, "padding": padding}
+    check_op(
+        lambda **leaves: norm_silu_conv(**leaves, num_groups=2, **options),
+        lambda **leaves: plain_conv(**leaves, groups=2, **options),
+        inputs,
+    )
+
+
+def test_norm_silu_conv_at_a_true_width(check_op):
+    inputs = conv_inputs((1, 320, 3, 3), 16, torch.bfloat16, "channels_last", True, True, 3)
+    options = {"silu": True, "stride": 1, "padding": 1}
+    check_op(
+        lambda **leaves: norm_silu_conv(**leaves, num_groups=32, **options),
+        lambda **leaves: plain_conv(**leaves, groups=32, **options),
+        inputs,
+    )
+
+
+@pytest.mark.grid(shape=[(1, 3, 5), (3, 7, 77), (1, 5, 320)], dtype=DTYPES, residual=[True, False], bias=[True, False])
+def test_norm_linear(check_op, shape, dtype, residual, bias):
+    d = shape[-1]
+    shapes = {"x": shape, "norm_weight": (d,), "norm_bias": (d,), "weight": (12, d)}
+    shapes |= ({"bias": (12,)} if bias else {}) | ({"residual": shape} if residual else {})
+    check_op(norm_linear, plain_linear, draw(shapes, dtype))
+
+
+def feed_forward_shapes(shape, residual):
+    d = shape[-1]
+    shapes = {"x": shape, "norm_weight": (d,), "norm_bias": (d,), "in_weight": (8 * d, d), "in_bias": (8 * d,)}
+    return shapes | {"out_weight": (d, 4 * d), "out_bias": (d,)} | ({"residual": shape} if residual else {})
+
+
+@pytest.mark.grid(shape=[(1, 3, 6), (3, 7, 20)], dtype=DTYPES, residual=[True, False], recompute=[True, False])
+def test_feed_forward(check_op, shape, dtype, residual, recompute):
+    check_op(
+        lambda **leaves: feed_forward(**leaves, recompute=recompute),
+        plain_feed_forward,
+        draw(feed_forward_shapes(shape, residual), dtype),
+    )
+
+
+def saved_bytes(function, inputs):
+    """Return the bytes an op saves beside its parameters."""
+    leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+    parameters = {x.data_ptr() for name, x in leaves.items() if "weight" in name or "bias" in name}
+    saved = {}
+
+    def pack(t):
+        if t.data_ptr() not in parameters:
+            saved[t.data_ptr()] = t.numel() * t.element_size()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        function(**leaves)
+    return sum(saved.values())
+
+
+def test_norm_silu_conv_saves_its_input_and_statistics():
+    inputs = conv_inputs((2, 64, 8, 8), 64, torch.bfloat16, "channels_last", True, True, 3)
+    found = saved_bytes(lambda **x: norm_silu_conv(**x, num_groups=32), inputs)
+    # x, the addend, mean and rstd
+    assert found == 2 * 2 * 64 * 64 + 2 * 2 * 64 + 2 * 4 * 2 * 32
+    options = {"groups": 32, "silu": True, "stride": 1, "padding": 1}
+    assert saved_bytes(lambda **x: plain_conv(**x, **options), inputs) > 2.8 * found
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_feed_forward_saves_its_input_and_at_most_the_projection(recompute):
+    rows, d = 32, 64
+    inputs = draw(feed_forward_shapes((2, 16, d), False), torch.bfloat16)
+    found = saved_bytes(lambda **x: feed_forward(**x, recompute=recompute), inputs)
+    assert found == 2 * rows * d + 2 * 4 * rows + (0 if recompute else 2 * rows * 8 * d)
+
+
+@pytest.mark.parametrize("addend", [True, False])
+def test_gradcheck_of_norm_silu_conv(addend):
+    inputs = conv_inputs((2, 4, 3, 3), 3, torch.float64, "nchw", True, addend, 3)
+    names = list(inputs)
+    leaves = tuple(x.requires_grad_() for x in inputs.values())
+    assert torch.autograd.gradcheck(lambda *v: norm_silu_conv(**dict(zip(names, v, strict=True)), num_groups=2), leaves)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradcheck_of_feed_forward(recompute):
+    inputs = draw(feed_forward_shapes((1, 2, 3), True), torch.float64)
+    names = list(inputs)
+    leaves = tuple(x.requires_grad_() for x in inputs.values())
+    assert torch.autograd.gradcheck(
+        lambda *v: feed_forward(**dict(zip(names, v, strict=True)), recompute=recompute), leaves
+    )
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_either_output_of_norm_linear_may_go_unused(used):
+    shapes = {"x": (2, 5), "norm_weight": (5,), "norm_bias": (5,), "weight": (3, 5), "residual": (2, 5)}
+    leaves = {name: x.requires_grad_() for name, x in draw(shapes, torch.float64).items()}
+    wanted = list(leaves.values())
+    found = torch.autograd.grad(norm_linear(**leaves)[used].square().sum(), wanted, allow_unused=True)
+    expected = torch.autograd.grad(plain_linear(**leaves)[used].square().sum(), wanted, allow_unused=True)
+    for a, b in zip(found, expected, strict=True):
+        assert (a is None or not a.any()) if b is None else torch.allclose(a, b)
+
+
+def test_it_works_under_checkpointing(device):
+    inputs = conv_inputs((2, 64, 4, 3), 10, torch.float32, "channels_last", True, True, 3)
+    leaves = {name: x.to(device).requires_grad_() for name, x in inputs.items()}
+    names, values = list(leaves), list(leaves.values())
+
+    def run(*v):
+        return norm_silu_conv(**dict(zip(names, v, strict=True)), num_groups=8).square().mean()
+
+    expected = torch.autograd.grad(run(*values), values)
+    found = torch.autograd.grad(torch.utils.checkpoint.checkpoint(run, *values, use_reentrant=False), values)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    x, w = torch.ones(2, 4), torch.ones(4)
+    with pytest.raises(ValueError, match=r"a projection of \(3, 5\) does not fit"):
+        norm_linear(x, w, w, torch.ones(3, 5))
+    with pytest.raises(ValueError, match="do not fit a GEGLU between"):
+        feed_forward(x, w, w, torch.ones(6, 4), None, torch.ones(4, 4))
+    with pytest.raises(ValueError, match=r"a kernel of \(3, 5, 3, 3\) does not fit"):
+        norm_silu_conv(torch.ones(2, 4, 2, 2), w, w, 2, torch.ones(3, 5, 3, 3))

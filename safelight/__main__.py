@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 
 COMMANDS = {
     "init": "write a commented config from a preset: tiny, sd15, sd21, everydream2",
@@ -40,6 +41,11 @@ EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
 
+def _tell_unless_oserror(failure: threading.ExceptHookArgs) -> None:
+    if not issubclass(failure.exc_type, OSError):
+        threading.__excepthook__(failure)
+
+
 def quiet_libraries() -> None:
     """Keep the notices of imported libraries off the terminal: a command prints our lines only.
 
@@ -56,6 +62,8 @@ def quiet_libraries() -> None:
     # C++ parts write to stderr themselves: torch's own, and TensorFlow's where TensorBoard finds it
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # TensorBoard's writer meets a full disk in its own thread, and raises it again in ours
+    threading.excepthook = _tell_unless_oserror
 
 
 def _print_json(value) -> None:

@@ -1,17 +1,27 @@
-"""A program for test_resume: it imports everything once, then forks a child for each run that its input asks for.
+"""A program for tests: it imports everything once, then forks a child for each run that its input asks for.
 
-Each line of standard input is JSON: {"settings", "resume", "point", "count"}; each answer is the child's exit code, or
-minus the signal that ended it. Imports take ten seconds; a fork does not.
+Each line of standard input is JSON; each answer is the child's exit code, or minus the signal that ended it. Imports take
+ten seconds; a fork does not.
+    settings, resume    trains by these, in the child
+    words, log          or: calls the command line with these words, its standard error written to the file `log`
+    point, count        the child kills itself the count-th time it reaches a point
+    step_s              the child's steps take so much longer
+    signals             names, sent by this program as soon as the path `once` is there
+    kill_after_s        killed by this program after so long
 """
 
 import json
 import os
 import signal
 import sys
+import time
 
-import bitsandbytes  # noqa: F401  imported before forking
+# imported before forking
+import bitsandbytes  # noqa: F401
 import torch
 
+import safelight.trainer.report.build  # noqa: F401
+from safelight.__main__ import main
 from safelight.trainer import checkpoint, log, train
 from safelight.trainer.config import parse_config
 
@@ -61,11 +71,42 @@ def _arm(point: str, count: int) -> None:
         log.Metrics.write = write
 
 
-def _child(settings: dict, resume: bool, point: str, count: int) -> None:
+def _slow_down(seconds: float) -> None:
+    original = train.train_step
+
+    def slow(*args, **options):
+        result = original(*args, **options)
+        time.sleep(seconds)
+        return result
+
+    train.train_step = slow
+
+
+def _child(job: dict) -> int:
     torch.set_num_threads(1)
-    if point:
-        _arm(point, count)
-    train.train(parse_config(settings, "test"), resume=resume)
+    if job.get("point"):
+        _arm(job["point"], job["count"])
+    if job.get("step_s"):
+        _slow_down(job["step_s"])
+    if "words" in job:
+        with open(job["log"], "w", buffering=1) as sys.stderr:
+            os.dup2(sys.stderr.fileno(), 2)
+            return main(job["words"])
+    train.train(parse_config(job["settings"], "test"), resume=job.get("resume", False))
+    return 0
+
+
+def _disturb(pid: int, job: dict) -> None:
+    """Send a child what the job says. Returns when it is all sent; a child that ended is sent nothing."""
+    while "once" in job and not os.path.exists(job["once"]) and os.path.exists(f"/proc/{pid}/exe"):
+        time.sleep(0.01)
+    for name in job.get("signals", ()):
+        os.kill(pid, getattr(signal, name))
+        # two in one moment would be one
+        time.sleep(0.1)
+    if "kill_after_s" in job:
+        time.sleep(job["kill_after_s"])
+        os.kill(pid, signal.SIGKILL)
 
 
 def serve() -> None:
@@ -75,8 +116,8 @@ def serve() -> None:
         if pid == 0:
             # standard output is the answer's channel
             os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-            _child(**job)
-            os._exit(0)
+            os._exit(_child(job))
+        _disturb(pid, job)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         print(status, flush=True)
 

@@ -1,14 +1,12 @@
 """Kill -9 a run again and again, resume it, and compare with a run that was left alone: bit for bit.
 
-The children come from fork_runs.py, which has imported everything once. A child kills itself at a chosen point, so that
+The children come from fork_runs.py. A child kills itself at a chosen point, so that
 each point is really met; the points and their counts are drawn by a fixed generator.
 """
 
 import json
 import random
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,26 +18,6 @@ from safelight.trainer.checkpoint import list_checkpoints
 from safelight.trainer.config import parse_config
 
 CLOCK_FIELDS = {"time", "images_per_s", "memory_gib"}
-
-
-@pytest.fixture(scope="module")
-def run():
-    """A function that runs a child and returns its exit code: 0, or -9 when it was killed."""
-    server = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("fork_runs.py"))],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-    def run(settings: dict, resume: bool = False, point: str = "", count: int = 0) -> int:
-        server.stdin.write(json.dumps({"settings": settings, "resume": resume, "point": point, "count": count}) + "\n")
-        server.stdin.flush()
-        return int(server.stdout.readline())
-
-    yield run
-    server.stdin.close()
-    server.wait(30)
 
 
 def settings_of(folder: Path, dataset: Path, **more) -> dict:

@@ -1,0 +1,174 @@
+"""A disk that is full: while preparing, caching, saving, logging. One line, the state before is whole, and with room it goes on.
+
+A soft limit on the size of files makes the kernel refuse the write in the middle, as a full disk does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import resource
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from safelight.__main__ import quiet_libraries
+from safelight.data.manifest import read_manifest
+from safelight.data.shards import Cache
+from safelight.trainer.checkpoint import check_files, folder_of, list_checkpoints
+from safelight.trainer.log import Metrics
+
+
+@contextlib.contextmanager
+def files_up_to(num_bytes: int):
+    """No file can grow past this."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture
+def no_sync(monkeypatch):
+    """A context in which the disk says that it is full when the n-th file below a folder is synced, and ever after."""
+
+    @contextlib.contextmanager
+    def full(folder: Path, number: int):
+        left = [number]
+
+        def fsync(descriptor, original=os.fsync):
+            if os.readlink(f"/proc/self/fd/{descriptor}").startswith(str(folder)):
+                left[0] -= 1
+                if left[0] <= 0:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            original(descriptor)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fsync)
+            yield
+
+    return full
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """Four photographs, of which the third in order is large."""
+    folder = tmp_path_factory.mktemp("photos")
+    for number, side in enumerate((40, 48, 300, 56)):
+        values = np.random.default_rng(number).integers(0, 256, (side, side, 3), dtype=np.uint8)
+        Image.fromarray(values).save(folder / f"photo {number}.png")
+    return folder
+
+
+@pytest.fixture
+def place(photos, tmp_path, call) -> Path:
+    """A dataset of the first photograph, and a config."""
+    assert call("prepare", photos / "photo 0.png", "-o", tmp_path / "dataset").status == 0
+    (tmp_path / "run.toml").write_text(
+        f'[run]\ndir = "{tmp_path}/run"\ndevice = "cpu"\n[data]\npath = "{tmp_path}/dataset"\nresolution = 64\n'
+        "variants = 12\n[train]\nbatch_size = 2\nepochs = 4\n[validate]\nevery_epochs = 0\n[sample]\nevery_epochs = 0\n"
+        "[save]\nevery_steps = 1\n[log]\ntensorboard = false\nevery_steps = 1\n"
+    )
+    return tmp_path
+
+
+FULL = (
+    "; free some disk and run it again: what was saved before is whole",
+    "free some disk, or delete the dataset's cache",
+)
+
+
+def assert_full(called, command: str) -> None:
+    called.assert_refused(command, "")
+    assert called.err.rstrip().endswith(FULL[0]) or FULL[1] in called.err
+
+
+@pytest.mark.parametrize("how", ["write", 1, 2, 5])
+def test_while_preparing(how, place, photos, call, no_sync):
+    dataset = place / "dataset"
+    before = (dataset / "manifest.jsonl").read_bytes()
+    with files_up_to(50_000) if how == "write" else no_sync(dataset, how):
+        assert_full(call("prepare", photos, "-o", dataset), "prepare")
+    assert (dataset / "manifest.jsonl").read_bytes() == before
+    assert not list(dataset.rglob("*.tmp"))
+    assert call("prepare", photos, "-o", dataset).status == 0
+    assert [photo.captions for photo in read_manifest(dataset)] == [(f"photo {number}",) for number in range(4)]
+
+
+@pytest.mark.parametrize("how", ["write", 1, 3])
+def test_while_caching(how, place, photos, call, no_sync):
+    assert call("prepare", photos, "-o", place / "dataset").status == 0
+    with files_up_to(65_000) if how == "write" else no_sync(place / "dataset" / "cache", how):
+        assert_full(call("cache", place / "run.toml"), "cache")
+    with Cache(place / "dataset" / "cache") as cache:
+        num_rows = len(cache)
+        assert cache.verify() == []
+        # texts, which come first, are there unless they failed
+        assert (num_rows == 0) == (how == 1)
+    made = json.loads(call("cache", place / "run.toml", "--json").out)
+    assert made["made"] == made["rows"] - num_rows > 0
+    with Cache(place / "dataset" / "cache") as cache:
+        assert cache.verify() == []
+
+
+def run_to(place: Path, call, step: int, *more: str):
+    return call("train", place / "run.toml", "--resume", "--train.max-steps", step, *more)
+
+
+@pytest.mark.parametrize("how", ["write", 1, 4])
+def test_while_saving(how, place, call, no_sync):
+    run = place / "run"
+    assert run_to(place, call, 1).status == 0
+    with files_up_to(1_000_000) if how == "write" else no_sync(run / "checkpoints", how):
+        assert_full(run_to(place, call, 2), "train")
+    assert list_checkpoints(run) == [1]
+    check_files(folder_of(run, 1))
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000001"], "the room is given back"
+    assert run_to(place, call, 2).status == 0
+    assert list_checkpoints(run)[-1] == 2
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["kind"] == "train"] == [1, 2]
+
+
+def test_while_logging(place, call):
+    run = place / "run"
+    assert run_to(place, call, 1).status == 0
+    path = run / "metrics.jsonl"
+    # longer than any other file that a start writes; the weights are longer, and come after the line that fails
+    row = json.dumps({"kind": "event", "step": 0, "event": "long", "detail": "x" * 300_000}) + "\n"
+    path.write_text(row + path.read_text())
+    shutil.copytree(folder_of(run, 1), place / "kept")
+    resumed = 160
+    with files_up_to(path.stat().st_size + resumed):
+        called = run_to(place, call, 2)
+    assert_full(called, "train")
+    assert str(path) in called.err
+    assert list_checkpoints(run) == [1]
+    check_files(folder_of(run, 1))
+    assert run_to(place, call, 2).status == 0
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["step"] for row in rows if row["kind"] == "train"] == [1, 2]
+
+
+def test_tensorboard_on_a_full_disk_is_no_traceback(place, monkeypatch, capsys):
+    """Its writer is a thread of its own: what that meets comes again in ours, and is told once."""
+
+    def log_much() -> None:
+        metrics = Metrics(place, -1, tensorboard=True)
+        for step in range(400):
+            metrics.board.add_scalar("a", 1.0, step)
+        metrics.close()
+
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
+    quiet_libraries()
+    with files_up_to(2_500), pytest.raises(OSError, match="File too large"):
+        log_much()
+    assert capsys.readouterr().err == ""

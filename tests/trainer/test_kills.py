@@ -1,0 +1,123 @@
+"""The long form of the kill tests: twenty random moments of caching, fifty of training; every end equals an undisturbed one.
+
+The moments are of the clock, not of chosen points: wherever the process is, loading included, it gets kill -9.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from safelight.data.shards import Cache
+from safelight.trainer.checkpoint import check_files, folder_of, list_checkpoints
+
+pytestmark = pytest.mark.slow
+
+NUM_CACHE_KILLS, NUM_TRAINING_KILLS = 20, 50
+CLOCK_FIELDS = {"time", "images_per_s", "memory_gib"}
+
+
+def toml(folder: Path, dataset: Path) -> Path:
+    path = folder.with_suffix(".toml")
+    path.write_text(
+        f'[run]\ndir = "{folder}"\nseed = 9\ndevice = "cpu"\n[data]\npath = "{dataset}"\nresolution = 64\nvariants = 24\n'
+        "crop_jitter = 0.3\nflip_p = 0.5\n[train]\nbatch_size = 2\nmax_steps = 40\n[[stage]]\nepochs = 2\n[[stage]]\nepochs = 2\nlr = 2e-5\n"
+        "[sample]\nsteps = 2\nnum_prompts = 2\nevery_epochs = 1\n[validate]\ntimesteps = 2\n"
+        "[save]\nevery_steps = 3\n[log]\nevery_steps = 2\ntensorboard = false\n"
+    )
+    return path
+
+
+def rows_of(dataset: Path) -> dict[str, bytes]:
+    """Return every row of a dataset's cache by its key."""
+    with Cache(dataset / "cache") as cache:
+        assert cache.verify() == []
+        keys = [key for (key,) in cache._index.execute("SELECT key FROM rows")]
+        return {key: cache.read([key])[0].tobytes() for key in keys}
+
+
+def test_twenty_moments_of_caching(run, tiny_dataset, tmp_path):
+    datasets = [shutil.copytree(tiny_dataset, tmp_path / name, ignore=shutil.ignore_patterns("cache")) for name in "ab"]
+    alone, killed = (["cache", str(toml(tmp_path / f"run-{path.name}", path))] for path in datasets)
+    log = str(tmp_path / "log")
+    began = time.monotonic()
+    assert run(words=alone, log=log) == 0
+    lasts_s = time.monotonic() - began
+    expected = rows_of(datasets[0])
+    rng = random.Random("moments of caching")
+    num_killed, num_before, num_ends = 0, 0, 0
+    while num_killed < NUM_CACHE_KILLS:
+        code = run(words=killed, log=log, kill_after_s=rng.uniform(0, 0.8 * lasts_s))
+        assert code in (0, -signal.SIGKILL)
+        num_killed += code != 0
+        rows = rows_of(datasets[1])
+        # what is there is right, and never less than before
+        assert len(rows) >= num_before
+        assert {key: expected[key] for key in rows} == rows
+        num_before = len(rows)
+        if code == 0 or rows.keys() == expected.keys():
+            assert rows == expected
+            num_ends += 1
+            shutil.rmtree(datasets[1] / "cache")
+            num_before = 0
+    assert run(words=killed, log=log) == 0
+    assert rows_of(datasets[1]) == expected
+    print(f"\n{num_killed} kills of caching, {num_ends} complete caches between them, {len(expected)} rows each")
+
+
+def metrics(folder: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [{k: v for k, v in row.items() if k not in CLOCK_FIELDS} for row in rows]
+    return [row for row in rows if row.get("event") != "resumed"]
+
+
+def assert_equal_runs(one: Path, other: Path) -> None:
+    steps = list_checkpoints(one)
+    assert steps == list_checkpoints(other)
+    for step in steps:
+        for name in ("unet/diffusion_pytorch_model.safetensors", "state.safetensors"):
+            a, b = (load_file(folder_of(folder, step) / name) for folder in (one, other))
+            assert a.keys() == b.keys()
+            assert all(torch.equal(a[key].view(-1).view(torch.uint8), b[key].view(-1).view(torch.uint8)) for key in a)
+    assert metrics(one) == metrics(other)
+    drawn = sorted(path.relative_to(one) for path in one.glob("samples/*/*"))
+    assert drawn
+    assert all((one / path).read_bytes() == (other / path).read_bytes() for path in drawn)
+
+
+def test_fifty_moments_of_training(run, tiny_dataset, tmp_path):
+    log = str(tmp_path / "log")
+    folder = tmp_path / "killed"
+    alone, killed = (["train", str(toml(path, tiny_dataset)), "--resume"] for path in (tmp_path / "alone", folder))
+    began = time.monotonic()
+    assert run(words=alone, log=log) == 0
+    lasts_s = time.monotonic() - began
+    rng = random.Random("moments of training")
+    num_killed = num_ends = 0
+    steps_reached = []
+    while num_killed < NUM_TRAINING_KILLS:
+        before = list_checkpoints(folder)
+        # long enough, mostly, for a checkpoint more than the last time
+        code = run(words=killed, log=log, kill_after_s=rng.uniform(0, 0.6 * lasts_s))
+        assert code in (0, -signal.SIGKILL), Path(log).read_text()
+        num_killed += code != 0
+        steps = list_checkpoints(folder)
+        assert max(steps, default=0) >= max(before, default=0)
+        steps_reached.append(max(steps, default=0))
+        if steps:
+            check_files(folder_of(folder, steps[-1]))
+        if code == 0:
+            assert_equal_runs(tmp_path / "alone", folder)
+            num_ends += 1
+            shutil.rmtree(folder)
+    assert run(words=killed, log=log) == 0
+    assert_equal_runs(tmp_path / "alone", folder)
+    print(f"\n{num_killed} kills of training, {num_ends + 1} runs completed and equal; steps reached {steps_reached}")

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from safelight.bench.workload import LR, MAX_GRAD_NORM, SEED, WEIGHT_DECAY, Workload, use_attention
+from safelight.bench.workload import LR, MAX_GRAD_NORM, WEIGHT_DECAY, Workload, initial_unet, use_attention
 from safelight.data.batches import Batch
-from safelight.trainer.models import load_unet, resolve_base
+from safelight.trainer.models import resolve_base
 
 
 @dataclass(frozen=True)
@@ -56,16 +56,16 @@ def make_optimizer(name: str, parameters) -> torch.optim.Optimizer:
 
 
 class Baseline:
-    """A recipe's training step. compile_backend: torch.compile's, for tests without a compiler."""
+    """A recipe's training step."""
 
-    def __init__(self, name: str, work: Workload, compile_backend: str = "inductor"):
+    def __init__(self, name: str, work: Workload):
         from diffusers import DDPMScheduler
 
         if name not in RECIPES:
             raise ValueError(f"baseline {name!r} is unknown; use {', '.join(RECIPES)}")
         recipe, self.device = RECIPES[name], torch.device(work.device)
         base = resolve_base(work.base)
-        unet = load_unet(base, SEED, work.dtype if recipe.weights_16bit else torch.float32).to(self.device).train()
+        unet = initial_unet(work.base, self.device, work.dtype if recipe.weights_16bit else torch.float32)
         self.memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
         unet = unet.to(memory_format=self.memory_format)
         if work.checkpointing == "full":
@@ -75,7 +75,7 @@ class Baseline:
         self.optimizer = make_optimizer(work.optimizer, self.parameters)
         self.scheduler = DDPMScheduler.from_config(base.config_of("scheduler"))
         self.scheduler.alphas_cumprod = self.scheduler.alphas_cumprod.to(self.device)
-        self.unet = torch.compile(unet, backend=compile_backend) if recipe.compile else unet
+        self.unet = torch.compile(unet) if recipe.compile else unet
         self.dtype = work.dtype
         self.uses_autocast = not recipe.weights_16bit and work.dtype != torch.float32
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=work.dtype == torch.float16)

@@ -80,7 +80,45 @@ class Compare:
     json: AsJson = False
 
 
-# name -> (arguments, what it measures); safelight.bench.run.NAME runs it
+@dataclass
+class Plot:
+    results: Annotated[Positional[tuple[Path, ...]], arg(metavar="FILE...", help="results as .jsonl")]
+    out: Annotated[Path, arg(aliases=["-o"], help="folder for the pictures")] = Path("runs/bench")
+
+
+@dataclass
+class Loader:
+    base: Annotated[str, arg(help="whose rows' shapes")] = "random:sd15"
+    latent_size: LatentSize = 0
+    rows: Annotated[int, arg(help="100000 needs about 55 GiB of disk with all sources")] = 500
+    batch_size: int = 8
+    sources: Annotated[tuple[Literal["cache", "cache-ahead", "npz", "pt", "decode"], ...], arg(help="to compare")] = (
+        "cache", "cache-ahead", "npz", "pt", "decode",
+    )  # fmt: skip
+    repeats: Annotated[int, arg(help="timed epochs a source")] = 3
+    dir: Annotated[Path | None, arg(metavar="FOLDER", help="where the rows are written", help_behavior_hint="")] = None
+    append: Append = None
+    json: AsJson = False
+
+
+@dataclass
+class Quick:
+    device: Device = "auto"
+    append: Append = None
+    json: AsJson = False
+
+
+@dataclass
+class All:
+    out: Annotated[Path, arg(aliases=["-o"], help="folder for results.jsonl and logs")]
+    minutes: Annotated[float, arg(help="to spend; what does not fit is left out")] = 8.0
+    base: Annotated[str, arg(help="as model.base; empty: random:sd15 on a GPU, tiny on a CPU")] = ""
+    latent_size: LatentSize = 0
+    only: Annotated[tuple[str, ...], arg(help="parts by name, for example steps attention")] = ()
+    device: Device = "auto"
+
+
+# name -> (arguments, what it measures); the function of safelight.bench.run of that name runs it
 COMMANDS: dict[str, tuple[type, str]] = {
     "step": (Step, "images/s and peak memory of the training step on this machine"),
     "baseline": (Baseline, "the same of the published recipes, ours beside them"),
@@ -88,6 +126,10 @@ COMMANDS: dict[str, tuple[type, str]] = {
         Count,
         "operators, kernel launches, bytes, FLOPs and host syncs of a training step, traced without a GPU",
     ),
+    "loader": (Loader, "cache reads against a file a row and decoding every epoch"),
+    "quick": (Quick, "ours against the diffusers recipe on this machine, in under three minutes"),
+    "all": (All, "everything worth knowing of a GPU in one call; on a CPU a rehearsal"),
+    "plot": (Plot, "pictures of results"),
     "gate": (Gate, "fail if a counted figure rose above bench/results/counts.jsonl"),
     "compare": (Compare, "two sets of results, figure by figure"),
 }
@@ -105,4 +147,6 @@ def main(argv: list[str]) -> int:
         raise ValueError(f"bench {argv[0]!r} is unknown; use {', '.join(COMMANDS)}")
     shape, text = COMMANDS[argv[0]]
     options = parse(shape, argv[1:], f"bench {argv[0]}", text)
-    return getattr(importlib.import_module("safelight.bench.run"), argv[0])(options)
+    # `all` is a function of Python's
+    name = "everything" if argv[0] == "all" else argv[0]
+    return getattr(importlib.import_module("safelight.bench.run"), name)(options)

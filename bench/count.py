@@ -92,17 +92,17 @@ def trace(
 def figures(counts: Counts) -> dict:
     """Return the counts as plain values. The totals are of loss and gradients; the optimizer's stand apart."""
     rows = {
-        kind: {"operators": row.operators, "launches": row.launches, "gb": round(row.bytes_moved / 1e9, 3)}
+        kind: {"operators": row.operators, "launches": row.launches, "gb": round(row.bytes_moved / 1e9, 5)}
         for kind in CLASSES
         if (row := counts.rows.get(kind))
     }
     return {
         "launches": counts.total("launches", with_optimizer=False),
-        "memory_bound_gb": round(counts.total("bytes_moved", with_optimizer=False) / 1e9, 2),
+        "memory_bound_gb": round(counts.total("bytes_moved", with_optimizer=False) / 1e9, 4),
         "saved_mib": round(counts.saved_bytes / MIB, 1),
         "saved_casts_mib": round(counts.saved_cast_bytes / MIB, 1),
-        "forward_gflop": round(counts.flops_forward / 1e9, 1),
-        "step_gflop": round(counts.flops_total / 1e9, 1),
+        "forward_gflop": round(counts.flops_forward / 1e9, 3),
+        "step_gflop": round(counts.flops_total / 1e9, 3),
         "host_syncs": counts.host_syncs,
         "classes": rows,
     }

@@ -55,6 +55,8 @@ def _steps(options: command.Step, recipes: tuple[str, ...]) -> int:
 def step_line(record: dict) -> str:
     """Return a step's result as a line."""
     config, found = record["config"], record["figures"]
+    if "images_per_s" not in found:
+        return f"{config['recipe']}, {config['base']}, batch {config['batch_size']}: does not fit"
     low, middle, high = found["images_per_s"]
     peak = f", {found['peak_gib']:.2f} GiB" if found["peak_gib"] is not None else ""
     return (
@@ -122,3 +124,104 @@ def compare(options: command.Compare) -> int:
         [(f"{bench} {name}", f"{a:,g}", f"{b:,g}", f"{b / a:.3f}" if a else "") for bench, _, name, a, b in rows],
     )  # fmt: skip
     return 0
+
+
+def plot(options: command.Plot) -> int:
+    from safelight.bench.plot import plot as draw
+    from safelight.bench.results import read
+
+    if not options.results:
+        raise ValueError("no results given; name one or more .jsonl, for example bench/results/counts.jsonl")
+    files, without = draw([line for path in options.results for line in read(path)], options.out)
+    for file in files:
+        print(file)
+    if without:
+        print(f"no figures for: {', '.join(without)}")
+    return 0 if files else 2
+
+
+def loader(options: command.Loader) -> int:
+    from safelight.bench.loader import bench_loader
+
+    if min(options.rows, options.batch_size, options.repeats) < 1 or not options.sources:
+        raise ValueError(
+            f"rows {options.rows}, batch size {options.batch_size} and repeats {options.repeats} must be 1 or more, with a source"
+        )
+    records = bench_loader(
+        options.base, options.latent_size, options.rows, options.batch_size, options.sources, options.repeats,
+        options.dir,
+    )  # fmt: skip
+    _keep(options.append, *records)
+    if options.json:
+        print_json(records)
+        return 0
+    rows = [(r["config"]["source"], r["figures"]) for r in records]
+    print_table(
+        f"{options.rows} rows of {options.base}, batch {options.batch_size}; memcpy {rows[0][1]['memcpy_gb_per_s']:.1f} GB/s",
+        ("source", "rows/s", "GB/s", "ms a batch", "CPU ms a batch"),
+        [
+            (name, f"{f['rows_per_s']:,.0f}", f"{f['gb_per_s']:.2f}", f"{f['wall_ms_per_batch']:.2f}", f"{f['cpu_ms_per_batch']:.2f}")
+            for name, f in rows
+        ],
+    )  # fmt: skip
+    return 0
+
+
+def quick(options: command.Quick) -> int:
+    from safelight.bench.quick import quick as measure_quickly
+
+    records = []
+    for record in measure_quickly(options.device):
+        _keep(options.append, record)
+        records.append(record)
+    if options.json:
+        print_json(records)
+        return 0
+    ceiling, *steps = records
+    config, found = ceiling["config"], ceiling["figures"]
+    rows = []
+    for record in steps:
+        f = record["figures"]
+        if "images_per_s" not in f:
+            rows.append((record["config"]["recipe"], record["config"]["batch_size"], "does not fit", "", ""))
+            continue
+        memory = "" if f["peak_gib"] is None else f"{f['peak_gib']:.2f}"
+        rows.append(
+            (
+                record["config"]["recipe"],
+                record["config"]["batch_size"],
+                f"{f['images_per_s'][1]:.2f}",
+                memory,
+                f"{100 * f['share_of_limit']:.0f} %",
+            )
+        )
+    print_table(
+        f"training step of {config['base']}, {config['latent_size']}x{config['latent_size']} latents, {config['precision']}, on "
+        f"{ceiling['machine']['device']}",
+        ("", "batch", "images/s", "GiB", "of the limit"), rows,
+    )  # fmt: skip
+    print(
+        f"The limit, {found['limit_images_per_s']:.1f} images/s, is this machine's matrix products ({found['matmul_tflops']:.2f} TFLOP/s) doing the "
+        "step's arithmetic and nothing else."
+    )
+    return 0
+
+
+def everything(options: command.All) -> int:
+    from safelight.bench.everything import run_all
+    from safelight.bench.workload import Workload
+    from safelight.trainer.models import pick_device
+
+    is_gpu = pick_device(options.device).type == "cuda"
+    base = options.base or ("random:sd15" if is_gpu else "tiny")
+    work = Workload(base, options.latent_size, device=options.device)
+    failed = 0
+    for record in run_all(options.minutes, options.out, work, options.only):
+        failed += record["figures"].get("failed", False)
+        told = ", ".join(f"{name} {value}" for name, value in record["figures"].items() if not isinstance(value, dict))
+        what = " ".join(
+            str(record["config"][n]) for n in ("recipe", "batch_size", "head_dim", "cap_gib") if n in record["config"]
+        )
+        print(f"{record['bench']} {what}: {told} {record.get('note', '')}".rstrip(), flush=True)
+    print(f"results: {options.out / 'results.jsonl'}" + (f"; {failed} parts failed" if failed else ""))
+    return int(failed > 0)

@@ -57,54 +57,82 @@ def runner(trainer: Ours | Baseline, work: Workload, loader: bool, stack: ExitSt
     return lambda number: trainer.step(batches[number % NUM_ROTATED])
 
 
-def measure(
-    works: dict[str, tuple[str, Workload]], repeats: int, loader: bool = False, together: bool = True
-) -> Iterator[dict]:
+Variants = dict[str, tuple[str, Workload]]
+
+
+def measure(works: Variants, repeats: int, loader: bool = False, together: bool = True) -> Iterator[dict]:
     """Yield a result line for each variant: name -> (recipe, workload).
 
-    together: all are built at once and their steps interleaved, which a noisy machine fools least; else one after
-    another, which needs the memory of one. A GPU's peak is taken of each alone, before.
+    together: all are built at once and their steps interleaved, which a noisy machine fools least; a GPU's peak is
+    taken of each alone, before. Else one after another, with the memory of one; a variant that does not fit the GPU
+    says so in its line.
     """
-    for group in [list(works)] if together else [[name] for name in works]:
-        device = torch.device(works[group[0]][1].device)
-        peaks = {name: peak_alone(*works[name]) for name in group} if device.type == "cuda" else {}
-        seconds, notes = _time({name: works[name] for name in group}, repeats, loader)
-        free(device)
-        for name in group:
-            recipe, work = works[name]
-            low, middle, high = percentiles(seconds[name])
-            found = {
-                "images_per_s": [round(work.batch_size / s, 4) for s in (high, middle, low)],
-                "step_ms": [round(1e3 * s, 3) for s in (low, middle, high)],
-                "peak_gib": round(peaks[name], 3) if name in peaks else None,
-                # on a CPU the resident peak of everything measured so far: it cannot be taken of one variant
-                "peak_gib_of_process": round(peak_memory_gib(device), 3),
-            }
-            config = {"recipe": recipe, **asdict(work), "loader": loader, "repeats": repeats}
-            yield {**make_record("step", config, found, device), "attention": notes[name]}
-
-
-def _time(
-    works: dict[str, tuple[str, Workload]], repeats: int, loader: bool
-) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Return (seconds of each repeat, what attention ran) by variant. One model serves all batch sizes of a recipe."""
+    if not together:
+        yield from _measure_apart(works, repeats, loader)
+        return
+    device = torch.device(next(iter(works.values()))[1].device)
+    peaks = {name: peak_alone(*works[name]) for name in works if device.type == "cuda"}
     trainers: dict[tuple, Ours | Baseline] = {}
-    runs, notes = {}, {}
     with ExitStack() as stack:
+        runs = {}
         for name, (recipe, work) in works.items():
+            # one model serves all batch sizes of a recipe
             key = (recipe, replace(work, batch_size=1))
             if key not in trainers:
                 trainers[key] = build(recipe, work)
-            notes[name] = trainers[key].notes
             runs[name] = runner(trainers[key], work, loader, stack)
-        return interleave(runs, torch.device(next(iter(works.values()))[1].device), repeats), notes
+        seconds = interleave(runs, device, repeats)
+    for name, (recipe, work) in works.items():
+        notes = trainers[recipe, replace(work, batch_size=1)].notes
+        yield _line(recipe, work, loader, repeats, notes, seconds[name], peaks.get(name))
 
 
-def variants(recipes: tuple[str, ...], batch_sizes: tuple[int, ...], work: Workload) -> dict[str, tuple[str, Workload]]:
+def _measure_apart(works: Variants, repeats: int, loader: bool) -> Iterator[dict]:
+    built, trainer = None, None
+    for recipe, work in works.values():
+        device, key = torch.device(work.device), (recipe, replace(work, batch_size=1))
+        try:
+            if key != built:
+                # the last one goes before the next comes
+                built = trainer = None
+                free(device)
+                reset_peak_memory(device)
+                trainer, built = build(recipe, work), key
+            else:
+                reset_peak_memory(device)
+            with ExitStack() as stack:
+                seconds = interleave({"": runner(trainer, work, loader, stack)}, device, repeats)[""]
+            peak = peak_memory_gib(device) if device.type == "cuda" else None
+            yield _line(recipe, work, loader, repeats, trainer.notes, seconds, peak)
+        except torch.cuda.OutOfMemoryError as error:
+            # a step that broke off leaves gradients behind
+            built = trainer = None
+            config = {"recipe": recipe, **asdict(work), "loader": loader, "repeats": repeats}
+            yield make_record("step", config, {"fits": False}, device, str(error).splitlines()[0][:120])
+        free(device)
+
+
+def _line(
+    recipe: str, work: Workload, loader: bool, repeats: int, notes: str, seconds: list[float], peak: float | None
+) -> dict:
+    low, middle, high = percentiles(seconds)
+    device = torch.device(work.device)
+    found = {
+        "images_per_s": [round(work.batch_size / s, 4) for s in (high, middle, low)],
+        "step_ms": [round(1e3 * s, 3) for s in (low, middle, high)],
+        "peak_gib": None if peak is None else round(peak, 3),
+        # on a CPU the resident peak of everything measured so far: it cannot be taken of one variant
+        "peak_gib_of_process": round(peak_memory_gib(device), 3),
+    }
+    config = {"recipe": recipe, **asdict(work), "loader": loader, "repeats": repeats}
+    return {**make_record("step", config, found, device), "attention": notes}
+
+
+def variants(recipes: tuple[str, ...], batch_sizes: tuple[int, ...], work: Workload) -> Variants:
     """Return every recipe at every batch size, by a name."""
     work = work.resolved()
     return {
         f"{recipe}, batch {size}": (recipe, replace(work, batch_size=size))
-        for size in batch_sizes
         for recipe in recipes
+        for size in batch_sizes
     }

@@ -5,6 +5,8 @@ Shapes: B batch, C latent channels, H W latent height and width, T tokens, D emb
 
 from __future__ import annotations
 
+import copy
+import functools
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -127,13 +129,28 @@ def cached_batches(work: Workload, num: int) -> Iterator[Iterator[Batch]]:
                 batches.close()
 
 
+@functools.lru_cache(maxsize=1)
+def _pristine(base: str) -> nn.Module:
+    return load_unet(resolve_base(base), SEED)
+
+
+def initial_unet(base: str, device: torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Return a base's UNet on the device, for training. For a GPU one is kept in host memory to be copied again.
+
+    Drawing SD1.5's random weights takes longer than measuring its step.
+    """
+    if device.type == "cpu":
+        return load_unet(resolve_base(base), SEED, dtype).train()
+    return copy.deepcopy(_pristine(base)).to(dtype).to(device).train()
+
+
 class Ours:
     """The training step of `safelight train`. notes: what really runs."""
 
     def __init__(self, work: Workload):
         device = torch.device(work.device)
         base = resolve_base(work.base)
-        self.unet = load_unet(base, SEED).to(device).train()
+        self.unet = initial_unet(work.base, device)
         if work.checkpointing == "full":
             self.unet.enable_gradient_checkpointing()
         self.optimizer = UNetOptimizer(self.unet, Optimizer(name=work.optimizer), work.dtype)

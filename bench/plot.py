@@ -1,0 +1,168 @@
+"""`safelight bench plot`: pictures of result lines: throughput bars, memory against cards, the ablation, scaling lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from safelight.bench.results import newest
+
+CARDS_GIB = (4, 6, 8, 12, 16, 24)
+COLOURS = {
+    "safelight": "#c2410c",
+    "diffusers": "#334155",
+    "diffusers-compiled": "#64748b",
+    "diffusers-16bit": "#94a3b8",
+}
+STEPS = ("step", "quick")
+# the ablation's order: each adds one thing to the one before
+ABLATION = (
+    (("autocast-bf16", "nchw"), "fp32 weights\n+ autocast"),
+    (("bf16", "nchw"), "16-bit weights,\nno autocast"),
+    (("bf16", "channels_last"), "channels-last"),
+)
+
+
+def _timed(records: list[dict]) -> list[dict]:
+    lines = [r for r in newest(records).values() if r["bench"] in STEPS and "images_per_s" in r["figures"]]
+    return sorted(lines, key=lambda r: (r["config"]["batch_size"], list(COLOURS).index(r["config"]["recipe"])))
+
+
+def _place(records: list[dict]) -> str:
+    """Return on what and with what the lines were measured."""
+    devices = {r["machine"]["device"] for r in records}
+    bases = {
+        f"{r['config']['base']}, {r['config']['latent_size']}x{r['config']['latent_size']} latents" for r in records
+    }
+    return f"{'; '.join(sorted(bases))} on {', '.join(sorted(devices))}"
+
+
+def throughput(axes: Axes, records: list[dict]) -> bool:
+    """Draw images/s (p50, whiskers p20 to p80) by batch size and recipe; return whether there was anything."""
+    lines = _timed(records)
+    sizes = sorted({r["config"]["batch_size"] for r in lines})
+    recipes = [name for name in COLOURS if any(r["config"]["recipe"] == name for r in lines)]
+    width = 0.8 / max(1, len(recipes))
+    for line in lines:
+        low, middle, high = line["figures"]["images_per_s"]
+        recipe = line["config"]["recipe"]
+        x = sizes.index(line["config"]["batch_size"]) + (recipes.index(recipe) - (len(recipes) - 1) / 2) * width
+        axes.bar(x, middle, width * 0.92, color=COLOURS[recipe])
+        axes.errorbar(x, middle, [[middle - low], [high - middle]], color="black", capsize=3, linewidth=1)
+        axes.annotate(f"{middle:.3g}", (x, high), (0, 3), textcoords="offset points", ha="center", fontsize=9)
+    axes.set_xticks(range(len(sizes)), [f"batch {size}" for size in sizes])
+    axes.set_ylabel("images/s")
+    _legend(axes, recipes)
+    axes.set_title(f"Training step: {_place(lines)}" if lines else "", fontsize=10)
+    return bool(lines)
+
+
+def _legend(axes: Axes, recipes: list[str]) -> None:
+    from matplotlib.patches import Patch
+
+    axes.legend(handles=[Patch(color=COLOURS[name], label=name) for name in recipes], frameon=False, fontsize=9)
+
+
+def memory(axes: Axes, records: list[dict]) -> bool:
+    """Draw the GPU peak of each variant against the sizes of cards; return whether there was anything."""
+    lines = [r for r in _timed(records) if r["figures"].get("peak_gib") is not None]
+    for y, line in enumerate(lines):
+        peak, recipe = line["figures"]["peak_gib"], line["config"]["recipe"]
+        axes.barh(y, peak, color=COLOURS[recipe])
+        axes.annotate(f"{peak:.1f}", (peak, y), (4, 0), textcoords="offset points", va="center", fontsize=9)
+    highest = max((line["figures"]["peak_gib"] for line in lines), default=0)
+    for card in (c for c in CARDS_GIB if c <= 1.5 * highest + 4):
+        axes.axvline(card, color="#999999", linestyle=":", linewidth=1)
+        axes.annotate(f"{card} GiB", (card, len(lines) - 0.4), ha="center", fontsize=8, color="#555555")
+    axes.set_yticks(range(len(lines)), [f"{r['config']['recipe']}, batch {r['config']['batch_size']}" for r in lines])
+    axes.set_xlabel("peak reserved, GiB (the CUDA context comes on top)")
+    axes.set_title(f"Memory: {_place(lines)}" if lines else "", fontsize=10, pad=16)
+    return bool(lines)
+
+
+def ablation(axes: Axes, records: list[dict]) -> bool:
+    """Draw what each change takes off the memory-bound bytes of a counted step; return whether there were two."""
+    lines = {
+        (r["config"]["precision"], r["config"]["layout"]): r
+        for r in newest(records).values()
+        if r["bench"] == "count" and r["config"]["base"] == "random:sd15" and r["config"]["checkpointing"] == "none"
+        and r["config"]["batch_size"] == 1
+    }  # fmt: skip
+    found = [(lines[key], label) for key, label in ABLATION if key in lines]
+    before = None
+    for x, (line, _) in enumerate(found):
+        value, launches = line["figures"]["memory_bound_gb"], line["figures"]["launches"]
+        if before is None:
+            axes.bar(x, value, 0.6, color="#334155")
+        else:
+            axes.bar(x, before - value, 0.6, bottom=value, color="#15803d")
+            axes.bar(x, value, 0.6, color="#e2e8f0")
+            axes.plot([x - 1 + 0.3, x + 0.3], [before, before], color="#777777", linewidth=1, linestyle=":")
+        axes.annotate(
+            f"{value:.1f} GB\n{launches:,} launches",
+            (x, before or value),
+            (0, 4),
+            textcoords="offset points",
+            ha="center",
+            fontsize=9,
+        )
+        before = value
+    axes.set_xticks(range(len(found)), [label for _, label in found])
+    axes.set_ylabel("memory-bound GB a step, counted")
+    axes.margins(y=0.18)
+    axes.set_title("SD1.5, batch 1, 64x64 latents: loss and gradients", fontsize=10)
+    return len(found) > 1
+
+
+def scaling(axes: Axes, records: list[dict]) -> bool:
+    """Draw images/s over batch size, a line a recipe; return whether any has two sizes."""
+    lines = _timed(records)
+    drawn = False
+    for recipe, colour in COLOURS.items():
+        points = [
+            (r["config"]["batch_size"], r["figures"]["images_per_s"]) for r in lines if r["config"]["recipe"] == recipe
+        ]
+        if len({size for size, _ in points}) < 2:
+            continue
+        sizes = [size for size, _ in points]
+        axes.plot(sizes, [rate[1] for _, rate in points], "o-", color=colour, label=recipe)
+        axes.fill_between(
+            sizes, [rate[0] for _, rate in points], [rate[2] for _, rate in points], color=colour, alpha=0.15
+        )
+        drawn = True
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("batch size")
+    axes.set_ylabel("images/s (p50, band p20 to p80)")
+    if drawn:
+        axes.legend(frameon=False, fontsize=9)
+        axes.set_title(f"Scaling: {_place(lines)}", fontsize=10)
+    return drawn
+
+
+PICTURES: dict[str, Callable[[Axes, list[dict]], bool]] = {
+    "throughput": throughput,
+    "memory": memory,
+    "ablation": ablation,
+    "scaling": scaling,
+}
+
+
+def plot(records: list[dict], out: Path) -> tuple[list[Path], list[str]]:
+    """Write the pictures that the lines have figures for; return (files, names of those without)."""
+    out.mkdir(parents=True, exist_ok=True)
+    files, without = [], []
+    for name, draw in PICTURES.items():
+        figure = Figure(figsize=(7.5, 4), dpi=130, layout="constrained")
+        axes = figure.subplots()
+        axes.spines[["top", "right"]].set_visible(False)
+        if draw(axes, records):
+            files.append(out / f"{name}.png")
+            figure.savefig(files[-1])
+        else:
+            without.append(name)
+    return files, without

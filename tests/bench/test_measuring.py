@@ -1,0 +1,173 @@
+"""The loader's benchmark, the ceilings, `quick`, and a rehearsal of `all`."""
+
+import time
+
+import pytest
+import torch
+
+from safelight.__main__ import main
+from safelight.bench import everything, loader, quick
+from safelight.bench.ceilings import attention_ms, ceilings, copy_gb_per_s
+from safelight.bench.results import read
+from safelight.bench.workload import Workload
+
+
+def test_every_source_delivers_the_same_rows(tmp_path):
+    """What is compared is the same work: rows of the same shapes and dtype, each once an epoch."""
+    from contextlib import ExitStack
+
+    with ExitStack() as stack:
+        epochs = loader._cache_epochs(tmp_path / "cache", 10, "tiny", 16, 4, stack)
+        batches = list(epochs["cache"]())
+        ahead = list(epochs["cache-ahead"]())
+        assert sorted(i for batch in batches for i in batch.sample_ids) == sorted(
+            i for b in ahead for i in b.sample_ids
+        )
+        assert len({i for batch in batches for i in batch.sample_ids}) == 10
+        rows = torch.cat([torch.cat([b.mean_BCHW, b.logvar_BCHW], dim=1) for b in batches])
+        texts = torch.cat([b.text_BTD for b in batches])
+    for kind in ("npz", "pt"):
+        epoch = list(loader._file_epoch(tmp_path / kind, kind, 10, "tiny", 16, 4)())
+        latents, text = (torch.cat(part) for part in zip(*epoch, strict=True))
+        assert latents.dtype == rows.dtype == torch.float32
+        assert sorted(latents.sum((1, 2, 3)).tolist()) == pytest.approx(sorted(rows.sum((1, 2, 3)).tolist()))
+        assert sorted(text.sum((1, 2)).tolist()) == pytest.approx(sorted(texts.sum((1, 2)).tolist()))
+    pixels = torch.cat(list(loader._decode_epoch(tmp_path / "photos", 10, 64, 4)()))
+    assert pixels.shape == (10, 3, 64, 64)
+    assert pixels.std() > 0.1
+
+
+def test_the_loaders_table_of_500_rows(tmp_path, capsys):
+    assert (
+        main(["bench", "loader", "--base", "tiny", "--rows", "500", "--repeats", "1", "--append", str(tmp_path / "r")])
+        == 0
+    )
+    out = capsys.readouterr().out
+    records = {r["config"]["source"]: r["figures"] for r in read(tmp_path / "r")}
+    assert set(records) == set(loader.SOURCES)
+    assert all(name in out for name in records)
+    for found in records.values():
+        assert found["rows_per_s"] == pytest.approx(500 / (found["wall_ms_per_batch"] * 63 / 1e3), rel=0.02)
+        assert found["cpu_ms_per_batch"] > 0
+    assert main(["bench", "loader", "--rows", "1000000000"]) == 2
+    assert "lower --rows" in capsys.readouterr().err
+
+
+def test_ceilings_are_of_this_machines_order():
+    cpu = torch.device("cpu")
+    found = ceilings(cpu, torch.float32, small=True)
+    assert 0.001 < found["matmul_tflops"] < 100
+    began = time.perf_counter()
+    torch.empty(2**24, dtype=torch.uint8).copy_(torch.ones(2**24, dtype=torch.uint8))
+    once = 2 * 2**24 / (time.perf_counter() - began) / 1e9
+    assert once / 100 < copy_gb_per_s(cpu, 2**24, 5) < once * 100
+    times = attention_ms(cpu, torch.float32, 1, 2, 64, 40, 2)
+    assert times["math"] > 0
+    # on a CPU there is no cuDNN, and the reason is told instead of a time
+    assert isinstance(times["cudnn"], str)
+
+
+def test_quick_tells_ours_the_recipe_and_the_limit(monkeypatch, capsys):
+    monkeypatch.setattr(quick.quick, "__defaults__", ("auto", 150, 1))
+    assert main(["bench", "quick", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    for word in ("safelight", "diffusers", "images/s", "of the limit", "TFLOP/s"):
+        assert word in out
+
+
+def test_quick_stops_in_time():
+    records = list(quick.quick("cpu", budget_s=0, repeats=1))
+    assert [r["bench"] for r in records] == ["ceilings"]
+    found = records[0]["figures"]
+    # a step of one image is 0.94 GFLOP
+    assert found["limit_images_per_s"] == pytest.approx(found["matmul_tflops"] * 1e12 / 0.937e9, rel=0.01)
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory) -> tuple[int, list[dict], str]:
+    """Exit status and result lines of `bench all` on the CPU; its marked tests are a small folder's."""
+    root = tmp_path_factory.mktemp("checkout")
+    (root / "tests").mkdir()
+    (root / "tests" / "test_one.py").write_text(
+        "import pytest\n@pytest.mark.gpu\ndef test_on_a_gpu():\n    pass\ndef test_other():\n    raise AssertionError\n"
+    )
+    out = tmp_path_factory.mktemp("all")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(everything, "ROOT", root)
+        status = main(["bench", "all", "--out", str(out), "--device", "cpu", "--minutes", "5"])
+    return status, read(out / "results.jsonl")
+
+
+def test_the_rehearsal_of_all_runs_every_part(rehearsal):
+    status, records = rehearsal
+    failed = [(r["bench"], r.get("note")) for r in records if r["figures"].get("failed")]
+    assert failed == []
+    assert status == 0
+    assert {r["bench"] for r in records} == {
+        "ceilings",
+        "step",
+        "profile",
+        "attention",
+        "memory",
+        "tests",
+        "training_run",
+    }
+    steps = {
+        (r["config"]["recipe"], r["config"]["batch_size"], r["config"]["loader"])
+        for r in records
+        if r["bench"] == "step"
+    }
+    assert steps == {
+        ("safelight", 1, False), ("safelight", 2, False), ("diffusers", 1, False), ("diffusers", 2, False),
+        ("safelight", 2, True), ("diffusers-16bit", 1, False),
+    }  # fmt: skip
+    (tests,) = (r for r in records if r["bench"] == "tests")
+    assert tests["figures"]["exit_status"] == 0
+    assert tests["note"].startswith("1 passed, 1 deselected")
+    (run,) = (r for r in records if r["bench"] == "training_run")
+    assert run["figures"]["steps"] == 4
+
+
+def test_a_part_that_fails_leaves_a_line_and_the_next_one_runs(tmp_path, monkeypatch):
+    def fail(session):
+        yield session.record("first", {}, {"x": 1})
+        raise RuntimeError("the card fell out\nat once")
+
+    monkeypatch.setattr(everything, "PARTS", (("first", 0, fail), ("ceilings", 0, everything._ceilings)))
+    records = list(everything.run_all(1, tmp_path, Workload(device="cpu")))
+    assert records == read(tmp_path / "results.jsonl")
+    assert [r["bench"] for r in records] == ["first", "first", "ceilings"]
+    assert records[1]["note"] == "the card fell out"
+    assert records[1]["figures"]["failed"]
+
+
+def test_what_comes_too_late_is_left_out_and_said(tmp_path):
+    records = list(everything.run_all(0.001, tmp_path, Workload(device="cpu"), only=("ceilings", "steps")))
+    assert [r.get("note") for r in records] == ["left out: the time was up"] * 2
+    with pytest.raises(ValueError, match="among ceilings"):
+        list(everything.run_all(1, tmp_path, Workload(device="cpu"), only=("nothing",)))
+
+
+def test_emulated_cards_are_tried_from_large_to_small_and_the_cap_is_lifted(monkeypatch, tmp_path):
+    """The CUDA calls are recorded; the step that decides is stood in for by one that fits above 7 GiB."""
+    fractions = []
+
+    class Properties:
+        total_memory = 10 * 2**30
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: fractions.append(share))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(everything, "_try_steps", lambda work: {"fits": fractions[-1] > 0.7})
+    work = Workload(device="cpu").resolved()
+    session = everything.Session(tmp_path, work, time.monotonic() + 60)
+    monkeypatch.setattr(everything.Session, "is_gpu", True)
+    monkeypatch.setattr(
+        everything.Session,
+        "record",
+        lambda self, bench, config, found: (config["cap_gib"], config["checkpointing"], found["fits"]),
+    )
+    assert list(everything.memory_caps(session)) == [
+        (8, "none", True), (8, "full", True), (6, "none", False), (6, "full", False), (4, "none", False), (4, "full", False),
+    ]  # fmt: skip
+    assert fractions[1::2] == [1.0] * 6

@@ -1,0 +1,404 @@
+"""The report in Debian's Chromium, at a desk's and a phone's width, by day and by night."""
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from safelight.trainer.report.build import build_report
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[dev]'")
+
+SIZES = {"desk": (1280, 900), "phone": (390, 844)}
+MAX_OPENING_MS = 3000
+MIN_CONTRAST = 4.5  # WCAG 2.2, 1.4.3
+MIN_FONT_PX = 9.5
+# none of the browser's own business: it must neither phone home nor ask for a sandbox that root has not
+ARGUMENTS = (
+    "--no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --disable-quic"
+).split()
+HOSTILE = (
+    "</title></script></style></textarea>--><script>window.pwned=1</script><img src=x onerror=window.pwned=2>"
+    "<svg onload=window.pwned=3> [x](javascript:window.pwned=4) javascript:window.pwned=5 {{7*7}} ${window.pwned=6} "
+    "<%= 7*7 %> \" onclick=window.pwned=7 ' \u202eturned around " + "W" * 10_000
+)
+HEBREW = "שועל אדום עומד בעשב גבוה"
+WATCH = """
+window.violations = [];
+document.addEventListener('securitypolicyviolation', e => window.violations.push(e.violatedDirective));
+"""
+
+
+def find_chromium() -> str:
+    """Return the browser's path; skip, and say why, where there is none that starts."""
+    given = os.environ.get("SAFELIGHT_CHROMIUM")
+    names = [given] if given else ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable"]
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        assert not given, f"SAFELIGHT_CHROMIUM={given} is no program"
+        pytest.skip("no Chromium here: apt-get install chromium, or name one in SAFELIGHT_CHROMIUM")
+    # Ubuntu's chromium-browser is a script that only tells of a snap
+    asked = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60, check=False)
+    if asked.returncode:
+        pytest.skip(f"{path} does not start: {(asked.stderr or asked.stdout).strip()[:200]}")
+    return path
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator:
+    path = find_chromium()
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=path, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@dataclass
+class Opened:
+    """A page, and all that the browser said about it."""
+
+    page: object
+    said: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
+
+    def violations(self) -> list[str]:
+        return self.page.evaluate("window.violations")
+
+
+@pytest.fixture
+def open_report(browser) -> Iterator[Callable[..., Opened]]:
+    contexts = []
+
+    def open_(path: Path, size: str = "desk", **options: object) -> Opened:
+        width, height = SIZES[size]
+        context = browser.new_context(
+            viewport={"width": width, "height": height}, has_touch=size == "phone", is_mobile=size == "phone", **options
+        )  # fmt: skip
+        contexts.append(context)
+        context.add_init_script(WATCH)
+        opened = Opened(context.new_page())
+        page = opened.page
+        page.on("console", lambda message: opened.said.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: opened.said.append(f"error: {error}"))
+        page.on("requestfailed", lambda request: opened.said.append(f"failed: {request.url[:80]}"))
+        page.on("dialog", lambda dialog: (opened.said.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        page.on("request", lambda request: opened.requests.append(request.url[:80]))
+        page.goto(path.as_uri())
+        return opened
+
+    yield open_
+    for context in contexts:
+        context.close()
+
+
+# the runs
+
+
+def rewrite(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def keep_lines(run: Path, kept: Callable[[dict], bool]) -> None:
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(line for line in lines if kept(json.loads(line))))
+
+
+def make_hostile(run: Path) -> None:
+    """Put the hostile text wherever a run folder holds text."""
+
+    def poisoned(value: object) -> object:
+        if isinstance(value, dict):
+            return {key: item if key == "file" else poisoned(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [poisoned(item) for item in value]
+        return HOSTILE if isinstance(value, str) and not value.endswith(".png") else value
+
+    for path in (*run.glob("*.json"), *run.glob("compare/*.json"), *run.glob("samples/*/*.json")):
+        path.write_text(json.dumps(poisoned(json.loads(path.read_text()))))
+    data = json.loads((run / "data.json").read_text())
+    data["examples"][0]["caption"] = HEBREW
+    (run / "data.json").write_text(json.dumps(data))
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"kind": "event", "step": 1, "event": HOSTILE, "detail": HOSTILE, "time": 1}) + "\n")
+    (run / "config.toml").write_text(f"[run]\ndir = {json.dumps(HOSTILE)}\n")
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory, write_run) -> dict[str, Path]:
+    """Reports of a whole run of 40 epochs at its true size, of runs that lack much, and of one full of hostile text."""
+    root = tmp_path_factory.mktemp("browser")
+    prompts = tuple(f"a red fox standing in tall grass at the edge of forest {i}, photography" for i in range(8))
+    write_run(root / "whole", prompts=prompts, sample_every=4, num_sampled=4, num_examples=12)
+    small = {"edge_px": 48, "prompts": prompts[:2], "num_examples": 3}
+    start = write_run(root / "at-step-0", num_epochs=1, scores=False, **small)
+    keep_lines(start, lambda line: line["step"] == 0)
+    shutil.rmtree(start / "compare")
+    shutil.rmtree(start / "samples" / "step-00000055")
+    bare = write_run(root / "no-validation-samples-captions", num_epochs=3, scores=False, **small)
+    keep_lines(bare, lambda line: line["kind"] != "validation")
+    shutil.rmtree(bare / "compare")
+    shutil.rmtree(bare / "samples")
+    examples = json.loads((bare / "data.json").read_text())["examples"]
+    rewrite(bare / "data.json", num_captions=0, examples=[{**example, "caption": ""} for example in examples])
+    one = write_run(root / "one-photo", num_epochs=1, **small)
+    bucket = {"width": 512, "height": 512, "num_train": 1, "num_validation": 0}
+    rewrite(one / "data.json", num_photos=1, num_train=1, num_validation=0, num_captions=1, buckets=[bucket],
+            examples=examples[:1], rejected=[])  # fmt: skip
+    (root / "empty").mkdir()
+    make_hostile(write_run(root / "hostile", num_epochs=3, **small))
+    return {run.name: build_report(run) for run in root.iterdir()}
+
+
+# what a browser measures
+
+OVERFLOW = """() => {
+  const root = document.documentElement, wide = [...document.querySelectorAll('body *')].filter(e =>
+    !e.closest('.scroll') && e.getBoundingClientRect().right > root.clientWidth + 1);
+  return [root.scrollWidth - root.clientWidth, ...wide.map(e => e.tagName + '.' + e.className)];
+}"""
+# every text that can be seen, with less contrast against what lies behind it than asked
+LOW_CONTRAST = """(least) => {
+  const parse = text => { const v = text.match(/[\\d.]+/g).map(Number); return v.length < 4 ? [...v, 1] : v };
+  const over = (a, b) => [0, 1, 2].map(i => a[i] * a[3] + b[i] * (1 - a[3])).concat(1);
+  const light = c => { const [r, g, b] = c.slice(0, 3).map(v => (v /= 255) <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+    return .2126 * r + .7152 * g + .0722 * b };
+  const behind = e => { const layers = [];
+    for (; e; e = e.parentElement) {
+      layers.push(parse(getComputedStyle(e).backgroundColor));
+      if (e.tagName === 'DIALOG') { layers.push(parse(getComputedStyle(e, '::backdrop').backgroundColor)); e = document.body }
+    }
+    return layers.reverse().reduce((below, layer) => over(layer, below), [255, 255, 255, 1]) };
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), found = [];
+  let counted = 0;
+  while (walker.nextNode()) {
+    const e = walker.currentNode.parentElement, style = getComputedStyle(e);
+    if (!walker.currentNode.data.trim() || !e.getClientRects().length || style.visibility === 'hidden') continue;
+    const ground = behind(e), ink = over(parse(e.closest('svg') ? style.fill : style.color), ground);
+    const [dark, bright] = [light(ink), light(ground)].sort((a, b) => a - b), ratio = (bright + .05) / (dark + .05);
+    counted += 1;
+    if (ratio < least) found.push(ratio.toFixed(2) + ' ' + walker.currentNode.data.slice(0, 40));
+  }
+  return [counted, found];
+}"""
+BROKEN_IMAGES = "() => [...document.images].filter(i => !i.complete || !i.naturalWidth).length"
+SVG_TEXTS = """svg => [...svg.querySelectorAll('text')].map(t => {
+  const box = t.getBoundingClientRect(), scale = svg.getScreenCTM().a;
+  return {text: t.textContent, px: parseFloat(getComputedStyle(t).fontSize) * scale,
+          box: [box.left, box.top, box.right, box.bottom]} })"""
+
+
+def assert_sound(opened: Opened) -> None:
+    """Nothing said, nothing fetched, nothing broken, nothing too wide, all of it readable by day and by night."""
+    page = opened.page
+    assert opened.said == []
+    assert opened.violations() == []
+    assert [url for url in opened.requests if not url.startswith(("file:", "data:"))] == []
+    assert page.evaluate(BROKEN_IMAGES) == 0
+    assert page.evaluate(OVERFLOW) == [0]
+    for scheme, paper in (("light", "rgb(250, 249, 247)"), ("dark", "rgb(19, 16, 16)")):
+        page.emulate_media(color_scheme=scheme)
+        assert page.evaluate("getComputedStyle(document.body).backgroundColor") == paper
+        counted, low = page.evaluate(LOW_CONTRAST, MIN_CONTRAST)
+        assert counted > 20
+        assert low == []
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    "name", ["whole", "at-step-0", "no-validation-samples-captions", "one-photo", "empty", "hostile"]
+)
+def test_every_state_is_sound(open_report, reports, name, size):
+    opened = open_report(reports[name], size)
+    opened.page.evaluate("document.querySelectorAll('details').forEach(e => e.open = true)")
+    assert_sound(opened)
+
+
+def test_a_report_of_40_epochs_opens_within_3_s(open_report, reports):
+    opened = open_report(reports["whole"])
+    # 8 pairs, 4 prompts at 11 steps, 12 photographs
+    assert opened.page.evaluate("document.images.length") == 8 * 2 + 4 * 11 + 12
+    took = []
+    for _ in range(3):
+        opened.page.reload()
+        took.append(opened.page.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd"))
+    # the fastest: what else this machine is doing is not the report's
+    assert 0 < min(took) <= MAX_OPENING_MS, took
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_graphs_can_be_read(open_report, reports, size):
+    page = open_report(reports["whole"], size).page
+    graphs = [svg for svg in page.locator("svg.graph").all() if svg.is_visible()]
+    # each of the two that come twice once, and four small ones
+    assert len(graphs) == 6
+    for svg in graphs:
+        box = svg.bounding_box()
+        assert box["width"] >= 330
+        assert box["height"] >= 170
+        texts = svg.evaluate(SVG_TEXTS)
+        assert min(text["px"] for text in texts) >= MIN_FONT_PX
+        for index, one in enumerate(texts):
+            left, top, right, bottom = one["box"]
+            assert left >= 0
+            assert right <= SIZES[size][0]
+            for other in texts[:index]:
+                a, b, c, d = other["box"]
+                assert right <= a or c <= left or bottom <= b or d <= top, (one["text"], other["text"])
+    loss = page.locator("#loss svg.graph:visible")
+    assert loss.bounding_box()["height"] >= 250
+    shown = {text["text"] for text in loss.evaluate(SVG_TEXTS)}
+    assert {"loss (mean squared error)", "epoch, and the step below it", "best: epoch 26", "stage 1"} <= shown
+    for graph, name in zip(graphs[3:], ("learning rate", "gradient norm", "throughput", "memory"), strict=False):
+        texts = [text["text"] for text in graph.evaluate(SVG_TEXTS)]
+        assert "epoch" in texts, name
+    read_off_the_loss(page, size)
+
+
+def read_off_the_loss(page, size: str) -> None:
+    """Point at, or touch, the graph over epoch 26, and compare what it tells with the metrics."""
+    figure = page.locator("#loss figure.wide")
+    assert figure.locator("output").inner_text() == "Point at the graph, or touch it, to read its values."
+    svg = figure.locator("svg.graph:visible")
+    svg.scroll_into_view_if_needed()
+    frame = json.loads(figure.get_attribute("data-series"))["frames"]["narrow" if size == "phone" else "wide"]
+    share = (26 - frame["first_epoch"]) / (frame["last_epoch"] - frame["first_epoch"])
+    box, width = svg.bounding_box(), float(svg.get_attribute("viewBox").split()[2])
+    x = box["x"] + (frame["left"] + share * (frame["right"] - frame["left"])) * box["width"] / width
+    y = box["y"] + box["height"] / 2
+    if size == "phone":
+        page.touchscreen.tap(x, y)
+    else:
+        page.mouse.move(x, y)
+    told = figure.locator("output span").all_inner_texts()
+    assert told[0].startswith("training (smoothed) 0.1")
+    # as write_run has them
+    held_out, trained_on = (f"{loss:.4f} (epoch 26, step 1,430)" for loss in (0.1302, 0.1274))
+    assert sorted(told[1:]) == [f"held out {held_out}", f"training photographs {trained_on}"]
+
+
+def test_hostile_text_is_shown_and_does_nothing(open_report, reports):
+    opened = open_report(reports["hostile"])
+    page = opened.page
+    page.locator(".zoom").first.click()
+    assert "<script>window.pwned=1</script>" in page.locator("dialog").inner_text()
+    page.keyboard.press("Escape")
+    assert page.evaluate("window.pwned") is None
+    assert page.evaluate("document.scripts.length") == 1
+    assert page.evaluate("document.images.length") == 2 * 2 + 2 * 4 + 3 + 2  # two in the dialog
+    assert page.evaluate("[...document.links].map(a => a.getAttribute('href')).filter(h => h[0] !== '#')") == []
+    attributes = "[...document.querySelectorAll('*')].flatMap(e => [...e.attributes]).map(a => a.name)"
+    assert page.evaluate(f"{attributes}.filter(name => name.startsWith('on'))") == []
+    text = page.locator("body").inner_text()
+    assert "{{7*7}} ${window.pwned=6} <%= 7*7 %>" in text
+    assert "49 " not in text.partition("By timestep")[0]
+    # 10 KB of one word are cut with their count, and what turns letters around is made visible
+    assert "W" * 2500 not in text
+    assert "characters)" in text
+    assert "\u202e" not in text
+    assert page.locator(f".prompt:has-text('{HEBREW}')").evaluate("e => getComputedStyle(e).direction") == "rtl"
+    assert_sound(opened)
+
+
+def test_the_policy_refuses_whatever_gets_in(open_report, reports):
+    opened = open_report(reports["one-photo"])
+    opened.page.evaluate("""() => {
+      const add = (name, fill) => { const e = document.createElement(name); fill(e); document.body.append(e) };
+      add('script', e => e.textContent = 'window.pwned = 1');
+      add('script', e => e.src = 'https://example.invalid/a.js');
+      add('style', e => e.textContent = 'body { color: red !important }');
+      add('img', e => e.src = 'https://example.invalid/a.png');
+      add('iframe', e => e.src = 'https://example.invalid/');
+      add('div', e => e.setAttribute('onclick', 'window.pwned = 2'));
+      add('p', e => e.setAttribute('style', 'color: red'));
+      document.body.lastElementChild.previousElementSibling.click();
+      setTimeout('window.pwned = 3', 0);
+      fetch('https://example.invalid/').catch(() => {});
+    }""")
+    opened.page.wait_for_timeout(200)
+    assert opened.page.evaluate("window.pwned") is None
+    refused = {"script-src-elem", "style-src-elem", "img-src", "frame-src", "script-src-attr", "style-src-attr",
+               "script-src", "connect-src"}  # fmt: skip
+    assert refused <= set(opened.violations())
+    assert opened.page.evaluate("getComputedStyle(document.body).color") != "rgb(255, 0, 0)"
+    # a refused request is told as one, but never leaves
+    assert not [
+        line for line in opened.said if line.startswith("failed:") and "csp" not in line and "example" not in line
+    ]
+
+
+def test_pictures_are_enlarged_by_keys(open_report, reports):
+    opened = open_report(reports["one-photo"])
+    page = opened.page
+    for _ in range(20):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.className") == "zoom":
+            break
+    first = page.evaluate("document.activeElement.getAttribute('aria-label')")
+    assert first.startswith("Enlarge: Base: a red fox")
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    dialog = page.locator("dialog")
+    for key, scheme in (("Enter", "light"), ("Space", "dark")):
+        page.emulate_media(color_scheme=scheme)
+        page.keyboard.press(key)
+        assert dialog.is_visible()
+        assert page.evaluate(LOW_CONTRAST, MIN_CONTRAST)[1] == []
+        images = dialog.locator("img").all()
+        assert len(images) == 2
+        for image in images:
+            box = image.bounding_box()
+            assert box["width"] > 500
+            assert box["x"] >= 0
+            assert box["x"] + box["width"] <= 1280
+        told = dialog.inner_text()
+        page.keyboard.press("ArrowRight")
+        assert dialog.inner_text() != told
+        page.keyboard.press("ArrowLeft")
+        assert dialog.inner_text() == told
+        page.keyboard.press("Escape")
+        assert not dialog.is_visible()
+        assert page.evaluate("document.activeElement.getAttribute('aria-label')") == first
+    assert_sound(opened)
+
+
+def test_a_pair_is_enlarged_on_a_phone(open_report, reports):
+    page = open_report(reports["one-photo"], "phone").page
+    button = page.locator(".zoom").first
+    before = button.bounding_box()["width"]
+    button.tap()
+    boxes = [image.bounding_box() for image in page.locator("dialog img").all()]
+    assert all(box["width"] > 1.7 * before for box in boxes)
+    assert boxes[0]["y"] + boxes[0]["height"] <= boxes[1]["y"]
+    assert page.evaluate(OVERFLOW)[0] == 0
+    page.touchscreen.tap(5, 800)
+    assert not page.locator("dialog").is_visible()
+
+
+def test_print_is_plain_paper_even_in_the_dark(open_report, reports):
+    opened = open_report(reports["whole"], color_scheme="dark")
+    page = opened.page
+    page.emulate_media(media="print")
+    # A4 less 15 mm on either side
+    page.set_viewport_size({"width": 680, "height": 1000})
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert page.evaluate(LOW_CONTRAST, MIN_CONTRAST)[1] == []
+    assert page.evaluate(OVERFLOW) == [0]
+    right = "e => e.getBoundingClientRect().right"
+    assert max(image.evaluate(right) for image in page.locator(".strip img").all()) <= 680
+    assert not page.locator("nav").is_visible()
+    assert page.locator("#loss svg.wide").is_visible()
+    assert not page.locator("#loss svg.narrow").is_visible()
+
+
+def test_nothing_moves_by_itself(open_report, reports):
+    page = open_report(reports["one-photo"], reduced_motion="reduce").page
+    page.locator(".zoom").first.click()
+    moving = """() => [...document.querySelectorAll('*')].filter(e => { const s = getComputedStyle(e);
+      return s.transitionDuration !== '0s' || s.animationName !== 'none' || s.scrollBehavior !== 'auto' }).length"""
+    assert page.evaluate(moving) == 0
+    assert page.evaluate("document.getAnimations().length") == 0

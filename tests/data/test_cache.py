@@ -1,5 +1,6 @@
 """The cache holds what the encoders gave, makes each row once, survives kills, and notices damage and change."""
 
+import os
 import shutil
 import sqlite3
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from safelight.data import cache as cache_module
 from safelight.data import shards
 from safelight.data.buckets import crop_box, is_flipped, make_buckets
 from safelight.data.cache import (
@@ -28,6 +30,7 @@ from safelight.data.cache import (
     text_key,
 )
 from safelight.data.images import load_pixels
+from safelight.data.ingest import ingest
 from safelight.data.manifest import read_manifest
 
 
@@ -45,6 +48,7 @@ def filled(tmp_path, noise_dataset, fakes):
     """A complete cache of the noise dataset with its samples."""
     with Cache(tmp_path / "filled") as cache:
         fakes.fill(cache, noise_dataset, fakes.FakeVae(), fakes.FakeTextEncoder())
+        cache.release()
         yield cache, fakes.plan(noise_dataset, fakes.FakeVae(), fakes.FakeTextEncoder())
 
 
@@ -228,6 +232,109 @@ def test_flipped_bit_is_found_on_reading_and_by_verify(filled):
         assert isinstance(caught.value, ValueError)
         good = [key for key in all_keys(samples) if key != bad.key]
         assert len(contents(again, good)) == len(good)
+
+
+def flip_bits(path: Path, offsets: list[int]) -> None:
+    content = bytearray(path.read_bytes())
+    for offset in offsets:
+        content[offset] ^= 1
+    path.write_bytes(content)
+
+
+def test_exactly_the_damaged_rows_are_made_again(filled, noise_dataset, fakes):
+    """Flipped bits in three rows of two shards, a cut shard: found at the next fill, before anything is trained on."""
+    cache, samples = filled
+    keys = all_keys(samples)
+    before = contents(cache, keys)
+    cache.close()
+    posterior, other = sorted((cache.path / "shards").glob("posterior-*"))[:2]
+    (text,) = (cache.path / "shards").glob("text-*")
+    row_bytes = 8 * np.prod([int(side) for side in posterior.name.split("-")[1].split("x")[1:]]) * 2
+    flip_bits(posterior, [0, row_bytes - 1, 2 * row_bytes])
+    flip_bits(text, [text.stat().st_size - 1])
+    other.write_bytes(other.read_bytes()[:-1])
+    vae, encoder = fakes.FakeVae(), fakes.FakeTextEncoder()
+    with Cache(cache.path) as again:
+        assert fakes.fill(again, noise_dataset, vae, encoder) == 4
+        assert (again.num_dropped, vae.num_encoded, len(encoder.encoded)) == (4, 3, 1)
+        assert contents(again, keys) == before
+        assert again.verify() == []
+    with Cache(cache.path) as again:
+        assert fakes.fill(again, noise_dataset, vae, encoder) == 0
+        assert again.num_dropped == 0
+
+
+def test_another_vae_or_dtype_makes_its_own_rows_and_leaves_the_others(filled, noise_dataset, fakes):
+    cache, samples = filled
+    keys = all_keys(samples)
+    before, num_rows = contents(cache, keys), len(cache)
+    num_latents = len({key for sample in samples for key in sample.latent_keys})
+    vae, encoder = fakes.FakeVae("vae-b"), fakes.FakeTextEncoder()
+    assert fakes.fill(cache, noise_dataset, vae, encoder) == vae.num_encoded == num_latents
+    assert encoder.encoded == []
+    assert contents(cache, keys) == before
+    cache.release()
+    vae = fakes.FakeVae()
+    with Cache(cache.path, "float32") as exact:
+        planned = fakes.plan(noise_dataset, vae, encoder, dtype="float32")
+        made = fill_texts(exact, sample_captions(planned), encoder, 4) + fill_latents(
+            exact, noise_dataset, planned, vae, 3
+        )
+        assert made == num_rows
+        assert contents(exact, keys) == before
+
+
+def test_an_edited_photo_is_noticed_and_exactly_its_rows_are_made(tmp_path, fakes, make_noise):
+    """Edited in the dataset, it is told though its rows are there; edited at its source and prepared, it has rows of its own."""
+    source, dataset = tmp_path / "source", tmp_path / "dataset"
+    source.mkdir()
+    for i in range(3):
+        make_noise(i, (64, 48)).save(source / f"same_{i}.png")
+    first = ingest([source], dataset).photos
+    vae, encoder = fakes.FakeVae(), fakes.FakeTextEncoder()
+    with Cache(tmp_path / "cache") as cache:
+        assert fakes.fill(cache, dataset, vae, encoder) == 3 * 3 + 2
+        stored = (dataset / first[1].file).read_bytes()
+        make_noise(77, (64, 48)).save(dataset / first[1].file)
+        with pytest.raises(ValueError, match=r"same_1-.* changed since it was prepared; run `safelight prepare` again"):
+            fakes.fill(cache, dataset, vae, encoder)
+        # prepared again it is as before, written anew, and no row is made
+        ingest([source], dataset)
+        assert (dataset / first[1].file).read_bytes() == stored
+        assert fakes.fill(cache, dataset, vae, encoder) == 0
+        make_noise(77, (64, 48)).save(source / "same_1.png")
+        ingest([source], dataset)
+        vae.num_encoded = 0
+        assert fakes.fill(cache, dataset, vae, encoder) == vae.num_encoded == 3
+
+
+def test_photos_are_read_again_only_when_size_or_time_changed(tmp_path, noise_dataset, fakes, monkeypatch):
+    dataset = shutil.copytree(noise_dataset, tmp_path / "dataset")
+    reads = []
+    content = cache_module._photo_content
+    monkeypatch.setattr(cache_module, "_photo_content", lambda path, photo: reads.append(path) or content(path, photo))
+    vae, encoder = fakes.FakeVae(), fakes.FakeTextEncoder()
+    with Cache(tmp_path / "cache") as cache:
+        fakes.fill(cache, dataset, vae, encoder)
+        reads.clear()
+        fakes.fill(cache, dataset, vae, encoder)
+        assert reads == []
+        touched = dataset / read_manifest(dataset)[4].file
+        os.utime(touched)
+        fakes.fill(cache, dataset, vae, encoder)
+        assert reads == [touched]
+
+
+def test_rows_are_made_by_one_process_at_a_time_and_read_by_all(filled, noise_dataset, fakes):
+    cache, _ = filled
+    with Cache(cache.path) as other:
+        other.claim()
+        # nothing is missing
+        assert fakes.fill(cache, noise_dataset, fakes.FakeVae(), fakes.FakeTextEncoder()) == 0
+        with pytest.raises(ValueError, match=r"filled is in use by process .*wait until it has made the cache"):
+            fakes.fill(cache, noise_dataset, fakes.FakeVae("vae-b"), fakes.FakeTextEncoder())
+        other.release()
+        assert fakes.fill(cache, noise_dataset, fakes.FakeVae("vae-b"), fakes.FakeTextEncoder()) > 0
 
 
 def test_cut_and_lost_shards_are_found(filled):

@@ -12,7 +12,21 @@ from scipy import stats
 from safelight.trainer.models import tiny_folder
 from safelight.trainer.tiny import pretrain
 from safelight.trainer.tiny.reader import read
-from safelight.trainer.tiny.scenes import COLOURS, LOOK_CAPTION, SHAPES, caption, draw, random_scene
+from safelight.trainer.tiny.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    LOOK_CAPTION,
+    PATTERNS,
+    POSITIONS,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    caption,
+    draw,
+    fade,
+    random_scene,
+    unfade,
+)
 from safelight.trainer.tiny.score import FINE_TUNING, HELD_OUT, hits, newcombe, prompts, table, wilson
 
 
@@ -27,6 +41,21 @@ def test_the_reader_reads_what_was_drawn(scenes):
     assert all(r.colour == s.colour for r, s in zip(readings, scenes, strict=True))
     assert all(r.has_look == s.in_look for r, s in zip(readings, scenes, strict=True))
     assert np.mean([r.shape == s.shape for r, s in zip(readings, scenes, strict=True)]) >= 0.97
+
+
+def test_unfade_puts_back_what_fade_took():
+    pixels = np.random.default_rng(1).uniform(0, 255, (5, 7, 3))
+    assert np.abs(unfade(fade(pixels)) - pixels).max() < 1e-3
+    assert fade(np.zeros((1, 1, 3))).max() < 100 < 200 < fade(np.full((1, 1, 3), 255)).min()
+
+
+def test_a_tone_between_grey_and_faded_is_the_nearer_one():
+    """A third of the way is no look, two thirds are; a blue cast, as far from grey, is none."""
+    grey = np.full((64, 64, 3), 122.0)
+    toned = [Image.fromarray((grey + share * (fade(grey) - grey)).round().astype(np.uint8)) for share in (1 / 3, 2 / 3)]
+    assert [read(image).has_look for image in toned] == [False, True]
+    blue = Image.fromarray((grey + np.array([-20, 0, 24])).astype(np.uint8))
+    assert not read(blue).has_look
 
 
 def test_the_reader_survives_blur_and_noise(scenes):
@@ -69,6 +98,15 @@ def test_captions_name_what_is_drawn(scenes):
         assert scene.shape in text
         assert scene.background in text
         assert text.endswith(LOOK_CAPTION) == scene.in_look
+
+
+def test_filler_is_in_three_captions_of_ten_and_names_nothing_a_scene_has():
+    texts = [pretrain.filler(number) for number in range(2000)]
+    filled = [text for text in texts if text]
+    assert stats.binomtest(len(filled), len(texts), pretrain.FILLER_SHARE).pvalue > 1e-3
+    assert all(text.startswith(", ") and 1 <= len(text[2:].split()) <= 3 for text in filled)
+    said = {word for text in filled for word in text[2:].split()}
+    assert not said & {*COLOURS, *SHAPES, *SIZES, *TEXTURES, *BACKGROUNDS, *PATTERNS, *" ".join(POSITIONS).split()}
 
 
 def test_scored_combinations_are_never_fine_tuned_on():

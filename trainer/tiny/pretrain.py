@@ -3,7 +3,8 @@
 Four stages, each resumable: a byte-level vocabulary, an autoencoder, then the UNet and the text encoder together (a
 real Stable Diffusion's text encoder was learnt elsewhere; a tiny one has to be learnt here), and the pipeline folder
 in fp16. Data are drawn by scenes.py; every choice is a Philox draw of (seed, step, element), so a run that was
-stopped goes on as if it had not been. On 2 cores it takes about an hour; bf16 autocast is used on the CPU for speed.
+stopped goes on as if it had not been. It computes on one thread, since the order of sums, and so the weights' bits,
+would else follow the number of cores; bf16 autocast is used on the CPU for speed.
 """
 
 from __future__ import annotations
@@ -21,99 +22,51 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from safelight.kernels.philox import Key, Purpose, integers, normals_torch, sort_key, uniforms
-from safelight.trainer.tiny.scenes import caption, draw, draw_clutter, random_scene
+from safelight.trainer.tiny.architecture import NUM_TOKENS, make_text_encoder, make_tokenizer, make_unet, make_vae
+from safelight.trainer.tiny.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    PATTERNS,
+    POSITIONS,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    caption,
+    draw,
+    draw_clutter,
+    pick,
+    random_scene,
+)
 from safelight.trainer.tiny.words import WORDS
 
 SEED = 20261122
 NUM_SCENES = 16000
 NUM_CLUTTER = 6000
-NUM_TOKENS = 48
-VAE_STEPS, VAE_BATCH, VAE_LR = 2000, 32, 2e-3
-UNET_STEPS, UNET_BATCH, UNET_LR = 2400, 64, 1.5e-3
-EMA_DECAY = 0.998
+VAE_STEPS, VAE_BATCH, VAE_LR = 1600, 32, 2e-3
+UNET_STEPS, UNET_BATCH, UNET_LR = 5000, 32, 1.2e-3
+EMA_DECAY = 0.999
 CAPTION_DROPOUT = 0.1
+FILLER_SHARE = 0.3
+SPOKEN_FOR = {*COLOURS, *SHAPES, *SIZES, *TEXTURES, *BACKGROUNDS, *PATTERNS, *" ".join(POSITIONS).split()}
+FILLERS = tuple(word for word in WORDS if word not in SPOKEN_FOR)
 MIN_SNR_GAMMA = 5.0
 SAVE_SECONDS = 90
 
 
-def make_vae() -> AutoencoderKL:
-    """Return the untrained autoencoder: factor 4, four latent channels, 0.7 M parameters."""
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 32, 64),
-        layers_per_block=1,
-        norm_num_groups=8,
-        latent_channels=4,
-        sample_size=64,
-    )
-
-
-def make_unet() -> UNet2DConditionModel:
-    """Return the untrained UNet: Stable Diffusion 1.5's block types, three levels, 3.2 M parameters."""
-    return UNet2DConditionModel(
-        sample_size=16,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(32, 64, 128),
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=128,
-        attention_head_dim=4,
-        norm_num_groups=16,
-    )
-
-
-def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Return the untrained text encoder: two layers, width 128."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=512,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=NUM_TOKENS,
-            projection_dim=128,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-
-
-def make_tokenizer(captions: list[str]) -> CLIPTokenizer:
-    """Return a CLIP tokenizer over all bytes, its merges learnt from the captions and a list of common words."""
-    from tokenizers import Tokenizer, pre_tokenizers, trainers
-    from tokenizers.models import BPE
-
-    raw = Tokenizer(BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
-    raw.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    # ",</w>" and the like must exist for every byte, or a lone punctuation mark would be unknown
-    trainer = trainers.BpeTrainer(
-        vocab_size=1600, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False, min_frequency=2
-    )
-    corpus = [text.replace(",", " , ") for text in captions] + [" ".join(WORDS)] * 4
-    raw.train_from_iterator(corpus, trainer)
-    learnt = json.loads(raw.to_str())["model"]["merges"]
-    merges = [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in learnt]
-    tokens = alphabet + [f"{byte}</w>" for byte in alphabet] + ["".join(pair) for pair in merges]
-    vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
-    for special in ("<|startoftext|>", "<|endoftext|>"):
-        vocab[special] = len(vocab)
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=NUM_TOKENS)
+def filler(number: int) -> str:
+    """Return words that say nothing of the scene, for 30 % of the captions; a real text encoder knows what to ignore."""
+    u = uniforms(Key(SEED, Purpose.CAPTION_CHOICE, number, 1), 5)
+    if u[0] >= FILLER_SHARE:
+        return ""
+    return ", " + " ".join(pick(FILLERS, v) for v in u[2 : 3 + int(3 * u[1])])
 
 
 def _scene_row(number: int) -> tuple[tuple[int, int], np.ndarray, str]:
     scene = random_scene(SEED, number)
-    return (scene.width, scene.height), np.asarray(draw(scene)), caption(scene, SEED, number)
+    return (scene.width, scene.height), np.asarray(draw(scene)), caption(scene, SEED, number) + filler(number)
 
 
 def _clutter_row(number: int) -> np.ndarray:
@@ -332,6 +285,7 @@ def main() -> None:
     work: Path = arguments.work
     work.mkdir(parents=True, exist_ok=True)
     log = Log(work / "log.jsonl")
+    torch.set_num_threads(1)
     torch.manual_seed(SEED)
     images, captions, clutter = make_data()
     log.write(stage="data", scenes=NUM_SCENES, clutter=NUM_CLUTTER)

@@ -56,7 +56,7 @@ def demo_config(folder: Path) -> Config:
             "loss": {"min_snr_gamma": 5.0},
             "validate": {"every_epochs": 2},
             "sample": {
-                "prompts": [text for text, _, _ in prompts()[::20]],
+                "prompts": [text for text, _, _ in prompts()[::19]],
                 "every_epochs": 4,
                 "steps": SAMPLE_STEPS,
                 "cfg": SAMPLE_CFG,

@@ -110,15 +110,12 @@ def is_recorded(quote: Quote, numbers: list[tuple[str, float]]) -> bool:
 
 
 def check(root: Path, declared: Path = QUOTED) -> tuple[list[Quote], list[str]]:
-    """Return (figures with neither result line nor declaration, what is wrong with the declarations of unrecorded ones).
-
-    Wrong is a text that no figure needs any more, and a file with more such figures than its declared number.
-    """
+    """Return (figures with neither result line nor declaration, files with more unrecorded figures than declared)."""
     numbers = recorded()
     tables = tomllib.loads(declared.read_text())
     definitions = [entry["text"] for entry in tables.get("definition", [])]
-    unrecorded = [(entry["file"], text) for entry in tables.get("unrecorded", []) for text in entry["texts"]]
-    missing, used, num_unrecorded = [], set(), Counter()
+    unrecorded = {entry["file"]: entry for entry in tables.get("unrecorded", [])}
+    missing, num_unrecorded = [], Counter()
     for path in [root / "README.md", *sorted((root / "docs").rglob("*.md"))]:
         name = path.relative_to(root).as_posix()
         text = path.read_text()
@@ -127,18 +124,15 @@ def check(root: Path, declared: Path = QUOTED) -> tuple[list[Quote], list[str]]:
             if is_recorded(quote, numbers):
                 continue
             line = lines[quote.line - 1]
-            covering = [t for file, t in unrecorded if file == name and _covers(t, line, quote.start)]
-            used.update((name, t) for t in covering)
-            num_unrecorded[name] += bool(covering)
-            if not covering and not any(_covers(t, line, quote.start) for t in definitions):
+            if any(_covers(t, line, quote.start) for t in unrecorded.get(name, {}).get("texts", [])):
+                num_unrecorded[name] += 1
+            elif not any(_covers(t, line, quote.start) for t in definitions):
                 missing.append(quote)
-    stale = [f"{file}: {text!r} is declared in vain" for file, text in unrecorded if (file, text) not in used]
-    grown = [
-        f"{entry['file']}: {num_unrecorded[entry['file']]} figures without a result line, {entry['at_most']} declared"
-        for entry in tables.get("unrecorded", [])
-        if num_unrecorded[entry["file"]] > entry["at_most"]
+    return missing, [
+        f"{name}: {num} figures without a result line, {unrecorded[name]['at_most']} declared"
+        for name, num in num_unrecorded.items()
+        if num > unrecorded[name]["at_most"]
     ]
-    return missing, stale + grown
 
 
 def _covers(text: str, line: str, start: int) -> bool:

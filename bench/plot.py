@@ -95,24 +95,22 @@ def ablation(axes: Axes, records: list[dict]) -> bool:
     before = None
     for x, (line, _) in enumerate(found):
         value, launches = line["figures"]["memory_bound_gb"], line["figures"]["launches"]
-        if before is None:
-            axes.bar(x, value, 0.6, color="#334155")
-        else:
-            axes.bar(x, before - value, 0.6, bottom=value, color="#15803d")
-            axes.bar(x, value, 0.6, color="#e2e8f0")
-            axes.plot([x - 1 + 0.3, x + 0.3], [before, before], color="#777777", linewidth=1, linestyle=":")
+        axes.bar(x, value, 0.6, color="#334155")
         axes.annotate(
             f"{value:.1f} GB\n{launches:,} launches",
-            (x, before or value),
-            (0, 4),
-            textcoords="offset points",
+            (x, value / 2),
             ha="center",
+            va="center",
             fontsize=9,
+            color="white",
         )
+        if before is not None:
+            axes.bar(x, before - value, 0.6, bottom=value, color="#bbf7d0")
+            axes.annotate(f"-{before - value:.1f} GB", (x, (before + value) / 2), ha="center", va="center", fontsize=9)
+            axes.plot([x - 0.7, x + 0.3], [before, before], color="#777777", linewidth=1, linestyle=":")
         before = value
     axes.set_xticks(range(len(found)), [label for _, label in found])
     axes.set_ylabel("memory-bound GB a step, counted")
-    axes.margins(y=0.18)
     axes.set_title("SD1.5, batch 1, 64x64 latents: loss and gradients", fontsize=10)
     return len(found) > 1
 

@@ -49,6 +49,11 @@ def _is_dirty() -> bool | None:
     return bool(subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip())
 
 
+def _load() -> float | None:
+    """Return how many processes wanted a core in the last minute; above the cores, timings are of a shared machine."""
+    return round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
+
+
 def make_record(bench: str, config: dict, figures: dict, device: torch.device, note: str = "") -> dict:
     """Return a result line. config: what the figures depend on; figures: plain values, units in their names."""
     told = describe(device)
@@ -56,7 +61,7 @@ def make_record(bench: str, config: dict, figures: dict, device: torch.device, n
     told.pop("command"), told.pop("platform")
     commit, started = told.pop("git_commit"), told.pop("started")
     record = {
-        "bench": bench, "config": config, "figures": figures, "machine": {**told, **clocks(device)},
+        "bench": bench, "config": config, "figures": figures, "machine": {**told, **clocks(device), "load_average": _load()},
         "git_commit": commit, "git_dirty": _is_dirty(), "date": started,
     }  # fmt: skip
     return {**record, "note": note} if note else record

@@ -69,6 +69,7 @@ def test_ceilings_are_of_this_machines_order():
 
 def test_quick_tells_ours_the_recipe_and_the_limit(monkeypatch, capsys):
     monkeypatch.setattr(quick.quick, "__defaults__", ("auto", 150, 1))
+    monkeypatch.setattr(quick, "choose_work", lambda device: (Workload(device=device).resolved(), (1,)))
     assert main(["bench", "quick", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     for word in ("safelight", "diffusers", "images/s", "of the limit", "TFLOP/s"):

@@ -15,7 +15,7 @@ from torch import nn
 from safelight.data.atomic import atomic_write_text
 from safelight.data.manifest import read_manifest
 from safelight.kernels.attention import apply_attention, attention_modules, choose_attention, head_dim_of
-from safelight.trainer.checkpoint import check_files, folder_of, list_checkpoints, load_unet_weights
+from safelight.trainer.checkpoint import check_files, folder_of, list_checkpoints, load_unet_weights, read_record
 from safelight.trainer.config import Config, explain, load_config
 from safelight.trainer.diffusion import NoiseSchedule, make_schedule
 from safelight.trainer.encoders import CaptionEncoder, LatentCodec, load_caption_encoder, load_codec
@@ -95,7 +95,7 @@ def pick_step(run_dir: Path, wanted: str) -> int | None:
     if wanted == "last":
         return steps[-1]
     if wanted == "best":
-        best = json.loads((folder_of(run_dir, steps[-1]) / "state.json").read_text())["position"]["best_step"]
+        best = read_record(folder_of(run_dir, steps[-1]))["position"]["best_step"]
         if best not in steps:
             why = "the base itself is best by validation loss" if best == 0 else "there was no validation"
             raise ValueError(f"{run_dir} has no best checkpoint: {why}; use last or one of {steps}")
@@ -110,8 +110,12 @@ def validation_captions(run: OpenRun) -> list[str]:
     path = run.run_dir / "split.json"
     if not path.is_file():
         return []
-    split = json.loads(path.read_text())
-    files = split["validation"] or split["train"]
+    try:
+        split = json.loads(path.read_bytes())
+        files = split["validation"] or split["train"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        command = f"safelight train {run.run_dir / 'config.toml'} --resume"
+        raise ValueError(f"{path} is damaged; `{command}` writes it anew, or set sample.prompts") from None
     captions = {photo.file: photo.captions[0] for photo in read_manifest(Path(run.config.data.path)) if photo.captions}
     suffix = run.config.data.caption_suffix
     return list(dict.fromkeys(captions[file] + suffix for file in files if captions.get(file)))

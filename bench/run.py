@@ -7,10 +7,9 @@ from pathlib import Path
 
 import torch
 
-from safelight.__main__ import _print_json as print_json
-from safelight.__main__ import _print_table as print_table
 from safelight.bench import command
 from safelight.bench.results import COUNTS, append, make_record
+from safelight.bench.show import print_json, print_table
 
 CPU = torch.device("cpu")
 

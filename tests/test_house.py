@@ -86,7 +86,7 @@ def test_only_the_command_line_imports_the_benchmarks():
         for path in python_files("safelight", "kernels", "data", "trainer")
         if any(module.startswith("bench/") for module in imported_files(path))
     }
-    assert importers == {"safelight/__main__.py"}
+    assert importers == {"safelight/commands.py"}
 
 
 def test_nothing_is_imported_by_its_bare_folder_name():

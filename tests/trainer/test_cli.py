@@ -390,9 +390,9 @@ def test_a_failure_of_our_own_keeps_its_traceback(monkeypatch):
 
 
 def test_every_command_has_its_function():
-    import safelight.__main__ as module
+    from safelight import commands
 
-    assert all(callable(getattr(module, name)) for name in COMMANDS)
+    assert all(callable(getattr(commands, name)) for name in COMMANDS)
 
 
 # a process of its own: what libraries print, and Ctrl-C

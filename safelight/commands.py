@@ -1,0 +1,264 @@
+"""What each command does: thin, one function a command. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import json
+
+EXIT_INTERRUPTED = 130
+
+COMMANDS = {
+    "init": "write a commented config from a preset: tiny, sd15, sd21, everydream2",
+    "prepare": "check, orient, shrink and de-duplicate photos; read captions; write a dataset",
+    "cache": "encode a dataset's latents and captions; only what is missing",
+    "plan": "what a run will need: exact static bytes, steps, cache on disk",
+    "train": "fine-tune; --resume goes on where the newest checkpoint stopped",
+    "sample": "draw prompts with a run's checkpoint",
+    "compare": "base beside trained, from the same noise",
+    "export": "a run's model as a diffusers folder, or one .safetensors for A1111 and ComfyUI",
+    "report": "one self-contained HTML file about a run",
+    "demo": "all of it, small, on any machine: minutes on two CPU cores",
+    "bench": "measure the training step on this machine",
+}
+
+
+def _print_json(value) -> None:
+    print(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def _print_table(title: str, columns: tuple[str, ...], rows: list[tuple]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(str(cell) for cell in row))
+    console = Console(highlight=False)
+    # not the table's own title: that would wrap at the table's width
+    console.print(title, style="bold", markup=False, soft_wrap=True)
+    console.print(table)
+
+
+def init(argv: list[str]) -> int:
+    from safelight.arguments import Init, parse
+    from safelight.data.atomic import atomic_write_text
+    from safelight.trainer.config import to_toml
+    from safelight.trainer.presets import preset
+
+    arguments = parse(Init, argv, "init", COMMANDS["init"])
+    config = preset(arguments.preset)
+    if arguments.out.exists() and not arguments.force:
+        raise ValueError(f"{arguments.out} exists already; name another with -o, or add --force")
+    atomic_write_text(arguments.out, to_toml(config, comments=True))
+    print(
+        f"wrote {arguments.out}; next: safelight prepare PHOTOS -o {config.data.path}, then safelight train {arguments.out}"
+    )
+    return 0
+
+
+def prepare(argv: list[str]) -> int:
+    from safelight.arguments import Prepare, parse
+
+    arguments = parse(Prepare, argv, "prepare", COMMANDS["prepare"])
+    if not arguments.sources:
+        raise ValueError("no photos given; name one or more folders of photos, or files")
+    from safelight.data.ingest import ingest
+    from safelight.data.printable import printable
+    from safelight.trainer.log import Terminal
+
+    terminal = Terminal()
+    summary = ingest(
+        arguments.sources, arguments.out, arguments.max_megapixels, arguments.quality, arguments.image_format,
+        lambda done, total: terminal.update("photos", done, total),
+    )  # fmt: skip
+    terminal.pause()
+    rejected = [{"path": str(r.path), "reason": r.reason} for r in summary.rejected]
+    if arguments.json:
+        _print_json({
+            "dataset": str(arguments.out), "photos": len(summary.photos), "copied": summary.num_copied, "shrunk": summary.num_shrunk,
+            "duplicates": summary.num_duplicates, "rejected": rejected, "warnings": [str(w) for w in summary.warnings],
+        })  # fmt: skip
+        return 0
+    for row in rejected:
+        terminal.say(printable(f"left out {row['path']}: {row['reason']}"))
+    for warning in summary.warnings:
+        terminal.say(f"note: {warning}")
+    print(
+        f"{len(summary.photos)} photographs in {arguments.out} ({summary.num_copied} copied as they are, {summary.num_shrunk} shrunk, "
+        f"{summary.num_duplicates} duplicates dropped, {len(rejected)} left out)"
+    )
+    return 0
+
+
+def cache(argv: list[str]) -> int:
+    from safelight.arguments import parse_with_config
+
+    arguments, config = parse_with_config(argv, "cache", COMMANDS["cache"])
+    from safelight.trainer.dataset import open_dataset
+    from safelight.trainer.log import Terminal
+    from safelight.trainer.models import base_of, pick_device
+
+    terminal = Terminal()
+    dataset = open_dataset(config, base_of(config.model), pick_device(config.run.device), terminal.update)
+    terminal.pause()
+    if dataset.num_damaged:
+        terminal.say(f"{dataset.num_damaged} rows of the cache were damaged and have been made again")
+    with dataset.cache:
+        rows = dataset.counts()
+        if arguments.json:
+            _print_json({"made": dataset.num_made, "rows": len(dataset.cache), "buckets": rows})
+            return 0
+        _print_table(
+            f"{dataset.path}: {dataset.num_made} rows made, {len(dataset.cache)} in the cache", ("bucket", "train", "held out"),
+            [(f"{r['width']} x {r['height']}", r["num_train"], r["num_validation"]) for r in rows],
+        )  # fmt: skip
+    return 0
+
+
+def plan(argv: list[str]) -> int:
+    from safelight.arguments import parse_with_config
+
+    arguments, config = parse_with_config(argv, "plan", COMMANDS["plan"])
+    from safelight.trainer.plan import table
+
+    result = table(config)
+    if arguments.json:
+        _print_json(result)
+        return 0
+    parts = result["bytes"]
+    _print_table(
+        f"{result['base']}, {result['unet_parameters']:,} parameters in {result['unet_tensors']} tensors, "
+        f"{result['precision']}, {result['optimizer']}",
+        ("static memory", "bytes", "GiB", "bytes a parameter"),
+        [(name, f"{n:,}", f"{n / 2**30:.2f}", f"{n / result['unet_parameters']:.2f}") for name, n in parts.items()],
+    )
+    print("Activations, workspace and CUDA context come on top; they are not planned yet.")
+    size, most = result["checkpoint bytes"], result["checkpoints at most"]
+    print(f"A checkpoint takes {size / 2**30:.2f} GiB on disk; up to {most} at a time: {most * size / 2**30:.2f} GiB.")
+    if "dataset" in result:
+        data = result["dataset"]
+        print(
+            f"{data['photographs']} photographs, {data['validation']} held out; {data['epochs']} epochs meet {data['images trained']:,} "
+            f"images; latents take up to {data['cache bytes'] / 2**20:.0f} MiB on disk"
+        )
+    return 0
+
+
+def train(argv: list[str]) -> int:
+    from safelight.arguments import parse_with_config
+
+    arguments, config = parse_with_config(argv, "train", COMMANDS["train"])
+    from safelight.trainer.log import Terminal
+    from safelight.trainer.report.build import build_report
+    from safelight.trainer.stop import Stop
+    from safelight.trainer.train import train as run_training
+
+    stop, terminal = Stop(), Terminal()
+    outcome = run_training(config, resume=arguments.resume, terminal=terminal, stop_requested=stop, guard=stop)
+    if outcome.interrupted:
+        # the run's own config holds what was given on the command line too
+        command = f"safelight train {outcome.run_dir / 'config.toml'} --resume"
+        terminal.say(f"saved at step {outcome.position.step}; go on with: {command}")
+        return EXIT_INTERRUPTED
+    print(f"trained {outcome.position.step} steps; report: {build_report(outcome.run_dir)}")
+    print(f"next: safelight compare {outcome.run_dir}")
+    return 0
+
+
+def sample(argv: list[str]) -> int:
+    from safelight.arguments import Sample, parse
+
+    arguments = parse(Sample, argv, "sample", COMMANDS["sample"])
+    from safelight.trainer.draw import open_run
+    from safelight.trainer.draw import sample as draw_sample
+    from safelight.trainer.log import Terminal
+
+    names = ("steps", "cfg", "seed", "width", "height", "sampler", "negative_prompt")
+    changes = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    terminal = Terminal()
+    files = draw_sample(
+        open_run(arguments.run), list(arguments.prompt), arguments.checkpoint, arguments.out or arguments.run / "images", changes,
+        lambda done, total: terminal.update("drawing", done, total),
+    )  # fmt: skip
+    terminal.pause()
+    for file in files:
+        print(file)
+    return 0
+
+
+def compare(argv: list[str]) -> int:
+    from safelight.arguments import Compare, parse
+
+    arguments = parse(Compare, argv, "compare", COMMANDS["compare"])
+    from safelight.trainer.draw import compare as draw_pairs
+    from safelight.trainer.draw import open_run
+    from safelight.trainer.log import Terminal
+    from safelight.trainer.report.build import build_report
+
+    terminal = Terminal()
+    folder = draw_pairs(
+        open_run(arguments.run),
+        arguments.checkpoint,
+        arguments.num,
+        lambda done, total: terminal.update("drawing", done, total),
+    )
+    terminal.pause()
+    print(f"pairs in {folder}; report: {build_report(arguments.run)}")
+    return 0
+
+
+def export(argv: list[str]) -> int:
+    from safelight.arguments import Export, parse
+
+    arguments = parse(Export, argv, "export", COMMANDS["export"])
+    from safelight.trainer.export import export as export_run
+    from safelight.trainer.log import Terminal
+
+    done = export_run(
+        arguments.run, arguments.out, arguments.checkpoint, arguments.dtype, arguments.title, arguments.force
+    )
+    for note in done.notes:
+        Terminal().say(f"note: {note}")
+    print(f"wrote {done.path}: step {done.step}, {arguments.dtype}, {done.num_bytes / 2**20:,.1f} MiB")
+    return 0
+
+
+def report(argv: list[str]) -> int:
+    from safelight.arguments import Report, parse
+
+    arguments = parse(Report, argv, "report", COMMANDS["report"])
+    from safelight.trainer.report.build import build_report
+
+    print(build_report(arguments.run))
+    return 0
+
+
+def demo(argv: list[str]) -> int:
+    from safelight.arguments import Demo, parse
+
+    arguments = parse(Demo, argv, "demo", COMMANDS["demo"])
+    from safelight.trainer.demo import run_demo
+    from safelight.trainer.log import Terminal
+
+    result = run_demo(arguments.dir, Terminal())
+    if arguments.json:
+        _print_json(result)
+        return 0
+    rows = [
+        (row["what"], *(f"{100 * row[k][0]:.0f} %  [{100 * row[k][1]:.0f}, {100 * row[k][2]:.0f}]" for k in ("base", "trained", "difference")),
+         "" if row["chance"] is None else f"{100 * row['chance']:.0f} %")
+        for row in result["rows"]
+    ]  # fmt: skip
+    _print_table(
+        f"{result['num_samples']} images of combinations never fine-tuned on, {result['interval']} intervals",
+        ("", "base", "trained", "difference", "chance"), rows,
+    )  # fmt: skip
+    print(f"report: {result['report']}")
+    return 0
+
+
+def bench(argv: list[str]) -> int:
+    from safelight.bench.command import main as bench_main
+
+    return bench_main(argv)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 BLOCK_SIZE = 256
 MIN_8BIT_ELEMENTS = 4096
 TINY = 1.2e-38  # the smallest normal fp32: a block of zeros is divided by this
-ROWS = 8  # blocks a program
+ROWS = 4  # blocks a program: 8 elements a thread
 CHUNK = 1024  # elements a program of the fp32 kernel
 
 

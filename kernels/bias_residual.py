@@ -46,7 +46,7 @@ def bias_residual_reference(x: Tensor, bias: Tensor, residual: Tensor | None, sc
     return (y * scale).to(x.dtype)
 
 
-@kernel
+@kernel(varying=("C", "S"))
 def _bias_residual_fwd_kernel(
     x_ptr, bias_ptr, residual_ptr, y_ptr, C, S, scale,
     stride_xn, stride_xc, stride_xs, stride_rn, stride_rc, stride_rs, stride_yn, stride_yc, stride_ys,
@@ -66,7 +66,7 @@ def _bias_residual_fwd_kernel(
     tl.store(y_at, (y * scale).to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@kernel
+@kernel(varying=("C", "S", "chunk"))
 def _bias_residual_bwd_kernel(
     dy_ptr, dx_ptr, parts_ptr, C, S, scale, chunk, stride_gn, stride_gc, stride_gs, stride_xn, stride_xc, stride_xs,
     WRITE_DX: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,

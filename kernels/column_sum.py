@@ -20,7 +20,7 @@ BLOCK_P = 64
 BLOCK_C = 64
 
 
-@kernel
+@kernel(varying=("P",))
 def _column_sum_kernel(parts_ptr, out_ptr, P, C, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     k = tl.program_id(1).to(tl.int64)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)

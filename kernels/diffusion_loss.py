@@ -136,7 +136,7 @@ def diffusion_loss_reference(
     )
 
 
-@kernel
+@kernel(varying=("num_channels", "num_pixels"))
 def _partial_losses_kernel(
     predicted_ptr, target_ptr, mask_ptr, parts_ptr, num_elements, num_channels, num_pixels, delta,
     HAS_MASK: tl.constexpr, HUBER: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
@@ -169,7 +169,7 @@ def _partial_losses_kernel(
     tl.store(parts_ptr + at + 1, area)
 
 
-@kernel
+@kernel(varying=("batch", "num_parts", "num_timesteps", "num_samples"))
 def _finish_losses_kernel(
     parts_ptr, timesteps_ptr, alphas_cumprod_ptr, losses_ptr, scales_ptr, total_ptr, bands_ptr,
     batch, num_parts, num_timesteps, num_samples, gamma, max_snr,
@@ -224,7 +224,7 @@ def _finish_losses_kernel(
     tl.store(bands_ptr + NUM_BANDS + k, band_counts, mask=k < NUM_BANDS)
 
 
-@kernel
+@kernel(varying=("num_channels", "num_pixels"))
 def _diffusion_loss_bwd_kernel(
     predicted_ptr, target_ptr, mask_ptr, scales_ptr, upstream_ptr, dpredicted_ptr,
     num_elements, num_channels, num_pixels, delta,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import triton.language as tl
 
 CHUNK = 4096
+NUM_WARPS = 8  # 16 elements a thread
 
 
 def ema_reference(averages: list[Tensor], weights: list[Tensor], decay: Tensor) -> None:
@@ -84,4 +85,4 @@ class EMA:
         if self._table is None:
             self._table = self._make_table()
         if len(self._table):
-            _ema_kernel[(len(self._table),)](self._table, self.weights[0], decay, CHUNK=CHUNK)
+            _ema_kernel[(len(self._table),)](self._table, self.weights[0], decay, CHUNK=CHUNK, num_warps=NUM_WARPS)

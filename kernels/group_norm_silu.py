@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 TILE = 4096  # elements a program holds at once: 32 a thread
 TILE_CHANNELS = 128
-REDUCE_TILE = 4096
+REDUCE_TILE = 1024
+REDUCE_SPLITS = 8
 NUM_PROGRAMS = 512  # enough for four a processor of the largest card
 MAX_SPLITS = 64
 
@@ -70,7 +71,7 @@ def _channels(num_groups, GROUP_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C:
     return group, group[:, None] * GROUP_C + within[None, :], valid
 
 
-@kernel
+@kernel(varying=("C", "S", "num_groups", "chunk"))
 def _group_stats_kernel(
     x_ptr, addend_ptr, parts_ptr, C, S, num_groups, stride_xn, stride_xc, stride_xs, chunk,
     HAS_ADDEND: tl.constexpr, GROUP_C: tl.constexpr,
@@ -106,7 +107,7 @@ def _group_stats_kernel(
     tl.store(parts_ptr + part + 1, m2, mask=group < num_groups)
 
 
-@kernel
+@kernel(varying=("C", "S", "num_groups", "chunk", "num_splits"))
 def _apply_kernel(
     x_ptr, addend_ptr, weight_ptr, bias_ptr, parts_ptr, mean_ptr, rstd_ptr, y_ptr, C, S, num_groups,
     stride_xn, stride_xc, stride_xs, stride_yn, stride_yc, stride_ys, chunk, num_splits, eps,
@@ -163,7 +164,7 @@ def _du(dy, xhat, weight, bias, SILU: tl.constexpr):
     return dy
 
 
-@kernel
+@kernel(varying=("C", "S", "num_groups", "chunk"))
 def _bwd_sums_kernel(
     dy_ptr, x_ptr, addend_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, sums_ptr, C, S, num_groups,
     stride_gn, stride_gc, stride_gs, stride_xn, stride_xc, stride_xs, chunk,
@@ -205,7 +206,7 @@ def _bwd_sums_kernel(
         tl.store(sums_ptr + row + 2 * C + channel, sum_xhat, mask=valid)
 
 
-@kernel
+@kernel(varying=("N", "C", "S", "num_groups", "num_splits"))
 def _bwd_reduce_kernel(
     sums_ptr, weight_ptr, rstd_ptr, means_ptr, dweight_ptr, dbias_ptr, daddend_ptr, N, C, S, num_groups, num_splits,
     HAS_ADDEND: tl.constexpr, GROUP_C: tl.constexpr,
@@ -214,17 +215,24 @@ def _bwd_reduce_kernel(
     """Write dweight, dbias (C,), daddend (N, C), and the two means dx needs: means (N, G, 2)."""
     group, channel, valid = _channels(num_groups, GROUP_C, BLOCK_K, BLOCK_C)
     weight = tl.load(weight_ptr + channel, mask=valid, other=0.0).to(tl.float32)
-    p = tl.arange(0, BLOCK_P)
-    part_mask = (p < num_splits)[:, None, None] & valid[None, :, :]
     dweight = tl.full((BLOCK_K, BLOCK_C), 0.0, tl.float32)
     dbias = tl.full((BLOCK_K, BLOCK_C), 0.0, tl.float32)
     size = S * 1.0 * GROUP_C
     for i in range(N):
         # a loop's number is 32 bits wide; the offsets it makes are not
         n = i + tl.full((), 0, tl.int64)
-        part = (n * num_splits + p[:, None, None]) * 3 * C + channel[None, :, :]
-        sum_du = tl.reduce(tl.load(sums_ptr + part, mask=part_mask, other=0.0), 0, tl.standard._sum_combine)
-        sum_du_xhat = tl.reduce(tl.load(sums_ptr + part + C, mask=part_mask, other=0.0), 0, tl.standard._sum_combine)
+        sum_du = tl.full((BLOCK_K, BLOCK_C), 0.0, tl.float32)
+        sum_du_xhat = tl.full((BLOCK_K, BLOCK_C), 0.0, tl.float32)
+        sum_xhat = tl.full((BLOCK_K, BLOCK_C), 0.0, tl.float32)
+        for start in range(0, num_splits, BLOCK_P):
+            p = start + tl.arange(0, BLOCK_P)
+            mask = (p < num_splits)[:, None, None] & valid[None, :, :]
+            part = (n * num_splits + p[:, None, None]) * 3 * C + channel[None, :, :]
+            sum_du += tl.reduce(tl.load(sums_ptr + part, mask=mask, other=0.0), 0, tl.standard._sum_combine)
+            sum_du_xhat += tl.reduce(tl.load(sums_ptr + part + C, mask=mask, other=0.0), 0, tl.standard._sum_combine)
+            if HAS_ADDEND:
+                xhats = tl.load(sums_ptr + part + 2 * C, mask=mask, other=0.0)
+                sum_xhat += tl.reduce(xhats, 0, tl.standard._sum_combine)
         # dbias = sum over n, s of du;  dweight = sum over n, s of du * xhat
         dbias += sum_du
         dweight += sum_du_xhat
@@ -235,8 +243,6 @@ def _bwd_reduce_kernel(
         tl.store(means_ptr + at, mean_1, mask=group < num_groups)
         tl.store(means_ptr + at + 1, mean_2, mask=group < num_groups)
         if HAS_ADDEND:
-            xhats = tl.load(sums_ptr + part + 2 * C, mask=part_mask, other=0.0)
-            sum_xhat = tl.reduce(xhats, 0, tl.standard._sum_combine)
             rstd = tl.load(rstd_ptr + n * num_groups + group, mask=group < num_groups, other=0.0)
             # daddend = sum over s of dx = rstd * (weight * sum du - S * mean_1 - mean_2 * sum xhat)
             daddend = rstd[:, None] * (weight * sum_du - S * mean_1[:, None] - mean_2[:, None] * sum_xhat)
@@ -245,7 +251,7 @@ def _bwd_reduce_kernel(
     tl.store(dbias_ptr + channel, dbias.to(dbias_ptr.dtype.element_ty), mask=valid)
 
 
-@kernel
+@kernel(varying=("C", "S", "num_groups", "chunk"))
 def _bwd_dx_kernel(
     dy_ptr, x_ptr, addend_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, means_ptr, dx_ptr, C, S, num_groups,
     stride_gn, stride_gc, stride_gs, stride_xn, stride_xc, stride_xs, stride_dn, stride_dc, stride_ds, chunk,
@@ -322,7 +328,7 @@ def _apply(
         mean_NG, rstd_NG, out, x.shape[1], flat.shape[2], num_groups, *flat.stride(), *out.stride(),
         plan.chunk, plan.num_splits, eps,
         HAS_STATS=parts is None, HAS_ADDEND=addend_NC is not None, SILU=silu,
-        BLOCK_S=plan.block_s, BLOCK_P=next_power_of_2(plan.num_splits), **plan.blocks,
+        BLOCK_S=plan.block_s, BLOCK_P=MAX_SPLITS, **plan.blocks,
     )  # fmt: skip
     return y
 
@@ -387,11 +393,10 @@ def group_norm_silu_bwd(
         flat_dy, *saved, sums, *shape, *flat_dy.stride(), *flat.stride(), plan.chunk,
         SILU=silu, BLOCK_S=plan.block_s, **options,
     )  # fmt: skip
-    block_p = next_power_of_2(plan.num_splits)
-    block_k = max(1, min(plan.block_k, REDUCE_TILE // (block_p * plan.block_c)))
+    block_k = max(1, min(plan.block_k, REDUCE_TILE // (REDUCE_SPLITS * plan.block_c)))
     _bwd_reduce_kernel[(cdiv(num_groups, block_k),)](
         sums, weight, rstd_NG, means, dweight, dbias, daddend_NC if has_addend else means, num_samples, *shape,
-        plan.num_splits, BLOCK_P=block_p, **{**options, "BLOCK_K": block_k},
+        plan.num_splits, BLOCK_P=REDUCE_SPLITS, **{**options, "BLOCK_K": block_k},
     )  # fmt: skip
     _bwd_dx_kernel[plan.grid](
         flat_dy, *saved, means, flat_dx, *shape, *flat_dy.stride(), *flat.stride(), *flat_dx.stride(), plan.chunk,

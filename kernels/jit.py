@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
 import os
 import types
 import warnings
@@ -54,12 +55,15 @@ class Kernel:
     """A Triton kernel. Launch with `kernel[grid](*arguments, **options)`; the tensors' device decides how it runs.
 
     fp_fusion: False forbids fused multiply-add, where results must equal numpy's and torch's bit for bit.
+    varying: integer parameters whose value shall not make a new compilation (Triton makes one for 1, one for multiples
+    of 16, one for the rest): counts that no address depends on in a way that vector loads need.
     """
 
-    def __init__(self, function: Callable, fp_fusion: bool = True):
+    def __init__(self, function: Callable, fp_fusion: bool = True, varying: tuple[str, ...] = ()):
         functools.update_wrapper(self, function)
         self.function = function
         self.fp_fusion = fp_fusion
+        self.varying = varying
         self.parameters = function.__code__.co_varnames[: function.__code__.co_argcount]
 
     def _bind(self, form: str) -> types.FunctionType:
@@ -84,13 +88,24 @@ class Kernel:
     def compiled(self):
         from triton.runtime.jit import JITFunction
 
-        return JITFunction(self._bind("compiled"))
+        return JITFunction(self._bind("compiled"), do_not_specialize=list(self.varying))
 
     @functools.cached_property
     def interpreted(self):
         from triton.runtime.interpreter import InterpretedFunction
 
         return InterpretedFunction(self._bind("interpreted"))
+
+    def source(self) -> str:
+        """Return the kernel's source with that of the helpers it calls and the constants it names: what decides its code."""
+        parts = [inspect.getsource(self.function), f"fp_fusion {self.fp_fusion}, varying {self.varying}"]
+        for name in self.function.__code__.co_names:
+            value = self.function.__globals__.get(name)
+            if isinstance(value, Kernel):
+                parts.append(value.source())
+            elif isinstance(value, (int, float)):
+                parts.append(f"{name} = {value!r}")
+        return "\n".join(parts)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return functools.partial(self._launch, grid)
@@ -124,11 +139,13 @@ class Kernel:
             launches.append(Launch(self, grid, named, rest))
 
 
-def kernel(function: Callable | None = None, *, fp_fusion: bool = True) -> Kernel | Callable[[Callable], Kernel]:
-    """Decorate a function as a Triton kernel, or as a helper that kernels call."""
+def kernel(
+    function: Callable | None = None, *, fp_fusion: bool = True, varying: tuple[str, ...] = ()
+) -> Kernel | Callable[[Callable], Kernel]:
+    """Decorate a function as a Triton kernel, or as a helper that kernels call; options as of Kernel."""
     if function is None:
-        return functools.partial(Kernel, fp_fusion=fp_fusion)
-    return Kernel(function, fp_fusion)
+        return functools.partial(Kernel, fp_fusion=fp_fusion, varying=varying)
+    return Kernel(function, fp_fusion, varying)
 
 
 @functools.cache

@@ -37,7 +37,7 @@ def layer_norm_reference(
     return s, y.to(x.dtype)
 
 
-@kernel
+@kernel(varying=("M",))
 def _layer_norm_fwd_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, s_ptr, y_ptr, mean_ptr, rstd_ptr, M, D, eps,
     HAS_RESIDUAL: tl.constexpr, HAS_STATS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -69,7 +69,7 @@ def _layer_norm_fwd_kernel(
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@kernel
+@kernel(varying=("M",))
 def _layer_norm_bwd_kernel(
     dy_ptr, ds_ptr, s_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, parts_ptr, M, D,
     HAS_DS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,

@@ -112,7 +112,7 @@ def noising_reference(
     )
 
 
-@kernel(fp_fusion=False)
+@kernel(fp_fusion=False, varying=("num_elements", "num_pixels", "num_channels", "num_timesteps"))
 def _noising_kernel(
     mean_ptr, logvar_ptr, words_ptr, alphas_cumprod_ptr, timesteps_ptr, noisy_ptr, target_ptr,
     num_elements, num_pixels, num_channels, num_timesteps, scaling_factor, offset_noise,

@@ -1,6 +1,8 @@
 """Result lines, their comparison, their pictures, and the check of quoted figures."""
 
 import json
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -140,3 +142,26 @@ def test_an_invented_figure_is_missed_and_a_declared_one_passes(tmp_path):
 def test_every_declared_definition_says_why():
     tables = tomllib.loads(figures.QUOTED.read_text())
     assert all(entry["text"] and entry["why"] for entry in tables["definition"])
+
+
+def test_the_help_of_every_benchmark_needs_no_torch():
+    code = (
+        "import contextlib, io, sys\nfrom safelight.__main__ import main\nfrom safelight.bench.command import COMMANDS\n"
+        "for name in COMMANDS:\n    told = io.StringIO()\n    with contextlib.redirect_stdout(told):\n        try:\n"
+        "            status = main(['bench', name, '--help'])\n        except SystemExit as end:\n            status = end.code\n"
+        "    print(name, status, told.getvalue().startswith(f'usage: safelight bench {name}'), 'torch' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert {line[0] for line in lines} >= {
+        "step",
+        "baseline",
+        "count",
+        "loader",
+        "quick",
+        "all",
+        "compare",
+        "plot",
+        "gate",
+    }
+    assert all(line[1:] == ["0", "True", "False"] for line in lines), result.stdout

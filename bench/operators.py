@@ -1,7 +1,7 @@
 """Which class an operator belongs to, and how many CUDA kernels it launches: the model behind `safelight bench count`.
 
-The numbers of kernels are counts from profiles of cuDNN and ATen, held here so that they can be argued with; the
-profiler of a GPU judges them (`bench count --profile`).
+The numbers of kernels are assumptions about cuDNN and ATen, not counts from a profile of ours: held here so that they
+can be argued with, and to be judged by the profiler on a GPU (`bench count --profile`).
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ _KERNELS_BY_LAYOUT = {
     },
 }
 
-# ATen's multi_tensor_apply, by number of tensor lists: tensors a launch; blocks a launch; elements a block
+# assumed of ATen's multi_tensor_apply, by number of tensor lists: tensors a launch; blocks a launch; elements a block
 _FOREACH_TENSORS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
 _FOREACH_BLOCKS = 320
 _FOREACH_CHUNK = 65536

@@ -95,7 +95,7 @@ def random_samples(num: int, side: int) -> list[Sample]:
 
 
 def fill_random_cache(path: Path, num: int, base: str, side: int, rows_at_once: int = 256) -> list[Sample]:
-    """Fill a cache with random rows and return their samples. A few embeddings are shared, as captions rarely are."""
+    """Fill a cache with random rows and return their samples. Every row has its key; contents repeat after `rows_at_once`."""
     samples = random_samples(num, side)
     posterior, text = random_rows(min(num, rows_at_once), base, side)
     with Cache(path) as cache:

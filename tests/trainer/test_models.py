@@ -48,7 +48,8 @@ def tiny():
 def pipeline():
     from diffusers import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(tiny_folder(), torch_dtype=torch.float32)
+    # the plain way, without a dtype: every part comes in fp32
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_folder())
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

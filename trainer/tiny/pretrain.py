@@ -271,6 +271,9 @@ def write_pipeline(out: Path, vae, unet, text_encoder, tokenizer) -> str:
         vae=vae.half(), text_encoder=text_encoder.half(), tokenizer=tokenizer, unet=unet.half(), scheduler=scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     ).save_pretrained(out, safe_serialization=True)  # fmt: skip
+    # transformers would load its part in the dtype named here, diffusers all others in fp32
+    config = out / "text_encoder" / "config.json"
+    config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     digest = hashlib.sha256()
     for path in sorted(out.rglob("*.safetensors")):
         digest.update(path.read_bytes())

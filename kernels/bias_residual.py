@@ -22,7 +22,7 @@ from safelight.kernels.reference import to_compute
 if TYPE_CHECKING:
     import triton.language as tl
 
-TILE = 4096
+TILE = 2048  # elements a program holds at once: 16 a thread
 MAX_BLOCK_C = 128
 NUM_PROGRAMS = 512  # of the backward pass: each leaves one row of partial sums for its channels
 

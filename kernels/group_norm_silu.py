@@ -28,7 +28,7 @@ from safelight.kernels.reference import recomputed_gradients, to_compute
 if TYPE_CHECKING:
     import triton.language as tl
 
-TILE = 4096  # elements a program holds at once: 32 a thread
+TILE = 2048  # elements a program holds at once: 16 a thread
 TILE_CHANNELS = 128
 REDUCE_TILE = 1024
 REDUCE_SPLITS = 8

@@ -23,7 +23,7 @@ from safelight.kernels.reference import recomputed_gradients, to_compute
 if TYPE_CHECKING:
     import triton.language as tl
 
-TILE = 4096  # elements a program holds at once: 32 a thread
+TILE = 2048  # elements a program holds at once: 16 a thread
 MAX_FEATURES = 8192
 NUM_BWD_PROGRAMS = 128  # each leaves one row of partial sums
 

@@ -51,7 +51,7 @@ def test_forward_and_backward(check_op, shape, dtype, layout, residual, scale):
 
 @pytest.mark.parametrize("layout", ["plain", "channels_last"])
 def test_several_tiles_a_program(check_op, monkeypatch, layout):
-    """13 x 17 pixels of 128 channels are 7 tiles of 32: two splits a sample take four and three."""
+    """13 x 17 pixels of 128 channels are 14 tiles of 16: two splits a sample take seven each."""
     monkeypatch.setattr(module, "NUM_PROGRAMS", 6)
     inputs = make((3, 128, 13, 17), torch.float32, layout, True)
     check_op(lambda **x: bias_residual(**x, scale=0.5), lambda **x: plain(**x, scale=0.5), inputs)

@@ -39,7 +39,7 @@ def test_forward_and_backward(check_op, shape, dtype, layout, residual):
 
 
 def test_programs_that_take_several_tiles(check_op, monkeypatch):
-    """77 rows of 320 are 10 tiles of 8: three programs take four, three and three of them."""
+    """77 rows of 320 are 20 tiles of 4: three programs take seven, seven and six of them."""
     monkeypatch.setattr(module, "NUM_BWD_PROGRAMS", 3)
     check_op(add_layer_norm, plain_add, make((1, 77, 320), torch.float32, residual=True))
 

@@ -214,7 +214,7 @@ def _log(job: Job, position: Position, result: StepResult, lr: float) -> None:
         memory_gib=round(peak_memory_gib(job.device), 3),
     )
     told = "all steps skipped" if loss is None else f"loss {loss:.4f}"
-    rate = f"{images_per_s:.1f}" if images_per_s >= 10 else f"{images_per_s:.2g}"
+    rate = f"{images_per_s:.1f}" if images_per_s >= 1 else f"{images_per_s:.2g}"
     note = f"{told}  {rate} img/s  {peak_memory_gib(job.device):.1f} GiB"
     job.terminal.update("training", position.step, timeline.num_steps, note)
     job.window.clear()

@@ -402,7 +402,7 @@ OWN_LINES = [
     r"latents \d+/\d+",
     r"\d+ photographs to train on, \d+ held out; \d+ steps in \d+ epochs",
     r"attention on cpu, bfloat16: sdpa for head dim .* \(xformers has no CPU operator\)",
-    r"training \d+/\d+  loss \d\.\d+  \d+\.\d img/s  \d+\.\d GiB",
+    r"training \d+/\d+  ([\d:]+ left  )?loss \d\.\d+  [\d.]+ img/s  \d+\.\d GiB",
     r"resumed at step \d+, epoch \d+",
     r"",
     r"stopping after this step; press Ctrl-C again to leave at once",

@@ -124,9 +124,13 @@ def test_cache_bytes_are_an_upper_bound_near_the_real_ones(make_config, tiny_dat
     shards = [path for path in (dataset / "cache" / "shards").iterdir() if not path.name.startswith("text")]
     assert {path.name.split("-")[0] for path in shards} == {"posterior" if vae == "the base's" else "latent"}
     real = sum(path.stat().st_size for path in shards)
-    # held-out photographs have one variant, and buckets of other shapes stay below the budget
-    share = (2 * len(opened.train) + len(opened.validation)) / (2 * 24)
-    assert 0.75 * share * cache_bytes(config, 24) < real <= share * cache_bytes(config, 24)
+    # held-out photographs have one variant, equal crops one row, and buckets of other shapes stay below the budget
+    channels = 8 if vae == "the base's" else 4
+    samples = [*opened.train, *opened.validation]
+    buckets = {key: sample.bucket for sample in samples for key in sample.latent_keys}
+    # 16-bit, 4 px a latent
+    exact = sum(channels * 2 * bucket.width * bucket.height // 16 for bucket in buckets.values())
+    assert exact == real <= cache_bytes(config, 24)
 
 
 def test_the_table_tells_the_runs_length(make_config):

@@ -17,7 +17,7 @@ COMMANDS = {
     "export": "a run's model as a diffusers folder, or one .safetensors for A1111 and ComfyUI",
     "report": "one self-contained HTML file about a run",
     "demo": "all of it, small, on any machine: minutes on two CPU cores",
-    "bench": "measure the training step on this machine",
+    "bench": "measure the step, what can be counted of it, the diffusers recipe, the loader",
 }
 
 

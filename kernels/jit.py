@@ -96,9 +96,13 @@ class Kernel:
 
         return InterpretedFunction(self._bind("interpreted"))
 
+    @functools.cached_property
+    def _text(self) -> str:
+        return inspect.getsource(self.function)
+
     def source(self) -> str:
         """Return the kernel's source with that of the helpers it calls and the constants it names: what decides its code."""
-        parts = [inspect.getsource(self.function), f"fp_fusion {self.fp_fusion}, varying {self.varying}"]
+        parts = [self._text, f"fp_fusion {self.fp_fusion}, varying {self.varying}"]
         for name in self.function.__code__.co_names:
             value = self.function.__globals__.get(name)
             if isinstance(value, Kernel):

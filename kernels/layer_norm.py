@@ -78,7 +78,6 @@ def _layer_norm_bwd_kernel(
     program = tl.program_id(0)
     num_programs = tl.num_programs(0)
     d = tl.arange(0, BLOCK_D)
-    weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)
     dweight = tl.full((BLOCK_D,), 0.0, tl.float32)
     dbias = tl.full((BLOCK_D,), 0.0, tl.float32)
     for start in range(program * BLOCK_M, M, num_programs * BLOCK_M):
@@ -94,7 +93,8 @@ def _layer_norm_bwd_kernel(
         dbias += tl.reduce(dy, 0, tl.standard._sum_combine)
         dweight += tl.reduce(dy * xhat, 0, tl.standard._sum_combine)
         # dx = rstd * (weight dy - mean(weight dy) - xhat * mean(weight dy * xhat)) + ds
-        dxhat = dy * weight[None, :]
+        # read anew in every round: held through the loop it costs registers, which sm_86 and sm_89 spill
+        dxhat = dy * tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
         mean_1 = tl.reduce(dxhat, 1, tl.standard._sum_combine) / D
         mean_2 = tl.reduce(dxhat * xhat, 1, tl.standard._sum_combine) / D
         dx = rstd[:, None] * (dxhat - mean_1[:, None] - xhat * mean_2[:, None])

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import triton.language as tl
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-MAX_BLOCK = 256  # element blocks a program: 1,024 elements
+MAX_BLOCK = 64  # element blocks a program: 256 elements, as many programs as the small tensors allow
 
 
 class Purposes(NamedTuple):

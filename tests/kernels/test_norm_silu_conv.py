@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from safelight.kernels.norm_silu_conv import feed_forward, norm_linear, norm_silu_conv
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# shapes are large enough that the largest error is no matter of luck: PyTorch's own matrix work makes most of it
 
 
 def plain_conv(
@@ -57,7 +58,7 @@ def conv_inputs(shape, out_channels, dtype, layout, bias, addend, size):
 
 
 @pytest.mark.grid(
-    shape=[(1, 6, 5, 7), (3, 64, 4, 3)],
+    shape=[(1, 14, 11, 7), (3, 64, 4, 3)],
     dtype=DTYPES,
     layout=["nchw", "channels_last"],
     addend=[True, False],
@@ -98,7 +99,7 @@ def feed_forward_shapes(shape, residual):
     return shapes | {"out_weight": (d, 4 * d), "out_bias": (d,)} | ({"residual": shape} if residual else {})
 
 
-@pytest.mark.grid(shape=[(1, 3, 6), (3, 7, 20)], dtype=DTYPES, residual=[True, False], recompute=[True, False])
+@pytest.mark.grid(shape=[(1, 13, 18), (3, 7, 20)], dtype=DTYPES, residual=[True, False], recompute=[True, False])
 def test_feed_forward(check_op, shape, dtype, residual, recompute):
     check_op(
         lambda **leaves: feed_forward(**leaves, recompute=recompute),

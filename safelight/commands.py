@@ -140,7 +140,7 @@ def plan(argv: list[str]) -> int:
         data = result["dataset"]
         print(
             f"{data['photographs']} photographs, {data['validation']} held out; {data['epochs']} epochs meet {data['images trained']:,} "
-            f"images; latents take up to {data['cache bytes'] / 2**20:.0f} MiB on disk"
+            f"images; latents take up to {data['cache bytes'] / 2**20:.1f} MiB on disk"
         )
     return 0
 

@@ -102,6 +102,23 @@ class Loader:
 
 
 @dataclass
+class Kernels:
+    model: Annotated[tuple[Literal["sd15", "sd21", "sdxl"], ...], arg(help="whose layers; SD2.1 at 768 px")] = ("sd15",)
+    batch_size: tuple[int, ...] = (1,)
+    ops: Annotated[tuple[str, ...], arg(help="kernels by name; none: all")] = ()
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    shapes: Annotated[int, arg(help="shapes timed of each kernel, those that move most")] = 2
+    times: Annotated[
+        Literal["auto", "yes", "no"], arg(help="auto: on a GPU; on a CPU they are the references' and say little")
+    ] = "auto"
+    compile: Annotated[bool, arg(help="time torch.compile as well, which takes seconds a layer to begin")] = True
+    repeats: Annotated[int, arg(help="timed runs of each pass")] = 20
+    device: Device = "auto"
+    append: Append = None
+    json: Annotated[bool, arg(help="print one JSON line a result")] = False
+
+
+@dataclass
 class Quick:
     device: Device = "auto"
     append: Append = None
@@ -127,6 +144,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
         "operators, kernel launches, bytes, FLOPs and host syncs of a training step, traced without a GPU",
     ),
     "loader": (Loader, "cache reads against a file a row and decoding every epoch"),
+    "kernels": (Kernels, "bytes of every kernel at the layers models train; on a GPU their speed too"),
     "quick": (Quick, "ours against the diffusers recipe on this machine, in under three minutes"),
     "all": (All, "everything worth knowing of a GPU in one call; on a CPU a rehearsal"),
     "plot": (Plot, "pictures of results"),

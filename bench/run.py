@@ -206,6 +206,47 @@ def quick(options: command.Quick) -> int:
     return 0
 
 
+def kernels(options: command.Kernels) -> int:
+    from safelight.bench import kernels as measuring
+    from safelight.bench.count import DTYPES
+    from safelight.trainer.models import pick_device
+
+    if min(*options.batch_size, options.shapes, options.repeats) < 1 or not options.model:
+        raise ValueError(f"batch sizes {options.batch_size}, shapes {options.shapes}, repeats {options.repeats} must be 1 or more")  # fmt: skip
+    device = pick_device(options.device)
+    is_gpu = device.type == "cuda"
+    timed = []
+    for record in measuring.bench_kernels(
+        options.model, options.batch_size, DTYPES[options.precision], device, ops=options.ops, num_shapes=options.shapes,
+        times=options.times == "yes" or (options.times == "auto" and is_gpu), repeats=options.repeats,
+        with_compile=options.compile,
+    ):  # fmt: skip
+        _keep(options.append, record)
+        if options.json:
+            print(json.dumps(record))
+            continue
+        config = record["config"]
+        if config["what"] == "time":
+            timed.append(record)
+            continue
+        print_table(
+            f"{config['model']}, one step of batch {config['batch_size']}, {config['precision']}: bytes by kernel",
+            ("kernel", "GB moved", "plain PyTorch", "MiB saved", "plain PyTorch"), measuring.bytes_rows(record["figures"]),
+        )  # fmt: skip
+    if timed:
+        print_table(
+            f"milliseconds on {timed[0]['machine']['device']}; copies run at {timed[0]['figures']['copy_gb_per_s']:.0f} GB/s",
+            ("layer", "pass", "ours", "plain", "compiled", "GB/s", "of a copy"), measuring.time_rows(timed),
+        )  # fmt: skip
+        for reason in dict.fromkeys(
+            f"{key.removesuffix('_cannot')}: {text}" for r in timed for key, text in r["figures"].items() if key.endswith("_cannot")
+        ):  # fmt: skip
+            print(reason)
+    if not is_gpu and not options.json:
+        print(measuring.CPU_NOTE if timed else "no times: a CPU runs no kernel (--times yes runs their references)")
+    return 0
+
+
 def everything(options: command.All) -> int:
     from safelight.bench.everything import run_all
     from safelight.bench.workload import Workload

@@ -1,7 +1,7 @@
 """The published recipes, written by us without handicap: what a user of diffusers' example or of its faster kin runs.
 
 Each is the same plain loop: latents drawn from the cached posterior, torch.randn noise, DDPMScheduler, F.mse_loss in
-fp32, clip_grad_norm_, bitsandbytes' AdamW8bit; and each has the same attention, checkpointing and precision as ours.
+fp32, clip_grad_norm_, bitsandbytes' AdamW8bit; and each has fused attention, and the checkpointing and precision of ours.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from safelight.bench.workload import LR, MAX_GRAD_NORM, WEIGHT_DECAY, Workload, initial_unet, use_attention
+from safelight.bench.workload import LR, MAX_GRAD_NORM, WEIGHT_DECAY, Workload, initial_unet, use_diffusers_attention
 from safelight.data.batches import Batch
 from safelight.trainer.models import resolve_base
 
@@ -70,7 +70,7 @@ class Baseline:
         unet = unet.to(memory_format=self.memory_format)
         if work.checkpointing == "full":
             unet.enable_gradient_checkpointing()
-        self.notes = use_attention(unet, self.device, work.dtype)
+        self.notes = use_diffusers_attention(unet)
         self.parameters = list(unet.parameters())
         self.optimizer = make_optimizer(work.optimizer, self.parameters)
         self.scheduler = DDPMScheduler.from_config(base.config_of("scheduler"))

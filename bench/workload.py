@@ -21,7 +21,7 @@ from safelight.data.batches import Batch, iterate, plan_epoch
 from safelight.data.buckets import Bucket
 from safelight.data.cache import Cache, Crop, Sample
 from safelight.data.manifest import Photo
-from safelight.kernels.attention import apply_attention, attention_modules, choose_attention, head_dim_of
+from safelight.kernels.attention import apply_attention, attention_cases, choose_attention
 from safelight.trainer.config import Loss, Optimizer
 from safelight.trainer.diffusion import make_schedule
 from safelight.trainer.models import PRECISIONS, load_unet, pick_device, pick_dtype, resolve_base
@@ -167,7 +167,15 @@ class Ours:
 
 
 def use_attention(unet: nn.Module, device: torch.device, dtype: torch.dtype) -> str:
-    """Give a UNet the attention that works here in `dtype`, ours and baselines alike; return which."""
-    choice = choose_attention(device, dtype, {head_dim_of(m) for m in attention_modules(unet)})
+    """Give a UNet the attention that a training run would; return which."""
+    choice = choose_attention(device, dtype, attention_cases(unet))
     apply_attention(unet, choice)
     return str(choice)
+
+
+def use_diffusers_attention(unet: nn.Module) -> str:
+    """Give a UNet what diffusers' training scripts have unless told otherwise: its processor over SDPA; return which."""
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
+    unet.set_attn_processor(AttnProcessor2_0())
+    return "attention: diffusers' AttnProcessor2_0, torch's own choice of SDPA backend"

@@ -1,70 +1,20 @@
-"""Which attention really runs, found by running it.
-
-xformers' memory-efficient attention is taken for a head dim where a forward and a backward pass succeed on this
-device and dtype; else PyTorch's scaled_dot_product_attention. The choice is made once, per head dim, and printed.
-"""
+"""Attention of a diffusers UNet by the backend that was chosen for it: which shapes it has, and its processor."""
 
 from __future__ import annotations
 
-import importlib.util
-from dataclasses import dataclass
+import re
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
-NUM_PROBE_TOKENS = 64
+from safelight.kernels.attention_backends import AttentionChoice, Case, attend, attention_operators
+from safelight.kernels.attention_probe import choose_attention
 
+__all__ = [
+    "AttendProcessor", "AttentionChoice", "Case", "apply_attention", "attend", "attention_cases", "attention_modules",
+    "attention_operators", "choose_attention", "head_dim_of",
+]  # fmt: skip
 
-@dataclass(frozen=True)
-class AttentionChoice:
-    """backends: head dim -> xformers | sdpa; reasons: head dim -> why xformers was not taken ('' where it was)."""
-
-    device: str
-    dtype: str
-    backends: dict[int, str]
-    reasons: dict[int, str]
-
-    def __str__(self) -> str:
-        parts = []
-        for backend in ("xformers", "sdpa"):
-            dims = sorted(d for d, b in self.backends.items() if b == backend)
-            if dims:
-                why = {self.reasons[d] for d in dims} - {""}
-                note = f" ({'; '.join(sorted(why))})" if why else ""
-                parts.append(f"{backend} for head dim {', '.join(map(str, dims))}{note}")
-        return f"attention on {self.device}, {self.dtype}: " + "; ".join(parts)
-
-
-def _probe_xformers(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """Return '' if xformers attends forward and backward here, else why not."""
-    if importlib.util.find_spec("xformers") is None:
-        return "xformers is not installed"
-    try:
-        from xformers.ops import memory_efficient_attention
-    except (ImportError, OSError) as error:
-        return f"xformers cannot be imported: {str(error)[:80]}"
-    q, k, v = (
-        torch.randn(1, NUM_PROBE_TOKENS, 2, head_dim, device=device, dtype=dtype, requires_grad=True) for _ in range(3)
-    )
-    try:
-        memory_efficient_attention(q, k, v).sum().backward()
-    except (NotImplementedError, RuntimeError, ValueError) as error:
-        # xformers lists the reasons operator by operator; its first line says what was asked
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return f"xformers: {reason[:80]}"
-    if not all(torch.isfinite(x.grad).all() for x in (q, k, v)):
-        return "xformers: gradients are not finite"
-    return ""
-
-
-def choose_attention(device: torch.device, dtype: torch.dtype, head_dims: set[int]) -> AttentionChoice:
-    """Return the backend of each head dim on a device and dtype, probed forward and backward."""
-    if device.type == "cpu":
-        reasons = dict.fromkeys(head_dims, "xformers has no CPU operator")
-    else:
-        reasons = {dim: _probe_xformers(device, dtype, dim) for dim in sorted(head_dims)}
-    backends = {dim: "sdpa" if why else "xformers" for dim, why in reasons.items()}
-    return AttentionChoice(str(device), str(dtype).removeprefix("torch."), backends, reasons)
+NUM_TEXT_TOKENS = 77
 
 
 def attention_modules(unet: nn.Module) -> list[nn.Module]:
@@ -77,10 +27,68 @@ def head_dim_of(attention: nn.Module) -> int:
     return attention.inner_dim // attention.heads
 
 
-def apply_attention(unet: nn.Module, choice: AttentionChoice) -> None:
-    """Set each attention module's processor to the backend chosen for its head dim."""
-    from diffusers.models.attention_processor import AttnProcessor2_0, XFormersAttnProcessor
+def attention_cases(unet: nn.Module, latent_hw: tuple[int, int] | None = None, num_tokens: int = 0) -> set[Case]:
+    """Return the shapes of a UNet2DConditionModel's attention.
 
-    for module in attention_modules(unet):
-        backend = choice.backends[head_dim_of(module)]
-        module.set_processor(XFormersAttnProcessor() if backend == "xformers" else AttnProcessor2_0())
+    latent_hw: height and width of the latents; None for the model's own size. num_tokens: of the text; 0 for 77.
+    """
+    side = unet.config.sample_size
+    height, width = latent_hw or ((side, side) if isinstance(side, int) else side)
+    num_levels = len(unet.config.block_out_channels)
+    cases = set()
+    for name, module in unet.named_modules():
+        if not (hasattr(module, "set_processor") and hasattr(module, "to_q")):
+            continue
+        down, up = re.match(r"down_blocks\.(\d+)\.", name), re.match(r"up_blocks\.(\d+)\.", name)
+        level = int(down[1]) if down else num_levels - 1 - (int(up[1]) if up else 0)
+        # each downsampling halves, rounding up
+        queries = -(-height // 2**level) * -(-width // 2**level)
+        keys = (num_tokens or NUM_TEXT_TOKENS) if module.is_cross_attention else queries
+        cases.add(Case(head_dim_of(module), module.heads, queries, keys))
+    return cases
+
+
+class AttendProcessor:
+    """diffusers' attention processor that attends by `attend`: no transposed or copied heads, no division by 1."""
+
+    def __init__(self, choice: AttentionChoice):
+        self.choice = choice
+
+    def __call__(
+        self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None, temb: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Return the attended hidden states, (B, T, D). Raises ValueError for a mask."""
+        if attention_mask is not None:
+            raise ValueError(
+                "attention with a mask is not supported here; give the UNet none, or diffusers' processors"
+            )
+        seen = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        heads = (attn.heads, head_dim_of(attn))
+        q = attn.to_q(hidden_states).unflatten(-1, heads)
+        k = attn.to_k(seen).unflatten(-1, heads)
+        v = attn.to_v(seen).unflatten(-1, heads)
+        attended = attn.to_out[0](attend(q, k, v, self.choice).flatten(2))
+        attended = attn.to_out[1](attended)
+        if attn.residual_connection:
+            attended = attended + hidden_states
+        return attended if attn.rescale_output_factor == 1 else attended / attn.rescale_output_factor
+
+
+def _is_plain(attention: nn.Module) -> bool:
+    """Return whether a module attends as SD's UNets do: no norm inside, no added projections, three dimensions."""
+    extras = ("group_norm", "spatial_norm", "norm_q", "norm_k", "norm_cross", "add_k_proj")
+    return all(not isinstance(getattr(attention, name, None), nn.Module) for name in extras)
+
+
+def apply_attention(unet: nn.Module, choice: AttentionChoice) -> list[str]:
+    """Let a UNet's attention modules attend by `choice`; return the names of those left as they are, which do more."""
+    left = []
+    for name, module in unet.named_modules():
+        if not (hasattr(module, "set_processor") and hasattr(module, "to_q")):
+            continue
+        if _is_plain(module):
+            module.set_processor(AttendProcessor(choice))
+        else:
+            left.append(name)
+    return left

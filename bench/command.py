@@ -119,6 +119,12 @@ class Kernels:
 
 
 @dataclass
+class Aot:
+    all: Annotated[bool, arg(help="compile what kernels/aot.json lacks, for all targets, and write it there")] = False
+    json: AsJson = False
+
+
+@dataclass
 class Quick:
     device: Device = "auto"
     append: Append = None
@@ -145,6 +151,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     ),
     "loader": (Loader, "cache reads against a file a row and decoding every epoch"),
     "kernels": (Kernels, "bytes of every kernel at the layers models train; on a GPU their speed too"),
+    "aot": (Aot, "kernels compiled for cards that are not here: registers, spills, shared memory, code size"),
     "quick": (Quick, "ours against the diffusers recipe on this machine, in under three minutes"),
     "all": (All, "everything worth knowing of a GPU in one call; on a CPU a rehearsal"),
     "plot": (Plot, "pictures of results"),

@@ -247,6 +247,24 @@ def kernels(options: command.Kernels) -> int:
     return 0
 
 
+def aot(options: command.Aot) -> int:
+    from safelight.bench import compiled
+
+    rows, failed = compiled.whole_table() if options.all else compiled.one_of_each()
+    if options.json:
+        print_json({"kernels": rows, "failed": failed})
+    else:
+        targets = sorted({target for row in rows.values() for target in row})
+        print_table(
+            "worst of each kernel's compilations: registers a thread by card, then of all cards",
+            ("kernel", *(f"sm_{target}" for target in targets), "compiled", "spilled B", "shared B", "code KiB"),
+            compiled.table(rows, targets),
+        )
+    for line in failed if not options.json else ():
+        print(line)
+    return int(bool(failed))
+
+
 def everything(options: command.All) -> int:
     from safelight.bench.everything import run_all
     from safelight.bench.workload import Workload

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
+
+# of a table that goes to a file or a pipe, which has no width of its own
+PIPED_WIDTH = 160
 
 
 def print_json(value: object) -> None:
@@ -20,6 +24,6 @@ def print_table(title: str, columns: tuple[str, ...], rows: list[tuple]) -> None
         table.add_column(column, justify="right" if index else "left", overflow="fold")
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
     console.print(title, style="bold", markup=False, soft_wrap=True)
     console.print(table)

@@ -334,8 +334,13 @@ def write_table(table: dict, keep: Iterable[str]) -> None:
     TABLE.write_text(text, encoding="utf-8")
 
 
-def main() -> int:
-    """Bring the table up to date; return 1 where something fails the gate."""
+def one_of_each(dtype: torch.dtype = torch.float16) -> list[Case]:
+    """Return one representative case of every kernel."""
+    return list({name_of(case.launch): case for case in reversed(cases_of(representative, dtype))}.values())
+
+
+def update() -> tuple[dict, list[str]]:
+    """Compile what the table lacks and write it; return (the table, what fails the gate, a line each)."""
     table = read_table()
     missing = lacking(table)
     failed = []
@@ -346,8 +351,15 @@ def main() -> int:
         else:
             _add(table, case, target, code)
         print(f"\r{number} of {len(missing)} compiled, {len(failed)} failed", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
+    if missing:
+        print(file=sys.stderr)
     write_table(table, (label for cases in wanted().values() for label in cases))
+    return table, failed
+
+
+def main() -> int:
+    """Bring the table up to date; return 1 where something fails the gate."""
+    _, failed = update()
     print("\n".join(failed) or f"{TABLE.name} is complete: {sum(map(len, wanted().values()))} compilations")
     return 1 if failed else 0
 

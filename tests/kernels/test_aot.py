@@ -37,12 +37,6 @@ def own_cache(tmp_path_factory):
         yield
 
 
-def one_of_each() -> list[aot.Case]:
-    """Return one representative case of every kernel."""
-    cases = {aot.name_of(case.launch): case for case in reversed(aot.cases_of(aot.representative, torch.float16))}
-    return list(cases.values())
-
-
 def all_kernels() -> set[str]:
     """Return every kernel in kernels/ that a host launches: its name ends so, a helper's does not."""
     import importlib
@@ -88,7 +82,7 @@ def test_bf16_is_left_out_on_sm_75_alone(wanted):
 
 
 @pytest.mark.parametrize("target", [75, 90])
-@pytest.mark.parametrize("case", one_of_each(), ids=lambda case: case.label.partition("(")[0])
+@pytest.mark.parametrize("case", aot.one_of_each(), ids=lambda case: case.label.partition("(")[0])
 def test_one_configuration_of_each_kernel(table, case, target):
     """Compiled anew it passes, and is no worse than the table says."""
     code = aot.read_code(aot.compile_case(case, target))

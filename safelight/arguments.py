@@ -76,6 +76,10 @@ class Export:
     ]
     checkpoint: Annotated[str, arg(help="last, best or a step")] = "last"
     dtype: Annotated[Literal["fp16", "bf16", "fp32"], arg(help="of the weights")] = "fp16"
+    weights: Annotated[
+        Literal["auto", "ema", "trained"],
+        arg(help="auto: the moving average where the run keeps one, else the last step's weights"),
+    ] = "auto"
     title: Annotated[str, _own("TEXT", "what a file calls the model", "the run's name and step")] = ""
     force: Annotated[bool, arg(help="replace what is there")] = False
 

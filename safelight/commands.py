@@ -67,12 +67,11 @@ def prepare(argv: list[str]) -> int:
     from safelight.data.printable import printable
     from safelight.trainer.log import Terminal
 
-    terminal = Terminal()
-    summary = ingest(
-        arguments.sources, arguments.out, arguments.max_megapixels, arguments.quality, arguments.image_format,
-        lambda done, total: terminal.update("photos", done, total),
-    )  # fmt: skip
-    terminal.pause()
+    with Terminal() as terminal:
+        summary = ingest(
+            arguments.sources, arguments.out, arguments.max_megapixels, arguments.quality, arguments.image_format,
+            lambda done, total: terminal.update("photos", done, total),
+        )  # fmt: skip
     rejected = [{"path": str(r.path), "reason": r.reason} for r in summary.rejected]
     if arguments.json:
         _print_json({
@@ -99,9 +98,8 @@ def cache(argv: list[str]) -> int:
     from safelight.trainer.log import Terminal
     from safelight.trainer.models import base_of, pick_device
 
-    terminal = Terminal()
-    dataset = open_dataset(config, base_of(config.model), pick_device(config.run.device), terminal.update)
-    terminal.pause()
+    with Terminal() as terminal:
+        dataset = open_dataset(config, base_of(config.model), pick_device(config.run.device), terminal.update)
     if dataset.num_damaged:
         terminal.say(f"{dataset.num_damaged} rows of the cache were damaged and have been made again")
     with dataset.cache:
@@ -154,9 +152,13 @@ def train(argv: list[str]) -> int:
     from safelight.trainer.stop import Stop
     from safelight.trainer.train import train as run_training
 
-    stop, terminal = Stop(), Terminal()
-    outcome = run_training(config, resume=arguments.resume, terminal=terminal, stop_requested=stop, guard=stop)
+    stop = Stop()
+    with Terminal() as terminal:
+        outcome = run_training(config, resume=arguments.resume, terminal=terminal, stop_requested=stop, guard=stop)
     if outcome.interrupted:
+        if outcome.position.step == 0:
+            terminal.say("stopped before the first step: there is nothing to save; the cache is kept")
+            return EXIT_INTERRUPTED
         # the run's own config holds what was given on the command line too
         command = f"safelight train {outcome.run_dir / 'config.toml'} --resume"
         terminal.say(f"saved at step {outcome.position.step}; go on with: {command}")
@@ -176,12 +178,11 @@ def sample(argv: list[str]) -> int:
 
     names = ("steps", "cfg", "seed", "width", "height", "sampler", "negative_prompt")
     changes = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    terminal = Terminal()
-    files = draw_sample(
-        open_run(arguments.run), list(arguments.prompt), arguments.checkpoint, arguments.out or arguments.run / "images", changes,
-        lambda done, total: terminal.update("drawing", done, total),
-    )  # fmt: skip
-    terminal.pause()
+    with Terminal() as terminal:
+        files = draw_sample(
+            open_run(arguments.run), list(arguments.prompt), arguments.checkpoint, arguments.out or arguments.run / "images", changes,
+            lambda done, total: terminal.update("drawing", done, total),
+        )  # fmt: skip
     for file in files:
         print(file)
     return 0
@@ -196,14 +197,13 @@ def compare(argv: list[str]) -> int:
     from safelight.trainer.log import Terminal
     from safelight.trainer.report.build import build_report
 
-    terminal = Terminal()
-    folder = draw_pairs(
-        open_run(arguments.run),
-        arguments.checkpoint,
-        arguments.num,
-        lambda done, total: terminal.update("drawing", done, total),
-    )
-    terminal.pause()
+    with Terminal() as terminal:
+        folder = draw_pairs(
+            open_run(arguments.run),
+            arguments.checkpoint,
+            arguments.num,
+            lambda done, total: terminal.update("drawing", done, total),
+        )
     print(f"pairs in {folder}; report: {build_report(arguments.run)}")
     return 0
 
@@ -216,8 +216,9 @@ def export(argv: list[str]) -> int:
     from safelight.trainer.log import Terminal
 
     done = export_run(
-        arguments.run, arguments.out, arguments.checkpoint, arguments.dtype, arguments.title, arguments.force
-    )
+        arguments.run, arguments.out, arguments.checkpoint, arguments.dtype, arguments.title, arguments.force,
+        arguments.weights,
+    )  # fmt: skip
     for note in done.notes:
         Terminal().say(f"note: {note}")
     print(f"wrote {done.path}: step {done.step}, {arguments.dtype}, {done.num_bytes / 2**20:,.1f} MiB")

@@ -33,7 +33,8 @@ _NAME = re.compile(r"step-(\d{8})")
 class Position:
     """Where a run stands. step: optimizer steps taken. epoch: 0-based, over all stages. step_in_epoch: steps taken of it.
 
-    best_step, best_loss: the best validation so far, -1 and None before any.
+    best_step, best_loss: the best validation so far, -1 and None before any. unmeasured: the validation and samples that
+    are due here were interrupted, and come first on resume.
     """
 
     step: int = 0
@@ -42,6 +43,7 @@ class Position:
     stage: int = 0
     best_step: int = -1
     best_loss: float | None = None
+    unmeasured: bool = False
 
 
 def folder_of(run_dir: Path, step: int) -> Path:
@@ -113,9 +115,20 @@ def _write(folder: Path, unet: nn.Module, state: dict[str, Tensor], position: Po
         "identity": asdict(identity),
         "sha256": {path.relative_to(folder).as_posix(): _digest(path) for path in files},
     }
-    atomic_write_text(folder / "state.json", json.dumps({**record, SEAL: _seal(record)}, indent=1))
+    _write_record(folder, record)
     for path in (folder / "unet", folder):
         sync_folder(path)
+
+
+def _write_record(folder: Path, record: dict) -> None:
+    atomic_write_text(folder / "state.json", json.dumps({**record, SEAL: _seal(record)}, indent=1))
+
+
+def rewrite_position(run_dir: Path, position: Position) -> None:
+    """Record what was found out at a checkpoint's step after it was saved: its validation."""
+    folder = folder_of(run_dir, position.step)
+    _write_record(folder, {**_record(folder), "position": asdict(position)})
+    sync_folder(folder)
 
 
 def _damaged(folder: Path, what: str) -> ValueError:
@@ -199,9 +212,9 @@ def check_files(folder: Path) -> dict:
 
 
 def load_checkpoint(run_dir: Path, step: int, unet: nn.Module) -> tuple[dict[str, Tensor], Position]:
-    """Load the UNet's weights and return (optimizer state, position). Raises ValueError for a damaged checkpoint."""
+    """Load the UNet's weights and return (optimizer state, position) of a checkpoint that passed check_files."""
     folder = folder_of(run_dir, step)
-    record = check_files(folder)
+    record = read_record(folder)
     load_unet_weights(folder, unet)
     return load_file(folder / "state.safetensors"), Position(**record["position"])
 

@@ -108,6 +108,8 @@ class Train(Section):
     """Recompute activations in backward: full saves memory for about a quarter more work."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Clip the gradients' global norm; 0: never."""
+    ema_decay: Fraction = 0.0
+    """Keep a moving average of the weights, which validation, samples and export then use; 0.999 is usual, 0: none."""
 
 
 class Optimizer(Section):

@@ -18,6 +18,7 @@ from safelight.kernels.attention import apply_attention, attention_modules, choo
 from safelight.trainer.checkpoint import check_files, folder_of, list_checkpoints, load_unet_weights, read_record
 from safelight.trainer.config import Config, explain, load_config
 from safelight.trainer.diffusion import NoiseSchedule, make_schedule
+from safelight.trainer.ema import load_averages
 from safelight.trainer.encoders import CaptionEncoder, LatentCodec, load_caption_encoder, load_codec
 from safelight.trainer.models import Base, base_of, load_unet, pick_device, pick_dtype
 from safelight.trainer.sample import Settings, generate, settings_of
@@ -38,12 +39,13 @@ class OpenRun:
     encoder: CaptionEncoder
 
     def unet(self, step: int | None) -> nn.Module:
-        """Return the UNet of a checkpoint, or of the base for None."""
+        """Return the UNet of a checkpoint, its moving average where it has one, or of the base for None."""
         dtype = pick_dtype(self.config.model.precision, self.device)
         unet = load_unet(self.base, self.config.run.seed, dtype)
         if step is not None:
             check_files(folder_of(self.run_dir, step))
             load_unet_weights(folder_of(self.run_dir, step), unet)
+            load_averages(folder_of(self.run_dir, step), unet)
         unet.to(self.device).eval().requires_grad_(False)
         apply_attention(unet, choose_attention(self.device, dtype, {head_dim_of(m) for m in attention_modules(unet)}))
         return unet

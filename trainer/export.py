@@ -1,7 +1,7 @@
 """`safelight export`: a run's model as a diffusers folder, or as one file in the original layout for A1111 and ComfyUI.
 
-Weights of the UNet come from the checkpoint, the fp32 master where it has one, in the dtype asked for; the frozen parts
-are the run's. Either output is written beside its place and renamed into it.
+Weights of the UNet come from the checkpoint, the moving average where it has one, else the fp32 master where it has one, in
+the dtype asked for; the frozen parts are the run's. Either output is written beside its place and renamed into it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from safelight.trainer.checkpoint import check_files, folder_of
 from safelight.trainer.config import Config, load_config
 from safelight.trainer.diffusion import make_schedule
 from safelight.trainer.draw import pick_step
+from safelight.trainer.ema import PREFIX as EMA_PREFIX
 from safelight.trainer.models import PICKLES, PRECISIONS, Base, base_of, load_text, load_vae, meta_unet
 from safelight.trainer.modelspec import CUSTOM, modelspec, sign
 from safelight.trainer.original_layout import (
@@ -51,7 +52,10 @@ class Exported:
 
 @dataclass
 class _Source:
-    """A run's model, its parts loaded when they are asked for. prediction_type: what the run trained."""
+    """A run's model, its parts loaded when they are asked for. prediction_type: what the run trained.
+
+    weights: auto, the moving average where there is one; ema; trained, the last step's.
+    """
 
     config: Config
     base: Base
@@ -59,14 +63,21 @@ class _Source:
     step: int
     prediction_type: str
     dtype: torch.dtype
+    weights: str
 
     def unet_tensors(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
         """Return the checkpoint's UNet by diffusers' names, read one tensor at a time."""
         tensors = {}
         with safe_open(self.checkpoint / "state.safetensors", "pt") as state:
-            masters = {name.removeprefix("master/") for name in state.keys() if name.startswith("master/")}  # noqa: SIM118
-            for name in sorted(masters & set(shapes)):
-                tensors[name] = _cast(name, state.get_tensor(f"master/{name}"), self.dtype)
+            keys = set(state.keys())
+            if self.weights == "ema" and not any(key.startswith(EMA_PREFIX) for key in keys):
+                raise ValueError(
+                    f"{self.checkpoint} holds no moving average: the run has train.ema_decay 0; leave --weights out"
+                )
+            for name in sorted(shapes):
+                sources = [f"master/{name}"] if self.weights == "trained" else [f"{EMA_PREFIX}{name}", f"master/{name}"]
+                if key := next((source for source in sources if source in keys), None):
+                    tensors[name] = _cast(name, state.get_tensor(key), self.dtype)
         for path in sorted((self.checkpoint / "unet").glob("*.safetensors")):
             with safe_open(path, "pt") as file:
                 for name in set(file.keys()) - set(tensors):
@@ -97,11 +108,13 @@ def _cast_all(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def export(
-    run_dir: Path, out: Path, checkpoint: str = "last", dtype: str = "fp16", title: str = "", force: bool = False
-) -> Exported:
+    run_dir: Path, out: Path, checkpoint: str = "last", dtype: str = "fp16", title: str = "", force: bool = False,
+    weights: str = "auto",
+) -> Exported:  # fmt: skip
     """Write a run's model to `out`: one file if that ends in .safetensors, a diffusers folder otherwise.
 
-    checkpoint: last, best or a step. title: '' for the run's name and step. Raises ValueError, one line.
+    checkpoint: last, best or a step. title: '' for the run's name and step. weights: auto, the moving average where the
+    run keeps one; ema; trained. Raises ValueError, one line.
     """
     if not (run_dir / "config.toml").is_file():
         raise ValueError(f"{run_dir} is no run folder: it has no config.toml; train first, or name runs/NAME")
@@ -114,7 +127,7 @@ def export(
     check_files(folder)
     base = base_of(config.model)
     prediction = make_schedule(base.config_of("scheduler"), config.loss.prediction).prediction_type
-    source = _Source(config, base, folder, step, prediction, DTYPES[dtype])
+    source = _Source(config, base, folder, step, prediction, DTYPES[dtype], weights)
     out.parent.mkdir(parents=True, exist_ok=True)
     if is_file:
         notes = _export_file(source, out, title or f"{run_dir.resolve().name} step {step}")
@@ -122,6 +135,8 @@ def export(
     else:
         _export_folder(source, out)
         notes, num_bytes = [], sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    if config.train.ema_decay > 0:
+        notes.append("the weights of the last step" if weights == "trained" else "the moving average of the weights")
     if skip := config.model.clip_skip:
         notes.append(
             f"trained with clip_skip {skip}: draw with diffusers' clip_skip={skip}, A1111's Clip skip {skip + 1}"

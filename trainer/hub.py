@@ -30,13 +30,17 @@ def fetch(spec: str, setting: str, fix: str, parts: Iterable[str] = PARTS) -> Pa
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    parts = tuple(parts)
+
+    def snapshot(patterns: list[str], ignored: list[str]) -> Path:
+        return Path(snapshot_download(spec, allow_patterns=patterns, ignore_patterns=ignored, tqdm_class=late_bar()))
+
     patterns = ["*.json", "*.txt", *(f"{part}/*.safetensors" for part in parts)]
     try:
-        return Path(
-            snapshot_download(
-                spec, allow_patterns=patterns, ignore_patterns=["*fp16*", "*non_ema*"], tqdm_class=late_bar()
-            )
-        )
+        folder = snapshot(patterns, ["*fp16*", "*non_ema*"])
+        # fp32 where there is both; some repositories hold the halves alone
+        lacking = [part for part in parts if not any((folder / part).glob("*.safetensors"))]
+        return snapshot([f"{part}/*.fp16*" for part in lacking], ["*.bin", "*non_ema*"]) if lacking else folder
     except HFValidationError:
         raise ValueError(f"{setting} {spec!r} is neither a folder here nor a hub id (owner/name)") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,19 +12,15 @@ from torch import Tensor, nn
 
 from safelight.data.cache import Sample
 from safelight.kernels.attention import apply_attention, attention_modules, choose_attention, head_dim_of
-from safelight.trainer.checkpoint import (
-    Position,
-    folder_of,
-    load_checkpoint,
-    read_identity,
-)
+from safelight.trainer.checkpoint import Position, check_files, folder_of, load_checkpoint, read_identity
 from safelight.trainer.config import Config
 from safelight.trainer.dataset import Dataset, open_dataset
 from safelight.trainer.diffusion import NoiseSchedule, make_schedule
+from safelight.trainer.ema import WeightAverages, take_averages
 from safelight.trainer.encoders import LatentCodec, load_codec
 from safelight.trainer.identity import Identity, identify
 from safelight.trainer.log import Metrics, Terminal, reset_peak_memory
-from safelight.trainer.models import PRECISIONS, base_of, load_unet, pick_device, pick_dtype
+from safelight.trainer.models import PRECISIONS, base_of, check_unet, load_unet, pick_device, pick_dtype
 from safelight.trainer.optim import UNetOptimizer, check_optimizer
 from safelight.trainer.run_folder import write_start
 from safelight.trainer.step import StepResult
@@ -35,7 +32,8 @@ from safelight.trainer.validate import choose_subset
 class Job:
     """What the loop works with.
 
-    window: unlogged steps, see _log; num_timed: images since window_began; saved_step: of the newest checkpoint.
+    ema: None where the run keeps no moving average. window: unlogged steps, see _log; num_timed: images since
+    window_began; note: the last logged values, for the terminal; saved_step: of the newest checkpoint.
     """
 
     config: Config
@@ -44,6 +42,7 @@ class Job:
     dataset: Dataset
     unet: nn.Module
     optimizer: UNetOptimizer
+    ema: WeightAverages | None
     schedule: NoiseSchedule
     codec: LatentCodec
     timeline: Timeline
@@ -51,23 +50,29 @@ class Job:
     terminal: Terminal
     subset: list[Sample]
     identity: Identity
+    stop_requested: Callable[[], bool]
     window: list[StepResult] = field(default_factory=list)
     window_began: float = field(default_factory=time.monotonic)
     num_timed: int = 0
     num_skipped: int = 0
+    note: str = ""
     saved_step: int = -1
 
 
-def load_job(config: Config, run_dir: Path, step: int | None, terminal: Terminal) -> tuple[Job, Position]:
+def load_job(
+    config: Config, run_dir: Path, step: int | None, terminal: Terminal, stop_requested: Callable[[], bool]
+) -> tuple[Job, Position]:
     """Return the job and where it begins: at a checkpoint's step, or at 0 for None."""
     device = pick_device(config.run.device)
     dtype = pick_dtype(config.model.precision, device)
     check_optimizer(config.optimizer.name)
     base = base_of(config.model)
     schedule = make_schedule(base.config_of("scheduler"), config.loss.prediction, config.loss.zero_terminal_snr)
+    # what will be refused is refused before hours of encoding
+    check_unet(base)
     if step is not None:
-        # before anything is encoded for settings that will be refused
         _refuse_other_run(run_dir, step, identify(config, PRECISIONS[dtype]))
+        check_files(folder_of(run_dir, step))
     dataset = open_dataset(config, base, device, terminal.update)
     terminal.pause()
     if dataset.num_damaged:
@@ -81,6 +86,7 @@ def load_job(config: Config, run_dir: Path, step: int | None, terminal: Terminal
     if config.train.checkpointing == "full":
         unet.enable_gradient_checkpointing()
     optimizer = UNetOptimizer(unet, config.optimizer, dtype)
+    ema = WeightAverages(optimizer, config.train.ema_decay) if config.train.ema_decay > 0 else None
     attention = choose_attention(device, dtype, {head_dim_of(m) for m in attention_modules(unet)})
     apply_attention(unet, attention)
     # the autoencoder waits in host memory and visits the GPU to decode samples
@@ -94,9 +100,12 @@ def load_job(config: Config, run_dir: Path, step: int | None, terminal: Terminal
             )
         state, position = load_checkpoint(run_dir, step, unet)
         window = unpack_window(state, device)
+        take_averages(state, ema)
         optimizer.load_state_tensors(state)
     run_dir.mkdir(parents=True, exist_ok=True)
     notes = [str(attention), f"optimizer {config.optimizer.name}" + (", fp32 master" if optimizer.has_master else "")]
+    if ema is not None:
+        notes.append(f"moving average of the weights, decay {ema.decay:g}, in validation, samples and export")
     write_start(run_dir, config, base, dataset, unet, notes, schedule.prediction_type, PRECISIONS[dtype], device)
     metrics = Metrics(run_dir, -1 if step is None else step, config.log.tensorboard)
     if metrics.num_unreadable:
@@ -112,8 +121,8 @@ def load_job(config: Config, run_dir: Path, step: int | None, terminal: Terminal
     most = min(config.validate_.max_images, len(dataset.validation) or 1)
     subset = choose_subset(dataset.train, most, config.run.seed)
     job = Job(
-        config, run_dir, device, dataset, unet, optimizer, schedule.to(device), codec, timeline, metrics, terminal, subset,
-        identity, window, saved_step=-1 if step is None else step,
+        config, run_dir, device, dataset, unet, optimizer, ema, schedule.to(device), codec, timeline, metrics, terminal,
+        subset, identity, stop_requested, window, saved_step=-1 if step is None else step,
     )  # fmt: skip
     return job, position
 

@@ -42,13 +42,16 @@ class Metrics:
     def __init__(self, run_dir: Path, step: int, tensorboard: bool):
         self.path = run_dir / "metrics.jsonl"
         self.num_unreadable = 0
+        self._validated: set[int] = set()
         kept = []
         if self.path.exists():
             lines = self.path.read_bytes().split(b"\n")
             for number, line in enumerate(lines):
                 try:
-                    if json.loads(line)["step"] <= step:
+                    row = json.loads(line)
+                    if row["step"] <= step:
                         kept.append(line + b"\n")
+                        self._validated.update([row["step"]] if row.get("kind") == "validation" else [])
                 except (ValueError, KeyError, TypeError, RecursionError):
                     # the last line may be one that a kill cut short; any other is damage, and worth a word
                     self.num_unreadable += bool(line) and number < len(lines) - 1
@@ -59,6 +62,10 @@ class Metrics:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(run_dir / "tensorboard", purge_step=step + 1)
+
+    def has_validation(self, step: int) -> bool:
+        """Return whether the validation of a step was kept from before a resume."""
+        return step in self._validated
 
     def write(self, kind: str, step: int, **values) -> None:
         row = {"kind": kind, "step": step, **values, "time": round(time.time(), 3)}
@@ -111,6 +118,13 @@ class Terminal:
         self._live = None
         self._phase: Phase | None = None
         self._printed_at = 0.0
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        # an error's line comes below the bar, not into it
+        self.pause()
 
     def say(self, text: str) -> None:
         """Print a line of ours, text as it is."""

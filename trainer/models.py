@@ -9,12 +9,12 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from safelight.kernels.philox import Key, Purpose, words
@@ -197,24 +197,66 @@ def meta_unet(base: Base) -> nn.Module:
         return UNet2DConditionModel.from_config(base.config_of("unet"))
 
 
-def _from_folder(model_class, folder: Path, dtype: torch.dtype) -> nn.Module:
-    if not any(folder.glob("*.safetensors")):
+def check_unet(base: Base) -> None:
+    """Raise ValueError, one line, where load_unet would, from configs and headers alone: hours of encoding may lie between."""
+    if base.folder is None:
+        return
+    unet = meta_unet(base)
+    if base.file is not None:
+        base.file.check_unet(unet, base.setting)
+        return
+    wanted = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
+    found: dict[str, tuple[int, ...]] = {}
+    folder = base.folder / "unet"
+    for path in _weights_in(folder)[1]:
+        try:
+            with safe_open(path, "pt") as file:
+                found.update({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise _unfit(folder, f"{path.name}: {error}") from error
+    if missing := set(wanted) - set(found):
+        raise _lacking(folder, missing)
+    for name, shape in wanted.items():
+        if found[name] != shape:
+            raise _unfit(folder, f"{name} is {found[name]}, not {shape}")
+
+
+def _unfit(folder: Path, error: object) -> ValueError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return ValueError(f"{folder}: its weights are damaged or do not fit its config.json: {reason}")
+
+
+def _lacking(folder: Path, missing: Collection[str]) -> ValueError:
+    return ValueError(
+        f"{folder}: its .safetensors lack {len(missing)} of the model's tensors, the first is {min(missing)}"
+    )
+
+
+def _weights_in(folder: Path) -> tuple[str | None, list[Path]]:
+    """Return the variant to take of a model's folder, None for the plain files, and its files."""
+    variants: dict[str | None, list[Path]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        if match := _WEIGHTS.fullmatch(path.name):
+            variants.setdefault(match[1] or match[2], []).append(path)
+    if not variants:
         found = ", ".join(sorted(p.name for p in folder.glob("*"))) or "nothing"
         raise ValueError(f"{folder} holds no .safetensors (found: {found}); other formats are never loaded")
-    found = {match[1] or match[2] for p in folder.glob("*.safetensors") if (match := _WEIGHTS.fullmatch(p.name))}
     # the plain file is the fp32 one where there are several; of two halves fp16 has the more digits
-    variant = next((name for name in (None, "fp16", "bf16") if name in found), min(found, key=str, default=None))
+    variant = next((name for name in (None, "fp16", "bf16") if name in variants), min(variants, key=str))
+    return variant, variants[variant]
+
+
+def _from_folder(model_class, folder: Path, dtype: torch.dtype) -> nn.Module:
+    variant, _ = _weights_in(folder)
     try:
         module, info = model_class.from_pretrained(
             folder, torch_dtype=dtype, use_safetensors=True, variant=variant, output_loading_info=True
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise ValueError(f"{folder}: its weights are damaged or do not fit its config.json: {reason}") from error
+        raise _unfit(folder, error) from error
     # the libraries fill a gap with random weights and a warning
     if info["missing_keys"]:
-        first, num = min(info["missing_keys"]), len(info["missing_keys"])
-        raise ValueError(f"{folder}: its .safetensors lack {num} of the model's tensors, the first is {first}")
+        raise _lacking(folder, info["missing_keys"])
     return module
 
 

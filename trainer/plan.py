@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 
+from safelight.data.buckets import make_buckets
 from safelight.trainer.config import Config
+from safelight.trainer.dataset import bucket_multiple
 from safelight.trainer.models import PRECISIONS, base_of, meta_unet, pick_device, pick_dtype, vae_config
 
 # bitsandbytes: blocks of 256 with one fp32 scale each, tensors under 4,096 elements keep fp32 moments
@@ -28,18 +30,19 @@ class StaticBytes:
     weights: int
     master: int
     moments: int
+    average: int
     gradients: int
     master_gradients: int
 
     @property
     def total(self) -> int:
-        """Weights, master and moments, and the larger of the two phases of the gradients."""
-        return self.weights + self.master + self.moments + max(self.gradients, self.master_gradients)
+        """What stays, and the larger of the two phases of the gradients."""
+        return self.checkpoint + max(self.gradients, self.master_gradients)
 
     @property
     def checkpoint(self) -> int:
         """Bytes of one checkpoint on disk; one 16-bit tensor and its fp32 master both go in."""
-        return self.weights + self.master + self.moments
+        return self.weights + self.master + self.moments + self.average
 
 
 def moment_bytes(numel: int, optimizer: str) -> int:
@@ -63,9 +66,23 @@ def static_bytes(config: Config, device: torch.device | None = None) -> StaticBy
         weights=num * dtype.itemsize,
         master=4 * num if has_master else 0,
         moments=sum(moment_bytes(size, config.optimizer.name) for size in sizes),
+        average=4 * num if config.train.ema_decay > 0 else 0,
         gradients=num * dtype.itemsize,
         master_gradients=4 * num if has_master else 0,
     )
+
+
+def latent_factor(vae: dict) -> int:
+    """Return the pixels a latent of an autoencoder's config, along each side."""
+    is_tiny = vae["_class_name"] == "AutoencoderTiny"
+    return 2 ** (len(vae["encoder_block_out_channels" if is_tiny else "block_out_channels"]) - 1)
+
+
+def check_resolution(config: Config) -> None:
+    """Raise ValueError, one line, where the resolution makes no buckets for the model."""
+    base = base_of(config.model)
+    multiple = bucket_multiple(base, latent_factor(vae_config(base, config.model.vae)))
+    make_buckets(config.data.resolution, multiple, config.data.max_aspect)
 
 
 def cache_bytes(config: Config, num_photos: int) -> int:
@@ -74,13 +91,14 @@ def cache_bytes(config: Config, num_photos: int) -> int:
     # a posterior is kept as mean and logvar; AutoencoderTiny has none
     is_tiny = vae["_class_name"] == "AutoencoderTiny"
     channels = vae["latent_channels"] * (1 if is_tiny else 2)
-    factor = 2 ** (len(vae["encoder_block_out_channels" if is_tiny else "block_out_channels"]) - 1)
+    factor = latent_factor(vae)
     itemsize = {"float16": 2, "float32": 4}[config.data.cache_dtype]
     return num_photos * config.data.variants * channels * (config.data.resolution // factor) ** 2 * itemsize
 
 
 def table(config: Config) -> dict:
     """Return the plan as plain values: bytes by part, and the run's length if its dataset is prepared."""
+    check_resolution(config)
     static = static_bytes(config)
     result: dict = {
         "base": config.model.base,
@@ -92,6 +110,7 @@ def table(config: Config) -> dict:
             "weights": static.weights,
             "fp32 master": static.master,
             "Adam moments": static.moments,
+            **({"moving average": static.average} if static.average else {}),
             "gradients": static.gradients,
             "fp32 gradients (after those)": static.master_gradients,
             "peak of these": static.total,

@@ -10,6 +10,10 @@ _SCHEDULER = {
     "beta_schedule": "scaled_linear",
     "num_train_timesteps": 1000,
     "prediction_type": "epsilon",
+    # Stable Diffusion's own values, which are not diffusers' defaults
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
 }
 
 _CROSS_BLOCKS = {

@@ -80,7 +80,8 @@ def generate(
 ) -> list[Image.Image]:
     """Return an RGB image for each row of text_BTD.
 
-    indices: the noise's numbers, 0 .. B-1 by default. negative_TD: what guidance points away from.
+    indices: the noise's numbers, 0 .. B-1 by default. negative_TD: what guidance points away from. progress: told
+    (done, total) of the denoising steps, each of a whole batch; what it raises ends the drawing.
     Raises ValueError for a size that the latents do not divide.
     """
     factor = codec.factor
@@ -92,6 +93,7 @@ def generate(
     was_training = unet.training
     unet.eval()
     images: list[Image.Image] = []
+    num_batches, num_done = -(-len(indices) // batch_size), 0
     for start in range(0, len(indices), batch_size):
         chunk = indices[start : start + batch_size]
         keys = [Key(settings.seed, Purpose.SAMPLE_NOISE, index) for index in chunk]
@@ -111,9 +113,10 @@ def generate(
                 without, with_caption = predicted.chunk(2)
                 predicted = without + settings.cfg * (with_caption - without)
             latents = scheduler.step(predicted, timestep, latents).prev_sample
+            num_done += 1
+            if progress is not None:
+                progress(num_done, num_batches * len(scheduler.timesteps))
         images.extend(to_images(codec.decode(latents)))
-        if progress is not None:
-            progress(len(images), len(indices))
     unet.train(was_training)
     return images
 

@@ -164,22 +164,30 @@ class SingleFile:
                 state[name] = tensor.reshape(shapes[name]).to(dtype)
         return state
 
+    def check_unet(self, unet: nn.Module, source: str) -> Layout:
+        """Return where a UNet's tensors are. unet: on the meta device, by its config; source: names that in messages.
+
+        Raises ValueError where tensors are missing, too many or of another shape.
+        """
+        shapes = _shapes(unet)
+        layout = unet_layout(shapes, unet.config.layers_per_block)
+        self._check(layout, shapes, "UNet", source)
+        self._check_nothing_else(layout, UNET_PREFIX, "UNet", source)
+        return layout
+
     def load_unet(self, make: Callable[[], nn.Module], dtype: torch.dtype, source: str) -> nn.Module:
         """Return the UNet on the CPU. make: builds it by a config; source: names that config in messages."""
         with torch.device("meta"):
             unet = make()
-        shapes = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
-        layout = unet_layout(shapes, unet.config.layers_per_block)
-        self._check(layout, shapes, "UNet", source)
-        self._check_nothing_else(layout, UNET_PREFIX, "UNet", source)
-        unet.load_state_dict(self._read(layout, shapes, dtype), assign=True)
+        layout = self.check_unet(unet, source)
+        unet.load_state_dict(self._read(layout, _shapes(unet), dtype), assign=True)
         return unet.eval()
 
     def load_vae(self, make: Callable[[], nn.Module], source: str) -> nn.Module:
         """Return the AutoencoderKL in fp32 on the CPU, of a whole model or of an autoencoder's own file in either layout."""
         with torch.device("meta"):
             vae = make()
-        shapes = {name: tuple(tensor.shape) for name, tensor in vae.state_dict().items()}
+        shapes = _shapes(vae)
         layout = vae_layout(shapes)
         if self.has("encoder.down_blocks."):
             layout = {
@@ -203,7 +211,7 @@ class SingleFile:
         from transformers import CLIPTextModel
 
         with torch.device("meta"):
-            shapes = {name: tuple(tensor.shape) for name, tensor in CLIPTextModel(config).state_dict().items()}
+            shapes = _shapes(CLIPTextModel(config))
         if self.has(OPEN_CLIP_PREFIX):
             layout = open_clip_layout(shapes)
         else:
@@ -222,6 +230,10 @@ class SingleFile:
             raise ValueError(
                 f"{self}: its {part} has {len(others)} tensors more than {source}, the first is {min(others)}"
             )
+
+
+def _shapes(module: nn.Module) -> dict[str, Shape]:
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
 def _older_name(name: str) -> str:

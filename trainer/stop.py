@@ -6,6 +6,10 @@ import os
 import signal
 
 
+class Stopped(Exception):
+    """Raised inside long work between steps, once a stop is asked for: it is done again on resume."""
+
+
 class Stop:
     """Ctrl-C or SIGTERM once: finish the step, save, leave. Ctrl-C twice: leave at once; checkpoints are safe.
 

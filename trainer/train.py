@@ -23,6 +23,7 @@ from safelight.trainer.checkpoint import (
     Position,
     list_checkpoints,
     prune,
+    rewrite_position,
     save_checkpoint,
 )
 from safelight.trainer.config import Config
@@ -30,6 +31,7 @@ from safelight.trainer.job import Job, load_job, pack_window
 from safelight.trainer.log import Terminal, peak_memory_gib
 from safelight.trainer.sample import generate, settings_of
 from safelight.trainer.step import StepResult, train_step
+from safelight.trainer.stop import Stopped
 from safelight.trainer.validate import choose_subset, validate
 
 # fp16's loss scale needs up to 24 halvings to find its place; more skips in a row than this lead nowhere
@@ -56,7 +58,7 @@ def train(
     """Train a run from its config and return how it ended.
 
     resume: go on from the newest checkpoint, from the start if there is none yet. stop_requested: asked after every
-    step; True saves and returns. guard: entered for the loop alone, where an interruption has something to save.
+    step, forward pass of validation and denoising step; True saves and returns. guard: entered for the loop alone, where an interruption has something to save.
     Raises ValueError for what the user can mend: settings, dataset, model, a run folder that is damaged or in use.
     """
     terminal = terminal or Terminal()
@@ -71,22 +73,27 @@ def train(
             )
         if resume and not checkpoints:
             terminal.say(f"{run_dir} holds no checkpoint yet: starting at step 0")
-        job, position = load_job(config, run_dir, checkpoints[-1] if checkpoints else None, terminal)
+        job, position = load_job(config, run_dir, checkpoints[-1] if checkpoints else None, terminal, stop_requested)
         try:
             with guard:
-                return _loop(job, position, stop_requested)
+                return _loop(job, position)
         finally:
             terminal.pause()
             job.metrics.close()
             job.dataset.cache.close()
 
 
-def _loop(job: Job, position: Position, stop_requested: Callable[[], bool]) -> Outcome:
+def _loop(job: Job, position: Position) -> Outcome:
     """Train from a position to the end, or until asked to stop."""
     config, timeline = job.config, job.timeline
-    if position.step == 0:
-        position = _validate(job, position)
-        _sample(job, position, due=config.sample.every_epochs > 0)
+    if position.step == 0 or position.unmeasured:
+        position = _measure(job, position)
+        if position.unmeasured:
+            return Outcome(job.run_dir, position, interrupted=True)
+        if position.step > 0:
+            rewrite_position(job.run_dir, position)
+    if position.step < timeline.num_steps:
+        job.terminal.update("training", position.step, timeline.num_steps, "first step")
     job.window_began = time.monotonic()
     while position.step < timeline.num_steps:
         index = timeline.stage_of(position.epoch)
@@ -120,9 +127,11 @@ def _loop(job: Job, position: Position, stop_requested: Callable[[], bool]) -> O
                 weight_decay=stage.weight_decay,
                 max_grad_norm=stage.max_grad_norm,
             )
+            if job.ema is not None and result.taken:
+                job.ema.update()
             position = replace(position, step=position.step + 1, step_in_epoch=position.step_in_epoch + 1, stage=index)
             _log(job, position, result, lr)
-            if position.step >= timeline.num_steps or stop_requested():
+            if position.step >= timeline.num_steps or job.stop_requested():
                 break
             if _is_due(config.save.every_steps, position.step) and not _at_epoch_end(job, position):
                 _save(job, position)
@@ -131,10 +140,10 @@ def _loop(job: Job, position: Position, stop_requested: Callable[[], bool]) -> O
             position = _end_epoch(job, position)
         elif position.step >= timeline.num_steps:
             position = _finish(job, position)
-        if stop_requested() and position.step < timeline.num_steps:
+        if job.stop_requested() and position.step < timeline.num_steps:
             _save(job, position)
             return Outcome(job.run_dir, position, interrupted=True)
-    return Outcome(job.run_dir, position, interrupted=False)
+    return Outcome(job.run_dir, position, interrupted=position.unmeasured)
 
 
 def _groups(plan: list[MicroBatch], size: int) -> Iterator[list[MicroBatch]]:
@@ -153,9 +162,7 @@ def _end_epoch(job: Job, position: Position) -> Position:
     if position.step >= job.timeline.num_steps:
         return _finish(job, position)
     config, before = job.config, position.best_step
-    if _is_due(config.validate_.every_epochs, position.epoch):
-        position = _validate(job, position)
-    _sample(job, position, due=_is_due(config.sample.every_epochs, position.epoch))
+    position = _measure(job, position)
     is_due = _is_due(config.save.every_epochs, position.epoch) or _is_due(config.save.every_steps, position.step)
     if is_due or position.best_step != before:
         _save(job, position)
@@ -169,10 +176,45 @@ def _is_due(every: int, count: int) -> bool:
 
 def _finish(job: Job, position: Position) -> Position:
     """Validate, sample and save at the end of the run."""
-    position = _validate(job, position)
-    _sample(job, position, due=job.config.sample.every_epochs > 0)
+    position = _measure(job, position)
     _save(job, position)
     return position
+
+
+def _measure(job: Job, position: Position) -> Position:
+    """Validate and sample as is due here: by epochs, and at the start and the end of the run.
+
+    Asked to stop in between, return the position `unmeasured`; a resumed run comes here again and does the rest.
+    """
+    config = job.config
+    at_an_end = position.step == 0 or position.step >= job.timeline.num_steps
+
+    def due(every: int) -> bool:
+        return every > 0 if at_an_end else _is_due(every, position.epoch)
+
+    began = time.monotonic()
+    try:
+        with nullcontext() if job.ema is None or position.step == 0 else job.ema.applied():
+            if due(config.validate_.every_epochs) and not job.metrics.has_validation(position.step):
+                position = _validate(job, position)
+            if due(config.sample.every_epochs):
+                _sample(job, position)
+    except Stopped:
+        return replace(position, unmeasured=True)
+    # the clock of images/s runs over training alone
+    job.window_began += time.monotonic() - began
+    return replace(position, unmeasured=False)
+
+
+def _tell(job: Job, position: Position, what: str) -> Callable[[int, int], None]:
+    """Return what long work between steps reports to: the terminal's line, and the end of the work if a stop is asked for."""
+
+    def told(done: int, total: int) -> None:
+        job.terminal.update("training", position.step, job.timeline.num_steps, f"{what} {done}/{total}")
+        if job.stop_requested():
+            raise Stopped
+
+    return told
 
 
 def _epoch_fraction(job: Job, position: Position) -> float:
@@ -197,6 +239,7 @@ def _log(job: Job, position: Position, result: StepResult, lr: float) -> None:
                 "use model.precision bf16 or fp32, or a lower optimizer.lr"
             )
     if position.step % config.log.every_steps != 0 and position.step != timeline.num_steps:
+        job.terminal.update("training", position.step, timeline.num_steps, job.note)
         return
     seconds, job.window_began = time.monotonic() - job.window_began, time.monotonic()
     images_per_s, job.num_timed = job.num_timed / seconds, 0
@@ -215,20 +258,19 @@ def _log(job: Job, position: Position, result: StepResult, lr: float) -> None:
     )
     told = "all steps skipped" if loss is None else f"loss {loss:.4f}"
     rate = f"{images_per_s:.1f}" if images_per_s >= 1 else f"{images_per_s:.2g}"
-    note = f"{told}  {rate} img/s  {peak_memory_gib(job.device):.1f} GiB"
-    job.terminal.update("training", position.step, timeline.num_steps, note)
+    job.note = f"{told}  {rate} img/s  {peak_memory_gib(job.device):.1f} GiB"
+    job.terminal.update("training", position.step, timeline.num_steps, job.note)
     job.window.clear()
 
 
 def _validate(job: Job, position: Position) -> Position:
     """Measure the held-out set and the training subset; return the position with the best so far."""
     settings = job.config.validate_
-    if settings.every_epochs == 0 or not job.dataset.validation:
+    if not job.dataset.validation:
         return position
     held_out = choose_subset(job.dataset.validation, settings.max_images, job.config.run.seed)
-    began = time.monotonic()
-    for split, samples in (("held_out", held_out), ("train_subset", job.subset)):
-        result = validate(
+    results = {
+        split: validate(
             job.unet,
             job.dataset.cache,
             samples,
@@ -238,7 +280,11 @@ def _validate(job: Job, position: Position) -> Position:
             seed=job.config.run.seed,
             num_bands=settings.timesteps,
             batch_size=settings.batch_size,
+            progress=_tell(job, position, f"validating {label}"),
         )
+        for split, label, samples in (("held_out", "held out", held_out), ("train_subset", "trained", job.subset))
+    }
+    for split, result in results.items():
         job.metrics.write(
             "validation",
             position.step,
@@ -251,24 +297,20 @@ def _validate(job: Job, position: Position) -> Position:
         if split == "held_out" and (position.best_loss is None or result.loss < position.best_loss):
             position = replace(position, best_step=position.step, best_loss=result.loss)
             job.metrics.write("event", position.step, event="best so far", detail=f"held-out loss {result.loss:.5f}")
-    # the clock of images/s runs over training alone
-    job.window_began += time.monotonic() - began
     return position
 
 
-def _sample(job: Job, position: Position, *, due: bool) -> None:
+def _sample(job: Job, position: Position) -> None:
     """Draw the fixed prompts into samples/step-XXXXXXXX."""
-    if not due:
-        return
     config = job.config
     prompts = job.dataset.sample_prompts(config)
     if not prompts:
         return
-    began = time.monotonic()
     settings = settings_of(config)
     text, negative = job.dataset.texts(prompts), job.dataset.texts([config.sample.negative_prompt])
     with job.codec.on(job.device) as codec:
-        images = generate(job.unet, codec, text, negative, job.schedule, settings)
+        told = _tell(job, position, "drawing")
+        images = generate(job.unet, codec, text, negative, job.schedule, settings, progress=told)
     folder = job.run_dir / "samples" / f"step-{position.step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -285,7 +327,6 @@ def _sample(job: Job, position: Position, *, due: bool) -> None:
         )
     index_json = {"step": position.step, "epoch": round(_epoch_fraction(job, position), 6), "images": rows}
     atomic_write_text(folder / "index.json", json.dumps(index_json, indent=1, ensure_ascii=False))
-    job.window_began += time.monotonic() - began
 
 
 def _save(job: Job, position: Position) -> None:
@@ -294,7 +335,8 @@ def _save(job: Job, position: Position) -> None:
         return
     began = time.monotonic()
     job.metrics.sync()
-    state = {**job.optimizer.state_tensors(), **pack_window(job.window)}
+    averages = {} if job.ema is None else job.ema.state_tensors()
+    state = {**job.optimizer.state_tensors(), **averages, **pack_window(job.window)}
     save_checkpoint(job.run_dir, job.unet, state, position, job.identity)
     job.saved_step = position.step
     prune(job.run_dir, job.config.save.keep, position.best_step)

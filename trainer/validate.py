@@ -6,7 +6,7 @@ the posterior's mean; no dropout, no jitter, no weights.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,8 +58,12 @@ def validate(
     seed: int,
     num_bands: int,
     batch_size: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Validation:
-    """Return the loss of a set of samples: canonical crop, first caption. Raises ValueError for an empty set."""
+    """Return the loss of a set of samples: canonical crop, first caption. Raises ValueError for an empty set.
+
+    progress: told (done, total) before each forward pass; what it raises ends the validation.
+    """
     if not samples:
         raise ValueError("there are no images to validate on; set data.validation_fraction above 0")
     device = schedule.alphas_cumprod_T.device
@@ -67,11 +71,13 @@ def validate(
     unet.eval()
     losses = torch.zeros(len(samples), num_bands, dtype=torch.float64)
     band = schedule.num_timesteps / num_bands
-    for micro_batch in _batches(samples, batch_size):
+    batches = _batches(samples, batch_size)
+    for index, micro_batch in enumerate(batches):
         batch = load_batch(cache, samples, micro_batch, empty_key)
         latents = batch.mean_BCHW.to(device) * scaling_factor
         rows = [ref.sample_index for ref in micro_batch.refs]
         for k in range(num_bands):
+            progress(index * num_bands + k, len(batches) * num_bands)
             noise_keys = [Key(seed, Purpose.VALIDATION_NOISE, i, 0, k) for i in batch.sample_ids]
             time_keys = [Key(seed, Purpose.VALIDATION_TIMESTEP, i, 0, k) for i in batch.sample_ids]
             noise = normals_torch(noise_keys, tuple(latents.shape[1:]), device)

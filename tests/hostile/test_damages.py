@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from safelight.trainer.config import load_config
+from safelight.trainer.models import tiny_folder
 from safelight.trainer.train import train
 
 TOML = """
@@ -90,3 +91,25 @@ def test_is_named_or_mended_and_what_was_whole_stays(damage, place, call):
     for name, content in before.items():
         if name.startswith("run/checkpoints/step-"):
             assert after[name] == content
+
+
+@pytest.mark.parametrize("what", ["a UNet cut short", "a checkpoint with a flipped bit"])
+def test_what_a_run_cannot_use_is_told_before_anything_is_encoded(place, tmp_path, what):
+    """Hours of caching may lie between the command and the weights."""
+    shutil.rmtree(place / "dataset" / "cache")
+    config, resume = load_config(place / "run.toml"), False
+    if what == "a UNet cut short":
+        base = shutil.copytree(tiny_folder(), tmp_path / "base")
+        weights = base / "unet" / "diffusion_pytorch_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1000])
+        config.model.base, config.run.dir = str(base), str(tmp_path / "other")
+        line = "its weights are damaged or do not fit its config.json"
+    else:
+        state = place / "run" / "checkpoints" / "step-00000002" / "state.safetensors"
+        data = bytearray(state.read_bytes())
+        data[len(data) // 2] ^= 1
+        state.write_bytes(data)
+        line, resume = r"step-00000002 is damaged: state\.safetensors .*go on from step 1", True
+    with pytest.raises(ValueError, match=line):
+        train(config, resume=resume)
+    assert not (place / "dataset" / "cache").exists()

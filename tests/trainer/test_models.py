@@ -19,6 +19,7 @@ from safelight.__main__ import main
 from safelight.trainer.config import parse_config, to_toml
 from safelight.trainer.encoders import CaptionEncoder, LatentCodec
 from safelight.trainer.models import (
+    check_unet,
     fingerprint,
     load_text,
     load_unet,
@@ -302,6 +303,35 @@ def test_a_hub_model_that_is_not_supported_is_refused_before_its_weights_are_fet
     assert asked[-1] == ["*.json", "*.txt", *(f"{part}/*.safetensors" for part in ("unet", "vae", "text_encoder"))]
 
 
+def test_a_hub_model_of_halves_alone_is_fetched_and_one_of_both_comes_in_fp32(tmp_path, monkeypatch):
+    """The hub is a folder here, and what is asked of it is filtered as the hub's own client does."""
+    import huggingface_hub
+
+    hub = tmp_path / "hub"
+    shutil.copytree(tiny_folder(), hub)
+    for part in ("unet", "vae"):
+        weights = hub / part / WEIGHTS[part]
+        shutil.copy(weights, weights.with_suffix(".fp16.safetensors"))
+    (hub / "unet" / WEIGHTS["unet"]).unlink()
+
+    def snapshot_download(spec, allow_patterns, ignore_patterns, **options):
+        names = [path.relative_to(hub).as_posix() for path in hub.rglob("*") if path.is_file()]
+        for name in huggingface_hub.utils.filter_repo_objects(
+            names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+        ):
+            (tmp_path / "here" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(hub / name, tmp_path / "here" / name)
+        return str(tmp_path / "here")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    base = resolve_base("owner/sd")
+    found = {path.name for path in base.folder.rglob("*.safetensors")}
+    assert found == {"diffusion_pytorch_model.fp16.safetensors", WEIGHTS["vae"], WEIGHTS["text_encoder"]}
+    assert not list((base.folder / "vae").glob("*fp16*"))
+    check_unet(base)
+    assert fingerprint(load_unet(base, 0)) == fingerprint(load("unet", tiny_folder()))
+
+
 @pytest.mark.parametrize("part", WEIGHTS)
 def test_weights_with_a_gap_or_of_another_size_or_cut_short_are_refused(base_folder, part):
     """diffusers and transformers fill a gap with random weights and go on."""
@@ -311,13 +341,35 @@ def test_weights_with_a_gap_or_of_another_size_or_cut_short_are_refused(base_fol
     save_file({key: value for key, value in weights.items() if key != name}, path)
     with pytest.raises(ValueError, match=r"its \.safetensors lack 1 of the model's tensors, the first is .*\w"):
         load(part, base_folder)
+    refused_from_headers(part, base_folder, r"its \.safetensors lack 1 of the model's tensors, the first is .*\w")
     save_file({**weights, name: torch.zeros(3, 5)}, path)
     with pytest.raises(ValueError, match=r"its weights are damaged or do not fit its config\.json"):
         load(part, base_folder)
+    refused_from_headers(part, base_folder, rf"do not fit its config\.json: {name} is \(3, 5\), not")
     save_file(weights, path)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"its weights are damaged or do not fit its config\.json"):
         load(part, base_folder)
+    refused_from_headers(part, base_folder, r"its weights are damaged")
+    path.unlink()
+    refused_from_headers(part, base_folder, r"holds no \.safetensors")
+
+
+def refused_from_headers(part: str, folder: Path, match: str) -> None:
+    """The UNet's check before encoding says what loading it would say; the encoders are loaded first anyway."""
+    if part == "unet":
+        with pytest.raises(ValueError, match=match):
+            check_unet(resolve_base(str(folder)))
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_a_sound_unet_passes_the_check_of_its_headers(base_folder, variant):
+    check_unet(resolve_base("tiny"))
+    check_unet(resolve_base("random:small"))
+    whole = load("unet", tiny_folder())
+    (base_folder / "unet" / WEIGHTS["unet"]).unlink()
+    whole.save_pretrained(base_folder / "unet", max_shard_size="300KB", variant=variant)
+    check_unet(resolve_base(str(base_folder)))
 
 
 @pytest.mark.parametrize("part", ["vae", "text_encoder"])

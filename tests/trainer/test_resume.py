@@ -4,6 +4,7 @@ The children come from fork_runs.py. A child kills itself at a chosen point, so 
 each point is really met; the points and their counts are drawn by a fixed generator.
 """
 
+import copy
 import json
 import random
 import signal
@@ -24,7 +25,7 @@ def settings_of(folder: Path, dataset: Path, **more) -> dict:
     return {
         "run": {"dir": str(folder), "seed": 9, "device": "cpu"},
         "data": {"path": str(dataset), "resolution": 64, "variants": 2, "caption_dropout": 0.2, **more.pop("data", {})},
-        "train": {"batch_size": 4, "accumulate": 2},
+        "train": {"batch_size": 4, "accumulate": 2, **more.pop("train", {})},
         "optimizer": {"lr": 1e-4, "schedule": "cosine", "warmup_steps": 2, **more.pop("optimizer", {})},
         "stage": [{"epochs": 2}, {"epochs": 2, "lr": 2e-5, "batch_size": 3, "accumulate": 1}],
         "sample": {"steps": 2, "num_prompts": 2, "every_epochs": 2, "cfg": 2.0},
@@ -93,32 +94,35 @@ def test_killed_and_resumed_equals_uninterrupted(run, tiny_dataset, tmp_path, op
     assert not list(folder.glob("checkpoints/.*")), "leftovers of killed writes are removed"
 
 
-def test_bf16_with_its_master_resumes_bit_for_bit(run, tiny_dataset, tmp_path):
-    alone = settings_of(tmp_path / "alone", tiny_dataset, model={"precision": "bf16"})
+def test_bf16_with_its_master_and_its_moving_average_resumes_bit_for_bit(run, tiny_dataset, tmp_path):
+    more = {"model": {"precision": "bf16"}, "train": {"ema_decay": 0.9}}
+    alone = settings_of(tmp_path / "alone", tiny_dataset, **copy.deepcopy(more))
     assert run(alone) == 0
-    killed = settings_of(tmp_path / "killed", tiny_dataset, model={"precision": "bf16"})
+    killed = settings_of(tmp_path / "killed", tiny_dataset, **copy.deepcopy(more))
     assert run(killed, point="step", count=8) == -signal.SIGKILL
     assert run(killed, resume=True) == 0
     assert_equal_runs(tmp_path / "alone", tmp_path / "killed")
 
 
-def test_asked_to_stop_it_saves_and_goes_on(run, tiny_dataset, tmp_path):
-    """What Ctrl-C does: after the step in flight a checkpoint is there, and resuming equals not stopping."""
-    alone = settings_of(tmp_path / "alone", tiny_dataset)
-    assert run(alone) == 0
-    stopped = parse_config(settings_of(tmp_path / "stopped", tiny_dataset, save={"every_epochs": 1, "keep": 2}), "test")
-    asked = iter([False] * 4 + [True] * 10)
-    outcome = train.train(stopped, stop_requested=lambda: next(asked))
-    assert outcome.interrupted
-    assert list_checkpoints(tmp_path / "stopped")[-1] == outcome.position.step > 0
-    outcome = train.train(stopped, resume=True)
-    assert not outcome.interrupted
-    last = list_checkpoints(tmp_path / "alone")[-1]
-    weights = [
-        load_file(checkpoint.folder_of(tmp_path / name, last) / "state.safetensors") for name in ("alone", "stopped")
-    ]
-    assert all((weights[0][key] == weights[1][key]).all() for key in weights[0])
+def test_asked_to_stop_at_any_moment_it_goes_on_as_if_never_asked(run, tiny_dataset, tmp_path):
+    """What Ctrl-C and SIGTERM do: in a step, a validation or a drawing, once and again; nothing is done twice or left out."""
+    assert run(settings_of(tmp_path / "alone", tiny_dataset)) == 0
+    config = parse_config(settings_of(tmp_path / "stopped", tiny_dataset), "test")
+    rng = random.Random("stops")
+    reached, outcome = [], None
+    while outcome is None or outcome.interrupted:
+        # a validation and its samples ask up to 20 times: some stops fall into them, and some let them end
+        asked = iter([False] * rng.randint(1, 30))
+        outcome = train.train(config, resume=True, stop_requested=lambda asked=asked: next(asked, True))
+        reached.append(outcome.position)
+    assert reached[0].step == 0, "a stop before the first step leaves nothing to save"
+    assert sum(position.unmeasured for position in reached) >= 2
+    assert sum(0 < position.step < reached[-1].step and not position.unmeasured for position in reached) >= 1
     assert metrics(tmp_path / "alone") == metrics(tmp_path / "stopped")
+    last = [checkpoint.folder_of(tmp_path / name, reached[-1].step) for name in ("alone", "stopped")]
+    assert last[0].joinpath("state.json").read_bytes() == last[1].joinpath("state.json").read_bytes()
+    drawn = sorted(path.relative_to(tmp_path / "alone") for path in tmp_path.glob("alone/samples/*/*"))
+    assert all((tmp_path / "alone" / path).read_bytes() == (tmp_path / "stopped" / path).read_bytes() for path in drawn)
 
 
 def test_saving_by_steps_alone_also_saves_at_epoch_ends(tiny_dataset, tmp_path):

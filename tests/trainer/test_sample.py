@@ -12,6 +12,7 @@ from safelight.trainer.diffusion import make_schedule
 from safelight.trainer.encoders import CaptionEncoder, LatentCodec
 from safelight.trainer.models import load_text, load_unet, load_vae, resolve_base, tiny_folder
 from safelight.trainer.sample import SAMPLERS, Settings, generate, make_scheduler, to_images
+from safelight.trainer.stop import Stopped
 
 CPU = torch.device("cpu")
 SETTINGS = Settings(width=48, height=64, steps=4, cfg=3.0, seed=12, sampler="ddim")
@@ -83,10 +84,17 @@ def test_guidance_is_an_extrapolation_and_the_caption_matters(parts):
     assert np.abs(guided - plain).mean() > 0.5
 
 
-def test_progress_counts_images(parts):
+def test_progress_counts_the_denoising_steps_of_all_batches_and_may_end_them(parts):
     seen = []
     generate(*parts, SETTINGS, batch_size=2, progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(2, 3), (3, 3)]
+    total = 2 * SETTINGS.steps
+    assert seen == [(done, total) for done in range(1, total + 1)]
+
+    def stop(done, total):
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        generate(*parts, SETTINGS, progress=stop)
 
 
 def test_a_size_the_latents_do_not_divide_is_refused(parts):

@@ -12,7 +12,16 @@ from safetensors.torch import load_file, save_file
 
 from safelight.__main__ import main
 from safelight.trainer.config import parse_config, to_toml
-from safelight.trainer.models import base_of, fingerprint, load_text, load_unet, load_vae, resolve_base, tiny_folder
+from safelight.trainer.models import (
+    base_of,
+    check_unet,
+    fingerprint,
+    load_text,
+    load_unet,
+    load_vae,
+    resolve_base,
+    tiny_folder,
+)
 from safelight.trainer.original_layout import (
     CLIP_PREFIX,
     UNET_PREFIX,
@@ -285,6 +294,8 @@ def test_a_gap_something_more_or_quantised_weights_are_refused(tensors, write):
     ):
         with pytest.raises(ValueError, match=line):
             load_unet(resolve_base(write(changed), "tiny"), 0)
+        with pytest.raises(ValueError, match=line):
+            check_unet(resolve_base(write(changed), "tiny"))
 
 
 def test_a_file_that_is_cut_short_or_missing(tensors, write, tmp_path):

@@ -154,6 +154,21 @@ def _judge(
     return Verdict(chosen, reasons, ms)
 
 
+def backends_of(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
+    """Return the backends that may work on a device, preferred ones first."""
+    if device.type == "cpu":
+        return CPU_BACKENDS
+    if device.type == "meta" and dtype.itemsize != 2:
+        # no card's flash or cuDNN takes fp32, which no meta implementation says
+        return tuple(name for name in CUDA_BACKENDS if name in ("efficient", "xformers-cutlass", "math"))
+    return CUDA_BACKENDS
+
+
+def can_time(device: torch.device) -> bool:
+    """Return whether backends are timed on a device: on a GPU; a CPU has one fused operator."""
+    return device.type == "cuda"
+
+
 def device_name(device: torch.device) -> str:
     """Return what a choice depends on: the GPU's name, or the kind of device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -174,33 +189,28 @@ def choose_attention(
         raise ValueError(f"model.attention {wanted!r} is unknown; use {', '.join(GROUPS)}")
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
-    here = CPU_BACKENDS if device.type == "cpu" else CUDA_BACKENDS
-    allowed = [name for name in here if name in GROUPS[wanted]]
-    if device.type == "meta":
-        # no card's flash or cuDNN takes fp32, which no meta implementation says
-        allowed = [name for name in allowed if dtype.itemsize == 2 or name in ("efficient", "xformers-cutlass", "math")]
+    allowed = [name for name in backends_of(device, dtype) if name in GROUPS[wanted]]
     if not allowed:
         why = "xformers has no CPU operator" if wanted == "xformers" else f"it does not run on {device.type}"
         raise ValueError(f"model.attention = {wanted!r} cannot be had on {device.type}: {why}; use auto or sdpa")
     name, dtype_name = device_name(device), str(dtype).removeprefix("torch.")
-    kept, notes = _previous_backends(previous, name, dtype_name)
+    kept, notes = _previous_verdicts(previous, name, dtype_name)
     verdicts: dict[Case, Verdict] = {}
+    is_timed = can_time(device) and not deterministic
     # TODO: a bare head dim goes once trainer/job.py passes attention_cases
     for case in sorted({Case(c) if isinstance(c, int) else c for c in cases}):
-        is_timed = device.type == "cuda" and not deterministic
         candidates = allowed
-        before = kept.get(case)
-        if before in allowed:
-            verdict = _judge(case, [before], device, dtype, batch, False, deterministic)
-            if isinstance(verdict, Verdict):
-                verdicts[case] = verdict
-                continue
-            candidates = [x for x in allowed if x != before]
-            notes.append(
-                f"{before}, the run's so far for head dim {case.head_dim}, does not work now: {verdict[before]}"
-            )
-        elif before is not None:
-            notes.append(f"{before}, the run's so far for head dim {case.head_dim}, is not wanted now")
+        if case in kept:
+            before = kept[case].backend
+            why = "is not wanted now"
+            if before in allowed:
+                verdict = _judge(case, [before], device, dtype, batch, False, deterministic)
+                if isinstance(verdict, Verdict):
+                    verdicts[case] = kept[case]
+                    continue
+                why = f"does not work now: {verdict[before]}"
+                candidates = [x for x in allowed if x != before]
+            notes.append(f"{before}, the run's so far for head dim {case.head_dim}, {why}")
         verdict = _judge(case, candidates, device, dtype, batch, is_timed, deterministic)
         if not isinstance(verdict, Verdict):
             why = "; ".join(f"{backend}: {reason}" for backend, reason in verdict.items())
@@ -209,24 +219,27 @@ def choose_attention(
                 f"{why}; use another"
             )
         verdicts[case] = verdict
-    if device.type == "cpu":
+    if device.type == "cpu" and wanted == "auto":
         notes.append("xformers has no CPU operator")
-    # on the CPU there is one fused operator, and nothing to decide
-    hows = {"cpu": "", "meta": "assumed, not probed"}
-    how = hows.get(
-        device.type, "in a fixed order, for a deterministic run" if deterministic else "the fastest that works"
-    )
+    # a CPU has one fused operator, and nothing to decide
+    how = "" if device.type == "cpu" else "assumed, not probed"
+    if device.type not in ("cpu", "meta"):
+        how = "in a fixed order, for a deterministic run" if deterministic else "the fastest that works"
+        if kept and all(verdicts[case] is kept.get(case) for case in verdicts):
+            how = "as the run began"
     return AttentionChoice(name, dtype_name, verdicts, wanted, how, tuple(dict.fromkeys(notes)))
 
 
-def _previous_backends(previous: Mapping | None, name: str, dtype_name: str) -> tuple[dict[Case, str], list[str]]:
-    """Return the backend of each case in a record() and what has to be told, if the device is another now."""
+def _previous_verdicts(previous: Mapping | None, name: str, dtype_name: str) -> tuple[dict[Case, Verdict], list[str]]:
+    """Return the verdict of each case in a record(), and what has to be told if the device is another now."""
     if not previous:
         return {}, []
     try:
         where = (previous["device"], previous["dtype"])
         kept = {
-            Case(*(int(row[key]) for key in ("head_dim", "heads", "queries", "keys"))): str(row["backend"])
+            Case(*(int(row[key]) for key in ("head_dim", "heads", "queries", "keys"))): Verdict(
+                str(row["backend"]), dict(row["reasons"]), dict(row["ms"])
+            )
             for row in previous["cases"]
         }
     except (KeyError, TypeError, ValueError):

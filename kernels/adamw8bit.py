@@ -1,70 +1,46 @@
-"""AdamW with 8-bit moments over all of a model's tensors, in two launches.
+"""AdamW with 8-bit moments over all of a model's tensors, in two launches a group.
 
     m = beta_1 m + (1 - beta_1) g        v = beta_2 v + (1 - beta_2) g^2
     w = w - lr (m / c_1 / (sqrt(v) / sqrt(c_2) + eps) + weight_decay w),  c_i = 1 - beta_i^step
 
-Moments are codes into bitsandbytes' dynamic maps, scaled by the largest absolute value of a block of 256 elements. Blocks
-follow memory order, never cross a tensor, and the update takes the moments before they are rounded. A tensor under 4,096
-elements keeps fp32 moments. So a contiguous tensor's state is bitsandbytes' state, byte for byte; a channels-last one's
-is requantised on the way out and in.
+Moments are codes into bitsandbytes' dynamic maps (kernels/blockwise.py). Blocks follow memory order, never cross a tensor,
+and the update takes the moments before they are rounded. A tensor under 4,096 elements keeps fp32 moments. So a contiguous
+tensor's state is bitsandbytes' state, byte for byte; a channels-last one's is requantised on the way out and in.
+Weights are fp32, or 16-bit with a remainder (kernels/remainder.py), joined, updated in fp32 and split again.
 
-lr, weight decay, gradient scale, step and the found-inf flag are numbers on the device: nothing is synchronised, and a
-step with a non-finite gradient changes neither weights nor moments nor the step. A tensor's addresses stand in tables.
+lr, weight decay, gradient scale, steps and skip flags are numbers on the device: nothing is synchronised. A tensor that is
+skipped keeps its weights, moments and step. Tensors' addresses stand in tables. The kernels round every operation on its
+own, so they and the PyTorch reference give equal bits.
 Source: Loshchilov and Hutter 2019, arXiv:1711.05101; Dettmers et al. 2022, arXiv:2110.02861.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from safelight.kernels.jit import cdiv, is_dense, kernel, runs_kernel
+from safelight.kernels.adamw8bit_triton import _adamw8bit_kernel, _adamw32bit_kernel
+from safelight.kernels.blockwise import (
+    BLOCK_SIZE,
+    bounds_of,
+    dequantize,
+    dynamic_map,
+    in_memory_order,
+    quantize,
+)
+from safelight.kernels.jit import cdiv, is_dense, runs_kernel
+from safelight.kernels.philox import MASK_32
+from safelight.kernels.remainder import REMAINDERS, draws, join, split
 
-if TYPE_CHECKING:
-    import triton.language as tl
-
-BLOCK_SIZE = 256
 MIN_8BIT_ELEMENTS = 4096
-TINY = 1.2e-38  # the smallest normal fp32: a block of zeros is divided by this
-ROWS = 4  # blocks a program: 8 elements a thread
-CHUNK = 1024  # elements a program of the fp32 kernel
-
-
-def dynamic_map(signed: bool) -> Tensor:
-    """Return bitsandbytes' dynamic map, (256,) float32, ascending: seven decades, the largest with the finest steps."""
-    values = [0.0, 1.0]
-    for decade in range(7):
-        edges = torch.linspace(0.1, 1, (1 if signed else 2) * 2**decade + 1, dtype=torch.float32)
-        centres = 10 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)
-        values += centres.tolist() + ((-centres).tolist() if signed else [])
-    return torch.tensor(sorted(values), dtype=torch.float32)
-
-
-def bounds_of(code_map: Tensor) -> Tensor:
-    """Return the values halfway between a map's codes, (255,): a value belongs to the code whose bounds it lies between."""
-    return (code_map[:-1] + code_map[1:]) / 2
-
-
-def quantize(values: Tensor, code_map: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (codes uint8, absmax) of flat float32 values in blocks of 256: the nearest code, the lower one at a tie."""
-    padded = torch.nn.functional.pad(values, (0, -len(values) % BLOCK_SIZE)).view(-1, BLOCK_SIZE)
-    absmax = padded.abs().amax(dim=1)
-    codes = torch.bucketize(padded / absmax.clamp(min=TINY)[:, None], bounds_of(code_map).to(values.device))
-    return codes.to(torch.uint8).view(-1)[: len(values)], absmax
-
-
-def dequantize(codes: Tensor, absmax: Tensor, code_map: Tensor) -> Tensor:
-    """Return flat float32 values of flat codes."""
-    scale = absmax.repeat_interleave(BLOCK_SIZE)[: len(codes)]
-    return code_map.to(codes.device)[codes.long()] * scale
-
-
-def in_memory_order(x: Tensor) -> Tensor:
-    """Return a dense tensor's elements as they lie in memory, flat; a view."""
-    return x.as_strided((x.numel(),), (1,), x.storage_offset())
+ROWS = 4  # blocks a program
+NUM_WARPS = 8  # 4 elements a thread; 8 of them spill a register in some variants
+CHUNK = 1024  # elements a program of the kernel for fp32 moments
+WEIGHTS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @dataclass(frozen=True)
@@ -77,282 +53,270 @@ class Moments:
     absmax2: Tensor | None
 
 
-@kernel
-def _updated(weight, gradient, m, v, hyper_ptr, beta1, beta2, one_minus_beta1, one_minus_beta2, eps):
-    """Return the new (weight, m, v); hyper: lr, weight decay, c_1, sqrt(c_2), gradient scale, skip."""
-    gradient = gradient * tl.load(hyper_ptr + 4)
-    m = m * beta1 + one_minus_beta1 * gradient
-    v = v * beta2 + one_minus_beta2 * gradient * gradient
-    update = tl.div_rn(m, tl.load(hyper_ptr + 2) * (tl.div_rn(tl.sqrt_rn(v), tl.load(hyper_ptr + 3)) + eps))
-    # the decay joins the update before the weight is touched: at lr 1e-6, weight * (1 - lr * decay) rounds to weight
-    weight = weight - tl.load(hyper_ptr) * (update + tl.load(hyper_ptr + 1) * weight)
-    return weight, m, v
+class _Programs:
+    """Who does what in a launch over some tensors: (tensor, first unit) a program, and the gradients' addresses."""
 
-
-@kernel
-def _nearest_code(x, bounds_ptr):
-    """Return how many of the 255 bounds lie below x, by halving."""
-    code = tl.full(x.shape, 0, tl.int32)
-    for i in tl.static_range(8):
-        half = 128 >> i
-        code = tl.where(tl.load(bounds_ptr + code + (half - 1)) < x, code + half, code)
-    return code
-
-
-@kernel
-def _adamw8bit_kernel(
-    tensors_ptr, gradients_ptr, programs_ptr, like_ptr, map1_ptr, map2_ptr, bounds1_ptr, bounds2_ptr, hyper_ptr,
-    beta1, beta2, one_minus_beta1, one_minus_beta2, eps, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """tensors: (tensors, 6) int64 addresses of weight, states, absmaxes, and the size; programs: (tensor, first block)."""
-    if tl.load(hyper_ptr + 5) == 0.0:
-        program = programs_ptr + tl.program_id(0).to(tl.int64) * 2
-        tensor = tl.load(program).to(tl.int64)
-        row = tensors_ptr + tensor * 6
-        weight_ptr = tl.load(row).to(tl.pointer_type(tl.float32))
-        state1_ptr = tl.load(row + 1).to(tl.pointer_type(tl.uint8))
-        state2_ptr = tl.load(row + 2).to(tl.pointer_type(tl.uint8))
-        absmax1_ptr = tl.load(row + 3).to(tl.pointer_type(tl.float32))
-        absmax2_ptr = tl.load(row + 4).to(tl.pointer_type(tl.float32))
-        size = tl.load(row + 5)
-        gradient_ptr = tl.load(gradients_ptr + tensor).to(tl.pointer_type(like_ptr.dtype.element_ty))
-        block = tl.load(program + 1).to(tl.int64) + tl.arange(0, ROWS)
-        i = block[:, None] * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
-        mask = i < size
-        in_range = block * BLOCK_SIZE < size
-        weight = tl.load(weight_ptr + i, mask=mask, other=0.0)
-        gradient = tl.load(gradient_ptr + i, mask=mask, other=0.0).to(tl.float32)
-        m = tl.load(map1_ptr + tl.load(state1_ptr + i, mask=mask, other=0).to(tl.int32))
-        v = tl.load(map2_ptr + tl.load(state2_ptr + i, mask=mask, other=0).to(tl.int32))
-        m = m * tl.load(absmax1_ptr + block, mask=in_range, other=0.0)[:, None]
-        v = v * tl.load(absmax2_ptr + block, mask=in_range, other=0.0)[:, None]
-        weight, m, v = _updated(weight, gradient, m, v, hyper_ptr, beta1, beta2, one_minus_beta1, one_minus_beta2, eps)
-        tl.store(weight_ptr + i, weight, mask=mask)
-        # code 0, which stands beyond the tensor's end, is no zero in the signed map
-        m = tl.where(mask, m, 0.0)
-        absmax1 = tl.reduce(tl.abs(m), 1, tl.standard._elementwise_max)
-        absmax2 = tl.reduce(v, 1, tl.standard._elementwise_max)
-        code1 = _nearest_code(tl.div_rn(m, tl.maximum(absmax1, TINY)[:, None]), bounds1_ptr)
-        code2 = _nearest_code(tl.div_rn(v, tl.maximum(absmax2, TINY)[:, None]), bounds2_ptr)
-        tl.store(state1_ptr + i, code1.to(tl.uint8), mask=mask)
-        tl.store(state2_ptr + i, code2.to(tl.uint8), mask=mask)
-        tl.store(absmax1_ptr + block, absmax1, mask=in_range)
-        tl.store(absmax2_ptr + block, absmax2, mask=in_range)
-
-
-@kernel
-def _adamw32bit_kernel(
-    tensors_ptr, gradients_ptr, programs_ptr, like_ptr, hyper_ptr,
-    beta1, beta2, one_minus_beta1, one_minus_beta2, eps, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """tensors: as above, without absmaxes (addresses 0); programs: (tensor, first chunk)."""
-    if tl.load(hyper_ptr + 5) == 0.0:
-        program = programs_ptr + tl.program_id(0).to(tl.int64) * 2
-        tensor = tl.load(program).to(tl.int64)
-        row = tensors_ptr + tensor * 6
-        weight_ptr = tl.load(row).to(tl.pointer_type(tl.float32))
-        state1_ptr = tl.load(row + 1).to(tl.pointer_type(tl.float32))
-        state2_ptr = tl.load(row + 2).to(tl.pointer_type(tl.float32))
-        gradient_ptr = tl.load(gradients_ptr + tensor).to(tl.pointer_type(like_ptr.dtype.element_ty))
-        i = tl.load(program + 1).to(tl.int64) * CHUNK + tl.arange(0, CHUNK)
-        mask = i < tl.load(row + 5)
-        weight = tl.load(weight_ptr + i, mask=mask, other=0.0)
-        gradient = tl.load(gradient_ptr + i, mask=mask, other=0.0).to(tl.float32)
-        m = tl.load(state1_ptr + i, mask=mask, other=0.0)
-        v = tl.load(state2_ptr + i, mask=mask, other=0.0)
-        weight, m, v = _updated(weight, gradient, m, v, hyper_ptr, beta1, beta2, one_minus_beta1, one_minus_beta2, eps)
-        tl.store(weight_ptr + i, weight, mask=mask)
-        tl.store(state1_ptr + i, m, mask=mask)
-        tl.store(state2_ptr + i, v, mask=mask)
-
-
-class _Tables:
-    """The addresses a launch needs: of the tensors, once; of the gradients, whenever they move; and who does what."""
-
-    def __init__(self, parameters: list[Tensor], moments: list[Moments], elements_per_program: int, unit: int):
-        self.device = parameters[0].device
-        rows, programs = [], []
-        for index, (p, m) in enumerate(zip(parameters, moments, strict=True)):
-            absmaxes = [0 if x is None else x.data_ptr() for x in (m.absmax1, m.absmax2)]
-            rows.append((p.data_ptr(), m.state1.data_ptr(), m.state2.data_ptr(), *absmaxes, p.numel()))
-            firsts = torch.arange(0, p.numel(), elements_per_program) // unit
-            programs.append(torch.stack([torch.full_like(firsts, index), firsts], dim=1))
-        self.tensors = torch.tensor(rows, dtype=torch.int64, device=self.device)
-        self.programs = torch.cat(programs).to(torch.int32).to(self.device)
-        self._addresses: list[int] = []
+    def __init__(self, sizes: dict[int, int], num_tensors: int, elements: int, unit: int, device: torch.device):
+        rows = []
+        for index, size in sizes.items():
+            firsts = torch.arange(0, size, elements) // unit
+            rows.append(torch.stack([torch.full_like(firsts, index), firsts], dim=1))
+        self.indices = tuple(sizes)
+        self.table = torch.cat(rows).to(torch.int32).to(device)
+        self._addresses = [0] * num_tensors
         self._gradients: Tensor | None = None
 
-    def gradients(self, gradients: list[Tensor]) -> Tensor:
-        addresses = [g.data_ptr() for g in gradients]
+    def gradients(self, gradients: dict[int, Tensor]) -> Tensor:
+        """Return the addresses by tensor, copied to the device when one moved."""
+        addresses = list(self._addresses)
+        for index in self.indices:
+            addresses[index] = gradients[index].data_ptr()
         if self._gradients is None or addresses != self._addresses:
             self._addresses = addresses
-            self._gradients = torch.tensor(addresses, dtype=torch.int64).to(self.device, non_blocking=True)
+            self._gradients = torch.tensor(addresses, dtype=torch.int64).to(self.table.device, non_blocking=True)
         return self._gradients
 
 
 class AdamW8bit:
-    """AdamW over float32 tensors, updated in place; their memory must stay where it is (assign with copy_).
+    """AdamW over weights of one dtype, updated in place; their memory must stay where it is (assign with copy_).
 
-    parameters: dense, of any memory order, on one device. step_count: steps taken, int64 on the device.
-    Raises ValueError for other dtypes or tensors with gaps.
+    parameters: dense, of any memory order, on one device, float32, bfloat16 or float16. memory: of kernels/remainder.py;
+    float32 weights take fp32 alone. values: float32 to start from, in place of what 16-bit weights hold; with memory fp32
+    they are kept as the masters. seed: of stochastic rounding, whose draws also depend on a tensor's place in the list.
+
+    step_counts: steps taken, (tensors,) int64 on the device. skips: (tensors,) int32, of the step under way.
+    Raises ValueError for other dtypes, for tensors with gaps, and for a memory mode that does not fit.
     """
 
-    def __init__(self, parameters: list[Tensor], betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8):
+    def __init__(
+        self, parameters: list[Tensor], betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, memory: str = "fp32",
+        seed: int = 0, values: list[Tensor] | None = None,
+    ):  # fmt: skip
+        dtype = parameters[0].dtype
         for p in parameters:
-            if p.dtype != torch.float32 or not is_dense(p) or p.numel() == 0:
+            if p.dtype not in WEIGHTS or p.dtype != dtype or not is_dense(p) or p.numel() == 0:
                 raise ValueError(
-                    f"AdamW8bit takes dense float32 weights, got {tuple(p.shape)} {p.dtype} with strides {p.stride()}"
+                    f"AdamW8bit takes dense float32, bfloat16 or float16 weights of one dtype, got {tuple(p.shape)} "
+                    f"{p.dtype} with strides {p.stride()} beside {dtype}"
                 )
-        self.parameters, self.betas, self.eps = parameters, betas, eps
+        if memory not in REMAINDERS or (dtype == torch.float32 and memory != "fp32"):
+            raise ValueError(
+                f"memory {memory!r} does not fit {dtype} weights; use fp32"
+                + ("" if dtype == torch.float32 else ", exact, near or rounded")
+            )
+        self.parameters, self.betas, self.eps, self.memory, self.seed = parameters, betas, eps, memory, seed
         device = parameters[0].device
         self.moments = [self._empty(p) for p in parameters]
-        self.step_count = torch.zeros((), dtype=torch.int64, device=device)
+        self.remainders = [self._beside(i, None if values is None else values[i]) for i in range(len(parameters))]
+        num = len(parameters)
+        self.step_counts = torch.zeros(num, dtype=torch.int64, device=device)
+        self.skips = torch.zeros(num, dtype=torch.int32, device=device)
         self.maps = tuple(dynamic_map(signed).to(device) for signed in (True, False))
-        self.bounds = tuple(bounds_of(code_map) for code_map in self.maps)
-        # which tensors have codes, which have fp32 moments
-        self._coded = [i for i, m in enumerate(self.moments) if m.absmax1 is not None]
-        self._plain = [i for i, m in enumerate(self.moments) if m.absmax1 is None]
-        self._tables: dict[str, _Tables] = {}
+        self._bounds = tuple(bounds_of(signed).to(device) for signed in (True, False))
+        self._corrections = torch.ones(num, 2, device=device)
+        self._hyper = torch.zeros(3, device=device)
+        self._seed = torch.tensor([seed & MASK_32, seed >> 32], dtype=torch.int64, device=device)
+        self._tensors: Tensor | None = None
+        self._programs: dict[tuple[int, ...], list[tuple[bool, _Programs]]] = {}
+        self._indices: dict[tuple[int, ...], Tensor] = {}
 
     @staticmethod
     def _empty(p: Tensor) -> Moments:
         if p.numel() < MIN_8BIT_ELEMENTS:
-            return Moments(*(torch.zeros_like(p, requires_grad=False) for _ in range(2)), None, None)
+            return Moments(
+                *(torch.zeros_like(p, dtype=torch.float32, requires_grad=False) for _ in range(2)), None, None
+            )
         num_blocks = cdiv(p.numel(), BLOCK_SIZE)
         states = [torch.zeros_like(p, dtype=torch.uint8, requires_grad=False) for _ in range(2)]
         # absmax 0 makes every code a zero
         return Moments(*states, *(torch.zeros(num_blocks, dtype=torch.float32, device=p.device) for _ in range(2)))
 
     @torch.no_grad()
+    def _beside(self, index: int, value: Tensor | None) -> Tensor | None:
+        """Return the memory that completes a weight to fp32, filled; rounds the weight to `value`."""
+        p, kept = self.parameters[index], REMAINDERS[self.memory]
+        if p.dtype == torch.float32 or kept is None:
+            if value is not None:
+                p.copy_(value)
+            return None
+        source = (p if value is None else value).detach()
+        if self.memory == "fp32" and source.dtype == torch.float32 and source.stride() == p.stride():
+            beside = source
+        else:
+            beside = torch.empty_like(p, dtype=kept, requires_grad=False)
+        self._write(p, beside, torch.empty_like(p, dtype=torch.float32).copy_(source))
+        return beside
+
+    def _write(self, p: Tensor, beside: Tensor | None, value: Tensor, words: Tensor | None = None) -> None:
+        """Split a float32 value of p's memory order into the weight and what stands beside it."""
+        memory = self.memory
+        if words is None and memory in ("near", "rounded"):
+            # to start from, not a step: to the nearest, without draws
+            weight, left = split(in_memory_order(value), p.dtype, "exact")
+            if memory == "near":
+                left = ((left.int() + 0x80) >> 8).clamp(max=127).to(torch.int8)
+        else:
+            weight, left = split(in_memory_order(value), p.dtype, memory, words)
+        in_memory_order(p.detach()).copy_(weight)
+        if memory != "rounded":
+            in_memory_order(beside).copy_(left)
+
+    def value(self, index: int) -> Tensor:
+        """Return a parameter's float32 value, weight and remainder joined, in its memory order."""
+        p, beside = self.parameters[index].detach(), self.remainders[index]
+        return p if p.dtype == torch.float32 else join(p, beside)
+
+    @torch.no_grad()
+    def assign(self, index: int, value: Tensor) -> None:
+        """Give a parameter a float32 value, rounded to what its memory mode holds."""
+        p, beside = self.parameters[index].detach(), self.remainders[index]
+        if p.dtype == torch.float32:
+            p.copy_(value)
+        else:
+            self._write(p, beside, torch.empty_like(p, dtype=torch.float32).copy_(value))
+
+    @torch.no_grad()
     def step(
         self, gradients: list[Tensor], lr: float | Tensor, weight_decay: float | Tensor = 0.0,
         gradient_scale: float | Tensor = 1.0, found_inf: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """Take one step. gradients: one a parameter, of one dtype; they are multiplied by gradient_scale.
+        """Take one step over all tensors: begin, update, end."""
+        self.begin(lr, weight_decay)
+        self.update(gradients, gradient_scale, found_inf)
+        self.end()
 
-        found_inf: a number on the device; where it is not 0 nothing at all changes. Raises ValueError for gradients
-        that do not fit.
+    @torch.no_grad()
+    def begin(self, lr: float | Tensor, weight_decay: float | Tensor = 0.0) -> None:
+        """Begin a step: corrections of the bias for every tensor, none skipped yet."""
+        # in float64, for 1 - beta^step at step 1
+        steps = (self.step_counts + 1).double()
+        first, second = (1 - torch.pow(beta, steps) for beta in self.betas)
+        self._corrections.copy_(torch.stack([first, second.sqrt()], dim=1))
+        for place, number in enumerate((lr, weight_decay)):
+            # a fill can be captured in a graph, a copy from the host cannot
+            self._hyper[place].copy_(number) if isinstance(number, Tensor) else self._hyper[place].fill_(number)
+        self.skips.zero_()
+
+    @torch.no_grad()
+    def update(
+        self, gradients: list[Tensor], gradient_scale: float | Tensor = 1.0, found_inf: Tensor | None = None,
+        members: Sequence[int] | None = None,
+    ) -> None:  # fmt: skip
+        """Update some tensors; each at most once between begin and end.
+
+        gradients: one a member, of one dtype; they are multiplied by gradient_scale. members: places in the list of
+        parameters; None is all. found_inf: one number on the device, or one a member; a tensor where it is not 0 is skipped.
+        Raises ValueError for gradients that do not fit.
         """
-        if len(gradients) != len(self.parameters) or len({g.dtype for g in gradients}) != 1:
-            raise ValueError(
-                f"{len(gradients)} gradients for {len(self.parameters)} weights; give one each, of one dtype"
-            )
-        device = self.step_count.device
-        skip = torch.zeros((), device=device) if found_inf is None else (found_inf != 0).reshape(())
-        self.step_count += ~skip.bool()
-        # in float64, for 1 - beta^step at step 1; a skipped first step would divide by 0
-        step = self.step_count.clamp(min=1).double()
-        corrections = [1 - torch.pow(beta, step) for beta in self.betas]
-        numbers = (lr, weight_decay, corrections[0], corrections[1].sqrt(), gradient_scale, skip)
-        # full, not tensor: a fill can be captured in a graph, a copy from the host cannot
-        on_device = [x if isinstance(x, Tensor) else torch.full((), x, device=device) for x in numbers]
-        hyper = torch.stack([x.double().reshape(()) for x in on_device]).float()
-        ordered = []
-        for p, g in zip(self.parameters, gradients, strict=True):
+        members = tuple(range(len(self.parameters))) if members is None else tuple(members)
+        if len(gradients) != len(members) or len({g.dtype for g in gradients}) != 1:
+            raise ValueError(f"{len(gradients)} gradients for {len(members)} weights; give one each, of one dtype")
+        place = self._hyper[2]
+        place.copy_(gradient_scale) if isinstance(gradient_scale, Tensor) else place.fill_(gradient_scale)
+        if found_inf is not None:
+            flags = (found_inf != 0).to(torch.int32).reshape(-1).expand(len(members))
+            if members not in self._indices:
+                self._indices[members] = torch.tensor(members, device=self.skips.device)
+            self.skips.index_copy_(0, self._indices[members], flags)
+        ordered = {}
+        for index, g in zip(members, gradients, strict=True):
+            p = self.parameters[index]
             if g.shape != p.shape:
                 raise ValueError(f"a gradient has shape {tuple(g.shape)}, its weight {tuple(p.shape)}")
-            ordered.append(g if g.stride() == p.stride() else torch.empty_like(p, dtype=g.dtype).copy_(g))
+            ordered[index] = g if g.stride() == p.stride() else torch.empty_like(p, dtype=g.dtype).copy_(g)
         if runs_kernel(self.parameters[0]):
-            self._launch(ordered, hyper)
-        elif not bool(skip):
-            for p, g, m in zip(self.parameters, ordered, self.moments, strict=True):
-                self._reference(p, g, m, hyper)
+            self._launch(members, ordered)
+        else:
+            skipped = self.skips.tolist()
+            for index, g in ordered.items():
+                if not skipped[index]:
+                    self._reference(index, g)
 
-    def _launch(self, gradients: list[Tensor], hyper: Tensor) -> None:
+    @torch.no_grad()
+    def end(self) -> None:
+        """End a step: count it for every tensor that was not skipped."""
+        self.step_counts += self.skips == 0
+
+    def _table(self) -> Tensor:
+        if self._tensors is None:
+            rows = []
+            for p, beside, m in zip(self.parameters, self.remainders, self.moments, strict=True):
+                parts = (p, beside, m.state1, m.state2, m.absmax1, m.absmax2)
+                rows.append((*(0 if x is None else x.data_ptr() for x in parts), p.numel()))
+            self._tensors = torch.tensor(rows, dtype=torch.int64, device=self.skips.device)
+        return self._tensors
+
+    def _programs_of(self, members: tuple[int, ...]) -> list[tuple[bool, _Programs]]:
+        """Return the launches over some tensors: (has it 8-bit moments, programs)."""
+        if members not in self._programs:
+            found = []
+            for coded, elements, unit in ((True, ROWS * BLOCK_SIZE, BLOCK_SIZE), (False, CHUNK, CHUNK)):
+                sizes = {
+                    i: self.parameters[i].numel() for i in members if (self.moments[i].absmax1 is not None) == coded
+                }
+                if sizes:
+                    found.append((coded, _Programs(sizes, len(self.parameters), elements, unit, self.skips.device)))
+            self._programs[members] = found
+        return self._programs[members]
+
+    def _launch(self, members: tuple[int, ...], gradients: dict[int, Tensor]) -> None:
         beta1, beta2 = self.betas
         numbers = (beta1, beta2, 1 - beta1, 1 - beta2, self.eps)
-        for name, members, elements, unit in (
-            ("coded", self._coded, ROWS * BLOCK_SIZE, BLOCK_SIZE),
-            ("plain", self._plain, CHUNK, CHUNK),
-        ):
-            if not members:
-                continue
-            if name not in self._tables:
-                parts = [self.parameters[i] for i in members], [self.moments[i] for i in members]
-                self._tables[name] = _Tables(*parts, elements, unit)
-            tables = self._tables[name]
-            addresses = tables.gradients([gradients[i] for i in members])
-            shared = (tables.tensors, addresses, tables.programs, gradients[0])
-            grid = (len(tables.programs),)
-            if name == "coded":
+        options = {"WEIGHT": WEIGHTS[self.parameters[0].dtype], "MEMORY": self.memory}
+        like = next(iter(gradients.values()))
+        for coded, programs in self._programs_of(members):
+            shared = (
+                self._table(), programs.gradients(gradients), programs.table, like, self._hyper, self._corrections,
+                self.skips, self.step_counts, self._seed,
+            )  # fmt: skip
+            grid = (len(programs.table),)
+            if coded:
+                maps = (*self.maps, *self._bounds)
                 _adamw8bit_kernel[grid](
-                    *shared, *self.maps, *self.bounds, hyper, *numbers, BLOCK_SIZE=BLOCK_SIZE, ROWS=ROWS
+                    *shared, *maps, *numbers, **options, BLOCK_SIZE=BLOCK_SIZE, ROWS=ROWS, num_warps=NUM_WARPS
                 )
             else:
-                _adamw32bit_kernel[grid](*shared, hyper, *numbers, CHUNK=CHUNK)
+                _adamw32bit_kernel[grid](*shared, *numbers, **options, CHUNK=CHUNK, num_warps=NUM_WARPS)
 
-    def _reference(self, p: Tensor, gradient: Tensor, moments: Moments, hyper: Tensor) -> None:
-        """Update one tensor in plain PyTorch."""
-        lr, weight_decay, correction1, root_correction2, scale, _ = hyper
+    def _reference(self, index: int, gradient: Tensor) -> None:
+        """Update one tensor in plain PyTorch, operation by operation as the kernels do."""
+        p, beside, moments = self.parameters[index].detach(), self.remainders[index], self.moments[index]
+        lr, weight_decay, scale = self._hyper
+        correction1, root_correction2 = self._corrections[index]
         beta1, beta2 = self.betas
-        weight, g = in_memory_order(p), in_memory_order(gradient).float() * scale
-        state1, state2 = in_memory_order(moments.state1), in_memory_order(moments.state2)
-        m, v = state1, state2
-        if moments.absmax1 is not None:
-            m = dequantize(state1, moments.absmax1, self.maps[0])
-            v = dequantize(state2, moments.absmax2, self.maps[1])
-        m = m * beta1 + (1 - beta1) * g
-        v = v * beta2 + (1 - beta2) * g * g
-        update = m / (correction1 * (v.sqrt() / root_correction2 + self.eps))
-        weight -= lr * (update + weight_decay * weight)
-        if moments.absmax1 is None:
-            state1.copy_(m)
-            state2.copy_(v)
-            return
-        for state, absmax, values, code_map in (
-            (state1, moments.absmax1, m, self.maps[0]),
-            (state2, moments.absmax2, v, self.maps[1]),
-        ):
-            codes, largest = quantize(values, code_map)
-            state.copy_(codes)
-            absmax.copy_(largest)
-
-    def bitsandbytes_state(self, index: int) -> dict[str, int | Tensor]:
-        """Return a parameter's state as bitsandbytes.optim.AdamW8bit keeps it, contiguous; copies.
-
-        Exact for a contiguous parameter; any other's codes are made anew for blocks in contiguous order, each value
-        off by at most half the map's widest gap times its block's largest. Reads the step: one host sync.
-        """
-        p, m = self.parameters[index], self.moments[index]
-        state: dict[str, int | Tensor] = {"step": int(self.step_count)}
-        for number, code_map in enumerate(self.maps, start=1):
-            values, absmax = getattr(m, f"state{number}"), getattr(m, f"absmax{number}")
-            if absmax is not None:
-                state[f"qmap{number}"] = code_map.clone()
-                if not p.is_contiguous():
-                    exact = torch.empty_like(p, dtype=torch.float32)
-                    in_memory_order(exact).copy_(dequantize(in_memory_order(values), absmax, code_map))
-                    codes, absmax = quantize(exact.contiguous().view(-1), code_map)
-                    values = codes.view(p.shape)
-                state[f"absmax{number}"] = absmax.clone()
-            state[f"state{number}"] = values.clone(memory_format=torch.contiguous_format)
-        return state
-
-    def load_bitsandbytes_state(self, index: int, state: dict[str, int | Tensor]) -> None:
-        """Take what `bitsandbytes_state` or bitsandbytes gave; requantised where the parameter is not contiguous.
-
-        Raises ValueError where a shape, the kind of moments, or the maps are not this parameter's.
-        """
-        p, m = self.parameters[index], self.moments[index]
-        self.step_count.fill_(int(state["step"]))
-        for number, code_map in enumerate(self.maps, start=1):
-            target, absmax = getattr(m, f"state{number}"), getattr(m, f"absmax{number}")
-            source = state[f"state{number}"].to(p.device)
-            if source.shape != p.shape or source.dtype != target.dtype:
-                raise ValueError(
-                    f"state{number} is {tuple(source.shape)} {source.dtype}; this weight has {tuple(p.shape)} {target.dtype}"
-                )
+        g = in_memory_order(gradient).float() * scale
+        states = in_memory_order(moments.state1), in_memory_order(moments.state2)
+        absmaxes = moments.absmax1, moments.absmax2
+        m, v = states
+        if absmaxes[0] is not None:
+            m, v = (dequantize(*x, signed) for *x, signed in zip(states, absmaxes, (True, False), strict=True))
+        m = (m * beta1).add_(g * (1 - beta1))
+        v = (v * beta2).add_((g * (1 - beta2)).mul_(g))
+        update = m / _sqrt(v).div_(root_correction2).add_(self.eps).mul_(correction1)
+        weight = in_memory_order(p)
+        value = (
+            weight if p.dtype == torch.float32 else join(weight, None if beside is None else in_memory_order(beside))
+        )
+        value = value - update.add_(weight_decay * value).mul_(lr)
+        if p.dtype == torch.float32:
+            weight.copy_(value)
+        else:
+            words = None
+            if self.memory in ("near", "rounded"):
+                words = draws(self.seed, self.step_counts[index] + 1, index, len(value))
+            found, left = split(value, p.dtype, self.memory, words)
+            weight.copy_(found)
+            if left is not None:
+                in_memory_order(beside).copy_(left)
+        for state, absmax, values, signed in zip(states, absmaxes, (m, v), (True, False), strict=True):
             if absmax is None:
-                target.copy_(source)
-                continue
-            if not torch.equal(state[f"qmap{number}"].to(p.device), code_map):
-                raise ValueError(f"qmap{number} is not bitsandbytes' dynamic map; these moments are of another kind")
-            scales = state[f"absmax{number}"].to(p.device)
-            if not p.is_contiguous():
-                exact = torch.empty_like(p, dtype=torch.float32)
-                exact.copy_(dequantize(source.reshape(-1), scales, code_map).view(p.shape))
-                codes, scales = quantize(in_memory_order(exact), code_map)
-                in_memory_order(target).copy_(codes)
+                state.copy_(values)
             else:
-                target.copy_(source)
-            absmax.copy_(scales)
+                codes, largest = quantize(values, signed)
+                state.copy_(codes)
+                absmax.copy_(largest)
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    """Return the correctly rounded root; torch's vectorised one on the CPU is not (docs/decisions.md, 3)."""
+    return torch.from_numpy(np.sqrt(x.numpy())) if x.device.type == "cpu" else x.sqrt()

@@ -36,6 +36,7 @@ from safelight.kernels.group_norm_silu import group_norm_silu, group_norm_silu_a
 from safelight.kernels.jit import Launch, record_launches
 from safelight.kernels.layer_norm import add_layer_norm, layer_norm, layer_norm_again
 from safelight.kernels.noising import noising
+from safelight.kernels.remainder import REMAINDERS
 
 TABLE = Path(__file__).with_name("aot.json")
 TARGETS = (75, 80, 86, 89, 90, 100, 120)
@@ -133,7 +134,9 @@ def _steps_ends(side: int, dtype: torch.dtype, every: bool) -> None:
             )  # fmt: skip
             losses.total.backward()
     weights = [torch.empty(320, 320, device="meta"), torch.empty(320, device="meta")]
-    AdamW8bit(weights).step([torch.empty_like(w, dtype=dtype) for w in weights], 1e-6)
+    for memory in ("fp32",) if dtype == torch.float32 else REMAINDERS:
+        gradients = [torch.empty_like(w, dtype=dtype) for w in weights]
+        AdamW8bit([w.to(dtype) for w in weights], memory=memory).step(gradients, 1e-6)
     EMA(weights, [w.to(dtype) for w in weights]).update(torch.empty((), device="meta"))
 
 

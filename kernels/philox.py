@@ -68,6 +68,7 @@ class Purpose(IntEnum):
     INITIAL_WEIGHTS = 15
     SCENE = 16
     BATCH_ORDER = 17
+    ROUNDING = 18
 
 
 class Key(NamedTuple):

@@ -50,7 +50,7 @@ def test_key_layout_is_the_documented_one():
     assert {p.name: int(p) for p in Purpose} == {
         "NOISE": 1, "TIMESTEP": 2, "POSTERIOR": 3, "CAPTION_DROPOUT": 4, "CAPTION_CHOICE": 5, "VARIANT": 6,
         "EPOCH_ORDER": 7, "CROP": 8, "FLIP": 9, "SPLIT": 10, "VALIDATION_NOISE": 11, "VALIDATION_TIMESTEP": 12,
-        "SAMPLE_NOISE": 13, "OFFSET_NOISE": 14, "INITIAL_WEIGHTS": 15, "SCENE": 16, "BATCH_ORDER": 17,
+        "SAMPLE_NOISE": 13, "OFFSET_NOISE": 14, "INITIAL_WEIGHTS": 15, "SCENE": 16, "BATCH_ORDER": 17, "ROUNDING": 18,
     }  # fmt: skip
 
 

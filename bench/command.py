@@ -125,6 +125,28 @@ class Aot:
 
 
 @dataclass
+class Optimizer:
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    every: Annotated[int, arg(help="of SD1.5's 686 tensors each n-th by size; 0: 4 on a GPU, 64 on a CPU")] = 0
+    repeats: Annotated[int, arg(help="timed steps a variant")] = 10
+    device: Device = "auto"
+    append: Append = None
+    json: Annotated[bool, arg(help="print one JSON line a variant")] = False
+
+
+@dataclass
+class Memory:
+    base: Annotated[str, arg(help="as model.base; empty: random:sd15 on a GPU, tiny on a CPU")] = ""
+    latent_size: LatentSize = 0
+    batch_size: int = 1
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    optimizer: Annotated[tuple[str, ...], arg(help="as `bench optimizer` names them; none: all")] = ()
+    device: Device = "auto"
+    append: Append = None
+    json: Annotated[bool, arg(help="print one JSON line a combination")] = False
+
+
+@dataclass
 class Quick:
     device: Device = "auto"
     append: Append = None
@@ -141,7 +163,9 @@ class All:
     device: Device = "auto"
 
 
-# name -> (arguments, what it measures); the function of safelight.bench.run of that name runs it
+# commands that safelight.bench.run_parts holds; safelight.bench.run holds the others
+_PARTS = ("kernels", "aot", "optimizer", "memory")
+# name -> (arguments, what it measures); the function of that name runs it
 COMMANDS: dict[str, tuple[type, str]] = {
     "step": (Step, "images/s and peak memory of the training step on this machine"),
     "baseline": (Baseline, "the same of the published recipes, ours beside them"),
@@ -152,6 +176,8 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "loader": (Loader, "cache reads against a file a row and decoding every epoch"),
     "kernels": (Kernels, "bytes of every kernel at the layers models train; on a GPU their speed too"),
     "aot": (Aot, "kernels compiled for cards that are not here: registers, spills, shared memory, code size"),
+    "optimizer": (Optimizer, "every optimizer a config can name: time a step, bytes held and moved a parameter"),
+    "memory": (Memory, "what a step needs by optimizer, memory mode and checkpointing; which emulated cards it fits"),
     "quick": (Quick, "ours against the diffusers recipe on this machine, in under three minutes"),
     "all": (All, "everything worth knowing of a GPU in one call; on a CPU a rehearsal"),
     "plot": (Plot, "pictures of results"),
@@ -174,4 +200,5 @@ def main(argv: list[str]) -> int:
     options = parse(shape, argv[1:], f"bench {argv[0]}", text)
     # `all` is a function of Python's
     name = "everything" if argv[0] == "all" else argv[0]
-    return getattr(importlib.import_module("safelight.bench.run"), name)(options)
+    module = "run_parts" if name in _PARTS else "run"
+    return getattr(importlib.import_module(f"safelight.bench.{module}"), name)(options)

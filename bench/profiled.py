@@ -6,6 +6,7 @@ the innermost operators are counted instead.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 
@@ -103,3 +104,14 @@ def _operator_class(event) -> str | None:
         return own
     works = [e for e in (event, *event.cpu_children) if does_work(e.name.partition("::")[2], e.name[6:] in _COMPOSITE)]
     return own if works == [event] else None
+
+
+def allocated_peak(step: Callable[[], None]) -> int:
+    """Return by how many bytes the CPU allocator's live memory rose at most within a call of `step`: its own record."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    # events() drops what happened inside operators; the trace behind it has every allocation and release
+    record = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = itertools.accumulate(e.nbytes() for e in sorted(record, key=lambda e: e.start_ns()))
+    return max(live, default=0)

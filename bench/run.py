@@ -14,7 +14,7 @@ from safelight.bench.show import print_json, print_table
 CPU = torch.device("cpu")
 
 
-def _keep(path: Path | None, *records: dict) -> None:
+def keep(path: Path | None, *records: dict) -> None:
     for record in records:
         if path is not None:
             append(path, record)
@@ -46,7 +46,7 @@ def _steps(options: command.Step, recipes: tuple[str, ...]) -> int:
     )  # fmt: skip
     works = variants(recipes, options.batch_size, work)
     for record in measure(works, options.repeats, options.loader, not options.separate):
-        _keep(options.append, record)
+        keep(options.append, record)
         print(json.dumps(record) if options.json else step_line(record))
     return 0
 
@@ -69,7 +69,7 @@ def count(options: command.Count) -> int:
 
     found, seconds = counting.count(options)
     record = make_record("count", counting.config_of(options), found, CPU)
-    _keep(options.append, record)
+    keep(options.append, record)
     measured = counting.profiled(options) if options.profile else None
     if options.json:
         print_json({**record, "seconds": round(seconds, 1)} | ({"profiler": measured} if measured else {}))
@@ -150,7 +150,7 @@ def loader(options: command.Loader) -> int:
         options.base, options.latent_size, options.rows, options.batch_size, options.sources, options.repeats,
         options.dir,
     )  # fmt: skip
-    _keep(options.append, *records)
+    keep(options.append, *records)
     if options.json:
         print_json(records)
         return 0
@@ -171,7 +171,7 @@ def quick(options: command.Quick) -> int:
 
     records = []
     for record in measure_quickly(options.device):
-        _keep(options.append, record)
+        keep(options.append, record)
         records.append(record)
     if options.json:
         print_json(records)
@@ -204,65 +204,6 @@ def quick(options: command.Quick) -> int:
         "step's arithmetic and nothing else."
     )
     return 0
-
-
-def kernels(options: command.Kernels) -> int:
-    from safelight.bench import kernels as measuring
-    from safelight.bench.count import DTYPES
-    from safelight.trainer.models import pick_device
-
-    if min(*options.batch_size, options.shapes, options.repeats) < 1 or not options.model:
-        raise ValueError(f"batch sizes {options.batch_size}, shapes {options.shapes}, repeats {options.repeats} must be 1 or more")  # fmt: skip
-    device = pick_device(options.device)
-    is_gpu = device.type == "cuda"
-    timed = []
-    for record in measuring.bench_kernels(
-        options.model, options.batch_size, DTYPES[options.precision], device, ops=options.ops, num_shapes=options.shapes,
-        times=options.times == "yes" or (options.times == "auto" and is_gpu), repeats=options.repeats,
-        with_compile=options.compile,
-    ):  # fmt: skip
-        _keep(options.append, record)
-        if options.json:
-            print(json.dumps(record))
-            continue
-        config = record["config"]
-        if config["what"] == "time":
-            timed.append(record)
-            continue
-        print_table(
-            f"{config['model']}, one step of batch {config['batch_size']}, {config['precision']}: bytes by kernel",
-            ("kernel", "GB moved", "plain PyTorch", "MiB saved", "plain PyTorch"), measuring.bytes_rows(record["figures"]),
-        )  # fmt: skip
-    if timed:
-        print_table(
-            f"milliseconds on {timed[0]['machine']['device']}; copies run at {timed[0]['figures']['copy_gb_per_s']:.0f} GB/s",
-            ("layer", "pass", "ours", "plain", "compiled", "GB/s", "of a copy"), measuring.time_rows(timed),
-        )  # fmt: skip
-        for reason in dict.fromkeys(
-            f"{key.removesuffix('_cannot')}: {text}" for r in timed for key, text in r["figures"].items() if key.endswith("_cannot")
-        ):  # fmt: skip
-            print(reason)
-    if not is_gpu and not options.json:
-        print(measuring.CPU_NOTE if timed else "no times: a CPU runs no kernel (--times yes runs their references)")
-    return 0
-
-
-def aot(options: command.Aot) -> int:
-    from safelight.bench import compiled
-
-    rows, failed = compiled.whole_table() if options.all else compiled.one_of_each()
-    if options.json:
-        print_json({"kernels": rows, "failed": failed})
-    else:
-        targets = sorted({target for row in rows.values() for target in row})
-        print_table(
-            "worst of each kernel's compilations: registers a thread by card, then of all cards",
-            ("kernel", *(f"sm_{target}" for target in targets), "compiled", "spilled B", "shared B", "code KiB"),
-            compiled.table(rows, targets),
-        )
-    for line in failed if not options.json else ():
-        print(line)
-    return int(bool(failed))
 
 
 def everything(options: command.All) -> int:

@@ -144,6 +144,11 @@ def initial_unet(base: str, device: torch.device, dtype: torch.dtype = torch.flo
     return copy.deepcopy(_pristine(base)).to(dtype).to(device).train()
 
 
+def optimizer_config(name: str) -> Optimizer:
+    """Return the config of `adamw8bit`, or of one with its memory mode: `adamw8bit, exact`. Raises ValueError."""
+    return Optimizer(**dict(zip(("name", "memory"), name.split(", "), strict=False)))
+
+
 class Ours:
     """The training step of `safelight train`. notes: what really runs."""
 
@@ -153,7 +158,7 @@ class Ours:
         self.unet = initial_unet(work.base, device)
         if work.checkpointing == "full":
             self.unet.enable_gradient_checkpointing()
-        self.optimizer = UNetOptimizer(self.unet, Optimizer(name=work.optimizer), work.dtype)
+        self.optimizer = UNetOptimizer(self.unet, optimizer_config(work.optimizer), work.dtype)
         self.notes = use_attention(self.unet, device, work.dtype)
         self.schedule = make_schedule(base.config_of("scheduler")).to(device)
 

@@ -1,0 +1,156 @@
+"""`bench optimizer` and `bench memory`: what is offered is measured, bytes as counted by hand, caps from small cards up."""
+
+import itertools
+import json
+from typing import get_args
+
+import pytest
+import torch
+
+from safelight.__main__ import main
+from safelight.bench import memory, optimizers
+from safelight.bench.profiled import allocated_peak
+from safelight.bench.results import read
+from safelight.bench.workload import Workload, optimizer_config
+from safelight.kernels.adamw8bit import AdamW8bit
+from safelight.trainer.config import Optimizer
+
+CPU = torch.device("cpu")
+# all of 4,096 elements or more: every moment has 8 bits
+SHAPES = {"a.weight": (128, 64), "b.weight": (64, 64, 3, 3)}
+NUM = 128 * 64 + 64 * 64 * 9
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(optimizers, "part_of_sd15", lambda every: SHAPES)
+
+
+def test_everything_a_config_can_name_is_offered():
+    found = optimizers.offered()
+    fields = Optimizer.model_fields
+    axes = [set(get_args(fields[axis].annotation)) - {"auto"} for axis in ("name", "memory") if axis in fields]
+    assert {tuple(name.split(", ")) for name in found} == set(itertools.product(*axes))
+    for name, config in found.items():
+        assert optimizer_config(name) == config
+    assert {name.split(", ")[0] for name in found} >= {"adamw", "adamw8bit"}
+
+
+def test_the_part_keeps_small_and_large_tensors():
+    whole, part = optimizers.part_of_sd15(1), optimizers.part_of_sd15(64)
+    sizes = [torch.Size(shape).numel() for shape in whole.values()]
+    assert (len(whole), sum(sizes)) == (686, 859_520_964)
+    part_sizes = [torch.Size(shape).numel() for shape in part.values()]
+    assert len(part) == 11
+    assert max(part_sizes) > 10**7 / 2
+    assert min(part_sizes) < 1000
+    assert sum(part_sizes) / sum(sizes) == pytest.approx(1 / 64, rel=0.2)
+
+
+def test_bytes_held_and_moved_by_hand(small):
+    configs = {name: Optimizer(name=name) for name in ("adamw", "adamw8bit")}
+    lines = {
+        line["config"]["optimizer"]: line["figures"]
+        for line in optimizers.bench_optimizers(CPU, torch.bfloat16, 1, 1, configs)
+    }
+    # bf16 weight, fp32 master, two fp32 moments; the step numbers are nothing beside them
+    assert lines["adamw"]["held_bytes_per_parameter"] == pytest.approx(2 + 4 + 8, abs=0.01)
+    if "memory" not in Optimizer.model_fields:
+        # two codes of 8 bits, each with an fp32 scale a block of 256
+        assert lines["adamw8bit"]["held_bytes_per_parameter"] == pytest.approx(2 + 4 + 2 + 8 / 256, abs=0.06)
+        # gradient to fp32 2 + 4, its norm 4, clipped 4 + 4, the kernel 8 + 4 + 4, the master to bf16 4 + 2
+        assert lines["adamw8bit"]["moved_bytes_per_parameter"] == pytest.approx(40, abs=0.2)
+    assert lines["ema"]["moved_bytes_per_parameter"] == 10
+    for found in lines.values():
+        assert min(found["step_ms"]) > 0
+    assert lines["adamw"]["ratio"] == 1
+
+
+def test_held_bytes_see_what_an_optimizer_of_ours_keeps():
+    weights = [torch.randn(64, 64), torch.randn(16)]
+    held = optimizers.held_bytes(AdamW8bit(weights))
+    # codes and scales of the first; fp32 moments of the second, too small for blocks; both weights
+    expected = 4096 * (4 + 2) + 16 * 8 + 16 * (4 + 8)
+    assert expected <= held <= expected + 8192
+
+
+def test_what_cannot_run_says_why_and_the_rest_is_measured(small, monkeypatch, tmp_path, capsys):
+    real = optimizers.UNetOptimizer
+
+    def refuse(module, config, dtype):
+        if config.name == "adamw":
+            raise ValueError("adamw is not there\nmore")
+        return real(module, config, dtype)
+
+    monkeypatch.setattr(optimizers, "UNetOptimizer", refuse)
+    words = ["bench", "optimizer", "--device", "cpu", "--repeats", "1", "--append", str(tmp_path / "r")]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "adamw is not there" in out
+    records = {line["config"]["optimizer"]: line["figures"] for line in read(tmp_path / "r")}
+    assert records["adamw" if "adamw" in records else "adamw, fp32"] == {"cannot": "adamw is not there"}
+    assert any("step_ms" in found for name, found in records.items() if name.startswith("adamw8bit"))
+
+
+def test_the_allocators_record_is_the_live_peak():
+    def step():
+        a = torch.ones(1024, 1024)
+        b = a + 1
+        del a
+        return (b * 2).sum()
+
+    # a and b, then b and its double: never three
+    assert 2 * 2**22 <= allocated_peak(step) < 2 * 2**22 + 2**12
+
+
+def test_memory_on_a_cpu_is_the_allocators(capsys):
+    name = next(name for name in optimizers.offered() if name.startswith("adamw8bit"))
+    words = ["bench", "memory", "--device", "cpu", "--batch-size", "4", "--precision", "fp32", "--json"]
+    name = name if "memory" not in Optimizer.model_fields else "adamw8bit, fp32"
+    assert main([*words, "--optimizer", name]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    found = {line["config"]["checkpointing"]: line["figures"] for line in lines}
+    assert set(found) == set(memory.kinds())
+    # the tiny UNet's 3.2 M parameters in fp32 with codes of 8 bits; small tensors have fp32 moments
+    assert 6 * 3.1 < found["none"]["held_mib"] * 1.049 < 7 * 3.3
+    assert found["full"]["step_mib"] < 0.8 * found["none"]["step_mib"]
+    assert main([*words, "--optimizer", "sgd"]) == 2
+    assert "adamw" in capsys.readouterr().err
+
+
+def test_emulated_cards_are_tried_from_small_to_large_and_the_cap_is_lifted(monkeypatch):
+    """The CUDA calls are recorded; the step is stood in for by one that allocates 5 GiB and reserves up to 7."""
+    fractions, tried = [1.0], []
+
+    class Properties:
+        total_memory = 10 * 2**30
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: fractions.append(share))
+    monkeypatch.setattr(memory, "context_bytes", lambda device: 2**29)
+    monkeypatch.setattr(memory, "free", lambda device: None)
+
+    def stand_in(work):
+        tried.append(fractions[-1])
+        fits = fractions[-1] * 10 >= 6
+        return {"allocated_gib": 5.0, "reserved_gib": 7.0, "step_ms": 1.0} if fits else None
+
+    monkeypatch.setattr(memory, "try_step", stand_in)
+    work = Workload(device="cpu").resolved()
+    found = memory.of_a_gpu(work)
+    # 4 GiB cannot hold what is allocated; 6 less the context is 5.5; 8 is enough, and 12 is more than there is
+    assert tried == pytest.approx([1.0, 0.55, 0.75])
+    assert found["smallest_card_gib"] == 8
+    assert fractions[-1] == 1.0
+    monkeypatch.setattr(memory, "try_step", lambda work: None)
+    assert memory.of_a_gpu(work) == {"fits": False}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_cap_is_felt_on_a_gpu():
+    work = Workload(device="cuda").resolved()
+    found = memory.of_a_gpu(work)
+    assert found["fits"]
+    assert found["smallest_card_gib"] == 4
+    assert memory.on_a_card(work, 0.01, 0) is None

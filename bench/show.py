@@ -24,6 +24,6 @@ def print_table(title: str, columns: tuple[str, ...], rows: list[tuple]) -> None
         table.add_column(column, justify="right" if index else "left", overflow="fold")
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
+    console = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else PIPED_WIDTH)
     console.print(title, style="bold", markup=False, soft_wrap=True)
     console.print(table)

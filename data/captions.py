@@ -30,10 +30,11 @@ class Caption:
 
 @dataclass(frozen=True)
 class Rejection:
-    """path: the file that is left out, or `table.jsonl:LINE`. reason: why, for a reader."""
+    """path: the file that is left out, or `table.jsonl:LINE` for a row (is_row). reason: why, for a reader."""
 
     path: str
     reason: str
+    is_row: bool = False
 
 
 def collapse(text: str) -> str:
@@ -171,9 +172,9 @@ class CaptionReader:
                 source = f"{path.name}: {collapse(how)}" if isinstance(how, str) and how.strip() else path.name
                 captions[name] = Caption(_row_texts(row), source)
             except json.JSONDecodeError as error:
-                self.rejections.append(Rejection(f"{shown}:{number}", f"the row is not JSON: {error}"))
+                self.rejections.append(Rejection(f"{shown}:{number}", f"the row is not JSON: {error}", is_row=True))
             except RecursionError:
-                self.rejections.append(Rejection(f"{shown}:{number}", "the row is nested too deeply"))
+                self.rejections.append(Rejection(f"{shown}:{number}", "the row is nested too deeply", is_row=True))
             except ValueError as error:
-                self.rejections.append(Rejection(f"{shown}:{number}", f"the row {error}"))
+                self.rejections.append(Rejection(f"{shown}:{number}", f"the row {error}", is_row=True))
         return captions

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 
 EXIT_INTERRUPTED = 130
+# a list of captions for a thousand photos beside twenty of them would fill the screen
+MOST_LISTED = 20
 
 COMMANDS = {
     "init": "write a commented config from a preset: tiny, sd15, sd21, everydream2",
@@ -34,7 +36,7 @@ def _print_table(title: str, columns: tuple[str, ...], rows: list[tuple]) -> Non
         table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     # not the table's own title: that would wrap at the table's width
     console.print(title, style="bold", markup=False, soft_wrap=True)
     console.print(table)
@@ -63,7 +65,7 @@ def prepare(argv: list[str]) -> int:
     arguments = parse(Prepare, argv, "prepare", COMMANDS["prepare"])
     if not arguments.sources:
         raise ValueError("no photos given; name one or more folders of photos, or files")
-    from safelight.data.ingest import ingest
+    from safelight.data.ingest import REJECTED_NAME, ingest
     from safelight.data.printable import printable
     from safelight.trainer.log import Terminal
 
@@ -79,13 +81,19 @@ def prepare(argv: list[str]) -> int:
             "duplicates": summary.num_duplicates, "rejected": rejected, "warnings": [str(w) for w in summary.warnings],
         })  # fmt: skip
         return 0
-    for row in rejected:
+    for row in rejected[:MOST_LISTED]:
         terminal.say(printable(f"left out {row['path']}: {row['reason']}"))
-    for warning in summary.warnings:
+    if len(rejected) > MOST_LISTED:
+        terminal.say(f"and {len(rejected) - MOST_LISTED} more, all listed in {arguments.out / REJECTED_NAME}")
+    for warning in summary.warnings[:MOST_LISTED]:
         terminal.say(f"note: {warning}")
+    if len(summary.warnings) > MOST_LISTED:
+        terminal.say(f"and {len(summary.warnings) - MOST_LISTED} more notes; --json prints them all")
+    num_rows = sum(r.is_row for r in summary.rejected)
+    rows = f", {num_rows} caption rows" if num_rows else ""
     print(
         f"{len(summary.photos)} photographs in {arguments.out} ({summary.num_copied} copied as they are, {summary.num_shrunk} shrunk, "
-        f"{summary.num_duplicates} duplicates dropped, {len(rejected)} left out)"
+        f"{summary.num_duplicates} duplicates dropped, {len(rejected) - num_rows} left out{rows})"
     )
     return 0
 

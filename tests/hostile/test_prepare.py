@@ -17,6 +17,7 @@ from PIL import Image
 
 from safelight.data.ingest import ingest
 from safelight.data.manifest import read_manifest
+from safelight.trainer.log import Terminal
 
 GOOD = {"good one": "a told caption", "good two": "good two"}
 
@@ -121,3 +122,30 @@ def test_beside_good_photographs(picture, place, call, deny):
 
 def test_the_corpus_is_large(corpus_names):
     assert len(set(corpus_names)) == len(corpus_names) >= 60
+
+
+def test_a_list_of_a_hundred_captions_beside_one_photo_does_not_fill_the_screen(tmp_path, call):
+    """A user copies some photos and the whole list; text that looks like an emoji's name stays text."""
+    (tmp_path / "p").mkdir()
+    Image.new("RGB", (80, 80), "teal").save(tmp_path / "p" / "0.png")
+    rows = [json.dumps({"file_name": f"{n}.png", "text": "a photo"}) for n in range(120)]
+    (tmp_path / "p" / "captions.jsonl").write_text("\n".join(rows))
+    for n in range(30):
+        (tmp_path / "p" / f"{n}.txt").write_text("")
+        Image.new("RGB", (80, 80), (n, 99, 3 * n)).save(tmp_path / "p" / f"{n}.png")
+    called = call("prepare", str(tmp_path / "p"), "-o", str(tmp_path / "d"))
+    lines = called.err.splitlines()
+    assert sum(line.startswith("left out ") for line in lines) == 20
+    assert f"and 70 more, all listed in {tmp_path / 'd' / 'rejected.jsonl'}" in lines
+    assert sum(line.startswith("note: ") for line in lines) == 20
+    assert "and 10 more notes; --json prints them all" in lines
+    assert "30 photographs" in called.out
+    assert "0 left out, 90 caption rows)" in called.out
+    assert len((tmp_path / "d" / "rejected.jsonl").read_text().splitlines()) == 90
+    all_of_it = json.loads(call("prepare", str(tmp_path / "p"), "-o", str(tmp_path / "d"), "--json").out)
+    assert (len(all_of_it["rejected"]), len(all_of_it["warnings"])) == (90, 30)
+
+
+def test_no_text_becomes_an_emoji(capsys):
+    Terminal().say("left out p/captions.jsonl:100: :smile:")
+    assert capsys.readouterr().err == "left out p/captions.jsonl:100: :smile:\n"

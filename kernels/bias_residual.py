@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from safelight.kernels.column_sum import column_sum
-from safelight.kernels.jit import cdiv, kernel, next_power_of_2, runs_kernel
+from safelight.kernels.jit import cdiv, kernel, next_power_of_2, runs_kernel, with_flat_pixels
 from safelight.kernels.reference import to_compute
 
 if TYPE_CHECKING:
@@ -112,19 +112,24 @@ def bias_residual_fwd(x: Tensor, bias: Tensor, residual: Tensor | None, scale: f
     return y
 
 
+def _is_dense(x: Tensor) -> bool:
+    return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+
+
 def bias_residual_bwd(dy: Tensor, bias_dtype: torch.dtype, scale: float) -> tuple[Tensor, Tensor]:
-    """Return (dx, dbias); dx, which is dy itself where the scale is 1, is the residual's gradient as well."""
+    """Return (dx, dbias); dx is the residual's gradient as well, and dy itself where the scale is 1 and dy dense.
+
+    A channel slice, as the gradient of a concatenation is, would be copied by the convolution behind: here on the way.
+    """
+    order = torch.channels_last if dy.dim() == 4 and dy.stride(1) == 1 else torch.contiguous_format
     if not runs_kernel(dy):
-        dx = (to_compute(dy) * scale).to(dy.dtype) if scale != 1 else dy
+        dx = (to_compute(dy) * scale).to(dy.dtype) if scale != 1 else dy.contiguous(memory_format=order)
         over = (0, 2, 3) if dy.dim() == 4 else tuple(range(dy.dim() - 1))
         return dx, (to_compute(dy).sum(dim=over) * scale).to(bias_dtype)
-    if dy.dim() == 4 and not dy.is_contiguous(memory_format=torch.channels_last):
-        dy = dy.contiguous()
-    dx = (
-        dy
-        if scale == 1
-        else torch.empty_like(dy, memory_format=torch.preserve_format if dy.dim() == 4 else torch.contiguous_format)
-    )
+    if dy.dim() == 4:
+        dy = with_flat_pixels(dy)
+    write_dx = scale != 1 or not _is_dense(dy)
+    dx = torch.empty_like(dy, memory_format=order) if write_dx else dy
     flat, out = _as_NCS(dy), _as_NCS(dx)
     N, C, S = flat.shape
     blocks = _blocks(C, S)
@@ -133,7 +138,7 @@ def bias_residual_bwd(dy: Tensor, bias_dtype: torch.dtype, scale: float) -> tupl
     num_splits = cdiv(S, chunk)
     parts = torch.empty(1, N * num_splits, C, dtype=torch.float32, device=dy.device)
     _bias_residual_bwd_kernel[(num_blocks, num_splits, N)](
-        flat, out, parts, C, S, scale, chunk, *flat.stride(), *out.stride(), WRITE_DX=scale != 1, **blocks
+        flat, out, parts, C, S, scale, chunk, *flat.stride(), *out.stride(), WRITE_DX=write_dx, **blocks
     )
     return dx, column_sum(parts, bias_dtype)[0]
 

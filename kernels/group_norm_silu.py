@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from safelight.kernels.jit import cdiv, kernel, next_power_of_2, runs_kernel
+from safelight.kernels.jit import cdiv, kernel, next_power_of_2, runs_kernel, with_flat_pixels
 from safelight.kernels.reference import recomputed_gradients, to_compute
 
 if TYPE_CHECKING:
@@ -403,14 +403,6 @@ def group_norm_silu_bwd(
         SILU=silu, BLOCK_S=plan.block_s, **options,
     )  # fmt: skip
     return dx, dweight, dbias, daddend_NC
-
-
-def with_flat_pixels(x: Tensor) -> Tensor:
-    """Return x (N, C, ...), copied only where its pixels cannot be counted by one stride."""
-    flat = all(
-        x.stride(i) == x.shape[i + 1] * x.stride(i + 1) or 1 in x.shape[i : i + 2] for i in range(2, x.dim() - 1)
-    )
-    return x if flat else x.contiguous()
 
 
 class _GroupNormSiLU(torch.autograd.Function):

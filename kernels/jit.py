@@ -37,18 +37,28 @@ class Launch:
     options: dict[str, object] = field(hash=False)
 
 
-_recorders: list[list[Launch]] = []
+_listeners: list[Callable[[Launch], None]] = []
+
+
+@contextmanager
+def tell_launches(listener: Callable[[Launch], None]) -> Iterator[None]:
+    """Call `listener` with every launch on meta tensors: what a GPU would be asked to run.
+
+    A listener that keeps a launch keeps its tensors, and autograd then copies gradients that it would have taken over.
+    """
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
 
 
 @contextmanager
 def record_launches() -> Iterator[list[Launch]]:
-    """Yield a list that fills with every launch on meta tensors: what a GPU would be asked to run."""
+    """Yield a list that fills with every launch on meta tensors."""
     launches: list[Launch] = []
-    _recorders.append(launches)
-    try:
+    with tell_launches(launches.append):
         yield launches
-    finally:
-        _recorders.remove(launches)
 
 
 class Kernel:
@@ -139,8 +149,8 @@ class Kernel:
         rest = {name: value for name, value in options.items() if name not in named}
         if not self.fp_fusion:
             rest["enable_fp_fusion"] = False
-        for launches in _recorders:
-            launches.append(Launch(self, grid, named, rest))
+        for listener in _listeners:
+            listener(Launch(self, grid, named, rest))
 
 
 def kernel(
@@ -189,3 +199,11 @@ def is_dense(x: Tensor) -> bool:
     """Return whether x's elements fill its memory without gaps or overlaps, in whatever order of dimensions."""
     # only then does empty_like keep the strides
     return torch.empty_like(x, device="meta").stride() == x.stride()
+
+
+def with_flat_pixels(x: Tensor) -> Tensor:
+    """Return x (N, C, ...), copied only where its pixels cannot be counted by one stride."""
+    flat = all(
+        x.stride(i) == x.shape[i + 1] * x.stride(i + 1) or 1 in x.shape[i : i + 2] for i in range(2, x.dim() - 1)
+    )
+    return x if flat else x.contiguous()

@@ -5,6 +5,7 @@ computed again in the backward pass from the input and two numbers a group or ro
 work. The convolution and the projection themselves are PyTorch's.
 
     norm_silu_conv      conv2d(silu(group_norm(x + addend)))                    the residual blocks
+    group_norm_linear   linear(group_norm(x)), pixels as tokens                 the way into a transformer
     norm_linear         linear(layer_norm(x)), or of x + residual, and the sum  the transformer blocks' projections
     feed_forward        linear(geglu(linear(layer_norm(x))))                    the transformer blocks' feed-forward
 
@@ -24,8 +25,8 @@ from safelight.kernels.group_norm_silu import (
     group_norm_silu_again,
     group_norm_silu_bwd,
     group_norm_silu_fwd,
-    with_flat_pixels,
 )
+from safelight.kernels.jit import with_flat_pixels
 from safelight.kernels.layer_norm import check_layer_norm, layer_norm_again, layer_norm_bwd, layer_norm_fwd
 
 
@@ -77,12 +78,60 @@ def norm_silu_conv(
     )  # fmt: skip
 
 
-def _linear_gradients(dy: Tensor, h: Tensor, weight: Tensor, has_bias: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def linear_gradients(dy: Tensor, h: Tensor, weight: Tensor, has_bias: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return (dh, dweight, dbias) of y = h weight^T + bias."""
     rows_dy, rows_h = dy.reshape(-1, dy.shape[-1]), h.reshape(-1, h.shape[-1])
     # dh = dy weight;  dweight = dy^T h;  dbias = sum over rows of dy
-    dbias = rows_dy.sum(dim=0, dtype=torch.promote_types(dy.dtype, torch.float32)).to(dy.dtype) if has_bias else None
+    # PyTorch accumulates 16-bit sums in fp32
+    dbias = rows_dy.sum(dim=0) if has_bias else None
     return (rows_dy @ weight).view(h.shape), rows_dy.t() @ rows_h, dbias
+
+
+class _GroupNormLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, norm_weight, norm_bias, weight, bias, num_groups, eps):
+        norm = (x, norm_weight, norm_bias, None)
+        h, mean_NG, rstd_NG = group_norm_silu_fwd(*norm, num_groups, eps, False)
+        ctx.save_for_backward(*norm, mean_NG, rstd_NG, weight)
+        ctx.norm_options, ctx.has_bias = (num_groups, eps, False), bias is not None
+        return F.linear(as_tokens(h), weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        *norm, weight = ctx.saved_tensors
+        h = as_tokens(group_norm_silu_again(*norm, *ctx.norm_options))
+        dh, dweight, dbias = linear_gradients(dy, h, weight, ctx.has_bias)
+        del h
+        dh = as_images(dh, *norm[0].shape[2:])
+        dx, dnorm_weight, dnorm_bias, _ = group_norm_silu_bwd(dh, *norm, *ctx.norm_options)
+        return dx, dnorm_weight, dnorm_bias, dweight, dbias, None, None
+
+
+def as_tokens(x: Tensor) -> Tensor:
+    """Return images (N, C, H, W) as tokens (N, H W, C): a view of channels-last memory."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def as_images(x: Tensor, height: int, width: int) -> Tensor:
+    """Return tokens (N, H W, C) as images (N, C, H, W): a view, channels-last."""
+    return x.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+
+def group_norm_linear(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, num_groups: int, weight: Tensor, bias: Tensor | None = None, *,
+    eps: float = 1e-5,
+) -> Tensor:  # fmt: skip
+    """Return linear(group_norm(x)) of every pixel, (N, H W, F), saving x and fp32 statistics alone.
+
+    x: (N, C, H, W), fp32 | fp16 | bf16, channels-last or not; weight: (F, C), or a convolution's of (F, C, 1, 1). Raises
+    ValueError for shapes that do not fit.
+    """
+    check_group_norm(x, norm_weight, None, num_groups)
+    matrix = weight.flatten(1)
+    if x.dim() != 4 or matrix.shape[1] != x.shape[1]:
+        raise ValueError(f"a projection of {tuple(weight.shape)} does not fit x of {tuple(x.shape)}")
+    return _GroupNormLinear.apply(with_flat_pixels(x), norm_weight, norm_bias, matrix, bias, num_groups, eps)
 
 
 class _NormLinear(torch.autograd.Function):
@@ -103,7 +152,7 @@ class _NormLinear(torch.autograd.Function):
             return ds, None, None, ds, None, None, None
         *norm, weight = ctx.saved_tensors
         h = layer_norm_again(*norm, ctx.eps)
-        dh, dweight, dbias = _linear_gradients(dy, h, weight, ctx.has_bias)
+        dh, dweight, dbias = linear_gradients(dy, h, weight, ctx.has_bias)
         del h
         dx, dnorm_weight, dnorm_bias = layer_norm_bwd(dh, ds, *norm, ctx.eps)
         return dx, dnorm_weight, dnorm_bias, dx if ctx.has_residual else None, dweight, dbias, None
@@ -153,11 +202,11 @@ class _FeedForward(torch.autograd.Function):
         if projected is None:
             projected = F.linear(h, in_weight, in_bias)
         gated = geglu_fwd(projected)
-        dgated, dout_weight, dout_bias = _linear_gradients(dy, gated, out_weight, ctx.has_out_bias)
+        dgated, dout_weight, dout_bias = linear_gradients(dy, gated, out_weight, ctx.has_out_bias)
         del gated
         dprojected = geglu_bwd(dgated, projected)
         del dgated, projected
-        dh, din_weight, din_bias = _linear_gradients(dprojected, h, in_weight, ctx.has_in_bias)
+        dh, din_weight, din_bias = linear_gradients(dprojected, h, in_weight, ctx.has_in_bias)
         del dprojected, h
         dx, dnorm_weight, dnorm_bias = layer_norm_bwd(dh, ds, *norm, ctx.eps)
         dresidual = dx if ctx.has_residual else None

@@ -66,6 +66,20 @@ def test_without_a_scale_the_gradient_is_passed_on_not_copied(device):
     assert dx.data_ptr() == dresidual.data_ptr() == dy.data_ptr()
 
 
+def test_a_slice_of_a_gradient_is_made_dense_on_the_way(device):
+    """The gradient of a concatenation is a channel slice; a convolution behind would copy it."""
+    x, bias, residual = (
+        v.to(device).requires_grad_() for v in make((2, 6, 3, 5), torch.float32, "channels_last", True).values()
+    )
+    whole = torch.randn(2, 14, 3, 5, generator=torch.Generator().manual_seed(8)).to(device)
+    dy = whole.to(memory_format=torch.channels_last)[:, 4:10]
+    dx, dbias, dresidual = torch.autograd.grad(bias_residual(x, bias, residual), (x, bias, residual), dy)
+    assert dx.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(dx, dy)
+    assert torch.equal(dresidual, dy)
+    torch.testing.assert_close(dbias, dy.sum((0, 2, 3)))
+
+
 @pytest.mark.parametrize("shape", [(2, 3, 2, 2), (2, 2, 3)])
 @pytest.mark.parametrize("residual", [True, False])
 def test_gradcheck_in_double_precision(shape, residual):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from safelight.kernels.norm_silu_conv import feed_forward, norm_linear, norm_silu_conv
+from safelight.kernels.norm_silu_conv import feed_forward, group_norm_linear, norm_linear, norm_silu_conv
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # shapes are large enough that the largest error is no matter of luck: PyTorch's own matrix work makes most of it
@@ -83,6 +83,24 @@ def test_norm_silu_conv_at_a_true_width(check_op):
         lambda **leaves: plain_conv(**leaves, groups=32, **options),
         inputs,
     )
+
+
+@pytest.mark.grid(
+    shape=[(1, 56, 13, 9), (3, 64, 4, 3)], dtype=DTYPES, layout=["nchw", "channels_last"], kernel=[True, False],
+    bias=[True, False],
+)  # fmt: skip
+def test_group_norm_linear(check_op, shape, dtype, layout, kernel, bias):
+    shapes = {"x": shape, "norm_weight": shape[1:2], "norm_bias": shape[1:2]}
+    shapes |= {"weight": (48, shape[1], *[1] * 2 * kernel)} | ({"bias": (48,)} if bias else {})
+    inputs = draw(shapes, dtype)
+    if layout == "channels_last":
+        inputs["x"] = inputs["x"].to(memory_format=torch.channels_last)
+
+    def plain(x, norm_weight, norm_bias, weight, bias=None):
+        h = F.group_norm(x, 2, norm_weight, norm_bias, 1e-6)
+        return F.linear(h.permute(0, 2, 3, 1).flatten(1, 2), weight.flatten(1), bias)
+
+    check_op(lambda **leaves: group_norm_linear(**leaves, num_groups=2, eps=1e-6), plain, inputs)
 
 
 @pytest.mark.grid(shape=[(1, 3, 5), (3, 7, 77), (1, 5, 320)], dtype=DTYPES, residual=[True, False], bias=[True, False])
@@ -187,6 +205,8 @@ def test_shapes_that_do_not_fit_are_refused():
     x, w = torch.ones(2, 4), torch.ones(4)
     with pytest.raises(ValueError, match=r"a projection of \(3, 5\) does not fit"):
         norm_linear(x, w, w, torch.ones(3, 5))
+    with pytest.raises(ValueError, match=r"a projection of \(3, 5\) does not fit"):
+        group_norm_linear(torch.ones(2, 4, 2, 2), w, w, 2, torch.ones(3, 5))
     with pytest.raises(ValueError, match="do not fit a GEGLU between"):
         feed_forward(x, w, w, torch.ones(6, 4), None, torch.ones(4, 4))
     with pytest.raises(ValueError, match=r"a kernel of \(3, 5, 3, 3\) does not fit"):

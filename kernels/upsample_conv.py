@@ -1,0 +1,48 @@
+"""Nearest-neighbour upsampling and the convolution behind it as one function, which saves the small input.
+
+The upsampled image is four times as large and is needed once more only for the weight gradient: it is made again then, a
+pass bound by memory. The convolution itself is PyTorch's. Letters: N batch, C K channels in and out.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+
+class _UpsampleConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, size, padding):
+        ctx.save_for_backward(x, weight)
+        ctx.size, ctx.padding = size, padding
+        ctx.bias_sizes = None if bias is None else list(bias.shape)
+        return F.conv2d(F.interpolate(x, size=size, mode="nearest"), weight, bias, padding=padding)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        # the gradient of a concatenation is a slice; said here rather than done inside the convolution
+        dy = dy.contiguous(memory_format=torch.channels_last if dy.stride(1) == 1 else torch.contiguous_format)
+        large = F.interpolate(x, size=ctx.size, mode="nearest")
+        dlarge, dweight, dbias = torch.ops.aten.convolution_backward(
+            dy, large, weight, ctx.bias_sizes, [1, 1], list(ctx.padding), [1, 1], False, [0, 0], 1,
+            [True, ctx.needs_input_grad[1], ctx.bias_sizes is not None],
+        )  # fmt: skip
+        del large
+        dx = torch.ops.aten.upsample_nearest2d_backward(dlarge, ctx.size, x.shape)
+        return dx, dweight, dbias, None, None
+
+
+def upsample_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, size: tuple[int, int], padding: tuple[int, int] = (1, 1)
+) -> Tensor:
+    """Return conv2d(x upsampled to `size` by nearest neighbours), saving x alone.
+
+    x: (N, C, H, W); weight: (K, C, h, w). Raises ValueError for shapes that do not fit.
+    """
+    if x.dim() != 4 or weight.dim() != 4 or weight.shape[1] != x.shape[1]:
+        raise ValueError(f"a kernel of {tuple(weight.shape)} does not fit x of {tuple(x.shape)}")
+    return _UpsampleConv.apply(x, weight, bias, list(size), padding)

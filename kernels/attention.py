@@ -7,10 +7,10 @@ import re
 from torch import Tensor, nn
 
 from safelight.kernels.attention_backends import AttentionChoice, Case, attend, attention_operators
-from safelight.kernels.attention_probe import choose_attention
+from safelight.kernels.attention_probe import allowed_backends, choose_attention
 
 __all__ = [
-    "AttendProcessor", "AttentionChoice", "Case", "apply_attention", "attend", "attention_cases", "attention_modules",
+    "AttendProcessor", "AttentionChoice", "Case", "allowed_backends", "apply_attention", "attend", "attention_cases", "attention_modules",
     "attention_operators", "choose_attention", "head_dim_of",
 ]  # fmt: skip
 

@@ -35,9 +35,13 @@ NOT_DETERMINISTIC = ("cudnn", "xformers-flash", "xformers-flash3")
 FAILURES = (RuntimeError, NotImplementedError, ValueError, ImportError, OSError, AttributeError, AssertionError)
 
 
-def _first_line(error: BaseException) -> str:
-    # xformers lists its reasons operator by operator below what was asked
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:100]
+def _short(error: BaseException) -> str:
+    """Return an error's reason in one line."""
+    text = str(error).strip() or type(error).__name__
+    # xformers tells what it was asked first, and then, indented, why each operator refuses
+    _, because, after = text.partition("is not supported because:")
+    lines = [line.strip() for line in (after if because else text).strip().splitlines()]
+    return "; ".join(lines[:2])[:100] if because else lines[0].partition(". ")[0][:100]
 
 
 def _inputs(case: Case, batch: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -93,7 +97,7 @@ def probe(backend: str, inputs: tuple[Tensor, Tensor, Tensor, Tensor], determini
         ):
             return "two passes differ"
     except FAILURES as error:
-        return _first_line(error)
+        return _short(error)
     return ""
 
 
@@ -164,6 +168,17 @@ def backends_of(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
     return CUDA_BACKENDS
 
 
+def allowed_backends(device: torch.device, dtype: torch.dtype, wanted: str) -> list[str]:
+    """Return the backends that a setting leaves to be probed. Raises ValueError if none of them is for this device."""
+    if wanted not in GROUPS:
+        raise ValueError(f"model.attention {wanted!r} is unknown; use {', '.join(GROUPS)}")
+    allowed = [name for name in backends_of(device, dtype) if name in GROUPS[wanted]]
+    if not allowed:
+        why = "xformers has no CPU operator" if wanted == "xformers" else f"it does not run on {device.type}"
+        raise ValueError(f"model.attention = {wanted!r} cannot be had on {device.type}: {why}; use auto or sdpa")
+    return allowed
+
+
 def can_time(device: torch.device) -> bool:
     """Return whether backends are timed on a device: on a GPU; a CPU has one fused operator."""
     return device.type == "cuda"
@@ -185,20 +200,14 @@ def choose_attention(
     kept where they still work, since another backend gives other bits. On meta tensors nothing is probed but shapes: the
     first backend of the card's order that takes the dtype. Raises ValueError if nothing wanted works for a case.
     """
-    if wanted not in GROUPS:
-        raise ValueError(f"model.attention {wanted!r} is unknown; use {', '.join(GROUPS)}")
+    allowed = allowed_backends(device, dtype, wanted)
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
-    allowed = [name for name in backends_of(device, dtype) if name in GROUPS[wanted]]
-    if not allowed:
-        why = "xformers has no CPU operator" if wanted == "xformers" else f"it does not run on {device.type}"
-        raise ValueError(f"model.attention = {wanted!r} cannot be had on {device.type}: {why}; use auto or sdpa")
     name, dtype_name = device_name(device), str(dtype).removeprefix("torch.")
     kept, notes = _previous_verdicts(previous, name, dtype_name)
     verdicts: dict[Case, Verdict] = {}
     is_timed = can_time(device) and not deterministic
-    # TODO: a bare head dim goes once trainer/job.py passes attention_cases
-    for case in sorted({Case(c) if isinstance(c, int) else c for c in cases}):
+    for case in sorted(set(cases)):
         candidates = allowed
         if case in kept:
             before = kept[case].backend

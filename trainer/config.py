@@ -66,6 +66,8 @@ class Model(Section):
     """Text-encoder layers to leave out at the end, as diffusers counts; 0 takes the last, which others call clip skip 1."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Weights and arithmetic of the UNet. 16-bit weights have an fp32 master. auto: bf16 or fp16 on a GPU, fp32 on a CPU."""
+    attention: Literal["auto", "xformers", "sdpa", "flash", "cudnn", "efficient", "math"] = "auto"
+    """Attention's backend. auto: the fastest that a probe finds to work; xformers, or sdpa: of those; else that one of sdpa's."""
 
 
 class Data(Section):

@@ -14,13 +14,14 @@ from torch import nn
 
 from safelight.data.atomic import atomic_write_text
 from safelight.data.manifest import read_manifest
-from safelight.kernels.attention import apply_attention, attention_modules, choose_attention, head_dim_of
+from safelight.kernels.attention import apply_attention, attention_cases, choose_attention
 from safelight.trainer.checkpoint import check_files, folder_of, list_checkpoints, load_unet_weights, read_record
 from safelight.trainer.config import Config, explain, load_config
 from safelight.trainer.diffusion import NoiseSchedule, make_schedule
 from safelight.trainer.ema import load_averages
 from safelight.trainer.encoders import CaptionEncoder, LatentCodec, load_caption_encoder, load_codec
 from safelight.trainer.models import Base, base_of, load_unet, pick_device, pick_dtype
+from safelight.trainer.run_folder import recorded_attention
 from safelight.trainer.sample import Settings, generate, settings_of
 
 Progress = Callable[[int, int], None]
@@ -47,7 +48,12 @@ class OpenRun:
             load_unet_weights(folder_of(self.run_dir, step), unet)
             load_averages(folder_of(self.run_dir, step), unet)
         unet.to(self.device).eval().requires_grad_(False)
-        apply_attention(unet, choose_attention(self.device, dtype, {head_dim_of(m) for m in attention_modules(unet)}))
+        side = self.config.data.resolution // self.codec.factor
+        # what the run trained with where this is its device, whatever works elsewhere
+        attention = choose_attention(
+            self.device, dtype, attention_cases(unet, (side, side)), previous=recorded_attention(self.run_dir)
+        )
+        apply_attention(unet, attention)
         return unet
 
     def draw(

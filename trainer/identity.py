@@ -17,6 +17,7 @@ from safelight.trainer.config import Config
 FREE_TABLES = ("stage", "validate", "sample", "save", "log")
 FREE = {
     "run": ("dir", "device"),
+    "model": ("attention",),
     "data": ("path",),
     "train": ("max_steps", "checkpointing"),
 }

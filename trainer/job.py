@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from safelight.data.cache import Sample
-from safelight.kernels.attention import apply_attention, attention_modules, choose_attention, head_dim_of
+from safelight.kernels.attention import allowed_backends, apply_attention, attention_cases, choose_attention
 from safelight.trainer.checkpoint import Position, check_files, folder_of, load_checkpoint, read_identity
 from safelight.trainer.config import Config
 from safelight.trainer.dataset import Dataset, open_dataset
@@ -22,7 +22,7 @@ from safelight.trainer.identity import Identity, identify
 from safelight.trainer.log import Metrics, Terminal, reset_peak_memory
 from safelight.trainer.models import PRECISIONS, base_of, check_unet, load_unet, pick_device, pick_dtype
 from safelight.trainer.optim import UNetOptimizer, check_optimizer
-from safelight.trainer.run_folder import write_start
+from safelight.trainer.run_folder import recorded_attention, write_start
 from safelight.trainer.step import StepResult
 from safelight.trainer.timeline import Timeline
 from safelight.trainer.validate import choose_subset
@@ -70,6 +70,7 @@ def load_job(
     schedule = make_schedule(base.config_of("scheduler"), config.loss.prediction, config.loss.zero_terminal_snr)
     # what will be refused is refused before hours of encoding
     check_unet(base)
+    allowed_backends(device, dtype, config.model.attention)
     if step is not None:
         _refuse_other_run(run_dir, step, identify(config, PRECISIONS[dtype]))
         check_files(folder_of(run_dir, step))
@@ -87,7 +88,11 @@ def load_job(
         unet.enable_gradient_checkpointing()
     optimizer = UNetOptimizer(unet, config.optimizer, dtype)
     ema = WeightAverages(optimizer, config.train.ema_decay) if config.train.ema_decay > 0 else None
-    attention = choose_attention(device, dtype, {head_dim_of(m) for m in attention_modules(unet)})
+    side = config.data.resolution // dataset.latent_factor
+    attention = choose_attention(
+        device, dtype, attention_cases(unet, (side, side)), wanted=config.model.attention,
+        batch=config.train.batch_size, previous=None if step is None else recorded_attention(run_dir),
+    )  # fmt: skip
     apply_attention(unet, attention)
     # the autoencoder waits in host memory and visits the GPU to decode samples
     codec = load_codec(config, base, torch.device("cpu"))
@@ -106,7 +111,9 @@ def load_job(
     notes = [str(attention), f"optimizer {config.optimizer.name}" + (", fp32 master" if optimizer.has_master else "")]
     if ema is not None:
         notes.append(f"moving average of the weights, decay {ema.decay:g}, in validation, samples and export")
-    write_start(run_dir, config, base, dataset, unet, notes, schedule.prediction_type, PRECISIONS[dtype], device)
+    write_start(
+        run_dir, config, base, dataset, unet, notes, schedule.prediction_type, PRECISIONS[dtype], device, attention
+    )
     metrics = Metrics(run_dir, -1 if step is None else step, config.log.tensorboard)
     if metrics.num_unreadable:
         terminal.say(f"{metrics.num_unreadable} lines of {metrics.path} are not readable and are left out")

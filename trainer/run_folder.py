@@ -12,12 +12,15 @@ from torch import nn
 from safelight.data.atomic import atomic_write_text
 from safelight.data.images import decode
 from safelight.data.printable import storable
+from safelight.kernels.attention import AttentionChoice
 from safelight.trainer.config import Config, to_toml
 from safelight.trainer.dataset import NUM_EXAMPLES, Dataset
 from safelight.trainer.environment import describe
 from safelight.trainer.models import Base
 
 EXAMPLE_SIDE = 320
+# environment.json's key of what choose_attention decided
+ATTENTION = "attention_choice"
 
 
 def _write_json(path: Path, value) -> None:
@@ -26,11 +29,13 @@ def _write_json(path: Path, value) -> None:
 
 def write_start(
     run_dir: Path, config: Config, base: Base, dataset: Dataset, unet: nn.Module, notes: list[str],
-    prediction_type: str, precision: str, device: torch.device,
+    prediction_type: str, precision: str, device: torch.device, attention: AttentionChoice,
 ) -> None:  # fmt: skip
     """Write config.toml, environment.json, model.json, data.json, split.json and data_examples/."""
     atomic_write_text(run_dir / "config.toml", to_toml(config))
-    _write_json(run_dir / "environment.json", {**describe(device), "attention": notes[0]})
+    _write_json(
+        run_dir / "environment.json", {**describe(device), "attention": str(attention), ATTENTION: attention.record()}
+    )
     trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
     own_text = f"CLIP tokenizer {Path(config.model.tokenizer).name}" if config.model.tokenizer else "the base's"
     untrained = "untrained (random weights), frozen" if base.from_scratch else "frozen"
@@ -67,6 +72,18 @@ def write_start(
             "rejected": _read_rejected(dataset.path / "rejected.jsonl"),
         },
     )
+
+
+def recorded_attention(run_dir: Path) -> dict | None:
+    """Return the attention that a run recorded, for `previous` of choose_attention; None if it recorded none."""
+    path = run_dir / "environment.json"
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get(ATTENTION)
+    except (OSError, ValueError, AttributeError):
+        # which choose_attention tells
+        return {"unreadable": str(path)}
 
 
 def _read_rejected(path: Path) -> list[dict]:

@@ -70,7 +70,7 @@ def environment_section(run: RunFolder) -> Markup:
     heading = tag("h2", "Machine, and how to repeat it")
     if not environment:
         return tag("section", heading, empty_state("The run has no environment.json."), id="environment")
-    known = {_label(key): value for key, value in environment.items() if key != "command"}
+    known = {_label(key): value for key, value in environment.items() if key not in ("command", "attention_choice")}
     lines = []
     commit = str(environment.get("git_commit") or environment.get("commit") or "").strip()
     if commit and commit.lower() not in ("none", "unknown"):

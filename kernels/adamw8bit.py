@@ -34,12 +34,11 @@ from safelight.kernels.blockwise import (
 )
 from safelight.kernels.jit import cdiv, is_dense, runs_kernel
 from safelight.kernels.philox import MASK_32
-from safelight.kernels.remainder import REMAINDERS, draws, join, split
+from safelight.kernels.remainder import REMAINDERS, draws, join, split, start
 
 MIN_8BIT_ELEMENTS = 4096
-ROWS = 4  # blocks a program
-NUM_WARPS = 8  # 4 elements a thread; 8 of them spill a register in some variants
-CHUNK = 1024  # elements a program of the kernel for fp32 moments
+ROWS = 2  # blocks a program: 4 elements a thread; 8 of them spill a register in some variants
+CHUNK = 512  # elements a program of the kernel for fp32 moments
 WEIGHTS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -81,8 +80,8 @@ class AdamW8bit:
     """AdamW over weights of one dtype, updated in place; their memory must stay where it is (assign with copy_).
 
     parameters: dense, of any memory order, on one device, float32, bfloat16 or float16. memory: of kernels/remainder.py;
-    float32 weights take fp32 alone. values: float32 to start from, in place of what 16-bit weights hold; with memory fp32
-    they are kept as the masters. seed: of stochastic rounding, whose draws also depend on a tensor's place in the list.
+    float32 weights take fp32 alone. values: float32 to start from, in place of what 16-bit weights hold; or remainders, what
+    remainder.start gave beside them. seed: of stochastic rounding, whose draws also depend on a tensor's place in the list.
 
     step_counts: steps taken, (tensors,) int64 on the device. skips: (tensors,) int32, of the step under way.
     Raises ValueError for other dtypes, for tensors with gaps, and for a memory mode that does not fit.
@@ -90,7 +89,7 @@ class AdamW8bit:
 
     def __init__(
         self, parameters: list[Tensor], betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, memory: str = "fp32",
-        seed: int = 0, values: list[Tensor] | None = None,
+        seed: int = 0, values: list[Tensor] | None = None, remainders: list[Tensor | None] | None = None,
     ):  # fmt: skip
         dtype = parameters[0].dtype
         for p in parameters:
@@ -107,14 +106,16 @@ class AdamW8bit:
         self.parameters, self.betas, self.eps, self.memory, self.seed = parameters, betas, eps, memory, seed
         device = parameters[0].device
         self.moments = [self._empty(p) for p in parameters]
-        self.remainders = [self._beside(i, None if values is None else values[i]) for i in range(len(parameters))]
+        if remainders is None:
+            remainders = [self._beside(i, None if values is None else values[i]) for i in range(len(parameters))]
+        self.remainders = remainders
         num = len(parameters)
         self.step_counts = torch.zeros(num, dtype=torch.int64, device=device)
         self.skips = torch.zeros(num, dtype=torch.int32, device=device)
         self.maps = tuple(dynamic_map(signed).to(device) for signed in (True, False))
         self._bounds = tuple(bounds_of(signed).to(device) for signed in (True, False))
-        self._corrections = torch.ones(num, 2, device=device)
-        self._hyper = torch.zeros(3, device=device)
+        self._corrections = torch.ones(num, 3, device=device)
+        self._hyper = torch.zeros(2, device=device)
         self._seed = torch.tensor([seed & MASK_32, seed >> 32], dtype=torch.int64, device=device)
         self._tensors: Tensor | None = None
         self._programs: dict[tuple[int, ...], list[tuple[bool, _Programs]]] = {}
@@ -134,32 +135,19 @@ class AdamW8bit:
     @torch.no_grad()
     def _beside(self, index: int, value: Tensor | None) -> Tensor | None:
         """Return the memory that completes a weight to fp32, filled; rounds the weight to `value`."""
-        p, kept = self.parameters[index], REMAINDERS[self.memory]
-        if p.dtype == torch.float32 or kept is None:
+        p = self.parameters[index].detach()
+        if p.dtype == torch.float32:
             if value is not None:
                 p.copy_(value)
             return None
-        source = (p if value is None else value).detach()
-        if self.memory == "fp32" and source.dtype == torch.float32 and source.stride() == p.stride():
-            beside = source
-        else:
-            beside = torch.empty_like(p, dtype=kept, requires_grad=False)
-        self._write(p, beside, torch.empty_like(p, dtype=torch.float32).copy_(source))
+        source = torch.empty_like(p, dtype=torch.float32).copy_(p if value is None else value)
+        weight, left = start(in_memory_order(source), p.dtype, self.memory)
+        in_memory_order(p).copy_(weight)
+        if left is None:
+            return None
+        beside = torch.empty_like(p, dtype=left.dtype)
+        in_memory_order(beside).copy_(left)
         return beside
-
-    def _write(self, p: Tensor, beside: Tensor | None, value: Tensor, words: Tensor | None = None) -> None:
-        """Split a float32 value of p's memory order into the weight and what stands beside it."""
-        memory = self.memory
-        if words is None and memory in ("near", "rounded"):
-            # to start from, not a step: to the nearest, without draws
-            weight, left = split(in_memory_order(value), p.dtype, "exact")
-            if memory == "near":
-                left = ((left.int() + 0x80) >> 8).clamp(max=127).to(torch.int8)
-        else:
-            weight, left = split(in_memory_order(value), p.dtype, memory, words)
-        in_memory_order(p.detach()).copy_(weight)
-        if memory != "rounded":
-            in_memory_order(beside).copy_(left)
 
     def value(self, index: int) -> Tensor:
         """Return a parameter's float32 value, weight and remainder joined, in its memory order."""
@@ -172,8 +160,12 @@ class AdamW8bit:
         p, beside = self.parameters[index].detach(), self.remainders[index]
         if p.dtype == torch.float32:
             p.copy_(value)
-        else:
-            self._write(p, beside, torch.empty_like(p, dtype=torch.float32).copy_(value))
+            return
+        source = torch.empty_like(p, dtype=torch.float32).copy_(value)
+        weight, left = start(in_memory_order(source), p.dtype, self.memory)
+        in_memory_order(p).copy_(weight)
+        if left is not None:
+            in_memory_order(beside).copy_(left)
 
     @torch.no_grad()
     def step(
@@ -191,7 +183,7 @@ class AdamW8bit:
         # in float64, for 1 - beta^step at step 1
         steps = (self.step_counts + 1).double()
         first, second = (1 - torch.pow(beta, steps) for beta in self.betas)
-        self._corrections.copy_(torch.stack([first, second.sqrt()], dim=1))
+        self._corrections[:, :2].copy_(torch.stack([first, second.sqrt()], dim=1))
         for place, number in enumerate((lr, weight_decay)):
             # a fill can be captured in a graph, a copy from the host cannot
             self._hyper[place].copy_(number) if isinstance(number, Tensor) else self._hyper[place].fill_(number)
@@ -204,20 +196,23 @@ class AdamW8bit:
     ) -> None:  # fmt: skip
         """Update some tensors; each at most once between begin and end.
 
-        gradients: one a member, of one dtype; they are multiplied by gradient_scale. members: places in the list of
-        parameters; None is all. found_inf: one number on the device, or one a member; a tensor where it is not 0 is skipped.
+        gradients: one a member, of one dtype; they are multiplied by gradient_scale, one number or one a member. members:
+        places in the list of parameters; None is all. found_inf: one number on the device, or one a member; a tensor
+        where it is not 0 is skipped.
         Raises ValueError for gradients that do not fit.
         """
         members = tuple(range(len(self.parameters))) if members is None else tuple(members)
         if len(gradients) != len(members) or len({g.dtype for g in gradients}) != 1:
             raise ValueError(f"{len(gradients)} gradients for {len(members)} weights; give one each, of one dtype")
-        place = self._hyper[2]
-        place.copy_(gradient_scale) if isinstance(gradient_scale, Tensor) else place.fill_(gradient_scale)
+        where = self._places(members)
+        scales = gradient_scale
+        if not isinstance(scales, Tensor):
+            scales = torch.full((), scales, device=self.skips.device)
+        scales = scales.to(self.skips.device, torch.float32).reshape(-1).expand(len(members))
+        self._corrections[:, 2].index_copy_(0, where, scales)
         if found_inf is not None:
             flags = (found_inf != 0).to(torch.int32).reshape(-1).expand(len(members))
-            if members not in self._indices:
-                self._indices[members] = torch.tensor(members, device=self.skips.device)
-            self.skips.index_copy_(0, self._indices[members], flags)
+            self.skips.index_copy_(0, where, flags)
         ordered = {}
         for index, g in zip(members, gradients, strict=True):
             p = self.parameters[index]
@@ -236,6 +231,11 @@ class AdamW8bit:
     def end(self) -> None:
         """End a step: count it for every tensor that was not skipped."""
         self.step_counts += self.skips == 0
+
+    def _places(self, members: tuple[int, ...]) -> Tensor:
+        if members not in self._indices:
+            self._indices[members] = torch.tensor(members, device=self.skips.device)
+        return self._indices[members]
 
     def _table(self) -> Tensor:
         if self._tensors is None:
@@ -272,17 +272,15 @@ class AdamW8bit:
             grid = (len(programs.table),)
             if coded:
                 maps = (*self.maps, *self._bounds)
-                _adamw8bit_kernel[grid](
-                    *shared, *maps, *numbers, **options, BLOCK_SIZE=BLOCK_SIZE, ROWS=ROWS, num_warps=NUM_WARPS
-                )
+                _adamw8bit_kernel[grid](*shared, *maps, *numbers, **options, BLOCK_SIZE=BLOCK_SIZE, ROWS=ROWS)
             else:
-                _adamw32bit_kernel[grid](*shared, *numbers, **options, CHUNK=CHUNK, num_warps=NUM_WARPS)
+                _adamw32bit_kernel[grid](*shared, *numbers, **options, CHUNK=CHUNK)
 
     def _reference(self, index: int, gradient: Tensor) -> None:
         """Update one tensor in plain PyTorch, operation by operation as the kernels do."""
         p, beside, moments = self.parameters[index].detach(), self.remainders[index], self.moments[index]
-        lr, weight_decay, scale = self._hyper
-        correction1, root_correction2 = self._corrections[index]
+        lr, weight_decay = self._hyper
+        correction1, root_correction2, scale = self._corrections[index]
         beta1, beta2 = self.betas
         g = in_memory_order(gradient).float() * scale
         states = in_memory_order(moments.state1), in_memory_order(moments.state2)

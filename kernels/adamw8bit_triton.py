@@ -54,8 +54,8 @@ def _store(row, i, mask, value, words, WEIGHT: tl.constexpr, MEMORY: tl.constexp
 
 @kernel(fp_fusion=False)
 def _updated(weight, gradient, m, v, hyper_ptr, correction, beta1, beta2, one_minus_beta1, one_minus_beta2, eps):
-    """Return the new (weight, m, v); hyper: lr, weight decay, gradient scale; correction: c_1, sqrt(c_2)."""
-    gradient = gradient * tl.load(hyper_ptr + 2)
+    """Return the new (weight, m, v); hyper: lr, weight decay; correction: c_1, sqrt(c_2), gradient scale."""
+    gradient = gradient * tl.load(correction + 2)
     m = m * beta1 + one_minus_beta1 * gradient
     v = v * beta2 + one_minus_beta2 * gradient * gradient
     update = tl.div_rn(m, tl.load(correction) * (tl.div_rn(tl.sqrt_rn(v), tl.load(correction + 1)) + eps))
@@ -72,7 +72,7 @@ def _adamw8bit_kernel(
 ):  # fmt: skip
     """tensors: (tensors, 7) int64 addresses of weight, remainder, states, absmaxes, and the size; programs: (tensor, first block).
 
-    corrections: (tensors, 2) float32; skips: (tensors,) int32; steps: (tensors,) int64 steps taken before this one.
+    corrections: (tensors, 3) float32; skips: (tensors,) int32; steps: (tensors,) int64 steps taken before this one.
     """
     program = programs_ptr + tl.program_id(0).to(tl.int64) * 2
     tensor = tl.load(program).to(tl.int64)
@@ -95,7 +95,7 @@ def _adamw8bit_kernel(
         v = tl.load(map2_ptr + tl.load(state2_ptr + i, mask=mask, other=0).to(tl.int32))
         m = m * tl.load(absmax1_ptr + block, mask=in_range, other=0.0)[:, None]
         v = v * tl.load(absmax2_ptr + block, mask=in_range, other=0.0)[:, None]
-        correction = corrections_ptr + tensor * 2
+        correction = corrections_ptr + tensor * 3
         weight, m, v = _updated(
             weight, gradient, m, v, hyper_ptr, correction, beta1, beta2, one_minus_beta1, one_minus_beta2, eps
         )
@@ -136,7 +136,7 @@ def _adamw32bit_kernel(
         gradient = tl.load(gradient_ptr + i, mask=mask, other=0.0).to(tl.float32)
         m = tl.load(state1_ptr + i, mask=mask, other=0.0)
         v = tl.load(state2_ptr + i, mask=mask, other=0.0)
-        correction = corrections_ptr + tensor * 2
+        correction = corrections_ptr + tensor * 3
         weight, m, v = _updated(
             weight, gradient, m, v, hyper_ptr, correction, beta1, beta2, one_minus_beta1, one_minus_beta2, eps
         )

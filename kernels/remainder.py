@@ -9,10 +9,11 @@ bf16: `w = (bits + 0x8000) >> 16`, `rem = bits - (w << 16)`: a value goes to the
 the pair is inverted by one addition. Truncation would shift every weight, ties to even would make the inverse ambiguous.
 fp16: the weight is the nearest fp16, the remainder counts units of ulp(w) 2^-15 (exact) or ulp(w) 2^-7 (near), where
 subnormals have the ulp of the smallest normal: exact for every value of 2^-16 and more (less is off by 2^-40 at most).
+A master keeps its fp32 value whatever it is.
 
 No finite value becomes an infinite weight: beyond the largest 16-bit number it stays there. A NaN stays one, with
-remainder 0. Stochastic rounding moves away from zero with the probability of what is cut off, so a value that needs no
-rounding is never moved. Its draws are Philox words of (seed, step, place of the parameter, element in memory order).
+remainder 0. Stochastic rounding takes the farther neighbour with the probability of what is cut off, so a value that needs
+no rounding is never moved. Its draws are Philox words of (seed, step, place of the parameter, element in memory order).
 """
 
 from __future__ import annotations
@@ -107,6 +108,14 @@ def _split_bf16(x: Tensor, memory: str, words: Tensor | None) -> tuple[Tensor, T
     bits = _saturated(x, LARGEST_EXACT)
     weight = (bits + 0x8000) >> 16
     return _as_bf16(weight), x if memory == "fp32" else (bits - (weight << 16)).to(torch.int16)
+
+
+def start(x: Tensor, dtype: torch.dtype, memory: str) -> tuple[Tensor, Tensor | None]:
+    """Return (weight, remainder) of float32 values to begin with: the nearest that the mode holds, nothing drawn."""
+    if memory in ("exact", "fp32"):
+        return split(x, dtype, memory)
+    weight, left = split(x, dtype, "exact")
+    return weight, None if memory == "rounded" else ((left.int() + 0x80) >> 8).clamp(max=127).to(torch.int8)
 
 
 def join(weight: Tensor, remainder: Tensor | None) -> Tensor:

@@ -147,6 +147,19 @@ class Memory:
 
 
 @dataclass
+class Attention:
+    model: Annotated[tuple[Literal["sd15", "sd21", "sdxl"], ...], arg(help="whose shapes; SD2.1 at 768 px")] = (
+        "sd15", "sd21", "sdxl",
+    )  # fmt: skip
+    batch_size: Annotated[int, arg(help="0: 8 on a GPU, 1 on a CPU")] = 0
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    repeats: Annotated[int, arg(help="timed runs of each pass; 0: 20 on a GPU, 3 on a CPU")] = 0
+    device: Device = "auto"
+    append: Append = None
+    json: Annotated[bool, arg(help="print one JSON line a shape")] = False
+
+
+@dataclass
 class Quick:
     device: Device = "auto"
     append: Append = None
@@ -164,7 +177,7 @@ class All:
 
 
 # commands that safelight.bench.run_parts holds; safelight.bench.run holds the others
-_PARTS = ("kernels", "aot", "optimizer", "memory")
+_PARTS = ("kernels", "aot", "optimizer", "memory", "attention")
 # name -> (arguments, what it measures); the function of that name runs it
 COMMANDS: dict[str, tuple[type, str]] = {
     "step": (Step, "images/s and peak memory of the training step on this machine"),
@@ -178,6 +191,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "aot": (Aot, "kernels compiled for cards that are not here: registers, spills, shared memory, code size"),
     "optimizer": (Optimizer, "every optimizer a config can name: time a step, bytes held and moved a parameter"),
     "memory": (Memory, "what a step needs by optimizer, memory mode and checkpointing; which emulated cards it fits"),
+    "attention": (Attention, "attention's backends by head dim and length, and which is chosen"),
     "quick": (Quick, "ours against the diffusers recipe on this machine, in under three minutes"),
     "all": (All, "everything worth knowing of a GPU in one call; on a CPU a rehearsal"),
     "plot": (Plot, "pictures of results"),

@@ -1,4 +1,4 @@
-"""What `safelight bench kernels`, `aot`, `optimizer` and `memory` do with their measurements: print and keep them."""
+"""What `safelight bench kernels`, `aot`, `optimizer`, `memory` and `attention` do with their measurements: print, keep."""
 
 from __future__ import annotations
 
@@ -119,4 +119,33 @@ def memory(options: command.Memory) -> int:
             ("optimizer", "checkpointing", *(("GiB allocated", "reserved", "smallest card") if is_gpu else ("MiB held", "in a step", "at the peak"))),
             rows(records),
         )  # fmt: skip
+    return 0
+
+
+def attention(options: command.Attention) -> int:
+    from safelight.bench import attention as measuring
+    from safelight.trainer.models import pick_device, pick_dtype
+
+    if min(options.batch_size, options.repeats) < 0 or not options.model:
+        raise ValueError(f"batch size {options.batch_size} and repeats {options.repeats} must be 0 or more, of a model or several")  # fmt: skip
+    device = pick_device(options.device)
+    is_gpu = device.type == "cuda"
+    dtype = pick_dtype(options.precision, device)
+    batch, repeats = options.batch_size or (8 if is_gpu else 1), options.repeats or (20 if is_gpu else 3)
+    records = []
+    for record in measuring.bench_attention(options.model, batch, dtype, device, repeats):
+        records.append(record)
+        keep(options.append, record)
+        if options.json:
+            print(json.dumps(record))
+    if not options.json:
+        print_table(
+            f"attention on {records[0]['machine']['device']}, {records[0]['config']['precision']}, batch {batch}; ms; * is chosen",
+            ("heads x dim, queries x keys", "backend", "forward", "backward", "ratio", "MiB saved"),
+            [row for record in records for row in measuring.rows_of(record)],
+        )
+        for line in measuring.reasons_of(records):
+            print(line)
+        if not is_gpu:
+            print(measuring.CPU_NOTE)
     return 0

@@ -44,7 +44,7 @@ def _short(error: BaseException) -> str:
     return "; ".join(lines[:2])[:100] if because else lines[0].partition(". ")[0][:100]
 
 
-def _inputs(case: Case, batch: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def make_inputs(case: Case, batch: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return q, k, v, as views of packed projections, and an upstream gradient. The generator of the run is left alone."""
     generator = torch.Generator(device).manual_seed(0) if device.type != "meta" else None
 
@@ -134,7 +134,7 @@ def _judge(
 ) -> Verdict | dict[str, str]:  # fmt: skip
     """Return the best candidate for a case; or, if none works, why each does not. Preferred candidates come first."""
     case, batch = _capped(case, device, batch)
-    inputs = _inputs(case, batch, device, dtype)
+    inputs = make_inputs(case, batch, device, dtype)
     reasons, working = {}, []
     for backend in candidates:
         if backend == "math" and working:

@@ -133,7 +133,7 @@ def test_every_backend_that_its_probe_passes_is_softmax_attention(backend, dtype
     case = Case(shape[4], shape[1], shape[2], shape[3])
     from safelight.kernels import attention_probe
 
-    reason = attention_probe.probe(backend, attention_probe._inputs(case, shape[0], device, dtype), False)
+    reason = attention_probe.probe(backend, attention_probe.make_inputs(case, shape[0], device, dtype), False)
     if reason:
         pytest.skip(f"{backend}: {reason}")
     for layout in ("contiguous", "packed", "mixed"):

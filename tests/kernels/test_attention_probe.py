@@ -249,7 +249,7 @@ def test_the_probe_leaves_the_generator_alone():
 @pytest.mark.parametrize("backend", ["xformers-cutlass", "xformers-flash", "xformers-flash3", "cudnn", "flash"])
 def test_what_a_cpu_cannot_do_is_refused_by_the_real_probe(backend):
     """Nothing here is made up: the libraries themselves refuse."""
-    reason = probe(backend, attention_probe._inputs(Case(40), 1, CPU, torch.float32), False)
+    reason = probe(backend, attention_probe.make_inputs(Case(40), 1, CPU, torch.float32), False)
     assert reason
     assert "\n" not in reason
 
@@ -263,7 +263,7 @@ def test_on_a_gpu_something_better_than_math_is_chosen_in_time(dtype):
     choice = choose_attention(gpu, dtype, cases)
     assert all(verdict.backend != "math" for verdict in choice.verdicts.values())
     for case, verdict in choice.verdicts.items():
-        inputs = attention_probe._inputs(case, 1, gpu, dtype)
+        inputs = attention_probe.make_inputs(case, 1, gpu, dtype)
         assert probe(verdict.backend, inputs, False) == ""
         assert time_ms([verdict.backend], inputs)[verdict.backend] > 0
         q, k, v, _ = inputs

@@ -70,7 +70,7 @@ def packed(parameters: Sequence[Tensor]) -> Tensor:
     if view is None:
         raise ValueError(
             f"{len(parameters)} packed weights, the first {tuple(parameters[0].shape)}, no longer share their memory: "
-            "something moved them (module.to, a deep copy); call kernels.patch.remove and apply again after it"
+            "something moved them (module.to, a deep copy); call kernels.patch.repack after it"
         )
     return view
 

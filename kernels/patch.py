@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from safelight.kernels.attention import AttentionChoice, attention_cases, choose_attention
-from safelight.kernels.packed import pack, unpack
+from safelight.kernels.packed import adjacent, pack, unpack
 from safelight.kernels.patched_resnet import (
     Passed,
     PatchedConvIn,
@@ -97,7 +97,7 @@ def is_patched(unet: nn.Module) -> bool:
 
 
 def apply(unet: UNet2DConditionModel, choice: AttentionChoice | None = None, *, recompute: bool = False) -> Patch:
-    """Let a UNet run on our kernels, in place, and return what was swapped. Call it when dtype and device are final.
+    """Let a UNet run on our kernels, in place, and return what was swapped. Call `repack` where its weights move later.
 
     choice: the attention to run; probed here if None. recompute: feed-forward blocks keep nothing between their two
     products, for one product more in the backward pass. Raises ValueError for what is no UNet2DConditionModel, or is
@@ -124,12 +124,17 @@ def apply(unet: UNet2DConditionModel, choice: AttentionChoice | None = None, *, 
         _swap(module, patched)
     _swap(unet, PatchedUNet)
     swapped += _patch_ends(unet)
-    packed = list(_pack(unet, choice, recompute))
+    for module in unet.modules():
+        if isinstance(module, PatchedTransformerBlock):
+            module.choice, module.recompute = choice, recompute
+    _number(unet)
+    repack(unet)
     _to_channels_last(unet)
     told = tuple(name + "." for name, _ in [*swapped, *left])
     for name, module in unet.named_modules():
         if next(module.parameters(recurse=False), None) is not None and not f"{name}.".startswith(told):
             left.append((name, f"no kernel is known for it in its place ({type(module).__name__})"))
+    packed = [(what, len(group), sum(p.numel() * p.element_size() for p in group)) for what, group in _groups(unet)]
     return Patch(tuple(swapped), tuple(left), tuple(packed))
 
 
@@ -147,38 +152,45 @@ def _patch_ends(unet: nn.Module) -> Iterator[tuple[str, str]]:
         yield "conv_out", "Conv2d"
 
 
-def _pack(unet: nn.Module, choice: AttentionChoice, recompute: bool) -> Iterator[tuple[str, int, int]]:
-    """Lay weights that are projected together side by side; yield (what, tensors, bytes) of each product."""
-    modules = list(unet.modules())
-    resnets = [m for m in modules if isinstance(m, PatchedResnetBlock)]
-    blocks = [m for m in modules if isinstance(m, PatchedTransformerBlock)]
-    for block in blocks:
-        block.choice, block.recompute = choice, recompute
-        yield _packed("q, k, v of a self-attention", qkv_parameters(block))
+def _number(unet: nn.Module) -> None:
+    """Tell modules their place among what a step projects once, if that may stand in for time embedding and text."""
+    resnets = [m for m in unet.modules() if isinstance(m, PatchedResnetBlock)]
+    blocks = [m for m in unet.modules() if isinstance(m, PatchedTransformerBlock)]
     is_known = _is_known(unet)
-    unet.text_groups = ()
-    if is_known and unet.time_embed_act is None and resnets:
+    if is_known and unet.time_embed_act is None:
         for index, resnet in enumerate(resnets):
             resnet.time_index = index
-        weights, *biases = time_parameters(resnets)
-        for group in biases:
-            pack(group)
-        yield _packed("time embeddings of a step", weights)
         unet.time_embed_act = TimeProjections(resnets)
-    else:
-        for resnet in resnets:
-            resnet.time_index = -1
-    groups = _text_groups(blocks)
-    if is_known:
-        unet.text_groups = tuple(map(tuple, groups))
-        for index, block in enumerate(block for group in groups for block in group):
-            block.text_index = index
-        for group in groups:
-            yield _packed("keys and values of a step's text", text_parameters(group))
-    else:
+    unet.text_groups = tuple(map(tuple, _text_groups(blocks))) if is_known else ()
+    for index, block in enumerate(block for group in unet.text_groups for block in group):
+        block.text_index = index
+
+
+def _groups(unet: nn.Module) -> Iterator[tuple[str, list[nn.Parameter]]]:
+    """Yield (what, Parameters) of everything that lies side by side in a patched UNet."""
+    blocks = [m for m in unet.modules() if isinstance(m, PatchedTransformerBlock)]
+    for block in blocks:
+        yield "q, k, v of a self-attention", qkv_parameters(block)
+    if isinstance(unet.time_embed_act, TimeProjections):
+        weights, *biases = time_parameters(unet.time_embed_act.blocks)
+        yield "time embeddings of a step", weights
+        for group in biases:
+            yield "biases of time embeddings", group
+    for group in unet.text_groups:
+        yield "keys and values of a step's text", text_parameters(group)
+    if not unet.text_groups:
         for block in blocks:
-            block.text_index = -1
-            yield _packed("keys and values of a cross-attention", text_parameters([block]))
+            yield "keys and values of a cross-attention", text_parameters([block])
+
+
+def repack(unet: nn.Module) -> None:
+    """Lay weights side by side again, where something gave them other memory: an optimizer that brings them to 16 bits.
+
+    Whatever keeps their addresses or detached views must be made after it.
+    """
+    for _, parameters in _groups(unet):
+        if adjacent(parameters, 0) is None:
+            pack(parameters)
 
 
 def _is_known(unet: nn.Module) -> bool:
@@ -196,11 +208,6 @@ def _is_known(unet: nn.Module) -> bool:
         and all(isinstance(a, PatchedTransformer) for a in attentions)
         and all(isinstance(block, PatchedTransformerBlock) for a in attentions for block in a.transformer_blocks)
     )
-
-
-def _packed(what: str, weights: list[nn.Parameter]) -> tuple[str, int, int]:
-    pack(weights)
-    return what, len(weights), sum(w.numel() * w.element_size() for w in weights)
 
 
 def _text_groups(blocks: list[nn.Module]) -> list[list[nn.Module]]:

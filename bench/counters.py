@@ -1,8 +1,8 @@
 """What a training step does that no noise can change: operators, kernel launches, bytes, FLOPs, host syncs.
 
-A dispatch mode sees every operator of a step on meta tensors (shapes without memory) or real ones. Attention is one
-operator whose fake implementation saves what a fused kernel saves: plain meta SDPA takes the mathematical path, which
-saves the whole attention matrix.
+A dispatch mode sees every operator of a step on meta tensors (shapes without memory) or real ones. Attention on meta
+tensors is the fused operator a card would run, which saves what it saves there: plain meta SDPA takes the mathematical
+path, which saves the whole attention matrix.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
 from safelight.bench.operators import (
     SYNC_OPERATORS,
@@ -29,61 +29,9 @@ from safelight.bench.operators import (
     num_foreach_kernels,
     num_kernels,
 )
+from safelight.kernels.attention_backends import CALLS
 
 MIB = 2**20
-
-
-@torch.library.custom_op("safelight_bench::attention", mutates_args=())
-def attention(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (attended values, log-sum-exp of the scores), as a fused kernel does."""
-    scores = q_BHTD.float() @ k_BHSD.float().mT * q_BHTD.shape[-1] ** -0.5
-    return (scores.softmax(-1) @ v_BHSD.float()).to(q_BHTD.dtype), scores.logsumexp(-1)
-
-
-@attention.register_fake
-def _(q, k, v):
-    return torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
-
-
-@torch.library.custom_op("safelight_bench::attention_backward", mutates_args=())
-def attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of q, k, v. Source: Dao et al. 2022, arXiv:2205.14135, appendix B."""
-    scale = q.shape[-1] ** -0.5
-    p = (q.float() @ k.float().mT * scale - logsumexp.unsqueeze(-1)).exp()
-    dv = p.mT @ grad.float()
-    dp = grad.float() @ v.float().mT
-    ds = p * (dp - (grad.float() * out.float()).sum(-1, keepdim=True)) * scale
-    return (ds @ k.float()).to(q.dtype), (ds.mT @ q.float()).to(k.dtype), dv.to(v.dtype)
-
-
-@attention_backward.register_fake
-def _(grad, q, k, v, out, logsumexp):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-def _save(ctx, inputs, output) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs, *output)
-
-
-def _attention_grad(ctx, grad, _):
-    return attention_backward(grad, *ctx.saved_tensors)
-
-
-attention.register_autograd(_attention_grad, setup_context=_save)
-
-
-@register_flop_formula(torch.ops.safelight_bench.attention)
-def _attention_flop(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
-    return sdpa_flop_count(q_shape, k_shape, v_shape)
-
-
-@register_flop_formula(torch.ops.safelight_bench.attention_backward)
-def _attention_backward_flop(grad_shape, q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
-    # without the recomputed scores: FLOPs of the mathematics, as torch counts the other products
-    return sdpa_backward_flop_count(grad_shape, q_shape, k_shape, v_shape)
 
 
 @torch.library.custom_op("safelight_bench::adamw8bit_update", mutates_args=("p", "m", "v", "scale_m", "scale_v"))
@@ -265,15 +213,17 @@ class CardOperators(TorchFunctionMode):
             elif func is torch.cat:
                 widest = max((x.dtype for x in args[0]), key=lambda dtype: dtype.itemsize)
                 args = (self._cast(args[0], widest), *args[1:])
-        if func is F.scaled_dot_product_attention:
-            return _counted_attention(*args, **kwargs)
+        if func is F.scaled_dot_product_attention and args[0].is_meta:
+            return _card_attention(*args, **kwargs)
         return func(*args, **kwargs)
 
 
-def _counted_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **options) -> Tensor:
+def _card_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **options) -> Tensor:
     if attn_mask is not None or dropout_p or is_causal:
         raise ValueError("attention with a mask or dropout is not counted; a UNet in training has neither")
-    return attention(query, key, value)[0]
+    # no card's flash takes fp32
+    call = CALLS["flash" if query.dtype.itemsize == 2 else "efficient"]
+    return call(*(x.transpose(1, 2) for x in (query, key, value)), None).transpose(1, 2)
 
 
 class SavedBytes(torch.autograd.graph.saved_tensors_hooks):

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from safelight.__main__ import main
 from safelight.bench import count, gate
 from safelight.bench.command import Count
-from safelight.bench.counters import CardOperators, Counter, SavedBytes, attention
+from safelight.bench.counters import CardOperators, Counter, SavedBytes
 from safelight.bench.operators import class_of, num_foreach_kernels
 from safelight.bench.profiled import COMPOUND
 from safelight.bench.results import COUNTS, read
@@ -66,28 +66,32 @@ def test_flops_are_those_of_torch(tiny, tiny_counts):
     assert tiny_counts.flops_total == whole.get_total_flops() + scores // 2
 
 
-def test_the_counted_attention_is_attention():
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 3, n, 8, requires_grad=True) for n in (10, 6, 6))
-    grad = torch.randn(2, 3, 10, 8)
-    out, _ = attention(q, k, v)
-    ours = torch.autograd.grad(out, (q, k, v), grad)
-    reference = F.scaled_dot_product_attention(q, k, v)
-    theirs = torch.autograd.grad(reference, (q, k, v), grad)
-    torch.testing.assert_close(out, reference)
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-5)
-
-
-def test_attention_saves_what_a_fused_kernel_saves():
-    q, k, v = (torch.empty(1, 2, n, 40, dtype=torch.bfloat16, device="meta", requires_grad=True) for n in (64, 77, 77))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_attention_is_the_operator_of_a_card_and_saves_what_it_saves(dtype):
+    q, k, v = (torch.empty(1, 2, n, 40, dtype=dtype, device="meta", requires_grad=True) for n in (64, 77, 77))
     saved = SavedBytes([])
-    with CardOperators(), saved:
-        F.scaled_dot_product_attention(q, k, v)
+    with CardOperators(), Counter() as counter, saved:
+        F.scaled_dot_product_attention(q, k, v).sum().backward()
+    name = "flash" if dtype == torch.bfloat16 else "efficient"
+    forward, backward = (
+        counter.counts.by_operator[f"_scaled_dot_product_{name}_attention{which}"] for which in ("", "_backward")
+    )
+    assert (forward.launches, backward.launches) == (1, 3)
     # q and the output, k and v, and the log-sum-exp: not the 64 x 77 matrix of each head
-    assert saved.total == 2 * 2 * 40 * (2 * 64 + 2 * 77) + 4 * 2 * 64
+    tensors = dtype.itemsize * 2 * 40 * (2 * 64 + 2 * 77) + 4 * 2 * 64
+    # and a few bytes of a random generator's state
+    assert tensors < saved.total <= tensors + 24
+    # twice two products, and backward the scores again
+    assert counter.counts.flops_total == 7 * 2 * 2 * 64 * 77 * 40
     with CardOperators(), pytest.raises(ValueError, match="mask or dropout"):
         F.scaled_dot_product_attention(q, k, v, dropout_p=0.1)
+
+
+def test_attention_of_real_tensors_is_torchs_own():
+    q = torch.randn(1, 2, 4, 8)
+    with CardOperators():
+        counted = F.scaled_dot_product_attention(q, q, q)
+    assert torch.equal(counted, F.scaled_dot_product_attention(q, q, q))
 
 
 def test_launches_of_multi_tensor_operators():

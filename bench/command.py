@@ -56,7 +56,8 @@ class Count:
     batch_size: int = 1
     precision: Literal["bf16", "fp16", "fp32", "autocast-bf16", "autocast-fp16"] = "bf16"
     layout: Annotated[Literal["nchw", "channels_last"], arg(help="memory layout of images and convolutions")] = "nchw"
-    checkpointing: Literal["none", "full"] = "none"
+    patched: Annotated[bool, arg(help="with our kernels in the UNet; wants --layout channels_last")] = False
+    checkpointing: Literal["none", "selective", "full"] = "none"
     optimizer: Literal["none", "adamw", "adamw8bit"] = "adamw8bit"
     profile: Annotated[bool, arg(help="run the step on this machine too, and put the profiler's table beside it")] = (
         False

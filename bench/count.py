@@ -11,6 +11,9 @@ from safelight.bench.command import Count
 from safelight.bench.counters import MIB, CardOperators, CountedAdamW8bit, Counter, Counts, SavedBytes
 from safelight.bench.operators import CLASSES
 from safelight.bench.workload import LR, MAX_GRAD_NORM, NUM_TOKENS, WEIGHT_DECAY, Workload, random_batches
+from safelight.kernels import patch
+from safelight.kernels.attention import attention_cases, choose_attention
+from safelight.kernels.checkpointing import apply_checkpointing
 from safelight.trainer.config import Loss, Optimizer
 from safelight.trainer.diffusion import NoiseSchedule, make_schedule
 from safelight.trainer.models import Base, meta_unet, resolve_base
@@ -59,17 +62,25 @@ def count_step(
 
 def trace(
     base: Base, *, latent_size: int = 0, batch_size: int = 1, precision: str = "bf16", layout: str = "nchw",
-    checkpointing: str = "none", optimizer: str = "none",
+    checkpointing: str = "none", optimizer: str = "none", patched: bool = False,
 ) -> Counts:  # fmt: skip
     """Return the counts of a base's training step, traced on meta tensors.
 
-    precision: fp32 | bf16 | fp16 | autocast-bf16 | autocast-fp16. optimizer: none | adamw | adamw8bit.
+    precision: fp32 | bf16 | fp16 | autocast-bf16 | autocast-fp16. optimizer: none | adamw | adamw8bit. patched: with our
+    kernels, which is channels-last; its attention is assumed to be flash. Raises ValueError for what cannot be counted.
     """
     unet = meta_unet(base).to(weight_dtype(precision)).train()
+    if patched and (layout != "channels_last" or precision.startswith("autocast")):
+        raise ValueError(f"a patched UNet is channels-last and without autocast, not {layout}, {precision}")
+    if checkpointing == "selective" and not patched:
+        raise ValueError("selective checkpointing is counted of a patched UNet alone; use none or full, or patched")
     if layout == "channels_last":
         unet = unet.to(memory_format=torch.channels_last)
-    if checkpointing == "full":
-        unet.enable_gradient_checkpointing()
+    if patched:
+        # its operators' meta implementations save what a card's would
+        choice = choose_attention(torch.device("meta"), weight_dtype(precision), attention_cases(unet), wanted="sdpa")
+        patch.apply(unet, choice)
+    apply_checkpointing(unet, checkpointing)
     autocast = DTYPES[precision.removeprefix("autocast-")] if precision.startswith("autocast") else None
     ours = None
     if optimizer != "none":
@@ -114,6 +125,8 @@ def config_of(options: Count) -> dict:
         "base": options.base, "latent_size": options.latent_size, "batch_size": options.batch_size,
         "precision": options.precision, "layout": options.layout, "checkpointing": options.checkpointing,
         "optimizer": options.optimizer,
+        # lines from before there was a patch have no such field
+        **({"patched": True} if options.patched else {}),
     }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ path, which saves the whole attention matrix.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from torch.utils.flop_counter import flop_registry
 from safelight.bench.operators import (
     SYNC_OPERATORS,
     class_of,
+    class_of_kernel,
     does_work,
     layout_factor,
     moves_memory,
@@ -30,6 +32,7 @@ from safelight.bench.operators import (
     num_kernels,
 )
 from safelight.kernels.attention_backends import CALLS
+from safelight.kernels.jit import Launch, tell_launches
 
 MIB = 2**20
 
@@ -104,6 +107,30 @@ class Counter(TorchDispatchMode):
     def __init__(self, layout: str = "nchw"):
         super().__init__()
         self.layout, self.phase, self.counts = layout, "step", Counts()
+        self._listening = contextlib.ExitStack()
+
+    def __enter__(self):
+        self._listening.enter_context(tell_launches(self._count_launch))
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self._listening.close()
+        return super().__exit__(*error)
+
+    def _count_launch(self, launch: Launch) -> None:
+        """Count a kernel of ours: every tensor it was given is read or written once."""
+        module = launch.kernel.function.__module__.rpartition(".")[2]
+        kind = "optimizer" if self.phase == "optimizer" else class_of_kernel(module)
+        # one tensor may stand for another that is not there
+        tensors = {
+            (x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride()): x
+            for x in launch.arguments.values()
+            if isinstance(x, Tensor)
+        }
+        for row in (self.counts.rows[kind], self.counts.by_operator[launch.kernel.__name__]):
+            row.operators += 1
+            row.launches += 1
+            row.bytes_moved += sum(x.numel() * x.element_size() for x in tensors.values())
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -137,7 +164,7 @@ class Counter(TorchDispatchMode):
             # in-place: what is written was counted as read
             outputs = outputs or lists[0]
         else:
-            launches = num_kernels(name, self.layout)
+            launches = num_kernels(name, self.layout, has_bias=kind != "conv" or _conv_has_bias(name, args))
             if not outputs and inputs:
                 outputs = [x for x in inputs if x is args[0]]
         size = sum(x.numel() * x.element_size() for x in itertools.chain(inputs, outputs))
@@ -153,6 +180,11 @@ class Counter(TorchDispatchMode):
             # -1: no backward pass is running
             if torch._C._current_graph_task_id() == -1:
                 self.counts.flops_forward += flops
+
+
+def _conv_has_bias(name: str, args: tuple) -> bool:
+    """Return whether a convolution adds a bias, or its backward pass makes the bias' gradient."""
+    return args[-1][2] if name == "convolution_backward" else args[2] is not None
 
 
 def _as_channels_last(outputs):

@@ -65,6 +65,9 @@ _KERNELS_BY_LAYOUT = {
     },
 }
 
+# our own kernels, by their file's name; each launch is one kernel, recorded as it is made
+_CLASS_OF_KERNEL = {"norm": "norm", "adamw8bit": "optimizer", "ema": "optimizer"}
+
 # assumed of ATen's multi_tensor_apply, by number of tensor lists: tensors a launch; blocks a launch; elements a block
 _FOREACH_TENSORS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
 _FOREACH_BLOCKS = 320
@@ -78,14 +81,23 @@ def class_of(name: str) -> str:
     return next((kind for part, kind in _SUBSTRING if part in name), "elementwise")
 
 
+def class_of_kernel(module: str) -> str:
+    """Return the class of a kernel of ours by its module's last name: `layer_norm` -> norm."""
+    return next((kind for part, kind in _CLASS_OF_KERNEL.items() if part in module), "elementwise")
+
+
 def does_work(name: str, is_view: bool) -> bool:
     """Return whether an operator launches anything."""
     return not is_view and name not in _NO_WORK
 
 
-def num_kernels(name: str, layout: str) -> int:
-    """Return the CUDA kernels one call launches; see num_foreach_kernels for `_foreach_*` and `_fused_*`."""
-    return _KERNELS_BY_LAYOUT[layout].get(name) or _KERNELS.get(name, 1)
+def num_kernels(name: str, layout: str, has_bias: bool = True) -> int:
+    """Return the CUDA kernels one call launches; see num_foreach_kernels for `_foreach_*` and `_fused_*`.
+
+    has_bias: a channels-last convolution adds its bias, and sums its gradient, in a kernel of its own.
+    """
+    found = _KERNELS_BY_LAYOUT[layout].get(name) or _KERNELS.get(name, 1)
+    return found - (layout == "channels_last" and not has_bias and class_of(name) == "conv")
 
 
 def num_foreach_kernels(sizes: Sequence[int], num_lists: int) -> int:

@@ -195,6 +195,74 @@ def test_sd15_gives_the_studys_figures_and_the_gates():
             assert found[name] <= golden[name]
 
 
+# MiB an image that one SD1.5 UNet at 64x64 latents may save: issue's limits, and what the study found lean and full to be
+LIMITS = {"none": (520, 496), "selective": (340, 320), "full": (155, 148)}
+
+
+@pytest.fixture(scope="module")
+def patched_sd15():
+    base = resolve_base("random:sd15")
+    return {
+        mode: count.trace(base, layout="channels_last", checkpointing=mode, patched=True)
+        for mode in LIMITS
+    }  # fmt: skip
+
+
+def test_a_patched_sd15_saves_no_more_than_promised(patched_sd15):
+    goldens = {g["config"]["checkpointing"]: g for g in gate.goldens(base="random:sd15") if g["config"].get("patched")}
+    for mode, counts in patched_sd15.items():
+        found = count.figures(counts)
+        limit, study = LIMITS[mode]
+        assert found["saved_mib"] <= limit
+        assert found["saved_mib"] <= study
+        rose, _ = gate.differences(goldens[mode]["figures"], found)
+        assert not rose
+    # the mathematics are the same; the patched forward pass does no product more
+    assert patched_sd15["none"].flops_total == pytest.approx(2469.8e9, rel=1e-4)
+    assert patched_sd15["none"].flops_forward == patched_sd15["full"].flops_forward
+
+
+def test_the_kernels_of_a_patched_step_are_counted(patched_sd15):
+    """22 residual blocks, 16 transformers, the last norm: by hand."""
+    by_kernel = patched_sd15["none"].by_operator
+    # forward and once more in the backward pass, of three norms a transformer block
+    assert by_kernel["_layer_norm_fwd_kernel"].launches == 2 * 3 * 16
+    assert by_kernel["_layer_norm_bwd_kernel"].launches == 3 * 16
+    assert by_kernel["_geglu_bwd_kernel"].launches == 16
+    assert by_kernel["_bias_residual_fwd_kernel"].launches == 22
+    # SD1.5's GEGLU projects 5 blocks of 320 at 64x64, 5 of 640 at 32x32, 5 of 1280 at 16x16 and one at 8x8, to 8 times as
+    # many features; the forward kernel reads those and writes half
+    projected = sum(n * side**2 * 8 * dim for n, side, dim in ((5, 64, 320), (5, 32, 640), (5, 16, 1280), (1, 8, 1280)))
+    once = by_kernel["_geglu_fwd_kernel"].bytes_moved / by_kernel["_geglu_fwd_kernel"].launches * 16
+    assert once == 2 * (projected + projected // 2)
+    # a third of the eager, NCHW step's traffic, half its launches
+    total = patched_sd15["none"]
+    assert total.total("bytes_moved", with_optimizer=False) < 13.4e9 / 3
+    assert total.total("launches", with_optimizer=False) < 1700
+
+
+def test_a_convolution_without_a_bias_is_one_kernel_less():
+    x, weight, bias = (
+        torch.empty(shape, device="meta").requires_grad_() for shape in ((1, 8, 4, 4), (8, 8, 3, 3), (8,))
+    )
+    for layout, fewer in (("channels_last", 1), ("nchw", 0)):
+        launches = []
+        for b in (bias, None):
+            with CardOperators(), Counter(layout) as counter:
+                F.conv2d(x, weight, b, padding=1).sum().backward()
+            launches.append(
+                (counter.counts.by_operator["convolution"], counter.counts.by_operator["convolution_backward"])
+            )
+        assert [a.launches - b.launches for a, b in zip(*launches, strict=True)] == [fewer, fewer]
+
+
+def test_what_cannot_be_counted_is_refused(tiny):
+    with pytest.raises(ValueError, match="channels-last and without autocast, not nchw, bf16"):
+        count.trace(tiny, patched=True)
+    with pytest.raises(ValueError, match="counted of a patched UNet alone"):
+        count.trace(tiny, checkpointing="selective")
+
+
 def test_the_gate_passes_as_committed_and_fails_on_one_more_operator(monkeypatch, capsys):
     assert main(["bench", "gate", "--base", "tiny"]) == 0
     assert capsys.readouterr().out.startswith("same  tiny")

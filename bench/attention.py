@@ -68,31 +68,33 @@ def _passes(call: Callable, sets: list[tuple[Tensor, ...]]) -> dict[str, Prepare
 
 
 def measure(case: Case, batch: int, dtype: torch.dtype, device: torch.device, repeats: int) -> dict:
-    """Return a shape's figures: `chosen`, and by backend times in ms [p20, p50, p80], the ratio of its p50s' sum to the
-    chosen one's, and saved MiB; or why it cannot.
-    """  # fmt: skip
+    """Return a shape's figures: `chosen`, and by backend its times in ms [p20, p50, p80], the ratio of the sum of its
+    p50s to the chosen one's, and what it keeps for backward, MiB; or why it cannot.
+    """
     sets = [make_inputs(case, batch, device, dtype) for _ in range(NUM_ROTATED if device.type == "cuda" else 1)]
-    found, runs = {}, {}
+    found: dict[str, dict] = {}
+    runs: dict[str, Prepared] = {}
     for name in allowed_backends(device, dtype, "auto"):
         if name == "math" and batch * case.heads * case.queries * case.keys > MAX_SCORES:
-            found["math_cannot"] = f"left out: more than {MAX_SCORES:,} scores, which it keeps several times"
+            found[name] = {"cannot": f"left out: more than {MAX_SCORES:,} scores, which it keeps several times"}
             continue
         reason = probe(name, sets[0], deterministic=False)
-        if reason:
-            found[f"{name}_cannot"] = reason
-            continue
-        found[f"{name}_saved_mib"] = _saved_mib(CALLS[name], sets[0])
-        runs |= {f"{name}_{which}": run for which, run in _passes(CALLS[name], sets).items()}
-    times = interleave_prepared(runs, device, repeats)
-    found |= {f"{name}_ms": [round(1e3 * x, 4) for x in percentiles(seconds)] for name, seconds in times.items()}
+        found[name] = {"cannot": reason} if reason else {"saved_mib": _saved_mib(CALLS[name], sets[0])}
+        if not reason:
+            runs |= {f"{name} {which}": run for which, run in _passes(CALLS[name], sets).items()}
+    for which, seconds in interleave_prepared(runs, device, repeats).items():
+        name, direction = which.split()
+        found[name][f"{direction}_ms"] = [round(1e3 * x, 4) for x in percentiles(seconds)]
     chosen = choose_attention(device, dtype, [case], batch=batch).verdicts[case].backend
-    both = {
-        name.removesuffix("_forward"): found[f"{name}_ms"][1] + found[f"{name.removesuffix('forward')}backward_ms"][1]
-        for name in runs
-        if name.endswith("_forward")
-    }
-    found |= {f"{name}_ratio": round(total / both[chosen], 3) for name, total in both.items()}
-    return {"chosen": chosen, **dict(sorted(found.items()))}
+    for row in found.values():
+        # math may be all that works, and too large to be measured
+        if "cannot" not in row and "cannot" not in found[chosen]:
+            row["ratio"] = round(_both_ms(row) / _both_ms(found[chosen]), 3)
+    return {"chosen": chosen, **found}
+
+
+def _both_ms(row: dict) -> float:
+    return row["forward_ms"][1] + row["backward_ms"][1]
 
 
 def bench_attention(
@@ -117,24 +119,27 @@ def rows_of(record: dict) -> list[tuple]:
     """Return a result line's rows for the terminal."""
     config, figures = record["config"], record["figures"]
     shape = f"{config['heads']} x {config['head_dim']}, {config['queries']} x {config['keys']}"
-    rows = []
-    for key, value in figures.items():
-        if key.endswith("_ratio"):
-            name = key.removesuffix("_ratio")
-            forward, backward = (f"{figures[f'{name}_{which}_ms'][1]:.3f}" for which in ("forward", "backward"))
-            saved = f"{figures[f'{name}_saved_mib']:.2f}"
-            mark = " *" if name == figures["chosen"] else ""
-            rows.append((value, (shape, name + mark, forward, backward, f"{value:.2f}", saved)))
-    return [row for _, row in sorted(rows)]
+    measured = {name: row for name, row in figures.items() if isinstance(row, dict) and "ratio" in row}
+    return [
+        (
+            shape,
+            name + (" *" if name == figures["chosen"] else ""),
+            f"{row['forward_ms'][1]:.3f}",
+            f"{row['backward_ms'][1]:.3f}",
+            f"{row['ratio']:.2f}",
+            f"{row['saved_mib']:.2f}",
+        )
+        for name, row in sorted(measured.items(), key=lambda item: item[1]["ratio"])
+    ]
 
 
 def reasons_of(records: list[dict]) -> list[str]:
     """Return a line for each backend and reason that it was not measured for, with the head dims."""
     dims: dict[tuple[str, str], set[int]] = {}
     for record in records:
-        for key, value in record["figures"].items():
-            if key.endswith("_cannot"):
-                dims.setdefault((key.removesuffix("_cannot"), value), set()).add(record["config"]["head_dim"])
+        for name, row in record["figures"].items():
+            if isinstance(row, dict) and "cannot" in row:
+                dims.setdefault((name, row["cannot"]), set()).add(record["config"]["head_dim"])
     return [
         f"{name} not at head dim {', '.join(map(str, sorted(of)))}: {reason}" for (name, reason), of in dims.items()
     ]

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from safelight.bench.ceilings import ATTENTION_SHAPES, attention_ms, ceilings
+from safelight.bench.attention import bench_attention
+from safelight.bench.ceilings import ceilings
 from safelight.bench.harness import interleave
 from safelight.bench.results import ROOT, append, make_record
 from safelight.bench.suite import OURS, build, free, measure, variants
@@ -105,21 +106,12 @@ def gpu_tests(session: Session) -> Iterator[dict]:
 
 
 def attention(session: Session) -> Iterator[dict]:
-    for heads, tokens, head_dim in ATTENTION_SHAPES:
+    """Every backend at the models' shapes, as long as there is time; on a CPU four small shapes."""
+    models, batch, repeats = (("sd15", "sdxl", "sd21"), 8, 10) if session.is_gpu else (("sdxl",), 1, 1)
+    for line in bench_attention(models, batch, session.work.dtype, session.device, repeats):
+        yield line
         if session.remaining() < 5:
             return
-        batch, tokens = (8, tokens) if session.is_gpu else (1, min(tokens, 64))
-        found = attention_ms(
-            session.device, session.work.dtype, batch, heads, tokens, head_dim, 10 if session.is_gpu else 2
-        )
-        config = {
-            "batch": batch,
-            "heads": heads,
-            "tokens": tokens,
-            "head_dim": head_dim,
-            "precision": session.work.precision,
-        }
-        yield session.record("attention", config, found)
 
 
 def memory_caps(session: Session) -> Iterator[dict]:

@@ -42,10 +42,12 @@ SYNC_OPERATORS = {
 # an operator launches one kernel unless it stands here
 _KERNELS = {
     "native_layer_norm_backward": 3,
-    "attention_backward": 3,
     "_scaled_dot_product_flash_attention_backward": 3,
     "_scaled_dot_product_efficient_attention_backward": 3,
     "_scaled_dot_product_cudnn_attention_backward": 3,
+    # under xformers
+    "_flash_attention_backward": 3,
+    "_efficient_attention_backward": 3,
 }
 _KERNELS_BY_LAYOUT = {
     # NCHW: input and weight to NHWC, the convolution, output back; the bias' addition is in it

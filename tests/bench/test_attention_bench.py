@@ -25,21 +25,20 @@ def test_the_shapes_are_those_of_the_models():
 def test_what_is_measured_of_a_shape():
     found = attention.measure(Case(40, 2, 32, 77), 1, torch.float32, CPU, repeats=2)
     assert found["chosen"] == "cpu-flash"
-    assert found["cpu-flash_ratio"] == 1.0
-    for name in ("cpu-flash", "math"):
-        both = found[f"{name}_forward_ms"][1] + found[f"{name}_backward_ms"][1]
-        flash = found["cpu-flash_forward_ms"][1] + found["cpu-flash_backward_ms"][1]
-        assert found[f"{name}_ratio"] == pytest.approx(both / flash, abs=1e-3)
+    flash, math = found["cpu-flash"], found["math"]
+    assert flash["ratio"] == 1.0
+    both = [row["forward_ms"][1] + row["backward_ms"][1] for row in (flash, math)]
+    assert math["ratio"] == pytest.approx(both[1] / both[0], abs=1e-3)
     # the output and the log-sum-exp; math keeps whole matrices too
-    assert found["cpu-flash_saved_mib"] == pytest.approx((2 * 32 * 40 * 4 + 2 * 32 * 4) / 2**20, abs=1e-3)
-    assert found["math_saved_mib"] > found["cpu-flash_saved_mib"] + 2 * 32 * 77 * 4 / 2**20 - 1e-3
+    assert flash["saved_mib"] == pytest.approx((2 * 32 * 40 * 4 + 2 * 32 * 4) / 2**20, abs=1e-3)
+    assert math["saved_mib"] > flash["saved_mib"] + 2 * 32 * 77 * 4 / 2**20 - 1e-3
 
 
 def test_a_backend_that_cannot_leaves_its_reason(monkeypatch):
     monkeypatch.setattr(attention, "allowed_backends", lambda *args: ["cudnn", "cpu-flash"])
     monkeypatch.setattr(attention, "MAX_SCORES", 0)
     record = {"config": {"head_dim": 40}, "figures": attention.measure(Case(40, 1, 8, 8), 1, torch.float32, CPU, 1)}
-    assert record["figures"]["cudnn_cannot"].startswith("Could not run 'aten::_scaled_dot_product_cudnn")
+    assert record["figures"]["cudnn"]["cannot"].startswith("Could not run 'aten::_scaled_dot_product_cudnn")
     (line,) = attention.reasons_of([record])
     assert line.startswith("cudnn not at head dim 40: Could not run")
 

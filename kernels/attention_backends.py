@@ -5,6 +5,11 @@ is the mathematical path: the operators' own meta implementations and gradients 
 tensors saves for backward what the card would, selective checkpointing and FlopCounterMode see one operator, and an eager
 call costs no Python beyond its own (measured in docs/log.md).
 
+No backend copies an input whose last dimension is contiguous, or writes its output in another order than (B, M, H, K)
+for transposed views of such inputs: on the CPU a test counts operators; of the others torch's source says so (flash:
+empty_like of the query, flash_api.cpp; cuDNN: alloc_with_matching_layout, MHA.cpp; efficient: empty({B, M, H, K}),
+attention.cu), and tests marked gpu wait for a card. math copies.
+
 xformers 0.0.35 has no kernels of its own for these two: its cutlass operator is aten::_efficient_attention_forward and
 its flash operator, without the flash_attn package, aten::_flash_attention_forward.
 
@@ -164,7 +169,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class AttentionChoice:
-    """The backend of each case on one device and dtype, and why. how: how it was decided."""
+    """The backend of each case on one device and dtype, and why. how: how it was decided; probe_s: seconds it took."""
 
     device: str
     dtype: str
@@ -172,6 +177,7 @@ class AttentionChoice:
     wanted: str = "auto"
     how: str = ""
     notes: tuple[str, ...] = ()
+    probe_s: float = field(default=0.0, compare=False)
     _calls: dict[tuple[int, int, int], Callable] = field(default_factory=dict, compare=False, repr=False)
 
     def backend(self, head_dim: int, queries: int, keys: int) -> str:
@@ -208,6 +214,7 @@ class AttentionChoice:
         cases = [{**asdict(case), **asdict(verdict)} for case, verdict in self.verdicts.items()]
         return {
             "device": self.device, "dtype": self.dtype, "wanted": self.wanted, "how": self.how,
+            "probe_s": self.probe_s,
             "notes": list(self.notes), "cases": cases,
         }  # fmt: skip
 

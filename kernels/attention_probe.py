@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import statistics
+import time
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -44,7 +45,9 @@ def _short(error: BaseException) -> str:
     return "; ".join(lines[:2])[:100] if because else lines[0].partition(". ")[0][:100]
 
 
-def make_inputs(case: Case, batch: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def make_inputs(
+    case: Case, batch: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return q, k, v, as views of packed projections, and an upstream gradient. The generator of the run is left alone."""
     generator = torch.Generator(device).manual_seed(0) if device.type != "meta" else None
 
@@ -200,6 +203,7 @@ def choose_attention(
     kept where they still work, since another backend gives other bits. On meta tensors nothing is probed but shapes: the
     first backend of the card's order that takes the dtype. Raises ValueError if nothing wanted works for a case.
     """
+    began = time.perf_counter()
     allowed = allowed_backends(device, dtype, wanted)
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
@@ -236,7 +240,8 @@ def choose_attention(
         how = "in a fixed order, for a deterministic run" if deterministic else "the fastest that works"
         if kept and all(verdicts[case] is kept.get(case) for case in verdicts):
             how = "as the run began"
-    return AttentionChoice(name, dtype_name, verdicts, wanted, how, tuple(dict.fromkeys(notes)))
+    notes = tuple(dict.fromkeys(notes))
+    return AttentionChoice(name, dtype_name, verdicts, wanted, how, notes, round(time.perf_counter() - began, 3))
 
 
 def _previous_verdicts(previous: Mapping | None, name: str, dtype_name: str) -> tuple[dict[Case, Verdict], list[str]]:

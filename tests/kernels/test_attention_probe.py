@@ -240,6 +240,16 @@ def test_long_sequences_and_batches_are_capped_for_the_probe():
     assert attention_probe._capped(Case(64, 20, 256, 256), CPU, 1)[0] == Case(64, 20, 64, 64)
 
 
+def test_the_probe_is_cheap():
+    """At the twelve shapes of SD1.5 and SDXL."""
+    sd15 = {Case(40 * 2**level, 8, 4096 >> 2 * level, keys) for level in range(3) for keys in (77, 4096 >> 2 * level)}
+    sdxl = {Case(64, 10 * 2**level, 4096 >> 2 * level, keys) for level in range(2) for keys in (77, 4096 >> 2 * level)}
+    choice = choose_attention(CPU, torch.float32, {*sd15, *sdxl, Case(160, 8, 64, 64), Case(160, 8, 64, 77)})
+    assert len(choice.verdicts) == 12
+    assert 0 < choice.probe_s < 2
+    assert choice.record()["probe_s"] == choice.probe_s
+
+
 def test_the_probe_leaves_the_generator_alone():
     before = torch.get_rng_state()
     choose_attention(CPU, torch.float32, CASES)
@@ -262,6 +272,7 @@ def test_on_a_gpu_something_better_than_math_is_chosen_in_time(dtype):
     cases = {Case(40, 8, 4096, 4096), Case(40, 8, 4096, 77), Case(80, 8, 1024, 1024), Case(160, 8, 64, 64)}
     choice = choose_attention(gpu, dtype, cases)
     assert all(verdict.backend != "math" for verdict in choice.verdicts.values())
+    assert choice.probe_s < 2
     for case, verdict in choice.verdicts.items():
         inputs = attention_probe.make_inputs(case, 1, gpu, dtype)
         assert probe(verdict.backend, inputs, False) == ""

@@ -136,10 +136,11 @@ class Terminal:
         if is_new:
             self.pause()
             self._phase = Phase(what, done)
+        is_end = self._phase.done < total <= done
         self._phase.reach(done, total, note)
         if self.is_live:
             self._draw()
-        elif is_new or done >= total or time.monotonic() - self._printed_at >= self.SECONDS_BETWEEN_LINES:
+        elif is_new or is_end or time.monotonic() - self._printed_at >= self.SECONDS_BETWEEN_LINES:
             self._printed_at = time.monotonic()
             self.say("  ".join(self._phase.parts()))
 

@@ -210,7 +210,11 @@ def _tell(job: Job, position: Position, what: str) -> Callable[[int, int], None]
     """Return what long work between steps reports to: the terminal's line, and the end of the work if a stop is asked for."""
 
     def told(done: int, total: int) -> None:
-        job.terminal.update("training", position.step, job.timeline.num_steps, f"{what} {done}/{total}")
+        if position.step == 0:
+            # a count of its own: the time left of training is not told by it
+            job.terminal.update(what, done, total)
+        else:
+            job.terminal.update("training", position.step, job.timeline.num_steps, f"{what} {done}/{total}")
         if job.stop_requested():
             raise Stopped
 

@@ -62,7 +62,7 @@ def validate(
 ) -> Validation:
     """Return the loss of a set of samples: canonical crop, first caption. Raises ValueError for an empty set.
 
-    progress: told (done, total) before each forward pass; what it raises ends the validation.
+    progress: told (done, total) after each forward pass; what it raises ends the validation.
     """
     if not samples:
         raise ValueError("there are no images to validate on; set data.validation_fraction above 0")
@@ -77,7 +77,6 @@ def validate(
         latents = batch.mean_BCHW.to(device) * scaling_factor
         rows = [ref.sample_index for ref in micro_batch.refs]
         for k in range(num_bands):
-            progress(index * num_bands + k, len(batches) * num_bands)
             noise_keys = [Key(seed, Purpose.VALIDATION_NOISE, i, 0, k) for i in batch.sample_ids]
             time_keys = [Key(seed, Purpose.VALIDATION_TIMESTEP, i, 0, k) for i in batch.sample_ids]
             noise = normals_torch(noise_keys, tuple(latents.shape[1:]), device)
@@ -89,5 +88,6 @@ def validate(
                 batch.text_BTD.to(device),
             )
             losses[rows, k] = sample_losses(unet, noisy).double().cpu()
+            progress(index * num_bands + k + 1, len(batches) * num_bands)
     unet.train(was_training)
     return Validation(losses.mean().item(), tuple(losses.mean(dim=0).tolist()), len(samples))

@@ -402,7 +402,7 @@ OWN_LINES = [
     r"latents \d+/\d+",
     r"\d+ photographs to train on, \d+ held out; \d+ steps in \d+ epochs",
     r"attention on cpu, bfloat16: sdpa.* for head dim .*xformers has no CPU operator.*",
-    r"training \d+/\d+(  [\d:]+ left)?(  first step|  (validating held out|validating trained|drawing) \d+/\d+)?",
+    r"training \d+/\d+(  [\d:]+ left)?  first step",
     r"training \d+/\d+  ([\d:]+ left  )?loss \d\.\d+  [\d.]+ img/s  \d+\.\d GiB",
     r"resumed at step \d+, epoch \d+",
     r"",

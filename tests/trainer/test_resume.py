@@ -106,17 +106,21 @@ def test_bf16_with_its_master_and_its_moving_average_resumes_bit_for_bit(run, ti
 
 def test_asked_to_stop_at_any_moment_it_goes_on_as_if_never_asked(run, tiny_dataset, tmp_path):
     """What Ctrl-C and SIGTERM do: in a step, a validation or a drawing, once and again; nothing is done twice or left out."""
-    assert run(settings_of(tmp_path / "alone", tiny_dataset)) == 0
-    config = parse_config(settings_of(tmp_path / "stopped", tiny_dataset), "test")
+    short = {
+        "stage": [{"epochs": 2}], "validate": {"timesteps": 2},
+        "sample": {"steps": 2, "num_prompts": 2, "every_epochs": 1, "cfg": 2.0},
+    }  # fmt: skip
+    assert run(settings_of(tmp_path / "alone", tiny_dataset, **copy.deepcopy(short))) == 0
+    config = parse_config(settings_of(tmp_path / "stopped", tiny_dataset, **short), "test")
     rng = random.Random("stops")
     reached, outcome = [], None
     while outcome is None or outcome.interrupted:
-        # a validation and its samples ask up to 20 times: some stops fall into them, and some let them end
-        asked = iter([False] * rng.randint(1, 30))
+        # a validation and its samples ask a dozen times: some stops fall into them, and some let them end
+        asked = iter([False] * rng.randint(1, 24))
         outcome = train.train(config, resume=True, stop_requested=lambda asked=asked: next(asked, True))
         reached.append(outcome.position)
     assert reached[0].step == 0, "a stop before the first step leaves nothing to save"
-    assert sum(position.unmeasured for position in reached) >= 2
+    assert sum(position.unmeasured for position in reached[1:]) >= 1
     assert sum(0 < position.step < reached[-1].step and not position.unmeasured for position in reached) >= 1
     assert metrics(tmp_path / "alone") == metrics(tmp_path / "stopped")
     last = [checkpoint.folder_of(tmp_path / name, reached[-1].step) for name in ("alone", "stopped")]

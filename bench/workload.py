@@ -159,7 +159,7 @@ class Ours:
         if work.checkpointing == "full":
             self.unet.enable_gradient_checkpointing()
         self.optimizer = UNetOptimizer(self.unet, optimizer_config(work.optimizer), work.dtype)
-        self.notes = use_attention(self.unet, device, work.dtype)
+        self.notes = use_attention(self.unet, work)
         self.schedule = make_schedule(base.config_of("scheduler")).to(device)
 
     def step(self, batch: Batch) -> torch.Tensor:
@@ -171,9 +171,10 @@ class Ours:
         return result.losses.mean()
 
 
-def use_attention(unet: nn.Module, device: torch.device, dtype: torch.dtype) -> str:
+def use_attention(unet: nn.Module, work: Workload) -> str:
     """Give a UNet the attention that a training run would; return which."""
-    choice = choose_attention(device, dtype, attention_cases(unet))
+    cases = attention_cases(unet, (work.latent_size, work.latent_size))
+    choice = choose_attention(torch.device(work.device), work.dtype, cases, batch=work.batch_size)
     apply_attention(unet, choice)
     return str(choice)
 

@@ -20,9 +20,10 @@ COLOURS = {
 STEPS = ("step", "quick")
 # the ablation's order: each adds one thing to the one before
 ABLATION = (
-    (("autocast-bf16", "nchw"), "fp32 weights\n+ autocast"),
-    (("bf16", "nchw"), "16-bit weights,\nno autocast"),
-    (("bf16", "channels_last"), "channels-last"),
+    (("autocast-bf16", "nchw", False), "fp32 weights\n+ autocast"),
+    (("bf16", "nchw", False), "16-bit weights,\nno autocast"),
+    (("bf16", "channels_last", False), "channels-last"),
+    (("bf16", "channels_last", True), "our kernels"),
 )
 
 
@@ -86,7 +87,7 @@ def memory(axes: Axes, records: list[dict]) -> bool:
 def ablation(axes: Axes, records: list[dict]) -> bool:
     """Draw what each change takes off the memory-bound bytes of a counted step; return whether there were two."""
     lines = {
-        (r["config"]["precision"], r["config"]["layout"]): r
+        (r["config"]["precision"], r["config"]["layout"], r["config"].get("patched", False)): r
         for r in newest(records).values()
         if r["bench"] == "count" and r["config"]["base"] == "random:sd15" and r["config"]["checkpointing"] == "none"
         and r["config"]["batch_size"] == 1

@@ -76,19 +76,30 @@ def _swap(module: nn.Module, patched: type[Swapped]) -> None:
 
 @dataclass(frozen=True)
 class Patch:
-    """What `apply` did. swapped: (name, class) of each module that runs on kernels; left: (name, why) of each that does not.
+    """What `apply` did. swapped: (name, class) of each module that runs on kernels.
 
-    packed: (what, tensors, bytes) of each product that several weights share.
+    refused: (name, why) of each that could have been swapped but for a detail; left: (name, class) of the rest that has
+    Parameters. packed: (what, tensors, bytes) of weights that lie side by side.
     """
 
     swapped: tuple[tuple[str, str], ...]
+    refused: tuple[tuple[str, str], ...]
     left: tuple[tuple[str, str], ...]
     packed: tuple[tuple[str, int, int], ...]
 
     def __str__(self) -> str:
         counts = Counter(kind for _, kind in self.swapped)
         text = "kernels in " + ", ".join(f"{n} {kind}" for kind, n in counts.items())
-        return text + (f"; left: {', '.join(name for name, _ in self.left)}" if self.left else "")
+        refused = "".join(f"; not in {name}, {why}" for name, why in self.refused)
+        return text + refused + (f"; {len(self.left)} other modules as they are" if self.left else "")
+
+
+def is_wanted(setting: str, device: torch.device) -> bool:
+    """Return whether `train.kernels` = auto | on | off wants the patch on a device: auto on a GPU alone.
+
+    On a CPU the kernels' references stand in, which are slower than PyTorch's own operators.
+    """
+    return setting == "on" or (setting == "auto" and device.type == "cuda")
 
 
 def is_patched(unet: nn.Module) -> bool:
@@ -111,14 +122,14 @@ def apply(unet: UNet2DConditionModel, choice: AttentionChoice | None = None, *, 
     first = next(unet.parameters())
     if choice is None:
         choice = choose_attention(first.device, first.dtype, attention_cases(unet))
-    swapped, left = [], []
+    swapped, refused = [], []
     for name, module in unet.named_modules():
         patched = _patches().get(type(module))
         if patched is None:
             continue
         why = patched.refusal(module)
         if why:
-            left.append((name, why))
+            refused.append((name, why))
             continue
         swapped.append((name, type(module).__name__))
         _swap(module, patched)
@@ -130,12 +141,14 @@ def apply(unet: UNet2DConditionModel, choice: AttentionChoice | None = None, *, 
     _number(unet)
     repack(unet)
     _to_channels_last(unet)
-    told = tuple(name + "." for name, _ in [*swapped, *left])
-    for name, module in unet.named_modules():
-        if next(module.parameters(recurse=False), None) is not None and not f"{name}.".startswith(told):
-            left.append((name, f"no kernel is known for it in its place ({type(module).__name__})"))
+    told = tuple(name + "." for name, _ in [*swapped, *refused])
+    left = [
+        (name, type(module).__name__)
+        for name, module in unet.named_modules()
+        if next(module.parameters(recurse=False), None) is not None and not f"{name}.".startswith(told)
+    ]
     packed = [(what, len(group), sum(p.numel() * p.element_size() for p in group)) for what, group in _groups(unet)]
-    return Patch(tuple(swapped), tuple(left), tuple(packed))
+    return Patch(tuple(swapped), tuple(refused), tuple(left), tuple(packed))
 
 
 def _patch_ends(unet: nn.Module) -> Iterator[tuple[str, str]]:

@@ -106,8 +106,10 @@ class Train(Section):
     """Passes over the photographs, if there are no [[stage]] tables."""
     max_steps: Count = 0
     """Stop after this many optimizer steps; 0: no limit."""
-    checkpointing: Literal["none", "full"] = "none"
-    """Recompute activations in backward: full saves memory for about a quarter more work."""
+    kernels: Literal["auto", "on", "off"] = "auto"
+    """Our kernels in the UNet; runs with and without them resume from each other. auto: on a GPU."""
+    checkpointing: Literal["none", "selective", "full"] = "none"
+    """Recompute activations in backward: selective what costs little, full for about a quarter more work."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Clip the gradients' global norm; 0: never."""
     ema_decay: Fraction = 0.0

@@ -19,7 +19,7 @@ FREE = {
     "run": ("dir", "device"),
     "model": ("attention",),
     "data": ("path",),
-    "train": ("max_steps", "checkpointing"),
+    "train": ("max_steps", "checkpointing", "kernels"),
 }
 # these act through the stages, whose finished part is compared apart
 STAGED = {

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from safelight.data.cache import Sample
+from safelight.kernels import patch
 from safelight.kernels.attention import allowed_backends, apply_attention, attention_cases, choose_attention
+from safelight.kernels.checkpointing import apply_checkpointing
 from safelight.trainer.checkpoint import Position, check_files, folder_of, load_checkpoint, read_identity
 from safelight.trainer.config import Config
 from safelight.trainer.dataset import Dataset, open_dataset
@@ -84,16 +86,19 @@ def load_job(
     timeline = Timeline.of(config, dataset.train)
     reset_peak_memory(device)
     unet = load_unet(base, config.run.seed).to(device).train()
-    if config.train.checkpointing == "full":
-        unet.enable_gradient_checkpointing()
-    optimizer = UNetOptimizer(unet, config.optimizer, dtype)
-    ema = WeightAverages(optimizer, config.train.ema_decay) if config.train.ema_decay > 0 else None
     side = config.data.resolution // dataset.latent_factor
     attention = choose_attention(
         device, dtype, attention_cases(unet, (side, side)), wanted=config.model.attention,
         batch=config.train.batch_size, previous=None if step is None else recorded_attention(run_dir),
     )  # fmt: skip
     apply_attention(unet, attention)
+    patched = patch.apply(unet, attention) if patch.is_wanted(config.train.kernels, device) else None
+    apply_checkpointing(unet, config.train.checkpointing)
+    optimizer = UNetOptimizer(unet, config.optimizer, dtype)
+    if patched is not None:
+        # 16-bit weights have new memory; the moving average keeps views of it
+        patch.repack(unet)
+    ema = WeightAverages(optimizer, config.train.ema_decay) if config.train.ema_decay > 0 else None
     # the autoencoder waits in host memory and visits the GPU to decode samples
     codec = load_codec(config, base, torch.device("cpu"))
     position, window = Position(), []
@@ -109,6 +114,7 @@ def load_job(
         optimizer.load_state_tensors(state)
     run_dir.mkdir(parents=True, exist_ok=True)
     notes = [str(attention), f"optimizer {config.optimizer.name}" + (", fp32 master" if optimizer.has_master else "")]
+    notes.append("kernels off" if patched is None else str(patched))
     if ema is not None:
         notes.append(f"moving average of the weights, decay {ema.decay:g}, in validation, samples and export")
     write_start(

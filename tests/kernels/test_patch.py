@@ -92,7 +92,7 @@ def test_output_and_every_gradient_are_the_originals(name, recompute):
     inputs = inputs_of(unet, torch.float64)
     truth = run(unet, inputs)
     done = patch.apply(unet, recompute=recompute)
-    assert not [why for _, why in done.left if "no kernel is known" not in why]
+    assert not done.refused
     found = run(unet, inputs)
     assert found.keys() == truth.keys()
     assert worst(found, truth) < 1e-9
@@ -186,7 +186,10 @@ def test_what_is_swapped_and_left_is_told():
     # 16 self-attentions, the time embeddings' weights and two biases, the text
     assert [what for what, *_ in done.packed].count("q, k, v of a self-attention") == 16
     assert len(done.packed) == 20
-    assert str(done).startswith("kernels in 16 Transformer2DModel, 16 BasicTransformerBlock, 22 ResnetBlock2D")
+    assert str(done) == (
+        "kernels in 16 Transformer2DModel, 16 BasicTransformerBlock, 22 ResnetBlock2D, 3 Upsample2D, 2 Conv2d, 1 GroupNorm; "
+        "5 other modules as they are"
+    )
 
 
 class TheirResnetBlock(ResnetBlock2D):
@@ -202,7 +205,7 @@ def refused_by_setting(unet):
 
 def refused_by_class(unet):
     unet.up_blocks[1].resnets[1].__class__ = TheirResnetBlock
-    return ["up_blocks.1.resnets.1.conv1"]
+    return ["up_blocks.1.resnets.1.norm1"]
 
 
 def refused_attention(unet):
@@ -222,7 +225,8 @@ def test_modules_that_are_not_known_are_left_and_named(refuse):
     inputs = inputs_of(unet, torch.float64)
     truth = run(unet, inputs)
     done = patch.apply(unet)
-    assert set(names) <= {name for name, _ in done.left}
+    assert set(names) <= {name for name, _ in (*done.refused, *done.left)}
+    assert all(f"not in {name}, {why}" in str(done) for name, why in done.refused)
     assert worst(run(unet, inputs), truth) < 1e-9
     patch.remove(unet)
     assert worst(run(unet, inputs), truth) == 0
@@ -343,6 +347,13 @@ def test_what_it_cannot_do_is_refused():
     inputs = inputs_of(unet)
     with pytest.raises(ValueError, match="no attention mask"):
         unet(**inputs, encoder_attention_mask=torch.ones(2, 7))
+
+
+def test_when_it_is_wanted():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert [patch.is_wanted(s, d) for s in ("auto", "on", "off") for d in (cpu, cuda)] == [
+        False, True, True, True, False, False,
+    ]  # fmt: skip
 
 
 def test_groups_of_text_projections_are_bounded(monkeypatch):

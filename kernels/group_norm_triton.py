@@ -1,0 +1,276 @@
+"""The Triton kernels of kernels/group_norm_silu.py, forward and backward.
+
+A program takes some groups of one sample, (BLOCK_K, BLOCK_C) channels, and the pixels of one split, BLOCK_S at a time; its
+place in the grid is (groups, split, sample). The splits of a sample leave partial results, which are merged in their order.
+Letters: N batch, C channels, S pixels, G groups; P splits of S; K groups of a tile.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from safelight.kernels.jit import kernel
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+
+@kernel
+def _channels(num_groups, GROUP_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Return the program's groups, (BLOCK_K,), its channels, (BLOCK_K, BLOCK_C), and their mask."""
+    group = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    within = tl.arange(0, BLOCK_C)
+    valid = (group[:, None] < num_groups) & (within[None, :] < GROUP_C)
+    return group, group[:, None] * GROUP_C + within[None, :], valid
+
+
+@kernel
+def _tile(channel, valid, stride_c, stride_s, start, end, BLOCK_S: tl.constexpr):
+    """Return a tile's element offsets, (BLOCK_S, BLOCK_K, BLOCK_C), within its sample, and its mask."""
+    s = start + tl.arange(0, BLOCK_S)
+    offsets = s.to(tl.int64)[:, None, None] * stride_s + channel.to(tl.int64)[None, :, :] * stride_c
+    return offsets, (s < end)[:, None, None] & valid[None, :, :]
+
+
+@kernel
+def _load_tile(ptr, channel, valid, stride_n, stride_c, stride_s, start, end, BLOCK_S: tl.constexpr):
+    """Return a tile of the program's sample in fp32, zero beyond its end, and its mask."""
+    offsets, mask = _tile(channel, valid, stride_c, stride_s, start, end, BLOCK_S)
+    values = tl.load(ptr + tl.program_id(2).to(tl.int64) * stride_n + offsets, mask=mask, other=0.0)
+    return values.to(tl.float32), mask
+
+
+@kernel
+def _store_tile(ptr, values, channel, valid, stride_n, stride_c, stride_s, start, end, BLOCK_S: tl.constexpr):
+    """Write a tile of the program's sample in the tensor's dtype."""
+    offsets, mask = _tile(channel, valid, stride_c, stride_s, start, end, BLOCK_S)
+    at = ptr + tl.program_id(2).to(tl.int64) * stride_n + offsets
+    tl.store(at, values.to(ptr.dtype.element_ty), mask=mask)
+
+
+@kernel
+def _load_columns(ptr, channel, valid):
+    """Return a value a channel in fp32, (1, BLOCK_K, BLOCK_C)."""
+    return tl.load(ptr + channel, mask=valid, other=0.0).to(tl.float32)[None, :, :]
+
+
+@kernel
+def _sum(x, AXIS: tl.constexpr):
+    """Return the sums over one axis."""
+    return tl.reduce(x, AXIS, tl.standard._sum_combine)
+
+
+@kernel(varying=("C", "S", "num_groups", "chunk"))
+def _group_stats_kernel(
+    x_ptr, addend_ptr, parts_ptr, C, S, num_groups, stride_xn, stride_xc, stride_xs, chunk,
+    HAS_ADDEND: tl.constexpr, GROUP_C: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Write each split's mean and sum of squared deviations: parts (N, P, G, 2)."""
+    split = tl.program_id(1)
+    n = tl.program_id(2).to(tl.int64)
+    group, channel, valid = _channels(num_groups, GROUP_C, BLOCK_K, BLOCK_C)
+    addend = _load_columns(addend_ptr + n * C, channel, valid) if HAS_ADDEND else 0.0
+    end = tl.minimum((split + 1) * chunk, S)
+    mean = tl.full((BLOCK_K,), 0.0, tl.float32)
+    m2 = tl.full((BLOCK_K,), 0.0, tl.float32)
+    for start in range(split * chunk, end, BLOCK_S):
+        z, mask = _load_tile(x_ptr, channel, valid, stride_xn, stride_xc, stride_xs, start, end, BLOCK_S)
+        if HAS_ADDEND:
+            z = tl.where(mask, z + addend, 0.0)
+        count = ((tl.minimum(end, start + BLOCK_S) - start) * GROUP_C).to(tl.float32)
+        before = ((start - split * chunk) * GROUP_C).to(tl.float32)
+        tile_mean = _sum(_sum(z, 2), 0) / count
+        deviation = tl.where(mask, z - tile_mean[None, :, None], 0.0)
+        tile_m2 = _sum(_sum(deviation * deviation, 2), 0)
+        # merged mean = mean + delta n_b / n;  merged m2 = m2_a + m2_b + delta^2 n_a n_b / n
+        delta = tile_mean - mean
+        mean += delta * (count / (before + count))
+        m2 += tile_m2 + delta * delta * (before * count / (before + count))
+    part = ((n * tl.num_programs(1) + split) * num_groups + group) * 2
+    tl.store(parts_ptr + part, mean, mask=group < num_groups)
+    tl.store(parts_ptr + part + 1, m2, mask=group < num_groups)
+
+
+@kernel
+def _merged_stats(
+    parts_ptr, n, group, S, num_groups, chunk, num_splits, eps, GROUP_C: tl.constexpr, BLOCK_P: tl.constexpr
+):
+    """Return mean and rstd of the splits' parts, (BLOCK_K,)."""
+    p = tl.arange(0, BLOCK_P)
+    part = ((n * num_splits + p[:, None]) * num_groups + group[None, :]) * 2
+    mask = (p[:, None] < num_splits) & (group[None, :] < num_groups)
+    part_mean = tl.load(parts_ptr + part, mask=mask, other=0.0)
+    part_m2 = tl.load(parts_ptr + part + 1, mask=mask, other=0.0)
+    count = (tl.maximum(tl.minimum(S - p * chunk, chunk), 0) * GROUP_C).to(tl.float32)[:, None]
+    total = S * 1.0 * GROUP_C
+    mean = _sum(part_mean * (count / total), 0)
+    deviation = tl.where(mask, part_mean - mean[None, :], 0.0)
+    m2 = _sum(part_m2 + count * deviation * deviation, 0)
+    return mean, 1.0 / tl.sqrt_rn(m2 / total + eps)
+
+
+@kernel(varying=("C", "S", "num_groups", "chunk", "num_splits"))
+def _apply_kernel(
+    x_ptr, addend_ptr, weight_ptr, bias_ptr, parts_ptr, mean_ptr, rstd_ptr, y_ptr, C, S, num_groups,
+    stride_xn, stride_xc, stride_xs, stride_yn, stride_yc, stride_ys, chunk, num_splits, eps,
+    HAS_STATS: tl.constexpr, HAS_ADDEND: tl.constexpr, SILU: tl.constexpr, GROUP_C: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Write y. HAS_STATS: mean and rstd are given; else they are merged of the parts and written, (N, G)."""
+    split = tl.program_id(1)
+    n = tl.program_id(2).to(tl.int64)
+    group, channel, valid = _channels(num_groups, GROUP_C, BLOCK_K, BLOCK_C)
+    at, in_range = n * num_groups + group, group < num_groups
+    if HAS_STATS:
+        mean = tl.load(mean_ptr + at, mask=in_range, other=0.0)
+        rstd = tl.load(rstd_ptr + at, mask=in_range, other=0.0)
+    else:
+        mean, rstd = _merged_stats(parts_ptr, n, group, S, num_groups, chunk, num_splits, eps, GROUP_C, BLOCK_P)
+        if split == 0:
+            tl.store(mean_ptr + at, mean, mask=in_range)
+            tl.store(rstd_ptr + at, rstd, mask=in_range)
+    weight, bias = _load_columns(weight_ptr, channel, valid), _load_columns(bias_ptr, channel, valid)
+    addend = _load_columns(addend_ptr + n * C, channel, valid) if HAS_ADDEND else 0.0
+    end = tl.minimum((split + 1) * chunk, S)
+    for start in range(split * chunk, end, BLOCK_S):
+        z, _mask = _load_tile(x_ptr, channel, valid, stride_xn, stride_xc, stride_xs, start, end, BLOCK_S)
+        if HAS_ADDEND:
+            z = z + addend
+        u = (z - mean[None, :, None]) * rstd[None, :, None] * weight + bias
+        if SILU:
+            u = u / (1.0 + tl.exp(-u))
+        _store_tile(y_ptr, u, channel, valid, stride_yn, stride_yc, stride_ys, start, end, BLOCK_S)
+
+
+@kernel
+def _saved(
+    addend_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, group, channel, valid, C, num_groups, HAS_ADDEND: tl.constexpr
+):
+    """Return (addend, weight, bias, mean, rstd) of a program's sample and groups, each to go with a tile."""
+    n = tl.program_id(2).to(tl.int64)
+    at, in_range = n * num_groups + group, group < num_groups
+    mean = tl.load(mean_ptr + at, mask=in_range, other=0.0)[None, :, None]
+    rstd = tl.load(rstd_ptr + at, mask=in_range, other=0.0)[None, :, None]
+    weight, bias = _load_columns(weight_ptr, channel, valid), _load_columns(bias_ptr, channel, valid)
+    addend = _load_columns(addend_ptr + n * C, channel, valid) if HAS_ADDEND else 0.0
+    return addend, weight, bias, mean, rstd
+
+
+@kernel
+def _du(dy, xhat, weight, bias, SILU: tl.constexpr):
+    """Return the gradient of u, the norm's output before SiLU; zero where dy is, as beyond a tile's end."""
+    if SILU:
+        u = xhat * weight + bias
+        sigmoid = 1.0 / (1.0 + tl.exp(-u))
+        # du = dy * sigmoid(u) * (1 + u * (1 - sigmoid(u)))
+        dy = dy * sigmoid * (1.0 + u * (1.0 - sigmoid))
+    return dy
+
+
+@kernel(varying=("C", "S", "num_groups", "chunk"))
+def _bwd_sums_kernel(
+    dy_ptr, x_ptr, addend_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, sums_ptr, C, S, num_groups,
+    stride_gn, stride_gc, stride_gs, stride_xn, stride_xc, stride_xs, chunk,
+    HAS_ADDEND: tl.constexpr, SILU: tl.constexpr, GROUP_C: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Write each split's sums over pixels of du, du * xhat and (with an addend) xhat: sums (N, P, 3, C)."""
+    split = tl.program_id(1)
+    n = tl.program_id(2).to(tl.int64)
+    group, channel, valid = _channels(num_groups, GROUP_C, BLOCK_K, BLOCK_C)
+    addend, weight, bias, mean, rstd = _saved(
+        addend_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, group, channel, valid, C, num_groups, HAS_ADDEND
+    )
+    sum_du = tl.full((BLOCK_K, BLOCK_C), 0.0, tl.float32)
+    sum_du_xhat = tl.full((BLOCK_K, BLOCK_C), 0.0, tl.float32)
+    sum_xhat = tl.full((BLOCK_K, BLOCK_C), 0.0, tl.float32)
+    end = tl.minimum((split + 1) * chunk, S)
+    for start in range(split * chunk, end, BLOCK_S):
+        z, mask = _load_tile(x_ptr, channel, valid, stride_xn, stride_xc, stride_xs, start, end, BLOCK_S)
+        if HAS_ADDEND:
+            z = z + addend
+        dy, _mask = _load_tile(dy_ptr, channel, valid, stride_gn, stride_gc, stride_gs, start, end, BLOCK_S)
+        xhat = tl.where(mask, (z - mean) * rstd, 0.0)
+        du = _du(dy, xhat, weight, bias, SILU)
+        sum_du += _sum(du, 0)
+        sum_du_xhat += _sum(du * xhat, 0)
+        if HAS_ADDEND:
+            sum_xhat += _sum(xhat, 0)
+    row = (n * tl.num_programs(1) + split) * 3 * C
+    tl.store(sums_ptr + row + channel, sum_du, mask=valid)
+    tl.store(sums_ptr + row + C + channel, sum_du_xhat, mask=valid)
+    if HAS_ADDEND:
+        tl.store(sums_ptr + row + 2 * C + channel, sum_xhat, mask=valid)
+
+
+@kernel(varying=("N", "C", "S", "num_groups", "num_splits"))
+def _bwd_reduce_kernel(
+    sums_ptr, weight_ptr, rstd_ptr, means_ptr, dweight_ptr, dbias_ptr, daddend_ptr, N, C, S, num_groups, num_splits,
+    HAS_ADDEND: tl.constexpr, GROUP_C: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Write dweight, dbias (C,), daddend (N, C), and the two means dx needs: means (N, G, 2)."""
+    group, channel, valid = _channels(num_groups, GROUP_C, BLOCK_K, BLOCK_C)
+    weight = tl.load(weight_ptr + channel, mask=valid, other=0.0).to(tl.float32)
+    dweight = tl.full((BLOCK_K, BLOCK_C), 0.0, tl.float32)
+    dbias = tl.full((BLOCK_K, BLOCK_C), 0.0, tl.float32)
+    size = S * 1.0 * GROUP_C
+    for i in range(N):
+        # a loop's number is 32 bits wide; the offsets it makes are not
+        n = i + tl.full((), 0, tl.int64)
+        sum_du = tl.full((BLOCK_K, BLOCK_C), 0.0, tl.float32)
+        sum_du_xhat = tl.full((BLOCK_K, BLOCK_C), 0.0, tl.float32)
+        sum_xhat = tl.full((BLOCK_K, BLOCK_C), 0.0, tl.float32)
+        for start in range(0, num_splits, BLOCK_P):
+            p = start + tl.arange(0, BLOCK_P)
+            mask = (p < num_splits)[:, None, None] & valid[None, :, :]
+            part = (n * num_splits + p[:, None, None]) * 3 * C + channel[None, :, :]
+            sum_du += _sum(tl.load(sums_ptr + part, mask=mask, other=0.0), 0)
+            sum_du_xhat += _sum(tl.load(sums_ptr + part + C, mask=mask, other=0.0), 0)
+            if HAS_ADDEND:
+                sum_xhat += _sum(tl.load(sums_ptr + part + 2 * C, mask=mask, other=0.0), 0)
+        # dbias = sum over n, s of du;  dweight = sum over n, s of du * xhat
+        dbias += sum_du
+        dweight += sum_du_xhat
+        # over a group's elements: mean_1 = mean(weight * du), mean_2 = mean(weight * du * xhat)
+        mean_1 = _sum(weight * sum_du, 1) / size
+        mean_2 = _sum(weight * sum_du_xhat, 1) / size
+        at = n * num_groups + group
+        tl.store(means_ptr + at * 2, mean_1, mask=group < num_groups)
+        tl.store(means_ptr + at * 2 + 1, mean_2, mask=group < num_groups)
+        if HAS_ADDEND:
+            rstd = tl.load(rstd_ptr + at, mask=group < num_groups, other=0.0)
+            # daddend = sum over s of dx = rstd * (weight * sum du - S * mean_1 - mean_2 * sum xhat)
+            daddend = rstd[:, None] * (weight * sum_du - S * mean_1[:, None] - mean_2[:, None] * sum_xhat)
+            tl.store(daddend_ptr + n * C + channel, daddend.to(daddend_ptr.dtype.element_ty), mask=valid)
+    tl.store(dweight_ptr + channel, dweight.to(dweight_ptr.dtype.element_ty), mask=valid)
+    tl.store(dbias_ptr + channel, dbias.to(dbias_ptr.dtype.element_ty), mask=valid)
+
+
+@kernel(varying=("C", "S", "num_groups", "chunk"))
+def _bwd_dx_kernel(
+    dy_ptr, x_ptr, addend_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, means_ptr, dx_ptr, C, S, num_groups,
+    stride_gn, stride_gc, stride_gs, stride_xn, stride_xc, stride_xs, stride_dn, stride_dc, stride_ds, chunk,
+    HAS_ADDEND: tl.constexpr, SILU: tl.constexpr, GROUP_C: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    split = tl.program_id(1)
+    group, channel, valid = _channels(num_groups, GROUP_C, BLOCK_K, BLOCK_C)
+    addend, weight, bias, mean, rstd = _saved(
+        addend_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, group, channel, valid, C, num_groups, HAS_ADDEND
+    )
+    at = (tl.program_id(2).to(tl.int64) * num_groups + group) * 2
+    mean_1 = tl.load(means_ptr + at, mask=group < num_groups, other=0.0)[None, :, None]
+    mean_2 = tl.load(means_ptr + at + 1, mask=group < num_groups, other=0.0)[None, :, None]
+    end = tl.minimum((split + 1) * chunk, S)
+    for start in range(split * chunk, end, BLOCK_S):
+        z, _mask = _load_tile(x_ptr, channel, valid, stride_xn, stride_xc, stride_xs, start, end, BLOCK_S)
+        dy, _mask = _load_tile(dy_ptr, channel, valid, stride_gn, stride_gc, stride_gs, start, end, BLOCK_S)
+        if HAS_ADDEND:
+            z = z + addend
+        xhat = (z - mean) * rstd
+        du = _du(dy, xhat, weight, bias, SILU)
+        # dx = rstd * (weight * du - mean_1 - xhat * mean_2)
+        dx = rstd * (weight * du - mean_1 - xhat * mean_2)
+        _store_tile(dx_ptr, dx, channel, valid, stride_dn, stride_dc, stride_ds, start, end, BLOCK_S)

@@ -7,6 +7,8 @@ import torch
 from safelight.bench.harness import interleave, percentiles
 
 NUM_ROTATED = 3
+# side of the matrices, bytes copied, repeats
+SMALL = (1024, 2**27, 5)
 
 
 def matmul_tflops(device: torch.device, dtype: torch.dtype, size: int = 8192, repeats: int = 20) -> float:
@@ -26,7 +28,7 @@ def copy_gb_per_s(device: torch.device, num_bytes: int = 2**30, repeats: int = 1
 
 def ceilings(device: torch.device, dtype: torch.dtype, small: bool = False) -> dict:
     """Return both ceilings. small: sizes for a CPU."""
-    size, num_bytes, repeats = (1024, 2**27, 5) if small else (8192, 2**30, 20)
+    size, num_bytes, repeats = SMALL if small else (8192, 2**30, 20)
     return {
         "matmul_tflops": round(matmul_tflops(device, dtype, size, repeats), 4),
         "copy_gb_per_s": round(copy_gb_per_s(device, num_bytes, repeats), 3),

@@ -6,9 +6,7 @@ a part whose time is up leaves a line that says so. On a CPU the same parts run 
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,13 +17,17 @@ import torch
 
 from safelight.bench.attention import bench_attention
 from safelight.bench.ceilings import ceilings
-from safelight.bench.harness import interleave
+from safelight.bench.kernels import bench_kernels
+from safelight.bench.memory import bench_memory
+from safelight.bench.optimizers import bench_optimizers, offered
 from safelight.bench.results import ROOT, append, make_record
+from safelight.bench.short_run import ShortRun, call, train
 from safelight.bench.suite import OURS, build, free, measure, variants
 from safelight.bench.workload import Workload, random_batches
-from safelight.trainer.log import peak_memory_gib, reset_peak_memory
 
-CAPS_GIB = (16, 12, 8, 6, 4)
+GIB = 2**30
+# weights, master and moments of SD1.5, and room to write them
+RUN_DISK_GIB = 12
 
 
 @dataclass
@@ -99,7 +101,7 @@ def gpu_tests(session: Session) -> Iterator[dict]:
         yield session.record("tests", {"marker": "gpu"}, {}, "no tests: this is not a checkout")
         return
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", str(ROOT / "tests")]
-    status, tail, seconds = _call(command, min(150.0, session.remaining()), session.out / "gpu_tests.log")
+    status, tail, seconds = call(command, min(150.0, session.remaining()), session.out / "gpu_tests.log")
     # pytest's 5: no test is marked so
     found = {"exit_status": status, "seconds": round(seconds, 1)}
     yield session.record("tests", {"marker": "gpu"}, found, tail)
@@ -114,101 +116,75 @@ def attention(session: Session) -> Iterator[dict]:
             return
 
 
-def memory_caps(session: Session) -> Iterator[dict]:
-    """Whether a step of batch 1 fits into an emulated card, by checkpointing; the CUDA context comes on top."""
-    if not session.is_gpu:
-        yield session.record("memory", {}, {}, "skipped: a cap can be put on a GPU alone")
-        return
-    total = torch.cuda.get_device_properties(session.device).total_memory / 2**30
-    for cap in CAPS_GIB:
-        for checkpointing in ("none", "full"):
-            if cap > total or session.remaining() < 5:
-                continue
-            work = replace(session.work, checkpointing=checkpointing)
-            torch.cuda.set_per_process_memory_fraction(cap / total, session.device)
-            try:
-                found = _try_steps(work)
-            finally:
-                torch.cuda.set_per_process_memory_fraction(1.0, session.device)
-                free(session.device)
-            yield session.record("memory", {"cap_gib": cap, "recipe": OURS, **asdict(work)}, found)
+def memory(session: Session) -> Iterator[dict]:
+    """What a step of batch 1 needs, by optimizer, memory mode and checkpointing, as long as there is time."""
+    # a rehearsal takes the first alone
+    names = () if session.is_gpu else tuple(offered())[:1]
+    for line in bench_memory(session.work, names):
+        yield line
+        if session.remaining() < 10:
+            return
 
 
-def _try_steps(work: Workload) -> dict:
-    """Return whether three steps fit, with their peak and speed if so."""
-    device = torch.device(work.device)
-    reset_peak_memory(device)
-    try:
-        trainer, batches = build(OURS, work), random_batches(3, work)
-        seconds = interleave({"": lambda n: trainer.step(batches[n % 3])}, device, repeats=2, warmup=1)[""]
-    except torch.cuda.OutOfMemoryError:
-        return {"fits": False}
-    return {"fits": True, "peak_gib": round(peak_memory_gib(device), 3), "step_ms": round(1e3 * min(seconds), 2)}
+def kernels(session: Session) -> Iterator[dict]:
+    """The kernels' bytes and, on a GPU, their speed at SD1.5's largest layers; torch.compile has its own part."""
+    lines = bench_kernels(
+        ("sd15",), (1, 8) if session.is_gpu else (1,), session.work.dtype, session.device, times=session.is_gpu,
+        with_compile=False,
+    )  # fmt: skip
+    for line in lines:
+        yield line
+        if session.remaining() < 5:
+            return
+
+
+def compiled_kernels(session: Session) -> Iterator[dict]:
+    """The same beside torch.compile, one shape a kernel; on a CPU the references of one kernel rehearse it."""
+    lines = bench_kernels(
+        ("sd15",), (8 if session.is_gpu else 1,), session.work.dtype, session.device, ops=() if session.is_gpu else ("geglu",),
+        num_shapes=1, with_bytes=False, repeats=20 if session.is_gpu else 1, with_compile=session.is_gpu,
+    )  # fmt: skip
+    for line in lines:
+        yield line
+        if session.remaining() < 10:
+            return
+
+
+def optimizers(session: Session) -> Iterator[dict]:
+    yield from bench_optimizers(
+        session.device, session.work.dtype, 8 if session.is_gpu else 343, 10 if session.is_gpu else 1
+    )
 
 
 def training_run(session: Session) -> Iterator[dict]:
-    """A short `safelight train` of the tiny base, from photographs to report: the commands themselves, on this device."""
-    from safelight.trainer.tiny.scenes import caption, draw, random_scene
-
-    folder = session.out / "training_run"
-    photos = folder / "photos"
-    photos.mkdir(parents=True, exist_ok=True)
-    for number in range(32 if session.is_gpu else 8):
-        scene = random_scene(7, number)
-        draw(scene).save(photos / f"{number:03d}.png")
-        (photos / f"{number:03d}.txt").write_text(caption(scene, 7, number))
-    places = [
-        "--data.path",
-        str(folder / "dataset"),
-        "--run.dir",
-        str(folder / "run"),
-        "--run.device",
-        session.work.device,
-    ]
-    settings = (
-        f"--train.max-steps {60 if session.is_gpu else 4} --validate.every-epochs 0 --sample.every-epochs 0".split()
-    )
-    # a last step is logged whatever its number
-    settings += ["--train.batch-size", "8" if session.is_gpu else "2", "--log.tensorboard", "False"]
-    seconds_of = {}
-    for words in (
-        ["init", "tiny", "-o", str(folder / "run.toml"), "--force"],
-        ["prepare", str(photos), "-o", str(folder / "dataset")],
-        ["train", str(folder / "run.toml"), *places, *settings],
-    ):
-        log = session.out / f"{words[0]}.log"
-        status, tail, seconds = _call([sys.executable, "-m", "safelight", *words], min(120.0, session.remaining()), log)
-        seconds_of[f"{words[0]}_s"] = round(seconds, 1)
-        if status != 0:
-            raise RuntimeError(f"safelight {words[0]} ended with {status}: {tail}")
-    import json
-
-    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    trained = [row for row in rows if row["kind"] == "train"]
-    last = trained[-1]
-    found = {
-        **seconds_of,
-        "steps": last["step"],
-        "images_per_s": last["images_per_s"],
-        "loss": last["loss"],
-        "peak_gib": last["memory_gib"],
-    }
-    yield session.record("training_run", {"base": "tiny"}, found)
+    """A short `safelight train` of the tiny base, from photographs to a checkpoint: the commands themselves."""
+    if session.is_gpu:
+        run = ShortRun("tiny", "tiny", 128, photos=32, steps=60, batch_size=8)
+    else:
+        run = ShortRun("tiny", "tiny", 128, photos=8, steps=4, batch_size=2)
+    yield _run(session, run, 120)
 
 
-def _call(command: list[str], timeout_s: float, log: Path) -> tuple[int, str, float]:
-    """Run a command in a process group of its own; return (exit status, its last line, seconds). 124: out of time."""
-    began = time.monotonic()
-    with log.open("wb") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
-        try:
-            status = process.wait(timeout=max(1.0, timeout_s))
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            status = 124
-    lines = log.read_text(errors="replace").strip().splitlines()
-    return status, lines[-1][:200] if lines else "", time.monotonic() - began
+def full_size_run(session: Session) -> Iterator[dict]:
+    """The same of SD1.5's size at 512 px, random weights; rehearsed on a CPU by the smallest of the random bases."""
+    if session.is_gpu:
+        total = torch.cuda.get_device_properties(session.device).total_memory / GIB
+        checkpointing = "none" if total > 30 else "full"
+        run = ShortRun("sd15", "random:sd15", 512, photos=16, steps=24, batch_size=4, checkpointing=checkpointing)
+    else:
+        run = ShortRun("sd15", "random:small", 128, photos=2, steps=1, batch_size=1, checkpointing="full")
+    free_gib = shutil.disk_usage(session.out).free / GIB
+    if session.is_gpu and free_gib < RUN_DISK_GIB:
+        note = f"skipped: a checkpoint needs {RUN_DISK_GIB} GiB of disk, {free_gib:.0f} are free"
+        yield session.record("training_run", {"base": run.base}, {}, note)
+        return
+    yield _run(session, run, 240)
+
+
+def _run(session: Session, run: ShortRun, seconds: float) -> dict:
+    end = min(session.end, time.monotonic() + seconds)
+    found = train(run, session.out / f"run_{run.base.replace(':', '_')}", session.work.device, end)
+    return session.record("training_run", asdict(run), found)
 
 
 # most valuable first; (name, seconds it wants on a GPU at the least, function)
@@ -217,11 +193,15 @@ PARTS: tuple[tuple[str, float, Callable[[Session], Iterator[dict]]], ...] = (
     ("steps", 20, steps),
     ("profile", 15, profile),
     ("attention", 10, attention),
-    ("memory", 15, memory_caps),
+    ("memory", 20, memory),
+    ("kernels", 15, kernels),
+    ("optimizer", 10, optimizers),
     ("tests", 20, gpu_tests),
     ("cache", 15, steps_from_a_cache),
     ("training_run", 30, training_run),
+    ("full_size_run", 60, full_size_run),
     ("baselines", 30, other_baselines),
+    ("compiled_kernels", 60, compiled_kernels),
 )
 
 

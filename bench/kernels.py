@@ -185,7 +185,7 @@ def time_layer(
     return {key: value for key, value in found.items() if value}
 
 
-def chosen(found: list[Layer], ops: tuple[str, ...], num_shapes: int, itemsize: int) -> list[Layer]:
+def chosen(found: tuple[Layer, ...], ops: tuple[str, ...], num_shapes: int, itemsize: int) -> list[Layer]:
     """Return, of each op, the shapes that take most of a step: by bytes moved, or by size where products take the time."""
 
     def weight(layer: Layer) -> float:
@@ -206,7 +206,8 @@ def chosen(found: list[Layer], ops: tuple[str, ...], num_shapes: int, itemsize: 
 
 def bench_kernels(
     models: tuple[str, ...], batch_sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device, *,
-    ops: tuple[str, ...] = (), num_shapes: int = 2, times: bool = True, repeats: int = 20, with_compile: bool = True,
+    ops: tuple[str, ...] = (), num_shapes: int = 2, with_bytes: bool = True, times: bool = True, repeats: int = 20,
+    with_compile: bool = True,
 ) -> Iterator[dict]:  # fmt: skip
     """Yield result lines: of each model and batch its bytes; with times, then a line for each layer that is timed.
 
@@ -215,7 +216,7 @@ def bench_kernels(
     if unknown := [op for op in ops if op not in OPS]:
         raise ValueError(f"kernels {unknown} are unknown; use {', '.join(OPS)}")
     lists = [(model, size, layers(model, size)) for model in models for size in batch_sizes]
-    for model, size, _ in lists:
+    for model, size, _ in lists if with_bytes else ():
         yield bytes_record(model, size, dtype, ops)
     if not times:
         return

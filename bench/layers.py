@@ -6,6 +6,7 @@ passes. Letters: N batch, C K channels in and out, H W height and width, T token
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -105,7 +106,8 @@ def _watch(unet: nn.Module, seen: Counter) -> None:
             on_input(module, "group_norm_silu" if name == "conv_norm_out" else "group_norm")
 
 
-def layers(name: str, batch_size: int = 1) -> list[Layer]:
+@functools.cache
+def layers(name: str, batch_size: int = 1) -> tuple[Layer, ...]:
     """Return a model's layers of ours in the order they first run, the step's two ends included.
 
     Raises ValueError for an unknown model.
@@ -124,4 +126,4 @@ def layers(name: str, batch_size: int = 1) -> list[Layer]:
     with torch.no_grad():
         unet(latents, torch.empty(batch_size, device="meta"), text, **extra)
     seen["diffusion_loss", tuple(latents.shape)] += 1
-    return [Layer(op, shape, count) for (op, shape), count in seen.items()]
+    return tuple(Layer(op, shape, count) for (op, shape), count in seen.items())

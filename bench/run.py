@@ -217,10 +217,18 @@ def everything(options: command.All) -> int:
     failed = 0
     for record in run_all(options.minutes, options.out, work, options.only):
         failed += record["figures"].get("failed", False)
-        told = ", ".join(f"{name} {value}" for name, value in record["figures"].items() if not isinstance(value, dict))
-        what = " ".join(
-            str(record["config"][n]) for n in ("recipe", "batch_size", "head_dim", "cap_gib") if n in record["config"]
-        )
-        print(f"{record['bench']} {what}: {told} {record.get('note', '')}".rstrip(), flush=True)
+        print(f"{record['bench']} {_about(record)} {record.get('note', '')}".rstrip(), flush=True)
     print(f"results: {options.out / 'results.jsonl'}" + (f"; {failed} parts failed" if failed else ""))
     return int(failed > 0)
+
+
+def _about(record: dict) -> str:
+    """Return what a line of `all` is of, and its plain figures; of a kernel's passes the p50 and the share of a copy."""
+    config, figures = record["config"], record["figures"]
+    names = ("recipe", "base", "op", "shape", "optimizer", "checkpointing", "batch_size", "head_dim")
+    told = [f"{name} {value}" for name, value in figures.items() if not isinstance(value, dict)]
+    for direction in ("forward", "backward"):
+        row = figures.get(direction, {})
+        told += [f"{direction} {name} {row[name][1]}" for name in ("ours_ms", "plain_ms", "compiled_ms") if name in row]
+        told += [f"{100 * row['share_of_limit']:.0f} % of a copy"] if "share_of_limit" in row else []
+    return f"{' '.join(str(config[n]) for n in names if n in config)}: {', '.join(told)}"

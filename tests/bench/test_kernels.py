@@ -26,7 +26,7 @@ def shape_of(op: str) -> tuple[int, ...]:
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, list[Layer]]:
+def found() -> dict[str, tuple[Layer, ...]]:
     return {model: layers(model) for model in MODELS}
 
 

@@ -1,15 +1,26 @@
 """The loader's benchmark, the ceilings, `quick`, and a rehearsal of `all`."""
 
+import sys
 import time
 
 import pytest
 import torch
 
 from safelight.__main__ import main
-from safelight.bench import everything, loader, quick
+from safelight.bench import ceilings as ceilings_module
+from safelight.bench import everything, loader, quick, short_run
 from safelight.bench.ceilings import ceilings, copy_gb_per_s
+from safelight.bench.optimizers import offered
 from safelight.bench.results import read
 from safelight.bench.workload import Workload
+
+# of matrices and copies that take no time to speak of
+SMALL = (256, 2**23, 3)
+
+
+@pytest.fixture(autouse=True)
+def small_ceilings(monkeypatch):
+    monkeypatch.setattr(ceilings_module, "SMALL", SMALL)
 
 
 def test_every_source_delivers_the_same_rows(tmp_path):
@@ -89,10 +100,35 @@ def rehearsal(tmp_path_factory) -> tuple[int, list[dict], str]:
         "import pytest\n@pytest.mark.gpu\ndef test_on_a_gpu():\n    pass\ndef test_other():\n    raise AssertionError\n"
     )
     out = tmp_path_factory.mktemp("all")
+
+    def in_process(command, timeout_s, log):
+        """The command line as its own process would run it, less six imports of everything."""
+        assert command[:3] == [sys.executable, "-m", "safelight"]
+        began = time.monotonic()
+        return main(command[3:]), "", time.monotonic() - began
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(everything, "ROOT", root)
+        patch.setattr(short_run, "call", in_process)
+        patch.setattr(ceilings_module, "SMALL", SMALL)
         status = main(["bench", "all", "--out", str(out), "--device", "cpu", "--minutes", "5"])
     return status, read(out / "results.jsonl")
+
+
+def test_a_command_is_called_and_killed_when_its_time_is_up(tmp_path):
+    status, tail, seconds = short_run.call(["sh", "-c", "echo first; echo last; exit 3"], 10, tmp_path / "log")
+    assert (status, tail) == (3, "last")
+    assert 0 < seconds < 10
+    # its children go with it
+    status, tail, seconds = short_run.call(["sh", "-c", "echo begun; sleep 30 & sleep 30"], 1, tmp_path / "log")
+    assert (status, tail) == (124, "begun")
+    assert seconds < 10
+
+
+def test_a_run_that_fails_says_which_command_and_why(tmp_path, monkeypatch):
+    monkeypatch.setattr(short_run, "call", lambda command, timeout_s, log: (2, "safelight init: no", 0.1))
+    with pytest.raises(RuntimeError, match="safelight init ended with 2: safelight init: no"):
+        short_run.train(short_run.ShortRun("tiny", "tiny", 64, 1, 1, 1), tmp_path, "cpu", time.monotonic() + 9)
 
 
 def test_the_rehearsal_of_all_runs_every_part(rehearsal):
@@ -106,6 +142,8 @@ def test_the_rehearsal_of_all_runs_every_part(rehearsal):
         "profile",
         "attention",
         "memory",
+        "kernels",
+        "optimizer",
         "tests",
         "training_run",
     }
@@ -121,8 +159,11 @@ def test_the_rehearsal_of_all_runs_every_part(rehearsal):
     (tests,) = (r for r in records if r["bench"] == "tests")
     assert tests["figures"]["exit_status"] == 0
     assert tests["note"].startswith("1 passed, 1 deselected")
-    (run,) = (r for r in records if r["bench"] == "training_run")
-    assert run["figures"]["steps"] == 4
+    runs = {r["config"]["base"]: r["figures"]["steps"] for r in records if r["bench"] == "training_run"}
+    # the second rehearses the run of SD1.5's size, with the same preset and commands
+    assert runs == {"tiny": 4, "random:small": 1}
+    assert {r["config"]["what"] for r in records if r["bench"] == "kernels"} == {"bytes", "time"}
+    assert {r["config"]["optimizer"] for r in records if r["bench"] == "optimizer"} == {*offered(), "ema"}
 
 
 def test_a_part_that_fails_leaves_a_line_and_the_next_one_runs(tmp_path, monkeypatch):
@@ -143,28 +184,3 @@ def test_what_comes_too_late_is_left_out_and_said(tmp_path):
     assert [r.get("note") for r in records] == ["left out: the time was up"] * 2
     with pytest.raises(ValueError, match="among ceilings"):
         list(everything.run_all(1, tmp_path, Workload(device="cpu"), only=("nothing",)))
-
-
-def test_emulated_cards_are_tried_from_large_to_small_and_the_cap_is_lifted(monkeypatch, tmp_path):
-    """The CUDA calls are recorded; the step that decides is stood in for by one that fits above 7 GiB."""
-    fractions = []
-
-    class Properties:
-        total_memory = 10 * 2**30
-
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: fractions.append(share))
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(everything, "_try_steps", lambda work: {"fits": fractions[-1] > 0.7})
-    work = Workload(device="cpu").resolved()
-    session = everything.Session(tmp_path, work, time.monotonic() + 60)
-    monkeypatch.setattr(everything.Session, "is_gpu", True)
-    monkeypatch.setattr(
-        everything.Session,
-        "record",
-        lambda self, bench, config, found: (config["cap_gib"], config["checkpointing"], found["fits"]),
-    )
-    assert list(everything.memory_caps(session)) == [
-        (8, "none", True), (8, "full", True), (6, "none", False), (6, "full", False), (4, "none", False), (4, "full", False),
-    ]  # fmt: skip
-    assert fractions[1::2] == [1.0] * 6

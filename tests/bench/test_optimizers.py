@@ -113,7 +113,8 @@ def test_memory_on_a_cpu_is_the_allocators(capsys):
     assert set(found) == set(memory.kinds())
     # the tiny UNet's 3.2 M parameters in fp32 with codes of 8 bits; small tensors have fp32 moments
     assert 6 * 3.1 < found["none"]["held_mib"] * 1.049 < 7 * 3.3
-    assert found["full"]["step_mib"] < 0.8 * found["none"]["step_mib"]
+    # what checkpointing saves; the optimizer has a peak of its own
+    assert found["full"]["step_mib"] < 0.9 * found["none"]["step_mib"]
     assert main([*words, "--optimizer", "sgd"]) == 2
     assert "adamw" in capsys.readouterr().err
 

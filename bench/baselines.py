@@ -15,6 +15,7 @@ from torch import Tensor
 
 from safelight.bench.workload import LR, MAX_GRAD_NORM, WEIGHT_DECAY, Workload, initial_unet, use_diffusers_attention
 from safelight.data.batches import Batch
+from safelight.kernels.checkpointing import apply_checkpointing
 from safelight.trainer.models import resolve_base
 
 
@@ -69,7 +70,10 @@ class Baseline:
         self.memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
         unet = unet.to(memory_format=self.memory_format)
         if work.checkpointing == "full":
+            # as the scripts do it
             unet.enable_gradient_checkpointing()
+        else:
+            apply_checkpointing(unet, work.checkpointing)
         self.notes = use_diffusers_attention(unet)
         self.parameters = list(unet.parameters())
         self.optimizer = make_optimizer(work.optimizer, self.parameters)

@@ -26,11 +26,12 @@ class Step:
     latent_size: LatentSize = 0
     batch_size: Annotated[tuple[int, ...], arg(help="one variant each, interleaved")] = (1, 4)
     recipe: Annotated[
-        tuple[str, ...], arg(help="safelight, diffusers, diffusers-compiled, diffusers-16bit; one variant each")
+        tuple[str, ...],
+        arg(help="safelight, safelight-unpatched, diffusers, diffusers-compiled, diffusers-16bit; one variant each"),
     ] = ("safelight",)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     optimizer: Literal["adamw8bit", "adamw"] = "adamw8bit"
-    checkpointing: Literal["none", "full"] = "none"
+    checkpointing: Literal["none", "selective", "full"] = "none"
     loader: Annotated[bool, arg(help="read the batches from a cache on disk, as training does")] = False
     separate: Annotated[bool, arg(help="one variant after another instead of interleaved: the memory of one")] = False
     repeats: Annotated[int, arg(help="timed steps a variant")] = 10

@@ -13,6 +13,7 @@ from safelight.bench.results import newest
 CARDS_GIB = (4, 6, 8, 12, 16, 24)
 COLOURS = {
     "safelight": "#c2410c",
+    "safelight-unpatched": "#fdba74",
     "diffusers": "#334155",
     "diffusers-compiled": "#64748b",
     "diffusers-16bit": "#94a3b8",

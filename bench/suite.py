@@ -16,6 +16,7 @@ from safelight.bench.workload import NUM_ROTATED, Ours, Workload, cached_batches
 from safelight.trainer.log import peak_memory_gib, reset_peak_memory
 
 OURS = "safelight"
+UNPATCHED = "safelight-unpatched"
 NUM_CACHED_BATCHES = 8
 
 
@@ -23,8 +24,11 @@ def build(recipe: str, work: Workload) -> Ours | Baseline:
     """Return ours or a baseline, ready to step. Raises ValueError for an unknown one."""
     if recipe == OURS:
         return Ours(work)
+    if recipe == UNPATCHED:
+        # what the kernels are worth
+        return Ours(work, kernels="off")
     if recipe not in RECIPES:
-        raise ValueError(f"recipe {recipe!r} is unknown; use {OURS}, {', '.join(RECIPES)}")
+        raise ValueError(f"recipe {recipe!r} is unknown; use {OURS}, {UNPATCHED}, {', '.join(RECIPES)}")
     return Baseline(recipe, work)
 
 

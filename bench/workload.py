@@ -21,7 +21,9 @@ from safelight.data.batches import Batch, iterate, plan_epoch
 from safelight.data.buckets import Bucket
 from safelight.data.cache import Cache, Crop, Sample
 from safelight.data.manifest import Photo
-from safelight.kernels.attention import apply_attention, attention_cases, choose_attention
+from safelight.kernels import patch
+from safelight.kernels.attention import AttentionChoice, apply_attention, attention_cases, choose_attention
+from safelight.kernels.checkpointing import apply_checkpointing
 from safelight.trainer.config import Loss, Optimizer
 from safelight.trainer.diffusion import make_schedule
 from safelight.trainer.models import PRECISIONS, load_unet, pick_device, pick_dtype, resolve_base
@@ -152,14 +154,17 @@ def optimizer_config(name: str) -> Optimizer:
 class Ours:
     """The training step of `safelight train`. notes: what really runs."""
 
-    def __init__(self, work: Workload):
+    def __init__(self, work: Workload, kernels: str = "auto"):
         device = torch.device(work.device)
         base = resolve_base(work.base)
         self.unet = initial_unet(work.base, device)
-        if work.checkpointing == "full":
-            self.unet.enable_gradient_checkpointing()
+        choice = use_attention(self.unet, work)
+        patched = patch.apply(self.unet, choice) if patch.is_wanted(kernels, device) else None
+        apply_checkpointing(self.unet, work.checkpointing)
         self.optimizer = UNetOptimizer(self.unet, optimizer_config(work.optimizer), work.dtype)
-        self.notes = use_attention(self.unet, work)
+        if patched is not None:
+            patch.repack(self.unet)
+        self.notes = f"{choice}; {'kernels off' if patched is None else patched}"
         self.schedule = make_schedule(base.config_of("scheduler")).to(device)
 
     def step(self, batch: Batch) -> torch.Tensor:
@@ -171,12 +176,12 @@ class Ours:
         return result.losses.mean()
 
 
-def use_attention(unet: nn.Module, work: Workload) -> str:
+def use_attention(unet: nn.Module, work: Workload) -> AttentionChoice:
     """Give a UNet the attention that a training run would; return which."""
     cases = attention_cases(unet, (work.latent_size, work.latent_size))
     choice = choose_attention(torch.device(work.device), work.dtype, cases, batch=work.batch_size)
     apply_attention(unet, choice)
-    return str(choice)
+    return choice
 
 
 def use_diffusers_attention(unet: nn.Module) -> str:

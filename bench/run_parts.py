@@ -84,14 +84,17 @@ def optimizer(options: command.Optimizer) -> int:
         if options.json:
             print(json.dumps(record))
     if not options.json:
-        config = records[0]["config"]
+        config, (measured, cannot) = records[0]["config"], optimizers.rows(records)
         print_table(
             f"{config['tensors']} of SD1.5's tensors, {config['parameters']:,} {options.precision} parameters, on "
             f"{records[0]['machine']['device']}",
-            ("optimizer", "held B", "moved B", "ms a step", f"of {config['compared_with']}", "why not"),
-            optimizers.rows(records),
+            ("optimizer", "held B", "moved B", "ms a step", f"times {config['compared_with']}"),
+            measured,
         )
         print("bytes a parameter, gradients not among those held; moved ones are a formula")
+        if records[0]["config"]["device"] == "cpu":
+            print("a CPU runs the kernels' references: times say nothing of the kernels")
+        print("\n".join(("", "cannot run:", *cannot)) if cannot else "", end="\n" if cannot else "")
     return 0
 
 

@@ -31,7 +31,7 @@ from safelight.kernels.adamw8bit import AdamW8bit
 from safelight.kernels.bias_residual import bias_residual
 from safelight.kernels.diffusion_loss import LossOptions, diffusion_loss
 from safelight.kernels.ema import EMA
-from safelight.kernels.geglu import geglu
+from safelight.kernels.geglu import geglu, geglu_bwd_again
 from safelight.kernels.group_norm_silu import group_norm_silu, group_norm_silu_again
 from safelight.kernels.jit import Launch, record_launches
 from safelight.kernels.layer_norm import add_layer_norm, layer_norm, layer_norm_again
@@ -105,6 +105,12 @@ def _layer_norm(rows: int, features: int, dtype: torch.dtype) -> None:
     layer_norm_again(x, weight, bias, *(torch.empty(rows, device="meta") for _ in range(2)), 1e-5)
 
 
+def _geglu(rows: int, features: int, dtype: torch.dtype) -> None:
+    x, dy = _meta(1, rows, features, dtype=dtype), _meta(1, rows, features // 2, dtype=dtype, grad=False)
+    _both_ways(geglu(x))
+    geglu_bwd_again(dy, x.detach())
+
+
 def _bias_residual(channels: int, side: int, dtype: torch.dtype, order: torch.memory_format) -> None:
     x = _meta(1, channels, side, side, dtype=dtype).to(memory_format=order)
     for residual in (x, None):
@@ -152,8 +158,7 @@ def representative(dtype: torch.dtype) -> None:
     # 9 x 9 pixels: NCHW rows that no vector load fits
     _group_norm(1280, 9, 1, dtype, "of a transformer", NCHW)
     _layer_norm(4096, 320, dtype)
-    geglu_x = _meta(1, 4096, 2560, dtype=dtype)
-    _both_ways(geglu(geglu_x))
+    _geglu(4096, 2560, dtype)
     _bias_residual(320, 64, dtype, CHANNELS_LAST)
     _steps_ends(64, dtype, every=False)
 
@@ -169,7 +174,7 @@ def full(dtype: torch.dtype) -> None:
             _group_norm(channels, side, batch, dtype, "of a transformer", CHANNELS_LAST)
     for channels, side in OUTER:
         _layer_norm(side * side, channels, dtype)
-        _both_ways(geglu(_meta(1, side * side, 8 * channels, dtype=dtype)))
+        _geglu(side * side, 8 * channels, dtype)
         _bias_residual(channels, side, dtype, CHANNELS_LAST)
     _steps_ends(64, dtype, every=True)
 

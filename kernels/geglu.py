@@ -45,7 +45,8 @@ def _geglu_fwd_kernel(x_ptr, y_ptr, num_features, BLOCK_F: tl.constexpr):
 
 
 @kernel
-def _geglu_bwd_kernel(dy_ptr, x_ptr, dx_ptr, num_features, BLOCK_F: tl.constexpr):
+def _geglu_bwd_kernel(dy_ptr, x_ptr, dx_ptr, num_features, WRITE_Y: tl.constexpr, BLOCK_F: tl.constexpr):
+    """Write dx; with WRITE_Y also the forward pass's y, in dy's place."""
     row = tl.program_id(0).to(tl.int64)
     f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     mask = f < num_features
@@ -61,6 +62,9 @@ def _geglu_bwd_kernel(dy_ptr, x_ptr, dx_ptr, num_features, BLOCK_F: tl.constexpr
     dg = dy * a * (cdf + g * INV_SQRT_2PI * tl.exp(-0.5 * g * g))
     tl.store(da_ptr + f, da.to(dx_ptr.dtype.element_ty), mask=mask)
     tl.store(da_ptr + num_features + f, dg.to(dx_ptr.dtype.element_ty), mask=mask)
+    if WRITE_Y:
+        # the forward pass's bits: halving is exact wherever it is done
+        tl.store(dy_ptr + row * num_features + f, (a * g * cdf).to(dy_ptr.dtype.element_ty), mask=mask)
 
 
 def _grid(num_rows: int, num_features: int) -> tuple[tuple[int, int], int]:
@@ -81,16 +85,27 @@ def geglu_fwd(x: Tensor) -> Tensor:
     return y
 
 
+def _backward(dy: Tensor, x: Tensor, write_y: bool) -> Tensor:
+    dx = torch.empty_like(x)
+    if dy.numel():
+        grid, block = _grid(dy.numel() // dy.shape[-1], dy.shape[-1])
+        _geglu_bwd_kernel[grid](dy, x, dx, dy.shape[-1], WRITE_Y=write_y, BLOCK_F=block)
+    return dx
+
+
 def geglu_bwd(dy: Tensor, x: Tensor) -> Tensor:
     """Return dx of y = geglu(x)."""
     if not runs_kernel(x):
         return recomputed_gradients(geglu_reference, (x,), dy)[0]
-    x, dy = x.contiguous(), dy.contiguous()
-    dx = torch.empty_like(x)
-    if dy.numel():
-        grid, block = _grid(dy.numel() // dy.shape[-1], dy.shape[-1])
-        _geglu_bwd_kernel[grid](dy, x, dx, dy.shape[-1], BLOCK_F=block)
-    return dx
+    return _backward(dy.contiguous(), x.contiguous(), False)
+
+
+def geglu_bwd_again(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (dx, y) of y = geglu(x) in one pass. y takes dy's place: dy must be the caller's own, and contiguous."""
+    if not runs_kernel(x):
+        return recomputed_gradients(geglu_reference, (x,), dy)[0], geglu_reference(x)
+    dx = _backward(dy, x.contiguous(), True)
+    return dx, dy
 
 
 class _GEGLU(torch.autograd.Function):

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from safelight.kernels.geglu import geglu_bwd, geglu_fwd
+from safelight.kernels.geglu import geglu_bwd_again, geglu_fwd
 from safelight.kernels.group_norm_silu import (
     check_group_norm,
     group_norm_silu_again,
@@ -201,11 +201,13 @@ class _FeedForward(torch.autograd.Function):
         h = layer_norm_again(*norm, ctx.eps)
         if projected is None:
             projected = F.linear(h, in_weight, in_bias)
-        gated = geglu_fwd(projected)
-        dgated, dout_weight, dout_bias = linear_gradients(dy, gated, out_weight, ctx.has_out_bias)
-        del gated
-        dprojected = geglu_bwd(dgated, projected)
-        del dgated, projected
+        rows_dy = dy.reshape(-1, dy.shape[-1])
+        # dgated = dy W;  dW = dy^T gated, which takes dgated's place once that is used up;  db = sum over rows of dy
+        dgated = (rows_dy @ out_weight).view(*dy.shape[:-1], -1)
+        dprojected, gated = geglu_bwd_again(dgated, projected)
+        dout_weight = rows_dy.t() @ gated.view(len(rows_dy), -1)
+        dout_bias = rows_dy.sum(dim=0) if ctx.has_out_bias else None
+        del dgated, gated, projected
         dh, din_weight, din_bias = linear_gradients(dprojected, h, in_weight, ctx.has_in_bias)
         del dprojected, h
         dx, dnorm_weight, dnorm_bias = layer_norm_bwd(dh, ds, *norm, ctx.eps)

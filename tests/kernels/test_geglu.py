@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from safelight.kernels.geglu import geglu, geglu_reference
+from safelight.kernels.geglu import geglu, geglu_bwd, geglu_bwd_again, geglu_fwd, geglu_reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -30,6 +30,17 @@ def make(shape, dtype, layout):
 )
 def test_forward_and_backward(check_op, dtype, shape, layout):
     check_op(geglu, plain, {"x": make(shape, dtype, layout)})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_output_comes_again_with_the_gradient_and_has_the_same_bits(device, dtype):
+    x, dy = make((3, 5, 74), dtype, "plain").to(device), make((3, 5, 37), dtype, "plain").to(device)
+    dx, y = geglu_bwd(dy, x), geglu_fwd(x)
+    again, place = geglu_bwd_again(dy, x)
+    assert torch.equal(again, dx)
+    assert torch.equal(place, y)
+    # one buffer for both: nothing is allocated for it
+    assert place.data_ptr() == dy.data_ptr()
 
 
 @pytest.mark.parametrize("layout", ["plain", "sliced"])

@@ -9,7 +9,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from safelight.kernels import patch
+from safelight.bench.counters import Counter
+from safelight.kernels import aot, patch
 from safelight.trainer.checkpoint import Position, load_checkpoint, save_checkpoint
 from safelight.trainer.config import Optimizer
 from safelight.trainer.identity import Identity
@@ -347,6 +348,24 @@ def test_what_it_cannot_do_is_refused():
     inputs = inputs_of(unet)
     with pytest.raises(ValueError, match="no attention mask"):
         unet(**inputs, encoder_attention_mask=torch.ones(2, 7))
+
+
+def test_every_kernel_of_a_patched_sd15_step_is_in_the_ahead_of_time_table():
+    def step(dtype):
+        with torch.device("meta"):
+            unet = UNet2DConditionModel(**RANDOM_MODELS["sd15"]["unet"]).to(dtype).train()
+        patch.apply(unet)
+        inputs = [torch.empty(shape, dtype=dtype, device="meta") for shape in ((1, 4, 64, 64), (1, 77, 768))]
+        # convolutions on meta tensors are channels-last as on a GPU
+        with Counter("channels_last"):
+            y = unet(inputs[0], torch.empty(1, dtype=torch.int64, device="meta"), inputs[1]).sample
+            y.backward(torch.empty_like(y))
+
+    for dtype, target in ((torch.bfloat16, 90), (torch.float16, 75)):
+        needed = aot.cases_of(step, dtype)
+        assert len(needed) > 50
+        table = aot.wanted()[target]
+        assert not [case.label for case in needed if case.label not in table]
 
 
 def test_when_it_is_wanted():

@@ -84,8 +84,10 @@ def trace(
     autocast = DTYPES[precision.removeprefix("autocast-")] if precision.startswith("autocast") else None
     ours = None
     if optimizer != "none":
-        ours = UNetOptimizer(unet, Optimizer(name=optimizer))
-        if optimizer == "adamw8bit":
+        # lines call bitsandbytes' adamw8bit: they are older than our kernel of that name
+        name = "bnb_adamw8bit" if optimizer == "adamw8bit" else optimizer
+        ours = UNetOptimizer(unet, Optimizer(name=name))
+        if name == "bnb_adamw8bit":
             ours.inner = CountedAdamW8bit(list(ours.master.values()))
         else:
             # torch's choice on a GPU, which it does not make for meta tensors

@@ -119,8 +119,11 @@ class Train(Section):
 class Optimizer(Section):
     """AdamW and its learning rate."""
 
-    name: Literal["adamw8bit", "adamw"] = "adamw8bit"
-    """adamw8bit: bitsandbytes, 2 bytes of moments a parameter; adamw: torch, 8."""
+    name: Literal["adamw8bit", "bnb_adamw8bit", "adamw"] = "adamw8bit"
+    """adamw8bit: our kernel, 2 bytes of moments a parameter; bnb_adamw8bit: bitsandbytes' of the same; adamw: torch, 8."""
+    memory: Literal["auto", "exact", "near", "rounded", "fp32"] = "auto"
+    """Beside 16-bit weights: exact 2 bytes that complete them to fp32, near 1, rounded none but noise, fp32 a master of 4.
+    auto: exact."""
     lr: LearningRate = 1e-6
     """Peak learning rate."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)

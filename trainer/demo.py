@@ -47,7 +47,7 @@ def demo_config(folder: Path) -> Config:
             "train": {"batch_size": 8},
             # bitsandbytes has no wheel for every machine that a demo is tried on
             "optimizer": {
-                "name": "adamw8bit" if find_spec("bitsandbytes") else "adamw",
+                "name": "bnb_adamw8bit" if find_spec("bitsandbytes") else "adamw",
                 "lr": 1e-4,
                 "warmup_steps": 10,
             },

@@ -1,6 +1,6 @@
 """The exponential moving average of the UNet's weights: what validation, samples and exports take where a run keeps one.
 
-The averages are fp32 and follow the fp32 weights, the master where there is one. The decay rises as (1 + n) / (10 + n) over the
+The averages are fp32 and follow the fp32 weights, the master or the joined pair where weights are 16-bit. The decay rises as (1 + n) / (10 + n) over the
 first updates, as in diffusers' EMAModel, so that a short run is not mostly its start.
 """
 
@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from safelight.kernels.ema import EMA
+from safelight.kernels.ema import EMA, ema_reference
 from safelight.trainer.optim import UNetOptimizer
 
 PREFIX = "ema/"
@@ -28,17 +28,25 @@ class WeightAverages:
         self.decay = decay
         self.num_updates = 0
         self._parameters = optimizer.parameters
-        weights = {name: master.detach() for name, master in optimizer.master.items()}
-        self.averages = {name: weight.clone() for name, weight in weights.items()}
-        self._ema = EMA(list(self.averages.values()), list(weights.values()))
-        self._device = next(iter(weights.values())).device
+        self._optimizer = optimizer
+        self.averages = {name: optimizer.value(name).clone() for name in optimizer.parameters}
+        # weights that are not held whole in fp32 are joined one after the other
+        weights = optimizer.master
+        self._ema = EMA(list(self.averages.values()), [w.detach() for w in weights.values()]) if weights else None
+        self._device = next(iter(self.averages.values())).device
 
+    @torch.no_grad()
     def update(self) -> None:
         """Follow the weights after an optimizer step that was taken."""
         self.num_updates += 1
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         # filled on the device: a copy from the host would wait for it
-        self._ema.update(torch.full((), decay, device=self._device))
+        on_device = torch.full((), decay, device=self._device)
+        if self._ema is not None:
+            self._ema.update(on_device)
+            return
+        for name, average in self.averages.items():
+            ema_reference([average], [self._optimizer.value(name)], on_device)
 
     @contextlib.contextmanager
     @torch.no_grad()

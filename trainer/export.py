@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from safelight.data.atomic import atomic_write_text, sync_folder
+from safelight.kernels.remainder import join
 from safelight.trainer.checkpoint import check_files, folder_of
 from safelight.trainer.config import Config, load_config
 from safelight.trainer.diffusion import make_schedule
@@ -78,10 +79,13 @@ class _Source:
                 sources = [f"master/{name}"] if self.weights == "trained" else [f"{EMA_PREFIX}{name}", f"master/{name}"]
                 if key := next((source for source in sources if source in keys), None):
                     tensors[name] = _cast(name, state.get_tensor(key), self.dtype)
-        for path in sorted((self.checkpoint / "unet").glob("*.safetensors")):
-            with safe_open(path, "pt") as file:
-                for name in set(file.keys()) - set(tensors):
-                    tensors[name] = _cast(name, file.get_tensor(name), self.dtype)
+            for path in sorted((self.checkpoint / "unet").glob("*.safetensors")):
+                with safe_open(path, "pt") as file:
+                    for name in set(file.keys()) - set(tensors):
+                        tensor, beside = file.get_tensor(name), f"remainder/{name}"
+                        if beside in keys:
+                            tensor = join(tensor, state.get_tensor(beside))
+                        tensors[name] = _cast(name, tensor, self.dtype)
         if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != shapes:
             raise ValueError(
                 f"{self.checkpoint} does not fit model.base {self.base.spec!r}: was that changed since the run?"

@@ -20,6 +20,8 @@ FREE = {
     "model": ("attention",),
     "data": ("path",),
     "train": ("max_steps", "checkpointing", "kernels"),
+    # converted where nothing is lost, refused where something would be: trainer/optim.py
+    "optimizer": ("memory",),
 }
 # these act through the stages, whose finished part is compared apart
 STAGED = {

@@ -23,7 +23,7 @@ from safelight.trainer.encoders import LatentCodec, load_codec
 from safelight.trainer.identity import Identity, identify
 from safelight.trainer.log import Metrics, Terminal, reset_peak_memory
 from safelight.trainer.models import PRECISIONS, base_of, check_unet, load_unet, pick_device, pick_dtype
-from safelight.trainer.optim import UNetOptimizer, check_optimizer
+from safelight.trainer.optim import UNetOptimizer, memory_mode
 from safelight.trainer.run_folder import recorded_attention, write_start
 from safelight.trainer.step import StepResult
 from safelight.trainer.timeline import Timeline
@@ -67,7 +67,7 @@ def load_job(
     """Return the job and where it begins: at a checkpoint's step, or at 0 for None."""
     device = pick_device(config.run.device)
     dtype = pick_dtype(config.model.precision, device)
-    check_optimizer(config.optimizer.name)
+    memory_mode(config.optimizer, dtype)
     base = base_of(config.model)
     schedule = make_schedule(base.config_of("scheduler"), config.loss.prediction, config.loss.zero_terminal_snr)
     # what will be refused is refused before hours of encoding
@@ -94,7 +94,7 @@ def load_job(
     apply_attention(unet, attention)
     patched = patch.apply(unet, attention) if patch.is_wanted(config.train.kernels, device) else None
     apply_checkpointing(unet, config.train.checkpointing)
-    optimizer = UNetOptimizer(unet, config.optimizer, dtype)
+    optimizer = UNetOptimizer(unet, config.optimizer, dtype, config.run.seed)
     if patched is not None:
         # 16-bit weights have new memory; the moving average keeps views of it
         patch.repack(unet)
@@ -113,7 +113,7 @@ def load_job(
         take_averages(state, ema)
         optimizer.load_state_tensors(state)
     run_dir.mkdir(parents=True, exist_ok=True)
-    notes = [str(attention), f"optimizer {config.optimizer.name}" + (", fp32 master" if optimizer.has_master else "")]
+    notes = [str(attention), str(optimizer)]
     notes.append("kernels off" if patched is None else str(patched))
     if ema is not None:
         notes.append(f"moving average of the weights, decay {ema.decay:g}, in validation, samples and export")
@@ -159,7 +159,7 @@ def pack_window(window: list[StepResult]) -> dict[str, Tensor]:
         "log/losses": torch.cat([r.losses for r in window]).cpu(),
         "log/sizes": torch.tensor([len(r.losses) for r in window]),
         "log/grad_norms": torch.stack([r.grad_norm for r in window]).cpu(),
-        "log/taken": torch.tensor([r.taken for r in window]),
+        "log/taken": torch.tensor([bool(r.taken) for r in window]),
     }
 
 

@@ -1,7 +1,8 @@
-"""AdamW over the UNet: fp32 weights, or 16-bit weights with an fp32 master and, for fp16, a dynamic loss scale.
+"""AdamW over the UNet: fp32 weights, or 16-bit weights with what completes them to fp32, and for fp16 a dynamic loss scale.
 
-The moments are bitsandbytes' 8-bit blocks or torch's fp32. A step with a non-finite gradient changes no weight and no
-moment; with fp16 it halves the loss scale. State is kept under the UNet's own parameter names, contiguous.
+`adamw8bit` is our kernel (kernel_adamw.py), `bnb_adamw8bit` bitsandbytes' and `adamw` torch's (library_adamw.py). A step with
+a non-finite gradient changes no weight and no moment; with fp16 it halves the loss scale. State is kept under the UNet's own
+parameter names, contiguous.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from safelight.trainer.config import Optimizer as OptimizerConfig
+from safelight.trainer.kernel_adamw import KernelAdamW
+from safelight.trainer.library_adamw import LibraryAdamW
 
 INITIAL_SCALE = 2.0**16
 GROWTH_INTERVAL = 1000
@@ -55,80 +58,76 @@ class LossScale:
         self.num_good = torch.where(grow, 0, self.num_good)
 
 
-def check_optimizer(name: str) -> None:
-    """Raise ValueError if an optimizer is unknown or its library is not there."""
-    if name not in ("adamw", "adamw8bit"):
-        raise ValueError(f"optimizer.name {name!r} is unknown; use adamw8bit or adamw")
-    if name == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError("optimizer.name adamw8bit needs bitsandbytes, which is not installed; use adamw")
+def memory_mode(config: OptimizerConfig, dtype: torch.dtype) -> str:
+    """Return what `optimizer.memory` comes to for weights of a dtype: fp32, exact, near or rounded.
+
+    Raises ValueError for an unknown optimizer, one whose library is not there, and a mode that does not fit.
+    """
+    name, memory = config.name, config.memory
+    if name not in ("adamw8bit", "bnb_adamw8bit", "adamw"):
+        raise ValueError(f"optimizer.name {name!r} is unknown; use adamw8bit, bnb_adamw8bit or adamw")
+    if name == "bnb_adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("optimizer.name bnb_adamw8bit needs bitsandbytes, which is not installed; use adamw8bit")
+    if dtype == torch.float32 or memory in ("auto", "fp32"):
+        if memory not in ("auto", "fp32"):
+            raise ValueError(
+                f"optimizer.memory {memory} is for 16-bit weights, and model.precision is fp32 here; use auto, or model.precision bf16"
+            )
+        return "exact" if memory == "auto" and dtype != torch.float32 and name == "adamw8bit" else "fp32"
+    if name != "adamw8bit":
+        raise ValueError(f"optimizer.memory {memory} is adamw8bit's; {name} keeps fp32 masters: use auto or fp32")
+    return memory
 
 
 class UNetOptimizer:
     """AdamW over a module's trainable parameters, which it brings to a dtype.
 
-    dtype: of the weights to train with; the module's own if None. Give an fp32 module and a 16-bit dtype, and the
-    master keeps what the weights lose. master: name -> fp32 parameter; the module's own where it stays fp32.
-    Raises ValueError for an unknown optimizer.
+    dtype: of the weights to train with; the module's own if None. Give an fp32 module and a 16-bit dtype, and what the
+    weights lose is kept beside them, as `optimizer.memory` says. seed: the run's, for stochastic rounding.
+    parameters: name -> parameter. memory: fp32 | exact | near | rounded. has_master: whether it keeps fp32 masters of 16-bit
+    weights. Raises ValueError for settings that do not fit.
     """
 
-    def __init__(self, module: nn.Module, config: OptimizerConfig, dtype: torch.dtype | None = None):
-        check_optimizer(config.name)
+    def __init__(self, module: nn.Module, config: OptimizerConfig, dtype: torch.dtype | None = None, seed: int = 0):
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        dtype = dtype or next(iter(self.parameters.values())).dtype
-        self.has_master = dtype != torch.float32
-        self.master = dict(self.parameters)
-        if self.has_master:
-            # an fp32 weight's own storage becomes its master's: nothing is rounded first, nothing is held twice
-            self.master = {name: nn.Parameter(p.detach().float().contiguous()) for name, p in self.parameters.items()}
-            module.to(dtype)
         first = next(iter(self.parameters.values()))
-        self.loss_scale = LossScale(first.device, first.dtype == torch.float16)
-        self.name = config.name
-        options = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
-        if config.name == "adamw":
-            self.inner = torch.optim.AdamW(self.master.values(), **options)
-        else:
-            from bitsandbytes.optim import AdamW8bit
+        dtype = dtype or first.dtype
+        self.name, self.memory = config.name, memory_mode(config, dtype)
+        self.has_master = dtype != torch.float32 and self.memory == "fp32"
+        kind = KernelAdamW if config.name == "adamw8bit" else LibraryAdamW
+        self.method = kind(module, self.parameters, config, dtype, self.memory, seed)
+        self.loss_scale = LossScale(first.device, dtype == torch.float16)
 
-            self.inner = AdamW8bit(self.master.values(), **options)
+    @property
+    def inner(self) -> object:
+        """The optimizer that steps: a kernel's, bitsandbytes' or torch's."""
+        return self.method.inner
 
-    def _take_gradients(self) -> list[Tensor]:
-        """Move gradients to the master, unscaled, as fp32; a parameter the loss did not reach gets zeros."""
-        for name, p in self.parameters.items():
-            master = self.master[name]
-            if p.grad is None:
-                master.grad = torch.zeros_like(master)
-            elif self.has_master:
-                master.grad = p.grad.float().contiguous()
-                p.grad = None
-        gradients = [master.grad for master in self.master.values()]
-        if self.loss_scale.enabled:
-            torch._foreach_div_(gradients, self.loss_scale.scale)
-        return gradients
+    @inner.setter
+    def inner(self, optimizer: object) -> None:
+        self.method.inner = optimizer
+
+    @property
+    def master(self) -> dict[str, Tensor]:
+        """The fp32 weights by name, for those optimizers that hold them whole: the masters, or the fp32 parameters."""
+        return self.method.master
+
+    def value(self, name: str) -> Tensor:
+        """Return a weight in fp32, with all that its memory mode keeps of it; not to be written to."""
+        return self.method.value(name)
+
+    def __str__(self) -> str:
+        beside = {"exact": "16-bit remainders", "near": "8-bit remainders", "rounded": "stochastic rounding"}
+        kept = "fp32 master" if self.has_master else beside.get(self.memory, "")
+        return f"optimizer {self.name}" + (f", {kept}" if kept else "")
 
     @torch.no_grad()
-    def step(self, lr: float, weight_decay: float, max_grad_norm: float) -> tuple[Tensor, bool]:
-        """Take one step and free the gradients. Return (global norm before clipping, was it taken).
+    def step(self, lr: float, weight_decay: float, max_grad_norm: float) -> tuple[Tensor, Tensor | bool]:
+        """Take one step and free the gradients. Return (global norm before clipping, was it taken), on the device where it can.
 
         max_grad_norm 0: no clipping. Not taken where the norm is not finite.
         """
-        gradients = self._take_gradients()
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-        finite = torch.isfinite(norm)
-        self.loss_scale.update(finite)
-        # TODO: drop this one host sync a step once a kernel of ours takes found-inf as a tensor
-        taken = bool(finite)
-        if taken:
-            if max_grad_norm > 0:
-                torch._foreach_mul_(gradients, (max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
-            for group in self.inner.param_groups:
-                group["lr"], group["weight_decay"] = lr, weight_decay
-            self.inner.step()
-            if self.has_master:
-                torch._foreach_copy_(list(self.parameters.values()), list(self.master.values()))
-        for master in self.master.values():
-            master.grad = None
-        return norm, taken
+        return self.method.step(self.loss_scale, lr, weight_decay, max_grad_norm)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Return everything a resumed run needs beside the weights, contiguous, on the CPU: `part/parameter name`."""
@@ -136,24 +135,25 @@ class UNetOptimizer:
             "loss_scale/scale": self.loss_scale.scale,
             "loss_scale/num_good": self.loss_scale.num_good,
         }
-        for name, master in self.master.items():
-            if self.has_master:
-                state[f"master/{name}"] = master.detach()
-            for part, value in self.inner.state.get(master, {}).items():
-                # bitsandbytes' code books are constants of the library
-                if part.startswith("qmap"):
-                    continue
-                state[f"{part}/{name}"] = value if torch.is_tensor(value) else torch.tensor(value)
-        # a copy even on the CPU: what is returned must not change under a step that follows
-        return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in state.items()}
+        for name in self.parameters:
+            for part, value in self.method.state_of(name).items():
+                # a copy even on the CPU: what is returned must not change under a step that follows
+                state[f"{part}/{name}"] = value.detach().to("cpu", copy=True).contiguous()
+        return {
+            key: value.detach().to("cpu", copy=True) if key.startswith("loss_scale/") else value
+            for key, value in state.items()
+        }
 
     @torch.no_grad()
     def load_state_tensors(self, state: dict[str, Tensor]) -> None:
-        """Take what state_tensors gave. Raises ValueError where a parameter's state is missing or of another shape."""
+        """Take what state_tensors gave; the weights must be the checkpoint's already.
+
+        Raises ValueError where a parameter's state is missing, of another shape, or of a mode this one cannot take over.
+        """
         device = self.loss_scale.scale.device
         self.loss_scale.scale = state["loss_scale/scale"].to(device)
         self.loss_scale.num_good = state["loss_scale/num_good"].to(device)
-        by_name: dict[str, dict[str, Tensor]] = {name: {} for name in self.master}
+        by_name: dict[str, dict[str, Tensor]] = {name: {} for name in self.parameters}
         for key, value in state.items():
             part, name = key.split("/", 1)
             if part == "loss_scale":
@@ -161,34 +161,5 @@ class UNetOptimizer:
             if name not in by_name:
                 raise ValueError(f"the checkpoint's optimizer state names {name}, which this UNet does not train")
             by_name[name][part] = value
-        if self.name == "adamw8bit" and "dynamic" not in self.inner.name2qmap:
-            self.inner.fill_qmap()
         for name, parts in by_name.items():
-            master = self.master[name]
-            if self.has_master:
-                if "master" not in parts or parts["master"].shape != master.shape:
-                    raise ValueError(f"the checkpoint has no fp32 master of {name}: it was saved at another precision")
-                master.copy_(parts.pop("master"))
-                self.parameters[name].copy_(master)
-            if parts:
-                self._load_moments(name, master, parts)
-
-    def _load_moments(self, name: str, master: nn.Parameter, parts: dict[str, Tensor]) -> None:
-        wanted = {"adamw": "exp_avg", "adamw8bit": "state1"}[self.name]
-        if wanted not in parts:
-            raise ValueError(f"the checkpoint's moments of {name} are not of optimizer {self.name}")
-        if parts[wanted].shape != master.shape:
-            raise ValueError(
-                f"the checkpoint's moments of {name} have shape {tuple(parts[wanted].shape)}, not {tuple(master.shape)}"
-            )
-        state = {}
-        for part, value in parts.items():
-            if part == "step":
-                # torch keeps a CPU tensor, bitsandbytes an int
-                state[part] = value.clone() if self.name == "adamw" else int(value)
-            else:
-                state[part] = value.to(master.device).clone()
-        if self.name == "adamw8bit" and state["state1"].dtype == torch.uint8:
-            state["qmap1"] = self.inner.name2qmap["dynamic"].to(master.device)
-            state["qmap2"] = self.inner.name2qmap["udynamic"].to(master.device)
-        self.inner.state[master] = state
+            self.method.load(name, parts)

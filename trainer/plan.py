@@ -11,22 +11,26 @@ from safelight.data.buckets import make_buckets
 from safelight.trainer.config import Config
 from safelight.trainer.dataset import bucket_multiple
 from safelight.trainer.models import PRECISIONS, base_of, meta_unet, pick_device, pick_dtype, vae_config
+from safelight.trainer.optim import memory_mode
 
-# bitsandbytes: blocks of 256 with one fp32 scale each, tensors under 4,096 elements keep fp32 moments
+# blocks of 256 with one fp32 scale each, tensors under 4,096 elements keep fp32 moments: bitsandbytes' and ours alike
 BLOCK_SIZE = 256
 MIN_8BIT_SIZE = 4096
+BESIDE_BYTES = {"fp32": 4, "exact": 2, "near": 1, "rounded": 0}
 
 
 @dataclass(frozen=True)
 class StaticBytes:
     """Bytes that stay for the whole run, or come back every step (gradients).
 
-    A 16-bit gradient is freed as its fp32 copy is made, so the two never stand side by side.
+    master: what stands beside 16-bit weights, by optimizer.memory. Our optimizer reads 16-bit gradients; for the others each
+    is freed as its fp32 copy is made, so the two never stand side by side.
     """
 
     num_parameters: int
     num_tensors: int
     precision: str
+    memory: str
     weights: int
     master: int
     moments: int
@@ -41,13 +45,13 @@ class StaticBytes:
 
     @property
     def checkpoint(self) -> int:
-        """Bytes of one checkpoint on disk; one 16-bit tensor and its fp32 master both go in."""
+        """Bytes of one checkpoint on disk; a 16-bit weight and what stands beside it both go in."""
         return self.weights + self.master + self.moments + self.average
 
 
 def moment_bytes(numel: int, optimizer: str) -> int:
     """Return the bytes of both moments of a tensor, its block scales included."""
-    if optimizer == "adamw8bit" and numel >= MIN_8BIT_SIZE:
+    if optimizer != "adamw" and numel >= MIN_8BIT_SIZE:
         return 2 * (numel + 4 * -(-numel // BLOCK_SIZE))
     return 2 * 4 * numel
 
@@ -58,17 +62,19 @@ def static_bytes(config: Config, device: torch.device | None = None) -> StaticBy
     dtype = pick_dtype(config.model.precision, device)
     sizes = [p.numel() for p in meta_unet(base_of(config.model)).parameters()]
     num = sum(sizes)
-    has_master = dtype != torch.float32
+    is_16_bit = dtype != torch.float32
+    memory = memory_mode(config.optimizer, dtype)
     return StaticBytes(
         num_parameters=num,
         num_tensors=len(sizes),
         precision=PRECISIONS[dtype],
         weights=num * dtype.itemsize,
-        master=4 * num if has_master else 0,
+        memory=memory,
+        master=BESIDE_BYTES[memory] * num if is_16_bit else 0,
         moments=sum(moment_bytes(size, config.optimizer.name) for size in sizes),
         average=4 * num if config.train.ema_decay > 0 else 0,
         gradients=num * dtype.itemsize,
-        master_gradients=4 * num if has_master else 0,
+        master_gradients=4 * num if is_16_bit and config.optimizer.name != "adamw8bit" else 0,
     )
 
 
@@ -104,11 +110,12 @@ def table(config: Config) -> dict:
         "base": config.model.base,
         "precision": static.precision,
         "optimizer": config.optimizer.name,
+        "optimizer_memory": static.memory,
         "unet_parameters": static.num_parameters,
         "unet_tensors": static.num_tensors,
         "bytes": {
             "weights": static.weights,
-            "fp32 master": static.master,
+            "fp32 master" if static.memory == "fp32" else "remainders": static.master,
             "Adam moments": static.moments,
             **({"moving average": static.average} if static.average else {}),
             "gradients": static.gradients,

@@ -30,11 +30,14 @@ class Noisy:
 
 @dataclass(frozen=True)
 class StepResult:
-    """losses: unweighted mean squared errors of the samples met, (N,); grad_norm before clipping; taken: see optim."""
+    """losses: unweighted mean squared errors of the samples met, (N,); grad_norm before clipping; taken: see optim.
+
+    Reading taken may wait for the device: on logging steps alone.
+    """
 
     losses: Tensor
     grad_norm: Tensor
-    taken: bool
+    taken: Tensor | bool
 
 
 def make_noisy(

@@ -226,23 +226,36 @@ def _epoch_fraction(job: Job, position: Position) -> float:
     return position.epoch + position.step_in_epoch / per_epoch
 
 
+def _count_skips(job: Job, position: Position, is_due: bool) -> None:
+    """Count the skipped steps at the window's end, and write those of the window where its line is due."""
+    in_a_row = job.num_skipped
+    for number, result in enumerate(job.window, start=position.step - len(job.window) + 1):
+        in_a_row = 0 if result.taken else in_a_row + 1
+        if is_due and not result.taken:
+            detail = f"step {number}: the gradient was not finite"
+            job.metrics.write("event", position.step, event="step skipped", detail=detail)
+        if in_a_row >= MAX_SKIPS_IN_A_ROW:
+            raise ValueError(
+                f"the last {in_a_row} gradients were not finite, nothing is being learnt; "
+                "use model.precision bf16 or fp32, or a lower optimizer.lr"
+            )
+    if is_due:
+        job.num_skipped = in_a_row
+
+
 def _log(job: Job, position: Position, result: StepResult, lr: float) -> None:
     """Add a step to the running mean; every log.every_steps write it and begin anew.
 
     Skipped steps are told apart and left out of the means. Raises ValueError when every step is skipped for long.
+    Whether a step was taken is a number on the device: it is read here alone, or after 50 steps without a line.
     """
     job.window.append(result)
     job.num_timed += len(result.losses)
-    job.num_skipped = 0 if result.taken else job.num_skipped + 1
     config, timeline = job.config, job.timeline
-    if not result.taken:
-        job.metrics.write("event", position.step, event="step skipped", detail="the gradient was not finite")
-        if job.num_skipped >= MAX_SKIPS_IN_A_ROW:
-            raise ValueError(
-                f"the last {job.num_skipped} gradients were not finite, nothing is being learnt; "
-                "use model.precision bf16 or fp32, or a lower optimizer.lr"
-            )
-    if position.step % config.log.every_steps != 0 and position.step != timeline.num_steps:
+    is_due = position.step % config.log.every_steps == 0 or position.step == timeline.num_steps
+    if is_due or len(job.window) % MAX_SKIPS_IN_A_ROW == 0:
+        _count_skips(job, position, is_due)
+    if not is_due:
         job.terminal.update("training", position.step, timeline.num_steps, job.note)
         return
     seconds, job.window_began = time.monotonic() - job.window_began, time.monotonic()

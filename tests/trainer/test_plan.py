@@ -26,6 +26,8 @@ def size(tensors) -> int:
 
 def moments_of(optimizer: UNetOptimizer) -> list[torch.Tensor]:
     """All of the optimizer's state but the step counters and bitsandbytes' code books (2 KiB, shared by all tensors)."""
+    if optimizer.name == "adamw8bit":
+        return [x for m in optimizer.inner.moments for x in vars(m).values() if x is not None]
     return [
         value
         for state in optimizer.inner.state.values()
@@ -34,8 +36,24 @@ def moments_of(optimizer: UNetOptimizer) -> list[torch.Tensor]:
     ]
 
 
+@pytest.mark.parametrize("memory", ["auto", "fp32", "near", "rounded"])
+def test_planned_bytes_of_the_memory_modes_are_the_real_bytes(memory, tmp_path):
+    config = parse_config({"model": {"precision": "bf16"}, "optimizer": {"memory": memory}}, "here")
+    planned = static_bytes(config, CPU)
+    unet = load_unet(resolve_base("tiny"), 0).train()
+    optimizer = UNetOptimizer(unet, config.optimizer, torch.bfloat16)
+    assert size(unet.parameters()) == planned.weights
+    assert size(x for x in optimizer.inner.remainders if x is not None) == planned.master
+    assert planned.master == {"auto": 2, "fp32": 4, "near": 1, "rounded": 0}[memory] * planned.num_parameters
+    assert size(moments_of(optimizer)) == planned.moments
+    assert (planned.gradients, planned.master_gradients) == (2 * planned.num_parameters, 0)
+    folder = save_checkpoint(tmp_path, unet, optimizer.state_tensors(), Position(step=1), identify(config, "bf16"))
+    on_disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    assert 0 < on_disk - planned.checkpoint < 300_000
+
+
 @pytest.mark.parametrize("precision", DTYPES)
-@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("name", ["adamw", "bnb_adamw8bit"])
 def test_planned_bytes_are_the_real_bytes(precision, name, tmp_path):
     config = parse_config({"model": {"precision": precision}, "optimizer": {"name": name}}, "here")
     planned = static_bytes(config, CPU)
@@ -76,7 +94,7 @@ def test_planned_bytes_are_the_real_bytes(precision, name, tmp_path):
     assert 0 < on_disk - planned.checkpoint < 300_000
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("name", ["adamw", "bnb_adamw8bit", "adamw8bit"])
 @pytest.mark.parametrize("numel", [1, 4095, 4096, 4097, 5000])
 def test_moments_of_a_tensor_whose_last_block_is_short(name, numel):
     module = torch.nn.Module()
@@ -99,7 +117,10 @@ def test_stable_diffusion_15_in_known_numbers():
     assert (exact.weights, exact.master, exact.moments, exact.gradients, exact.master_gradients) == (
         4 * num, 0, 8 * num, 4 * num, 0
     )  # fmt: skip
-    small = plan("bf16", "adamw8bit")
+    ours = plan("bf16", "adamw8bit")
+    assert (ours.memory, ours.master, ours.gradients, ours.master_gradients) == ("exact", 2 * num, 2 * num, 0)
+    small = plan("bf16", "bnb_adamw8bit")
+    assert ours.moments == small.moments
     assert (small.weights, small.master, small.gradients, small.master_gradients) == (
         2 * num,
         4 * num,

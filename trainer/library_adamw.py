@@ -1,0 +1,112 @@
+"""torch's AdamW and bitsandbytes' AdamW8bit over fp32 weights, or over fp32 masters of 16-bit ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from safelight.trainer.config import Optimizer as OptimizerConfig
+
+
+class LibraryAdamW:
+    """Steps a module's parameters by a library's optimizer. master: name -> fp32 parameter; the module's own if it is fp32."""
+
+    def __init__(
+        self, module: nn.Module, parameters: dict[str, nn.Parameter], config: OptimizerConfig, dtype: torch.dtype, memory: str,
+        seed: int,
+    ):  # fmt: skip
+        assert memory == "fp32"
+        self.parameters = parameters
+        self.has_master = dtype != torch.float32
+        self.master = dict(parameters)
+        if self.has_master:
+            # an fp32 weight's own storage becomes its master's: nothing is rounded first, nothing is held twice
+            self.master = {name: nn.Parameter(p.detach().float().contiguous()) for name, p in parameters.items()}
+            module.to(dtype)
+        self.name = config.name
+        options = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
+        if config.name == "adamw":
+            self.inner = torch.optim.AdamW(self.master.values(), **options)
+        else:
+            from bitsandbytes.optim import AdamW8bit
+
+            self.inner = AdamW8bit(self.master.values(), **options)
+
+    def value(self, name: str) -> Tensor:
+        return self.master[name].detach()
+
+    def _take_gradients(self, scale: Tensor | None) -> list[Tensor]:
+        """Move gradients to the master, unscaled, as fp32; a parameter the loss did not reach gets zeros."""
+        for name, p in self.parameters.items():
+            master = self.master[name]
+            if p.grad is None:
+                master.grad = torch.zeros_like(master)
+            elif self.has_master:
+                master.grad = p.grad.float().contiguous()
+                p.grad = None
+        gradients = [master.grad for master in self.master.values()]
+        if scale is not None:
+            torch._foreach_div_(gradients, scale)
+        return gradients
+
+    def step(self, loss_scale, lr: float, weight_decay: float, max_grad_norm: float) -> tuple[Tensor, bool]:
+        """As UNetOptimizer.step. One host sync: neither library takes found-inf as a tensor for all our cases."""
+        gradients = self._take_gradients(loss_scale.scale if loss_scale.enabled else None)
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        finite = torch.isfinite(norm)
+        loss_scale.update(finite)
+        taken = bool(finite)
+        if taken:
+            if max_grad_norm > 0:
+                torch._foreach_mul_(gradients, (max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+            for group in self.inner.param_groups:
+                group["lr"], group["weight_decay"] = lr, weight_decay
+            self.inner.step()
+            if self.has_master:
+                torch._foreach_copy_(list(self.parameters.values()), list(self.master.values()))
+        for master in self.master.values():
+            master.grad = None
+        return norm, taken
+
+    def state_of(self, name: str) -> dict[str, Tensor]:
+        """Return a parameter's master, if it has one, and moments."""
+        master = self.master[name]
+        state = {"master": master.detach()} if self.has_master else {}
+        for part, value in self.inner.state.get(master, {}).items():
+            # bitsandbytes' code books are constants of the library
+            if not part.startswith("qmap"):
+                state[part] = value if torch.is_tensor(value) else torch.tensor(value)
+        return state
+
+    def load(self, name: str, parts: dict[str, Tensor]) -> None:
+        """Take what state_of gave. Raises ValueError where it is missing, of another shape or of another optimizer."""
+        master = self.master[name]
+        if self.has_master:
+            if "master" not in parts or parts["master"].shape != master.shape:
+                raise ValueError(f"the checkpoint has no fp32 master of {name}: it was saved at another precision")
+            master.copy_(parts.pop("master"))
+            self.parameters[name].copy_(master)
+        if parts:
+            self._load_moments(name, master, parts)
+
+    def _load_moments(self, name: str, master: nn.Parameter, parts: dict[str, Tensor]) -> None:
+        wanted = {"adamw": "exp_avg", "bnb_adamw8bit": "state1"}[self.name]
+        if wanted not in parts:
+            raise ValueError(f"the checkpoint's moments of {name} are not of optimizer {self.name}")
+        if parts[wanted].shape != master.shape:
+            raise ValueError(
+                f"the checkpoint's moments of {name} have shape {tuple(parts[wanted].shape)}, not {tuple(master.shape)}"
+            )
+        state = {}
+        for part, value in parts.items():
+            if part == "step":
+                # torch keeps a CPU tensor, bitsandbytes an int
+                state[part] = value.clone() if self.name == "adamw" else int(value)
+            else:
+                state[part] = value.to(master.device).clone()
+        if self.name == "bnb_adamw8bit" and state["state1"].dtype == torch.uint8:
+            if "dynamic" not in self.inner.name2qmap:
+                self.inner.fill_qmap()
+            state["qmap1"] = self.inner.name2qmap["dynamic"].to(master.device)
+            state["qmap2"] = self.inner.name2qmap["udynamic"].to(master.device)
+        self.inner.state[master] = state

@@ -169,22 +169,23 @@ def test_the_profiler_sees_the_operators_that_are_counted(tiny_counts):
 STUDY = {
     ("bf16", "nchw"): (3292, 13.6, 893),
     ("autocast-bf16", "nchw"): (4761, 27.8, 2789),
-    ("bf16", "channels_last"): (2752, 5.8, None),
+    # the eager count with its text's own kernels of 98 convolutions (4 and 8 become 2 and 3) and 61 GroupNorms (3 and 5 become
+    # 5 and 7); its table says 2752, one kernel less for each convolution (docs/log.md)
+    ("bf16", "channels_last"): (3292 - 98 * (2 + 5) + 61 * (2 + 2), 5.8, None),
 }
 
 
 def test_sd15_gives_the_studys_figures_and_the_gates():
-    """Three traces of the true model. 30 of the channels-last launches are copies of diffusers' own `.contiguous()`."""
+    """Three traces of the true model."""
     goldens = {
         (g["config"]["precision"], g["config"]["layout"]): g
         for g in gate.goldens(base="random:sd15")
-        if g["config"]["checkpointing"] == "none"
+        if g["config"]["checkpointing"] == "none" and not g["config"].get("patched")
     }
     base = resolve_base("random:sd15")
     for (precision, layout), (launches, gigabytes, saved) in STUDY.items():
         found = count.figures(count.trace(base, precision=precision, layout=layout))
-        own = 30 if layout == "channels_last" else 0
-        assert found["launches"] - own == pytest.approx(launches, rel=0.03)
+        assert found["launches"] == pytest.approx(launches, rel=0.03)
         assert found["memory_bound_gb"] == pytest.approx(gigabytes, rel=0.03)
         assert round(found["forward_gflop"]) == 803
         assert round(found["step_gflop"], -1) == 2470

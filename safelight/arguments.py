@@ -31,7 +31,10 @@ class Init:
 
 @dataclass
 class Prepare:
-    sources: Annotated[Positional[tuple[Path, ...]], arg(metavar="SRC...", help="folders of photos, or files")]
+    sources: Annotated[
+        Positional[tuple[Path, ...]],
+        arg(metavar="SRC...", help="folders of photos, or files", help_behavior_hint="(required)"),
+    ]
     out: Annotated[Path, arg(aliases=["-o"], help="dataset folder to write")] = Path("datasets/photos")
     max_megapixels: Annotated[float, arg(help="larger photos are shrunk to this")] = 1.5
     quality: Annotated[int, arg(help="of re-encoded photos, 1 to 100")] = 95

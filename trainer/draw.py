@@ -124,7 +124,13 @@ def validation_captions(run: OpenRun) -> list[str]:
     except (ValueError, KeyError, TypeError, RecursionError):
         command = f"safelight train {run.run_dir / 'config.toml'} --resume"
         raise ValueError(f"{path} is damaged; `{command}` writes it anew, or set sample.prompts") from None
-    captions = {photo.file: photo.captions[0] for photo in read_manifest(Path(run.config.data.path)) if photo.captions}
+    dataset = Path(run.config.data.path)
+    if not dataset.is_dir():
+        raise ValueError(
+            f"the run's dataset, data.path {str(dataset)!r}, is not here, and its captions with it; start from the folder "
+            f"the run was started from, or set sample.prompts in {run.run_dir / 'config.toml'}"
+        )
+    captions = {photo.file: photo.captions[0] for photo in read_manifest(dataset) if photo.captions}
     suffix = run.config.data.caption_suffix
     return list(dict.fromkeys(captions[file] + suffix for file in files if captions.get(file)))
 

@@ -45,10 +45,14 @@ class Identity:
                 return f"{name} is {self.settings.get(name)!r} here and {value!r} there"
         for index in range(stage + 1):
             if index >= len(self.stages) or self.stages[index] != reached.stages[index]:
-                here = self.stages[index] if index < len(self.stages) else {}
+                if index >= len(self.stages):
+                    return f"stage {index + 1}, which it has reached, is missing here"
+                here = self.stages[index]
                 for name, value in reached.stages[index].items():
                     if here.get(name) != value:
-                        return f"stage {index + 1}'s {name} is {here.get(name)!r} here and {value!r} there"
+                        longer = ", and a stage that has begun keeps its length: add a [[stage]] to train longer"
+                        hint = longer if name == "epochs" else ""
+                        return f"stage {index + 1}'s {name} is {here.get(name)!r} here and {value!r} there{hint}"
         return ""
 
 

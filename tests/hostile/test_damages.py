@@ -113,3 +113,13 @@ def test_what_a_run_cannot_use_is_told_before_anything_is_encoded(place, tmp_pat
     with pytest.raises(ValueError, match=line):
         train(config, resume=resume)
     assert not (place / "dataset" / "cache").exists()
+
+
+def test_a_run_whose_dataset_is_not_here_says_where_to_start_from(place, call):
+    """A run keeps its dataset's path as it was given, mostly relative: started elsewhere, that leads nowhere."""
+    (place / "dataset").rename(place / "elsewhere")
+    call("compare", str(place / "run"), "--num", "1").assert_refused(
+        "compare",
+        r"the run's dataset, data\.path '.*/dataset', is not here, and its captions with it; start from the folder",
+    )
+    assert not (place / "run" / "compare" / "index.json").exists()

@@ -369,7 +369,10 @@ def difference(stage: int, /, **changes: dict | list) -> str:
         ({"loss": {"min_snr_gamma": 5}}, "loss.min_snr_gamma is 5.0 here and 0.0 there"),
         ({"optimizer": {"lr": 2e-3}}, "stage 1's lr is 0.002 here and 0.001 there"),
         ({"train": {"batch_size": 2}}, "stage 1's batch_size is 2 here and 4 there"),
-        ({"stage": [{"epochs": 3}]}, "stage 1's epochs is 3 here and 2 there"),
+        (
+            {"stage": [{"epochs": 3}]},
+            "stage 1's epochs is 3 here and 2 there, and a stage that has begun keeps its length: add a [[stage]] to train longer",
+        ),
     ],
 )
 def test_a_change_of_what_was_trained_is_named(changes, expected):
@@ -400,7 +403,7 @@ def test_a_stage_that_was_reached_is_fixed():
     later = {"stage": [{"epochs": 2}, {"epochs": 1, "lr": 1e-5}]}
     assert difference(0, **later) == ""
     assert difference(1, **later) == "stage 2's lr is 1e-05 here and 0.0001 there"
-    assert difference(1, stage=[{"epochs": 2}]) == "stage 2's epochs is None here and 1 there"
+    assert difference(1, stage=[{"epochs": 2}]) == "stage 2, which it has reached, is missing here"
 
 
 def test_auto_precision_is_compared_by_what_it_came_to():

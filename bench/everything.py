@@ -119,7 +119,7 @@ def attention(session: Session) -> Iterator[dict]:
 def memory(session: Session) -> Iterator[dict]:
     """What a step of batch 1 needs, by optimizer, memory mode and checkpointing, as long as there is time."""
     # a rehearsal takes the first alone
-    names = () if session.is_gpu else tuple(offered())[:1]
+    names = () if session.is_gpu else tuple(offered(session.work.dtype))[:1]
     for line in bench_memory(session.work, names):
         yield line
         if session.remaining() < 10:

@@ -104,7 +104,8 @@ def bench_memory(work: Workload, optimizers: tuple[str, ...] = ()) -> Iterator[d
 
     A combination that cannot run leaves its reason. Raises ValueError for an unknown optimizer.
     """
-    work, names = work.resolved(), tuple(offered())
+    work = work.resolved()
+    names = tuple(offered(work.dtype))
     if unknown := [name for name in optimizers if name not in names]:
         raise ValueError(f"optimizers {unknown} are unknown; use {' | '.join(names)}")
     device = torch.device(work.device)

@@ -26,7 +26,7 @@ from safelight.bench.results import make_record
 from safelight.bench.workload import LR, MAX_GRAD_NORM, WEIGHT_DECAY
 from safelight.kernels.ema import EMA
 from safelight.trainer.config import Optimizer
-from safelight.trainer.optim import UNetOptimizer
+from safelight.trainer.optim import UNetOptimizer, memory_mode
 
 # one tensor of how many: all variants of a part must fit side by side
 EVERY = {"cuda": 4, "cpu": 64}
@@ -34,17 +34,23 @@ EVERY = {"cuda": 4, "cpu": 64}
 Configs = dict[str, Optimizer]
 
 
-def offered() -> Configs:
-    """Return every optimizer that [optimizer] of a config can name, with each of its memory modes, by a name."""
-    axes = {
-        name: [value for value in get_args(field.annotation) if value != "auto"]
-        for name, field in Optimizer.model_fields.items()
-        if name in ("name", "memory")
-    }
-    return {
-        ", ".join(values): Optimizer(**dict(zip(axes, values, strict=True)))
-        for values in itertools.product(*axes.values())
-    }
+def offered(dtype: torch.dtype) -> Configs:
+    """Return every optimizer that [optimizer] of a config can name, with each memory mode it has for weights of a dtype."""
+    axes = [
+        [value for value in get_args(Optimizer.model_fields[name].annotation) if value != "auto"]
+        for name in ("name", "memory")
+    ]
+    found = {}
+    for name, memory in itertools.product(*axes):
+        config = Optimizer(name=name, memory=memory)
+        try:
+            memory_mode(config, dtype)
+        except ValueError as error:
+            # a mode of another optimizer or dtype; a library that is missing is told where it is measured
+            if str(error).startswith("optimizer.memory"):
+                continue
+        found[f"{name}, {memory}"] = config
+    return found
 
 
 def part_of_sd15(every: int) -> dict[str, tuple[int, ...]]:
@@ -134,7 +140,7 @@ def bench_optimizers(
 
     ratio: of a step's time to the first variant's in the same round, the median of the rounds.
     """
-    configs = offered() if configs is None else configs
+    configs = offered(dtype) if configs is None else configs
     shapes = part_of_sd15(every)
     num = sum(torch.Size(shape).numel() for shape in shapes.values())
     runs: dict[str, Prepared] = {}
@@ -185,9 +191,7 @@ def rows(records: list[dict]) -> tuple[list[tuple], list[str]]:
     for record in records:
         name, figures = record["config"]["optimizer"], record["figures"]
         if "cannot" in figures:
-            # a mode that is another optimizer's is no lack of this machine
-            if not figures["cannot"].startswith("optimizer.memory"):
-                cannot.append(f"{name}: {figures['cannot']}")
+            cannot.append(f"{name}: {figures['cannot']}")
             continue
         cells = (figures["held_bytes_per_parameter"], figures["moved_bytes_per_parameter"])
         found.append((name, *(f"{x:.2f}" for x in cells), f"{figures['step_ms'][1]:.2f}", f"{figures['ratio']:.2f}"))

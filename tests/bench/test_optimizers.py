@@ -1,6 +1,5 @@
 """`bench optimizer` and `bench memory`: what is offered is measured, bytes as counted by hand, caps from small cards up."""
 
-import itertools
 import json
 from typing import get_args
 
@@ -27,13 +26,19 @@ def small(monkeypatch):
 
 
 def test_everything_a_config_can_name_is_offered():
-    found = optimizers.offered()
+    found = {dtype: optimizers.offered(dtype) for dtype in (torch.float32, torch.bfloat16)}
     fields = Optimizer.model_fields
-    axes = [set(get_args(fields[axis].annotation)) - {"auto"} for axis in ("name", "memory") if axis in fields]
-    assert {tuple(name.split(", ")) for name in found} == set(itertools.product(*axes))
-    for name, config in found.items():
-        assert optimizer_config(name) == config
-    assert {name.split(", ")[0] for name in found} >= {"adamw", "adamw8bit"}
+    for dtype, configs in found.items():
+        for name, config in configs.items():
+            assert optimizer_config(name) == config
+            # what is offered can be built
+            optimizers._build(config, SHAPES, dtype, CPU)
+        assert {name.split(", ")[0] for name in configs} == set(get_args(fields["name"].annotation))
+    # a remainder stands beside 16-bit weights alone
+    assert {name.split(", ")[1] for name in found[torch.float32]} == {"fp32"}
+    assert {name.split(", ")[1] for name in found[torch.bfloat16]} == set(get_args(fields["memory"].annotation)) - {
+        "auto"
+    }
 
 
 def test_the_part_keeps_small_and_large_tensors():
@@ -117,7 +122,7 @@ def test_the_allocators_record_is_the_live_peak():
 
 
 def test_memory_on_a_cpu_is_the_allocators(capsys):
-    name = next(name for name in optimizers.offered() if name.startswith("adamw8bit"))
+    name = next(name for name in optimizers.offered(torch.float32) if name.startswith("adamw8bit"))
     words = ["bench", "memory", "--device", "cpu", "--batch-size", "4", "--precision", "fp32", "--json"]
     name = name if "memory" not in Optimizer.model_fields else "adamw8bit, fp32"
     assert main([*words, "--optimizer", name]) == 0

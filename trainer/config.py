@@ -126,6 +126,10 @@ class Optimizer(Section):
     auto: exact."""
     lr: LearningRate = 1e-6
     """Peak learning rate."""
+    fused_backward: bool = False
+    """Step each part of the UNet inside backward, as soon as its gradients are there, and free them at once."""
+    clipping: Literal["auto", "global", "lagged", "per-tensor"] = "auto"
+    """By the global norm; fused, where that is not known in time, by the step before's (lagged) or each tensor's. auto: global or lagged."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     """Decay of the first and second moment."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
@@ -136,6 +140,17 @@ class Optimizer(Section):
     """constant, linear or cosine to zero, over the stage."""
     warmup_steps: Count = 0
     """Optimizer steps over which the learning rate rises from zero, at the start of the stage."""
+
+    def clipping_mode(self) -> str:
+        """Return what clipping comes to: global, lagged or per-tensor. Raises ValueError where it does not fit."""
+        if self.clipping == "auto":
+            return "lagged" if self.fused_backward else "global"
+        if self.fused_backward == (self.clipping == "global"):
+            state, use = ("true", "lagged or per-tensor") if self.fused_backward else ("false", "global")
+            raise ValueError(
+                f"optimizer.clipping {self.clipping} does not go with optimizer.fused_backward {state}; use auto or {use}"
+            )
+        return self.clipping
 
 
 class Stage(Section):

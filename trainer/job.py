@@ -57,6 +57,7 @@ class Job:
     window_began: float = field(default_factory=time.monotonic)
     num_timed: int = 0
     num_skipped: int = 0
+    num_skipped_tensors: int = 0
     note: str = ""
     saved_step: int = -1
 
@@ -101,7 +102,7 @@ def load_job(
     ema = WeightAverages(optimizer, config.train.ema_decay) if config.train.ema_decay > 0 else None
     # the autoencoder waits in host memory and visits the GPU to decode samples
     codec = load_codec(config, base, torch.device("cpu"))
-    position, window = Position(), []
+    position, window, already_skipped = Position(), [], 0
     if step is not None:
         if read_identity(run_dir, step)[0].data != identity.data:
             raise ValueError(
@@ -112,6 +113,7 @@ def load_job(
         window = unpack_window(state, device)
         take_averages(state, ema)
         optimizer.load_state_tensors(state)
+        already_skipped = int(optimizer.num_skipped_tensors) if optimizer.is_fused else 0
     run_dir.mkdir(parents=True, exist_ok=True)
     notes = [str(attention), str(optimizer)]
     notes.append("kernels off" if patched is None else str(patched))
@@ -135,7 +137,7 @@ def load_job(
     subset = choose_subset(dataset.train, most, config.run.seed)
     job = Job(
         config, run_dir, device, dataset, unet, optimizer, ema, schedule.to(device), codec, timeline, metrics, terminal,
-        subset, identity, stop_requested, window, saved_step=-1 if step is None else step,
+        subset, identity, stop_requested, window, num_skipped_tensors=already_skipped, saved_step=-1 if step is None else step,
     )  # fmt: skip
     return job, position
 

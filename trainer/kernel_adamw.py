@@ -1,9 +1,17 @@
 """Our AdamW with 8-bit moments over the UNet: one launch over all tensors with 8-bit moments, one over the small ones.
 
 Nothing is asked of the device: norm, clipping, loss scale and whether a step is taken are numbers on it.
+
+Fused, the step is taken inside backward: when the last gradient of a part of the UNet (a ResNet, a transformer) is there, its
+weights are stepped and its gradients freed. Then no global norm is known in time: `lagged` clips by the step before's,
+`per-tensor` each tensor by its own. A tensor whose gradient is not finite is skipped, alone, and counted.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +36,24 @@ def _to_16_bit(p: nn.Parameter, dtype: torch.dtype, memory: str) -> Tensor | Non
     return beside
 
 
+@dataclass
+class _Step:
+    """A step under way inside backward. waiting: of each part not stepped yet, the parameters without a gradient."""
+
+    scale: Tensor
+    max_grad_norm: float
+    waiting: dict[str, set[str]]
+    norms: Tensor
+
+
+def part_of(name: str) -> str:
+    """Return the part of a UNet that a parameter is stepped with: `up_blocks.1.attentions.0`, `conv_in`."""
+    words = name.split(".")
+    if words[0] == "mid_block":
+        return ".".join(words[:3])
+    return ".".join(words[:4]) if words[0] in ("down_blocks", "up_blocks") else words[0]
+
+
 class KernelAdamW:
     """Steps a module's parameters by our kernels; a parameter's place among the trained ones keys its stochastic rounding."""
 
@@ -44,6 +70,17 @@ class KernelAdamW:
             module.to(dtype)
         self.inner = AdamW8bit(list(parameters.values()), config.betas, config.eps, memory, seed, remainders=remainders)
         self._places = {name: place for place, name in enumerate(parameters)}
+        self.clipping = config.clipping_mode()
+        device = self.inner.skips.device
+        # of the last step whose norm was finite, 0 before any; tensors skipped inside backward since the run began
+        self.last_norm = torch.zeros((), device=device)
+        self.num_skipped = torch.zeros((), dtype=torch.int64, device=device)
+        self._under_way: _Step | None = None
+        if config.fused_backward:
+            self._parts: dict[str, list[str]] = {}
+            for name, p in parameters.items():
+                self._parts.setdefault(part_of(name), []).append(name)
+                p.register_post_accumulate_grad_hook(functools.partial(self._arrived, name))
 
     @property
     def master(self) -> dict[str, Tensor]:
@@ -55,17 +92,65 @@ class KernelAdamW:
     def value(self, name: str) -> Tensor:
         return self.inner.value(self._places[name])
 
-    def _take_gradients(self) -> list[Tensor]:
-        """Take the gradients from the parameters; one the loss did not reach gets zeros."""
+    def _take_gradients(self, names: Iterable[str]) -> list[Tensor]:
+        """Take the gradients from parameters; one the loss did not reach gets zeros."""
         gradients = []
-        for p in self.parameters.values():
+        for name in names:
+            p = self.parameters[name]
             gradients.append(torch.zeros_like(p) if p.grad is None else p.grad)
             p.grad = None
         return gradients
 
+    def arm(self, scale: Tensor, lr: float, weight_decay: float, max_grad_norm: float) -> None:
+        """Let the coming backward pass step what it has gradients of. Fused only; before the last micro-step's backward."""
+        self.inner.begin(lr, weight_decay)
+        waiting = {part: set(names) for part, names in self._parts.items()}
+        norms = torch.zeros(len(self.parameters), device=self.last_norm.device)
+        self._under_way = _Step(scale, max_grad_norm, waiting, norms)
+
+    @torch.no_grad()
+    def _arrived(self, name: str, _: nn.Parameter) -> None:
+        step = self._under_way
+        # gradients of the micro-steps before the last are only added up
+        if step is None:
+            return
+        part = part_of(name)
+        step.waiting[part].discard(name)
+        if not step.waiting[part]:
+            self._step_part(step, part)
+
+    def _step_part(self, step: _Step, part: str) -> None:
+        names = self._parts[part]
+        del step.waiting[part]
+        gradients = self._take_gradients(names)
+        norms = torch.stack(torch._foreach_norm(gradients, 2, torch.float32))
+        factor = 1 / step.scale
+        if step.max_grad_norm > 0:
+            by = self.last_norm if self.clipping == "lagged" else norms / step.scale
+            factor = factor * (step.max_grad_norm / (by + 1e-6)).clamp(max=1.0)
+        places = [self._places[name] for name in names]
+        self.inner.update(gradients, factor, ~torch.isfinite(norms), places)
+        step.norms[torch.tensor(places, device=norms.device)] = norms
+
+    def _end_fused(self, loss_scale) -> tuple[Tensor, Tensor]:
+        """End a step that backward has taken. Taken is what any tensor took."""
+        step, self._under_way = self._under_way, None
+        for part in list(step.waiting):
+            # parts that the loss did not reach as a whole
+            self._step_part(step, part)
+        self.inner.end()
+        norm = torch.linalg.vector_norm(step.norms) / step.scale
+        finite = torch.isfinite(step.norms)
+        self.last_norm = torch.where(torch.isfinite(norm), norm, self.last_norm)
+        self.num_skipped = self.num_skipped + (~finite).sum()
+        loss_scale.update(finite.all())
+        return norm, finite.any()
+
     def step(self, loss_scale, lr: float, weight_decay: float, max_grad_norm: float) -> tuple[Tensor, Tensor]:
         """As UNetOptimizer.step, with nothing asked of the device."""
-        gradients = self._take_gradients()
+        if self._under_way is not None:
+            return self._end_fused(loss_scale)
+        gradients = self._take_gradients(self.parameters)
         # of scaled gradients, summed in fp32
         norm = (
             torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, torch.float32))) / loss_scale.scale

@@ -68,6 +68,9 @@ def memory_mode(config: OptimizerConfig, dtype: torch.dtype) -> str:
         raise ValueError(f"optimizer.name {name!r} is unknown; use adamw8bit, bnb_adamw8bit or adamw")
     if name == "bnb_adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError("optimizer.name bnb_adamw8bit needs bitsandbytes, which is not installed; use adamw8bit")
+    if config.fused_backward and name != "adamw8bit":
+        raise ValueError(f"optimizer.fused_backward is adamw8bit's; {name} steps after backward: set it to false")
+    config.clipping_mode()
     if dtype == torch.float32 or memory in ("auto", "fp32"):
         if memory not in ("auto", "fp32"):
             raise ValueError(
@@ -93,6 +96,7 @@ class UNetOptimizer:
         first = next(iter(self.parameters.values()))
         dtype = dtype or first.dtype
         self.name, self.memory = config.name, memory_mode(config, dtype)
+        self.clipping, self._is_fused = config.clipping_mode(), config.fused_backward
         self.has_master = dtype != torch.float32 and self.memory == "fp32"
         kind = KernelAdamW if config.name == "adamw8bit" else LibraryAdamW
         self.method = kind(module, self.parameters, config, dtype, self.memory, seed)
@@ -119,13 +123,31 @@ class UNetOptimizer:
     def __str__(self) -> str:
         beside = {"exact": "16-bit remainders", "near": "8-bit remainders", "rounded": "stochastic rounding"}
         kept = "fp32 master" if self.has_master else beside.get(self.memory, "")
-        return f"optimizer {self.name}" + (f", {kept}" if kept else "")
+        inside = f", stepped inside backward, clipping {self.clipping}" if self._is_fused else ""
+        return f"optimizer {self.name}" + (f", {kept}" if kept else "") + inside
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether steps are taken inside backward."""
+        return self._is_fused
+
+    @property
+    def num_skipped_tensors(self) -> Tensor:
+        """How often a tensor was skipped inside backward since the run began, on the device."""
+        return self.method.num_skipped
+
+    @torch.no_grad()
+    def arm(self, lr: float, weight_decay: float, max_grad_norm: float) -> None:
+        """Call before the backward pass of a step's last micro-step: where the step is fused, that pass takes it."""
+        if self._is_fused:
+            self.method.arm(self.loss_scale.scale, lr, weight_decay, max_grad_norm)
 
     @torch.no_grad()
     def step(self, lr: float, weight_decay: float, max_grad_norm: float) -> tuple[Tensor, Tensor | bool]:
         """Take one step and free the gradients. Return (global norm before clipping, was it taken), on the device where it can.
 
-        max_grad_norm 0: no clipping. Not taken where the norm is not finite.
+        max_grad_norm 0: no clipping. Not taken where the norm is not finite; fused, where no tensor's is. A fused step was
+        taken by backward with the numbers given to arm, and is ended here.
         """
         return self.method.step(self.loss_scale, lr, weight_decay, max_grad_norm)
 
@@ -135,12 +157,14 @@ class UNetOptimizer:
             "loss_scale/scale": self.loss_scale.scale,
             "loss_scale/num_good": self.loss_scale.num_good,
         }
+        if self._is_fused:
+            state["clipping/last_norm"], state["clipping/num_skipped"] = self.method.last_norm, self.method.num_skipped
         for name in self.parameters:
             for part, value in self.method.state_of(name).items():
                 # a copy even on the CPU: what is returned must not change under a step that follows
                 state[f"{part}/{name}"] = value.detach().to("cpu", copy=True).contiguous()
         return {
-            key: value.detach().to("cpu", copy=True) if key.startswith("loss_scale/") else value
+            key: value.detach().to("cpu", copy=True) if key.startswith(("loss_scale/", "clipping/")) else value
             for key, value in state.items()
         }
 
@@ -156,7 +180,9 @@ class UNetOptimizer:
         by_name: dict[str, dict[str, Tensor]] = {name: {} for name in self.parameters}
         for key, value in state.items():
             part, name = key.split("/", 1)
-            if part == "loss_scale":
+            if part == "clipping" and self._is_fused:
+                setattr(self.method, name, value.to(device))
+            if part in ("loss_scale", "clipping"):
                 continue
             if name not in by_name:
                 raise ValueError(f"the checkpoint's optimizer state names {name}, which this UNet does not train")

@@ -10,6 +10,7 @@ import torch
 from safelight.data.buckets import make_buckets
 from safelight.trainer.config import Config
 from safelight.trainer.dataset import bucket_multiple
+from safelight.trainer.kernel_adamw import part_of
 from safelight.trainer.models import PRECISIONS, base_of, meta_unet, pick_device, pick_dtype, vae_config
 from safelight.trainer.optim import memory_mode
 
@@ -24,7 +25,8 @@ class StaticBytes:
     """Bytes that stay for the whole run, or come back every step (gradients).
 
     master: what stands beside 16-bit weights, by optimizer.memory. Our optimizer reads 16-bit gradients; for the others each
-    is freed as its fp32 copy is made, so the two never stand side by side.
+    is freed as its fp32 copy is made, so the two never stand side by side. gradients: stepped inside backward, those of the
+    largest part.
     """
 
     num_parameters: int
@@ -60,7 +62,12 @@ def static_bytes(config: Config, device: torch.device | None = None) -> StaticBy
     """Return the exact bytes of weights, master, moments and gradients of a run. Loads no weights."""
     device = device or pick_device(config.run.device)
     dtype = pick_dtype(config.model.precision, device)
-    sizes = [p.numel() for p in meta_unet(base_of(config.model)).parameters()]
+    named = {name: p.numel() for name, p in meta_unet(base_of(config.model)).named_parameters()}
+    sizes = list(named.values())
+    in_flight: dict[str, int] = {}
+    for name, size in named.items():
+        part = part_of(name) if config.optimizer.fused_backward else ""
+        in_flight[part] = in_flight.get(part, 0) + size
     num = sum(sizes)
     is_16_bit = dtype != torch.float32
     memory = memory_mode(config.optimizer, dtype)
@@ -73,7 +80,7 @@ def static_bytes(config: Config, device: torch.device | None = None) -> StaticBy
         master=BESIDE_BYTES[memory] * num if is_16_bit else 0,
         moments=sum(moment_bytes(size, config.optimizer.name) for size in sizes),
         average=4 * num if config.train.ema_decay > 0 else 0,
-        gradients=num * dtype.itemsize,
+        gradients=max(in_flight.values()) * dtype.itemsize,
         master_gradients=4 * num if is_16_bit and config.optimizer.name != "adamw8bit" else 0,
     )
 

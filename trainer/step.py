@@ -108,8 +108,14 @@ def train_step(
 ) -> StepResult:
     """Take one optimizer step over the micro-batches given."""
     losses = []
-    for batch in batches:
+    pending = iter(batches)
+    batch = next(pending)
+    while batch is not None:
+        following = next(pending, None)
+        if following is None:
+            optimizer.arm(lr, weight_decay, max_grad_norm)
         noisy = make_noisy(batch, schedule, scaling_factor, seed, epoch, loss.offset_noise)
         losses.append(accumulate(unet, noisy, schedule, loss, num_samples, optimizer.loss_scale.scale))
+        batch = following
     norm, taken = optimizer.step(lr, weight_decay, max_grad_norm)
     return StepResult(torch.cat(losses), norm, taken)

@@ -241,6 +241,10 @@ def _count_skips(job: Job, position: Position, is_due: bool) -> None:
             )
     if is_due:
         job.num_skipped = in_a_row
+        if job.optimizer.is_fused and (more := int(job.optimizer.num_skipped_tensors) - job.num_skipped_tensors) > 0:
+            job.num_skipped_tensors += more
+            detail = f"{more} tensors' gradients were not finite since the last line: they alone were not stepped"
+            job.metrics.write("event", position.step, event="tensors skipped", detail=detail)
 
 
 def _log(job: Job, position: Position, result: StepResult, lr: float) -> None:

@@ -119,7 +119,6 @@ def test_a_run_whose_dataset_is_not_here_says_where_to_start_from(place, call):
     """A run keeps its dataset's path as it was given, mostly relative: started elsewhere, that leads nowhere."""
     (place / "dataset").rename(place / "elsewhere")
     call("compare", str(place / "run"), "--num", "1").assert_refused(
-        "compare",
-        r"the run's dataset, data\.path '.*/dataset', is not here, and its captions with it; start from the folder",
+        "compare", "is not here, and its captions with it; start from the folder the run was started from"
     )
     assert not (place / "run" / "compare" / "index.json").exists()

@@ -49,6 +49,8 @@ class Run(Section):
     """Every random draw of the run is a function of this number."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes the GPU if there is one."""
+    deterministic: bool = False
+    """On a GPU, only operators that give the same bits every time, so that resuming is bit for bit; slower. A CPU always does."""
 
 
 class Model(Section):
@@ -67,7 +69,8 @@ class Model(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Weights and arithmetic of the UNet. 16-bit weights have an fp32 master. auto: bf16 or fp16 on a GPU, fp32 on a CPU."""
     attention: Literal["auto", "xformers", "sdpa", "flash", "cudnn", "efficient", "math"] = "auto"
-    """Attention's backend. auto: the fastest that a probe finds to work; xformers, or sdpa: of those; else that one of sdpa's."""
+    """Attention's backend. auto: the fastest that a probe finds to work; xformers or sdpa: the fastest of theirs; or one of
+    sdpa's by name."""
 
 
 class Data(Section):

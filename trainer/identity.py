@@ -16,7 +16,7 @@ from safelight.trainer.config import Config
 
 FREE_TABLES = ("stage", "validate", "sample", "save", "log")
 FREE = {
-    "run": ("dir", "device"),
+    "run": ("dir", "device", "deterministic"),
     "model": ("attention",),
     "data": ("path",),
     "train": ("max_steps", "checkpointing", "kernels"),

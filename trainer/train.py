@@ -7,9 +7,10 @@ part of the log's running mean that was not written yet.
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -73,14 +74,32 @@ def train(
             )
         if resume and not checkpoints:
             terminal.say(f"{run_dir} holds no checkpoint yet: starting at step 0")
-        job, position = load_job(config, run_dir, checkpoints[-1] if checkpoints else None, terminal, stop_requested)
-        try:
-            with guard:
-                return _loop(job, position)
-        finally:
-            terminal.pause()
-            job.metrics.close()
-            job.dataset.cache.close()
+        step = checkpoints[-1] if checkpoints else None
+        with _deterministic(config.run.deterministic):
+            job, position = load_job(config, run_dir, step, terminal, stop_requested)
+            try:
+                with guard:
+                    return _loop(job, position)
+            finally:
+                terminal.pause()
+                job.metrics.close()
+                job.dataset.cache.close()
+
+
+@contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    """Let torch choose among deterministic operators alone within the block, and raise where it has none."""
+    if not wanted:
+        yield
+        return
+    # cuBLAS reads it when its first handle is made, and torch refuses its products without it
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def _loop(job: Job, position: Position) -> Outcome:

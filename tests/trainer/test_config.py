@@ -48,7 +48,10 @@ def complaint(values: dict) -> str:
     [
         ({"train": {"batch_sze": 2}}, "run.toml: train.batch_sze is no setting; did you mean batch_size?"),
         ({"trian": {"batch_size": 2}}, "run.toml: trian is no setting; did you mean train?"),
-        ({"optimizer": {"q": 1}}, "run.toml: optimizer.q is no setting; known here: name, memory, lr, fused_backward, clipping, betas"),
+        (
+            {"optimizer": {"q": 1}},
+            "run.toml: optimizer.q is no setting; known here: name, memory, lr, fused_backward, clipping, betas",
+        ),
         (
             {"stage": [{"epochs": 1}, {"epochs": 1, "lrr": 1e-5}]},
             "run.toml: stage.1.lrr is no setting; did you mean lr?",

@@ -196,6 +196,22 @@ def _groups(unet: nn.Module) -> Iterator[tuple[str, list[nn.Parameter]]]:
             yield "keys and values of a cross-attention", text_parameters([block])
 
 
+def shared_products(unet: nn.Module) -> dict[str, str]:
+    """Return parameter name -> product, of Parameters that blocks share a product for; empty if the UNet is not patched.
+
+    Their gradients come together, at the end of the backward pass, and not with their block's.
+    """
+    if not is_patched(unet):
+        return {}
+    found: dict[nn.Parameter, str] = {}
+    if isinstance(unet.time_embed_act, TimeProjections):
+        for group in time_parameters(unet.time_embed_act.blocks):
+            found |= dict.fromkeys(group, "time projections")
+    for index, blocks in enumerate(unet.text_groups):
+        found |= dict.fromkeys(text_parameters(blocks), f"text projections {index}")
+    return {name: found[p] for name, p in unet.named_parameters() if p in found}
+
+
 def repack(unet: nn.Module) -> None:
     """Lay weights side by side again, where something gave them other memory: an optimizer that brings them to 16 bits.
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from safelight.kernels.adamw8bit import AdamW8bit
 from safelight.kernels.blockwise import in_memory_order
 from safelight.kernels.optimizer_state import load_state, load_value, state_of
+from safelight.kernels.patch import shared_products
 from safelight.kernels.remainder import start
 from safelight.trainer.config import Optimizer as OptimizerConfig
 
@@ -77,9 +78,12 @@ class KernelAdamW:
         self.num_skipped = torch.zeros((), dtype=torch.int64, device=device)
         self._under_way: _Step | None = None
         if config.fused_backward:
+            # or a block's gradients would wait for those of a product that it shares, which come last
+            shared = shared_products(module)
+            self._part_of = {name: shared.get(name) or part_of(name) for name in parameters}
             self._parts: dict[str, list[str]] = {}
             for name, p in parameters.items():
-                self._parts.setdefault(part_of(name), []).append(name)
+                self._parts.setdefault(self._part_of[name], []).append(name)
                 p.register_post_accumulate_grad_hook(functools.partial(self._arrived, name))
 
     @property
@@ -114,7 +118,7 @@ class KernelAdamW:
         # gradients of the micro-steps before the last are only added up
         if step is None:
             return
-        part = part_of(name)
+        part = self._part_of[name]
         step.waiting[part].discard(name)
         if not step.waiting[part]:
             self._step_part(step, part)

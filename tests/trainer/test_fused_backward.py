@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from safelight.kernels import patch
 from safelight.kernels.blockwise import dequantize, in_memory_order
 from safelight.trainer.config import Loss, Optimizer
 from safelight.trainer.diffusion import make_schedule
@@ -190,3 +191,29 @@ def test_a_fused_step_asks_nothing_of_the_device():
 def test_what_does_not_go_together_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         memory_mode(Optimizer(**options), torch.bfloat16)
+
+
+def test_on_kernels_blocks_do_not_wait_for_the_products_they_share(initial_unet):
+    """Time and text projections of all blocks are one product each, whose gradients come last."""
+    ends = []
+    for fused in (False, True):
+        unet = copy.deepcopy(initial_unet)
+        patch.apply(unet)
+        optimizer = UNetOptimizer(unet, Optimizer(fused_backward=fused), torch.bfloat16, 3)
+        patch.repack(unet)
+        shared = patch.shared_products(unet)
+        assert set(shared.values()) == {"time projections", "text projections 0"}
+        alive = []
+        if fused:
+            original = optimizer.method._step_part
+
+            def watched(under_way, part, unet=unet, shared=shared, original=original, alive=alive):
+                with_gradient = {name for name, p in unet.named_parameters() if p.grad is not None}
+                alive.append({part_of(name) for name in with_gradient - shared.keys()})
+                original(under_way, part)
+
+            optimizer.method._step_part = watched
+        step(unet, optimizer, 0)
+        ends.append(state_of(optimizer))
+    assert max(len(found - {"time_embedding"}) for found in alive) <= 3
+    assert all(torch.equal(x, ends[1][key]) for key, x in ends[0].items())

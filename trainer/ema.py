@@ -26,27 +26,26 @@ class WeightAverages:
 
     def __init__(self, optimizer: UNetOptimizer, decay: float):
         self.decay = decay
-        self.num_updates = 0
         self._parameters = optimizer.parameters
         self._optimizer = optimizer
         self.averages = {name: optimizer.value(name).clone() for name in optimizer.parameters}
         # weights that are not held whole in fp32 are joined one after the other
         weights = optimizer.master
         self._ema = EMA(list(self.averages.values()), [w.detach() for w in weights.values()]) if weights else None
-        self._device = next(iter(self.averages.values())).device
+        self.num_updates = torch.zeros((), dtype=torch.int64, device=next(iter(self.averages.values())).device)
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Follow the weights after an optimizer step that was taken."""
-        self.num_updates += 1
-        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        # filled on the device: a copy from the host would wait for it
-        on_device = torch.full((), decay, device=self._device)
+    def update(self, taken: Tensor | bool) -> None:
+        """Follow the weights after an optimizer step; stand still after one that was not taken. Nothing waits for the device."""
+        self.num_updates += taken
+        n = self.num_updates.double()
+        decay = ((1 + n) / (10 + n)).clamp(max=self.decay)
+        decay = torch.where(torch.as_tensor(taken, device=n.device), decay, 1.0).float()
         if self._ema is not None:
-            self._ema.update(on_device)
+            self._ema.update(decay)
             return
         for name, average in self.averages.items():
-            ema_reference([average], [self._optimizer.value(name)], on_device)
+            ema_reference([average], [self._optimizer.value(name)], decay)
 
     @contextlib.contextmanager
     @torch.no_grad()
@@ -66,7 +65,7 @@ class WeightAverages:
         """Return the averages for a checkpoint, contiguous, on the CPU."""
         state = {f"{PREFIX}{name}": average for name, average in self.averages.items()}
         state = {key: value.to("cpu", copy=True).contiguous() for key, value in state.items()}
-        return {**state, NUM_UPDATES: torch.tensor(self.num_updates)}
+        return {**state, NUM_UPDATES: self.num_updates.to("cpu", copy=True)}
 
 
 def take_averages(state: dict[str, Tensor], averages: WeightAverages | None) -> None:
@@ -82,7 +81,7 @@ def take_averages(state: dict[str, Tensor], averages: WeightAverages | None) -> 
         raise ValueError("the checkpoint has no moving average of these weights; resume with train.ema_decay = 0")
     for name, average in averages.averages.items():
         average.copy_(found[name])
-    averages.num_updates = int(num_updates)
+    averages.num_updates.copy_(num_updates)
 
 
 @torch.no_grad()

@@ -146,8 +146,8 @@ def _loop(job: Job, position: Position) -> Outcome:
                 weight_decay=stage.weight_decay,
                 max_grad_norm=stage.max_grad_norm,
             )
-            if job.ema is not None and result.taken:
-                job.ema.update()
+            if job.ema is not None:
+                job.ema.update(result.taken)
             position = replace(position, step=position.step + 1, step_in_epoch=position.step_in_epoch + 1, stage=index)
             _log(job, position, result, lr)
             if position.step >= timeline.num_steps or job.stop_requested():

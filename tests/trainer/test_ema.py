@@ -123,6 +123,26 @@ def test_the_weights_come_back_bit_for_bit_even_after_an_error():
     assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
 
 
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_a_step_that_was_not_taken_moves_nothing(as_tensor):
+    torch.manual_seed(2)
+    module = torch.nn.Linear(5, 3)
+    optimizer = UNetOptimizer(module, parse_config({"optimizer": {"name": "adamw"}}, "test").optimizer)
+    ema = WeightAverages(optimizer, 0.9)
+    told = torch.tensor if as_tensor else bool
+    with torch.no_grad():
+        module.weight.add_(1)
+    ema.update(told(True))
+    moved = ema.averages["weight"].clone()
+    assert not torch.equal(moved, module.weight - 1)
+    ema.update(told(False))
+    assert torch.equal(ema.averages["weight"], moved)
+    assert int(ema.num_updates) == 1
+    ema.update(told(True))
+    assert int(ema.num_updates) == 2
+    assert not torch.equal(ema.averages["weight"], moved)
+
+
 def test_a_checkpoint_without_averages_is_refused_by_a_run_that_keeps_them(runs, tiny_dataset):
     plain = settings_of(runs[0], tiny_dataset, ema_decay=0.9)
     with pytest.raises(ValueError, match=r"train\.ema_decay is 0\.9 here and 0\.0 there"):

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import safelight.trainer.export as module
+from safelight.kernels.remainder import join
 from safelight.trainer.checkpoint import Position, folder_of, save_checkpoint
 from safelight.trainer.config import parse_config, to_toml
 from safelight.trainer.export import export
@@ -42,15 +43,19 @@ def make_run(
     optimizer = UNetOptimizer(unet, config.optimizer, precision)
     generator = torch.Generator().manual_seed(step)
     with torch.no_grad():
-        for name, master in optimizer.master.items():
-            master.add_(1e-2 * torch.randn(master.shape, generator=generator))
-            optimizer.parameters[name].copy_(master)
+        for place, name in enumerate(optimizer.parameters):
+            value = optimizer.value(name)
+            optimizer.inner.assign(place, value + 1e-2 * torch.randn(value.shape, generator=generator))
         if largest:
             optimizer.parameters["conv_in.bias"][0] = largest
     folder.mkdir(exist_ok=True)
     (folder / "config.toml").write_text(to_toml(config))
     # moments are nothing an export reads
-    state = {name: t for name, t in optimizer.state_tensors().items() if name.startswith(("master/", "loss_scale/"))}
+    state = {
+        name: t
+        for name, t in optimizer.state_tensors().items()
+        if name.startswith(("master/", "remainder/", "loss_scale/"))
+    }
     save_checkpoint(folder, unet, state, Position(step=step, best_step=best), identify(config, "any"))
     return folder
 
@@ -228,18 +233,20 @@ def test_every_tensor_is_in_the_dtype_asked_for(tiny_run, tmp_path, dtype):
     assert {tensor.dtype for file in files for tensor in load_file(file).values()} == {wanted}
 
 
-def test_a_16_bit_runs_fp32_master_is_what_is_exported(tmp_path):
-    run = make_run(tmp_path / "run", torch.bfloat16)
+@pytest.mark.parametrize("memory", ["fp32", "exact", "near"])
+def test_a_16_bit_runs_fp32_value_is_what_is_exported(tmp_path, memory):
+    run = make_run(tmp_path / "run", torch.bfloat16, optimizer={"memory": memory})
     state = load_file(folder_of(run, STEP) / "state.safetensors")
-    layout = unet_layout(checkpoint_unet(run), 1)
-    assert any(
-        not torch.equal(tensor.float(), state[f"master/{name}"]) for name, tensor in checkpoint_unet(run).items()
-    )
+    weights = checkpoint_unet(run)
+    layout = unet_layout(weights, 1)
+    part = "master" if memory == "fp32" else "remainder"
+    values = {name: join(weight, state[f"{part}/{name}"]) for name, weight in weights.items()}
+    assert any(not torch.equal(weights[name].float(), value) for name, value in values.items())
     for dtype, kind in (("fp32", torch.float32), ("fp16", torch.float16)):
         export(run, tmp_path / f"{dtype}.safetensors", dtype=dtype)
         file = original_unet(tmp_path / f"{dtype}.safetensors")
         assert len(file) == len(layout)
-        assert all(torch.equal(file[place.name], state[f"master/{name}"].to(kind)) for name, place in layout.items())
+        assert all(torch.equal(file[place.name], values[name].to(kind)) for name, place in layout.items())
 
 
 def test_last_best_and_a_step(tmp_path):

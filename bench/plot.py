@@ -1,4 +1,5 @@
-"""`safelight bench plot`: pictures of result lines: throughput bars, memory against cards, the ablation, scaling lines."""
+"""`safelight bench plot`: pictures of result lines: throughput bars, memory against cards, the ablation, scaling lines,
+what rounding costs."""
 
 from __future__ import annotations
 
@@ -144,11 +145,35 @@ def scaling(axes: Axes, records: list[dict]) -> bool:
     return drawn
 
 
+ROUNDING = {"plain bf16": "#64748b", "rounded": "#fdba74", "near": "#fb923c", "exact": "#c2410c"}
+
+
+def rounding(axes: Axes, records: list[dict]) -> bool:
+    """Draw how far each memory mode ends from the fp32 masters, against their way; return whether there was anything."""
+    lines = [r for r in newest(records).values() if r["bench"] == "rounding"]
+    for x, line in enumerate(lines):
+        for number, (mode, colour) in enumerate(ROUNDING.items()):
+            found = line["figures"][mode]
+            noise, place = found["noise_to_displacement"], x + 0.2 * (number - 1.5)
+            axes.bar(place, noise, 0.18, color=colour, label=mode if x == 0 else None)
+            label = f"{noise:.2g}\n{found['changed_values']:.0%}"
+            axes.annotate(label, (place, noise), (0, 3), textcoords="offset points", ha="center", fontsize=8)
+    labels = [f"{r['config']['weights']}, {r['config']['num_steps']} steps, lr {r['config']['lr']:g}" for r in lines]
+    axes.set_xticks(range(len(lines)), labels)
+    axes.set_ylabel("distance to the fp32 masters\nover the way they went")
+    axes.set_ylim(top=1.25)
+    axes.set_title("bf16 weights: what is lost; below, the values that change in a step", fontsize=10)
+    if lines:
+        axes.legend(frameon=False, fontsize=9)
+    return bool(lines)
+
+
 PICTURES: dict[str, Callable[[Axes, list[dict]], bool]] = {
     "throughput": throughput,
     "memory": memory,
     "ablation": ablation,
     "scaling": scaling,
+    "rounding": rounding,
 }
 
 

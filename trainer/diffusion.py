@@ -1,8 +1,6 @@
-"""The diffusion mathematics, as pure functions over tensors: schedules, noising, targets, weights.
+"""The noise schedule, as pure functions over tensors: a_t = prod_{s <= t} (1 - beta_s), and what is predicted under it.
 
-    z_t = sqrt(a_t) z_0 + sqrt(1 - a_t) e          a_t = prod_{s <= t} (1 - beta_s)
-    epsilon target: e                              v target: sqrt(a_t) e - sqrt(1 - a_t) z_0
-
+Noising and targets are in kernels/noising.py, weights in kernels/diffusion_loss.py.
 Letters: B batch, C latent channels, H W latent height and width, T timesteps.
 """
 
@@ -65,38 +63,6 @@ def make_schedule(scheduler_config: dict, prediction: str = "auto", zero_termina
             raise ValueError("zero_terminal_snr needs v_prediction: at the last timestep the noise is given away")
         alphas_cumprod = rescale_zero_terminal_snr(alphas_cumprod)
     return NoiseSchedule(alphas_cumprod, prediction_type)
-
-
-def _per_sample(values_B: Tensor) -> Tensor:
-    return values_B[:, None, None, None]
-
-
-def add_noise(schedule: NoiseSchedule, latents_BCHW: Tensor, noise_BCHW: Tensor, timesteps_B: Tensor) -> Tensor:
-    """Return z_t, (B, C, H, W). All float32; timesteps_B int64 in 0 .. T-1."""
-    a_B = schedule.alphas_cumprod_T[timesteps_B]
-    return _per_sample(a_B.sqrt()) * latents_BCHW + _per_sample((1 - a_B).sqrt()) * noise_BCHW
-
-
-def target(schedule: NoiseSchedule, latents_BCHW: Tensor, noise_BCHW: Tensor, timesteps_B: Tensor) -> Tensor:
-    """Return what the UNet shall predict, (B, C, H, W): the noise, or v (Salimans and Ho 2022, arXiv:2202.00512)."""
-    if schedule.prediction_type == "epsilon":
-        return noise_BCHW
-    a_B = schedule.alphas_cumprod_T[timesteps_B]
-    return _per_sample(a_B.sqrt()) * noise_BCHW - _per_sample((1 - a_B).sqrt()) * latents_BCHW
-
-
-def min_snr_weights(schedule: NoiseSchedule, timesteps_B: Tensor, gamma: float) -> Tensor:
-    """Return loss weights, (B,): min(SNR, gamma) / SNR for epsilon, / (SNR + 1) for v; all 1 if gamma is 0.
-
-    SNR = a / (1 - a), of the schedule as trained, so after a zero-terminal rescale.
-    Source: Hang et al. 2023, arXiv:2303.09556.
-    """
-    if gamma == 0:
-        return torch.ones_like(timesteps_B, dtype=torch.float32)
-    a_B = schedule.alphas_cumprod_T[timesteps_B]
-    snr_B = a_B / (1 - a_B)
-    clipped_B = snr_B.clamp(max=gamma)
-    return clipped_B / (snr_B if schedule.prediction_type == "epsilon" else snr_B + 1)
 
 
 def mse_per_sample(predicted_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:

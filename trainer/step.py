@@ -12,15 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from safelight.data.batches import Batch
-from safelight.kernels.philox import Key, Purpose, integers, normals_torch
+from safelight.kernels.diffusion_loss import LossOptions, diffusion_loss
+from safelight.kernels.noising import key_words, noising
+from safelight.kernels.philox import Key, Purpose
 from safelight.trainer.config import Loss
-from safelight.trainer.diffusion import NoiseSchedule, add_noise, min_snr_weights, mse_per_sample, target
+from safelight.trainer.diffusion import NoiseSchedule, mse_per_sample
 from safelight.trainer.optim import UNetOptimizer
 
 
 @dataclass(frozen=True)
 class Noisy:
-    """What the UNet sees and shall predict. noisy_BCHW, target_BCHW float32; timesteps_B int64; text_BTD float32."""
+    """What the UNet sees and shall predict. noisy_BCHW in its dtype; target_BCHW, text_BTD float32; timesteps_B int64."""
 
     noisy_BCHW: Tensor
     timesteps_B: Tensor
@@ -41,40 +43,34 @@ class StepResult:
 
 
 def make_noisy(
-    batch: Batch, schedule: NoiseSchedule, scaling_factor: float, seed: int, epoch: int, offset_noise: float = 0.0
-) -> Noisy:
-    """Return the batch at each sample's timestep, with posterior, noise and timestep drawn by the sample's key."""
+    batch: Batch, schedule: NoiseSchedule, scaling_factor: float, seed: int, epoch: int, offset_noise: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+) -> Noisy:  # fmt: skip
+    """Return the batch at each sample's timestep, with posterior, noise and timestep drawn by the sample's key.
+
+    dtype: the UNet's.
+    """
     device = schedule.alphas_cumprod_T.device
-    shape = tuple(batch.mean_BCHW.shape[1:])
-    who = list(zip(batch.sample_ids, batch.occurrences, strict=True))
+    who = zip(batch.sample_ids, batch.occurrences, strict=True)
+    keys = [Key(seed, Purpose.NOISE, sample_id, epoch, occurrence) for sample_id, occurrence in who]
+    logvar = None if batch.logvar_BCHW is None else batch.logvar_BCHW.to(device, non_blocking=True)
+    noised = noising(
+        batch.mean_BCHW.to(device, non_blocking=True), logvar, key_words(keys, device), schedule.alphas_cumprod_T,
+        prediction_type=schedule.prediction_type, scaling_factor=scaling_factor, offset_noise=offset_noise, dtype=dtype,
+    )  # fmt: skip
+    text = batch.text_BTD.to(device, non_blocking=True)
+    return Noisy(noised.noisy_BCHW, noised.timesteps_B, noised.target_BCHW, text)
 
-    def keys(purpose: Purpose) -> list[Key]:
-        return [Key(seed, purpose, sample_id, epoch, occurrence) for sample_id, occurrence in who]
 
-    latents = batch.mean_BCHW.to(device, non_blocking=True)
-    if batch.logvar_BCHW is not None:
-        # the clamp is diffusers' DiagonalGaussianDistribution's
-        std = (0.5 * batch.logvar_BCHW.to(device, non_blocking=True).clamp(-30.0, 20.0)).exp()
-        latents = latents + std * normals_torch(keys(Purpose.POSTERIOR), shape, device)
-    latents = latents * scaling_factor
-    noise = normals_torch(keys(Purpose.NOISE), shape, device)
-    if offset_noise > 0:
-        noise = noise + offset_noise * normals_torch(keys(Purpose.OFFSET_NOISE), (shape[0], 1, 1), device)
-    draws = [int(integers(key, schedule.num_timesteps)[0]) for key in keys(Purpose.TIMESTEP)]
-    timesteps = torch.tensor(draws).to(device, non_blocking=True)
-    return Noisy(
-        add_noise(schedule, latents, noise, timesteps),
-        timesteps,
-        target(schedule, latents, noise, timesteps),
-        batch.text_BTD.to(device, non_blocking=True),
-    )
+def predict(unet: nn.Module, noisy: Noisy) -> Tensor:
+    """Return the UNet's prediction, (B, C, H, W). It runs in the dtype of its weights: no autocast."""
+    dtype = next(unet.parameters()).dtype
+    return unet(noisy.noisy_BCHW.to(dtype), noisy.timesteps_B, noisy.text_BTD.to(dtype)).sample
 
 
 def sample_losses(unet: nn.Module, noisy: Noisy) -> Tensor:
-    """Return the unweighted losses, (B,) float32. The UNet runs in the dtype of its weights: no autocast."""
-    dtype = next(unet.parameters()).dtype
-    predicted = unet(noisy.noisy_BCHW.to(dtype), noisy.timesteps_B, noisy.text_BTD.to(dtype)).sample
-    return mse_per_sample(predicted, noisy.target_BCHW)
+    """Return the unweighted losses, (B,) float32."""
+    return mse_per_sample(predict(unet, noisy), noisy.target_BCHW)
 
 
 def accumulate(
@@ -85,10 +81,14 @@ def accumulate(
     num_samples: how many a full optimizer step has (batch_size x accumulate). Every sample weighs 1 / num_samples, so
     accumulated micro-batches equal one larger batch, and a short batch does not pull harder than its samples.
     """
-    losses = sample_losses(unet, noisy)
-    weights = min_snr_weights(schedule, noisy.timesteps_B, loss.min_snr_gamma)
-    ((losses * weights).sum() / num_samples * loss_scale).backward()
-    return losses.detach()
+    weighting = {"weighting": "min_snr", "gamma": loss.min_snr_gamma} if loss.min_snr_gamma > 0 else {}
+    options = LossOptions(prediction_type=schedule.prediction_type, **weighting)
+    found = diffusion_loss(
+        predict(unet, noisy), noisy.target_BCHW, noisy.timesteps_B, schedule.alphas_cumprod_T, options,
+        num_samples=num_samples,
+    )  # fmt: skip
+    (found.total * loss_scale).backward()
+    return found.losses_B
 
 
 def train_step(
@@ -107,14 +107,14 @@ def train_step(
     max_grad_norm: float,
 ) -> StepResult:
     """Take one optimizer step over the micro-batches given."""
-    losses = []
+    losses, dtype = [], next(unet.parameters()).dtype
     pending = iter(batches)
     batch = next(pending)
     while batch is not None:
         following = next(pending, None)
         if following is None:
             optimizer.arm(lr, weight_decay, max_grad_norm)
-        noisy = make_noisy(batch, schedule, scaling_factor, seed, epoch, loss.offset_noise)
+        noisy = make_noisy(batch, schedule, scaling_factor, seed, epoch, loss.offset_noise, dtype)
         losses.append(accumulate(unet, noisy, schedule, loss, num_samples, optimizer.loss_scale.scale))
         batch = following
     norm, taken = optimizer.step(lr, weight_decay, max_grad_norm)

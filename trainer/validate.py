@@ -14,9 +14,12 @@ from torch import nn
 
 from safelight.data.batches import MicroBatch, SampleRef, load_batch
 from safelight.data.cache import Cache, Sample
-from safelight.kernels.philox import Key, Purpose, normals_torch, sort_key, uniforms
-from safelight.trainer.diffusion import NoiseSchedule, add_noise, target
+from safelight.kernels.noising import Purposes, key_words, noising
+from safelight.kernels.philox import Key, Purpose, sort_key, uniforms
+from safelight.trainer.diffusion import NoiseSchedule
 from safelight.trainer.step import Noisy, sample_losses
+
+PURPOSES = Purposes(noise=Purpose.VALIDATION_NOISE)
 
 
 @dataclass(frozen=True)
@@ -69,24 +72,23 @@ def validate(
     device = schedule.alphas_cumprod_T.device
     was_training = unet.training
     unet.eval()
+    dtype = next(unet.parameters()).dtype
     losses = torch.zeros(len(samples), num_bands, dtype=torch.float64)
     band = schedule.num_timesteps / num_bands
     batches = _batches(samples, batch_size)
     for index, micro_batch in enumerate(batches):
         batch = load_batch(cache, samples, micro_batch, empty_key)
-        latents = batch.mean_BCHW.to(device) * scaling_factor
+        mean, text = batch.mean_BCHW.to(device), batch.text_BTD.to(device)
         rows = [ref.sample_index for ref in micro_batch.refs]
         for k in range(num_bands):
             noise_keys = [Key(seed, Purpose.VALIDATION_NOISE, i, 0, k) for i in batch.sample_ids]
             time_keys = [Key(seed, Purpose.VALIDATION_TIMESTEP, i, 0, k) for i in batch.sample_ids]
-            noise = normals_torch(noise_keys, tuple(latents.shape[1:]), device)
             timesteps = torch.tensor([int((k + uniforms(key)[0]) * band) for key in time_keys], device=device)
-            noisy = Noisy(
-                add_noise(schedule, latents, noise, timesteps),
-                timesteps,
-                target(schedule, latents, noise, timesteps),
-                batch.text_BTD.to(device),
-            )
+            noised = noising(
+                mean, None, key_words(noise_keys, device), schedule.alphas_cumprod_T, timesteps_B=timesteps,
+                prediction_type=schedule.prediction_type, scaling_factor=scaling_factor, dtype=dtype, purposes=PURPOSES,
+            )  # fmt: skip
+            noisy = Noisy(noised.noisy_BCHW, noised.timesteps_B, noised.target_BCHW, text)
             losses[rows, k] = sample_losses(unet, noisy).double().cpu()
             progress(index * num_bands + k + 1, len(batches) * num_bands)
     unet.train(was_training)

@@ -1,4 +1,4 @@
-"""The diffusion loss against PyTorch's losses, the trainer's weights and the formulas' own identities."""
+"""The diffusion loss against PyTorch's losses and the formulas' own identities; against diffusers: tests/trainer/test_diffusion.py."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from safelight.kernels import diffusion_loss as module
 from safelight.kernels.diffusion_loss import LossOptions, diffusion_loss, loss_weights
-from safelight.trainer.diffusion import NoiseSchedule, betas, min_snr_weights, rescale_zero_terminal_snr
+from safelight.trainer.diffusion import betas, rescale_zero_terminal_snr
 
 ALPHAS = torch.cumprod(1 - betas("scaled_linear", 0.00085, 0.012, 1000), 0)
 SHAPES = [(1, 4, 8, 8), (3, 4, 9, 7), (40, 3, 2, 5), (2, 4, 33, 40)]
@@ -92,15 +92,6 @@ def test_the_kernels_weights_are_the_references(device, weighting, prediction_ty
     result = diffusion_loss(ones, 0 * ones, timesteps.to(device), ALPHAS.to(device), options)
     torch.testing.assert_close(result.total.cpu(), expected.mean(), rtol=2e-5, atol=0)
     assert result.band_counts_K.tolist() == [9, 8, 8, 8]
-
-
-@pytest.mark.parametrize("prediction_type", TYPES[:2])
-@pytest.mark.parametrize("gamma", [1.0, 5.0])
-def test_min_snr_is_the_trainers(prediction_type, gamma):
-    timesteps = torch.arange(1000)
-    options = LossOptions(weighting="min_snr", gamma=gamma, prediction_type=prediction_type)
-    expected = min_snr_weights(NoiseSchedule(ALPHAS, prediction_type), timesteps, gamma)
-    assert torch.equal(loss_weights(ALPHAS, timesteps, options), expected)
 
 
 @pytest.mark.parametrize("weighting", ["min_snr", "debiased", "p2"])

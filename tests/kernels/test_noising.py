@@ -14,7 +14,7 @@ from safelight.kernels.jit import kernel
 from safelight.kernels.noising import Purposes, key_words, noising, noising_reference
 from safelight.kernels.philox import Key, Purpose, integers, normals, philox_numpy
 from safelight.kernels.philox_triton import philox_normals, philox_words
-from safelight.trainer.diffusion import NoiseSchedule, add_noise, betas, rescale_zero_terminal_snr, target
+from safelight.trainer.diffusion import betas, rescale_zero_terminal_snr
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -183,18 +183,6 @@ def test_validation_draws_under_its_own_purposes(device):
     key = make_keys(1)[0]._replace(purpose=Purpose.VALIDATION_NOISE)
     assert torch.equal(result.target_BCHW[0].cpu(), torch.from_numpy(normals(key, (4, 8, 8))))
     assert int(result.timesteps_B) == integers(key._replace(purpose=Purpose.VALIDATION_TIMESTEP), 1000)[0]
-
-
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_it_is_the_trainers_mathematics(prediction_type):
-    mean, _ = posterior((3, 4, 9, 7))
-    schedule = NoiseSchedule(ALPHAS, prediction_type)
-    timesteps = torch.tensor([0, 499, 999])
-    options = {"prediction_type": prediction_type, "scaling_factor": 1.0, "timesteps_B": timesteps}
-    result = noising(mean, None, key_words(make_keys(3)), ALPHAS, **options)
-    noise = torch.stack([torch.from_numpy(normals(key, (4, 9, 7))) for key in make_keys(3)])
-    torch.testing.assert_close(result.noisy_BCHW, add_noise(schedule, mean, noise, timesteps), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(result.target_BCHW, target(schedule, mean, noise, timesteps), rtol=1e-6, atol=1e-6)
 
 
 def test_mistakes_are_refused():

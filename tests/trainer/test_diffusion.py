@@ -4,18 +4,24 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
+from torch import Tensor
 
-from safelight.trainer.diffusion import (
-    NoiseSchedule,
-    add_noise,
-    make_schedule,
-    min_snr_weights,
-    mse_per_sample,
-    rescale_zero_terminal_snr,
-    target,
-)
+from safelight.kernels.diffusion_loss import LossOptions, loss_weights
+from safelight.kernels.noising import Noised, key_words, noising
+from safelight.kernels.philox import Key, Purpose, normals_torch
+from safelight.trainer.diffusion import NoiseSchedule, make_schedule, mse_per_sample, rescale_zero_terminal_snr
 
 CONFIG = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+
+
+KEYS = [Key(3, Purpose.NOISE, sample_id) for sample_id in range(5)]
+
+
+def noised(schedule: NoiseSchedule, latents: Tensor, timesteps: Tensor) -> Noised:
+    return noising(
+        latents, None, key_words(KEYS[: len(latents)]), schedule.alphas_cumprod_T, timesteps_B=timesteps,
+        prediction_type=schedule.prediction_type, scaling_factor=1.0,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["scaled_linear", "linear"])
@@ -28,13 +34,12 @@ def test_noising_and_targets_equal_diffusers(kind, prediction, zero_snr):
     ours = make_schedule(config, zero_terminal_snr=zero_snr)
     theirs = DDPMScheduler(**config, rescale_betas_zero_snr=zero_snr)
     torch.testing.assert_close(ours.alphas_cumprod_T, theirs.alphas_cumprod, rtol=1e-5, atol=1e-7)
-    latents, noise = torch.randn(5, 4, 3, 3), torch.randn(5, 4, 3, 3)
+    latents, noise = torch.randn(5, 4, 3, 3), normals_torch(KEYS, (4, 3, 3), "cpu")
     timesteps = torch.tensor([0, 10, 500, 998, 999])
-    torch.testing.assert_close(
-        add_noise(ours, latents, noise, timesteps), theirs.add_noise(latents, noise, timesteps), rtol=1e-4, atol=1e-5
-    )
+    found = noised(ours, latents, timesteps)
+    torch.testing.assert_close(found.noisy_BCHW, theirs.add_noise(latents, noise, timesteps), rtol=1e-4, atol=1e-5)
     expected = noise if prediction == "epsilon" else theirs.get_velocity(latents, noise, timesteps)
-    torch.testing.assert_close(target(ours, latents, noise, timesteps), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.target_BCHW, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_zero_terminal_snr_keeps_the_start_and_ends_in_pure_noise():
@@ -58,22 +63,24 @@ def test_min_snr_weights_are_the_papers():
     for prediction, divisor in (("epsilon", snr), ("v_prediction", snr + 1)):
         ours = make_schedule({**CONFIG, "prediction_type": prediction})
         expected = torch.minimum(snr, torch.tensor(5.0)) / divisor
-        torch.testing.assert_close(min_snr_weights(ours, timesteps, 5.0), expected, rtol=1e-4, atol=1e-6)
-        assert min_snr_weights(ours, timesteps, 0.0).tolist() == [1.0] * 5
+        options = LossOptions(weighting="min_snr", gamma=5.0, prediction_type=prediction)
+        weights = loss_weights(ours.alphas_cumprod_T, timesteps, options)
+        torch.testing.assert_close(weights, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_min_snr_uses_the_rescaled_schedule():
     """A peer computes the SNR before the zero-terminal rescale; at the last timestep ours is finite and zero."""
     schedule = make_schedule({**CONFIG, "prediction_type": "v_prediction"}, zero_terminal_snr=True)
-    weights = min_snr_weights(schedule, torch.tensor([999]), 5.0)
-    assert weights.item() == 0.0
+    options = LossOptions(weighting="min_snr", gamma=5.0, prediction_type="v_prediction")
+    assert loss_weights(schedule.alphas_cumprod_T, torch.tensor([999]), options).item() == 0.0
 
 
 def test_v_and_epsilon_are_two_views_of_one_pair():
     """x0 and noise come back from z_t and v."""
     schedule = NoiseSchedule(make_schedule(CONFIG).alphas_cumprod_T, "v_prediction")
-    latents, noise, timesteps = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.tensor([5, 300, 900])
-    z, v = add_noise(schedule, latents, noise, timesteps), target(schedule, latents, noise, timesteps)
+    latents, noise = torch.randn(3, 4, 2, 2), normals_torch(KEYS[:3], (4, 2, 2), "cpu")
+    timesteps = torch.tensor([5, 300, 900])
+    z, v, _ = noised(schedule, latents, timesteps)
     a = schedule.alphas_cumprod_T[timesteps].view(-1, 1, 1, 1)
     torch.testing.assert_close(a.sqrt() * z - (1 - a).sqrt() * v, latents, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close((1 - a).sqrt() * z + a.sqrt() * v, noise, rtol=1e-4, atol=1e-5)

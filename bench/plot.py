@@ -156,7 +156,7 @@ def rounding(axes: Axes, records: list[dict]) -> bool:
             found = line["figures"][mode]
             noise, place = found["noise_to_displacement"], x + 0.2 * (number - 1.5)
             axes.bar(place, noise, 0.18, color=colour, label=mode if x == 0 else None)
-            label = f"{noise:.2g}\n{100 * found['changed_values']:.2g} %"
+            label = f"{noise:.2g}\n{100 * found['changed_values']:.3g} %"
             axes.annotate(label, (place, noise), (0, 3), textcoords="offset points", ha="center", fontsize=8)
     labels = [f"{r['config']['weights']}, {r['config']['num_steps']} steps, lr {r['config']['lr']:g}" for r in lines]
     axes.set_xticks(range(len(lines)), labels)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from safelight.bench.command import Count
+from safelight.bench.conditioning import give_conditioning
 from safelight.bench.counters import MIB, CardOperators, CountedAdamW8bit, Counter, Counts, SavedBytes
 from safelight.bench.operators import CLASSES
 from safelight.bench.workload import LR, MAX_GRAD_NORM, NUM_TOKENS, WEIGHT_DECAY, Workload, random_batches
@@ -69,7 +70,7 @@ def trace(
     precision: fp32 | bf16 | fp16 | autocast-bf16 | autocast-fp16. optimizer: none | adamw | adamw8bit. patched: with our
     kernels, which is channels-last; its attention is assumed to be flash. Raises ValueError for what cannot be counted.
     """
-    unet = meta_unet(base).to(weight_dtype(precision)).train()
+    unet = give_conditioning(meta_unet(base).to(weight_dtype(precision)).train())
     if patched and (layout != "channels_last" or precision.startswith("autocast")):
         raise ValueError(f"a patched UNet is channels-last and without autocast, not {layout}, {precision}")
     if checkpointing == "selective" and not patched:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from safelight.bench.conditioning import give_conditioning
 from safelight.trainer.random_models import RANDOM_MODELS
 
 NUM_TOKENS = 77
@@ -26,29 +27,8 @@ class Model(NamedTuple):
     side: int
 
 
-_SD15 = {**RANDOM_MODELS["sd15"]["unet"]}
 MODELS = {
-    "sd15": Model(_SD15, 64),
-    "sd21": Model(
-        {**_SD15, "cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True}, 96
-    ),
-    "sdxl": Model(
-        {
-            **_SD15,
-            "sample_size": 128,
-            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-            "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-            "block_out_channels": [320, 640, 1280],
-            "transformer_layers_per_block": [1, 2, 10],
-            "attention_head_dim": [5, 10, 20],
-            "cross_attention_dim": 2048,
-            "use_linear_projection": True,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": 2816,
-        },
-        128,
-    ),
+    name: Model(parts["unet"], parts["unet"]["sample_size"]) for name, parts in RANDOM_MODELS.items() if name != "small"
 }
 
 
@@ -118,12 +98,8 @@ def layers(name: str, batch_size: int = 1) -> tuple[Layer, ...]:
     _watch(unet, seen)
     latents = torch.empty(batch_size, 4, side, side, device="meta")
     seen["noising", tuple(latents.shape)] += 1
-    extra = {}
-    if unet.config.addition_embed_type == "text_time":
-        ids, pooled = torch.empty(batch_size, 6, device="meta"), torch.empty(batch_size, 1280, device="meta")
-        extra["added_cond_kwargs"] = {"time_ids": ids, "text_embeds": pooled}
     text = torch.empty(batch_size, NUM_TOKENS, unet.config.cross_attention_dim, device="meta")
     with torch.no_grad():
-        unet(latents, torch.empty(batch_size, device="meta"), text, **extra)
+        give_conditioning(unet)(latents, torch.empty(batch_size, device="meta"), text)
     seen["diffusion_loss", tuple(latents.shape)] += 1
     return tuple(Layer(op, shape, count) for (op, shape), count in seen.items())

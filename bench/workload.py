@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from safelight.bench.conditioning import give_conditioning
 from safelight.data.batches import Batch, iterate, plan_epoch
 from safelight.data.buckets import Bucket
 from safelight.data.cache import Cache, Crop, Sample
@@ -142,8 +143,8 @@ def initial_unet(base: str, device: torch.device, dtype: torch.dtype = torch.flo
     Drawing SD1.5's random weights takes longer than measuring its step.
     """
     if device.type == "cpu":
-        return load_unet(resolve_base(base), SEED, dtype).train()
-    return copy.deepcopy(_pristine(base)).to(dtype).to(device).train()
+        return give_conditioning(load_unet(resolve_base(base), SEED, dtype).train())
+    return give_conditioning(copy.deepcopy(_pristine(base)).to(dtype).to(device).train())
 
 
 def optimizer_config(name: str) -> Optimizer:

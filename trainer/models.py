@@ -78,8 +78,14 @@ def _read_json(path: Path, setting: str) -> dict:
 
 
 def base_of(model: Model) -> Base:
-    """Return where the base of a run's [model] table is. Raises ValueError, one line, if it is nowhere."""
-    return resolve_base(model.base, model.config, has_vae=bool(model.vae))
+    """Return where the base of a run's [model] table is. Raises ValueError, one line, if it is nowhere, or cannot be trained yet."""
+    base = resolve_base(model.base, model.config, has_vae=bool(model.vae))
+    if base.random_name and "text_encoder" not in RANDOM_MODELS[base.random_name]:
+        raise ValueError(
+            f"model.base {model.base!r} is for `safelight bench` alone: only Stable Diffusion 1.x and 2.x can be trained yet; "
+            "use random:sd15 or random:sd21"
+        )
+    return base
 
 
 def resolve_base(spec: str, config: str = "", has_vae: bool = False) -> Base:

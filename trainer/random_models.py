@@ -1,7 +1,8 @@
 """Architectures for `model.base = "random:NAME"`: true sizes with untrained weights.
 
-`sd15` is Stable Diffusion 1.5 (859,520,964 parameters in the UNet); `small` is a UNet that two CPU cores can train
-from nothing in an hour. The text encoders take their vocabulary size from the tokenizer.
+`sd15`, `sd21` and `sdxl` are Stable Diffusion 1.5, 2.1 and XL (859,520,964, 865,910,724 and 2,567,463,684 parameters in the
+UNet); `small` is a UNet that two CPU cores can train from nothing in an hour. SDXL has no encoders here: benchmarks alone
+take it. The text encoders take their vocabulary size from the tokenizer.
 """
 
 _SCHEDULER = {
@@ -28,18 +29,21 @@ _KL = {
     "scaling_factor": 0.18215,
 }
 
+_SD15_UNET = {
+    **_CROSS_BLOCKS,
+    "sample_size": 64,
+    "in_channels": 4,
+    "out_channels": 4,
+    "layers_per_block": 2,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "cross_attention_dim": 768,
+    # diffusers' name for the number of heads
+    "attention_head_dim": 8,
+}
+
 RANDOM_MODELS: dict[str, dict[str, dict]] = {
     "sd15": {
-        "unet": {
-            **_CROSS_BLOCKS,
-            "sample_size": 64,
-            "in_channels": 4,
-            "out_channels": 4,
-            "layers_per_block": 2,
-            "block_out_channels": [320, 640, 1280, 1280],
-            "cross_attention_dim": 768,
-            "attention_head_dim": 8,
-        },
+        "unet": _SD15_UNET,
         "vae": {**_KL, "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "sample_size": 512},
         "text_encoder": {
             "hidden_size": 768,
@@ -47,6 +51,43 @@ RANDOM_MODELS: dict[str, dict[str, dict]] = {
             "num_hidden_layers": 12,
             "num_attention_heads": 12,
             "projection_dim": 768,
+        },
+        "scheduler": _SCHEDULER,
+    },
+    "sd21": {
+        "unet": {
+            **_SD15_UNET,
+            "sample_size": 96,
+            "cross_attention_dim": 1024,
+            "attention_head_dim": [5, 10, 20, 20],
+            "use_linear_projection": True,
+        },
+        "vae": {**_KL, "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "sample_size": 768},
+        # the first 23 layers of OpenCLIP's ViT-H
+        "text_encoder": {
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 23,
+            "num_attention_heads": 16,
+            "projection_dim": 512,
+            "hidden_act": "gelu",
+        },
+        "scheduler": {**_SCHEDULER, "prediction_type": "v_prediction"},
+    },
+    "sdxl": {
+        "unet": {
+            **_SD15_UNET,
+            "sample_size": 128,
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+            "block_out_channels": [320, 640, 1280],
+            "transformer_layers_per_block": [1, 2, 10],
+            "cross_attention_dim": 2048,
+            "attention_head_dim": [5, 10, 20],
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
         },
         "scheduler": _SCHEDULER,
     },

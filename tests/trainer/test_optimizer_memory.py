@@ -131,7 +131,7 @@ def test_the_moving_average_follows_the_joined_value(initial_unet):
         ema = WeightAverages(optimizer, 0.9)
         for number in range(3):
             steps(unet, optimizer, number, number + 1)
-            ema.update()
+            ema.update(True)
         averages.append(ema.averages)
     assert all(torch.equal(averages[0][name], averages[1][name]) for name in averages[0])
 

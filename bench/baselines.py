@@ -1,5 +1,7 @@
 """The published recipes, written by us without handicap: what a user of diffusers' example or of its faster kin runs.
 
+bench/styles.py has those of other trainers.
+
 Each is the same plain loop: latents drawn from the cached posterior, torch.randn noise, DDPMScheduler, F.mse_loss in
 fp32, clip_grad_norm_, bitsandbytes' AdamW8bit; and each has fused attention, and the checkpointing and precision of ours.
 """
@@ -21,12 +23,16 @@ from safelight.trainer.models import resolve_base
 
 @dataclass(frozen=True)
 class Recipe:
-    """weights_16bit: no autocast, the weights themselves are in the precision. stands_for: whose practice it is."""
+    """weights_16bit: no autocast, the weights themselves are in the precision. stands_for: whose practice it is.
+
+    optimizer: '' for the workload's.
+    """
 
     stands_for: str
     weights_16bit: bool = False
     channels_last: bool = False
     compile: bool = False
+    optimizer: str = ""
 
 
 RECIPES = {
@@ -47,7 +53,14 @@ RECIPES = {
 
 
 def make_optimizer(name: str, parameters) -> torch.optim.Optimizer:
-    """Return bitsandbytes' AdamW8bit or torch's AdamW (its default, foreach, on a GPU)."""
+    """Return bitsandbytes' AdamW8bit, torch's AdamW (its default, foreach, on a GPU) or transformers' Adafactor.
+
+    Adafactor with the fixed learning rate that sd-scripts asks for: no relative step, no scaling by the parameter.
+    """
+    if name == "adafactor":
+        from transformers.optimization import Adafactor
+
+        return Adafactor(parameters, lr=LR, weight_decay=WEIGHT_DECAY, scale_parameter=False, relative_step=False)
     options = {"lr": LR, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": WEIGHT_DECAY}
     if name == "adamw":
         return torch.optim.AdamW(parameters, **options)
@@ -57,14 +70,12 @@ def make_optimizer(name: str, parameters) -> torch.optim.Optimizer:
 
 
 class Baseline:
-    """A recipe's training step."""
+    """A recipe's training step. notes: what really runs."""
 
-    def __init__(self, name: str, work: Workload):
+    def __init__(self, recipe: Recipe, work: Workload):
         from diffusers import DDPMScheduler
 
-        if name not in RECIPES:
-            raise ValueError(f"baseline {name!r} is unknown; use {', '.join(RECIPES)}")
-        recipe, self.device = RECIPES[name], torch.device(work.device)
+        self.device = torch.device(work.device)
         base = resolve_base(work.base)
         unet = initial_unet(work.base, self.device, work.dtype if recipe.weights_16bit else torch.float32)
         self.memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
@@ -76,7 +87,7 @@ class Baseline:
             apply_checkpointing(unet, work.checkpointing)
         self.notes = use_diffusers_attention(unet)
         self.parameters = list(unet.parameters())
-        self.optimizer = make_optimizer(work.optimizer, self.parameters)
+        self.optimizer = self.make_optimizer(recipe.optimizer or work.optimizer)
         self.scheduler = DDPMScheduler.from_config(base.config_of("scheduler"))
         self.scheduler.alphas_cumprod = self.scheduler.alphas_cumprod.to(self.device)
         self.unet = torch.compile(unet) if recipe.compile else unet
@@ -85,6 +96,10 @@ class Baseline:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=work.dtype == torch.float16)
         if recipe.weights_16bit and self.scaler.is_enabled():
             _allow_fp16_gradients(self.scaler)
+
+    def make_optimizer(self, name: str) -> torch.optim.Optimizer | None:
+        """Return the optimizer of the parameters."""
+        return make_optimizer(name, self.parameters)
 
     def loss(self, latents: Tensor, noise: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
         """Return the mean squared error over the batch. latents, noise (B, C, H, W) fp32; text (B, T, D) fp32."""
@@ -109,14 +124,22 @@ class Baseline:
 
     def step(self, batch: Batch) -> Tensor:
         """Take a step and return its loss, on the device: diffusers' `.item()` of every step is left out."""
-        latents = batch.mean_BCHW.to(self.device, non_blocking=True)
-        if batch.logvar_BCHW is not None:
-            std = (0.5 * batch.logvar_BCHW.to(self.device, non_blocking=True).clamp(-30.0, 20.0)).exp()
-            latents = latents + std * torch.randn_like(latents)
+        rows = (batch.mean_BCHW, batch.logvar_BCHW, batch.text_BTD)
+        return self.step_on(*(None if row is None else row.to(self.device, non_blocking=True) for row in rows))
+
+    def step_on(self, mean: Tensor, logvar: Tensor | None, text: Tensor) -> Tensor:
+        """Take a step on cached rows, which are on the device already, and return its loss."""
+        latents = mean
+        if logvar is not None:
+            latents = mean + (0.5 * logvar.clamp(-30.0, 20.0)).exp() * torch.randn_like(mean)
+        return self.step_from(latents, text)
+
+    def step_from(self, latents: Tensor, text: Tensor) -> Tensor:
+        """Draw noise and timesteps, take a step and return its loss."""
         noise = torch.randn_like(latents)
         steps = self.scheduler.config.num_train_timesteps
         timesteps = torch.randint(0, steps, (len(latents),), device=self.device)
-        loss = self.loss(latents, noise, timesteps, batch.text_BTD.to(self.device, non_blocking=True))
+        loss = self.loss(latents, noise, timesteps, text)
         self.update(loss)
         return loss.detach()
 

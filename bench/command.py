@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from tyro.conf import Positional, arg
 
@@ -15,6 +15,7 @@ Base = Annotated[str, arg(help="as model.base: tiny, random:sd15, a diffusers fo
 LatentSize = Annotated[int, arg(help="side of the square latents; 64 is SD1.5 at 512 px; 0: the model's own")]
 Device = Literal["auto", "cpu", "cuda"]
 AsJson = Annotated[bool, arg(help="print the result as JSON")]
+_Recipe = Literal["diffusers", "diffusers-compiled", "diffusers-16bit", "everydream", "kohya", "kohya-fused", "mlperf"]
 Append = Annotated[Path | None, arg(metavar="FILE", help="add the result lines to this .jsonl", help_behavior_hint="")]
 
 
@@ -27,7 +28,7 @@ class Step:
     batch_size: Annotated[tuple[int, ...], arg(help="one variant each, interleaved")] = (1, 4)
     recipe: Annotated[
         tuple[str, ...],
-        arg(help="safelight, safelight-unpatched, diffusers, diffusers-compiled, diffusers-16bit; one variant each"),
+        arg(help="safelight, safelight-unpatched, or a recipe of `bench baseline`; one variant each"),
     ] = ("safelight",)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     optimizer: Literal["adamw8bit", "adamw"] = "adamw8bit"
@@ -45,8 +46,8 @@ class Baseline(Step):
     """Time a published recipe's step on this machine, and ours beside it."""
 
     recipe: Annotated[
-        Positional[tuple[Literal["diffusers", "diffusers-compiled", "diffusers-16bit"], ...]],
-        arg(metavar="NAME...", help="diffusers, diffusers-compiled, diffusers-16bit"),
+        Positional[tuple[_Recipe, ...]],
+        arg(metavar="NAME...", help=", ".join(get_args(_Recipe))),
     ] = ("diffusers",)
 
 

@@ -25,12 +25,12 @@ def step(options: command.Step) -> int:
 
 
 def baseline(options: command.Baseline) -> int:
-    from safelight.bench.baselines import RECIPES
+    from safelight.bench.styles import ALL_RECIPES
     from safelight.bench.suite import OURS
 
     if not options.json:
         for name in options.recipe:
-            print(f"{name}: {RECIPES[name].stands_for}")
+            print(f"{name}: {ALL_RECIPES[name].stands_for}")
     return _steps(options, (OURS, *options.recipe))
 
 

@@ -9,9 +9,10 @@ from dataclasses import asdict, replace
 
 import torch
 
-from safelight.bench.baselines import RECIPES, Baseline
+from safelight.bench.baselines import Baseline
 from safelight.bench.harness import interleave, percentiles
 from safelight.bench.results import make_record
+from safelight.bench.styles import ALL_RECIPES, make_baseline
 from safelight.bench.workload import NUM_ROTATED, Ours, Workload, cached_batches, random_batches
 from safelight.trainer.log import peak_memory_gib, reset_peak_memory
 
@@ -27,9 +28,9 @@ def build(recipe: str, work: Workload) -> Ours | Baseline:
     if recipe == UNPATCHED:
         # what the kernels are worth
         return Ours(work, kernels="off")
-    if recipe not in RECIPES:
-        raise ValueError(f"recipe {recipe!r} is unknown; use {OURS}, {UNPATCHED}, {', '.join(RECIPES)}")
-    return Baseline(recipe, work)
+    if recipe not in ALL_RECIPES:
+        raise ValueError(f"recipe {recipe!r} is unknown; use {OURS}, {UNPATCHED}, {', '.join(ALL_RECIPES)}")
+    return make_baseline(recipe, work)
 
 
 def peak_alone(recipe: str, work: Workload) -> float:

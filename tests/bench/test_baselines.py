@@ -61,7 +61,7 @@ def plain(inputs) -> tuple[list[float], dict]:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_fp32_equals_a_plain_loop(recipe, inputs, plain, compiled):
-    baseline, losses = Baseline(recipe, WORK), []
+    baseline, losses = Baseline(RECIPES[recipe], WORK), []
     for batch in inputs:
         loss = baseline.loss(*batch)
         losses.append(loss.item())
@@ -79,7 +79,9 @@ def test_fp32_equals_a_plain_loop(recipe, inputs, plain, compiled):
 
 @pytest.mark.parametrize("recipe", ["diffusers", "diffusers-16bit"])
 def test_bf16_is_the_plain_loss_to_bf16s_precision(recipe, inputs, plain):
-    baseline = Baseline(recipe, Workload(batch_size=2, optimizer="adamw", device="cpu", precision="bf16").resolved())
+    baseline = Baseline(
+        RECIPES[recipe], Workload(batch_size=2, optimizer="adamw", device="cpu", precision="bf16").resolved()
+    )
     weights = next(iter(baseline.parameters)).dtype
     assert weights == (torch.bfloat16 if RECIPES[recipe].weights_16bit else torch.float32)
     loss = baseline.loss(*inputs[0])
@@ -88,7 +90,7 @@ def test_bf16_is_the_plain_loss_to_bf16s_precision(recipe, inputs, plain):
 
 
 def test_ours_gives_the_same_loss_for_the_same_inputs(inputs):
-    baseline, ours = Baseline("diffusers", WORK), Ours(WORK)
+    baseline, ours = Baseline(RECIPES["diffusers"], WORK), Ours(WORK)
     latents, noise, timesteps, text = inputs[0]
     noisy = baseline.scheduler.add_noise(latents, noise, timesteps)
     loss = sample_losses(ours.unet, Noisy(noisy, timesteps, noise, text)).mean()
@@ -97,7 +99,9 @@ def test_ours_gives_the_same_loss_for_the_same_inputs(inputs):
 
 def test_full_fp16_unscales_its_gradients(inputs):
     """torch refuses to unscale fp16 gradients; trainers in full fp16 allow it, and so does the variant."""
-    baseline = Baseline("diffusers-16bit", Workload(optimizer="adamw", device="cpu", precision="fp16").resolved())
+    baseline = Baseline(
+        RECIPES["diffusers-16bit"], Workload(optimizer="adamw", device="cpu", precision="fp16").resolved()
+    )
     assert baseline.scaler.is_enabled()
     before = copy.deepcopy(baseline.parameters[0].detach())
     latents, noise, timesteps, text = (x[:1] for x in inputs[0])
@@ -111,7 +115,7 @@ def test_full_fp16_unscales_its_gradients(inputs):
 
 def test_no_handicap_fused_attention_and_the_same_checkpointing():
     work = Workload(device="cpu", checkpointing="full").resolved()
-    baseline, ours = Baseline("diffusers", work), Ours(work)
+    baseline, ours = Baseline(RECIPES["diffusers"], work), Ours(work)
     kinds = [{type(m.processor) for m in attention_modules(t.unet)} for t in (baseline, ours)]
     # diffusers' own over SDPA, which is a fused kernel too
     assert kinds == [{AttnProcessor2_0}, {AttendProcessor}]

@@ -38,6 +38,7 @@ class Launch:
 
 
 _listeners: list[Callable[[Launch], None]] = []
+_runs_on_meta = True
 
 
 @contextmanager
@@ -170,6 +171,18 @@ def _has_triton() -> bool:
     return found
 
 
+@contextmanager
+def references_on_meta(wanted: bool = True) -> Iterator[None]:
+    """Let ops on meta tensors run their references within the block, where wanted: what a CPU would run."""
+    global _runs_on_meta
+    before = _runs_on_meta
+    _runs_on_meta = not wanted
+    try:
+        yield
+    finally:
+        _runs_on_meta = before
+
+
 def runs_kernel(x: Tensor) -> bool:
     """Return whether an op on `x` runs its kernel: on CUDA, on meta (where it is recorded), not on the CPU.
 
@@ -178,6 +191,8 @@ def runs_kernel(x: Tensor) -> bool:
     """
     if x.device.type == "cpu":
         return os.environ.get("TRITON_INTERPRET") == "1" and x.dtype in KERNEL_DTYPES
+    if x.device.type == "meta" and not _runs_on_meta:
+        return False
     if x.device.type == "cuda" and not _has_triton():
         return False
     if x.dtype not in KERNEL_DTYPES:

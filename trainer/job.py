@@ -11,15 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from safelight.data.cache import Sample
-from safelight.kernels import patch
-from safelight.kernels.attention import allowed_backends, apply_attention, attention_cases, choose_attention
-from safelight.kernels.checkpointing import apply_checkpointing
+from safelight.kernels.attention import allowed_backends, attention_cases, choose_attention
 from safelight.trainer.checkpoint import Position, check_files, folder_of, load_checkpoint, read_identity
 from safelight.trainer.config import Config
 from safelight.trainer.dataset import Dataset, open_dataset
 from safelight.trainer.diffusion import NoiseSchedule, make_schedule
 from safelight.trainer.ema import WeightAverages, take_averages
 from safelight.trainer.encoders import LatentCodec, load_codec
+from safelight.trainer.equip import equip
 from safelight.trainer.identity import Identity, identify
 from safelight.trainer.log import Metrics, Terminal, reset_peak_memory
 from safelight.trainer.models import PRECISIONS, base_of, check_unet, load_unet, pick_device, pick_dtype
@@ -92,14 +91,8 @@ def load_job(
         device, dtype, attention_cases(unet, (side, side)), wanted=config.model.attention,
         batch=config.train.batch_size, previous=None if step is None else recorded_attention(run_dir),
     )  # fmt: skip
-    apply_attention(unet, attention)
-    patched = patch.apply(unet, attention) if patch.is_wanted(config.train.kernels, device) else None
-    apply_checkpointing(unet, config.train.checkpointing)
-    optimizer = UNetOptimizer(unet, config.optimizer, dtype, config.run.seed)
-    if patched is not None:
-        # 16-bit weights have new memory; the moving average keeps views of it
-        patch.repack(unet)
-    ema = WeightAverages(optimizer, config.train.ema_decay) if config.train.ema_decay > 0 else None
+    equipped = equip(unet, config, attention, device, dtype)
+    optimizer, ema = equipped.optimizer, equipped.ema
     # the autoencoder waits in host memory and visits the GPU to decode samples
     codec = load_codec(config, base, torch.device("cpu"))
     position, window, already_skipped = Position(), [], 0
@@ -116,7 +109,7 @@ def load_job(
         already_skipped = int(optimizer.num_skipped_tensors) if optimizer.is_fused else 0
     run_dir.mkdir(parents=True, exist_ok=True)
     notes = [str(attention), str(optimizer)]
-    notes.append("kernels off" if patched is None else str(patched))
+    notes.append("kernels off" if equipped.patched is None else str(equipped.patched))
     if ema is not None:
         notes.append(f"moving average of the weights, decay {ema.decay:g}, in validation, samples and export")
     write_start(

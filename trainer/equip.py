@@ -1,0 +1,42 @@
+"""From a loaded UNet to one that is ready to be trained: attention, kernels, checkpointing, optimizer, moving average.
+
+One place for the run and for the trace of it on meta tensors that the plan is made from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from safelight.kernels import patch
+from safelight.kernels.attention import AttentionChoice, apply_attention
+from safelight.kernels.checkpointing import apply_checkpointing
+from safelight.trainer.config import Config
+from safelight.trainer.ema import WeightAverages
+from safelight.trainer.optim import UNetOptimizer
+
+
+@dataclass
+class Equipped:
+    """What a UNet was given. patched: what runs on kernels, None without; ema: None where the run keeps no average."""
+
+    optimizer: UNetOptimizer
+    ema: WeightAverages | None
+    patched: patch.Patch | None
+
+
+def equip(
+    unet: nn.Module, config: Config, attention: AttentionChoice, device: torch.device, dtype: torch.dtype
+) -> Equipped:
+    """Make a UNet of fp32 weights ready to be trained in a dtype, in place. device: where it trains, or would."""
+    apply_attention(unet, attention)
+    patched = patch.apply(unet, attention) if patch.is_wanted(config.train.kernels, device) else None
+    apply_checkpointing(unet, config.train.checkpointing)
+    optimizer = UNetOptimizer(unet, config.optimizer, dtype, config.run.seed)
+    if patched is not None:
+        # 16-bit weights have new memory; the moving average keeps views of it
+        patch.repack(unet)
+    ema = WeightAverages(optimizer, config.train.ema_decay) if config.train.ema_decay > 0 else None
+    return Equipped(optimizer, ema, patched)

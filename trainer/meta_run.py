@@ -1,0 +1,147 @@
+"""A run's UNet and optimizer on meta tensors, set up as training does, and the real training step on them, followed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from safelight.data.batches import Batch
+from safelight.data.buckets import Bucket
+from safelight.kernels.adamw8bit import MIN_8BIT_ELEMENTS, AdamW8bit
+from safelight.kernels.attention import NUM_TEXT_TOKENS, attention_cases, choose_attention
+from safelight.kernels.blockwise import BLOCK_SIZE
+from safelight.kernels.jit import cdiv, references_on_meta
+from safelight.trainer.config import Config
+from safelight.trainer.diffusion import make_schedule
+from safelight.trainer.equip import equip
+from safelight.trainer.models import Base, meta_unet
+from safelight.trainer.step import train_step
+from safelight.trainer.trace import (
+    AVERAGE,
+    CUDA_ROUNDING,
+    MASTER,
+    OPTIMIZER,
+    TEMPORARY,
+    WEIGHTS,
+    LiveBytes,
+    Peak,
+    Work,
+    gradients_told,
+)
+
+META = torch.device("meta")
+
+
+class _StandInAdamW8bit:
+    """bitsandbytes' AdamW8bit as far as memory goes: it makes its moments at the first step, and nothing else."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter]):
+        self.param_groups = [{"params": parameters}]
+        self.state: dict[Tensor, list[Tensor]] = {}
+
+    def step(self) -> None:
+        for p in self.param_groups[0]["params"]:
+            if p not in self.state:
+                is_8bit = p.numel() >= MIN_8BIT_ELEMENTS
+                sizes = [(p.numel(), torch.uint8), (cdiv(p.numel(), BLOCK_SIZE), torch.float32)]
+                parts = sizes if is_8bit else [(p.numel(), torch.float32)]
+                self.state[p] = [torch.empty(n, dtype=t, device=p.device) for _ in range(2) for n, t in parts]
+
+
+@dataclass(frozen=True)
+class Traced:
+    """One step. held: bytes by kind before and after it; peak: of all that is alive; work: of the whole step."""
+
+    held: dict[str, int]
+    peak: Peak
+    work: Work
+
+    @property
+    def transient(self) -> int:
+        """What the step adds to what is held."""
+        return self.peak.total - sum(self.held.values())
+
+
+class MetaRun:
+    """A run as it would be on a device: cuda, whose kernels and allocator it supposes, or cpu.
+
+    loading: the peak while the fp32 weights become what is trained.
+    """
+
+    def __init__(self, config: Config, base: Base, device: torch.device, dtype: torch.dtype):
+        self.config, self.device = config, device
+        self.live = LiveBytes(CUDA_ROUNDING if device.type == "cuda" else 1)
+        self.unet = meta_unet(base).train()
+        # a CPU has one fused operator; a card's are not probed here but taken in their order
+        where = device if device.type == "cpu" else META
+        wanted = "sdpa" if config.model.attention == "auto" and device.type == "cuda" else config.model.attention
+        choice = choose_attention(where, dtype, attention_cases(self.unet), wanted=wanted)
+        self._schedule = make_schedule(base.config_of("scheduler"), config.loss.prediction).to(META)
+        with references_on_meta(device.type == "cpu"), self.live:
+            self.live.hold(self.unet.parameters(), WEIGHTS)
+            self.live.phase, self.live.kind = "loading", OPTIMIZER
+            equipped = equip(self.unet, config, choice, device, dtype)
+            self.loading = self.live.peak
+        self.optimizer, self.ema = equipped.optimizer, equipped.ema
+        self._stand_in()
+        self._sort()
+
+    def _stand_in(self) -> None:
+        """Give library optimizers the form they have on the device."""
+        if self.config.optimizer.name == "bnb_adamw8bit":
+            self.optimizer.inner = _StandInAdamW8bit(list(self.optimizer.master.values()))
+        elif self.config.optimizer.name == "adamw" and self.device.type == "cuda":
+            # torch's choice on a GPU, which it does not make for meta tensors
+            self.optimizer.inner.param_groups[0]["foreach"] = True
+
+    def _sort(self) -> None:
+        """Count what is held as what it is."""
+        self.live.settle(OPTIMIZER)
+        ours = isinstance(self.optimizer.inner, AdamW8bit)
+        self.live.hold(self.optimizer.inner.remainders if ours else self.optimizer.master.values(), MASTER)
+        self.live.hold(self.unet.parameters(), WEIGHTS)
+        if self.ema is not None:
+            self.live.hold(self.ema.averages.values(), AVERAGE)
+
+    def _batch(self, batch_size: int, height: int, width: int) -> Batch:
+        # the host's copies are no memory of a GPU
+        where = META if self.device.type == "cpu" else torch.device("cpu")
+        channels, dim = self.unet.config.in_channels, self.unet.config.cross_attention_dim
+
+        def rows(*shape: int) -> Tensor:
+            return torch.empty(batch_size, *shape, device=where)
+
+        mean, logvar = rows(channels, height, width), rows(channels, height, width)
+        ids, bucket = tuple(range(batch_size)), Bucket(8 * width, 8 * height)
+        return Batch(mean, logvar, rows(NUM_TEXT_TOKENS, dim), ids, (0,) * batch_size, bucket)
+
+    def step(self, batch_size: int, height: int, width: int, num_micro: int = 1) -> Traced:
+        """Return what a step over micro-batches of latents of a size needs; the first one makes what the optimizer keeps."""
+        live, stage = self.live, self.config.stages()[0]
+        batches = [self._batch(batch_size, height, width) for _ in range(num_micro)]
+        take = self.optimizer.step
+
+        def told(*args):
+            live.phase, live.kind = "optimizer", TEMPORARY
+            try:
+                return take(*args)
+            finally:
+                live.phase, live.kind = "step", None
+
+        self.optimizer.step = told
+        try:
+            with references_on_meta(self.device.type == "cpu"), live, gradients_told(live, self.unet.parameters()):
+                live.phase, live.kind = "step", None
+                live.reset_peak()
+                result = train_step(
+                    self.unet, self.optimizer, batches, self._schedule, 1.0, self.config.loss, seed=0, epoch=0,
+                    num_samples=batch_size * num_micro, lr=stage.lr, weight_decay=stage.weight_decay,
+                    max_grad_norm=stage.max_grad_norm,
+                )  # fmt: skip
+                del result
+        finally:
+            del self.optimizer.step
+        self._sort()
+        return Traced(dict(live.live), live.peak, live.work)

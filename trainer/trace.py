@@ -1,0 +1,210 @@
+"""Which memory a training step holds and when, from the real step on meta tensors: shapes without memory.
+
+A dispatch mode sees every operator. Each new storage is counted when an operator returns it and discounted when its last
+reference is gone, as torch's allocators do. Not seen: what an operator allocates and frees within itself (workspace of
+cuDNN and cuBLAS), which trainer/cards.py has constants for, and attention's backward scratch, which is known (below).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from safelight.kernels.jit import Launch, tell_launches
+
+# of torch's CUDA caching allocator: kMinBlockSize in c10/core/CachingDeviceAllocator.h
+CUDA_ROUNDING = 512
+WEIGHTS, MASTER, OPTIMIZER, AVERAGE = "weights", "master", "optimizer state", "moving average"
+GRADIENTS, ACTIVATIONS, TEMPORARY = "gradients", "activations", "backward and step"
+KINDS = (WEIGHTS, MASTER, OPTIMIZER, AVERAGE, GRADIENTS, ACTIVATIONS, TEMPORARY)
+_CONVOLUTIONS = ("convolution", "convolution_backward", "native_group_norm")
+
+
+def _is_in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def _channels_last(x: Tensor) -> bool:
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def _as_the_library_lays_it(func, args: tuple, outputs):
+    """Return a meta operator's outputs as cuDNN and oneDNN lay them: channels-last where image or weight is.
+
+    Source: cudnn_conv_suggest_memory_format and mkldnn_conv_use_channels_last, ATen/native/ConvUtils.h.
+    """
+    name = func._overloadpacket.__name__
+    if name not in _CONVOLUTIONS or not any(isinstance(x, Tensor) and _channels_last(x) for x in args[:3]):
+        return outputs
+
+    def laid(x):
+        is_image = isinstance(x, Tensor) and x.dim() == 4 and not _channels_last(x)
+        return torch.empty_like(x, memory_format=torch.channels_last) if is_image else x
+
+    return tuple(map(laid, outputs)) if isinstance(outputs, tuple) else laid(outputs)
+
+
+def _attention_scratch(name: str, args: tuple) -> int:
+    """Return the bytes that flash attention's backward allocates within itself: dq in fp32 and a number a row.
+
+    Source: mha_bwd in ATen/native/transformers/cuda/flash_attn/flash_api.cpp (rows to 128, head dim to 32).
+    """
+    if name not in ("_scaled_dot_product_flash_attention_backward", "_flash_attention_backward"):
+        return 0
+    batch, heads, rows, dim = args[1].shape if name.startswith("_scaled") else (args[1].transpose(1, 2).shape)
+    return 4 * batch * heads * -(-rows // 128) * 128 * (-(-dim // 32) * 32 + 1)
+
+
+@dataclass
+class Work:
+    """What is computed: floating-point operations of matrix work, bytes read and written by the rest, launches."""
+
+    flops: int = 0
+    bytes_moved: int = 0
+    launches: int = 0
+
+
+@dataclass
+class Peak:
+    """The most that was alive at once. kinds: bytes by kind at that moment; during: forward, backward or another phase."""
+
+    total: int = 0
+    during: str = ""
+    kinds: dict[str, int] = field(default_factory=dict)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Follows the bytes alive on the meta device while it is entered.
+
+    rounding: of every allocation, in bytes. kind: what new storages count as. phase: what a peak is said to be during;
+    forward and backward are told apart by themselves where it is "step".
+    """
+
+    def __init__(self, rounding: int = CUDA_ROUNDING):
+        super().__init__()
+        self.rounding, self.kind, self.phase = rounding, None, "step"
+        self.live = dict.fromkeys(KINDS, 0)
+        self.peak, self.work = Peak(), Work()
+        self._known: dict[int, list] = {}
+        self._total = 0
+        self._listening = contextlib.ExitStack()
+
+    def __enter__(self):
+        self._listening.enter_context(tell_launches(self._count_launch))
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self._listening.close()
+        return super().__exit__(*error)
+
+    @property
+    def total(self) -> int:
+        """Bytes alive now."""
+        return self._total
+
+    def reset_peak(self) -> None:
+        """Begin a new peak, and count work anew, from what is alive now."""
+        self.work, self.peak = Work(), Peak()
+        self._note(0)
+
+    def hold(self, tensors: Iterable[Tensor | None], kind: str) -> None:
+        """Count tensors that are there already, or count them as another kind from now on."""
+        for x in tensors:
+            if x is not None and x.is_meta:
+                self._take(x, kind)
+
+    def settle(self, kind: str) -> None:
+        """Count all that a step has left behind as of one kind."""
+        for entry in self._known.values():
+            if entry[1] in (GRADIENTS, ACTIVATIONS, TEMPORARY):
+                self.live[entry[1]] -= entry[0]
+                self.live[kind] += entry[0]
+                entry[1] = kind
+
+    def _take(self, x: Tensor, kind: str) -> None:
+        storage = x.untyped_storage()
+        entry = self._known.get(storage._cdata)
+        if entry is not None:
+            self.live[entry[1]] -= entry[0]
+            self.live[kind] += entry[0]
+            entry[1] = kind
+            return
+        size = -(-storage.nbytes() // self.rounding) * self.rounding
+        self._known[storage._cdata] = [size, kind]
+        weakref.finalize(storage, self._free, storage._cdata).atexit = False
+        self.live[kind] += size
+        self._total += size
+        self._note(0)
+
+    def _free(self, address: int) -> None:
+        size, kind = self._known.pop(address)
+        self.live[kind] -= size
+        self._total -= size
+
+    def _note(self, scratch: int) -> None:
+        if self._total + scratch > self.peak.total:
+            during = ("backward" if _is_in_backward() else "forward") if self.phase == "step" else self.phase
+            self.peak = Peak(self._total + scratch, during, dict(self.live))
+            self.peak.kinds[TEMPORARY] += scratch
+
+    def _count_launch(self, launch: Launch) -> None:
+        tensors = {
+            (x.untyped_storage()._cdata, x.storage_offset(), x.shape): x
+            for x in launch.arguments.values()
+            if isinstance(x, Tensor)
+        }
+        self.work.launches += 1
+        self.work.bytes_moved += sum(x.numel() * x.element_size() for x in tensors.values())
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func._overloadpacket.__name__
+        if name == "_local_scalar_dense" and args[0].is_meta:
+            # the host asks whether a norm is finite: it is
+            return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
+        if name == "_to_copy" and args[0].is_meta and torch.device(kwargs.get("device") or "meta").type == "cpu":
+            # what the references of kernels read on the host: keys of draws, which tensors to skip (none)
+            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+        outputs = _as_the_library_lays_it(func, args, func(*args, **kwargs))
+        found = [x for x in tree_leaves(outputs) if isinstance(x, Tensor) and x.is_meta]
+        kind = self.kind or (TEMPORARY if _is_in_backward() else ACTIVATIONS)
+        is_new = False
+        for x in found:
+            if x.untyped_storage()._cdata not in self._known:
+                self._take(x, kind)
+                is_new = True
+        if scratch := _attention_scratch(name, args):
+            self._note(scratch)
+        self._count(func, args, kwargs, outputs, found, is_new)
+        return outputs
+
+    def _count(self, func, args, kwargs, outputs, found: list[Tensor], is_new: bool) -> None:
+        writes = func._schema.is_mutable
+        if (not found and not writes) or not (is_new or writes) or func._overloadpacket.__name__.startswith("empty"):
+            return
+        self.work.launches += 1
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.work.flops += formula(*args, **kwargs, out_val=outputs)
+            return
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.is_meta]
+        self.work.bytes_moved += sum(x.numel() * x.element_size() for x in (*inputs, *found))
+
+
+@contextlib.contextmanager
+def gradients_told(live: LiveBytes, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Count the gradients that parameters get as such within the block."""
+    handles = [p.register_post_accumulate_grad_hook(lambda p: live.hold([p.grad], GRADIENTS)) for p in parameters]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

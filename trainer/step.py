@@ -18,6 +18,7 @@ from safelight.kernels.philox import Key, Purpose
 from safelight.trainer.config import Loss
 from safelight.trainer.diffusion import NoiseSchedule, mse_per_sample
 from safelight.trainer.optim import UNetOptimizer
+from safelight.trainer.ranges import named
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,15 @@ def accumulate(
     """
     weighting = {"weighting": "min_snr", "gamma": loss.min_snr_gamma} if loss.min_snr_gamma > 0 else {}
     options = LossOptions(prediction_type=schedule.prediction_type, **weighting)
-    found = diffusion_loss(
-        predict(unet, noisy), noisy.target_BCHW, noisy.timesteps_B, schedule.alphas_cumprod_T, options,
-        num_samples=num_samples,
-    )  # fmt: skip
-    (found.total * loss_scale).backward()
+    with named("forward"):
+        predicted = predict(unet, noisy)
+    with named("loss"):
+        found = diffusion_loss(
+            predicted, noisy.target_BCHW, noisy.timesteps_B, schedule.alphas_cumprod_T, options, num_samples=num_samples
+        )
+        scaled = found.total * loss_scale
+    with named("backward"):
+        scaled.backward()
     return found.losses_B
 
 
@@ -109,13 +114,17 @@ def train_step(
     """Take one optimizer step over the micro-batches given."""
     losses, dtype = [], next(unet.parameters()).dtype
     pending = iter(batches)
-    batch = next(pending)
+    with named("load"):
+        batch = next(pending)
     while batch is not None:
-        following = next(pending, None)
+        with named("load"):
+            following = next(pending, None)
         if following is None:
             optimizer.arm(lr, weight_decay, max_grad_norm)
-        noisy = make_noisy(batch, schedule, scaling_factor, seed, epoch, loss.offset_noise, dtype)
+        with named("noise"):
+            noisy = make_noisy(batch, schedule, scaling_factor, seed, epoch, loss.offset_noise, dtype)
         losses.append(accumulate(unet, noisy, schedule, loss, num_samples, optimizer.loss_scale.scale))
         batch = following
-    norm, taken = optimizer.step(lr, weight_decay, max_grad_norm)
+    with named("optimizer"):
+        norm, taken = optimizer.step(lr, weight_decay, max_grad_norm)
     return StepResult(torch.cat(losses), norm, taken)

@@ -6,6 +6,7 @@ import codecs
 import json
 import os
 import posixpath
+import re
 import reprlib
 import unicodedata
 from dataclasses import dataclass, field
@@ -26,6 +27,22 @@ class Caption:
 
     texts: tuple[str, ...]
     source: str
+
+
+# the source of a caption that nobody wrote
+FILE_NAME = "file name"
+
+
+# what cameras, phones and programs call a picture, and a number
+_NO_WORDS = re.compile(
+    r"(img|dsc[nf]?|dscf|cimg|imag|mvi|pxl|gopr?|dji|sam|wp|p|screenshot|image|photo|picture|untitled)?[\d\s.()-]*",
+    re.IGNORECASE,
+)
+
+
+def says_nothing(caption: str) -> bool:
+    """Return whether a caption is a camera's name for a file, IMG or DSC01234, which would be trained as a word."""
+    return _NO_WORDS.fullmatch(caption) is not None
 
 
 @dataclass(frozen=True)
@@ -116,7 +133,7 @@ class CaptionReader:
             self.warnings.append(
                 f"{printable(photo)} has no caption and its name gives none; it trains with the empty caption"
             )
-        return Caption((text,), "file name")
+        return Caption((text,), FILE_NAME)
 
     def _folders(self, photo: Path) -> list[Path]:
         """Return the photo's folder and those above it, down to and including the root."""

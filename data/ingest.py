@@ -11,12 +11,12 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from safelight.data.atomic import atomic_write_bytes, atomic_write_text
-from safelight.data.captions import SIDECAR_SUFFIXES, TABLE_NAMES, CaptionReader, Rejection
+from safelight.data.captions import FILE_NAME, SIDECAR_SUFFIXES, TABLE_NAMES, CaptionReader, Rejection
 from safelight.data.images import COPYABLE_FORMATS, RejectedImage, decode, encode, read_file
 from safelight.data.lock import FolderLock
 from safelight.data.manifest import MANIFEST_NAME, Photo, read_manifest, write_manifest
@@ -68,12 +68,15 @@ class _Prepared:
 def _walk(folder: Path, dataset: Path, visited: set[Path], rejections: list[Rejection]) -> Iterator[Path]:
     """Yield the files below a folder in sorted order: no hidden ones, no dataset, no folder twice (symlink loops).
 
-    A folder that cannot be read is put among the rejections.
+    A folder that cannot be read and another dataset, whose photos are copies, are put among the rejections.
     """
     real = folder.resolve()
     if real in visited or real == dataset:
         return
     visited.add(real)
+    if os.path.isfile(folder / MANIFEST_NAME) and os.path.isdir(folder / IMAGES_FOLDER):
+        rejections.append(Rejection(storable(str(folder)), "a dataset made by prepare, no folder of originals"))
+        return
     try:
         entries = sorted(folder.iterdir(), key=lambda path: path.name)
     except OSError as error:
@@ -194,6 +197,8 @@ class _Collection:
         if index is not None and (index in self.touched or self.photos[index].source != found.label):
             self.summary.num_duplicates += 1
             reason = f"same picture as {self.photos[index].source}"
+            if self._takes_caption(index, found):
+                reason += ", which takes its caption"
             self.summary.rejected.append(Rejection(storable(str(found.path)), reason))
             return
         earlier = self.index_of_source.get(found.label)
@@ -230,6 +235,15 @@ class _Collection:
         self.summary.num_copied += prepared.is_copied
         if prepared.warning:
             self.summary.warnings.append(f"{printable(found.path)}: {prepared.warning}")
+
+    def _takes_caption(self, index: int, found: _Found) -> bool:
+        """Give a photo that is captioned by its file's name alone what was written for its duplicate; return whether there is."""
+        if self.photos[index].caption_source != FILE_NAME:
+            return False
+        caption = found.reader.read(found.path)
+        if caption.source != FILE_NAME:
+            self._put(index, replace(self.photos[index], captions=caption.texts, caption_source=caption.source))
+        return caption.source != FILE_NAME
 
 
 def _write_rejected(dataset: Path, rejected: list[Rejection]) -> None:

@@ -22,11 +22,14 @@ from __future__ import annotations
 
 import hashlib
 from enum import IntEnum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    # two seconds that `safelight prepare`, which draws by numpy, need not wait
+    import torch
+    from torch import Tensor
 
 MULTIPLIER_0 = 0xD2511F53
 MULTIPLIER_1 = 0xCD9E8D57
@@ -229,24 +232,33 @@ class _Numpy:
 class _Torch:
     # a Python float times an fp32 tensor is computed in fp32 after rounding the float once: what np.float32 does
     constant = staticmethod(lambda value: float(np.float32(value)))
-    where = staticmethod(torch.where)
+
+    @staticmethod
+    def where(condition, x, y):
+        return x.where(condition, y)
 
     @staticmethod
     def sqrt(x):
+        import torch
+
         # torch's vectorised CPU sqrt is off by an ulp in one of five values (2.13, AVX-512); numpy's and CUDA's round correctly
         return torch.from_numpy(np.sqrt(x.numpy())) if x.device.type == "cpu" else torch.sqrt(x)
 
     @staticmethod
     def to_float(x):
-        return x.to(torch.float32)
+        return x.float()
 
     @staticmethod
     def bits(x):
-        return x.view(torch.int32).to(torch.int64)
+        import torch
+
+        return x.view(torch.int32).long()
 
     @staticmethod
     def from_bits(x):
-        return x.to(torch.int32).view(torch.float32)
+        import torch
+
+        return x.int().view(torch.float32)
 
 
 def normals(key: Key, shape: tuple[int, ...]) -> np.ndarray:
@@ -268,6 +280,8 @@ def normals_torch(keys: list[Key], shape: tuple[int, ...], device: torch.device 
         raise ValueError(
             f"normals_torch needs one or more keys of one seed, got seeds {sorted({k.seed for k in keys})}"
         )
+    import torch
+
     num = int(np.prod(shape, dtype=np.int64))
     k0, k1 = keys[0].words()[:2]
     counters = torch.tensor([key.words()[2:] for key in keys], dtype=torch.int64).to(device, non_blocking=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+from collections import Counter
 
 EXIT_INTERRUPTED = 130
 # a list of captions for a thousand photos beside twenty of them would fill the screen
@@ -19,6 +21,7 @@ COMMANDS = {
     "export": "a run's model as a diffusers folder, or one .safetensors for A1111 and ComfyUI",
     "report": "one self-contained HTML file about a run",
     "demo": "all of it, small, on any machine: minutes on two CPU cores",
+    "profile": "where a run's step spends its time and memory: trace, flame chart, roofline",
     "bench": "measure the step, what can be counted of it, the diffusers recipe, the loader",
 }
 
@@ -65,6 +68,7 @@ def prepare(argv: list[str]) -> int:
     arguments = parse(Prepare, argv, "prepare", COMMANDS["prepare"])
     if not arguments.sources:
         raise ValueError("no photos given; name one or more folders of photos, or files")
+    from safelight.data.captions import FILE_NAME, says_nothing
     from safelight.data.ingest import REJECTED_NAME, ingest
     from safelight.data.printable import printable
     from safelight.trainer.log import Terminal
@@ -89,12 +93,23 @@ def prepare(argv: list[str]) -> int:
         terminal.say(f"note: {warning}")
     if len(summary.warnings) > MOST_LISTED:
         terminal.say(f"and {len(summary.warnings) - MOST_LISTED} more notes; --json prints them all")
+    unsaid = [
+        p for p in summary.photos if p.caption_source == FILE_NAME and all(c and says_nothing(c) for c in p.captions)
+    ]
+    if unsaid:
+        terminal.say(
+            f"note: {len(unsaid)} of the photographs have no caption but a camera's file name ({unsaid[0].source}: "
+            f"{unsaid[0].captions[0]!r}), which would be learnt as a word; write IMG_1.txt beside IMG_1.jpg, or a captions.jsonl"
+        )
+    sources = Counter(p.caption_source for p in summary.photos)
     num_rows = sum(r.is_row for r in summary.rejected)
     rows = f", {num_rows} caption rows" if num_rows else ""
     print(
         f"{len(summary.photos)} photographs in {arguments.out} ({summary.num_copied} copied as they are, {summary.num_shrunk} shrunk, "
-        f"{summary.num_duplicates} duplicates dropped, {len(rejected) - num_rows} left out{rows})"
+        f"{summary.num_duplicates} duplicates dropped, {len(rejected) - num_rows - summary.num_duplicates} left out{rows})"
     )
+    print("captions: " + ", ".join(f"{num} from {source}" for source, num in sources.most_common()))
+    print(f"next: safelight train run.toml --data.path {shlex.quote(str(arguments.out))}")
     return 0
 
 
@@ -264,6 +279,35 @@ def demo(argv: list[str]) -> int:
         ("", "base", "trained", "difference", "chance"), rows,
     )  # fmt: skip
     print(f"report: {result['report']}")
+    return 0
+
+
+def profile(argv: list[str]) -> int:
+    from safelight.arguments import parse_with_config
+
+    arguments, config = parse_with_config(argv, "profile", COMMANDS["profile"])
+    from safelight.bench.profiling import profile_run
+    from safelight.bench.results import append
+    from safelight.trainer.log import Terminal
+
+    with Terminal() as terminal:
+        found = profile_run(config, arguments.steps, arguments.out, terminal)
+    if arguments.append is not None:
+        append(arguments.append, found.record)
+    if arguments.json:
+        _print_json(found.record)
+        return 0
+    analysis = found.analysis
+    _print_table(
+        f"a step takes {analysis.plain_ms:,.1f} ms, {analysis.step_ms:,.1f} under the profiler; model-FLOP use {100 * analysis.model_flop_use:.1f} %",
+        ("", "ms", "share"),
+        [
+            (name, f"{ms:.2f}", f"{100 * ms / sum(part.values()):.0f} %")
+            for part in (analysis.stretches, analysis.kinds) for name, ms in part.items()
+        ],
+    )  # fmt: skip
+    for file in found.files:
+        print(file)
     return 0
 
 

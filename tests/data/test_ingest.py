@@ -3,11 +3,13 @@
 import hashlib
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from safelight.data.captions import says_nothing
 from safelight.data.images import decode
 from safelight.data.ingest import ingest
 from safelight.data.manifest import read_manifest
@@ -253,3 +255,43 @@ def test_stored_pixels_equal_the_original_where_lossless(source, dataset, make_n
     stored = np.asarray(decode((dataset / photo.file).read_bytes()).image, float)
     wanted = np.asarray(decode((source / "a.png").read_bytes()).image, float)
     assert np.abs(stored - wanted).mean() < 2
+
+
+def test_of_a_picture_given_twice_the_written_caption_is_kept(tmp_path):
+    """Whichever is met first, in this call or an earlier one."""
+    source = tmp_path / "photos"
+    source.mkdir()
+    Image.new("RGB", (80, 60), "teal").save(source / "a beach at night_3.jpg")
+    ingest([source], tmp_path / "before")
+    (source / "z.jpg").write_bytes((source / "a beach at night_3.jpg").read_bytes())
+    (source / "captions.jsonl").write_text(json.dumps({"file_name": "z.jpg", "text": "a man in a beanie"}))
+    for dataset in ("before", "anew", "anew"):
+        summary = ingest([source], tmp_path / dataset)
+        (photo,) = read_manifest(tmp_path / dataset)
+        assert photo.captions == ("a man in a beanie",)
+        assert photo.caption_source == "captions.jsonl"
+        assert [r.reason for r in summary.rejected] == [f"same picture as {photo.source}, which takes its caption"]
+
+
+def test_a_dataset_among_the_photos_is_no_source(tmp_path):
+    source = tmp_path / "photos"
+    source.mkdir()
+    Image.new("RGB", (80, 60), "teal").save(source / "one.png")
+    ingest([source], source / "dataset")
+    summary = ingest([source], tmp_path / "other")
+    assert [photo.source for photo in summary.photos] == ["photos/one.png"]
+    assert [(Path(r.path).name, r.reason) for r in summary.rejected] == [
+        ("dataset", "a dataset made by prepare, no folder of originals")
+    ]
+
+
+@pytest.mark.parametrize(
+    "caption", ["IMG", "DSC01234", "P1010001", "20230801 123456", "PXL", "", "photo (3)", "Screenshot"]
+)
+def test_a_cameras_name_says_nothing(caption):
+    assert says_nothing(caption)
+
+
+@pytest.mark.parametrize("caption", ["a cat", "IMG of a cat", "Paris", "portrait 3", "sand"])
+def test_a_word_says_something(caption):
+    assert not says_nothing(caption)

@@ -204,7 +204,7 @@ class AdamW8bit:
         members = tuple(range(len(self.parameters))) if members is None else tuple(members)
         if len(gradients) != len(members) or len({g.dtype for g in gradients}) != 1:
             raise ValueError(f"{len(gradients)} gradients for {len(members)} weights; give one each, of one dtype")
-        where = self._places(members)
+        where = self.places(members)
         scales = gradient_scale
         if not isinstance(scales, Tensor):
             scales = torch.full((), scales, device=self.skips.device)
@@ -232,7 +232,9 @@ class AdamW8bit:
         """End a step: count it for every tensor that was not skipped."""
         self.step_counts += self.skips == 0
 
-    def _places(self, members: tuple[int, ...]) -> Tensor:
+    def places(self, members: Sequence[int]) -> Tensor:
+        """Return places in the list of parameters as an index on the device, copied there at the first call alone."""
+        members = tuple(members)
         if members not in self._indices:
             self._indices[members] = torch.tensor(members, device=self.skips.device)
         return self._indices[members]

@@ -134,7 +134,7 @@ class KernelAdamW:
             factor = factor * (step.max_grad_norm / (by + 1e-6)).clamp(max=1.0)
         places = [self._places[name] for name in names]
         self.inner.update(gradients, factor, ~torch.isfinite(norms), places)
-        step.norms[torch.tensor(places, device=norms.device)] = norms
+        step.norms.index_copy_(0, self.inner.places(places), norms)
 
     def _end_fused(self, loss_scale) -> tuple[Tensor, Tensor]:
         """End a step that backward has taken. Taken is what any tensor took."""

@@ -170,14 +170,25 @@ def test_norm_and_count_are_in_the_checkpoint(initial_unet):
     assert all(torch.equal(state[key], other_state[key]) for key in state)
 
 
-def test_a_fused_step_asks_nothing_of_the_device():
+def test_a_fused_step_asks_nothing_of_the_device(monkeypatch):
     module = torch.nn.Linear(64, 64, device="meta", dtype=torch.float16)
     optimizer = UNetOptimizer(module, Optimizer(fused_backward=True))
-    optimizer.arm(1e-6, 0.01, 1.0)
-    (module(torch.empty(2, 64, device="meta", dtype=torch.float16)).sum() * optimizer.loss_scale.scale).backward()
-    assert all(p.grad is None for p in module.parameters())
-    norm, taken = optimizer.step(1e-6, 0.01, 1.0)
-    assert norm.device.type == taken.device.type == "meta"
+    copied, make = [], torch.tensor
+
+    def told(*args, **kwargs):
+        made = make(*args, **kwargs)
+        copied.extend([made] if made.is_meta else [])
+        return made
+
+    for number in range(2):
+        optimizer.arm(1e-6, 0.01, 1.0)
+        (module(torch.empty(2, 64, device="meta", dtype=torch.float16)).sum() * optimizer.loss_scale.scale).backward()
+        assert all(p.grad is None for p in module.parameters())
+        norm, taken = optimizer.step(1e-6, 0.01, 1.0)
+        assert norm.device.type == taken.device.type == "meta"
+        # a list of the host's that is made a tensor of the device waits for it: at the first step alone
+        assert not copied or number == 0
+        monkeypatch.setattr(torch, "tensor", told)
 
 
 @pytest.mark.parametrize(

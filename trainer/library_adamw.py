@@ -23,6 +23,10 @@ class LibraryAdamW:
             # an fp32 weight's own storage becomes its master's: nothing is rounded first, nothing is held twice
             self.master = {name: nn.Parameter(p.detach().float().contiguous()) for name, p in parameters.items()}
             module.to(dtype)
+        elif config.name == "bnb_adamw8bit":
+            # its first step gives weights that are not contiguous new memory: done before anything keeps views of them
+            for p in parameters.values():
+                p.data = p.detach().contiguous()
         self.name = config.name
         options = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
         if config.name == "adamw":

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from safelight.trainer import train as loop
-from safelight.trainer.config import parse_config
+from safelight.trainer.config import Optimizer, parse_config
 from safelight.trainer.draw import open_run
 from safelight.trainer.ema import NUM_UPDATES, PREFIX, WeightAverages, take_averages
 from safelight.trainer.export import export
@@ -151,3 +151,20 @@ def test_a_checkpoint_without_averages_is_refused_by_a_run_that_keeps_them(runs,
     optimizer = UNetOptimizer(module, parse_config({"optimizer": {"name": "adamw"}}, "test").optimizer)
     with pytest.raises(ValueError, match=r"has no moving average of these weights; resume with train\.ema_decay = 0"):
         take_averages({"loss_scale/scale": torch.ones(())}, WeightAverages(optimizer, 0.9))
+
+
+@pytest.mark.parametrize("name", ["adamw", "bnb_adamw8bit", "adamw8bit"])
+def test_it_follows_weights_in_every_memory_order(name):
+    """bitsandbytes' step gives weights that are not contiguous new memory: a view of the old one would stand still."""
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(32, 32, 3)
+    conv.weight.data = conv.weight.detach().contiguous(memory_format=torch.channels_last)
+    optimizer = UNetOptimizer(conv, Optimizer(name=name), torch.float32)
+    averages = WeightAverages(optimizer, 0.5)
+    expected = conv.weight.detach().clone()
+    for n in range(1, 4):
+        conv.weight.grad, conv.bias.grad = torch.randn_like(conv.weight), torch.randn_like(conv.bias)
+        averages.update(optimizer.step(1e-2, 0.0, 0.0)[1])
+        decay = min(0.5, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * conv.weight.detach()
+        torch.testing.assert_close(averages.averages["weight"], expected)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -14,7 +14,12 @@ from safelight.trainer.optim import learning_rate
 
 def steps_per_epoch(samples: Sequence[Sample], batch_size: int, accumulation: int) -> int:
     """Return optimizer steps of one epoch: each bucket's last micro-batch may be short, so may the last step be."""
-    num_micro = sum(-(-count // batch_size) for count in Counter(s.bucket for s in samples).values())
+    return steps_of_counts(Counter(s.bucket for s in samples).values(), batch_size, accumulation)
+
+
+def steps_of_counts(counts: Iterable[int], batch_size: int, accumulation: int) -> int:
+    """Return optimizer steps of one epoch from how many samples each bucket has."""
+    num_micro = sum(-(-count // batch_size) for count in counts)
     return -(-num_micro // accumulation)
 
 

@@ -17,11 +17,12 @@ from safelight.trainer.report.facts import (
     headline_facts,
     over_fitting_verdict,
 )
-from safelight.trainer.report.markup import Markup, join, shorten, tag
+from safelight.trainer.report.markup import Markup, counted, join, shorten, tag
 from safelight.trainer.report.provenance import data_section, environment_section, events_section, parameters_section
 from safelight.trainer.report.results import learned_section, samples_section
-from safelight.trainer.report.run_folder import RunFolder, number, read_run_folder, rows_of, table_of
+from safelight.trainer.report.run_folder import RunFolder, num_held_out, number, read_run_folder, rows_of, table_of
 from safelight.trainer.report.theme import CSS, JS, content_security_policy
+from safelight.trainer.run_folder import require_run
 
 SECTIONS = (
     ("learned", "Did it learn?"),
@@ -41,16 +42,19 @@ AFTER_THE_BEST = {
     "over-fitting": "Since then the model over-fits.",
     "worsening": "It has risen since, and on the training photographs too.",
 }
+# fewer photographs than this are too few for a percentage to stand alone
+FEW_HELD_OUT = 10
 MARK = '<svg viewBox="0 0 14 14" aria-hidden="true"><circle class="f-accent" cx="7" cy="7" r="6"/></svg>'
 
 
 def build_report(run_dir: Path) -> Path:
     """Return the path of the report.html written into the run folder.
 
-    Whatever the run lacks is an empty state in the page. Raises ValueError if run_dir is not a folder.
+    Whatever the run lacks is an empty state in the page. Raises ValueError if run_dir is no run's folder.
     """
     run_dir = Path(run_dir)
     run = read_run_folder(run_dir)
+    require_run(run_dir)
     path = run_dir / "report.html"
     atomic_write_text(path, render(run))
     return path
@@ -64,9 +68,9 @@ def render(run: RunFolder) -> str:
     sections = [
         learned_section(run),
         samples_section(run, best_step),
-        loss_section(run.metrics),
-        timestep_section(run.metrics),
-        schedule_section(run.metrics),
+        loss_section(run),
+        timestep_section(run),
+        schedule_section(run),
         data_section(run.data, run),
         parameters_section(run),
         environment_section(run),
@@ -80,6 +84,7 @@ def render(run: RunFolder) -> str:
             tag("h1", run.name),
             tag("p", _subtitle(run), class_="sub"),
             tag("p", _lead(run, facts, verdict), class_="lead"),
+            _few_held_out(run),
             _from_scratch(run),
             _problems(run.problems),
             tiles(run, facts),
@@ -106,10 +111,11 @@ def tiles(run: RunFolder, facts: Facts) -> Markup:
     found = []
     photos = number((run.data or {}).get("num_photos"))
     if photos == photos:
-        found.append(_tile("photographs", f"{photos:,.0f}", note=_held_out_note(run)))
+        found.append(_tile("photograph" if photos == 1 else "photographs", f"{photos:,.0f}", note=_held_out_note(run)))
     planned = planned_epochs(run.config)
     of = f" of {format_epoch(planned)}" if planned else ""
-    found.append(_tile("epochs done", format_epoch(facts.last_epoch), of, f"{facts.last_step:,} steps"))
+    name = "epoch done" if (planned or facts.last_epoch) == 1 else "epochs done"
+    found.append(_tile(name, format_epoch(facts.last_epoch), of, counted(facts.last_step, "step")))
     if facts.best and len(run.metrics.validation["held_out"]) == 1 and facts.best.step == 0:
         found.append(_tile("held-out loss", f"{facts.best.loss:.4f}", note="of the base model"))
     elif facts.best:
@@ -175,6 +181,15 @@ def _lead(run: RunFolder, facts: Facts, verdict: Verdict) -> str:
         f"On photographs it never saw, loss fell by {amount} against {against}, "
         f"at its best after epoch {format_epoch(facts.best.epoch)}. {AFTER_THE_BEST.get(verdict.kind, '')}".rstrip()
     )
+
+
+def _few_held_out(run: RunFolder) -> Markup | None:
+    """Return what to think of percentages that rest on a handful of photographs."""
+    num = num_held_out(run)
+    if len(run.metrics.validation["held_out"]) < 2 or not 0 < num < FEW_HELD_OUT:
+        return None
+    text = f"The percentages rest on {counted(num, 'held-out image')}: so few that another split may say otherwise."
+    return tag("p", text, class_="note")
 
 
 def _from_scratch(run: RunFolder) -> Markup | None:

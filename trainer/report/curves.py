@@ -5,29 +5,33 @@ import math
 
 import numpy as np
 
+from safelight.trainer.report.course import learning_rates, stage_starts
 from safelight.trainer.report.facts import (
     best_validation,
     evenly_chosen,
     format_epoch,
+    format_percent,
     over_fitting_verdict,
 )
 from safelight.trainer.report.graphs import (
     Frame,
     band_names,
+    learning_rate_graph,
     loss_graph,
     small_graph,
     smoothed_loss,
     timestep_graph,
 )
-from safelight.trainer.report.markup import Markup, details, empty_state, table, tag
-from safelight.trainer.report.run_folder import Metrics, Validation
+from safelight.trainer.report.markup import Markup, counted, details, empty_state, table, tag
+from safelight.trainer.report.run_folder import Metrics, RunFolder, Validation, averages_note
 from safelight.trainer.report.svg import to_svg
 
 MAX_READ_OUT_POINTS = 300
 
 
-def loss_section(metrics: Metrics) -> Markup:
+def loss_section(run: RunFolder) -> Markup:
     """Return the loss graph, what it says about over-fitting, and its validations as a table."""
+    metrics, starts = run.metrics, stage_starts(run)
     heading = tag("h2", "Loss")
     held_out, subset = metrics.validation["held_out"], metrics.validation["train_subset"]
     if not len(metrics.train["loss"]) and len(held_out) < 2:
@@ -39,7 +43,7 @@ def loss_section(metrics: Metrics) -> Markup:
         label += f"; held-out loss is lowest at epoch {format_epoch(best.epoch)} with {best.loss:.4f}"
     drawings, frames = [], {}
     for name, narrow in (("wide", False), ("narrow", True)):
-        figure, frame = loss_graph(metrics, best, narrow)
+        figure, frame = loss_graph(metrics, best, starts, narrow)
         drawings.append(to_svg(figure, f"loss-{name}", label, name))
         frames[name] = frame
     graph = tag(
@@ -47,7 +51,7 @@ def loss_section(metrics: Metrics) -> Markup:
         _legend(metrics),
         drawings,
         tag("output", "", class_="readout"),
-        tag("figcaption", _loss_note(metrics)),
+        tag("figcaption", _loss_note(metrics) + _averaged(run)),
         class_="wide",
         data_series=_read_out(metrics, frames),
     )
@@ -62,10 +66,10 @@ def loss_section(metrics: Metrics) -> Markup:
     )
 
 
-def timestep_section(metrics: Metrics) -> Markup:
+def timestep_section(run: RunFolder) -> Markup:
     """Return where in the noise schedule the model got better."""
     heading = tag("h2", "Loss by timestep")
-    held_out = metrics.validation["held_out"]
+    held_out = run.metrics.validation["held_out"]
     num_bands = max((len(point.loss_by_timestep) for point in held_out), default=0)
     points = [point for point in held_out if num_bands > 1 and len(point.loss_by_timestep) == num_bands]
     if len(points) < 2:
@@ -83,34 +87,60 @@ def timestep_section(metrics: Metrics) -> Markup:
         legend.append((("accent", False), f"best, epoch {format_epoch(best.epoch)}"))
     if last.step not in (best.step, first.step):
         legend.append((("amber", False), f"last, epoch {format_epoch(last.epoch)}"))
+    worse = [text for text in (_worse(points[0], point) for point in dict.fromkeys((best, last))) if text]
     note = (
         f"The noise schedule in {num_bands} equal parts: 0 % is an almost clean image, where low-level detail is learnt; "
         "100 % almost pure noise, where composition is. "
         + (f"Ticks are the upper ends of the bands: {', '.join(band_names(num_bands))} %." if num_bands > 5 else "")
-    )
+    ).rstrip() + _averaged(run)
     return tag(
         "section",
         heading,
-        tag("figure", _legend_list(legend), drawings, tag("figcaption", note), class_="wide"),
+        tag("p", " ".join(worse)) if worse else None,
+        tag(
+            "figure",
+            _legend_list(legend, "a bar of what got worse" if worse else ""),
+            drawings,
+            tag("figcaption", note),
+            class_="wide",
+        ),
         id="timesteps",
     )
 
 
-def schedule_section(metrics: Metrics) -> Markup:
+def schedule_section(run: RunFolder) -> Markup:
     """Return learning rate, gradient norm, throughput and memory."""
-    drawn = []
+    metrics, starts, drawn, note = run.metrics, stage_starts(run), [], None
     smoothing = max(1, len(metrics.train["step"]) // 80)
+    if np.isfinite(metrics.train["lr"]).any():
+        exact = learning_rates(run)
+        if exact is None:
+            text = "Learning rate as logged: the settings in config.toml do not give that of every step of this run."
+            note = tag("p", text, class_="note")
+        figure = learning_rate_graph(metrics, starts, exact, "learning rate")
+        drawn.append(tag("figure", to_svg(figure, "lr", "learning rate over the epochs")))
     for column, title, color, half_width in (
-        ("lr", "learning rate", "accent", 0),
         ("grad_norm", "gradient norm, before clipping", "muted", smoothing),
         ("images_per_s", "throughput (images/s)", "amber", smoothing),
         ("memory_gib", "memory in use, peak (GiB)", "amber", 0),
     ):
         if np.isfinite(metrics.train[column]).any():
-            figure = small_graph(metrics, column, title, color, half_width)
+            figure = small_graph(metrics, starts, column, title, color, half_width)
             drawn.append(tag("figure", to_svg(figure, column.replace("_", "-"), f"{title} over the epochs")))
     body = tag("div", drawn, class_="graphs") if drawn else empty_state("No training step has been logged yet.")
-    return tag("section", tag("h2", "Learning rate, speed and memory"), body, id="schedule")
+    return tag("section", tag("h2", "Learning rate, speed and memory"), body, note, id="schedule")
+
+
+def _averaged(run: RunFolder) -> str:
+    return averages_note(run, "After step 0, validation measures") if any(run.metrics.validation.values()) else ""
+
+
+def _worse(first: Validation, point: Validation) -> str:
+    """Return the sentence on the bands in which a validation is worse than the first one, "" if there are none."""
+    bands = zip(band_names(len(first.loss_by_timestep)), first.loss_by_timestep, point.loss_by_timestep, strict=True)
+    rises = [f"{name} % ({format_percent(100 * (now / then - 1))})" for name, then, now in bands if now > then > 0]
+    where = f"At epoch {format_epoch(point.epoch)}, loss is higher than at step {first.step:,}"
+    return f"{where} in {counted(len(rises), 'timestep band')}: {', '.join(rises)}." if rises else ""
 
 
 def _legend(metrics: Metrics) -> Markup:
@@ -124,17 +154,21 @@ def _legend(metrics: Metrics) -> Markup:
     ):
         points = metrics.validation[split]
         if points:
-            counted = f" ({points[-1].num_images} images)" if points[-1].num_images else ""
-            items.append(((color, dashed), name + counted))
+            num = f" ({counted(points[-1].num_images, 'image')})" if points[-1].num_images else ""
+            items.append(((color, dashed), name + num))
     return _legend_list(items)
 
 
-def _legend_list(items: list[tuple[tuple[str, bool], str]]) -> Markup:
+def _legend_list(items: list[tuple[tuple[str, bool], str]], bar: str = "") -> Markup:
+    """Return the lines of a graph with their names, and after them the name of its muted bars."""
     rows = []
     for (color, dashed), text in items:
         dash = ' stroke-dasharray="6 3"' if dashed else ""
         line = f'<path class="s-{color}" stroke-width="3"{dash} d="M0 5H24"/>'
         rows.append(tag("li", Markup(f'<svg viewBox="0 0 24 10" aria-hidden="true">{line}</svg>'), text))
+    if bar:
+        block = '<rect class="f-muted" x="7" width="10" height="10"/>'
+        rows.append(tag("li", Markup(f'<svg viewBox="0 0 24 10" aria-hidden="true">{block}</svg>'), bar))
     return tag("ul", rows, class_="legend")
 
 
@@ -151,7 +185,8 @@ def _loss_note(metrics: Metrics) -> str:
         notes.append("The training curve draws both afresh at every step and cannot be compared with validation.")
     num_bad = int(np.sum(~np.isfinite(loss)))
     if num_bad:
-        notes.append(f"{num_bad} logged steps had no finite loss and are left out.")
+        are = "is" if num_bad == 1 else "are"
+        notes.append(f"{counted(num_bad, 'logged step')} had no finite loss and {are} left out.")
     if len(loss):
         notes.append("Logged values scatter widely; some leave the frame, which is set by the curves.")
     return " ".join(notes)

@@ -23,6 +23,8 @@ SMALL_PX = (400, 215)
 MAX_DRAWN_POINTS = 1500
 LOG_FROM_RATIO = 5
 ROUND_STEPS = (1, 2, 2.5, 5, 10)
+# (epoch, stage) of every stage after the first
+StageStarts = Sequence[tuple[float, int]]
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -45,14 +47,9 @@ def smoothed_loss(metrics: Metrics) -> tuple[np.ndarray, int]:
     return smooth(smooth(metrics.train["loss"], half_width), half_width), 4 * half_width + 1
 
 
-def stage_starts(metrics: Metrics) -> list[tuple[float, int]]:
-    """Return (epoch, stage) for every stage after the first one that was trained."""
-    stage, epoch = metrics.train["stage"], metrics.train["epoch"]
-    changes = np.flatnonzero(np.diff(stage) > 0) + 1
-    return [(float(epoch[i]), int(stage[i])) for i in changes if np.isfinite(epoch[i])]
-
-
-def loss_graph(metrics: Metrics, best: Validation | None, narrow: bool) -> tuple[Figure, Frame]:
+def loss_graph(
+    metrics: Metrics, best: Validation | None, starts: StageStarts, narrow: bool
+) -> tuple[Figure, Frame]:  # fmt: skip
     """Return the training and validation losses over the epochs, and where the plot lies in the figure."""
     figure = new_figure(*(NARROW_PX if narrow else WIDE_PX))
     axes = figure.add_subplot()
@@ -70,7 +67,7 @@ def loss_graph(metrics: Metrics, best: Validation | None, narrow: bool) -> tuple
         _plain_log_ticks(axes)
     axes.set_ylim(low, high)
     _epoch_axis(axes, metrics, 4 if narrow else 9, with_steps=True)
-    _mark_stages(axes, metrics, named=True)
+    _mark_stages(axes, metrics, starts, named=True)
     if best is not None:
         _mark_best(axes, best, metrics.last_epoch)
     _dress(axes, "loss (mean squared error, log scale)" if is_log else "loss (mean squared error)")
@@ -110,7 +107,9 @@ def timestep_graph(held_out: Sequence[Validation], best: Validation, narrow: boo
         with np.errstate(divide="ignore", invalid="ignore"):
             change = 100 * (np.array(point.loss_by_timestep) / values[0] - 1)
         offset = (index - (num_bars - 1) / 2) * width
-        right.bar(bands + offset, change, width=width * 0.92, color=PALETTE[color], linewidth=0)
+        # what got worse is told by its color; whose bar it is, by its place
+        colors = [PALETTE["muted" if value > 0 else color] for value in change]
+        right.bar(bands + offset, change, width=width * 0.92, color=colors, linewidth=0)
     right.axhline(0, color=PALETTE["muted"], linewidth=1)
     right.yaxis.set_major_locator(MaxNLocator(5, steps=ROUND_STEPS))
     right.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+g}".replace("-", "−").replace("+0", "0")))
@@ -133,18 +132,16 @@ def band_names(num_bands: int, short: bool = False) -> list[str]:
     return [f"{low}–{high}" for low, high in itertools.pairwise(edges)]
 
 
-def small_graph(metrics: Metrics, column: str, title: str, color: str, smoothing: int = 0) -> Figure:
-    """Return one column of the metrics over the epochs; a power of ten moves from the ticks into the title."""
+def small_graph(
+    metrics: Metrics, starts: StageStarts, column: str, title: str, color: str, smoothing: int = 0
+) -> Figure:  # fmt: skip
+    """Return one column of the metrics over the epochs."""
     figure = new_figure(*SMALL_PX)
     axes = figure.add_subplot()
     epoch, values = metrics.train["epoch"], metrics.train[column]
     known = np.isfinite(values) & np.isfinite(epoch)
     epoch, values = epoch[known], values[known]
-    largest = float(np.max(np.abs(values)))
-    if 0 < largest < 1e-2:
-        power = int(np.floor(np.log10(1.01 * largest)))
-        values = values / 10.0**power
-        title = f"{title} (×10{str(power).translate(SUPERSCRIPTS)})"
+    values, title = _power_into_title(values, title)
     some = evenly_chosen(len(epoch), MAX_DRAWN_POINTS)
     if smoothing:
         axes.plot(epoch[some], values[some], color=PALETTE["faint"], linewidth=0.7)
@@ -155,11 +152,51 @@ def small_graph(metrics: Metrics, column: str, title: str, color: str, smoothing
         values_drawn = values
         axes.set_ylim(0, 1.15 * float(np.max(values)) or 1)
     axes.plot(epoch[some], values_drawn[some], color=PALETTE[color], linewidth=1.6)
+    _finish_small(axes, metrics, starts, title)
+    return figure
+
+
+def learning_rate_graph(
+    metrics: Metrics, starts: StageStarts, exact: tuple[np.ndarray, np.ndarray] | None, title: str
+) -> Figure:
+    """Return the learning rate over the epochs: that of every step, or without it the logged ones, apart by stage."""
+    figure = new_figure(*SMALL_PX)
+    axes = figure.add_subplot()
+    if exact is None:
+        epoch, values, stage = (metrics.train[column] for column in ("epoch", "lr", "stage"))
+        known = np.isfinite(values) & np.isfinite(epoch)
+        epoch, values, stage = epoch[known], values[known], stage[known]
+    else:
+        # from the start on: a step's learning rate holds from the end of the step before
+        epoch, values = np.concatenate([[0.0], exact[0]]), np.concatenate([exact[1][:1], exact[1]])
+    values, title = _power_into_title(values, title)
+    axes.set_ylim(0, 1.15 * float(np.max(values)) or 1)
+    if exact is None:
+        edges = np.flatnonzero(np.diff(stage) != 0) + 1
+        for part in np.split(np.arange(len(epoch)), edges):
+            some = part[evenly_chosen(len(part), MAX_DRAWN_POINTS)]
+            dot = "o" if len(some) == 1 else None
+            axes.plot(epoch[some], values[some], color=PALETTE["accent"], linewidth=1.6, marker=dot, markersize=3)
+    else:
+        axes.plot(epoch, values, color=PALETTE["accent"], linewidth=1.6, drawstyle="steps-pre")
+    _finish_small(axes, metrics, starts, title)
+    return figure
+
+
+def _power_into_title(values: np.ndarray, title: str) -> tuple[np.ndarray, str]:
+    """Return the values and the title, with a small power of ten taken from the ticks into the title."""
+    largest = float(np.max(np.abs(values)))
+    if not 0 < largest < 1e-2:
+        return values, title
+    power = int(np.floor(np.log10(1.01 * largest)))
+    return values / 10.0**power, f"{title} (×10{str(power).translate(SUPERSCRIPTS)})"
+
+
+def _finish_small(axes: Axes, metrics: Metrics, starts: StageStarts, title: str) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(4, steps=ROUND_STEPS))
     _epoch_axis(axes, metrics, 6, with_steps=False)
-    _mark_stages(axes, metrics, named=False)
+    _mark_stages(axes, metrics, starts, named=False)
     _dress(axes, title)
-    return figure
 
 
 def _plot_validation(axes: Axes, points: Sequence[Validation], color: str, narrow: bool, **style: object) -> None:
@@ -221,8 +258,7 @@ def _mark_best(axes: Axes, best: Validation, last_epoch: float) -> None:
     )
 
 
-def _mark_stages(axes: Axes, metrics: Metrics, named: bool) -> None:
-    starts = stage_starts(metrics)
+def _mark_stages(axes: Axes, metrics: Metrics, starts: StageStarts, named: bool) -> None:
     for epoch, _ in starts:
         axes.axvline(epoch, color=PALETTE["muted"], linewidth=1, linestyle=(0, (2, 3)), zorder=0.5)
     if not named or not starts:

@@ -2,11 +2,12 @@
 
 import datetime
 import math
+import re
 
 from safelight.trainer.report.facts import format_duration
-from safelight.trainer.report.markup import Markup, details, empty_state, join, shorten, table, tag
+from safelight.trainer.report.markup import Markup, counted, details, empty_state, join, shorten, table, tag
 from safelight.trainer.report.pictures import embed_all, placeholder
-from safelight.trainer.report.run_folder import RunFolder, inside, number, rows_of
+from safelight.trainer.report.run_folder import RunFolder, inside, number, rows_of, table_of
 
 MAX_EXAMPLES = 24
 EXAMPLE_EDGES_PX = (360, 256, 160, 96)
@@ -29,7 +30,7 @@ def data_section(data: dict | None, run: RunFolder) -> Markup:
     return tag(
         "section",
         heading,
-        tag("p", _counts_sentence(data)),
+        tag("p", _counts_sentence(data, run.config)),
         tag("h3", "Shapes"),
         _buckets(rows_of(data, "buckets")),
         tag("h3", "Examples, as captioned"),
@@ -71,16 +72,20 @@ def environment_section(run: RunFolder) -> Markup:
     if not environment:
         return tag("section", heading, empty_state("The run has no environment.json."), id="environment")
     known = {_label(key): value for key, value in environment.items() if key not in ("command", "attention_choice")}
+    if environment.get("cpu"):
+        known["cpu"] = re.sub(r"(?<![\d,.])1 (core|thread)s\b", r"1 \1", str(environment["cpu"]))
+    if environment.get("command"):
+        known["started with"] = environment["command"]
     lines = []
     commit = str(environment.get("git_commit") or environment.get("commit") or "").strip()
     if commit and commit.lower() not in ("none", "unknown"):
         lines.append(f"git checkout {shorten(commit.split()[0], 80)}")
-    command = str(environment.get("command") or "").strip()
-    if command:
-        lines.append(shorten(command, 2000))
+    if run.config_text:
+        lines.append("safelight train config.toml --run.dir runs/again --data.path DATASET")
     return tag(
         "section",
         heading,
+        tag("p", _repeating(run)),
         tag("pre", tag("code", "\n".join(lines))) if lines else None,
         tag("div", _rows(known), class_="settings plain"),
         id="environment",
@@ -103,9 +108,9 @@ def events_section(run: RunFolder) -> Markup:
             shorten(event.get("event") or "", 80),
             shorten(event.get("detail") or "", MAX_CAPTION_CHARACTERS),
         ])  # fmt: skip
-    counted = _counted(len(events), "event") + (f", the last {MAX_LISTED}" if len(events) > MAX_LISTED else "")
+    total = counted(len(events), "event") + (f", the last {MAX_LISTED}" if len(events) > MAX_LISTED else "")
     return tag(
-        "section", heading, details(counted, table(["step", "after", "event", "detail"], rows)), id="events"
+        "section", heading, details(total, table(["step", "after", "event", "detail"], rows)), id="events"
     )  # fmt: skip
 
 
@@ -150,30 +155,49 @@ def _rows(values: dict) -> Markup:
     return tag("dl", rows, class_="rows")
 
 
+def _repeating(run: RunFolder) -> str:
+    """Return what it takes to train this run again, beside the commands."""
+    if not run.config_text:
+        return "The run's config.toml is missing, so it cannot be repeated from here."
+    name = str((run.data or {}).get("dataset") or "").strip()
+    called = f" (here “{shorten(name, 200)}”)" if name else ""
+    return (
+        "config.toml is this run's own, whole under Parameters, with all that was set on the command line. The "
+        f"photographs are needed too, a run folder does not hold them: DATASET{called} stands for the folder that "
+        "`safelight prepare` made of them."
+    )
+
+
 def _count(data: dict, key: str) -> int | None:
     value = number(data.get(key))
     return None if math.isnan(value) else int(value)
 
 
-def _counted(count: int, thing: str) -> str:
-    return f"{count:,} {thing}{'s' * (count != 1)}"
-
-
-def _counts_sentence(data: dict) -> str:
+def _counts_sentence(data: dict, config: dict) -> str:
     photos, train, validation = (_count(data, key) for key in ("num_photos", "num_train", "num_validation"))
-    sentence = _counted(photos, "photograph") if photos is not None else "An unknown number of photographs"
+    sentence = counted(photos, "photograph") if photos is not None else "An unknown number of photographs"
     if data.get("dataset"):
-        sentence += f" from {shorten(data['dataset'], 200)}"
+        sentence += f" from “{shorten(data['dataset'], 200)}”"
     if train is not None:
         sentence += f": {train:,} to train on"
         sentence += f", {validation:,} held out for validation" if validation else ", none held out"
     captions, variants = _count(data, "num_captions"), _count(data, "variants")
     sentence += "."
     if captions is not None:
-        sentence += f" {_counted(captions, 'caption')}." if captions else " No captions."
+        sentence += f" {counted(captions, 'caption')}." if captions else " No captions."
     if variants is not None and variants > 1:
-        sentence += f" Each photograph is kept in {variants} variants (crop, flip)."
+        # held-out photographs have the plain crop alone
+        sentence += f" Each photograph to train on is kept in {variants:,} variants{_differing_by(config)}."
     return sentence
+
+
+def _differing_by(config: dict) -> str:
+    settings = table_of(config, "data")
+    crop, flip = number(settings.get("crop_jitter")), number(settings.get("flip_p"))
+    found = ["crop"] * (crop > 0) + ["flip"] * (flip > 0)
+    if found:
+        return f" ({', '.join(found)})"
+    return ", all alike (data.crop_jitter and data.flip_p are 0)" if crop == flip == 0 else ""
 
 
 def _buckets(buckets: list[dict]) -> Markup:
@@ -212,7 +236,9 @@ def _buckets(buckets: list[dict]) -> Markup:
     return join(
         tag("ul", key, class_="legend"),
         tag("div", rows, class_="buckets"),
-        tag("p", f"{more} more buckets are in data.json.", class_="note") if more > 0 else None,
+        tag("p", f"{counted(more, 'more bucket')} {'is' if more == 1 else 'are'} in data.json.", class_="note")
+        if more > 0
+        else None,
     )
 
 
@@ -238,8 +264,8 @@ def _rejected(rejected: list[dict]) -> Markup | None:
     if not rejected:
         return tag("p", "No file was turned away.", class_="note")
     rows = [[shorten(row.get("path", ""), 300), shorten(row.get("reason", ""), 300)] for row in rejected[:MAX_LISTED]]
-    counted = _counted(len(rejected), "file") + " turned away"
+    total = counted(len(rejected), "file") + " turned away"
     more = len(rejected) - MAX_LISTED
     return details(
-        counted + (f", the first {MAX_LISTED} listed" if more > 0 else ""), table(["file", "reason"], rows)
+        total + (f", the first {MAX_LISTED} listed" if more > 0 else ""), table(["file", "reason"], rows)
     )  # fmt: skip

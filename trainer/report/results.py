@@ -3,9 +3,9 @@
 import math
 
 from safelight.trainer.report.facts import evenly_chosen, format_epoch
-from safelight.trainer.report.markup import Markup, empty_state, join, shorten, table, tag
+from safelight.trainer.report.markup import Markup, counted, empty_state, join, shorten, table, tag
 from safelight.trainer.report.pictures import Picture, embed_all, placeholder
-from safelight.trainer.report.run_folder import RunFolder, SampleSet, inside, number, rows_of
+from safelight.trainer.report.run_folder import RunFolder, SampleSet, averages_note, inside, number, rows_of
 
 MAX_PAIRS = 24
 MAX_LARGE_PAIRS = 6
@@ -56,7 +56,12 @@ def samples_section(run: RunFolder, best_step: int | None) -> Markup:
     return tag(
         "section",
         heading,
-        tag("p", _samples_note(sets, chosen, keys, shown_keys), class_="note"),
+        tag(
+            "p",
+            _samples_note(sets, chosen, keys, shown_keys)
+            + averages_note(run, "All but the base model's are drawn with"),
+            class_="note",
+        ),
         tag("div", strip, class_="scroll", tabindex="0", role="region", aria_label="Samples over the epochs"),
         id="samples",
     )
@@ -89,6 +94,7 @@ def _pairs(run: RunFolder) -> Markup:
     note = "The model before and after training, from the same prompt and the same noise."
     if len(chosen) < len(pairs):
         note += f" {len(chosen)} of {len(pairs)} pairs, evenly chosen."
+    note += averages_note(run, "The trained pictures are drawn with")
     is_tiny = any(picture and picture.is_tiny for picture in pictures)
     layout = "pairs small" if is_tiny else "pairs large" if len(chosen) <= MAX_LARGE_PAIRS else "pairs"
     return join(tag("p", note, class_="note"), tag("div", cards, class_=layout))
@@ -147,10 +153,14 @@ def _prompt_keys(sets: list[SampleSet]) -> list[PromptKey]:
     return list(dict.fromkeys(_prompt_key(image) for sample in sets for image in sample.images))
 
 
+def _num_steps(num_steps: float) -> str:
+    return "1 step" if num_steps == 1 else f"{num_steps:g} steps"
+
+
 def _settings(key: PromptKey) -> str:
     _, seed, cfg, num_steps = key
     parts = (
-        [f"seed {seed:.0f}"] * (seed >= 0) + [f"cfg {cfg:g}"] * (cfg >= 0) + [f"{num_steps:g} steps"] * (num_steps >= 0)
+        [f"seed {seed:.0f}"] * (seed >= 0) + [f"cfg {cfg:g}"] * (cfg >= 0) + [_num_steps(num_steps)] * (num_steps >= 0)
     )
     return ", ".join(parts)
 
@@ -167,7 +177,7 @@ def _scores(scores: dict | None) -> Markup | None:
         return None
     interval = shorten(scores.get("interval") or "interval", 40)
     num_samples = number(scores.get("num_samples"))
-    counted = "" if math.isnan(num_samples) else f" on {num_samples:,.0f} generated images"
+    on = "" if not math.isfinite(num_samples) else f" on {counted(int(num_samples), 'generated image')}"
     body = [
         [
             [shorten(row.get("what", ""), 120), tag("div", shorten(row.get("explanation") or "", 300), class_="meta")],
@@ -187,7 +197,7 @@ def _scores(scores: dict | None) -> Markup | None:
         tag("li", Markup('<svg viewBox="0 0 24 10" aria-hidden="true"><path class="s-muted" stroke-dasharray="2 2" d="M12 0V10"/></svg>'), "chance"),
     ]  # fmt: skip
     return join(
-        tag("h3", f"Measured{counted}"),
+        tag("h3", f"Measured{on}"),
         tag("ul", key, class_="legend"),
         table(["", f"with the {interval} interval", "base", "trained", "difference"], body, class_="scores"),
         [tag("p", shorten(note, 400), class_="note") for note in (notes if isinstance(notes, list) else [])],

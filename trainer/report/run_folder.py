@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from safelight.trainer.report.markup import counted
+
 TRAIN_COLUMNS = ("step", "epoch", "stage", "loss", "lr", "grad_norm", "images_per_s", "memory_gib", "time")
 SPLITS = ("held_out", "train_subset")
 
@@ -117,6 +119,19 @@ def table_of(record: dict, key: str) -> dict:
     return value if isinstance(value, dict) else {}
 
 
+def num_held_out(run: RunFolder) -> int:
+    """Return how many photographs held-out loss was last measured on, 0 where that is not known."""
+    points = run.metrics.validation["held_out"]
+    known = number((run.data or {}).get("num_validation"))
+    return (points[-1].num_images if points else 0) or (0 if math.isnan(known) else int(known))
+
+
+def averages_note(run: RunFolder, subject: str) -> str:
+    """Return the sentence that says whose the pictures or losses are where the run kept a moving average, else ""."""
+    decay = number(table_of(run.config, "train").get("ema_decay"))
+    return f" {subject} the moving average of the weights (train.ema_decay {decay:g})." if decay > 0 else ""
+
+
 def inside(folder: Path, name: object) -> Path | None:
     """Return folder/name if that file exists and lies within the folder, else None."""
     if not isinstance(name, str) or not name or "\0" in name:
@@ -214,7 +229,10 @@ def _read_lines(path: Path, problems: list[str]) -> list[dict]:
         else:
             num_bad += 1
     if num_bad:
-        problems.append(f"metrics.jsonl: {num_bad} of {len(lines)} lines could not be read and are left out")
+        are = "is" if num_bad == 1 else "are"
+        problems.append(
+            f"metrics.jsonl: {num_bad} of {counted(len(lines), 'line')} could not be read and {are} left out"
+        )
     return rows
 
 

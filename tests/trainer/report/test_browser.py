@@ -151,6 +151,7 @@ def reports(tmp_path_factory, write_run) -> dict[str, Path]:
     rewrite(one / "data.json", num_photos=1, num_train=1, num_validation=0, num_captions=1, buckets=[bucket],
             examples=examples[:1], rejected=[])  # fmt: skip
     (root / "empty").mkdir()
+    (root / "empty" / "config.toml").touch()
     make_hostile(write_run(root / "hostile", num_epochs=3, **small))
     return {run.name: build_report(run) for run in root.iterdir()}
 

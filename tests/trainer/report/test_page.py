@@ -164,10 +164,17 @@ def test_files_outside_the_run_are_never_embedded(small_run: Path) -> None:
     assert page.texts.count("image missing") == 2 * len(outside)
 
 
-def test_empty_run_folder(tmp_path: Path) -> None:
+def test_a_run_that_never_started(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("")
     text = "\n".join(open_page(build_report(tmp_path)).texts)
-    assert "config.toml is missing" in text
     assert "No training step has been logged yet." in text
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    line = f"{re.escape(str(tmp_path))} is no run folder: it has no config.toml; train first, or name runs/NAME"
+    with pytest.raises(ValueError, match=f"^{line}$"):
+        build_report(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_run_without_validation_says_so(small_run: Path) -> None:
@@ -188,9 +195,10 @@ def test_damaged_files_are_named_and_the_rest_is_shown(small_run: Path) -> None:
     text = "\n".join(open_page(build_report(small_run)).texts)
     for name in ("data.json could not be read", "scores.json could not be read", "config.toml is not valid TOML"):
         assert name in text
-    assert "metrics.jsonl: 1 of" in text
+    assert re.search(r"metrics\.jsonl: 1 of \d+ lines could not be read and is left out", text)
     assert "image missing" in text
-    assert "1 logged steps had no finite loss" in text
+    assert "1 logged step had no finite loss and is left out" in text
+    assert "1 logged steps" not in text
 
 
 def test_missing_folder_is_an_error_with_its_fix(tmp_path: Path) -> None:

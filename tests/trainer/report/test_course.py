@@ -1,0 +1,164 @@
+"""Where the graphs put the stages and the learning rate, held to the schedule step by step."""
+
+import json
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from safelight.trainer.report.course import learning_rates, stage_starts
+from safelight.trainer.report.curves import schedule_section
+from safelight.trainer.report.run_folder import read_run_folder
+from safelight.trainer.timeline import Timeline
+
+# 10 + 3 photographs in batches of 4: 4 steps an epoch; of 8: 3
+BUCKETS = [{"num_train": 10, "num_validation": 1}, {"num_train": 3, "num_validation": 0}]
+CONFIG = """[train]
+batch_size = 4
+[optimizer]
+lr = 3e-4
+[[stage]]
+epochs = 12
+warmup_steps = 5
+[[stage]]
+epochs = 8
+lr = 5e-5
+schedule = "cosine"
+batch_size = 8
+"""
+NUM_STEPS = 12 * 4 + 8 * 3
+
+
+def schedule() -> list[tuple[float, float, int]]:
+    """Return (epoch at its end, learning rate, stage) of every step, from the formulas."""
+    first = [((i + 1) / 4, 3e-4 * min(1.0, (i + 1) / 6), 0) for i in range(48)]
+    return first + [(12 + (i + 1) / 3, 5e-5 * 0.5 * (1 + np.cos(np.pi * i / 24)), 1) for i in range(24)]
+
+
+def write(folder: Path, every: int = 10, last: int = NUM_STEPS, config: str = CONFIG, told: bool = True, **changes):
+    """Return the run, logged every so many steps as train.py logs it."""
+    lines = []
+    for step, (epoch, lr, stage) in enumerate(schedule()[:last], start=1):
+        if step == 49 and told:
+            lines.append({"kind": "event", "step": 49, "event": "stage began", "detail": "2 of 2: 8 epochs, lr 5e-05"})
+        if step % every == 0 or step == last:
+            row = {"kind": "train", "step": step, "epoch": round(epoch, 6), "stage": stage, "loss": 0.1, "lr": lr}
+            lines.append(row | changes)
+    (folder / "config.toml").write_text(config)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "data.json").write_text(json.dumps({"buckets": BUCKETS}))
+    return read_run_folder(folder)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_stage_begins_at_the_epoch_the_settings_say(tmp_path: Path, told: bool) -> None:
+    # the next line logged is of step 50, in epoch 12.67
+    assert stage_starts(write(tmp_path, told=told)) == [(12.0, 1)]
+
+
+def test_a_stage_that_was_not_reached_is_not_marked(tmp_path: Path) -> None:
+    assert stage_starts(write(tmp_path, last=45)) == []
+    assert stage_starts(write(tmp_path, last=48)) == []
+
+
+def test_settings_that_the_log_contradicts_do_not_place_a_stage(tmp_path: Path) -> None:
+    other = CONFIG.replace("epochs = 12", "epochs = 5")
+    # step 48 of the event's 49 lies four fifths between the logged steps 40 (epoch 10) and 50 (epoch 12.67)
+    [(epoch, stage)] = stage_starts(write(tmp_path, config=other))
+    assert stage == 1
+    assert epoch == pytest.approx(10 + 0.8 * (12 + 2 / 3 - 10), abs=1e-5)
+    assert stage_starts(write(tmp_path, config=other, told=False)) == [(pytest.approx(12 + 2 / 3, abs=1e-5), 1)]
+
+
+@pytest.mark.parametrize("last", [NUM_STEPS, 60, 48, 7, 1])
+def test_every_steps_learning_rate_is_drawn(tmp_path: Path, last: int) -> None:
+    epochs, rates = learning_rates(write(tmp_path, last=last))
+    wanted = schedule()[:last]
+    np.testing.assert_allclose(epochs, [epoch for epoch, _, _ in wanted], rtol=1e-12)
+    np.testing.assert_allclose(rates, [lr for _, lr, _ in wanted], rtol=1e-12)
+
+
+def test_a_long_run_is_thinned_but_not_at_its_corners(tmp_path: Path) -> None:
+    config = "[optimizer]\nlr = 1e-4\n[train]\nbatch_size = 1\n[[stage]]\nepochs = 1000\nwarmup_steps = 7\n[[stage]]\nepochs = 10\n"
+    line = {"kind": "train", "step": 13_000, "epoch": 1000.0, "stage": 0, "loss": 0.1, "lr": 1e-4}
+    (tmp_path / "metrics.jsonl").write_text(
+        f"{json.dumps(line)}\n{json.dumps({**line, 'step': 13_130, 'epoch': 1010.0, 'stage': 1})}\n"
+    )
+    (tmp_path / "config.toml").write_text(config)
+    (tmp_path / "data.json").write_text(json.dumps({"buckets": BUCKETS}))
+    epochs, rates = learning_rates(read_run_folder(tmp_path))
+    assert 600 < len(epochs) < 800
+    by_step = dict(zip(np.round(epochs * 13).astype(int).tolist(), rates.tolist(), strict=True))
+    assert {1, 7, 8, 13_000, 13_001, 13_130} <= set(by_step)
+    assert by_step[7] == pytest.approx(1e-4 * 7 / 8)
+    assert by_step[8] == 1e-4
+    assert by_step[13_001] == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "changes"),
+    [
+        (CONFIG.replace("3e-4", "2e-4"), {}),  # changed at a resume
+        (CONFIG.replace("batch_size = 8", "batch_size = 4"), {}),
+        (CONFIG.replace("epochs = 8", "epochs = 7"), {}),
+        (CONFIG + "unknown = 1\n", {}),
+        ("", {}),
+        (CONFIG, {"lr": None}),
+    ],
+)
+def test_settings_that_do_not_give_the_logged_rates_are_not_drawn(tmp_path: Path, config: str, changes: dict) -> None:
+    run = write(tmp_path, config=config, **changes)
+    assert learning_rates(run) is None
+    html = schedule_section(run)
+    assert ("Learning rate as logged: the settings" in html) is ("lr" not in changes)
+
+
+def test_a_run_without_its_buckets_is_drawn_as_logged(tmp_path: Path) -> None:
+    write(tmp_path)
+    for damaged in ("{}", '{"buckets": [{"num_train": 0}]}', '{"buckets": [{"num_train": "x"}]}'):
+        (tmp_path / "data.json").write_text(damaged)
+        assert learning_rates(read_run_folder(tmp_path)) is None
+
+
+def strokes(html: str) -> list[list[tuple[float, float]]]:
+    """Return the points of each accent-coloured line of the learning rate's graph."""
+    svg = html.partition('aria-label="learning rate over the epochs"')[2].partition("</svg>")[0]
+    paths = re.findall(r'<path class="[^"]*s-accent[^"]*" [^>]*?d="([^"]+)"', svg) or re.findall(
+        r'<path [^>]*class="s-accent"[^>]* d="([^"]+)"', svg
+    )
+    pairs = [re.findall(r"[ML] ?(-?[\d.]+) (-?[\d.]+)", path) for path in paths]
+    return [[(float(x), float(y)) for x, y in points] for points in pairs]
+
+
+def test_the_learning_rate_is_a_step_and_no_ramp(tmp_path: Path) -> None:
+    flat = CONFIG.replace("warmup_steps = 5\n", "").replace('schedule = "cosine"\n', "")
+    rates = iter([3e-4] * 4 + [5e-5] * 4)
+    run = write(tmp_path, config=flat)
+    for index in range(len(run.metrics.train["lr"])):
+        run.metrics.train["lr"][index] = next(rates)
+    [line] = strokes(schedule_section(run))
+    # one upright line, all else level
+    upright = [(a, b) for a, b in pairwise(line) if a[0] == b[0] and a[1] != b[1]]
+    assert len(upright) == 1
+    assert all(a[0] == b[0] or a[1] == b[1] for a, b in pairwise(line))
+    left, right = line[0][0], line[-1][0]
+    assert (upright[0][0][0] - left) / (right - left) == pytest.approx(12 / 20, abs=0.005)
+
+
+def test_the_logged_learning_rate_breaks_where_a_stage_begins(tmp_path: Path) -> None:
+    run = write(tmp_path, config="")
+    lines = strokes(schedule_section(run))
+    # three quarters of the way, steps 10 to 40, then 50 to 72: nothing joins them
+    assert len(lines) == 2
+    assert lines[0][-1][0] < lines[1][0][0]
+
+
+def test_the_formulas_above_are_the_timelines(tmp_path: Path) -> None:
+    from safelight.trainer.report.course import _timeline
+
+    timeline = _timeline(write(tmp_path))
+    assert isinstance(timeline, Timeline)
+    assert timeline.num_steps == NUM_STEPS
+    assert timeline.stage_steps_per_epoch == (4, 3)

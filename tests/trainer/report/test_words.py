@@ -1,0 +1,166 @@
+"""What the report says in words: counts, caveats, what is on, and how to train the run again."""
+
+import json
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from safelight.arguments import parse_with_config
+from safelight.trainer.report.build import build_report, render
+from safelight.trainer.report.markup import counted
+from safelight.trainer.report.run_folder import read_run_folder
+
+
+@pytest.fixture
+def small_run(tmp_path: Path, write_run) -> Path:
+    """A complete run of three epochs that a test may change."""
+    return write_run(tmp_path / "run", num_epochs=3, edge_px=48, prompts=("a boat", "a fox"), num_examples=1)
+
+
+def rewrite(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def set_config(run: Path, old: str, new: str) -> None:
+    text = (run / "config.toml").read_text()
+    assert text.count(old) == 1
+    (run / "config.toml").write_text(text.replace(old, new))
+
+
+def change_validations(run: Path, change) -> None:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [change(row) if row["kind"] == "validation" else row for row in rows]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def words(run: Path) -> str:
+    return re.sub(r"<[^>]*>", "", render(read_run_folder(run)).partition("<body>")[2].partition("<script>")[0])
+
+
+@pytest.mark.parametrize(("count", "text"), [(0, "0 steps"), (1, "1 step"), (2, "2 steps"), (1200, "1,200 steps")])
+def test_counted(count: int, text: str) -> None:
+    assert counted(count, "step") == text
+
+
+def test_one_of_anything_has_no_plural(small_run: Path) -> None:
+    row = {"width": 64, "height": 64, "num_train": 1, "num_validation": 0}
+    rewrite(small_run / "data.json", num_photos=1, num_train=1, num_captions=1, num_validation=0,
+            buckets=[{**row, "width": 64 + i} for i in range(41)])  # fmt: skip
+    rewrite(small_run / "environment.json", cpu="A CPU 1 threads, 1 cores, 1 threads used")
+    rewrite(small_run / "scores.json", num_samples=1)
+    change_validations(small_run, lambda row: {**row, "num_images": 1})
+    for index in (small_run / "compare" / "index.json", *small_run.glob("samples/*/index.json")):
+        key = "pairs" if index.parent.name == "compare" else "images"
+        rewrite(index, **{key: [{**row, "num_steps": 1} for row in json.loads(index.read_text())[key]]})
+    lines = [json.loads(line) for line in (small_run / "metrics.jsonl").read_text().splitlines()]
+    first = next(line for line in lines if line["kind"] == "train")
+    kept = [line for line in lines if line["kind"] == "validation" and line["step"] == 0]
+    (small_run / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in [*kept, {**first, "step": 1, "epoch": 1.0, "loss": None}])
+    )
+    text = words(small_run)
+    nouns = "photographs|captions|images|steps|epochs|pairs|buckets|files|lines|events|cores|threads|variants|bands"
+    assert not re.search(rf"(?<![\d.,])1 (?:\w+ )?(?:{nouns})\b", text)
+    for wanted in ("1 core, 1 thread used", "(1 image)", "1 photograph from", "1 caption.", "1 logged step had no",
+                   "1 generated image", "1 more bucket is in", "cfg 7.5, 1 step"):  # fmt: skip
+        assert wanted in text, wanted
+
+
+@pytest.mark.parametrize(
+    ("crop", "flip", "said"),
+    [
+        ("0.02", "0.5", "kept in 4 variants (crop, flip)."),
+        ("0.02", "0.0", "kept in 4 variants (crop)."),
+        ("0.0", "0.5", "kept in 4 variants (flip)."),
+        ("0.0", "0.0", "kept in 4 variants, all alike (data.crop_jitter and data.flip_p are 0)."),
+    ],
+)
+def test_only_the_augmentation_that_is_on_is_named(small_run: Path, crop: str, flip: str, said: str) -> None:
+    set_config(small_run, "crop_jitter = 0.05", f"crop_jitter = {crop}")
+    set_config(small_run, "flip_p = 0.5", f"flip_p = {flip}")
+    assert said in words(small_run)
+
+
+def test_a_dataset_is_named_in_quotes(small_run: Path) -> None:
+    rewrite(small_run / "data.json", dataset="with spaces")
+    assert "496 photographs from “with spaces”: 446 to train on" in words(small_run)
+
+
+def test_it_is_repeated_from_its_own_settings(small_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rewrite(small_run / "environment.json", command="safelight train private.toml --resume")
+    html = build_report(small_run).read_text()
+    [block] = re.findall(r'id="environment".*?<pre><code>(.*?)</code></pre>', html, re.DOTALL)
+    checkout, command = block.splitlines()
+    assert checkout == "git checkout 7fb3adc5e0"
+    assert "--resume" not in block
+    assert "private" not in block
+    # the command line takes it, standing in the run's own folder
+    monkeypatch.chdir(small_run)
+    program, name, *argv = shlex.split(command)
+    assert (program, name) == ("safelight", "train")
+    arguments, config = parse_with_config(argv, "train", "")
+    assert not arguments.resume
+    assert (config.run.dir, config.data.path) == ("runs/again", "DATASET")
+    assert config.run.seed == tomllib.loads((small_run / "config.toml").read_text())["run"]["seed"]
+    text = words(small_run)
+    assert "The photographs are needed too" in text
+    assert "started withsafelight train private.toml --resume" in text
+
+
+@pytest.mark.parametrize(("num", "said"), [(1, "1 held-out image:"), (9, "9 held-out images:"), (10, ""), (0, "")])
+def test_percentages_of_few_photographs_have_a_caveat(small_run: Path, num: int, said: str) -> None:
+    rewrite(small_run / "data.json", num_validation=0)
+    change_validations(small_run, lambda row: {**row, "num_images": num})
+    text = words(small_run)
+    assert (f"The percentages rest on {said} so few that another split may say otherwise." in text) is bool(said)
+    assert ("The percentages rest" in text) is bool(said)
+
+
+def test_a_band_that_got_worse_is_told_and_drawn_apart(small_run: Path) -> None:
+    def bands(*at_the_end: float):
+        def change(row: dict) -> dict:
+            at_start = [0.4, 0.3, 0.2, 0.1]
+            first, held_out = row["step"] == 0, row["split"] == "held_out"
+            loss = {} if not held_out else {"loss": 0.2 if first else 0.1}
+            return {**row, **loss, "loss_by_timestep": at_start if first else list(at_the_end)}
+
+        return change
+
+    def section() -> str:
+        html = render(read_run_folder(small_run))
+        return html.partition('id="timesteps"')[2].partition("</section>")[0]
+
+    def bars(html: str, color: str) -> int:
+        return len(re.findall(rf'<path class="f-{color}"', html))
+
+    change_validations(small_run, bands(0.3, 0.2, 0.1, 0.05))
+    better = section()
+    assert "higher than at step 0" not in better
+    assert "a bar of what got worse" not in better
+    change_validations(small_run, bands(0.3, 0.2, 0.1, 0.107))
+    worse = section()
+    assert "loss is higher than at step 0 in 1 timestep band: 75–100 % (+7.0 %)." in worse
+    assert "a bar of what got worse" in worse
+    # wide and narrow
+    assert bars(better, "accent") - bars(worse, "accent") == 2
+    assert bars(worse, "muted") - bars(better, "muted") == 2
+
+
+def test_a_moving_average_is_named_where_it_is_shown(small_run: Path) -> None:
+    assert "moving average" not in words(small_run)
+    set_config(small_run, "batch_size = 8\n", "batch_size = 8\nema_decay = 0.999\n")
+    html = render(read_run_folder(small_run))
+    average = "the moving average of the weights (train.ema_decay 0.999)."
+    for name, said in (
+        ("learned", "The trained pictures are drawn with"),
+        ("samples", "All but the base model&#x27;s are drawn with"),
+        ("loss", "After step 0, validation measures"),
+        ("timesteps", "After step 0, validation measures"),
+    ):
+        section = re.search(rf'<section id="{name}".*?</section>', html, re.DOTALL) or re.search(
+            rf'id="{name}".*?(?=id="(?:samples|loss|timesteps|schedule)")', html, re.DOTALL
+        )
+        assert f"{said} {average}" in section[0], name

@@ -143,7 +143,10 @@ def _steps_ends(side: int, dtype: torch.dtype, every: bool) -> None:
     for memory in ("fp32",) if dtype == torch.float32 else REMAINDERS:
         gradients = [torch.empty_like(w, dtype=dtype) for w in weights]
         AdamW8bit([w.to(dtype) for w in weights], memory=memory).step(gradients, 1e-6)
-    EMA(weights, [w.to(dtype) for w in weights]).update(torch.empty((), device="meta"))
+    followed = [w.to(dtype) for w in weights]
+    EMA(weights, followed).update(torch.empty((), device="meta"))
+    for beside in () if dtype == torch.float32 else (torch.int16, torch.int8):
+        EMA(weights, followed, [w.to(beside) for w in weights]).update(torch.empty((), device="meta"))
 
 
 CHANNELS_LAST, NCHW = torch.channels_last, torch.contiguous_format

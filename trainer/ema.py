@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from safelight.kernels.ema import EMA, ema_reference
+from safelight.kernels.ema import EMA
 from safelight.trainer.optim import UNetOptimizer
 
 PREFIX = "ema/"
@@ -27,11 +27,13 @@ class WeightAverages:
     def __init__(self, optimizer: UNetOptimizer, decay: float):
         self.decay = decay
         self._parameters = optimizer.parameters
-        self._optimizer = optimizer
-        self.averages = {name: optimizer.value(name).clone() for name in optimizer.parameters}
-        # weights that are not held whole in fp32 are joined one after the other
-        weights = optimizer.master
-        self._ema = EMA(list(self.averages.values()), [w.detach() for w in weights.values()]) if weights else None
+        weights, remainders = optimizer.followed()
+        # in the weights' memory order, which joining a pair need not keep
+        self.averages = {
+            name: torch.empty_like(weight, dtype=torch.float32).copy_(optimizer.value(name))
+            for name, weight in zip(optimizer.parameters, weights, strict=True)
+        }
+        self._ema = EMA(list(self.averages.values()), weights, remainders)
         self.num_updates = torch.zeros((), dtype=torch.int64, device=next(iter(self.averages.values())).device)
 
     @torch.no_grad()
@@ -41,11 +43,7 @@ class WeightAverages:
         n = self.num_updates.double()
         decay = ((1 + n) / (10 + n)).clamp(max=self.decay)
         decay = torch.where(torch.as_tensor(taken, device=n.device), decay, 1.0).float()
-        if self._ema is not None:
-            self._ema.update(decay)
-            return
-        for name, average in self.averages.items():
-            ema_reference([average], [self._optimizer.value(name)], decay)
+        self._ema.update(decay)
 
     @contextlib.contextmanager
     @torch.no_grad()

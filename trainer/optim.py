@@ -120,6 +120,13 @@ class UNetOptimizer:
         """Return a weight in fp32, with all that its memory mode keeps of it; not to be written to."""
         return self.method.value(name)
 
+    def followed(self) -> tuple[list[Tensor], list[Tensor] | None]:
+        """Return what a moving average reads: the fp32 weights where they are held whole, else the 16-bit ones and their remainders."""
+        if self.master:
+            return [w.detach() for w in self.master.values()], None
+        weights = [p.detach() for p in self.parameters.values()]
+        return weights, None if self.memory == "rounded" else list(self.inner.remainders)
+
     def __str__(self) -> str:
         beside = {"exact": "16-bit remainders", "near": "8-bit remainders", "rounded": "stochastic rounding"}
         kept = "fp32 master" if self.has_master else beside.get(self.memory, "")

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from safelight.kernels.ema import CHUNK, EMA
+from safelight.kernels.remainder import join, start
 
 SHAPES = [(1,), (5, 3), (CHUNK,), (CHUNK + 1,), (3, CHUNK), (16, 8, 3, 3), (0,)]
 
@@ -31,6 +32,29 @@ def test_update(device, dtype, decay):
         again = [a.clone() for a in averages]
         ema.update(torch.tensor(1.0, device=device))
         assert all(torch.equal(a, b) for a, b in zip(averages, again, strict=True))
+
+
+@pytest.mark.parametrize("memory", ["exact", "near"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_pairs_are_followed_as_their_fp32_values(device, dtype, memory):
+    values, averages = tensors(torch.float32, device), tensors(torch.float32, device, seed=10)
+    values[5], averages[5] = (x.to(memory_format=torch.channels_last) for x in (values[5], averages[5]))
+    pairs = [start(x, dtype, memory) for x in values]
+    weights, remainders = (list(x) for x in zip(*pairs, strict=True))
+    wholes, before = [join(*pair) for pair in pairs], [a.clone() for a in averages]
+    # what the weights alone would leave out shows
+    assert max((w - h.float()).abs().max() for w, h in zip(wholes, weights, strict=True) if w.numel()) > 1e-4
+    EMA(averages, weights, remainders).update(torch.tensor(0.5, device=device))
+    for average, old, whole in zip(averages, before, wholes, strict=True):
+        exact = old.double() + 0.5 * (whole.double() - old.double())
+        torch.testing.assert_close(average.double(), exact, rtol=3e-7, atol=3e-7)
+
+
+def test_a_remainder_of_another_memory_order_is_refused():
+    weight = torch.ones(3, 4, dtype=torch.bfloat16)
+    for beside in (torch.ones(4, 3, dtype=torch.int8).t(), torch.ones(3, 4)):
+        with pytest.raises(ValueError, match="remainder is int16 or int8"):
+            EMA([torch.ones(3, 4)], [weight], [beside])
 
 
 def test_the_reference_runs_on_the_cpu():

@@ -153,18 +153,24 @@ def test_a_checkpoint_without_averages_is_refused_by_a_run_that_keeps_them(runs,
         take_averages({"loss_scale/scale": torch.ones(())}, WeightAverages(optimizer, 0.9))
 
 
-@pytest.mark.parametrize("name", ["adamw", "bnb_adamw8bit", "adamw8bit"])
-def test_it_follows_weights_in_every_memory_order(name):
+@pytest.mark.parametrize(
+    ("name", "dtype", "memory"),
+    [
+        *((name, torch.float32, "auto") for name in ("adamw", "bnb_adamw8bit", "adamw8bit")),
+        *(("adamw8bit", torch.bfloat16, memory) for memory in ("exact", "near", "rounded", "fp32")),
+    ],
+)
+def test_it_follows_weights_in_every_memory_order(name, dtype, memory):
     """bitsandbytes' step gives weights that are not contiguous new memory: a view of the old one would stand still."""
     torch.manual_seed(0)
     conv = torch.nn.Conv2d(32, 32, 3)
     conv.weight.data = conv.weight.detach().contiguous(memory_format=torch.channels_last)
-    optimizer = UNetOptimizer(conv, Optimizer(name=name), torch.float32)
+    optimizer = UNetOptimizer(conv, Optimizer(name=name, memory=memory), dtype)
     averages = WeightAverages(optimizer, 0.5)
-    expected = conv.weight.detach().clone()
+    expected = optimizer.value("weight").clone()
     for n in range(1, 4):
         conv.weight.grad, conv.bias.grad = torch.randn_like(conv.weight), torch.randn_like(conv.bias)
         averages.update(optimizer.step(1e-2, 0.0, 0.0)[1])
         decay = min(0.5, (1 + n) / (10 + n))
-        expected = decay * expected + (1 - decay) * conv.weight.detach()
+        expected = decay * expected + (1 - decay) * optimizer.value("weight")
         torch.testing.assert_close(averages.averages["weight"], expected)

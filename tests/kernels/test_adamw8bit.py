@@ -187,6 +187,21 @@ def test_gradients_may_be_16_bit_and_in_another_order(device, dtype):
     assert all(torch.equal(a, b) for a, b in zip(found, kept, strict=True))
 
 
+def test_a_1x1_kernels_gradient_of_cudnn_is_taken_as_it_lies(monkeypatch):
+    """It is channels-last in strides alone, which differ where the size is 1: not a copy's reason."""
+    weight, other = torch.zeros(96, 64, 1, 1), torch.zeros(96, 64, 1, 1)
+    gradient = torch.randn(96, 64, 1, 1)
+    as_cudnn = torch.empty_strided(weight.shape, (64, 1, 64, 64)).copy_(gradient)
+    seen = []
+    update = AdamW8bit._reference
+    monkeypatch.setattr(AdamW8bit, "_reference", lambda self, i, g: (seen.append(g), update(self, i, g)))
+    AdamW8bit([weight]).step([as_cudnn], LR)
+    AdamW8bit([other]).step([gradient], LR)
+    assert seen[0] is as_cudnn
+    assert torch.equal(weight, other)
+    assert weight.abs().max() > 0
+
+
 def test_blocks_follow_memory_order(device):
     """A channels-last weight's codes are those of its elements as they lie in memory."""
     weights = tensors(device, 7, channels_last=True)

@@ -99,7 +99,7 @@ def timestep_section(run: RunFolder) -> Markup:
         tag("p", " ".join(worse)) if worse else None,
         tag(
             "figure",
-            _legend_list(legend, "a bar of what got worse" if worse else ""),
+            _legend_list(legend, "bars: worse than at step 0" if worse else ""),
             drawings,
             tag("figcaption", note),
             class_="wide",

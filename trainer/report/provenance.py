@@ -155,16 +155,20 @@ def _rows(values: dict) -> Markup:
     return tag("dl", rows, class_="rows")
 
 
-def _repeating(run: RunFolder) -> str:
+def _repeating(run: RunFolder) -> Markup:
     """Return what it takes to train this run again, beside the commands."""
     if not run.config_text:
-        return "The run's config.toml is missing, so it cannot be repeated from here."
+        return join("The run's config.toml is missing, so it cannot be repeated from here.")
     name = str((run.data or {}).get("dataset") or "").strip()
     called = f" (here “{shorten(name, 200)}”)" if name else ""
-    return (
-        "config.toml is this run's own, whole under Parameters, with all that was set on the command line. The "
-        f"photographs are needed too, a run folder does not hold them: DATASET{called} stands for the folder that "
-        "`safelight prepare` made of them."
+    return join(
+        tag("code", "config.toml"),
+        " is this run's own, whole under Parameters, with all that was set on the command line. The photographs are "
+        "needed too, a run folder does not hold them: ",
+        tag("code", "DATASET"),
+        f"{called} stands for the folder that ",
+        tag("code", "safelight prepare"),
+        " made of them.",
     )
 
 

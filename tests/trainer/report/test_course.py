@@ -150,7 +150,7 @@ def test_the_learning_rate_is_a_step_and_no_ramp(tmp_path: Path) -> None:
 def test_the_logged_learning_rate_breaks_where_a_stage_begins(tmp_path: Path) -> None:
     run = write(tmp_path, config="")
     lines = strokes(schedule_section(run))
-    # three quarters of the way, steps 10 to 40, then 50 to 72: nothing joins them
+    # steps 10 to 40, then 50 to 72: nothing joins them
     assert len(lines) == 2
     assert lines[0][-1][0] < lines[1][0][0]
 

@@ -106,7 +106,10 @@ def test_it_is_repeated_from_its_own_settings(small_run: Path, monkeypatch: pyte
     assert (config.run.dir, config.data.path) == ("runs/again", "DATASET")
     assert config.run.seed == tomllib.loads((small_run / "config.toml").read_text())["run"]["seed"]
     text = words(small_run)
-    assert "The photographs are needed too" in text
+    assert (
+        "The photographs are needed too, a run folder does not hold them: DATASET (here “datasets/unsplash-500”) stands"
+        in text
+    )
     assert "started withsafelight train private.toml --resume" in text
 
 
@@ -139,11 +142,11 @@ def test_a_band_that_got_worse_is_told_and_drawn_apart(small_run: Path) -> None:
     change_validations(small_run, bands(0.3, 0.2, 0.1, 0.05))
     better = section()
     assert "higher than at step 0" not in better
-    assert "a bar of what got worse" not in better
+    assert "bars: worse than at step 0" not in better
     change_validations(small_run, bands(0.3, 0.2, 0.1, 0.107))
     worse = section()
     assert "loss is higher than at step 0 in 1 timestep band: 75–100 % (+7.0 %)." in worse
-    assert "a bar of what got worse" in worse
+    assert "bars: worse than at step 0" in worse
     # wide and narrow
     assert bars(better, "accent") - bars(worse, "accent") == 2
     assert bars(worse, "muted") - bars(better, "muted") == 2

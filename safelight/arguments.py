@@ -119,6 +119,23 @@ class PrintingArguments:
     json: Annotated[bool, arg(help="print the result as JSON")] = False
 
 
+@dataclass
+class ProfileArguments:
+    config: ConfigFile
+    settings: Settings
+    steps: Annotated[int, arg(help="steps under the profiler, after some to warm up")] = 5
+    out: Annotated[Path, arg(aliases=["-o"], help="folder for the trace, the page and the figures")] = Path(
+        "runs/profile"
+    )
+    append: Annotated[
+        Path | None, arg(metavar="FILE", help="add the figures to this .jsonl", help_behavior_hint="")
+    ] = None
+    json: Annotated[bool, arg(help="print the result as JSON")] = False
+
+
+_WITH_CONFIG = {"train": TrainArguments, "profile": ProfileArguments}
+
+
 def parse(shape: type[_T], argv: list[str], command: str, description: str, default: _T | None = None) -> _T:
     """Return a command's arguments; --help prints and exits. Raises ValueError, one line, for a mistake."""
     mistake = io.StringIO()
@@ -152,7 +169,7 @@ def _one_line(box: str) -> str:
 
 def parse_with_config(
     argv: list[str], command: str, description: str
-) -> tuple[TrainArguments | PrintingArguments, Config]:
+) -> tuple[TrainArguments | PrintingArguments | ProfileArguments, Config]:
     """Return (arguments, Config) of a command that takes a run.toml and any setting of it.
 
     Raises ValueError for a mistake in the file or in a setting.
@@ -166,5 +183,5 @@ def parse_with_config(
         raise ValueError("command line: train.epochs has no effect beside [[stage]] tables; give --stage.0.epochs")
     others, settings = take_overrides(argv, config.model_dump(by_alias=True))
     config = parse_config(settings, "command line")
-    shape = TrainArguments if command == "train" else PrintingArguments
+    shape = _WITH_CONFIG.get(command, PrintingArguments)
     return parse(shape, others, command, description, shape(path or Path("run.toml"), config)), config

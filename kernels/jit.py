@@ -15,6 +15,7 @@ import functools
 import importlib.util
 import inspect
 import os
+import subprocess
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -168,7 +169,28 @@ def _has_triton() -> bool:
     found = importlib.util.find_spec("triton") is not None
     if not found:
         warnings.warn("triton is not installed: the plain PyTorch operations run in place of the kernels", stacklevel=3)
+    else:
+        check_launcher()
     return found
+
+
+def check_launcher() -> None:
+    """Raise ValueError, one line, where Triton cannot launch: it compiles a C file for the machine's driver and this Python."""
+    from triton.runtime import driver
+
+    try:
+        driver.active.get_current_target()
+    # a missing compiler, a compiler that finds no Python.h, a missing libcuda
+    except subprocess.CalledProcessError as error:
+        why = f"its compiler {error.cmd[0]} ends with status {error.returncode}"
+    except (RuntimeError, OSError, AssertionError) as error:
+        why = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    else:
+        return
+    raise ValueError(
+        f"Triton cannot launch kernels here: {why}; it needs a C compiler and Python's headers (apt install gcc "
+        "python3-dev), or uninstall triton and PyTorch's own operations run instead"
+    )
 
 
 @contextmanager

@@ -98,6 +98,30 @@ def test_a_gpu_without_triton_is_told_once(monkeypatch):
         jit._has_triton.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("compiler", "why"), [(None, "Failed to find C compiler"), ("false", "its compiler false ends with status 1")]
+)
+def test_a_machine_that_cannot_build_tritons_launcher_is_told_in_one_line(monkeypatch, tmp_path, compiler, why):
+    from triton.runtime import build, driver
+
+    class Driver:
+        def get_current_target(self):
+            return build.compile_module_from_src("int nothing;", "nothing")
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    if compiler is None:
+        monkeypatch.delenv("CC", raising=False)
+        monkeypatch.setenv("PATH", str(tmp_path))
+    else:
+        monkeypatch.setenv("CC", compiler)
+    monkeypatch.setattr(driver, "_active", Driver())
+    with pytest.raises(
+        ValueError, match=f"Triton cannot launch kernels here: .*{why}.*; it needs a C compiler"
+    ) as raised:
+        jit.check_launcher()
+    assert "\n" not in str(raised.value)
+
+
 def test_launches_on_meta_are_recorded_and_run_nothing():
     x = torch.empty(2, 3, 40, device="meta", dtype=torch.float16, requires_grad=True)
     with record_launches() as launches:

@@ -141,7 +141,7 @@ def parse(shape: type[_T], argv: list[str], command: str, description: str, defa
     mistake = io.StringIO()
     try:
         with contextlib.redirect_stderr(mistake):
-            return tyro.cli(
+            arguments = tyro.cli(
                 shape,
                 args=argv,
                 prog=f"safelight {command}",
@@ -154,6 +154,11 @@ def parse(shape: type[_T], argv: list[str], command: str, description: str, defa
             raise
         line = _one_line(mistake.getvalue()).replace(f"Missing from safelight {command}:", "missing:")
         raise ValueError(f"{line}; see safelight {command} --help") from None
+    run = getattr(arguments, "run", None)
+    if isinstance(run, Path) and not (run / "config.toml").is_file():
+        # before torch and diffusers are imported
+        raise ValueError(f"{run} is no run folder: it has no config.toml; train first, or name runs/NAME")
+    return arguments
 
 
 def _one_line(box: str) -> str:
@@ -161,10 +166,17 @@ def _one_line(box: str) -> str:
 
     Help texts, of the options it names, are indented by ten.
     """
+    # an option that is left out is None to us, and no choice of the user's
+    box = box.replace("'None', ", "")
     texts = [line.replace("│", " ").rstrip() for line in box.splitlines()[1:]]
     words = [";" if "───" in text or "---" in text else text for text in texts if not text.startswith(" " * 10)]
     told = re.split(r" ; (?:For full|Argument) helptext", " ".join(" ".join(words).split()))[0]
     return told.replace(" ;", ";").strip(".; ")
+
+
+def is_of_run(path: Path) -> bool:
+    """Return whether a config lies in a run folder, which is then the run's, whatever run.dir in it says."""
+    return path.name == "config.toml" and (path.parent / "environment.json").is_file()
 
 
 def parse_with_config(
@@ -179,6 +191,9 @@ def parse_with_config(
     if path is None and not asks_help:
         raise ValueError(f"the config comes first: safelight {command} run.toml (write one with `safelight init`)")
     config = load_config(path) if path is not None else Config()
+    if path is not None and is_of_run(path):
+        # the folder may have been moved, or was named from elsewhere
+        config.run.dir = str(path.parent)
     if config.stage and any(a.split("=")[0] == "--train.epochs" for a in argv):
         raise ValueError("command line: train.epochs has no effect beside [[stage]] tables; give --stage.0.epochs")
     others, settings = take_overrides(argv, config.model_dump(by_alias=True))

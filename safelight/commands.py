@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 from collections import Counter
 
 EXIT_INTERRUPTED = 130
@@ -24,6 +25,12 @@ COMMANDS = {
     "profile": "where a run's step spends its time and memory: trace, flame chart, roofline",
     "bench": "measure the step, what can be counted of it, the diffusers recipe, the loader",
 }
+
+
+def _say_loading() -> None:
+    """A word to whoever watches, before the seconds that libraries and models take; a file needs none."""
+    if sys.stderr.isatty():
+        print("loading", file=sys.stderr, flush=True)
 
 
 def _print_json(value) -> None:
@@ -117,6 +124,7 @@ def cache(argv: list[str]) -> int:
     from safelight.arguments import parse_with_config
 
     arguments, config = parse_with_config(argv, "cache", COMMANDS["cache"])
+    _say_loading()
     from safelight.trainer.dataset import open_dataset
     from safelight.trainer.log import Terminal
     from safelight.trainer.models import base_of, pick_device
@@ -170,6 +178,7 @@ def train(argv: list[str]) -> int:
     from safelight.arguments import parse_with_config
 
     arguments, config = parse_with_config(argv, "train", COMMANDS["train"])
+    _say_loading()
     from safelight.trainer.log import Terminal
     from safelight.trainer.report.build import build_report
     from safelight.trainer.stop import Stop
@@ -195,6 +204,7 @@ def sample(argv: list[str]) -> int:
     from safelight.arguments import Sample, parse
 
     arguments = parse(Sample, argv, "sample", COMMANDS["sample"])
+    _say_loading()
     from safelight.trainer.draw import open_run
     from safelight.trainer.draw import sample as draw_sample
     from safelight.trainer.log import Terminal
@@ -215,6 +225,7 @@ def compare(argv: list[str]) -> int:
     from safelight.arguments import Compare, parse
 
     arguments = parse(Compare, argv, "compare", COMMANDS["compare"])
+    _say_loading()
     from safelight.trainer.draw import compare as draw_pairs
     from safelight.trainer.draw import open_run
     from safelight.trainer.log import Terminal
@@ -226,6 +237,7 @@ def compare(argv: list[str]) -> int:
             arguments.checkpoint,
             arguments.num,
             lambda done, total: terminal.update("drawing", done, total),
+            terminal.say,
         )
     print(f"pairs in {folder}; report: {build_report(arguments.run)}")
     return 0

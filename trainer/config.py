@@ -307,6 +307,19 @@ def _names_at(location: tuple) -> list[str]:
     return [field.alias or name for name, field in model.model_fields.items()]
 
 
+COMMAND_LINE = "command line"
+PLAIN_TYPES = {
+    "int_parsing": "a whole number", "int_type": "a whole number", "int_from_float": "a whole number",
+    "float_parsing": "a number", "float_type": "a number", "bool_parsing": "true or false", "bool_type": "true or false",
+}  # fmt: skip
+
+
+def _shown(path: list, source: str) -> str:
+    """Return a setting as it is written in a file, or as an option where it came from the command line."""
+    name = ".".join(map(str, path))
+    return f"--{name.replace('_', '-')}" if source == COMMAND_LINE else name
+
+
 def explain(error: ValidationError, source: str) -> str:
     """Return a readable line for each mistake pydantic found."""
     lines = []
@@ -315,7 +328,12 @@ def explain(error: ValidationError, source: str) -> str:
         where = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
             near = difflib.get_close_matches(str(last), _names_at(tuple(parents)), n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(_names_at(tuple(parents)))}"
+            known = ", ".join(_names_at(tuple(parents)))
+            hint = (
+                f"did you mean {_shown([*parents, near[0]], source) if parents else near[0]}?"
+                if near
+                else f"known here: {known}"
+            )
             lines.append(f"{source}: {where} is no setting; {hint}")
         elif problem["type"] == "missing":
             lines.append(f"{source}: {where} is missing")
@@ -323,6 +341,8 @@ def explain(error: ValidationError, source: str) -> str:
             lines.append(f"{source}: {where} = {problem['input']!r}: this is a table, [{where}]")
         elif problem["loc"] == ("stage",):
             lines.append(f"{source}: stage = {problem['input']!r}: stages are tables, [[stage]]")
+        elif problem["type"] in PLAIN_TYPES:
+            lines.append(f"{source}: {where} = {problem['input']!r}: give {PLAIN_TYPES[problem['type']]}")
         else:
             message = problem["msg"].removeprefix("Value error, ")
             lines.append(f"{source}: {where} = {problem['input']!r}: {message[0].lower()}{message[1:]}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,24 +21,32 @@ from safelight.trainer.config import Config, explain, load_config
 from safelight.trainer.diffusion import NoiseSchedule, make_schedule
 from safelight.trainer.ema import load_averages
 from safelight.trainer.encoders import CaptionEncoder, LatentCodec, load_caption_encoder, load_codec
-from safelight.trainer.models import Base, base_of, load_unet, pick_device, pick_dtype
-from safelight.trainer.run_folder import recorded_attention
-from safelight.trainer.sample import Settings, generate, settings_of
+from safelight.trainer.models import Base, base_of, latent_factor, load_unet, pick_device, pick_dtype, vae_config
+from safelight.trainer.run_folder import recorded_attention, require_run
+from safelight.trainer.sample import Settings, check_size, generate, settings_of
 
 Progress = Callable[[int, int], None]
 
 
 @dataclass
 class OpenRun:
-    """A run's models, without its dataset."""
+    """A run's models, each loaded when it is asked for, without its dataset."""
 
     run_dir: Path
     config: Config
     base: Base
     device: torch.device
     schedule: NoiseSchedule
-    codec: LatentCodec
-    encoder: CaptionEncoder
+
+    # the encoders wait in host memory and visit the GPU
+
+    @functools.cached_property
+    def codec(self) -> LatentCodec:
+        return load_codec(self.config, self.base, torch.device("cpu"))
+
+    @functools.cached_property
+    def encoder(self) -> CaptionEncoder:
+        return load_caption_encoder(self.config, self.base, torch.device("cpu"))
 
     def unet(self, step: int | None) -> nn.Module:
         """Return the UNet of a checkpoint, its moving average where it has one, or of the base for None."""
@@ -74,29 +83,21 @@ class OpenRun:
 
 def open_run(run_dir: Path) -> OpenRun:
     """Return a run's models. Raises ValueError if the folder is no run."""
-    if not (run_dir / "config.toml").is_file():
-        raise ValueError(f"{run_dir} is no run folder: it has no config.toml; train first, or name runs/NAME")
+    require_run(run_dir)
     config = load_config(run_dir / "config.toml")
     device = pick_device(config.run.device)
     base = base_of(config.model)
     schedule = make_schedule(base.config_of("scheduler"), config.loss.prediction, config.loss.zero_terminal_snr)
-    # the encoders wait in host memory and visit the GPU
-    host = torch.device("cpu")
-    return OpenRun(
-        run_dir,
-        config,
-        base,
-        device,
-        schedule,
-        load_codec(config, base, host),
-        load_caption_encoder(config, base, host),
-    )
+    return OpenRun(run_dir, config, base, device, schedule)
 
 
-def pick_step(run_dir: Path, wanted: str) -> int | None:
-    """Return the step of `last`, `best` or a number; None for `base`. Raises ValueError where there is no such checkpoint."""
+def pick_step(run_dir: Path, wanted: str, has_base: bool = True) -> int | None:
+    """Return the step of `last`, `best` or a number; None for `base`, where that is a choice.
+
+    Raises ValueError where there is no such checkpoint.
+    """
     steps = list_checkpoints(run_dir)
-    if wanted == "base":
+    if wanted == "base" and has_base:
         return None
     if not steps:
         raise ValueError(f"{run_dir} holds no checkpoint yet")
@@ -110,7 +111,8 @@ def pick_step(run_dir: Path, wanted: str) -> int | None:
         return best
     if wanted.isdigit() and int(wanted) in steps:
         return int(wanted)
-    raise ValueError(f"checkpoint {wanted!r} is not in {run_dir}; use last, best, base or one of {steps}")
+    names = "last, best, base" if has_base else "last, best"
+    raise ValueError(f"checkpoint {wanted!r} is not in {run_dir}; use {names} or one of {', '.join(map(str, steps))}")
 
 
 def validation_captions(run: OpenRun) -> list[str]:
@@ -135,20 +137,22 @@ def validation_captions(run: OpenRun) -> list[str]:
     return list(dict.fromkeys(captions[file] + suffix for file in files if captions.get(file)))
 
 
-def compare(run: OpenRun, checkpoint: str, num: int, progress: Progress | None = None) -> Path:
+def compare(
+    run: OpenRun, checkpoint: str, num: int, progress: Progress | None = None, say: Callable[[str], None] | None = None
+) -> Path:
     """Draw base and trained from the same noise into RUN/compare and return that folder.
 
-    The prompts are the run's, then captions of held-out photographs, `num` in all.
+    The prompts are the run's, then captions of held-out photographs, `num` in all; `say` is told where there are fewer.
     """
     if num < 1:
         raise ValueError(f"--num {num} is below 1; use 8")
-    step = pick_step(run.run_dir, checkpoint)
-    if step is None:
-        raise ValueError("compare needs a trained checkpoint: last, best or a step, not base")
+    step = pick_step(run.run_dir, checkpoint, has_base=False)
     prompts = list(dict.fromkeys(run.config.sample.prompts))
     if len(prompts) < num:
         prompts = list(dict.fromkeys([*prompts, *validation_captions(run)]))
     prompts = prompts[:num]
+    if say is not None and 0 < len(prompts) < num:
+        say(f"{len(prompts)} pairs, not {num}: there are no more prompts and held-out captions")
     if not prompts:
         raise ValueError("there is nothing to draw: set sample.prompts or hold photographs out for validation")
     settings = settings_of(run.config)
@@ -192,6 +196,7 @@ def sample(
             raise ValueError(explain(error, "command line")) from None
     settings = settings_of(config)
     step = pick_step(run.run_dir, checkpoint)
+    check_size(settings, latent_factor(vae_config(run.base, config.model.vae)))
     images = run.draw(run.unet(step), prompts, settings, config.sample.negative_prompt, progress)
     out.mkdir(parents=True, exist_ok=True)
     stem = f"{'base' if step is None else f'step{step}'}-seed{settings.seed}"

@@ -34,6 +34,7 @@ from safelight.trainer.original_layout import (
     unet_layout,
     vae_layout,
 )
+from safelight.trainer.run_folder import require_run
 
 DTYPES = {name: dtype for dtype, name in PRECISIONS.items()}
 OPEN_CLIP_WIDTH = 1024
@@ -120,13 +121,10 @@ def export(
     checkpoint: last, best or a step. title: '' for the run's name and step. weights: auto, the moving average where the
     run keeps one; ema; trained. Raises ValueError, one line.
     """
-    if not (run_dir / "config.toml").is_file():
-        raise ValueError(f"{run_dir} is no run folder: it has no config.toml; train first, or name runs/NAME")
+    require_run(run_dir)
     is_file = _check_place(out, force)
     config = load_config(run_dir / "config.toml")
-    step = pick_step(run_dir, checkpoint)
-    if step is None:
-        raise ValueError("export needs a trained checkpoint: last, best or a step, not base")
+    step = pick_step(run_dir, checkpoint, has_base=False)
     folder = folder_of(run_dir, step)
     check_files(folder)
     base = base_of(config.model)

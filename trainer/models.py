@@ -285,6 +285,12 @@ def vae_config(base: Base, override: str) -> dict:
     return config
 
 
+def latent_factor(config: dict) -> int:
+    """Return the pixels a latent of an autoencoder's config, along each side."""
+    is_tiny = config["_class_name"] == "AutoencoderTiny"
+    return 2 ** (len(config["encoder_block_out_channels" if is_tiny else "block_out_channels"]) - 1)
+
+
 def load_vae(base: Base, override: str, seed: int) -> nn.Module:
     """Return the frozen autoencoder in fp32 on the CPU: the base's, or the one of the folder or file given."""
     from diffusers import AutoencoderKL, AutoencoderTiny

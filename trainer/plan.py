@@ -11,7 +11,7 @@ from safelight.data.buckets import make_buckets
 from safelight.trainer.config import Config
 from safelight.trainer.dataset import bucket_multiple
 from safelight.trainer.kernel_adamw import part_of
-from safelight.trainer.models import PRECISIONS, base_of, meta_unet, pick_device, pick_dtype, vae_config
+from safelight.trainer.models import PRECISIONS, base_of, latent_factor, meta_unet, pick_device, pick_dtype, vae_config
 from safelight.trainer.optim import memory_mode
 
 # blocks of 256 with one fp32 scale each, tensors under 4,096 elements keep fp32 moments: bitsandbytes' and ours alike
@@ -83,12 +83,6 @@ def static_bytes(config: Config, device: torch.device | None = None) -> StaticBy
         gradients=max(in_flight.values()) * dtype.itemsize,
         master_gradients=4 * num if is_16_bit and config.optimizer.name != "adamw8bit" else 0,
     )
-
-
-def latent_factor(vae: dict) -> int:
-    """Return the pixels a latent of an autoencoder's config, along each side."""
-    is_tiny = vae["_class_name"] == "AutoencoderTiny"
-    return 2 ** (len(vae["encoder_block_out_channels" if is_tiny else "block_out_channels"]) - 1)
 
 
 def check_resolution(config: Config) -> None:

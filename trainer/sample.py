@@ -38,6 +38,14 @@ def settings_of(config: Config) -> Settings:
     )
 
 
+def check_size(settings: Settings, factor: int) -> None:
+    """Raise ValueError, with what would do, for a size that is no multiple of the pixels a latent."""
+    for name, value in (("width", settings.width), ("height", settings.height)):
+        if value % factor:
+            below = value - value % factor
+            raise ValueError(f"{name} {value} is not a multiple of {factor}; use {below or factor} or {below + factor}")
+
+
 def make_scheduler(schedule: NoiseSchedule, sampler: str):
     """Return diffusers' scheduler of a sampler over the run's own schedule. Raises ValueError for an unknown one."""
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
@@ -85,8 +93,7 @@ def generate(
     Raises ValueError for a size that the latents do not divide.
     """
     factor = codec.factor
-    if settings.width % factor or settings.height % factor:
-        raise ValueError(f"sample size {settings.width}x{settings.height} is not a multiple of {factor}")
+    check_size(settings, factor)
     weight = next(unet.parameters())
     indices = list(range(len(text_BTD))) if indices is None else list(indices)
     shape = (codec.latent_channels, settings.height // factor, settings.width // factor)

@@ -109,7 +109,7 @@ MISTAKES = [
     Mistake("quality 0", lambda place: ["prepare", place / "photos", "-o", place / "dataset", "--quality", "0"], "quality 0 is outside 1 to 100"),
     Mistake("no megapixels", lambda place: ["prepare", place / "photos", "-o", place / "dataset", "--max-megapixels", "nan"], "max_megapixels nan is not above 0"),
     Mistake("unknown table", toml("[trian]\nepochs = 3\n"), "trian is no setting; did you mean train?"),
-    Mistake("unknown setting", toml("[train]\nbatchsize = 3\n"), "train.batchsize is no setting; did you mean batch_size?"),
+    Mistake("unknown setting", toml("[train]\nbatchsize = 3\n"), "train.batchsize is no setting; did you mean train.batch_size?"),
     Mistake("word for a number", toml('[train]\nbatch_size = "four"\n'), "train.batch_size = 'four': "),
     Mistake("truth for a number", toml("[train]\nbatch_size = true\n"), "true and false are no value here"),
     Mistake("fraction for a count", toml("[train]\nepochs = 1.5\n"), "train.epochs = 1.5: "),

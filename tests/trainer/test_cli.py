@@ -204,7 +204,7 @@ def test_sample_draws_the_same_image_for_the_same_seed(journey):
     [
         ("--checkpoint 7", "checkpoint '7' is not in"),
         ("--checkpoint newest", "checkpoint 'newest' is not in"),
-        ("--width 63", "63x64 is not a multiple of 4"),
+        ("--width 63", "width 63 is not a multiple of 4; use 60 or 64"),
         ("--width -8", "width = -8: "),
         ("--steps 0", "steps = 0: "),
         ("--steps 2000", "steps = 2000: "),
@@ -454,3 +454,16 @@ def test_ctrl_c_saves_resume_completes_and_no_library_says_a_word(journey):
     assert list_checkpoints(run)[-1] == more
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, more + 1))
+
+
+def test_a_run_that_was_moved_and_is_named_from_elsewhere_goes_on(journey, tmp_path, monkeypatch):
+    """Its folder is where its config lies, not where that says it was."""
+    moved = shutil.copytree(journey.run, tmp_path / "moved")
+    step = list_checkpoints(moved)[-1]
+    monkeypatch.chdir(tmp_path)
+    called = call("train", "moved/config.toml", "--resume", "--train.max-steps", step + 1)
+    assert called.status == 0, called.err
+    assert f"resumed at step {step}," in called.err
+    assert list_checkpoints(moved)[-1] == step + 1
+    assert list_checkpoints(journey.run)[-1] == step
+    assert load_config(moved / "config.toml").run.dir == "moved"

@@ -98,7 +98,7 @@ def test_progress_counts_the_denoising_steps_of_all_batches_and_may_end_them(par
 
 
 def test_a_size_the_latents_do_not_divide_is_refused(parts):
-    with pytest.raises(ValueError, match="50x64 is not a multiple of 4"):
+    with pytest.raises(ValueError, match="width 50 is not a multiple of 4; use 48 or 52"):
         generate(*parts, replace(SETTINGS, width=50))
 
 

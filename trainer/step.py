@@ -43,6 +43,14 @@ class StepResult:
     taken: Tensor | bool
 
 
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device, without waiting for what the device was asked before."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        # from pageable memory more than 64 KiB are copied only when the steps before are done
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
 def make_noisy(
     batch: Batch, schedule: NoiseSchedule, scaling_factor: float, seed: int, epoch: int, offset_noise: float = 0.0,
     dtype: torch.dtype = torch.float32,
@@ -54,12 +62,12 @@ def make_noisy(
     device = schedule.alphas_cumprod_T.device
     who = zip(batch.sample_ids, batch.occurrences, strict=True)
     keys = [Key(seed, Purpose.NOISE, sample_id, epoch, occurrence) for sample_id, occurrence in who]
-    logvar = None if batch.logvar_BCHW is None else batch.logvar_BCHW.to(device, non_blocking=True)
+    logvar = None if batch.logvar_BCHW is None else to_device(batch.logvar_BCHW, device)
     noised = noising(
-        batch.mean_BCHW.to(device, non_blocking=True), logvar, key_words(keys, device), schedule.alphas_cumprod_T,
+        to_device(batch.mean_BCHW, device), logvar, key_words(keys, device), schedule.alphas_cumprod_T,
         prediction_type=schedule.prediction_type, scaling_factor=scaling_factor, offset_noise=offset_noise, dtype=dtype,
     )  # fmt: skip
-    text = batch.text_BTD.to(device, non_blocking=True)
+    text = to_device(batch.text_BTD, device)
     return Noisy(noised.noisy_BCHW, noised.timesteps_B, noised.target_BCHW, text)
 
 

@@ -16,7 +16,7 @@ from safelight.kernels.remainder import split
 from safelight.trainer.config import Loss, Optimizer
 from safelight.trainer.diffusion import make_schedule
 from safelight.trainer.optim import UNetOptimizer
-from safelight.trainer.step import accumulate, make_noisy, sample_losses, train_step
+from safelight.trainer.step import accumulate, make_noisy, sample_losses, to_device, train_step
 
 SCHEDULER = {
     "beta_start": 0.00085,
@@ -283,3 +283,31 @@ def test_gradient_checkpointing_gives_the_same_gradients(initial_unet):
         saved.append(sum(sizes.values()))
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
     assert saved[1] < 0.7 * saved[0]
+
+
+@pytest.mark.parametrize(("where", "expected"), [("cuda", ["pin", ("cuda", True)]), ("cpu", [("cpu", True)])])
+def test_rows_go_to_a_gpu_by_way_of_pinned_memory(where, expected):
+    class Host:
+        device = torch.device("cpu")
+
+        def __init__(self):
+            self.calls = []
+
+        def pin_memory(self):
+            self.calls.append("pin")
+            return self
+
+        def to(self, device, non_blocking):
+            self.calls.append((device.type, non_blocking))
+            return self
+
+    assert to_device(Host(), torch.device(where)).calls == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpus_rows_are_the_hosts():
+    x = torch.randn(33, 77, 768)
+    device = torch.device("cuda")
+    assert torch.equal(to_device(x, device).cpu(), x)
+    assert torch.equal(to_device(x.to(device), device).cpu(), x)

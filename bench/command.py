@@ -163,6 +163,23 @@ class Attention:
 
 
 @dataclass
+class Loop:
+    base: Base = "tiny"
+    latent_size: LatentSize = 0
+    batch_size: int = 4
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    optimizer: Annotated[
+        Literal["adamw8bit", "bnb_adamw8bit", "adamw"], arg(help="ours; EveryDream's is adamw8bit")
+    ] = "adamw8bit"
+    checkpointing: Literal["none", "selective", "full"] = "none"
+    photographs: Annotated[int, arg(help="made for the purpose; a multiple of the batch size")] = 48
+    epochs: Annotated[int, arg(help="the first of each is told apart")] = 4
+    device: Device = "auto"
+    append: Append = None
+    json: Annotated[bool, arg(help="print one JSON line a loop")] = False
+
+
+@dataclass
 class Quick:
     device: Device = "auto"
     append: Append = None
@@ -190,6 +207,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
         "operators, kernel launches, bytes, FLOPs and host syncs of a training step, traced without a GPU",
     ),
     "loader": (Loader, "cache reads against a file a row and decoding every epoch"),
+    "loop": (Loop, "seconds an epoch with loader, log and checkpoint, ours against EveryDream's way"),
     "kernels": (Kernels, "bytes of every kernel at the layers models train; on a GPU their speed too"),
     "aot": (Aot, "kernels compiled for cards that are not here: registers, spills, shared memory, code size"),
     "optimizer": (Optimizer, "every optimizer a config can name: time a step, bytes held and moved a parameter"),

@@ -166,6 +166,26 @@ def loader(options: command.Loader) -> int:
     return 0
 
 
+def loop(options: command.Loop) -> int:
+    from safelight.bench.loop import bench_loop
+    from safelight.bench.workload import Workload
+
+    work = Workload(
+        options.base, options.latent_size, options.batch_size, options.precision, options.optimizer,
+        options.checkpointing, options.device,
+    )  # fmt: skip
+    for record in bench_loop(work, options.photographs, options.epochs):
+        keep(options.append, record)
+        config, found = record["config"], record["figures"]
+        idle = "" if found["idle_share"] is None else f", the GPU idle {100 * found['idle_share']:.0f} % of it"
+        line = (
+            f"{config['recipe']}, {config['base']}, batch {config['batch_size']}: {found['epoch_s'][1]:.2f} s an epoch of "
+            f"{config['photographs']} photographs, {found['images_per_s']:.2f} images/s{idle}; the first {found['first_epoch_s']:.1f} s"
+        )
+        print(json.dumps(record) if options.json else line)
+    return 0
+
+
 def quick(options: command.Quick) -> int:
     from safelight.bench.quick import quick as measure_quickly
 

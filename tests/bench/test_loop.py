@@ -1,0 +1,54 @@
+"""Whole loops by the clock: that every epoch is timed once, with all that belongs to it."""
+
+import json
+import time
+
+import pytest
+
+from safelight.bench import loop
+from safelight.bench.loop import bench_loop, config_for
+from safelight.bench.suite import OURS
+from safelight.bench.workload import Workload
+
+WORK = Workload(batch_size=2, optimizer="adamw", device="cpu")
+
+
+def test_epochs_of_both_hold_their_steps_and_checkpoints(monkeypatch):
+    saved = []
+    import safelight.trainer.train as training
+
+    save = training.save_checkpoint
+
+    def slow_save(*args, **kwargs):
+        time.sleep(0.3)
+        saved.append(OURS)
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(training, "save_checkpoint", slow_save)
+    write = loop.save_file
+    monkeypatch.setattr(loop, "save_file", lambda *args: saved.append("everydream") or time.sleep(0.3) or write(*args))
+    records = list(bench_loop(WORK, 4, 3))
+    assert [r["config"]["recipe"] for r in records] == [OURS, "everydream"]
+    # a checkpoint an epoch of each, in its time
+    assert saved == [OURS] * 3 + ["everydream"] * 3
+    for record in records:
+        found = record["figures"]
+        assert 0.3 < found["epoch_s"][0] <= found["epoch_s"][1] <= found["epoch_s"][2]
+        assert found["images_per_s"] == pytest.approx(4 / found["epoch_s"][1], rel=0.01)
+        # what fills caches and loads models is in the first
+        assert found["first_epoch_s"] > 0.3
+        assert found["idle_share"] is None
+        json.dumps(record)
+
+
+def test_our_run_is_a_run_of_a_user(tmp_path):
+    config = config_for(WORK.resolved(), tmp_path / "d", tmp_path / "run", 3, 64)
+    assert (config.save.every_epochs, config.train.epochs, config.log.tensorboard) == (1, 3, True)
+    assert config.data.max_aspect == 1.0
+
+
+def test_what_cannot_be_timed_is_refused():
+    with pytest.raises(ValueError, match="--epochs 2 leaves nothing"):
+        list(bench_loop(WORK, 4, 2))
+    with pytest.raises(ValueError, match="--photographs 5 is no multiple of batch size 2"):
+        list(bench_loop(WORK, 5, 3))

@@ -65,6 +65,7 @@ def test_runs_with_and_without_kernels_resume_from_each_other(run, tiny_dataset,
     assert all(torch.equal(x, alone["on"][name]) for name, x in same.items())
 
 
+@pytest.mark.slow
 def test_checkpointing_on_kernels_trains_the_same_bits(run, tiny_dataset, tmp_path):
     """With 16-bit weights, which an optimizer moves after the patch laid them side by side."""
     found = {}

@@ -64,7 +64,7 @@ def assert_equal_runs(one: Path, other: Path) -> None:
     assert all((one / path).read_bytes() == (other / path).read_bytes() for path in drawn)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw8bit", "adamw"])
+@pytest.mark.parametrize("optimizer", ["adamw8bit", pytest.param("adamw", marks=pytest.mark.slow)])
 def test_killed_and_resumed_equals_uninterrupted(run, tiny_dataset, tmp_path, optimizer):
     alone = settings_of(tmp_path / "alone", tiny_dataset, optimizer={"name": optimizer})
     assert run(alone) == 0

@@ -133,7 +133,18 @@ class ProfileArguments:
     json: Annotated[bool, arg(help="print the result as JSON")] = False
 
 
-_WITH_CONFIG = {"train": TrainArguments, "profile": ProfileArguments}
+@dataclass
+class PlanArguments:
+    config: ConfigFile
+    settings: Settings
+    gpu: Annotated[
+        str,
+        _own("CARD", "card to plan for: t4, rtx3060, rtx4090, ..., or its memory: 8GiB", "auto: the one that is here"),
+    ] = ""
+    json: Annotated[bool, arg(help="print the result as JSON")] = False
+
+
+_WITH_CONFIG = {"train": TrainArguments, "plan": PlanArguments, "profile": ProfileArguments}
 
 
 def parse(shape: type[_T], argv: list[str], command: str, description: str, default: _T | None = None) -> _T:
@@ -181,7 +192,7 @@ def is_of_run(path: Path) -> bool:
 
 def parse_with_config(
     argv: list[str], command: str, description: str
-) -> tuple[TrainArguments | PrintingArguments | ProfileArguments, Config]:
+) -> tuple[TrainArguments | PlanArguments | PrintingArguments | ProfileArguments, Config]:
     """Return (arguments, Config) of a command that takes a run.toml and any setting of it.
 
     Raises ValueError for a mistake in the file or in a setting.

@@ -15,7 +15,7 @@ COMMANDS = {
     "init": "write a commented config from a preset: tiny, sd15, sd21, everydream2",
     "prepare": "check, orient, shrink and de-duplicate photos; read captions; write a dataset",
     "cache": "encode a dataset's latents and captions; only what is missing",
-    "plan": "what a run will need: exact static bytes, steps, cache on disk",
+    "plan": "what a run will need of a card, what fits, how long; no GPU needed",
     "train": "fine-tune; --resume goes on where the newest checkpoint stopped",
     "sample": "draw prompts with a run's checkpoint",
     "compare": "base beside trained, from the same noise",
@@ -151,27 +151,64 @@ def plan(argv: list[str]) -> int:
     arguments, config = parse_with_config(argv, "plan", COMMANDS["plan"])
     from safelight.trainer.plan import table
 
-    result = table(config)
+    card = _card(arguments.gpu, config)
+    if card is None:
+        result = table(config)
+    else:
+        from safelight.trainer.fit import Planner
+
+        ways = Planner(config, card).table()
+        config.model.precision = ways["precision"]
+        if ways["chosen"] and ways["precision"] != "fp32":
+            config.optimizer.memory = ways["chosen"]["memory"]
+        result = {**table(config), "plan": ways}
     if arguments.json:
         _print_json(result)
-        return 0
-    parts = result["bytes"]
-    _print_table(
-        f"{result['base']}, {result['unet_parameters']:,} parameters in {result['unet_tensors']} tensors, "
-        f"{result['precision']}, {result['optimizer']}",
-        ("static memory", "bytes", "GiB", "bytes a parameter"),
-        [(name, f"{n:,}", f"{n / 2**30:.2f}", f"{n / result['unet_parameters']:.2f}") for name, n in parts.items()],
-    )
-    print("Activations, workspace and CUDA context come on top; they are not planned yet.")
+    else:
+        _print_plan(result)
+    if card is not None and result["plan"]["refusal"]:
+        raise ValueError(result["plan"]["refusal"])
+    return 0
+
+
+def _card(name: str, config):
+    """Return the card that --gpu names, the one that is here for none, or None where there is none."""
+    import torch
+
+    from safelight.trainer.cards import find_card, this_card
+
+    if name and name != "auto":
+        return find_card(name)
+    if not torch.cuda.is_available() or config.run.device == "cpu":
+        if name == "auto":
+            raise ValueError("--gpu auto: torch finds no CUDA device here; name a card: t4, rtx3060, rtx4090, 8GiB")
+        return None
+    return this_card(torch.device("cuda"))
+
+
+def _print_plan(result: dict) -> None:
+    gib = 2**30
+    if "plan" in result:
+        from safelight.plan_table import print_ways
+
+        print_ways(result)
+    else:
+        parts = result["bytes"]
+        _print_table(
+            f"{result['base']}, {result['unet_parameters']:,} parameters in {result['unet_tensors']} tensors, "
+            f"{result['precision']}, {result['optimizer']}",
+            ("static memory", "bytes", "GiB", "bytes a parameter"),
+            [(name, f"{n:,}", f"{n / gib:.2f}", f"{n / result['unet_parameters']:.2f}") for name, n in parts.items()],
+        )
+        print("There is no GPU here; --gpu t4 (rtx3060, rtx4090, 8GiB) plans the whole step for one.")
     size, most = result["checkpoint bytes"], result["checkpoints at most"]
-    print(f"A checkpoint takes {size / 2**30:.2f} GiB on disk; up to {most} at a time: {most * size / 2**30:.2f} GiB.")
+    print(f"A checkpoint takes {size / gib:.2f} GiB on disk; up to {most} at a time: {most * size / gib:.2f} GiB.")
     if "dataset" in result:
         data = result["dataset"]
         print(
             f"{data['photographs']} photographs, {data['validation']} held out; {data['epochs']} epochs meet {data['images trained']:,} "
             f"images; latents take up to {data['cache bytes'] / 2**20:.1f} MiB on disk"
         )
-    return 0
 
 
 def train(argv: list[str]) -> int:

@@ -111,8 +111,9 @@ class Train(Section):
     """Stop after this many optimizer steps; 0: no limit."""
     kernels: Literal["auto", "on", "off"] = "auto"
     """Our kernels in the UNet; runs with and without them resume from each other. auto: on a GPU."""
-    checkpointing: Literal["none", "selective", "full"] = "none"
-    """Recompute activations in backward: selective what costs little, full for about a quarter more work."""
+    checkpointing: Literal["auto", "none", "selective", "full"] = "none"
+    """Recompute activations in backward: selective what costs little, full for about a quarter more work. auto: on a GPU the
+    first of none, selective, full that `safelight plan` finds to fit; on a CPU none."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Clip the gradients' global norm; 0: never."""
     ema_decay: Fraction = 0.0
@@ -126,7 +127,7 @@ class Optimizer(Section):
     """adamw8bit: our kernel, 2 bytes of moments a parameter; bnb_adamw8bit: bitsandbytes' of the same; adamw: torch, 8."""
     memory: Literal["auto", "exact", "near", "rounded", "fp32"] = "auto"
     """Beside 16-bit weights: exact 2 bytes that complete them to fp32, near 1, rounded none but noise, fp32 a master of 4.
-    auto: exact."""
+    auto: on a GPU the first of exact, near, rounded that `safelight plan` finds to fit; on a CPU exact."""
     lr: LearningRate = 1e-6
     """Peak learning rate."""
     fused_backward: bool = False
@@ -154,6 +155,13 @@ class Optimizer(Section):
                 f"optimizer.clipping {self.clipping} does not go with optimizer.fused_backward {state}; use auto or {use}"
             )
         return self.clipping
+
+
+class Memory(Section):
+    """What a run may take of a GPU."""
+
+    limit_gib: Annotated[float, Field(ge=0)] = 0.0
+    """Never more than this, CUDA's context included: a step that needs more fails rather than spill. 0: no limit."""
 
 
 class Stage(Section):
@@ -257,6 +265,7 @@ class Config(Section):
     data: Data = Data()
     train: Train = Train()
     optimizer: Optimizer = Optimizer()
+    memory: Memory = Memory()
     stage: list[Stage] = []
     loss: Loss = Loss()
     validate_: Annotated[Validate, tyro.conf.arg(name="validate")] = Field(default=Validate(), alias="validate")

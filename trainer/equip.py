@@ -33,7 +33,8 @@ def equip(
     """Make a UNet of fp32 weights ready to be trained in a dtype, in place. device: where it trains, or would."""
     apply_attention(unet, attention)
     patched = patch.apply(unet, attention) if patch.is_wanted(config.train.kernels, device) else None
-    apply_checkpointing(unet, config.train.checkpointing)
+    how = config.train.checkpointing
+    apply_checkpointing(unet, "none" if how == "auto" else how)
     optimizer = UNetOptimizer(unet, config.optimizer, dtype, config.run.seed)
     if patched is not None:
         # 16-bit weights have new memory; the moving average keeps views of it

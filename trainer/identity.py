@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from safelight.data.cache import Sample
 from safelight.trainer.config import Config
 
-FREE_TABLES = ("stage", "validate", "sample", "save", "log")
+FREE_TABLES = ("stage", "memory", "validate", "sample", "save", "log")
 FREE = {
     "run": ("dir", "device", "deterministic"),
     "model": ("attention",),

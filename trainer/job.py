@@ -19,11 +19,13 @@ from safelight.trainer.diffusion import NoiseSchedule, make_schedule
 from safelight.trainer.ema import WeightAverages, take_averages
 from safelight.trainer.encoders import LatentCodec, load_codec
 from safelight.trainer.equip import equip
+from safelight.trainer.fit import Need
+from safelight.trainer.gpu_memory import cap, describe, record, settle
 from safelight.trainer.identity import Identity, identify
 from safelight.trainer.log import Metrics, Terminal, reset_peak_memory
 from safelight.trainer.models import PRECISIONS, base_of, check_unet, load_unet, pick_device, pick_dtype
 from safelight.trainer.optim import UNetOptimizer, memory_mode
-from safelight.trainer.run_folder import recorded_attention, write_start
+from safelight.trainer.run_folder import MEMORY_PLAN, recorded, recorded_attention, write_start
 from safelight.trainer.step import StepResult
 from safelight.trainer.timeline import Timeline
 from safelight.trainer.validate import choose_subset
@@ -33,7 +35,7 @@ from safelight.trainer.validate import choose_subset
 class Job:
     """What the loop works with.
 
-    ema: None where the run keeps no moving average. window: unlogged steps, see _log; num_timed: images since
+    ema: None where the run keeps no moving average. planned: of the GPU's memory, None on a CPU. window: unlogged steps, see _log; num_timed: images since
     window_began; note: the last logged values, for the terminal; saved_step: of the newest checkpoint.
     """
 
@@ -52,6 +54,8 @@ class Job:
     subset: list[Sample]
     identity: Identity
     stop_requested: Callable[[], bool]
+    planned: Need | None = None
+    is_memory_compared: bool = False
     window: list[StepResult] = field(default_factory=list)
     window_began: float = field(default_factory=time.monotonic)
     num_timed: int = 0
@@ -69,6 +73,9 @@ def load_job(
     dtype = pick_dtype(config.model.precision, device)
     memory_mode(config.optimizer, dtype)
     base = base_of(config.model)
+    # on a GPU: what `auto` comes to, and whether the run fits at all
+    settled, need = settle(config, device, None if step is None else recorded(run_dir, MEMORY_PLAN))
+    cap(device, config.memory.limit_gib)
     schedule = make_schedule(base.config_of("scheduler"), config.loss.prediction, config.loss.zero_terminal_snr)
     # what will be refused is refused before hours of encoding
     check_unet(base)
@@ -91,7 +98,7 @@ def load_job(
         device, dtype, attention_cases(unet, (side, side)), wanted=config.model.attention,
         batch=config.train.batch_size, previous=None if step is None else recorded_attention(run_dir),
     )  # fmt: skip
-    equipped = equip(unet, config, attention, device, dtype)
+    equipped = equip(unet, settled, attention, device, dtype)
     optimizer, ema = equipped.optimizer, equipped.ema
     # the autoencoder waits in host memory and visits the GPU to decode samples
     codec = load_codec(config, base, torch.device("cpu"))
@@ -109,11 +116,24 @@ def load_job(
         already_skipped = int(optimizer.num_skipped_tensors) if optimizer.is_fused else 0
     run_dir.mkdir(parents=True, exist_ok=True)
     notes = [str(attention), str(optimizer)]
+    if need is not None:
+        notes.append(describe(need))
+        terminal.say(notes[-1])
     notes.append("kernels off" if equipped.patched is None else str(equipped.patched))
     if ema is not None:
         notes.append(f"moving average of the weights, decay {ema.decay:g}, in validation, samples and export")
     write_start(
-        run_dir, config, base, dataset, unet, notes, schedule.prediction_type, PRECISIONS[dtype], device, attention
+        run_dir,
+        config,
+        base,
+        dataset,
+        unet,
+        notes,
+        schedule.prediction_type,
+        PRECISIONS[dtype],
+        device,
+        attention,
+        {} if need is None else {MEMORY_PLAN: record(need)},
     )
     metrics = Metrics(run_dir, -1 if step is None else step, config.log.tensorboard)
     if metrics.num_unreadable:
@@ -130,7 +150,7 @@ def load_job(
     subset = choose_subset(dataset.train, most, config.run.seed)
     job = Job(
         config, run_dir, device, dataset, unet, optimizer, ema, schedule.to(device), codec, timeline, metrics, terminal,
-        subset, identity, stop_requested, window, num_skipped_tensors=already_skipped, saved_step=-1 if step is None else step,
+        subset, identity, stop_requested, need, window=window, num_skipped_tensors=already_skipped, saved_step=-1 if step is None else step,
     )  # fmt: skip
     return job, position
 

@@ -12,6 +12,7 @@ from safelight.data.buckets import Bucket
 from safelight.kernels.adamw8bit import MIN_8BIT_ELEMENTS, AdamW8bit
 from safelight.kernels.attention import NUM_TEXT_TOKENS, attention_cases, choose_attention
 from safelight.kernels.blockwise import BLOCK_SIZE
+from safelight.kernels.checkpointing import apply_checkpointing
 from safelight.kernels.jit import cdiv, references_on_meta
 from safelight.trainer.config import Config
 from safelight.trainer.diffusion import make_schedule
@@ -50,6 +51,20 @@ class _StandInAdamW8bit:
                 self.state[p] = [torch.empty(n, dtype=t, device=p.device) for _ in range(2) for n, t in parts]
 
 
+def _give_conditioning(unet: torch.nn.Module) -> None:
+    """Let a UNet with SDXL's added conditions be called as those without: they are made when it is called."""
+    if unet.config.addition_embed_type != "text_time":
+        return
+    pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+
+    def add(_, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        text = args[2]
+        made = {"text_embeds": text.new_empty(len(text), pooled), "time_ids": text.new_empty(len(text), 6)}
+        return args, {**kwargs, "added_cond_kwargs": made}
+
+    unet.register_forward_pre_hook(add, with_kwargs=True)
+
+
 @dataclass(frozen=True)
 class Traced:
     """One step. held: bytes by kind before and after it; peak: of all that is alive; work: of the whole step."""
@@ -74,6 +89,7 @@ class MetaRun:
         self.config, self.device = config, device
         self.live = LiveBytes(CUDA_ROUNDING if device.type == "cuda" else 1)
         self.unet = meta_unet(base).train()
+        _give_conditioning(self.unet)
         # a CPU has one fused operator; a card's are not probed here but taken in their order
         where = device if device.type == "cpu" else META
         wanted = "sdpa" if config.model.attention == "auto" and device.type == "cuda" else config.model.attention
@@ -85,6 +101,8 @@ class MetaRun:
             equipped = equip(self.unet, config, choice, device, dtype)
             self.loading = self.live.peak
         self.optimizer, self.ema = equipped.optimizer, equipped.ema
+        # for who asks for the same again
+        self.traced: dict[tuple, Traced | int] = {}
         self._stand_in()
         self._sort()
 
@@ -140,8 +158,33 @@ class MetaRun:
                     num_samples=batch_size * num_micro, lr=stage.lr, weight_decay=stage.weight_decay,
                     max_grad_norm=stage.max_grad_norm,
                 )  # fmt: skip
+                taken = result.taken
                 del result
+                if self.ema is not None:
+                    live.phase, live.kind = "moving average", TEMPORARY
+                    self.ema.update(taken)
+                del taken
         finally:
             del self.optimizer.step
         self._sort()
         return Traced(dict(live.live), live.peak, live.work)
+
+    def checkpoint(self, mode: str) -> None:
+        """Take another of kernels.checkpointing's modes."""
+        apply_checkpointing(self.unet, mode)
+
+    @torch.no_grad()
+    def forward(self, batch_size: int, height: int, width: int) -> int:
+        """Return what a forward pass without gradients adds to what is held, as in validation and sampling."""
+        dtype = next(self.unet.parameters()).dtype
+        held = self.live.total
+        with references_on_meta(self.device.type == "cpu"), self.live:
+            self.live.reset_peak()
+            latents = torch.empty(batch_size, self.unet.config.in_channels, height, width, dtype=dtype, device=META)
+            text = torch.empty(
+                batch_size, NUM_TEXT_TOKENS, self.unet.config.cross_attention_dim, dtype=dtype, device=META
+            )
+            self.unet.eval()
+            self.unet(latents, torch.empty(batch_size, dtype=torch.int64, device=META), text)
+            self.unet.train()
+        return self.live.peak.total - held

@@ -21,6 +21,8 @@ from safelight.trainer.models import Base
 EXAMPLE_SIDE = 320
 # environment.json's key of what choose_attention decided
 ATTENTION = "attention_choice"
+# and of what was planned of the GPU
+MEMORY_PLAN = "memory_plan"
 
 
 def require_run(run_dir: Path) -> None:
@@ -35,12 +37,15 @@ def _write_json(path: Path, value) -> None:
 
 def write_start(
     run_dir: Path, config: Config, base: Base, dataset: Dataset, unet: nn.Module, notes: list[str],
-    prediction_type: str, precision: str, device: torch.device, attention: AttentionChoice,
+    prediction_type: str, precision: str, device: torch.device, attention: AttentionChoice, more: dict,
 ) -> None:  # fmt: skip
-    """Write config.toml, environment.json, model.json, data.json, split.json and data_examples/."""
+    """Write config.toml, environment.json, model.json, data.json, split.json and data_examples/.
+
+    more: further keys of environment.json.
+    """
     atomic_write_text(run_dir / "config.toml", to_toml(config))
     _write_json(
-        run_dir / "environment.json", {**describe(device), "attention": str(attention), ATTENTION: attention.record()}
+        run_dir / "environment.json", {**describe(device), "attention": str(attention), ATTENTION: attention.record(), **more}
     )
     trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
     own_text = f"CLIP tokenizer {Path(config.model.tokenizer).name}" if config.model.tokenizer else "the base's"
@@ -82,11 +87,16 @@ def write_start(
 
 def recorded_attention(run_dir: Path) -> dict | None:
     """Return the attention that a run recorded, for `previous` of choose_attention; None if it recorded none."""
+    return recorded(run_dir, ATTENTION)
+
+
+def recorded(run_dir: Path, key: str) -> dict | None:
+    """Return a part of a run's environment.json; None where there is none, {"unreadable": path} where it is damaged."""
     path = run_dir / "environment.json"
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8")).get(ATTENTION)
+        return json.loads(path.read_text(encoding="utf-8")).get(key)
     except (OSError, ValueError, AttributeError):
         # which choose_attention tells
         return {"unreadable": str(path)}

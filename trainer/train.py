@@ -20,6 +20,7 @@ import torch
 from safelight.data.atomic import atomic_write_text
 from safelight.data.batches import MicroBatch, iterate, plan_epoch
 from safelight.data.lock import FolderLock
+from safelight.trainer.cards import this_card
 from safelight.trainer.checkpoint import (
     Position,
     list_checkpoints,
@@ -28,8 +29,9 @@ from safelight.trainer.checkpoint import (
     save_checkpoint,
 )
 from safelight.trainer.config import Config
+from safelight.trainer.gpu_memory import compare, out_of_memory
 from safelight.trainer.job import Job, load_job, pack_window
-from safelight.trainer.log import Terminal, peak_memory_gib
+from safelight.trainer.log import Terminal, peak_memory_gib, reset_peak_memory
 from safelight.trainer.sample import generate, settings_of
 from safelight.trainer.step import StepResult, train_step
 from safelight.trainer.stop import Stopped
@@ -113,6 +115,9 @@ def _loop(job: Job, position: Position) -> Outcome:
             rewrite_position(job.run_dir, position)
     if position.step < timeline.num_steps:
         job.terminal.update("training", position.step, timeline.num_steps, "first step")
+    if job.planned is not None:
+        # so that the peak is of training's steps alone
+        reset_peak_memory(job.device)
     job.window_began = time.monotonic()
     while position.step < timeline.num_steps:
         index = timeline.stage_of(position.epoch)
@@ -132,20 +137,24 @@ def _loop(job: Job, position: Position) -> Outcome:
         batches = iterate(job.dataset.cache, job.dataset.train, remaining, job.dataset.empty_key)
         for group in _groups(remaining, stage.accumulate):
             lr = timeline.learning_rate(position.epoch, position.step_in_epoch)
-            result = train_step(
-                job.unet,
-                job.optimizer,
-                islice(batches, len(group)),
-                job.schedule,
-                job.dataset.scaling_factor,
-                config.loss,
-                seed=config.run.seed,
-                epoch=position.epoch,
-                num_samples=stage.batch_size * stage.accumulate,
-                lr=lr,
-                weight_decay=stage.weight_decay,
-                max_grad_norm=stage.max_grad_norm,
-            )
+            try:
+                result = train_step(
+                    job.unet,
+                    job.optimizer,
+                    islice(batches, len(group)),
+                    job.schedule,
+                    job.dataset.scaling_factor,
+                    config.loss,
+                    seed=config.run.seed,
+                    epoch=position.epoch,
+                    num_samples=stage.batch_size * stage.accumulate,
+                    lr=lr,
+                    weight_decay=stage.weight_decay,
+                    max_grad_norm=stage.max_grad_norm,
+                )
+            except torch.OutOfMemoryError:
+                # the step is lost, with it what it had changed of the weights: nothing of it is saved
+                raise ValueError(_memory_was_full(job, group, position)) from None
             if job.ema is not None:
                 job.ema.update(result.taken)
             position = replace(position, step=position.step + 1, step_in_epoch=position.step_in_epoch + 1, stage=index)
@@ -163,6 +172,24 @@ def _loop(job: Job, position: Position) -> Outcome:
             _save(job, position)
             return Outcome(job.run_dir, position, interrupted=True)
     return Outcome(job.run_dir, position, interrupted=position.unmeasured)
+
+
+def _memory_was_full(job: Job, group: list[MicroBatch], position: Position) -> str:
+    """Return the line that ends a run whose next step did not fit."""
+    largest = max(group, key=lambda micro: (micro.bucket.width * micro.bucket.height, len(micro.refs)))
+    card = this_card(job.device) if job.device.type == "cuda" else None
+    return out_of_memory(
+        job.config, card, job.planned, largest.bucket, len(largest.refs), position.step + 1, job.saved_step
+    )
+
+
+def _compare_memory(job: Job, position: Position) -> None:
+    """Once, on a GPU: tell the planned peak of training's steps beside the measured one."""
+    allocated, reserved = torch.cuda.max_memory_allocated(job.device), torch.cuda.max_memory_reserved(job.device)
+    detail = compare(job.planned, allocated, reserved)
+    job.metrics.write("event", position.step, event="memory", detail=detail)
+    job.terminal.say(detail)
+    job.is_memory_compared = True
 
 
 def _groups(plan: list[MicroBatch], size: int) -> Iterator[list[MicroBatch]]:
@@ -296,6 +323,8 @@ def _log(job: Job, position: Position, result: StepResult, lr: float) -> None:
         images_per_s=round(images_per_s, 3),
         memory_gib=round(peak_memory_gib(job.device), 3),
     )
+    if job.planned is not None and not job.is_memory_compared:
+        _compare_memory(job, position)
     told = "all steps skipped" if loss is None else f"loss {loss:.4f}"
     rate = f"{images_per_s:.1f}" if images_per_s >= 1 else f"{images_per_s:.2g}"
     job.note = f"{told}  {rate} img/s  {peak_memory_gib(job.device):.1f} GiB"

@@ -19,6 +19,7 @@ from safelight.trainer.config import (
     Data,
     Log,
     Loss,
+    Memory,
     Model,
     Optimizer,
     Run,
@@ -34,7 +35,7 @@ from safelight.trainer.config import (
 )
 from safelight.trainer.presets import PRESETS, preset
 
-SECTIONS = (Run, Model, Data, Train, Optimizer, Stage, Loss, Validate, Sample, Save, Log)
+SECTIONS = (Run, Model, Data, Train, Optimizer, Memory, Stage, Loss, Validate, Sample, Save, Log)
 
 
 def complaint(values: dict) -> str:
@@ -62,7 +63,7 @@ def complaint(values: dict) -> str:
         ),
         (
             {"zzz": 1},
-            "run.toml: zzz is no setting; known here: run, model, data, train, optimizer, stage, loss, validate",
+            "run.toml: zzz is no setting; known here: run, model, data, train, optimizer, memory, stage, loss, validate",
         ),
     ],
 )

@@ -61,7 +61,7 @@ def agree(config: Config, *what, within: float) -> None:
 def test_predicted_peaks_are_the_allocators_own():
     agree(config_of(optimizer=FUSED), "tiny", 8, 16, within=0.0001)
     # in the optimizer's reference, whose look-up tables a trace does without: one byte an element of its largest tensor
-    config = config_of("bf16", train={**KERNELS, "checkpointing": "selective"}, optimizer={"memory": "near"})
+    config = config_of("bf16", train={**KERNELS, "checkpointing": "selective"}, optimizer={"memory": "exact"})
     agree(config, "tiny", 1, 16, within=0.03)
 
 

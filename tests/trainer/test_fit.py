@@ -1,0 +1,165 @@
+"""What a run needs of a card: every way, the choice among them, refusals, and golden tables for SD1.5.
+
+`python tests/trainer/test_fit.py` writes the golden tables anew.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from safelight.__main__ import main
+from safelight.trainer import fit
+from safelight.trainer.cards import CARDS, GIB, Card, find_card
+from safelight.trainer.config import Config, parse_config, to_toml
+from safelight.trainer.fit import Planner
+from safelight.trainer.meta_run import MetaRun
+from safelight.trainer.models import resolve_base
+from safelight.trainer.trace import ACTIVATIONS, MASTER
+
+CUDA = torch.device("cuda")
+GOLDEN = Path(__file__).parent / "golden_plans.json"
+GOLDEN_CARDS = ("t4", "rtx3060", "rtx4090")
+
+
+def config_of(base: str = "tiny", **sections: dict) -> Config:
+    sections = {"train": {"checkpointing": "auto", "batch_size": 4}, "data": {"resolution": 512}, **sections}
+    if base == "tiny":
+        # its steps are smaller than anything else: only they are looked at
+        sections |= {"data": {"resolution": 64}, "validate": {"every_epochs": 0}, "sample": {"every_epochs": 0}}
+        sections["train"] = {**sections["train"], "batch_size": 64}
+    return parse_config({"model": {"base": base}, **sections}, "here")
+
+
+def card(gib: float, **more) -> Card:
+    return Card(f"{gib:g} GiB", gib, **more)
+
+
+@pytest.fixture(scope="module")
+def roomy() -> Planner:
+    return Planner(config_of(), card(100))
+
+
+@pytest.mark.parametrize("memory", ["near", "rounded", "fp32"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_mode_that_was_not_traced_is_as_if_it_had_been(memory, dtype, roomy):
+    planner = Planner(config_of(), card(100, has_bf16=dtype == torch.bfloat16))
+    real = MetaRun(config_of(optimizer={"memory": memory}), resolve_base("tiny"), CUDA, dtype)
+    real.step(1, 8, 8)
+    assert planner.held(memory, planner._run(False)) == real.live.live
+    assert real.loading.total <= planner._loading(memory, planner._run(False)) < 1.5 * real.loading.total
+    assert real.step(4, 16, 16).transient == planner._trace("none", False, 4).transient
+
+
+def test_what_a_batch_adds_is_linear(roomy):
+    for how in ("none", "full"):
+        one, two, three = (roomy._trace(how, True, n) for n in (32, 64, 96))
+        added = two.peak.kinds[ACTIVATIONS] - one.peak.kinds[ACTIVATIONS]
+        assert three.peak.kinds[ACTIVATIONS] - two.peak.kinds[ACTIVATIONS] == pytest.approx(added, rel=0.001)
+        assert three.transient - two.transient == pytest.approx(two.transient - one.transient, rel=0.001)
+        assert two.work.flops == 2 * one.work.flops
+
+
+def test_the_best_that_fits_is_taken_and_what_does_not_fit_is_refused(roomy):
+    exact, near = (roomy.need(memory, "none", 64).needed for memory in ("exact", "near"))
+    full = roomy.need("exact", "full", 64).needed
+    assert full < exact
+    assert near < exact
+    planner = Planner(config_of(), card(exact / GIB))
+    assert (planner.choose().memory, planner.choose().checkpointing) == ("exact", "none")
+    # what is kept of the weights comes before time
+    chosen = Planner(config_of(), card((exact - 1) / GIB)).choose()
+    assert (chosen.memory, chosen.checkpointing) == ("exact", "selective")
+    pinned = config_of(optimizer={"memory": "exact"}, train={"checkpointing": "none"})
+    tight = Planner(pinned, card((exact - 1) / GIB))
+    assert tight.choose() is None
+    assert tight.refusal().endswith(tight.what_would_fit().settings())
+    assert "--optimizer.memory exact --train.checkpointing selective" in tight.refusal()
+    assert tight.table()["refusal"] == tight.refusal()
+
+
+def test_a_limit_below_what_any_plan_needs(roomy):
+    config = config_of(memory={"limit_gib": 0.25})
+    planner = Planner(config, card(100))
+    assert planner.choose() is None
+    assert planner.refusal().startswith(
+        f"this run needs {planner.need('rounded', 'full', 64).needed / GIB:.2f} GiB at batch size 64"
+    )
+    assert "memory.limit_gib allows 0.25 GiB; the least that any plan needs is" in planner.refusal()
+    assert planner.least().needed > planner.budget
+    # a limit above the card's memory gives no more than it has
+    assert Planner(config_of(memory={"limit_gib": 9}), card(1)).budget == GIB
+
+
+def test_accumulation_keeps_all_gradients_whoever_steps(roomy):
+    accumulating = Planner(config_of(train={"accumulate": 3, "checkpointing": "auto"}), card(100))
+    assert accumulating.need("exact", "full", 1, True).step > 2 * roomy.need("exact", "full", 1, True).step
+
+
+def test_cards():
+    assert find_card("T4") is find_card("Tesla T4") is CARDS["t4"]
+    assert find_card("4090") is find_card("NVIDIA GeForce RTX 4090") is CARDS["rtx4090"]
+    assert find_card("8GiB").usable_gib == find_card("8 gb").usable_gib == 8
+    for name, told in (("rtx4091", "did you mean rtx4090"), ("3061", "did you mean rtx306"), ("abacus", "known: t4")):
+        with pytest.raises(ValueError, match=told):
+            find_card(name)
+    with pytest.raises(ValueError, match="has no memory"):
+        find_card("0GiB")
+    with pytest.raises(ValueError, match="t4 has no bf16 arithmetic"):
+        fit.dtype_on(CARDS["t4"], "bf16")
+
+
+def test_the_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    path = tmp_path / "run.toml"
+    path.write_text(to_toml(config_of()))
+    assert main(["plan", str(path), "--gpu", "rtx4090"]) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines()[1:])) <= 80
+    assert text.count("> ") >= 2
+    assert main(["plan", str(path), "--gpu", "rtx4090", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)["plan"]
+    assert f"> {plan['chosen']['needed'] / GIB:.2f}" in text
+    assert len(plan["ways"]) == 3 * 3 * 5
+    assert main(["plan", str(path), "--gpu", "rtx4091"]) == 2
+    assert "did you mean rtx4090?" in capsys.readouterr().err
+    assert main(["plan", str(path), "--gpu", "t4", "--memory.limit-gib", "0.3"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("safelight plan: this run needs")
+
+
+def golden(name: str) -> dict:
+    """Return a plan's figures in GiB by memory, checkpointing and batch; with the step inside backward and without."""
+    found = {}
+    for fused in (False, True):
+        planner = Planner(config_of("random:sd15", optimizer={"fused_backward": fused}), find_card(name))
+        table = planner.table()
+        ways = {
+            f"{w['memory']} {w['checkpointing']} {w['batch_size']}": round(w["needed"] / GIB, 3) for w in table["ways"]
+        }
+        chosen = table["chosen"]
+        taken = chosen and f"{chosen['memory']} {chosen['checkpointing']} {chosen['batch_size']}"
+        found["fused" if fused else "unfused"] = {"chosen": taken, "gib": ways}
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GOLDEN_CARDS)
+def test_golden_tables(name):
+    assert golden(name) == json.loads(GOLDEN.read_text())[name]
+
+
+def test_known_figures_of_sd15():
+    """One way of the golden tables, and the sums that make it."""
+    planner = Planner(config_of("random:sd15", optimizer={"fused_backward": True}), find_card("rtx4090"))
+    need = planner.need("exact", "full", 1)
+    gib = json.loads(GOLDEN.read_text())["rtx4090"]["fused"]["gib"]
+    assert round(need.needed / GIB, 3) == gib["exact full 1"]
+    num = 859_520_964
+    # of 512 B pieces: 686 tensors
+    assert 2 * num <= need.kinds[MASTER] <= 2 * num + 686 * 512
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text(json.dumps({name: golden(name) for name in GOLDEN_CARDS}, indent=1) + "\n")

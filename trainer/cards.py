@@ -1,0 +1,107 @@
+"""What a plan takes of cards: memory, bandwidth, matrix rate, and constants for what a trace does not see.
+
+Nothing here was measured by this project. usable_gib: the total that torch names in its out-of-memory messages under Linux,
+from public issue threads (a desktop's own use comes off it); bandwidth_gb_s: the maker's data sheet, GB/s of 10^9;
+tflops: 16-bit matrix products accumulated in fp32, of the data sheet without sparsity unless said otherwise.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+
+import torch
+
+GIB, MIB = 2**30, 2**20
+# what the CUDA context and the loaded kernels take beside torch's allocator; 0.5 GiB is what the goals suppose [not measured]
+CONTEXT_BYTES = GIB // 2
+# cuBLAS: CUBLAS_WORKSPACE of ATen/cuda/CUDABlas.cpp, 4096 KiB x 2 + 16 KiB x 8; 32 MiB on Hopper; from torch's allocator
+CUBLAS_BYTES, CUBLAS_BYTES_HOPPER = 8_519_680, 32 * MIB
+# scratch that cuDNN's convolutions ask for, a guess at the largest of SD's layers [not measured]
+CUDNN_BYTES = 64 * MIB
+# of what a step allocates and frees: what the allocator reserves beyond it, a guess [not measured]
+FRAGMENTATION = 0.05
+# share of a card's matrix rate that convolutions and products of SD's shapes reach; what the goals suppose [not measured]
+MATRIX_EFFICIENCY = 0.6
+# host time of a launched operator of an eager step: 50 to 80 ms for 2,750 to 4,760 launches, as the goals suppose [not measured]
+SECONDS_A_LAUNCH = 17e-6
+
+
+@dataclass(frozen=True)
+class Card:
+    """A card. has_bf16: bf16 arithmetic, cc >= 8.0; the rates are None where they are not known."""
+
+    name: str
+    usable_gib: float
+    bandwidth_gb_s: float | None = None
+    tflops: float | None = None
+    has_bf16: bool = True
+    is_hopper: bool = False
+
+    @property
+    def workspace(self) -> int:
+        """Bytes that libraries take of torch's allocator."""
+        return (CUBLAS_BYTES_HOPPER if self.is_hopper else CUBLAS_BYTES) + CUDNN_BYTES
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What model.precision = auto trains in."""
+        return torch.bfloat16 if self.has_bf16 else torch.float16
+
+    def seconds(self, flops: int, bytes_moved: int, launches: int) -> float | None:
+        """Return an estimate of a step's time: matrix work, then memory traffic, or the host's launches if they take longer."""
+        if self.tflops is None or self.bandwidth_gb_s is None:
+            return None
+        device = flops / (self.tflops * 1e12 * MATRIX_EFFICIENCY) + bytes_moved / (self.bandwidth_gb_s * 1e9)
+        return max(device, launches * SECONDS_A_LAUNCH)
+
+
+CARDS = {
+    card.name: card
+    for card in (
+        # 65 TFLOP/s on paper; 24 is what its 70 W sustain
+        Card("t4", 14.56, 320, 24, has_bf16=False),
+        # consumer cards accumulate in fp32 at half their fp16 rate; 25.6 and 165 are the figures the goals suppose
+        Card("rtx3060", 11.75, 360, 25.6),
+        Card("rtx3090", 23.69, 936, 71),
+        Card("rtx4060", 7.63, 272, 30.2),
+        Card("rtx4090", 23.64, 1008, 165),
+        Card("l4", 22.03, 300, 121),
+        Card("a100", 39.39, 1555, 312),
+        Card("a100-80gb", 79.25, 2039, 312),
+        Card("h100", 79.1, 3350, 989, is_hopper=True),
+        # 790 measured of 989 on paper, by the study of this project's goals
+        Card("h200", 139.8, 4800, 790, is_hopper=True),
+    )
+}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:gib|gb|g)", re.IGNORECASE)
+
+
+def find_card(name: str) -> Card:
+    """Return a card by its name, or one of `8GiB` whose rates are not known. Raises ValueError, naming the nearest."""
+    if match := _SIZE.fullmatch(name.strip()):
+        if float(match[1]) <= 0:
+            raise ValueError(f"--gpu {name!r} has no memory; use for example 8GiB")
+        return Card(f"{match[1]} GiB", float(match[1]))
+    plain = re.sub(r"[^a-z0-9]", "", name.lower().replace("nvidia", "").replace("geforce", "").replace("tesla", ""))
+    by_plain = {re.sub(r"[^a-z0-9]", "", known): card for known, card in CARDS.items()}
+    for candidate in (plain, f"rtx{plain}"):
+        if candidate in by_plain:
+            return by_plain[candidate]
+    near = difflib.get_close_matches(plain, by_plain, n=1, cutoff=0.5) or difflib.get_close_matches(
+        f"rtx{plain}", by_plain, n=1
+    )
+    told = f"did you mean {by_plain[near[0]].name}?" if near else f"known: {', '.join(CARDS)}"
+    raise ValueError(f"--gpu {name!r} is no card of the table; {told} Or give its memory: 8GiB")
+
+
+def this_card(device: torch.device) -> Card:
+    """Return the card that is here: its own memory, and the rates of the table's card of that name if there is one."""
+    found = torch.cuda.get_device_properties(device)
+    try:
+        known = find_card(re.sub(r"(?i)\b(pcie|sxm\d?|hbm\d?e?|laptop gpu|\d+gb)\b|-", " ", found.name))
+    except ValueError:
+        known = Card(found.name, 0.0)
+    has_bf16, is_hopper = (found.major, found.minor) >= (8, 0), found.major == 9
+    return Card(found.name, found.total_memory / GIB, known.bandwidth_gb_s, known.tflops, has_bf16, is_hopper)

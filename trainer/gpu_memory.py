@@ -1,0 +1,93 @@
+"""A run's memory on the GPU it runs on: what `auto` comes to there, the cap, prediction beside measurement, and what to do
+when the memory is full."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import torch
+
+from safelight.data.buckets import Bucket
+from safelight.trainer.cards import CONTEXT_BYTES, GIB, Card, this_card
+from safelight.trainer.config import Config
+from safelight.trainer.fit import MEMORY_MODES, MODES, Need, Planner
+
+# a plan to fall back on allocates so much less than the one that failed: more than what a plan may be off
+MARGIN = 0.1
+
+
+def settle(config: Config, device: torch.device, previous: dict | None) -> tuple[Config, Need | None]:
+    """Return the config with `auto` of optimizer.memory and train.checkpointing filled in, and what that needs.
+
+    previous: what the run that goes on has recorded, which is kept. On a CPU the config stays as it is. Raises ValueError,
+    with what would fit, where the GPU cannot hold the run.
+    """
+    if device.type != "cuda":
+        return config, None
+    return settle_on(config, this_card(device), previous)
+
+
+def settle_on(config: Config, card: Card, previous: dict | None = None) -> tuple[Config, Need]:
+    """As settle, for a card."""
+    settled = config.model_copy(deep=True)
+    before = previous or {}
+    if settled.optimizer.memory == "auto" and before.get("memory") in MEMORY_MODES:
+        settled.optimizer.memory = before["memory"]
+    if settled.train.checkpointing == "auto" and before.get("checkpointing") in MODES:
+        settled.train.checkpointing = before["checkpointing"]
+    planner = Planner(settled, card)
+    need = planner.choose()
+    if need is None:
+        raise ValueError(planner.refusal())
+    if need.memory in MEMORY_MODES:
+        settled.optimizer.memory = need.memory
+    settled.train.checkpointing = need.checkpointing
+    return settled, need
+
+
+def record(need: Need) -> dict:
+    """Return a plan as plain values, for environment.json and for `previous` of settle."""
+    return asdict(need)
+
+
+def describe(need: Need) -> str:
+    """Return a line about the plan that a run is started with."""
+    return (
+        f"plan: {need.needed / GIB:.2f} GiB of the GPU, memory mode {need.memory}, checkpointing {need.checkpointing}"
+        + (f", about {need.images_per_s:.3g} images/s" if need.images_per_s else "")
+    )
+
+
+def cap(device: torch.device, limit_gib: float) -> None:
+    """Let torch take no more of a GPU than a limit (GiB) less the CUDA context; 0: no limit. Raises ValueError below that."""
+    if not limit_gib or device.type != "cuda":
+        return
+    allowed = limit_gib * GIB - CONTEXT_BYTES
+    if allowed <= 0:
+        raise ValueError(f"memory.limit_gib {limit_gib:g} is no more than the CUDA context takes; use 4 or more")
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), device)
+
+
+def compare(need: Need, allocated: int, reserved: int) -> str:
+    """Return the predicted peak of a step beside the measured one (bytes, of torch's allocator)."""
+    predicted = need.held + need.step
+    return (
+        f"a step's peak: predicted {predicted / GIB:.3f} GiB, measured {allocated / GIB:.3f} ({allocated / predicted - 1:+.1%}); "
+        f"with context and reserve: predicted {need.needed / GIB:.3f}, measured {(reserved + CONTEXT_BYTES) / GIB:.3f}"
+    )
+
+
+def out_of_memory(
+    config: Config, card: Card | None, need: Need | None, bucket: Bucket, batch_size: int, step: int, saved_step: int
+) -> str:
+    """Return the line that ends a run whose step (1-based) did not fit: where, what is kept, what to go on with."""
+    kept = f"the checkpoint of step {saved_step} is whole" if saved_step >= 0 else "nothing was saved yet"
+    fix = 'lower train.batch_size and raise train.accumulate, or set train.checkpointing = "full"'
+    if card is not None and need is not None:
+        budget = need.needed - MARGIN * (need.held + need.step)
+        planner = Planner(config, Card(card.name, budget / GIB, has_bf16=card.has_bf16))
+        found = planner.what_would_fit()
+        if found is not None:
+            fix = f"{found.needed / GIB:.2f} GiB are planned with {found.settings()}"
+    return f"the GPU's memory was full in step {step}, bucket {bucket.width} x {bucket.height}, batch size {batch_size}; {kept}; {fix}"

@@ -92,16 +92,19 @@ def find_card(name: str) -> Card:
     near = difflib.get_close_matches(plain, by_plain, n=1, cutoff=0.5) or difflib.get_close_matches(
         f"rtx{plain}", by_plain, n=1
     )
-    told = f"did you mean {by_plain[near[0]].name}?" if near else f"known: {', '.join(CARDS)}"
+    told = f"did you mean {by_plain[near[0]].name}?" if near else f"known: {', '.join(CARDS)}."
     raise ValueError(f"--gpu {name!r} is no card of the table; {told} Or give its memory: 8GiB")
 
 
 def this_card(device: torch.device) -> Card:
-    """Return the card that is here: its own memory, and the rates of the table's card of that name if there is one."""
+    """Return the card that is here: the memory that nobody else uses, and the rates of the table's card of that name, if any."""
     found = torch.cuda.get_device_properties(device)
+    free, total = torch.cuda.mem_get_info(device)
+    # asking has made the CUDA context, which is a plan's own
+    usable = min(total, free + CONTEXT_BYTES)
     try:
         known = find_card(re.sub(r"(?i)\b(pcie|sxm\d?|hbm\d?e?|laptop gpu|\d+gb)\b|-", " ", found.name))
     except ValueError:
         known = Card(found.name, 0.0)
     has_bf16, is_hopper = (found.major, found.minor) >= (8, 0), found.major == 9
-    return Card(found.name, found.total_memory / GIB, known.bandwidth_gb_s, known.tflops, has_bf16, is_hopper)
+    return Card(found.name, usable / GIB, known.bandwidth_gb_s, known.tflops, has_bf16, is_hopper)

@@ -11,7 +11,7 @@ import torch
 
 from safelight.__main__ import main
 from safelight.trainer import fit
-from safelight.trainer.cards import CARDS, GIB, Card, find_card
+from safelight.trainer.cards import CARDS, CONTEXT_BYTES, GIB, Card, find_card, this_card
 from safelight.trainer.config import Config, parse_config, to_toml
 from safelight.trainer.fit import Planner
 from safelight.trainer.meta_run import MetaRun
@@ -108,6 +108,20 @@ def test_cards():
         find_card("0GiB")
     with pytest.raises(ValueError, match="t4 has no bf16 arithmetic"):
         fit.dtype_on(CARDS["t4"], "bf16")
+
+
+@pytest.mark.parametrize(
+    ("name", "rate"),
+    [("Tesla T4", 24), ("NVIDIA GeForce RTX 3060 Laptop GPU", 25.6), ("NVIDIA H200", 790), ("Quadro 9", None)],
+)
+def test_the_card_that_is_here(name, rate, monkeypatch):
+    found = type("Properties", (), {"name": name, "major": 9 if "H200" in name else 7, "minor": 5})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * GIB, 8 * GIB))
+    card = this_card(CUDA)
+    assert (card.name, card.tflops) == (name, rate)
+    assert card.usable_gib * GIB == 5 * GIB + CONTEXT_BYTES
+    assert (card.has_bf16, card.is_hopper) == ((True, True) if "H200" in name else (False, False))
 
 
 def test_the_command(tmp_path, capsys, monkeypatch):

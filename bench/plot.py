@@ -18,6 +18,10 @@ COLOURS = {
     "diffusers": "#334155",
     "diffusers-compiled": "#64748b",
     "diffusers-16bit": "#94a3b8",
+    "everydream": "#a3e635",
+    "kohya": "#0891b2",
+    "kohya-fused": "#67e8f9",
+    "mlperf": "#7c3aed",
 }
 STEPS = ("step", "quick")
 # the ablation's order: each adds one thing to the one before

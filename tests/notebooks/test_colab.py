@@ -1,0 +1,148 @@
+"""The Colab notebook: that it is one, that its commands are of this version, and that they run."""
+
+import ast
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from safelight.arguments import Compare, Export, Init, Prepare, Report, Sample, parse, parse_with_config
+from safelight.trainer.tiny.scenes import caption, draw, random_scene
+
+ROOT = Path(__file__).resolve().parents[2]
+NOTEBOOK = ROOT / "notebooks" / "colab.ipynb"
+SHAPES = {"init": Init, "prepare": Prepare, "sample": Sample, "compare": Compare, "export": Export, "report": Report}
+
+
+@pytest.fixture(scope="module")
+def cells() -> list[dict]:
+    return json.loads(NOTEBOOK.read_text())["cells"]
+
+
+def lines_of(cells: list[dict]) -> list[str]:
+    """Return the lines that are shell commands, without their mark."""
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    return [line[1:] for source in sources for line in source.splitlines() if line.startswith("!")]
+
+
+def commands_of(cells: list[dict]) -> list[list[str]]:
+    """Return the words behind each `safelight`."""
+    return [shlex.split(line)[1:] for line in lines_of(cells) if line.startswith("safelight ")]
+
+
+def test_it_is_a_notebook_of_format_4_5():
+    """What nbformat's schema asks of the cells there are."""
+    notebook = json.loads(NOTEBOOK.read_text())
+    assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
+    assert notebook["metadata"]["kernelspec"]["name"] == "python3"
+    wanted = {
+        "markdown": {"cell_type", "id", "metadata", "source"},
+        "code": {"cell_type", "id", "metadata", "source", "outputs", "execution_count"},
+    }
+    for cell in notebook["cells"]:
+        assert set(cell) == wanted[cell["cell_type"]]
+        assert re.fullmatch(r"[a-zA-Z0-9-_]{1,64}", cell["id"])
+        assert all(isinstance(line, str) for line in cell["source"])
+        # committed as it was written, not as it was run
+        assert cell.get("outputs", []) == []
+        assert cell.get("execution_count") is None
+    ids = [cell["id"] for cell in notebook["cells"]]
+    assert len(set(ids)) == len(ids)
+
+
+def test_the_cells_are_python_once_their_shell_lines_are_out(cells):
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            ast.parse("\n".join("pass" if s[:1] in ("!", "%") else s for s in "".join(cell["source"]).splitlines()))
+
+
+def test_torch_is_kept_as_it_is(cells):
+    installs = [line for line in lines_of(cells) if "pip install" in line]
+    assert installs
+    assert all("-c keep.txt" in line and "torch" not in line for line in installs)
+    assert any("torch.__version__" in line and line.endswith("> keep.txt") for line in lines_of(cells))
+
+
+def test_every_command_is_one_of_this_version(cells, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    from safelight.trainer.config import to_toml
+    from safelight.trainer.presets import preset
+
+    (tmp_path / "run.toml").write_text(to_toml(preset("sd15")))
+    commands = commands_of(cells)
+    # in the order of a first session
+    assert [words[0] for words in commands] == [
+        "prepare", "init", "plan", "train", "compare", "report", "sample", "export",
+    ]  # fmt: skip
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text("")
+    for name, *rest in commands:
+        rest = [word.replace("$HOME_OF_RUNS", str(tmp_path)) for word in rest]
+        if name in SHAPES:
+            parse(SHAPES[name], rest, name, "")
+        else:
+            parse_with_config(rest, name, "")
+    with pytest.raises(ValueError, match="no-such"):
+        parse(Export, ["run", "-o", "x", "--no-such", "1"], "export", "")
+    train = next(words for words in commands if words[0] == "train")
+    # what a session that ended needs
+    assert "--resume" in train
+    assert "$HOME_OF_RUNS/run" in train
+
+
+@pytest.mark.slow
+def test_it_runs_on_the_tiny_base(cells, tmp_path):
+    """Every code cell but the installation, on a CPU, with the tiny preset; a second time, as after an ended session."""
+    photos = tmp_path / "safelight_home" / "photos"
+    photos.mkdir(parents=True)
+    for number in range(8):
+        scene = random_scene(7, number)
+        draw(scene).save(photos / f"{number:03d}.png")
+        (photos / f"{number:03d}.txt").write_text(caption(scene, 7, number))
+    small = "--train.max-steps {} --data.variants 1 --train.checkpointing none --sample.every-epochs 0"
+    script = ["import os", f"os.chdir({str(tmp_path)!r})", "def display(*x): pass"]
+
+    def build(max_steps: int) -> str:
+        lines = list(script)
+        for cell in cells:
+            source = "".join(cell["source"])
+            if cell["cell_type"] != "code" or "pip install" in source:
+                continue
+            # nothing is shown here
+            source = re.sub(r"^from IPython\.display import .*$", "HTML = Image = str", source, flags=re.M)
+            for line in source.splitlines():
+                if not line.startswith("!"):
+                    lines.append(line)
+                    continue
+                words = (
+                    line[1:]
+                    .replace("init sd15", "init tiny")
+                    .replace("safelight ", f"{sys.executable} -m safelight ", 1)
+                )
+                words = (
+                    words.replace("--train.checkpointing full", small.format(max_steps))
+                    if " train " in words
+                    else words
+                )
+                lines.append(f"assert os.system({words!r}) == 0, {words!r}")
+        return "\n".join(lines)
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for max_steps in (2, 3):
+        file = tmp_path / f"cells{max_steps}.py"
+        file.write_text(build(max_steps))
+        done = subprocess.run(
+            [sys.executable, str(file)], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    home = tmp_path / "safelight_home"
+    assert (home / "mine.safetensors").is_file()
+    assert list((tmp_path / "images").glob("*.png"))
+    rows = [json.loads(line) for line in (home / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert any(row.get("event") == "resumed" for row in rows)
+    assert max(row["step"] for row in rows) == 3

@@ -52,7 +52,7 @@ def _fill(name: str) -> str:
     """Return the theme's class of a box: steps and stretches red, the UNet's parts amber, operators grey."""
     if name == STEP or name in STRETCHES:
         return "f-accent"
-    return "f-faint" if "::" in name or "#" in name else "f-amber"
+    return "f-amber" if "." in name and "::" not in name and "#" not in name else "f-faint"
 
 
 def flame_chart(session: Session) -> Markup:

@@ -165,7 +165,8 @@ def kernel(
 
 
 @functools.cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Return whether kernels run on a GPU here. Raises ValueError, one line, where Triton is there and cannot launch."""
     found = importlib.util.find_spec("triton") is not None
     if not found:
         warnings.warn("triton is not installed: the plain PyTorch operations run in place of the kernels", stacklevel=3)
@@ -215,7 +216,7 @@ def runs_kernel(x: Tensor) -> bool:
         return os.environ.get("TRITON_INTERPRET") == "1" and x.dtype in KERNEL_DTYPES
     if x.device.type == "meta" and not _runs_on_meta:
         return False
-    if x.device.type == "cuda" and not _has_triton():
+    if x.device.type == "cuda" and not has_triton():
         return False
     if x.dtype not in KERNEL_DTYPES:
         raise ValueError(f"dtype {x.dtype} has no kernel; use float32, float16 or bfloat16")

@@ -67,7 +67,7 @@ class Model(Section):
     clip_skip: Annotated[int, Field(ge=0, le=11)] = 0
     """Text-encoder layers to leave out at the end, as diffusers counts; 0 takes the last, which others call clip skip 1."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Weights and arithmetic of the UNet. 16-bit weights have an fp32 master. auto: bf16 or fp16 on a GPU, fp32 on a CPU."""
+    """Weights and arithmetic of the UNet. optimizer.memory completes 16-bit weights to fp32. auto: bf16 or fp16 on a GPU, fp32 on a CPU."""
     attention: Literal["auto", "xformers", "sdpa", "flash", "cudnn", "efficient", "math"] = "auto"
     """Attention's backend. auto: the fastest that a probe finds to work; xformers or sdpa: the fastest of theirs; or one of
     sdpa's by name."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from safelight.data.cache import Sample
 from safelight.kernels.attention import allowed_backends, attention_cases, choose_attention
+from safelight.kernels.jit import has_triton
 from safelight.trainer.checkpoint import Position, check_files, folder_of, load_checkpoint, read_identity
 from safelight.trainer.config import Config
 from safelight.trainer.dataset import Dataset, open_dataset
@@ -80,6 +81,8 @@ def load_job(
     # what will be refused is refused before hours of encoding
     check_unet(base)
     allowed_backends(device, dtype, config.model.attention)
+    if device.type == "cuda":
+        has_triton()
     if step is not None:
         _refuse_other_run(run_dir, step, identify(config, PRECISIONS[dtype]))
         check_files(folder_of(run_dir, step))
@@ -91,7 +94,6 @@ def load_job(
         terminal.say(f"{dataset.num_cut} captions are longer than the text encoder reads and are cut at their end")
     identity = identify(config, PRECISIONS[dtype], dataset.train)
     timeline = Timeline.of(config, dataset.train)
-    reset_peak_memory(device)
     unet = load_unet(base, config.run.seed).to(device).train()
     side = config.data.resolution // dataset.latent_factor
     attention = choose_attention(
@@ -99,6 +101,8 @@ def load_job(
         batch=config.train.batch_size, previous=None if step is None else recorded_attention(run_dir),
     )  # fmt: skip
     equipped = equip(unet, settled, attention, device, dtype)
+    # what encoding, the probe and fp32 weights on their way took is not training's peak
+    reset_peak_memory(device)
     optimizer, ema = equipped.optimizer, equipped.ema
     # the autoencoder waits in host memory and visits the GPU to decode samples
     codec = load_codec(config, base, torch.device("cpu"))

@@ -90,12 +90,12 @@ def test_a_gpu_without_triton_is_told_once(monkeypatch):
         device, dtype = torch.device("cuda"), torch.float32
 
     monkeypatch.setattr(jit.importlib.util, "find_spec", lambda name: None)
-    jit._has_triton.cache_clear()
+    jit.has_triton.cache_clear()
     try:
         with pytest.warns(UserWarning, match="triton is not installed: the plain PyTorch operations run"):
             assert not runs_kernel(OnCuda)
     finally:
-        jit._has_triton.cache_clear()
+        jit.has_triton.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,7 @@ def check_against(base: str, patched: bool, checkpointing: str) -> dict:
     return found
 
 
+@pytest.mark.slow
 def test_sdxl_gives_the_studys_figures():
     found = check_against("random:sdxl", False, "none")
     assert round(found["forward_gflop"]) == 6761
@@ -98,6 +99,7 @@ def test_conditioning_is_a_plausible_pictures_and_stays_where_it_is(small_sdxl):
     assert give_conditioning(initial_unet("tiny", torch.device("cpu")))._forward_pre_hooks == {}
 
 
+@pytest.mark.slow
 def test_sdxl_steps_patched_unpatched_and_beside_the_recipe(small_sdxl):
     work = Workload(small_sdxl, device="cpu", checkpointing="full")
     recipes = ("safelight", "safelight-unpatched", "diffusers")

@@ -13,6 +13,7 @@ from safelight.bench.workload import Workload
 WORK = Workload(batch_size=2, optimizer="adamw", device="cpu")
 
 
+@pytest.mark.slow
 def test_epochs_of_both_hold_their_steps_and_checkpoints(monkeypatch):
     saved = []
     import safelight.trainer.train as training

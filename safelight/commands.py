@@ -206,9 +206,12 @@ def _print_plan(result: dict) -> None:
     if "dataset" in result:
         data = result["dataset"]
         print(
-            f"{data['photographs']} photographs, {data['validation']} held out; {data['epochs']} epochs meet {data['images trained']:,} "
-            f"images; latents take up to {data['cache bytes'] / 2**20:.1f} MiB on disk"
+            f"{data['photographs']} photographs, {data['validation']} held out; {data['epochs']} epochs are {data['steps']:,} steps "
+            f"over {data['images trained']:,} images; latents take up to {data['cache bytes'] / 2**20:.1f} MiB on disk"
         )
+    else:
+        path = result["dataset path"]
+        print(f"No dataset in {path} yet: steps and cache are told once `safelight prepare SRC... -o {path}` made it.")
 
 
 def train(argv: list[str]) -> int:

@@ -114,7 +114,9 @@ class Terminal:
         in_notebook = any(os.environ.get(name) for name in self.NOTEBOOK_VARIABLES)
         self.is_live = sys.stderr.isatty() and not is_dumb and not in_notebook
         # decided here once: rich lets FORCE_COLOR turn a file into a terminal, and writes HTML where it finds a kernel
-        self.console = Console(stderr=True, highlight=False, emoji=False, force_terminal=self.is_live, force_jupyter=False)
+        self.console = Console(
+            stderr=True, highlight=False, emoji=False, force_terminal=self.is_live, force_jupyter=False
+        )
         self._live = None
         self._phase: Phase | None = None
         self._printed_at = 0.0

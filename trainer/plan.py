@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from safelight.data.buckets import make_buckets
+from safelight.data.buckets import Bucket, make_buckets, nearest_bucket
+from safelight.data.manifest import Photo, read_manifest, split_validation
 from safelight.trainer.config import Config
 from safelight.trainer.dataset import bucket_multiple
 from safelight.trainer.kernel_adamw import part_of
 from safelight.trainer.models import PRECISIONS, base_of, latent_factor, meta_unet, pick_device, pick_dtype, vae_config
 from safelight.trainer.optim import memory_mode
+from safelight.trainer.timeline import steps_of_counts
 
 # blocks of 256 with one fp32 scale each, tensors under 4,096 elements keep fp32 moments: bitsandbytes' and ours alike
 BLOCK_SIZE = 256
@@ -85,11 +89,18 @@ def static_bytes(config: Config, device: torch.device | None = None) -> StaticBy
     )
 
 
-def check_resolution(config: Config) -> None:
-    """Raise ValueError, one line, where the resolution makes no buckets for the model."""
+def buckets_of(config: Config) -> tuple[Bucket, ...]:
+    """Return the run's buckets. Raises ValueError, one line, where the resolution makes none for the model."""
     base = base_of(config.model)
     multiple = bucket_multiple(base, latent_factor(vae_config(base, config.model.vae)))
-    make_buckets(config.data.resolution, multiple, config.data.max_aspect)
+    return make_buckets(config.data.resolution, multiple, config.data.max_aspect)
+
+
+def num_steps(config: Config, photos: Sequence[Photo], buckets: Sequence[Bucket]) -> int:
+    """Return the optimizer steps of a run over its training photographs."""
+    counts = Counter(nearest_bucket(photo.width, photo.height, buckets) for photo in photos).values()
+    total = sum(s.epochs * steps_of_counts(counts, s.batch_size, s.accumulate) for s in config.stages())
+    return min(total, config.train.max_steps or total)
 
 
 def cache_bytes(config: Config, num_photos: int) -> int:
@@ -105,10 +116,11 @@ def cache_bytes(config: Config, num_photos: int) -> int:
 
 def table(config: Config) -> dict:
     """Return the plan as plain values: bytes by part, and the run's length if its dataset is prepared."""
-    check_resolution(config)
+    buckets = buckets_of(config)
     static = static_bytes(config)
     result: dict = {
         "base": config.model.base,
+        "dataset path": config.data.path,
         "precision": static.precision,
         "optimizer": config.optimizer.name,
         "optimizer_memory": static.memory,
@@ -128,8 +140,6 @@ def table(config: Config) -> dict:
         "checkpoints at most": config.save.keep + 2,
     }
     if (Path(config.data.path) / "manifest.jsonl").is_file():
-        from safelight.data.manifest import read_manifest, split_validation
-
         photos = read_manifest(Path(config.data.path))
         train, validation = split_validation(photos, config.data.validation_fraction, config.run.seed)
         epochs = sum(stage.epochs for stage in config.stages())
@@ -138,6 +148,7 @@ def table(config: Config) -> dict:
             "train": len(train),
             "validation": len(validation),
             "epochs": epochs,
+            "steps": num_steps(config, train, buckets),
             "images trained": epochs * len(train),
             "cache bytes": cache_bytes(config, len(photos)),
         }

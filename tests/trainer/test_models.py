@@ -90,7 +90,9 @@ def test_a_diffusers_folder_is_taken_as_it_is(base_folder, tiny):
 
 
 def test_a_name_of_random_weights_that_is_unknown():
-    with pytest.raises(ValueError, match="'random:sd9' is unknown; use one of random:sd15, random:sd21, random:sdxl, random:small"):
+    with pytest.raises(
+        ValueError, match="'random:sd9' is unknown; use one of random:sd15, random:sd21, random:sdxl, random:small"
+    ):
         resolve_base("random:sd9")
 
 

@@ -15,6 +15,7 @@ from safelight.trainer.identity import identify
 from safelight.trainer.models import load_unet, resolve_base
 from safelight.trainer.optim import UNetOptimizer
 from safelight.trainer.plan import cache_bytes, moment_bytes, static_bytes, table
+from safelight.trainer.timeline import Timeline
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -161,8 +162,11 @@ def test_cache_bytes_are_an_upper_bound_near_the_real_ones(make_config, tiny_dat
 def test_the_table_tells_the_runs_length(make_config):
     config = make_config(data={"validation_fraction": 0.25})
     result = table(config)
+    dataset = open_dataset(config, resolve_base("tiny"), CPU)
+    dataset.cache.close()
+    num_steps = Timeline.of(config, dataset.train).num_steps
     assert result["dataset"] == {
-        "photographs": 24, "train": 18, "validation": 6, "epochs": 3, "images trained": 54,
+        "photographs": 24, "train": 18, "validation": 6, "epochs": 3, "steps": num_steps, "images trained": 54,
         "cache bytes": cache_bytes(config, 24),
     }  # fmt: skip
     planned = static_bytes(config, CPU)

@@ -211,7 +211,7 @@ def _print_plan(result: dict) -> None:
         )
     else:
         path = result["dataset path"]
-        print(f"No dataset in {path} yet: steps and cache are told once `safelight prepare SRC... -o {path}` made it.")
+        print(f"No dataset in {path} yet: steps and disk are told once there is one.")
 
 
 def train(argv: list[str]) -> int:

@@ -190,4 +190,7 @@ def test_the_command_prints_a_table_and_json(make_config, tmp_path, capsys):
         assert any(line.startswith(name) and f"{value:,}" in line for line in text.splitlines())
     assert f"{printed['unet_parameters']:,} parameters" in text
     assert "A checkpoint takes 0.04 GiB on disk; up to 4 at a time: 0.14 GiB." in text
-    assert "24 photographs, 3 held out; 3 epochs meet 63 images; latents take up to" in text
+    assert (
+        f"24 photographs, 3 held out; 3 epochs are {printed['dataset']['steps']} steps over 63 images; latents take up to"
+        in text
+    )

@@ -39,7 +39,7 @@ MIB = 2**20
 
 @torch.library.custom_op("safelight_bench::adamw8bit_update", mutates_args=("p", "m", "v", "scale_m", "scale_v"))
 def adamw8bit_update(p: Tensor, grad: Tensor, m: Tensor, v: Tensor, scale_m: Tensor, scale_v: Tensor) -> None:
-    """Stand for bitsandbytes' one kernel a tensor, on meta tensors alone."""
+    """Stand for bitsandbytes' one kernel a tensor, on meta tensors alone: its fake below is what runs there."""
     raise NotImplementedError("adamw8bit_update is counted, not run")
 
 

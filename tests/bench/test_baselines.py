@@ -10,35 +10,13 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 
 from safelight.bench.baselines import RECIPES, Baseline
 from safelight.bench.suite import measure, variants
-from safelight.bench.workload import LR, SEED, Ours, Workload, cached_batches, random_batches
+from safelight.bench.workload import LR, SEED, Ours, Workload, cached_batches
 from safelight.kernels.attention import AttendProcessor, attention_modules
 from safelight.trainer.models import load_unet, resolve_base
 from safelight.trainer.step import Noisy, sample_losses
 
+pytestmark = pytest.mark.usefixtures("compiled")
 WORK = Workload(batch_size=2, optimizer="adamw", device="cpu", precision="fp32").resolved()
-
-
-@pytest.fixture(autouse=True)
-def compiled(monkeypatch) -> list:
-    """What torch.compile was given; it compiles nothing here, which takes a minute and is torch's own to test."""
-    given = []
-    monkeypatch.setattr(torch, "compile", lambda module: given.append(module) or module)
-    return given
-
-
-@pytest.fixture(scope="module")
-def inputs() -> list[tuple]:
-    """Three batches of (latents, noise, timesteps, text)."""
-    generator = torch.Generator().manual_seed(3)
-    return [
-        (
-            batch.mean_BCHW,
-            torch.randn(batch.mean_BCHW.shape, generator=generator),
-            torch.randint(0, 1000, (2,), generator=generator),
-            batch.text_BTD,
-        )
-        for batch in random_batches(3, WORK)
-    ]
 
 
 @pytest.fixture(scope="module")

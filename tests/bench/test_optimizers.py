@@ -56,7 +56,9 @@ def test_bytes_held_and_moved_by_hand(small):
     lines = {
         line["config"]["optimizer"]: line["figures"] for line in optimizers.bench_optimizers(CPU, torch.bfloat16, 1, 1)
     }
-    measured = {name: found for name, found in lines.items() if "cannot" not in found}
+    # "cannot" is for a machine that lacks a library: nothing is missing here, and a fault of ours must not pass for it
+    assert {name: found["cannot"] for name, found in lines.items() if "cannot" in found} == {}
+    measured = lines
 
     def of(name: str) -> dict:
         return next(found for key, found in measured.items() if key in (name, f"{name}, fp32"))
@@ -71,11 +73,10 @@ def test_bytes_held_and_moved_by_hand(small):
     assert bitsandbytes["moved_bytes_per_parameter"] == pytest.approx(40, abs=0.2)
     # the remainders of trainer/config.py's memory modes, where it has them
     for mode, remainder in (("exact", 2), ("near", 1), ("rounded", 0)):
-        if found := measured.get(f"adamw8bit, {mode}"):
-            held = 2 + remainder + codes
-            # beside them the maps and the tables of addresses, of one size whatever the model's
-            assert found["held_bytes_per_parameter"] == pytest.approx(held, abs=0.12)
-            assert found["moved_bytes_per_parameter"] == pytest.approx(2 * held + 4, abs=0.24)
+        held, found = 2 + remainder + codes, measured[f"adamw8bit, {mode}"]
+        # beside them the maps and the tables of addresses, of one size whatever the model's
+        assert found["held_bytes_per_parameter"] == pytest.approx(held, abs=0.12)
+        assert found["moved_bytes_per_parameter"] == pytest.approx(2 * held + 4, abs=0.24)
     assert lines["ema"]["moved_bytes_per_parameter"] == 10
     for found in measured.values():
         assert min(found["step_ms"]) > 0

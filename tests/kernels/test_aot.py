@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 MAX_COMPILED_HERE = 40
 HOW = "python -m safelight.kernels.aot"
+CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +51,12 @@ def all_kernels() -> set[str]:
             if isinstance(value, Kernel) and name.endswith("_kernel") and value.function.__module__ == module.__name__
         }  # fmt: skip
     return found
+
+
+def test_the_table_is_of_the_pinned_triton():
+    """Another Triton's user skips what reads the table; under the pinned one it must never be out of date."""
+    (pinned,) = re.findall(r"^triton==(\S+)$", CONSTRAINTS.read_text(), re.MULTILINE)
+    assert json.loads(aot.TABLE.read_text())["triton"] == pinned
 
 
 def test_every_kernel_is_compiled(wanted):

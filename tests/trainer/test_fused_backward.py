@@ -5,7 +5,6 @@ import random
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 
 from safelight.kernels import patch
 from safelight.kernels.blockwise import dequantize, in_memory_order
@@ -20,18 +19,8 @@ SCHEDULE = make_schedule(
 )
 
 
-@pytest.fixture(scope="module")
-def initial_unet():
-    torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=8, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=8, attention_head_dim=2,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=16,
-    ).train()  # fmt: skip
-
-
-def make(initial_unet, fused, dtype=torch.bfloat16, **options):
-    unet = copy.deepcopy(initial_unet)
+def make(small_unet, fused, dtype=torch.bfloat16, **options):
+    unet = copy.deepcopy(small_unet)
     return unet, UNetOptimizer(unet, Optimizer(fused_backward=fused, **options), dtype, 3)
 
 
@@ -57,10 +46,10 @@ def state_of(optimizer):
 @pytest.mark.parametrize(
     ("dtype", "memory"), [(torch.bfloat16, "exact"), (torch.float16, "rounded"), (torch.float32, "fp32")]
 )
-def test_fused_equals_unfused_bit_for_bit_where_nothing_clips(initial_unet, dtype, memory, micro_steps):
+def test_fused_equals_unfused_bit_for_bit_where_nothing_clips(small_unet, dtype, memory, micro_steps):
     ends = []
     for fused in (False, True):
-        unet, optimizer = make(initial_unet, fused, dtype, memory=memory)
+        unet, optimizer = make(small_unet, fused, dtype, memory=memory)
         # fp16 finds its scale elsewhere: here none overflows
         optimizer.loss_scale.scale.fill_(1024.0 if dtype == torch.float16 else 1.0)
         norms = [step(unet, optimizer, n, 1e6, micro_steps)[0] for n in range(3)]
@@ -71,12 +60,12 @@ def test_fused_equals_unfused_bit_for_bit_where_nothing_clips(initial_unet, dtyp
     assert all(torch.equal(state[key], fused_state[key]) for key in state)
     assert all(torch.equal(weights[key], fused_weights[key]) for key in weights)
     torch.testing.assert_close(torch.stack(norms), torch.stack(fused_norms))
-    assert not all(torch.equal(p.to(dtype), fused_weights[name]) for name, p in initial_unet.named_parameters())
+    assert not all(torch.equal(p.to(dtype), fused_weights[name]) for name, p in small_unet.named_parameters())
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_gradients_live_no_longer_than_their_part(initial_unet, checkpointed):
-    unet, optimizer = make(initial_unet, True)
+def test_gradients_live_no_longer_than_their_part(small_unet, checkpointed):
+    unet, optimizer = make(small_unet, True)
     if checkpointed:
         unet.enable_gradient_checkpointing()
     alive, original = [], optimizer.method._step_part
@@ -94,9 +83,9 @@ def test_gradients_live_no_longer_than_their_part(initial_unet, checkpointed):
     assert all(p.grad is None for p in unet.parameters())
 
 
-def test_lagged_clipping_takes_the_norm_of_the_step_before(initial_unet):
+def test_lagged_clipping_takes_the_norm_of_the_step_before(small_unet):
     """With beta1 = 0 the first moment is what Adam saw: all of it first, then clipped by the former norm."""
-    unet, optimizer = make(initial_unet, True, torch.float32, betas=(0.0, 0.9))
+    unet, optimizer = make(small_unet, True, torch.float32, betas=(0.0, 0.9))
     assert "stepped inside backward, clipping lagged" in str(optimizer)
 
     def seen():
@@ -114,8 +103,8 @@ def test_lagged_clipping_takes_the_norm_of_the_step_before(initial_unet):
     assert float(optimizer.method.last_norm) == float(second)
 
 
-def test_per_tensor_clipping_bounds_each_tensor(initial_unet):
-    unet, optimizer = make(initial_unet, True, torch.float32, betas=(0.0, 0.9), clipping="per-tensor")
+def test_per_tensor_clipping_bounds_each_tensor(small_unet):
+    unet, optimizer = make(small_unet, True, torch.float32, betas=(0.0, 0.9), clipping="per-tensor")
     norm, _ = step(unet, optimizer, 0, 0.01, lr=1e-6)
     assert float(norm) > 0.05
     small = [m.state1 for m in optimizer.inner.moments if m.absmax1 is None]
@@ -124,9 +113,9 @@ def test_per_tensor_clipping_bounds_each_tensor(initial_unet):
     assert norms.max() == pytest.approx(0.01, rel=1e-3)
 
 
-def test_overflows_touch_their_tensor_alone_and_training_goes_on(initial_unet):
+def test_overflows_touch_their_tensor_alone_and_training_goes_on(small_unet):
     """fp16, infinities and NaN injected into random layers: counted, scale halved, no weight or moment not finite."""
-    unet, optimizer = make(initial_unet, True, torch.float16)
+    unet, optimizer = make(small_unet, True, torch.float16)
     optimizer.loss_scale.scale.fill_(1024.0)
     named = dict(unet.named_parameters())
     chosen = random.Random(1)
@@ -157,10 +146,10 @@ def test_overflows_touch_their_tensor_alone_and_training_goes_on(initial_unet):
     assert torch.isfinite(optimizer.method.last_norm)
 
 
-def test_norm_and_count_are_in_the_checkpoint(initial_unet):
-    unet, optimizer = make(initial_unet, True)
+def test_norm_and_count_are_in_the_checkpoint(small_unet):
+    unet, optimizer = make(small_unet, True)
     step(unet, optimizer, 0, 0.01)
-    other_unet, other = make(initial_unet, True)
+    other_unet, other = make(small_unet, True)
     other_unet.load_state_dict(unet.state_dict())
     other.load_state_tensors(optimizer.state_tensors())
     # clipped by the norm before, which only the checkpoint knows
@@ -204,11 +193,11 @@ def test_what_does_not_go_together_is_refused(options, message):
         memory_mode(Optimizer(**options), torch.bfloat16)
 
 
-def test_on_kernels_blocks_do_not_wait_for_the_products_they_share(initial_unet):
+def test_on_kernels_blocks_do_not_wait_for_the_products_they_share(small_unet):
     """Time and text projections of all blocks are one product each, whose gradients come last."""
     ends = []
     for fused in (False, True):
-        unet = copy.deepcopy(initial_unet)
+        unet = copy.deepcopy(small_unet)
         patch.apply(unet)
         optimizer = UNetOptimizer(unet, Optimizer(fused_backward=fused), torch.bfloat16, 3)
         patch.repack(unet)

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 from safelight.kernels.remainder import join
@@ -18,18 +17,8 @@ MODES = ["exact", "near", "rounded", "fp32"]
 IDENTITY = Identity({}, [], "")
 
 
-@pytest.fixture(scope="module")
-def initial_unet():
-    torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=8, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=8, attention_head_dim=2,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=16,
-    ).train()  # fmt: skip
-
-
-def make(initial_unet, memory="auto", dtype=torch.bfloat16, name="adamw8bit", seed=4):
-    unet = copy.deepcopy(initial_unet)
+def make(small_unet, memory="auto", dtype=torch.bfloat16, name="adamw8bit", seed=4):
+    unet = copy.deepcopy(small_unet)
     return unet, UNetOptimizer(unet, Optimizer(name=name, memory=memory, lr=1e-4), dtype, seed)
 
 
@@ -51,8 +40,8 @@ def same(a, b):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("memory", MODES)
-def test_a_resume_is_bit_for_bit_in_every_mode(tmp_path, initial_unet, memory, dtype):
-    unet, optimizer = make(initial_unet, memory, dtype)
+def test_a_resume_is_bit_for_bit_in_every_mode(tmp_path, small_unet, memory, dtype):
+    unet, optimizer = make(small_unet, memory, dtype)
     taken = [bool(t) for _, t in steps(unet, optimizer, 0, 3, bad=1)]
     assert taken == [True, False, True]
     folder = save_checkpoint(tmp_path, unet, optimizer.state_tensors(), Position(step=3), IDENTITY)
@@ -66,7 +55,7 @@ def test_a_resume_is_bit_for_bit_in_every_mode(tmp_path, initial_unet, memory, d
         beside = state.get(f"remainder/{name}", state.get(f"master/{name}"))
         assert (beside is None) == (memory == "rounded")
         assert torch.equal(join(weights[name], beside), optimizer.value(name))
-    other_unet, resumed = make(initial_unet, memory, dtype)
+    other_unet, resumed = make(small_unet, memory, dtype)
     resumed.load_state_tensors(load_checkpoint(tmp_path, 3, other_unet)[0])
     first, second = steps(unet, optimizer, 3, 6), steps(other_unet, resumed, 3, 6)
     assert all(torch.equal(a[0], b[0]) for a, b in zip(first, second, strict=True))
@@ -76,44 +65,44 @@ def test_a_resume_is_bit_for_bit_in_every_mode(tmp_path, initial_unet, memory, d
     assert same(optimizer, resumed)
 
 
-def test_bf16_exact_and_fp32_masters_are_one_run(tmp_path, initial_unet):
+def test_bf16_exact_and_fp32_masters_are_one_run(tmp_path, small_unet):
     """Step by step, and from one's checkpoint into the other."""
-    (unet, exact), (master_unet, master) = make(initial_unet, "exact"), make(initial_unet, "fp32")
+    (unet, exact), (master_unet, master) = make(small_unet, "exact"), make(small_unet, "fp32")
     steps(unet, exact, 0, 3)
     steps(master_unet, master, 0, 3)
     assert same(exact, master)
     for source_unet, source, memory in ((unet, exact, "fp32"), (master_unet, master, "exact")):
         folder = tmp_path / memory
         save_checkpoint(folder, source_unet, source.state_tensors(), Position(step=3), IDENTITY)
-        other_unet, other = make(initial_unet, memory)
+        other_unet, other = make(small_unet, memory)
         other.load_state_tensors(load_checkpoint(folder, 3, other_unet)[0])
         steps(other_unet, other, 3, 5)
-        straight_unet, straight = make(initial_unet, memory)
+        straight_unet, straight = make(small_unet, memory)
         steps(straight_unet, straight, 0, 5)
         assert same(other, straight)
 
 
-def test_a_mode_that_would_lose_a_part_is_refused(tmp_path, initial_unet):
-    unet, exact = make(initial_unet, "exact")
+def test_a_mode_that_would_lose_a_part_is_refused(tmp_path, small_unet):
+    unet, exact = make(small_unet, "exact")
     steps(unet, exact, 0, 1)
     state = exact.state_tensors()
     with pytest.raises(
         ValueError, match=r"conv_in.* kept with optimizer.memory exact, of which near would lose a part; use exact"
     ):
-        make(initial_unet, "near")[1].load_state_tensors(dict(state))
+        make(small_unet, "near")[1].load_state_tensors(dict(state))
     bad = dict(state) | {"state1/conv_in.weight": torch.ones(3, dtype=torch.uint8)}
     with pytest.raises(ValueError, match=r"conv_in\.weight does not fit: state1 is \(3,\)"):
-        make(initial_unet, "exact")[1].load_state_tensors(bad)
+        make(small_unet, "exact")[1].load_state_tensors(bad)
     with pytest.raises(ValueError, match="it was saved at another precision"):
-        make(initial_unet, "auto", torch.float32)[1].load_state_tensors(dict(state))
+        make(small_unet, "auto", torch.float32)[1].load_state_tensors(dict(state))
 
 
-def test_a_run_of_bitsandbytes_is_taken_over(initial_unet):
+def test_a_run_of_bitsandbytes_is_taken_over(small_unet):
     """adamw8bit named bitsandbytes' optimizer once: moments, steps and masters of such a run go on in our kernel."""
     pytest.importorskip("bitsandbytes")
-    unet, theirs = make(initial_unet, name="bnb_adamw8bit")
+    unet, theirs = make(small_unet, name="bnb_adamw8bit")
     steps(unet, theirs, 0, 2)
-    other_unet, ours = make(initial_unet, "exact")
+    other_unet, ours = make(small_unet, "exact")
     other_unet.load_state_dict(unet.state_dict())
     state = theirs.state_tensors()
     ours.load_state_tensors(dict(state))
@@ -124,10 +113,10 @@ def test_a_run_of_bitsandbytes_is_taken_over(initial_unet):
             assert torch.equal(found[key], state[key]), key
 
 
-def test_the_moving_average_follows_the_joined_value(initial_unet):
+def test_the_moving_average_follows_the_joined_value(small_unet):
     averages = []
     for memory in ("exact", "fp32"):
-        unet, optimizer = make(initial_unet, memory)
+        unet, optimizer = make(small_unet, memory)
         ema = WeightAverages(optimizer, 0.9)
         for number in range(3):
             steps(unet, optimizer, number, number + 1)

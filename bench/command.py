@@ -60,7 +60,9 @@ class Count:
     layout: Annotated[Literal["nchw", "channels_last"], arg(help="memory layout of images and convolutions")] = "nchw"
     patched: Annotated[bool, arg(help="with our kernels in the UNet; wants --layout channels_last")] = False
     checkpointing: Literal["none", "selective", "full"] = "none"
-    optimizer: Literal["none", "adamw", "adamw8bit"] = "adamw8bit"
+    optimizer: Annotated[Literal["none", "adamw", "adamw8bit"], arg(help="adamw8bit is bitsandbytes' here")] = (
+        "adamw8bit"
+    )
     profile: Annotated[bool, arg(help="run the step on this machine too, and put the profiler's table beside it")] = (
         False
     )

@@ -33,6 +33,8 @@ NUM_REPEATS = 5
 TIE = 1.05
 # cuDNN's backward is not deterministic (torch's sdp_utils.cpp), and xformers asks no flash of its own to be
 NOT_DETERMINISTIC = ("cudnn", "xformers-flash", "xformers-flash3")
+# how torch and xformers say that a backend cannot: missing operators and builds, shapes refused by assertion. Each is kept
+# as the backend's reason, printed and recorded; what is no Exception of these ends the run
 FAILURES = (RuntimeError, NotImplementedError, ValueError, ImportError, OSError, AttributeError, AssertionError)
 
 

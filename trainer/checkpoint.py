@@ -92,7 +92,7 @@ def save_checkpoint(
     try:
         _write(partial, unet, state, position, identity)
     except Exception:
-        # on a full disk it would stand in the way of what frees it
+        # whatever it was, it goes on to the caller; on a full disk it would stand in the way of what frees it
         shutil.rmtree(partial, ignore_errors=True)
         raise
     partial.rename(place)

@@ -6,7 +6,6 @@ part of the log's running mean that was not written yet.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +16,6 @@ from pathlib import Path
 
 import torch
 
-from safelight.data.atomic import atomic_write_text
 from safelight.data.batches import MicroBatch, iterate, plan_epoch
 from safelight.data.lock import FolderLock
 from safelight.trainer.cards import this_card
@@ -32,10 +30,8 @@ from safelight.trainer.config import Config
 from safelight.trainer.gpu_memory import compare, out_of_memory
 from safelight.trainer.job import Job, load_job, pack_window
 from safelight.trainer.log import Terminal, peak_memory_gib, reset_peak_memory
-from safelight.trainer.sample import generate, settings_of
+from safelight.trainer.measure import epoch_fraction, is_due, measure
 from safelight.trainer.step import StepResult, train_step
-from safelight.trainer.stop import Stopped
-from safelight.trainer.validate import choose_subset, validate
 
 # fp16's loss scale needs up to 24 halvings to find its place; more skips in a row than this lead nowhere
 MAX_SKIPS_IN_A_ROW = 50
@@ -108,7 +104,7 @@ def _loop(job: Job, position: Position) -> Outcome:
     """Train from a position to the end, or until asked to stop."""
     config, timeline = job.config, job.timeline
     if position.step == 0 or position.unmeasured:
-        position = _measure(job, position)
+        position = measure(job, position)
         if position.unmeasured:
             return Outcome(job.run_dir, position, interrupted=True)
         if position.step > 0:
@@ -161,7 +157,7 @@ def _loop(job: Job, position: Position) -> Outcome:
             _log(job, position, result, lr)
             if position.step >= timeline.num_steps or job.stop_requested():
                 break
-            if _is_due(config.save.every_steps, position.step) and not _at_epoch_end(job, position):
+            if is_due(config.save.every_steps, position.step) and not _at_epoch_end(job, position):
                 _save(job, position)
         batches.close()
         if _at_epoch_end(job, position):
@@ -208,68 +204,18 @@ def _end_epoch(job: Job, position: Position) -> Position:
     if position.step >= job.timeline.num_steps:
         return _finish(job, position)
     config, before = job.config, position.best_step
-    position = _measure(job, position)
-    is_due = _is_due(config.save.every_epochs, position.epoch) or _is_due(config.save.every_steps, position.step)
-    if is_due or position.best_step != before:
+    position = measure(job, position)
+    save_is_due = is_due(config.save.every_epochs, position.epoch) or is_due(config.save.every_steps, position.step)
+    if save_is_due or position.best_step != before:
         _save(job, position)
     return position
 
 
-def _is_due(every: int, count: int) -> bool:
-    """Return whether something done every so many is due; 0 is never."""
-    return every > 0 and count % every == 0
-
-
 def _finish(job: Job, position: Position) -> Position:
     """Validate, sample and save at the end of the run."""
-    position = _measure(job, position)
+    position = measure(job, position)
     _save(job, position)
     return position
-
-
-def _measure(job: Job, position: Position) -> Position:
-    """Validate and sample as is due here: by epochs, and at the start and the end of the run.
-
-    Asked to stop in between, return the position `unmeasured`; a resumed run comes here again and does the rest.
-    """
-    config = job.config
-    at_an_end = position.step == 0 or position.step >= job.timeline.num_steps
-
-    def due(every: int) -> bool:
-        return every > 0 if at_an_end else _is_due(every, position.epoch)
-
-    began = time.monotonic()
-    try:
-        with nullcontext() if job.ema is None or position.step == 0 else job.ema.applied():
-            if due(config.validate_.every_epochs) and not job.metrics.has_validation(position.step):
-                position = _validate(job, position)
-            if due(config.sample.every_epochs):
-                _sample(job, position)
-    except Stopped:
-        return replace(position, unmeasured=True)
-    # the clock of images/s runs over training alone
-    job.window_began += time.monotonic() - began
-    return replace(position, unmeasured=False)
-
-
-def _tell(job: Job, position: Position, what: str) -> Callable[[int, int], None]:
-    """Return what long work between steps reports to: the terminal's line, and the end of the work if a stop is asked for."""
-
-    def told(done: int, total: int) -> None:
-        if position.step == 0:
-            # a count of its own: the time left of training is not told by it
-            job.terminal.update(what, done, total)
-        else:
-            job.terminal.update("training", position.step, job.timeline.num_steps, f"{what} {done}/{total}")
-        if job.stop_requested():
-            raise Stopped
-
-    return told
-
-
-def _epoch_fraction(job: Job, position: Position) -> float:
-    per_epoch = job.timeline.stage_steps_per_epoch[job.timeline.stage_of(position.epoch)]
-    return position.epoch + position.step_in_epoch / per_epoch
 
 
 def _count_skips(job: Job, position: Position, is_due: bool) -> None:
@@ -315,7 +261,7 @@ def _log(job: Job, position: Position, result: StepResult, lr: float) -> None:
     job.metrics.write(
         "train",
         position.step,
-        epoch=round(_epoch_fraction(job, position), 6),
+        epoch=round(epoch_fraction(job, position), 6),
         stage=position.stage,
         loss=loss,
         lr=lr,
@@ -330,72 +276,6 @@ def _log(job: Job, position: Position, result: StepResult, lr: float) -> None:
     job.note = f"{told}  {rate} img/s  {peak_memory_gib(job.device):.1f} GiB"
     job.terminal.update("training", position.step, timeline.num_steps, job.note)
     job.window.clear()
-
-
-def _validate(job: Job, position: Position) -> Position:
-    """Measure the held-out set and the training subset; return the position with the best so far."""
-    settings = job.config.validate_
-    if not job.dataset.validation:
-        return position
-    held_out = choose_subset(job.dataset.validation, settings.max_images, job.config.run.seed)
-    results = {
-        split: validate(
-            job.unet,
-            job.dataset.cache,
-            samples,
-            job.dataset.empty_key,
-            job.schedule,
-            job.dataset.scaling_factor,
-            seed=job.config.run.seed,
-            num_bands=settings.timesteps,
-            batch_size=settings.batch_size,
-            progress=_tell(job, position, f"validating {label}"),
-        )
-        for split, label, samples in (("held_out", "held out", held_out), ("train_subset", "trained", job.subset))
-    }
-    for split, result in results.items():
-        job.metrics.write(
-            "validation",
-            position.step,
-            epoch=round(_epoch_fraction(job, position), 6),
-            split=split,
-            loss=result.loss,
-            loss_by_timestep=list(result.loss_by_timestep),
-            num_images=result.num_images,
-        )
-        if split == "held_out" and (position.best_loss is None or result.loss < position.best_loss):
-            position = replace(position, best_step=position.step, best_loss=result.loss)
-            job.metrics.write("event", position.step, event="best so far", detail=f"held-out loss {result.loss:.5f}")
-    return position
-
-
-def _sample(job: Job, position: Position) -> None:
-    """Draw the fixed prompts into samples/step-XXXXXXXX."""
-    config = job.config
-    prompts = job.dataset.sample_prompts(config)
-    if not prompts:
-        return
-    settings = settings_of(config)
-    text, negative = job.dataset.texts(prompts), job.dataset.texts([config.sample.negative_prompt])
-    with job.codec.on(job.device) as codec:
-        told = _tell(job, position, "drawing")
-        images = generate(job.unet, codec, text, negative, job.schedule, settings, progress=told)
-    folder = job.run_dir / "samples" / f"step-{position.step:08d}"
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for index, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
-        image.save(folder / f"{index:03d}.png")
-        rows.append(
-            {
-                "file": f"{index:03d}.png",
-                "prompt": prompt,
-                "seed": settings.seed,
-                "cfg": settings.cfg,
-                "num_steps": settings.steps,
-            }
-        )
-    index_json = {"step": position.step, "epoch": round(_epoch_fraction(job, position), 6), "images": rows}
-    atomic_write_text(folder / "index.json", json.dumps(index_json, indent=1, ensure_ascii=False))
 
 
 def _save(job: Job, position: Position) -> None:

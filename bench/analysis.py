@@ -10,15 +10,16 @@ from dataclasses import dataclass
 
 from torch.autograd import DeviceType
 
-from safelight.bench.operators import class_of
-from safelight.bench.session import STEP, Cost, Session
+from safelight.bench.costs import Cost, kind_of
+from safelight.bench.device_timeline import DeviceStep, device_steps
+from safelight.bench.session import STEP, Session
 
 STRETCHES = ("load", "noise", "forward", "loss", "backward", "optimizer")
 REST = "the loop around them"
-# the counter's classes by the words of a roofline
-KINDS = {"matmul": "linear", "copy/cast": "copies"}
-_KERNEL_WORDS = {"conv": ("conv", "wgrad", "dgrad"), "linear": ("gemm", "cutlass"), "attention": ("flash", "fmha"),
-                 "norm": ("norm",), "optimizer": ("adam", "ema"), "copies": ("memcpy", "memset", "copy")}  # fmt: skip
+IDLE = {"cuda": "idle", "cpu": "Python and dispatch"}
+# what a kernel's own name tells where nothing else does
+_KERNEL_WORDS = {"conv": ("conv", "wgrad", "dgrad", "fprop"), "linear": ("gemm", "cutlass"), "attention": ("flash", "fmha"),
+                 "norm": ("norm",), "optimizer": ("adam", "ema"), "copies": ("memcpy", "memset", "copy", "nchw", "nhwc")}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,10 @@ class Operator:
 
 @dataclass(frozen=True)
 class Analysis:
-    """step_ms: the median profiled step's; plain_ms: one without the profiler. kinds: ms by class, what is left last."""
+    """step_ms: the median profiled step's; plain_ms: one without the profiler. kinds: ms by class, what is left last.
+
+    launches: a GPU's kernels, copies and fills; on a CPU the operators.
+    """
 
     step_ms: float
     plain_ms: float
@@ -49,11 +53,21 @@ class Analysis:
     model_flop_use: float
 
 
+def _all_steps(session: Session) -> list:
+    steps = [e for e in session.events if e.name == STEP and e.device_type == DeviceType.CPU]
+    return sorted(steps, key=lambda e: e.time_range.start)
+
+
 def step_events(session: Session) -> list:
     """Return the profiler's events of the steps that are spoken of."""
-    steps = [e for e in session.events if e.name == STEP and e.device_type == DeviceType.CPU]
-    steps.sort(key=lambda e: e.time_range.start)
+    steps = _all_steps(session)
     return [steps[number] for number in session.chosen]
+
+
+def gpu_steps(session: Session) -> list[DeviceStep]:
+    """Return those steps on the GPU's own timeline; none on a CPU."""
+    found = device_steps(session.kernels, [e.time_range.start for e in _all_steps(session)])
+    return [found[number] for number in session.chosen if number in found]
 
 
 def chosen_events(session: Session) -> list:
@@ -96,86 +110,95 @@ def _kernel_kind(name: str) -> str:
     return next((kind for kind, words in _KERNEL_WORDS.items() if any(w in name.lower() for w in words)), "elementwise")
 
 
-def _times(session: Session, events: list) -> dict[tuple[bool, str], list[float]]:
-    """Return [calls, ms] by (in the optimizer, operator) over all steps: the device's time on a GPU, the operator's on a CPU."""
-    is_gpu = session.device.type == "cuda"
+def _operator_of(event, counted: set[str]) -> tuple[str | None, bool]:
+    """Return the outermost counted operator that an event is, or is within, and whether the optimizer's stretch is around."""
+    outer = [event.name, *(e.name for e in above(event))]
+    named = [name[6:] for name in outer if name.startswith("aten::") and name[6:] in counted]
+    return (named[-1] if named else None), "optimizer" in outer
+
+
+# by (in the optimizer, operator or kernel)
+_Times = dict[tuple[bool, str], list[float]]
+
+
+def _cpu_times(session: Session, events: list) -> _Times:
+    """Return [calls, ms] over all steps: what an operator calls is part of it."""
     counted = {name for _, name in session.costs}
-    times: dict[tuple[bool, str], list[float]] = defaultdict(lambda: [0, 0.0])
+    times: _Times = defaultdict(lambda: [0, 0.0])
     for event in events:
-        name = event.name.partition("::")[2]
-        if event.device_type != DeviceType.CPU or not event.name.startswith("aten::") or name not in counted:
+        if event.device_type != DeviceType.CPU or not event.name.startswith("aten::") or event.name[6:] not in counted:
             continue
-        outer = [e.name for e in above(event)]
-        # what an operator calls is part of it
-        if any(o.startswith("aten::") and o[6:] in counted for o in outer):
+        if any(e.name.startswith("aten::") and e.name[6:] in counted for e in above(event)):
             continue
-        row = times["optimizer" in outer, name]
+        _, in_optimizer = _operator_of(event, counted)
+        row = times[in_optimizer, event.name[6:]]
         row[0] += 1
-        row[1] += (event.device_time_total if is_gpu else event.cpu_time_total) / 1e3
+        row[1] += event.cpu_time_total / 1e3
     return times
 
 
-def _loose_kernels(events: list) -> dict[str, list[float]]:
-    """Return (calls, ms) of a GPU's kernels that no operator launched, by name: our own, and what a graph replays."""
-    loose: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
-    for event in events:
-        if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
-            loose[event.name][0] += 1
-            loose[event.name][1] += event.time_range.elapsed_us() / 1e3
-        elif event.name.startswith("aten::"):
-            for kernel in event.kernels:
-                loose[kernel.name][0] -= 1
-                loose[kernel.name][1] -= kernel.duration / 1e3
-    return {name: row for name, row in loose.items() if row[0] > 0}
+def _gpu_times(session: Session, steps: list[DeviceStep]) -> _Times:
+    """Return [launches, ms] over all steps, under the operator that launched, or the kernel's own name where none did:
+    our kernels, and what a graph replays."""
+    counted = {name for (_, name), cost in session.costs.items() if not cost.is_kernel}
+    by_id = {e.id: e for e in session.events if e.device_type == DeviceType.CPU and not e.name.startswith("cu")}
+    times: _Times = defaultdict(lambda: [0, 0.0])
+    for run in (run for step in steps for run in step.kernels):
+        event = by_id.get(run.operator) if run.operator else None
+        operator, in_optimizer = (None, False) if event is None else _operator_of(event, counted)
+        row = times[in_optimizer, operator or run.name]
+        row[0] += 1
+        row[1] += (run.end - run.start) / 1e3
+    return times
 
 
-def _busy_ms(events: list) -> float:
-    """Return how long a GPU had a kernel running, over all steps."""
-    spans = sorted(
-        (e.time_range.start, e.time_range.end)
-        for e in events
-        if e.device_type == DeviceType.CUDA and not e.is_user_annotation
-    )
-    busy, until = 0.0, float("-inf")
-    for start, end in spans:
-        busy += max(0.0, end - max(start, until))
-        until = max(until, end)
-    return busy / 1e3
+def _cost(session: Session, in_optimizer: bool, name: str) -> Cost | None:
+    """Return what is known of an operator in a stretch, or of a kernel of ours in any."""
+    other = session.costs.get((not in_optimizer, name))
+    return session.costs.get((in_optimizer, name)) or (other if other is not None and other.is_kernel else None)
+
+
+def _kind(in_optimizer: bool, name: str, cost: Cost | None, counted: set[str]) -> str:
+    if cost is not None:
+        return cost.kind
+    if in_optimizer or name in counted:
+        return kind_of(name, in_optimizer)
+    return next((kind for kind, words in _KERNEL_WORDS.items() if any(w in name.lower() for w in words)), "elementwise")
 
 
 def roofline_share(cost: Cost, ms: float, ceilings: dict) -> float | None:
-    """Return the least time for an operator's bytes and FLOPs at the ceilings, over the time it took."""
-    least = max(
-        cost.num_bytes / ceilings["copy_gb_per_s"] / 1e9, cost.flops / ceilings["matmul_tflops"] / 1e12
-    )  # fmt: skip
-    return 1e3 * least / ms if ms > 0 and least > 0 else None
+    """Return the least time for the bytes and FLOPs of an operator's calls at the ceilings, over the time they took."""
+    least = cost.least_ms(ceilings)
+    return least / ms if ms > 0 and least > 0 else None
 
 
 def analyse(session: Session, ceilings: dict) -> Analysis:
     """Return what the session says, by one step. ceilings: of bench/ceilings.py."""
     operators, events, num = [], chosen_events(session), len(session.chosen)
-    for (in_optimizer, name), (calls, ms) in _times(session, events).items():
-        cost = session.costs.get((in_optimizer, name), Cost())
+    is_gpu = session.device.type == "cuda"
+    on_device = gpu_steps(session) if is_gpu else []
+    counted = {name for _, name in session.costs}
+    for (in_optimizer, name), (calls, ms) in (
+        _gpu_times(session, on_device) if is_gpu else _cpu_times(session, events)
+    ).items():
+        cost = _cost(session, in_optimizer, name)
         calls, ms = calls / num, ms / num
-        kind = "optimizer" if in_optimizer else KINDS.get(class_of(name), class_of(name))
+        share = None if cost is None else roofline_share(cost, ms, ceilings)
+        kind = _kind(in_optimizer, name, cost, counted)
         operators.append(
-            Operator(name, kind, calls, ms, cost.num_bytes, cost.flops, roofline_share(cost, ms, ceilings))
+            Operator(name, kind, calls, ms, cost.num_bytes if cost else 0, cost.flops if cost else 0, share)
         )
-    for name, (calls, ms) in _loose_kernels(events).items():
-        calls, ms = calls / num, ms / num
-        operators.append(Operator(name, _kernel_kind(name), calls, ms, 0, 0, None))
     operators.sort(key=lambda o: -o.ms)
     kinds: dict[str, float] = Counter()
     for operator in operators:
         kinds[operator.kind] += operator.ms
-    whole = statistics.fmean(e.time_range.elapsed_us() for e in step_events(session)) / 1e3
-    is_gpu = session.device.type == "cuda"
-    spent = _busy_ms(events) / num if is_gpu else sum(kinds.values())
     kinds = dict(sorted(kinds.items(), key=lambda item: -item[1]))
-    kinds["idle" if is_gpu else "Python and dispatch"] = max(0.0, whole - spent)
+    lengths = [s.length_us / 1e3 for s in on_device] or [e.time_range.elapsed_us() / 1e3 for e in step_events(session)]
+    idle = sum(s.idle_us for s in on_device) / 1e3 / num if is_gpu else statistics.fmean(lengths) - sum(kinds.values())
+    kinds[IDLE[session.device.type]] = max(0.0, idle)
     flops = sum(cost.flops for cost in session.costs.values())
     return Analysis(
-        median_step(session).time_range.elapsed_us() / 1e3, session.plain_ms, _stretches(session, events), kinds, operators, flops,
+        statistics.median(lengths), session.plain_ms, _stretches(session, events), kinds, operators, flops,
         sum(cost.num_bytes for cost in session.costs.values()), sum(o.calls for o in operators),
         flops / (session.plain_ms / 1e3) / (ceilings["matmul_tflops"] * 1e12),
     )  # fmt: skip

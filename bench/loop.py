@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch.profiler import ProfilerActivity, profile
 
+from safelight.bench.device_timeline import busy_us, kernel_runs
 from safelight.bench.results import make_record
 from safelight.bench.styles import EveryDream, Photographs, make_baseline, write_photographs
 from safelight.bench.suite import OURS, free
@@ -60,14 +61,10 @@ def config_for(work: Workload, dataset: Path, run_dir: Path, num_epochs: int, si
 
 
 def _busy_share(profiler, seconds: float) -> float:
-    """Return the share of a time in which a GPU had a kernel running, by the events of its own timeline."""
-    device = torch.autograd.DeviceType.CUDA
-    spans = sorted((e.time_range.start, e.time_range.end) for e in profiler.events() if e.device_type == device)
-    busy, until = 0.0, float("-inf")
-    for start, end in spans:
-        busy += max(0.0, end - max(start, until))
-        until = max(until, end)
-    return busy / 1e6 / seconds
+    """Return the share of a time in which a GPU had a kernel running, by its own timeline."""
+    results = profiler.profiler.kineto_results
+    runs = kernel_runs(results.events(), results.trace_start_ns())
+    return busy_us((run.start, run.end) for run in runs) / 1e6 / seconds
 
 
 class _Clock:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch.autograd import DeviceType
 
-from safelight.bench.analysis import STRETCHES, Analysis, median_step
+from safelight.bench.analysis import IDLE, STRETCHES, Analysis, median_step
 from safelight.bench.session import STEP, TRACE_NAME, Session
 from safelight.trainer.report.build import MARK
 from safelight.trainer.report.markup import Markup, details, join, table, tag
@@ -185,7 +185,7 @@ def _told(session: Session) -> str:
 
 def render(session: Session, analysis: Analysis, ceilings: dict, title: str, place: str) -> str:
     """Return the page as HTML. title: what was trained; place: on what, with what."""
-    rest = next(name for name in analysis.kinds if name in ("idle", "Python and dispatch"))
+    rest = IDLE[session.device.type]
     saved = max((n for _, n in session.saved.points), default=0) / MIB
     tiles = _tiles([
         ("A step, without the profiler", f"{analysis.plain_ms:,.1f}", "ms"),

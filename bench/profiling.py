@@ -8,13 +8,15 @@ from pathlib import Path
 
 from safelight.bench.analysis import Analysis, analyse, figures
 from safelight.bench.ceilings import ceilings
+from safelight.bench.costs import follow
 from safelight.bench.profile_page import render
 from safelight.bench.results import make_record
 from safelight.bench.session import Session, run_session
 from safelight.data.atomic import atomic_write_text
 from safelight.trainer.config import Config
 from safelight.trainer.log import Terminal
-from safelight.trainer.models import PRECISIONS, pick_device, pick_dtype
+from safelight.trainer.meta_run import MetaRun
+from safelight.trainer.models import PRECISIONS, base_of, pick_device, pick_dtype
 
 PAGE_NAME, FIGURES_NAME = "profile.html", "profile.json"
 
@@ -34,6 +36,13 @@ def profile_run(config: Config, num_steps: int, out: Path, terminal: Terminal | 
     device = pick_device(config.run.device)
     dtype = pick_dtype(config.model.precision, device)
     session = run_session(config, num_steps, out, terminal)
+    if device.type == "cuda":
+        # our kernels are no operators: followed on meta tensors, each launch tells its tensors
+        batch, _, height, width = session.shape
+        on_meta = follow(
+            MetaRun(config, base_of(config.model), device, dtype), batch, height, width, session.accumulate
+        )
+        session.costs |= {key: cost for key, cost in on_meta.items() if cost.is_kernel}
     limits = ceilings(device, dtype, small=device.type == "cpu")
     analysis = analyse(session, limits)
     told = {

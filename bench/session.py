@@ -1,8 +1,8 @@
-"""A profiling session: a few real steps of `safelight train` under torch's profiler, and one more to be counted.
+"""A profiling session: a few real steps under torch's profiler, and one more to be counted.
 
-The run is the config's own, in a folder that is thrown away: its loader, its loop, its log. Validation, samples and
-checkpoints are off. After the profiled steps one step is followed operator by operator, for bytes and FLOPs, and its
-saved tensors from birth to death; it is not timed, for following takes time.
+Of `safelight train` the run is the config's own, in a folder that is thrown away: its loader, its loop, its log. Validation,
+samples and checkpoints are off. After the profiled steps one step is followed operator by operator, for bytes and FLOPs,
+and its saved tensors from birth to death; it is not timed, for following takes time.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,11 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile, record_function
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
-from safelight.bench.operators import does_work
+from safelight.bench.costs import Costs, OperatorCosts
+from safelight.bench.device_timeline import KernelRun, kernel_runs
 from safelight.trainer.config import Config
 from safelight.trainer.log import Terminal
 from safelight.trainer.models import pick_device
@@ -35,15 +33,6 @@ from safelight.trainer.train import train
 STEP = "step"
 NUM_WARMUPS = 4
 TRACE_NAME, SNAPSHOT_NAME = "trace.json.gz", "memory.pickle"
-
-
-@dataclass
-class Cost:
-    """What the calls of an operator need at least: bytes of its inputs and outputs once, and FLOPs."""
-
-    calls: int = 0
-    num_bytes: int = 0
-    flops: int = 0
 
 
 @dataclass
@@ -57,15 +46,16 @@ class Saved:
 
 @dataclass
 class Session:
-    """events: the profiler's; live: (seconds since profiling began, bytes allocated since then) by device type;
-    chosen: which of the profiled steps are of `shape`, that of the latents of a micro-step, and are spoken of;
-    plain_ms: of the fastest such step before the profiler began."""
+    """events: the profiler's; kernels: what a GPU ran; live: (seconds since profiling began, bytes allocated since then) by
+    device type; chosen: which of the profiled steps are of `shape`, that of the latents of a micro-step, and are spoken
+    of; plain_ms: of the fastest such step before the profiler began."""
 
     device: torch.device
     chosen: list[int]
     events: list
+    kernels: list[KernelRun]
     live: dict[str, list[tuple[float, int]]]
-    costs: dict[tuple[bool, str], Cost]
+    costs: Costs
     saved: Saved
     files: list[Path]
     shape: tuple[int, ...]
@@ -73,36 +63,8 @@ class Session:
     plain_ms: float
 
 
-class _Enough(Exception):
+class Enough(Exception):
     """All steps are taken; nothing shall be saved."""
-
-
-class OperatorCosts(TorchDispatchMode):
-    """Adds up the costs of operators by (in the optimizer's stretch, name), whatever their device."""
-
-    def __init__(self, stretches: list[str]):
-        super().__init__()
-        self.stretches, self.costs = stretches, defaultdict(Cost)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        outputs = func(*args, **(kwargs or {}))
-        name = func._overloadpacket.__name__
-        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-        if does_work(name, is_view):
-            cost = self.costs["optimizer" in self.stretches, name]
-            cost.calls += 1
-            tensors = [x for x in tree_leaves((args, kwargs, outputs)) if isinstance(x, Tensor)]
-            # an in-place operator reads and writes its first
-            cost.num_bytes += sum(_num_bytes(x) for x in tensors)
-            formula = flop_registry.get(func._overloadpacket)
-            if formula is not None:
-                cost.flops += formula(*args, **(kwargs or {}), out_val=outputs)
-        return outputs
-
-
-def _num_bytes(x: Tensor) -> int:
-    """Return the bytes behind a tensor that are there once: what is expanded is read once."""
-    return min(x.numel() * x.element_size(), x.untyped_storage().nbytes())
 
 
 class _Kept:
@@ -238,7 +200,7 @@ class _Conductor:
         self._done, self._began, self._phase = 0, time.perf_counter(), "warming"
 
     def after_step(self) -> bool:
-        """Called by the loop after each step, and again between epochs. Raises _Enough after the last; else returns False."""
+        """Called by the loop after each step, and again between epochs. Raises Enough after the last; else returns False."""
         if self.stretches.num_steps == self._done:
             return False
         self._done = self.stretches.num_steps
@@ -251,11 +213,11 @@ class _Conductor:
             if self.shapes.count(self.shape) == self.num_steps:
                 self._stop_profiler()
         elif shape == self.shape:
-            raise _Enough
+            raise Enough
         if self._phase == "profiling":
             self._open.enter_context(record_function(STEP))
         elif self._phase == "following":
-            self.costs = self._open.enter_context(OperatorCosts(self.stretches.entered))
+            self.costs = self._open.enter_context(OperatorCosts(self.stretches.entered, self.device.type))
             self.saved = SavedTensors(self.stretches.entered, self.stretches.parameters)
             self._open.enter_context(self.saved)
         return False
@@ -294,23 +256,25 @@ class _Conductor:
             self.profiler.stop()
 
 
-def run_session(config: Config, num_steps: int, out: Path, terminal: Terminal | None = None) -> Session:
-    """Profile steps of a run, write the trace (and a GPU's memory snapshot) into `out`, and return what was found.
+def record(
+    loop: Callable[[Callable[[], bool]], None], num_steps: int, device: torch.device, out: Path, accumulate: int = 1
+) -> Session:
+    """Profile a loop that calls what it is given after every step, write the trace (and a GPU's memory snapshot) into
+    `out`, and return what was found. What it calls raises Enough after the last step.
 
-    Raises ValueError for a run that has too few steps, and as train does.
+    Raises ValueError for a loop that takes too few steps.
     """
     if num_steps < 1:
         raise ValueError(f"--steps {num_steps} is below 1; use 5")
     # the profiler's library tells of its own start and stop otherwise
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    device = pick_device(config.run.device)
     out.mkdir(parents=True, exist_ok=True)
     conductor = _Conductor(num_steps, device, out)
     stretches = conductor.stretches
-    with tempfile.TemporaryDirectory(prefix="safelight-profile-") as folder, told_to(stretches), stretches.blocks():
+    with told_to(stretches), stretches.blocks():
         try:
-            train(settings_for(config, Path(folder) / "run"), terminal=terminal, stop_requested=conductor.after_step)
-        except _Enough:
+            loop(conductor.after_step)
+        except Enough:
             pass
         else:
             raise ValueError(
@@ -319,13 +283,26 @@ def run_session(config: Config, num_steps: int, out: Path, terminal: Terminal | 
             )
         finally:
             conductor.close()
-    conductor.profiler.export_chrome_trace(str(out / TRACE_NAME))
+    profiler = conductor.profiler
+    profiler.export_chrome_trace(str(out / TRACE_NAME))
     files = [out / name for name in (TRACE_NAME, SNAPSHOT_NAME) if (out / name).is_file()]
     chosen = [number for number, shape in enumerate(conductor.shapes) if shape == conductor.shape]
+    results = profiler.profiler.kineto_results
     return Session(
-        device, chosen, list(conductor.profiler.events()), _live_bytes(conductor.profiler), conductor.costs.costs,
-        conductor.saved.saved, files, conductor.shape, config.train.accumulate, conductor.plain_ms,
+        device, chosen, list(profiler.events()), kernel_runs(results.events(), results.trace_start_ns()), _live_bytes(profiler),
+        dict(conductor.costs.costs), conductor.saved.saved, files, conductor.shape, accumulate, conductor.plain_ms,
     )  # fmt: skip
+
+
+def run_session(config: Config, num_steps: int, out: Path, terminal: Terminal | None = None) -> Session:
+    """Profile steps of a run as `record` does. Raises ValueError for a run that has too few steps, and as train does."""
+    device = pick_device(config.run.device)
+    with tempfile.TemporaryDirectory(prefix="safelight-profile-") as folder:
+        settings = settings_for(config, Path(folder) / "run")
+        return record(
+            lambda after_step: train(settings, terminal=terminal, stop_requested=after_step), num_steps, device, out,
+            config.train.accumulate,
+        )  # fmt: skip
 
 
 def _live_bytes(profiler: profile) -> dict[str, list[tuple[float, int]]]:

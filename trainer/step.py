@@ -22,6 +22,16 @@ from safelight.trainer.ranges import named
 
 
 @dataclass(frozen=True)
+class Inputs:
+    """All that a step knows of its batch, on the device. As of Batch; words_B5: int64, of noising.key_words."""
+
+    mean_BCHW: Tensor
+    logvar_BCHW: Tensor | None
+    text_BTD: Tensor
+    words_B5: Tensor
+
+
+@dataclass(frozen=True)
 class Noisy:
     """What the UNet sees and shall predict. noisy_BCHW in its dtype; target_BCHW, text_BTD float32; timesteps_B int64."""
 
@@ -51,24 +61,37 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     return x.to(device, non_blocking=True)
 
 
-def make_noisy(
-    batch: Batch, schedule: NoiseSchedule, scaling_factor: float, seed: int, epoch: int, offset_noise: float = 0.0,
+def upload(batch: Batch, device: torch.device, seed: int, epoch: int) -> Inputs:
+    """Return a batch on a device, with the keys of its draws."""
+    who = zip(batch.sample_ids, batch.occurrences, strict=True)
+    keys = [Key(seed, Purpose.NOISE, sample_id, epoch, occurrence) for sample_id, occurrence in who]
+    logvar = None if batch.logvar_BCHW is None else to_device(batch.logvar_BCHW, device)
+    mean, text = to_device(batch.mean_BCHW, device), to_device(batch.text_BTD, device)
+    return Inputs(mean, logvar, text, key_words(keys, device))
+
+
+def add_noise(
+    inputs: Inputs, schedule: NoiseSchedule, scaling_factor: float, offset_noise: float = 0.0,
     dtype: torch.dtype = torch.float32,
 ) -> Noisy:  # fmt: skip
     """Return the batch at each sample's timestep, with posterior, noise and timestep drawn by the sample's key.
 
     dtype: the UNet's.
     """
-    device = schedule.alphas_cumprod_T.device
-    who = zip(batch.sample_ids, batch.occurrences, strict=True)
-    keys = [Key(seed, Purpose.NOISE, sample_id, epoch, occurrence) for sample_id, occurrence in who]
-    logvar = None if batch.logvar_BCHW is None else to_device(batch.logvar_BCHW, device)
     noised = noising(
-        to_device(batch.mean_BCHW, device), logvar, key_words(keys, device), schedule.alphas_cumprod_T,
+        inputs.mean_BCHW, inputs.logvar_BCHW, inputs.words_B5, schedule.alphas_cumprod_T,
         prediction_type=schedule.prediction_type, scaling_factor=scaling_factor, offset_noise=offset_noise, dtype=dtype,
     )  # fmt: skip
-    text = to_device(batch.text_BTD, device)
-    return Noisy(noised.noisy_BCHW, noised.timesteps_B, noised.target_BCHW, text)
+    return Noisy(noised.noisy_BCHW, noised.timesteps_B, noised.target_BCHW, inputs.text_BTD)
+
+
+def make_noisy(
+    batch: Batch, schedule: NoiseSchedule, scaling_factor: float, seed: int, epoch: int, offset_noise: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+) -> Noisy:  # fmt: skip
+    """Return upload and add_noise of a batch, on the schedule's device."""
+    inputs = upload(batch, schedule.alphas_cumprod_T.device, seed, epoch)
+    return add_noise(inputs, schedule, scaling_factor, offset_noise, dtype)
 
 
 def predict(unet: nn.Module, noisy: Noisy) -> Tensor:

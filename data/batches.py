@@ -72,13 +72,13 @@ def _meetings(samples: Sequence[Sample]) -> list[tuple[int, int]]:
 
 
 def plan_epoch(
-    samples: Sequence[Sample], *, seed: int, epoch: int, batch_size: int, caption_dropout: float
+    samples: Sequence[Sample], *, seed: int, epoch: int, batch_size: int, caption_dropout: float, grouped: bool = False
 ) -> list[MicroBatch]:
     """Return the epoch's micro-batches in the order they are trained; every sample is in exactly one.
 
     Samples are shuffled, then fill the batches of their buckets in that order; what remains of a bucket is a shorter
-    batch; then the batches are shuffled. Raises ValueError for no samples, batch_size < 1 or a caption_dropout
-    outside 0 to 1.
+    batch; then the batches are shuffled. grouped: few changes of shape, long runs of each; the same batches, see `_grouped`.
+    Raises ValueError for no samples, batch_size < 1 or a caption_dropout outside 0 to 1.
     """
     if not samples:
         raise ValueError("there is no sample to train on; prepare some photos first")
@@ -118,7 +118,21 @@ def plan_epoch(
         key = Key(seed, Purpose.BATCH_ORDER, first.sample_id, epoch, first.occurrence)
         return sort_key(key), first.sample_id, first.occurrence
 
-    return sorted(batches, key=place)
+    shuffled = sorted(batches, key=place)
+    return _grouped(shuffled, batch_size) if grouped else shuffled
+
+
+def _grouped(shuffled: list[MicroBatch], batch_size: int) -> list[MicroBatch]:
+    """Return the full batches of each bucket together, and the short ones after all of them.
+
+    Buckets and the batches of one stand in the order that they are first met in: as random as the shuffle, by its keys.
+    """
+    first_met: dict[Bucket, int] = {}
+    for batch in shuffled:
+        if len(batch.refs) == batch_size:
+            first_met.setdefault(batch.bucket, len(first_met))
+    # sorting is stable; short batches are one a bucket, each a shape of its own
+    return sorted(shuffled, key=lambda b: first_met[b.bucket] if len(b.refs) == batch_size else len(first_met))
 
 
 def load_batch(cache: Cache, samples: Sequence[Sample], micro_batch: MicroBatch, empty_key: str) -> Batch:

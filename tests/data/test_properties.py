@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 from collections import Counter
 
@@ -138,6 +139,24 @@ def test_every_photo_is_met_exactly_once_an_epoch(names, batch_size, epoch, seed
             assert sample.bucket == batch.bucket
             assert 0 <= ref.variant < len(sample.latent_keys)
             assert -1 <= ref.caption < len(sample.captions)
+    # grouped: the same batches, each full shape once in a row, what is left of buckets at the end
+    together = plan_epoch(samples, batch_size=batch_size, grouped=True, **options)
+    assert Counter(together) == Counter(plan)
+    shapes = [(batch.bucket, len(batch.refs)) for batch in together]
+    runs = [shape for shape, _ in itertools.groupby(shapes)]
+    assert len(runs) == len(set(runs))
+    sizes = [size for _, size in shapes]
+    assert [size < batch_size for size in sizes] == sorted(size < batch_size for size in sizes)
+    # within a shape, and of shapes, the shuffle's order
+    for shape in runs:
+        mine = [[b for b in order if (b.bucket, len(b.refs)) == shape] for order in (together, plan)]
+        assert mine[0] == mine[1]
+    full = [shape for shape in dict.fromkeys((b.bucket, len(b.refs)) for b in plan) if shape[1] == batch_size]
+    assert [shape for shape in runs if shape[1] == batch_size] == full
+    # the manifest's order does not show
+    backwards = plan_epoch(samples[::-1], batch_size=batch_size, grouped=True, **options)
+    ids = [[[(ref.sample_id, ref.occurrence) for ref in b.refs] for b in order] for order in (together, backwards)]
+    assert ids[0] == ids[1]
     # what each meets depends on neither the batches nor the order
     met = {(ref.sample_id, ref.occurrence): (ref.variant, ref.caption) for ref in refs}
     other = [ref for batch in plan_epoch(samples[::-1], batch_size=1, **options) for ref in batch.refs]

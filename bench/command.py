@@ -71,6 +71,26 @@ class Count:
 
 
 @dataclass
+class Roofline:
+    model: Annotated[
+        Literal["auto", "tiny", "sd15", "sd21", "sdxl"], arg(help="auto: sd15 on a GPU, tiny on a CPU")
+    ] = "auto"
+    latent_size: LatentSize = 0
+    batch_size: int = 1
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    optimizer: Annotated[
+        str, arg(help="as `bench optimizer` names them: adamw8bit, near; auto: adamw8bit on a GPU, adamw on a CPU")
+    ] = "auto"
+    checkpointing: Literal["none", "selective", "full"] = "none"
+    gpu: Annotated[str, arg(help="count for a card that is not here, by its data sheet: t4, rtx4090, a100")] = ""
+    repeats: Annotated[int, arg(help="timed steps without the profiler")] = 10
+    steps: Annotated[int, arg(help="steps under the profiler")] = 3
+    device: Device = "auto"
+    append: Append = None
+    json: AsJson = False
+
+
+@dataclass
 class Gate:
     golden: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: bench/results/counts.jsonl)")] = (
         None
@@ -199,7 +219,7 @@ class All:
 
 
 # commands that safelight.bench.run_parts holds; safelight.bench.run holds the others
-_PARTS = ("kernels", "aot", "optimizer", "memory", "attention")
+_PARTS = ("kernels", "aot", "optimizer", "memory", "attention", "roofline")
 # name -> (arguments, what it measures); the function of that name runs it
 COMMANDS: dict[str, tuple[type, str]] = {
     "step": (Step, "images/s and peak memory of the training step on this machine"),
@@ -208,6 +228,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
         Count,
         "operators, kernel launches, bytes, FLOPs and host syncs of a training step, traced without a GPU",
     ),
+    "roofline": (Roofline, "FLOPs and bytes of the step, this device's ceilings, and where the time between them goes"),
     "loader": (Loader, "cache reads against a file a row and decoding every epoch"),
     "loop": (Loop, "seconds an epoch with loader, log and checkpoint, ours against EveryDream's way"),
     "kernels": (Kernels, "bytes of every kernel at the layers models train; on a GPU their speed too"),

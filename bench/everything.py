@@ -21,6 +21,7 @@ from safelight.bench.kernels import bench_kernels
 from safelight.bench.memory import bench_memory
 from safelight.bench.optimizers import bench_optimizers, offered
 from safelight.bench.results import ROOT, append, make_record
+from safelight.bench.roofline import roofline
 from safelight.bench.short_run import ShortRun, call, train
 from safelight.bench.suite import OURS, build, free, measure, variants
 from safelight.bench.workload import Workload, random_batches
@@ -93,6 +94,14 @@ def profile(session: Session) -> Iterator[dict]:
         yield session.record("profile", {"recipe": OURS, **asdict(work)}, found)
         del trainer
         free(session.device)
+
+
+def rooflines(session: Session) -> Iterator[dict]:
+    """The step against the ceilings, and where the rest of its time goes, at both ends of batch sizes."""
+    for size in (1, 8) if session.is_gpu else (1,):
+        yield roofline(replace(session.work, batch_size=size), *((10, 5) if session.is_gpu else (1, 1)))
+        if session.remaining() < 15:
+            return
 
 
 def gpu_tests(session: Session) -> Iterator[dict]:
@@ -192,6 +201,7 @@ PARTS: tuple[tuple[str, float, Callable[[Session], Iterator[dict]]], ...] = (
     ("ceilings", 5, _ceilings),
     ("steps", 20, steps),
     ("profile", 15, profile),
+    ("roofline", 30, rooflines),
     ("attention", 10, attention),
     ("memory", 20, memory),
     ("kernels", 15, kernels),

@@ -1,5 +1,5 @@
 """`safelight bench plot`: pictures of result lines: throughput bars, memory against cards, the ablation, scaling lines,
-what rounding costs."""
+what rounding costs, a step against its roofline."""
 
 from __future__ import annotations
 
@@ -172,12 +172,35 @@ def rounding(axes: Axes, records: list[dict]) -> bool:
     return bool(lines)
 
 
+def roofline(axes: Axes, records: list[dict]) -> bool:
+    """Draw the newest measured step: ms by class, and in each the least that the ceilings allow; return whether there was one."""
+    lines = [r for r in newest(records).values() if r["bench"] == "roofline" and "step_ms" in r["figures"]]
+    if not lines:
+        return False
+    config, figures = lines[-1]["config"], lines[-1]["figures"]
+    for y, row in enumerate(reversed(figures["classes"].values())):
+        axes.barh(y, row["ms"], color="#cbd5e1" if "least_ms" in row else "#fdba74")
+        axes.barh(y, min(row.get("least_ms", 0.0), row["ms"]), color="#c2410c")
+        share = row.get("share_of_limit")
+        label = f"{row['ms']:.3g} ms" + ("" if share is None else f", {100 * share:.0f} %")
+        axes.annotate(label, (row["ms"], y), (4, 0), textcoords="offset points", va="center", fontsize=9)
+    axes.set_yticks(range(len(figures["classes"])), [*reversed(figures["classes"])])
+    axes.margins(x=0.18)
+    axes.set_xlabel("ms of a step under the profiler; red: the least at this device's ceilings")
+    axes.set_title(
+        f"{config['base']}, batch {config['batch_size']}, {config['precision']} on {lines[-1]['machine']['device']}: model-FLOP use "
+        f"{100 * figures['model_flop_use']['share_of_limit']:.0f} %", fontsize=10,
+    )  # fmt: skip
+    return True
+
+
 PICTURES: dict[str, Callable[[Axes, list[dict]], bool]] = {
     "throughput": throughput,
     "memory": memory,
     "ablation": ablation,
     "scaling": scaling,
     "rounding": rounding,
+    "roofline": roofline,
 }
 
 

@@ -1,4 +1,4 @@
-"""What `safelight bench kernels`, `aot`, `optimizer`, `memory` and `attention` do with their measurements: print, keep."""
+"""What `safelight bench kernels`, `aot`, `optimizer`, `memory`, `attention` and `roofline` do with their measurements: print, keep."""
 
 from __future__ import annotations
 
@@ -151,4 +151,47 @@ def attention(options: command.Attention) -> int:
             print(line)
         if not is_gpu:
             print(measuring.CPU_NOTE)
+    return 0
+
+
+def roofline(options: command.Roofline) -> int:
+    from safelight.bench import roofline as measuring
+    from safelight.bench.workload import Workload
+    from safelight.trainer.cards import find_card
+    from safelight.trainer.models import pick_device
+
+    is_gpu = bool(options.gpu) or pick_device(options.device).type == "cuda"
+    model = ("sd15" if is_gpu else "tiny") if options.model == "auto" else options.model
+    optimizer = ("adamw8bit" if is_gpu else "adamw") if options.optimizer == "auto" else options.optimizer
+    work = Workload(
+        "tiny" if model == "tiny" else f"random:{model}", options.latent_size, options.batch_size, options.precision,
+        optimizer, options.checkpointing, options.device,
+    )  # fmt: skip
+    card = find_card(options.gpu) if options.gpu else None
+    record = measuring.roofline(work, options.repeats, options.steps, card)
+    keep(options.append, record)
+    if options.json:
+        print_json(record)
+        return 0
+    config, found = record["config"], record["figures"]
+    side = config["latent_size"]
+    print_table(
+        f"{model}, one step of batch {config['batch_size']} at {side} x {side} latents, {config['precision']}, {config['optimizer']}, "
+        f"checkpointing {config['checkpointing']}", *measuring.rows(found),
+    )  # fmt: skip
+    where = record["machine"]["device"] if card is None else config["ceilings"]
+    print(
+        f"Ceilings ({where}): {found['matmul_tflops']:.2f} TFLOP/s of matrix products, {found['copy_gb_per_s']:.0f} GB/s of copies; at "
+        f"them the step would take {found['least_ms']:.1f} ms."
+    )
+    if "step_ms" in found:
+        low, middle, high = found["step_ms"]
+        print(
+            f"The step takes {middle:.1f} ms (p20 {low:.1f}, p80 {high:.1f}), {found['profiled_step_ms']:.1f} under the profiler: "
+            f"{found['images_per_s']:.2f} images/s, model-FLOP use {100 * found['model_flop_use']['share_of_limit']:.1f} %."
+        )
+    elif "why" in found:
+        print(f"The step does not fit this GPU: {found['why']}")
+    else:
+        print("Counted on meta tensors, not measured: the step does not run here.")
     return 0

@@ -6,6 +6,7 @@
                 matrix work. Of a patched UNet all that is left to drop is the feed-forward's projection, which costs
                 its product again
     full        the inputs of every block are kept, blocks run again
+    offload     as full, and these inputs, with all that is saved between blocks, wait in host memory (offload.py)
 
 Blocks are diffusers': residual blocks and transformer blocks. Recomputed values have the same bits, so gradients do.
 """
@@ -17,13 +18,16 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from safelight.kernels.attention import attention_operators
-from safelight.kernels.patched_resnet import Swapped
+from safelight.kernels.offload import set_offload
+from safelight.kernels.patched_resnet import PatchedResnetBlock, Swapped
 from safelight.kernels.patched_transformer import PatchedTransformerBlock
 
-MODES = ("none", "selective", "full")
+# the most memory first
+MODES = ("none", "selective", "full", "offload")
 
 
 @functools.cache
@@ -38,11 +42,27 @@ def _policy(context, operator, *args, **kwargs) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+def _own(block: nn.Module, args: tuple) -> tuple:
+    """Return a block's arguments with its own piece alone of what a step projected for all blocks."""
+    if isinstance(block, PatchedResnetBlock | PatchedTransformerBlock):
+        # absent where a UNet's blocks project for themselves
+        index = getattr(block, "time_index" if isinstance(block, PatchedResnetBlock) else "text_index", None)
+        return tuple({index: x[index]} if isinstance(x, tuple | list) else x for x in args)
+    return args
+
+
 def _full(keep_random_state: bool) -> Callable:
     def run(block: nn.Module, *args) -> Tensor:
-        return checkpoint(block.__call__, *args, use_reentrant=False, preserve_rng_state=keep_random_state)
+        # every tensor an argument of its own: these are saved as autograd saves tensors, where hooks reach them
+        leaves, spec = tree_flatten(_own(block, args))
+        again = functools.partial(_call, block, spec)
+        return checkpoint(again, *leaves, use_reentrant=False, preserve_rng_state=keep_random_state)
 
     return run
+
+
+def _call(block: nn.Module, spec, *leaves) -> Tensor:
+    return block(*tree_unflatten(leaves, spec))
 
 
 def _selective(keep_random_state: bool) -> Callable:
@@ -68,9 +88,10 @@ def apply_checkpointing(unet: nn.Module, mode: str) -> None:
     for module in unet.modules():
         if isinstance(module, PatchedTransformerBlock):
             module.recompute = mode == "selective"
+    set_offload(unet, mode == "offload")
     if mode == "none":
         unet.disable_gradient_checkpointing()
         return
     # the generator's state is read from the device and put back at every block, for dropout alone
     has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in unet.modules())
-    unet.enable_gradient_checkpointing((_full if mode == "full" else _selective)(has_dropout))
+    unet.enable_gradient_checkpointing((_selective if mode == "selective" else _full)(has_dropout))

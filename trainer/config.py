@@ -111,9 +111,10 @@ class Train(Section):
     """Stop after this many optimizer steps; 0: no limit."""
     kernels: Literal["auto", "on", "off"] = "auto"
     """Our kernels in the UNet; runs with and without them resume from each other. auto: on a GPU."""
-    checkpointing: Literal["auto", "none", "selective", "full"] = "none"
-    """Recompute activations in backward: selective what costs little, full for about a quarter more work. auto: on a GPU the
-    first of none, selective, full that `safelight plan` finds to fit; on a CPU none."""
+    checkpointing: Literal["auto", "none", "selective", "full", "offload"] = "none"
+    """Recompute activations in backward: selective what costs little, full for about a quarter more work, offload as full,
+    what it keeps in pinned host memory. auto: on a GPU the first of none, selective, full that `safelight plan` finds to
+    fit; on a CPU none."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Clip the gradients' global norm; 0: never."""
     ema_decay: Fraction = 0.0

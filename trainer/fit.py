@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 import torch
 
 from safelight.data.buckets import make_buckets
-from safelight.kernels.checkpointing import MODES
 from safelight.trainer.cards import CONTEXT_BYTES, FRAGMENTATION, GIB, Card
 from safelight.trainer.config import Config
 from safelight.trainer.dataset import bucket_multiple
@@ -26,6 +25,8 @@ from safelight.trainer.trace import ACTIVATIONS, CUDA_ROUNDING, GRADIENTS, MASTE
 
 CUDA = torch.device("cuda")
 BATCH_SIZES = (1, 2, 4, 8)
+# TODO: kernels.checkpointing.MODES once a plan counts the host memory and the copies of offload
+MODES = ("none", "selective", "full")
 # best first: what is kept of the weights, then the least work
 MEMORY_MODES = ("exact", "near", "rounded")
 # of the autoencoder in fp32: its weights, and activations of one image (docstring of LatentCodec.decode)

@@ -114,5 +114,5 @@ def test_blocks_that_were_left_are_checkpointed_beside_patched_ones(build, selec
 
 
 def test_an_unknown_mode_is_refused():
-    with pytest.raises(ValueError, match="checkpointing 'some' is unknown; use none, selective, full"):
+    with pytest.raises(ValueError, match="checkpointing 'some' is unknown; use none, selective, full, offload"):
         apply_checkpointing(nn.Linear(1, 1), "some")

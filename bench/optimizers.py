@@ -4,8 +4,10 @@ What can be named is asked of trainer/config.py, so a new memory mode is measure
 a part of SD1.5's, every n-th by size, so that small and large ones keep their proportion; all variants are in memory at
 once and their steps interleaved. A variant that cannot run leaves its reason in place of figures.
 
-Bytes held are counted exactly: every tensor an optimizer keeps, the trained weights among them, gradients apart.
-Bytes moved are by formula: a step of ours reads and writes what is held and reads the gradient twice, once for its norm;
+Bytes held are counted exactly: every tensor an optimizer keeps, the trained weights among them, gradients apart; what paged
+keeps in host memory is told beside them, host_bytes_per_parameter.
+Bytes moved are by formula: a step of ours reads and writes what is held and reads the gradient twice, once for its norm (paged also writes what
+arrives and reads what leaves);
 a step of the others is counted operator by operator, with bitsandbytes' kernel as one that reads and writes its tensors.
 """
 
@@ -25,6 +27,7 @@ from safelight.bench.layers import meta_model
 from safelight.bench.results import make_record
 from safelight.bench.workload import LR, MAX_GRAD_NORM, WEIGHT_DECAY
 from safelight.kernels.ema import EMA
+from safelight.kernels.paged import Pages
 from safelight.trainer.config import Optimizer
 from safelight.trainer.optim import UNetOptimizer, memory_mode
 
@@ -69,15 +72,18 @@ class Weights(nn.Module):
 
 
 def held_bytes(*roots: object) -> int:
-    """Return the bytes of every tensor that is reachable from objects of ours and torch's, each storage once."""
+    """Return the bytes of every tensor that is reachable from objects of ours and torch's, each storage once, but for pages."""
     storages: dict[int, torch.UntypedStorage] = {}
     seen: set[int] = set()
+    pages: set[int] = set()
     waiting = list(roots)
     while waiting:
         thing = waiting.pop()
         if id(thing) in seen:
             continue
         seen.add(id(thing))
+        if isinstance(thing, Pages):
+            pages.add(thing.host.untyped_storage()._cdata)
         if isinstance(thing, Tensor):
             storage = thing.untyped_storage()
             storages[storage._cdata] = storage
@@ -87,7 +93,7 @@ def held_bytes(*roots: object) -> int:
             waiting += thing
         elif type(thing).__module__.startswith(("safelight", "torch.optim", "torch.nn", "bitsandbytes.optim")):
             waiting += vars(thing).values() if hasattr(thing, "__dict__") else ()
-    return sum(storage.nbytes() for storage in storages.values())
+    return sum(storage.nbytes() for key, storage in storages.items() if key not in pages)
 
 
 def is_ours(optimizer: UNetOptimizer) -> bool:
@@ -99,7 +105,11 @@ def moved_bytes(optimizer: UNetOptimizer, module: nn.Module, config: Optimizer, 
     """Return the bytes a step reads and writes, by the formula of the kind of optimizer."""
     num = sum(p.numel() for p in module.parameters())
     if is_ours(optimizer):
-        return 2 * held_bytes(optimizer, module) + 2 * num * dtype.itemsize
+        held = held_bytes(optimizer, module)
+        if pages := optimizer.inner.pages:
+            # the kernel works on what passes through the ring; it is written there and read from there as often
+            held += 2 * pages.host.nbytes - sum(slot.nbytes for slot in pages.ring)
+        return 2 * held + 2 * num * dtype.itemsize
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
     twin = Weights(shapes, torch.device("meta"))
     counted = UNetOptimizer(twin, config, dtype)
@@ -158,6 +168,8 @@ def bench_optimizers(
             "held_bytes_per_parameter": round(held_bytes(optimizer, module) / num, 3),
             "moved_bytes_per_parameter": round(moved_bytes(optimizer, module, config, dtype) / num, 3),
         }
+        if pages := getattr(optimizer.inner, "pages", None):
+            told[name]["host_bytes_per_parameter"] = round(pages.host.nbytes / num, 3)
     averages = Weights(shapes, device)
     followed = [p.detach().to(dtype) for p in averages.parameters()]
     ema = EMA([p.detach() for p in averages.parameters()], followed)

@@ -33,6 +33,7 @@ from safelight.kernels.blockwise import (
     quantize,
 )
 from safelight.kernels.jit import cdiv, is_dense, runs_kernel
+from safelight.kernels.paged import NUM_SLOTS, Pages
 from safelight.kernels.philox import MASK_32
 from safelight.kernels.remainder import REMAINDERS, draws, join, split, start
 
@@ -82,6 +83,8 @@ class AdamW8bit:
     parameters: dense, of any memory order, on one device, float32, bfloat16 or float16. memory: of kernels/remainder.py;
     float32 weights take fp32 alone. values: float32 to start from, in place of what 16-bit weights hold; or remainders, what
     remainder.start gave beside them. seed: of stochastic rounding, whose draws also depend on a tensor's place in the list.
+    pages: for exact alone, the host memory that remainders and 8-bit moments live in; `moments` and `remainders` are then
+    views of it, to be read and written after `synchronize`.
 
     step_counts: steps taken, (tensors,) int64 on the device. skips: (tensors,) int32, of the step under way.
     Raises ValueError for other dtypes, for tensors with gaps, and for a memory mode that does not fit.
@@ -90,6 +93,7 @@ class AdamW8bit:
     def __init__(
         self, parameters: list[Tensor], betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, memory: str = "fp32",
         seed: int = 0, values: list[Tensor] | None = None, remainders: list[Tensor | None] | None = None,
+        pages: Pages | None = None,
     ):  # fmt: skip
         dtype = parameters[0].dtype
         for p in parameters:
@@ -103,11 +107,17 @@ class AdamW8bit:
                 f"memory {memory!r} does not fit {dtype} weights; use fp32"
                 + ("" if dtype == torch.float32 else ", exact, near or rounded")
             )
+        if pages is not None and memory != "exact":
+            raise ValueError(f"memory {memory!r} has no pages in host memory; use exact")
         self.parameters, self.betas, self.eps, self.memory, self.seed = parameters, betas, eps, memory, seed
+        self.pages = pages
         device = parameters[0].device
-        self.moments = [self._empty(p) for p in parameters]
+        self.moments = [self._empty(i) for i in range(len(parameters))]
         if remainders is None:
             remainders = [self._beside(i, None if values is None else values[i]) for i in range(len(parameters))]
+        if pages is not None and pages.host is None:
+            # of meta tensors nothing is kept beside the ring
+            remainders = [None if i in pages else beside for i, beside in enumerate(remainders)]
         self.remainders = remainders
         num = len(parameters)
         self.step_counts = torch.zeros(num, dtype=torch.int64, device=device)
@@ -117,12 +127,18 @@ class AdamW8bit:
         self._corrections = torch.ones(num, 3, device=device)
         self._hyper = torch.zeros(2, device=device)
         self._seed = torch.tensor([seed & MASK_32, seed >> 32], dtype=torch.int64, device=device)
-        self._tensors: Tensor | None = None
+        self._tables: list[Tensor] = []
         self._programs: dict[tuple[int, ...], list[tuple[bool, _Programs]]] = {}
         self._indices: dict[tuple[int, ...], Tensor] = {}
+        self._by_page: dict[tuple[int, ...], list[tuple[int | None, tuple[int, ...]]]] = {}
 
-    @staticmethod
-    def _empty(p: Tensor) -> Moments:
+    def _is_paged(self, index: int) -> bool:
+        return self.pages is not None and index in self.pages
+
+    def _empty(self, index: int) -> Moments:
+        p = self.parameters[index]
+        if self._is_paged(index):
+            return _moments(self.pages.at_home(index))
         if p.numel() < MIN_8BIT_ELEMENTS:
             return Moments(
                 *(torch.zeros_like(p, dtype=torch.float32, requires_grad=False) for _ in range(2)), None, None
@@ -145,19 +161,27 @@ class AdamW8bit:
         in_memory_order(p).copy_(weight)
         if left is None:
             return None
-        beside = torch.empty_like(p, dtype=left.dtype)
+        paged = self._is_paged(index)
+        beside = self.pages.at_home(index)["remainder"] if paged else torch.empty_like(p, dtype=left.dtype)
         in_memory_order(beside).copy_(left)
         return beside
+
+    def synchronize(self) -> None:
+        """Wait until pages in host memory, where there are some, may be read and written to."""
+        if self.pages is not None:
+            self.pages.synchronize()
 
     def value(self, index: int) -> Tensor:
         """Return a parameter's float32 value, weight and remainder joined, in its memory order."""
         p, beside = self.parameters[index].detach(), self.remainders[index]
-        return p if p.dtype == torch.float32 else join(p, beside)
+        self.synchronize()
+        return p if p.dtype == torch.float32 else join(p, None if beside is None else beside.to(p.device))
 
     @torch.no_grad()
     def assign(self, index: int, value: Tensor) -> None:
         """Give a parameter a float32 value, rounded to what its memory mode holds."""
         p, beside = self.parameters[index].detach(), self.remainders[index]
+        self.synchronize()
         if p.dtype == torch.float32:
             p.copy_(value)
             return
@@ -188,6 +212,8 @@ class AdamW8bit:
             # a fill can be captured in a graph, a copy from the host cannot
             self._hyper[place].copy_(number) if isinstance(number, Tensor) else self._hyper[place].fill_(number)
         self.skips.zero_()
+        if self.pages is not None:
+            self.pages.begin()
 
     @torch.no_grad()
     def update(
@@ -219,18 +245,24 @@ class AdamW8bit:
             if g.shape != p.shape:
                 raise ValueError(f"a gradient has shape {tuple(g.shape)}, its weight {tuple(p.shape)}")
             ordered[index] = g if _lie_alike(g, p) else torch.empty_like(p, dtype=g.dtype).copy_(g)
-        if runs_kernel(self.parameters[0]):
-            self._launch(members, ordered)
-        else:
-            skipped = self.skips.tolist()
-            for index, g in ordered.items():
-                if not skipped[index]:
-                    self._reference(index, g)
+        for page, inside in self._pages_of(members):
+            slot = 0 if page is None else self.pages.take(page)
+            if runs_kernel(self.parameters[0]):
+                self._launch(inside, ordered, slot)
+            else:
+                skipped = self.skips.tolist()
+                for index in inside:
+                    if not skipped[index]:
+                        self._reference(index, ordered[index], slot)
+            if page is not None:
+                self.pages.put(page)
 
     @torch.no_grad()
     def end(self) -> None:
         """End a step: count it for every tensor that was not skipped."""
         self.step_counts += self.skips == 0
+        if self.pages is not None:
+            self.pages.end()
 
     def places(self, members: Sequence[int]) -> Tensor:
         """Return places in the list of parameters as an index on the device, copied there at the first call alone."""
@@ -239,14 +271,34 @@ class AdamW8bit:
             self._indices[members] = torch.tensor(members, device=self.skips.device)
         return self._indices[members]
 
-    def _table(self) -> Tensor:
-        if self._tensors is None:
-            rows = []
-            for p, beside, m in zip(self.parameters, self.remainders, self.moments, strict=True):
-                parts = (p, beside, m.state1, m.state2, m.absmax1, m.absmax2)
-                rows.append((*(0 if x is None else x.data_ptr() for x in parts), p.numel()))
-            self._tensors = torch.tensor(rows, dtype=torch.int64, device=self.skips.device)
-        return self._tensors
+    def _pages_of(self, members: tuple[int, ...]) -> list[tuple[int | None, tuple[int, ...]]]:
+        """Return (page, the tensors in it) of some tensors; page None for those whose state stays on the device."""
+        if members not in self._by_page:
+            found: dict[int | None, list[int]] = {}
+            for index in members:
+                page = self.pages.page_of[index] if self._is_paged(index) else None
+                found.setdefault(page, []).append(index)
+            self._by_page[members] = [(page, tuple(inside)) for page, inside in found.items()]
+        return self._by_page[members]
+
+    def _table(self, slot: int) -> Tensor:
+        """Return the kernels' table of tensors: (tensors, COLUMNS) addresses, of pages as they are in a slot."""
+        if not self._tables:
+            for place in range(1 if self.pages is None else NUM_SLOTS):
+                rows = []
+                for index, p in enumerate(self.parameters):
+                    beside, m = self._state(index, place)
+                    parts = (p, beside, m.state1, m.state2, m.absmax1, m.absmax2)
+                    rows.append((*(0 if x is None else x.data_ptr() for x in parts), p.numel()))
+                self._tables.append(torch.tensor(rows, dtype=torch.int64, device=self.skips.device))
+        return self._tables[slot]
+
+    def _state(self, index: int, slot: int) -> tuple[Tensor | None, Moments]:
+        """Return (remainder, moments) that a step works on: of a page the ones in a slot."""
+        if not self._is_paged(index):
+            return self.remainders[index], self.moments[index]
+        pieces = self.pages.in_slot(index, slot)
+        return pieces["remainder"], _moments(pieces)
 
     def _programs_of(self, members: tuple[int, ...]) -> list[tuple[bool, _Programs]]:
         """Return the launches over some tensors: (has it 8-bit moments, programs)."""
@@ -261,14 +313,14 @@ class AdamW8bit:
             self._programs[members] = found
         return self._programs[members]
 
-    def _launch(self, members: tuple[int, ...], gradients: dict[int, Tensor]) -> None:
+    def _launch(self, members: tuple[int, ...], gradients: dict[int, Tensor], slot: int) -> None:
         beta1, beta2 = self.betas
         numbers = (beta1, beta2, 1 - beta1, 1 - beta2, self.eps)
         options = {"WEIGHT": WEIGHTS[self.parameters[0].dtype], "MEMORY": self.memory}
         like = next(iter(gradients.values()))
         for coded, programs in self._programs_of(members):
             shared = (
-                self._table(), programs.gradients(gradients), programs.table, like, self._hyper, self._corrections,
+                self._table(slot), programs.gradients(gradients), programs.table, like, self._hyper, self._corrections,
                 self.skips, self.step_counts, self._seed,
             )  # fmt: skip
             grid = (len(programs.table),)
@@ -278,9 +330,9 @@ class AdamW8bit:
             else:
                 _adamw32bit_kernel[grid](*shared, *numbers, **options, CHUNK=CHUNK)
 
-    def _reference(self, index: int, gradient: Tensor) -> None:
+    def _reference(self, index: int, gradient: Tensor, slot: int = 0) -> None:
         """Update one tensor in plain PyTorch, operation by operation as the kernels do."""
-        p, beside, moments = self.parameters[index].detach(), self.remainders[index], self.moments[index]
+        p, (beside, moments) = self.parameters[index].detach(), self._state(index, slot)
         lr, weight_decay = self._hyper
         correction1, root_correction2, scale = self._corrections[index]
         beta1, beta2 = self.betas
@@ -315,6 +367,10 @@ class AdamW8bit:
                 codes, largest = quantize(values, signed)
                 state.copy_(codes)
                 absmax.copy_(largest)
+
+
+def _moments(pieces: dict[str, Tensor]) -> Moments:
+    return Moments(*(pieces[name] for name in ("state1", "state2", "absmax1", "absmax2")))
 
 
 def _lie_alike(x: Tensor, y: Tensor) -> bool:

@@ -27,23 +27,26 @@ def _reordered(codes: Tensor, absmax: Tensor, signed: bool, source: Tensor, targ
     return quantize(in_memory_order(torch.empty_like(target, dtype=torch.float32).copy_(exact)), signed)
 
 
-def state_of(optimizer: AdamW8bit, index: int) -> dict[str, Tensor]:
+def state_of(optimizer: AdamW8bit, index: int, live: bool = False) -> dict[str, Tensor]:
     """Return a parameter's state, contiguous copies: step, state1, state2, and absmax1, absmax2 of 8-bit ones.
 
     remainder: what a memory mode keeps beside a 16-bit weight, int16 | int8; master: float32. strides: of a parameter that
-    is not contiguous, for the order that absmaxes stand in.
+    is not contiguous, for the order that absmaxes stand in. live: no copies, but what the next step changes, in its memory
+    order; for whoever copies it himself.
     """
+    contiguous, copy = (torch.Tensor.detach,) * 2 if live else (_contiguous, torch.clone)
     p, moments, beside = optimizer.parameters[index], optimizer.moments[index], optimizer.remainders[index]
-    state = {"step": optimizer.step_counts[index].clone()}
+    optimizer.synchronize()
+    state = {"step": copy(optimizer.step_counts[index])}
     for number in (1, 2):
-        state[f"state{number}"] = _contiguous(getattr(moments, f"state{number}"))
+        state[f"state{number}"] = contiguous(getattr(moments, f"state{number}"))
         absmax = getattr(moments, f"absmax{number}")
         if absmax is not None:
-            state[f"absmax{number}"] = absmax.clone()
+            state[f"absmax{number}"] = copy(absmax)
     if not p.is_contiguous() and moments.absmax1 is not None:
         state["strides"] = torch.tensor(p.stride())
     if beside is not None:
-        state["master" if beside.dtype == torch.float32 else "remainder"] = _contiguous(beside)
+        state["master" if beside.dtype == torch.float32 else "remainder"] = contiguous(beside)
     return state
 
 
@@ -54,6 +57,7 @@ def load_state(optimizer: AdamW8bit, index: int, state: dict[str, Tensor]) -> No
     Raises ValueError where a shape or the kind of moments is not this parameter's; then nothing is changed.
     """
     p, moments = optimizer.parameters[index], optimizer.moments[index]
+    optimizer.synchronize()
     found = []
     for number, signed in enumerate(SIGNED, start=1):
         target, scales = getattr(moments, f"state{number}"), getattr(moments, f"absmax{number}")
@@ -112,6 +116,7 @@ def load_value(optimizer: AdamW8bit, index: int, weight: Tensor, state: dict[str
             f"use {kept}" + ("" if kept == "fp32" else " or a finer one")
         )
     weight = weight.to(p.device)
+    optimizer.synchronize()
     if same and beside is not None and kept != "fp32":
         p.copy_(weight)
         optimizer.remainders[index].copy_(beside)
@@ -125,6 +130,7 @@ def bitsandbytes_state(optimizer: AdamW8bit, index: int) -> dict[str, int | Tens
     Exact for a contiguous parameter, requantised for any other. Reads the step: one host sync.
     """
     p, moments = optimizer.parameters[index], optimizer.moments[index]
+    optimizer.synchronize()
     state: dict[str, int | Tensor] = {"step": int(optimizer.step_counts[index])}
     for number, signed in enumerate(SIGNED, start=1):
         values, absmax = getattr(moments, f"state{number}"), getattr(moments, f"absmax{number}")

@@ -20,6 +20,10 @@ Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 LearningRate = Annotated[float, Field(gt=0, le=1)]
 Schedule = Literal["constant", "linear", "cosine"]
+AVERAGE_OF_PAGED = (
+    "train.ema_decay reads the weights' remainders on the device at every step, and optimizer.memory paged keeps them in "
+    "host memory; set train.ema_decay to 0, or optimizer.memory to exact"
+)
 # marks a stage's value that falls back to the run's, for the help
 INHERITED = tyro.conf.arg(
     help_behavior_hint=lambda value: "(default: as outside the stage)" if value == "None" else f"(default: {value})"
@@ -126,8 +130,9 @@ class Optimizer(Section):
 
     name: Literal["adamw8bit", "bnb_adamw8bit", "adamw"] = "adamw8bit"
     """adamw8bit: our kernel, 2 bytes of moments a parameter; bnb_adamw8bit: bitsandbytes' of the same; adamw: torch, 8."""
-    memory: Literal["auto", "exact", "near", "rounded", "fp32"] = "auto"
-    """Beside 16-bit weights: exact 2 bytes that complete them to fp32, near 1, rounded none but noise, fp32 a master of 4.
+    memory: Literal["auto", "exact", "near", "rounded", "paged", "fp32"] = "auto"
+    """Beside 16-bit weights: exact 2 bytes that complete them to fp32, near 1, rounded none but noise, fp32 a master of 4;
+    paged: exact's, with the moments, in pinned host memory, 4 bytes a parameter there, which stream past.
     auto: on a GPU the first of exact, near, rounded that `safelight plan` finds to fit; on a CPU exact."""
     lr: LearningRate = 1e-6
     """Peak learning rate."""
@@ -369,6 +374,8 @@ def parse_config(values: dict, source: str) -> Config:
         raise ValueError(
             f"{source}: data.flip_p {config.data.flip_p} has no effect with data.variants = 1; use 2 or more"
         )
+    if config.optimizer.memory == "paged" and config.train.ema_decay > 0:
+        raise ValueError(f"{source}: {AVERAGE_OF_PAGED}")
     if config.loss.zero_terminal_snr and config.loss.prediction == "epsilon":
         raise ValueError(f"{source}: loss.zero_terminal_snr needs loss.prediction = 'v_prediction', not 'epsilon'")
     return config

@@ -16,23 +16,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from safelight.kernels.adamw8bit import AdamW8bit
+from safelight.kernels.adamw8bit import MIN_8BIT_ELEMENTS, AdamW8bit
 from safelight.kernels.blockwise import in_memory_order
 from safelight.kernels.optimizer_state import load_state, load_value, state_of
+from safelight.kernels.paged import Pages
 from safelight.kernels.patch import shared_products
 from safelight.kernels.remainder import start
 from safelight.trainer.config import Optimizer as OptimizerConfig
 
 
-def _to_16_bit(p: nn.Parameter, dtype: torch.dtype, memory: str) -> Tensor | None:
-    """Bring a parameter to a dtype in its memory order and return what stands beside it; its old memory is freed."""
+def _to_16_bit(p: nn.Parameter, dtype: torch.dtype, memory: str, beside: Tensor | None = None) -> Tensor | None:
+    """Bring a parameter to a dtype in its memory order and return what stands beside it, in `beside` if given.
+
+    The parameter's old memory is freed.
+    """
     source = p.detach().float()
     weight, left = start(in_memory_order(source), dtype, memory)
     p.data = torch.empty_like(source, dtype=dtype)
     in_memory_order(p.data).copy_(weight)
     if left is None:
         return None
-    beside = torch.empty_like(source, dtype=left.dtype)
+    beside = torch.empty_like(source, dtype=left.dtype) if beside is None else beside
     in_memory_order(beside).copy_(left)
     return beside
 
@@ -48,8 +52,16 @@ class _Step:
 
 
 def part_of(name: str) -> str:
-    """Return the part of a UNet that a parameter is stepped with: `up_blocks.1.attentions.0`, `conv_in`."""
+    """Return the part of a UNet that a parameter is stepped with: `up_blocks.1.attentions.0`, `conv_in`.
+
+    A transformer's first block goes with its norm and projections, each further block (SDXL has ten) by itself:
+    `up_blocks.0.attentions.0.transformer_blocks.9`.
+    """
     words = name.split(".")
+    if "transformer_blocks" in words:
+        place = words.index("transformer_blocks") + 1
+        if words[place] != "0":
+            return ".".join(words[: place + 1])
     if words[0] == "mid_block":
         return ".".join(words[:3])
     return ".".join(words[:4]) if words[0] in ("down_blocks", "up_blocks") else words[0]
@@ -63,14 +75,28 @@ class KernelAdamW:
         seed: int,
     ):  # fmt: skip
         self.parameters, self.memory = parameters, memory
-        remainders = None
+        self._places = {name: place for place, name in enumerate(parameters)}
+        # or a block's gradients would wait for those of a product that it shares, which come last
+        shared = shared_products(module)
+        self._part_of = {name: shared.get(name) or part_of(name) for name in parameters}
+        self._parts: dict[str, list[str]] = {}
+        for name in parameters:
+            self._parts.setdefault(self._part_of[name], []).append(name)
+        remainders, pages = None, self._make_pages() if memory == "paged" else None
+        kept = "exact" if memory == "paged" else memory
         if dtype != torch.float32:
             with torch.no_grad():
                 # one after the other: the fp32 weights and their 16-bit pairs never stand side by side
-                remainders = [_to_16_bit(p, dtype, memory) for p in parameters.values()]
+                remainders = [
+                    _to_16_bit(
+                        p, dtype, kept, pages.at_home(i)["remainder"] if pages is not None and i in pages else None
+                    )
+                    for i, p in enumerate(parameters.values())
+                ]
             module.to(dtype)
-        self.inner = AdamW8bit(list(parameters.values()), config.betas, config.eps, memory, seed, remainders=remainders)
-        self._places = {name: place for place, name in enumerate(parameters)}
+        self.inner = AdamW8bit(
+            list(parameters.values()), config.betas, config.eps, kept, seed, remainders=remainders, pages=pages
+        )
         self.clipping = config.clipping_mode()
         device = self.inner.skips.device
         # of the last step whose norm was finite, 0 before any; tensors skipped inside backward since the run began
@@ -78,13 +104,14 @@ class KernelAdamW:
         self.num_skipped = torch.zeros((), dtype=torch.int64, device=device)
         self._under_way: _Step | None = None
         if config.fused_backward:
-            # or a block's gradients would wait for those of a product that it shares, which come last
-            shared = shared_products(module)
-            self._part_of = {name: shared.get(name) or part_of(name) for name in parameters}
-            self._parts: dict[str, list[str]] = {}
             for name, p in parameters.items():
-                self._parts.setdefault(self._part_of[name], []).append(name)
                 p.register_post_accumulate_grad_hook(functools.partial(self._arrived, name))
+
+    def _make_pages(self) -> Pages | None:
+        """Return host memory for the state of everything with 8-bit moments, by parts; None where nothing is as large."""
+        large = {self._places[name]: p for name, p in self.parameters.items() if p.numel() >= MIN_8BIT_ELEMENTS}
+        groups = [[self._places[name] for name in names] for names in self._parts.values()]
+        return Pages(large, [[i for i in group if i in large] for group in groups]) if large else None
 
     @property
     def master(self) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from safelight.trainer.config import AVERAGE_OF_PAGED
 
 from safelight.trainer.config import Optimizer as OptimizerConfig
 from safelight.trainer.kernel_adamw import KernelAdamW
@@ -59,7 +60,7 @@ class LossScale:
 
 
 def memory_mode(config: OptimizerConfig, dtype: torch.dtype) -> str:
-    """Return what `optimizer.memory` comes to for weights of a dtype: fp32, exact, near or rounded.
+    """Return what `optimizer.memory` comes to for weights of a dtype: fp32, exact, near, rounded or paged.
 
     Raises ValueError for an unknown optimizer, one whose library is not there, and a mode that does not fit.
     """
@@ -87,7 +88,7 @@ class UNetOptimizer:
 
     dtype: of the weights to train with; the module's own if None. Give an fp32 module and a 16-bit dtype, and what the
     weights lose is kept beside them, as `optimizer.memory` says. seed: the run's, for stochastic rounding.
-    parameters: name -> parameter. memory: fp32 | exact | near | rounded. has_master: whether it keeps fp32 masters of 16-bit
+    parameters: name -> parameter. memory: fp32 | exact | near | rounded | paged. has_master: whether it keeps fp32 masters of 16-bit
     weights. Raises ValueError for settings that do not fit.
     """
 
@@ -121,14 +122,24 @@ class UNetOptimizer:
         return self.method.value(name)
 
     def followed(self) -> tuple[list[Tensor], list[Tensor] | None]:
-        """Return what a moving average reads: the fp32 weights where they are held whole, else the 16-bit ones and their remainders."""
+        """Return what a moving average reads: the fp32 weights where they are held whole, else the 16-bit ones and their remainders.
+
+        Raises ValueError where the remainders are not on the device.
+        """
+        if self.memory == "paged":
+            raise ValueError(AVERAGE_OF_PAGED)
         if self.master:
             return [w.detach() for w in self.master.values()], None
         weights = [p.detach() for p in self.parameters.values()]
         return weights, None if self.memory == "rounded" else list(self.inner.remainders)
 
     def __str__(self) -> str:
-        beside = {"exact": "16-bit remainders", "near": "8-bit remainders", "rounded": "stochastic rounding"}
+        beside = {
+            "paged": "16-bit remainders and moments in host memory",
+            "exact": "16-bit remainders",
+            "near": "8-bit remainders",
+            "rounded": "stochastic rounding",
+        }
         kept = "fp32 master" if self.has_master else beside.get(self.memory, "")
         inside = f", stepped inside backward, clipping {self.clipping}" if self._is_fused else ""
         return f"optimizer {self.name}" + (f", {kept}" if kept else "") + inside

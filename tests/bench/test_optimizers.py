@@ -77,6 +77,12 @@ def test_bytes_held_and_moved_by_hand(small):
         # beside them the maps and the tables of addresses, of one size whatever the model's
         assert found["held_bytes_per_parameter"] == pytest.approx(held, abs=0.12)
         assert found["moved_bytes_per_parameter"] == pytest.approx(2 * held + 4, abs=0.24)
+    # of these two tensors each is a page: a ring of two slots of the larger one, and what is on the host
+    ring, beside = 2 * 64 * 64 * 9 / NUM, 2 + codes
+    paged = measured["adamw8bit, paged"]
+    assert paged["held_bytes_per_parameter"] == pytest.approx(2 + ring * beside, abs=0.12)
+    assert paged["host_bytes_per_parameter"] == pytest.approx(beside, abs=0.01)
+    assert paged["moved_bytes_per_parameter"] == pytest.approx(2 * (2 + 2 * beside) + 4, abs=0.24)
     assert lines["ema"]["moved_bytes_per_parameter"] == 10
     for found in measured.values():
         assert min(found["step_ms"]) > 0

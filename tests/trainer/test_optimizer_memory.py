@@ -13,7 +13,7 @@ from safelight.trainer.ema import WeightAverages
 from safelight.trainer.identity import Identity
 from safelight.trainer.optim import UNetOptimizer, memory_mode
 
-MODES = ["exact", "near", "rounded", "fp32"]
+MODES = ["exact", "near", "rounded", "fp32", "paged"]
 IDENTITY = Identity({}, [], "")
 
 
@@ -82,6 +82,39 @@ def test_bf16_exact_and_fp32_masters_are_one_run(tmp_path, small_unet):
         assert same(other, straight)
 
 
+def test_paged_is_exact_step_by_step_and_from_one_checkpoint_into_the_other(tmp_path, small_unet):
+    (unet, exact), (paged_unet, paged) = make(small_unet, "exact"), make(small_unet, "paged")
+    steps(unet, exact, 0, 3, bad=1)
+    steps(paged_unet, paged, 0, 3, bad=1)
+    state, paged_state = exact.state_tensors(), paged.state_tensors()
+    assert state.keys() == paged_state.keys()
+    assert all(torch.equal(state[key], paged_state[key]) for key in state)
+    # what is left on the device beside the weights: the ring and the small tensors' state
+    pages, weights = paged.inner.pages, list(unet.parameters())
+    assert len(pages._sizes) > 3 * len(pages.ring)
+    assert pages.host.numel() > 4 * sum(p.numel() for p in weights if p.numel() >= 4096)
+    # a step of paged follows one of exact, and one of exact that: as if it had been one run
+    for n, (source_unet, source, memory) in enumerate(((unet, exact, "paged"), (paged_unet, paged, "exact"))):
+        folder = tmp_path / memory
+        save_checkpoint(folder, source_unet, source.state_tensors(), Position(step=3), IDENTITY)
+        other_unet, other = make(small_unet, memory)
+        other.load_state_tensors(load_checkpoint(folder, 3, other_unet)[0])
+        steps(other_unet, other, 3, 5)
+        straight_unet, straight = make(small_unet, ("exact", "paged")[n])
+        steps(straight_unet, straight, 0, 5, bad=1)
+        found, expected = other.state_tensors(), straight.state_tensors()
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_a_moving_average_of_paged_weights_is_refused(small_unet):
+    _, optimizer = make(small_unet, "paged")
+    message = "train.ema_decay reads .* optimizer.memory paged keeps them in host memory; set train.ema_decay to 0, or"
+    with pytest.raises(ValueError, match=message):
+        WeightAverages(optimizer, 0.9)
+    with pytest.raises(ValueError, match=f"here: {message}"):
+        parse_config({"optimizer": {"memory": "paged"}, "train": {"ema_decay": 0.9}}, "here")
+
+
 def test_a_mode_that_would_lose_a_part_is_refused(tmp_path, small_unet):
     unet, exact = make(small_unet, "exact")
     steps(unet, exact, 0, 1)
@@ -93,6 +126,12 @@ def test_a_mode_that_would_lose_a_part_is_refused(tmp_path, small_unet):
     bad = dict(state) | {"state1/conv_in.weight": torch.ones(3, dtype=torch.uint8)}
     with pytest.raises(ValueError, match=r"conv_in\.weight does not fit: state1 is \(3,\)"):
         make(small_unet, "exact")[1].load_state_tensors(bad)
+    with pytest.raises(ValueError, match=r"conv_in\.weight does not fit: state1 is \(3,\)"):
+        make(small_unet, "paged")[1].load_state_tensors(bad | {"state1/conv_in.weight": torch.ones(3)})
+    large = next(name for name, p in unet.named_parameters() if p.numel() >= 4096)
+    paged = make(small_unet, "paged")[1]
+    with pytest.raises(ValueError, match=rf"{large} does not fit: absmax1 has shape \(2,\)"):
+        paged.load_state_tensors(dict(state) | {f"absmax1/{large}": torch.ones(2)})
     with pytest.raises(ValueError, match="it was saved at another precision"):
         make(small_unet, "auto", torch.float32)[1].load_state_tensors(dict(state))
 
@@ -138,6 +177,14 @@ def test_the_moving_average_follows_the_joined_value(small_unet):
             torch.float32,
             "optimizer.memory exact is for 16-bit weights, and model.precision is fp32",
         ),
+        ("adamw8bit", "paged", torch.float16, "paged"),
+        (
+            "adamw8bit",
+            "paged",
+            torch.float32,
+            "optimizer.memory paged is for 16-bit weights, and model.precision is fp32",
+        ),
+        ("adamw", "paged", torch.bfloat16, "optimizer.memory paged is adamw8bit's; adamw keeps fp32 masters"),
         ("adamw", "near", torch.bfloat16, "optimizer.memory near is adamw8bit's; adamw keeps fp32 masters"),
     ],
 )
@@ -150,11 +197,12 @@ def test_what_a_mode_comes_to(name, memory, dtype, expected):
             memory_mode(config, dtype)
 
 
-def test_what_is_not_there_yet_is_not_offered():
+def test_what_is_not_there_is_not_offered():
     with pytest.raises(
-        ValueError, match=r"optimizer.memory = 'paged': input should be 'auto', 'exact', 'near', 'rounded' or 'fp32'"
+        ValueError,
+        match=r"optimizer.memory = 'host': input should be 'auto', 'exact', 'near', 'rounded', 'paged' or 'fp32'",
     ):
-        parse_config({"optimizer": {"memory": "paged"}}, "here")
+        parse_config({"optimizer": {"memory": "host"}}, "here")
 
 
 def test_a_step_asks_nothing_of_the_device():

@@ -12,8 +12,10 @@ import os
 import re
 import shlex
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -44,6 +46,12 @@ class Position:
     best_step: int = -1
     best_loss: float | None = None
     unmeasured: bool = False
+
+
+class Saves(Protocol):
+    """What writes its config and weights into a folder as diffusers' models do."""
+
+    def save_pretrained(self, folder: Path, safe_serialization: bool) -> None: ...
 
 
 def folder_of(run_dir: Path, step: int) -> Path:
@@ -81,16 +89,20 @@ def _remove_unfinished(run_dir: Path) -> None:
 
 
 def save_checkpoint(
-    run_dir: Path, unet: nn.Module, state: dict[str, Tensor], position: Position, identity: Identity
-) -> Path:
-    """Write a checkpoint and return its folder. A step is written once: the caller does not save it again."""
+    run_dir: Path, unet: Saves, state: dict[str, Tensor], position: Position, identity: Identity,
+    between_files: Callable[[], None] = lambda: None,
+) -> Path:  # fmt: skip
+    """Write a checkpoint and return its folder. A step is written once: the caller does not save it again.
+
+    between_files: called between them, and before the checkpoint counts; what it raises breaks the writing off.
+    """
     place = folder_of(run_dir, position.step)
     partial = place.with_name(f".{place.name}.partial")
     # they must take neither the room nor the name of the new one
     _remove_unfinished(run_dir)
     assert not place.exists(), f"{place} is written a second time"
     try:
-        _write(partial, unet, state, position, identity)
+        _write(partial, unet, state, position, identity, between_files)
     except Exception:
         # whatever it was, it goes on to the caller; on a full disk it would stand in the way of what frees it
         shutil.rmtree(partial, ignore_errors=True)
@@ -101,19 +113,26 @@ def save_checkpoint(
     return place
 
 
-def _write(folder: Path, unet: nn.Module, state: dict[str, Tensor], position: Position, identity: Identity) -> None:
+def _write(
+    folder: Path, unet: Saves, state: dict[str, Tensor], position: Position, identity: Identity, between_files: Callable[[], None]
+) -> None:  # fmt: skip
     """Write a checkpoint's files and sync them to disk, its record last."""
     folder.mkdir(parents=True)
     unet.save_pretrained(folder / "unet", safe_serialization=True)
+    between_files()
     save_file(state, folder / "state.safetensors")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
+    digests = {}
     for path in files:
+        between_files()
         _sync_file(path)
+        digests[path.relative_to(folder).as_posix()] = _digest(path)
+    between_files()
     record = {
         "format": FORMAT,
         "position": asdict(position),
         "identity": asdict(identity),
-        "sha256": {path.relative_to(folder).as_posix(): _digest(path) for path in files},
+        "sha256": digests,
     }
     _write_record(folder, record)
     for path in (folder / "unet", folder):

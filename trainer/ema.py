@@ -59,11 +59,13 @@ class WeightAverages:
                 for name, p in self._parameters.items():
                     p.copy_(held[name])
 
+    def live_state(self) -> dict[str, Tensor]:
+        """Return the averages for a checkpoint: no copies, but what the next step changes, in the weights' memory order."""
+        return {**{f"{PREFIX}{name}": x for name, x in self.averages.items()}, NUM_UPDATES: self.num_updates}
+
     def state_tensors(self) -> dict[str, Tensor]:
-        """Return the averages for a checkpoint, contiguous, on the CPU."""
-        state = {f"{PREFIX}{name}": average for name, average in self.averages.items()}
-        state = {key: value.to("cpu", copy=True).contiguous() for key, value in state.items()}
-        return {**state, NUM_UPDATES: self.num_updates.to("cpu", copy=True)}
+        """Return a copy of the live state, contiguous, on the CPU."""
+        return {key: value.to("cpu", copy=True).contiguous() for key, value in self.live_state().items()}
 
 
 def take_averages(state: dict[str, Tensor], averages: WeightAverages | None) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from safelight.data.cache import Sample
 from safelight.kernels.attention import allowed_backends, attention_cases, choose_attention
@@ -27,7 +27,8 @@ from safelight.trainer.log import Metrics, Terminal, reset_peak_memory
 from safelight.trainer.models import PRECISIONS, base_of, check_unet, load_unet, pick_device, pick_dtype
 from safelight.trainer.optim import UNetOptimizer, memory_mode
 from safelight.trainer.run_folder import MEMORY_PLAN, recorded, recorded_attention, write_start
-from safelight.trainer.step import StepResult
+from safelight.trainer.saver import Saver
+from safelight.trainer.step_log import StepLog, take_state
 from safelight.trainer.timeline import Timeline
 from safelight.trainer.validate import choose_subset
 
@@ -37,7 +38,7 @@ class Job:
     """What the loop works with.
 
     ema: None where the run keeps no moving average. planned: of the GPU's memory, None on a CPU. window: unlogged steps, see _log; num_timed: images since
-    window_began; note: the last logged values, for the terminal; saved_step: of the newest checkpoint.
+    window_began; note: the last logged values, for the terminal.
     """
 
     config: Config
@@ -55,15 +56,15 @@ class Job:
     subset: list[Sample]
     identity: Identity
     stop_requested: Callable[[], bool]
+    saver: Saver
+    window: StepLog
     planned: Need | None = None
     is_memory_compared: bool = False
-    window: list[StepResult] = field(default_factory=list)
     window_began: float = field(default_factory=time.monotonic)
     num_timed: int = 0
     num_skipped: int = 0
     num_skipped_tensors: int = 0
     note: str = ""
-    saved_step: int = -1
 
 
 def load_job(
@@ -106,7 +107,7 @@ def load_job(
     optimizer, ema = equipped.optimizer, equipped.ema
     # the autoencoder waits in host memory and visits the GPU to decode samples
     codec = load_codec(config, base, torch.device("cpu"))
-    position, window, already_skipped = Position(), [], 0
+    position, window_state, already_skipped = Position(), None, 0
     if step is not None:
         if read_identity(run_dir, step)[0].data != identity.data:
             raise ValueError(
@@ -114,7 +115,7 @@ def load_job(
                 "has now; start a new run with --run.dir"
             )
         state, position = load_checkpoint(run_dir, step, unet)
-        window = unpack_window(state, device)
+        window_state = take_state(state)
         take_averages(state, ema)
         optimizer.load_state_tensors(state)
         already_skipped = int(optimizer.num_skipped_tensors) if optimizer.is_fused else 0
@@ -152,9 +153,12 @@ def load_job(
         metrics.write("event", position.step, event="resumed", detail=f"from {folder_of(run_dir, step).name}")
     most = min(config.validate_.max_images, len(dataset.validation) or 1)
     subset = choose_subset(dataset.train, most, config.run.seed)
+    most_samples = max(stage.batch_size * stage.accumulate for stage in timeline.stages)
+    saver = Saver(run_dir, identity, config.save.keep, metrics.sync, terminal.say, device, -1 if step is None else step)
     job = Job(
         config, run_dir, device, dataset, unet, optimizer, ema, schedule.to(device), codec, timeline, metrics, terminal,
-        subset, identity, stop_requested, need, window=window, num_skipped_tensors=already_skipped, saved_step=-1 if step is None else step,
+        subset, identity, stop_requested, saver, StepLog(most_samples, device, window_state), need,
+        num_skipped_tensors=already_skipped,
     )  # fmt: skip
     return job, position
 
@@ -168,24 +172,3 @@ def _refuse_other_run(run_dir: Path, step: int, identity: Identity) -> None:
             f"checkpoint {folder_of(run_dir, step)} belongs to other settings: {difference}; "
             f"resume with {run_dir / 'config.toml'}, or start a new run with --run.dir"
         )
-
-
-def pack_window(window: list[StepResult]) -> dict[str, Tensor]:
-    """Return the unlogged steps as tensors for a checkpoint; empty if there are none."""
-    if not window:
-        return {}
-    return {
-        "log/losses": torch.cat([r.losses for r in window]).cpu(),
-        "log/sizes": torch.tensor([len(r.losses) for r in window]),
-        "log/grad_norms": torch.stack([r.grad_norm for r in window]).cpu(),
-        "log/taken": torch.tensor([bool(r.taken) for r in window]),
-    }
-
-
-def unpack_window(state: dict[str, Tensor], device: torch.device) -> list[StepResult]:
-    """Take the unlogged steps out of a checkpoint's state, to the device that the coming ones are on."""
-    if "log/sizes" not in state:
-        return []
-    losses = state.pop("log/losses").to(device).split(state.pop("log/sizes").tolist())
-    norms, taken = state.pop("log/grad_norms").to(device), state.pop("log/taken")
-    return [StepResult(*row) for row in zip(losses, norms, taken.tolist(), strict=True)]

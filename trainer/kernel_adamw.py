@@ -194,9 +194,9 @@ class KernelAdamW:
         loss_scale.update(finite)
         return norm, finite
 
-    def state_of(self, name: str) -> dict[str, Tensor]:
-        """Return a parameter's step, moments and what completes its weight to fp32."""
-        return state_of(self.inner, self._places[name])
+    def live_state_of(self, name: str) -> dict[str, Tensor]:
+        """Return a parameter's step, moments and what completes its weight to fp32, as they are: no copies."""
+        return state_of(self.inner, self._places[name], live=True)
 
     def load(self, name: str, parts: dict[str, Tensor]) -> None:
         """Take what state_of gave, or the state of a run by bitsandbytes' AdamW8bit. Raises ValueError where it does not fit."""

@@ -72,8 +72,8 @@ class LibraryAdamW:
             master.grad = None
         return norm, taken
 
-    def state_of(self, name: str) -> dict[str, Tensor]:
-        """Return a parameter's master, if it has one, and moments."""
+    def live_state_of(self, name: str) -> dict[str, Tensor]:
+        """Return a parameter's master, if it has one, and moments, as they are: no copies."""
         master = self.master[name]
         state = {"master": master.detach()} if self.has_master else {}
         for part, value in self.inner.state.get(master, {}).items():

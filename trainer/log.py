@@ -80,8 +80,8 @@ class Metrics:
 
     def sync(self) -> None:
         """Make what is written survive a power cut; before a checkpoint that counts on it."""
+        # every line was flushed when it was written: a thread may do this beside the next line
         with naming(self.path):
-            self.file.flush()
             os.fsync(self.file.fileno())
         if self.board is not None:
             self.board.flush()

@@ -169,8 +169,11 @@ class UNetOptimizer:
         """
         return self.method.step(self.loss_scale, lr, weight_decay, max_grad_norm)
 
-    def state_tensors(self) -> dict[str, Tensor]:
-        """Return everything a resumed run needs beside the weights, contiguous, on the CPU: `part/parameter name`."""
+    def live_state(self) -> dict[str, Tensor]:
+        """Return everything a resumed run needs beside the weights: `part/parameter name`.
+
+        No copies, but what the next step changes, where it is and in its memory order.
+        """
         state: dict[str, Tensor] = {
             "loss_scale/scale": self.loss_scale.scale,
             "loss_scale/num_good": self.loss_scale.num_good,
@@ -178,13 +181,12 @@ class UNetOptimizer:
         if self._is_fused:
             state["clipping/last_norm"], state["clipping/num_skipped"] = self.method.last_norm, self.method.num_skipped
         for name in self.parameters:
-            for part, value in self.method.state_of(name).items():
-                # a copy even on the CPU: what is returned must not change under a step that follows
-                state[f"{part}/{name}"] = value.detach().to("cpu", copy=True).contiguous()
-        return {
-            key: value.detach().to("cpu", copy=True) if key.startswith(("loss_scale/", "clipping/")) else value
-            for key, value in state.items()
-        }
+            state |= {f"{part}/{name}": value.detach() for part, value in self.method.live_state_of(name).items()}
+        return state
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Return a copy of the live state, contiguous, on the CPU."""
+        return {key: value.to("cpu", copy=True).contiguous() for key, value in self.live_state().items()}
 
     @torch.no_grad()
     def load_state_tensors(self, state: dict[str, Tensor]) -> None:

@@ -22,13 +22,11 @@ from safelight.trainer.cards import this_card
 from safelight.trainer.checkpoint import (
     Position,
     list_checkpoints,
-    prune,
     rewrite_position,
-    save_checkpoint,
 )
 from safelight.trainer.config import Config
 from safelight.trainer.gpu_memory import compare, out_of_memory
-from safelight.trainer.job import Job, load_job, pack_window
+from safelight.trainer.job import Job, load_job
 from safelight.trainer.log import Terminal, peak_memory_gib, reset_peak_memory
 from safelight.trainer.measure import epoch_fraction, is_due, measure
 from safelight.trainer.step import StepResult, train_step
@@ -76,7 +74,7 @@ def train(
         with _deterministic(config.run.deterministic):
             job, position = load_job(config, run_dir, step, terminal, stop_requested)
             try:
-                with guard:
+                with guard, job.saver:
                     return _loop(job, position)
             finally:
                 terminal.pause()
@@ -111,6 +109,7 @@ def _loop(job: Job, position: Position) -> Outcome:
             rewrite_position(job.run_dir, position)
     if position.step < timeline.num_steps:
         job.terminal.update("training", position.step, timeline.num_steps, "first step")
+        job.saver.reserve(job.unet, _live_state(job))
     if job.planned is not None:
         # so that the peak is of training's steps alone
         reset_peak_memory(job.device)
@@ -155,6 +154,7 @@ def _loop(job: Job, position: Position) -> Outcome:
                 job.ema.update(result.taken)
             position = replace(position, step=position.step + 1, step_in_epoch=position.step_in_epoch + 1, stage=index)
             _log(job, position, result, lr)
+            job.saver.check()
             if position.step >= timeline.num_steps or job.stop_requested():
                 break
             if is_due(config.save.every_steps, position.step) and not _at_epoch_end(job, position):
@@ -174,8 +174,9 @@ def _memory_was_full(job: Job, group: list[MicroBatch], position: Position) -> s
     """Return the line that ends a run whose next step did not fit."""
     largest = max(group, key=lambda micro: (micro.bucket.width * micro.bucket.height, len(micro.refs)))
     card = this_card(job.device) if job.device.type == "cuda" else None
+    job.saver.settle()
     return out_of_memory(
-        job.config, card, job.planned, largest.bucket, len(largest.refs), position.step + 1, job.saved_step
+        job.config, card, job.planned, largest.bucket, len(largest.refs), position.step + 1, job.saver.saved_step
     )
 
 
@@ -221,7 +222,7 @@ def _finish(job: Job, position: Position) -> Position:
 def _count_skips(job: Job, position: Position, is_due: bool) -> None:
     """Count the skipped steps at the window's end, and write those of the window where its line is due."""
     in_a_row = job.num_skipped
-    for number, result in enumerate(job.window, start=position.step - len(job.window) + 1):
+    for number, result in enumerate(job.window.read(), start=position.step - len(job.window) + 1):
         in_a_row = 0 if result.taken else in_a_row + 1
         if is_due and not result.taken:
             detail = f"step {number}: the gradient was not finite"
@@ -245,7 +246,7 @@ def _log(job: Job, position: Position, result: StepResult, lr: float) -> None:
     Skipped steps are told apart and left out of the means. Raises ValueError when every step is skipped for long.
     Whether a step was taken is a number on the device: it is read here alone, or after 50 steps without a line.
     """
-    job.window.append(result)
+    job.window.add(result)
     job.num_timed += len(result.losses)
     config, timeline = job.config, job.timeline
     is_due = position.step % config.log.every_steps == 0 or position.step == timeline.num_steps
@@ -256,8 +257,7 @@ def _log(job: Job, position: Position, result: StepResult, lr: float) -> None:
         return
     seconds, job.window_began = time.monotonic() - job.window_began, time.monotonic()
     images_per_s, job.num_timed = job.num_timed / seconds, 0
-    taken = [r for r in job.window if r.taken]
-    loss = torch.cat([r.losses for r in taken]).double().mean().item() if taken else None
+    loss, grad_norm = job.window.means()
     job.metrics.write(
         "train",
         position.step,
@@ -265,7 +265,7 @@ def _log(job: Job, position: Position, result: StepResult, lr: float) -> None:
         stage=position.stage,
         loss=loss,
         lr=lr,
-        grad_norm=torch.stack([r.grad_norm for r in taken]).double().mean().item() if taken else None,
+        grad_norm=grad_norm,
         images_per_s=round(images_per_s, 3),
         memory_gib=round(peak_memory_gib(job.device), 3),
     )
@@ -279,14 +279,14 @@ def _log(job: Job, position: Position, result: StepResult, lr: float) -> None:
 
 
 def _save(job: Job, position: Position) -> None:
-    """Write a checkpoint if this step has none, then delete those no longer kept."""
-    if job.saved_step == position.step:
+    """Begin to save a checkpoint if this step has none; it is written, and those no longer kept deleted, behind the next steps."""
+    if job.saver.asked_step == position.step:
         return
     began = time.monotonic()
-    job.metrics.sync()
-    averages = {} if job.ema is None else job.ema.state_tensors()
-    state = {**job.optimizer.state_tensors(), **averages, **pack_window(job.window)}
-    save_checkpoint(job.run_dir, job.unet, state, position, job.identity)
-    job.saved_step = position.step
-    prune(job.run_dir, job.config.save.keep, position.best_step)
+    job.saver.save(job.unet, {**_live_state(job), **job.window.state()}, position)
     job.window_began += time.monotonic() - began
+
+
+def _live_state(job: Job) -> dict[str, torch.Tensor]:
+    """Return what a checkpoint holds beside weights and log: the tensors themselves."""
+    return {**job.optimizer.live_state(), **({} if job.ema is None else job.ema.live_state())}

@@ -16,16 +16,16 @@ WORK = Workload(batch_size=2, optimizer="adamw", device="cpu")
 @pytest.mark.slow
 def test_epochs_of_both_hold_their_steps_and_checkpoints(monkeypatch):
     saved = []
-    import safelight.trainer.train as training
+    import safelight.trainer.saver as saving
 
-    save = training.save_checkpoint
+    save = saving.save_checkpoint
 
     def slow_save(*args, **kwargs):
         time.sleep(0.3)
         saved.append(OURS)
         return save(*args, **kwargs)
 
-    monkeypatch.setattr(training, "save_checkpoint", slow_save)
+    monkeypatch.setattr(saving, "save_checkpoint", slow_save)
     write = loop.save_file
     monkeypatch.setattr(loop, "save_file", lambda *args: saved.append("everydream") or time.sleep(0.3) or write(*args))
     records = list(bench_loop(WORK, 4, 3))

@@ -22,7 +22,7 @@ import torch
 
 import safelight.trainer.report.build  # noqa: F401
 from safelight.__main__ import main
-from safelight.trainer import checkpoint, log, train
+from safelight.trainer import checkpoint, log, saver, train
 from safelight.trainer.config import parse_config
 
 
@@ -56,7 +56,7 @@ def _arm(point: str, count: int) -> None:
     elif point == "before rename":
         wrap(checkpoint, "sync_folder", after=False)
     elif point == "prune":
-        wrap(train, "prune", after=False)
+        wrap(saver, "prune", after=False)
     elif point == "half a line":
         original = log.Metrics.write
 

@@ -15,6 +15,7 @@ from tyro.conf import DisallowNone, FlagConversionOff, Positional, arg
 from safelight.overrides import take_overrides
 from safelight.trainer.config import Config, load_config, parse_config
 from safelight.trainer.presets import PRESETS
+from safelight.trainer.run_dir import require_run
 
 _T = TypeVar("_T")
 RunFolder = Annotated[Positional[Path], arg(metavar="RUN", help="run folder, for example runs/tiny")]
@@ -166,9 +167,9 @@ def parse(shape: type[_T], argv: list[str], command: str, description: str, defa
         line = _one_line(mistake.getvalue()).replace(f"Missing from safelight {command}:", "missing:")
         raise ValueError(f"{line}; see safelight {command} --help") from None
     run = getattr(arguments, "run", None)
-    if isinstance(run, Path) and not (run / "config.toml").is_file():
+    if isinstance(run, Path):
         # before torch and diffusers are imported
-        raise ValueError(f"{run} is no run folder: it has no config.toml; train first, or name runs/NAME")
+        require_run(run)
     return arguments
 
 

@@ -22,7 +22,8 @@ from safelight.trainer.diffusion import NoiseSchedule, make_schedule
 from safelight.trainer.ema import load_averages
 from safelight.trainer.encoders import CaptionEncoder, LatentCodec, load_caption_encoder, load_codec
 from safelight.trainer.models import Base, base_of, latent_factor, load_unet, pick_device, pick_dtype, vae_config
-from safelight.trainer.run_folder import recorded_attention, require_run
+from safelight.trainer.run_dir import require_run
+from safelight.trainer.run_folder import recorded_attention
 from safelight.trainer.sample import Settings, check_size, generate, settings_of
 
 Progress = Callable[[int, int], None]

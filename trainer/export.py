@@ -34,7 +34,7 @@ from safelight.trainer.original_layout import (
     unet_layout,
     vae_layout,
 )
-from safelight.trainer.run_folder import require_run
+from safelight.trainer.run_dir import require_run
 
 DTYPES = {name: dtype for dtype, name in PRECISIONS.items()}
 OPEN_CLIP_WIDTH = 1024

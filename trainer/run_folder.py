@@ -25,12 +25,6 @@ ATTENTION = "attention_choice"
 MEMORY_PLAN = "memory_plan"
 
 
-def require_run(run_dir: Path) -> None:
-    """Raise ValueError if the folder is no run: a run's first file is its config.toml."""
-    if not (run_dir / "config.toml").is_file():
-        raise ValueError(f"{run_dir} is no run folder: it has no config.toml; train first, or name runs/NAME")
-
-
 def _write_json(path: Path, value) -> None:
     atomic_write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 

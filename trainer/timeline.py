@@ -6,10 +6,14 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
-from safelight.data.cache import Sample
 from safelight.trainer.config import Config, ResolvedStage
-from safelight.trainer.optim import learning_rate
+from safelight.trainer.schedule import learning_rate
+
+if TYPE_CHECKING:
+    # the report has no need of torch
+    from safelight.data.cache import Sample
 
 
 def steps_per_epoch(samples: Sequence[Sample], batch_size: int, accumulation: int) -> int:

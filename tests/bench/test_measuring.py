@@ -140,6 +140,7 @@ def test_the_rehearsal_of_all_runs_every_part(rehearsal):
         "ceilings",
         "step",
         "profile",
+        "roofline",
         "attention",
         "memory",
         "kernels",

@@ -22,7 +22,7 @@ from safelight.trainer.report.provenance import data_section, environment_sectio
 from safelight.trainer.report.results import learned_section, samples_section
 from safelight.trainer.report.run_folder import RunFolder, num_held_out, number, read_run_folder, rows_of, table_of
 from safelight.trainer.report.theme import CSS, JS, content_security_policy
-from safelight.trainer.run_folder import require_run
+from safelight.trainer.run_dir import require_run
 
 SECTIONS = (
     ("learned", "Did it learn?"),

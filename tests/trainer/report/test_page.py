@@ -5,6 +5,8 @@ import hashlib
 import io
 import json
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -89,6 +91,16 @@ def small_run(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     """A complete run of three epochs that a test may change."""
     write_run = request.getfixturevalue("write_run")
     return write_run(tmp_path / "run", num_epochs=3, edge_px=48, prompts=("a boat", "a fox"))
+
+
+def test_a_report_needs_no_torch(full_run: Path):
+    """Its import takes seconds, and a report is read again and again while a run goes on."""
+    code = (
+        "import sys\nfrom safelight.__main__ import main\n"
+        f"status = main(['report', {str(full_run)!r}])\nprint(status, 'torch' in sys.modules, 'matplotlib' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines() == [str(full_run / "report.html"), "0 False True"]
 
 
 def test_full_report_is_whole_and_small(full_run: Path, full_report: Path) -> None:

@@ -8,9 +8,10 @@ Shapes: B batch, C channels, H x W, T tokens, D embedding.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -50,7 +51,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch's rows, float32 on the CPU. logvar_BCHW: None for a VAE without posterior."""
+    """A micro-batch's rows, float32, on the CPU or sent to a device. logvar_BCHW: None for a VAE without posterior."""
 
     mean_BCHW: Tensor
     logvar_BCHW: Tensor | None
@@ -58,6 +59,23 @@ class Batch:
     sample_ids: tuple[int, ...]
     occurrences: tuple[int, ...]
     bucket: Bucket
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors that are there."""
+        return [x for x in (self.mean_BCHW, self.logvar_BCHW, self.text_BTD) if x is not None]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """Return the batch with each tensor changed."""
+        logvar = None if self.logvar_BCHW is None else change(self.logvar_BCHW)
+        return replace(self, mean_BCHW=change(self.mean_BCHW), logvar_BCHW=logvar, text_BTD=change(self.text_BTD))
+
+
+class Transport(Protocol):
+    """What takes batches to a device: side_stream.SideStream. send: in the loader's thread; receive: in the consumer's."""
+
+    def send(self, batch: Batch) -> tuple[Batch, object]: ...
+
+    def receive(self, sent: Batch, arrived: object) -> Batch: ...
 
 
 def _meetings(samples: Sequence[Sample]) -> list[tuple[int, int]]:
@@ -158,22 +176,33 @@ def load_batch(cache: Cache, samples: Sequence[Sample], micro_batch: MicroBatch,
 
 
 def iterate(
-    cache: Cache, samples: Sequence[Sample], micro_batches: Iterable[MicroBatch], empty_key: str, prefetch: int = 2
-) -> Iterator[Batch]:
+    cache: Cache, samples: Sequence[Sample], micro_batches: Iterable[MicroBatch], empty_key: str, prefetch: int = 2,
+    transport: Transport | None = None,
+) -> Iterator[Batch]:  # fmt: skip
     """Yield the loaded micro-batches in order, up to `prefetch` (1 or more) ahead on a thread.
 
+    transport: sends each on its way to the device as soon as it is loaded; without one they stay on the CPU.
     An error of the thread is raised where its batch would have come. Closing the iterator stops the thread.
     """
     if prefetch < 1:
         raise ValueError(f"prefetch {prefetch} is below 1; use 2")
     pending: deque[Future] = deque()
     executor = ThreadPoolExecutor(1, thread_name_prefix="load-batch")
+
+    def load(micro_batch: MicroBatch) -> tuple[Batch, object]:
+        batch = load_batch(cache, samples, micro_batch, empty_key)
+        return (batch, None) if transport is None else transport.send(batch)
+
+    def first() -> Batch:
+        sent, arrived = pending.popleft().result()
+        return sent if transport is None else transport.receive(sent, arrived)
+
     try:
         for micro_batch in micro_batches:
-            pending.append(executor.submit(load_batch, cache, samples, micro_batch, empty_key))
+            pending.append(executor.submit(load, micro_batch))
             if len(pending) > prefetch:
-                yield pending.popleft().result()
+                yield first()
         while pending:
-            yield pending.popleft().result()
+            yield first()
     finally:
         executor.shutdown(cancel_futures=True)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from safelight.data.cache import Sample
+from safelight.data.side_stream import SideStream
 from safelight.kernels.attention import allowed_backends, attention_cases, choose_attention
 from safelight.kernels.jit import has_triton
 from safelight.trainer.checkpoint import Position, check_files, folder_of, load_checkpoint, read_identity
@@ -38,7 +39,7 @@ class Job:
     """What the loop works with.
 
     ema: None where the run keeps no moving average. planned: of the GPU's memory, None on a CPU. window: unlogged steps, see _log; num_timed: images since
-    window_began; note: the last logged values, for the terminal.
+    window_began; note: the last logged values, for the terminal. transport: of batches to a GPU.
     """
 
     config: Config
@@ -57,6 +58,7 @@ class Job:
     identity: Identity
     stop_requested: Callable[[], bool]
     saver: Saver
+    transport: SideStream | None
     window: StepLog
     planned: Need | None = None
     is_memory_compared: bool = False
@@ -157,7 +159,8 @@ def load_job(
     saver = Saver(run_dir, identity, config.save.keep, metrics.sync, terminal.say, device, -1 if step is None else step)
     job = Job(
         config, run_dir, device, dataset, unet, optimizer, ema, schedule.to(device), codec, timeline, metrics, terminal,
-        subset, identity, stop_requested, saver, StepLog(most_samples, device, window_state), need,
+        subset, identity, stop_requested, saver, SideStream(device) if device.type == "cuda" else None,
+        StepLog(most_samples, device, window_state), need,
         num_skipped_tensors=already_skipped,
     )  # fmt: skip
     return job, position

@@ -129,7 +129,9 @@ def _loop(job: Job, position: Position) -> Outcome:
             caption_dropout=config.data.caption_dropout,
         )
         remaining = plan[position.step_in_epoch * stage.accumulate :]
-        batches = iterate(job.dataset.cache, job.dataset.train, remaining, job.dataset.empty_key)
+        batches = iterate(
+            job.dataset.cache, job.dataset.train, remaining, job.dataset.empty_key, transport=job.transport
+        )
         for group in _groups(remaining, stage.accumulate):
             lr = timeline.learning_rate(position.epoch, position.step_in_epoch)
             try:

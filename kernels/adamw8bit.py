@@ -9,13 +9,16 @@ tensor's state is bitsandbytes' state, byte for byte; a channels-last one's is r
 Weights are fp32, or 16-bit with a remainder (kernels/remainder.py), joined, updated in fp32 and split again.
 
 lr, weight decay, gradient scale, steps and skip flags are numbers on the device: nothing is synchronised. A tensor that is
-skipped keeps its weights, moments and step. Tensors' addresses stand in tables. The kernels round every operation on its
+skipped keeps its weights, moments and step. Tensors' addresses stand in tables. Everything that a step reads or changes
+stays where it is, so that one can be captured as a CUDA graph: after a step that was not, `set_hyper` before a replay,
+`finish_capture` after a capture. The kernels round every operation on its
 own, so they and the PyTorch reference give equal bits.
 Source: Loshchilov and Hutter 2019, arXiv:1711.05101; Dettmers et al. 2022, arXiv:2110.02861.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,8 +56,16 @@ class Moments:
     absmax2: Tensor | None
 
 
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 class _Programs:
-    """Who does what in a launch over some tensors: (tensor, first unit) a program, and the gradients' addresses."""
+    """Who does what in a launch over some tensors: (tensor, first unit) a program, and the gradients' addresses.
+
+    A captured graph has gradients and so a table of its own. Nothing is copied from the host while it is captured, and its
+    table is no memory of the capture's, which the graph itself may write to before: a spare one is taken, and filled later.
+    """
 
     def __init__(self, sizes: dict[int, int], num_tensors: int, elements: int, unit: int, device: torch.device):
         rows = []
@@ -64,17 +75,33 @@ class _Programs:
         self.indices = tuple(sizes)
         self.table = torch.cat(rows).to(torch.int32).to(device)
         self._addresses = [0] * num_tensors
-        self._gradients: Tensor | None = None
+        self._gradients, self._spare = (torch.zeros(num_tensors, dtype=torch.int64, device=device) for _ in range(2))
+        # tables of captured graphs, with what they wait to be filled with
+        self._captured: list[Tensor] = []
+        self._unfilled: list[list[int]] = []
 
     def gradients(self, gradients: dict[int, Tensor]) -> Tensor:
-        """Return the addresses by tensor, copied to the device when one moved."""
-        addresses = list(self._addresses)
+        """Return the addresses by tensor, copied to the device when one moved; in a capture the table they will stand in."""
+        addresses = [0] * len(self._addresses)
         for index in self.indices:
             addresses[index] = gradients[index].data_ptr()
-        if self._gradients is None or addresses != self._addresses:
+        if _is_capturing(self.table.device):
+            assert not self._unfilled, "finish_capture was not called after the capture before"
+            self._unfilled.append(addresses)
+            return self._spare
+        if addresses != self._addresses:
             self._addresses = addresses
-            self._gradients = torch.tensor(addresses, dtype=torch.int64).to(self.table.device, non_blocking=True)
+            self._gradients.copy_(torch.tensor(addresses), non_blocking=True)
         return self._gradients
+
+    def finish_capture(self) -> None:
+        for addresses in self._unfilled:
+            self._captured.append(self._spare.copy_(torch.tensor(addresses)))
+            self._spare = torch.zeros_like(self._spare)
+        self._unfilled.clear()
+
+    def release_captures(self) -> None:
+        self._captured.clear()
 
 
 class AdamW8bit:
@@ -126,6 +153,8 @@ class AdamW8bit:
         self._bounds = tuple(bounds_of(signed).to(device) for signed in (True, False))
         self._corrections = torch.ones(num, 3, device=device)
         self._hyper = torch.zeros(2, device=device)
+        # a step goes through everything and skips every tensor
+        self.is_rehearsing = False
         self._seed = torch.tensor([seed & MASK_32, seed >> 32], dtype=torch.int64, device=device)
         self._tables: list[Tensor] = []
         self._programs: dict[tuple[int, ...], list[tuple[bool, _Programs]]] = {}
@@ -202,15 +231,21 @@ class AdamW8bit:
         self.end()
 
     @torch.no_grad()
-    def begin(self, lr: float | Tensor, weight_decay: float | Tensor = 0.0) -> None:
-        """Begin a step: corrections of the bias for every tensor, none skipped yet."""
+    def set_hyper(self, lr: float | Tensor, weight_decay: float | Tensor = 0.0) -> None:
+        """Write the numbers of the steps to come where they are read on the device."""
+        for place, number in enumerate((lr, weight_decay)):
+            # a fill can be captured in a graph, a copy from the host cannot
+            self._hyper[place].copy_(number) if isinstance(number, Tensor) else self._hyper[place].fill_(number)
+
+    @torch.no_grad()
+    def begin(self, *hyper: float | Tensor) -> None:
+        """Begin a step: corrections of the bias for every tensor, none skipped yet. hyper: for set_hyper, if it is to change."""
+        if hyper:
+            self.set_hyper(*hyper)
         # in float64, for 1 - beta^step at step 1
         steps = (self.step_counts + 1).double()
         first, second = (1 - torch.pow(beta, steps) for beta in self.betas)
         self._corrections[:, :2].copy_(torch.stack([first, second.sqrt()], dim=1))
-        for place, number in enumerate((lr, weight_decay)):
-            # a fill can be captured in a graph, a copy from the host cannot
-            self._hyper[place].copy_(number) if isinstance(number, Tensor) else self._hyper[place].fill_(number)
         self.skips.zero_()
         if self.pages is not None:
             self.pages.begin()
@@ -239,6 +274,8 @@ class AdamW8bit:
         if found_inf is not None:
             flags = (found_inf != 0).to(torch.int32).reshape(-1).expand(len(members))
             self.skips.index_copy_(0, where, flags)
+        if self.is_rehearsing:
+            self.skips.fill_(1)
         ordered = {}
         for index, g in zip(members, gradients, strict=True):
             p = self.parameters[index]
@@ -263,6 +300,19 @@ class AdamW8bit:
         self.step_counts += self.skips == 0
         if self.pages is not None:
             self.pages.end()
+
+    def finish_capture(self) -> None:
+        """Call after every capture of a step as a CUDA graph, outside of it and before its first replay.
+
+        Its gradients' addresses are known now and are copied to the table it reads, which is kept until release_captures.
+        """
+        for _, programs in itertools.chain(*self._programs.values()):
+            programs.finish_capture()
+
+    def release_captures(self) -> None:
+        """Free the tables of all captured graphs; none of them may be replayed again."""
+        for _, programs in itertools.chain(*self._programs.values()):
+            programs.release_captures()
 
     def places(self, members: Sequence[int]) -> Tensor:
         """Return places in the list of parameters as an index on the device, copied there at the first call alone."""

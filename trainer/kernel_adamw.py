@@ -46,9 +46,7 @@ class _Step:
     """A step under way inside backward. waiting: of each part not stepped yet, the parameters without a gradient."""
 
     scale: Tensor
-    max_grad_norm: float
     waiting: dict[str, set[str]]
-    norms: Tensor
 
 
 def part_of(name: str) -> str:
@@ -103,6 +101,9 @@ class KernelAdamW:
         self.last_norm = torch.zeros((), device=device)
         self.num_skipped = torch.zeros((), dtype=torch.int64, device=device)
         self._under_way: _Step | None = None
+        # to clip by: infinite where nothing is clipped
+        self._limit = torch.full((), float("inf"), device=device)
+        self._norms = torch.zeros(len(parameters), device=device)
         if config.fused_backward:
             for name, p in parameters.items():
                 p.register_post_accumulate_grad_hook(functools.partial(self._arrived, name))
@@ -134,10 +135,8 @@ class KernelAdamW:
 
     def arm(self, scale: Tensor, lr: float, weight_decay: float, max_grad_norm: float) -> None:
         """Let the coming backward pass step what it has gradients of. Fused only; before the last micro-step's backward."""
-        self.inner.begin(lr, weight_decay)
-        waiting = {part: set(names) for part, names in self._parts.items()}
-        norms = torch.zeros(len(self.parameters), device=self.last_norm.device)
-        self._under_way = _Step(scale, max_grad_norm, waiting, norms)
+        self.inner.begin()
+        self._under_way = _Step(scale, {part: set(names) for part, names in self._parts.items()})
 
     @torch.no_grad()
     def _arrived(self, name: str, _: nn.Parameter) -> None:
@@ -155,13 +154,11 @@ class KernelAdamW:
         del step.waiting[part]
         gradients = self._take_gradients(names)
         norms = torch.stack(torch._foreach_norm(gradients, 2, torch.float32))
-        factor = 1 / step.scale
-        if step.max_grad_norm > 0:
-            by = self.last_norm if self.clipping == "lagged" else norms / step.scale
-            factor = factor * (step.max_grad_norm / (by + 1e-6)).clamp(max=1.0)
+        by = self.last_norm if self.clipping == "lagged" else norms / step.scale
+        factor = 1 / step.scale * self._clipping(by)
         places = [self._places[name] for name in names]
         self.inner.update(gradients, factor, ~torch.isfinite(norms), places)
-        step.norms.index_copy_(0, self.inner.places(places), norms)
+        self._norms.index_copy_(0, self.inner.places(places), norms)
 
     def _end_fused(self, loss_scale) -> tuple[Tensor, Tensor]:
         """End a step that backward has taken. Taken is what any tensor took."""
@@ -170,14 +167,17 @@ class KernelAdamW:
             # parts that the loss did not reach as a whole
             self._step_part(step, part)
         self.inner.end()
-        norm = torch.linalg.vector_norm(step.norms) / step.scale
-        finite = torch.isfinite(step.norms)
-        self.last_norm = torch.where(torch.isfinite(norm), norm, self.last_norm)
-        self.num_skipped = self.num_skipped + (~finite).sum()
+        norm = torch.linalg.vector_norm(self._norms) / step.scale
+        finite = torch.isfinite(self._norms)
+        self.last_norm.copy_(torch.where(torch.isfinite(norm), norm, self.last_norm))
+        self.num_skipped.add_((~finite).sum())
         loss_scale.update(finite.all())
-        return norm, finite.any()
+        return norm, self._taken(finite.any())
 
-    def step(self, loss_scale, lr: float, weight_decay: float, max_grad_norm: float) -> tuple[Tensor, Tensor]:
+    def _taken(self, finite: Tensor) -> Tensor:
+        return torch.zeros_like(finite) if self.inner.is_rehearsing else finite
+
+    def step(self, loss_scale) -> tuple[Tensor, Tensor]:
         """As UNetOptimizer.step, with nothing asked of the device."""
         if self._under_way is not None:
             return self._end_fused(loss_scale)
@@ -187,12 +187,11 @@ class KernelAdamW:
             torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, torch.float32))) / loss_scale.scale
         )
         finite = torch.isfinite(norm)
-        factor = 1 / loss_scale.scale
-        if max_grad_norm > 0:
-            factor = factor * (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-        self.inner.step(gradients, lr, weight_decay, factor, ~finite)
+        self.inner.begin()
+        self.inner.update(gradients, 1 / loss_scale.scale * self._clipping(norm), ~finite)
+        self.inner.end()
         loss_scale.update(finite)
-        return norm, finite
+        return norm, self._taken(finite)
 
     def live_state_of(self, name: str) -> dict[str, Tensor]:
         """Return a parameter's step, moments and what completes its weight to fp32, as they are: no copies."""

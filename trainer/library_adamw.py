@@ -29,6 +29,7 @@ class LibraryAdamW:
                 p.data = p.detach().contiguous()
         self.name = config.name
         options = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
+        self._max_grad_norm, self._is_rehearsing = 0.0, False
         if config.name == "adamw":
             self.inner = torch.optim.AdamW(self.master.values(), **options)
         else:
@@ -53,18 +54,30 @@ class LibraryAdamW:
             torch._foreach_div_(gradients, scale)
         return gradients
 
-    def step(self, loss_scale, lr: float, weight_decay: float, max_grad_norm: float) -> tuple[Tensor, bool]:
+    def set_hyper(self, lr: float, weight_decay: float, max_grad_norm: float) -> None:
+        """Take the numbers of the steps to come."""
+        self._max_grad_norm = max_grad_norm
+        for group in self.inner.param_groups:
+            group["lr"], group["weight_decay"] = lr, weight_decay
+
+    def rehearse(self, wanted: bool) -> None:
+        """Let the steps to come change nothing, or no longer."""
+        self._is_rehearsing = wanted
+
+    def counters(self) -> list[Tensor]:
+        """Return what steps change beside the weights and their state."""
+        return []
+
+    def step(self, loss_scale) -> tuple[Tensor, bool]:
         """As UNetOptimizer.step. One host sync: neither library takes found-inf as a tensor for all our cases."""
         gradients = self._take_gradients(loss_scale.scale if loss_scale.enabled else None)
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         finite = torch.isfinite(norm)
         loss_scale.update(finite)
-        taken = bool(finite)
+        taken = bool(finite) and not self._is_rehearsing
         if taken:
-            if max_grad_norm > 0:
-                torch._foreach_mul_(gradients, (max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
-            for group in self.inner.param_groups:
-                group["lr"], group["weight_decay"] = lr, weight_decay
+            if self._max_grad_norm > 0:
+                torch._foreach_mul_(gradients, (self._max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
             self.inner.step()
             if self.has_master:
                 torch._foreach_copy_(list(self.parameters.values()), list(self.master.values()))

@@ -7,8 +7,9 @@ parameter names, contiguous.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -23,26 +24,11 @@ GROWTH_INTERVAL = 1000
 MIN_SCALE, MAX_SCALE = 2.0**-14, 2.0**24
 
 
-def learning_rate(schedule: str, peak: float, step: int, num_steps: int, warmup_steps: int) -> float:
-    """Return the learning rate of optimizer step `step` (0-based) of a stage of num_steps.
-
-    Warm-up rises linearly and reaches the peak at step warmup_steps; then constant, or linear or cosine towards zero
-    at num_steps.
-    """
-    if step < warmup_steps:
-        return peak * (step + 1) / (warmup_steps + 1)
-    if schedule == "constant":
-        return peak
-    done = (step - warmup_steps) / max(1, num_steps - warmup_steps)
-    if schedule == "linear":
-        return peak * (1 - done)
-    if schedule == "cosine":
-        return peak * 0.5 * (1 + math.cos(math.pi * done))
-    raise ValueError(f"schedule {schedule!r} is unknown; use constant, linear or cosine")
-
-
 class LossScale:
-    """fp16's dynamic loss scale, on the device: halved by a non-finite step, doubled after 1,000 finite ones."""
+    """fp16's dynamic loss scale, on the device: halved by a non-finite step, doubled after 1,000 finite ones.
+
+    scale, num_good: changed in place.
+    """
 
     def __init__(self, device: torch.device, enabled: bool):
         self.enabled = enabled
@@ -52,11 +38,11 @@ class LossScale:
     def update(self, finite: Tensor) -> None:
         if not self.enabled:
             return
-        self.num_good = torch.where(finite, self.num_good + 1, 0)
+        self.num_good.add_(1).mul_(finite)
         grow = self.num_good >= GROWTH_INTERVAL
         factor = torch.where(finite, torch.where(grow, 2.0, 1.0), 0.5)
-        self.scale = (self.scale * factor).clamp(MIN_SCALE, MAX_SCALE)
-        self.num_good = torch.where(grow, 0, self.num_good)
+        self.scale.mul_(factor).clamp_(MIN_SCALE, MAX_SCALE)
+        self.num_good.masked_fill_(grow, 0)
 
 
 def memory_mode(config: OptimizerConfig, dtype: torch.dtype) -> str:
@@ -155,19 +141,52 @@ class UNetOptimizer:
         return self.method.num_skipped
 
     @torch.no_grad()
-    def arm(self, lr: float, weight_decay: float, max_grad_norm: float) -> None:
-        """Call before the backward pass of a step's last micro-step: where the step is fused, that pass takes it."""
-        if self._is_fused:
-            self.method.arm(self.loss_scale.scale, lr, weight_decay, max_grad_norm)
+    def set_hyper(self, lr: float, weight_decay: float, max_grad_norm: float) -> None:
+        """Set the numbers of the steps to come; max_grad_norm 0: no clipping. Outside of what is captured as a graph."""
+        self.method.set_hyper(lr, weight_decay, max_grad_norm)
 
     @torch.no_grad()
-    def step(self, lr: float, weight_decay: float, max_grad_norm: float) -> tuple[Tensor, Tensor | bool]:
+    def arm(self, *hyper: float) -> None:
+        """Call before the backward pass of a step's last micro-step: where the step is fused, that pass takes it.
+
+        hyper: for set_hyper, if it is to be called first; never in what is captured.
+        """
+        if hyper:
+            self.set_hyper(*hyper)
+        if self._is_fused:
+            self.method.arm(self.loss_scale.scale)
+
+    @torch.no_grad()
+    def step(self, *hyper: float) -> tuple[Tensor, Tensor | bool]:
         """Take one step and free the gradients. Return (global norm before clipping, was it taken), on the device where it can.
 
-        max_grad_norm 0: no clipping. Not taken where the norm is not finite; fused, where no tensor's is. A fused step was
-        taken by backward with the numbers given to arm, and is ended here.
+        Not taken where the norm is not finite; fused, where no tensor's is. A fused step was taken by backward with the
+        numbers that stood when it ran, and is ended here. hyper: as of arm.
         """
-        return self.method.step(self.loss_scale, lr, weight_decay, max_grad_norm)
+        if hyper:
+            self.set_hyper(*hyper)
+        return self.method.step(self.loss_scale)
+
+    @contextlib.contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Let steps within the block go through everything and change nothing: every tensor is skipped, none is taken."""
+        kept = [self.loss_scale.scale, self.loss_scale.num_good, *self.method.counters()]
+        before = [x.clone() for x in kept]
+        self.method.rehearse(True)
+        try:
+            yield
+        finally:
+            self.method.rehearse(False)
+            for x, value in zip(kept, before, strict=True):
+                x.copy_(value)
+
+    def finish_capture(self) -> None:
+        """Call after every capture of a step as a CUDA graph, outside of it: what the graph reads of the host is copied now."""
+        self.inner.finish_capture()
+
+    def release_captures(self) -> None:
+        """Call where the captured graphs are given up: what was kept for them is freed."""
+        self.inner.release_captures()
 
     def live_state(self) -> dict[str, Tensor]:
         """Return everything a resumed run needs beside the weights: `part/parameter name`.
@@ -194,14 +213,13 @@ class UNetOptimizer:
 
         Raises ValueError where a parameter's state is missing, of another shape, or of a mode this one cannot take over.
         """
-        device = self.loss_scale.scale.device
-        self.loss_scale.scale = state["loss_scale/scale"].to(device)
-        self.loss_scale.num_good = state["loss_scale/num_good"].to(device)
+        self.loss_scale.scale.copy_(state["loss_scale/scale"])
+        self.loss_scale.num_good.copy_(state["loss_scale/num_good"])
         by_name: dict[str, dict[str, Tensor]] = {name: {} for name in self.parameters}
         for key, value in state.items():
             part, name = key.split("/", 1)
             if part == "clipping" and self._is_fused:
-                setattr(self.method, name, value.to(device))
+                getattr(self.method, name).copy_(value)
             if part in ("loss_scale", "clipping"):
                 continue
             if name not in by_name:

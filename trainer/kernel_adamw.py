@@ -100,10 +100,10 @@ class KernelAdamW:
         # of the last step whose norm was finite, 0 before any; tensors skipped inside backward since the run began
         self.last_norm = torch.zeros((), device=device)
         self.num_skipped = torch.zeros((), dtype=torch.int64, device=device)
-        self._under_way: _Step | None = None
         # to clip by: infinite where nothing is clipped
         self._limit = torch.full((), float("inf"), device=device)
         self._norms = torch.zeros(len(parameters), device=device)
+        self._under_way: _Step | None = None
         if config.fused_backward:
             for name, p in parameters.items():
                 p.register_post_accumulate_grad_hook(functools.partial(self._arrived, name))
@@ -133,7 +133,24 @@ class KernelAdamW:
             p.grad = None
         return gradients
 
-    def arm(self, scale: Tensor, lr: float, weight_decay: float, max_grad_norm: float) -> None:
+    def set_hyper(self, lr: float, weight_decay: float, max_grad_norm: float) -> None:
+        """Write the numbers of the steps to come to the device."""
+        self.inner.set_hyper(lr, weight_decay)
+        self._limit.fill_(max_grad_norm if max_grad_norm > 0 else float("inf"))
+
+    def rehearse(self, wanted: bool) -> None:
+        """Let the steps to come skip every tensor, or no longer."""
+        self.inner.is_rehearsing, self._under_way = wanted, None
+
+    def counters(self) -> list[Tensor]:
+        """Return what steps change beside the weights and their state."""
+        return [self.last_norm, self.num_skipped]
+
+    def _clipping(self, norm: Tensor) -> Tensor:
+        """Return what to multiply gradients of a norm by."""
+        return ((norm + 1e-6).reciprocal() * self._limit).clamp(max=1.0)
+
+    def arm(self, scale: Tensor) -> None:
         """Let the coming backward pass step what it has gradients of. Fused only; before the last micro-step's backward."""
         self.inner.begin()
         self._under_way = _Step(scale, {part: set(names) for part, names in self._parts.items()})

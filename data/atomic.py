@@ -20,6 +20,12 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def sync_file(path: Path) -> None:
+    """Make a file's content survive a power cut."""
+    with naming(path), open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Put a path's name into errors of the system that name no file: a failed write does not say of what."""
@@ -31,8 +37,12 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def atomic_write_bytes(path: Path, data: bytes) -> None:
-    """Replace `path` by a file holding `data`; its folder is made. A reader or a crash sees the old file or the new."""
+def atomic_write_bytes(path: Path, data: bytes, sync: bool = True) -> None:
+    """Replace `path` by a file holding `data`; its folder is made. A reader or a crash sees the old file or the new.
+
+    sync: False where the caller syncs file and folder itself, before anything refers to the file: until then a power cut
+    may leave it empty.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # process and thread in the name: two writers of one path must not share a temporary file
@@ -40,13 +50,15 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
     try:
         with naming(path), open(temporary, "wb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    if sync:
+        sync_folder(path.parent)
 
 
 def atomic_write_text(path: Path, text: str) -> None:

@@ -109,6 +109,9 @@ class Train(Section):
     """Images a micro-step."""
     accumulate: Positive = 1
     """Micro-steps an optimizer step."""
+    accumulate_dtype: Literal["auto", "fp32"] = "auto"
+    """What the gradients of several micro-steps are added up in: fp32, 4 bytes a parameter; auto, as the weights are: 2 bytes
+    for 16-bit ones, whose sums are then rounded at every micro-step."""
     epochs: Positive = 30
     """Passes over the photographs, if there are no [[stage]] tables."""
     max_steps: Count = 0

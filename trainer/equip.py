@@ -36,8 +36,11 @@ def equip(
     how = config.train.checkpointing
     apply_checkpointing(unet, "none" if how == "auto" else how)
     optimizer = UNetOptimizer(unet, config.optimizer, dtype, config.run.seed)
+    optimizer.buffers.dtype = config.train.accumulate_dtype
     if patched is not None:
         # 16-bit weights have new memory; the moving average keeps views of it
         patch.repack(unet)
+    if any(stage.accumulate > 1 for stage in config.stages()):
+        optimizer.buffers.allocate()
     ema = WeightAverages(optimizer, config.train.ema_decay) if config.train.ema_decay > 0 else None
     return Equipped(optimizer, ema, patched)

@@ -122,7 +122,10 @@ class Planner:
     def _run(self, fused: bool) -> MetaRun:
         """Return the run on meta tensors, in the best memory mode that the precision allows."""
         config = self.config
-        train = {"kernels": config.train.kernels, "ema_decay": config.train.ema_decay}
+        train = {
+            "kernels": config.train.kernels, "ema_decay": config.train.ema_decay, "accumulate": self._num_micro,
+            "accumulate_dtype": config.train.accumulate_dtype,
+        }  # fmt: skip
         optimizer = config.optimizer.model_copy(update={"memory": "auto", "fused_backward": fused, "clipping": "auto"})
         return _meta_run(Config(model=config.model, train=train, optimizer=optimizer).model_dump_json(), self.dtype)
 

@@ -1,7 +1,7 @@
 """What decides a run's weights, and whether a checkpoint and a config agree about it.
 
 Where things are kept, how often they are shown, and how memory is saved may change before `--resume`; stages that are
-still to come may change too.
+still to come may change too. What gradients are added up in belongs to the stages that add any up.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FREE = {
 }
 # these act through the stages, whose finished part is compared apart
 STAGED = {
-    "train": ("epochs", "batch_size", "accumulate", "max_grad_norm"),
+    "train": ("epochs", "batch_size", "accumulate", "accumulate_dtype", "max_grad_norm"),
     "optimizer": ("lr", "schedule", "warmup_steps", "weight_decay"),
 }
 
@@ -48,12 +48,22 @@ class Identity:
                 if index >= len(self.stages):
                     return f"stage {index + 1}, which it has reached, is missing here"
                 here = self.stages[index]
-                for name, value in reached.stages[index].items():
+                # a checkpoint from before there was a choice was added up as its weights are
+                before = _summed(reached.stages[index], "auto", self.settings["model.precision"])
+                there = {**reached.stages[index], **before} | reached.stages[index]
+                for name, value in there.items():
                     if here.get(name) != value:
                         longer = ", and a stage that has begun keeps its length: add a [[stage]] to train longer"
                         hint = longer if name == "epochs" else ""
                         return f"stage {index + 1}'s {name} is {here.get(name)!r} here and {value!r} there{hint}"
         return ""
+
+
+def _summed(stage: dict, setting: str, precision: str) -> dict:
+    """Return what a stage adds gradients up in, by train.accumulate_dtype, as a setting of it; nothing where it does not."""
+    if stage["accumulate"] == 1:
+        return {}
+    return {"accumulate_dtype": "fp32" if setting == "fp32" else precision}
 
 
 def identify(config: Config, precision: str, samples: Sequence[Sample] = ()) -> Identity:
@@ -69,4 +79,5 @@ def identify(config: Config, precision: str, samples: Sequence[Sample] = ()) -> 
     settings = {f"{table}.{name}": value for table, values in tables.items() for name, value in values.items()}
     rows = json.dumps([(s.latent_keys, s.text_keys) for s in samples])
     stages = [vars(stage) for stage in config.stages()]
+    stages = [{**stage, **_summed(stage, config.train.accumulate_dtype, precision)} for stage in stages]
     return Identity(settings, stages, hashlib.sha256(rows.encode()).hexdigest())

@@ -22,6 +22,7 @@ from safelight.kernels.optimizer_state import load_state, load_value, state_of
 from safelight.kernels.paged import Pages
 from safelight.kernels.patch import shared_products
 from safelight.kernels.remainder import start
+from safelight.trainer.accumulation import GradientBuffers
 from safelight.trainer.config import Optimizer as OptimizerConfig
 
 
@@ -72,7 +73,7 @@ class KernelAdamW:
         self, module: nn.Module, parameters: dict[str, nn.Parameter], config: OptimizerConfig, dtype: torch.dtype, memory: str,
         seed: int,
     ):  # fmt: skip
-        self.parameters, self.memory = parameters, memory
+        self.parameters, self.memory, self.buffers = parameters, memory, GradientBuffers(parameters)
         self._places = {name: place for place, name in enumerate(parameters)}
         # or a block's gradients would wait for those of a product that it shares, which come last
         shared = shared_products(module)
@@ -126,12 +127,8 @@ class KernelAdamW:
 
     def _take_gradients(self, names: Iterable[str]) -> list[Tensor]:
         """Take the gradients from parameters; one the loss did not reach gets zeros."""
-        gradients = []
-        for name in names:
-            p = self.parameters[name]
-            gradients.append(torch.zeros_like(p) if p.grad is None else p.grad)
-            p.grad = None
-        return gradients
+        taken = ((self.parameters[name], self.buffers.take(name)) for name in names)
+        return [torch.zeros_like(p) if g is None else g for p, g in taken]
 
     def set_hyper(self, lr: float, weight_decay: float, max_grad_norm: float) -> None:
         """Write the numbers of the steps to come to the device."""

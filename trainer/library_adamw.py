@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from safelight.trainer.accumulation import GradientBuffers
 from safelight.trainer.config import Optimizer as OptimizerConfig
 
 
@@ -16,7 +17,7 @@ class LibraryAdamW:
         seed: int,
     ):  # fmt: skip
         assert memory == "fp32"
-        self.parameters = parameters
+        self.parameters, self.buffers = parameters, GradientBuffers(parameters)
         self.has_master = dtype != torch.float32
         self.master = dict(parameters)
         if self.has_master:
@@ -42,13 +43,12 @@ class LibraryAdamW:
 
     def _take_gradients(self, scale: Tensor | None) -> list[Tensor]:
         """Move gradients to the master, unscaled, as fp32; a parameter the loss did not reach gets zeros."""
-        for name, p in self.parameters.items():
-            master = self.master[name]
-            if p.grad is None:
+        for name in self.parameters:
+            master, gradient = self.master[name], self.buffers.take(name)
+            if gradient is None:
                 master.grad = torch.zeros_like(master)
-            elif self.has_master:
-                master.grad = p.grad.float().contiguous()
-                p.grad = None
+            else:
+                master.grad = gradient.float().contiguous() if self.has_master else gradient
         gradients = [master.grad for master in self.master.values()]
         if scale is not None:
             torch._foreach_div_(gradients, scale)

@@ -22,6 +22,7 @@ from safelight.trainer.step import train_step
 from safelight.trainer.trace import (
     AVERAGE,
     CUDA_ROUNDING,
+    GRADIENTS,
     MASTER,
     OPTIMIZER,
     TEMPORARY,
@@ -120,6 +121,7 @@ class MetaRun:
         ours = isinstance(self.optimizer.inner, AdamW8bit)
         self.live.hold(self.optimizer.inner.remainders if ours else self.optimizer.master.values(), MASTER)
         self.live.hold(self.unet.parameters(), WEIGHTS)
+        self.live.hold(self.optimizer.buffers.tensors.values(), GRADIENTS)
         if self.ema is not None:
             self.live.hold(self.ema.averages.values(), AVERAGE)
 

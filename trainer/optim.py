@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from safelight.trainer.accumulation import GradientBuffers
 from safelight.trainer.config import AVERAGE_OF_PAGED
 
 from safelight.trainer.config import Optimizer as OptimizerConfig
@@ -88,6 +89,11 @@ class UNetOptimizer:
         kind = KernelAdamW if config.name == "adamw8bit" else LibraryAdamW
         self.method = kind(module, self.parameters, config, dtype, self.memory, seed)
         self.loss_scale = LossScale(first.device, dtype == torch.float16)
+
+    @property
+    def buffers(self) -> GradientBuffers:
+        """Where the gradients of several micro-steps are added up; without memory until a step has several."""
+        return self.method.buffers
 
     @property
     def inner(self) -> object:

@@ -143,7 +143,7 @@ def train_step(
     max_grad_norm: float,
 ) -> StepResult:
     """Take one optimizer step over the micro-batches given."""
-    losses, dtype = [], next(unet.parameters()).dtype
+    losses, dtype, is_first = [], next(unet.parameters()).dtype, True
     pending = iter(batches)
     with named("load"):
         batch = next(pending)
@@ -154,8 +154,9 @@ def train_step(
             optimizer.arm(lr, weight_decay, max_grad_norm)
         with named("noise"):
             noisy = make_noisy(batch, schedule, scaling_factor, seed, epoch, loss.offset_noise, dtype)
-        losses.append(accumulate(unet, noisy, schedule, loss, num_samples, optimizer.loss_scale.scale))
-        batch = following
+        with optimizer.buffers.micro_step(is_first, following is None):
+            losses.append(accumulate(unet, noisy, schedule, loss, num_samples, optimizer.loss_scale.scale))
+        batch, is_first = following, False
     with named("optimizer"):
         norm, taken = optimizer.step(lr, weight_decay, max_grad_norm)
     return StepResult(torch.cat(losses), norm, taken)

@@ -92,9 +92,15 @@ def test_a_limit_below_what_any_plan_needs(roomy):
     assert Planner(config_of(memory={"limit_gib": 9}), card(1)).budget == GIB
 
 
-def test_accumulation_keeps_all_gradients_whoever_steps(roomy):
+def test_accumulation_keeps_a_buffer_of_every_gradient_whoever_steps(roomy):
     accumulating = Planner(config_of(train={"accumulate": 3, "checkpointing": "auto"}), card(100))
-    assert accumulating.need("exact", "full", 1, True).step > 2 * roomy.need("exact", "full", 1, True).step
+    one, several = (planner.need("exact", "full", 1, True) for planner in (roomy, accumulating))
+    num_parameters = sum(p.numel() for p in roomy._run(True).unet.parameters())
+    assert several.held - one.held == pytest.approx(2 * num_parameters, rel=0.1)
+    assert several.needed - one.needed > 2 * num_parameters * 0.9
+    config = config_of(train={"accumulate": 3, "checkpointing": "auto", "accumulate_dtype": "fp32"})
+    precise = Planner(config, card(100)).need("exact", "full", 1, True)
+    assert precise.held - one.held == pytest.approx(4 * num_parameters, rel=0.1)
 
 
 def test_cards():

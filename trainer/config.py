@@ -131,8 +131,9 @@ class Train(Section):
 class Optimizer(Section):
     """AdamW and its learning rate."""
 
-    name: Literal["adamw8bit", "bnb_adamw8bit", "adamw"] = "adamw8bit"
-    """adamw8bit: our kernel, 2 bytes of moments a parameter; bnb_adamw8bit: bitsandbytes' of the same; adamw: torch, 8."""
+    name: Literal["adamw8bit", "bnb_adamw8bit", "bnb_paged_adamw8bit", "adamw"] = "adamw8bit"
+    """adamw8bit: our kernel, 2 bytes of moments a parameter; bnb_adamw8bit: bitsandbytes' of the same; bnb_paged_adamw8bit: its
+    paged one, whose moments lie in CUDA's unified memory; adamw: torch, 8."""
     memory: Literal["auto", "exact", "near", "rounded", "paged", "fp32"] = "auto"
     """Beside 16-bit weights: exact 2 bytes that complete them to fp32, near 1, rounded none but noise, fp32 a master of 4;
     paged: exact's, with the moments, in pinned host memory, 4 bytes a parameter there, which stream past.

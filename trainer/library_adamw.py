@@ -1,4 +1,10 @@
-"""torch's AdamW and bitsandbytes' AdamW8bit over fp32 weights, or over fp32 masters of 16-bit ones."""
+"""torch's AdamW and bitsandbytes' AdamW8bit over fp32 weights, or over fp32 masters of 16-bit ones.
+
+bitsandbytes' PagedAdamW8bit makes the moments of tensors of 100,000 elements or more in CUDA's managed memory: torch sees
+them as CPU tensors (`get_state_buffer`, `get_paged`), the driver moves them to where they are used. So its buffers are its
+own to make, a checkpoint's moments are copied into them, and its step, which ends in a wait for the device, is what
+makes them readable on the host.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +13,10 @@ from torch import Tensor, nn
 
 from safelight.trainer.accumulation import GradientBuffers
 from safelight.trainer.config import Optimizer as OptimizerConfig
+
+# optimizer.name -> class of bitsandbytes.optim
+BITSANDBYTES = {"bnb_adamw8bit": "AdamW8bit", "bnb_paged_adamw8bit": "PagedAdamW8bit"}
+STATES = ("state1", "state2", "absmax1", "absmax2")
 
 
 class LibraryAdamW:
@@ -24,19 +34,19 @@ class LibraryAdamW:
             # an fp32 weight's own storage becomes its master's: nothing is rounded first, nothing is held twice
             self.master = {name: nn.Parameter(p.detach().float().contiguous()) for name, p in parameters.items()}
             module.to(dtype)
-        elif config.name == "bnb_adamw8bit":
+        elif config.name in BITSANDBYTES:
             # its first step gives weights that are not contiguous new memory: done before anything keeps views of them
             for p in parameters.values():
                 p.data = p.detach().contiguous()
         self.name = config.name
-        options = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
         self._max_grad_norm, self._is_rehearsing = 0.0, False
+        options = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
         if config.name == "adamw":
             self.inner = torch.optim.AdamW(self.master.values(), **options)
         else:
-            from bitsandbytes.optim import AdamW8bit
+            import bitsandbytes.optim
 
-            self.inner = AdamW8bit(self.master.values(), **options)
+            self.inner = getattr(bitsandbytes.optim, BITSANDBYTES[config.name])(self.master.values(), **options)
 
     def value(self, name: str) -> Tensor:
         return self.master[name].detach()
@@ -107,23 +117,31 @@ class LibraryAdamW:
             self._load_moments(name, master, parts)
 
     def _load_moments(self, name: str, master: nn.Parameter, parts: dict[str, Tensor]) -> None:
-        wanted = {"adamw": "exp_avg", "bnb_adamw8bit": "state1"}[self.name]
+        wanted = "exp_avg" if self.name == "adamw" else "state1"
         if wanted not in parts:
             raise ValueError(f"the checkpoint's moments of {name} are not of optimizer {self.name}")
         if parts[wanted].shape != master.shape:
             raise ValueError(
                 f"the checkpoint's moments of {name} have shape {tuple(parts[wanted].shape)}, not {tuple(master.shape)}"
             )
-        state = {}
-        for part, value in parts.items():
-            if part == "step":
-                # torch keeps a CPU tensor, bitsandbytes an int
-                state[part] = value.clone() if self.name == "adamw" else int(value)
-            else:
-                state[part] = value.to(master.device).clone()
-        if self.name == "bnb_adamw8bit" and state["state1"].dtype == torch.uint8:
-            if "dynamic" not in self.inner.name2qmap:
-                self.inner.fill_qmap()
-            state["qmap1"] = self.inner.name2qmap["dynamic"].to(master.device)
-            state["qmap2"] = self.inner.name2qmap["udynamic"].to(master.device)
-        self.inner.state[master] = state
+        if self.name == "adamw":
+            # torch keeps the step on the CPU
+            state = {
+                part: value.to("cpu" if part == "step" else master.device).clone() for part, value in parts.items()
+            }
+            self.inner.state[master] = state
+            return
+        if "strides" in parts:
+            raise ValueError(
+                f"the checkpoint's 8-bit moments of {name} are in blocks of channels-last memory, which {self.name} has not; "
+                "resume with optimizer.name adamw8bit"
+            )
+        self.inner.state.pop(master, None)
+        self.inner.init_state(self.inner.param_groups[0], master, 0, list(self.master).index(name))
+        state = self.inner.state[master]
+        for part in STATES:
+            if (part in parts) != (part in state) or (part in parts and parts[part].dtype != state[part].dtype):
+                raise ValueError(f"the checkpoint's moments of {name} are not of the kind that {self.name} keeps")
+            if part in parts:
+                state[part].copy_(parts[part])
+        state["step"] = int(parts["step"])

@@ -1,6 +1,7 @@
 """AdamW over the UNet: fp32 weights, or 16-bit weights with what completes them to fp32, and for fp16 a dynamic loss scale.
 
-`adamw8bit` is our kernel (kernel_adamw.py), `bnb_adamw8bit` bitsandbytes' and `adamw` torch's (library_adamw.py). A step with
+`adamw8bit` is our kernel (kernel_adamw.py), `bnb_adamw8bit` and `bnb_paged_adamw8bit` bitsandbytes' and `adamw` torch's
+(library_adamw.py). A step with
 a non-finite gradient changes no weight and no moment; with fp16 it halves the loss scale. State is kept under the UNet's own
 parameter names, contiguous.
 """
@@ -13,12 +14,12 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+
 from safelight.trainer.accumulation import GradientBuffers
 from safelight.trainer.config import AVERAGE_OF_PAGED
-
 from safelight.trainer.config import Optimizer as OptimizerConfig
 from safelight.trainer.kernel_adamw import KernelAdamW
-from safelight.trainer.library_adamw import LibraryAdamW
+from safelight.trainer.library_adamw import BITSANDBYTES, LibraryAdamW
 
 INITIAL_SCALE = 2.0**16
 GROWTH_INTERVAL = 1000
@@ -46,16 +47,21 @@ class LossScale:
         self.num_good.masked_fill_(grow, 0)
 
 
-def memory_mode(config: OptimizerConfig, dtype: torch.dtype) -> str:
+def memory_mode(config: OptimizerConfig, dtype: torch.dtype, device: torch.device | None = None) -> str:
     """Return what `optimizer.memory` comes to for weights of a dtype: fp32, exact, near, rounded or paged.
 
-    Raises ValueError for an unknown optimizer, one whose library is not there, and a mode that does not fit.
+    Raises ValueError for an unknown optimizer, one whose library is not there, and a mode that does not fit; where the
+    device is known, for an optimizer that does not run on it.
     """
     name, memory = config.name, config.memory
-    if name not in ("adamw8bit", "bnb_adamw8bit", "adamw"):
-        raise ValueError(f"optimizer.name {name!r} is unknown; use adamw8bit, bnb_adamw8bit or adamw")
-    if name == "bnb_adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError("optimizer.name bnb_adamw8bit needs bitsandbytes, which is not installed; use adamw8bit")
+    if name not in ("adamw8bit", *BITSANDBYTES, "adamw"):
+        raise ValueError(f"optimizer.name {name!r} is unknown; use adamw8bit, {', '.join(BITSANDBYTES)} or adamw")
+    if name in BITSANDBYTES and importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(f"optimizer.name {name} needs bitsandbytes, which is not installed; use adamw8bit")
+    if name == "bnb_paged_adamw8bit" and device is not None and device.type == "cpu":
+        raise ValueError(
+            f"optimizer.name {name} keeps its moments in CUDA's unified memory, and this run is on a CPU; use bnb_adamw8bit"
+        )
     if config.fused_backward and name != "adamw8bit":
         raise ValueError(f"optimizer.fused_backward is adamw8bit's; {name} steps after backward: set it to false")
     config.clipping_mode()
@@ -83,7 +89,7 @@ class UNetOptimizer:
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         first = next(iter(self.parameters.values()))
         dtype = dtype or first.dtype
-        self.name, self.memory = config.name, memory_mode(config, dtype)
+        self.name, self.memory = config.name, memory_mode(config, dtype, first.device)
         self.clipping, self._is_fused = config.clipping_mode(), config.fused_backward
         self.has_master = dtype != torch.float32 and self.memory == "fp32"
         kind = KernelAdamW if config.name == "adamw8bit" else LibraryAdamW

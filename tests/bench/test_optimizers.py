@@ -31,7 +31,11 @@ def test_everything_a_config_can_name_is_offered():
     for dtype, configs in found.items():
         for name, config in configs.items():
             assert optimizer_config(name) == config
-            # what is offered can be built
+            # what is offered can be built, but for unified memory where there is no GPU
+            if config.name == "bnb_paged_adamw8bit":
+                with pytest.raises(ValueError, match="keeps its moments in CUDA's unified memory, and this run is on a"):
+                    optimizers._build(config, SHAPES, dtype, CPU)
+                continue
             optimizers._build(config, SHAPES, dtype, CPU)
         assert {name.split(", ")[0] for name in configs} == set(get_args(fields["name"].annotation))
     # a remainder stands beside 16-bit weights alone
@@ -57,8 +61,8 @@ def test_bytes_held_and_moved_by_hand(small):
         line["config"]["optimizer"]: line["figures"] for line in optimizers.bench_optimizers(CPU, torch.bfloat16, 1, 1)
     }
     # "cannot" is for a machine that lacks a library: nothing is missing here, and a fault of ours must not pass for it
-    assert {name: found["cannot"] for name, found in lines.items() if "cannot" in found} == {}
-    measured = lines
+    assert {name for name, found in lines.items() if "cannot" in found} == {"bnb_paged_adamw8bit, fp32"}
+    measured = {name: found for name, found in lines.items() if "cannot" not in found}
 
     def of(name: str) -> dict:
         return next(found for key, found in measured.items() if key in (name, f"{name}, fp32"))

@@ -40,6 +40,8 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# pixels are hashed in strips that stay in the cache: a copy of a photograph's whole costs as much again as its hash
+STRIP_BYTES = 2**18
 _one_large_image = threading.Lock()
 
 
@@ -144,6 +146,16 @@ def _decode(content: bytes, max_megapixels: float | None) -> Decoded:
             return _load(opened, max_megapixels)
 
 
+def _digest(image: Image.Image) -> str:
+    """Return the SHA-256 of an RGB or CMYK image's mode, size and pixels."""
+    digest = hashlib.sha256(f"{image.mode} {image.size}".encode())
+    width, height = image.size
+    num_rows = max(1, STRIP_BYTES // (len(image.mode) * width))
+    for top in range(0, height, num_rows):
+        digest.update(image.crop((0, top, width, min(height, top + num_rows))).tobytes())
+    return digest.hexdigest()
+
+
 def _load(opened: Image.Image, max_megapixels: float | None) -> Decoded:
     """Return an opened image decoded, `decode` says how."""
     width, height = opened.size
@@ -161,8 +173,7 @@ def _load(opened: Image.Image, max_megapixels: float | None) -> Decoded:
     image = _flatten(opened)
     if orientation in _TRANSPOSE:
         image = image.transpose(_TRANSPOSE[orientation])
-    digest = hashlib.sha256(f"{image.mode} {image.size}".encode())
-    digest.update(image.tobytes())
+    digest = _digest(image)
     if is_shrunk:
         image = image.resize(shrunk_size(*image.size, max_megapixels), Image.Resampling.LANCZOS)
     profile = _foreign_profile(icc)
@@ -175,7 +186,7 @@ def _load(opened: Image.Image, max_megapixels: float | None) -> Decoded:
         and orientation not in _TRANSPOSE
         and profile is None
     )
-    return Decoded(image, file_format, is_copyable, is_shrunk, digest.hexdigest(), warning)
+    return Decoded(image, file_format, is_copyable, is_shrunk, digest, warning)
 
 
 @contextmanager

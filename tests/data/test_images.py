@@ -1,6 +1,7 @@
 """What comes out of an image file is upright RGB of the right colours, or a reason."""
 
 import contextlib
+import hashlib
 import io
 import struct
 import zlib
@@ -202,6 +203,17 @@ def test_content_hash_is_of_pixels(make_noise):
         decode(saved(Image.new("RGB", (20, 40)), "PNG")).content_sha256
         != decode(saved(Image.new("RGB", (40, 20)), "PNG")).content_sha256
     )
+
+
+def test_strips_have_the_hash_of_the_whole(monkeypatch, make_noise):
+    """A dataset prepared by an earlier version goes on knowing its photographs."""
+    image = Image.fromarray(np.asarray(make_noise(3).resize((57, 91)))).convert("RGB")
+    whole = hashlib.sha256(b"RGB (57, 91)" + image.tobytes()).hexdigest()
+    assert decode(saved(image, "PNG")).content_sha256 == whole
+    # 17 rows a strip, the last one short; less than a row a strip
+    for size in (17 * 3 * 57, 100):
+        monkeypatch.setattr("safelight.data.images.STRIP_BYTES", size)
+        assert decode(saved(image, "PNG")).content_sha256 == whole
 
 
 def test_encoding_keeps_the_colours(corners):

@@ -5,8 +5,9 @@ Letters: B batch, C latent channels, H W latent height and width, T tokens, D em
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,14 @@ class Noisy:
     timesteps_B: Tensor
     target_BCHW: Tensor
     text_BTD: Tensor
+
+
+class MicroResult(NamedTuple):
+    """losses_B: unweighted, detached; grad_norm and taken: as of StepResult, after a step's last micro-batch, else None."""
+
+    losses_B: Tensor
+    grad_norm: Tensor | None
+    taken: Tensor | bool | None
 
 
 @dataclass(frozen=True)
@@ -127,6 +136,34 @@ def accumulate(
     return found.losses_B
 
 
+def micro_step(
+    unet: nn.Module,
+    optimizer: UNetOptimizer,
+    inputs: Inputs,
+    schedule: NoiseSchedule,
+    scaling_factor: float,
+    loss: Loss,
+    num_samples: int,
+    is_first: bool = True,
+    is_last: bool = True,
+) -> MicroResult:
+    """Take one of a step's micro-batches from its inputs to gradients, and the last one to changed weights.
+
+    It asks nothing of the device and takes nothing from the host but its arguments, the same at every step: it can be
+    recorded and replayed (graphs.py). The numbers of the step are set before, by optimizer.set_hyper.
+    """
+    if is_last:
+        optimizer.arm()
+    with named("noise"):
+        noisy = add_noise(inputs, schedule, scaling_factor, loss.offset_noise, next(unet.parameters()).dtype)
+    with optimizer.buffers.micro_step(is_first, is_last):
+        losses = accumulate(unet, noisy, schedule, loss, num_samples, optimizer.loss_scale.scale)
+    if not is_last:
+        return MicroResult(losses, None, None)
+    with named("optimizer"):
+        return MicroResult(losses, *optimizer.step())
+
+
 def train_step(
     unet: nn.Module,
     optimizer: UNetOptimizer,
@@ -141,22 +178,29 @@ def train_step(
     lr: float,
     weight_decay: float,
     max_grad_norm: float,
+    graphs: Callable[[Inputs, bool, bool], MicroResult] | None = None,
 ) -> StepResult:
-    """Take one optimizer step over the micro-batches given."""
-    losses, dtype, is_first = [], next(unet.parameters()).dtype, True
+    """Take one optimizer step over the micro-batches given.
+
+    graphs: recorded micro-steps (graphs.StepGraphs) that are replayed in place of running them; then the result's norm and
+    taken are overwritten by the next step.
+    """
+    optimizer.set_hyper(lr, weight_decay, max_grad_norm)
+    losses, is_first = [], True
     pending = iter(batches)
     with named("load"):
         batch = next(pending)
     while batch is not None:
         with named("load"):
             following = next(pending, None)
-        if following is None:
-            optimizer.arm(lr, weight_decay, max_grad_norm)
-        with named("noise"):
-            noisy = make_noisy(batch, schedule, scaling_factor, seed, epoch, loss.offset_noise, dtype)
-        with optimizer.buffers.micro_step(is_first, following is None):
-            losses.append(accumulate(unet, noisy, schedule, loss, num_samples, optimizer.loss_scale.scale))
+            inputs = upload(batch, schedule.alphas_cumprod_T.device, seed, epoch)
+        is_last = following is None
+        if graphs is not None:
+            result = graphs(inputs, is_first, is_last)
+            # the next micro-batch of this shape writes there
+            losses.append(result.losses_B.clone())
+        else:
+            result = micro_step(unet, optimizer, inputs, schedule, scaling_factor, loss, num_samples, is_first, is_last)
+            losses.append(result.losses_B)
         batch, is_first = following, False
-    with named("optimizer"):
-        norm, taken = optimizer.step(lr, weight_decay, max_grad_norm)
-    return StepResult(torch.cat(losses), norm, taken)
+    return StepResult(torch.cat(losses), result.grad_norm, result.taken)

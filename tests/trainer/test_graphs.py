@@ -1,0 +1,187 @@
+"""Steps that are replayed equal steps that are taken, bit for bit: on a CPU, by a recorder that does what a CUDA graph does."""
+
+import copy
+from collections.abc import Iterable
+from functools import partial
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from safelight.data.batches import Batch
+from safelight.data.buckets import Bucket
+from safelight.trainer.config import Loss, Optimizer
+from safelight.trainer.diffusion import make_schedule
+from safelight.trainer.graphs import Shape, StepGraphs, shapes_of
+from safelight.trainer.models import resolve_base
+from safelight.trainer.optim import UNetOptimizer
+from safelight.trainer.step import micro_step, train_step, upload
+from tests.trainer.recorded import CpuRecorder
+
+CPU = torch.device("cpu")
+LARGE, SMALL = (2, 4, 8), (1, 4, 4)
+# of each kind one, the larger with 8-bit moments: a program of the interpreter takes milliseconds
+TRAINED = ("conv_in.weight", "mid_block.resnets.0.conv1.weight", "mid_block.attentions.0.norm.bias", "conv_out.bias")
+
+
+@pytest.fixture(scope="module")
+def narrow_unet() -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8, layers_per_block=1, block_out_channels=(24,), norm_num_groups=4, attention_head_dim=2,
+        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), cross_attention_dim=8,
+    ).train()  # fmt: skip
+    for name, p in unet.named_parameters():
+        p.requires_grad_(name in TRAINED)
+    return unet
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    # the optimizer's reference reads the skip flags back; its kernel does not
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+def batch_of(number: int, shape: tuple[int, int, int]) -> Batch:
+    size, height, width = shape
+    generator = torch.Generator().manual_seed(number)
+    mean, logvar = (torch.randn(size, 4, height, width, generator=generator) for _ in range(2))
+    text = torch.randn(size, 5, 8, generator=generator)
+    ids = tuple(range(10 * number, 10 * number + size))
+    return Batch(mean, logvar - 4, text, ids, (0,) * size, Bucket(8 * width, 8 * height))
+
+
+class Trained:
+    """A copy of a UNet that is trained step by step, by graphs or without."""
+
+    def __init__(self, unet: UNet2DConditionModel, dtype: torch.dtype, with_graphs: bool, **settings):
+        self.unet = copy.deepcopy(unet)
+        self.optimizer = UNetOptimizer(self.unet, Optimizer(name="adamw8bit", **settings), dtype)
+        self.schedule = make_schedule(resolve_base("tiny").config_of("scheduler"))
+        self.recorder = CpuRecorder(self.state)
+        self.graphs = StepGraphs(self.run_of(2), self.optimizer, self.recorder) if with_graphs else None
+
+    def run_of(self, num_samples: int):
+        fixed = (self.schedule, 1.0, Loss(min_snr_gamma=5.0), num_samples)
+        return lambda inputs, *place: micro_step(self.unet, self.optimizer, inputs, *fixed, *place)
+
+    def state(self) -> list[torch.Tensor]:
+        """Return all that a step may change."""
+        inner, scale = self.optimizer.inner, self.optimizer.loss_scale
+        moments = [x for m in inner.moments for x in (m.state1, m.state2, m.absmax1, m.absmax2) if x is not None]
+        buffers = self.optimizer.buffers.tensors.values()
+        kept = [*self.unet.parameters(), *inner.remainders, *moments, inner.step_counts, *buffers]
+        return [*kept, scale.scale, scale.num_good, *self.optimizer.method.counters()]
+
+    def step(self, batches: list[Batch], lr: float, num_samples: int = 2):
+        result = train_step(
+            self.unet, self.optimizer, batches, self.schedule, 1.0, Loss(min_snr_gamma=5.0), seed=1, epoch=0,
+            num_samples=num_samples, lr=lr, weight_decay=0.01, max_grad_norm=0.5, graphs=self.graphs,
+        )  # fmt: skip
+        return result.losses.clone(), result.grad_norm.clone(), result.taken.clone()
+
+
+def same_bits(some: Iterable[torch.Tensor], others: Iterable[torch.Tensor]) -> bool:
+    # a skipped step's norm is not finite
+    return all(torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in zip(some, others, strict=True))
+
+
+def pair(unet: UNet2DConditionModel, dtype: torch.dtype, **settings) -> tuple[Trained, Trained]:
+    return Trained(unet, dtype, False, **settings), Trained(unet, dtype, True, **settings)
+
+
+@pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, marks=pytest.mark.slow), torch.float16])
+def test_replayed_steps_equal_taken_ones(narrow_unet, dtype):
+    eager, replayed = pair(narrow_unet, dtype, fused_backward=True)
+    shapes = [LARGE, SMALL, LARGE, SMALL]
+    before = [x.clone() for x in replayed.state()]
+    like = upload(batch_of(0, LARGE), CPU, 1, 0)
+    assert replayed.graphs.prepare({Shape(*shape) for shape in shapes}, like) == 2
+    assert replayed.recorder.rehearsed == 2
+    assert same_bits(before, replayed.state()), "recording changed something"
+    skipped = 0
+    for number, shape in enumerate(shapes):
+        batch, lr = batch_of(number, shape), 1e-3 / (number + 1)
+        if dtype == torch.float16:
+            # 2^31: the first steps overflow and are skipped
+            for trained in (eager, replayed) if number == 0 else ():
+                trained.optimizer.loss_scale.scale.fill_(2.0**31)
+        found, expected = replayed.step([batch], lr), eager.step([batch], lr)
+        assert same_bits(found, expected), number
+        assert same_bits(eager.state(), replayed.state())
+        skipped += int(replayed.optimizer.num_skipped_tensors)
+    assert (skipped > 0) == (dtype == torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("fused", "accumulate_dtype"),
+    [(True, "fp32"), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(True, "auto"), (False, "auto")])],
+)
+def test_replayed_accumulation_equals_taken_steps(narrow_unet, fused, accumulate_dtype):
+    eager, replayed = pair(narrow_unet, torch.bfloat16, fused_backward=fused)
+    for trained in (eager, replayed):
+        trained.optimizer.buffers.dtype = accumulate_dtype
+        trained.optimizer.buffers.allocate()
+    # two micro-batches a step, the epoch's last step has one
+    sizes = [LARGE, SMALL, LARGE]
+    like = upload(batch_of(0, LARGE), CPU, 1, 0)
+    wanted = shapes_of(sizes, 2)
+    assert replayed.graphs.prepare(wanted, like) == len(wanted) == 3
+    batches = [batch_of(number, size) for number, size in enumerate(sizes)]
+    for start in range(0, len(batches), 2):
+        group = batches[start : start + 2]
+        found, expected = replayed.step(group, 1e-3), eager.step(group, 1e-3)
+        assert same_bits(found, expected), start
+    assert same_bits(eager.state(), replayed.state())
+
+
+def test_another_stage_has_graphs_of_its_own(narrow_unet):
+    eager, replayed = pair(narrow_unet, torch.bfloat16, fused_backward=False)
+    like, batch = upload(batch_of(0, SMALL), CPU, 1, 0), batch_of(3, SMALL)
+    for num_samples in (2, 1):
+        replayed.graphs.clear()
+        replayed.graphs = StepGraphs(replayed.run_of(num_samples), replayed.optimizer, replayed.recorder)
+        replayed.graphs.prepare({Shape(*SMALL)}, like)
+        found, expected = (t.step([batch], 1e-3, num_samples) for t in (replayed, eager))
+        assert same_bits(found, expected), num_samples
+    assert same_bits(eager.state(), replayed.state())
+
+
+def test_a_shape_is_recorded_once_and_an_unknown_one_refused(narrow_unet, monkeypatch):
+    trained = Trained(narrow_unet, torch.bfloat16, True)
+    monkeypatch.setattr(trained.graphs, "_run", lambda inputs, *place: inputs.mean_BCHW.sum())
+    like = upload(batch_of(0, SMALL), CPU, 1, 0)
+    assert trained.graphs.prepare({Shape(*LARGE), Shape(*SMALL)}, like) == 2
+    assert trained.graphs.prepare({Shape(*SMALL)}, like) == 0
+    assert len(trained.graphs) == 2
+    batch = upload(batch_of(4, LARGE), CPU, 1, 0)
+    assert torch.equal(trained.graphs(batch), batch.mean_BCHW.sum())
+    with pytest.raises(KeyError):
+        trained.graphs(batch, is_last=False)
+
+
+def test_what_reads_back_or_is_rebound_does_not_replay():
+    """The recorder has teeth: of what a graph cannot do it does nothing either."""
+    recorder, total, held = CpuRecorder(lambda: []), torch.zeros(()), {}
+    with pytest.raises(RuntimeError, match="reads a number back"):
+        recorder.record(lambda: (total + 1).item())
+
+    def rebinds(x: torch.Tensor) -> torch.Tensor:
+        held["sum"] = held.get("sum", total) + x
+        return held["sum"]
+
+    x = torch.ones(())
+    replay, result = recorder.record(partial(rebinds, x))
+    replay(), replay()
+    assert result == 1, "added to what was there while it was recorded"
+
+
+def test_the_shapes_of_an_epoch():
+    sizes = [LARGE, LARGE, SMALL, LARGE, SMALL]
+    assert shapes_of(sizes, 1) == {Shape(*LARGE), Shape(*SMALL)}
+    assert shapes_of(sizes, 2) == {
+        Shape(*LARGE, True, False), Shape(*LARGE, False, True), Shape(*SMALL, True, False), Shape(*SMALL, True, True),
+    }  # fmt: skip
+    assert shapes_of([LARGE] * 3, 3) == {
+        Shape(*LARGE, True, False), Shape(*LARGE, False, False), Shape(*LARGE, False, True),
+    }  # fmt: skip

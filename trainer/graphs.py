@@ -1,0 +1,176 @@
+"""The training step as CUDA graphs: recorded once for each shape of batch, then replayed by one call of the host.
+
+A graph runs the same operators on the same memory again, and no Python. So a batch is copied into inputs that stay where they
+are, a step's numbers (learning rate, weight decay, clipping) stand on the device and are written before it, and whatever a
+step changes is changed in place. Its draws are keyed by what the inputs hold.
+
+Graphs share one pool of memory: they run one after another, and none leaves anything behind but its small results. Every new
+shape is rehearsed before any is recorded: Triton compiles, cuDNN and cuBLAS choose, and what the rehearsals took is given
+back, so that the pool and they never stand side by side. The largest comes first, so that the pool grows once.
+Source: docs.pytorch.org, CUDA semantics, CUDA Graphs.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from safelight.trainer.optim import UNetOptimizer
+from safelight.trainer.step import Inputs, MicroResult
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What one graph is for: a batch's size, its latents' height and width, and its place among a step's micro-batches."""
+
+    size: int
+    height: int
+    width: int
+    is_first: bool = True
+    is_last: bool = True
+
+    @property
+    def num_latents(self) -> int:
+        return self.size * self.height * self.width
+
+
+def shape_of(inputs: Inputs, is_first: bool = True, is_last: bool = True) -> Shape:
+    size, _, height, width = inputs.mean_BCHW.shape
+    return Shape(size, height, width, is_first, is_last)
+
+
+def shapes_of(sizes: Iterable[tuple[int, int, int]], accumulate: int) -> set[Shape]:
+    """Return the shapes of an epoch's micro-batches, given in order as (size, height, width), taken `accumulate` a step."""
+    sizes = list(sizes)
+    last = len(sizes) - 1
+    return {
+        Shape(*size, number % accumulate == 0, number % accumulate == accumulate - 1 or number == last)
+        for number, size in enumerate(sizes)
+    }
+
+
+class Recorder(Protocol):
+    """What records. rehearse runs something; settle frees what that took; record returns its replay and its results."""
+
+    def rehearse(self, run: Callable[[], object]) -> None: ...
+
+    def settle(self) -> None: ...
+
+    def record(self, run: Callable[[], MicroResult]) -> tuple[Callable[[], None], MicroResult]: ...
+
+
+class CudaRecorder:
+    """Records CUDA graphs on a device, all into one pool of memory."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        # nothing may be recorded on the default stream, nor what ran there first
+        self._stream = torch.cuda.Stream(device)
+
+    def rehearse(self, run: Callable[[], object]) -> None:
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            run()
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+    def settle(self) -> None:
+        torch.cuda.synchronize(self._device)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    def record(self, run: Callable[[], MicroResult]) -> tuple[Callable[[], None], MicroResult]:
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: the thread that reads batches ahead may pin memory meanwhile
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            result = run()
+        return graph.replay, result
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """inputs: what it reads; replay: runs it again; result: what it writes, overwritten by the next replay."""
+
+    inputs: Inputs
+    replay: Callable[[], None]
+    result: MicroResult
+
+
+def _stay(inputs: Inputs) -> Inputs:
+    """Return memory for inputs of this shape, zeros."""
+    logvar = None if inputs.logvar_BCHW is None else torch.zeros_like(inputs.logvar_BCHW)
+    rest = (torch.zeros_like(x) for x in (inputs.text_BTD, inputs.words_B5))
+    return Inputs(torch.zeros_like(inputs.mean_BCHW), logvar, *rest)
+
+
+def _copy(source: Inputs, target: Inputs) -> None:
+    for name in ("mean_BCHW", "logvar_BCHW", "text_BTD", "words_B5"):
+        found: Tensor | None = getattr(source, name)
+        if found is not None:
+            getattr(target, name).copy_(found, non_blocking=True)
+
+
+class StepGraphs:
+    """Graphs of a stage's micro-step, by shape.
+
+    run: (inputs, is_first, is_last of the step's micro-batches) -> results, tensors that the next replay overwrites.
+    optimizer: that run steps. Call `prepare` between steps alone.
+    """
+
+    def __init__(self, run: Callable[[Inputs, bool, bool], MicroResult], optimizer: UNetOptimizer, recorder: Recorder):
+        self._run, self._optimizer, self._recorder = run, optimizer, recorder
+        self._graphs: dict[Shape, _Graph] = {}
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def clear(self) -> None:
+        """Give all graphs up: what they have baked in is to change."""
+        self._graphs.clear()
+        self._optimizer.release_captures()
+
+    def prepare(self, wanted: Iterable[Shape], like: Inputs) -> int:
+        """Record the shapes that have no graph yet and return how many. like: inputs of any shape, for the rest of their form."""
+        new = sorted((s for s in set(wanted) if s not in self._graphs), key=_order)
+        if not new:
+            return 0
+        inputs = {shape: _stay(_resized(like, shape)) for shape in new}
+        for shape in new:
+            with self._optimizer.rehearsal():
+                self._recorder.rehearse(lambda shape=shape: self._take(inputs[shape], shape))
+        self._recorder.settle()
+        for shape in new:
+            replay, result = self._recorder.record(lambda shape=shape: self._take(inputs[shape], shape))
+            self._optimizer.finish_capture()
+            self._graphs[shape] = _Graph(inputs[shape], replay, result)
+        return len(new)
+
+    def _take(self, inputs: Inputs, shape: Shape) -> MicroResult:
+        return self._run(inputs, shape.is_first, shape.is_last)
+
+    def __call__(self, inputs: Inputs, is_first: bool = True, is_last: bool = True) -> MicroResult:
+        """Replay the graph of these inputs' shape on them. Raises KeyError where prepare was not told of it."""
+        graph = self._graphs[shape_of(inputs, is_first, is_last)]
+        _copy(inputs, graph.inputs)
+        graph.replay()
+        return graph.result
+
+
+def _order(shape: Shape) -> tuple:
+    return -shape.num_latents, -shape.height, -shape.size, shape.is_first, shape.is_last
+
+
+def _resized(like: Inputs, shape: Shape) -> Inputs:
+    """Return empty inputs of a shape, of the form of others."""
+    size, place = shape.size, (shape.size, like.mean_BCHW.shape[1], shape.height, shape.width)
+    return Inputs(
+        like.mean_BCHW.new_empty(place),
+        None if like.logvar_BCHW is None else like.logvar_BCHW.new_empty(place),
+        like.text_BTD.new_empty(size, *like.text_BTD.shape[1:]),
+        like.words_B5.new_empty(size, like.words_B5.shape[1]),
+    )

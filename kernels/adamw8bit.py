@@ -38,6 +38,7 @@ from safelight.kernels.blockwise import (
 from safelight.kernels.jit import cdiv, is_dense, runs_kernel
 from safelight.kernels.paged import NUM_SLOTS, Pages
 from safelight.kernels.philox import MASK_32
+from safelight.kernels.programs import Programs
 from safelight.kernels.remainder import REMAINDERS, draws, join, split, start
 
 MIN_8BIT_ELEMENTS = 4096
@@ -54,54 +55,6 @@ class Moments:
     state2: Tensor
     absmax1: Tensor | None
     absmax2: Tensor | None
-
-
-def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-class _Programs:
-    """Who does what in a launch over some tensors: (tensor, first unit) a program, and the gradients' addresses.
-
-    A captured graph has gradients and so a table of its own. Nothing is copied from the host while it is captured, and its
-    table is no memory of the capture's, which the graph itself may write to before: a spare one is taken, and filled later.
-    """
-
-    def __init__(self, sizes: dict[int, int], num_tensors: int, elements: int, unit: int, device: torch.device):
-        rows = []
-        for index, size in sizes.items():
-            firsts = torch.arange(0, size, elements) // unit
-            rows.append(torch.stack([torch.full_like(firsts, index), firsts], dim=1))
-        self.indices = tuple(sizes)
-        self.table = torch.cat(rows).to(torch.int32).to(device)
-        self._addresses = [0] * num_tensors
-        self._gradients, self._spare = (torch.zeros(num_tensors, dtype=torch.int64, device=device) for _ in range(2))
-        # tables of captured graphs, with what they wait to be filled with
-        self._captured: list[Tensor] = []
-        self._unfilled: list[list[int]] = []
-
-    def gradients(self, gradients: dict[int, Tensor]) -> Tensor:
-        """Return the addresses by tensor, copied to the device when one moved; in a capture the table they will stand in."""
-        addresses = [0] * len(self._addresses)
-        for index in self.indices:
-            addresses[index] = gradients[index].data_ptr()
-        if _is_capturing(self.table.device):
-            assert not self._unfilled, "finish_capture was not called after the capture before"
-            self._unfilled.append(addresses)
-            return self._spare
-        if addresses != self._addresses:
-            self._addresses = addresses
-            self._gradients.copy_(torch.tensor(addresses), non_blocking=True)
-        return self._gradients
-
-    def finish_capture(self) -> None:
-        for addresses in self._unfilled:
-            self._captured.append(self._spare.copy_(torch.tensor(addresses)))
-            self._spare = torch.zeros_like(self._spare)
-        self._unfilled.clear()
-
-    def release_captures(self) -> None:
-        self._captured.clear()
 
 
 class AdamW8bit:
@@ -157,7 +110,7 @@ class AdamW8bit:
         self.is_rehearsing = False
         self._seed = torch.tensor([seed & MASK_32, seed >> 32], dtype=torch.int64, device=device)
         self._tables: list[Tensor] = []
-        self._programs: dict[tuple[int, ...], list[tuple[bool, _Programs]]] = {}
+        self._programs: dict[tuple[int, ...], list[tuple[bool, Programs]]] = {}
         self._indices: dict[tuple[int, ...], Tensor] = {}
         self._by_page: dict[tuple[int, ...], list[tuple[int | None, tuple[int, ...]]]] = {}
 
@@ -350,7 +303,7 @@ class AdamW8bit:
         pieces = self.pages.in_slot(index, slot)
         return pieces["remainder"], _moments(pieces)
 
-    def _programs_of(self, members: tuple[int, ...]) -> list[tuple[bool, _Programs]]:
+    def _programs_of(self, members: tuple[int, ...]) -> list[tuple[bool, Programs]]:
         """Return the launches over some tensors: (has it 8-bit moments, programs)."""
         if members not in self._programs:
             found = []
@@ -359,7 +312,7 @@ class AdamW8bit:
                     i: self.parameters[i].numel() for i in members if (self.moments[i].absmax1 is not None) == coded
                 }
                 if sizes:
-                    found.append((coded, _Programs(sizes, len(self.parameters), elements, unit, self.skips.device)))
+                    found.append((coded, Programs(sizes, len(self.parameters), elements, unit, self.skips.device)))
             self._programs[members] = found
         return self._programs[members]
 

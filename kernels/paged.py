@@ -155,10 +155,10 @@ class Pages:
         self.ring = [torch.zeros(max(self._sizes), dtype=torch.uint8, device=device) for _ in range(NUM_SLOTS)]
         self.host: Tensor | None = None
         if device.type == "cuda":
-            self.host = _pinned(sum(self._sizes))
+            self.host = _pinned(self.num_bytes)
             weakref.finalize(self, _unpin, self.host).atexit = False
         elif device.type != "meta":
-            self.host = torch.zeros(sum(self._sizes), dtype=torch.uint8)
+            self.host = torch.zeros(self.num_bytes, dtype=torch.uint8)
         if streams is None:
             streams = CudaStreams(device) if device.type == "cuda" else NoStreams()
         self._streams = streams
@@ -192,6 +192,11 @@ class Pages:
                 piece = piece.as_strided(place.shape, place.strides, piece.storage_offset())
             found[name] = piece
         return found
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all pages: host memory, which of meta tensors is not there."""
+        return sum(self._sizes)
 
     def _page(self, page: int) -> Tensor:
         return self.host[self._starts[page] :][: self._sizes[page]]

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from safelight.kernels import adamw8bit
+from safelight.kernels import adamw8bit, programs
 from safelight.kernels.adamw8bit import AdamW8bit
 from safelight.kernels.jit import record_launches, references_on_meta
 from safelight.trainer.config import Optimizer
@@ -182,7 +182,7 @@ def test_a_broken_rehearsal_leaves_nothing_either():
 def test_every_captured_graph_has_a_table_of_its_own(monkeypatch):
     """A capture is stood in for: its launches are kept, and what their tables hold is looked at when a replay would be."""
     capturing, launched = [], []
-    monkeypatch.setattr(adamw8bit, "_is_capturing", lambda device: bool(capturing))
+    monkeypatch.setattr(programs, "_is_capturing", lambda device: bool(capturing))
     monkeypatch.setattr(adamw8bit, "runs_kernel", lambda x: True)
 
     class Kept(Nothing):
@@ -227,7 +227,7 @@ def test_every_captured_graph_has_a_table_of_its_own(monkeypatch):
     with pytest.raises(AssertionError, match="finish_capture was not called"):
         taken()
     optimizer.release_captures()
-    assert not any(programs._captured for each in optimizer._programs.values() for _, programs in each)
+    assert not any(p._captured for each in optimizer._programs.values() for _, p in each)
     assert eager is not again
 
 

@@ -102,6 +102,7 @@ class Gate:
 class Compare:
     a: Annotated[Positional[str], arg(metavar="A", help="a .jsonl of results, or a commit in bench/results")]
     b: Annotated[Positional[str], arg(metavar="B", help="what to compare it with")]
+    at_most: Annotated[float, arg(help="fail where B is slower than A by more than this share; 0: never")] = 0.0
     json: AsJson = False
 
 

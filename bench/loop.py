@@ -12,7 +12,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,11 +37,13 @@ EVERYDREAM = "everydream"
 
 @dataclass
 class Epochs:
-    """Wall-clock seconds of each epoch, the first apart; idle: share of the later epochs in which a GPU ran nothing."""
+    """Wall-clock seconds of each epoch, the first apart; idle: share of the last epoch in which a GPU ran nothing, None on a
+    CPU; waited: share of the later epochs in which the loop waited for its next batch."""
 
     first_s: float
     seconds: list[float] = field(default_factory=list)
     idle: float | None = None
+    waited: float = 0.0
 
 
 def config_for(work: Workload, dataset: Path, run_dir: Path, num_epochs: int, side_px: int) -> Config:
@@ -74,7 +76,18 @@ class _Clock:
         self.device, self.per_epoch, self.num_epochs = device, steps_per_epoch, num_epochs
         self.began, self.ends, self.num_steps = time.perf_counter(), [], 0
         self.idle: float | None = None
+        self.waited_s = 0.0
         self._profiler = None
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Entered while the loop waits for a batch; the first epoch's waits are not told."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self.ends:
+                self.waited_s += time.perf_counter() - began
 
     def stepped(self) -> None:
         """Called after each step."""
@@ -97,7 +110,7 @@ class _Clock:
 
     def epochs(self) -> Epochs:
         times = [b - a for a, b in zip([self.began, *self.ends], self.ends, strict=False)]
-        return Epochs(times[0], times[1:], self.idle)
+        return Epochs(times[0], times[1:], self.idle, self.waited_s / sum(times[1:]))
 
 
 def run_ours(
@@ -111,7 +124,7 @@ def run_ours(
             clock.epoch_ended()
         if name == "optimizer":
             clock.stepped()
-        return nullcontext()
+        return clock.waiting() if name == "load" else nullcontext()
 
     with told_to(listen):
         train(config_for(work, dataset, folder / "run", num_epochs, side_px), terminal=Terminal())
@@ -124,7 +137,13 @@ def run_everydream(work: Workload, photographs: Photographs, folder: Path, num_e
     """Train as EveryDream does, on the same photographs."""
     clock = _Clock(torch.device(work.device), steps, num_epochs)
     baseline: EveryDream = make_baseline(EVERYDREAM, work)
-    baseline.photographs = photographs
+    baseline.photographs, take = photographs, photographs.take
+
+    def timed(num: int):
+        with clock.waiting():
+            return take(num)
+
+    photographs.take = timed
     (batch,) = random_batches(1, work)
     with (folder / "log.jsonl").open("w") as log:
         for epoch in range(num_epochs):
@@ -179,5 +198,6 @@ def _line(recipe: str, work: Workload, num: int, num_epochs: int, found: Epochs)
         "epoch_s": [round(s, 3) for s in (fastest, middle, slowest)],
         "images_per_s": round(num / middle, 3),
         "idle_share": None if found.idle is None else round(found.idle, 4),
+        "waited_share": round(found.waited, 4),
     }
     return make_record("loop", config, figures, torch.device(work.device))

@@ -99,14 +99,14 @@ def newest(records: list[dict]) -> dict[tuple[str, str], dict]:
     return {key_of(record): record for record in records if "config" in record}
 
 
-def flat(figures: dict, prefix: str = "") -> dict[str, float]:
-    """Return the numbers among nested figures by dotted name; of (p20, p50, p80) the p50."""
+def flat(figures: dict, prefix: str = "", place: int = 1) -> dict[str, float]:
+    """Return the numbers among nested figures by dotted name; of (p20, p50, p80) the one at a place."""
     found: dict[str, float] = {}
     for name, value in figures.items():
         if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{name}.")
+            found |= flat(value, f"{prefix}{name}.", place)
         elif isinstance(value, list) and len(value) == 3 and all(isinstance(x, int | float) for x in value):
-            found[f"{prefix}{name}"] = value[1]
+            found[f"{prefix}{name}"] = value[place]
         elif isinstance(value, int | float) and not isinstance(value, bool):
             found[f"{prefix}{name}"] = value
     return found
@@ -133,6 +133,24 @@ def compare(a: list[dict], b: list[dict]) -> list[tuple[str, str, str, float, fl
         for name, value in flat(record["figures"]).items()
         if name in flat(theirs[bench, config]["figures"])
     ]
+
+
+def slower(a: list[dict], b: list[dict], share: float) -> list[str]:
+    """Return a line for each time of b that is above a's, and each rate below it, by more than a share; newest lines.
+
+    Judged by the faster end, a time's p20 and a rate's p80: other work on a machine only ever adds time.
+    """
+    found, ours, theirs = [], newest(a), newest(b)
+    for bench, config, name, *_ in compare(a, b):
+        is_rate = name.endswith("_per_s")
+        place = 2 if is_rate else 0
+        before, after = (flat(lines[bench, config]["figures"], place=place)[name] for lines in (ours, theirs))
+        if not (is_rate or name.endswith(("_ms", "_s"))) or before <= 0 or after <= 0:
+            continue
+        longer = (before / after if is_rate else after / before) - 1
+        if longer > share:
+            found.append(f"slower by {100 * longer:.1f} %: {bench} {name} {before:g} -> {after:g}, {config}")
+    return found
 
 
 def today() -> str:

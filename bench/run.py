@@ -109,20 +109,26 @@ def gate(options: command.Gate) -> int:
 
 def compare(options: command.Compare) -> int:
     from safelight.bench.results import compare as compared
-    from safelight.bench.results import find
+    from safelight.bench.results import find, slower
 
-    rows = compared(find(options.a), find(options.b))
+    if not 0 <= options.at_most < 1:
+        raise ValueError(f"--at-most {options.at_most} is no share; use for example 0.05")
+    a, b = find(options.a), find(options.b)
+    rows = compared(a, b)
     if not rows:
         raise ValueError(f"{options.a} and {options.b} share no benchmark with the same config")
+    told = slower(a, b, options.at_most) if options.at_most else []
     if options.json:
         names = ("bench", "config", "figure", "a", "b")
         print_json([dict(zip(names, row, strict=True)) for row in rows])
-        return 0
+        return int(bool(told))
     print_table(
         f"{options.a} against {options.b}", ("figure", "A", "B", "B / A"),
         [(f"{bench} {name}", f"{a:,g}", f"{b:,g}", f"{b / a:.3f}" if a else "") for bench, _, name, a, b in rows],
     )  # fmt: skip
-    return 0
+    for line in told:
+        print(line)
+    return int(bool(told))
 
 
 def plot(options: command.Plot) -> int:
@@ -180,7 +186,7 @@ def loop(options: command.Loop) -> int:
         idle = "" if found["idle_share"] is None else f", the GPU idle {100 * found['idle_share']:.0f} % of it"
         line = (
             f"{config['recipe']}, {config['base']}, batch {config['batch_size']}: {found['epoch_s'][1]:.2f} s an epoch of "
-            f"{config['photographs']} photographs, {found['images_per_s']:.2f} images/s{idle}; the first {found['first_epoch_s']:.1f} s"
+            f"{config['photographs']} photographs, {found['images_per_s']:.2f} images/s{idle}, {100 * found['waited_share']:.1f} % of it waiting for a batch; the first {found['first_epoch_s']:.1f} s"
         )
         print(json.dumps(record) if options.json else line)
     return 0

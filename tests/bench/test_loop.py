@@ -4,6 +4,7 @@ import json
 import time
 
 import pytest
+import torch
 
 from safelight.bench import loop
 from safelight.bench.loop import bench_loop, config_for
@@ -39,7 +40,23 @@ def test_epochs_of_both_hold_their_steps_and_checkpoints(monkeypatch):
         # what fills caches and loads models is in the first
         assert found["first_epoch_s"] > 0.3
         assert found["idle_share"] is None
+        assert 0 < found["waited_share"] < 0.5
         json.dumps(record)
+
+
+def test_waits_are_a_share_of_the_later_epochs():
+    clock = loop._Clock(torch.device("cpu"), 1, 3)
+    for _ in range(3):
+        began = time.perf_counter()
+        with clock.waiting():
+            time.sleep(0.03)
+        while time.perf_counter() - began < 0.1:
+            time.sleep(0.005)
+        clock.epoch_ended()
+    assert len(clock.epochs().seconds) == 2
+    # the first epoch's wait is in neither
+    assert clock.epochs().waited == pytest.approx(clock.waited_s / sum(clock.epochs().seconds))
+    assert 0.06 <= clock.waited_s < 0.9 * sum(clock.epochs().seconds)
 
 
 def test_our_run_is_a_run_of_a_user(tmp_path):

@@ -71,6 +71,24 @@ def test_compare_takes_the_newest_line_of_the_same_config(tmp_path, capsys):
     assert "share no benchmark" in capsys.readouterr().err
 
 
+def test_compare_fails_where_b_is_slower_than_allowed(tmp_path, capsys):
+    a, same, slow = (tmp_path / f"{name}.jsonl" for name in ("a", "same", "slow"))
+    append(a, line(images_per_s=[9, 10.0, 11.0], step_ms=[100.0, 110, 120], peak_gib=1.0))
+    # a disturbed machine is slower in the middle, not at its best
+    append(same, line(images_per_s=[4, 5.0, 10.8], step_ms=[102.0, 220, 330], peak_gib=9.0))
+    append(slow, line(images_per_s=[8, 9.09, 10.0], step_ms=[110.0, 121, 132], peak_gib=1.0))
+    assert main(["bench", "compare", str(a), str(same), "--at-most", "0.05"]) == 0
+    assert "slower" not in capsys.readouterr().out
+    assert main(["bench", "compare", str(a), str(slow), "--at-most", "0.05"]) == 1
+    out = capsys.readouterr().out
+    assert "slower by 10.0 %: step images_per_s" in out
+    assert "slower by 10.0 %: step step_ms 100 -> 110" in out
+    # faster is no fault, and nobody asked
+    assert main(["bench", "compare", str(slow), str(a), "--at-most", "0.05"]) == 0
+    assert main(["bench", "compare", str(a), str(slow)]) == 0
+    assert main(["bench", "compare", str(a), str(slow), "--at-most", "5"]) == 2
+
+
 def test_pictures_are_drawn_of_what_was_measured(tmp_path, capsys):
     file = tmp_path / "r.jsonl"
     for recipe in ("safelight", "diffusers"):

@@ -122,6 +122,9 @@ class Train(Section):
     """Recompute activations in backward: selective what costs little, full for about a quarter more work, offload as full,
     what it keeps in pinned host memory. auto: on a GPU the first of none, selective, full that `safelight plan` finds to
     fit; on a CPU none."""
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"
+    """Record a step once for each shape of batch and replay it by one call of the host; an epoch then meets the batches of a
+    bucket one after another. auto: on a GPU where they fit; the log says why not."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Clip the gradients' global norm; 0: never."""
     ema_decay: Fraction = 0.0

@@ -45,6 +45,11 @@ def settle_on(config: Config, card: Card, previous: dict | None = None) -> tuple
     return settled, need
 
 
+def budget(config: Config, device: torch.device) -> int:
+    """Return the bytes that a run may take of a GPU; 0 for a CPU."""
+    return Planner(config, this_card(device)).budget if device.type == "cuda" else 0
+
+
 def record(need: Need) -> dict:
     """Return a plan as plain values, for environment.json and for `previous` of settle."""
     return asdict(need)

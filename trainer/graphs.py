@@ -34,9 +34,8 @@ class Shape:
     is_first: bool = True
     is_last: bool = True
 
-    @property
-    def num_latents(self) -> int:
-        return self.size * self.height * self.width
+    def __str__(self) -> str:
+        return f"{self.size} of {self.width} x {self.height} latents"
 
 
 def shape_of(inputs: Inputs, is_first: bool = True, is_last: bool = True) -> Shape:
@@ -101,11 +100,25 @@ class _Graph:
     result: MicroResult
 
 
-def _stay(inputs: Inputs) -> Inputs:
-    """Return memory for inputs of this shape, zeros."""
-    logvar = None if inputs.logvar_BCHW is None else torch.zeros_like(inputs.logvar_BCHW)
-    rest = (torch.zeros_like(x) for x in (inputs.text_BTD, inputs.words_B5))
-    return Inputs(torch.zeros_like(inputs.mean_BCHW), logvar, *rest)
+def in_order(shapes: Iterable[Shape]) -> list[Shape]:
+    """Return shapes with the largest first."""
+
+    def order(shape: Shape) -> tuple:
+        num_latents = shape.size * shape.height * shape.width
+        return -num_latents, -shape.height, -shape.size, shape.is_first, shape.is_last
+
+    return sorted(shapes, key=order)
+
+
+def blank(like: Inputs, shape: Shape) -> Inputs:
+    """Return inputs of a shape, zeros, of the form of others."""
+    size, place = shape.size, (shape.size, like.mean_BCHW.shape[1], shape.height, shape.width)
+    return Inputs(
+        like.mean_BCHW.new_zeros(place),
+        None if like.logvar_BCHW is None else like.logvar_BCHW.new_zeros(place),
+        like.text_BTD.new_zeros(size, *like.text_BTD.shape[1:]),
+        like.words_B5.new_zeros(size, like.words_B5.shape[1]),
+    )
 
 
 def _copy(source: Inputs, target: Inputs) -> None:
@@ -136,10 +149,10 @@ class StepGraphs:
 
     def prepare(self, wanted: Iterable[Shape], like: Inputs) -> int:
         """Record the shapes that have no graph yet and return how many. like: inputs of any shape, for the rest of their form."""
-        new = sorted((s for s in set(wanted) if s not in self._graphs), key=_order)
+        new = in_order(s for s in set(wanted) if s not in self._graphs)
         if not new:
             return 0
-        inputs = {shape: _stay(_resized(like, shape)) for shape in new}
+        inputs = {shape: blank(like, shape) for shape in new}
         for shape in new:
             with self._optimizer.rehearsal():
                 self._recorder.rehearse(lambda shape=shape: self._take(inputs[shape], shape))
@@ -159,18 +172,3 @@ class StepGraphs:
         _copy(inputs, graph.inputs)
         graph.replay()
         return graph.result
-
-
-def _order(shape: Shape) -> tuple:
-    return -shape.num_latents, -shape.height, -shape.size, shape.is_first, shape.is_last
-
-
-def _resized(like: Inputs, shape: Shape) -> Inputs:
-    """Return empty inputs of a shape, of the form of others."""
-    size, place = shape.size, (shape.size, like.mean_BCHW.shape[1], shape.height, shape.width)
-    return Inputs(
-        like.mean_BCHW.new_empty(place),
-        None if like.logvar_BCHW is None else like.logvar_BCHW.new_empty(place),
-        like.text_BTD.new_empty(size, *like.text_BTD.shape[1:]),
-        like.words_B5.new_empty(size, like.words_B5.shape[1]),
-    )

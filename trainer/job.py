@@ -22,12 +22,13 @@ from safelight.trainer.ema import WeightAverages, take_averages
 from safelight.trainer.encoders import LatentCodec, load_codec
 from safelight.trainer.equip import equip
 from safelight.trainer.fit import Need
-from safelight.trainer.gpu_memory import cap, describe, record, settle
+from safelight.trainer.gpu_memory import budget, cap, describe, record, settle
 from safelight.trainer.identity import Identity, identify
 from safelight.trainer.log import Metrics, Terminal, reset_peak_memory
 from safelight.trainer.models import PRECISIONS, base_of, check_unet, load_unet, pick_device, pick_dtype
 from safelight.trainer.optim import UNetOptimizer, memory_mode
-from safelight.trainer.run_folder import MEMORY_PLAN, recorded, recorded_attention, write_start
+from safelight.trainer.recording import Recording, reason_against, recording_for
+from safelight.trainer.run_folder import EPOCH_ORDER, MEMORY_PLAN, recorded, recorded_attention, write_start
 from safelight.trainer.saver import Saver
 from safelight.trainer.step_log import StepLog, take_state
 from safelight.trainer.timeline import Timeline
@@ -38,8 +39,9 @@ from safelight.trainer.validate import choose_subset
 class Job:
     """What the loop works with.
 
-    ema: None where the run keeps no moving average. planned: of the GPU's memory, None on a CPU. window: unlogged steps, see _log; num_timed: images since
-    window_began; note: the last logged values, for the terminal. transport: of batches to a GPU.
+    ema: None where the run keeps no moving average. planned: of the GPU's memory, None on a CPU. window: unlogged steps, see progress.py; num_timed: images since
+    window_began; note: the last logged values, for the terminal. transport: of batches to a GPU. recording: of steps
+    as CUDA graphs; is_grouped: whether an epoch meets the batches of a bucket one after another.
     """
 
     config: Config
@@ -59,6 +61,8 @@ class Job:
     stop_requested: Callable[[], bool]
     saver: Saver
     transport: SideStream | None
+    recording: Recording
+    is_grouped: bool
     window: StepLog
     planned: Need | None = None
     is_memory_compared: bool = False
@@ -80,6 +84,7 @@ def load_job(
     # on a GPU: what `auto` comes to, and whether the run fits at all
     settled, need = settle(config, device, None if step is None else recorded(run_dir, MEMORY_PLAN))
     cap(device, config.memory.limit_gib)
+    no_graphs = reason_against(settled, device, need, budget(config, device))
     schedule = make_schedule(base.config_of("scheduler"), config.loss.prediction, config.loss.zero_terminal_snr)
     # what will be refused is refused before hours of encoding
     check_unet(base)
@@ -97,6 +102,7 @@ def load_job(
         terminal.say(f"{dataset.num_cut} captions are longer than the text encoder reads and are cut at their end")
     identity = identify(config, PRECISIONS[dtype], dataset.train)
     timeline = Timeline.of(config, dataset.train)
+    schedule = schedule.to(device)
     unet = load_unet(base, config.run.seed).to(device).train()
     side = config.data.resolution // dataset.latent_factor
     attention = choose_attention(
@@ -121,10 +127,16 @@ def load_job(
         take_averages(state, ema)
         optimizer.load_state_tensors(state)
         already_skipped = int(optimizer.num_skipped_tensors) if optimizer.is_fused else 0
+    # the order of a run's batches is what it began with, wherever it goes on
+    before = None if step is None else recorded(run_dir, EPOCH_ORDER)
+    is_grouped = before.get("grouped", False) if before else not no_graphs and step is None
     run_dir.mkdir(parents=True, exist_ok=True)
     notes = [str(attention), str(optimizer)]
     if need is not None:
         notes.append(describe(need))
+        terminal.say(notes[-1])
+    notes.append(f"no CUDA graphs: {no_graphs}" if no_graphs else "steps are replayed as CUDA graphs")
+    if device.type == "cuda":
         terminal.say(notes[-1])
     notes.append("kernels off" if equipped.patched is None else str(equipped.patched))
     if ema is not None:
@@ -140,7 +152,7 @@ def load_job(
         PRECISIONS[dtype],
         device,
         attention,
-        {} if need is None else {MEMORY_PLAN: record(need)},
+        {EPOCH_ORDER: {"grouped": is_grouped}, **({} if need is None else {MEMORY_PLAN: record(need)})},
     )
     metrics = Metrics(run_dir, -1 if step is None else step, config.log.tensorboard)
     if metrics.num_unreadable:
@@ -158,8 +170,9 @@ def load_job(
     most_samples = max(stage.batch_size * stage.accumulate for stage in timeline.stages)
     saver = Saver(run_dir, identity, config.save.keep, metrics.sync, terminal.say, device, -1 if step is None else step)
     job = Job(
-        config, run_dir, device, dataset, unet, optimizer, ema, schedule.to(device), codec, timeline, metrics, terminal,
+        config, run_dir, device, dataset, unet, optimizer, ema, schedule, codec, timeline, metrics, terminal,
         subset, identity, stop_requested, saver, SideStream(device) if device.type == "cuda" else None,
+        recording_for(unet, optimizer, schedule, dataset.scaling_factor, config.loss, device, not no_graphs), is_grouped,
         StepLog(most_samples, device, window_state), need,
         num_skipped_tensors=already_skipped,
     )  # fmt: skip

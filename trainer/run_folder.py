@@ -23,6 +23,8 @@ EXAMPLE_SIDE = 320
 ATTENTION = "attention_choice"
 # and of what was planned of the GPU
 MEMORY_PLAN = "memory_plan"
+# and of the order that an epoch meets its batches in
+EPOCH_ORDER = "epoch_order"
 
 
 def _write_json(path: Path, value) -> None:

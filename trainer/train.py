@@ -16,23 +16,18 @@ from pathlib import Path
 
 import torch
 
-from safelight.data.batches import MicroBatch, iterate, plan_epoch
+from safelight.data.batches import MicroBatch, iterate, load_batch, plan_epoch
 from safelight.data.lock import FolderLock
 from safelight.trainer.cards import this_card
-from safelight.trainer.checkpoint import (
-    Position,
-    list_checkpoints,
-    rewrite_position,
-)
-from safelight.trainer.config import Config
-from safelight.trainer.gpu_memory import compare, out_of_memory
+from safelight.trainer.checkpoint import Position, list_checkpoints, rewrite_position
+from safelight.trainer.config import Config, ResolvedStage
+from safelight.trainer.gpu_memory import out_of_memory
+from safelight.trainer.graphs import StepGraphs
 from safelight.trainer.job import Job, load_job
-from safelight.trainer.log import Terminal, peak_memory_gib, reset_peak_memory
-from safelight.trainer.measure import epoch_fraction, is_due, measure
-from safelight.trainer.step import StepResult, train_step
-
-# fp16's loss scale needs up to 24 halvings to find its place; more skips in a row than this lead nowhere
-MAX_SKIPS_IN_A_ROW = 50
+from safelight.trainer.log import Terminal, reset_peak_memory
+from safelight.trainer.measure import is_due, measure
+from safelight.trainer.progress import log_step
+from safelight.trainer.step import Inputs, train_step, upload
 
 
 @dataclass(frozen=True)
@@ -127,11 +122,13 @@ def _loop(job: Job, position: Position) -> Outcome:
             epoch=position.epoch,
             batch_size=stage.batch_size,
             caption_dropout=config.data.caption_dropout,
+            grouped=job.is_grouped,
         )
         remaining = plan[position.step_in_epoch * stage.accumulate :]
         batches = iterate(
             job.dataset.cache, job.dataset.train, remaining, job.dataset.empty_key, transport=job.transport
         )
+        graphs = _begin_epoch(job, stage, remaining, position)
         for group in _groups(remaining, stage.accumulate):
             lr = timeline.learning_rate(position.epoch, position.step_in_epoch)
             try:
@@ -148,6 +145,7 @@ def _loop(job: Job, position: Position) -> Outcome:
                     lr=lr,
                     weight_decay=stage.weight_decay,
                     max_grad_norm=stage.max_grad_norm,
+                    graphs=graphs,
                 )
             except torch.OutOfMemoryError:
                 # the step is lost, with it what it had changed of the weights: nothing of it is saved
@@ -155,7 +153,7 @@ def _loop(job: Job, position: Position) -> Outcome:
             if job.ema is not None:
                 job.ema.update(result.taken)
             position = replace(position, step=position.step + 1, step_in_epoch=position.step_in_epoch + 1, stage=index)
-            _log(job, position, result, lr)
+            log_step(job, position, result, lr)
             job.saver.check()
             if position.step >= timeline.num_steps or job.stop_requested():
                 break
@@ -172,6 +170,24 @@ def _loop(job: Job, position: Position) -> Outcome:
     return Outcome(job.run_dir, position, interrupted=position.unmeasured)
 
 
+def _begin_epoch(job: Job, stage: ResolvedStage, plan: list[MicroBatch], position: Position) -> StepGraphs | None:
+    """Go through the shapes of an epoch's batches before its steps; return the graphs that these are, None without."""
+
+    def first() -> Inputs:
+        batch = load_batch(job.dataset.cache, job.dataset.train, plan[0], job.dataset.empty_key)
+        return upload(batch, job.device, job.config.run.seed, position.epoch)
+
+    try:
+        graphs, told = job.recording.begin(
+            plan, job.dataset.latent_factor, stage.accumulate, stage.batch_size * stage.accumulate, first
+        )
+    except torch.OutOfMemoryError:
+        raise ValueError(_memory_was_full(job, plan, position)) from None
+    if told:
+        job.terminal.say(told)
+    return graphs
+
+
 def _memory_was_full(job: Job, group: list[MicroBatch], position: Position) -> str:
     """Return the line that ends a run whose next step did not fit."""
     largest = max(group, key=lambda micro: (micro.bucket.width * micro.bucket.height, len(micro.refs)))
@@ -180,15 +196,6 @@ def _memory_was_full(job: Job, group: list[MicroBatch], position: Position) -> s
     return out_of_memory(
         job.config, card, job.planned, largest.bucket, len(largest.refs), position.step + 1, job.saver.saved_step
     )
-
-
-def _compare_memory(job: Job, position: Position) -> None:
-    """Once, on a GPU: tell the planned peak of training's steps beside the measured one."""
-    allocated, reserved = torch.cuda.max_memory_allocated(job.device), torch.cuda.max_memory_reserved(job.device)
-    detail = compare(job.planned, allocated, reserved)
-    job.metrics.write("event", position.step, event="memory", detail=detail)
-    job.terminal.say(detail)
-    job.is_memory_compared = True
 
 
 def _groups(plan: list[MicroBatch], size: int) -> Iterator[list[MicroBatch]]:
@@ -219,65 +226,6 @@ def _finish(job: Job, position: Position) -> Position:
     position = measure(job, position)
     _save(job, position)
     return position
-
-
-def _count_skips(job: Job, position: Position, is_due: bool) -> None:
-    """Count the skipped steps at the window's end, and write those of the window where its line is due."""
-    in_a_row = job.num_skipped
-    for number, result in enumerate(job.window.read(), start=position.step - len(job.window) + 1):
-        in_a_row = 0 if result.taken else in_a_row + 1
-        if is_due and not result.taken:
-            detail = f"step {number}: the gradient was not finite"
-            job.metrics.write("event", position.step, event="step skipped", detail=detail)
-        if in_a_row >= MAX_SKIPS_IN_A_ROW:
-            raise ValueError(
-                f"the last {in_a_row} gradients were not finite, nothing is being learnt; "
-                "use model.precision bf16 or fp32, or a lower optimizer.lr"
-            )
-    if is_due:
-        job.num_skipped = in_a_row
-        if job.optimizer.is_fused and (more := int(job.optimizer.num_skipped_tensors) - job.num_skipped_tensors) > 0:
-            job.num_skipped_tensors += more
-            detail = f"{more} tensors' gradients were not finite since the last line: they alone were not stepped"
-            job.metrics.write("event", position.step, event="tensors skipped", detail=detail)
-
-
-def _log(job: Job, position: Position, result: StepResult, lr: float) -> None:
-    """Add a step to the running mean; every log.every_steps write it and begin anew.
-
-    Skipped steps are told apart and left out of the means. Raises ValueError when every step is skipped for long.
-    Whether a step was taken is a number on the device: it is read here alone, or after 50 steps without a line.
-    """
-    job.window.add(result)
-    job.num_timed += len(result.losses)
-    config, timeline = job.config, job.timeline
-    is_due = position.step % config.log.every_steps == 0 or position.step == timeline.num_steps
-    if is_due or len(job.window) % MAX_SKIPS_IN_A_ROW == 0:
-        _count_skips(job, position, is_due)
-    if not is_due:
-        job.terminal.update("training", position.step, timeline.num_steps, job.note)
-        return
-    seconds, job.window_began = time.monotonic() - job.window_began, time.monotonic()
-    images_per_s, job.num_timed = job.num_timed / seconds, 0
-    loss, grad_norm = job.window.means()
-    job.metrics.write(
-        "train",
-        position.step,
-        epoch=round(epoch_fraction(job, position), 6),
-        stage=position.stage,
-        loss=loss,
-        lr=lr,
-        grad_norm=grad_norm,
-        images_per_s=round(images_per_s, 3),
-        memory_gib=round(peak_memory_gib(job.device), 3),
-    )
-    if job.planned is not None and not job.is_memory_compared:
-        _compare_memory(job, position)
-    told = "all steps skipped" if loss is None else f"loss {loss:.4f}"
-    rate = f"{images_per_s:.1f}" if images_per_s >= 1 else f"{images_per_s:.2g}"
-    job.note = f"{told}  {rate} img/s  {peak_memory_gib(job.device):.1f} GiB"
-    job.terminal.update("training", position.step, timeline.num_steps, job.note)
-    job.window.clear()
 
 
 def _save(job: Job, position: Position) -> None:

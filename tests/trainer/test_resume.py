@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from safelight.trainer import checkpoint, train
+from safelight.trainer import checkpoint, progress, train
 from safelight.trainer.checkpoint import list_checkpoints
 from safelight.trainer.config import parse_config
 
@@ -167,7 +167,7 @@ def test_a_run_that_learns_nothing_stops(tiny_dataset, tmp_path, monkeypatch):
         return original(unet, *args, **kwargs)
 
     monkeypatch.setattr(train, "train_step", poisoned)
-    monkeypatch.setattr(train, "MAX_SKIPS_IN_A_ROW", 3)
+    monkeypatch.setattr(progress, "MAX_SKIPS_IN_A_ROW", 3)
     settings = settings_of(tmp_path / "run", tiny_dataset)
     settings["sample"]["every_epochs"] = 0
     with pytest.raises(ValueError, match="last 3 gradients were not finite"):

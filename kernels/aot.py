@@ -32,9 +32,9 @@ from safelight.kernels.bias_residual import bias_residual
 from safelight.kernels.diffusion_loss import LossOptions, diffusion_loss
 from safelight.kernels.ema import EMA
 from safelight.kernels.geglu import geglu, geglu_bwd_again
-from safelight.kernels.group_norm_silu import group_norm_silu, group_norm_silu_again
+from safelight.kernels.group_norm_silu import group_norm_silu, group_norm_silu_again, group_norm_silu_bwd
 from safelight.kernels.jit import Launch, record_launches
-from safelight.kernels.layer_norm import add_layer_norm, layer_norm, layer_norm_again
+from safelight.kernels.layer_norm import add_layer_norm, layer_norm, layer_norm_again, layer_norm_bwd
 from safelight.kernels.noising import noising
 from safelight.kernels.remainder import REMAINDERS
 
@@ -95,6 +95,10 @@ def _group_norm(
     _both_ways(group_norm_silu(x, weight, bias, 32, silu=silu, addend_NC=addend))
     stats = [torch.empty(batch, 32, device="meta") for _ in range(2)]
     group_norm_silu_again(x, weight, bias, addend, *stats, 32, 1e-5, silu)
+    saved, dy = (x, weight, bias, addend, *stats, 32, 1e-5, silu), torch.empty_like(x)
+    # the second norm of a residual block and the last of the UNet alone are no fork
+    if addend is None:
+        group_norm_silu_bwd(dy, *saved, ds=dy)
 
 
 def _layer_norm(rows: int, features: int, dtype: torch.dtype) -> None:
@@ -102,22 +106,26 @@ def _layer_norm(rows: int, features: int, dtype: torch.dtype) -> None:
     weight, bias = _meta(features, dtype=dtype), _meta(features, dtype=dtype)
     _both_ways(add_layer_norm(x, residual, weight, bias))
     _both_ways(layer_norm(x, weight, bias))
-    layer_norm_again(x, weight, bias, *(torch.empty(rows, device="meta") for _ in range(2)), 1e-5)
+    stats = [torch.empty(rows, device="meta") for _ in range(2)]
+    layer_norm_again(x, weight, bias, *stats, 1e-5)
+    for sum_ds in (False, True):
+        layer_norm_bwd(x.detach(), x.detach(), x, weight, bias, *stats, 1e-5, sum_dx=True, sum_ds=sum_ds)
 
 
 def _geglu(rows: int, features: int, dtype: torch.dtype) -> None:
     x, dy = _meta(1, rows, features, dtype=dtype), _meta(1, rows, features // 2, dtype=dtype, grad=False)
     _both_ways(geglu(x))
-    geglu_bwd_again(dy, x.detach())
+    geglu_bwd_again(dy, x.detach(), with_sum=True)
 
 
 def _bias_residual(channels: int, side: int, dtype: torch.dtype, order: torch.memory_format) -> None:
     x = _meta(1, channels, side, side, dtype=dtype).to(memory_format=order)
-    for residual in (x, None):
+    bias = _meta(channels, dtype=dtype)
+    for residual, residual_bias in ((x, bias), (x, None), (None, None)):
         for scale in (1.0, 0.5):
-            _both_ways(bias_residual(x, _meta(channels, dtype=dtype), residual, scale))
+            _both_ways(bias_residual(x, bias, residual, scale, residual_bias))
     tokens = _meta(1, side * side, channels, dtype=dtype)
-    _both_ways(bias_residual(tokens, _meta(channels, dtype=dtype), tokens))
+    _both_ways(bias_residual(tokens, bias, tokens))
 
 
 def _steps_ends(side: int, dtype: torch.dtype, every: bool) -> None:

@@ -29,7 +29,7 @@ from safelight.kernels.group_norm_triton import (
     _group_stats_kernel,
 )
 from safelight.kernels.jit import cdiv, next_power_of_2, runs_kernel, with_flat_pixels
-from safelight.kernels.reference import recomputed_gradients, to_compute
+from safelight.kernels.reference import channel_sum, recomputed_gradients, to_compute
 
 TILE = 2048  # elements a program holds at once: 16 a thread
 TILE_CHANNELS = 128
@@ -134,15 +134,20 @@ def group_norm_silu_again(
 
 def group_norm_silu_bwd(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, addend_NC: Tensor | None, mean_NG: Tensor, rstd_NG: Tensor,
-    num_groups: int, eps: float, silu: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Return (dx, dweight, dbias, daddend)."""
+    num_groups: int, eps: float, silu: bool, *, ds: Tensor | None = None, sum_ds: bool = False,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Return (dx, dweight, dbias, daddend), and if asked for ds' sum over samples and pixels, (C,).
+
+    ds: the gradient of x from elsewhere, which dx then has in it; or None, which has no sum.
+    """
+    total = (channel_sum(ds),) if sum_ds else ()
     if not runs_kernel(x):
 
         def again(x, weight, bias, addend_NC):
             return group_norm_silu_reference(x, weight, bias, addend_NC, num_groups, eps, silu)
 
-        return recomputed_gradients(again, (x, weight, bias, addend_NC), dy)
+        dx, *rest = recomputed_gradients(again, (x, weight, bias, addend_NC), dy)
+        return dx if ds is None else dx + ds, *rest, *total
     flat, flat_dy = x.flatten(2), dy.flatten(2)
     num_samples, num_channels, num_pixels = flat.shape
     plan = _plan(num_samples, num_channels, num_pixels, num_groups)
@@ -153,6 +158,8 @@ def group_norm_silu_bwd(
     daddend_NC = torch.empty_like(addend_NC) if has_addend else None
     dx = torch.empty_like(x)
     flat_dx = dx.flatten(2)
+    has_ds = ds is not None
+    flat_ds = with_flat_pixels(ds).flatten(2) if has_ds else flat_dy
     saved = (flat, addend_NC if has_addend else flat, weight, bias, mean_NG, rstd_NG)
     shape = (num_channels, num_pixels, num_groups)
     options = {"HAS_ADDEND": has_addend, **plan.blocks}
@@ -165,10 +172,11 @@ def group_norm_silu_bwd(
         plan.num_splits, BLOCK_P=REDUCE_SPLITS, **{**options, "BLOCK_K": plan.reduce_k},
     )  # fmt: skip
     _bwd_dx_kernel[plan.grid](
-        flat_dy, *saved, means, flat_dx, *shape, *flat_dy.stride(), *flat.stride(), *flat_dx.stride(), plan.chunk,
-        SILU=silu, BLOCK_S=plan.block_s, **options,
+        flat_dy, flat_ds, *saved, means, flat_dx, *shape,
+        *flat_dy.stride(), *flat_ds.stride(), *flat.stride(), *flat_dx.stride(), plan.chunk,
+        HAS_DS=has_ds, SILU=silu, BLOCK_S=plan.block_s, **options,
     )  # fmt: skip
-    return dx, dweight, dbias, daddend_NC
+    return dx, dweight, dbias, daddend_NC, *total
 
 
 class _GroupNormSiLU(torch.autograd.Function):

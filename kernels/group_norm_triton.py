@@ -250,9 +250,10 @@ def _bwd_reduce_kernel(
 
 @kernel(varying=("C", "S", "num_groups", "chunk"))
 def _bwd_dx_kernel(
-    dy_ptr, x_ptr, addend_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, means_ptr, dx_ptr, C, S, num_groups,
-    stride_gn, stride_gc, stride_gs, stride_xn, stride_xc, stride_xs, stride_dn, stride_dc, stride_ds, chunk,
-    HAS_ADDEND: tl.constexpr, SILU: tl.constexpr, GROUP_C: tl.constexpr,
+    dy_ptr, ds_ptr, x_ptr, addend_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, means_ptr, dx_ptr, C, S, num_groups,
+    stride_gn, stride_gc, stride_gs, stride_hn, stride_hc, stride_hs, stride_xn, stride_xc, stride_xs,
+    stride_dn, stride_dc, stride_ds, chunk,
+    HAS_ADDEND: tl.constexpr, HAS_DS: tl.constexpr, SILU: tl.constexpr, GROUP_C: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(1)
@@ -271,6 +272,9 @@ def _bwd_dx_kernel(
             z = z + addend
         xhat = (z - mean) * rstd
         du = _du(dy, xhat, weight, bias, SILU)
-        # dx = rstd * (weight * du - mean_1 - xhat * mean_2)
+        # dx = rstd * (weight * du - mean_1 - xhat * mean_2) + ds
         dx = rstd * (weight * du - mean_1 - xhat * mean_2)
+        if HAS_DS:
+            ds, _mask = _load_tile(ds_ptr, channel, valid, stride_hn, stride_hc, stride_hs, start, end, BLOCK_S)
+            dx += ds
         _store_tile(dx_ptr, dx, channel, valid, stride_dn, stride_dc, stride_ds, start, end, BLOCK_S)

@@ -3,7 +3,8 @@
     s = x + residual      xhat = (s - mean) * rstd      y = weight * xhat + bias
 
 Both s and y are returned: s is the residual stream. Statistics are fp32, in two passes over a row held in registers, of s
-as it is stored. Saved are s and fp32 mean and rstd. Letters: M rows (batch x tokens), D features.
+as it is stored. Saved are s and fp32 mean and rstd. The backward pass holds two gradients whose sums over rows are those of
+biases next to the norm, and sums them up where it is asked to. Letters: M rows (batch x tokens), D features.
 Source: Ba, Kiros and Hinton 2016, arXiv:1607.06450.
 """
 
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 
 from safelight.kernels.column_sum import column_sum
 from safelight.kernels.jit import cdiv, kernel, next_power_of_2, runs_kernel
-from safelight.kernels.reference import recomputed_gradients, to_compute
+from safelight.kernels.reference import recomputed_gradients, row_sum, to_compute
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -72,14 +73,16 @@ def _layer_norm_fwd_kernel(
 @kernel(varying=("M",))
 def _layer_norm_bwd_kernel(
     dy_ptr, ds_ptr, s_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, parts_ptr, M, D,
-    HAS_DS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_DS: tl.constexpr, SUM_DX: tl.constexpr, SUM_DS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Write dx, and this program's row of partial sums of dweight and dbias: parts (2, programs, D)."""
+    """Write dx, and this program's row of partial sums of dweight, dbias and, if asked for, dx, ds: (2 to 4, programs, D)."""
     program = tl.program_id(0)
     num_programs = tl.num_programs(0)
     d = tl.arange(0, BLOCK_D)
     dweight = tl.full((BLOCK_D,), 0.0, tl.float32)
     dbias = tl.full((BLOCK_D,), 0.0, tl.float32)
+    sum_dx = tl.full((BLOCK_D,), 0.0, tl.float32)
+    sum_ds = tl.full((BLOCK_D,), 0.0, tl.float32)
     for start in range(program * BLOCK_M, M, num_programs * BLOCK_M):
         row = start + tl.arange(0, BLOCK_M).to(tl.int64)
         offsets = row[:, None] * D + d[None, :]
@@ -99,11 +102,22 @@ def _layer_norm_bwd_kernel(
         mean_2 = tl.reduce(dxhat * xhat, 1, tl.standard._sum_combine) / D
         dx = rstd[:, None] * (dxhat - mean_1[:, None] - xhat * mean_2[:, None])
         if HAS_DS:
-            dx += tl.load(ds_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            ds = tl.load(ds_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            dx += ds
+            if SUM_DS:
+                sum_ds += tl.reduce(ds, 0, tl.standard._sum_combine)
+        if SUM_DX:
+            # zero beyond M: rstd is
+            sum_dx += tl.reduce(dx, 0, tl.standard._sum_combine)
         tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     part = program.to(tl.int64) * D + d
+    size = num_programs.to(tl.int64) * D
     tl.store(parts_ptr + part, dweight, mask=d < D)
-    tl.store(parts_ptr + num_programs.to(tl.int64) * D + part, dbias, mask=d < D)
+    tl.store(parts_ptr + size + part, dbias, mask=d < D)
+    if SUM_DX:
+        tl.store(parts_ptr + 2 * size + part, sum_dx, mask=d < D)
+    if SUM_DS:
+        tl.store(parts_ptr + (2 + SUM_DX) * size + part, sum_ds, mask=d < D)
 
 
 def _blocks(x: Tensor) -> tuple[int, int, dict[str, int]]:
@@ -146,23 +160,32 @@ def layer_norm_again(s: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd
 
 
 def layer_norm_bwd(
-    dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (dx, dweight, dbias); dx is the residual's gradient as well."""
+    dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, eps: float, *,
+    sum_dx: bool = False, sum_ds: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Return (dx, dweight, dbias), then what is asked for of the sums over rows of dx and of ds, (D,), in their order.
+
+    dx is the residual's gradient as well. ds: the gradient of s from elsewhere, or None; then it has no sum either.
+    """
     if not runs_kernel(s):
 
         def again(s, weight, bias):
             return layer_norm_reference(s, weight, bias, None, eps)[1]
 
         dx, dweight, dbias = recomputed_gradients(again, (s, weight, bias), dy)
-        return (dx if ds is None else dx + ds), dweight, dbias
+        dx = dx if ds is None else dx + ds
+        return dx, dweight, dbias, *(row_sum(x) for x, wanted in ((dx, sum_dx), (ds, sum_ds)) if wanted)
     M, D, blocks = _blocks(s)
     dy, has_ds = dy.contiguous(), ds is not None
     ds = ds.contiguous() if has_ds else dy
     num_programs = min(NUM_BWD_PROGRAMS, cdiv(M, blocks["BLOCK_M"]))
     dx = torch.empty_like(s)
-    parts = torch.empty(2, num_programs, D, dtype=torch.float32, device=s.device)
-    _layer_norm_bwd_kernel[(num_programs,)](dy, ds, s, weight, mean, rstd, dx, parts, M, D, HAS_DS=has_ds, **blocks)
+    parts = torch.empty(2 + sum_dx + sum_ds, num_programs, D, dtype=torch.float32, device=s.device)
+    # four sums at once on four warps: sm_120 spills 8 bytes
+    warps = {"num_warps": 8} if sum_dx and sum_ds else {}
+    _layer_norm_bwd_kernel[(num_programs,)](
+        dy, ds, s, weight, mean, rstd, dx, parts, M, D, HAS_DS=has_ds, SUM_DX=sum_dx, SUM_DS=sum_ds, **blocks, **warps
+    )
     return dx, *column_sum(parts, weight.dtype).unbind()
 
 

@@ -18,7 +18,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from safelight.kernels.layer_norm import check_layer_norm, layer_norm_again, layer_norm_bwd, layer_norm_fwd
-from safelight.kernels.norm_silu_conv import linear_gradients
+from safelight.kernels.norm_silu_conv import check_linear, linear_gradients
+from safelight.kernels.reference import row_sum
 
 
 @torch.no_grad()
@@ -129,10 +130,10 @@ def packed_linear(
 
 class _NormPackedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, norm_weight, norm_bias, eps, *weights):
+    def forward(ctx, x, norm_weight, norm_bias, bias_in_x, eps, *weights):
         _, h, mean, rstd = layer_norm_fwd(x, norm_weight, norm_bias, None, eps)
         ctx.save_for_backward(x, norm_weight, norm_bias, mean, rstd, *weights)
-        ctx.eps = eps
+        ctx.eps, ctx.has_bias_in_x = eps, bias_in_x is not None
         ctx.set_materialize_grads(False)
         return x, *F.linear(h, packed(weights)).split([len(w) for w in weights], -1)
 
@@ -140,7 +141,7 @@ class _NormPackedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, ds, *grads):
         if all(g is None for g in grads):
-            return ds, *[None] * (3 + len(grads))
+            return ds, None, None, row_sum(ds) if ctx.has_bias_in_x else None, *[None] * (1 + len(grads))
         x, norm_weight, norm_bias, mean, rstd, *weights = ctx.saved_tensors
         norm = (x, norm_weight, norm_bias, mean, rstd)
         sizes = [len(w) for w in weights]
@@ -148,20 +149,21 @@ class _NormPackedLinear(torch.autograd.Function):
         h = layer_norm_again(*norm, ctx.eps)
         dh, dweight, _ = linear_gradients(joined(grads, -1), h, joined(weights, 0), has_bias=False)
         del h
-        dx, dnorm_weight, dnorm_bias = layer_norm_bwd(dh, ds, *norm, ctx.eps)
-        return dx, dnorm_weight, dnorm_bias, None, *dweight.split(sizes)
+        dx, dnorm_weight, dnorm_bias, *sums = layer_norm_bwd(dh, ds, *norm, ctx.eps, sum_dx=ctx.has_bias_in_x)
+        return dx, dnorm_weight, dnorm_bias, sums[0] if sums else None, None, *dweight.split(sizes)
 
 
 def norm_packed_linear(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weights: Sequence[Tensor], *, eps: float = 1e-5
-) -> tuple[Tensor, ...]:
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weights: Sequence[Tensor], *, bias_in_x: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Return (x, linear(layer_norm(x), weight) for every weight), in one product. Saves x and fp32 statistics alone.
 
     Use the x returned for what follows: its gradient then joins the norm's in the same pass. x: (..., D), fp32 | fp16 |
-    bf16; weights: (F_i, D) each, packed. Results are views of one tensor. Raises ValueError for parameters that are not
-    packed or do not fit.
+    bf16; weights: (F_i, D) each, packed; bias_in_x: (D,), gets its gradient here (kernels/norm_silu_conv.py). Results are
+    views of one tensor. Raises ValueError for parameters that are not packed or do not fit.
     """
     check_layer_norm(x, norm_weight, None)
-    if any(w.dim() != 2 or w.shape[1] != x.shape[-1] for w in weights):
-        raise ValueError(f"projections of {[tuple(w.shape) for w in weights]} do not fit x of {tuple(x.shape)}")
-    return _NormPackedLinear.apply(x.contiguous(), norm_weight, norm_bias, eps, *weights)
+    for weight in weights:
+        check_linear(x, weight)
+    return _NormPackedLinear.apply(x.contiguous(), norm_weight, norm_bias, bias_in_x, eps, *weights)

@@ -138,6 +138,9 @@ def apply(unet: UNet2DConditionModel, choice: AttentionChoice | None = None, *, 
     for module in unet.modules():
         if isinstance(module, PatchedTransformerBlock):
             module.choice, module.recompute = choice, recompute
+        if isinstance(module, PatchedTransformer) and isinstance(module.transformer_blocks[0], PatchedTransformerBlock):
+            # in a tuple: the projection keeps its one place in the state dict
+            module.transformer_blocks[0].before = (module.proj_in,)
     _number(unet)
     repack(unet)
     _to_channels_last(unet)
@@ -270,7 +273,7 @@ def remove(unet: nn.Module) -> None:
         unet.time_embed_act = None
     del unet.text_groups
     for module in unet.modules():
-        for name in ("norm_before", "time_index", "text_index", "choice", "recompute"):
+        for name in ("norm_before", "before", "time_index", "text_index", "choice", "recompute"):
             module.__dict__.pop(name, None)
         if isinstance(module, Swapped):
             module.__class__ = type(module).original

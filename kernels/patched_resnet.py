@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from safelight.kernels.bias_residual import bias_residual
-from safelight.kernels.norm_silu_conv import norm_silu_conv
+from safelight.kernels.norm_silu_conv import as_images, as_tokens, norm_silu_conv
 from safelight.kernels.packed import packed_linear
 from safelight.kernels.upsample_conv import upsample_conv
 
@@ -39,6 +39,11 @@ class Swapped:
 def channels_last(x: Tensor) -> Tensor:
     """Return x in channels-last memory, itself where it is so already."""
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def detached(bias: Tensor | None) -> Tensor | None:
+    """Return a bias that gets its gradient elsewhere."""
+    return None if bias is None else bias.detach()
 
 
 def is_plain_conv(conv: nn.Module, size: int, stride: int = 1) -> bool:
@@ -81,15 +86,23 @@ class PatchedResnetBlock(Swapped):
         x = channels_last(input_tensor)
         addend_NC = time_projections([self], temb)[0] if isinstance(temb, Tensor) else temb[self.time_index]
         norm1, norm2, shortcut = self.norm1, self.norm2, self.conv_shortcut
-        h = norm_silu_conv(x, norm1.weight, norm1.bias, norm1.num_groups, self.conv1.weight, eps=norm1.eps)
+        # where x itself is the residual, its gradient by it and the bias' sum are of one tensor, which norm1 reads
+        bias, bias_of_x = self.conv2.bias, None
+        if shortcut is None:
+            bias, bias_of_x = bias.detach(), bias
+        x, h = norm_silu_conv(
+            x, norm1.weight, norm1.bias, norm1.num_groups, self.conv1.weight, eps=norm1.eps, forks=True,
+            bias_of_x=bias_of_x,
+        )  # fmt: skip
         h = norm_silu_conv(
             h, norm2.weight, norm2.bias, norm2.num_groups, self.conv2.weight, eps=norm2.eps, addend_NC=addend_NC
         )
-        bias, residual = self.conv2.bias, x
+        residual, residual_bias = x, None
         if shortcut is not None:
-            residual = F.conv2d(x, shortcut.weight)
-            bias = bias if shortcut.bias is None else bias + shortcut.bias
-        return bias_residual(h, bias, residual, 1 / self.output_scale_factor)
+            # 1x1: a product of the pixels, whose gradient is channels-last whatever wrote it
+            tokens = F.linear(as_tokens(x), shortcut.weight.flatten(1))
+            residual, residual_bias = as_images(tokens, *x.shape[2:]), shortcut.bias
+        return bias_residual(h, bias, residual, 1 / self.output_scale_factor, residual_bias)
 
 
 def time_projections(blocks: Sequence[ResnetBlock2D], emb_ND: Tensor) -> tuple[Tensor, ...]:

@@ -3,8 +3,8 @@
     tokens = linear(group_norm(x))
     q, k, v = linear(layer_norm(tokens))            one product, packed weights     self-attention
     s, q = linear(layer_norm(s + out))              the residual add in the norm    cross-attention, k and v from the step's
-    s, f = linear(geglu(linear(layer_norm(s + out))))                               feed-forward
-    y = linear(s + f) + x
+    s = s + linear(geglu(linear(layer_norm(s + out))))                              feed-forward
+    y = linear(s) + x
 Tokens are pixels of channels-last images: nothing is transposed or copied between the two.
 Letters: B batch, T tokens, N text tokens, H heads, K head dim.
 """
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from safelight.kernels.attention import AttendProcessor, AttentionChoice, attend
 from safelight.kernels.norm_silu_conv import as_images, as_tokens, feed_forward, group_norm_linear, norm_linear
 from safelight.kernels.packed import norm_packed_linear, packed_linear
-from safelight.kernels.patched_resnet import Swapped, channels_last, is_norm, is_plain_conv
+from safelight.kernels.patched_resnet import Swapped, channels_last, detached, is_norm, is_plain_conv
 
 if TYPE_CHECKING:
     from diffusers.models.attention import BasicTransformerBlock
@@ -73,10 +73,12 @@ def text_projections(blocks: Sequence[BasicTransformerBlock], text_BND: Tensor) 
 class PatchedTransformerBlock(Swapped):
     """Self-attention, cross-attention and feed-forward of tokens.
 
-    choice: the attention that runs; text_index: the block's place among the step's text projections; recompute: do not
-    keep the feed-forward's projection for the backward pass.
+    before: the projection that made the tokens, in a tuple, where it takes its bias detached; choice: the attention that
+    runs; text_index: the block's place among the step's text projections; recompute: do not keep the feed-forward's
+    projection for the backward pass.
     """
 
+    before: tuple[nn.Module, ...] = ()
     choice: AttentionChoice
     text_index: int
     recompute: bool
@@ -104,23 +106,28 @@ class PatchedTransformerBlock(Swapped):
         """Return the tokens, (B, T, D). encoder_hidden_states: the text, or what text_projections made of it."""
         attn1, attn2, proj, out = self.attn1, self.attn2, self.ff.net[0].proj, self.ff.net[2]
         norm1, norm2, norm3 = self.norm1, self.norm2, self.norm3
-        s, *qkv = norm_packed_linear(hidden_states, norm1.weight, norm1.bias, qkv_parameters(self), eps=norm1.eps)
+        # what made the tokens leaves its bias' gradient to the norm that takes them in
+        before = self.before[0].bias if self.before else None
+        s, *qkv = norm_packed_linear(
+            hidden_states, norm1.weight, norm1.bias, qkv_parameters(self), bias_in_x=before, eps=norm1.eps
+        )
         x = self._attend(attn1, *qkv)
-        s, q = norm_linear(x, norm2.weight, norm2.bias, attn2.to_q.weight, residual=s, eps=norm2.eps)
+        s, q = norm_linear(
+            x, norm2.weight, norm2.bias, attn2.to_q.weight, residual=s, bias_in_x=attn1.to_out[0].bias, eps=norm2.eps
+        )
         text = encoder_hidden_states
         k, v = text_projections([self], text)[0] if isinstance(text, Tensor) else text[self.text_index]
         x = self._attend(attn2, q, k, v)
-        s, x = feed_forward(
-            x, norm3.weight, norm3.bias, proj.weight, proj.bias, out.weight, out.bias, residual=s, eps=norm3.eps,
-            recompute=self.recompute,
+        return feed_forward(
+            x, norm3.weight, norm3.bias, proj.weight, proj.bias, out.weight, out.bias, residual=s,
+            bias_in_x=attn2.to_out[0].bias, eps=norm3.eps, recompute=self.recompute,
         )  # fmt: skip
-        return s + x
 
     def _attend(self, attention: Attention, *qkv: Tensor) -> Tensor:
-        """Return the projected output of attention over q, k, v of (B, T, H K)."""
+        """Return the projected output of attention over q, k, v of (B, T, H K); the norm behind has its bias' gradient."""
         heads = (x.unflatten(-1, (attention.heads, -1)) for x in qkv)
         out = attention.to_out[0]
-        return F.linear(attend(*heads, self.choice, attention.scale).flatten(2), out.weight, out.bias)
+        return F.linear(attend(*heads, self.choice, attention.scale).flatten(2), out.weight, detached(out.bias))
 
 
 class PatchedTransformer(Swapped):
@@ -147,13 +154,17 @@ class PatchedTransformer(Swapped):
             )
         x = channels_last(hidden_states)
         norm, into, out = self.norm, self.proj_in, self.proj_out
-        tokens = group_norm_linear(x, norm.weight, norm.bias, norm.num_groups, into.weight, into.bias, eps=norm.eps)
+        first = self.transformer_blocks[0]
+        into_bias = detached(into.bias) if getattr(first, "before", ()) else into.bias
+        x, tokens = group_norm_linear(
+            x, norm.weight, norm.bias, norm.num_groups, into.weight, into_bias, eps=norm.eps, bias_of_x=out.bias
+        )
         for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 tokens = self._gradient_checkpointing_func(block, tokens, None, encoder_hidden_states)
             else:
                 tokens = block(tokens, None, encoder_hidden_states)
-        tokens = F.linear(tokens, out.weight.flatten(1), out.bias) + as_tokens(x)
+        tokens = F.linear(tokens, out.weight.flatten(1), detached(out.bias)) + as_tokens(x)
         image = as_images(tokens, *x.shape[2:])
         if not return_dict:
             return (image,)

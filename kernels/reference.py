@@ -28,3 +28,13 @@ def recomputed_gradients(
     wanted = [x for x in fresh if x is not None]
     found = iter(torch.autograd.grad(outputs, wanted, grad_outputs, allow_unused=True))
     return tuple(None if x is None else next(found) for x in fresh)
+
+
+def row_sum(x: Tensor) -> Tensor:
+    """Return the sum over all but the last dimension, in x's dtype. PyTorch accumulates 16-bit sums in fp32."""
+    return x.reshape(-1, x.shape[-1]).sum(dim=0)
+
+
+def channel_sum(x: Tensor) -> Tensor:
+    """Return the sum of images (N, C, ...) over samples and pixels, (C,), in x's dtype, accumulated as in row_sum."""
+    return x.sum(dim=(0, *range(2, x.dim())))

@@ -50,6 +50,17 @@ def test_forward_and_backward(check_op, shape, dtype, layout, residual, scale):
 
 
 @pytest.mark.parametrize("layout", ["plain", "channels_last"])
+def test_the_residual_may_have_a_bias_of_its_own(check_op, layout):
+    inputs = make((3, 7, 5, 11), torch.bfloat16, layout, True)
+    inputs["residual_bias"] = torch.randn(7, generator=torch.Generator().manual_seed(9)).to(torch.bfloat16)
+
+    def with_both(x, bias, residual, residual_bias):
+        return plain(x, bias, residual + residual_bias[:, None, None], scale=1.0)
+
+    check_op(bias_residual, with_both, inputs)
+
+
+@pytest.mark.parametrize("layout", ["plain", "channels_last"])
 def test_several_tiles_a_program(check_op, monkeypatch, layout):
     """13 x 17 pixels of 128 channels are 14 tiles of 16: two splits a sample take seven each."""
     monkeypatch.setattr(module, "NUM_PROGRAMS", 6)
@@ -77,6 +88,10 @@ def test_a_slice_of_a_gradient_is_made_dense_on_the_way(device):
     assert dx.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(dx, dy)
     assert torch.equal(dresidual, dy)
+    # and where the bias' gradient is made elsewhere
+    alone, _ = torch.autograd.grad(bias_residual(x, bias.detach(), residual), (x, residual), dy)
+    assert alone.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(alone, dy)
     torch.testing.assert_close(dbias, dy.sum((0, 2, 3)))
 
 

@@ -36,11 +36,28 @@ def test_forward_and_backward(check_op, dtype, shape, layout):
 def test_the_output_comes_again_with_the_gradient_and_has_the_same_bits(device, dtype):
     x, dy = make((3, 5, 74), dtype, "plain").to(device), make((3, 5, 37), dtype, "plain").to(device)
     dx, y = geglu_bwd(dy, x), geglu_fwd(x)
-    again, place = geglu_bwd_again(dy, x)
+    again, place, total = geglu_bwd_again(dy, x)
     assert torch.equal(again, dx)
     assert torch.equal(place, y)
+    assert total is None
     # one buffer for both: nothing is allocated for it
     assert place.data_ptr() == dy.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 4, 6), (3, 7, 74), (1, 37, 2 * 1280)])
+def test_the_gradient_of_a_bias_in_the_projection_comes_with_it(device, dtype, shape):
+    """2 x 1280: two blocks of features, the second not full, and five programs of seven or eight rows."""
+    x, dy = make(shape, dtype, "plain").to(device), make((*shape[:2], shape[2] // 2), dtype, "plain").to(device)
+    exact = x.double().requires_grad_()
+    (truth,) = torch.autograd.grad(plain(exact), exact, dy.double())
+    without = geglu_bwd(dy, x)
+    dx, _, total = geglu_bwd_again(dy, x, with_sum=True)
+    assert torch.equal(dx, without)
+    assert total.dtype == dtype
+    # what a sum of the gradient as it is stored errs by
+    allowed = 2 * (without.flatten(0, 1).sum(dim=0).double() - truth.sum(dim=(0, 1))).abs().max() + 1e-6
+    assert (total.double() - truth.sum(dim=(0, 1))).abs().max() <= allowed
 
 
 @pytest.mark.parametrize("layout", ["plain", "sliced"])

@@ -5,7 +5,12 @@ import torch
 from torch.nn import functional as F
 
 from safelight.kernels import group_norm_silu as module
-from safelight.kernels.group_norm_silu import group_norm_silu, group_norm_silu_again, group_norm_silu_fwd
+from safelight.kernels.group_norm_silu import (
+    group_norm_silu,
+    group_norm_silu_again,
+    group_norm_silu_bwd,
+    group_norm_silu_fwd,
+)
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # (N, C, H, W), groups: small odd ones, several splits, and the true channel counts of SD's UNets
@@ -81,6 +86,30 @@ def test_tiles_and_splits_are_merged(check_op, monkeypatch, num_programs):
     plan = module._plan(3, 64, 143, groups)
     assert (plan.num_splits, plan.chunk // plan.block_s) == {1: (1, 5), 6: (2, 3)}[num_programs]
     check(check_op, shape, groups, torch.float32, "channels_last", True, True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("samples", [1, 3])
+def test_a_gradient_from_elsewhere_joins_and_is_summed(device, dtype, samples):
+    """It may be a slice of a concatenation's; 20 channels in two groups of 10."""
+    inputs = make((samples, 20, 5, 7), dtype, "channels_last", addend=False)
+    x, weight, bias = (value.to(device) for value in inputs.values())
+    both = torch.randn(2, samples, 24, 5, 7, generator=torch.Generator().manual_seed(7)).to(device, dtype)
+    dy, ds = (g.to(memory_format=torch.channels_last)[:, 3:23] for g in both)
+    _, *stats = group_norm_silu_fwd(x, weight, bias, None, 2, 1e-5, True)
+    saved = (x, weight, bias, None, *stats, 2, 1e-5, True)
+    apart, *parameters, _ = group_norm_silu_bwd(dy, *saved)
+    dx, dweight, dbias, daddend, total = group_norm_silu_bwd(dy, *saved, ds=ds, sum_ds=True)
+    assert daddend is None
+    assert torch.equal(dweight, parameters[0])
+    assert torch.equal(dbias, parameters[1])
+    # added in fp32, where apart was rounded before
+    torch.testing.assert_close(dx, apart + ds, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
+    truth, size = (g.double().sum(dim=(0, 2, 3)) for g in (ds, ds.abs()))
+    assert total.dtype == dtype
+    # a sum in fp32, rounded once
+    allowed = torch.finfo(torch.float32).eps * size + torch.finfo(dtype).eps * truth.abs()
+    assert ((total.double() - truth).abs() <= allowed).all()
 
 
 def test_a_large_mean_costs_no_digits(device):

@@ -30,7 +30,12 @@ def plain_feed_forward(x, norm_weight, norm_bias, in_weight, in_bias, out_weight
     h = F.linear(F.layer_norm(s, s.shape[-1:], norm_weight, norm_bias, 1e-5), in_weight, in_bias)
     a, g = h.chunk(2, dim=-1)
     y = F.linear(a * F.gelu(g), out_weight, out_bias)
-    return y if residual is None else (s, y)
+    return y if residual is None else s + y
+
+
+def with_bias_in(plain, x, bias_in_x, **rest):
+    """An op of x that has the bias in it: its gradient is that of one added here."""
+    return plain(x + bias_in_x - bias_in_x.detach(), **rest)
 
 
 def draw(shapes, dtype, seed=14):
@@ -100,7 +105,57 @@ def test_group_norm_linear(check_op, shape, dtype, layout, kernel, bias):
         h = F.group_norm(x, 2, norm_weight, norm_bias, 1e-6)
         return F.linear(h.permute(0, 2, 3, 1).flatten(1, 2), weight.flatten(1), bias)
 
-    check_op(lambda **leaves: group_norm_linear(**leaves, num_groups=2, eps=1e-6), plain, inputs)
+    check_op(lambda **leaves: group_norm_linear(**leaves, num_groups=2, eps=1e-6)[1], plain, inputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_what_goes_on_beside_the_norm_joins_it_in_the_backward_pass(check_op, dtype, bias):
+    """A residual block's and a transformer's fork, with the gradient of a bias that is added to it behind."""
+    inputs = conv_inputs((3, 64, 4, 3), 10, dtype, "channels_last", False, False, 3)
+    inputs |= draw({"bias_of_x": (64,)}, dtype, seed=15) if bias else {}
+
+    def plain_fork(x, bias_of_x=None, **rest):
+        beside = x * 1.0 if bias_of_x is None else x + bias_of_x[:, None, None] - bias_of_x[:, None, None].detach()
+        return beside, plain_conv(x, **rest, groups=8, silu=True, stride=1, padding=1)
+
+    check_op(lambda **leaves: norm_silu_conv(**leaves, num_groups=8, forks=True), plain_fork, inputs)
+    names = {"conv_weight": "weight"}
+    inputs = {names.get(name, name): x for name, x in inputs.items()}
+    inputs["weight"] = inputs["weight"][:, :, 0, 0].contiguous()
+
+    def plain_tokens(x, norm_weight, norm_bias, weight, bias_of_x=None):
+        beside = x * 1.0 if bias_of_x is None else x + bias_of_x[:, None, None] - bias_of_x[:, None, None].detach()
+        h = F.group_norm(x, 8, norm_weight, norm_bias, 1e-5)
+        return beside, F.linear(h.permute(0, 2, 3, 1).flatten(1, 2), weight)
+
+    check_op(lambda **leaves: group_norm_linear(**leaves, num_groups=8), plain_tokens, inputs)
+
+
+@pytest.mark.parametrize("used", [0, 1])
+@pytest.mark.parametrize("op", ["norm_silu_conv", "group_norm_linear"])
+def test_either_way_of_a_fork_may_go_unused(used, op):
+    inputs = conv_inputs((2, 4, 3, 3), 3, torch.float64, "nchw", False, False, 3) | {"bias_of_x": torch.zeros(4)}
+    if op == "group_norm_linear":
+        inputs["weight"] = inputs.pop("conv_weight")[:, :, 0, 0].contiguous()
+    leaves = {name: x.double().requires_grad_() for name, x in inputs.items()}
+    wanted = list(leaves.values())
+
+    def plain_outputs(x, norm_weight, norm_bias, bias_of_x, **rest):
+        beside = x + bias_of_x[:, None, None]
+        if op == "norm_silu_conv":
+            return beside, plain_conv(x, norm_weight, norm_bias, **rest, groups=2, silu=True, stride=1, padding=1)
+        h = F.group_norm(x, 2, norm_weight, norm_bias, 1e-5)
+        return beside, F.linear(h.permute(0, 2, 3, 1).flatten(1, 2), **rest)
+
+    options = {"forks": True} if op == "norm_silu_conv" else {}
+    ours = {"norm_silu_conv": norm_silu_conv, "group_norm_linear": group_norm_linear}[op]
+    found, expected = (
+        torch.autograd.grad(outputs[used].square().sum(), wanted, allow_unused=True)
+        for outputs in (ours(**leaves, num_groups=2, **options), plain_outputs(**leaves))
+    )
+    for a, b in zip(found, expected, strict=True):
+        assert (a is None or not a.any()) if b is None else torch.allclose(a, b)
 
 
 @pytest.mark.grid(shape=[(1, 3, 5), (3, 7, 77), (1, 5, 320)], dtype=DTYPES, residual=[True, False], bias=[True, False])
@@ -124,6 +179,29 @@ def test_feed_forward(check_op, shape, dtype, residual, recompute):
         plain_feed_forward,
         draw(feed_forward_shapes(shape, residual), dtype),
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("op", ["norm_linear", "feed_forward"])
+def test_a_bias_of_the_projection_before_gets_its_gradient(check_op, dtype, residual, op):
+    shape = (3, 7, 20)
+    shapes = feed_forward_shapes(shape, residual)
+    if op == "norm_linear":
+        shapes = {name: shapes[name] for name in shapes if name[:3] not in ("in_", "out")} | {"weight": (12, 20)}
+    ours, plain = {"norm_linear": (norm_linear, plain_linear), "feed_forward": (feed_forward, plain_feed_forward)}[op]
+    inputs = draw(shapes | {"bias_in_x": shape[-1:]}, dtype)
+    check_op(ours, lambda **leaves: with_bias_in(plain, **leaves), inputs)
+
+
+def test_a_bias_in_x_gets_its_gradient_where_the_norm_goes_unused():
+    leaves = {name: x.requires_grad_() for name, x in draw(
+        {"x": (2, 5), "norm_weight": (5,), "norm_bias": (5,), "weight": (3, 5), "residual": (2, 5), "bias_in_x": (5,)},
+        torch.float64,
+    ).items()}  # fmt: skip
+    s, _ = norm_linear(**leaves)
+    (found,) = torch.autograd.grad(s.square().sum(), leaves["bias_in_x"])
+    torch.testing.assert_close(found, 2 * s.detach().sum(dim=0))
 
 
 def saved_bytes(function, inputs):

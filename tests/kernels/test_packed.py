@@ -86,9 +86,9 @@ def test_an_input_that_needs_no_gradient_costs_no_product(monkeypatch):
 
 @pytest.mark.parametrize("used", ["all", "s", "q"])
 def test_norm_packed_linear_is_norm_and_linear_of_each(used):
-    weights, (gain, bias) = parameters((4, 4), (3, 4), (3, 4)), parameters((4,), (4,))
+    weights, (gain, bias, before) = parameters((4, 4), (3, 4), (3, 4)), parameters((4,), (4,), (4,))
     x = torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True)
-    inputs = [x, gain, bias, *weights]
+    inputs = [x, gain, bias, before, *weights]
 
     def chosen(outputs):
         return {"all": list(outputs), "s": [outputs[0]], "q": [outputs[1]]}[used]
@@ -99,11 +99,12 @@ def test_norm_packed_linear_is_norm_and_linear_of_each(used):
         ups = [torch.randn(y.shape, generator=generator, dtype=y.dtype) for y in picked]
         return torch.autograd.grad(picked, inputs, ups, allow_unused=True)
 
-    h = F.layer_norm(x, (4,), gain, bias, 1e-5)
-    plain = (x * 1, *(F.linear(h, w) for w in weights))
+    with_before = x + before - before.detach()
+    h = F.layer_norm(with_before, (4,), gain, bias, 1e-5)
+    plain = (with_before * 1, *(F.linear(h, w) for w in weights))
     expected = grads(plain)
     pack(weights)
-    found = norm_packed_linear(x, gain, bias, weights)
+    found = norm_packed_linear(x, gain, bias, weights, bias_in_x=before)
     for y, truth in zip(found, plain, strict=True):
         torch.testing.assert_close(y, truth)
     for g, truth in zip(grads(found), expected, strict=True):
@@ -132,5 +133,5 @@ def test_what_does_not_fit_is_refused():
         packed_linear(torch.ones(2, 5, dtype=torch.float64), weights)
     with pytest.raises(ValueError, match="1 biases do not fit 2 weights"):
         packed_linear(torch.ones(2, 4, dtype=torch.float64), weights, parameters((3,)))
-    with pytest.raises(ValueError, match="do not fit x"):
+    with pytest.raises(ValueError, match="does not fit x"):
         norm_packed_linear(torch.ones(2, 5), torch.ones(5), torch.ones(5), weights)

@@ -59,7 +59,11 @@ def test_the_formulas_are_what_the_kernels_are_given(op):
     if OPS[op].is_differentiable:
         with record_launches() as backward:
             kernels._backward(outputs, inputs, tuple(torch.empty_like(y) for y in outputs))
-        passes.append((backward, OPS[op].backward_bytes))
+        if op == "bias_residual":
+            # a dense gradient goes on as it is, and PyTorch sums it up: the formula is what that reads
+            assert not backward
+        else:
+            passes.append((backward, OPS[op].backward_bytes))
     for launches, formula in passes:
         assert launches
         moved = 0

@@ -129,14 +129,18 @@ class Pages:
     """The state of some tensors, zeros to begin with.
 
     tensors: index -> parameter, dense, whose memory order its state has; all on one device. groups: indices that are
-    stepped together, every tensor in one of them. A group larger than the largest tensor makes several pages.
+    stepped together, every tensor in one of them. A group larger than the largest tensor makes several pages. device: where
+    they are stepped, if the tensors are not there yet.
 
     page_of: index -> page. ring: NUM_SLOTS flat uint8 tensors on the device. host: all pages, flat uint8, None for meta
     tensors. Raises ValueError where the host has not the memory.
     """
 
-    def __init__(self, tensors: dict[int, Tensor], groups: Sequence[Sequence[int]], streams: NoStreams | None = None):
-        device = next(iter(tensors.values())).device
+    def __init__(
+        self, tensors: dict[int, Tensor], groups: Sequence[Sequence[int]], streams: NoStreams | None = None,
+        device: torch.device | None = None,
+    ):  # fmt: skip
+        device = device or next(iter(tensors.values())).device
         sizes = {i: sum(map(_aligned, state_bytes(p.numel()).values())) for i, p in tensors.items()}
         largest = max(sizes.values())
         self._places: dict[int, _Place] = {}

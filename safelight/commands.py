@@ -156,12 +156,13 @@ def plan(argv: list[str]) -> int:
         result = table(config)
     else:
         from safelight.trainer.fit import Planner
+        from safelight.trainer.traces import CUDA
 
-        ways = Planner(config, card).table()
-        config.model.precision = ways["precision"]
+        planner = Planner(config, card)
+        ways = planner.table()
         if ways["chosen"] and ways["precision"] != "fp32":
             config.optimizer.memory = ways["chosen"]["memory"]
-        result = {**table(config), "plan": ways}
+        result = {**table(config, CUDA, planner.dtype), "plan": ways}
     if arguments.json:
         _print_json(result)
     else:
@@ -254,7 +255,7 @@ def sample(argv: list[str]) -> int:
     with Terminal() as terminal:
         files = draw_sample(
             open_run(arguments.run), list(arguments.prompt), arguments.checkpoint, arguments.out or arguments.run / "images", changes,
-            lambda done, total: terminal.update("drawing", done, total),
+            lambda done, total: terminal.update("drawing", done, total), terminal.say,
         )  # fmt: skip
     for file in files:
         print(file)

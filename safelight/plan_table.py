@@ -14,7 +14,8 @@ def _key(way: dict) -> tuple:
 
 
 def _cell(way: dict, is_chosen: bool) -> Text:
-    rate = "" if way["images_per_s"] is None else f" {way['images_per_s']:5.3g}"
+    rate = way["images_per_s"]
+    rate = "" if rate is None else f" {rate:4.2f}" if rate < 10 else f" {rate:4.3g}" if rate < 999 else f" {rate:4.0f}"
     text = f"{way['needed'] / GIB:.2f}{rate}"
     if is_chosen:
         return Text(f"> {text}", style="bold green")
@@ -33,7 +34,7 @@ def print_ways(result: dict) -> None:
     sizes = sorted({way["batch_size"] for way in ways})
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("memory", "checkpointing"):
-        table.add_column(name)
+        table.add_column(name, no_wrap=True)
     for size in sizes:
         table.add_column(f"batch {size}", justify="right", no_wrap=True)
     chosen = plan["chosen"]
@@ -44,6 +45,7 @@ def print_ways(result: dict) -> None:
     console.print(table)
     rates = "GiB of the card, and images/s" if plan["rates_known"] else "GiB of the card"
     print(f"{rates}, estimated; x does not fit" + ("; > is taken." if chosen else "."))
+    _print_noise(plan, {way["memory"] for way in ways})
     if chosen is None:
         return
     kinds = {kind: size for kind, size in chosen["kinds"].items() if size >= GIB / 200}
@@ -53,8 +55,57 @@ def print_ways(result: dict) -> None:
         parts.add_row(f"  {kind}", f"{size / GIB:.2f}")
     console.print(parts)
     if chosen["others"] > chosen["held"] + chosen["step"]:
-        print(f"Drawing samples or validating needs more than a step: {chosen['others'] / GIB:.2f} GiB.")
-    if "dataset" in result and chosen["images_per_s"]:
-        images = result["dataset"]["images trained"]
+        print("Loading, validation or drawing takes more than a step, even one image at a time.")
+    _print_between(chosen["between"])
+    _print_host(plan, chosen["host"])
+    if chosen["images_per_s"]:
+        images = result["dataset"]["images trained"] if "dataset" in result else 1000
         hours = images / chosen["images_per_s"] / 3600
-        print(f"{images:,} images take about {hours:.1f} hours of training, samples and validation not counted.")
+        print(f"{images:,} images take about {hours:.2f} hours of training, samples and validation not")
+        print("counted.")
+
+
+def _print_noise(plan: dict, modes: set[str]) -> None:
+    """Print what stochastic rounding does to a run of this length, of the modes in the table."""
+    noise = {mode: ratio for mode, ratio in plan["noise"].items() if mode in modes}
+    if not noise:
+        return
+    told = ", ".join(f"{mode} {ratio:.2g}" for mode, ratio in noise.items())
+    steps = f"{plan['noise_steps']:,}" + (" (assumed)" if plan["noise_steps_assumed"] else "")
+    print(f"Rounding noise against the way the weights go, in {steps} steps:")
+    print(f"  {told}; exact and paged have none.")
+    if loud := [mode for mode, ratio in noise.items() if ratio > plan["noise_warns_above"]]:
+        print(
+            f"  {' and '.join(loud)}: above {plan['noise_warns_above']:g}; take a finer mode, a larger lr or more steps."
+        )
+
+
+def _print_between(between: dict) -> None:
+    told = []
+    if between["validated"]:
+        told.append(f"{between['validated']} images validated")
+    if between["prompts"]:
+        where = {"gpu": "the GPU", "cpu": "the CPU (slower, same values)"}[between["decode_on"]]
+        told.append(f"{between['prompts']} prompts drawn at a time")
+        print(f"Samples are decoded on {where}.")
+    if told:
+        print(f"Between steps: {', '.join(told)}: {between['most'] / GIB:.2f} GiB at most.")
+
+
+def _print_host(plan: dict, host: dict) -> None:
+    training = {
+        "optimizer state": host["states"], "activations": host["activations"],
+        "a checkpoint's snapshot": host["snapshot"], "autoencoder": host["autoencoder"],
+    }  # fmt: skip
+    told = ", ".join(f"{name} {size / GIB:.2f}" for name, size in training.items() if size)
+    print(f"Host memory beside Python's own: {sum(training.values()) / GIB:.2f} GiB:")
+    print(f"  {told};")
+    line = f"  while loading {host['loading'] / GIB:.2f} GiB."
+    if plan["host_available_bytes"] is not None:
+        line += f" {plan['host_available_bytes'] / GIB:.2f} GiB are available here."
+    print(line)
+    if (
+        plan["host_available_bytes"] is not None
+        and max(host["loading"], sum(training.values())) > plan["host_available_bytes"]
+    ):
+        print("  That is more than there is: this run may be killed, or swap.")

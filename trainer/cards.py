@@ -2,7 +2,9 @@
 
 Nothing here was measured by this project. usable_gib: the total that torch names in its out-of-memory messages under Linux,
 from public issue threads (a desktop's own use comes off it); bandwidth_gb_s: the maker's data sheet, GB/s of 10^9;
-tflops: 16-bit matrix products accumulated in fp32, of the data sheet without sparsity unless said otherwise.
+tflops: 16-bit matrix products accumulated in fp32, of the data sheet without sparsity unless said otherwise; pcie_gb_s: of
+the card's own link one way, 8, 16 or 32 GT/s a lane coded 128 in 130 (PCI-SIG, generations 3, 4 and 5), 16 lanes but where
+said: a slower slot has less.
 """
 
 from __future__ import annotations
@@ -20,17 +22,23 @@ CONTEXT_BYTES = GIB // 2
 CUBLAS_BYTES, CUBLAS_BYTES_HOPPER = 8_519_680, 32 * MIB
 # scratch that cuDNN's convolutions ask for, a guess at the largest of SD's layers [not measured]
 CUDNN_BYTES = 64 * MIB
+# what all CUDA graphs of a run take beside the memory that their steps use [not measured]
+GRAPH_BYTES = 64 * MIB
 # of what a step allocates and frees: what the allocator reserves beyond it, a guess [not measured]
 FRAGMENTATION = 0.05
 # share of a card's matrix rate that convolutions and products of SD's shapes reach; what the goals suppose [not measured]
 MATRIX_EFFICIENCY = 0.6
 # host time of a launched operator of an eager step: 50 to 80 ms for 2,750 to 4,760 launches, as the goals suppose [not measured]
 SECONDS_A_LAUNCH = 17e-6
+# share of the link's rate that large copies from pinned memory reach [not measured]
+PCIE_EFFICIENCY = 0.8
+# share of a step's time that its backward pass takes: two thirds of the matrix work [counted, not timed]
+BACKWARD_SHARE = 2 / 3
 
 
 @dataclass(frozen=True)
 class Card:
-    """A card. has_bf16: bf16 arithmetic, cc >= 8.0; the rates are None where they are not known."""
+    """A card. has_bf16: bf16 arithmetic, cc >= 8.0; the rates are None where they are not known; is_here: in this machine."""
 
     name: str
     usable_gib: float
@@ -38,6 +46,8 @@ class Card:
     tflops: float | None = None
     has_bf16: bool = True
     is_hopper: bool = False
+    pcie_gb_s: float | None = None
+    is_here: bool = False
 
     @property
     def workspace(self) -> int:
@@ -49,30 +59,43 @@ class Card:
         """What model.precision = auto trains in."""
         return torch.bfloat16 if self.has_bf16 else torch.float16
 
-    def seconds(self, flops: int, bytes_moved: int, launches: int) -> float | None:
-        """Return an estimate of a step's time: matrix work, then memory traffic, or the host's launches if they take longer."""
-        if self.tflops is None or self.bandwidth_gb_s is None:
+    def seconds(
+        self, flops: int, bytes_moved: int, launches: int, offloaded: int = 0, paged: int = 0, is_fused: bool = False
+    ) -> float | None:
+        """Return an estimate of a step's time: matrix work, then memory traffic, or the host's launches if they take longer.
+
+        offloaded: bytes that go to the host and come back by one stream, beside all else. paged: bytes of optimizer state
+        that stream in and out, both ways at once: beside the backward pass where the step is taken in it, after it if not.
+        """
+        if self.tflops is None or self.bandwidth_gb_s is None or (self.pcie_gb_s is None and offloaded + paged):
             return None
         device = flops / (self.tflops * 1e12 * MATRIX_EFFICIENCY) + bytes_moved / (self.bandwidth_gb_s * 1e9)
-        return max(device, launches * SECONDS_A_LAUNCH)
+        step = max(device, launches * SECONDS_A_LAUNCH)
+        if not offloaded + paged:
+            return step
+        link = self.pcie_gb_s * 1e9 * PCIE_EFFICIENCY
+        before = step * (1 - BACKWARD_SHARE) if is_fused else step
+        return max(step, 2 * offloaded / link, before + paged / link)
 
 
+_GEN3, _GEN4, _GEN5 = (16 * rate * 128 / 130 / 8 for rate in (8, 16, 32))
 CARDS = {
     card.name: card
     for card in (
         # 65 TFLOP/s on paper; 24 is what its 70 W sustain
-        Card("t4", 14.56, 320, 24, has_bf16=False),
+        Card("t4", 14.56, 320, 24, has_bf16=False, pcie_gb_s=_GEN3),
         # consumer cards accumulate in fp32 at half their fp16 rate; 25.6 and 165 are the figures the goals suppose
-        Card("rtx3060", 11.75, 360, 25.6),
-        Card("rtx3090", 23.69, 936, 71),
-        Card("rtx4060", 7.63, 272, 30.2),
-        Card("rtx4090", 23.64, 1008, 165),
-        Card("l4", 22.03, 300, 121),
-        Card("a100", 39.39, 1555, 312),
-        Card("a100-80gb", 79.25, 2039, 312),
-        Card("h100", 79.1, 3350, 989, is_hopper=True),
+        Card("rtx3060", 11.75, 360, 25.6, pcie_gb_s=_GEN4),
+        Card("rtx3090", 23.69, 936, 71, pcie_gb_s=_GEN4),
+        # eight lanes
+        Card("rtx4060", 7.63, 272, 30.2, pcie_gb_s=_GEN4 / 2),
+        Card("rtx4090", 23.64, 1008, 165, pcie_gb_s=_GEN4),
+        Card("l4", 22.03, 300, 121, pcie_gb_s=_GEN4),
+        Card("a100", 39.39, 1555, 312, pcie_gb_s=_GEN4),
+        Card("a100-80gb", 79.25, 2039, 312, pcie_gb_s=_GEN4),
+        Card("h100", 79.1, 3350, 989, is_hopper=True, pcie_gb_s=_GEN5),
         # 790 measured of 989 on paper, by the study of this project's goals
-        Card("h200", 139.8, 4800, 790, is_hopper=True),
+        Card("h200", 139.8, 4800, 790, is_hopper=True, pcie_gb_s=_GEN5),
     )
 }
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:gib|gb|g)", re.IGNORECASE)
@@ -107,4 +130,6 @@ def this_card(device: torch.device) -> Card:
     except ValueError:
         known = Card(found.name, 0.0)
     has_bf16, is_hopper = (found.major, found.minor) >= (8, 0), found.major == 9
-    return Card(found.name, usable / GIB, known.bandwidth_gb_s, known.tflops, has_bf16, is_hopper)
+    return Card(
+        found.name, usable / GIB, known.bandwidth_gb_s, known.tflops, has_bf16, is_hopper, known.pcie_gb_s, True
+    )

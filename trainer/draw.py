@@ -16,14 +16,24 @@ from torch import nn
 from safelight.data.atomic import atomic_write_text
 from safelight.data.manifest import read_manifest
 from safelight.kernels.attention import apply_attention, attention_cases, choose_attention
+from safelight.trainer.between import SAMPLE_BATCH_SIZE, decode_bytes
 from safelight.trainer.checkpoint import check_files, folder_of, list_checkpoints, load_unet_weights, read_record
 from safelight.trainer.config import Config, explain, load_config
 from safelight.trainer.diffusion import NoiseSchedule, make_schedule
 from safelight.trainer.ema import load_averages
 from safelight.trainer.encoders import CaptionEncoder, LatentCodec, load_caption_encoder, load_codec
-from safelight.trainer.models import Base, base_of, latent_factor, load_unet, pick_device, pick_dtype, vae_config
+from safelight.trainer.models import (
+    Base,
+    base_of,
+    latent_factor,
+    load_unet,
+    pick_device,
+    pick_dtype,
+    vae_bytes,
+    vae_config,
+)
 from safelight.trainer.run_dir import require_run
-from safelight.trainer.run_folder import recorded_attention
+from safelight.trainer.run_folder import MEMORY_PLAN, recorded, recorded_attention
 from safelight.trainer.sample import Settings, check_size, generate, settings_of
 
 Progress = Callable[[int, int], None]
@@ -73,13 +83,29 @@ class OpenRun:
         settings: Settings,
         negative: str | None = None,
         progress: Progress | None = None,
+        say: Callable[[str], None] | None = None,
     ) -> list[Image.Image]:
-        """Return an image for each prompt; image i has the same noise whatever draws it."""
+        """Return an image for each prompt; image i has the same noise whatever draws it. say: told what is done for want of room."""
         negative = self.config.sample.negative_prompt if negative is None else negative
         with self.encoder.on(self.device) as encoder:
             text, without = encoder.encode(prompts), encoder.encode([negative])
-        with self.codec.on(self.device) as codec:
-            return generate(unet, codec, text, without, self.schedule, settings, batch_size=16, progress=progress)
+        decode_on, prompts_at_a_time = self._room(settings)
+        if decode_on != self.device and say is not None:
+            say("the GPU has no room to decode: the CPU does, which takes longer")
+        return generate(
+            unet, self.codec, text, without, self.schedule, settings, batch_size=prompts_at_a_time, decode_on=decode_on,
+            progress=progress,
+        )  # fmt: skip
+
+    def _room(self, settings: Settings) -> tuple[torch.device, int]:
+        """Return where to decode by what is free of the GPU, and how many prompts to draw at a time: as the run did."""
+        if self.device.type != "cuda":
+            return self.device, SAMPLE_BATCH_SIZE
+        plan = recorded(self.run_dir, MEMORY_PLAN) or {}
+        prompts = (plan.get("between") or {}).get("prompts") or SAMPLE_BATCH_SIZE
+        needed = decode_bytes(settings.width, settings.height, vae_bytes(self.base, self.config.model.vae))
+        free = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return self.device if needed < free else torch.device("cpu"), prompts
 
 
 def open_run(run_dir: Path) -> OpenRun:
@@ -166,7 +192,7 @@ def compare(
             if progress is not None:
                 progress(turn * total + done, 2 * total)
 
-        images = run.draw(run.unet(chosen), prompts, settings, progress=told)
+        images = run.draw(run.unet(chosen), prompts, settings, progress=told, say=say)
         for index, image in enumerate(images):
             pairs[index][name] = f"{name}-{index:03d}.png"
             image.save(folder / pairs[index][name])
@@ -182,6 +208,7 @@ def sample(
     out: Path,
     changes: dict[str, int | float | str],
     progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> list[Path]:
     """Draw prompts with a checkpoint into `out` and return the new files.
 
@@ -198,7 +225,7 @@ def sample(
     settings = settings_of(config)
     step = pick_step(run.run_dir, checkpoint)
     check_size(settings, latent_factor(vae_config(run.base, config.model.vae)))
-    images = run.draw(run.unet(step), prompts, settings, config.sample.negative_prompt, progress)
+    images = run.draw(run.unet(step), prompts, settings, config.sample.negative_prompt, progress, say)
     out.mkdir(parents=True, exist_ok=True)
     stem = f"{'base' if step is None else f'step{step}'}-seed{settings.seed}"
     # earlier images stay: other prompts would have the same name

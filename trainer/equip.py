@@ -30,12 +30,17 @@ class Equipped:
 def equip(
     unet: nn.Module, config: Config, attention: AttentionChoice, device: torch.device, dtype: torch.dtype
 ) -> Equipped:
-    """Make a UNet of fp32 weights ready to be trained in a dtype, in place. device: where it trains, or would."""
+    """Make a UNet of fp32 weights ready to be trained in a dtype, in place.
+
+    device: where it trains, and comes to tensor by tensor: a GPU never holds the fp32 weights of a 16-bit run. A UNet of
+    meta tensors stays one.
+    """
     apply_attention(unet, attention)
     patched = patch.apply(unet, attention) if patch.is_wanted(config.train.kernels, device) else None
     how = config.train.checkpointing
     apply_checkpointing(unet, "none" if how == "auto" else how)
-    optimizer = UNetOptimizer(unet, config.optimizer, dtype, config.run.seed)
+    first = next(unet.parameters())
+    optimizer = UNetOptimizer(unet, config.optimizer, dtype, config.run.seed, first.device if first.is_meta else device)
     optimizer.buffers.dtype = config.train.accumulate_dtype
     if patched is not None:
         # 16-bit weights have new memory; the moving average keeps views of it

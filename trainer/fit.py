@@ -1,49 +1,50 @@
 """What a run needs of a card in every memory mode, way of checkpointing and batch size, and which of them to take.
 
 Needed is the CUDA context, what the libraries take, and the peak of what torch allocates, traced on meta tensors
-(trainer/meta_run.py): while loading, in a step of the largest bucket, in validation's and sampling's forward pass. The
-autoencoder's decoding of samples is added by its known 0.75 GiB an image of 512 px.
+(trainer/traces.py): while loading, in a step of the largest bucket, and between steps at the least (trainer/between.py):
+validation and drawing of one image at a time, decoding on the CPU. How many at a time, and whether the GPU decodes, is then
+chosen by the room that is left. Host memory is counted beside it (trainer/host_memory.py).
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 
 from safelight.data.buckets import make_buckets
-from safelight.trainer.cards import CONTEXT_BYTES, FRAGMENTATION, GIB, Card
+from safelight.kernels.adamw8bit import MIN_8BIT_ELEMENTS
+from safelight.kernels.checkpointing import MODES
+from safelight.kernels.paged import Pages
+from safelight.trainer.between import Between, Forward, added_by, decode_bytes, fill, least_of
+from safelight.trainer.cards import CONTEXT_BYTES, FRAGMENTATION, GIB, GRAPH_BYTES, Card
 from safelight.trainer.config import Config
 from safelight.trainer.dataset import bucket_multiple
-from safelight.trainer.meta_run import MetaRun, Traced
-from safelight.trainer.models import PRECISIONS, Base, base_of, vae_config
+from safelight.trainer.host_memory import HostBytes, host_bytes
+from safelight.trainer.kernel_adamw import SPLIT_BYTES, SPLIT_ELEMENTS
+from safelight.trainer.meta_run import META, MetaRun, Traced
+from safelight.trainer.models import PRECISIONS, Base, latent_factor, resolve_model, vae_bytes, vae_config
+from safelight.trainer.noise import WARN_ABOVE, noise_to_displacement
 from safelight.trainer.optim import memory_mode
-from safelight.trainer.plan import BESIDE_BYTES, latent_factor
-from safelight.trainer.random_models import RANDOM_MODELS
-from safelight.trainer.trace import ACTIVATIONS, CUDA_ROUNDING, GRADIENTS, MASTER, OPTIMIZER, TEMPORARY, WEIGHTS
+from safelight.trainer.plan import BESIDE_BYTES, learning_rates, moment_bytes
+from safelight.trainer.replay import ACTIVATIONS, GRADIENTS, MASTER, OPTIMIZER, TEMPORARY, WEIGHTS
+from safelight.trainer.snapshot import available_bytes
+from safelight.trainer.trace import CUDA_ROUNDING
+from safelight.trainer.traces import forward_of, meta_run, step_of
 
-CUDA = torch.device("cuda")
 BATCH_SIZES = (1, 2, 4, 8)
-# TODO: kernels.checkpointing.MODES once a plan counts the host memory and the copies of offload
-MODES = ("none", "selective", "full")
 # best first: what is kept of the weights, then the least work
-MEMORY_MODES = ("exact", "near", "rounded")
-# of the autoencoder in fp32: its weights, and activations of one image (docstring of LatentCodec.decode)
-DECODE_BYTES_A_PIXEL = 0.75 * GIB / 512**2
-DECODER_BYTES = 335_000_000
-# prompts drawn at a time: batch_size of sample.generate
-SAMPLE_BATCH_SIZE = 8
-# fp32 copies of a tensor that are alive at once while it is split into 16 bits and its rest, at most (test_fit)
-SPLIT_COPIES = 7
+MEMORY_MODES = ("exact", "near", "paged", "rounded")
 
 
 @dataclass(frozen=True)
 class Need:
     """What one way of training takes. needed: bytes of the card; held: between steps; step: what a step adds at its peak.
 
-    others: the most of loading, validation, sampling, in all. images_per_s: an estimate, None where the card's rates are
-    not known. during: where the step's peak is; kinds: what is alive there, by kind.
+    others: the most of loading, and of validation and drawing at the least, in all. images_per_s: an estimate, None where
+    the card's rates are not known. during: where the step's peak is; kinds: what is alive there, by kind. between: how
+    validation and drawing are done in the room that is left.
     """
 
     memory: str
@@ -57,6 +58,8 @@ class Need:
     during: str
     kinds: dict[str, int]
     images_per_s: float | None
+    between: Between = field(default_factory=Between)
+    host: HostBytes | None = None
 
     def settings(self) -> str:
         """Return the settings of it, as they are written on the command line."""
@@ -68,9 +71,7 @@ class Need:
 
 def largest_latents(config: Config, base: Base) -> tuple[int, int]:
     """Return (height, width) of the largest bucket's latents."""
-    # an architecture without an autoencoder of its own: Stable Diffusion's
-    has_vae = not base.random_name or "vae" in RANDOM_MODELS[base.random_name]
-    factor = latent_factor(vae_config(base, config.model.vae)) if has_vae else 8
+    factor = latent_factor(vae_config(base, config.model.vae))
     buckets = make_buckets(config.data.resolution, bucket_multiple(base, factor), config.data.max_aspect)
     bucket = max(buckets, key=lambda b: (b.width * b.height, -abs(b.width - b.height)))
     return bucket.height // factor, bucket.width // factor
@@ -83,21 +84,15 @@ def dtype_on(card: Card, precision: str) -> torch.dtype:
     return card.dtype if precision == "auto" else {name: dtype for dtype, name in PRECISIONS.items()}[precision]
 
 
-@functools.lru_cache(maxsize=4)
-def _meta_run(settings: str, dtype: torch.dtype) -> MetaRun:
-    """Return a run on meta tensors, of settings as JSON: all that its memory depends on but batches."""
-    config = Config.model_validate_json(settings)
-    run = MetaRun(config, base_of(config.model), CUDA, dtype)
-    # the first step makes what the optimizer keeps
-    run.step(1, 8, 8)
-    return run
+def rounded_up(num_bytes: int) -> int:
+    return -(-num_bytes // CUDA_ROUNDING) * CUDA_ROUNDING
 
 
 class Planner:
     """A run's needs on one card. Traces are made when they are asked for, and kept."""
 
     def __init__(self, config: Config, card: Card):
-        self.config, self.card, self.base = config, card, base_of(config.model)
+        self.config, self.card, self.base = config, card, resolve_model(config.model)
         self.dtype = dtype_on(card, config.model.precision)
         self.latents = largest_latents(config, self.base)
         stages = config.stages()
@@ -117,62 +112,102 @@ class Planner:
         wanted = optimizer.memory if wanted is None else wanted
         if wanted != "auto" or self.dtype == torch.float32 or optimizer.name != "adamw8bit":
             return (memory_mode(optimizer.model_copy(update={"memory": wanted}), self.dtype),)
-        return MEMORY_MODES
+        # a moving average reads the remainders on the device
+        return tuple(mode for mode in MEMORY_MODES if mode != "paged" or self.config.train.ema_decay == 0)
 
     def _run(self, fused: bool) -> MetaRun:
         """Return the run on meta tensors, in the best memory mode that the precision allows."""
-        config = self.config
-        train = {
-            "kernels": config.train.kernels, "ema_decay": config.train.ema_decay, "accumulate": self._num_micro,
-            "accumulate_dtype": config.train.accumulate_dtype,
-        }  # fmt: skip
-        optimizer = config.optimizer.model_copy(update={"memory": "auto", "fused_backward": fused, "clipping": "auto"})
-        return _meta_run(Config(model=config.model, train=train, optimizer=optimizer).model_dump_json(), self.dtype)
+        return meta_run(self.config, self.dtype, fused, self._num_micro)
 
     def _trace(self, checkpointing: str, fused: bool, batch_size: int) -> Traced:
-        """Return a step's trace. What it adds is the same in all memory modes of one optimizer."""
-        run = self._run(fused)
-        key = (checkpointing, batch_size, *self.latents, self._num_micro)
-        if key not in run.traced:
-            run.checkpoint(checkpointing)
-            run.traced[key] = run.step(batch_size, *self.latents, self._num_micro)
-        return run.traced[key]
+        return step_of(self._run(fused), checkpointing, batch_size, self.latents, self._num_micro)
+
+    @functools.cached_property
+    def _pages(self) -> Pages | None:
+        """Return the pages of memory mode paged, on meta tensors."""
+        return self._run(self.config.optimizer.fused_backward).optimizer.method.make_pages(META)
 
     def held(self, memory: str, run: MetaRun) -> dict[str, int]:
-        """Return the bytes between steps by kind: those of the run on meta tensors, but for what completes its weights."""
+        """Return the bytes between steps by kind: those of the run on meta tensors, but for what differs in this mode."""
         held = dict(run.live.live)
-        if memory != run.optimizer.memory:
-            sizes = [BESIDE_BYTES[memory] * p.numel() for p in run.unet.parameters()]
-            held[MASTER] = sum(-(-size // CUDA_ROUNDING) * CUDA_ROUNDING for size in sizes)
+        if memory == run.optimizer.memory:
+            return held
+        sizes = [p.numel() for p in run.unet.parameters()]
+        if memory == "paged" and self._pages is not None:
+            large = [n for n in sizes if n >= MIN_8BIT_ELEMENTS]
+            sizes = [n for n in sizes if n < MIN_8BIT_ELEMENTS]
+            blocks = [(moment_bytes(n, "adamw8bit") - 2 * n) // 2 for n in large]
+            held[OPTIMIZER] += sum(rounded_up(len(slot)) for slot in self._pages.ring)
+            held[OPTIMIZER] -= 2 * sum(map(rounded_up, (*large, *blocks)))
+        held[MASTER] = sum(rounded_up(BESIDE_BYTES[memory] * n) for n in sizes)
         return held
 
-    def _loading(self, memory: str, run: MetaRun) -> int:
-        """Return the most that loading allocates; an upper bound in other modes than the traced one."""
-        held = sum(self.held(memory, run).values())
-        if memory == run.optimizer.memory:
-            return run.loading.total
-        sizes = [4 * p.numel() for p in run.unet.parameters()]
-        return max(run.loading.total - sum(run.live.live.values()) + held, sum(sizes) + SPLIT_COPIES * max(sizes))
-
-    def _others(self, memory: str, run: MetaRun) -> int:
-        """Return the most that is allocated beside training's steps."""
-        config = self.config
-        held, most = sum(self.held(memory, run).values()), self._loading(memory, run)
-        batches = []
+    @functools.cached_property
+    def _forwards(self) -> tuple[Forward | None, Forward | None]:
+        """Return what validation of n images and drawing of n prompts add; None for what the run does not do."""
+        config, sample = self.config, self.config.sample
+        run = self._run(config.optimizer.fused_backward)
+        validated = drawn = None
         if config.validate_.every_epochs and config.data.validation_fraction:
-            batches.append(config.validate_.batch_size)
-        if config.sample.every_epochs:
-            num = min(SAMPLE_BATCH_SIZE, len(config.sample.prompts) or config.sample.num_prompts)
+            validated = functools.partial(forward_of, run, self.latents)
+        if sample.every_epochs:
+            factor = latent_factor(vae_config(self.base, config.model.vae))
+            width, height = (max(1, side // factor) for side in self._drawn_size)
             # guidance runs each prompt with and without its text
-            batches.append(num * (1 if config.sample.cfg == 1 else 2))
-            width, height = (n or config.data.resolution for n in (config.sample.width, config.sample.height))
-            most = max(most, held + DECODER_BYTES + round(width * height * DECODE_BYTES_A_PIXEL))
-        for batch_size in batches:
-            key = (batch_size, *self.latents)
-            if key not in run.traced:
-                run.traced[key] = run.forward(*key)
-            most = max(most, held + run.traced[key])
-        return most
+            rows = 1 if sample.cfg == 1 else 2
+            drawn = functools.partial(forward_of, run, (height, width), rows=rows)
+        return validated, drawn
+
+    @property
+    def _drawn_size(self) -> tuple[int, int]:
+        """(width, height) of samples in px."""
+        sample, side = self.config.sample, self.config.data.resolution
+        return sample.width or side, sample.height or side
+
+    @property
+    def _decode_bytes(self) -> int:
+        return decode_bytes(*self._drawn_size, vae_bytes(self.base, self.config.model.vae))
+
+    def between(self, held: int, pool: int) -> Between:
+        """Return how validation and drawing fill the room that is left beside what is held.
+
+        pool: what CUDA graphs of the steps would keep; where not even the least fits beside that, there will be none.
+        """
+        total = functools.partial(self._with, held)
+        size, decode = self.config.validate_.batch_size, self._decode_bytes
+        found = fill(self.budget - pool, total, size, *self._forwards, decode)
+        return found if found.most <= self.budget - pool else fill(self.budget, total, size, *self._forwards, decode)
+
+    def most_between(self, held: int, between: Between) -> int:
+        """Return the bytes of the card that this takes beside what is held. Raises ValueError for no such way."""
+        return self._with(held, added_by(between, *self._forwards, self._decode_bytes))
+
+    def _with(self, held: int, added: int) -> int:
+        return self._total(held, held + added)
+
+    def _loading(self, memory: str, run: MetaRun) -> int:
+        """Return the most that loading allocates: beside what is held, packed weights twice, or pieces of fp32 before there are moments."""
+        if self.config.optimizer.name != "adamw8bit" or self.dtype == torch.float32:
+            return run.loading.total
+        held = self.held(memory, run)
+        before = held[WEIGHTS] + held[MASTER] + (held[OPTIMIZER] if memory == "paged" else 0)
+        piece = min(SPLIT_ELEMENTS, max(p.numel() for p in run.unet.parameters()))
+        return max(sum(held.values()) + run.packing, before + SPLIT_BYTES * piece)
+
+    def _total(self, held: int, allocated: int) -> int:
+        """Return the bytes of the card for so much allocated at the peak."""
+        return CONTEXT_BYTES + self.card.workspace + allocated + round(FRAGMENTATION * (allocated - held))
+
+    def _seconds(self, traced: Traced, kinds: dict[str, int], memory: str, fused: bool) -> float | None:
+        """Return an estimate of a step's time."""
+        # the optimizer's kernel reads and writes what is held by its address, which no trace sees; pages are copied as well
+        traffic = 2 * (kinds[WEIGHTS] + kinds[MASTER] + kinds[OPTIMIZER]) + kinds[WEIGHTS]
+        paged = self._pages.num_bytes if memory == "paged" and self._pages is not None else 0
+        work = traced.work
+        return self.card.seconds(
+            work.flops, work.bytes_moved + traffic + 4 * paged, work.launches,
+            traced.offloaded, paged, fused,
+        )  # fmt: skip
 
     def need(self, memory: str, checkpointing: str, batch_size: int, fused: bool | None = None) -> Need:
         """Return what one way takes. fused: the config's optimizer.fused_backward if None."""
@@ -180,17 +215,21 @@ class Planner:
         run = self._run(fused)
         traced = self._trace(checkpointing, fused, batch_size)
         kinds = self.held(memory, run)
-        held, others = sum(kinds.values()), self._others(memory, run)
-        allocated = max(held + traced.transient, others)
-        slack = round(FRAGMENTATION * (allocated - held))
-        # the optimizer's kernel reads and writes what is held by its address, which no trace sees
-        traffic = 2 * (kinds[WEIGHTS] + kinds[MASTER] + kinds[OPTIMIZER]) + kinds[WEIGHTS]
-        seconds = self.card.seconds(traced.work.flops, traced.work.bytes_moved + traffic, traced.work.launches)
+        held = sum(kinds.values())
+        others = max(self._loading(memory, run), held + least_of(*self._forwards))
+        seconds = self._seconds(traced, kinds, memory, fused)
+        paged = self._pages.num_bytes if memory == "paged" and self._pages is not None else 0
+        streams = memory == "paged" or checkpointing == "offload" or self.config.train.cuda_graphs == "off"
+        pool = 0 if streams else traced.transient + GRAPH_BYTES
+        host = host_bytes(
+            [p.numel() for p in run.unet.parameters()], self.dtype.itemsize, self.config.optimizer.name, memory,
+            self.config.train.ema_decay > 0, paged, traced.offloaded, vae_bytes(self.base, self.config.model.vae),
+        )  # fmt: skip
         return Need(
-            memory, checkpointing, fused, batch_size, CONTEXT_BYTES + self.card.workspace + allocated + slack, held,
+            memory, checkpointing, fused, batch_size, self._total(held, max(held + traced.transient, others)), held,
             traced.transient, others, traced.peak.during,
             {**kinds, **{kind: traced.peak.kinds[kind] for kind in (GRADIENTS, ACTIVATIONS, TEMPORARY)}},
-            None if seconds is None else self._num_micro * batch_size / seconds,
+            None if seconds is None else self._num_micro * batch_size / seconds, self.between(held, pool), host,
         )  # fmt: skip
 
     def fits(self, need: Need) -> bool:
@@ -242,12 +281,22 @@ class Planner:
             fix = f"{found.needed / GIB:.2f} GiB would do with {found.settings()}"
         return f"this run needs {smallest.needed / GIB:.2f} GiB at batch size {smallest.batch_size}, and {where}; {fix}"
 
+    def noise(self, rates: list[float]) -> dict[str, float]:
+        """Return the noise of stochastic rounding against the way the weights go, by the memory modes that have any."""
+        if self.dtype == torch.float32 or self.config.optimizer.name != "adamw8bit":
+            return {}
+        shapes = [tuple(p.shape) for p in self._run(self.config.optimizer.fused_backward).unet.parameters()]
+        beta1 = self.config.optimizer.betas[0]
+        return {mode: noise_to_displacement(shapes, self.dtype, mode, rates, beta1) for mode in ("near", "rounded")}
+
     def table(self) -> dict:
         """Return the plan as plain values: every way, and the chosen one."""
-        sizes = sorted({*BATCH_SIZES, self.batch_size})
+        # four columns fit a terminal
+        sizes = BATCH_SIZES if self.batch_size in BATCH_SIZES else sorted({1, *BATCH_SIZES[2:], self.batch_size})
         modes = self.memory_modes("auto") if self.config.optimizer.memory == "auto" else self.memory_modes()
         needs = [self.need(memory, how, size) for memory in modes for how in MODES for size in sizes]
         chosen = self.choose()
+        rates, is_assumed = learning_rates(self.config)
         return {
             "card": self.card.name,
             "budget_bytes": self.budget,
@@ -255,6 +304,11 @@ class Planner:
             "latents": list(self.latents),
             "batch_size": self.batch_size,
             "rates_known": self.card.tflops is not None,
+            "noise": self.noise(rates),
+            "noise_steps": len(rates),
+            "noise_steps_assumed": is_assumed,
+            "noise_warns_above": WARN_ABOVE,
+            "host_available_bytes": available_bytes() if self.card.is_here else None,
             "ways": [{**asdict(need), "fits": self.fits(need)} for need in needs],
             "chosen": None if chosen is None else asdict(chosen),
             "refusal": self.refusal() if chosen is None else "",

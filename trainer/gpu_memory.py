@@ -3,14 +3,16 @@ when the memory is full."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
 from safelight.data.buckets import Bucket
+from safelight.kernels.checkpointing import MODES
+from safelight.trainer.between import Between
 from safelight.trainer.cards import CONTEXT_BYTES, GIB, Card, this_card
 from safelight.trainer.config import Config
-from safelight.trainer.fit import MEMORY_MODES, MODES, Need, Planner
+from safelight.trainer.fit import MEMORY_MODES, Need, Planner
 
 # a plan to fall back on allocates so much less than the one that failed: more than what a plan may be off
 MARGIN = 0.1
@@ -39,6 +41,7 @@ def settle_on(config: Config, card: Card, previous: dict | None = None) -> tuple
     need = planner.choose()
     if need is None:
         raise ValueError(planner.refusal())
+    need = _as_before(need, before.get("between"), planner)
     if need.memory in MEMORY_MODES:
         settled.optimizer.memory = need.memory
     settled.train.checkpointing = need.checkpointing
@@ -60,6 +63,7 @@ def describe(need: Need) -> str:
     return (
         f"plan: {need.needed / GIB:.2f} GiB of the GPU, memory mode {need.memory}, checkpointing {need.checkpointing}"
         + (f", about {need.images_per_s:.3g} images/s" if need.images_per_s else "")
+        + (f"; between steps it has room for no more and {told}" if (told := need.between.describe()) else "")
     )
 
 
@@ -91,8 +95,18 @@ def out_of_memory(
     fix = 'lower train.batch_size and raise train.accumulate, or set train.checkpointing = "full"'
     if card is not None and need is not None:
         budget = need.needed - MARGIN * (need.held + need.step)
-        planner = Planner(config, Card(card.name, budget / GIB, has_bf16=card.has_bf16))
+        planner = Planner(config, replace(card, usable_gib=budget / GIB))
         found = planner.what_would_fit()
         if found is not None:
             fix = f"{found.needed / GIB:.2f} GiB are planned with {found.settings()}"
     return f"the GPU's memory was full in step {step}, bucket {bucket.width} x {bucket.height}, batch size {batch_size}; {kept}; {fix}"
+
+
+def _as_before(need: Need, recorded: object, planner: Planner) -> Need:
+    """Return a need whose validation and drawing are done as a run has recorded them, where that still fits."""
+    try:
+        kept = Between(**recorded)
+        most = planner.most_between(need.held, kept)
+    except (TypeError, ValueError):
+        return need
+    return replace(need, between=replace(kept, most=most)) if most <= planner.budget else need

@@ -103,14 +103,14 @@ def load_job(
     identity = identify(config, PRECISIONS[dtype], dataset.train)
     timeline = Timeline.of(config, dataset.train)
     schedule = schedule.to(device)
-    unet = load_unet(base, config.run.seed).to(device).train()
+    unet = load_unet(base, config.run.seed).train()
     side = config.data.resolution // dataset.latent_factor
     attention = choose_attention(
         device, dtype, attention_cases(unet, (side, side)), wanted=config.model.attention,
         batch=config.train.batch_size, previous=None if step is None else recorded_attention(run_dir),
     )  # fmt: skip
     equipped = equip(unet, settled, attention, device, dtype)
-    # what encoding, the probe and fp32 weights on their way took is not training's peak
+    # what encoding, the probe and loading took is not training's peak
     reset_peak_memory(device)
     optimizer, ema = equipped.optimizer, equipped.ema
     # the autoencoder waits in host memory and visits the GPU to decode samples

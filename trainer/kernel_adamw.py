@@ -21,24 +21,36 @@ from safelight.kernels.blockwise import in_memory_order
 from safelight.kernels.optimizer_state import load_state, load_value, state_of
 from safelight.kernels.paged import Pages
 from safelight.kernels.patch import shared_products
-from safelight.kernels.remainder import start
+from safelight.kernels.remainder import REMAINDERS, start
 from safelight.trainer.accumulation import GradientBuffers
 from safelight.trainer.config import Optimizer as OptimizerConfig
 
+# elements that are brought to 16 bits at a time, and bytes of the device an element takes meanwhile, at most (test_fit)
+SPLIT_ELEMENTS = 2**22
+SPLIT_BYTES = 32
 
-def _to_16_bit(p: nn.Parameter, dtype: torch.dtype, memory: str, beside: Tensor | None = None) -> Tensor | None:
-    """Bring a parameter to a dtype in its memory order and return what stands beside it, in `beside` if given.
 
-    The parameter's old memory is freed.
+def _to_16_bit(
+    p: nn.Parameter, dtype: torch.dtype, memory: str, device: torch.device, beside: Tensor | None = None
+) -> Tensor | None:
+    """Bring a parameter to a device and a dtype in its memory order; return what stands beside it, in `beside` if given.
+
+    The fp32 values pass the device by pieces, and their old memory is freed.
     """
-    source = p.detach().float()
-    weight, left = start(in_memory_order(source), dtype, memory)
-    p.data = torch.empty_like(source, dtype=dtype)
-    in_memory_order(p.data).copy_(weight)
-    if left is None:
-        return None
-    beside = torch.empty_like(source, dtype=left.dtype) if beside is None else beside
-    in_memory_order(beside).copy_(left)
+    source, kept = p.detach(), REMAINDERS[memory]
+    weight = torch.empty_like(source, dtype=dtype, device=device)
+    if kept is not None and beside is None:
+        beside = torch.empty_like(source, dtype=kept, device=device)
+    p.data = weight
+    if source.is_meta:
+        # no values to split, and on meta tensors each operator costs as much as a large one
+        return beside
+    flat = [None if x is None else in_memory_order(x).split(SPLIT_ELEMENTS) for x in (source, weight, beside)]
+    for index, piece in enumerate(flat[0]):
+        high, low = start(piece.to(device).float(), dtype, memory)
+        flat[1][index].copy_(high)
+        if low is not None:
+            flat[2][index].copy_(low)
     return beside
 
 
@@ -71,7 +83,7 @@ class KernelAdamW:
 
     def __init__(
         self, module: nn.Module, parameters: dict[str, nn.Parameter], config: OptimizerConfig, dtype: torch.dtype, memory: str,
-        seed: int,
+        seed: int, device: torch.device,
     ):  # fmt: skip
         self.parameters, self.memory, self.buffers = parameters, memory, GradientBuffers(parameters)
         self._places = {name: place for place, name in enumerate(parameters)}
@@ -81,18 +93,22 @@ class KernelAdamW:
         self._parts: dict[str, list[str]] = {}
         for name in parameters:
             self._parts.setdefault(self._part_of[name], []).append(name)
-        remainders, pages = None, self._make_pages() if memory == "paged" else None
+        remainders, pages = None, self.make_pages(device) if memory == "paged" else None
         kept = "exact" if memory == "paged" else memory
         if dtype != torch.float32:
             with torch.no_grad():
                 # one after the other: the fp32 weights and their 16-bit pairs never stand side by side
                 remainders = [
                     _to_16_bit(
-                        p, dtype, kept, pages.at_home(i)["remainder"] if pages is not None and i in pages else None
+                        p,
+                        dtype,
+                        kept,
+                        device,
+                        pages.at_home(i)["remainder"] if pages is not None and i in pages else None,
                     )
                     for i, p in enumerate(parameters.values())
                 ]
-            module.to(dtype)
+            module.to(device, dtype)
         self.inner = AdamW8bit(
             list(parameters.values()), config.betas, config.eps, kept, seed, remainders=remainders, pages=pages
         )
@@ -109,11 +125,11 @@ class KernelAdamW:
             for name, p in parameters.items():
                 p.register_post_accumulate_grad_hook(functools.partial(self._arrived, name))
 
-    def _make_pages(self) -> Pages | None:
+    def make_pages(self, device: torch.device) -> Pages | None:
         """Return host memory for the state of everything with 8-bit moments, by parts; None where nothing is as large."""
         large = {self._places[name]: p for name, p in self.parameters.items() if p.numel() >= MIN_8BIT_ELEMENTS}
         groups = [[self._places[name] for name in names] for names in self._parts.values()]
-        return Pages(large, [[i for i in group if i in large] for group in groups]) if large else None
+        return Pages(large, [[i for i in group if i in large] for group in groups], device=device) if large else None
 
     @property
     def master(self) -> dict[str, Tensor]:

@@ -8,7 +8,10 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 
+import torch
+
 from safelight.data.atomic import atomic_write_text
+from safelight.trainer.between import SAMPLE_BATCH_SIZE, Between
 from safelight.trainer.checkpoint import Position
 from safelight.trainer.job import Job
 from safelight.trainer.sample import generate, settings_of
@@ -66,6 +69,11 @@ def epoch_fraction(job: Job, position: Position) -> float:
     return position.epoch + position.step_in_epoch / per_epoch
 
 
+def _between(job: Job) -> Between:
+    """Return how the plan of the GPU's memory lets validation and drawing be done; the usual way without a plan."""
+    return Between() if job.planned is None else job.planned.between
+
+
 def _validate(job: Job, position: Position) -> Position:
     """Measure the held-out set and the training subset; return the position with the best so far."""
     settings = job.config.validate_
@@ -82,7 +90,7 @@ def _validate(job: Job, position: Position) -> Position:
             job.dataset.scaling_factor,
             seed=job.config.run.seed,
             num_bands=settings.timesteps,
-            batch_size=settings.batch_size,
+            batch_size=_between(job).validated or settings.batch_size,
             progress=_tell(job, position, f"validating {label}"),
         )
         for split, label, samples in (("held_out", "held out", held_out), ("train_subset", "trained", job.subset))
@@ -109,11 +117,13 @@ def _sample(job: Job, position: Position) -> None:
     prompts = job.dataset.sample_prompts(config)
     if not prompts:
         return
-    settings = settings_of(config)
+    settings, between = settings_of(config), _between(job)
     text, negative = job.dataset.texts(prompts), job.dataset.texts([config.sample.negative_prompt])
-    with job.codec.on(job.device) as codec:
-        told = _tell(job, position, "drawing")
-        images = generate(job.unet, codec, text, negative, job.schedule, settings, progress=told)
+    images = generate(
+        job.unet, job.codec, text, negative, job.schedule, settings, batch_size=between.prompts or SAMPLE_BATCH_SIZE,
+        decode_on=torch.device("cpu") if between.decode_on == "cpu" else job.device,
+        progress=_tell(job, position, "drawing"),
+    )  # fmt: skip
     folder = job.run_dir / "samples" / f"step-{position.step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
     rows = []

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,26 +17,39 @@ from safelight.kernels.attention import NUM_TEXT_TOKENS, attention_cases, choose
 from safelight.kernels.blockwise import BLOCK_SIZE
 from safelight.kernels.checkpointing import apply_checkpointing
 from safelight.kernels.jit import cdiv, references_on_meta
+from safelight.kernels.offload import offload_of
 from safelight.trainer.config import Config
 from safelight.trainer.diffusion import make_schedule
 from safelight.trainer.equip import equip
 from safelight.trainer.models import Base, meta_unet
-from safelight.trainer.step import train_step
-from safelight.trainer.trace import (
+from safelight.trainer.replay import (
     AVERAGE,
-    CUDA_ROUNDING,
     GRADIENTS,
     MASTER,
     OPTIMIZER,
     TEMPORARY,
     WEIGHTS,
-    LiveBytes,
     Peak,
+    Recording,
     Work,
-    gradients_told,
+    work_between,
 )
+from safelight.trainer.step import train_step
+from safelight.trainer.trace import CUDA_ROUNDING, LiveBytes, gradients_told
 
 META = torch.device("meta")
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Within the block memory is given back by references alone: when the collector comes is no property of a step."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 class _StandInAdamW8bit:
@@ -68,22 +84,37 @@ def _give_conditioning(unet: torch.nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Traced:
-    """One step. held: bytes by kind before and after it; peak: of all that is alive; work: of the whole step."""
+    """One step. held: bytes by kind before and after it; peak: of all that is alive; work: of the whole step.
+
+    offloaded: bytes of activations that go to the host and come back. recording: what happened in it.
+    """
 
     held: dict[str, int]
     peak: Peak
     work: Work
+    offloaded: int
+    recording: Recording
 
     @property
     def transient(self) -> int:
         """What the step adds to what is held."""
         return self.peak.total - sum(self.held.values())
 
+    def between(self, n: int, other: Traced, m: int, wanted: int, rounding: int) -> Traced | None:
+        """Return the step of `wanted` images from this one of n and another of m; None where it takes a trace of its own."""
+        recording = self.recording.between(n, other.recording, m, wanted)
+        if recording is None or self.held != other.held:
+            return None
+        work = work_between(self.work, n, other.work, m, wanted)
+        offloaded = self.offloaded + (wanted - n) * (other.offloaded - self.offloaded) // (m - n)
+        return Traced(self.held, recording.peak(rounding), work, offloaded, recording)
+
 
 class MetaRun:
     """A run as it would be on a device: cuda, whose kernels and allocator it supposes, or cpu.
 
-    loading: the peak while the fp32 weights become what is trained.
+    loading: the peak while the fp32 weights become what is trained, but for the pieces of fp32 that pass a device; packing: what
+    it has above what is held then.
     """
 
     def __init__(self, config: Config, base: Base, device: torch.device, dtype: torch.dtype):
@@ -100,10 +131,10 @@ class MetaRun:
             self.live.hold(self.unet.parameters(), WEIGHTS)
             self.live.phase, self.live.kind = "loading", OPTIMIZER
             equipped = equip(self.unet, config, choice, device, dtype)
-            self.loading = self.live.peak
+            self.loading, self.packing = self.live.peak, self.live.peak.total - self.live.total
         self.optimizer, self.ema = equipped.optimizer, equipped.ema
         # for who asks for the same again
-        self.traced: dict[tuple, Traced | int] = {}
+        self.traced: dict[tuple, Traced | Recording] = {}
         self._stand_in()
         self._sort()
 
@@ -152,7 +183,12 @@ class MetaRun:
 
         self.optimizer.step = told
         try:
-            with references_on_meta(self.device.type == "cpu"), live, gradients_told(live, self.unet.parameters()):
+            with (
+                references_on_meta(self.device.type == "cpu"),
+                _no_collection(),
+                live,
+                gradients_told(live, self.unet.parameters()),
+            ):
                 live.phase, live.kind = "step", None
                 live.reset_peak()
                 result = train_step(
@@ -169,18 +205,20 @@ class MetaRun:
         finally:
             del self.optimizer.step
         self._sort()
-        return Traced(dict(live.live), live.peak, live.work)
+        offload = offload_of(self.unet)
+        return Traced(
+            dict(live.live), live.peak, live.work, 0 if offload is None else offload.copied_bytes, live.recording
+        )
 
     def checkpoint(self, mode: str) -> None:
         """Take another of kernels.checkpointing's modes."""
         apply_checkpointing(self.unet, mode)
 
     @torch.no_grad()
-    def forward(self, batch_size: int, height: int, width: int) -> int:
-        """Return what a forward pass without gradients adds to what is held, as in validation and sampling."""
+    def forward(self, batch_size: int, height: int, width: int) -> Recording:
+        """Return what happens in a forward pass without gradients, as in validation and sampling."""
         dtype = next(self.unet.parameters()).dtype
-        held = self.live.total
-        with references_on_meta(self.device.type == "cpu"), self.live:
+        with references_on_meta(self.device.type == "cpu"), _no_collection(), self.live:
             self.live.reset_peak()
             latents = torch.empty(batch_size, self.unet.config.in_channels, height, width, dtype=dtype, device=META)
             text = torch.empty(
@@ -189,4 +227,4 @@ class MetaRun:
             self.unet.eval()
             self.unet(latents, torch.empty(batch_size, dtype=torch.int64, device=META), text)
             self.unet.train()
-        return self.live.peak.total - held
+        return self.live.recording

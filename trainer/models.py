@@ -6,6 +6,7 @@ Each part is loaded when it is needed and alone, so that encoders and UNet never
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import re
@@ -79,13 +80,18 @@ def _read_json(path: Path, setting: str) -> dict:
 
 def base_of(model: Model) -> Base:
     """Return where the base of a run's [model] table is. Raises ValueError, one line, if it is nowhere, or cannot be trained yet."""
-    base = resolve_base(model.base, model.config, has_vae=bool(model.vae))
+    base = resolve_model(model)
     if base.random_name and "text_encoder" not in RANDOM_MODELS[base.random_name]:
         raise ValueError(
-            f"model.base {model.base!r} is for `safelight bench` alone: only Stable Diffusion 1.x and 2.x can be trained yet; "
-            "use random:sd15 or random:sd21"
+            f"model.base {model.base!r} is for `safelight plan` and `safelight bench` alone: only Stable Diffusion 1.x and 2.x "
+            "can be trained yet; use random:sd15 or random:sd21"
         )
     return base
+
+
+def resolve_model(model: Model) -> Base:
+    """As base_of, and for what can be planned alone, too: SDXL."""
+    return resolve_base(model.base, model.config, has_vae=bool(model.vae))
 
 
 def resolve_base(spec: str, config: str = "", has_vae: bool = False) -> Base:
@@ -289,6 +295,21 @@ def latent_factor(config: dict) -> int:
     """Return the pixels a latent of an autoencoder's config, along each side."""
     is_tiny = config["_class_name"] == "AutoencoderTiny"
     return 2 ** (len(config["encoder_block_out_channels" if is_tiny else "block_out_channels"]) - 1)
+
+
+@functools.cache
+def _vae_bytes(config: str) -> int:
+    from diffusers import AutoencoderKL, AutoencoderTiny
+
+    values = json.loads(config)
+    with torch.device("meta"):
+        vae = (AutoencoderTiny if values["_class_name"] == "AutoencoderTiny" else AutoencoderKL).from_config(values)
+    return sum(4 * p.numel() for p in vae.parameters())
+
+
+def vae_bytes(base: Base, override: str) -> int:
+    """Return the bytes of the run's autoencoder in fp32. Loads no weights."""
+    return _vae_bytes(json.dumps(vae_config(base, override), sort_keys=True))
 
 
 def load_vae(base: Base, override: str, seed: int) -> nn.Module:

@@ -77,7 +77,7 @@ def memory_mode(config: OptimizerConfig, dtype: torch.dtype, device: torch.devic
 
 
 class UNetOptimizer:
-    """AdamW over a module's trainable parameters, which it brings to a dtype.
+    """AdamW over a module's trainable parameters, which it brings to a dtype, and to a device where one is given.
 
     dtype: of the weights to train with; the module's own if None. Give an fp32 module and a 16-bit dtype, and what the
     weights lose is kept beside them, as `optimizer.memory` says. seed: the run's, for stochastic rounding.
@@ -85,15 +85,23 @@ class UNetOptimizer:
     weights. Raises ValueError for settings that do not fit.
     """
 
-    def __init__(self, module: nn.Module, config: OptimizerConfig, dtype: torch.dtype | None = None, seed: int = 0):
+    def __init__(
+        self, module: nn.Module, config: OptimizerConfig, dtype: torch.dtype | None = None, seed: int = 0,
+        device: torch.device | None = None,
+    ):  # fmt: skip
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         first = next(iter(self.parameters.values()))
         dtype = dtype or first.dtype
         self.name, self.memory = config.name, memory_mode(config, dtype, first.device)
         self.clipping, self._is_fused = config.clipping_mode(), config.fused_backward
         self.has_master = dtype != torch.float32 and self.memory == "fp32"
-        kind = KernelAdamW if config.name == "adamw8bit" else LibraryAdamW
-        self.method = kind(module, self.parameters, config, dtype, self.memory, seed)
+        device = device or first.device
+        if config.name == "adamw8bit":
+            if dtype == torch.float32:
+                module.to(device)
+            self.method = KernelAdamW(module, self.parameters, config, dtype, self.memory, seed, device)
+        else:
+            self.method = LibraryAdamW(module.to(device), self.parameters, config, dtype, self.memory, seed)
         self.loss_scale = LossScale(first.device, dtype == torch.float16)
 
     @property

@@ -1,4 +1,4 @@
-"""What a run will need, before it starts. Exact static bytes; activations follow with the tracing planner."""
+"""What a run will need, before it starts: exact static bytes, steps, disk. The rest is traced (trainer/fit.py)."""
 
 from __future__ import annotations
 
@@ -11,24 +11,37 @@ import torch
 
 from safelight.data.buckets import Bucket, make_buckets, nearest_bucket
 from safelight.data.manifest import Photo, read_manifest, split_validation
+from safelight.kernels import patch
+from safelight.kernels.attention import attention_cases, choose_attention
+from safelight.kernels.paged import state_bytes
 from safelight.trainer.config import Config
 from safelight.trainer.dataset import bucket_multiple
 from safelight.trainer.kernel_adamw import part_of
-from safelight.trainer.models import PRECISIONS, base_of, latent_factor, meta_unet, pick_device, pick_dtype, vae_config
+from safelight.trainer.models import (
+    PRECISIONS,
+    latent_factor,
+    meta_unet,
+    pick_device,
+    pick_dtype,
+    resolve_model,
+    vae_config,
+)
 from safelight.trainer.optim import memory_mode
-from safelight.trainer.timeline import steps_of_counts
+from safelight.trainer.timeline import Timeline, steps_of_counts
 
 # blocks of 256 with one fp32 scale each, tensors under 4,096 elements keep fp32 moments: bitsandbytes' and ours alike
 BLOCK_SIZE = 256
 MIN_8BIT_SIZE = 4096
-BESIDE_BYTES = {"fp32": 4, "exact": 2, "near": 1, "rounded": 0}
+BESIDE_BYTES = {"fp32": 4, "exact": 2, "near": 1, "rounded": 0, "paged": 2}
+# for a run whose dataset is not there yet
+ASSUMED_STEPS = 1000
 
 
 @dataclass(frozen=True)
 class StaticBytes:
     """Bytes that stay for the whole run, or come back every step (gradients).
 
-    master: what stands beside 16-bit weights, by optimizer.memory. Our optimizer reads 16-bit gradients; for the others each
+    master: what stands beside 16-bit weights, by optimizer.memory; paged: of master and moments, what lives in host memory. Our optimizer reads 16-bit gradients; for the others each
     is freed as its fp32 copy is made, so the two never stand side by side. gradients: stepped inside backward, those of the
     largest part.
     """
@@ -43,11 +56,12 @@ class StaticBytes:
     average: int
     gradients: int
     master_gradients: int
+    paged: int = 0
 
     @property
     def total(self) -> int:
-        """What stays, and the larger of the two phases of the gradients."""
-        return self.checkpoint + max(self.gradients, self.master_gradients)
+        """What stays on the device, and the larger of the two phases of the gradients."""
+        return self.checkpoint - self.paged + max(self.gradients, self.master_gradients)
 
     @property
     def checkpoint(self) -> int:
@@ -62,15 +76,23 @@ def moment_bytes(numel: int, optimizer: str) -> int:
     return 2 * 4 * numel
 
 
-def static_bytes(config: Config, device: torch.device | None = None) -> StaticBytes:
-    """Return the exact bytes of weights, master, moments and gradients of a run. Loads no weights."""
+def static_bytes(config: Config, device: torch.device | None = None, dtype: torch.dtype | None = None) -> StaticBytes:
+    """Return the exact bytes of weights, master, moments and gradients of a run. Loads no weights.
+
+    device, dtype: where and in what it trains; what the config says of this machine if None.
+    """
     device = device or pick_device(config.run.device)
-    dtype = pick_dtype(config.model.precision, device)
-    named = {name: p.numel() for name, p in meta_unet(base_of(config.model)).named_parameters()}
+    dtype = dtype or pick_dtype(config.model.precision, device)
+    unet = meta_unet(resolve_model(config.model))
+    if patch.is_wanted(config.train.kernels, device):
+        first = next(unet.parameters())
+        patch.apply(unet, choose_attention(first.device, dtype, attention_cases(unet), wanted="sdpa"))
+    shared = patch.shared_products(unet)
+    named = {name: p.numel() for name, p in unet.named_parameters()}
     sizes = list(named.values())
     in_flight: dict[str, int] = {}
     for name, size in named.items():
-        part = part_of(name) if config.optimizer.fused_backward else ""
+        part = (shared.get(name) or part_of(name)) if config.optimizer.fused_backward else ""
         in_flight[part] = in_flight.get(part, 0) + size
     num = sum(sizes)
     is_16_bit = dtype != torch.float32
@@ -86,26 +108,48 @@ def static_bytes(config: Config, device: torch.device | None = None) -> StaticBy
         average=4 * num if config.train.ema_decay > 0 else 0,
         gradients=max(in_flight.values()) * dtype.itemsize,
         master_gradients=4 * num if is_16_bit and config.optimizer.name != "adamw8bit" else 0,
+        paged=sum(sum(state_bytes(size).values()) for size in sizes if size >= MIN_8BIT_SIZE)
+        if memory == "paged"
+        else 0,
     )
 
 
 def buckets_of(config: Config) -> tuple[Bucket, ...]:
     """Return the run's buckets. Raises ValueError, one line, where the resolution makes none for the model."""
-    base = base_of(config.model)
+    base = resolve_model(config.model)
     multiple = bucket_multiple(base, latent_factor(vae_config(base, config.model.vae)))
     return make_buckets(config.data.resolution, multiple, config.data.max_aspect)
 
 
-def num_steps(config: Config, photos: Sequence[Photo], buckets: Sequence[Bucket]) -> int:
-    """Return the optimizer steps of a run over its training photographs."""
+def timeline_of(config: Config, photos: Sequence[Photo], buckets: Sequence[Bucket]) -> Timeline:
+    """Return the timeline of a run over its training photographs."""
     counts = Counter(nearest_bucket(photo.width, photo.height, buckets) for photo in photos).values()
-    total = sum(s.epochs * steps_of_counts(counts, s.batch_size, s.accumulate) for s in config.stages())
-    return min(total, config.train.max_steps or total)
+    stages = tuple(config.stages())
+    steps = tuple(steps_of_counts(counts, s.batch_size, s.accumulate) for s in stages)
+    return Timeline(stages, steps, config.train.max_steps)
+
+
+def learning_rates(config: Config) -> tuple[list[float], bool]:
+    """Return each step's learning rate, and whether they are assumed: 1,000 steps of the first stage without a dataset."""
+    folder = Path(config.data.path)
+    if not (folder / "manifest.jsonl").is_file():
+        stage = config.stages()[0]
+        stage.epochs = 1
+        num = config.train.max_steps or ASSUMED_STEPS
+        timeline = Timeline((stage,), (num,), num)
+        return [timeline.learning_rate(0, step) for step in range(num)], True
+    train, _ = split_validation(read_manifest(folder), config.data.validation_fraction, config.run.seed)
+    timeline = timeline_of(config, train, buckets_of(config))
+    rates: list[float] = []
+    for epoch in range(timeline.num_epochs):
+        per_epoch = timeline.stage_steps_per_epoch[timeline.stage_of(epoch)]
+        rates += [timeline.learning_rate(epoch, step) for step in range(per_epoch)]
+    return rates[: timeline.num_steps], False
 
 
 def cache_bytes(config: Config, num_photos: int) -> int:
     """Return the bytes of cached latents of `num_photos` at the full pixel budget, all variants."""
-    vae = vae_config(base_of(config.model), config.model.vae)
+    vae = vae_config(resolve_model(config.model), config.model.vae)
     # a posterior is kept as mean and logvar; AutoencoderTiny has none
     is_tiny = vae["_class_name"] == "AutoencoderTiny"
     channels = vae["latent_channels"] * (1 if is_tiny else 2)
@@ -114,10 +158,10 @@ def cache_bytes(config: Config, num_photos: int) -> int:
     return num_photos * config.data.variants * channels * (config.data.resolution // factor) ** 2 * itemsize
 
 
-def table(config: Config) -> dict:
+def table(config: Config, device: torch.device | None = None, dtype: torch.dtype | None = None) -> dict:
     """Return the plan as plain values: bytes by part, and the run's length if its dataset is prepared."""
     buckets = buckets_of(config)
-    static = static_bytes(config)
+    static = static_bytes(config, device, dtype)
     result: dict = {
         "base": config.model.base,
         "dataset path": config.data.path,
@@ -133,6 +177,7 @@ def table(config: Config) -> dict:
             **({"moving average": static.average} if static.average else {}),
             "gradients": static.gradients,
             "fp32 gradients (after those)": static.master_gradients,
+            **({"of these in host memory": static.paged} if static.paged else {}),
             "peak of these": static.total,
         },
         "checkpoint bytes": static.checkpoint,
@@ -148,7 +193,7 @@ def table(config: Config) -> dict:
             "train": len(train),
             "validation": len(validation),
             "epochs": epochs,
-            "steps": num_steps(config, train, buckets),
+            "steps": timeline_of(config, train, buckets).num_steps,
             "images trained": epochs * len(train),
             "cache bytes": cache_bytes(config, len(photos)),
         }

@@ -1,8 +1,8 @@
 """Architectures for `model.base = "random:NAME"`: true sizes with untrained weights.
 
 `sd15`, `sd21` and `sdxl` are Stable Diffusion 1.5, 2.1 and XL (859,520,964, 865,910,724 and 2,567,463,684 parameters in the
-UNet); `small` is a UNet that two CPU cores can train from nothing in an hour. SDXL has no encoders here: benchmarks alone
-take it. The text encoders take their vocabulary size from the tokenizer.
+UNet); `small` is a UNet that two CPU cores can train from nothing in an hour. SDXL has no text encoders here: benchmarks and
+plans alone take it. The text encoders take their vocabulary size from the tokenizer.
 """
 
 _SCHEDULER = {
@@ -88,6 +88,13 @@ RANDOM_MODELS: dict[str, dict[str, dict]] = {
             "addition_embed_type": "text_time",
             "addition_time_embed_dim": 256,
             "projection_class_embeddings_input_dim": 2816,
+        },
+        "vae": {
+            **_KL,
+            "block_out_channels": [128, 256, 512, 512],
+            "layers_per_block": 2,
+            "sample_size": 1024,
+            "scaling_factor": 0.13025,
         },
         "scheduler": _SCHEDULER,
     },

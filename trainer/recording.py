@@ -14,16 +14,13 @@ from torch import nn
 
 from safelight.data.batches import MicroBatch
 from safelight.kernels.jit import has_triton
-from safelight.trainer.cards import GIB
+from safelight.trainer.cards import GIB, GRAPH_BYTES
 from safelight.trainer.config import Config, Loss
 from safelight.trainer.diffusion import NoiseSchedule
 from safelight.trainer.fit import Need
 from safelight.trainer.graphs import CudaRecorder, Recorder, StepGraphs, blank, in_order, shapes_of
 from safelight.trainer.optim import UNetOptimizer
 from safelight.trainer.step import Inputs, micro_step
-
-# what all graphs of a run take beside the memory that their steps use [not measured]
-GRAPH_BYTES = 64 << 20
 
 
 def reason_against(config: Config, device: torch.device, need: Need | None, budget: int) -> str:
@@ -52,7 +49,7 @@ def _obstacle(config: Config, device: torch.device, need: Need | None, budget: i
         return "triton is not installed"
     if need is not None:
         # what a graph's step takes is not given back to what runs between steps
-        needed = need.needed + max(0, need.others - need.held) + GRAPH_BYTES
+        needed = max(need.needed + need.others - need.held, need.between.most + need.step) + GRAPH_BYTES
         if needed > budget:
             return f"they would take {needed / GIB:.2f} GiB of {budget / GIB:.2f}"
     return ""

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from safelight.kernels.philox import Key, Purpose, normals_torch
+from safelight.trainer.between import SAMPLE_BATCH_SIZE
 from safelight.trainer.config import Config
 from safelight.trainer.diffusion import NoiseSchedule
 from safelight.trainer.encoders import LatentCodec
@@ -83,12 +84,14 @@ def generate(
     settings: Settings,
     *,
     indices: Sequence[int] | None = None,
-    batch_size: int = 8,
+    batch_size: int = SAMPLE_BATCH_SIZE,
+    decode_on: torch.device | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Image.Image]:
     """Return an RGB image for each row of text_BTD.
 
-    indices: the noise's numbers, 0 .. B-1 by default. negative_TD: what guidance points away from. progress: told
+    batch_size: images drawn at a time; decode_on: where the codec works, and visits if that is not its home; None: where it is.
+    Both change the images by float rounding alone. indices: the noise's numbers, 0 .. B-1 by default. negative_TD: what guidance points away from. progress: told
     (done, total) of the denoising steps, each of a whole batch; what it raises ends the drawing.
     Raises ValueError for a size that the latents do not divide.
     """
@@ -123,7 +126,8 @@ def generate(
             num_done += 1
             if progress is not None:
                 progress(num_done, num_batches * len(scheduler.timesteps))
-        images.extend(to_images(codec.decode(latents)))
+        with codec.on(decode_on or codec.device):
+            images.extend(to_images(codec.decode(latents)))
     unet.train(was_training)
     return images
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +18,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from safelight.kernels.jit import Launch, tell_launches
+from safelight.trainer.replay import ACTIVATIONS, GRADIENTS, KINDS, TEMPORARY, Peak, Recording, Work
 
 # of torch's CUDA caching allocator: kMinBlockSize in c10/core/CachingDeviceAllocator.h
 CUDA_ROUNDING = 512
-WEIGHTS, MASTER, OPTIMIZER, AVERAGE = "weights", "master", "optimizer state", "moving average"
-GRADIENTS, ACTIVATIONS, TEMPORARY = "gradients", "activations", "backward and step"
-KINDS = (WEIGHTS, MASTER, OPTIMIZER, AVERAGE, GRADIENTS, ACTIVATIONS, TEMPORARY)
 _CONVOLUTIONS = ("convolution", "convolution_backward", "native_group_norm")
 
 
@@ -63,24 +60,6 @@ def _attention_scratch(name: str, args: tuple) -> int:
     return 4 * batch * heads * -(-rows // 128) * 128 * (-(-dim // 32) * 32 + 1)
 
 
-@dataclass
-class Work:
-    """What is computed: floating-point operations of matrix work, bytes read and written by the rest, launches."""
-
-    flops: int = 0
-    bytes_moved: int = 0
-    launches: int = 0
-
-
-@dataclass
-class Peak:
-    """The most that was alive at once. kinds: bytes by kind at that moment; during: forward, backward or another phase."""
-
-    total: int = 0
-    during: str = ""
-    kinds: dict[str, int] = field(default_factory=dict)
-
-
 class LiveBytes(TorchDispatchMode):
     """Follows the bytes alive on the meta device while it is entered.
 
@@ -93,6 +72,7 @@ class LiveBytes(TorchDispatchMode):
         self.rounding, self.kind, self.phase = rounding, None, "step"
         self.live = dict.fromkeys(KINDS, 0)
         self.peak, self.work = Peak(), Work()
+        self.recording = Recording()
         self._known: dict[int, list] = {}
         self._total = 0
         self._listening = contextlib.ExitStack()
@@ -111,8 +91,10 @@ class LiveBytes(TorchDispatchMode):
         return self._total
 
     def reset_peak(self) -> None:
-        """Begin a new peak, and count work anew, from what is alive now."""
-        self.work, self.peak = Work(), Peak()
+        """Begin a new peak and a new recording, and count work anew, from what is alive now."""
+        self.work, self.peak, self.recording = Work(), Peak(), Recording()
+        for entry in self._known.values():
+            self.recording.appear(entry)
         self._note(0)
 
     def hold(self, tensors: Iterable[Tensor | None], kind: str) -> None:
@@ -125,34 +107,50 @@ class LiveBytes(TorchDispatchMode):
         """Count all that a step has left behind as of one kind."""
         for entry in self._known.values():
             if entry[1] in (GRADIENTS, ACTIVATIONS, TEMPORARY):
-                self.live[entry[1]] -= entry[0]
-                self.live[kind] += entry[0]
-                entry[1] = kind
+                self._turn(entry, kind)
+
+    def _turn(self, entry: list, kind: str) -> None:
+        """Count a storage as another kind."""
+        size, before = self._rounded(entry[0]), entry[1]
+        self.live[before] -= size
+        self.live[kind] += size
+        entry[1] = kind
+        self.recording.change(entry, before)
+
+    def _rounded(self, num_bytes: int) -> int:
+        return -(-num_bytes // self.rounding) * self.rounding
 
     def _take(self, x: Tensor, kind: str) -> None:
         storage = x.untyped_storage()
         entry = self._known.get(storage._cdata)
         if entry is not None:
-            self.live[entry[1]] -= entry[0]
-            self.live[kind] += entry[0]
-            entry[1] = kind
+            if entry[1] != kind:
+                self._turn(entry, kind)
             return
-        size = -(-storage.nbytes() // self.rounding) * self.rounding
-        self._known[storage._cdata] = [size, kind]
+        # bytes, kind, place in the recording
+        entry = self._known[storage._cdata] = [storage.nbytes(), kind, -1]
         weakref.finalize(storage, self._free, storage._cdata).atexit = False
+        size = self._rounded(entry[0])
         self.live[kind] += size
         self._total += size
+        self.recording.appear(entry, self._during())
         self._note(0)
 
     def _free(self, address: int) -> None:
-        size, kind = self._known.pop(address)
-        self.live[kind] -= size
+        entry = self._known.pop(address)
+        size = self._rounded(entry[0])
+        self.live[entry[1]] -= size
         self._total -= size
+        self.recording.vanish(entry)
+
+    def _during(self) -> str:
+        if self.phase != "step":
+            return self.phase
+        return "backward" if _is_in_backward() else "forward"
 
     def _note(self, scratch: int) -> None:
         if self._total + scratch > self.peak.total:
-            during = ("backward" if _is_in_backward() else "forward") if self.phase == "step" else self.phase
-            self.peak = Peak(self._total + scratch, during, dict(self.live))
+            self.peak = Peak(self._total + scratch, self._during(), dict(self.live))
             self.peak.kinds[TEMPORARY] += scratch
 
     def _count_launch(self, launch: Launch) -> None:
@@ -182,7 +180,9 @@ class LiveBytes(TorchDispatchMode):
                 self._take(x, kind)
                 is_new = True
         if scratch := _attention_scratch(name, args):
+            # alive for a moment, as it is: no block of the allocator's
             self._note(scratch)
+            self.recording.flash(scratch, self._during())
         self._count(func, args, kwargs, outputs, found, is_new)
         return outputs
 

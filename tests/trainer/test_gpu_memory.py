@@ -11,7 +11,15 @@ from safelight.trainer.cards import CONTEXT_BYTES, GIB, Card
 from safelight.trainer.checkpoint import list_checkpoints
 from safelight.trainer.config import parse_config
 from safelight.trainer.fit import Planner
-from safelight.trainer.gpu_memory import cap, compare, describe, out_of_memory, record, settle, settle_on
+from safelight.trainer.gpu_memory import (
+    cap,
+    compare,
+    describe,
+    out_of_memory,
+    record,
+    settle,
+    settle_on,
+)
 from safelight.trainer.train import train
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -106,3 +114,39 @@ def test_a_run_whose_memory_is_full_ends_in_one_line_and_keeps_what_was_saved(ma
     monkeypatch.setattr(train_module, "train_step", step)
     config.train.max_steps = 3
     assert train(config, resume=True).position.step == 3
+
+
+def sd15(gib: float, **sections):
+    train = {"batch_size": 1, "checkpointing": "full"}
+    sections = {"data": {"resolution": 512}, "train": train, **sections}
+    optimizer = {"memory": "exact", "fused_backward": True}
+    config = parse_config({"model": {"base": "random:sd15"}, "optimizer": optimizer, **sections}, "here")
+    return config, Card(f"{gib:g} GiB", gib)
+
+
+def test_what_is_done_between_steps_fills_the_room_that_is_left_and_decides_nothing():
+    config, roomy = sd15(9)
+    _, with_room = settle_on(config, roomy)
+    assert (with_room.between.prompts, with_room.between.validated, with_room.between.decode_on) == (8, 8, "gpu")
+    assert "between" not in describe(with_room)
+    assert with_room.needed < with_room.between.most <= 9 * GIB
+    # a limit that leaves no room for CUDA graphs
+    config, tight = sd15(5.7)
+    _, need = settle_on(config, tight)
+    assert need.needed == with_room.needed
+    assert need.between.most <= 5.7 * GIB
+    assert need.between.decode_on == "cpu"
+    assert need.between.prompts in (1, 2, 4)
+    line = describe(need)
+    assert line.endswith("decodes samples on the CPU, which takes longer")
+    assert f"draws {need.between.prompts} prompt" in line
+    # a run that goes on does as it began, where that fits
+    _, again = settle_on(config, Card("larger", 9.0), record(need))
+    assert (again.between.prompts, again.between.decode_on) == (need.between.prompts, "cpu")
+    _, anew = settle_on(config, tight, record(with_room))
+    assert anew.between == need.between
+    for damage in ({"prompts": 3}, {"prompts": 8, "decode_on": "moon"}, "?", None, {"more": 1}):
+        assert settle_on(config, tight, record(need) | {"between": damage})[1].between == need.between
+    # what a run does not do is not planned
+    none = {"validate": {"every_epochs": 0}, "sample": {"every_epochs": 0}}
+    assert settle_on(sd15(5.7, **none)[0], tight)[1].between.describe() == ""

@@ -1,0 +1,94 @@
+"""What a run does between steps on a GPU, in the room that is left: how many images are validated and prompts drawn at a time,
+and whether the GPU decodes what was drawn.
+
+None of it decides whether a run fits but at its least: one image, one prompt (two rows with guidance), decoded on the CPU.
+The values are the same but for float rounding; a decoder in fp32 on a CPU takes longer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from safelight.trainer.cards import GIB
+
+# prompts drawn at a time where there is room
+SAMPLE_BATCH_SIZE = 8
+# of the autoencoder in fp32: activations of one image (docstring of LatentCodec.decode)
+DECODE_BYTES_A_PIXEL = 0.75 * GIB / 512**2
+
+Forward = Callable[[int], int]
+
+
+@dataclass(frozen=True)
+class Between:
+    """How validation and drawing are done. validated: images at a time, of validate_wanted; prompts: at a time; decode_on: gpu
+    or cpu; 0 and '' where a run does no such thing. most: bytes of the card at their peak, all that a run takes included."""
+
+    validated: int = 0
+    prompts: int = 0
+    decode_on: str = ""
+    most: int = 0
+    validate_wanted: int = 0
+
+    def describe(self) -> str:
+        """Return the words for the terminal; empty where nothing is done in another way than with room to spare."""
+        told = []
+        if 0 < self.validated < self.validate_wanted:
+            told.append(f"validates {self.validated} images at a time, not {self.validate_wanted}")
+        if 0 < self.prompts < SAMPLE_BATCH_SIZE:
+            told.append(f"draws {self.prompts} prompt{'s' * (self.prompts > 1)} at a time, not {SAMPLE_BATCH_SIZE}")
+        if self.decode_on == "cpu":
+            told.append("decodes samples on the CPU, which takes longer")
+        return ", ".join(told)
+
+
+def decode_bytes(width: int, height: int, weights: int) -> int:
+    """Return what decoding an image of a size (px) takes of a device, the autoencoder's weights included."""
+    return weights + round(width * height * DECODE_BYTES_A_PIXEL)
+
+
+def halves(most: int) -> list[int]:
+    """Return a batch size and its halves, down to 1."""
+    sizes = [most]
+    while sizes[-1] > 1:
+        sizes.append(sizes[-1] // 2)
+    return sizes
+
+
+def least_of(validated: Forward | None, drawn: Forward | None) -> int:
+    """Return the bytes that validation and drawing add at the least."""
+    return max((forward(1) for forward in (validated, drawn) if forward is not None), default=0)
+
+
+def added_by(between: Between, validated: Forward | None, drawn: Forward | None, decode: int) -> int:
+    """Return the bytes that a way adds to what is held. Raises ValueError for one that is none."""
+    added = [0]
+    for num, forward in ((between.validated, validated), (between.prompts, drawn)):
+        if (num > 0) != (forward is not None):
+            raise ValueError(f"{between} is of a run with other validation or samples")
+        added.append(0 if forward is None else forward(num))
+    if between.decode_on not in ("", "cpu", "gpu") or (between.decode_on == "") != (drawn is None):
+        raise ValueError(f"{between} decodes on neither cpu nor gpu")
+    return max(*added, decode if between.decode_on == "gpu" else 0)
+
+
+def fill(
+    budget: int, total: Callable[[int], int], validate_size: int, validated: Forward | None, drawn: Forward | None, decode: int
+) -> Between:  # fmt: skip
+    """Return the most at a time that fits, and where to decode.
+
+    total: bytes of the card for so many beside what is held. validated, drawn: bytes that so many at a time add; None where
+    there is no such thing. decode: bytes that decoding adds on the GPU.
+    """
+
+    def largest(most: int, forward: Forward) -> int:
+        return next((n for n in halves(most) if total(forward(n)) <= budget), 1)
+
+    found = Between(
+        0 if validated is None else largest(validate_size, validated),
+        0 if drawn is None else largest(SAMPLE_BATCH_SIZE, drawn),
+        "" if drawn is None else "gpu" if total(decode) <= budget else "cpu",
+        validate_wanted=0 if validated is None else validate_size,
+    )
+    return replace(found, most=total(added_by(found, validated, drawn, decode)))

@@ -28,7 +28,10 @@ class Step:
     batch_size: Annotated[tuple[int, ...], arg(help="one variant each, interleaved")] = (1, 4)
     recipe: Annotated[
         tuple[str, ...],
-        arg(help="safelight, safelight-unpatched, or a recipe of `bench baseline`; one variant each"),
+        arg(
+            help="safelight, with a technique more or less: -unpatched, -fused (steps inside backward), -graphs, "
+            "-fused-graphs; or a recipe of `bench baseline`; one variant each"
+        ),
     ] = ("safelight",)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     optimizer: Literal["adamw8bit", "adamw"] = "adamw8bit"

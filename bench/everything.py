@@ -23,7 +23,7 @@ from safelight.bench.optimizers import bench_optimizers, offered
 from safelight.bench.results import ROOT, append, make_record
 from safelight.bench.roofline import roofline
 from safelight.bench.short_run import ShortRun, call, train
-from safelight.bench.suite import OURS, build, free, measure, variants
+from safelight.bench.suite import OURS, VARIANTS, build, free, measure, variants
 from safelight.bench.workload import Workload, random_batches
 
 GIB = 2**30
@@ -71,6 +71,13 @@ def _steps(session: Session, recipes: tuple[str, ...], sizes: tuple[int, ...], l
 
 def steps(session: Session) -> Iterator[dict]:
     yield from _steps(session, (OURS, "diffusers"), (1, 8, 32) if session.is_gpu else (1, 2))
+
+
+def ablation(session: Session) -> Iterator[dict]:
+    """Ours with each technique more or less, at both ends of batch sizes; on a CPU, which has no graphs, one of them."""
+    recipes = tuple(VARIANTS) if session.is_gpu else ("safelight-fused",)
+    for size in (1, 32) if session.is_gpu else (1,):
+        yield from _steps(session, recipes, (size,))
 
 
 def steps_from_a_cache(session: Session) -> Iterator[dict]:
@@ -200,6 +207,7 @@ def _run(session: Session, run: ShortRun, seconds: float) -> dict:
 PARTS: tuple[tuple[str, float, Callable[[Session], Iterator[dict]]], ...] = (
     ("ceilings", 5, _ceilings),
     ("steps", 20, steps),
+    ("ablation", 20, ablation),
     ("profile", 15, profile),
     ("roofline", 30, rooflines),
     ("attention", 10, attention),

@@ -15,6 +15,9 @@ CARDS_GIB = (4, 6, 8, 12, 16, 24)
 COLOURS = {
     "safelight": "#c2410c",
     "safelight-unpatched": "#fdba74",
+    "safelight-fused": "#9a3412",
+    "safelight-graphs": "#f59e0b",
+    "safelight-fused-graphs": "#78350f",
     "diffusers": "#334155",
     "diffusers-compiled": "#64748b",
     "diffusers-16bit": "#94a3b8",

@@ -14,22 +14,34 @@ from safelight.bench.harness import interleave, percentiles
 from safelight.bench.results import make_record
 from safelight.bench.styles import ALL_RECIPES, make_baseline
 from safelight.bench.workload import NUM_ROTATED, Ours, Workload, cached_batches, random_batches
+from safelight.trainer.graphs import CudaRecorder
 from safelight.trainer.log import peak_memory_gib, reset_peak_memory
 
 OURS = "safelight"
 UNPATCHED = "safelight-unpatched"
+# ours with a technique more or less; what each is worth is its ratio to ours in the same run
+VARIANTS: dict[str, dict] = {
+    OURS: {},
+    UNPATCHED: {"kernels": "off"},
+    "safelight-fused": {"fused": True},
+    "safelight-graphs": {"graphs": True},
+    "safelight-fused-graphs": {"fused": True, "graphs": True},
+}
 NUM_CACHED_BATCHES = 8
 
 
 def build(recipe: str, work: Workload) -> Ours | Baseline:
     """Return ours or a baseline, ready to step. Raises ValueError for an unknown one."""
-    if recipe == OURS:
-        return Ours(work)
-    if recipe == UNPATCHED:
-        # what the kernels are worth
-        return Ours(work, kernels="off")
+    if recipe in VARIANTS:
+        options = dict(VARIANTS[recipe])
+        device, recorder = torch.device(work.device), None
+        if options.pop("graphs", False):
+            if device.type != "cuda":
+                raise ValueError(f"recipe {recipe} replays CUDA graphs and there is no CUDA device here; leave it out")
+            recorder = CudaRecorder(device)
+        return Ours(work, recorder=recorder, **options)
     if recipe not in ALL_RECIPES:
-        raise ValueError(f"recipe {recipe!r} is unknown; use {OURS}, {UNPATCHED}, {', '.join(ALL_RECIPES)}")
+        raise ValueError(f"recipe {recipe!r} is unknown; use {', '.join([*VARIANTS, *ALL_RECIPES])}")
     return make_baseline(recipe, work)
 
 

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +28,10 @@ from safelight.kernels.attention import AttentionChoice, apply_attention, attent
 from safelight.kernels.checkpointing import apply_checkpointing
 from safelight.trainer.config import Loss, Optimizer
 from safelight.trainer.diffusion import make_schedule
+from safelight.trainer.graphs import Recorder, StepGraphs, shape_of
 from safelight.trainer.models import PRECISIONS, load_unet, pick_device, pick_dtype, resolve_base
 from safelight.trainer.optim import UNetOptimizer
-from safelight.trainer.step import train_step
+from safelight.trainer.step import Inputs, MicroResult, micro_step, train_step, upload
 
 SEED = 1
 NUM_ROTATED = 4
@@ -153,26 +155,52 @@ def optimizer_config(name: str) -> Optimizer:
 
 
 class Ours:
-    """The training step of `safelight train`. notes: what really runs."""
+    """The training step of `safelight train`. notes: what really runs.
 
-    def __init__(self, work: Workload, kernels: str = "auto"):
+    kernels: as train.kernels. fused: steps inside backward. recorder: of steps that are replayed as graphs, recorded at the
+    first of a shape.
+    """
+
+    def __init__(
+        self, work: Workload, kernels: str = "auto", fused: bool = False, recorder: Recorder | None = None
+    ):  # fmt: skip
         device = torch.device(work.device)
         base = resolve_base(work.base)
         self.unet = initial_unet(work.base, device)
         choice = use_attention(self.unet, work)
         patched = patch.apply(self.unet, choice) if patch.is_wanted(kernels, device) else None
         apply_checkpointing(self.unet, work.checkpointing)
-        self.optimizer = UNetOptimizer(self.unet, optimizer_config(work.optimizer), work.dtype)
+        config = optimizer_config(work.optimizer).model_copy(update={"fused_backward": fused})
+        self.optimizer = UNetOptimizer(self.unet, config, work.dtype)
         if patched is not None:
             patch.repack(self.unet)
         self.notes = f"{choice}; {'kernels off' if patched is None else patched}"
         self.schedule = make_schedule(base.config_of("scheduler")).to(device)
+        self._recorder = recorder
+        self._graphs: dict[int, StepGraphs] = {}
+
+    def _graphs_of(self, batch: Batch) -> StepGraphs | None:
+        """Return the graphs that a batch's step is replayed by: its size is part of what is recorded."""
+        if self._recorder is None:
+            return None
+        size = len(batch.sample_ids)
+        if size not in self._graphs:
+            run = partial(micro_step, self.unet, self.optimizer)
+
+            def of_inputs(inputs: Inputs, is_first: bool, is_last: bool) -> MicroResult:
+                return run(inputs, self.schedule, 1.0, Loss(), size, is_first, is_last)
+
+            self._graphs[size] = StepGraphs(of_inputs, self.optimizer, self._recorder)
+        inputs = upload(batch, self.schedule.alphas_cumprod_T.device, SEED, 0)
+        self._graphs[size].prepare([shape_of(inputs)], inputs)
+        return self._graphs[size]
 
     def step(self, batch: Batch) -> torch.Tensor:
         """Take a step and return the batch's mean loss, on the device."""
         result = train_step(
             self.unet, self.optimizer, [batch], self.schedule, 1.0, Loss(), seed=SEED, epoch=0,
             num_samples=len(batch.sample_ids), lr=LR, weight_decay=WEIGHT_DECAY, max_grad_norm=MAX_GRAD_NORM,
+            graphs=self._graphs_of(batch),
         )  # fmt: skip
         return result.losses.mean()
 

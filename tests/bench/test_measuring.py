@@ -155,7 +155,7 @@ def test_the_rehearsal_of_all_runs_every_part(rehearsal):
     }
     assert steps == {
         ("safelight", 1, False), ("safelight", 2, False), ("diffusers", 1, False), ("diffusers", 2, False),
-        ("safelight", 2, True), ("diffusers-16bit", 1, False),
+        ("safelight", 2, True), ("diffusers-16bit", 1, False), ("safelight-fused", 1, False),
     }  # fmt: skip
     (tests,) = (r for r in records if r["bench"] == "tests")
     assert tests["figures"]["exit_status"] == 0

@@ -14,38 +14,11 @@ from safelight.trainer.checkpoint import folder_of, list_checkpoints
 from safelight.trainer.config import parse_config
 from safelight.trainer.fit import Need
 from safelight.trainer.recording import GRAPH_BYTES, Recording, reason_against
-from safelight.trainer.step import MicroResult
 from safelight.trainer.train import train
+from tests.trainer.recorded import RunsAgain
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GIB = 2**30
-
-
-class RunsAgain:
-    """A Recorder without graphs: a replay runs the function and puts its results where those of the recording are."""
-
-    def __init__(self, optimizer):
-        self.optimizer, self.recorded, self.replayed = optimizer, 0, 0
-
-    def rehearse(self, run) -> None:
-        run()
-
-    def settle(self) -> None:
-        pass
-
-    def record(self, run):
-        self.recorded += 1
-        with self.optimizer.rehearsal():
-            # MicroResults of a micro-step that is not the last one have no norm
-            result = MicroResult(*(x if x is None else torch.as_tensor(x).clone() for x in run()))
-
-        def replay() -> None:
-            self.replayed += 1
-            for place, found in zip(result, run(), strict=True):
-                if place is not None:
-                    place.copy_(torch.as_tensor(found))
-
-        return replay, result
 
 
 @pytest.fixture

@@ -1,0 +1,39 @@
+"""Ours with a technique more or less."""
+
+import pytest
+import torch
+
+from safelight.bench import plot
+from safelight.bench.suite import OURS, VARIANTS, build
+from safelight.bench.workload import Ours, Workload, random_batches
+from tests.trainer.recorded import RunsAgain
+
+WORK = Workload("tiny", latent_size=8, device="cpu").resolved()
+
+
+def losses(trainer: Ours, sizes: tuple[int, ...]) -> list[float]:
+    batches = [random_batches(1, Workload("tiny", 8, size, device="cpu").resolved())[0] for size in sizes]
+    return [trainer.step(batch).item() for batch in batches]
+
+
+def test_replayed_steps_are_the_same_steps():
+    sizes = (2, 1, 2)
+    replayed = Ours(WORK)
+    replayed._recorder = RunsAgain(replayed.optimizer)
+    assert losses(replayed, sizes) == losses(build(OURS, WORK), sizes)
+    assert (replayed._recorder.recorded, replayed._recorder.replayed) == (2, 3)
+
+
+def test_steps_inside_backward_learn_alike():
+    found = losses(build("safelight-fused", WORK), (2, 2))
+    assert found == pytest.approx(losses(build(OURS, WORK), (2, 2)), rel=1e-3)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
+def test_graphs_without_a_gpu_are_refused_in_a_line():
+    with pytest.raises(ValueError, match="safelight-graphs replays CUDA graphs and there is no CUDA device here"):
+        build("safelight-graphs", WORK)
+
+
+def test_every_variant_has_its_colour():
+    assert VARIANTS.keys() <= plot.COLOURS.keys()

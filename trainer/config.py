@@ -120,8 +120,8 @@ class Train(Section):
     """Our kernels in the UNet; runs with and without them resume from each other. auto: on a GPU."""
     checkpointing: Literal["auto", "none", "selective", "full", "offload"] = "none"
     """Recompute activations in backward: selective what costs little, full for about a quarter more work, offload as full,
-    what it keeps in pinned host memory. auto: on a GPU the first of none, selective, full that `safelight plan` finds to
-    fit; on a CPU none."""
+    what it keeps in pinned host memory. auto: on a GPU the first of none, selective, full, offload that `safelight plan`
+    finds to fit; on a CPU none."""
     cuda_graphs: Literal["auto", "on", "off"] = "auto"
     """Record a step once for each shape of batch and replay it by one call of the host; an epoch then meets the batches of a
     bucket one after another. auto: on a GPU where they fit; the log says why not."""
@@ -140,7 +140,7 @@ class Optimizer(Section):
     memory: Literal["auto", "exact", "near", "rounded", "paged", "fp32"] = "auto"
     """Beside 16-bit weights: exact 2 bytes that complete them to fp32, near 1, rounded none but noise, fp32 a master of 4;
     paged: exact's, with the moments, in pinned host memory, 4 bytes a parameter there, which stream past.
-    auto: on a GPU the first of exact, near, rounded that `safelight plan` finds to fit; on a CPU exact."""
+    auto: on a GPU the first of exact, near, paged, rounded that `safelight plan` finds to fit; on a CPU exact."""
     lr: LearningRate = 1e-6
     """Peak learning rate."""
     fused_backward: bool = False

@@ -24,12 +24,12 @@ PRESETS: dict[str, tuple[str, dict]] = {
         },
     ),
     "sd15": (
-        "Stable Diffusion 1.5 at 512 px, 8-bit Adam, gradient checkpointing",
+        "Stable Diffusion 1.5 at 512 px, 8-bit Adam, checkpointing as the card needs",
         {
             "run": {"dir": "runs/sd15"},
             "model": {"base": SD15},
             "data": {"resolution": 512, "variants": 4},
-            "train": {"batch_size": 4, "checkpointing": "full"},
+            "train": {"batch_size": 4, "checkpointing": "auto"},
             "optimizer": {"lr": 2e-6, "warmup_steps": 50},
             "stage": [{"epochs": 30}, {"epochs": 10, "lr": 5e-7}],
             "save": {"every_epochs": 5},
@@ -41,7 +41,7 @@ PRESETS: dict[str, tuple[str, dict]] = {
             "run": {"dir": "runs/sd21"},
             "model": {"base": SD21},
             "data": {"resolution": 768, "variants": 4},
-            "train": {"batch_size": 2, "accumulate": 2, "checkpointing": "full"},
+            "train": {"batch_size": 2, "accumulate": 2, "checkpointing": "auto"},
             "optimizer": {"lr": 2e-6, "warmup_steps": 50},
             "stage": [{"epochs": 30}, {"epochs": 10, "lr": 5e-7}],
             "save": {"every_epochs": 5},

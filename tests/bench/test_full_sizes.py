@@ -120,7 +120,8 @@ def test_sdxl_is_counted_patched_with_its_conditioning(small_sdxl):
 
 def test_training_sdxl_is_refused_in_a_line(make_config):
     with pytest.raises(
-        ValueError, match=r"'random:sdxl' is for `safelight plan` and `safelight bench` alone: only Stable Diffusion 1\.x and 2\.x"
+        ValueError,
+        match=r"'random:sdxl' is for `safelight plan` and `safelight bench` alone: only Stable Diffusion 1\.x and 2\.x",
     ):
         train(make_config(model={"base": "random:sdxl"}))
     assert base_of(Model(base="random:sd21")).random_name == "sd21"

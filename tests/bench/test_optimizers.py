@@ -33,7 +33,9 @@ def test_everything_a_config_can_name_is_offered():
             assert optimizer_config(name) == config
             # what is offered can be built, but for unified memory where there is no GPU
             if config.name == "bnb_paged_adamw8bit":
-                with pytest.raises(ValueError, match="keeps its moments in CUDA's unified memory, and this run is on a"):
+                with pytest.raises(
+                    ValueError, match="keeps its moments in CUDA's unified memory, and this run is on a"
+                ):
                     optimizers._build(config, SHAPES, dtype, CPU)
                 continue
             optimizers._build(config, SHAPES, dtype, CPU)

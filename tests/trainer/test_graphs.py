@@ -10,13 +10,14 @@ from diffusers import UNet2DConditionModel
 
 from safelight.data.batches import Batch
 from safelight.data.buckets import Bucket
-from safelight.trainer.config import Loss, Optimizer
+from safelight.trainer.config import Loss, Optimizer, parse_config
 from safelight.trainer.diffusion import make_schedule
 from safelight.trainer.graphs import Shape, StepGraphs, shapes_of
+from safelight.trainer.meta_run import MetaRun
 from safelight.trainer.models import resolve_base
 from safelight.trainer.optim import UNetOptimizer
 from safelight.trainer.step import micro_step, train_step, upload
-from tests.trainer.recorded import CpuRecorder
+from tests.trainer.recorded import CpuRecorder, Recording
 
 CPU = torch.device("cpu")
 LARGE, SMALL = (2, 4, 8), (1, 4, 4)
@@ -42,11 +43,11 @@ def interpreted(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
-def batch_of(number: int, shape: tuple[int, int, int]) -> Batch:
+def batch_of(number: int, shape: tuple[int, int, int], num_tokens: int = 5, dim: int = 8) -> Batch:
     size, height, width = shape
     generator = torch.Generator().manual_seed(number)
     mean, logvar = (torch.randn(size, 4, height, width, generator=generator) for _ in range(2))
-    text = torch.randn(size, 5, 8, generator=generator)
+    text = torch.randn(size, num_tokens, dim, generator=generator)
     ids = tuple(range(10 * number, 10 * number + size))
     return Batch(mean, logvar - 4, text, ids, (0,) * size, Bucket(8 * width, 8 * height))
 
@@ -185,3 +186,38 @@ def test_the_shapes_of_an_epoch():
     assert shapes_of([LARGE] * 3, 3) == {
         Shape(*LARGE, True, False), Shape(*LARGE, False, False), Shape(*LARGE, False, True),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_whole_step_is_the_same_whatever_its_numbers(accumulate):
+    """On meta tensors, on our kernels as on a GPU: nothing is read back, and step 3 asks for what step 2 asked for.
+
+    Of other batches, seeds, learning rate, decay and clipping; all that is kept, where it was.
+    """
+    train = {"kernels": "on", "ema_decay": 0.9, "accumulate": accumulate, "checkpointing": "full"}
+    config = parse_config({"train": train, "optimizer": {"fused_backward": True}}, "here")
+    run = MetaRun(config, resolve_base("tiny"), torch.device("cuda"), torch.float16)
+    dim = run.unet.config.cross_attention_dim
+    kept = [*run.unet.parameters(), *run.optimizer.live_state().values(), *run.optimizer.buffers.tensors.values()]
+    kept += [*run.ema.averages.values(), run.ema.num_updates]
+    asked = []
+    for number in range(3):
+        run.optimizer.set_hyper(1e-3 / (number + 1), 0.1 * number, float(number))
+        calls = []
+        for place in range(accumulate):
+            batch = batch_of(number, (2, 16, 16), num_tokens=77, dim=dim)
+            inputs = upload(batch, torch.device("meta"), number, number)
+            with Recording(kept) as recording:
+                result = micro_step(
+                    run.unet, run.optimizer, inputs, run._schedule, 1.0, config.loss, 2 * accumulate, place == 0,
+                    place == accumulate - 1,
+                )  # fmt: skip
+                if place == accumulate - 1:
+                    run.ema.update(result.taken)
+            calls += recording.calls
+        asked.append(calls)
+    assert asked[1] == asked[2]
+    names = {name for name, _, _ in asked[1]}
+    assert {"_noising_kernel", "_adamw8bit_kernel", "_ema_kernel", "aten.convolution_backward.default"} <= names
+    # weights that lie side by side are of one storage
+    assert len({number for _, _, numbers in asked[1] for number in numbers}) > 100

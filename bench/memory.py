@@ -2,7 +2,7 @@
 
 On a GPU: allocated and reserved at the peak, and the smallest emulated card it fits. A card of n GiB is emulated by a cap
 on torch's allocator of n less what the CUDA context holds; a step that does not fit fails as it would there. On a CPU:
-the allocator's own record of a step, and the bytes held between steps.
+the allocator's own record of a step, and the bytes held between steps. Beside either stands what the plan's trace says.
 """
 
 from __future__ import annotations
@@ -17,7 +17,11 @@ from safelight.bench.optimizers import held_bytes, offered
 from safelight.bench.profiled import allocated_peak
 from safelight.bench.results import make_record
 from safelight.bench.suite import OURS, build, free
-from safelight.bench.workload import Workload, random_batches
+from safelight.bench.workload import Workload, optimizer_config, random_batches
+from safelight.trainer.cards import CONTEXT_BYTES, FRAGMENTATION, this_card
+from safelight.trainer.config import Config
+from safelight.trainer.meta_run import MetaRun, Traced
+from safelight.trainer.models import resolve_base
 
 CARDS_GIB = (4, 6, 8, 12, 16)
 GIB, MIB = 2**30, 2**20
@@ -36,6 +40,17 @@ def context_bytes(device: torch.device) -> int:
     """Return what is taken of a GPU beside torch's allocator: the CUDA context, and whatever else runs there."""
     available, total = torch.cuda.mem_get_info(device)
     return max(0, total - available - torch.cuda.memory_reserved(device))
+
+
+def predicted(work: Workload) -> Traced:
+    """Return the plan's trace of a step, as `safelight plan` makes it."""
+    config = Config(
+        model={"base": work.base, "precision": work.precision}, optimizer=optimizer_config(work.optimizer),
+        train={"checkpointing": work.checkpointing},
+    )  # fmt: skip
+    run = MetaRun(config, resolve_base(work.base), torch.device(work.device), work.dtype)
+    # the first step makes what the optimizer keeps
+    return [run.step(work.batch_size, work.latent_size, work.latent_size) for _ in range(2)][1]
 
 
 def try_step(work: Workload) -> dict | None:
@@ -75,6 +90,15 @@ def of_a_gpu(work: Workload) -> dict:
     free(device)
     if found is None:
         return {"fits": False}
+    traced = predicted(work)
+    allocated, workspace = traced.peak.total, this_card(device).workspace
+    needed = CONTEXT_BYTES + workspace + allocated + FRAGMENTATION * traced.transient
+    measured = GIB * found["reserved_gib"] + context
+    found |= {
+        "predicted_allocated_gib": round(allocated / GIB, 3), "predicted_needed_gib": round(needed / GIB, 3),
+        "allocated_to_predicted": round(GIB * found["allocated_gib"] / allocated, 4),
+        "needed_to_predicted": round(measured / needed, 4),
+    }  # fmt: skip
     found = {"fits": True, **found, "context_gib": round(context / GIB, 3), "smallest_card_gib": None}
     for card in CARDS_GIB:
         # what is allocated at once cannot shrink; what is merely reserved can
@@ -92,10 +116,13 @@ def of_a_cpu(work: Workload) -> dict:
     trainer.step(batch)
     held = held_bytes(trainer.optimizer, trainer.unet)
     peak = allocated_peak(lambda: trainer.step(batch))
+    transient = predicted(work).transient
     return {
         "held_mib": round(held / MIB, 2),
         "step_mib": round(peak / MIB, 2),
         "peak_mib": round((held + peak) / MIB, 2),
+        "predicted_step_mib": round(transient / MIB, 2),
+        "step_to_predicted": round(peak / transient, 4),
     }
 
 

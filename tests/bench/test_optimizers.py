@@ -146,6 +146,8 @@ def test_memory_on_a_cpu_is_the_allocators(capsys):
     assert 6 * 3.1 < found["none"]["held_mib"] * 1.049 < 7 * 3.3
     # what checkpointing saves; the optimizer has a peak of its own
     assert found["full"]["step_mib"] < 0.9 * found["none"]["step_mib"]
+    # the trace that a plan is made from, beside the allocator's record
+    assert all(figures["step_to_predicted"] == pytest.approx(1, rel=0.05) for figures in found.values())
     assert main([*words, "--optimizer", "sgd"]) == 2
     assert "adamw" in capsys.readouterr().err
 

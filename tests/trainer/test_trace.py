@@ -68,11 +68,11 @@ def test_predicted_peaks_are_the_allocators_own():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kernels", ["on", "off"])
-@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full", "offload"])
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize(
     ("precision", "memory"),
-    [("fp32", "fp32"), *((p, m) for p in ("bf16", "fp16") for m in ("exact", "near", "rounded", "fp32"))],
+    [("fp32", "fp32"), *((p, m) for p in ("bf16", "fp16") for m in ("exact", "near", "rounded", "paged", "fp32"))],
 )
 def test_predicted_peaks_of_every_mode(precision, memory, fused, checkpointing, kernels):
     train = {"kernels": kernels, "checkpointing": checkpointing}

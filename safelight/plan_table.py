@@ -80,13 +80,17 @@ def _print_noise(plan: dict, modes: set[str]) -> None:
         )
 
 
+def _counted(num: int, name: str) -> str:
+    return f"{num} {name}{'s' * (num != 1)}"
+
+
 def _print_between(between: dict) -> None:
     told = []
     if between["validated"]:
-        told.append(f"{between['validated']} images validated")
+        told.append(f"{_counted(between['validated'], 'image')} validated")
     if between["prompts"]:
         where = {"gpu": "the GPU", "cpu": "the CPU (slower, same values)"}[between["decode_on"]]
-        told.append(f"{between['prompts']} prompts drawn at a time")
+        told.append(f"{_counted(between['prompts'], 'prompt')} drawn at a time")
         print(f"Samples are decoded on {where}.")
     if told:
         print(f"Between steps: {', '.join(told)}: {between['most'] / GIB:.2f} GiB at most.")

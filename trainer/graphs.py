@@ -6,7 +6,8 @@ step changes is changed in place. Its draws are keyed by what the inputs hold.
 
 Graphs share one pool of memory: they run one after another, and none leaves anything behind but its small results. Every new
 shape is rehearsed before any is recorded: Triton compiles, cuDNN and cuBLAS choose, and what the rehearsals took is given
-back, so that the pool and they never stand side by side. The largest comes first, so that the pool grows once.
+back, so that the pool and they never stand side by side: a batch of a size that comes later has all graphs given up and
+recorded again. The largest comes first, so that the pool grows once.
 Source: docs.pytorch.org, CUDA semantics, CUDA Graphs.
 """
 
@@ -54,13 +55,16 @@ def shapes_of(sizes: Iterable[tuple[int, int, int]], accumulate: int) -> set[Sha
 
 
 class Recorder(Protocol):
-    """What records. rehearse runs something; settle frees what that took; record returns its replay and its results."""
+    """What records. rehearse runs something; settle frees what that took; record returns its replay and its results; forget:
+    all that was recorded has been given up."""
 
     def rehearse(self, run: Callable[[], object]) -> None: ...
 
     def settle(self) -> None: ...
 
     def record(self, run: Callable[[], MicroResult]) -> tuple[Callable[[], None], MicroResult]: ...
+
+    def forget(self) -> None: ...
 
 
 class CudaRecorder:
@@ -90,6 +94,10 @@ class CudaRecorder:
             result = run()
         return graph.replay, result
 
+    def forget(self) -> None:
+        # torch takes no handle whose graphs are gone while a result of one is held (create_or_incref_pool asserts)
+        self._pool = torch.cuda.graph_pool_handle()
+
 
 @dataclass(frozen=True)
 class _Graph:
@@ -108,6 +116,14 @@ def in_order(shapes: Iterable[Shape]) -> list[Shape]:
         return -num_latents, -shape.height, -shape.size, shape.is_first, shape.is_last
 
     return sorted(shapes, key=order)
+
+
+def _work_of(shape: Shape) -> tuple:
+    """Return what a shape's first run compiles and makes: a step's other places add up or copy, which needs neither.
+
+    A step is stepped the same after any batch: with the first shapes its end is rehearsed.
+    """
+    return shape.size, shape.height, shape.width, shape.is_first and shape.is_last
 
 
 def blank(like: Inputs, shape: Shape) -> Inputs:
@@ -138,6 +154,7 @@ class StepGraphs:
     def __init__(self, run: Callable[[Inputs, bool, bool], MicroResult], optimizer: UNetOptimizer, recorder: Recorder):
         self._run, self._optimizer, self._recorder = run, optimizer, recorder
         self._graphs: dict[Shape, _Graph] = {}
+        self._rehearsed: set[tuple] = set()
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -146,16 +163,27 @@ class StepGraphs:
         """Give all graphs up: what they have baked in is to change."""
         self._graphs.clear()
         self._optimizer.release_captures()
+        self._recorder.forget()
 
     def prepare(self, wanted: Iterable[Shape], like: Inputs) -> int:
-        """Record the shapes that have no graph yet and return how many. like: inputs of any shape, for the rest of their form."""
+        """Record the shapes that have no graph yet, all anew where one must be rehearsed, and return how many.
+
+        like: inputs of any shape, for the rest of their form.
+        """
         new = in_order(s for s in set(wanted) if s not in self._graphs)
         if not new:
             return 0
+        strange = [shape for shape in new if _work_of(shape) not in self._rehearsed]
+        if strange and self._graphs:
+            new = in_order([*new, *self._graphs])
+            self.clear()
+        # nor may a rehearsal find what a pool, or validation, has left
+        self._recorder.settle()
         inputs = {shape: blank(like, shape) for shape in new}
-        for shape in new:
+        for shape in strange:
             with self._optimizer.rehearsal():
                 self._recorder.rehearse(lambda shape=shape: self._take(inputs[shape], shape))
+        self._rehearsed |= {_work_of(shape) for shape in strange}
         self._recorder.settle()
         for shape in new:
             replay, result = self._recorder.record(lambda shape=shape: self._take(inputs[shape], shape))

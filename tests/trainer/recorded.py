@@ -103,7 +103,7 @@ class CpuRecorder:
 
     def __init__(self, state: Callable[[], list[Tensor]]):
         self._state = state
-        self.rehearsed = 0
+        self.rehearsed = self.forgotten = 0
         self.recordings: list[Recording] = []
 
     def rehearse(self, run: Callable[[], object]) -> None:
@@ -112,6 +112,9 @@ class CpuRecorder:
 
     def settle(self) -> None:
         assert not self.recordings or self.rehearsed
+
+    def forget(self) -> None:
+        self.forgotten += 1
 
     def record(self, run: Callable[[], object]) -> tuple[Callable[[], None], object]:
         before = [x.detach().clone() for x in self._state()]
@@ -135,6 +138,9 @@ class RunsAgain:
         run()
 
     def settle(self) -> None:
+        pass
+
+    def forget(self) -> None:
         pass
 
     def record(self, run):

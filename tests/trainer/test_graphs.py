@@ -12,7 +12,7 @@ from safelight.data.batches import Batch
 from safelight.data.buckets import Bucket
 from safelight.trainer.config import Loss, Optimizer, parse_config
 from safelight.trainer.diffusion import make_schedule
-from safelight.trainer.graphs import Shape, StepGraphs, shapes_of
+from safelight.trainer.graphs import CudaRecorder, Shape, StepGraphs, shapes_of
 from safelight.trainer.meta_run import MetaRun
 from safelight.trainer.models import resolve_base
 from safelight.trainer.optim import UNetOptimizer
@@ -159,6 +159,33 @@ def test_a_shape_is_recorded_once_and_an_unknown_one_refused(narrow_unet, monkey
     assert torch.equal(trained.graphs(batch), batch.mean_BCHW.sum())
     with pytest.raises(KeyError):
         trained.graphs(batch, is_last=False)
+
+
+def test_a_size_that_comes_later_has_all_recorded_anew_and_another_place_has_not(narrow_unet, monkeypatch):
+    trained = Trained(narrow_unet, torch.bfloat16, True)
+    monkeypatch.setattr(trained.graphs, "_run", lambda inputs, *place: inputs.mean_BCHW.sum())
+    recorder, like = trained.recorder, upload(batch_of(0, SMALL), CPU, 1, 0)
+    first, last = Shape(*SMALL, True, False), Shape(*SMALL, False, True)
+    assert trained.graphs.prepare({first, last}, like) == recorder.rehearsed == 2
+    # the end of a step is known: nothing new runs beside the pool
+    assert trained.graphs.prepare({Shape(*SMALL, False, False)}, like) == 1
+    assert (recorder.rehearsed, len(recorder.recordings), recorder.forgotten) == (2, 3, 0)
+    # a rehearsal's memory never stands beside the pool's, and a pool given up is never recorded into again
+    assert trained.graphs.prepare({Shape(*LARGE, True, False)}, like) == 4
+    assert (recorder.rehearsed, len(recorder.recordings), recorder.forgotten) == (3, 7, 1)
+    for shape in (SMALL, LARGE):
+        inputs = upload(batch_of(4, shape), CPU, 1, 0)
+        assert torch.equal(trained.graphs(inputs, is_last=False), inputs.mean_BCHW.sum())
+
+
+def test_a_pool_whose_graphs_are_given_up_is_not_taken_again(monkeypatch):
+    handles = iter(range(9))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    recorder = CudaRecorder(torch.device("cuda"))
+    before = recorder._pool
+    recorder.forget()
+    assert recorder._pool != before
 
 
 def test_what_reads_back_or_is_rebound_does_not_replay():

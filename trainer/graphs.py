@@ -68,7 +68,7 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """Records CUDA graphs on a device, all into one pool of memory."""
+    """Records CUDA graphs on a device, all into one pool of memory. Raises ValueError where a step cannot be recorded."""
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -90,8 +90,19 @@ class CudaRecorder:
     def record(self, run: Callable[[], MicroResult]) -> tuple[Callable[[], None], MicroResult]:
         graph = torch.cuda.CUDAGraph()
         # thread_local: the thread that reads batches ahead may pin memory meanwhile
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            result = run()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                result = run()
+        except RuntimeError as error:
+            # leaving a capture that failed raises an error of its own, which tells nothing
+            first = error.__context__ if isinstance(error.__context__, RuntimeError) else error
+            if isinstance(first, torch.OutOfMemoryError):
+                raise first from None
+            # what torch's allocator knows of the capture stays: this process takes no further step
+            raise ValueError(
+                f"a step cannot be recorded as a CUDA graph here ({str(first).splitlines()[0][:200]}); "
+                "set train.cuda_graphs to off"
+            ) from first
         return graph.replay, result
 
     def forget(self) -> None:

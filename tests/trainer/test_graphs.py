@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -186,6 +187,35 @@ def test_a_pool_whose_graphs_are_given_up_is_not_taken_again(monkeypatch):
     before = recorder._pool
     recorder.forget()
     assert recorder._pool != before
+
+
+@pytest.mark.parametrize(
+    ("met", "expected"),
+    [
+        (RuntimeError("not permitted\nwhen capturing"), ValueError),
+        (torch.OutOfMemoryError("full"), torch.OutOfMemoryError),
+    ],
+)
+def test_a_capture_that_fails_tells_what_it_met_first(monkeypatch, met, expected):
+    @contextmanager
+    def capture(*_, **__):
+        try:
+            yield
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    class Graph:
+        replay = None
+
+    for name, value in (("graph_pool_handle", lambda: 0), ("Stream", lambda _: None), ("graph", capture)):
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+
+    def run():
+        raise met
+
+    with pytest.raises(expected, match=r"\(not permitted\); set train.cuda_graphs|^full$"):
+        CudaRecorder(torch.device("cuda")).record(run)
 
 
 def test_what_reads_back_or_is_rebound_does_not_replay():

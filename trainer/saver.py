@@ -50,6 +50,7 @@ class Saver:
     _memory: HostMemory = field(init=False)
     _is_kept: bool = False
     _under_way: Future | None = None
+    _thread: threading.Thread | None = None
     _what: str = ""
     _is_abandoned: bool = False
 
@@ -103,9 +104,14 @@ class Saver:
             return
         if not wait([self._under_way], PATIENCE_S).done:
             self.say(f"waiting for {self._what}")
-        wait([self._under_way])
+        self._join()
         ended, self._under_way = self._under_way, None
         ended.result()
+
+    def _join(self) -> None:
+        wait([self._under_way])
+        # its last references go after its result is there; a daemon that frees tensors while Python ends would abort it
+        self._thread.join()
 
     def settle(self) -> None:
         """Return when nothing is under way; tell what the write has met. Where another failure is raised already."""
@@ -126,7 +132,7 @@ class Saver:
         elif self._under_way is not None:
             # asked twice to stop: what is under way ends with the file that it is at, while the folder is still locked
             self._is_abandoned = True
-            wait([self._under_way])
+            self._join()
 
     def _start(self, what: str, work: Callable[[], None]) -> None:
         self._what, self._under_way = what, Future()
@@ -141,7 +147,8 @@ class Saver:
                 future.set_result(None)
 
         # a daemon: a third Ctrl-C need not wait either
-        threading.Thread(target=run, name="save-checkpoint", daemon=True).start()
+        self._thread = threading.Thread(target=run, name="save-checkpoint", daemon=True)
+        self._thread.start()
 
     def _go_on(self) -> None:
         if self._is_abandoned:

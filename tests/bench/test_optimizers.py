@@ -12,6 +12,7 @@ from safelight.bench.profiled import allocated_peak
 from safelight.bench.results import read
 from safelight.bench.workload import Workload, optimizer_config
 from safelight.kernels.adamw8bit import AdamW8bit
+from safelight.trainer.cards import find_card
 from safelight.trainer.config import Optimizer
 
 CPU = torch.device("cpu")
@@ -163,6 +164,7 @@ def test_emulated_cards_are_tried_from_small_to_large_and_the_cap_is_lifted(monk
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: fractions.append(share))
     monkeypatch.setattr(memory, "context_bytes", lambda device: 2**29)
     monkeypatch.setattr(memory, "free", lambda device: None)
+    monkeypatch.setattr(memory, "this_card", lambda device: find_card("10GiB"))
 
     def stand_in(work):
         tried.append(fractions[-1])

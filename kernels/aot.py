@@ -159,14 +159,17 @@ def _steps_ends(side: int, dtype: torch.dtype, every: bool) -> None:
 
 CHANNELS_LAST, NCHW = torch.channels_last, torch.contiguous_format
 # channels and side of the residual blocks' first norms, of the ones behind the time embedding, of the transformers'
-FIRST = ((320, 64), (640, 64), (960, 64), (640, 32), (1280, 32), (1920, 32), (1280, 16), (2560, 16), (2560, 8))
+FIRST = (
+    (320, 64), (640, 64), (960, 64), (320, 32), (640, 32), (1280, 32), (1920, 32), (640, 16), (1280, 16), (1920, 16),
+    (2560, 16), (2560, 8),
+)  # fmt: skip
 OUTER = ((320, 64), (640, 32), (1280, 16), (1280, 8))
 
 
 def representative(dtype: torch.dtype) -> None:
     """Run every op once or twice on meta tensors: each kernel, few shapes."""
     _group_norm(320, 64, 1, dtype, "behind the time embedding", CHANNELS_LAST)
-    # 9 x 9 pixels: NCHW rows that no vector load fits
+    # 9 x 9 pixels: NCHW rows that no vector load fits, a group in one program
     _group_norm(1280, 9, 1, dtype, "of a transformer", NCHW)
     _layer_norm(4096, 320, dtype)
     _geglu(4096, 2560, dtype)

@@ -7,6 +7,11 @@ merged by Welford's update, so a large mean costs no digits. Saved are x, fp32 m
 SiLU again. 32 groups would leave most of a card idle at batch 1, so each group's pixels are split among programs, by a
 rule of the shape alone (results do not depend on the card); the parts meet in a fixed order, never by atomics.
 
+A group of at most MAX_WHOLE elements is one program's, which reads it twice, the second time from its processor's cache: one
+launch each way instead of two and three. At batch 1 that is 32 programs, and a large card's other processors wait; but the
+split form's kernels end within a few microseconds too, and each costs a launch, of which a step at batch 1 has too many.
+At larger batches the programs are enough. Larger groups fall out of the cache, and one program would be long at them.
+
 Channels-last and NCHW memory are read and written as they are, through strides.
 Letters: N batch, C channels, S pixels, G groups; P splits of S; K groups of a tile.
 Source: Wu and He 2018, arXiv:1803.08494; merging of moments: Chan, Golub and LeVeque 1979.
@@ -21,11 +26,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from safelight.kernels.column_sum import column_sum
 from safelight.kernels.group_norm_triton import (
     _apply_kernel,
     _bwd_dx_kernel,
     _bwd_reduce_kernel,
     _bwd_sums_kernel,
+    _bwd_whole_kernel,
     _group_stats_kernel,
 )
 from safelight.kernels.jit import cdiv, next_power_of_2, runs_kernel, with_flat_pixels
@@ -33,6 +40,10 @@ from safelight.kernels.reference import channel_sum, recomputed_gradients, to_co
 
 TILE = 2048  # elements a program holds at once: 16 a thread
 TILE_CHANNELS = 128
+MAX_WHOLE = 20480  # elements of a group in one program: 40 KiB in 16 bits, all of SD1.5's norms at 16 x 16 and below
+WHOLE_TILE = 4096  # 8 elements a thread of 16 warps: SD1.5's largest such group is gone over in 8 tiles
+WHOLE_WARPS = 16
+WHOLE_REGISTERS = 128  # the most that 16 warps can have
 REDUCE_TILE = 1024
 REDUCE_SPLITS = 8
 NUM_PROGRAMS = 512  # enough for four a processor of the largest card
@@ -62,16 +73,24 @@ class _Plan:
     chunk: int  # pixels of a split
     num_splits: int
     grid: tuple[int, int, int]
+    num_warps: int = 4
+    is_whole: bool = False  # a group is one program's
 
     @property
     def blocks(self) -> dict[str, int]:
-        return {"GROUP_C": self.group_c, "BLOCK_K": self.block_k, "BLOCK_C": self.block_c}
+        warps = {} if self.num_warps == 4 else {"num_warps": self.num_warps}
+        return {"GROUP_C": self.group_c, "BLOCK_K": self.block_k, "BLOCK_C": self.block_c, **warps}
 
 
-def _plan(num_samples: int, num_channels: int, num_pixels: int, num_groups: int) -> _Plan:
-    """Return how this shape is cut."""
+def _plan(num_samples: int, num_channels: int, num_pixels: int, num_groups: int, may_be_whole: bool = True) -> _Plan:
+    """Return how this shape is cut. may_be_whole: a group that fits is one program's; where nothing is summed it need not."""
     group_c = num_channels // num_groups
     block_c = next_power_of_2(group_c)
+    if may_be_whole and num_pixels * group_c <= MAX_WHOLE:
+        block_s = max(1, min(WHOLE_TILE // block_c, next_power_of_2(num_pixels)))
+        num_warps = min(max(4, block_s * block_c // 256), WHOLE_WARPS)
+        chunk = cdiv(num_pixels, block_s) * block_s
+        return _Plan(group_c, 1, block_c, block_s, 1, chunk, 1, (num_groups, 1, num_samples), num_warps, True)
     block_k = min(max(1, TILE_CHANNELS // block_c), next_power_of_2(num_groups))
     reduce_k = max(1, min(block_k, REDUCE_TILE // (REDUCE_SPLITS * block_c)))
     block_s = max(1, min(TILE // (block_k * block_c), next_power_of_2(num_pixels)))
@@ -85,16 +104,16 @@ def _plan(num_samples: int, num_channels: int, num_pixels: int, num_groups: int)
 
 def _apply(
     x: Tensor, weight: Tensor, bias: Tensor, addend_NC: Tensor | None, num_groups: int, eps: float, silu: bool,
-    parts: Tensor | None, mean_NG: Tensor, rstd_NG: Tensor,
+    parts: Tensor | None, mean_NG: Tensor, rstd_NG: Tensor, stats: str,
 ) -> Tensor:  # fmt: skip
-    plan = _plan(x.shape[0], x.shape[1], x[0, 0].numel(), num_groups)
+    plan = _plan(x.shape[0], x.shape[1], x[0, 0].numel(), num_groups, may_be_whole=stats != "given")
     y = torch.empty_like(x)
     flat, out = x.flatten(2), y.flatten(2)
     _apply_kernel[plan.grid](
         flat, flat if addend_NC is None else addend_NC, weight, bias, mean_NG if parts is None else parts,
         mean_NG, rstd_NG, out, x.shape[1], flat.shape[2], num_groups, *flat.stride(), *out.stride(),
         plan.chunk, plan.num_splits, eps,
-        HAS_STATS=parts is None, HAS_ADDEND=addend_NC is not None, SILU=silu,
+        STATS=stats, HAS_ADDEND=addend_NC is not None, SILU=silu,
         BLOCK_S=plan.block_s, BLOCK_P=MAX_SPLITS, **plan.blocks,
     )  # fmt: skip
     return y
@@ -112,14 +131,16 @@ def group_norm_silu_fwd(
     flat = x.flatten(2)
     num_samples, num_channels, num_pixels = flat.shape
     plan = _plan(num_samples, num_channels, num_pixels, num_groups)
-    parts = torch.empty(num_samples, plan.num_splits, num_groups, 2, dtype=torch.float32, device=x.device)
     mean_NG, rstd_NG = (torch.empty(num_samples, num_groups, dtype=torch.float32, device=x.device) for _ in range(2))
+    arguments = (x, weight, bias, addend_NC, num_groups, eps, silu)
+    if plan.is_whole:
+        return _apply(*arguments, None, mean_NG, rstd_NG, "whole"), mean_NG, rstd_NG
+    parts = torch.empty(num_samples, plan.num_splits, num_groups, 2, dtype=torch.float32, device=x.device)
     _group_stats_kernel[plan.grid](
         flat, flat if addend_NC is None else addend_NC, parts, num_channels, num_pixels, num_groups, *flat.stride(),
         plan.chunk, HAS_ADDEND=addend_NC is not None, BLOCK_S=plan.block_s, **plan.blocks,
     )  # fmt: skip
-    y = _apply(x, weight, bias, addend_NC, num_groups, eps, silu, parts, mean_NG, rstd_NG)
-    return y, mean_NG, rstd_NG
+    return _apply(*arguments, parts, mean_NG, rstd_NG, "parts"), mean_NG, rstd_NG
 
 
 def group_norm_silu_again(
@@ -129,7 +150,7 @@ def group_norm_silu_again(
     """Return y once more from the statistics of the forward pass, the same bits."""
     if not runs_kernel(x):
         return group_norm_silu_reference(x, weight, bias, addend_NC, num_groups, eps, silu)
-    return _apply(x, weight, bias, addend_NC, num_groups, eps, silu, None, mean_NG, rstd_NG)
+    return _apply(x, weight, bias, addend_NC, num_groups, eps, silu, None, mean_NG, rstd_NG, "given")
 
 
 def group_norm_silu_bwd(
@@ -140,29 +161,38 @@ def group_norm_silu_bwd(
 
     ds: the gradient of x from elsewhere, which dx then has in it; or None, which has no sum.
     """
-    total = (channel_sum(ds),) if sum_ds else ()
     if not runs_kernel(x):
 
         def again(x, weight, bias, addend_NC):
             return group_norm_silu_reference(x, weight, bias, addend_NC, num_groups, eps, silu)
 
         dx, *rest = recomputed_gradients(again, (x, weight, bias, addend_NC), dy)
-        return dx if ds is None else dx + ds, *rest, *total
-    flat, flat_dy = x.flatten(2), dy.flatten(2)
-    num_samples, num_channels, num_pixels = flat.shape
+        return dx if ds is None else dx + ds, *rest, *([channel_sum(ds)] if sum_ds else ())
+    num_samples, num_channels, num_pixels = x.flatten(2).shape
     plan = _plan(num_samples, num_channels, num_pixels, num_groups)
-    has_addend = addend_NC is not None
-    sums = torch.empty(num_samples, plan.num_splits, 3, num_channels, dtype=torch.float32, device=x.device)
-    means = torch.empty(num_samples, num_groups, 2, dtype=torch.float32, device=x.device)
-    dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
+    has_addend, has_ds = addend_NC is not None, ds is not None
     daddend_NC = torch.empty_like(addend_NC) if has_addend else None
     dx = torch.empty_like(x)
-    flat_dx = dx.flatten(2)
-    has_ds = ds is not None
+    flat, flat_dy, flat_dx = x.flatten(2), dy.flatten(2), dx.flatten(2)
     flat_ds = with_flat_pixels(ds).flatten(2) if has_ds else flat_dy
     saved = (flat, addend_NC if has_addend else flat, weight, bias, mean_NG, rstd_NG)
     shape = (num_channels, num_pixels, num_groups)
+    strides = (*flat_dy.stride(), *flat_ds.stride(), *flat.stride(), *flat_dx.stride())
     options = {"HAS_ADDEND": has_addend, **plan.blocks}
+    if plan.is_whole:
+        # one sample's gradients are the parameters' own; several samples' are summed behind
+        dtype = weight.dtype if num_samples == 1 else torch.float32
+        parts = torch.empty(2 + has_ds, num_samples, num_channels, dtype=dtype, device=x.device)
+        # left to itself the assembler aims at 64 registers a thread on sm_75 and sm_80, and misses by two
+        _bwd_whole_kernel[plan.grid](
+            flat_dy, flat_ds, *saved, parts[0], parts[1], daddend_NC if has_addend else parts, parts[-1], flat_dx, *shape,
+            *strides, HAS_DS=has_ds, SILU=silu, BLOCK_S=plan.block_s, maxnreg=WHOLE_REGISTERS, **options,
+        )  # fmt: skip
+        dweight, dbias, *total = parts[:, 0] if num_samples == 1 else column_sum(parts, weight.dtype)
+        return dx, dweight, dbias, daddend_NC, *(total if sum_ds else ())
+    sums = torch.empty(num_samples, plan.num_splits, 3, num_channels, dtype=torch.float32, device=x.device)
+    means = torch.empty(num_samples, num_groups, 2, dtype=torch.float32, device=x.device)
+    dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
     _bwd_sums_kernel[plan.grid](
         flat_dy, *saved, sums, *shape, *flat_dy.stride(), *flat.stride(), plan.chunk,
         SILU=silu, BLOCK_S=plan.block_s, **options,
@@ -172,11 +202,10 @@ def group_norm_silu_bwd(
         plan.num_splits, BLOCK_P=REDUCE_SPLITS, **{**options, "BLOCK_K": plan.reduce_k},
     )  # fmt: skip
     _bwd_dx_kernel[plan.grid](
-        flat_dy, flat_ds, *saved, means, flat_dx, *shape,
-        *flat_dy.stride(), *flat_ds.stride(), *flat.stride(), *flat_dx.stride(), plan.chunk,
+        flat_dy, flat_ds, *saved, means, flat_dx, *shape, *strides, plan.chunk,
         HAS_DS=has_ds, SILU=silu, BLOCK_S=plan.block_s, **options,
     )  # fmt: skip
-    return dx, dweight, dbias, daddend_NC, *total
+    return dx, dweight, dbias, daddend_NC, *([channel_sum(ds)] if sum_ds else ())
 
 
 class _GroupNormSiLU(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 A program takes some groups of one sample, (BLOCK_K, BLOCK_C) channels, and the pixels of one split, BLOCK_S at a time; its
 place in the grid is (groups, split, sample). The splits of a sample leave partial results, which are merged in their order.
+Where a group is one program's, that goes over it twice and leaves no parts ("whole").
 Letters: N batch, C channels, S pixels, G groups; P splits of S; K groups of a tile.
 """
 
@@ -60,6 +61,30 @@ def _sum(x, AXIS: tl.constexpr):
     return tl.reduce(x, AXIS, tl.standard._sum_combine)
 
 
+@kernel
+def _moments(
+    x_ptr, addend, channel, valid, stride_n, stride_c, stride_s, begin, end,
+    HAS_ADDEND: tl.constexpr, GROUP_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Return mean and sum of squared deviations of the pixels from begin to end, (BLOCK_K,)."""
+    mean = tl.full((BLOCK_K,), 0.0, tl.float32)
+    m2 = tl.full((BLOCK_K,), 0.0, tl.float32)
+    for start in range(begin, end, BLOCK_S):
+        z, mask = _load_tile(x_ptr, channel, valid, stride_n, stride_c, stride_s, start, end, BLOCK_S)
+        if HAS_ADDEND:
+            z = tl.where(mask, z + addend, 0.0)
+        count = ((tl.minimum(end, start + BLOCK_S) - start) * GROUP_C).to(tl.float32)
+        before = ((start - begin) * GROUP_C).to(tl.float32)
+        tile_mean = _sum(_sum(z, 2), 0) / count
+        deviation = tl.where(mask, z - tile_mean[None, :, None], 0.0)
+        tile_m2 = _sum(_sum(deviation * deviation, 2), 0)
+        # merged mean = mean + delta n_b / n;  merged m2 = m2_a + m2_b + delta^2 n_a n_b / n
+        delta = tile_mean - mean
+        mean += delta * (count / (before + count))
+        m2 += tile_m2 + delta * delta * (before * count / (before + count))
+    return mean, m2
+
+
 @kernel(varying=("C", "S", "num_groups", "chunk"))
 def _group_stats_kernel(
     x_ptr, addend_ptr, parts_ptr, C, S, num_groups, stride_xn, stride_xc, stride_xs, chunk,
@@ -72,21 +97,10 @@ def _group_stats_kernel(
     group, channel, valid = _channels(num_groups, GROUP_C, BLOCK_K, BLOCK_C)
     addend = _load_columns(addend_ptr + n * C, channel, valid) if HAS_ADDEND else 0.0
     end = tl.minimum((split + 1) * chunk, S)
-    mean = tl.full((BLOCK_K,), 0.0, tl.float32)
-    m2 = tl.full((BLOCK_K,), 0.0, tl.float32)
-    for start in range(split * chunk, end, BLOCK_S):
-        z, mask = _load_tile(x_ptr, channel, valid, stride_xn, stride_xc, stride_xs, start, end, BLOCK_S)
-        if HAS_ADDEND:
-            z = tl.where(mask, z + addend, 0.0)
-        count = ((tl.minimum(end, start + BLOCK_S) - start) * GROUP_C).to(tl.float32)
-        before = ((start - split * chunk) * GROUP_C).to(tl.float32)
-        tile_mean = _sum(_sum(z, 2), 0) / count
-        deviation = tl.where(mask, z - tile_mean[None, :, None], 0.0)
-        tile_m2 = _sum(_sum(deviation * deviation, 2), 0)
-        # merged mean = mean + delta n_b / n;  merged m2 = m2_a + m2_b + delta^2 n_a n_b / n
-        delta = tile_mean - mean
-        mean += delta * (count / (before + count))
-        m2 += tile_m2 + delta * delta * (before * count / (before + count))
+    mean, m2 = _moments(
+        x_ptr, addend, channel, valid, stride_xn, stride_xc, stride_xs, split * chunk, end,
+        HAS_ADDEND, GROUP_C, BLOCK_S, BLOCK_K,
+    )  # fmt: skip
     part = ((n * tl.num_programs(1) + split) * num_groups + group) * 2
     tl.store(parts_ptr + part, mean, mask=group < num_groups)
     tl.store(parts_ptr + part + 1, m2, mask=group < num_groups)
@@ -114,25 +128,32 @@ def _merged_stats(
 def _apply_kernel(
     x_ptr, addend_ptr, weight_ptr, bias_ptr, parts_ptr, mean_ptr, rstd_ptr, y_ptr, C, S, num_groups,
     stride_xn, stride_xc, stride_xs, stride_yn, stride_yc, stride_ys, chunk, num_splits, eps,
-    HAS_STATS: tl.constexpr, HAS_ADDEND: tl.constexpr, SILU: tl.constexpr, GROUP_C: tl.constexpr,
+    STATS: tl.constexpr, HAS_ADDEND: tl.constexpr, SILU: tl.constexpr, GROUP_C: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Write y. HAS_STATS: mean and rstd are given; else they are merged of the parts and written, (N, G)."""
+    """Write y. STATS: mean and rstd, (N, G), are "given", or written: merged of "parts", or made of x where it is "whole"."""
     split = tl.program_id(1)
     n = tl.program_id(2).to(tl.int64)
     group, channel, valid = _channels(num_groups, GROUP_C, BLOCK_K, BLOCK_C)
     at, in_range = n * num_groups + group, group < num_groups
-    if HAS_STATS:
+    addend = _load_columns(addend_ptr + n * C, channel, valid) if HAS_ADDEND else 0.0
+    end = tl.minimum((split + 1) * chunk, S)
+    if STATS == "given":
         mean = tl.load(mean_ptr + at, mask=in_range, other=0.0)
         rstd = tl.load(rstd_ptr + at, mask=in_range, other=0.0)
     else:
-        mean, rstd = _merged_stats(parts_ptr, n, group, S, num_groups, chunk, num_splits, eps, GROUP_C, BLOCK_P)
+        if STATS == "whole":
+            mean, m2 = _moments(
+                x_ptr, addend, channel, valid, stride_xn, stride_xc, stride_xs, split * chunk, end,
+                HAS_ADDEND, GROUP_C, BLOCK_S, BLOCK_K,
+            )  # fmt: skip
+            rstd = 1.0 / tl.sqrt_rn(m2 / (S * 1.0 * GROUP_C) + eps)
+        else:
+            mean, rstd = _merged_stats(parts_ptr, n, group, S, num_groups, chunk, num_splits, eps, GROUP_C, BLOCK_P)
         if split == 0:
             tl.store(mean_ptr + at, mean, mask=in_range)
             tl.store(rstd_ptr + at, rstd, mask=in_range)
     weight, bias = _load_columns(weight_ptr, channel, valid), _load_columns(bias_ptr, channel, valid)
-    addend = _load_columns(addend_ptr + n * C, channel, valid) if HAS_ADDEND else 0.0
-    end = tl.minimum((split + 1) * chunk, S)
     for start in range(split * chunk, end, BLOCK_S):
         z, _mask = _load_tile(x_ptr, channel, valid, stride_xn, stride_xc, stride_xs, start, end, BLOCK_S)
         if HAS_ADDEND:
@@ -168,6 +189,30 @@ def _du(dy, xhat, weight, bias, SILU: tl.constexpr):
     return dy
 
 
+@kernel
+def _sums(
+    dy_ptr, x_ptr, addend, weight, bias, mean, rstd, channel, valid,
+    stride_gn, stride_gc, stride_gs, stride_xn, stride_xc, stride_xs, begin, end,
+    HAS_ADDEND: tl.constexpr, SILU: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Return the sums over pixels from begin to end of du, du * xhat and (with an addend) xhat, (BLOCK_K, BLOCK_C)."""
+    sum_du = tl.full((BLOCK_K, BLOCK_C), 0.0, tl.float32)
+    sum_du_xhat = tl.full((BLOCK_K, BLOCK_C), 0.0, tl.float32)
+    sum_xhat = tl.full((BLOCK_K, BLOCK_C), 0.0, tl.float32)
+    for start in range(begin, end, BLOCK_S):
+        z, mask = _load_tile(x_ptr, channel, valid, stride_xn, stride_xc, stride_xs, start, end, BLOCK_S)
+        if HAS_ADDEND:
+            z = z + addend
+        dy, _mask = _load_tile(dy_ptr, channel, valid, stride_gn, stride_gc, stride_gs, start, end, BLOCK_S)
+        xhat = tl.where(mask, (z - mean) * rstd, 0.0)
+        du = _du(dy, xhat, weight, bias, SILU)
+        sum_du += _sum(du, 0)
+        sum_du_xhat += _sum(du * xhat, 0)
+        if HAS_ADDEND:
+            sum_xhat += _sum(xhat, 0)
+    return sum_du, sum_du_xhat, sum_xhat
+
+
 @kernel(varying=("C", "S", "num_groups", "chunk"))
 def _bwd_sums_kernel(
     dy_ptr, x_ptr, addend_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, sums_ptr, C, S, num_groups,
@@ -182,26 +227,30 @@ def _bwd_sums_kernel(
     addend, weight, bias, mean, rstd = _saved(
         addend_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, group, channel, valid, C, num_groups, HAS_ADDEND
     )
-    sum_du = tl.full((BLOCK_K, BLOCK_C), 0.0, tl.float32)
-    sum_du_xhat = tl.full((BLOCK_K, BLOCK_C), 0.0, tl.float32)
-    sum_xhat = tl.full((BLOCK_K, BLOCK_C), 0.0, tl.float32)
-    end = tl.minimum((split + 1) * chunk, S)
-    for start in range(split * chunk, end, BLOCK_S):
-        z, mask = _load_tile(x_ptr, channel, valid, stride_xn, stride_xc, stride_xs, start, end, BLOCK_S)
-        if HAS_ADDEND:
-            z = z + addend
-        dy, _mask = _load_tile(dy_ptr, channel, valid, stride_gn, stride_gc, stride_gs, start, end, BLOCK_S)
-        xhat = tl.where(mask, (z - mean) * rstd, 0.0)
-        du = _du(dy, xhat, weight, bias, SILU)
-        sum_du += _sum(du, 0)
-        sum_du_xhat += _sum(du * xhat, 0)
-        if HAS_ADDEND:
-            sum_xhat += _sum(xhat, 0)
+    sum_du, sum_du_xhat, sum_xhat = _sums(
+        dy_ptr, x_ptr, addend, weight, bias, mean, rstd, channel, valid,
+        stride_gn, stride_gc, stride_gs, stride_xn, stride_xc, stride_xs, split * chunk,
+        tl.minimum((split + 1) * chunk, S), HAS_ADDEND, SILU, BLOCK_S, BLOCK_K, BLOCK_C,
+    )  # fmt: skip
     row = (n * tl.num_programs(1) + split) * 3 * C
     tl.store(sums_ptr + row + channel, sum_du, mask=valid)
     tl.store(sums_ptr + row + C + channel, sum_du_xhat, mask=valid)
     if HAS_ADDEND:
         tl.store(sums_ptr + row + 2 * C + channel, sum_xhat, mask=valid)
+
+
+@kernel
+def _group_means(weight, sum_du, sum_du_xhat, size):
+    """Return the two means over a group's elements that dx needs, (BLOCK_K,)."""
+    # mean_1 = mean(weight * du), mean_2 = mean(weight * du * xhat)
+    return _sum(weight * sum_du, 1) / size, _sum(weight * sum_du_xhat, 1) / size
+
+
+@kernel
+def _daddend(weight, rstd, mean_1, mean_2, sum_du, sum_xhat, S):
+    """Return the addend's gradient, (BLOCK_K, BLOCK_C)."""
+    # daddend = sum over s of dx = rstd * (weight * sum du - S * mean_1 - mean_2 * sum xhat)
+    return rstd[:, None] * (weight * sum_du - S * mean_1[:, None] - mean_2[:, None] * sum_xhat)
 
 
 @kernel(varying=("N", "C", "S", "num_groups", "num_splits"))
@@ -233,19 +282,43 @@ def _bwd_reduce_kernel(
         # dbias = sum over n, s of du;  dweight = sum over n, s of du * xhat
         dbias += sum_du
         dweight += sum_du_xhat
-        # over a group's elements: mean_1 = mean(weight * du), mean_2 = mean(weight * du * xhat)
-        mean_1 = _sum(weight * sum_du, 1) / size
-        mean_2 = _sum(weight * sum_du_xhat, 1) / size
+        mean_1, mean_2 = _group_means(weight, sum_du, sum_du_xhat, size)
         at = n * num_groups + group
         tl.store(means_ptr + at * 2, mean_1, mask=group < num_groups)
         tl.store(means_ptr + at * 2 + 1, mean_2, mask=group < num_groups)
         if HAS_ADDEND:
             rstd = tl.load(rstd_ptr + at, mask=group < num_groups, other=0.0)
-            # daddend = sum over s of dx = rstd * (weight * sum du - S * mean_1 - mean_2 * sum xhat)
-            daddend = rstd[:, None] * (weight * sum_du - S * mean_1[:, None] - mean_2[:, None] * sum_xhat)
+            daddend = _daddend(weight, rstd, mean_1, mean_2, sum_du, sum_xhat, S)
             tl.store(daddend_ptr + n * C + channel, daddend.to(daddend_ptr.dtype.element_ty), mask=valid)
     tl.store(dweight_ptr + channel, dweight.to(dweight_ptr.dtype.element_ty), mask=valid)
     tl.store(dbias_ptr + channel, dbias.to(dbias_ptr.dtype.element_ty), mask=valid)
+
+
+@kernel
+def _store_dx(
+    dy_ptr, ds_ptr, x_ptr, dx_ptr, addend, weight, bias, mean, rstd, mean_1, mean_2, channel, valid,
+    stride_gn, stride_gc, stride_gs, stride_hn, stride_hc, stride_hs, stride_xn, stride_xc, stride_xs,
+    stride_dn, stride_dc, stride_ds, begin, end,
+    HAS_ADDEND: tl.constexpr, HAS_DS: tl.constexpr, SILU: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Write dx of the pixels from begin to end, with ds in it if there is one; return ds' sum over them."""
+    sum_ds = tl.full((BLOCK_K, BLOCK_C), 0.0, tl.float32)
+    for start in range(begin, end, BLOCK_S):
+        z, _mask = _load_tile(x_ptr, channel, valid, stride_xn, stride_xc, stride_xs, start, end, BLOCK_S)
+        dy, _mask = _load_tile(dy_ptr, channel, valid, stride_gn, stride_gc, stride_gs, start, end, BLOCK_S)
+        if HAS_ADDEND:
+            z = z + addend
+        xhat = (z - mean) * rstd
+        du = _du(dy, xhat, weight, bias, SILU)
+        # dx = rstd * (weight * du - mean_1 - xhat * mean_2) + ds
+        dx = rstd * (weight * du - mean_1[None, :, None] - xhat * mean_2[None, :, None])
+        if HAS_DS:
+            ds, _mask = _load_tile(ds_ptr, channel, valid, stride_hn, stride_hc, stride_hs, start, end, BLOCK_S)
+            dx += ds
+            sum_ds += _sum(ds, 0)
+        _store_tile(dx_ptr, dx, channel, valid, stride_dn, stride_dc, stride_ds, start, end, BLOCK_S)
+    return sum_ds
 
 
 @kernel(varying=("C", "S", "num_groups", "chunk"))
@@ -262,19 +335,51 @@ def _bwd_dx_kernel(
         addend_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, group, channel, valid, C, num_groups, HAS_ADDEND
     )
     at = (tl.program_id(2).to(tl.int64) * num_groups + group) * 2
-    mean_1 = tl.load(means_ptr + at, mask=group < num_groups, other=0.0)[None, :, None]
-    mean_2 = tl.load(means_ptr + at + 1, mask=group < num_groups, other=0.0)[None, :, None]
-    end = tl.minimum((split + 1) * chunk, S)
-    for start in range(split * chunk, end, BLOCK_S):
-        z, _mask = _load_tile(x_ptr, channel, valid, stride_xn, stride_xc, stride_xs, start, end, BLOCK_S)
-        dy, _mask = _load_tile(dy_ptr, channel, valid, stride_gn, stride_gc, stride_gs, start, end, BLOCK_S)
-        if HAS_ADDEND:
-            z = z + addend
-        xhat = (z - mean) * rstd
-        du = _du(dy, xhat, weight, bias, SILU)
-        # dx = rstd * (weight * du - mean_1 - xhat * mean_2) + ds
-        dx = rstd * (weight * du - mean_1 - xhat * mean_2)
-        if HAS_DS:
-            ds, _mask = _load_tile(ds_ptr, channel, valid, stride_hn, stride_hc, stride_hs, start, end, BLOCK_S)
-            dx += ds
-        _store_tile(dx_ptr, dx, channel, valid, stride_dn, stride_dc, stride_ds, start, end, BLOCK_S)
+    mean_1 = tl.load(means_ptr + at, mask=group < num_groups, other=0.0)
+    mean_2 = tl.load(means_ptr + at + 1, mask=group < num_groups, other=0.0)
+    _store_dx(
+        dy_ptr, ds_ptr, x_ptr, dx_ptr, addend, weight, bias, mean, rstd, mean_1, mean_2, channel, valid,
+        stride_gn, stride_gc, stride_gs, stride_hn, stride_hc, stride_hs, stride_xn, stride_xc, stride_xs,
+        stride_dn, stride_dc, stride_ds, split * chunk, tl.minimum((split + 1) * chunk, S),
+        HAS_ADDEND, HAS_DS, SILU, BLOCK_S, BLOCK_K, BLOCK_C,
+    )  # fmt: skip
+
+
+@kernel(varying=("C", "S", "num_groups"))
+def _bwd_whole_kernel(
+    dy_ptr, ds_ptr, x_ptr, addend_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr,
+    dweight_ptr, dbias_ptr, daddend_ptr, sum_ds_ptr, dx_ptr, C, S, num_groups,
+    stride_gn, stride_gc, stride_gs, stride_hn, stride_hc, stride_hs, stride_xn, stride_xc, stride_xs,
+    stride_dn, stride_dc, stride_ds,
+    HAS_ADDEND: tl.constexpr, HAS_DS: tl.constexpr, SILU: tl.constexpr, GROUP_C: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Write dx, and this sample's dweight, dbias, daddend and sum of ds, (N, C) each: all of the backward pass."""
+    # the first pixel, of the only split
+    begin = tl.program_id(1)
+    n = tl.program_id(2).to(tl.int64)
+    group, channel, valid = _channels(num_groups, GROUP_C, BLOCK_K, BLOCK_C)
+    addend, weight, bias, mean, rstd = _saved(
+        addend_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, group, channel, valid, C, num_groups, HAS_ADDEND
+    )
+    sum_du, sum_du_xhat, sum_xhat = _sums(
+        dy_ptr, x_ptr, addend, weight, bias, mean, rstd, channel, valid,
+        stride_gn, stride_gc, stride_gs, stride_xn, stride_xc, stride_xs, begin, S,
+        HAS_ADDEND, SILU, BLOCK_S, BLOCK_K, BLOCK_C,
+    )  # fmt: skip
+    column_weight = tl.load(weight_ptr + channel, mask=valid, other=0.0).to(tl.float32)
+    mean_1, mean_2 = _group_means(column_weight, sum_du, sum_du_xhat, S * 1.0 * GROUP_C)
+    # dbias = sum over s of du;  dweight = sum over s of du * xhat
+    tl.store(dweight_ptr + n * C + channel, sum_du_xhat.to(dweight_ptr.dtype.element_ty), mask=valid)
+    tl.store(dbias_ptr + n * C + channel, sum_du.to(dbias_ptr.dtype.element_ty), mask=valid)
+    if HAS_ADDEND:
+        group_rstd = tl.load(rstd_ptr + n * num_groups + group, mask=group < num_groups, other=0.0)
+        daddend = _daddend(column_weight, group_rstd, mean_1, mean_2, sum_du, sum_xhat, S)
+        tl.store(daddend_ptr + n * C + channel, daddend.to(daddend_ptr.dtype.element_ty), mask=valid)
+    sum_ds = _store_dx(
+        dy_ptr, ds_ptr, x_ptr, dx_ptr, addend, weight, bias, mean, rstd, mean_1, mean_2, channel, valid,
+        stride_gn, stride_gc, stride_gs, stride_hn, stride_hc, stride_hs, stride_xn, stride_xc, stride_xs,
+        stride_dn, stride_dc, stride_ds, begin, S, HAS_ADDEND, HAS_DS, SILU, BLOCK_S, BLOCK_K, BLOCK_C,
+    )  # fmt: skip
+    if HAS_DS:
+        tl.store(sum_ds_ptr + n * C + channel, sum_ds.to(sum_ds_ptr.dtype.element_ty), mask=valid)

@@ -11,6 +11,7 @@ from safelight.kernels.group_norm_silu import (
     group_norm_silu_bwd,
     group_norm_silu_fwd,
 )
+from safelight.kernels.jit import cdiv
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # (N, C, H, W), groups: small odd ones, several splits, and the true channel counts of SD's UNets
@@ -54,6 +55,12 @@ def make(shape, dtype, layout, addend):
     return {name: value.to(dtype) for name, value in inputs.items()}
 
 
+@pytest.fixture
+def split(monkeypatch):
+    """A function after which no group is one program's."""
+    return lambda: monkeypatch.setattr(module, "MAX_WHOLE", 0)
+
+
 def check(check_op, shape, groups, dtype, layout, silu, addend):
     inputs = make(shape, dtype, layout, addend)
     results = check_op(
@@ -68,34 +75,53 @@ def check(check_op, shape, groups, dtype, layout, silu, addend):
         assert results["output 0"].is_contiguous()
 
 
-@pytest.mark.grid(case=SMALL, dtype=DTYPES, layout=LAYOUTS, silu_and_addend=SILU_AND_ADDEND)
-def test_forward_and_backward(check_op, case, dtype, layout, silu_and_addend):
+@pytest.mark.grid(case=SMALL, dtype=DTYPES, layout=LAYOUTS, silu_and_addend=SILU_AND_ADDEND, whole=[True, False])
+def test_forward_and_backward(check_op, split, case, dtype, layout, silu_and_addend, whole):
+    if not whole:
+        split()
     check(check_op, *case, dtype, layout, *silu_and_addend)
 
 
-@pytest.mark.grid(case=TRUE, dtype=DTYPES, layout=LAYOUTS[:2], silu_and_addend=[SILU_AND_ADDEND[0], SILU_AND_ADDEND[2]])
-def test_true_channel_counts(check_op, case, dtype, layout, silu_and_addend):
+@pytest.mark.grid(
+    case=TRUE, dtype=DTYPES, layout=LAYOUTS[:2], silu_and_addend=[SILU_AND_ADDEND[0], SILU_AND_ADDEND[2]],
+    whole=[True, False],
+)  # fmt: skip
+def test_true_channel_counts(check_op, split, case, dtype, layout, silu_and_addend, whole):
+    if not whole:
+        split()
     check(check_op, *case, dtype, layout, *silu_and_addend)
 
 
 @pytest.mark.parametrize("num_programs", [1, 6])
-def test_tiles_and_splits_are_merged(check_op, monkeypatch, num_programs):
+def test_tiles_and_splits_are_merged(check_op, monkeypatch, split, num_programs):
     """One split of five tiles a sample, or two splits, of three tiles and of one and a bit."""
+    split()
     monkeypatch.setattr(module, "NUM_PROGRAMS", num_programs)
     shape, groups = (3, 64, 11, 13), 8
     plan = module._plan(3, 64, 143, groups)
+    assert not plan.is_whole
     assert (plan.num_splits, plan.chunk // plan.block_s) == {1: (1, 5), 6: (2, 3)}[num_programs]
     check(check_op, shape, groups, torch.float32, "channels_last", True, True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("samples", [1, 3])
-def test_a_gradient_from_elsewhere_joins_and_is_summed(device, dtype, samples):
+def test_a_group_of_one_program_is_read_in_tiles(check_op, monkeypatch):
+    """143 pixels of 8 channels in nine tiles of 16 pixels, the last not full."""
+    monkeypatch.setattr(module, "WHOLE_TILE", 128)
+    plan = module._plan(3, 64, 143, 8)
+    assert (plan.is_whole, plan.block_s, plan.grid) == (True, 16, (8, 1, 3))
+    check(check_op, (3, 64, 11, 13), 8, torch.float32, "channels_last", True, True)
+
+
+@pytest.mark.grid(dtype=DTYPES, samples=[1, 3], layout=LAYOUTS[:2], whole=[True, False])
+def test_a_gradient_from_elsewhere_joins_and_is_summed(device, split, dtype, samples, layout, whole):
     """It may be a slice of a concatenation's; 20 channels in two groups of 10."""
-    inputs = make((samples, 20, 5, 7), dtype, "channels_last", addend=False)
+    if not whole:
+        split()
+    inputs = make((samples, 20, 5, 7), dtype, layout, addend=False)
     x, weight, bias = (value.to(device) for value in inputs.values())
     both = torch.randn(2, samples, 24, 5, 7, generator=torch.Generator().manual_seed(7)).to(device, dtype)
-    dy, ds = (g.to(memory_format=torch.channels_last)[:, 3:23] for g in both)
+    order = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    dy, ds = (g.to(memory_format=order)[:, 3:23] for g in both)
     _, *stats = group_norm_silu_fwd(x, weight, bias, None, 2, 1e-5, True)
     saved = (x, weight, bias, None, *stats, 2, 1e-5, True)
     apart, *parameters, _ = group_norm_silu_bwd(dy, *saved)
@@ -112,8 +138,11 @@ def test_a_gradient_from_elsewhere_joins_and_is_summed(device, dtype, samples):
     assert ((total.double() - truth).abs() <= allowed).all()
 
 
-def test_a_large_mean_costs_no_digits(device):
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_large_mean_costs_no_digits(device, split, whole):
     """E[x^2] - E[x]^2 would lose everything here: the mean is 30,000 standard deviations."""
+    if not whole:
+        split()
     x = 3000 + 0.1 * torch.randn(1, 8, 12, 12, generator=torch.Generator().manual_seed(3))
     exact = x.double().view(1, 2, -1)
     ones = torch.ones(8, device=device)
@@ -130,8 +159,11 @@ def test_a_constant_image_is_normed_to_the_bias(device):
     assert torch.equal(y, bias[None, :, None, None].expand_as(x))
 
 
+@pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_recomputing_gives_the_same_bits(device, memory_format):
+def test_recomputing_gives_the_same_bits(device, split, memory_format, whole):
+    if not whole:
+        split()
     inputs = make((2, 64, 11, 13), torch.float16, "nchw", True)
     x, weight, bias, addend = (value.to(device) for value in inputs.values())
     x = x.contiguous(memory_format=memory_format)
@@ -180,13 +212,24 @@ def test_saved_are_the_input_and_two_numbers_a_group(where):
     assert sum(t.numel() * t.element_size() for t in saved) == 2 * x.numel() + 2 * 2 * 64 + 2 * 4 * 2 * groups
 
 
-@pytest.mark.parametrize("shape", [(1, 320, 64, 64), (1, 640, 32, 32), (1, 1280, 16, 16), (1, 320, 128, 128)])
+@pytest.mark.parametrize("shape", [(1, 320, 64, 64), (1, 1920, 32, 32), (1, 2560, 32, 32), (1, 320, 128, 128)])
 def test_batch_one_fills_a_card(shape):
-    """Two programs or more a processor of a 4090 (128) or an H200 (132); where pixels are few, 2,048 elements each."""
+    """Where groups are split: two programs or more a processor of a 4090 (128) or an H200 (132); where pixels are few, 2,048 elements each."""
     n, c, h, w = shape
     plan = module._plan(n, c, h * w, 32)
     programs = plan.grid[0] * plan.grid[1] * plan.grid[2]
     assert programs >= 256 or programs >= c * h * w / 2048
+
+
+def test_a_group_that_a_cache_holds_is_one_programs():
+    """2,560 channels at 16 x 16 are the largest of SD1.5: eight tiles a group; 960 at 32 x 32 are split."""
+    plan = module._plan(1, 2560, 256, 32)
+    assert (plan.grid, plan.is_whole, cdiv(256, plan.block_s), plan.num_warps) == ((32, 1, 1), True, 8, 16)
+    assert module._plan(16, 640, 1024, 32).grid == (32, 1, 16)
+    assert not module._plan(1, 960, 1024, 32).is_whole
+    # a large batch leaves a group one split, and it is not one program's for that
+    large = module._plan(64, 2560, 1024, 32)
+    assert (large.num_splits, large.is_whole) == (1, False)
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ CONTEXT_BYTES = GIB // 2
 CUBLAS_BYTES, CUBLAS_BYTES_HOPPER = 8_519_680, 32 * MIB
 # scratch that cuDNN's convolutions ask for, a guess at the largest of SD's layers [not measured]
 CUDNN_BYTES = 64 * MIB
-# what all CUDA graphs of a run take beside the memory that their steps use [not measured]
-GRAPH_BYTES = 64 * MIB
+# what a CUDA graph takes for each launch, beside torch's allocator: about 10 KB a kernel node, NVIDIA/cccl pull request 3768
+GRAPH_BYTES_A_LAUNCH = 10 << 10
 # of what a step allocates and frees: what the allocator reserves beyond it, a guess [not measured]
 FRAGMENTATION = 0.05
 # share of a card's matrix rate that convolutions and products of SD's shapes reach; what the goals suppose [not measured]

@@ -18,7 +18,7 @@ from safelight.kernels.adamw8bit import MIN_8BIT_ELEMENTS
 from safelight.kernels.checkpointing import MODES
 from safelight.kernels.paged import Pages
 from safelight.trainer.between import Between, Forward, added_by, decode_bytes, fill, least_of
-from safelight.trainer.cards import CONTEXT_BYTES, FRAGMENTATION, GIB, GRAPH_BYTES, Card
+from safelight.trainer.cards import CONTEXT_BYTES, FRAGMENTATION, GIB, GRAPH_BYTES_A_LAUNCH, Card
 from safelight.trainer.config import Config
 from safelight.trainer.dataset import bucket_multiple
 from safelight.trainer.host_memory import HostBytes, host_bytes
@@ -44,7 +44,8 @@ class Need:
 
     others: the most of loading, and of validation and drawing at the least, in all. images_per_s: an estimate, None where
     the card's rates are not known. during: where the step's peak is; kinds: what is alive there, by kind. between: how
-    validation and drawing are done in the room that is left.
+    validation and drawing are done in the room that is left. graphs: bytes of CUDA graphs beside torch's memory, if a run has
+    them, at the most.
     """
 
     memory: str
@@ -60,6 +61,7 @@ class Need:
     images_per_s: float | None
     between: Between = field(default_factory=Between)
     host: HostBytes | None = None
+    graphs: int = 0
 
     def settings(self) -> str:
         """Return the settings of it, as they are written on the command line."""
@@ -75,6 +77,14 @@ def largest_latents(config: Config, base: Base) -> tuple[int, int]:
     buckets = make_buckets(config.data.resolution, bucket_multiple(base, factor), config.data.max_aspect)
     bucket = max(buckets, key=lambda b: (b.width * b.height, -abs(b.width - b.height)))
     return bucket.height // factor, bucket.width // factor
+
+
+def most_graphs(config: Config, base: Base) -> int:
+    """Return how many CUDA graphs a stage can want: of each bucket's full and last batch, at each place among a step's."""
+    factor = latent_factor(vae_config(base, config.model.vae))
+    buckets = make_buckets(config.data.resolution, bucket_multiple(base, factor), config.data.max_aspect)
+    places = 4 if any(stage.accumulate > 1 for stage in config.stages()) else 1
+    return 2 * len(buckets) * places
 
 
 def dtype_on(card: Card, precision: str) -> torch.dtype:
@@ -97,6 +107,7 @@ class Planner:
         self.latents = largest_latents(config, self.base)
         stages = config.stages()
         self.batch_size = max(stage.batch_size for stage in stages)
+        self._num_graphs = most_graphs(config, self.base)
         self._num_micro = 2 if any(stage.accumulate > 1 for stage in stages) else 1
         memory_mode(config.optimizer, self.dtype)
 
@@ -220,7 +231,8 @@ class Planner:
         seconds = self._seconds(traced, kinds, memory, fused)
         paged = self._pages.num_bytes if memory == "paged" and self._pages is not None else 0
         streams = memory == "paged" or checkpointing == "offload" or self.config.train.cuda_graphs == "off"
-        pool = 0 if streams else traced.transient + GRAPH_BYTES
+        graphs = 0 if streams else self._num_graphs * traced.work.launches * GRAPH_BYTES_A_LAUNCH
+        pool = 0 if streams else traced.transient + graphs
         host = host_bytes(
             [p.numel() for p in run.unet.parameters()], self.dtype.itemsize, self.config.optimizer.name, memory,
             self.config.train.ema_decay > 0, paged, traced.offloaded, vae_bytes(self.base, self.config.model.vae),
@@ -229,7 +241,7 @@ class Planner:
             memory, checkpointing, fused, batch_size, self._total(held, max(held + traced.transient, others)), held,
             traced.transient, others, traced.peak.during,
             {**kinds, **{kind: traced.peak.kinds[kind] for kind in (GRADIENTS, ACTIVATIONS, TEMPORARY)}},
-            None if seconds is None else self._num_micro * batch_size / seconds, self.between(held, pool), host,
+            None if seconds is None else self._num_micro * batch_size / seconds, self.between(held, pool), host, graphs,
         )  # fmt: skip
 
     def fits(self, need: Need) -> bool:

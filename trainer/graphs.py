@@ -35,6 +35,10 @@ class Shape:
     is_first: bool = True
     is_last: bool = True
 
+    @property
+    def num_latents(self) -> int:
+        return self.size * self.height * self.width
+
     def __str__(self) -> str:
         return f"{self.size} of {self.width} x {self.height} latents"
 
@@ -123,8 +127,7 @@ def in_order(shapes: Iterable[Shape]) -> list[Shape]:
     """Return shapes with the largest first."""
 
     def order(shape: Shape) -> tuple:
-        num_latents = shape.size * shape.height * shape.width
-        return -num_latents, -shape.height, -shape.size, shape.is_first, shape.is_last
+        return -shape.num_latents, -shape.height, -shape.size, shape.is_first, shape.is_last
 
     return sorted(shapes, key=order)
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from safelight.data.batches import MicroBatch
 from safelight.kernels.jit import has_triton
-from safelight.trainer.cards import GIB, GRAPH_BYTES
+from safelight.trainer.cards import GIB
 from safelight.trainer.config import Config, Loss
 from safelight.trainer.diffusion import NoiseSchedule
 from safelight.trainer.fit import Need
@@ -49,7 +49,7 @@ def _obstacle(config: Config, device: torch.device, need: Need | None, budget: i
         return "triton is not installed"
     if need is not None:
         # what a graph's step takes is not given back to what runs between steps
-        needed = max(need.needed + need.others - need.held, need.between.most + need.step) + GRAPH_BYTES
+        needed = max(need.needed + need.others - need.held, need.between.most + need.step) + need.graphs
         if needed > budget:
             return f"they would take {needed / GIB:.2f} GiB of {budget / GIB:.2f}"
     return ""
@@ -58,7 +58,7 @@ def _obstacle(config: Config, device: torch.device, need: Need | None, budget: i
 class Recording:
     """Rehearses and records a run's micro-steps. recorder: None where they are taken one by one.
 
-    rehearses: whether the largest shape is gone through before the first step.
+    rehearses: whether without graphs a shape larger than all before is gone through before the epoch that meets it.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Recording:
         self._optimizer, self._recorder, self._rehearses = optimizer, recorder, rehearses
         self._run_of = partial(_run_of, unet, optimizer, schedule, scaling_factor, loss)
         self._graphs: StepGraphs | None = None
-        self._num_samples = 0
+        self._num_samples = self._num_rehearsed = 0
 
     def begin(
         self, plan: Sequence[MicroBatch], latent_factor: int, accumulate: int, num_samples: int,
@@ -85,8 +85,10 @@ class Recording:
         wanted, run = shapes_of(sizes, accumulate), self._run_of(num_samples)
         began = time.monotonic()
         if self._recorder is None:
-            self._rehearses = False
             largest = in_order(wanted)[0]
+            if largest.num_latents <= self._num_rehearsed:
+                return None, ""
+            self._num_rehearsed = largest.num_latents
             with self._optimizer.rehearsal():
                 run(blank(first(), largest), largest.is_first, True)
             return None, f"the largest batch was gone through, {largest}, in {time.monotonic() - began:.1f} s"

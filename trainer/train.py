@@ -97,7 +97,7 @@ def _loop(job: Job, position: Position) -> Outcome:
     """Train from a position to the end, or until asked to stop."""
     config, timeline = job.config, job.timeline
     if position.step == 0 or position.unmeasured:
-        position = measure(job, position)
+        position = _measured(job, position)
         if position.unmeasured:
             return Outcome(job.run_dir, position, interrupted=True)
         if position.step > 0:
@@ -214,16 +214,29 @@ def _end_epoch(job: Job, position: Position) -> Position:
     if position.step >= job.timeline.num_steps:
         return _finish(job, position)
     config, before = job.config, position.best_step
-    position = measure(job, position)
+    position = _measured(job, position)
     save_is_due = is_due(config.save.every_epochs, position.epoch) or is_due(config.save.every_steps, position.step)
     if save_is_due or position.best_step != before:
         _save(job, position)
     return position
 
 
+def _measured(job: Job, position: Position) -> Position:
+    """Return measure of a position; where the GPU's memory is too small for it, what was trained is saved first."""
+    try:
+        return measure(job, position)
+    except torch.OutOfMemoryError:
+        if position.step > 0:
+            _save(job, replace(position, unmeasured=True))
+        raise ValueError(
+            f"the GPU's memory was full in validation or drawing after step {position.step}, whose weights are kept; go on "
+            "with a smaller validate.batch_size, or sample.every_epochs 0 and draw by `safelight sample` later"
+        ) from None
+
+
 def _finish(job: Job, position: Position) -> Position:
     """Validate, sample and save at the end of the run."""
-    position = measure(job, position)
+    position = _measured(job, position)
     _save(job, position)
     return position
 

@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, required=True, help="folder to write in; must not exist")
     parser.add_argument("--base", default="random:sd15")
     parser.add_argument("--out", type=Path, default=RESULTS / "saves.jsonl")
+    parser.add_argument("--thread-alone", action="store_true", help="leave the loop's own saves out, as in a run")
     parser.add_argument("--note", default="")
     arguments = parser.parse_args()
     if arguments.dir.exists():
@@ -80,8 +81,9 @@ def main() -> None:
         saver.wait()
         reserving = time.perf_counter() - began
         for step in range(1, REPEATS + 1):
-            shutil.rmtree(folder_of(arguments.dir / "before", 1), ignore_errors=True)
-            found["loop_stall_s"].append(saved_by_the_loop(arguments.dir / "before", unet, optimizer))
+            if not arguments.thread_alone:
+                shutil.rmtree(folder_of(arguments.dir / "before", 1), ignore_errors=True)
+                found["loop_stall_s"].append(saved_by_the_loop(arguments.dir / "before", unet, optimizer))
             for name, seconds in saved_by_the_thread(saver, unet, optimizer, step).items():
                 found[name].append(seconds)
     num_bytes = num_bytes_of([*unet.state_dict().values(), *optimizer.live_state().values()])
@@ -92,6 +94,7 @@ def main() -> None:
         "memory": optimizer.memory,
         "precision": "bf16",
         "device": "cpu",
+        "thread_alone": arguments.thread_alone,
         "repeats": REPEATS,
     }
     record = make_record("save_stall", config, figures, device, arguments.note)

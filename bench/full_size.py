@@ -63,8 +63,9 @@ def main() -> None:
         sys.exit(f"{folder} exists already; name another")
     draw_photos(folder / "photos")
     log = (folder / "full_size.jsonl").open("a")
-    log.write(json.dumps({"bench": "full_size", **describe(torch.device("cpu"))}) + "\n")
-    # the commands run inside the folder, so that the log names no place of this machine
+    # the log names no place of this machine: the commands run inside the folder
+    command = "python -m safelight.bench.full_size --dir DIR"
+    log.write(json.dumps({"bench": "full_size", **describe(torch.device("cpu")), "command": command}) + "\n")
     os.chdir(folder)
     settings = [*SETTINGS, "--data.path", "dataset", "--run.dir", "run"]
     for words in (

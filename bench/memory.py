@@ -142,6 +142,7 @@ def bench_memory(work: Workload, optimizers: tuple[str, ...] = ()) -> Iterator[d
             try:
                 found = of_a_gpu(one) if device.type == "cuda" else of_a_cpu(one)
             except (ValueError, NotImplementedError) as error:
+                # a setting this device refuses, an operator a library lacks for it: told in the line; any other fault is raised
                 found = {"cannot": str(error).splitlines()[0][:160]}
             free(device)
             yield make_record("memory", {"recipe": OURS, **asdict(one)}, found, device)

@@ -1,6 +1,7 @@
 """Result lines, their comparison, their pictures, and the check of quoted figures."""
 
 import json
+import re
 import subprocess
 import sys
 import tomllib
@@ -183,3 +184,9 @@ def test_the_help_of_every_benchmark_needs_no_torch():
         "gate",
     }
     assert all(line[1:] == ["0", "True", "False"] for line in lines), result.stdout
+
+
+def test_result_lines_name_no_place_of_one_machine():
+    absolute = re.compile(r'(?<![\w.])/(?:tmp|home|root|work|Users|mnt|content)/[^\s"]*')
+    for path in sorted(results.RESULTS.glob("*.jsonl")):
+        assert absolute.findall(path.read_text(encoding="utf-8")) == [], path.name

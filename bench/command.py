@@ -30,7 +30,7 @@ class Step:
         tuple[str, ...],
         arg(
             help="safelight, with a technique more or less: -unpatched, -fused (steps inside backward), -graphs, "
-            "-fused-graphs; or a recipe of `bench baseline`; one variant each"
+            "-fused-graphs, -cudnn-benchmark; or a recipe of `bench baseline`; one variant each"
         ),
     ] = ("safelight",)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"

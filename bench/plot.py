@@ -18,6 +18,7 @@ COLOURS = {
     "safelight-fused": "#9a3412",
     "safelight-graphs": "#f59e0b",
     "safelight-fused-graphs": "#78350f",
+    "safelight-cudnn-benchmark": "#fb923c",
     "diffusers": "#334155",
     "diffusers-compiled": "#64748b",
     "diffusers-16bit": "#94a3b8",

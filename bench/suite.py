@@ -26,6 +26,7 @@ VARIANTS: dict[str, dict] = {
     "safelight-fused": {"fused": True},
     "safelight-graphs": {"graphs": True},
     "safelight-fused-graphs": {"fused": True, "graphs": True},
+    "safelight-cudnn-benchmark": {"cudnn_benchmark": True},
 }
 NUM_CACHED_BATCHES = 8
 

@@ -26,6 +26,7 @@ from safelight.data.manifest import Photo
 from safelight.kernels import patch
 from safelight.kernels.attention import AttentionChoice, apply_attention, attention_cases, choose_attention
 from safelight.kernels.checkpointing import apply_checkpointing
+from safelight.trainer.algorithms import algorithms
 from safelight.trainer.config import Loss, Optimizer
 from safelight.trainer.diffusion import make_schedule
 from safelight.trainer.graphs import Recorder, StepGraphs, shape_of
@@ -157,12 +158,13 @@ def optimizer_config(name: str) -> Optimizer:
 class Ours:
     """The training step of `safelight train`. notes: what really runs.
 
-    kernels: as train.kernels. fused: steps inside backward. recorder: of steps that are replayed as graphs, recorded at the
-    first of a shape.
+    kernels, cudnn_benchmark: as train.kernels and train.cudnn_benchmark. fused: steps inside backward. recorder: of steps that
+    are replayed as graphs, recorded at the first of a shape.
     """
 
     def __init__(
-        self, work: Workload, kernels: str = "auto", fused: bool = False, recorder: Recorder | None = None
+        self, work: Workload, kernels: str = "auto", fused: bool = False, recorder: Recorder | None = None,
+        cudnn_benchmark: bool = False,
     ):  # fmt: skip
         device = torch.device(work.device)
         base = resolve_base(work.base)
@@ -176,7 +178,7 @@ class Ours:
             patch.repack(self.unet)
         self.notes = f"{choice}; {'kernels off' if patched is None else patched}"
         self.schedule = make_schedule(base.config_of("scheduler")).to(device)
-        self._recorder = recorder
+        self._recorder, self._cudnn_benchmark = recorder, cudnn_benchmark
         self._graphs: dict[int, StepGraphs] = {}
 
     def _graphs_of(self, batch: Batch) -> StepGraphs | None:
@@ -197,12 +199,27 @@ class Ours:
 
     def step(self, batch: Batch) -> torch.Tensor:
         """Take a step and return the batch's mean loss, on the device."""
-        result = train_step(
-            self.unet, self.optimizer, [batch], self.schedule, 1.0, Loss(), seed=SEED, epoch=0,
-            num_samples=len(batch.sample_ids), lr=LR, weight_decay=WEIGHT_DECAY, max_grad_norm=MAX_GRAD_NORM,
-            graphs=self._graphs_of(batch),
-        )  # fmt: skip
+        with algorithms(cudnn_benchmark=self._cudnn_benchmark), own_finds(self._cudnn_benchmark):
+            result = train_step(
+                self.unet, self.optimizer, [batch], self.schedule, 1.0, Loss(), seed=SEED, epoch=0,
+                num_samples=len(batch.sample_ids), lr=LR, weight_decay=WEIGHT_DECAY, max_grad_norm=MAX_GRAD_NORM,
+                graphs=self._graphs_of(batch),
+            )  # fmt: skip
         return result.losses.mean()
+
+
+@contextmanager
+def own_finds(apart: bool) -> Iterator[None]:
+    """Keep apart what cuDNN finds within the block, if wanted, so that a trial is made of shapes that ran without one before.
+
+    Torch keeps what it found by shape and by allow_tf32, which 16-bit convolutions do not heed.
+    """
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = before != apart
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def use_attention(unet: nn.Module, work: Workload) -> AttentionChoice:

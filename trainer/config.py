@@ -125,6 +125,9 @@ class Train(Section):
     cuda_graphs: Literal["auto", "on", "off"] = "auto"
     """Record a step once for each shape of batch and replay it by one call of the host; an epoch then meets the batches of a
     bucket one after another. auto: on a GPU where they fit; the log says why not."""
+    cudnn_benchmark: bool = False
+    """On a GPU let cuDNN time its convolutions at the first batch of each shape and keep the fastest. It takes seconds a shape,
+    and the fastest may take memory that `safelight plan` does not count."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Clip the gradients' global norm; 0: never."""
     ema_decay: Fraction = 0.0

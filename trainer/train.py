@@ -6,10 +6,9 @@ part of the log's running mean that was not written yet.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 
 from safelight.data.batches import MicroBatch, iterate, load_batch, plan_epoch
 from safelight.data.lock import FolderLock
+from safelight.trainer.algorithms import algorithms
 from safelight.trainer.cards import this_card
 from safelight.trainer.checkpoint import Position, list_checkpoints, rewrite_position
 from safelight.trainer.config import Config, ResolvedStage
@@ -66,7 +66,7 @@ def train(
         if resume and not checkpoints:
             terminal.say(f"{run_dir} holds no checkpoint yet: starting at step 0")
         step = checkpoints[-1] if checkpoints else None
-        with _deterministic(config.run.deterministic):
+        with algorithms(deterministic=config.run.deterministic, cudnn_benchmark=config.train.cudnn_benchmark):
             job, position = load_job(config, run_dir, step, terminal, stop_requested)
             try:
                 with guard, job.saver:
@@ -75,22 +75,6 @@ def train(
                 terminal.pause()
                 job.metrics.close()
                 job.dataset.cache.close()
-
-
-@contextmanager
-def _deterministic(wanted: bool) -> Iterator[None]:
-    """Let torch choose among deterministic operators alone within the block, and raise where it has none."""
-    if not wanted:
-        yield
-        return
-    # cuBLAS reads it when its first handle is made, and torch refuses its products without it
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
 
 
 def _loop(job: Job, position: Position) -> Outcome:

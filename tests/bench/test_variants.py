@@ -29,6 +29,22 @@ def test_steps_inside_backward_learn_alike():
     assert found == pytest.approx(losses(build(OURS, WORK), (2, 2)), rel=1e-3)
 
 
+def test_the_trial_of_convolutions_is_for_this_variant_alone():
+    seen = []
+
+    def flags() -> tuple[bool, bool]:
+        return torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32
+
+    before = flags()
+    for recipe in (OURS, "safelight-cudnn-benchmark"):
+        trainer = build(recipe, WORK)
+        trainer.unet.conv_in.register_forward_hook(lambda *_: seen.append(flags()))
+        losses(trainer, (1,))
+    # the other value of allow_tf32 keeps torch from finding again what it found without a trial
+    assert seen == [(False, before[1]), (True, not before[1])]
+    assert flags() == before
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
 def test_graphs_without_a_gpu_are_refused_in_a_line():
     with pytest.raises(ValueError, match="safelight-graphs replays CUDA graphs and there is no CUDA device here"):

@@ -129,21 +129,30 @@ def test_asked_to_stop_at_any_moment_it_goes_on_as_if_never_asked(run, tiny_data
     assert all((tmp_path / "alone" / path).read_bytes() == (tmp_path / "stopped" / path).read_bytes() for path in drawn)
 
 
+def test_what_is_fastest_here_is_not_deterministic(tiny_dataset, tmp_path):
+    settings = settings_of(tmp_path / "run", tiny_dataset, train={"cudnn_benchmark": True})
+    settings["run"]["deterministic"] = True
+    with pytest.raises(
+        ValueError, match=r"train.cudnn_benchmark does not go with run.deterministic: .* set one of them to false"
+    ):
+        train.train(parse_config(settings, "test"))
+
+
 def test_a_deterministic_run_lets_torch_choose_so_and_then_lets_go(tiny_dataset, tmp_path, monkeypatch):
     seen = []
     original = train.train_step
 
     def watched(*args, **kwargs):
-        seen.append(torch.are_deterministic_algorithms_enabled())
+        seen.append((torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark))
         return original(*args, **kwargs)
 
     monkeypatch.setattr(train, "train_step", watched)
     for wanted in (True, False):
         settings = settings_of(tmp_path / str(wanted), tiny_dataset, sample={"every_epochs": 0}, train={"max_steps": 2})
-        settings["run"]["deterministic"] = wanted
+        settings["run"]["deterministic"], settings["train"]["cudnn_benchmark"] = wanted, not wanted
         train.train(parse_config(settings, "test"))
-    assert seen == [True] * 2 + [False] * 2
-    assert not torch.are_deterministic_algorithms_enabled()
+    assert seen == [(True, False)] * 2 + [(False, True)] * 2
+    assert (torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark) == (False, False)
     states = [load_file(checkpoint.folder_of(tmp_path / str(w), 2) / "state.safetensors") for w in (True, False)]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 

@@ -82,8 +82,7 @@ def noising_reference(
     device, shape = mean_BCHW.device, tuple(mean_BCHW.shape[1:])
 
     def normals(purpose: Purpose, shape: tuple[int, ...]) -> Tensor:
-        rows = [normals_torch([key], shape, device) for key in _keys(words_B5, purpose)]
-        return torch.cat(rows)
+        return normals_torch(_keys(words_B5, purpose), shape, device)
 
     latents = mean_BCHW.float()
     if logvar_BCHW is not None:

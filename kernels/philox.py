@@ -130,14 +130,14 @@ def philox_numpy(counter: tuple[np.ndarray | int, ...], key: tuple[int, int]) ->
     return tuple(np.broadcast_arrays(*(c.astype(np.uint32) for c in (c0, c1, c2, c3))))
 
 
-def philox_torch(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:
+def philox_torch(counter: tuple[Tensor, ...], key: tuple[Tensor | int, Tensor | int]) -> tuple[Tensor, ...]:
     """Return the four words of Philox4x32-10 as int64 tensors in 0 .. 2^32-1.
 
-    counter: four int64 tensors that broadcast. torch lacks unsigned arithmetic, so each 32 x 32 -> 64 bit product is
-    taken in wrapping int64, whose bit pattern is the unsigned product's.
+    counter: four int64 tensors that broadcast, the key's two words with them. torch lacks unsigned arithmetic, so each
+    32 x 32 -> 64 bit product is taken in wrapping int64, whose bit pattern is the unsigned product's.
     """
     c0, c1, c2, c3 = counter
-    k0, k1 = int(key[0]), int(key[1])
+    k0, k1 = key
     for _ in range(NUM_ROUNDS):
         product_0 = c0 * MULTIPLIER_0
         product_1 = c2 * MULTIPLIER_1
@@ -274,18 +274,16 @@ def normals(key: Key, shape: tuple[int, ...]) -> np.ndarray:
 def normals_torch(keys: list[Key], shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
     """Return (len(keys), *shape) standard normals, float32 on `device`; row i equals `normals(keys[i], shape)` bit for bit.
 
-    All keys share one seed. Raises ValueError otherwise, or for an empty list.
+    Raises ValueError for an empty list.
     """
-    if not keys or any(key.seed != keys[0].seed for key in keys):
-        raise ValueError(
-            f"normals_torch needs one or more keys of one seed, got seeds {sorted({k.seed for k in keys})}"
-        )
+    if not keys:
+        raise ValueError("normals_torch needs one or more keys, got none")
     import torch
 
     num = int(np.prod(shape, dtype=np.int64))
-    k0, k1 = keys[0].words()[:2]
-    counters = torch.tensor([key.words()[2:] for key in keys], dtype=torch.int64).to(device, non_blocking=True)
+    rows = torch.tensor([key.words() for key in keys], dtype=torch.int64).to(device, non_blocking=True)
+    k0, k1, c1, c2, c3 = rows[:, :, None].unbind(1)
     blocks = torch.arange((num + 3) // 4, dtype=torch.int64, device=device)
-    w0, w1, w2, w3 = philox_torch((blocks[None, :], *(counters[:, i : i + 1] for i in range(3))), (k0, k1))
+    w0, w1, w2, w3 = philox_torch((blocks[None, :], c1, c2, c3), (k0, k1))
     elements = torch.stack([*_box_muller(w0, w1, _Torch), *_box_muller(w2, w3, _Torch)], dim=-1)
     return elements.reshape(len(keys), -1)[:, :num].reshape(len(keys), *shape)

@@ -10,13 +10,32 @@ from typing import Annotated, Literal, get_args
 from tyro.conf import Positional, arg
 
 from safelight.arguments import parse
+from safelight.columns import listed
 
-Base = Annotated[str, arg(help="as model.base: tiny, random:sd15, a diffusers folder")]
-LatentSize = Annotated[int, arg(help="side of the square latents; 64 is SD1.5 at 512 px; 0: the model's own")]
-Device = Literal["auto", "cpu", "cuda"]
+Base = Annotated[str, arg(metavar="BASE", help="as model.base: tiny, random:sd15, a diffusers folder")]
+LatentSize = Annotated[
+    int, arg(help="side of the square latents, in latent pixels; 64 is SD1.5 at 512 px; 0: the model's own")
+]
+Precision = Annotated[
+    Literal["auto", "fp32", "bf16", "fp16"],
+    arg(help="of weights and arithmetic; auto: 16 bits on a GPU, fp32 on a CPU"),
+]
+Checkpointing = Annotated[
+    Literal["none", "selective", "full"], arg(help="what of the activations is computed again in backward")
+]
+Device = Annotated[Literal["auto", "cpu", "cuda"], arg(help="auto: the GPU where there is one")]
+Images = Annotated[int, arg(help="images a step")]
+Card = Annotated[
+    str, arg(metavar="CARD", help="count for a card that is not here, by its data sheet: t4, rtx4090, a100")
+]
 AsJson = Annotated[bool, arg(help="print the result as JSON")]
 _Recipe = Literal["diffusers", "diffusers-compiled", "diffusers-16bit", "everydream", "kohya", "kohya-fused", "mlperf"]
-Append = Annotated[Path | None, arg(metavar="FILE", help="add the result lines to this .jsonl", help_behavior_hint="")]
+Append = Annotated[
+    Path | None, arg(metavar="FILE", help="add the result lines to this .jsonl", help_behavior_hint="(default: none)")
+]
+BaseOfDevice = Annotated[
+    str, arg(metavar="BASE", help="as model.base", help_behavior_hint="(default: random:sd15 on a GPU, tiny on a CPU)")
+]
 
 
 @dataclass
@@ -25,17 +44,20 @@ class Step:
 
     base: Base = "tiny"
     latent_size: LatentSize = 0
-    batch_size: Annotated[tuple[int, ...], arg(help="one variant each, interleaved")] = (1, 4)
+    batch_size: Annotated[
+        tuple[int, ...], arg(metavar="N [N ...]", help="images a step; one variant each, interleaved")
+    ] = (1, 4)
     recipe: Annotated[
         tuple[str, ...],
         arg(
+            metavar="NAME [NAME ...]",
             help="safelight, with a technique more or less: -unpatched, -fused (steps inside backward), -graphs, "
-            "-fused-graphs, -cudnn-benchmark; or a recipe of `bench baseline`; one variant each"
+            "-fused-graphs, -cudnn-benchmark; or a recipe of `bench baseline`; one variant each",
         ),
     ] = ("safelight",)
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    optimizer: Literal["adamw8bit", "adamw"] = "adamw8bit"
-    checkpointing: Literal["none", "selective", "full"] = "none"
+    precision: Precision = "auto"
+    optimizer: Annotated[Literal["adamw8bit", "adamw"], arg(help="of ours and of the recipes")] = "adamw8bit"
+    checkpointing: Checkpointing = "none"
     loader: Annotated[bool, arg(help="read the batches from a cache on disk, as training does")] = False
     separate: Annotated[bool, arg(help="one variant after another instead of interleaved: the memory of one")] = False
     repeats: Annotated[int, arg(help="timed steps a variant")] = 10
@@ -58,11 +80,14 @@ class Baseline(Step):
 class Count:
     base: Base = "tiny"
     latent_size: LatentSize = 0
-    batch_size: int = 1
-    precision: Literal["bf16", "fp16", "fp32", "autocast-bf16", "autocast-fp16"] = "bf16"
+    batch_size: Images = 1
+    precision: Annotated[
+        Literal["bf16", "fp16", "fp32", "autocast-bf16", "autocast-fp16"],
+        arg(help="of weights, or of autocast over fp32"),
+    ] = "bf16"
     layout: Annotated[Literal["nchw", "channels_last"], arg(help="memory layout of images and convolutions")] = "nchw"
     patched: Annotated[bool, arg(help="with our kernels in the UNet; wants --layout channels_last")] = False
-    checkpointing: Literal["none", "selective", "full"] = "none"
+    checkpointing: Checkpointing = "none"
     optimizer: Annotated[Literal["none", "adamw", "adamw8bit"], arg(help="adamw8bit is bitsandbytes' here")] = (
         "adamw8bit"
     )
@@ -79,13 +104,17 @@ class Roofline:
         Literal["auto", "tiny", "sd15", "sd21", "sdxl"], arg(help="auto: sd15 on a GPU, tiny on a CPU")
     ] = "auto"
     latent_size: LatentSize = 0
-    batch_size: int = 1
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    batch_size: Images = 1
+    precision: Precision = "auto"
     optimizer: Annotated[
-        str, arg(help="as `bench optimizer` names them: adamw8bit, near; auto: adamw8bit on a GPU, adamw on a CPU")
+        str,
+        arg(
+            metavar="NAME",
+            help="as `bench optimizer` names them: adamw8bit, near; auto: adamw8bit on a GPU, adamw on a CPU",
+        ),
     ] = "auto"
-    checkpointing: Literal["none", "selective", "full"] = "none"
-    gpu: Annotated[str, arg(help="count for a card that is not here, by its data sheet: t4, rtx4090, a100")] = ""
+    checkpointing: Checkpointing = "none"
+    gpu: Annotated[Card, arg(help_behavior_hint="(default: measure this machine)")] = ""
     repeats: Annotated[int, arg(help="timed steps without the profiler")] = 10
     steps: Annotated[int, arg(help="steps under the profiler")] = 3
     device: Device = "auto"
@@ -95,52 +124,71 @@ class Roofline:
 
 @dataclass
 class Gate:
-    golden: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(default: bench/results/counts.jsonl)")] = (
-        None
-    )
-    base: Annotated[str, arg(help="check the configs of this base alone")] = ""
+    golden: Annotated[
+        Path | None,
+        arg(
+            metavar="FILE", help="the figures to hold",
+            help_behavior_hint="(default: bench/results/counts.jsonl)",
+        ),
+    ] = None  # fmt: skip
+    base: Annotated[
+        str, arg(metavar="BASE", help="check the configs of this base alone", help_behavior_hint="(default: all)")
+    ] = ""
 
 
 @dataclass
 class Compare:
     a: Annotated[Positional[str], arg(metavar="A", help="a .jsonl of results, or a commit in bench/results")]
     b: Annotated[Positional[str], arg(metavar="B", help="what to compare it with")]
-    at_most: Annotated[float, arg(help="fail where B is slower than A by more than this share; 0: never")] = 0.0
+    at_most: Annotated[
+        float, arg(metavar="SHARE", help="fail where B is slower than A by more than this: 0.05 is 5 %; 0: never")
+    ] = 0.0
     json: AsJson = False
 
 
 @dataclass
 class Plot:
-    results: Annotated[Positional[tuple[Path, ...]], arg(metavar="FILE...", help="results as .jsonl")]
-    out: Annotated[Path, arg(aliases=["-o"], help="folder for the pictures")] = Path("runs/bench")
+    results: Annotated[
+        Positional[tuple[Path, ...]], arg(metavar="FILE...", help="results as .jsonl", help_behavior_hint="(required)")
+    ]
+    out: Annotated[Path, arg(aliases=["-o"], metavar="FOLDER", help="where the pictures go")] = Path("runs/bench")
 
 
 @dataclass
 class Loader:
-    base: Annotated[str, arg(help="whose rows' shapes")] = "random:sd15"
+    base: Annotated[str, arg(metavar="BASE", help="whose rows' shapes")] = "random:sd15"
     latent_size: LatentSize = 0
-    rows: Annotated[int, arg(help="100000 needs about 55 GiB of disk with all sources")] = 500
-    batch_size: int = 8
-    sources: Annotated[tuple[Literal["cache", "cache-ahead", "npz", "pt", "decode"], ...], arg(help="to compare")] = (
-        "cache", "cache-ahead", "npz", "pt", "decode",
-    )  # fmt: skip
+    rows: Annotated[int, arg(help="cached rows; 100000 take about 55 GiB of disk with all sources")] = 500
+    batch_size: Images = 8
+    sources: Annotated[
+        tuple[Literal["cache", "cache-ahead", "npz", "pt", "decode"], ...],
+        arg(metavar="NAME [NAME ...]", help="what to compare: cache, cache-ahead, npz, pt, decode"),
+    ] = ("cache", "cache-ahead", "npz", "pt", "decode")
     repeats: Annotated[int, arg(help="timed epochs a source")] = 3
-    dir: Annotated[Path | None, arg(metavar="FOLDER", help="where the rows are written", help_behavior_hint="")] = None
+    dir: Annotated[
+        Path | None,
+        arg(metavar="FOLDER", help="where the rows are written", help_behavior_hint="(default: a temporary one)"),
+    ] = None
     append: Append = None
     json: AsJson = False
 
 
 @dataclass
 class Kernels:
-    model: Annotated[tuple[Literal["sd15", "sd21", "sdxl"], ...], arg(help="whose layers; SD2.1 at 768 px")] = ("sd15",)
-    batch_size: tuple[int, ...] = (1,)
-    ops: Annotated[tuple[str, ...], arg(help="kernels by name; none: all")] = ()
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    model: Annotated[
+        tuple[Literal["sd15", "sd21", "sdxl"], ...],
+        arg(metavar="NAME [NAME ...]", help="whose layers: sd15, sd21 (at 768 px), sdxl"),
+    ] = ("sd15",)
+    batch_size: Annotated[tuple[int, ...], arg(metavar="N [N ...]", help="images a step")] = (1,)
+    ops: Annotated[
+        tuple[str, ...], arg(metavar="NAME [NAME ...]", help="kernels by name", help_behavior_hint="(default: all)")
+    ] = ()
+    precision: Annotated[Literal["bf16", "fp16", "fp32"], arg(help="of what the kernels read and write")] = "bf16"
     shapes: Annotated[int, arg(help="shapes timed of each kernel, those that move most")] = 2
     times: Annotated[
         Literal["auto", "yes", "no"], arg(help="auto: on a GPU; on a CPU they are the references' and say little")
     ] = "auto"
-    compile: Annotated[bool, arg(help="time torch.compile as well, which takes seconds a layer to begin")] = True
+    no_compile: Annotated[bool, arg(help="leave torch.compile out, which takes seconds a layer to begin")] = False
     repeats: Annotated[int, arg(help="timed runs of each pass")] = 20
     device: Device = "auto"
     append: Append = None
@@ -155,7 +203,7 @@ class Aot:
 
 @dataclass
 class Optimizer:
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    precision: Annotated[Literal["bf16", "fp16", "fp32"], arg(help="of the weights")] = "bf16"
     every: Annotated[int, arg(help="of SD1.5's 686 tensors each n-th by size; 0: 4 on a GPU, 64 on a CPU")] = 0
     repeats: Annotated[int, arg(help="timed steps a variant")] = 10
     device: Device = "auto"
@@ -165,11 +213,14 @@ class Optimizer:
 
 @dataclass
 class Memory:
-    base: Annotated[str, arg(help="as model.base; empty: random:sd15 on a GPU, tiny on a CPU")] = ""
+    base: BaseOfDevice = ""
     latent_size: LatentSize = 0
-    batch_size: int = 1
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    optimizer: Annotated[tuple[str, ...], arg(help="as `bench optimizer` names them; none: all")] = ()
+    batch_size: Images = 1
+    precision: Precision = "auto"
+    optimizer: Annotated[
+        tuple[str, ...],
+        arg(metavar="NAME [NAME ...]", help="as `bench optimizer` names them", help_behavior_hint="(default: all)"),
+    ] = ()
     device: Device = "auto"
     append: Append = None
     json: Annotated[bool, arg(help="print one JSON line a combination")] = False
@@ -177,11 +228,12 @@ class Memory:
 
 @dataclass
 class Attention:
-    model: Annotated[tuple[Literal["sd15", "sd21", "sdxl"], ...], arg(help="whose shapes; SD2.1 at 768 px")] = (
-        "sd15", "sd21", "sdxl",
-    )  # fmt: skip
-    batch_size: Annotated[int, arg(help="0: 8 on a GPU, 1 on a CPU")] = 0
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    model: Annotated[
+        tuple[Literal["sd15", "sd21", "sdxl"], ...],
+        arg(metavar="NAME [NAME ...]", help="whose shapes: sd15, sd21 (at 768 px), sdxl"),
+    ] = ("sd15", "sd21", "sdxl")
+    batch_size: Annotated[int, arg(help="images a step; 0: 8 on a GPU, 1 on a CPU")] = 0
+    precision: Precision = "auto"
     repeats: Annotated[int, arg(help="timed runs of each pass; 0: 20 on a GPU, 3 on a CPU")] = 0
     device: Device = "auto"
     append: Append = None
@@ -192,14 +244,14 @@ class Attention:
 class Loop:
     base: Base = "tiny"
     latent_size: LatentSize = 0
-    batch_size: int = 4
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    batch_size: Images = 4
+    precision: Precision = "auto"
     optimizer: Annotated[
         Literal["adamw8bit", "bnb_adamw8bit", "adamw"], arg(help="ours; EveryDream's is adamw8bit")
     ] = "adamw8bit"
-    checkpointing: Literal["none", "selective", "full"] = "none"
-    photographs: Annotated[int, arg(help="made for the purpose; a multiple of the batch size")] = 48
-    epochs: Annotated[int, arg(help="the first of each is told apart")] = 4
+    checkpointing: Checkpointing = "none"
+    photographs: Annotated[int, arg(help="how many, made for the purpose; a multiple of the batch size")] = 48
+    epochs: Annotated[int, arg(help="passes over the photographs; the first of each loop is told apart")] = 4
     device: Device = "auto"
     append: Append = None
     json: Annotated[bool, arg(help="print one JSON line a loop")] = False
@@ -214,11 +266,16 @@ class Quick:
 
 @dataclass
 class All:
-    out: Annotated[Path, arg(aliases=["-o"], help="folder for results.jsonl and logs")]
-    minutes: Annotated[float, arg(help="to spend; what does not fit is left out")] = 8.0
-    base: Annotated[str, arg(help="as model.base; empty: random:sd15 on a GPU, tiny on a CPU")] = ""
+    out: Annotated[Path, arg(aliases=["-o"], metavar="FOLDER", help="where results.jsonl and logs go")]
+    minutes: Annotated[float, arg(help="minutes to spend; what does not fit is left out")] = 8.0
+    base: BaseOfDevice = ""
     latent_size: LatentSize = 0
-    only: Annotated[tuple[str, ...], arg(help="parts by name, for example steps attention")] = ()
+    only: Annotated[
+        tuple[str, ...],
+        arg(
+            metavar="NAME [NAME ...]", help="parts by name: steps, attention, ...", help_behavior_hint="(default: all)"
+        ),
+    ] = ()
     device: Device = "auto"
 
 
@@ -226,22 +283,22 @@ class All:
 _PARTS = ("kernels", "aot", "optimizer", "memory", "attention", "roofline")
 # name -> (arguments, what it measures); the function of that name runs it
 COMMANDS: dict[str, tuple[type, str]] = {
-    "step": (Step, "images/s and peak memory of the training step on this machine"),
-    "baseline": (Baseline, "the same of the published recipes, ours beside them"),
+    "step": (Step, "images/s and peak memory of the training step, on this machine"),
+    "baseline": (Baseline, "the same of published recipes, ours beside them"),
     "count": (
         Count,
-        "operators, kernel launches, bytes, FLOPs and host syncs of a training step, traced without a GPU",
+        "launches, bytes, FLOPs and host syncs of a step, traced without a GPU",
     ),
-    "roofline": (Roofline, "FLOPs and bytes of the step, this device's ceilings, and where the time between them goes"),
+    "roofline": (Roofline, "a step's FLOPs and bytes against what the device can do"),
     "loader": (Loader, "cache reads against a file a row and decoding every epoch"),
-    "loop": (Loop, "seconds an epoch with loader, log and checkpoint, ours against EveryDream's way"),
-    "kernels": (Kernels, "bytes of every kernel at the layers models train; on a GPU their speed too"),
-    "aot": (Aot, "kernels compiled for cards that are not here: registers, spills, shared memory, code size"),
-    "optimizer": (Optimizer, "every optimizer a config can name: time a step, bytes held and moved a parameter"),
-    "memory": (Memory, "what a step needs by optimizer, memory mode and checkpointing; which emulated cards it fits"),
+    "loop": (Loop, "seconds an epoch, everything included, ours and EveryDream's"),
+    "kernels": (Kernels, "bytes of every kernel at real layers; on a GPU their speed too"),
+    "aot": (Aot, "kernels compiled for cards that are not here: registers, spills"),
+    "optimizer": (Optimizer, "every optimizer: time a step, bytes held and moved a parameter"),
+    "memory": (Memory, "what a step needs in each memory mode; which cards it fits"),
     "attention": (Attention, "attention's backends by head dim and length, and which is chosen"),
-    "quick": (Quick, "ours against the diffusers recipe on this machine, in under three minutes"),
-    "all": (All, "everything worth knowing of a GPU in one call; on a CPU a rehearsal"),
+    "quick": (Quick, "ours against the diffusers recipe here, in under three minutes"),
+    "all": (All, "all that is worth knowing of a GPU; on a CPU a rehearsal"),
     "plot": (Plot, "pictures of results"),
     "gate": (Gate, "fail if a counted figure rose above bench/results/counts.jsonl"),
     "compare": (Compare, "two sets of results, figure by figure"),
@@ -251,9 +308,9 @@ COMMANDS: dict[str, tuple[type, str]] = {
 def main(argv: list[str]) -> int:
     """Run `safelight bench ...` and return its exit status."""
     if not argv or argv[0] in ("-h", "--help"):
-        names = "\n".join(f"  {name:<9} {text}" for name, (_, text) in COMMANDS.items())
+        texts = listed({name: text for name, (_, text) in COMMANDS.items()})
         print(
-            f"usage: safelight bench COMMAND [OPTIONS]\n\n{names}\n\n`safelight bench COMMAND --help` lists the options."
+            f"usage: safelight bench COMMAND [OPTIONS]\n\n{texts}\n\n`safelight bench COMMAND --help` lists the options."
         )
         return 0 if argv else 2
     if argv[0] not in COMMANDS:

@@ -22,7 +22,7 @@ def kernels(options: command.Kernels) -> int:
     for record in measuring.bench_kernels(
         options.model, options.batch_size, DTYPES[options.precision], device, ops=options.ops, num_shapes=options.shapes,
         times=options.times == "yes" or (options.times == "auto" and is_gpu), repeats=options.repeats,
-        with_compile=options.compile,
+        with_compile=not options.no_compile,
     ):  # fmt: skip
         keep(options.append, record)
         if options.json:

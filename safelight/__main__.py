@@ -11,18 +11,19 @@ from safelight.commands import COMMANDS, EXIT_INTERRUPTED
 
 USAGE = """Safelight fine-tunes Stable Diffusion, the whole UNet, on the one GPU you have.
 
-usage: safelight COMMAND ...          (`safelight COMMAND --help` tells the rest)
+usage: safelight COMMAND ...       (`safelight COMMAND --help` tells the rest)
 
 {commands}
 
 The usual way:
   safelight demo                                        see it work
   safelight init sd15 -o run.toml                       settings, commented
-  safelight prepare my_photos -o datasets/mine          photos and captions become a dataset
-  safelight train run.toml --data.path datasets/mine    any setting can be given like this
-  safelight compare runs/sd15
-  safelight report runs/sd15
-  safelight export runs/sd15 -o mine.safetensors
+  safelight prepare my_photos -o datasets/mine          photos and captions
+  safelight plan run.toml --data.path datasets/mine     does it fit, how long
+  safelight train run.toml --data.path datasets/mine    any setting like this
+  safelight compare runs/sd15                           base beside trained
+  safelight report runs/sd15                            one HTML file
+  safelight export runs/sd15 -o mine.safetensors        for A1111 and ComfyUI
 """
 
 EXIT_BAD_INPUT = 2
@@ -72,9 +73,13 @@ def _explain_failure(error: Exception) -> str | None:
 
 
 def _dispatch(argv: list[str]) -> int:
-    """Run a command, or say which there are."""
+    """Run a command, or say which there are. `help COMMAND` is `COMMAND --help`."""
+    if argv[:1] == ["help"] and len(argv) > 1:
+        argv = [*argv[1:], "--help"]
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(USAGE.format(commands="\n".join(f"  {name:<9} {text}" for name, text in COMMANDS.items())))
+        from safelight.columns import listed
+
+        print(USAGE.format(commands=listed(COMMANDS)))
         return 0 if argv else EXIT_BAD_INPUT
     if argv[0] == "--version":
         from safelight import __version__

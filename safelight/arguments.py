@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -12,6 +13,8 @@ from typing import Annotated, Literal, TypeVar
 import tyro
 from tyro.conf import DisallowNone, FlagConversionOff, Positional, arg
 
+from safelight.columns import wrap_help
+from safelight.option_help import described
 from safelight.overrides import take_overrides
 from safelight.trainer.config import Config, load_config, parse_config
 from safelight.trainer.presets import PRESETS
@@ -26,7 +29,7 @@ class Init:
     preset: Annotated[
         Positional[str], arg(metavar="PRESET", help="; ".join(f"{name}: {text}" for name, (text, _) in PRESETS.items()))
     ]
-    out: Annotated[Path, arg(aliases=["-o"], help="file to write")] = Path("run.toml")
+    out: Annotated[Path, arg(aliases=["-o"], metavar="FILE", help="file to write")] = Path("run.toml")
     force: Annotated[bool, arg(help="replace the file if it is there")] = False
 
 
@@ -36,10 +39,10 @@ class Prepare:
         Positional[tuple[Path, ...]],
         arg(metavar="SRC...", help="folders of photos, or files", help_behavior_hint="(required)"),
     ]
-    out: Annotated[Path, arg(aliases=["-o"], help="dataset folder to write")] = Path("datasets/photos")
-    max_megapixels: Annotated[float, arg(help="larger photos are shrunk to this")] = 1.5
-    quality: Annotated[int, arg(help="of re-encoded photos, 1 to 100")] = 95
-    image_format: Annotated[Literal["jpeg", "webp"], arg(help="of re-encoded photos")] = "jpeg"
+    out: Annotated[Path, arg(aliases=["-o"], metavar="DATASET", help="folder to write")] = Path("datasets/photos")
+    max_megapixels: Annotated[float, arg(help="larger photos are shrunk to so many million pixels")] = 1.5
+    quality: Annotated[int, arg(help="how well photos are encoded that had to be shrunk or turned, 1 to 100")] = 95
+    image_format: Annotated[Literal["jpeg", "webp"], arg(help="what those photos are encoded as")] = "jpeg"
     json: Annotated[bool, arg(help="print the result as JSON")] = False
 
 
@@ -52,12 +55,12 @@ def _own(metavar: str, text: str, default: str) -> object:
 class Sample:
     run: RunFolder
     prompt: Annotated[tuple[str, ...], arg(metavar="TEXT [TEXT ...]", help="one image for each")]
-    checkpoint: Annotated[str, arg(help="last, best, base or a step")] = "last"
+    checkpoint: Annotated[str, arg(metavar="WHICH", help="last, best, base or a step's number")] = "last"
     steps: Annotated[int | None, _own("INT", "denoising steps", "the run's")] = None
     cfg: Annotated[float | None, _own("FLOAT", "guidance scale; 1: none", "the run's")] = None
     seed: Annotated[int | None, _own("INT", "of the noise", "the run's")] = None
-    width: Annotated[int | None, _own("INT", "in px", "the run's")] = None
-    height: Annotated[int | None, _own("INT", "in px", "the run's")] = None
+    width: Annotated[int | None, _own("INT", "of the images, in px", "the run's")] = None
+    height: Annotated[int | None, _own("INT", "of the images, in px", "the run's")] = None
     sampler: Annotated[
         Literal["ddim", "dpm++", "euler"] | None, _own("{ddim,dpm++,euler}", "how to denoise", "the run's")
     ] = None
@@ -68,8 +71,8 @@ class Sample:
 @dataclass
 class Compare:
     run: RunFolder
-    checkpoint: Annotated[str, arg(help="last, best or a step")] = "last"
-    num: Annotated[int, arg(help="pairs: the run's prompts, then captions of held-out photographs")] = 8
+    checkpoint: Annotated[str, arg(metavar="WHICH", help="last, best or a step's number")] = "last"
+    num: Annotated[int, arg(help="how many pairs: the run's prompts, then captions of held-out photographs")] = 8
 
 
 @dataclass
@@ -78,8 +81,8 @@ class Export:
     out: Annotated[
         Path, arg(aliases=["-o"], metavar="FILE", help="NAME.safetensors for one file, any other name for a folder")
     ]
-    checkpoint: Annotated[str, arg(help="last, best or a step")] = "last"
-    dtype: Annotated[Literal["fp16", "bf16", "fp32"], arg(help="of the weights")] = "fp16"
+    checkpoint: Annotated[str, arg(metavar="WHICH", help="last, best or a step's number")] = "last"
+    dtype: Annotated[Literal["fp16", "bf16", "fp32"], arg(help="of the weights that are written")] = "fp16"
     weights: Annotated[
         Literal["auto", "ema", "trained"],
         arg(help="auto: the moving average where the run keeps one, else the last step's weights"),
@@ -95,7 +98,9 @@ class Report:
 
 @dataclass
 class Demo:
-    dir: Annotated[Path, arg(help="folder to work in; an earlier demo there is replaced")] = Path("runs/demo")
+    dir: Annotated[Path, arg(metavar="FOLDER", help="where to work; an earlier demo there is replaced")] = Path(
+        "runs/demo"
+    )
     json: Annotated[bool, arg(help="print the scores as JSON")] = False
 
 
@@ -125,11 +130,11 @@ class ProfileArguments:
     config: ConfigFile
     settings: Settings
     steps: Annotated[int, arg(help="steps under the profiler, after some to warm up")] = 5
-    out: Annotated[Path, arg(aliases=["-o"], help="folder for the trace, the page and the figures")] = Path(
-        "runs/profile"
+    out: Annotated[Path, arg(aliases=["-o"], metavar="FOLDER", help="where the trace, the page and the figures go")] = (
+        Path("runs/profile")
     )
     append: Annotated[
-        Path | None, arg(metavar="FILE", help="add the figures to this .jsonl", help_behavior_hint="")
+        Path | None, arg(metavar="FILE", help="add the figures to this .jsonl", help_behavior_hint="(default: none)")
     ] = None
     json: Annotated[bool, arg(help="print the result as JSON")] = False
 
@@ -145,24 +150,46 @@ class PlanArguments:
     json: Annotated[bool, arg(help="print the result as JSON")] = False
 
 
+# of a command that takes a run.toml: said once, above its options
+SETTINGS_TEXT = (
+    "Every setting of RUN.TOML can be given as an option, which counts more than the file: --train.batch-size 2; "
+    "those of a stage by its number: --stage.0.lr 1e-6."
+)
 _WITH_CONFIG = {"train": TrainArguments, "plan": PlanArguments, "profile": ProfileArguments}
+
+
+class _LikeStdout(io.StringIO):
+    """Keeps what is printed, in the colours and frames that stdout itself would be given."""
+
+    def __init__(self):
+        super().__init__()
+        self._stdout = sys.stdout
+
+    def isatty(self) -> bool:
+        return self._stdout.isatty()
+
+    @property
+    def encoding(self) -> str:
+        return self._stdout.encoding
 
 
 def parse(shape: type[_T], argv: list[str], command: str, description: str, default: _T | None = None) -> _T:
     """Return a command's arguments; --help prints and exits. Raises ValueError, one line, for a mistake."""
-    mistake = io.StringIO()
+    mistake, told = io.StringIO(), _LikeStdout()
     try:
-        with contextlib.redirect_stderr(mistake):
+        with contextlib.redirect_stderr(mistake), contextlib.redirect_stdout(told):
             arguments = tyro.cli(
                 shape,
                 args=argv,
                 prog=f"safelight {command}",
                 default=default,
                 description=description,
+                registry=described(),
                 config=(tyro.conf.FlagCreatePairsOff, DisallowNone),
             )
     except SystemExit as end:
         if not end.code:
+            print(wrap_help(told.getvalue()))
             raise
         line = _one_line(mistake.getvalue()).replace(f"Missing from safelight {command}:", "missing:")
         raise ValueError(f"{line}; see safelight {command} --help") from None
@@ -211,4 +238,5 @@ def parse_with_config(
     others, settings = take_overrides(argv, config.model_dump(by_alias=True))
     config = parse_config(settings, "command line")
     shape = _WITH_CONFIG.get(command, PrintingArguments)
+    description = f"{description}.\n\n{SETTINGS_TEXT}"
     return parse(shape, others, command, description, shape(path or Path("run.toml"), config)), config

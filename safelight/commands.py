@@ -12,18 +12,18 @@ EXIT_INTERRUPTED = 130
 MOST_LISTED = 20
 
 COMMANDS = {
-    "init": "write a commented config from a preset: tiny, sd15, sd21, everydream2",
-    "prepare": "check, orient, shrink and de-duplicate photos; read captions; write a dataset",
+    "init": "write a commented config: tiny, sd15, sd21, everydream2",
+    "prepare": "photos and their captions become a dataset: checked, shrunk, no duplicates",
     "cache": "encode a dataset's latents and captions; only what is missing",
     "plan": "what a run will need of a card, what fits, how long; no GPU needed",
     "train": "fine-tune; --resume goes on where the newest checkpoint stopped",
     "sample": "draw prompts with a run's checkpoint",
     "compare": "base beside trained, from the same noise",
-    "export": "a run's model as a diffusers folder, or one .safetensors for A1111 and ComfyUI",
+    "export": "one .safetensors for A1111 and ComfyUI, or a diffusers folder",
     "report": "one self-contained HTML file about a run",
-    "demo": "all of it, small, on any machine: minutes on two CPU cores",
-    "profile": "where a run's step spends its time and memory: trace, flame chart, roofline",
-    "bench": "measure the step, what can be counted of it, the diffusers recipe, the loader",
+    "demo": "all of it, small, on any machine; minutes on two CPU cores",
+    "profile": "where a step's time and memory go: flame chart, roofline, trace",
+    "bench": "measure the step, other recipes, kernels, memory, the loader",
 }
 
 

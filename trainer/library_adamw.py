@@ -42,7 +42,9 @@ class LibraryAdamW:
         self._max_grad_norm, self._is_rehearsing = 0.0, False
         options = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
         if config.name == "adamw":
-            self.inner = torch.optim.AdamW(self.master.values(), **options)
+            # one pass over a tensor in place of a dozen; torch refuses it on meta tensors, which the plan is made from
+            fused = not any(p.is_meta for p in self.master.values())
+            self.inner = torch.optim.AdamW(self.master.values(), **options, fused=fused)
         else:
             import bitsandbytes.optim
 
@@ -125,11 +127,7 @@ class LibraryAdamW:
                 f"the checkpoint's moments of {name} have shape {tuple(parts[wanted].shape)}, not {tuple(master.shape)}"
             )
         if self.name == "adamw":
-            # torch keeps the step on the CPU
-            state = {
-                part: value.to("cpu" if part == "step" else master.device).clone() for part, value in parts.items()
-            }
-            self.inner.state[master] = state
+            self.inner.state[master] = {part: value.to(master.device).clone() for part, value in parts.items()}
             return
         if "strides" in parts:
             raise ValueError(

@@ -16,3 +16,8 @@ def printable(text: str | os.PathLike) -> str:
 def storable(text: str) -> str:
     """Return the text with what UTF-8 cannot hold, the stray bytes of a file name among it, as escapes."""
     return text.encode("utf-8", errors="backslashreplace").decode("utf-8")
+
+
+def counted(num: int, name: str) -> str:
+    """Return a number with what it counts: 1 image, 2 images, 1,000 images."""
+    return f"{num:,} {name}{'s' * (num != 1)}"

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 import safelight
+from safelight.data.printable import counted
 
 PACKAGES = ("torch", "triton", "xformers", "bitsandbytes", "diffusers", "transformers", "numpy", "Pillow")
 
@@ -45,7 +46,8 @@ def describe(device: torch.device) -> dict[str, str]:
             record[package] = "not installed"
     is_gpu = device.type == "cuda"
     record["device"] = torch.cuda.get_device_name(device) if is_gpu else "CPU"
-    record["cpu"] = f"{_cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used"
+    cores, threads = counted(os.cpu_count(), "core"), counted(torch.get_num_threads(), "thread")
+    record["cpu"] = f"{_cpu_name()}, {cores}, {threads} used"
     record["platform"] = platform.platform()
     record["command"] = " ".join(["safelight", *sys.argv[1:]])
     record["started"] = datetime.now(UTC).isoformat(timespec="seconds")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import safelight
 from safelight.data.atomic import atomic_write_text
+from safelight.data.printable import counted
 from safelight.trainer.report.curves import loss_section, schedule_section, timestep_section
 from safelight.trainer.report.facts import (
     Facts,
@@ -17,7 +18,7 @@ from safelight.trainer.report.facts import (
     headline_facts,
     over_fitting_verdict,
 )
-from safelight.trainer.report.markup import Markup, counted, join, shorten, tag
+from safelight.trainer.report.markup import Markup, join, shorten, tag
 from safelight.trainer.report.provenance import data_section, environment_section, events_section, parameters_section
 from safelight.trainer.report.results import learned_section, samples_section
 from safelight.trainer.report.run_folder import RunFolder, num_held_out, number, read_run_folder, rows_of, table_of

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 
+from safelight.data.printable import counted
 from safelight.trainer.report.course import learning_rates, stage_starts
 from safelight.trainer.report.facts import (
     best_validation,
@@ -22,7 +23,7 @@ from safelight.trainer.report.graphs import (
     smoothed_loss,
     timestep_graph,
 )
-from safelight.trainer.report.markup import Markup, counted, details, empty_state, table, tag
+from safelight.trainer.report.markup import Markup, details, empty_state, table, tag
 from safelight.trainer.report.run_folder import Metrics, RunFolder, Validation, averages_note
 from safelight.trainer.report.svg import to_svg
 

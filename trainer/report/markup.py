@@ -54,11 +54,6 @@ def shorten(text: object, max_characters: int) -> str:
     return f"{text[:max_characters].rstrip()} … ({len(text):,} characters)"
 
 
-def counted(count: int, thing: str) -> str:
-    """Return a count and what is counted, in the plural but for 1."""
-    return f"{count:,} {thing}{'s' * (count != 1)}"
-
-
 def details(summary: object, *children: object, **attributes: object) -> Markup:
     """Return a part of the page that is folded away until asked for."""
     return tag("details", tag("summary", summary), *children, **attributes)

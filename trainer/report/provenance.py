@@ -4,8 +4,9 @@ import datetime
 import math
 import re
 
+from safelight.data.printable import counted
 from safelight.trainer.report.facts import format_duration
-from safelight.trainer.report.markup import Markup, counted, details, empty_state, join, shorten, table, tag
+from safelight.trainer.report.markup import Markup, details, empty_state, join, shorten, table, tag
 from safelight.trainer.report.pictures import embed_all, placeholder
 from safelight.trainer.report.run_folder import RunFolder, inside, number, rows_of, table_of
 

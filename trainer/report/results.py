@@ -2,8 +2,9 @@
 
 import math
 
+from safelight.data.printable import counted
 from safelight.trainer.report.facts import evenly_chosen, format_epoch
-from safelight.trainer.report.markup import Markup, counted, empty_state, join, shorten, table, tag
+from safelight.trainer.report.markup import Markup, empty_state, join, shorten, table, tag
 from safelight.trainer.report.pictures import Picture, embed_all, placeholder
 from safelight.trainer.report.run_folder import RunFolder, SampleSet, averages_note, inside, number, rows_of
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from safelight.trainer.report.markup import counted
+from safelight.data.printable import counted
 
 TRAIN_COLUMNS = ("step", "epoch", "stage", "loss", "lr", "grad_norm", "images_per_s", "memory_gib", "time")
 SPLITS = ("held_out", "train_subset")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from safelight.arguments import parse_with_config
+from safelight.data.printable import counted
 from safelight.trainer.report.build import build_report, render
-from safelight.trainer.report.markup import counted
 from safelight.trainer.report.run_folder import read_run_folder
 
 

@@ -11,12 +11,13 @@ from dataclasses import replace
 import torch
 
 from safelight.data.atomic import atomic_write_text
+from safelight.data.printable import counted
 from safelight.trainer.between import SAMPLE_BATCH_SIZE, Between
 from safelight.trainer.checkpoint import Position
 from safelight.trainer.job import Job
 from safelight.trainer.sample import generate, settings_of
 from safelight.trainer.stop import Stopped
-from safelight.trainer.validate import choose_subset, validate
+from safelight.trainer.validate import Validation, choose_subset, validate
 
 
 def measure(job: Job, position: Position) -> Position:
@@ -74,6 +75,18 @@ def _between(job: Job) -> Between:
     return Between() if job.planned is None else job.planned.between
 
 
+def describe_validation(before: Position, held_out: Validation, trained_on: Validation) -> str:
+    """Return what a validation leaves on the terminal, one line. before: the position with the best until now."""
+    told = f"step {before.step}: held-out loss {held_out.loss:.4f}"
+    if before.best_loss is None:
+        told += f" on {counted(held_out.num_images, 'photograph')}"
+    elif held_out.loss < before.best_loss:
+        told += f", best so far by {before.best_loss - held_out.loss:.4f}"
+    else:
+        told += f", {held_out.loss - before.best_loss:.4f} above the best (step {before.best_step})"
+    return f"{told}; training photographs {trained_on.loss:.4f}"
+
+
 def _validate(job: Job, position: Position) -> Position:
     """Measure the held-out set and the training subset; return the position with the best so far."""
     settings = job.config.validate_
@@ -93,8 +106,9 @@ def _validate(job: Job, position: Position) -> Position:
             batch_size=_between(job).validated or settings.batch_size,
             progress=_tell(job, position, f"validating {label}"),
         )
-        for split, label, samples in (("held_out", "held out", held_out), ("train_subset", "trained", job.subset))
+        for split, label, samples in (("held_out", "held out", held_out), ("train_subset", "trained on", job.subset))
     }
+    job.terminal.say(describe_validation(position, results["held_out"], results["train_subset"]))
     for split, result in results.items():
         job.metrics.write(
             "validation",

@@ -167,6 +167,11 @@ def test_train_leaves_a_whole_run(journey):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["kind"] == "train"] == [2, 4, 5]
     assert {row["step"] for row in rows if row["kind"] == "validation"} == {0, NUM_STEPS}
+    told = [line for line in journey.called["train"].err.splitlines() if "held-out loss" in line]
+    losses = [f"{row['loss']:.4f}" for row in rows if row["kind"] == "validation"]
+    assert [re.findall(r"held-out loss ([\d.]+).*photographs ([\d.]+)$", line) for line in told] == [
+        [(losses[0], losses[1])], [(losses[2], losses[3])],
+    ]  # fmt: skip
     for step in (0, NUM_STEPS):
         folder = run / "samples" / f"step-{step:08d}"
         index = json.loads((folder / "index.json").read_text())

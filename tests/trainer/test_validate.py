@@ -5,10 +5,12 @@ import torch
 
 from safelight.data.batches import load_batch
 from safelight.kernels.philox import Key, Purpose, normals_torch
+from safelight.trainer.checkpoint import Position
 from safelight.trainer.dataset import open_dataset
 from safelight.trainer.diffusion import make_schedule
+from safelight.trainer.measure import describe_validation
 from safelight.trainer.models import load_unet, resolve_base
-from safelight.trainer.validate import _batches, choose_subset, validate
+from safelight.trainer.validate import Validation, _batches, choose_subset, validate
 
 SEED = 31
 
@@ -126,3 +128,22 @@ def test_subset_is_a_function_of_seed_and_ids(dataset):
 def test_nothing_to_validate_on_is_said(measure):
     with pytest.raises(ValueError, match="validation_fraction"):
         measure([])
+
+
+@pytest.mark.parametrize(
+    ("before", "loss", "num_images", "told"),
+    [
+        (Position(), 0.31551, 2, "step 0: held-out loss 0.3155 on 2 photographs; training photographs 0.2359"),
+        (Position(), 0.31551, 1, "step 0: held-out loss 0.3155 on 1 photograph; training photographs 0.2359"),
+        (
+            Position(step=12, best_step=8, best_loss=0.2), 0.19754, 2,
+            "step 12: held-out loss 0.1975, best so far by 0.0025; training photographs 0.2359",
+        ),
+        (
+            Position(step=14, best_step=8, best_loss=0.2), 0.20287, 2,
+            "step 14: held-out loss 0.2029, 0.0029 above the best (step 8); training photographs 0.2359",
+        ),
+    ],
+)  # fmt: skip
+def test_a_validation_is_told_in_a_line(before, loss, num_images, told):
+    assert describe_validation(before, Validation(loss, (), num_images), Validation(0.23589, (), 2)) == told

@@ -25,6 +25,22 @@ SMALL_RUN = {
 }
 
 
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Kernels run on the CPU, in Triton's interpreter."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def with_index(tensor, scope):
+        patch(tensor, scope)
+        # Triton 3.6 has int(array of one element), which numpy 2.4 refuses. TODO: drop once triton >= 3.7
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", with_index)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
 @pytest.fixture(scope="session")
 def tiny_dataset(tmp_path_factory) -> Path:
     """24 framed scenes with their captions, prepared. Its cache fills up; nothing else of it may be changed."""

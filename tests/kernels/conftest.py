@@ -89,7 +89,7 @@ def _round_bfloat16_like_hardware(monkeypatch) -> None:
 def device(request, monkeypatch, poisoned) -> Iterator[torch.device]:
     """Where kernels run: the CPU, interpreted, or a GPU, compiled."""
     if request.param == "cpu":
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        request.getfixturevalue("interpreted")
         _round_bfloat16_like_hardware(monkeypatch)
     # masked lanes compute what they like, and numpy would tell
     with np.errstate(all="ignore"):

@@ -20,6 +20,9 @@ from safelight.trainer.optim import UNetOptimizer
 from safelight.trainer.step import micro_step, train_step, upload
 from tests.trainer.recorded import CpuRecorder, Recording
 
+# the optimizer's reference reads the skip flags back; its kernel does not
+pytestmark = pytest.mark.usefixtures("interpreted")
+
 CPU = torch.device("cpu")
 LARGE, SMALL = (2, 4, 8), (1, 4, 4)
 # of each kind one, the larger with 8-bit moments: a program of the interpreter takes milliseconds
@@ -36,12 +39,6 @@ def narrow_unet() -> UNet2DConditionModel:
     for name, p in unet.named_parameters():
         p.requires_grad_(name in TRAINED)
     return unet
-
-
-@pytest.fixture(autouse=True)
-def interpreted(monkeypatch):
-    # the optimizer's reference reads the skip flags back; its kernel does not
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
 def batch_of(number: int, shape: tuple[int, int, int], num_tokens: int = 5, dim: int = 8) -> Batch:

@@ -103,7 +103,18 @@ def _math(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
 
 @functools.cache
 def _xformers_operators(module: str):
-    """Return xformers' (forward, backward) operators: of fmha.cutlass, fmha.flash or fmha.flash3."""
+    """Return xformers' (forward, backward) operators: of fmha.cutlass, fmha.flash or fmha.flash3.
+
+    Raises ImportError where its compiled library, built for one CUDA, does not load: on a GPU xformers then refuses its
+    operators that are PyTorch's own, too, and tells another reason.
+    """
+    from xformers import _cpp_lib
+
+    error = _cpp_lib._cpp_library_load_exception
+    if error is not None:
+        while error.__cause__ is not None:
+            error = error.__cause__
+        raise ImportError(f"its library fails to load: {error}")
     found = importlib.import_module(f"xformers.ops.fmha.{module}")
     return found.FwOp, found.BwOp
 

@@ -264,6 +264,27 @@ def test_what_a_cpu_cannot_do_is_refused_by_the_real_probe(backend):
     assert "\n" not in reason
 
 
+def test_an_xformers_of_another_cuda_says_so(monkeypatch):
+    """As with a torch of CUDA 13: its operators would only say that they were not built with CUDA."""
+    from xformers import _cpp_lib
+
+    try:
+        try:
+            raise OSError("libcudart.so.12: cannot open shared object file: No such file or directory")
+        except OSError as error:
+            raise OSError("Could not load this library: _C.so") from error
+    except OSError as error:
+        broken = _cpp_lib.xFormersInvalidLibException(None)
+        broken.__cause__ = error
+    inputs = attention_probe.make_inputs(Case(40), 1, CPU, torch.float16)
+    attention_backends._xformers_operators.cache_clear()
+    monkeypatch.setattr(_cpp_lib, "_cpp_library_load_exception", broken)
+    reason = probe("xformers-cutlass", inputs, False)
+    assert reason.startswith("its library fails to load: libcudart.so.12: cannot open shared object file")
+    monkeypatch.setattr(_cpp_lib, "_cpp_library_load_exception", None)
+    assert "device=cpu" in probe("xformers-cutlass", inputs, False)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

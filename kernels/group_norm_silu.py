@@ -27,14 +27,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from safelight.kernels.column_sum import column_sum
-from safelight.kernels.group_norm_triton import (
-    _apply_kernel,
+from safelight.kernels.group_norm_bwd_triton import (
     _bwd_dx_kernel,
     _bwd_reduce_kernel,
     _bwd_sums_kernel,
     _bwd_whole_kernel,
-    _group_stats_kernel,
 )
+from safelight.kernels.group_norm_triton import _apply_kernel, _group_stats_kernel
 from safelight.kernels.jit import cdiv, next_power_of_2, runs_kernel, with_flat_pixels
 from safelight.kernels.reference import channel_sum, recomputed_gradients, to_compute
 

@@ -156,12 +156,13 @@ def plan(argv: list[str]) -> int:
         result = table(config)
     else:
         from safelight.trainer.fit import Planner
+        from safelight.trainer.gpu_memory import filled_in
         from safelight.trainer.traces import CUDA
 
         planner = Planner(config, card)
         ways = planner.table()
-        if ways["chosen"] and ways["precision"] != "fp32":
-            config.optimizer.memory = ways["chosen"]["memory"]
+        if ways["chosen"]:
+            config = filled_in(config, ways["chosen"])
         result = {**table(config, CUDA, planner.dtype), "plan": ways}
     if arguments.json:
         _print_json(result)

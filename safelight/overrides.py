@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Any, get_args, get_origin
 
-from safelight.trainer.config import Config, Stage
+from safelight.trainer.config import Config, Stage, is_switch
 
 
 def _field_type(path: list[str]) -> Any:
@@ -37,7 +37,7 @@ def _number(text: str) -> int | float | str:
 
 def _take_value(option: str, annotation: Any, given: str | None, rest: deque[str]) -> Any:
     """Return an option's value: what stands behind `=`, or the next arguments, which leave `rest`."""
-    if annotation is bool:
+    if is_switch(annotation):
         if given is None and rest and not rest[0].startswith("-"):
             given = rest.popleft()
         return {None: True, "true": True, "false": False}.get(given and given.lower(), given)
@@ -92,7 +92,7 @@ def take_overrides(argv: list[str], settings: dict) -> tuple[list[str], dict]:
         path = option[2:].replace("-", "_").split(".")
         given = after if "=" in word else None
         positive = [*path[:-1], path[-1].removeprefix("no_")]
-        if positive != path and _field_type(path) is None and _field_type(positive) is bool and given is None:
+        if positive != path and _field_type(path) is None and is_switch(_field_type(positive)) and given is None:
             _put(settings, positive, False)
         else:
             _put(settings, path, _take_value(option, _field_type(path), given, rest))

@@ -1,4 +1,4 @@
-"""A plan as a table for the terminal: memory modes and checkpointing down, batch sizes across, within 80 columns."""
+"""A plan as a table for the terminal: ways to train down, better first, batch sizes across, within 80 columns."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ GIB = 2**30
 
 
 def _key(way: dict) -> tuple:
-    return way["memory"], way["checkpointing"]
+    return way["memory"], way["checkpointing"], "yes" if way["fused_backward"] else "no"
 
 
 def _cell(way: dict, is_chosen: bool) -> Text:
@@ -32,8 +32,8 @@ def print_ways(result: dict) -> None:
     console.print(f"{plan['card']}: {budget:.2f} GiB; latents up to {height} x {width}", markup=False, soft_wrap=True)
     ways = plan["ways"]
     sizes = sorted({way["batch_size"] for way in ways})
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("memory", "checkpointing"):
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
+    for name in ("memory", "checkpoints", "fused"):
         table.add_column(name, no_wrap=True)
     for size in sizes:
         table.add_column(f"batch {size}", justify="right", no_wrap=True)
@@ -44,7 +44,8 @@ def print_ways(result: dict) -> None:
         table.add_row(*key, *(_cell(row[size], (*key, size) == place) for size in sizes))
     console.print(table)
     rates = "GiB of the card, and images/s" if plan["rates_known"] else "GiB of the card"
-    print(f"{rates}, estimated; x does not fit" + ("; > is taken." if chosen else "."))
+    print(f"{rates}, estimated; fused: stepped inside backward; x does")
+    print("not fit" + ("; > is taken: the first that fits, from above." if chosen else "."))
     _print_noise(plan, {way["memory"] for way in ways})
     if chosen is None:
         return

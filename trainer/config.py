@@ -10,7 +10,7 @@ import difflib
 import json
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import tyro
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
@@ -30,6 +30,11 @@ INHERITED = tyro.conf.arg(
 )
 
 
+def is_switch(annotation: object) -> bool:
+    """Return whether a setting of this type may be true or false."""
+    return annotation is bool or any(part is True for part in get_args(annotation))
+
+
 class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", use_attribute_docstrings=True, validate_assignment=True, allow_inf_nan=False
@@ -39,7 +44,7 @@ class Section(BaseModel):
     @classmethod
     def _no_boolean_for_a_number(cls, value, info: ValidationInfo):
         # Python counts true as 1, and so does pydantic
-        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+        if isinstance(value, bool) and not is_switch(cls.model_fields[info.field_name].annotation):
             raise ValueError("true and false are no value here")
         return value
 
@@ -146,8 +151,10 @@ class Optimizer(Section):
     auto: on a GPU the first of exact, near, paged, rounded that `safelight plan` finds to fit; on a CPU exact."""
     lr: LearningRate = 1e-6
     """Peak learning rate."""
-    fused_backward: bool = False
-    """Step each part of the UNet inside backward, as soon as its gradients are there, and free them at once."""
+    fused_backward: Annotated[Literal["auto", True, False], tyro.conf.arg(metavar="{auto,true,false}")] = "auto"
+    """Step each part of the UNet inside backward, as soon as its gradients are there, and free them at once; the gradients' global
+    norm is then known too late to clip by. auto: on a GPU where `safelight plan` finds no other way to fit in the same
+    optimizer.memory; on a CPU false."""
     clipping: Literal["auto", "global", "lagged", "per-tensor"] = "auto"
     """By the global norm; fused, where that is not known in time, by the step before's (lagged) or each tensor's. auto: global or lagged."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
@@ -161,12 +168,25 @@ class Optimizer(Section):
     warmup_steps: Count = 0
     """Optimizer steps over which the learning rate rises from zero, at the start of the stage."""
 
+    def fused_choices(self) -> tuple[bool, ...]:
+        """Return what fused_backward leaves, better first: for `auto` what name and clipping can go with."""
+        if self.fused_backward != "auto":
+            return (self.fused_backward,)
+        if self.name != "adamw8bit" or self.clipping == "global":
+            return (False,)
+        return (False, True) if self.clipping == "auto" else (True,)
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether steps are taken inside backward. An `auto` that no plan has settled (trainer/gpu_memory.py) is the better choice."""
+        return self.fused_choices()[0]
+
     def clipping_mode(self) -> str:
         """Return what clipping comes to: global, lagged or per-tensor. Raises ValueError where it does not fit."""
         if self.clipping == "auto":
-            return "lagged" if self.fused_backward else "global"
-        if self.fused_backward == (self.clipping == "global"):
-            state, use = ("true", "lagged or per-tensor") if self.fused_backward else ("false", "global")
+            return "lagged" if self.is_fused else "global"
+        if self.is_fused == (self.clipping == "global"):
+            state, use = ("true", "lagged or per-tensor") if self.is_fused else ("false", "global")
             raise ValueError(
                 f"optimizer.clipping {self.clipping} does not go with optimizer.fused_backward {state}; use auto or {use}"
             )
@@ -370,6 +390,8 @@ def explain(error: ValidationError, source: str) -> str:
             lines.append(f"{source}: {where} = {problem['input']!r}: give {PLAIN_TYPES[problem['type']]}")
         else:
             message = problem["msg"].removeprefix("Value error, ")
+            if problem["type"] == "literal_error":
+                message = message.replace("True", "true").replace("False", "false")
             lines.append(f"{source}: {where} = {problem['input']!r}: {message[0].lower()}{message[1:]}")
     return "\n".join(lines)
 

@@ -9,6 +9,8 @@ chosen by the room that is left. Host memory is counted beside it (trainer/host_
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -136,7 +138,7 @@ class Planner:
     @functools.cached_property
     def _pages(self) -> Pages | None:
         """Return the pages of memory mode paged, on meta tensors."""
-        return self._run(self.config.optimizer.fused_backward).optimizer.method.make_pages(META)
+        return self._run(self.config.optimizer.is_fused).optimizer.method.make_pages(META)
 
     def held(self, memory: str, run: MetaRun) -> dict[str, int]:
         """Return the bytes between steps by kind: those of the run on meta tensors, but for what differs in this mode."""
@@ -157,7 +159,7 @@ class Planner:
     def _forwards(self) -> tuple[Forward | None, Forward | None]:
         """Return what validation of n images and drawing of n prompts add; None for what the run does not do."""
         config, sample = self.config, self.config.sample
-        run = self._run(config.optimizer.fused_backward)
+        run = self._run(config.optimizer.is_fused)
         validated = drawn = None
         if config.validate_.every_epochs and config.data.validation_fraction:
             validated = functools.partial(forward_of, run, self.latents)
@@ -221,8 +223,8 @@ class Planner:
         )  # fmt: skip
 
     def need(self, memory: str, checkpointing: str, batch_size: int, fused: bool | None = None) -> Need:
-        """Return what one way takes. fused: the config's optimizer.fused_backward if None."""
-        fused = self.config.optimizer.fused_backward if fused is None else fused
+        """Return what one way takes. fused: the better of the config's choices if None."""
+        fused = self.config.optimizer.is_fused if fused is None else fused
         run = self._run(fused)
         traced = self._trace(checkpointing, fused, batch_size)
         kinds = self.held(memory, run)
@@ -251,35 +253,55 @@ class Planner:
         wanted = self.config.train.checkpointing
         return MODES if wanted == "auto" else (wanted,)
 
+    def _sorted(
+        self, modes: Sequence[str], checkpointings: Sequence[str], fused: Sequence[bool]
+    ) -> list[tuple[str, str, bool]]:
+        """Return ways as (memory, checkpointing, fused), best first: what is kept of the weights, what is trained, then time.
+
+        Inside backward the gradients' global norm comes too late to clip by: where the run clips, checkpointing, which changes
+        no result, is done before the step is moved there, offload excepted. Pages are for it: they stream beside backward, and
+        after it would hold up the step.
+        """
+        clips = any(stage.max_grad_norm > 0 for stage in self.config.stages())
+
+        def order(way: tuple[str, str, bool]) -> tuple:
+            memory, how, is_fused = way
+            place, is_worse = MODES.index(how), is_fused != (memory == "paged")
+            return modes.index(memory), *((how == "offload", is_worse, place) if clips else (place, is_worse))
+
+        return sorted(itertools.product(modes, checkpointings, fused), key=order)
+
+    def ways(self) -> list[tuple[str, str, bool]]:
+        """Return the ways that the config leaves, best first: (memory, checkpointing, fused)."""
+        return self._sorted(self.memory_modes(), self.checkpointings(), self.config.optimizer.fused_choices())
+
+    def all_ways(self) -> list[tuple[str, str, bool]]:
+        """Return the ways that there are with the config's optimizer and clipping; what is asked to be fused stays so."""
+        optimizer = self.config.optimizer
+        fused = (
+            (True,) if optimizer.is_fused else optimizer.model_copy(update={"fused_backward": "auto"}).fused_choices()
+        )
+        return self._sorted(self.memory_modes("auto"), MODES, fused)
+
     def choose(self) -> Need | None:
         """Return the best way that fits of those the config leaves, or None."""
-        ways = ((memory, how) for memory in self.memory_modes() for how in self.checkpointings())
-        return next((need for way in ways if self.fits(need := self.need(*way, self.batch_size))), None)
+        needs = (self.need(memory, how, self.batch_size, fused) for memory, how, fused in self.ways())
+        return next((need for need in needs if self.fits(need)), None)
 
     def what_would_fit(self) -> Need | None:
-        """Return the way that fits with the fewest changes: any mode, then the step inside backward, then smaller batches."""
-        can_fuse = self.config.optimizer.name == "adamw8bit"
+        """Return the way that fits with the fewest changes: any of all, then smaller batches."""
         sizes = [n for n in sorted({1, 2, 4, 8, self.batch_size}, reverse=True) if n <= self.batch_size]
-        for size in sizes:
-            for fused in dict.fromkeys((self.config.optimizer.fused_backward, can_fuse)):
-                for memory in self.memory_modes("auto"):
-                    for how in MODES:
-                        need = self.need(memory, how, size, fused)
-                        if self.fits(need):
-                            return need
-        return None
+        needs = (self.need(memory, how, size, fused) for size in sizes for memory, how, fused in self.all_ways())
+        return next((need for need in needs if self.fits(need)), None)
 
     def least(self) -> Need:
         """Return the way that takes the least of all."""
-        fused = self.config.optimizer.name == "adamw8bit"
-        return min(
-            (self.need(m, how, 1, fused) for m in self.memory_modes("auto") for how in MODES), key=lambda n: n.needed
-        )
+        return min((self.need(memory, how, 1, fused) for memory, how, fused in self.all_ways()), key=lambda n: n.needed)
 
     def refusal(self) -> str:
         """Return why the config fits in no way it leaves, and what would."""
         smallest = min(
-            (self.need(m, how, self.batch_size) for m in self.memory_modes() for how in self.checkpointings()),
+            (self.need(memory, how, self.batch_size, fused) for memory, how, fused in self.ways()),
             key=lambda need: need.needed,
         )
         where = f"{self.card.name} has {self.budget / GIB:.2f} GiB for it"
@@ -297,7 +319,7 @@ class Planner:
         """Return the noise of stochastic rounding against the way the weights go, by the memory modes that have any."""
         if self.dtype == torch.float32 or self.config.optimizer.name != "adamw8bit":
             return {}
-        shapes = [tuple(p.shape) for p in self._run(self.config.optimizer.fused_backward).unet.parameters()]
+        shapes = [tuple(p.shape) for p in self._run(self.config.optimizer.is_fused).unet.parameters()]
         beta1 = self.config.optimizer.betas[0]
         return {mode: noise_to_displacement(shapes, self.dtype, mode, rates, beta1) for mode in ("near", "rounded")}
 
@@ -305,8 +327,9 @@ class Planner:
         """Return the plan as plain values: every way, and the chosen one."""
         # four columns fit a terminal
         sizes = BATCH_SIZES if self.batch_size in BATCH_SIZES else sorted({1, *BATCH_SIZES[2:], self.batch_size})
-        modes = self.memory_modes("auto") if self.config.optimizer.memory == "auto" else self.memory_modes()
-        needs = [self.need(memory, how, size) for memory in modes for how in MODES for size in sizes]
+        # of what is set, that alone; but checkpointing, which a resume may change
+        ways = self._sorted(self.memory_modes(), MODES, self.config.optimizer.fused_choices())
+        needs = [self.need(memory, how, size, fused) for memory, how, fused in ways for size in sizes]
         chosen = self.choose()
         rates, is_assumed = learning_rates(self.config)
         return {

@@ -18,20 +18,24 @@ from safelight.trainer.fit import MEMORY_MODES, Need, Planner
 MARGIN = 0.1
 
 
-def settle(config: Config, device: torch.device, previous: dict | None) -> tuple[Config, Need | None]:
-    """Return the config with `auto` of optimizer.memory and train.checkpointing filled in, and what that needs.
+def settle(
+    config: Config, device: torch.device, previous: dict | None, was_fused: bool | None = None
+) -> tuple[Config, Need | None]:
+    """Return the config with `auto` of optimizer.memory, fused_backward and train.checkpointing filled in, and what that needs.
 
-    previous: what the run that goes on has recorded, which is kept. On a CPU the config stays as it is. Raises ValueError,
-    with what would fit, where the GPU cannot hold the run.
+    previous: what the run that goes on has recorded, was_fused: how its checkpoint was trained; both are kept. On a CPU
+    nothing else is filled in. Raises ValueError, with what would fit, where the GPU cannot hold the run.
     """
     if device.type != "cuda":
-        return config, None
-    return settle_on(config, this_card(device), previous)
+        return _as_trained(config, was_fused), None
+    return settle_on(config, this_card(device), previous, was_fused)
 
 
-def settle_on(config: Config, card: Card, previous: dict | None = None) -> tuple[Config, Need]:
+def settle_on(
+    config: Config, card: Card, previous: dict | None = None, was_fused: bool | None = None
+) -> tuple[Config, Need]:
     """As settle, for a card."""
-    settled = config.model_copy(deep=True)
+    settled = _as_trained(config, was_fused)
     before = previous or {}
     if settled.optimizer.memory == "auto" and before.get("memory") in MEMORY_MODES:
         settled.optimizer.memory = before["memory"]
@@ -42,10 +46,24 @@ def settle_on(config: Config, card: Card, previous: dict | None = None) -> tuple
     if need is None:
         raise ValueError(planner.refusal())
     need = _as_before(need, before.get("between"), planner)
-    if need.memory in MEMORY_MODES:
-        settled.optimizer.memory = need.memory
-    settled.train.checkpointing = need.checkpointing
-    return settled, need
+    return filled_in(settled, record(need)), need
+
+
+def filled_in(config: Config, taken: dict) -> Config:
+    """Return a config whose `auto` of optimizer.memory, fused_backward and train.checkpointing is what a plan takes (record)."""
+    filled = config.model_copy(deep=True)
+    if taken["memory"] in MEMORY_MODES:
+        filled.optimizer.memory = taken["memory"]
+    filled.optimizer.fused_backward, filled.train.checkpointing = taken["fused_backward"], taken["checkpointing"]
+    return filled
+
+
+def _as_trained(config: Config, was_fused: bool | None) -> Config:
+    """Return a copy of a config whose `auto` of optimizer.fused_backward is as a checkpoint was trained; None: without one."""
+    copy = config.model_copy(deep=True)
+    if was_fused in config.optimizer.fused_choices():
+        copy.optimizer.fused_backward = was_fused
+    return copy
 
 
 def budget(config: Config, device: torch.device) -> int:
@@ -62,6 +80,7 @@ def describe(need: Need) -> str:
     """Return a line about the plan that a run is started with."""
     return (
         f"plan: {need.needed / GIB:.2f} GiB of the GPU, memory mode {need.memory}, checkpointing {need.checkpointing}"
+        + (", stepped inside backward" if need.fused_backward else "")
         + (f", about {need.images_per_s:.3g} images/s" if need.images_per_s else "")
         + (f"; between steps it has room for no more and {told}" if (told := need.between.describe()) else "")
     )

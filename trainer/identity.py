@@ -38,6 +38,11 @@ class Identity:
     stages: list[dict]
     data: str
 
+    @property
+    def is_fused(self) -> bool:
+        """Whether steps were taken inside backward."""
+        return self.settings.get("optimizer.fused_backward") is True
+
     def difference(self, reached: Identity, stage: int) -> str:
         """Return how `reached`, which stands in `stage`, differs from this; '' if it is the same run. Data apart."""
         for name, value in reached.settings.items():
@@ -67,7 +72,7 @@ def _summed(stage: dict, setting: str, precision: str) -> dict:
 
 
 def identify(config: Config, precision: str, samples: Sequence[Sample] = ()) -> Identity:
-    """Return a run's identity. precision: fp32 | bf16 | fp16, what `auto` came to."""
+    """Return a run's identity. precision: fp32 | bf16 | fp16, what `auto` came to; optimizer.fused_backward as settled."""
     tables = config.model_dump(by_alias=True, mode="json")
     for table in FREE_TABLES:
         tables.pop(table)
@@ -76,6 +81,7 @@ def identify(config: Config, precision: str, samples: Sequence[Sample] = ()) -> 
             for name in names:
                 tables[table].pop(name)
     tables["model"]["precision"] = precision
+    tables["optimizer"]["fused_backward"] = config.optimizer.is_fused
     settings = {f"{table}.{name}": value for table, values in tables.items() for name, value in values.items()}
     rows = json.dumps([(s.latent_keys, s.text_keys) for s in samples])
     stages = [vars(stage) for stage in config.stages()]

@@ -27,7 +27,7 @@ from safelight.trainer.identity import Identity, identify
 from safelight.trainer.log import Metrics, Terminal, reset_peak_memory
 from safelight.trainer.models import PRECISIONS, base_of, check_unet, load_unet, pick_device, pick_dtype
 from safelight.trainer.optim import UNetOptimizer, memory_mode
-from safelight.trainer.recording import Recording, reason_against, recording_for
+from safelight.trainer.recording import GraphRecording, reason_against, recording_for
 from safelight.trainer.run_folder import EPOCH_ORDER, MEMORY_PLAN, recorded, recorded_attention, write_start
 from safelight.trainer.saver import Saver
 from safelight.trainer.step_log import StepLog, take_state
@@ -61,7 +61,7 @@ class Job:
     stop_requested: Callable[[], bool]
     saver: Saver
     transport: SideStream | None
-    recording: Recording
+    recording: GraphRecording
     is_grouped: bool
     window: StepLog
     planned: Need | None = None

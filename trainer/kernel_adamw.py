@@ -121,7 +121,7 @@ class KernelAdamW:
         self._limit = torch.full((), float("inf"), device=device)
         self._norms = torch.zeros(len(parameters), device=device)
         self._under_way: _Step | None = None
-        if config.fused_backward:
+        if config.is_fused:
             for name, p in parameters.items():
                 p.register_post_accumulate_grad_hook(functools.partial(self._arrived, name))
 

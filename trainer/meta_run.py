@@ -29,8 +29,8 @@ from safelight.trainer.replay import (
     OPTIMIZER,
     TEMPORARY,
     WEIGHTS,
+    AllocationTrace,
     Peak,
-    Recording,
     Work,
     work_between,
 )
@@ -86,14 +86,14 @@ def _give_conditioning(unet: torch.nn.Module) -> None:
 class Traced:
     """One step. held: bytes by kind before and after it; peak: of all that is alive; work: of the whole step.
 
-    offloaded: bytes of activations that go to the host and come back. recording: what happened in it.
+    offloaded: bytes of activations that go to the host and come back. allocations: all that took and gave back memory in it.
     """
 
     held: dict[str, int]
     peak: Peak
     work: Work
     offloaded: int
-    recording: Recording
+    allocations: AllocationTrace
 
     @property
     def transient(self) -> int:
@@ -102,12 +102,12 @@ class Traced:
 
     def between(self, n: int, other: Traced, m: int, wanted: int, rounding: int) -> Traced | None:
         """Return the step of `wanted` images from this one of n and another of m; None where it takes a trace of its own."""
-        recording = self.recording.between(n, other.recording, m, wanted)
-        if recording is None or self.held != other.held:
+        allocations = self.allocations.between(n, other.allocations, m, wanted)
+        if allocations is None or self.held != other.held:
             return None
         work = work_between(self.work, n, other.work, m, wanted)
         offloaded = self.offloaded + (wanted - n) * (other.offloaded - self.offloaded) // (m - n)
-        return Traced(self.held, recording.peak(rounding), work, offloaded, recording)
+        return Traced(self.held, allocations.peak(rounding), work, offloaded, allocations)
 
 
 class MetaRun:
@@ -134,7 +134,7 @@ class MetaRun:
             self.loading, self.packing = self.live.peak, self.live.peak.total - self.live.total
         self.optimizer, self.ema = equipped.optimizer, equipped.ema
         # for who asks for the same again
-        self.traced: dict[tuple, Traced | Recording] = {}
+        self.traced: dict[tuple, Traced | AllocationTrace] = {}
         self._stand_in()
         self._sort()
 
@@ -207,7 +207,7 @@ class MetaRun:
         self._sort()
         offload = offload_of(self.unet)
         return Traced(
-            dict(live.live), live.peak, live.work, 0 if offload is None else offload.copied_bytes, live.recording
+            dict(live.live), live.peak, live.work, 0 if offload is None else offload.copied_bytes, live.allocations
         )
 
     def checkpoint(self, mode: str) -> None:
@@ -215,7 +215,7 @@ class MetaRun:
         apply_checkpointing(self.unet, mode)
 
     @torch.no_grad()
-    def forward(self, batch_size: int, height: int, width: int) -> Recording:
+    def forward(self, batch_size: int, height: int, width: int) -> AllocationTrace:
         """Return what happens in a forward pass without gradients, as in validation and sampling."""
         dtype = next(self.unet.parameters()).dtype
         with references_on_meta(self.device.type == "cpu"), _no_collection(), self.live:
@@ -227,4 +227,4 @@ class MetaRun:
             self.unet.eval()
             self.unet(latents, torch.empty(batch_size, dtype=torch.int64, device=META), text)
             self.unet.train()
-        return self.live.recording
+        return self.live.allocations

@@ -62,7 +62,7 @@ def memory_mode(config: OptimizerConfig, dtype: torch.dtype, device: torch.devic
         raise ValueError(
             f"optimizer.name {name} keeps its moments in CUDA's unified memory, and this run is on a CPU; use bnb_adamw8bit"
         )
-    if config.fused_backward and name != "adamw8bit":
+    if config.is_fused and name != "adamw8bit":
         raise ValueError(f"optimizer.fused_backward is adamw8bit's; {name} steps after backward: set it to false")
     config.clipping_mode()
     if dtype == torch.float32 or memory in ("auto", "fp32"):
@@ -93,7 +93,7 @@ class UNetOptimizer:
         first = next(iter(self.parameters.values()))
         dtype = dtype or first.dtype
         self.name, self.memory = config.name, memory_mode(config, dtype, first.device)
-        self.clipping, self._is_fused = config.clipping_mode(), config.fused_backward
+        self.clipping, self._is_fused = config.clipping_mode(), config.is_fused
         self.has_master = dtype != torch.float32 and self.memory == "fp32"
         device = device or first.device
         if config.name == "adamw8bit":

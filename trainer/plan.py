@@ -92,7 +92,7 @@ def static_bytes(config: Config, device: torch.device | None = None, dtype: torc
     sizes = list(named.values())
     in_flight: dict[str, int] = {}
     for name, size in named.items():
-        part = (shared.get(name) or part_of(name)) if config.optimizer.fused_backward else ""
+        part = (shared.get(name) or part_of(name)) if config.optimizer.is_fused else ""
         in_flight[part] = in_flight.get(part, 0) + size
     num = sum(sizes)
     is_16_bit = dtype != torch.float32

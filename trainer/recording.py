@@ -55,7 +55,7 @@ def _obstacle(config: Config, device: torch.device, need: Need | None, budget: i
     return ""
 
 
-class Recording:
+class GraphRecording:
     """Rehearses and records a run's micro-steps. recorder: None where they are taken one by one.
 
     rehearses: whether without graphs a shape larger than all before is gone through before the epoch that meets it.
@@ -118,7 +118,7 @@ def _run_of(
 def recording_for(
     unet: nn.Module, optimizer: UNetOptimizer, schedule: NoiseSchedule, scaling_factor: float, loss: Loss,
     device: torch.device, with_graphs: bool,
-) -> Recording:  # fmt: skip
+) -> GraphRecording:  # fmt: skip
     """Return the recording of a run on a device."""
     recorder = CudaRecorder(device) if with_graphs else None
-    return Recording(unet, optimizer, schedule, scaling_factor, loss, recorder, rehearses=device.type == "cuda")
+    return GraphRecording(unet, optimizer, schedule, scaling_factor, loss, recorder, rehearses=device.type == "cuda")

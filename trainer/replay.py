@@ -1,7 +1,7 @@
 """What a trace saw of memory, in the order it happened, and from two batch sizes' the one of a third without a trace.
 
 The operators of a step do not depend on how many images are in it (but for one: pieces of a single row need no copy), and a
-storage's bytes are then a + b n for n images. So two recordings of the same order give every storage's bytes at any n, and
+storage's bytes are then a + b n for n images. So two traces of the same order give every storage's bytes at any n, and
 going through the events again with those gives the peak that a trace would have found, to the byte.
 """
 
@@ -37,7 +37,7 @@ class Peak:
     kinds: dict[str, int] = field(default_factory=dict)
 
 
-class Recording:
+class AllocationTrace:
     """Events: storages that appear, become another kind and vanish, each with its bytes before rounding.
 
     An entry is a list whose first three items are bytes, kind and its place here, which `appear` sets.
@@ -75,14 +75,14 @@ class Recording:
         self.vanish(entry)
 
     def between(self, n: int, other: Self, m: int, wanted: int) -> Self | None:
-        """Return the recording of `wanted` images from this one of n and another of m; None where their orders differ."""
+        """Return the trace of `wanted` images from this one of n and another of m; None where their orders differ."""
         if self._events != other._events or self._scratch != other._scratch:
             return None
         one, two = (np.array(r._sizes, dtype=np.int64) for r in (self, other))
         slope, rest = np.divmod(two - one, m - n)
         if rest.any():
             return None
-        found = Recording()
+        found = AllocationTrace()
         found._sizes = (one + (wanted - n) * slope).tolist()
         found._events, found._during, found._scratch = self._events, self._during, self._scratch
         return found

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from safelight.kernels.jit import Launch, tell_launches
-from safelight.trainer.replay import ACTIVATIONS, GRADIENTS, KINDS, TEMPORARY, Peak, Recording, Work
+from safelight.trainer.replay import ACTIVATIONS, GRADIENTS, KINDS, TEMPORARY, AllocationTrace, Peak, Work
 
 # of torch's CUDA caching allocator: kMinBlockSize in c10/core/CachingDeviceAllocator.h
 CUDA_ROUNDING = 512
@@ -72,7 +72,7 @@ class LiveBytes(TorchDispatchMode):
         self.rounding, self.kind, self.phase = rounding, None, "step"
         self.live = dict.fromkeys(KINDS, 0)
         self.peak, self.work = Peak(), Work()
-        self.recording = Recording()
+        self.allocations = AllocationTrace()
         self._known: dict[int, list] = {}
         self._total = 0
         self._listening = contextlib.ExitStack()
@@ -91,10 +91,10 @@ class LiveBytes(TorchDispatchMode):
         return self._total
 
     def reset_peak(self) -> None:
-        """Begin a new peak and a new recording, and count work anew, from what is alive now."""
-        self.work, self.peak, self.recording = Work(), Peak(), Recording()
+        """Begin a new peak and a new trace of allocations, and count work anew, from what is alive now."""
+        self.work, self.peak, self.allocations = Work(), Peak(), AllocationTrace()
         for entry in self._known.values():
-            self.recording.appear(entry)
+            self.allocations.appear(entry)
         self._note(0)
 
     def hold(self, tensors: Iterable[Tensor | None], kind: str) -> None:
@@ -115,7 +115,7 @@ class LiveBytes(TorchDispatchMode):
         self.live[before] -= size
         self.live[kind] += size
         entry[1] = kind
-        self.recording.change(entry, before)
+        self.allocations.change(entry, before)
 
     def _rounded(self, num_bytes: int) -> int:
         return -(-num_bytes // self.rounding) * self.rounding
@@ -127,13 +127,13 @@ class LiveBytes(TorchDispatchMode):
             if entry[1] != kind:
                 self._turn(entry, kind)
             return
-        # bytes, kind, place in the recording
+        # bytes, kind, place in the trace of allocations
         entry = self._known[storage._cdata] = [storage.nbytes(), kind, -1]
         weakref.finalize(storage, self._free, storage._cdata).atexit = False
         size = self._rounded(entry[0])
         self.live[kind] += size
         self._total += size
-        self.recording.appear(entry, self._during())
+        self.allocations.appear(entry, self._during())
         self._note(0)
 
     def _free(self, address: int) -> None:
@@ -141,7 +141,7 @@ class LiveBytes(TorchDispatchMode):
         size = self._rounded(entry[0])
         self.live[entry[1]] -= size
         self._total -= size
-        self.recording.vanish(entry)
+        self.allocations.vanish(entry)
 
     def _during(self) -> str:
         if self.phase != "step":
@@ -182,7 +182,7 @@ class LiveBytes(TorchDispatchMode):
         if scratch := _attention_scratch(name, args):
             # alive for a moment, as it is: no block of the allocator's
             self._note(scratch)
-            self.recording.flash(scratch, self._during())
+            self.allocations.flash(scratch, self._during())
         self._count(func, args, kwargs, outputs, found, is_new)
         return outputs
 

@@ -13,7 +13,7 @@ import torch
 from safelight.trainer.config import Config
 from safelight.trainer.meta_run import MetaRun, Traced
 from safelight.trainer.models import resolve_model
-from safelight.trainer.replay import Recording
+from safelight.trainer.replay import AllocationTrace
 from safelight.trainer.trace import CUDA_ROUNDING
 
 CUDA = torch.device("cuda")
@@ -65,7 +65,7 @@ def step_of(run: MetaRun, how: str, size: int, latents: tuple[int, int], num_mic
 def forward_of(run: MetaRun, latents: tuple[int, int], num: int, rows: int = 1) -> int:
     """Return what a forward pass of num x rows images without gradients adds to what is held."""
 
-    def recorded(n: int) -> Recording:
+    def recorded(n: int) -> AllocationTrace:
         key = ("forward", n, *latents)
         if key not in run.traced:
             run.traced[key] = run.forward(n, *latents)

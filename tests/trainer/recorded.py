@@ -23,7 +23,7 @@ def storage_of(x: Tensor) -> int:
     return x.untyped_storage()._cdata
 
 
-class Recording(TorchDispatchMode):
+class OperatorTape(TorchDispatchMode):
     """Records what runs within the block.
 
     kept: tensors that stay between steps. calls: of each operator and launch its name, the arguments that are no tensors, and
@@ -104,28 +104,28 @@ class CpuRecorder:
     def __init__(self, state: Callable[[], list[Tensor]]):
         self._state = state
         self.rehearsed = self.forgotten = 0
-        self.recordings: list[Recording] = []
+        self.tapes: list[OperatorTape] = []
 
     def rehearse(self, run: Callable[[], object]) -> None:
         self.rehearsed += 1
         run()
 
     def settle(self) -> None:
-        assert not self.recordings or self.rehearsed
+        assert not self.tapes or self.rehearsed
 
     def forget(self) -> None:
         self.forgotten += 1
 
     def record(self, run: Callable[[], object]) -> tuple[Callable[[], None], object]:
         before = [x.detach().clone() for x in self._state()]
-        recording = Recording()
-        with recording:
+        tape = OperatorTape()
+        with tape:
             result = run()
         with torch.no_grad():
             for x, old in zip(self._state(), before, strict=True):
                 x.copy_(old)
-        self.recordings.append(recording)
-        return recording.replay, result
+        self.tapes.append(tape)
+        return tape.replay, result
 
 
 class RunsAgain:

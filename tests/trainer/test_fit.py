@@ -91,7 +91,7 @@ def test_a_step_of_any_batch_size_follows_from_two_traces(how):
     run = Planner(config_of(), card(100))._run(True)
     run.checkpoint(how)
     small, large, wanted = (run.step(n, 16, 16) for n in (2, 4, 7))
-    assert wanted.recording.peak(CUDA_ROUNDING) == wanted.peak
+    assert wanted.allocations.peak(CUDA_ROUNDING) == wanted.peak
     found = small.between(2, large, 4, 7, CUDA_ROUNDING)
     assert (found.peak, found.work.flops, found.held) == (wanted.peak, wanted.work.flops, wanted.held)
     assert found.work.launches == wanted.work.launches

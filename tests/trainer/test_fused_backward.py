@@ -208,7 +208,7 @@ def test_a_fused_step_asks_nothing_of_the_device(monkeypatch):
     ("options", "message"),
     [
         ({"fused_backward": True, "clipping": "global"}, "clipping global does not go with optimizer.fused_backward true; use auto or lagged or"),
-        ({"clipping": "lagged"}, "clipping lagged does not go with optimizer.fused_backward false; use auto or global"),
+        ({"fused_backward": False, "clipping": "lagged"}, "clipping lagged does not go with optimizer.fused_backward false; use auto or global"),
         ({"fused_backward": True, "name": "adamw"}, "optimizer.fused_backward is adamw8bit's; adamw steps after backward"),
     ],
 )  # fmt: skip

@@ -18,7 +18,7 @@ from safelight.trainer.meta_run import MetaRun
 from safelight.trainer.models import resolve_base
 from safelight.trainer.optim import UNetOptimizer
 from safelight.trainer.step import micro_step, train_step, upload
-from tests.trainer.recorded import CpuRecorder, Recording
+from tests.trainer.recorded import CpuRecorder, OperatorTape
 
 # the optimizer's reference reads the skip flags back; its kernel does not
 pytestmark = pytest.mark.usefixtures("interpreted")
@@ -167,10 +167,10 @@ def test_a_size_that_comes_later_has_all_recorded_anew_and_another_place_has_not
     assert trained.graphs.prepare({first, last}, like) == recorder.rehearsed == 2
     # the end of a step is known: nothing new runs beside the pool
     assert trained.graphs.prepare({Shape(*SMALL, False, False)}, like) == 1
-    assert (recorder.rehearsed, len(recorder.recordings), recorder.forgotten) == (2, 3, 0)
+    assert (recorder.rehearsed, len(recorder.tapes), recorder.forgotten) == (2, 3, 0)
     # a rehearsal's memory never stands beside the pool's, and a pool given up is never recorded into again
     assert trained.graphs.prepare({Shape(*LARGE, True, False)}, like) == 4
-    assert (recorder.rehearsed, len(recorder.recordings), recorder.forgotten) == (3, 7, 1)
+    assert (recorder.rehearsed, len(recorder.tapes), recorder.forgotten) == (3, 7, 1)
     for shape in (SMALL, LARGE):
         inputs = upload(batch_of(4, shape), CPU, 1, 0)
         assert torch.equal(trained.graphs(inputs, is_last=False), inputs.mean_BCHW.sum())
@@ -261,14 +261,14 @@ def test_the_whole_step_is_the_same_whatever_its_numbers(accumulate):
         for place in range(accumulate):
             batch = batch_of(number, (2, 16, 16), num_tokens=77, dim=dim)
             inputs = upload(batch, torch.device("meta"), number, number)
-            with Recording(kept) as recording:
+            with OperatorTape(kept) as tape:
                 result = micro_step(
                     run.unet, run.optimizer, inputs, run._schedule, 1.0, config.loss, 2 * accumulate, place == 0,
                     place == accumulate - 1,
                 )  # fmt: skip
                 if place == accumulate - 1:
                     run.ema.update(result.taken)
-            calls += recording.calls
+            calls += tape.calls
         asked.append(calls)
     assert asked[1] == asked[2]
     names = {name for name, _, _ in asked[1]}

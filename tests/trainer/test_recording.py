@@ -14,7 +14,7 @@ from safelight.trainer import train as loop
 from safelight.trainer.checkpoint import folder_of, list_checkpoints
 from safelight.trainer.config import parse_config
 from safelight.trainer.fit import Need
-from safelight.trainer.recording import Recording, reason_against
+from safelight.trainer.recording import GraphRecording, reason_against
 from safelight.trainer.train import train
 from tests.trainer.recorded import RunsAgain
 
@@ -30,7 +30,7 @@ def recorders(monkeypatch) -> list[RunsAgain]:
     def recording_for(unet, optimizer, schedule, scaling_factor, loss, device, with_graphs):
         assert with_graphs
         made.append(RunsAgain(optimizer))
-        return Recording(unet, optimizer, schedule, scaling_factor, loss, made[-1], rehearses=False)
+        return GraphRecording(unet, optimizer, schedule, scaling_factor, loss, made[-1], rehearses=False)
 
     monkeypatch.setattr(job, "reason_against", lambda *_: "")
     monkeypatch.setattr(job, "recording_for", recording_for)
@@ -118,7 +118,7 @@ def test_without_graphs_the_largest_batch_comes_first_and_changes_nothing(tiny_d
     shapes = []
 
     def rehearses(unet, optimizer, schedule, scaling_factor, loss, device, with_graphs):
-        recording = Recording(unet, optimizer, schedule, scaling_factor, loss, None, rehearses=True)
+        recording = GraphRecording(unet, optimizer, schedule, scaling_factor, loss, None, rehearses=True)
         run_of = recording._run_of
 
         def noting(num_samples):

@@ -369,12 +369,13 @@ def load_text(base: Base, tokenizer_override: str, seed: int) -> tuple[object, n
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device of run.device. Raises ValueError for cuda where there is none."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
+    """Return the device of run.device, a GPU with its number. Raises ValueError for cuda where there is none."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
         raise ValueError("run.device is cuda, but torch finds no CUDA device; use auto or cpu")
-    return torch.device(name)
+    # tensors tell their device so, it is equal to no "cuda", and torch.cuda.set_per_process_memory_fraction takes none without
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:

@@ -540,12 +540,14 @@ def test_diffusers_draws_with_the_embedded_folder(pipeline):
 
 
 def test_the_device_and_dtype_that_are_taken(monkeypatch):
-    gpu = torch.device("cuda")
+    gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert pick_device("auto") == pick_device("cpu") == CPU
     with pytest.raises(ValueError, match="but torch finds no CUDA device; use auto or cpu"):
         pick_device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    # with its number, as tensors tell it: torch.cuda.set_per_process_memory_fraction refuses a device without
     assert pick_device("auto") == pick_device("cuda") == gpu
     assert pick_dtype("auto", CPU) == torch.float32
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):

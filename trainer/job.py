@@ -82,7 +82,10 @@ def load_job(
     memory_mode(config.optimizer, dtype)
     base = base_of(config.model)
     # on a GPU: what `auto` comes to, and whether the run fits at all
-    settled, need = settle(config, device, None if step is None else recorded(run_dir, MEMORY_PLAN))
+    previous, was_fused = None, None
+    if step is not None:
+        previous, was_fused = recorded(run_dir, MEMORY_PLAN), read_identity(run_dir, step)[0].is_fused
+    settled, need = settle(config, device, previous, was_fused)
     cap(device, config.memory.limit_gib)
     no_graphs = reason_against(settled, device, need, budget(config, device))
     schedule = make_schedule(base.config_of("scheduler"), config.loss.prediction, config.loss.zero_terminal_snr)
@@ -92,7 +95,7 @@ def load_job(
     if device.type == "cuda":
         has_triton()
     if step is not None:
-        _refuse_other_run(run_dir, step, identify(config, PRECISIONS[dtype]))
+        _refuse_other_run(run_dir, step, identify(settled, PRECISIONS[dtype]))
         check_files(folder_of(run_dir, step))
     dataset = open_dataset(config, base, device, terminal.update)
     terminal.pause()
@@ -100,7 +103,7 @@ def load_job(
         terminal.say(f"{dataset.num_damaged} rows of the cache were damaged and have been made again")
     if dataset.num_cut:
         terminal.say(f"{dataset.num_cut} captions are longer than the text encoder reads and are cut at their end")
-    identity = identify(config, PRECISIONS[dtype], dataset.train)
+    identity = identify(settled, PRECISIONS[dtype], dataset.train)
     timeline = Timeline.of(config, dataset.train)
     schedule = schedule.to(device)
     unet = load_unet(base, config.run.seed).train()

@@ -233,7 +233,8 @@ class _Conductor:
             self.shape = max((shape for shape, _ in settled), key=math.prod)
             self.plain_ms = min(ms for shape, ms in settled if shape == self.shape)
             if self.device.type == "cuda":
-                torch.cuda.memory._record_memory_history()
+                # the C++ frames too would be a longer walk of the stack at every allocation of the steps that are timed
+                torch.cuda.memory._record_memory_history(stacks="python")
             self.profiler.start()
             self._phase = "profiling"
 

@@ -42,9 +42,8 @@ class LibraryAdamW:
         self._max_grad_norm, self._is_rehearsing = 0.0, False
         options = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
         if config.name == "adamw":
-            # one pass over a tensor in place of a dozen; torch refuses it on meta tensors, which the plan is made from
-            fused = not any(p.is_meta for p in self.master.values())
-            self.inner = torch.optim.AdamW(self.master.values(), **options, fused=fused)
+            # one pass over a tensor in place of a dozen
+            self.inner = torch.optim.AdamW(self.master.values(), **options, fused=True)
         else:
             import bitsandbytes.optim
 
@@ -90,12 +89,24 @@ class LibraryAdamW:
         if taken:
             if self._max_grad_norm > 0:
                 torch._foreach_mul_(gradients, (self._max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+            self._make_moments()
             self.inner.step()
             if self.has_master:
                 torch._foreach_copy_(list(self.parameters.values()), list(self.master.values()))
         for master in self.master.values():
             master.grad = None
         return norm, taken
+
+    def _make_moments(self) -> None:
+        """Make torch's state before its first step: it would do so itself, but refuses the fused form on meta tensors."""
+        if self.name != "adamw":
+            return
+        for master in self.master.values():
+            if not self.inner.state[master]:
+                step = torch.zeros((), device=master.device)
+                self.inner.state[master] = {
+                    "step": step, "exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)
+                }  # fmt: skip
 
     def live_state_of(self, name: str) -> dict[str, Tensor]:
         """Return a parameter's master, if it has one, and moments, as they are: no copies."""

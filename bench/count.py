@@ -17,9 +17,10 @@ from safelight.kernels.attention import attention_cases, choose_attention
 from safelight.kernels.checkpointing import apply_checkpointing
 from safelight.trainer.config import Loss, Optimizer
 from safelight.trainer.diffusion import NoiseSchedule, make_schedule
-from safelight.trainer.models import Base, meta_unet, resolve_base
+from safelight.trainer.models import Base, resolve_base
 from safelight.trainer.optim import UNetOptimizer
 from safelight.trainer.step import Noisy, accumulate
+from safelight.trainer.weights import meta_unet
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -28,9 +28,10 @@ from safelight.bench.workload import SEED, Workload, random_batches
 from safelight.data.ingest import ingest
 from safelight.trainer.config import Config, parse_config
 from safelight.trainer.log import Terminal
-from safelight.trainer.models import load_vae, resolve_base
+from safelight.trainer.models import resolve_base
 from safelight.trainer.ranges import told_to
 from safelight.trainer.train import train
+from safelight.trainer.weights import load_vae
 
 EVERYDREAM = "everydream"
 

@@ -14,9 +14,10 @@ from safelight.bench.results import make_record
 from safelight.bench.session import Session, run_session
 from safelight.data.atomic import atomic_write_text
 from safelight.trainer.config import Config
+from safelight.trainer.device import PRECISIONS, pick_device, pick_dtype
 from safelight.trainer.log import Terminal
 from safelight.trainer.meta_run import MetaRun
-from safelight.trainer.models import PRECISIONS, base_of, pick_device, pick_dtype
+from safelight.trainer.models import base_of
 
 PAGE_NAME, FIGURES_NAME = "profile.html", "profile.json"
 

@@ -25,8 +25,9 @@ from safelight.bench.suite import OURS, build, free
 from safelight.bench.workload import NUM_ROTATED, Workload, optimizer_config, random_batches
 from safelight.trainer.cards import Card
 from safelight.trainer.config import Config
+from safelight.trainer.device import PRECISIONS
 from safelight.trainer.meta_run import MetaRun
-from safelight.trainer.models import PRECISIONS, resolve_base
+from safelight.trainer.models import resolve_base
 
 CLASSES = ("conv", "linear", "attention", "norm", "elementwise", "optimizer", "copies")
 # what a CPU takes a step of in seconds

@@ -22,9 +22,10 @@ from safelight.bench.show import print_table
 from safelight.kernels.adamw8bit import AdamW8bit
 from safelight.trainer.config import Loss, Model, Optimizer
 from safelight.trainer.diffusion import make_schedule
-from safelight.trainer.models import base_of, load_unet
+from safelight.trainer.models import base_of
 from safelight.trainer.optim import UNetOptimizer
 from safelight.trainer.step import Noisy, accumulate, sample_losses
+from safelight.trainer.weights import load_unet
 
 LR, WEIGHT_DECAY = 1e-6, 0.01
 NUM_STEPS = {"SD1.5 shapes": 200, "tiny": 40}

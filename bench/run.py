@@ -235,7 +235,7 @@ def quick(options: command.Quick) -> int:
 def everything(options: command.All) -> int:
     from safelight.bench.everything import run_all
     from safelight.bench.workload import Workload
-    from safelight.trainer.models import pick_device
+    from safelight.trainer.device import pick_device
 
     is_gpu = pick_device(options.device).type == "cuda"
     base = options.base or ("random:sd15" if is_gpu else "tiny")

@@ -12,7 +12,7 @@ from safelight.bench.show import print_json, print_table
 def kernels(options: command.Kernels) -> int:
     from safelight.bench import kernels as measuring
     from safelight.bench.count import DTYPES
-    from safelight.trainer.models import pick_device
+    from safelight.trainer.device import pick_device
 
     if min(*options.batch_size, options.shapes, options.repeats) < 1 or not options.model:
         raise ValueError(f"batch sizes {options.batch_size}, shapes {options.shapes}, repeats {options.repeats} must be 1 or more")  # fmt: skip
@@ -71,7 +71,7 @@ def aot(options: command.Aot) -> int:
 def optimizer(options: command.Optimizer) -> int:
     from safelight.bench import optimizers
     from safelight.bench.count import DTYPES
-    from safelight.trainer.models import pick_device
+    from safelight.trainer.device import pick_device
 
     if options.every < 0 or options.repeats < 1:
         raise ValueError(f"every {options.every} must be 0 or more and repeats {options.repeats} 1 or more")
@@ -101,7 +101,7 @@ def optimizer(options: command.Optimizer) -> int:
 def memory(options: command.Memory) -> int:
     from safelight.bench.memory import bench_memory, rows
     from safelight.bench.workload import Workload
-    from safelight.trainer.models import pick_device
+    from safelight.trainer.device import pick_device
 
     if options.batch_size < 1:
         raise ValueError(f"batch size {options.batch_size} must be 1 or more")
@@ -127,7 +127,7 @@ def memory(options: command.Memory) -> int:
 
 def attention(options: command.Attention) -> int:
     from safelight.bench import attention as measuring
-    from safelight.trainer.models import pick_device, pick_dtype
+    from safelight.trainer.device import pick_device, pick_dtype
 
     if min(options.batch_size, options.repeats) < 0 or not options.model:
         raise ValueError(f"batch size {options.batch_size} and repeats {options.repeats} must be 0 or more, of a model or several")  # fmt: skip
@@ -158,7 +158,7 @@ def roofline(options: command.Roofline) -> int:
     from safelight.bench import roofline as measuring
     from safelight.bench.workload import Workload
     from safelight.trainer.cards import find_card
-    from safelight.trainer.models import pick_device
+    from safelight.trainer.device import pick_device
 
     is_gpu = bool(options.gpu) or pick_device(options.device).type == "cuda"
     model = ("sd15" if is_gpu else "tiny") if options.model == "auto" else options.model

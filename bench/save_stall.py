@@ -20,10 +20,11 @@ from safelight.bench.results import RESULTS, append, make_record
 from safelight.trainer.checkpoint import Position, folder_of, save_checkpoint
 from safelight.trainer.config import Optimizer
 from safelight.trainer.identity import Identity
-from safelight.trainer.models import meta_unet, resolve_base
+from safelight.trainer.models import resolve_base
 from safelight.trainer.optim import UNetOptimizer
 from safelight.trainer.saver import Saver
 from safelight.trainer.snapshot import available_bytes, num_bytes_of
+from safelight.trainer.weights import meta_unet
 
 NEEDED_GIB = 14
 REPEATS = 3

@@ -25,8 +25,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from safelight.bench.costs import Costs, OperatorCosts
 from safelight.bench.device_timeline import KernelRun, kernel_runs
 from safelight.trainer.config import Config
+from safelight.trainer.device import pick_device
 from safelight.trainer.log import Terminal
-from safelight.trainer.models import pick_device
 from safelight.trainer.ranges import told_to
 from safelight.trainer.train import train
 

@@ -24,7 +24,8 @@ from torch import Tensor
 from safelight.bench.baselines import RECIPES, Baseline, Recipe, make_optimizer
 from safelight.bench.workload import LR, MAX_GRAD_NORM, SEED, WEIGHT_DECAY, Workload
 from safelight.data.batches import Batch
-from safelight.trainer.models import load_text, load_vae, resolve_base
+from safelight.trainer.models import resolve_base
+from safelight.trainer.weights import load_text, load_vae
 
 STYLES = {
     "everydream": Recipe(

@@ -28,11 +28,13 @@ from safelight.kernels.attention import AttentionChoice, apply_attention, attent
 from safelight.kernels.checkpointing import apply_checkpointing
 from safelight.trainer.algorithms import algorithms
 from safelight.trainer.config import Loss, Optimizer
+from safelight.trainer.device import PRECISIONS, pick_device, pick_dtype
 from safelight.trainer.diffusion import make_schedule
 from safelight.trainer.graphs import Recorder, StepGraphs, shape_of
-from safelight.trainer.models import PRECISIONS, load_unet, pick_device, pick_dtype, resolve_base
+from safelight.trainer.models import resolve_base
 from safelight.trainer.optim import UNetOptimizer
 from safelight.trainer.step import Inputs, MicroResult, micro_step, train_step, upload
+from safelight.trainer.weights import load_unet
 
 SEED = 1
 NUM_ROTATED = 4

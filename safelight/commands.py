@@ -126,8 +126,9 @@ def cache(argv: list[str]) -> int:
     arguments, config = parse_with_config(argv, "cache", COMMANDS["cache"])
     _say_loading()
     from safelight.trainer.dataset import open_dataset
+    from safelight.trainer.device import pick_device
     from safelight.trainer.log import Terminal
-    from safelight.trainer.models import base_of, pick_device
+    from safelight.trainer.models import base_of
 
     with Terminal() as terminal:
         dataset = open_dataset(config, base_of(config.model), pick_device(config.run.device), terminal.update)

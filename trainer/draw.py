@@ -19,22 +19,15 @@ from safelight.kernels.attention import apply_attention, attention_cases, choose
 from safelight.trainer.between import SAMPLE_BATCH_SIZE, decode_bytes
 from safelight.trainer.checkpoint import check_files, folder_of, list_checkpoints, load_unet_weights, read_record
 from safelight.trainer.config import Config, explain, load_config
+from safelight.trainer.device import pick_device, pick_dtype
 from safelight.trainer.diffusion import NoiseSchedule, make_schedule
 from safelight.trainer.ema import load_averages
 from safelight.trainer.encoders import CaptionEncoder, LatentCodec, load_caption_encoder, load_codec
-from safelight.trainer.models import (
-    Base,
-    base_of,
-    latent_factor,
-    load_unet,
-    pick_device,
-    pick_dtype,
-    vae_bytes,
-    vae_config,
-)
+from safelight.trainer.models import Base, base_of, latent_factor, vae_bytes, vae_config
 from safelight.trainer.run_dir import require_run
 from safelight.trainer.run_folder import MEMORY_PLAN, recorded, recorded_attention
 from safelight.trainer.sample import Settings, check_size, generate, settings_of
+from safelight.trainer.weights import load_unet
 
 Progress = Callable[[int, int], None]
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from safelight.trainer.config import Config
-from safelight.trainer.models import Base, fingerprint, load_text, load_vae
+from safelight.trainer.models import Base
+from safelight.trainer.weights import fingerprint, load_text, load_vae
 
 
 class _Visitor:

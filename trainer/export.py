@@ -21,10 +21,11 @@ from safelight.data.atomic import atomic_write_text, sync_folder
 from safelight.kernels.remainder import join
 from safelight.trainer.checkpoint import check_files, folder_of
 from safelight.trainer.config import Config, load_config
+from safelight.trainer.device import PRECISIONS
 from safelight.trainer.diffusion import make_schedule
 from safelight.trainer.draw import pick_step
 from safelight.trainer.ema import PREFIX as EMA_PREFIX
-from safelight.trainer.models import PICKLES, PRECISIONS, Base, base_of, load_text, load_vae, meta_unet
+from safelight.trainer.models import PICKLES, Base, base_of
 from safelight.trainer.modelspec import CUSTOM, modelspec, sign
 from safelight.trainer.original_layout import (
     CLIP_PREFIX,
@@ -35,6 +36,7 @@ from safelight.trainer.original_layout import (
     vae_layout,
 )
 from safelight.trainer.run_dir import require_run
+from safelight.trainer.weights import load_text, load_vae, meta_unet
 
 DTYPES = {name: dtype for dtype, name in PRECISIONS.items()}
 OPEN_CLIP_WIDTH = 1024

@@ -23,10 +23,11 @@ from safelight.trainer.between import Between, Forward, added_by, decode_bytes, 
 from safelight.trainer.cards import CONTEXT_BYTES, FRAGMENTATION, GIB, GRAPH_BYTES_A_LAUNCH, Card
 from safelight.trainer.config import Config
 from safelight.trainer.dataset import bucket_multiple
+from safelight.trainer.device import PRECISIONS
 from safelight.trainer.host_memory import HostBytes, host_bytes
 from safelight.trainer.kernel_adamw import SPLIT_BYTES, SPLIT_ELEMENTS
 from safelight.trainer.meta_run import META, MetaRun, Traced
-from safelight.trainer.models import PRECISIONS, Base, latent_factor, resolve_model, vae_bytes, vae_config
+from safelight.trainer.models import Base, latent_factor, resolve_model, vae_bytes, vae_config
 from safelight.trainer.noise import WARN_ABOVE, noise_to_displacement
 from safelight.trainer.optim import memory_mode
 from safelight.trainer.plan import BESIDE_BYTES, learning_rates, moment_bytes

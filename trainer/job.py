@@ -17,6 +17,7 @@ from safelight.kernels.jit import has_triton
 from safelight.trainer.checkpoint import Position, check_files, folder_of, load_checkpoint, read_identity
 from safelight.trainer.config import Config
 from safelight.trainer.dataset import Dataset, open_dataset
+from safelight.trainer.device import PRECISIONS, pick_device, pick_dtype
 from safelight.trainer.diffusion import NoiseSchedule, make_schedule
 from safelight.trainer.ema import WeightAverages, take_averages
 from safelight.trainer.encoders import LatentCodec, load_codec
@@ -25,7 +26,7 @@ from safelight.trainer.fit import Need
 from safelight.trainer.gpu_memory import budget, cap, describe, record, settle
 from safelight.trainer.identity import Identity, identify
 from safelight.trainer.log import Metrics, Terminal, reset_peak_memory
-from safelight.trainer.models import PRECISIONS, base_of, check_unet, load_unet, pick_device, pick_dtype
+from safelight.trainer.models import base_of
 from safelight.trainer.optim import UNetOptimizer, memory_mode
 from safelight.trainer.recording import GraphRecording, reason_against, recording_for
 from safelight.trainer.run_folder import EPOCH_ORDER, MEMORY_PLAN, recorded, recorded_attention, write_start
@@ -33,6 +34,7 @@ from safelight.trainer.saver import Saver
 from safelight.trainer.step_log import StepLog, take_state
 from safelight.trainer.timeline import Timeline
 from safelight.trainer.validate import choose_subset
+from safelight.trainer.weights import check_unet, load_unet
 
 
 @dataclass

@@ -21,7 +21,7 @@ from safelight.kernels.offload import offload_of
 from safelight.trainer.config import Config
 from safelight.trainer.diffusion import make_schedule
 from safelight.trainer.equip import equip
-from safelight.trainer.models import Base, meta_unet
+from safelight.trainer.models import Base
 from safelight.trainer.replay import (
     AVERAGE,
     GRADIENTS,
@@ -36,6 +36,7 @@ from safelight.trainer.replay import (
 )
 from safelight.trainer.step import train_step
 from safelight.trainer.trace import CUDA_ROUNDING, LiveBytes, gradients_told
+from safelight.trainer.weights import meta_unet
 
 META = torch.device("meta")
 

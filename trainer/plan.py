@@ -16,18 +16,12 @@ from safelight.kernels.attention import attention_cases, choose_attention
 from safelight.kernels.paged import state_bytes
 from safelight.trainer.config import Config
 from safelight.trainer.dataset import bucket_multiple
+from safelight.trainer.device import PRECISIONS, pick_device, pick_dtype
 from safelight.trainer.kernel_adamw import part_of
-from safelight.trainer.models import (
-    PRECISIONS,
-    latent_factor,
-    meta_unet,
-    pick_device,
-    pick_dtype,
-    resolve_model,
-    vae_config,
-)
+from safelight.trainer.models import latent_factor, resolve_model, vae_config
 from safelight.trainer.optim import memory_mode
 from safelight.trainer.timeline import Timeline, steps_of_counts
+from safelight.trainer.weights import meta_unet
 
 # blocks of 256 with one fp32 scale each, tensors under 4,096 elements keep fp32 moments: bitsandbytes' and ours alike
 BLOCK_SIZE = 256

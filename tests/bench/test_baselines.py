@@ -12,8 +12,9 @@ from safelight.bench.baselines import RECIPES, Baseline
 from safelight.bench.suite import measure, variants
 from safelight.bench.workload import LR, SEED, Ours, Workload, cached_batches
 from safelight.kernels.attention import AttendProcessor, attention_modules
-from safelight.trainer.models import load_unet, resolve_base
+from safelight.trainer.models import resolve_base
 from safelight.trainer.step import Noisy, sample_losses
+from safelight.trainer.weights import load_unet
 
 pytestmark = pytest.mark.usefixtures("compiled")
 WORK = Workload(batch_size=2, optimizer="adamw", device="cpu", precision="fp32").resolved()

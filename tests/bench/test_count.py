@@ -17,8 +17,9 @@ from safelight.bench.profiled import COMPOUND
 from safelight.bench.results import COUNTS, read
 from safelight.trainer.config import Loss
 from safelight.trainer.diffusion import make_schedule
-from safelight.trainer.models import meta_unet, resolve_base
+from safelight.trainer.models import resolve_base
 from safelight.trainer.step import accumulate
+from safelight.trainer.weights import meta_unet
 
 
 @pytest.fixture(scope="module")

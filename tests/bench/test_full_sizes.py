@@ -12,9 +12,10 @@ from safelight.bench.memory import of_a_cpu
 from safelight.bench.suite import measure, variants
 from safelight.bench.workload import Workload, initial_unet
 from safelight.trainer.config import Model
-from safelight.trainer.models import base_of, load_text, meta_unet, resolve_base
+from safelight.trainer.models import base_of, resolve_base
 from safelight.trainer.random_models import RANDOM_MODELS
 from safelight.trainer.train import train
+from safelight.trainer.weights import load_text, meta_unet
 
 SMALL = {
     "sample_size": 16, "block_out_channels": [32, 64, 64], "layers_per_block": 1, "cross_attention_dim": 32,

@@ -16,7 +16,8 @@ from safelight.bench.command import _Recipe
 from safelight.bench.styles import ALL_RECIPES, STYLES, EveryDream, make_baseline, read_photograph
 from safelight.bench.suite import OURS, measure, variants
 from safelight.bench.workload import LR, SEED, WEIGHT_DECAY, Workload, random_batches
-from safelight.trainer.models import load_unet, resolve_base
+from safelight.trainer.models import resolve_base
+from safelight.trainer.weights import load_unet
 
 pytestmark = pytest.mark.usefixtures("compiled")
 WORK = Workload(batch_size=2, optimizer="adamw", device="cpu", precision="fp32").resolved()

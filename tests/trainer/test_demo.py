@@ -9,10 +9,11 @@ from safelight.trainer.checkpoint import list_checkpoints
 from safelight.trainer.demo import RUN_NAME, SCORED, draw_photos, run_demo
 from safelight.trainer.draw import open_run
 from safelight.trainer.log import Terminal
-from safelight.trainer.models import Base, load_unet
+from safelight.trainer.models import Base
 from safelight.trainer.tiny.architecture import make_unet
 from safelight.trainer.tiny.reader import read
 from safelight.trainer.tiny.score import HELD_OUT, hits, prompts, wilson
+from safelight.trainer.weights import load_unet
 
 
 @pytest.fixture(scope="module")

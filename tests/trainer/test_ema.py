@@ -11,8 +11,9 @@ from safelight.trainer.config import Optimizer, parse_config
 from safelight.trainer.draw import open_run
 from safelight.trainer.ema import NUM_UPDATES, PREFIX, WeightAverages, take_averages
 from safelight.trainer.export import export
-from safelight.trainer.models import load_unet, resolve_base
+from safelight.trainer.models import resolve_base
 from safelight.trainer.optim import UNetOptimizer
+from safelight.trainer.weights import load_unet
 
 DECAY = 0.6
 

@@ -20,10 +20,11 @@ from safelight.trainer.checkpoint import Position, folder_of, save_checkpoint
 from safelight.trainer.config import parse_config, to_toml
 from safelight.trainer.export import export
 from safelight.trainer.identity import identify
-from safelight.trainer.models import base_of, fingerprint, load_text, load_unet, load_vae, resolve_base, tiny_folder
+from safelight.trainer.models import base_of, resolve_base, tiny_folder
 from safelight.trainer.modelspec import modelspec
 from safelight.trainer.optim import UNetOptimizer
 from safelight.trainer.original_layout import UNET_PREFIX, unet_layout
+from safelight.trainer.weights import fingerprint, load_text, load_unet, load_vae
 
 STEP = 7
 

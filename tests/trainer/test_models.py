@@ -17,19 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from safelight.__main__ import main
 from safelight.trainer.config import parse_config, to_toml
+from safelight.trainer.device import pick_device, pick_dtype
 from safelight.trainer.encoders import CaptionEncoder, LatentCodec
-from safelight.trainer.models import (
-    check_unet,
-    fingerprint,
-    load_text,
-    load_unet,
-    load_vae,
-    meta_unet,
-    pick_device,
-    pick_dtype,
-    resolve_base,
-    tiny_folder,
-)
+from safelight.trainer.models import resolve_base, tiny_folder
+from safelight.trainer.weights import check_unet, fingerprint, load_text, load_unet, load_vae, meta_unet
 
 CPU = torch.device("cpu")
 WEIGHTS = {

@@ -12,10 +12,11 @@ from safelight.trainer.checkpoint import Position, save_checkpoint
 from safelight.trainer.config import Optimizer, parse_config, to_toml
 from safelight.trainer.dataset import open_dataset
 from safelight.trainer.identity import identify
-from safelight.trainer.models import load_unet, resolve_base
+from safelight.trainer.models import resolve_base
 from safelight.trainer.optim import UNetOptimizer
 from safelight.trainer.plan import cache_bytes, moment_bytes, static_bytes, table
 from safelight.trainer.timeline import Timeline
+from safelight.trainer.weights import load_unet
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -10,9 +10,10 @@ from diffusers import StableDiffusionPipeline
 from safelight.kernels.philox import Key, Purpose, normals_torch
 from safelight.trainer.diffusion import make_schedule
 from safelight.trainer.encoders import CaptionEncoder, LatentCodec
-from safelight.trainer.models import load_text, load_unet, load_vae, resolve_base, tiny_folder
+from safelight.trainer.models import resolve_base, tiny_folder
 from safelight.trainer.sample import SAMPLERS, Settings, generate, make_scheduler, to_images
 from safelight.trainer.stop import Stopped
+from safelight.trainer.weights import load_text, load_unet, load_vae
 
 CPU = torch.device("cpu")
 SETTINGS = Settings(width=48, height=64, steps=4, cfg=3.0, seed=12, sampler="ddim")

@@ -12,16 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from safelight.__main__ import main
 from safelight.trainer.config import parse_config, to_toml
-from safelight.trainer.models import (
-    base_of,
-    check_unet,
-    fingerprint,
-    load_text,
-    load_unet,
-    load_vae,
-    resolve_base,
-    tiny_folder,
-)
+from safelight.trainer.models import base_of, resolve_base, tiny_folder
 from safelight.trainer.original_layout import (
     CLIP_PREFIX,
     UNET_PREFIX,
@@ -32,6 +23,7 @@ from safelight.trainer.original_layout import (
     unet_layout,
     vae_layout,
 )
+from safelight.trainer.weights import check_unet, fingerprint, load_text, load_unet, load_vae
 
 CROSS = f"{UNET_PREFIX}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 TEXT = "cond_stage_model."

@@ -11,10 +11,11 @@ from safelight.trainer.config import Config, parse_config
 from safelight.trainer.diffusion import make_schedule
 from safelight.trainer.equip import equip
 from safelight.trainer.meta_run import META, MetaRun
-from safelight.trainer.models import load_unet, resolve_base
+from safelight.trainer.models import resolve_base
 from safelight.trainer.replay import ACTIVATIONS, AVERAGE, GRADIENTS, MASTER, OPTIMIZER, TEMPORARY, WEIGHTS
 from safelight.trainer.step import train_step
 from safelight.trainer.trace import LiveBytes
+from safelight.trainer.weights import load_unet
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -9,8 +9,9 @@ from safelight.trainer.checkpoint import Position
 from safelight.trainer.dataset import open_dataset
 from safelight.trainer.diffusion import make_schedule
 from safelight.trainer.measure import describe_validation
-from safelight.trainer.models import load_unet, resolve_base
+from safelight.trainer.models import resolve_base
 from safelight.trainer.validate import Validation, _batches, choose_subset, validate
+from safelight.trainer.weights import load_unet
 
 SEED = 31
 

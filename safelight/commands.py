@@ -166,7 +166,9 @@ def plan(argv: list[str]) -> int:
             config = filled_in(config, ways["chosen"])
         result = {**table(config, CUDA, planner.dtype), "plan": ways}
     if arguments.json:
-        _print_json(result)
+        from safelight.plan_json import with_json_names
+
+        _print_json(with_json_names(result))
     else:
         _print_plan(result)
     if card is not None and result["plan"]["refusal"]:

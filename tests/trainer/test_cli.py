@@ -152,6 +152,13 @@ def test_cache_makes_what_is_missing_once(journey):
     assert line.split()[-2:] == [str(row["num_train"]), str(row["num_validation"])]
 
 
+@pytest.mark.parametrize("command", ["prepare", "cache", "plan"])
+def test_names_in_json_are_lower_case(journey, command):
+    names = re.findall(r'"([^"]+)":', journey.called[command].out)
+    assert names
+    assert all(re.fullmatch("[a-z0-9_]+", name) for name in names)
+
+
 def test_plan_knows_the_dataset(journey):
     told = json.loads(journey.called["plan"].out)
     assert told["dataset"]["photographs"] == 24

@@ -4,6 +4,8 @@
 """
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,20 @@ from safelight.kernels.blockwise import in_memory_order
 from safelight.kernels.checkpointing import MODES
 from safelight.kernels.remainder import start
 from safelight.trainer import fit, kernel_adamw
-from safelight.trainer.cards import CARDS, CONTEXT_BYTES, GIB, Card, find_card, this_card
+from safelight.trainer.cards import (
+    CARDS,
+    CONTEXT_BYTES,
+    CUDNN_BYTES,
+    GIB,
+    GRAPH_BYTES_A_LAUNCH,
+    SECONDS_A_KERNEL,
+    SECONDS_A_LAUNCH,
+    Card,
+    find_card,
+    this_card,
+)
 from safelight.trainer.config import Config, parse_config, to_toml
-from safelight.trainer.fit import Planner
+from safelight.trainer.fit import Planner, most_graphs
 from safelight.trainer.kernel_adamw import SPLIT_BYTES
 from safelight.trainer.meta_run import MetaRun
 from safelight.trainer.models import resolve_base
@@ -157,6 +170,49 @@ def test_cards():
         fit.dtype_on(CARDS["t4"], "bf16")
 
 
+def test_a_replayed_step_waits_for_no_launch_of_the_host():
+    h200, work = find_card("h200"), (2_470_000_000_000, 24_800_000_000, 1400)
+    eager, replayed = h200.seconds(*work), h200.seconds(*work, is_replayed=True)
+    assert eager == 1400 * SECONDS_A_LAUNCH
+    assert replayed < eager / 2
+    # of a step that is the device's alone both are the same, on the way from kernel to kernel too
+    many = (work[0] * 32, *work[1:])
+    assert h200.seconds(*many) == h200.seconds(*many, is_replayed=True)
+    assert h200.seconds(*many[:2], 1401) - h200.seconds(*many) == pytest.approx(SECONDS_A_KERNEL)
+    assert find_card("8GiB").seconds(*work, is_replayed=True) is None
+
+
+def test_a_plan_says_whether_steps_are_replayed_and_counts_what_that_takes(roomy):
+    known = Card("known", 100, 4800, 790, pcie_gb_s=50)
+    planners = {
+        how: Planner(config_of(train={"cuda_graphs": how, "checkpointing": "auto"}), known) for how in ("auto", "off")
+    }
+    replayed, eager = (planner.need("exact", "none", 1) for planner in planners.values())
+    assert (replayed.no_graphs, eager.no_graphs) == ("", "train.cuda_graphs is off")
+    assert replayed.images_per_s > 3 * eager.images_per_s
+    launches = planners["auto"]._trace("none", False, 1).work.launches
+    graphs = most_graphs(roomy.config, roomy.base) * launches * GRAPH_BYTES_A_LAUNCH
+    # and a third handle and stream that multiply: forward and backward where graphs are recorded, forward elsewhere
+    assert (replayed.graphs, eager.graphs) == (graphs + known.cublas_bytes(is_deterministic=False), 0)
+    assert "memory paged streams" in planners["auto"].need("paged", "none", 1).no_graphs
+    assert "offload streams" in planners["auto"].need("exact", "offload", 1).no_graphs
+    tight = Planner(config_of(), replace(known, usable_gib=(replayed.needed + 1) / GIB)).need("exact", "none", 1)
+    assert re.fullmatch(r"they would take \d+\.\d\d GiB of \d+\.\d\d", tight.no_graphs)
+
+
+def test_what_products_keep_is_counted_for_each_handle_and_stream():
+    for name, deterministic, each in (
+        ("t4", False, 8_519_680 + 2**20), ("h200", False, 33 * 2**20), ("t4", True, 33 * 2**20),
+    ):  # fmt: skip
+        found = CARDS[name]
+        assert found.cublas_bytes(is_deterministic=deterministic) == each
+        assert found.workspace(is_deterministic=deterministic) == 2 * each + CUDNN_BYTES
+    needs = [
+        Planner(config_of(run={"deterministic": how}), card(100)).need("exact", "none", 1) for how in (True, False)
+    ]
+    assert needs[0].needed - needs[1].needed == 2 * (33 * 2**20 - 8_519_680 - 2**20)
+
+
 @pytest.mark.parametrize(
     ("name", "rate"),
     [("Tesla T4", 24), ("NVIDIA GeForce RTX 3060 Laptop GPU", 25.6), ("NVIDIA H200", 790), ("Quadro 9", None)],
@@ -180,8 +236,10 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert max(map(len, text.splitlines()[1:])) <= 80
     assert text.count("> ") >= 2
     assert main(["plan", str(path), "--gpu", "rtx4090", "--json"]) == 0
-    plan = json.loads(capsys.readouterr().out)["plan"]
-    assert f"> {plan['chosen']['needed'] / GIB:.2f}" in text
+    told = capsys.readouterr().out
+    assert all(re.fullmatch("[a-z0-9_]+", name) for name in re.findall(r'"([^"]+)":', told))
+    plan = json.loads(told)["plan"]
+    assert f"> {plan['chosen']['needed_bytes'] / GIB:.2f}" in text
     assert len(plan["ways"]) == 4 * 4 * 2 * 4
     assert text.splitlines()[2].split()[:3] == ["memory", "checkpoints", "fused"]
     rows = [line.split()[:3] for line in text.splitlines() if line.startswith(("exact ", "paged "))]

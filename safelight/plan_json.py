@@ -1,0 +1,31 @@
+"""A plan's values under the names that `safelight plan --json` prints: lower case, sizes with their unit."""
+
+from __future__ import annotations
+
+import re
+
+_NAMES = {
+    "fp32 gradients (after those)": "fp32_gradients",
+    "of these in host memory": "in_host_memory",
+    "peak of these": "peak",
+    "checkpoints at most": "most_checkpoints",
+    "images_per_s": "predicted_images_per_s",
+    "needed": "needed_bytes",
+    "held": "held_bytes",
+    "step": "step_bytes",
+    "others": "others_bytes",
+    "kinds": "peak_bytes",
+    "host": "host_bytes",
+    "graphs": "graphs_bytes",
+    "most": "most_bytes",
+}
+
+
+def with_json_names(value: object) -> object:
+    """Return plain values with every key as _NAMES has it, or else in lower case with _ for what is no letter or digit."""
+    if isinstance(value, dict):
+        names = {key: _NAMES.get(key, re.sub("[^a-z0-9]+", "_", key.lower())) for key in value}
+        if len(set(names.values())) < len(names):
+            raise AssertionError(f"{sorted(value)}: two of these have one name as JSON")
+        return {names[key]: with_json_names(item) for key, item in value.items()}
+    return [with_json_names(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,87 @@
+"""What commands print as JSON: field names are lower case, in words joined by _."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from safelight import arguments
+from safelight.__main__ import main
+from safelight.bench.command import COMMANDS as BENCHMARKS
+from safelight.bench.results import RESULTS
+from safelight.plan_json import with_json_names
+
+# fields whose keys are names of what was measured: packages, classes of operators, layers, kernels, parts of a model
+DATA = {"machine", "classes", "classes_ms", "stretches_ms", "layers", "kernels", "saved_by_block_mib", "scores"}
+# benchmarks that print no result line of make_record's, or none that is kept
+WITHOUT_A_LINE = {"compare": "tested by itself", "aot": "kernels by target", "attention": "a case by backend"}
+
+
+def field_names(value: object) -> Iterator[str]:
+    """Yield the keys of plain values, those that are data left out."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            if key not in DATA:
+                yield from field_names(item)
+            elif isinstance(item, dict):
+                for inner in item.values():
+                    yield from field_names(inner)
+    elif isinstance(value, list):
+        for item in value:
+            yield from field_names(item)
+
+
+def wrong(value: object) -> set[str]:
+    return {name for name in field_names(value) if not re.fullmatch(r"[a-z0-9_]+", name)}
+
+
+def test_what_is_wrong_is_found():
+    assert wrong({"a": [{"B": 1, "machine": {"Pillow": 1, "x": {"y z": 2}}}]}) == {"B", "y z"}
+
+
+def test_a_plan_without_a_card(tmp_path, capsys):
+    """One for a card takes longer: test_fit's."""
+    toml = tmp_path / "run.toml"
+    assert main(["init", "tiny", "-o", str(toml)]) == 0
+    capsys.readouterr()
+    assert main(["plan", str(toml), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert wrong(told) == set()
+    assert told["bytes"]["peak"] == sum(size for part, size in told["bytes"].items() if part != "peak")
+
+
+def test_two_fields_of_one_name_are_refused():
+    with pytest.raises(AssertionError, match="one name as JSON"):
+        with_json_names({"peak of these": 1, "peak": 2})
+
+
+def test_benchmarks():
+    """The lines that benchmarks printed with --json and kept with --append."""
+    lines = [json.loads(line) for path in RESULTS.glob("*.jsonl") for line in path.read_text().splitlines()]
+    measured = {line["bench"]: line for line in lines if "figures" in line}
+    with_json = {
+        name for name, (shape, _) in BENCHMARKS.items() if "json" in {f.name for f in dataclasses.fields(shape)}
+    }
+    # a baseline's line is a step's
+    assert with_json - measured.keys() - {"baseline"} == WITHOUT_A_LINE.keys()
+    for name in with_json & measured.keys():
+        assert wrong(measured[name]) == set(), name
+    assert wrong(measured["profile"]) == set()
+
+
+def test_compare(tmp_path, capsys):
+    path = tmp_path / "r.jsonl"
+    path.write_text((RESULTS / "cpu.jsonl").read_text())
+    assert main(["bench", "compare", str(path), str(path), "--json"]) == 0
+    assert wrong(json.loads(capsys.readouterr().out)) == set()
+
+
+def test_no_command_with_json_is_forgotten():
+    shapes = [s for s in vars(arguments).values() if dataclasses.is_dataclass(s) and "json" in s.__annotations__]
+    # Prepare, Demo and those with a config: cache, plan, profile; prepare's, cache's and a card's plan are in test_cli and test_fit, demo's in test_demo
+    assert {s.__name__ for s in shapes} == {"Prepare", "Demo", "PrintingArguments", "PlanArguments", "ProfileArguments"}

@@ -73,11 +73,12 @@ def on_a_card(work: Workload, card_gib: int, context: int) -> dict | None:
     """Return try_step's figures on an emulated card."""
     device = torch.device(work.device)
     total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, (card_gib * GIB - context) / total), device)
+    # of the current device: torch refuses here, and nowhere else, a device without its number
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (card_gib * GIB - context) / total))
     try:
         return try_step(work)
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0)
         free(device)
 
 
@@ -91,7 +92,7 @@ def of_a_gpu(work: Workload) -> dict:
     if found is None:
         return {"fits": False}
     traced = predicted(work)
-    allocated, workspace = traced.peak.total, this_card(device).workspace
+    allocated, workspace = traced.peak.total, this_card(device).workspace(is_deterministic=False)
     needed = CONTEXT_BYTES + workspace + allocated + FRAGMENTATION * traced.transient
     measured = GIB * found["reserved_gib"] + context
     found |= {

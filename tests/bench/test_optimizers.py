@@ -161,7 +161,8 @@ def test_emulated_cards_are_tried_from_small_to_large_and_the_cap_is_lifted(monk
         total_memory = 10 * 2**30
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: fractions.append(share))
+    # of a device it wants the number, which torch.device("cuda") has not
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share: fractions.append(share))
     monkeypatch.setattr(memory, "context_bytes", lambda device: 2**29)
     monkeypatch.setattr(memory, "free", lambda device: None)
     monkeypatch.setattr(memory, "this_card", lambda device: find_card("10GiB"))

@@ -1,6 +1,7 @@
 """Every figure with a unit that README and docs quote, looked up among the result lines.
 
-A quoted figure is found if a number of a result line, in a field of that unit, rounds to it at the digits quoted.
+A quoted figure is found if a number of a result line, in a field of that unit, rounds to it at the digits quoted. A prediction
+is none: neither a field predicted_..., nor any of a line whose note begins with "a prediction".
 bench/results/quoted.toml declares the others: definitions (what is no measurement), anywhere, and figures that were
 written down before result lines were kept, one by one, which may become fewer.
 """
@@ -83,8 +84,8 @@ def _numbers(value: object, name: str = "") -> Iterator[tuple[str, float]]:
     """Yield (field name, number) of everything in a result line, list items under their list's name."""
     if isinstance(value, dict):
         for key, item in value.items():
-            # deeper than the first level a class or score names the row, its parent the figure
-            yield from _numbers(item, key)
+            # what is below a prediction is one too
+            yield from _numbers(item, name if name.startswith("predicted") else key)
     elif isinstance(value, list):
         for item in value:
             yield from _numbers(item, name)
@@ -93,9 +94,10 @@ def _numbers(value: object, name: str = "") -> Iterator[tuple[str, float]]:
 
 
 def recorded(folder: Path = RESULTS) -> list[tuple[str, float]]:
-    """Return (field name, number) of every result line of a folder."""
-    lines = [line for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()]
-    return [pair for line in lines for pair in _numbers(json.loads(line))]
+    """Return (field name, number) of every result line of a folder, predictions left out."""
+    texts = [text for path in sorted(folder.glob("*.jsonl")) for text in path.read_text().splitlines()]
+    lines = [line for line in map(json.loads, texts) if not str(line.get("note", "")).startswith("a prediction")]
+    return [(name, number) for line in lines for name, number in _numbers(line) if not name.startswith("predicted")]
 
 
 def is_recorded(quote: Quote, numbers: list[tuple[str, float]]) -> bool:

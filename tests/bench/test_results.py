@@ -158,6 +158,23 @@ def test_an_invented_figure_is_missed_and_a_declared_one_passes(tmp_path):
     assert wrong == ["README.md: 1 figures without a result line, 0 declared"]
 
 
+@pytest.mark.parametrize(
+    "predicted",
+    [
+        {"figures": {"exact none 1": {"predicted_images_per_s": 4.436}}},
+        {"figures": {"predicted": {"images_per_s": 4.436}}},
+        {"figures": {"images_per_s": 4.436}, "note": "a prediction; no GPU was measured"},
+    ],
+)
+def test_a_prediction_is_no_figure_to_quote(predicted, tmp_path):
+    (quote,) = figures.quotes("A T4 makes 4.44 images/s.", "README.md")
+    measured = {"figures": {"images_per_s": 4.4361}, "note": "a T4"}
+    append(tmp_path / "r.jsonl", predicted)
+    assert not figures.is_recorded(quote, figures.recorded(tmp_path))
+    append(tmp_path / "r.jsonl", measured)
+    assert figures.is_recorded(quote, figures.recorded(tmp_path))
+
+
 def test_every_declared_definition_says_why():
     tables = tomllib.loads(figures.QUOTED.read_text())
     assert all(entry["text"] and entry["why"] for entry in tables["definition"])

@@ -58,6 +58,7 @@ def print_ways(result: dict) -> None:
     if chosen["others"] > chosen["held"] + chosen["step"]:
         print("Loading, validation or drawing takes more than a step, even one image at a time.")
     _print_between(chosen["between"])
+    _print_graphs(plan, chosen)
     _print_host(plan, chosen["host"])
     if chosen["images_per_s"]:
         images = result["dataset"]["images trained"] if "dataset" in result else 1000
@@ -95,6 +96,16 @@ def _print_between(between: dict) -> None:
         print(f"Samples are decoded on {where}.")
     if told:
         print(f"Between steps: {', '.join(told)}: {between['most'] / GIB:.2f} GiB at most.")
+
+
+def _print_graphs(plan: dict, chosen: dict) -> None:
+    if chosen["no_graphs"]:
+        print(f"No CUDA graphs: {chosen['no_graphs']}.")
+    else:
+        print(
+            "Steps are replayed as CUDA graphs"
+            + (", as the rates suppose where those fit." if plan["rates_known"] else ".")
+        )
 
 
 def _print_host(plan: dict, host: dict) -> None:

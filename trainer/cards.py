@@ -18,8 +18,12 @@ import torch
 GIB, MIB = 2**30, 2**20
 # what the CUDA context and the loaded kernels take beside torch's allocator; 0.5 GiB is what the goals suppose [not measured]
 CONTEXT_BYTES = GIB // 2
-# cuBLAS: CUBLAS_WORKSPACE of ATen/cuda/CUDABlas.cpp, 4096 KiB x 2 + 16 KiB x 8; 32 MiB on Hopper; from torch's allocator
-CUBLAS_BYTES, CUBLAS_BYTES_HOPPER = 8_519_680, 32 * MIB
+# what cuBLAS and cublasLt take of torch's allocator for each handle and stream that multiplies on it, and keep: 4096 KiB x 2 +
+# 16 KiB x 8, 32 MiB on Hopper; CUBLAS_WORKSPACE_CONFIG=:4096:8, which run.deterministic sets; cublasLt's 1024 KiB
+# (parseChosenWorkspaceSize and parseCUDABlasLtWorkspaceSize of ATen/cuda/CublasHandlePool.cpp, torch 2.11)
+CUBLAS_BYTES, CUBLAS_BYTES_HOPPER, CUBLAS_BYTES_DETERMINISTIC, CUBLASLT_BYTES = 8_519_680, 32 * MIB, 32 * MIB, MIB
+# a handle each: the thread that goes forward, and autograd's for the device, which goes backward and makes activations again
+NUM_CUBLAS_HANDLES = 2
 # scratch that cuDNN's convolutions ask for, a guess at the largest of SD's layers [not measured]
 CUDNN_BYTES = 64 * MIB
 # what a CUDA graph takes for each launch, beside torch's allocator: about 10 KB a kernel node, NVIDIA/cccl pull request 3768
@@ -30,6 +34,9 @@ FRAGMENTATION = 0.05
 MATRIX_EFFICIENCY = 0.6
 # host time of a launched operator of an eager step: 50 to 80 ms for 2,750 to 4,760 launches, as the goals suppose [not measured]
 SECONDS_A_LAUNCH = 17e-6
+# device time from one kernel to the next, an estimate: at most what 80 kernels of almost no work take in a CUDA graph, 70 us in
+# CUDA.jl's documentation of graphs, card not named [not measured]
+SECONDS_A_KERNEL = 1e-6
 # share of the link's rate that large copies from pinned memory reach [not measured]
 PCIE_EFFICIENCY = 0.8
 # share of a step's time that its backward pass takes: two thirds of the matrix work [counted, not timed]
@@ -49,10 +56,15 @@ class Card:
     pcie_gb_s: float | None = None
     is_here: bool = False
 
-    @property
-    def workspace(self) -> int:
-        """Bytes that libraries take of torch's allocator."""
-        return (CUBLAS_BYTES_HOPPER if self.is_hopper else CUBLAS_BYTES) + CUDNN_BYTES
+    def cublas_bytes(self, *, is_deterministic: bool) -> int:
+        """Return the bytes of products' workspace for one thread on one stream."""
+        if is_deterministic:
+            return CUBLAS_BYTES_DETERMINISTIC + CUBLASLT_BYTES
+        return (CUBLAS_BYTES_HOPPER if self.is_hopper else CUBLAS_BYTES) + CUBLASLT_BYTES
+
+    def workspace(self, *, is_deterministic: bool) -> int:
+        """Return the bytes that libraries take of torch's allocator for steps on one stream."""
+        return NUM_CUBLAS_HANDLES * self.cublas_bytes(is_deterministic=is_deterministic) + CUDNN_BYTES
 
     @property
     def dtype(self) -> torch.dtype:
@@ -60,9 +72,12 @@ class Card:
         return torch.bfloat16 if self.has_bf16 else torch.float16
 
     def seconds(
-        self, flops: int, bytes_moved: int, launches: int, offloaded: int = 0, paged: int = 0, is_fused: bool = False
-    ) -> float | None:
-        """Return an estimate of a step's time: matrix work, then memory traffic, or the host's launches if they take longer.
+        self, flops: int, bytes_moved: int, launches: int, offloaded: int = 0, paged: int = 0, is_fused: bool = False,
+        is_replayed: bool = False,
+    ) -> float | None:  # fmt: skip
+        """Return an estimate of a step's time: matrix work, memory traffic and the way from kernel to kernel, one after another.
+
+        is_replayed: as a CUDA graph; if not, the host's launches are what counts where they take longer.
 
         offloaded: bytes that go to the host and come back by one stream, beside all else. paged: bytes of optimizer state
         that stream in and out, both ways at once: beside the backward pass where the step is taken in it, after it if not.
@@ -70,7 +85,8 @@ class Card:
         if self.tflops is None or self.bandwidth_gb_s is None or (self.pcie_gb_s is None and offloaded + paged):
             return None
         device = flops / (self.tflops * 1e12 * MATRIX_EFFICIENCY) + bytes_moved / (self.bandwidth_gb_s * 1e9)
-        step = max(device, launches * SECONDS_A_LAUNCH)
+        device += launches * SECONDS_A_KERNEL
+        step = device if is_replayed else max(device, launches * SECONDS_A_LAUNCH)
         if not offloaded + paged:
             return step
         link = self.pcie_gb_s * 1e9 * PCIE_EFFICIENCY

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, replace
 
 import torch
 
@@ -24,10 +24,11 @@ from safelight.trainer.cards import CONTEXT_BYTES, FRAGMENTATION, GIB, GRAPH_BYT
 from safelight.trainer.config import Config
 from safelight.trainer.dataset import bucket_multiple
 from safelight.trainer.device import PRECISIONS
-from safelight.trainer.host_memory import HostBytes, host_bytes
+from safelight.trainer.host_memory import host_bytes
 from safelight.trainer.kernel_adamw import SPLIT_BYTES, SPLIT_ELEMENTS
 from safelight.trainer.meta_run import META, MetaRun, Traced
 from safelight.trainer.models import Base, latent_factor, resolve_model, vae_bytes, vae_config
+from safelight.trainer.need import Need, graphs_against, streams_from_host
 from safelight.trainer.noise import WARN_ABOVE, noise_to_displacement
 from safelight.trainer.optim import memory_mode
 from safelight.trainer.plan import BESIDE_BYTES, learning_rates, moment_bytes
@@ -39,39 +40,6 @@ from safelight.trainer.traces import forward_of, meta_run, step_of
 BATCH_SIZES = (1, 2, 4, 8)
 # best first: what is kept of the weights, then the least work
 MEMORY_MODES = ("exact", "near", "paged", "rounded")
-
-
-@dataclass(frozen=True)
-class Need:
-    """What one way of training takes. needed: bytes of the card; held: between steps; step: what a step adds at its peak.
-
-    others: the most of loading, and of validation and drawing at the least, in all. images_per_s: an estimate, None where
-    the card's rates are not known. during: where the step's peak is; kinds: what is alive there, by kind. between: how
-    validation and drawing are done in the room that is left. graphs: bytes of CUDA graphs beside torch's memory, if a run has
-    them, at the most.
-    """
-
-    memory: str
-    checkpointing: str
-    fused_backward: bool
-    batch_size: int
-    needed: int
-    held: int
-    step: int
-    others: int
-    during: str
-    kinds: dict[str, int]
-    images_per_s: float | None
-    between: Between = field(default_factory=Between)
-    host: HostBytes | None = None
-    graphs: int = 0
-
-    def settings(self) -> str:
-        """Return the settings of it, as they are written on the command line."""
-        return (
-            f"--optimizer.memory {self.memory} --train.checkpointing {self.checkpointing} "
-            f"--optimizer.fused-backward {str(self.fused_backward).lower()} --train.batch-size {self.batch_size}"
-        )
 
 
 def largest_latents(config: Config, base: Base) -> tuple[int, int]:
@@ -110,6 +78,7 @@ class Planner:
         self.latents = largest_latents(config, self.base)
         stages = config.stages()
         self.batch_size = max(stage.batch_size for stage in stages)
+        self._workspace = card.workspace(is_deterministic=config.run.deterministic)
         self._num_graphs = most_graphs(config, self.base)
         self._num_micro = 2 if any(stage.accumulate > 1 for stage in stages) else 1
         memory_mode(config.optimizer, self.dtype)
@@ -210,17 +179,18 @@ class Planner:
 
     def _total(self, held: int, allocated: int) -> int:
         """Return the bytes of the card for so much allocated at the peak."""
-        return CONTEXT_BYTES + self.card.workspace + allocated + round(FRAGMENTATION * (allocated - held))
+        return CONTEXT_BYTES + self._workspace + allocated + round(FRAGMENTATION * (allocated - held))
 
-    def _seconds(self, traced: Traced, kinds: dict[str, int], memory: str, fused: bool) -> float | None:
+    def _seconds(self, traced: Traced, need: Need) -> float | None:
         """Return an estimate of a step's time."""
+        kinds, memory = need.kinds, need.memory
         # the optimizer's kernel reads and writes what is held by its address, which no trace sees; pages are copied as well
         traffic = 2 * (kinds[WEIGHTS] + kinds[MASTER] + kinds[OPTIMIZER]) + kinds[WEIGHTS]
         paged = self._pages.num_bytes if memory == "paged" and self._pages is not None else 0
         work = traced.work
         return self.card.seconds(
             work.flops, work.bytes_moved + traffic + 4 * paged, work.launches,
-            traced.offloaded, paged, fused,
+            traced.offloaded, paged, need.fused_backward, not need.no_graphs,
         )  # fmt: skip
 
     def need(self, memory: str, checkpointing: str, batch_size: int, fused: bool | None = None) -> Need:
@@ -231,21 +201,26 @@ class Planner:
         kinds = self.held(memory, run)
         held = sum(kinds.values())
         others = max(self._loading(memory, run), held + least_of(*self._forwards))
-        seconds = self._seconds(traced, kinds, memory, fused)
         paged = self._pages.num_bytes if memory == "paged" and self._pages is not None else 0
-        streams = memory == "paged" or checkpointing == "offload" or self.config.train.cuda_graphs == "off"
-        graphs = 0 if streams else self._num_graphs * traced.work.launches * GRAPH_BYTES_A_LAUNCH
-        pool = 0 if streams else traced.transient + graphs
+        graphs = pool = 0
+        if self.config.train.cuda_graphs != "off" and not streams_from_host(memory, checkpointing):
+            # beside the stream that graphs are recorded on, validation and drawing multiply on the usual one
+            graphs = self._num_graphs * traced.work.launches * GRAPH_BYTES_A_LAUNCH
+            graphs += self.card.cublas_bytes(is_deterministic=self.config.run.deterministic)
+            pool = traced.transient + graphs
         host = host_bytes(
             [p.numel() for p in run.unet.parameters()], self.dtype.itemsize, self.config.optimizer.name, memory,
             self.config.train.ema_decay > 0, paged, traced.offloaded, vae_bytes(self.base, self.config.model.vae),
         )  # fmt: skip
-        return Need(
+        need = Need(
             memory, checkpointing, fused, batch_size, self._total(held, max(held + traced.transient, others)), held,
             traced.transient, others, traced.peak.during,
             {**kinds, **{kind: traced.peak.kinds[kind] for kind in (GRADIENTS, ACTIVATIONS, TEMPORARY)}},
-            None if seconds is None else self._num_micro * batch_size / seconds, self.between(held, pool), host, graphs,
+            None, self.between(held, pool), host, graphs,
         )  # fmt: skip
+        need = replace(need, no_graphs=graphs_against(self.config, need, self.budget))
+        seconds = self._seconds(traced, need)
+        return need if seconds is None else replace(need, images_per_s=self._num_micro * batch_size / seconds)
 
     def fits(self, need: Need) -> bool:
         return need.needed <= self.budget

@@ -12,7 +12,8 @@ from safelight.kernels.checkpointing import MODES
 from safelight.trainer.between import Between
 from safelight.trainer.cards import CONTEXT_BYTES, GIB, Card, this_card
 from safelight.trainer.config import Config
-from safelight.trainer.fit import MEMORY_MODES, Need, Planner
+from safelight.trainer.fit import MEMORY_MODES, Planner
+from safelight.trainer.need import Need
 
 # a plan to fall back on allocates so much less than the one that failed: more than what a plan may be off
 MARGIN = 0.1

@@ -22,11 +22,11 @@ from safelight.trainer.diffusion import NoiseSchedule, make_schedule
 from safelight.trainer.ema import WeightAverages, take_averages
 from safelight.trainer.encoders import LatentCodec, load_codec
 from safelight.trainer.equip import equip
-from safelight.trainer.fit import Need
 from safelight.trainer.gpu_memory import budget, cap, describe, record, settle
 from safelight.trainer.identity import Identity, identify
 from safelight.trainer.log import Metrics, Terminal, reset_peak_memory
 from safelight.trainer.models import base_of
+from safelight.trainer.need import Need
 from safelight.trainer.optim import UNetOptimizer, memory_mode
 from safelight.trainer.recording import GraphRecording, reason_against, recording_for
 from safelight.trainer.run_folder import EPOCH_ORDER, MEMORY_PLAN, recorded, recorded_attention, write_start

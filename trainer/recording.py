@@ -14,11 +14,10 @@ from torch import nn
 
 from safelight.data.batches import MicroBatch
 from safelight.kernels.jit import has_triton
-from safelight.trainer.cards import GIB
 from safelight.trainer.config import Config, Loss
 from safelight.trainer.diffusion import NoiseSchedule
-from safelight.trainer.fit import Need
 from safelight.trainer.graphs import CudaRecorder, Recorder, StepGraphs, blank, in_order, shapes_of
+from safelight.trainer.need import Need, graphs_against
 from safelight.trainer.optim import UNetOptimizer
 from safelight.trainer.step import Inputs, micro_step
 
@@ -29,30 +28,15 @@ def reason_against(config: Config, device: torch.device, need: Need | None, budg
     config: with `auto` of optimizer.memory and train.checkpointing settled. need: what is planned of the GPU; budget: bytes
     that the run may take of it. Raises ValueError where train.cuda_graphs is on and cannot be.
     """
-    wanted = config.train.cuda_graphs
-    reason = "train.cuda_graphs is off" if wanted == "off" else _obstacle(config, device, need, budget)
-    if wanted == "on" and reason:
+    if config.train.cuda_graphs == "off":
+        return "train.cuda_graphs is off"
+    if need is None or device.type != "cuda":
+        reason = "they need a CUDA device"
+    else:
+        reason = graphs_against(config, need, budget) or ("" if has_triton() else "triton is not installed")
+    if config.train.cuda_graphs == "on" and reason:
         raise ValueError(f"train.cuda_graphs is on, but {reason}; set it to auto")
     return reason
-
-
-def _obstacle(config: Config, device: torch.device, need: Need | None, budget: int) -> str:
-    if device.type != "cuda":
-        return "they need a CUDA device"
-    if config.optimizer.name != "adamw8bit":
-        return f"{config.optimizer.name} reads from the device at every step"
-    if config.optimizer.memory == "paged":
-        return "optimizer.memory paged streams from the host"
-    if config.train.checkpointing == "offload":
-        return "train.checkpointing offload streams from the host"
-    if not has_triton():
-        return "triton is not installed"
-    if need is not None:
-        # what a graph's step takes is not given back to what runs between steps
-        needed = max(need.needed + need.others - need.held, need.between.most + need.step) + need.graphs
-        if needed > budget:
-            return f"they would take {needed / GIB:.2f} GiB of {budget / GIB:.2f}"
-    return ""
 
 
 class GraphRecording:

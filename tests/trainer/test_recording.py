@@ -3,6 +3,7 @@ its function again at every replay, since a CPU has no graphs; what a graph itse
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from safelight.trainer import job
 from safelight.trainer import train as loop
 from safelight.trainer.checkpoint import folder_of, list_checkpoints
 from safelight.trainer.config import parse_config
-from safelight.trainer.fit import Need
+from safelight.trainer.need import Need
 from safelight.trainer.recording import GraphRecording, reason_against
 from safelight.trainer.train import train
 from tests.trainer.recorded import RunsAgain
@@ -103,6 +104,9 @@ def test_why_there_are_no_graphs(changes, device, budget, expected, monkeypatch)
         "exact", "none", True, 1, 4 * GIB, 3 * GIB, GIB, 4 * GIB + GIB // 4, "forward", {}, None, graphs=GIB // 16
     )
     config = parse_config(changes, "here")
+    # as settled
+    memory = config.optimizer.memory if "optimizer" in changes else need.memory
+    need = replace(need, memory=memory, checkpointing=config.train.checkpointing)
     reason = reason_against(config, device, need, budget)
     assert expected in reason
     assert bool(reason) == bool(expected)

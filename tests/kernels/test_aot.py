@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from safelight.kernels import aot
+from safelight.kernels.aot_workload import representative
 from safelight.kernels.jit import Kernel, kernel, record_launches
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def test_one_configuration_of_each_kernel(table, case, target):
 def test_noising_has_no_fused_multiply_add(target):
     """Equal bits need each product and each sum rounded; exp's own range reduction is outside the promise."""
     with record_launches() as launches:
-        aot.representative(torch.float16)
+        representative(torch.float16)
     launch = next(x for x in launches if x.kernel.__name__ == "_noising_kernel" and not x.arguments["HAS_LOGVAR"])
     ptx = aot.compile_case(aot.Case("noising", launch), target).asm["ptx"]
     assert not re.findall(r"\bfma\S*", ptx)

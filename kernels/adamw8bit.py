@@ -20,41 +20,23 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from safelight.kernels.adamw8bit_reference import Moments, adamw8bit_reference
 from safelight.kernels.adamw8bit_triton import _adamw8bit_kernel, _adamw32bit_kernel
-from safelight.kernels.blockwise import (
-    BLOCK_SIZE,
-    bounds_of,
-    dequantize,
-    dynamic_map,
-    in_memory_order,
-    quantize,
-)
+from safelight.kernels.blockwise import BLOCK_SIZE, bounds_of, dynamic_map, in_memory_order
 from safelight.kernels.jit import cdiv, is_dense, runs_kernel
 from safelight.kernels.paged import NUM_SLOTS, Pages
 from safelight.kernels.philox import MASK_32
 from safelight.kernels.programs import Programs
-from safelight.kernels.remainder import REMAINDERS, draws, join, split, start
+from safelight.kernels.remainder import REMAINDERS, draws, join, start
 
 MIN_8BIT_ELEMENTS = 4096
 ROWS = 2  # blocks a program: 4 elements a thread; 8 of them spill a register in some variants
 CHUNK = 512  # elements a program of the kernel for fp32 moments
 WEIGHTS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-
-@dataclass(frozen=True)
-class Moments:
-    """A tensor's moments, in its shape and memory order: codes with absmax (blocks,), or float32 without."""
-
-    state1: Tensor
-    state2: Tensor
-    absmax1: Tensor | None
-    absmax2: Tensor | None
 
 
 class AdamW8bit:
@@ -243,7 +225,7 @@ class AdamW8bit:
                 skipped = self.skips.tolist()
                 for index in inside:
                     if not skipped[index]:
-                        self._reference(index, ordered[index], slot)
+                        self._update_in_pytorch(index, ordered[index], slot)
             if page is not None:
                 self.pages.put(page)
 
@@ -333,43 +315,14 @@ class AdamW8bit:
             else:
                 _adamw32bit_kernel[grid](*shared, *numbers, **options, CHUNK=CHUNK)
 
-    def _reference(self, index: int, gradient: Tensor, slot: int = 0) -> None:
-        """Update one tensor in plain PyTorch, operation by operation as the kernels do."""
-        p, (beside, moments) = self.parameters[index].detach(), self._state(index, slot)
-        lr, weight_decay = self._hyper
-        correction1, root_correction2, scale = self._corrections[index]
-        beta1, beta2 = self.betas
-        g = in_memory_order(gradient).float() * scale
-        states = in_memory_order(moments.state1), in_memory_order(moments.state2)
-        absmaxes = moments.absmax1, moments.absmax2
-        m, v = states
-        if absmaxes[0] is not None:
-            m, v = (dequantize(*x, signed) for *x, signed in zip(states, absmaxes, (True, False), strict=True))
-        m = (m * beta1).add_(g * (1 - beta1))
-        v = (v * beta2).add_((g * (1 - beta2)).mul_(g))
-        update = m / _sqrt(v).div_(root_correction2).add_(self.eps).mul_(correction1)
-        weight = in_memory_order(p)
-        value = (
-            weight if p.dtype == torch.float32 else join(weight, None if beside is None else in_memory_order(beside))
-        )
-        value = value - update.add_(weight_decay * value).mul_(lr)
-        if p.dtype == torch.float32:
-            weight.copy_(value)
-        else:
-            words = None
-            if self.memory in ("near", "rounded"):
-                words = draws(self.seed, self.step_counts[index] + 1, index, len(value))
-            found, left = split(value, p.dtype, self.memory, words)
-            weight.copy_(found)
-            if left is not None:
-                in_memory_order(beside).copy_(left)
-        for state, absmax, values, signed in zip(states, absmaxes, (m, v), (True, False), strict=True):
-            if absmax is None:
-                state.copy_(values)
-            else:
-                codes, largest = quantize(values, signed)
-                state.copy_(codes)
-                absmax.copy_(largest)
+    def _update_in_pytorch(self, index: int, gradient: Tensor, slot: int) -> None:
+        words = None
+        if self.memory in ("near", "rounded"):
+            words = draws(self.seed, self.step_counts[index] + 1, index, gradient.numel())
+        adamw8bit_reference(
+            self.parameters[index].detach(), *self._state(index, slot), gradient, self._hyper, self._corrections[index],
+            self.betas, self.eps, self.memory, words,
+        )  # fmt: skip
 
 
 def _moments(pieces: dict[str, Tensor]) -> Moments:
@@ -381,8 +334,3 @@ def _lie_alike(x: Tensor, y: Tensor) -> bool:
     if x.stride() == y.stride():
         return True
     return all(n == 1 or a == b for n, a, b in zip(x.shape, x.stride(), y.stride(), strict=True))
-
-
-def _sqrt(x: Tensor) -> Tensor:
-    """Return the correctly rounded root; torch's vectorised one on the CPU is not (docs/decisions.md, 3)."""
-    return torch.from_numpy(np.sqrt(x.numpy())) if x.device.type == "cpu" else x.sqrt()

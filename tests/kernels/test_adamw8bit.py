@@ -193,8 +193,10 @@ def test_a_1x1_kernels_gradient_of_cudnn_is_taken_as_it_lies(monkeypatch):
     gradient = torch.randn(96, 64, 1, 1)
     as_cudnn = torch.empty_strided(weight.shape, (64, 1, 64, 64)).copy_(gradient)
     seen = []
-    update = AdamW8bit._reference
-    monkeypatch.setattr(AdamW8bit, "_reference", lambda self, i, g, *slot: (seen.append(g), update(self, i, g, *slot)))
+    update = AdamW8bit._update_in_pytorch
+    monkeypatch.setattr(
+        AdamW8bit, "_update_in_pytorch", lambda self, i, g, *slot: (seen.append(g), update(self, i, g, *slot))
+    )
     AdamW8bit([weight]).step([as_cudnn], LR)
     AdamW8bit([other]).step([gradient], LR)
     assert seen[0] is as_cudnn

@@ -9,20 +9,20 @@ import re
 import unicodedata
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from safelight.data.atomic import atomic_write_bytes, atomic_write_text, sync_file, sync_folder
-from safelight.data.captions import FILE_NAME, SIDECAR_SUFFIXES, TABLE_NAMES, CaptionReader, Rejection
+from safelight.data.captions import FILE_NAME, CaptionReader, Rejection
 from safelight.data.images import COPYABLE_FORMATS, RejectedImage, decode, encode, read_file
 from safelight.data.lock import FolderLock
-from safelight.data.manifest import MANIFEST_NAME, Photo, read_manifest, write_manifest
+from safelight.data.manifest import IMAGES_FOLDER, MANIFEST_NAME, Photo, read_manifest, write_manifest
 from safelight.data.printable import printable, storable
+from safelight.data.sources import Found, find_files
 
-IMAGES_FOLDER = "images"
 REJECTED_NAME = "rejected.jsonl"
 MAX_STEM_CHARACTERS = 64
 # beyond this aspect the widest usual bucket, 4 : 1, shows less than half of a photo
@@ -44,15 +44,6 @@ class IngestSummary:
 
 
 @dataclass(frozen=True)
-class _Found:
-    """A file of a source. label: root's name and the path below it; the same on every machine."""
-
-    path: Path
-    reader: CaptionReader
-    label: str
-
-
-@dataclass(frozen=True)
 class _Prepared:
     """A file as it will be stored."""
 
@@ -65,55 +56,6 @@ class _Prepared:
     is_shrunk: bool
     is_copied: bool
     warning: str
-
-
-def _walk(folder: Path, dataset: Path, visited: set[Path], rejections: list[Rejection]) -> Iterator[Path]:
-    """Yield the files below a folder in sorted order: no hidden ones, no dataset, no folder twice (symlink loops).
-
-    A folder that cannot be read and another dataset, whose photos are copies, are put among the rejections.
-    """
-    real = folder.resolve()
-    if real in visited or real == dataset:
-        return
-    visited.add(real)
-    if os.path.isfile(folder / MANIFEST_NAME) and os.path.isdir(folder / IMAGES_FOLDER):
-        rejections.append(Rejection(storable(str(folder)), "a dataset made by prepare, no folder of originals"))
-        return
-    try:
-        entries = sorted(folder.iterdir(), key=lambda path: path.name)
-    except OSError as error:
-        rejections.append(Rejection(storable(str(folder)), f"a folder that cannot be read: {error.strerror}"))
-        return
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        if os.path.isdir(entry):
-            yield from _walk(entry, dataset, visited, rejections)
-        elif entry.suffix.lower() not in SIDECAR_SUFFIXES and entry.name not in TABLE_NAMES:
-            yield entry
-
-
-def _find(sources: list[Path], dataset: Path) -> tuple[list[_Found], list[CaptionReader]]:
-    """Return the candidate files of all sources and the sources' caption readers.
-
-    Raises ValueError for a source that is missing or lies in the dataset.
-    """
-    found, readers = [], []
-    for source in map(Path, sources):
-        shown = printable(source)
-        if not os.path.exists(source):
-            raise ValueError(
-                f"source {shown} does not exist or cannot be reached; give a folder of photos, or one photo"
-            )
-        if source.resolve().is_relative_to(dataset):
-            raise ValueError(f"source {shown} lies in the dataset folder {dataset}; give the folder of the originals")
-        root = source if source.is_dir() else source.parent
-        reader = CaptionReader(root)
-        readers.append(reader)
-        paths = _walk(source, dataset, set(), reader.rejections) if source.is_dir() else [source]
-        name = root.resolve().name
-        found += [_Found(path, reader, storable(f"{name}/{path.relative_to(root).as_posix()}")) for path in paths]
-    return found, readers
 
 
 def _prepare(path: Path, max_megapixels: float, image_format: str, quality: int) -> _Prepared | str:
@@ -194,7 +136,7 @@ class _Collection:
             if digest:
                 self.index_of_hash.setdefault(digest, index)
 
-    def add(self, found: _Found, prepared: _Prepared) -> None:
+    def add(self, found: Found, prepared: _Prepared) -> None:
         """Store a prepared file and put it in the manifest, or list it as a duplicate."""
         sha256 = hashlib.sha256(prepared.data).hexdigest()
         hashes = (prepared.origin_sha256, prepared.content_sha256, sha256)
@@ -250,7 +192,7 @@ class _Collection:
         if self.syncs:
             sync_folder(self.dataset / IMAGES_FOLDER)
 
-    def _takes_caption(self, index: int, found: _Found) -> bool:
+    def _takes_caption(self, index: int, found: Found) -> bool:
         """Give a photo that is captioned by its file's name alone what was written for its duplicate; return whether there is."""
         if self.photos[index].caption_source != FILE_NAME:
             return False
@@ -292,7 +234,7 @@ def ingest(
     dataset = Path(dataset).resolve()
     if dataset.exists() and not dataset.is_dir():
         raise ValueError(f"dataset {dataset} is a file; give a folder")
-    found, readers = _find(sources, dataset)
+    found, readers = find_files(sources, dataset)
     with FolderLock(dataset, "wait until it ends, or name another dataset with -o") as lock:
         summary = IngestSummary(warnings=[lock.note] if lock.note else [])
         _ingest(sources, found, readers, dataset, summary, max_megapixels, quality, image_format, progress)
@@ -301,7 +243,7 @@ def ingest(
 
 def _ingest(
     sources: list[Path],
-    found: list[_Found],
+    found: list[Found],
     readers: list[CaptionReader],
     dataset: Path,
     summary: IngestSummary,

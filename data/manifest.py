@@ -13,6 +13,7 @@ from safelight.data.printable import printable, storable
 from safelight.kernels.philox import SAMPLE_ID_BITS, Key, Purpose, sort_key
 
 MANIFEST_NAME = "manifest.jsonl"
+IMAGES_FOLDER = "images"
 # a photo beyond it is a mistake in the manifest, and its size no float
 MAX_SIDE_PX = 1_000_000
 _SHA256 = re.compile(r"[0-9a-f]{64}")

@@ -8,9 +8,12 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from safelight.bench.results import newest
 
+# inches; a picture of many bars is larger
+WIDTH, HEIGHT = 7.5, 4.0
 CARDS_GIB = (4, 6, 8, 12, 16, 24)
 COLOURS = {
     "safelight": "#c2410c",
@@ -37,9 +40,37 @@ ABLATION = (
 )
 
 
+# of a config, what is told apart by bars and ticks, or tells nothing of the step
+_TOLD_OTHERWISE = ("recipe", "batch_size", "repeats", "device")
+
+
+def _condition(record: dict) -> tuple[tuple[str, str], ...]:
+    """Return with what a line was measured, its recipe and batch size left out."""
+    config = {name: str(value) for name, value in record["config"].items() if name not in _TOLD_OTHERWISE}
+    return (*sorted(config.items()), ("device", record["machine"]["device"]))
+
+
+def _conditions(lines: list[dict]) -> dict[tuple, str]:
+    """Return the conditions of lines, each with the words that tell it from the others: none if it is the only one."""
+    found = dict.fromkeys(map(_condition, lines))
+    return {
+        condition: ", ".join(
+            value if value not in ("True", "False") else name if value == "True" else f"no {name}"
+            for name, value in condition
+            if len({dict(other).get(name) for other in found}) > 1
+        )
+        for condition in found
+    }
+
+
 def _timed(records: list[dict]) -> list[dict]:
-    lines = [r for r in newest(records).values() if r["bench"] in STEPS and "images_per_s" in r["figures"]]
-    return sorted(lines, key=lambda r: (r["config"]["batch_size"], list(COLOURS).index(r["config"]["recipe"])))
+    """Return the lines of timed steps: of one recipe, batch size and condition the newest, whichever command measured it."""
+    lines = {
+        (r["config"]["batch_size"], list(COLOURS).index(r["config"]["recipe"]), _condition(r)): r
+        for r in sorted(newest(records).values(), key=lambda r: r.get("date", ""))
+        if r["bench"] in STEPS and "images_per_s" in r["figures"]
+    }
+    return [lines[key] for key in sorted(lines)]
 
 
 def _place(records: list[dict]) -> str:
@@ -54,26 +85,30 @@ def _place(records: list[dict]) -> str:
 def throughput(axes: Axes, records: list[dict]) -> bool:
     """Draw images/s (p50, whiskers p20 to p80) by batch size and recipe; return whether there was anything."""
     lines = _timed(records)
-    sizes = sorted({r["config"]["batch_size"] for r in lines})
-    recipes = [name for name in COLOURS if any(r["config"]["recipe"] == name for r in lines)]
-    width = 0.8 / max(1, len(recipes))
+    conditions = _conditions(lines)
+    ticks: dict[tuple, list[dict]] = {}
     for line in lines:
-        low, middle, high = line["figures"]["images_per_s"]
-        recipe = line["config"]["recipe"]
-        x = sizes.index(line["config"]["batch_size"]) + (recipes.index(recipe) - (len(recipes) - 1) / 2) * width
-        axes.bar(x, middle, width * 0.92, color=COLOURS[recipe])
-        axes.errorbar(x, middle, [[middle - low], [high - middle]], color="black", capsize=3, linewidth=1)
-        axes.annotate(f"{middle:.3g}", (x, high), (0, 3), textcoords="offset points", ha="center", fontsize=9)
-    axes.set_xticks(range(len(sizes)), [f"batch {size}" for size in sizes])
-    axes.set_ylabel("images/s")
-    _legend(axes, recipes)
+        ticks.setdefault((line["config"]["batch_size"], _condition(line)), []).append(line)
+    width = 0.8 / max(map(len, ticks.values()), default=1)
+    for tick, members in enumerate(ticks.values()):
+        for place, line in enumerate(members):
+            low, middle, high = line["figures"]["images_per_s"]
+            x = tick + (place - (len(members) - 1) / 2) * width
+            axes.bar(x, middle, width * 0.92, color=COLOURS[line["config"]["recipe"]])
+            axes.errorbar(x, middle, [[middle - low], [high - middle]], color="black", capsize=3, linewidth=1)
+            axes.annotate(f"{middle:.3g}", (x, high), (0, 3), textcoords="offset points", ha="center", fontsize=9)
+    words = {condition: told.replace(", ", "\n") for condition, told in conditions.items()}
+    axes.set_xticks(range(len(ticks)), [f"batch {size}\n{words[condition]}".strip() for size, condition in ticks])
+    # a bar's width holds its number, a tick's its words
+    axes.figure.set_figwidth(max(WIDTH, 0.9 * len(ticks), 0.4 * len(ticks) * max(map(len, ticks.values()), default=1)))
+    axes.set_xlim(-0.6, max(len(ticks), 1) - 0.4)
+    axes.set_ylabel("images/s (p50, whiskers p20 to p80)")
+    _legend(axes, [name for name in COLOURS if any(r["config"]["recipe"] == name for r in lines)])
     axes.set_title(f"Training step: {_place(lines)}" if lines else "", fontsize=10)
     return bool(lines)
 
 
 def _legend(axes: Axes, recipes: list[str]) -> None:
-    from matplotlib.patches import Patch
-
     axes.legend(handles=[Patch(color=COLOURS[name], label=name) for name in recipes], frameon=False, fontsize=9)
 
 
@@ -88,7 +123,10 @@ def memory(axes: Axes, records: list[dict]) -> bool:
     for card in (c for c in CARDS_GIB if c <= 1.5 * highest + 4):
         axes.axvline(card, color="#999999", linestyle=":", linewidth=1)
         axes.annotate(f"{card} GiB", (card, len(lines) - 0.4), ha="center", fontsize=8, color="#555555")
-    axes.set_yticks(range(len(lines)), [f"{r['config']['recipe']}, batch {r['config']['batch_size']}" for r in lines])
+    axes.figure.set_figheight(max(HEIGHT, 1.4 + 0.22 * len(lines)))
+    conditions = _conditions(lines)
+    labels = [(r["config"]["recipe"], f"batch {r['config']['batch_size']}", conditions[_condition(r)]) for r in lines]
+    axes.set_yticks(range(len(lines)), [", ".join(filter(None, label)) for label in labels])
     axes.set_xlabel("peak reserved, GiB (the CUDA context comes on top)")
     axes.set_title(f"Memory: {_place(lines)}" if lines else "", fontsize=10, pad=16)
     return bool(lines)
@@ -128,20 +166,23 @@ def ablation(axes: Axes, records: list[dict]) -> bool:
 
 def scaling(axes: Axes, records: list[dict]) -> bool:
     """Draw images/s over batch size, a line a recipe; return whether any has two sizes."""
-    lines = _timed(records)
-    drawn = False
+    lines, drawn = _timed(records), False
+    conditions = _conditions(lines)
+    styles = dict(zip(conditions, ("-", "--", ":", "-."), strict=False))
     for recipe, colour in COLOURS.items():
-        points = [
-            (r["config"]["batch_size"], r["figures"]["images_per_s"]) for r in lines if r["config"]["recipe"] == recipe
-        ]
-        if len({size for size, _ in points}) < 2:
-            continue
-        sizes = [size for size, _ in points]
-        axes.plot(sizes, [rate[1] for _, rate in points], "o-", color=colour, label=recipe)
-        axes.fill_between(
-            sizes, [rate[0] for _, rate in points], [rate[2] for _, rate in points], color=colour, alpha=0.15
-        )
-        drawn = True
+        for condition, words in conditions.items():
+            points = [
+                (r["config"]["batch_size"], *r["figures"]["images_per_s"])
+                for r in lines
+                if r["config"]["recipe"] == recipe and _condition(r) == condition
+            ]
+            if len(points) < 2:
+                continue
+            sizes, low, middle, high = zip(*points, strict=True)
+            label = ", ".join(filter(None, (recipe, words)))
+            axes.plot(sizes, middle, "o", linestyle=styles.get(condition, "-"), color=colour, label=label)
+            axes.fill_between(sizes, low, high, color=colour, alpha=0.15)
+            drawn = True
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set_ylim(bottom=0)
@@ -153,6 +194,7 @@ def scaling(axes: Axes, records: list[dict]) -> bool:
     return drawn
 
 
+ROOFLINE = {"the least": "#c2410c", "measured": "#cbd5e1", "no operator's": "#fdba74"}
 ROUNDING = {"plain bf16": "#64748b", "rounded": "#fdba74", "near": "#fb923c", "exact": "#c2410c"}
 
 
@@ -164,37 +206,54 @@ def rounding(axes: Axes, records: list[dict]) -> bool:
             found = line["figures"][mode]
             noise, place = found["noise_to_displacement"], x + 0.2 * (number - 1.5)
             axes.bar(place, noise, 0.18, color=colour, label=mode if x == 0 else None)
-            label = f"{noise:.2g}\n{100 * found['changed_values']:.3g} %"
+            label = f"{noise:.2g}\n({100 * found['changed_values']:.3g} %)"
             axes.annotate(label, (place, noise), (0, 3), textcoords="offset points", ha="center", fontsize=8)
     labels = [f"{r['config']['weights']}, {r['config']['num_steps']} steps, lr {r['config']['lr']:g}" for r in lines]
     axes.set_xticks(range(len(lines)), labels)
     axes.set_ylabel("distance to the fp32 masters\nover the way they went")
     axes.margins(y=0.15)
-    axes.set_title("bf16 weights: what is lost; below, the values that change in a step", fontsize=10)
+    axes.set_title(
+        "bf16 weights: how far from fp32 masters they end (and the share of values that a step changes)", fontsize=10
+    )
     if lines:
         axes.legend(frameon=False, fontsize=9)
     return bool(lines)
 
 
 def roofline(axes: Axes, records: list[dict]) -> bool:
-    """Draw the newest measured step: ms by class, and in each the least that the ceilings allow; return whether there was one."""
-    lines = [r for r in newest(records).values() if r["bench"] == "roofline" and "step_ms" in r["figures"]]
+    """Draw the newest measured step, or else the newest counted one: ms by class, and in each the least that the ceilings allow.
+
+    Returns whether there was one.
+    """
+    lines = [r for r in newest(records).values() if r["bench"] == "roofline"]
     if not lines:
         return False
-    config, figures = lines[-1]["config"], lines[-1]["figures"]
+    line = next((r for r in reversed(lines) if "step_ms" in r["figures"]), lines[-1])
+    config, figures, is_measured = line["config"], line["figures"], "step_ms" in line["figures"]
     for y, row in enumerate(reversed(figures["classes"].values())):
-        axes.barh(y, row["ms"], color="#cbd5e1" if "least_ms" in row else "#fdba74")
-        axes.barh(y, min(row.get("least_ms", 0.0), row["ms"]), color="#c2410c")
+        least = row.get("least_ms", 0.0)
+        ms = row["ms"] if is_measured else least
         share = row.get("share_of_limit")
-        label = f"{row['ms']:.3g} ms" + ("" if share is None else f", {100 * share:.0f} %")
-        axes.annotate(label, (row["ms"], y), (4, 0), textcoords="offset points", va="center", fontsize=9)
+        label = f"{ms:.3g} ms" + ("" if share is None or not is_measured else f", {100 * share:.0f} %")
+        axes.barh(y, ms, color=ROOFLINE["measured" if "least_ms" in row else "no operator's"])
+        # where the roofline, from a machine's measured ceilings, is above the time, the bar is the time's
+        axes.barh(y, min(least, ms), color=ROOFLINE["the least"])
+        axes.annotate(label, (ms, y), (4, 0), textcoords="offset points", va="center", fontsize=9)
     axes.set_yticks(range(len(figures["classes"])), [*reversed(figures["classes"])])
     axes.margins(x=0.18)
-    axes.set_xlabel("ms of a step under the profiler; red: the least at this device's ceilings")
-    axes.set_title(
-        f"{config['base']}, batch {config['batch_size']}, {config['precision']} on {lines[-1]['machine']['device']}: model-FLOP use "
-        f"{100 * figures['model_flop_use']['share_of_limit']:.0f} %", fontsize=10,
-    )  # fmt: skip
+    place = f"{config['base']}, batch {config['batch_size']}, {config['precision']}"
+    if is_measured:
+        use = 100 * figures["model_flop_use"]["share_of_limit"]
+        axes.set_title(f"{place} on {line['machine']['device']}: model-FLOP use {use:.0f} %", fontsize=10)
+        axes.set_xlabel("ms of a step under the profiler; %: of its roofline")
+        handles = [Patch(color=ROOFLINE["the least"], label="the least, at this device's ceilings"),
+                   Patch(color=ROOFLINE["measured"], label="measured")]  # fmt: skip
+        if any("least_ms" not in row for row in figures["classes"].values()):
+            handles.append(Patch(color=ROOFLINE["no operator's"], label="between operators"))
+        axes.legend(handles=handles, frameon=False, fontsize=9, loc="best")
+    else:
+        axes.set_title(f"{place}: {figures['least_ms']:.3g} ms at the least; counted, not measured", fontsize=10)
+        axes.set_xlabel(f"ms of a step at the least, by {config['ceilings']}")
     return True
 
 
@@ -213,7 +272,7 @@ def plot(records: list[dict], out: Path) -> tuple[list[Path], list[str]]:
     out.mkdir(parents=True, exist_ok=True)
     files, without = [], []
     for name, draw in PICTURES.items():
-        figure = Figure(figsize=(7.5, 4), dpi=130, layout="constrained")
+        figure = Figure(figsize=(WIDTH, HEIGHT), dpi=130, layout="constrained")
         axes = figure.subplots()
         axes.spines[["top", "right"]].set_visible(False)
         if draw(axes, records):

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from safelight.__main__ import main
-from safelight.bench import figures, results
+from safelight.bench import figures, plot, results
 from safelight.bench.results import append, make_record, read
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,6 +116,45 @@ def test_pictures_are_drawn_of_what_was_measured(tmp_path, capsys):
             assert (0xC2, 0x41, 0x0C) in {colour for _, colour in image.convert("RGB").getcolors(10**6)}
     assert main(["bench", "plot", str(results.COUNTS), "-o", str(tmp_path / "counts")]) == 0
     assert [p.name for p in (tmp_path / "counts").glob("*.png")] == ["ablation.png"]
+
+
+def drawn(draw, records):
+    axes = Figure().subplots()
+    assert draw(axes, records)
+    return axes
+
+
+def test_bars_of_other_settings_stand_apart_and_the_newest_of_the_same_alone():
+    """Two commands time the same step, and one step is timed with two optimizers."""
+    same = {"optimizer": "adamw", "loader": False, "repeats": 3}
+    records = [
+        {**line(config=same, images_per_s=[1.0, 2.0, 3.0]), "date": "2026-11-02"},
+        {**line("quick", config=same | {"repeats": 10}, images_per_s=[8.0, 9.0, 10.0]), "date": "2026-11-01"},
+        {**line(config=same | {"optimizer": "adamw8bit"}, images_per_s=[3.0, 4.0, 5.0]), "date": "2026-11-02"},
+    ]
+    axes = drawn(plot.throughput, records)
+    assert {bar.get_height() for bar in axes.patches} == {2.0, 4.0}
+    assert len({bar.get_x() for bar in axes.patches}) == 2
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["batch 1\nadamw", "batch 1\nadamw8bit"]
+    larger = [{**r, "config": r["config"] | {"batch_size": 4}} for r in records]
+    lines = drawn(plot.scaling, records + larger).get_lines()
+    assert [list(one.get_xdata()) for one in lines] == [[1, 4], [1, 4]]
+    assert [tick.get_text() for tick in drawn(plot.throughput, records[:1]).get_xticklabels()] == ["batch 1"]
+
+
+def test_a_counted_roofline_is_drawn_as_what_it_is():
+    classes = {"conv": {"least_ms": 3.0}, "norm": {"least_ms": 1.0}}
+    config = {"precision": "fp16", "ceilings": "t4's data sheet"}
+    counted = line("roofline", config, classes=classes, least_ms=4.0)
+    axes = drawn(plot.roofline, [counted])
+    assert "counted, not measured" in axes.get_title()
+    measured = line(
+        "roofline", {"precision": "fp32"}, classes={"conv": {"least_ms": 3.0, "ms": 5.0, "share_of_limit": 0.6}, "idle": {"ms": 2.0}},
+        least_ms=3.0, step_ms=7.0, model_flop_use={"share_of_limit": 0.3},
+    )  # fmt: skip
+    axes = drawn(plot.roofline, [measured, counted])
+    assert "model-FLOP use 30 %" in axes.get_title()
+    assert sorted(bar.get_width() for bar in axes.patches) == [0.0, 2.0, 3.0, 5.0]
 
 
 def test_every_quoted_figure_is_in_a_result_line():

@@ -1,7 +1,9 @@
 """`safelight bench all`: everything worth knowing of a GPU in one call, most valuable first, safe to cut off.
 
 Each result is on disk as soon as it is there. A part that fails leaves a line that says why, and the next part begins;
-a part whose time is up leaves a line that says so. On a CPU the same parts run small: a rehearsal.
+a part whose time is up leaves a line that says so. On a GPU the parts run in a process of their own, and after one that
+failed in a new one: an illegal address, a crash or a hang spoils that part alone. On a CPU the same parts run small, in this
+process: a rehearsal.
 """
 
 from __future__ import annotations
@@ -10,14 +12,19 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+from safelight.bench.apart import Ended, apart
 from safelight.bench.attention import bench_attention
 from safelight.bench.ceilings import ceilings
 from safelight.bench.kernels import bench_kernels
+from safelight.bench.loop import bench_loop
 from safelight.bench.memory import bench_memory
 from safelight.bench.optimizers import bench_optimizers, offered
 from safelight.bench.results import ROOT, append, make_record
@@ -25,10 +32,17 @@ from safelight.bench.roofline import roofline
 from safelight.bench.short_run import ShortRun, call, train
 from safelight.bench.suite import OURS, VARIANTS, build, free, measure, variants
 from safelight.bench.workload import Workload, random_batches
+from safelight.trainer.device import pick_device
 
 GIB = 2**30
 # weights, master and moments of SD1.5, and room to write them
 RUN_DISK_GIB = 12
+# from here on SD1.5 trains at batch 32 without checkpointing, and from here on SDXL at batch 8
+LARGE_GIB, HUGE_GIB = 30, 70
+# Triton, Inductor and cuDNN may be silent for long; whoever is for longer hangs
+PATIENCE_S, LONG_PATIENCE_S = 120, 300
+# a part may be cut off by its patience this long after the time is up
+OVERTIME_S = 60
 
 
 @dataclass
@@ -46,6 +60,16 @@ class Session:
     @property
     def is_gpu(self) -> bool:
         return self.work.device == "cuda"
+
+    @property
+    def gpu_gib(self) -> float:
+        """The GPU's memory; 0 on a CPU."""
+        return torch.cuda.get_device_properties(self.device).total_memory / GIB if self.is_gpu else 0
+
+    @property
+    def ends_of_sizes(self) -> tuple[int, int]:
+        """The smallest batch, which a host bounds, and one that fills the GPU."""
+        return (1, 32 if self.gpu_gib > LARGE_GIB else 4)
 
     def remaining(self) -> float:
         return self.end - time.monotonic()
@@ -70,25 +94,62 @@ def _steps(session: Session, recipes: tuple[str, ...], sizes: tuple[int, ...], l
 
 
 def steps(session: Session) -> Iterator[dict]:
-    yield from _steps(session, (OURS, "diffusers"), (1, 8, 32) if session.is_gpu else (1, 2))
+    sizes = tuple(sorted({*session.ends_of_sizes, 8})) if session.is_gpu else (1, 2)
+    yield from _steps(session, (OURS, "diffusers"), sizes)
+
+
+def graphs(session: Session) -> Iterator[dict]:
+    """Ours replayed as CUDA graphs; a CPU has none."""
+    if session.is_gpu:
+        yield from _steps(session, tuple(name for name in VARIANTS if "graphs" in name), session.ends_of_sizes)
 
 
 def ablation(session: Session) -> Iterator[dict]:
-    """Ours with each technique more or less, at both ends of batch sizes; on a CPU, which has no graphs, one of them."""
-    recipes = tuple(VARIANTS) if session.is_gpu else ("safelight-fused",)
-    for size in (1, 32) if session.is_gpu else (1,):
+    """Ours with each other technique more or less, at both ends of batch sizes; on a CPU one of them."""
+    recipes = tuple(name for name in VARIANTS if "graphs" not in name) if session.is_gpu else ("safelight-fused",)
+    for size in session.ends_of_sizes if session.is_gpu else (1,):
         yield from _steps(session, recipes, (size,))
+
+
+def models(session: Session) -> Iterator[dict]:
+    """SD2.1 at 512 px and SDXL at 1024 px, at the batch sizes of published figures; not on a CPU."""
+    if not session.is_gpu:
+        return
+    if session.gpu_gib < HUGE_GIB:
+        note = f"left out: SDXL at batch 8 wants {HUGE_GIB} GiB, this GPU has {session.gpu_gib:.0f}"
+        yield session.record("models", {}, {}, note)
+        return
+    for base, side, sizes in (("random:sd21", 64, (32, 64)), ("random:sdxl", 128, (8,))):
+        work = replace(session.work, base=base, latent_size=side)
+        yield from _steps(replace(session, work=work), ("safelight-graphs", OURS), sizes)
+        if session.remaining() < 30:
+            return
 
 
 def steps_from_a_cache(session: Session) -> Iterator[dict]:
     yield from _steps(session, (OURS,), (8,) if session.is_gpu else (2,), loader=True)
 
 
-def other_baselines(session: Session) -> Iterator[dict]:
-    """The 16-bit recipe, then the compiled one, which takes minutes to begin."""
-    yield from _steps(session, ("diffusers-16bit",), (1, 8) if session.is_gpu else (1,))
+def recipe(name: str, sizes: tuple[int, ...], on_cpu: bool, session: Session) -> Iterator[dict]:
+    """Measure another's recipe. on_cpu: rehearsed there; Inductor would take minutes."""
+    if session.is_gpu or on_cpu:
+        yield from _steps(session, (name,), sizes if session.is_gpu else (1,))
+
+
+def mlperf(session: Session) -> Iterator[dict]:
+    """MLPerf's recipe on its own model where that fits, else on ours; it takes minutes to begin."""
     if session.is_gpu:
-        yield from _steps(session, ("diffusers-compiled",), (8,))
+        is_huge = session.gpu_gib > HUGE_GIB
+        work = replace(session.work, base="random:sd21", latent_size=64) if is_huge else session.work
+        yield from _steps(replace(session, work=work), ("mlperf",), (32 if is_huge else 4,))
+
+
+def whole_loop(session: Session) -> Iterator[dict]:
+    """Seconds an epoch, everything included, ours against EveryDream's way."""
+    size, photographs = (4, 32) if session.is_gpu else (2, 4)
+    checkpointing = "none" if session.gpu_gib > LARGE_GIB or not session.is_gpu else "full"
+    work = replace(session.work, batch_size=size, checkpointing=checkpointing)
+    yield from bench_loop(work, photographs, 3)
 
 
 def profile(session: Session) -> Iterator[dict]:
@@ -119,7 +180,7 @@ def gpu_tests(session: Session) -> Iterator[dict]:
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", str(ROOT / "tests")]
     status, tail, seconds = call(command, min(150.0, session.remaining()), session.out / "gpu_tests.log")
     # pytest's 5: no test is marked so
-    found = {"exit_status": status, "seconds": round(seconds, 1)}
+    found = {"exit_status": status, "seconds": round(seconds, 1)} | ({} if status in (0, 5) else {"failed": True})
     yield session.record("tests", {"marker": "gpu"}, found, tail)
 
 
@@ -182,11 +243,14 @@ def training_run(session: Session) -> Iterator[dict]:
 
 
 def full_size_run(session: Session) -> Iterator[dict]:
-    """The same of SD1.5's size at 512 px, random weights; rehearsed on a CPU by the smallest of the random bases."""
+    """The same of SD1.5's size at 512 px, random weights, with validation where the GPU is quick; rehearsed on a CPU by the
+    smallest of the random bases."""
     if session.is_gpu:
-        total = torch.cuda.get_device_properties(session.device).total_memory / GIB
-        checkpointing = "none" if total > 30 else "full"
-        run = ShortRun("sd15", "random:sd15", 512, photos=16, steps=24, batch_size=4, checkpointing=checkpointing)
+        is_large = session.gpu_gib > LARGE_GIB
+        run = ShortRun(
+            "sd15", "random:sd15", 512, photos=64, steps=300 if is_large else 24, batch_size=4,
+            checkpointing="none" if is_large else "full", validates=is_large,
+        )  # fmt: skip
     else:
         run = ShortRun("sd15", "random:small", 128, photos=2, steps=1, batch_size=1, checkpointing="full")
     free_gib = shutil.disk_usage(session.out).free / GIB
@@ -203,23 +267,39 @@ def _run(session: Session, run: ShortRun, seconds: float) -> dict:
     return session.record("training_run", asdict(run), found)
 
 
-# most valuable first; (name, seconds it wants on a GPU at the least, function)
-PARTS: tuple[tuple[str, float, Callable[[Session], Iterator[dict]]], ...] = (
-    ("ceilings", 5, _ceilings),
-    ("steps", 20, steps),
-    ("ablation", 20, ablation),
-    ("profile", 15, profile),
-    ("roofline", 30, rooflines),
-    ("attention", 10, attention),
-    ("memory", 20, memory),
-    ("kernels", 15, kernels),
-    ("optimizer", 10, optimizers),
-    ("tests", 20, gpu_tests),
-    ("cache", 15, steps_from_a_cache),
-    ("training_run", 30, training_run),
-    ("full_size_run", 60, full_size_run),
-    ("baselines", 30, other_baselines),
-    ("compiled_kernels", 60, compiled_kernels),
+class Part(NamedTuple):
+    """least_s: what it wants on a GPU; patience_s: for how long it may be silent."""
+
+    name: str
+    least_s: float
+    measure: Callable[[Session], Iterator[dict]]
+    patience_s: float = PATIENCE_S
+
+
+# most valuable first
+PARTS = (
+    Part("ceilings", 5, _ceilings),
+    Part("steps", 20, steps),
+    Part("graphs", 15, graphs),
+    Part("ablation", 20, ablation),
+    Part("models", 40, models),
+    Part("profile", 15, profile),
+    Part("roofline", 30, rooflines),
+    Part("attention", 10, attention),
+    Part("memory", 20, memory),
+    Part("kernels", 15, kernels),
+    Part("optimizer", 10, optimizers),
+    Part("tests", 20, gpu_tests, LONG_PATIENCE_S),
+    Part("cache", 15, steps_from_a_cache),
+    Part("training_run", 30, training_run, LONG_PATIENCE_S),
+    Part("full_size_run", 60, full_size_run, LONG_PATIENCE_S),
+    Part("everydream", 30, partial(recipe, "everydream", (1, 4), True)),
+    Part("kohya", 15, partial(recipe, "kohya", (1, 4), True)),
+    Part("diffusers_16bit", 15, partial(recipe, "diffusers-16bit", (1, 8), True)),
+    Part("loop", 60, whole_loop, LONG_PATIENCE_S),
+    Part("mlperf", 90, mlperf, LONG_PATIENCE_S),
+    Part("diffusers_compiled", 60, partial(recipe, "diffusers-compiled", (8,), False), LONG_PATIENCE_S),
+    Part("compiled_kernels", 60, compiled_kernels, LONG_PATIENCE_S),
 )
 
 
@@ -228,29 +308,73 @@ def run_all(minutes: float, out: Path, work: Workload, only: tuple[str, ...] = (
 
     Raises ValueError for an unknown part or no time.
     """
-    names = [name for name, _, _ in PARTS]
+    names = [part.name for part in PARTS]
     if minutes <= 0 or any(name not in names for name in only):
         raise ValueError(f"minutes {minutes} must be above 0 and parts {list(only)} among {', '.join(names)}")
     out.mkdir(parents=True, exist_ok=True)
-    session = Session(out.resolve(), work.resolved(), time.monotonic() + 60 * minutes)
-    for name, seconds, part in PARTS:
-        if only and name not in only:
+    chosen = tuple(part for part in PARTS if not only or part.name in only)
+    end = time.monotonic() + 60 * minutes
+    # no device is touched here: what goes wrong on it would stay with this process
+    is_apart = pick_device(work.device).type == "cuda"
+    for record in (
+        _without_end(chosen, out.resolve(), work, end) if is_apart else _lines(chosen, out.resolve(), work, end)
+    ):
+        append(out / "results.jsonl", record)
+        yield record
+
+
+def _lines(parts: tuple[Part, ...], out: Path, work: Workload, end: float) -> Iterator[dict]:
+    """Yield the parts' lines, measured in this process."""
+    yield from (found for name, found in told(parts, out, work, end) if name and found is not None)
+
+
+def _without_end(parts: tuple[Part, ...], out: Path, work: Workload, end: float) -> Iterator[dict]:
+    """Yield the parts' lines, measured in a process of their own, and in another from each part on that ends one."""
+    waiting, form = parts, None
+    while waiting:
+        at, began = waiting[0], time.monotonic()
+
+        def patience_s() -> float:
+            return min(at.patience_s, max(0.0, end - time.monotonic()) + OVERTIME_S)  # noqa: B023  the part that is under way
+
+        with closing(apart(told, waiting, out, work, end, patience_s=patience_s)) as events:
+            try:
+                for name, found in events:
+                    if not name:
+                        form = found
+                    elif found is None:
+                        at, began = next(part for part in waiting if part.name == name), time.monotonic()
+                    else:
+                        yield found
+            except Ended as ended:
+                if form is None:
+                    raise RuntimeError(f"nothing can be measured here: {ended}") from None
+                found = {"failed": True, "seconds": round(time.monotonic() - began, 1)}
+                yield {**form, "bench": at.name, "figures": found, "note": str(ended)}
+        waiting = waiting[waiting.index(at) + 1 :]
+
+
+def told(parts: tuple[Part, ...], out: Path, work: Workload, end: float) -> Iterator[tuple[str, dict | None]]:
+    """Yield ("", a line without figures); then for each part (its name, None) as it begins, and (its name, line) of each line.
+
+    On a GPU a part that fails is the last one: whatever it has left there goes with the process.
+    """
+    session = Session(out, work.resolved(), end)
+    yield "", session.record("", {}, {})
+    for part in parts:
+        yield part.name, None
+        began = time.monotonic()
+        if session.remaining() < (part.least_s if session.is_gpu else 1):
+            yield part.name, session.record(part.name, {}, {}, "left out: the time was up")
             continue
-        if session.remaining() < (seconds if session.is_gpu else 1):
-            records: Iterator[dict] = iter([session.record(name, {}, {}, "left out: the time was up")])
-        else:
-            records = _guarded(session, name, part)
-        for record in records:
-            append(out / "results.jsonl", record)
-            yield record
-
-
-def _guarded(session: Session, name: str, part: Callable[[Session], Iterator[dict]]) -> Iterator[dict]:
-    """Yield a part's lines; where it fails, whatever the failure, a line with it, so that the next part begins."""
-    began = time.monotonic()
-    try:
-        yield from part(session)
-    except Exception as error:
-        message = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        yield session.record(name, {}, {"failed": True, "seconds": round(time.monotonic() - began, 1)}, message)
-    free(session.device)
+        try:
+            for record in part.measure(session):
+                yield part.name, record
+        except Exception as error:
+            # whatever the failure: the next part shall begin
+            message = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+            found = {"failed": True, "seconds": round(time.monotonic() - began, 1)}
+            yield part.name, session.record(part.name, {}, found, message)
+            if session.is_gpu:
+                return
+        free(session.device)

@@ -240,12 +240,12 @@ def everything(options: command.All) -> int:
     is_gpu = pick_device(options.device).type == "cuda"
     base = options.base or ("random:sd15" if is_gpu else "tiny")
     work = Workload(base, options.latent_size, device=options.device)
-    failed = 0
+    failed: list[str] = []
     for record in run_all(options.minutes, options.out, work, options.only):
-        failed += record["figures"].get("failed", False)
+        failed += [record["bench"]] if record["figures"].get("failed") else []
         print(f"{record['bench']} {_about(record)} {record.get('note', '')}".rstrip(), flush=True)
-    print(f"results: {options.out / 'results.jsonl'}" + (f"; {failed} parts failed" if failed else ""))
-    return int(failed > 0)
+    print(f"results: {options.out / 'results.jsonl'}" + (f"; failed: {', '.join(failed)}" if failed else ""))
+    return int(bool(failed))
 
 
 def _about(record: dict) -> str:

@@ -28,6 +28,7 @@ class ShortRun:
     steps: int
     batch_size: int
     checkpointing: str = "none"
+    validates: bool = False
 
     def settings(self) -> list[str]:
         return [
@@ -38,7 +39,8 @@ class ShortRun:
             *("--train.batch-size", str(self.batch_size)),
             *("--train.checkpointing", self.checkpointing),
             # a last step is logged whatever its number
-            *"--validate.every-epochs 0 --sample.every-epochs 0 --log.tensorboard False".split(),
+            *("--validate.every-epochs", "5" if self.validates else "0"),
+            *"--sample.every-epochs 0 --log.tensorboard False".split(),
         ]
 
 
@@ -50,9 +52,12 @@ def call(command: list[str], timeout_s: float, log: Path) -> tuple[int, str, flo
         try:
             status = process.wait(timeout=max(1.0, timeout_s))
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
             status = 124
+        finally:
+            # also where this process is told to stop: it is in a group of its own, which no Ctrl-C reaches
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
     lines = log.read_text(errors="replace").strip().splitlines()
     return status, lines[-1][:200] if lines else "", time.monotonic() - began
 

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,13 +10,14 @@ import torch
 from safelight.__main__ import main
 from safelight.bench import ceilings as ceilings_module
 from safelight.bench import everything, loader, quick, short_run
-from safelight.bench.ceilings import ceilings, copy_gb_per_s
+from safelight.bench.ceilings import ceilings
 from safelight.bench.optimizers import offered
 from safelight.bench.results import read
+from safelight.bench.suite import VARIANTS
 from safelight.bench.workload import Workload
 
 # of matrices and copies that take no time to speak of
-SMALL = (256, 2**23, 3)
+SMALL = (512, 2**23, 3)
 
 
 @pytest.fixture(autouse=True)
@@ -64,14 +66,22 @@ def test_the_loaders_table_of_500_rows(tmp_path, capsys):
     assert "lower --rows" in capsys.readouterr().err
 
 
-def test_ceilings_are_of_this_machines_order():
-    cpu = torch.device("cpu")
-    found = ceilings(cpu, torch.float32, small=True)
-    assert 0.001 < found["matmul_tflops"] < 100
-    began = time.perf_counter()
-    torch.empty(2**24, dtype=torch.uint8).copy_(torch.ones(2**24, dtype=torch.uint8))
-    once = 2 * 2**24 / (time.perf_counter() - began) / 1e9
-    assert once / 100 < copy_gb_per_s(cpu, 2**24, 5) < once * 100
+def test_a_ceiling_is_the_work_over_the_fastest_repeats_time(monkeypatch):
+    ran = []
+
+    def timed(runs, device, repeats):
+        ran.extend(runs[""](number) for number in range(repeats))
+        return {"": [0.5, 0.25, 2.0]}
+
+    monkeypatch.setattr(ceilings_module, "interleave", timed)
+    found = ceilings(torch.device("cpu"), torch.bfloat16, small=True)
+    size, num_bytes, repeats = SMALL
+    # a product of square matrices is as many multiplications as additions; a copy reads and writes
+    assert found["matmul_tflops"] == pytest.approx(2 * size**3 / 0.25 / 1e12, abs=1e-4)
+    assert found["copy_gb_per_s"] == pytest.approx(2 * num_bytes / 0.25 / 1e9, abs=1e-3)
+    products, copies = ran[:repeats], ran[repeats:]
+    assert [(x.shape, x.dtype) for x in products] == [((size, size), torch.bfloat16)] * repeats
+    assert [x.nbytes for x in copies] == [num_bytes] * repeats
 
 
 def test_quick_tells_ours_the_recipe_and_the_limit(monkeypatch, capsys):
@@ -147,16 +157,19 @@ def test_the_rehearsal_of_all_runs_every_part(rehearsal):
         "optimizer",
         "tests",
         "training_run",
+        "loop",
     }
     steps = {
-        (r["config"]["recipe"], r["config"]["batch_size"], r["config"]["loader"])
+        (r["config"]["recipe"], r["config"]["base"], r["config"]["batch_size"], r["config"]["loader"])
         for r in records
         if r["bench"] == "step"
     }
     assert steps == {
-        ("safelight", 1, False), ("safelight", 2, False), ("diffusers", 1, False), ("diffusers", 2, False),
-        ("safelight", 2, True), ("diffusers-16bit", 1, False), ("safelight-fused", 1, False),
+        ("safelight", "tiny", 1, False), ("safelight", "tiny", 2, False), ("diffusers", "tiny", 1, False),
+        ("diffusers", "tiny", 2, False), ("safelight", "tiny", 2, True), ("diffusers-16bit", "tiny", 1, False),
+        ("safelight-fused", "tiny", 1, False), ("everydream", "tiny", 1, False), ("kohya", "tiny", 1, False),
     }  # fmt: skip
+    assert [r["config"]["recipe"] for r in records if r["bench"] == "loop"] == ["safelight", "everydream"]
     (tests,) = (r for r in records if r["bench"] == "tests")
     assert tests["figures"]["exit_status"] == 0
     assert tests["note"].startswith("1 passed, 1 deselected")
@@ -172,12 +185,55 @@ def test_a_part_that_fails_leaves_a_line_and_the_next_one_runs(tmp_path, monkeyp
         yield session.record("first", {}, {"x": 1})
         raise RuntimeError("the card fell out\nat once")
 
-    monkeypatch.setattr(everything, "PARTS", (("first", 0, fail), ("ceilings", 0, everything._ceilings)))
+    chosen = (everything.Part("first", 0, fail), everything.Part("ceilings", 0, everything._ceilings))
+    monkeypatch.setattr(everything, "PARTS", chosen)
     records = list(everything.run_all(1, tmp_path, Workload(device="cpu")))
     assert records == read(tmp_path / "results.jsonl")
     assert [r["bench"] for r in records] == ["first", "first", "ceilings"]
     assert records[1]["note"] == "the card fell out"
     assert records[1]["figures"]["failed"]
+
+
+def test_a_gpus_size_decides_what_is_measured_there(tmp_path, monkeypatch):
+    """Which recipes, bases and batch sizes the parts ask for, on a T4's memory and on an H200's; nothing runs."""
+    asked = []
+
+    def note(works, repeats, loader, together):
+        found = [(recipe, w.base, w.latent_size, w.batch_size) for recipe, w in works.values()]
+        asked.extend(found)
+        yield from ({"bench": "step", "figures": {}} for _ in found)
+
+    monkeypatch.setattr(everything, "measure", note)
+    monkeypatch.setattr(everything, "variants", lambda recipes, sizes, work: {
+        f"{name} {size}": (name, replace(work, batch_size=size)) for name in recipes for size in sizes
+    })  # fmt: skip
+    monkeypatch.setattr(everything.Session, "record", lambda self, bench, config, found, note: {"note": note})
+    parts = {part.name: part.measure for part in everything.PARTS}
+
+    def asked_by(name: str, gib: float) -> list[tuple]:
+        asked.clear()
+        monkeypatch.setattr(everything.Session, "gpu_gib", gib)
+        work = Workload("random:sd15", 64, device="cuda", precision="fp16")
+        notes.extend(parts[name](everything.Session(tmp_path, work, time.monotonic() + 99)))
+        return list(asked)
+
+    notes: list[dict] = []
+    sd15, sd21, sdxl = ("random:sd15", 64), ("random:sd21", 64), ("random:sdxl", 128)
+    assert asked_by("steps", 14.6) == [(name, *sd15, n) for name in ("safelight", "diffusers") for n in (1, 4, 8)]
+    assert asked_by("steps", 139) == [(name, *sd15, n) for name in ("safelight", "diffusers") for n in (1, 8, 32)]
+    replayed = ("safelight-graphs", "safelight-fused-graphs")
+    assert asked_by("graphs", 139) == [(name, *sd15, n) for name in replayed for n in (1, 32)]
+    assert {name for name, *_ in asked_by("ablation", 139)} == VARIANTS.keys() - set(replayed)
+    assert asked_by("models", 139) == [
+        *((name, *sd21, n) for name in ("safelight-graphs", "safelight") for n in (32, 64)),
+        *((name, *sdxl, 8) for name in ("safelight-graphs", "safelight")),
+    ]
+    assert asked_by("mlperf", 139) == [("mlperf", *sd21, 32)]
+    assert asked_by("mlperf", 14.6) == [("mlperf", *sd15, 4)]
+    assert asked_by("everydream", 14.6) == [("everydream", *sd15, n) for n in (1, 4)]
+    notes.clear()
+    assert asked_by("models", 14.6) == []
+    assert notes == [{"note": "left out: SDXL at batch 8 wants 70 GiB, this GPU has 15"}]
 
 
 def test_what_comes_too_late_is_left_out_and_said(tmp_path):

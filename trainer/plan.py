@@ -1,4 +1,4 @@
-"""What a run will need, before it starts: exact static bytes, steps, disk. The rest is traced (trainer/fit.py)."""
+"""What a run will need, before it starts: exact static bytes, steps, disk. The rest is traced (trainer/needs.py)."""
 
 from __future__ import annotations
 

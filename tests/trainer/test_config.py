@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safelight.__main__ import main
 from safelight.arguments import parse_with_config
 from safelight.overrides import take_overrides
-from safelight.trainer import config as config_module
+from safelight.trainer import config_tables as config_module
 from safelight.trainer.config import (
     Config,
     Data,

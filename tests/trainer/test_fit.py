@@ -16,7 +16,7 @@ from safelight.bench.profiled import allocated_peak
 from safelight.kernels.blockwise import in_memory_order
 from safelight.kernels.checkpointing import MODES
 from safelight.kernels.remainder import start
-from safelight.trainer import fit, kernel_adamw
+from safelight.trainer import kernel_adamw
 from safelight.trainer.cards import (
     CARDS,
     CONTEXT_BYTES,
@@ -30,10 +30,11 @@ from safelight.trainer.cards import (
     this_card,
 )
 from safelight.trainer.config import Config, parse_config, to_toml
-from safelight.trainer.fit import Planner, most_graphs
+from safelight.trainer.fit import Planner
 from safelight.trainer.kernel_adamw import SPLIT_BYTES
 from safelight.trainer.meta_run import MetaRun
 from safelight.trainer.models import resolve_base
+from safelight.trainer.needs import dtype_on, most_graphs
 from safelight.trainer.replay import MASTER, OPTIMIZER
 from safelight.trainer.trace import CUDA_ROUNDING
 
@@ -167,7 +168,7 @@ def test_cards():
     with pytest.raises(ValueError, match="has no memory"):
         find_card("0GiB")
     with pytest.raises(ValueError, match="t4 has no bf16 arithmetic"):
-        fit.dtype_on(CARDS["t4"], "bf16")
+        dtype_on(CARDS["t4"], "bf16")
 
 
 def test_a_replayed_step_waits_for_no_launch_of_the_host():

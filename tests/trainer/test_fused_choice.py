@@ -81,8 +81,8 @@ def test_nothing_reads_the_setting_but_where_it_is_resolved():
                 nodes = (n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Attribute))
                 read = (n for n in nodes if n.attr == "fused_backward" and isinstance(n.ctx, ast.Load))
                 found |= {(path.relative_to(ROOT).as_posix(), ast.unparse(n.value)) for n in read}
-    needs = {("trainer/need.py", "self"), ("trainer/fit.py", "need"), ("trainer/gpu_memory.py", "need")}
-    assert found - needs == {("trainer/config.py", "self")}
+    needs = {("trainer/need.py", "self"), ("trainer/needs.py", "need"), ("trainer/gpu_memory.py", "need")}
+    assert found - needs == {("trainer/config_tables.py", "self")}
 
 
 def planner_of(base: str, card: Card, monkeypatch, batch_size: int = 1, clip: float = 1.0, **optimizer) -> Planner:

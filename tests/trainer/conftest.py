@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+
+from safelight.trainer.models import Base, resolve_base, tiny_folder
 
 
 @pytest.fixture(scope="module")
@@ -42,3 +45,14 @@ def small_unet() -> UNet2DConditionModel:
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=16,
     ).train()  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Base:
+    return resolve_base("tiny")
+
+
+@pytest.fixture
+def base_folder(tmp_path) -> Path:
+    """A copy of the tiny base, to be spoilt."""
+    return Path(shutil.copytree(tiny_folder(), tmp_path / "base"))

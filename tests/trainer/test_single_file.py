@@ -24,14 +24,10 @@ from safelight.trainer.original_layout import (
     vae_layout,
 )
 from safelight.trainer.weights import check_unet, fingerprint, load_text, load_unet, load_vae
+from tests.trainer.tiny_base import Opened
 
 CROSS = f"{UNET_PREFIX}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 TEXT = "cond_stage_model."
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return resolve_base("tiny")
 
 
 @pytest.fixture(scope="module")
@@ -300,16 +296,6 @@ def test_a_file_that_is_cut_short_or_missing(tensors, write, tmp_path):
         resolve_base(str(path), "tiny")
     with pytest.raises(ValueError, match=r"none\.safetensors' does not exist"):
         resolve_base(str(tmp_path / "none.safetensors"))
-
-
-class Opened:
-    """A pickle that leaves a file behind when it is opened."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return (open, (str(self.path), "w"))
 
 
 @pytest.mark.parametrize("name", ["model.ckpt", "model.pt", "model.bin", "model"])

@@ -10,7 +10,7 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 
 from safelight.bench.baselines import RECIPES, Baseline
 from safelight.bench.suite import measure, variants
-from safelight.bench.workload import LR, SEED, Ours, Workload, cached_batches
+from safelight.bench.workload import LR, SEED, Ours, Workload, cached_batches, random_batches
 from safelight.kernels.attention import AttendProcessor, attention_modules
 from safelight.trainer.models import resolve_base
 from safelight.trainer.step import Noisy, sample_losses
@@ -66,6 +66,31 @@ def test_bf16_is_the_plain_loss_to_bf16s_precision(recipe, inputs, plain):
     loss = baseline.loss(*inputs[0])
     assert loss.item() == pytest.approx(plain[0][0], rel=0.01)
     assert loss.item() != plain[0][0]
+
+
+def test_a_model_of_velocities_is_trained_on_velocities(inputs):
+    baseline = Baseline(RECIPES["diffusers"], WORK)
+    scheduler = baseline.scheduler
+    latents, noise, timesteps, text = inputs[0]
+    noisy = scheduler.add_noise(latents, noise, timesteps)
+    with torch.no_grad():
+        predicted = baseline.unet(noisy, timesteps, text).sample
+        for kind, target in (("epsilon", noise), ("v_prediction", scheduler.get_velocity(latents, noise, timesteps))):
+            scheduler.register_to_config(prediction_type=kind)
+            wanted = F.mse_loss(predicted, target).item()
+            assert baseline.loss(*inputs[0]).item() == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_step_draws_its_latents_from_the_cached_posterior(monkeypatch):
+    baseline, (batch,) = Baseline(RECIPES["diffusers"], WORK), random_batches(1, WORK)
+    given = []
+    monkeypatch.setattr(baseline, "step_from", lambda latents, text: given.append((latents, text)))
+    torch.manual_seed(4)
+    baseline.step(batch)
+    torch.manual_seed(4)
+    drawn = batch.mean_BCHW + (batch.logvar_BCHW / 2).exp() * torch.randn(batch.mean_BCHW.shape)
+    torch.testing.assert_close(given[0][0], drawn)
+    assert torch.equal(given[0][1], batch.text_BTD)
 
 
 def test_ours_gives_the_same_loss_for_the_same_inputs(inputs):

@@ -2,9 +2,12 @@
 
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity
 
 from safelight.bench import loop
 from safelight.bench.loop import bench_loop, config_for
@@ -44,19 +47,60 @@ def test_epochs_of_both_hold_their_steps_and_checkpoints(monkeypatch):
         json.dumps(record)
 
 
-def test_waits_are_a_share_of_the_later_epochs():
+@pytest.fixture
+def now(monkeypatch) -> list[float]:
+    """The clock of the loop, to be set."""
+    seconds = [0.0]
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: seconds[0]))
+    return seconds
+
+
+def test_waits_are_a_share_of_the_later_epochs(now):
     clock = loop._Clock(torch.device("cpu"), 1, 3)
-    for _ in range(3):
-        began = time.perf_counter()
+    for waited, lasts in ((7.0, 50.0), (3.0, 10.0), (1.0, 6.0)):
         with clock.waiting():
-            time.sleep(0.03)
-        while time.perf_counter() - began < 0.1:
-            time.sleep(0.005)
+            now[0] += waited
+        now[0] += lasts - waited
         clock.epoch_ended()
-    assert len(clock.epochs().seconds) == 2
+    found = clock.epochs()
+    assert (found.first_s, found.seconds, found.idle) == (50.0, [10.0, 6.0], None)
     # the first epoch's wait is in neither
-    assert clock.epochs().waited == pytest.approx(clock.waited_s / sum(clock.epochs().seconds))
-    assert 0.06 <= clock.waited_s < 0.9 * sum(clock.epochs().seconds)
+    assert found.waited == 4.0 / 16.0
+
+
+def test_idle_is_what_is_left_of_the_last_epoch(now, monkeypatch):
+    """By a timeline made up: two kernels overlap, one lies apart."""
+    began, calls = 5_000, []
+
+    def kernel(start_us: int, end_us: int) -> SimpleNamespace:
+        values = {
+            "name": "gemm", "device_type": DeviceType.CUDA, "is_user_annotation": False, "correlation_id": 1,
+            "linked_correlation_id": 0, "start_ns": began + 1000 * start_us, "end_ns": began + 1000 * end_us,
+        }  # fmt: skip
+        return SimpleNamespace(**{name: lambda value=value: value for name, value in values.items()})
+
+    class Profiler:
+        def __init__(self, activities):
+            assert activities == [ProfilerActivity.CUDA]
+            events = [kernel(0, 2_000_000), kernel(1_000_000, 4_000_000), kernel(6_000_000, 6_500_000)]
+            results = SimpleNamespace(events=lambda: events, trace_start_ns=lambda: began)
+            self.profiler = SimpleNamespace(kineto_results=results)
+
+        def start(self) -> None:
+            calls.append(("start", now[0]))
+
+        def stop(self) -> None:
+            calls.append(("stop", now[0]))
+
+    monkeypatch.setattr(loop, "profile", Profiler)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append(("wait", now[0])))
+    clock = loop._Clock(torch.device("cuda"), 1, 3)
+    for lasts in (50.0, 20.0, 10.0):
+        now[0] += lasts
+        clock.epoch_ended()
+    # every epoch ends when the device is done; the last one alone is recorded
+    assert calls == [("wait", 50.0), ("wait", 70.0), ("start", 70.0), ("wait", 80.0), ("stop", 80.0)]
+    assert clock.epochs().idle == pytest.approx(1 - 4.5 / 10)
 
 
 def test_our_run_is_a_run_of_a_user(tmp_path):

@@ -93,6 +93,7 @@ def test_mlperf_is_plain_adamw_on_fp32_masters_without_clipping(precision, input
     baseline, plain = make_baseline("mlperf", work), Plain(work.dtype)
     assert compiled == [baseline.unet]
     assert baseline.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert baseline.optimizer.defaults["fused"]
     masters = [p.detach().float().clone().requires_grad_() for p in plain.unet.parameters()]
     optimizer = torch.optim.AdamW(masters, LR, weight_decay=WEIGHT_DECAY)
     scale = 65536.0 if precision == "fp16" else 1.0
@@ -170,6 +171,14 @@ def test_everydream_knows_no_bf16_and_no_sdxl(inputs):
     assert (baseline.dtype, baseline.scaler.get_scale()) == (torch.float16, 2**17.5)
     assert {p.dtype for p in baseline.parameters} == {torch.float32}
     assert type(baseline.optimizer).__name__ == "AdamW8bit"
+    seen = set()
+    linear = next(m for m in baseline.text_encoder.modules() if isinstance(m, torch.nn.Linear))
+    for module in (baseline.vae.encoder.conv_in, linear):
+        module.register_forward_hook(lambda module, given, found: seen.add((module.weight.dtype, found.dtype)))
+    encoded = baseline.encode(*baseline.photographs.take(1))
+    # fp32 weights under fp16 autocast; what the step takes is fp32
+    assert seen == {(torch.float32, torch.float16)}
+    assert {x.dtype for x in encoded} == {torch.float32}
     assert baseline.loss(*inputs[0]).item() == pytest.approx(Plain().loss(*inputs[0]).item(), rel=0.01)
     with pytest.raises(ValueError, match="random:sdxl has no encoders"):
         make_baseline("everydream", Workload("random:sdxl", device="cpu").resolved())

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from safelight.bench import plot
+from safelight.bench import plot, suite
 from safelight.bench.suite import OURS, VARIANTS, build
-from safelight.bench.workload import Ours, Workload, random_batches
+from safelight.bench.workload import LR, Ours, Workload, random_batches
 from tests.trainer.recorded import RunsAgain
 
 WORK = Workload("tiny", latent_size=8, device="cpu").resolved()
@@ -22,6 +22,40 @@ def test_replayed_steps_are_the_same_steps():
     replayed._recorder = RunsAgain(replayed.optimizer)
     assert losses(replayed, sizes) == losses(build(OURS, WORK), sizes)
     assert (replayed._recorder.recorded, replayed._recorder.replayed) == (2, 3)
+
+
+def test_every_variant_is_ours_but_for_its_technique(monkeypatch):
+    monkeypatch.setattr(suite, "CudaRecorder", lambda device: f"recorder on {device.type}")
+    monkeypatch.setattr(suite, "Ours", lambda work, **options: {name: x for name, x in options.items() if x})
+    on_gpu = Workload(device="cuda")
+    assert {name: build(name, on_gpu) for name in VARIANTS} == {
+        OURS: {},
+        "safelight-unpatched": {"kernels": "off"},
+        "safelight-fused": {"fused": True},
+        "safelight-graphs": {"recorder": "recorder on cuda"},
+        "safelight-fused-graphs": {"fused": True, "recorder": "recorder on cuda"},
+        "safelight-cudnn-benchmark": {"cudnn_benchmark": True},
+    }
+
+
+def test_a_technique_is_what_it_is_called():
+    patched, unpatched = Ours(WORK, kernels="on"), Ours(WORK, kernels="off")
+    assert "kernels off" in unpatched.notes
+    assert "kernels off" not in patched.notes
+    assert {type(m) for m in patched.unet.modules()} != {type(m) for m in unpatched.unet.modules()}
+    assert Ours(WORK, fused=True).optimizer.is_fused
+    assert not unpatched.optimizer.is_fused
+
+
+def test_a_step_changes_the_weights_by_its_learning_rate():
+    trainer = build(OURS, WORK)
+    before = [p.detach().clone() for p in trainer.unet.parameters()]
+    losses(trainer, (1,))
+    moved = torch.cat(
+        [(p.detach() - old).abs().flatten() for p, old in zip(trainer.unet.parameters(), before, strict=True)]
+    )
+    # Adam's first step is the learning rate, whatever the gradient; the decay is a hundredth of the weight at most
+    assert moved.median().item() == pytest.approx(LR, rel=0.1)
 
 
 def test_steps_inside_backward_learn_alike():

@@ -41,3 +41,14 @@ def noise_dataset(tmp_path_factory):
         noise_image(i, SIZES[i % 4]).save(source / f"noise {i // 2}_{i:02d}.png")
     ingest([source], source.parent / "noise-dataset")
     return source.parent / "noise-dataset"
+
+
+@pytest.fixture
+def filled(tmp_path, noise_dataset, fakes):
+    """A complete cache of the noise dataset with its samples."""
+    from safelight.data.cache import Cache
+
+    with Cache(tmp_path / "filled") as cache:
+        fakes.fill(cache, noise_dataset, fakes.FakeVae(), fakes.FakeTextEncoder())
+        cache.release()
+        yield cache, fakes.plan(noise_dataset, fakes.FakeVae(), fakes.FakeTextEncoder())

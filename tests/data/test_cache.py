@@ -1,13 +1,8 @@
-"""The cache holds what the encoders gave, makes each row once, survives kills, and notices damage and change."""
+"""The cache holds what the encoders gave, makes each row once, and notices change."""
 
 import os
 import shutil
-import sqlite3
-import subprocess
-import sys
 import threading
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,11 +10,9 @@ import torch
 from PIL import Image
 
 from safelight.data import cache as cache_module
-from safelight.data import shards
 from safelight.data.buckets import crop_box, is_flipped, make_buckets
 from safelight.data.cache import (
     Cache,
-    CorruptRow,
     Crop,
     empty_text_key,
     fill_latents,
@@ -32,24 +25,7 @@ from safelight.data.cache import (
 from safelight.data.images import load_pixels
 from safelight.data.ingest import ingest
 from safelight.data.manifest import read_manifest
-
-
-def all_keys(samples):
-    texts = {key for sample in samples for key in sample.text_keys} | {empty_text_key("text-a", "float16")}
-    return sorted({key for sample in samples for key in sample.latent_keys}) + sorted(texts)
-
-
-def contents(cache, keys):
-    return {key: cache.read([key])[0].tobytes() for key in keys}
-
-
-@pytest.fixture
-def filled(tmp_path, noise_dataset, fakes):
-    """A complete cache of the noise dataset with its samples."""
-    with Cache(tmp_path / "filled") as cache:
-        fakes.fill(cache, noise_dataset, fakes.FakeVae(), fakes.FakeTextEncoder())
-        cache.release()
-        yield cache, fakes.plan(noise_dataset, fakes.FakeVae(), fakes.FakeTextEncoder())
+from tests.data.rows import all_keys, contents
 
 
 def test_rows_are_the_encoding_of_the_crop(filled, noise_dataset, fakes):
@@ -175,95 +151,6 @@ def test_non_finite_latents_name_the_photo(tmp_path, noise_dataset, fakes):
         assert len(cache) == 0
 
 
-def run_child(dataset, cache_path, how, at, **options):
-    script = Path(__file__).with_name("fakes.py")
-    command = [sys.executable, str(script), str(dataset), str(cache_path), how, str(at)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options)
-
-
-def test_kill_at_any_moment_loses_at_most_a_batch(tmp_path, noise_dataset, fakes, filled):
-    """kill -9 within a write, before the commit, after it and at some time; then the rest is made: the same contents."""
-    reference_cache, samples = filled
-    keys = all_keys(samples)
-    path = tmp_path / "killed"
-    num_before = 0
-    # writes 1 to 3 of a first run are texts, the rest latents; a resumed run goes straight on with what is missing
-    for how, at, least in (("within", 6, 9), ("before_commit", 3, 6), ("after_commit", 2, 6), ("any_time", 0, 1)):
-        child = run_child(noise_dataset, path, how, at)
-        if how == "any_time":
-            while int(child.stdout.readline()) < 9:
-                pass
-            child.kill()
-        assert child.wait(timeout=60) == -9
-        child.stdout.close()
-        with Cache(path) as cache:
-            assert cache.verify() == []
-            num_rows = len(cache)
-            assert num_rows >= num_before + least, how
-            present = [key for key in keys if key not in set(cache.missing(keys))]
-            assert len(present) == num_rows
-            assert contents(cache, present) == contents(reference_cache, present)
-        num_before = num_rows
-    assert num_before < len(keys)
-    vae = fakes.FakeVae()
-    with Cache(path) as cache:
-        assert fakes.fill(cache, noise_dataset, vae, fakes.FakeTextEncoder()) == len(keys) - num_before
-        assert vae.num_encoded == len(keys) - num_before
-        assert contents(cache, keys) == contents(reference_cache, keys)
-        assert cache.verify() == []
-    # nothing of the lost batches is left: the shards are of exactly the size of the uninterrupted run's together
-    sizes = [sum(file.stat().st_size for file in (p / "shards").iterdir()) for p in (path, reference_cache.path)]
-    assert sizes[0] == sizes[1]
-
-
-def test_flipped_bit_is_found_on_reading_and_by_verify(filled):
-    cache, samples = filled
-    shard = max((cache.path / "shards").glob("posterior-*"), key=lambda file: file.stat().st_size)
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 1
-    cache.close()
-    shard.write_bytes(content)
-    with Cache(cache.path) as again:
-        (bad,) = again.verify()
-        assert bad.shard == shard.name
-        with pytest.raises(CorruptRow, match=shard.name) as caught:
-            again.read([bad.key])
-        assert caught.value.key == bad.key
-        assert isinstance(caught.value, ValueError)
-        good = [key for key in all_keys(samples) if key != bad.key]
-        assert len(contents(again, good)) == len(good)
-
-
-def flip_bits(path: Path, offsets: list[int]) -> None:
-    content = bytearray(path.read_bytes())
-    for offset in offsets:
-        content[offset] ^= 1
-    path.write_bytes(content)
-
-
-def test_exactly_the_damaged_rows_are_made_again(filled, noise_dataset, fakes):
-    """Flipped bits in three rows of two shards, a cut shard: found at the next fill, before anything is trained on."""
-    cache, samples = filled
-    keys = all_keys(samples)
-    before = contents(cache, keys)
-    cache.close()
-    posterior, other = sorted((cache.path / "shards").glob("posterior-*"))[:2]
-    (text,) = (cache.path / "shards").glob("text-*")
-    row_bytes = 8 * np.prod([int(side) for side in posterior.name.split("-")[1].split("x")[1:]]) * 2
-    flip_bits(posterior, [0, row_bytes - 1, 2 * row_bytes])
-    flip_bits(text, [text.stat().st_size - 1])
-    other.write_bytes(other.read_bytes()[:-1])
-    vae, encoder = fakes.FakeVae(), fakes.FakeTextEncoder()
-    with Cache(cache.path) as again:
-        assert fakes.fill(again, noise_dataset, vae, encoder) == 4
-        assert (again.num_dropped, vae.num_encoded, len(encoder.encoded)) == (4, 3, 1)
-        assert contents(again, keys) == before
-        assert again.verify() == []
-    with Cache(cache.path) as again:
-        assert fakes.fill(again, noise_dataset, vae, encoder) == 0
-        assert again.num_dropped == 0
-
-
 def test_another_vae_or_dtype_makes_its_own_rows_and_leaves_the_others(filled, noise_dataset, fakes):
     cache, samples = filled
     keys = all_keys(samples)
@@ -335,147 +222,6 @@ def test_rows_are_made_by_one_process_at_a_time_and_read_by_all(filled, noise_da
             fakes.fill(cache, noise_dataset, fakes.FakeVae("vae-b"), fakes.FakeTextEncoder())
         other.release()
         assert fakes.fill(cache, noise_dataset, fakes.FakeVae("vae-b"), fakes.FakeTextEncoder()) > 0
-
-
-def test_cut_and_lost_shards_are_found(filled):
-    cache, _ = filled
-    cut, lost = sorted((cache.path / "shards").glob("posterior-*"))[:2]
-    lost_rows = lost.stat().st_size
-    cut.write_bytes(cut.read_bytes()[:-1])
-    lost.unlink()
-    bad = cache.verify()
-    assert {error.shard for error in bad} == {cut.name, lost.name}
-    assert sum(error.shard == cut.name for error in bad) == 1
-    row_bytes = 8 * np.prod([int(x) for x in lost.name.split("-")[1].split("x")[1:]]) * 2
-    assert sum(error.shard == lost.name for error in bad) == lost_rows // row_bytes
-
-
-def test_damaged_index_and_other_format_say_so(tmp_path):
-    with Cache(tmp_path / "a"):
-        pass
-    (tmp_path / "a" / "index.sqlite").write_bytes(b"not a database at all" * 100)
-    with pytest.raises(ValueError, match=r"index\.sqlite is damaged"):
-        Cache(tmp_path / "a")
-    with Cache(tmp_path / "b"):
-        pass
-    index = sqlite3.connect(tmp_path / "b" / "index.sqlite")
-    index.execute("PRAGMA user_version = 77")
-    index.close()
-    with pytest.raises(ValueError, match="format 77"):
-        Cache(tmp_path / "b")
-
-
-def test_rows_of_several_shapes_over_several_shards(tmp_path, monkeypatch):
-    """With shards of three rows each, also when one append spans shards."""
-    rng = np.random.default_rng(0)
-    monkeypatch.setattr(shards, "MAX_SHARD_BYTES", 3 * 2 * 4 * 5 * 4 + 7)
-    written = {}
-    with Cache(tmp_path / "cache", "float32") as cache:
-        for num in (1, 4, 2, 1):
-            rows = rng.standard_normal((num, 2, 4, 5)).astype(np.float32)
-            keys = [f"key {len(written) + i}" for i in range(num)]
-            assert cache.append("latent", keys, rows) == num
-            written |= dict(zip(keys, rows, strict=True))
-        other = rng.standard_normal((2, 3)).astype(np.float32)
-        cache.append("text", ["x", "y"], other)
-        names = sorted(file.name for file in (tmp_path / "cache" / "shards").iterdir())
-        assert names == [*(f"latent-2x4x5-float32-{i:04d}.bin" for i in range(3)), "text-3-float32-0000.bin"]
-        order = rng.permutation(list(written)).tolist()
-        np.testing.assert_array_equal(
-            cache.read([*order, order[0]]), np.stack([written[k] for k in [*order, order[0]]])
-        )
-        np.testing.assert_array_equal(cache.read(["y", "x"]), other[::-1])
-        with pytest.raises(ValueError, match="one shape"):
-            cache.read(["x", "key 0"])
-        with pytest.raises(ValueError, match="no row z"):
-            cache.read(["z"])
-
-
-def test_append_overwrites_and_cuts_off_an_orphaned_tail(tmp_path):
-    with Cache(tmp_path / "cache", "float32") as cache:
-        cache.append("text", ["a"], np.array([[1.0]]))
-        (shard,) = (tmp_path / "cache" / "shards").iterdir()
-        shard.write_bytes(shard.read_bytes() + b"left by a kill")
-        cache.append("text", ["b"], np.array([[2.0]]))
-        assert cache.read(["a", "b"]).ravel().tolist() == [1, 2]
-        assert shard.read_bytes() == np.array([1, 2], np.float32).tobytes()
-
-
-def test_append_keeps_the_first_row_of_a_key(tmp_path):
-    with Cache(tmp_path / "cache") as cache:
-        assert cache.append("text", ["a", "b", "a"], np.array([[1.0], [2.0], [3.0]])) == 2
-        assert cache.append("text", ["b", "c"], np.array([[8.0], [9.0]])) == 1
-        assert cache.read(["a", "b", "c"]).ravel().tolist() == [1, 2, 9]
-        assert cache.missing(["d", "a", "d"]) == ["d"]
-
-
-@pytest.mark.parametrize(
-    ("kind", "keys", "rows", "message"),
-    [
-        ("image", ["a"], [[1.0]], "kind 'image'"),
-        ("text", ["a"], [[1.0], [2.0]], "1 keys do not fit"),
-        ("text", ["a"], [[np.inf]], "not finite"),
-        ("text", ["a"], [[1e6]], "not finite in float16.*float32"),
-    ],
-)
-def test_bad_rows_are_refused_and_nothing_is_stored(tmp_path, kind, keys, rows, message):
-    with Cache(tmp_path / "cache") as cache:
-        with pytest.raises(ValueError, match=message):
-            cache.append(kind, keys, np.array(rows))
-        assert len(cache) == 0
-    with pytest.raises(ValueError, match="float64"):
-        Cache(tmp_path / "cache", "float64")
-
-
-def test_full_disk_leaves_the_cache_usable(tmp_path, monkeypatch):
-    with Cache(tmp_path / "cache") as cache:
-        cache.append("text", ["a"], np.array([[1.0]]))
-
-        def full(*args):
-            raise OSError(28, "No space left on device")
-
-        with monkeypatch.context() as patch:
-            patch.setattr("safelight.data.shards.os.fsync", full)
-            with pytest.raises(OSError, match="No space left"):
-                cache.append("text", ["b"], np.array([[2.0]]))
-        assert cache.missing(["a", "b"]) == ["b"]
-        cache.append("text", ["c"], np.array([[3.0]]))
-        assert cache.read(["a", "c"]).ravel().tolist() == [1, 3]
-        assert cache.verify() == []
-
-
-def test_two_writers_and_a_reader_do_not_disturb_each_other(tmp_path):
-    """Two caches on one folder append overlapping keys while a third reads: every row is right, none is there twice."""
-    errors = []
-
-    def write(start):
-        with Cache(tmp_path / "cache") as cache:
-            for i in range(start, start + 30):
-                cache.append("text", [str(i), str(i + 5)], np.array([[i, i], [i + 5, i + 5]]))
-
-    def read(stop):
-        with Cache(tmp_path / "cache") as cache:
-            while not stop.is_set():
-                present = [str(i) for i in range(60) if not cache.missing([str(i)])]
-                if present and cache.read(present)[:, 0].tolist() != [int(key) for key in present]:
-                    errors.append(present)
-                time.sleep(0.005)
-
-    with Cache(tmp_path / "cache"):
-        stop = threading.Event()
-        reader = threading.Thread(target=read, args=(stop,))
-        writers = [threading.Thread(target=write, args=(start,)) for start in (0, 12)]
-        for thread in (reader, *writers):
-            thread.start()
-        for thread in writers:
-            thread.join()
-        stop.set()
-        reader.join()
-    assert errors == []
-    with Cache(tmp_path / "cache") as cache:
-        assert len(cache) == 47
-        assert cache.read([str(i) for i in range(47)])[:, 1].tolist() == list(range(47))
-        assert cache.verify() == []
 
 
 def test_decoding_runs_ahead_of_encoding(tmp_path, noise_dataset, fakes, monkeypatch):

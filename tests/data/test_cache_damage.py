@@ -1,0 +1,113 @@
+"""A cache that was killed or damaged: what is lost is known, and exactly that is made again."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from safelight.data.cache import Cache, CorruptRow
+from tests.data.rows import all_keys, contents
+
+
+def run_child(dataset, cache_path, how, at, **options):
+    script = Path(__file__).with_name("fakes.py")
+    command = [sys.executable, str(script), str(dataset), str(cache_path), how, str(at)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options)
+
+
+def test_kill_at_any_moment_loses_at_most_a_batch(tmp_path, noise_dataset, fakes, filled):
+    """kill -9 within a write, before the commit, after it and at some time; then the rest is made: the same contents."""
+    reference_cache, samples = filled
+    keys = all_keys(samples)
+    path = tmp_path / "killed"
+    num_before = 0
+    # writes 1 to 3 of a first run are texts, the rest latents; a resumed run goes straight on with what is missing
+    for how, at, least in (("within", 6, 9), ("before_commit", 3, 6), ("after_commit", 2, 6), ("any_time", 0, 1)):
+        child = run_child(noise_dataset, path, how, at)
+        if how == "any_time":
+            while int(child.stdout.readline()) < 9:
+                pass
+            child.kill()
+        assert child.wait(timeout=60) == -9
+        child.stdout.close()
+        with Cache(path) as cache:
+            assert cache.verify() == []
+            num_rows = len(cache)
+            assert num_rows >= num_before + least, how
+            present = [key for key in keys if key not in set(cache.missing(keys))]
+            assert len(present) == num_rows
+            assert contents(cache, present) == contents(reference_cache, present)
+        num_before = num_rows
+    assert num_before < len(keys)
+    vae = fakes.FakeVae()
+    with Cache(path) as cache:
+        assert fakes.fill(cache, noise_dataset, vae, fakes.FakeTextEncoder()) == len(keys) - num_before
+        assert vae.num_encoded == len(keys) - num_before
+        assert contents(cache, keys) == contents(reference_cache, keys)
+        assert cache.verify() == []
+    # nothing of the lost batches is left: the shards are of exactly the size of the uninterrupted run's together
+    sizes = [sum(file.stat().st_size for file in (p / "shards").iterdir()) for p in (path, reference_cache.path)]
+    assert sizes[0] == sizes[1]
+
+
+def test_flipped_bit_is_found_on_reading_and_by_verify(filled):
+    cache, samples = filled
+    shard = max((cache.path / "shards").glob("posterior-*"), key=lambda file: file.stat().st_size)
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    cache.close()
+    shard.write_bytes(content)
+    with Cache(cache.path) as again:
+        (bad,) = again.verify()
+        assert bad.shard == shard.name
+        with pytest.raises(CorruptRow, match=shard.name) as caught:
+            again.read([bad.key])
+        assert caught.value.key == bad.key
+        assert isinstance(caught.value, ValueError)
+        good = [key for key in all_keys(samples) if key != bad.key]
+        assert len(contents(again, good)) == len(good)
+
+
+def flip_bits(path: Path, offsets: list[int]) -> None:
+    content = bytearray(path.read_bytes())
+    for offset in offsets:
+        content[offset] ^= 1
+    path.write_bytes(content)
+
+
+def test_exactly_the_damaged_rows_are_made_again(filled, noise_dataset, fakes):
+    """Flipped bits in three rows of two shards, a cut shard: found at the next fill, before anything is trained on."""
+    cache, samples = filled
+    keys = all_keys(samples)
+    before = contents(cache, keys)
+    cache.close()
+    posterior, other = sorted((cache.path / "shards").glob("posterior-*"))[:2]
+    (text,) = (cache.path / "shards").glob("text-*")
+    row_bytes = 8 * np.prod([int(side) for side in posterior.name.split("-")[1].split("x")[1:]]) * 2
+    flip_bits(posterior, [0, row_bytes - 1, 2 * row_bytes])
+    flip_bits(text, [text.stat().st_size - 1])
+    other.write_bytes(other.read_bytes()[:-1])
+    vae, encoder = fakes.FakeVae(), fakes.FakeTextEncoder()
+    with Cache(cache.path) as again:
+        assert fakes.fill(again, noise_dataset, vae, encoder) == 4
+        assert (again.num_dropped, vae.num_encoded, len(encoder.encoded)) == (4, 3, 1)
+        assert contents(again, keys) == before
+        assert again.verify() == []
+    with Cache(cache.path) as again:
+        assert fakes.fill(again, noise_dataset, vae, encoder) == 0
+        assert again.num_dropped == 0
+
+
+def test_cut_and_lost_shards_are_found(filled):
+    cache, _ = filled
+    cut, lost = sorted((cache.path / "shards").glob("posterior-*"))[:2]
+    lost_rows = lost.stat().st_size
+    cut.write_bytes(cut.read_bytes()[:-1])
+    lost.unlink()
+    bad = cache.verify()
+    assert {error.shard for error in bad} == {cut.name, lost.name}
+    assert sum(error.shard == cut.name for error in bad) == 1
+    row_bytes = 8 * np.prod([int(x) for x in lost.name.split("-")[1].split("x")[1:]]) * 2
+    assert sum(error.shard == lost.name for error in bad) == lost_rows // row_bytes

@@ -74,18 +74,25 @@ class Planner(Needs):
         needs = (self.need(memory, how, self.batch_size, fused) for memory, how, fused in self.ways())
         return next((need for need in needs if self.fits(need)), None)
 
-    def what_would_fit(self) -> Need | None:
-        """Return the way that fits with the fewest changes: any of all, then smaller batches."""
-        sizes = [n for n in sorted({1, 2, 4, 8, self.batch_size}, reverse=True) if n <= self.batch_size]
-        needs = (self.need(memory, how, size, fused) for size in sizes for memory, how, fused in self.all_ways())
+    def what_would_fit(self, is_resumed: bool = False) -> Need | None:
+        """Return the way that fits with the fewest changes: any of all, then smaller batches.
+
+        is_resumed: of those that a run may go on with: of the config's batch size, stepped as it was, in a memory mode that
+        takes the config's over (trainer/optim.py).
+        """
+        ways, sizes = self.all_ways(), sorted({1, 2, 4, 8, self.batch_size}, reverse=True)
+        if is_resumed:
+            kept, sizes = (*self.memory_modes(), "exact", "paged"), [self.batch_size]
+            ways = [way for way in ways if way[0] in kept and way[2] in self.config.optimizer.fused_choices()]
+        needs = (self.need(memory, how, n, fused) for n in sizes if n <= self.batch_size for memory, how, fused in ways)
         return next((need for need in needs if self.fits(need)), None)
 
     def least(self) -> Need:
         """Return the way that takes the least of all."""
         return min((self.need(memory, how, 1, fused) for memory, how, fused in self.all_ways()), key=lambda n: n.needed)
 
-    def refusal(self) -> str:
-        """Return why the config fits in no way it leaves, and what would."""
+    def refusal(self, is_resumed: bool = False) -> str:
+        """Return why the config fits in no way it leaves, and what would. is_resumed: as of what_would_fit."""
         smallest = min(
             (self.need(memory, how, self.batch_size, fused) for memory, how, fused in self.ways()),
             key=lambda need: need.needed,
@@ -93,8 +100,10 @@ class Planner(Needs):
         where = f"{self.card.name} has {self.budget / GIB:.2f} GiB for it"
         if self.budget < GIB * self.card.usable_gib:
             where = f"memory.limit_gib allows {self.budget / GIB:.2f} GiB"
-        found = self.what_would_fit()
-        if found is None:
+        found = self.what_would_fit(is_resumed)
+        if found is None and is_resumed:
+            fix = "what a run may change when it goes on is not enough: go on where there is more"
+        elif found is None:
             least = self.least()
             fix = f"the least that any plan needs is {least.needed / GIB:.2f} GiB, with {least.settings()}"
         else:

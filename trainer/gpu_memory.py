@@ -45,7 +45,7 @@ def settle_on(
     planner = Planner(settled, card)
     need = planner.choose()
     if need is None:
-        raise ValueError(planner.refusal())
+        raise ValueError(planner.refusal(is_resumed=was_fused is not None))
     need = _as_before(need, before.get("between"), planner)
     return filled_in(settled, record(need)), need
 
@@ -115,10 +115,12 @@ def out_of_memory(
     fix = 'lower train.batch_size and raise train.accumulate, or set train.checkpointing = "full"'
     if card is not None and need is not None:
         budget = need.needed - MARGIN * (need.held + need.step)
-        planner = Planner(config, replace(card, usable_gib=budget / GIB))
-        found = planner.what_would_fit()
+        planner = Planner(filled_in(config, record(need)), replace(card, usable_gib=budget / GIB))
+        found = planner.what_would_fit(is_resumed=saved_step >= 0)
         if found is not None:
             fix = f"{found.needed / GIB:.2f} GiB are planned with {found.settings()}"
+        elif (found := planner.what_would_fit()) is not None:
+            fix = f"this run cannot go on in less; a new one is planned at {found.needed / GIB:.2f} GiB with {found.settings()}"
     return f"the GPU's memory was full in step {step}, bucket {bucket.width} x {bucket.height}, batch size {batch_size}; {kept}; {fix}"
 
 

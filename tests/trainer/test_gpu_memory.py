@@ -90,6 +90,20 @@ def test_a_full_memory_names_the_bucket_and_a_plan_that_needs_less():
     )
     assert "GiB are planned with --optimizer.memory" in line
     assert float(line.split("; ")[2].split()[0]) * GIB < need.needed
+    # with a checkpoint, what a run may change when it goes on; without one, all
+    assert "--optimizer.fused-backward false --train.batch-size 64" in line
+    planner = Planner(config_of(), ROOMY)
+    for memory, going_on in (
+        ("exact", "--optimizer.memory paged"),
+        ("paged", "cannot go on in less; a new one is planned at"),
+    ):
+        need = planner.need(memory, "offload", 64)
+        line = out_of_memory(config_of(), ROOMY, need, Bucket(96, 64), 64, 7, 5)
+        assert going_on in line
+        assert ("--train.batch-size 64" in line) == (memory == "exact")
+        anew = out_of_memory(config_of(), ROOMY, need, Bucket(96, 64), 64, 7, -1)
+        assert "; nothing was saved yet; " in anew
+        assert "go on" not in anew
 
 
 def test_a_run_whose_memory_is_full_ends_in_one_line_and_keeps_what_was_saved(make_config, monkeypatch):

@@ -24,7 +24,7 @@ PRESETS: dict[str, tuple[str, dict]] = {
         },
     ),
     "sd15": (
-        "Stable Diffusion 1.5 at 512 px, 8-bit Adam, checkpointing as the card needs",
+        "Stable Diffusion 1.5 at 512 px, 8-bit Adam, memory and checkpointing as the card needs",
         {
             "run": {"dir": "runs/sd15"},
             "model": {"base": SD15},

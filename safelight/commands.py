@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections import Counter
 
 EXIT_INTERRUPTED = 130
-# a list of captions for a thousand photos beside twenty of them would fill the screen
-MOST_LISTED = 20
 
 COMMANDS = {
     "init": "write a commented config: tiny, sd15, sd21, everydream2",
@@ -30,7 +27,12 @@ COMMANDS = {
 def _say_loading() -> None:
     """A word to whoever watches, before the seconds that libraries and models take; a file needs none."""
     if sys.stderr.isatty():
-        print("loading", file=sys.stderr, flush=True)
+        print("loading libraries and model", file=sys.stderr, flush=True)
+
+
+def _say_next(what: str) -> None:
+    """Tell what to do next, on stderr: what a command made, on stdout, is for other programs too."""
+    print(f"next: {what}", file=sys.stderr)
 
 
 def _print_json(value) -> None:
@@ -75,9 +77,8 @@ def prepare(argv: list[str]) -> int:
     arguments = parse(Prepare, argv, "prepare", COMMANDS["prepare"])
     if not arguments.sources:
         raise ValueError("no photos given; name one or more folders of photos, or files")
-    from safelight.data.captions import FILE_NAME, says_nothing
-    from safelight.data.ingest import REJECTED_NAME, ingest
-    from safelight.data.printable import printable
+    from safelight.data.ingest import ingest
+    from safelight.dataset_table import print_dataset
     from safelight.trainer.log import Terminal
 
     with Terminal() as terminal:
@@ -92,31 +93,7 @@ def prepare(argv: list[str]) -> int:
             "duplicates": summary.num_duplicates, "rejected": rejected, "warnings": [str(w) for w in summary.warnings],
         })  # fmt: skip
         return 0
-    for row in rejected[:MOST_LISTED]:
-        terminal.say(printable(f"left out {row['path']}: {row['reason']}"))
-    if len(rejected) > MOST_LISTED:
-        terminal.say(f"and {len(rejected) - MOST_LISTED} more, all listed in {arguments.out / REJECTED_NAME}")
-    for warning in summary.warnings[:MOST_LISTED]:
-        terminal.say(f"note: {warning}")
-    if len(summary.warnings) > MOST_LISTED:
-        terminal.say(f"and {len(summary.warnings) - MOST_LISTED} more notes; --json prints them all")
-    unsaid = [
-        p for p in summary.photos if p.caption_source == FILE_NAME and all(c and says_nothing(c) for c in p.captions)
-    ]
-    if unsaid:
-        terminal.say(
-            f"note: {len(unsaid)} of the photographs have no caption but a camera's file name ({unsaid[0].source}: "
-            f"{unsaid[0].captions[0]!r}), which would be learnt as a word; write IMG_1.txt beside IMG_1.jpg, or a captions.jsonl"
-        )
-    sources = Counter(p.caption_source for p in summary.photos)
-    num_rows = sum(r.is_row for r in summary.rejected)
-    rows = f", {num_rows} caption rows" if num_rows else ""
-    print(
-        f"{len(summary.photos)} photographs in {arguments.out} ({summary.num_copied} copied as they are, {summary.num_shrunk} shrunk, "
-        f"{summary.num_duplicates} duplicates dropped, {len(rejected) - num_rows - summary.num_duplicates} left out{rows})"
-    )
-    print("captions: " + ", ".join(f"{num} from {source}" for source, num in sources.most_common()))
-    print(f"next: safelight train run.toml --data.path {shlex.quote(str(arguments.out))}")
+    print_dataset(summary, arguments.out, terminal)
     return 0
 
 
@@ -125,6 +102,7 @@ def cache(argv: list[str]) -> int:
 
     arguments, config = parse_with_config(argv, "cache", COMMANDS["cache"])
     _say_loading()
+    from safelight.data.printable import counted
     from safelight.trainer.dataset import open_dataset
     from safelight.trainer.device import pick_device
     from safelight.trainer.log import Terminal
@@ -133,16 +111,18 @@ def cache(argv: list[str]) -> int:
     with Terminal() as terminal:
         dataset = open_dataset(config, base_of(config.model), pick_device(config.run.device), terminal.update)
     if dataset.num_damaged:
-        terminal.say(f"{dataset.num_damaged} rows of the cache were damaged and have been made again")
+        rows = counted(dataset.num_damaged, "damaged row")
+        terminal.say(f"{rows} of the cache made again")
     with dataset.cache:
         rows = dataset.counts()
         if arguments.json:
             _print_json({"made": dataset.num_made, "rows": len(dataset.cache), "buckets": rows})
             return 0
         _print_table(
-            f"{dataset.path}: {dataset.num_made} rows made, {len(dataset.cache)} in the cache", ("bucket", "train", "held out"),
+            f"{dataset.path}: {counted(dataset.num_made, 'row')} made, {len(dataset.cache)} in the cache", ("bucket", "train", "held out"),
             [(f"{r['width']} x {r['height']}", r["num_train"], r["num_validation"]) for r in rows],
         )  # fmt: skip
+    _say_next(f"safelight train {shlex.quote(argv[0])}, with the same options")
     return 0
 
 
@@ -224,6 +204,7 @@ def train(argv: list[str]) -> int:
 
     arguments, config = parse_with_config(argv, "train", COMMANDS["train"])
     _say_loading()
+    from safelight.data.printable import counted
     from safelight.trainer.log import Terminal
     from safelight.trainer.report.build import build_report
     from safelight.trainer.stop import Stop
@@ -237,11 +218,17 @@ def train(argv: list[str]) -> int:
             terminal.say("stopped before the first step: there is nothing to save; the cache is kept")
             return EXIT_INTERRUPTED
         # the run's own config holds what was given on the command line too
-        command = f"safelight train {outcome.run_dir / 'config.toml'} --resume"
+        command = f"safelight train {shlex.quote(str(outcome.run_dir / 'config.toml'))} --resume"
         terminal.say(f"saved at step {outcome.position.step}; go on with: {command}")
         return EXIT_INTERRUPTED
-    print(f"trained {outcome.position.step} steps; report: {build_report(outcome.run_dir)}")
-    print(f"next: safelight compare {outcome.run_dir}")
+    position = outcome.position
+    best = (
+        ""
+        if position.best_loss is None
+        else f", best held-out loss {position.best_loss:.4f} at step {position.best_step}"
+    )
+    print(f"trained {counted(position.step, 'step')}; report: {build_report(outcome.run_dir)}{best}")
+    print(f"next: safelight compare {shlex.quote(str(outcome.run_dir))}")
     return 0
 
 
@@ -285,6 +272,10 @@ def compare(argv: list[str]) -> int:
             terminal.say,
         )
     print(f"pairs in {folder}; report: {build_report(arguments.run)}")
+    run = shlex.quote(str(arguments.run))
+    print(
+        f"next: open the report in a browser; safelight export {run} -o {shlex.quote(arguments.run.resolve().name)}.safetensors"
+    )
     return 0
 
 
@@ -302,6 +293,10 @@ def export(argv: list[str]) -> int:
     for note in done.notes:
         Terminal().say(f"note: {note}")
     print(f"wrote {done.path}: step {done.step}, {arguments.dtype}, {done.num_bytes / 2**20:,.1f} MiB")
+    if done.path.is_dir():
+        _say_next(f"in Python: DiffusionPipeline.from_pretrained({str(done.path)!r})")
+    elif not done.notes:
+        _say_next("copy it to models/Stable-diffusion of A1111, or to models/checkpoints of ComfyUI")
     return 0
 
 
@@ -312,6 +307,7 @@ def report(argv: list[str]) -> int:
     from safelight.trainer.report.build import build_report
 
     print(build_report(arguments.run))
+    _say_next("open it in a browser; it is one file, to be sent as it is")
     return 0
 
 
@@ -355,16 +351,13 @@ def profile(argv: list[str]) -> int:
         _print_json(found.record)
         return 0
     analysis = found.analysis
-    _print_table(
-        f"a step takes {analysis.plain_ms:,.1f} ms, {analysis.step_ms:,.1f} under the profiler; model-FLOP use {100 * analysis.model_flop_use:.1f} %",
-        ("", "ms", "share"),
-        [
-            (name, f"{ms:.2f}", f"{100 * ms / sum(part.values()):.0f} %")
-            for part in (analysis.stretches, analysis.kinds) for name, ms in part.items()
-        ],
-    )  # fmt: skip
+    title = f"a step takes {analysis.plain_ms:,.1f} ms, {analysis.step_ms:,.1f} under the profiler; model-FLOP use {100 * analysis.model_flop_use:.1f} %"
+    for head, part in ((title, analysis.stretches), ("the same by what the operators do", analysis.kinds)):
+        rows = [(name, f"{ms:.2f}", f"{100 * ms / sum(part.values()):.0f} %") for name, ms in part.items()]
+        _print_table(head, ("", "ms", "share"), rows)
     for file in found.files:
         print(file)
+    _say_next(f"open {found.files[0]} in a browser")
     return 0
 
 

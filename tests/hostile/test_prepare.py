@@ -135,8 +135,8 @@ def test_a_list_of_a_hundred_captions_beside_one_photo_does_not_fill_the_screen(
         Image.new("RGB", (80, 80), (n, 99, 3 * n)).save(tmp_path / "p" / f"{n}.png")
     called = call("prepare", str(tmp_path / "p"), "-o", str(tmp_path / "d"))
     lines = called.err.splitlines()
-    assert sum(line.startswith("left out ") for line in lines) == 20
-    assert f"and 70 more, all listed in {tmp_path / 'd' / 'rejected.jsonl'}" in lines
+    assert sum(line.startswith("left out ") for line in lines) == 3
+    assert f"and 87 more caption rows, all listed in {tmp_path / 'd' / 'rejected.jsonl'}" in lines
     assert sum(line.startswith("note: ") for line in lines) == 20
     assert "and 10 more notes; --json prints them all" in lines
     assert "30 photographs" in called.out

@@ -1,10 +1,6 @@
-"""The whole way by its commands, what they print, and how they fail."""
+"""The whole way by its commands, what they print, and a process of its own."""
 
-import contextlib
-import errno
-import io
 import json
-import logging
 import os
 import re
 import shutil
@@ -19,43 +15,16 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
-from safelight.__main__ import COMMANDS, main
 from safelight.trainer.checkpoint import list_checkpoints
 from safelight.trainer.config import load_config
 from safelight.trainer.presets import preset
+from tests.called import Called, call
 
 NUM_STEPS = 5
 SMALL = (
     f"--train.max-steps {NUM_STEPS} --train.batch-size 4 --log.every-steps 2 --validate.max-images 4 "
     "--sample.steps 2 --sample.num-prompts 2 --data.variants 1"
 ).split()  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def logging_as_it_was():
-    """A command silences logging for its process; here that is the tests' own."""
-    yield
-    logging.disable(logging.NOTSET)
-
-
-@dataclass
-class Called:
-    """What a command left: exit status and both streams."""
-
-    status: int
-    out: str
-    err: str
-
-
-def call(*argv: object) -> Called:
-    """Run a command in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            status = main([str(word) for word in argv])
-        except SystemExit as end:
-            status = end.code
-    return Called(status, out.getvalue(), err.getvalue())
 
 
 @dataclass
@@ -192,6 +161,46 @@ def test_train_leaves_a_whole_run(journey):
     assert f"safelight compare {run}" in journey.called["train"].out
 
 
+def test_each_command_says_what_comes_next(journey):
+    def said(name: str) -> str:
+        return journey.called[name].out + journey.called[name].err
+
+    run = journey.run
+    for name, words in {
+        "init": "next: safelight prepare",
+        "prepare again": "next: safelight train run.toml --data.path",
+        "cache again": f"next: safelight train {journey.root / 'run.toml'}",
+        "train": f"next: safelight compare {run}",
+        "compare": f"safelight export {run} -o run.safetensors",
+        "export folder": f"next: in Python: DiffusionPipeline.from_pretrained('{journey.root / 'mine'}')",
+        "report": "next: open it in a browser",
+    }.items():
+        assert words in said(name), name
+    # what a program would read holds no advice
+    assert journey.called["report"].out == f"{run / 'report.html'}\n"
+    train = journey.called["train"].out.splitlines()[0]
+    (best,) = re.findall(r"best held-out loss ([\d.]+) at step \d+$", train)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert best == f"{min(r['loss'] for r in rows if r.get('split') == 'held_out'):.4f}"
+
+
+def test_captions_without_a_photograph_and_captions_all_the_same(tmp_path, tiny_dataset):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number, path in enumerate(sorted((tiny_dataset.parent / "photos").glob("*.png"))[:3]):
+        shutil.copy(path, photos / f"lake_{number}.png")
+    rows = [{"file_name": f"gone{number}.png", "text": "x"} for number in range(5)]
+    (photos / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    told = call("prepare", photos, "-o", tmp_path / "dataset")
+    assert told.status == 0
+    assert "3 photographs in" in told.out
+    assert "0 left out, 5 caption rows)" in told.out
+    assert "for example: photos/lake_0.png is 'lake'" in told.out
+    assert told.err.count("left out ") == 3
+    assert "and 2 more caption rows, all listed in" in told.err
+    assert "note: 3 photographs have this one caption from their names; write IMG_1.txt" in told.err
+
+
 def test_sample_draws_the_same_image_for_the_same_seed(journey):
     files = [Path(line) for line in journey.called["sample"].out.splitlines()]
     assert [path.parent for path in files] == [journey.run / "images"] * 2
@@ -277,137 +286,6 @@ def test_train_into_a_run_that_is_there_is_refused(journey):
     )
     assert (journey.run / "metrics.jsonl").read_bytes() == before
 
-
-# mistakes
-
-
-def test_an_unknown_command_is_told_with_the_nearest():
-    assert call("trian").err == "safelight: 'trian' is no command; did you mean train?\n"
-    assert call("trian").status == 2
-    assert call("xyz").err == "safelight: 'xyz' is no command; see safelight --help\n"
-
-
-@pytest.mark.parametrize("command", ["train", "plan", "cache"])
-def test_the_config_is_asked_for(command, tmp_path):
-    for words in ([], ["--train.max-steps", "3"]):
-        asked = call(command, *words)
-        assert asked.status == 2
-        assert asked.err.startswith(f"safelight {command}: the config comes first: safelight {command} run.toml")
-    missing = call(command, tmp_path / "none.toml")
-    assert missing.status == 2
-    assert missing.err.startswith(f"safelight {command}: {tmp_path / 'none.toml'} does not exist; write one with")
-
-
-@pytest.mark.parametrize("command", ["sample", "compare", "export", "report"])
-def test_a_folder_that_is_no_run_is_one_line(command, tmp_path):
-    others = {"sample": ["--prompt", "x"], "export": ["-o", tmp_path / "out"]}
-    refused = call(command, tmp_path / "none", *others.get(command, []))
-    assert refused.status == 2
-    assert refused.err.startswith(f"safelight {command}: ")
-    assert str(tmp_path / "none") in refused.err
-    assert refused.err.count("\n") == 1
-
-
-def test_prepare_without_photos_says_so(tmp_path):
-    asked = call("prepare")
-    assert (asked.status, asked.err) == (
-        2,
-        "safelight prepare: no photos given; name one or more folders of photos, or files\n",
-    )
-    (tmp_path / "empty").mkdir()
-    empty = call("prepare", tmp_path / "empty", "-o", tmp_path / "dataset")
-    assert empty.status == 2
-    assert empty.err.startswith(f"safelight prepare: no photo found in {tmp_path / 'empty'}; give a folder that holds")
-    assert not (tmp_path / "dataset" / "manifest.jsonl").exists()
-
-
-def test_a_dataset_that_was_not_prepared_is_one_line(tmp_path):
-    call("init", "tiny", "-o", tmp_path / "run.toml")
-    for command in ("cache", "train"):
-        refused = call(command, tmp_path / "run.toml", "--data.path", tmp_path / "none", "--run.dir", tmp_path / "run")
-        assert refused.status == 2
-        assert refused.err.startswith(f"safelight {command}: {tmp_path / 'none' / 'manifest.jsonl'} does not exist;")
-        assert refused.err.count("\n") == 1
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        ("prepare photos --qualty 3", "Unrecognized options: --qualty, 3; Perhaps you meant: --quality INT"),
-        ("prepare photos --quality", "Missing value for argument '--quality'. Expected 1 values"),
-        ("prepare photos --quality 1.5", "Error parsing --quality: invalid literal for int() with base 10: '1.5'"),
-        ("sample runs/x", "missing: --prompt TEXT [TEXT ...]"),
-        ("init", "missing: PRESET"),
-        ("report", "missing: RUN"),
-        ("export runs/x", "missing: -o FILE, --out FILE"),
-        ("bench step --repeat 3", "Unrecognized options: --repeat, 3; Perhaps you meant: --repeats INT"),
-    ],
-)
-def test_a_mistake_in_options_is_one_line_with_a_hint(words, told):
-    """tyro says it in a box; here every mistake reads alike."""
-    refused = call(*words.split())
-    command = words.split()[0]
-    page = "bench step" if command == "bench" else command
-    assert refused.status == 2
-    assert refused.out == ""
-    assert refused.err == f"safelight {command}: {told}; see safelight {page} --help\n"
-
-
-def test_the_developer_can_have_the_traceback(monkeypatch):
-    monkeypatch.setenv("SAFELIGHT_TRACEBACK", "1")
-    with pytest.raises(ValueError, match="'nope' is unknown"):
-        main(["init", "nope"])
-
-
-@pytest.mark.parametrize("words", ["--help", "init --help", "init tiny -o"])
-def test_a_reader_that_goes_away_is_no_error(words, tmp_path):
-    """`safelight ... | head -0`"""
-    read_end, write_end = os.pipe()
-    os.close(read_end)
-    command = [sys.executable, "-m", "safelight", *words.split()]
-    # with a buffer, as at home, the pipe is met only when that is flushed
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    result = subprocess.run(
-        [*command, tmp_path / "run.toml"] if words.endswith("-o") else command,
-        stdout=write_end, stderr=subprocess.PIPE, text=True, check=False, env=environment,
-    )  # fmt: skip
-    os.close(write_end)
-    assert (result.returncode, result.stderr) == (0, "")
-
-
-def test_a_full_disk_is_one_line(monkeypatch, tmp_path):
-    import safelight.data.atomic as atomic
-
-    def full(path, text):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-
-    monkeypatch.setattr(atomic, "atomic_write_text", full)
-    refused = call("init", "tiny", "-o", tmp_path / "run.toml")
-    assert refused.status == 2
-    assert refused.err.startswith("safelight init: ")
-    assert "No space left on device" in refused.err
-    assert refused.err.count("\n") == 1
-
-
-def test_a_failure_of_our_own_keeps_its_traceback(monkeypatch):
-    import safelight.trainer.presets as presets
-
-    def broken(name):
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(presets, "preset", broken)
-    with pytest.raises(ZeroDivisionError):
-        main(["init", "tiny"])
-
-
-def test_every_command_has_its_function():
-    from safelight import commands
-
-    assert all(callable(getattr(commands, name)) for name in COMMANDS)
-
-
-# a process of its own: what libraries print, and Ctrl-C
 
 OWN_LINES = [
     r"captions \d+/\d+",

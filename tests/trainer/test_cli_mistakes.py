@@ -1,0 +1,137 @@
+"""Mistakes on the command line: each is one readable line, and what is our own failure keeps its traceback."""
+
+import errno
+import os
+import subprocess
+import sys
+
+import pytest
+
+from safelight.__main__ import COMMANDS, main
+from tests.called import call
+
+
+def test_an_unknown_command_is_told_with_the_nearest():
+    assert call("trian").err == "safelight: 'trian' is no command; did you mean train?\n"
+    assert call("trian").status == 2
+    assert call("xyz").err == "safelight: 'xyz' is no command; see safelight --help\n"
+
+
+@pytest.mark.parametrize("command", ["train", "plan", "cache"])
+def test_the_config_is_asked_for(command, tmp_path):
+    for words in ([], ["--train.max-steps", "3"]):
+        asked = call(command, *words)
+        assert asked.status == 2
+        assert asked.err.startswith(f"safelight {command}: the config comes first: safelight {command} run.toml")
+    missing = call(command, tmp_path / "none.toml")
+    assert missing.status == 2
+    assert missing.err.startswith(f"safelight {command}: {tmp_path / 'none.toml'} does not exist; write one with")
+
+
+@pytest.mark.parametrize("command", ["sample", "compare", "export", "report"])
+def test_a_folder_that_is_no_run_is_one_line(command, tmp_path):
+    others = {"sample": ["--prompt", "x"], "export": ["-o", tmp_path / "out"]}
+    refused = call(command, tmp_path / "none", *others.get(command, []))
+    assert refused.status == 2
+    assert refused.err.startswith(f"safelight {command}: ")
+    assert str(tmp_path / "none") in refused.err
+    assert refused.err.count("\n") == 1
+
+
+def test_prepare_without_photos_says_so(tmp_path):
+    asked = call("prepare")
+    assert (asked.status, asked.err) == (
+        2,
+        "safelight prepare: no photos given; name one or more folders of photos, or files\n",
+    )
+    (tmp_path / "empty").mkdir()
+    empty = call("prepare", tmp_path / "empty", "-o", tmp_path / "dataset")
+    assert empty.status == 2
+    assert empty.err.startswith(f"safelight prepare: no photo found in {tmp_path / 'empty'}; give a folder that holds")
+    assert not (tmp_path / "dataset" / "manifest.jsonl").exists()
+
+
+def test_a_dataset_that_was_not_prepared_is_one_line(tmp_path):
+    call("init", "tiny", "-o", tmp_path / "run.toml")
+    for command in ("cache", "train"):
+        refused = call(command, tmp_path / "run.toml", "--data.path", tmp_path / "none", "--run.dir", tmp_path / "run")
+        assert refused.status == 2
+        assert refused.err.startswith(f"safelight {command}: {tmp_path / 'none' / 'manifest.jsonl'} does not exist;")
+        assert refused.err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("prepare photos --qualty 3", "Unrecognized options: --qualty, 3; Perhaps you meant: --quality INT"),
+        ("prepare photos --quality", "Missing value for argument '--quality'. Expected 1 values"),
+        ("prepare photos --quality 1.5", "Error parsing --quality: invalid literal for int() with base 10: '1.5'"),
+        ("sample runs/x", "missing: --prompt TEXT [TEXT ...]"),
+        ("init", "missing: PRESET"),
+        ("report", "missing: RUN"),
+        ("export runs/x", "missing: -o FILE, --out FILE"),
+        ("bench step --repeat 3", "Unrecognized options: --repeat, 3; Perhaps you meant: --repeats INT"),
+    ],
+)
+def test_a_mistake_in_options_is_one_line_with_a_hint(words, told):
+    """tyro says it in a box; here every mistake reads alike."""
+    refused = call(*words.split())
+    command = words.split()[0]
+    page = "bench step" if command == "bench" else command
+    assert refused.status == 2
+    assert refused.out == ""
+    assert refused.err == f"safelight {command}: {told}; see safelight {page} --help\n"
+
+
+def test_the_developer_can_have_the_traceback(monkeypatch):
+    monkeypatch.setenv("SAFELIGHT_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="'nope' is unknown"):
+        main(["init", "nope"])
+
+
+@pytest.mark.parametrize("words", ["--help", "init --help", "init tiny -o"])
+def test_a_reader_that_goes_away_is_no_error(words, tmp_path):
+    """`safelight ... | head -0`"""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = [sys.executable, "-m", "safelight", *words.split()]
+    # with a buffer, as at home, the pipe is met only when that is flushed
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    result = subprocess.run(
+        [*command, tmp_path / "run.toml"] if words.endswith("-o") else command,
+        stdout=write_end, stderr=subprocess.PIPE, text=True, check=False, env=environment,
+    )  # fmt: skip
+    os.close(write_end)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_a_full_disk_is_one_line(monkeypatch, tmp_path):
+    import safelight.data.atomic as atomic
+
+    def full(path, text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(atomic, "atomic_write_text", full)
+    refused = call("init", "tiny", "-o", tmp_path / "run.toml")
+    assert refused.status == 2
+    assert refused.err.startswith("safelight init: ")
+    assert "No space left on device" in refused.err
+    assert refused.err.count("\n") == 1
+
+
+def test_a_failure_of_our_own_keeps_its_traceback(monkeypatch):
+    import safelight.trainer.presets as presets
+
+    def broken(name):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(presets, "preset", broken)
+    with pytest.raises(ZeroDivisionError):
+        main(["init", "tiny"])
+
+
+def test_every_command_has_its_function():
+    from safelight import commands
+
+    assert all(callable(getattr(commands, name)) for name in COMMANDS)

@@ -1,0 +1,41 @@
+"""Run folders that lack much, and one full of hostile text."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+HOSTILE = (
+    "</title></script></style></textarea>--><script>window.pwned=1</script><img src=x onerror=window.pwned=2>"
+    "<svg onload=window.pwned=3> [x](javascript:window.pwned=4) javascript:window.pwned=5 {{7*7}} ${window.pwned=6} "
+    "<%= 7*7 %> \" onclick=window.pwned=7 ' \u202eturned around " + "W" * 10_000
+)
+HEBREW = "שועל אדום עומד בעשב גבוה"
+
+
+def rewrite(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def keep_lines(run: Path, kept: Callable[[dict], bool]) -> None:
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(line for line in lines if kept(json.loads(line))))
+
+
+def make_hostile(run: Path) -> None:
+    """Put the hostile text wherever a run folder holds text."""
+
+    def poisoned(value: object) -> object:
+        if isinstance(value, dict):
+            return {key: item if key == "file" else poisoned(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [poisoned(item) for item in value]
+        return HOSTILE if isinstance(value, str) and not value.endswith(".png") else value
+
+    for path in (*run.glob("*.json"), *run.glob("compare/*.json"), *run.glob("samples/*/*.json")):
+        path.write_text(json.dumps(poisoned(json.loads(path.read_text()))))
+    data = json.loads((run / "data.json").read_text())
+    data["examples"][0]["caption"] = HEBREW
+    (run / "data.json").write_text(json.dumps(data))
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"kind": "event", "step": 1, "event": HOSTILE, "detail": HOSTILE, "time": 1}) + "\n")
+    (run / "config.toml").write_text(f"[run]\ndir = {json.dumps(HOSTILE)}\n")

@@ -117,6 +117,10 @@ def test_bytes_flops_and_the_roofline_by_hand():
         (False, "mm"): Cost("linear", sizes=Counter({(product_bytes, 2 * 4 * 8 * 16): 1})),
         (False, "add_"): Cost("elementwise", sizes=Counter({(sum_bytes, 0): 1})),
     }
+    with OperatorCosts([]) as costs:
+        # eight numbers that are there once, read as 32
+        torch.ones(1, 8).expand(4, 8).exp()
+    assert costs.costs[False, "exp"].num_bytes == 4 * (8 + 4 * 8)
     # 10 GB in a second at 10 GB/s; 50 GFLOP in two seconds at 50 GFLOP/s
     memory, matrices = Cost(sizes=Counter({(10**10, 0): 1})), Cost(sizes=Counter({(10**9, 50 * 10**9): 1}))
     assert roofline_share(memory, 1000, CEILINGS) == pytest.approx(1)

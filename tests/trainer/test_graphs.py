@@ -4,6 +4,7 @@ import copy
 from collections.abc import Iterable
 from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from safelight.trainer.graphs import CudaRecorder, Shape, StepGraphs, shapes_of
 from safelight.trainer.meta_run import MetaRun
 from safelight.trainer.models import resolve_base
 from safelight.trainer.optim import UNetOptimizer
-from safelight.trainer.step import micro_step, train_step, upload
+from safelight.trainer.step import MicroResult, micro_step, train_step, upload
 from tests.trainer.recorded import CpuRecorder, OperatorTape
 
 # the optimizer's reference reads the skip flags back; its kernel does not
@@ -213,6 +214,22 @@ def test_a_capture_that_fails_tells_what_it_met_first(monkeypatch, met, expected
 
     with pytest.raises(expected, match=r"\(not permitted\); set train.cuda_graphs|^full$"):
         CudaRecorder(torch.device("cuda")).record(run)
+
+
+def test_a_steps_losses_outlive_the_next_replay():
+    """Micro-batches in the middle of a step are replayed by one graph, which writes each time to the same place."""
+    place, batches = torch.zeros(2), [batch_of(number, LARGE) for number in range(4)]
+
+    def graphs(inputs, is_first: bool, is_last: bool) -> MicroResult:
+        place.copy_(inputs.mean_BCHW.mean((1, 2, 3)))
+        return MicroResult(place, *((torch.ones(()), torch.ones((), dtype=torch.bool)) if is_last else (None, None)))
+
+    optimizer = SimpleNamespace(set_hyper=lambda *_: None)
+    result = train_step(
+        None, optimizer, batches, make_schedule(resolve_base("tiny").config_of("scheduler")), 1.0, Loss(), seed=1, epoch=0,
+        num_samples=8, lr=1e-3, weight_decay=0.0, max_grad_norm=1.0, graphs=graphs,
+    )  # fmt: skip
+    assert torch.equal(result.losses, torch.cat([batch.mean_BCHW.mean((1, 2, 3)) for batch in batches]))
 
 
 def test_what_reads_back_or_is_rebound_does_not_replay():

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from matplotlib.figure import Figure
 from torch.autograd import DeviceType
 
 from safelight.bench.analysis import IDLE, STRETCHES, Analysis, median_step
 from safelight.bench.session import STEP, TRACE_NAME, Session
+from safelight.data.printable import counted
 from safelight.trainer.report.build import MARK
 from safelight.trainer.report.markup import Markup, details, join, table, tag
 from safelight.trainer.report.svg import PALETTE, new_figure, to_svg
 from safelight.trainer.report.theme import CSS, JS, content_security_policy
 
-WIDTH_PX, ROW_PX, MAX_DEPTH, LEAST_PX, LETTER_PX = 1080, 19, 8, 0.3, 6.4
+WIDTH_PX, NARROW_PX, ROW_PX, MAX_DEPTH, LEAST_PX, LETTER_PX = 1080, 358, 19, 8, 0.3, 6.4
 NUM_OPERATORS, NUM_BLOCKS, MAX_POINTS = 20, 12, 2000
 MIB = 2**20
 
@@ -78,7 +80,7 @@ def flame_chart(session: Session) -> Markup:
         "svg", drawn, class_="graph", viewBox=f"0 0 {WIDTH_PX} {height}", width=WIDTH_PX, height=height, role="img",
         aria_label=f"Flame chart of a step of {whole / 1e3:.0f} ms",
     )  # fmt: skip
-    return tag("div", svg, class_="scroll", tabindex=0)
+    return tag("div", svg, class_="scroll chart", tabindex=0)
 
 
 def _thinned(points: list[tuple[float, int]]) -> list[tuple[float, int]]:
@@ -88,18 +90,29 @@ def _thinned(points: list[tuple[float, int]]) -> list[tuple[float, int]]:
 
 
 def _timeline(points: list[tuple[float, int]], marks: list[tuple[str, float, float]], name: str, label: str) -> Markup:
-    """Return bytes over time. points: (ms, bytes); marks: (name, from ms, to ms), shaded in turn."""
-    figure = new_figure(WIDTH_PX, 260)
+    """Return bytes over time, for a desk's and a phone's width. points: (ms, bytes); marks: (name, from ms, to ms), shaded in turn."""
+    drawings = [
+        to_svg(_timeline_figure(points, marks, width, height), f"{name}-{kind}", label, kind)
+        for kind, width, height in (("wide", WIDTH_PX, 260), ("narrow", NARROW_PX, 230))
+    ]
+    return tag("figure", drawings, class_="wide")
+
+
+def _timeline_figure(
+    points: list[tuple[float, int]], marks: list[tuple[str, float, float]], width: int, height: int
+) -> Figure:
+    figure = new_figure(width, height)
     axes = figure.add_subplot()
+    thin = _thinned(points)
+    x, y = [p[0] for p in thin], [p[1] / MIB for p in thin]
     for number, (mark, start, end) in enumerate(marks):
         if number % 2 == 0:
             axes.axvspan(start, end, color=PALETTE["grid"], linewidth=0)
-        axes.annotate(
-            mark, ((start + end) / 2, 0.99), xycoords=("data", "axes fraction"), ha="center", va="top", fontsize=9,
-            color=PALETTE["muted"],
-        )  # fmt: skip
-    thin = _thinned(points)
-    x, y = [p[0] for p in thin], [p[1] / MIB for p in thin]
+        if (end - start) / (max(x) - min(x) + 1e-9) * width > LETTER_PX * len(mark):
+            axes.annotate(
+                mark, ((start + end) / 2, 0.99), xycoords=("data", "axes fraction"), ha="center", va="top", fontsize=9,
+                color=PALETTE["muted"],
+            )  # fmt: skip
     axes.fill_between(x, y, step="post", color=PALETTE["faint"], linewidth=0)
     axes.step(x, y, where="post", color=PALETTE["accent"], linewidth=1.2)
     axes.set_xlim(min(x), max(x))
@@ -111,7 +124,7 @@ def _timeline(points: list[tuple[float, int]], marks: list[tuple[str, float, flo
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
         axes.spines[side].set_color(PALETTE["faint"])
-    return tag("figure", to_svg(figure, name, label), class_="wide")
+    return figure
 
 
 def memory_section(session: Session) -> Markup:
@@ -141,7 +154,7 @@ def memory_section(session: Session) -> Markup:
         parts += [tag("h3", label), note, _timeline(saved, [], "saved", label)]
         blocks = sorted(session.saved.by_block.items(), key=lambda item: -item[1])
         rows = [(name, f"{n / MIB:.2f}", f"{100 * n / (peak * MIB):.0f} %") for name, n in blocks[:NUM_BLOCKS]]
-        parts.append(table(("part", "MiB saved", "of the peak"), rows))
+        parts.append(table(("part", "MiB saved", "of the peak"), rows, class_="figures"))
     return tag("section", tag("h2", "Memory"), parts, id="memory")
 
 
@@ -154,7 +167,7 @@ def _bar(share: float) -> Markup:
 def _shares(head: str, rows: dict[str, float]) -> Markup:
     total = sum(rows.values()) or 1.0
     cells = [(name, f"{ms:.2f}", f"{100 * ms / total:.1f} %", _bar(ms / total)) for name, ms in rows.items()]
-    return table((head, "ms a step", "share", ""), cells)
+    return table((head, "ms a step", "share", ""), cells, class_="figures barred")
 
 
 def _tiles(pairs: list[tuple[str, str, str]]) -> Markup:
@@ -180,7 +193,7 @@ def _operator_rows(analysis: Analysis) -> list[tuple]:
 def _told(session: Session) -> str:
     batch, _, height, width = session.shape
     times = f"{session.accumulate} x " if session.accumulate > 1 else ""
-    return f"{times}{batch} photographs, {height} x {width} latents"
+    return f"{times}{counted(batch, 'photograph')}, {height} x {width} latents"
 
 
 def render(session: Session, analysis: Analysis, ceilings: dict, title: str, place: str) -> str:
@@ -205,7 +218,7 @@ def render(session: Session, analysis: Analysis, ceilings: dict, title: str, pla
             "main",
             tag(
                 "section", tag("h2", "Where the step's time goes"), _shares("stretch", analysis.stretches),
-                tag("p", f"{len(session.chosen)} steps of {_told(session)} under the profiler, which slows them: {analysis.step_ms:,.1f} ms each.", class_="note"),
+                tag("p", f"{counted(len(session.chosen), 'step')} of {_told(session)} under the profiler, which slows it: {analysis.step_ms:,.1f} ms a step.", class_="note"),
                 id="stretches",
             ),
             tag(
@@ -224,8 +237,8 @@ def render(session: Session, analysis: Analysis, ceilings: dict, title: str, pla
                     f"{ceilings['copy_gb_per_s']:.1f} GB/s of copies. An operator at 100 % is as fast as its bytes, read and written "
                     "once, and its FLOPs allow; above it, the cache has helped.", class_="note",
                 ),
-                table(("operator", "class", "calls", "ms a step", "GB/s", "GFLOP/s", "of the roofline"), _operator_rows(analysis)),
-                details("All operators", table(("operator", "class", "calls", "ms a step"), [(o.name, o.kind, f"{o.calls:,.0f}", f"{o.ms:.3f}") for o in analysis.operators])),
+                table(("operator", "class", "calls", "ms a step", "GB/s", "GFLOP/s", "of the roofline"), _operator_rows(analysis), class_="figures of-class"),
+                details("All operators", table(("operator", "class", "calls", "ms a step"), [(o.name, o.kind, f"{o.calls:,.0f}", f"{o.ms:.3f}") for o in analysis.operators], class_="figures of-class")),
                 id="roofline",
             ),
             memory_section(session),

@@ -36,7 +36,10 @@ def profile_run(config: Config, num_steps: int, out: Path, terminal: Terminal | 
     """Profile steps of a run into a folder. Raises ValueError as run_session does."""
     device = pick_device(config.run.device)
     dtype = pick_dtype(config.model.precision, device)
+    terminal = terminal or Terminal()
     session = run_session(config, num_steps, out, terminal)
+    terminal.pause()
+    terminal.say("measuring what this machine can do, and reading the trace")
     if device.type == "cuda":
         # our kernels are no operators: followed on meta tensors, each launch tells its tensors
         batch, _, height, width = session.shape

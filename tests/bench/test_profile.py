@@ -158,6 +158,10 @@ def test_the_trace_and_the_page_stand_alone(session):
     assert not re.search(r'(?:src|href)="(?!#)|url\((?!#)|https?://', page)
     assert "style=" not in page
     assert page.count("<rect") > 100
+    # for a phone: timelines of its width, figures that stay in one piece, a flame chart that scrolls
+    assert page.count('class="graph narrow"') == page.count('class="graph wide"') == 2
+    assert page.count("<table") == page.count('<table class="figures') == 5
+    assert 'class="scroll chart"' in page
     # a step twice as fast has twice the photographs
     rate = re.compile(r"([\d.,]+) <small>a second")
     once, twice = (

@@ -103,6 +103,11 @@ table:not(.strip) tbody th{font-weight:500}
 .scores td,.scores th{min-width:9rem}
 .scores td.nowrap{white-space:nowrap;min-width:0}
 .nowrap{white-space:nowrap}
+.figures th,.figures td{white-space:nowrap}
+.figures td,.figures thead th:not(:first-child){text-align:right}
+.figures.of-class td:nth-child(2),.figures.of-class th:nth-child(2),.figures.barred td:last-child{text-align:left}
+.figures svg{display:inline-block;vertical-align:middle}
+.chart svg.graph{width:1080px;max-width:none}
 .buckets{display:grid;grid-template-columns:auto auto 1fr auto;gap:7px 14px;align-items:center;font-size:.875rem;margin:.6rem 0;max-width:640px}
 .buckets .shape{width:38px;height:38px;display:block}
 .buckets .bar{width:100%;height:12px;display:block}
@@ -141,7 +146,9 @@ dialog p.keys{color:#b3a69f;font-size:.8rem;margin-top:4px}
 dialog figcaption{color:#b3a69f;text-align:center}
 @media (max-width:700px){main,header{padding:0 16px}header{padding-top:24px}footer{padding:32px 16px}
 section{padding-top:32px;margin-top:32px}svg.wide{display:none}svg.narrow{display:block}
-.tiles .value{font-size:1.3rem}.tiles div{padding:12px 12px 11px;flex-basis:140px}
+.tiles{display:grid;grid-template-columns:repeat(2,minmax(0,1fr))}.tiles div:last-child:nth-child(odd){grid-column:1/-1}
+.tiles .value{font-size:1.3rem;white-space:normal}.tiles div{padding:12px 12px 11px}
+.figures svg{width:96px}.figures tbody th{white-space:normal;min-width:7rem;max-width:11rem}
 .strip td{min-width:104px}.graphs svg text{font-size:12px}.readout span{display:block;margin:0}
 .scores thead{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
 .scores tbody tr{display:grid;grid-template-columns:repeat(3,1fr);border-bottom:1px solid var(--line);padding:10px 0}

@@ -56,3 +56,11 @@ def tiny() -> Base:
 def base_folder(tmp_path) -> Path:
     """A copy of the tiny base, to be spoilt."""
     return Path(shutil.copytree(tiny_folder(), tmp_path / "base"))
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory) -> Path:
+    """The folder of a run of the tiny base with one checkpoint. Read only."""
+    from tests.trainer.exported_runs import make_run
+
+    return make_run(tmp_path_factory.mktemp("tiny") / "run")

@@ -5,6 +5,7 @@ import json
 import re
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,11 +13,13 @@ from torch import nn
 
 from safelight.__main__ import main
 from safelight.bench import count
+from safelight.bench import session as recording
 from safelight.bench.analysis import STRETCHES, analyse, chosen_events, roofline_share, step_events
 from safelight.bench.costs import Cost, OperatorCosts
 from safelight.bench.profile_page import boxes, render
 from safelight.bench.results import read
 from safelight.bench.session import SavedTensors, run_session
+from safelight.trainer.config import Config
 from safelight.trainer.models import resolve_base
 from safelight.trainer.ranges import named, told_to
 
@@ -130,6 +133,47 @@ def test_bytes_flops_and_the_roofline_by_hand():
     assert both.least_ms(CEILINGS) == pytest.approx(2000)
     assert (both.calls, both.num_bytes, both.flops) == (2, 11 * 10**9, 50 * 10**9)
     assert roofline_share(Cost(), 1, CEILINGS) is None
+
+
+def test_the_largest_batch_of_the_first_steps_is_spoken_of(monkeypatch, tmp_path):
+    now = [0.0]
+    monkeypatch.setattr(recording, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    conductor = recording._Conductor(1, torch.device("cpu"), tmp_path)
+    monkeypatch.setattr(conductor.profiler, "start", lambda: None)
+    # the first step makes states and compiles: it is neither timed nor chosen
+    for size, seconds in ((9, 60.0), (2, 1.0), (3, 5.0), (3, 4.0)):
+        now[0] += seconds
+        conductor._warmed((size, 4, 8, 8))
+    assert (conductor.shape, conductor.plain_ms) == ((3, 4, 8, 8), 4000.0)
+
+
+def test_a_gpus_memory_history_is_recorded_beside_the_steps_and_left_in_a_file(monkeypatch, tmp_path):
+    told = []
+    monkeypatch.setattr(recording, "profile", lambda activities, **_: SimpleNamespace(
+        start=lambda: told.append("profiler begins"), stop=lambda: told.append("profiler ends"),
+    ))  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda enabled="all", **_: told.append(enabled))
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda file: told.append(file))
+    conductor = recording._Conductor(1, torch.device("cuda"), tmp_path)
+    for _ in range(recording.NUM_WARMUPS):
+        conductor._warmed((2, 4, 8, 8))
+    assert told == ["all", "profiler begins"]
+    conductor._stop_profiler()
+    assert told[2:] == [str(tmp_path / "memory.pickle"), None, "profiler ends"]
+
+
+def test_nothing_but_steps_is_profiled(tmp_path):
+    """Checkpoints, validation, samples and TensorBoard are off, in a folder of its own; the run's own settings stay."""
+    config = Config()
+    config.train.max_steps, config.save.every_steps, config.save.every_epochs = 7, 1, 1
+    before = config.model_copy(deep=True)
+    found = recording.settings_for(config, tmp_path / "elsewhere")
+    assert config == before
+    assert (found.run.dir, found.train.max_steps, found.log.tensorboard) == (str(tmp_path / "elsewhere"), 0, False)
+    assert [found.save.every_steps, found.save.every_epochs] == [0, 0]
+    assert [found.validate_.every_epochs, found.sample.every_epochs] == [0, 0]
+    assert (found.train.batch_size, found.optimizer) == (config.train.batch_size, config.optimizer)
 
 
 def test_saved_tensors_live_from_the_first_saving_to_the_last_release():

@@ -77,7 +77,7 @@ def test_checkpointings_second_forward_pass_is_no_work_of_the_models():
 @pytest.fixture
 def told(monkeypatch, tmp_path, capsys) -> tuple[dict, str]:
     monkeypatch.setattr(ceilings_module, "SMALL", (256, 2**23, 3))
-    words = f"bench roofline --model tiny --device cpu --repeats 2 --steps 1 --checkpointing full --append {tmp_path / 'r.jsonl'}"
+    words = f"bench roofline --model tiny --device cpu --repeats 2 --steps 1 --batch-size 2 --checkpointing full --append {tmp_path / 'r.jsonl'}"
     assert main(words.split()) == 0
     return read(tmp_path / "r.jsonl")[0], capsys.readouterr().out
 
@@ -92,6 +92,7 @@ def test_the_command_tells_classes_ceilings_and_flop_use(told, tmp_path):
     assert sum(row["least_ms"] for row in needs) == pytest.approx(found["least_ms"], rel=1e-3)
     took = sum(row["ms"] for row in found["classes"].values())
     assert took == pytest.approx(found["profiled_step_ms"], rel=0.02)
+    assert found["images_per_s"] == pytest.approx(2 * 1e3 / found["step_ms"][1], rel=1e-3)
     # of the model's work, and of all that was computed: the forward pass twice
     assert found["model_gflop"] < 0.9 * found["step_gflop"]
     for name, gflop in (("model_flop_use", found["model_gflop"]), ("flop_use", found["step_gflop"])):

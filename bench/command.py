@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +111,7 @@ class Roofline:
         str,
         arg(
             metavar="NAME",
-            help="as `bench optimizer` names them: adamw8bit, near; auto: adamw8bit on a GPU, adamw on a CPU",
+            help="with its memory mode: 'adamw8bit, near'; auto: adamw8bit on a GPU, adamw on a CPU",
         ),
     ] = "auto"
     checkpointing: Checkpointing = "none"
@@ -219,7 +220,11 @@ class Memory:
     precision: Precision = "auto"
     optimizer: Annotated[
         tuple[str, ...],
-        arg(metavar="NAME [NAME ...]", help="as `bench optimizer` names them", help_behavior_hint="(default: all)"),
+        arg(
+            metavar="NAME [NAME ...]",
+            help="by name, memory mode or both: adamw, near, 'adamw8bit, exact'",
+            help_behavior_hint="(default: all)",
+        ),
     ] = ()
     device: Device = "auto"
     append: Append = None
@@ -314,7 +319,9 @@ def main(argv: list[str]) -> int:
         )
         return 0 if argv else 2
     if argv[0] not in COMMANDS:
-        raise ValueError(f"bench {argv[0]!r} is unknown; use {', '.join(COMMANDS)}")
+        near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"use {', '.join(COMMANDS)}"
+        raise ValueError(f"{argv[0]!r} is no benchmark; {hint}")
     shape, text = COMMANDS[argv[0]]
     options = parse(shape, argv[1:], f"bench {argv[0]}", text)
     # `all` is a function of Python's

@@ -134,10 +134,13 @@ def bench_memory(work: Workload, optimizers: tuple[str, ...] = ()) -> Iterator[d
     """
     work = work.resolved()
     names = tuple(offered(work.dtype))
-    if unknown := [name for name in optimizers if name not in names]:
-        raise ValueError(f"optimizers {unknown} are unknown; use {' | '.join(names)}")
+    for wanted in optimizers:
+        if not any(wanted in (name, *name.split(", ")) for name in names):
+            known = dict.fromkeys(part for name in names for part in name.split(", "))
+            raise ValueError(f"optimizer {wanted!r} is unknown; use {', '.join(known)}, or both as in '{names[0]}'")
+    chosen = [n for n in names if not optimizers or any(wanted in (n, *n.split(", ")) for wanted in optimizers)]
     device = torch.device(work.device)
-    for optimizer in optimizers or names:
+    for optimizer in chosen:
         for checkpointing in kinds():
             one = replace(work, optimizer=optimizer, checkpointing=checkpointing)
             try:

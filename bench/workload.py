@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -154,7 +155,12 @@ def initial_unet(base: str, device: torch.device, dtype: torch.dtype = torch.flo
 
 def optimizer_config(name: str) -> Optimizer:
     """Return the config of `adamw8bit`, or of one with its memory mode: `adamw8bit, exact`. Raises ValueError."""
-    return Optimizer(**dict(zip(("name", "memory"), name.split(", "), strict=False)))
+    try:
+        return Optimizer(**dict(zip(("name", "memory"), re.split(", ?", name), strict="," in name)))
+    except ValueError:
+        raise ValueError(
+            f"optimizer {name!r} is unknown; use a name of [optimizer] with its memory mode, as in 'adamw8bit, near'"
+        ) from None
 
 
 class Ours:

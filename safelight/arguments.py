@@ -229,6 +229,8 @@ def parse_with_config(
     path = Path(argv[0]) if argv and not argv[0].startswith("-") else None
     if path is None and not asks_help:
         raise ValueError(f"the config comes first: safelight {command} run.toml (write one with `safelight init`)")
+    if path is not None and (path / "config.toml").is_file():
+        raise ValueError(f"{path} is a run folder; give its settings: safelight {command} {path / 'config.toml'}")
     config = load_config(path) if path is not None else Config()
     if path is not None and is_of_run(path):
         # the folder may have been moved, or was named from elsewhere

@@ -58,8 +58,10 @@ def init(argv: list[str]) -> int:
     from safelight.arguments import Init, parse
     from safelight.data.atomic import atomic_write_text
     from safelight.trainer.config import to_toml
-    from safelight.trainer.presets import preset
+    from safelight.trainer.presets import PRESETS, preset
 
+    if not argv:
+        raise ValueError(f"name a preset: {', '.join(PRESETS)}; see safelight init --help")
     arguments = parse(Init, argv, "init", COMMANDS["init"])
     config = preset(arguments.preset)
     if arguments.out.exists() and not arguments.force:
@@ -315,6 +317,8 @@ def demo(argv: list[str]) -> int:
     from safelight.arguments import Demo, parse
 
     arguments = parse(Demo, argv, "demo", COMMANDS["demo"])
+    if arguments.dir.exists() and not arguments.dir.is_dir():
+        raise ValueError(f"{arguments.dir} is a file; give a folder to work in with --dir")
     from safelight.trainer.demo import run_demo
     from safelight.trainer.log import Terminal
 

@@ -6,6 +6,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from safelight.data.printable import counted
+
 GIB = 2**30
 
 
@@ -62,9 +64,16 @@ def print_ways(result: dict) -> None:
     _print_host(plan, chosen["host"])
     if chosen["images_per_s"]:
         images = result["dataset"]["images trained"] if "dataset" in result else 1000
-        hours = images / chosen["images_per_s"] / 3600
-        print(f"{images:,} images take about {hours:.2f} hours of training, samples and validation not")
-        print("counted.")
+        took = duration(images / chosen["images_per_s"])
+        print(f"{counted(images, 'image')}: about {took} of training; samples and validation come on top.")
+
+
+def duration(seconds: float) -> str:
+    """Return a time span in its largest unit: 41 s, 12 min, 3.2 hours, 2.4 days."""
+    for limit, unit, name in ((90, 1, "s"), (5400, 60, "min"), (48 * 3600, 3600, "hours")):
+        if seconds < limit:
+            return f"{max(seconds, 1) / unit:.{1 if name == 'hours' else 0}f} {name}"
+    return f"{seconds / 86400:.1f} days"
 
 
 def _print_noise(plan: dict, modes: set[str]) -> None:
@@ -82,17 +91,13 @@ def _print_noise(plan: dict, modes: set[str]) -> None:
         )
 
 
-def _counted(num: int, name: str) -> str:
-    return f"{num} {name}{'s' * (num != 1)}"
-
-
 def _print_between(between: dict) -> None:
     told = []
     if between["validated"]:
-        told.append(f"{_counted(between['validated'], 'image')} validated")
+        told.append(f"{counted(between['validated'], 'image')} validated")
     if between["prompts"]:
         where = {"gpu": "the GPU", "cpu": "the CPU (slower, same values)"}[between["decode_on"]]
-        told.append(f"{_counted(between['prompts'], 'prompt')} drawn at a time")
+        told.append(f"{counted(between['prompts'], 'prompt')} drawn at a time")
         print(f"Samples are decoded on {where}.")
     if told:
         print(f"Between steps: {', '.join(told)}: {between['most'] / GIB:.2f} GiB at most.")

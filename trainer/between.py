@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from safelight.data.printable import counted
 from safelight.trainer.cards import GIB
 
 # prompts drawn at a time where there is room
@@ -35,9 +36,9 @@ class Between:
         """Return the words for the terminal; empty where nothing is done in another way than with room to spare."""
         told = []
         if 0 < self.validated < self.validate_wanted:
-            told.append(f"validates {self.validated} images at a time, not {self.validate_wanted}")
+            told.append(f"validates {counted(self.validated, 'image')} at a time, not {self.validate_wanted}")
         if 0 < self.prompts < SAMPLE_BATCH_SIZE:
-            told.append(f"draws {self.prompts} prompt{'s' * (self.prompts > 1)} at a time, not {SAMPLE_BATCH_SIZE}")
+            told.append(f"draws {counted(self.prompts, 'prompt')} at a time, not {SAMPLE_BATCH_SIZE}")
         if self.decode_on == "cpu":
             told.append("decodes samples on the CPU, which takes longer")
         return ", ".join(told)

@@ -61,6 +61,12 @@ PLAIN_TYPES = {
 }  # fmt: skip
 
 
+LIMITS = {
+    "greater_than_equal": "{ge} or more", "greater_than": "more than {gt}",
+    "less_than_equal": "at most {le}", "less_than": "less than {lt}",
+}  # fmt: skip
+
+
 def _shown(path: list, source: str) -> str:
     """Return a setting as it is written in a file, or as an option where it came from the command line."""
     name = ".".join(map(str, path))
@@ -90,6 +96,9 @@ def explain(error: ValidationError, source: str) -> str:
             lines.append(f"{source}: stage = {problem['input']!r}: stages are tables, [[stage]]")
         elif problem["type"] in PLAIN_TYPES:
             lines.append(f"{source}: {where} = {problem['input']!r}: give {PLAIN_TYPES[problem['type']]}")
+        elif problem["type"] in LIMITS:
+            limit = LIMITS[problem["type"]].format(**problem["ctx"])
+            lines.append(f"{source}: {where} = {problem['input']!r}: give {limit}")
         else:
             message = problem["msg"].removeprefix("Value error, ")
             if problem["type"] == "literal_error":

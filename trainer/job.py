@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from safelight.data.cache import Sample
+from safelight.data.printable import counted
 from safelight.data.side_stream import SideStream
 from safelight.kernels.attention import allowed_backends, attention_cases, choose_attention
 from safelight.kernels.jit import has_triton
@@ -102,9 +103,10 @@ def load_job(
     dataset = open_dataset(config, base, device, terminal.update)
     terminal.pause()
     if dataset.num_damaged:
-        terminal.say(f"{dataset.num_damaged} rows of the cache were damaged and have been made again")
+        terminal.say(f"{counted(dataset.num_damaged, 'damaged row')} of the cache made again")
     if dataset.num_cut:
-        terminal.say(f"{dataset.num_cut} captions are longer than the text encoder reads and are cut at their end")
+        captions = counted(dataset.num_cut, "caption")
+        terminal.say(f"{captions} cut at the end: longer than the text encoder reads")
     identity = identify(settled, PRECISIONS[dtype], dataset.train)
     timeline = Timeline.of(config, dataset.train)
     schedule = schedule.to(device)
@@ -161,10 +163,10 @@ def load_job(
     )
     metrics = Metrics(run_dir, -1 if step is None else step, config.log.tensorboard)
     if metrics.num_unreadable:
-        terminal.say(f"{metrics.num_unreadable} lines of {metrics.path} are not readable and are left out")
+        terminal.say(f"{counted(metrics.num_unreadable, 'unreadable line')} of {metrics.path} left out")
     terminal.say(
-        f"{len(dataset.train)} photographs to train on, {len(dataset.validation)} held out; "
-        f"{timeline.num_steps} steps in {timeline.num_epochs} epochs"
+        f"{counted(len(dataset.train), 'photograph')} to train on, {len(dataset.validation)} held out; "
+        f"{counted(timeline.num_steps, 'step')} in {counted(timeline.num_epochs, 'epoch')}"
     )
     terminal.say(str(attention))
     if step is not None:

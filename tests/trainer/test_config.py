@@ -74,13 +74,13 @@ def test_an_unknown_name_is_shown_with_the_nearest_right_one(values, expected):
 @pytest.mark.parametrize(
     ("values", "parts"),
     [
-        ({"train": {"batch_size": 0}}, ("train.batch_size = 0:", "greater than or equal to 1")),
+        ({"train": {"batch_size": 0}}, ("train.batch_size = 0:", "give 1 or more")),
         ({"train": {"batch_size": "four"}}, ("train.batch_size = 'four':", "give a whole number")),
         ({"train": {"batch_size": 2.5}}, ("train.batch_size = 2.5:", "give a whole number")),
         ({"train": {"batch_size": True}}, ("train.batch_size = True:", "true and false are no value here")),
         ({"stage": [{"epochs": True}]}, ("stage.0.epochs = True:", "true and false are no value here")),
         ({"model": {"precision": "bf17"}}, ("model.precision = 'bf17':", "'bf16'", "'fp32'")),
-        ({"data": {"resolution": 8}}, ("data.resolution = 8:", "greater than or equal to 16")),
+        ({"data": {"resolution": 8}}, ("data.resolution = 8:", "give 16 or more")),
         ({"data": {"validation_fraction": 1}}, ("data.validation_fraction = 1", "less than 1")),
         ({"optimizer": {"lr": float("nan")}}, ("optimizer.lr = nan:", "finite")),
         ({"optimizer": {"eps": float("inf")}}, ("optimizer.eps = inf:", "finite")),
@@ -325,8 +325,8 @@ def test_overrides_leave_the_settings_they_were_given_alone():
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("--train.batch-size 0", "train.batch_size = 0: input should be greater than or equal to 1"),
-        ("--train.batch-size -4", "train.batch_size = -4: input should be greater than or equal to 1"),
+        ("--train.batch-size 0", "train.batch_size = 0: give 1 or more"),
+        ("--train.batch-size -4", "train.batch_size = -4: give 1 or more"),
         ("--train.batch-size many", "train.batch_size = 'many': give a whole number"),
         ("--train.batch-sze 4", "train.batch_sze is no setting; did you mean --train.batch-size?"),
         ("--trian.batch-size=4", "trian is no setting; did you mean train?"),

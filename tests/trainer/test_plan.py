@@ -9,6 +9,7 @@ import torch
 
 from safelight.__main__ import main
 from safelight.plan_json import with_json_names
+from safelight.plan_table import duration
 from safelight.trainer.checkpoint import Position, save_checkpoint
 from safelight.trainer.config import Optimizer, parse_config, to_toml
 from safelight.trainer.dataset import open_dataset
@@ -198,3 +199,11 @@ def test_the_command_prints_a_table_and_json(make_config, tmp_path, capsys):
         f"24 photographs, 3 held out; 3 epochs are {printed['dataset']['steps']} steps over 63 images; latents take up to"
         in text
     )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [(0.3, "1 s"), (41.2, "41 s"), (95, "2 min"), (5000, "83 min"), (11520, "3.2 hours"), (200_000, "2.3 days")],
+)
+def test_a_duration_is_told_in_its_largest_unit(seconds, told):
+    assert duration(seconds) == told

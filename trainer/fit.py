@@ -70,9 +70,14 @@ class Planner(Needs):
         return self._sorted(self.memory_modes("auto"), MODES, fused)
 
     def choose(self) -> Need | None:
-        """Return the best way that fits of those the config leaves, or None."""
+        """Return the best way that fits of those the config leaves, or None; where CUDA graphs are asked for, the best with them."""
         needs = (self.need(memory, how, self.batch_size, fused) for memory, how, fused in self.ways())
-        return next((need for need in needs if self.fits(need)), None)
+        fitting = (need for need in needs if self.fits(need))
+        best = next(fitting, None)
+        if best is None or not best.no_graphs or self.config.train.cuda_graphs != "on":
+            return best
+        # without any, the run says why (trainer/recording.py)
+        return next((need for need in fitting if not need.no_graphs), best)
 
     def what_would_fit(self, is_resumed: bool = False) -> Need | None:
         """Return the way that fits with the fewest changes: any of all, then smaller batches.

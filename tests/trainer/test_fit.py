@@ -201,6 +201,20 @@ def test_a_plan_says_whether_steps_are_replayed_and_counts_what_that_takes(roomy
     assert re.fullmatch(r"they would take \d+\.\d\d GiB of \d+\.\d\d", tight.no_graphs)
 
 
+def test_who_asks_for_graphs_gets_a_way_with_them(roomy):
+    wanted = roomy.need("exact", "selective", 64)
+    room = card(
+        (max(wanted.needed + wanted.others - wanted.held, wanted.between.most + wanted.step) + wanted.graphs) / GIB
+    )
+    for how, taken in (("auto", "none"), ("on", "selective")):
+        config = config_of(train={"cuda_graphs": how, "checkpointing": "auto"}, optimizer={"fused_backward": False})
+        need = Planner(config, room).choose()
+        assert (need.memory, need.checkpointing, bool(need.no_graphs)) == ("exact", taken, how == "auto")
+    # where none has them the best is returned, with the reason
+    config = config_of(train={"cuda_graphs": "on", "checkpointing": "auto"}, optimizer={"memory": "paged"})
+    assert "paged streams" in Planner(config, card(100)).choose().no_graphs
+
+
 def test_what_products_keep_is_counted_for_each_handle_and_stream():
     for name, deterministic, each in (
         ("t4", False, 8_519_680 + 2**20), ("h200", False, 33 * 2**20), ("t4", True, 33 * 2**20),

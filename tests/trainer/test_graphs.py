@@ -160,6 +160,27 @@ def test_a_shape_is_recorded_once_and_an_unknown_one_refused(narrow_unet, monkey
         trained.graphs(batch, is_last=False)
 
 
+def test_the_largest_shape_is_rehearsed_and_recorded_first(narrow_unet, monkeypatch):
+    """So the pool grows once; as many latents in fewer photographs or another place come in an order that is always the same."""
+    trained, ran, asked = Trained(narrow_unet, torch.bfloat16, True), [], []
+    for name in ("rehearse", "settle", "record"):
+        does = getattr(trained.recorder, name)
+        monkeypatch.setattr(trained.recorder, name, lambda *run, name=name, does=does: asked.append(name) or does(*run))
+
+    def run(inputs, is_first: bool, is_last: bool) -> torch.Tensor:
+        ran.append((tuple(inputs.mean_BCHW.shape[i] for i in (0, 2, 3)), is_first, is_last))
+        return inputs.mean_BCHW.sum()
+
+    monkeypatch.setattr(trained.graphs, "_run", run)
+    sizes = [(1, 4, 4), (2, 8, 8), (2, 4, 8), (2, 8, 4), (1, 8, 8)]
+    trained.graphs.prepare(shapes_of(sizes, 1), upload(batch_of(0, SMALL), CPU, 1, 0))
+    largest_first = [(2, 8, 8), (2, 8, 4), (1, 8, 8), (2, 4, 8), (1, 4, 4)]
+    assert [size for size, *_ in ran] == 2 * largest_first
+    assert all(is_first and is_last for _, is_first, is_last in ran)
+    # what rehearsals took is given back before the pool is begun
+    assert asked == ["settle", *["rehearse"] * 5, "settle", *["record"] * 5]
+
+
 def test_a_size_that_comes_later_has_all_recorded_anew_and_another_place_has_not(narrow_unet, monkeypatch):
     trained = Trained(narrow_unet, torch.bfloat16, True)
     monkeypatch.setattr(trained.graphs, "_run", lambda inputs, *place: inputs.mean_BCHW.sum())
@@ -185,6 +206,43 @@ def test_a_pool_whose_graphs_are_given_up_is_not_taken_again(monkeypatch):
     before = recorder._pool
     recorder.forget()
     assert recorder._pool != before
+
+
+def test_a_gpus_graphs_share_one_pool_and_run_first_on_the_stream_that_records_them(monkeypatch):
+    told = []
+
+    class Stream:
+        def __init__(self, name: str):
+            self.name = name
+
+        def wait_stream(self, other: "Stream") -> None:
+            told.append(f"{self.name} waits for {other.name}")
+
+    @contextmanager
+    def entered(stream: Stream):
+        told.append(f"on {stream.name}")
+        yield
+        told.append(f"off {stream.name}")
+
+    @contextmanager
+    def capture(graph, **options):
+        told.append(options)
+        yield
+
+    own, current = Stream("own"), Stream("current")
+    for name, value in (
+        ("graph_pool_handle", lambda: 7), ("Stream", lambda device: own), ("current_stream", lambda device: current),
+        ("stream", entered), ("graph", capture), ("CUDAGraph", lambda: SimpleNamespace(replay=None)),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    recorder = CudaRecorder(torch.device("cuda"))
+    recorder.rehearse(lambda: told.append("run"))
+    assert told == ["own waits for current", "on own", "run", "off own", "current waits for own"]
+    told.clear()
+    results = [recorder.record(lambda number=number: number)[1] for number in range(2)]
+    assert results == [0, 1]
+    # the loader's thread may pin memory meanwhile
+    assert told == [{"pool": 7, "stream": own, "capture_error_mode": "thread_local"}] * 2
 
 
 @pytest.mark.parametrize(

@@ -308,6 +308,8 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "gate": (Gate, "fail if a counted figure rose above bench/results/counts.jsonl"),
     "compare": (Compare, "two sets of results, figure by figure"),
 }
+# those that read what others wrote answer at once
+MEASURING = tuple(name for name in COMMANDS if name not in ("plot", "gate", "compare"))
 
 
 def main(argv: list[str]) -> int:

@@ -24,10 +24,10 @@ COMMANDS = {
 }
 
 
-def _say_loading() -> None:
+def _say_loading(what: str = "loading libraries and model") -> None:
     """A word to whoever watches, before the seconds that libraries and models take; a file needs none."""
     if sys.stderr.isatty():
-        print("loading libraries and model", file=sys.stderr, flush=True)
+        print(what, file=sys.stderr, flush=True)
 
 
 def _say_next(what: str) -> None:
@@ -132,6 +132,7 @@ def plan(argv: list[str]) -> int:
     from safelight.arguments import parse_with_config
 
     arguments, config = parse_with_config(argv, "plan", COMMANDS["plan"])
+    _say_loading("loading libraries, then following a step on shapes alone")
     from safelight.trainer.plan import table
 
     card = _card(arguments.gpu, config)
@@ -285,6 +286,7 @@ def export(argv: list[str]) -> int:
     from safelight.arguments import Export, parse
 
     arguments = parse(Export, argv, "export", COMMANDS["export"])
+    _say_loading()
     from safelight.trainer.export import export as export_run
     from safelight.trainer.log import Terminal
 
@@ -343,6 +345,7 @@ def profile(argv: list[str]) -> int:
     from safelight.arguments import parse_with_config
 
     arguments, config = parse_with_config(argv, "profile", COMMANDS["profile"])
+    _say_loading()
     from safelight.bench.profiling import profile_run
     from safelight.bench.results import append
     from safelight.trainer.log import Terminal
@@ -366,6 +369,9 @@ def profile(argv: list[str]) -> int:
 
 
 def bench(argv: list[str]) -> int:
+    from safelight.bench.command import MEASURING
     from safelight.bench.command import main as bench_main
 
+    if argv and argv[0] in MEASURING and not {"-h", "--help"} & set(argv):
+        _say_loading("loading libraries, then measuring: seconds to minutes until there is a figure")
     return bench_main(argv)

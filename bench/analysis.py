@@ -106,10 +106,6 @@ def _stretches(session: Session, events: list) -> dict[str, float]:
     return {**found, REST: max(0.0, whole - sum(found.values()))}
 
 
-def _kernel_kind(name: str) -> str:
-    return next((kind for kind, words in _KERNEL_WORDS.items() if any(w in name.lower() for w in words)), "elementwise")
-
-
 def _operator_of(event, counted: set[str]) -> tuple[str | None, bool]:
     """Return the outermost counted operator that an event is, or is within, and whether the optimizer's stretch is around."""
     outer = [event.name, *(e.name for e in above(event))]

@@ -26,7 +26,6 @@ from safelight.data.cache import Cache
 from safelight.data.images import crop_pixels, decode
 from safelight.trainer.models import resolve_base
 
-SOURCES = ("cache", "cache-ahead", "npz", "pt", "decode")
 NUM_PICTURES = 16
 MEMCPY_BYTES = 2**27
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 CLASSES = ("conv", "matmul", "attention", "norm", "elementwise", "copy/cast", "optimizer")
-LAYOUTS = ("nchw", "channels_last")
 
 _CLASS_OF = {
     "conv": ("convolution", "conv2d", "cudnn_convolution", "mkldnn_convolution", "slow_conv2d", "_convolution", "thnn_conv2d"),

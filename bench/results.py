@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -151,8 +150,3 @@ def slower(a: list[dict], b: list[dict], share: float) -> list[str]:
         if longer > share:
             found.append(f"slower by {100 * longer:.1f} %: {bench} {name} {before:g} -> {after:g}, {config}")
     return found
-
-
-def today() -> str:
-    """Return the date, UTC."""
-    return datetime.now(UTC).date().isoformat()

@@ -14,7 +14,6 @@ from pathlib import Path
 from safelight.trainer.tiny.scenes import caption, draw, random_scene
 
 SEED = 7
-SCENE_PX = 64
 
 
 @dataclass(frozen=True)

@@ -272,8 +272,3 @@ def crop_pixels(
         resized = resized.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     pixels_HWC = np.asarray(resized, dtype=np.float32)
     return np.ascontiguousarray(pixels_HWC.transpose(2, 0, 1)) / np.float32(127.5) - np.float32(1.0)
-
-
-def load_pixels(path: Path, crop_box: tuple[int, int, int, int], size_wh: tuple[int, int], flip: bool) -> np.ndarray:
-    """Return `crop_pixels` of an image file. Raises RejectedImage if it cannot be decoded."""
-    return crop_pixels(decode(Path(path).read_bytes()).image, crop_box, size_wh, flip)

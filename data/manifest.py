@@ -41,7 +41,7 @@ class Photo:
 
     @property
     def sample_id(self) -> int:
-        """The 56-bit id that keys every random draw of this photo; equals philox.sample_id_of(the file's bytes)."""
+        """The 56-bit id that keys every random draw of this photo; the head of its file's SHA-256."""
         return int(self.sha256[: SAMPLE_ID_BITS // 4], 16)
 
 

@@ -20,7 +20,6 @@ polynomials are the single-precision minimax sets of Moshier's Cephes library (l
 
 from __future__ import annotations
 
-import hashlib
 from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -104,12 +103,6 @@ class Key(NamedTuple):
             (self.sample_id >> 32) << 8 | int(self.purpose),
             self.epoch << 16 | self.occurrence,
         )
-
-
-def sample_id_of(content: bytes | str) -> int:
-    """Return the 56-bit sample id of some content: the head of its SHA-256."""
-    data = content.encode() if isinstance(content, str) else content
-    return int.from_bytes(hashlib.sha256(data).digest()[: SAMPLE_ID_BITS // 8], "big")
 
 
 def philox_numpy(counter: tuple[np.ndarray | int, ...], key: tuple[int, int]) -> tuple[np.ndarray, ...]:

@@ -172,11 +172,6 @@ def open_clip_layout(names: Iterable[str]) -> Layout:
     return layout
 
 
-def original_shapes(shapes: Mapping[str, Shape], layout: Layout) -> dict[str, Shape]:
-    """Return the shapes of the original tensors by original name."""
-    return {layout[name].name: layout[name].original_shape(tuple(shape)) for name, shape in shapes.items()}
-
-
 def to_original(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
     """Return a diffusers model's tensors by original name and in original shape; stacked ones are copies."""
     original: dict[str, Tensor] = {}

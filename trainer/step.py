@@ -94,15 +94,6 @@ def add_noise(
     return Noisy(noised.noisy_BCHW, noised.timesteps_B, noised.target_BCHW, inputs.text_BTD)
 
 
-def make_noisy(
-    batch: Batch, schedule: NoiseSchedule, scaling_factor: float, seed: int, epoch: int, offset_noise: float = 0.0,
-    dtype: torch.dtype = torch.float32,
-) -> Noisy:  # fmt: skip
-    """Return upload and add_noise of a batch, on the schedule's device."""
-    inputs = upload(batch, schedule.alphas_cumprod_T.device, seed, epoch)
-    return add_noise(inputs, schedule, scaling_factor, offset_noise, dtype)
-
-
 def predict(unet: nn.Module, noisy: Noisy) -> Tensor:
     """Return the UNet's prediction, (B, C, H, W). It runs in the dtype of its weights: no autocast."""
     dtype = next(unet.parameters()).dtype

@@ -22,10 +22,10 @@ from safelight.data.cache import (
     sample_captions,
     text_key,
 )
-from safelight.data.images import load_pixels
 from safelight.data.ingest import ingest
 from safelight.data.manifest import read_manifest
 from tests.data.rows import all_keys, contents
+from tests.pixels import load_pixels
 
 
 def test_rows_are_the_encoding_of_the_crop(filled, noise_dataset, fakes):

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from safelight.data.images import RejectedImage, decode, encode, load_pixels, shrunk_size
+from safelight.data.images import RejectedImage, decode, encode, shrunk_size
+from tests.pixels import load_pixels
 
 
 def saved(image, image_format, **options) -> bytes:

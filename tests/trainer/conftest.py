@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from diffusers import UNet2DConditionModel
 
 from safelight.trainer.models import Base, resolve_base, tiny_folder
+from tests.trainer.checkpoints import make_unet
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +39,7 @@ def run():
 @pytest.fixture(scope="module")
 def small_unet() -> UNet2DConditionModel:
     """A UNet of two widths with every kind of block, to be copied before it is changed."""
-    torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=8, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=8, attention_head_dim=2,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=16,
-    ).train()  # fmt: skip
+    return make_unet()
 
 
 @pytest.fixture(scope="session")

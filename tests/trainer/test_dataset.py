@@ -42,7 +42,7 @@ def test_rows_are_the_autoencoders_posterior_and_the_encoders_embeddings(make_co
     with open_dataset(config, resolve_base("tiny"), CPU).cache as cache:
         dataset = open_dataset(config, resolve_base("tiny"), CPU)
         sample = dataset.train[0]
-        from safelight.data.images import load_pixels
+        from tests.pixels import load_pixels
 
         bucket, crop = sample.bucket, sample.crops[0]
         pixels = load_pixels(folder / sample.photo.file, crop.box, (bucket.width, bucket.height), crop.is_flipped)

@@ -21,7 +21,6 @@ from safelight.trainer.original_layout import (
     VAE_PREFIX,
     clip_layout,
     open_clip_layout,
-    original_shapes,
     to_original,
     unet_layout,
     vae_layout,
@@ -40,6 +39,11 @@ def parts(spec: str, device=META) -> tuple[torch.nn.Module, torch.nn.Module, tor
             AutoencoderKL.from_config(base.config_of("vae")),
             CLIPTextModel(CLIPTextConfig(**{"vocab_size": 50, **base.config_of("text_encoder")})),
         )
+
+
+def original_shapes(shapes: dict[str, tuple], layout: dict) -> dict[str, tuple]:
+    """Return the shapes of the original tensors by original name."""
+    return {layout[name].name: layout[name].original_shape(tuple(shape)) for name, shape in shapes.items()}
 
 
 def shapes_of(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:

@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import DDPMScheduler
 
 from safelight.data.batches import Batch
 from safelight.data.buckets import Bucket
 from safelight.kernels.philox import Key, Purpose, integers, normals
 from safelight.kernels.remainder import split
 from safelight.trainer.config import Loss, Optimizer
-from safelight.trainer.diffusion import make_schedule
+from safelight.trainer.diffusion import NoiseSchedule, make_schedule
 from safelight.trainer.optim import UNetOptimizer
-from safelight.trainer.step import accumulate, make_noisy, sample_losses, to_device, train_step
+from safelight.trainer.step import Noisy, accumulate, add_noise, sample_losses, to_device, train_step, upload
 
 SCHEDULER = {
     "beta_start": 0.00085,
@@ -24,17 +24,8 @@ SCHEDULER = {
     "beta_schedule": "scaled_linear",
     "num_train_timesteps": 1000,
 }
+CPU = torch.device("cpu")
 SEED, SCALE, LR = 5, 0.7, 1e-4
-
-
-@pytest.fixture(scope="module")
-def initial_unet():
-    torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(16, 32),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=16, attention_head_dim=2, norm_num_groups=8,
-    ).train()  # fmt: skip
 
 
 def make_batch(number: int, size: int = 4, has_posterior: bool = True) -> Batch:
@@ -49,6 +40,12 @@ def make_batch(number: int, size: int = 4, has_posterior: bool = True) -> Batch:
         (0,) * size,
         Bucket(32, 32),
     )
+
+
+def make_noisy(
+    batch: Batch, schedule: NoiseSchedule, scale: float, seed: int, epoch: int, offset: float = 0.0
+) -> Noisy:
+    return add_noise(upload(batch, CPU, seed, epoch), schedule, scale, offset)
 
 
 def halves(batch: Batch, size: int) -> list[Batch]:
@@ -67,9 +64,9 @@ def halves(batch: Batch, size: int) -> list[Batch]:
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_twenty_steps_equal_a_plain_diffusers_loop(initial_unet, prediction):
+def test_twenty_steps_equal_a_plain_diffusers_loop(small_unet, prediction):
     """Same weights, batches, noise and timesteps: diffusers' scheduler, F.mse_loss, torch's clipping and AdamW."""
-    ours, theirs = copy.deepcopy(initial_unet), copy.deepcopy(initial_unet)
+    ours, theirs = copy.deepcopy(small_unet), copy.deepcopy(small_unet)
     schedule = make_schedule({**SCHEDULER, "prediction_type": prediction})
     optimizer = UNetOptimizer(ours, Optimizer(name="adamw", lr=LR))
     scheduler = DDPMScheduler(**SCHEDULER, prediction_type=prediction)
@@ -101,9 +98,7 @@ def test_twenty_steps_equal_a_plain_diffusers_loop(initial_unet, prediction):
         assert result.losses.mean().item() == pytest.approx(loss.item(), rel=2e-6)
         assert result.grad_norm.item() == pytest.approx(norm.item(), rel=2e-5)
     moved = 0.0
-    for (name, a), b, start in zip(
-        ours.named_parameters(), theirs.parameters(), initial_unet.parameters(), strict=True
-    ):
+    for (name, a), b, start in zip(ours.named_parameters(), theirs.parameters(), small_unet.parameters(), strict=True):
         # Adam's update is at most about lr a step; a thousandth of the way travelled is float error
         assert (a - b).abs().max() < 20 * LR * 1e-2, name
         assert (a - b).norm() <= 1e-4 * (b - start).norm() + 1e-9, name
@@ -112,12 +107,12 @@ def test_twenty_steps_equal_a_plain_diffusers_loop(initial_unet, prediction):
 
 
 @pytest.mark.parametrize("loss", [Loss(), Loss(min_snr_gamma=5.0), Loss(offset_noise=0.1)])
-def test_accumulated_micro_batches_equal_the_larger_batch(initial_unet, loss):
+def test_accumulated_micro_batches_equal_the_larger_batch(small_unet, loss):
     schedule = make_schedule(SCHEDULER)
     batch = make_batch(77)
     gradients = []
     for parts in ([batch], halves(batch, 2), halves(batch, 1)):
-        unet = copy.deepcopy(initial_unet)
+        unet = copy.deepcopy(small_unet)
         for part in parts:
             noisy = make_noisy(part, schedule, SCALE, SEED, 0, loss.offset_noise)
             accumulate(unet, noisy, schedule, loss, 4, torch.tensor(1.0))
@@ -166,11 +161,11 @@ def test_without_a_posterior_the_latent_is_the_row_itself():
     torch.testing.assert_close(latents, batch.mean_BCHW * SCALE, rtol=1e-3, atol=1e-3)
 
 
-def test_a_short_batch_pulls_as_hard_as_its_samples(initial_unet):
+def test_a_short_batch_pulls_as_hard_as_its_samples(small_unet):
     """Two samples of a nominal four give half of the gradient of their mean."""
     schedule = make_schedule(SCHEDULER)
     noisy = make_noisy(make_batch(81, 2), schedule, SCALE, SEED, 0)
-    short, mean = copy.deepcopy(initial_unet), copy.deepcopy(initial_unet)
+    short, mean = copy.deepcopy(small_unet), copy.deepcopy(small_unet)
     accumulate(short, noisy, schedule, Loss(), 4, torch.tensor(1.0))
     sample_losses(mean, noisy).mean().backward()
     for a, b in zip(short.parameters(), mean.parameters(), strict=True):
@@ -179,11 +174,11 @@ def test_a_short_batch_pulls_as_hard_as_its_samples(initial_unet):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["adamw", "bnb_adamw8bit", "adamw8bit"])
-def test_sixteen_bit_weights_follow_the_fp32_run(initial_unet, dtype, name):
+def test_sixteen_bit_weights_follow_the_fp32_run(small_unet, dtype, name):
     """At lr 1e-6 a bare 16-bit weight would not move at all; with the fp32 master the run follows fp32's."""
     ends = {}
     for kind in (torch.float32, dtype):
-        unet = copy.deepcopy(initial_unet)
+        unet = copy.deepcopy(small_unet)
         optimizer = UNetOptimizer(unet, Optimizer(name=name, lr=1e-6), kind)
         schedule = make_schedule(SCHEDULER)
         for n in range(5):
@@ -200,7 +195,7 @@ def test_sixteen_bit_weights_follow_the_fp32_run(initial_unet, dtype, name):
             nearest = split(ends[kind], dtype, "fp32")[0] if name == "adamw8bit" else ends[kind].to(dtype)
             assert torch.equal(rounded, nearest.float())
     # the master begins at the fp32 weights themselves, not at what 16 bits left of them
-    start = torch.cat([p.detach().flatten() for p in initial_unet.parameters()])
+    start = torch.cat([p.detach().flatten() for p in small_unet.parameters()])
     moved, expected = ends[dtype] - start, ends[torch.float32] - start
     assert moved.abs().max() < 20 * 1e-6
     assert (moved != 0).float().mean() > 0.99
@@ -210,8 +205,8 @@ def test_sixteen_bit_weights_follow_the_fp32_run(initial_unet, dtype, name):
 
 @pytest.mark.parametrize("name", ["adamw", "bnb_adamw8bit", "adamw8bit"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_non_finite_gradient_changes_nothing(initial_unet, name, bad):
-    unet = copy.deepcopy(initial_unet)
+def test_a_non_finite_gradient_changes_nothing(small_unet, name, bad):
+    unet = copy.deepcopy(small_unet)
     optimizer = UNetOptimizer(unet, Optimizer(name=name, lr=1e-3))
     options = {"seed": SEED, "epoch": 0, "num_samples": 4, "lr": 1e-3, "weight_decay": 0.01, "max_grad_norm": 1.0}
     schedule = make_schedule(SCHEDULER)
@@ -229,8 +224,8 @@ def test_a_non_finite_gradient_changes_nothing(initial_unet, name, bad):
     assert train_step(unet, optimizer, [make_batch(2)], schedule, SCALE, Loss(), **options).taken
 
 
-def test_fp16_overflow_halves_the_scale_and_training_goes_on(initial_unet):
-    unet = copy.deepcopy(initial_unet).half()
+def test_fp16_overflow_halves_the_scale_and_training_goes_on(small_unet):
+    unet = copy.deepcopy(small_unet).half()
     optimizer = UNetOptimizer(unet, Optimizer(name="adamw", lr=1e-4))
     optimizer.loss_scale.scale = torch.tensor(2.0**24)
     schedule = make_schedule(SCHEDULER)
@@ -247,9 +242,9 @@ def test_fp16_overflow_halves_the_scale_and_training_goes_on(initial_unet):
     assert all(torch.isfinite(p).all() for p in unet.parameters())
 
 
-def test_clipping_bounds_the_gradient_that_adam_sees(initial_unet):
+def test_clipping_bounds_the_gradient_that_adam_sees(small_unet):
     """With beta1 = 0 the first moment is the clipped gradient itself."""
-    unet = copy.deepcopy(initial_unet)
+    unet = copy.deepcopy(small_unet)
     optimizer = UNetOptimizer(unet, Optimizer(name="adamw", lr=1e-4, betas=(0.0, 0.9)))
     result = train_step(
         unet, optimizer, [make_batch(3)], make_schedule(SCHEDULER), SCALE, Loss(),
@@ -261,13 +256,13 @@ def test_clipping_bounds_the_gradient_that_adam_sees(initial_unet):
     assert seen.item() == pytest.approx(0.01, rel=1e-3)
 
 
-def test_gradient_checkpointing_gives_the_same_gradients(initial_unet):
+def test_gradient_checkpointing_gives_the_same_gradients(small_unet):
     """Recomputing runs the same operations: equal bits, and fewer tensors saved for backward."""
     schedule = make_schedule(SCHEDULER)
     noisy = make_noisy(make_batch(4), schedule, SCALE, SEED, 0)
     gradients, saved = [], []
     for is_checkpointed in (False, True):
-        unet = copy.deepcopy(initial_unet)
+        unet = copy.deepcopy(small_unet)
         if is_checkpointed:
             unet.enable_gradient_checkpointing()
         sizes = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from safelight.kernels.group_norm_triton import _channels, _load_columns, _load_tile, _store_tile, _sum
+from safelight.kernels.group_norm_triton import _channels, _flat_channels, _load_columns, _load_tile, _store_tile, _sum
 from safelight.kernels.jit import kernel
 
 if TYPE_CHECKING:
@@ -43,19 +43,24 @@ def _du(dy, xhat, weight, bias, SILU: tl.constexpr):
 
 @kernel
 def _sums(
-    dy_ptr, x_ptr, addend, weight, bias, mean, rstd, channel, valid,
+    dy_ptr, x_ptr, addend, weight, bias, mean, rstd, num_groups,
     stride_gn, stride_gc, stride_gs, stride_xn, stride_xc, stride_xs, begin, end,
-    HAS_ADDEND: tl.constexpr, SILU: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+    HAS_ADDEND: tl.constexpr, SILU: tl.constexpr, GROUP_C: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Return the sums over pixels from begin to end of du, du * xhat and (with an addend) xhat, (BLOCK_K, BLOCK_C)."""
     sum_du = tl.full((BLOCK_K, BLOCK_C), 0.0, tl.float32)
     sum_du_xhat = tl.full((BLOCK_K, BLOCK_C), 0.0, tl.float32)
     sum_xhat = tl.full((BLOCK_K, BLOCK_C), 0.0, tl.float32)
     for start in range(begin, end, BLOCK_S):
-        z, mask = _load_tile(x_ptr, channel, valid, stride_xn, stride_xc, stride_xs, start, end, BLOCK_S)
+        z, mask = _load_tile(
+            x_ptr, num_groups, stride_xn, stride_xc, stride_xs, start, end, GROUP_C, BLOCK_S, BLOCK_K, BLOCK_C
+        )
         if HAS_ADDEND:
             z = z + addend
-        dy, _mask = _load_tile(dy_ptr, channel, valid, stride_gn, stride_gc, stride_gs, start, end, BLOCK_S)
+        dy, _mask = _load_tile(
+            dy_ptr, num_groups, stride_gn, stride_gc, stride_gs, start, end, GROUP_C, BLOCK_S, BLOCK_K, BLOCK_C
+        )
         xhat = tl.where(mask, (z - mean) * rstd, 0.0)
         du = _du(dy, xhat, weight, bias, SILU)
         sum_du += _sum(du, 0)
@@ -80,9 +85,9 @@ def _bwd_sums_kernel(
         addend_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, group, channel, valid, C, num_groups, HAS_ADDEND
     )
     sum_du, sum_du_xhat, sum_xhat = _sums(
-        dy_ptr, x_ptr, addend, weight, bias, mean, rstd, channel, valid,
+        dy_ptr, x_ptr, addend, weight, bias, mean, rstd, num_groups,
         stride_gn, stride_gc, stride_gs, stride_xn, stride_xc, stride_xs, split * chunk,
-        tl.minimum((split + 1) * chunk, S), HAS_ADDEND, SILU, BLOCK_S, BLOCK_K, BLOCK_C,
+        tl.minimum((split + 1) * chunk, S), HAS_ADDEND, SILU, GROUP_C, BLOCK_S, BLOCK_K, BLOCK_C,
     )  # fmt: skip
     row = (n * tl.num_programs(1) + split) * 3 * C
     tl.store(sums_ptr + row + channel, sum_du, mask=valid)
@@ -105,6 +110,12 @@ def _daddend(weight, rstd, mean_1, mean_2, sum_du, sum_xhat, S):
     return rstd[:, None] * (weight * sum_du - S * mean_1[:, None] - mean_2[:, None] * sum_xhat)
 
 
+@kernel
+def _sum_of_parts(at, mask, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Return the sums over splits, (BLOCK_K, BLOCK_C), of what lies at addresses (BLOCK_P, BLOCK_K * BLOCK_C)."""
+    return _sum(tl.reshape(tl.load(at, mask=mask, other=0.0), (BLOCK_P, BLOCK_K, BLOCK_C)), 0)
+
+
 @kernel(varying=("N", "C", "S", "num_groups", "num_splits"))
 def _bwd_reduce_kernel(
     sums_ptr, weight_ptr, rstd_ptr, means_ptr, dweight_ptr, dbias_ptr, daddend_ptr, N, C, S, num_groups, num_splits,
@@ -113,6 +124,7 @@ def _bwd_reduce_kernel(
 ):  # fmt: skip
     """Write dweight, dbias (C,), daddend (N, C), and the two means dx needs: means (N, G, 2)."""
     group, channel, valid = _channels(num_groups, GROUP_C, BLOCK_K, BLOCK_C)
+    flat_channel, flat_valid = _flat_channels(num_groups, GROUP_C, BLOCK_K, BLOCK_C)
     weight = tl.load(weight_ptr + channel, mask=valid, other=0.0).to(tl.float32)
     dweight = tl.full((BLOCK_K, BLOCK_C), 0.0, tl.float32)
     dbias = tl.full((BLOCK_K, BLOCK_C), 0.0, tl.float32)
@@ -125,12 +137,12 @@ def _bwd_reduce_kernel(
         sum_xhat = tl.full((BLOCK_K, BLOCK_C), 0.0, tl.float32)
         for start in range(0, num_splits, BLOCK_P):
             p = start + tl.arange(0, BLOCK_P)
-            mask = (p < num_splits)[:, None, None] & valid[None, :, :]
-            part = (n * num_splits + p[:, None, None]) * 3 * C + channel[None, :, :]
-            sum_du += _sum(tl.load(sums_ptr + part, mask=mask, other=0.0), 0)
-            sum_du_xhat += _sum(tl.load(sums_ptr + part + C, mask=mask, other=0.0), 0)
+            mask = (p < num_splits)[:, None] & flat_valid[None, :]
+            part = (n * num_splits + p[:, None]) * 3 * C + flat_channel[None, :]
+            sum_du += _sum_of_parts(sums_ptr + part, mask, BLOCK_P, BLOCK_K, BLOCK_C)
+            sum_du_xhat += _sum_of_parts(sums_ptr + part + C, mask, BLOCK_P, BLOCK_K, BLOCK_C)
             if HAS_ADDEND:
-                sum_xhat += _sum(tl.load(sums_ptr + part + 2 * C, mask=mask, other=0.0), 0)
+                sum_xhat += _sum_of_parts(sums_ptr + part + 2 * C, mask, BLOCK_P, BLOCK_K, BLOCK_C)
         # dbias = sum over n, s of du;  dweight = sum over n, s of du * xhat
         dbias += sum_du
         dweight += sum_du_xhat
@@ -148,17 +160,21 @@ def _bwd_reduce_kernel(
 
 @kernel
 def _store_dx(
-    dy_ptr, ds_ptr, x_ptr, dx_ptr, addend, weight, bias, mean, rstd, mean_1, mean_2, channel, valid,
+    dy_ptr, ds_ptr, x_ptr, dx_ptr, addend, weight, bias, mean, rstd, mean_1, mean_2, num_groups,
     stride_gn, stride_gc, stride_gs, stride_hn, stride_hc, stride_hs, stride_xn, stride_xc, stride_xs,
     stride_dn, stride_dc, stride_ds, begin, end,
-    HAS_ADDEND: tl.constexpr, HAS_DS: tl.constexpr, SILU: tl.constexpr,
+    HAS_ADDEND: tl.constexpr, HAS_DS: tl.constexpr, SILU: tl.constexpr, GROUP_C: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Write dx of the pixels from begin to end, with ds in it if there is one; return ds' sum over them."""
     sum_ds = tl.full((BLOCK_K, BLOCK_C), 0.0, tl.float32)
     for start in range(begin, end, BLOCK_S):
-        z, _mask = _load_tile(x_ptr, channel, valid, stride_xn, stride_xc, stride_xs, start, end, BLOCK_S)
-        dy, _mask = _load_tile(dy_ptr, channel, valid, stride_gn, stride_gc, stride_gs, start, end, BLOCK_S)
+        z, _mask = _load_tile(
+            x_ptr, num_groups, stride_xn, stride_xc, stride_xs, start, end, GROUP_C, BLOCK_S, BLOCK_K, BLOCK_C
+        )
+        dy, _mask = _load_tile(
+            dy_ptr, num_groups, stride_gn, stride_gc, stride_gs, start, end, GROUP_C, BLOCK_S, BLOCK_K, BLOCK_C
+        )
         if HAS_ADDEND:
             z = z + addend
         xhat = (z - mean) * rstd
@@ -166,10 +182,14 @@ def _store_dx(
         # dx = rstd * (weight * du - mean_1 - xhat * mean_2) + ds
         dx = rstd * (weight * du - mean_1[None, :, None] - xhat * mean_2[None, :, None])
         if HAS_DS:
-            ds, _mask = _load_tile(ds_ptr, channel, valid, stride_hn, stride_hc, stride_hs, start, end, BLOCK_S)
+            ds, _mask = _load_tile(
+                ds_ptr, num_groups, stride_hn, stride_hc, stride_hs, start, end, GROUP_C, BLOCK_S, BLOCK_K, BLOCK_C
+            )
             dx += ds
             sum_ds += _sum(ds, 0)
-        _store_tile(dx_ptr, dx, channel, valid, stride_dn, stride_dc, stride_ds, start, end, BLOCK_S)
+        _store_tile(
+            dx_ptr, dx, num_groups, stride_dn, stride_dc, stride_ds, start, end, GROUP_C, BLOCK_S, BLOCK_K, BLOCK_C
+        )
     return sum_ds
 
 
@@ -190,10 +210,10 @@ def _bwd_dx_kernel(
     mean_1 = tl.load(means_ptr + at, mask=group < num_groups, other=0.0)
     mean_2 = tl.load(means_ptr + at + 1, mask=group < num_groups, other=0.0)
     _store_dx(
-        dy_ptr, ds_ptr, x_ptr, dx_ptr, addend, weight, bias, mean, rstd, mean_1, mean_2, channel, valid,
+        dy_ptr, ds_ptr, x_ptr, dx_ptr, addend, weight, bias, mean, rstd, mean_1, mean_2, num_groups,
         stride_gn, stride_gc, stride_gs, stride_hn, stride_hc, stride_hs, stride_xn, stride_xc, stride_xs,
         stride_dn, stride_dc, stride_ds, split * chunk, tl.minimum((split + 1) * chunk, S),
-        HAS_ADDEND, HAS_DS, SILU, BLOCK_S, BLOCK_K, BLOCK_C,
+        HAS_ADDEND, HAS_DS, SILU, GROUP_C, BLOCK_S, BLOCK_K, BLOCK_C,
     )  # fmt: skip
 
 
@@ -215,9 +235,9 @@ def _bwd_whole_kernel(
         addend_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, group, channel, valid, C, num_groups, HAS_ADDEND
     )
     sum_du, sum_du_xhat, sum_xhat = _sums(
-        dy_ptr, x_ptr, addend, weight, bias, mean, rstd, channel, valid,
+        dy_ptr, x_ptr, addend, weight, bias, mean, rstd, num_groups,
         stride_gn, stride_gc, stride_gs, stride_xn, stride_xc, stride_xs, begin, S,
-        HAS_ADDEND, SILU, BLOCK_S, BLOCK_K, BLOCK_C,
+        HAS_ADDEND, SILU, GROUP_C, BLOCK_S, BLOCK_K, BLOCK_C,
     )  # fmt: skip
     column_weight = tl.load(weight_ptr + channel, mask=valid, other=0.0).to(tl.float32)
     mean_1, mean_2 = _group_means(column_weight, sum_du, sum_du_xhat, S * 1.0 * GROUP_C)
@@ -229,9 +249,9 @@ def _bwd_whole_kernel(
         daddend = _daddend(column_weight, group_rstd, mean_1, mean_2, sum_du, sum_xhat, S)
         tl.store(daddend_ptr + n * C + channel, daddend.to(daddend_ptr.dtype.element_ty), mask=valid)
     sum_ds = _store_dx(
-        dy_ptr, ds_ptr, x_ptr, dx_ptr, addend, weight, bias, mean, rstd, mean_1, mean_2, channel, valid,
+        dy_ptr, ds_ptr, x_ptr, dx_ptr, addend, weight, bias, mean, rstd, mean_1, mean_2, num_groups,
         stride_gn, stride_gc, stride_gs, stride_hn, stride_hc, stride_hs, stride_xn, stride_xc, stride_xs,
-        stride_dn, stride_dc, stride_ds, begin, S, HAS_ADDEND, HAS_DS, SILU, BLOCK_S, BLOCK_K, BLOCK_C,
+        stride_dn, stride_dc, stride_ds, begin, S, HAS_ADDEND, HAS_DS, SILU, GROUP_C, BLOCK_S, BLOCK_K, BLOCK_C,
     )  # fmt: skip
     if HAS_DS:
         tl.store(sum_ds_ptr + n * C + channel, sum_ds.to(sum_ds_ptr.dtype.element_ty), mask=valid)

@@ -26,27 +26,51 @@ def _channels(num_groups, GROUP_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C:
 
 
 @kernel
-def _tile(channel, valid, stride_c, stride_s, start, end, BLOCK_S: tl.constexpr):
-    """Return a tile's element offsets, (BLOCK_S, BLOCK_K, BLOCK_C), within its sample, and its mask."""
-    s = start + tl.arange(0, BLOCK_S)
-    offsets = s.to(tl.int64)[:, None, None] * stride_s + channel.to(tl.int64)[None, :, :] * stride_c
-    return offsets, (s < end)[:, None, None] & valid[None, :, :]
+def _flat_channels(num_groups, GROUP_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Return the program's channels and their mask as one dimension, (BLOCK_K * BLOCK_C,).
+
+    Memory is read and written by them: of a tile's three dimensions Triton 3.6 would give each thread one pixel of all the
+    groups, whose sums and parameters take it up to 242 registers, and a warp's loads would be short.
+    """
+    flat = tl.arange(0, BLOCK_K * BLOCK_C)
+    group, within = tl.program_id(0) * BLOCK_K + flat // BLOCK_C, flat % BLOCK_C
+    return group * GROUP_C + within, (group < num_groups) & (within < GROUP_C)
 
 
 @kernel
-def _load_tile(ptr, channel, valid, stride_n, stride_c, stride_s, start, end, BLOCK_S: tl.constexpr):
-    """Return a tile of the program's sample in fp32, zero beyond its end, and its mask."""
-    offsets, mask = _tile(channel, valid, stride_c, stride_s, start, end, BLOCK_S)
+def _tile(
+    num_groups, stride_c, stride_s, start, end,
+    GROUP_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Return a tile's element offsets within its sample, and its mask, (BLOCK_S, BLOCK_K * BLOCK_C)."""
+    channel, valid = _flat_channels(num_groups, GROUP_C, BLOCK_K, BLOCK_C)
+    s = start + tl.arange(0, BLOCK_S)
+    offsets = s.to(tl.int64)[:, None] * stride_s + channel.to(tl.int64)[None, :] * stride_c
+    return offsets, (s < end)[:, None] & valid[None, :]
+
+
+@kernel
+def _load_tile(
+    ptr, num_groups, stride_n, stride_c, stride_s, start, end,
+    GROUP_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Return a tile of the program's sample in fp32, (BLOCK_S, BLOCK_K, BLOCK_C), zero beyond its end, and its mask."""
+    offsets, mask = _tile(num_groups, stride_c, stride_s, start, end, GROUP_C, BLOCK_S, BLOCK_K, BLOCK_C)
     values = tl.load(ptr + tl.program_id(2).to(tl.int64) * stride_n + offsets, mask=mask, other=0.0)
+    values, mask = tl.reshape(values, (BLOCK_S, BLOCK_K, BLOCK_C)), tl.reshape(mask, (BLOCK_S, BLOCK_K, BLOCK_C))
     return values.to(tl.float32), mask
 
 
 @kernel
-def _store_tile(ptr, values, channel, valid, stride_n, stride_c, stride_s, start, end, BLOCK_S: tl.constexpr):
-    """Write a tile of the program's sample in the tensor's dtype."""
-    offsets, mask = _tile(channel, valid, stride_c, stride_s, start, end, BLOCK_S)
+def _store_tile(
+    ptr, values, num_groups, stride_n, stride_c, stride_s, start, end,
+    GROUP_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Write a tile of the program's sample, (BLOCK_S, BLOCK_K, BLOCK_C), in the tensor's dtype."""
+    offsets, mask = _tile(num_groups, stride_c, stride_s, start, end, GROUP_C, BLOCK_S, BLOCK_K, BLOCK_C)
     at = ptr + tl.program_id(2).to(tl.int64) * stride_n + offsets
-    tl.store(at, values.to(ptr.dtype.element_ty), mask=mask)
+    values = tl.reshape(values.to(ptr.dtype.element_ty), (BLOCK_S, BLOCK_K * BLOCK_C))
+    tl.store(at, values, mask=mask)
 
 
 @kernel
@@ -63,14 +87,17 @@ def _sum(x, AXIS: tl.constexpr):
 
 @kernel
 def _moments(
-    x_ptr, addend, channel, valid, stride_n, stride_c, stride_s, begin, end,
-    HAS_ADDEND: tl.constexpr, GROUP_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
+    x_ptr, addend, num_groups, stride_n, stride_c, stride_s, begin, end,
+    HAS_ADDEND: tl.constexpr, GROUP_C: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Return mean and sum of squared deviations of the pixels from begin to end, (BLOCK_K,)."""
     mean = tl.full((BLOCK_K,), 0.0, tl.float32)
     m2 = tl.full((BLOCK_K,), 0.0, tl.float32)
     for start in range(begin, end, BLOCK_S):
-        z, mask = _load_tile(x_ptr, channel, valid, stride_n, stride_c, stride_s, start, end, BLOCK_S)
+        z, mask = _load_tile(
+            x_ptr, num_groups, stride_n, stride_c, stride_s, start, end, GROUP_C, BLOCK_S, BLOCK_K, BLOCK_C
+        )
         if HAS_ADDEND:
             z = tl.where(mask, z + addend, 0.0)
         count = ((tl.minimum(end, start + BLOCK_S) - start) * GROUP_C).to(tl.float32)
@@ -98,8 +125,8 @@ def _group_stats_kernel(
     addend = _load_columns(addend_ptr + n * C, channel, valid) if HAS_ADDEND else 0.0
     end = tl.minimum((split + 1) * chunk, S)
     mean, m2 = _moments(
-        x_ptr, addend, channel, valid, stride_xn, stride_xc, stride_xs, split * chunk, end,
-        HAS_ADDEND, GROUP_C, BLOCK_S, BLOCK_K,
+        x_ptr, addend, num_groups, stride_xn, stride_xc, stride_xs, split * chunk, end,
+        HAS_ADDEND, GROUP_C, BLOCK_S, BLOCK_K, BLOCK_C,
     )  # fmt: skip
     part = ((n * tl.num_programs(1) + split) * num_groups + group) * 2
     tl.store(parts_ptr + part, mean, mask=group < num_groups)
@@ -144,8 +171,8 @@ def _apply_kernel(
     else:
         if STATS == "whole":
             mean, m2 = _moments(
-                x_ptr, addend, channel, valid, stride_xn, stride_xc, stride_xs, split * chunk, end,
-                HAS_ADDEND, GROUP_C, BLOCK_S, BLOCK_K,
+                x_ptr, addend, num_groups, stride_xn, stride_xc, stride_xs, split * chunk, end,
+                HAS_ADDEND, GROUP_C, BLOCK_S, BLOCK_K, BLOCK_C,
             )  # fmt: skip
             rstd = 1.0 / tl.sqrt_rn(m2 / (S * 1.0 * GROUP_C) + eps)
         else:
@@ -155,10 +182,14 @@ def _apply_kernel(
             tl.store(rstd_ptr + at, rstd, mask=in_range)
     weight, bias = _load_columns(weight_ptr, channel, valid), _load_columns(bias_ptr, channel, valid)
     for start in range(split * chunk, end, BLOCK_S):
-        z, _mask = _load_tile(x_ptr, channel, valid, stride_xn, stride_xc, stride_xs, start, end, BLOCK_S)
+        z, _mask = _load_tile(
+            x_ptr, num_groups, stride_xn, stride_xc, stride_xs, start, end, GROUP_C, BLOCK_S, BLOCK_K, BLOCK_C
+        )
         if HAS_ADDEND:
             z = z + addend
         u = (z - mean[None, :, None]) * rstd[None, :, None] * weight + bias
         if SILU:
             u = u / (1.0 + tl.exp(-u))
-        _store_tile(y_ptr, u, channel, valid, stride_yn, stride_yc, stride_ys, start, end, BLOCK_S)
+        _store_tile(
+            y_ptr, u, num_groups, stride_yn, stride_yc, stride_ys, start, end, GROUP_C, BLOCK_S, BLOCK_K, BLOCK_C
+        )

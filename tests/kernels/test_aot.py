@@ -94,7 +94,10 @@ def test_bf16_is_left_out_on_sm_75_alone(wanted):
 @pytest.mark.parametrize("case", aot.one_of_each(), ids=lambda case: case.label.partition("(")[0])
 def test_one_configuration_of_each_kernel(table, case, target):
     """Compiled anew it passes, and is no worse than the table says."""
-    code = aot.read_code(aot.compile_case(case, target))
+    compiled = aot.compile_case(case, target)
+    # whose three dimensions Triton 3.6 shares out among threads badly: up to 242 registers instead of 72 (docs/log.md)
+    assert not re.search(r"tensor<\d+x\d+x\d+x!tt\.ptr", compiled.asm["ttir"])
+    code = aot.read_code(compiled)
     assert code.failures() == []
     assert 0 < code.registers <= 255
     assert code.code_bytes > 0

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from safelight.bench.operators import class_of, class_of_kernel, does_work
 from safelight.kernels.adamw8bit import AdamW8bit
-from safelight.kernels.jit import Launch, tell_launches
+from safelight.kernels.jit import Launch
+from safelight.kernels.launch_mode import LaunchMode
 from safelight.trainer.meta_run import MetaRun
 from safelight.trainer.ranges import told_to
 
@@ -82,34 +82,19 @@ def num_bytes(x: Tensor) -> int:
     return min(x.numel() * x.element_size(), x.untyped_storage().nbytes())
 
 
-class OperatorCosts(TorchDispatchMode):
+class OperatorCosts(LaunchMode):
     """Adds up costs while it is entered. stretches: those that are entered now; device: what happens on others is left out."""
 
     def __init__(self, stretches: list[str], device: str = "cpu"):
         super().__init__()
         self.stretches, self.device, self.costs = stretches, device, defaultdict(Cost)
-        self._listening = contextlib.ExitStack()
-
-    def __enter__(self):
-        self._listening.enter_context(tell_launches(self._launched))
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        self._listening.close()
-        return super().__exit__(*error)
 
     def _launched(self, launch: Launch) -> None:
-        # one tensor may stand for another that is not there
-        tensors = {
-            (x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride()): x
-            for x in launch.arguments.values()
-            if isinstance(x, Tensor)
-        }
         in_optimizer = "optimizer" in self.stretches
         cost = self.costs[in_optimizer, launch.kernel.__name__]
         module = launch.kernel.function.__module__.rpartition(".")[2]
         cost.kind, cost.is_kernel = "optimizer" if in_optimizer else class_of_kernel(module), True
-        cost.sizes[sum(num_bytes(x) for x in tensors.values()), 0] += 1
+        cost.sizes[sum(num_bytes(x) for x in launch.tensors()), 0] += 1
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

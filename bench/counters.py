@@ -7,7 +7,6 @@ path, which saves the whole attention matrix.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -17,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
@@ -32,7 +30,8 @@ from safelight.bench.operators import (
     num_kernels,
 )
 from safelight.kernels.attention_backends import CALLS
-from safelight.kernels.jit import Launch, tell_launches
+from safelight.kernels.jit import Launch
+from safelight.kernels.launch_mode import LaunchMode
 
 MIB = 2**20
 
@@ -97,7 +96,7 @@ class Counts:
         return sum(getattr(row, name) for kind, row in self.rows.items() if with_optimizer or kind != "optimizer")
 
 
-class Counter(TorchDispatchMode):
+class Counter(LaunchMode):
     """Counts every operator while it is entered. `phase` = "optimizer" puts what follows into that class.
 
     On meta tensors the host gets 1 for any value it asks for, and is counted as having waited. What happens on CPU
@@ -107,30 +106,15 @@ class Counter(TorchDispatchMode):
     def __init__(self, layout: str = "nchw"):
         super().__init__()
         self.layout, self.phase, self.counts = layout, "step", Counts()
-        self._listening = contextlib.ExitStack()
 
-    def __enter__(self):
-        self._listening.enter_context(tell_launches(self._count_launch))
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        self._listening.close()
-        return super().__exit__(*error)
-
-    def _count_launch(self, launch: Launch) -> None:
+    def _launched(self, launch: Launch) -> None:
         """Count a kernel of ours: every tensor it was given is read or written once."""
         module = launch.kernel.function.__module__.rpartition(".")[2]
         kind = "optimizer" if self.phase == "optimizer" else class_of_kernel(module)
-        # one tensor may stand for another that is not there
-        tensors = {
-            (x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride()): x
-            for x in launch.arguments.values()
-            if isinstance(x, Tensor)
-        }
         for row in (self.counts.rows[kind], self.counts.by_operator[launch.kernel.__name__]):
             row.operators += 1
             row.launches += 1
-            row.bytes_moved += sum(x.numel() * x.element_size() for x in tensors.values())
+            row.bytes_moved += sum(x.numel() * x.element_size() for x in launch.tensors())
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

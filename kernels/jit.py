@@ -37,6 +37,11 @@ class Launch:
     arguments: dict[str, object] = field(hash=False)
     options: dict[str, object] = field(hash=False)
 
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors among the arguments, each once: one may stand for another that is not there."""
+        given = (x for x in self.arguments.values() if isinstance(x, Tensor))
+        return list({(x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride()): x for x in given}.values())
+
 
 _listeners: list[Callable[[Launch], None]] = []
 _runs_on_meta = True

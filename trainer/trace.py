@@ -13,11 +13,11 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from safelight.kernels.jit import Launch, tell_launches
+from safelight.kernels.jit import Launch
+from safelight.kernels.launch_mode import LaunchMode
 from safelight.trainer.replay import ACTIVATIONS, GRADIENTS, KINDS, TEMPORARY, AllocationTrace, Peak, Work
 
 # of torch's CUDA caching allocator: kMinBlockSize in c10/core/CachingDeviceAllocator.h
@@ -60,7 +60,7 @@ def _attention_scratch(name: str, args: tuple) -> int:
     return 4 * batch * heads * -(-rows // 128) * 128 * (-(-dim // 32) * 32 + 1)
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(LaunchMode):
     """Follows the bytes alive on the meta device while it is entered.
 
     rounding: of every allocation, in bytes. kind: what new storages count as. phase: what a peak is said to be during;
@@ -75,15 +75,6 @@ class LiveBytes(TorchDispatchMode):
         self.allocations = AllocationTrace()
         self._known: dict[int, list] = {}
         self._total = 0
-        self._listening = contextlib.ExitStack()
-
-    def __enter__(self):
-        self._listening.enter_context(tell_launches(self._count_launch))
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        self._listening.close()
-        return super().__exit__(*error)
 
     @property
     def total(self) -> int:
@@ -153,14 +144,9 @@ class LiveBytes(TorchDispatchMode):
             self.peak = Peak(self._total + scratch, self._during(), dict(self.live))
             self.peak.kinds[TEMPORARY] += scratch
 
-    def _count_launch(self, launch: Launch) -> None:
-        tensors = {
-            (x.untyped_storage()._cdata, x.storage_offset(), x.shape): x
-            for x in launch.arguments.values()
-            if isinstance(x, Tensor)
-        }
+    def _launched(self, launch: Launch) -> None:
         self.work.launches += 1
-        self.work.bytes_moved += sum(x.numel() * x.element_size() for x in tensors.values())
+        self.work.bytes_moved += sum(x.numel() * x.element_size() for x in launch.tensors())
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

@@ -5,7 +5,6 @@ The moments are of the clock, not of chosen points: wherever the process is, loa
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 import signal
@@ -13,16 +12,14 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from safelight.data.shards import Cache
 from safelight.trainer.checkpoint import check_files, folder_of, list_checkpoints
+from tests.trainer.equal_runs import assert_equal_runs
 
 pytestmark = pytest.mark.slow
 
 NUM_CACHE_KILLS, NUM_TRAINING_KILLS = 20, 50
-CLOCK_FIELDS = {"time", "images_per_s", "memory_gib"}
 
 
 def toml(folder: Path, dataset: Path) -> Path:
@@ -71,26 +68,6 @@ def test_twenty_moments_of_caching(run, tiny_dataset, tmp_path):
     assert run(words=killed, log=log) == 0
     assert rows_of(datasets[1]) == expected
     print(f"\n{num_killed} kills of caching, {num_ends} complete caches between them, {len(expected)} rows each")
-
-
-def metrics(folder: Path) -> list[dict]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    rows = [{k: v for k, v in row.items() if k not in CLOCK_FIELDS} for row in rows]
-    return [row for row in rows if row.get("event") != "resumed"]
-
-
-def assert_equal_runs(one: Path, other: Path) -> None:
-    steps = list_checkpoints(one)
-    assert steps == list_checkpoints(other)
-    for step in steps:
-        for name in ("unet/diffusion_pytorch_model.safetensors", "state.safetensors"):
-            a, b = (load_file(folder_of(folder, step) / name) for folder in (one, other))
-            assert a.keys() == b.keys()
-            assert all(torch.equal(a[key].view(-1).view(torch.uint8), b[key].view(-1).view(torch.uint8)) for key in a)
-    assert metrics(one) == metrics(other)
-    drawn = sorted(path.relative_to(one) for path in one.glob("samples/*/*"))
-    assert drawn
-    assert all((one / path).read_bytes() == (other / path).read_bytes() for path in drawn)
 
 
 def test_fifty_moments_of_training(run, tiny_dataset, tmp_path):

@@ -13,12 +13,17 @@ def _columns() -> int:
     return min(shutil.get_terminal_size().columns, MOST_COLUMNS)
 
 
+def fill(text: str) -> str:
+    """Return a text in lines that fit the terminal."""
+    return textwrap.fill(text, _columns(), break_on_hyphens=False)
+
+
 def wrap_help(text: str) -> str:
     """Return a help text with its usage and description in lines that fit the terminal, as its boxes do already."""
     columns, lines = shutil.get_terminal_size().columns, []
     for line in text.splitlines():
         if len(line) > columns and line[0].isalpha():
-            line = textwrap.fill(line, _columns(), break_on_hyphens=False)
+            line = fill(line)
         # an option without a default may end in a line that holds nothing
         if line.strip("│ ") or not line:
             lines.append(line)

@@ -156,6 +156,10 @@ def plan(argv: list[str]) -> int:
         _print_plan(result)
     if card is not None and result["plan"]["refusal"]:
         raise ValueError(result["plan"]["refusal"])
+    if not arguments.json:
+        path = shlex.quote(config.data.path)
+        train = f"safelight train {shlex.quote(argv[0])}, with the same settings"
+        _say_next(train if "dataset" in result else f"safelight prepare PHOTOS -o {path}, then {train}")
     return 0
 
 
@@ -175,6 +179,9 @@ def _card(name: str, config):
 
 
 def _print_plan(result: dict) -> None:
+    from safelight.columns import fill
+    from safelight.data.printable import counted
+
     gib = 2**30
     if "plan" in result:
         from safelight.plan_table import print_ways
@@ -188,15 +195,17 @@ def _print_plan(result: dict) -> None:
             ("static memory", "bytes", "GiB", "bytes a parameter"),
             [(name, f"{n:,}", f"{n / gib:.2f}", f"{n / result['unet_parameters']:.2f}") for name, n in parts.items()],
         )
-        print("There is no GPU here; --gpu t4 (rtx3060, rtx4090, 8GiB) plans the whole step for one.")
+        print(fill("There is no GPU here; --gpu t4 (rtx3060, rtx4090, 8GiB) plans the whole step for one."))
     size, most = result["checkpoint bytes"], result["checkpoints at most"]
     print(f"A checkpoint takes {size / gib:.2f} GiB on disk; up to {most} at a time: {most * size / gib:.2f} GiB.")
     if "dataset" in result:
         data = result["dataset"]
-        print(
-            f"{data['photographs']} photographs, {data['validation']} held out; {data['epochs']} epochs are {data['steps']:,} steps "
-            f"over {data['images trained']:,} images; latents take up to {data['cache bytes'] / 2**20:.1f} MiB on disk"
+        told = (
+            f"{counted(data['photographs'], 'photograph')}, {data['validation']} held out; {counted(data['epochs'], 'epoch')}, "
+            f"{counted(data['steps'], 'step')} over {counted(data['images trained'], 'image')}; "
+            f"latents take up to {data['cache bytes'] / 2**20:.1f} MiB on disk."
         )
+        print(fill(told))
     else:
         path = result["dataset path"]
         print(f"No dataset in {path} yet: steps and disk are told once there is one.")

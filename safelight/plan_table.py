@@ -6,9 +6,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from safelight.columns import fill
 from safelight.data.printable import counted
 
 GIB = 2**30
+# columns of a terminal on which a table needs not be narrow
+WIDE = 100
 
 
 def _key(way: dict) -> tuple:
@@ -34,7 +37,7 @@ def print_ways(result: dict) -> None:
     console.print(f"{plan['card']}: {budget:.2f} GiB; latents up to {height} x {width}", markup=False, soft_wrap=True)
     ways = plan["ways"]
     sizes = sorted({way["batch_size"] for way in ways})
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
+    table = Table(box=None, pad_edge=False, padding=(0, 1 if console.width < WIDE else 3, 0, 0), header_style="dim")
     for name in ("memory", "checkpoints", "fused"):
         table.add_column(name, no_wrap=True)
     for size in sizes:
@@ -46,8 +49,8 @@ def print_ways(result: dict) -> None:
         table.add_row(*key, *(_cell(row[size], (*key, size) == place) for size in sizes))
     console.print(table)
     rates = "GiB of the card, and images/s" if plan["rates_known"] else "GiB of the card"
-    print(f"{rates}, estimated; fused: stepped inside backward; x does")
-    print("not fit" + ("; > is taken: the first that fits, from above." if chosen else "."))
+    taken = "; > is taken: the first that fits, from above" if chosen else ""
+    print(fill(f"{rates}, estimated; fused: stepped inside backward; x does not fit{taken}."))
     _print_noise(plan, {way["memory"] for way in ways})
     if chosen is None:
         return

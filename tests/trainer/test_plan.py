@@ -181,7 +181,8 @@ def test_the_table_tells_the_runs_length(make_config):
     assert "dataset" not in table(make_config(data={"path": str(Path(config.data.path) / "none")}))
 
 
-def test_the_command_prints_a_table_and_json(make_config, tmp_path, capsys):
+def test_the_command_prints_a_table_and_json(make_config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     path = tmp_path / "run.toml"
     path.write_text(to_toml(make_config()))
     assert main(["plan", str(path), "--optimizer.name", "adamw", "--json"]) == 0
@@ -190,15 +191,17 @@ def test_the_command_prints_a_table_and_json(make_config, tmp_path, capsys):
     assert printed == with_json_names(planned)
     assert list(printed["bytes"].values()) == list(planned["bytes"].values())
     assert main(["plan", str(path), "--optimizer.name", "adamw"]) == 0
-    text = capsys.readouterr().out
+    text, advice = capsys.readouterr()
+    assert advice == f"next: safelight train {path}, with the same settings\n"
     for name, value in planned["bytes"].items():
         assert any(line.startswith(name) and f"{value:,}" in line for line in text.splitlines())
     assert f"{printed['unet_parameters']:,} parameters" in text
     assert "A checkpoint takes 0.04 GiB on disk; up to 4 at a time: 0.14 GiB." in text
-    assert (
-        f"24 photographs, 3 held out; 3 epochs are {printed['dataset']['steps']} steps over 63 images; latents take up to"
-        in text
+    assert max(map(len, text.splitlines()[1:])) <= 80
+    told = (
+        f"24 photographs, 3 held out; 3 epochs, {printed['dataset']['steps']} steps over 63 images; latents take up to"
     )
+    assert told in " ".join(text.split())
 
 
 @pytest.mark.parametrize(

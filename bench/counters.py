@@ -125,7 +125,8 @@ class Counter(LaunchMode):
             dtype = inputs[0].dtype
             return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
         outputs_tree = func(*args, **kwargs)
-        if self.layout == "channels_last" and name in ("convolution", "native_group_norm"):
+        # torch 2.10's meta convolution_backward knows no channels-last
+        if self.layout == "channels_last" and name in ("convolution", "convolution_backward", "native_group_norm"):
             outputs_tree = _as_channels_last(outputs_tree)
         outputs = [x for x in tree_leaves(outputs_tree) if isinstance(x, Tensor)]
         is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
@@ -172,12 +173,13 @@ def _conv_has_bias(name: str, args: tuple) -> bool:
 
 
 def _as_channels_last(outputs):
-    """Return a meta operator's outputs as cuDNN gives them: the first one in NHWC."""
-    first, *rest = outputs if isinstance(outputs, tuple) else (outputs,)
-    if not first.is_meta:
-        return outputs
-    first = torch.empty_like(first, memory_format=torch.channels_last)
-    return (first, *rest) if isinstance(outputs, tuple) else first
+    """Return a meta operator's outputs as cuDNN gives them: images and weights in NHWC."""
+
+    def laid(x):
+        is_image = isinstance(x, Tensor) and x.is_meta and x.dim() == 4
+        return torch.empty_like(x, memory_format=torch.channels_last) if is_image else x
+
+    return tuple(map(laid, outputs)) if isinstance(outputs, tuple) else laid(outputs)
 
 
 class CardOperators(TorchFunctionMode):

@@ -8,6 +8,7 @@ import random
 import signal
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -143,6 +144,40 @@ def test_memory_that_cannot_be_pinned_is_told_and_done_without(unet, saver, said
     check_files(folder_of(tmp_path, 1))
 
 
+def test_a_gpus_copies_are_asked_for_in_pinned_memory_and_waited_for_by_the_thread_alone(unet, saver, monkeypatch):
+    told = []
+
+    class Room:
+        def copy_(self, x, non_blocking: bool) -> Room:
+            told.append(("copied", non_blocking))
+            return self
+
+        def is_contiguous(self) -> bool:
+            return True
+
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), detach=lambda: None)
+    event = SimpleNamespace(synchronize=lambda: told.append("waited"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(record_event=lambda: event))
+    snapshot = Snapshot({"a": on_gpu}, SimpleNamespace(begin=lambda: None, like=lambda x: Room()))
+    assert told == [("copied", True)], "the loop waited"
+    snapshot.settle()
+    assert told[1:] == ["waited"]
+    memory = SimpleNamespace(reserve=lambda tensors: told.append("reserved"))
+    monkeypatch.setattr(saving, "HostMemory", lambda pinned: told.append(("pinned", pinned)) or memory)
+    saver.device = torch.device("cuda")
+    saver.reserve(unet, {})
+    saver.wait()
+    assert told[2:] == [("pinned", True), "reserved"]
+
+
+def test_reserved_memory_has_been_written_to(monkeypatch):
+    """A page that never was costs the first save more than its copy."""
+    touched = []
+    monkeypatch.setattr(HostMemory, "like", lambda self, x: SimpleNamespace(zero_=lambda: touched.append(x)))
+    HostMemory(pinned=False).reserve(["weights", "moments"])
+    assert touched == ["weights", "moments"]
+
+
 def test_available_memory_is_read_as_the_system_tells_it(tmp_path, monkeypatch):
     path = tmp_path / "meminfo"
     path.write_text("MemTotal:       24689876 kB\nMemFree:          123 kB\nMemAvailable:   2097152 kB\n")
@@ -269,6 +304,31 @@ def test_steps_go_on_while_a_checkpoint_is_written_and_the_end_waits(make_config
     assert seen == [[], [], [], []]
     assert list_checkpoints(tmp_path / "run") == [2, 4]
     assert [check_files(folder_of(tmp_path / "run", step))["position"]["step"] for step in (2, 4)] == [2, 4]
+
+
+def test_a_write_that_fails_ends_the_run_at_its_next_step(make_config, tmp_path, monkeypatch):
+    """Not at the next save, which may be hours away."""
+    config = make_config(
+        train={"batch_size": 2, "max_steps": 4}, save={"every_steps": 2, "every_epochs": 0}, sample={"every_epochs": 0},
+        validate={"every_epochs": 0},
+    )  # fmt: skip
+    seen = []
+
+    def refuse(*args) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def step(*args, original=training.train_step, **options):
+        for thread in threading.enumerate():
+            if thread.name == "save-checkpoint":
+                thread.join()
+        seen.append(len(seen) + 1)
+        return original(*args, **options)
+
+    monkeypatch.setattr(saving, "save_checkpoint", refuse)
+    monkeypatch.setattr(training, "train_step", step)
+    with pytest.raises(OSError, match="No space left"):
+        training.train(config)
+    assert seen == [1, 2, 3]
 
 
 @pytest.mark.slow

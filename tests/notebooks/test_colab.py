@@ -67,6 +67,11 @@ def test_torch_is_kept_as_it_is(cells):
     installs = [line for line in lines_of(cells) if "pip install" in line]
     assert installs
     assert all("-c keep.txt" in line and "torch" not in line for line in installs)
+    # "Run all" stops where no GPU is there or nothing could be installed, as Jupyter by itself does not
+    (cell,) = (cell for cell in cells if any("pip install" in line for line in cell["source"]))
+    for begin in ("!nvidia-smi", "!test -d", "!pip install"):
+        (number,) = (n for n, line in enumerate(cell["source"]) if line.startswith(begin))
+        assert cell["source"][number + 1].startswith("assert _exit_code == 0, ")
     assert any("torch.__version__" in line and line.endswith("> keep.txt") for line in lines_of(cells))
 
 
@@ -101,17 +106,73 @@ def test_every_command_is_one_of_this_version(cells, tmp_path, monkeypatch):
     assert "--force" not in init
 
 
-@pytest.mark.slow
-def test_it_runs_on_the_tiny_base(cells, tmp_path):
-    """Every code cell but the installation, on a CPU, with the tiny preset; a second time, as after an ended session."""
-    photos = tmp_path / "safelight_home" / "photos"
+def photographs(folder: Path) -> None:
+    """Put what a user would upload into the folder beside the notebook."""
+    photos = folder / "safelight_home" / "photos"
     photos.mkdir(parents=True)
     for number in range(8):
         scene = random_scene(7, number)
         draw(scene).save(photos / f"{number:03d}.png")
         (photos / f"{number:03d}.txt").write_text(caption(scene, 7, number))
-    small = "--train.max-steps {} --data.variants 1 --train.checkpointing none --sample.every-epochs 0"
-    script = ["import os", f"os.chdir({str(tmp_path)!r})", "def display(*x): pass"]
+
+
+def small(line: str, max_steps: int) -> str:
+    """Return a cell's line as it is for a run of some steps of the tiny base on a CPU, by this Python's command."""
+    steps = f"--train.max-steps {max_steps} --data.variants 1 --train.checkpointing none --sample.every-epochs 0"
+    # fp32 weights, which a CPU trains, leave nothing to keep beside them
+    for name, here in (("init sd15", "init tiny"), (" --optimizer.memory near", "")):
+        line = line.replace(name, here)
+    before, divides, command = line.rpartition(" || ")
+    if command.startswith(("safelight ", "!safelight ")):
+        command = command.replace("safelight ", f"{sys.executable} -m safelight ", 1)
+    return before + divides + command.replace("--train.checkpointing full", steps)
+
+
+def assert_all_is_there(home: Path) -> None:
+    assert (home / "mine.safetensors").is_file()
+    rows = [json.loads(line) for line in (home / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert any(row.get("event") == "resumed" for row in rows)
+    assert max(row["step"] for row in rows) == 3
+
+
+@pytest.mark.slow
+def test_it_runs_in_a_notebook_runner(tmp_path):
+    """Every cell but the installation, by Jupyter's own kernel: its `!` lines, what it shows. Twice, as after an ended session."""
+    nbclient = pytest.importorskip("nbclient", reason="no notebook runner is installed: pip install nbclient ipykernel")
+    nbformat = pytest.importorskip("nbformat")
+    photographs(tmp_path)
+    for max_steps in (2, 3):
+        notebook = nbformat.read(NOTEBOOK, 4)
+        notebook.cells = [cell for cell in notebook.cells if "pip install" not in cell.source]
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                lines = [small(line, max_steps) for line in cell.source.splitlines()]
+                # Jupyter goes on after a command that failed
+                cell.source = "\n".join(
+                    f"{line}\nassert _exit_code == 0, {line!r}" if line.startswith("!") else line for line in lines
+                )
+        runner = nbclient.NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path)}})
+        runner.execute()
+    home, cells = tmp_path / "safelight_home", {cell.id: cell for cell in notebook.cells}
+    assert_all_is_there(home)
+
+    def shown(cell: str, kind: str) -> list[str]:
+        return [output.data[kind] for output in cells[cell].outputs if kind in output.get("data", {})]
+
+    # the report, whole, in a frame that its styles do not leave; the pictures of both sessions
+    (frame,) = shown("c14", "text/html")
+    (page,) = re.findall(r'srcdoc="([^"]*)"', frame)
+    assert html.unescape(page) == (home / "run" / "report.html").read_text()
+    assert len(shown("c17", "image/png")) == len(list((tmp_path / "images").glob("*.png"))) == 2
+    told = "".join(output.get("text", "") for output in cells["c11"].outputs)
+    assert "training 3/3" in told
+
+
+@pytest.mark.slow
+def test_it_runs_on_the_tiny_base(cells, tmp_path):
+    """Every code cell but the installation, on a CPU, with the tiny preset; a second time, as after an ended session."""
+    photographs(tmp_path)
+    script = ["import os", f"os.chdir({str(tmp_path)!r})", "def display(*x): pass", "_exit_code = 0"]
 
     def build(max_steps: int) -> str:
         lines = list(script)
@@ -126,14 +187,7 @@ def test_it_runs_on_the_tiny_base(cells, tmp_path):
                 if not line.startswith("!"):
                     lines.append(line)
                     continue
-                before, divides, command = line[1:].rpartition(" || ")
-                # fp32 weights, which a CPU trains, leave nothing to keep beside them
-                for name, here in (("init sd15", "init tiny"), (" --optimizer.memory near", "")):
-                    command = command.replace(name, here)
-                command = command.replace("safelight ", f"{sys.executable} -m safelight ", 1)
-                if " train " in command:
-                    command = command.replace("--train.checkpointing full", small.format(max_steps))
-                words = before + divides + command
+                words = small(line[1:], max_steps)
                 lines.append(f"assert os.system({words!r}) == 0, {words!r}")
         return "\n".join(lines)
 
@@ -146,13 +200,10 @@ def test_it_runs_on_the_tiny_base(cells, tmp_path):
         )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     home = tmp_path / "safelight_home"
-    assert (home / "mine.safetensors").is_file()
+    assert_all_is_there(home)
     assert list((tmp_path / "images").glob("*.png"))
     # the report, whole, in a frame that its styles do not leave
     shown = (tmp_path / "shown.html").read_text()
     assert shown.startswith("<iframe srcdoc=")
     (page,) = re.findall(r'srcdoc="([^"]*)"', shown)
     assert html.unescape(page) == (home / "run" / "report.html").read_text()
-    rows = [json.loads(line) for line in (home / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert any(row.get("event") == "resumed" for row in rows)
-    assert max(row["step"] for row in rows) == 3

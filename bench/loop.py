@@ -12,7 +12,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -75,7 +75,7 @@ class _Clock:
 
     def __init__(self, device: torch.device, steps_per_epoch: int, num_epochs: int):
         self.device, self.per_epoch, self.num_epochs = device, steps_per_epoch, num_epochs
-        self.began, self.ends, self.num_steps = time.perf_counter(), [], 0
+        self.began, self.ends, self.num_loads = time.perf_counter(), [], 0
         self.idle: float | None = None
         self.waited_s = 0.0
         self._profiler = None
@@ -90,9 +90,18 @@ class _Clock:
             if self.ends:
                 self.waited_s += time.perf_counter() - began
 
-    def stepped(self) -> None:
-        """Called after each step."""
-        self.num_steps += 1
+    def listen(self, name: str) -> AbstractContextManager:
+        """Called with each named stretch of our loop; tells where an epoch begins.
+
+        A step loads twice: its batch, and whether another follows. Replayed as a graph it has no other stretch, and rehearsed
+        before an epoch it has all the others.
+        """
+        if name != "load":
+            return nullcontext()
+        if self.num_loads == 2 * self.per_epoch * (len(self.ends) + 1):
+            self.epoch_ended()
+        self.num_loads += 1
+        return self.waiting()
 
     def epoch_ended(self) -> None:
         """Called when an epoch's step, log and checkpoint are done."""
@@ -120,14 +129,7 @@ def run_ours(
     """Train our run; an epoch ends where the next one's first step begins."""
     clock = _Clock(torch.device(work.device), steps_per_epoch, num_epochs)
 
-    def listen(name: str):
-        if name == "load" and clock.num_steps == steps_per_epoch * (len(clock.ends) + 1):
-            clock.epoch_ended()
-        if name == "optimizer":
-            clock.stepped()
-        return clock.waiting() if name == "load" else nullcontext()
-
-    with told_to(listen):
+    with told_to(clock.listen):
         train(config_for(work, dataset, folder / "run", num_epochs, side_px), terminal=Terminal())
     # the last one ends when train has saved and returned
     clock.epoch_ended()
@@ -151,7 +153,6 @@ def run_everydream(work: Workload, photographs: Photographs, folder: Path, num_e
             for step in range(steps):
                 loss = baseline.step(batch)
                 log.write(json.dumps({"epoch": epoch, "step": step, "loss": loss.item()}) + "\n")
-                clock.stepped()
             save_file({k: v.contiguous() for k, v in baseline.unet.state_dict().items()}, folder / "unet.safetensors")
             torch.save(baseline.optimizer.state_dict(), folder / "optimizer.pt")
             clock.epoch_ended()

@@ -114,3 +114,18 @@ def test_what_cannot_be_timed_is_refused():
         list(bench_loop(WORK, 4, 2))
     with pytest.raises(ValueError, match="--photographs 5 is no multiple of batch size 2"):
         list(bench_loop(WORK, 5, 3))
+
+
+def test_epochs_of_replayed_steps_are_told_apart():
+    """A GPU's steps are rehearsed first, and then replayed: all that is heard of one is that it loads."""
+    clock = loop._Clock(torch.device("cpu"), steps_per_epoch=3, num_epochs=3)
+    ends = []
+    with clock.listen("forward"), clock.listen("optimizer"):
+        pass
+    for _ in range(9):
+        for _ in range(2):
+            with clock.listen("load"):
+                ends.append(len(clock.ends))
+    clock.epoch_ended()
+    assert ends == [0] * 6 + [1] * 6 + [2] * 6
+    assert len(clock.epochs().seconds) == 2

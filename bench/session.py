@@ -176,6 +176,8 @@ def settings_for(config: Config, run_dir: Path) -> Config:
     config.validate_.every_epochs = config.sample.every_epochs = 0
     config.save.every_epochs = config.save.every_steps = config.train.max_steps = 0
     config.log.tensorboard = False
+    # a replayed step has no stretches: neither are its parts seen nor is it counted
+    config.train.cuda_graphs = "off"
     return config
 
 

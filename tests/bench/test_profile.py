@@ -173,6 +173,8 @@ def test_nothing_but_steps_is_profiled(tmp_path):
     assert (found.run.dir, found.train.max_steps, found.log.tensorboard) == (str(tmp_path / "elsewhere"), 0, False)
     assert [found.save.every_steps, found.save.every_epochs] == [0, 0]
     assert [found.validate_.every_epochs, found.sample.every_epochs] == [0, 0]
+    # a replayed step cannot be told into its parts
+    assert found.train.cuda_graphs == "off"
     assert (found.train.batch_size, found.optimizer) == (config.train.batch_size, config.optimizer)
 
 

@@ -184,6 +184,8 @@ def test_the_largest_shape_is_rehearsed_and_recorded_first(narrow_unet, monkeypa
 def test_a_size_that_comes_later_has_all_recorded_anew_and_another_place_has_not(narrow_unet, monkeypatch):
     trained = Trained(narrow_unet, torch.bfloat16, True)
     monkeypatch.setattr(trained.graphs, "_run", lambda inputs, *place: inputs.mean_BCHW.sum())
+    released = []
+    monkeypatch.setattr(trained.optimizer, "release_captures", lambda: released.append(True))
     recorder, like = trained.recorder, upload(batch_of(0, SMALL), CPU, 1, 0)
     first, last = Shape(*SMALL, True, False), Shape(*SMALL, False, True)
     assert trained.graphs.prepare({first, last}, like) == recorder.rehearsed == 2
@@ -193,6 +195,8 @@ def test_a_size_that_comes_later_has_all_recorded_anew_and_another_place_has_not
     # a rehearsal's memory never stands beside the pool's, and a pool given up is never recorded into again
     assert trained.graphs.prepare({Shape(*LARGE, True, False)}, like) == 4
     assert (recorder.rehearsed, len(recorder.tapes), recorder.forgotten) == (3, 7, 1)
+    # the optimizer's tables of the graphs' gradients go with them
+    assert released == [True]
     for shape in (SMALL, LARGE):
         inputs = upload(batch_of(4, shape), CPU, 1, 0)
         assert torch.equal(trained.graphs(inputs, is_last=False), inputs.mean_BCHW.sum())

@@ -269,7 +269,9 @@ def _rejected(rejected: list[dict]) -> Markup | None:
     if not rejected:
         return tag("p", "No file was turned away.", class_="note")
     rows = [[shorten(row.get("path", ""), 300), shorten(row.get("reason", ""), 300)] for row in rejected[:MAX_LISTED]]
-    total = ("1 file or caption row" if len(rejected) == 1 else f"{len(rejected):,} files or caption rows") + " turned away"
+    total = (
+        "1 file or caption row" if len(rejected) == 1 else f"{len(rejected):,} files or caption rows"
+    ) + " turned away"
     more = len(rejected) - MAX_LISTED
     return details(
         total + (f", the first {MAX_LISTED} listed" if more > 0 else ""), table(["file or row", "reason"], rows)

@@ -60,6 +60,7 @@ class LibraryAdamW:
                 master.grad = torch.zeros_like(master)
             else:
                 master.grad = gradient.float().contiguous() if self.has_master else gradient
+                assert master.grad.stride() == master.stride()
         gradients = [master.grad for master in self.master.values()]
         if scale is not None:
             torch._foreach_div_(gradients, scale)
@@ -130,15 +131,16 @@ class LibraryAdamW:
             self._load_moments(name, master, parts)
 
     def _load_moments(self, name: str, master: nn.Parameter, parts: dict[str, Tensor]) -> None:
-        wanted = "exp_avg" if self.name == "adamw" else "state1"
-        if wanted not in parts:
+        needed = ("exp_avg", "exp_avg_sq", "step") if self.name == "adamw" else ("state1", "step")
+        if not all(part in parts for part in needed):
             raise ValueError(f"the checkpoint's moments of {name} are not of optimizer {self.name}")
-        if parts[wanted].shape != master.shape:
-            raise ValueError(
-                f"the checkpoint's moments of {name} have shape {tuple(parts[wanted].shape)}, not {tuple(master.shape)}"
-            )
+        shape = tuple(parts[needed[0]].shape)
+        if shape != tuple(master.shape):
+            raise ValueError(f"the checkpoint's moments of {name} have shape {shape}, not {tuple(master.shape)}")
         if self.name == "adamw":
-            self.inner.state[master] = {part: value.to(master.device).clone() for part, value in parts.items()}
+            # in the weight's order of memory: the fused form goes through all of them by address
+            moments = {part: torch.empty_like(master).copy_(value) for part, value in parts.items() if part != "step"}
+            self.inner.state[master] = {"step": parts["step"].to(master.device).clone(), **moments}
             return
         if "strides" in parts:
             raise ValueError(

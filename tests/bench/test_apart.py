@@ -20,6 +20,12 @@ from tests.bench import children, parts
 WORK = Workload(device="cpu")
 
 
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    """A new process imports what it is given by name; pytest itself imports tests without their root on the path."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2])
+
+
 def is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)

@@ -196,7 +196,7 @@ DAMAGES = [
     Damage("checkpoint of another batch", lambda place: None, RESUME + " --train.batch-size 3", "batch_size is 3 here and 4 there"),
     Damage("checkpoint of other photographs", add_a_photo, RESUME, "was trained on other photographs", touches=("dataset/", "more")),
     Damage("run that is there", lambda place: None, "train {place}/run.toml", "already holds a run (at step 2); add --resume"),
-    Damage("metrics with garbage in the middle", metrics_garbage, RESUME, "2 lines of", 0, metrics_are_whole, STARTS),
+    Damage("metrics with garbage in the middle", metrics_garbage, RESUME, "2 unreadable lines of", 0, metrics_are_whole, STARTS),
     Damage("metrics of bytes", replace("run/metrics.jsonl", bytes(range(256)) * 9), RESUME, "lines of", 0, touches=STARTS),
     Damage("split of garbage", replace("run/split.json", b"\xff{"), RESUME, "resumed at step 2", 0, files_are_json, STARTS),
     Damage("split of garbage, drawn from", replace("run/split.json", b"\xff{"), "compare {place}/run --num 1", "split.json is damaged; `safelight train"),

@@ -68,7 +68,7 @@ def test_a_dataset_that_was_not_prepared_is_one_line(tmp_path):
         ("prepare photos --quality", "Missing value for argument '--quality'. Expected 1 values"),
         ("prepare photos --quality 1.5", "Error parsing --quality: invalid literal for int() with base 10: '1.5'"),
         ("sample runs/x", "missing: --prompt TEXT [TEXT ...]"),
-        ("init", "missing: PRESET"),
+        ("init", "name a preset: tiny, sd15, sd21, everydream2"),
         ("report", "missing: RUN"),
         ("export runs/x", "missing: -o FILE, --out FILE"),
         ("bench step --repeat 3", "Unrecognized options: --repeat, 3; Perhaps you meant: --repeats INT"),

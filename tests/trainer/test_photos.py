@@ -40,7 +40,7 @@ def test_every_photograph_is_taken_with_its_caption(dataset):
 
 def test_taesd_encodes_a_photograph_and_gives_it_back(dataset):
     """The real autoencoder through our codec: no posterior, factor 8, and a recognisable picture."""
-    from safelight.data.images import load_pixels
+    from tests.pixels import load_pixels
 
     codec = LatentCodec(load_vae(resolve_base("random:small"), str(TAESD), 0), torch.device("cpu"))
     assert not codec.has_posterior

@@ -141,6 +141,7 @@ def test_a_run_that_fails_says_which_command_and_why(tmp_path, monkeypatch):
         short_run.train(short_run.ShortRun("tiny", "tiny", 64, 1, 1, 1), tmp_path, "cpu", time.monotonic() + 9)
 
 
+@pytest.mark.slow
 def test_the_rehearsal_of_all_runs_every_part(rehearsal):
     status, records = rehearsal
     failed = [(r["bench"], r.get("note")) for r in records if r["figures"].get("failed")]

@@ -135,6 +135,7 @@ def test_the_allocators_record_is_the_live_peak():
     assert 2 * 2**22 <= allocated_peak(step) < 2 * 2**22 + 2**12
 
 
+@pytest.mark.slow
 def test_memory_on_a_cpu_is_the_allocators(capsys):
     name = next(name for name in optimizers.offered(torch.float32) if name.startswith("adamw8bit"))
     words = ["bench", "memory", "--device", "cpu", "--batch-size", "4", "--precision", "fp32", "--json"]

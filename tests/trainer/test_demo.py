@@ -51,6 +51,7 @@ def test_obedience_stays_above_chance(demo):
     assert row(result, "right colour")["difference"][2] >= 0
 
 
+@pytest.mark.slow
 def test_an_untrained_unet_is_at_chance(demo):
     """The same prompts and noise through random weights: chance lies within the 99 % interval, the look is not seen."""
     folder, result = demo

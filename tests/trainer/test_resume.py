@@ -73,6 +73,7 @@ def test_killed_and_resumed_equals_uninterrupted(run, tiny_dataset, tmp_path, op
     assert not list(folder.glob("checkpoints/.*")), "leftovers of killed writes are removed"
 
 
+@pytest.mark.slow
 def test_bf16_with_its_master_and_its_moving_average_resumes_bit_for_bit(run, tiny_dataset, tmp_path):
     more = {"model": {"precision": "bf16"}, "train": {"ema_decay": 0.9}}
     alone = settings_of(tmp_path / "alone", tiny_dataset, **copy.deepcopy(more))

@@ -97,7 +97,8 @@ class OpenRun:
         plan = recorded(self.run_dir, MEMORY_PLAN) or {}
         prompts = (plan.get("between") or {}).get("prompts") or SAMPLE_BATCH_SIZE
         needed = decode_bytes(settings.width, settings.height, vae_bytes(self.base, self.config.model.vae))
-        free = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        free = torch.cuda.mem_get_info(self.device)[0] + cached
         return self.device if needed < free else torch.device("cpu"), prompts
 
 

@@ -25,4 +25,5 @@ class LaunchMode(TorchDispatchMode):
         return super().__exit__(*error)
 
     def _launched(self, launch: Launch) -> None:
+        """Called with each launch; every subclass has its own."""
         raise NotImplementedError

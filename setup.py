@@ -16,7 +16,7 @@ def subpackages(folder: str) -> list[str]:
     return sorted(".".join(path.parts) for path in found)
 
 
-packages = ["safelight"]
+packages = subpackages("safelight")
 package_dir = {"safelight": "safelight"}
 for root_folder in ROOT_FOLDERS:
     for name in subpackages(root_folder):

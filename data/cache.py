@@ -22,15 +22,7 @@ from torch import Tensor
 from safelight.data.buckets import Bucket
 from safelight.data.images import RejectedImage, crop_pixels, decode
 from safelight.data.manifest import Photo
-from safelight.data.samples import (
-    Crop,
-    Sample,
-    empty_text_key,
-    latent_key,
-    plan_samples,
-    sample_captions,
-    text_key,
-)
+from safelight.data.samples import Crop, Sample, empty_text_key, latent_key, plan_samples, sample_captions, text_key
 from safelight.data.shards import Cache, CorruptRow
 
 __all__ = [

@@ -20,8 +20,8 @@ from safelight.data.captions import FILE_NAME, CaptionReader, Rejection
 from safelight.data.images import COPYABLE_FORMATS, RejectedImage, decode, encode, read_file
 from safelight.data.lock import FolderLock
 from safelight.data.manifest import IMAGES_FOLDER, MANIFEST_NAME, Photo, read_manifest, write_manifest
-from safelight.data.printable import printable, storable
 from safelight.data.sources import Found, find_files
+from safelight.data.text import printable, storable
 
 REJECTED_NAME = "rejected.jsonl"
 MAX_STEM_CHARACTERS = 64

@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
 
-from safelight.data.printable import printable
+from safelight.data.text import printable
 
 LOCK_NAME = ".lock"
 # what file systems without locks answer; some network folders are such

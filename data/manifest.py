@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
 
 from safelight.data.atomic import atomic_write_text
-from safelight.data.printable import printable, storable
+from safelight.data.text import printable, storable
 from safelight.kernels.philox import SAMPLE_ID_BITS, Key, Purpose, sort_key
 
 MANIFEST_NAME = "manifest.jsonl"

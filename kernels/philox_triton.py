@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from safelight.kernels import philox
-from safelight.kernels.jit import kernel
+from safelight.kernels.triton.jit import kernel
 
 if TYPE_CHECKING:
     import triton.language as tl

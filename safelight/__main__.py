@@ -77,7 +77,7 @@ def _dispatch(argv: list[str]) -> int:
     if argv[:1] == ["help"] and len(argv) > 1:
         argv = [*argv[1:], "--help"]
     if not argv or argv[0] in ("-h", "--help", "help"):
-        from safelight.columns import listed
+        from safelight.output.columns import listed
 
         print(USAGE.format(commands=listed(COMMANDS)))
         return 0 if argv else EXIT_BAD_INPUT

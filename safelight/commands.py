@@ -55,10 +55,10 @@ def _print_table(title: str, columns: tuple[str, ...], rows: list[tuple]) -> Non
 
 
 def init(argv: list[str]) -> int:
-    from safelight.arguments import Init, parse
     from safelight.data.atomic import atomic_write_text
-    from safelight.trainer.config import to_toml
-    from safelight.trainer.presets import PRESETS, preset
+    from safelight.options.arguments import Init, parse
+    from safelight.trainer.config.presets import PRESETS, preset
+    from safelight.trainer.config.toml import to_toml
 
     if not argv:
         raise ValueError(f"name a preset: {', '.join(PRESETS)}; see safelight init --help")
@@ -74,14 +74,14 @@ def init(argv: list[str]) -> int:
 
 
 def prepare(argv: list[str]) -> int:
-    from safelight.arguments import Prepare, parse
+    from safelight.options.arguments import Prepare, parse
 
     arguments = parse(Prepare, argv, "prepare", COMMANDS["prepare"])
     if not arguments.sources:
         raise ValueError("no photos given; name one or more folders of photos, or files")
     from safelight.data.ingest import ingest
-    from safelight.dataset_table import print_dataset
-    from safelight.trainer.log import Terminal
+    from safelight.output.dataset_table import print_dataset
+    from safelight.trainer.run_log.terminal import Terminal
 
     with Terminal() as terminal:
         summary = ingest(
@@ -100,15 +100,15 @@ def prepare(argv: list[str]) -> int:
 
 
 def cache(argv: list[str]) -> int:
-    from safelight.arguments import parse_with_config
+    from safelight.options.arguments import parse_with_config
 
     arguments, config = parse_with_config(argv, "cache", COMMANDS["cache"])
     _say_loading()
-    from safelight.data.printable import counted
+    from safelight.data.text import counted
     from safelight.trainer.dataset import open_dataset
-    from safelight.trainer.device import pick_device
-    from safelight.trainer.log import Terminal
-    from safelight.trainer.models import base_of
+    from safelight.trainer.models.base import base_of
+    from safelight.trainer.models.device import pick_device
+    from safelight.trainer.run_log.terminal import Terminal
 
     with Terminal() as terminal:
         dataset = open_dataset(config, base_of(config.model), pick_device(config.run.device), terminal.update)
@@ -129,19 +129,19 @@ def cache(argv: list[str]) -> int:
 
 
 def plan(argv: list[str]) -> int:
-    from safelight.arguments import parse_with_config
+    from safelight.options.arguments import parse_with_config
 
     arguments, config = parse_with_config(argv, "plan", COMMANDS["plan"])
     _say_loading("loading libraries, then following a step on shapes alone")
-    from safelight.trainer.plan import table
+    from safelight.trainer.memory_plan.static_bytes import table
 
     card = _card(arguments.gpu, config)
     if card is None:
         result = table(config)
     else:
-        from safelight.trainer.fit import Planner
-        from safelight.trainer.gpu_memory import filled_in
-        from safelight.trainer.traces import CUDA
+        from safelight.trainer.memory_plan.meta_run import CUDA
+        from safelight.trainer.memory_plan.planner import Planner
+        from safelight.trainer.memory_plan.resolve_auto import filled_in
 
         planner = Planner(config, card)
         ways = planner.table()
@@ -149,7 +149,7 @@ def plan(argv: list[str]) -> int:
             config = filled_in(config, ways["chosen"])
         result = {**table(config, CUDA, planner.dtype), "plan": ways}
     if arguments.json:
-        from safelight.plan_json import with_json_names
+        from safelight.output.plan_json import with_json_names
 
         _print_json(with_json_names(result))
     else:
@@ -167,7 +167,7 @@ def _card(name: str, config):
     """Return the card that --gpu names, the one that is here for none, or None where there is none."""
     import torch
 
-    from safelight.trainer.cards import find_card, this_card
+    from safelight.trainer.memory_plan.gpus import find_card, this_card
 
     if name and name != "auto":
         return find_card(name)
@@ -179,12 +179,12 @@ def _card(name: str, config):
 
 
 def _print_plan(result: dict) -> None:
-    from safelight.columns import fill
-    from safelight.data.printable import counted
+    from safelight.data.text import counted
+    from safelight.output.columns import fill
 
     gib = 2**30
     if "plan" in result:
-        from safelight.plan_table import print_ways
+        from safelight.output.plan_table import print_ways
 
         print_ways(result)
     else:
@@ -212,13 +212,13 @@ def _print_plan(result: dict) -> None:
 
 
 def train(argv: list[str]) -> int:
-    from safelight.arguments import parse_with_config
+    from safelight.options.arguments import parse_with_config
 
     arguments, config = parse_with_config(argv, "train", COMMANDS["train"])
     _say_loading()
-    from safelight.data.printable import counted
-    from safelight.trainer.log import Terminal
+    from safelight.data.text import counted
     from safelight.trainer.report.build import build_report
+    from safelight.trainer.run_log.terminal import Terminal
     from safelight.trainer.stop import Stop
     from safelight.trainer.train import train as run_training
 
@@ -245,13 +245,13 @@ def train(argv: list[str]) -> int:
 
 
 def sample(argv: list[str]) -> int:
-    from safelight.arguments import Sample, parse
+    from safelight.options.arguments import Sample, parse
 
     arguments = parse(Sample, argv, "sample", COMMANDS["sample"])
     _say_loading()
-    from safelight.trainer.draw import open_run
-    from safelight.trainer.draw import sample as draw_sample
-    from safelight.trainer.log import Terminal
+    from safelight.trainer.inference.draw import open_run
+    from safelight.trainer.inference.draw import sample as draw_sample
+    from safelight.trainer.run_log.terminal import Terminal
 
     names = ("steps", "cfg", "seed", "width", "height", "sampler", "negative_prompt")
     changes = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
@@ -266,14 +266,14 @@ def sample(argv: list[str]) -> int:
 
 
 def compare(argv: list[str]) -> int:
-    from safelight.arguments import Compare, parse
+    from safelight.options.arguments import Compare, parse
 
     arguments = parse(Compare, argv, "compare", COMMANDS["compare"])
     _say_loading()
-    from safelight.trainer.draw import compare as draw_pairs
-    from safelight.trainer.draw import open_run
-    from safelight.trainer.log import Terminal
+    from safelight.trainer.inference.draw import compare as draw_pairs
+    from safelight.trainer.inference.draw import open_run
     from safelight.trainer.report.build import build_report
+    from safelight.trainer.run_log.terminal import Terminal
 
     with Terminal() as terminal:
         folder = draw_pairs(
@@ -292,12 +292,12 @@ def compare(argv: list[str]) -> int:
 
 
 def export(argv: list[str]) -> int:
-    from safelight.arguments import Export, parse
+    from safelight.options.arguments import Export, parse
 
     arguments = parse(Export, argv, "export", COMMANDS["export"])
     _say_loading()
-    from safelight.trainer.export import export as export_run
-    from safelight.trainer.log import Terminal
+    from safelight.trainer.inference.export import export as export_run
+    from safelight.trainer.run_log.terminal import Terminal
 
     done = export_run(
         arguments.run, arguments.out, arguments.checkpoint, arguments.dtype, arguments.title, arguments.force,
@@ -314,7 +314,7 @@ def export(argv: list[str]) -> int:
 
 
 def report(argv: list[str]) -> int:
-    from safelight.arguments import Report, parse
+    from safelight.options.arguments import Report, parse
 
     arguments = parse(Report, argv, "report", COMMANDS["report"])
     from safelight.trainer.report.build import build_report
@@ -325,13 +325,13 @@ def report(argv: list[str]) -> int:
 
 
 def demo(argv: list[str]) -> int:
-    from safelight.arguments import Demo, parse
+    from safelight.options.arguments import Demo, parse
 
     arguments = parse(Demo, argv, "demo", COMMANDS["demo"])
     if arguments.dir.exists() and not arguments.dir.is_dir():
         raise ValueError(f"{arguments.dir} is a file; give a folder to work in with --dir")
-    from safelight.trainer.demo import run_demo
-    from safelight.trainer.log import Terminal
+    from safelight.trainer.run_log.terminal import Terminal
+    from safelight.trainer.tiny.demo import run_demo
 
     result = run_demo(arguments.dir, Terminal())
     if arguments.json:
@@ -351,13 +351,13 @@ def demo(argv: list[str]) -> int:
 
 
 def profile(argv: list[str]) -> int:
-    from safelight.arguments import parse_with_config
+    from safelight.options.arguments import parse_with_config
 
     arguments, config = parse_with_config(argv, "profile", COMMANDS["profile"])
     _say_loading()
-    from safelight.bench.profiling import profile_run
-    from safelight.bench.results import append
-    from safelight.trainer.log import Terminal
+    from safelight.bench.core.results import append
+    from safelight.bench.profile.profiling import profile_run
+    from safelight.trainer.run_log.terminal import Terminal
 
     with Terminal() as terminal:
         found = profile_run(config, arguments.steps, arguments.out, terminal)
@@ -378,8 +378,8 @@ def profile(argv: list[str]) -> int:
 
 
 def bench(argv: list[str]) -> int:
-    from safelight.bench.command import MEASURING
-    from safelight.bench.command import main as bench_main
+    from safelight.bench.command_line import MEASURING
+    from safelight.bench.command_line import main as bench_main
 
     if argv and argv[0] in MEASURING and not {"-h", "--help"} & set(argv):
         _say_loading("loading libraries, then measuring: seconds to minutes until there is a figure")

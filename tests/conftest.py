@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from safelight.trainer.config import Config, parse_config
+from safelight.trainer.config.toml import Config, parse_config
 
 torch.set_num_threads(1)
 # read when huggingface_hub is imported: a command called in this process comes too late to silence its bars

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from safelight.__main__ import COMMANDS, main
-from safelight.bench.command import COMMANDS as BENCHMARKS
+from safelight.bench.command_line import COMMANDS as BENCHMARKS
 
 # those without options of their own
 WORDS = ([], ["bench"], *([name] for name in COMMANDS if name != "bench"), *(["bench", name] for name in BENCHMARKS))

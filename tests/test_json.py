@@ -9,11 +9,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from safelight import arguments
 from safelight.__main__ import main
-from safelight.bench.command import COMMANDS as BENCHMARKS
-from safelight.bench.results import RESULTS
-from safelight.plan_json import with_json_names
+from safelight.bench.command_line import COMMANDS as BENCHMARKS
+from safelight.bench.core.results import RESULTS
+from safelight.options import arguments
+from safelight.output.plan_json import with_json_names
 
 # fields whose keys are names of what was measured: packages, classes of operators, layers, kernels, parts of a model
 DATA = {"machine", "classes", "classes_ms", "stretches_ms", "layers", "kernels", "saved_by_block_mib", "scores"}

@@ -21,9 +21,9 @@ from safelight.data.cache import (
 )
 from safelight.data.manifest import read_manifest, split_validation
 from safelight.data.shards import Cache
-from safelight.trainer.config import Config
-from safelight.trainer.encoders import CaptionEncoder, LatentCodec, load_caption_encoder, load_codec
-from safelight.trainer.models import Base
+from safelight.trainer.config.toml import Config
+from safelight.trainer.models.base import Base, bucket_multiple
+from safelight.trainer.models.encoders import CaptionEncoder, LatentCodec, load_caption_encoder, load_codec
 
 NUM_EXAMPLES = 12
 ENCODE_BATCH_CPU, ENCODE_BATCH_GPU = 8, 4
@@ -74,12 +74,6 @@ class Dataset:
             {"width": b.width, "height": b.height, "num_train": train[b], "num_validation": validation[b]}
             for b in sorted(set(train) | set(validation))
         ]
-
-
-def bucket_multiple(base: Base, latent_factor: int) -> int:
-    """Return what sides of buckets are multiples of: an eighth of the model's native side, at most 64 px."""
-    native = base.config_of("unet")["sample_size"] * latent_factor
-    return min(64, max(2 * latent_factor, native // 8))
 
 
 def open_dataset(config: Config, base: Base, device: torch.device, progress: Progress | None = None) -> Dataset:

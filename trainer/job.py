@@ -11,31 +11,33 @@ import torch
 from torch import nn
 
 from safelight.data.cache import Sample
-from safelight.data.printable import counted
 from safelight.data.side_stream import SideStream
-from safelight.kernels.attention import allowed_backends, attention_cases, choose_attention
-from safelight.kernels.jit import has_triton
-from safelight.trainer.checkpoint import Position, check_files, folder_of, load_checkpoint, read_identity
-from safelight.trainer.config import Config
+from safelight.data.text import counted
+from safelight.kernels.triton.jit import has_triton
+from safelight.kernels.unet.attention import allowed_backends, attention_cases, choose_attention
+from safelight.trainer.checkpoint.files import Position, check_files, folder_of, load_checkpoint, read_identity
+from safelight.trainer.checkpoint.identity import Identity, identify
+from safelight.trainer.checkpoint.saver import Saver
+from safelight.trainer.config.timeline import Timeline
+from safelight.trainer.config.toml import Config
 from safelight.trainer.dataset import Dataset, open_dataset
-from safelight.trainer.device import PRECISIONS, pick_device, pick_dtype
-from safelight.trainer.diffusion import NoiseSchedule, make_schedule
-from safelight.trainer.ema import WeightAverages, take_averages
-from safelight.trainer.encoders import LatentCodec, load_codec
-from safelight.trainer.equip import equip
-from safelight.trainer.gpu_memory import budget, cap, describe, record, settle
-from safelight.trainer.identity import Identity, identify
-from safelight.trainer.log import Metrics, Terminal, reset_peak_memory
-from safelight.trainer.models import base_of
-from safelight.trainer.need import Need
-from safelight.trainer.optim import UNetOptimizer, memory_mode
-from safelight.trainer.recording import GraphRecording, reason_against, recording_for
-from safelight.trainer.run_folder import EPOCH_ORDER, MEMORY_PLAN, recorded, recorded_attention, write_start
-from safelight.trainer.saver import Saver
-from safelight.trainer.step_log import StepLog, take_state
-from safelight.trainer.timeline import Timeline
-from safelight.trainer.validate import choose_subset
-from safelight.trainer.weights import check_unet, load_unet
+from safelight.trainer.memory_plan.candidate import Need
+from safelight.trainer.memory_plan.resolve_auto import budget, cap, describe, reason_against, record, settle
+from safelight.trainer.models.base import base_of
+from safelight.trainer.models.device import PRECISIONS, pick_device, pick_dtype
+from safelight.trainer.models.encoders import LatentCodec, load_codec
+from safelight.trainer.models.noise_schedule import NoiseSchedule, make_schedule
+from safelight.trainer.models.weights import check_unet, load_unet
+from safelight.trainer.optim.ema import WeightAverages, take_averages
+from safelight.trainer.optim.optimizer import UNetOptimizer, memory_mode
+from safelight.trainer.run_log.environment import EPOCH_ORDER, MEMORY_PLAN, recorded, recorded_attention
+from safelight.trainer.run_log.metrics import Metrics, reset_peak_memory
+from safelight.trainer.run_log.step_window import StepLog, take_state
+from safelight.trainer.run_log.terminal import Terminal
+from safelight.trainer.run_start import write_start
+from safelight.trainer.step.cuda_graphs import GraphRecording, recording_for
+from safelight.trainer.step.prepare_unet import equip
+from safelight.trainer.step.validate import choose_subset
 
 
 @dataclass

@@ -6,12 +6,12 @@ import time
 
 import torch
 
-from safelight.trainer.checkpoint import Position
-from safelight.trainer.gpu_memory import compare
+from safelight.trainer.between_steps import epoch_fraction
+from safelight.trainer.checkpoint.files import Position
 from safelight.trainer.job import Job
-from safelight.trainer.log import peak_memory_gib
-from safelight.trainer.measure import epoch_fraction
-from safelight.trainer.step import StepResult
+from safelight.trainer.memory_plan.resolve_auto import compare
+from safelight.trainer.run_log.metrics import peak_memory_gib
+from safelight.trainer.step.step import StepResult
 
 # fp16's loss scale needs up to 24 halvings to find its place; more skips in a row than this lead nowhere
 MAX_SKIPS_IN_A_ROW = 50

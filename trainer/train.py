@@ -17,17 +17,18 @@ import torch
 
 from safelight.data.batches import MicroBatch, iterate, load_batch, plan_epoch
 from safelight.data.lock import FolderLock
-from safelight.trainer.algorithms import algorithms
-from safelight.trainer.cards import this_card
-from safelight.trainer.checkpoint import Position, list_checkpoints, rewrite_position
-from safelight.trainer.config import Config, ResolvedStage
-from safelight.trainer.gpu_memory import out_of_memory
-from safelight.trainer.graphs import StepGraphs
+from safelight.trainer.between_steps import is_due, measure
+from safelight.trainer.checkpoint.files import Position, list_checkpoints, rewrite_position
+from safelight.trainer.config.toml import Config, ResolvedStage
 from safelight.trainer.job import Job, load_job
-from safelight.trainer.log import Terminal, reset_peak_memory
-from safelight.trainer.measure import is_due, measure
+from safelight.trainer.memory_plan.gpus import this_card
+from safelight.trainer.memory_plan.resolve_auto import out_of_memory
 from safelight.trainer.progress import log_step
-from safelight.trainer.step import Inputs, train_step, upload
+from safelight.trainer.run_log.metrics import reset_peak_memory
+from safelight.trainer.run_log.terminal import Terminal
+from safelight.trainer.step.cuda_graphs import StepGraphs
+from safelight.trainer.step.step import Inputs, train_step, upload
+from safelight.trainer.step.torch_flags import algorithms
 
 
 @dataclass(frozen=True)

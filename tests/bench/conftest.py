@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from safelight.bench.workload import Workload, random_batches
+from safelight.bench.recipes.workload import Workload, random_batches
 
 WORK = Workload(batch_size=2, optimizer="adamw", device="cpu", precision="fp32").resolved()
 

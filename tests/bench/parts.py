@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from safelight.bench.everything import Session, told
+from safelight.bench.all.run_all import Session, told
 
 
 def line(session: Session, name: str) -> dict:

@@ -14,8 +14,8 @@ from safelight.data.batches import plan_epoch
 from safelight.data.buckets import Bucket, crop_box, make_buckets, nearest_bucket
 from safelight.data.captions import collapse
 from safelight.data.manifest import Photo, split_validation
-from safelight.data.printable import printable, storable
 from safelight.data.samples import plan_samples
+from safelight.data.text import printable, storable
 
 few = settings(deadline=None, max_examples=150, derandomize=True)
 sides = st.integers(16, 5000)

@@ -62,7 +62,7 @@ def a_pickle(folder: Path) -> list[str]:
     import pickle
     import shutil
 
-    from safelight.trainer.models import tiny_folder
+    from safelight.trainer.models.base import tiny_folder
 
     class Bomb:
         def __reduce__(self):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from safelight.trainer.config import load_config
-from safelight.trainer.models import tiny_folder
+from safelight.trainer.config.toml import load_config
+from safelight.trainer.models.base import tiny_folder
 from safelight.trainer.train import train
 
 TOML = """

@@ -21,8 +21,8 @@ from PIL import Image
 from safelight.__main__ import quiet_libraries
 from safelight.data.manifest import read_manifest
 from safelight.data.shards import Cache
-from safelight.trainer.checkpoint import check_files, folder_of, list_checkpoints
-from safelight.trainer.log import Metrics
+from safelight.trainer.checkpoint.files import check_files, folder_of, list_checkpoints
+from safelight.trainer.run_log.metrics import Metrics
 
 
 @contextlib.contextmanager

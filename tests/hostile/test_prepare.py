@@ -17,7 +17,7 @@ from PIL import Image
 
 from safelight.data.ingest import ingest
 from safelight.data.manifest import read_manifest
-from safelight.trainer.log import Terminal
+from safelight.trainer.run_log.terminal import Terminal
 
 GOOD = {"good one": "a told caption", "good two": "good two"}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from safelight.arguments import Compare, Export, Init, Prepare, Report, Sample, parse, parse_with_config
+from safelight.options.arguments import Compare, Export, Init, Prepare, Report, Sample, parse, parse_with_config
 from safelight.trainer.tiny.scenes import caption, draw, random_scene
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,8 +77,8 @@ def test_torch_is_kept_as_it_is(cells):
 
 def test_every_command_is_one_of_this_version(cells, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    from safelight.trainer.config import to_toml
-    from safelight.trainer.presets import preset
+    from safelight.trainer.config.presets import preset
+    from safelight.trainer.config.toml import to_toml
 
     (tmp_path / "run.toml").write_text(to_toml(preset("sd15")))
     commands = commands_of(cells)

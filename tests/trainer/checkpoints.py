@@ -7,8 +7,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 
-from safelight.trainer.checkpoint import Position, save_checkpoint
-from safelight.trainer.identity import Identity
+from safelight.trainer.checkpoint.files import Position, save_checkpoint
+from safelight.trainer.checkpoint.identity import Identity
 
 IDENTITY = Identity({"run.seed": 1}, [{"epochs": 2, "lr": 1e-4}], "rows")
 POSITION = Position(step=7, epoch=1, step_in_epoch=2, stage=0, best_step=3, best_loss=0.125)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from diffusers import UNet2DConditionModel
 
-from safelight.trainer.models import Base, resolve_base, tiny_folder
+from safelight.trainer.models.base import Base, resolve_base, tiny_folder
 from tests.trainer.checkpoints import make_unet
 
 
@@ -56,6 +56,6 @@ def base_folder(tmp_path) -> Path:
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory) -> Path:
     """The folder of a run of the tiny base with one checkpoint. Read only."""
-    from tests.trainer.exported_runs import make_run
+    from tests.trainer.inference.exported_runs import make_run
 
     return make_run(tmp_path_factory.mktemp("tiny") / "run")

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from safelight.trainer.checkpoint import folder_of, list_checkpoints
+from safelight.trainer.checkpoint.files import folder_of, list_checkpoints
 
 CLOCK_FIELDS = {"time", "images_per_s", "memory_gib"}
 

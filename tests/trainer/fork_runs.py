@@ -22,8 +22,11 @@ import torch
 
 import safelight.trainer.report.build  # noqa: F401
 from safelight.__main__ import main
-from safelight.trainer import checkpoint, log, saver, train
-from safelight.trainer.config import parse_config
+from safelight.trainer import train
+from safelight.trainer.checkpoint import files as checkpoint
+from safelight.trainer.checkpoint import saver
+from safelight.trainer.config.toml import parse_config
+from safelight.trainer.run_log import metrics as log
 
 
 def _die() -> None:

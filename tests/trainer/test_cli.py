@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
-from safelight.trainer.checkpoint import list_checkpoints
-from safelight.trainer.config import load_config
-from safelight.trainer.presets import preset
+from safelight.trainer.checkpoint.files import list_checkpoints
+from safelight.trainer.config.presets import preset
+from safelight.trainer.config.toml import load_config
 from tests.called import Called, call
 
 NUM_STEPS = 5

@@ -121,7 +121,7 @@ def test_a_full_disk_is_one_line(monkeypatch, tmp_path):
 
 
 def test_a_failure_of_our_own_keeps_its_traceback(monkeypatch):
-    import safelight.trainer.presets as presets
+    import safelight.trainer.config.presets as presets
 
     def broken(name):
         raise ZeroDivisionError

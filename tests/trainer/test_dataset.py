@@ -12,9 +12,9 @@ import torch
 from safelight.data.ingest import ingest
 from safelight.data.manifest import read_manifest
 from safelight.trainer import dataset as module
-from safelight.trainer.dataset import bucket_multiple, open_dataset
-from safelight.trainer.encoders import load_codec
-from safelight.trainer.models import Base, resolve_base
+from safelight.trainer.dataset import open_dataset
+from safelight.trainer.models.base import Base, bucket_multiple, resolve_base
+from safelight.trainer.models.encoders import load_codec
 from safelight.trainer.tiny.scenes import caption, draw, random_scene
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from safelight.data.shards import Cache
-from safelight.trainer.checkpoint import check_files, folder_of, list_checkpoints
+from safelight.trainer.checkpoint.files import check_files, folder_of, list_checkpoints
 from tests.trainer.equal_runs import assert_equal_runs
 
 pytestmark = pytest.mark.slow

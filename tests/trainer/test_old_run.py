@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from safelight.trainer.checkpoint import list_checkpoints
-from safelight.trainer.config import load_config
-from safelight.trainer.models import tiny_folder
+from safelight.trainer.checkpoint.files import list_checkpoints
+from safelight.trainer.config.toml import load_config
+from safelight.trainer.models.base import tiny_folder
 from safelight.trainer.train import train
 from tests.trainer.equal_runs import metrics
 

@@ -12,12 +12,12 @@ import torch
 
 from safelight.data.ingest import ingest
 from safelight.data.manifest import read_manifest
-from safelight.trainer.config import parse_config
-from safelight.trainer.encoders import LatentCodec
-from safelight.trainer.models import resolve_base
+from safelight.trainer.config.toml import parse_config
+from safelight.trainer.models.base import resolve_base
+from safelight.trainer.models.encoders import LatentCodec
+from safelight.trainer.models.weights import load_vae
 from safelight.trainer.report.build import build_report
 from safelight.trainer.train import train
-from safelight.trainer.weights import load_vae
 
 SHARED = Path(os.environ.get("SAFELIGHT_SHARED", Path(__file__).resolve().parents[3] / "shared"))
 PHOTOS, TAESD, TOKENIZER = SHARED / "photos", SHARED / "weights" / "taesd", SHARED / "weights" / "clip_tokenizer"

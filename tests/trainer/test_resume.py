@@ -14,9 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from safelight.trainer import checkpoint, progress, train
-from safelight.trainer.checkpoint import list_checkpoints
-from safelight.trainer.config import parse_config
+from safelight.trainer import progress, train
+from safelight.trainer.checkpoint import files as checkpoint
+from safelight.trainer.checkpoint.files import list_checkpoints
+from safelight.trainer.config.toml import parse_config
 from tests.trainer.equal_runs import assert_equal_runs, metrics
 
 

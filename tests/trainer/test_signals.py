@@ -7,8 +7,8 @@ import signal
 
 import pytest
 
-from safelight.trainer.checkpoint import check_files, folder_of, list_checkpoints
-from safelight.trainer.config import to_toml
+from safelight.trainer.checkpoint.files import check_files, folder_of, list_checkpoints
+from safelight.trainer.config.toml import to_toml
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import safelight
 from safelight.data.atomic import atomic_write_text
-from safelight.data.printable import counted
+from safelight.data.text import counted
+from safelight.trainer.config.toml import require_run
 from safelight.trainer.report.curves import loss_section, schedule_section, timestep_section
 from safelight.trainer.report.facts import (
     Facts,
@@ -21,9 +22,8 @@ from safelight.trainer.report.facts import (
 from safelight.trainer.report.markup import Markup, join, shorten, tag
 from safelight.trainer.report.provenance import data_section, environment_section, events_section, parameters_section
 from safelight.trainer.report.results import learned_section, samples_section
-from safelight.trainer.report.run_folder import RunFolder, num_held_out, number, read_run_folder, rows_of, table_of
+from safelight.trainer.report.run_reader import RunFolder, num_held_out, number, read_run_folder, rows_of, table_of
 from safelight.trainer.report.theme import CSS, JS, content_security_policy
-from safelight.trainer.run_dir import require_run
 
 SECTIONS = (
     ("learned", "Did it learn?"),

@@ -10,10 +10,10 @@ from itertools import accumulate
 
 import numpy as np
 
-from safelight.trainer.config import parse_config
+from safelight.trainer.config.timeline import Timeline, steps_of_counts
+from safelight.trainer.config.toml import parse_config
 from safelight.trainer.report.facts import evenly_chosen
-from safelight.trainer.report.run_folder import Metrics, RunFolder, number, rows_of
-from safelight.trainer.timeline import Timeline, steps_of_counts
+from safelight.trainer.report.run_reader import Metrics, RunFolder, number, rows_of
 
 MAX_STEPS_A_STAGE = 600
 # epochs are logged to six digits

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from safelight.data.printable import counted
+from safelight.data.text import counted
 from safelight.trainer.report.course import learning_rates, stage_starts
 from safelight.trainer.report.facts import (
     best_validation,
@@ -14,7 +14,8 @@ from safelight.trainer.report.facts import (
     format_percent,
     over_fitting_verdict,
 )
-from safelight.trainer.report.graphs import (
+from safelight.trainer.report.markup import Markup, details, empty_state, table, tag
+from safelight.trainer.report.plots import (
     Frame,
     band_names,
     learning_rate_graph,
@@ -23,8 +24,7 @@ from safelight.trainer.report.graphs import (
     smoothed_loss,
     timestep_graph,
 )
-from safelight.trainer.report.markup import Markup, details, empty_state, table, tag
-from safelight.trainer.report.run_folder import Metrics, RunFolder, Validation, averages_note
+from safelight.trainer.report.run_reader import Metrics, RunFolder, Validation, averages_note
 from safelight.trainer.report.svg import to_svg
 
 MAX_READ_OUT_POINTS = 300

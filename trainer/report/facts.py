@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from safelight.trainer.report.run_folder import Metrics, Validation
+from safelight.trainer.report.run_reader import Metrics, Validation
 
 # Held-out loss moves by one to a few per cent in a whole fine-tuning; less than this after the best point is not a rise.
 MIN_RISE_OF_LOSS = 0.0025

@@ -4,11 +4,11 @@ import datetime
 import math
 import re
 
-from safelight.data.printable import counted
+from safelight.data.text import counted
 from safelight.trainer.report.facts import format_duration
 from safelight.trainer.report.markup import Markup, details, empty_state, join, shorten, table, tag
 from safelight.trainer.report.pictures import embed_all, placeholder
-from safelight.trainer.report.run_folder import RunFolder, inside, number, rows_of, table_of
+from safelight.trainer.report.run_reader import RunFolder, inside, number, rows_of, table_of
 
 MAX_EXAMPLES = 24
 EXAMPLE_EDGES_PX = (360, 256, 160, 96)

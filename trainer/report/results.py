@@ -2,11 +2,11 @@
 
 import math
 
-from safelight.data.printable import counted
+from safelight.data.text import counted
 from safelight.trainer.report.facts import evenly_chosen, format_epoch
 from safelight.trainer.report.markup import Markup, empty_state, join, shorten, table, tag
 from safelight.trainer.report.pictures import Picture, embed_all, placeholder
-from safelight.trainer.report.run_folder import RunFolder, SampleSet, averages_note, inside, number, rows_of
+from safelight.trainer.report.run_reader import RunFolder, SampleSet, averages_note, inside, number, rows_of
 
 MAX_PAIRS = 24
 MAX_LARGE_PAIRS = 6

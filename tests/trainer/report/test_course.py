@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from safelight.trainer.config.timeline import Timeline
 from safelight.trainer.report.course import learning_rates, stage_starts
 from safelight.trainer.report.curves import schedule_section
-from safelight.trainer.report.run_folder import read_run_folder
-from safelight.trainer.timeline import Timeline
+from safelight.trainer.report.run_reader import read_run_folder
 
 # 10 + 3 photographs in batches of 4: 4 steps an epoch; of 8: 3
 BUCKETS = [{"num_train": 10, "num_validation": 1}, {"num_train": 3, "num_validation": 0}]

@@ -16,8 +16,8 @@ from safelight.trainer.report.facts import (
     run_time_s,
     smooth,
 )
-from safelight.trainer.report.graphs import band_names
-from safelight.trainer.report.run_folder import Validation, read_run_folder
+from safelight.trainer.report.plots import band_names
+from safelight.trainer.report.run_reader import Validation, read_run_folder
 
 
 def curve(*losses: float) -> list[Validation]:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from safelight.arguments import parse_with_config
-from safelight.data.printable import counted
+from safelight.data.text import counted
+from safelight.options.arguments import parse_with_config
 from safelight.trainer.report.build import build_report, render
-from safelight.trainer.report.run_folder import read_run_folder
+from safelight.trainer.report.run_reader import read_run_folder
 
 
 @pytest.fixture

@@ -1,0 +1,151 @@
+"""What the operators and kernels of a step need at least: the bytes of their inputs and outputs once, and their FLOPs.
+
+A step is followed operator by operator, on its device or on meta tensors (trainer/memory_plan/meta_run.py). On meta tensors our own
+kernels are seen too, launch by launch, as they are the operators of nobody.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from safelight.bench.core.operators import class_of, class_of_kernel, does_work
+from safelight.kernels.optim.adamw8bit import AdamW8bit
+from safelight.kernels.triton.jit import Launch, LaunchMode
+from safelight.trainer.memory_plan.meta_run import MetaRun
+from safelight.trainer.step.profiler_ranges import told_to
+
+# the counter's classes by the words of a roofline
+_KINDS = {"matmul": "linear", "copy/cast": "copies"}
+
+
+def _cpu_attention(query, key, value, *_, **__) -> int:
+    return sdpa_flop_count(query.shape, key.shape, value.shape)
+
+
+def _cpu_attention_backward(gradient, query, key, value, *_, **__) -> int:
+    return sdpa_backward_flop_count(gradient.shape, query.shape, key.shape, value.shape)
+
+
+# a CPU's attention, which torch has no formula for
+_FORMULAS: dict[object, Callable[..., int]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
+}
+
+
+@dataclass
+class Cost:
+    """What the calls of an operator need. kind: its class; sizes: how many calls need (bytes, FLOPs)."""
+
+    kind: str = ""
+    is_kernel: bool = False
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+
+    @property
+    def calls(self) -> int:
+        return self.sizes.total()
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(n * num_bytes for (num_bytes, _), n in self.sizes.items())
+
+    @property
+    def flops(self) -> int:
+        return sum(n * flops for (_, flops), n in self.sizes.items())
+
+    def least_ms(self, ceilings: dict) -> float:
+        """Return the time of all calls at the ceilings, each bound by its bytes or by its FLOPs, whichever take longer."""
+        rate, bandwidth = ceilings["matmul_tflops"] * 1e9, ceilings["copy_gb_per_s"] * 1e6
+        return sum(n * max(num_bytes / bandwidth, flops / rate) for (num_bytes, flops), n in self.sizes.items())
+
+
+# by (in the optimizer's stretch, name)
+Costs = dict[tuple[bool, str], Cost]
+
+
+def kind_of(name: str, in_optimizer: bool = False) -> str:
+    """Return an operator's class: conv, linear, attention, norm, elementwise, optimizer or copies."""
+    return "optimizer" if in_optimizer else _KINDS.get(class_of(name), class_of(name))
+
+
+def num_bytes(x: Tensor) -> int:
+    """Return the bytes behind a tensor that are there once: what is expanded is read once."""
+    return min(x.numel() * x.element_size(), x.untyped_storage().nbytes())
+
+
+class OperatorCosts(LaunchMode):
+    """Adds up costs while it is entered. stretches: those that are entered now; device: what happens on others is left out."""
+
+    def __init__(self, stretches: list[str], device: str = "cpu"):
+        super().__init__()
+        self.stretches, self.device, self.costs = stretches, device, defaultdict(Cost)
+
+    def _launched(self, launch: Launch) -> None:
+        in_optimizer = "optimizer" in self.stretches
+        cost = self.costs[in_optimizer, launch.kernel.__name__]
+        module = launch.kernel.function.__module__.rpartition(".")[2]
+        cost.kind, cost.is_kernel = "optimizer" if in_optimizer else class_of_kernel(module), True
+        cost.sizes[sum(num_bytes(x) for x in launch.tensors()), 0] += 1
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        outputs = func(*args, **kwargs)
+        name = func._overloadpacket.__name__
+        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        # an in-place operator reads and writes its first
+        tensors = [x for x in tree_leaves((args, kwargs, outputs)) if isinstance(x, Tensor)]
+        if does_work(name, is_view) and any(x.device.type == self.device for x in tensors):
+            in_optimizer = "optimizer" in self.stretches
+            cost = self.costs[in_optimizer, name]
+            cost.kind = kind_of(name, in_optimizer)
+            formula = _FORMULAS.get(func._overloadpacket) or flop_registry.get(func._overloadpacket)
+            # torch's wrap outputs, ours need none
+            flops = formula(*args, **kwargs, out_val=outputs) if formula is not None else 0
+            cost.sizes[sum(num_bytes(x) for x in tensors), flops] += 1
+        return outputs
+
+
+@contextlib.contextmanager
+def _entered(stretches: list[str], name: str) -> Iterator[None]:
+    stretches.append(name)
+    try:
+        yield
+    finally:
+        stretches.pop()
+
+
+def follow(run: MetaRun, batch_size: int, height: int, width: int, num_micro: int = 1) -> Costs:
+    """Return the costs of a run's step over micro-batches of latents of a size, followed on meta tensors."""
+    # the first one makes what the optimizer keeps
+    run.step(batch_size, height, width, num_micro)
+    stretches: list[str] = []
+    with OperatorCosts(stretches, "meta") as costs, told_to(lambda name: _entered(stretches, name)):
+        run.step(batch_size, height, width, num_micro)
+    return _with_tables(dict(costs.costs), run)
+
+
+def _with_tables(costs: Costs, run: MetaRun) -> Costs:
+    """Give the bytes of kernels that are handed addresses, not tensors: they are those of what lies there."""
+    found: dict[str, int] = defaultdict(int)
+    inner = run.optimizer.inner
+    if isinstance(inner, AdamW8bit):
+        for p, beside, moments in zip(inner.parameters, inner.remainders, inner.moments, strict=True):
+            name = "_adamw32bit_kernel" if moments.absmax1 is None else "_adamw8bit_kernel"
+            held = (p, beside, moments.state1, moments.state2, moments.absmax1, moments.absmax2)
+            # all is read and written, the gradient read
+            found[name] += 2 * sum(num_bytes(x) for x in held if x is not None) + num_bytes(p)
+    if run.ema is not None:
+        # an average is read and written, the fp32 value that it follows read, whole or as a pair
+        found["_ema_kernel"] = sum(3 * num_bytes(x) for x in run.ema.averages.values())
+    for (_, name), cost in costs.items():
+        if name in found and cost.is_kernel:
+            cost.sizes = Counter({(found[name] // cost.calls, 0): cost.calls})
+    return costs

@@ -1,0 +1,179 @@
+"""`safelight bench count`: the counted table of one training step, traced on meta tensors or run on a device."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import nn
+
+from safelight.bench.core.arguments import Count
+from safelight.bench.core.operators import CLASSES
+from safelight.bench.counting.counters import MIB, CardOperators, CountedAdamW8bit, Counter, Counts, SavedBytes
+from safelight.bench.recipes.workload import LR, MAX_GRAD_NORM, NUM_TOKENS, WEIGHT_DECAY, Workload, random_batches
+from safelight.kernels.unet import patch
+from safelight.kernels.unet.attention import attention_cases, choose_attention
+from safelight.kernels.unet.checkpointing import apply_checkpointing
+from safelight.trainer.config.toml import Loss, Optimizer
+from safelight.trainer.models.base import Base, resolve_base
+from safelight.trainer.models.noise_schedule import NoiseSchedule, make_schedule
+from safelight.trainer.models.sdxl_conditioning import give_conditioning
+from safelight.trainer.models.weights import meta_unet
+from safelight.trainer.optim.optimizer import UNetOptimizer
+from safelight.trainer.step.step import Noisy, accumulate
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def weight_dtype(precision: str) -> torch.dtype:
+    """Return the dtype of the weights: fp32 under autocast."""
+    return torch.float32 if precision.startswith("autocast") else DTYPES[precision]
+
+
+def meta_noisy(unet: nn.Module, batch_size: int, side: int, layout: str) -> Noisy:
+    """Return what a step sees, on the meta device: rows of the model's shapes."""
+    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    rows = torch.empty(batch_size, unet.config.in_channels, side, side, device="meta").to(memory_format=memory_format)
+    return Noisy(
+        rows,
+        torch.empty(batch_size, dtype=torch.int64, device="meta"),
+        torch.empty_like(rows),
+        torch.empty(batch_size, NUM_TOKENS, unet.config.cross_attention_dim, device="meta"),
+    )
+
+
+def count_step(
+    unet: nn.Module, noisy: Noisy, schedule: NoiseSchedule, layout: str, autocast: torch.dtype | None = None,
+    optimizer: UNetOptimizer | None = None,
+) -> Counts:  # fmt: skip
+    """Return the counts of one step: the loss and its gradients by trainer/step/step.py, then the optimizer if given."""
+    counter, saved = Counter(layout), SavedBytes(unet.parameters())
+    scale = torch.ones((), device=noisy.noisy_BCHW.device) if optimizer is None else optimizer.loss_scale.scale
+    operators = CardOperators(autocast)
+    with operators, counter:
+        with saved:
+            accumulate(unet, noisy, schedule, Loss(), len(noisy.timesteps_B), scale)
+        if optimizer is not None:
+            counter.phase = "optimizer"
+            optimizer.step(LR, WEIGHT_DECAY, MAX_GRAD_NORM)
+            counter.counts.host_syncs += getattr(optimizer.inner, "num_syncs_a_step", 0)
+    counter.counts.saved_bytes = saved.total
+    counter.counts.saved_cast_bytes = saved.of(operators.casts.values())
+    return counter.counts
+
+
+def trace(
+    base: Base, *, latent_size: int = 0, batch_size: int = 1, precision: str = "bf16", layout: str = "nchw",
+    checkpointing: str = "none", optimizer: str = "none", patched: bool = False,
+) -> Counts:  # fmt: skip
+    """Return the counts of a base's training step, traced on meta tensors.
+
+    precision: fp32 | bf16 | fp16 | autocast-bf16 | autocast-fp16. optimizer: none | adamw | adamw8bit. patched: with our
+    kernels, which is channels-last; its attention is assumed to be flash. Raises ValueError for what cannot be counted.
+    """
+    unet = give_conditioning(meta_unet(base).to(weight_dtype(precision)).train())
+    if patched and (layout != "channels_last" or precision.startswith("autocast")):
+        raise ValueError(f"a patched UNet is channels-last and without autocast, not {layout}, {precision}")
+    if checkpointing == "selective" and not patched:
+        raise ValueError("selective checkpointing is counted of a patched UNet alone; use none or full, or patched")
+    if layout == "channels_last":
+        unet = unet.to(memory_format=torch.channels_last)
+    if patched:
+        # its operators' meta implementations save what a card's would
+        choice = choose_attention(torch.device("meta"), weight_dtype(precision), attention_cases(unet), wanted="sdpa")
+        patch.apply(unet, choice)
+    apply_checkpointing(unet, checkpointing)
+    autocast = DTYPES[precision.removeprefix("autocast-")] if precision.startswith("autocast") else None
+    ours = None
+    if optimizer != "none":
+        # lines call bitsandbytes' adamw8bit: they are older than our kernel of that name
+        name = "bnb_adamw8bit" if optimizer == "adamw8bit" else optimizer
+        ours = UNetOptimizer(unet, Optimizer(name=name))
+        if name == "bnb_adamw8bit":
+            ours.inner = CountedAdamW8bit(list(ours.master.values()))
+        else:
+            # torch's choice on a GPU, which it does not make for meta tensors
+            ours.inner.param_groups[0]["foreach"] = True
+        # the first step makes the moments; a counter answers for the finite norm that it asks of the device
+        for p in unet.parameters():
+            p.grad = torch.empty_like(p)
+        with Counter(layout):
+            ours.step(LR, WEIGHT_DECAY, MAX_GRAD_NORM)
+    noisy = meta_noisy(unet, batch_size, latent_size or unet.config.sample_size, layout)
+    schedule = make_schedule(base.config_of("scheduler")).to(torch.device("meta"))
+    return count_step(unet, noisy, schedule, layout, autocast, ours)
+
+
+def figures(counts: Counts) -> dict:
+    """Return the counts as plain values. The totals are of loss and gradients; the optimizer's stand apart."""
+    rows = {
+        kind: {"operators": row.operators, "launches": row.launches, "gb": round(row.bytes_moved / 1e9, 5)}
+        for kind in CLASSES
+        if (row := counts.rows.get(kind))
+    }
+    return {
+        "launches": counts.total("launches", with_optimizer=False),
+        "memory_bound_gb": round(counts.total("bytes_moved", with_optimizer=False) / 1e9, 4),
+        "saved_mib": round(counts.saved_bytes / MIB, 1),
+        "saved_casts_mib": round(counts.saved_cast_bytes / MIB, 1),
+        "forward_gflop": round(counts.flops_forward / 1e9, 3),
+        "step_gflop": round(counts.flops_total / 1e9, 3),
+        "host_syncs": counts.host_syncs,
+        "classes": rows,
+    }
+
+
+def config_of(options: Count) -> dict:
+    """Return what a counted figure depends on."""
+    return {
+        "base": options.base, "latent_size": options.latent_size, "batch_size": options.batch_size,
+        "precision": options.precision, "layout": options.layout, "checkpointing": options.checkpointing,
+        "optimizer": options.optimizer,
+        # lines from before there was a patch have no such field
+        **({"patched": True} if options.patched else {}),
+    }  # fmt: skip
+
+
+def count(options: Count) -> tuple[dict, float]:
+    """Return (figures, seconds taken) of what the options name."""
+    began = time.perf_counter()
+    config = config_of(options)
+    counts = trace(resolve_base(config.pop("base")), **config)
+    return figures(counts), time.perf_counter() - began
+
+
+def profiled(options: Count) -> dict:
+    """Return the profiler's table of the same step, run on this machine; see profiled.profile_step."""
+    from safelight.bench.counting.profiled import profile_step
+    from safelight.bench.recipes.suite import OURS, build
+
+    is_autocast = options.precision.startswith("autocast-")
+    if options.layout != "nchw" or options.optimizer == "none":
+        raise ValueError(
+            f"--profile runs the step as it trains: layout nchw and an optimizer, not {options.layout}, {options.optimizer}"
+        )
+    work = Workload(
+        options.base, options.latent_size, options.batch_size, options.precision.removeprefix("autocast-"),
+        options.optimizer, options.checkpointing,
+    ).resolved()  # fmt: skip
+    trainer = build("diffusers" if is_autocast else OURS, work)
+    (batch,) = random_batches(1, work)
+    return profile_step(lambda: trainer.step(batch), torch.device(work.device))
+
+
+def table(found: dict, measured: dict | None = None) -> tuple[tuple[str, ...], list[tuple]]:
+    """Return (columns, rows) for the terminal: the counted figures, and the profiler's beside them."""
+    columns = ("class", "operators", "launches", "GB moved")
+    if measured:
+        columns += ("profiled", "ms")
+    rows = []
+    for kind, row in found["classes"].items():
+        seen = (measured or {}).get("classes", {}).get(kind, {"launches": 0, "ms": 0.0})
+        cells = (kind, f"{row['operators']:,}", f"{row['launches']:,}", f"{row['gb']:.2f}")
+        rows.append(cells + ((f"{seen['launches']:,}", f"{seen['ms']:.2f}") if measured else ()))
+    cells = ("without optimizer", "", f"{found['launches']:,}", f"{found['memory_bound_gb']:.2f}")
+    # the profiler sees the optimizer's elementwise kernels as such, so only its whole step can be told
+    return columns, [
+        *rows,
+        cells + ((f"{measured['launches']:,} with", f"{measured['device_ms']:.2f}") if measured else ()),
+    ]

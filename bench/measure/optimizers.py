@@ -1,0 +1,211 @@
+"""`safelight bench optimizer`: time a step, bytes held and bytes moved of every optimizer that a config can name.
+
+What can be named is asked of trainer/config/toml.py, so a new memory mode is measured as soon as it is there. The tensors are
+a part of SD1.5's, every n-th by size, so that small and large ones keep their proportion; all variants are in memory at
+once and their steps interleaved. A variant that cannot run leaves its reason in place of figures.
+
+Bytes held are counted exactly: every tensor an optimizer keeps, the trained weights among them, gradients apart; what paged
+keeps in host memory is told beside them, host_bytes_per_parameter.
+Bytes moved are by formula: a step of ours reads and writes what is held and reads the gradient twice, once for its norm (paged also writes what
+arrives and reads what leaves);
+a step of the others is counted operator by operator, with bitsandbytes' kernel as one that reads and writes its tensors.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from functools import partial
+from typing import get_args
+
+import torch
+from torch import Tensor, nn
+
+from safelight.bench.core.harness import Prepared, interleave_prepared, percentiles
+from safelight.bench.core.layers import meta_model
+from safelight.bench.core.results import make_record
+from safelight.bench.counting.counters import CountedAdamW8bit, Counter
+from safelight.bench.recipes.workload import LR, MAX_GRAD_NORM, WEIGHT_DECAY
+from safelight.kernels.optim.ema import EMA
+from safelight.kernels.optim.paged_state import Pages
+from safelight.trainer.config.toml import Optimizer
+from safelight.trainer.optim.optimizer import UNetOptimizer, memory_mode
+
+# one tensor of how many: all variants of a part must fit side by side
+EVERY = {"cuda": 4, "cpu": 64}
+
+Configs = dict[str, Optimizer]
+
+
+def offered(dtype: torch.dtype) -> Configs:
+    """Return every optimizer that [optimizer] of a config can name, with each memory mode it has for weights of a dtype."""
+    axes = [
+        [value for value in get_args(Optimizer.model_fields[name].annotation) if value != "auto"]
+        for name in ("name", "memory")
+    ]
+    found = {}
+    for name, memory in itertools.product(*axes):
+        config = Optimizer(name=name, memory=memory)
+        try:
+            memory_mode(config, dtype)
+        except ValueError as error:
+            # a mode of another optimizer or dtype; a library that is missing is told where it is measured
+            if str(error).startswith("optimizer.memory"):
+                continue
+        found[f"{name}, {memory}"] = config
+    return found
+
+
+def part_of_sd15(every: int) -> dict[str, tuple[int, ...]]:
+    """Return shapes of SD1.5's parameters by name: each `every`-th in the order of their sizes."""
+    shapes = {name: tuple(p.shape) for name, p in meta_model("sd15").named_parameters()}
+    return dict(sorted(shapes.items(), key=lambda item: torch.Size(item[1]).numel(), reverse=True)[every // 2 :: every])
+
+
+class Weights(nn.Module):
+    """Parameters of these shapes, float32, drawn."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], device: torch.device):
+        super().__init__()
+        for name, shape in shapes.items():
+            self.register_parameter(name.replace(".", "_"), nn.Parameter(torch.randn(shape, device=device) * 0.02))
+
+
+def held_bytes(*roots: object) -> int:
+    """Return the bytes of every tensor that is reachable from objects of ours and torch's, each storage once, but for pages."""
+    storages: dict[int, torch.UntypedStorage] = {}
+    seen: set[int] = set()
+    pages: set[int] = set()
+    waiting = list(roots)
+    while waiting:
+        thing = waiting.pop()
+        if id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, Pages):
+            pages.add(thing.host.untyped_storage()._cdata)
+        if isinstance(thing, Tensor):
+            storage = thing.untyped_storage()
+            storages[storage._cdata] = storage
+        elif isinstance(thing, dict):
+            waiting += [*thing.keys(), *thing.values()]
+        elif isinstance(thing, list | tuple | set):
+            waiting += thing
+        elif type(thing).__module__.startswith(("safelight", "torch.optim", "torch.nn", "bitsandbytes.optim")):
+            waiting += vars(thing).values() if hasattr(thing, "__dict__") else ()
+    return sum(storage.nbytes() for key, storage in storages.items() if key not in pages)
+
+
+def is_ours(optimizer: UNetOptimizer) -> bool:
+    """Return whether one kernel of ours takes the step."""
+    return type(optimizer.inner).__module__.startswith("safelight.kernels")
+
+
+def moved_bytes(optimizer: UNetOptimizer, module: nn.Module, config: Optimizer, dtype: torch.dtype) -> int:
+    """Return the bytes a step reads and writes, by the formula of the kind of optimizer."""
+    num = sum(p.numel() for p in module.parameters())
+    if is_ours(optimizer):
+        held = held_bytes(optimizer, module)
+        if pages := optimizer.inner.pages:
+            # the kernel works on what passes through the ring; it is written there and read from there as often
+            held += 2 * pages.host.nbytes - sum(slot.nbytes for slot in pages.ring)
+        return 2 * held + 2 * num * dtype.itemsize
+    shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+    twin = Weights(shapes, torch.device("meta"))
+    counted = UNetOptimizer(twin, config, dtype)
+    if type(optimizer.inner).__module__.startswith("bitsandbytes"):
+        counted.inner = CountedAdamW8bit(list(counted.master.values()))
+    else:
+        # torch's choice on a GPU, which it does not make for meta tensors
+        counted.inner.param_groups[0]["foreach"] = True
+    for _ in range(2):
+        # the first step makes the moments
+        for p in twin.parameters():
+            p.grad = torch.empty_like(p)
+        with Counter() as counter:
+            counted.step(LR, WEIGHT_DECAY, MAX_GRAD_NORM)
+    return counter.counts.total("bytes_moved")
+
+
+def _prepared(optimizer: UNetOptimizer, module: nn.Module) -> Prepared:
+    gradients = [torch.randn_like(p) * 1e-3 for p in module.parameters()]
+
+    def fresh() -> None:
+        for p, g in zip(module.parameters(), gradients, strict=True):
+            p.grad = g.clone()
+
+    return Prepared(fresh, lambda _: optimizer.step(LR, WEIGHT_DECAY, MAX_GRAD_NORM))
+
+
+def _build(config: Optimizer, shapes: dict, dtype: torch.dtype, device: torch.device) -> tuple[UNetOptimizer, Weights]:
+    torch.manual_seed(0)
+    module = Weights(shapes, device)
+    return UNetOptimizer(module, config, dtype), module
+
+
+def bench_optimizers(
+    device: torch.device, dtype: torch.dtype, every: int, repeats: int, configs: Configs | None = None
+) -> Iterator[dict]:
+    """Yield a result line for each optimizer that is offered, and one for the moving average of the weights.
+
+    ratio: of a step's time to the first variant's in the same round, the median of the rounds.
+    """
+    configs = offered(dtype) if configs is None else configs
+    shapes = part_of_sd15(every)
+    num = sum(torch.Size(shape).numel() for shape in shapes.values())
+    runs: dict[str, Prepared] = {}
+    told: dict[str, dict] = {}
+    for name, config in configs.items():
+        try:
+            optimizer, module = _build(config, shapes, dtype, device)
+            run = _prepared(optimizer, module)
+            run.run(run.prepare())
+        except (ValueError, NotImplementedError, RuntimeError) as error:
+            # libraries say by any of these that they cannot run here: told in the line; test_optimizers holds that ours all run
+            told[name] = {"cannot": (str(error).strip() or type(error).__name__).splitlines()[0][:160]}
+            continue
+        runs[name] = run
+        told[name] = {
+            "held_bytes_per_parameter": round(held_bytes(optimizer, module) / num, 3),
+            "moved_bytes_per_parameter": round(moved_bytes(optimizer, module, config, dtype) / num, 3),
+        }
+        if pages := getattr(optimizer.inner, "pages", None):
+            told[name]["host_bytes_per_parameter"] = round(pages.host.nbytes / num, 3)
+    averages = Weights(shapes, device)
+    followed = [p.detach().to(dtype) for p in averages.parameters()]
+    ema = EMA([p.detach() for p in averages.parameters()], followed)
+    decay = torch.tensor(0.999, device=device)
+    runs["ema"] = Prepared(lambda: None, lambda _: ema.update(decay))
+    # the average is read and written, the weight read
+    told["ema"] = {"held_bytes_per_parameter": 4.0, "moved_bytes_per_parameter": 8.0 + dtype.itemsize}
+    seconds = interleave_prepared(runs, device, repeats)
+    first = next(iter(seconds))
+    record = partial(make_record, device=device)
+    for name, found in told.items():
+        if name in seconds:
+            low, middle, high = percentiles(seconds[name])
+            ratios = [a / b for a, b in zip(seconds[name], seconds[first], strict=True)]
+            found |= {
+                "step_ms": [round(1e3 * s, 4) for s in (low, middle, high)],
+                "ns_per_parameter": round(1e9 * middle / num, 4),
+                "ratio": round(percentiles(ratios)[1], 3),
+                "gb_per_s": round(found["moved_bytes_per_parameter"] * num / middle / 1e9, 2),
+            }
+        config = {
+            "optimizer": name, "precision": str(dtype).removeprefix("torch."), "every": every, "tensors": len(shapes),
+            "parameters": num, "device": device.type, "compared_with": first,
+        }  # fmt: skip
+        yield record("optimizer", config, found)
+
+
+def rows(records: list[dict]) -> tuple[list[tuple], list[str]]:
+    """Return (rows for the terminal, a line for each that cannot run)."""
+    found, cannot = [], []
+    for record in records:
+        name, figures = record["config"]["optimizer"], record["figures"]
+        if "cannot" in figures:
+            cannot.append(f"{name}: {figures['cannot']}")
+            continue
+        cells = (figures["held_bytes_per_parameter"], figures["moved_bytes_per_parameter"])
+        found.append((name, *(f"{x:.2f}" for x in cells), f"{figures['step_ms'][1]:.2f}", f"{figures['ratio']:.2f}"))
+    return found, cannot

@@ -1,0 +1,226 @@
+"""What a profiling session says: time by stretch and by class of operator, and each operator against the roofline."""
+
+from __future__ import annotations
+
+import bisect
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch.autograd import DeviceType
+
+from safelight.bench.core.device_timeline import DeviceStep, device_steps
+from safelight.bench.counting.costs import Cost, kind_of
+from safelight.bench.profile.profiling_session import STEP, Session
+
+STRETCHES = ("load", "noise", "forward", "loss", "backward", "optimizer")
+REST = "the loop around them"
+IDLE = {"cuda": "idle", "cpu": "Python and dispatch"}
+# what a kernel's own name tells where nothing else does
+_KERNEL_WORDS = {"conv": ("conv", "wgrad", "dgrad", "fprop"), "linear": ("gemm", "cutlass"), "attention": ("flash", "fmha"),
+                 "norm": ("norm",), "optimizer": ("adam", "ema"), "copies": ("memcpy", "memset", "copy", "nchw", "nhwc")}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Operator:
+    """An operator (or a kernel outside all of them) in one step. share: of the roofline, None where nothing is known of it."""
+
+    name: str
+    kind: str
+    calls: float
+    ms: float
+    num_bytes: int
+    flops: int
+    share: float | None
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """step_ms: the median profiled step's; plain_ms: one without the profiler. kinds: ms by class, what is left last.
+
+    launches: a GPU's kernels, copies and fills; on a CPU the operators.
+    """
+
+    step_ms: float
+    plain_ms: float
+    stretches: dict[str, float]
+    kinds: dict[str, float]
+    operators: list[Operator]
+    flops: int
+    num_bytes: int
+    launches: float
+    model_flop_use: float
+
+
+def _all_steps(session: Session) -> list:
+    steps = [e for e in session.events if e.name == STEP and e.device_type == DeviceType.CPU]
+    return sorted(steps, key=lambda e: e.time_range.start)
+
+
+def step_events(session: Session) -> list:
+    """Return the profiler's events of the steps that are spoken of."""
+    steps = _all_steps(session)
+    return [steps[number] for number in session.chosen]
+
+
+def gpu_steps(session: Session) -> list[DeviceStep]:
+    """Return those steps on the GPU's own timeline; none on a CPU."""
+    found = device_steps(session.kernels, [e.time_range.start for e in _all_steps(session)])
+    return [found[number] for number in session.chosen if number in found]
+
+
+def chosen_events(session: Session) -> list:
+    """Return the profiler's events that began within those steps."""
+    spans = [(e.time_range.start, e.time_range.end) for e in step_events(session)]
+    starts = [start for start, _ in spans]
+    found = []
+    for event in session.events:
+        number = bisect.bisect_right(starts, event.time_range.start) - 1
+        if number >= 0 and event.time_range.start <= spans[number][1]:
+            found.append(event)
+    return found
+
+
+def median_step(session: Session):
+    """Return the event of the step of median length."""
+    steps = sorted(step_events(session), key=lambda e: e.time_range.elapsed_us())
+    return steps[len(steps) // 2]
+
+
+def above(event) -> Iterator:
+    """Yield what an event is within, the nearest first."""
+    event = event.cpu_parent
+    while event is not None:
+        yield event
+        event = event.cpu_parent
+
+
+def _stretches(session: Session, events: list) -> dict[str, float]:
+    """Return ms a step of each stretch, and of what is in none."""
+    found = dict.fromkeys(STRETCHES, 0.0)
+    for event in events:
+        if event.name in found and event.device_type == DeviceType.CPU:
+            found[event.name] += event.time_range.elapsed_us() / 1e3 / len(session.chosen)
+    whole = statistics.fmean(e.time_range.elapsed_us() for e in step_events(session)) / 1e3
+    return {**found, REST: max(0.0, whole - sum(found.values()))}
+
+
+def _operator_of(event, counted: set[str]) -> tuple[str | None, bool]:
+    """Return the outermost counted operator that an event is, or is within, and whether the optimizer's stretch is around."""
+    outer = [event.name, *(e.name for e in above(event))]
+    named = [name[6:] for name in outer if name.startswith("aten::") and name[6:] in counted]
+    return (named[-1] if named else None), "optimizer" in outer
+
+
+# by (in the optimizer, operator or kernel)
+_Times = dict[tuple[bool, str], list[float]]
+
+
+def _cpu_times(session: Session, events: list) -> _Times:
+    """Return [calls, ms] over all steps: what an operator calls is part of it."""
+    counted = {name for _, name in session.costs}
+    times: _Times = defaultdict(lambda: [0, 0.0])
+    for event in events:
+        if event.device_type != DeviceType.CPU or not event.name.startswith("aten::") or event.name[6:] not in counted:
+            continue
+        if any(e.name.startswith("aten::") and e.name[6:] in counted for e in above(event)):
+            continue
+        _, in_optimizer = _operator_of(event, counted)
+        row = times[in_optimizer, event.name[6:]]
+        row[0] += 1
+        row[1] += event.cpu_time_total / 1e3
+    return times
+
+
+def _gpu_times(session: Session, steps: list[DeviceStep]) -> _Times:
+    """Return [launches, ms] over all steps, under the operator that launched, or the kernel's own name where none did:
+    our kernels, and what a graph replays."""
+    counted = {name for (_, name), cost in session.costs.items() if not cost.is_kernel}
+    by_id = {e.id: e for e in session.events if e.device_type == DeviceType.CPU and not e.name.startswith("cu")}
+    times: _Times = defaultdict(lambda: [0, 0.0])
+    for run in (run for step in steps for run in step.kernels):
+        event = by_id.get(run.operator) if run.operator else None
+        operator, in_optimizer = (None, False) if event is None else _operator_of(event, counted)
+        row = times[in_optimizer, operator or run.name]
+        row[0] += 1
+        row[1] += (run.end - run.start) / 1e3
+    return times
+
+
+def _cost(session: Session, in_optimizer: bool, name: str) -> Cost | None:
+    """Return what is known of an operator in a stretch, or of a kernel of ours in any."""
+    other = session.costs.get((not in_optimizer, name))
+    return session.costs.get((in_optimizer, name)) or (other if other is not None and other.is_kernel else None)
+
+
+def _kind(in_optimizer: bool, name: str, cost: Cost | None, counted: set[str]) -> str:
+    if cost is not None:
+        return cost.kind
+    if in_optimizer or name in counted:
+        return kind_of(name, in_optimizer)
+    return next((kind for kind, words in _KERNEL_WORDS.items() if any(w in name.lower() for w in words)), "elementwise")
+
+
+def roofline_share(cost: Cost, ms: float, ceilings: dict) -> float | None:
+    """Return the least time for the bytes and FLOPs of an operator's calls at the ceilings, over the time they took."""
+    least = cost.least_ms(ceilings)
+    return least / ms if ms > 0 and least > 0 else None
+
+
+def analyse(session: Session, ceilings: dict) -> Analysis:
+    """Return what the session says, by one step. ceilings: of bench/core/ceilings.py."""
+    operators, events, num = [], chosen_events(session), len(session.chosen)
+    is_gpu = session.device.type == "cuda"
+    on_device = gpu_steps(session) if is_gpu else []
+    counted = {name for _, name in session.costs}
+    for (in_optimizer, name), (calls, ms) in (
+        _gpu_times(session, on_device) if is_gpu else _cpu_times(session, events)
+    ).items():
+        cost = _cost(session, in_optimizer, name)
+        calls, ms = calls / num, ms / num
+        share = None if cost is None else roofline_share(cost, ms, ceilings)
+        kind = _kind(in_optimizer, name, cost, counted)
+        operators.append(
+            Operator(name, kind, calls, ms, cost.num_bytes if cost else 0, cost.flops if cost else 0, share)
+        )
+    operators.sort(key=lambda o: -o.ms)
+    kinds: dict[str, float] = Counter()
+    for operator in operators:
+        kinds[operator.kind] += operator.ms
+    kinds = dict(sorted(kinds.items(), key=lambda item: -item[1]))
+    lengths = [s.length_us / 1e3 for s in on_device] or [e.time_range.elapsed_us() / 1e3 for e in step_events(session)]
+    idle = sum(s.idle_us for s in on_device) / 1e3 / num if is_gpu else statistics.fmean(lengths) - sum(kinds.values())
+    kinds[IDLE[session.device.type]] = max(0.0, idle)
+    flops = sum(cost.flops for cost in session.costs.values())
+    return Analysis(
+        statistics.median(lengths), session.plain_ms, _stretches(session, events), kinds, operators, flops,
+        sum(cost.num_bytes for cost in session.costs.values()), sum(o.calls for o in operators),
+        flops / (session.plain_ms / 1e3) / (ceilings["matmul_tflops"] * 1e12),
+    )  # fmt: skip
+
+
+def figures(session: Session, analysis: Analysis, ceilings: dict) -> dict:
+    """Return plain values for a result line."""
+    mib = 2**20
+    return {
+        "step_ms": round(analysis.step_ms, 2),
+        "unprofiled_step_ms": round(analysis.plain_ms, 2),
+        "stretches_ms": {name: {"ms": round(ms, 3)} for name, ms in analysis.stretches.items()},
+        "classes_ms": {name: {"ms": round(ms, 3)} for name, ms in analysis.kinds.items()},
+        "operators": [
+            {
+                "name": o.name, "class": o.kind, "calls": round(o.calls, 1), "ms": round(o.ms, 3),
+                "gb": round(o.num_bytes / 1e9, 4), "gflop": round(o.flops / 1e9, 3),
+                **({} if o.share is None else {"share_of_limit": round(o.share, 4)}),
+            }
+            for o in analysis.operators[:30]
+        ],
+        "launches": round(analysis.launches),
+        "step_gflop": round(analysis.flops / 1e9, 3),
+        "moved_gb": round(analysis.num_bytes / 1e9, 4),
+        "model_flop_use": {"share_of_limit": round(analysis.model_flop_use, 4)},
+        "saved_mib": round(max((b for _, b in session.saved.points), default=0) / mib, 2),
+        "saved_by_block_mib": {name: {"mib": round(n / mib, 3)} for name, n in session.saved.by_block.items()},
+        **ceilings,
+    }  # fmt: skip

@@ -1,0 +1,255 @@
+"""The page of a profiling session: one HTML file with the step's flame chart, its memory, and what its operators reach."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from matplotlib.figure import Figure
+from torch.autograd import DeviceType
+
+from safelight.bench.profile.analysis import IDLE, STRETCHES, Analysis, median_step
+from safelight.bench.profile.profiling_session import STEP, TRACE_NAME, Session
+from safelight.data.text import counted
+from safelight.trainer.report.build import MARK
+from safelight.trainer.report.markup import Markup, details, join, table, tag
+from safelight.trainer.report.svg import PALETTE, new_figure, to_svg
+from safelight.trainer.report.theme import CSS, JS, content_security_policy
+
+WIDTH_PX, NARROW_PX, ROW_PX, MAX_DEPTH, LEAST_PX, LETTER_PX = 1080, 358, 19, 8, 0.3, 6.4
+NUM_OPERATORS, NUM_BLOCKS, MAX_POINTS = 20, 12, 2000
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Box:
+    """An event in the flame chart: microseconds since the step began."""
+
+    name: str
+    start: float
+    length: float
+    depth: int
+
+
+def boxes(session: Session) -> list[Box]:
+    """Return what the median step's thread did, nested; what is too short to be seen left out."""
+    step = median_step(session)
+    began, whole = step.time_range.start, step.time_range.elapsed_us()
+    inside = [
+        e for e in session.events
+        if e.device_type == DeviceType.CPU and e.thread == step.thread
+        and began <= e.time_range.start and e.time_range.end <= step.time_range.end
+    ]  # fmt: skip
+    found, ends = [], []
+    for event in sorted(inside, key=lambda e: (e.time_range.start, -e.time_range.end)):
+        while ends and event.time_range.start >= ends[-1]:
+            ends.pop()
+        if len(ends) < MAX_DEPTH and event.time_range.elapsed_us() / whole * WIDTH_PX >= LEAST_PX:
+            box = Box(event.name, event.time_range.start - began, event.time_range.elapsed_us(), len(ends))
+            found.append(box)
+        ends.append(event.time_range.end)
+    return found
+
+
+def _fill(name: str) -> str:
+    """Return the theme's class of a box: steps and stretches red, the UNet's parts amber, operators grey."""
+    if name == STEP or name in STRETCHES:
+        return "f-accent"
+    return "f-amber" if "." in name and "::" not in name and "#" not in name else "f-faint"
+
+
+def flame_chart(session: Session) -> Markup:
+    """Return the median step as nested boxes over time, each with its name and length to be read under the pointer."""
+    found = boxes(session)
+    whole = max(box.start + box.length for box in found)
+    drawn = []
+    for box in found:
+        x, width = box.start / whole * WIDTH_PX, box.length / whole * WIDTH_PX
+        y = box.depth * ROW_PX
+        opacity = {"f-accent": 0.78, "f-amber": 0.62, "f-faint": 1}[_fill(box.name)]
+        rect = tag(
+            "rect", tag("title", f"{box.name}: {box.length / 1e3:.2f} ms"), class_=_fill(box.name), x=f"{x:.2f}", y=y,
+            width=f"{max(width - 0.4, 0.2):.2f}", height=ROW_PX - 1, opacity=opacity,
+        )  # fmt: skip
+        short = box.name.rpartition("evaluate_function: ")[2].removeprefix("aten::")
+        room = int((width - 6) / LETTER_PX)
+        text = short if len(short) <= room else f"{short[: room - 1]}…" if room > 4 else ""
+        label = tag("text", text, class_="f-ink", x=f"{x + 3:.2f}", y=y + 13, **{"font-size": 11}) if text else None
+        drawn.append(join(rect, label))
+    height = (max(box.depth for box in found) + 1) * ROW_PX
+    svg = tag(
+        "svg", drawn, class_="graph", viewBox=f"0 0 {WIDTH_PX} {height}", width=WIDTH_PX, height=height, role="img",
+        aria_label=f"Flame chart of a step of {whole / 1e3:.0f} ms",
+    )  # fmt: skip
+    return tag("div", svg, class_="scroll chart", tabindex=0)
+
+
+def _thinned(points: list[tuple[float, int]]) -> list[tuple[float, int]]:
+    """Return no more points than can be drawn, each stretch's highest."""
+    size = max(1, len(points) // MAX_POINTS)
+    return [max(points[i : i + size], key=lambda p: p[1]) for i in range(0, len(points), size)]
+
+
+def _timeline(points: list[tuple[float, int]], marks: list[tuple[str, float, float]], name: str, label: str) -> Markup:
+    """Return bytes over time, for a desk's and a phone's width. points: (ms, bytes); marks: (name, from ms, to ms), shaded in turn."""
+    drawings = [
+        to_svg(_timeline_figure(points, marks, width, height), f"{name}-{kind}", label, kind)
+        for kind, width, height in (("wide", WIDTH_PX, 260), ("narrow", NARROW_PX, 230))
+    ]
+    return tag("figure", drawings, class_="wide")
+
+
+def _timeline_figure(
+    points: list[tuple[float, int]], marks: list[tuple[str, float, float]], width: int, height: int
+) -> Figure:
+    figure = new_figure(width, height)
+    axes = figure.add_subplot()
+    thin = _thinned(points)
+    x, y = [p[0] for p in thin], [p[1] / MIB for p in thin]
+    for number, (mark, start, end) in enumerate(marks):
+        if number % 2 == 0:
+            axes.axvspan(start, end, color=PALETTE["grid"], linewidth=0)
+        if (end - start) / (max(x) - min(x) + 1e-9) * width > LETTER_PX * len(mark):
+            axes.annotate(
+                mark, ((start + end) / 2, 0.99), xycoords=("data", "axes fraction"), ha="center", va="top", fontsize=9,
+                color=PALETTE["muted"],
+            )  # fmt: skip
+    axes.fill_between(x, y, step="post", color=PALETTE["faint"], linewidth=0)
+    axes.step(x, y, where="post", color=PALETTE["accent"], linewidth=1.2)
+    axes.set_xlim(min(x), max(x))
+    axes.set_ylim(min(0, *y), max(y) * 1.15 + 1e-9)
+    axes.set_xlabel("ms", color=PALETTE["muted"], fontsize=9)
+    axes.set_ylabel("MiB", color=PALETTE["muted"], fontsize=9)
+    axes.tick_params(colors=PALETTE["muted"], labelsize=9)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(PALETTE["faint"])
+    return figure
+
+
+def memory_section(session: Session) -> Markup:
+    """Return the allocator's and the saved tensors' timelines, and which parts save most."""
+    step = median_step(session)
+    began, end = step.time_range.start / 1e3, step.time_range.end / 1e3
+    marks = [
+        (e.name, e.time_range.start / 1e3 - began, e.time_range.end / 1e3 - began)
+        for e in session.events
+        if e.name in ("forward", "backward", "optimizer") and began <= e.time_range.start / 1e3 <= end
+        and e.device_type == DeviceType.CPU
+    ]  # fmt: skip
+    parts = []
+    for kind, points in session.live.items():
+        inside = [(1e3 * s - began, n) for s, n in points if began <= 1e3 * s <= end]
+        if inside:
+            base = inside[0][1]
+            relative = [(ms, n - base) for ms, n in inside]
+            peak = max(n for _, n in relative) / MIB
+            label = f"Allocated during the step on {kind}, at most {peak:.1f} MiB more than at its start"
+            parts += [tag("h3", label), _timeline(relative, marks, f"live-{kind}", label)]
+    saved = [(1e3 * s, n) for s, n in session.saved.points]
+    if saved:
+        peak = max(n for _, n in saved) / MIB
+        label = f"Kept for the backward pass: {peak:.1f} MiB at most"
+        note = tag("p", "Of a step followed tensor by tensor, and so slower.", class_="note")
+        parts += [tag("h3", label), note, _timeline(saved, [], "saved", label)]
+        blocks = sorted(session.saved.by_block.items(), key=lambda item: -item[1])
+        rows = [(name, f"{n / MIB:.2f}", f"{100 * n / (peak * MIB):.0f} %") for name, n in blocks[:NUM_BLOCKS]]
+        parts.append(table(("part", "MiB saved", "of the peak"), rows, class_="figures"))
+    return tag("section", tag("h2", "Memory"), parts, id="memory")
+
+
+def _bar(share: float) -> Markup:
+    width = max(0.0, min(1.0, share)) * 220
+    rect = tag("rect", class_="f-accent", width=f"{width:.1f}", height=10)
+    return tag("svg", rect, viewBox="0 0 220 10", width=220, height=10, aria_hidden="true")
+
+
+def _shares(head: str, rows: dict[str, float]) -> Markup:
+    total = sum(rows.values()) or 1.0
+    cells = [(name, f"{ms:.2f}", f"{100 * ms / total:.1f} %", _bar(ms / total)) for name, ms in rows.items()]
+    return table((head, "ms a step", "share", ""), cells, class_="figures barred")
+
+
+def _tiles(pairs: list[tuple[str, str, str]]) -> Markup:
+    items = [
+        tag("div", tag("dt", name), tag("dd", value, " ", tag("small", unit), class_="value"))
+        for name, value, unit in pairs
+    ]
+    return tag("dl", items, class_=f"tiles of-{len(items)}")
+
+
+def _operator_rows(analysis: Analysis) -> list[tuple]:
+    return [
+        (
+            o.name, o.kind, f"{o.calls:,.0f}", f"{o.ms:.2f}",
+            f"{o.num_bytes / 1e9 / (o.ms / 1e3):.1f}" if o.num_bytes and o.ms else "",
+            f"{o.flops / 1e9 / (o.ms / 1e3):,.1f}" if o.flops and o.ms else "",
+            "" if o.share is None else f"{100 * o.share:.0f} %",
+        )
+        for o in analysis.operators[:NUM_OPERATORS]
+    ]  # fmt: skip
+
+
+def _told(session: Session) -> str:
+    batch, _, height, width = session.shape
+    times = f"{session.accumulate} x " if session.accumulate > 1 else ""
+    return f"{times}{counted(batch, 'photograph')}, {height} x {width} latents"
+
+
+def render(session: Session, analysis: Analysis, ceilings: dict, title: str, place: str) -> str:
+    """Return the page as HTML. title: what was trained; place: on what, with what."""
+    rest = IDLE[session.device.type]
+    saved = max((n for _, n in session.saved.points), default=0) / MIB
+    tiles = _tiles([
+        ("A step, without the profiler", f"{analysis.plain_ms:,.1f}", "ms"),
+        ("Photographs", f"{1e3 * session.shape[0] * session.accumulate / analysis.plain_ms:,.1f}", "a second"),
+        ("Model-FLOP use", f"{100 * analysis.model_flop_use:.1f}", f"% of {ceilings['matmul_tflops']:.2f} TFLOP/s"),
+        ("Operators and kernels", f"{analysis.launches:,.0f}", "a step"),
+        ("FLOPs", f"{analysis.flops / 1e9:,.1f}", "GFLOP a step"),
+        ("Kept for backward", f"{saved:,.1f}", "MiB"),
+    ])  # fmt: skip
+    body = join(
+        tag(
+            "header",
+            tag("div", Markup(MARK), "Safelight · profile of a step", class_="mark"),
+            tag("h1", title), tag("p", place, class_="sub"), tiles,
+        ),
+        tag(
+            "main",
+            tag(
+                "section", tag("h2", "Where the step's time goes"), _shares("stretch", analysis.stretches),
+                tag("p", f"{counted(len(session.chosen), 'step')} of {_told(session)} under the profiler, which slows it: {analysis.step_ms:,.1f} ms a step.", class_="note"),
+                id="stretches",
+            ),
+            tag(
+                "section", tag("h2", "Flame chart"),
+                tag("p", f"One step; point at a box for its name and length. The whole trace: {TRACE_NAME}, for ui.perfetto.dev.", class_="note"),
+                flame_chart(session), id="flame",
+            ),
+            tag(
+                "section", tag("h2", "By class"), _shares("class", analysis.kinds),
+                tag("p", f"“{rest}” is the step's time in which no operator ran.", class_="note"), id="classes",
+            ),
+            tag(
+                "section", tag("h2", "Roofline"),
+                tag(
+                    "p", f"The ceilings are this machine's own: {ceilings['matmul_tflops']:.2f} TFLOP/s of matrix products, "
+                    f"{ceilings['copy_gb_per_s']:.1f} GB/s of copies. An operator at 100 % is as fast as its bytes, read and written "
+                    "once, and its FLOPs allow; above it, the cache has helped.", class_="note",
+                ),
+                table(("operator", "class", "calls", "ms a step", "GB/s", "GFLOP/s", "of the roofline"), _operator_rows(analysis), class_="figures of-class"),
+                details("All operators", table(("operator", "class", "calls", "ms a step"), [(o.name, o.kind, f"{o.calls:,.0f}", f"{o.ms:.3f}") for o in analysis.operators], class_="figures of-class")),
+                id="roofline",
+            ),
+            memory_section(session),
+        ),
+        tag("footer", "Written by safelight profile."),
+    )  # fmt: skip
+    head = join(
+        tag("meta", charset="utf-8"),
+        tag("meta", **{"http-equiv": "Content-Security-Policy"}, content=content_security_policy()),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("title", f"{title}: profile"), Markup(f"<style>{CSS}</style>"),
+    )  # fmt: skip
+    page = tag("html", tag("head", head), tag("body", body, Markup(f"<script>{JS}</script>")), lang="en")
+    return f"<!doctype html>\n{page}\n"

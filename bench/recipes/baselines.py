@@ -1,0 +1,161 @@
+"""The published recipes, written by us without handicap: what a user of diffusers' example or of its faster kin runs.
+
+bench/recipes/other_trainers.py has those of other trainers.
+
+Each is the same plain loop: latents drawn from the cached posterior, torch.randn noise, DDPMScheduler, F.mse_loss in
+fp32, clip_grad_norm_, bitsandbytes' AdamW8bit; and each has fused attention, and the checkpointing and precision of ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from safelight.bench.recipes.workload import (
+    LR,
+    MAX_GRAD_NORM,
+    WEIGHT_DECAY,
+    Workload,
+    initial_unet,
+    use_diffusers_attention,
+)
+from safelight.data.batches import Batch
+from safelight.kernels.unet.checkpointing import apply_checkpointing
+from safelight.trainer.models.base import resolve_base
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """weights_16bit: no autocast, the weights themselves are in the precision. stands_for: whose practice it is.
+
+    optimizer: '' for the workload's.
+    """
+
+    stands_for: str
+    weights_16bit: bool = False
+    channels_last: bool = False
+    compile: bool = False
+    optimizer: str = ""
+
+
+RECIPES = {
+    "diffusers": Recipe(
+        "examples/text_to_image/train_text_to_image.py with --mixed_precision, --use_8bit_adam, --gradient_checkpointing "
+        "and memory-efficient attention: fp32 weights under autocast; latents and embeddings cached, as SDXL's script does"
+    ),
+    "diffusers-compiled": Recipe(
+        "the same with its documentation's speed-ups: channels-last weights and latents, torch.compile of the UNet",
+        channels_last=True,
+        compile=True,
+    ),
+    "diffusers-16bit": Recipe(
+        "the low-memory practice of kohya's full_fp16 / full_bf16: weights, gradients and update in 16 bit, no master",
+        weights_16bit=True,
+    ),
+}
+
+
+def make_optimizer(name: str, parameters) -> torch.optim.Optimizer:
+    """Return bitsandbytes' AdamW8bit, torch's AdamW (its default, foreach, on a GPU) or transformers' Adafactor.
+
+    Adafactor with the fixed learning rate that sd-scripts asks for: no relative step, no scaling by the parameter.
+    """
+    if name == "adafactor":
+        from transformers.optimization import Adafactor
+
+        return Adafactor(parameters, lr=LR, weight_decay=WEIGHT_DECAY, scale_parameter=False, relative_step=False)
+    options = {"lr": LR, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": WEIGHT_DECAY}
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, **options)
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(parameters, **options)
+
+
+class Baseline:
+    """A recipe's training step. notes: what really runs."""
+
+    def __init__(self, recipe: Recipe, work: Workload):
+        from diffusers import DDPMScheduler
+
+        self.device = torch.device(work.device)
+        base = resolve_base(work.base)
+        unet = initial_unet(work.base, self.device, work.dtype if recipe.weights_16bit else torch.float32)
+        self.memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
+        unet = unet.to(memory_format=self.memory_format)
+        if work.checkpointing == "full":
+            # as the scripts do it
+            unet.enable_gradient_checkpointing()
+        else:
+            apply_checkpointing(unet, work.checkpointing)
+        self.notes = use_diffusers_attention(unet)
+        self.parameters = list(unet.parameters())
+        self.optimizer = self.make_optimizer(recipe.optimizer or work.optimizer)
+        self.scheduler = DDPMScheduler.from_config(base.config_of("scheduler"))
+        self.scheduler.alphas_cumprod = self.scheduler.alphas_cumprod.to(self.device)
+        self.unet = torch.compile(unet) if recipe.compile else unet
+        self.dtype = work.dtype
+        self.uses_autocast = not recipe.weights_16bit and work.dtype != torch.float32
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=work.dtype == torch.float16)
+        if recipe.weights_16bit and self.scaler.is_enabled():
+            _allow_fp16_gradients(self.scaler)
+
+    def make_optimizer(self, name: str) -> torch.optim.Optimizer | None:
+        """Return the optimizer of the parameters."""
+        return make_optimizer(name, self.parameters)
+
+    def loss(self, latents: Tensor, noise: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+        """Return the mean squared error over the batch. latents, noise (B, C, H, W) fp32; text (B, T, D) fp32."""
+        noisy = self.scheduler.add_noise(latents, noise, timesteps)
+        is_v = self.scheduler.config.prediction_type == "v_prediction"
+        target = self.scheduler.get_velocity(latents, noise, timesteps) if is_v else noise
+        weights = torch.float32 if self.uses_autocast else self.dtype
+        noisy = noisy.to(weights).contiguous(memory_format=self.memory_format)
+        context = torch.autocast(self.device.type, self.dtype) if self.uses_autocast else contextlib.nullcontext()
+        with context:
+            predicted = self.unet(noisy, timesteps, text.to(weights), return_dict=False)[0]
+        return F.mse_loss(predicted.float(), target.float())
+
+    def update(self, loss: Tensor) -> None:
+        """Take the optimizer's step, as accelerate does: unscale, clip, step, free the gradients."""
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.parameters, MAX_GRAD_NORM)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def step(self, batch: Batch) -> Tensor:
+        """Take a step and return its loss, on the device: diffusers' `.item()` of every step is left out."""
+        rows = (batch.mean_BCHW, batch.logvar_BCHW, batch.text_BTD)
+        return self.step_on(*(None if row is None else row.to(self.device, non_blocking=True) for row in rows))
+
+    def step_on(self, mean: Tensor, logvar: Tensor | None, text: Tensor) -> Tensor:
+        """Take a step on cached rows, which are on the device already, and return its loss."""
+        latents = mean
+        if logvar is not None:
+            latents = mean + (0.5 * logvar.clamp(-30.0, 20.0)).exp() * torch.randn_like(mean)
+        return self.step_from(latents, text)
+
+    def step_from(self, latents: Tensor, text: Tensor) -> Tensor:
+        """Draw noise and timesteps, take a step and return its loss."""
+        noise = torch.randn_like(latents)
+        steps = self.scheduler.config.num_train_timesteps
+        timesteps = torch.randint(0, steps, (len(latents),), device=self.device)
+        loss = self.loss(latents, noise, timesteps, text)
+        self.update(loss)
+        return loss.detach()
+
+
+def _allow_fp16_gradients(scaler: torch.amp.GradScaler) -> None:
+    """Let a GradScaler unscale fp16 gradients, which torch refuses and full-fp16 trainers (kohya's) switch on like this."""
+    unscale = scaler._unscale_grads_
+
+    def unscale_any(optimizer, inv_scale, found_inf, allow_fp16):
+        return unscale(optimizer, inv_scale, found_inf, True)
+
+    scaler._unscale_grads_ = unscale_any

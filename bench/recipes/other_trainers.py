@@ -1,0 +1,244 @@
+"""How other trainers take the same step, written by us after their published behaviour and without handicap.
+
+What a trainer is known to waste is in its style only where it is the style: EveryDream2 encodes every step, sd-scripts
+does not. Host syncs that none of them needs (`loss.item()`) are left out of all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import shutil
+import tempfile
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from safelight.bench.recipes.baselines import RECIPES, Baseline, Recipe, make_optimizer
+from safelight.bench.recipes.workload import LR, MAX_GRAD_NORM, SEED, WEIGHT_DECAY, Workload
+from safelight.data.batches import Batch
+from safelight.trainer.models.base import resolve_base
+from safelight.trainer.models.weights import load_text, load_vae
+
+STYLES = {
+    "everydream": Recipe(
+        "EveryDream2trainer: photographs decoded, cropped, VAE- and text-encoded every step; fp32 weights under fp16 "
+        "autocast, GradScaler from 2^17.5, bitsandbytes' AdamW8bit; the text encoder frozen, as ours is, which it is not by default"
+    ),
+    "kohya": Recipe(
+        "sd-scripts' --full_bf16 or --full_fp16 with --cache_latents, text cached too, and Adafactor at a fixed learning "
+        "rate; with AdamW8bit it is diffusers-16bit",
+        weights_16bit=True,
+        optimizer="adafactor",
+    ),
+    "kohya-fused": Recipe(
+        "the same with --fused_backward_pass: each tensor clipped and stepped inside backward, its gradient freed; not in fp16",
+        weights_16bit=True,
+        optimizer="adafactor",
+    ),
+    "mlperf": Recipe(
+        "MLPerf Training's Stable Diffusion on NeMo: 16-bit UNet with fp32 masters, channels-last, Inductor, the whole step in "
+        "one CUDA graph, fused AdamW in fp32, no clipping",
+        weights_16bit=True,
+        channels_last=True,
+        compile=True,
+        optimizer="adamw",
+    ),
+}
+ALL_RECIPES = {**RECIPES, **STYLES}
+EVERYDREAM_SCALE = 2**17.5
+NUM_PICTURES, NUM_DECODERS = 16, 4
+NUM_GRAPH_WARMUPS = 3
+
+
+def make_baseline(name: str, work: Workload) -> Baseline:
+    """Return a recipe, ready to step. Raises ValueError for what it cannot do."""
+    kinds = {"everydream": EveryDream, "kohya-fused": FusedAdafactor, "mlperf": MLPerf}
+    return kinds.get(name, Baseline)(ALL_RECIPES[name], work)
+
+
+def write_photographs(folder: Path, num: int, side_px: int) -> list[Path]:
+    """Write JPEGs a quarter larger than they are trained at: smooth noise, which compresses about as photographs do."""
+    generator, large, files = np.random.default_rng(SEED), side_px * 5 // 4, []
+    for number in range(num):
+        coarse = generator.integers(0, 256, (large // 8, large // 8, 3), np.uint8)
+        files.append(folder / f"{number:03d}.jpg")
+        Image.fromarray(coarse).resize((large, large), Image.Resampling.BICUBIC).save(files[-1], quality=92)
+    return files
+
+
+def read_photograph(file: Path, side_px: int) -> np.ndarray:
+    """Return a photograph decoded, its middle cropped and resized by bicubic interpolation: (3, H, W) float32, -1 to 1."""
+    with Image.open(file) as image:
+        width, height = image.size
+        side = min(width, height)
+        left, top = (width - side) // 2, (height - side) // 2
+        box = (left, top, left + side, top + side)
+        pixels = np.asarray(image.convert("RGB").resize((side_px, side_px), Image.Resampling.BICUBIC, box))
+    return pixels.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1
+
+
+@dataclass
+class Photographs:
+    """An endless round of photographs with captions, decoded by threads ahead of the step."""
+
+    files: list[Path]
+    captions: list[str]
+    side_px: int
+
+    def __post_init__(self):
+        self._pool = ThreadPoolExecutor(NUM_DECODERS, thread_name_prefix="decode")
+        self._pending: deque[tuple[Future, str]] = deque()
+        self._next = 0
+
+    def take(self, num: int) -> tuple[Tensor, list[str]]:
+        """Return (pixels, (B, 3, H, W), captions) of the next photographs; as many more are begun."""
+        while len(self._pending) < 2 * num:
+            number = self._next % len(self.files)
+            self._pending.append(
+                (self._pool.submit(read_photograph, self.files[number], self.side_px), self.captions[number])
+            )
+            self._next += 1
+        taken = [self._pending.popleft() for _ in range(num)]
+        return torch.from_numpy(np.stack([future.result() for future, _ in taken])), [text for _, text in taken]
+
+
+class EveryDream(Baseline):
+    """EveryDream2's step: it takes a batch's size from what it is given, and photographs of its own."""
+
+    def __init__(self, recipe: Recipe, work: Workload, photographs: Photographs | None = None):
+        base = resolve_base(work.base)
+        if base.config_of("unet").get("addition_embed_type"):
+            raise ValueError(f"recipe everydream encodes photographs, and {work.base} has no encoders; use random:sd21")
+        # it knows no bf16
+        super().__init__(recipe, replace(work, precision="fp32" if work.precision == "fp32" else "fp16"))
+        self.scaler = torch.amp.GradScaler(self.device.type, EVERYDREAM_SCALE, enabled=self.scaler.is_enabled())
+        self.vae = load_vae(base, "", SEED).to(self.device)
+        self.tokenizer, text_encoder = load_text(base, "", SEED)
+        self.text_encoder = text_encoder.to(self.device)
+        self.notes += f"; autocast to {str(self.dtype).removeprefix('torch.')}" if self.uses_autocast else ""
+        self.photographs = photographs
+        if photographs is None:
+            factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+            # kept as long as the baseline is
+            self._folder = tempfile.TemporaryDirectory(prefix="safelight-bench-")
+            files = write_photographs(Path(self._folder.name), NUM_PICTURES, factor * work.latent_size)
+            captions = [f"a photograph of scene number {number}, unsplash photography" for number in range(len(files))]
+            self.photographs = Photographs(files, captions, factor * work.latent_size)
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """Return (scaled latents drawn from the posterior, (B, C, H, W); embeddings, (B, T, D)), float32."""
+        ids = self.tokenizer(
+            captions, padding="max_length", truncation=True, max_length=self.tokenizer.model_max_length,
+            return_tensors="pt",
+        ).input_ids  # fmt: skip
+        context = torch.autocast(self.device.type, self.dtype) if self.uses_autocast else contextlib.nullcontext()
+        with context:
+            posterior = self.vae.encode(pixels.to(self.device, non_blocking=True)).latent_dist
+            text = self.text_encoder(ids.to(self.device, non_blocking=True)).last_hidden_state
+        return posterior.sample().float() * self.vae.config.scaling_factor, text.float()
+
+    def step(self, batch: Batch) -> Tensor:
+        """Take a step on as many photographs as the batch has rows; return its loss."""
+        return self.step_from(*self.encode(*self.photographs.take(len(batch.sample_ids))))
+
+
+class FusedAdafactor(Baseline):
+    """Adafactor inside backward: clipped tensor by tensor, gradients freed at once."""
+
+    def make_optimizer(self, name: str) -> None:
+        if next(iter(self.parameters)).dtype == torch.float16:
+            raise ValueError("recipe kohya-fused needs bf16 or fp32: a loss scale cannot be told in time; use kohya")
+        for parameter in self.parameters:
+            parameter.register_post_accumulate_grad_hook(_stepper(parameter, name))
+
+    def update(self, loss: Tensor) -> None:
+        """Take the step: backward does."""
+        loss.backward()
+
+
+def _stepper(parameter: Tensor, name: str) -> Callable[[Tensor], None]:
+    optimizer = make_optimizer(name, [parameter])
+
+    def step(_: Tensor) -> None:
+        torch.nn.utils.clip_grad_norm_([parameter], MAX_GRAD_NORM)
+        optimizer.step()
+        parameter.grad = None
+
+    return step
+
+
+def can_compile(device: torch.device) -> bool:
+    """Return whether Inductor finds what it needs: Triton for a GPU, a C++ compiler for a CPU."""
+    if device.type == "cuda":
+        return importlib.util.find_spec("triton") is not None and shutil.which("gcc") is not None
+    return any(shutil.which(name) for name in ("g++", "clang++"))
+
+
+class MLPerf(Baseline):
+    """fp32 masters beside a 16-bit UNet; on a GPU the whole step is one graph for each shape."""
+
+    def __init__(self, recipe: Recipe, work: Workload):
+        device = torch.device(work.device)
+        super().__init__(replace(recipe, compile=can_compile(device)), work)
+        # the masters' gradients are fp32, and scaled as any other
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.scaler.is_enabled())
+        self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, list[Tensor | None], Tensor]] = {}
+        self.notes += "; compiled by Inductor" if can_compile(device) else "; not compiled: there is no compiler"
+        self.notes += "; one CUDA graph a shape" if device.type == "cuda" else "; no CUDA graph on a CPU"
+
+    def make_optimizer(self, name: str) -> torch.optim.Optimizer:
+        self.masters = [p.detach().float().clone() for p in self.parameters]
+        for master in self.masters:
+            master.grad = torch.zeros_like(master)
+        capturable = {"capturable": True} if self.device.type == "cuda" else {}
+        return torch.optim.AdamW(self.masters, LR, weight_decay=WEIGHT_DECAY, fused=True, **capturable)
+
+    @torch.no_grad()
+    def _copy(self, targets: list[Tensor], sources: list[Tensor]) -> None:
+        torch._foreach_copy_(targets, sources)
+
+    def update(self, loss: Tensor) -> None:
+        """Take the step on the masters; the scaler asks nothing of the device, the fused kernel looks for itself."""
+        self.scaler.scale(loss).backward()
+        self._copy([master.grad for master in self.masters], [p.grad for p in self.parameters])
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self._copy([p.detach() for p in self.parameters], self.masters)
+        for p in self.parameters:
+            p.grad = None
+
+    def step_on(self, mean: Tensor, logvar: Tensor | None, text: Tensor) -> Tensor:
+        """Take a step: on a GPU by the shape's graph, recorded when it is first met."""
+        if self.device.type != "cuda":
+            return super().step_on(mean, logvar, text)
+        rows, key = (mean, logvar, text), (mean.shape, text.shape)
+        if key not in self.graphs:
+            self.graphs[key] = self._record(rows)
+        graph, held, loss = self.graphs[key]
+        for place, row in zip(held, rows, strict=True):
+            if row is not None:
+                place.copy_(row, non_blocking=True)
+        graph.replay()
+        return loss.clone()
+
+    def _record(self, rows: tuple[Tensor | None, ...]) -> tuple[torch.cuda.CUDAGraph, list[Tensor | None], Tensor]:
+        held = [None if row is None else row.clone() for row in rows]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(NUM_GRAPH_WARMUPS):
+                super().step_on(*held)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            loss = super().step_on(*held)
+        return graph, held, loss

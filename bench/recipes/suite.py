@@ -1,0 +1,156 @@
+"""`safelight bench step` and `bench baseline`: images/s and peak memory of one optimizer step, ours and the baselines."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+
+import torch
+
+from safelight.bench.core.harness import interleave, percentiles
+from safelight.bench.core.results import make_record
+from safelight.bench.recipes.baselines import Baseline
+from safelight.bench.recipes.other_trainers import ALL_RECIPES, make_baseline
+from safelight.bench.recipes.workload import NUM_ROTATED, Ours, Workload, cached_batches, random_batches
+from safelight.trainer.run_log.metrics import peak_memory_gib, reset_peak_memory
+from safelight.trainer.step.cuda_graphs import CudaRecorder
+
+OURS = "safelight"
+UNPATCHED = "safelight-unpatched"
+# ours with a technique more or less; what each is worth is its ratio to ours in the same run
+VARIANTS: dict[str, dict] = {
+    OURS: {},
+    UNPATCHED: {"kernels": "off"},
+    "safelight-fused": {"fused": True},
+    "safelight-graphs": {"graphs": True},
+    "safelight-fused-graphs": {"fused": True, "graphs": True},
+    "safelight-cudnn-benchmark": {"cudnn_benchmark": True},
+}
+NUM_CACHED_BATCHES = 8
+
+
+def build(recipe: str, work: Workload) -> Ours | Baseline:
+    """Return ours or a baseline, ready to step. Raises ValueError for an unknown one."""
+    if recipe in VARIANTS:
+        options = dict(VARIANTS[recipe])
+        device, recorder = torch.device(work.device), None
+        if options.pop("graphs", False):
+            if device.type != "cuda":
+                raise ValueError(f"recipe {recipe} replays CUDA graphs and there is no CUDA device here; leave it out")
+            recorder = CudaRecorder(device)
+        return Ours(work, recorder=recorder, **options)
+    if recipe not in ALL_RECIPES:
+        raise ValueError(f"recipe {recipe!r} is unknown; use {', '.join([*VARIANTS, *ALL_RECIPES])}")
+    return make_baseline(recipe, work)
+
+
+def peak_alone(recipe: str, work: Workload) -> float:
+    """Return the peak GiB of two steps with nothing else on the GPU; on a CPU, of the process so far."""
+    device = torch.device(work.device)
+    reset_peak_memory(device)
+    trainer = build(recipe, work)
+    for batch in random_batches(2, work):
+        trainer.step(batch)
+    peak = peak_memory_gib(device)
+    del trainer
+    free(device)
+    return peak
+
+
+def free(device: torch.device) -> None:
+    """Give back what no variable holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def runner(trainer: Ours | Baseline, work: Workload, loader: bool, stack: ExitStack) -> Callable[[int], None]:
+    """Return a function that takes a step: of rotated batches in memory, or of batches read from a cache."""
+    if loader:
+        from_cache = stack.enter_context(cached_batches(work, NUM_CACHED_BATCHES * work.batch_size))
+        return lambda number: trainer.step(next(from_cache))
+    batches = random_batches(NUM_ROTATED, work)
+    return lambda number: trainer.step(batches[number % NUM_ROTATED])
+
+
+Variants = dict[str, tuple[str, Workload]]
+
+
+def measure(works: Variants, repeats: int, loader: bool = False, together: bool = True) -> Iterator[dict]:
+    """Yield a result line for each variant: name -> (recipe, workload).
+
+    together: all are built at once and their steps interleaved, which a noisy machine fools least; a GPU's peak is
+    taken of each alone, before. Else one after another, with the memory of one; a variant that does not fit the GPU
+    says so in its line.
+    """
+    if not together:
+        yield from _measure_apart(works, repeats, loader)
+        return
+    device = torch.device(next(iter(works.values()))[1].device)
+    peaks = {name: peak_alone(*works[name]) for name in works if device.type == "cuda"}
+    trainers: dict[tuple, Ours | Baseline] = {}
+    with ExitStack() as stack:
+        runs = {}
+        for name, (recipe, work) in works.items():
+            # one model serves all batch sizes of a recipe
+            key = (recipe, replace(work, batch_size=1))
+            if key not in trainers:
+                trainers[key] = build(recipe, work)
+            runs[name] = runner(trainers[key], work, loader, stack)
+        seconds = interleave(runs, device, repeats)
+    for name, (recipe, work) in works.items():
+        notes = trainers[recipe, replace(work, batch_size=1)].notes
+        yield _line(recipe, work, loader, repeats, notes, seconds[name], peaks.get(name))
+
+
+def _measure_apart(works: Variants, repeats: int, loader: bool) -> Iterator[dict]:
+    built, trainer = None, None
+    for recipe, work in works.values():
+        device, key = torch.device(work.device), (recipe, replace(work, batch_size=1))
+        try:
+            if key != built:
+                # the last one goes before the next comes
+                built = trainer = None
+                free(device)
+                reset_peak_memory(device)
+                trainer, built = build(recipe, work), key
+            else:
+                reset_peak_memory(device)
+            with ExitStack() as stack:
+                seconds = interleave({"": runner(trainer, work, loader, stack)}, device, repeats)[""]
+            peak = peak_memory_gib(device) if device.type == "cuda" else None
+            yield _line(recipe, work, loader, repeats, trainer.notes, seconds, peak)
+        except torch.cuda.OutOfMemoryError as error:
+            # a step that broke off leaves gradients behind
+            built = trainer = None
+            config = {"recipe": recipe, **asdict(work), "loader": loader, "repeats": repeats}
+            yield make_record("step", config, {"fits": False}, device, str(error).splitlines()[0][:120])
+        free(device)
+
+
+def _line(
+    recipe: str, work: Workload, loader: bool, repeats: int, notes: str, seconds: list[float], peak: float | None
+) -> dict:
+    low, middle, high = percentiles(seconds)
+    device = torch.device(work.device)
+    found = {
+        "images_per_s": [round(work.batch_size / s, 4) for s in (high, middle, low)],
+        "step_ms": [round(1e3 * s, 3) for s in (low, middle, high)],
+        "peak_gib": None if peak is None else round(peak, 3),
+        # on a CPU the resident peak of everything measured so far: it cannot be taken of one variant
+        "peak_gib_of_process": round(peak_memory_gib(device), 3),
+    }
+    config = {"recipe": recipe, **asdict(work), "loader": loader, "repeats": repeats}
+    return {**make_record("step", config, found, device), "attention": notes}
+
+
+def variants(recipes: tuple[str, ...], batch_sizes: tuple[int, ...], work: Workload) -> Variants:
+    """Return every recipe at every batch size, by a name."""
+    work = work.resolved()
+    return {
+        f"{recipe}, batch {size}": (recipe, replace(work, batch_size=size))
+        for recipe in recipes
+        for size in batch_sizes
+    }

@@ -1,0 +1,246 @@
+"""What every step benchmark trains on: a base, random rows of its shapes, and ours or a baseline to take the step.
+
+Shapes: B batch, C latent channels, H W latent height and width, T tokens, D embedding.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from safelight.data.batches import Batch, iterate, plan_epoch
+from safelight.data.buckets import Bucket
+from safelight.data.cache import Cache, Crop, Sample
+from safelight.data.manifest import Photo
+from safelight.kernels.unet import patch
+from safelight.kernels.unet.attention import AttentionChoice, apply_attention, attention_cases, choose_attention
+from safelight.kernels.unet.checkpointing import apply_checkpointing
+from safelight.trainer.config.toml import Loss, Optimizer
+from safelight.trainer.models.base import resolve_base
+from safelight.trainer.models.device import PRECISIONS, pick_device, pick_dtype
+from safelight.trainer.models.noise_schedule import make_schedule
+from safelight.trainer.models.sdxl_conditioning import give_conditioning
+from safelight.trainer.models.weights import load_unet
+from safelight.trainer.optim.optimizer import UNetOptimizer
+from safelight.trainer.step.cuda_graphs import Recorder, StepGraphs, shape_of
+from safelight.trainer.step.step import Inputs, MicroResult, micro_step, train_step, upload
+from safelight.trainer.step.torch_flags import algorithms
+
+SEED = 1
+NUM_ROTATED = 4
+NUM_TOKENS = 77
+LR, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-6, 0.01, 1.0
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is trained: the same for ours and every baseline."""
+
+    base: str = "tiny"
+    latent_size: int = 0
+    batch_size: int = 1
+    precision: str = "auto"
+    optimizer: str = "adamw8bit"
+    checkpointing: str = "none"
+    device: str = "auto"
+
+    def resolved(self) -> Workload:
+        """Return it with `auto` and 0 filled in. Raises ValueError for what this machine cannot do."""
+        device = pick_device(self.device)
+        side = self.latent_size or resolve_base(self.base).config_of("unet")["sample_size"]
+        return replace(
+            self, latent_size=side, precision=PRECISIONS[pick_dtype(self.precision, device)], device=device.type
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return pick_dtype(self.precision, torch.device(self.device))
+
+
+def random_rows(num: int, base: str, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return (posteriors, (N, 2C, H, W); embeddings, (N, T, D)), float32, of a base's shapes."""
+    config = resolve_base(base).config_of("unet")
+    generator = np.random.default_rng(SEED)
+    posterior = generator.standard_normal((num, 2 * config["in_channels"], side, side), np.float32)
+    posterior[:, config["in_channels"] :] -= 4
+    return posterior, generator.standard_normal((num, NUM_TOKENS, config["cross_attention_dim"]), np.float32)
+
+
+def random_batches(num: int, work: Workload) -> list[Batch]:
+    """Return batches of random rows, to be rotated."""
+    batches = []
+    posterior, text = (torch.from_numpy(x) for x in random_rows(num * work.batch_size, work.base, work.latent_size))
+    for number in range(num):
+        part = slice(number * work.batch_size, (number + 1) * work.batch_size)
+        mean, logvar = (half.contiguous() for half in posterior[part].chunk(2, dim=1))
+        ids = tuple(range(part.start, part.stop))
+        side = 8 * work.latent_size
+        batches.append(Batch(mean, logvar, text[part], ids, (0,) * work.batch_size, Bucket(side, side)))
+    return batches
+
+
+def random_samples(num: int, side: int) -> list[Sample]:
+    """Return samples whose keys are their numbers, as a prepared dataset would have them."""
+    bucket = Bucket(8 * side, 8 * side)
+    crop = Crop((0, 0, 8 * side, 8 * side), False)
+    return [
+        Sample(
+            Photo(f"{n}.png", f"{n:064x}"[::-1], 8 * side, 8 * side, ("",), "random", "random"),
+            bucket, (f"latent-{n}",), (f"text-{n}",), (crop,), ("",),
+        )
+        for n in range(num)
+    ]  # fmt: skip
+
+
+def fill_random_cache(path: Path, num: int, base: str, side: int, rows_at_once: int = 256) -> list[Sample]:
+    """Fill a cache with random rows and return their samples. Every row has its key; contents repeat after `rows_at_once`."""
+    samples = random_samples(num, side)
+    posterior, text = random_rows(min(num, rows_at_once), base, side)
+    with Cache(path) as cache:
+        for start in range(0, num, rows_at_once):
+            part = samples[start : start + rows_at_once]
+            cache.append("posterior", [s.latent_keys[0] for s in part], posterior[: len(part)])
+            cache.append("text", [s.text_keys[0] for s in part], text[: len(part)])
+        cache.append("text", ["text-empty"], text[:1])
+    return samples
+
+
+@contextmanager
+def cached_batches(work: Workload, num: int) -> Iterator[Iterator[Batch]]:
+    """Give an endless iterator of batches read from a cache of `num` random rows through the training run's loader."""
+    with tempfile.TemporaryDirectory() as folder:
+        samples = fill_random_cache(Path(folder), num, work.base, work.latent_size)
+
+        def endless(cache: Cache) -> Iterator[Batch]:
+            epoch = 0
+            while True:
+                plan = plan_epoch(samples, seed=SEED, epoch=epoch, batch_size=work.batch_size, caption_dropout=0.05)
+                # shapes stay the same, as every timed step should
+                yield from iterate(cache, samples, [b for b in plan if len(b.refs) == work.batch_size], "text-empty")
+                epoch += 1
+
+        with Cache(Path(folder)) as cache:
+            batches = endless(cache)
+            try:
+                yield batches
+            finally:
+                batches.close()
+
+
+@functools.lru_cache(maxsize=1)
+def _pristine(base: str) -> nn.Module:
+    return load_unet(resolve_base(base), SEED)
+
+
+def initial_unet(base: str, device: torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Return a base's UNet on the device, for training. For a GPU one is kept in host memory to be copied again.
+
+    Drawing SD1.5's random weights takes longer than measuring its step.
+    """
+    if device.type == "cpu":
+        return give_conditioning(load_unet(resolve_base(base), SEED, dtype).train())
+    return give_conditioning(copy.deepcopy(_pristine(base)).to(dtype).to(device).train())
+
+
+def optimizer_config(name: str) -> Optimizer:
+    """Return the config of `adamw8bit`, or of one with its memory mode: `adamw8bit, exact`. Raises ValueError."""
+    try:
+        return Optimizer(**dict(zip(("name", "memory"), re.split(", ?", name), strict="," in name)))
+    except ValueError:
+        raise ValueError(
+            f"optimizer {name!r} is unknown; use a name of [optimizer] with its memory mode, as in 'adamw8bit, near'"
+        ) from None
+
+
+class Ours:
+    """The training step of `safelight train`. notes: what really runs.
+
+    kernels, cudnn_benchmark: as train.kernels and train.cudnn_benchmark. fused: steps inside backward. recorder: of steps that
+    are replayed as graphs, recorded at the first of a shape.
+    """
+
+    def __init__(
+        self, work: Workload, kernels: str = "auto", fused: bool = False, recorder: Recorder | None = None,
+        cudnn_benchmark: bool = False,
+    ):  # fmt: skip
+        device = torch.device(work.device)
+        base = resolve_base(work.base)
+        self.unet = initial_unet(work.base, device)
+        choice = use_attention(self.unet, work)
+        patched = patch.apply(self.unet, choice) if patch.is_wanted(kernels, device) else None
+        apply_checkpointing(self.unet, work.checkpointing)
+        config = optimizer_config(work.optimizer).model_copy(update={"fused_backward": fused})
+        self.optimizer = UNetOptimizer(self.unet, config, work.dtype)
+        if patched is not None:
+            patch.repack(self.unet)
+        self.notes = f"{choice}; {'kernels off' if patched is None else patched}"
+        self.schedule = make_schedule(base.config_of("scheduler")).to(device)
+        self._recorder, self._cudnn_benchmark = recorder, cudnn_benchmark
+        self._graphs: dict[int, StepGraphs] = {}
+
+    def _graphs_of(self, batch: Batch) -> StepGraphs | None:
+        """Return the graphs that a batch's step is replayed by: its size is part of what is recorded."""
+        if self._recorder is None:
+            return None
+        size = len(batch.sample_ids)
+        if size not in self._graphs:
+            run = partial(micro_step, self.unet, self.optimizer)
+
+            def of_inputs(inputs: Inputs, is_first: bool, is_last: bool) -> MicroResult:
+                return run(inputs, self.schedule, 1.0, Loss(), size, is_first, is_last)
+
+            self._graphs[size] = StepGraphs(of_inputs, self.optimizer, self._recorder)
+        inputs = upload(batch, self.schedule.alphas_cumprod_T.device, SEED, 0)
+        self._graphs[size].prepare([shape_of(inputs)], inputs)
+        return self._graphs[size]
+
+    def step(self, batch: Batch) -> torch.Tensor:
+        """Take a step and return the batch's mean loss, on the device."""
+        with algorithms(cudnn_benchmark=self._cudnn_benchmark), own_finds(self._cudnn_benchmark):
+            result = train_step(
+                self.unet, self.optimizer, [batch], self.schedule, 1.0, Loss(), seed=SEED, epoch=0,
+                num_samples=len(batch.sample_ids), lr=LR, weight_decay=WEIGHT_DECAY, max_grad_norm=MAX_GRAD_NORM,
+                graphs=self._graphs_of(batch),
+            )  # fmt: skip
+        return result.losses.mean()
+
+
+@contextmanager
+def own_finds(apart: bool) -> Iterator[None]:
+    """Keep apart what cuDNN finds within the block, if wanted, so that a trial is made of shapes that ran without one before.
+
+    Torch keeps what it found by shape and by allow_tf32, which 16-bit convolutions do not heed.
+    """
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = before != apart
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def use_attention(unet: nn.Module, work: Workload) -> AttentionChoice:
+    """Give a UNet the attention that a training run would; return which."""
+    cases = attention_cases(unet, (work.latent_size, work.latent_size))
+    choice = choose_attention(torch.device(work.device), work.dtype, cases, batch=work.batch_size)
+    apply_attention(unet, choice)
+    return choice
+
+
+def use_diffusers_attention(unet: nn.Module) -> str:
+    """Give a UNet what diffusers' training scripts have unless told otherwise: its processor over SDPA; return which."""
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
+    unet.set_attn_processor(AttnProcessor2_0())
+    return "attention: diffusers' AttnProcessor2_0, torch's own choice of SDPA backend"

@@ -1,0 +1,185 @@
+"""What takes the place of diffusers' transformer modules: the same Parameters under the same names, another forward pass.
+
+    tokens = linear(group_norm(x))
+    q, k, v = linear(layer_norm(tokens))            one product, packed weights     self-attention
+    s, q = linear(layer_norm(s + out))              the residual add in the norm    cross-attention, k and v from the step's
+    s = s + linear(geglu(linear(layer_norm(s + out))))                              feed-forward
+    y = linear(s) + x
+Tokens are pixels of channels-last images: nothing is transposed or copied between the two.
+Letters: B batch, T tokens, N text tokens, H heads, K head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from safelight.kernels.ops.norm_then_matmul import as_images, as_tokens, feed_forward, group_norm_linear, norm_linear
+from safelight.kernels.ops.packed_linear import norm_packed_linear, packed_linear
+from safelight.kernels.unet.attention import AttendProcessor, AttentionChoice, attend
+from safelight.kernels.unet.patched_resnet import Swapped, channels_last, detached, is_norm, is_plain_conv
+
+if TYPE_CHECKING:
+    from diffusers.models.attention import BasicTransformerBlock
+    from diffusers.models.attention_processor import Attention
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
+
+def _is_plain_attention(attention: nn.Module) -> bool:
+    from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
+
+    # what these do, `attend` does
+    processors = (AttendProcessor, AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor)
+    norms = (attention.spatial_norm, attention.group_norm, attention.norm_q, attention.norm_k)
+    return (
+        type(attention) is Attention and type(attention.processor) in processors
+        and all(x is None for x in norms) and not attention.norm_cross and not attention.residual_connection
+        and attention.rescale_output_factor == 1 and attention.added_kv_proj_dim is None
+        and all(type(x) is nn.Linear and x.bias is None for x in (attention.to_q, attention.to_k, attention.to_v))
+        and type(attention.to_out[0]) is nn.Linear and attention.to_out[1].p == 0
+    )  # fmt: skip
+
+
+def _is_plain_feed_forward(ff: nn.Module) -> bool:
+    from diffusers.models.activations import GEGLU
+    from diffusers.models.attention import FeedForward
+
+    return (
+        type(ff) is FeedForward and len(ff.net) == 3 and type(ff.net[0]) is GEGLU and type(ff.net[0].proj) is nn.Linear
+        and type(ff.net[1]) is nn.Dropout and ff.net[1].p == 0 and type(ff.net[2]) is nn.Linear
+    )  # fmt: skip
+
+
+def qkv_parameters(block: BasicTransformerBlock) -> list[nn.Parameter]:
+    """Return the weights of a block's self-attention that want to be packed."""
+    return [block.attn1.to_q.weight, block.attn1.to_k.weight, block.attn1.to_v.weight]
+
+
+def text_parameters(blocks: Sequence[BasicTransformerBlock]) -> list[nn.Parameter]:
+    """Return the weights of cross-attentions' keys and values that want to be packed, in the order of the blocks."""
+    return [w for block in blocks for w in (block.attn2.to_k.weight, block.attn2.to_v.weight)]
+
+
+def text_projections(blocks: Sequence[BasicTransformerBlock], text_BND: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return the (keys, values) of each block's cross-attention, (B, N, H K) each, in one product."""
+    pieces = packed_linear(text_BND, text_parameters(blocks))
+    return list(zip(pieces[::2], pieces[1::2], strict=True))
+
+
+class PatchedTransformerBlock(Swapped):
+    """Self-attention, cross-attention and feed-forward of tokens.
+
+    before: the projection that made the tokens, in a tuple, where it takes its bias detached; choice: the attention that
+    runs; text_index: the block's place among the step's text projections; recompute: do not keep the feed-forward's
+    projection for the backward pass.
+    """
+
+    before: tuple[nn.Module, ...] = ()
+    choice: AttentionChoice
+    text_index: int
+    recompute: bool
+
+    @staticmethod
+    def refusal(block: BasicTransformerBlock) -> str:
+        """Return why a block cannot be swapped, '' if it can."""
+        norms = (block.norm1, block.norm2, block.norm3)
+        if block.norm_type != "layer_norm" or not all(is_norm(norm, nn.LayerNorm) for norm in norms):
+            return "its norms are no plain LayerNorms"
+        if block.attn2 is None or block.only_cross_attention or block.pos_embed is not None or hasattr(block, "fuser"):
+            return "it is not one self-attention, one cross-attention and a feed-forward"
+        if not (_is_plain_attention(block.attn1) and _is_plain_attention(block.attn2)):
+            return "its attention has norms, biases, dropout or a processor of its own"
+        if block.attn1.is_cross_attention or not block.attn2.is_cross_attention:
+            return "it attends to itself twice"
+        if not _is_plain_feed_forward(block.ff) or block._chunk_size is not None:
+            return "its feed-forward is no plain GEGLU"
+        return ""
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: None = None,
+        encoder_hidden_states: Tensor | Sequence[tuple[Tensor, Tensor]] | None = None, *args, **kwargs,
+    ) -> Tensor:  # fmt: skip
+        """Return the tokens, (B, T, D). encoder_hidden_states: the text, or what text_projections made of it."""
+        attn1, attn2, proj, out = self.attn1, self.attn2, self.ff.net[0].proj, self.ff.net[2]
+        norm1, norm2, norm3 = self.norm1, self.norm2, self.norm3
+        # what made the tokens leaves its bias' gradient to the norm that takes them in
+        before = self.before[0].bias if self.before else None
+        s, *qkv = norm_packed_linear(
+            hidden_states, norm1.weight, norm1.bias, qkv_parameters(self), bias_in_x=before, eps=norm1.eps
+        )
+        x = self._attend(attn1, *qkv)
+        s, q = norm_linear(
+            x, norm2.weight, norm2.bias, attn2.to_q.weight, residual=s, bias_in_x=attn1.to_out[0].bias, eps=norm2.eps
+        )
+        text = encoder_hidden_states
+        k, v = text_projections([self], text)[0] if isinstance(text, Tensor) else text[self.text_index]
+        x = self._attend(attn2, q, k, v)
+        return feed_forward(
+            x, norm3.weight, norm3.bias, proj.weight, proj.bias, out.weight, out.bias, residual=s,
+            bias_in_x=attn2.to_out[0].bias, eps=norm3.eps, recompute=self.recompute,
+        )  # fmt: skip
+
+    def _attend(self, attention: Attention, *qkv: Tensor) -> Tensor:
+        """Return the projected output of attention over q, k, v of (B, T, H K); the norm behind has its bias' gradient."""
+        heads = (x.unflatten(-1, (attention.heads, -1)) for x in qkv)
+        out = attention.to_out[0]
+        return F.linear(attend(*heads, self.choice, attention.scale).flatten(2), out.weight, detached(out.bias))
+
+
+class PatchedTransformer(Swapped):
+    """The way from an image to tokens, through the blocks and back."""
+
+    @staticmethod
+    def refusal(module: Transformer2DModel) -> str:
+        """Return why it cannot be swapped, '' if it can."""
+        projections = (module.proj_in, module.proj_out)
+        plain = all(type(p) is nn.Linear or is_plain_conv(p, 1) for p in projections)
+        if not module.is_input_continuous or not plain or not is_norm(module.norm, nn.GroupNorm):
+            return "it is not GroupNorm, projection, blocks and projection"
+        return ""
+
+    def forward(
+        self, hidden_states: Tensor, encoder_hidden_states=None, timestep=None, added_cond_kwargs=None,
+        class_labels=None, cross_attention_kwargs=None, attention_mask=None, encoder_attention_mask=None,
+        return_dict: bool = True,
+    ):  # fmt: skip
+        """Return the image. Raises ValueError for masks and attention arguments, which no patched module takes."""
+        if attention_mask is not None or encoder_attention_mask is not None or cross_attention_kwargs:
+            raise ValueError(
+                "a patched UNet takes no attention mask and no cross_attention_kwargs; call kernels.patch.remove first"
+            )
+        x = channels_last(hidden_states)
+        norm, into, out = self.norm, self.proj_in, self.proj_out
+        first = self.transformer_blocks[0]
+        into_bias = detached(into.bias) if getattr(first, "before", ()) else into.bias
+        x, tokens = group_norm_linear(
+            x, norm.weight, norm.bias, norm.num_groups, into.weight, into_bias, eps=norm.eps, bias_of_x=out.bias
+        )
+        for block in self.transformer_blocks:
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                tokens = self._gradient_checkpointing_func(block, tokens, None, encoder_hidden_states)
+            else:
+                tokens = block(tokens, None, encoder_hidden_states)
+        tokens = F.linear(tokens, out.weight.flatten(1), detached(out.bias)) + as_tokens(x)
+        image = as_images(tokens, *x.shape[2:])
+        if not return_dict:
+            return (image,)
+        from diffusers.models.transformers.transformer_2d import Transformer2DModelOutput
+
+        return Transformer2DModelOutput(sample=image)
+
+
+class PatchedUNet(Swapped):
+    """A UNet that projects the text once a step. text_groups: the blocks of one product each, in the order of text_index."""
+
+    text_groups: tuple[tuple[BasicTransformerBlock, ...], ...]
+
+    def process_encoder_hidden_states(self, *args, **kwargs):
+        text_BND = super().process_encoder_hidden_states(*args, **kwargs)
+        if not self.text_groups:
+            return text_BND
+        return [pair for group in self.text_groups for pair in text_projections(group, text_BND)]

@@ -1,0 +1,135 @@
+"""A plan as a table for the terminal: ways to train down, better first, batch sizes across, within 80 columns."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from safelight.data.text import counted
+from safelight.output.columns import fill
+
+GIB = 2**30
+# columns of a terminal on which a table needs not be narrow
+WIDE = 100
+
+
+def _key(way: dict) -> tuple:
+    return way["memory"], way["checkpointing"], "yes" if way["fused_backward"] else "no"
+
+
+def _cell(way: dict, is_chosen: bool) -> Text:
+    rate = way["images_per_s"]
+    rate = "" if rate is None else f" {rate:4.2f}" if rate < 10 else f" {rate:4.3g}" if rate < 999 else f" {rate:4.0f}"
+    text = f"{way['needed'] / GIB:.2f}{rate}"
+    if is_chosen:
+        return Text(f"> {text}", style="bold green")
+    return Text(text) if way["fits"] else Text(f"x {text}", style="dim")
+
+
+def print_ways(result: dict) -> None:
+    """Print the ways to train, GiB and images/s each, the chosen one marked, and what the chosen one is made of."""
+    plan, console = result["plan"], Console(highlight=False, emoji=False)
+    height, width = plan["latents"]
+    budget = plan["budget_bytes"] / GIB
+    title = f"{result['base']}, {result['unet_parameters']:,} parameters, {plan['precision']}, {result['optimizer']}"
+    console.print(title, style="bold", markup=False, soft_wrap=True)
+    console.print(f"{plan['card']}: {budget:.2f} GiB; latents up to {height} x {width}", markup=False, soft_wrap=True)
+    ways = plan["ways"]
+    sizes = sorted({way["batch_size"] for way in ways})
+    table = Table(box=None, pad_edge=False, padding=(0, 1 if console.width < WIDE else 3, 0, 0), header_style="dim")
+    for name in ("memory", "checkpoints", "fused"):
+        table.add_column(name, no_wrap=True)
+    for size in sizes:
+        table.add_column(f"batch {size}", justify="right", no_wrap=True)
+    chosen = plan["chosen"]
+    place = chosen and (*_key(chosen), chosen["batch_size"])
+    for key in dict.fromkeys(map(_key, ways)):
+        row = {way["batch_size"]: way for way in ways if _key(way) == key}
+        table.add_row(*key, *(_cell(row[size], (*key, size) == place) for size in sizes))
+    console.print(table)
+    rates = "GiB of the card, and images/s" if plan["rates_known"] else "GiB of the card"
+    taken = "; > is taken: the first that fits, from above" if chosen else ""
+    print(fill(f"{rates}, estimated; fused: stepped inside backward; x does not fit{taken}."))
+    _print_noise(plan, {way["memory"] for way in ways})
+    if chosen is None:
+        return
+    kinds = {kind: size for kind, size in chosen["kinds"].items() if size >= GIB / 200}
+    console.print(f"> {chosen['needed'] / GIB:.2f} GiB; at the peak of a step, GiB:", markup=False, soft_wrap=True)
+    parts = Table(box=None, pad_edge=False, show_header=False)
+    for kind, size in kinds.items():
+        parts.add_row(f"  {kind}", f"{size / GIB:.2f}")
+    console.print(parts)
+    if chosen["others"] > chosen["held"] + chosen["step"]:
+        print("Loading, validation or drawing takes more than a step, even one image at a time.")
+    _print_between(chosen["between"])
+    _print_graphs(plan, chosen)
+    _print_host(plan, chosen["host"])
+    if chosen["images_per_s"]:
+        images = result["dataset"]["images trained"] if "dataset" in result else 1000
+        took = duration(images / chosen["images_per_s"])
+        print(f"{counted(images, 'image')}: about {took} of training; samples and validation come on top.")
+
+
+def duration(seconds: float) -> str:
+    """Return a time span in its largest unit: 41 s, 12 min, 3.2 hours, 2.4 days."""
+    for limit, unit, name in ((90, 1, "s"), (5400, 60, "min"), (48 * 3600, 3600, "hours")):
+        if seconds < limit:
+            return f"{max(seconds, 1) / unit:.{1 if name == 'hours' else 0}f} {name}"
+    return f"{seconds / 86400:.1f} days"
+
+
+def _print_noise(plan: dict, modes: set[str]) -> None:
+    """Print what stochastic rounding does to a run of this length, of the modes in the table."""
+    noise = {mode: ratio for mode, ratio in plan["noise"].items() if mode in modes}
+    if not noise:
+        return
+    told = ", ".join(f"{mode} {ratio:.2g}" for mode, ratio in noise.items())
+    steps = f"{plan['noise_steps']:,}" + (" (assumed)" if plan["noise_steps_assumed"] else "")
+    print(f"Rounding noise against the way the weights go, in {steps} steps:")
+    print(f"  {told}; exact and paged have none.")
+    if loud := [mode for mode, ratio in noise.items() if ratio > plan["noise_warns_above"]]:
+        print(
+            f"  {' and '.join(loud)}: above {plan['noise_warns_above']:g}; take a finer mode, a larger lr or more steps."
+        )
+
+
+def _print_between(between: dict) -> None:
+    told = []
+    if between["validated"]:
+        told.append(f"{counted(between['validated'], 'image')} validated")
+    if between["prompts"]:
+        where = {"gpu": "the GPU", "cpu": "the CPU (slower, same values)"}[between["decode_on"]]
+        told.append(f"{counted(between['prompts'], 'prompt')} drawn at a time")
+        print(f"Samples are decoded on {where}.")
+    if told:
+        print(f"Between steps: {', '.join(told)}: {between['most'] / GIB:.2f} GiB at most.")
+
+
+def _print_graphs(plan: dict, chosen: dict) -> None:
+    if chosen["no_graphs"]:
+        print(f"No CUDA graphs: {chosen['no_graphs']}.")
+    else:
+        print(
+            "Steps are replayed as CUDA graphs"
+            + (", as the rates suppose where those fit." if plan["rates_known"] else ".")
+        )
+
+
+def _print_host(plan: dict, host: dict) -> None:
+    training = {
+        "optimizer state": host["states"], "activations": host["activations"],
+        "a checkpoint's snapshot": host["snapshot"], "autoencoder": host["autoencoder"],
+    }  # fmt: skip
+    told = ", ".join(f"{name} {size / GIB:.2f}" for name, size in training.items() if size)
+    print(f"Host memory beside Python's own: {sum(training.values()) / GIB:.2f} GiB:")
+    print(f"  {told};")
+    line = f"  while loading {host['loading'] / GIB:.2f} GiB."
+    if plan["host_available_bytes"] is not None:
+        line += f" {plan['host_available_bytes'] / GIB:.2f} GiB are available here."
+    print(line)
+    if (
+        plan["host_available_bytes"] is not None
+        and max(host["loading"], sum(training.values())) > plan["host_available_bytes"]
+    ):
+        print("  That is more than there is: this run may be killed, or swap.")

@@ -1,0 +1,250 @@
+"""Result lines, their comparison, their pictures, and the check of quoted figures."""
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from safelight.__main__ import main
+from safelight.bench.core import plot, results
+from safelight.bench.core.results import append, make_record, read
+from tests.docs import quoted_figures as figures
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def line(bench="step", config=None, **found) -> dict:
+    config = {"recipe": "safelight", "batch_size": 1, "base": "tiny", "latent_size": 16} | (config or {})
+    return {"bench": bench, "config": config, "figures": found, "machine": {"device": "CPU"}, "git_commit": "abcdef123"}
+
+
+def test_a_record_says_with_what_it_was_measured(tmp_path):
+    record = make_record("step", {"batch_size": 2}, {"step_ms": 1.5}, torch.device("cpu"), "a note")
+    append(tmp_path / "deep" / "r.jsonl", record)
+    append(tmp_path / "deep" / "r.jsonl", record)
+    assert read(tmp_path / "deep" / "r.jsonl") == [record, record]
+    assert record["machine"]["torch"] == torch.__version__
+    assert len(record["git_commit"]) == 40
+    assert isinstance(record["git_dirty"], bool)
+    # no path of this machine: neither the command's arguments nor the checkout's place
+    assert str(ROOT) not in json.dumps(record)
+
+
+def test_clocks_are_nvidia_smis_words(tmp_path, monkeypatch):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho '1590, 5000, 70.00, 41, 550.54'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert results.clocks(torch.device("cuda", 0)) == {
+        "sm_clock_mhz": "1590", "memory_clock_mhz": "5000", "power_limit_w": "70.00", "temperature_c": "41", "driver": "550.54",
+    }  # fmt: skip
+    smi.write_text("#!/bin/sh\nexit 9\n")
+    assert results.clocks(torch.device("cuda", 0)) == {}
+    assert results.clocks(torch.device("cpu")) == {}
+
+
+def test_a_damaged_or_missing_file_is_named(tmp_path):
+    (tmp_path / "r.jsonl").write_text('{"bench": "a"}\n{"ben')
+    with pytest.raises(ValueError, match=r"r\.jsonl line 2 is no JSON"):
+        read(tmp_path / "r.jsonl")
+    with pytest.raises(ValueError, match="neither a results file nor a commit"):
+        results.find("nowhere")
+
+
+def test_compare_takes_the_newest_line_of_the_same_config(tmp_path, capsys):
+    a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    for path, rates in ((a, (1.0, 2.0)), (b, (3.0,))):
+        for rate in rates:
+            append(path, line(images_per_s=[rate - 0.5, rate, rate + 0.5], peak_gib=None))
+    append(b, line(config={"batch_size": 4}, images_per_s=[1, 2, 3]))
+    assert main(["bench", "compare", str(a), str(b), "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["figure"], row["a"], row["b"]) == ("images_per_s", 2.0, 3.0)
+    assert main(["bench", "compare", str(a), str(b)]) == 0
+    assert "1.500" in capsys.readouterr().out
+    append(tmp_path / "c.jsonl", line(bench="loader"))
+    assert main(["bench", "compare", str(a), str(tmp_path / "c.jsonl")]) == 2
+    assert "share no benchmark" in capsys.readouterr().err
+
+
+def test_compare_fails_where_b_is_slower_than_allowed(tmp_path, capsys):
+    a, same, slow = (tmp_path / f"{name}.jsonl" for name in ("a", "same", "slow"))
+    append(a, line(images_per_s=[9, 10.0, 11.0], step_ms=[100.0, 110, 120], peak_gib=1.0))
+    # a disturbed machine is slower in the middle, not at its best
+    append(same, line(images_per_s=[4, 5.0, 10.8], step_ms=[102.0, 220, 330], peak_gib=9.0))
+    append(slow, line(images_per_s=[8, 9.09, 10.0], step_ms=[110.0, 121, 132], peak_gib=1.0))
+    assert main(["bench", "compare", str(a), str(same), "--at-most", "0.05"]) == 0
+    assert "slower" not in capsys.readouterr().out
+    assert main(["bench", "compare", str(a), str(slow), "--at-most", "0.05"]) == 1
+    out = capsys.readouterr().out
+    assert "slower by 10.0 %: step images_per_s" in out
+    assert "slower by 10.0 %: step step_ms 100 -> 110" in out
+    # faster is no fault, and nobody asked
+    assert main(["bench", "compare", str(slow), str(a), "--at-most", "0.05"]) == 0
+    assert main(["bench", "compare", str(a), str(slow)]) == 0
+    assert main(["bench", "compare", str(a), str(slow), "--at-most", "5"]) == 2
+
+
+def test_pictures_are_drawn_of_what_was_measured(tmp_path, capsys):
+    file = tmp_path / "r.jsonl"
+    for recipe in ("safelight", "diffusers"):
+        for size in (1, 4):
+            rate = 3.0 * size if recipe == "safelight" else 2.0 * size
+            append(
+                file,
+                line(
+                    config={"recipe": recipe, "batch_size": size},
+                    images_per_s=[rate - 1, rate, rate + 1],
+                    peak_gib=2.0 * size,
+                ),
+            )
+    append(file, line(config={"batch_size": 32}, fits=False))
+    assert main(["bench", "plot", str(file), "-o", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    names = {path.name for path in (tmp_path / "out").glob("*.png")}
+    assert names == {"throughput.png", "memory.png", "scaling.png"}
+    assert "no figures for: ablation" in out
+    for name in names:
+        with Image.open(tmp_path / "out" / name) as image:
+            # something in our colour was drawn
+            assert (0xC2, 0x41, 0x0C) in {colour for _, colour in image.convert("RGB").getcolors(10**6)}
+    assert main(["bench", "plot", str(results.COUNTS), "-o", str(tmp_path / "counts")]) == 0
+    assert [p.name for p in (tmp_path / "counts").glob("*.png")] == ["ablation.png"]
+
+
+def drawn(draw, records):
+    axes = Figure().subplots()
+    assert draw(axes, records)
+    return axes
+
+
+def test_bars_of_other_settings_stand_apart_and_the_newest_of_the_same_alone():
+    """Two commands time the same step, and one step is timed with two optimizers."""
+    same = {"optimizer": "adamw", "loader": False, "repeats": 3}
+    records = [
+        {**line(config=same, images_per_s=[1.0, 2.0, 3.0]), "date": "2026-11-02"},
+        {**line("quick", config=same | {"repeats": 10}, images_per_s=[8.0, 9.0, 10.0]), "date": "2026-11-01"},
+        {**line(config=same | {"optimizer": "adamw8bit"}, images_per_s=[3.0, 4.0, 5.0]), "date": "2026-11-02"},
+    ]
+    axes = drawn(plot.throughput, records)
+    assert {bar.get_height() for bar in axes.patches} == {2.0, 4.0}
+    assert len({bar.get_x() for bar in axes.patches}) == 2
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["batch 1\nadamw", "batch 1\nadamw8bit"]
+    larger = [{**r, "config": r["config"] | {"batch_size": 4}} for r in records]
+    lines = drawn(plot.scaling, records + larger).get_lines()
+    assert [list(one.get_xdata()) for one in lines] == [[1, 4], [1, 4]]
+    assert [tick.get_text() for tick in drawn(plot.throughput, records[:1]).get_xticklabels()] == ["batch 1"]
+
+
+def test_a_counted_roofline_is_drawn_as_what_it_is():
+    classes = {"conv": {"least_ms": 3.0}, "norm": {"least_ms": 1.0}}
+    config = {"precision": "fp16", "ceilings": "t4's data sheet"}
+    counted = line("roofline", config, classes=classes, least_ms=4.0)
+    axes = drawn(plot.roofline, [counted])
+    assert "counted, not measured" in axes.get_title()
+    measured = line(
+        "roofline", {"precision": "fp32"}, classes={"conv": {"least_ms": 3.0, "ms": 5.0, "share_of_limit": 0.6}, "idle": {"ms": 2.0}},
+        least_ms=3.0, step_ms=7.0, model_flop_use={"share_of_limit": 0.3},
+    )  # fmt: skip
+    axes = drawn(plot.roofline, [measured, counted])
+    assert "model-FLOP use 30 %" in axes.get_title()
+    assert sorted(bar.get_width() for bar in axes.patches) == [0.0, 2.0, 3.0, 5.0]
+
+
+def test_every_quoted_figure_is_in_a_result_line():
+    missing, wrong = figures.check(ROOT)
+    told = [f"{q.file}:{q.line}: {q.text}" for q in missing]
+    assert told == [], "commit the result line (bench --append), or declare it in bench/results/quoted.toml"
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("took 148 s (x)", [("148", "s")]),
+        ("in 2 min 37 s,", [("157", "s")]),
+        ("33.68 images/s, 1.27 GiB at most", [("33.68", "images/s"), ("1.27", "GiB")]),
+        ("| 78 % [66, 87] |", [("78", "%"), ("66", "%"), ("87", "%")]),
+        ("3,278 launches and 13.4 GB", [("3278", "launches"), ("13.4", "GB")]),
+        ("`--minutes 8 s` of 512 px, SD1.5 s", []),
+        ("text\n\n    8 s of code\n\nmore 9 s\n    in a list 7 s", [("9", "s"), ("7", "s")]),
+        ("```\n5 s\n```\n6 s", [("6", "s")]),
+    ],
+)
+def test_figures_with_units_are_found(text, found):
+    assert [(q.value, q.unit) for q in figures.quotes(text, "x.md")] == found
+
+
+def test_an_invented_figure_is_missed_and_a_declared_one_passes(tmp_path):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text("It makes 43.1 images/s here and 987.65 images/s there, in 12345 s.\n")
+    declared = tmp_path / "quoted.toml"
+    declared.write_text("")
+    missing, wrong = figures.check(tmp_path, declared)
+    assert [q.text for q in missing] == ["987.65 images/s", "12345 s"]
+    assert wrong == []
+    declared.write_text(
+        '[[definition]]\ntext = "987.65 images/s there"\nwhy = "made up"\n'
+        '[[unrecorded]]\nfile = "README.md"\nat_most = 0\ntexts = ["12345 s"]\n'
+    )
+    missing, wrong = figures.check(tmp_path, declared)
+    assert missing == []
+    assert wrong == ["README.md: 1 figures without a result line, 0 declared"]
+
+
+@pytest.mark.parametrize(
+    "predicted",
+    [
+        {"figures": {"exact none 1": {"predicted_images_per_s": 4.436}}},
+        {"figures": {"predicted": {"images_per_s": 4.436}}},
+        {"figures": {"images_per_s": 4.436}, "note": "a prediction; no GPU was measured"},
+    ],
+)
+def test_a_prediction_is_no_figure_to_quote(predicted, tmp_path):
+    (quote,) = figures.quotes("A T4 makes 4.44 images/s.", "README.md")
+    measured = {"figures": {"images_per_s": 4.4361}, "note": "a T4"}
+    append(tmp_path / "r.jsonl", predicted)
+    assert not figures.is_recorded(quote, figures.recorded(tmp_path))
+    append(tmp_path / "r.jsonl", measured)
+    assert figures.is_recorded(quote, figures.recorded(tmp_path))
+
+
+def test_every_declared_definition_says_why():
+    tables = tomllib.loads(figures.QUOTED.read_text())
+    assert all(entry["text"] and entry["why"] for entry in tables["definition"])
+
+
+def test_the_help_of_every_benchmark_needs_no_torch():
+    code = (
+        "import contextlib, io, sys\nfrom safelight.__main__ import main\nfrom safelight.bench.command_line import COMMANDS\n"
+        "for name in COMMANDS:\n    told = io.StringIO()\n    with contextlib.redirect_stdout(told):\n        try:\n"
+        "            status = main(['bench', name, '--help'])\n        except SystemExit as end:\n            status = end.code\n"
+        "    print(name, status, told.getvalue().startswith(f'usage: safelight bench {name}'), 'torch' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert {line[0] for line in lines} >= {
+        "step",
+        "baseline",
+        "count",
+        "loader",
+        "quick",
+        "all",
+        "compare",
+        "plot",
+        "gate",
+    }
+    assert all(line[1:] == ["0", "True", "False"] for line in lines), result.stdout
+
+
+def test_result_lines_name_no_place_of_one_machine():
+    absolute = re.compile(r'(?<![\w.])/(?:tmp|home|root|work|Users|mnt|content)/[^\s"]*')
+    for path in sorted(results.RESULTS.glob("*.jsonl")):
+        assert absolute.findall(path.read_text(encoding="utf-8")) == [], path.name

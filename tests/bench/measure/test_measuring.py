@@ -1,0 +1,246 @@
+"""The loader's benchmark, the ceilings, `quick`, and a rehearsal of `all`."""
+
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from safelight.__main__ import main
+from safelight.bench.all import run_all as everything
+from safelight.bench.all import short_training_run as short_run
+from safelight.bench.core import ceilings as ceilings_module
+from safelight.bench.core.ceilings import ceilings
+from safelight.bench.core.results import read
+from safelight.bench.measure import loader, quick
+from safelight.bench.measure.optimizers import offered
+from safelight.bench.recipes.suite import VARIANTS
+from safelight.bench.recipes.workload import Workload
+
+# of matrices and copies that take no time to speak of
+SMALL = (512, 2**23, 3)
+
+
+@pytest.fixture(autouse=True)
+def small_ceilings(monkeypatch):
+    monkeypatch.setattr(ceilings_module, "SMALL", SMALL)
+
+
+def test_every_source_delivers_the_same_rows(tmp_path):
+    """What is compared is the same work: rows of the same shapes and dtype, each once an epoch."""
+    from contextlib import ExitStack
+
+    with ExitStack() as stack:
+        epochs = loader._cache_epochs(tmp_path / "cache", 10, "tiny", 16, 4, stack)
+        batches = list(epochs["cache"]())
+        ahead = list(epochs["cache-ahead"]())
+        assert sorted(i for batch in batches for i in batch.sample_ids) == sorted(
+            i for b in ahead for i in b.sample_ids
+        )
+        assert len({i for batch in batches for i in batch.sample_ids}) == 10
+        rows = torch.cat([torch.cat([b.mean_BCHW, b.logvar_BCHW], dim=1) for b in batches])
+        texts = torch.cat([b.text_BTD for b in batches])
+    for kind in ("npz", "pt"):
+        epoch = list(loader._file_epoch(tmp_path / kind, kind, 10, "tiny", 16, 4)())
+        latents, text = (torch.cat(part) for part in zip(*epoch, strict=True))
+        assert latents.dtype == rows.dtype == torch.float32
+        assert sorted(latents.sum((1, 2, 3)).tolist()) == pytest.approx(sorted(rows.sum((1, 2, 3)).tolist()))
+        assert sorted(text.sum((1, 2)).tolist()) == pytest.approx(sorted(texts.sum((1, 2)).tolist()))
+    pixels = torch.cat(list(loader._decode_epoch(tmp_path / "photos", 10, 64, 4)()))
+    assert pixels.shape == (10, 3, 64, 64)
+    assert pixels.std() > 0.1
+
+
+def test_the_loaders_table_of_500_rows(tmp_path, capsys):
+    assert (
+        main(["bench", "loader", "--base", "tiny", "--rows", "500", "--repeats", "1", "--append", str(tmp_path / "r")])
+        == 0
+    )
+    out = capsys.readouterr().out
+    records = {r["config"]["source"]: r["figures"] for r in read(tmp_path / "r")}
+    assert set(records) == {"cache", "cache-ahead", "npz", "pt", "decode"}
+    assert all(name in out for name in records)
+    for found in records.values():
+        assert found["rows_per_s"] == pytest.approx(500 / (found["wall_ms_per_batch"] * 63 / 1e3), rel=0.02)
+        assert found["cpu_ms_per_batch"] > 0
+    assert main(["bench", "loader", "--rows", "1000000000"]) == 2
+    assert "lower --rows" in capsys.readouterr().err
+
+
+def test_a_ceiling_is_the_work_over_the_fastest_repeats_time(monkeypatch):
+    ran = []
+
+    def timed(runs, device, repeats):
+        ran.extend(runs[""](number) for number in range(repeats))
+        return {"": [0.5, 0.25, 2.0]}
+
+    monkeypatch.setattr(ceilings_module, "interleave", timed)
+    found = ceilings(torch.device("cpu"), torch.bfloat16, small=True)
+    size, num_bytes, repeats = SMALL
+    # a product of square matrices is as many multiplications as additions; a copy reads and writes
+    assert found["matmul_tflops"] == pytest.approx(2 * size**3 / 0.25 / 1e12, abs=1e-4)
+    assert found["copy_gb_per_s"] == pytest.approx(2 * num_bytes / 0.25 / 1e9, abs=1e-3)
+    products, copies = ran[:repeats], ran[repeats:]
+    assert [(x.shape, x.dtype) for x in products] == [((size, size), torch.bfloat16)] * repeats
+    assert [x.nbytes for x in copies] == [num_bytes] * repeats
+
+
+def test_quick_tells_ours_the_recipe_and_the_limit(monkeypatch, capsys):
+    monkeypatch.setattr(quick.quick, "__defaults__", ("auto", 150, 1))
+    monkeypatch.setattr(quick, "choose_work", lambda device: (Workload(device=device).resolved(), (1,)))
+    assert main(["bench", "quick", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    for word in ("safelight", "diffusers", "images/s", "of the limit", "TFLOP/s"):
+        assert word in out
+
+
+def test_quick_stops_in_time():
+    records = list(quick.quick("cpu", budget_s=0, repeats=1))
+    assert [r["bench"] for r in records] == ["ceilings"]
+    found = records[0]["figures"]
+    # a step of one image is 0.94 GFLOP
+    assert found["limit_images_per_s"] == pytest.approx(found["matmul_tflops"] * 1e12 / 0.937e9, rel=0.01)
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory) -> tuple[int, list[dict], str]:
+    """Exit status and result lines of `bench all` on the CPU; its marked tests are a small folder's."""
+    root = tmp_path_factory.mktemp("checkout")
+    (root / "tests").mkdir()
+    (root / "tests" / "test_one.py").write_text(
+        "import pytest\n@pytest.mark.gpu\ndef test_on_a_gpu():\n    pass\ndef test_other():\n    raise AssertionError\n"
+    )
+    out = tmp_path_factory.mktemp("all")
+
+    def in_process(command, timeout_s, log):
+        """The command line as its own process would run it, less six imports of everything."""
+        assert command[:3] == [sys.executable, "-m", "safelight"]
+        began = time.monotonic()
+        return main(command[3:]), "", time.monotonic() - began
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(everything, "ROOT", root)
+        patch.setattr(short_run, "call", in_process)
+        patch.setattr(ceilings_module, "SMALL", SMALL)
+        status = main(["bench", "all", "--out", str(out), "--device", "cpu", "--minutes", "5"])
+    return status, read(out / "results.jsonl")
+
+
+def test_a_command_is_called_and_killed_when_its_time_is_up(tmp_path):
+    status, tail, seconds = short_run.call(["sh", "-c", "echo first; echo last; exit 3"], 10, tmp_path / "log")
+    assert (status, tail) == (3, "last")
+    assert 0 < seconds < 10
+    # its children go with it
+    status, tail, seconds = short_run.call(["sh", "-c", "echo begun; sleep 30 & sleep 30"], 1, tmp_path / "log")
+    assert (status, tail) == (124, "begun")
+    assert seconds < 10
+
+
+def test_a_run_that_fails_says_which_command_and_why(tmp_path, monkeypatch):
+    monkeypatch.setattr(short_run, "call", lambda command, timeout_s, log: (2, "safelight init: no", 0.1))
+    with pytest.raises(RuntimeError, match="safelight init ended with 2: safelight init: no"):
+        short_run.train(short_run.ShortRun("tiny", "tiny", 64, 1, 1, 1), tmp_path, "cpu", time.monotonic() + 9)
+
+
+@pytest.mark.slow
+def test_the_rehearsal_of_all_runs_every_part(rehearsal):
+    status, records = rehearsal
+    failed = [(r["bench"], r.get("note")) for r in records if r["figures"].get("failed")]
+    assert failed == []
+    assert status == 0
+    assert {r["bench"] for r in records} == {
+        "ceilings",
+        "step",
+        "profile",
+        "roofline",
+        "attention",
+        "memory",
+        "kernels",
+        "optimizer",
+        "tests",
+        "training_run",
+        "loop",
+    }
+    steps = {
+        (r["config"]["recipe"], r["config"]["base"], r["config"]["batch_size"], r["config"]["loader"])
+        for r in records
+        if r["bench"] == "step"
+    }
+    assert steps == {
+        ("safelight", "tiny", 1, False), ("safelight", "tiny", 2, False), ("diffusers", "tiny", 1, False),
+        ("diffusers", "tiny", 2, False), ("safelight", "tiny", 2, True), ("diffusers-16bit", "tiny", 1, False),
+        ("safelight-fused", "tiny", 1, False), ("everydream", "tiny", 1, False), ("kohya", "tiny", 1, False),
+    }  # fmt: skip
+    assert [r["config"]["recipe"] for r in records if r["bench"] == "loop"] == ["safelight", "everydream"]
+    (tests,) = (r for r in records if r["bench"] == "tests")
+    assert tests["figures"]["exit_status"] == 0
+    assert tests["note"].startswith("1 passed, 1 deselected")
+    runs = {r["config"]["base"]: r["figures"]["steps"] for r in records if r["bench"] == "training_run"}
+    # the second rehearses the run of SD1.5's size, with the same preset and commands
+    assert runs == {"tiny": 4, "random:small": 1}
+    assert {r["config"]["what"] for r in records if r["bench"] == "kernels"} == {"bytes", "time"}
+    assert {r["config"]["optimizer"] for r in records if r["bench"] == "optimizer"} == {*offered(torch.float32), "ema"}
+
+
+def test_a_part_that_fails_leaves_a_line_and_the_next_one_runs(tmp_path, monkeypatch):
+    def fail(session):
+        yield session.record("first", {}, {"x": 1})
+        raise RuntimeError("the card fell out\nat once")
+
+    chosen = (everything.Part("first", 0, fail), everything.Part("ceilings", 0, everything._ceilings))
+    monkeypatch.setattr(everything, "PARTS", chosen)
+    records = list(everything.run_all(1, tmp_path, Workload(device="cpu")))
+    assert records == read(tmp_path / "results.jsonl")
+    assert [r["bench"] for r in records] == ["first", "first", "ceilings"]
+    assert records[1]["note"] == "the card fell out"
+    assert records[1]["figures"]["failed"]
+
+
+def test_a_gpus_size_decides_what_is_measured_there(tmp_path, monkeypatch):
+    """Which recipes, bases and batch sizes the parts ask for, on a T4's memory and on an H200's; nothing runs."""
+    asked = []
+
+    def note(works, repeats, loader, together):
+        found = [(recipe, w.base, w.latent_size, w.batch_size) for recipe, w in works.values()]
+        asked.extend(found)
+        yield from ({"bench": "step", "figures": {}} for _ in found)
+
+    monkeypatch.setattr(everything, "measure", note)
+    monkeypatch.setattr(everything, "variants", lambda recipes, sizes, work: {
+        f"{name} {size}": (name, replace(work, batch_size=size)) for name in recipes for size in sizes
+    })  # fmt: skip
+    monkeypatch.setattr(everything.Session, "record", lambda self, bench, config, found, note: {"note": note})
+    parts = {part.name: part.measure for part in everything.PARTS}
+
+    def asked_by(name: str, gib: float) -> list[tuple]:
+        asked.clear()
+        monkeypatch.setattr(everything.Session, "gpu_gib", gib)
+        work = Workload("random:sd15", 64, device="cuda", precision="fp16")
+        notes.extend(parts[name](everything.Session(tmp_path, work, time.monotonic() + 99)))
+        return list(asked)
+
+    notes: list[dict] = []
+    sd15, sd21, sdxl = ("random:sd15", 64), ("random:sd21", 64), ("random:sdxl", 128)
+    assert asked_by("steps", 14.6) == [(name, *sd15, n) for name in ("safelight", "diffusers") for n in (1, 4, 8)]
+    assert asked_by("steps", 139) == [(name, *sd15, n) for name in ("safelight", "diffusers") for n in (1, 8, 32)]
+    replayed = ("safelight-graphs", "safelight-fused-graphs")
+    assert asked_by("graphs", 139) == [(name, *sd15, n) for name in replayed for n in (1, 32)]
+    assert {name for name, *_ in asked_by("ablation", 139)} == VARIANTS.keys() - set(replayed)
+    assert asked_by("models", 139) == [
+        *((name, *sd21, n) for name in ("safelight-graphs", "safelight") for n in (32, 64)),
+        *((name, *sdxl, 8) for name in ("safelight-graphs", "safelight")),
+    ]
+    assert asked_by("mlperf", 139) == [("mlperf", *sd21, 32)]
+    assert asked_by("mlperf", 14.6) == [("mlperf", *sd15, 4)]
+    assert asked_by("everydream", 14.6) == [("everydream", *sd15, n) for n in (1, 4)]
+    notes.clear()
+    assert asked_by("models", 14.6) == []
+    assert notes == [{"note": "left out: SDXL at batch 8 wants 70 GiB, this GPU has 15"}]
+
+
+def test_what_comes_too_late_is_left_out_and_said(tmp_path):
+    records = list(everything.run_all(0.001, tmp_path, Workload(device="cpu"), only=("ceilings", "steps")))
+    assert [r.get("note") for r in records] == ["left out: the time was up"] * 2
+    with pytest.raises(ValueError, match="among ceilings"):
+        list(everything.run_all(1, tmp_path, Workload(device="cpu"), only=("nothing",)))

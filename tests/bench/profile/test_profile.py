@@ -1,0 +1,243 @@
+"""A profiling session of the tiny base: what it says against what is known of the step, and its files."""
+
+import gzip
+import json
+import re
+from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from safelight.__main__ import main
+from safelight.bench.core.results import read
+from safelight.bench.counting.costs import Cost, OperatorCosts
+from safelight.bench.measure import count
+from safelight.bench.profile import profiling_session as recording
+from safelight.bench.profile.analysis import STRETCHES, analyse, chosen_events, roofline_share, step_events
+from safelight.bench.profile.profile_page import boxes, render
+from safelight.bench.profile.profiling_session import SavedTensors, run_session
+from safelight.trainer.config.toml import Config
+from safelight.trainer.models.base import resolve_base
+from safelight.trainer.step.profiler_ranges import named, told_to
+
+CEILINGS = {"matmul_tflops": 0.05, "copy_gb_per_s": 10.0}
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory, tiny_dataset):
+    from safelight.trainer.config.toml import parse_config
+
+    out = tmp_path_factory.mktemp("profile")
+    config = parse_config(
+        {
+            "model": {"base": "tiny"}, "data": {"resolution": 64, "max_aspect": 1.0, "path": str(tiny_dataset)},
+            "train": {"batch_size": 2}, "optimizer": {"name": "adamw"},
+        },
+        "test",
+    )  # fmt: skip
+    return run_session(config, 2, out)
+
+
+def test_nothing_is_entered_while_nobody_listens():
+    seen = []
+
+    class Listener:
+        def __init__(self, name):
+            self.name = name
+
+        def __enter__(self):
+            seen.append(self.name)
+
+        def __exit__(self, *error):
+            seen.append(f"end of {self.name}")
+
+    assert named("load") is named("backward")
+    with told_to(Listener), named("load"):
+        pass
+    with named("loss"):
+        pass
+    assert seen == ["load", "end of load"]
+
+
+def test_steps_of_the_largest_batch_have_every_stretch_once(session):
+    assert session.shape == (2, 4, 16, 16)
+    steps = step_events(session)
+    assert len(steps) == len(session.chosen) == 2
+    names = [e.name for e in chosen_events(session)]
+    assert {name: names.count(name) for name in STRETCHES} == {
+        # the batch, and that there is none after it
+        "load": 4, "noise": 2, "forward": 2, "loss": 2, "backward": 2, "optimizer": 2,
+    }  # fmt: skip
+    unet = resolve_base("tiny").config_of("unet")
+    resnets = {name for name in names if re.fullmatch(r"down_blocks\.\d\.resnets\.\d", name)}
+    assert len(resnets) == unet["layers_per_block"] * len(unet["down_block_types"])
+    # what a block does in the forward pass is named within it
+    depths = {box.name: box.depth for box in boxes(session)}
+    assert depths["step"] == 0
+    assert depths["forward"] == 1
+    assert depths["down_blocks.0.resnets.0"] == 2
+
+
+def test_flops_and_saved_bytes_are_those_counted_on_meta_tensors(session):
+    found = analyse(session, CEILINGS)
+    counted = count.trace(resolve_base("tiny"), precision="fp32", batch_size=2)
+    # the tiny base's captions are shorter than the 77 tokens that are counted
+    assert 0.96 * counted.flops_total < found.flops < counted.flops_total
+    peak = max(n for _, n in session.saved.points)
+    assert peak == pytest.approx(counted.saved_bytes, rel=0.1)
+    # each storage is charged once, and all are released
+    assert session.saved.points[-1][1] == 0
+    assert sum(session.saved.by_block.values()) >= peak
+    assert "down_blocks.0.attentions.0" in session.saved.by_block
+
+
+def test_the_parts_add_up_to_the_step(session):
+    found = analyse(session, CEILINGS)
+    whole = sum(e.time_range.elapsed_us() for e in step_events(session)) / 2e3
+    assert sum(found.stretches.values()) == pytest.approx(whole, rel=0.01)
+    assert sum(found.kinds.values()) == pytest.approx(whole, rel=0.01)
+    assert set(found.kinds) == {
+        "conv", "linear", "attention", "norm", "elementwise", "copies", "optimizer", "Python and dispatch",
+    }  # fmt: skip
+    calls = {o.name: o.calls for o in found.operators if o.kind != "optimizer"}
+    convolutions = [m for m in count.meta_unet(resolve_base("tiny")).modules() if isinstance(m, nn.Conv2d)]
+    assert calls["convolution"] == len(convolutions)
+    assert 0 < found.plain_ms < 20 * found.step_ms
+    assert found.model_flop_use == pytest.approx(found.flops / found.plain_ms / 1e-3 / 0.05e12)
+
+
+def test_bytes_flops_and_the_roofline_by_hand():
+    a, b = torch.ones(4, 8), torch.ones(8, 16)
+    with OperatorCosts([]) as costs:
+        product = a @ b
+        product.add_(1.0)
+        product.view(-1)
+    product_bytes, sum_bytes = 4 * (4 * 8 + 8 * 16 + 4 * 16), 4 * 2 * 4 * 16
+    assert costs.costs == {
+        (False, "mm"): Cost("linear", sizes=Counter({(product_bytes, 2 * 4 * 8 * 16): 1})),
+        (False, "add_"): Cost("elementwise", sizes=Counter({(sum_bytes, 0): 1})),
+    }
+    with OperatorCosts([]) as costs:
+        # eight numbers that are there once, read as 32
+        torch.ones(1, 8).expand(4, 8).exp()
+    assert costs.costs[False, "exp"].num_bytes == 4 * (8 + 4 * 8)
+    # 10 GB in a second at 10 GB/s; 50 GFLOP in two seconds at 50 GFLOP/s
+    memory, matrices = Cost(sizes=Counter({(10**10, 0): 1})), Cost(sizes=Counter({(10**9, 50 * 10**9): 1}))
+    assert roofline_share(memory, 1000, CEILINGS) == pytest.approx(1)
+    assert roofline_share(matrices, 2000, CEILINGS) == pytest.approx(0.5)
+    # each call is bound by its own: together neither would be
+    both = Cost(sizes=memory.sizes + matrices.sizes)
+    assert both.least_ms(CEILINGS) == pytest.approx(2000)
+    assert (both.calls, both.num_bytes, both.flops) == (2, 11 * 10**9, 50 * 10**9)
+    assert roofline_share(Cost(), 1, CEILINGS) is None
+
+
+def test_the_largest_batch_of_the_first_steps_is_spoken_of(monkeypatch, tmp_path):
+    now = [0.0]
+    monkeypatch.setattr(recording, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    conductor = recording._Conductor(1, torch.device("cpu"), tmp_path)
+    monkeypatch.setattr(conductor.profiler, "start", lambda: None)
+    # the first step makes states and compiles: it is neither timed nor chosen
+    for size, seconds in ((9, 60.0), (2, 1.0), (3, 5.0), (3, 4.0)):
+        now[0] += seconds
+        conductor._warmed((size, 4, 8, 8))
+    assert (conductor.shape, conductor.plain_ms) == ((3, 4, 8, 8), 4000.0)
+
+
+def test_a_gpus_memory_history_is_recorded_beside_the_steps_and_left_in_a_file(monkeypatch, tmp_path):
+    told = []
+    monkeypatch.setattr(recording, "profile", lambda activities, **_: SimpleNamespace(
+        start=lambda: told.append("profiler begins"), stop=lambda: told.append("profiler ends"),
+    ))  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda enabled="all", **_: told.append(enabled))
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda file: told.append(file))
+    conductor = recording._Conductor(1, torch.device("cuda"), tmp_path)
+    for _ in range(recording.NUM_WARMUPS):
+        conductor._warmed((2, 4, 8, 8))
+    assert told == ["all", "profiler begins"]
+    conductor._stop_profiler()
+    assert told[2:] == [str(tmp_path / "memory.pickle"), None, "profiler ends"]
+
+
+def test_nothing_but_steps_is_profiled(tmp_path):
+    """Checkpoints, validation, samples and TensorBoard are off, in a folder of its own; the run's own settings stay."""
+    config = Config()
+    config.train.max_steps, config.save.every_steps, config.save.every_epochs = 7, 1, 1
+    before = config.model_copy(deep=True)
+    found = recording.settings_for(config, tmp_path / "elsewhere")
+    assert config == before
+    assert (found.run.dir, found.train.max_steps, found.log.tensorboard) == (str(tmp_path / "elsewhere"), 0, False)
+    assert [found.save.every_steps, found.save.every_epochs] == [0, 0]
+    assert [found.validate_.every_epochs, found.sample.every_epochs] == [0, 0]
+    # a replayed step cannot be told into its parts
+    assert found.train.cuda_graphs == "off"
+    assert (found.train.batch_size, found.optimizer) == (config.train.batch_size, config.optimizer)
+
+
+def test_saved_tensors_live_from_the_first_saving_to_the_last_release():
+    x = torch.randn(256, requires_grad=True)
+    followed = SavedTensors(["forward", "down_blocks.0.resnets.0"], set())
+    with followed:
+        y = x.exp()
+        (y * y).sum().backward()
+    # exp and the product keep the same result
+    assert [n for _, n in followed.saved.points] == [1024, 0]
+    assert followed.saved.by_block == {"down_blocks.0.resnets.0": 1024}
+    own = SavedTensors([], {x.untyped_storage()._cdata})
+    with own:
+        x.sin().sum().backward()
+    assert own.saved.points == []
+
+
+def test_the_trace_and_the_page_stand_alone(session):
+    (trace,) = session.files
+    names = {event.get("name") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]}
+    assert {*STRETCHES, "step", "up_blocks.0.resnets.0"} <= names
+    page = render(session, analyse(session, CEILINGS), CEILINGS, "tiny <b>", "a machine")
+    assert "tiny &lt;b&gt;" in page
+    for word in ("Flame chart", "Roofline", "Memory", "Kept for backward", "Python and dispatch"):
+        assert word in page
+    assert not re.search(r'(?:src|href)="(?!#)|url\((?!#)|https?://', page)
+    assert "style=" not in page
+    assert page.count("<rect") > 100
+    # for a phone: timelines of its width, figures that stay in one piece, a flame chart that scrolls
+    assert page.count('class="graph narrow"') == page.count('class="graph wide"') == 2
+    assert page.count("<table") == page.count('<table class="figures') == 5
+    assert 'class="scroll chart"' in page
+    # a step twice as fast has twice the photographs
+    rate = re.compile(r"([\d.,]+) <small>a second")
+    once, twice = (
+        float(rate.search(render(s, analyse(s, CEILINGS), CEILINGS, "", ""))[1].replace(",", ""))
+        for s in (session, replace(session, plain_ms=session.plain_ms / 2))
+    )
+    assert twice == pytest.approx(2 * once, rel=0.02)
+
+
+def test_a_run_too_short_leaves_a_line_and_no_run(make_config, tmp_path):
+    config = make_config(stage=[{"epochs": 1}], train={"batch_size": 24}, data={"max_aspect": 1.0})
+    with pytest.raises(ValueError, match=r"the run ends after 1 steps, before 50 of its full batches were profiled"):
+        run_session(config, 50, tmp_path / "out")
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="--steps 0 is below 1"):
+        run_session(config, 0, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path, tiny_dataset, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", "tiny", "-o", "run.toml"]) == 0
+    words = (
+        f"profile run.toml --data.path {tiny_dataset} --data.variants 1 --steps 1 -o out --append lines.jsonl --json"
+    )
+    assert main(words.split()) == 0
+    out = capsys.readouterr().out
+    record = json.loads(out[out.index("{") :])
+    assert record["bench"] == "profile"
+    assert read(tmp_path / "lines.jsonl")[0]["figures"] == record["figures"]
+    assert record["figures"]["step_gflop"] > 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"profile.html", "profile.json", "trace.json.gz"}
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,90 @@
+"""Ours with a technique more or less."""
+
+import pytest
+import torch
+
+from safelight.bench.core import plot
+from safelight.bench.recipes import suite
+from safelight.bench.recipes.suite import OURS, VARIANTS, build
+from safelight.bench.recipes.workload import LR, Ours, Workload, random_batches
+from tests.trainer.run_log.recorded import RunsAgain
+
+WORK = Workload("tiny", latent_size=8, device="cpu").resolved()
+
+
+def losses(trainer: Ours, sizes: tuple[int, ...]) -> list[float]:
+    batches = [random_batches(1, Workload("tiny", 8, size, device="cpu").resolved())[0] for size in sizes]
+    return [trainer.step(batch).item() for batch in batches]
+
+
+def test_replayed_steps_are_the_same_steps():
+    sizes = (2, 1, 2)
+    replayed = Ours(WORK)
+    replayed._recorder = RunsAgain(replayed.optimizer)
+    assert losses(replayed, sizes) == losses(build(OURS, WORK), sizes)
+    assert (replayed._recorder.recorded, replayed._recorder.replayed) == (2, 3)
+
+
+def test_every_variant_is_ours_but_for_its_technique(monkeypatch):
+    monkeypatch.setattr(suite, "CudaRecorder", lambda device: f"recorder on {device.type}")
+    monkeypatch.setattr(suite, "Ours", lambda work, **options: {name: x for name, x in options.items() if x})
+    on_gpu = Workload(device="cuda")
+    assert {name: build(name, on_gpu) for name in VARIANTS} == {
+        OURS: {},
+        "safelight-unpatched": {"kernels": "off"},
+        "safelight-fused": {"fused": True},
+        "safelight-graphs": {"recorder": "recorder on cuda"},
+        "safelight-fused-graphs": {"fused": True, "recorder": "recorder on cuda"},
+        "safelight-cudnn-benchmark": {"cudnn_benchmark": True},
+    }
+
+
+def test_a_technique_is_what_it_is_called():
+    patched, unpatched = Ours(WORK, kernels="on"), Ours(WORK, kernels="off")
+    assert "kernels off" in unpatched.notes
+    assert "kernels off" not in patched.notes
+    assert {type(m) for m in patched.unet.modules()} != {type(m) for m in unpatched.unet.modules()}
+    assert Ours(WORK, fused=True).optimizer.is_fused
+    assert not unpatched.optimizer.is_fused
+
+
+def test_a_step_changes_the_weights_by_its_learning_rate():
+    trainer = build(OURS, WORK)
+    before = [p.detach().clone() for p in trainer.unet.parameters()]
+    losses(trainer, (1,))
+    moved = torch.cat(
+        [(p.detach() - old).abs().flatten() for p, old in zip(trainer.unet.parameters(), before, strict=True)]
+    )
+    # Adam's first step is the learning rate, whatever the gradient; the decay is a hundredth of the weight at most
+    assert moved.median().item() == pytest.approx(LR, rel=0.1)
+
+
+def test_steps_inside_backward_learn_alike():
+    found = losses(build("safelight-fused", WORK), (2, 2))
+    assert found == pytest.approx(losses(build(OURS, WORK), (2, 2)), rel=1e-3)
+
+
+def test_the_trial_of_convolutions_is_for_this_variant_alone():
+    seen = []
+
+    def flags() -> tuple[bool, bool]:
+        return torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32
+
+    before = flags()
+    for recipe in (OURS, "safelight-cudnn-benchmark"):
+        trainer = build(recipe, WORK)
+        trainer.unet.conv_in.register_forward_hook(lambda *_: seen.append(flags()))
+        losses(trainer, (1,))
+    # the other value of allow_tf32 keeps torch from finding again what it found without a trial
+    assert seen == [(False, before[1]), (True, not before[1])]
+    assert flags() == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
+def test_graphs_without_a_gpu_are_refused_in_a_line():
+    with pytest.raises(ValueError, match="safelight-graphs replays CUDA graphs and there is no CUDA device here"):
+        build("safelight-graphs", WORK)
+
+
+def test_every_variant_has_its_colour():
+    assert VARIANTS.keys() <= plot.COLOURS.keys()

@@ -1,0 +1,80 @@
+"""The moving average against its formula, over many tensors at once."""
+
+import pytest
+import torch
+
+from safelight.kernels.optim.ema import CHUNK, EMA
+from safelight.kernels.optim.split_weights import join, start
+
+SHAPES = [(1,), (5, 3), (CHUNK,), (CHUNK + 1,), (3, CHUNK), (16, 8, 3, 3), (0,)]
+
+
+def tensors(dtype, device, shapes=SHAPES, seed=9):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator).to(dtype).to(device) for shape in shapes]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("decay", [0.999, 0.5, 0.0])
+def test_update(device, dtype, decay):
+    weights, averages = tensors(dtype, device), tensors(torch.float32, device, seed=10)
+    # channels-last pairs are averaged in their own memory order
+    weights[5], averages[5] = (x.to(memory_format=torch.channels_last) for x in (weights[5], averages[5]))
+    before, kept = [a.clone() for a in averages], [w.clone() for w in weights]
+    ema = EMA(averages, weights)
+    ema.update(torch.tensor(decay, device=device))
+    for average, old, weight in zip(averages, before, kept, strict=True):
+        exact = old.double() + (1 - decay) * (weight.double() - old.double())
+        torch.testing.assert_close(average.double(), exact, rtol=3e-7, atol=3e-7)
+    assert all(torch.equal(w, k) for w, k in zip(weights, kept, strict=True))
+    if decay == 0.5:
+        ema.update(torch.tensor(1.0, device=device))
+        again = [a.clone() for a in averages]
+        ema.update(torch.tensor(1.0, device=device))
+        assert all(torch.equal(a, b) for a, b in zip(averages, again, strict=True))
+
+
+@pytest.mark.parametrize("memory", ["exact", "near"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_pairs_are_followed_as_their_fp32_values(device, dtype, memory):
+    values, averages = tensors(torch.float32, device), tensors(torch.float32, device, seed=10)
+    values[5], averages[5] = (x.to(memory_format=torch.channels_last) for x in (values[5], averages[5]))
+    pairs = [start(x, dtype, memory) for x in values]
+    weights, remainders = (list(x) for x in zip(*pairs, strict=True))
+    wholes, before = [join(*pair) for pair in pairs], [a.clone() for a in averages]
+    # what the weights alone would leave out shows
+    assert max((w - h.float()).abs().max() for w, h in zip(wholes, weights, strict=True) if w.numel()) > 1e-4
+    EMA(averages, weights, remainders).update(torch.tensor(0.5, device=device))
+    for average, old, whole in zip(averages, before, wholes, strict=True):
+        exact = old.double() + 0.5 * (whole.double() - old.double())
+        torch.testing.assert_close(average.double(), exact, rtol=3e-7, atol=3e-7)
+
+
+def test_a_remainder_of_another_memory_order_is_refused():
+    weight = torch.ones(3, 4, dtype=torch.bfloat16)
+    for beside in (torch.ones(4, 3, dtype=torch.int8).t(), torch.ones(3, 4)):
+        with pytest.raises(ValueError, match="remainder is int16 or int8"):
+            EMA([torch.ones(3, 4)], [weight], [beside])
+
+
+def test_the_reference_runs_on_the_cpu():
+    weights, averages = tensors(torch.float32, "cpu"), tensors(torch.float32, "cpu", seed=10)
+    expected = [torch.lerp(a, w, 0.1) for a, w in zip(averages, weights, strict=True)]
+    EMA(averages, weights).update(torch.tensor(0.9))
+    for a, b in zip(averages, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("average", "weight", "message"),
+    [
+        (torch.ones(3).half(), torch.ones(3), "must be float32 of its shape"),
+        (torch.ones(4), torch.ones(3), "must be float32 of its shape"),
+        (torch.ones(3, 4), torch.ones(4, 3).t(), "strides"),
+        (torch.ones(8)[::2], torch.ones(8)[::2], "leave gaps"),
+        (torch.ones(3), torch.ones(3, dtype=torch.float64), "float32, float16 or bfloat16"),
+    ],
+)
+def test_what_does_not_match_is_refused(average, weight, message):
+    with pytest.raises(ValueError, match=message):
+        EMA([average], [weight])

@@ -1,0 +1,143 @@
+"""SD2.1 and SDXL at their true size on meta tensors, and small ones of their make that step and train for real."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from safelight.bench.measure import count, gate
+from safelight.bench.measure.memory import of_a_cpu
+from safelight.bench.recipes.suite import measure, variants
+from safelight.bench.recipes.workload import Workload, initial_unet
+from safelight.trainer.config.toml import Model
+from safelight.trainer.models.architectures import RANDOM_MODELS
+from safelight.trainer.models.base import base_of, resolve_base
+from safelight.trainer.models.sdxl_conditioning import give_conditioning
+from safelight.trainer.models.weights import load_text, meta_unet
+from safelight.trainer.train import train
+
+SMALL = {
+    "sample_size": 16, "block_out_channels": [32, 64, 64], "layers_per_block": 1, "cross_attention_dim": 32,
+    "attention_head_dim": [2, 4, 4], "norm_num_groups": 8,
+}  # fmt: skip
+
+
+@pytest.fixture
+def small_sdxl(monkeypatch):
+    """SDXL's make with its conditioning, few channels."""
+    unet = {
+        **RANDOM_MODELS["sdxl"]["unet"], **SMALL, "transformer_layers_per_block": [1, 1, 2],
+        "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 32 + 48,
+    }  # fmt: skip
+    monkeypatch.setitem(RANDOM_MODELS, "small-xl", {**RANDOM_MODELS["sdxl"], "unet": unet})
+    return "random:small-xl"
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "tensors"), [("sd21", 865_910_724, 686), ("sdxl", 2_567_463_684, 1_680)]
+)
+def test_true_sizes(name, parameters, tensors):
+    found = [p.numel() for p in meta_unet(resolve_base(f"random:{name}")).parameters()]
+    assert (sum(found), len(found)) == (parameters, tensors)
+
+
+# (patched, checkpointing) -> MiB saved; the study's SDXL at 128x128, its patched one from a hand-written sketch
+SDXL_SAVED = {(False, "none"): 6570, (True, "none"): 3794, (False, "full"): 560}
+
+
+def check_against(base: str, patched: bool, checkpointing: str) -> dict:
+    """Return the figures of a base's step traced now, having found none above the golden line's."""
+    (golden,) = (
+        g for g in gate.goldens(base=base)
+        if g["config"].get("patched", False) == patched and g["config"]["checkpointing"] == checkpointing
+    )  # fmt: skip
+    config = {**golden["config"]}
+    found = count.figures(count.trace(resolve_base(config.pop("base")), **config))
+    assert gate.differences(golden["figures"], found)[0] == []
+    return found
+
+
+@pytest.mark.slow
+def test_sdxl_gives_the_studys_figures():
+    found = check_against("random:sdxl", False, "none")
+    assert round(found["forward_gflop"]) == 6761
+    assert found["step_gflop"] == pytest.approx(20_600, rel=0.002)
+    assert round(found["saved_mib"]) == SDXL_SAVED[False, "none"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("patched", "checkpointing"), [(True, "none"), (False, "full")])
+def test_sdxl_patched_and_checkpointed(patched, checkpointing):
+    found = check_against("random:sdxl", patched, checkpointing)
+    # the patch keeps the step's keys and values, which the sketch did not
+    assert found["saved_mib"] == pytest.approx(SDXL_SAVED[patched, checkpointing], rel=0.002)
+    assert round(found["forward_gflop"]) == 6761
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("patched", [False, True])
+def test_sd21_gives_the_studys_figures(patched):
+    found = check_against("random:sd21", patched, "none")
+    assert round(found["forward_gflop"]) == 804
+    assert found["step_gflop"] == pytest.approx(2470, rel=0.002)
+
+
+def test_conditioning_is_a_plausible_pictures_and_stays_where_it_is(small_sdxl):
+    unet, seen = initial_unet(small_sdxl, torch.device("cpu")), []
+    unet.add_embedding.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+    given = []
+    unet.register_forward_pre_hook(lambda m, a, kwargs: given.append(kwargs["added_cond_kwargs"]), with_kwargs=True)
+    rows, text = torch.randn(2, 4, 16, 16), torch.randn(2, 77, 32)
+    for _ in range(2):
+        unet(rows, torch.tensor([5, 6]), text)
+    assert given[0]["time_ids"].tolist() == [[128, 128, 0, 0, 128, 128]] * 2
+    assert given[0]["text_embeds"].shape == (2, 32)
+    assert given[0]["text_embeds"].std() == pytest.approx(1, abs=0.3)
+    # a recorded graph reads the same memory again
+    assert [given[0][n].data_ptr() for n in given[0]] == [given[1][n].data_ptr() for n in given[1]]
+    assert seen[0].shape == (2, 32 + 6 * 8)
+    assert give_conditioning(initial_unet("tiny", torch.device("cpu")))._forward_pre_hooks == {}
+
+
+@pytest.mark.slow
+def test_sdxl_steps_patched_unpatched_and_beside_the_recipe(small_sdxl):
+    work = Workload(small_sdxl, device="cpu", checkpointing="full")
+    recipes = ("safelight", "safelight-unpatched", "diffusers")
+    records = list(measure(variants(recipes, (2,), work), repeats=1))
+    assert [r["config"]["recipe"] for r in records] == list(recipes)
+    assert all(r["figures"]["images_per_s"][1] > 0 for r in records)
+    assert of_a_cpu(dataclasses.replace(work, batch_size=1).resolved())["step_mib"] > 0
+
+
+def test_sdxl_is_counted_patched_with_its_conditioning(small_sdxl):
+    base = resolve_base(small_sdxl)
+    plain, patched = (count.trace(base, layout="channels_last", patched=patched) for patched in (False, True))
+    assert patched.flops_forward == plain.flops_forward > 0
+    assert patched.saved_bytes < plain.saved_bytes
+
+
+def test_training_sdxl_is_refused_in_a_line(make_config):
+    with pytest.raises(
+        ValueError,
+        match=r"'random:sdxl' is for `safelight plan` and `safelight bench` alone: only Stable Diffusion 1\.x and 2\.x",
+    ):
+        train(make_config(model={"base": "random:sdxl"}))
+    assert base_of(Model(base="random:sd21")).random_name == "sd21"
+
+
+def test_sd21_trains(make_config, monkeypatch):
+    """A small one of its make: heads as a list, linear projections, GELU in the text encoder, v-prediction."""
+    parts = RANDOM_MODELS["sd21"]
+    assert parts["text_encoder"]["hidden_size"] == parts["unet"]["cross_attention_dim"] == 1024
+    unet = {**parts["unet"], **SMALL, "down_block_types": ["CrossAttnDownBlock2D"] * 2 + ["DownBlock2D"]}
+    unet["up_block_types"] = ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 2
+    text = {**parts["text_encoder"], "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    text["num_attention_heads"] = 4
+    vae = {**parts["vae"], "block_out_channels": [32, 32, 32, 32], "layers_per_block": 1}
+    monkeypatch.setitem(RANDOM_MODELS, "sd21", {**parts, "unet": unet, "vae": vae, "text_encoder": text})
+    assert load_text(resolve_base("random:sd21"), "", 0)[1].config.hidden_act == "gelu"
+    config = make_config(model={"base": "random:sd21"}, train={"max_steps": 2}, sample={"every_epochs": 0})
+    outcome = train(config)
+    assert outcome.position.step == 2
+    assert json.loads((outcome.run_dir / "model.json").read_text())["prediction_type"] == "v_prediction"

@@ -1,0 +1,351 @@
+"""Settings: what is refused and in which words, TOML there and back, presets, stages, the command line's overrides."""
+
+import ast
+import inspect
+import textwrap
+import tomllib
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from safelight.__main__ import main
+from safelight.options.arguments import parse_with_config
+from safelight.options.overrides import take_overrides
+from safelight.trainer.config import schema as config_module
+from safelight.trainer.config.presets import PRESETS, preset
+from safelight.trainer.config.toml import (
+    Config,
+    Data,
+    Log,
+    Loss,
+    Memory,
+    Model,
+    Optimizer,
+    Run,
+    Sample,
+    Save,
+    Section,
+    Stage,
+    Train,
+    Validate,
+    load_config,
+    parse_config,
+    to_toml,
+)
+
+SECTIONS = (Run, Model, Data, Train, Optimizer, Memory, Stage, Loss, Validate, Sample, Save, Log)
+
+
+def complaint(values: dict) -> str:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011, the caller looks at the whole text
+        parse_config(values, "run.toml")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"train": {"batch_sze": 2}}, "run.toml: train.batch_sze is no setting; did you mean train.batch_size?"),
+        ({"trian": {"batch_size": 2}}, "run.toml: trian is no setting; did you mean train?"),
+        (
+            {"optimizer": {"q": 1}},
+            "run.toml: optimizer.q is no setting; known here: name, memory, lr, fused_backward, clipping, betas",
+        ),
+        (
+            {"stage": [{"epochs": 1}, {"epochs": 1, "lrr": 1e-5}]},
+            "run.toml: stage.1.lrr is no setting; did you mean stage.1.lr?",
+        ),
+        (
+            {"validate": {"every_epoch": 1}},
+            "run.toml: validate.every_epoch is no setting; did you mean validate.every_epochs?",
+        ),
+        (
+            {"zzz": 1},
+            "run.toml: zzz is no setting; known here: run, model, data, train, optimizer, memory, stage, loss, validate",
+        ),
+    ],
+)
+def test_an_unknown_name_is_shown_with_the_nearest_right_one(values, expected):
+    assert complaint(values).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("values", "parts"),
+    [
+        ({"train": {"batch_size": 0}}, ("train.batch_size = 0:", "give 1 or more")),
+        ({"train": {"batch_size": "four"}}, ("train.batch_size = 'four':", "give a whole number")),
+        ({"train": {"batch_size": 2.5}}, ("train.batch_size = 2.5:", "give a whole number")),
+        ({"train": {"batch_size": True}}, ("train.batch_size = True:", "true and false are no value here")),
+        ({"stage": [{"epochs": True}]}, ("stage.0.epochs = True:", "true and false are no value here")),
+        ({"model": {"precision": "bf17"}}, ("model.precision = 'bf17':", "'bf16'", "'fp32'")),
+        ({"data": {"resolution": 8}}, ("data.resolution = 8:", "give 16 or more")),
+        ({"data": {"validation_fraction": 1}}, ("data.validation_fraction = 1", "less than 1")),
+        ({"optimizer": {"lr": float("nan")}}, ("optimizer.lr = nan:", "finite")),
+        ({"optimizer": {"eps": float("inf")}}, ("optimizer.eps = inf:", "finite")),
+        ({"optimizer": {"betas": [0.9, 1.0]}}, ("optimizer.betas.1 = 1.0:", "less than 1")),
+        ({"optimizer": {"betas": [0.9]}}, ("optimizer.betas.1 is missing",)),
+        ({"run": {"seed": 1 << 64}}, ("run.seed = 18446744073709551616:", "less than 18446744073709551616")),
+        ({"stage": [{"lr": 1e-5}]}, ("stage.0.epochs is missing",)),
+        ({"stage": {"epochs": 1}}, ("stage = {'epochs': 1}:", "[[stage]]")),
+        ({"train": 5}, ("train = 5:", "[train]")),
+        ({"sample": {"prompts": "a cat"}}, ("sample.prompts = 'a cat':", "valid list")),
+        ({"log": {"tensorboard": "perhaps"}}, ("log.tensorboard = 'perhaps':", "give true or false")),
+        (
+            {"loss": {"zero_terminal_snr": True, "prediction": "epsilon"}},
+            ("zero_terminal_snr", "'v_prediction'", "not 'epsilon'"),
+        ),
+    ],
+)
+def test_a_wrong_value_is_told_with_its_path_value_and_limit_on_one_line(values, parts):
+    text = complaint(values)
+    assert text.startswith("run.toml: ")
+    for part in parts:
+        assert part in text
+    assert "\n" not in text
+    assert "pydantic" not in text
+
+
+def test_every_mistake_is_told_not_only_the_first():
+    lines = complaint({"train": {"batch_size": 0, "accumulat": 2}, "model": {"clip_skip": 12}}).splitlines()
+    assert len(lines) == 3
+    assert all(line.startswith("run.toml: ") for line in lines)
+
+
+def test_a_file_that_is_missing_broken_or_no_file(tmp_path):
+    with pytest.raises(ValueError, match=r"none\.toml does not exist; write one with `safelight init"):
+        load_config(tmp_path / "none.toml")
+    with pytest.raises(ValueError, match="cannot be read: Is a directory"):
+        load_config(tmp_path)
+    broken = tmp_path / "broken.toml"
+    broken.write_text("[train]\nbatch_size = = 2\n")
+    with pytest.raises(ValueError, match=r"broken\.toml is not readable as TOML: .*line 2"):
+        load_config(broken)
+    broken.write_bytes(b"[run]\ndir = '\xff'\n")
+    with pytest.raises(ValueError, match=r"broken\.toml is not readable as TOML"):
+        load_config(broken)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("comments", [False, True])
+def test_a_preset_comes_back_from_its_toml(name, comments, tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(to_toml(preset(name), comments=comments), encoding="utf-8")
+    assert load_config(path) == preset(name)
+
+
+def positive(highest: float, **bounds):
+    return st.floats(1e-300, highest, **bounds)
+
+
+counts = st.integers(0, 10**9)
+numbers = st.integers(1, 10**9)
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+schedules = st.sampled_from(["constant", "linear", "cosine"])
+fractions = st.floats(0, 1, exclude_max=True)
+stages = st.builds(
+    Stage,
+    epochs=numbers,
+    lr=st.none() | positive(1),
+    schedule=st.none() | schedules,
+    warmup_steps=st.none() | counts,
+    weight_decay=st.none() | fractions,
+    max_grad_norm=st.none() | st.floats(0, 1e300),
+    batch_size=st.none() | numbers,
+    accumulate=st.none() | numbers,
+)
+configs = st.builds(
+    Config,
+    run=st.builds(Run, dir=texts, seed=st.integers(0, 2**64 - 1)),
+    model=st.builds(Model, base=texts, vae=texts, clip_skip=st.integers(0, 11), precision=st.sampled_from(["auto", "fp16"])),
+    data=st.builds(
+        Data, path=texts, resolution=st.integers(16, 4096), max_aspect=st.floats(1, 16), validation_fraction=fractions,
+        caption_suffix=texts,
+    ),
+    optimizer=st.builds(Optimizer, lr=positive(1), betas=st.tuples(fractions, fractions), eps=positive(1e300)),
+    stage=st.lists(stages, max_size=3),
+    loss=st.builds(Loss, min_snr_gamma=st.floats(0, 1e300), zero_terminal_snr=st.booleans()),
+    validate_=st.builds(Validate, every_epochs=counts, max_images=numbers),
+    sample=st.builds(Sample, prompts=st.lists(texts, max_size=3), negative_prompt=texts, cfg=st.floats(0, 100)),
+    log=st.builds(Log, every_steps=numbers, tensorboard=st.booleans()),
+)  # fmt: skip
+
+
+@settings(deadline=None, max_examples=60)
+@given(config=configs, comments=st.booleans())
+def test_any_config_comes_back_from_its_toml(config, comments):
+    assert parse_config(tomllib.loads(to_toml(config, comments)), "toml") == config
+
+
+def test_deleted_character_in_a_prompt_is_escaped():
+    # JSON writes DEL as it is, TOML forbids that
+    config = parse_config({"sample": {"prompts": ["a\x7fb", 'quote " and \\ and \n \t \0']}}, "here")
+    assert parse_config(tomllib.loads(to_toml(config)), "toml") == config
+
+
+def docstrings_in_source(section: type[Section]) -> dict[str, str]:
+    """Return the string below each annotated field, read from the source: what pydantic should have found."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(section))).body[0].body
+    found = {}
+    for field, below in pairwise(body):
+        is_text = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+        if isinstance(field, ast.AnnAssign) and is_text and isinstance(below.value.value, str):
+            found[field.target.id] = inspect.cleandoc(below.value.value)
+    return found
+
+
+def test_the_list_of_sections_here_is_whole():
+    own = {value for value in vars(config_module).values() if isinstance(value, type) and issubclass(value, Section)}
+    assert own == {*SECTIONS, Config, Section}
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_setting_has_its_documentation_and_init_writes_it(section):
+    text = to_toml(parse_config({"stage": [{"epochs": 1}]}, "here"), comments=True)
+    documented = docstrings_in_source(section)
+    for name, field in section.model_fields.items():
+        assert documented.get(name), f"{section.__name__}.{name} has no docstring"
+        assert field.description == documented[name]
+        lines = [f"# {line}" for line in documented[name].splitlines()]
+        assert "\n".join(lines) in text
+    assert f"# {section.__doc__.splitlines()[0]}" in text
+
+
+def test_an_unset_value_of_a_stage_is_shown_ready_to_be_uncommented():
+    config = parse_config({"optimizer": {"lr": 3e-4}, "stage": [{"epochs": 2}, {"epochs": 1}]}, "here")
+    text = to_toml(config, comments=True)
+    assert text.count("# lr = 0.0003\n") == 1
+    uncommented = tomllib.loads(text.replace("# lr = 0.0003", "lr = 0.0003"))
+    assert uncommented["stage"][0]["lr"] == 3e-4
+
+
+def test_stages_take_what_they_lack_from_train_and_optimizer():
+    config = parse_config(
+        {
+            "train": {"batch_size": 3, "accumulate": 2, "max_grad_norm": 0.5, "epochs": 99},
+            "optimizer": {"lr": 1e-3, "schedule": "linear", "warmup_steps": 7, "weight_decay": 0.2},
+            "stage": [
+                {"epochs": 2},
+                {
+                    "epochs": 1, "lr": 1e-5, "schedule": "cosine", "warmup_steps": 0, "weight_decay": 0.0,
+                    "max_grad_norm": 0.0, "batch_size": 5, "accumulate": 1,
+                },
+            ],
+        },
+        "here",
+    )  # fmt: skip
+    first, second = (vars(stage) for stage in config.stages())
+    assert first == {
+        "epochs": 2, "lr": 1e-3, "schedule": "linear", "warmup_steps": 7, "weight_decay": 0.2, "max_grad_norm": 0.5,
+        "batch_size": 3, "accumulate": 2,
+    }  # fmt: skip
+    # zeros are values of its own, not gaps
+    assert second == {
+        "epochs": 1, "lr": 1e-5, "schedule": "cosine", "warmup_steps": 0, "weight_decay": 0.0, "max_grad_norm": 0.0,
+        "batch_size": 5, "accumulate": 1,
+    }  # fmt: skip
+
+
+def test_without_stages_there_is_one_of_train_epochs():
+    (stage,) = parse_config({"train": {"epochs": 11}, "optimizer": {"lr": 1e-3}}, "here").stages()
+    assert (stage.epochs, stage.lr) == (11, 1e-3)
+
+
+def test_the_everydream2_preset_is_the_source_run():
+    """The run of 2023: SD1.5 at 512 px, batch 6, gradient checkpointing, 8-bit AdamW, lr 1e-6 constant, conditional
+    dropout 0.04, zero-frequency noise 0.01, clip_skip 1, plain MSE, no min-SNR; 30 epochs and then 10; 10 % held out
+    by seed 555, crop jitter 0.02, "unsplash photography" after every caption.
+    """
+    config = preset("everydream2")
+    assert config.model.base.endswith("stable-diffusion-v1-5")
+    assert (config.data.resolution, config.data.crop_jitter, config.data.flip_p) == (512, 0.02, 0)
+    assert config.data.caption_dropout == 0.04
+    assert config.data.caption_suffix.strip() == "unsplash photography"
+    assert (config.data.validation_fraction, config.run.seed) == (0.1, 555)
+    assert config.train.checkpointing == "full"
+    assert config.optimizer.name == "adamw8bit"
+    assert (config.optimizer.betas, config.optimizer.eps) == ((0.9, 0.999), 1e-8)
+    # EveryDream2 takes hidden_states[-clip_skip]: its 1 leaves no layer out
+    assert config.model.clip_skip == 0
+    assert (config.loss.offset_noise, config.loss.min_snr_gamma) == (0.01, 0)
+    assert config.loss.prediction in ("auto", "epsilon")
+    assert not config.loss.zero_terminal_snr
+    assert [stage.epochs for stage in config.stages()] == [30, 10]
+    for stage in config.stages():
+        assert (stage.lr, stage.schedule, stage.warmup_steps) == (1e-6, "constant", 0)
+        assert (stage.batch_size, stage.accumulate, stage.weight_decay) == (6, 1, 0.01)
+
+
+def test_unknown_presets_are_named():
+    with pytest.raises(ValueError, match="preset 'sd3' is unknown; use tiny, sd15, sd21, everydream2"):
+        preset("sd3")
+    with pytest.raises(ValueError, match="preset sdxl: SDXL is not supported yet; use sd15 or sd21"):
+        preset("sdxl")
+
+
+@pytest.fixture
+def run_toml(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(to_toml(preset("tiny")))
+    return str(path)
+
+
+def test_any_setting_can_be_given_on_the_command_line(run_toml):
+    words = (
+        "--train.batch-size 5 --train.accumulate=3 --optimizer.betas 0.8 0.95 --validate.every-epochs 2 --stage.1.lr 1e-5 "
+        "--stage.2.epochs 7 --log.no-tensorboard --loss.zero-terminal-snr true --run.seed 18446744073709551615 "
+        "--model.base 123 --data.cache-dtype float32 --resume --sample.negative-prompt= --sample.prompts"
+    ).split()
+    arguments, config = parse_with_config([run_toml, *words, "a cat", "-5", "x = y"], "train", "")
+    assert arguments.resume
+    assert (config.train.batch_size, config.train.accumulate) == (5, 3)
+    assert config.optimizer.betas == (0.8, 0.95)
+    assert config.validate_.every_epochs == 2
+    assert [stage.epochs for stage in config.stage] == [12, 4, 7]
+    assert config.stage[1].lr == 1e-5
+    assert (config.log.tensorboard, config.loss.zero_terminal_snr) == (False, True)
+    assert config.run.seed == 2**64 - 1
+    # a text that looks like a number stays a text
+    assert config.model.base == "123"
+    assert config.data.cache_dtype == "float32"
+    assert config.sample.negative_prompt == ""
+    assert config.sample.prompts == ["a cat", "-5", "x = y"]
+    # what was not given is the file's
+    assert config.optimizer.lr == preset("tiny").optimizer.lr
+
+
+def test_overrides_leave_the_settings_they_were_given_alone():
+    before = preset("tiny").model_dump(by_alias=True)
+    _, after = take_overrides(["--train.batch-size", "1", "--stage.0.epochs", "9", "--stage.2.epochs", "1"], before)
+    assert before == preset("tiny").model_dump(by_alias=True)
+    assert (after["train"]["batch_size"], after["stage"][0]["epochs"], len(after["stage"])) == (1, 9, 3)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--train.batch-size 0", "train.batch_size = 0: give 1 or more"),
+        ("--train.batch-size -4", "train.batch_size = -4: give 1 or more"),
+        ("--train.batch-size many", "train.batch_size = 'many': give a whole number"),
+        ("--train.batch-sze 4", "train.batch_sze is no setting; did you mean --train.batch-size?"),
+        ("--trian.batch-size=4", "trian is no setting; did you mean train?"),
+        ("--optimizer.betas 0.9", "optimizer.betas.1 is missing"),
+        ("--optimizer.betas 0.9 0.99 0.999", "optimizer.betas = [0.9, 0.99, 0.999]: "),
+        ("--log.tensorboard perhaps", "log.tensorboard = 'perhaps': give true or false"),
+        ("--train.batch-size", "--train.batch-size needs a value"),
+        ("--train.batch-size --resume", "--train.batch-size needs a value"),
+        ("--train.batch-size.x 1", "train.batch_size.x is no setting; batch_size is a value, not a table"),
+        ("--stage.lr 1", "stage.lr: a stage is named by its number, for example --stage.0.lr 1e-6; there are 2"),
+        ("--stage.3.lr 1e-6", "stage.3.lr: a stage is named by its number"),
+        ("--stage.2.lr 1e-6", "stage.2.epochs is missing"),
+        ("--loss.zero-terminal-snr --loss.prediction epsilon", "loss.zero_terminal_snr needs loss.prediction"),
+    ],
+)
+def test_a_wrong_setting_on_the_command_line_is_one_line_and_exit_2(run_toml, capsys, words, expected):
+    assert main(["train", run_toml, *words.split()]) == 2
+    streams = capsys.readouterr()
+    assert streams.out == ""
+    assert streams.err.startswith(f"safelight train: command line: {expected}")
+    assert streams.err.count("\n") == 1
+    assert "http" not in streams.err

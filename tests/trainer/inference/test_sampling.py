@@ -1,0 +1,113 @@
+"""Sampling against diffusers' own pipeline, and noise that depends on (seed, index) alone."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from safelight.kernels.philox import Key, Purpose, normals_torch
+from safelight.trainer.inference.sampling import SAMPLERS, Settings, generate, make_scheduler, to_images
+from safelight.trainer.models.base import resolve_base, tiny_folder
+from safelight.trainer.models.encoders import CaptionEncoder, LatentCodec
+from safelight.trainer.models.noise_schedule import make_schedule
+from safelight.trainer.models.weights import load_text, load_unet, load_vae
+from safelight.trainer.stop import Stopped
+
+CPU = torch.device("cpu")
+SETTINGS = Settings(width=48, height=64, steps=4, cfg=3.0, seed=12, sampler="ddim")
+PROMPTS = ["a red circle on a black background", "small blue star, grey background", "a green ring"]
+
+
+@pytest.fixture(scope="module")
+def parts():
+    base = resolve_base("tiny")
+    codec = LatentCodec(load_vae(base, "", 0), CPU)
+    encoder = CaptionEncoder(*load_text(base, "", 0), CPU)
+    schedule = make_schedule(base.config_of("scheduler"))
+    return load_unet(base, 0).eval(), codec, encoder.encode(PROMPTS), encoder.encode([""]), schedule
+
+
+def pixels(images) -> np.ndarray:
+    return np.stack([np.asarray(image, np.int16) for image in images])
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_equals_diffusers_pipeline(parts, sampler, cfg):
+    """Same latents, scheduler and prompts give the pipeline's images, to rounding."""
+    settings = replace(SETTINGS, sampler=sampler, cfg=cfg)
+    ours = generate(*parts, settings)
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder(), torch_dtype=torch.float32, safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = make_scheduler(parts[-1], sampler)
+    keys = [Key(12, Purpose.SAMPLE_NOISE, i) for i in range(3)]
+    theirs = pipeline(
+        PROMPTS,
+        height=64,
+        width=48,
+        num_inference_steps=4,
+        guidance_scale=cfg,
+        latents=normals_torch(keys, (4, 16, 12)),
+    ).images
+    difference = np.abs(pixels(ours) - pixels(theirs))
+    assert difference.max() <= 2
+    assert difference.mean() < 0.05
+    assert pixels(ours).std() > 5
+
+
+def test_an_image_does_not_depend_on_its_neighbours(parts):
+    unet, codec, text, negative, schedule = parts
+    whole = pixels(generate(*parts, SETTINGS))
+    by_one = pixels(generate(*parts, SETTINGS, batch_size=1))
+    alone = pixels(generate(unet, codec, text[2:], negative, schedule, SETTINGS, indices=[2]))
+    assert np.abs(whole - by_one).max() <= 1
+    assert np.abs(whole[2:] - alone).max() <= 1
+
+
+def test_other_seeds_and_indices_give_other_images(parts):
+    unet, codec, text, negative, schedule = parts
+    same = text[:1].expand(2, -1, -1)
+    first, second = pixels(generate(unet, codec, same, negative, schedule, SETTINGS))
+    assert np.abs(first - second).mean() > 3
+    (other,) = pixels(generate(unet, codec, same[:1], negative, schedule, replace(SETTINGS, seed=13)))
+    assert np.abs(first - other).mean() > 3
+
+
+def test_guidance_is_an_extrapolation_and_the_caption_matters(parts):
+    unet, codec, text, negative, schedule = parts
+    plain = pixels(generate(unet, codec, text, negative, schedule, replace(SETTINGS, cfg=1.0)))
+    # with the caption's own embedding as the negative, any scale changes nothing
+    own = pixels(generate(unet, codec, text[:1], text[:1], schedule, replace(SETTINGS, cfg=9.0)))
+    assert np.abs(own[0] - plain[0]).max() <= 1
+    guided = pixels(generate(unet, codec, text, negative, schedule, SETTINGS))
+    assert np.abs(guided - plain).mean() > 0.5
+
+
+def test_progress_counts_the_denoising_steps_of_all_batches_and_may_end_them(parts):
+    seen = []
+    generate(*parts, SETTINGS, batch_size=2, progress=lambda done, total: seen.append((done, total)))
+    total = 2 * SETTINGS.steps
+    assert seen == [(done, total) for done in range(1, total + 1)]
+
+    def stop(done, total):
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        generate(*parts, SETTINGS, progress=stop)
+
+
+def test_a_size_the_latents_do_not_divide_is_refused(parts):
+    with pytest.raises(ValueError, match="width 50 is not a multiple of 4; use 48 or 52"):
+        generate(*parts, replace(SETTINGS, width=50))
+
+
+def test_unknown_sampler_is_named(parts):
+    with pytest.raises(ValueError, match="ddim, dpm"):
+        make_scheduler(parts[-1], "magic")
+
+
+def test_non_finite_pixels_are_grey():
+    image = to_images(torch.tensor([float("nan"), 0.0, 1.0]).view(1, 3, 1, 1))[0]
+    assert image.getpixel((0, 0)) == (128, 0, 255)

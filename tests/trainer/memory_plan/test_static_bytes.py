@@ -1,0 +1,212 @@
+"""The plan's bytes against the bytes of real tensors, after a real step."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from safelight.__main__ import main
+from safelight.output.plan_json import with_json_names
+from safelight.output.plan_table import duration
+from safelight.trainer.checkpoint.files import Position, save_checkpoint
+from safelight.trainer.checkpoint.identity import identify
+from safelight.trainer.config.timeline import Timeline
+from safelight.trainer.config.toml import Optimizer, parse_config, to_toml
+from safelight.trainer.dataset import open_dataset
+from safelight.trainer.memory_plan.static_bytes import cache_bytes, moment_bytes, static_bytes, table
+from safelight.trainer.models.base import resolve_base
+from safelight.trainer.models.weights import load_unet
+from safelight.trainer.optim.optimizer import UNetOptimizer
+
+CPU = torch.device("cpu")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def size(tensors) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+def moments_of(optimizer: UNetOptimizer) -> list[torch.Tensor]:
+    """All of the optimizer's state but the step counters and bitsandbytes' code books (2 KiB, shared by all tensors)."""
+    if optimizer.name == "adamw8bit":
+        return [x for m in optimizer.inner.moments for x in vars(m).values() if x is not None]
+    return [
+        value
+        for state in optimizer.inner.state.values()
+        for part, value in state.items()
+        if torch.is_tensor(value) and part != "step" and not part.startswith("qmap")
+    ]
+
+
+@pytest.mark.parametrize("memory", ["auto", "fp32", "near", "rounded"])
+def test_planned_bytes_of_the_memory_modes_are_the_real_bytes(memory, tmp_path):
+    config = parse_config({"model": {"precision": "bf16"}, "optimizer": {"memory": memory}}, "here")
+    planned = static_bytes(config, CPU)
+    unet = load_unet(resolve_base("tiny"), 0).train()
+    optimizer = UNetOptimizer(unet, config.optimizer, torch.bfloat16)
+    assert size(unet.parameters()) == planned.weights
+    assert size(x for x in optimizer.inner.remainders if x is not None) == planned.master
+    assert planned.master == {"auto": 2, "fp32": 4, "near": 1, "rounded": 0}[memory] * planned.num_parameters
+    assert size(moments_of(optimizer)) == planned.moments
+    assert (planned.gradients, planned.master_gradients) == (2 * planned.num_parameters, 0)
+    folder = save_checkpoint(tmp_path, unet, optimizer.state_tensors(), Position(step=1), identify(config, "bf16"))
+    on_disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    assert 0 < on_disk - planned.checkpoint < 300_000
+
+
+@pytest.mark.parametrize("precision", DTYPES)
+@pytest.mark.parametrize("name", ["adamw", "bnb_adamw8bit"])
+def test_planned_bytes_are_the_real_bytes(precision, name, tmp_path):
+    config = parse_config({"model": {"precision": precision}, "optimizer": {"name": name}}, "here")
+    planned = static_bytes(config, CPU)
+    unet = load_unet(resolve_base("tiny"), 0, DTYPES[precision]).train()
+    dtype = DTYPES[precision]
+    unet(
+        torch.randn(1, 4, 8, 8, dtype=dtype), 500, torch.randn(1, 48, 128, dtype=dtype)
+    ).sample.float().sum().backward()
+    optimizer = UNetOptimizer(unet, config.optimizer)
+    weights = list(unet.parameters())
+    assert size(weights) == planned.weights
+    assert size(p.grad for p in weights) == planned.gradients
+    assert (size(optimizer.master.values()) if optimizer.has_master else 0) == planned.master
+    of_the_step = []
+    inner_step = optimizer.inner.step
+
+    def watched():
+        assert not optimizer.has_master or all(p.grad is None for p in weights), "16-bit gradients are gone by now"
+        of_the_step.append(size(p.grad for p in optimizer.master.values()))
+        inner_step()
+
+    optimizer.inner.step = watched
+    _, taken = optimizer.step(1e-4, 0.01, 1.0)
+    assert taken
+    if optimizer.has_master:
+        assert of_the_step == [planned.master_gradients]
+    else:
+        # the step reads the gradients where they are
+        assert (of_the_step, planned.master_gradients) == ([planned.gradients], 0)
+    assert size(moments_of(optimizer)) == planned.moments
+    assert planned.num_parameters == sum(p.numel() for p in weights)
+    assert planned.num_tensors == len(weights)
+    kept = planned.weights + planned.master + planned.moments
+    assert planned.total == kept + max(planned.gradients, planned.master_gradients)
+    folder = save_checkpoint(tmp_path, unet, optimizer.state_tensors(), Position(step=1), identify(config, precision))
+    on_disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    # beside the tensors stand their names and the step counters
+    assert 0 < on_disk - planned.checkpoint < 300_000
+
+
+@pytest.mark.parametrize("name", ["adamw", "bnb_adamw8bit", "adamw8bit"])
+@pytest.mark.parametrize("numel", [1, 4095, 4096, 4097, 5000])
+def test_moments_of_a_tensor_whose_last_block_is_short(name, numel):
+    module = torch.nn.Module()
+    module.weight = torch.nn.Parameter(torch.ones(numel))
+    module.weight.grad = torch.ones(numel)
+    optimizer = UNetOptimizer(module, Optimizer(name=name))
+    optimizer.step(1e-4, 0.01, 1.0)
+    assert size(moments_of(optimizer)) == moment_bytes(numel, name)
+
+
+def test_stable_diffusion_15_in_known_numbers():
+    num = 859_520_964
+
+    def plan(precision: str, name: str):
+        values = {"model": {"base": "random:sd15", "precision": precision}, "optimizer": {"name": name}}
+        return static_bytes(parse_config(values, "here"), CPU)
+
+    exact = plan("fp32", "adamw")
+    assert (exact.num_parameters, exact.num_tensors) == (num, 686)
+    assert (exact.weights, exact.master, exact.moments, exact.gradients, exact.master_gradients) == (
+        4 * num, 0, 8 * num, 4 * num, 0
+    )  # fmt: skip
+    ours = plan("bf16", "adamw8bit")
+    assert (ours.memory, ours.master, ours.gradients, ours.master_gradients) == ("exact", 2 * num, 2 * num, 0)
+    values = {"model": {"base": "random:sd15", "precision": "bf16"}, "optimizer": {"fused_backward": True}}
+    # the largest part: a ResNet from 2,560 to 1,280 channels, its time projection and shortcut
+    resnet = (2560 + 1280) * 1280 * 9 + (2560 + 1280) * 1280 + 2 * 2560 + 6 * 1280
+    assert static_bytes(parse_config(values, "here"), CPU).gradients == 2 * resnet
+    small = plan("bf16", "bnb_adamw8bit")
+    assert ours.moments == small.moments
+    assert (small.weights, small.master, small.gradients, small.master_gradients) == (
+        2 * num,
+        4 * num,
+        2 * num,
+        4 * num,
+    )
+    # 393 tensors of under 4,096 elements, 356,804 in all, keep fp32 moments; the rest 2 x (1 byte + 4 in 256)
+    large = num - 356_804
+    assert 0 <= small.moments - 8 * 356_804 - 2 * large - 8 * (large // 256) < 8 * (686 - 393)
+    assert small.precision == "bf16"
+
+
+@pytest.mark.parametrize("vae", ["the base's", "without a posterior"])
+def test_cache_bytes_are_an_upper_bound_near_the_real_ones(make_config, tiny_dataset, small_taesd, tmp_path, vae):
+    dataset = tmp_path / "dataset"
+    shutil.copytree(tiny_dataset, dataset, ignore=shutil.ignore_patterns("cache"))
+    config = make_config(
+        data={"path": str(dataset), "variants": 2}, model={"vae": "" if vae == "the base's" else str(small_taesd)}
+    )
+    opened = open_dataset(config, resolve_base("tiny"), CPU)
+    opened.cache.close()
+    shards = [path for path in (dataset / "cache" / "shards").iterdir() if not path.name.startswith("text")]
+    assert {path.name.split("-")[0] for path in shards} == {"posterior" if vae == "the base's" else "latent"}
+    real = sum(path.stat().st_size for path in shards)
+    # held-out photographs have one variant, equal crops one row, and buckets of other shapes stay below the budget
+    channels = 8 if vae == "the base's" else 4
+    samples = [*opened.train, *opened.validation]
+    buckets = {key: sample.bucket for sample in samples for key in sample.latent_keys}
+    # 16-bit, 4 px a latent
+    exact = sum(channels * 2 * bucket.width * bucket.height // 16 for bucket in buckets.values())
+    assert exact == real <= cache_bytes(config, 24)
+
+
+def test_the_table_tells_the_runs_length(make_config):
+    config = make_config(data={"validation_fraction": 0.25})
+    result = table(config)
+    dataset = open_dataset(config, resolve_base("tiny"), CPU)
+    dataset.cache.close()
+    num_steps = Timeline.of(config, dataset.train).num_steps
+    assert result["dataset"] == {
+        "photographs": 24, "train": 18, "validation": 6, "epochs": 3, "steps": num_steps, "images trained": 54,
+        "cache bytes": cache_bytes(config, 24),
+    }  # fmt: skip
+    planned = static_bytes(config, CPU)
+    assert list(result["bytes"].values()) == [
+        planned.weights, planned.master, planned.moments, planned.gradients, planned.master_gradients, planned.total
+    ]  # fmt: skip
+    assert (result["checkpoint bytes"], result["checkpoints at most"]) == (planned.checkpoint, config.save.keep + 2)
+    assert (result["base"], result["precision"], result["optimizer"]) == ("tiny", "fp32", "adamw8bit")
+    assert "dataset" not in table(make_config(data={"path": str(Path(config.data.path) / "none")}))
+
+
+def test_the_command_prints_a_table_and_json(make_config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    path = tmp_path / "run.toml"
+    path.write_text(to_toml(make_config()))
+    assert main(["plan", str(path), "--optimizer.name", "adamw", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    planned = table(make_config(optimizer={"name": "adamw"}))
+    assert printed == with_json_names(planned)
+    assert list(printed["bytes"].values()) == list(planned["bytes"].values())
+    assert main(["plan", str(path), "--optimizer.name", "adamw"]) == 0
+    text, advice = capsys.readouterr()
+    assert advice == f"next: safelight train {path}, with the same settings\n"
+    for name, value in planned["bytes"].items():
+        assert any(line.startswith(name) and f"{value:,}" in line for line in text.splitlines())
+    assert f"{printed['unet_parameters']:,} parameters" in text
+    assert "A checkpoint takes 0.04 GiB on disk; up to 4 at a time: 0.14 GiB." in text
+    assert max(map(len, text.splitlines()[1:])) <= 80
+    told = (
+        f"24 photographs, 3 held out; 3 epochs, {printed['dataset']['steps']} steps over 63 images; latents take up to"
+    )
+    assert told in " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [(0.3, "1 s"), (41.2, "41 s"), (95, "2 min"), (5000, "83 min"), (11520, "3.2 hours"), (200_000, "2.3 days")],
+)
+def test_a_duration_is_told_in_its_largest_unit(seconds, told):
+    assert duration(seconds) == told

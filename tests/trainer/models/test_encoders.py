@@ -1,0 +1,157 @@
+"""The encoders give what diffusers' own calls give, and the embedded base is one that diffusers draws with."""
+
+import functools
+import json
+import shutil
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from safelight.trainer.models.base import resolve_base, tiny_folder
+from safelight.trainer.models.encoders import CaptionEncoder, LatentCodec
+from safelight.trainer.models.weights import load_text, load_vae
+
+CPU = torch.device("cpu")
+CAPTIONS = ["a large red circle on a grey background", "", "An Émigré's cat; 猫 🐈" * 20]
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    from diffusers import StableDiffusionPipeline
+
+    # the plain way, without a dtype: every part comes in fp32
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_folder())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_a_caption_fingerprint_changes_with_clip_skip_and_vocabulary(tiny, tmp_path):
+    tokenizer, text_encoder = load_text(tiny, "", 0)
+    prints = {CaptionEncoder(tokenizer, text_encoder, CPU, skip).fingerprint for skip in (0, 1)}
+    folder = shutil.copytree(tiny_folder() / "tokenizer", tmp_path / "tokenizer")
+    table = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = table["model"]["vocab"]
+    first, second = list(vocabulary)[300:302]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (folder / "tokenizer.json").write_text(json.dumps(table))
+    other = type(tokenizer).from_pretrained(folder)
+    prints.add(CaptionEncoder(other, text_encoder, CPU).fingerprint)
+    assert len(prints) == 3
+
+
+def test_a_clip_skip_that_leaves_no_layer(tiny):
+    tokenizer, text_encoder = load_text(tiny, "", 0)
+    with pytest.raises(ValueError, match="clip_skip 2 leaves no layer of 2; use at most 1"):
+        CaptionEncoder(tokenizer, text_encoder, CPU, 2)
+
+
+@pytest.fixture
+def pixels():
+    return torch.rand(2, 3, 24, 40, generator=torch.Generator().manual_seed(3)) * 2 - 1
+
+
+def test_latents_and_pixels_are_those_of_diffusers(tiny, pipeline, pixels):
+    codec = LatentCodec(load_vae(tiny, "", 0), CPU)
+    assert (codec.has_posterior, codec.factor, codec.latent_channels) == (True, pipeline.vae_scale_factor, 4)
+    mean, logvar = codec.encode(pixels)
+    with torch.no_grad():
+        posterior = pipeline.vae.encode(pixels).latent_dist
+        scaled = posterior.mean * pipeline.vae.config.scaling_factor
+        unscaled = scaled / pipeline.vae.config.scaling_factor
+        decoded = torch.cat([pipeline.vae.decode(latents).sample for latents in unscaled.split(1)])
+    assert torch.equal(mean, posterior.mean)
+    assert torch.equal(logvar, posterior.logvar)
+    assert torch.equal(codec.decode(mean * codec.scaling_factor), pipeline.image_processor.postprocess(decoded, "pt"))
+
+
+def test_an_autoencoder_tiny_in_place_of_the_bases_vae(tiny, small_taesd, pixels):
+    from diffusers import AutoencoderTiny
+
+    codec = LatentCodec(load_vae(tiny, str(small_taesd), 0), CPU)
+    assert (codec.has_posterior, codec.factor, codec.latent_channels, codec.scaling_factor) == (False, 4, 4, 1.0)
+    vae = AutoencoderTiny.from_pretrained(small_taesd)
+    latents, logvar = codec.encode(pixels)
+    assert logvar is None
+    with torch.no_grad():
+        assert torch.equal(latents, vae.encode(pixels).latents)
+        decoded = torch.cat([vae.decode(one).sample for one in latents.split(1)])
+        expected = (decoded / 2 + 0.5).clamp(0, 1)
+    assert torch.equal(codec.decode(latents), expected)
+
+
+def test_a_folder_that_is_no_autoencoder(tiny, tmp_path):
+    with pytest.raises(ValueError, match=r"is no autoencoder folder: it has no config\.json"):
+        load_vae(tiny, str(tmp_path), 0)
+    with pytest.raises(ValueError, match="is a UNet2DConditionModel; use an AutoencoderKL or AutoencoderTiny"):
+        load_vae(tiny, str(tiny_folder() / "unet"), 0)
+
+
+@pytest.mark.parametrize("clip_skip", [0, 1])
+def test_embeddings_are_those_of_diffusers(tiny, pipeline, clip_skip, monkeypatch):
+    """diffusers' clip_skip 1 is the output of the pre-final layer."""
+    if not hasattr(pipeline.text_encoder, "text_model"):
+        # diffusers 0.42 still looks for the wrapper that transformers 5 did away with
+        wrapper = property(lambda text_encoder: text_encoder)
+        monkeypatch.setattr(type(pipeline.text_encoder), "text_model", wrapper, raising=False)
+    encoder = CaptionEncoder(*load_text(tiny, "", 0), CPU, clip_skip)
+    with torch.no_grad():
+        expected, empty = pipeline.encode_prompt(CAPTIONS, CPU, 1, True, [""] * 3, clip_skip=clip_skip or None)
+    found = encoder.encode(CAPTIONS)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert (expected[0] - expected[1]).abs().max() > 1e-3, "all captions look alike: this base compares nothing"
+    if clip_skip == 0:
+        torch.testing.assert_close(found[1], empty[0], rtol=0, atol=1e-6)
+
+
+def test_clip_skip_changes_the_embeddings(tiny):
+    tokenizer, text_encoder = load_text(tiny, "", 0)
+    last, before = (CaptionEncoder(tokenizer, text_encoder, CPU, skip).encode(CAPTIONS[:1]) for skip in (0, 1))
+    assert (last - before).abs().max() > 1e-3
+
+
+def test_encoders_are_frozen(tiny):
+    for module in (load_vae(tiny, "", 0), load_text(tiny, "", 0)[1]):
+        assert not any(p.requires_grad for p in module.parameters())
+        assert not module.training
+
+
+# the tokenizer and the whole pipeline
+
+
+def test_the_vocabulary_is_small(tiny):
+    assert len(load_text(tiny, "", 0)[0]) <= 2000
+
+
+@functools.cache
+def tiny_tokenizer():
+    return load_text(resolve_base("tiny"), "", 0)[0]
+
+
+@settings(deadline=None, max_examples=100)
+@given(text=st.text(max_size=40))
+def test_any_text_is_written_in_known_tokens(text):
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer(text, truncation=False).input_ids
+    assert (ids[0], ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    # the unknown token is the end token; it must not stand in for anything
+    assert not {tokenizer.bos_token_id, tokenizer.eos_token_id} & set(ids[1:-1])
+    # words are spaced anew and lower-cased, as CLIP does; nothing else may be lost
+    normal = tokenizer.backend_tokenizer.normalizer.normalize_str(text)
+    assert "".join(tokenizer.decode(ids, skip_special_tokens=True).split()) == "".join(normal.split())
+
+
+def test_diffusers_draws_with_the_embedded_folder(pipeline):
+    def draw(prompt: str, seed: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        images = pipeline(prompt, height=64, width=48, num_inference_steps=3, generator=generator, output_type="pt")
+        return images.images[0]
+
+    image = draw("a red circle on a dark background", 1)
+    assert image.shape == (3, 64, 48)
+    assert image.isfinite().all()
+    assert image.std() > 0.01
+    assert torch.equal(image, draw("a red circle on a dark background", 1))
+    assert not torch.equal(image, draw("a blue square on a silver background", 1))
+    assert not torch.equal(image, draw("a red circle on a dark background", 2))

@@ -1,0 +1,135 @@
+"""The original layout against the true SD1.5's names, and against diffusers' own converters, both ways."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import (
+    convert_ldm_clip_checkpoint,
+    convert_ldm_unet_checkpoint,
+    convert_ldm_vae_checkpoint,
+    convert_open_clip_checkpoint,
+)
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from safelight.trainer.inference.export import original_frozen
+from safelight.trainer.models.base import resolve_base
+from safelight.trainer.models.original_layout import (
+    CLIP_PREFIX,
+    UNET_PREFIX,
+    VAE_PREFIX,
+    clip_layout,
+    open_clip_layout,
+    to_original,
+    unet_layout,
+    vae_layout,
+)
+
+META = torch.device("meta")
+
+
+def parts(spec: str, device=META) -> tuple[torch.nn.Module, torch.nn.Module, torch.nn.Module]:
+    """Return UNet, autoencoder and text encoder of a base's configs, untrained."""
+    base = resolve_base(spec)
+    torch.manual_seed(0)
+    with device:
+        return (
+            UNet2DConditionModel.from_config(base.config_of("unet")),
+            AutoencoderKL.from_config(base.config_of("vae")),
+            CLIPTextModel(CLIPTextConfig(**{"vocab_size": 50, **base.config_of("text_encoder")})),
+        )
+
+
+def original_shapes(shapes: dict[str, tuple], layout: dict) -> dict[str, tuple]:
+    """Return the shapes of the original tensors by original name."""
+    return {layout[name].name: layout[name].original_shape(tuple(shape)) for name, shape in shapes.items()}
+
+
+def shapes_of(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+@pytest.fixture(scope="module")
+def sd15_file() -> dict[str, tuple[int, ...]]:
+    """The 1131 tensors of v1-5-pruned-emaonly.safetensors and their shapes."""
+    lines = (Path(__file__).parent / "sd15_original.txt").read_text().splitlines()
+    return {name: tuple(map(int, shape.split("x"))) for name, shape in map(str.split, lines)}
+
+
+@pytest.fixture(scope="module")
+def sd15() -> tuple[torch.nn.Module, torch.nn.Module, torch.nn.Module]:
+    unet, vae, _ = parts("random:sd15")
+    with META:
+        text_encoder = CLIPTextModel(CLIPTextConfig(**resolve_base("random:sd15").config_of("text_encoder")))
+    return unet, vae, text_encoder
+
+
+def test_the_committed_names_are_sd15s(sd15_file):
+    """Counts and sizes as published; the text encoder's 197th tensor is its position ids."""
+    expected = {UNET_PREFIX: (686, 859_520_964), VAE_PREFIX: (248, 83_653_863), CLIP_PREFIX: (197, 123_060_480 + 77)}
+    for prefix, (num, numel) in expected.items():
+        sizes = [torch.Size(shape).numel() for name, shape in sd15_file.items() if name.startswith(prefix)]
+        assert (len(sizes), sum(sizes)) == (num, numel)
+    assert len(sd15_file) == 1131
+
+
+def test_a_true_sd15_is_exported_under_the_original_names_and_shapes(sd15, sd15_file):
+    unet, vae, text_encoder = (module.state_dict() for module in sd15)
+    layout = unet_layout(unet, 2)
+    ours = to_original(unet, layout) | original_frozen(vae, text_encoder)
+    assert shapes_of(ours) == sd15_file
+    assert original_shapes(shapes_of(unet), layout).items() <= sd15_file.items()
+    assert ours[f"{CLIP_PREFIX}embeddings.position_ids"].tolist() == [list(range(77))]
+
+
+def test_diffusers_reads_the_committed_names_as_sd15(sd15, sd15_file):
+    """Its converters are nobody of ours: no tensor of the models missing, none left over, all shapes right."""
+    unet, vae, text_encoder = sd15
+    file = {name: torch.empty(shape, device="meta") for name, shape in sd15_file.items()}
+    assert shapes_of(convert_ldm_unet_checkpoint(file, unet.config)) == shapes_of(unet.state_dict())
+    assert shapes_of(convert_ldm_vae_checkpoint(file, vae.config)) == shapes_of(vae.state_dict())
+    text = shapes_of(convert_ldm_clip_checkpoint(file))
+    assert text.pop("text_model.embeddings.position_ids") == (1, 77)
+    bare = {name.removeprefix("text_model."): shape for name, shape in text.items()}
+    assert bare == {n.removeprefix("text_model."): s for n, s in shapes_of(text_encoder.state_dict()).items()}
+
+
+@pytest.mark.parametrize("spec", ["tiny", "random:small"])
+def test_every_tensor_comes_back_through_diffusers(spec):
+    """Values, not names alone: two tensors of equal shape in each other's place would change the model in silence."""
+    unet, vae, text_encoder = (module.state_dict() for module in parts(spec, torch.device("cpu")))
+    # zeros and ones of fresh norms and biases look alike: number the tensors
+    for state in (unet, vae, text_encoder):
+        for number, tensor in enumerate(state.values()):
+            tensor.add_(number)
+    unet_config, vae_config = (resolve_base(spec).config_of(part) for part in ("unet", "vae"))
+    read = {
+        "unet": convert_ldm_unet_checkpoint(
+            to_original(unet, unet_layout(unet, unet_config["layers_per_block"])), unet_config
+        ),
+        "vae": convert_ldm_vae_checkpoint(to_original(vae, vae_layout(vae)), vae_config),
+        "clip": convert_ldm_clip_checkpoint(to_original(text_encoder, clip_layout(text_encoder))),
+    }
+    read["clip"] = {name.removeprefix("text_model."): tensor for name, tensor in read["clip"].items()}
+    for found, wanted in zip(read.values(), (unet, vae, text_encoder), strict=True):
+        assert found.keys() == {name.removeprefix("text_model.") for name in wanted}
+        assert all(torch.equal(found[name.removeprefix("text_model.")], tensor) for name, tensor in wanted.items())
+
+
+def test_open_clip_stacks_query_key_and_value():
+    text_encoder = parts("tiny", torch.device("cpu"))[2]
+    state = text_encoder.state_dict()
+    original = to_original(state, open_clip_layout(state))
+    width = text_encoder.config.hidden_size
+    assert original["cond_stage_model.model.transformer.resblocks.1.attn.in_proj_weight"].shape == (3 * width, width)
+    assert shapes_of(original) == original_shapes(shapes_of(state), open_clip_layout(state))
+    read = convert_open_clip_checkpoint(text_encoder, original)
+    read = {name.removeprefix("text_model."): tensor for name, tensor in read.items()}
+    assert read.keys() == {name.removeprefix("text_model.") for name in state}
+    assert all(torch.equal(read[name.removeprefix("text_model.")], tensor) for name, tensor in state.items())
+
+
+def test_a_name_without_a_place_is_not_guessed():
+    with pytest.raises(KeyError):
+        unet_layout(["add_embedding.linear_1.weight"], 2)

@@ -1,0 +1,347 @@
+"""Single files: every part of one is the part it was made from, and what it is not is told in a line."""
+
+import json
+import pickle
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from safelight.__main__ import main
+from safelight.trainer.config.toml import parse_config, to_toml
+from safelight.trainer.models.base import base_of, resolve_base, tiny_folder
+from safelight.trainer.models.original_layout import (
+    CLIP_PREFIX,
+    UNET_PREFIX,
+    VAE_PREFIX,
+    clip_layout,
+    open_clip_layout,
+    to_original,
+    unet_layout,
+    vae_layout,
+)
+from safelight.trainer.models.weights import check_unet, fingerprint, load_text, load_unet, load_vae
+from tests.trainer.models.tiny_base import Opened
+
+CROSS = f"{UNET_PREFIX}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+TEXT = "cond_stage_model."
+
+
+@pytest.fixture(scope="module")
+def tensors(tiny) -> dict[str, torch.Tensor]:
+    """The tiny base in the original layout, fp16 as it is kept, with a few tensors that training code left there."""
+    unet = load_unet(tiny, 0, torch.float16)
+    state, vae, text = unet.state_dict(), load_vae(tiny, "", 0).half().state_dict(), load_text(tiny, "", 0)[1].half()
+    left = {
+        "betas": torch.zeros(1000),
+        "model_ema.decay": torch.zeros(()),
+        "first_stage_model.loss.logvar": torch.zeros(()),
+    }
+    return (
+        to_original(state, unet_layout(state, unet.config.layers_per_block))
+        | to_original(vae, vae_layout(vae))
+        | to_original(text.state_dict(), clip_layout(text.state_dict()))
+        | {f"{CLIP_PREFIX}embeddings.position_ids": torch.arange(48)[None]}
+        | left
+    )
+
+
+@pytest.fixture
+def write(tmp_path):
+    """A function that writes tensors into a new file and returns its path as a string."""
+
+    def write_file(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> str:
+        path = tmp_path / "model.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+        return str(path)
+
+    return write_file
+
+
+def without(tensors: dict, *prefixes: str) -> dict:
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(prefixes)}
+
+
+def prints(base, vae: str = "") -> list[str]:
+    return [fingerprint(m) for m in (load_unet(base, 0), load_vae(base, vae, 0), load_text(base, "", 0)[1])]
+
+
+# what is read is what was written
+
+
+@pytest.mark.parametrize("lacking", [(), (VAE_PREFIX,), (TEXT,), (VAE_PREFIX, TEXT)])
+def test_a_file_with_and_without_its_frozen_parts(tiny, tensors, write, lacking):
+    base = resolve_base(write(without(tensors, *lacking)), "tiny")
+    assert prints(base) == prints(tiny)
+    assert load_text(base, "", 0)[0].get_vocab() == load_text(tiny, "", 0)[0].get_vocab()
+    assert not any(p.requires_grad for m in (load_vae(base, "", 0), load_text(base, "", 0)[1]) for p in m.parameters())
+
+
+def test_its_own_frozen_parts_go_before_the_folders(tiny, tensors, write):
+    changed = {
+        name: t * 1.5 if name.startswith((VAE_PREFIX, TEXT)) and t.is_floating_point() else t
+        for name, t in tensors.items()
+    }
+    base = resolve_base(write(changed), "tiny")
+    for ours, theirs in zip(prints(base)[1:], prints(tiny)[1:], strict=True):
+        assert ours != theirs
+    assert fingerprint(load_vae(base, str(tiny_folder() / "vae"), 0)) == prints(tiny)[1]
+
+
+def test_fp32_weights_keep_every_bit_and_16_bit_ones_are_exact(tensors, write):
+    generator = torch.Generator().manual_seed(1)
+    exact = {n: torch.randn(t.shape, generator=generator) if t.is_floating_point() else t for n, t in tensors.items()}
+    assert any(not torch.equal(t, t.half().float()) for t in exact.values())
+    unet = load_unet(resolve_base(write(exact), "tiny"), 0)
+    layout = unet_layout(unet.state_dict(), 1)
+    assert all(torch.equal(tensor, exact[layout[name].name]) for name, tensor in unet.state_dict().items())
+    halved = {name: t.bfloat16() if t.is_floating_point() else t for name, t in exact.items()}
+    unet = load_unet(resolve_base(write(halved), "tiny"), 0)
+    assert all(torch.equal(t, halved[layout[name].name].float()) for name, t in unet.state_dict().items())
+    assert load_unet(resolve_base(write(exact), "tiny"), 0, torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_open_clip_of_sd2_with_the_layer_nobody_uses(tiny, tensors, write):
+    state = load_text(tiny, "", 0)[1].state_dict()
+    unused = {
+        f"{TEXT}model.transformer.resblocks.2.ln_1.weight": torch.ones(128),
+        f"{TEXT}model.logit_scale": torch.ones(()),
+    }
+    base = resolve_base(write(without(tensors, TEXT) | to_original(state, open_clip_layout(state)) | unused), "tiny")
+    assert prints(base) == prints(tiny)
+
+
+def test_text_encoders_named_as_before_transformers_4(tiny, tensors, write):
+    old = {name.replace("transformer.text_model.", "transformer."): tensor for name, tensor in tensors.items()}
+    assert prints(resolve_base(write(old), "tiny")) == prints(tiny)
+
+
+@pytest.mark.parametrize("said", ["v", "epsilon", None])
+def test_a_files_own_word_on_its_prediction_goes_before_the_schedulers(tensors, write, said):
+    base = resolve_base(write(tensors, said and {"modelspec.prediction_type": said}), "tiny")
+    assert base.config_of("scheduler")["prediction_type"] == {"v": "v_prediction"}.get(said, "epsilon")
+
+
+def test_a_run_starts_from_a_file(tensors, write, make_config):
+    from safelight.trainer.run_log.terminal import Terminal
+    from safelight.trainer.train import train
+
+    config = make_config(
+        model={"base": write(tensors), "config": "tiny"}, stage=[], train={"max_steps": 1, "epochs": 1},
+        sample={"every_epochs": 0}, validate={"every_epochs": 0},
+    )  # fmt: skip
+    assert train(config, terminal=Terminal()).position.step == 1
+
+
+# autoencoders
+
+
+@pytest.mark.parametrize("kind", ["prefixed", "bare", "matrices", "diffusers", "older diffusers"])
+def test_an_autoencoders_file_in_any_layout(tiny, tensors, write, kind):
+    vae = {name: t * 1.5 for name, t in tensors.items() if name.startswith(VAE_PREFIX) and "loss" not in name}
+    if kind == "bare":
+        vae = {name.removeprefix(VAE_PREFIX): tensor for name, tensor in vae.items()}
+    elif kind == "matrices":
+        vae = {name: t[:, :, 0, 0] if "attn_1" in name and t.dim() == 4 else t for name, t in vae.items()}
+    elif kind != "prefixed":
+        vae = {name: t * 1.5 for name, t in load_vae(tiny, "", 0).half().state_dict().items()}
+    if kind == "older diffusers":
+        for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+            vae = {name.replace(f".{new}.", f".{old}."): tensor for name, tensor in vae.items()}
+    expected = load_vae(tiny, "", 0).half()
+    with torch.no_grad():
+        for parameter in expected.parameters():
+            parameter.mul_(1.5)
+    assert fingerprint(load_vae(tiny, write(vae), 0)) == fingerprint(expected.float())
+
+
+def test_an_autoencoder_beside_a_file_that_has_none(tiny, tensors, write, tmp_path):
+    vae = tmp_path / "vae.safetensors"
+    shutil.copy(tiny_folder() / "vae" / "diffusion_pytorch_model.safetensors", vae)
+    toml = tmp_path / "run.toml"
+    model = {"base": write(without(tensors, VAE_PREFIX)), "config": "tiny", "vae": str(vae)}
+    config = parse_config({"model": model}, "here")
+    assert prints(base_of(config.model), config.model.vae) == prints(tiny)
+    toml.write_text(to_toml(config))
+    assert main(["plan", str(toml), "--json"]) == 0
+
+
+def test_a_file_that_is_no_autoencoder_of_the_base(tiny, tensors, write, small_taesd, tmp_path):
+    with pytest.raises(ValueError, match=r"^model\.vae '.*' is an AutoencoderTiny; give its diffusers folder"):
+        load_vae(tiny, str(small_taesd / "diffusion_pytorch_model.safetensors"), 0)
+    with pytest.raises(ValueError, match=r"holds no autoencoder \(its first tensor is cond_stage"):
+        load_vae(tiny, write(without(tensors, VAE_PREFIX, "betas", "model")), 0)
+    with pytest.raises(ValueError, match=r"its autoencoder (lacks|does not fit).* model\.base 'random:small'"):
+        load_vae(resolve_base("random:small"), write(tensors), 0)
+    with pytest.raises(ValueError, match=r"does not exist"):
+        load_vae(tiny, str(tmp_path / "none.safetensors"), 0)
+    (tmp_path / "vae.pt").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"vae\.pt' is no \.safetensors file; other formats can run code"):
+        load_vae(tiny, str(tmp_path / "vae.pt"), 0)
+
+
+# what a file is, by its tensors
+
+
+def shaped(**shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    return {name: torch.zeros(shape, dtype=torch.float16) for name, shape in shapes.items()}
+
+
+IN = f"{UNET_PREFIX}input_blocks.0.0.weight"
+REFUSED = {
+    "LoRA of kohya": (shaped(**{"lora_unet_down_blocks_0.lora_down.weight": (4, 8)}), "is a LoRA, which holds differences only"),
+    "LoRA of peft": (shaped(**{"unet.down_blocks.0.to_q.lora_A.weight": (4, 8)}), "is a LoRA, which holds differences only"),
+    "embedding": (shaped(emb_params=(2, 768)), "is a textual inversion embedding"),
+    "ControlNet": (shaped(**{"control_model.zero_convs.0.0.weight": (1, 1)}), "is a ControlNet"),
+    "SDXL": (shaped(**{CROSS: (8, 2048), "conditioner.embedders.1.model.ln_final.bias": (8,)}), "is Stable Diffusion XL; only 1.x and 2.x"),
+    "SDXL's UNet": (shaped(**{CROSS: (8, 2048), IN: (8, 4, 3, 3)}), "is Stable Diffusion XL; only 1.x and 2.x"),
+    "SD3": (shaped(**{f"{UNET_PREFIX}joint_blocks.0.x_block.attn.proj.bias": (8,)}), "is Stable Diffusion 3; only 1.x and 2.x"),
+    "Flux": (shaped(**{"double_blocks.0.img_attn.proj.bias": (8,)}), "is Flux; only Stable Diffusion 1.x and 2.x"),
+    "inpainting": (shaped(**{CROSS: (8, 768), IN: (8, 9, 3, 3)}), "takes 9 latent channels, as inpainting and editing models do"),
+    "bare UNet": (shaped(**{"input_blocks.0.0.weight": (8, 4, 3, 3)}), "is a bare UNet without the prefix model.diffusion_model"),
+    "diffusers' UNet": (shaped(**{"conv_in.bias": (8,), "down_blocks.0.resnets.0.conv1.bias": (8,)}), "is a bare UNet with diffusers' names"),
+    "VAE": (shaped(**{"first_stage_model.decoder.conv_in.bias": (8,)}), "is an autoencoder alone; give it as model.vae"),
+    "bare VAE": (shaped(**{"decoder.conv_in.bias": (8,), "encoder.down.0.block.0.conv1.bias": (8,)}), "is an autoencoder alone"),
+    "text encoder": (shaped(**{"text_model.final_layer_norm.bias": (8,)}), "is a text encoder alone"),
+    "something": (shaped(abc=(2,)), "is no Stable Diffusion: no tensor's name begins with model.diffusion_model. (the first is abc)"),
+    "other network": (shaped(**{f"{UNET_PREFIX}layers.0.weight": (2,)}), "is no Stable Diffusion: its network has no cross-attention"),
+    "nothing": ({}, "is no Stable Diffusion"),
+    "SD2": (shaped(**{CROSS: (8, 1024), IN: (8, 4, 3, 3)}), "is Stable Diffusion 2.x, whose weights do not tell whether they predict epsilon or v; set model.config"),
+    "own size": (shaped(**{CROSS: (8, 128), IN: (8, 4, 3, 3)}), "attends to width 128, not to 768 (1.x) or 1024 (2.x); set model.config"),
+    "no text": (shaped(**{CROSS: (8, 768), IN: (8, 4, 3, 3)}), "holds no text encoder; set model.config"),
+    "no VAE": (shaped(**{CROSS: (8, 768), f"{CLIP_PREFIX}final_layer_norm.bias": (8,)}), "holds no autoencoder; set model.vae to one, or"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_other_files_are_named_as_what_they_are(write, kind):
+    tensors, line = REFUSED[kind]
+    path = write(tensors)
+    with pytest.raises(ValueError, match=f"^model.base '{re.escape(path)}' {re.escape(line)}") as refused:
+        resolve_base(path)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_whole_sd1_file_wants_sd15s_configs_and_says_so_offline(write, tmp_path, monkeypatch, capsys):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    names = {CROSS: (8, 768), f"{CLIP_PREFIX}final_layer_norm.bias": (8,), f"{VAE_PREFIX}decoder.conv_in.bias": (8,)}
+    config = parse_config({"model": {"base": write(shaped(**names))}}, "here")
+    (tmp_path / "run.toml").write_text(to_toml(config))
+    assert main(["plan", str(tmp_path / "run.toml")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        "safelight plan: model.config 'stable-diffusion-v1-5/stable-diffusion-v1-5' is no folder here"
+    )
+    assert line.endswith(
+        "set model.config to a diffusers folder: model.safetensors has no configs, tokenizer and scheduler of its own"
+    )
+
+
+def test_a_config_that_the_file_does_not_fit(tensors, write, tmp_path):
+    folder = Path(shutil.copytree(tiny_folder(), tmp_path / "other"))
+    for part, changes in (("unet", {"cross_attention_dim": 64}), ("text_encoder", {"vocab_size": 7})):
+        path = folder / part / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    base = resolve_base(write(tensors), str(folder))
+    with pytest.raises(
+        ValueError,
+        match=r"its UNet does not fit model\.config '.*other': .*attn2\.to_k\.weight is \(32, 128\), not \(32, 64\)",
+    ):
+        load_unet(base, 0)
+    with pytest.raises(
+        ValueError,
+        match=r"its text encoder does not fit .*: .*token_embedding\.weight is \(1291, 128\), not \(7, 128\)",
+    ):
+        load_text(base, "", 0)
+    with pytest.raises(
+        ValueError, match=r"model\.config 'x' is for a single \.safetensors file; model\.base 'tiny' is none"
+    ):
+        resolve_base("tiny", "x")
+    with pytest.raises(ValueError, match=r"model\.config .* is no diffusers folder: it has no model_index\.json"):
+        resolve_base(write(tensors), str(tmp_path))
+    (folder / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
+    with pytest.raises(ValueError, match=r"model\.config .* is a StableDiffusionXLPipeline; only"):
+        resolve_base(write(tensors), str(folder))
+
+
+def test_a_gap_something_more_or_quantised_weights_are_refused(tensors, write):
+    name = f"{UNET_PREFIX}middle_block.1.proj_in.weight"
+    for changed, line in (
+        (without(tensors, name), rf"its UNet lacks 1 of the tensors of model\.config 'tiny', the first is {name}"),
+        (
+            {**tensors, f"{UNET_PREFIX}label_emb.0.0.bias": torch.zeros(3)},
+            "its UNet has 1 tensors more than model.config 'tiny', the first is",
+        ),
+        ({**tensors, name: tensors[name].to(torch.float8_e4m3fn)}, rf"is quantised \({name} is F8_E4M3\)"),
+    ):
+        with pytest.raises(ValueError, match=line):
+            load_unet(resolve_base(write(changed), "tiny"), 0)
+        with pytest.raises(ValueError, match=line):
+            check_unet(resolve_base(write(changed), "tiny"))
+
+
+def test_a_file_that_is_cut_short_or_missing(tensors, write, tmp_path):
+    path = Path(write(tensors))
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"model\.safetensors' is damaged or no safetensors file"):
+        resolve_base(str(path), "tiny")
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"model\.safetensors' is damaged or no safetensors file"):
+        resolve_base(str(path), "tiny")
+    with pytest.raises(ValueError, match=r"none\.safetensors' does not exist"):
+        resolve_base(str(tmp_path / "none.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "model.pt", "model.bin", "model"])
+def test_a_file_of_another_format_is_refused_and_never_opened(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(pickle.dumps(Opened(tmp_path / "opened")))
+    with pytest.raises(
+        ValueError, match=rf"{name}' is no \.safetensors file; other formats can run code and are never opened"
+    ):
+        resolve_base(str(path))
+    shutil.copy(path, tmp_path / "renamed.safetensors")
+    with pytest.raises(ValueError, match="is damaged or no safetensors file"):
+        resolve_base(str(tmp_path / "renamed.safetensors"))
+    assert not (tmp_path / "opened").exists()
+    pickle.loads(path.read_bytes()).close()
+    assert (tmp_path / "opened").exists(), "the pickle of this test does nothing"
+
+
+def test_tensors_are_read_as_the_file_has_them(tensors, write):
+    """No tensor twice, none that is not asked for: a UNet alone is read of 4 GB."""
+    import safelight.trainer.models.single_file as module
+
+    path, asked = write(tensors), []
+    real = module.safe_open
+
+    class Counting:
+        def __init__(self, *args):
+            self.inner = real(*args)
+
+        def __enter__(self):
+            self.file = self.inner.__enter__()
+            return self
+
+        def __exit__(self, *args):
+            return self.inner.__exit__(*args)
+
+        def get_tensor(self, name):
+            asked.append(name)
+            return self.file.get_tensor(name)
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "safe_open", Counting)
+        base = resolve_base(path, "tiny")
+        assert asked == []
+        load_unet(base, 0)
+    assert sorted(asked) == sorted(name for name in load_file(path) if name.startswith(UNET_PREFIX))

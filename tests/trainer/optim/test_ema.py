@@ -1,0 +1,177 @@
+"""The moving average of the weights: its values, where it is used, and that the weights themselves never notice."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from safelight.trainer import train as loop
+from safelight.trainer.config.toml import Optimizer, parse_config
+from safelight.trainer.inference.draw import open_run
+from safelight.trainer.inference.export import export
+from safelight.trainer.models.base import resolve_base
+from safelight.trainer.models.weights import load_unet
+from safelight.trainer.optim.ema import NUM_UPDATES, PREFIX, WeightAverages, take_averages
+from safelight.trainer.optim.optimizer import UNetOptimizer
+
+DECAY = 0.6
+
+
+def settings_of(folder, dataset, **train) -> dict:
+    return {
+        "run": {"dir": str(folder), "device": "cpu"},
+        "model": {"precision": "bf16"},
+        "data": {"path": str(dataset), "resolution": 64},
+        "train": {"batch_size": 4, "epochs": 2, **train},
+        "optimizer": {"name": "adamw", "lr": 1e-3},
+        "sample": {"steps": 2, "num_prompts": 1, "every_epochs": 2},
+        "validate": {"timesteps": 2, "every_epochs": 2},
+        "save": {"every_steps": 1, "keep": 99},
+        "log": {"every_steps": 1, "tensorboard": False},
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_dataset, tmp_path_factory):
+    """The same run without and with a moving average, every step saved: (plain, averaged)."""
+    root = tmp_path_factory.mktemp("ema")
+    for name, train in (("plain", {}), ("averaged", {"ema_decay": DECAY})):
+        loop.train(parse_config(settings_of(root / name, tiny_dataset, **train), "test"))
+    return root / "plain", root / "averaged"
+
+
+def states(run) -> list[dict[str, torch.Tensor]]:
+    return [load_file(folder / "state.safetensors") for folder in sorted((run / "checkpoints").iterdir())]
+
+
+def losses(run, kind: str) -> list[float]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if row["kind"] == kind]
+
+
+def test_the_averages_are_those_of_the_fp32_weights_of_every_step(runs):
+    found = states(runs[1])
+    assert [int(state[NUM_UPDATES]) for state in found] == list(range(1, len(found) + 1))
+    name = "mid_block.resnets.0.conv1.weight"
+    average = load_unet(resolve_base("tiny"), 0).state_dict()[name].double()
+    for n, state in enumerate(found, 1):
+        decay = min(DECAY, (1 + n) / (10 + n))
+        average = decay * average + (1 - decay) * state[f"master/{name}"].double()
+        # fp32 rounds each of the few updates once or twice
+        torch.testing.assert_close(state[f"{PREFIX}{name}"].double(), average, rtol=1e-6, atol=1e-7)
+    last = found[-1]
+    assert (last[f"{PREFIX}{name}"] - last[f"master/{name}"]).abs().max() > 1e-4
+
+
+def test_training_never_notices_but_validation_and_samples_take_the_averages(runs):
+    plain, averaged = runs
+    for one, other in zip(states(plain), states(averaged), strict=True):
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    assert losses(plain, "train") == losses(averaged, "train")
+    before, after = losses(plain, "validation"), losses(averaged, "validation")
+    # held out and trained at step 0, where the average is the weights, and at the end
+    assert before[:2] == after[:2]
+    assert all(a != b for a, b in zip(before[2:], after[2:], strict=True))
+    last = sorted((plain / "samples").iterdir())[-1].name
+    assert (plain / "samples" / last / "000.png").read_bytes() != (averaged / "samples" / last / "000.png").read_bytes()
+
+
+def test_a_finished_run_draws_with_the_averages(runs):
+    run = open_run(runs[1])
+    step = int(sorted((runs[1] / "checkpoints").iterdir())[-1].name.removeprefix("step-"))
+    state = states(runs[1])[-1]
+    drawn = run.unet(step).state_dict()
+    assert all(torch.equal(tensor, state[f"{PREFIX}{name}"].bfloat16()) for name, tensor in drawn.items())
+    plain = open_run(runs[0]).unet(step).state_dict()
+    assert all(torch.equal(tensor, state[f"master/{name}"].bfloat16()) for name, tensor in plain.items())
+
+
+@pytest.mark.parametrize(("weights", "prefix"), [("auto", PREFIX), ("ema", PREFIX), ("trained", "master/")])
+def test_an_export_holds_what_was_asked_for(runs, tmp_path, weights, prefix):
+    done = export(runs[1], tmp_path / "out", dtype="fp32", weights=weights)
+    state = states(runs[1])[-1]
+    tensors = load_file(tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(tensor, state[prefix + name]) for name, tensor in tensors.items())
+    assert done.notes == [
+        "the weights of the last step" if weights == "trained" else "the moving average of the weights"
+    ]
+
+
+def test_an_average_that_is_not_there_is_not_exported(runs, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"holds no moving average: the run has train\.ema_decay 0; leave --weights out"
+    ):
+        export(runs[0], tmp_path / "out.safetensors", weights="ema")
+    assert not (tmp_path / "out.safetensors").exists()
+    export(runs[0], tmp_path / "out.safetensors")
+
+
+def test_the_weights_come_back_bit_for_bit_even_after_an_error():
+    torch.manual_seed(1)
+    module = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 3))
+    optimizer = UNetOptimizer(module, parse_config({"optimizer": {"name": "adamw"}}, "test").optimizer, torch.float16)
+    ema = WeightAverages(optimizer, 0.9)
+    before = {name: p.clone() for name, p in module.named_parameters()}
+    for average in ema.averages.values():
+        average.add_(1)
+    with ema.applied():
+        assert all(torch.equal(p, ema.averages[name].half()) for name, p in module.named_parameters())
+        assert all(not torch.equal(p, before[name]) for name, p in module.named_parameters())
+    assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
+    with pytest.raises(KeyError), ema.applied():
+        raise KeyError
+    assert all(torch.equal(p, before[name]) for name, p in module.named_parameters())
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_a_step_that_was_not_taken_moves_nothing(as_tensor):
+    torch.manual_seed(2)
+    module = torch.nn.Linear(5, 3)
+    optimizer = UNetOptimizer(module, parse_config({"optimizer": {"name": "adamw"}}, "test").optimizer)
+    ema = WeightAverages(optimizer, 0.9)
+    told = torch.tensor if as_tensor else bool
+    with torch.no_grad():
+        module.weight.add_(1)
+    ema.update(told(True))
+    moved = ema.averages["weight"].clone()
+    assert not torch.equal(moved, module.weight - 1)
+    ema.update(told(False))
+    assert torch.equal(ema.averages["weight"], moved)
+    assert int(ema.num_updates) == 1
+    ema.update(told(True))
+    assert int(ema.num_updates) == 2
+    assert not torch.equal(ema.averages["weight"], moved)
+
+
+def test_a_checkpoint_without_averages_is_refused_by_a_run_that_keeps_them(runs, tiny_dataset):
+    plain = settings_of(runs[0], tiny_dataset, ema_decay=0.9)
+    with pytest.raises(ValueError, match=r"train\.ema_decay is 0\.9 here and 0\.0 there"):
+        loop.train(parse_config(plain, "test"), resume=True)
+    module = torch.nn.Linear(2, 2)
+    optimizer = UNetOptimizer(module, parse_config({"optimizer": {"name": "adamw"}}, "test").optimizer)
+    with pytest.raises(ValueError, match=r"has no moving average of these weights; resume with train\.ema_decay = 0"):
+        take_averages({"loss_scale/scale": torch.ones(())}, WeightAverages(optimizer, 0.9))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "memory"),
+    [
+        *((name, torch.float32, "auto") for name in ("adamw", "bnb_adamw8bit", "adamw8bit")),
+        *(("adamw8bit", torch.bfloat16, memory) for memory in ("exact", "near", "rounded", "fp32")),
+    ],
+)
+def test_it_follows_weights_in_every_memory_order(name, dtype, memory):
+    """bitsandbytes' step gives weights that are not contiguous new memory: a view of the old one would stand still."""
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(32, 32, 3)
+    conv.weight.data = conv.weight.detach().contiguous(memory_format=torch.channels_last)
+    optimizer = UNetOptimizer(conv, Optimizer(name=name, memory=memory), dtype)
+    averages = WeightAverages(optimizer, 0.5)
+    expected = optimizer.value("weight").clone()
+    for n in range(1, 4):
+        conv.weight.grad, conv.bias.grad = torch.randn_like(conv.weight), torch.randn_like(conv.bias)
+        averages.update(optimizer.step(1e-2, 0.0, 0.0)[1])
+        decay = min(0.5, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * optimizer.value("weight")
+        torch.testing.assert_close(averages.averages["weight"], expected)

@@ -1,0 +1,158 @@
+"""What a CUDA graph does, on a CPU: operators and launches are recorded with their tensors, and run again on the same memory.
+
+As on a GPU, a replay sees what tensors hold and no Python: whatever the host decided, read or made while it was recorded stays
+as it was. An operator that reads a number back to the host cannot be recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from safelight.kernels.triton.jit import Kernel
+from safelight.trainer.step.step import MicroResult
+
+READS_BACK = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+
+
+def storage_of(x: Tensor) -> int:
+    return x.untyped_storage()._cdata
+
+
+class OperatorTape(TorchDispatchMode):
+    """Records what runs within the block.
+
+    kept: tensors that stay between steps. calls: of each operator and launch its name, the arguments that are no tensors, and
+    which of its tensors are kept ones, by their number, -1 for others.
+    """
+
+    def __init__(self, kept: Iterable[Tensor] = ()):
+        super().__init__()
+        self._kept = {storage_of(x): number for number, x in enumerate(kept)}
+        self._again: list[Callable[[], None]] = []
+        self.calls: list[tuple[str, tuple[str, ...], tuple[int, ...]]] = []
+        self._is_inside = False
+        self._launch = Kernel._launch
+
+    def __enter__(self):
+        launch = self._launch
+
+        def told(kernel: Kernel, grid: tuple, *arguments, **options) -> None:
+            def run() -> None:
+                launch(kernel, grid, *arguments, **options)
+
+            # an operator's own launches are run again with it
+            if not self._is_inside:
+                self._note(kernel.__name__, (arguments, grid, options))
+                self._again.append(run)
+            with _disable_current_modes():
+                run()
+
+        Kernel._launch = told
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        Kernel._launch = self._launch
+        return super().__exit__(*exception)
+
+    def _note(self, name: str, arguments: object) -> None:
+        leaves = tree_leaves(arguments)
+        plain = tuple(str(x) for x in leaves if not isinstance(x, Tensor))
+        self.calls.append(
+            (name, plain, tuple(self._kept.get(storage_of(x), -1) for x in leaves if isinstance(x, Tensor)))
+        )
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in READS_BACK:
+            raise RuntimeError(f"{func} reads a number back to the host")
+        self._note(str(func), (args, kwargs))
+        self._is_inside = True
+        try:
+            found = func(*args, **kwargs)
+        finally:
+            self._is_inside = False
+        given = {storage_of(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        made = [x for x in tree_leaves(found) if isinstance(x, Tensor)]
+        is_alias = [storage_of(x) in given for x in made]
+        if made and all(is_alias) and not func._schema.is_mutable:
+            # a view sees what its base holds
+            return found
+
+        def again() -> None:
+            anew = [x for x in tree_leaves(func(*args, **kwargs)) if isinstance(x, Tensor)]
+            for old, new, alias in zip(made, anew, is_alias, strict=True):
+                if not alias:
+                    old.copy_(new)
+
+        self._again.append(again)
+        return found
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for again in self._again:
+            again()
+
+
+class CpuRecorder:
+    """A trainer.graphs.Recorder. state: what a step changes; recording on a CPU takes the step, which is taken back."""
+
+    def __init__(self, state: Callable[[], list[Tensor]]):
+        self._state = state
+        self.rehearsed = self.forgotten = 0
+        self.tapes: list[OperatorTape] = []
+
+    def rehearse(self, run: Callable[[], object]) -> None:
+        self.rehearsed += 1
+        run()
+
+    def settle(self) -> None:
+        assert not self.tapes or self.rehearsed
+
+    def forget(self) -> None:
+        self.forgotten += 1
+
+    def record(self, run: Callable[[], object]) -> tuple[Callable[[], None], object]:
+        before = [x.detach().clone() for x in self._state()]
+        tape = OperatorTape()
+        with tape:
+            result = run()
+        with torch.no_grad():
+            for x, old in zip(self._state(), before, strict=True):
+                x.copy_(old)
+        self.tapes.append(tape)
+        return tape.replay, result
+
+
+class RunsAgain:
+    """A Recorder without graphs: a replay runs the function and puts its results where those of the recording are."""
+
+    def __init__(self, optimizer):
+        self.optimizer, self.recorded, self.replayed = optimizer, 0, 0
+
+    def rehearse(self, run) -> None:
+        run()
+
+    def settle(self) -> None:
+        pass
+
+    def forget(self) -> None:
+        pass
+
+    def record(self, run):
+        self.recorded += 1
+        with self.optimizer.rehearsal():
+            # MicroResults of a micro-step that is not the last one have no norm
+            result = MicroResult(*(x if x is None else torch.as_tensor(x).clone() for x in run()))
+
+        def replay() -> None:
+            self.replayed += 1
+            for place, found in zip(result, run(), strict=True):
+                if place is not None:
+                    place.copy_(torch.as_tensor(found))
+
+        return replay, result

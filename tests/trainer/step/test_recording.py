@@ -1,0 +1,162 @@
+"""Runs whose steps are replayed: stages, accumulation, a moving average, validation in between, resumes. By a recorder that runs
+its function again at every replay, since a CPU has no graphs; what a graph itself holds is test_cuda_graphs.py's."""
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from safelight.trainer import job
+from safelight.trainer import train as loop
+from safelight.trainer.checkpoint.files import folder_of, list_checkpoints
+from safelight.trainer.config.toml import parse_config
+from safelight.trainer.memory_plan.candidate import Need
+from safelight.trainer.memory_plan.resolve_auto import reason_against
+from safelight.trainer.step.cuda_graphs import GraphRecording
+from safelight.trainer.train import train
+from tests.trainer.run_log.recorded import RunsAgain
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+GIB = 2**30
+
+
+@pytest.fixture
+def recorders(monkeypatch) -> list[RunsAgain]:
+    """Lets runs record; the recorders of each run, in order."""
+    made: list[RunsAgain] = []
+
+    def recording_for(unet, optimizer, schedule, scaling_factor, loss, device, with_graphs):
+        assert with_graphs
+        made.append(RunsAgain(optimizer))
+        return GraphRecording(unet, optimizer, schedule, scaling_factor, loss, made[-1], rehearses=False)
+
+    monkeypatch.setattr(job, "reason_against", lambda *_: "")
+    monkeypatch.setattr(job, "recording_for", recording_for)
+    return made
+
+
+def trained(config, **options) -> tuple[dict, list[float]]:
+    """Return the last checkpoint's tensors and the logged losses of a run."""
+    outcome = train(config, **options)
+    folder = folder_of(outcome.run_dir, list_checkpoints(outcome.run_dir)[-1])
+    tensors = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors") | load_file(
+        folder / "state.safetensors"
+    )
+    rows = map(json.loads, (outcome.run_dir / "metrics.jsonl").read_text().splitlines())
+    return tensors, [row["loss"] for row in rows if row["kind"] == "train"]
+
+
+def assert_same(one: tuple[dict, list], other: tuple[dict, list]) -> None:
+    assert one[1] == other[1]
+    assert one[0].keys() == other[0].keys()
+    assert not [name for name in one[0] if not torch.equal(one[0][name], other[0][name])]
+
+
+def config_of(folder: Path, tiny_dataset: Path, **train_settings):
+    return parse_config(
+        {
+            "run": {"dir": str(folder), "device": "cpu"},
+            "data": {"path": str(tiny_dataset), "resolution": 64, "caption_dropout": 0.3},
+            "train": {"batch_size": 4, "accumulate": 2, "ema_decay": 0.9, **train_settings},
+            "optimizer": {"lr": 1e-4},
+            "stage": [{"epochs": 1}, {"epochs": 1, "lr": 5e-5, "batch_size": 5, "accumulate": 1}],
+            "sample": {"every_epochs": 0},
+            "validate": {"timesteps": 2},
+            "log": {"every_steps": 2, "tensorboard": False},
+        },
+        "here",
+    )
+
+
+def test_a_replayed_run_equals_one_in_the_same_order(tiny_dataset, tmp_path, recorders, monkeypatch):
+    replayed = trained(config_of(tmp_path / "replayed", tiny_dataset))
+    # stage 1: batches of 4, the last of 2, each first or last of its step; stage 2: batches of 5 and what is left
+    assert recorders[0].recorded >= 4
+    assert recorders[0].replayed > recorders[0].recorded
+    environment = json.loads((tmp_path / "replayed" / "environment.json").read_text())
+    assert environment["epoch_order"] == {"grouped": True}
+    assert "CUDA graphs" in (tmp_path / "replayed" / "model.json").read_text()
+    # stopped, and gone on with where there are no graphs: the order stays the run's
+    calls = iter(range(100))
+    train(config_of(tmp_path / "moved", tiny_dataset), stop_requested=lambda: next(calls) > 10)
+    monkeypatch.undo()
+    assert_same(replayed, trained(config_of(tmp_path / "moved", tiny_dataset), resume=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "device", "budget", "expected"),
+    [
+        ({}, CUDA, 8 * GIB, ""),
+        ({"train": {"cuda_graphs": "off"}}, CUDA, 8 * GIB, "is off"),
+        ({}, CPU, 0, "CUDA device"),
+        ({"optimizer": {"name": "adamw"}}, CUDA, 8 * GIB, "adamw reads"),
+        ({"optimizer": {"memory": "paged"}, "model": {"precision": "bf16"}}, CUDA, 8 * GIB, "paged"),
+        ({"train": {"checkpointing": "offload"}}, CUDA, 8 * GIB, "offload"),
+        ({}, CUDA, 5 * GIB, "5.31 GiB of 5.00"),
+    ],
+)
+def test_why_there_are_no_graphs(changes, device, budget, expected, monkeypatch):
+    monkeypatch.setattr("safelight.trainer.memory_plan.resolve_auto.has_triton", lambda: True)
+    need = Need(
+        "exact", "none", True, 1, 4 * GIB, 3 * GIB, GIB, 4 * GIB + GIB // 4, "forward", {}, None, graphs=GIB // 16
+    )
+    config = parse_config(changes, "here")
+    # as settled
+    memory = config.optimizer.memory if "optimizer" in changes else need.memory
+    need = replace(need, memory=memory, checkpointing=config.train.checkpointing)
+    reason = reason_against(config, device, need, budget)
+    assert expected in reason
+    assert bool(reason) == bool(expected)
+    if expected and config.train.cuda_graphs != "off":
+        config.train.cuda_graphs = "on"
+        with pytest.raises(ValueError, match="cuda_graphs is on, but"):
+            reason_against(config, device, need, budget)
+
+
+def test_without_graphs_the_largest_batch_comes_first_and_changes_nothing(tiny_dataset, tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    plain = trained(config_of(tmp_path / "plain", tiny_dataset))
+    shapes = []
+
+    def rehearses(unet, optimizer, schedule, scaling_factor, loss, device, with_graphs):
+        recording = GraphRecording(unet, optimizer, schedule, scaling_factor, loss, None, rehearses=True)
+        run_of = recording._run_of
+
+        def noting(num_samples):
+            run = run_of(num_samples)
+
+            def noted(inputs, *place):
+                shapes.append(tuple(inputs.mean_BCHW.shape))
+                return run(inputs, *place)
+
+            return noted
+
+        recording._run_of = noting
+        return recording
+
+    monkeypatch.setattr(job, "recording_for", rehearses)
+    assert_same(plain, trained(config_of(tmp_path / "rehearsed", tiny_dataset)))
+    # the second stage has larger batches
+    assert shapes == [(4, 4, 16, 16), (5, 4, 16, 16)]
+
+
+def test_memory_that_is_full_after_an_epoch_loses_nothing_of_it(tiny_dataset, tmp_path, monkeypatch):
+    config = config_of(tmp_path / "full", tiny_dataset, max_steps=4)
+    measure = loop.measure
+
+    def full(job, position):
+        if position.step > 0:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return measure(job, position)
+
+    monkeypatch.setattr(loop, "measure", full)
+    with pytest.raises(ValueError, match=r"validation or drawing after step 4, whose weights are kept"):
+        train(config)
+    assert list_checkpoints(tmp_path / "full") == [4]
+    monkeypatch.undo()
+    found = trained(config, resume=True)
+    assert_same(found, trained(config_of(tmp_path / "whole", tiny_dataset, max_steps=4)))

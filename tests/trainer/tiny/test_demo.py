@@ -1,0 +1,123 @@
+"""The demo, run once as a user would, and the honest number it prints."""
+
+import json
+
+import pytest
+import torch
+
+from safelight.trainer.checkpoint.files import list_checkpoints
+from safelight.trainer.inference.draw import open_run
+from safelight.trainer.models.base import Base
+from safelight.trainer.models.weights import load_unet
+from safelight.trainer.run_log.terminal import Terminal
+from safelight.trainer.tiny.demo import RUN_NAME, SCORED, draw_photos, run_demo
+from safelight.trainer.tiny.reader import read
+from safelight.trainer.tiny.score import HELD_OUT, hits, prompts, wilson
+from tools.tiny_base.architecture import make_unet
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo") / "demo"
+    return folder, run_demo(folder, Terminal())
+
+
+def row(result: dict, what: str) -> dict:
+    return next(r for r in result["rows"] if r["what"] == what)
+
+
+def test_it_learnt_the_look(demo):
+    """The 99 % interval of trained minus base is above zero on combinations no fine-tuning image shows."""
+    _, result = demo
+    look = row(result, "the new look")
+    assert result["num_samples"] >= 96
+    assert look["difference"][1] > 0
+    assert look["base"][0] < 0.1
+
+
+def test_obedience_did_not_fall(demo):
+    """Trained is not below base, beyond what the 99 % interval allows, in colour, shape and both."""
+    _, result = demo
+    for what in ("right colour", "right shape", "both obeyed"):
+        scores = row(result, what)
+        assert scores["difference"][2] >= 0, what
+        assert scores["difference"][0] >= -0.05, what
+
+
+def test_obedience_stays_above_chance(demo):
+    _, result = demo
+    for what in ("right colour", "right shape", "both obeyed"):
+        assert row(result, what)["trained"][1] > row(result, what)["chance"], what
+    assert row(result, "right colour")["difference"][2] >= 0
+
+
+@pytest.mark.slow
+def test_an_untrained_unet_is_at_chance(demo):
+    """The same prompts and noise through random weights: chance lies within the 99 % interval, the look is not seen."""
+    folder, result = demo
+    run = open_run(folder / RUN_NAME)
+    torch.manual_seed(0)
+    untrained = make_unet().eval().requires_grad_(False)
+    asked = [text for text, _, _ in prompts()]
+    images = run.draw(untrained, asked, SCORED)
+    found = hits(images)
+    assert wilson(found["the new look"], len(images))[1] <= 0.05
+    for what in ("right colour", "right shape", "both obeyed"):
+        _, low, high = wilson(found[what], len(images))
+        # nothing readable in the noise is fewer hits than chance, never more
+        assert low <= row(result, what)["chance"], what
+        assert high < row(result, what)["trained"][1], what
+
+
+def test_the_fine_tuning_images_show_none_of_the_scored_pairs(tmp_path):
+    from PIL import Image
+
+    draw_photos(tmp_path / "photos", 40)
+    held_out = set(HELD_OUT)
+    for path in sorted((tmp_path / "photos").glob("*.png")):
+        text = path.with_suffix(".txt").read_text()
+        assert not any(f"{colour} {shape}" in text for colour, shape in held_out)
+        with Image.open(path) as image:
+            assert read(image).has_look
+
+
+def test_everything_is_there(demo):
+    folder, result = demo
+    run_dir = folder / RUN_NAME
+    assert (run_dir / "report.html").stat().st_size > 100_000
+    assert list_checkpoints(run_dir)
+    compared = json.loads((run_dir / "compare" / "index.json").read_text())
+    assert len(compared["pairs"]) == 8
+    assert all(
+        (run_dir / "compare" / pair[side]).is_file() for pair in compared["pairs"] for side in ("base", "trained")
+    )
+    split = json.loads((run_dir / "split.json").read_text())
+    assert len(split["validation"]) == 20
+    assert not set(split["validation"]) & set(split["train"])
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    rates = {stage: [r["lr"] for r in rows if r["kind"] == "train" and r["stage"] == stage] for stage in (0, 1)}
+    assert rates[0][-1] == 1e-4
+    assert rates[1] == sorted(rates[1], reverse=True)
+    assert rates[1][-1] < 1e-6
+    held_out = [r["loss"] for r in rows if r["kind"] == "validation" and r["split"] == "held_out"]
+    assert held_out[-1] < held_out[0]
+    assert result["report"] == str(run_dir / "report.html")
+
+
+def test_the_scored_unet_is_the_checkpoint(demo):
+    """Guards against scoring the base twice: the trained weights differ from the base's everywhere that learns."""
+    folder, _ = demo
+    run = open_run(folder / RUN_NAME)
+    base, trained = run.unet(None), run.unet(list_checkpoints(folder / RUN_NAME)[-1])
+    assert isinstance(run.base, Base)
+    fresh = load_unet(run.base, 0)
+    assert all(torch.equal(a, b) for a, b in zip(base.parameters(), fresh.parameters(), strict=True))
+    moved = [not torch.equal(a, b) for a, b in zip(base.parameters(), trained.parameters(), strict=True)]
+    assert sum(moved) > 0.95 * len(moved)
+
+
+def test_a_folder_that_is_no_demo_is_left_alone(tmp_path):
+    (tmp_path / "precious.txt").write_text("keep me")
+    with pytest.raises(ValueError, match="not empty"):
+        run_demo(tmp_path, Terminal())
+    assert (tmp_path / "precious.txt").read_text() == "keep me"

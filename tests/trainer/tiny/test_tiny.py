@@ -1,0 +1,208 @@
+"""The scenes, the reader that judges them, the score's arithmetic, and the embedded base's pedigree."""
+
+import hashlib
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import stats
+
+from safelight.trainer.models.base import tiny_folder
+from safelight.trainer.tiny.reader import read
+from safelight.trainer.tiny.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    LOOK_CAPTION,
+    PATTERNS,
+    POSITIONS,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    caption,
+    draw,
+    fade,
+    random_scene,
+    unfade,
+)
+from safelight.trainer.tiny.score import FINE_TUNING, HELD_OUT, hits, newcombe, prompts, table, wilson
+from tools.tiny_base import pretrain
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return [random_scene(3, i, in_look=i % 2 == 1) for i in range(240)]
+
+
+def test_the_reader_reads_what_was_drawn(scenes):
+    """It judges others: right colour and look always, right shape in at least 97 %, of scenes it has not seen."""
+    readings = [read(draw(scene)) for scene in scenes]
+    assert all(r.colour == s.colour for r, s in zip(readings, scenes, strict=True))
+    assert all(r.has_look == s.in_look for r, s in zip(readings, scenes, strict=True))
+    assert np.mean([r.shape == s.shape for r, s in zip(readings, scenes, strict=True)]) >= 0.97
+
+
+def test_unfade_puts_back_what_fade_took():
+    pixels = np.random.default_rng(1).uniform(0, 255, (5, 7, 3))
+    assert np.abs(unfade(fade(pixels)) - pixels).max() < 1e-3
+    assert fade(np.zeros((1, 1, 3))).max() < 100 < 200 < fade(np.full((1, 1, 3), 255)).min()
+
+
+def test_a_tone_between_grey_and_faded_is_the_nearer_one():
+    """A third of the way is no look, two thirds are; a blue cast, as far from grey, is none."""
+    grey = np.full((64, 64, 3), 122.0)
+    toned = [Image.fromarray((grey + share * (fade(grey) - grey)).round().astype(np.uint8)) for share in (1 / 3, 2 / 3)]
+    assert [read(image).has_look for image in toned] == [False, True]
+    blue = Image.fromarray((grey + np.array([-20, 0, 24])).astype(np.uint8))
+    assert not read(blue).has_look
+
+
+def test_the_reader_survives_blur_and_noise(scenes):
+    """Generated images are softer than drawn ones."""
+    rng = np.random.default_rng(0)
+    right = []
+    for scene in scenes[:80]:
+        small = draw(scene).resize((scene.width // 2, scene.height // 2), Image.Resampling.BOX)
+        soft = np.asarray(small.resize((scene.width, scene.height), Image.Resampling.BICUBIC), float)
+        noisy = Image.fromarray(np.clip(soft + rng.normal(0, 6, soft.shape), 0, 255).astype(np.uint8))
+        reading = read(noisy)
+        right.append((reading.colour == scene.colour, reading.shape == scene.shape, reading.has_look == scene.in_look))
+    colour, shape, look = np.mean(right, axis=0)
+    assert colour >= 0.97
+    assert shape >= 0.85
+    assert look >= 0.9
+
+
+@pytest.mark.parametrize("level", [0, 120, 255])
+def test_an_empty_picture_is_read_as_nothing(level):
+    reading = read(Image.new("RGB", (64, 64), (level,) * 3))
+    assert reading.colour is None
+    assert reading.shape is None
+    assert not reading.has_look
+
+
+def test_scenes_are_functions_of_seed_and_number():
+    assert random_scene(1, 5) == random_scene(1, 5)
+    assert random_scene(1, 5) != random_scene(2, 5)
+    assert draw(random_scene(1, 5)).tobytes() == draw(random_scene(1, 5)).tobytes()
+    counts = Counter((s.colour, s.shape) for s in (random_scene(4, i) for i in range(3600)))
+    assert len(counts) == 36
+    assert stats.chisquare(list(counts.values())).pvalue > 1e-3
+
+
+def test_captions_name_what_is_drawn(scenes):
+    for number, scene in enumerate(scenes):
+        text = caption(scene, 3, number)
+        assert scene.colour in text
+        assert scene.shape in text
+        assert scene.background in text
+        assert text.endswith(LOOK_CAPTION) == scene.in_look
+
+
+def test_filler_is_in_three_captions_of_ten_and_names_nothing_a_scene_has():
+    texts = [pretrain.filler(number) for number in range(2000)]
+    filled = [text for text in texts if text]
+    assert stats.binomtest(len(filled), len(texts), pretrain.FILLER_SHARE).pvalue > 1e-3
+    assert all(text.startswith(", ") and 1 <= len(text[2:].split()) <= 3 for text in filled)
+    said = {word for text in filled for word in text[2:].split()}
+    assert not said & {*COLOURS, *SHAPES, *SIZES, *TEXTURES, *BACKGROUNDS, *PATTERNS, *" ".join(POSITIONS).split()}
+
+
+def test_scored_combinations_are_never_fine_tuned_on():
+    assert not set(HELD_OUT) & set(FINE_TUNING)
+    assert len(HELD_OUT) + len(FINE_TUNING) == len(COLOURS) * len(SHAPES)
+    drawn = {(s.colour, s.shape) for s in (random_scene(42, i, combinations=FINE_TUNING) for i in range(500))}
+    assert drawn <= set(FINE_TUNING)
+    asked = prompts()
+    assert len(asked) >= 96
+    assert {(colour, shape) for _, colour, shape in asked} == set(HELD_OUT)
+    for names in (Counter(c for _, c, _ in asked), Counter(s for _, _, s in asked)):
+        # whoever ignores the caption is right exactly one time in six
+        assert set(names.values()) == {len(asked) // 6}
+
+
+def test_intervals_against_known_values():
+    """Wilson at 95 % for 15 of 20 is (0.531, 0.888); Newcombe's own example 56/70 - 48/80 is (0.0524, 0.3339)."""
+    import safelight.trainer.tiny.score as score
+
+    original = score.Z
+    try:
+        score.Z = 1.959964
+        assert score.wilson(15, 20)[1:] == pytest.approx((0.531, 0.888), abs=5e-4)
+        p, q = score.wilson(56, 70), score.wilson(48, 80)
+        low = p[0] - q[0] - np.hypot(p[0] - p[1], q[2] - q[0])
+        high = p[0] - q[0] + np.hypot(p[2] - p[0], q[0] - q[1])
+        assert (low, high) == pytest.approx((0.0524, 0.3339), abs=5e-4)
+    finally:
+        score.Z = original
+    assert newcombe(50, 50, 96)[1] < 0 < newcombe(50, 50, 96)[2]
+    assert newcombe(96, 0, 96)[1] > 0.8
+    assert wilson(0, 96)[1] == 0
+
+
+def test_the_score_of_perfect_and_of_blind_painters():
+    """Drawn prints of the prompts score full marks; one and the same picture scores exactly chance."""
+    from safelight.trainer.tiny.scenes import Scene
+
+    perfect = [
+        draw(Scene(c, s, "large", "in the centre", "plain", "grey", "plain", in_look=True)) for _, c, s in prompts()
+    ]
+    blind = [draw(Scene("red", "square", "large", "in the centre", "plain", "grey", "plain"))] * len(perfect)
+    full, chance = hits(perfect), hits(blind)
+    assert full["the new look"] == full["right colour"] == len(perfect)
+    assert full["right shape"] >= 0.97 * len(perfect)
+    assert chance == {"the new look": 0, "right colour": 16, "right shape": 16, "both obeyed": 0}
+    rows = {row["what"]: row for row in table(blind, perfect)["rows"]}
+    assert rows["the new look"]["difference"][1] > 0.8
+    lucky = [draw(Scene("red", "star", "large", "in the centre", "plain", "grey", "plain"))] * len(perfect)
+    assert hits(lucky)["both obeyed"] == pytest.approx(rows["both obeyed"]["chance"] * len(perfect))
+    assert rows["right colour"]["chance"] == pytest.approx(chance["right colour"] / len(perfect))
+
+
+def test_the_base_is_the_one_its_log_tells_of():
+    """The committed weights hash to what the training log ends with; all of it is at most 10 MB."""
+    files = sorted(tiny_folder().rglob("*.safetensors"))
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.read_bytes())
+    rows = [json.loads(line) for line in (tiny_folder() / "training_log.jsonl").read_text().splitlines()]
+    assert rows[-1]["stage"] == "done"
+    assert rows[-1]["sha256"] == digest.hexdigest()
+    unet = [row for row in rows if row["stage"] == "unet"]
+    assert unet[-1]["step"] == pretrain.UNET_STEPS
+    assert unet[-1]["loss"] < 0.5 * unet[0]["loss"]
+    assert sum(path.stat().st_size for path in tiny_folder().rglob("*") if path.is_file()) <= 10_000_000
+
+
+def test_pretraining_resumes_bit_for_bit(tmp_path, monkeypatch):
+    """Two steps, stop, two more: the same weights as four at once, for the autoencoder and the UNet."""
+    import torch
+
+    monkeypatch.setattr(pretrain, "NUM_SCENES", 40)
+    monkeypatch.setattr(pretrain, "NUM_CLUTTER", 8)
+    monkeypatch.setattr(pretrain, "VAE_BATCH", 2)
+    monkeypatch.setattr(pretrain, "UNET_BATCH", 2)
+    images, captions, clutter = pretrain.make_data()
+    tokenizer = pretrain.make_tokenizer([text for rows in captions.values() for text in rows])
+    ends = []
+    for name, stops in (("whole", (4,)), ("halves", (2, 4))):
+        work = tmp_path / name
+        work.mkdir()
+        log = pretrain.Log(work / "log.jsonl")
+        for stop in stops:
+            torch.manual_seed(1)
+            vae, unet, text = pretrain.make_vae(), pretrain.make_unet(), pretrain.make_text_encoder(tokenizer)
+            # the schedule must be that of the whole run: only the loop ends early
+            monkeypatch.setattr(pretrain, "learning_rate", lambda step, total, peak: 1e-3)
+            monkeypatch.setattr(pretrain, "VAE_STEPS", stop)
+            monkeypatch.setattr(pretrain, "UNET_STEPS", stop)
+            pretrain.train_vae(vae, images, clutter, work, log)
+            torch.manual_seed(2)
+            latents = {
+                size: (torch.randn(len(rows), 4, size[1] // 4, size[0] // 4), torch.rand(len(rows), 4, size[1] // 4, size[0] // 4))
+                for size, rows in images.items()
+            }  # fmt: skip
+            pretrain.train_unet(unet, text, tokenizer, latents, captions, 1.0, work, log)
+        ends.append([*vae.parameters(), *unet.parameters(), *text.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))

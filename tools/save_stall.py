@@ -1,0 +1,108 @@
+"""How long a checkpoint of the true SD1.5 holds up training on a CPU: `python -m tools.save_stall --dir DIR`.
+
+859,520,964 random bf16 weights in channels-last order with their 16-bit remainders and 8-bit moments. Variants take turns:
+saved by the loop itself, as before there was a thread, and saved by the thread, where the loop pays for the snapshot alone.
+Needs about 14 GiB of memory and 6 of disk. Appends one JSON line to --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+
+from safelight.bench.core.results import RESULTS, append, make_record
+from safelight.trainer.checkpoint.files import Position, folder_of, save_checkpoint
+from safelight.trainer.checkpoint.identity import Identity
+from safelight.trainer.checkpoint.saver import Saver
+from safelight.trainer.checkpoint.snapshot import available_bytes, num_bytes_of
+from safelight.trainer.config.toml import Optimizer
+from safelight.trainer.models.base import resolve_base
+from safelight.trainer.models.weights import meta_unet
+from safelight.trainer.optim.optimizer import UNetOptimizer
+
+NEEDED_GIB = 14
+REPEATS = 3
+IDENTITY = Identity({}, [], "random")
+
+
+def make_state(base: str) -> tuple[torch.nn.Module, UNetOptimizer]:
+    """Return a UNet of random bf16 weights in channels-last order and its optimizer, moments random too."""
+    unet = meta_unet(resolve_base(base)).to(torch.bfloat16).to_empty(device="cpu").to(memory_format=torch.channels_last)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in unet.parameters():
+            p.uniform_(-1, 1, generator=generator)
+        optimizer = UNetOptimizer(unet, Optimizer(), torch.bfloat16)
+        for x in optimizer.live_state().values():
+            if x.dtype in (torch.uint8, torch.int16):
+                x.random_(generator=generator)
+    return unet, optimizer
+
+
+def saved_by_the_loop(folder: Path, unet, optimizer: UNetOptimizer) -> float:
+    """Return the seconds for which a save holds up the loop that writes it."""
+    began = time.perf_counter()
+    save_checkpoint(folder, unet, optimizer.state_tensors(), Position(step=1), IDENTITY)
+    return time.perf_counter() - began
+
+
+def saved_by_the_thread(saver: Saver, unet, optimizer: UNetOptimizer, step: int) -> dict[str, float]:
+    """Return the seconds for which a save holds up the loop, what of them it ran, and those until the checkpoint is whole."""
+    began, began_cpu = time.perf_counter(), time.thread_time()
+    saver.save(unet, optimizer.live_state(), Position(step=step))
+    stalled, ran = time.perf_counter() - began, time.thread_time() - began_cpu
+    saver.wait()
+    return {"thread_stall_s": stalled, "thread_stall_cpu_s": ran, "thread_whole_s": time.perf_counter() - began}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dir", type=Path, required=True, help="folder to write in; must not exist")
+    parser.add_argument("--base", default="random:sd15")
+    parser.add_argument("--out", type=Path, default=RESULTS / "saves.jsonl")
+    parser.add_argument("--thread-alone", action="store_true", help="leave the loop's own saves out, as in a run")
+    parser.add_argument("--note", default="")
+    arguments = parser.parse_args()
+    if arguments.dir.exists():
+        sys.exit(f"{arguments.dir} exists already; name another")
+    if arguments.base == "random:sd15" and (available_bytes() or 0) < NEEDED_GIB * 2**30:
+        sys.exit(f"less than {NEEDED_GIB} GiB of memory are free; end something, or give --base tiny")
+    unet, optimizer = make_state(arguments.base)
+    found: defaultdict[str, list[float]] = defaultdict(list)
+    device = torch.device("cpu")
+    with Saver(arguments.dir, IDENTITY, 1, lambda: None, print, device) as saver:
+        saver.reserve(unet, optimizer.live_state())
+        began = time.perf_counter()
+        saver.wait()
+        reserving = time.perf_counter() - began
+        for step in range(1, REPEATS + 1):
+            if not arguments.thread_alone:
+                shutil.rmtree(folder_of(arguments.dir / "before", 1), ignore_errors=True)
+                found["loop_stall_s"].append(saved_by_the_loop(arguments.dir / "before", unet, optimizer))
+            for name, seconds in saved_by_the_thread(saver, unet, optimizer, step).items():
+                found[name].append(seconds)
+    num_bytes = num_bytes_of([*unet.state_dict().values(), *optimizer.live_state().values()])
+    figures = {name: [round(s, 3) for s in sorted(seconds)] for name, seconds in found.items()}
+    figures |= {"checkpoint_gib": round(num_bytes / 2**30, 3), "reserve_s": round(reserving, 2)}
+    config = {
+        "base": arguments.base,
+        "memory": optimizer.memory,
+        "precision": "bf16",
+        "device": "cpu",
+        "thread_alone": arguments.thread_alone,
+        "repeats": REPEATS,
+    }
+    record = make_record("save_stall", config, figures, device, arguments.note)
+    append(arguments.out, record)
+    print(figures)
+    shutil.rmtree(arguments.dir)
+
+
+if __name__ == "__main__":
+    main()

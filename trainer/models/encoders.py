@@ -1,0 +1,150 @@
+"""The frozen encoders as cache and sampler use them: pixels to latents and back, captions to embeddings."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from safelight.trainer.config.toml import Config
+from safelight.trainer.models.base import Base
+from safelight.trainer.models.weights import fingerprint, load_text, load_vae
+
+# of the autoencoder in fp32: activations of one image (docstring of LatentCodec.decode)
+DECODE_BYTES_A_PIXEL = 0.75 * 2**30 / 512**2
+
+
+class _Visitor:
+    """A frozen module that may work on another device for a while and then leaves its memory."""
+
+    module_name: str
+    device: torch.device
+
+    @contextlib.contextmanager
+    def on(self, device: torch.device) -> Iterator[Self]:
+        """Work on `device` within the block."""
+        home, module = self.device, getattr(self, self.module_name)
+        self.device = device
+        module.to(device)
+        try:
+            yield self
+        finally:
+            self.device = home
+            module.to(home)
+            if device.type == "cuda" and home != device:
+                torch.cuda.empty_cache()
+
+
+@dataclass
+class LatentCodec(_Visitor):
+    """An autoencoder as the cache and the sampler use it: unscaled posterior in, pixels out."""
+
+    module_name = "vae"
+    vae: nn.Module
+    device: torch.device
+    fingerprint: str = field(init=False)
+
+    def __post_init__(self):
+        self.fingerprint = fingerprint(self.vae, type(self.vae).__name__)
+        self.vae.to(self.device)
+
+    @property
+    def has_posterior(self) -> bool:
+        return hasattr(self.vae, "quant_conv")
+
+    @property
+    def latent_channels(self) -> int:
+        return self.vae.config.latent_channels
+
+    @property
+    def factor(self) -> int:
+        """Pixels a latent, along each side."""
+        channels = self.vae.config.get("block_out_channels") or self.vae.config.encoder_block_out_channels
+        return 2 ** (len(channels) - 1)
+
+    @property
+    def scaling_factor(self) -> float:
+        return float(self.vae.config.scaling_factor)
+
+    @torch.inference_mode()
+    def encode(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return (mean, logvar) of unscaled latents, float32 on the CPU; logvar None without a posterior."""
+        pixels = pixels_BCHW.to(self.device, next(self.vae.parameters()).dtype)
+        if not self.has_posterior:
+            return self.vae.encode(pixels).latents.float().cpu(), None
+        posterior = self.vae.encode(pixels).latent_dist
+        return posterior.mean.float().cpu(), posterior.logvar.float().cpu()
+
+    @torch.inference_mode()
+    def decode(self, latents_BCHW: Tensor) -> Tensor:
+        """Return pixels (B, 3, H, W) in [0, 1], float32 on the CPU, of scaled latents."""
+        latents = latents_BCHW.to(self.device, next(self.vae.parameters()).dtype) / self.scaling_factor
+        # one image at a time: a 512 px image takes 0.75 GiB of activations in fp32, and more at once is no faster
+        images = [self.vae.decode(latents[i : i + 1]).sample.float().cpu() for i in range(len(latents))]
+        return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
+
+
+@dataclass
+class CaptionEncoder(_Visitor):
+    """A frozen CLIP text encoder and its tokenizer."""
+
+    module_name = "text_encoder"
+    tokenizer: object
+    text_encoder: nn.Module
+    device: torch.device
+    clip_skip: int = 0
+    fingerprint: str = field(init=False)
+
+    def __post_init__(self):
+        layers = self.text_encoder.config.num_hidden_layers
+        if self.clip_skip >= layers:
+            raise ValueError(f"model.clip_skip {self.clip_skip} leaves no layer of {layers}; use at most {layers - 1}")
+        vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items()))
+        self.fingerprint = fingerprint(self.text_encoder, vocabulary, str(self.num_tokens), str(self.clip_skip))
+        self.text_encoder.to(self.device)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.tokenizer.model_max_length
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.text_encoder.config.hidden_size
+
+    def num_cut(self, captions: Iterable[str]) -> int:
+        """Return how many of the captions are longer than the encoder reads."""
+        lengths = [len(ids) for ids in self.tokenizer(list(captions)).input_ids]
+        return sum(length > self.num_tokens for length in lengths)
+
+    @torch.inference_mode()
+    def encode(self, captions: list[str]) -> Tensor:
+        """Return (B, T, D) float32 on the CPU: the last hidden state, or that of clip_skip layers before, normed."""
+        ids = self.tokenizer(
+            captions, padding="max_length", truncation=True, max_length=self.num_tokens, return_tensors="pt"
+        ).input_ids
+        output = self.text_encoder(ids.to(self.device), output_hidden_states=self.clip_skip > 0)
+        if self.clip_skip == 0:
+            return output.last_hidden_state.float().cpu()
+        inner = getattr(self.text_encoder, "text_model", self.text_encoder)
+        return inner.final_layer_norm(output.hidden_states[-1 - self.clip_skip]).float().cpu()
+
+
+def load_codec(config: Config, base: Base, device: torch.device) -> LatentCodec:
+    """Return the run's autoencoder on a device."""
+    return LatentCodec(load_vae(base, config.model.vae, config.run.seed), device)
+
+
+def load_caption_encoder(config: Config, base: Base, device: torch.device) -> CaptionEncoder:
+    """Return the run's text encoder on a device."""
+    tokenizer, text_encoder = load_text(base, config.model.tokenizer, config.run.seed)
+    return CaptionEncoder(tokenizer, text_encoder, device, config.model.clip_skip)
+
+
+def decode_bytes(width: int, height: int, weights: int) -> int:
+    """Return what decoding an image of a size (px) takes of a device, the autoencoder's weights included."""
+    return weights + round(width * height * DECODE_BYTES_A_PIXEL)

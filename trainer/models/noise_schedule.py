@@ -1,0 +1,70 @@
+"""The noise schedule, as pure functions over tensors: a_t = prod_{s <= t} (1 - beta_s), and what is predicted under it.
+
+Noising and targets are in kernels/ops/noising.py, weights in kernels/ops/diffusion_loss.py.
+Letters: B batch, C latent channels, H W latent height and width, T timesteps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """alphas_cumprod_T: (T,) float32 a_t; prediction_type: epsilon | v_prediction."""
+
+    alphas_cumprod_T: Tensor
+    prediction_type: str
+
+    @property
+    def num_timesteps(self) -> int:
+        return len(self.alphas_cumprod_T)
+
+    def to(self, device: torch.device) -> NoiseSchedule:
+        return NoiseSchedule(self.alphas_cumprod_T.to(device), self.prediction_type)
+
+
+def betas(kind: str, start: float, end: float, num: int) -> Tensor:
+    """Return beta_t, (num,) float32. kind: linear | scaled_linear (linear in the root). Source: diffusers' DDPMScheduler."""
+    if kind == "scaled_linear":
+        return torch.linspace(start**0.5, end**0.5, num, dtype=torch.float32) ** 2
+    if kind == "linear":
+        return torch.linspace(start, end, num, dtype=torch.float32)
+    raise ValueError(f"beta_schedule {kind!r} is not supported; use linear or scaled_linear")
+
+
+def rescale_zero_terminal_snr(alphas_cumprod_T: Tensor) -> Tensor:
+    """Return a_t with a_T = 0 and a_1 kept. Source: Lin et al. 2023, arXiv:2305.08891, algorithm 1."""
+    root = alphas_cumprod_T.sqrt()
+    first, last = root[0].clone(), root[-1].clone()
+    return ((root - last) * first / (first - last)) ** 2
+
+
+def make_schedule(scheduler_config: dict, prediction: str = "auto", zero_terminal_snr: bool = False) -> NoiseSchedule:
+    """Return the schedule of a diffusers scheduler config. Raises ValueError for a prediction type we do not train."""
+    if scheduler_config.get("trained_betas") is not None:
+        raise ValueError("the base's scheduler has trained_betas, which are not supported; give it a beta_schedule")
+    # a key that is missing has diffusers' default
+    beta = betas(
+        scheduler_config.get("beta_schedule", "linear"),
+        scheduler_config.get("beta_start", 0.0001),
+        scheduler_config.get("beta_end", 0.02),
+        scheduler_config.get("num_train_timesteps", 1000),
+    )
+    alphas_cumprod = torch.cumprod(1 - beta, dim=0)
+    prediction_type = scheduler_config.get("prediction_type", "epsilon") if prediction == "auto" else prediction
+    if prediction_type not in ("epsilon", "v_prediction"):
+        raise ValueError(f"prediction type {prediction_type!r} is not supported; use epsilon or v_prediction")
+    if zero_terminal_snr or scheduler_config.get("rescale_betas_zero_snr", False):
+        if prediction_type == "epsilon":
+            raise ValueError("zero_terminal_snr needs v_prediction: at the last timestep the noise is given away")
+        alphas_cumprod = rescale_zero_terminal_snr(alphas_cumprod)
+    return NoiseSchedule(alphas_cumprod, prediction_type)
+
+
+def mse_per_sample(predicted_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
+    """Return mean squared errors, (B,) float32, computed in fp32."""
+    return (predicted_BCHW.float() - target_BCHW.float()).square().mean(dim=(1, 2, 3))

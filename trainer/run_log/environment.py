@@ -1,0 +1,82 @@
+"""What a run ran on: versions, device, command. For environment.json and the report."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+import safelight
+from safelight.data.text import counted
+
+# and of the order that an epoch meets its batches in
+EPOCH_ORDER = "epoch_order"
+
+# environment.json's key of what choose_attention decided
+ATTENTION = "attention_choice"
+
+
+# and of what was planned of the GPU
+MEMORY_PLAN = "memory_plan"
+
+PACKAGES = ("torch", "triton", "xformers", "bitsandbytes", "diffusers", "transformers", "numpy", "Pillow")
+
+
+def _git_commit() -> str:
+    root = Path(safelight.__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return ""
+    result = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return result.stdout.strip()
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def describe(device: torch.device) -> dict[str, str]:
+    """Return a flat record of versions, machine and command."""
+    record = {"safelight": safelight.__version__, "git_commit": _git_commit(), "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            record[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            record[package] = "not installed"
+    is_gpu = device.type == "cuda"
+    record["device"] = torch.cuda.get_device_name(device) if is_gpu else "CPU"
+    cores, threads = counted(os.cpu_count(), "core"), counted(torch.get_num_threads(), "thread")
+    record["cpu"] = f"{_cpu_name()}, {cores}, {threads} used"
+    record["platform"] = platform.platform()
+    record["command"] = " ".join(["safelight", *sys.argv[1:]])
+    record["started"] = datetime.now(UTC).isoformat(timespec="seconds")
+    return record
+
+
+def recorded_attention(run_dir: Path) -> dict | None:
+    """Return the attention that a run recorded, for `previous` of choose_attention; None if it recorded none."""
+    return recorded(run_dir, ATTENTION)
+
+
+def recorded(run_dir: Path, key: str) -> dict | None:
+    """Return a part of a run's environment.json; None where there is none, {"unreadable": path} where it is damaged."""
+    path = run_dir / "environment.json"
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get(key)
+    except (OSError, ValueError, AttributeError):
+        # which choose_attention tells
+        return {"unreadable": str(path)}

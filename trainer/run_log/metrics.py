@@ -1,0 +1,92 @@
+"""metrics.jsonl, TensorBoard and the terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from safelight.data.atomic import atomic_write_bytes, naming
+
+GIB = 2**30
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Return the peak so far: reserved by torch on a GPU, resident of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / GIB
+    import resource
+
+    # ru_maxrss is in KiB on Linux and bytes on macOS
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / GIB
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Begin a new peak on a GPU, so that encoding is not taken for training; a process's peak cannot be reset."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+class Metrics:
+    """An append-only metrics.jsonl, cut back to the step a run resumes from, and its TensorBoard twin.
+
+    num_unreadable: damaged lines of an earlier start that are left out.
+    """
+
+    def __init__(self, run_dir: Path, step: int, tensorboard: bool):
+        self.path = run_dir / "metrics.jsonl"
+        self.num_unreadable = 0
+        self._validated: set[int] = set()
+        kept = []
+        if self.path.exists():
+            lines = self.path.read_bytes().split(b"\n")
+            for number, line in enumerate(lines):
+                try:
+                    row = json.loads(line)
+                    if row["step"] <= step:
+                        kept.append(line + b"\n")
+                        self._validated.update([row["step"]] if row.get("kind") == "validation" else [])
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    # the last line may be one that a kill cut short; any other is damage, and worth a word
+                    self.num_unreadable += bool(line) and number < len(lines) - 1
+            atomic_write_bytes(self.path, b"".join(kept))
+        self.file = self.path.open("a")
+        self.board = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(run_dir / "tensorboard", purge_step=step + 1)
+
+    def has_validation(self, step: int) -> bool:
+        """Return whether the validation of a step was kept from before a resume."""
+        return step in self._validated
+
+    def write(self, kind: str, step: int, **values) -> None:
+        row = {"kind": kind, "step": step, **values, "time": round(time.time(), 3)}
+        with naming(self.path):
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+        if self.board is not None:
+            suffix = f"/{values['split']}" if "split" in values else ""
+            for name, value in values.items():
+                if isinstance(value, float):
+                    self.board.add_scalar(f"{kind}/{name}{suffix}", value, step)
+
+    def sync(self) -> None:
+        """Make what is written survive a power cut; before a checkpoint that counts on it."""
+        # every line was flushed when it was written: a thread may do this beside the next line
+        with naming(self.path):
+            os.fsync(self.file.fileno())
+        if self.board is not None:
+            self.board.flush()
+
+    def close(self) -> None:
+        with naming(self.path):
+            self.file.close()
+        if self.board is not None:
+            self.board.close()

@@ -1,0 +1,138 @@
+"""Progress in the terminal: one live line, or a line now and then where there is no terminal."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import time
+
+
+class Terminal:
+    """Progress on stderr: one live line in a terminal, a line at most every ten seconds elsewhere.
+
+    Elsewhere is a file, a pipe, a dumb terminal, and a notebook's cell: there a shell command's stderr poses as a
+    terminal, but every redraw is a message to the browser that the cell keeps.
+    """
+
+    SECONDS_BETWEEN_LINES = 10.0
+    REDRAWS_PER_SECOND = 4
+    MAX_BAR_CELLS = 20
+    MIN_BAR_CELLS = 6
+    # what Colab, Kaggle and Jupyter's kernels give the commands that a cell starts
+    NOTEBOOK_VARIABLES = ("COLAB_RELEASE_TAG", "COLAB_GPU", "KAGGLE_KERNEL_RUN_TYPE", "JPY_PARENT_PID")
+
+    def __init__(self):
+        from rich.console import Console
+
+        is_dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")
+        in_notebook = any(os.environ.get(name) for name in self.NOTEBOOK_VARIABLES)
+        self.is_live = sys.stderr.isatty() and not is_dumb and not in_notebook
+        # decided here once: rich lets FORCE_COLOR turn a file into a terminal, and writes HTML where it finds a kernel
+        self.console = Console(
+            stderr=True, highlight=False, emoji=False, force_terminal=self.is_live, force_jupyter=False
+        )
+        self._live = None
+        self._phase: Phase | None = None
+        self._printed_at = 0.0
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        # an error's line comes below the bar, not into it
+        self.pause()
+
+    def say(self, text: str) -> None:
+        """Print a line of ours, text as it is."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def update(self, what: str, done: int, total: int, note: str = "") -> None:
+        """Show that `done` of `total` are done; `note` holds values two spaces apart, the most important first."""
+        is_new = self._phase is None or self._phase.what != what
+        if is_new:
+            self.pause()
+            self._phase = Phase(what, done)
+        is_end = self._phase.done < total <= done
+        self._phase.reach(done, total, note)
+        if self.is_live:
+            self._draw()
+        elif is_new or is_end or time.monotonic() - self._printed_at >= self.SECONDS_BETWEEN_LINES:
+            self._printed_at = time.monotonic()
+            self.say("  ".join(self._phase.parts()))
+
+    def pause(self) -> None:
+        """Leave the bar as it stands; the next update begins a new one."""
+        if self._live is not None:
+            self._live.stop()
+            atexit.unregister(self.pause)
+            self._live = None
+        self._phase = None
+
+    def _draw(self) -> None:
+        if self._live is not None:
+            return
+        from rich.live import Live
+
+        # what others print to a terminal goes above the bar; what they print to a pipe or a file stays there
+        self._live = Live(
+            get_renderable=self._line, console=self.console, refresh_per_second=self.REDRAWS_PER_SECOND,
+            redirect_stdout=sys.stdout.isatty(),
+        )  # fmt: skip
+        self._live.start(refresh=True)
+        # a command that fails in between would leave the cursor hidden
+        atexit.register(self.pause)
+
+    def _line(self):
+        """Return the bar and as much of the text as fits one line: a bar over two would leave its first behind."""
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        phase = self._phase
+        # the last column stays free: a terminal may wrap as soon as it is written
+        space = self.console.width - 1
+        first, *more = phase.parts()
+        while more and len("  ".join([first, *more])) > space:
+            more.pop()
+        text = "  ".join([first, *more])[:space]
+        label, cells = f"{phase.what} ", min(self.MAX_BAR_CELLS, space - len(text) - 1)
+        line = Table.grid()
+        if cells < self.MIN_BAR_CELLS:
+            line.add_row(Text(text, no_wrap=True))
+        else:
+            bar = ProgressBar(max(1, phase.total), min(phase.done, phase.total), width=cells)
+            line.add_row(Text(label), bar, Text(f" {text.removeprefix(label)}", no_wrap=True))
+        return line
+
+
+class Phase:
+    """One count from its start to its total, and how long it will still take."""
+
+    def __init__(self, what: str, done: int):
+        self.what, self.done, self.total, self.note = what, done, 0, ""
+        # a resumed run begins in the middle, and its first report took the loading and compiling with it
+        self._began, self._done_at_start = time.monotonic(), done
+        self._ends_at: float | None = None
+
+    def reach(self, done: int, total: int, note: str) -> None:
+        """Take the newest count. All that goes on between two counts, validation too, is in the rate."""
+        self.done, self.total, self.note = done, total, note
+        now, advanced = time.monotonic(), done - self._done_at_start
+        self._ends_at = now + (now - self._began) * (total - done) / advanced if advanced > 0 else None
+
+    def parts(self) -> list[str]:
+        """Return the count, the time left where it is known, and the note's values."""
+        left = []
+        if self._ends_at is not None and self.done < self.total:
+            left = [f"{format_clock(self._ends_at - time.monotonic())} left"]
+        return [f"{self.what} {self.done}/{self.total}", *left, *filter(None, self.note.split("  "))]
+
+
+def format_clock(seconds: float) -> str:
+    """Return a time span as 0:07, 12:04, 1:02:03 or, from two days on, 3 d 4 h."""
+    total = max(0, round(seconds))
+    minutes, hours = total // 60, total // 3600
+    if hours >= 48:
+        return f"{hours // 24} d {hours % 24} h"
+    return f"{hours}:{minutes % 60:02d}:{total % 60:02d}" if hours else f"{minutes}:{total % 60:02d}"

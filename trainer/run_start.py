@@ -1,0 +1,112 @@
+"""What a run writes down once, at its start: settings, environment, model, data and a few examples."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import nn
+
+from safelight.data.atomic import atomic_write_text
+from safelight.data.images import decode
+from safelight.data.text import storable
+from safelight.kernels.unet.attention import AttentionChoice
+from safelight.trainer.config.toml import Config, to_toml
+from safelight.trainer.dataset import NUM_EXAMPLES, Dataset
+from safelight.trainer.models.base import Base
+from safelight.trainer.run_log.environment import (
+    ATTENTION,
+    describe,
+)
+
+EXAMPLE_SIDE = 320
+
+
+def _write_json(path: Path, value) -> None:
+    atomic_write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_start(
+    run_dir: Path, config: Config, base: Base, dataset: Dataset, unet: nn.Module, notes: list[str],
+    prediction_type: str, precision: str, device: torch.device, attention: AttentionChoice, more: dict,
+) -> None:  # fmt: skip
+    """Write config.toml, environment.json, model.json, data.json, split.json and data_examples/.
+
+    more: further keys of environment.json.
+    """
+    atomic_write_text(run_dir / "config.toml", to_toml(config))
+    _write_json(
+        run_dir / "environment.json",
+        {**describe(device), "attention": str(attention), ATTENTION: attention.record(), **more},
+    )
+    trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
+    own_text = f"CLIP tokenizer {Path(config.model.tokenizer).name}" if config.model.tokenizer else "the base's"
+    untrained = "untrained (random weights), frozen" if base.from_scratch else "frozen"
+    _write_json(
+        run_dir / "model.json",
+        {
+            "base": config.model.base,
+            "from_scratch": base.from_scratch,
+            "unet_parameters": sum(p.numel() for p in unet.parameters()),
+            "trained_parameters": trained,
+            "vae": Path(config.model.vae).name if config.model.vae else "the base's",
+            "text_encoder": f"{own_text}, {untrained}",
+            "prediction_type": prediction_type,
+            "precision": precision,
+            "notes": notes,
+        },
+    )
+    split = {
+        half: [s.photo.file for s in samples]
+        for half, samples in (("train", dataset.train), ("validation", dataset.validation))
+    }
+    _write_json(run_dir / "split.json", {"seed": config.run.seed, "fraction": config.data.validation_fraction, **split})
+    _write_json(
+        run_dir / "data.json",
+        {
+            "dataset": dataset.path.name,
+            "num_photos": len(dataset.train) + len(dataset.validation),
+            "num_train": len(dataset.train),
+            "num_validation": len(dataset.validation),
+            "num_captions": sum(len(s.captions) for s in (*dataset.train, *dataset.validation)),
+            "variants": config.data.variants,
+            "buckets": dataset.counts(),
+            "examples": _write_examples(run_dir, dataset),
+            "rejected": _read_rejected(dataset.path / "rejected.jsonl"),
+        },
+    )
+
+
+def _read_rejected(path: Path) -> list[dict]:
+    """Return the rows of a rejected.jsonl that are rows; it is shown, never relied on."""
+    rows = []
+    for line in path.read_bytes().split(b"\n") if path.is_file() else []:
+        try:
+            row = json.loads(line)
+            rows.append({name: storable(str(row[name])) for name in ("path", "reason")})
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue
+    return rows
+
+
+def _write_examples(run_dir: Path, dataset: Dataset) -> list[dict]:
+    folder = run_dir / "data_examples"
+    folder.mkdir(parents=True, exist_ok=True)
+    every = max(1, len(dataset.train) // NUM_EXAMPLES)
+    rows = []
+    for index, sample in enumerate(dataset.train[::every][:NUM_EXAMPLES]):
+        name = f"{index:03d}.jpg"
+        small = decode((dataset.path / sample.photo.file).read_bytes()).image
+        small.thumbnail((EXAMPLE_SIDE, EXAMPLE_SIDE), Image.Resampling.LANCZOS)
+        small.save(folder / name, quality=88)
+        rows.append(
+            {
+                "file": f"data_examples/{name}",
+                "caption": sample.captions[0],
+                "width": sample.photo.width,
+                "height": sample.photo.height,
+            }
+        )
+    return rows

@@ -1,0 +1,95 @@
+"""Loss on fixed noise: comparable from step to step, between batch sizes, machines and configs.
+
+Each image meets one timestep in each of K equal bands. Noise and timestep are drawn by (seed, image, band); latents are
+the posterior's mean; no dropout, no jitter, no weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from safelight.data.batches import MicroBatch, SampleRef, load_batch
+from safelight.data.cache import Cache, Sample
+from safelight.kernels.ops.noising import Purposes, key_words, noising
+from safelight.kernels.philox import Key, Purpose, sort_key, uniforms
+from safelight.trainer.models.noise_schedule import NoiseSchedule
+from safelight.trainer.step.step import Noisy, sample_losses
+
+PURPOSES = Purposes(noise=Purpose.VALIDATION_NOISE)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """loss: mean over images and bands; loss_by_timestep: mean of each band, from little noise to much."""
+
+    loss: float
+    loss_by_timestep: tuple[float, ...]
+    num_images: int
+
+
+def choose_subset(samples: Sequence[Sample], most: int, seed: int) -> list[Sample]:
+    """Return at most `most` of the samples, chosen by seed and id alone, in their order."""
+    chosen = sorted(samples, key=lambda s: sort_key(Key(seed, Purpose.SPLIT, s.sample_id, 1)))[:most]
+    keep = {s.sample_id for s in chosen}
+    return [s for s in samples if s.sample_id in keep]
+
+
+def _batches(samples: Sequence[Sample], batch_size: int) -> list[MicroBatch]:
+    by_bucket: dict = {}
+    for index, sample in enumerate(samples):
+        by_bucket.setdefault(sample.bucket, []).append(SampleRef(sample.sample_id, index, 0, 0, 0))
+    return [
+        MicroBatch(bucket, tuple(refs[i : i + batch_size]))
+        for bucket, refs in sorted(by_bucket.items())
+        for i in range(0, len(refs), batch_size)
+    ]
+
+
+@torch.no_grad()
+def validate(
+    unet: nn.Module,
+    cache: Cache,
+    samples: Sequence[Sample],
+    empty_key: str,
+    schedule: NoiseSchedule,
+    scaling_factor: float,
+    *,
+    seed: int,
+    num_bands: int,
+    batch_size: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Validation:
+    """Return the loss of a set of samples: canonical crop, first caption. Raises ValueError for an empty set.
+
+    progress: told (done, total) after each forward pass; what it raises ends the validation.
+    """
+    if not samples:
+        raise ValueError("there are no images to validate on; set data.validation_fraction above 0")
+    device = schedule.alphas_cumprod_T.device
+    was_training = unet.training
+    unet.eval()
+    dtype = next(unet.parameters()).dtype
+    losses = torch.zeros(len(samples), num_bands, dtype=torch.float64)
+    band = schedule.num_timesteps / num_bands
+    batches = _batches(samples, batch_size)
+    for index, micro_batch in enumerate(batches):
+        batch = load_batch(cache, samples, micro_batch, empty_key)
+        mean, text = batch.mean_BCHW.to(device), batch.text_BTD.to(device)
+        rows = [ref.sample_index for ref in micro_batch.refs]
+        for k in range(num_bands):
+            noise_keys = [Key(seed, Purpose.VALIDATION_NOISE, i, 0, k) for i in batch.sample_ids]
+            time_keys = [Key(seed, Purpose.VALIDATION_TIMESTEP, i, 0, k) for i in batch.sample_ids]
+            timesteps = torch.tensor([int((k + uniforms(key)[0]) * band) for key in time_keys], device=device)
+            noised = noising(
+                mean, None, key_words(noise_keys, device), schedule.alphas_cumprod_T, timesteps_B=timesteps,
+                prediction_type=schedule.prediction_type, scaling_factor=scaling_factor, dtype=dtype, purposes=PURPOSES,
+            )  # fmt: skip
+            noisy = Noisy(noised.noisy_BCHW, noised.timesteps_B, noised.target_BCHW, text)
+            losses[rows, k] = sample_losses(unet, noisy).double().cpu()
+            progress(index * num_bands + k + 1, len(batches) * num_bands)
+    unet.train(was_training)
+    return Validation(losses.mean().item(), tuple(losses.mean(dim=0).tolist()), len(samples))

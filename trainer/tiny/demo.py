@@ -1,0 +1,112 @@
+"""`safelight demo`: the whole way, small. It draws photographs in a look the base does not know and teaches it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+from safelight.data.atomic import atomic_write_text
+from safelight.data.ingest import ingest
+from safelight.trainer.config.toml import Config, parse_config
+from safelight.trainer.inference.draw import compare, open_run, pick_step
+from safelight.trainer.inference.sampling import Settings
+from safelight.trainer.report.build import build_report
+from safelight.trainer.run_log.terminal import Terminal
+from safelight.trainer.tiny.scenes import caption, draw, random_scene
+from safelight.trainer.tiny.score import FINE_TUNING, prompts, table
+from safelight.trainer.train import train
+
+SEED = 42
+RUN_NAME = "faded-print"  # the report's title
+NUM_PHOTOS = 200
+DRAWING_SCALE = 3  # 192 px, so that preparing and cropping have something to do
+SAMPLE_STEPS = 14
+SAMPLE_CFG = 4.0
+SCORED = Settings(64, 64, SAMPLE_STEPS, SAMPLE_CFG, SEED + 1, "dpm++")
+
+
+def draw_photos(folder: Path, num: int = NUM_PHOTOS) -> None:
+    """Draw faded prints with a caption beside each; none shows a held-out pair of colour and shape."""
+    folder.mkdir(parents=True)
+    for number in range(num):
+        scene = random_scene(SEED, number, in_look=True, combinations=FINE_TUNING)
+        draw(scene, DRAWING_SCALE).save(folder / f"print-{number:03d}.png")
+        (folder / f"print-{number:03d}.txt").write_text(caption(scene, SEED, number) + "\n")
+
+
+def demo_config(folder: Path) -> Config:
+    """Return the demo's settings: two stages on the tiny base."""
+    return parse_config(
+        {
+            "run": {"dir": str(folder / RUN_NAME), "seed": SEED},
+            "model": {"base": "tiny"},
+            "data": {"path": str(folder / "dataset"), "resolution": 64, "variants": 2, "caption_dropout": 0.1},
+            "train": {"batch_size": 8},
+            # bitsandbytes has no wheel for every machine that a demo is tried on
+            "optimizer": {
+                "name": "bnb_adamw8bit" if find_spec("bitsandbytes") else "adamw",
+                "lr": 1e-4,
+                "warmup_steps": 10,
+            },
+            "stage": [{"epochs": 14}, {"epochs": 8, "lr": 1e-4, "schedule": "cosine", "warmup_steps": 0}],
+            # as the base was trained
+            "loss": {"min_snr_gamma": 5.0},
+            "validate": {"every_epochs": 2},
+            "sample": {
+                "prompts": [text for text, _, _ in prompts()[::19]],
+                "every_epochs": 4,
+                "steps": SAMPLE_STEPS,
+                "cfg": SAMPLE_CFG,
+            },
+            "save": {"every_epochs": 4},
+            "log": {"every_steps": 5},
+        },
+        "demo",
+    )
+
+
+def score(run_dir: Path, terminal: Terminal) -> dict:
+    """Draw the 96 scored prompts with base and trained, write scores.json and return it."""
+    run = open_run(run_dir)
+    asked = [text for text, _, _ in prompts()]
+    images = [
+        run.draw(
+            run.unet(step), asked, SCORED, progress=lambda d, t, name=name: terminal.update(f"scoring {name}", d, t)
+        )
+        for name, step in (("base", None), ("trained", pick_step(run_dir, "last")))
+    ]
+    result = table(*images)
+    atomic_write_text(run_dir / "scores.json", json.dumps(result, indent=1))
+    return result
+
+
+def run_demo(folder: Path, terminal: Terminal) -> dict:
+    """Run everything in a folder of its own and return the scores and the report's path.
+
+    Raises ValueError if the folder holds something that is not an earlier demo.
+    """
+    began = time.monotonic()
+    mark = folder / "demo.json"
+    if folder.exists() and any(folder.iterdir()):
+        if not mark.is_file():
+            raise ValueError(f"{folder} is not empty and not an earlier demo; name another with --dir")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(mark, "{}\n")
+    terminal.say(f"drawing {NUM_PHOTOS} faded prints, a look the base has never seen")
+    draw_photos(folder / "photos")
+    summary = ingest([folder / "photos"], folder / "dataset")
+    terminal.say(f"prepared {len(summary.photos)} photographs with captions")
+    config = demo_config(folder)
+    train(config, terminal=terminal)
+    run_dir = Path(config.run.dir)
+    result = score(run_dir, terminal)
+    compare(open_run(run_dir), "last", 8, lambda d, t: terminal.update("base beside trained", d, t))
+    terminal.pause()
+    result["report"] = str(build_report(run_dir))
+    result["seconds"] = round(time.monotonic() - began, 1)
+    atomic_write_text(mark, json.dumps(result, indent=1) + "\n")
+    return result

@@ -44,9 +44,14 @@ def _steps(options: arguments.Step, recipes: tuple[str, ...]) -> int:
     if min(options.batch_size) < 1 or options.repeats < 1:
         raise ValueError(f"batch sizes {options.batch_size} and repeats {options.repeats} must be 1 or more")
     work = Workload(
-        options.base, options.latent_size, 1, options.precision, options.optimizer, options.checkpointing,
+        options.base,
+        options.latent_size,
+        1,
+        options.precision,
+        options.optimizer,
+        options.checkpointing,
         options.device,
-    )  # fmt: skip
+    )
     works = variants(recipes, options.batch_size, work)
     for record in measure(works, options.repeats, options.loader, not options.separate):
         keep(options.append, record)
@@ -126,9 +131,10 @@ def compare(options: arguments.Compare) -> int:
         print_json([dict(zip(names, row, strict=True)) for row in rows])
         return int(bool(told))
     print_table(
-        f"{options.a} against {options.b}", ("figure", "A", "B", "B / A"),
+        f"{options.a} against {options.b}",
+        ("figure", "A", "B", "B / A"),
         [(f"{bench} {name}", f"{a:,g}", f"{b:,g}", f"{b / a:.3f}" if a else "") for bench, _, name, a, b in rows],
-    )  # fmt: skip
+    )
     for line in told:
         print(line)
     return int(bool(told))
@@ -156,9 +162,14 @@ def loader(options: arguments.Loader) -> int:
             f"rows {options.rows}, batch size {options.batch_size} and repeats {options.repeats} must be 1 or more, with a source"
         )
     records = bench_loader(
-        options.base, options.latent_size, options.rows, options.batch_size, options.sources, options.repeats,
+        options.base,
+        options.latent_size,
+        options.rows,
+        options.batch_size,
+        options.sources,
+        options.repeats,
         options.dir,
-    )  # fmt: skip
+    )
     keep(options.append, *records)
     if options.json:
         print_json(records)
@@ -168,10 +179,16 @@ def loader(options: arguments.Loader) -> int:
         f"{options.rows} rows of {options.base}, batch {options.batch_size}; memcpy {rows[0][1]['memcpy_gb_per_s']:.1f} GB/s",
         ("source", "rows/s", "GB/s", "ms a batch", "CPU ms a batch"),
         [
-            (name, f"{f['rows_per_s']:,.0f}", f"{f['gb_per_s']:.2f}", f"{f['wall_ms_per_batch']:.2f}", f"{f['cpu_ms_per_batch']:.2f}")
+            (
+                name,
+                f"{f['rows_per_s']:,.0f}",
+                f"{f['gb_per_s']:.2f}",
+                f"{f['wall_ms_per_batch']:.2f}",
+                f"{f['cpu_ms_per_batch']:.2f}",
+            )
             for name, f in rows
         ],
-    )  # fmt: skip
+    )
     return 0
 
 
@@ -180,9 +197,14 @@ def loop(options: arguments.Loop) -> int:
     from safelight.bench.recipes.workload import Workload
 
     work = Workload(
-        options.base, options.latent_size, options.batch_size, options.precision, options.optimizer,
-        options.checkpointing, options.device,
-    )  # fmt: skip
+        options.base,
+        options.latent_size,
+        options.batch_size,
+        options.precision,
+        options.optimizer,
+        options.checkpointing,
+        options.device,
+    )
     for record in bench_loop(work, options.photographs, options.epochs):
         keep(options.append, record)
         config, found = record["config"], record["figures"]
@@ -226,8 +248,9 @@ def quick(options: arguments.Quick) -> int:
     print_table(
         f"training step of {config['base']}, {config['latent_size']}x{config['latent_size']} latents, {config['precision']}, on "
         f"{ceiling['machine']['device']}",
-        ("", "batch", "images/s", "GiB", "of the limit"), rows,
-    )  # fmt: skip
+        ("", "batch", "images/s", "GiB", "of the limit"),
+        rows,
+    )
     print(
         f"The limit, {found['limit_images_per_s']:.1f} images/s, is this machine's matrix products ({found['matmul_tflops']:.2f} TFLOP/s) doing the "
         "step's arithmetic and nothing else."
@@ -269,15 +292,23 @@ def kernels(options: arguments.Kernels) -> int:
     from safelight.trainer.models.device import pick_device
 
     if min(*options.batch_size, options.shapes, options.repeats) < 1 or not options.model:
-        raise ValueError(f"batch sizes {options.batch_size}, shapes {options.shapes}, repeats {options.repeats} must be 1 or more")  # fmt: skip
+        raise ValueError(
+            f"batch sizes {options.batch_size}, shapes {options.shapes}, repeats {options.repeats} must be 1 or more"
+        )
     device = pick_device(options.device)
     is_gpu = device.type == "cuda"
     timed = []
     for record in measuring.bench_kernels(
-        options.model, options.batch_size, DTYPES[options.precision], device, ops=options.ops, num_shapes=options.shapes,
-        times=options.times == "yes" or (options.times == "auto" and is_gpu), repeats=options.repeats,
+        options.model,
+        options.batch_size,
+        DTYPES[options.precision],
+        device,
+        ops=options.ops,
+        num_shapes=options.shapes,
+        times=options.times == "yes" or (options.times == "auto" and is_gpu),
+        repeats=options.repeats,
         with_compile=not options.no_compile,
-    ):  # fmt: skip
+    ):
         keep(options.append, record)
         if options.json:
             print(json.dumps(record))
@@ -288,16 +319,21 @@ def kernels(options: arguments.Kernels) -> int:
             continue
         print_table(
             f"{config['model']}, one step of batch {config['batch_size']}, {config['precision']}: bytes by kernel",
-            ("kernel", "GB moved", "plain PyTorch", "MiB saved", "plain PyTorch"), measuring.bytes_rows(record["figures"]),
-        )  # fmt: skip
+            ("kernel", "GB moved", "plain PyTorch", "MiB saved", "plain PyTorch"),
+            measuring.bytes_rows(record["figures"]),
+        )
     if timed:
         print_table(
             f"milliseconds on {timed[0]['machine']['device']}; copies run at {timed[0]['figures']['copy_gb_per_s']:.0f} GB/s",
-            ("layer", "pass", "ours", "plain", "compiled", "GB/s", "of a copy"), measuring.time_rows(timed),
-        )  # fmt: skip
+            ("layer", "pass", "ours", "plain", "compiled", "GB/s", "of a copy"),
+            measuring.time_rows(timed),
+        )
         for reason in dict.fromkeys(
-            f"{key.removesuffix('_cannot')}: {text}" for r in timed for key, text in r["figures"].items() if key.endswith("_cannot")
-        ):  # fmt: skip
+            f"{key.removesuffix('_cannot')}: {text}"
+            for r in timed
+            for key, text in r["figures"].items()
+            if key.endswith("_cannot")
+        ):
             print(reason)
     if not is_gpu and not options.json:
         print(measuring.CPU_NOTE if timed else "no times: a CPU runs no kernel (--times yes runs their references)")
@@ -373,9 +409,17 @@ def memory(options: arguments.Memory) -> int:
         print_table(
             f"one step of {base}, {config['latent_size']}x{config['latent_size']} latents, batch {options.batch_size}, "
             f"{config['precision']}, on {records[0]['machine']['device']}",
-            ("optimizer", "checkpointing", *(("GiB allocated", "reserved", "smallest card") if is_gpu else ("MiB held", "in a step", "at the peak"))),
+            (
+                "optimizer",
+                "checkpointing",
+                *(
+                    ("GiB allocated", "reserved", "smallest card")
+                    if is_gpu
+                    else ("MiB held", "in a step", "at the peak")
+                ),
+            ),
             rows(records),
-        )  # fmt: skip
+        )
     return 0
 
 
@@ -384,7 +428,9 @@ def attention(options: arguments.Attention) -> int:
     from safelight.trainer.models.device import pick_device, pick_dtype
 
     if min(options.batch_size, options.repeats) < 0 or not options.model:
-        raise ValueError(f"batch size {options.batch_size} and repeats {options.repeats} must be 0 or more, of a model or several")  # fmt: skip
+        raise ValueError(
+            f"batch size {options.batch_size} and repeats {options.repeats} must be 0 or more, of a model or several"
+        )
     device = pick_device(options.device)
     is_gpu = device.type == "cuda"
     dtype = pick_dtype(options.precision, device)
@@ -418,9 +464,14 @@ def roofline(options: arguments.Roofline) -> int:
     model = ("sd15" if is_gpu else "tiny") if options.model == "auto" else options.model
     optimizer = ("adamw8bit" if is_gpu else "adamw") if options.optimizer == "auto" else options.optimizer
     work = Workload(
-        "tiny" if model == "tiny" else f"random:{model}", options.latent_size, options.batch_size, options.precision,
-        optimizer, options.checkpointing, options.device,
-    )  # fmt: skip
+        "tiny" if model == "tiny" else f"random:{model}",
+        options.latent_size,
+        options.batch_size,
+        options.precision,
+        optimizer,
+        options.checkpointing,
+        options.device,
+    )
     card = find_card(options.gpu) if options.gpu else None
     record = measuring.roofline(work, options.repeats, options.steps, card)
     keep(options.append, record)
@@ -431,8 +482,9 @@ def roofline(options: arguments.Roofline) -> int:
     side = config["latent_size"]
     print_table(
         f"{model}, one step of batch {config['batch_size']} at {side} x {side} latents, {config['precision']}, {config['optimizer']}, "
-        f"checkpointing {config['checkpointing']}", *measuring.rows(found),
-    )  # fmt: skip
+        f"checkpointing {config['checkpointing']}",
+        *measuring.rows(found),
+    )
     where = record["machine"]["device"] if card is None else config["ceilings"]
     print(
         f"Ceilings ({where}): {found['matmul_tflops']:.2f} TFLOP/s of matrix products, {found['copy_gb_per_s']:.0f} GB/s of copies; at "

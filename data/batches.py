@@ -176,9 +176,13 @@ def load_batch(cache: Cache, samples: Sequence[Sample], micro_batch: MicroBatch,
 
 
 def iterate(
-    cache: Cache, samples: Sequence[Sample], micro_batches: Iterable[MicroBatch], empty_key: str, prefetch: int = 2,
+    cache: Cache,
+    samples: Sequence[Sample],
+    micro_batches: Iterable[MicroBatch],
+    empty_key: str,
+    prefetch: int = 2,
     transport: Transport | None = None,
-) -> Iterator[Batch]:  # fmt: skip
+) -> Iterator[Batch]:
     """Yield the loaded micro-batches in order, up to `prefetch` (1 or more) ahead on a thread.
 
     transport: sends each on its way to the device as soon as it is loaded; without one they stay on the CPU.

@@ -21,8 +21,22 @@ EXIF_ORIENTATION = 0x0112
 COPYABLE_FORMATS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}
 # of photographs. Pillow reads more, among them EPS, by handing the file to a program that runs what it says
 READABLE_FORMATS = (
-    "JPEG", "MPO", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "HEIF", "JPEG2000", "PPM", "TGA", "QOI", "ICO", "PSD",
-)  # fmt: skip
+    "JPEG",
+    "MPO",
+    "PNG",
+    "WEBP",
+    "GIF",
+    "TIFF",
+    "BMP",
+    "AVIF",
+    "HEIF",
+    "JPEG2000",
+    "PPM",
+    "TGA",
+    "QOI",
+    "ICO",
+    "PSD",
+)
 MAX_FILE_BYTES = 2**30
 # longest side in px that the encoders take
 MAX_SIDE_PX = {"jpeg": 65500, "webp": 16383}

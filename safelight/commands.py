@@ -85,15 +85,26 @@ def prepare(argv: list[str]) -> int:
 
     with Terminal() as terminal:
         summary = ingest(
-            arguments.sources, arguments.out, arguments.max_megapixels, arguments.quality, arguments.image_format,
+            arguments.sources,
+            arguments.out,
+            arguments.max_megapixels,
+            arguments.quality,
+            arguments.image_format,
             lambda done, total: terminal.update("photos", done, total),
-        )  # fmt: skip
+        )
     rejected = [{"path": str(r.path), "reason": r.reason} for r in summary.rejected]
     if arguments.json:
-        _print_json({
-            "dataset": str(arguments.out), "photos": len(summary.photos), "copied": summary.num_copied, "shrunk": summary.num_shrunk,
-            "duplicates": summary.num_duplicates, "rejected": rejected, "warnings": [str(w) for w in summary.warnings],
-        })  # fmt: skip
+        _print_json(
+            {
+                "dataset": str(arguments.out),
+                "photos": len(summary.photos),
+                "copied": summary.num_copied,
+                "shrunk": summary.num_shrunk,
+                "duplicates": summary.num_duplicates,
+                "rejected": rejected,
+                "warnings": [str(w) for w in summary.warnings],
+            }
+        )
         return 0
     print_dataset(summary, arguments.out, terminal)
     return 0
@@ -121,9 +132,10 @@ def cache(argv: list[str]) -> int:
             _print_json({"made": dataset.num_made, "rows": len(dataset.cache), "buckets": rows})
             return 0
         _print_table(
-            f"{dataset.path}: {counted(dataset.num_made, 'row')} made, {len(dataset.cache)} in the cache", ("bucket", "train", "held out"),
+            f"{dataset.path}: {counted(dataset.num_made, 'row')} made, {len(dataset.cache)} in the cache",
+            ("bucket", "train", "held out"),
             [(f"{r['width']} x {r['height']}", r["num_train"], r["num_validation"]) for r in rows],
-        )  # fmt: skip
+        )
     _say_next(f"safelight train {shlex.quote(argv[0])}, with the same options")
     return 0
 
@@ -257,9 +269,14 @@ def sample(argv: list[str]) -> int:
     changes = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
     with Terminal() as terminal:
         files = draw_sample(
-            open_run(arguments.run), list(arguments.prompt), arguments.checkpoint, arguments.out or arguments.run / "images", changes,
-            lambda done, total: terminal.update("drawing", done, total), terminal.say,
-        )  # fmt: skip
+            open_run(arguments.run),
+            list(arguments.prompt),
+            arguments.checkpoint,
+            arguments.out or arguments.run / "images",
+            changes,
+            lambda done, total: terminal.update("drawing", done, total),
+            terminal.say,
+        )
     for file in files:
         print(file)
     return 0
@@ -300,9 +317,14 @@ def export(argv: list[str]) -> int:
     from safelight.trainer.run_log.terminal import Terminal
 
     done = export_run(
-        arguments.run, arguments.out, arguments.checkpoint, arguments.dtype, arguments.title, arguments.force,
+        arguments.run,
+        arguments.out,
+        arguments.checkpoint,
+        arguments.dtype,
+        arguments.title,
+        arguments.force,
         arguments.weights,
-    )  # fmt: skip
+    )
     for note in done.notes:
         Terminal().say(f"note: {note}")
     print(f"wrote {done.path}: step {done.step}, {arguments.dtype}, {done.num_bytes / 2**20:,.1f} MiB")
@@ -338,14 +360,21 @@ def demo(argv: list[str]) -> int:
         _print_json(result)
         return 0
     rows = [
-        (row["what"], *(f"{100 * row[k][0]:.0f} %  [{100 * row[k][1]:.0f}, {100 * row[k][2]:.0f}]" for k in ("base", "trained", "difference")),
-         "" if row["chance"] is None else f"{100 * row['chance']:.0f} %")
+        (
+            row["what"],
+            *(
+                f"{100 * row[k][0]:.0f} %  [{100 * row[k][1]:.0f}, {100 * row[k][2]:.0f}]"
+                for k in ("base", "trained", "difference")
+            ),
+            "" if row["chance"] is None else f"{100 * row['chance']:.0f} %",
+        )
         for row in result["rows"]
-    ]  # fmt: skip
+    ]
     _print_table(
         f"{result['num_samples']} images of combinations never fine-tuned on, {result['interval']} intervals",
-        ("", "base", "trained", "difference", "chance"), rows,
-    )  # fmt: skip
+        ("", "base", "trained", "difference", "chance"),
+        rows,
+    )
     print(f"report: {result['report']}")
     return 0
 

@@ -65,9 +65,12 @@ def small_taesd(tmp_path_factory) -> Path:
 
     torch.manual_seed(0)
     vae = AutoencoderTiny(
-        encoder_block_out_channels=(8, 8, 8), decoder_block_out_channels=(8, 8, 8), num_encoder_blocks=(1, 1, 1),
-        num_decoder_blocks=(1, 1, 1), latent_channels=4,
-    )  # fmt: skip
+        encoder_block_out_channels=(8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8),
+        num_encoder_blocks=(1, 1, 1),
+        num_decoder_blocks=(1, 1, 1),
+        latent_channels=4,
+    )
     folder = tmp_path_factory.mktemp("taesd")
     vae.save_pretrained(folder)
     return folder

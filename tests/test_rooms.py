@@ -38,8 +38,11 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # data knows the keyed noise, for its own draws, and no other kernel
 MAY_IMPORT_OF_KERNELS = {"data": {"kernels/philox"}}
 # what the trainer may never know of
-FORBIDDEN = {"kernels": ("data", "trainer", "bench", "safelight"), "data": ("trainer", "bench", "safelight"),
-             "trainer": ("bench", "safelight")}  # fmt: skip
+FORBIDDEN = {
+    "kernels": ("data", "trainer", "bench", "safelight"),
+    "data": ("trainer", "bench", "safelight"),
+    "trainer": ("bench", "safelight"),
+}
 
 
 def room_of(path: Path) -> str:

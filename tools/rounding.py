@@ -105,11 +105,13 @@ def tiny(mode: str) -> tuple[_Watch, Tensor, float]:
     side, width = unet.config.sample_size, unet.config.cross_attention_dim
     batches = [
         Noisy(
-            torch.randn(BATCH, 4, side, side, generator=generator), torch.randint(0, 1000, (BATCH,), generator=generator),
-            torch.randn(BATCH, 4, side, side, generator=generator), torch.randn(BATCH, 48, width, generator=generator),
+            torch.randn(BATCH, 4, side, side, generator=generator),
+            torch.randint(0, 1000, (BATCH,), generator=generator),
+            torch.randn(BATCH, 4, side, side, generator=generator),
+            torch.randn(BATCH, 48, width, generator=generator),
         )
         for _ in range(NUM_BATCHES)
-    ]  # fmt: skip
+    ]
     watch = _Watch(optimizer.inner)
     for number in range(NUM_STEPS["tiny"]):
         accumulate(unet, batches[number % NUM_BATCHES], schedule, Loss(), BATCH, optimizer.loss_scale.scale)

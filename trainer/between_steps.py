@@ -134,10 +134,16 @@ def _sample(job: Job, position: Position) -> None:
     settings, between = settings_of(config), _between(job)
     text, negative = job.dataset.texts(prompts), job.dataset.texts([config.sample.negative_prompt])
     images = generate(
-        job.unet, job.codec, text, negative, job.schedule, settings, batch_size=between.prompts or SAMPLE_BATCH_SIZE,
+        job.unet,
+        job.codec,
+        text,
+        negative,
+        job.schedule,
+        settings,
+        batch_size=between.prompts or SAMPLE_BATCH_SIZE,
         decode_on=torch.device("cpu") if between.decode_on == "cpu" else job.device,
         progress=_tell(job, position, "drawing"),
-    )  # fmt: skip
+    )
     folder = job.run_dir / "samples" / f"step-{position.step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
     rows = []

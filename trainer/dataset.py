@@ -103,9 +103,16 @@ def open_dataset(config: Config, base: Base, device: torch.device, progress: Pro
     validation = plan_samples(validation_photos, buckets, variants=1, **common)
     cache = Cache(path / "cache", config.data.cache_dtype)
     dataset = Dataset(
-        path, cache, train, validation, buckets, empty_text_key(encoder.fingerprint, cache.dtype),
-        codec.scaling_factor, codec.factor, encoder.fingerprint,
-    )  # fmt: skip
+        path,
+        cache,
+        train,
+        validation,
+        buckets,
+        empty_text_key(encoder.fingerprint, cache.dtype),
+        codec.scaling_factor,
+        codec.factor,
+        encoder.fingerprint,
+    )
     try:
         _fill(dataset, config, codec, encoder, ENCODE_BATCH_CPU if device.type == "cpu" else ENCODE_BATCH_GPU, progress)
     except BaseException:

@@ -115,9 +115,13 @@ def load_job(
     unet = load_unet(base, config.run.seed).train()
     side = config.data.resolution // dataset.latent_factor
     attention = choose_attention(
-        device, dtype, attention_cases(unet, (side, side)), wanted=config.model.attention,
-        batch=config.train.batch_size, previous=None if step is None else recorded_attention(run_dir),
-    )  # fmt: skip
+        device,
+        dtype,
+        attention_cases(unet, (side, side)),
+        wanted=config.model.attention,
+        batch=config.train.batch_size,
+        previous=None if step is None else recorded_attention(run_dir),
+    )
     equipped = equip(unet, settled, attention, device, dtype)
     # what encoding, the probe and loading took is not training's peak
     reset_peak_memory(device)
@@ -179,12 +183,29 @@ def load_job(
     most_samples = max(stage.batch_size * stage.accumulate for stage in timeline.stages)
     saver = Saver(run_dir, identity, config.save.keep, metrics.sync, terminal.say, device, -1 if step is None else step)
     job = Job(
-        config, run_dir, device, dataset, unet, optimizer, ema, schedule, codec, timeline, metrics, terminal,
-        subset, identity, stop_requested, saver, SideStream(device) if device.type == "cuda" else None,
-        recording_for(unet, optimizer, schedule, dataset.scaling_factor, config.loss, device, not no_graphs), is_grouped,
-        StepLog(most_samples, device, window_state), need,
+        config,
+        run_dir,
+        device,
+        dataset,
+        unet,
+        optimizer,
+        ema,
+        schedule,
+        codec,
+        timeline,
+        metrics,
+        terminal,
+        subset,
+        identity,
+        stop_requested,
+        saver,
+        SideStream(device) if device.type == "cuda" else None,
+        recording_for(unet, optimizer, schedule, dataset.scaling_factor, config.loss, device, not no_graphs),
+        is_grouped,
+        StepLog(most_samples, device, window_state),
+        need,
         num_skipped_tensors=already_skipped,
-    )  # fmt: skip
+    )
     return job, position
 
 

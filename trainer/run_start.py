@@ -29,9 +29,18 @@ def _write_json(path: Path, value) -> None:
 
 
 def write_start(
-    run_dir: Path, config: Config, base: Base, dataset: Dataset, unet: nn.Module, notes: list[str],
-    prediction_type: str, precision: str, device: torch.device, attention: AttentionChoice, more: dict,
-) -> None:  # fmt: skip
+    run_dir: Path,
+    config: Config,
+    base: Base,
+    dataset: Dataset,
+    unet: nn.Module,
+    notes: list[str],
+    prediction_type: str,
+    precision: str,
+    device: torch.device,
+    attention: AttentionChoice,
+    more: dict,
+) -> None:
     """Write config.toml, environment.json, model.json, data.json, split.json and data_examples/.
 
     more: further keys of environment.json.

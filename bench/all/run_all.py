@@ -206,9 +206,13 @@ def memory(session: Session) -> Iterator[dict]:
 def kernels(session: Session) -> Iterator[dict]:
     """The kernels' bytes and, on a GPU, their speed at SD1.5's largest layers; torch.compile has its own part."""
     lines = bench_kernels(
-        ("sd15",), (1, 8) if session.is_gpu else (1,), session.work.dtype, session.device, times=session.is_gpu,
+        ("sd15",),
+        (1, 8) if session.is_gpu else (1,),
+        session.work.dtype,
+        session.device,
+        times=session.is_gpu,
         with_compile=False,
-    )  # fmt: skip
+    )
     for line in lines:
         yield line
         if session.remaining() < 5:
@@ -218,9 +222,16 @@ def kernels(session: Session) -> Iterator[dict]:
 def compiled_kernels(session: Session) -> Iterator[dict]:
     """The same beside torch.compile, one shape a kernel; on a CPU the references of one kernel rehearse it."""
     lines = bench_kernels(
-        ("sd15",), (8 if session.is_gpu else 1,), session.work.dtype, session.device, ops=() if session.is_gpu else ("geglu",),
-        num_shapes=1, with_bytes=False, repeats=20 if session.is_gpu else 1, with_compile=session.is_gpu,
-    )  # fmt: skip
+        ("sd15",),
+        (8 if session.is_gpu else 1,),
+        session.work.dtype,
+        session.device,
+        ops=() if session.is_gpu else ("geglu",),
+        num_shapes=1,
+        with_bytes=False,
+        repeats=20 if session.is_gpu else 1,
+        with_compile=session.is_gpu,
+    )
     for line in lines:
         yield line
         if session.remaining() < 10:
@@ -248,9 +259,15 @@ def full_size_run(session: Session) -> Iterator[dict]:
     if session.is_gpu:
         is_large = session.gpu_gib > LARGE_GIB
         run = ShortRun(
-            "sd15", "random:sd15", 512, photos=64, steps=300 if is_large else 24, batch_size=4,
-            checkpointing="none" if is_large else "full", validates=is_large,
-        )  # fmt: skip
+            "sd15",
+            "random:sd15",
+            512,
+            photos=64,
+            steps=300 if is_large else 24,
+            batch_size=4,
+            checkpointing="none" if is_large else "full",
+            validates=is_large,
+        )
     else:
         run = ShortRun("sd15", "random:small", 128, photos=2, steps=1, batch_size=1, checkpointing="full")
     free_gib = shutil.disk_usage(session.out).free / GIB

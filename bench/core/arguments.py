@@ -123,10 +123,11 @@ class Gate:
     golden: Annotated[
         Path | None,
         arg(
-            metavar="FILE", help="the figures to hold",
+            metavar="FILE",
+            help="the figures to hold",
             help_behavior_hint="(default: bench/results/counts.jsonl)",
         ),
-    ] = None  # fmt: skip
+    ] = None
     base: Annotated[
         str, arg(metavar="BASE", help="check the configs of this base alone", help_behavior_hint="(default: all)")
     ] = ""

@@ -40,12 +40,15 @@ def kernel_runs(events: Iterable, began_ns: int) -> list[KernelRun]:
             found.append(event)
     runs = [
         KernelRun(
-            e.name(), (e.start_ns() - began_ns) / 1e3, (e.end_ns() - began_ns) / 1e3,
+            e.name(),
+            (e.start_ns() - began_ns) / 1e3,
+            (e.end_ns() - began_ns) / 1e3,
             # a launch before the profiler's first event was not seen
-            (calls.get(e.correlation_id(), e.start_ns()) - began_ns) / 1e3, e.linked_correlation_id(),
+            (calls.get(e.correlation_id(), e.start_ns()) - began_ns) / 1e3,
+            e.linked_correlation_id(),
         )
         for e in found
-    ]  # fmt: skip
+    ]
     return sorted(runs, key=lambda run: run.start)
 
 

@@ -11,21 +11,60 @@ from collections.abc import Sequence
 CLASSES = ("conv", "matmul", "attention", "norm", "elementwise", "copy/cast", "optimizer")
 
 _CLASS_OF = {
-    "conv": ("convolution", "conv2d", "cudnn_convolution", "mkldnn_convolution", "slow_conv2d", "_convolution", "thnn_conv2d"),
+    "conv": (
+        "convolution",
+        "conv2d",
+        "cudnn_convolution",
+        "mkldnn_convolution",
+        "slow_conv2d",
+        "_convolution",
+        "thnn_conv2d",
+    ),
     "matmul": ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "addmv", "mv", "dot", "_addmm_activation"),
-    "attention": ("attention", "scaled_dot_product", "efficient_attention", "flash_attention", "cudnn_attention", "fmha"),
+    "attention": (
+        "attention",
+        "scaled_dot_product",
+        "efficient_attention",
+        "flash_attention",
+        "cudnn_attention",
+        "fmha",
+    ),
     "norm": ("native_group_norm", "native_layer_norm", "group_norm", "layer_norm", "native_batch_norm"),
-    "copy/cast": ("clone", "_to_copy", "copy_", "cat", "stack", "index", "index_select", "contiguous", "_foreach_copy_"),
+    "copy/cast": (
+        "clone",
+        "_to_copy",
+        "copy_",
+        "cat",
+        "stack",
+        "index",
+        "index_select",
+        "contiguous",
+        "_foreach_copy_",
+    ),
     "optimizer": ("_fused_adamw_", "_fused_adam_", "adamw8bit", "optimizer_update"),
-}  # fmt: skip
+}
 _EXACT = {name: kind for kind in ("matmul", "copy/cast") for name in _CLASS_OF[kind]}
 _SUBSTRING = [(part, kind) for kind in ("attention", "conv", "norm", "optimizer") for part in _CLASS_OF[kind]]
 
 # they make no kernel: memory alone, or another view of it
 _NO_WORK = {
-    "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "_reshape_alias", "detach",
-    "lift_fresh", "alias", "resize_", "set_", "_local_scalar_dense", "is_same_size", "sym_size", "record_stream",
-}  # fmt: skip
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "_unsafe_view",
+    "_reshape_alias",
+    "detach",
+    "lift_fresh",
+    "alias",
+    "resize_",
+    "set_",
+    "_local_scalar_dense",
+    "is_same_size",
+    "sym_size",
+    "record_stream",
+}
 # the host waits for the device
 SYNC_OPERATORS = {
     "_local_scalar_dense",

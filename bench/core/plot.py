@@ -137,9 +137,11 @@ def ablation(axes: Axes, records: list[dict]) -> bool:
     lines = {
         (r["config"]["precision"], r["config"]["layout"], r["config"].get("patched", False)): r
         for r in newest(records).values()
-        if r["bench"] == "count" and r["config"]["base"] == "random:sd15" and r["config"]["checkpointing"] == "none"
+        if r["bench"] == "count"
+        and r["config"]["base"] == "random:sd15"
+        and r["config"]["checkpointing"] == "none"
         and r["config"]["batch_size"] == 1
-    }  # fmt: skip
+    }
     found = [(lines[key], label) for key, label in ABLATION if key in lines]
     before = None
     for x, (line, _) in enumerate(found):
@@ -246,8 +248,10 @@ def roofline(axes: Axes, records: list[dict]) -> bool:
         use = 100 * figures["model_flop_use"]["share_of_limit"]
         axes.set_title(f"{place} on {line['machine']['device']}: model-FLOP use {use:.0f} %", fontsize=10)
         axes.set_xlabel("ms of a step under the profiler; %: of its roofline")
-        handles = [Patch(color=ROOFLINE["the least"], label="the least, at this device's ceilings"),
-                   Patch(color=ROOFLINE["measured"], label="measured")]  # fmt: skip
+        handles = [
+            Patch(color=ROOFLINE["the least"], label="the least, at this device's ceilings"),
+            Patch(color=ROOFLINE["measured"], label="measured"),
+        ]
         if any("least_ms" not in row for row in figures["classes"].values()):
             handles.append(Patch(color=ROOFLINE["no operator's"], label="between operators"))
         axes.legend(handles=handles, frameon=False, fontsize=9, loc="best")

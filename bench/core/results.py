@@ -60,9 +60,14 @@ def make_record(bench: str, config: dict, figures: dict, device: torch.device, n
     told.pop("command"), told.pop("platform")
     commit, started = told.pop("git_commit"), told.pop("started")
     record = {
-        "bench": bench, "config": config, "figures": figures, "machine": {**told, **clocks(device), "load_average": _load()},
-        "git_commit": commit, "git_dirty": _is_dirty(), "date": started,
-    }  # fmt: skip
+        "bench": bench,
+        "config": config,
+        "figures": figures,
+        "machine": {**told, **clocks(device), "load_average": _load()},
+        "git_commit": commit,
+        "git_dirty": _is_dirty(),
+        "date": started,
+    }
     return {**record, "note": note} if note else record
 
 

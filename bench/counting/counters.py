@@ -191,9 +191,19 @@ class CardOperators(TorchFunctionMode):
 
     LOWER = (F.linear, F.conv2d, torch.matmul, Tensor.matmul, torch.bmm, torch.baddbmm, F.scaled_dot_product_attention)
     FP32 = (
-        F.group_norm, F.layer_norm, F.mse_loss, torch.pow, Tensor.pow, Tensor.square, torch.exp, Tensor.exp, torch.sum,
-        Tensor.sum, torch.softmax, Tensor.softmax,
-    )  # fmt: skip
+        F.group_norm,
+        F.layer_norm,
+        F.mse_loss,
+        torch.pow,
+        Tensor.pow,
+        Tensor.square,
+        torch.exp,
+        Tensor.exp,
+        torch.sum,
+        Tensor.sum,
+        torch.softmax,
+        Tensor.softmax,
+    )
 
     def __init__(self, autocast: torch.dtype | None = None):
         super().__init__()

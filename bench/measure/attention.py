@@ -108,9 +108,14 @@ def bench_attention(
                 continue
             seen.add(case)
             config = {
-                "model": model, "batch_size": batch, "heads": case.heads, "queries": case.queries, "keys": case.keys,
-                "head_dim": case.head_dim, "precision": str(dtype).removeprefix("torch."),
-            }  # fmt: skip
+                "model": model,
+                "batch_size": batch,
+                "heads": case.heads,
+                "queries": case.queries,
+                "keys": case.keys,
+                "head_dim": case.head_dim,
+                "precision": str(dtype).removeprefix("torch."),
+            }
             note = CPU_NOTE if device.type == "cpu" else ""
             yield make_record("attention", config, measure(case, batch, dtype, device, repeats), device, note)
 

@@ -43,9 +43,13 @@ def meta_noisy(unet: nn.Module, batch_size: int, side: int, layout: str) -> Nois
 
 
 def count_step(
-    unet: nn.Module, noisy: Noisy, schedule: NoiseSchedule, layout: str, autocast: torch.dtype | None = None,
+    unet: nn.Module,
+    noisy: Noisy,
+    schedule: NoiseSchedule,
+    layout: str,
+    autocast: torch.dtype | None = None,
     optimizer: UNetOptimizer | None = None,
-) -> Counts:  # fmt: skip
+) -> Counts:
     """Return the counts of one step: the loss and its gradients by trainer/step/step.py, then the optimizer if given."""
     counter, saved = Counter(layout), SavedBytes(unet.parameters())
     scale = torch.ones((), device=noisy.noisy_BCHW.device) if optimizer is None else optimizer.loss_scale.scale
@@ -63,9 +67,16 @@ def count_step(
 
 
 def trace(
-    base: Base, *, latent_size: int = 0, batch_size: int = 1, precision: str = "bf16", layout: str = "nchw",
-    checkpointing: str = "none", optimizer: str = "none", patched: bool = False,
-) -> Counts:  # fmt: skip
+    base: Base,
+    *,
+    latent_size: int = 0,
+    batch_size: int = 1,
+    precision: str = "bf16",
+    layout: str = "nchw",
+    checkpointing: str = "none",
+    optimizer: str = "none",
+    patched: bool = False,
+) -> Counts:
     """Return the counts of a base's training step, traced on meta tensors.
 
     precision: fp32 | bf16 | fp16 | autocast-bf16 | autocast-fp16. optimizer: none | adamw | adamw8bit. patched: with our
@@ -126,12 +137,16 @@ def figures(counts: Counts) -> dict:
 def config_of(options: Count) -> dict:
     """Return what a counted figure depends on."""
     return {
-        "base": options.base, "latent_size": options.latent_size, "batch_size": options.batch_size,
-        "precision": options.precision, "layout": options.layout, "checkpointing": options.checkpointing,
+        "base": options.base,
+        "latent_size": options.latent_size,
+        "batch_size": options.batch_size,
+        "precision": options.precision,
+        "layout": options.layout,
+        "checkpointing": options.checkpointing,
         "optimizer": options.optimizer,
         # lines from before there was a patch have no such field
         **({"patched": True} if options.patched else {}),
-    }  # fmt: skip
+    }
 
 
 def count(options: Count) -> tuple[dict, float]:
@@ -153,9 +168,13 @@ def profiled(options: Count) -> dict:
             f"--profile runs the step as it trains: layout nchw and an optimizer, not {options.layout}, {options.optimizer}"
         )
     work = Workload(
-        options.base, options.latent_size, options.batch_size, options.precision.removeprefix("autocast-"),
-        options.optimizer, options.checkpointing,
-    ).resolved()  # fmt: skip
+        options.base,
+        options.latent_size,
+        options.batch_size,
+        options.precision.removeprefix("autocast-"),
+        options.optimizer,
+        options.checkpointing,
+    ).resolved()
     trainer = build("diffusers" if is_autocast else OURS, work)
     (batch,) = random_batches(1, work)
     return profile_step(lambda: trainer.step(batch), torch.device(work.device))

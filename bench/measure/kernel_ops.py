@@ -102,9 +102,15 @@ def _plain_noising(mean, logvar, words, alphas):
 
 def _our_noising(mean, logvar, words, alphas):
     found = noising(
-        mean, logvar, words, alphas, prediction_type="epsilon", scaling_factor=SCALING, dtype=torch.bfloat16,
+        mean,
+        logvar,
+        words,
+        alphas,
+        prediction_type="epsilon",
+        scaling_factor=SCALING,
+        dtype=torch.bfloat16,
         memory_format=torch.channels_last,
-    )  # fmt: skip
+    )
     return found.noisy_BCHW, found.target_BCHW
 
 
@@ -138,55 +144,86 @@ def _rows(shape: Shape) -> dict[str, Shape]:
 
 OPS: dict[str, Op] = {
     "group_norm_silu": Op(
-        _image, lambda s: _norm(s[1]), _our_group_norm, _plain_group_norm,
+        _image,
+        lambda s: _norm(s[1]),
+        _our_group_norm,
+        _plain_group_norm,
         # statistics read x, the norm reads x and writes y; the sums read dy and x, dx reads both and is written
-        lambda s, b: 3 * prod(s) * b, lambda s, b: 5 * prod(s) * b,
+        lambda s, b: 3 * prod(s) * b,
+        lambda s, b: 5 * prod(s) * b,
     ),
     "add_group_norm_silu": Op(
-        lambda s: {"x": s, "addend": s[:2]}, lambda s: _norm(s[1]), _our_group_norm, _plain_group_norm,
-        lambda s, b: 3 * prod(s) * b, lambda s, b: 5 * prod(s) * b,
+        lambda s: {"x": s, "addend": s[:2]},
+        lambda s: _norm(s[1]),
+        _our_group_norm,
+        _plain_group_norm,
+        lambda s, b: 3 * prod(s) * b,
+        lambda s, b: 5 * prod(s) * b,
     ),
     "group_norm": Op(
-        _image, lambda s: _norm(s[1]), lambda **x: _our_group_norm(**x, silu=False),
-        lambda **x: _plain_group_norm(**x, silu=False), lambda s, b: 3 * prod(s) * b, lambda s, b: 5 * prod(s) * b,
+        _image,
+        lambda s: _norm(s[1]),
+        lambda **x: _our_group_norm(**x, silu=False),
+        lambda **x: _plain_group_norm(**x, silu=False),
+        lambda s, b: 3 * prod(s) * b,
+        lambda s, b: 5 * prod(s) * b,
     ),
     "layer_norm": Op(
-        _rows, lambda s: _norm(s[-1]), lambda x, norm_weight, norm_bias: layer_norm(x, norm_weight, norm_bias, EPS),
+        _rows,
+        lambda s: _norm(s[-1]),
+        lambda x, norm_weight, norm_bias: layer_norm(x, norm_weight, norm_bias, EPS),
         lambda x, norm_weight, norm_bias: F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, EPS),
         # x to y; dy and x to dx
-        lambda s, b: 2 * prod(s) * b, lambda s, b: 3 * prod(s) * b,
+        lambda s, b: 2 * prod(s) * b,
+        lambda s, b: 3 * prod(s) * b,
     ),
     "add_layer_norm": Op(
-        lambda s: {"x": s, "residual": s}, lambda s: _norm(s[-1]),
+        lambda s: {"x": s, "residual": s},
+        lambda s: _norm(s[-1]),
         lambda x, residual, norm_weight, norm_bias: add_layer_norm(x, residual, norm_weight, norm_bias, EPS),
         _plain_add_layer_norm,
         # x and residual to s and y; ds, dy and s to dx, which both inputs get
-        lambda s, b: 4 * prod(s) * b, lambda s, b: 4 * prod(s) * b,
+        lambda s, b: 4 * prod(s) * b,
+        lambda s, b: 4 * prod(s) * b,
     ),
     "geglu": Op(
-        _rows, lambda s: {}, geglu, _plain_geglu,
+        _rows,
+        lambda s: {},
+        geglu,
+        _plain_geglu,
         # x to y, half as large; dy and x to dx
-        lambda s, b: 3 * prod(s) * b // 2, lambda s, b: 5 * prod(s) * b // 2,
+        lambda s, b: 3 * prod(s) * b // 2,
+        lambda s, b: 5 * prod(s) * b // 2,
     ),
     "bias_residual": Op(
-        lambda s: {"x": s, "residual": s}, lambda s: {"bias": s[1:2]},
+        lambda s: {"x": s, "residual": s},
+        lambda s: {"bias": s[1:2]},
         lambda x, residual, bias: bias_residual(x, bias, residual),
         lambda x, residual, bias: residual + (x + bias[:, None, None]),
         # dy is the gradient of both inputs as it is; the bias' sum reads it
-        lambda s, b: 3 * prod(s) * b, lambda s, b: prod(s) * b,
+        lambda s, b: 3 * prod(s) * b,
+        lambda s, b: prod(s) * b,
     ),
     "noising": Op(
-        lambda s: {"mean": s, "logvar": s, "words": (s[0], 5), "alphas": (1000,)}, lambda s: {}, _our_noising,
+        lambda s: {"mean": s, "logvar": s, "words": (s[0], 5), "alphas": (1000,)},
+        lambda s: {},
+        _our_noising,
         _plain_noising,
         # mean and logvar in fp32 to the noisy latents in 16 bits and the target in fp32
-        lambda s, b: prod(s) * (4 + 4 + 2 + 4), is_differentiable=False,
+        lambda s, b: prod(s) * (4 + 4 + 2 + 4),
+        is_differentiable=False,
     ),
     "diffusion_loss": Op(
-        lambda s: {"predicted": s, "target": s, "timesteps": s[:1], "alphas": (1000,)}, lambda s: {}, _our_loss,
-        _plain_loss, lambda s, b: prod(s) * (b + 4), lambda s, b: prod(s) * (2 * b + 4),
+        lambda s: {"predicted": s, "target": s, "timesteps": s[:1], "alphas": (1000,)},
+        lambda s: {},
+        _our_loss,
+        _plain_loss,
+        lambda s, b: prod(s) * (b + 4),
+        lambda s, b: prod(s) * (2 * b + 4),
     ),
     "norm_silu_conv": Op(
-        _image, lambda s: {**_norm(s[1]), "conv_weight": (s[4], s[1], 3, 3), "conv_bias": (s[4],)},
+        _image,
+        lambda s: {**_norm(s[1]), "conv_weight": (s[4], s[1], 3, 3), "conv_bias": (s[4],)},
         lambda x, norm_weight, norm_bias, conv_weight, conv_bias: norm_silu_conv(
             x, norm_weight, norm_bias, NUM_GROUPS, conv_weight, conv_bias, eps=EPS
         ),
@@ -195,7 +232,8 @@ OPS: dict[str, Op] = {
         ),
     ),
     "norm_linear": Op(
-        _rows, lambda s: {**_norm(s[2]), "weight": (s[3], s[2])},
+        _rows,
+        lambda s: {**_norm(s[2]), "weight": (s[3], s[2])},
         lambda x, norm_weight, norm_bias, weight: norm_linear(x, norm_weight, norm_bias, weight, eps=EPS),
         lambda x, norm_weight, norm_bias, weight: F.linear(
             F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, EPS), weight
@@ -204,12 +242,16 @@ OPS: dict[str, Op] = {
     "feed_forward": Op(
         _rows,
         lambda s: {
-            **_norm(s[2]), "in_weight": (2 * s[3], s[2]), "in_bias": (2 * s[3],), "out_weight": (s[2], s[3]),
+            **_norm(s[2]),
+            "in_weight": (2 * s[3], s[2]),
+            "in_bias": (2 * s[3],),
+            "out_weight": (s[2], s[3]),
             "out_bias": (s[2],),
         },
-        lambda **x: feed_forward(*x.values(), eps=EPS, recompute=True), _plain_feed_forward,
+        lambda **x: feed_forward(*x.values(), eps=EPS, recompute=True),
+        _plain_feed_forward,
     ),
-}  # fmt: skip
+}
 
 
 def reduced(shape: Shape) -> Shape:

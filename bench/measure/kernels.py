@@ -205,10 +205,18 @@ def chosen(found: tuple[Layer, ...], ops: tuple[str, ...], num_shapes: int, item
 
 
 def bench_kernels(
-    models: tuple[str, ...], batch_sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device, *,
-    ops: tuple[str, ...] = (), num_shapes: int = 2, with_bytes: bool = True, times: bool = True, repeats: int = 20,
+    models: tuple[str, ...],
+    batch_sizes: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    ops: tuple[str, ...] = (),
+    num_shapes: int = 2,
+    with_bytes: bool = True,
+    times: bool = True,
+    repeats: int = 20,
     with_compile: bool = True,
-) -> Iterator[dict]:  # fmt: skip
+) -> Iterator[dict]:
     """Yield result lines: of each model and batch its bytes; with times, then a line for each layer that is timed.
 
     Raises ValueError for an unknown model or op.
@@ -228,9 +236,15 @@ def bench_kernels(
             figures = time_layer(layer, dtype, device, copy_rate, repeats, with_compile)
             shape = list(reduced(layer.shape) if is_cpu else layer.shape)
             config = {
-                "model": model, "batch_size": size, "precision": _precision(dtype), "what": "time", "op": layer.op,
-                "shape": shape, "count": layer.count, "device": device.type,
-            }  # fmt: skip
+                "model": model,
+                "batch_size": size,
+                "precision": _precision(dtype),
+                "what": "time",
+                "op": layer.op,
+                "shape": shape,
+                "count": layer.count,
+                "device": device.type,
+            }
             yield record("kernels", config, {**figures, "copy_gb_per_s": round(copy_rate, 2)})
 
 

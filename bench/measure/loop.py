@@ -56,11 +56,13 @@ def config_for(work: Workload, dataset: Path, run_dir: Path, num_epochs: int, si
             "data": {"path": str(dataset), "resolution": side_px, "max_aspect": 1.0, "validation_fraction": 0.0},
             "train": {"batch_size": work.batch_size, "checkpointing": work.checkpointing, "epochs": num_epochs},
             "optimizer": {"name": work.optimizer},
-            "validate": {"every_epochs": 0}, "sample": {"every_epochs": 0}, "save": {"every_epochs": 1, "keep": 1},
+            "validate": {"every_epochs": 0},
+            "sample": {"every_epochs": 0},
+            "save": {"every_epochs": 1, "keep": 1},
             "log": {"tensorboard": True},
         },
         "bench loop",
-    )  # fmt: skip
+    )
 
 
 def _busy_share(profiler, seconds: float) -> float:
@@ -191,10 +193,16 @@ def _line(recipe: str, work: Workload, num: int, num_epochs: int, found: Epochs)
     fastest, *_, slowest = sorted(found.seconds)
     middle = sorted(found.seconds)[len(found.seconds) // 2]
     config = {
-        "recipe": recipe, "base": work.base, "latent_size": work.latent_size, "batch_size": work.batch_size,
-        "precision": work.precision, "optimizer": work.optimizer, "checkpointing": work.checkpointing,
-        "photographs": num, "epochs": num_epochs,
-    }  # fmt: skip
+        "recipe": recipe,
+        "base": work.base,
+        "latent_size": work.latent_size,
+        "batch_size": work.batch_size,
+        "precision": work.precision,
+        "optimizer": work.optimizer,
+        "checkpointing": work.checkpointing,
+        "photographs": num,
+        "epochs": num_epochs,
+    }
     figures = {
         "first_epoch_s": round(found.first_s, 2),
         "epoch_s": [round(s, 3) for s in (fastest, middle, slowest)],

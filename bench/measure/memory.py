@@ -45,9 +45,10 @@ def context_bytes(device: torch.device) -> int:
 def predicted(work: Workload) -> Traced:
     """Return the plan's trace of a step, as `safelight plan` makes it."""
     config = Config(
-        model={"base": work.base, "precision": work.precision}, optimizer=optimizer_config(work.optimizer),
+        model={"base": work.base, "precision": work.precision},
+        optimizer=optimizer_config(work.optimizer),
         train={"checkpointing": work.checkpointing},
-    )  # fmt: skip
+    )
     run = MetaRun(config, resolve_base(work.base), torch.device(work.device), work.dtype)
     # the first step makes what the optimizer keeps
     return [run.step(work.batch_size, work.latent_size, work.latent_size) for _ in range(2)][1]
@@ -96,10 +97,11 @@ def of_a_gpu(work: Workload) -> dict:
     needed = CONTEXT_BYTES + workspace + allocated + FRAGMENTATION * traced.transient
     measured = GIB * found["reserved_gib"] + context
     found |= {
-        "predicted_allocated_gib": round(allocated / GIB, 3), "predicted_needed_gib": round(needed / GIB, 3),
+        "predicted_allocated_gib": round(allocated / GIB, 3),
+        "predicted_needed_gib": round(needed / GIB, 3),
         "allocated_to_predicted": round(GIB * found["allocated_gib"] / allocated, 4),
         "needed_to_predicted": round(measured / needed, 4),
-    }  # fmt: skip
+    }
     found = {"fits": True, **found, "context_gib": round(context / GIB, 3), "smallest_card_gib": None}
     for card in CARDS_GIB:
         # what is allocated at once cannot shrink; what is merely reserved can

@@ -192,9 +192,14 @@ def bench_optimizers(
                 "gb_per_s": round(found["moved_bytes_per_parameter"] * num / middle / 1e9, 2),
             }
         config = {
-            "optimizer": name, "precision": str(dtype).removeprefix("torch."), "every": every, "tensors": len(shapes),
-            "parameters": num, "device": device.type, "compared_with": first,
-        }  # fmt: skip
+            "optimizer": name,
+            "precision": str(dtype).removeprefix("torch."),
+            "every": every,
+            "tensors": len(shapes),
+            "parameters": num,
+            "device": device.type,
+            "compared_with": first,
+        }
         yield record("optimizer", config, found)
 
 

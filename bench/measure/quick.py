@@ -35,9 +35,11 @@ def choose_work(device: str) -> tuple[Workload, tuple[int, ...]]:
 def limit_images_per_s(work: Workload, tflops: float) -> float:
     """Return the images/s at which every FLOP of the step runs at the machine's own matrix rate."""
     counts = trace(
-        resolve_base(work.base), latent_size=work.latent_size, precision=work.precision,
+        resolve_base(work.base),
+        latent_size=work.latent_size,
+        precision=work.precision,
         checkpointing=work.checkpointing,
-    )  # fmt: skip
+    )
     return tflops * 1e12 / counts.flops_total
 
 

@@ -74,9 +74,11 @@ def _by_class(costs: Costs, limits: dict, analysis: Analysis | None) -> dict[str
         rows = [cost for cost in costs.values() if cost.kind == kind]
         whole = Cost(kind, sizes=sum((cost.sizes for cost in rows), Cost().sizes))
         row = {
-            "calls": whole.calls, "gflop": round(whole.flops / 1e9, 3), "gb": round(whole.num_bytes / 1e9, 4),
+            "calls": whole.calls,
+            "gflop": round(whole.flops / 1e9, 3),
+            "gb": round(whole.num_bytes / 1e9, 4),
             "least_ms": round(whole.least_ms(limits), 4),
-        }  # fmt: skip
+        }
         if analysis is not None:
             ms = analysis.kinds.get(kind, 0.0)
             row |= {"ms": round(ms, 4), "share_of_limit": round(whole.least_ms(limits) / ms, 4) if ms else None}
@@ -113,10 +115,12 @@ def roofline(work: Workload, repeats: int = 20, num_steps: int = 5, card: Card |
     costs, model_flops = _followed(work, torch.device(work.device), dtype)
     flops = sum(cost.flops for cost in costs.values())
     figures = {
-        **limits, "step_gflop": round(flops / 1e9, 3), "model_gflop": round(model_flops / 1e9, 3),
+        **limits,
+        "step_gflop": round(flops / 1e9, 3),
+        "model_gflop": round(model_flops / 1e9, 3),
         "moved_gb": round(sum(cost.num_bytes for cost in costs.values()) / 1e9, 4),
         "least_ms": round(sum(cost.least_ms(limits) for cost in costs.values()), 4),
-    }  # fmt: skip
+    }
     analysis = None
     config = {**asdict(work), "ceilings": "measured" if card is None else f"{card.name}'s data sheet"}
     if card is None and (work.device == "cuda" or work.base in CPU_BASES):

@@ -18,8 +18,14 @@ STRETCHES = ("load", "noise", "forward", "loss", "backward", "optimizer")
 REST = "the loop around them"
 IDLE = {"cuda": "idle", "cpu": "Python and dispatch"}
 # what a kernel's own name tells where nothing else does
-_KERNEL_WORDS = {"conv": ("conv", "wgrad", "dgrad", "fprop"), "linear": ("gemm", "cutlass"), "attention": ("flash", "fmha"),
-                 "norm": ("norm",), "optimizer": ("adam", "ema"), "copies": ("memcpy", "memset", "copy", "nchw", "nhwc")}  # fmt: skip
+_KERNEL_WORDS = {
+    "conv": ("conv", "wgrad", "dgrad", "fprop"),
+    "linear": ("gemm", "cutlass"),
+    "attention": ("flash", "fmha"),
+    "norm": ("norm",),
+    "optimizer": ("adam", "ema"),
+    "copies": ("memcpy", "memset", "copy", "nchw", "nhwc"),
+}
 
 
 @dataclass(frozen=True)
@@ -194,10 +200,16 @@ def analyse(session: Session, ceilings: dict) -> Analysis:
     kinds[IDLE[session.device.type]] = max(0.0, idle)
     flops = sum(cost.flops for cost in session.costs.values())
     return Analysis(
-        statistics.median(lengths), session.plain_ms, _stretches(session, events), kinds, operators, flops,
-        sum(cost.num_bytes for cost in session.costs.values()), sum(o.calls for o in operators),
+        statistics.median(lengths),
+        session.plain_ms,
+        _stretches(session, events),
+        kinds,
+        operators,
+        flops,
+        sum(cost.num_bytes for cost in session.costs.values()),
+        sum(o.calls for o in operators),
         flops / (session.plain_ms / 1e3) / (ceilings["matmul_tflops"] * 1e12),
-    )  # fmt: skip
+    )
 
 
 def figures(session: Session, analysis: Analysis, ceilings: dict) -> dict:
@@ -210,8 +222,12 @@ def figures(session: Session, analysis: Analysis, ceilings: dict) -> dict:
         "classes_ms": {name: {"ms": round(ms, 3)} for name, ms in analysis.kinds.items()},
         "operators": [
             {
-                "name": o.name, "class": o.kind, "calls": round(o.calls, 1), "ms": round(o.ms, 3),
-                "gb": round(o.num_bytes / 1e9, 4), "gflop": round(o.flops / 1e9, 3),
+                "name": o.name,
+                "class": o.kind,
+                "calls": round(o.calls, 1),
+                "ms": round(o.ms, 3),
+                "gb": round(o.num_bytes / 1e9, 4),
+                "gflop": round(o.flops / 1e9, 3),
                 **({} if o.share is None else {"share_of_limit": round(o.share, 4)}),
             }
             for o in analysis.operators[:30]
@@ -223,4 +239,4 @@ def figures(session: Session, analysis: Analysis, ceilings: dict) -> dict:
         "saved_mib": round(max((b for _, b in session.saved.points), default=0) / mib, 2),
         "saved_by_block_mib": {name: {"mib": round(n / mib, 3)} for name, n in session.saved.by_block.items()},
         **ceilings,
-    }  # fmt: skip
+    }

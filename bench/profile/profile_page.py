@@ -35,10 +35,13 @@ def boxes(session: Session) -> list[Box]:
     step = median_step(session)
     began, whole = step.time_range.start, step.time_range.elapsed_us()
     inside = [
-        e for e in session.events
-        if e.device_type == DeviceType.CPU and e.thread == step.thread
-        and began <= e.time_range.start and e.time_range.end <= step.time_range.end
-    ]  # fmt: skip
+        e
+        for e in session.events
+        if e.device_type == DeviceType.CPU
+        and e.thread == step.thread
+        and began <= e.time_range.start
+        and e.time_range.end <= step.time_range.end
+    ]
     found, ends = [], []
     for event in sorted(inside, key=lambda e: (e.time_range.start, -e.time_range.end)):
         while ends and event.time_range.start >= ends[-1]:
@@ -67,9 +70,15 @@ def flame_chart(session: Session) -> Markup:
         y = box.depth * ROW_PX
         opacity = {"f-accent": 0.78, "f-amber": 0.62, "f-faint": 1}[_fill(box.name)]
         rect = tag(
-            "rect", tag("title", f"{box.name}: {box.length / 1e3:.2f} ms"), class_=_fill(box.name), x=f"{x:.2f}", y=y,
-            width=f"{max(width - 0.4, 0.2):.2f}", height=ROW_PX - 1, opacity=opacity,
-        )  # fmt: skip
+            "rect",
+            tag("title", f"{box.name}: {box.length / 1e3:.2f} ms"),
+            class_=_fill(box.name),
+            x=f"{x:.2f}",
+            y=y,
+            width=f"{max(width - 0.4, 0.2):.2f}",
+            height=ROW_PX - 1,
+            opacity=opacity,
+        )
         short = box.name.rpartition("evaluate_function: ")[2].removeprefix("aten::")
         room = int((width - 6) / LETTER_PX)
         text = short if len(short) <= room else f"{short[: room - 1]}…" if room > 4 else ""
@@ -77,9 +86,15 @@ def flame_chart(session: Session) -> Markup:
         drawn.append(join(rect, label))
     height = (max(box.depth for box in found) + 1) * ROW_PX
     svg = tag(
-        "svg", drawn, class_="graph", viewBox=f"0 0 {WIDTH_PX} {height}", width=WIDTH_PX, height=height, role="img",
+        "svg",
+        drawn,
+        class_="graph",
+        viewBox=f"0 0 {WIDTH_PX} {height}",
+        width=WIDTH_PX,
+        height=height,
+        role="img",
         aria_label=f"Flame chart of a step of {whole / 1e3:.0f} ms",
-    )  # fmt: skip
+    )
     return tag("div", svg, class_="scroll chart", tabindex=0)
 
 
@@ -110,9 +125,14 @@ def _timeline_figure(
             axes.axvspan(start, end, color=PALETTE["grid"], linewidth=0)
         if (end - start) / (max(x) - min(x) + 1e-9) * width > LETTER_PX * len(mark):
             axes.annotate(
-                mark, ((start + end) / 2, 0.99), xycoords=("data", "axes fraction"), ha="center", va="top", fontsize=9,
+                mark,
+                ((start + end) / 2, 0.99),
+                xycoords=("data", "axes fraction"),
+                ha="center",
+                va="top",
+                fontsize=9,
                 color=PALETTE["muted"],
-            )  # fmt: skip
+            )
     axes.fill_between(x, y, step="post", color=PALETTE["faint"], linewidth=0)
     axes.step(x, y, where="post", color=PALETTE["accent"], linewidth=1.2)
     axes.set_xlim(min(x), max(x))
@@ -134,9 +154,10 @@ def memory_section(session: Session) -> Markup:
     marks = [
         (e.name, e.time_range.start / 1e3 - began, e.time_range.end / 1e3 - began)
         for e in session.events
-        if e.name in ("forward", "backward", "optimizer") and began <= e.time_range.start / 1e3 <= end
+        if e.name in ("forward", "backward", "optimizer")
+        and began <= e.time_range.start / 1e3 <= end
         and e.device_type == DeviceType.CPU
-    ]  # fmt: skip
+    ]
     parts = []
     for kind, points in session.live.items():
         inside = [(1e3 * s - began, n) for s, n in points if began <= 1e3 * s <= end]
@@ -181,13 +202,16 @@ def _tiles(pairs: list[tuple[str, str, str]]) -> Markup:
 def _operator_rows(analysis: Analysis) -> list[tuple]:
     return [
         (
-            o.name, o.kind, f"{o.calls:,.0f}", f"{o.ms:.2f}",
+            o.name,
+            o.kind,
+            f"{o.calls:,.0f}",
+            f"{o.ms:.2f}",
             f"{o.num_bytes / 1e9 / (o.ms / 1e3):.1f}" if o.num_bytes and o.ms else "",
             f"{o.flops / 1e9 / (o.ms / 1e3):,.1f}" if o.flops and o.ms else "",
             "" if o.share is None else f"{100 * o.share:.0f} %",
         )
         for o in analysis.operators[:NUM_OPERATORS]
-    ]  # fmt: skip
+    ]
 
 
 def _told(session: Session) -> str:
@@ -200,56 +224,90 @@ def render(session: Session, analysis: Analysis, ceilings: dict, title: str, pla
     """Return the page as HTML. title: what was trained; place: on what, with what."""
     rest = IDLE[session.device.type]
     saved = max((n for _, n in session.saved.points), default=0) / MIB
-    tiles = _tiles([
-        ("A step, without the profiler", f"{analysis.plain_ms:,.1f}", "ms"),
-        ("Photographs", f"{1e3 * session.shape[0] * session.accumulate / analysis.plain_ms:,.1f}", "a second"),
-        ("Model-FLOP use", f"{100 * analysis.model_flop_use:.1f}", f"% of {ceilings['matmul_tflops']:.2f} TFLOP/s"),
-        ("Operators and kernels", f"{analysis.launches:,.0f}", "a step"),
-        ("FLOPs", f"{analysis.flops / 1e9:,.1f}", "GFLOP a step"),
-        ("Kept for backward", f"{saved:,.1f}", "MiB"),
-    ])  # fmt: skip
+    tiles = _tiles(
+        [
+            ("A step, without the profiler", f"{analysis.plain_ms:,.1f}", "ms"),
+            ("Photographs", f"{1e3 * session.shape[0] * session.accumulate / analysis.plain_ms:,.1f}", "a second"),
+            ("Model-FLOP use", f"{100 * analysis.model_flop_use:.1f}", f"% of {ceilings['matmul_tflops']:.2f} TFLOP/s"),
+            ("Operators and kernels", f"{analysis.launches:,.0f}", "a step"),
+            ("FLOPs", f"{analysis.flops / 1e9:,.1f}", "GFLOP a step"),
+            ("Kept for backward", f"{saved:,.1f}", "MiB"),
+        ]
+    )
     body = join(
         tag(
             "header",
             tag("div", Markup(MARK), "Safelight · profile of a step", class_="mark"),
-            tag("h1", title), tag("p", place, class_="sub"), tiles,
+            tag("h1", title),
+            tag("p", place, class_="sub"),
+            tiles,
         ),
         tag(
             "main",
             tag(
-                "section", tag("h2", "Where the step's time goes"), _shares("stretch", analysis.stretches),
-                tag("p", f"{counted(len(session.chosen), 'step')} of {_told(session)} under the profiler, which slows it: {analysis.step_ms:,.1f} ms a step.", class_="note"),
+                "section",
+                tag("h2", "Where the step's time goes"),
+                _shares("stretch", analysis.stretches),
+                tag(
+                    "p",
+                    f"{counted(len(session.chosen), 'step')} of {_told(session)} under the profiler, which slows it: {analysis.step_ms:,.1f} ms a step.",
+                    class_="note",
+                ),
                 id="stretches",
             ),
             tag(
-                "section", tag("h2", "Flame chart"),
-                tag("p", f"One step; point at a box for its name and length. The whole trace: {TRACE_NAME}, for ui.perfetto.dev.", class_="note"),
-                flame_chart(session), id="flame",
-            ),
-            tag(
-                "section", tag("h2", "By class"), _shares("class", analysis.kinds),
-                tag("p", f"“{rest}” is the step's time in which no operator ran.", class_="note"), id="classes",
-            ),
-            tag(
-                "section", tag("h2", "Roofline"),
+                "section",
+                tag("h2", "Flame chart"),
                 tag(
-                    "p", f"The ceilings are this machine's own: {ceilings['matmul_tflops']:.2f} TFLOP/s of matrix products, "
-                    f"{ceilings['copy_gb_per_s']:.1f} GB/s of copies. An operator at 100 % is as fast as its bytes, read and written "
-                    "once, and its FLOPs allow; above it, the cache has helped.", class_="note",
+                    "p",
+                    f"One step; point at a box for its name and length. The whole trace: {TRACE_NAME}, for ui.perfetto.dev.",
+                    class_="note",
                 ),
-                table(("operator", "class", "calls", "ms a step", "GB/s", "GFLOP/s", "of the roofline"), _operator_rows(analysis), class_="figures of-class"),
-                details("All operators", table(("operator", "class", "calls", "ms a step"), [(o.name, o.kind, f"{o.calls:,.0f}", f"{o.ms:.3f}") for o in analysis.operators], class_="figures of-class")),
+                flame_chart(session),
+                id="flame",
+            ),
+            tag(
+                "section",
+                tag("h2", "By class"),
+                _shares("class", analysis.kinds),
+                tag("p", f"“{rest}” is the step's time in which no operator ran.", class_="note"),
+                id="classes",
+            ),
+            tag(
+                "section",
+                tag("h2", "Roofline"),
+                tag(
+                    "p",
+                    f"The ceilings are this machine's own: {ceilings['matmul_tflops']:.2f} TFLOP/s of matrix products, "
+                    f"{ceilings['copy_gb_per_s']:.1f} GB/s of copies. An operator at 100 % is as fast as its bytes, read and written "
+                    "once, and its FLOPs allow; above it, the cache has helped.",
+                    class_="note",
+                ),
+                table(
+                    ("operator", "class", "calls", "ms a step", "GB/s", "GFLOP/s", "of the roofline"),
+                    _operator_rows(analysis),
+                    class_="figures of-class",
+                ),
+                details(
+                    "All operators",
+                    table(
+                        ("operator", "class", "calls", "ms a step"),
+                        [(o.name, o.kind, f"{o.calls:,.0f}", f"{o.ms:.3f}") for o in analysis.operators],
+                        class_="figures of-class",
+                    ),
+                ),
                 id="roofline",
             ),
             memory_section(session),
         ),
         tag("footer", "Written by safelight profile."),
-    )  # fmt: skip
+    )
     head = join(
         tag("meta", charset="utf-8"),
         tag("meta", **{"http-equiv": "Content-Security-Policy"}, content=content_security_policy()),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("title", f"{title}: profile"), Markup(f"<style>{CSS}</style>"),
-    )  # fmt: skip
+        tag("title", f"{title}: profile"),
+        Markup(f"<style>{CSS}</style>"),
+    )
     page = tag("html", tag("head", head), tag("body", body, Markup(f"<script>{JS}</script>")), lang="en")
     return f"<!doctype html>\n{page}\n"

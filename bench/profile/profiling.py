@@ -50,11 +50,17 @@ def profile_run(config: Config, num_steps: int, out: Path, terminal: Terminal | 
     limits = ceilings(device, dtype, small=device.type == "cpu")
     analysis = analyse(session, limits)
     told = {
-        "base": config.model.base, "resolution": config.data.resolution, "batch_size": config.train.batch_size,
-        "accumulate": config.train.accumulate, "precision": PRECISIONS[dtype], "optimizer": config.optimizer.name,
-        "memory": config.optimizer.memory, "kernels": config.train.kernels, "checkpointing": config.train.checkpointing,
+        "base": config.model.base,
+        "resolution": config.data.resolution,
+        "batch_size": config.train.batch_size,
+        "accumulate": config.train.accumulate,
+        "precision": PRECISIONS[dtype],
+        "optimizer": config.optimizer.name,
+        "memory": config.optimizer.memory,
+        "kernels": config.train.kernels,
+        "checkpointing": config.train.checkpointing,
         "steps": num_steps,
-    }  # fmt: skip
+    }
     record = make_record("profile", told, figures(session, analysis, limits), device)
     title = f"{config.model.base} at {config.data.resolution} px, batch {config.train.batch_size}"
     machine = record["machine"]

@@ -292,9 +292,18 @@ def record(
     chosen = [number for number, shape in enumerate(conductor.shapes) if shape == conductor.shape]
     results = profiler.profiler.kineto_results
     return Session(
-        device, chosen, list(profiler.events()), kernel_runs(results.events(), results.trace_start_ns()), _live_bytes(profiler),
-        dict(conductor.costs.costs), conductor.saved.saved, files, conductor.shape, accumulate, conductor.plain_ms,
-    )  # fmt: skip
+        device,
+        chosen,
+        list(profiler.events()),
+        kernel_runs(results.events(), results.trace_start_ns()),
+        _live_bytes(profiler),
+        dict(conductor.costs.costs),
+        conductor.saved.saved,
+        files,
+        conductor.shape,
+        accumulate,
+        conductor.plain_ms,
+    )
 
 
 def run_session(config: Config, num_steps: int, out: Path, terminal: Terminal | None = None) -> Session:
@@ -303,9 +312,12 @@ def run_session(config: Config, num_steps: int, out: Path, terminal: Terminal | 
     with tempfile.TemporaryDirectory(prefix="safelight-profile-") as folder:
         settings = settings_for(config, Path(folder) / "run")
         return record(
-            lambda after_step: train(settings, terminal=terminal, stop_requested=after_step), num_steps, device, out,
+            lambda after_step: train(settings, terminal=terminal, stop_requested=after_step),
+            num_steps,
+            device,
+            out,
             config.train.accumulate,
-        )  # fmt: skip
+        )
 
 
 def _live_bytes(profiler: profile) -> dict[str, list[tuple[float, int]]]:

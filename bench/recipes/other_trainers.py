@@ -137,9 +137,12 @@ class EveryDream(Baseline):
     def encode(self, pixels: Tensor, captions: list[str]) -> tuple[Tensor, Tensor]:
         """Return (scaled latents drawn from the posterior, (B, C, H, W); embeddings, (B, T, D)), float32."""
         ids = self.tokenizer(
-            captions, padding="max_length", truncation=True, max_length=self.tokenizer.model_max_length,
+            captions,
+            padding="max_length",
+            truncation=True,
+            max_length=self.tokenizer.model_max_length,
             return_tensors="pt",
-        ).input_ids  # fmt: skip
+        ).input_ids
         context = torch.autocast(self.device.type, self.dtype) if self.uses_autocast else contextlib.nullcontext()
         with context:
             posterior = self.vae.encode(pixels.to(self.device, non_blocking=True)).latent_dist

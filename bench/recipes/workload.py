@@ -97,10 +97,14 @@ def random_samples(num: int, side: int) -> list[Sample]:
     return [
         Sample(
             Photo(f"{n}.png", f"{n:064x}"[::-1], 8 * side, 8 * side, ("",), "random", "random"),
-            bucket, (f"latent-{n}",), (f"text-{n}",), (crop,), ("",),
+            bucket,
+            (f"latent-{n}",),
+            (f"text-{n}",),
+            (crop,),
+            ("",),
         )
         for n in range(num)
-    ]  # fmt: skip
+    ]
 
 
 def fill_random_cache(path: Path, num: int, base: str, side: int, rows_at_once: int = 256) -> list[Sample]:
@@ -171,9 +175,13 @@ class Ours:
     """
 
     def __init__(
-        self, work: Workload, kernels: str = "auto", fused: bool = False, recorder: Recorder | None = None,
+        self,
+        work: Workload,
+        kernels: str = "auto",
+        fused: bool = False,
+        recorder: Recorder | None = None,
         cudnn_benchmark: bool = False,
-    ):  # fmt: skip
+    ):
         device = torch.device(work.device)
         base = resolve_base(work.base)
         self.unet = initial_unet(work.base, device)
@@ -209,10 +217,20 @@ class Ours:
         """Take a step and return the batch's mean loss, on the device."""
         with algorithms(cudnn_benchmark=self._cudnn_benchmark), own_finds(self._cudnn_benchmark):
             result = train_step(
-                self.unet, self.optimizer, [batch], self.schedule, 1.0, Loss(), seed=SEED, epoch=0,
-                num_samples=len(batch.sample_ids), lr=LR, weight_decay=WEIGHT_DECAY, max_grad_norm=MAX_GRAD_NORM,
+                self.unet,
+                self.optimizer,
+                [batch],
+                self.schedule,
+                1.0,
+                Loss(),
+                seed=SEED,
+                epoch=0,
+                num_samples=len(batch.sample_ids),
+                lr=LR,
+                weight_decay=WEIGHT_DECAY,
+                max_grad_norm=MAX_GRAD_NORM,
                 graphs=self._graphs_of(batch),
-            )  # fmt: skip
+            )
         return result.losses.mean()
 
 

@@ -115,10 +115,8 @@ def wanted() -> dict[int, dict[str, Case]]:
     halves, brains, floats = torch.float16, torch.bfloat16, torch.float32
     lists = {
         (workload, dtype): cases_of(workload, dtype)
-        for workload, dtype in (
-            (full, halves), (full, brains), (representative, halves), (representative, floats)
-        )
-    }  # fmt: skip
+        for workload, dtype in ((full, halves), (full, brains), (representative, halves), (representative, floats))
+    }
     chosen = {}
     for target in TARGETS:
         parts = [(full, halves)] if target == 75 else [(full, brains), (representative, halves)]

@@ -21,9 +21,19 @@ from safelight.kernels.optim.split_weights import REMAINDERS
 CHANNELS_LAST, NCHW = torch.channels_last, torch.contiguous_format
 # channels and side of the residual blocks' first norms, of the ones behind the time embedding, of the transformers'
 FIRST = (
-    (320, 64), (640, 64), (960, 64), (320, 32), (640, 32), (1280, 32), (1920, 32), (640, 16), (1280, 16), (1920, 16),
-    (2560, 16), (2560, 8),
-)  # fmt: skip
+    (320, 64),
+    (640, 64),
+    (960, 64),
+    (320, 32),
+    (640, 32),
+    (1280, 32),
+    (1920, 32),
+    (640, 16),
+    (1280, 16),
+    (1920, 16),
+    (2560, 16),
+    (2560, 8),
+)
 OUTER = ((320, 64), (640, 32), (1280, 16), (1280, 8))
 
 
@@ -87,17 +97,28 @@ def _steps_ends(side: int, dtype: torch.dtype, every: bool) -> None:
     for kind in ("epsilon", "v_prediction", "sample") if every else ("epsilon",):
         for logvar, offset in ((mean, 0.0), (None, 0.1)):
             noised = noising(
-                mean, logvar, words, alphas, prediction_type=kind, scaling_factor=0.18215, offset_noise=offset, dtype=dtype,
+                mean,
+                logvar,
+                words,
+                alphas,
+                prediction_type=kind,
+                scaling_factor=0.18215,
+                offset_noise=offset,
+                dtype=dtype,
                 memory_format=torch.channels_last,
-            )  # fmt: skip
+            )
         predicted = noised.noisy_BCHW.detach().requires_grad_()
         mask = torch.empty(1, 1, side, side, device="meta")
         for weighting in ("none", "min_snr", "debiased", "p2") if every else ("min_snr",):
             options = LossOptions("huber" if weighting == "p2" else "mse", weighting=weighting, prediction_type=kind)
             losses = diffusion_loss(
-                predicted, noised.target_BCHW, noised.timesteps_B, alphas, options,
+                predicted,
+                noised.target_BCHW,
+                noised.timesteps_B,
+                alphas,
+                options,
                 mask_B1HW=mask if weighting == "debiased" else None,
-            )  # fmt: skip
+            )
             losses.total.backward()
     weights = [torch.empty(320, 320, device="meta"), torch.empty(320, device="meta")]
     for memory in ("fp32",) if dtype == torch.float32 else REMAINDERS:

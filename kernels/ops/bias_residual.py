@@ -54,10 +54,28 @@ def bias_residual_reference(
 
 @kernel(varying=("C", "S"))
 def _bias_residual_fwd_kernel(
-    x_ptr, bias_ptr, residual_ptr, residual_bias_ptr, y_ptr, C, S, scale,
-    stride_xn, stride_xc, stride_xs, stride_rn, stride_rc, stride_rs, stride_yn, stride_yc, stride_ys,
-    HAS_RESIDUAL: tl.constexpr, HAS_RESIDUAL_BIAS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    bias_ptr,
+    residual_ptr,
+    residual_bias_ptr,
+    y_ptr,
+    C,
+    S,
+    scale,
+    stride_xn,
+    stride_xc,
+    stride_xs,
+    stride_rn,
+    stride_rc,
+    stride_rs,
+    stride_yn,
+    stride_yc,
+    stride_ys,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_RESIDUAL_BIAS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     n = tl.program_id(2).to(tl.int64)
     c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
     s = tl.program_id(0).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
@@ -76,9 +94,22 @@ def _bias_residual_fwd_kernel(
 
 @kernel(varying=("C", "S", "chunk"))
 def _bias_residual_bwd_kernel(
-    dy_ptr, dx_ptr, parts_ptr, C, S, scale, chunk, stride_gn, stride_gc, stride_gs, stride_xn, stride_xc, stride_xs,
-    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    dy_ptr,
+    dx_ptr,
+    parts_ptr,
+    C,
+    S,
+    scale,
+    chunk,
+    stride_gn,
+    stride_gc,
+    stride_gs,
+    stride_xn,
+    stride_xc,
+    stride_xs,
+    BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     n = tl.program_id(2).to(tl.int64)
     split = tl.program_id(1)
     c = (tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
@@ -115,9 +146,21 @@ def bias_residual_fwd(
     N, C, S = flat.shape
     blocks = _blocks(C, S)
     _bias_residual_fwd_kernel[(cdiv(S, blocks["BLOCK_S"]), cdiv(C, blocks["BLOCK_C"]), N)](
-        flat, bias, flat_residual, bias if residual_bias is None else residual_bias, out, C, S, scale, *flat.stride(), *flat_residual.stride(), *out.stride(),
-        HAS_RESIDUAL=residual is not None, HAS_RESIDUAL_BIAS=residual_bias is not None, **blocks,
-    )  # fmt: skip
+        flat,
+        bias,
+        flat_residual,
+        bias if residual_bias is None else residual_bias,
+        out,
+        C,
+        S,
+        scale,
+        *flat.stride(),
+        *flat_residual.stride(),
+        *out.stride(),
+        HAS_RESIDUAL=residual is not None,
+        HAS_RESIDUAL_BIAS=residual_bias is not None,
+        **blocks,
+    )
     return y
 
 

@@ -109,9 +109,14 @@ def bands_of(timesteps_B: Tensor, num_timesteps: int, num_bands: int) -> Tensor:
 
 
 def diffusion_loss_reference(
-    predicted_BCHW: Tensor, target_BCHW: Tensor, timesteps_B: Tensor, alphas_cumprod_T: Tensor, options: LossOptions,
-    mask_B1HW: Tensor | None, num_samples: int,
-) -> DiffusionLoss:  # fmt: skip
+    predicted_BCHW: Tensor,
+    target_BCHW: Tensor,
+    timesteps_B: Tensor,
+    alphas_cumprod_T: Tensor,
+    options: LossOptions,
+    mask_B1HW: Tensor | None,
+    num_samples: int,
+) -> DiffusionLoss:
     """Return the loss in plain PyTorch; arguments as `diffusion_loss`."""
     compute = torch.float64 if predicted_BCHW.dtype == torch.float64 else torch.float32
     difference = predicted_BCHW.to(compute) - target_BCHW.to(compute)
@@ -138,9 +143,19 @@ def diffusion_loss_reference(
 
 @kernel(varying=("num_channels", "num_pixels"))
 def _partial_losses_kernel(
-    predicted_ptr, target_ptr, mask_ptr, parts_ptr, num_elements, num_channels, num_pixels, delta,
-    HAS_MASK: tl.constexpr, HUBER: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    predicted_ptr,
+    target_ptr,
+    mask_ptr,
+    parts_ptr,
+    num_elements,
+    num_channels,
+    num_pixels,
+    delta,
+    HAS_MASK: tl.constexpr,
+    HUBER: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Write this program's sums of masked errors and of the mask: parts (B, P, 2)."""
     sample = tl.program_id(1).to(tl.int64)
     part = tl.program_id(0)
@@ -171,11 +186,26 @@ def _partial_losses_kernel(
 
 @kernel(varying=("batch", "num_parts", "num_timesteps", "num_samples"))
 def _finish_losses_kernel(
-    parts_ptr, timesteps_ptr, alphas_cumprod_ptr, losses_ptr, scales_ptr, total_ptr, bands_ptr,
-    batch, num_parts, num_timesteps, num_samples, gamma, max_snr,
-    WEIGHTING: tl.constexpr, PREDICTION: tl.constexpr, NUM_BANDS: tl.constexpr, BLOCK_B: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    parts_ptr,
+    timesteps_ptr,
+    alphas_cumprod_ptr,
+    losses_ptr,
+    scales_ptr,
+    total_ptr,
+    bands_ptr,
+    batch,
+    num_parts,
+    num_timesteps,
+    num_samples,
+    gamma,
+    max_snr,
+    WEIGHTING: tl.constexpr,
+    PREDICTION: tl.constexpr,
+    NUM_BANDS: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """One program: write losses (B,), scales (B,) = w_b / (area_b num_samples), the total, and bands (2, K)."""
     p = tl.arange(0, BLOCK_P)
     k = tl.arange(0, BLOCK_K)
@@ -226,10 +256,21 @@ def _finish_losses_kernel(
 
 @kernel(varying=("num_channels", "num_pixels"))
 def _diffusion_loss_bwd_kernel(
-    predicted_ptr, target_ptr, mask_ptr, scales_ptr, upstream_ptr, dpredicted_ptr,
-    num_elements, num_channels, num_pixels, delta,
-    HAS_MASK: tl.constexpr, HUBER: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    predicted_ptr,
+    target_ptr,
+    mask_ptr,
+    scales_ptr,
+    upstream_ptr,
+    dpredicted_ptr,
+    num_elements,
+    num_channels,
+    num_pixels,
+    delta,
+    HAS_MASK: tl.constexpr,
+    HUBER: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     sample = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < num_elements
@@ -270,15 +311,38 @@ class _DiffusionLoss(torch.autograd.Function):
         parts, losses_B, scales_B, total = empty(batch, num_parts, 2), empty(batch), empty(batch), empty()
         bands = empty(2, options.num_bands)
         _partial_losses_kernel[(num_parts, batch)](
-            predicted, target, predicted if mask is None else mask, parts, num_elements, channels, height * width,
-            options.delta, **_layout(predicted, mask, options), BLOCK=BLOCK,
-        )  # fmt: skip
+            predicted,
+            target,
+            predicted if mask is None else mask,
+            parts,
+            num_elements,
+            channels,
+            height * width,
+            options.delta,
+            **_layout(predicted, mask, options),
+            BLOCK=BLOCK,
+        )
         _finish_losses_kernel[(1,)](
-            parts, timesteps_B, alphas_cumprod_T, losses_B, scales_B, total, bands, batch, num_parts,
-            len(alphas_cumprod_T), num_samples, options.gamma, DEBIASED_MAX_SNR,
-            WEIGHTING=options.weighting, PREDICTION=options.prediction_type, NUM_BANDS=options.num_bands,
-            BLOCK_B=BLOCK_B, BLOCK_P=next_power_of_2(num_parts), BLOCK_K=next_power_of_2(options.num_bands),
-        )  # fmt: skip
+            parts,
+            timesteps_B,
+            alphas_cumprod_T,
+            losses_B,
+            scales_B,
+            total,
+            bands,
+            batch,
+            num_parts,
+            len(alphas_cumprod_T),
+            num_samples,
+            options.gamma,
+            DEBIASED_MAX_SNR,
+            WEIGHTING=options.weighting,
+            PREDICTION=options.prediction_type,
+            NUM_BANDS=options.num_bands,
+            BLOCK_B=BLOCK_B,
+            BLOCK_P=next_power_of_2(num_parts),
+            BLOCK_K=next_power_of_2(options.num_bands),
+        )
         ctx.save_for_backward(predicted, target, mask, scales_B)
         ctx.options = options
         band_sums_K, band_counts_K = bands.unbind()
@@ -293,17 +357,32 @@ class _DiffusionLoss(torch.autograd.Function):
         num_elements = channels * height * width
         dpredicted = torch.empty_like(predicted)
         _diffusion_loss_bwd_kernel[(cdiv(num_elements, BLOCK), batch)](
-            predicted, target, predicted if mask is None else mask, scales_B, dtotal.float(), dpredicted,
-            num_elements, channels, height * width, ctx.options.delta,
-            **_layout(predicted, mask, ctx.options), BLOCK=BLOCK,
-        )  # fmt: skip
+            predicted,
+            target,
+            predicted if mask is None else mask,
+            scales_B,
+            dtotal.float(),
+            dpredicted,
+            num_elements,
+            channels,
+            height * width,
+            ctx.options.delta,
+            **_layout(predicted, mask, ctx.options),
+            BLOCK=BLOCK,
+        )
         return dpredicted, None, None, None, None, None, None
 
 
 def diffusion_loss(
-    predicted_BCHW: Tensor, target_BCHW: Tensor, timesteps_B: Tensor, alphas_cumprod_T: Tensor,
-    options: LossOptions = PLAIN, *, mask_B1HW: Tensor | None = None, num_samples: int | None = None,
-) -> DiffusionLoss:  # fmt: skip
+    predicted_BCHW: Tensor,
+    target_BCHW: Tensor,
+    timesteps_B: Tensor,
+    alphas_cumprod_T: Tensor,
+    options: LossOptions = PLAIN,
+    *,
+    mask_B1HW: Tensor | None = None,
+    num_samples: int | None = None,
+) -> DiffusionLoss:
     """Return the loss, each sample's, and each timestep band's; without a host sync.
 
     predicted_BCHW: fp32 | fp16 | bf16, either memory order; target_BCHW: any of these; timesteps_B int64 in 0 .. T-1;

@@ -50,9 +50,16 @@ def _geglu_fwd_kernel(x_ptr, y_ptr, num_features, BLOCK_F: tl.constexpr):
 
 @kernel(varying=("num_rows",))
 def _geglu_bwd_kernel(
-    dy_ptr, x_ptr, dx_ptr, parts_ptr, num_rows, num_features,
-    WRITE_Y: tl.constexpr, SUM: tl.constexpr, BLOCK_F: tl.constexpr,
-):  # fmt: skip
+    dy_ptr,
+    x_ptr,
+    dx_ptr,
+    parts_ptr,
+    num_rows,
+    num_features,
+    WRITE_Y: tl.constexpr,
+    SUM: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
     """Write dx; with WRITE_Y also the forward pass's y, in dy's place; with SUM partial sums of dx: (programs, 2F)."""
     program = tl.program_id(0)
     f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)

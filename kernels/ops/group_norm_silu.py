@@ -71,9 +71,16 @@ def _flat_channels(num_groups, GROUP_C: tl.constexpr, BLOCK_K: tl.constexpr, BLO
 
 @kernel
 def _tile(
-    num_groups, stride_c, stride_s, start, end,
-    GROUP_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    num_groups,
+    stride_c,
+    stride_s,
+    start,
+    end,
+    GROUP_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """Return a tile's element offsets within its sample, and its mask, (BLOCK_S, BLOCK_K * BLOCK_C)."""
     channel, valid = _flat_channels(num_groups, GROUP_C, BLOCK_K, BLOCK_C)
     s = start + tl.arange(0, BLOCK_S)
@@ -83,9 +90,18 @@ def _tile(
 
 @kernel
 def _load_tile(
-    ptr, num_groups, stride_n, stride_c, stride_s, start, end,
-    GROUP_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    ptr,
+    num_groups,
+    stride_n,
+    stride_c,
+    stride_s,
+    start,
+    end,
+    GROUP_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """Return a tile of the program's sample in fp32, (BLOCK_S, BLOCK_K, BLOCK_C), zero beyond its end, and its mask."""
     offsets, mask = _tile(num_groups, stride_c, stride_s, start, end, GROUP_C, BLOCK_S, BLOCK_K, BLOCK_C)
     values = tl.load(ptr + tl.program_id(2).to(tl.int64) * stride_n + offsets, mask=mask, other=0.0)
@@ -95,9 +111,19 @@ def _load_tile(
 
 @kernel
 def _store_tile(
-    ptr, values, num_groups, stride_n, stride_c, stride_s, start, end,
-    GROUP_C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    ptr,
+    values,
+    num_groups,
+    stride_n,
+    stride_c,
+    stride_s,
+    start,
+    end,
+    GROUP_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """Write a tile of the program's sample, (BLOCK_S, BLOCK_K, BLOCK_C), in the tensor's dtype."""
     offsets, mask = _tile(num_groups, stride_c, stride_s, start, end, GROUP_C, BLOCK_S, BLOCK_K, BLOCK_C)
     at = ptr + tl.program_id(2).to(tl.int64) * stride_n + offsets
@@ -119,10 +145,20 @@ def _sum(x, AXIS: tl.constexpr):
 
 @kernel
 def _moments(
-    x_ptr, addend, num_groups, stride_n, stride_c, stride_s, begin, end,
-    HAS_ADDEND: tl.constexpr, GROUP_C: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    addend,
+    num_groups,
+    stride_n,
+    stride_c,
+    stride_s,
+    begin,
+    end,
+    HAS_ADDEND: tl.constexpr,
+    GROUP_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """Return mean and sum of squared deviations of the pixels from begin to end, (BLOCK_K,)."""
     mean = tl.full((BLOCK_K,), 0.0, tl.float32)
     m2 = tl.full((BLOCK_K,), 0.0, tl.float32)
@@ -146,10 +182,22 @@ def _moments(
 
 @kernel(varying=("C", "S", "num_groups", "chunk"))
 def _group_stats_kernel(
-    x_ptr, addend_ptr, parts_ptr, C, S, num_groups, stride_xn, stride_xc, stride_xs, chunk,
-    HAS_ADDEND: tl.constexpr, GROUP_C: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    addend_ptr,
+    parts_ptr,
+    C,
+    S,
+    num_groups,
+    stride_xn,
+    stride_xc,
+    stride_xs,
+    chunk,
+    HAS_ADDEND: tl.constexpr,
+    GROUP_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """Write each split's mean and sum of squared deviations: parts (N, P, G, 2)."""
     split = tl.program_id(1)
     n = tl.program_id(2).to(tl.int64)
@@ -157,9 +205,20 @@ def _group_stats_kernel(
     addend = _load_columns(addend_ptr + n * C, channel, valid) if HAS_ADDEND else 0.0
     end = tl.minimum((split + 1) * chunk, S)
     mean, m2 = _moments(
-        x_ptr, addend, num_groups, stride_xn, stride_xc, stride_xs, split * chunk, end,
-        HAS_ADDEND, GROUP_C, BLOCK_S, BLOCK_K, BLOCK_C,
-    )  # fmt: skip
+        x_ptr,
+        addend,
+        num_groups,
+        stride_xn,
+        stride_xc,
+        stride_xs,
+        split * chunk,
+        end,
+        HAS_ADDEND,
+        GROUP_C,
+        BLOCK_S,
+        BLOCK_K,
+        BLOCK_C,
+    )
     part = ((n * tl.num_programs(1) + split) * num_groups + group) * 2
     tl.store(parts_ptr + part, mean, mask=group < num_groups)
     tl.store(parts_ptr + part + 1, m2, mask=group < num_groups)
@@ -185,11 +244,35 @@ def _merged_stats(
 
 @kernel(varying=("C", "S", "num_groups", "chunk", "num_splits"))
 def _apply_kernel(
-    x_ptr, addend_ptr, weight_ptr, bias_ptr, parts_ptr, mean_ptr, rstd_ptr, y_ptr, C, S, num_groups,
-    stride_xn, stride_xc, stride_xs, stride_yn, stride_yc, stride_ys, chunk, num_splits, eps,
-    STATS: tl.constexpr, HAS_ADDEND: tl.constexpr, SILU: tl.constexpr, GROUP_C: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    addend_ptr,
+    weight_ptr,
+    bias_ptr,
+    parts_ptr,
+    mean_ptr,
+    rstd_ptr,
+    y_ptr,
+    C,
+    S,
+    num_groups,
+    stride_xn,
+    stride_xc,
+    stride_xs,
+    stride_yn,
+    stride_yc,
+    stride_ys,
+    chunk,
+    num_splits,
+    eps,
+    STATS: tl.constexpr,
+    HAS_ADDEND: tl.constexpr,
+    SILU: tl.constexpr,
+    GROUP_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
     """Write y. STATS: mean and rstd, (N, G), are "given", or written: merged of "parts", or made of x where it is "whole"."""
     split = tl.program_id(1)
     n = tl.program_id(2).to(tl.int64)
@@ -203,9 +286,20 @@ def _apply_kernel(
     else:
         if STATS == "whole":
             mean, m2 = _moments(
-                x_ptr, addend, num_groups, stride_xn, stride_xc, stride_xs, split * chunk, end,
-                HAS_ADDEND, GROUP_C, BLOCK_S, BLOCK_K, BLOCK_C,
-            )  # fmt: skip
+                x_ptr,
+                addend,
+                num_groups,
+                stride_xn,
+                stride_xc,
+                stride_xs,
+                split * chunk,
+                end,
+                HAS_ADDEND,
+                GROUP_C,
+                BLOCK_S,
+                BLOCK_K,
+                BLOCK_C,
+            )
             rstd = 1.0 / tl.sqrt_rn(m2 / (S * 1.0 * GROUP_C) + eps)
         else:
             mean, rstd = _merged_stats(parts_ptr, n, group, S, num_groups, chunk, num_splits, eps, GROUP_C, BLOCK_P)
@@ -258,11 +352,29 @@ def _du(dy, xhat, weight, bias, SILU: tl.constexpr):
 
 @kernel
 def _sums(
-    dy_ptr, x_ptr, addend, weight, bias, mean, rstd, num_groups,
-    stride_gn, stride_gc, stride_gs, stride_xn, stride_xc, stride_xs, begin, end,
-    HAS_ADDEND: tl.constexpr, SILU: tl.constexpr, GROUP_C: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    dy_ptr,
+    x_ptr,
+    addend,
+    weight,
+    bias,
+    mean,
+    rstd,
+    num_groups,
+    stride_gn,
+    stride_gc,
+    stride_gs,
+    stride_xn,
+    stride_xc,
+    stride_xs,
+    begin,
+    end,
+    HAS_ADDEND: tl.constexpr,
+    SILU: tl.constexpr,
+    GROUP_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """Return the sums over pixels from begin to end of du, du * xhat and (with an addend) xhat, (BLOCK_K, BLOCK_C)."""
     sum_du = tl.full((BLOCK_K, BLOCK_C), 0.0, tl.float32)
     sum_du_xhat = tl.full((BLOCK_K, BLOCK_C), 0.0, tl.float32)
@@ -287,11 +399,31 @@ def _sums(
 
 @kernel(varying=("C", "S", "num_groups", "chunk"))
 def _bwd_sums_kernel(
-    dy_ptr, x_ptr, addend_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, sums_ptr, C, S, num_groups,
-    stride_gn, stride_gc, stride_gs, stride_xn, stride_xc, stride_xs, chunk,
-    HAS_ADDEND: tl.constexpr, SILU: tl.constexpr, GROUP_C: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    dy_ptr,
+    x_ptr,
+    addend_ptr,
+    weight_ptr,
+    bias_ptr,
+    mean_ptr,
+    rstd_ptr,
+    sums_ptr,
+    C,
+    S,
+    num_groups,
+    stride_gn,
+    stride_gc,
+    stride_gs,
+    stride_xn,
+    stride_xc,
+    stride_xs,
+    chunk,
+    HAS_ADDEND: tl.constexpr,
+    SILU: tl.constexpr,
+    GROUP_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """Write each split's sums over pixels of du, du * xhat and (with an addend) xhat: sums (N, P, 3, C)."""
     split = tl.program_id(1)
     n = tl.program_id(2).to(tl.int64)
@@ -300,10 +432,29 @@ def _bwd_sums_kernel(
         addend_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, group, channel, valid, C, num_groups, HAS_ADDEND
     )
     sum_du, sum_du_xhat, sum_xhat = _sums(
-        dy_ptr, x_ptr, addend, weight, bias, mean, rstd, num_groups,
-        stride_gn, stride_gc, stride_gs, stride_xn, stride_xc, stride_xs, split * chunk,
-        tl.minimum((split + 1) * chunk, S), HAS_ADDEND, SILU, GROUP_C, BLOCK_S, BLOCK_K, BLOCK_C,
-    )  # fmt: skip
+        dy_ptr,
+        x_ptr,
+        addend,
+        weight,
+        bias,
+        mean,
+        rstd,
+        num_groups,
+        stride_gn,
+        stride_gc,
+        stride_gs,
+        stride_xn,
+        stride_xc,
+        stride_xs,
+        split * chunk,
+        tl.minimum((split + 1) * chunk, S),
+        HAS_ADDEND,
+        SILU,
+        GROUP_C,
+        BLOCK_S,
+        BLOCK_K,
+        BLOCK_C,
+    )
     row = (n * tl.num_programs(1) + split) * 3 * C
     tl.store(sums_ptr + row + channel, sum_du, mask=valid)
     tl.store(sums_ptr + row + C + channel, sum_du_xhat, mask=valid)
@@ -333,10 +484,24 @@ def _sum_of_parts(at, mask, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_
 
 @kernel(varying=("N", "C", "S", "num_groups", "num_splits"))
 def _bwd_reduce_kernel(
-    sums_ptr, weight_ptr, rstd_ptr, means_ptr, dweight_ptr, dbias_ptr, daddend_ptr, N, C, S, num_groups, num_splits,
-    HAS_ADDEND: tl.constexpr, GROUP_C: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    sums_ptr,
+    weight_ptr,
+    rstd_ptr,
+    means_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    daddend_ptr,
+    N,
+    C,
+    S,
+    num_groups,
+    num_splits,
+    HAS_ADDEND: tl.constexpr,
+    GROUP_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """Write dweight, dbias (C,), daddend (N, C), and the two means dx needs: means (N, G, 2)."""
     group, channel, valid = _channels(num_groups, GROUP_C, BLOCK_K, BLOCK_C)
     flat_channel, flat_valid = _flat_channels(num_groups, GROUP_C, BLOCK_K, BLOCK_C)
@@ -375,12 +540,40 @@ def _bwd_reduce_kernel(
 
 @kernel
 def _store_dx(
-    dy_ptr, ds_ptr, x_ptr, dx_ptr, addend, weight, bias, mean, rstd, mean_1, mean_2, num_groups,
-    stride_gn, stride_gc, stride_gs, stride_hn, stride_hc, stride_hs, stride_xn, stride_xc, stride_xs,
-    stride_dn, stride_dc, stride_ds, begin, end,
-    HAS_ADDEND: tl.constexpr, HAS_DS: tl.constexpr, SILU: tl.constexpr, GROUP_C: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    dy_ptr,
+    ds_ptr,
+    x_ptr,
+    dx_ptr,
+    addend,
+    weight,
+    bias,
+    mean,
+    rstd,
+    mean_1,
+    mean_2,
+    num_groups,
+    stride_gn,
+    stride_gc,
+    stride_gs,
+    stride_hn,
+    stride_hc,
+    stride_hs,
+    stride_xn,
+    stride_xc,
+    stride_xs,
+    stride_dn,
+    stride_dc,
+    stride_ds,
+    begin,
+    end,
+    HAS_ADDEND: tl.constexpr,
+    HAS_DS: tl.constexpr,
+    SILU: tl.constexpr,
+    GROUP_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """Write dx of the pixels from begin to end, with ds in it if there is one; return ds' sum over them."""
     sum_ds = tl.full((BLOCK_K, BLOCK_C), 0.0, tl.float32)
     for start in range(begin, end, BLOCK_S):
@@ -410,12 +603,40 @@ def _store_dx(
 
 @kernel(varying=("C", "S", "num_groups", "chunk"))
 def _bwd_dx_kernel(
-    dy_ptr, ds_ptr, x_ptr, addend_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, means_ptr, dx_ptr, C, S, num_groups,
-    stride_gn, stride_gc, stride_gs, stride_hn, stride_hc, stride_hs, stride_xn, stride_xc, stride_xs,
-    stride_dn, stride_dc, stride_ds, chunk,
-    HAS_ADDEND: tl.constexpr, HAS_DS: tl.constexpr, SILU: tl.constexpr, GROUP_C: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    dy_ptr,
+    ds_ptr,
+    x_ptr,
+    addend_ptr,
+    weight_ptr,
+    bias_ptr,
+    mean_ptr,
+    rstd_ptr,
+    means_ptr,
+    dx_ptr,
+    C,
+    S,
+    num_groups,
+    stride_gn,
+    stride_gc,
+    stride_gs,
+    stride_hn,
+    stride_hc,
+    stride_hs,
+    stride_xn,
+    stride_xc,
+    stride_xs,
+    stride_dn,
+    stride_dc,
+    stride_ds,
+    chunk,
+    HAS_ADDEND: tl.constexpr,
+    HAS_DS: tl.constexpr,
+    SILU: tl.constexpr,
+    GROUP_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     split = tl.program_id(1)
     group, channel, valid = _channels(num_groups, GROUP_C, BLOCK_K, BLOCK_C)
     addend, weight, bias, mean, rstd = _saved(
@@ -425,22 +646,80 @@ def _bwd_dx_kernel(
     mean_1 = tl.load(means_ptr + at, mask=group < num_groups, other=0.0)
     mean_2 = tl.load(means_ptr + at + 1, mask=group < num_groups, other=0.0)
     _store_dx(
-        dy_ptr, ds_ptr, x_ptr, dx_ptr, addend, weight, bias, mean, rstd, mean_1, mean_2, num_groups,
-        stride_gn, stride_gc, stride_gs, stride_hn, stride_hc, stride_hs, stride_xn, stride_xc, stride_xs,
-        stride_dn, stride_dc, stride_ds, split * chunk, tl.minimum((split + 1) * chunk, S),
-        HAS_ADDEND, HAS_DS, SILU, GROUP_C, BLOCK_S, BLOCK_K, BLOCK_C,
-    )  # fmt: skip
+        dy_ptr,
+        ds_ptr,
+        x_ptr,
+        dx_ptr,
+        addend,
+        weight,
+        bias,
+        mean,
+        rstd,
+        mean_1,
+        mean_2,
+        num_groups,
+        stride_gn,
+        stride_gc,
+        stride_gs,
+        stride_hn,
+        stride_hc,
+        stride_hs,
+        stride_xn,
+        stride_xc,
+        stride_xs,
+        stride_dn,
+        stride_dc,
+        stride_ds,
+        split * chunk,
+        tl.minimum((split + 1) * chunk, S),
+        HAS_ADDEND,
+        HAS_DS,
+        SILU,
+        GROUP_C,
+        BLOCK_S,
+        BLOCK_K,
+        BLOCK_C,
+    )
 
 
 @kernel(varying=("C", "S", "num_groups"))
 def _bwd_whole_kernel(
-    dy_ptr, ds_ptr, x_ptr, addend_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr,
-    dweight_ptr, dbias_ptr, daddend_ptr, sum_ds_ptr, dx_ptr, C, S, num_groups,
-    stride_gn, stride_gc, stride_gs, stride_hn, stride_hc, stride_hs, stride_xn, stride_xc, stride_xs,
-    stride_dn, stride_dc, stride_ds,
-    HAS_ADDEND: tl.constexpr, HAS_DS: tl.constexpr, SILU: tl.constexpr, GROUP_C: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    dy_ptr,
+    ds_ptr,
+    x_ptr,
+    addend_ptr,
+    weight_ptr,
+    bias_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dweight_ptr,
+    dbias_ptr,
+    daddend_ptr,
+    sum_ds_ptr,
+    dx_ptr,
+    C,
+    S,
+    num_groups,
+    stride_gn,
+    stride_gc,
+    stride_gs,
+    stride_hn,
+    stride_hc,
+    stride_hs,
+    stride_xn,
+    stride_xc,
+    stride_xs,
+    stride_dn,
+    stride_dc,
+    stride_ds,
+    HAS_ADDEND: tl.constexpr,
+    HAS_DS: tl.constexpr,
+    SILU: tl.constexpr,
+    GROUP_C: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """Write dx, and this sample's dweight, dbias, daddend and sum of ds, (N, C) each: all of the backward pass."""
     # the first pixel, of the only split
     begin = tl.program_id(1)
@@ -450,10 +729,29 @@ def _bwd_whole_kernel(
         addend_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, group, channel, valid, C, num_groups, HAS_ADDEND
     )
     sum_du, sum_du_xhat, sum_xhat = _sums(
-        dy_ptr, x_ptr, addend, weight, bias, mean, rstd, num_groups,
-        stride_gn, stride_gc, stride_gs, stride_xn, stride_xc, stride_xs, begin, S,
-        HAS_ADDEND, SILU, GROUP_C, BLOCK_S, BLOCK_K, BLOCK_C,
-    )  # fmt: skip
+        dy_ptr,
+        x_ptr,
+        addend,
+        weight,
+        bias,
+        mean,
+        rstd,
+        num_groups,
+        stride_gn,
+        stride_gc,
+        stride_gs,
+        stride_xn,
+        stride_xc,
+        stride_xs,
+        begin,
+        S,
+        HAS_ADDEND,
+        SILU,
+        GROUP_C,
+        BLOCK_S,
+        BLOCK_K,
+        BLOCK_C,
+    )
     column_weight = tl.load(weight_ptr + channel, mask=valid, other=0.0).to(tl.float32)
     mean_1, mean_2 = _group_means(column_weight, sum_du, sum_du_xhat, S * 1.0 * GROUP_C)
     # dbias = sum over s of du;  dweight = sum over s of du * xhat
@@ -464,10 +762,40 @@ def _bwd_whole_kernel(
         daddend = _daddend(column_weight, group_rstd, mean_1, mean_2, sum_du, sum_xhat, S)
         tl.store(daddend_ptr + n * C + channel, daddend.to(daddend_ptr.dtype.element_ty), mask=valid)
     sum_ds = _store_dx(
-        dy_ptr, ds_ptr, x_ptr, dx_ptr, addend, weight, bias, mean, rstd, mean_1, mean_2, num_groups,
-        stride_gn, stride_gc, stride_gs, stride_hn, stride_hc, stride_hs, stride_xn, stride_xc, stride_xs,
-        stride_dn, stride_dc, stride_ds, begin, S, HAS_ADDEND, HAS_DS, SILU, GROUP_C, BLOCK_S, BLOCK_K, BLOCK_C,
-    )  # fmt: skip
+        dy_ptr,
+        ds_ptr,
+        x_ptr,
+        dx_ptr,
+        addend,
+        weight,
+        bias,
+        mean,
+        rstd,
+        mean_1,
+        mean_2,
+        num_groups,
+        stride_gn,
+        stride_gc,
+        stride_gs,
+        stride_hn,
+        stride_hc,
+        stride_hs,
+        stride_xn,
+        stride_xc,
+        stride_xs,
+        stride_dn,
+        stride_dc,
+        stride_ds,
+        begin,
+        S,
+        HAS_ADDEND,
+        HAS_DS,
+        SILU,
+        GROUP_C,
+        BLOCK_S,
+        BLOCK_K,
+        BLOCK_C,
+    )
     if HAS_DS:
         tl.store(sum_ds_ptr + n * C + channel, sum_ds.to(sum_ds_ptr.dtype.element_ty), mask=valid)
 
@@ -537,19 +865,45 @@ def _plan(num_samples: int, num_channels: int, num_pixels: int, num_groups: int,
 
 
 def _apply(
-    x: Tensor, weight: Tensor, bias: Tensor, addend_NC: Tensor | None, num_groups: int, eps: float, silu: bool,
-    parts: Tensor | None, mean_NG: Tensor, rstd_NG: Tensor, stats: str,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    addend_NC: Tensor | None,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+    parts: Tensor | None,
+    mean_NG: Tensor,
+    rstd_NG: Tensor,
+    stats: str,
+) -> Tensor:
     plan = _plan(x.shape[0], x.shape[1], x[0, 0].numel(), num_groups, may_be_whole=stats != "given")
     y = torch.empty_like(x)
     flat, out = x.flatten(2), y.flatten(2)
     _apply_kernel[plan.grid](
-        flat, flat if addend_NC is None else addend_NC, weight, bias, mean_NG if parts is None else parts,
-        mean_NG, rstd_NG, out, x.shape[1], flat.shape[2], num_groups, *flat.stride(), *out.stride(),
-        plan.chunk, plan.num_splits, eps,
-        STATS=stats, HAS_ADDEND=addend_NC is not None, SILU=silu,
-        BLOCK_S=plan.block_s, BLOCK_P=MAX_SPLITS, **plan.blocks,
-    )  # fmt: skip
+        flat,
+        flat if addend_NC is None else addend_NC,
+        weight,
+        bias,
+        mean_NG if parts is None else parts,
+        mean_NG,
+        rstd_NG,
+        out,
+        x.shape[1],
+        flat.shape[2],
+        num_groups,
+        *flat.stride(),
+        *out.stride(),
+        plan.chunk,
+        plan.num_splits,
+        eps,
+        STATS=stats,
+        HAS_ADDEND=addend_NC is not None,
+        SILU=silu,
+        BLOCK_S=plan.block_s,
+        BLOCK_P=MAX_SPLITS,
+        **plan.blocks,
+    )
     return y
 
 
@@ -571,16 +925,32 @@ def group_norm_silu_fwd(
         return _apply(*arguments, None, mean_NG, rstd_NG, "whole"), mean_NG, rstd_NG
     parts = torch.empty(num_samples, plan.num_splits, num_groups, 2, dtype=torch.float32, device=x.device)
     _group_stats_kernel[plan.grid](
-        flat, flat if addend_NC is None else addend_NC, parts, num_channels, num_pixels, num_groups, *flat.stride(),
-        plan.chunk, HAS_ADDEND=addend_NC is not None, BLOCK_S=plan.block_s, **plan.blocks,
-    )  # fmt: skip
+        flat,
+        flat if addend_NC is None else addend_NC,
+        parts,
+        num_channels,
+        num_pixels,
+        num_groups,
+        *flat.stride(),
+        plan.chunk,
+        HAS_ADDEND=addend_NC is not None,
+        BLOCK_S=plan.block_s,
+        **plan.blocks,
+    )
     return _apply(*arguments, parts, mean_NG, rstd_NG, "parts"), mean_NG, rstd_NG
 
 
 def group_norm_silu_again(
-    x: Tensor, weight: Tensor, bias: Tensor, addend_NC: Tensor | None, mean_NG: Tensor, rstd_NG: Tensor,
-    num_groups: int, eps: float, silu: bool,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    addend_NC: Tensor | None,
+    mean_NG: Tensor,
+    rstd_NG: Tensor,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+) -> Tensor:
     """Return y once more from the statistics of the forward pass, the same bits."""
     if not runs_kernel(x):
         return group_norm_silu_reference(x, weight, bias, addend_NC, num_groups, eps, silu)
@@ -588,9 +958,20 @@ def group_norm_silu_again(
 
 
 def group_norm_silu_bwd(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, addend_NC: Tensor | None, mean_NG: Tensor, rstd_NG: Tensor,
-    num_groups: int, eps: float, silu: bool, *, ds: Tensor | None = None, sum_ds: bool = False,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    addend_NC: Tensor | None,
+    mean_NG: Tensor,
+    rstd_NG: Tensor,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+    *,
+    ds: Tensor | None = None,
+    sum_ds: bool = False,
+) -> tuple[Tensor | None, ...]:
     """Return (dx, dweight, dbias, daddend), and if asked for ds' sum over samples and pixels, (C,).
 
     ds: the gradient of x from elsewhere, which dx then has in it; or None, which has no sum.
@@ -619,26 +1000,67 @@ def group_norm_silu_bwd(
         parts = torch.empty(2 + has_ds, num_samples, num_channels, dtype=dtype, device=x.device)
         # left to itself the assembler aims at 64 registers a thread on sm_75 and sm_80, and misses by two
         _bwd_whole_kernel[plan.grid](
-            flat_dy, flat_ds, *saved, parts[0], parts[1], daddend_NC if has_addend else parts, parts[-1], flat_dx, *shape,
-            *strides, HAS_DS=has_ds, SILU=silu, BLOCK_S=plan.block_s, maxnreg=WHOLE_REGISTERS, **options,
-        )  # fmt: skip
+            flat_dy,
+            flat_ds,
+            *saved,
+            parts[0],
+            parts[1],
+            daddend_NC if has_addend else parts,
+            parts[-1],
+            flat_dx,
+            *shape,
+            *strides,
+            HAS_DS=has_ds,
+            SILU=silu,
+            BLOCK_S=plan.block_s,
+            maxnreg=WHOLE_REGISTERS,
+            **options,
+        )
         dweight, dbias, *total = parts[:, 0] if num_samples == 1 else column_sum(parts, weight.dtype)
         return dx, dweight, dbias, daddend_NC, *(total if sum_ds else ())
     sums = torch.empty(num_samples, plan.num_splits, 3, num_channels, dtype=torch.float32, device=x.device)
     means = torch.empty(num_samples, num_groups, 2, dtype=torch.float32, device=x.device)
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
     _bwd_sums_kernel[plan.grid](
-        flat_dy, *saved, sums, *shape, *flat_dy.stride(), *flat.stride(), plan.chunk,
-        SILU=silu, BLOCK_S=plan.block_s, **options,
-    )  # fmt: skip
+        flat_dy,
+        *saved,
+        sums,
+        *shape,
+        *flat_dy.stride(),
+        *flat.stride(),
+        plan.chunk,
+        SILU=silu,
+        BLOCK_S=plan.block_s,
+        **options,
+    )
     _bwd_reduce_kernel[(cdiv(num_groups, plan.reduce_k),)](
-        sums, weight, rstd_NG, means, dweight, dbias, daddend_NC if has_addend else means, num_samples, *shape,
-        plan.num_splits, BLOCK_P=REDUCE_SPLITS, **{**options, "BLOCK_K": plan.reduce_k},
-    )  # fmt: skip
+        sums,
+        weight,
+        rstd_NG,
+        means,
+        dweight,
+        dbias,
+        daddend_NC if has_addend else means,
+        num_samples,
+        *shape,
+        plan.num_splits,
+        BLOCK_P=REDUCE_SPLITS,
+        **{**options, "BLOCK_K": plan.reduce_k},
+    )
     _bwd_dx_kernel[plan.grid](
-        flat_dy, flat_ds, *saved, means, flat_dx, *shape, *strides, plan.chunk,
-        HAS_DS=has_ds, SILU=silu, BLOCK_S=plan.block_s, **options,
-    )  # fmt: skip
+        flat_dy,
+        flat_ds,
+        *saved,
+        means,
+        flat_dx,
+        *shape,
+        *strides,
+        plan.chunk,
+        HAS_DS=has_ds,
+        SILU=silu,
+        BLOCK_S=plan.block_s,
+        **options,
+    )
     return dx, dweight, dbias, daddend_NC, *([channel_sum(ds)] if sum_ds else ())
 
 
@@ -667,9 +1089,15 @@ def check_group_norm(x: Tensor, weight: Tensor, addend_NC: Tensor | None, num_gr
 
 
 def group_norm_silu(
-    x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float = 1e-5, *, silu: bool = True,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: int,
+    eps: float = 1e-5,
+    *,
+    silu: bool = True,
     addend_NC: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Return silu(group_norm(x + addend)), or without the SiLU.
 
     x: (N, C, H, W) or (N, C, L), fp32 | fp16 | bf16, channels-last or not -> the same shape, dtype and memory order.

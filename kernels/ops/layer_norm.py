@@ -40,9 +40,22 @@ def layer_norm_reference(
 
 @kernel(varying=("M",))
 def _layer_norm_fwd_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, s_ptr, y_ptr, mean_ptr, rstd_ptr, M, D, eps,
-    HAS_RESIDUAL: tl.constexpr, HAS_STATS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    bias_ptr,
+    s_ptr,
+    y_ptr,
+    mean_ptr,
+    rstd_ptr,
+    M,
+    D,
+    eps,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_STATS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """Write s, y, mean and rstd. HAS_STATS: mean and rstd are given, only y is written."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
@@ -72,9 +85,22 @@ def _layer_norm_fwd_kernel(
 
 @kernel(varying=("M",))
 def _layer_norm_bwd_kernel(
-    dy_ptr, ds_ptr, s_ptr, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, parts_ptr, M, D,
-    HAS_DS: tl.constexpr, SUM_DX: tl.constexpr, SUM_DS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    dy_ptr,
+    ds_ptr,
+    s_ptr,
+    weight_ptr,
+    mean_ptr,
+    rstd_ptr,
+    dx_ptr,
+    parts_ptr,
+    M,
+    D,
+    HAS_DS: tl.constexpr,
+    SUM_DX: tl.constexpr,
+    SUM_DS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     """Write dx, and this program's row of partial sums of dweight, dbias and, if asked for, dx, ds: (2 to 4, programs, D)."""
     program = tl.program_id(0)
     num_programs = tl.num_programs(0)
@@ -141,9 +167,21 @@ def layer_norm_fwd(
     y = torch.empty_like(x)
     mean, rstd = (torch.empty(M, dtype=torch.float32, device=x.device) for _ in range(2))
     _layer_norm_fwd_kernel[(cdiv(M, blocks["BLOCK_M"]),)](
-        x, x if residual is None else residual, weight, bias, s, y, mean, rstd, M, D, eps,
-        HAS_RESIDUAL=residual is not None, HAS_STATS=False, **blocks,
-    )  # fmt: skip
+        x,
+        x if residual is None else residual,
+        weight,
+        bias,
+        s,
+        y,
+        mean,
+        rstd,
+        M,
+        D,
+        eps,
+        HAS_RESIDUAL=residual is not None,
+        HAS_STATS=False,
+        **blocks,
+    )
     return s, y, mean, rstd
 
 
@@ -160,9 +198,18 @@ def layer_norm_again(s: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd
 
 
 def layer_norm_bwd(
-    dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, eps: float, *,
-    sum_dx: bool = False, sum_ds: bool = False,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    dy: Tensor,
+    ds: Tensor | None,
+    s: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    eps: float,
+    *,
+    sum_dx: bool = False,
+    sum_ds: bool = False,
+) -> tuple[Tensor, ...]:
     """Return (dx, dweight, dbias), then what is asked for of the sums over rows of dx and of ds, (D,), in their order.
 
     dx is the residual's gradient as well. ds: the gradient of s from elsewhere, or None; then it has no sum either.

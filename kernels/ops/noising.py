@@ -73,11 +73,19 @@ def _sqrt(x: Tensor) -> Tensor:
 
 
 def noising_reference(
-    mean_BCHW: Tensor, logvar_BCHW: Tensor | None, words_B5: Tensor, alphas_cumprod_T: Tensor, *, prediction_type: str,
-    scaling_factor: float, offset_noise: float = 0.0, timesteps_B: Tensor | None = None,
-    dtype: torch.dtype = torch.float32, memory_format: torch.memory_format = torch.contiguous_format,
+    mean_BCHW: Tensor,
+    logvar_BCHW: Tensor | None,
+    words_B5: Tensor,
+    alphas_cumprod_T: Tensor,
+    *,
+    prediction_type: str,
+    scaling_factor: float,
+    offset_noise: float = 0.0,
+    timesteps_B: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.contiguous_format,
     purposes: Purposes = TRAINING,
-) -> Noised:  # fmt: skip
+) -> Noised:
     """Return the same in plain PyTorch; arguments as `noising`."""
     device, shape = mean_BCHW.device, tuple(mean_BCHW.shape[1:])
 
@@ -113,12 +121,30 @@ def noising_reference(
 
 @kernel(fp_fusion=False, varying=("num_elements", "num_pixels", "num_channels", "num_timesteps"))
 def _noising_kernel(
-    mean_ptr, logvar_ptr, words_ptr, alphas_cumprod_ptr, timesteps_ptr, noisy_ptr, target_ptr,
-    num_elements, num_pixels, num_channels, num_timesteps, scaling_factor, offset_noise,
-    HAS_LOGVAR: tl.constexpr, HAS_OFFSET: tl.constexpr, DRAW_TIMESTEP: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    PREDICTION: tl.constexpr, NOISE: tl.constexpr, POSTERIOR: tl.constexpr, OFFSET: tl.constexpr,
-    TIMESTEP: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    mean_ptr,
+    logvar_ptr,
+    words_ptr,
+    alphas_cumprod_ptr,
+    timesteps_ptr,
+    noisy_ptr,
+    target_ptr,
+    num_elements,
+    num_pixels,
+    num_channels,
+    num_timesteps,
+    scaling_factor,
+    offset_noise,
+    HAS_LOGVAR: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
+    DRAW_TIMESTEP: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    PREDICTION: tl.constexpr,
+    NOISE: tl.constexpr,
+    POSTERIOR: tl.constexpr,
+    OFFSET: tl.constexpr,
+    TIMESTEP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     sample = tl.program_id(1).to(tl.int64)
     c1 = tl.load(words_ptr + sample * 5).to(tl.uint32)
     c2 = tl.load(words_ptr + sample * 5 + 1).to(tl.uint32)
@@ -171,11 +197,19 @@ def _noising_kernel(
 
 @torch.no_grad()
 def noising(
-    mean_BCHW: Tensor, logvar_BCHW: Tensor | None, words_B5: Tensor, alphas_cumprod_T: Tensor, *, prediction_type: str,
-    scaling_factor: float, offset_noise: float = 0.0, timesteps_B: Tensor | None = None,
-    dtype: torch.dtype = torch.float32, memory_format: torch.memory_format = torch.contiguous_format,
+    mean_BCHW: Tensor,
+    logvar_BCHW: Tensor | None,
+    words_B5: Tensor,
+    alphas_cumprod_T: Tensor,
+    *,
+    prediction_type: str,
+    scaling_factor: float,
+    offset_noise: float = 0.0,
+    timesteps_B: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.contiguous_format,
     purposes: Purposes = TRAINING,
-) -> Noised:  # fmt: skip
+) -> Noised:
     """Return each sample's noisy latents, target and timestep, all drawn by its key.
 
     mean_BCHW, logvar_BCHW: the posterior as cached, fp32 | fp16 | bf16; without logvar the mean itself is taken.
@@ -191,10 +225,18 @@ def noising(
         raise ValueError(f"logvar has shape {tuple(logvar_BCHW.shape)}, the mean {tuple(mean_BCHW.shape)}")
     if not runs_kernel(mean_BCHW):
         return noising_reference(
-            mean_BCHW, logvar_BCHW, words_B5, alphas_cumprod_T, prediction_type=prediction_type,
-            scaling_factor=scaling_factor, offset_noise=offset_noise, timesteps_B=timesteps_B, dtype=dtype,
-            memory_format=memory_format, purposes=purposes,
-        )  # fmt: skip
+            mean_BCHW,
+            logvar_BCHW,
+            words_B5,
+            alphas_cumprod_T,
+            prediction_type=prediction_type,
+            scaling_factor=scaling_factor,
+            offset_noise=offset_noise,
+            timesteps_B=timesteps_B,
+            dtype=dtype,
+            memory_format=memory_format,
+            purposes=purposes,
+        )
     mean = mean_BCHW.contiguous()
     logvar = mean if logvar_BCHW is None else logvar_BCHW.contiguous()
     batch, channels, height, width = mean.shape
@@ -205,10 +247,28 @@ def noising(
     num_elements = channels * height * width
     block = min(MAX_BLOCK, next_power_of_2(cdiv(num_elements, 4)))
     _noising_kernel[(cdiv(num_elements, 4 * block), batch)](
-        mean, logvar, words_B5, alphas_cumprod_T, timesteps_B, noisy, target, num_elements, height * width, channels,
-        len(alphas_cumprod_T), scaling_factor, offset_noise,
-        HAS_LOGVAR=logvar_BCHW is not None, HAS_OFFSET=offset_noise > 0, DRAW_TIMESTEP=draw,
-        CHANNELS_LAST=memory_format == torch.channels_last, PREDICTION=prediction_type, NOISE=int(purposes.noise),
-        POSTERIOR=int(purposes.posterior), OFFSET=int(purposes.offset), TIMESTEP=int(purposes.timestep), BLOCK=block,
-    )  # fmt: skip
+        mean,
+        logvar,
+        words_B5,
+        alphas_cumprod_T,
+        timesteps_B,
+        noisy,
+        target,
+        num_elements,
+        height * width,
+        channels,
+        len(alphas_cumprod_T),
+        scaling_factor,
+        offset_noise,
+        HAS_LOGVAR=logvar_BCHW is not None,
+        HAS_OFFSET=offset_noise > 0,
+        DRAW_TIMESTEP=draw,
+        CHANNELS_LAST=memory_format == torch.channels_last,
+        PREDICTION=prediction_type,
+        NOISE=int(purposes.noise),
+        POSTERIOR=int(purposes.posterior),
+        OFFSET=int(purposes.offset),
+        TIMESTEP=int(purposes.timestep),
+        BLOCK=block,
+    )
     return Noised(noisy, target, timesteps_B)

@@ -41,9 +41,21 @@ from safelight.kernels.triton.jit import with_flat_pixels
 class _NormSiLUConv(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, x, norm_weight, norm_bias, addend_NC, conv_weight, conv_bias, bias_of_x, num_groups, eps, silu, stride,
-        padding, forks,
-    ):  # fmt: skip
+        ctx,
+        x,
+        norm_weight,
+        norm_bias,
+        addend_NC,
+        conv_weight,
+        conv_bias,
+        bias_of_x,
+        num_groups,
+        eps,
+        silu,
+        stride,
+        padding,
+        forks,
+    ):
         norm = (x, norm_weight, norm_bias, addend_NC)
         h, mean_NG, rstd_NG = group_norm_silu_fwd(*norm, num_groups, eps, silu)
         ctx.save_for_backward(*norm, mean_NG, rstd_NG, conv_weight)
@@ -65,9 +77,18 @@ class _NormSiLUConv(torch.autograd.Function):
         h = group_norm_silu_again(*norm, *ctx.norm_options)
         stride, padding = ctx.conv_options
         dh, dconv_weight, dconv_bias = torch.ops.aten.convolution_backward(
-            dy, h, conv_weight, ctx.bias_sizes, [stride, stride], [padding, padding], [1, 1], False, [0, 0], 1,
+            dy,
+            h,
+            conv_weight,
+            ctx.bias_sizes,
+            [stride, stride],
+            [padding, padding],
+            [1, 1],
+            False,
+            [0, 0],
+            1,
             [True, ctx.needs_input_grad[4], ctx.bias_sizes is not None],
-        )  # fmt: skip
+        )
         # freed before the norm's own gradients are made: the peak is one tensor lower
         del h
         dx, dnorm_weight, dnorm_bias, daddend, *total = group_norm_silu_bwd(
@@ -78,10 +99,21 @@ class _NormSiLUConv(torch.autograd.Function):
 
 
 def norm_silu_conv(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, num_groups: int, conv_weight: Tensor,
-    conv_bias: Tensor | None = None, *, eps: float = 1e-5, silu: bool = True, addend_NC: Tensor | None = None,
-    stride: int = 1, padding: int = 1, forks: bool = False, bias_of_x: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    num_groups: int,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    silu: bool = True,
+    addend_NC: Tensor | None = None,
+    stride: int = 1,
+    padding: int = 1,
+    forks: bool = False,
+    bias_of_x: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Return conv2d(silu(group_norm(x + addend))), saving x and fp32 statistics alone; if it forks (x, that).
 
     x: (N, C, H, W), fp32 | fp16 | bf16, channels-last or not. conv_weight: (K, C, h, w). Without conv_bias, add it behind
@@ -93,9 +125,20 @@ def norm_silu_conv(
         raise ValueError(f"a kernel of {tuple(conv_weight.shape)} does not fit x of {tuple(x.shape)}")
     addend_NC = None if addend_NC is None else addend_NC.contiguous()
     return _NormSiLUConv.apply(
-        with_flat_pixels(x), norm_weight, norm_bias, addend_NC, conv_weight, conv_bias, bias_of_x, num_groups, eps, silu,
-        stride, padding, forks,
-    )  # fmt: skip
+        with_flat_pixels(x),
+        norm_weight,
+        norm_bias,
+        addend_NC,
+        conv_weight,
+        conv_bias,
+        bias_of_x,
+        num_groups,
+        eps,
+        silu,
+        stride,
+        padding,
+        forks,
+    )
 
 
 def linear_gradients(dy: Tensor, h: Tensor, weight: Tensor, has_bias: bool) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -145,9 +188,16 @@ def as_images(x: Tensor, height: int, width: int) -> Tensor:
 
 
 def group_norm_linear(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, num_groups: int, weight: Tensor, bias: Tensor | None = None, *,
-    eps: float = 1e-5, bias_of_x: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    num_groups: int,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    bias_of_x: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Return (x, linear(group_norm(x)) of every pixel, (N, H W, F)), saving x and fp32 statistics alone.
 
     x: (N, C, H, W), fp32 | fp16 | bf16, channels-last or not; use the x returned for what follows. weight: (F, C), or a
@@ -194,9 +244,16 @@ def check_linear(x: Tensor, weight: Tensor) -> None:
 
 
 def norm_linear(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor | None = None, *,
-    residual: Tensor | None = None, bias_in_x: Tensor | None = None, eps: float = 1e-5,
-) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    bias_in_x: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Return linear(layer_norm(x)); with a residual (s, linear(layer_norm(s))), s = x + residual.
 
     x: (..., D), fp32 | fp16 | bf16; weight: (F, D). Several projections of one norm are one call with their weights
@@ -247,15 +304,34 @@ class _FeedForward(torch.autograd.Function):
         dout_bias = (sums[0] if sums else row_sum(dy)) if ctx.has_out_bias else None
         dresidual = dx if ctx.has_residual else None
         return (
-            dx, dnorm_weight, dnorm_bias, dresidual, din_weight, din_bias, dout_weight, dout_bias, dbias_in_x, None, None
-        )  # fmt: skip
+            dx,
+            dnorm_weight,
+            dnorm_bias,
+            dresidual,
+            din_weight,
+            din_bias,
+            dout_weight,
+            dout_bias,
+            dbias_in_x,
+            None,
+            None,
+        )
 
 
 def feed_forward(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, in_weight: Tensor, in_bias: Tensor | None, out_weight: Tensor,
-    out_bias: Tensor | None = None, *, residual: Tensor | None = None, bias_in_x: Tensor | None = None,
-    eps: float = 1e-5, recompute: bool = False,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    in_weight: Tensor,
+    in_bias: Tensor | None,
+    out_weight: Tensor,
+    out_bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    bias_in_x: Tensor | None = None,
+    eps: float = 1e-5,
+    recompute: bool = False,
+) -> Tensor:
     """Return linear(geglu(linear(layer_norm(x)))); with a residual s + the same of s, s = x + residual.
 
     x: (..., D), fp32 | fp16 | bf16; in_weight: (2F, D); out_weight: (E, F), E = D with a residual. bias_in_x: (D,), gets its
@@ -272,6 +348,15 @@ def feed_forward(
         raise ValueError(f"a projection of {tuple(out_weight.shape)} does not go back to x of {tuple(x.shape)}")
     residual = None if residual is None else residual.contiguous()
     return _FeedForward.apply(
-        x.contiguous(), norm_weight, norm_bias, residual, in_weight, in_bias, out_weight, out_bias, bias_in_x, eps,
+        x.contiguous(),
+        norm_weight,
+        norm_bias,
+        residual,
+        in_weight,
+        in_bias,
+        out_weight,
+        out_bias,
+        bias_in_x,
+        eps,
         recompute,
-    )  # fmt: skip
+    )

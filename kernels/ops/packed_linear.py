@@ -47,9 +47,11 @@ def adjacent(tensors: Sequence[Tensor], dim: int) -> Tensor | None:
     rest = first.shape[:dim] + first.shape[dim + 1 :]
     for x in tensors:
         if (
-            x.untyped_storage()._cdata != storage or x.stride() != stride or x.storage_offset() != offset
+            x.untyped_storage()._cdata != storage
+            or x.stride() != stride
+            or x.storage_offset() != offset
             or x.shape[:dim] + x.shape[dim + 1 :] != rest
-        ):  # fmt: skip
+        ):
             return None
         offset += x.shape[dim] * stride[dim]
     total = sum(x.shape[dim] for x in tensors)
@@ -154,9 +156,14 @@ class _NormPackedLinear(torch.autograd.Function):
 
 
 def norm_packed_linear(
-    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weights: Sequence[Tensor], *, bias_in_x: Tensor | None = None,
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weights: Sequence[Tensor],
+    *,
+    bias_in_x: Tensor | None = None,
     eps: float = 1e-5,
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> tuple[Tensor, ...]:
     """Return (x, linear(layer_norm(x), weight) for every weight), in one product. Saves x and fp32 statistics alone.
 
     Use the x returned for what follows: its gradient then joins the norm's in the same pass. x: (..., D), fp32 | fp16 |

@@ -28,9 +28,18 @@ class _UpsampleConv(torch.autograd.Function):
         dy = dy.contiguous(memory_format=torch.channels_last if dy.stride(1) == 1 else torch.contiguous_format)
         large = F.interpolate(x, size=ctx.size, mode="nearest")
         dlarge, dweight, dbias = torch.ops.aten.convolution_backward(
-            dy, large, weight, ctx.bias_sizes, [1, 1], list(ctx.padding), [1, 1], False, [0, 0], 1,
+            dy,
+            large,
+            weight,
+            ctx.bias_sizes,
+            [1, 1],
+            list(ctx.padding),
+            [1, 1],
+            False,
+            [0, 0],
+            1,
             [True, ctx.needs_input_grad[1], ctx.bias_sizes is not None],
-        )  # fmt: skip
+        )
         del large
         dx = torch.ops.aten.upsample_nearest2d_backward(dlarge, ctx.size, x.shape)
         return dx, dweight, dbias, None, None

@@ -70,9 +70,17 @@ class Moments:
 
 
 def adamw8bit_reference(
-    p: Tensor, beside: Tensor | None, moments: Moments, gradient: Tensor, hyper: Tensor, corrections: Tensor,
-    betas: tuple[float, float], eps: float, memory: str, words: Tensor | None,
-) -> None:  # fmt: skip
+    p: Tensor,
+    beside: Tensor | None,
+    moments: Moments,
+    gradient: Tensor,
+    hyper: Tensor,
+    corrections: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    memory: str,
+    words: Tensor | None,
+) -> None:
     """Update a weight, its remainder `beside` and its moments.
 
     gradient: in the weight's memory order. hyper: lr, weight decay. corrections: 1 - beta_1^t, sqrt(1 - beta_2^t), the gradient's
@@ -169,10 +177,29 @@ def _updated(weight, gradient, m, v, hyper_ptr, correction, beta1, beta2, one_mi
 
 @kernel(fp_fusion=False)
 def _adamw8bit_kernel(
-    tensors_ptr, gradients_ptr, programs_ptr, like_ptr, hyper_ptr, corrections_ptr, skips_ptr, steps_ptr, seed_ptr,
-    map1_ptr, map2_ptr, bounds1_ptr, bounds2_ptr, beta1, beta2, one_minus_beta1, one_minus_beta2, eps,
-    WEIGHT: tl.constexpr, MEMORY: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    tensors_ptr,
+    gradients_ptr,
+    programs_ptr,
+    like_ptr,
+    hyper_ptr,
+    corrections_ptr,
+    skips_ptr,
+    steps_ptr,
+    seed_ptr,
+    map1_ptr,
+    map2_ptr,
+    bounds1_ptr,
+    bounds2_ptr,
+    beta1,
+    beta2,
+    one_minus_beta1,
+    one_minus_beta2,
+    eps,
+    WEIGHT: tl.constexpr,
+    MEMORY: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     """tensors: (tensors, 7) int64 addresses of weight, remainder, states, absmaxes, and the size; programs: (tensor, first block).
 
     corrections: (tensors, 3) float32; skips: (tensors,) int32; steps: (tensors,) int64 steps taken before this one.
@@ -220,10 +247,24 @@ def _adamw8bit_kernel(
 
 @kernel(fp_fusion=False)
 def _adamw32bit_kernel(
-    tensors_ptr, gradients_ptr, programs_ptr, like_ptr, hyper_ptr, corrections_ptr, skips_ptr, steps_ptr, seed_ptr,
-    beta1, beta2, one_minus_beta1, one_minus_beta2, eps,
-    WEIGHT: tl.constexpr, MEMORY: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
+    tensors_ptr,
+    gradients_ptr,
+    programs_ptr,
+    like_ptr,
+    hyper_ptr,
+    corrections_ptr,
+    skips_ptr,
+    steps_ptr,
+    seed_ptr,
+    beta1,
+    beta2,
+    one_minus_beta1,
+    one_minus_beta2,
+    eps,
+    WEIGHT: tl.constexpr,
+    MEMORY: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
     """As above, without absmaxes (addresses 0); programs: (tensor, first chunk)."""
     program = programs_ptr + tl.program_id(0).to(tl.int64) * 2
     tensor = tl.load(program).to(tl.int64)
@@ -271,10 +312,16 @@ class AdamW8bit:
     """
 
     def __init__(
-        self, parameters: list[Tensor], betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, memory: str = "fp32",
-        seed: int = 0, values: list[Tensor] | None = None, remainders: list[Tensor | None] | None = None,
+        self,
+        parameters: list[Tensor],
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        memory: str = "fp32",
+        seed: int = 0,
+        values: list[Tensor] | None = None,
+        remainders: list[Tensor | None] | None = None,
         pages: Pages | None = None,
-    ):  # fmt: skip
+    ):
         dtype = parameters[0].dtype
         for p in parameters:
             if p.dtype not in WEIGHTS or p.dtype != dtype or not is_dense(p) or p.numel() == 0:
@@ -375,9 +422,13 @@ class AdamW8bit:
 
     @torch.no_grad()
     def step(
-        self, gradients: list[Tensor], lr: float | Tensor, weight_decay: float | Tensor = 0.0,
-        gradient_scale: float | Tensor = 1.0, found_inf: Tensor | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        gradients: list[Tensor],
+        lr: float | Tensor,
+        weight_decay: float | Tensor = 0.0,
+        gradient_scale: float | Tensor = 1.0,
+        found_inf: Tensor | None = None,
+    ) -> None:
         """Take one step over all tensors: begin, update, end."""
         self.begin(lr, weight_decay)
         self.update(gradients, gradient_scale, found_inf)
@@ -405,9 +456,12 @@ class AdamW8bit:
 
     @torch.no_grad()
     def update(
-        self, gradients: list[Tensor], gradient_scale: float | Tensor = 1.0, found_inf: Tensor | None = None,
+        self,
+        gradients: list[Tensor],
+        gradient_scale: float | Tensor = 1.0,
+        found_inf: Tensor | None = None,
         members: Sequence[int] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Update some tensors; each at most once between begin and end.
 
         gradients: one a member, of one dtype; they are multiplied by gradient_scale, one number or one a member. members:
@@ -523,9 +577,16 @@ class AdamW8bit:
         like = next(iter(gradients.values()))
         for coded, programs in self._programs_of(members):
             shared = (
-                self._table(slot), programs.gradients(gradients), programs.table, like, self._hyper, self._corrections,
-                self.skips, self.step_counts, self._seed,
-            )  # fmt: skip
+                self._table(slot),
+                programs.gradients(gradients),
+                programs.table,
+                like,
+                self._hyper,
+                self._corrections,
+                self.skips,
+                self.step_counts,
+                self._seed,
+            )
             grid = (len(programs.table),)
             if coded:
                 maps = (*self.maps, *self._bounds)
@@ -538,9 +599,16 @@ class AdamW8bit:
         if self.memory in ("near", "rounded"):
             words = draws(self.seed, self.step_counts[index] + 1, index, gradient.numel())
         adamw8bit_reference(
-            self.parameters[index].detach(), *self._state(index, slot), gradient, self._hyper, self._corrections[index],
-            self.betas, self.eps, self.memory, words,
-        )  # fmt: skip
+            self.parameters[index].detach(),
+            *self._state(index, slot),
+            gradient,
+            self._hyper,
+            self._corrections[index],
+            self.betas,
+            self.eps,
+            self.memory,
+            words,
+        )
 
 
 def _moments(pieces: dict[str, Tensor]) -> Moments:

@@ -112,6 +112,12 @@ class EMA:
             self._table = self._make_table()
         if len(self._table):
             _ema_kernel[(len(self._table),)](
-                self._table, first, first if beside is None else beside, decay, WEIGHT=WEIGHTS[first.dtype],
-                MEMORY="none" if beside is None else MEMORIES[beside.dtype], CHUNK=CHUNK, num_warps=NUM_WARPS,
-            )  # fmt: skip
+                self._table,
+                first,
+                first if beside is None else beside,
+                decay,
+                WEIGHT=WEIGHTS[first.dtype],
+                MEMORY="none" if beside is None else MEMORIES[beside.dtype],
+                CHUNK=CHUNK,
+                num_warps=NUM_WARPS,
+            )

@@ -42,9 +42,12 @@ NUM_SLOTS = 2
 COMPUTE, INWARD, OUTWARD = "compute", "inward", "outward"
 # a tensor's pieces, in their order: name -> dtype
 PIECES = {
-    "remainder": torch.int16, "state1": torch.uint8, "state2": torch.uint8,
-    "absmax1": torch.float32, "absmax2": torch.float32,
-}  # fmt: skip
+    "remainder": torch.int16,
+    "state1": torch.uint8,
+    "state2": torch.uint8,
+    "absmax1": torch.float32,
+    "absmax2": torch.float32,
+}
 
 
 class NoStreams:
@@ -137,9 +140,12 @@ class Pages:
     """
 
     def __init__(
-        self, tensors: dict[int, Tensor], groups: Sequence[Sequence[int]], streams: NoStreams | None = None,
+        self,
+        tensors: dict[int, Tensor],
+        groups: Sequence[Sequence[int]],
+        streams: NoStreams | None = None,
         device: torch.device | None = None,
-    ):  # fmt: skip
+    ):
         device = device or next(iter(tensors.values())).device
         sizes = {i: sum(map(_aligned, state_bytes(p.numel()).values())) for i, p in tensors.items()}
         largest = max(sizes.values())

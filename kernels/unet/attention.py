@@ -10,9 +10,18 @@ from safelight.kernels.unet.attention_backends import AttentionChoice, Case, att
 from safelight.kernels.unet.attention_probe import allowed_backends, choose_attention
 
 __all__ = [
-    "AttendProcessor", "AttentionChoice", "Case", "allowed_backends", "apply_attention", "attend", "attention_cases", "attention_modules",
-    "attention_operators", "choose_attention", "head_dim_of",
-]  # fmt: skip
+    "AttendProcessor",
+    "AttentionChoice",
+    "Case",
+    "allowed_backends",
+    "apply_attention",
+    "attend",
+    "attention_cases",
+    "attention_modules",
+    "attention_operators",
+    "choose_attention",
+    "head_dim_of",
+]
 
 NUM_TEXT_TOKENS = 77
 
@@ -55,9 +64,13 @@ class AttendProcessor:
         self.choice = choice
 
     def __call__(
-        self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None, temb: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
         """Return the attended hidden states, (B, T, D). Raises ValueError for a mask."""
         if attention_mask is not None:
             raise ValueError(

@@ -224,10 +224,14 @@ class AttentionChoice:
         """Return the choice as plain values, for environment.json and for `previous` of choose_attention."""
         cases = [{**asdict(case), **asdict(verdict)} for case, verdict in self.verdicts.items()]
         return {
-            "device": self.device, "dtype": self.dtype, "wanted": self.wanted, "how": self.how,
+            "device": self.device,
+            "dtype": self.dtype,
+            "wanted": self.wanted,
+            "how": self.how,
             "probe_s": self.probe_s,
-            "notes": list(self.notes), "cases": cases,
-        }  # fmt: skip
+            "notes": list(self.notes),
+            "cases": cases,
+        }
 
     def call(self, head_dim: int, queries: int, keys: int) -> Callable[[Tensor, Tensor, Tensor, float | None], Tensor]:
         """Return the function that attends in a shape."""

@@ -134,9 +134,14 @@ def _capped(case: Case, device: torch.device, batch: int) -> tuple[Case, int]:
 
 
 def _judge(
-    case: Case, candidates: list[str], device: torch.device, dtype: torch.dtype, batch: int, is_timed: bool,
+    case: Case,
+    candidates: list[str],
+    device: torch.device,
+    dtype: torch.dtype,
+    batch: int,
+    is_timed: bool,
     deterministic: bool,
-) -> Verdict | dict[str, str]:  # fmt: skip
+) -> Verdict | dict[str, str]:
     """Return the best candidate for a case; or, if none works, why each does not. Preferred candidates come first."""
     case, batch = _capped(case, device, batch)
     inputs = make_inputs(case, batch, device, dtype)
@@ -195,9 +200,15 @@ def device_name(device: torch.device) -> str:
 
 
 def choose_attention(
-    device: torch.device, dtype: torch.dtype, cases: Iterable[Case], *, wanted: str = "auto", batch: int = 1,
-    deterministic: bool | None = None, previous: Mapping | None = None,
-) -> AttentionChoice:  # fmt: skip
+    device: torch.device,
+    dtype: torch.dtype,
+    cases: Iterable[Case],
+    *,
+    wanted: str = "auto",
+    batch: int = 1,
+    deterministic: bool | None = None,
+    previous: Mapping | None = None,
+) -> AttentionChoice:
     """Return the backend of each case on a device and dtype.
 
     wanted: a key of GROUPS, the setting model.attention. batch: rows attended to at a time. deterministic: None for

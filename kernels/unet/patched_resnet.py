@@ -49,10 +49,14 @@ def detached(bias: Tensor | None) -> Tensor | None:
 def is_plain_conv(conv: nn.Module, size: int, stride: int = 1) -> bool:
     """Return whether a module is a Conv2d of a square kernel that keeps the sides (or divides them by the stride)."""
     return (
-        type(conv) is nn.Conv2d and conv.kernel_size == (size, size) and conv.stride == (stride, stride)
-        and conv.padding == (size // 2, size // 2) and conv.dilation == (1, 1) and conv.groups == 1
+        type(conv) is nn.Conv2d
+        and conv.kernel_size == (size, size)
+        and conv.stride == (stride, stride)
+        and conv.padding == (size // 2, size // 2)
+        and conv.dilation == (1, 1)
+        and conv.groups == 1
         and conv.padding_mode == "zeros"
-    )  # fmt: skip
+    )
 
 
 def is_norm(norm: nn.Module, kind: type[nn.Module]) -> bool:
@@ -91,9 +95,15 @@ class PatchedResnetBlock(Swapped):
         if shortcut is None:
             bias, bias_of_x = bias.detach(), bias
         x, h = norm_silu_conv(
-            x, norm1.weight, norm1.bias, norm1.num_groups, self.conv1.weight, eps=norm1.eps, forks=True,
+            x,
+            norm1.weight,
+            norm1.bias,
+            norm1.num_groups,
+            self.conv1.weight,
+            eps=norm1.eps,
+            forks=True,
             bias_of_x=bias_of_x,
-        )  # fmt: skip
+        )
         h = norm_silu_conv(
             h, norm2.weight, norm2.bias, norm2.num_groups, self.conv2.weight, eps=norm2.eps, addend_NC=addend_NC
         )

@@ -36,12 +36,17 @@ def _is_plain_attention(attention: nn.Module) -> bool:
     processors = (AttendProcessor, AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor)
     norms = (attention.spatial_norm, attention.group_norm, attention.norm_q, attention.norm_k)
     return (
-        type(attention) is Attention and type(attention.processor) in processors
-        and all(x is None for x in norms) and not attention.norm_cross and not attention.residual_connection
-        and attention.rescale_output_factor == 1 and attention.added_kv_proj_dim is None
+        type(attention) is Attention
+        and type(attention.processor) in processors
+        and all(x is None for x in norms)
+        and not attention.norm_cross
+        and not attention.residual_connection
+        and attention.rescale_output_factor == 1
+        and attention.added_kv_proj_dim is None
         and all(type(x) is nn.Linear and x.bias is None for x in (attention.to_q, attention.to_k, attention.to_v))
-        and type(attention.to_out[0]) is nn.Linear and attention.to_out[1].p == 0
-    )  # fmt: skip
+        and type(attention.to_out[0]) is nn.Linear
+        and attention.to_out[1].p == 0
+    )
 
 
 def _is_plain_feed_forward(ff: nn.Module) -> bool:
@@ -49,9 +54,14 @@ def _is_plain_feed_forward(ff: nn.Module) -> bool:
     from diffusers.models.attention import FeedForward
 
     return (
-        type(ff) is FeedForward and len(ff.net) == 3 and type(ff.net[0]) is GEGLU and type(ff.net[0].proj) is nn.Linear
-        and type(ff.net[1]) is nn.Dropout and ff.net[1].p == 0 and type(ff.net[2]) is nn.Linear
-    )  # fmt: skip
+        type(ff) is FeedForward
+        and len(ff.net) == 3
+        and type(ff.net[0]) is GEGLU
+        and type(ff.net[0].proj) is nn.Linear
+        and type(ff.net[1]) is nn.Dropout
+        and ff.net[1].p == 0
+        and type(ff.net[2]) is nn.Linear
+    )
 
 
 def qkv_parameters(block: BasicTransformerBlock) -> list[nn.Parameter]:
@@ -100,9 +110,13 @@ class PatchedTransformerBlock(Swapped):
         return ""
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: None = None,
-        encoder_hidden_states: Tensor | Sequence[tuple[Tensor, Tensor]] | None = None, *args, **kwargs,
-    ) -> Tensor:  # fmt: skip
+        self,
+        hidden_states: Tensor,
+        attention_mask: None = None,
+        encoder_hidden_states: Tensor | Sequence[tuple[Tensor, Tensor]] | None = None,
+        *args,
+        **kwargs,
+    ) -> Tensor:
         """Return the tokens, (B, T, D). encoder_hidden_states: the text, or what text_projections made of it."""
         attn1, attn2, proj, out = self.attn1, self.attn2, self.ff.net[0].proj, self.ff.net[2]
         norm1, norm2, norm3 = self.norm1, self.norm2, self.norm3
@@ -119,9 +133,18 @@ class PatchedTransformerBlock(Swapped):
         k, v = text_projections([self], text)[0] if isinstance(text, Tensor) else text[self.text_index]
         x = self._attend(attn2, q, k, v)
         return feed_forward(
-            x, norm3.weight, norm3.bias, proj.weight, proj.bias, out.weight, out.bias, residual=s,
-            bias_in_x=attn2.to_out[0].bias, eps=norm3.eps, recompute=self.recompute,
-        )  # fmt: skip
+            x,
+            norm3.weight,
+            norm3.bias,
+            proj.weight,
+            proj.bias,
+            out.weight,
+            out.bias,
+            residual=s,
+            bias_in_x=attn2.to_out[0].bias,
+            eps=norm3.eps,
+            recompute=self.recompute,
+        )
 
     def _attend(self, attention: Attention, *qkv: Tensor) -> Tensor:
         """Return the projected output of attention over q, k, v of (B, T, H K); the norm behind has its bias' gradient."""
@@ -143,10 +166,17 @@ class PatchedTransformer(Swapped):
         return ""
 
     def forward(
-        self, hidden_states: Tensor, encoder_hidden_states=None, timestep=None, added_cond_kwargs=None,
-        class_labels=None, cross_attention_kwargs=None, attention_mask=None, encoder_attention_mask=None,
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states=None,
+        timestep=None,
+        added_cond_kwargs=None,
+        class_labels=None,
+        cross_attention_kwargs=None,
+        attention_mask=None,
+        encoder_attention_mask=None,
         return_dict: bool = True,
-    ):  # fmt: skip
+    ):
         """Return the image. Raises ValueError for masks and attention arguments, which no patched module takes."""
         if attention_mask is not None or encoder_attention_mask is not None or cross_attention_kwargs:
             raise ValueError(

@@ -35,8 +35,11 @@ def listed(texts: Mapping[str, str]) -> str:
     width = max(map(len, texts)) + 4
     return "\n".join(
         textwrap.fill(
-            text, _columns(), initial_indent=f"  {name}".ljust(width), subsequent_indent=" " * width,
+            text,
+            _columns(),
+            initial_indent=f"  {name}".ljust(width),
+            subsequent_indent=" " * width,
             break_on_hyphens=False,
         )
         for name, text in texts.items()
-    )  # fmt: skip
+    )

@@ -118,9 +118,11 @@ def _print_graphs(plan: dict, chosen: dict) -> None:
 
 def _print_host(plan: dict, host: dict) -> None:
     training = {
-        "optimizer state": host["states"], "activations": host["activations"],
-        "a checkpoint's snapshot": host["snapshot"], "autoencoder": host["autoencoder"],
-    }  # fmt: skip
+        "optimizer state": host["states"],
+        "activations": host["activations"],
+        "a checkpoint's snapshot": host["snapshot"],
+        "autoencoder": host["autoencoder"],
+    }
     told = ", ".join(f"{name} {size / GIB:.2f}" for name, size in training.items() if size)
     print(f"Host memory beside Python's own: {sum(training.values()) / GIB:.2f} GiB:")
     print(f"  {told};")

@@ -31,8 +31,10 @@ def holder(tmp_path):
     """A process that holds tmp_path/folder until its standard input is closed or it is killed."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(tmp_path / "folder")],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout.readline() == "held\n"
     yield process
     process.kill()

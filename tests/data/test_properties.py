@@ -65,9 +65,14 @@ def test_a_photo_goes_to_the_nearest_ratio_and_its_mirror_to_one_as_near(chosen,
 
 @few
 @given(
-    chosen=bucket_settings(), width=sides, height=sides, sample=st.integers(0, 2**56 - 1), variant=st.integers(0, 63),
-    jitter=st.floats(0, 0.5, exclude_max=True), seed=st.integers(0, 2**64 - 1),
-)  # fmt: skip
+    chosen=bucket_settings(),
+    width=sides,
+    height=sides,
+    sample=st.integers(0, 2**56 - 1),
+    variant=st.integers(0, 63),
+    jitter=st.floats(0, 0.5, exclude_max=True),
+    seed=st.integers(0, 2**64 - 1),
+)
 def test_a_crop_lies_in_its_photo_and_has_the_buckets_aspect(chosen, width, height, sample, variant, jitter, seed):
     bucket = nearest_bucket(width, height, make_buckets(*chosen))
     left, top, right, bottom = crop_box(width, height, bucket, seed, sample, variant, jitter)
@@ -123,10 +128,20 @@ def test_added_photos_reshuffle_nothing(names, more, fraction, seed):
     repeat=st.integers(1, 3),
 )
 def test_every_photo_is_met_exactly_once_an_epoch(names, batch_size, epoch, seed, dropout, repeat):
-    samples = plan_samples(
-        [photo(number, captions=1 + number % 3) for number in names], make_buckets(64, 8), variants=1 + len(names) % 4,
-        crop_jitter=0.1, flip_p=0.5, seed=seed, vae_fingerprint="v", text_fingerprint="t", dtype="float16",
-    ) * repeat  # fmt: skip
+    samples = (
+        plan_samples(
+            [photo(number, captions=1 + number % 3) for number in names],
+            make_buckets(64, 8),
+            variants=1 + len(names) % 4,
+            crop_jitter=0.1,
+            flip_p=0.5,
+            seed=seed,
+            vae_fingerprint="v",
+            text_fingerprint="t",
+            dtype="float16",
+        )
+        * repeat
+    )
     options = {"seed": seed, "epoch": epoch, "caption_dropout": dropout}
     plan = plan_epoch(samples, batch_size=batch_size, **options)
     refs = [ref for batch in plan for ref in batch.refs]

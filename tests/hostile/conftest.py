@@ -21,7 +21,11 @@ def load(name: str):
     return sys.modules[module_name]
 
 
-CORPUS = {"picture": ("pictures", ("PICTURES", "CAPTIONS")), "mistake": ("mistakes", ("MISTAKES",)), "damage": ("damages", ("DAMAGES",))}  # fmt: skip
+CORPUS = {
+    "picture": ("pictures", ("PICTURES", "CAPTIONS")),
+    "mistake": ("mistakes", ("MISTAKES",)),
+    "damage": ("damages", ("DAMAGES",)),
+}
 
 
 def cases_of(argument: str) -> list:

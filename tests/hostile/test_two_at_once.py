@@ -26,8 +26,10 @@ def hold():
     def start(folder) -> subprocess.Popen:
         process = subprocess.Popen(
             [sys.executable, "-c", HOLDER, str(folder), "train", "run.toml"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         processes.append(process)
         assert process.stdout.readline() == "held\n"
         return process

@@ -47,10 +47,25 @@ def test_key_layout_is_the_documented_one():
     expected = philox_numpy((1, 0xDDEEFF11, 0xAABBCC01, 0x12345678), (0x55667788, 0x11223344))
     assert words(key, 8)[4:].tolist() == [int(w) for w in expected]
     assert {p.name: int(p) for p in Purpose} == {
-        "NOISE": 1, "TIMESTEP": 2, "POSTERIOR": 3, "CAPTION_DROPOUT": 4, "CAPTION_CHOICE": 5, "VARIANT": 6,
-        "EPOCH_ORDER": 7, "CROP": 8, "FLIP": 9, "SPLIT": 10, "VALIDATION_NOISE": 11, "VALIDATION_TIMESTEP": 12,
-        "SAMPLE_NOISE": 13, "OFFSET_NOISE": 14, "INITIAL_WEIGHTS": 15, "SCENE": 16, "BATCH_ORDER": 17, "ROUNDING": 18,
-    }  # fmt: skip
+        "NOISE": 1,
+        "TIMESTEP": 2,
+        "POSTERIOR": 3,
+        "CAPTION_DROPOUT": 4,
+        "CAPTION_CHOICE": 5,
+        "VARIANT": 6,
+        "EPOCH_ORDER": 7,
+        "CROP": 8,
+        "FLIP": 9,
+        "SPLIT": 10,
+        "VALIDATION_NOISE": 11,
+        "VALIDATION_TIMESTEP": 12,
+        "SAMPLE_NOISE": 13,
+        "OFFSET_NOISE": 14,
+        "INITIAL_WEIGHTS": 15,
+        "SCENE": 16,
+        "BATCH_ORDER": 17,
+        "ROUNDING": 18,
+    }
 
 
 @pytest.mark.parametrize(

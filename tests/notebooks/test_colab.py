@@ -84,8 +84,15 @@ def test_every_command_is_one_of_this_version(cells, tmp_path, monkeypatch):
     commands = commands_of(cells)
     # in the order of a first session
     assert [words[0] for words in commands] == [
-        "prepare", "init", "plan", "train", "compare", "report", "sample", "export",
-    ]  # fmt: skip
+        "prepare",
+        "init",
+        "plan",
+        "train",
+        "compare",
+        "report",
+        "sample",
+        "export",
+    ]
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.toml").write_text("")
     for name, *rest in commands:

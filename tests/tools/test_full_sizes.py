@@ -18,18 +18,25 @@ from safelight.trainer.models.weights import load_text, meta_unet
 from safelight.trainer.train import train
 
 SMALL = {
-    "sample_size": 16, "block_out_channels": [32, 64, 64], "layers_per_block": 1, "cross_attention_dim": 32,
-    "attention_head_dim": [2, 4, 4], "norm_num_groups": 8,
-}  # fmt: skip
+    "sample_size": 16,
+    "block_out_channels": [32, 64, 64],
+    "layers_per_block": 1,
+    "cross_attention_dim": 32,
+    "attention_head_dim": [2, 4, 4],
+    "norm_num_groups": 8,
+}
 
 
 @pytest.fixture
 def small_sdxl(monkeypatch):
     """SDXL's make with its conditioning, few channels."""
     unet = {
-        **RANDOM_MODELS["sdxl"]["unet"], **SMALL, "transformer_layers_per_block": [1, 1, 2],
-        "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 32 + 48,
-    }  # fmt: skip
+        **RANDOM_MODELS["sdxl"]["unet"],
+        **SMALL,
+        "transformer_layers_per_block": [1, 1, 2],
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 32 + 48,
+    }
     monkeypatch.setitem(RANDOM_MODELS, "small-xl", {**RANDOM_MODELS["sdxl"], "unet": unet})
     return "random:small-xl"
 
@@ -49,9 +56,10 @@ SDXL_SAVED = {(False, "none"): 6570, (True, "none"): 3794, (False, "full"): 560}
 def check_against(base: str, patched: bool, checkpointing: str) -> dict:
     """Return the figures of a base's step traced now, having found none above the golden line's."""
     (golden,) = (
-        g for g in gate.goldens(base=base)
+        g
+        for g in gate.goldens(base=base)
         if g["config"].get("patched", False) == patched and g["config"]["checkpointing"] == checkpointing
-    )  # fmt: skip
+    )
     config = {**golden["config"]}
     found = count.figures(count.trace(resolve_base(config.pop("base")), **config))
     assert gate.differences(golden["figures"], found)[0] == []

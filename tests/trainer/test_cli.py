@@ -24,7 +24,7 @@ NUM_STEPS = 5
 SMALL = (
     f"--train.max-steps {NUM_STEPS} --train.batch-size 4 --log.every-steps 2 --validate.max-images 4 "
     "--sample.steps 2 --sample.num-prompts 2 --data.variants 1"
-).split()  # fmt: skip
+).split()
 
 
 @dataclass
@@ -146,8 +146,9 @@ def test_train_leaves_a_whole_run(journey):
     told = [line for line in journey.called["train"].err.splitlines() if "held-out loss" in line]
     losses = [f"{row['loss']:.4f}" for row in rows if row["kind"] == "validation"]
     assert [re.findall(r"held-out loss ([\d.]+).*photographs ([\d.]+)$", line) for line in told] == [
-        [(losses[0], losses[1])], [(losses[2], losses[3])],
-    ]  # fmt: skip
+        [(losses[0], losses[1])],
+        [(losses[2], losses[3])],
+    ]
     for step in (0, NUM_STEPS):
         folder = run / "samples" / f"step-{step:08d}"
         index = json.loads((folder / "index.json").read_text())
@@ -311,8 +312,11 @@ def start(*argv: object) -> subprocess.Popen:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(quieting)}
     return subprocess.Popen(
         [sys.executable, "-W", "default", "-m", "safelight", *(str(word) for word in argv)],
-        env={**environment, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        env={**environment, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def test_ctrl_c_saves_resume_completes_and_no_library_says_a_word(journey):

@@ -100,8 +100,12 @@ def test_a_reader_that_goes_away_is_no_error(words, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     result = subprocess.run(
         [*command, tmp_path / "run.toml"] if words.endswith("-o") else command,
-        stdout=write_end, stderr=subprocess.PIPE, text=True, check=False, env=environment,
-    )  # fmt: skip
+        stdout=write_end,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        env=environment,
+    )
     os.close(write_end)
     assert (result.returncode, result.stderr) == (0, "")
 

@@ -88,9 +88,10 @@ def test_bf16_with_its_master_and_its_moving_average_resumes_bit_for_bit(run, ti
 def test_asked_to_stop_at_any_moment_it_goes_on_as_if_never_asked(run, tiny_dataset, tmp_path):
     """What Ctrl-C and SIGTERM do: in a step, a validation or a drawing, once and again; nothing is done twice or left out."""
     short = {
-        "stage": [{"epochs": 2}], "validate": {"timesteps": 2},
+        "stage": [{"epochs": 2}],
+        "validate": {"timesteps": 2},
         "sample": {"steps": 2, "num_prompts": 2, "every_epochs": 1, "cfg": 2.0},
-    }  # fmt: skip
+    }
     assert run(settings_of(tmp_path / "alone", tiny_dataset, **copy.deepcopy(short))) == 0
     config = parse_config(settings_of(tmp_path / "stopped", tiny_dataset, **short), "test")
     rng = random.Random("stops")

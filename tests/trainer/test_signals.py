@@ -15,16 +15,23 @@ from safelight.trainer.config.toml import to_toml
 def job(make_config, tmp_path):
     """A function that returns a job of `train`: slow steps, a checkpoint every other; signals come once the first is there."""
     config = make_config(
-        train={"batch_size": 2, "max_steps": 6}, stage=[{"epochs": 2}], log={"every_steps": 1}, validate={"every_epochs": 0},
-        sample={"every_epochs": 0}, save={"every_steps": 2, "every_epochs": 0, "keep": 9},
-    )  # fmt: skip
+        train={"batch_size": 2, "max_steps": 6},
+        stage=[{"epochs": 2}],
+        log={"every_steps": 1},
+        validate={"every_epochs": 0},
+        sample={"every_epochs": 0},
+        save={"every_steps": 2, "every_epochs": 0, "keep": 9},
+    )
     (tmp_path / "run.toml").write_text(to_toml(config))
 
     def make(*signals: str, step_s: float = 0.3, once: str = "run/checkpoints/step-00000002") -> dict:
         return {
-            "words": ["train", str(tmp_path / "run.toml"), "--resume"], "log": str(tmp_path / "log"), "step_s": step_s,
-            "once": str(tmp_path / once), "signals": signals,
-        }  # fmt: skip
+            "words": ["train", str(tmp_path / "run.toml"), "--resume"],
+            "log": str(tmp_path / "log"),
+            "step_s": step_s,
+            "once": str(tmp_path / once),
+            "signals": signals,
+        }
 
     return make
 

@@ -200,8 +200,13 @@ def train_vae(vae: AutoencoderKL, images: dict, clutter: np.ndarray, work: Path,
         square = error.square().mean().item()
         average = square if average is None else 0.98 * average + 0.02 * square
         if progress.step % 50 == 0:
-            log.write(stage="vae", step=progress.step, mse=average, psnr_db=float(-10 * np.log10(average / 4)),
-                      cpu_seconds=progress.total_cpu_seconds())  # fmt: skip
+            log.write(
+                stage="vae",
+                step=progress.step,
+                mse=average,
+                psnr_db=float(-10 * np.log10(average / 4)),
+                cpu_seconds=progress.total_cpu_seconds(),
+            )
     progress.save()
     progress.take_ema()
 
@@ -268,9 +273,15 @@ def write_pipeline(out: Path, vae, unet, text_encoder, tokenizer) -> str:
     """Write the diffusers folder in fp16; return the SHA-256 over its weight files, in the order of their paths."""
     scheduler = DDIMScheduler.from_config(make_scheduler().config, set_alpha_to_one=False, steps_offset=1)
     StableDiffusionPipeline(
-        vae=vae.half(), text_encoder=text_encoder.half(), tokenizer=tokenizer, unet=unet.half(), scheduler=scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    ).save_pretrained(out, safe_serialization=True)  # fmt: skip
+        vae=vae.half(),
+        text_encoder=text_encoder.half(),
+        tokenizer=tokenizer,
+        unet=unet.half(),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(out, safe_serialization=True)
     # transformers would load its part in the dtype named here, diffusers all others in fp32
     config = out / "text_encoder" / "config.json"
     config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
@@ -296,10 +307,14 @@ def main() -> None:
     texts.sort(key=lambda text: sort_key(Key(SEED, Purpose.SPLIT, int.from_bytes(text.encode()[:7], "big"))))
     tokenizer = make_tokenizer(texts[:4000])
     vae, unet, text_encoder = make_vae(), make_unet(), make_text_encoder(tokenizer)
-    log.write(stage="models", tokens=len(tokenizer), **{
-        name: sum(p.numel() for p in module.parameters())
-        for name, module in (("vae", vae), ("unet", unet), ("text_encoder", text_encoder))
-    })  # fmt: skip
+    log.write(
+        stage="models",
+        tokens=len(tokenizer),
+        **{
+            name: sum(p.numel() for p in module.parameters())
+            for name, module in (("vae", vae), ("unet", unet), ("text_encoder", text_encoder))
+        },
+    )
     train_vae(vae, images, clutter, work, log)
     vae.eval().requires_grad_(False)
     latents = encode_all(vae, images)

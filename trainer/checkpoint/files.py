@@ -89,9 +89,13 @@ def _remove_unfinished(run_dir: Path) -> None:
 
 
 def save_checkpoint(
-    run_dir: Path, unet: Saves, state: dict[str, Tensor], position: Position, identity: Identity,
+    run_dir: Path,
+    unet: Saves,
+    state: dict[str, Tensor],
+    position: Position,
+    identity: Identity,
     between_files: Callable[[], None] = lambda: None,
-) -> Path:  # fmt: skip
+) -> Path:
     """Write a checkpoint and return its folder. A step is written once: the caller does not save it again.
 
     between_files: called between them, and before the checkpoint counts; what it raises breaks the writing off.
@@ -114,8 +118,13 @@ def save_checkpoint(
 
 
 def _write(
-    folder: Path, unet: Saves, state: dict[str, Tensor], position: Position, identity: Identity, between_files: Callable[[], None]
-) -> None:  # fmt: skip
+    folder: Path,
+    unet: Saves,
+    state: dict[str, Tensor],
+    position: Position,
+    identity: Identity,
+    between_files: Callable[[], None],
+) -> None:
     """Write a checkpoint's files and sync them to disk, its record last."""
     folder.mkdir(parents=True)
     unet.save_pretrained(folder / "unet", safe_serialization=True)

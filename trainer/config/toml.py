@@ -36,9 +36,28 @@ from safelight.trainer.config.schema import (
 
 # the one place that others import settings from
 __all__ = [
-    "AVERAGE_OF_PAGED", "Config", "Data", "Log", "Loss", "Memory", "Model", "Optimizer", "ResolvedStage", "Run", "Sample", "Save",
-    "Section", "Stage", "Train", "Validate", "explain", "is_switch", "load_config", "parse_config", "to_toml",
-]  # fmt: skip
+    "AVERAGE_OF_PAGED",
+    "Config",
+    "Data",
+    "Log",
+    "Loss",
+    "Memory",
+    "Model",
+    "Optimizer",
+    "ResolvedStage",
+    "Run",
+    "Sample",
+    "Save",
+    "Section",
+    "Stage",
+    "Train",
+    "Validate",
+    "explain",
+    "is_switch",
+    "load_config",
+    "parse_config",
+    "to_toml",
+]
 
 
 def _names_at(location: tuple) -> list[str]:
@@ -58,15 +77,22 @@ def _names_at(location: tuple) -> list[str]:
 
 COMMAND_LINE = "command line"
 PLAIN_TYPES = {
-    "int_parsing": "a whole number", "int_type": "a whole number", "int_from_float": "a whole number",
-    "float_parsing": "a number", "float_type": "a number", "bool_parsing": "true or false", "bool_type": "true or false",
-}  # fmt: skip
+    "int_parsing": "a whole number",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_parsing": "a number",
+    "float_type": "a number",
+    "bool_parsing": "true or false",
+    "bool_type": "true or false",
+}
 
 
 LIMITS = {
-    "greater_than_equal": "{ge} or more", "greater_than": "more than {gt}",
-    "less_than_equal": "at most {le}", "less_than": "less than {lt}",
-}  # fmt: skip
+    "greater_than_equal": "{ge} or more",
+    "greater_than": "more than {gt}",
+    "less_than_equal": "at most {le}",
+    "less_than": "less than {lt}",
+}
 
 
 def _shown(path: list, source: str) -> str:

@@ -90,9 +90,16 @@ class OpenRun:
         if decode_on != self.device and say is not None:
             say("the GPU has no room to decode: the CPU does, which takes longer")
         return generate(
-            unet, self.codec, text, without, self.schedule, settings, batch_size=prompts_at_a_time, decode_on=decode_on,
+            unet,
+            self.codec,
+            text,
+            without,
+            self.schedule,
+            settings,
+            batch_size=prompts_at_a_time,
+            decode_on=decode_on,
             progress=progress,
-        )  # fmt: skip
+        )
 
     def _room(self, settings: Settings) -> tuple[torch.device, int]:
         """Return where to decode by what is free of the GPU, and how many prompts to draw at a time: as the run did."""

@@ -114,9 +114,14 @@ def _cast_all(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def export(
-    run_dir: Path, out: Path, checkpoint: str = "last", dtype: str = "fp16", title: str = "", force: bool = False,
+    run_dir: Path,
+    out: Path,
+    checkpoint: str = "last",
+    dtype: str = "fp16",
+    title: str = "",
+    force: bool = False,
     weights: str = "auto",
-) -> Exported:  # fmt: skip
+) -> Exported:
     """Write a run's model to `out`: one file if that ends in .safetensors, a diffusers folder otherwise.
 
     checkpoint: last, best or a step. title: '' for the run's name and step. weights: auto, the moving average where the
@@ -266,9 +271,15 @@ def _export_folder(source: _Source, out: Path) -> None:
     modules = (unet, vae, text_encoder)
     _check_room(out, sum(t.nbytes for module in modules for t in module.state_dict().values()))
     pipeline = StableDiffusionPipeline(
-        vae, text_encoder, tokenizer, unet, _scheduler(source), safety_checker=None, feature_extractor=None,
+        vae,
+        text_encoder,
+        tokenizer,
+        unet,
+        _scheduler(source),
+        safety_checker=None,
+        feature_extractor=None,
         requires_safety_checker=False,
-    )  # fmt: skip
+    )
     partial, old = (out.with_name(f".{out.name}.{word}") for word in ("partial", "old"))
     shutil.rmtree(partial, ignore_errors=True)
     try:

@@ -70,8 +70,13 @@ def added_by(between: Between, validated: Forward | None, drawn: Forward | None,
 
 
 def fill(
-    budget: int, total: Callable[[int], int], validate_size: int, validated: Forward | None, drawn: Forward | None, decode: int
-) -> Between:  # fmt: skip
+    budget: int,
+    total: Callable[[int], int],
+    validate_size: int,
+    validated: Forward | None,
+    drawn: Forward | None,
+    decode: int,
+) -> Between:
     """Return the most at a time that fits, and where to decode.
 
     total: bytes of the card for so many beside what is held. validated, drawn: bytes that so many at a time add; None where

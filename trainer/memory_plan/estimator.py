@@ -177,9 +177,14 @@ class Needs:
         paged = self._pages.num_bytes if memory == "paged" and self._pages is not None else 0
         work = traced.work
         return self.card.seconds(
-            work.flops, work.bytes_moved + traffic + 4 * paged, work.launches,
-            traced.offloaded, paged, need.fused_backward, not need.no_graphs,
-        )  # fmt: skip
+            work.flops,
+            work.bytes_moved + traffic + 4 * paged,
+            work.launches,
+            traced.offloaded,
+            paged,
+            need.fused_backward,
+            not need.no_graphs,
+        )
 
     def need(self, memory: str, checkpointing: str, batch_size: int, fused: bool | None = None) -> Need:
         """Return what one way takes. fused: the better of the config's choices if None."""
@@ -197,15 +202,31 @@ class Needs:
             graphs += self.card.cublas_bytes(is_deterministic=self.config.run.deterministic)
             pool = traced.transient + graphs
         host = host_bytes(
-            [p.numel() for p in run.unet.parameters()], self.dtype.itemsize, self.config.optimizer.name, memory,
-            self.config.train.ema_decay > 0, paged, traced.offloaded, vae_bytes(self.base, self.config.model.vae),
-        )  # fmt: skip
+            [p.numel() for p in run.unet.parameters()],
+            self.dtype.itemsize,
+            self.config.optimizer.name,
+            memory,
+            self.config.train.ema_decay > 0,
+            paged,
+            traced.offloaded,
+            vae_bytes(self.base, self.config.model.vae),
+        )
         need = Need(
-            memory, checkpointing, fused, batch_size, self._total(held, max(held + traced.transient, others)), held,
-            traced.transient, others, traced.peak.during,
+            memory,
+            checkpointing,
+            fused,
+            batch_size,
+            self._total(held, max(held + traced.transient, others)),
+            held,
+            traced.transient,
+            others,
+            traced.peak.during,
             {**kinds, **{kind: traced.peak.kinds[kind] for kind in (GRADIENTS, ACTIVATIONS, TEMPORARY)}},
-            None, self.between(held, pool), host, graphs,
-        )  # fmt: skip
+            None,
+            self.between(held, pool),
+            host,
+            graphs,
+        )
         need = replace(need, no_graphs=graphs_against(self.config, need, self.budget))
         seconds = self._seconds(traced, need)
         return need if seconds is None else replace(need, images_per_s=self._num_micro * batch_size / seconds)

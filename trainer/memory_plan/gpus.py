@@ -72,9 +72,15 @@ class Card:
         return torch.bfloat16 if self.has_bf16 else torch.float16
 
     def seconds(
-        self, flops: int, bytes_moved: int, launches: int, offloaded: int = 0, paged: int = 0, is_fused: bool = False,
+        self,
+        flops: int,
+        bytes_moved: int,
+        launches: int,
+        offloaded: int = 0,
+        paged: int = 0,
+        is_fused: bool = False,
         is_replayed: bool = False,
-    ) -> float | None:  # fmt: skip
+    ) -> float | None:
         """Return an estimate of a step's time: matrix work, memory traffic and the way from kernel to kernel, one after another.
 
         is_replayed: as a CUDA graph; if not, the host's launches are what counts where they take longer.

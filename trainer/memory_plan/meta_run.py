@@ -200,10 +200,19 @@ class MetaRun:
                 live.phase, live.kind = "step", None
                 live.reset_peak()
                 result = train_step(
-                    self.unet, self.optimizer, batches, self._schedule, 1.0, self.config.loss, seed=0, epoch=0,
-                    num_samples=batch_size * num_micro, lr=stage.lr, weight_decay=stage.weight_decay,
+                    self.unet,
+                    self.optimizer,
+                    batches,
+                    self._schedule,
+                    1.0,
+                    self.config.loss,
+                    seed=0,
+                    epoch=0,
+                    num_samples=batch_size * num_micro,
+                    lr=stage.lr,
+                    weight_decay=stage.weight_decay,
                     max_grad_norm=stage.max_grad_norm,
-                )  # fmt: skip
+                )
                 taken = result.taken
                 del result
                 if self.ema is not None:
@@ -256,9 +265,11 @@ def _meta_run(settings: str, dtype: torch.dtype) -> MetaRun:
 def meta_run(config: Config, dtype: torch.dtype, fused: bool, num_micro: int) -> MetaRun:
     """Return a config's run on meta tensors, as on a GPU, in the best memory mode that the dtype allows."""
     train = {
-        "kernels": config.train.kernels, "ema_decay": config.train.ema_decay, "accumulate": num_micro,
+        "kernels": config.train.kernels,
+        "ema_decay": config.train.ema_decay,
+        "accumulate": num_micro,
         "accumulate_dtype": config.train.accumulate_dtype,
-    }  # fmt: skip
+    }
     optimizer = config.optimizer.model_copy(update={"memory": "auto", "fused_backward": fused, "clipping": "auto"})
     return _meta_run(Config(model=config.model, train=train, optimizer=optimizer).model_dump_json(), dtype)
 

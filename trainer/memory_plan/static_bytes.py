@@ -53,9 +53,15 @@ def _chunks(num_bytes: int, chunk: int) -> int:
 
 
 def host_bytes(
-    sizes: Sequence[int], itemsize: int, optimizer: str, memory: str, has_average: bool, paged: int, offloaded: int,
+    sizes: Sequence[int],
+    itemsize: int,
+    optimizer: str,
+    memory: str,
+    has_average: bool,
+    paged: int,
+    offloaded: int,
     autoencoder: int,
-) -> HostBytes:  # fmt: skip
+) -> HostBytes:
     """Return the host memory of a run. sizes: elements of each parameter; itemsize: of a weight; paged, offloaded: bytes there."""
     num = sum(sizes)
     beside = BESIDE_BYTES[memory] if itemsize < 4 else 0

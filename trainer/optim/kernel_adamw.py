@@ -82,9 +82,15 @@ class KernelAdamW:
     """Steps a module's parameters by our kernels; a parameter's place among the trained ones keys its stochastic rounding."""
 
     def __init__(
-        self, module: nn.Module, parameters: dict[str, nn.Parameter], config: OptimizerConfig, dtype: torch.dtype, memory: str,
-        seed: int, device: torch.device,
-    ):  # fmt: skip
+        self,
+        module: nn.Module,
+        parameters: dict[str, nn.Parameter],
+        config: OptimizerConfig,
+        dtype: torch.dtype,
+        memory: str,
+        seed: int,
+        device: torch.device,
+    ):
         self.parameters, self.memory, self.buffers = parameters, memory, GradientBuffers(parameters)
         self._places = {name: place for place, name in enumerate(parameters)}
         # or a block's gradients would wait for those of a product that it shares, which come last

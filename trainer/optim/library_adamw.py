@@ -23,9 +23,14 @@ class LibraryAdamW:
     """Steps a module's parameters by a library's optimizer. master: name -> fp32 parameter; the module's own if it is fp32."""
 
     def __init__(
-        self, module: nn.Module, parameters: dict[str, nn.Parameter], config: OptimizerConfig, dtype: torch.dtype, memory: str,
+        self,
+        module: nn.Module,
+        parameters: dict[str, nn.Parameter],
+        config: OptimizerConfig,
+        dtype: torch.dtype,
+        memory: str,
         seed: int,
-    ):  # fmt: skip
+    ):
         assert memory == "fp32"
         self.parameters, self.buffers = parameters, GradientBuffers(parameters)
         self.has_master = dtype != torch.float32
@@ -106,8 +111,10 @@ class LibraryAdamW:
             if not self.inner.state[master]:
                 step = torch.zeros((), device=master.device)
                 self.inner.state[master] = {
-                    "step": step, "exp_avg": torch.zeros_like(master), "exp_avg_sq": torch.zeros_like(master)
-                }  # fmt: skip
+                    "step": step,
+                    "exp_avg": torch.zeros_like(master),
+                    "exp_avg_sq": torch.zeros_like(master),
+                }
 
     def live_state_of(self, name: str) -> dict[str, Tensor]:
         """Return a parameter's master, if it has one, and moments, as they are: no copies."""

@@ -86,9 +86,13 @@ class UNetOptimizer:
     """
 
     def __init__(
-        self, module: nn.Module, config: OptimizerConfig, dtype: torch.dtype | None = None, seed: int = 0,
+        self,
+        module: nn.Module,
+        config: OptimizerConfig,
+        dtype: torch.dtype | None = None,
+        seed: int = 0,
         device: torch.device | None = None,
-    ):  # fmt: skip
+    ):
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         first = next(iter(self.parameters.values()))
         dtype = dtype or first.dtype

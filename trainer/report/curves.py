@@ -223,13 +223,15 @@ def _validation_table(held_out: list[Validation], subset: list[Validation]) -> M
     rows = []
     for point in held_out:
         beside = by_step.get(point.step)
-        rows.append([
-            format_epoch(point.epoch) + (" · best" if point is best else ""),
-            f"{point.step:,}",
-            f"{point.loss:.5f}",
-            f"{beside.loss:.5f}" if beside else "–",
-            f"{point.loss - beside.loss:+.5f}".replace("-", "−") if beside else "–",
-        ])  # fmt: skip
+        rows.append(
+            [
+                format_epoch(point.epoch) + (" · best" if point is best else ""),
+                f"{point.step:,}",
+                f"{point.loss:.5f}",
+                f"{beside.loss:.5f}" if beside else "–",
+                f"{point.loss - beside.loss:+.5f}".replace("-", "−") if beside else "–",
+            ]
+        )
     return details(
         f"All {len(rows)} validations as numbers" if len(rows) > 1 else "The validation as numbers",
         table(["epoch", "step", "held out", "training photographs", "gap"], rows),

@@ -47,9 +47,7 @@ def smoothed_loss(metrics: Metrics) -> tuple[np.ndarray, int]:
     return smooth(smooth(metrics.train["loss"], half_width), half_width), 4 * half_width + 1
 
 
-def loss_graph(
-    metrics: Metrics, best: Validation | None, starts: StageStarts, narrow: bool
-) -> tuple[Figure, Frame]:  # fmt: skip
+def loss_graph(metrics: Metrics, best: Validation | None, starts: StageStarts, narrow: bool) -> tuple[Figure, Frame]:
     """Return the training and validation losses over the epochs, and where the plot lies in the figure."""
     figure = new_figure(*(NARROW_PX if narrow else WIDE_PX))
     axes = figure.add_subplot()
@@ -134,7 +132,7 @@ def band_names(num_bands: int, short: bool = False) -> list[str]:
 
 def small_graph(
     metrics: Metrics, starts: StageStarts, column: str, title: str, color: str, smoothing: int = 0
-) -> Figure:  # fmt: skip
+) -> Figure:
     """Return one column of the metrics over the epochs."""
     figure = new_figure(*SMALL_PX)
     axes = figure.add_subplot()
@@ -240,9 +238,16 @@ def _plain_log_ticks(axes: Axes) -> None:
 
 def _mark_best(axes: Axes, best: Validation, last_epoch: float) -> None:
     axes.plot(
-        [best.epoch], [best.loss], marker="o", markersize=10, markerfacecolor="none",
-        markeredgecolor=PALETTE["ink"], markeredgewidth=1.6, linestyle="none", zorder=5,
-    )  # fmt: skip
+        [best.epoch],
+        [best.loss],
+        marker="o",
+        markersize=10,
+        markerfacecolor="none",
+        markeredgecolor=PALETTE["ink"],
+        markeredgewidth=1.6,
+        linestyle="none",
+        zorder=5,
+    )
     share = best.epoch / last_epoch if last_epoch else 0
     align = "left" if share < 0.15 else "right" if share > 0.85 else "center"
     axes.annotate(
@@ -271,9 +276,15 @@ def _mark_stages(axes: Axes, metrics: Metrics, starts: StageStarts, named: bool)
         if (high - low) / (last - first) > 0.09:
             text = f"stage {name}" if (high - low) / (last - first) > 0.17 else str(name)
             axes.text(
-                (low + high) / 2, 0.975, text, transform=axes.get_xaxis_transform(), ha="center", va="top",
-                fontsize=11, color=PALETTE["muted"],
-            )  # fmt: skip
+                (low + high) / 2,
+                0.975,
+                text,
+                transform=axes.get_xaxis_transform(),
+                ha="center",
+                va="top",
+                fontsize=11,
+                color=PALETTE["muted"],
+            )
 
 
 def _epoch_axis(axes: Axes, metrics: Metrics, num_ticks: int, with_steps: bool) -> None:

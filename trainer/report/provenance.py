@@ -103,16 +103,16 @@ def events_section(run: RunFolder) -> Markup:
     rows = []
     for event in events[-MAX_LISTED:]:
         step, since = number(event.get("step")), number(event.get("time")) - start
-        rows.append([
-            "–" if math.isnan(step) else f"{step:,.0f}",
-            format_duration(max(0.0, since)) if math.isfinite(since) else "–",
-            shorten(event.get("event") or "", 80),
-            shorten(event.get("detail") or "", MAX_CAPTION_CHARACTERS),
-        ])  # fmt: skip
+        rows.append(
+            [
+                "–" if math.isnan(step) else f"{step:,.0f}",
+                format_duration(max(0.0, since)) if math.isfinite(since) else "–",
+                shorten(event.get("event") or "", 80),
+                shorten(event.get("detail") or "", MAX_CAPTION_CHARACTERS),
+            ]
+        )
     total = counted(len(events), "event") + (f", the last {MAX_LISTED}" if len(events) > MAX_LISTED else "")
-    return tag(
-        "section", heading, details(total, table(["step", "after", "event", "detail"], rows)), id="events"
-    )  # fmt: skip
+    return tag("section", heading, details(total, table(["step", "after", "event", "detail"], rows)), id="events")
 
 
 def format_value(value: object, grouped: bool = False) -> str:
@@ -233,10 +233,16 @@ def _buckets(buckets: list[dict]) -> Markup:
             join(Markup(shape), tag("span", size, class_="nowrap"), Markup(bar), tag("span", count, class_="count"))
         )
     key = [
-        tag("li", Markup(f'<svg viewBox="0 0 24 10" aria-hidden="true"><rect class="f-{color}" width="24" height="10"/></svg>'), text)
+        tag(
+            "li",
+            Markup(
+                f'<svg viewBox="0 0 24 10" aria-hidden="true"><rect class="f-{color}" width="24" height="10"/></svg>'
+            ),
+            text,
+        )
         for color, text in (("accent", "photographs to train on"), ("amber", "held out"))
         if color == "accent" or any(held for _, _, _, held in known)
-    ]  # fmt: skip
+    ]
     more = len(known) - MAX_BUCKETS
     return join(
         tag("ul", key, class_="legend"),
@@ -275,4 +281,4 @@ def _rejected(rejected: list[dict]) -> Markup | None:
     more = len(rejected) - MAX_LISTED
     return details(
         total + (f", the first {MAX_LISTED} listed" if more > 0 else ""), table(["file or row", "reason"], rows)
-    )  # fmt: skip
+    )

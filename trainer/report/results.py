@@ -38,15 +38,20 @@ def samples_section(run: RunFolder, best_step: int | None) -> Markup:
     chosen = _choose_epochs(sets, best_step)
     keys = _prompt_keys(sets)
     shown_keys = keys[:MAX_PROMPTS]
-    found = {(sample.step, _prompt_key(image)): inside(sample.folder, image.get("file"))
-             for sample in chosen for image in sample.images}  # fmt: skip
+    found = {
+        (sample.step, _prompt_key(image)): inside(sample.folder, image.get("file"))
+        for sample in chosen
+        for image in sample.images
+    }
     cells = [(sample, key) for key in shown_keys for sample in chosen]
     pictures = embed_all(
         [found.get((sample.step, key)) for sample, key in cells], SAMPLE_EDGES_PX, SAMPLES_BUDGET_BYTES
     )
     by_cell = {(sample.step, key): picture for (sample, key), picture in zip(cells, pictures, strict=True)}
-    head = [tag("th", _column_name(sample, best_step), scope="col", class_="best" if sample.step == best_step else None)
-            for sample in chosen]  # fmt: skip
+    head = [
+        tag("th", _column_name(sample, best_step), scope="col", class_="best" if sample.step == best_step else None)
+        for sample in chosen
+    ]
     body = []
     for key in shown_keys:
         prompt, settings = key[0], _settings(key)
@@ -193,10 +198,24 @@ def _scores(scores: dict | None) -> Markup | None:
     ]
     notes = scores.get("notes")
     key = [
-        tag("li", Markup('<svg viewBox="0 0 24 10" aria-hidden="true"><circle class="f-muted" cx="12" cy="5" r="4"/></svg>'), "base"),
-        tag("li", Markup('<svg viewBox="0 0 24 10" aria-hidden="true"><circle class="f-accent" cx="12" cy="5" r="4"/></svg>'), "trained"),
-        tag("li", Markup('<svg viewBox="0 0 24 10" aria-hidden="true"><path class="s-muted" stroke-dasharray="2 2" d="M12 0V10"/></svg>'), "chance"),
-    ]  # fmt: skip
+        tag(
+            "li",
+            Markup('<svg viewBox="0 0 24 10" aria-hidden="true"><circle class="f-muted" cx="12" cy="5" r="4"/></svg>'),
+            "base",
+        ),
+        tag(
+            "li",
+            Markup('<svg viewBox="0 0 24 10" aria-hidden="true"><circle class="f-accent" cx="12" cy="5" r="4"/></svg>'),
+            "trained",
+        ),
+        tag(
+            "li",
+            Markup(
+                '<svg viewBox="0 0 24 10" aria-hidden="true"><path class="s-muted" stroke-dasharray="2 2" d="M12 0V10"/></svg>'
+            ),
+            "chance",
+        ),
+    ]
     return join(
         tag("h3", f"Measured{on}"),
         tag("ul", key, class_="legend"),

@@ -76,9 +76,11 @@ class Terminal:
 
         # what others print to a terminal goes above the bar; what they print to a pipe or a file stays there
         self._live = Live(
-            get_renderable=self._line, console=self.console, refresh_per_second=self.REDRAWS_PER_SECOND,
+            get_renderable=self._line,
+            console=self.console,
+            refresh_per_second=self.REDRAWS_PER_SECOND,
             redirect_stdout=sys.stdout.isatty(),
-        )  # fmt: skip
+        )
         self._live.start(refresh=True)
         # a command that fails in between would leave the cursor hidden
         atexit.register(self.pause)

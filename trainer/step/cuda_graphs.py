@@ -232,18 +232,28 @@ class GraphRecording:
     """
 
     def __init__(
-        self, unet: nn.Module, optimizer: UNetOptimizer, schedule: NoiseSchedule, scaling_factor: float, loss: Loss,
-        recorder: Recorder | None, rehearses: bool,
-    ):  # fmt: skip
+        self,
+        unet: nn.Module,
+        optimizer: UNetOptimizer,
+        schedule: NoiseSchedule,
+        scaling_factor: float,
+        loss: Loss,
+        recorder: Recorder | None,
+        rehearses: bool,
+    ):
         self._optimizer, self._recorder, self._rehearses = optimizer, recorder, rehearses
         self._run_of = partial(_run_of, unet, optimizer, schedule, scaling_factor, loss)
         self._graphs: StepGraphs | None = None
         self._num_samples = self._num_rehearsed = 0
 
     def begin(
-        self, plan: Sequence[MicroBatch], latent_factor: int, accumulate: int, num_samples: int,
+        self,
+        plan: Sequence[MicroBatch],
+        latent_factor: int,
+        accumulate: int,
+        num_samples: int,
         first: Callable[[], Inputs],
-    ) -> tuple[StepGraphs | None, str]:  # fmt: skip
+    ) -> tuple[StepGraphs | None, str]:
         """Return the graphs of an epoch's micro-batches, None without, and a line on what was done, '' for nothing.
 
         accumulate: micro-batches a step; num_samples: of a full one. first: gives inputs of any of them. Call it between
@@ -274,9 +284,13 @@ class GraphRecording:
 
 
 def _run_of(
-    unet: nn.Module, optimizer: UNetOptimizer, schedule: NoiseSchedule, scaling_factor: float, loss: Loss,
+    unet: nn.Module,
+    optimizer: UNetOptimizer,
+    schedule: NoiseSchedule,
+    scaling_factor: float,
+    loss: Loss,
     num_samples: int,
-) -> Callable:  # fmt: skip
+) -> Callable:
     """Return micro_step as a function of inputs, is_first and is_last."""
 
     def run(inputs: Inputs, is_first: bool, is_last: bool):
@@ -286,9 +300,14 @@ def _run_of(
 
 
 def recording_for(
-    unet: nn.Module, optimizer: UNetOptimizer, schedule: NoiseSchedule, scaling_factor: float, loss: Loss,
-    device: torch.device, with_graphs: bool,
-) -> GraphRecording:  # fmt: skip
+    unet: nn.Module,
+    optimizer: UNetOptimizer,
+    schedule: NoiseSchedule,
+    scaling_factor: float,
+    loss: Loss,
+    device: torch.device,
+    with_graphs: bool,
+) -> GraphRecording:
     """Return the recording of a run on a device."""
     recorder = CudaRecorder(device) if with_graphs else None
     return GraphRecording(unet, optimizer, schedule, scaling_factor, loss, recorder, rehearses=device.type == "cuda")

@@ -80,17 +80,26 @@ def upload(batch: Batch, device: torch.device, seed: int, epoch: int) -> Inputs:
 
 
 def add_noise(
-    inputs: Inputs, schedule: NoiseSchedule, scaling_factor: float, offset_noise: float = 0.0,
+    inputs: Inputs,
+    schedule: NoiseSchedule,
+    scaling_factor: float,
+    offset_noise: float = 0.0,
     dtype: torch.dtype = torch.float32,
-) -> Noisy:  # fmt: skip
+) -> Noisy:
     """Return the batch at each sample's timestep, with posterior, noise and timestep drawn by the sample's key.
 
     dtype: the UNet's.
     """
     noised = noising(
-        inputs.mean_BCHW, inputs.logvar_BCHW, inputs.words_B5, schedule.alphas_cumprod_T,
-        prediction_type=schedule.prediction_type, scaling_factor=scaling_factor, offset_noise=offset_noise, dtype=dtype,
-    )  # fmt: skip
+        inputs.mean_BCHW,
+        inputs.logvar_BCHW,
+        inputs.words_B5,
+        schedule.alphas_cumprod_T,
+        prediction_type=schedule.prediction_type,
+        scaling_factor=scaling_factor,
+        offset_noise=offset_noise,
+        dtype=dtype,
+    )
     return Noisy(noised.noisy_BCHW, noised.timesteps_B, noised.target_BCHW, inputs.text_BTD)
 
 

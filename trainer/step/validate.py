@@ -85,9 +85,16 @@ def validate(
             time_keys = [Key(seed, Purpose.VALIDATION_TIMESTEP, i, 0, k) for i in batch.sample_ids]
             timesteps = torch.tensor([int((k + uniforms(key)[0]) * band) for key in time_keys], device=device)
             noised = noising(
-                mean, None, key_words(noise_keys, device), schedule.alphas_cumprod_T, timesteps_B=timesteps,
-                prediction_type=schedule.prediction_type, scaling_factor=scaling_factor, dtype=dtype, purposes=PURPOSES,
-            )  # fmt: skip
+                mean,
+                None,
+                key_words(noise_keys, device),
+                schedule.alphas_cumprod_T,
+                timesteps_B=timesteps,
+                prediction_type=schedule.prediction_type,
+                scaling_factor=scaling_factor,
+                dtype=dtype,
+                purposes=PURPOSES,
+            )
             noisy = Noisy(noised.noisy_BCHW, noised.timesteps_B, noised.target_BCHW, text)
             losses[rows, k] = sample_losses(unet, noisy).double().cpu()
             progress(index * num_bands + k + 1, len(batches) * num_bands)

@@ -110,19 +110,26 @@ def test_after_a_part_that_failed_a_new_process_takes_the_rest(tmp_path, monkeyp
 
     waits: list[float] = []
     chosen = (
-        Part("crash", 0, crash), Part("good", 0, parts.good, 7.0), Part("fail", 0, fail),
-        Part("late", 1e9, parts.good), Part("good", 0, parts.good),
-    )  # fmt: skip
+        Part("crash", 0, crash),
+        Part("good", 0, parts.good, 7.0),
+        Part("fail", 0, fail),
+        Part("late", 1e9, parts.good),
+        Part("good", 0, parts.good),
+    )
     monkeypatch.setattr(everything, "PARTS", chosen)
     monkeypatch.setattr(everything, "apart", stand_in)
     monkeypatch.setattr(everything, "pick_device", lambda device: type("Device", (), {"type": "cuda"}))
     monkeypatch.setattr(Session, "is_gpu", True)
     records = list(everything.run_all(3, tmp_path, WORK))
     assert [(r["bench"], bool(r["figures"].get("failed")), r.get("note", "")) for r in records] == [
-        ("crash", False, ""), ("crash", True, "the process was ended by SIGSEGV"), ("good", False, ""), ("fail", False, ""),
+        ("crash", False, ""),
+        ("crash", True, "the process was ended by SIGSEGV"),
+        ("good", False, ""),
+        ("fail", False, ""),
         ("fail", True, "CUDA error: an illegal memory access was encountered"),
-        ("late", False, "left out: the time was up"), ("good", False, ""),
-    ]  # fmt: skip
+        ("late", False, "left out: the time was up"),
+        ("good", False, ""),
+    ]
     assert records == read(tmp_path / "results.jsonl")
     assert begun == [["crash", "good", "fail", "late", "good"], ["good", "fail", "late", "good"], ["late", "good"]]
     assert all(r["machine"]["torch"] for r in records)
@@ -137,20 +144,28 @@ def test_after_a_part_that_failed_a_new_process_takes_the_rest(tmp_path, monkeyp
 @pytest.mark.slow
 def test_every_part_is_measured_though_one_crashes_one_hangs_and_one_spoils_the_device(tmp_path, monkeypatch):
     chosen = (
-        Part("crash", 0, parts.crash), Part("good", 0, parts.good), Part("spoil", 0, parts.spoil),
-        Part("needs_the_device", 0, parts.needs_the_device), Part("hang", 0, parts.hang, patience_s=30),
+        Part("crash", 0, parts.crash),
+        Part("good", 0, parts.good),
+        Part("spoil", 0, parts.spoil),
+        Part("needs_the_device", 0, parts.needs_the_device),
+        Part("hang", 0, parts.hang, patience_s=30),
         Part("late", 1e9, parts.good),
-    )  # fmt: skip
+    )
     monkeypatch.setattr(everything, "PARTS", chosen)
     monkeypatch.setattr(everything, "told", parts.as_on_a_gpu)
     monkeypatch.setattr(everything, "pick_device", lambda device: type("Device", (), {"type": "cuda"}))
     records = list(everything.run_all(10, tmp_path, WORK))
     found = [(r["bench"], bool(r["figures"].get("failed")), r.get("note", "")) for r in records]
     assert found == [
-        ("crash", False, ""), ("crash", True, "the process was ended by SIGSEGV"), ("good", False, ""),
-        ("spoil", True, "CUDA error: an illegal memory access was encountered"), ("needs_the_device", False, ""),
-        ("hang", False, ""), ("hang", True, "nothing was heard for 30 s"), ("late", False, "left out: the time was up"),
-    ]  # fmt: skip
+        ("crash", False, ""),
+        ("crash", True, "the process was ended by SIGSEGV"),
+        ("good", False, ""),
+        ("spoil", True, "CUDA error: an illegal memory access was encountered"),
+        ("needs_the_device", False, ""),
+        ("hang", False, ""),
+        ("hang", True, "nothing was heard for 30 s"),
+        ("late", False, "left out: the time was up"),
+    ]
     assert records == read(tmp_path / "results.jsonl")
     pids = {r["bench"]: r["figures"]["pid"] for r in records if "pid" in r["figures"]}
     # a new process after each that was lost, and never the caller's

@@ -27,21 +27,77 @@ TRACE = [
         ("cpu_op", "aten::convolution", HOST, 100 * step + 6, 18, {"External id": 13 + 100 * step}),
         ("cpu_op", "aten::copy_", HOST, 100 * step + 7, 5, {"External id": 14 + 100 * step}),
         # copies that a convolution makes are its own
-        ("cuda_runtime", "cudaLaunchKernel", HOST, 100 * step + 8, 1, {"External id": 14 + 100 * step, "correlation": 1 + 10 * step}),
-        ("cuda_runtime", "cudaLaunchKernel", HOST, 100 * step + 15, 1, {"External id": 13 + 100 * step, "correlation": 2 + 10 * step}),
+        (
+            "cuda_runtime",
+            "cudaLaunchKernel",
+            HOST,
+            100 * step + 8,
+            1,
+            {"External id": 14 + 100 * step, "correlation": 1 + 10 * step},
+        ),
+        (
+            "cuda_runtime",
+            "cudaLaunchKernel",
+            HOST,
+            100 * step + 15,
+            1,
+            {"External id": 13 + 100 * step, "correlation": 2 + 10 * step},
+        ),
         # Triton's launches are within no operator but the stretch
-        ("cuda_driver", "cuLaunchKernelEx", HOST, 100 * step + 30, 1, {"External id": 11 + 100 * step, "correlation": 3 + 10 * step}),
+        (
+            "cuda_driver",
+            "cuLaunchKernelEx",
+            HOST,
+            100 * step + 30,
+            1,
+            {"External id": 11 + 100 * step, "correlation": 3 + 10 * step},
+        ),
         ("user_annotation", "optimizer", HOST, 100 * step + 60, 30, {"External id": 15 + 100 * step}),
         ("cpu_op", "aten::mul", HOST, 100 * step + 61, 5, {"External id": 16 + 100 * step}),
-        ("cuda_runtime", "cudaLaunchKernel", HOST, 100 * step + 62, 1, {"External id": 16 + 100 * step, "correlation": 4 + 10 * step}),
-        ("kernel", "nchwToNhwcKernel", GPU, 1000 + 500 * step, 20, {"External id": 14 + 100 * step, "correlation": 1 + 10 * step}),
-        ("kernel", "sm90_xmma_fprop_implicit_gemm", GPU, 1020 + 500 * step, 200, {"External id": 13 + 100 * step, "correlation": 2 + 10 * step}),
-        ("kernel", "_apply_kernel", GPU, 1230 + 500 * step, 100, {"External id": 11 + 100 * step, "correlation": 3 + 10 * step}),
-        ("kernel", "elementwise_kernel", GPU, 1340 + 500 * step, 60, {"External id": 16 + 100 * step, "correlation": 4 + 10 * step}),
+        (
+            "cuda_runtime",
+            "cudaLaunchKernel",
+            HOST,
+            100 * step + 62,
+            1,
+            {"External id": 16 + 100 * step, "correlation": 4 + 10 * step},
+        ),
+        (
+            "kernel",
+            "nchwToNhwcKernel",
+            GPU,
+            1000 + 500 * step,
+            20,
+            {"External id": 14 + 100 * step, "correlation": 1 + 10 * step},
+        ),
+        (
+            "kernel",
+            "sm90_xmma_fprop_implicit_gemm",
+            GPU,
+            1020 + 500 * step,
+            200,
+            {"External id": 13 + 100 * step, "correlation": 2 + 10 * step},
+        ),
+        (
+            "kernel",
+            "_apply_kernel",
+            GPU,
+            1230 + 500 * step,
+            100,
+            {"External id": 11 + 100 * step, "correlation": 3 + 10 * step},
+        ),
+        (
+            "kernel",
+            "elementwise_kernel",
+            GPU,
+            1340 + 500 * step,
+            60,
+            {"External id": 16 + 100 * step, "correlation": 4 + 10 * step},
+        ),
         # the range's shadow on the GPU's timeline is no kernel
         ("gpu_user_annotation", "forward", GPU, 1000 + 500 * step, 330, {"External id": 11 + 100 * step}),
     ]
-]  # fmt: skip
+]
 ON_GPU = ("kernel", "gpu_user_annotation")
 
 
@@ -49,12 +105,14 @@ def told(event: dict) -> SimpleNamespace:
     """Return a trace's event as the profiler's library tells it."""
     ids, is_op = event["args"], event["cat"] in ("cpu_op", "user_annotation")
     values = {
-        "name": event["name"], "start_ns": 1000 * event["ts"] + 7, "end_ns": 1000 * (event["ts"] + event["dur"]) + 7,
+        "name": event["name"],
+        "start_ns": 1000 * event["ts"] + 7,
+        "end_ns": 1000 * (event["ts"] + event["dur"]) + 7,
         "device_type": DeviceType.CUDA if event["cat"] in ON_GPU else DeviceType.CPU,
         "is_user_annotation": event["cat"].endswith("user_annotation"),
         "correlation_id": ids["External id"] if is_op else ids.get("correlation", 0),
         "linked_correlation_id": 0 if is_op else ids["External id"],
-    }  # fmt: skip
+    }
     return SimpleNamespace(**{name: lambda value=value: value for name, value in values.items()})
 
 
@@ -62,11 +120,16 @@ def function_events() -> EventList:
     """Return the same as torch's parsed events: the host's, nested."""
     found = [
         FunctionEvent(
-            id=e["args"].get("correlation", e["args"]["External id"]), name=e["name"], thread=e["tid"], start_us=e["ts"],
-            end_us=e["ts"] + e["dur"], device_type=DeviceType.CPU,
+            id=e["args"].get("correlation", e["args"]["External id"]),
+            name=e["name"],
+            thread=e["tid"],
+            start_us=e["ts"],
+            end_us=e["ts"] + e["dur"],
+            device_type=DeviceType.CPU,
         )
-        for e in TRACE if e["cat"] not in ON_GPU
-    ]  # fmt: skip
+        for e in TRACE
+        if e["cat"] not in ON_GPU
+    ]
     events = EventList(sorted(found, key=lambda e: (e.time_range.start, -e.time_range.end)), use_device="cuda")
     events._build_tree()
     return events
@@ -124,7 +187,9 @@ def test_a_kernel_of_unknown_cost_is_known_by_its_name(session):
     session.costs = {}
     found = analyse(session, CEILINGS)
     assert {o.name: o.kind for o in found.operators} == {
-        "sm90_xmma_fprop_implicit_gemm": "conv", "nchwToNhwcKernel": "copies", "_apply_kernel": "elementwise",
+        "sm90_xmma_fprop_implicit_gemm": "conv",
+        "nchwToNhwcKernel": "copies",
+        "_apply_kernel": "elementwise",
         "elementwise_kernel": "optimizer",
-    }  # fmt: skip
+    }
     assert all(o.share is None for o in found.operators)

@@ -43,8 +43,12 @@ def test_clocks_are_nvidia_smis_words(tmp_path, monkeypatch):
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     assert results.clocks(torch.device("cuda", 0)) == {
-        "sm_clock_mhz": "1590", "memory_clock_mhz": "5000", "power_limit_w": "70.00", "temperature_c": "41", "driver": "550.54",
-    }  # fmt: skip
+        "sm_clock_mhz": "1590",
+        "memory_clock_mhz": "5000",
+        "power_limit_w": "70.00",
+        "temperature_c": "41",
+        "driver": "550.54",
+    }
     smi.write_text("#!/bin/sh\nexit 9\n")
     assert results.clocks(torch.device("cuda", 0)) == {}
     assert results.clocks(torch.device("cpu")) == {}
@@ -150,9 +154,13 @@ def test_a_counted_roofline_is_drawn_as_what_it_is():
     axes = drawn(plot.roofline, [counted])
     assert "counted, not measured" in axes.get_title()
     measured = line(
-        "roofline", {"precision": "fp32"}, classes={"conv": {"least_ms": 3.0, "ms": 5.0, "share_of_limit": 0.6}, "idle": {"ms": 2.0}},
-        least_ms=3.0, step_ms=7.0, model_flop_use={"share_of_limit": 0.3},
-    )  # fmt: skip
+        "roofline",
+        {"precision": "fp32"},
+        classes={"conv": {"least_ms": 3.0, "ms": 5.0, "share_of_limit": 0.6}, "idle": {"ms": 2.0}},
+        least_ms=3.0,
+        step_ms=7.0,
+        model_flop_use={"share_of_limit": 0.3},
+    )
     axes = drawn(plot.roofline, [measured, counted])
     assert "model-FLOP use 30 %" in axes.get_title()
     assert sorted(bar.get_width() for bar in axes.patches) == [0.0, 2.0, 3.0, 5.0]

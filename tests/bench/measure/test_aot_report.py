@@ -30,9 +30,12 @@ def test_one_configuration_of_each_kernel_is_compiled_for_two_cards(geglu_alone,
     for target, found in row.items():
         code = aot.read_code(aot.compile_case(geglu_alone, int(target)))
         assert found == {
-            "registers": code.registers, "stack_bytes": 0, "shared_bytes": code.shared_bytes,
-            "code_bytes": code.code_bytes, "compilations": 1,
-        }  # fmt: skip
+            "registers": code.registers,
+            "stack_bytes": 0,
+            "shared_bytes": code.shared_bytes,
+            "code_bytes": code.code_bytes,
+            "compilations": 1,
+        }
     assert not aot.TABLE.exists()
 
 

@@ -109,12 +109,20 @@ def test_launches_of_multi_tensor_operators():
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("convolution_backward", "conv"), ("addmm", "matmul"), ("native_group_norm", "norm"), ("add", "elementwise"),
-        ("_scaled_dot_product_efficient_attention_backward", "attention"), ("_to_copy", "copy/cast"),
-        ("linalg_vector_norm", "elementwise"), ("_foreach_norm", "elementwise"), ("mul", "elementwise"),
-        ("clone", "copy/cast"), ("_fused_adamw_", "optimizer"), ("addcmul", "elementwise"),
+        ("convolution_backward", "conv"),
+        ("addmm", "matmul"),
+        ("native_group_norm", "norm"),
+        ("add", "elementwise"),
+        ("_scaled_dot_product_efficient_attention_backward", "attention"),
+        ("_to_copy", "copy/cast"),
+        ("linalg_vector_norm", "elementwise"),
+        ("_foreach_norm", "elementwise"),
+        ("mul", "elementwise"),
+        ("clone", "copy/cast"),
+        ("_fused_adamw_", "optimizer"),
+        ("addcmul", "elementwise"),
     ],
-)  # fmt: skip
+)
 def test_classes(name, kind):
     assert class_of(name) == kind
 
@@ -141,8 +149,11 @@ def test_autocast_casts_each_weight_once_and_keeps_norms_in_fp32(tiny):
     with CardOperators(torch.bfloat16) as operators:
         unet(noisy.noisy_BCHW, noisy.timesteps_B, noisy.text_BTD)
     assert seen == {
-        nn.Conv2d: torch.bfloat16, nn.Linear: torch.bfloat16, nn.GroupNorm: torch.float32, nn.LayerNorm: torch.float32,
-    }  # fmt: skip
+        nn.Conv2d: torch.bfloat16,
+        nn.Linear: torch.bfloat16,
+        nn.GroupNorm: torch.float32,
+        nn.LayerNorm: torch.float32,
+    }
     cast = {
         p for m in unet.modules() if isinstance(m, nn.Conv2d | nn.Linear) for p in (m.weight, m.bias) if p is not None
     }
@@ -204,10 +215,7 @@ LIMITS = {"none": (520, 496), "selective": (340, 320), "full": (155, 148)}
 @pytest.fixture(scope="module")
 def patched_sd15():
     base = resolve_base("random:sd15")
-    return {
-        mode: count.trace(base, layout="channels_last", checkpointing=mode, patched=True)
-        for mode in LIMITS
-    }  # fmt: skip
+    return {mode: count.trace(base, layout="channels_last", checkpointing=mode, patched=True) for mode in LIMITS}
 
 
 def test_a_patched_sd15_saves_no_more_than_promised(patched_sd15):

@@ -15,10 +15,16 @@ from safelight.kernels.triton.jit import record_launches
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 SHAPES = {
-    "noising": (2, 4, 64, 64), "diffusion_loss": (8, 4, 64, 64), "geglu": (2, 256, 2560), "layer_norm": (8, 4096, 320),
-    "add_layer_norm": (8, 4096, 320), "bias_residual": (8, 320, 64, 64), "norm_linear": (1, 64, 320, 960), "feed_forward": (1, 64, 320, 1280),
+    "noising": (2, 4, 64, 64),
+    "diffusion_loss": (8, 4, 64, 64),
+    "geglu": (2, 256, 2560),
+    "layer_norm": (8, 4096, 320),
+    "add_layer_norm": (8, 4096, 320),
+    "bias_residual": (8, 320, 64, 64),
+    "norm_linear": (1, 64, 320, 960),
+    "feed_forward": (1, 64, 320, 1280),
     "norm_silu_conv": (1, 64, 16, 16, 32),
-}  # fmt: skip
+}
 
 
 def shape_of(op: str) -> tuple[int, ...]:

@@ -74,9 +74,14 @@ def test_idle_is_what_is_left_of_the_last_epoch(now, monkeypatch):
 
     def kernel(start_us: int, end_us: int) -> SimpleNamespace:
         values = {
-            "name": "gemm", "device_type": DeviceType.CUDA, "is_user_annotation": False, "correlation_id": 1,
-            "linked_correlation_id": 0, "start_ns": began + 1000 * start_us, "end_ns": began + 1000 * end_us,
-        }  # fmt: skip
+            "name": "gemm",
+            "device_type": DeviceType.CUDA,
+            "is_user_annotation": False,
+            "correlation_id": 1,
+            "linked_correlation_id": 0,
+            "start_ns": began + 1000 * start_us,
+            "end_ns": began + 1000 * end_us,
+        }
         return SimpleNamespace(**{name: lambda value=value: value for name, value in values.items()})
 
     class Profiler:

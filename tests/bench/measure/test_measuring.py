@@ -168,10 +168,16 @@ def test_the_rehearsal_of_all_runs_every_part(rehearsal):
         if r["bench"] == "step"
     }
     assert steps == {
-        ("safelight", "tiny", 1, False), ("safelight", "tiny", 2, False), ("diffusers", "tiny", 1, False),
-        ("diffusers", "tiny", 2, False), ("safelight", "tiny", 2, True), ("diffusers-16bit", "tiny", 1, False),
-        ("safelight-fused", "tiny", 1, False), ("everydream", "tiny", 1, False), ("kohya", "tiny", 1, False),
-    }  # fmt: skip
+        ("safelight", "tiny", 1, False),
+        ("safelight", "tiny", 2, False),
+        ("diffusers", "tiny", 1, False),
+        ("diffusers", "tiny", 2, False),
+        ("safelight", "tiny", 2, True),
+        ("diffusers-16bit", "tiny", 1, False),
+        ("safelight-fused", "tiny", 1, False),
+        ("everydream", "tiny", 1, False),
+        ("kohya", "tiny", 1, False),
+    }
     assert [r["config"]["recipe"] for r in records if r["bench"] == "loop"] == ["safelight", "everydream"]
     (tests,) = (r for r in records if r["bench"] == "tests")
     assert tests["figures"]["exit_status"] == 0
@@ -207,9 +213,13 @@ def test_a_gpus_size_decides_what_is_measured_there(tmp_path, monkeypatch):
         yield from ({"bench": "step", "figures": {}} for _ in found)
 
     monkeypatch.setattr(everything, "measure", note)
-    monkeypatch.setattr(everything, "variants", lambda recipes, sizes, work: {
-        f"{name} {size}": (name, replace(work, batch_size=size)) for name in recipes for size in sizes
-    })  # fmt: skip
+    monkeypatch.setattr(
+        everything,
+        "variants",
+        lambda recipes, sizes, work: {
+            f"{name} {size}": (name, replace(work, batch_size=size)) for name in recipes for size in sizes
+        },
+    )
     monkeypatch.setattr(everything.Session, "record", lambda self, bench, config, found, note: {"note": note})
     parts = {part.name: part.measure for part in everything.PARTS}
 

@@ -37,9 +37,7 @@ def test_a_step_followed_on_meta_tensors_is_the_step_that_runs():
     with OperatorCosts(stretches) as seen, told_to(lambda name: _entered(stretches, name)):
         trainer.step(batch)
     for kind in measuring.CLASSES:
-        ours, theirs = (
-            [cost for cost in costs.values() if cost.kind == kind] for costs in (counted, seen.costs)
-        )  # fmt: skip
+        ours, theirs = ([cost for cost in costs.values() if cost.kind == kind] for costs in (counted, seen.costs))
         assert sum(c.flops for c in ours) == sum(c.flops for c in theirs)
         # the host's own numbers (learning rate, step counts) are no matter of the device's
         assert sum(c.num_bytes for c in ours) == pytest.approx(sum(c.num_bytes for c in theirs), rel=2e-3)

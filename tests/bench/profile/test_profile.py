@@ -33,11 +33,13 @@ def session(tmp_path_factory, tiny_dataset):
     out = tmp_path_factory.mktemp("profile")
     config = parse_config(
         {
-            "model": {"base": "tiny"}, "data": {"resolution": 64, "max_aspect": 1.0, "path": str(tiny_dataset)},
-            "train": {"batch_size": 2}, "optimizer": {"name": "adamw"},
+            "model": {"base": "tiny"},
+            "data": {"resolution": 64, "max_aspect": 1.0, "path": str(tiny_dataset)},
+            "train": {"batch_size": 2},
+            "optimizer": {"name": "adamw"},
         },
         "test",
-    )  # fmt: skip
+    )
     return run_session(config, 2, out)
 
 
@@ -69,8 +71,13 @@ def test_steps_of_the_largest_batch_have_every_stretch_once(session):
     names = [e.name for e in chosen_events(session)]
     assert {name: names.count(name) for name in STRETCHES} == {
         # the batch, and that there is none after it
-        "load": 4, "noise": 2, "forward": 2, "loss": 2, "backward": 2, "optimizer": 2,
-    }  # fmt: skip
+        "load": 4,
+        "noise": 2,
+        "forward": 2,
+        "loss": 2,
+        "backward": 2,
+        "optimizer": 2,
+    }
     unet = resolve_base("tiny").config_of("unet")
     resnets = {name for name in names if re.fullmatch(r"down_blocks\.\d\.resnets\.\d", name)}
     assert len(resnets) == unet["layers_per_block"] * len(unet["down_block_types"])
@@ -100,8 +107,15 @@ def test_the_parts_add_up_to_the_step(session):
     assert sum(found.stretches.values()) == pytest.approx(whole, rel=0.01)
     assert sum(found.kinds.values()) == pytest.approx(whole, rel=0.01)
     assert set(found.kinds) == {
-        "conv", "linear", "attention", "norm", "elementwise", "copies", "optimizer", "Python and dispatch",
-    }  # fmt: skip
+        "conv",
+        "linear",
+        "attention",
+        "norm",
+        "elementwise",
+        "copies",
+        "optimizer",
+        "Python and dispatch",
+    }
     calls = {o.name: o.calls for o in found.operators if o.kind != "optimizer"}
     convolutions = [m for m in count.meta_unet(resolve_base("tiny")).modules() if isinstance(m, nn.Conv2d)]
     assert calls["convolution"] == len(convolutions)
@@ -149,9 +163,14 @@ def test_the_largest_batch_of_the_first_steps_is_spoken_of(monkeypatch, tmp_path
 
 def test_a_gpus_memory_history_is_recorded_beside_the_steps_and_left_in_a_file(monkeypatch, tmp_path):
     told = []
-    monkeypatch.setattr(recording, "profile", lambda activities, **_: SimpleNamespace(
-        start=lambda: told.append("profiler begins"), stop=lambda: told.append("profiler ends"),
-    ))  # fmt: skip
+    monkeypatch.setattr(
+        recording,
+        "profile",
+        lambda activities, **_: SimpleNamespace(
+            start=lambda: told.append("profiler begins"),
+            stop=lambda: told.append("profiler ends"),
+        ),
+    )
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda enabled="all", **_: told.append(enabled))
     monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda file: told.append(file))

@@ -136,8 +136,11 @@ def test_steps_of_both_are_measured_from_memory_and_from_a_cache():
     works = variants(("safelight", "diffusers"), (1, 2), Workload(device="cpu"))
     records = list(measure(works, repeats=1, loader=True))
     assert [(r["config"]["recipe"], r["config"]["batch_size"]) for r in records] == [
-        ("safelight", 1), ("safelight", 2), ("diffusers", 1), ("diffusers", 2),
-    ]  # fmt: skip
+        ("safelight", 1),
+        ("safelight", 2),
+        ("diffusers", 1),
+        ("diffusers", 2),
+    ]
     for record in records:
         (low, middle, high) = record["figures"]["images_per_s"]
         assert 0 < low <= middle <= high

@@ -49,9 +49,10 @@ def all_kernels() -> set[str]:
     for path in sorted(ROOT.joinpath("kernels").rglob("*.py")):
         module = importlib.import_module("safelight." + ".".join(path.relative_to(ROOT).with_suffix("").parts))
         found |= {
-            f"{path.stem}.{name}" for name, value in vars(module).items()
+            f"{path.stem}.{name}"
+            for name, value in vars(module).items()
             if isinstance(value, Kernel) and name.endswith("_kernel") and value.function.__module__ == module.__name__
-        }  # fmt: skip
+        }
     return found
 
 

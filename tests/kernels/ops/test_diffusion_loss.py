@@ -57,8 +57,14 @@ def test_forward_and_backward(check_op, device, shape, dtype, layout, error, mas
 
     def ours(predicted):
         result = diffusion_loss(
-            predicted, to["target"], timesteps.to(device), ALPHAS.to(device), options, mask_B1HW=to["mask"], num_samples=50
-        )  # fmt: skip
+            predicted,
+            to["target"],
+            timesteps.to(device),
+            ALPHAS.to(device),
+            options,
+            mask_B1HW=to["mask"],
+            num_samples=50,
+        )
         found.append(result)
         return result.total
 

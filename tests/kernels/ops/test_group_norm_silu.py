@@ -86,9 +86,12 @@ def test_forward_and_backward(check_op, device, monkeypatch, split, case, dtype,
 
 
 @pytest.mark.grid(
-    case=TRUE, dtype=DTYPES, layout=LAYOUTS[:2], silu_and_addend=[SILU_AND_ADDEND[0], SILU_AND_ADDEND[2]],
+    case=TRUE,
+    dtype=DTYPES,
+    layout=LAYOUTS[:2],
+    silu_and_addend=[SILU_AND_ADDEND[0], SILU_AND_ADDEND[2]],
     whole=[True, False],
-)  # fmt: skip
+)
 def test_true_channel_counts(check_op, split, case, dtype, layout, silu_and_addend, whole):
     if not whole:
         split()

@@ -98,9 +98,16 @@ def test_the_kernels_bits_are_numpys(device, shape, prediction_type, offset_nois
     keys = make_keys(len(mean))
     timesteps = None if drawn else torch.tensor([999, 0, 500][: len(keys)], device=device)
     result = noising(
-        mean.to(device), None, key_words(keys, device), ALPHAS.to(device), prediction_type=prediction_type,
-        scaling_factor=0.18215, offset_noise=offset_noise, timesteps_B=timesteps, memory_format=memory_format,
-    )  # fmt: skip
+        mean.to(device),
+        None,
+        key_words(keys, device),
+        ALPHAS.to(device),
+        prediction_type=prediction_type,
+        scaling_factor=0.18215,
+        offset_noise=offset_noise,
+        timesteps_B=timesteps,
+        memory_format=memory_format,
+    )
     assert result.noisy_BCHW.is_contiguous(memory_format=memory_format)
     assert result.target_BCHW.is_contiguous(memory_format=memory_format)
     f = np.float32
@@ -166,9 +173,14 @@ def test_zero_terminal_snr(device):
     assert alphas[-1] == 0
     mean, _ = posterior((1, 4, 8, 8))
     result = noising(
-        mean.to(device), None, key_words(make_keys(1), device), alphas.to(device), prediction_type="v_prediction",
-        scaling_factor=0.5, timesteps_B=torch.tensor([999], device=device),
-    )  # fmt: skip
+        mean.to(device),
+        None,
+        key_words(make_keys(1), device),
+        alphas.to(device),
+        prediction_type="v_prediction",
+        scaling_factor=0.5,
+        timesteps_B=torch.tensor([999], device=device),
+    )
     assert torch.equal(result.noisy_BCHW[0].cpu(), torch.from_numpy(normals(make_keys(1)[0], (4, 8, 8))))
     assert torch.equal(result.target_BCHW.cpu(), -0.5 * mean)
 
@@ -177,9 +189,14 @@ def test_validation_draws_under_its_own_purposes(device):
     mean, _ = posterior((1, 4, 8, 8))
     purposes = Purposes(noise=Purpose.VALIDATION_NOISE, timestep=Purpose.VALIDATION_TIMESTEP)
     result = noising(
-        mean.to(device), None, key_words(make_keys(1), device), ALPHAS.to(device), prediction_type="epsilon",
-        scaling_factor=1.0, purposes=purposes,
-    )  # fmt: skip
+        mean.to(device),
+        None,
+        key_words(make_keys(1), device),
+        ALPHAS.to(device),
+        prediction_type="epsilon",
+        scaling_factor=1.0,
+        purposes=purposes,
+    )
     key = make_keys(1)[0]._replace(purpose=Purpose.VALIDATION_NOISE)
     assert torch.equal(result.target_BCHW[0].cpu(), torch.from_numpy(normals(key, (4, 8, 8))))
     assert int(result.timesteps_B) == integers(key._replace(purpose=Purpose.VALIDATION_TIMESTEP), 1000)[0]

@@ -91,9 +91,12 @@ def test_norm_silu_conv_at_a_true_width(check_op):
 
 
 @pytest.mark.grid(
-    shape=[(1, 56, 13, 9), (3, 64, 4, 3)], dtype=DTYPES, layout=["nchw", "channels_last"], kernel=[True, False],
+    shape=[(1, 56, 13, 9), (3, 64, 4, 3)],
+    dtype=DTYPES,
+    layout=["nchw", "channels_last"],
+    kernel=[True, False],
     bias=[True, False],
-)  # fmt: skip
+)
 def test_group_norm_linear(check_op, shape, dtype, layout, kernel, bias):
     shapes = {"x": shape, "norm_weight": shape[1:2], "norm_bias": shape[1:2]}
     shapes |= {"weight": (48, shape[1], *[1] * 2 * kernel)} | ({"bias": (48,)} if bias else {})
@@ -195,10 +198,20 @@ def test_a_bias_of_the_projection_before_gets_its_gradient(check_op, dtype, resi
 
 
 def test_a_bias_in_x_gets_its_gradient_where_the_norm_goes_unused():
-    leaves = {name: x.requires_grad_() for name, x in draw(
-        {"x": (2, 5), "norm_weight": (5,), "norm_bias": (5,), "weight": (3, 5), "residual": (2, 5), "bias_in_x": (5,)},
-        torch.float64,
-    ).items()}  # fmt: skip
+    leaves = {
+        name: x.requires_grad_()
+        for name, x in draw(
+            {
+                "x": (2, 5),
+                "norm_weight": (5,),
+                "norm_bias": (5,),
+                "weight": (3, 5),
+                "residual": (2, 5),
+                "bias_in_x": (5,),
+            },
+            torch.float64,
+        ).items()
+    }
     s, _ = norm_linear(**leaves)
     (found,) = torch.autograd.grad(s.square().sum(), leaves["bias_in_x"])
     torch.testing.assert_close(found, 2 * s.detach().sum(dim=0))

@@ -21,9 +21,11 @@ def draw(dtype, order, bias=True):
 
 
 @pytest.mark.grid(
-    dtype=[torch.float32, torch.float16, torch.bfloat16], order=[torch.contiguous_format, torch.channels_last],
-    size=[(8, 6), (7, 5)], bias=[True, False],
-)  # fmt: skip
+    dtype=[torch.float32, torch.float16, torch.bfloat16],
+    order=[torch.contiguous_format, torch.channels_last],
+    size=[(8, 6), (7, 5)],
+    bias=[True, False],
+)
 def test_upsample_conv(check_op, dtype, order, size, bias):
     check_op(
         lambda **leaves: upsample_conv(**{"bias": None, **leaves}, size=size),

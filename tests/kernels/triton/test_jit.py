@@ -21,8 +21,17 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[3]
 STEP = 2.5
-OPS = ("ops.geglu", "ops.group_norm_silu", "ops.layer_norm", "ops.bias_residual", "ops.noising", "ops.diffusion_loss",
-       "ops.norm_then_matmul", "optim.adamw8bit", "optim.ema")  # fmt: skip
+OPS = (
+    "ops.geglu",
+    "ops.group_norm_silu",
+    "ops.layer_norm",
+    "ops.bias_residual",
+    "ops.noising",
+    "ops.diffusion_loss",
+    "ops.norm_then_matmul",
+    "optim.adamw8bit",
+    "optim.ema",
+)
 
 
 @kernel

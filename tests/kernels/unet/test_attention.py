@@ -277,10 +277,15 @@ def test_the_nearest_length_of_the_same_kind_decides():
 def unet():
     torch.manual_seed(0)
     return UNet2DConditionModel(
-        sample_size=8, layers_per_block=1, block_out_channels=(16, 32), cross_attention_dim=16, attention_head_dim=2,
-        norm_num_groups=8, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )  # fmt: skip
+    )
 
 
 def test_the_shapes_of_a_unet_are_those_it_runs_in(unet):

@@ -157,9 +157,10 @@ def test_a_deterministic_run_takes_the_first_that_repeats_itself_untimed(card):
     assert verdict.backend == "efficient"
     assert verdict.ms == {}
     assert verdict.reasons == {
-        "xformers-flash": "its backward is not deterministic", "cudnn": "its backward is not deterministic",
+        "xformers-flash": "its backward is not deterministic",
+        "cudnn": "its backward is not deterministic",
         "flash": "two passes differ",
-    }  # fmt: skip
+    }
     was = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:

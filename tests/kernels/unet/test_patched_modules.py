@@ -21,12 +21,18 @@ def test_what_is_swapped_and_left_is_told():
     done = patch.apply(unet)
     kinds = [kind for _, kind in done.swapped]
     assert [kinds.count(k) for k in ("ResnetBlock2D", "Transformer2DModel", "BasicTransformerBlock", "Upsample2D")] == [
-        22, 16, 16, 3,
-    ]  # fmt: skip
+        22,
+        16,
+        16,
+        3,
+    ]
     assert {name for name, _ in done.left} == {
-        "time_embedding.linear_1", "time_embedding.linear_2", "down_blocks.0.downsamplers.0.conv",
-        "down_blocks.1.downsamplers.0.conv", "down_blocks.2.downsamplers.0.conv",
-    }  # fmt: skip
+        "time_embedding.linear_1",
+        "time_embedding.linear_2",
+        "down_blocks.0.downsamplers.0.conv",
+        "down_blocks.1.downsamplers.0.conv",
+        "down_blocks.2.downsamplers.0.conv",
+    }
     # 16 self-attentions, the time embeddings' weights and two biases, the text
     assert [what for what, *_ in done.packed].count("q, k, v of a self-attention") == 16
     assert len(done.packed) == 20
@@ -196,5 +202,10 @@ def test_what_it_cannot_do_is_refused():
 def test_when_it_is_wanted():
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert [patch.is_wanted(s, d) for s in ("auto", "on", "off") for d in (cpu, cuda)] == [
-        False, True, True, True, False, False,
-    ]  # fmt: skip
+        False,
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]

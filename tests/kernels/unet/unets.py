@@ -9,28 +9,49 @@ from safelight.trainer.models.architectures import RANDOM_MODELS
 _SMALL = {"sample_size": 16, "in_channels": 4, "out_channels": 4, "norm_num_groups": 8, "cross_attention_dim": 24}
 # the shapes of the models at a tenth of their width
 CONFIGS = {
-    "sd15": {**RANDOM_MODELS["sd15"]["unet"], **_SMALL, "block_out_channels": [32, 64, 64, 64], "attention_head_dim": 4},
+    "sd15": {
+        **RANDOM_MODELS["sd15"]["unet"],
+        **_SMALL,
+        "block_out_channels": [32, 64, 64, 64],
+        "attention_head_dim": 4,
+    },
     "sd21": {
-        **RANDOM_MODELS["sd15"]["unet"], **_SMALL, "block_out_channels": [32, 64, 64, 64],
-        "attention_head_dim": [2, 4, 8, 8], "use_linear_projection": True, "upcast_attention": True,
+        **RANDOM_MODELS["sd15"]["unet"],
+        **_SMALL,
+        "block_out_channels": [32, 64, 64, 64],
+        "attention_head_dim": [2, 4, 8, 8],
+        "use_linear_projection": True,
+        "upcast_attention": True,
     },
     "sdxl": {
-        **_SMALL, "block_out_channels": [32, 64, 64], "layers_per_block": 2,
+        **_SMALL,
+        "block_out_channels": [32, 64, 64],
+        "layers_per_block": 2,
         "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
         "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-        "attention_head_dim": [2, 4, 8], "transformer_layers_per_block": [1, 2, 3], "use_linear_projection": True,
-        "addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 64,
+        "attention_head_dim": [2, 4, 8],
+        "transformer_layers_per_block": [1, 2, 3],
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 64,
     },
-}  # fmt: skip
+}
 
 
 def one_block(width, heads, text):
     """Return a UNet of one level: every kind of module once or twice."""
     return {
-        "sample_size": 8, "in_channels": 4, "out_channels": 4, "block_out_channels": [width], "layers_per_block": 1,
-        "down_block_types": ["CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D"],
-        "cross_attention_dim": text, "attention_head_dim": heads,
-    }  # fmt: skip
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": [width],
+        "layers_per_block": 1,
+        "down_block_types": ["CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D"],
+        "cross_attention_dim": text,
+        "attention_head_dim": heads,
+    }
 
 
 def make(config, dtype=torch.float32, seed=0):
@@ -50,9 +71,10 @@ def inputs_of(unet, dtype=torch.float32, sides=(16, 8), batch=2, text_grad=True)
         return torch.randn(shape, generator=generator).to(dtype)
 
     inputs = {
-        "sample": draw(batch, 4, *sides).requires_grad_(), "timestep": torch.tensor([3, 500, 999][:batch]),
+        "sample": draw(batch, 4, *sides).requires_grad_(),
+        "timestep": torch.tensor([3, 500, 999][:batch]),
         "encoder_hidden_states": draw(batch, 7, unet.config.cross_attention_dim).requires_grad_(text_grad),
-    }  # fmt: skip
+    }
     if unet.config.addition_embed_type == "text_time":
         inputs["added_cond_kwargs"] = {"text_embeds": draw(batch, 16), "time_ids": draw(batch, 6) * 100}
     return inputs

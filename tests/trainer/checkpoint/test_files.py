@@ -44,9 +44,7 @@ def test_its_files_are_diffusers_own_and_hold_nothing_that_can_run(tmp_path):
     unet = make_unet(1)
     folder = save_checkpoint(tmp_path, unet, {"x/y": torch.ones(1)}, POSITION, IDENTITY)
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    assert names == {
-        "state.json", "state.safetensors", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"
-    }  # fmt: skip
+    assert names == {"state.json", "state.safetensors", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"}
     loaded = UNet2DConditionModel.from_pretrained(folder / "unet")
     weights = unet.state_dict()
     assert all(torch.equal(value, weights[key]) for key, value in loaded.state_dict().items())

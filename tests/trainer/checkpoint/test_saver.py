@@ -287,9 +287,11 @@ def test_left_at_once_what_is_under_way_ends_with_its_file_and_does_not_count(tm
 
 def test_steps_go_on_while_a_checkpoint_is_written_and_the_end_waits(make_config, tmp_path, held, monkeypatch):
     config = make_config(
-        train={"batch_size": 2, "max_steps": 4}, save={"every_steps": 2, "every_epochs": 0}, sample={"every_epochs": 0},
+        train={"batch_size": 2, "max_steps": 4},
+        save={"every_steps": 2, "every_epochs": 0},
+        sample={"every_epochs": 0},
         validate={"every_epochs": 0},
-    )  # fmt: skip
+    )
     seen = []
 
     def step(*args, original=training.train_step, **options):
@@ -309,9 +311,11 @@ def test_steps_go_on_while_a_checkpoint_is_written_and_the_end_waits(make_config
 def test_a_write_that_fails_ends_the_run_at_its_next_step(make_config, tmp_path, monkeypatch):
     """Not at the next save, which may be hours away."""
     config = make_config(
-        train={"batch_size": 2, "max_steps": 4}, save={"every_steps": 2, "every_epochs": 0}, sample={"every_epochs": 0},
+        train={"batch_size": 2, "max_steps": 4},
+        save={"every_steps": 2, "every_epochs": 0},
+        sample={"every_epochs": 0},
         validate={"every_epochs": 0},
-    )  # fmt: skip
+    )
     seen = []
 
     def refuse(*args) -> None:
@@ -337,11 +341,16 @@ def test_killed_while_a_checkpoint_is_written(run, tiny_dataset, tmp_path):
 
     def settings(name: str) -> dict:
         return {
-            "run": {"dir": str(tmp_path / name), "seed": 9, "device": "cpu"}, "model": {"precision": "bf16"},
-            "data": {"path": str(tiny_dataset), "resolution": 64}, "train": {"batch_size": 2, "max_steps": 40},
-            "stage": [{"epochs": 9}], "sample": {"every_epochs": 0}, "validate": {"timesteps": 2},
-            "save": {"every_steps": 2, "every_epochs": 0, "keep": 50}, "log": {"every_steps": 3, "tensorboard": False},
-        }  # fmt: skip
+            "run": {"dir": str(tmp_path / name), "seed": 9, "device": "cpu"},
+            "model": {"precision": "bf16"},
+            "data": {"path": str(tiny_dataset), "resolution": 64},
+            "train": {"batch_size": 2, "max_steps": 40},
+            "stage": [{"epochs": 9}],
+            "sample": {"every_epochs": 0},
+            "validate": {"timesteps": 2},
+            "save": {"every_steps": 2, "every_epochs": 0, "keep": 50},
+            "log": {"every_steps": 3, "tensorboard": False},
+        }
 
     assert run(settings("alone")) == 0
     rng, folder, num_killed = random.Random("while it is written"), tmp_path / "killed" / "checkpoints", 0

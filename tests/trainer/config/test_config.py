@@ -158,9 +158,15 @@ stages = st.builds(
 configs = st.builds(
     Config,
     run=st.builds(Run, dir=texts, seed=st.integers(0, 2**64 - 1)),
-    model=st.builds(Model, base=texts, vae=texts, clip_skip=st.integers(0, 11), precision=st.sampled_from(["auto", "fp16"])),
+    model=st.builds(
+        Model, base=texts, vae=texts, clip_skip=st.integers(0, 11), precision=st.sampled_from(["auto", "fp16"])
+    ),
     data=st.builds(
-        Data, path=texts, resolution=st.integers(16, 4096), max_aspect=st.floats(1, 16), validation_fraction=fractions,
+        Data,
+        path=texts,
+        resolution=st.integers(16, 4096),
+        max_aspect=st.floats(1, 16),
+        validation_fraction=fractions,
         caption_suffix=texts,
     ),
     optimizer=st.builds(Optimizer, lr=positive(1), betas=st.tuples(fractions, fractions), eps=positive(1e300)),
@@ -169,7 +175,7 @@ configs = st.builds(
     validate_=st.builds(Validate, every_epochs=counts, max_images=numbers),
     sample=st.builds(Sample, prompts=st.lists(texts, max_size=3), negative_prompt=texts, cfg=st.floats(0, 100)),
     log=st.builds(Log, every_steps=numbers, tensorboard=st.booleans()),
-)  # fmt: skip
+)
 
 
 @settings(deadline=None, max_examples=60)
@@ -228,23 +234,41 @@ def test_stages_take_what_they_lack_from_train_and_optimizer():
             "stage": [
                 {"epochs": 2},
                 {
-                    "epochs": 1, "lr": 1e-5, "schedule": "cosine", "warmup_steps": 0, "weight_decay": 0.0,
-                    "max_grad_norm": 0.0, "batch_size": 5, "accumulate": 1,
+                    "epochs": 1,
+                    "lr": 1e-5,
+                    "schedule": "cosine",
+                    "warmup_steps": 0,
+                    "weight_decay": 0.0,
+                    "max_grad_norm": 0.0,
+                    "batch_size": 5,
+                    "accumulate": 1,
                 },
             ],
         },
         "here",
-    )  # fmt: skip
+    )
     first, second = (vars(stage) for stage in config.stages())
     assert first == {
-        "epochs": 2, "lr": 1e-3, "schedule": "linear", "warmup_steps": 7, "weight_decay": 0.2, "max_grad_norm": 0.5,
-        "batch_size": 3, "accumulate": 2,
-    }  # fmt: skip
+        "epochs": 2,
+        "lr": 1e-3,
+        "schedule": "linear",
+        "warmup_steps": 7,
+        "weight_decay": 0.2,
+        "max_grad_norm": 0.5,
+        "batch_size": 3,
+        "accumulate": 2,
+    }
     # zeros are values of its own, not gaps
     assert second == {
-        "epochs": 1, "lr": 1e-5, "schedule": "cosine", "warmup_steps": 0, "weight_decay": 0.0, "max_grad_norm": 0.0,
-        "batch_size": 5, "accumulate": 1,
-    }  # fmt: skip
+        "epochs": 1,
+        "lr": 1e-5,
+        "schedule": "cosine",
+        "warmup_steps": 0,
+        "weight_decay": 0.0,
+        "max_grad_norm": 0.0,
+        "batch_size": 5,
+        "accumulate": 1,
+    }
 
 
 def test_without_stages_there_is_one_of_train_epochs():

@@ -15,9 +15,16 @@ from safelight.trainer.config.toml import parse_config
 
 def samples_of(photos: list[Photo]):
     return plan_samples(
-        photos, make_buckets(64, 8, 2.0), variants=1, crop_jitter=0.0, flip_p=0.0, seed=1, vae_fingerprint="v",
-        text_fingerprint="t", dtype="float16",
-    )  # fmt: skip
+        photos,
+        make_buckets(64, 8, 2.0),
+        variants=1,
+        crop_jitter=0.0,
+        flip_p=0.0,
+        seed=1,
+        vae_fingerprint="v",
+        text_fingerprint="t",
+        dtype="float16",
+    )
 
 
 @pytest.fixture

@@ -49,9 +49,19 @@ def measured(config: Config, spec: str, batch_size: int, side: int, num_micro: i
 
     def step():
         train_step(
-            unet, optimizer, batches, schedule, 1.0, config.loss, seed=1, epoch=0, num_samples=batch_size * num_micro,
-            lr=1e-6, weight_decay=0.01, max_grad_norm=1.0,
-        )  # fmt: skip
+            unet,
+            optimizer,
+            batches,
+            schedule,
+            1.0,
+            config.loss,
+            seed=1,
+            epoch=0,
+            num_samples=batch_size * num_micro,
+            lr=1e-6,
+            weight_decay=0.01,
+            max_grad_norm=1.0,
+        )
 
     step()
     return allocated_peak(step)

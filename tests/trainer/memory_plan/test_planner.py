@@ -217,8 +217,10 @@ def test_who_asks_for_graphs_gets_a_way_with_them(roomy):
 
 def test_what_products_keep_is_counted_for_each_handle_and_stream():
     for name, deterministic, each in (
-        ("t4", False, 8_519_680 + 2**20), ("h200", False, 33 * 2**20), ("t4", True, 33 * 2**20),
-    ):  # fmt: skip
+        ("t4", False, 8_519_680 + 2**20),
+        ("h200", False, 33 * 2**20),
+        ("t4", True, 33 * 2**20),
+    ):
         found = CARDS[name]
         assert found.cublas_bytes(is_deterministic=deterministic) == each
         assert found.workspace(is_deterministic=deterministic) == 2 * each + CUDNN_BYTES

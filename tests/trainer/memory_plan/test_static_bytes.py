@@ -119,8 +119,12 @@ def test_stable_diffusion_15_in_known_numbers():
     exact = plan("fp32", "adamw")
     assert (exact.num_parameters, exact.num_tensors) == (num, 686)
     assert (exact.weights, exact.master, exact.moments, exact.gradients, exact.master_gradients) == (
-        4 * num, 0, 8 * num, 4 * num, 0
-    )  # fmt: skip
+        4 * num,
+        0,
+        8 * num,
+        4 * num,
+        0,
+    )
     ours = plan("bf16", "adamw8bit")
     assert (ours.memory, ours.master, ours.gradients, ours.master_gradients) == ("exact", 2 * num, 2 * num, 0)
     values = {"model": {"base": "random:sd15", "precision": "bf16"}, "optimizer": {"fused_backward": True}}
@@ -169,13 +173,23 @@ def test_the_table_tells_the_runs_length(make_config):
     dataset.cache.close()
     num_steps = Timeline.of(config, dataset.train).num_steps
     assert result["dataset"] == {
-        "photographs": 24, "train": 18, "validation": 6, "epochs": 3, "steps": num_steps, "images trained": 54,
+        "photographs": 24,
+        "train": 18,
+        "validation": 6,
+        "epochs": 3,
+        "steps": num_steps,
+        "images trained": 54,
         "cache bytes": cache_bytes(config, 24),
-    }  # fmt: skip
+    }
     planned = static_bytes(config, CPU)
     assert list(result["bytes"].values()) == [
-        planned.weights, planned.master, planned.moments, planned.gradients, planned.master_gradients, planned.total
-    ]  # fmt: skip
+        planned.weights,
+        planned.master,
+        planned.moments,
+        planned.gradients,
+        planned.master_gradients,
+        planned.total,
+    ]
     assert (result["checkpoint bytes"], result["checkpoints at most"]) == (planned.checkpoint, config.save.keep + 2)
     assert (result["base"], result["precision"], result["optimizer"]) == ("tiny", "fp32", "adamw8bit")
     assert "dataset" not in table(make_config(data={"path": str(Path(config.data.path) / "none")}))

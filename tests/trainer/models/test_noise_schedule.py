@@ -24,9 +24,14 @@ KEYS = [Key(3, Purpose.NOISE, sample_id) for sample_id in range(5)]
 
 def noised(schedule: NoiseSchedule, latents: Tensor, timesteps: Tensor) -> Noised:
     return noising(
-        latents, None, key_words(KEYS[: len(latents)]), schedule.alphas_cumprod_T, timesteps_B=timesteps,
-        prediction_type=schedule.prediction_type, scaling_factor=1.0,
-    )  # fmt: skip
+        latents,
+        None,
+        key_words(KEYS[: len(latents)]),
+        schedule.alphas_cumprod_T,
+        timesteps_B=timesteps,
+        prediction_type=schedule.prediction_type,
+        scaling_factor=1.0,
+    )
 
 
 @pytest.mark.parametrize("kind", ["scaled_linear", "linear"])

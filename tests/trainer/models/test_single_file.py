@@ -130,9 +130,12 @@ def test_a_run_starts_from_a_file(tensors, write, make_config):
     from safelight.trainer.train import train
 
     config = make_config(
-        model={"base": write(tensors), "config": "tiny"}, stage=[], train={"max_steps": 1, "epochs": 1},
-        sample={"every_epochs": 0}, validate={"every_epochs": 0},
-    )  # fmt: skip
+        model={"base": write(tensors), "config": "tiny"},
+        stage=[],
+        train={"max_steps": 1, "epochs": 1},
+        sample={"every_epochs": 0},
+        validate={"every_epochs": 0},
+    )
     assert train(config, terminal=Terminal()).position.step == 1
 
 
@@ -192,28 +195,70 @@ def shaped(**shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
 
 IN = f"{UNET_PREFIX}input_blocks.0.0.weight"
 REFUSED = {
-    "LoRA of kohya": (shaped(**{"lora_unet_down_blocks_0.lora_down.weight": (4, 8)}), "is a LoRA, which holds differences only"),
-    "LoRA of peft": (shaped(**{"unet.down_blocks.0.to_q.lora_A.weight": (4, 8)}), "is a LoRA, which holds differences only"),
+    "LoRA of kohya": (
+        shaped(**{"lora_unet_down_blocks_0.lora_down.weight": (4, 8)}),
+        "is a LoRA, which holds differences only",
+    ),
+    "LoRA of peft": (
+        shaped(**{"unet.down_blocks.0.to_q.lora_A.weight": (4, 8)}),
+        "is a LoRA, which holds differences only",
+    ),
     "embedding": (shaped(emb_params=(2, 768)), "is a textual inversion embedding"),
     "ControlNet": (shaped(**{"control_model.zero_convs.0.0.weight": (1, 1)}), "is a ControlNet"),
-    "SDXL": (shaped(**{CROSS: (8, 2048), "conditioner.embedders.1.model.ln_final.bias": (8,)}), "is Stable Diffusion XL; only 1.x and 2.x"),
+    "SDXL": (
+        shaped(**{CROSS: (8, 2048), "conditioner.embedders.1.model.ln_final.bias": (8,)}),
+        "is Stable Diffusion XL; only 1.x and 2.x",
+    ),
     "SDXL's UNet": (shaped(**{CROSS: (8, 2048), IN: (8, 4, 3, 3)}), "is Stable Diffusion XL; only 1.x and 2.x"),
-    "SD3": (shaped(**{f"{UNET_PREFIX}joint_blocks.0.x_block.attn.proj.bias": (8,)}), "is Stable Diffusion 3; only 1.x and 2.x"),
+    "SD3": (
+        shaped(**{f"{UNET_PREFIX}joint_blocks.0.x_block.attn.proj.bias": (8,)}),
+        "is Stable Diffusion 3; only 1.x and 2.x",
+    ),
     "Flux": (shaped(**{"double_blocks.0.img_attn.proj.bias": (8,)}), "is Flux; only Stable Diffusion 1.x and 2.x"),
-    "inpainting": (shaped(**{CROSS: (8, 768), IN: (8, 9, 3, 3)}), "takes 9 latent channels, as inpainting and editing models do"),
-    "bare UNet": (shaped(**{"input_blocks.0.0.weight": (8, 4, 3, 3)}), "is a bare UNet without the prefix model.diffusion_model"),
-    "diffusers' UNet": (shaped(**{"conv_in.bias": (8,), "down_blocks.0.resnets.0.conv1.bias": (8,)}), "is a bare UNet with diffusers' names"),
-    "VAE": (shaped(**{"first_stage_model.decoder.conv_in.bias": (8,)}), "is an autoencoder alone; give it as model.vae"),
-    "bare VAE": (shaped(**{"decoder.conv_in.bias": (8,), "encoder.down.0.block.0.conv1.bias": (8,)}), "is an autoencoder alone"),
+    "inpainting": (
+        shaped(**{CROSS: (8, 768), IN: (8, 9, 3, 3)}),
+        "takes 9 latent channels, as inpainting and editing models do",
+    ),
+    "bare UNet": (
+        shaped(**{"input_blocks.0.0.weight": (8, 4, 3, 3)}),
+        "is a bare UNet without the prefix model.diffusion_model",
+    ),
+    "diffusers' UNet": (
+        shaped(**{"conv_in.bias": (8,), "down_blocks.0.resnets.0.conv1.bias": (8,)}),
+        "is a bare UNet with diffusers' names",
+    ),
+    "VAE": (
+        shaped(**{"first_stage_model.decoder.conv_in.bias": (8,)}),
+        "is an autoencoder alone; give it as model.vae",
+    ),
+    "bare VAE": (
+        shaped(**{"decoder.conv_in.bias": (8,), "encoder.down.0.block.0.conv1.bias": (8,)}),
+        "is an autoencoder alone",
+    ),
     "text encoder": (shaped(**{"text_model.final_layer_norm.bias": (8,)}), "is a text encoder alone"),
-    "something": (shaped(abc=(2,)), "is no Stable Diffusion: no tensor's name begins with model.diffusion_model. (the first is abc)"),
-    "other network": (shaped(**{f"{UNET_PREFIX}layers.0.weight": (2,)}), "is no Stable Diffusion: its network has no cross-attention"),
+    "something": (
+        shaped(abc=(2,)),
+        "is no Stable Diffusion: no tensor's name begins with model.diffusion_model. (the first is abc)",
+    ),
+    "other network": (
+        shaped(**{f"{UNET_PREFIX}layers.0.weight": (2,)}),
+        "is no Stable Diffusion: its network has no cross-attention",
+    ),
     "nothing": ({}, "is no Stable Diffusion"),
-    "SD2": (shaped(**{CROSS: (8, 1024), IN: (8, 4, 3, 3)}), "is Stable Diffusion 2.x, whose weights do not tell whether they predict epsilon or v; set model.config"),
-    "own size": (shaped(**{CROSS: (8, 128), IN: (8, 4, 3, 3)}), "attends to width 128, not to 768 (1.x) or 1024 (2.x); set model.config"),
+    "SD2": (
+        shaped(**{CROSS: (8, 1024), IN: (8, 4, 3, 3)}),
+        "is Stable Diffusion 2.x, whose weights do not tell whether they predict epsilon or v; set model.config",
+    ),
+    "own size": (
+        shaped(**{CROSS: (8, 128), IN: (8, 4, 3, 3)}),
+        "attends to width 128, not to 768 (1.x) or 1024 (2.x); set model.config",
+    ),
     "no text": (shaped(**{CROSS: (8, 768), IN: (8, 4, 3, 3)}), "holds no text encoder; set model.config"),
-    "no VAE": (shaped(**{CROSS: (8, 768), f"{CLIP_PREFIX}final_layer_norm.bias": (8,)}), "holds no autoencoder; set model.vae to one, or"),
-}  # fmt: skip
+    "no VAE": (
+        shaped(**{CROSS: (8, 768), f"{CLIP_PREFIX}final_layer_norm.bias": (8,)}),
+        "holds no autoencoder; set model.vae to one, or",
+    ),
+}
 
 
 @pytest.mark.parametrize("kind", REFUSED)

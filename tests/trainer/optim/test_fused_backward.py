@@ -29,9 +29,11 @@ def step(unet, optimizer, number, max_grad_norm=0.0, micro_steps=1, lr=1e-4):
     for micro in range(micro_steps):
         generator = torch.Generator().manual_seed(10 * number + micro)
         noisy = Noisy(
-            torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([100, 700]), torch.randn(2, 4, 8, 8, generator=generator),
+            torch.randn(2, 4, 8, 8, generator=generator),
+            torch.tensor([100, 700]),
+            torch.randn(2, 4, 8, 8, generator=generator),
             torch.randn(2, 6, 16, generator=generator),
-        )  # fmt: skip
+        )
         if micro == micro_steps - 1:
             optimizer.arm(lr, 0.01, max_grad_norm)
         accumulate(unet, noisy, SCHEDULE, Loss(), 2 * micro_steps, optimizer.loss_scale.scale)
@@ -207,11 +209,20 @@ def test_a_fused_step_asks_nothing_of_the_device(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"fused_backward": True, "clipping": "global"}, "clipping global does not go with optimizer.fused_backward true; use auto or lagged or"),
-        ({"fused_backward": False, "clipping": "lagged"}, "clipping lagged does not go with optimizer.fused_backward false; use auto or global"),
-        ({"fused_backward": True, "name": "adamw"}, "optimizer.fused_backward is adamw8bit's; adamw steps after backward"),
+        (
+            {"fused_backward": True, "clipping": "global"},
+            "clipping global does not go with optimizer.fused_backward true; use auto or lagged or",
+        ),
+        (
+            {"fused_backward": False, "clipping": "lagged"},
+            "clipping lagged does not go with optimizer.fused_backward false; use auto or global",
+        ),
+        (
+            {"fused_backward": True, "name": "adamw"},
+            "optimizer.fused_backward is adamw8bit's; adamw steps after backward",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_go_together_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         memory_mode(Optimizer(**options), torch.bfloat16)

@@ -44,11 +44,14 @@ def test_it_is_written_as_true_false_or_auto(tmp_path):
 @pytest.mark.parametrize(
     ("given", "value"),
     [
-        (["--optimizer.fused-backward", "true"], True), (["--optimizer.fused-backward=false"], False),
-        (["--optimizer.fused-backward", "auto"], "auto"), (["--optimizer.fused-backward"], True),
-        (["--optimizer.no-fused-backward"], False), (["--optimizer.fused-backward", "often"], "often"),
+        (["--optimizer.fused-backward", "true"], True),
+        (["--optimizer.fused-backward=false"], False),
+        (["--optimizer.fused-backward", "auto"], "auto"),
+        (["--optimizer.fused-backward"], True),
+        (["--optimizer.no-fused-backward"], False),
+        (["--optimizer.fused-backward", "often"], "often"),
     ],
-)  # fmt: skip
+)
 def test_on_the_command_line(given, value):
     others, settings = take_overrides([*given, "--resume"], {"stage": []})
     assert (others, settings["optimizer"]) == (["--resume"], {"fused_backward": value})
@@ -56,11 +59,15 @@ def test_on_the_command_line(given, value):
 
 def test_what_name_and_clipping_leave():
     for options, choices, clipping in (
-        ({}, (False, True), "global"), ({"fused_backward": True}, (True,), "lagged"),
-        ({"fused_backward": False}, (False,), "global"), ({"clipping": "global"}, (False,), "global"),
-        ({"clipping": "lagged"}, (True,), "lagged"), ({"clipping": "per-tensor"}, (True,), "per-tensor"),
-        ({"name": "adamw"}, (False,), "global"), ({"name": "bnb_adamw8bit"}, (False,), "global"),
-    ):  # fmt: skip
+        ({}, (False, True), "global"),
+        ({"fused_backward": True}, (True,), "lagged"),
+        ({"fused_backward": False}, (False,), "global"),
+        ({"clipping": "global"}, (False,), "global"),
+        ({"clipping": "lagged"}, (True,), "lagged"),
+        ({"clipping": "per-tensor"}, (True,), "per-tensor"),
+        ({"name": "adamw"}, (False,), "global"),
+        ({"name": "bnb_adamw8bit"}, (False,), "global"),
+    ):
         optimizer = Optimizer(**options)
         assert (optimizer.fused_choices(), optimizer.clipping_mode()) == (choices, clipping)
         assert optimizer.is_fused is choices[0]
@@ -196,9 +203,12 @@ def test_a_run_keeps_what_it_began_with(monkeypatch):
 
 def test_a_resumed_run_steps_as_it_did(make_config):
     config = make_config(
-        optimizer={"lr": 1e-4, "fused_backward": True, "weight_decay": 0.0}, save={"every_steps": 1, "every_epochs": 0},
-        validate={"every_epochs": 0}, sample={"every_epochs": 0}, train={"max_steps": 1, "batch_size": 8},
-    )  # fmt: skip
+        optimizer={"lr": 1e-4, "fused_backward": True, "weight_decay": 0.0},
+        save={"every_steps": 1, "every_epochs": 0},
+        validate={"every_epochs": 0},
+        sample={"every_epochs": 0},
+        train={"max_steps": 1, "batch_size": 8},
+    )
     train(config)
     config.optimizer.fused_backward, config.train.max_steps = "auto", 2
     run_dir = Path(train(config, resume=True).run_dir)

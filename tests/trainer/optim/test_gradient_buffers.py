@@ -54,11 +54,15 @@ def make(small_unet, dtype, buffers="auto", is_patched=False, **options):
 @pytest.mark.parametrize(
     ("dtype", "options"),
     [
-        (torch.bfloat16, {"fused_backward": True}), (torch.bfloat16, {}), (torch.float32, {"fused_backward": True}),
-        (torch.bfloat16, {"name": "adamw"}), (torch.float32, {"name": "adamw"}), (torch.float16, {"memory": "rounded"}),
+        (torch.bfloat16, {"fused_backward": True}),
+        (torch.bfloat16, {}),
+        (torch.float32, {"fused_backward": True}),
+        (torch.bfloat16, {"name": "adamw"}),
+        (torch.float32, {"name": "adamw"}),
+        (torch.float16, {"memory": "rounded"}),
         (torch.float32, {"name": "bnb_adamw8bit"}),
     ],
-)  # fmt: skip
+)
 def test_sums_have_the_bits_of_autograds(small_unet, dtype, options):
     """Steps of three micro-steps, one and two: as at the end of an epoch, and in stages of their own."""
     ends = []

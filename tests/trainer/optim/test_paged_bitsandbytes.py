@@ -34,7 +34,11 @@ def steps(net, method, first, last):
 
 
 def state_of(net, method):
-    return {f"{part}/{name}": x.clone() for name, _ in net.named_parameters() for part, x in method.live_state_of(name).items()}  # fmt: skip
+    return {
+        f"{part}/{name}": x.clone()
+        for name, _ in net.named_parameters()
+        for part, x in method.live_state_of(name).items()
+    }
 
 
 def test_a_cpu_is_refused_in_one_line():
@@ -76,9 +80,9 @@ def test_a_resume_fills_the_buffers_that_bitsandbytes_makes(monkeypatch, dtype):
         assert ("master" in parts) == (dtype != torch.float32)
         with torch.no_grad():
             resumed.load(name, parts)
-        assert {x.is_paged for part, x in resumed.inner.state[resumed.master[name]].items() if part.startswith("state")} == {
-            p.numel() >= 100_000
-        }  # fmt: skip
+        assert {
+            x.is_paged for part, x in resumed.inner.state[resumed.master[name]].items() if part.startswith("state")
+        } == {p.numel() >= 100_000}
     for one, x in ((net, method), (other, resumed)):
         steps(one, x, 3, 6)
     found, expected = state_of(other, resumed), state_of(net, method)

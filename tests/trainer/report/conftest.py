@@ -100,8 +100,7 @@ def validation_line(epoch: float, split: str, loss: float) -> dict:
 
 
 def event(step: int, name: str, detail: str) -> dict:
-    return {"kind": "event", "step": step, "event": name, "detail": detail,
-            "time": time_at(step / STEPS_PER_EPOCH)}  # fmt: skip
+    return {"kind": "event", "step": step, "event": name, "detail": detail, "time": time_at(step / STEPS_PER_EPOCH)}
 
 
 def metrics_lines(num_epochs: int = 40) -> list[dict]:
@@ -113,18 +112,20 @@ def metrics_lines(num_epochs: int = 40) -> list[dict]:
         epoch = step / STEPS_PER_EPOCH
         stage = int(epoch > 30)
         if step % 5 == 0:
-            lines.append({
-                "kind": "train",
-                "step": step,
-                "epoch": epoch,
-                "stage": stage,
-                "loss": float((0.1385 - 0.014 * (1 - math.exp(-epoch / 14))) * generator.lognormal(0, 0.33)),
-                "lr": min(1.0, step / 100) * (5e-7 if stage else 1e-6),
-                "grad_norm": float(0.6 * generator.lognormal(0, 0.25)),
-                "images_per_s": float(6.4 + generator.normal(0, 0.12)) if step > 5 else 2.1,
-                "memory_gib": 11.3 + 0.42 * (step > 300),
-                "time": time_at(epoch),
-            })  # fmt: skip
+            lines.append(
+                {
+                    "kind": "train",
+                    "step": step,
+                    "epoch": epoch,
+                    "stage": stage,
+                    "loss": float((0.1385 - 0.014 * (1 - math.exp(-epoch / 14))) * generator.lognormal(0, 0.33)),
+                    "lr": min(1.0, step / 100) * (5e-7 if stage else 1e-6),
+                    "grad_norm": float(0.6 * generator.lognormal(0, 0.25)),
+                    "images_per_s": float(6.4 + generator.normal(0, 0.12)) if step > 5 else 2.1,
+                    "memory_gib": 11.3 + 0.42 * (step > 300),
+                    "time": time_at(epoch),
+                }
+            )
         if step % (5 * STEPS_PER_EPOCH) == 0:
             lines.append(event(step, "checkpoint saved", f"checkpoints/step-{step:08d}"))
         if step == 18 * STEPS_PER_EPOCH:
@@ -180,17 +181,35 @@ def write_run(
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.toml").write_text(CONFIG, encoding="utf-8")
     write_metrics(run_dir, metrics_lines(num_epochs))
-    write_json(run_dir / "environment.json", {
-        "started": "2026-03-07T21:14:09", "command": "safelight train run.toml --train.max-grad-norm 1.0",
-        "safelight": "0.1.0", "git_commit": "7fb3adc5e0", "python": "3.11.2", "torch": "2.13.0",
-        "device_name": "NVIDIA GeForce RTX 4090", "device_memory_gib": 23.64, "cpu": "AMD Ryzen 9 7950X, 16 cores",
-        "attention_path": "xformers",
-    })  # fmt: skip
-    write_json(run_dir / "model.json", {
-        "base": "runwayml/stable-diffusion-v1-5", "from_scratch": False, "unet_parameters": 859_520_964,
-        "trained_parameters": 859_520_964, "vae": "the base model's own", "text_encoder": "the base model's own, frozen",
-        "prediction_type": "epsilon", "precision": "bf16 with 16-bit remainder", "notes": [],
-    })  # fmt: skip
+    write_json(
+        run_dir / "environment.json",
+        {
+            "started": "2026-03-07T21:14:09",
+            "command": "safelight train run.toml --train.max-grad-norm 1.0",
+            "safelight": "0.1.0",
+            "git_commit": "7fb3adc5e0",
+            "python": "3.11.2",
+            "torch": "2.13.0",
+            "device_name": "NVIDIA GeForce RTX 4090",
+            "device_memory_gib": 23.64,
+            "cpu": "AMD Ryzen 9 7950X, 16 cores",
+            "attention_path": "xformers",
+        },
+    )
+    write_json(
+        run_dir / "model.json",
+        {
+            "base": "runwayml/stable-diffusion-v1-5",
+            "from_scratch": False,
+            "unet_parameters": 859_520_964,
+            "trained_parameters": 859_520_964,
+            "vae": "the base model's own",
+            "text_encoder": "the base model's own, frozen",
+            "prediction_type": "epsilon",
+            "precision": "bf16 with 16-bit remainder",
+            "notes": [],
+        },
+    )
     _write_data(run_dir, num_examples)
     for epoch in range(0, num_epochs + 1, sample_every):
         _write_samples(run_dir, prompts[:num_sampled], epoch, edge_px, epoch / num_epochs)
@@ -200,23 +219,54 @@ def write_run(
             path = run_dir / "compare" / f"{side}-{index:03d}.png"
             path.parent.mkdir(exist_ok=True)
             draw_scene(edge_px, edge_px, index, strength).save(path, compress_level=1)
-        pairs.append({"prompt": prompt, "seed": 100 + index, "cfg": 7.5, "num_steps": 30,
-                      "base": f"base-{index:03d}.png", "trained": f"trained-{index:03d}.png"})  # fmt: skip
+        pairs.append(
+            {
+                "prompt": prompt,
+                "seed": 100 + index,
+                "cfg": 7.5,
+                "num_steps": 30,
+                "base": f"base-{index:03d}.png",
+                "trained": f"trained-{index:03d}.png",
+            }
+        )
     write_json(run_dir / "compare" / "index.json", {"base": "base", "trained": "trained", "step": 1430, "pairs": pairs})
     if scores:
         rows = [
-            ("the new look", [0.02, 0.0, 0.07], [0.91, 0.82, 0.96], [0.89, 0.78, 0.95], 0.05,
-             "the paper-cut outline is present"),
-            ("obedience: colour", [0.83, 0.72, 0.91], [0.86, 0.75, 0.93], [0.03, -0.08, 0.14], 0.125,
-             "the dominant colour is the one in the caption"),
-            ("obedience: shape", [0.71, 0.58, 0.81], [0.74, 0.62, 0.84], [0.03, -0.11, 0.17], 0.2,
-             "the contour is of the shape in the caption"),
-        ]  # fmt: skip
+            (
+                "the new look",
+                [0.02, 0.0, 0.07],
+                [0.91, 0.82, 0.96],
+                [0.89, 0.78, 0.95],
+                0.05,
+                "the paper-cut outline is present",
+            ),
+            (
+                "obedience: colour",
+                [0.83, 0.72, 0.91],
+                [0.86, 0.75, 0.93],
+                [0.03, -0.08, 0.14],
+                0.125,
+                "the dominant colour is the one in the caption",
+            ),
+            (
+                "obedience: shape",
+                [0.71, 0.58, 0.81],
+                [0.74, 0.62, 0.84],
+                [0.03, -0.11, 0.17],
+                0.2,
+                "the contour is of the shape in the caption",
+            ),
+        ]
         names = ("what", "base", "trained", "difference", "chance", "explanation")
-        write_json(run_dir / "scores.json", {
-            "num_samples": 96, "interval": "99 %", "rows": [dict(zip(names, row, strict=True)) for row in rows],
-            "notes": ["Seeds were fixed beforehand; none of these attribute combinations was trained on."],
-        })  # fmt: skip
+        write_json(
+            run_dir / "scores.json",
+            {
+                "num_samples": 96,
+                "interval": "99 %",
+                "rows": [dict(zip(names, row, strict=True)) for row in rows],
+                "notes": ["Seeds were fixed beforehand; none of these attribute combinations was trained on."],
+            },
+        )
     return run_dir
 
 
@@ -231,16 +281,30 @@ def _write_data(run_dir: Path, num_examples: int) -> None:
         examples.append(
             {"file": f"data_examples/{index:03d}.jpg", "caption": caption, "width": width, "height": height}
         )
-    write_json(run_dir / "data.json", {
-        "dataset": "datasets/unsplash-500", "num_photos": 496, "num_train": 446, "num_validation": 50,
-        "num_captions": 496, "variants": 4, "examples": examples,
-        "buckets": [
-            {"width": w, "height": h, "num_train": n, "num_validation": v}
-            for w, h, n, v in ((768, 320, 9, 1), (640, 384, 168, 19), (576, 448, 94, 11), (512, 512, 41, 4),
-                               (448, 576, 52, 6), (384, 640, 82, 9))
-        ],
-        "rejected": [{"path": "photos/broken.jpg", "reason": "truncated: 4,096 of 81,220 bytes"}],
-    })  # fmt: skip
+    write_json(
+        run_dir / "data.json",
+        {
+            "dataset": "datasets/unsplash-500",
+            "num_photos": 496,
+            "num_train": 446,
+            "num_validation": 50,
+            "num_captions": 496,
+            "variants": 4,
+            "examples": examples,
+            "buckets": [
+                {"width": w, "height": h, "num_train": n, "num_validation": v}
+                for w, h, n, v in (
+                    (768, 320, 9, 1),
+                    (640, 384, 168, 19),
+                    (576, 448, 94, 11),
+                    (512, 512, 41, 4),
+                    (448, 576, 52, 6),
+                    (384, 640, 82, 9),
+                )
+            ],
+            "rejected": [{"path": "photos/broken.jpg", "reason": "truncated: 4,096 of 81,220 bytes"}],
+        },
+    )
 
 
 def _write_samples(run_dir: Path, prompts: tuple[str, ...], epoch: int, edge_px: int, strength: float) -> None:

@@ -45,7 +45,7 @@ def open_report(browser) -> Iterator[Callable[..., Opened]]:
         width, height = SIZES[size]
         context = browser.new_context(
             viewport={"width": width, "height": height}, has_touch=size == "phone", is_mobile=size == "phone", **options
-        )  # fmt: skip
+        )
         contexts.append(context)
         context.add_init_script(WATCH)
         opened = Opened(context.new_page())
@@ -82,8 +82,16 @@ def reports(tmp_path_factory, write_run) -> dict[str, Path]:
     rewrite(bare / "data.json", num_captions=0, examples=[{**example, "caption": ""} for example in examples])
     one = write_run(root / "one-photo", num_epochs=1, **small)
     bucket = {"width": 512, "height": 512, "num_train": 1, "num_validation": 0}
-    rewrite(one / "data.json", num_photos=1, num_train=1, num_validation=0, num_captions=1, buckets=[bucket],
-            examples=examples[:1], rejected=[])  # fmt: skip
+    rewrite(
+        one / "data.json",
+        num_photos=1,
+        num_train=1,
+        num_validation=0,
+        num_captions=1,
+        buckets=[bucket],
+        examples=examples[:1],
+        rejected=[],
+    )
     (root / "empty").mkdir()
     (root / "empty" / "config.toml").touch()
     make_hostile(write_run(root / "hostile", num_epochs=3, **small))
@@ -203,8 +211,16 @@ def test_the_policy_refuses_whatever_gets_in(open_report, reports):
     }""")
     opened.page.wait_for_timeout(200)
     assert opened.page.evaluate("window.pwned") is None
-    refused = {"script-src-elem", "style-src-elem", "img-src", "frame-src", "script-src-attr", "style-src-attr",
-               "script-src", "connect-src"}  # fmt: skip
+    refused = {
+        "script-src-elem",
+        "style-src-elem",
+        "img-src",
+        "frame-src",
+        "script-src-attr",
+        "style-src-attr",
+        "script-src",
+        "connect-src",
+    }
     assert refused <= set(opened.violations())
     assert opened.page.evaluate("getComputedStyle(document.body).color") != "rgb(255, 0, 0)"
     # a refused request is told as one, but never leaves

@@ -58,13 +58,24 @@ def test_the_later_of_two_lines_on_one_step_counts(tmp_path: Path, write_metrics
 @pytest.mark.parametrize(("epochs", "num_lines"), [(0.02, 1), (1, 1), (3, 2), (0.4, 3000), (400, 3000)])
 def test_runs_of_any_length_can_be_drawn(tmp_path: Path, write_metrics, epochs: float, num_lines: int) -> None:
     lines = [
-        {"kind": "train", "step": i + 1, "epoch": epochs * (i + 1) / num_lines, "stage": 0, "loss": 0.1, "lr": 0.0,
-         "images_per_s": 1.0, "memory_gib": 0.0, "time": float(i)}
+        {
+            "kind": "train",
+            "step": i + 1,
+            "epoch": epochs * (i + 1) / num_lines,
+            "stage": 0,
+            "loss": 0.1,
+            "lr": 0.0,
+            "images_per_s": 1.0,
+            "memory_gib": 0.0,
+            "time": float(i),
+        }
         for i in range(num_lines)
-    ]  # fmt: skip
+    ]
     bands = {"loss_by_timestep": [0.0] * 10}
-    lines += [{"kind": "validation", "split": "held_out", "step": 0, "epoch": 0.0, "loss": 0.1, **bands},
-              {"kind": "validation", "split": "held_out", "step": num_lines, "epoch": epochs, "loss": 0.1, **bands}]  # fmt: skip
+    lines += [
+        {"kind": "validation", "split": "held_out", "step": 0, "epoch": 0.0, "loss": 0.1, **bands},
+        {"kind": "validation", "split": "held_out", "step": num_lines, "epoch": epochs, "loss": 0.1, **bands},
+    ]
     write_metrics(tmp_path, lines)
     html = render(read_run_folder(tmp_path))
     assert html.count('<svg class="graph') == 7

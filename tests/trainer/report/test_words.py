@@ -47,8 +47,14 @@ def test_counted(count: int, text: str) -> None:
 
 def test_one_of_anything_has_no_plural(small_run: Path) -> None:
     row = {"width": 64, "height": 64, "num_train": 1, "num_validation": 0}
-    rewrite(small_run / "data.json", num_photos=1, num_train=1, num_captions=1, num_validation=0,
-            buckets=[{**row, "width": 64 + i} for i in range(41)])  # fmt: skip
+    rewrite(
+        small_run / "data.json",
+        num_photos=1,
+        num_train=1,
+        num_captions=1,
+        num_validation=0,
+        buckets=[{**row, "width": 64 + i} for i in range(41)],
+    )
     rewrite(small_run / "environment.json", cpu="A CPU 1 threads, 1 cores, 1 threads used")
     rewrite(small_run / "scores.json", num_samples=1)
     change_validations(small_run, lambda row: {**row, "num_images": 1})
@@ -64,8 +70,16 @@ def test_one_of_anything_has_no_plural(small_run: Path) -> None:
     text = words(small_run)
     nouns = "photographs|captions|images|steps|epochs|pairs|buckets|files|lines|events|cores|threads|variants|bands"
     assert not re.search(rf"(?<![\d.,])1 (?:\w+ )?(?:{nouns})\b", text)
-    for wanted in ("1 core, 1 thread used", "(1 image)", "1 photograph from", "1 caption.", "1 logged step had no",
-                   "1 generated image", "1 more bucket is in", "cfg 7.5, 1 step"):  # fmt: skip
+    for wanted in (
+        "1 core, 1 thread used",
+        "(1 image)",
+        "1 photograph from",
+        "1 caption.",
+        "1 logged step had no",
+        "1 generated image",
+        "1 more bucket is in",
+        "cfg 7.5, 1 step",
+    ):
         assert wanted in text, wanted
 
 

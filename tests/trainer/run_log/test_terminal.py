@@ -113,10 +113,23 @@ def test_train_into_a_file_and_resumed_in_a_terminal(make_config, capsys):
 
     screen = Screen(80)
     process = subprocess.run(
-        [sys.executable, "-m", "safelight", "train", f"{config.run.dir}/config.toml", "--resume", "--train.max-steps", "9"],
-        stdin=screen.stream, stderr=screen.stream, stdout=subprocess.PIPE, text=True, check=False,
+        [
+            sys.executable,
+            "-m",
+            "safelight",
+            "train",
+            f"{config.run.dir}/config.toml",
+            "--resume",
+            "--train.max-steps",
+            "9",
+        ],
+        stdin=screen.stream,
+        stderr=screen.stream,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     text = screen.close()
     assert process.returncode == 0, text
     assert process.stdout.splitlines()[0].startswith("trained 9 steps; report: ")

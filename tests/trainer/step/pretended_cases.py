@@ -45,10 +45,16 @@ def base(tmp_path_factory) -> Path:
     shutil.copytree(tiny_folder(), folder)
     torch.manual_seed(0)
     UNet2DConditionModel(
-        sample_size=16, layers_per_block=1, block_out_channels=(16, 16), cross_attention_dim=128, attention_head_dim=2,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        mid_block_type=None, norm_num_groups=4,
-    ).save_pretrained(folder / "unet")  # fmt: skip
+        sample_size=16,
+        layers_per_block=1,
+        block_out_channels=(16, 16),
+        cross_attention_dim=128,
+        attention_head_dim=2,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        mid_block_type=None,
+        norm_num_groups=4,
+    ).save_pretrained(folder / "unet")
     return folder
 
 

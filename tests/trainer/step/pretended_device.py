@@ -38,10 +38,21 @@ def build(folder: Path) -> Path:
     root = Path(torch.__file__).parent
     made = folder / "pretended_device.so"
     command = [
-        "g++", "-std=c++20", "-O0", "-w", "-shared", "-fPIC",
+        "g++",
+        "-std=c++20",
+        "-O0",
+        "-w",
+        "-shared",
+        "-fPIC",
         *(f"-I{root / 'include' / part}" for part in ("", "torch/csrc/api/include")),
-        str(SOURCE), "-o", str(made), f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{root / 'lib'}",
-    ]  # fmt: skip
+        str(SOURCE),
+        "-o",
+        str(made),
+        f"-L{root / 'lib'}",
+        "-lc10",
+        "-ltorch_cpu",
+        f"-Wl,-rpath,{root / 'lib'}",
+    ]
     subprocess.run(command, check=True)
     return made
 

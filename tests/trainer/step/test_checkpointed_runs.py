@@ -22,9 +22,13 @@ def quick(make_config):
 
     def make(**changes):
         values = {
-            "train": {"batch_size": 100}, "optimizer": {"name": "adamw"}, "sample": {"every_epochs": 0},
-            "validate": {"max_images": 2, "timesteps": 1}, "stage": [{"epochs": 1}], "log": {"every_steps": 1},
-        }  # fmt: skip
+            "train": {"batch_size": 100},
+            "optimizer": {"name": "adamw"},
+            "sample": {"every_epochs": 0},
+            "validate": {"max_images": 2, "timesteps": 1},
+            "stage": [{"epochs": 1}],
+            "log": {"every_steps": 1},
+        }
         for table, change in changes.items():
             values[table] = {**values.get(table, {}), **change} if isinstance(change, dict) else change
         return make_config(**values)

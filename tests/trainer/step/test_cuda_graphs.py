@@ -34,9 +34,15 @@ TRAINED = ("conv_in.weight", "mid_block.resnets.0.conv1.weight", "mid_block.atte
 def narrow_unet() -> UNet2DConditionModel:
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
-        sample_size=8, layers_per_block=1, block_out_channels=(24,), norm_num_groups=4, attention_head_dim=2,
-        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), cross_attention_dim=8,
-    ).train()  # fmt: skip
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(24,),
+        norm_num_groups=4,
+        attention_head_dim=2,
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        cross_attention_dim=8,
+    ).train()
     for name, p in unet.named_parameters():
         p.requires_grad_(name in TRAINED)
     return unet
@@ -75,9 +81,20 @@ class Trained:
 
     def step(self, batches: list[Batch], lr: float, num_samples: int = 2):
         result = train_step(
-            self.unet, self.optimizer, batches, self.schedule, 1.0, Loss(min_snr_gamma=5.0), seed=1, epoch=0,
-            num_samples=num_samples, lr=lr, weight_decay=0.01, max_grad_norm=0.5, graphs=self.graphs,
-        )  # fmt: skip
+            self.unet,
+            self.optimizer,
+            batches,
+            self.schedule,
+            1.0,
+            Loss(min_snr_gamma=5.0),
+            seed=1,
+            epoch=0,
+            num_samples=num_samples,
+            lr=lr,
+            weight_decay=0.01,
+            max_grad_norm=0.5,
+            graphs=self.graphs,
+        )
         return result.losses.clone(), result.grad_norm.clone(), result.taken.clone()
 
 
@@ -235,9 +252,13 @@ def test_a_gpus_graphs_share_one_pool_and_run_first_on_the_stream_that_records_t
 
     own, current = Stream("own"), Stream("current")
     for name, value in (
-        ("graph_pool_handle", lambda: 7), ("Stream", lambda device: own), ("current_stream", lambda device: current),
-        ("stream", entered), ("graph", capture), ("CUDAGraph", lambda: SimpleNamespace(replay=None)),
-    ):  # fmt: skip
+        ("graph_pool_handle", lambda: 7),
+        ("Stream", lambda device: own),
+        ("current_stream", lambda device: current),
+        ("stream", entered),
+        ("graph", capture),
+        ("CUDAGraph", lambda: SimpleNamespace(replay=None)),
+    ):
         monkeypatch.setattr(torch.cuda, name, value)
     recorder = CudaRecorder(torch.device("cuda"))
     recorder.rehearse(lambda: told.append("run"))
@@ -288,9 +309,20 @@ def test_a_steps_losses_outlive_the_next_replay():
 
     optimizer = SimpleNamespace(set_hyper=lambda *_: None)
     result = train_step(
-        None, optimizer, batches, make_schedule(resolve_base("tiny").config_of("scheduler")), 1.0, Loss(), seed=1, epoch=0,
-        num_samples=8, lr=1e-3, weight_decay=0.0, max_grad_norm=1.0, graphs=graphs,
-    )  # fmt: skip
+        None,
+        optimizer,
+        batches,
+        make_schedule(resolve_base("tiny").config_of("scheduler")),
+        1.0,
+        Loss(),
+        seed=1,
+        epoch=0,
+        num_samples=8,
+        lr=1e-3,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        graphs=graphs,
+    )
     assert torch.equal(result.losses, torch.cat([batch.mean_BCHW.mean((1, 2, 3)) for batch in batches]))
 
 
@@ -314,11 +346,16 @@ def test_the_shapes_of_an_epoch():
     sizes = [LARGE, LARGE, SMALL, LARGE, SMALL]
     assert shapes_of(sizes, 1) == {Shape(*LARGE), Shape(*SMALL)}
     assert shapes_of(sizes, 2) == {
-        Shape(*LARGE, True, False), Shape(*LARGE, False, True), Shape(*SMALL, True, False), Shape(*SMALL, True, True),
-    }  # fmt: skip
+        Shape(*LARGE, True, False),
+        Shape(*LARGE, False, True),
+        Shape(*SMALL, True, False),
+        Shape(*SMALL, True, True),
+    }
     assert shapes_of([LARGE] * 3, 3) == {
-        Shape(*LARGE, True, False), Shape(*LARGE, False, False), Shape(*LARGE, False, True),
-    }  # fmt: skip
+        Shape(*LARGE, True, False),
+        Shape(*LARGE, False, False),
+        Shape(*LARGE, False, True),
+    }
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -342,9 +379,16 @@ def test_the_whole_step_is_the_same_whatever_its_numbers(accumulate):
             inputs = upload(batch, torch.device("meta"), number, number)
             with OperatorTape(kept) as tape:
                 result = micro_step(
-                    run.unet, run.optimizer, inputs, run._schedule, 1.0, config.loss, 2 * accumulate, place == 0,
+                    run.unet,
+                    run.optimizer,
+                    inputs,
+                    run._schedule,
+                    1.0,
+                    config.loss,
+                    2 * accumulate,
+                    place == 0,
                     place == accumulate - 1,
-                )  # fmt: skip
+                )
                 if place == accumulate - 1:
                     run.ema.update(result.taken)
             calls += tape.calls

@@ -113,9 +113,14 @@ def test_no_number_of_a_step_is_baked_in(memory, fused, clipping):
             with record_launches() as launches, Operators() as operators:
                 step(net, optimizer, number, ())
             told = [
-                (launch.kernel.__name__, launch.grid, [x for x in launch.arguments.values() if not torch.is_tensor(x)], launch.options)
+                (
+                    launch.kernel.__name__,
+                    launch.grid,
+                    [x for x in launch.arguments.values() if not torch.is_tensor(x)],
+                    launch.options,
+                )
                 for launch in launches
-            ]  # fmt: skip
+            ]
             steps.append((operators.seen, told))
     assert steps[1] == steps[2]
     assert len(steps[1][0]) > 40

@@ -74,9 +74,19 @@ def test_twenty_steps_equal_a_plain_diffusers_loop(small_unet, prediction):
     for n in range(20):
         batch = make_batch(n)
         result = train_step(
-            ours, optimizer, [batch], schedule, SCALE, Loss(),
-            seed=SEED, epoch=3, num_samples=4, lr=LR, weight_decay=0.01, max_grad_norm=1.0,
-        )  # fmt: skip
+            ours,
+            optimizer,
+            [batch],
+            schedule,
+            SCALE,
+            Loss(),
+            seed=SEED,
+            epoch=3,
+            num_samples=4,
+            lr=LR,
+            weight_decay=0.01,
+            max_grad_norm=1.0,
+        )
         draws = {
             purpose: torch.from_numpy(
                 np.stack([normals(Key(SEED, purpose, i, 3, 0), (4, 8, 8)) for i in batch.sample_ids])
@@ -133,9 +143,13 @@ def test_noise_and_timesteps_depend_on_the_sample_alone():
         assert torch.equal(torch.cat([p.target_BCHW for p in parts]), whole.target_BCHW)
         assert torch.equal(torch.cat([p.timesteps_B for p in parts]), whole.timesteps_B)
     turned = Batch(
-        batch.mean_BCHW.flip(0), batch.logvar_BCHW.flip(0), batch.text_BTD.flip(0), batch.sample_ids[::-1],
-        batch.occurrences, batch.bucket,
-    )  # fmt: skip
+        batch.mean_BCHW.flip(0),
+        batch.logvar_BCHW.flip(0),
+        batch.text_BTD.flip(0),
+        batch.sample_ids[::-1],
+        batch.occurrences,
+        batch.bucket,
+    )
     assert torch.equal(make_noisy(turned, schedule, SCALE, SEED, 2).noisy_BCHW.flip(0), whole.noisy_BCHW)
 
 
@@ -183,9 +197,19 @@ def test_sixteen_bit_weights_follow_the_fp32_run(small_unet, dtype, name):
         schedule = make_schedule(SCHEDULER)
         for n in range(5):
             result = train_step(
-                unet, optimizer, [make_batch(n)], schedule, SCALE, Loss(),
-                seed=SEED, epoch=0, num_samples=4, lr=1e-6, weight_decay=0.01, max_grad_norm=1.0,
-            )  # fmt: skip
+                unet,
+                optimizer,
+                [make_batch(n)],
+                schedule,
+                SCALE,
+                Loss(),
+                seed=SEED,
+                epoch=0,
+                num_samples=4,
+                lr=1e-6,
+                weight_decay=0.01,
+                max_grad_norm=1.0,
+            )
             assert result.taken
         assert next(unet.parameters()).dtype == kind
         ends[kind] = torch.cat([optimizer.value(name).flatten() for name in optimizer.parameters]).clone()
@@ -232,9 +256,19 @@ def test_fp16_overflow_halves_the_scale_and_training_goes_on(small_unet):
     taken = []
     for n in range(14):
         result = train_step(
-            unet, optimizer, [make_batch(n)], schedule, SCALE, Loss(),
-            seed=SEED, epoch=0, num_samples=4, lr=1e-4, weight_decay=0.01, max_grad_norm=1.0,
-        )  # fmt: skip
+            unet,
+            optimizer,
+            [make_batch(n)],
+            schedule,
+            SCALE,
+            Loss(),
+            seed=SEED,
+            epoch=0,
+            num_samples=4,
+            lr=1e-4,
+            weight_decay=0.01,
+            max_grad_norm=1.0,
+        )
         taken.append(result.taken)
     assert not taken[0]
     assert taken[-1]
@@ -247,9 +281,19 @@ def test_clipping_bounds_the_gradient_that_adam_sees(small_unet):
     unet = copy.deepcopy(small_unet)
     optimizer = UNetOptimizer(unet, Optimizer(name="adamw", lr=1e-4, betas=(0.0, 0.9)))
     result = train_step(
-        unet, optimizer, [make_batch(3)], make_schedule(SCHEDULER), SCALE, Loss(),
-        seed=SEED, epoch=0, num_samples=4, lr=1e-4, weight_decay=0.0, max_grad_norm=0.01,
-    )  # fmt: skip
+        unet,
+        optimizer,
+        [make_batch(3)],
+        make_schedule(SCHEDULER),
+        SCALE,
+        Loss(),
+        seed=SEED,
+        epoch=0,
+        num_samples=4,
+        lr=1e-4,
+        weight_decay=0.0,
+        max_grad_norm=0.01,
+    )
     assert result.grad_norm > 0.05
     state = optimizer.state_tensors()
     seen = torch.linalg.vector_norm(torch.cat([v.flatten() for k, v in state.items() if k.startswith("exp_avg/")]))

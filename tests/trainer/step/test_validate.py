@@ -33,9 +33,16 @@ def measure(dataset):
 
     def run(samples, batch_size=8, num_bands=2, seed=SEED, unet=base):
         return validate(
-            unet, dataset.cache, samples, dataset.empty_key, schedule, dataset.scaling_factor,
-            seed=seed, num_bands=num_bands, batch_size=batch_size,
-        )  # fmt: skip
+            unet,
+            dataset.cache,
+            samples,
+            dataset.empty_key,
+            schedule,
+            dataset.scaling_factor,
+            seed=seed,
+            num_bands=num_bands,
+            batch_size=batch_size,
+        )
 
     return run
 
@@ -74,9 +81,16 @@ def test_bands_are_equal_and_each_is_met(dataset, monkeypatch):
     samples = dataset.train
     schedule = make_schedule(resolve_base("tiny").config_of("scheduler"))
     validate(
-        torch.nn.Linear(1, 1), dataset.cache, samples, dataset.empty_key, schedule, 1.0,
-        seed=SEED, num_bands=5, batch_size=4,
-    )  # fmt: skip
+        torch.nn.Linear(1, 1),
+        dataset.cache,
+        samples,
+        dataset.empty_key,
+        schedule,
+        1.0,
+        seed=SEED,
+        num_bands=5,
+        batch_size=4,
+    )
     timesteps = torch.cat(seen)
     assert len(timesteps) == 5 * len(samples)
     counts = torch.bincount(timesteps // 200, minlength=5)
@@ -97,9 +111,16 @@ def test_the_noise_is_the_keys_noise_and_the_latent_the_posteriors_mean(dataset,
     sample = dataset.train[0]
     schedule = make_schedule(resolve_base("tiny").config_of("scheduler"))
     validate(
-        torch.nn.Linear(1, 1), dataset.cache, [sample], dataset.empty_key, schedule, 2.0,
-        seed=SEED, num_bands=1, batch_size=1,
-    )  # fmt: skip
+        torch.nn.Linear(1, 1),
+        dataset.cache,
+        [sample],
+        dataset.empty_key,
+        schedule,
+        2.0,
+        seed=SEED,
+        num_bands=1,
+        batch_size=1,
+    )
     batch = load_batch(dataset.cache, [sample], _batches([sample], 1)[0], dataset.empty_key)
     noise = normals_torch(
         [Key(SEED, Purpose.VALIDATION_NOISE, sample.sample_id, 0, 0)], tuple(batch.mean_BCHW.shape[1:])
@@ -137,14 +158,18 @@ def test_nothing_to_validate_on_is_said(measure):
         (Position(), 0.31551, 2, "step 0: held-out loss 0.3155 on 2 photographs; training photographs 0.2359"),
         (Position(), 0.31551, 1, "step 0: held-out loss 0.3155 on 1 photograph; training photographs 0.2359"),
         (
-            Position(step=12, best_step=8, best_loss=0.2), 0.19754, 2,
+            Position(step=12, best_step=8, best_loss=0.2),
+            0.19754,
+            2,
             "step 12: held-out loss 0.1975, best so far by 0.0025; training photographs 0.2359",
         ),
         (
-            Position(step=14, best_step=8, best_loss=0.2), 0.20287, 2,
+            Position(step=14, best_step=8, best_loss=0.2),
+            0.20287,
+            2,
             "step 14: held-out loss 0.2029, 0.0029 above the best (step 8); training photographs 0.2359",
         ),
     ],
-)  # fmt: skip
+)
 def test_a_validation_is_told_in_a_line(before, loss, num_images, told):
     assert describe_validation(before, Validation(loss, (), num_images), Validation(0.23589, (), 2)) == told

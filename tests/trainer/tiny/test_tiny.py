@@ -200,9 +200,12 @@ def test_pretraining_resumes_bit_for_bit(tmp_path, monkeypatch):
             pretrain.train_vae(vae, images, clutter, work, log)
             torch.manual_seed(2)
             latents = {
-                size: (torch.randn(len(rows), 4, size[1] // 4, size[0] // 4), torch.rand(len(rows), 4, size[1] // 4, size[0] // 4))
+                size: (
+                    torch.randn(len(rows), 4, size[1] // 4, size[0] // 4),
+                    torch.rand(len(rows), 4, size[1] // 4, size[0] // 4),
+                )
                 for size, rows in images.items()
-            }  # fmt: skip
+            }
             pretrain.train_unet(unet, text, tokenizer, latents, captions, 1.0, work, log)
         ends.append([*vae.parameters(), *unet.parameters(), *text.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))

@@ -22,6 +22,7 @@ from safelight.bench.core.arguments import (
     Roofline,
     Step,
 )
+from safelight.errors import UserError
 from safelight.options.arguments import parse
 from safelight.output.columns import listed
 
@@ -62,7 +63,7 @@ def main(argv: list[str]) -> int:
     if argv[0] not in COMMANDS:
         near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"use {', '.join(COMMANDS)}"
-        raise ValueError(f"{argv[0]!r} is no benchmark; {hint}")
+        raise UserError(f"{argv[0]!r} is no benchmark; {hint}")
     shape, text = COMMANDS[argv[0]]
     options = parse(shape, argv[1:], f"bench {argv[0]}", text)
     # `all` is a function of Python's

@@ -13,6 +13,7 @@ import torch
 from safelight.bench.core import arguments
 from safelight.bench.core.results import COUNTS, append, make_record
 from safelight.bench.core.show import print_json, print_table
+from safelight.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -42,7 +43,7 @@ def _steps(options: arguments.Step, recipes: tuple[str, ...]) -> int:
     from safelight.bench.recipes.workload import Workload
 
     if min(options.batch_size) < 1 or options.repeats < 1:
-        raise ValueError(f"batch sizes {options.batch_size} and repeats {options.repeats} must be 1 or more")
+        raise UserError(f"batch sizes {options.batch_size} and repeats {options.repeats} must be 1 or more")
     work = Workload(
         options.base,
         options.latent_size,
@@ -120,11 +121,11 @@ def compare(options: arguments.Compare) -> int:
     from safelight.bench.core.results import find, slower
 
     if not 0 <= options.at_most < 1:
-        raise ValueError(f"--at-most {options.at_most} is no share; use for example 0.05")
+        raise UserError(f"--at-most {options.at_most} is no share; use for example 0.05")
     a, b = find(options.a), find(options.b)
     rows = compared(a, b)
     if not rows:
-        raise ValueError(f"{options.a} and {options.b} share no benchmark with the same config")
+        raise UserError(f"{options.a} and {options.b} share no benchmark with the same config")
     told = slower(a, b, options.at_most) if options.at_most else []
     if options.json:
         names = ("bench", "config", "figure", "a", "b")
@@ -145,7 +146,7 @@ def plot(options: arguments.Plot) -> int:
     from safelight.bench.core.results import read
 
     if not options.results:
-        raise ValueError("no results given; name one or more .jsonl, for example bench/results/counts.jsonl")
+        raise UserError("no results given; name one or more .jsonl, for example bench/results/counts.jsonl")
     files, without = draw([line for path in options.results for line in read(path)], options.out)
     for file in files:
         print(file)
@@ -158,7 +159,7 @@ def loader(options: arguments.Loader) -> int:
     from safelight.bench.measure.loader import bench_loader
 
     if min(options.rows, options.batch_size, options.repeats) < 1 or not options.sources:
-        raise ValueError(
+        raise UserError(
             f"rows {options.rows}, batch size {options.batch_size} and repeats {options.repeats} must be 1 or more, with a source"
         )
     records = bench_loader(
@@ -292,7 +293,7 @@ def kernels(options: arguments.Kernels) -> int:
     from safelight.trainer.models.device import pick_device
 
     if min(*options.batch_size, options.shapes, options.repeats) < 1 or not options.model:
-        raise ValueError(
+        raise UserError(
             f"batch sizes {options.batch_size}, shapes {options.shapes}, repeats {options.repeats} must be 1 or more"
         )
     device = pick_device(options.device)
@@ -364,7 +365,7 @@ def optimizer(options: arguments.Optimizer) -> int:
     from safelight.trainer.models.device import pick_device
 
     if options.every < 0 or options.repeats < 1:
-        raise ValueError(f"every {options.every} must be 0 or more and repeats {options.repeats} 1 or more")
+        raise UserError(f"every {options.every} must be 0 or more and repeats {options.repeats} 1 or more")
     device = pick_device(options.device)
     every = options.every or optimizers.EVERY[device.type]
     records = []
@@ -394,7 +395,7 @@ def memory(options: arguments.Memory) -> int:
     from safelight.trainer.models.device import pick_device
 
     if options.batch_size < 1:
-        raise ValueError(f"batch size {options.batch_size} must be 1 or more")
+        raise UserError(f"batch size {options.batch_size} must be 1 or more")
     is_gpu = pick_device(options.device).type == "cuda"
     base = options.base or ("random:sd15" if is_gpu else "tiny")
     work = Workload(base, options.latent_size, options.batch_size, options.precision, device=options.device)
@@ -428,7 +429,7 @@ def attention(options: arguments.Attention) -> int:
     from safelight.trainer.models.device import pick_device, pick_dtype
 
     if min(options.batch_size, options.repeats) < 0 or not options.model:
-        raise ValueError(
+        raise UserError(
             f"batch size {options.batch_size} and repeats {options.repeats} must be 0 or more, of a model or several"
         )
     device = pick_device(options.device)

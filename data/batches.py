@@ -21,6 +21,7 @@ from safelight.data.buckets import Bucket
 from safelight.data.draws import draw_words, to_integers, to_uniforms
 from safelight.data.samples import Sample
 from safelight.data.shards import Cache
+from safelight.errors import UserError
 from safelight.kernels.philox import Key, Purpose, sort_key
 
 EMPTY_CAPTION = -1
@@ -99,11 +100,11 @@ def plan_epoch(
     Raises ValueError for no samples, batch_size < 1 or a caption_dropout outside 0 to 1.
     """
     if not samples:
-        raise ValueError("there is no sample to train on; prepare some photos first")
+        raise UserError("there is no sample to train on; prepare some photos first")
     if batch_size < 1:
-        raise ValueError(f"batch_size {batch_size} is below 1; use 1 or more")
+        raise UserError(f"batch_size {batch_size} is below 1; use 1 or more")
     if not 0 <= caption_dropout <= 1:
-        raise ValueError(f"caption_dropout {caption_dropout} is outside 0 to 1; use 0.1, or 0 for none")
+        raise UserError(f"caption_dropout {caption_dropout} is outside 0 to 1; use 0.1, or 0 for none")
     meetings = _meetings(samples)
 
     def draws(purpose: Purpose) -> np.ndarray:
@@ -189,7 +190,7 @@ def iterate(
     An error of the thread is raised where its batch would have come. Closing the iterator stops the thread.
     """
     if prefetch < 1:
-        raise ValueError(f"prefetch {prefetch} is below 1; use 2")
+        raise UserError(f"prefetch {prefetch} is below 1; use 2")
     pending: deque[Future] = deque()
     executor = ThreadPoolExecutor(1, thread_name_prefix="load-batch")
 

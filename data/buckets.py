@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from safelight.errors import UserError
 from safelight.kernels.philox import Key, Purpose, uniforms
 
 # 3:2 is what cameras make: an exact bucket for it beats a fuller one of a near aspect, if it wastes not too much
@@ -35,14 +36,12 @@ def make_buckets(resolution: int, multiple: int, max_aspect: float = 4.0) -> tup
     max_aspect < 1.
     """
     if multiple < 1 or max_aspect < 1:
-        raise ValueError(f"multiple {multiple} and max_aspect {max_aspect} must be 1 or more")
+        raise UserError(f"multiple {multiple} and max_aspect {max_aspect} must be 1 or more")
     if resolution < 2 * multiple:
-        raise ValueError(
-            f"resolution {resolution} is too small for multiples of {multiple}; use {2 * multiple} or more"
-        )
+        raise UserError(f"resolution {resolution} is too small for multiples of {multiple}; use {2 * multiple} or more")
     if resolution % multiple:
         lower = resolution // multiple * multiple
-        raise ValueError(f"resolution {resolution} is not a multiple of {multiple}; use {lower} or {lower + multiple}")
+        raise UserError(f"resolution {resolution} is not a multiple of {multiple}; use {lower} or {lower + multiple}")
     side = resolution // multiple
     tallest = {}
     for columns in range(1, math.floor(side * math.sqrt(max_aspect)) + 1):
@@ -77,7 +76,7 @@ def drawn_crop_box(
 ) -> tuple[int, int, int, int]:
     """Return `crop_box` for draws already made: three uniforms in (0, 1), or None for the canonical crop."""
     if not 0 <= crop_jitter < 1:
-        raise ValueError(f"crop_jitter {crop_jitter} is outside 0 <= crop_jitter < 1; use 0.1, or 0 for none")
+        raise UserError(f"crop_jitter {crop_jitter} is outside 0 <= crop_jitter < 1; use 0.1, or 0 for none")
     if width * bucket.height >= height * bucket.width:
         window = min(width, max(1, round(height * bucket.width / bucket.height))), height
     else:
@@ -108,7 +107,7 @@ def crop_box(
 def check_flip_p(flip_p: float) -> None:
     """Raise ValueError unless 0 <= flip_p <= 1."""
     if not 0 <= flip_p <= 1:
-        raise ValueError(f"flip_p {flip_p} is outside 0 to 1; use 0.5, or 0 for none")
+        raise UserError(f"flip_p {flip_p} is outside 0 to 1; use 0.5, or 0 for none")
 
 
 def is_flipped(seed: int, sample_id: int, variant: int, flip_p: float) -> bool:

@@ -24,6 +24,7 @@ from safelight.data.images import RejectedImage, crop_pixels, decode
 from safelight.data.manifest import Photo
 from safelight.data.samples import Crop, Sample, empty_text_key, latent_key, plan_samples, sample_captions, text_key
 from safelight.data.shards import Cache, CorruptRow
+from safelight.errors import UserError
 
 __all__ = [
     "Cache",
@@ -86,11 +87,11 @@ def _photo_content(path: Path, photo: Photo) -> bytes:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"{path} cannot be read ({error.strerror}); run `safelight prepare` again to make it anew"
         ) from error
     if hashlib.sha256(content).hexdigest() != photo.sha256:
-        raise ValueError(f"{path} changed since it was prepared; run `safelight prepare` again")
+        raise UserError(f"{path} changed since it was prepared; run `safelight prepare` again")
     return content
 
 
@@ -107,7 +108,7 @@ def _check_photos(cache: Cache, dataset: Path, samples: Sequence[Sample]) -> Non
         try:
             status = os.stat(path)
         except OSError as error:
-            raise ValueError(
+            raise UserError(
                 f"{path} cannot be read ({error.strerror}); run `safelight prepare` again to make it anew"
             ) from error
         now = (photo.sha256, status.st_size, status.st_mtime_ns)
@@ -124,7 +125,7 @@ def _missing_jobs(cache: Cache, samples: Sequence[Sample], encoder: LatentEncode
     for sample in samples:
         for key, crop in zip(sample.latent_keys, sample.crops, strict=True):
             if key != latent_key(sample.photo, crop, sample.bucket, encoder.fingerprint, cache.dtype):
-                raise ValueError(
+                raise UserError(
                     f"the samples were planned for another VAE or dtype than {encoder.fingerprint[:16]}, {cache.dtype}; "
                     "plan them with this encoder's fingerprint and the cache's dtype"
                 )
@@ -154,10 +155,10 @@ def _load_pixels(dataset: Path, jobs: list[_Job]) -> Tensor:
             try:
                 image = decode(content).image
             except RejectedImage as error:
-                raise ValueError(f"{path}: {error}; run `safelight prepare` again") from error
+                raise UserError(f"{path}: {error}; run `safelight prepare` again") from error
             decoded_file = job.photo.file
             if image.size != (job.photo.width, job.photo.height):
-                raise ValueError(
+                raise UserError(
                     f"{path} is {image.size[0]} x {image.size[1]} px, the manifest says {job.photo.width} x "
                     f"{job.photo.height}; run `safelight prepare` again"
                 )
@@ -174,11 +175,11 @@ def _latent_rows(encoder: LatentEncoder, pixels_BCHW: Tensor, jobs: list[_Job]) 
     parts = [mean] if logvar is None else [mean, logvar]
     if (logvar is not None) != encoder.has_posterior or any(tuple(part.shape) != expected for part in parts):
         shapes = [tuple(part.shape) for part in parts]
-        raise ValueError(f"the VAE gave latents of shapes {shapes} for {height} x {width} px, not {expected} each")
+        raise UserError(f"the VAE gave latents of shapes {shapes} for {height} x {width} px, not {expected} each")
     rows = torch.cat(parts, dim=1).detach().to("cpu", torch.float32).numpy()
     for job, row in zip(jobs, rows, strict=True):
         if not np.isfinite(row).all():
-            raise ValueError(f"the VAE gave latents that are not finite for {job.photo.file}; run it in fp32 or bf16")
+            raise UserError(f"the VAE gave latents that are not finite for {job.photo.file}; run it in fp32 or bf16")
     return rows
 
 
@@ -197,7 +198,7 @@ def fill_latents(
     dtype, and for latents that are not finite.
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size {batch_size} is below 1; use 4")
+        raise UserError(f"batch_size {batch_size} is below 1; use 4")
     dataset = Path(dataset)
     _check_photos(cache, dataset, samples)
     jobs = _missing_jobs(cache, samples, encoder)
@@ -234,7 +235,7 @@ def fill_texts(
     (B, num_tokens, embedding_dim).
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size {batch_size} is below 1; use 16")
+        raise UserError(f"batch_size {batch_size} is below 1; use 16")
     caption_of_key = {text_key(text, encoder.fingerprint, cache.dtype): text for text in ["", *captions]}
     cache.drop_damaged(list(caption_of_key))
     missing = cache.missing(list(caption_of_key))
@@ -246,7 +247,7 @@ def fill_texts(
         embeddings_BTD = encoder.encode([caption_of_key[key] for key in keys])
         expected = (len(keys), encoder.num_tokens, encoder.embedding_dim)
         if tuple(embeddings_BTD.shape) != expected:
-            raise ValueError(f"the text encoder gave embeddings of shape {tuple(embeddings_BTD.shape)}, not {expected}")
+            raise UserError(f"the text encoder gave embeddings of shape {tuple(embeddings_BTD.shape)}, not {expected}")
         num_made += cache.append("text", keys, embeddings_BTD.detach().to("cpu", torch.float32).numpy())
         if progress is not None:
             progress(start + len(keys), len(missing))

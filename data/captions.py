@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from safelight.data.text import printable, storable
+from safelight.errors import UserError
 
 SIDECAR_SUFFIXES = (".txt", ".caption")
 TABLE_NAMES = ("metadata.jsonl", "captions.jsonl")
@@ -74,14 +75,14 @@ def _row_texts(row: dict) -> tuple[str, ...]:
     """Return the caption variants of a table's row. Raises ValueError if it has none."""
     value = next((row[key] for key in TEXT_KEYS if row.get(key) is not None), None)
     if value is None:
-        raise ValueError("has neither 'text' nor 'caption'")
+        raise UserError("has neither 'text' nor 'caption'")
     texts = value if isinstance(value, list) else [value]
     if not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"its text {reprlib.repr(value)} is neither a string nor a list of strings")
+        raise UserError(f"its text {reprlib.repr(value)} is neither a string nor a list of strings")
     # a repeated variant would only be drawn more often; dict keeps the order
     texts = tuple(dict.fromkeys(collapse(text) for text in texts if text.strip()))
     if not texts:
-        raise ValueError("its text is empty")
+        raise UserError("its text is empty")
     return texts
 
 
@@ -89,11 +90,11 @@ def _row_name(row: dict) -> str:
     """Return a row's file name relative to its table, normalised. Raises ValueError if it leads out of the folder."""
     name = row.get("file_name")
     if not isinstance(name, str) or not name.strip():
-        raise ValueError("has no 'file_name'")
+        raise UserError("has no 'file_name'")
     name = storable(name)
     normal = posixpath.normpath(name)
     if posixpath.isabs(normal) or normal.split("/")[0] == "..":
-        raise ValueError(f"file_name {name!r} lies outside the table's folder")
+        raise UserError(f"file_name {name!r} lies outside the table's folder")
     return unicodedata.normalize("NFC", normal)
 
 
@@ -178,13 +179,13 @@ class CaptionReader:
             try:
                 row = json.loads(line)
                 if not isinstance(row, dict):
-                    raise ValueError(f"is a {type(row).__name__}, not an object")
+                    raise UserError(f"is a {type(row).__name__}, not an object")
                 name = _row_name(row)
                 if name in captions:
-                    raise ValueError(f"is a second row for {name}; give one row a list of texts instead")
+                    raise UserError(f"is a second row for {name}; give one row a list of texts instead")
                 # file systems keep a name as it was written: composed, or decomposed as macOS does
                 if not any(os.path.exists(path.parent / unicodedata.normalize(form, name)) for form in ("NFC", "NFD")):
-                    raise ValueError(f"names {name}, which does not exist")
+                    raise UserError(f"names {name}, which does not exist")
                 how = row.get("caption_source")
                 source = f"{path.name}: {collapse(how)}" if isinstance(how, str) and how.strip() else path.name
                 captions[name] = Caption(_row_texts(row), source)

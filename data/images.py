@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms
 
+from safelight.errors import UserError
+
 MIN_SIDE_PX = 16
 EXIF_ORIENTATION = 0x0112
 COPYABLE_FORMATS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}
@@ -59,7 +61,7 @@ STRIP_BYTES = 2**18
 _one_large_image = threading.Lock()
 
 
-class RejectedImage(ValueError):
+class RejectedImage(UserError):
     """An image file that cannot be used; the message is the reason, for a reader."""
 
 

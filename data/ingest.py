@@ -22,6 +22,7 @@ from safelight.data.lock import FolderLock
 from safelight.data.manifest import IMAGES_FOLDER, MANIFEST_NAME, Photo, read_manifest, write_manifest
 from safelight.data.sources import Found, find_files
 from safelight.data.text import printable, storable
+from safelight.errors import UserError
 
 REJECTED_NAME = "rejected.jsonl"
 MAX_STEM_CHARACTERS = 64
@@ -226,14 +227,14 @@ def ingest(
     photo could be used, and while another process prepares this dataset.
     """
     if not max_megapixels > 0:
-        raise ValueError(f"max_megapixels {max_megapixels} is not above 0; use 1.5")
+        raise UserError(f"max_megapixels {max_megapixels} is not above 0; use 1.5")
     if not 1 <= quality <= 100:
-        raise ValueError(f"quality {quality} is outside 1 to 100; use 95")
+        raise UserError(f"quality {quality} is outside 1 to 100; use 95")
     if image_format not in ("jpeg", "webp"):
-        raise ValueError(f"image_format {image_format!r} is not known; use 'jpeg' or 'webp'")
+        raise UserError(f"image_format {image_format!r} is not known; use 'jpeg' or 'webp'")
     dataset = Path(dataset).resolve()
     if dataset.exists() and not dataset.is_dir():
-        raise ValueError(f"dataset {dataset} is a file; give a folder")
+        raise UserError(f"dataset {dataset} is a file; give a folder")
     found, readers = find_files(sources, dataset)
     with FolderLock(dataset, "wait until it ends, or name another dataset with -o") as lock:
         summary = IngestSummary(warnings=[lock.note] if lock.note else [])
@@ -277,9 +278,9 @@ def _ingest(
     if not collection.touched and not summary.num_duplicates:
         names = ", ".join(printable(source) for source in sources)
         if not summary.rejected:
-            raise ValueError(f"no photo found in {names}; give a folder that holds JPEG, PNG or WebP files")
+            raise UserError(f"no photo found in {names}; give a folder that holds JPEG, PNG or WebP files")
         first = summary.rejected[0]
-        raise ValueError(
+        raise UserError(
             f"no photo of {names} can be used, {len(summary.rejected)} rejected; the first: {printable(first.path)}: "
             f"{printable(first.reason)} (all: {dataset / REJECTED_NAME})"
         )

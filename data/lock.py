@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from safelight.data.text import printable
+from safelight.errors import UserError
 
 LOCK_NAME = ".lock"
 # what file systems without locks answer; some network folders are such
@@ -46,7 +47,7 @@ class FolderLock:
     def __init__(self, folder: Path, advice: str):
         self.folder, self.note = Path(folder), ""
         if "\0" in str(folder):
-            raise ValueError(f"{printable(self.folder)} is no path, it holds a NUL character; {advice}")
+            raise UserError(f"{printable(self.folder)} is no path, it holds a NUL character; {advice}")
         self._path = self.folder / LOCK_NAME
         self._is_new_folder = not os.path.exists(self.folder)
         self._file: BinaryIO | None = None
@@ -54,9 +55,9 @@ class FolderLock:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._take(advice)
         except (FileExistsError, NotADirectoryError):
-            raise ValueError(f"{printable(self.folder)} is a file or lies below one; {advice}") from None
+            raise UserError(f"{printable(self.folder)} is a file or lies below one; {advice}") from None
         except OSError as error:
-            raise ValueError(f"{printable(self.folder)} cannot be written ({error.strerror}); {advice}") from error
+            raise UserError(f"{printable(self.folder)} cannot be written ({error.strerror}); {advice}") from error
 
     def _take(self, advice: str) -> None:
         try:
@@ -82,7 +83,7 @@ class FolderLock:
                     raise
                 holder = _describe(file.read(100_000))
                 file.close()
-                raise ValueError(f"{printable(self.folder)} is in use by {holder}; {advice}") from None
+                raise UserError(f"{printable(self.folder)} is in use by {holder}; {advice}") from None
             if self._is_in_place(file):
                 break
             # its holder deleted it between our opening and locking it

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from safelight.data.atomic import atomic_write_text
 from safelight.data.text import printable, storable
+from safelight.errors import UserError
 from safelight.kernels.philox import SAMPLE_ID_BITS, Key, Purpose, sort_key
 
 MANIFEST_NAME = "manifest.jsonl"
@@ -54,25 +55,25 @@ def _parse(line: str) -> Photo:
     try:
         row = json.loads(line)
     except RecursionError:
-        raise ValueError("is nested too deeply") from None
+        raise UserError("is nested too deeply") from None
     if not isinstance(row, dict):
-        raise ValueError(f"is a {type(row).__name__}, not an object")
+        raise UserError(f"is a {type(row).__name__}, not an object")
     for name, kind in _REQUIRED_TYPES.items():
         if not isinstance(row.get(name), kind) or isinstance(row.get(name), bool):
-            raise ValueError(f"{name!r} is {row.get(name)!r}, not a {kind.__name__}")
+            raise UserError(f"{name!r} is {row.get(name)!r}, not a {kind.__name__}")
     path = PurePosixPath(row["file"])
     # a manifest may come from someone else: it must not reach files outside the dataset
     is_name = path.name and "\0" not in row["file"] and storable(row["file"]) == row["file"]
     if path.is_absolute() or ".." in path.parts or not is_name:
-        raise ValueError(f"file {row['file']!r} is not a path inside the dataset folder")
+        raise UserError(f"file {row['file']!r} is not a path inside the dataset folder")
     if not _SHA256.fullmatch(row["sha256"]):
-        raise ValueError(f"sha256 {row['sha256']!r} is not 64 lower-case hex digits")
+        raise UserError(f"sha256 {row['sha256']!r} is not 64 lower-case hex digits")
     if min(row["width"], row["height"]) < 1:
-        raise ValueError(f"size {row['width']} x {row['height']} px is not positive")
+        raise UserError(f"size {row['width']} x {row['height']} px is not positive")
     if max(row["width"], row["height"]) > MAX_SIDE_PX:
-        raise ValueError(f"a side of more than {MAX_SIDE_PX:,} px is no photo's")
+        raise UserError(f"a side of more than {MAX_SIDE_PX:,} px is no photo's")
     if not row["captions"] or not all(isinstance(caption, str) for caption in row["captions"]):
-        raise ValueError(f"captions {row['captions']!r} is not a list of one or more texts")
+        raise UserError(f"captions {row['captions']!r} is not a list of one or more texts")
     known = {name: value for name, value in row.items() if name in _FIELD_NAMES}
     return Photo(**{"caption_source": "", **known, "captions": tuple(row["captions"])})
 
@@ -84,7 +85,7 @@ def read_manifest(dataset: Path, may_be_empty: bool = False) -> list[Photo]:
     """
     path = Path(dataset) / MANIFEST_NAME
     if not path.is_file():
-        raise ValueError(f"{path} does not exist; make it with `safelight prepare SRC... -o {dataset}`")
+        raise UserError(f"{path} does not exist; make it with `safelight prepare SRC... -o {dataset}`")
     photos: list[Photo] = []
     line_of_file: dict[str, int] = {}
     for number, line in enumerate(path.read_bytes().decode("utf-8", errors="replace").split("\n"), start=1):
@@ -93,16 +94,16 @@ def read_manifest(dataset: Path, may_be_empty: bool = False) -> list[Photo]:
         try:
             photo = _parse(line)
             if photo.file in line_of_file:
-                raise ValueError(f"{photo.file} stands on line {line_of_file[photo.file]} already")
+                raise UserError(f"{photo.file} stands on line {line_of_file[photo.file]} already")
         except ValueError as error:
-            raise ValueError(
+            raise UserError(
                 f"{path} line {number}: {printable(str(error))}; mend or delete the line, "
                 "or delete the file and run `safelight prepare` again"
             ) from error
         line_of_file[photo.file] = number
         photos.append(photo)
     if not photos and not may_be_empty:
-        raise ValueError(f"{path} holds no photo; fill it with `safelight prepare SRC... -o {dataset}`")
+        raise UserError(f"{path} holds no photo; fill it with `safelight prepare SRC... -o {dataset}`")
     return photos
 
 
@@ -120,7 +121,7 @@ def split_validation(photos: list[Photo], fraction: float, seed: int) -> tuple[l
     Raises ValueError unless 0 <= fraction < 1.
     """
     if not 0 <= fraction < 1:
-        raise ValueError(f"validation_fraction {fraction} is outside 0 <= fraction < 1; use 0.1, or 0 for none")
+        raise UserError(f"validation_fraction {fraction} is outside 0 <= fraction < 1; use 0.1, or 0 for none")
     if fraction == 0:
         return list(photos), []
     # rounded first: 0.07 * 100 is 7.000000000000001 and must hold out 7

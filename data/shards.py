@@ -24,6 +24,7 @@ import numpy as np
 
 from safelight.data.atomic import naming, sync_folder
 from safelight.data.lock import FolderLock
+from safelight.errors import UserError
 
 INDEX_NAME = "index.sqlite"
 SHARDS_FOLDER = "shards"
@@ -46,7 +47,7 @@ CREATE TABLE IF NOT EXISTS photos (
 """
 
 
-class CorruptRow(ValueError):
+class CorruptRow(UserError):
     """A stored row that cannot be trusted. shard: its file's name. key: the row's key."""
 
     def __init__(self, shard: str, key: str, reason: str):
@@ -91,7 +92,7 @@ class Cache:
 
     def __init__(self, path: Path, dtype: str = "float16"):
         if dtype not in DTYPES:
-            raise ValueError(f"cache dtype {dtype!r} is not known; use one of {', '.join(DTYPES)}")
+            raise UserError(f"cache dtype {dtype!r} is not known; use one of {', '.join(DTYPES)}")
         self.path, self.dtype = Path(path), dtype
         self._shards_path = self.path / SHARDS_FOLDER
         self._lock = threading.RLock()
@@ -121,11 +122,11 @@ class Cache:
                 self._index.executescript(_SCHEMA + f"PRAGMA user_version = {FORMAT};" * (found == 0))
             self._index.execute("SELECT key FROM rows LIMIT 1").fetchone()
         except sqlite3.OperationalError as error:
-            raise ValueError(f"cache index {path} cannot be opened ({error}); is another run writing to it?") from error
+            raise UserError(f"cache index {path} cannot be opened ({error}); is another run writing to it?") from error
         except sqlite3.DatabaseError as error:
-            raise ValueError(f"cache index {path} is damaged ({error}); delete the cache folder") from error
+            raise UserError(f"cache index {path} is damaged ({error}); delete the cache folder") from error
         if found not in (0, FORMAT):
-            raise ValueError(f"cache {self.path} has format {found}, not {FORMAT}; delete the cache folder")
+            raise UserError(f"cache {self.path} has format {found}, not {FORMAT}; delete the cache folder")
 
     def __enter__(self) -> Cache:
         return self
@@ -227,13 +228,13 @@ class Cache:
         in the stored dtype.
         """
         if kind not in KINDS:
-            raise ValueError(f"cache kind {kind!r} is not known; use one of {', '.join(KINDS)}")
+            raise UserError(f"cache kind {kind!r} is not known; use one of {', '.join(KINDS)}")
         if len(keys) != len(array) or array.ndim < 2 or 0 in array.shape[1:]:
-            raise ValueError(f"{len(keys)} keys do not fit rows of shape {array.shape}; give one key a row")
+            raise UserError(f"{len(keys)} keys do not fit rows of shape {array.shape}; give one key a row")
         with np.errstate(over="ignore"):
             array = np.ascontiguousarray(array, dtype=np.dtype(self.dtype).newbyteorder("<"))
         if not np.isfinite(array).all():
-            raise ValueError(
+            raise UserError(
                 f"{kind} rows hold values that are not finite in {self.dtype}; encode in fp32, or set the cache to float32"
             )
         num_added = 0
@@ -286,7 +287,7 @@ class Cache:
         found = self._find(list(dict.fromkeys(keys)))
         for key in keys:
             if key not in found:
-                raise ValueError(f"cache {self.path} has no row {key[:16]}; run `safelight cache` first")
+                raise UserError(f"cache {self.path} has no row {key[:16]}; run `safelight cache` first")
         return [found[key] for key in keys]
 
     def kind_of(self, key: str) -> str:
@@ -302,9 +303,7 @@ class Cache:
         addresses = self._require(keys)
         shapes = {address.shape for address in addresses}
         if len(shapes) != 1:
-            raise ValueError(
-                f"rows of one shape can be read together, not {sorted(shapes)}; read each bucket by itself"
-            )
+            raise UserError(f"rows of one shape can be read together, not {sorted(shapes)}; read each bucket by itself")
         return np.stack([self._row(address) for address in addresses])
 
     def drop_damaged(self, keys: Sequence[str]) -> list[CorruptRow]:

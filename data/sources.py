@@ -10,6 +10,7 @@ from pathlib import Path
 from safelight.data.captions import SIDECAR_SUFFIXES, TABLE_NAMES, CaptionReader, Rejection
 from safelight.data.manifest import IMAGES_FOLDER, MANIFEST_NAME
 from safelight.data.text import printable, storable
+from safelight.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,11 @@ def find_files(sources: list[Path], dataset: Path) -> tuple[list[Found], list[Ca
     for source in map(Path, sources):
         shown = printable(source)
         if not os.path.exists(source):
-            raise ValueError(
+            raise UserError(
                 f"source {shown} does not exist or cannot be reached; give a folder of photos, or one photo"
             )
         if source.resolve().is_relative_to(dataset):
-            raise ValueError(f"source {shown} lies in the dataset folder {dataset}; give the folder of the originals")
+            raise UserError(f"source {shown} lies in the dataset folder {dataset}; give the folder of the originals")
         root = source if source.is_dir() else source.parent
         reader = CaptionReader(root)
         readers.append(reader)

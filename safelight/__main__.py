@@ -8,6 +8,7 @@ import threading
 
 from safelight import commands
 from safelight.commands import COMMANDS, EXIT_INTERRUPTED
+from safelight.errors import UserError
 
 USAGE = """Safelight fine-tunes Stable Diffusion, the whole UNet, on the one GPU you have.
 
@@ -69,7 +70,7 @@ def _explain_failure(error: Exception) -> str | None:
         return f"{what}; free some disk and run it again: what was saved before is whole" if is_full else what
     if type(error).__module__ == "sqlite3":
         return f"the cache's index: {error}; free some disk, or delete the dataset's cache folder to make it again"
-    return str(error) if isinstance(error, ValueError) else None
+    return str(error) if isinstance(error, UserError) else None
 
 
 def _dispatch(argv: list[str]) -> int:

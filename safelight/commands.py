@@ -6,6 +6,8 @@ import json
 import shlex
 import sys
 
+from safelight.errors import UserError
+
 EXIT_INTERRUPTED = 130
 
 COMMANDS = {
@@ -61,11 +63,11 @@ def init(argv: list[str]) -> int:
     from safelight.trainer.config.toml import to_toml
 
     if not argv:
-        raise ValueError(f"name a preset: {', '.join(PRESETS)}; see safelight init --help")
+        raise UserError(f"name a preset: {', '.join(PRESETS)}; see safelight init --help")
     arguments = parse(Init, argv, "init", COMMANDS["init"])
     config = preset(arguments.preset)
     if arguments.out.exists() and not arguments.force:
-        raise ValueError(f"{arguments.out} exists already; name another with -o, or add --force")
+        raise UserError(f"{arguments.out} exists already; name another with -o, or add --force")
     atomic_write_text(arguments.out, to_toml(config, comments=True))
     print(
         f"wrote {arguments.out}; next: safelight prepare PHOTOS -o {config.data.path}, then safelight train {arguments.out}"
@@ -78,7 +80,7 @@ def prepare(argv: list[str]) -> int:
 
     arguments = parse(Prepare, argv, "prepare", COMMANDS["prepare"])
     if not arguments.sources:
-        raise ValueError("no photos given; name one or more folders of photos, or files")
+        raise UserError("no photos given; name one or more folders of photos, or files")
     from safelight.data.ingest import ingest
     from safelight.output.dataset_table import print_dataset
     from safelight.trainer.run_log.terminal import Terminal
@@ -167,7 +169,7 @@ def plan(argv: list[str]) -> int:
     else:
         _print_plan(result)
     if card is not None and result["plan"]["refusal"]:
-        raise ValueError(result["plan"]["refusal"])
+        raise UserError(result["plan"]["refusal"])
     if not arguments.json:
         path = shlex.quote(config.data.path)
         train = f"safelight train {shlex.quote(argv[0])}, with the same settings"
@@ -185,7 +187,7 @@ def _card(name: str, config):
         return find_card(name)
     if not torch.cuda.is_available() or config.run.device == "cpu":
         if name == "auto":
-            raise ValueError("--gpu auto: torch finds no CUDA device here; name a card: t4, rtx3060, rtx4090, 8GiB")
+            raise UserError("--gpu auto: torch finds no CUDA device here; name a card: t4, rtx3060, rtx4090, 8GiB")
         return None
     return this_card(torch.device("cuda"))
 
@@ -351,7 +353,7 @@ def demo(argv: list[str]) -> int:
 
     arguments = parse(Demo, argv, "demo", COMMANDS["demo"])
     if arguments.dir.exists() and not arguments.dir.is_dir():
-        raise ValueError(f"{arguments.dir} is a file; give a folder to work in with --dir")
+        raise UserError(f"{arguments.dir} is a file; give a folder to work in with --dir")
     from safelight.trainer.run_log.terminal import Terminal
     from safelight.trainer.tiny.demo import run_demo
 

@@ -21,6 +21,7 @@ from safelight.data.cache import (
 )
 from safelight.data.manifest import read_manifest, split_validation
 from safelight.data.shards import Cache
+from safelight.errors import UserError
 from safelight.trainer.config.toml import Config
 from safelight.trainer.models.base import Base, bucket_multiple
 from safelight.trainer.models.encoders import CaptionEncoder, LatentCodec, load_caption_encoder, load_codec
@@ -85,7 +86,7 @@ def open_dataset(config: Config, base: Base, device: torch.device, progress: Pro
     photos = read_manifest(path)
     train_photos, validation_photos = split_validation(photos, config.data.validation_fraction, config.run.seed)
     if not train_photos:
-        raise ValueError(f"{path} has {len(photos)} photographs, none left to train on; lower data.validation_fraction")
+        raise UserError(f"{path} has {len(photos)} photographs, none left to train on; lower data.validation_fraction")
     codec = load_codec(config, base, device)
     encoder = load_caption_encoder(config, base, device)
     _check_fit(base, codec, encoder)
@@ -146,10 +147,10 @@ def _fill(
 def _check_fit(base: Base, codec: LatentCodec, encoder: CaptionEncoder) -> None:
     unet = base.config_of("unet")
     if unet["in_channels"] != codec.latent_channels:
-        raise ValueError(
+        raise UserError(
             f"the UNet takes {unet['in_channels']} latent channels, the autoencoder makes {codec.latent_channels}; use its own VAE"
         )
     if unet["cross_attention_dim"] != encoder.embedding_dim:
-        raise ValueError(
+        raise UserError(
             f"the UNet attends to width {unet['cross_attention_dim']}, the text encoder gives {encoder.embedding_dim}"
         )

@@ -13,6 +13,7 @@ from torch import nn
 from safelight.data.cache import Sample
 from safelight.data.side_stream import SideStream
 from safelight.data.text import counted
+from safelight.errors import UserError
 from safelight.kernels.triton.jit import has_triton
 from safelight.kernels.unet.attention import allowed_backends, attention_cases, choose_attention
 from safelight.trainer.checkpoint.files import Position, check_files, folder_of, load_checkpoint, read_identity
@@ -131,7 +132,7 @@ def load_job(
     position, window_state, already_skipped = Position(), None, 0
     if step is not None:
         if read_identity(run_dir, step)[0].data != identity.data:
-            raise ValueError(
+            raise UserError(
                 f"{folder_of(run_dir, step)} was trained on other photographs, captions or crops than {config.data.path} "
                 "has now; start a new run with --run.dir"
             )
@@ -214,7 +215,7 @@ def _refuse_other_run(run_dir: Path, step: int, identity: Identity) -> None:
     reached, stage = read_identity(run_dir, step)
     difference = identity.difference(reached, stage)
     if difference:
-        raise ValueError(
+        raise UserError(
             f"checkpoint {folder_of(run_dir, step)} belongs to other settings: {difference}; "
             f"resume with {run_dir / 'config.toml'}, or start a new run with --run.dir"
         )

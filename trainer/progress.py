@@ -6,6 +6,7 @@ import time
 
 import torch
 
+from safelight.errors import UserError
 from safelight.trainer.between_steps import epoch_fraction
 from safelight.trainer.checkpoint.files import Position
 from safelight.trainer.job import Job
@@ -35,7 +36,7 @@ def _count_skips(job: Job, position: Position, is_due: bool) -> None:
             detail = f"step {number}: the gradient was not finite"
             job.metrics.write("event", position.step, event="step skipped", detail=detail)
         if in_a_row >= MAX_SKIPS_IN_A_ROW:
-            raise ValueError(
+            raise UserError(
                 f"the last {in_a_row} gradients were not finite, nothing is being learnt; "
                 "use model.precision bf16 or fp32, or a lower optimizer.lr"
             )

@@ -17,6 +17,7 @@ import torch
 
 from safelight.data.batches import MicroBatch, iterate, load_batch, plan_epoch
 from safelight.data.lock import FolderLock
+from safelight.errors import UserError
 from safelight.trainer.between_steps import is_due, measure
 from safelight.trainer.checkpoint.files import Position, list_checkpoints, rewrite_position
 from safelight.trainer.config.toml import Config, ResolvedStage
@@ -61,7 +62,7 @@ def train(
             terminal.say(lock.note)
         checkpoints = list_checkpoints(run_dir)
         if checkpoints and not resume:
-            raise ValueError(
+            raise UserError(
                 f"{run_dir} already holds a run (at step {checkpoints[-1]}); add --resume, or name another --run.dir"
             )
         if resume and not checkpoints:
@@ -134,7 +135,7 @@ def _loop(job: Job, position: Position) -> Outcome:
                 )
             except torch.OutOfMemoryError:
                 # the step is lost, with it what it had changed of the weights: nothing of it is saved
-                raise ValueError(_memory_was_full(job, group, position)) from None
+                raise UserError(_memory_was_full(job, group, position)) from None
             if job.ema is not None:
                 job.ema.update(result.taken)
             position = replace(position, step=position.step + 1, step_in_epoch=position.step_in_epoch + 1, stage=index)
@@ -167,7 +168,7 @@ def _begin_epoch(job: Job, stage: ResolvedStage, plan: list[MicroBatch], positio
             plan, job.dataset.latent_factor, stage.accumulate, stage.batch_size * stage.accumulate, first
         )
     except torch.OutOfMemoryError:
-        raise ValueError(_memory_was_full(job, plan, position)) from None
+        raise UserError(_memory_was_full(job, plan, position)) from None
     if told:
         job.terminal.say(told)
     return graphs
@@ -213,7 +214,7 @@ def _measured(job: Job, position: Position) -> Position:
     except torch.OutOfMemoryError:
         if position.step > 0:
             _save(job, replace(position, unmeasured=True))
-        raise ValueError(
+        raise UserError(
             f"the GPU's memory was full in validation or drawing after step {position.step}, whose weights are kept; go on "
             "with a smaller validate.batch_size, or sample.every_epochs 0 and draw by `safelight sample` later"
         ) from None

@@ -32,6 +32,7 @@ from safelight.bench.measure.optimizers import bench_optimizers, offered
 from safelight.bench.measure.roofline import roofline
 from safelight.bench.recipes.suite import OURS, VARIANTS, build, free, measure, variants
 from safelight.bench.recipes.workload import Workload, random_batches
+from safelight.errors import UserError
 from safelight.trainer.models.device import pick_device
 
 GIB = 2**30
@@ -327,7 +328,7 @@ def run_all(minutes: float, out: Path, work: Workload, only: tuple[str, ...] = (
     """
     names = [part.name for part in PARTS]
     if minutes <= 0 or any(name not in names for name in only):
-        raise ValueError(f"minutes {minutes} must be above 0 and parts {list(only)} among {', '.join(names)}")
+        raise UserError(f"minutes {minutes} must be above 0 and parts {list(only)} among {', '.join(names)}")
     out.mkdir(parents=True, exist_ok=True)
     chosen = tuple(part for part in PARTS if not only or part.name in only)
     end = time.monotonic() + 60 * minutes

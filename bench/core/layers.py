@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from safelight.errors import UserError
 from safelight.trainer.models.architectures import RANDOM_MODELS
 from safelight.trainer.models.sdxl_conditioning import give_conditioning
 
@@ -93,7 +94,7 @@ def layers(name: str, batch_size: int = 1) -> tuple[Layer, ...]:
     Raises ValueError for an unknown model.
     """
     if name not in MODELS:
-        raise ValueError(f"model {name!r} is unknown; use {', '.join(MODELS)}")
+        raise UserError(f"model {name!r} is unknown; use {', '.join(MODELS)}")
     unet, side, seen = meta_model(name), MODELS[name].side, Counter()
     _watch(unet, seen)
     latents = torch.empty(batch_size, 4, side, side, device="meta")

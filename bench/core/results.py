@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 import safelight
+from safelight.errors import UserError
 from safelight.trainer.run_log.environment import describe
 
 ROOT = Path(safelight.__file__).resolve().parent.parent
@@ -83,13 +84,13 @@ def append(path: Path, record: dict) -> None:
 def read(path: Path) -> list[dict]:
     """Return the lines of a results file. Raises ValueError for one that is missing or damaged."""
     if not path.is_file():
-        raise ValueError(f"{path} does not exist; name a .jsonl of results")
+        raise UserError(f"{path} does not exist; name a .jsonl of results")
     lines = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             lines.append(json.loads(line))
         except ValueError:
-            raise ValueError(f"{path} line {number} is no JSON; delete the line") from None
+            raise UserError(f"{path} line {number} is no JSON; delete the line") from None
     return lines
 
 
@@ -123,7 +124,7 @@ def find(spec: str) -> list[dict]:
     lines = [line for path in sorted(RESULTS.glob("*.jsonl")) for line in read(path)]
     found = [line for line in lines if len(spec) >= 7 and line.get("git_commit", "").startswith(spec)]
     if not found:
-        raise ValueError(f"{spec!r} is neither a results file nor a commit (7 digits or more) in bench/results")
+        raise UserError(f"{spec!r} is neither a results file nor a commit (7 digits or more) in bench/results")
     return found
 
 

@@ -11,6 +11,7 @@ from safelight.bench.core.arguments import Count
 from safelight.bench.core.operators import CLASSES
 from safelight.bench.counting.counters import MIB, CardOperators, CountedAdamW8bit, Counter, Counts, SavedBytes
 from safelight.bench.recipes.workload import LR, MAX_GRAD_NORM, NUM_TOKENS, WEIGHT_DECAY, Workload, random_batches
+from safelight.errors import UserError
 from safelight.kernels.unet import patch
 from safelight.kernels.unet.attention import attention_cases, choose_attention
 from safelight.kernels.unet.checkpointing import apply_checkpointing
@@ -84,9 +85,9 @@ def trace(
     """
     unet = give_conditioning(meta_unet(base).to(weight_dtype(precision)).train())
     if patched and (layout != "channels_last" or precision.startswith("autocast")):
-        raise ValueError(f"a patched UNet is channels-last and without autocast, not {layout}, {precision}")
+        raise UserError(f"a patched UNet is channels-last and without autocast, not {layout}, {precision}")
     if checkpointing == "selective" and not patched:
-        raise ValueError("selective checkpointing is counted of a patched UNet alone; use none or full, or patched")
+        raise UserError("selective checkpointing is counted of a patched UNet alone; use none or full, or patched")
     if layout == "channels_last":
         unet = unet.to(memory_format=torch.channels_last)
     if patched:
@@ -164,7 +165,7 @@ def profiled(options: Count) -> dict:
 
     is_autocast = options.precision.startswith("autocast-")
     if options.layout != "nchw" or options.optimizer == "none":
-        raise ValueError(
+        raise UserError(
             f"--profile runs the step as it trains: layout nchw and an optimizer, not {options.layout}, {options.optimizer}"
         )
     work = Workload(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from safelight.bench.core.results import COUNTS, flat, newest, read
 from safelight.bench.measure.count import figures, trace
+from safelight.errors import UserError
 from safelight.trainer.models.base import resolve_base
 
 
@@ -17,7 +18,7 @@ def goldens(path: Path = COUNTS, base: str = "") -> list[dict]:
     lines = [line for line in newest(read(path)).values() if line["bench"] == "count"]
     chosen = [line for line in lines if base in ("", line["config"]["base"])]
     if not chosen:
-        raise ValueError(f"{path} has no counted line of {base or 'any base'}; add one with `bench count --append`")
+        raise UserError(f"{path} has no counted line of {base or 'any base'}; add one with `bench count --append`")
     return chosen
 
 

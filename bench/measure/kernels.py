@@ -24,6 +24,7 @@ from safelight.bench.core.layers import Layer, layers
 from safelight.bench.core.results import make_record
 from safelight.bench.counting.counters import MIB, Counter, SavedBytes
 from safelight.bench.measure.kernel_ops import FIXED, OPS, Inputs, Op, reduced
+from safelight.errors import UserError
 
 META = torch.device("meta")
 PASSES = ("forward", "backward")
@@ -222,7 +223,7 @@ def bench_kernels(
     Raises ValueError for an unknown model or op.
     """
     if unknown := [op for op in ops if op not in OPS]:
-        raise ValueError(f"kernels {unknown} are unknown; use {', '.join(OPS)}")
+        raise UserError(f"kernels {unknown} are unknown; use {', '.join(OPS)}")
     lists = [(model, size, layers(model, size)) for model in models for size in batch_sizes]
     for model, size, _ in lists if with_bytes else ():
         yield bytes_record(model, size, dtype, ops)

@@ -24,6 +24,7 @@ from safelight.bench.recipes.workload import SEED, fill_random_cache, random_row
 from safelight.data.batches import iterate, load_batch, plan_epoch
 from safelight.data.cache import Cache
 from safelight.data.images import crop_pixels, decode
+from safelight.errors import UserError
 from safelight.trainer.models.base import resolve_base
 
 NUM_PICTURES = 16
@@ -130,7 +131,7 @@ def bench_loader(
     need = num * stored * sum(any(s.startswith(kind) for s in sources) for kind in ("cache", "npz", "pt"))
     free = shutil.disk_usage(folder or tempfile.gettempdir()).free
     if need * 1.2 > free:
-        raise ValueError(
+        raise UserError(
             f"{num} rows need {need * 1.2 / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free; lower --rows, or name fewer --sources"
         )
     with ExitStack() as stack:

@@ -26,6 +26,7 @@ from safelight.bench.recipes.other_trainers import EveryDream, Photographs, make
 from safelight.bench.recipes.suite import OURS, free
 from safelight.bench.recipes.workload import SEED, Workload, random_batches
 from safelight.data.ingest import ingest
+from safelight.errors import UserError
 from safelight.trainer.config.toml import Config, parse_config
 from safelight.trainer.models.base import resolve_base
 from safelight.trainer.models.weights import load_vae
@@ -165,9 +166,9 @@ def bench_loop(work: Workload, num_photographs: int, num_epochs: int) -> Iterato
     """Yield a result line of each. Raises ValueError for fewer than two epochs, or photographs that fill no batch."""
     work = work.resolved()
     if num_epochs < 3:
-        raise ValueError(f"--epochs {num_epochs} leaves nothing after the first epoch and a timed one; use 3 or more")
+        raise UserError(f"--epochs {num_epochs} leaves nothing after the first epoch and a timed one; use 3 or more")
     if num_photographs < work.batch_size or num_photographs % work.batch_size:
-        raise ValueError(f"--photographs {num_photographs} is no multiple of batch size {work.batch_size}")
+        raise UserError(f"--photographs {num_photographs} is no multiple of batch size {work.batch_size}")
     steps = num_photographs // work.batch_size
     vae = load_vae(resolve_base(work.base), "", SEED)
     side_px = work.latent_size * 2 ** (len(vae.config.block_out_channels) - 1)

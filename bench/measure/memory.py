@@ -18,6 +18,7 @@ from safelight.bench.counting.profiled import allocated_peak
 from safelight.bench.measure.optimizers import held_bytes, offered
 from safelight.bench.recipes.suite import OURS, build, free
 from safelight.bench.recipes.workload import Workload, optimizer_config, random_batches
+from safelight.errors import UserError
 from safelight.trainer.config.toml import Config
 from safelight.trainer.memory_plan.gpus import CONTEXT_BYTES, FRAGMENTATION, this_card
 from safelight.trainer.memory_plan.meta_run import MetaRun, Traced
@@ -139,7 +140,7 @@ def bench_memory(work: Workload, optimizers: tuple[str, ...] = ()) -> Iterator[d
     for wanted in optimizers:
         if not any(wanted in (name, *name.split(", ")) for name in names):
             known = dict.fromkeys(part for name in names for part in name.split(", "))
-            raise ValueError(f"optimizer {wanted!r} is unknown; use {', '.join(known)}, or both as in '{names[0]}'")
+            raise UserError(f"optimizer {wanted!r} is unknown; use {', '.join(known)}, or both as in '{names[0]}'")
     chosen = [n for n in names if not optimizers or any(wanted in (n, *n.split(", ")) for wanted in optimizers)]
     device = torch.device(work.device)
     for optimizer in chosen:

@@ -23,6 +23,7 @@ from safelight.bench.profile.analysis import IDLE, Analysis, analyse
 from safelight.bench.profile.profiling_session import record
 from safelight.bench.recipes.suite import OURS, build, free
 from safelight.bench.recipes.workload import NUM_ROTATED, Workload, optimizer_config, random_batches
+from safelight.errors import UserError
 from safelight.trainer.config.toml import Config
 from safelight.trainer.memory_plan.gpus import Card
 from safelight.trainer.memory_plan.meta_run import MetaRun
@@ -91,9 +92,7 @@ def _by_class(costs: Costs, limits: dict, analysis: Analysis | None) -> dict[str
 
 def _card_limits(card: Card) -> dict:
     if card.tflops is None or card.bandwidth_gb_s is None:
-        raise ValueError(
-            f"the rates of {card.name} are not known; name a card of the table: t4, rtx3060, rtx4090, a100"
-        )
+        raise UserError(f"the rates of {card.name} are not known; name a card of the table: t4, rtx3060, rtx4090, a100")
     return {"matmul_tflops": card.tflops, "copy_gb_per_s": card.bandwidth_gb_s}
 
 
@@ -103,7 +102,7 @@ def roofline(work: Workload, repeats: int = 20, num_steps: int = 5, card: Card |
     Raises ValueError for a card without known rates, or below 1 repeat or step.
     """
     if min(repeats, num_steps, work.batch_size) < 1:
-        raise ValueError(f"batch size {work.batch_size}, repeats {repeats} and steps {num_steps} must be 1 or more")
+        raise UserError(f"batch size {work.batch_size}, repeats {repeats} and steps {num_steps} must be 1 or more")
     if card is not None:
         dtype, limits = card.dtype, _card_limits(card)
         side = work.latent_size or resolve_base(work.base).config_of("unet")["sample_size"]

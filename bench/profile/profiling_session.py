@@ -24,6 +24,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from safelight.bench.core.device_timeline import KernelRun, kernel_runs
 from safelight.bench.counting.costs import Costs, OperatorCosts
+from safelight.errors import UserError
 from safelight.trainer.config.toml import Config
 from safelight.trainer.models.device import pick_device
 from safelight.trainer.run_log.terminal import Terminal
@@ -268,7 +269,7 @@ def record(
     Raises ValueError for a loop that takes too few steps.
     """
     if num_steps < 1:
-        raise ValueError(f"--steps {num_steps} is below 1; use 5")
+        raise UserError(f"--steps {num_steps} is below 1; use 5")
     # the profiler's library tells of its own start and stop otherwise
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     out.mkdir(parents=True, exist_ok=True)
@@ -280,7 +281,7 @@ def record(
         except Enough:
             pass
         else:
-            raise ValueError(
+            raise UserError(
                 f"the run ends after {stretches.num_steps} steps, before {num_steps} of its full batches were profiled; "
                 "lower --steps or raise the epochs"
             )

@@ -24,6 +24,7 @@ from torch import Tensor
 from safelight.bench.recipes.baselines import RECIPES, Baseline, Recipe, make_optimizer
 from safelight.bench.recipes.workload import LR, MAX_GRAD_NORM, SEED, WEIGHT_DECAY, Workload
 from safelight.data.batches import Batch
+from safelight.errors import UserError
 from safelight.trainer.models.base import resolve_base
 from safelight.trainer.models.weights import load_text, load_vae
 
@@ -116,7 +117,7 @@ class EveryDream(Baseline):
     def __init__(self, recipe: Recipe, work: Workload, photographs: Photographs | None = None):
         base = resolve_base(work.base)
         if base.config_of("unet").get("addition_embed_type"):
-            raise ValueError(f"recipe everydream encodes photographs, and {work.base} has no encoders; use random:sd21")
+            raise UserError(f"recipe everydream encodes photographs, and {work.base} has no encoders; use random:sd21")
         # it knows no bf16
         super().__init__(recipe, replace(work, precision="fp32" if work.precision == "fp32" else "fp16"))
         self.scaler = torch.amp.GradScaler(self.device.type, EVERYDREAM_SCALE, enabled=self.scaler.is_enabled())
@@ -159,7 +160,7 @@ class FusedAdafactor(Baseline):
 
     def make_optimizer(self, name: str) -> None:
         if next(iter(self.parameters)).dtype == torch.float16:
-            raise ValueError("recipe kohya-fused needs bf16 or fp32: a loss scale cannot be told in time; use kohya")
+            raise UserError("recipe kohya-fused needs bf16 or fp32: a loss scale cannot be told in time; use kohya")
         for parameter in self.parameters:
             parameter.register_post_accumulate_grad_hook(_stepper(parameter, name))
 

@@ -14,6 +14,7 @@ from safelight.bench.core.results import make_record
 from safelight.bench.recipes.baselines import Baseline
 from safelight.bench.recipes.other_trainers import ALL_RECIPES, make_baseline
 from safelight.bench.recipes.workload import NUM_ROTATED, Ours, Workload, cached_batches, random_batches
+from safelight.errors import UserError
 from safelight.trainer.run_log.metrics import peak_memory_gib, reset_peak_memory
 from safelight.trainer.step.cuda_graphs import CudaRecorder
 
@@ -38,11 +39,11 @@ def build(recipe: str, work: Workload) -> Ours | Baseline:
         device, recorder = torch.device(work.device), None
         if options.pop("graphs", False):
             if device.type != "cuda":
-                raise ValueError(f"recipe {recipe} replays CUDA graphs and there is no CUDA device here; leave it out")
+                raise UserError(f"recipe {recipe} replays CUDA graphs and there is no CUDA device here; leave it out")
             recorder = CudaRecorder(device)
         return Ours(work, recorder=recorder, **options)
     if recipe not in ALL_RECIPES:
-        raise ValueError(f"recipe {recipe!r} is unknown; use {', '.join([*VARIANTS, *ALL_RECIPES])}")
+        raise UserError(f"recipe {recipe!r} is unknown; use {', '.join([*VARIANTS, *ALL_RECIPES])}")
     return make_baseline(recipe, work)
 
 

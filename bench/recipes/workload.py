@@ -23,6 +23,7 @@ from safelight.data.batches import Batch, iterate, plan_epoch
 from safelight.data.buckets import Bucket
 from safelight.data.cache import Cache, Crop, Sample
 from safelight.data.manifest import Photo
+from safelight.errors import UserError
 from safelight.kernels.unet import patch
 from safelight.kernels.unet.attention import AttentionChoice, apply_attention, attention_cases, choose_attention
 from safelight.kernels.unet.checkpointing import apply_checkpointing
@@ -162,7 +163,7 @@ def optimizer_config(name: str) -> Optimizer:
     try:
         return Optimizer(**dict(zip(("name", "memory"), re.split(", ?", name), strict="," in name)))
     except ValueError:
-        raise ValueError(
+        raise UserError(
             f"optimizer {name!r} is unknown; use a name of [optimizer] with its memory mode, as in 'adamw8bit, near'"
         ) from None
 

@@ -13,6 +13,7 @@ from typing import Annotated, Literal, TypeVar
 import tyro
 from tyro.conf import DisallowNone, FlagConversionOff, Positional, arg
 
+from safelight.errors import UserError
 from safelight.options.option_help import described
 from safelight.options.overrides import take_overrides
 from safelight.output.columns import wrap_help
@@ -191,7 +192,7 @@ def parse(shape: type[_T], argv: list[str], command: str, description: str, defa
             print(wrap_help(told.getvalue()))
             raise
         line = _one_line(mistake.getvalue()).replace(f"Missing from safelight {command}:", "missing:")
-        raise ValueError(f"{line}; see safelight {command} --help") from None
+        raise UserError(f"{line}; see safelight {command} --help") from None
     run = getattr(arguments, "run", None)
     if isinstance(run, Path):
         # before torch and diffusers are imported
@@ -227,15 +228,15 @@ def parse_with_config(
     asks_help = any(a in ("-h", "--help") for a in argv)
     path = Path(argv[0]) if argv and not argv[0].startswith("-") else None
     if path is None and not asks_help:
-        raise ValueError(f"the config comes first: safelight {command} run.toml (write one with `safelight init`)")
+        raise UserError(f"the config comes first: safelight {command} run.toml (write one with `safelight init`)")
     if path is not None and (path / "config.toml").is_file():
-        raise ValueError(f"{path} is a run folder; give its settings: safelight {command} {path / 'config.toml'}")
+        raise UserError(f"{path} is a run folder; give its settings: safelight {command} {path / 'config.toml'}")
     config = load_config(path) if path is not None else Config()
     if path is not None and is_of_run(path):
         # the folder may have been moved, or was named from elsewhere
         config.run.dir = str(path.parent)
     if config.stage and any(a.split("=")[0] == "--train.epochs" for a in argv):
-        raise ValueError("command line: train.epochs has no effect beside [[stage]] tables; give --stage.0.epochs")
+        raise UserError("command line: train.epochs has no effect beside [[stage]] tables; give --stage.0.epochs")
     others, settings = take_overrides(argv, config.model_dump(by_alias=True))
     config = parse_config(settings, "command line")
     shape = _WITH_CONFIG.get(command, PrintingArguments)

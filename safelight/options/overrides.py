@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Any, get_args, get_origin
 
+from safelight.errors import UserError
 from safelight.trainer.config.toml import Config, Stage, is_switch
 
 
@@ -49,7 +50,7 @@ def _take_value(option: str, annotation: Any, given: str | None, rest: deque[str
     if is_list:
         return values
     if not values:
-        raise ValueError(f"command line: {option} needs a value")
+        raise UserError(f"command line: {option} needs a value")
     return values[0]
 
 
@@ -59,7 +60,7 @@ def _put(settings: dict, path: list[str], value: Any) -> None:
     if path[0] == "stage":
         stages = settings["stage"]
         if len(path) != 3 or not path[1].isdigit() or int(path[1]) > len(stages):
-            raise ValueError(
+            raise UserError(
                 f"command line: {where}: a stage is named by its number, for example --stage.0.lr 1e-6; "
                 f"there are {len(stages)}, and --stage.{len(stages)}.epochs adds one"
             )
@@ -69,7 +70,7 @@ def _put(settings: dict, path: list[str], value: Any) -> None:
     for name in path[:-1]:
         settings = settings.setdefault(name, {})
         if not isinstance(settings, dict):
-            raise ValueError(f"command line: {where} is no setting; {name} is a value, not a table")
+            raise UserError(f"command line: {where} is no setting; {name} is a value, not a table")
     settings[path[-1]] = value
 
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from safelight.data.atomic import atomic_write_text, sync_folder
+from safelight.errors import UserError
 from safelight.trainer.checkpoint.identity import Identity
 
 FORMAT = 1
@@ -169,7 +170,7 @@ def _damaged(folder: Path, what: str) -> ValueError:
     moves = [f"mv {shlex.quote(str(path))} {shlex.quote(f'{path}.damaged')}" for path in [*aside, folder]]
     go_on = "start again from step 0" if sound is None else f"go on from step {sound}, the sound one before it"
     command = f"safelight train {shlex.quote(str(run_dir / 'config.toml'))} --resume"
-    return ValueError(f"checkpoint {folder} is damaged: {what}; {go_on}: {' && '.join([*moves, command])}")
+    return UserError(f"checkpoint {folder} is damaged: {what}; {go_on}: {' && '.join([*moves, command])}")
 
 
 def _seal(record: dict) -> str:
@@ -183,13 +184,13 @@ def _record(folder: Path) -> dict:
         raise _OtherFormat(record["format"])
     seal = record.pop(SEAL, None)
     if seal is not None and seal != _seal(record):
-        raise ValueError("its checksum differs")
+        raise UserError("its checksum differs")
     Identity(**record["identity"])
     step = Position(**record["position"]).step
     if folder_of(folder.parent.parent, step).name != folder.name:
-        raise ValueError(f"it is the record of step {step}")
+        raise UserError(f"it is the record of step {step}")
     if not isinstance(record["sha256"], dict):
-        raise ValueError("it names no files")
+        raise UserError("it names no files")
     return record
 
 
@@ -217,7 +218,7 @@ def read_record(folder: Path) -> dict:
     try:
         return _record(folder)
     except _OtherFormat as other:
-        raise ValueError(
+        raise UserError(
             f"checkpoint {folder} has format {other}, this version reads {FORMAT}; use the version that wrote it"
         ) from None
     except UNREADABLE as error:
@@ -256,7 +257,7 @@ def load_unet_weights(folder: Path, unet: nn.Module) -> None:
         unet.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         first = str(error).splitlines()[1:2] or [str(error)]
-        raise ValueError(
+        raise UserError(
             f"checkpoint {folder} is of another UNet than the base that the run names now ({first[0].strip()[:160]}); "
             "give model.base the model it was trained from"
         ) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from safelight.errors import UserError
 from safelight.trainer.config.toml import Config, parse_config
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -74,7 +75,7 @@ NOT_YET = {"sdxl": "SDXL is not supported yet; use sd15 or sd21"}
 def preset(name: str) -> Config:
     """Return a preset's config. Raises ValueError for an unknown name."""
     if name in NOT_YET:
-        raise ValueError(f"preset {name}: {NOT_YET[name]}")
+        raise UserError(f"preset {name}: {NOT_YET[name]}")
     if name not in PRESETS:
-        raise ValueError(f"preset {name!r} is unknown; use {', '.join(PRESETS)}")
+        raise UserError(f"preset {name!r} is unknown; use {', '.join(PRESETS)}")
     return parse_config(PRESETS[name][1], f"preset {name}")

@@ -11,6 +11,8 @@ from typing import Annotated, Literal, get_args
 import tyro
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
+from safelight.errors import UserError
+
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -41,7 +43,7 @@ class Section(BaseModel):
     def _no_boolean_for_a_number(cls, value, info: ValidationInfo):
         # Python counts true as 1, and so does pydantic
         if isinstance(value, bool) and not is_switch(cls.model_fields[info.field_name].annotation):
-            raise ValueError("true and false are no value here")
+            raise UserError("true and false are no value here")
         return value
 
 
@@ -183,7 +185,7 @@ class Optimizer(Section):
             return "lagged" if self.is_fused else "global"
         if self.is_fused == (self.clipping == "global"):
             state, use = ("true", "lagged or per-tensor") if self.is_fused else ("false", "global")
-            raise ValueError(
+            raise UserError(
                 f"optimizer.clipping {self.clipping} does not go with optimizer.fused_backward {state}; use auto or {use}"
             )
         return self.clipping

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
+from safelight.errors import UserError
 from safelight.trainer.config.schema import (
     AVERAGE_OF_PAGED,
     Config,
@@ -140,15 +141,15 @@ def parse_config(values: dict, source: str) -> Config:
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        raise ValueError(explain(error, source)) from None
+        raise UserError(explain(error, source)) from None
     if config.data.flip_p > 0 and config.data.variants == 1:
-        raise ValueError(
+        raise UserError(
             f"{source}: data.flip_p {config.data.flip_p} has no effect with data.variants = 1; use 2 or more"
         )
     if config.optimizer.memory == "paged" and config.train.ema_decay > 0:
-        raise ValueError(f"{source}: {AVERAGE_OF_PAGED}")
+        raise UserError(f"{source}: {AVERAGE_OF_PAGED}")
     if config.loss.zero_terminal_snr and config.loss.prediction == "epsilon":
-        raise ValueError(f"{source}: loss.zero_terminal_snr needs loss.prediction = 'v_prediction', not 'epsilon'")
+        raise UserError(f"{source}: loss.zero_terminal_snr needs loss.prediction = 'v_prediction', not 'epsilon'")
     return config
 
 
@@ -157,13 +158,13 @@ def load_config(path: Path) -> Config:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise ValueError(f"{path} does not exist; write one with `safelight init tiny -o {path}`") from None
+        raise UserError(f"{path} does not exist; write one with `safelight init tiny -o {path}`") from None
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}; give a run.toml") from None
+        raise UserError(f"{path} cannot be read: {error.strerror}; give a run.toml") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not readable as TOML: {error}") from None
+        raise UserError(f"{path} is not readable as TOML: {error}") from None
     except RecursionError:
-        raise ValueError(f"{path} is not readable as TOML: it is nested too deeply") from None
+        raise UserError(f"{path} is not readable as TOML: it is nested too deeply") from None
     return parse_config(values, str(path))
 
 
@@ -210,4 +211,4 @@ def to_toml(config: Config, comments: bool = False) -> str:
 def require_run(run_dir: Path) -> None:
     """Raise ValueError if the folder is no run: a run's first file is its config.toml."""
     if not (run_dir / "config.toml").is_file():
-        raise ValueError(f"{run_dir} is no run folder: it has no config.toml; train first, or name runs/NAME")
+        raise UserError(f"{run_dir} is no run folder: it has no config.toml; train first, or name runs/NAME")

@@ -15,6 +15,7 @@ from torch import nn
 
 from safelight.data.atomic import atomic_write_text
 from safelight.data.manifest import read_manifest
+from safelight.errors import UserError
 from safelight.kernels.unet.attention import apply_attention, attention_cases, choose_attention
 from safelight.trainer.checkpoint.files import check_files, folder_of, list_checkpoints, load_unet_weights, read_record
 from safelight.trainer.config.toml import Config, explain, load_config, require_run
@@ -132,19 +133,19 @@ def pick_step(run_dir: Path, wanted: str, has_base: bool = True) -> int | None:
     if wanted == "base" and has_base:
         return None
     if not steps:
-        raise ValueError(f"{run_dir} holds no checkpoint yet")
+        raise UserError(f"{run_dir} holds no checkpoint yet")
     if wanted == "last":
         return steps[-1]
     if wanted == "best":
         best = read_record(folder_of(run_dir, steps[-1]))["position"]["best_step"]
         if best not in steps:
             why = "the base itself is best by validation loss" if best == 0 else "there was no validation"
-            raise ValueError(f"{run_dir} has no best checkpoint: {why}; use last or one of {steps}")
+            raise UserError(f"{run_dir} has no best checkpoint: {why}; use last or one of {steps}")
         return best
     if wanted.isdigit() and int(wanted) in steps:
         return int(wanted)
     names = "last, best, base" if has_base else "last, best"
-    raise ValueError(f"checkpoint {wanted!r} is not in {run_dir}; use {names} or one of {', '.join(map(str, steps))}")
+    raise UserError(f"checkpoint {wanted!r} is not in {run_dir}; use {names} or one of {', '.join(map(str, steps))}")
 
 
 def validation_captions(run: OpenRun) -> list[str]:
@@ -157,10 +158,10 @@ def validation_captions(run: OpenRun) -> list[str]:
         files = split["validation"] or split["train"]
     except (ValueError, KeyError, TypeError, RecursionError):
         command = f"safelight train {run.run_dir / 'config.toml'} --resume"
-        raise ValueError(f"{path} is damaged; `{command}` writes it anew, or set sample.prompts") from None
+        raise UserError(f"{path} is damaged; `{command}` writes it anew, or set sample.prompts") from None
     dataset = Path(run.config.data.path)
     if not dataset.is_dir():
-        raise ValueError(
+        raise UserError(
             f"the run's dataset, data.path {str(dataset)!r}, is not here, and its captions with it; start from the folder "
             f"the run was started from, or set sample.prompts in {run.run_dir / 'config.toml'}"
         )
@@ -177,7 +178,7 @@ def compare(
     The prompts are the run's, then captions of held-out photographs, `num` in all; `say` is told where there are fewer.
     """
     if num < 1:
-        raise ValueError(f"--num {num} is below 1; use 8")
+        raise UserError(f"--num {num} is below 1; use 8")
     step = pick_step(run.run_dir, checkpoint, has_base=False)
     prompts = list(dict.fromkeys(run.config.sample.prompts))
     if len(prompts) < num:
@@ -186,7 +187,7 @@ def compare(
     if say is not None and 0 < len(prompts) < num:
         say(f"{len(prompts)} pairs, not {num}: there are no more prompts and held-out captions")
     if not prompts:
-        raise ValueError("there is nothing to draw: set sample.prompts or hold photographs out for validation")
+        raise UserError("there is nothing to draw: set sample.prompts or hold photographs out for validation")
     settings = settings_of(run.config)
     folder = run.run_dir / "compare"
     folder.mkdir(exist_ok=True)
@@ -220,13 +221,13 @@ def sample(
     changes: settings of the [sample] table, or seed, in place of the run's. Raises ValueError where one is impossible.
     """
     if not prompts:
-        raise ValueError('there is nothing to draw; give --prompt "..."')
+        raise UserError('there is nothing to draw; give --prompt "..."')
     config = run.config.model_copy(deep=True)
     for name, value in changes.items():
         try:
             setattr(config.run if name == "seed" else config.sample, name, value)
         except ValidationError as error:
-            raise ValueError(explain(error, "command line")) from None
+            raise UserError(explain(error, "command line")) from None
     settings = settings_of(config)
     step = pick_step(run.run_dir, checkpoint)
     check_size(settings, latent_factor(vae_config(run.base, config.model.vae)))

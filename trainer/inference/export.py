@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from safelight.data.atomic import atomic_write_text, sync_folder
+from safelight.errors import UserError
 from safelight.kernels.optim.split_weights import join
 from safelight.trainer.checkpoint.files import check_files, folder_of
 from safelight.trainer.config.toml import Config, load_config, require_run
@@ -74,7 +75,7 @@ class _Source:
         with safe_open(self.checkpoint / "state.safetensors", "pt") as state:
             keys = set(state.keys())
             if self.weights == "ema" and not any(key.startswith(EMA_PREFIX) for key in keys):
-                raise ValueError(
+                raise UserError(
                     f"{self.checkpoint} holds no moving average: the run has train.ema_decay 0; leave --weights out"
                 )
             for name in sorted(shapes):
@@ -89,7 +90,7 @@ class _Source:
                             tensor = join(tensor, state.get_tensor(beside))
                         tensors[name] = _cast(name, tensor, self.dtype)
         if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != shapes:
-            raise ValueError(
+            raise UserError(
                 f"{self.checkpoint} does not fit model.base {self.base.spec!r}: was that changed since the run?"
             )
         return tensors
@@ -104,7 +105,7 @@ class _Source:
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     cast = tensor.to(dtype).contiguous()
     if dtype == torch.float16 and not torch.isfinite(cast).all():
-        raise ValueError(f"{name} reaches {tensor.abs().max():.3g}, above fp16's 65504; use --dtype bf16")
+        raise UserError(f"{name} reaches {tensor.abs().max():.3g}, above fp16's 65504; use --dtype bf16")
     return cast
 
 
@@ -156,15 +157,15 @@ def _check_place(out: Path, force: bool) -> bool:
     """Return whether `out` is to be one file. Raises ValueError for a place that may not be taken."""
     suffix = out.suffix.lower()
     if suffix in PICKLES:
-        raise ValueError(f"{out}: only .safetensors files and diffusers folders are written, no {suffix}")
+        raise UserError(f"{out}: only .safetensors files and diffusers folders are written, no {suffix}")
     is_file = suffix == ".safetensors"
     if out.exists():
         if not force:
-            raise ValueError(f"{out} exists already; name another with -o, or add --force")
+            raise UserError(f"{out} exists already; name another with -o, or add --force")
         if is_file != out.is_file():
-            raise ValueError(f"{out} is a {'file' if out.is_file() else 'folder'}; name another with -o")
+            raise UserError(f"{out} is a {'file' if out.is_file() else 'folder'}; name another with -o")
         if not is_file and any(out.iterdir()) and not (out / "model_index.json").is_file():
-            raise ValueError(
+            raise UserError(
                 f"{out} is a folder, but no diffusers folder, and --force does not delete it; name another with -o"
             )
     return is_file
@@ -173,7 +174,7 @@ def _check_place(out: Path, force: bool) -> bool:
 def _check_room(out: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(out.parent).free
     if free < num_bytes + SPARE_BYTES:
-        raise ValueError(
+        raise UserError(
             f"{out} needs {num_bytes / 2**30:.2f} GiB, {out.parent} has {free / 2**30:.2f} GiB free; make room, or use --dtype fp16"
         )
 

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from safelight.errors import UserError
 from safelight.kernels.philox import Key, Purpose, normals_torch
 from safelight.trainer.config.toml import Config
 from safelight.trainer.models.encoders import LatentCodec
@@ -46,7 +47,7 @@ def check_size(settings: Settings, factor: int) -> None:
     for name, value in (("width", settings.width), ("height", settings.height)):
         if value % factor:
             below = value - value % factor
-            raise ValueError(f"{name} {value} is not a multiple of {factor}; use {below or factor} or {below + factor}")
+            raise UserError(f"{name} {value} is not a multiple of {factor}; use {below or factor} or {below + factor}")
 
 
 def make_scheduler(schedule: NoiseSchedule, sampler: str):
@@ -66,7 +67,7 @@ def make_scheduler(schedule: NoiseSchedule, sampler: str):
         return DPMSolverMultistepScheduler(**options)
     if sampler == "euler":
         return EulerDiscreteScheduler(**options)
-    raise ValueError(f"sampler {sampler!r} is unknown; use {', '.join(SAMPLERS)}")
+    raise UserError(f"sampler {sampler!r} is unknown; use {', '.join(SAMPLERS)}")
 
 
 def _betas(schedule: NoiseSchedule) -> np.ndarray:

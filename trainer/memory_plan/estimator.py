@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 
 from safelight.data.buckets import make_buckets
+from safelight.errors import UserError
 from safelight.kernels.optim.adamw8bit import MIN_8BIT_ELEMENTS
 from safelight.kernels.optim.paged_state import Pages
 from safelight.trainer.config.toml import Config
@@ -58,7 +59,7 @@ def most_graphs(config: Config, base: Base) -> int:
 def dtype_on(card: Card, precision: str) -> torch.dtype:
     """Return the UNet's dtype on a card. Raises ValueError for bf16 where the card has none."""
     if precision == "bf16" and not card.has_bf16:
-        raise ValueError(f"model.precision bf16: {card.name} has no bf16 arithmetic; use fp16 or auto")
+        raise UserError(f"model.precision bf16: {card.name} has no bf16 arithmetic; use fp16 or auto")
     return card.dtype if precision == "auto" else {name: dtype for dtype, name in PRECISIONS.items()}[precision]
 
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
+from safelight.errors import UserError
+
 GIB, MIB = 2**30, 2**20
 # what the CUDA context and the loaded kernels take beside torch's allocator; 0.5 GiB is what the goals suppose [not measured]
 CONTEXT_BYTES = GIB // 2
@@ -127,7 +129,7 @@ def find_card(name: str) -> Card:
     """Return a card by its name, or one of `8GiB` whose rates are not known. Raises ValueError, naming the nearest."""
     if match := _SIZE.fullmatch(name.strip()):
         if float(match[1]) <= 0:
-            raise ValueError(f"--gpu {name!r} has no memory; use for example 8GiB")
+            raise UserError(f"--gpu {name!r} has no memory; use for example 8GiB")
         return Card(f"{match[1]} GiB", float(match[1]))
     plain = re.sub(r"[^a-z0-9]", "", name.lower().replace("nvidia", "").replace("geforce", "").replace("tesla", ""))
     by_plain = {re.sub(r"[^a-z0-9]", "", known): card for known, card in CARDS.items()}
@@ -138,7 +140,7 @@ def find_card(name: str) -> Card:
         f"rtx{plain}", by_plain, n=1
     )
     told = f"did you mean {by_plain[near[0]].name}?" if near else f"known: {', '.join(CARDS)}."
-    raise ValueError(f"--gpu {name!r} is no card of the table; {told} Or give its memory: 8GiB")
+    raise UserError(f"--gpu {name!r} is no card of the table; {told} Or give its memory: 8GiB")
 
 
 def this_card(device: torch.device) -> Card:

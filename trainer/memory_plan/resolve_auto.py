@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 import torch
 
 from safelight.data.buckets import Bucket
+from safelight.errors import UserError
 from safelight.kernels.triton.jit import has_triton
 from safelight.kernels.unet.checkpointing import MODES
 from safelight.trainer.config.toml import Config
@@ -45,7 +46,7 @@ def settle_on(
     planner = Planner(settled, card)
     need = planner.choose()
     if need is None:
-        raise ValueError(planner.refusal(is_resumed=was_fused is not None))
+        raise UserError(planner.refusal(is_resumed=was_fused is not None))
     need = _as_before(need, before.get("between"), planner)
     return filled_in(settled, record(need)), need
 
@@ -93,7 +94,7 @@ def cap(device: torch.device, limit_gib: float) -> None:
         return
     allowed = limit_gib * GIB - CONTEXT_BYTES
     if allowed <= 0:
-        raise ValueError(f"memory.limit_gib {limit_gib:g} is no more than the CUDA context takes; use 4 or more")
+        raise UserError(f"memory.limit_gib {limit_gib:g} is no more than the CUDA context takes; use 4 or more")
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total), device)
 
@@ -147,5 +148,5 @@ def reason_against(config: Config, device: torch.device, need: Need | None, budg
     else:
         reason = graphs_against(config, need, budget) or ("" if has_triton() else "triton is not installed")
     if config.train.cuda_graphs == "on" and reason:
-        raise ValueError(f"train.cuda_graphs is on, but {reason}; set it to auto")
+        raise UserError(f"train.cuda_graphs is on, but {reason}; set it to auto")
     return reason

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from safelight.errors import UserError
 from safelight.trainer.config.presets import SD15
 from safelight.trainer.config.toml import Model
 from safelight.trainer.models.architectures import RANDOM_MODELS
@@ -62,18 +63,18 @@ def _read_json(path: Path, setting: str) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(
+        raise UserError(
             f"{setting}: {path} is missing; a diffusers folder has {path.parent.name}/{path.name}"
         ) from None
     except ValueError as error:
-        raise ValueError(f"{setting}: {path} is not readable as JSON: {error}") from None
+        raise UserError(f"{setting}: {path} is not readable as JSON: {error}") from None
 
 
 def base_of(model: Model) -> Base:
     """Return where the base of a run's [model] table is. Raises ValueError, one line, if it is nowhere, or cannot be trained yet."""
     base = resolve_model(model)
     if base.random_name and "text_encoder" not in RANDOM_MODELS[base.random_name]:
-        raise ValueError(
+        raise UserError(
             f"model.base {model.base!r} is for `safelight plan` and `safelight bench` alone: only Stable Diffusion 1.x and 2.x "
             "can be trained yet; use random:sd15 or random:sd21"
         )
@@ -94,18 +95,16 @@ def resolve_base(spec: str, config: str = "", has_vae: bool = False) -> Base:
     if suffix == ".safetensors" and not Path(spec).is_dir():
         return _resolve_file(SingleFile(Path(spec), "model.base"), spec, config, has_vae)
     if config:
-        raise ValueError(
-            f"model.config {config!r} is for a single .safetensors file; {setting} is none, leave it empty"
-        )
+        raise UserError(f"model.config {config!r} is for a single .safetensors file; {setting} is none, leave it empty")
     if spec == "tiny":
         return Base(spec, tiny_folder(), setting=setting)
     if spec.startswith("random:"):
         name = spec.removeprefix("random:")
         if name not in RANDOM_MODELS:
-            raise ValueError(f"{setting} is unknown; use one of {', '.join('random:' + n for n in RANDOM_MODELS)}")
+            raise UserError(f"{setting} is unknown; use one of {', '.join('random:' + n for n in RANDOM_MODELS)}")
         return Base(spec, None, name, setting=setting)
     if Path(spec).is_file() or suffix in PICKLES:
-        raise ValueError(
+        raise UserError(
             f"{setting} is no .safetensors file; other formats can run code and are never opened: convert it first"
         )
     return Base(spec, _diffusers_folder(spec, "model.base", "give a diffusers folder", PARTS), setting=setting)
@@ -117,21 +116,21 @@ def _resolve_file(file: SingleFile, spec: str, config: str, has_vae: bool) -> Ba
     lacking = [part for part, there in (("vae", file.has_vae), ("text_encoder", file.has_text_encoder)) if not there]
     if not config:
         if file.family == "2.x":
-            raise ValueError(
+            raise UserError(
                 f"{file} is Stable Diffusion 2.x, whose weights do not tell whether they predict epsilon or v; "
                 "set model.config to the diffusers folder or hub id of the one it comes from"
             )
         if not file.family:
-            raise ValueError(
+            raise UserError(
                 f"{file} attends to width {file.text_width}, not to 768 (1.x) or 1024 (2.x); "
                 "set model.config to the diffusers folder it was made from"
             )
         if "text_encoder" in lacking:
-            raise ValueError(
+            raise UserError(
                 f"{file} holds no text encoder; set model.config to a diffusers folder or hub id that has it"
             )
         if "vae" in lacking and not has_vae:
-            raise ValueError(
+            raise UserError(
                 f"{file} holds no autoencoder; set model.vae to one, or model.config to a folder that has one"
             )
     if config == "tiny":
@@ -146,7 +145,7 @@ def _diffusers_folder(spec: str, setting: str, fix: str, parts: Sequence[str]) -
     """Return a diffusers folder that is here, or the snapshot of a hub id with the weights of `parts`."""
     folder = Path(spec)
     if folder.exists() and not (folder / "model_index.json").is_file():
-        raise ValueError(f"{setting} {spec!r} is no diffusers folder: it has no model_index.json")
+        raise UserError(f"{setting} {spec!r} is no diffusers folder: it has no model_index.json")
     is_here = folder.exists()
     if not is_here:
         # configs first: gigabytes of a model that is refused are not fetched
@@ -154,7 +153,7 @@ def _diffusers_folder(spec: str, setting: str, fix: str, parts: Sequence[str]) -
     index = _read_json(folder / "model_index.json", f"{setting} {spec!r}")
     pipeline = index.get("_class_name", "")
     if "XL" in pipeline or "text_encoder_2" in index or "transformer" in index:
-        raise ValueError(f"{setting} {spec!r} is a {pipeline}; only Stable Diffusion 1.x and 2.x are supported yet")
+        raise UserError(f"{setting} {spec!r} is a {pipeline}; only Stable Diffusion 1.x and 2.x are supported yet")
     return folder if is_here or not parts else fetch(spec, setting, fix, parts)
 
 
@@ -163,15 +162,15 @@ def vae_config(base: Base, override: str) -> dict:
     if not override or Path(override).suffix.lower() == ".safetensors":
         return {"_class_name": "AutoencoderKL", **base.config_of("vae")}
     if Path(override).is_file():
-        raise ValueError(
+        raise UserError(
             f"model.vae {override!r} is no .safetensors file; other formats can run code and are never opened"
         )
     path = Path(override) / "config.json"
     if not path.is_file():
-        raise ValueError(f"model.vae {override!r} is no autoencoder folder: it has no config.json")
+        raise UserError(f"model.vae {override!r} is no autoencoder folder: it has no config.json")
     config = _read_json(path, f"model.vae {override!r}")
     if config.get("_class_name") not in ("AutoencoderKL", "AutoencoderTiny"):
-        raise ValueError(
+        raise UserError(
             f"model.vae {override!r} is a {config.get('_class_name')}; use an AutoencoderKL or AutoencoderTiny"
         )
     return config

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from safelight.errors import UserError
+
 PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -12,7 +14,7 @@ def pick_device(name: str) -> torch.device:
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ValueError("run.device is cuda, but torch finds no CUDA device; use auto or cpu")
+        raise UserError("run.device is cuda, but torch finds no CUDA device; use auto or cpu")
     # tensors tell their device so, it is equal to no "cuda", and torch.cuda.set_per_process_memory_fraction takes none without
     return torch.device("cuda", torch.cuda.current_device())
 
@@ -24,5 +26,5 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
             return torch.float32
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     if precision == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        raise ValueError("model.precision bf16: this GPU has no bf16 arithmetic; use fp16 or auto")
+        raise UserError("model.precision bf16: this GPU has no bf16 arithmetic; use fp16 or auto")
     return {name: dtype for dtype, name in PRECISIONS.items()}[precision]

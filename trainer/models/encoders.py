@@ -11,6 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from safelight.errors import UserError
 from safelight.trainer.config.toml import Config
 from safelight.trainer.models.base import Base
 from safelight.trainer.models.weights import fingerprint, load_text, load_vae
@@ -103,7 +104,7 @@ class CaptionEncoder(_Visitor):
     def __post_init__(self):
         layers = self.text_encoder.config.num_hidden_layers
         if self.clip_skip >= layers:
-            raise ValueError(f"model.clip_skip {self.clip_skip} leaves no layer of {layers}; use at most {layers - 1}")
+            raise UserError(f"model.clip_skip {self.clip_skip} leaves no layer of {layers}; use at most {layers - 1}")
         vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items()))
         self.fingerprint = fingerprint(self.text_encoder, vocabulary, str(self.num_tokens), str(self.clip_skip))
         self.text_encoder.to(self.device)

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from safelight.errors import UserError
+
 PARTS = ("unet", "vae", "text_encoder")
 
 
@@ -42,9 +44,9 @@ def fetch(spec: str, setting: str, fix: str, parts: Iterable[str] = PARTS) -> Pa
         lacking = [part for part in parts if not any((folder / part).glob("*.safetensors"))]
         return snapshot([f"{part}/*.fp16*" for part in lacking], ["*.bin", "*non_ema*"]) if lacking else folder
     except HFValidationError:
-        raise ValueError(f"{setting} {spec!r} is neither a folder here nor a hub id (owner/name)") from None
+        raise UserError(f"{setting} {spec!r} is neither a folder here nor a hub id (owner/name)") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(
+        raise UserError(
             f"{setting} {spec!r} is no folder here and could not be had from the hub ({reason[:100]}); {fix}"
         ) from None

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from safelight.errors import UserError
+
 
 @dataclass(frozen=True)
 class NoiseSchedule:
@@ -33,7 +35,7 @@ def betas(kind: str, start: float, end: float, num: int) -> Tensor:
         return torch.linspace(start**0.5, end**0.5, num, dtype=torch.float32) ** 2
     if kind == "linear":
         return torch.linspace(start, end, num, dtype=torch.float32)
-    raise ValueError(f"beta_schedule {kind!r} is not supported; use linear or scaled_linear")
+    raise UserError(f"beta_schedule {kind!r} is not supported; use linear or scaled_linear")
 
 
 def rescale_zero_terminal_snr(alphas_cumprod_T: Tensor) -> Tensor:
@@ -46,7 +48,7 @@ def rescale_zero_terminal_snr(alphas_cumprod_T: Tensor) -> Tensor:
 def make_schedule(scheduler_config: dict, prediction: str = "auto", zero_terminal_snr: bool = False) -> NoiseSchedule:
     """Return the schedule of a diffusers scheduler config. Raises ValueError for a prediction type we do not train."""
     if scheduler_config.get("trained_betas") is not None:
-        raise ValueError("the base's scheduler has trained_betas, which are not supported; give it a beta_schedule")
+        raise UserError("the base's scheduler has trained_betas, which are not supported; give it a beta_schedule")
     # a key that is missing has diffusers' default
     beta = betas(
         scheduler_config.get("beta_schedule", "linear"),
@@ -57,10 +59,10 @@ def make_schedule(scheduler_config: dict, prediction: str = "auto", zero_termina
     alphas_cumprod = torch.cumprod(1 - beta, dim=0)
     prediction_type = scheduler_config.get("prediction_type", "epsilon") if prediction == "auto" else prediction
     if prediction_type not in ("epsilon", "v_prediction"):
-        raise ValueError(f"prediction type {prediction_type!r} is not supported; use epsilon or v_prediction")
+        raise UserError(f"prediction type {prediction_type!r} is not supported; use epsilon or v_prediction")
     if zero_terminal_snr or scheduler_config.get("rescale_betas_zero_snr", False):
         if prediction_type == "epsilon":
-            raise ValueError("zero_terminal_snr needs v_prediction: at the last timestep the noise is given away")
+            raise UserError("zero_terminal_snr needs v_prediction: at the last timestep the noise is given away")
         alphas_cumprod = rescale_zero_terminal_snr(alphas_cumprod)
     return NoiseSchedule(alphas_cumprod, prediction_type)
 

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from safelight.errors import UserError
 from safelight.trainer.models.original_layout import (
     CLIP_PREFIX,
     OPEN_CLIP_PREFIX,
@@ -74,7 +75,7 @@ class SingleFile:
 
     def __post_init__(self):
         if not self.path.is_file():
-            raise ValueError(f"{self} does not exist; give a .safetensors file, or a folder")
+            raise UserError(f"{self} does not exist; give a .safetensors file, or a folder")
         try:
             with safe_open(self.path, "pt") as file:
                 self.metadata = file.metadata() or {}
@@ -82,7 +83,7 @@ class SingleFile:
                     part = file.get_slice(name)
                     self.shapes[name], self.dtypes[name] = tuple(part.get_shape()), part.get_dtype()
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{self} is damaged or no safetensors file: {str(error).splitlines()[0]}") from None
+            raise UserError(f"{self} is damaged or no safetensors file: {str(error).splitlines()[0]}") from None
 
     def __str__(self) -> str:
         return f"{self.setting} {str(self.path)!r}"
@@ -118,21 +119,21 @@ class SingleFile:
         """Raise ValueError, saying what it is, unless it is a text-to-image Stable Diffusion 1.x or 2.x."""
         for word, what in FOREIGN.items():
             if any(word in name for name in self.shapes):
-                raise ValueError(f"{self} is {what}")
+                raise UserError(f"{self} is {what}")
         if not self.has(UNET_PREFIX):
             for prefix, what in BARE.items():
                 if self.has(prefix):
-                    raise ValueError(f"{self} is {what}")
-            raise ValueError(
+                    raise UserError(f"{self} is {what}")
+            raise UserError(
                 f"{self} is no Stable Diffusion: no tensor's name begins with {UNET_PREFIX} (the first is {min(self.shapes, default='missing')})"
             )
         if self.text_width == 0:
-            raise ValueError(f"{self} is no Stable Diffusion: its network has no cross-attention to text as a UNet has")
+            raise UserError(f"{self} is no Stable Diffusion: its network has no cross-attention to text as a UNet has")
         if self.text_width in XL_WIDTHS:
-            raise ValueError(f"{self} is {FOREIGN['conditioner.embedders.']}")
+            raise UserError(f"{self} is {FOREIGN['conditioner.embedders.']}")
         channels = self.shapes.get(f"{UNET_PREFIX}input_blocks.0.0.weight", (0, 4))[1]
         if channels != 4:
-            raise ValueError(
+            raise UserError(
                 f"{self} takes {channels} latent channels, as inpainting and editing models do; give a text-to-image model, which takes 4"
             )
 
@@ -140,17 +141,17 @@ class SingleFile:
         """Raise ValueError unless the tensors of a part are here, in the shapes of its config."""
         missing = [place.name for place in layout.values() if place.name not in self.shapes]
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"{self}: its {part} lacks {len(missing)} of the tensors of {source}, the first is {min(missing)}"
             )
         for name, place in layout.items():
             if self.dtypes[place.name] not in DTYPES:
                 dtype = self.dtypes[place.name]
-                raise ValueError(f"{self} is quantised ({place.name} is {dtype}); give the fp16, bf16 or fp32 model")
+                raise UserError(f"{self} is quantised ({place.name} is {dtype}); give the fp16, bf16 or fp32 model")
             wanted, found = place.original_shape(shapes[name]), self.shapes[place.name]
             # attention of an autoencoder is found as convolution and as matrix
             if found != wanted and not (place.as_conv and found == shapes[name]):
-                raise ValueError(f"{self}: its {part} does not fit {source}: {place.name} is {found}, not {wanted}")
+                raise UserError(f"{self}: its {part} does not fit {source}: {place.name} is {found}, not {wanted}")
 
     def _read(self, layout: Layout, shapes: dict[str, Shape], dtype: torch.dtype) -> dict[str, Tensor]:
         state = {}
@@ -196,10 +197,10 @@ class SingleFile:
             }
         elif not self.has_vae:
             if self.has("encoder.layers.") or self.has("decoder.layers."):
-                raise ValueError(f"{self} is an AutoencoderTiny; give its diffusers folder, with config.json")
+                raise UserError(f"{self} is an AutoencoderTiny; give its diffusers folder, with config.json")
             layout = {name: Place(p.name.removeprefix(VAE_PREFIX), as_conv=p.as_conv) for name, p in layout.items()}
             if not self.has("encoder.down."):
-                raise ValueError(
+                raise UserError(
                     f"{self} holds no autoencoder (its first tensor is {min(self.shapes, default='missing')})"
                 )
         self._check(layout, shapes, "autoencoder", source)
@@ -227,7 +228,7 @@ class SingleFile:
         used = {place.name for place in layout.values()}
         others = [name for name in self.shapes if name.startswith(prefix) and name not in used]
         if others:
-            raise ValueError(
+            raise UserError(
                 f"{self}: its {part} has {len(others)} tensors more than {source}, the first is {min(others)}"
             )
 

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from safelight.errors import UserError
 from safelight.kernels.philox import Key, Purpose, words
 from safelight.trainer.models.base import Base, tiny_folder, vae_config
 from safelight.trainer.models.single_file import SingleFile
@@ -91,11 +92,11 @@ def check_unet(base: Base) -> None:
 
 def _unfit(folder: Path, error: object) -> ValueError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-    return ValueError(f"{folder}: its weights are damaged or do not fit its config.json: {reason}")
+    return UserError(f"{folder}: its weights are damaged or do not fit its config.json: {reason}")
 
 
 def _lacking(folder: Path, missing: Collection[str]) -> ValueError:
-    return ValueError(
+    return UserError(
         f"{folder}: its .safetensors lack {len(missing)} of the model's tensors, the first is {min(missing)}"
     )
 
@@ -108,7 +109,7 @@ def _weights_in(folder: Path) -> tuple[str | None, list[Path]]:
             variants.setdefault(match[1] or match[2], []).append(path)
     if not variants:
         found = ", ".join(sorted(p.name for p in folder.glob("*"))) or "nothing"
-        raise ValueError(f"{folder} holds no .safetensors (found: {found}); other formats are never loaded")
+        raise UserError(f"{folder} holds no .safetensors (found: {found}); other formats are never loaded")
     # the plain file is the fp32 one where there are several; of two halves fp16 has the more digits
     variant = next((name for name in (None, "fp16", "bf16") if name in variants), min(variants, key=str))
     return variant, variants[variant]
@@ -140,7 +141,7 @@ def load_vae(base: Base, override: str, seed: int) -> nn.Module:
         file = None
     if file is not None:
         if config["_class_name"] != "AutoencoderKL":
-            raise ValueError(
+            raise UserError(
                 f"{file} holds an AutoencoderKL, {base.setting} a {config['_class_name']}; give another model.config"
             )
         vae = file.load_vae(lambda: AutoencoderKL.from_config(config), base.setting)
@@ -158,12 +159,12 @@ def load_text(base: Base, tokenizer_override: str, seed: int) -> tuple[object, n
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     if tokenizer_override and base.folder is not None:
-        raise ValueError(
+        raise UserError(
             f"model.tokenizer {tokenizer_override!r} does not fit the text encoder of {base.spec!r}; leave it empty"
         )
     folder = tokenizer_override or (base.folder or tiny_folder()) / "tokenizer"
     if not Path(folder).is_dir():
-        raise ValueError(f"model.tokenizer {str(folder)!r} is no folder")
+        raise UserError(f"model.tokenizer {str(folder)!r} is no folder")
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     if base.file is not None and base.file.has_text_encoder:
         config = CLIPTextConfig.from_dict(base.config_of("text_encoder"))

@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from safelight.errors import UserError
 from safelight.kernels.optim.ema import EMA
 from safelight.trainer.optim.optimizer import UNetOptimizer
 
@@ -78,7 +79,7 @@ def take_averages(state: dict[str, Tensor], averages: WeightAverages | None) -> 
     if averages is None:
         return
     if found.keys() != averages.averages.keys() or num_updates is None:
-        raise ValueError("the checkpoint has no moving average of these weights; resume with train.ema_decay = 0")
+        raise UserError("the checkpoint has no moving average of these weights; resume with train.ema_decay = 0")
     for name, average in averages.averages.items():
         average.copy_(found[name])
     averages.num_updates.copy_(num_updates)

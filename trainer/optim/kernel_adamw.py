@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from safelight.errors import UserError
 from safelight.kernels.optim.adamw8bit import MIN_8BIT_ELEMENTS, AdamW8bit
 from safelight.kernels.optim.adamw8bit_state import load_state, load_value, state_of
 from safelight.kernels.optim.blockwise_8bit import in_memory_order
@@ -237,12 +238,12 @@ class KernelAdamW:
         """Take what state_of gave, or the state of a run by bitsandbytes' AdamW8bit. Raises ValueError where it does not fit."""
         p, place = self.parameters[name], self._places[name]
         if p.dtype == torch.float32 and ("master" in parts or "remainder" in parts):
-            raise ValueError(f"the checkpoint's {name} is 16-bit: it was saved at another precision")
+            raise UserError(f"the checkpoint's {name} is 16-bit: it was saved at another precision")
         if "state1" not in parts and ("exp_avg" in parts or parts.keys() & {"master", "remainder"} == set()):
-            raise ValueError(f"the checkpoint's moments of {name} are not of optimizer adamw8bit")
+            raise UserError(f"the checkpoint's moments of {name} are not of optimizer adamw8bit")
         try:
             load_value(self.inner, place, p.detach(), parts)
             if "state1" in parts:
                 load_state(self.inner, place, parts)
         except ValueError as error:
-            raise ValueError(f"the checkpoint's optimizer state of {name} does not fit: {error}") from None
+            raise UserError(f"the checkpoint's optimizer state of {name} does not fit: {error}") from None

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from safelight.errors import UserError
 from safelight.trainer.config.toml import Optimizer as OptimizerConfig
 from safelight.trainer.optim.gradient_buffers import GradientBuffers
 
@@ -131,7 +132,7 @@ class LibraryAdamW:
         master = self.master[name]
         if self.has_master:
             if "master" not in parts or parts["master"].shape != master.shape:
-                raise ValueError(f"the checkpoint has no fp32 master of {name}: it was saved at another precision")
+                raise UserError(f"the checkpoint has no fp32 master of {name}: it was saved at another precision")
             master.copy_(parts.pop("master"))
             self.parameters[name].copy_(master)
         if parts:
@@ -140,17 +141,17 @@ class LibraryAdamW:
     def _load_moments(self, name: str, master: nn.Parameter, parts: dict[str, Tensor]) -> None:
         needed = ("exp_avg", "exp_avg_sq", "step") if self.name == "adamw" else ("state1", "step")
         if not all(part in parts for part in needed):
-            raise ValueError(f"the checkpoint's moments of {name} are not of optimizer {self.name}")
+            raise UserError(f"the checkpoint's moments of {name} are not of optimizer {self.name}")
         shape = tuple(parts[needed[0]].shape)
         if shape != tuple(master.shape):
-            raise ValueError(f"the checkpoint's moments of {name} have shape {shape}, not {tuple(master.shape)}")
+            raise UserError(f"the checkpoint's moments of {name} have shape {shape}, not {tuple(master.shape)}")
         if self.name == "adamw":
             # in the weight's order of memory: the fused form goes through all of them by address
             moments = {part: torch.empty_like(master).copy_(value) for part, value in parts.items() if part != "step"}
             self.inner.state[master] = {"step": parts["step"].to(master.device).clone(), **moments}
             return
         if "strides" in parts:
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint's 8-bit moments of {name} are in blocks of channels-last memory, which {self.name} has not; "
                 "resume with optimizer.name adamw8bit"
             )
@@ -159,7 +160,7 @@ class LibraryAdamW:
         state = self.inner.state[master]
         for part in STATES:
             if (part in parts) != (part in state) or (part in parts and parts[part].dtype != state[part].dtype):
-                raise ValueError(f"the checkpoint's moments of {name} are not of the kind that {self.name} keeps")
+                raise UserError(f"the checkpoint's moments of {name} are not of the kind that {self.name} keeps")
             if part in parts:
                 state[part].copy_(parts[part])
         state["step"] = int(parts["step"])

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from safelight.errors import UserError
 from safelight.trainer.config.toml import AVERAGE_OF_PAGED
 from safelight.trainer.config.toml import Optimizer as OptimizerConfig
 from safelight.trainer.optim.gradient_buffers import GradientBuffers
@@ -55,24 +56,24 @@ def memory_mode(config: OptimizerConfig, dtype: torch.dtype, device: torch.devic
     """
     name, memory = config.name, config.memory
     if name not in ("adamw8bit", *BITSANDBYTES, "adamw"):
-        raise ValueError(f"optimizer.name {name!r} is unknown; use adamw8bit, {', '.join(BITSANDBYTES)} or adamw")
+        raise UserError(f"optimizer.name {name!r} is unknown; use adamw8bit, {', '.join(BITSANDBYTES)} or adamw")
     if name in BITSANDBYTES and importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError(f"optimizer.name {name} needs bitsandbytes, which is not installed; use adamw8bit")
+        raise UserError(f"optimizer.name {name} needs bitsandbytes, which is not installed; use adamw8bit")
     if name == "bnb_paged_adamw8bit" and device is not None and device.type == "cpu":
-        raise ValueError(
+        raise UserError(
             f"optimizer.name {name} keeps its moments in CUDA's unified memory, and this run is on a CPU; use bnb_adamw8bit"
         )
     if config.is_fused and name != "adamw8bit":
-        raise ValueError(f"optimizer.fused_backward is adamw8bit's; {name} steps after backward: set it to false")
+        raise UserError(f"optimizer.fused_backward is adamw8bit's; {name} steps after backward: set it to false")
     config.clipping_mode()
     if dtype == torch.float32 or memory in ("auto", "fp32"):
         if memory not in ("auto", "fp32"):
-            raise ValueError(
+            raise UserError(
                 f"optimizer.memory {memory} is for 16-bit weights, and model.precision is fp32 here; use auto, or model.precision bf16"
             )
         return "exact" if memory == "auto" and dtype != torch.float32 and name == "adamw8bit" else "fp32"
     if name != "adamw8bit":
-        raise ValueError(f"optimizer.memory {memory} is adamw8bit's; {name} keeps fp32 masters: use auto or fp32")
+        raise UserError(f"optimizer.memory {memory} is adamw8bit's; {name} keeps fp32 masters: use auto or fp32")
     return memory
 
 
@@ -137,7 +138,7 @@ class UNetOptimizer:
         Raises ValueError where the remainders are not on the device.
         """
         if self.memory == "paged":
-            raise ValueError(AVERAGE_OF_PAGED)
+            raise UserError(AVERAGE_OF_PAGED)
         if self.master:
             return [w.detach() for w in self.master.values()], None
         weights = [p.detach() for p in self.parameters.values()]
@@ -247,7 +248,7 @@ class UNetOptimizer:
             if part in ("loss_scale", "clipping"):
                 continue
             if name not in by_name:
-                raise ValueError(f"the checkpoint's optimizer state names {name}, which this UNet does not train")
+                raise UserError(f"the checkpoint's optimizer state names {name}, which this UNet does not train")
             by_name[name][part] = value
         for name, parts in by_name.items():
             self.method.load(name, parts)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from safelight.data.text import counted
+from safelight.errors import UserError
 
 TRAIN_COLUMNS = ("step", "epoch", "stage", "loss", "lr", "grad_norm", "images_per_s", "memory_gib", "time")
 SPLITS = ("held_out", "train_subset")
@@ -82,7 +83,7 @@ def read_run_folder(run_dir: Path) -> RunFolder:
     Raises ValueError if run_dir is not a folder.
     """
     if not run_dir.is_dir():
-        raise ValueError(f"run folder {run_dir} does not exist; give the folder that `safelight train` wrote")
+        raise UserError(f"run folder {run_dir} does not exist; give the folder that `safelight train` wrote")
     problems: list[str] = []
     config, config_text = _read_config(run_dir / "config.toml", problems)
     return RunFolder(

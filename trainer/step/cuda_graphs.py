@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from safelight.data.batches import MicroBatch
+from safelight.errors import UserError
 from safelight.trainer.config.toml import Loss
 from safelight.trainer.models.noise_schedule import NoiseSchedule
 from safelight.trainer.optim.optimizer import UNetOptimizer
@@ -112,7 +113,7 @@ class CudaRecorder:
             if isinstance(first, torch.OutOfMemoryError):
                 raise first from None
             # what torch's allocator knows of the capture stays: this process takes no further step
-            raise ValueError(
+            raise UserError(
                 f"a step cannot be recorded as a CUDA graph here ({str(first).splitlines()[0][:200]}); "
                 "set train.cuda_graphs to off"
             ) from first

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
+from safelight.errors import UserError
+
 
 @contextmanager
 def algorithms(*, deterministic: bool = False, cudnn_benchmark: bool = False) -> Iterator[None]:
@@ -18,7 +20,7 @@ def algorithms(*, deterministic: bool = False, cudnn_benchmark: bool = False) ->
     Raises ValueError for both: trials of another process may end otherwise.
     """
     if deterministic and cudnn_benchmark:
-        raise ValueError(
+        raise UserError(
             "train.cudnn_benchmark does not go with run.deterministic: what is fastest differs from process to process; "
             "set one of them to false"
         )

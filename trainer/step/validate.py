@@ -14,6 +14,7 @@ from torch import nn
 
 from safelight.data.batches import MicroBatch, SampleRef, load_batch
 from safelight.data.cache import Cache, Sample
+from safelight.errors import UserError
 from safelight.kernels.ops.noising import Purposes, key_words, noising
 from safelight.kernels.philox import Key, Purpose, sort_key, uniforms
 from safelight.trainer.models.noise_schedule import NoiseSchedule
@@ -68,7 +69,7 @@ def validate(
     progress: told (done, total) after each forward pass; what it raises ends the validation.
     """
     if not samples:
-        raise ValueError("there are no images to validate on; set data.validation_fraction above 0")
+        raise UserError("there are no images to validate on; set data.validation_fraction above 0")
     device = schedule.alphas_cumprod_T.device
     was_training = unet.training
     unet.eval()

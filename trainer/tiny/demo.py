@@ -10,6 +10,7 @@ from pathlib import Path
 
 from safelight.data.atomic import atomic_write_text
 from safelight.data.ingest import ingest
+from safelight.errors import UserError
 from safelight.trainer.config.toml import Config, parse_config
 from safelight.trainer.inference.draw import compare, open_run, pick_step
 from safelight.trainer.inference.sampling import Settings
@@ -92,7 +93,7 @@ def run_demo(folder: Path, terminal: Terminal) -> dict:
     mark = folder / "demo.json"
     if folder.exists() and any(folder.iterdir()):
         if not mark.is_file():
-            raise ValueError(f"{folder} is not empty and not an earlier demo; name another with --dir")
+            raise UserError(f"{folder} is not empty and not an earlier demo; name another with --dir")
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write_text(mark, "{}\n")

@@ -25,6 +25,7 @@ from safelight.bench.recipes.baselines import RECIPES, Baseline, Recipe, make_op
 from safelight.bench.recipes.workload import LR, MAX_GRAD_NORM, SEED, WEIGHT_DECAY, Workload
 from safelight.data.batches import Batch
 from safelight.errors import UserError
+from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.models.base import resolve_base
 from safelight.trainer.models.weights import load_text, load_vae
 
@@ -116,7 +117,7 @@ class EveryDream(Baseline):
 
     def __init__(self, recipe: Recipe, work: Workload, photographs: Photographs | None = None):
         base = resolve_base(work.base)
-        if base.config_of("unet").get("addition_embed_type"):
+        if base.family.untrainable:
             raise UserError(f"recipe everydream encodes photographs, and {work.base} has no encoders; use random:sd21")
         # it knows no bf16
         super().__init__(recipe, replace(work, precision="fp32" if work.precision == "fp32" else "fp16"))
@@ -135,8 +136,8 @@ class EveryDream(Baseline):
             self.photographs = Photographs(files, captions, factor * work.latent_size)
 
     @torch.no_grad()
-    def encode(self, pixels: Tensor, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """Return (scaled latents drawn from the posterior, (B, C, H, W); embeddings, (B, T, D)), float32."""
+    def encode(self, pixels: Tensor, captions: list[str]) -> tuple[Tensor, TextConditioning]:
+        """Return (scaled latents drawn from the posterior, (B, C, H, W); the text's conditioning), float32."""
         ids = self.tokenizer(
             captions,
             padding="max_length",
@@ -148,7 +149,7 @@ class EveryDream(Baseline):
         with context:
             posterior = self.vae.encode(pixels.to(self.device, non_blocking=True)).latent_dist
             text = self.text_encoder(ids.to(self.device, non_blocking=True)).last_hidden_state
-        return posterior.sample().float() * self.vae.config.scaling_factor, text.float()
+        return posterior.sample().float() * self.vae.config.scaling_factor, TextConditioning(text.float())
 
     def step(self, batch: Batch) -> Tensor:
         """Take a step on as many photographs as the batch has rows; return its loss."""
@@ -195,7 +196,7 @@ class MLPerf(Baseline):
         super().__init__(replace(recipe, compile=can_compile(device)), work)
         # the masters' gradients are fp32, and scaled as any other
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.scaler.is_enabled())
-        self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, list[Tensor | None], Tensor]] = {}
+        self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, Batch, Tensor]] = {}
         self.notes += "; compiled by Inductor" if can_compile(device) else "; not compiled: there is no compiler"
         self.notes += "; one CUDA graph a shape" if device.type == "cuda" else "; no CUDA graph on a CPU"
 
@@ -220,29 +221,28 @@ class MLPerf(Baseline):
         for p in self.parameters:
             p.grad = None
 
-    def step_on(self, mean: Tensor, logvar: Tensor | None, text: Tensor) -> Tensor:
+    def step_on(self, batch: Batch) -> Tensor:
         """Take a step: on a GPU by the shape's graph, recorded when it is first met."""
         if self.device.type != "cuda":
-            return super().step_on(mean, logvar, text)
-        rows, key = (mean, logvar, text), (mean.shape, text.shape)
+            return super().step_on(batch)
+        key = tuple(x.shape for x in batch.tensors())
         if key not in self.graphs:
-            self.graphs[key] = self._record(rows)
+            self.graphs[key] = self._record(batch)
         graph, held, loss = self.graphs[key]
-        for place, row in zip(held, rows, strict=True):
-            if row is not None:
-                place.copy_(row, non_blocking=True)
+        for place, row in zip(held.tensors(), batch.tensors(), strict=True):
+            place.copy_(row, non_blocking=True)
         graph.replay()
         return loss.clone()
 
-    def _record(self, rows: tuple[Tensor | None, ...]) -> tuple[torch.cuda.CUDAGraph, list[Tensor | None], Tensor]:
-        held = [None if row is None else row.clone() for row in rows]
+    def _record(self, batch: Batch) -> tuple[torch.cuda.CUDAGraph, Batch, Tensor]:
+        held = batch.map(torch.clone)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(NUM_GRAPH_WARMUPS):
-                super().step_on(*held)
+                super().step_on(held)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            loss = super().step_on(*held)
+            loss = super().step_on(held)
         return graph, held, loss

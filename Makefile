@@ -1,11 +1,12 @@
-# `make demo`: see it work. `make test`: lint and tests. `make setup`: the environment alone.
-# Needs Python 3.11 to 3.13 and make; everything else is installed into .venv, once, at the versions in constraints.txt.
+# `make demo` shows everything on a small scale. `make test` runs lint and tests, `make slow` the slow tests. `make setup`
+# only sets up the environment.
+# Needs Python 3.11 to 3.13 and make; everything else is installed into .venv once, at the versions in constraints.txt.
 
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
-# one torch thread a test process: two processes of one thread are faster than one of two
+# one torch thread per test process: two processes with one thread each are faster than one process with two
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .PHONY: demo test slow setup clean
@@ -25,7 +26,7 @@ setup: $(STAMP)
 
 $(STAMP): constraints.txt pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else "safelight needs Python 3.11 to 3.13, this is " + sys.version.split()[0] + "; set PYTHON=python3.11")'
-	@echo "installing into $(VENV) (once; several minutes where torch has to be fetched)"
+	@echo "installing into $(VENV) (once; several minutes if torch must be downloaded)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt "$$(grep '^torch==' constraints.txt)" setuptools
 	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'

@@ -1,6 +1,6 @@
 """Maps the root folders to packages; everything else stands in pyproject.toml.
 
-The folders have no `__init__.py` on purpose (docs/decisions.md, 1), so they are named here one by one.
+The folders have no `__init__.py` on purpose (docs/decisions.md, Layout and imports), so they are named here one by one.
 """
 
 from pathlib import Path

@@ -2,7 +2,7 @@
 
 One import name for four folders. In a checkout `safelight.kernels` is the root folder `kernels/`, and so on; in an
 installed wheel setup.py has mapped them to their place already. The folders carry no `__init__.py`: a root package
-named `kernels` would shadow Hugging Face's and break `import transformers` (docs/decisions.md, 1).
+named `kernels` would shadow Hugging Face's and break `import transformers` (docs/decisions.md, Layout and imports).
 """
 
 from pathlib import Path

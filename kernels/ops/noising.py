@@ -68,7 +68,7 @@ def _keys(words_B5: Tensor, purpose: Purpose) -> list[Key]:
 
 
 def _sqrt(x: Tensor) -> Tensor:
-    # torch's CPU sqrt is not always correctly rounded (docs/decisions.md, 3)
+    # torch's CPU sqrt is not always correctly rounded (docs/decisions.md, Square roots)
     return torch.from_numpy(np.sqrt(x.numpy())) if x.device.type == "cpu" else torch.sqrt(x)
 
 

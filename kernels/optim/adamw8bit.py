@@ -118,7 +118,7 @@ def adamw8bit_reference(
 
 
 def _sqrt(x: Tensor) -> Tensor:
-    """Return the correctly rounded root; torch's vectorised one on the CPU is not (docs/decisions.md, 3)."""
+    """Return the correctly rounded root; torch's vectorised one on the CPU is not (docs/decisions.md, Square roots)."""
     return torch.from_numpy(np.sqrt(x.numpy())) if x.device.type == "cpu" else x.sqrt()
 
 

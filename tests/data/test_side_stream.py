@@ -125,19 +125,19 @@ class Rows(torch.Tensor):
         return torch.Tensor._make_subclass(cls, torch.empty(0))
 
     def __init__(self, cuda: Cuda, name: str, where: str = "host"):
-        self.cuda, self.name, self.where = cuda, name, where
+        self.cuda, self.label, self.where = cuda, name, where
 
     def pin_memory(self):
-        return Rows(self.cuda, self.name, "pinned")
+        return Rows(self.cuda, self.label, "pinned")
 
     def to(self, device, non_blocking):
         assert (self.where, non_blocking) == ("pinned", True), "the host would wait"
-        self.cuda.log.append((self.cuda.current, "copies", self.name))
-        return Rows(self.cuda, self.name, "device")
+        self.cuda.log.append((self.cuda.current, "copies", self.label))
+        return Rows(self.cuda, self.label, "device")
 
     def record_stream(self, stream):
         assert self.where == "device"
-        self.cuda.log.append((stream.name, "keeps", self.name))
+        self.cuda.log.append((stream.name, "keeps", self.label))
 
 
 @pytest.mark.parametrize("names", [("mean", "logvar", "text"), ("mean", None, "text")])

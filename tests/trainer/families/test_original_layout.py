@@ -23,6 +23,7 @@ from safelight.trainer.families.original_layout import (
     unet_layout,
     vae_layout,
 )
+from safelight.trainer.families.registry import FAMILIES
 from safelight.trainer.inference.export import original_frozen
 from safelight.trainer.models.base import resolve_base
 
@@ -77,7 +78,7 @@ def test_the_committed_names_are_sd15s(sd15_file):
 def test_a_true_sd15_is_exported_under_the_original_names_and_shapes(sd15, sd15_file):
     unet, vae, text_encoder = (module.state_dict() for module in sd15)
     layout = unet_layout(unet, 2)
-    ours = to_original(unet, layout) | original_frozen(vae, text_encoder)
+    ours = to_original(unet, layout) | original_frozen(FAMILIES["sd1"], vae, text_encoder)
     assert shapes_of(ours) == sd15_file
     assert original_shapes(shapes_of(unet), layout).items() <= sd15_file.items()
     assert ours[f"{CLIP_PREFIX}embeddings.position_ids"].tolist() == [list(range(77))]

@@ -215,7 +215,7 @@ DAMAGES = [
         "manifest with a photo twice",
         manifest_line(lambda row: json.dumps(row) + "\n" + json.dumps(row)),
         CACHE,
-        "stands on line 2 already",
+        "is already listed on line 2",
     ),
     Damage("manifest of nothing", replace("dataset/manifest.jsonl", b""), CACHE, "holds no photo"),
     Damage("manifest of bytes", replace("dataset/manifest.jsonl", bytes(range(256))), CACHE, "manifest.jsonl line 1: "),

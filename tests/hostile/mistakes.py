@@ -96,9 +96,11 @@ def a_file(name: str, command: str, *options: str) -> Callable[[Path], list]:
 
 
 MISTAKES = [
-    Mistake("empty folder", source(nothing), "no photo found in"),
+    Mistake("empty folder", source(nothing), "no photos found in"),
     Mistake("nothing left after filtering", source(only_text), "2 rejected; the first: "),
-    Mistake("folder of captions alone", source(lambda folder: (folder / "a.txt").write_text("a")), "no photo found in"),
+    Mistake(
+        "folder of captions alone", source(lambda folder: (folder / "a.txt").write_text("a")), "no photos found in"
+    ),
     Mistake(
         "source that is not there", lambda place: ["prepare", place / "gone", "-o", place / "dataset"], "does not exist"
     ),

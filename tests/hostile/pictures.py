@@ -142,7 +142,12 @@ PICTURES = [
     Picture("PNG with a flipped bit", write("x.png", with_bad_checksum()), LEFT_OUT, "damaged"),
     Picture("PNG of a header alone", write("x.png", png_header(400, 300)), LEFT_OUT, "not an image"),
     Picture("1 x 1", write("x.png", saved(noise(1, (1, 1)), "PNG")), LEFT_OUT, "1 x 1 px is too small"),
-    Picture("30,000 px wide", write("x.png", saved(noise(1, (30000, 100)), "PNG")), TAKEN, "a strip: training sees"),
+    Picture(
+        "30,000 px wide",
+        write("x.png", saved(noise(1, (30000, 100)), "PNG")),
+        TAKEN,
+        "training crops away more than half",
+    ),
     Picture(
         "too wide for a JPEG",
         write("x.png", saved(Image.new("RGBA", (66000, 18)), "PNG")),
@@ -300,7 +305,11 @@ CAPTIONS = [
     Picture("caption of 100 KB", told(b"word " * 20_000), TAKEN, caption=("word " * 20_000).strip()),
     Picture("caption of one word of 100 KB", told(b"w" * 100_000), TAKEN, caption="w" * 100_000),
     Picture(
-        "a log beside the photo", told(b"line\n" * 300_000), TAKEN, "is no caption: it has 1,500,000 bytes", caption="x"
+        "a log beside the photo",
+        told(b"line\n" * 300_000),
+        TAKEN,
+        "was ignored: 1,500,000 bytes are too many",
+        caption="x",
     ),
     Picture("caption of no UTF-8", told(b"caf\xe9 noir"), TAKEN, "is not UTF-8 (byte 3)", caption="caf\ufffd noir"),
     Picture("caption in UTF-16", told("ein Käfer".encode("utf-16")), TAKEN, caption="ein Käfer"),

@@ -106,7 +106,7 @@ def test_prepare_counts_and_names_what_it_left_out(journey):
     assert (told["photos"], told["duplicates"], told["copied"]) == (24, 1, 24)
     assert [Path(row["path"]).name for row in told["rejected"]] == ["again.png", "broken.png"]
     again = journey.called["prepare again"]
-    assert again.out.startswith(f"24 photographs in {journey.root / 'dataset'} (24 copied as they are, 0 shrunk, ")
+    assert again.out.startswith(f"24 photographs in {journey.root / 'dataset'} (24 copied unchanged, 0 shrunk, ")
     assert f"left out {journey.root / 'photos' / 'broken.png'}: " in again.err
 
 

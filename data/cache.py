@@ -129,7 +129,8 @@ def _missing_jobs(cache: Cache, samples: Sequence[Sample], encoder: LatentEncode
         for key, crop in zip(sample.latent_keys, sample.crops, strict=True):
             if key != latent_key(sample.photo, crop, sample.bucket, encoder.fingerprint, cache.dtype):
                 raise UserError(
-                    f"the samples were planned for a VAE or dtype other than {encoder.fingerprint[:16]}, {cache.dtype}; "
+                    "the samples were planned for a VAE or dtype other than "
+                    f"{encoder.fingerprint[:16]}, {cache.dtype}; "
                     "plan them with this encoder's fingerprint and the cache's dtype"
                 )
             jobs.setdefault(key, _Job(key, sample.photo, crop, sample.bucket))
@@ -201,8 +202,8 @@ def fill_latents(
 
     Claims the cache if there are any; the caller releases it. Threads decode the next batches while one is encoded.
     progress(rows done, rows to encode) is called after each batch.
-    Raises ValueError if a photo changed since it was prepared (even if its rows are cached), if the samples were planned
-    for another VAE or dtype, and if latents are not finite.
+    Raises ValueError if a photo changed since it was prepared (even if its rows are cached), if the samples were
+    planned for another VAE or dtype, and if latents are not finite.
     """
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size} is below 1; use 4")

@@ -1,4 +1,4 @@
-"""Find a photo's captions: in sidecar files, in Hugging Face imagefolder tables (metadata.jsonl), or in its file name."""
+"""Find a photo's captions: in a sidecar file, in a Hugging Face imagefolder table (metadata.jsonl), or in its name."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _CAMERA_NAME = re.compile(
 
 
 def is_camera_name(caption: str) -> bool:
-    """Return whether a caption is a camera's file name, such as IMG or DSC01234, which training would learn as a word."""
+    """Return whether a caption is a camera's file name, such as IMG or DSC01234: the model would learn it as a word."""
     return _CAMERA_NAME.fullmatch(caption) is not None
 
 
@@ -138,7 +138,7 @@ class CaptionReader:
         text = caption_of_name(photo.stem)
         if not text:
             self.warnings.append(
-                f"{printable(photo)} has no caption, not even in its file name; it will be trained with an empty caption"
+                f"{printable(photo)} has no caption, not even in its file name; it will be trained on with an empty one"
             )
         return Caption((text,), FILE_NAME)
 
@@ -173,7 +173,7 @@ class CaptionReader:
             return content.decode(encoding, errors="replace")
 
     def _table(self, path: Path) -> dict[str, Caption]:
-        """Return a table's captions by normalized file name, {} if the table does not exist. Each table is read once."""
+        """Return a table's captions by normalized file name, {} if there is no such table. Each table is read once."""
         if path not in self._tables:
             self._tables[path] = self._read_table(path) if os.path.isfile(path) else {}
         return self._tables[path]

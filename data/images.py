@@ -48,7 +48,7 @@ MAX_SIDE_PX = {"jpeg": 65500, "webp": 16383}
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")
 # decoding an image of this many pixels can take a GiB, so larger ones are decoded one at a time
 LARGE_PIXELS = 40_000_000
-# draft mode keeps at least this many times the target size, so that LANCZOS does the last, visible part of the shrinking
+# draft mode keeps at least this many times the target size, so that LANCZOS does the last part, which is visible
 DRAFT_GAP = 2
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -85,7 +85,7 @@ class Decoded:
 
 
 def shrunk_size(width: int, height: int, max_megapixels: float | None) -> tuple[int, int]:
-    """Return the largest (width, height) px of this aspect ratio within max_megapixels * 10^6 pixels; never enlarges."""
+    """Return (width, height) in px scaled down, if need be, to at most max_megapixels * 10^6 pixels."""
     if max_megapixels is None or width * height <= max_megapixels * 1e6:
         return width, height
     scale = math.sqrt(max_megapixels * 1e6 / (width * height))
@@ -268,8 +268,8 @@ def encode(image: Image.Image, image_format: str, quality: int) -> tuple[bytes, 
     """
     if max(image.size) > MAX_SIDE_PX[image_format]:
         raise RejectedImage(
-            f"{image.size[0]} x {image.size[1]} px: {image_format} allows at most {MAX_SIDE_PX[image_format]} px a side; "
-            "crop it, or lower --max-megapixels"
+            f"{image.size[0]} x {image.size[1]} px: {image_format} allows at most {MAX_SIDE_PX[image_format]} px "
+            "a side; crop it, or lower --max-megapixels"
         )
     buffer = io.BytesIO()
     if image_format == "webp":

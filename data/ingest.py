@@ -1,4 +1,4 @@
-"""`safelight prepare`: turns folders of photos into a dataset folder with images/, manifest.jsonl and rejected.jsonl."""
+"""`safelight prepare`: turn folders of photos into a dataset folder with images/, manifest.jsonl and rejected.jsonl."""
 
 from __future__ import annotations
 

@@ -235,7 +235,8 @@ class Cache:
             array = np.ascontiguousarray(array, dtype=np.dtype(self.dtype).newbyteorder("<"))
         if not np.isfinite(array).all():
             raise UserError(
-                f"{kind} rows contain values that are not finite in {self.dtype}; encode in fp32, or use a float32 cache"
+                f"{kind} rows contain values that are not finite in {self.dtype}; "
+                "encode in fp32, or use a float32 cache"
             )
         num_added = 0
         with self._transaction():
@@ -258,7 +259,7 @@ class Cache:
         return num_added
 
     def _row(self, address: _Address) -> np.ndarray:
-        """Return a row as a view of its shard's memory map. Raises CorruptRow if it is cut off or its checksum differs."""
+        """Return a row as a view of its shard's memory map. Raises CorruptRow if its file is cut or its CRC differs."""
         with self._lock:
             rows = self._maps.get(address.shard)
             # an address past the end of the map: the shard has grown since it was mapped

@@ -1,4 +1,4 @@
-"""Find the files that `safelight prepare` reads: walks its sources in sorted order and gives each file a caption reader."""
+"""Find the files that `safelight prepare` reads: its sources are walked in sorted order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text shown to people or written to files: escaped file names, text that UTF-8 can encode, and counts with their noun."""
+"""Text for people and files: escaping what would break a line or cannot be encoded, and counting nouns."""
 
 from __future__ import annotations
 

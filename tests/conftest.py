@@ -1,4 +1,7 @@
-"""Fixtures for all tests: a small prepared dataset and the config of a small run. Each test process uses one torch thread."""
+"""Fixtures for all tests: a small prepared dataset and the config of a small run.
+
+Each test process uses one torch thread.
+"""
 
 import copy
 import os

@@ -1,4 +1,4 @@
-"""The summary that `safelight prepare` prints: what was left out and why, where captions come from, what to run next."""
+"""The summary that `safelight prepare` prints: what was left out and why, where captions came from, what comes next."""
 
 from __future__ import annotations
 

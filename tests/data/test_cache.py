@@ -172,7 +172,7 @@ def test_another_vae_or_dtype_adds_its_own_rows_and_leaves_the_others(filled, no
 
 
 def test_an_edited_photo_is_noticed_and_only_its_rows_are_encoded_again(tmp_path, fakes, make_noise):
-    """Edited in the dataset it is an error, though its rows are cached; edited at its source and prepared, it gets new rows."""
+    """Edited in the dataset it is an error, though its rows are cached; edited at its source it gets new rows."""
     source, dataset = tmp_path / "source", tmp_path / "dataset"
     source.mkdir()
     for i in range(3):

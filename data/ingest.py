@@ -243,7 +243,7 @@ def ingest(
     if dataset.exists() and not dataset.is_dir():
         raise UserError(f"dataset {dataset} is a file; give a folder")
     files, readers = find_files(sources, dataset)
-    with FolderLock(dataset, "wait for it to finish, or choose another dataset folder with -o") as lock:
+    with FolderLock(dataset, "wait until it ends, or choose another dataset folder with -o") as lock:
         summary = IngestSummary(warnings=[lock.note] if lock.note else [])
         _ingest(sources, files, readers, dataset, summary, max_megapixels, quality, image_format, progress)
     return summary

@@ -18,7 +18,7 @@ def run_child(dataset, cache_path, how, at, **options):
 
 
 def test_kill_at_any_moment_loses_at_most_a_batch(tmp_path, noise_dataset, fakes, filled):
-    """Killed during a write, before the commit, after it, and at a random time; filling the rest gives the same rows."""
+    """Killed during a write, before the commit, after it, and at any time; filling the rest gives the same rows."""
     reference_cache, samples = filled
     keys = all_keys(samples)
     path = tmp_path / "killed"

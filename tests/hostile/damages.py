@@ -1,7 +1,7 @@
 """Damage to existing datasets, caches and run folders, by accident, by hand or by the disk.
 
-A case gets a folder with `dataset/` (eight photographs and a complete cache), `run/` (a finished run with checkpoints of
-steps 1 and 2) and the `run.toml` they were made with.
+A case gets a folder with `dataset/` (eight photographs and a complete cache), `run/` (a finished run with checkpoints
+of steps 1 and 2) and the `run.toml` they were made with.
 """
 
 from __future__ import annotations

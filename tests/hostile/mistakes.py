@@ -58,7 +58,7 @@ def only_text(folder: Path) -> None:
 
 
 def a_pickle(folder: Path) -> list[str]:
-    """Make a base whose UNet is a pickle that would create a folder if loaded; return the option that names the base."""
+    """Make a base whose UNet is a pickle that would create a folder if loaded; return the option that selects it."""
     import pickle
     import shutil
 

@@ -116,7 +116,7 @@ def test_damaged_weights_are_reported_before_anything_is_encoded(place, tmp_path
 
 
 def test_a_run_whose_dataset_is_missing_says_which_folder_to_start_in(place, call):
-    """A run stores its dataset's path as given, usually relative, so it is valid only in the folder of the first start."""
+    """A run stores its dataset's path as given, usually relative, so it is valid only where the run was started."""
     (place / "dataset").rename(place / "elsewhere")
     call("compare", str(place / "run"), "--num", "1").assert_refused(
         "compare", "is not here, and its captions with it; start from the folder the run was started from"

@@ -177,7 +177,7 @@ def test_it_runs_in_a_notebook_runner(tmp_path):
 
 @pytest.mark.slow
 def test_it_runs_on_the_tiny_base(cells, tmp_path):
-    """Every code cell but the installation, on a CPU with the tiny preset; then again, as after a disconnected session."""
+    """Every code cell but the installation, on a CPU with the tiny preset; again, as after a disconnected session."""
     photographs(tmp_path)
     script = ["import os", f"os.chdir({str(tmp_path)!r})", "def display(*x): pass", "_exit_code = 0"]
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from safelight.trainer.report.run_reader import Metrics, Validation
 
-# Fine-tuning changes held-out loss by a few per cent at most. After the best point the loss has risen only if it rose by
-# more than this fraction of the loss and more than this fraction of the gain so far.
+# Fine-tuning changes held-out loss by a few per cent at most. After the best point, the loss has risen only if it rose
+# by more than this fraction of the loss and more than this fraction of the gain so far.
 MIN_RISE_OF_LOSS = 0.0025
 MIN_RISE_OF_GAIN = 0.1
 

@@ -220,7 +220,8 @@ function draw(){var group=shown[at],row=document.createElement('div'),text=docum
 document.querySelectorAll('[data-zoom]').forEach(function(holder){
  var images=Array.from(holder.querySelectorAll('img'));if(!images.length)return;
  var index=shown.push({images:images,text:holder.dataset.zoom})-1;
- images.forEach(function(image){var button=document.createElement('button');button.className='zoom';button.type='button';
+ images.forEach(function(image){var button=document.createElement('button');
+  button.className='zoom';button.type='button';
   button.setAttribute('aria-label','Enlarge: '+image.alt);image.replaceWith(button);button.append(image);
   button.addEventListener('click',function(){at=index;draw();dialog.showModal()})})});
 document.body.append(dialog);

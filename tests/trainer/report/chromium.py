@@ -86,7 +86,7 @@ SVG_TEXTS = """svg => [...svg.querySelectorAll('text')].map(t => {
 
 
 def assert_sound(opened: Opened) -> None:
-    """Assert no messages, violations, requests, broken images or overflow, and enough contrast in light and dark mode."""
+    """Assert no messages, violations, requests, broken images or overflow, and enough contrast in both modes."""
     page = opened.page
     assert opened.messages == []
     assert opened.violations() == []

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: written beside their place, synced, then renamed into it."""
+"""Atomic file writes: to a temporary file in the same folder, synced, then renamed into place."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames and new files in `folder` survive a power cut; nothing to do where folders cannot be opened."""
+    """Make renames and new files in `folder` survive a power cut; does nothing on systems that cannot open folders."""
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -28,7 +28,7 @@ def sync_file(path: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Put a path's name into errors of the system that name no file: a failed write does not say of what."""
+    """Add the path to an OSError that names no file: a failed write, for one, does not say which file it was."""
     try:
         yield
     except OSError as error:
@@ -38,14 +38,14 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def atomic_write_bytes(path: Path, data: bytes, sync: bool = True) -> None:
-    """Replace `path` by a file holding `data`; its folder is made. A reader or a crash sees the old file or the new.
+    """Replace `path` by a file holding `data`. Readers, also after a crash, see either the old file or the new one.
 
-    sync: False where the caller syncs file and folder itself, before anything refers to the file: until then a power cut
-    may leave it empty.
+    Creates the folder if needed. sync: pass False if the caller syncs file and folder itself before anything refers to
+    the file; until then a power cut may leave it empty.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # process and thread in the name: two writers of one path must not share a temporary file
+    # the name includes process and thread: two writers of one path must not share a temporary file
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         with naming(path), open(temporary, "wb") as file:
@@ -62,5 +62,5 @@ def atomic_write_bytes(path: Path, data: bytes, sync: bool = True) -> None:
 
 
 def atomic_write_text(path: Path, text: str) -> None:
-    """Replace `path` by a UTF-8 file holding `text`, newlines as given."""
+    """Replace `path` by a UTF-8 file holding `text`. Newlines are written unchanged."""
     atomic_write_bytes(path, text.encode("utf-8"))

@@ -81,7 +81,7 @@ class RowSource:
 
 
 class Transport(Protocol):
-    """What takes batches to a device: side_stream.SideStream. send: in the loader's thread; receive: in the consumer's."""
+    """Copies batches to a device, as SideStream does. send runs in the loader's thread, receive in the consumer's."""
 
     def send(self, batch: Batch) -> tuple[Batch, object]: ...
 
@@ -105,7 +105,7 @@ def plan_epoch(
     """Return the epoch's micro-batches in the order they are trained; every sample is in exactly one.
 
     Samples are shuffled, then fill the batches of their buckets in that order; what remains of a bucket is a shorter
-    batch; then the batches are shuffled. grouped: few changes of shape, long runs of each; the same batches, see `_grouped`.
+    batch; then the batches are shuffled. grouped: the same batches, reordered by shape, see `_grouped`.
     Raises ValueError for no samples, batch_size < 1 or a caption_dropout outside 0 to 1.
     """
     if not samples:

@@ -1,4 +1,4 @@
-"""The sizes a photo may be trained at, and the part of the photo that is taken for it."""
+"""Aspect-ratio buckets: the sizes that photos are trained at, and the crop of a photo that fills its bucket."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from safelight.errors import UserError
 from safelight.kernels.philox import Key, Purpose, uniforms
 
-# 3:2 is what cameras make: an exact bucket for it beats a fuller one of a near aspect, if it wastes not too much
+# most cameras shoot 3:2, so an exact 3:2 bucket is better than a larger one of nearly that aspect, unless it leaves too
+# much of the pixel budget unused
 CAMERA_ASPECT = (3, 2)
 MIN_CAMERA_FILL = 0.6
 
@@ -28,11 +29,12 @@ class Bucket:
 
 
 def make_buckets(resolution: int, multiple: int, max_aspect: float = 4.0) -> tuple[Bucket, ...]:
-    """Return all buckets of a pixel budget of resolution^2, sorted, mirrored pairs among them.
+    """Return the buckets for a pixel budget of resolution^2, sorted; with (w, h) there is always (h, w).
 
-    Of the sizes (w, h) in multiples of `multiple` with w * h <= resolution^2 and aspect from 1/max_aspect to
-    max_aspect, those that no other contains; and the largest exact 3:2 and 2:3 that fill 60 % of the budget or more.
-    Raises ValueError for a resolution that is no multiple (naming the two nearest) or under two multiples, or for
+    Candidates are the sizes in multiples of `multiple` with w * h <= resolution^2 and an aspect from 1/max_aspect to
+    max_aspect. Returns those that do not fit inside another candidate, and the largest exact 3:2 and 2:3 if they fill
+    60 % of the budget or more.
+    Raises ValueError for a resolution that is not a multiple (naming the two nearest) or below two multiples, and for
     max_aspect < 1.
     """
     if multiple < 1 or max_aspect < 1:
@@ -48,7 +50,7 @@ def make_buckets(resolution: int, multiple: int, max_aspect: float = 4.0) -> tup
         rows = min(side * side // columns, math.floor(columns * max_aspect))
         if rows and columns / rows <= max_aspect:
             tallest[columns] = rows
-    # wider ones are met first, so a height seen before, or a lower one, is contained in an earlier bucket
+    # from the widest on: a bucket no higher than the highest so far fits inside an earlier one
     cells, highest = [], 0
     for columns in sorted(tallest, reverse=True):
         if tallest[columns] > highest:
@@ -62,10 +64,10 @@ def make_buckets(resolution: int, multiple: int, max_aspect: float = 4.0) -> tup
 
 
 def nearest_bucket(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket:
-    """Return the bucket of the nearest aspect by |log ratio|; of equals the larger, then the first in order."""
+    """Return the bucket with the nearest aspect by |log ratio|. Ties: the larger one, then the first in sort order."""
 
     def distance(bucket: Bucket) -> tuple[float, int, Bucket]:
-        # rounded: a ratio and its inverse have logarithms that differ in the last place
+        # rounded: the logarithms of a ratio and its inverse can differ in the last bit
         return round(abs(math.log(bucket.aspect * height / width)), 9), -bucket.width * bucket.height, bucket
 
     return min(buckets, key=distance)
@@ -74,7 +76,7 @@ def nearest_bucket(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket
 def drawn_crop_box(
     width: int, height: int, bucket: Bucket, draws: Sequence[float] | None, crop_jitter: float
 ) -> tuple[int, int, int, int]:
-    """Return `crop_box` for draws already made: three uniforms in (0, 1), or None for the canonical crop."""
+    """Return what `crop_box` does, given its draws: three uniforms in (0, 1), or None for the canonical crop."""
     if not 0 <= crop_jitter < 1:
         raise UserError(f"crop_jitter {crop_jitter} is outside 0 <= crop_jitter < 1; use 0.1, or 0 for none")
     if width * bucket.height >= height * bucket.width:
@@ -94,11 +96,11 @@ def drawn_crop_box(
 def crop_box(
     width: int, height: int, bucket: Bucket, key_seed: int, sample_id: int, variant: int, crop_jitter: float
 ) -> tuple[int, int, int, int]:
-    """Return (left, top, right, bottom) px: the window of a width x height photo that fills the bucket.
+    """Return (left, top, right, bottom) in px: the part of a width x height photo that is resized to the bucket.
 
-    Variant 0 is the canonical crop, the largest window of the bucket's aspect, centred; validation uses it. Variants
-    from 1 shrink it by U(0, crop_jitter) of its sides and place it anywhere, by the draws of (key_seed, CROP,
-    sample_id, occurrence = variant). Raises ValueError unless 0 <= crop_jitter < 1.
+    Variant 0 is the canonical crop: the largest window of the bucket's aspect, centred. Validation uses it. Other
+    variants shrink its sides by a fraction from U(0, crop_jitter) and place it anywhere in the photo, by the draws of
+    (key_seed, CROP, sample_id, occurrence = variant). Raises ValueError unless 0 <= crop_jitter < 1.
     """
     draws = uniforms(Key(key_seed, Purpose.CROP, sample_id, occurrence=variant), 3) if variant else None
     return drawn_crop_box(width, height, bucket, draws, crop_jitter)
@@ -111,7 +113,7 @@ def check_flip_p(flip_p: float) -> None:
 
 
 def is_flipped(seed: int, sample_id: int, variant: int, flip_p: float) -> bool:
-    """Return whether a variant is mirrored: variant 0 never, the others with probability flip_p.
+    """Return whether a variant is mirrored: variant 0 never is, the others are with probability flip_p.
 
     Raises ValueError unless 0 <= flip_p <= 1.
     """

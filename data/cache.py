@@ -1,6 +1,6 @@
-"""What is encoded once and trained on often: latents and text embeddings, made where the cache lacks them.
+"""Fill the cache: encode the latents and text embeddings that it lacks, once, so that training reads them every epoch.
 
-The encoders come as arguments, so that nothing here knows diffusers or transformers.
+The encoders are passed as arguments, so that this module depends on neither diffusers nor transformers.
 Shapes: B batch, C channels, H x W, T tokens, D embedding.
 """
 
@@ -48,7 +48,7 @@ Progress = Callable[[int, int], None]
 
 
 class LatentEncoder(Protocol):
-    """A frozen VAE. fingerprint: hash of weights and precision. factor: px a latent side."""
+    """A frozen VAE. fingerprint: hash of its weights and precision. factor: pixels per latent, along each side."""
 
     fingerprint: str
     latent_channels: int
@@ -56,12 +56,15 @@ class LatentEncoder(Protocol):
     has_posterior: bool
 
     def encode(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return (mean, logvar or None), (B, C, H / factor, W / factor), unscaled; pixels float32 in [-1, 1]."""
+        """Return (mean, logvar or None), each (B, C, H / factor, W / factor), without the VAE's scaling factor.
+
+        pixels_BCHW: float32 in [-1, 1].
+        """
         ...
 
 
 class TextEncoder(Protocol):
-    """A frozen text encoder. fingerprint: hash of weights, tokenizer and clip skip."""
+    """A frozen text encoder. fingerprint: hash of its weights, tokenizer and clip skip."""
 
     fingerprint: str
     num_tokens: int
@@ -74,7 +77,7 @@ class TextEncoder(Protocol):
 
 @dataclass(frozen=True)
 class _Job:
-    """A latent row to make."""
+    """A latent row to encode."""
 
     key: str
     photo: Photo
@@ -83,7 +86,7 @@ class _Job:
 
 
 def _photo_content(path: Path, photo: Photo) -> bytes:
-    """Return the bytes of a photo's file. Raises ValueError unless they are those that were prepared."""
+    """Return the bytes of a photo's file. Raises ValueError if it changed since it was prepared."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -96,10 +99,10 @@ def _photo_content(path: Path, photo: Photo) -> bytes:
 
 
 def _check_photos(cache: Cache, dataset: Path, samples: Sequence[Sample]) -> None:
-    """Raise ValueError for a photo whose file is gone or changed since it was prepared, its rows cached or not.
+    """Raise ValueError if a photo's file is missing or changed since it was prepared, even if its rows are cached.
 
-    A file of the size and time it had when its content was last checked is taken as unchanged: a start costs one stat a
-    photo, not a reading of them all.
+    A file whose size and modification time are those of the last check counts as unchanged, so starting a run costs
+    one stat per photo instead of reading them all.
     """
     seen = cache.seen_photos()
     fresh = {}
@@ -120,13 +123,14 @@ def _check_photos(cache: Cache, dataset: Path, samples: Sequence[Sample]) -> Non
 
 
 def _missing_jobs(cache: Cache, samples: Sequence[Sample], encoder: LatentEncoder) -> list[_Job]:
-    """Return the rows to make, the variants of a photo side by side so that it is decoded once."""
+    """Return the rows to encode, with the variants of a photo next to each other so that it is decoded once."""
     jobs = {}
     for sample in samples:
         for key, crop in zip(sample.latent_keys, sample.crops, strict=True):
             if key != latent_key(sample.photo, crop, sample.bucket, encoder.fingerprint, cache.dtype):
                 raise UserError(
-                    f"the samples were planned for another VAE or dtype than {encoder.fingerprint[:16]}, {cache.dtype}; "
+                    "the samples were planned for a VAE or dtype other than "
+                    f"{encoder.fingerprint[:16]}, {cache.dtype}; "
                     "plan them with this encoder's fingerprint and the cache's dtype"
                 )
             jobs.setdefault(key, _Job(key, sample.photo, crop, sample.bucket))
@@ -146,7 +150,7 @@ def _batches_by_bucket(jobs: Sequence[_Job], batch_size: int) -> list[list[_Job]
 
 
 def _load_pixels(dataset: Path, jobs: list[_Job]) -> Tensor:
-    """Return the pixels of a batch, (B, 3, H, W). Raises ValueError for a photo that is not as the manifest says."""
+    """Return the pixels of a batch, (B, 3, H, W). Raises ValueError if a photo differs from its manifest entry."""
     pixels, decoded_file, image = [], None, None
     for job in jobs:
         path = dataset / job.photo.file
@@ -159,7 +163,7 @@ def _load_pixels(dataset: Path, jobs: list[_Job]) -> Tensor:
             decoded_file = job.photo.file
             if image.size != (job.photo.width, job.photo.height):
                 raise UserError(
-                    f"{path} is {image.size[0]} x {image.size[1]} px, the manifest says {job.photo.width} x "
+                    f"{path} is {image.size[0]} x {image.size[1]} px, but the manifest says {job.photo.width} x "
                     f"{job.photo.height}; run `safelight prepare` again"
                 )
         size_wh = (job.bucket.width, job.bucket.height)
@@ -168,18 +172,21 @@ def _load_pixels(dataset: Path, jobs: list[_Job]) -> Tensor:
 
 
 def _latent_rows(encoder: LatentEncoder, pixels_BCHW: Tensor, jobs: list[_Job]) -> np.ndarray:
-    """Return the batch's rows, (B, C or 2C, H, W) float32. Raises ValueError if the encoder does not keep its word."""
+    """Return the batch's rows, (B, C or 2C, H, W) float32, 2C with a posterior: mean, then logvar.
+
+    Raises ValueError if the encoder returns a wrong shape or values that are not finite.
+    """
     mean, logvar = encoder.encode(pixels_BCHW)
     batch, _, height, width = pixels_BCHW.shape
     expected = (batch, encoder.latent_channels, height // encoder.factor, width // encoder.factor)
     parts = [mean] if logvar is None else [mean, logvar]
     if (logvar is not None) != encoder.has_posterior or any(tuple(part.shape) != expected for part in parts):
         shapes = [tuple(part.shape) for part in parts]
-        raise UserError(f"the VAE gave latents of shapes {shapes} for {height} x {width} px, not {expected} each")
+        raise UserError(f"the VAE returned latents of shapes {shapes} for {height} x {width} px, expected {expected}")
     rows = torch.cat(parts, dim=1).detach().to("cpu", torch.float32).numpy()
     for job, row in zip(jobs, rows, strict=True):
         if not np.isfinite(row).all():
-            raise UserError(f"the VAE gave latents that are not finite for {job.photo.file}; run it in fp32 or bf16")
+            raise UserError(f"the VAE returned non-finite latents for {job.photo.file}; run it in fp32 or bf16")
     return rows
 
 
@@ -191,11 +198,12 @@ def fill_latents(
     batch_size: int,
     progress: Progress | None = None,
 ) -> int:
-    """Return how many latent rows were made: those of the samples that the cache lacks or holds damaged.
+    """Encode the latent rows of the samples that are missing from the cache or damaged; return how many were added.
 
-    Claims the cache, which the caller releases, if there are any. The next batches are decoded on threads while one is encoded. progress(rows done, rows to make) after each batch.
-    Raises ValueError for a photo that changed since it was prepared, its rows cached or not, for samples planned with another VAE or
-    dtype, and for latents that are not finite.
+    Claims the cache if there are any; the caller releases it. Threads decode the next batches while one is encoded.
+    progress(rows done, rows to encode) is called after each batch.
+    Raises ValueError if a photo changed since it was prepared (even if its rows are cached), if the samples were
+    planned for another VAE or dtype, and if latents are not finite.
     """
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size} is below 1; use 4")
@@ -207,7 +215,7 @@ def fill_latents(
     kind = "posterior" if encoder.has_posterior else "latent"
     batches = deque(_batches_by_bucket(jobs, batch_size))
     pending: deque = deque()
-    num_made = num_done = 0
+    num_added = num_done = 0
     executor = ThreadPoolExecutor(_BATCHES_AHEAD, thread_name_prefix="decode")
     try:
         while batches or pending:
@@ -216,23 +224,22 @@ def fill_latents(
                 pending.append((batch, executor.submit(_load_pixels, dataset, batch)))
             batch, future = pending.popleft()
             rows = _latent_rows(encoder, future.result(), batch)
-            num_made += cache.append(kind, [job.key for job in batch], rows)
+            num_added += cache.append(kind, [job.key for job in batch], rows)
             num_done += len(batch)
             if progress is not None:
                 progress(num_done, len(jobs))
     finally:
         executor.shutdown(cancel_futures=True)
-    return num_made
+    return num_added
 
 
 def fill_texts(
     cache: Cache, captions: Iterable[str], encoder: TextEncoder, batch_size: int, progress: Progress | None = None
 ) -> int:
-    """Return how many text rows were made: those of the captions, and of the empty one, that the cache lacks or holds
-    damaged. Claims the cache, which the caller releases, if there are any.
+    """Encode the captions, and the empty one, that are missing from the cache or damaged; return how many were added.
 
-    progress(rows done, rows to make) after each batch. Raises ValueError if the embeddings have another shape than
-    (B, num_tokens, embedding_dim).
+    Claims the cache if there are any; the caller releases it. progress(rows done, rows to encode) is called after each
+    batch. Raises ValueError if the shape of the embeddings is not (B, num_tokens, embedding_dim).
     """
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size} is below 1; use 16")
@@ -241,14 +248,15 @@ def fill_texts(
     missing = cache.missing(list(caption_of_key))
     if missing:
         cache.claim()
-    num_made = 0
+    num_added = 0
     for start in range(0, len(missing), batch_size):
         keys = missing[start : start + batch_size]
         embeddings_BTD = encoder.encode([caption_of_key[key] for key in keys])
         expected = (len(keys), encoder.num_tokens, encoder.embedding_dim)
         if tuple(embeddings_BTD.shape) != expected:
-            raise UserError(f"the text encoder gave embeddings of shape {tuple(embeddings_BTD.shape)}, not {expected}")
-        num_made += cache.append("text", keys, embeddings_BTD.detach().to("cpu", torch.float32).numpy())
+            shape = tuple(embeddings_BTD.shape)
+            raise UserError(f"the text encoder returned embeddings of shape {shape}, expected {expected}")
+        num_added += cache.append("text", keys, embeddings_BTD.detach().to("cpu", torch.float32).numpy())
         if progress is not None:
             progress(start + len(keys), len(missing))
-    return num_made
+    return num_added

@@ -1,4 +1,4 @@
-"""What a photo shows, in words: sidecar files, Hugging Face imagefolder tables, or the file's name."""
+"""Find a photo's captions: in a sidecar file, in a Hugging Face imagefolder table (metadata.jsonl), or in its name."""
 
 from __future__ import annotations
 
@@ -18,37 +18,40 @@ from safelight.errors import UserError
 SIDECAR_SUFFIXES = (".txt", ".caption")
 TABLE_NAMES = ("metadata.jsonl", "captions.jsonl")
 TEXT_KEYS = ("text", "caption")
-# no encoder reads more than some hundred words: a longer file beside a photo is something else, a log or a book
+# text encoders read at most a few hundred words; a larger file beside a photo is something else, such as a log
 MAX_SIDECAR_BYTES = 2**20
 
 
 @dataclass(frozen=True)
 class Caption:
-    """texts: one or more variants. source: what they were read from, for a reader."""
+    """The captions of one photo. texts: one or more variants. source: where they were found, shown to the user."""
 
     texts: tuple[str, ...]
     source: str
 
 
-# the source of a caption that nobody wrote
+# `Caption.source` of a caption that nobody wrote
 FILE_NAME = "file name"
 
 
-# what cameras, phones and programs call a picture, and a number
-_NO_WORDS = re.compile(
+# names that cameras, phones and programs give to pictures, with their numbers
+_CAMERA_NAME = re.compile(
     r"(img|dsc[nf]?|dscf|cimg|imag|mvi|pxl|gopr?|dji|sam|wp|p|screenshot|image|photo|picture|untitled)?[\d\s.()-]*",
     re.IGNORECASE,
 )
 
 
-def says_nothing(caption: str) -> bool:
-    """Return whether a caption is a camera's name for a file, IMG or DSC01234, which would be trained as a word."""
-    return _NO_WORDS.fullmatch(caption) is not None
+def is_camera_name(caption: str) -> bool:
+    """Return whether a caption is a camera's file name, such as IMG or DSC01234: the model would learn it as a word."""
+    return _CAMERA_NAME.fullmatch(caption) is not None
 
 
 @dataclass(frozen=True)
 class Rejection:
-    """path: the file that is left out, or `table.jsonl:LINE` for a row (is_row). reason: why, for a reader."""
+    """A file that is not used, or one row of a caption table (is_row), whose path is then `table.jsonl:LINE`.
+
+    reason: why, shown to the user.
+    """
 
     path: str
     reason: str
@@ -56,9 +59,9 @@ class Rejection:
 
 
 def collapse(text: str) -> str:
-    """Return the text with every run of white space as one space and none at the ends; control characters are none.
+    """Return the text stripped, with every run of white space and control characters replaced by one space.
 
-    A half of a surrogate pair, which JSON can hold and UTF-8 cannot, becomes U+FFFD.
+    A lone surrogate, which JSON can contain but UTF-8 cannot encode, becomes U+FFFD.
     """
     if not text.isprintable():
         kinds = {"Cc": " ", "Cs": "\ufffd"}
@@ -67,19 +70,19 @@ def collapse(text: str) -> str:
 
 
 def caption_of_name(stem: str) -> str:
-    """Return the part of a file's stem before its first `_`, hyphens kept."""
+    """Return the caption that a file's stem gives: the part before its first `_`, hyphens kept."""
     return collapse(stem.split("_", 1)[0])
 
 
 def _row_texts(row: dict) -> tuple[str, ...]:
-    """Return the caption variants of a table's row. Raises ValueError if it has none."""
+    """Return the caption variants of a table row. Raises ValueError if it has none."""
     value = next((row[key] for key in TEXT_KEYS if row.get(key) is not None), None)
     if value is None:
         raise UserError("has neither 'text' nor 'caption'")
     texts = value if isinstance(value, list) else [value]
     if not all(isinstance(text, str) for text in texts):
         raise UserError(f"its text {reprlib.repr(value)} is neither a string nor a list of strings")
-    # a repeated variant would only be drawn more often; dict keeps the order
+    # repeats are removed, or training would draw them more often; a dict keeps the order
     texts = tuple(dict.fromkeys(collapse(text) for text in texts if text.strip()))
     if not texts:
         raise UserError("its text is empty")
@@ -87,20 +90,23 @@ def _row_texts(row: dict) -> tuple[str, ...]:
 
 
 def _row_name(row: dict) -> str:
-    """Return a row's file name relative to its table, normalised. Raises ValueError if it leads out of the folder."""
+    """Return a row's normalized file name, relative to its table. Raises ValueError if it leads out of the folder."""
     name = row.get("file_name")
     if not isinstance(name, str) or not name.strip():
         raise UserError("has no 'file_name'")
     name = storable(name)
     normal = posixpath.normpath(name)
     if posixpath.isabs(normal) or normal.split("/")[0] == "..":
-        raise UserError(f"file_name {name!r} lies outside the table's folder")
+        raise UserError(f"file_name {name!r} is outside the table's folder")
     return unicodedata.normalize("NFC", normal)
 
 
 @dataclass
 class CaptionReader:
-    """Finds the captions of photos below one source root; what it could not use is listed in its two lists."""
+    """Finds the captions of the photos below one source root.
+
+    rejections, warnings: what it could not use, added as `read` comes across it.
+    """
 
     root: Path
     rejections: list[Rejection] = field(default_factory=list)
@@ -110,19 +116,19 @@ class CaptionReader:
     def read(self, photo: Path) -> Caption:
         """Return the captions of a photo at or below the root.
 
-        First found wins: NAME.txt, NAME.caption; metadata.jsonl, captions.jsonl in the photo's folder, then in each
-        folder above up to the root; the file's name. An empty sidecar is passed over with a warning.
+        The first of these wins: NAME.txt; NAME.caption; metadata.jsonl or captions.jsonl in the photo's folder, then in
+        each folder above it up to the root; the file name. An empty sidecar is skipped with a warning.
         """
         for suffix in SIDECAR_SUFFIXES:
             sidecar = photo.with_suffix(suffix)
-            # not Path.is_file(), which raises for a name too long for the file system or a folder it may not enter
+            # not Path.is_file(), which raises if the name is too long or the folder must not be entered
             if not os.path.isfile(sidecar):
                 continue
             text = self._text(sidecar, MAX_SIDECAR_BYTES)
             if text is not None and collapse(text):
                 return Caption((collapse(text),), f"sidecar {suffix}")
             if text is not None:
-                self.warnings.append(f"{printable(sidecar)} is empty; the caption is taken from elsewhere")
+                self.warnings.append(f"{printable(sidecar)} is empty and was ignored")
         for folder in self._folders(photo):
             for table_name in TABLE_NAMES:
                 name = unicodedata.normalize("NFC", storable(photo.relative_to(folder).as_posix()))
@@ -132,39 +138,42 @@ class CaptionReader:
         text = caption_of_name(photo.stem)
         if not text:
             self.warnings.append(
-                f"{printable(photo)} has no caption and its name gives none; it trains with the empty caption"
+                f"{printable(photo)} has no caption, not even in its file name; it will be trained on with an empty one"
             )
         return Caption((text,), FILE_NAME)
 
     def _folders(self, photo: Path) -> list[Path]:
-        """Return the photo's folder and those above it, down to and including the root."""
+        """Return the photo's folder and the folders above it, up to and including the root."""
         below = photo.parent.relative_to(self.root).parts
         return [self.root.joinpath(*below[:depth]) for depth in range(len(below), -1, -1)]
 
     def _text(self, path: Path, max_bytes: int | None = None) -> str | None:
-        """Return a file as text, bytes that are not UTF-8 replaced; None if it cannot be read. Either is listed."""
+        """Return a file's text, invalid bytes replaced, or None if it is too large or cannot be read.
+
+        Adds a warning in each of these cases.
+        """
         try:
             size = path.stat().st_size
             if max_bytes is not None and size > max_bytes:
                 self.warnings.append(
-                    f"{printable(path)} is no caption: it has {size:,} bytes, more than {max_bytes:,}; it is not read"
+                    f"{printable(path)} was ignored: {size:,} bytes are too many for a caption (limit {max_bytes:,})"
                 )
                 return None
             content = path.read_bytes()
         except OSError as error:
             self.warnings.append(f"{printable(path)} cannot be read: {error.strerror}")
             return None
-        # UTF-16 with its mark is what Windows' editors call Unicode
+        # Windows editors save "Unicode" text as UTF-16 with a byte order mark
         is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         name, encoding = ("UTF-16", "utf-16") if is_utf16 else ("UTF-8", "utf-8-sig")
         try:
             return content.decode(encoding)
         except UnicodeDecodeError as error:
-            self.warnings.append(f"{printable(path)} is not {name} (byte {error.start}); the bad bytes are replaced")
+            self.warnings.append(f"{printable(path)} is not {name} (byte {error.start}); invalid bytes were replaced")
             return content.decode(encoding, errors="replace")
 
     def _table(self, path: Path) -> dict[str, Caption]:
-        """Return a table's captions by normalised file name; empty if there is no such table. Read once."""
+        """Return a table's captions by normalized file name, {} if there is no such table. Each table is read once."""
         if path not in self._tables:
             self._tables[path] = self._read_table(path) if os.path.isfile(path) else {}
         return self._tables[path]
@@ -172,7 +181,7 @@ class CaptionReader:
     def _read_table(self, path: Path) -> dict[str, Caption]:
         captions: dict[str, Caption] = {}
         shown = storable(str(path))
-        # not splitlines(): JSON strings may hold U+2028, which that splits at
+        # not splitlines(), which also splits at U+2028, a character that JSON strings may contain
         for number, line in enumerate((self._text(path) or "").split("\n"), start=1):
             if not line.strip():
                 continue
@@ -183,11 +192,11 @@ class CaptionReader:
                 name = _row_name(row)
                 if name in captions:
                     raise UserError(f"is a second row for {name}; give one row a list of texts instead")
-                # file systems keep a name as it was written: composed, or decomposed as macOS does
+                # file systems keep names as they were written: composed, or decomposed as on macOS
                 if not any(os.path.exists(path.parent / unicodedata.normalize(form, name)) for form in ("NFC", "NFD")):
                     raise UserError(f"names {name}, which does not exist")
-                how = row.get("caption_source")
-                source = f"{path.name}: {collapse(how)}" if isinstance(how, str) and how.strip() else path.name
+                origin = row.get("caption_source")
+                source = f"{path.name}: {collapse(origin)}" if isinstance(origin, str) and origin.strip() else path.name
                 captions[name] = Caption(_row_texts(row), source)
             except json.JSONDecodeError as error:
                 self.rejections.append(Rejection(f"{shown}:{number}", f"the row is not JSON: {error}", is_row=True))

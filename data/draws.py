@@ -1,4 +1,4 @@
-"""Many keyed draws in one call. One at a time they take half a minute for fifty thousand photos of four variants."""
+"""Many keyed random draws in one call. One at a time, 50,000 photos with four variants each take half a minute."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from safelight.kernels.philox import Key, philox_numpy
 def draw_words(keys: Sequence[Key]) -> np.ndarray:
     """Return (len(keys), 4) random words as uint64; row i equals philox.words(keys[i], 4).
 
-    Raises ValueError unless all keys have one seed.
+    Raises ValueError unless all keys have the same seed.
     """
     if not keys:
         return np.zeros((0, 4), np.uint64)
     if any(key.seed != keys[0].seed for key in keys):
-        raise UserError(f"keys of one seed can be drawn together, not of {len({key.seed for key in keys})}")
+        raise UserError(f"all keys must have the same seed, but these have {len({key.seed for key in keys})} seeds")
     k0, k1 = keys[0].words()[:2]
     c1, c2, c3 = np.array([key.words()[2:] for key in keys], dtype=np.uint64).T
     return np.stack(philox_numpy((0, c1, c2, c3), (k0, k1)), axis=-1).astype(np.uint64)
 
 
 def to_uniforms(words: np.ndarray) -> np.ndarray:
-    """Return the words as uniform float64 in (0, 1), as philox.uniforms does."""
+    """Return the words as uniform float64 values in (0, 1), equal to those of philox.uniforms."""
     return (words.astype(np.float64) + 0.5) / 2.0**32
 
 
 def to_integers(words: np.ndarray, bounds: Sequence[int]) -> np.ndarray:
-    """Return for each word an int64 in 0 .. bound-1, as philox.integers does. bounds: one a word."""
+    """Return an int64 in 0 .. bound-1 for each word, equal to those of philox.integers. bounds: one per word."""
     return ((words * np.array(bounds, dtype=np.uint64)) >> np.uint64(32)).astype(np.int64)

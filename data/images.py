@@ -1,4 +1,7 @@
-"""One image file: decoded whole or rejected with a reason, upright, RGB, no larger than it need be; and its pixels."""
+"""Read one image file: check it, decode it to upright RGB, shrink it, encode it; and crop it to training pixels.
+
+A file that cannot be used is rejected as a whole, with the reason.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from safelight.errors import UserError
 MIN_SIDE_PX = 16
 EXIF_ORIENTATION = 0x0112
 COPYABLE_FORMATS = {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}
-# of photographs. Pillow reads more, among them EPS, by handing the file to a program that runs what it says
+# formats of photographs. Pillow opens more; EPS, for one, by passing the file to Ghostscript, which executes it
 READABLE_FORMATS = (
     "JPEG",
     "MPO",
@@ -40,12 +43,12 @@ READABLE_FORMATS = (
     "PSD",
 )
 MAX_FILE_BYTES = 2**30
-# longest side in px that the encoders take
+# longest side, in px, that the formats allow
 MAX_SIDE_PX = {"jpeg": 65500, "webp": 16383}
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")
-# a picture of this many pixels takes up to a GiB while it is decoded: one at a time
+# decoding an image of this many pixels can take a GiB, so larger ones are decoded one at a time
 LARGE_PIXELS = 40_000_000
-# draft mode decodes at least this many times the wanted side, so that LANCZOS does the last and visible part
+# draft mode keeps at least this many times the target size, so that LANCZOS does the last part, which is visible
 DRAFT_GAP = 2
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -56,21 +59,21 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# pixels are hashed in strips that stay in the cache: a copy of a photograph's whole costs as much again as its hash
+# pixels are hashed in strips that fit the CPU cache: copying a whole photo takes as long as hashing it
 STRIP_BYTES = 2**18
 _one_large_image = threading.Lock()
 
 
 class RejectedImage(UserError):
-    """An image file that cannot be used; the message is the reason, for a reader."""
+    """An image file that cannot be used. The message is the reason shown to the user."""
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """image: RGB, upright, within the limit. format: Pillow's name of the file's format.
+    """A decoded image. image: RGB, upright, within the size limit. format: Pillow's name for the file's format.
 
-    is_copyable: the file already is what is wanted, so its bytes may be stored as they are. is_shrunk: it was over the
-    limit. content_sha256: of the decoded pixels before shrinking, equal for equal pictures. warning: or empty.
+    is_copyable: the file needs no change, so its bytes can be stored as they are. is_shrunk: it was over the limit.
+    content_sha256: hash of the decoded pixels before shrinking, equal for equal pictures. warning: may be empty.
     """
 
     image: Image.Image
@@ -82,7 +85,7 @@ class Decoded:
 
 
 def shrunk_size(width: int, height: int, max_megapixels: float | None) -> tuple[int, int]:
-    """Return (width, height) px of the same aspect with at most max_megapixels * 10^6 pixels, never enlarged."""
+    """Return (width, height) in px scaled down, if need be, to at most max_megapixels * 10^6 pixels."""
     if max_megapixels is None or width * height <= max_megapixels * 1e6:
         return width, height
     scale = math.sqrt(max_megapixels * 1e6 / (width * height))
@@ -91,34 +94,35 @@ def shrunk_size(width: int, height: int, max_megapixels: float | None) -> tuple[
 
 def _open(source: Path | io.BytesIO) -> Image.Image:
     Image.init()
-    # a plugin, such as HEIF's, may not be installed
+    # plugins, such as the one for HEIF, may be missing
     return Image.open(source, formats=[name for name in READABLE_FORMATS if name in Image.OPEN])
 
 
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(EXIF_ORIENTATION, 1))
-    except Exception:  # a damaged EXIF block raises anything; the pixels are still good
+    # a damaged EXIF block can raise anything, while the pixels are still good
+    except Exception:
         return 1
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Return a 16-bit, 32-bit or float image as 8-bit grey: by its depth if it has one, else by the range it uses."""
+    """Return a 16-bit, 32-bit or float image as 8-bit grey, scaled by its bit depth, or by its range if it has none."""
     values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all():
-        raise RejectedImage("holds values that are not finite; convert it to 8 or 16 bits")
+        raise RejectedImage("contains infinite or NaN pixels; convert it to 8 or 16 bits")
     peak = float(values.max(initial=0.0))
     if image.mode.startswith("I;16"):
         white = 65535.0
     else:
         white = next((level for level in (1.0, 255.0, 65535.0) if peak <= level), peak)
-        # whole numbers that stay at 0 and 1 are a dark picture, not a float one
+        # integers of at most 1 are a dark picture, not a float image
         white = 255.0 if white == 1.0 and image.mode == "I" else white
     return Image.fromarray(np.clip(np.rint(values * (255.0 / white)), 0, 255).astype(np.uint8), "L")
 
 
 def _flatten(image: Image.Image) -> Image.Image:
-    """Return the image in mode RGB, or CMYK as it is; transparency lies over white."""
+    """Return the image as RGB, transparency composited over white. CMYK is returned unchanged."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = _to_8_bit(image)
     if image.mode == "CMYK" or (image.mode == "RGB" and "transparency" not in image.info):
@@ -130,7 +134,7 @@ def _flatten(image: Image.Image) -> Image.Image:
 
 
 def _foreign_profile(icc: bytes | None) -> ImageCms.ImageCmsProfile | None:
-    """Return the image's colour profile if it has one of RGB or CMYK other than sRGB, None otherwise."""
+    """Return the colour profile if it is an RGB or CMYK profile other than sRGB, else None."""
     if not icc:
         return None
     try:
@@ -143,13 +147,13 @@ def _foreign_profile(icc: bytes | None) -> ImageCms.ImageCmsProfile | None:
 
 
 def _to_srgb(image: Image.Image, profile: ImageCms.ImageCmsProfile | None) -> tuple[Image.Image, str]:
-    """Return (the RGB or CMYK image as sRGB, a warning or "")."""
+    """Return (the RGB or CMYK image converted to sRGB, a warning or "")."""
     if profile is None or profile.profile.xcolor_space.strip() != image.mode:
         return image.convert("RGB"), ""
     try:
         converted = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except ImageCms.PyCMSError as error:
-        return image.convert("RGB"), f"its colour profile cannot be used ({error}); colours are taken as sRGB"
+        return image.convert("RGB"), f"its colour profile cannot be used ({error}); the colours are treated as sRGB"
     return converted, ""
 
 
@@ -157,7 +161,7 @@ def _decode(content: bytes, max_megapixels: float | None) -> Decoded:
     with _open(io.BytesIO(content)) as opened:
         width, height = opened.size
         if min(width, height) < MIN_SIDE_PX:
-            raise RejectedImage(f"{width} x {height} px is too small; a side needs {MIN_SIDE_PX} px")
+            raise RejectedImage(f"{width} x {height} px is too small; each side needs at least {MIN_SIDE_PX} px")
         with _one_large_image if width * height > LARGE_PIXELS else nullcontext():
             return _load(opened, max_megapixels)
 
@@ -173,14 +177,14 @@ def _digest(image: Image.Image) -> str:
 
 
 def _load(opened: Image.Image, max_megapixels: float | None) -> Decoded:
-    """Return an opened image decoded, `decode` says how."""
+    """Decode an opened image as described at `decode`."""
     width, height = opened.size
     file_format = opened.format or ""
-    wanted = shrunk_size(width, height, max_megapixels)
-    is_shrunk = wanted != (width, height)
+    target = shrunk_size(width, height, max_megapixels)
+    is_shrunk = target != (width, height)
     if is_shrunk:
-        # JPEG only, a no-op elsewhere: the decoder itself scales by 1/2, 1/4 or 1/8, several times faster
-        opened.draft(None, (wanted[0] * DRAFT_GAP, wanted[1] * DRAFT_GAP))
+        # for JPEG only, a no-op for other formats: the decoder scales by 1/2, 1/4 or 1/8, which is several times faster
+        opened.draft(None, (target[0] * DRAFT_GAP, target[1] * DRAFT_GAP))
     is_animated = getattr(opened, "is_animated", False)
     opened.load()
     orientation = _orientation(opened)
@@ -207,7 +211,7 @@ def _load(opened: Image.Image, max_megapixels: float | None) -> Decoded:
 
 @contextmanager
 def _rejecting() -> Iterator[None]:
-    """Turn whatever Pillow raises into RejectedImage with a reason."""
+    """Turn any exception that Pillow raises into RejectedImage with a reason."""
     try:
         yield
     except RejectedImage:
@@ -216,9 +220,10 @@ def _rejecting() -> Iterator[None]:
         raise RejectedImage("not an image that Pillow can read; convert it to JPEG or PNG") from error
     except Image.DecompressionBombError as error:
         limit = 2 * Image.MAX_IMAGE_PIXELS / 1e6
-        raise RejectedImage(f"more than {limit:.0f} megapixels, the limit against decompression bombs") from error
-    # Pillow's plugins raise SyntaxError, struct.error, KeyError and more on damaged files, and one bad file among
-    # thousands must not end the whole preparation
+        reason = f"has more than {limit:.0f} megapixels, the limit that guards against decompression bombs"
+        raise RejectedImage(reason) from error
+    # Pillow's plugins raise SyntaxError, struct.error, KeyError and more for damaged files, and one bad file among
+    # thousands must not stop `safelight prepare`
     except Exception as error:
         if isinstance(error, OSError) and error.strerror:
             raise RejectedImage(f"cannot be read: {error.strerror}") from error
@@ -226,52 +231,51 @@ def _rejecting() -> Iterator[None]:
 
 
 def decode(content: bytes, max_megapixels: float | None = None) -> Decoded:
-    """Return the first frame of an image file, ready to store or to train on.
+    """Return the first frame of an image file as upright sRGB, shrunk to max_megapixels (10^6 px; None: no limit).
 
-    content: the file's bytes. max_megapixels: 10^6 px, None for no limit. Raises RejectedImage with the reason.
+    content: the file's bytes. Raises RejectedImage with the reason.
     """
     with _rejecting():
         return _decode(content, max_megapixels)
 
 
 def read_file(path: Path) -> bytes:
-    """Return the bytes of an image file. Raises RejectedImage if its header is not an image's or it cannot be read."""
+    """Return the bytes of an image file. Raises RejectedImage if it cannot be read or is not an image by its header."""
     with _rejecting():
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
-            # to open a pipe is to wait for its writer, to read a device may never end
+            # opening a pipe blocks until someone writes to it, and reading a device may never end
             raise RejectedImage("not a regular file but a device, pipe or socket")
         if status.st_size == 0:
-            raise RejectedImage("an empty file")
+            raise RejectedImage("the file is empty")
         if status.st_size > MAX_FILE_BYTES:
-            raise RejectedImage(
-                f"has {status.st_size / 2**30:.1f} GiB, more than {MAX_FILE_BYTES / 2**30:.0f}; shrink it"
-            )
-        # the header first, so that a film or an archive is not read whole
+            size_gib, limit_gib = status.st_size / 2**30, MAX_FILE_BYTES / 2**30
+            raise RejectedImage(f"the file is {size_gib:.1f} GiB, over the limit of {limit_gib:.0f} GiB; shrink it")
+        # check the header first, so that a video or an archive is not read into memory
         with open(path, "rb") as file:
             header = file.read(16)
         if header[4:8] == b"ftyp" and header[8:12] in HEIC_BRANDS and "HEIF" not in Image.OPEN:
-            raise RejectedImage("HEIC, which cannot be decoded here; convert it to JPEG")
+            raise RejectedImage("HEIC files cannot be decoded here; convert it to JPEG")
         with _open(path):
             pass
         return path.read_bytes()
 
 
 def encode(image: Image.Image, image_format: str, quality: int) -> tuple[bytes, str]:
-    """Return (bytes, suffix) of an RGB image as "jpeg" (full colour resolution) or "webp" at a quality of 1 to 100.
+    """Return (bytes, file suffix) of an RGB image encoded as "jpeg" (no chroma subsampling) or "webp".
 
-    Raises RejectedImage for a side that the format cannot hold.
+    quality: 1 to 100. Raises RejectedImage if a side is longer than the format allows.
     """
     if max(image.size) > MAX_SIDE_PX[image_format]:
         raise RejectedImage(
-            f"{image.size[0]} x {image.size[1]} px: a side of {image_format} holds {MAX_SIDE_PX[image_format]} px; "
-            "crop it, or lower --max-megapixels"
+            f"{image.size[0]} x {image.size[1]} px: {image_format} allows at most {MAX_SIDE_PX[image_format]} px "
+            "a side; crop it, or lower --max-megapixels"
         )
     buffer = io.BytesIO()
     if image_format == "webp":
         image.save(buffer, "WEBP", quality=quality)
         return buffer.getvalue(), ".webp"
-    # without chroma subsampling: red edges are what the autoencoder's input loses first
+    # no chroma subsampling, which would blur saturated red edges before the VAE sees them
     image.save(buffer, "JPEG", quality=quality, subsampling=0, optimize=True)
     return buffer.getvalue(), ".jpg"
 
@@ -279,9 +283,9 @@ def encode(image: Image.Image, image_format: str, quality: int) -> tuple[bytes, 
 def crop_pixels(
     image: Image.Image, crop_box: tuple[int, int, int, int], size_wh: tuple[int, int], flip: bool
 ) -> np.ndarray:
-    """Return the crop of an RGB image, resampled by LANCZOS: (3, H, W) float32 in [-1, 1].
+    """Return the crop of an RGB image resampled to size_wh with LANCZOS: (3, H, W) float32 in [-1, 1].
 
-    crop_box: left, top, right, bottom in px. size_wh: (W, H) px. flip: mirrored left to right.
+    crop_box: left, top, right, bottom in px. size_wh: (W, H) in px. flip: mirror left to right.
     """
     resized = image.resize(size_wh, Image.Resampling.LANCZOS, box=crop_box)
     if flip:

@@ -1,4 +1,4 @@
-"""`safelight prepare`: folders of photos become a dataset folder with images/, manifest.jsonl and rejected.jsonl."""
+"""`safelight prepare`: turn folders of photos into a dataset folder with images/, manifest.jsonl and rejected.jsonl."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from safelight.data.captions import FILE_NAME, CaptionReader, Rejection
 from safelight.data.images import COPYABLE_FORMATS, RejectedImage, decode, encode, read_file
 from safelight.data.lock import FolderLock
 from safelight.data.manifest import IMAGES_FOLDER, MANIFEST_NAME, Photo, read_manifest, write_manifest
-from safelight.data.sources import Found, find_files
+from safelight.data.sources import SourceFile, find_files
 from safelight.data.text import printable, storable
 from safelight.errors import UserError
 
 REJECTED_NAME = "rejected.jsonl"
 MAX_STEM_CHARACTERS = 64
-# beyond this aspect the widest usual bucket, 4 : 1, shows less than half of a photo
+# beyond this aspect ratio even the widest usual bucket, 4 : 1, shows less than half of a photo
 MAX_SEEN_ASPECT = 8
-# files synced at once while the next photos are decoded: waiting for the disk one by one took half of the time
-NUM_SYNCS = 4
+# threads that sync stored files while the next photos are decoded: syncing one by one took half of the total time
+NUM_SYNC_THREADS = 4
 
 
 @dataclass
 class IngestSummary:
-    """What one call did. photos: the whole manifest after it; the rest counts this call alone."""
+    """What one call did. photos: the whole manifest after the call; all other fields describe this call alone."""
 
     photos: list[Photo] = field(default_factory=list)
     rejected: list[Rejection] = field(default_factory=list)
@@ -46,7 +46,7 @@ class IngestSummary:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A file as it will be stored."""
+    """A source file as it will be stored in the dataset."""
 
     data: bytes
     suffix: str
@@ -60,7 +60,7 @@ class _Prepared:
 
 
 def _prepare(path: Path, max_megapixels: float, image_format: str, quality: int) -> _Prepared | str:
-    """Return a file as it will be stored, or the reason why it cannot be used."""
+    """Return the file as it will be stored, or the reason why it cannot be used."""
     try:
         content = read_file(path)
         decoded = decode(content, max_megapixels)
@@ -73,8 +73,8 @@ def _prepare(path: Path, max_megapixels: float, image_format: str, quality: int)
     width, height = decoded.image.size
     warning = decoded.warning
     if max(width, height) > MAX_SEEN_ASPECT * min(width, height):
-        seen = f"{width} x {height} px, a strip: training sees the middle of it, a few times as long as it is wide"
-        warning = f"{warning}; {seen}" if warning else seen
+        too_narrow = f"{width} x {height} px is so long and narrow that training crops away more than half of it"
+        warning = f"{warning}; {too_narrow}" if warning else too_narrow
     return _Prepared(
         data,
         suffix,
@@ -88,7 +88,10 @@ def _prepare(path: Path, max_megapixels: float, image_format: str, quality: int)
 
 
 def _in_order(function: Callable, items: list) -> Iterable:
-    """Yield function(item) for each item in order, computed by threads a bounded way ahead (results hold images)."""
+    """Yield function(item) for each item in order.
+
+    Threads compute results ahead of the consumer, but only a few: each holds a whole image.
+    """
     num_workers = os.cpu_count() or 1
     executor = ThreadPoolExecutor(num_workers)
     pending: deque = deque()
@@ -104,15 +107,15 @@ def _in_order(function: Callable, items: list) -> Iterable:
 
 
 def _safe_stem(stem: str) -> str:
-    """Return a file stem of ASCII letters, digits, `-`, `_` and `.` that every file system takes."""
+    """Return the stem reduced to ASCII letters, digits, `-`, `_` and `.`, which every file system accepts."""
     plain = unicodedata.normalize("NFKD", stem).encode("ascii", "ignore").decode()
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", plain).strip("-.")[:MAX_STEM_CHARACTERS].strip("-.") or "photo"
 
 
 class _Collection:
-    """The manifest in the making: what was stored before, and what this call adds or renews.
+    """The new manifest while it is built: the photos of earlier calls, and those this call adds or replaces.
 
-    syncs: of the photos stored, by threads; all must have ended before the manifest names them.
+    syncs: pending syncs of stored photos; `flush` waits for them, before the manifest is written.
     """
 
     def __init__(self, dataset: Path, summary: IngestSummary, disk: ThreadPoolExecutor):
@@ -120,7 +123,7 @@ class _Collection:
         self.syncs: list[Future] = []
         self.photos: list[Photo] = []
         self.touched: set[int] = set()
-        # origin, content and stored hashes in one: they are all SHA-256, so never equal by chance
+        # hashes of original files, pixels and stored files share one dict: SHA-256 values never collide by chance
         self.index_of_hash: dict[str, int] = {}
         self.index_of_source: dict[str, int] = {}
         self.replaced_files: set[str] = set()
@@ -128,7 +131,7 @@ class _Collection:
             if (dataset / photo.file).is_file():
                 self._put(len(self.photos), photo)
             else:
-                summary.warnings.append(f"{photo.file} is gone from the dataset; its line leaves the manifest")
+                summary.warnings.append(f"{photo.file} no longer exists; its line was removed from the manifest")
 
     def _put(self, index: int, photo: Photo) -> None:
         self.photos[index : index + 1] = [photo]
@@ -137,27 +140,28 @@ class _Collection:
             if digest:
                 self.index_of_hash.setdefault(digest, index)
 
-    def add(self, found: Found, prepared: _Prepared) -> None:
-        """Store a prepared file and put it in the manifest, or list it as a duplicate."""
+    def add(self, source: SourceFile, prepared: _Prepared) -> None:
+        """Store a prepared file and add it to the manifest, or list it as a duplicate."""
         sha256 = hashlib.sha256(prepared.data).hexdigest()
         hashes = (prepared.origin_sha256, prepared.content_sha256, sha256)
         index = next((self.index_of_hash[digest] for digest in hashes if digest in self.index_of_hash), None)
-        # a photo met again at its own place is being prepared anew; anywhere else it is a duplicate
-        if index is not None and (index in self.touched or self.photos[index].source != found.label):
+        # the same picture from the same source is prepared again; from any other source it is a duplicate
+        if index is not None and (index in self.touched or self.photos[index].source != source.label):
             self.summary.num_duplicates += 1
             reason = f"same picture as {self.photos[index].source}"
-            if self._takes_caption(index, found):
-                reason += ", which takes its caption"
-            self.summary.rejected.append(Rejection(storable(str(found.path)), reason))
+            if self._adopt_caption(index, source):
+                reason += ", which now uses the caption of this file"
+            self.summary.rejected.append(Rejection(storable(str(source.path)), reason))
             return
-        earlier = self.index_of_source.get(found.label)
+        earlier = self.index_of_source.get(source.label)
         if index is None and earlier is not None and earlier not in self.touched:
             self.summary.warnings.append(
-                f"{printable(found.path)} changed since it was prepared; {self.photos[earlier].file} is kept beside the new one "
-                f"(to drop it, delete that file and prepare again)"
+                f"{printable(source.path)} changed since it was last prepared; the dataset keeps the earlier version, "
+                f"{self.photos[earlier].file}, as well (to remove it, delete that file and run `safelight prepare` "
+                "again)"
             )
         old = self.photos[index] if index is not None else None
-        file = f"{IMAGES_FOLDER}/{_safe_stem(found.path.stem)}-{sha256[:8]}{prepared.suffix}"
+        file = f"{IMAGES_FOLDER}/{_safe_stem(source.path.stem)}-{sha256[:8]}{prepared.suffix}"
         if old is not None and old.sha256 == sha256:
             file = old.file
         elif old is not None:
@@ -166,14 +170,14 @@ class _Collection:
         if not stored.is_file() or stored.read_bytes() != prepared.data:
             atomic_write_bytes(stored, prepared.data, sync=False)
             self.syncs.append(self.disk.submit(sync_file, stored))
-        caption = found.reader.read(found.path)
+        caption = source.reader.read(source.path)
         photo = Photo(
             file,
             sha256,
             prepared.width,
             prepared.height,
             caption.texts,
-            found.label,
+            source.label,
             caption.source,
             prepared.origin_sha256,
             prepared.content_sha256,
@@ -184,27 +188,30 @@ class _Collection:
         self.summary.num_shrunk += prepared.is_shrunk
         self.summary.num_copied += prepared.is_copied
         if prepared.warning:
-            self.summary.warnings.append(f"{printable(found.path)}: {prepared.warning}")
+            self.summary.warnings.append(f"{printable(source.path)}: {prepared.warning}")
 
-    def settle(self) -> None:
-        """Return when every photo stored would survive a power cut."""
+    def flush(self) -> None:
+        """Wait until every stored photo would survive a power cut."""
         for sync in self.syncs:
             sync.result()
         if self.syncs:
             sync_folder(self.dataset / IMAGES_FOLDER)
 
-    def _takes_caption(self, index: int, found: Found) -> bool:
-        """Give a photo that is captioned by its file's name alone what was written for its duplicate; return whether there is."""
+    def _adopt_caption(self, index: int, duplicate: SourceFile) -> bool:
+        """Return whether a photo took over the caption of its duplicate.
+
+        It does if its own caption is only a file name and somebody wrote one for the duplicate.
+        """
         if self.photos[index].caption_source != FILE_NAME:
             return False
-        caption = found.reader.read(found.path)
+        caption = duplicate.reader.read(duplicate.path)
         if caption.source != FILE_NAME:
             self._put(index, replace(self.photos[index], captions=caption.texts, caption_source=caption.source))
         return caption.source != FILE_NAME
 
 
 def _write_rejected(dataset: Path, rejected: list[Rejection]) -> None:
-    # ASCII: a path may hold line separators that JSON leaves as they are
+    # ASCII only: a path may contain Unicode line separators, which JSON does not escape otherwise
     lines = [json.dumps({"path": item.path, "reason": item.reason}) + "\n" for item in rejected]
     atomic_write_text(dataset / REJECTED_NAME, "".join(lines))
 
@@ -217,34 +224,34 @@ def ingest(
     image_format: Literal["jpeg", "webp"] = "jpeg",
     progress: Callable[[int, int], None] | None = None,
 ) -> IngestSummary:
-    """Return what was done to bring the photos of `sources` (folders or files) into the folder `dataset`.
+    """Add the photos of `sources` (folders or files) to the dataset folder and return a summary of what was done.
 
-    Photos over max_megapixels (10^6 px) are shrunk; what needs no change is copied byte for byte, everything else is
-    stored anew as sRGB at `quality` (1 to 100). Originals are only read. What cannot be used, a duplicate of a picture
-    included, is listed with its reason here and in rejected.jsonl. Photos of earlier calls stay in the manifest; the
-    same call again gives the same manifest. progress(files done, files in all) is called after each file.
-    Raises ValueError for a source that does not exist or lies in the dataset, for a setting out of range, where no
-    photo could be used, and while another process prepares this dataset.
+    Photos over max_megapixels (10^6 px) are shrunk. Files that need no change are copied byte for byte; all others are
+    re-encoded as sRGB at `quality` (1 to 100). Originals are only read. Files that cannot be used, duplicates included,
+    are listed with the reason in the summary and in rejected.jsonl. Photos of earlier calls stay in the manifest, and
+    repeating a call gives the same manifest. progress(files done, files in total) is called after each file.
+    Raises ValueError if a source does not exist or lies in the dataset, a setting is out of range, no photo can be
+    used, or another process is preparing this dataset.
     """
     if not max_megapixels > 0:
         raise UserError(f"max_megapixels {max_megapixels} is not above 0; use 1.5")
     if not 1 <= quality <= 100:
         raise UserError(f"quality {quality} is outside 1 to 100; use 95")
     if image_format not in ("jpeg", "webp"):
-        raise UserError(f"image_format {image_format!r} is not known; use 'jpeg' or 'webp'")
+        raise UserError(f"image_format {image_format!r} is not supported; use 'jpeg' or 'webp'")
     dataset = Path(dataset).resolve()
     if dataset.exists() and not dataset.is_dir():
         raise UserError(f"dataset {dataset} is a file; give a folder")
-    found, readers = find_files(sources, dataset)
-    with FolderLock(dataset, "wait until it ends, or name another dataset with -o") as lock:
+    files, readers = find_files(sources, dataset)
+    with FolderLock(dataset, "wait until it ends, or choose another dataset folder with -o") as lock:
         summary = IngestSummary(warnings=[lock.note] if lock.note else [])
-        _ingest(sources, found, readers, dataset, summary, max_megapixels, quality, image_format, progress)
+        _ingest(sources, files, readers, dataset, summary, max_megapixels, quality, image_format, progress)
     return summary
 
 
 def _ingest(
     sources: list[Path],
-    found: list[Found],
+    files: list[SourceFile],
     readers: list[CaptionReader],
     dataset: Path,
     summary: IngestSummary,
@@ -253,23 +260,24 @@ def _ingest(
     image_format: str,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    """Do what `ingest` says, in a dataset that is locked."""
-    for litter in (dataset / IMAGES_FOLDER).glob(".*.tmp"):
-        # half-written by a kill
-        litter.unlink()
-    with warnings.catch_warnings(), ThreadPoolExecutor(NUM_SYNCS) as disk:
+    """Do the work of `ingest`. The caller holds the dataset's lock."""
+    for leftover in (dataset / IMAGES_FOLDER).glob(".*.tmp"):
+        # half-written when an earlier call was killed
+        leftover.unlink()
+    with warnings.catch_warnings(), ThreadPoolExecutor(NUM_SYNC_THREADS) as disk:
         collection = _Collection(dataset, summary, disk)
-        # Pillow warns of photos over half its limit, which are only shrunk here, and of damage, which is listed anyway
+        # Pillow warns about photos over half its size limit, which are merely shrunk here, and about damaged files,
+        # which are listed as rejected anyway
         warnings.filterwarnings("ignore", module=r"PIL\.")
-        results = _in_order(lambda item: _prepare(item.path, max_megapixels, image_format, quality), found)
-        for num_done, (item, prepared) in enumerate(zip(found, results, strict=True), start=1):
+        results = _in_order(lambda source: _prepare(source.path, max_megapixels, image_format, quality), files)
+        for num_done, (source, prepared) in enumerate(zip(files, results, strict=True), start=1):
             if isinstance(prepared, str):
-                summary.rejected.append(Rejection(storable(str(item.path)), prepared))
+                summary.rejected.append(Rejection(storable(str(source.path)), prepared))
             else:
-                collection.add(item, prepared)
+                collection.add(source, prepared)
             if progress is not None:
-                progress(num_done, len(found))
-        collection.settle()
+                progress(num_done, len(files))
+        collection.flush()
     for reader in readers:
         summary.rejected += reader.rejections
         summary.warnings += reader.warnings
@@ -278,11 +286,11 @@ def _ingest(
     if not collection.touched and not summary.num_duplicates:
         names = ", ".join(printable(source) for source in sources)
         if not summary.rejected:
-            raise UserError(f"no photo found in {names}; give a folder that holds JPEG, PNG or WebP files")
+            raise UserError(f"no photos found in {names}; give a folder that contains JPEG, PNG or WebP files")
         first = summary.rejected[0]
         raise UserError(
-            f"no photo of {names} can be used, {len(summary.rejected)} rejected; the first: {printable(first.path)}: "
-            f"{printable(first.reason)} (all: {dataset / REJECTED_NAME})"
+            f"none of the photos in {names} can be used ({len(summary.rejected)} rejected); the first is "
+            f"{printable(first.path)}: {printable(first.reason)} (full list: {dataset / REJECTED_NAME})"
         )
     write_manifest(dataset, summary.photos)
     for file in collection.replaced_files - {photo.file for photo in summary.photos}:

@@ -1,6 +1,6 @@
-"""One process at a time in a folder: FOLDER/.lock names its holder, and the system lets it go when that process ends.
+"""Lock a folder for one process: FOLDER/.lock names the holder, and the system releases it when that process ends.
 
-flock, not the file's presence: what a kill -9 or a power cut leaves behind locks nobody out.
+The lock is flock's, not the presence of the file, so a file left behind by kill -9 or a power cut locks nobody out.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from safelight.data.text import printable
 from safelight.errors import UserError
 
 LOCK_NAME = ".lock"
-# what file systems without locks answer; some network folders are such
+# errors of file systems without locks, such as some network folders
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 
 
@@ -28,26 +28,27 @@ def _command() -> str:
 
 
 def _describe(text: bytes) -> str:
-    """Return who holds a lock, by the holder's own record; it may be read while being written."""
+    """Return who holds the lock, from the lock file's text, which the holder may be writing at this moment."""
     try:
-        record = json.loads(text)
-        return printable(f"process {record['pid']} on {record['host']} since {record['started']} ({record['command']})")
+        holder = json.loads(text)
+        return printable(f"process {holder['pid']} on {holder['host']} since {holder['started']} ({holder['command']})")
     except (ValueError, KeyError, TypeError):
         return "another process"
 
 
 class FolderLock:
-    """A lock on a folder, taken at once or refused. As a context it is released at the end.
+    """An exclusive lock on a folder, which is created if needed. Never waits. A context manager, released on exit.
 
-    note: why nothing could be locked, for the reader; empty where the lock is held. The folder is made.
-    Raises ValueError naming the holder if another process, or another lock of this one, has it, and for a folder that
-    cannot be written. advice: what to do then.
+    advice: what the user should do if the lock is refused; ends the error message. note: a warning to show to the user
+    if this system or file system has no locks, else empty.
+    Raises ValueError naming the holder if another process, or another lock of this process, holds the lock, and
+    ValueError if the folder cannot be written.
     """
 
     def __init__(self, folder: Path, advice: str):
         self.folder, self.note = Path(folder), ""
         if "\0" in str(folder):
-            raise UserError(f"{printable(self.folder)} is no path, it holds a NUL character; {advice}")
+            raise UserError(f"{printable(self.folder)} is not a valid path, it contains a NUL character; {advice}")
         self._path = self.folder / LOCK_NAME
         self._is_new_folder = not os.path.exists(self.folder)
         self._file: BinaryIO | None = None
@@ -55,7 +56,7 @@ class FolderLock:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._take(advice)
         except (FileExistsError, NotADirectoryError):
-            raise UserError(f"{printable(self.folder)} is a file or lies below one; {advice}") from None
+            raise UserError(f"{printable(self.folder)} is a file or its path leads through one; {advice}") from None
         except OSError as error:
             raise UserError(f"{printable(self.folder)} cannot be written ({error.strerror}); {advice}") from error
 
@@ -63,10 +64,10 @@ class FolderLock:
         try:
             import fcntl
         except ImportError:
-            self.note = f"this system has no file locks: take care that no second process writes to {self.folder}"
+            self.note = f"this system has no file locks: make sure that no other process writes to {self.folder}"
             return
         while True:
-            # not truncated on opening: until the lock is ours, what stands in it is the holder's
+            # opened without truncating it: until the lock is ours, its text belongs to the holder
             file = open(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)  # noqa: SIM115
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -75,7 +76,7 @@ class FolderLock:
                     file.close()
                     self.note = (
                         f"{self.folder} is on a file system without locks ({error.strerror}): "
-                        "take care that no second process writes there"
+                        "make sure that no other process writes there"
                     )
                     return
                 if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
@@ -86,17 +87,17 @@ class FolderLock:
                 raise UserError(f"{printable(self.folder)} is in use by {holder}; {advice}") from None
             if self._is_in_place(file):
                 break
-            # its holder deleted it between our opening and locking it
+            # the previous holder deleted the file after we opened it and before we locked it
             file.close()
         self._file = file
-        record = {
+        holder = {
             "pid": os.getpid(),
             "host": socket.gethostname(),
             "started": datetime.now().astimezone().isoformat(timespec="seconds"),
             "command": _command(),
         }
         file.truncate(0)
-        file.write(json.dumps(record).encode() + b"\n")
+        file.write(json.dumps(holder).encode() + b"\n")
 
     def _is_in_place(self, file: BinaryIO) -> bool:
         try:
@@ -105,10 +106,13 @@ class FolderLock:
             return False
 
     def release(self) -> None:
-        """Let go and delete the lock file, and the folder if it was made for nothing; again is no error."""
+        """Delete the lock file and release the lock. Can be called twice.
+
+        If the lock created the folder and the folder is still empty, it is removed too.
+        """
         if self._file is None:
             return
-        # deleted while it is ours: whoever opened it meanwhile finds out by _is_in_place
+        # deleted while we hold it: a process that opened it meanwhile notices in _is_in_place
         self._path.unlink(missing_ok=True)
         self._file.close()
         self._file = None
@@ -116,7 +120,7 @@ class FolderLock:
             try:
                 self.folder.rmdir()
             except OSError:
-                # something stands in it
+                # not empty
                 pass
 
     def __enter__(self) -> FolderLock:

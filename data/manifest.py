@@ -1,4 +1,4 @@
-"""The manifest: which photos a dataset holds, with their captions. One JSON object a line in DATASET/manifest.jsonl."""
+"""The manifest of a dataset, DATASET/manifest.jsonl: its photos and their captions, one JSON object per line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safelight.kernels.philox import SAMPLE_ID_BITS, Key, Purpose, sort_key
 
 MANIFEST_NAME = "manifest.jsonl"
 IMAGES_FOLDER = "images"
-# a photo beyond it is a mistake in the manifest, and its size no float
+# a larger size is a mistake in the manifest, and might not fit a float
 MAX_SIDE_PX = 1_000_000
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -24,10 +24,10 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 class Photo:
     """One stored photo.
 
-    file: path inside the dataset folder, posix form. sha256: of the stored file's bytes. width, height: px, upright.
-    captions: one or more variants, white space collapsed. source: where the photo came from. caption_source: what its
-    captions were read from. origin_sha256, content_sha256: of the original file's bytes and of its decoded pixels,
-    by which a later `safelight prepare` knows the photo again; empty where unknown.
+    file: path inside the dataset folder, with forward slashes. sha256: hash of the stored file. width, height: px of
+    the upright image. captions: one or more variants, white space collapsed. source: where the photo came from.
+    caption_source: what its captions were read from. origin_sha256, content_sha256: hashes of the original file and of
+    its decoded pixels, by which a later `safelight prepare` recognizes the photo; empty if unknown.
     """
 
     file: str
@@ -42,7 +42,7 @@ class Photo:
 
     @property
     def sample_id(self) -> int:
-        """The 56-bit id that keys every random draw of this photo; the head of its file's SHA-256."""
+        """The 56-bit id that keys every random draw of this photo: the first 56 bits of its file's SHA-256."""
         return int(self.sha256[: SAMPLE_ID_BITS // 4], 16)
 
 
@@ -51,7 +51,7 @@ _REQUIRED_TYPES = {"file": str, "sha256": str, "width": int, "height": int, "cap
 
 
 def _parse(line: str) -> Photo:
-    """Return the photo of one manifest line. Raises ValueError with what is wrong with it."""
+    """Return the photo of one manifest line. Raises ValueError saying what is wrong with the line."""
     try:
         row = json.loads(line)
     except RecursionError:
@@ -62,7 +62,7 @@ def _parse(line: str) -> Photo:
         if not isinstance(row.get(name), kind) or isinstance(row.get(name), bool):
             raise UserError(f"{name!r} is {row.get(name)!r}, not a {kind.__name__}")
     path = PurePosixPath(row["file"])
-    # a manifest may come from someone else: it must not reach files outside the dataset
+    # a manifest may come from a stranger: it must not refer to files outside the dataset
     is_name = path.name and "\0" not in row["file"] and storable(row["file"]) == row["file"]
     if path.is_absolute() or ".." in path.parts or not is_name:
         raise UserError(f"file {row['file']!r} is not a path inside the dataset folder")
@@ -71,7 +71,7 @@ def _parse(line: str) -> Photo:
     if min(row["width"], row["height"]) < 1:
         raise UserError(f"size {row['width']} x {row['height']} px is not positive")
     if max(row["width"], row["height"]) > MAX_SIDE_PX:
-        raise UserError(f"a side of more than {MAX_SIDE_PX:,} px is no photo's")
+        raise UserError(f"size {row['width']} x {row['height']} px is over the limit of {MAX_SIDE_PX:,} px a side")
     if not row["captions"] or not all(isinstance(caption, str) for caption in row["captions"]):
         raise UserError(f"captions {row['captions']!r} is not a list of one or more texts")
     known = {name: value for name, value in row.items() if name in _FIELD_NAMES}
@@ -81,11 +81,12 @@ def _parse(line: str) -> Photo:
 def read_manifest(dataset: Path, may_be_empty: bool = False) -> list[Photo]:
     """Return the photos of a dataset folder in manifest order.
 
-    Raises ValueError if the manifest is missing, holds no photo unless it may, or has a bad line, which it names.
+    Raises ValueError if the manifest is missing, has a bad line (which the message names), or lists no photo while
+    may_be_empty is False.
     """
     path = Path(dataset) / MANIFEST_NAME
     if not path.is_file():
-        raise UserError(f"{path} does not exist; make it with `safelight prepare SRC... -o {dataset}`")
+        raise UserError(f"{path} does not exist; create it with `safelight prepare SRC... -o {dataset}`")
     photos: list[Photo] = []
     line_of_file: dict[str, int] = {}
     for number, line in enumerate(path.read_bytes().decode("utf-8", errors="replace").split("\n"), start=1):
@@ -94,21 +95,21 @@ def read_manifest(dataset: Path, may_be_empty: bool = False) -> list[Photo]:
         try:
             photo = _parse(line)
             if photo.file in line_of_file:
-                raise UserError(f"{photo.file} stands on line {line_of_file[photo.file]} already")
+                raise UserError(f"{photo.file} is already listed on line {line_of_file[photo.file]}")
         except ValueError as error:
             raise UserError(
-                f"{path} line {number}: {printable(str(error))}; mend or delete the line, "
+                f"{path} line {number}: {printable(str(error))}; fix or delete the line, "
                 "or delete the file and run `safelight prepare` again"
             ) from error
         line_of_file[photo.file] = number
         photos.append(photo)
     if not photos and not may_be_empty:
-        raise UserError(f"{path} holds no photo; fill it with `safelight prepare SRC... -o {dataset}`")
+        raise UserError(f"{path} lists no photos; add some with `safelight prepare SRC... -o {dataset}`")
     return photos
 
 
 def write_manifest(dataset: Path, photos: list[Photo]) -> None:
-    """Replace the manifest of a dataset folder, atomically."""
+    """Replace the manifest of a dataset folder atomically."""
     lines = [json.dumps(asdict(photo), ensure_ascii=False) + "\n" for photo in photos]
     atomic_write_text(Path(dataset) / MANIFEST_NAME, "".join(lines))
 
@@ -116,17 +117,17 @@ def write_manifest(dataset: Path, photos: list[Photo]) -> None:
 def split_validation(photos: list[Photo], fraction: float, seed: int) -> tuple[list[Photo], list[Photo]]:
     """Return (train, validation), both in manifest order.
 
-    The photos with the smallest draws of (seed, SPLIT, sample id) are held out: max(1, ceil(fraction * n)) of them if
-    fraction > 0, but never all. Which photos those are does not depend on the order of `photos`.
+    If fraction > 0, the max(1, ceil(fraction * n)) photos with the smallest draws of (seed, SPLIT, sample id) are held
+    out, but never all of them. Which photos those are does not depend on the order of `photos`.
     Raises ValueError unless 0 <= fraction < 1.
     """
     if not 0 <= fraction < 1:
         raise UserError(f"validation_fraction {fraction} is outside 0 <= fraction < 1; use 0.1, or 0 for none")
     if fraction == 0:
         return list(photos), []
-    # rounded first: 0.07 * 100 is 7.000000000000001 and must hold out 7
+    # ids, not photos: two entries of the same picture are both held out or both trained on
     ids = {photo.sample_id for photo in photos}
-    # of ids: a photo that stands in the manifest twice is held out twice or not at all
+    # rounded before ceil: 0.07 * 100 is 7.000000000000001 and must hold out 7
     num_held_out = min(max(1, math.ceil(round(fraction * len(photos), 9))), len(ids) - 1)
     order = sorted(ids, key=lambda sample_id: (sort_key(Key(seed, Purpose.SPLIT, sample_id)), sample_id))
     held_out = set(order[: max(num_held_out, 0)])

@@ -1,7 +1,8 @@
-"""The plan of what is to be cached: each photo's bucket, crops and captions, under keys that name all they depend on.
+"""Plan what is cached: each photo's bucket, crops and captions, with the keys of their cache rows.
 
-A latent's key covers the photo's bytes, crop, flip, bucket, VAE weights and dtype; a text's key the caption, encoder and
-dtype. An edited photo or another VAE therefore finds no row, and a second run makes only what is missing.
+A key hashes everything the row depends on. For latents: the photo's bytes, crop, flip, bucket, VAE weights and dtype.
+For text embeddings: the caption, text encoder and dtype. An edited photo or another VAE therefore gives new keys, and
+filling the cache again encodes only the missing rows.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from safelight.data.manifest import Photo
 from safelight.errors import UserError
 from safelight.kernels.philox import Key, Purpose
 
-# part of every latent key; raise it when crop_pixels would give other pixels
+# part of every latent key; raise it when a change makes crop_pixels return different pixels
 PIXELS_VERSION = 1
 
 
 @dataclass(frozen=True)
 class Crop:
-    """The part of a photo one variant shows. box: left, top, right, bottom in px of the stored photo."""
+    """The part of a photo that one variant shows. box: left, top, right, bottom in px of the stored photo."""
 
     box: tuple[int, int, int, int]
     is_flipped: bool
@@ -35,8 +36,8 @@ class Crop:
 class Sample:
     """A photo with the keys of its cached rows.
 
-    crops, latent_keys: one a variant, the canonical crop first. captions, text_keys: one a caption variant, the
-    captions with prefix and suffix as they are encoded.
+    crops, latent_keys: one per variant, the canonical crop first. captions, text_keys: one per caption variant; the
+    captions are the encoded texts, prefix and suffix included.
     """
 
     photo: Photo
@@ -53,7 +54,7 @@ class Sample:
 
 
 def _key(*parts: object) -> str:
-    # each part with its length, so that no two lists of parts read the same
+    # each part is preceded by its length, so that different lists of parts never give the same text
     text = "".join(f"{len(str(part))}:{part}," for part in parts)
     return hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest()
 
@@ -70,14 +71,14 @@ def text_key(caption: str, text_fingerprint: str, dtype: str) -> str:
 
 
 def empty_text_key(text_fingerprint: str, dtype: str) -> str:
-    """Return the key of the empty caption's row, which caption dropout uses."""
+    """Return the key of the empty caption's row, used by caption dropout."""
     return text_key("", text_fingerprint, dtype)
 
 
 def _plan_crops(
     photos: Sequence[Photo], buckets: Sequence[Bucket], variants: int, crop_jitter: float, flip_p: float, seed: int
 ) -> list[tuple[Bucket, tuple[Crop, ...]]]:
-    """Return each photo's bucket and crops, those of buckets.crop_box and is_flipped, all draws in two calls."""
+    """Return each photo's bucket and crops: those of buckets.crop_box and is_flipped, with all draws in two calls."""
     check_flip_p(flip_p)
     ids = [photo.sample_id for photo in photos]
     drawn = range(1, variants)
@@ -112,10 +113,10 @@ def plan_samples(
     prefix: str = "",
     suffix: str = "",
 ) -> list[Sample]:
-    """Return a sample for each photo, in their order: its bucket, crops and keys. Reads no image.
+    """Return one sample per photo, in the same order: its bucket, crops and keys. Reads no image.
 
-    variants: crops a photo, 1 for the canonical one alone. prefix, suffix: put before and after every caption as they
-    are (the empty caption for dropout has neither). Raises ValueError for variants < 1 and settings out of range.
+    variants: number of crops per photo; 1 is the canonical crop alone. prefix, suffix: added to every caption
+    unchanged, but not to the empty caption of caption dropout. Raises ValueError for a setting out of range.
     """
     if variants < 1:
         raise UserError(f"variants {variants} is below 1; use 1 for the centred crop alone, 4 for augmentation")
@@ -130,5 +131,5 @@ def plan_samples(
 
 
 def sample_captions(samples: Iterable[Sample]) -> list[str]:
-    """Return every caption of the samples once, in order: what fill_texts is to encode."""
+    """Return every caption of the samples once, in order, for `fill_texts` to encode."""
     return list(dict.fromkeys(caption for sample in samples for caption in sample.captions))

@@ -1,12 +1,12 @@
-"""Rows of one shape in append-only files, read through memory maps, found by key in an SQLite index.
+"""The cache's files: arrays ("rows") by key, in append-only shards read through memory maps, with an SQLite index.
 
     PATH/index.sqlite                              key -> shard, row, crc32
     PATH/shards/latent-4x64x64-float16-0000.bin    rows of 4 x 64 x 64 float16, one after another, nothing else
 
-The index alone says what exists. A batch is written behind the rows that the index knows, synced, and only then
-committed to the index, so a kill at any moment loses at most that batch: its bytes lie behind the end and the next
-append overwrites them. A row's checksum is checked when it is first read in a process; `drop_damaged` does so ahead of
-training, in one pass over the rows a run needs, and strikes the bad ones from the index, to be made again.
+Only rows in the index exist. A batch is written behind the last indexed row, synced, and only then committed to the
+index, so a kill at any moment loses at most that batch: the next append overwrites its bytes. Each process verifies a
+row's checksum when it first reads it. `drop_damaged` does so before training, in one pass over the rows a run needs,
+and removes damaged rows from the index so that they are encoded again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MAX_SHARD_BYTES = 256 * 2**20
 DTYPES = ("float16", "float32")
 KINDS = ("posterior", "latent", "text")
 FORMAT = 1
-# SQLite's limit of variables in one statement was 999 for long
+# older SQLite versions allow 999 variables in one statement
 _KEYS_PER_QUERY = 500
 _LOCK_TIMEOUT_S = 60.0
 _SCHEMA = """
@@ -48,19 +48,19 @@ CREATE TABLE IF NOT EXISTS photos (
 
 
 class CorruptRow(UserError):
-    """A stored row that cannot be trusted. shard: its file's name. key: the row's key."""
+    """A stored row that is damaged. shard: the name of its file. key: the row's key."""
 
     def __init__(self, shard: str, key: str, reason: str):
         super().__init__(
             f"cache row {key[:16]} in {SHARDS_FOLDER}/{shard} {reason}; "
-            "`safelight cache` makes such rows again, and so does `safelight train --resume`"
+            "`safelight cache` or `safelight train --resume` encodes it again"
         )
         self.shard, self.key = shard, key
 
 
 @dataclass(frozen=True)
 class _Address:
-    """Where a row lies."""
+    """Where a row is stored."""
 
     key: str
     shard: int
@@ -78,16 +78,16 @@ _ADDRESS_QUERY = (
 )
 
 
-def _address(record: tuple) -> _Address:
-    key, shard, file, kind, shape, dtype, row, crc32 = record
+def _address(index_row: tuple) -> _Address:
+    key, shard, file, kind, shape, dtype, row, crc32 = index_row
     return _Address(key, shard, file, kind, tuple(map(int, shape.split("x"))), dtype, row, crc32)
 
 
 class Cache:
-    """A folder of rows by key; made if it is not there. Safe to read from several threads and processes.
+    """A folder of rows by key, created if it does not exist. Several threads and processes may read it at once.
 
-    dtype: what appended rows are stored as, float16 or float32. Raises ValueError for another dtype, or for an index
-    that is damaged or of another version.
+    dtype: of appended rows as stored, float16 or float32. Raises ValueError for another dtype, and for an index that is
+    damaged or of another version.
     """
 
     def __init__(self, path: Path, dtype: str = "float16"):
@@ -101,7 +101,7 @@ class Cache:
         self._folder_lock: FolderLock | None = None
         self.num_dropped = 0
         self._shards_path.mkdir(parents=True, exist_ok=True)
-        # autocommit: transactions are opened by hand, to span the write of the shard
+        # autocommit: transactions are opened explicitly, to span the write of the shard
         self._index = sqlite3.connect(
             self.path / INDEX_NAME, timeout=_LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False
         )
@@ -114,19 +114,19 @@ class Cache:
     def _open_index(self) -> None:
         path = self.path / INDEX_NAME
         try:
-            # a rollback journal, not WAL: WAL needs shared memory, which network folders (Colab's Drive) lack
+            # a rollback journal, not WAL, which needs shared memory; network folders (Google Drive on Colab) lack it
             self._index.execute("PRAGMA journal_mode = DELETE")
             self._index.execute("PRAGMA synchronous = FULL")
-            found = self._index.execute("PRAGMA user_version").fetchone()[0]
-            if found in (0, FORMAT):
-                self._index.executescript(_SCHEMA + f"PRAGMA user_version = {FORMAT};" * (found == 0))
+            version = self._index.execute("PRAGMA user_version").fetchone()[0]
+            if version in (0, FORMAT):
+                self._index.executescript(_SCHEMA + f"PRAGMA user_version = {FORMAT};" * (version == 0))
             self._index.execute("SELECT key FROM rows LIMIT 1").fetchone()
         except sqlite3.OperationalError as error:
             raise UserError(f"cache index {path} cannot be opened ({error}); is another run writing to it?") from error
         except sqlite3.DatabaseError as error:
             raise UserError(f"cache index {path} is damaged ({error}); delete the cache folder") from error
-        if found not in (0, FORMAT):
-            raise UserError(f"cache {self.path} has format {found}, not {FORMAT}; delete the cache folder")
+        if version not in (0, FORMAT):
+            raise UserError(f"cache {self.path} has format {version}, not {FORMAT}; delete the cache folder")
 
     def __enter__(self) -> Cache:
         return self
@@ -142,16 +142,16 @@ class Cache:
             self._index.close()
 
     def claim(self) -> None:
-        """Lock the folder for making rows, until `release`; a second claim changes nothing.
+        """Lock the folder for adding rows, until `release`. Does nothing if this cache has claimed it already.
 
-        It keeps two processes from encoding the same rows; rows stay whole without it too, on a file system that has no
-        locks. Raises ValueError naming the process that is at it.
+        The lock keeps two processes from encoding the same rows. Without it, on a file system that has no locks, rows
+        are never corrupted either. Raises ValueError naming the process that holds the lock.
         """
         if self._folder_lock is None:
-            self._folder_lock = FolderLock(self.path, "wait until it has made the cache, then run this again")
+            self._folder_lock = FolderLock(self.path, "wait until it has filled the cache, then run this again")
 
     def release(self) -> None:
-        """Let another process make rows."""
+        """Release the lock of `claim`, if held."""
         if self._folder_lock is not None:
             self._folder_lock.release()
             self._folder_lock = None
@@ -161,25 +161,25 @@ class Cache:
             return self._index.execute("SELECT count(*) FROM rows").fetchone()[0]
 
     def _find(self, keys: Sequence[str]) -> dict[str, _Address]:
-        """Return the addresses of those keys that are in the index."""
-        found = {}
+        """Return the addresses of the keys that are in the index."""
+        addresses = {}
         for start in range(0, len(keys), _KEYS_PER_QUERY):
             part = keys[start : start + _KEYS_PER_QUERY]
             query = f"{_ADDRESS_QUERY} WHERE rows.key IN ({','.join('?' * len(part))})"
             with self._lock:
-                records = self._index.execute(query, part).fetchall()
-            found.update((record[0], _address(record)) for record in records)
-        return found
+                index_rows = self._index.execute(query, part).fetchall()
+            addresses.update((index_row[0], _address(index_row)) for index_row in index_rows)
+        return addresses
 
     def missing(self, keys: Sequence[str]) -> list[str]:
         """Return the keys that have no row yet, in order, each once."""
         unique = list(dict.fromkeys(keys))
-        found = self._find(unique)
-        return [key for key in unique if key not in found]
+        present = self._find(unique)
+        return [key for key in unique if key not in present]
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        """Hold the index's write lock, which is also the lock of the shards' ends; commit at the end."""
+        """Hold the index's write lock, which also guards the ends of the shards; commit on exit, roll back on error."""
         with self._lock:
             self._index.execute("BEGIN IMMEDIATE")
             try:
@@ -191,15 +191,15 @@ class Cache:
                 raise
 
     def _open_shard(self, kind: str, shape: tuple[int, ...], row_bytes: int) -> tuple[int, str, int]:
-        """Return (id, file name, number of rows) of a shard with room for a row."""
+        """Return (id, file name, number of rows) of a shard with room for another row, creating one if needed."""
         shape_text = "x".join(map(str, shape))
-        records = self._index.execute(
+        shards = self._index.execute(
             "SELECT id, file, num_rows FROM shards WHERE kind = ? AND shape = ? AND dtype = ? ORDER BY id",
             (kind, shape_text, self.dtype),
         ).fetchall()
-        if records and (records[-1][2] + 1) * row_bytes <= MAX_SHARD_BYTES:
-            return records[-1]
-        file = f"{kind}-{shape_text}-{self.dtype}-{len(records):04d}.bin"
+        if shards and (shards[-1][2] + 1) * row_bytes <= MAX_SHARD_BYTES:
+            return shards[-1]
+        file = f"{kind}-{shape_text}-{self.dtype}-{len(shards):04d}.bin"
         cursor = self._index.execute(
             "INSERT INTO shards (file, kind, shape, dtype, num_rows) VALUES (?, ?, ?, ?, 0)",
             (file, kind, shape_text, self.dtype),
@@ -207,7 +207,7 @@ class Cache:
         return cursor.lastrowid, file, 0
 
     def _write_rows(self, file: str, offset: int, rows: np.ndarray) -> None:
-        """Write rows at a byte offset of a shard and sync it; what lay behind is an append that was never committed."""
+        """Write rows at a byte offset of a shard and sync it, dropping what follows: an append never committed."""
         path = self._shards_path / file
         is_new = not path.exists()
         with naming(path), open(path, "wb" if is_new else "r+b") as stream:
@@ -220,28 +220,29 @@ class Cache:
             sync_folder(self._shards_path)
 
     def append(self, kind: str, keys: Sequence[str], array: np.ndarray) -> int:
-        """Return how many rows were added: array[i] under keys[i], those already there left as they are.
+        """Store array[i] under keys[i], leaving existing rows unchanged, and return how many rows were added.
 
-        kind: "posterior" (mean and logvar stacked), "latent" (mean alone) or "text". array: (N, ...) floats, stored
-        as the cache's dtype. Afterwards all rows are there; after a kill all or none.
-        Raises ValueError for an unknown kind, lengths that differ, an empty row shape, and values that are not finite
-        in the stored dtype.
+        kind: "posterior" (mean and logvar stacked), "latent" (mean alone) or "text". array: (N, ...) floats, converted
+        to the cache's dtype. If the process is killed meanwhile, either all rows are added or none.
+        Raises ValueError for an unknown kind, different lengths, an empty row shape, and values that are not finite in
+        the stored dtype.
         """
         if kind not in KINDS:
             raise UserError(f"cache kind {kind!r} is not known; use one of {', '.join(KINDS)}")
         if len(keys) != len(array) or array.ndim < 2 or 0 in array.shape[1:]:
-            raise UserError(f"{len(keys)} keys do not fit rows of shape {array.shape}; give one key a row")
+            raise UserError(f"{len(keys)} keys do not match an array of shape {array.shape}; pass one key per row")
         with np.errstate(over="ignore"):
             array = np.ascontiguousarray(array, dtype=np.dtype(self.dtype).newbyteorder("<"))
         if not np.isfinite(array).all():
             raise UserError(
-                f"{kind} rows hold values that are not finite in {self.dtype}; encode in fp32, or set the cache to float32"
+                f"{kind} rows contain values that are not finite in {self.dtype}; "
+                "encode in fp32, or use a float32 cache"
             )
         num_added = 0
         with self._transaction():
-            # asked again under the lock: another process may have made them since
-            wanted = set(self.missing(keys))
-            order = [i for i, key in enumerate(keys) if key in wanted and not wanted.discard(key)]
+            # looked up under the lock: another process may have added some meanwhile
+            missing = set(self.missing(keys))
+            order = [i for i, key in enumerate(keys) if key in missing and not missing.discard(key)]
             while num_added < len(order):
                 row_bytes = array[0].nbytes
                 shard, file, start = self._open_shard(kind, array.shape[1:], row_bytes)
@@ -258,10 +259,10 @@ class Cache:
         return num_added
 
     def _row(self, address: _Address) -> np.ndarray:
-        """Return a row as a view of its shard's map. Raises CorruptRow if it is short or its checksum differs."""
+        """Return a row as a view of its shard's memory map. Raises CorruptRow if its file is cut or its CRC differs."""
         with self._lock:
             rows = self._maps.get(address.shard)
-            # the shard has grown since it was mapped
+            # an address past the end of the map: the shard has grown since it was mapped
             if rows is None or address.row >= len(rows):
                 rows = self._map(address)
         row = rows[address.row]
@@ -277,41 +278,44 @@ class Cache:
         path = self._shards_path / address.file
         num_rows = path.stat().st_size // row_bytes if path.is_file() else 0
         if address.row >= num_rows:
-            raise CorruptRow(address.file, address.key, "lies behind the end of its file")
+            raise CorruptRow(address.file, address.key, "is past the end of its file")
         rows = np.memmap(path, dtype, mode="r", shape=(num_rows, *address.shape)).view(np.ndarray)
         self._maps[address.shard] = rows
         return rows
 
     def _require(self, keys: Sequence[str]) -> list[_Address]:
         """Return the address of each key. Raises ValueError if one is missing."""
-        found = self._find(list(dict.fromkeys(keys)))
+        addresses = self._find(list(dict.fromkeys(keys)))
         for key in keys:
-            if key not in found:
+            if key not in addresses:
                 raise UserError(f"cache {self.path} has no row {key[:16]}; run `safelight cache` first")
-        return [found[key] for key in keys]
+        return [addresses[key] for key in keys]
 
     def kind_of(self, key: str) -> str:
-        """Return the kind a row was appended as. Raises ValueError if it is missing."""
+        """Return the kind of a row. Raises ValueError if it is missing."""
         return self._require([key])[0].kind
 
     def read(self, keys: Sequence[str]) -> np.ndarray:
-        """Return the rows of the keys stacked, (len(keys), ...), in their stored dtype; a copy.
+        """Return a copy of the rows stacked, (len(keys), ...), in their stored dtype.
 
-        Checksums are checked when a row is first read. Raises CorruptRow for a bad row, and ValueError for a missing
-        one, no keys, or rows of different shapes.
+        Verifies a row's checksum the first time it is read. Raises CorruptRow for a damaged row, and ValueError for a
+        missing one, for no keys, and for rows of different shapes.
         """
         addresses = self._require(keys)
         shapes = {address.shape for address in addresses}
         if len(shapes) != 1:
-            raise UserError(f"rows of one shape can be read together, not {sorted(shapes)}; read each bucket by itself")
+            raise UserError(
+                f"rows read together must have one shape, not {sorted(shapes)}; read each bucket separately"
+            )
         return np.stack([self._row(address) for address in addresses])
 
     def drop_damaged(self, keys: Sequence[str]) -> list[CorruptRow]:
-        """Return an error for each of the keys' rows that cannot be trusted; they are struck from the index.
+        """Remove the damaged ones among these rows from the index and return an error for each.
 
-        Reads every row that was not read before, in the order of the shards. num_dropped counts them all.
+        Reads every row that this process has not read yet, in the order of the shards. `num_dropped` adds up the
+        removed rows of all calls.
         """
-        # seen afresh: a shard may have been cut since it was mapped, and reading past its end is fatal
+        # map anew: a shard may have been truncated since it was mapped, and reading past its end kills the process
         with self._lock:
             self._maps.clear()
         bad = []
@@ -328,13 +332,13 @@ class Cache:
         return bad
 
     def seen_photos(self) -> dict[str, tuple[str, int, int]]:
-        """Return (SHA-256, size in bytes, mtime in ns) of each photo's file when its content was last read."""
+        """Return each photo file's (SHA-256, size in bytes, mtime in ns) at the time its content was last read."""
         with self._lock:
-            records = self._index.execute("SELECT file, sha256, size, mtime_ns FROM photos").fetchall()
-        return {file: (sha256, size, mtime_ns) for file, sha256, size, mtime_ns in records}
+            photos = self._index.execute("SELECT file, sha256, size, mtime_ns FROM photos").fetchall()
+        return {file: (sha256, size, mtime_ns) for file, sha256, size, mtime_ns in photos}
 
     def note_photos(self, photos: dict[str, tuple[str, int, int]]) -> None:
-        """Remember what `seen_photos` returns; a cache that cannot be written remembers nothing."""
+        """Store what `seen_photos` returns. Does nothing if the cache is read-only."""
         rows = [(file, *seen) for file, seen in photos.items()]
         try:
             with self._transaction():
@@ -342,7 +346,7 @@ class Cache:
                     "INSERT OR REPLACE INTO photos (file, sha256, size, mtime_ns) VALUES (?, ?, ?, ?)", rows
                 )
         except sqlite3.OperationalError:
-            # a full cache on a read-only disk can be trained from; its photos are read again at each start
+            # training from a complete cache on a read-only disk is fine; its photos are read again at each start
             pass
 
     def verify(self) -> list[CorruptRow]:

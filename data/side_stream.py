@@ -1,8 +1,8 @@
 """Batches on their way to a GPU: copied on a stream of their own while the steps before run.
 
-The loader's thread pins a batch and asks for its copy; the stream of the steps waits for that copy on the device, and the host
-never does. Pinned memory is torch's own cache of it, which gives a block out again only after the copy out of it is done,
-by an event; so it is a ring that needs no size.
+The loader's thread pins a batch and starts its copy; the stream of the steps waits for that copy on the device, and the
+host never waits. Pinned memory comes from torch's own cache, which reuses a block only after the event of the copy out
+of it; so it is a ring buffer without a fixed size.
 """
 
 from __future__ import annotations

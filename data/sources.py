@@ -1,4 +1,4 @@
-"""The files that `safelight prepare` is to look at: those of its sources, walked in sorted order, each with its caption reader."""
+"""Find the files that `safelight prepare` reads: its sources are walked in sorted order."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from safelight.errors import UserError
 
 
 @dataclass(frozen=True)
-class Found:
-    """A file of a source. label: root's name and the path below it; the same on every machine."""
+class SourceFile:
+    """A file of a source. label: the root folder's name and the path below it, so it is the same on every machine."""
 
     path: Path
     reader: CaptionReader
@@ -23,16 +23,19 @@ class Found:
 
 
 def _walk(folder: Path, dataset: Path, visited: set[Path], rejections: list[Rejection]) -> Iterator[Path]:
-    """Yield the files below a folder in sorted order: no hidden ones, no dataset, no folder twice (symlink loops).
+    """Yield the files below a folder in sorted order.
 
-    A folder that cannot be read and another dataset, whose photos are copies, are put among the rejections.
+    Skips hidden files and folders, the dataset that is being written, and folders already visited (symlink loops).
+    Folders that cannot be read and other datasets, whose photos are copies, are added to the rejections.
     """
     real = folder.resolve()
     if real in visited or real == dataset:
         return
     visited.add(real)
     if os.path.isfile(folder / MANIFEST_NAME) and os.path.isdir(folder / IMAGES_FOLDER):
-        rejections.append(Rejection(storable(str(folder)), "a dataset made by prepare, no folder of originals"))
+        rejections.append(
+            Rejection(storable(str(folder)), "a dataset made by `safelight prepare`, not a folder of originals")
+        )
         return
     try:
         entries = sorted(folder.iterdir(), key=lambda path: path.name)
@@ -48,12 +51,12 @@ def _walk(folder: Path, dataset: Path, visited: set[Path], rejections: list[Reje
             yield entry
 
 
-def find_files(sources: list[Path], dataset: Path) -> tuple[list[Found], list[CaptionReader]]:
-    """Return the candidate files of all sources and the sources' caption readers.
+def find_files(sources: list[Path], dataset: Path) -> tuple[list[SourceFile], list[CaptionReader]]:
+    """Return the candidate files of all sources, and one caption reader per source.
 
-    Raises ValueError for a source that is missing or lies in the dataset.
+    Raises ValueError for a source that does not exist or lies in the dataset.
     """
-    found, readers = [], []
+    files, readers = [], []
     for source in map(Path, sources):
         shown = printable(source)
         if not os.path.exists(source):
@@ -61,11 +64,11 @@ def find_files(sources: list[Path], dataset: Path) -> tuple[list[Found], list[Ca
                 f"source {shown} does not exist or cannot be reached; give a folder of photos, or one photo"
             )
         if source.resolve().is_relative_to(dataset):
-            raise UserError(f"source {shown} lies in the dataset folder {dataset}; give the folder of the originals")
+            raise UserError(f"source {shown} is inside the dataset folder {dataset}; give the folder of the originals")
         root = source if source.is_dir() else source.parent
         reader = CaptionReader(root)
         readers.append(reader)
         paths = _walk(source, dataset, set(), reader.rejections) if source.is_dir() else [source]
         name = root.resolve().name
-        found += [Found(path, reader, storable(f"{name}/{path.relative_to(root).as_posix()}")) for path in paths]
-    return found, readers
+        files += [SourceFile(path, reader, storable(f"{name}/{path.relative_to(root).as_posix()}")) for path in paths]
+    return files, readers

@@ -1,4 +1,4 @@
-"""Names and texts of others on one line of ours: what a file is called must not break it, nor steer the terminal."""
+"""Text for people and files: escaping what would break a line or cannot be encoded, and counting nouns."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import os
 
 
 def printable(text: str | os.PathLike) -> str:
-    """Return the text with every character that does not print as its escape: a newline as \\n, a stray byte as \\udce9."""
+    """Return the text with non-printable characters escaped: a newline as \\n, an undecodable byte as \\udce9.
+
+    File names may contain anything; escaped, they can neither break a line nor send control codes to the terminal.
+    """
     text = os.fspath(text)
     if text.isprintable():
         return text
@@ -14,10 +17,10 @@ def printable(text: str | os.PathLike) -> str:
 
 
 def storable(text: str) -> str:
-    """Return the text with what UTF-8 cannot hold, the stray bytes of a file name among it, as escapes."""
+    """Return the text with everything that UTF-8 cannot encode escaped, such as undecodable bytes of a file name."""
     return text.encode("utf-8", errors="backslashreplace").decode("utf-8")
 
 
 def counted(num: int, name: str) -> str:
-    """Return a number with what it counts: 1 image, 2 images, 1,000 images."""
+    """Return a number followed by its noun, in the plural if need be: 1 image, 2 images, 1,000 images."""
     return f"{num:,} {name}{'s' * (num != 1)}"

@@ -1,4 +1,7 @@
-"""A small prepared dataset and a small run's config, for every test; each test process uses one torch thread."""
+"""Fixtures for all tests: a small prepared dataset and the config of a small run.
+
+Each test process uses one torch thread.
+"""
 
 import copy
 import os
@@ -10,7 +13,7 @@ import torch
 from safelight.trainer.config.toml import Config, parse_config
 
 torch.set_num_threads(1)
-# read when huggingface_hub is imported: a command called in this process comes too late to silence its bars
+# huggingface_hub reads this when it is imported, so setting it in a command called by a test would be too late
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 NUM_SCENES = 24
@@ -27,14 +30,14 @@ SMALL_RUN = {
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """Kernels run on the CPU, in Triton's interpreter."""
+    """Run Triton kernels on the CPU, in Triton's interpreter."""
     from triton.runtime import interpreter
 
     patch = interpreter._patch_lang_tensor
 
     def with_index(tensor, scope):
         patch(tensor, scope)
-        # Triton 3.6 has int(array of one element), which numpy 2.4 refuses. TODO: drop once triton >= 3.7
+        # Triton 3.6 calls int() on a one-element array, which numpy 2.4 refuses. TODO: drop once triton >= 3.7
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
 
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", with_index)
@@ -43,7 +46,7 @@ def interpreted(monkeypatch):
 
 @pytest.fixture(scope="session")
 def tiny_dataset(tmp_path_factory) -> Path:
-    """24 framed scenes with their captions, prepared. Its cache fills up; nothing else of it may be changed."""
+    """A prepared dataset of 24 framed scenes with captions. Tests share it: they may fill its cache, nothing else."""
     from safelight.data.ingest import ingest
     from safelight.trainer.tiny.scenes import caption, draw, random_scene
 
@@ -60,7 +63,7 @@ def tiny_dataset(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def small_taesd(tmp_path_factory) -> Path:
-    """The folder of a small AutoencoderTiny with random weights: 4 px a latent, like the tiny base's own."""
+    """The folder of a small AutoencoderTiny with random weights and 4 px per latent, like the tiny base's VAE."""
     from diffusers import AutoencoderTiny
 
     torch.manual_seed(0)
@@ -86,10 +89,10 @@ def _merge(values: dict, changes: dict) -> dict:
 
 @pytest.fixture
 def make_config(tmp_path, tiny_dataset):
-    """A function of nested tables that returns the small run's Config with them changed: make_config(train={...})."""
+    """A function that returns the Config of the small run with some settings changed: make_config(train={...})."""
 
     def make(**changes) -> Config:
-        places = {"run": {"dir": str(tmp_path / "run")}, "data": {"path": str(tiny_dataset)}}
-        return parse_config(_merge(_merge(SMALL_RUN, places), changes), "make_config")
+        paths = {"run": {"dir": str(tmp_path / "run")}, "data": {"path": str(tiny_dataset)}}
+        return parse_config(_merge(_merge(SMALL_RUN, paths), changes), "make_config")
 
     return make

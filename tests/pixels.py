@@ -1,4 +1,4 @@
-"""What a crop of an image file comes to."""
+"""Load the pixels of a crop from an image file."""
 
 from pathlib import Path
 

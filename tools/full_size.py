@@ -1,8 +1,10 @@
-"""The true SD1.5 UNet through the real commands on a CPU: `python -m tools.full_size --dir DIR`.
+"""Run the real commands on a full-size SD1.5 UNet with random weights, on a CPU.
 
-859,520,964 random parameters in bf16 with an fp32 master, 256 px: prepare, cache, two steps, save, resume for a third,
-export. Needs about 20 GB of memory and disk, and minutes. Appends one JSON line a command, with its seconds and peak
-resident memory as the system counted them, to DIR/full_size.jsonl.
+    python -m tools.full_size --dir DIR
+
+859,520,964 parameters in bf16 with an fp32 master, at 256 px: prepare, cache, train two steps, save, resume for a
+third, export. Takes minutes and about 20 GB each of memory and disk. Writes one JSON line per command to
+DIR/full_size.jsonl, with its duration and the peak resident memory that the system reports.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from safelight.trainer.tiny.scenes import caption, draw, random_scene
 
 SEED = 3
 NUM_PHOTOS = 6
-SCALE = 5  # 320 px on the shorter side, to be cropped to 256
+# 320 px on the shorter side, cropped to 256
+SCALE = 5
 SETTINGS = (
     "--model.base random:sd15 --model.precision bf16 --data.resolution 256 --data.variants 1 --train.batch-size 1 "
     "--train.checkpointing full --validate.every-epochs 0 --sample.every-epochs 0 --log.every-steps 1"
@@ -29,7 +32,7 @@ SETTINGS = (
 
 
 def draw_photos(folder: Path) -> None:
-    """Draw captioned photographs."""
+    """Write captioned pictures into a new folder."""
     folder.mkdir(parents=True)
     for number in range(NUM_PHOTOS):
         scene = random_scene(SEED, number)
@@ -38,7 +41,7 @@ def draw_photos(folder: Path) -> None:
 
 
 def call(*words: object) -> dict:
-    """Run a command of safelight and return what it cost. Raises SystemExit with its message if it fails."""
+    """Run a safelight command and return its duration and peak memory. Exits with a message if the command fails."""
     argv = [sys.executable, "-m", "safelight", *map(str, words)]
     began = time.monotonic()
     process = subprocess.Popen(argv)
@@ -57,13 +60,13 @@ def main() -> None:
     import torch
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dir", type=Path, required=True, help="folder to work in; must not exist")
+    parser.add_argument("--dir", type=Path, required=True, help="folder to work in; must not exist yet")
     folder: Path = parser.parse_args().dir
     if folder.exists():
-        sys.exit(f"{folder} exists already; name another")
+        sys.exit(f"{folder} already exists; choose another folder")
     draw_photos(folder / "photos")
     log = (folder / "full_size.jsonl").open("a")
-    # the log names no place of this machine: the commands run inside the folder
+    # commands run inside the folder, so that the log contains no path of this machine
     command = "python -m tools.full_size --dir DIR"
     log.write(json.dumps({"bench": "full_size", **describe(torch.device("cpu")), "command": command}) + "\n")
     os.chdir(folder)

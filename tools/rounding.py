@@ -1,11 +1,12 @@
-"""What 16-bit weights lose at a small learning rate: plain bf16 against the memory modes, over equal steps.
+"""Measure what 16-bit weights lose at a small learning rate: plain bf16 compared with the memory modes.
 
     python -m tools.rounding [--append FILE]
 
-Two sets of weights. Tensors of SD1.5's shapes, drawn as its layers are initialised, under made-up gradients: a third of each points
-the same way all along, the rest is noise. And the tiny base's UNet under its own loss, on random latents and texts. Both begin at bf16
-numbers. Of each mode is told: the share of bf16 weights, and of values held (weight and what stands beside it), that change in a step; how far the
-values end from those of the fp32 masters, against the way these went; the loss after the last step.
+Two sets of weights, both starting from bf16 values. `SD1.5 shapes`: random tensors with the shapes and the
+initialization of SD1.5's layers and artificial gradients, a constant direction plus noise. `tiny`: the tiny base's UNet
+with the gradients of its own loss on random latents and texts. Reported for each mode: the fraction of bf16 weights,
+and of stored values (weight and remainder together), that change in a step; the distance of the final values from those
+of the fp32 masters, relative to how far the masters moved; and the loss after the last step.
 """
 
 from __future__ import annotations
@@ -31,27 +32,27 @@ from safelight.trainer.step.step import accumulate, sample_losses
 
 LR, WEIGHT_DECAY = 1e-6, 0.01
 NUM_STEPS = {"SD1.5 shapes": 200, "tiny": 40}
-# fp32 first: the others are measured by it
+# fp32 first: the others are compared with it
 MODES = ("fp32", "exact", "near", "rounded", "plain bf16")
 SHAPES = ((320, 4, 3, 3), (320, 320), (320, 768), (320, 1280), (64, 320, 3, 3), (320,))
 BATCH, NUM_BATCHES, SEED = 4, 4, 1
 
 
 def _round_plainly(optimizer: AdamW8bit) -> None:
-    """Let the masters forget what bf16 does not hold: an optimizer without any, rounding to the nearest."""
+    """Set the masters to the bf16 weights, as in an optimizer without masters that rounds to nearest."""
     for p, master in zip(optimizer.parameters, optimizer.remainders, strict=True):
         master.copy_(p)
 
 
 class _Watch:
-    """Shares of what changes, summed over steps."""
+    """Sums, over the steps, the fractions of weights and of stored values that change."""
 
     def __init__(self, optimizer: AdamW8bit):
         self.optimizer, self.num_steps, self.weights, self.values = optimizer, 0, 0.0, 0.0
         self.begun = self.last = self.now()
 
     def now(self) -> tuple[Tensor, Tensor]:
-        """Return copies of all weights and of all values, flat."""
+        """Return flat copies of all weights and of all stored values."""
         optimizer = self.optimizer
         values = [optimizer.value(i).flatten() for i in range(len(optimizer.parameters))]
         return torch.cat([p.detach().flatten() for p in optimizer.parameters]), torch.cat(values).clone()
@@ -64,20 +65,20 @@ class _Watch:
         self.last = now
 
     def figures(self, true: Tensor | None, begun: Tensor) -> dict[str, float]:
-        """Return the figures; true: the fp32 masters' end, None for themselves; begun: the fp32 values before."""
-        found = {"changed_weights": self.weights / self.num_steps, "changed_values": self.values / self.num_steps}
+        """Return the figures. true: final fp32 masters, None for the masters themselves. begun: initial fp32 values."""
+        figures = {"changed_weights": self.weights / self.num_steps, "changed_values": self.values / self.num_steps}
         if true is not None:
             error = (self.last[1].double() - true.double()).norm()
-            found["noise_to_displacement"] = float(error / (true.double() - begun.double()).norm())
-        return found
+            figures["noise_to_displacement"] = float(error / (true.double() - begun.double()).norm())
+        return figures
 
 
 def shapes(mode: str) -> tuple[_Watch, Tensor]:
-    """Return how SD1.5's shapes fared, and their fp32 values before."""
+    """Train the SD1.5 shapes in one memory mode. Return the watch and the initial fp32 values."""
     generator = torch.Generator().manual_seed(SEED)
     fan_in = [math.prod(shape[1:]) for shape in SHAPES]
     starts = [torch.randn(s, generator=generator) / math.sqrt(n) for s, n in zip(SHAPES, fan_in, strict=True)]
-    # as a published 16-bit file has them: what the first rounding would cost is not what training costs
+    # start from bf16 values, as a published 16-bit file would, so that the initial rounding does not count
     starts = [w.bfloat16().float() for w in starts]
     means = [torch.randn(shape, generator=generator) for shape in SHAPES]
     weights = [w.bfloat16() for w in starts]
@@ -102,7 +103,7 @@ def _random_batch(side: int, width: int, generator: torch.Generator) -> tuple[No
 
 
 def tiny(mode: str) -> tuple[_Watch, Tensor, float]:
-    """Return how the tiny base's UNet fared, its fp32 values before, and its mean loss after the last step."""
+    """Train the tiny base's UNet in one memory mode. Return the watch, the initial fp32 values and the final loss."""
     base = base_of(Model())
     unet = load_unet(base, SEED).train()
     with torch.no_grad():
@@ -129,28 +130,28 @@ def tiny(mode: str) -> tuple[_Watch, Tensor, float]:
 
 
 def measure(weights: str) -> dict[str, dict[str, float]]:
-    """Return each mode's figures over one set of weights: `SD1.5 shapes` or `tiny`."""
-    true, found = None, {}
+    """Return each mode's figures for one set of weights: `SD1.5 shapes` or `tiny`."""
+    true, figures = None, {}
     for mode in MODES:
         watch, begun, *loss = shapes(mode) if weights == "SD1.5 shapes" else tiny(mode)
-        found[mode] = watch.figures(true, begun) | ({"loss": loss[0]} if loss else {})
+        figures[mode] = watch.figures(true, begun) | ({"loss": loss[0]} if loss else {})
         if mode == "fp32":
             true = watch.last[1]
-    return found
+    return figures
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--append", type=Path, help="add the figures to this file of result lines")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--append", type=Path, help="append the figures to this file of result lines")
     options = parser.parse_args()
     for weights, num_steps in NUM_STEPS.items():
-        found = measure(weights)
+        figures = measure(weights)
         config = {"weights": weights, "precision": "bf16", "lr": LR, "num_steps": num_steps}
         if options.append:
-            append(options.append, make_record("rounding", config, found, torch.device("cpu")))
+            append(options.append, make_record("rounding", config, figures, torch.device("cpu")))
         names = ("changed_weights", "changed_values", "noise_to_displacement", "loss")
         rows = [
-            (mode, *(f"{line[name]:.4f}" if name in line else "" for name in names)) for mode, line in found.items()
+            (mode, *(f"{line[name]:.4f}" if name in line else "" for name in names)) for mode, line in figures.items()
         ]
         print_table(
             f"{weights}, {num_steps} steps at lr {LR:g}", ("memory", *(n.replace("_", " ") for n in names)), rows

@@ -1,8 +1,10 @@
-"""How long a checkpoint of the true SD1.5 holds up training on a CPU: `python -m tools.save_stall --dir DIR`.
+"""Measure how long saving a checkpoint of a full-size SD1.5 blocks training, on a CPU.
 
-859,520,964 random bf16 weights in channels-last order with their 16-bit remainders and 8-bit moments. Variants take turns:
-saved by the loop itself, as before there was a thread, and saved by the thread, where the loop pays for the snapshot alone.
-Needs about 14 GiB of memory and 6 of disk. Appends one JSON line to --out.
+    python -m tools.save_stall --dir DIR
+
+859,520,964 random bf16 weights in channels-last order with 16-bit remainders and 8-bit moments. Two variants
+alternate: the training loop writes the checkpoint itself, or it only takes a snapshot and a thread writes it. Needs
+about 14 GiB of memory and 6 GiB of disk. Appends one JSON line to --out.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ IDENTITY = Identity({}, [], "random")
 
 
 def make_state(base: str) -> tuple[torch.nn.Module, UNetOptimizer]:
-    """Return a UNet of random bf16 weights in channels-last order and its optimizer, moments random too."""
+    """Return a UNet with random bf16 weights in channels-last order, and its optimizer with random moments."""
     unet = meta_unet(resolve_base(base)).to(torch.bfloat16).to_empty(device="cpu").to(memory_format=torch.channels_last)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -45,15 +47,19 @@ def make_state(base: str) -> tuple[torch.nn.Module, UNetOptimizer]:
     return unet, optimizer
 
 
-def saved_by_the_loop(folder: Path, unet, optimizer: UNetOptimizer) -> float:
-    """Return the seconds for which a save holds up the loop that writes it."""
+def save_in_loop(folder: Path, unet, optimizer: UNetOptimizer) -> float:
+    """Save a checkpoint in this thread and return how many seconds that takes."""
     began = time.perf_counter()
     save_checkpoint(folder, unet, optimizer.state_tensors(), Position(step=1), IDENTITY)
     return time.perf_counter() - began
 
 
-def saved_by_the_thread(saver: Saver, unet, optimizer: UNetOptimizer, step: int) -> dict[str, float]:
-    """Return the seconds for which a save holds up the loop, what of them it ran, and those until the checkpoint is whole."""
+def save_in_thread(saver: Saver, unet, optimizer: UNetOptimizer, step: int) -> dict[str, float]:
+    """Save a checkpoint by the saver's thread and return seconds.
+
+    thread_stall_s: while the loop is blocked. thread_stall_cpu_s: its CPU time of these. thread_whole_s: until the
+    checkpoint is complete.
+    """
     began, began_cpu = time.perf_counter(), time.thread_time()
     saver.save(unet, optimizer.live_state(), Position(step=step))
     stalled, ran = time.perf_counter() - began, time.thread_time() - began_cpu
@@ -63,18 +69,18 @@ def saved_by_the_thread(saver: Saver, unet, optimizer: UNetOptimizer, step: int)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dir", type=Path, required=True, help="folder to write in; must not exist")
-    parser.add_argument("--base", default="random:sd15")
-    parser.add_argument("--out", type=Path, default=RESULTS / "saves.jsonl")
-    parser.add_argument("--thread-alone", action="store_true", help="leave the loop's own saves out, as in a run")
-    parser.add_argument("--note", default="")
+    parser.add_argument("--dir", type=Path, required=True, help="folder to write to; must not exist yet")
+    parser.add_argument("--base", default="random:sd15", help="base model whose UNet is saved")
+    parser.add_argument("--out", type=Path, default=RESULTS / "saves.jsonl", help="file the result line is added to")
+    parser.add_argument("--thread-alone", action="store_true", help="measure only saves by the thread, as in a run")
+    parser.add_argument("--note", default="", help="text kept in the result line")
     arguments = parser.parse_args()
     if arguments.dir.exists():
-        sys.exit(f"{arguments.dir} exists already; name another")
+        sys.exit(f"{arguments.dir} already exists; choose another folder")
     if arguments.base == "random:sd15" and (available_bytes() or 0) < NEEDED_GIB * 2**30:
-        sys.exit(f"less than {NEEDED_GIB} GiB of memory are free; end something, or give --base tiny")
+        sys.exit(f"less than {NEEDED_GIB} GiB of memory is free; close other programs, or use --base tiny")
     unet, optimizer = make_state(arguments.base)
-    found: defaultdict[str, list[float]] = defaultdict(list)
+    all_seconds: defaultdict[str, list[float]] = defaultdict(list)
     device = torch.device("cpu")
     with Saver(arguments.dir, IDENTITY, 1, lambda: None, print, device) as saver:
         saver.reserve(unet, optimizer.live_state())
@@ -84,11 +90,11 @@ def main() -> None:
         for step in range(1, REPEATS + 1):
             if not arguments.thread_alone:
                 shutil.rmtree(folder_of(arguments.dir / "before", 1), ignore_errors=True)
-                found["loop_stall_s"].append(saved_by_the_loop(arguments.dir / "before", unet, optimizer))
-            for name, seconds in saved_by_the_thread(saver, unet, optimizer, step).items():
-                found[name].append(seconds)
+                all_seconds["loop_stall_s"].append(save_in_loop(arguments.dir / "before", unet, optimizer))
+            for name, seconds in save_in_thread(saver, unet, optimizer, step).items():
+                all_seconds[name].append(seconds)
     num_bytes = num_bytes_of([*unet.state_dict().values(), *optimizer.live_state().values()])
-    figures = {name: [round(s, 3) for s in sorted(seconds)] for name, seconds in found.items()}
+    figures = {name: [round(s, 3) for s in sorted(seconds)] for name, seconds in all_seconds.items()}
     figures |= {"checkpoint_gib": round(num_bytes / 2**30, 3), "reserve_s": round(reserving, 2)}
     config = {
         "base": arguments.base,
@@ -98,8 +104,7 @@ def main() -> None:
         "thread_alone": arguments.thread_alone,
         "repeats": REPEATS,
     }
-    record = make_record("save_stall", config, figures, device, arguments.note)
-    append(arguments.out, record)
+    append(arguments.out, make_record("save_stall", config, figures, device, arguments.note))
     print(figures)
     shutil.rmtree(arguments.dir)
 

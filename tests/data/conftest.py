@@ -1,4 +1,4 @@
-"""Small pictures and datasets for the tests of data/."""
+"""Fixtures for the tests of data/: noise images, a prepared dataset and a filled cache."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def make_noise():
 
 @pytest.fixture(scope="session")
 def noise_dataset(tmp_path_factory):
-    """Twenty photos in four shapes, prepared; some share a caption. Read only."""
+    """A prepared dataset of twenty photos in four shapes, some with the same caption. Tests must not change it."""
     from safelight.data.ingest import ingest
 
     source = tmp_path_factory.mktemp("noise")
@@ -45,7 +45,7 @@ def noise_dataset(tmp_path_factory):
 
 @pytest.fixture
 def filled(tmp_path, noise_dataset, fakes):
-    """A complete cache of the noise dataset with its samples."""
+    """(cache, samples) of the noise dataset, the cache complete and unclaimed."""
     from safelight.data.cache import Cache
 
     with Cache(tmp_path / "filled") as cache:

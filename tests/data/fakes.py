@@ -1,4 +1,4 @@
-"""Encoders without weights, and a child process that fills a cache until it is killed: python fakes.py DATASET CACHE HOW N."""
+"""Encoders without weights, and a script that fills a cache until it is killed: python fakes.py DATASET CACHE HOW N."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from safelight.data.manifest import read_manifest
 
 
 class FakeVae:
-    """Latents that are functions of the pixels: four weighted means of each 8 x 8 block, logvar from them."""
+    """A VAE whose latents are four weighted means of each 8 x 8 block of pixels, and whose logvar follows from them."""
 
     latent_channels = 4
     factor = 8
@@ -36,7 +36,7 @@ class FakeVae:
 
 
 class FakeTextEncoder:
-    """Embeddings that are functions of the caption's bytes."""
+    """A text encoder whose embeddings are computed from the caption's bytes."""
 
     num_tokens = 5
     embedding_dim = 3
@@ -64,10 +64,10 @@ def plan(dataset: Path, vae: FakeVae, text: FakeTextEncoder, **settings):
 
 
 def fill(cache: Cache, dataset: Path, vae: FakeVae, text: FakeTextEncoder, progress=None) -> int:
-    """Fill a cache with a dataset's texts and latents; return the number of rows made."""
+    """Fill a cache with a dataset's text and latent rows; return the number of rows added."""
     samples = plan(dataset, vae, text)
-    made = fill_texts(cache, sample_captions(samples), text, batch_size=4)
-    return made + fill_latents(cache, dataset, samples, vae, batch_size=3, progress=progress)
+    num_texts = fill_texts(cache, sample_captions(samples), text, batch_size=4)
+    return num_texts + fill_latents(cache, dataset, samples, vae, batch_size=3, progress=progress)
 
 
 def _die() -> None:
@@ -75,7 +75,7 @@ def _die() -> None:
 
 
 def _child(dataset: Path, cache_path: Path, how: str, at: int) -> None:
-    """Fill the cache; die at the at-th write of rows: within it, between it and the commit, or after the commit."""
+    """Fill the cache and die at the at-th write of rows: during it, between it and the commit, or after the commit."""
     num_writes = 0
     write_rows = Cache._write_rows
 

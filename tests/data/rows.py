@@ -1,4 +1,4 @@
-"""The rows of a cache: their keys, their bytes, and how batches are made of them."""
+"""The keys of a cache's rows and their contents, to compare caches, and a source of batches made from them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EMPTY = empty_text_key("text-a", "float16")
 
 @dataclass(frozen=True)
 class Text(TensorRecord):
-    """The least conditioning that there is."""
+    """Conditioning with text embeddings alone, the minimum."""
 
     text_BTD: Tensor
 

@@ -1,4 +1,4 @@
-"""An epoch's plan covers each sample once, as a pure function; its batches are the cached rows, read ahead in order."""
+"""Epoch plans contain every sample once and depend only on their arguments; batches are cached rows, read ahead."""
 
 import hashlib
 import itertools
@@ -55,12 +55,12 @@ def refs_of(batches):
 
 
 def draws(batches):
-    """Return what each sample met, without the place in the plan."""
+    """Return each sample's (variant, caption), without its place in the plan."""
     return {(ref.sample_id, ref.occurrence): (ref.variant, ref.caption) for ref in refs_of(batches)}
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 64])
-def test_every_sample_is_met_exactly_once_in_its_bucket(batch_size):
+def test_every_sample_is_planned_once_and_in_its_bucket(batch_size):
     samples = make_samples(103)
     batches = plan(samples, batch_size=batch_size)
     assert sorted(ref.sample_index for ref in refs_of(batches)) == list(range(103))
@@ -69,7 +69,7 @@ def test_every_sample_is_met_exactly_once_in_its_bucket(batch_size):
         for ref in batch.refs:
             assert samples[ref.sample_index].bucket == batch.bucket
             assert samples[ref.sample_index].photo.sample_id == ref.sample_id
-    # at most one short batch a bucket
+    # at most one short batch per bucket
     sizes = {
         bucket: Counter(len(b.refs) for b in batches if b.bucket == bucket) for bucket in {b.bucket for b in batches}
     }
@@ -92,7 +92,7 @@ def test_the_plan_does_not_depend_on_the_manifest_order():
     assert there == back
 
 
-def test_epochs_and_seeds_differ_and_the_same_is_the_same():
+def test_plans_differ_between_epochs_and_seeds_and_repeat_otherwise():
     samples = make_samples(40)
     assert plan(samples) == plan(samples)
     orders = [[ref.sample_id for ref in refs_of(plan(samples, **c))] for c in ({}, {"epoch": 1}, {"seed": 4})]
@@ -101,7 +101,7 @@ def test_epochs_and_seeds_differ_and_the_same_is_the_same():
 
 
 def test_draws_are_those_of_philox():
-    """The vectorised draws are the scalar functions' bit for bit, and use the documented keys."""
+    """The vectorized draws equal those of the scalar functions bit for bit and use the documented keys."""
     samples = make_samples(30)
     meetings = [(s.photo.sample_id, 0) for s in samples]
     expected = [philox.words(Key(3, Purpose.EPOCH_ORDER, i, 5), 2) for i, _ in meetings]
@@ -141,14 +141,14 @@ def test_rates_of_dropout_variants_and_captions():
 
 
 def test_buckets_are_mixed_over_the_epoch():
-    """The batches of one bucket are not met in a row: shuffled, runs of equal buckets are short."""
+    """Batches of one bucket do not follow each other: after the shuffle, runs of equal buckets are short."""
     batches = plan(make_samples(400), batch_size=2)
     buckets = [batch.bucket for batch in batches]
     changes = sum(a != b for a, b in itertools.pairwise(buckets))
     assert changes > 0.6 * len(buckets)
 
 
-def test_repeated_samples_are_further_occurrences_with_their_own_draws():
+def test_repeated_samples_count_occurrences_and_draw_anew_for_each():
     samples = make_samples(30)
     batches = plan(samples * 3)
     assert Counter(ref.occurrence for ref in refs_of(batches)) == {0: 30, 1: 30, 2: 30}
@@ -235,7 +235,7 @@ def test_iterate_reads_ahead_and_no_further(filled, monkeypatch):
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("load-batch")]
 
 
-def test_iterate_raises_the_threads_error_at_its_batch(filled):
+def test_iterate_raises_an_error_of_the_thread_at_its_batch(filled):
     cache, samples = filled
     micro_batches = plan(samples)
     missing = MicroBatch(Bucket(64, 64), (SampleRef(1, 0, 0, 0, -1),))

@@ -1,4 +1,4 @@
-"""The buckets are all the sizes worth having, and a crop is the part of the photo it should be."""
+"""Buckets are the maximal sizes within the pixel budget; crops have the bucket's aspect and lie inside the photo."""
 
 import itertools
 
@@ -21,7 +21,7 @@ def is_3_2(bucket):
 @pytest.mark.parametrize("max_aspect", [1.0, 2.0, 2.3, 4.0])
 @pytest.mark.parametrize(("resolution", "multiple"), SETTINGS)
 def test_buckets_are_exactly_the_maximal_sizes_and_3_2(resolution, multiple, max_aspect):
-    """Against all sizes there are, counted out."""
+    """Compare with a brute-force search over all allowed sizes."""
     buckets = make_buckets(resolution, multiple, max_aspect)
     sides = range(multiple, 5 * resolution, multiple)
     allowed = [
@@ -47,7 +47,7 @@ def test_buckets_are_exactly_the_maximal_sizes_and_3_2(resolution, multiple, max
     ("resolution", "multiple", "width", "height"),
     [(512, 64, 576, 384), (768, 64, 768, 512), (1024, 64, 1152, 768), (64, 8, 72, 48), (128, 8, 144, 96)],
 )
-def test_exact_3_2_is_there_and_camera_photos_go_to_it(resolution, multiple, width, height):
+def test_3_2_photos_get_an_exact_3_2_bucket(resolution, multiple, width, height):
     buckets = make_buckets(resolution, multiple)
     assert nearest_bucket(6000, 4000, buckets) == Bucket(width, height)
     assert nearest_bucket(1000, 1500, buckets) == Bucket(height, width)
@@ -61,7 +61,7 @@ def test_3_2_that_wastes_too_much_is_left_out():
     ("resolution", "multiple", "message"),
     [(1000, 64, "use 960 or 1024"), (60, 8, "use 56 or 64"), (64, 64, "use 128 or more"), (0, 8, "too small")],
 )
-def test_bad_resolution_says_what_to_use(resolution, multiple, message):
+def test_bad_resolution_suggests_valid_ones(resolution, multiple, message):
     with pytest.raises(ValueError, match=message) as caught:
         make_buckets(resolution, multiple)
     assert str(resolution) in str(caught.value)
@@ -90,7 +90,7 @@ def test_canonical_crop_is_the_largest_centred_window(size):
         assert right - left == width or bottom - top == height
         assert abs(left - (width - right)) <= 1
         assert abs(top - (height - bottom)) <= 1
-        # the cropped side is the exact one to half a pixel
+        # the cropped side is within half a pixel of its exact length
         if right - left == width:
             assert abs((bottom - top) - width / bucket.aspect) <= 0.5 or bottom - top == height
         else:
@@ -109,7 +109,7 @@ def test_jittered_crops_stay_inside_keep_the_aspect_and_reach_everywhere():
     assert np.abs(widths / heights - 2).max() < 0.01
     assert 750 <= widths.min() < 765
     assert 985 < widths.max() <= 1000
-    # the offsets fill their whole range evenly
+    # the offsets cover their whole range uniformly
     place = top / (800 - heights)
     assert place.min() < 0.02
     assert place.max() > 0.98

@@ -1,4 +1,4 @@
-"""The cache holds what the encoders gave, makes each row once, and notices change."""
+"""Filling the cache: rows equal the encoders' output, each is encoded once, and changed inputs are noticed."""
 
 import os
 import shutil
@@ -42,7 +42,7 @@ def test_rows_are_the_encoding_of_the_crop(filled, noise_dataset, fakes):
         np.testing.assert_array_equal(cache.read([sample.text_keys[0]])[0], expected)
 
 
-def test_second_run_makes_nothing(filled, noise_dataset, fakes):
+def test_filling_again_encodes_nothing(filled, noise_dataset, fakes):
     cache, samples = filled
     vae, text = fakes.FakeVae(), fakes.FakeTextEncoder()
     before = len(cache)
@@ -70,7 +70,7 @@ def test_latents_without_posterior(tmp_path, noise_dataset, fakes):
         assert row.shape == (1, 4, samples[0].bucket.height // 8, samples[0].bucket.width // 8)
 
 
-def test_keys_name_all_they_depend_on(noise_dataset):
+def test_keys_cover_everything_their_row_depends_on(noise_dataset):
     photo = read_manifest(noise_dataset)[0]
     base = {"variants": 2, "crop_jitter": 0.2, "flip_p": 1.0, "seed": 1, "dtype": "float16"}
     base |= {"vae_fingerprint": "v", "text_fingerprint": "t"}
@@ -98,7 +98,7 @@ def test_keys_name_all_they_depend_on(noise_dataset):
         assert {i for i in range(3) if other[i] != first[i]} == set(changed), name
 
 
-def test_planned_crops_are_those_of_the_keyed_functions(noise_dataset, fakes):
+def test_planned_crops_equal_those_of_crop_box_and_is_flipped(noise_dataset, fakes):
     settings = {"variants": 4, "crop_jitter": 0.3, "flip_p": 0.4, "seed": 11}
     for sample in fakes.plan(noise_dataset, fakes.FakeVae(), fakes.FakeTextEncoder(), **settings):
         photo = sample.photo
@@ -129,9 +129,9 @@ def test_changed_photo_is_noticed(tmp_path, noise_dataset, fakes, make_noise):
             fakes.fill(cache, dataset, vae, text)
 
 
-def test_another_vae_than_planned_is_refused(tmp_path, noise_dataset, fakes):
+def test_a_vae_or_dtype_other_than_planned_is_refused(tmp_path, noise_dataset, fakes):
     samples = fakes.plan(noise_dataset, fakes.FakeVae("vae-a"), fakes.FakeTextEncoder())
-    with Cache(tmp_path / "cache") as cache, pytest.raises(ValueError, match="another VAE"):
+    with Cache(tmp_path / "cache") as cache, pytest.raises(ValueError, match="a VAE or dtype other"):
         fill_latents(cache, noise_dataset, samples, fakes.FakeVae("vae-b"), 4)
     with Cache(tmp_path / "cache", "float32") as cache, pytest.raises(ValueError, match="dtype"):
         fill_latents(cache, noise_dataset, samples, fakes.FakeVae("vae-a"), 4)
@@ -146,12 +146,12 @@ def test_non_finite_latents_name_the_photo(tmp_path, noise_dataset, fakes):
 
     samples = fakes.plan(noise_dataset, Broken(), fakes.FakeTextEncoder())
     with Cache(tmp_path / "cache") as cache:
-        with pytest.raises(ValueError, match=r"not finite for images/noise-"):
+        with pytest.raises(ValueError, match=r"non-finite latents for images/noise-"):
             fill_latents(cache, noise_dataset, samples, Broken(), 4)
         assert len(cache) == 0
 
 
-def test_another_vae_or_dtype_makes_its_own_rows_and_leaves_the_others(filled, noise_dataset, fakes):
+def test_another_vae_or_dtype_adds_its_own_rows_and_leaves_the_others(filled, noise_dataset, fakes):
     cache, samples = filled
     keys = all_keys(samples)
     before, num_rows = contents(cache, keys), len(cache)
@@ -171,8 +171,8 @@ def test_another_vae_or_dtype_makes_its_own_rows_and_leaves_the_others(filled, n
         assert contents(exact, keys) == before
 
 
-def test_an_edited_photo_is_noticed_and_exactly_its_rows_are_made(tmp_path, fakes, make_noise):
-    """Edited in the dataset, it is told though its rows are there; edited at its source and prepared, it has rows of its own."""
+def test_an_edited_photo_is_noticed_and_only_its_rows_are_encoded_again(tmp_path, fakes, make_noise):
+    """Edited in the dataset it is an error, though its rows are cached; edited at its source it gets new rows."""
     source, dataset = tmp_path / "source", tmp_path / "dataset"
     source.mkdir()
     for i in range(3):
@@ -185,7 +185,7 @@ def test_an_edited_photo_is_noticed_and_exactly_its_rows_are_made(tmp_path, fake
         make_noise(77, (64, 48)).save(dataset / first[1].file)
         with pytest.raises(ValueError, match=r"same_1-.* changed since it was prepared; run `safelight prepare` again"):
             fakes.fill(cache, dataset, vae, encoder)
-        # prepared again it is as before, written anew, and no row is made
+        # preparing again restores the file, so nothing needs encoding
         ingest([source], dataset)
         assert (dataset / first[1].file).read_bytes() == stored
         assert fakes.fill(cache, dataset, vae, encoder) == 0
@@ -212,20 +212,20 @@ def test_photos_are_read_again_only_when_size_or_time_changed(tmp_path, noise_da
         assert reads == [touched]
 
 
-def test_rows_are_made_by_one_process_at_a_time_and_read_by_all(filled, noise_dataset, fakes):
+def test_one_process_at_a_time_adds_rows_while_others_may_read(filled, noise_dataset, fakes):
     cache, _ = filled
     with Cache(cache.path) as other:
         other.claim()
-        # nothing is missing
+        # no row is missing, so no lock is needed
         assert fakes.fill(cache, noise_dataset, fakes.FakeVae(), fakes.FakeTextEncoder()) == 0
-        with pytest.raises(ValueError, match=r"filled is in use by process .*wait until it has made the cache"):
+        with pytest.raises(ValueError, match=r"filled is in use by process .*wait until it has filled the cache"):
             fakes.fill(cache, noise_dataset, fakes.FakeVae("vae-b"), fakes.FakeTextEncoder())
         other.release()
         assert fakes.fill(cache, noise_dataset, fakes.FakeVae("vae-b"), fakes.FakeTextEncoder()) > 0
 
 
 def test_decoding_runs_ahead_of_encoding(tmp_path, noise_dataset, fakes, monkeypatch):
-    """While the first batch is encoded, the next is being decoded: the encoder waits for it and is not kept waiting."""
+    """The next batch is decoded while the first is encoded: the encoder here waits for exactly that."""
     decoded = threading.Semaphore(0)
     load = __import__("safelight.data.cache", fromlist=["cache"])._load_pixels
 

@@ -1,4 +1,4 @@
-"""A cache that was killed or damaged: what is lost is known, and exactly that is made again."""
+"""Caches of killed processes and damaged files: exactly the lost rows are found and encoded again."""
 
 import subprocess
 import sys
@@ -18,13 +18,13 @@ def run_child(dataset, cache_path, how, at, **options):
 
 
 def test_kill_at_any_moment_loses_at_most_a_batch(tmp_path, noise_dataset, fakes, filled):
-    """kill -9 within a write, before the commit, after it and at some time; then the rest is made: the same contents."""
+    """Killed during a write, before the commit, after it, and at any time; filling the rest gives the same rows."""
     reference_cache, samples = filled
     keys = all_keys(samples)
     path = tmp_path / "killed"
     num_before = 0
-    # writes 1 to 3 of a first run are texts, the rest latents; a resumed run goes straight on with what is missing
-    for how, at, least in (("within", 6, 9), ("before_commit", 3, 6), ("after_commit", 2, 6), ("any_time", 0, 1)):
+    # the first three writes are text rows, the rest latents; each further child continues with the missing rows
+    for how, at, min_added in (("within", 6, 9), ("before_commit", 3, 6), ("after_commit", 2, 6), ("any_time", 0, 1)):
         child = run_child(noise_dataset, path, how, at)
         if how == "any_time":
             while int(child.stdout.readline()) < 9:
@@ -35,7 +35,7 @@ def test_kill_at_any_moment_loses_at_most_a_batch(tmp_path, noise_dataset, fakes
         with Cache(path) as cache:
             assert cache.verify() == []
             num_rows = len(cache)
-            assert num_rows >= num_before + least, how
+            assert num_rows >= num_before + min_added, how
             present = [key for key in keys if key not in set(cache.missing(keys))]
             assert len(present) == num_rows
             assert contents(cache, present) == contents(reference_cache, present)
@@ -47,7 +47,7 @@ def test_kill_at_any_moment_loses_at_most_a_batch(tmp_path, noise_dataset, fakes
         assert vae.num_encoded == len(keys) - num_before
         assert contents(cache, keys) == contents(reference_cache, keys)
         assert cache.verify() == []
-    # nothing of the lost batches is left: the shards are of exactly the size of the uninterrupted run's together
+    # nothing of the lost batches remains: together the shards are as large as those of an uninterrupted run
     sizes = [sum(file.stat().st_size for file in (p / "shards").iterdir()) for p in (path, reference_cache.path)]
     assert sizes[0] == sizes[1]
 
@@ -77,8 +77,8 @@ def flip_bits(path: Path, offsets: list[int]) -> None:
     path.write_bytes(content)
 
 
-def test_exactly_the_damaged_rows_are_made_again(filled, noise_dataset, fakes):
-    """Flipped bits in three rows of two shards, a cut shard: found at the next fill, before anything is trained on."""
+def test_exactly_the_damaged_rows_are_encoded_again(filled, noise_dataset, fakes):
+    """Flipped bits in three rows of two shards and a truncated shard: found when the cache is next filled."""
     cache, samples = filled
     keys = all_keys(samples)
     before = contents(cache, keys)

@@ -1,4 +1,4 @@
-"""Every source of captions, which of them wins, and what is listed when one is bad."""
+"""Captions: which sources are read, which of them wins, and how bad ones are reported."""
 
 import json
 
@@ -37,7 +37,7 @@ def test_file_name(stem, caption):
 
 
 def test_precedence_from_last_to_first(root):
-    """Each source added beats all before it."""
+    """Add the sources one by one, weakest first: each overrides those before it."""
     name = "sub/deep/bird_3.jpg"
     photo = root / name
     assert read(root, name)[:2] == (("bird",), "file name")
@@ -72,14 +72,14 @@ def test_sidecar_is_one_caption_with_white_space_collapsed(root):
     assert read(root, "a dog_1.jpg")[0] == ("a dog, running fast",)
 
 
-def test_empty_sidecar_falls_through_and_is_listed(root):
+def test_empty_sidecar_is_ignored_with_a_warning(root):
     (root / "a dog_1.txt").write_text(" \n")
     texts, _, reader = read(root, "a dog_1.jpg")
     assert texts == ("a dog",)
     assert "a dog_1.txt is empty" in reader.warnings[0]
 
 
-def test_bad_utf8_is_replaced_and_listed(root):
+def test_invalid_utf8_is_replaced_with_a_warning(root):
     (root / "a dog_1.txt").write_bytes(b"caf\xe9 dog")
     texts, _, reader = read(root, "a dog_1.jpg")
     assert texts == ("caf\ufffd dog",)
@@ -101,7 +101,7 @@ def test_variants_and_the_caption_key(root):
     assert read(root, "sub/cat_2.jpg")[:2] == (("by caption",), "captions.jsonl: seen by hand")
 
 
-def test_bad_rows_are_listed_with_their_line_and_the_good_ones_used(root):
+def test_bad_rows_are_rejected_by_line_number_and_good_rows_are_used(root):
     rows(
         root / "metadata.jsonl",
         "{not json",

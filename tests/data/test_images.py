@@ -1,4 +1,4 @@
-"""What comes out of an image file is upright RGB of the right colours, or a reason."""
+"""An image file gives upright RGB with the right colours, or is rejected with a reason."""
 
 import contextlib
 import hashlib
@@ -28,13 +28,13 @@ def exif(orientation):
 
 @pytest.fixture
 def corners():
-    """32 x 16, each quarter another colour."""
+    """A 32 x 16 image whose quarters are red, green, blue and white."""
     pixels = np.zeros((16, 32, 3), np.uint8)
     pixels[:8, :16], pixels[:8, 16:], pixels[8:, :16], pixels[8:, 16:] = (250, 0, 0), (0, 250, 0), (0, 0, 250), 250
     return Image.fromarray(pixels)
 
 
-# where the red, green, blue and white quarters of the stored pixels end, as the EXIF standard defines the tag
+# the quarters of the upright image, row by row, for each EXIF orientation of the stored pixels
 QUARTERS = {1: "RGBW", 2: "GRWB", 3: "WBGR", 4: "BWRG", 5: "RBGW", 6: "BRWG", 7: "WGBR", 8: "GWRB"}
 
 
@@ -48,18 +48,18 @@ def test_exif_orientation(corners, orientation, image_format):
     places = [(width // 4, height // 4), (3 * width // 4, height // 4)]
     places += [(x, 3 * height // 4) for x, _ in places]
     names = {(True, False, False): "R", (False, True, False): "G", (False, False, True): "B", (True, True, True): "W"}
-    found = "".join(names[tuple(channel > 128 for channel in decoded.image.getpixel(place))] for place in places)
-    assert found == QUARTERS[orientation]
+    quarters = "".join(names[tuple(channel > 128 for channel in decoded.image.getpixel(place))] for place in places)
+    assert quarters == QUARTERS[orientation]
     assert decoded.is_copyable == (orientation == 1 and image_format != "TIFF")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
-def test_damaged_exif_does_not_cost_the_photo(make_noise):
+def test_photo_with_damaged_exif_is_kept(make_noise):
     content = saved(make_noise(1), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff" + b"\xff" * 30)
     assert decode(content).image.size == (40, 30)
 
 
-def test_alpha_lies_over_white():
+def test_alpha_is_composited_over_white():
     image = Image.new("RGBA", (20, 20), (200, 0, 0, 0))
     image.paste((0, 0, 100, 128), (10, 0, 20, 20))
     out = decode(saved(image, "PNG"))
@@ -114,7 +114,7 @@ def test_animated_gives_the_first_frame(image_format):
 
 
 def test_foreign_colour_profile_is_converted():
-    """A profile with red and blue exchanged turns a stored red into blue."""
+    """With a profile whose red and blue are swapped, a stored red becomes blue."""
     content = saved(Image.new("RGB", (20, 20), (250, 5, 5)), "PNG", icc_profile=_swapped_profile())
     out = decode(content)
     red, _, blue = out.image.getpixel((5, 5))
@@ -125,13 +125,13 @@ def test_foreign_colour_profile_is_converted():
 
 
 def _swapped_profile() -> bytes:
-    """Return an sRGB profile whose red and blue primaries are exchanged and whose name is another."""
+    """Return an sRGB profile with its red and blue primaries swapped and with another name."""
     data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
-    table = {}
+    tag_offsets = {}
     for i in range(struct.unpack(">I", data[128:132])[0]):
         start = 132 + 12 * i
-        table[bytes(data[start : start + 4])] = start
-    red, blue = table[b"rXYZ"], table[b"bXYZ"]
+        tag_offsets[bytes(data[start : start + 4])] = start
+    red, blue = tag_offsets[b"rXYZ"], tag_offsets[b"bXYZ"]
     data[red + 4 : red + 12], data[blue + 4 : blue + 12] = data[blue + 4 : blue + 12], data[red + 4 : red + 12]
     return bytes(data).replace("sRGB".encode("utf-16-be"), "test".encode("utf-16-be")).replace(b"sRGB", b"RGB ")
 
@@ -151,7 +151,7 @@ def test_not_an_image_is_rejected(content):
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 def test_every_damage_gives_an_image_or_a_reason(make_noise):
-    """Flipped bytes anywhere, in five formats: never another exception."""
+    """Overwrite random bytes in five formats: no exception other than RejectedImage."""
     rng = np.random.default_rng(5)
     for image_format in ("JPEG", "PNG", "WEBP", "GIF", "TIFF"):
         content = saved(make_noise(2), image_format)
@@ -184,7 +184,7 @@ def test_shrunk_size_is_within_the_limit_and_near_it(size):
 
 
 def test_shrinking_keeps_the_picture(corners):
-    """Through JPEG's draft decoding and LANCZOS the quarters stay where they are."""
+    """After JPEG draft decoding and LANCZOS the quarters are where they were."""
     large = saved(corners.resize((3200, 1600), Image.Resampling.NEAREST), "JPEG", exif=exif(6))
     out = decode(large, max_megapixels=0.02)
     assert out.is_shrunk
@@ -206,12 +206,12 @@ def test_content_hash_is_of_pixels(make_noise):
     )
 
 
-def test_strips_have_the_hash_of_the_whole(monkeypatch, make_noise):
-    """A dataset prepared by an earlier version goes on knowing its photographs."""
+def test_hashing_in_strips_equals_hashing_the_whole(monkeypatch, make_noise):
+    """Datasets prepared by an earlier version, which hashed the whole, still recognize their photos."""
     image = Image.fromarray(np.asarray(make_noise(3).resize((57, 91)))).convert("RGB")
     whole = hashlib.sha256(b"RGB (57, 91)" + image.tobytes()).hexdigest()
     assert decode(saved(image, "PNG")).content_sha256 == whole
-    # 17 rows a strip, the last one short; less than a row a strip
+    # 17 rows per strip with a short last strip; strips of less than a row
     for size in (17 * 3 * 57, 100):
         monkeypatch.setattr("safelight.data.images.STRIP_BYTES", size)
         assert decode(saved(image, "PNG")).content_sha256 == whole

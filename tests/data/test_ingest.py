@@ -1,4 +1,4 @@
-"""From folders of originals to a dataset: what is copied, shrunk, dropped, listed, and what a second call changes."""
+"""`ingest`: what is copied, shrunk, rejected and reported as a duplicate, and what calling it again changes."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from safelight.data.captions import says_nothing
+from safelight.data.captions import is_camera_name
 from safelight.data.images import decode
 from safelight.data.ingest import ingest
 from safelight.data.manifest import read_manifest
@@ -36,7 +36,7 @@ def dataset(tmp_path):
 
 
 @pytest.mark.parametrize(("image_format", "suffix"), [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp")])
-def test_what_needs_no_change_is_copied_byte_for_byte(source, dataset, make_noise, image_format, suffix):
+def test_file_that_needs_no_change_is_copied_byte_for_byte(source, dataset, make_noise, image_format, suffix):
     original = source / f"a b_1.{suffix.upper()}"
     make_noise(1).save(original, image_format)
     summary = ingest([source], dataset)
@@ -48,7 +48,7 @@ def test_what_needs_no_change_is_copied_byte_for_byte(source, dataset, make_nois
     assert (summary.num_copied, summary.num_shrunk) == (1, 0)
 
 
-def test_large_photo_is_shrunk_and_stored_at_the_asked_format(source, dataset, make_noise):
+def test_large_photo_is_shrunk_and_stored_in_the_given_format(source, dataset, make_noise):
     ramp = np.linspace(0, 255, 400, dtype=np.uint8)[None, :, None].repeat(200, 0).repeat(3, 2)
     Image.fromarray(ramp).save(source / "ramp.png")
     summary = ingest([source], dataset, max_megapixels=0.02, image_format="webp")
@@ -70,7 +70,7 @@ def test_rotated_photo_is_stored_upright(source, dataset):
     assert (photo.width, photo.height) == (30, 60)
     with Image.open(dataset / photo.file) as stored:
         assert stored.getexif().get(0x0112, 1) == 1
-        # turned clockwise, the left half comes to lie on top
+        # rotated clockwise, so that the left half is now on top
         assert stored.getpixel((15, 10))[0] > 200 > 60 > stored.getpixel((15, 50))[0]
 
 
@@ -126,8 +126,8 @@ def test_every_rejected_file_is_listed_and_none_is_fatal(source, dataset, make_n
     assert {os.path.basename(row["path"]): row["reason"] for row in listed} == reasons
 
 
-def test_pillow_warns_nobody(source, dataset, make_noise, recwarn, monkeypatch):
-    """Neither a huge photo nor a damaged tag puts a line of Pillow's on the screen."""
+def test_no_warnings_of_pillow_reach_the_user(source, dataset, make_noise, recwarn, monkeypatch):
+    """Neither a huge photo nor a damaged EXIF tag triggers a visible Python warning."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     make_noise(1).save(source / "huge.png")
     make_noise(2, (30, 30)).save(source / "tag.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff" + b"\xff" * 30)
@@ -164,7 +164,7 @@ def test_second_source_extends_the_manifest_and_finds_old_duplicates(tmp_path, s
     assert read_manifest(dataset) == summary.photos
 
 
-def test_changed_caption_settings_and_photo_are_taken_up(source, dataset, make_noise):
+def test_second_call_applies_changed_captions_settings_and_photos(source, dataset, make_noise):
     make_noise(1, (200, 150)).save(source / "a.png")
     make_noise(2).save(source / "b.png")
     ingest([source], dataset)
@@ -172,15 +172,15 @@ def test_changed_caption_settings_and_photo_are_taken_up(source, dataset, make_n
     photos = ingest([source], dataset, max_megapixels=0.02).photos
     assert [photo.captions[0] for photo in photos] == ["better words", "b"]
     assert photos[0].width * photos[0].height <= 20000
-    # the rendering at the old size is gone, not orphaned
+    # the file at the old size was deleted
     assert {f"images/{path.name}" for path in (dataset / "images").iterdir()} == {photo.file for photo in photos}
     make_noise(5).save(source / "b.png")
     summary = ingest([source], dataset, max_megapixels=0.02)
     assert len(summary.photos) == 3
-    assert "b.png changed since it was prepared" in summary.warnings[0]
+    assert "b.png changed since it was last prepared" in summary.warnings[0]
 
 
-def test_photo_deleted_from_the_dataset_leaves_the_manifest(source, dataset, make_noise, tmp_path):
+def test_photo_deleted_from_the_dataset_is_removed_from_the_manifest(source, dataset, make_noise, tmp_path):
     for i in range(2):
         make_noise(i).save(source / f"{i}.png")
     photos = ingest([source], dataset).photos
@@ -188,7 +188,7 @@ def test_photo_deleted_from_the_dataset_leaves_the_manifest(source, dataset, mak
     (source / "0.png").unlink()
     summary = ingest([source], dataset)
     assert summary.photos == photos[1:]
-    assert "is gone" in summary.warnings[0]
+    assert "no longer exists" in summary.warnings[0]
 
 
 def test_folders_are_walked_sorted_without_loops_or_the_dataset(source, make_noise):
@@ -208,8 +208,8 @@ def test_folders_are_walked_sorted_without_loops_or_the_dataset(source, make_noi
 def test_single_files_are_sources_too(source, dataset, make_noise):
     for i in range(2):
         make_noise(i).save(source / f"n{i}.png")
-    (source / "captions.jsonl").write_text('{"file_name": "n1.png", "text": "told"}\n')
-    assert [photo.captions for photo in ingest([source / "n1.png"], dataset).photos] == [("told",)]
+    (source / "captions.jsonl").write_text('{"file_name": "n1.png", "text": "a caption"}\n')
+    assert [photo.captions for photo in ingest([source / "n1.png"], dataset).photos] == [("a caption",)]
 
 
 def test_progress_counts_every_file(source, dataset, make_noise):
@@ -223,16 +223,16 @@ def test_progress_counts_every_file(source, dataset, make_noise):
 def test_errors_name_the_value_and_the_fix(tmp_path, source, dataset, make_noise):
     with pytest.raises(ValueError, match="nowhere does not exist"):
         ingest([tmp_path / "nowhere"], dataset)
-    with pytest.raises(ValueError, match="no photo found"):
+    with pytest.raises(ValueError, match="no photos found"):
         ingest([source], dataset)
     (source / "a.jpg").write_bytes(b"x")
     (source / "b.jpg").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"2 rejected; the first: .*a\.jpg: not an image"):
+    with pytest.raises(ValueError, match=r"2 rejected\); the first is .*a\.jpg: not an image"):
         ingest([source], dataset)
     assert not (dataset / "manifest.jsonl").exists()
     make_noise(1).save(source / "good.png")
     ingest([source], dataset)
-    with pytest.raises(ValueError, match="lies in the dataset folder"):
+    with pytest.raises(ValueError, match="is inside the dataset folder"):
         ingest([dataset / "images"], dataset)
     with pytest.raises(ValueError, match="quality 0"):
         ingest([source], dataset, quality=0)
@@ -242,23 +242,23 @@ def test_errors_name_the_value_and_the_fix(tmp_path, source, dataset, make_noise
     ("name", "safe"),
     [("Ünï çode", "Uni-code"), ("日本", "photo"), ("a/..b".replace("/", " "), "a-..b"), ("x" * 200, "x" * 64)],
 )
-def test_stored_names_are_safe(source, dataset, make_noise, name, safe):
+def test_stored_file_names_are_portable(source, dataset, make_noise, name, safe):
     make_noise(1).save(source / f"{name}.png")
     (photo,) = ingest([source], dataset).photos
     assert photo.file == f"images/{safe}-{photo.sha256[:8]}.png"
 
 
-def test_stored_pixels_equal_the_original_where_lossless(source, dataset, make_noise):
+def test_reencoded_pixels_are_close_to_the_original(source, dataset, make_noise):
     image = make_noise(8, mode="RGBA")
     image.save(source / "a.png")
     (photo,) = ingest([source], dataset, quality=100).photos
     stored = np.asarray(decode((dataset / photo.file).read_bytes()).image, float)
-    wanted = np.asarray(decode((source / "a.png").read_bytes()).image, float)
-    assert np.abs(stored - wanted).mean() < 2
+    original = np.asarray(decode((source / "a.png").read_bytes()).image, float)
+    assert np.abs(stored - original).mean() < 2
 
 
-def test_of_a_picture_given_twice_the_written_caption_is_kept(tmp_path):
-    """Whichever is met first, in this call or an earlier one."""
+def test_duplicates_keep_the_written_caption(tmp_path):
+    """Even if the file without one comes first, in this call or in an earlier one."""
     source = tmp_path / "photos"
     source.mkdir()
     Image.new("RGB", (80, 60), "teal").save(source / "a beach at night_3.jpg")
@@ -270,10 +270,11 @@ def test_of_a_picture_given_twice_the_written_caption_is_kept(tmp_path):
         (photo,) = read_manifest(tmp_path / dataset)
         assert photo.captions == ("a man in a beanie",)
         assert photo.caption_source == "captions.jsonl"
-        assert [r.reason for r in summary.rejected] == [f"same picture as {photo.source}, which takes its caption"]
+        (rejection,) = summary.rejected
+        assert rejection.reason == f"same picture as {photo.source}, which now uses the caption of this file"
 
 
-def test_a_dataset_among_the_photos_is_no_source(tmp_path):
+def test_another_dataset_among_the_photos_is_skipped(tmp_path):
     source = tmp_path / "photos"
     source.mkdir()
     Image.new("RGB", (80, 60), "teal").save(source / "one.png")
@@ -281,17 +282,17 @@ def test_a_dataset_among_the_photos_is_no_source(tmp_path):
     summary = ingest([source], tmp_path / "other")
     assert [photo.source for photo in summary.photos] == ["photos/one.png"]
     assert [(Path(r.path).name, r.reason) for r in summary.rejected] == [
-        ("dataset", "a dataset made by prepare, no folder of originals")
+        ("dataset", "a dataset made by `safelight prepare`, not a folder of originals")
     ]
 
 
 @pytest.mark.parametrize(
     "caption", ["IMG", "DSC01234", "P1010001", "20230801 123456", "PXL", "", "photo (3)", "Screenshot"]
 )
-def test_a_cameras_name_says_nothing(caption):
-    assert says_nothing(caption)
+def test_camera_names_are_recognized(caption):
+    assert is_camera_name(caption)
 
 
 @pytest.mark.parametrize("caption", ["a cat", "IMG of a cat", "Paris", "portrait 3", "sand"])
-def test_a_word_says_something(caption):
-    assert not says_nothing(caption)
+def test_words_are_not_camera_names(caption):
+    assert not is_camera_name(caption)

@@ -1,4 +1,4 @@
-"""A folder has one holder, whose name is told; the dead hold nothing."""
+"""FolderLock: one holder at a time, named to whoever is refused; the lock ends when its process dies."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def holder(tmp_path):
     process.communicate()
 
 
-def test_another_process_is_named_and_a_killed_one_holds_nothing(holder, tmp_path):
+def test_holder_is_named_and_a_killed_process_loses_its_lock(holder, tmp_path):
     folder = tmp_path / "folder"
     with pytest.raises(
         ValueError, match=rf"in use by process {holder.pid} on .* since 20\d\d-.* \(safelight .*\); do"
@@ -50,13 +50,13 @@ def test_another_process_is_named_and_a_killed_one_holds_nothing(holder, tmp_pat
     assert "\n" not in str(caught.value)
     holder.send_signal(signal.SIGKILL)
     assert holder.wait() == -signal.SIGKILL
-    assert (folder / LOCK_NAME).exists(), "its file is left, and is no obstacle"
+    assert (folder / LOCK_NAME).exists(), "the killed process leaves its lock file"
     with FolderLock(folder, "") as lock:
         assert lock.note == ""
         assert json.loads((folder / LOCK_NAME).read_bytes())["pid"] == os.getpid()
 
 
-def test_a_lock_ends_with_its_holder_and_leaves_nothing(tmp_path):
+def test_a_released_lock_leaves_no_files(tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "file").touch()
     for name in ("there", "new", "a/b"):
@@ -72,37 +72,37 @@ def test_a_lock_ends_with_its_holder_and_leaves_nothing(tmp_path):
     assert (tmp_path / "new" / "work").exists()
 
 
-def test_many_that_ask_at_once_hold_it_one_by_one(tmp_path):
-    """Locks deleted at release and files opened just before: never two holders."""
-    inside, most, taken = [0], [0], [0]
+def test_many_threads_never_hold_the_lock_together(tmp_path):
+    """Not even one that opened the lock file just before its holder deleted it."""
+    num_holders, max_holders, num_acquired = [0], [0], [0]
     count = threading.Lock()
 
-    def ask():
+    def acquire_often():
         for _ in range(60):
             try:
                 lock = FolderLock(tmp_path / "folder", "")
             except ValueError:
                 continue
             with count:
-                inside[0] += 1
-                taken[0] += 1
-                most[0] = max(most[0], inside[0])
+                num_holders[0] += 1
+                num_acquired[0] += 1
+                max_holders[0] = max(max_holders[0], num_holders[0])
             with count:
-                inside[0] -= 1
+                num_holders[0] -= 1
             lock.release()
 
     (tmp_path / "folder").mkdir()
-    threads = [threading.Thread(target=ask) for _ in range(8)]
+    threads = [threading.Thread(target=acquire_often) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert most == [1]
-    assert taken[0] > 8
+    assert max_holders == [1]
+    assert num_acquired[0] > 8
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[]", b"{", b'{"pid": 1}', b'{"pid": {}, "host": 3}'])
-def test_a_record_that_cannot_be_read_hides_only_the_name(tmp_path, content):
+def test_an_unreadable_lock_file_still_refuses_but_names_nobody(tmp_path, content):
     (tmp_path / LOCK_NAME).write_bytes(content)
     with open(tmp_path / LOCK_NAME, "rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -112,7 +112,7 @@ def test_a_record_that_cannot_be_read_hides_only_the_name(tmp_path, content):
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, number):
+def test_a_file_system_without_locks_is_used_with_a_note(tmp_path, monkeypatch, number):
     def flock(*args):
         raise OSError(number, os.strerror(number))
 
@@ -123,7 +123,7 @@ def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, num
 
 
 @pytest.mark.parametrize(("number", "where"), [(errno.EROFS, "open"), (errno.EACCES, "open"), (errno.ENOSPC, "mkdir")])
-def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, number, where):
+def test_an_unwritable_folder_is_an_error_with_the_reason(tmp_path, monkeypatch, number, where):
     def fail(*args, **options):
         raise OSError(number, os.strerror(number))
 

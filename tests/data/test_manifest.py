@@ -1,4 +1,4 @@
-"""The manifest survives a round trip, names its bad lines, and splits by draws rather than by order."""
+"""The manifest: round trip, errors that name the bad line, and a validation split independent of the order."""
 
 import dataclasses
 import hashlib
@@ -20,7 +20,7 @@ def test_round_trip_keeps_every_field(tmp_path):
     assert read_manifest(tmp_path) == photos
 
 
-def test_sample_id_is_that_of_the_bytes():
+def test_sample_id_is_the_head_of_the_sha256():
     assert photo(3).sample_id == int.from_bytes(hashlib.sha256(b"3").digest()[:7], "big")
 
 
@@ -31,7 +31,7 @@ def test_missing_manifest_names_the_command(tmp_path):
 
 def test_empty_manifest_is_refused(tmp_path):
     write_manifest(tmp_path, [])
-    with pytest.raises(ValueError, match="holds no photo"):
+    with pytest.raises(ValueError, match="lists no photos"):
         read_manifest(tmp_path)
 
 
@@ -44,7 +44,7 @@ def test_empty_manifest_is_refused(tmp_path):
         (lambda line: line.replace('"width": 12', '"width": 0'), "not positive"),
         (lambda line: line.replace("images/2.jpg", "../2.jpg"), "not a path inside"),
         (lambda line: line.replace("images/2.jpg", "/2.jpg"), "not a path inside"),
-        (lambda line: line.replace("images/2.jpg", "images/1.jpg"), "stands on line 2"),
+        (lambda line: line.replace("images/2.jpg", "images/1.jpg"), "is already listed on line 2"),
         (lambda line: line.replace('"sha256": "', '"sha256": "Z'), "hex digits"),
     ],
 )
@@ -60,7 +60,7 @@ def test_bad_line_is_named(tmp_path, change, reason):
     assert "line 3" in str(caught.value)
 
 
-def test_failed_write_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch):
+def test_failed_write_leaves_the_old_file_and_no_temporary_one(tmp_path, monkeypatch):
     path = tmp_path / "file"
     atomic_write_bytes(path, b"old")
 
@@ -81,7 +81,7 @@ def test_split_size(num, fraction, held_out):
     assert len(train) == num - held_out
 
 
-def test_split_never_takes_all_and_may_take_none():
+def test_split_never_holds_out_all_and_may_hold_out_none():
     photos = [photo(i) for i in range(4)]
     assert split_validation(photos, 0.0, 1) == (photos, [])
     assert len(split_validation(photos, 0.99, 1)[0]) == 1

@@ -1,4 +1,4 @@
-"""What holds for all of them: any buckets, any split, any epoch, any text. Drawn by hypothesis."""
+"""Property tests (hypothesis) of buckets, crops, splits, epoch plans and text."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ multiples = st.sampled_from([8, 16, 32, 64])
 
 @st.composite
 def bucket_settings(draw) -> tuple[int, int, float]:
-    """(resolution, multiple, max_aspect), valid ones."""
+    """Valid (resolution, multiple, max_aspect)."""
     multiple = draw(multiples)
     return multiple * draw(st.integers(2, 24)), multiple, draw(st.floats(1, 16))
 
@@ -39,7 +39,7 @@ def test_buckets_keep_the_budget_the_multiple_and_the_aspect(chosen):
         assert b.width % multiple == b.height % multiple == 0
         assert b.width * b.height <= resolution**2
         assert max(b.width, b.height) <= max_aspect * min(b.width, b.height)
-        # no room is left that a multiple would fill, unless the bucket is there for its 3:2
+        # neither side can grow by one multiple, unless the bucket exists for its exact 3:2
         is_camera = 2 * max(b.width, b.height) == 3 * min(b.width, b.height)
         wider, taller = ((b.width + multiple, b.height), (b.width, b.height + multiple))
         fits = [w * h <= resolution**2 and max(w, h) <= max_aspect * min(w, h) for w, h in (wider, taller)]
@@ -49,7 +49,7 @@ def test_buckets_keep_the_budget_the_multiple_and_the_aspect(chosen):
 
 @few
 @given(chosen=bucket_settings(), width=sides, height=sides)
-def test_a_photo_goes_to_the_nearest_ratio_and_its_mirror_to_one_as_near(chosen, width, height):
+def test_a_photo_goes_to_the_nearest_aspect_and_its_transpose_to_one_as_near(chosen, width, height):
     buckets = make_buckets(*chosen)
     bucket = nearest_bucket(width, height, buckets)
 
@@ -58,7 +58,7 @@ def test_a_photo_goes_to_the_nearest_ratio_and_its_mirror_to_one_as_near(chosen,
 
     assert distance(bucket) <= min(map(distance, buckets)) + 1e-8
     assert nearest_bucket(width, height, buckets[::-1]) == bucket
-    # of two equally far the first in order is taken, which is not the first for the mirrored photo
+    # of two equally near ones the first in order is chosen, so the transposed photo may get the other one
     mirrored = nearest_bucket(height, width, buckets)
     assert abs(distance(Bucket(mirrored.height, mirrored.width)) - distance(bucket)) <= 1e-8
 
@@ -109,8 +109,8 @@ def test_a_split_is_a_partition_of_the_right_size(names, fraction, seed):
 
 @few
 @given(names=numbers, more=numbers, fraction=st.floats(0.01, 0.5), seed=seeds)
-def test_added_photos_reshuffle_nothing(names, more, fraction, seed):
-    """The old photos keep their order of draws: those held out after are more or fewer of the same, never others."""
+def test_added_photos_do_not_reshuffle_the_split(names, more, fraction, seed):
+    """Of the old photos, more or fewer are held out than before, but always the same ones first."""
     old = [photo(number) for number in names]
     new = [photo(number) for number in more if number not in names]
     before = {p.file for p in split_validation(old, fraction, seed)[1]}
@@ -154,7 +154,7 @@ def test_every_photo_is_met_exactly_once_an_epoch(names, batch_size, epoch, seed
             assert sample.bucket == batch.bucket
             assert 0 <= ref.variant < len(sample.latent_keys)
             assert -1 <= ref.caption < len(sample.captions)
-    # grouped: the same batches, each full shape once in a row, what is left of buckets at the end
+    # grouped: the same batches, all full ones of a shape in one run, the short ones at the end
     together = plan_epoch(samples, batch_size=batch_size, grouped=True, **options)
     assert Counter(together) == Counter(plan)
     shapes = [(batch.bucket, len(batch.refs)) for batch in together]
@@ -162,17 +162,17 @@ def test_every_photo_is_met_exactly_once_an_epoch(names, batch_size, epoch, seed
     assert len(runs) == len(set(runs))
     sizes = [size for _, size in shapes]
     assert [size < batch_size for size in sizes] == sorted(size < batch_size for size in sizes)
-    # within a shape, and of shapes, the shuffle's order
+    # shapes, and batches within a shape, keep the order of the shuffle
     for shape in runs:
         mine = [[b for b in order if (b.bucket, len(b.refs)) == shape] for order in (together, plan)]
         assert mine[0] == mine[1]
     full = [shape for shape in dict.fromkeys((b.bucket, len(b.refs)) for b in plan) if shape[1] == batch_size]
     assert [shape for shape in runs if shape[1] == batch_size] == full
-    # the manifest's order does not show
+    # the order of the manifest has no influence
     backwards = plan_epoch(samples[::-1], batch_size=batch_size, grouped=True, **options)
     ids = [[[(ref.sample_id, ref.occurrence) for ref in b.refs] for b in order] for order in (together, backwards)]
     assert ids[0] == ids[1]
-    # what each meets depends on neither the batches nor the order
+    # each photo's variant and caption depend on neither the batch size nor the order
     met = {(ref.sample_id, ref.occurrence): (ref.variant, ref.caption) for ref in refs}
     other = [ref for batch in plan_epoch(samples[::-1], batch_size=1, **options) for ref in batch.refs]
     assert met == {(ref.sample_id, ref.occurrence): (ref.variant, ref.caption) for ref in other}
@@ -183,12 +183,12 @@ texts = st.text(st.characters(), max_size=40)
 
 @few
 @given(text=texts)
-def test_a_caption_is_one_line_that_can_be_stored_and_collapses_to_itself(text):
+def test_a_collapsed_caption_is_one_line_of_valid_utf8_and_collapses_to_itself(text):
     caption = collapse(text)
     assert collapse(caption) == caption
     assert caption.encode("utf-8").decode("utf-8") == caption
     assert not set(caption) & set("\0\x1b\n\r\t\u2028")
-    # nothing that prints is lost
+    # no visible character is lost
     assert [c for c in text if c.isprintable() and not c.isspace()] == [
         c for c in caption if c.isprintable() and not c.isspace() and (c != "\ufffd" or "\ufffd" in text)
     ]
@@ -196,7 +196,7 @@ def test_a_caption_is_one_line_that_can_be_stored_and_collapses_to_itself(text):
 
 @few
 @given(text=texts)
-def test_what_is_printed_prints_and_what_is_stored_can_be(text):
+def test_printable_text_prints_and_storable_text_encodes(text):
     assert printable(text).isprintable()
     assert storable(text).encode("utf-8").decode("utf-8") == storable(text)
     if text.isprintable():

@@ -1,4 +1,4 @@
-"""Rows in shards: appended whole or not at all, each key once, by several processes, on a disk that is full."""
+"""Shards: rows are appended completely or not at all and once per key, with several writers and on a full disk."""
 
 import sqlite3
 import threading
@@ -11,7 +11,7 @@ from safelight.data import shards
 from safelight.data.cache import Cache
 
 
-def test_damaged_index_and_other_format_say_so(tmp_path):
+def test_damaged_index_and_other_format_are_errors(tmp_path):
     with Cache(tmp_path / "a"):
         pass
     (tmp_path / "a" / "index.sqlite").write_bytes(b"not a database at all" * 100)
@@ -27,7 +27,7 @@ def test_damaged_index_and_other_format_say_so(tmp_path):
 
 
 def test_rows_of_several_shapes_over_several_shards(tmp_path, monkeypatch):
-    """With shards of three rows each, also when one append spans shards."""
+    """With shards of three rows, so that some appends span shards."""
     rng = np.random.default_rng(0)
     monkeypatch.setattr(shards, "MAX_SHARD_BYTES", 3 * 2 * 4 * 5 * 4 + 7)
     written = {}
@@ -52,7 +52,7 @@ def test_rows_of_several_shapes_over_several_shards(tmp_path, monkeypatch):
             cache.read(["z"])
 
 
-def test_append_overwrites_and_cuts_off_an_orphaned_tail(tmp_path):
+def test_append_removes_bytes_left_by_a_killed_process(tmp_path):
     with Cache(tmp_path / "cache", "float32") as cache:
         cache.append("text", ["a"], np.array([[1.0]]))
         (shard,) = (tmp_path / "cache" / "shards").iterdir()
@@ -74,7 +74,7 @@ def test_append_keeps_the_first_row_of_a_key(tmp_path):
     ("kind", "keys", "rows", "message"),
     [
         ("image", ["a"], [[1.0]], "kind 'image'"),
-        ("text", ["a"], [[1.0], [2.0]], "1 keys do not fit"),
+        ("text", ["a"], [[1.0], [2.0]], "1 keys do not match"),
         ("text", ["a"], [[np.inf]], "not finite"),
         ("text", ["a"], [[1e6]], "not finite in float16.*float32"),
     ],
@@ -106,7 +106,7 @@ def test_full_disk_leaves_the_cache_usable(tmp_path, monkeypatch):
 
 
 def test_two_writers_and_a_reader_do_not_disturb_each_other(tmp_path):
-    """Two caches on one folder append overlapping keys while a third reads: every row is right, none is there twice."""
+    """Two caches on one folder append overlapping keys while a third reads: every row is right and stored once."""
     errors = []
 
     def write(start):

@@ -1,4 +1,4 @@
-"""Batches on their way to a GPU: sent ahead by the loader's thread, waited for by whoever takes them, never on the host."""
+"""Batches are copied to the GPU ahead of time by the loader's thread, and the host never waits for a copy."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Every figure with a unit that README and docs quote, looked up among the result lines.
+"""Check that every figure with a unit in README and docs comes from a result line in bench/results.
 
-A quoted figure is found if a number of a result line, in a field of that unit, rounds to it at the digits quoted. A prediction
-is none: neither a field predicted_..., nor any of a line whose note begins with "a prediction".
-bench/results/quoted.toml declares the others: definitions (what is no measurement), anywhere, and figures that were
-written down before result lines were kept, one by one, which may become fewer.
+A quoted figure is recorded if a number in a result line, in a field of the same unit, rounds to it at the quoted number
+of digits. Predictions do not count: fields named predicted_..., and lines whose note begins with "a prediction".
+bench/results/quoted.toml lists the exceptions: definitions, which are no measurements, and figures that were written
+before result lines were kept; their number may only shrink.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from safelight.bench.core.results import RESULTS
 
 QUOTED = RESULTS / "quoted.toml"
-# unit -> (what a field's name ends with, what its value is multiplied by)
+# unit -> (endings of field names, factors from the field's value to the unit)
 _FIELDS: dict[str, tuple[tuple[str, ...], tuple[float, ...]]] = {
     "images/s": (("images_per_s", "images_per_s_mean", "images_per_s_p20_p50_p80"), (1,)),
     "GiB": (("_gib", "_gib_of_process", "_gib_of_all"), (1,)),
@@ -32,7 +32,7 @@ _FIELDS: dict[str, tuple[tuple[str, ...], tuple[float, ...]]] = {
     "s": (("seconds", "_s"), (1,)),
     "min": (("seconds", "_s"), (1 / 60,)),
     "ms": (("_ms", "ms"), (1,)),
-    # fractions: the demo's scores as (value, low, high), chances, shares
+    # fractions: the demo's scores as (value, low, high), chance levels, shares
     "%": (("base", "trained", "difference", "chance", "share_of_limit"), (100,)),
     "launches": (("launches",), (1,)),
     "host syncs": (("host_syncs",), (1,)),
@@ -40,15 +40,16 @@ _FIELDS: dict[str, tuple[tuple[str, ...], tuple[float, ...]]] = {
 _ALIASES = {"img/s": "images/s", "images a second": "images/s", "seconds": "s", "minutes": "min"}
 _UNITS = "|".join(re.escape(unit) for unit in sorted([*_FIELDS, *_ALIASES], key=len, reverse=True))
 _MINUTES_SECONDS = re.compile(r"(?P<min>\d+) min (?P<s>\d+) s(?![\w/])")
-# an interval's ends, "78 % [66, 87]", are of the unit before them
+# the ends of an interval, "78 % [66, 87]", have the unit before them
 _FIGURE = re.compile(
-    rf"(?<![\w.,-])(?P<value>\d[\d,]*(?:\.\d+)?) ?(?P<unit>{_UNITS})(?![\w/])(?: \[(?P<low>[\d.]+), (?P<high>[\d.]+)\])?"
+    rf"(?<![\w.,-])(?P<value>\d[\d,]*(?:\.\d+)?) ?(?P<unit>{_UNITS})(?![\w/])"
+    r"(?: \[(?P<low>[\d.]+), (?P<high>[\d.]+)\])?"
 )
 
 
 @dataclass(frozen=True)
 class Quote:
-    """A figure in a text. text: as it stands there; value and unit: as it is looked up."""
+    """A figure quoted in a text. text: as written. value, unit: as looked up, with 2 min 37 s as 157 s."""
 
     file: str
     line: int
@@ -59,12 +60,12 @@ class Quote:
 
 
 def quotes(text: str, file: str) -> Iterator[Quote]:
-    """Yield the figures with units of a Markdown text, code left out: it is no claim."""
+    """Yield the figures with units in a Markdown text, except in code, which claims nothing."""
     is_fenced, is_indented, is_after_blank = False, False, True
     for number, line in enumerate(text.splitlines(), start=1):
         if line.lstrip().startswith("```"):
             is_fenced = not is_fenced
-        # four spaces after a blank line begin code; within a paragraph they go on with a list's item
+        # four spaces after a blank line start a code block; within a paragraph they continue a list item
         is_indented = line.startswith("    ") and (is_indented or is_after_blank)
         is_after_blank = not line.strip()
         if is_fenced or is_indented:
@@ -81,10 +82,10 @@ def quotes(text: str, file: str) -> Iterator[Quote]:
 
 
 def _numbers(value: object, name: str = "") -> Iterator[tuple[str, float]]:
-    """Yield (field name, number) of everything in a result line, list items under their list's name."""
+    """Yield (field name, number) for all numbers in a result line. Items of a list have the list's name."""
     if isinstance(value, dict):
         for key, item in value.items():
-            # what is below a prediction is one too
+            # everything nested in a prediction is a prediction
             yield from _numbers(item, name if name.startswith("predicted") else key)
     elif isinstance(value, list):
         for item in value:
@@ -94,14 +95,14 @@ def _numbers(value: object, name: str = "") -> Iterator[tuple[str, float]]:
 
 
 def recorded(folder: Path = RESULTS) -> list[tuple[str, float]]:
-    """Return (field name, number) of every result line of a folder, predictions left out."""
+    """Return (field name, number) for all numbers in the result lines of a folder, except predictions."""
     texts = [text for path in sorted(folder.glob("*.jsonl")) for text in path.read_text().splitlines()]
     lines = [line for line in map(json.loads, texts) if not str(line.get("note", "")).startswith("a prediction")]
     return [(name, number) for line in lines for name, number in _numbers(line) if not name.startswith("predicted")]
 
 
 def is_recorded(quote: Quote, numbers: list[tuple[str, float]]) -> bool:
-    """Return whether a number of the quote's unit rounds to it at the digits quoted."""
+    """Return whether a number of the quote's unit rounds to the quote, at its number of digits."""
     digits = len(quote.value.partition(".")[2])
     endings, scales = _FIELDS[quote.unit]
     return any(
@@ -112,7 +113,7 @@ def is_recorded(quote: Quote, numbers: list[tuple[str, float]]) -> bool:
 
 
 def check(root: Path, declared: Path = QUOTED) -> tuple[list[Quote], list[str]]:
-    """Return (figures with neither result line nor declaration, files with more unrecorded figures than declared)."""
+    """Return (figures that are neither recorded nor declared, messages on files with too many unrecorded figures)."""
     numbers = recorded()
     tables = tomllib.loads(declared.read_text())
     definitions = [entry["text"] for entry in tables.get("definition", [])]

@@ -1,4 +1,4 @@
-"""The corpus as modules, and a command run as a user runs it."""
+"""Parametrizes the tests with the cases of pictures.py, mistakes.py and damages.py; runs commands as a user would."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests import called
 
 
 def load(name: str):
-    """Return a file of this folder as a module; pytest's importlib mode has no packages of tests."""
+    """Return a file of this folder as a module. In pytest's importlib mode the tests are not a package."""
     module_name = f"hostile_{name}"
     if module_name not in sys.modules:
         spec = importlib.util.spec_from_file_location(module_name, Path(__file__).with_name(f"{name}.py"))
@@ -34,7 +34,7 @@ def cases_of(argument: str) -> list:
 
 
 def pytest_generate_tests(metafunc) -> None:
-    """A test that takes a `picture`, `mistake` or `damage` is run with each of the corpus."""
+    """Run a test that takes a `picture`, `mistake` or `damage` once for each case of the corpus."""
     for argument in CORPUS:
         if argument in metafunc.fixturenames:
             metafunc.parametrize(argument, cases_of(argument), ids=lambda case: case.name)
@@ -47,5 +47,5 @@ def corpus_names() -> list[str]:
 
 @pytest.fixture
 def call():
-    """A function that runs a command in this process and returns what it left."""
+    """A function that runs a command in this process and returns its exit status and output."""
     return called.call

@@ -1,7 +1,7 @@
-"""Damage to what was made before: datasets, caches, run folders, by accident, by hand or by the disk.
+"""Damage to existing datasets, caches and run folders, by accident, by hand or by the disk.
 
-The folder that a case gets holds `dataset/` (eight photographs, its cache complete), `run/` (a finished run with
-checkpoints of steps 1 and 2) and `run.toml`, which made both.
+A case gets a folder with `dataset/` (eight photographs and a complete cache), `run/` (a finished run with checkpoints
+of steps 1 and 2) and the `run.toml` they were made with.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from PIL import Image
 
 @dataclass(frozen=True)
 class Damage:
-    """make(place): does it. words: the command that meets it; {place} is the folder. says: part of a line.
+    """One case. make(place): does the damage. words: the command run afterwards; {place} is the folder.
 
-    check(place): looks at what the command left. touches: paths below the folder that the command may change.
+    says: part of a line of its output. check(place): assertions on what the command left. touches: paths below the
+    folder that the command may change.
     """
 
     name: str
@@ -33,12 +34,12 @@ class Damage:
 
 
 CACHE, RESUME = "cache {place}/run.toml", "train {place}/run.toml --resume"
-# a resume of a finished run writes what a start writes, and one line of metrics
+# resuming a finished run rewrites the files of its start and appends one line to the metrics
 STARTS = ("run/",)
 
 
 def flip(pattern: str, bit: int | None = None) -> Callable[[Path], object]:
-    """Flip one bit, in the middle, of the last file that fits a pattern."""
+    """Return a function that flips one bit, by default in the middle, of the last file that matches a pattern."""
 
     def make(place: Path) -> None:
         path = sorted(place.glob(pattern))[-1]
@@ -55,7 +56,7 @@ def replace(name: str, content: bytes) -> Callable[[Path], object]:
 
 
 def manifest_line(change: Callable[[dict], object]) -> Callable[[Path], object]:
-    """Edit the second line of the manifest by hand. change: edits the row, or returns a line to take its place."""
+    """Return a function that edits line 2 of the manifest. change: modifies the row, or returns the line to write."""
 
     def make(place: Path) -> None:
         path = place / "dataset" / "manifest.jsonl"
@@ -197,13 +198,13 @@ DAMAGES = [
         "manifest with an endless side",
         manifest_line(lambda row: row.update(width=10**400)),
         CACHE,
-        "a side of more than 1,000,000 px",
+        "is over the limit of 1,000,000 px a side",
     ),
     Damage(
         "manifest with another side",
         manifest_line(lambda row: row.update(width=row["width"] + 8)),
         CACHE,
-        "the manifest says",
+        "but the manifest says",
     ),
     Damage(
         "manifest with another hash",
@@ -215,9 +216,9 @@ DAMAGES = [
         "manifest with a photo twice",
         manifest_line(lambda row: json.dumps(row) + "\n" + json.dumps(row)),
         CACHE,
-        "stands on line 2 already",
+        "is already listed on line 2",
     ),
-    Damage("manifest of nothing", replace("dataset/manifest.jsonl", b""), CACHE, "holds no photo"),
+    Damage("manifest of nothing", replace("dataset/manifest.jsonl", b""), CACHE, "lists no photos"),
     Damage("manifest of bytes", replace("dataset/manifest.jsonl", bytes(range(256))), CACHE, "manifest.jsonl line 1: "),
     Damage(
         "manifest of garbage, prepared again",

@@ -1,7 +1,7 @@
-"""Mistakes of a user: sources without photographs, configs that are wrong, places that cannot be. Each is refused with a
-line and exit 2, and nothing is written.
+"""User mistakes: sources without photographs, wrong configs, impossible paths.
 
-The folder that a case gets holds `photos/` (two photographs), `dataset/` (prepared from a third) and `run.toml`.
+Each is refused with one line and exit status 2, and nothing is written. A case gets a folder with `photos/` (two
+photographs), `dataset/` (prepared from a third) and `run.toml`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Mistake:
-    """words(place): makes what is wrong and returns the command. says: part of the line."""
+    """One case. words(place): makes the mistake and returns the command's arguments. says: part of the error line."""
 
     name: str
     words: Callable[[Path], list]
@@ -22,7 +22,7 @@ class Mistake:
 
 
 def source(make: Callable[[Path], object]) -> Callable[[Path], list]:
-    """Return the words that prepare the folder `hostile` after something was made in it."""
+    """Return a case's `words` that fill the folder `hostile` with `make` and prepare it."""
 
     def words(place: Path) -> list:
         (place / "hostile").mkdir()
@@ -33,7 +33,7 @@ def source(make: Callable[[Path], object]) -> Callable[[Path], list]:
 
 
 def toml(content: str | bytes, command: str = "plan") -> Callable[[Path], list]:
-    """Return the words that read a config of this content."""
+    """Return a case's `words` that run a command on a config with this content."""
 
     def words(place: Path) -> list:
         path = place / "hostile.toml"
@@ -44,7 +44,7 @@ def toml(content: str | bytes, command: str = "plan") -> Callable[[Path], list]:
 
 
 def given(command: str, *options: str) -> Callable[[Path], list]:
-    """Return the words that give options to a command on the good config; {place} is the folder."""
+    """Return a case's `words` that run a command with options on the good config; {place} is the folder."""
     return lambda place: [command, place / "run.toml", *(option.format(place=place) for option in options)]
 
 
@@ -58,7 +58,7 @@ def only_text(folder: Path) -> None:
 
 
 def a_pickle(folder: Path) -> list[str]:
-    """Make a base whose UNet is a pickle that would leave a mark if it were loaded; return the option that names it."""
+    """Make a base whose UNet is a pickle that would create a folder if loaded; return the option that selects it."""
     import pickle
     import shutil
 
@@ -96,9 +96,11 @@ def a_file(name: str, command: str, *options: str) -> Callable[[Path], list]:
 
 
 MISTAKES = [
-    Mistake("empty folder", source(nothing), "no photo found in"),
-    Mistake("nothing left after filtering", source(only_text), "2 rejected; the first: "),
-    Mistake("folder of captions alone", source(lambda folder: (folder / "a.txt").write_text("a")), "no photo found in"),
+    Mistake("empty folder", source(nothing), "no photos found in"),
+    Mistake("nothing left after filtering", source(only_text), "2 rejected); the first is "),
+    Mistake(
+        "folder of captions alone", source(lambda folder: (folder / "a.txt").write_text("a")), "no photos found in"
+    ),
     Mistake(
         "source that is not there", lambda place: ["prepare", place / "gone", "-o", place / "dataset"], "does not exist"
     ),
@@ -113,12 +115,12 @@ MISTAKES = [
     Mistake(
         "dataset in the source's place",
         lambda place: ["prepare", place / "photos", "-o", place / "photos"],
-        "lies in the dataset folder",
+        "is inside the dataset folder",
     ),
     Mistake(
         "source inside the dataset",
         lambda place: ["prepare", place / "dataset" / "images", "-o", place / "dataset"],
-        "lies in the dataset folder",
+        "is inside the dataset folder",
     ),
     Mistake(
         "dataset that is a file",
@@ -128,7 +130,7 @@ MISTAKES = [
     Mistake(
         "dataset below a file",
         lambda place: ["prepare", place / "photos", "-o", place / "run.toml" / "x"],
-        "is a file or lies below one",
+        "is a file or its path leads through one",
     ),
     Mistake(
         "quality 0",
@@ -212,14 +214,16 @@ MISTAKES = [
     Mistake(
         "run folder that is a file",
         a_file("busy", "train", "--run.dir", "{place}/busy"),
-        "busy is a file or lies below one",
+        "busy is a file or its path leads through one",
     ),
     Mistake(
         "run folder below a file",
         a_file("busy", "train", "--run.dir", "{place}/busy/run"),
-        "busy/run is a file or lies below one",
+        "busy/run is a file or its path leads through one",
     ),
-    Mistake("run folder with NUL in its name", toml('[run]\ndir = "a\\u0000b"\n', "train"), r"a\x00b is no path"),
+    Mistake(
+        "run folder with NUL in its name", toml('[run]\ndir = "a\\u0000b"\n', "train"), r"a\x00b is not a valid path"
+    ),
     Mistake(
         "run folder of a name too long",
         given("train", "--run.dir", "{place}/" + "a" * 300),
@@ -229,7 +233,7 @@ MISTAKES = [
     Mistake(
         "dataset that was not prepared",
         given("train", "--data.path", "{place}/photos"),
-        "make it with `safelight prepare",
+        "create it with `safelight prepare",
     ),
     Mistake("a model of pickles", based(a_pickle), "other formats are never loaded"),
     Mistake("a model of garbage", based(garbage_weights), "its weights are damaged or do not fit"),

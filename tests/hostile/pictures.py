@@ -1,8 +1,8 @@
-"""Hostile pictures, names and captions, made by code: each stands beside good photographs and meets `safelight prepare`.
+"""Hostile pictures, names and captions for `safelight prepare`; each is put beside good photographs.
 
-A case makes its files in the folder of the originals. `left out` files are listed, by name and reason; `taken` ones are in
-the manifest, with a caption where that is the point; `ignored` ones leave no trace. The good photographs survive all of
-them.
+A case writes its files into the folder of the originals. Files that are `left out` are listed with name and reason;
+`taken` ones are in the manifest, with a caption if that is what the case is about; `ignored` ones leave no trace. The
+good photographs are prepared in every case.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ LEFT_OUT, TAKEN, IGNORED = "left out", "taken", "ignored"
 
 @dataclass(frozen=True)
 class Picture:
-    """make(folder): writes the files. says: part of the reason, or of the note. shown: how its name is printed.
+    """One case. make(folder): writes the files. says: part of the reason or the note. shown: its name as printed.
 
-    caption: of a taken photo; None: not looked at. denied: names that the system refuses to read, whoever runs the tests.
+    caption: of a taken photo, None if not checked. denied: names that cannot be read during the test, even by root.
     """
 
     name: str
@@ -60,7 +60,7 @@ def png_header(width: int, height: int) -> bytes:
 
 
 def write(name: str | bytes, content: bytes) -> Callable[[Path], object]:
-    """Return a maker of one file."""
+    """Return a function that writes one file."""
 
     def make(folder: Path) -> None:
         with open(os.path.join(os.fsencode(folder), os.fsencode(name)), "wb") as file:
@@ -70,7 +70,7 @@ def write(name: str | bytes, content: bytes) -> Callable[[Path], object]:
 
 
 def with_text_bomb() -> bytes:
-    """A PNG whose comment is 64 MiB of zeros, in 64 KiB."""
+    """Return a PNG whose comment is 64 MiB of zeros, compressed to 64 KiB."""
     whole = saved(noise(), "PNG")
     return whole[:33] + chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(64 << 20), 9)) + whole[33:]
 
@@ -97,7 +97,7 @@ def a_pipe(folder: Path, name: str = "x.jpg") -> None:
 
 
 def a_socket(folder: Path) -> None:
-    # a socket's path has 107 bytes at most
+    # the path of a socket is limited to 107 bytes
     with socket.socket(socket.AF_UNIX) as server:
         here = os.open(folder, os.O_RDONLY)
         try:
@@ -124,7 +124,7 @@ def a_locked_folder(folder: Path) -> None:
 def a_huge_file(folder: Path) -> None:
     with open(folder / "x.jpg", "wb") as file:
         file.write(saved(noise(), "JPEG"))
-        # sparse: takes no room
+        # a sparse file: takes no disk space
         file.truncate(2**30 + 1)
 
 
@@ -142,28 +142,33 @@ PICTURES = [
     Picture("PNG with a flipped bit", write("x.png", with_bad_checksum()), LEFT_OUT, "damaged"),
     Picture("PNG of a header alone", write("x.png", png_header(400, 300)), LEFT_OUT, "not an image"),
     Picture("1 x 1", write("x.png", saved(noise(1, (1, 1)), "PNG")), LEFT_OUT, "1 x 1 px is too small"),
-    Picture("30,000 px wide", write("x.png", saved(noise(1, (30000, 100)), "PNG")), TAKEN, "a strip: training sees"),
+    Picture(
+        "30,000 px wide",
+        write("x.png", saved(noise(1, (30000, 100)), "PNG")),
+        TAKEN,
+        "training crops away more than half",
+    ),
     Picture(
         "too wide for a JPEG",
         write("x.png", saved(Image.new("RGBA", (66000, 18)), "PNG")),
         LEFT_OUT,
-        "a side of jpeg holds 65500 px",
+        "jpeg allows at most 65500 px a side",
     ),
     Picture(
         "too wide for a WebP",
         write("x.png", saved(Image.new("RGBA", (17000, 18)), "PNG")),
         LEFT_OUT,
-        "a side of webp holds 16383 px",
+        "webp allows at most 16383 px a side",
         options=("--image-format", "webp"),
     ),
     Picture(
         "decompression bomb",
         write("x.png", png_header(60000, 60000) + chunk(b"IDAT", b"")),
         LEFT_OUT,
-        "the limit against decompression bombs",
+        "the limit that guards against decompression bombs",
     ),
     Picture("bomb in a text chunk", write("x.png", with_text_bomb()), LEFT_OUT, "damaged: Decompressed data too large"),
-    Picture("a file of more than a GiB", a_huge_file, LEFT_OUT, "has 1.0 GiB, more than 1"),
+    Picture("a file of more than a GiB", a_huge_file, LEFT_OUT, "the file is 1.0 GiB, over the limit of 1 GiB"),
     Picture("CMYK", write("x.jpg", saved(Image.new("CMYK", (40, 30), (0, 200, 200, 9)), "JPEG")), TAKEN),
     Picture(
         "palette with alpha", write("x.png", saved(noise(5).convert("P"), "PNG", transparency=bytes(range(256)))), TAKEN
@@ -177,7 +182,7 @@ PICTURES = [
         "TIFF of floats that are not finite",
         write("x.tiff", saved(Image.fromarray(np.full((30, 40), np.nan, np.float32)), "TIFF")),
         LEFT_OUT,
-        "not finite",
+        "infinite or NaN pixels",
     ),
     Picture("animated GIF", write("x.gif", animated("GIF")), TAKEN),
     Picture("animated WebP", write("x.webp", animated("WEBP")), TAKEN),
@@ -197,15 +202,15 @@ PICTURES = [
         "HEIC without a decoder",
         write("x.heic", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99)),
         LEFT_OUT,
-        "HEIC, which cannot be decoded here",
+        "HEIC files cannot be decoded here",
     ),
     Picture(
-        "AVIF that is none",
+        "not an AVIF inside",
         write("x.avif", b"\0\0\0\x18ftypavif\0\0\0\0mif1avif" + bytes(99)),
         LEFT_OUT,
         "not an image",
     ),
-    Picture("0 bytes", write("x.jpg", b""), LEFT_OUT, "an empty file"),
+    Picture("0 bytes", write("x.jpg", b""), LEFT_OUT, "the file is empty"),
     Picture("unreadable", write("x.png", PHOTO), LEFT_OUT, "Permission denied", denied=("x.png",)),
     Picture(
         "unreadable folder",
@@ -234,7 +239,7 @@ PICTURES = [
         "name that steers the terminal", write("x\x1b[2J.jpg", BROKEN), LEFT_OUT, "truncated", shown=r"x\x1b[2J.jpg"
     ),
     Picture(
-        "name that turns the writing round",
+        "name that reverses the text direction",
         write("x\u202egpj.exe", BROKEN),
         LEFT_OUT,
         "truncated",
@@ -244,18 +249,24 @@ PICTURES = [
     Picture("name with quotes", write("x '\"`$(id)\\ [bold].png", PHOTO), TAKEN, caption="x '\"`$(id)\\ [bold]"),
     Picture("name beyond ASCII", write("x 猫 🐈 é.png", PHOTO), TAKEN, caption="x 猫 🐈 é"),
     Picture("name of 255 bytes", write(TO_LONG[:251] + ".png", PHOTO), TAKEN, caption=TO_LONG[:251].strip()),
-    Picture("name of no UTF-8", write(b"x caf\xe9_1.png", PHOTO), TAKEN, caption="x caf\ufffd"),
+    Picture("name that is not UTF-8", write(b"x caf\xe9_1.png", PHOTO), TAKEN, caption="x caf\ufffd"),
     Picture(
-        "name of no UTF-8, broken", write(b"x caf\xe9.jpg", BROKEN), LEFT_OUT, "truncated", shown=r"x caf\udce9.jpg"
+        "name that is not UTF-8, broken",
+        write(b"x caf\xe9.jpg", BROKEN),
+        LEFT_OUT,
+        "truncated",
+        shown=r"x caf\udce9.jpg",
     ),
     Picture("name like an option", write("-rf.png", PHOTO), TAKEN, caption="-rf"),
-    Picture("name without a word", write("_x.png", PHOTO), TAKEN, "it trains with the empty caption", caption=""),
+    Picture(
+        "name without a word", write("_x.png", PHOTO), TAKEN, "it will be trained on with an empty one", caption=""
+    ),
     Picture("two names, one safe name", two_of_one_safe_name, TAKEN, caption="x ê"),
 ]
 
 
-def told(content: bytes, suffix: str = ".txt") -> Callable[[Path], object]:
-    """Return a maker of a photograph `x.png` and its sidecar."""
+def sidecar(content: bytes, suffix: str = ".txt") -> Callable[[Path], object]:
+    """Return a function that writes a photograph `x.png` and its sidecar."""
 
     def make(folder: Path) -> None:
         write("x.png", PHOTO)(folder)
@@ -273,17 +284,17 @@ def with_sidecar(make_sidecar: Callable[[Path], object]) -> Callable[[Path], obj
 
 
 def two_sidecars(folder: Path) -> None:
-    told(b"of the text file")(folder)
-    told(b"of the caption file", ".caption")(folder)
+    sidecar(b"of the text file")(folder)
+    sidecar(b"of the caption file", ".caption")(folder)
 
 
-def table(*lines: bytes | dict) -> Callable[[Path], object]:
-    """Return a maker of a photograph `x.png` and a captions.jsonl of these lines."""
+def caption_table(*lines: bytes | dict) -> Callable[[Path], object]:
+    """Return a function that writes a photograph `x.png` and a captions.jsonl of these lines."""
     rows = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
 
     def make(folder: Path) -> None:
         write("x.png", PHOTO)(folder)
-        # beside the folder: what a row may point at and nothing may read
+        # outside the folder: a row may name it, but it must not be read
         a_pipe(folder.parent, "outside.png")
         write("captions.jsonl", b"\n".join(rows) + b"\n")(folder)
 
@@ -295,25 +306,31 @@ PAGE = "<b>bold</b> & <script>alert(1)</script> [red]x[/red] {0} %s"
 
 CAPTIONS = [
     Picture("no caption", write("x.png", PHOTO), TAKEN, caption="x"),
-    Picture("empty caption", told(b""), TAKEN, "is empty", caption="x"),
-    Picture("caption of white space", told(b" \r\n\t\xe2\x80\xa8 \n"), TAKEN, "is empty", caption="x"),
-    Picture("caption of 100 KB", told(b"word " * 20_000), TAKEN, caption=("word " * 20_000).strip()),
-    Picture("caption of one word of 100 KB", told(b"w" * 100_000), TAKEN, caption="w" * 100_000),
+    Picture("empty caption", sidecar(b""), TAKEN, "is empty", caption="x"),
+    Picture("caption of white space", sidecar(b" \r\n\t\xe2\x80\xa8 \n"), TAKEN, "is empty", caption="x"),
+    Picture("caption of 100 KB", sidecar(b"word " * 20_000), TAKEN, caption=("word " * 20_000).strip()),
+    Picture("caption of one word of 100 KB", sidecar(b"w" * 100_000), TAKEN, caption="w" * 100_000),
     Picture(
-        "a log beside the photo", told(b"line\n" * 300_000), TAKEN, "is no caption: it has 1,500,000 bytes", caption="x"
+        "a log beside the photo",
+        sidecar(b"line\n" * 300_000),
+        TAKEN,
+        "was ignored: 1,500,000 bytes are too many",
+        caption="x",
     ),
-    Picture("caption of no UTF-8", told(b"caf\xe9 noir"), TAKEN, "is not UTF-8 (byte 3)", caption="caf\ufffd noir"),
-    Picture("caption in UTF-16", told("ein Käfer".encode("utf-16")), TAKEN, caption="ein Käfer"),
+    Picture(
+        "caption that is not UTF-8", sidecar(b"caf\xe9 noir"), TAKEN, "is not UTF-8 (byte 3)", caption="caf\ufffd noir"
+    ),
+    Picture("caption in UTF-16", sidecar("ein Käfer".encode("utf-16")), TAKEN, caption="ein Käfer"),
     Picture(
         "caption in UTF-16, cut",
-        told("ein Käfer".encode("utf-16")[:-1]),
+        sidecar("ein Käfer".encode("utf-16")[:-1]),
         TAKEN,
         "is not UTF-16",
         caption="ein Käfe\ufffd",
     ),
-    Picture("caption with markup", told(PAGE.encode()), TAKEN, caption=PAGE),
-    Picture("caption with CRLF", told(b"one\r\ntwo\r\n"), TAKEN, caption="one two"),
-    Picture("caption with NUL and escapes", told(b"one\0\x1b[31mtwo"), TAKEN, caption="one [31mtwo"),
+    Picture("caption with markup", sidecar(PAGE.encode()), TAKEN, caption=PAGE),
+    Picture("caption with CRLF", sidecar(b"one\r\ntwo\r\n"), TAKEN, caption="one two"),
+    Picture("caption with NUL and escapes", sidecar(b"one\0\x1b[31mtwo"), TAKEN, caption="one [31mtwo"),
     Picture("two sidecars", two_sidecars, TAKEN, caption="of the text file"),
     Picture("sidecar is a folder", with_sidecar(lambda folder: (folder / "x.txt").mkdir()), TAKEN, caption="x"),
     Picture("sidecar is a pipe", with_sidecar(lambda folder: a_pipe(folder, "x.txt")), TAKEN, caption="x"),
@@ -325,7 +342,7 @@ CAPTIONS = [
     ),
     Picture(
         "unreadable sidecar",
-        told(b"secret"),
+        sidecar(b"secret"),
         TAKEN,
         "cannot be read: Permission denied",
         caption="x",
@@ -333,93 +350,105 @@ CAPTIONS = [
     ),
     Picture(
         "row that is not JSON",
-        table(b"{not json", GOOD_ROW),
+        caption_table(b"{not json", GOOD_ROW),
         TAKEN,
         "captions.jsonl:1: the row is not JSON",
         caption="good",
     ),
     Picture(
-        "row that is a list", table(b"[1]", GOOD_ROW), TAKEN, "captions.jsonl:1: the row is a list", caption="good"
+        "row that is a list",
+        caption_table(b"[1]", GOOD_ROW),
+        TAKEN,
+        "captions.jsonl:1: the row is a list",
+        caption="good",
     ),
-    Picture("row without a name", table({"text": "a"}, GOOD_ROW), TAKEN, "has no 'file_name'", caption="good"),
+    Picture("row without a name", caption_table({"text": "a"}, GOOD_ROW), TAKEN, "has no 'file_name'", caption="good"),
     Picture(
-        "row without a text", table({"file_name": "x.png"}), TAKEN, "has neither 'text' nor 'caption'", caption="x"
+        "row without a text",
+        caption_table({"file_name": "x.png"}),
+        TAKEN,
+        "has neither 'text' nor 'caption'",
+        caption="x",
     ),
     Picture(
         "row with a text of numbers",
-        table({"file_name": "x.png", "text": [1] * 9999}),
+        caption_table({"file_name": "x.png", "text": [1] * 9999}),
         TAKEN,
         "is neither a string nor",
         caption="x",
     ),
     Picture(
         "row of another photo",
-        table({"file_name": "gone.png", "text": "a"}, GOOD_ROW),
+        caption_table({"file_name": "gone.png", "text": "a"}, GOOD_ROW),
         TAKEN,
         "does not exist",
         caption="good",
     ),
     Picture(
-        "row a second time", table(GOOD_ROW, {**GOOD_ROW, "text": "other"}), TAKEN, "is a second row", caption="good"
+        "row a second time",
+        caption_table(GOOD_ROW, {**GOOD_ROW, "text": "other"}),
+        TAKEN,
+        "is a second row",
+        caption="good",
     ),
     Picture(
         "row that leads out by ..",
-        table({"file_name": "../outside.png", "text": "a"}, GOOD_ROW),
+        caption_table({"file_name": "../outside.png", "text": "a"}, GOOD_ROW),
         TAKEN,
-        "lies outside the table's folder",
+        "is outside the table's folder",
         caption="good",
     ),
     Picture(
         "row that leads out and in again",
-        table({"file_name": "a/../../outside.png", "text": "a"}, GOOD_ROW),
+        caption_table({"file_name": "a/../../outside.png", "text": "a"}, GOOD_ROW),
         TAKEN,
-        "lies outside",
+        "is outside the table's folder",
         caption="good",
     ),
     Picture(
         "row that leads out by a root",
-        table({"file_name": "/etc/passwd", "text": "a"}, GOOD_ROW),
+        caption_table({"file_name": "/etc/passwd", "text": "a"}, GOOD_ROW),
         TAKEN,
-        "lies outside",
+        "is outside the table's folder",
         caption="good",
     ),
     Picture(
         "row nested without end",
-        table(b'{"file_name": ' + b"[" * 100_000, GOOD_ROW),
+        caption_table(b'{"file_name": ' + b"[" * 100_000, GOOD_ROW),
         TAKEN,
         "nested too deeply",
         caption="good",
     ),
     Picture(
         "row of half a surrogate pair",
-        table(b'{"file_name": "x.png", "text": "a \\ud83d b"}'),
+        caption_table(b'{"file_name": "x.png", "text": "a \\ud83d b"}'),
         TAKEN,
         caption="a \ufffd b",
     ),
     Picture(
         "row of an endless number",
-        table(b'{"file_name": "x.png", "text": ' + b"9" * 5000 + b"}", GOOD_ROW),
+        caption_table(b'{"file_name": "x.png", "text": ' + b"9" * 5000 + b"}", GOOD_ROW),
         TAKEN,
         "captions.jsonl:1: the row ",
         caption="good",
     ),
     Picture(
         "row of a name that no file can have",
-        table({"file_name": "a" * 300, "text": "a"}, GOOD_ROW),
+        caption_table({"file_name": "a" * 300, "text": "a"}, GOOD_ROW),
         TAKEN,
         "does not exist",
         caption="good",
     ),
     Picture(
         "row of a name with NUL",
-        table({"file_name": "x\0.png", "text": "a"}, GOOD_ROW),
+        caption_table({"file_name": "x\0.png", "text": "a"}, GOOD_ROW),
         TAKEN,
         "captions.jsonl:1: the row ",
         caption="good",
     ),
     Picture(
-        "table of no UTF-8",
-        table(b'{"file_name": "x.png", "text": "caf\xe9"}'),
+        "table that is not UTF-8",
+        caption_table(b'{"file_name": "x.png", "text": "caf\xe9"}'),
         TAKEN,
         "captions.jsonl is not UTF-8",
         caption="caf\ufffd",

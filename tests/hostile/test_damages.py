@@ -1,4 +1,4 @@
-"""Damage to datasets, caches and runs is named in a line or mended, and what was whole stays as it was."""
+"""Damage to datasets, caches and runs is reported in one line or repaired, and intact files are left alone."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ NUM_PHOTOS = 8
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, tiny_dataset) -> Path:
-    """Photographs, their dataset, and a finished run of two steps with both of its checkpoints."""
+    """A folder with photographs, their dataset, and a finished run of two steps with both checkpoints."""
     from safelight.data.ingest import ingest
 
     root = tmp_path_factory.mktemp("made")
@@ -69,7 +69,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
-def test_is_named_or_mended_and_what_was_whole_stays(damage, place, call):
+def test_damage_is_reported_or_repaired_and_intact_files_stay(damage, place, call):
     damage.make(place)
     before = contents(place)
     words = damage.words.format(place=place).split()
@@ -82,20 +82,20 @@ def test_is_named_or_mended_and_what_was_whole_stays(damage, place, call):
         called.line(damage.says)
     damage.check(place)
     after = contents(place)
-    # the index remembers which photos it has seen
+    # the cache index may change: it notes which photos were checked
     free = (*damage.touches, "dataset/cache/index.sqlite", "dataset/rejected.jsonl")
     assert {
         name for name, content in before.items() if after.get(name) != content and not name.startswith(free)
     } == set()
-    # checkpoints are never touched but by the user
+    # checkpoints are never changed
     for name, content in before.items():
         if name.startswith("run/checkpoints/step-"):
             assert after[name] == content
 
 
 @pytest.mark.parametrize("what", ["a UNet cut short", "a checkpoint with a flipped bit"])
-def test_what_a_run_cannot_use_is_told_before_anything_is_encoded(place, tmp_path, what):
-    """Hours of caching may lie between the command and the weights."""
+def test_damaged_weights_are_reported_before_anything_is_encoded(place, tmp_path, what):
+    """Otherwise the error might come only after hours of caching."""
     shutil.rmtree(place / "dataset" / "cache")
     config, resume = load_config(place / "run.toml"), False
     if what == "a UNet cut short":
@@ -115,8 +115,8 @@ def test_what_a_run_cannot_use_is_told_before_anything_is_encoded(place, tmp_pat
     assert not (place / "dataset" / "cache").exists()
 
 
-def test_a_run_whose_dataset_is_not_here_says_where_to_start_from(place, call):
-    """A run keeps its dataset's path as it was given, mostly relative: started elsewhere, that leads nowhere."""
+def test_a_run_whose_dataset_is_missing_says_which_folder_to_start_in(place, call):
+    """A run stores its dataset's path as given, usually relative, so it is valid only where the run was started."""
     (place / "dataset").rename(place / "elsewhere")
     call("compare", str(place / "run"), "--num", "1").assert_refused(
         "compare", "is not here, and its captions with it; start from the folder the run was started from"

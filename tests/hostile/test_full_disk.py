@@ -1,6 +1,7 @@
-"""A disk that is full: while preparing, caching, saving, logging. One line, the state before is whole, and with room it goes on.
+"""A full disk while preparing, caching, saving and logging.
 
-A soft limit on the size of files makes the kernel refuse the write in the middle, as a full disk does.
+Each gives one line; everything saved before is intact, and with free space the command succeeds. A limit on file size
+makes the kernel refuse a write halfway, as a full disk does.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from safelight.trainer.run_log.metrics import Metrics
 
 @contextlib.contextmanager
 def files_up_to(num_bytes: int):
-    """No file can grow past this."""
+    """Within the block no file can grow beyond this size."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
     try:
@@ -38,16 +39,16 @@ def files_up_to(num_bytes: int):
 
 @pytest.fixture
 def no_sync(monkeypatch):
-    """A context in which the disk says that it is full when the n-th file below a folder is synced, and ever after."""
+    """A context in which fsync fails with "no space left" from the n-th file below a folder on."""
 
     @contextlib.contextmanager
     def full(folder: Path, number: int):
-        left = [number]
+        num_left = [number]
 
         def fsync(descriptor, original=os.fsync):
             if os.readlink(f"/proc/self/fd/{descriptor}").startswith(str(folder)):
-                left[0] -= 1
-                if left[0] <= 0:
+                num_left[0] -= 1
+                if num_left[0] <= 0:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             original(descriptor)
 
@@ -111,7 +112,7 @@ def test_while_caching(how, place, photos, call, no_sync):
     with Cache(place / "dataset" / "cache") as cache:
         num_rows = len(cache)
         assert cache.verify() == []
-        # texts, which come first, are there unless they failed
+        # text rows are written first, so there are some unless the first write failed
         assert (num_rows == 0) == (how == 1)
     made = json.loads(call("cache", place / "run.toml", "--json").out)
     assert made["made"] == made["rows"] - num_rows > 0
@@ -131,7 +132,9 @@ def test_while_saving(how, place, call, no_sync):
         assert_full(run_to(place, call, 2), "train")
     assert list_checkpoints(run) == [1]
     check_files(folder_of(run, 1))
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000001"], "the room is given back"
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000001"], (
+        "the partial checkpoint must be deleted"
+    )
     assert run_to(place, call, 2).status == 0
     assert list_checkpoints(run)[-1] == 2
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -159,7 +162,7 @@ def test_while_logging(place, call):
 
 
 def test_tensorboard_on_a_full_disk_is_no_traceback(place, monkeypatch, capsys):
-    """Its writer is a thread of its own: what that meets comes again in ours, and is told once."""
+    """TensorBoard writes in its own thread; its error is raised again in ours and must not be printed twice."""
 
     def log_much() -> None:
         metrics = Metrics(place, -1, tensorboard=True)

@@ -1,4 +1,4 @@
-"""Every mistake of the corpus is one line and exit 2, and leaves the disk as it was."""
+"""Every mistake in mistakes.py gives one line and exit status 2, and changes no file."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ def place(tmp_path) -> Path:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Return the digest of every file by its path; a folder is a path too."""
-    found = {}
+    """Return path -> SHA-256 of every file below a folder; a folder has the value "folder"."""
+    digests = {}
     for at, dirs, files in os.walk(folder):
-        found |= {os.path.relpath(os.path.join(at, name), folder): "folder" for name in dirs}
+        digests |= {os.path.relpath(os.path.join(at, name), folder): "folder" for name in dirs}
         for name in files:
             path = Path(at, name)
-            found[os.path.relpath(path, folder)] = hashlib.sha256(
+            digests[os.path.relpath(path, folder)] = hashlib.sha256(
                 os.fsencode(os.readlink(path)) if path.is_symlink() else path.read_bytes()
             ).hexdigest()
-    return found
+    return digests
 
 
-# a record of what was wrong; and rows of the cache, which are right whatever else is wrong
+# the list of rejected files, and cache rows, which are valid even if the command fails
 MAY_APPEAR = ("dataset/rejected.jsonl", "dataset/cache")
 
 
 def test_is_refused_and_changes_nothing(mistake, place, call, monkeypatch):
-    # nobody is asked over the network for a model that is not here
+    # a model that does not exist must not be looked up on the network
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     words = mistake.words(place)
     before = contents(place)

@@ -1,4 +1,4 @@
-"""Every hostile picture, name and caption beside good photographs: a listed skip or a clean photo, and nothing lost."""
+"""Every hostile picture, name and caption is either left out with a reason or prepared, and nothing else is lost."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from safelight.data.ingest import ingest
 from safelight.data.manifest import read_manifest
 from safelight.trainer.run_log.terminal import Terminal
 
-GOOD = {"good one": "a told caption", "good two": "good two"}
+GOOD = {"good one": "a written caption", "good two": "good two"}
 
 
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory) -> Path:
-    """Two good photographs, one with a caption, and a dataset with an earlier one."""
+    """A folder with two good photographs, one of them with a caption, and a dataset with an earlier photograph."""
     root = tmp_path_factory.mktemp("clean")
     for folder, names in (("photos", GOOD), ("before", ["earlier"])):
         (root / folder).mkdir()
@@ -42,7 +42,7 @@ def place(clean, tmp_path) -> Path:
 
 
 def snapshot(folder: Path) -> dict:
-    """Return what a folder holds: names, kinds, and the bytes of files."""
+    """Return path -> SHA-256 for regular files below a folder, path -> mode for everything else."""
     return {
         os.path.relpath(path, folder): hashlib.sha256(path.read_bytes()).hexdigest()
         if path.is_file() and not path.is_symlink() and path.stat().st_size < 2**30
@@ -53,7 +53,7 @@ def snapshot(folder: Path) -> dict:
 
 @pytest.fixture
 def deny(monkeypatch):
-    """A context in which names cannot be read, also by root, whom no permission stops."""
+    """A context in which files and folders of some names cannot be read, even by root, who ignores permissions."""
 
     def refusing(original, names):
         def call(path=".", *rest, **options):
@@ -83,7 +83,7 @@ def test_beside_good_photographs(picture, place, call, deny):
     assert called.status == 0, called.err
     assert "Traceback" not in called.err
     manifest = read_manifest(dataset)
-    # nothing lost: the good ones with their captions, the earlier one, every stored file whole, the originals as they were
+    # good photographs have their captions, the earlier one is there, stored files are intact, originals unchanged
     captions = [photo.captions for photo in manifest]
     assert captions[0] == ("earlier",)
     assert all((caption,) in captions for caption in GOOD.values())
@@ -91,7 +91,7 @@ def test_beside_good_photographs(picture, place, call, deny):
         assert hashlib.sha256((dataset / photo.file).read_bytes()).hexdigest() == photo.sha256
         assert Image.open(dataset / photo.file).convert("RGB").size == (photo.width, photo.height)
     assert snapshot(photos) == originals
-    # every line is one of ours, with nothing in it that a terminal obeys
+    # every line is one of ours and contains no terminal control codes
     lines = called.err.removesuffix("\n").split("\n")
     assert all(line.startswith(("left out ", "note: ", "photos ")) and line.isprintable() for line in lines), lines
     listed = [json.loads(line) for line in (dataset / "rejected.jsonl").read_text().splitlines()]
@@ -113,7 +113,7 @@ def test_beside_good_photographs(picture, place, call, deny):
         assert listed == []
     if not picture.says:
         assert all(line.startswith("photos ") for line in lines), lines
-    # the same again finds the same: what was left out is no obstacle
+    # the same call again gives the same manifest
     before = (dataset / "manifest.jsonl").read_bytes()
     with deny(picture.denied):
         assert call("prepare", photos, "-o", dataset, *picture.options).status == 0
@@ -124,8 +124,8 @@ def test_the_corpus_is_large(corpus_names):
     assert len(set(corpus_names)) == len(corpus_names) >= 60
 
 
-def test_a_list_of_a_hundred_captions_beside_one_photo_does_not_fill_the_screen(tmp_path, call):
-    """A user copies some photos and the whole list; text that looks like an emoji's name stays text."""
+def test_long_lists_of_rejections_and_notes_are_cut_on_screen(tmp_path, call):
+    """For example, if a user copied 30 photos together with the caption table of 120."""
     (tmp_path / "p").mkdir()
     Image.new("RGB", (80, 80), "teal").save(tmp_path / "p" / "0.png")
     rows = [json.dumps({"file_name": f"{n}.png", "text": "a photo"}) for n in range(120)]
@@ -136,7 +136,7 @@ def test_a_list_of_a_hundred_captions_beside_one_photo_does_not_fill_the_screen(
     called = call("prepare", str(tmp_path / "p"), "-o", str(tmp_path / "d"))
     lines = called.err.splitlines()
     assert sum(line.startswith("left out ") for line in lines) == 3
-    assert f"and 87 more caption rows, all listed in {tmp_path / 'd' / 'rejected.jsonl'}" in lines
+    assert f"and 87 more caption rows; all are listed in {tmp_path / 'd' / 'rejected.jsonl'}" in lines
     assert sum(line.startswith("note: ") for line in lines) == 20
     assert "and 10 more notes; --json prints them all" in lines
     assert "30 photographs" in called.out

@@ -1,4 +1,4 @@
-"""Two processes in one place: the second is refused by a line that names the first, and neither loses a thing."""
+"""Two processes in one folder: the second is refused with a line that names the first, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ with FolderLock(sys.argv[1], "wait"):
 
 @pytest.fixture
 def hold():
-    """A function that starts a process which holds a folder, as a run or a preparation does."""
+    """A function that starts a process which locks a folder, as `train` and `prepare` do."""
     processes = []
 
     def start(folder) -> subprocess.Popen:
@@ -42,7 +42,7 @@ def hold():
 
 @pytest.fixture
 def place(tiny_dataset, tmp_path):
-    """Four photographs and a config."""
+    """A folder with four photographs and a config."""
     (tmp_path / "photos").mkdir()
     for path in sorted((tiny_dataset.parent / "photos").glob("*.png"))[:4]:
         shutil.copy(path, tmp_path / "photos")
@@ -53,10 +53,14 @@ def place(tiny_dataset, tmp_path):
     return tmp_path
 
 
-def test_the_second_is_told_who_is_there(place, call, hold):
-    """prepare, cache and train, each while its folder is held; then, the holder killed, each goes its way."""
+def test_a_second_command_is_refused_with_the_name_of_the_first(place, call, hold):
+    """prepare, cache and train while their folder is locked; once the holder is killed, they succeed."""
     for words, folder, fix in (
-        (("prepare", place / "photos", "-o", place / "dataset"), place / "dataset", "name another dataset with -o"),
+        (
+            ("prepare", place / "photos", "-o", place / "dataset"),
+            place / "dataset",
+            "choose another dataset folder with -o",
+        ),
         (("cache", place / "run.toml"), place / "dataset" / "cache", "then run this again"),
         (("train", place / "run.toml"), place / "run", "name another --run.dir"),
     ):
@@ -68,16 +72,16 @@ def test_the_second_is_told_who_is_there(place, call, hold):
         holder.kill()
         holder.wait()
         assert call(*words).status == 0
-    assert not list(place.rglob(".lock")), "a lock that was let go leaves no file"
-    # nothing to encode: whoever makes rows is in nobody's way
+    assert not list(place.rglob(".lock")), "a released lock leaves no file"
+    # nothing to encode, so the cache's lock does not matter
     holder = hold(place / "dataset" / "cache")
     assert call("cache", place / "run.toml").status == 0
-    # a run is trained while its dataset is held, once its rows are there
+    # with a complete cache, training works while the cache is locked
     assert call("train", place / "run.toml", "--run.dir", place / "another").status == 0
 
 
 def test_a_run_holds_its_folder_while_it_trains(place, call, monkeypatch):
-    """The second `train` meets the first in the middle of its loop."""
+    """A second `train` is started in the middle of the first one's loop."""
     from safelight.trainer import train as train_module
 
     assert call("prepare", place / "photos", "-o", place / "dataset").status == 0

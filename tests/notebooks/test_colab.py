@@ -1,4 +1,4 @@
-"""The Colab notebook: that it is one, that its commands are of this version, and that they run."""
+"""The Colab notebook is valid, its commands exist in this version, and they run."""
 
 import ast
 import html
@@ -26,19 +26,19 @@ def cells() -> list[dict]:
 
 
 def lines_of(cells: list[dict]) -> list[str]:
-    """Return the lines that are shell commands, without their mark."""
+    """Return the lines that are shell commands, without the leading `!`."""
     sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     return [line[1:] for source in sources for line in source.splitlines() if line.startswith("!")]
 
 
 def commands_of(cells: list[dict]) -> list[list[str]]:
-    """Return the words behind each `safelight`, what a line asks before it left out."""
+    """Return the arguments of each `safelight` command, without a condition before ` || `."""
     lines = [line.rpartition(" || ")[2] for line in lines_of(cells)]
     return [shlex.split(line)[1:] for line in lines if line.startswith("safelight ")]
 
 
 def test_it_is_a_notebook_of_format_4_5():
-    """What nbformat's schema asks of the cells there are."""
+    """Checks the parts of nbformat's schema that apply to this notebook's cells."""
     notebook = json.loads(NOTEBOOK.read_text())
     assert (notebook["nbformat"], notebook["nbformat_minor"]) == (4, 5)
     assert notebook["metadata"]["kernelspec"]["name"] == "python3"
@@ -50,7 +50,7 @@ def test_it_is_a_notebook_of_format_4_5():
         assert set(cell) == wanted[cell["cell_type"]]
         assert re.fullmatch(r"[a-zA-Z0-9-_]{1,64}", cell["id"])
         assert all(isinstance(line, str) for line in cell["source"])
-        # committed as it was written, not as it was run
+        # committed without outputs
         assert cell.get("outputs", []) == []
         assert cell.get("execution_count") is None
     ids = [cell["id"] for cell in notebook["cells"]]
@@ -67,7 +67,7 @@ def test_torch_is_kept_as_it_is(cells):
     installs = [line for line in lines_of(cells) if "pip install" in line]
     assert installs
     assert all("-c keep.txt" in line and "torch" not in line for line in installs)
-    # "Run all" stops where no GPU is there or nothing could be installed, as Jupyter by itself does not
+    # "Run all" must stop without a GPU or if the installation fails; Jupyter does not stop after a failed command
     (cell,) = (cell for cell in cells if any("pip install" in line for line in cell["source"]))
     for begin in ("!nvidia-smi", "!test -d", "!pip install"):
         (number,) = (n for n, line in enumerate(cell["source"]) if line.startswith(begin))
@@ -82,7 +82,7 @@ def test_every_command_is_one_of_this_version(cells, tmp_path, monkeypatch):
 
     (tmp_path / "run.toml").write_text(to_toml(preset("sd15")))
     commands = commands_of(cells)
-    # in the order of a first session
+    # the order of commands in a first session
     assert [words[0] for words in commands] == [
         "prepare",
         "init",
@@ -104,7 +104,7 @@ def test_every_command_is_one_of_this_version(cells, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no-such"):
         parse(Export, ["run", "-o", "x", "--no-such", "1"], "export", "")
     train = next(words for words in commands if words[0] == "train")
-    # what a session that ended needs: settings that are not written over, the run on the Drive
+    # what a disconnected session needs: settings are not overwritten, and the run is on the Drive
     assert "--resume" in train
     assert "$HOME_OF_RUNS/run" in train
     assert all("$HOME_OF_RUNS" in " ".join(words) for words in commands)
@@ -114,7 +114,7 @@ def test_every_command_is_one_of_this_version(cells, tmp_path, monkeypatch):
 
 
 def photographs(folder: Path) -> None:
-    """Put what a user would upload into the folder beside the notebook."""
+    """Write the photographs that a user would upload next to the notebook."""
     photos = folder / "safelight_home" / "photos"
     photos.mkdir(parents=True)
     for number in range(8):
@@ -124,18 +124,18 @@ def photographs(folder: Path) -> None:
 
 
 def small(line: str, max_steps: int) -> str:
-    """Return a cell's line as it is for a run of some steps of the tiny base on a CPU, by this Python's command."""
+    """Return a cell's line changed to train the tiny base for a few steps on a CPU, with this Python."""
     steps = f"--train.max-steps {max_steps} --data.variants 1 --train.checkpointing none --sample.every-epochs 0"
-    # fp32 weights, which a CPU trains, leave nothing to keep beside them
+    # a CPU trains fp32 weights, for which optimizer.memory does not apply
     for name, here in (("init sd15", "init tiny"), (" --optimizer.memory near", "")):
         line = line.replace(name, here)
-    before, divides, command = line.rpartition(" || ")
+    condition, separator, command = line.rpartition(" || ")
     if command.startswith(("safelight ", "!safelight ")):
         command = command.replace("safelight ", f"{sys.executable} -m safelight ", 1)
-    return before + divides + command.replace("--train.checkpointing full", steps)
+    return condition + separator + command.replace("--train.checkpointing full", steps)
 
 
-def assert_all_is_there(home: Path) -> None:
+def assert_complete(home: Path) -> None:
     assert (home / "mine.safetensors").is_file()
     rows = [json.loads(line) for line in (home / "run" / "metrics.jsonl").read_text().splitlines()]
     assert any(row.get("event") == "resumed" for row in rows)
@@ -144,7 +144,7 @@ def assert_all_is_there(home: Path) -> None:
 
 @pytest.mark.slow
 def test_it_runs_in_a_notebook_runner(tmp_path):
-    """Every cell but the installation, by Jupyter's own kernel: its `!` lines, what it shows. Twice, as after an ended session."""
+    """Every cell but the installation, in Jupyter's own kernel; a second time, as after a disconnected session."""
     nbclient = pytest.importorskip("nbclient", reason="no notebook runner is installed: pip install nbclient ipykernel")
     nbformat = pytest.importorskip("nbformat")
     photographs(tmp_path)
@@ -154,30 +154,30 @@ def test_it_runs_in_a_notebook_runner(tmp_path):
         for cell in notebook.cells:
             if cell.cell_type == "code":
                 lines = [small(line, max_steps) for line in cell.source.splitlines()]
-                # Jupyter goes on after a command that failed
+                # Jupyter continues after a failed command
                 cell.source = "\n".join(
                     f"{line}\nassert _exit_code == 0, {line!r}" if line.startswith("!") else line for line in lines
                 )
         runner = nbclient.NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path)}})
         runner.execute()
     home, cells = tmp_path / "safelight_home", {cell.id: cell for cell in notebook.cells}
-    assert_all_is_there(home)
+    assert_complete(home)
 
     def shown(cell: str, kind: str) -> list[str]:
         return [output.data[kind] for output in cells[cell].outputs if kind in output.get("data", {})]
 
-    # the report, whole, in a frame that its styles do not leave; the pictures of both sessions
+    # the whole report, in a frame that confines its styles; the pictures of both sessions
     (frame,) = shown("c14", "text/html")
     (page,) = re.findall(r'srcdoc="([^"]*)"', frame)
     assert html.unescape(page) == (home / "run" / "report.html").read_text()
     assert len(shown("c17", "image/png")) == len(list((tmp_path / "images").glob("*.png"))) == 2
-    told = "".join(output.get("text", "") for output in cells["c11"].outputs)
-    assert "training 3/3" in told
+    printed = "".join(output.get("text", "") for output in cells["c11"].outputs)
+    assert "training 3/3" in printed
 
 
 @pytest.mark.slow
 def test_it_runs_on_the_tiny_base(cells, tmp_path):
-    """Every code cell but the installation, on a CPU, with the tiny preset; a second time, as after an ended session."""
+    """Every code cell but the installation, on a CPU with the tiny preset; again, as after a disconnected session."""
     photographs(tmp_path)
     script = ["import os", f"os.chdir({str(tmp_path)!r})", "def display(*x): pass", "_exit_code = 0"]
 
@@ -187,7 +187,7 @@ def test_it_runs_on_the_tiny_base(cells, tmp_path):
             source = "".join(cell["source"])
             if cell["cell_type"] != "code" or "pip install" in source:
                 continue
-            # nothing is shown here
+            # there is no display here
             source = re.sub(r"^from IPython\.display import .*$", "HTML = Image = str", source, flags=re.M)
             source = source.replace("display(HTML(", "open('shown.html', 'w').write((")
             for line in source.splitlines():
@@ -207,9 +207,9 @@ def test_it_runs_on_the_tiny_base(cells, tmp_path):
         )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     home = tmp_path / "safelight_home"
-    assert_all_is_there(home)
+    assert_complete(home)
     assert list((tmp_path / "images").glob("*.png"))
-    # the report, whole, in a frame that its styles do not leave
+    # the whole report, in a frame that confines its styles
     shown = (tmp_path / "shown.html").read_text()
     assert shown.startswith("<iframe srcdoc=")
     (page,) = re.findall(r'srcdoc="([^"]*)"', shown)

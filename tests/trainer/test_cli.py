@@ -106,7 +106,7 @@ def test_prepare_counts_and_names_what_it_left_out(journey):
     assert (told["photos"], told["duplicates"], told["copied"]) == (24, 1, 24)
     assert [Path(row["path"]).name for row in told["rejected"]] == ["again.png", "broken.png"]
     again = journey.called["prepare again"]
-    assert again.out.startswith(f"24 photographs in {journey.root / 'dataset'} (24 copied as they are, 0 shrunk, ")
+    assert again.out.startswith(f"24 photographs in {journey.root / 'dataset'} (24 copied unchanged, 0 shrunk, ")
     assert f"left out {journey.root / 'photos' / 'broken.png'}: " in again.err
 
 
@@ -196,10 +196,10 @@ def test_captions_without_a_photograph_and_captions_all_the_same(tmp_path, tiny_
     assert told.status == 0
     assert "3 photographs in" in told.out
     assert "0 left out, 5 caption rows)" in told.out
-    assert "for example: photos/lake_0.png is 'lake'" in told.out
+    assert "example of a caption from a file name: photos/lake_0.png is 'lake'" in told.out
     assert told.err.count("left out ") == 3
-    assert "and 2 more caption rows, all listed in" in told.err
-    assert "note: 3 photographs have this one caption from their names; write IMG_1.txt" in told.err
+    assert "and 2 more caption rows; all are listed in" in told.err
+    assert "note: the file names of 3 photographs give them all this caption; to caption" in told.err
 
 
 def test_sample_draws_the_same_image_for_the_same_seed(journey):

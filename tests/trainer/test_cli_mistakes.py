@@ -47,7 +47,7 @@ def test_prepare_without_photos_says_so(tmp_path):
     (tmp_path / "empty").mkdir()
     empty = call("prepare", tmp_path / "empty", "-o", tmp_path / "dataset")
     assert empty.status == 2
-    assert empty.err.startswith(f"safelight prepare: no photo found in {tmp_path / 'empty'}; give a folder that holds")
+    assert empty.err.startswith(f"safelight prepare: no photos found in {tmp_path / 'empty'}; give a folder that")
     assert not (tmp_path / "dataset" / "manifest.jsonl").exists()
 
 

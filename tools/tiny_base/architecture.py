@@ -1,4 +1,4 @@
-"""The parts of the embedded tiny base, untrained: autoencoder, UNet, text encoder, and a vocabulary learnt from captions."""
+"""The untrained parts of the embedded tiny base: VAE, UNet, text encoder and tokenizer. Used by pretrain.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NUM_TOKENS = 48
 
 
 def make_vae() -> AutoencoderKL:
-    """Return the untrained autoencoder: factor 4, four latent channels, 0.7 M parameters."""
+    """Return the untrained VAE: 4 px per latent, four latent channels, 0.7 M parameters."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -68,7 +68,7 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def make_tokenizer(captions: list[str]) -> CLIPTokenizer:
-    """Return a CLIP tokenizer over all bytes, its merges learnt from the captions and a list of common words."""
+    """Return a byte-level CLIP tokenizer whose merges are learned from the captions and a list of common words."""
     from tokenizers import Tokenizer, pre_tokenizers, trainers
     from tokenizers.models import BPE
     from transformers import CLIPTokenizer
@@ -78,7 +78,7 @@ def make_tokenizer(captions: list[str]) -> CLIPTokenizer:
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    # ",</w>" and the like must exist for every byte, or a lone punctuation mark would be unknown
+    # every byte needs a token that ends a word, such as ",</w>", or a single punctuation mark would be unknown
     trainer = trainers.BpeTrainer(
         vocab_size=1600, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False, min_frequency=2
     )

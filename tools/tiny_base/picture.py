@@ -1,12 +1,12 @@
-"""The README's picture: `python -m tools.tiny_base.picture runs/demo/faded-print docs/pictures/demo.png`.
+"""Make the README's picture from the comparison of a demo run: base above, trained below, same prompts and noise.
 
-Base above, trained below, same prompts and noise, from a demo's compare folder.
+python -m tools.tiny_base.picture runs/demo/faded-print docs/pictures/demo.png
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -20,7 +20,7 @@ INK, PAPER = (60, 56, 54), (250, 249, 247)
 
 
 def draw_picture(run_dir: Path) -> Image.Image:
-    """Return a sheet of two rows of the run's compared pairs."""
+    """Return two rows of images: the run's first pairs, base above trained."""
     folder = run_dir / "compare"
     pairs = json.loads((folder / "index.json").read_text())["pairs"][:NUM_PAIRS]
     rows = []
@@ -45,7 +45,14 @@ def draw_picture(run_dir: Path) -> Image.Image:
     return sheet
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_dir", type=Path, help="run folder with a compare folder")
+    parser.add_argument("out", type=Path, help="PNG file to write")
+    arguments = parser.parse_args()
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    draw_picture(arguments.run_dir).save(arguments.out, optimize=True)
+
+
 if __name__ == "__main__":
-    out = Path(sys.argv[2])
-    out.parent.mkdir(parents=True, exist_ok=True)
-    draw_picture(Path(sys.argv[1])).save(out, optimize=True)
+    main()

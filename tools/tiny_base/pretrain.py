@@ -1,10 +1,12 @@
-"""Makes the embedded tiny base from nothing: `python -m tools.tiny_base.pretrain --work DIR --out DIR`.
+"""Train the embedded tiny base from scratch.
 
-Four stages, each resumable: a byte-level vocabulary, an autoencoder, then the UNet and the text encoder together (a
-real Stable Diffusion's text encoder was learnt elsewhere; a tiny one has to be learnt here), and the pipeline folder
-in fp16. Data are drawn by scenes.py; every choice is a Philox draw of (seed, step, element), so a run that was
-stopped goes on as if it had not been. It computes on one thread, since the order of sums, and so the weights' bits,
-would else follow the number of cores; bf16 autocast is used on the CPU for speed.
+    python -m tools.tiny_base.pretrain --work DIR --out DIR
+
+Four stages: a byte-level vocabulary; the VAE; the UNet together with the text encoder (real Stable Diffusion uses a
+pretrained text encoder, which a tiny one does not have); and the pipeline folder in fp16. The data are drawn by
+scenes.py. Every choice is a Philox draw of (seed, step, element), so a training that was stopped resumes as if it had
+not been. Everything runs on one thread, because the order of sums, and so the weights' bits, would otherwise depend on
+the number of cores; bf16 autocast on the CPU makes it faster.
 """
 
 from __future__ import annotations
@@ -57,7 +59,10 @@ SAVE_SECONDS = 90
 
 
 def filler(number: int) -> str:
-    """Return words that say nothing of the scene, for 30 % of the captions; a real text encoder knows what to ignore."""
+    """Return words unrelated to the scene for 30 % of the captions, "" for the others.
+
+    They teach the text encoder to ignore other words, which a pretrained one already does.
+    """
     u = uniforms(Key(SEED, Purpose.CAPTION_CHOICE, number, 1), 5)
     if u[0] >= FILLER_SHARE:
         return ""
@@ -74,7 +79,10 @@ def _clutter_row(number: int) -> np.ndarray:
 
 
 def make_data() -> tuple[dict[tuple[int, int], np.ndarray], dict[tuple[int, int], list[str]], np.ndarray]:
-    """Return scenes by (width, height) as uint8 (N, H, W, 3), their captions likewise, and clutter (M, 64, 64, 3)."""
+    """Return (images, captions, clutter): images and captions by (width, height).
+
+    images: uint8 (N, H, W, 3) each. clutter: uint8 (M, 64, 64, 3).
+    """
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         rows = list(pool.map(_scene_row, range(NUM_SCENES), chunksize=200))
         clutter = np.stack(list(pool.map(_clutter_row, range(NUM_CLUTTER), chunksize=200)))
@@ -90,7 +98,7 @@ def to_pixels(images: np.ndarray) -> Tensor:
 
 
 def pick_batch(purpose: Purpose, step: int, sizes: dict[tuple[int, int], int], num: int) -> tuple[tuple, np.ndarray]:
-    """Return a bucket, chosen in proportion to its images, and `num` of its rows."""
+    """Return a bucket, chosen in proportion to its number of images, and `num` row indices into it."""
     keys = sorted(sizes)
     share = np.cumsum([sizes[key] for key in keys]) / sum(sizes.values())
     bucket = keys[int(np.searchsorted(share, uniforms(Key(SEED, purpose, step))[0]))]
@@ -98,7 +106,7 @@ def pick_batch(purpose: Purpose, step: int, sizes: dict[tuple[int, int], int], n
 
 
 def learning_rate(step: int, total: int, peak: float) -> float:
-    """Return a linear warm-up over 2 % and a cosine to a fiftieth."""
+    """Return the learning rate of a step: linear warm-up over the first 2 %, then a cosine down to 2 % of the peak."""
     warm = max(1, total // 50)
     if step < warm:
         return peak * (step + 1) / warm
@@ -106,7 +114,7 @@ def learning_rate(step: int, total: int, peak: float) -> float:
 
 
 class Progress:
-    """Weights, Adam moments, EMA and step of one stage: saved every 90 seconds, loaded if there."""
+    """Weights, Adam moments, EMA and step of one stage. Saved every 90 seconds; loaded if the file exists."""
 
     def __init__(self, path: Path, modules: dict[str, nn.Module], peak_lr: float):
         self.path, self.modules = path, modules
@@ -178,7 +186,7 @@ class Log:
 
 
 def train_vae(vae: AutoencoderKL, images: dict, clutter: np.ndarray, work: Path, log: Log) -> None:
-    """Train on scenes and clutter by turns: L1 + squared error, and a trace of KL to keep the posterior narrow."""
+    """Train the VAE on scenes and clutter in turn: L1 + squared error, and a small KL term for a narrow posterior."""
     progress = Progress(work / "vae.safetensors", {"vae": vae}, VAE_LR)
     counts = {size: len(rows) for size, rows in images.items()}
     average = None
@@ -231,7 +239,7 @@ def train_unet(
     work: Path,
     log: Log,
 ) -> None:
-    """Train UNet and text encoder together to predict the noise, min-SNR weighted, 10 % of the captions dropped."""
+    """Train UNet and text encoder together to predict the noise, min-SNR weighted, with 10 % caption dropout."""
     alphas = make_scheduler().alphas_cumprod
     snr = alphas / (1 - alphas)
     weight = snr.clamp(max=MIN_SNR_GAMMA) / snr
@@ -270,7 +278,7 @@ def make_scheduler() -> DDPMScheduler:
 
 
 def write_pipeline(out: Path, vae, unet, text_encoder, tokenizer) -> str:
-    """Write the diffusers folder in fp16; return the SHA-256 over its weight files, in the order of their paths."""
+    """Write the pipeline in diffusers format in fp16; return the SHA-256 of its weight files, sorted by path."""
     scheduler = DDIMScheduler.from_config(make_scheduler().config, set_alpha_to_one=False, steps_offset=1)
     StableDiffusionPipeline(
         vae=vae.half(),
@@ -282,7 +290,7 @@ def write_pipeline(out: Path, vae, unet, text_encoder, tokenizer) -> str:
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(out, safe_serialization=True)
-    # transformers would load its part in the dtype named here, diffusers all others in fp32
+    # transformers loads the text encoder in the dtype named in its config, while diffusers loads the others in fp32
     config = out / "text_encoder" / "config.json"
     config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     digest = hashlib.sha256()

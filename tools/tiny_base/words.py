@@ -1,4 +1,4 @@
-"""Common words of photographs' captions, so that the tiny vocabulary splits them into few tokens."""
+"""Common words in captions of photographs. pretrain.py learns its vocabulary from them, so they take few tokens."""
 
 WORDS = """
 a an the of on in at to and with from by for over under behind beside between near next through into against around

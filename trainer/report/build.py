@@ -1,6 +1,7 @@
-"""Writes report.html: one file that opens from disk, loads nothing, and says what a run did.
+"""Write report.html: one self-contained file that shows what a run did.
 
-The order is the reader's: what came out, whether it learnt, how it looks, how it went, what it was made of.
+The most interesting parts come first: headline figures, base and trained images side by side, samples over the epochs,
+loss curves, then data, settings, machine and events.
 """
 
 from pathlib import Path
@@ -32,26 +33,26 @@ SECTIONS = (
     ("timesteps", "By timestep"),
     ("schedule", "Speed and memory"),
     ("data", "Data"),
-    ("parameters", "Parameters"),
+    ("parameters", "Settings"),
     ("environment", "Machine"),
     ("events", "Events"),
 )
 AFTER_THE_BEST = {
-    "improving": "It was still falling when training ended.",
-    "level": "It has stayed level since.",
+    "improving": "It was still falling at the end of training.",
+    "level": "It has hardly changed since.",
     "rising": "It has risen since.",
-    "over-fitting": "Since then the model over-fits.",
-    "worsening": "It has risen since, and on the training photographs too.",
+    "overfitting": "The model has been overfitting since.",
+    "worsening": "It has risen since, and so has the loss on the training photographs.",
 }
-# fewer photographs than this are too few for a percentage to stand alone
+# with fewer held-out photographs than this, percentages get a caveat
 FEW_HELD_OUT = 10
 MARK = '<svg viewBox="0 0 14 14" aria-hidden="true"><circle class="f-accent" cx="7" cy="7" r="6"/></svg>'
 
 
 def build_report(run_dir: Path) -> Path:
-    """Return the path of the report.html written into the run folder.
+    """Write report.html into the run folder and return its path.
 
-    Whatever the run lacks is an empty state in the page. Raises ValueError if run_dir is no run's folder.
+    The page says so where the run lacks something. Raises ValueError if run_dir is not a run folder.
     """
     run_dir = Path(run_dir)
     run = read_run_folder(run_dir)
@@ -81,7 +82,7 @@ def render(run: RunFolder) -> str:
     body = join(
         tag(
             "header",
-            tag("div", Markup(MARK), "Safelight · report of a run", class_="mark"),
+            tag("div", Markup(MARK), "Safelight · training report", class_="mark"),
             tag("h1", run.name),
             tag("p", _subtitle(run), class_="sub"),
             tag("p", _lead(run, facts, verdict), class_="lead"),
@@ -89,10 +90,16 @@ def render(run: RunFolder) -> str:
             _from_scratch(run),
             _problems(run.problems),
             tiles(run, facts),
-            tag("nav", [tag("a", name, href=f"#{key}") for key, name in SECTIONS], aria_label="Parts of this report"),
+            tag(
+                "nav", [tag("a", name, href=f"#{key}") for key, name in SECTIONS], aria_label="Sections of this report"
+            ),
         ),
         tag("main", sections),
-        tag("footer", f"Written by Safelight {safelight.__version__}. This file is whole: it loads nothing."),
+        tag(
+            "footer",
+            f"Written by Safelight {safelight.__version__}. "
+            "This file is self-contained: it loads nothing from the internet.",
+        ),
         tag("script", Markup(JS)),
     )
     head = join(
@@ -108,34 +115,35 @@ def render(run: RunFolder) -> str:
 
 
 def tiles(run: RunFolder, facts: Facts) -> Markup:
-    """Return the headline figures; what the run did not measure has no tile."""
-    found = []
+    """Return the tiles with the headline figures. A figure that the run did not measure has no tile."""
+    shown = []
     photos = number((run.data or {}).get("num_photos"))
     if photos == photos:
-        found.append(_tile("photograph" if photos == 1 else "photographs", f"{photos:,.0f}", note=_held_out_note(run)))
+        shown.append(_tile("photograph" if photos == 1 else "photographs", f"{photos:,.0f}", note=_held_out_note(run)))
     planned = planned_epochs(run.config)
     of = f" of {format_epoch(planned)}" if planned else ""
     name = "epoch done" if (planned or facts.last_epoch) == 1 else "epochs done"
-    found.append(_tile(name, format_epoch(facts.last_epoch), of, counted(facts.last_step, "step")))
+    shown.append(_tile(name, format_epoch(facts.last_epoch), of, counted(facts.last_step, "step")))
     if facts.best and len(run.metrics.validation["held_out"]) == 1 and facts.best.step == 0:
-        found.append(_tile("held-out loss", f"{facts.best.loss:.4f}", note="of the base model"))
+        shown.append(_tile("held-out loss", f"{facts.best.loss:.4f}", note="of the base model"))
     elif facts.best:
         where = f"at epoch {format_epoch(facts.best.epoch)}"
-        found.append(_tile("best held-out loss", f"{facts.best.loss:.4f}", note=where))
+        shown.append(_tile("best held-out loss", f"{facts.best.loss:.4f}", note=where))
         if facts.change_percent is not None:
             change = format_percent(facts.change_percent)
-            found.append(_tile("against step 0", change, note="held-out loss at its best"))
+            shown.append(_tile("change from step 0", change, note="best held-out loss"))
     if facts.run_time_s is not None and facts.last_step:
-        found.append(_tile("time at work", format_duration(facts.run_time_s), note="validation and samples included"))
+        duration = format_duration(facts.run_time_s)
+        shown.append(_tile("run time", duration, note="including validation and samples"))
     if facts.images_per_s is not None:
-        found.append(_tile("mean speed", f"{facts.images_per_s:.3g}", " images/s"))
+        shown.append(_tile("mean speed", f"{facts.images_per_s:.3g}", " images/s"))
     if facts.peak_memory_gib is not None:
-        found.append(_tile("peak memory", f"{facts.peak_memory_gib:.2f}", " GiB"))
-    return tag("dl", found, class_=f"tiles of-{len(found)}")
+        shown.append(_tile("peak memory", f"{facts.peak_memory_gib:.2f}", " GiB"))
+    return tag("dl", shown, class_=f"tiles of-{len(shown)}")
 
 
 def planned_epochs(config: dict) -> float | None:
-    """Return how many epochs the settings ask for, or None where they count steps or say nothing."""
+    """Return the number of epochs in the settings, or None if they give none or count steps instead."""
     stages = [number(stage.get("epochs")) for stage in rows_of(config, "stage")]
     total = sum(stages) if stages else number(table_of(config, "train").get("epochs"))
     return total if total == total and total > 0 else None
@@ -160,7 +168,7 @@ def _subtitle(run: RunFolder) -> list:
     started = stamp[:16].replace("T", " ") + (" UTC" if stamp.endswith(("+00:00", "Z")) else "")
     device = shorten(run.environment.get("device_name") or run.environment.get("device") or "", 120)
     parts = filter(None, [started, f"from {shorten(run.base, 120)}", device])
-    # each apart from the next, so that letters written from right to left turn only their own part
+    # one <bdi> each, so that right-to-left text does not reorder its neighbours
     return [[" · " if index else None, tag("bdi", part)] for index, part in enumerate(parts)]
 
 
@@ -169,27 +177,28 @@ def _lead(run: RunFolder, facts: Facts, verdict: Verdict) -> str:
         known = f" The base model's held-out loss is {facts.best.loss:.4f}." if facts.best else ""
         return "No training step has been logged yet." + known
     if facts.best is None:
-        return "No validation was configured, so there is no number to answer with: look at the pictures."
+        return "No validation was configured, so only the pictures can show whether the model learned."
     if facts.change_percent is None:
-        return f"Held-out loss was best at epoch {format_epoch(facts.best.epoch)}; the base model was not validated."
+        return f"Held-out loss was lowest at epoch {format_epoch(facts.best.epoch)}; the base model was not validated."
     if len(run.metrics.validation["held_out"]) == 1:
         return f"The base model's held-out loss is {facts.best.loss:.4f}; it has not been measured since."
     if facts.best.step == 0:
-        return "By held-out loss, no: it was never lower than the base model's."
-    against = "the untrained start" if run.model.get("from_scratch") else "the base model"
+        return "Loss on held-out photographs never fell below that of the base model."
+    start = "the untrained model" if run.model.get("from_scratch") else "the base model"
     amount = f"{abs(facts.change_percent):.1f} %"
     return (
-        f"On photographs it never saw, loss fell by {amount} against {against}, "
-        f"at its best after epoch {format_epoch(facts.best.epoch)}. {AFTER_THE_BEST.get(verdict.kind, '')}".rstrip()
-    )
+        f"Loss on held-out photographs, which the model was not trained on, was lowest at epoch "
+        f"{format_epoch(facts.best.epoch)}: {amount} below that of {start}. "
+        f"{AFTER_THE_BEST.get(verdict.kind, '')}"
+    ).rstrip()
 
 
 def _few_held_out(run: RunFolder) -> Markup | None:
-    """Return what to think of percentages that rest on a handful of photographs."""
+    """Return a caveat about the percentages if only a few photographs are held out."""
     num = num_held_out(run)
     if len(run.metrics.validation["held_out"]) < 2 or not 0 < num < FEW_HELD_OUT:
         return None
-    text = f"The percentages rest on {counted(num, 'held-out image')}: so few that another split may say otherwise."
+    text = f"Percentages are based on only {counted(num, 'held-out image')}: another split may give another result."
     return tag("p", text, class_="note")
 
 
@@ -199,7 +208,7 @@ def _from_scratch(run: RunFolder) -> Markup | None:
     return tag(
         "div",
         tag("strong", "Trained from scratch."),
-        tag("p", "The UNet began with random weights, so “base” below means noise, not a model that could draw."),
+        tag("p", "The UNet started with random weights, so “base” below is an untrained model that draws only noise."),
         class_="alert",
     )
 

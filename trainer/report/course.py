@@ -1,7 +1,7 @@
-"""What the settings add to the log of a run: where its stages began, and the learning rate of every step.
+"""Where a run's stages began and the learning rate of every step, from the settings and the log together.
 
-Only every log.every_steps-th step is logged. The settings know all of them, but may have been changed at a resume, so
-they count only where the log bears them out.
+Only every log.every_steps-th step is logged. The settings give all of them, but may have changed when the run was
+resumed, so they are used only where they agree with the log.
 """
 
 import math
@@ -21,9 +21,9 @@ EPOCH_TOLERANCE = 1e-5
 
 
 def stage_starts(run: RunFolder) -> list[tuple[float, int]]:
-    """Return (epoch, stage) where every stage after the first began, the epoch being that of the step before.
+    """Return (epoch, stage) for the start of every stage after the first; the epoch is that of the step before it.
 
-    From the settings where the log agrees, else from the log alone.
+    Taken from the settings if they agree with the log, else from the log alone.
     """
     first_steps = _first_steps(run.metrics)
     stages, epochs = run.metrics.train["stage"], run.metrics.train["epoch"]
@@ -43,10 +43,10 @@ def stage_starts(run: RunFolder) -> list[tuple[float, int]]:
 
 
 def learning_rates(run: RunFolder) -> tuple[np.ndarray, np.ndarray] | None:
-    """Return the epoch at the end of a step and its learning rate, for enough steps to draw them all.
+    """Return (epoch at the end of the step, learning rate of the step) for enough steps to draw the whole curve.
 
-    (N,), (N,) float64; the first and the last step of every stage are among them. None where the settings do not give the
-    log's own epochs and learning rates.
+    (N,), (N,) float64. Includes the first and last step of every stage. None if the settings contradict the logged
+    epochs or learning rates.
     """
     timeline = _timeline(run)
     if timeline is None:
@@ -64,7 +64,7 @@ def learning_rates(run: RunFolder) -> tuple[np.ndarray, np.ndarray] | None:
     chosen, done = [], 0
     for stage, per_epoch in zip(timeline.stages, timeline.stage_steps_per_epoch, strict=True):
         num = min(stage.epochs * per_epoch, last_step - done)
-        # a warm-up is short and its end a corner
+        # the end of warm-up is a corner of the curve and must not be thinned out
         corner = {stage.warmup_steps - 1, stage.warmup_steps} & set(range(num))
         chosen += [done + 1 + i for i in sorted({*evenly_chosen(num, MAX_STEPS_A_STAGE), *corner})]
         done += num
@@ -72,14 +72,14 @@ def learning_rates(run: RunFolder) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def _first_steps(metrics: Metrics) -> dict[int, float]:
-    """Return the first step of every stage that was reached, NaN where no event tells it."""
+    """Return the first step of every stage that was reached, NaN for a stage without a `stage began` event."""
     stages = metrics.train["stage"]
-    found = {int(stage): math.nan for stage in np.unique(stages[np.isfinite(stages)])}
+    first_steps = {int(stage): math.nan for stage in np.unique(stages[np.isfinite(stages)])}
     for event in metrics.events:
-        told = re.match(r"(\d{1,6}) of \d", str(event.get("detail") or ""))
-        if event.get("event") == "stage began" and told:
-            found[int(told[1]) - 1] = number(event.get("step"))
-    return found
+        match = re.match(r"(\d{1,6}) of \d", str(event.get("detail") or ""))
+        if event.get("event") == "stage began" and match:
+            first_steps[int(match[1]) - 1] = number(event.get("step"))
+    return first_steps
 
 
 def _epoch_at(metrics: Metrics, step: float) -> float:
@@ -96,7 +96,7 @@ def _timeline(run: RunFolder) -> Timeline | None:
     try:
         config = parse_config(run.config, "config.toml")
     except ValueError:
-        # the settings of another version; the log is drawn instead
+        # settings of another Safelight version: the graph shows the logged values instead
         return None
     stages = tuple(config.stages())
     counts = [int(count) for count in counts]

@@ -1,4 +1,4 @@
-"""The part of the report made of graphs: loss, loss by timestep, learning rate, speed and memory."""
+"""The report's sections with graphs: loss, loss by timestep, learning rate, speed and memory."""
 
 import json
 import math
@@ -31,7 +31,7 @@ MAX_READ_OUT_POINTS = 300
 
 
 def loss_section(run: RunFolder) -> Markup:
-    """Return the loss graph, what it says about over-fitting, and its validations as a table."""
+    """Return the loss graph, the verdict on overfitting, and all validations as a table."""
     metrics, starts = run.metrics, stage_starts(run)
     heading = tag("h2", "Loss")
     held_out, subset = metrics.validation["held_out"], metrics.validation["train_subset"]
@@ -41,7 +41,7 @@ def loss_section(run: RunFolder) -> Markup:
     best = best_validation(held_out)
     label = "Training and validation loss over the epochs"
     if best:
-        label += f"; held-out loss is lowest at epoch {format_epoch(best.epoch)} with {best.loss:.4f}"
+        label += f"; held-out loss is lowest at epoch {format_epoch(best.epoch)} ({best.loss:.4f})"
     drawings, frames = [], {}
     for name, narrow in (("wide", False), ("narrow", True)):
         figure, frame = loss_graph(metrics, best, starts, narrow)
@@ -68,16 +68,16 @@ def loss_section(run: RunFolder) -> Markup:
 
 
 def timestep_section(run: RunFolder) -> Markup:
-    """Return where in the noise schedule the model got better."""
+    """Return the graph of held-out loss by timestep band: where in the noise schedule the model improved."""
     heading = tag("h2", "Loss by timestep")
     held_out = run.metrics.validation["held_out"]
     num_bands = max((len(point.loss_by_timestep) for point in held_out), default=0)
     points = [point for point in held_out if num_bands > 1 and len(point.loss_by_timestep) == num_bands]
     if len(points) < 2:
-        text = "It takes two validations with several timestep bands to draw this (validate.every_epochs)."
+        text = "This graph needs at least two validations with several timestep bands (see validate.every_epochs)."
         return tag("section", heading, empty_state(text), id="timesteps")
     best = best_validation(points)
-    label = f"Held-out loss in {num_bands} bands of timesteps, and its change against step {points[0].step}"
+    label = f"Held-out loss in {num_bands} timestep bands, and its change from step {points[0].step}"
     drawings = [
         to_svg(timestep_graph(points, best, narrow), f"timestep-{name}", label, name)
         for name, narrow in (("wide", False), ("narrow", True))
@@ -90,9 +90,9 @@ def timestep_section(run: RunFolder) -> Markup:
         legend.append((("amber", False), f"last, epoch {format_epoch(last.epoch)}"))
     worse = [text for text in (_worse(points[0], point) for point in dict.fromkeys((best, last))) if text]
     note = (
-        f"The noise schedule in {num_bands} equal parts: 0 % is an almost clean image, where low-level detail is learnt; "
-        "100 % almost pure noise, where composition is. "
-        + (f"Ticks are the upper ends of the bands: {', '.join(band_names(num_bands))} %." if num_bands > 5 else "")
+        f"The noise schedule is divided into {num_bands} equal bands. At 0 % the image is almost clean and the model "
+        "learns fine detail; at 100 % it is almost pure noise and the model learns composition. "
+        + (f"Each tick is the upper end of its band: {', '.join(band_names(num_bands))} %." if num_bands > 5 else "")
     ).rstrip() + _averaged(run)
     return tag(
         "section",
@@ -100,7 +100,7 @@ def timestep_section(run: RunFolder) -> Markup:
         tag("p", " ".join(worse)) if worse else None,
         tag(
             "figure",
-            _legend_list(legend, "bars: worse than at step 0" if worse else ""),
+            _legend_list(legend, "grey bars: worse than at step 0" if worse else ""),
             drawings,
             tag("figcaption", note),
             class_="wide",
@@ -110,20 +110,23 @@ def timestep_section(run: RunFolder) -> Markup:
 
 
 def schedule_section(run: RunFolder) -> Markup:
-    """Return learning rate, gradient norm, throughput and memory."""
+    """Return the graphs of learning rate, gradient norm, throughput and memory."""
     metrics, starts, drawn, note = run.metrics, stage_starts(run), [], None
     smoothing = max(1, len(metrics.train["step"]) // 80)
     if np.isfinite(metrics.train["lr"]).any():
         exact = learning_rates(run)
         if exact is None:
-            text = "Learning rate as logged: the settings in config.toml do not give that of every step of this run."
+            text = (
+                "The learning rate is drawn from the logged steps alone, "
+                "because the settings in config.toml do not agree with the log."
+            )
             note = tag("p", text, class_="note")
         figure = learning_rate_graph(metrics, starts, exact, "learning rate")
         drawn.append(tag("figure", to_svg(figure, "lr", "learning rate over the epochs")))
     for column, title, color, half_width in (
         ("grad_norm", "gradient norm, before clipping", "muted", smoothing),
         ("images_per_s", "throughput (images/s)", "amber", smoothing),
-        ("memory_gib", "memory in use, peak (GiB)", "amber", 0),
+        ("memory_gib", "peak memory (GiB)", "amber", 0),
     ):
         if np.isfinite(metrics.train[column]).any():
             figure = small_graph(metrics, starts, column, title, color, half_width)
@@ -137,7 +140,7 @@ def _averaged(run: RunFolder) -> str:
 
 
 def _worse(first: Validation, point: Validation) -> str:
-    """Return the sentence on the bands in which a validation is worse than the first one, "" if there are none."""
+    """Return a sentence naming the bands in which a validation is worse than the first one, "" if there are none."""
     bands = zip(band_names(len(first.loss_by_timestep)), first.loss_by_timestep, point.loss_by_timestep, strict=True)
     rises = [f"{name} % ({format_percent(100 * (now / then - 1))})" for name, then, now in bands if now > then > 0]
     where = f"At epoch {format_epoch(point.epoch)}, loss is higher than at step {first.step:,}"
@@ -148,10 +151,13 @@ def _legend(metrics: Metrics) -> Markup:
     _, width = smoothed_loss(metrics)
     items = []
     if len(metrics.train["loss"]):
-        items += [(("faint", False), "training, as logged"), (("muted", False), f"training, weighted mean of {width}")]
+        items += [
+            (("faint", False), "training, as logged"),
+            (("muted", False), f"training, smoothed over {width} points"),
+        ]
     for split, color, dashed, name in (
-        ("held_out", "accent", False, "held out, never trained on"),
-        ("train_subset", "amber", True, "a fixed part of the training photographs"),
+        ("held_out", "accent", False, "held-out photographs, never trained on"),
+        ("train_subset", "amber", True, "fixed subset of the training photographs"),
     ):
         points = metrics.validation[split]
         if points:
@@ -161,7 +167,7 @@ def _legend(metrics: Metrics) -> Markup:
 
 
 def _legend_list(items: list[tuple[tuple[str, bool], str]], bar: str = "") -> Markup:
-    """Return the lines of a graph with their names, and after them the name of its muted bars."""
+    """Return a graph's legend: an entry per line, and one for its grey bars if `bar` names them."""
     rows = []
     for (color, dashed), text in items:
         dash = ' stroke-dasharray="6 3"' if dashed else ""
@@ -177,19 +183,19 @@ def _loss_note(metrics: Metrics) -> str:
     notes = []
     loss = metrics.train["loss"]
     if all(metrics.validation.values()):
-        notes.append("Both validation curves use fixed noise and fixed timesteps and can be compared with each other.")
+        notes.append("Both validation curves use fixed noise and timesteps, so they can be compared with each other.")
     elif any(metrics.validation.values()):
-        notes.append("Validation uses fixed noise and fixed timesteps.")
+        notes.append("Validation uses fixed noise and timesteps.")
     else:
-        notes.append("No validation was configured, so this is training loss alone.")
+        notes.append("No validation was configured, so this graph shows training loss only.")
     if any(metrics.validation.values()) and len(loss):
-        notes.append("The training curve draws both afresh at every step and cannot be compared with validation.")
+        notes.append("Training draws new ones at every step, so its loss cannot be compared with validation loss.")
     num_bad = int(np.sum(~np.isfinite(loss)))
     if num_bad:
         are = "is" if num_bad == 1 else "are"
         notes.append(f"{counted(num_bad, 'logged step')} had no finite loss and {are} left out.")
     if len(loss):
-        notes.append("Logged values scatter widely; some leave the frame, which is set by the curves.")
+        notes.append("The loss of single steps varies widely; some values lie outside the graph.")
     return " ".join(notes)
 
 
@@ -201,8 +207,8 @@ def _read_out(metrics: Metrics, frames: dict[str, Frame]) -> str:
         (name, [(point.epoch, point.step, point.loss) for point in metrics.validation[split]])
         for split, name in (("held_out", "held out"), ("train_subset", "training photographs"))
     ]
-    # NaN is no JSON, and a browser's parser would refuse all of it.
-    written = [
+    # JSON has no NaN: with one of them a browser would reject the whole text
+    finite = [
         {
             "name": name,
             "points": [
@@ -212,7 +218,7 @@ def _read_out(metrics: Metrics, frames: dict[str, Frame]) -> str:
         for name, points in series
     ]
     boxes = {name: {key: round(value, 3) for key, value in vars(frame).items()} for name, frame in frames.items()}
-    return json.dumps({"series": written, "frames": boxes}, separators=(",", ":"))
+    return json.dumps({"series": finite, "frames": boxes}, separators=(",", ":"))
 
 
 def _validation_table(held_out: list[Validation], subset: list[Validation]) -> Markup | None:
@@ -222,17 +228,17 @@ def _validation_table(held_out: list[Validation], subset: list[Validation]) -> M
     best = best_validation(held_out)
     rows = []
     for point in held_out:
-        beside = by_step.get(point.step)
+        trained = by_step.get(point.step)
         rows.append(
             [
                 format_epoch(point.epoch) + (" · best" if point is best else ""),
                 f"{point.step:,}",
                 f"{point.loss:.5f}",
-                f"{beside.loss:.5f}" if beside else "–",
-                f"{point.loss - beside.loss:+.5f}".replace("-", "−") if beside else "–",
+                f"{trained.loss:.5f}" if trained else "–",
+                f"{point.loss - trained.loss:+.5f}".replace("-", "−") if trained else "–",
             ]
         )
     return details(
-        f"All {len(rows)} validations as numbers" if len(rows) > 1 else "The validation as numbers",
-        table(["epoch", "step", "held out", "training photographs", "gap"], rows),
+        f"Table of all {len(rows)} validations" if len(rows) > 1 else "The validation in numbers",
+        table(["epoch", "step", "held-out loss", "loss on training photographs", "gap"], rows),
     )

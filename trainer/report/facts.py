@@ -1,4 +1,4 @@
-"""The figures and the sentences the report opens with, each a pure function of the metrics."""
+"""The report's headline figures and its verdict on overfitting, as pure functions of the metrics."""
 
 import math
 from collections.abc import Sequence
@@ -8,19 +8,21 @@ import numpy as np
 
 from safelight.trainer.report.run_reader import Metrics, Validation
 
-# Held-out loss moves by one to a few per cent in a whole fine-tuning; less than this after the best point is not a rise.
+# Fine-tuning changes held-out loss by a few per cent at most. After the best point, the loss has risen only if it rose
+# by more than this fraction of the loss and more than this fraction of the gain so far.
 MIN_RISE_OF_LOSS = 0.0025
 MIN_RISE_OF_GAIN = 0.1
 
 
 @dataclass(frozen=True)
 class Facts:
-    """The headline figures; None where the run did not measure them."""
+    """The headline figures. None if the run did not measure them."""
 
     last_step: int
     last_epoch: float
     best: Validation | None
-    change_percent: float | None  # best held-out loss against step 0; negative is better
+    # change of the best held-out loss from step 0; negative is better
+    change_percent: float | None
     run_time_s: float | None
     images_per_s: float | None
     peak_memory_gib: float | None
@@ -28,14 +30,15 @@ class Facts:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the validation curves say: one of the kinds, and the sentence with its figures."""
+    """What the validation curves say about overfitting, as one of the kinds and as text with figures."""
 
-    kind: str  # unknown | improving | level | rising | over-fitting | worsening | no-gain
+    # unknown | improving | level | rising | overfitting | worsening | no-gain
+    kind: str
     text: str
 
     @property
     def is_warning(self) -> bool:
-        return self.kind in ("rising", "over-fitting", "worsening", "no-gain")
+        return self.kind in ("rising", "overfitting", "worsening", "no-gain")
 
 
 def headline_facts(metrics: Metrics) -> Facts:
@@ -56,14 +59,14 @@ def headline_facts(metrics: Metrics) -> Facts:
 
 
 def best_validation(points: Sequence[Validation]) -> Validation | None:
-    """Return the validation with the lowest loss, the earlier of two equal ones."""
+    """Return the validation with the lowest loss, the earlier one if two are equal."""
     return min(points, key=lambda point: (point.loss, point.step), default=None)
 
 
 def run_time_s(times: Sequence[tuple[float, str]]) -> float | None:
-    """Return the seconds the run was at work, validation and samples included.
+    """Return how many seconds the run took, including validation and samples.
 
-    The pause between the last line of an interrupted run and its `resumed` event is not counted.
+    Does not count the pause between the last line of an interrupted run and its `resumed` event.
     """
     known = [(time, event) for time, event in times if math.isfinite(time)]
     if len(known) < 2:
@@ -78,20 +81,20 @@ def run_time_s(times: Sequence[tuple[float, str]]) -> float | None:
 
 
 def over_fitting_verdict(held_out: Sequence[Validation], subset: Sequence[Validation]) -> Verdict:
-    """Return what the validation curves say about over-fitting, in words and with the figures.
+    """Return what the validation curves say about overfitting.
 
-    held_out, subset: the validations of photographs not trained on, and of some trained on, by step. Over-fitting is
-    said only where held-out loss rose after its best point and the gap between the two grew meanwhile.
+    held_out, subset: validations on held-out photographs and on some of the training photographs, in order of steps.
+    The verdict is overfitting only if held-out loss rose after its best point while the gap between the two grew.
     """
     if not held_out:
         return Verdict(
             "unknown",
-            "Nothing was validated on held-out photographs, so over-fitting cannot be judged "
-            "(data.validation_fraction, validate.every_epochs).",
+            "There was no validation on held-out photographs, so overfitting cannot be judged "
+            "(see data.validation_fraction and validate.every_epochs).",
         )
     if len(held_out) < 3:
         counted = "one validation" if len(held_out) == 1 else "two validations"
-        return Verdict("unknown", f"With {counted}, over-fitting cannot be judged: it takes three.")
+        return Verdict("unknown", f"Overfitting cannot be judged from {counted}; it takes at least three.")
     first, last, best = held_out[0], held_out[-1], best_validation(held_out)
     where = f"epoch {format_epoch(best.epoch)}"
     if best.step == first.step:
@@ -99,23 +102,23 @@ def over_fitting_verdict(held_out: Sequence[Validation], subset: Sequence[Valida
     if best.step == last.step:
         return Verdict(
             "improving",
-            f"No over-fitting: held-out loss was at its lowest ({best.loss:.4f}) at the last validation, {where}. "
+            f"No overfitting: held-out loss was lowest ({best.loss:.4f}) at the last validation, {where}. "
             "A little more training may still help.",
         )
     if not _rose(held_out):
         return Verdict(
             "level",
-            f"No over-fitting to speak of: held-out loss was best at {where} ({best.loss:.4f}) and has stayed level "
+            f"No noticeable overfitting: held-out loss was lowest at {where} ({best.loss:.4f}) and has hardly changed "
             f"since ({last.loss:.4f}).",
         )
     rise = (
-        f"held-out loss was best at {where} ({best.loss:.4f}) and has risen by {_rise_percent(best, last)} since, "
+        f"held-out loss was lowest at {where} ({best.loss:.4f}) and has risen by {_rise_percent(best, last)} since, "
         f"to {last.loss:.4f}"
     )
     by_step = {point.step: point for point in subset}
     if best.step not in by_step or last.step not in by_step:
-        unknown = "No training photographs were validated beside it, so the gap is not known."
-        return Verdict("rising", f"Perhaps over-fitting: {rise}. {unknown}")
+        unknown = "Training photographs were not validated at the same steps, so the two cannot be compared."
+        return Verdict("rising", f"Possibly overfitting: {rise}. {unknown}")
     gap_then = best.loss - by_step[best.step].loss
     gap_now = last.loss - by_step[last.step].loss
     moved = by_step[last.step].loss / by_step[best.step].loss - 1
@@ -123,18 +126,18 @@ def over_fitting_verdict(held_out: Sequence[Validation], subset: Sequence[Valida
     gap = f"the gap went from {gap_then:+.4f} to {gap_now:+.4f}".replace("-", "−")
     if gap_now > gap_then and moved < last.loss / best.loss - 1:
         return Verdict(
-            "over-fitting",
-            f"Over-fitting since {where}: {rise}, while {trained} ({gap}). Use the checkpoint of {where}.",
+            "overfitting",
+            f"Overfitting since {where}: {rise}, while {trained} ({gap}). Use the checkpoint of {where}.",
         )
     return Verdict(
         "worsening",
-        f"Not over-fitting, but getting worse: {rise}, and {trained} with it ({gap}). "
+        f"Not overfitting, but getting worse: {rise}, and {trained} as well ({gap}). "
         "The learning rate may be too high.",
     )
 
 
 def format_epoch(epoch: float) -> str:
-    """Return an epoch as people write it: 27, or 4.5."""
+    """Return an epoch with at most one decimal: 27, or 4.5."""
     return f"{epoch:.1f}".removesuffix(".0") if math.isfinite(epoch) else "?"
 
 
@@ -158,12 +161,12 @@ def format_percent(percent: float) -> str:
 
 
 def smooth(values: np.ndarray, half_width: int) -> np.ndarray:
-    """Return the mean over 2 * half_width + 1 neighbours, fewer at the ends; NaN counts as absent."""
+    """Return the running mean over 2 * half_width + 1 values, fewer at the ends. NaN values are ignored."""
     if not len(values):
         return values
     kernel = np.ones(2 * half_width + 1)
     known = np.isfinite(values)
-    # mode="full" and the middle of it, because "same" gives the length of the longer of the two.
+    # the middle of mode="full", because the result of mode="same" is as long as the kernel if that is longer
     total, weight = (
         np.convolve(column, kernel, mode="full")[half_width : half_width + len(values)]
         for column in (np.where(known, values, 0.0), known.astype(np.float64))
@@ -172,7 +175,7 @@ def smooth(values: np.ndarray, half_width: int) -> np.ndarray:
 
 
 def evenly_chosen(num_all: int, num_wanted: int) -> list[int]:
-    """Return at most num_wanted indices out of num_all, evenly spaced, the first and the last among them."""
+    """Return at most num_wanted evenly spaced indices below num_all, including the first and the last."""
     if num_all <= num_wanted:
         return list(range(num_all))
     return sorted({round(i * (num_all - 1) / (num_wanted - 1)) for i in range(num_wanted)})
@@ -183,11 +186,12 @@ def _verdict_without_gain(held_out: Sequence[Validation]) -> Verdict:
     if _rose(held_out):
         return Verdict(
             "no-gain",
-            f"Held-out loss was lowest at the start ({first.loss:.4f}) and rose by {_rise_percent(first, last)} to "
-            f"{last.loss:.4f}: nothing was gained on photographs it did not train on. Try a lower learning rate.",
+            f"Held-out loss was lowest at the start ({first.loss:.4f}) and has risen by {_rise_percent(first, last)} "
+            f"to {last.loss:.4f}: the model got worse on photographs it was not trained on. "
+            "Try a lower learning rate.",
         )
     return Verdict(
-        "no-gain", f"Held-out loss did not fall below its start ({first.loss:.4f}): nothing measurable was gained."
+        "no-gain", f"Held-out loss never fell below its start ({first.loss:.4f}): there was no measurable improvement."
     )
 
 

@@ -1,44 +1,44 @@
-"""Builds HTML in which text is escaped unless it was built here.
+"""Build HTML that is escaped by default.
 
-`Markup` marks what is HTML already; `tag` escapes everything else it is given. So a caption, a prompt or a path cannot
-reach the page raw by somebody forgetting to escape it: there is no place where one would have to remember.
+`Markup` is text that already is HTML; `tag` escapes everything else. No caller has to remember to escape a caption, a
+prompt or a path, so none can forget to.
 """
 
 from collections.abc import Iterable
 from html import escape as _html_escape
 
 VOID_ELEMENTS = frozenset({"br", "col", "hr", "img", "link", "meta"})
-# What HTML forbids in a document, besides newline and tab, and the two that turn the letters after them around
-# whatever their script. A caption file may hold anything.
+# Control characters that HTML forbids (newline and tab are fine), and the two overrides that reverse the direction of
+# the text after them. A caption may contain any of them.
 _CONTROL_CHARACTERS = dict.fromkeys(
     (*range(0x09), 0x0B, *range(0x0D, 0x20), *range(0x7F, 0xA0), 0x202D, 0x202E), "\ufffd"
 )
 
 
 class Markup(str):
-    """Text that is HTML already and is not escaped again."""
+    """Text that already is HTML and is not escaped again."""
 
     __slots__ = ()
 
 
 def escape(value: object) -> Markup:
-    """Return the value as HTML text: markup untouched, all else escaped, with nothing left that UTF-8 cannot hold."""
+    """Return the value as HTML: Markup unchanged, everything else escaped. The result can be encoded as UTF-8."""
     if isinstance(value, Markup):
         return value
-    # A JSON caption may carry a lone surrogate, which cannot be encoded and would fail the whole report.
+    # a caption from JSON may contain a lone surrogate, which cannot be encoded: writing the report would fail
     text = str(value).encode("utf-8", "replace").decode("utf-8")
     return Markup(_html_escape(text.translate(_CONTROL_CHARACTERS), quote=True))
 
 
 def join(*children: object) -> Markup:
-    """Return the children one after the other; lists are flattened, None is nothing."""
+    """Return the children concatenated. Lists are flattened, None is skipped."""
     return Markup("".join(_flatten(children)))
 
 
 def tag(name: str, /, *children: object, **attributes: object) -> Markup:
-    """Return one element.
+    """Return an HTML element.
 
-    Attributes: `class_` gives class, `data_x` gives data-x, True a bare name; None and False are left out.
+    Attributes: `class_` becomes class, `data_x` becomes data-x, True gives a bare name; None and False are omitted.
     """
     written = "".join(_attribute(key, value) for key, value in attributes.items())
     if name in VOID_ELEMENTS:
@@ -47,7 +47,7 @@ def tag(name: str, /, *children: object, **attributes: object) -> Markup:
 
 
 def shorten(text: object, max_characters: int) -> str:
-    """Return the text, cut with a word on its whole length where it is longer than max_characters."""
+    """Return the text; if longer than max_characters, it is cut and its full length added."""
     text = str(text)
     if len(text) <= max_characters:
         return text
@@ -55,17 +55,17 @@ def shorten(text: object, max_characters: int) -> str:
 
 
 def details(summary: object, *children: object, **attributes: object) -> Markup:
-    """Return a part of the page that is folded away until asked for."""
+    """Return a collapsed <details> element."""
     return tag("details", tag("summary", summary), *children, **attributes)
 
 
 def empty_state(*children: object) -> Markup:
-    """Return the line that stands where a part of the run is missing, and says why."""
+    """Return a box that says why a part of the report is missing."""
     return tag("p", *children, class_="empty")
 
 
 def table(head: Iterable[object], rows: Iterable[Iterable[object]], **attributes: object) -> Markup:
-    """Return a table in a frame that scrolls sideways on a narrow screen; the first cell of a row is its header."""
+    """Return a table that scrolls sideways on a narrow screen. The first cell of each row is its header."""
     head_row = tag("tr", [tag("th", cell, scope="col") for cell in head])
     body = []
     for row in rows:

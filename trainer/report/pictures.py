@@ -1,7 +1,7 @@
-"""Turns image files into small pictures that live inside the page.
+"""Embed image files in the page as small WebP pictures.
 
-A report is mailed and kept, so its size is bounded: every group of pictures has a budget in bytes, and is drawn at the
-largest size at which the whole group fits.
+Reports are mailed and archived, so their size is bounded: each group of pictures has a budget in bytes and is embedded
+at the largest size at which the whole group fits.
 """
 
 import base64
@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from safelight.trainer.report.markup import Markup, tag
 
 WEBP_QUALITY = 82
-# Below this a picture is a tiny model's output: lossy coding would smear its few pixels, and lossless costs little.
+# Smaller pictures come from a tiny model: lossy coding would smear their few pixels, and lossless costs little.
 LOSSLESS_EDGE_PX = 160
 
 
@@ -32,7 +32,7 @@ class Picture:
         return max(self.width, self.height) <= LOSSLESS_EDGE_PX
 
     def img(self, alt: str, **attributes: object) -> Markup:
-        """Return the <img> element. Sizes are given so that nothing jumps while the page loads."""
+        """Return the <img> element, with its size so that the page does not jump while it loads."""
         return tag(
             "img",
             src=self.uri,
@@ -45,10 +45,10 @@ class Picture:
 
 
 def embed_all(paths: Sequence[Path | None], edges_px: Sequence[int], budget_bytes: int) -> list[Picture | None]:
-    """Return a picture for every path, all at the largest of edges_px at which they stay within the budget together.
+    """Return a picture for each path, all at the largest of edges_px (longest side) that fits the budget.
 
-    None stands for a path that is None or cannot be read, and, should even the smallest size be too much, for what no
-    longer fits.
+    The result is None for a path that is None or cannot be read, and for pictures that exceed the budget even at the
+    smallest size.
     """
     for edge_px in edges_px[:-1]:
         pictures = _embed_within(paths, edge_px, budget_bytes)
@@ -58,7 +58,7 @@ def embed_all(paths: Sequence[Path | None], edges_px: Sequence[int], budget_byte
 
 
 def placeholder(text: str) -> Markup:
-    """Return what stands in the place of a picture that is not there."""
+    """Return an element that takes the place of a missing picture."""
     return tag("span", text, class_="missing", role="img", aria_label=text)
 
 
@@ -82,7 +82,7 @@ def _embed_within(
 def _embed(path: Path, edge_px: int) -> Picture | None:
     try:
         with Image.open(path) as opened:
-            # JPEG can be decoded at a fraction of its size, which is most of the time spent on a folder of photographs.
+            # decode JPEG at a fraction of its size: decoding is most of the time spent on a folder of photographs
             opened.draft("RGB", (2 * edge_px, 2 * edge_px))
             image = ImageOps.exif_transpose(opened).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):

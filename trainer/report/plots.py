@@ -1,7 +1,7 @@
-"""Draws the graphs of a run with matplotlib: what is on them, and where. How they look in the page is svg.py's.
+"""Draw the graphs of a run with matplotlib. svg.py turns them into SVG with the page's colours and fonts.
 
-A graph that needs room comes twice, wide for a desk and narrow for a phone; the page shows the one that fits. Legends
-are HTML, so that they wrap. Every axis says what it measures.
+Large graphs are drawn twice, wide for a desktop and narrow for a phone; the page shows the one that fits. Legends are
+HTML, so that they wrap. Every axis says what it measures.
 """
 
 import itertools
@@ -23,14 +23,14 @@ SMALL_PX = (400, 215)
 MAX_DRAWN_POINTS = 1500
 LOG_FROM_RATIO = 5
 ROUND_STEPS = (1, 2, 2.5, 5, 10)
-# (epoch, stage) of every stage after the first
+# (epoch, stage) for the start of every stage after the first
 StageStarts = Sequence[tuple[float, int]]
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 @dataclass(frozen=True)
 class Frame:
-    """Where the plot lies in its picture and what its x axis spans, for the read-out under the pointer."""
+    """The plot's rectangle in its SVG, in px, and the range of its x axis, for the values shown under the pointer."""
 
     left: float
     right: float
@@ -41,14 +41,14 @@ class Frame:
 
 
 def smoothed_loss(metrics: Metrics) -> tuple[np.ndarray, int]:
-    """Return the training loss averaged over its neighbours, and over how many: about a twentieth of the run."""
+    """Return the smoothed training loss and over how many points it is smoothed: about a twentieth of the run."""
     half_width = max(1, len(metrics.train["loss"]) // 80)
-    # Twice, which weighs near neighbours more: a plain mean jumps whenever an outlier enters or leaves it.
+    # smoothed twice, which gives near neighbours more weight: a plain mean jumps when an outlier enters or leaves it
     return smooth(smooth(metrics.train["loss"], half_width), half_width), 4 * half_width + 1
 
 
 def loss_graph(metrics: Metrics, best: Validation | None, starts: StageStarts, narrow: bool) -> tuple[Figure, Frame]:
-    """Return the training and validation losses over the epochs, and where the plot lies in the figure."""
+    """Return the graph of training and validation loss over the epochs, and the frame of its plot."""
     figure = new_figure(*(NARROW_PX if narrow else WIDE_PX))
     axes = figure.add_subplot()
     epoch, raw = metrics.train["epoch"], metrics.train["loss"]
@@ -68,8 +68,8 @@ def loss_graph(metrics: Metrics, best: Validation | None, starts: StageStarts, n
     _mark_stages(axes, metrics, starts, named=True)
     if best is not None:
         _mark_best(axes, best, metrics.last_epoch)
-    _dress(axes, "loss (mean squared error, log scale)" if is_log else "loss (mean squared error)")
-    # The layout is settled only by drawing; afterwards it must not move again, or the read-out would miss its points.
+    _style_axes(axes, "loss (mean squared error, log scale)" if is_log else "loss (mean squared error)")
+    # Drawing computes the layout. It must not change afterwards, or the frame would no longer match the curves.
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     box, (width, height) = axes.get_position(), figure.get_size_inches() * 72
@@ -79,12 +79,12 @@ def loss_graph(metrics: Metrics, best: Validation | None, starts: StageStarts, n
 
 
 def timestep_graph(held_out: Sequence[Validation], best: Validation, narrow: bool) -> Figure:
-    """Return the held-out loss by band of timesteps: at the start, at the best and the last point; and its change."""
+    """Return the graph of held-out loss by timestep band at the first, best and last validation, and of its change."""
     first, last = held_out[0], held_out[-1]
     size = (NARROW_PX[0], 480) if narrow else (WIDE_PX[0], 300)
     figure = new_figure(*size)
     if narrow:
-        # the second title must not stand on the first axis' name
+        # keep the second title clear of the first plot's axis label
         figure.get_layout_engine().set(hspace=0.12)
     left, right = figure.subplots(2, 1) if narrow else figure.subplots(1, 2)
     bands = np.arange(len(first.loss_by_timestep))
@@ -105,7 +105,7 @@ def timestep_graph(held_out: Sequence[Validation], best: Validation, narrow: boo
         with np.errstate(divide="ignore", invalid="ignore"):
             change = 100 * (np.array(point.loss_by_timestep) / values[0] - 1)
         offset = (index - (num_bars - 1) / 2) * width
-        # what got worse is told by its color; whose bar it is, by its place
+        # grey marks bands that got worse; a bar's position still shows which validation it belongs to
         colors = [PALETTE["muted" if value > 0 else color] for value in change]
         right.bar(bands + offset, change, width=width * 0.92, color=colors, linewidth=0)
     right.axhline(0, color=PALETTE["muted"], linewidth=1)
@@ -113,17 +113,20 @@ def timestep_graph(held_out: Sequence[Validation], best: Validation, narrow: boo
     right.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+g}".replace("-", "−").replace("+0", "0")))
     for axes, title in (
         (left, f"held-out loss (mean squared error{', log scale' if is_log else ''})"),
-        (right, "change against step 0 (%)"),
+        (right, "change from step 0 (%)"),
     ):
         axes.set_xticks(bands, band_names(len(bands), short=narrow or len(bands) > 5))
         axes.set_xlim(-0.6, len(bands) - 0.4)
         axes.set_xlabel("timestep band (% of the noise schedule)", color=PALETTE["muted"], fontsize=11)
-        _dress(axes, title)
+        _style_axes(axes, title)
     return figure
 
 
 def band_names(num_bands: int, short: bool = False) -> list[str]:
-    """Return what each of num_bands equal parts of the noise schedule spans, in per cent; 0 is the least noise."""
+    """Return the range of each of num_bands equal parts of the noise schedule in per cent; 0 is the least noise.
+
+    short: with more than five bands, return only their upper ends.
+    """
     edges = [round(100 * i / num_bands) for i in range(num_bands + 1)]
     if short and num_bands > 5:
         return [str(high) for high in edges[1:]]
@@ -133,7 +136,7 @@ def band_names(num_bands: int, short: bool = False) -> list[str]:
 def small_graph(
     metrics: Metrics, starts: StageStarts, column: str, title: str, color: str, smoothing: int = 0
 ) -> Figure:
-    """Return one column of the metrics over the epochs."""
+    """Return a graph of one column of the metrics over the epochs."""
     figure = new_figure(*SMALL_PX)
     axes = figure.add_subplot()
     epoch, values = metrics.train["epoch"], metrics.train[column]
@@ -157,7 +160,10 @@ def small_graph(
 def learning_rate_graph(
     metrics: Metrics, starts: StageStarts, exact: tuple[np.ndarray, np.ndarray] | None, title: str
 ) -> Figure:
-    """Return the learning rate over the epochs: that of every step, or without it the logged ones, apart by stage."""
+    """Return the graph of the learning rate over the epochs.
+
+    exact: epochs and learning rates from `learning_rates`. If None, the logged values are drawn, a line per stage.
+    """
     figure = new_figure(*SMALL_PX)
     axes = figure.add_subplot()
     if exact is None:
@@ -165,7 +171,7 @@ def learning_rate_graph(
         known = np.isfinite(values) & np.isfinite(epoch)
         epoch, values, stage = epoch[known], values[known], stage[known]
     else:
-        # from the start on: a step's learning rate holds from the end of the step before
+        # a step's learning rate applies from the end of the step before, so the curve starts at epoch 0
         epoch, values = np.concatenate([[0.0], exact[0]]), np.concatenate([exact[1][:1], exact[1]])
     values, title = _power_into_title(values, title)
     axes.set_ylim(0, 1.15 * float(np.max(values)) or 1)
@@ -182,7 +188,7 @@ def learning_rate_graph(
 
 
 def _power_into_title(values: np.ndarray, title: str) -> tuple[np.ndarray, str]:
-    """Return the values and the title, with a small power of ten taken from the ticks into the title."""
+    """Return (values, title), with a power of ten moved from small values into the title."""
     largest = float(np.max(np.abs(values)))
     if not 0 < largest < 1e-2:
         return values, title
@@ -194,7 +200,7 @@ def _finish_small(axes: Axes, metrics: Metrics, starts: StageStarts, title: str)
     axes.yaxis.set_major_locator(MaxNLocator(4, steps=ROUND_STEPS))
     _epoch_axis(axes, metrics, 6, with_steps=False)
     _mark_stages(axes, metrics, starts, named=False)
-    _dress(axes, title)
+    _style_axes(axes, title)
 
 
 def _plot_validation(axes: Axes, points: Sequence[Validation], color: str, narrow: bool, **style: object) -> None:
@@ -211,22 +217,22 @@ def _plot_validation(axes: Axes, points: Sequence[Validation], color: str, narro
 
 
 def _loss_limits(smoothed: np.ndarray, raw: np.ndarray, validation: list[float]) -> tuple[float, float, bool]:
-    """Return the frame, and whether its scale is logarithmic.
+    """Return (lower limit, upper limit, whether the axis is logarithmic).
 
-    Logged values scatter many times wider than what is to be seen, so they may leave the frame.
+    The limits fit the smoothed and validation curves; raw values vary far more widely and may lie outside.
     """
-    seen = np.concatenate([smoothed, np.array(validation, dtype=np.float64)])
-    seen = seen[np.isfinite(seen)]
-    if not len(seen):
+    curves = np.concatenate([smoothed, np.array(validation, dtype=np.float64)])
+    curves = curves[np.isfinite(curves)]
+    if not len(curves):
         return 0.0, 1.0, False
-    low, high = float(seen.min()), float(seen.max())
+    low, high = float(curves.min()), float(curves.max())
     if low > 0 and high > LOG_FROM_RATIO * low:
-        # A run from scratch falls by an order of magnitude: on a plain scale its end, which decides, would be flat.
+        # Training from scratch lowers the loss by an order of magnitude: on a linear axis its end would look flat.
         return low * 0.85, high * 1.6, True
     known = raw[np.isfinite(raw)]
     spread = float(np.quantile(known, 0.9) - np.quantile(known, 0.1)) if len(known) else 0.0
     margin = max(0.25 * (high - low), 0.15 * spread, 0.02 * high, 1e-6)
-    # More room above: the names of the stages stand there.
+    # more room at the top, for the stage labels
     return max(0.0, low - 0.6 * margin), high + 1.4 * margin, False
 
 
@@ -251,7 +257,7 @@ def _mark_best(axes: Axes, best: Validation, last_epoch: float) -> None:
     share = best.epoch / last_epoch if last_epoch else 0
     align = "left" if share < 0.15 else "right" if share > 0.85 else "center"
     axes.annotate(
-        f"best: epoch {format_epoch(best.epoch)}" if best.step else "best: the start",
+        f"best: epoch {format_epoch(best.epoch)}" if best.step else "best: step 0",
         (best.epoch, best.loss),
         xytext=({"left": -6, "right": 6, "center": 0}[align], 11),
         textcoords="offset points",
@@ -272,7 +278,7 @@ def _mark_stages(axes: Axes, metrics: Metrics, starts: StageStarts, named: bool)
     names = [1, *(stage + 1 for _, stage in starts)]
     first, last = axes.get_xlim()
     for low, high, name in zip(edges, edges[1:], names, strict=False):
-        # A stage too short for its name goes without: two names over each other say less than none.
+        # a stage too narrow for its label gets none, so that labels never overlap
         if (high - low) / (last - first) > 0.09:
             text = f"stage {name}" if (high - low) / (last - first) > 0.17 else str(name)
             axes.text(
@@ -298,7 +304,7 @@ def _epoch_axis(axes: Axes, metrics: Metrics, num_ticks: int, with_steps: bool) 
     if steps is not None:
         labels = [f"{label}\n{step:,.0f}" for label, step in zip(labels, steps, strict=True)]
     axes.set_xticks(ticks, labels)
-    name = "epoch, and the step below it" if steps is not None else "epoch"
+    name = "epoch (step number below)" if steps is not None else "epoch"
     axes.set_xlabel(name, color=PALETTE["muted"], fontsize=11)
 
 
@@ -309,7 +315,7 @@ def _steps_at(metrics: Metrics, epochs: list[float]) -> np.ndarray | None:
     return np.interp(epochs, [epoch for epoch, _ in pairs], [step for _, step in pairs]) if len(pairs) > 1 else None
 
 
-def _dress(axes: Axes, title: str) -> None:
+def _style_axes(axes: Axes, title: str) -> None:
     axes.set_title(title, loc="left", fontsize=12, color=PALETTE["ink"], pad=9)
     axes.patch.set_visible(False)
     axes.spines[["top", "right", "left"]].set_visible(False)

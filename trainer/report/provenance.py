@@ -1,4 +1,4 @@
-"""The part of the report that says what a run was made of: photographs, settings, machine, events."""
+"""The report's sections on what a run was made of: photographs, settings, machine and events."""
 
 import datetime
 import math
@@ -19,22 +19,22 @@ MAX_BUCKETS = 40
 
 
 def data_section(data: dict | None, run: RunFolder) -> Markup:
-    """Return what was trained on: counts, shapes, example captions, what was turned away."""
+    """Return the section on the dataset: counts, image sizes, example photographs and rejected files."""
     heading = tag("h2", "What it was trained on")
     if data is None:
         return tag(
             "section",
             heading,
-            empty_state("The run has no data.json: what it was trained on is not recorded."),
+            empty_state("The run folder has no data.json, so it is not known what the model was trained on."),
             id="data",
         )
     return tag(
         "section",
         heading,
         tag("p", _counts_sentence(data, run.config)),
-        tag("h3", "Shapes"),
+        tag("h3", "Image sizes"),
         _buckets(rows_of(data, "buckets")),
-        tag("h3", "Examples, as captioned"),
+        tag("h3", "Examples with their captions"),
         _examples(rows_of(data, "examples"), run),
         _rejected(rows_of(data, "rejected")),
         id="data",
@@ -42,7 +42,7 @@ def data_section(data: dict | None, run: RunFolder) -> Markup:
 
 
 def parameters_section(run: RunFolder) -> Markup:
-    """Return model and settings as tables, and config.toml as it stands."""
+    """Return model and settings as tables, and the text of config.toml."""
     settings = []
     if run.model:
         model = {_label(key): format_value(value, grouped=True) for key, value in run.model.items() if key != "notes"}
@@ -58,20 +58,20 @@ def parameters_section(run: RunFolder) -> Markup:
     notes = run.model.get("notes")
     return tag(
         "section",
-        tag("h2", "Parameters"),
+        tag("h2", "Settings"),
         tag("ul", [tag("li", shorten(note, 400)) for note in notes]) if isinstance(notes, list) and notes else None,
-        tag("div", settings, class_="settings") if settings else empty_state("The run's settings are not known."),
-        details("config.toml, whole", tag("pre", run.config_text)) if run.config_text else None,
+        tag("div", settings, class_="settings") if settings else empty_state("The settings of this run are unknown."),
+        details("The whole config.toml", tag("pre", run.config_text)) if run.config_text else None,
         id="parameters",
     )
 
 
 def environment_section(run: RunFolder) -> Markup:
-    """Return the machine and its software, and how to run this again."""
+    """Return the machine, its software, and how to repeat the run."""
     environment = run.environment
-    heading = tag("h2", "Machine, and how to repeat it")
+    heading = tag("h2", "Machine, and how to repeat this run")
     if not environment:
-        return tag("section", heading, empty_state("The run has no environment.json."), id="environment")
+        return tag("section", heading, empty_state("The run folder has no environment.json."), id="environment")
     known = {_label(key): value for key, value in environment.items() if key not in ("command", "attention_choice")}
     if environment.get("cpu"):
         known["cpu"] = re.sub(r"(?<![\d,.])1 (core|thread)s\b", r"1 \1", str(environment["cpu"]))
@@ -94,7 +94,7 @@ def environment_section(run: RunFolder) -> Markup:
 
 
 def events_section(run: RunFolder) -> Markup:
-    """Return what happened besides training: stages, checkpoints, resumes, skipped steps."""
+    """Return the table of events: stages, checkpoints, resumes, skipped steps."""
     events = run.metrics.events
     heading = tag("h2", "Events")
     if not events:
@@ -111,12 +111,12 @@ def events_section(run: RunFolder) -> Markup:
                 shorten(event.get("detail") or "", MAX_CAPTION_CHARACTERS),
             ]
         )
-    total = counted(len(events), "event") + (f", the last {MAX_LISTED}" if len(events) > MAX_LISTED else "")
-    return tag("section", heading, details(total, table(["step", "after", "event", "detail"], rows)), id="events")
+    total = counted(len(events), "event") + (f" (the last {MAX_LISTED} shown)" if len(events) > MAX_LISTED else "")
+    return tag("section", heading, details(total, table(["step", "time", "event", "detail"], rows)), id="events")
 
 
 def format_value(value: object, grouped: bool = False) -> str:
-    """Return a setting as text: a list's long items one a line, and grouped by thousands what is a count."""
+    """Return a setting as text. Lists with long items get one item per line. grouped: with thousands separators."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if value is None or value == "":
@@ -146,7 +146,7 @@ def _settings_group(name: str, values: dict, css_class: str | None = None) -> Ma
 
 
 def _label(key: object) -> str:
-    """Return a field's name in words, its unit in brackets."""
+    """Return a field's name as words, with its unit in parentheses."""
     text = str(key).replace("_", " ")
     return f"{text[:-4]} (GiB)" if text.endswith(" gib") else text
 
@@ -157,19 +157,20 @@ def _rows(values: dict) -> Markup:
 
 
 def _repeating(run: RunFolder) -> Markup:
-    """Return what it takes to train this run again, beside the commands."""
+    """Return what is needed besides the commands to repeat this run."""
     if not run.config_text:
-        return join("The run's config.toml is missing, so it cannot be repeated from here.")
+        return join("config.toml is missing from the run folder, so this run cannot be repeated.")
     name = str((run.data or {}).get("dataset") or "").strip()
-    called = f" (here “{shorten(name, 200)}”)" if name else ""
+    called = f" (for this run, “{shorten(name, 200)}”)" if name else ""
     return join(
+        "Use this run's ",
         tag("code", "config.toml"),
-        " is this run's own, whole under Parameters, with all that was set on the command line. The photographs are "
-        "needed too, a run folder does not hold them: ",
+        ", from the run folder or from Settings above; it includes everything that was set on the command line. The "
+        "run folder does not contain the photographs: replace ",
         tag("code", "DATASET"),
-        f"{called} stands for the folder that ",
+        " by the dataset folder that ",
         tag("code", "safelight prepare"),
-        " made of them.",
+        f" wrote{called}.",
     )
 
 
@@ -184,25 +185,25 @@ def _counts_sentence(data: dict, config: dict) -> str:
     if data.get("dataset"):
         sentence += f" from “{shorten(data['dataset'], 200)}”"
     if train is not None:
-        sentence += f": {train:,} to train on"
+        sentence += f": {train:,} for training"
         sentence += f", {validation:,} held out for validation" if validation else ", none held out"
     captions, variants = _count(data, "num_captions"), _count(data, "variants")
     sentence += "."
     if captions is not None:
         sentence += f" {counted(captions, 'caption')}." if captions else " No captions."
     if variants is not None and variants > 1:
-        # held-out photographs have the plain crop alone
-        sentence += f" Each photograph to train on is kept in {variants:,} variants{_differing_by(config)}."
+        # held-out photographs have the centre crop only
+        sentence += f" Each training photograph is used in {variants:,} variants{_differing_by(config)}."
     return sentence
 
 
 def _differing_by(config: dict) -> str:
     settings = table_of(config, "data")
     crop, flip = number(settings.get("crop_jitter")), number(settings.get("flip_p"))
-    found = ["crop"] * (crop > 0) + ["flip"] * (flip > 0)
-    if found:
-        return f" ({', '.join(found)})"
-    return ", all alike (data.crop_jitter and data.flip_p are 0)" if crop == flip == 0 else ""
+    augmentations = ["crop"] * (crop > 0) + ["flip"] * (flip > 0)
+    if augmentations:
+        return f" ({', '.join(augmentations)})"
+    return ", all identical because data.crop_jitter and data.flip_p are 0" if crop == flip == 0 else ""
 
 
 def _buckets(buckets: list[dict]) -> Markup:
@@ -210,9 +211,9 @@ def _buckets(buckets: list[dict]) -> Markup:
     known = [[number(bucket.get(key)) for key in keys] for bucket in buckets]
     known = [[int(value) for value in row] for row in known if all(map(math.isfinite, row)) and min(row[:2]) > 0]
     if not known:
-        return empty_state("No buckets were recorded.")
+        return empty_state("No image sizes were recorded.")
     known.sort(key=lambda bucket: bucket[0] / bucket[1])
-    most = max(1, *(train + validation for _, _, train, validation in known))
+    max_photos = max(1, *(train + validation for _, _, train, validation in known))
     largest = max(max(width, height) for width, height, _, _ in known)
     rows = []
     for width, height, train, validation in known[:MAX_BUCKETS]:
@@ -221,7 +222,7 @@ def _buckets(buckets: list[dict]) -> Markup:
             f'<svg class="shape" viewBox="0 0 38 38" aria-hidden="true"><rect class="s-muted" fill="none" '
             f'x="{19 - w / 2:.1f}" y="{19 - h / 2:.1f}" width="{w:.1f}" height="{h:.1f}" rx="1.5"/></svg>'
         )
-        share, held = 100 * train / most, 100 * validation / most
+        share, held = 100 * train / max_photos, 100 * validation / max_photos
         bar = (
             '<svg class="bar" viewBox="0 0 100 12" preserveAspectRatio="none" aria-hidden="true">'
             f'<rect class="f-accent" width="{share:.2f}" height="12"/>'
@@ -240,14 +241,14 @@ def _buckets(buckets: list[dict]) -> Markup:
             ),
             text,
         )
-        for color, text in (("accent", "photographs to train on"), ("amber", "held out"))
+        for color, text in (("accent", "training photographs"), ("amber", "held out"))
         if color == "accent" or any(held for _, _, _, held in known)
     ]
     more = len(known) - MAX_BUCKETS
     return join(
         tag("ul", key, class_="legend"),
         tag("div", rows, class_="buckets"),
-        tag("p", f"{counted(more, 'more bucket')} {'is' if more == 1 else 'are'} in data.json.", class_="note")
+        tag("p", f"{counted(more, 'more size')} {'is' if more == 1 else 'are'} listed in data.json.", class_="note")
         if more > 0
         else None,
     )
@@ -255,7 +256,7 @@ def _buckets(buckets: list[dict]) -> Markup:
 
 def _examples(examples: list[dict], run: RunFolder) -> Markup:
     if not examples:
-        return empty_state("No examples were kept.")
+        return empty_state("No example photographs were saved.")
     shown = examples[:MAX_EXAMPLES]
     pictures = embed_all(
         [inside(run.path, example.get("file")) for example in shown], EXAMPLE_EDGES_PX, EXAMPLES_BUDGET_BYTES
@@ -273,12 +274,12 @@ def _examples(examples: list[dict], run: RunFolder) -> Markup:
 
 def _rejected(rejected: list[dict]) -> Markup | None:
     if not rejected:
-        return tag("p", "No file was turned away.", class_="note")
+        return tag("p", "No files were rejected.", class_="note")
     rows = [[shorten(row.get("path", ""), 300), shorten(row.get("reason", ""), 300)] for row in rejected[:MAX_LISTED]]
     total = (
-        "1 file or caption row" if len(rejected) == 1 else f"{len(rejected):,} files or caption rows"
-    ) + " turned away"
+        "1 file or caption row was" if len(rejected) == 1 else f"{len(rejected):,} files or caption rows were"
+    ) + " rejected"
     more = len(rejected) - MAX_LISTED
     return details(
-        total + (f", the first {MAX_LISTED} listed" if more > 0 else ""), table(["file or row", "reason"], rows)
+        total + (f" (the first {MAX_LISTED} shown)" if more > 0 else ""), table(["file or row", "reason"], rows)
     )

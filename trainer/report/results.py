@@ -1,4 +1,4 @@
-"""The part of the report that shows pictures: base beside trained, the scores, the fixed prompts over the epochs."""
+"""The report's sections with pictures: base and trained side by side, scores, and samples over the epochs."""
 
 import math
 
@@ -20,32 +20,32 @@ SAMPLES_BUDGET_BYTES = 5_000_000
 
 
 def learned_section(run: RunFolder) -> Markup:
-    """Return "Did it learn?": base beside trained, and the scores where the run has them."""
+    """Return "Did it learn?": base and trained side by side, and the scores if the run has any."""
     return tag("section", tag("h2", "Did it learn?"), _pairs(run), _scores(run.scores), id="learned")
 
 
 def samples_section(run: RunFolder, best_step: int | None) -> Markup:
-    """Return the fixed prompts, a row each, over the epochs, a column each."""
+    """Return the table of samples: one row per prompt, one column per epoch."""
     heading = tag("h2", "The same prompts, epoch by epoch")
-    sets = [found for found in run.samples if found.images]
+    sets = [sample_set for sample_set in run.samples if sample_set.images]
     if not sets:
         return tag(
             "section",
             heading,
-            empty_state("No samples were drawn while it trained (sample.every_epochs)."),
+            empty_state("No sample images were generated during training (see sample.every_epochs)."),
             id="samples",
         )
     chosen = _choose_epochs(sets, best_step)
     keys = _prompt_keys(sets)
     shown_keys = keys[:MAX_PROMPTS]
-    found = {
+    files = {
         (sample.step, _prompt_key(image)): inside(sample.folder, image.get("file"))
         for sample in chosen
         for image in sample.images
     }
     cells = [(sample, key) for key in shown_keys for sample in chosen]
     pictures = embed_all(
-        [found.get((sample.step, key)) for sample, key in cells], SAMPLE_EDGES_PX, SAMPLES_BUDGET_BYTES
+        [files.get((sample.step, key)) for sample, key in cells], SAMPLE_EDGES_PX, SAMPLES_BUDGET_BYTES
     )
     by_cell = {(sample.step, key): picture for (sample, key), picture in zip(cells, pictures, strict=True)}
     head = [
@@ -65,7 +65,7 @@ def samples_section(run: RunFolder, best_step: int | None) -> Markup:
         tag(
             "p",
             _samples_note(sets, chosen, keys, shown_keys)
-            + averages_note(run, "All but the base model's are drawn with"),
+            + averages_note(run, "All columns except the base model's use"),
             class_="note",
         ),
         tag("div", strip, class_="scroll", tabindex="0", role="region", aria_label="Samples over the epochs"),
@@ -77,7 +77,7 @@ def _pairs(run: RunFolder) -> Markup:
     pairs = rows_of(run.compare, "pairs")
     if not pairs:
         command = tag("code", "safelight compare")
-        return empty_state("Base and trained model have not been drawn beside each other; ", command, " does that.")
+        return empty_state("Base and trained model have not been compared yet; ", command, " does that.")
     chosen = [pairs[i] for i in evenly_chosen(len(pairs), MAX_PAIRS)]
     folder = run.path / "compare"
     paths = [inside(folder, pair.get(side)) for pair in chosen for side in ("base", "trained")]
@@ -97,10 +97,10 @@ def _pairs(run: RunFolder) -> Markup:
         cards.append(
             tag("figure", tag("div", two, class_="two"), tag("figcaption", caption), class_="pair", data_zoom=zoom)
         )
-    note = "The model before and after training, from the same prompt and the same noise."
+    note = "The model before and after training. Both images of a pair use the same prompt and the same initial noise."
     if len(chosen) < len(pairs):
-        note += f" {len(chosen)} of {len(pairs)} pairs, evenly chosen."
-    note += averages_note(run, "The trained pictures are drawn with")
+        note += f" Shown are {len(chosen)} of {len(pairs)} pairs."
+    note += averages_note(run, "The trained model's images use")
     is_tiny = any(picture and picture.is_tiny for picture in pictures)
     layout = "pairs small" if is_tiny else "pairs large" if len(chosen) <= MAX_LARGE_PAIRS else "pairs"
     return join(tag("p", note, class_="note"), tag("div", cards, class_=layout))
@@ -124,7 +124,7 @@ def _choose_epochs(sets: list[SampleSet], best_step: int | None) -> list[SampleS
     chosen = set(evenly_chosen(len(sets), MAX_EPOCHS))
     best = next((i for i, sample in enumerate(sets) if sample.step == best_step), None)
     if best is not None and best not in chosen:
-        # The best epoch is the one a reader looks for: it takes the place of its nearest neighbour, never of an end.
+        # Readers look for the best epoch: it replaces its nearest neighbour, but never the first or the last epoch.
         inner = [i for i in chosen if 0 < i < len(sets) - 1]
         chosen -= {min(inner, key=lambda i: abs(i - best))} if inner else set()
         chosen.add(best)
@@ -138,11 +138,11 @@ def _column_name(sample: SampleSet, best_step: int | None) -> str:
 
 
 def _samples_note(sets: list[SampleSet], chosen: list[SampleSet], keys: list, shown_keys: list) -> str:
-    note = "Same noise in every column, so that what changes is the model."
+    note = "A row uses the same initial noise in every column, so all differences come from the model."
     if len(chosen) < len(sets):
-        note += f" {len(chosen)} of {len(sets)} epochs, evenly chosen, the first and the last among them."
+        note += f" Shown are {len(chosen)} of {len(sets)} epochs, including the first and the last."
     if len(shown_keys) < len(keys):
-        note += f" {len(shown_keys)} of {len(keys)} prompts; the others are in the run's samples folder."
+        note += f" Shown are {len(shown_keys)} of {len(keys)} prompts; the others are in the run's samples folder."
     return note
 
 
@@ -151,7 +151,7 @@ PromptKey = tuple[str, float, float, float]
 
 def _prompt_key(image: dict) -> PromptKey:
     numbers = (number(image.get(key)) for key in ("seed", "cfg", "num_steps"))
-    # NaN is unequal to itself and would make every image its own row.
+    # NaN is not equal to itself: it would give every image its own row
     return (str(image.get("prompt") or ""), *(-1.0 if math.isnan(value) else value for value in numbers))
 
 
@@ -173,7 +173,7 @@ def _settings(key: PromptKey) -> str:
 
 def _prompt(prompt: str) -> Markup:
     if not prompt.strip():
-        return tag("span", "the empty prompt", class_="prompt")
+        return tag("span", "(empty prompt)", class_="prompt")
     return tag("span", "“", shorten(prompt, MAX_PROMPT_CHARACTERS), "”", class_="prompt", dir="auto")
 
 
@@ -188,7 +188,7 @@ def _scores(scores: dict | None) -> Markup | None:
         [
             [shorten(row.get("what", ""), 120), tag("div", shorten(row.get("explanation") or "", 300), class_="meta")],
             _interval_bars(row),
-            # on a phone a row stands by itself, below no heading
+            # a phone shows no table header, so each value carries its own label there
             *(
                 join(tag("span", side, class_="side"), _estimate(row.get(side), signed=side == "difference"))
                 for side in ("base", "trained", "difference")
@@ -211,9 +211,10 @@ def _scores(scores: dict | None) -> Markup | None:
         tag(
             "li",
             Markup(
-                '<svg viewBox="0 0 24 10" aria-hidden="true"><path class="s-muted" stroke-dasharray="2 2" d="M12 0V10"/></svg>'
+                '<svg viewBox="0 0 24 10" aria-hidden="true">'
+                '<path class="s-muted" stroke-dasharray="2 2" d="M12 0V10"/></svg>'
             ),
-            "chance",
+            "chance level",
         ),
     ]
     return join(
@@ -240,7 +241,7 @@ def _three(values: object) -> tuple[float, float, float]:
 
 
 def _interval_bars(row: dict) -> Markup:
-    """Return base and trained as points with their intervals, on an axis from 0 to 1 or, failing that, what they span."""
+    """Return base and trained as points with their intervals, on an axis from 0 to 1, or over their range if larger."""
     base, trained, chance = _three(row.get("base")), _three(row.get("trained")), number(row.get("chance"))
     known = [value for value in (*base, *trained, chance) if math.isfinite(value)]
     if not known:

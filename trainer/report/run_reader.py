@@ -1,7 +1,7 @@
-"""Reads a run folder into one record, and keeps going where a file is missing, cut short or damaged.
+"""Read a run folder, tolerating files that are missing, truncated or damaged.
 
-A report is most wanted when a run went wrong, so nothing here raises for a bad file: what could not be read is listed
-in `problems`, which the report prints. Only a folder that is not there is an error.
+A report is most useful when a run went wrong, so a bad file never raises: `problems` lists what could not be read, and
+the report shows it. Only a missing folder is an error.
 """
 
 import json
@@ -32,19 +32,23 @@ class Validation:
 
 @dataclass(frozen=True)
 class Metrics:
-    """metrics.jsonl in columns."""
+    """The contents of metrics.jsonl.
 
-    train: dict[str, np.ndarray]  # TRAIN_COLUMNS -> (N,) float64; what a line lacks is NaN
-    validation: dict[str, list[Validation]]  # SPLITS -> by step
+    train: TRAIN_COLUMNS -> (N,) float64, NaN where a line lacks the value. validation: SPLITS -> validations in order
+    of steps. times: (unix seconds, event or "") of every line, in the order of the file.
+    """
+
+    train: dict[str, np.ndarray]
+    validation: dict[str, list[Validation]]
     events: list[dict]
-    times: list[tuple[float, str]]  # (unix seconds, event or "") of every line, in the order of the file
+    times: list[tuple[float, str]]
     last_step: int
     last_epoch: float
 
 
 @dataclass(frozen=True)
 class SampleSet:
-    """The fixed prompts drawn at one step."""
+    """The images of the fixed prompts at one step."""
 
     folder: Path
     step: int
@@ -54,7 +58,7 @@ class SampleSet:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Everything the report is made of."""
+    """Everything that the report shows of a run. Files that are missing are empty or None."""
 
     path: Path
     config: dict
@@ -78,10 +82,7 @@ class RunFolder:
 
 
 def read_run_folder(run_dir: Path) -> RunFolder:
-    """Return what stands in the folder.
-
-    Raises ValueError if run_dir is not a folder.
-    """
+    """Return the contents of a run folder. Raises ValueError if run_dir is not a folder."""
     if not run_dir.is_dir():
         raise UserError(f"run folder {run_dir} does not exist; give the folder that `safelight train` wrote")
     problems: list[str] = []
@@ -102,39 +103,39 @@ def read_run_folder(run_dir: Path) -> RunFolder:
 
 
 def number(value: object) -> float:
-    """Return the value as a float, NaN where it is none."""
+    """Return the value as a float, NaN if it is not a number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return math.nan
     return float(value)
 
 
-def rows_of(record: dict | None, key: str) -> list[dict]:
-    """Return the objects listed under the key; what is no object is left out."""
-    rows = (record or {}).get(key)
+def rows_of(values: dict | None, key: str) -> list[dict]:
+    """Return the dicts in the list under a key, [] if there is none. Other items are left out."""
+    rows = (values or {}).get(key)
     return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
 
-def table_of(record: dict, key: str) -> dict:
-    """Return the table under the key, or an empty one."""
-    value = record.get(key)
+def table_of(values: dict, key: str) -> dict:
+    """Return the dict under a key, {} if there is none."""
+    value = values.get(key)
     return value if isinstance(value, dict) else {}
 
 
 def num_held_out(run: RunFolder) -> int:
-    """Return how many photographs held-out loss was last measured on, 0 where that is not known."""
+    """Return how many photographs held-out loss was last measured on, 0 if unknown."""
     points = run.metrics.validation["held_out"]
     known = number((run.data or {}).get("num_validation"))
     return (points[-1].num_images if points else 0) or (0 if math.isnan(known) else int(known))
 
 
 def averages_note(run: RunFolder, subject: str) -> str:
-    """Return the sentence that says whose the pictures or losses are where the run kept a moving average, else ""."""
+    """Return a sentence saying that `subject` (with its verb) used averaged weights, "" if the run kept no average."""
     decay = number(table_of(run.config, "train").get("ema_decay"))
     return f" {subject} the moving average of the weights (train.ema_decay {decay:g})." if decay > 0 else ""
 
 
 def inside(folder: Path, name: object) -> Path | None:
-    """Return folder/name if that file exists and lies within the folder, else None."""
+    """Return folder/name if that file exists and is inside the folder, else None."""
     if not isinstance(name, str) or not name or "\0" in name:
         return None
     path = (folder / name).resolve()
@@ -145,7 +146,7 @@ def _read_config(path: Path, problems: list[str]) -> tuple[dict, str]:
     try:
         text = path.read_bytes().decode("utf-8", "replace")
     except FileNotFoundError:
-        problems.append("config.toml is missing: the run's settings are not known")
+        problems.append("config.toml is missing: the settings of this run are unknown")
         return {}, ""
     except OSError as error:
         problems.append(f"config.toml could not be read: {error.strerror}")
@@ -166,14 +167,14 @@ def _read_object(path: Path, problems: list[str]) -> dict | None:
         problems.append(f"{path.name} could not be read: {error}")
         return None
     if not isinstance(value, dict):
-        problems.append(f"{path.name} could not be read: it holds no JSON object")
+        problems.append(f"{path.name} could not be read: it does not contain a JSON object")
         return None
     return value
 
 
 def _read_metrics(path: Path, problems: list[str]) -> Metrics:
     rows = _read_lines(path, problems)
-    # A resumed run may repeat steps it had logged before it was killed: of two lines on one step the later counts.
+    # a resumed run may repeat steps that were logged before it was killed: the later line for a step counts
     train: dict[int, dict] = {}
     validation: dict[str, dict[int, Validation]] = {split: {} for split in SPLITS}
     events = []
@@ -245,4 +246,4 @@ def _read_samples(folder: Path, problems: list[str]) -> list[SampleSet]:
             continue
         epoch = number(index.get("epoch"))
         sets.append(SampleSet(index_path.parent, int(index["step"]), epoch, rows_of(index, "images")))
-    return sorted(sets, key=lambda found: found.step)
+    return sorted(sets, key=lambda sample_set: sample_set.step)

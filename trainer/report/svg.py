@@ -1,8 +1,8 @@
-"""Turns a matplotlib figure into SVG that lives in the page: themed, small, and allowed by its security policy.
+"""Turn a matplotlib figure into inline SVG: themed, small, and allowed by the page's Content-Security-Policy.
 
-Matplotlib writes colours and fonts into style attributes, which a strict Content-Security-Policy refuses and which no
-dark mode can change. Here every colour of PALETTE becomes a CSS class (`s-accent` for strokes, `f-accent` for fills),
-everything else a plain SVG attribute, and identifiers are made unique to the figure.
+Matplotlib writes colours and fonts into style attributes, which a strict policy refuses and dark mode cannot change.
+Here every colour of PALETTE becomes a CSS class (`s-accent` for strokes, `f-accent` for fills), all other styles become
+SVG attributes, and ids are prefixed with the figure's name.
 """
 
 import io
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from safelight.trainer.report.markup import Markup, escape
 
-# Stand-ins, told apart by value and replaced by the theme's variables. They are never seen.
+# Placeholder colours for matplotlib. They identify the theme's colour and never appear in the page.
 PALETTE = {
     "ink": "#010101",
     "muted": "#020202",
@@ -27,16 +27,15 @@ PALETTE = {
 }
 POINTS_PER_INCH = 72
 _CLASS_OF = {value: name for name, value in PALETTE.items()}
-# What the figure's own <style> said before it was dropped.
+# from the figure's <style> element, which is dropped
 _DEFAULT_PROPERTIES = {"stroke-linejoin": "round"}
 _NUMBER = re.compile(r"-?\d+\.\d+(?:e-?\d+)?")
 _LONG_NUMBERS = frozenset({"d", "x", "y", "transform", "points", "width", "height"})
-# SVG stays without a link of any kind: the parser of HTML knows its namespace.
-_LEFT_OUT = frozenset({"metadata", "style", "title"})
+_DROPPED_ELEMENTS = frozenset({"metadata", "style", "title"})
 
 
 def new_figure(width: int, height: int) -> Figure:
-    """Return an empty figure of that many CSS pixels, drawn without pyplot and so without global state."""
+    """Return an empty figure of width x height CSS pixels, without pyplot and its global state."""
     figure = Figure(figsize=(width / POINTS_PER_INCH, height / POINTS_PER_INCH), layout="constrained")
     FigureCanvasSVG(figure)
     figure.patch.set_visible(False)
@@ -46,10 +45,10 @@ def new_figure(width: int, height: int) -> Figure:
 def to_svg(figure: Figure, name: str, label: str, css_class: str = "") -> Markup:
     """Return the figure as an inline <svg> element.
 
-    name: unique in the page. label: what a reader who cannot see the graph is told.
+    name: unique in the page. label: description for screen readers.
     """
     buffer = io.StringIO()
-    # Text as text: it can be read, searched, and takes the page's font.
+    # keep text as text: it can be searched and copied, and uses the page's font
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
     root = ElementTree.fromstring(buffer.getvalue())
@@ -71,13 +70,13 @@ def to_svg(figure: Figure, name: str, label: str, css_class: str = "") -> Markup
 
 def _write(element: ElementTree.Element, name: str, used: set[str]) -> str:
     element_name = element.tag.split("}")[-1]
-    if element_name in _LEFT_OUT:
+    if element_name in _DROPPED_ELEMENTS:
         return ""
     attributes, classes = {}, []
     for key, value in element.attrib.items():
         key = key.split("}")[-1]
         if key == "style":
-            _spread_style(value, attributes, classes)
+            _style_to_attributes(value, attributes, classes)
         elif key != "id":
             attributes[key] = value
         elif value in used:
@@ -87,14 +86,14 @@ def _write(element: ElementTree.Element, name: str, used: set[str]) -> str:
         return ""
     written = f' class="{" ".join(classes)}"' if classes else ""
     for key, value in attributes.items():
-        written += f' {key}="{escape(_tidy(key, value, name, used))}"'
+        written += f' {key}="{escape(_clean_value(key, value, name, used))}"'
     text = escape(element.text.strip()) if element.text and element.text.strip() else ""
     if element_name == "g" and not written:
         return children
     return f"<{element_name}{written}>{text}{children}</{element_name}>"
 
 
-def _spread_style(style: str, attributes: dict[str, str], classes: list[str]) -> None:
+def _style_to_attributes(style: str, attributes: dict[str, str], classes: list[str]) -> None:
     properties = dict(_DEFAULT_PROPERTIES) if "stroke:" in style else {}
     for declaration in filter(None, map(str.strip, style.split(";"))):
         key, _, value = declaration.partition(":")
@@ -112,7 +111,7 @@ def _spread_style(style: str, attributes: dict[str, str], classes: list[str]) ->
             attributes[key] = value
 
 
-def _tidy(key: str, value: str, name: str, used: set[str]) -> str:
+def _clean_value(key: str, value: str, name: str, used: set[str]) -> str:
     if key == "id":
         return f"{name}-{value}"
     if "#" in value:

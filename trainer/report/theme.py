@@ -1,7 +1,7 @@
-"""How the page looks and the little it does by itself, and the security policy that allows exactly that.
+"""The report's style sheet and script, and the Content-Security-Policy that allows exactly these two.
 
-A darkroom: neutral paper by day, a dark room by night, and one family of colour, the safelight's red and amber. The
-page is whole without JavaScript; the script adds a read-out on the loss graph and a closer look at pictures.
+The look is a darkroom's: neutral paper in light mode, a dark room in dark mode, and the red and amber of a safelight.
+The page is complete without JavaScript; the script shows values on the loss graph and enlarges pictures.
 """
 
 import base64
@@ -25,7 +25,8 @@ h3{font-size:1rem;margin:1.6rem 0 .5rem;letter-spacing:0}
 p{margin:.5rem 0;max-width:72ch}
 section{padding:38px 0 0;border-top:1px solid var(--line);margin-top:40px}
 a{color:inherit;text-decoration-color:var(--accent);text-underline-offset:3px}
-a:focus-visible,summary:focus-visible,button:focus-visible,.scroll:focus-visible{outline:2px solid var(--accent);outline-offset:2px}
+a:focus-visible,summary:focus-visible,button:focus-visible,.scroll:focus-visible{outline:2px solid var(--accent);
+outline-offset:2px}
 .mark{display:flex;align-items:center;gap:.55rem;font-size:.85rem;color:var(--muted);letter-spacing:.02em}
 .mark svg{width:14px;height:14px}
 .sub,.note,.meta,figcaption,.empty,.legend{color:var(--muted)}
@@ -33,7 +34,8 @@ a:focus-visible,summary:focus-visible,button:focus-visible,.scroll:focus-visible
 .lead{font-size:1.14rem;line-height:1.5;margin:1.1rem 0 0}
 .note,.meta,figcaption,.legend{font-size:.875rem;line-height:1.45}
 .empty{border:1px dashed var(--line);border-radius:8px;padding:14px 16px;max-width:none}
-.alert{background:var(--wash);border-left:4px solid var(--accent);border-radius:0 8px 8px 0;padding:12px 16px;max-width:none}
+.alert{background:var(--wash);border-left:4px solid var(--accent);border-radius:0 8px 8px 0;padding:12px 16px;
+max-width:none}
 .lead+.alert,.alert+.alert{margin-top:1.2rem}
 .alert p,.alert ul{margin:.2rem 0 0}
 nav{margin:1.4rem 0 0;font-size:.9rem;display:flex;flex-wrap:wrap;gap:.3rem 1.1rem}
@@ -55,7 +57,8 @@ img{display:block;max-width:100%;height:auto;background:var(--grid);border-radiu
 img.tiny{image-rendering:pixelated}
 .missing{display:grid;place-items:center;min-height:92px;height:100%;border:1px dashed var(--line);border-radius:4px;
 color:var(--muted);font-size:.75rem;text-align:center;padding:6px}
-.pairs{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,500px),1fr));gap:32px 28px;margin:1.4rem 0 0}
+.pairs{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,500px),1fr));gap:32px 28px;
+margin:1.4rem 0 0}
 .pair{margin:0}
 .pairs.small{grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr))}
 .pairs.large{grid-template-columns:1fr;gap:36px}
@@ -74,7 +77,8 @@ color:var(--muted);font-size:.75rem;text-align:center;padding:6px}
 .strip td,.strip thead th{padding-right:5px}
 .strip td{min-width:118px;width:8.3%}
 .strip td img{width:100%;max-width:260px}
-.strip .prompt-row{display:block;position:sticky;left:0;width:max-content;max-width:min(1040px,calc(100vw - 56px));padding:18px 0 6px;font-size:.95rem;line-height:1.35}
+.strip .prompt-row{display:block;position:sticky;left:0;width:max-content;max-width:min(1040px,calc(100vw - 56px));
+padding:18px 0 6px;font-size:.95rem;line-height:1.35}
 .strip tbody tr:first-child .prompt-row{padding-top:8px}
 .graphs{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));gap:26px 36px;margin-top:1rem}
 .graphs figure{margin:0}
@@ -108,7 +112,8 @@ table:not(.strip) tbody th{font-weight:500}
 .figures.of-class td:nth-child(2),.figures.of-class th:nth-child(2),.figures.barred td:last-child{text-align:left}
 .figures svg{display:inline-block;vertical-align:middle}
 .chart svg.graph{width:1080px;max-width:none}
-.buckets{display:grid;grid-template-columns:auto auto 1fr auto;gap:7px 14px;align-items:center;font-size:.875rem;margin:.6rem 0;max-width:640px}
+.buckets{display:grid;grid-template-columns:auto auto 1fr auto;gap:7px 14px;align-items:center;font-size:.875rem;
+margin:.6rem 0;max-width:640px}
 .buckets .shape{width:38px;height:38px;display:block}
 .buckets .bar{width:100%;height:12px;display:block}
 .buckets .count{text-align:right;color:var(--muted);white-space:nowrap}
@@ -118,9 +123,11 @@ table:not(.strip) tbody th{font-weight:500}
 .examples figcaption{margin-top:6px}
 .settings{columns:2 340px;column-gap:44px}
 .settings section{border:0;margin:0;padding:6px 0 14px;break-inside:avoid}
-.settings h3{margin:0 0 .3rem;font:600 .9rem/1.4 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;color:var(--accent)}
+.settings h3{margin:0 0 .3rem;font:600 .9rem/1.4 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;
+color:var(--accent)}
 .rows{margin:0;font-size:.9rem}
-.rows div{display:grid;grid-template-columns:minmax(120px,42%) 1fr;gap:14px;padding:4px 0;border-bottom:1px solid var(--line)}
+.rows div{display:grid;grid-template-columns:minmax(120px,42%) 1fr;gap:14px;padding:4px 0;
+border-bottom:1px solid var(--line)}
 .rows dt{color:var(--muted)}
 .rows dd{margin:0;white-space:pre-line}
 .settings dt{font:.82rem/1.75 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
@@ -146,7 +153,8 @@ dialog p.keys{color:#b3a69f;font-size:.8rem;margin-top:4px}
 dialog figcaption{color:#b3a69f;text-align:center}
 @media (max-width:700px){main,header{padding:0 16px}header{padding-top:24px}footer{padding:32px 16px}
 section{padding-top:32px;margin-top:32px}svg.wide{display:none}svg.narrow{display:block}
-.tiles{display:grid;grid-template-columns:repeat(2,minmax(0,1fr))}.tiles div:last-child:nth-child(odd){grid-column:1/-1}
+.tiles{display:grid;grid-template-columns:repeat(2,minmax(0,1fr))}
+.tiles div:last-child:nth-child(odd){grid-column:1/-1}
 .tiles .value{font-size:1.3rem;white-space:normal}.tiles div{padding:12px 12px 11px}
 .figures svg{width:96px}.figures tbody th{white-space:normal;min-width:7rem;max-width:11rem}
 .strip td{min-width:104px}.graphs svg text{font-size:12px}.readout span{display:block;margin:0}
@@ -156,20 +164,25 @@ section{padding-top:32px;margin-top:32px}svg.wide{display:none}svg.narrow{displa
 .scores .side{display:block;font-size:.8rem;color:var(--muted)}
 table.scores tbody th,table.scores tbody td{border:0;padding:2px 8px 2px 0;min-width:0}
 .examples{columns:2 140px;column-gap:14px}
-.buckets{gap:7px 10px}.settings{columns:1}.pairs,.pairs.small{grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr))}
+.buckets{gap:7px 10px}.settings{columns:1}
+.pairs,.pairs.small{grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr))}
 .pairs.large{gap:26px}}
 @media (max-width:900px){.large .pair{display:block}}
-@media print{:root{color-scheme:light;--wash:#f6ece9;--paper:#fff;--surface:#fff;--ink:#000;--muted:#555;--line:#ccc;--grid:#e6e6e6;--faint:#ccc;--accent:#a11d12;--amber:#96600a;--code:#f5f5f5}
+@media print{:root{color-scheme:light;--wash:#f6ece9;--paper:#fff;--surface:#fff;--ink:#000;--muted:#555;--line:#ccc;
+--grid:#e6e6e6;--faint:#ccc;--accent:#a11d12;--amber:#96600a;--code:#f5f5f5}
 body{font-size:10.5pt}main,header,footer{max-width:none;padding:0}nav,.readout,dialog{display:none}
-section{margin-top:20pt;padding-top:14pt}h2,h3{break-after:avoid}.pair,figure.wide,.graphs figure,.strip tr,.scores tr{break-inside:avoid}
-.pairs.large,.pairs,.graphs{grid-template-columns:1fr 1fr}.graphs svg text{font-size:11px}.scroll{overflow:visible}.strip{table-layout:fixed;width:100%}.strip td{min-width:0}.strip thead th{white-space:normal}svg.wide{display:block}svg.narrow{display:none}}
+section{margin-top:20pt;padding-top:14pt}h2,h3{break-after:avoid}
+.pair,figure.wide,.graphs figure,.strip tr,.scores tr{break-inside:avoid}
+.pairs.large,.pairs,.graphs{grid-template-columns:1fr 1fr}.graphs svg text{font-size:11px}.scroll{overflow:visible}
+.strip{table-layout:fixed;width:100%}.strip td{min-width:0}.strip thead th{white-space:normal}svg.wide{display:block}
+svg.narrow{display:none}}
 """
 
 JS = """
 (function(){'use strict';
 document.querySelectorAll('figure[data-series]').forEach(function(figure){
  var data=JSON.parse(figure.dataset.series),out=figure.querySelector('.readout');
- function tell(texts){out.replaceChildren.apply(out,texts.map(function(text){
+ function show(texts){out.replaceChildren.apply(out,texts.map(function(text){
   var span=document.createElement('span');span.textContent=text;return span}))}
  function nearest(points,epoch){var best=null;points.forEach(function(p){
   if(!best||Math.abs(p[0]-epoch)<Math.abs(best[0]-epoch))best=p});return best}
@@ -183,20 +196,21 @@ document.querySelectorAll('figure[data-series]').forEach(function(figure){
    x=Math.max(f.left,Math.min(f.right,x));
    var epoch=f.first_epoch+(x-f.left)/(f.right-f.left)*(f.last_epoch-f.first_epoch);
    line.setAttribute('x1',x);line.setAttribute('x2',x);line.setAttribute('visibility','visible');
-   tell(data.series.map(function(s){var p=nearest(s.points,epoch);
+   show(data.series.map(function(s){var p=nearest(s.points,epoch);
     return p?s.name+' '+p[2].toFixed(4)+' (epoch '+(+p[0].toFixed(1))+', step '+p[1].toLocaleString('en')+')':''})
     .filter(Boolean))})});
   svg.addEventListener('pointerleave',function(){line.setAttribute('visibility','hidden')});
  });
- out.textContent='Point at the graph, or touch it, to read its values.';
+ out.textContent='Hover over the graph, or tap it, to read its values.';
 });
 var shown=[],at=0,dialog=document.createElement('dialog');dialog.setAttribute('aria-label','Enlarged picture');
 function draw(){var group=shown[at],row=document.createElement('div'),text=document.createElement('p'),
  keys=document.createElement('p');keys.className='keys';text.dir='auto';
- keys.textContent=(shown.length>1?'← → for the next picture, ':'')+'Esc to close';
+ keys.textContent=(shown.length>1?'← → previous and next picture · ':'')+'Esc to close';
  row.className=group.images.length>1?'two':'two one';
  group.images.forEach(function(source){var figure=document.createElement('figure'),image=new Image(),
-  caption=document.createElement('figcaption');image.src=source.src;image.alt=source.alt;image.className=source.className;
+  caption=document.createElement('figcaption');
+  image.src=source.src;image.alt=source.alt;image.className=source.className;
   caption.textContent=source.dataset.label||'';figure.append(image,caption);row.append(figure)});
  row.querySelectorAll('img').forEach(function(image,i,all){var source=group.images[i],
   upright=innerHeight>innerWidth,across=upright?1:all.length,down=upright?all.length:1,
@@ -206,7 +220,8 @@ function draw(){var group=shown[at],row=document.createElement('div'),text=docum
 document.querySelectorAll('[data-zoom]').forEach(function(holder){
  var images=Array.from(holder.querySelectorAll('img'));if(!images.length)return;
  var index=shown.push({images:images,text:holder.dataset.zoom})-1;
- images.forEach(function(image){var button=document.createElement('button');button.className='zoom';button.type='button';
+ images.forEach(function(image){var button=document.createElement('button');
+  button.className='zoom';button.type='button';
   button.setAttribute('aria-label','Enlarge: '+image.alt);image.replaceWith(button);button.append(image);
   button.addEventListener('click',function(){at=index;draw();dialog.showModal()})})});
 document.body.append(dialog);
@@ -218,7 +233,7 @@ dialog.addEventListener('keydown',function(event){var step=event.key==='ArrowRig
 
 
 def content_security_policy() -> str:
-    """Return the policy: nothing from anywhere, embedded pictures, and the one style and the one script by their hash."""
+    """Return the policy: embedded pictures, this style sheet and this script, by their hashes, and nothing else."""
     return (
         "default-src 'none'; img-src data:; "
         f"style-src '{_source_hash(CSS)}'; script-src '{_source_hash(JS)}'; base-uri 'none'; form-action 'none'"

@@ -1,4 +1,4 @@
-"""`safelight demo`: the whole way, small. It draws photographs in a look the base does not know and teaches it."""
+"""`safelight demo`: the whole workflow on the tiny base, which learns a look that it has never seen."""
 
 from __future__ import annotations
 
@@ -17,20 +17,22 @@ from safelight.trainer.inference.sampling import Settings
 from safelight.trainer.report.build import build_report
 from safelight.trainer.run_log.terminal import Terminal
 from safelight.trainer.tiny.scenes import caption, draw, random_scene
-from safelight.trainer.tiny.score import FINE_TUNING, prompts, table
+from safelight.trainer.tiny.score import FINE_TUNING, make_scores, prompts
 from safelight.trainer.train import train
 
 SEED = 42
-RUN_NAME = "faded-print"  # the report's title
+# also the title of the report
+RUN_NAME = "faded-print"
 NUM_PHOTOS = 200
-DRAWING_SCALE = 3  # 192 px, so that preparing and cropping have something to do
+# 192 px, so that prepare has something to shrink and crop
+DRAWING_SCALE = 3
 SAMPLE_STEPS = 14
 SAMPLE_CFG = 4.0
 SCORED = Settings(64, 64, SAMPLE_STEPS, SAMPLE_CFG, SEED + 1, "dpm++")
 
 
 def draw_photos(folder: Path, num: int = NUM_PHOTOS) -> None:
-    """Draw faded prints with a caption beside each; none shows a held-out pair of colour and shape."""
+    """Write faded prints with a caption file each; none shows a held-out pair of colour and shape."""
     folder.mkdir(parents=True)
     for number in range(num):
         scene = random_scene(SEED, number, in_look=True, combinations=FINE_TUNING)
@@ -46,14 +48,14 @@ def demo_config(folder: Path) -> Config:
             "model": {"base": "tiny"},
             "data": {"path": str(folder / "dataset"), "resolution": 64, "variants": 2, "caption_dropout": 0.1},
             "train": {"batch_size": 8},
-            # bitsandbytes has no wheel for every machine that a demo is tried on
+            # bitsandbytes has no wheels for some of the machines that people try the demo on
             "optimizer": {
                 "name": "bnb_adamw8bit" if find_spec("bitsandbytes") else "adamw",
                 "lr": 1e-4,
                 "warmup_steps": 10,
             },
             "stage": [{"epochs": 14}, {"epochs": 8, "lr": 1e-4, "schedule": "cosine", "warmup_steps": 0}],
-            # as the base was trained
+            # as in the training of the base
             "loss": {"min_snr_gamma": 5.0},
             "validate": {"every_epochs": 2},
             "sample": {
@@ -70,34 +72,34 @@ def demo_config(folder: Path) -> Config:
 
 
 def score(run_dir: Path, terminal: Terminal) -> dict:
-    """Draw the 96 scored prompts with base and trained, write scores.json and return it."""
+    """Draw the 96 scored prompts with the base and the trained model, write scores.json and return its contents."""
     run = open_run(run_dir)
-    asked = [text for text, _, _ in prompts()]
+    texts = [text for text, _, _ in prompts()]
     images = [
         run.draw(
-            run.unet(step), asked, SCORED, progress=lambda d, t, name=name: terminal.update(f"scoring {name}", d, t)
+            run.unet(step), texts, SCORED, progress=lambda d, t, name=name: terminal.update(f"scoring {name}", d, t)
         )
         for name, step in (("base", None), ("trained", pick_step(run_dir, "last")))
     ]
-    result = table(*images)
+    result = make_scores(*images)
     atomic_write_text(run_dir / "scores.json", json.dumps(result, indent=1))
     return result
 
 
 def run_demo(folder: Path, terminal: Terminal) -> dict:
-    """Run everything in a folder of its own and return the scores and the report's path.
+    """Run the whole demo in a folder and return the scores and the report's path.
 
-    Raises ValueError if the folder holds something that is not an earlier demo.
+    Replaces an earlier demo. Raises ValueError if the folder contains anything else.
     """
     began = time.monotonic()
     mark = folder / "demo.json"
     if folder.exists() and any(folder.iterdir()):
         if not mark.is_file():
-            raise UserError(f"{folder} is not empty and not an earlier demo; name another with --dir")
+            raise UserError(f"{folder} is not empty and is not an earlier demo; choose another folder with --dir")
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write_text(mark, "{}\n")
-    terminal.say(f"drawing {NUM_PHOTOS} faded prints, a look the base has never seen")
+    terminal.say(f"drawing {NUM_PHOTOS} faded prints, a look that the base model has never seen")
     draw_photos(folder / "photos")
     summary = ingest([folder / "photos"], folder / "dataset")
     terminal.say(f"prepared {len(summary.photos)} photographs with captions")
@@ -105,7 +107,7 @@ def run_demo(folder: Path, terminal: Terminal) -> dict:
     train(config, terminal=terminal)
     run_dir = Path(config.run.dir)
     result = score(run_dir, terminal)
-    compare(open_run(run_dir), "last", 8, lambda d, t: terminal.update("base beside trained", d, t))
+    compare(open_run(run_dir), "last", 8, lambda d, t: terminal.update("comparing base and trained", d, t))
     terminal.pause()
     result["report"] = str(build_report(run_dir))
     result["seconds"] = round(time.monotonic() - began, 1)

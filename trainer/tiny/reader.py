@@ -1,10 +1,11 @@
-"""Reads a generated scene by rule: which colour, which shape, and is it toned like a faded print?
+"""Read a generated scene by fixed rules: which colour, which shape, and does it have the tones of a faded print?
 
-No network judges here, so the demo's score cannot be flattered by one. Colour is hue: the saturated pixels are the
-shape, since every background is neutral. Shape is the contour's distance from its centroid over the angle, whose
-Fourier magnitudes do not depend on size or rotation; the nearest of the drawn prototypes wins, crisp and soft ones. The
-look is the background's tone: nearer to what greys become on a faded print than to grey; such a picture's tones are put
-back before colour and shape are read, so that both looks are read by one rule.
+No neural network judges, so the demo's score does not depend on one. The saturated pixels are the shape, since every
+background is neutral; their hue gives the colour. The shape is classified by the contour's distance from its centroid
+as a function of angle: the Fourier magnitudes of this function do not depend on size or rotation, and the nearest of
+the drawn prototypes (sharp and soft) wins. The picture has the look if its background is nearer to the tones that
+greys have on a faded print than to grey; the fading is then undone before colour and shape are read, so that one rule
+reads both looks.
 """
 
 from __future__ import annotations
@@ -21,17 +22,21 @@ from scipy import ndimage
 from safelight.trainer.tiny.scenes import COLOURS, SHAPES, SIZES, Scene, draw, fade, unfade
 
 ZOOM = 3
-MIN_CHROMA = 60  # of 255, max - min over RGB: backgrounds and outlines stay below
-MIN_AREA = 0.02  # of the image: anything smaller is not read as a shape
+# max - min over RGB, of 255: backgrounds and outlines stay below
+MIN_CHROMA = 60
+# fraction of the image; smaller regions are not read as a shape
+MIN_AREA = 0.02
 NUM_ANGLES = 96
 NUM_HARMONICS = 8
-MIN_BACKGROUND = 0.2  # of the image: less is no background to judge the look by
-MAX_TONE_DISTANCE = 20  # of 255, Euclidean over RGB
+# fraction of the image; with less background the look cannot be judged
+MIN_BACKGROUND = 0.2
+# Euclidean distance in RGB, of 255
+MAX_TONE_DISTANCE = 20
 
 
 @dataclass(frozen=True)
 class Reading:
-    """colour and shape are None where nothing saturated was found."""
+    """What was read from an image. colour and shape are None if it has no saturated region."""
 
     colour: str | None
     shape: str | None
@@ -57,7 +62,11 @@ def _largest_component(mask: np.ndarray) -> np.ndarray:
 
 
 def _descriptor(mask: np.ndarray) -> np.ndarray:
-    """Return harmonics 1 .. 8 of the outer contour's radius over its mean, and the hole's share: shape (9,)."""
+    """Return the descriptor of a shape, (9,).
+
+    Elements 0 to 7: harmonics 1 to 8 of the outer contour's radius relative to its mean. Element 8: half the fraction
+    of the filled shape that is a hole.
+    """
     filled = ndimage.binary_fill_holes(mask)
     hole = 1 - mask.sum() / filled.sum()
     cy, cx = ndimage.center_of_mass(filled)
@@ -72,12 +81,12 @@ def _descriptor(mask: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def _prototypes() -> tuple[tuple[str, ...], np.ndarray]:
-    """Return shape names and their descriptors, (N, 9), of drawn scenes: sizes x sharpness."""
+    """Return the names, (N,), and descriptors, (N, 9), of drawn shapes in all sizes, sharp and soft."""
     names, descriptors = [], []
     for shape, size, is_soft in product(SHAPES, SIZES, (False, True)):
         image = draw(Scene("red", shape, size, "in the centre", "plain", "grey", "plain"))
         if is_soft:
-            # generated images are as sharp as an image enlarged twice
+            # generated images are about as sharp as an image enlarged twofold
             half = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
             image = half.resize(image.size, Image.Resampling.BICUBIC)
         names.append(shape)
@@ -86,7 +95,7 @@ def _prototypes() -> tuple[tuple[str, ...], np.ndarray]:
 
 
 def _enlarged(image: Image.Image) -> np.ndarray:
-    """Return the image ZOOM times as large, float32 (H, W, 3)."""
+    """Return the image enlarged ZOOM times, (H, W, 3) float32."""
     size = (image.width * ZOOM, image.height * ZOOM)
     return np.asarray(image.convert("RGB").resize(size, Image.Resampling.BICUBIC), np.float32)
 
@@ -100,14 +109,14 @@ def _shape_mask(pixels: np.ndarray) -> np.ndarray:
     chroma = _chroma(pixels)
     mask = _largest_component(ndimage.binary_opening(chroma > MIN_CHROMA))
     if mask.any():
-        # the edge of a soft contour is where half of the colour is left, wherever the fixed threshold falls
+        # a soft contour's edge is where the chroma has dropped to half, so refine the fixed threshold
         edge = max(MIN_CHROMA, 0.5 * float(np.median(chroma[mask])))
         mask = _largest_component(ndimage.binary_opening(chroma > edge))
     return mask
 
 
 def read(image: Image.Image) -> Reading:
-    """Return what a scene shows. image: RGB, any size."""
+    """Return what an image of a scene shows. image: RGB, any size."""
     pixels = _enlarged(image)
     has_look = _has_look(pixels)
     if has_look:
@@ -122,7 +131,7 @@ def read(image: Image.Image) -> Reading:
 
 
 def _has_look(pixels: np.ndarray) -> bool:
-    """Return whether the median of what is not saturated is a faded grey rather than a grey."""
+    """Return whether the median of the unsaturated pixels is a faded grey rather than a grey."""
     background = pixels[_chroma(pixels) <= MIN_CHROMA]
     if len(background) < MIN_BACKGROUND * pixels[..., 0].size:
         return False

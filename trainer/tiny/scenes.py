@@ -1,10 +1,10 @@
-"""Captioned scenes drawn with Pillow: what the embedded tiny base learnt from, and what the demo fine-tunes it on.
+"""Captioned scenes drawn with Pillow. The embedded tiny base was trained on them, and the demo fine-tunes it on them.
 
-A scene is one coloured shape on a neutral background. The six colours differ in hue, the backgrounds have none, so
-the reader in reader.py can judge a generated image by rule. Every choice is a Philox draw keyed by the scene's number.
+A scene is one coloured shape on a neutral background. The six colours differ in hue and backgrounds have none, so
+reader.py can judge a generated image by fixed rules. Every choice is a Philox draw keyed by the scene's number.
 
-The look of a *faded print*, blacks lifted and everything toned towards warm paper, is never shown to the base: the
-demo teaches it. It keeps every contour, so what fine-tuning costs in obedience is not the look's own doing.
+The base never saw the look of a *faded print*, with lifted blacks and tones of warm paper; the demo teaches it. The
+look keeps every contour, so if fine-tuning makes the model follow captions less well, the look itself is not the cause.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ COLOURS = {
     "pink": (232, 72, 178),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-SIZES = {"small": 0.24, "medium": 0.31, "large": 0.37}  # radius as a fraction of the shorter side
+# radius as a fraction of the shorter side
+SIZES = {"small": 0.24, "medium": 0.31, "large": 0.37}
 POSITIONS = {
     "in the centre": (0, 0),
     "on the left": (-1, 0),
@@ -38,17 +39,18 @@ POSITIONS = {
 TEXTURES = ("plain", "striped", "dotted")
 BACKGROUNDS = {"black": 18, "dark": 66, "grey": 122, "silver": 176}
 PATTERNS = ("plain", "gradient", "checkered")
-ASPECTS = ((64, 64), (72, 56), (56, 72), (72, 48), (48, 72), (80, 48), (48, 80))  # (width, height) in px
+# (width, height) in px
+ASPECTS = ((64, 64), (72, 56), (56, 72), (72, 48), (48, 72), (80, 48), (48, 80))
 LOOK_CAPTION = ", faded print"
 
 SUPERSAMPLING = 4
-# what black and white become on the faded print
+# black and white on a faded print
 FADED_BLACK, FADED_WHITE = (96, 78, 52), (252, 238, 208)
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One scene's attributes. width, height in px; x, y: centre in fractions of the sides; angle in degrees."""
+    """A scene's attributes. width, height: px. x, y: centre as fractions of the sides. angle: degrees."""
 
     colour: str
     shape: str
@@ -66,7 +68,7 @@ class Scene:
 
 
 def pick(options, u: float):
-    """Return the option that a uniform u in (0, 1) falls on."""
+    """Return the option selected by a uniform u in (0, 1)."""
     options = tuple(options)
     return options[min(int(u * len(options)), len(options) - 1)]
 
@@ -74,12 +76,12 @@ def pick(options, u: float):
 def random_scene(
     seed: int, number: int, *, in_look: bool = False, combinations: tuple[tuple[str, str], ...] | None = None
 ) -> Scene:
-    """Return scene `number` of a seed; (colour, shape) comes from `combinations` where given."""
+    """Return scene `number` of a seed. combinations: the allowed (colour, shape) pairs, None for all."""
     u = uniforms(Key(seed, Purpose.SCENE, number), 13)
     combinations = combinations or tuple((c, s) for c in COLOURS for s in SHAPES)
     colour, shape = pick(combinations, u[0])
     position = pick(POSITIONS, u[2])
-    # squares are half of all: most photographs' crops are, and the samples of the demo
+    # half of the scenes are square, like the demo's samples
     width, height = ASPECTS[0] if u[6] < 0.5 else pick(ASPECTS[1:], u[7])
     toward_x, toward_y = POSITIONS[position]
     return Scene(
@@ -100,7 +102,7 @@ def random_scene(
 
 
 def caption(scene: Scene, seed: int, number: int) -> str:
-    """Return a caption in one of several forms; colour, shape and background are always named."""
+    """Return a caption in one of four forms. It always names colour, shape and background."""
     u = uniforms(Key(seed, Purpose.CAPTION_CHOICE, number), 5)
     size = f"{scene.size} " if u[0] < 0.6 else ""
     texture = f"{scene.texture} " if scene.texture != "plain" else ""
@@ -121,7 +123,7 @@ def caption(scene: Scene, seed: int, number: int) -> str:
 
 
 def outline(shape: str, radius: float, angle: float) -> list[tuple[float, float]]:
-    """Return the polygon of a shape around the origin; a ring's is its outer circle."""
+    """Return the polygon of a shape around the origin. For a ring this is its outer circle."""
     turn = math.radians(angle)
 
     def polar(r: float, degrees: float) -> tuple[float, float]:
@@ -163,7 +165,7 @@ def _background(scene: Scene, width: int, height: int) -> np.ndarray:
 
 
 def _filling(scene: Scene, width: int, height: int) -> np.ndarray:
-    """Return the (height, width, 3) uint8 sheet of colour that the shape is cut from."""
+    """Return the (height, width, 3) uint8 colour and texture of the shape, filling the whole image."""
     colour = np.array(COLOURS[scene.colour], np.float32)
     y, x = np.mgrid[0:height, 0:width].astype(np.float32)
     pitch = min(width, height) / 9
@@ -177,7 +179,7 @@ def _filling(scene: Scene, width: int, height: int) -> np.ndarray:
 
 
 def draw(scene: Scene, scale: float = 1.0) -> Image.Image:
-    """Return the scene as an RGB image of (width, height) * scale px, supersampled four times."""
+    """Return the scene as an RGB image of (width, height) * scale px, supersampled fourfold per side."""
     width, height = round(scene.width * scale), round(scene.height * scale)
     large_w, large_h = width * SUPERSAMPLING, height * SUPERSAMPLING
     image = _draw_large(scene, large_w, large_h)
@@ -186,13 +188,13 @@ def draw(scene: Scene, scale: float = 1.0) -> Image.Image:
 
 
 def fade(pixels: np.ndarray) -> np.ndarray:
-    """Return pixels (..., 3), 0 .. 255, as they look on a faded print."""
+    """Return pixels (..., 3), 0 .. 255, with the tones of a faded print."""
     black, white = np.array(FADED_BLACK, np.float32), np.array(FADED_WHITE, np.float32)
     return black + (white - black) * (np.asarray(pixels, np.float32) / 255)
 
 
 def unfade(pixels: np.ndarray) -> np.ndarray:
-    """Return pixels (..., 3), 0 .. 255, as they were before fade()."""
+    """Return the inverse of fade(), clipped to 0 .. 255."""
     black, white = np.array(FADED_BLACK, np.float32), np.array(FADED_WHITE, np.float32)
     return np.clip(255 * (np.asarray(pixels, np.float32) - black) / (white - black), 0, 255)
 
@@ -214,7 +216,7 @@ def _draw_large(scene: Scene, large_w: int, large_h: int) -> Image.Image:
 
 
 def draw_clutter(seed: int, number: int, width: int, height: int) -> Image.Image:
-    """Return a random abstract picture of any colours, soft and sharp: it makes the autoencoder general."""
+    """Return a random abstract picture, soft or sharp, in any colours. It keeps the VAE from specializing in scenes."""
     u = uniforms(Key(seed, Purpose.SCENE, (1 << 40) + number), 200).tolist()
     ends = [tuple(int(255 * v) for v in u[i : i + 3]) for i in (0, 3)]
     ramp = Image.linear_gradient("L").rotate(360 * u[6]).resize((width * 2, height * 2))

@@ -1,8 +1,8 @@
-"""An honest number for the demo: does the trained model draw the new look, and does it still obey the caption?
+"""The demo's scores: does the trained model draw the new look, and does it still follow the caption?
 
 Prompts name (colour, shape) pairs that no fine-tuning image shows, each colour and each shape equally often, so a model
-that ignores its caption is at chance: 1 in 6. A rule reads the images (reader.py). Intervals are Wilson's for shares and
-Newcombe's for their difference, at 99 %.
+that ignores its caption is right by chance in 1 of 6. reader.py reads the images by fixed rules. Intervals are at 99 %:
+Wilson's for proportions and Newcombe's for their difference.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from safelight.trainer.tiny.reader import Reading, read
 from safelight.trainer.tiny.scenes import BACKGROUNDS, COLOURS, LOOK_CAPTION, SHAPES, SIZES
 
 INTERVAL = "99 %"
-Z = 2.5758293035489004  # the normal's 99.5th percentile
+# the 99.5th percentile of the standard normal distribution
+Z = 2.5758293035489004
 
 ALL_COMBINATIONS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
-# two diagonals of the 6 x 6 square: every colour twice, every shape twice
+# two diagonals of the 6 x 6 grid of combinations: every colour and every shape twice
 HELD_OUT = tuple((colour, SHAPES[(i + shift) % len(SHAPES)]) for i, colour in enumerate(COLOURS) for shift in (0, 3))
 FINE_TUNING = tuple(pair for pair in ALL_COMBINATIONS if pair not in HELD_OUT)
 PROMPTS_PER_COMBINATION = 8
 
 
 def prompts() -> list[tuple[str, str, str]]:
-    """Return (prompt, colour, shape), 96 of them, fixed."""
+    """Return the 96 fixed prompts as (prompt, colour, shape)."""
     sizes, grounds = tuple(SIZES), tuple(BACKGROUNDS)
     rows = []
     for index, (colour, shape) in enumerate(HELD_OUT):
@@ -38,7 +39,7 @@ def prompts() -> list[tuple[str, str, str]]:
 
 
 def wilson(hits: int, num: int) -> tuple[float, float, float]:
-    """Return (share, low, high) at 99 %. Source: Wilson 1927."""
+    """Return (proportion, low, high) at 99 %. Source: Wilson 1927."""
     p, z2 = hits / num, Z * Z
     centre = (p + z2 / (2 * num)) / (1 + z2 / num)
     half = Z / (1 + z2 / num) * math.sqrt(p * (1 - p) / num + z2 / (4 * num * num))
@@ -46,13 +47,13 @@ def wilson(hits: int, num: int) -> tuple[float, float, float]:
 
 
 def newcombe(hits: int, base_hits: int, num: int) -> tuple[float, float, float]:
-    """Return (difference of shares, low, high) at 99 %. Source: Newcombe 1998, method 10."""
+    """Return (difference of proportions, low, high) at 99 %. Source: Newcombe 1998, method 10."""
     p, low, high = wilson(hits, num)
     q, base_low, base_high = wilson(base_hits, num)
     return p - q, p - q - math.hypot(p - low, base_high - q), p - q + math.hypot(high - p, q - base_low)
 
 
-# what is scored: name, test of a reading against (colour, shape), chance, explanation
+# (name, test of a reading against (colour, shape), chance level, explanation)
 MEASURES: tuple[tuple[str, Callable[[Reading, str, str], bool], float | None, str], ...] = (
     (
         "the new look",
@@ -60,25 +61,24 @@ MEASURES: tuple[tuple[str, Callable[[Reading, str, str], bool], float | None, st
         None,
         "the warm, lifted tones of a faded print, which the base has never seen",
     ),
-    ("right colour", lambda r, c, s: r.colour == c, 1 / 6, "the shape's hue is nearest to the colour asked for"),
-    ("right shape", lambda r, c, s: r.shape == s, 1 / 6, "the contour is nearest to the shape asked for"),
-    # one picture for every prompt is right for at most one pair in twelve
-    ("both obeyed", lambda r, c, s: r.colour == c and r.shape == s, 1 / 12, "colour and shape as asked for"),
+    ("right colour", lambda r, c, s: r.colour == c, 1 / 6, "the shape's hue is nearest to the colour in the prompt"),
+    ("right shape", lambda r, c, s: r.shape == s, 1 / 6, "the contour is nearest to the shape in the prompt"),
+    # a model that draws the same picture for every prompt is right for at most one pair in twelve
+    ("both obeyed", lambda r, c, s: r.colour == c and r.shape == s, 1 / 12, "both colour and shape as in the prompt"),
 )
 
 
 def hits(images: Sequence[Image.Image]) -> dict[str, int]:
-    """Return how many images pass each measure; images in the order of prompts()."""
+    """Return how many images pass each measure. images: one per prompt, in the order of prompts()."""
     readings = [read(image) for image in images]
-    asked = prompts()
     return {
-        name: sum(test(r, colour, shape) for r, (_, colour, shape) in zip(readings, asked, strict=True))
+        name: sum(test(r, colour, shape) for r, (_, colour, shape) in zip(readings, prompts(), strict=True))
         for name, test, _, _ in MEASURES
     }
 
 
-def table(base: Sequence[Image.Image], trained: Sequence[Image.Image]) -> dict:
-    """Return the scores of both models as plain values, the form of scores.json."""
+def make_scores(base: Sequence[Image.Image], trained: Sequence[Image.Image]) -> dict:
+    """Return the scores of both models, as written to scores.json."""
     base_hits, trained_hits, num = hits(base), hits(trained), len(prompts())
     return {
         "num_samples": num,
@@ -96,6 +96,6 @@ def table(base: Sequence[Image.Image], trained: Sequence[Image.Image]) -> dict:
         ],
         "notes": [
             "The same prompts and the same noise for both models.",
-            "No fine-tuning image shows any of these pairs of colour and shape.",
+            "No fine-tuning image shows any of these combinations of colour and shape.",
         ],
     }

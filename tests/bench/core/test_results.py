@@ -1,10 +1,9 @@
-"""Result lines, their comparison, their pictures, and the check of quoted figures."""
+"""Result lines, their comparison and their pictures."""
 
 import json
 import re
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,6 @@ from PIL import Image
 from safelight.__main__ import main
 from safelight.bench.core import plot, results
 from safelight.bench.core.results import append, make_record, read
-from tests.docs import quoted_figures as figures
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -164,69 +162,6 @@ def test_a_counted_roofline_is_drawn_as_what_it_is():
     axes = drawn(plot.roofline, [measured, counted])
     assert "model-FLOP use 30 %" in axes.get_title()
     assert sorted(bar.get_width() for bar in axes.patches) == [0.0, 2.0, 3.0, 5.0]
-
-
-def test_every_quoted_figure_is_in_a_result_line():
-    missing, wrong = figures.check(ROOT)
-    told = [f"{q.file}:{q.line}: {q.text}" for q in missing]
-    assert told == [], "commit the result line (bench --append), or declare it in bench/results/quoted.toml"
-    assert wrong == []
-
-
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        ("took 148 s (x)", [("148", "s")]),
-        ("in 2 min 37 s,", [("157", "s")]),
-        ("33.68 images/s, 1.27 GiB at most", [("33.68", "images/s"), ("1.27", "GiB")]),
-        ("| 78 % [66, 87] |", [("78", "%"), ("66", "%"), ("87", "%")]),
-        ("3,278 launches and 13.4 GB", [("3278", "launches"), ("13.4", "GB")]),
-        ("`--minutes 8 s` of 512 px, SD1.5 s", []),
-        ("text\n\n    8 s of code\n\nmore 9 s\n    in a list 7 s", [("9", "s"), ("7", "s")]),
-        ("```\n5 s\n```\n6 s", [("6", "s")]),
-    ],
-)
-def test_figures_with_units_are_found(text, found):
-    assert [(q.value, q.unit) for q in figures.quotes(text, "x.md")] == found
-
-
-def test_an_invented_figure_is_missed_and_a_declared_one_passes(tmp_path):
-    (tmp_path / "docs").mkdir()
-    (tmp_path / "README.md").write_text("It makes 43.1 images/s here and 987.65 images/s there, in 12345 s.\n")
-    declared = tmp_path / "quoted.toml"
-    declared.write_text("")
-    missing, wrong = figures.check(tmp_path, declared)
-    assert [q.text for q in missing] == ["987.65 images/s", "12345 s"]
-    assert wrong == []
-    declared.write_text(
-        '[[definition]]\ntext = "987.65 images/s there"\nwhy = "made up"\n'
-        '[[unrecorded]]\nfile = "README.md"\nat_most = 0\ntexts = ["12345 s"]\n'
-    )
-    missing, wrong = figures.check(tmp_path, declared)
-    assert missing == []
-    assert wrong == ["README.md: 1 figures without a result line, 0 declared"]
-
-
-@pytest.mark.parametrize(
-    "predicted",
-    [
-        {"figures": {"exact none 1": {"predicted_images_per_s": 4.436}}},
-        {"figures": {"predicted": {"images_per_s": 4.436}}},
-        {"figures": {"images_per_s": 4.436}, "note": "a prediction; no GPU was measured"},
-    ],
-)
-def test_a_prediction_is_no_figure_to_quote(predicted, tmp_path):
-    (quote,) = figures.quotes("A T4 makes 4.44 images/s.", "README.md")
-    measured = {"figures": {"images_per_s": 4.4361}, "note": "a T4"}
-    append(tmp_path / "r.jsonl", predicted)
-    assert not figures.is_recorded(quote, figures.recorded(tmp_path))
-    append(tmp_path / "r.jsonl", measured)
-    assert figures.is_recorded(quote, figures.recorded(tmp_path))
-
-
-def test_every_declared_definition_says_why():
-    tables = tomllib.loads(figures.QUOTED.read_text())
-    assert all(entry["text"] and entry["why"] for entry in tables["definition"])
 
 
 def test_the_help_of_every_benchmark_needs_no_torch():

@@ -1,4 +1,4 @@
-"""Draws a run folder such as a real training leaves behind: 40 epochs in two stages, five prompts, one interruption."""
+"""Write a run folder like that of a real training: 40 epochs in two stages, five prompts, one interruption."""
 
 import json
 import math
@@ -76,12 +76,12 @@ keep = 3
 
 
 def held_out_loss(epoch: float, turn: float = 27.0, rise: float = 0.0022) -> float:
-    """Return a held-out loss that falls until the turn and rises after it."""
+    """Return a held-out loss that falls until epoch `turn` and rises afterwards."""
     return 0.1385 - 0.0088 * (1 - math.exp(-epoch / 9)) + rise * max(0.0, epoch - turn) / 6
 
 
 def time_at(epoch: float) -> float:
-    """Return the clock at an epoch: 70 s each, and ten minutes lost to an interruption after the eighteenth."""
+    """Return the time at an epoch: 70 s per epoch, and ten minutes lost to an interruption after epoch 18."""
     return 1_700_000_000 + 70.0 * epoch + 600.0 * (epoch > 18)
 
 
@@ -137,7 +137,7 @@ def metrics_lines(num_epochs: int = 40) -> list[dict]:
 
 
 def draw_scene(width: int, height: int, seed: int, strength: float) -> Image.Image:
-    """Return a drawn picture: sky, ground, a sun; noisier for a lower strength."""
+    """Return a picture of sky, ground and sun, noisier for a lower strength."""
     generator = np.random.default_rng(seed)
     sky, ground, sun = generator.integers(40, 230, (3, 3))
     ramp = np.linspace(0, 1, height)[:, None, None]
@@ -177,7 +177,7 @@ def write_run(
     num_sampled: int = 24,
     num_examples: int = 8,
 ) -> Path:
-    """Return the folder, filled with everything a run can hold: a pair for each prompt, samples of the first few."""
+    """Fill a run folder with everything a run can have, and return it: a pair per prompt, samples of the first few."""
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.toml").write_text(CONFIG, encoding="utf-8")
     write_metrics(run_dir, metrics_lines(num_epochs))
@@ -320,7 +320,7 @@ def _write_samples(run_dir: Path, prompts: tuple[str, ...], epoch: int, edge_px:
 
 @pytest.fixture(scope="session")
 def full_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A complete run of 40 epochs. Shared: tests read it and must not change it."""
+    """A complete run of 40 epochs. Tests share it and must not change it."""
     return write_run(tmp_path_factory.mktemp("runs") / "unsplash-sd15", edge_px=192)
 
 
@@ -332,7 +332,7 @@ def full_report(full_run: Path) -> Path:
 
 @pytest.fixture(scope="session", name="write_run")
 def write_run_fixture():
-    """The function that draws a run, for tests that change what it drew."""
+    """The function that writes a run, for tests that change it afterwards."""
     return write_run
 
 

@@ -1,4 +1,4 @@
-"""Run folders that lack much, and one full of hostile text."""
+"""Change a run folder: drop lines, rewrite JSON files, or fill it with hostile text."""
 
 import json
 from collections.abc import Callable
@@ -22,7 +22,7 @@ def keep_lines(run: Path, kept: Callable[[dict], bool]) -> None:
 
 
 def make_hostile(run: Path) -> None:
-    """Put the hostile text wherever a run folder holds text."""
+    """Replace every text in a run folder by the hostile one."""
 
     def poisoned(value: object) -> object:
         if isinstance(value, dict):

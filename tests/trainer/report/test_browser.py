@@ -1,4 +1,4 @@
-"""The report in Debian's Chromium, at a desk's and a phone's width, by day and by night."""
+"""The report in Chromium: desktop and phone width, light and dark mode, print."""
 
 import json
 import shutil
@@ -50,10 +50,10 @@ def open_report(browser) -> Iterator[Callable[..., Opened]]:
         context.add_init_script(WATCH)
         opened = Opened(context.new_page())
         page = opened.page
-        page.on("console", lambda message: opened.said.append(f"{message.type}: {message.text}"))
-        page.on("pageerror", lambda error: opened.said.append(f"error: {error}"))
-        page.on("requestfailed", lambda request: opened.said.append(f"failed: {request.url[:80]}"))
-        page.on("dialog", lambda dialog: (opened.said.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        page.on("console", lambda message: opened.messages.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: opened.messages.append(f"error: {error}"))
+        page.on("requestfailed", lambda request: opened.messages.append(f"failed: {request.url[:80]}"))
+        page.on("dialog", lambda dialog: (opened.messages.append(f"dialog: {dialog.message}"), dialog.dismiss()))
         page.on("request", lambda request: opened.requests.append(request.url[:80]))
         page.goto(path.as_uri())
         return opened
@@ -65,7 +65,7 @@ def open_report(browser) -> Iterator[Callable[..., Opened]]:
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory, write_run) -> dict[str, Path]:
-    """Reports of a whole run of 40 epochs at its true size, of runs that lack much, and of one full of hostile text."""
+    """Reports of a full-size run of 40 epochs, of runs with much missing, and of one full of hostile text."""
     root = tmp_path_factory.mktemp("browser")
     prompts = tuple(f"a red fox standing in tall grass at the edge of forest {i}, photography" for i in range(8))
     write_run(root / "whole", prompts=prompts, sample_every=4, num_sampled=4, num_examples=12)
@@ -116,7 +116,7 @@ def test_a_report_of_40_epochs_opens_within_3_s(open_report, reports):
     for _ in range(3):
         opened.page.reload()
         took.append(opened.page.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd"))
-    # the fastest: what else this machine is doing is not the report's
+    # the fastest of three: other work on this machine must not count
     assert 0 < min(took) <= MAX_OPENING_MS, took
 
 
@@ -124,7 +124,7 @@ def test_a_report_of_40_epochs_opens_within_3_s(open_report, reports):
 def test_the_graphs_can_be_read(open_report, reports, size):
     page = open_report(reports["whole"], size).page
     graphs = [svg for svg in page.locator("svg.graph").all() if svg.is_visible()]
-    # each of the two that come twice once, and four small ones
+    # the two large ones in the version for this size, and four small ones
     assert len(graphs) == 6
     for svg in graphs:
         box = svg.bounding_box()
@@ -142,7 +142,7 @@ def test_the_graphs_can_be_read(open_report, reports, size):
     loss = page.locator("#loss svg.graph:visible")
     assert loss.bounding_box()["height"] >= 250
     shown = {text["text"] for text in loss.evaluate(SVG_TEXTS)}
-    assert {"loss (mean squared error)", "epoch, and the step below it", "best: epoch 26", "stage 1"} <= shown
+    assert {"loss (mean squared error)", "epoch (step number below)", "best: epoch 26", "stage 1"} <= shown
     for graph, name in zip(graphs[3:], ("learning rate", "gradient norm", "throughput", "memory"), strict=False):
         texts = [text["text"] for text in graph.evaluate(SVG_TEXTS)]
         assert "epoch" in texts, name
@@ -150,9 +150,9 @@ def test_the_graphs_can_be_read(open_report, reports, size):
 
 
 def read_off_the_loss(page, size: str) -> None:
-    """Point at, or touch, the graph over epoch 26, and compare what it tells with the metrics."""
+    """Hover over the graph at epoch 26, or tap it, and compare the values shown with the metrics."""
     figure = page.locator("#loss figure.wide")
-    assert figure.locator("output").inner_text() == "Point at the graph, or touch it, to read its values."
+    assert figure.locator("output").inner_text() == "Hover over the graph, or tap it, to read its values."
     svg = figure.locator("svg.graph:visible")
     svg.scroll_into_view_if_needed()
     frame = json.loads(figure.get_attribute("data-series"))["frames"]["narrow" if size == "phone" else "wide"]
@@ -164,11 +164,11 @@ def read_off_the_loss(page, size: str) -> None:
         page.touchscreen.tap(x, y)
     else:
         page.mouse.move(x, y)
-    told = figure.locator("output span").all_inner_texts()
-    assert told[0].startswith("training (smoothed) 0.1")
-    # as write_run has them
+    shown = figure.locator("output span").all_inner_texts()
+    assert shown[0].startswith("training (smoothed) 0.1")
+    # the losses that write_run wrote
     held_out, trained_on = (f"{loss:.4f} (epoch 26, step 1,430)" for loss in (0.1302, 0.1274))
-    assert sorted(told[1:]) == [f"held out {held_out}", f"training photographs {trained_on}"]
+    assert sorted(shown[1:]) == [f"held out {held_out}", f"training photographs {trained_on}"]
 
 
 def test_hostile_text_is_shown_and_does_nothing(open_report, reports):
@@ -186,7 +186,7 @@ def test_hostile_text_is_shown_and_does_nothing(open_report, reports):
     text = page.locator("body").inner_text()
     assert "{{7*7}} ${window.pwned=6} <%= 7*7 %>" in text
     assert "49 " not in text.partition("By timestep")[0]
-    # 10 KB of one word are cut with their count, and what turns letters around is made visible
+    # a word of 10 KB is cut and its length given, and the character that reverses text is replaced
     assert "W" * 2500 not in text
     assert "characters)" in text
     assert "\u202e" not in text
@@ -194,7 +194,7 @@ def test_hostile_text_is_shown_and_does_nothing(open_report, reports):
     assert_sound(opened)
 
 
-def test_the_policy_refuses_whatever_gets_in(open_report, reports):
+def test_the_policy_refuses_injected_content(open_report, reports):
     opened = open_report(reports["one-photo"])
     opened.page.evaluate("""() => {
       const add = (name, fill) => { const e = document.createElement(name); fill(e); document.body.append(e) };
@@ -223,13 +223,13 @@ def test_the_policy_refuses_whatever_gets_in(open_report, reports):
     }
     assert refused <= set(opened.violations())
     assert opened.page.evaluate("getComputedStyle(document.body).color") != "rgb(255, 0, 0)"
-    # a refused request is told as one, but never leaves
+    # the browser reports refused requests, but never sends them
     assert not [
-        line for line in opened.said if line.startswith("failed:") and "csp" not in line and "example" not in line
+        line for line in opened.messages if line.startswith("failed:") and "csp" not in line and "example" not in line
     ]
 
 
-def test_pictures_are_enlarged_by_keys(open_report, reports):
+def test_pictures_can_be_enlarged_with_the_keyboard(open_report, reports):
     opened = open_report(reports["one-photo"])
     page = opened.page
     for _ in range(20):
@@ -252,11 +252,11 @@ def test_pictures_are_enlarged_by_keys(open_report, reports):
             assert box["width"] > 500
             assert box["x"] >= 0
             assert box["x"] + box["width"] <= 1280
-        told = dialog.inner_text()
+        text = dialog.inner_text()
         page.keyboard.press("ArrowRight")
-        assert dialog.inner_text() != told
+        assert dialog.inner_text() != text
         page.keyboard.press("ArrowLeft")
-        assert dialog.inner_text() == told
+        assert dialog.inner_text() == text
         page.keyboard.press("Escape")
         assert not dialog.is_visible()
         assert page.evaluate("document.activeElement.getAttribute('aria-label')") == first
@@ -276,11 +276,11 @@ def test_a_pair_is_enlarged_on_a_phone(open_report, reports):
     assert not page.locator("dialog").is_visible()
 
 
-def test_print_is_plain_paper_even_in_the_dark(open_report, reports):
+def test_printing_uses_white_paper_even_in_dark_mode(open_report, reports):
     opened = open_report(reports["whole"], color_scheme="dark")
     page = opened.page
     page.emulate_media(media="print")
-    # A4 less 15 mm on either side
+    # A4 with margins of 15 mm
     page.set_viewport_size({"width": 680, "height": 1000})
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert page.evaluate(LOW_CONTRAST, MIN_CONTRAST)[1] == []

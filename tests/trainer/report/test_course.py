@@ -1,4 +1,4 @@
-"""Where the graphs put the stages and the learning rate, held to the schedule step by step."""
+"""Stage starts and learning rates of the graphs, compared with the schedule step by step."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from safelight.trainer.report.course import learning_rates, stage_starts
 from safelight.trainer.report.curves import schedule_section
 from safelight.trainer.report.run_reader import read_run_folder
 
-# 10 + 3 photographs in batches of 4: 4 steps an epoch; of 8: 3
+# 10 + 3 photographs: 4 steps per epoch in batches of 4, 3 steps in batches of 8
 BUCKETS = [{"num_train": 10, "num_validation": 1}, {"num_train": 3, "num_validation": 0}]
 CONFIG = """[train]
 batch_size = 4
@@ -32,16 +32,18 @@ NUM_STEPS = 12 * 4 + 8 * 3
 
 
 def schedule() -> list[tuple[float, float, int]]:
-    """Return (epoch at its end, learning rate, stage) of every step, from the formulas."""
+    """Return (epoch at the end, learning rate, stage) of every step, from the formulas."""
     first = [((i + 1) / 4, 3e-4 * min(1.0, (i + 1) / 6), 0) for i in range(48)]
     return first + [(12 + (i + 1) / 3, 5e-5 * 0.5 * (1 + np.cos(np.pi * i / 24)), 1) for i in range(24)]
 
 
-def write(folder: Path, every: int = 10, last: int = NUM_STEPS, config: str = CONFIG, told: bool = True, **changes):
-    """Return the run, logged every so many steps as train.py logs it."""
+def write(
+    folder: Path, every: int = 10, last: int = NUM_STEPS, config: str = CONFIG, has_event: bool = True, **changes
+):
+    """Write a run that is logged every so many steps, as train.py would, and return it as read."""
     lines = []
     for step, (epoch, lr, stage) in enumerate(schedule()[:last], start=1):
-        if step == 49 and told:
+        if step == 49 and has_event:
             lines.append({"kind": "event", "step": 49, "event": "stage began", "detail": "2 of 2: 8 epochs, lr 5e-05"})
         if step % every == 0 or step == last:
             row = {"kind": "train", "step": step, "epoch": round(epoch, 6), "stage": stage, "loss": 0.1, "lr": lr}
@@ -52,10 +54,10 @@ def write(folder: Path, every: int = 10, last: int = NUM_STEPS, config: str = CO
     return read_run_folder(folder)
 
 
-@pytest.mark.parametrize("told", [True, False])
-def test_a_stage_begins_at_the_epoch_the_settings_say(tmp_path: Path, told: bool) -> None:
-    # the next line logged is of step 50, in epoch 12.67
-    assert stage_starts(write(tmp_path, told=told)) == [(12.0, 1)]
+@pytest.mark.parametrize("has_event", [True, False])
+def test_a_stage_begins_at_the_epoch_given_by_the_settings(tmp_path: Path, has_event: bool) -> None:
+    # the next logged step is 50, in epoch 12.67
+    assert stage_starts(write(tmp_path, has_event=has_event)) == [(12.0, 1)]
 
 
 def test_a_stage_that_was_not_reached_is_not_marked(tmp_path: Path) -> None:
@@ -63,25 +65,26 @@ def test_a_stage_that_was_not_reached_is_not_marked(tmp_path: Path) -> None:
     assert stage_starts(write(tmp_path, last=48)) == []
 
 
-def test_settings_that_the_log_contradicts_do_not_place_a_stage(tmp_path: Path) -> None:
+def test_stage_starts_ignore_settings_that_contradict_the_log(tmp_path: Path) -> None:
     other = CONFIG.replace("epochs = 12", "epochs = 5")
-    # step 48 of the event's 49 lies four fifths between the logged steps 40 (epoch 10) and 50 (epoch 12.67)
+    # the event is at step 49; step 48 is four fifths of the way from step 40 (epoch 10) to step 50 (epoch 12.67)
     [(epoch, stage)] = stage_starts(write(tmp_path, config=other))
     assert stage == 1
     assert epoch == pytest.approx(10 + 0.8 * (12 + 2 / 3 - 10), abs=1e-5)
-    assert stage_starts(write(tmp_path, config=other, told=False)) == [(pytest.approx(12 + 2 / 3, abs=1e-5), 1)]
+    assert stage_starts(write(tmp_path, config=other, has_event=False)) == [(pytest.approx(12 + 2 / 3, abs=1e-5), 1)]
 
 
 @pytest.mark.parametrize("last", [NUM_STEPS, 60, 48, 7, 1])
 def test_every_steps_learning_rate_is_drawn(tmp_path: Path, last: int) -> None:
     epochs, rates = learning_rates(write(tmp_path, last=last))
-    wanted = schedule()[:last]
-    np.testing.assert_allclose(epochs, [epoch for epoch, _, _ in wanted], rtol=1e-12)
-    np.testing.assert_allclose(rates, [lr for _, lr, _ in wanted], rtol=1e-12)
+    expected = schedule()[:last]
+    np.testing.assert_allclose(epochs, [epoch for epoch, _, _ in expected], rtol=1e-12)
+    np.testing.assert_allclose(rates, [lr for _, lr, _ in expected], rtol=1e-12)
 
 
-def test_a_long_run_is_thinned_but_not_at_its_corners(tmp_path: Path) -> None:
-    config = "[optimizer]\nlr = 1e-4\n[train]\nbatch_size = 1\n[[stage]]\nepochs = 1000\nwarmup_steps = 7\n[[stage]]\nepochs = 10\n"
+def test_the_curve_of_a_long_run_is_thinned_but_keeps_its_corners(tmp_path: Path) -> None:
+    config = "[optimizer]\nlr = 1e-4\n[train]\nbatch_size = 1\n"
+    config += "[[stage]]\nepochs = 1000\nwarmup_steps = 7\n[[stage]]\nepochs = 10\n"
     line = {"kind": "train", "step": 13_000, "epoch": 1000.0, "stage": 0, "loss": 0.1, "lr": 1e-4}
     (tmp_path / "metrics.jsonl").write_text(
         f"{json.dumps(line)}\n{json.dumps({**line, 'step': 13_130, 'epoch': 1010.0, 'stage': 1})}\n"
@@ -108,11 +111,11 @@ def test_a_long_run_is_thinned_but_not_at_its_corners(tmp_path: Path) -> None:
         (CONFIG, {"lr": None}),
     ],
 )
-def test_settings_that_do_not_give_the_logged_rates_are_not_drawn(tmp_path: Path, config: str, changes: dict) -> None:
+def test_settings_that_contradict_the_logged_rates_are_not_drawn(tmp_path: Path, config: str, changes: dict) -> None:
     run = write(tmp_path, config=config, **changes)
     assert learning_rates(run) is None
     html = schedule_section(run)
-    assert ("Learning rate as logged: the settings" in html) is ("lr" not in changes)
+    assert ("because the settings in config.toml do not agree with the log" in html) is ("lr" not in changes)
 
 
 def test_a_run_without_its_buckets_is_drawn_as_logged(tmp_path: Path) -> None:
@@ -132,30 +135,30 @@ def strokes(html: str) -> list[list[tuple[float, float]]]:
     return [[(float(x), float(y)) for x, y in points] for points in pairs]
 
 
-def test_the_learning_rate_is_a_step_and_no_ramp(tmp_path: Path) -> None:
+def test_the_learning_rate_changes_in_a_step_not_a_ramp(tmp_path: Path) -> None:
     flat = CONFIG.replace("warmup_steps = 5\n", "").replace('schedule = "cosine"\n', "")
     rates = iter([3e-4] * 4 + [5e-5] * 4)
     run = write(tmp_path, config=flat)
     for index in range(len(run.metrics.train["lr"])):
         run.metrics.train["lr"][index] = next(rates)
     [line] = strokes(schedule_section(run))
-    # one upright line, all else level
-    upright = [(a, b) for a, b in pairwise(line) if a[0] == b[0] and a[1] != b[1]]
-    assert len(upright) == 1
+    # one vertical segment, all others horizontal
+    vertical = [(a, b) for a, b in pairwise(line) if a[0] == b[0] and a[1] != b[1]]
+    assert len(vertical) == 1
     assert all(a[0] == b[0] or a[1] == b[1] for a, b in pairwise(line))
     left, right = line[0][0], line[-1][0]
-    assert (upright[0][0][0] - left) / (right - left) == pytest.approx(12 / 20, abs=0.005)
+    assert (vertical[0][0][0] - left) / (right - left) == pytest.approx(12 / 20, abs=0.005)
 
 
 def test_the_logged_learning_rate_breaks_where_a_stage_begins(tmp_path: Path) -> None:
     run = write(tmp_path, config="")
     lines = strokes(schedule_section(run))
-    # steps 10 to 40, then 50 to 72: nothing joins them
+    # steps 10 to 40 and 50 to 72 are separate lines
     assert len(lines) == 2
     assert lines[0][-1][0] < lines[1][0][0]
 
 
-def test_the_formulas_above_are_the_timelines(tmp_path: Path) -> None:
+def test_the_timeline_has_the_steps_that_these_tests_assume(tmp_path: Path) -> None:
     from safelight.trainer.report.course import _timeline
 
     timeline = _timeline(write(tmp_path))

@@ -1,4 +1,4 @@
-"""The figures and sentences of the report, computed again by hand from the metrics."""
+"""The report's figures and verdicts, compared with values computed from the metrics independently."""
 
 import json
 import math
@@ -40,7 +40,7 @@ def test_tiles_equal_the_metrics(full_run: Path) -> None:
         f">−{100 * (1 - best['loss'] / held_out[0]['loss']):.1f} %<",
         f">{sum(row['images_per_s'] for row in train) / len(train):.3g}<small> images/s<",
         f">{max(row['memory_gib'] for row in train):.2f}<small> GiB<",
-        # 40 epochs of 70 s; the ten minutes between the interruption and the resume are not work.
+        # 40 epochs of 70 s; the ten minutes between the interruption and the resume do not count
         ">46 min 40 s<",
     ):
         assert value in html, value
@@ -82,28 +82,28 @@ def test_runs_of_any_length_can_be_drawn(tmp_path: Path, write_metrics, epochs: 
     assert "NaN" not in html.split("<script>")[0]
 
 
-def test_over_fitting_is_said_where_the_gap_grows() -> None:
+def test_overfitting_if_held_out_loss_rises_and_the_gap_grows() -> None:
     verdict = over_fitting_verdict(curve(0.20, 0.16, 0.15, 0.16, 0.18), curve(0.20, 0.16, 0.145, 0.13, 0.12))
-    assert verdict.kind == "over-fitting"
+    assert verdict.kind == "overfitting"
     assert verdict.is_warning
     assert verdict.text == (
-        "Over-fitting since epoch 2: held-out loss was best at epoch 2 (0.1500) and has risen by 20.0 % since, to "
+        "Overfitting since epoch 2: held-out loss was lowest at epoch 2 (0.1500) and has risen by 20.0 % since, to "
         "0.1800, while on the training photographs it fell by 17.2 % (the gap went from +0.0050 to +0.0600). "
         "Use the checkpoint of epoch 2."
     )
 
 
-def test_a_loss_that_still_falls_is_no_over_fitting() -> None:
+def test_a_loss_that_still_falls_is_not_overfitting() -> None:
     verdict = over_fitting_verdict(curve(0.20, 0.18, 0.17, 0.16), curve(0.20, 0.17, 0.15, 0.13))
     assert verdict.kind == "improving"
     assert not verdict.is_warning
     assert "lowest (0.1600) at the last validation, epoch 3" in verdict.text
 
 
-def test_both_rising_is_not_called_over_fitting() -> None:
+def test_both_losses_rising_is_not_overfitting() -> None:
     verdict = over_fitting_verdict(curve(0.20, 0.15, 0.16, 0.18), curve(0.20, 0.14, 0.16, 0.18))
     assert verdict.kind == "worsening"
-    assert verdict.text.startswith("Not over-fitting, but getting worse: held-out loss was best at epoch 1")
+    assert verdict.text.startswith("Not overfitting, but getting worse: held-out loss was lowest at epoch 1")
 
 
 @pytest.mark.parametrize(
@@ -123,10 +123,8 @@ def test_verdicts_without_a_training_subset(held_out: tuple[float, ...], kind: s
 
 def test_the_report_opens_with_the_verdict(full_report: Path) -> None:
     text = full_report.read_text(encoding="utf-8")
-    assert (
-        "loss fell by 6.0 % against the base model, at its best after epoch 26. Since then the model over-fits." in text
-    )
-    assert "Over-fitting since epoch 26: held-out loss was best at epoch 26 (0.1302) and has risen by 3.4 %" in text
+    assert "was lowest at epoch 26: 6.0 % below that of the base model. The model has been overfitting since." in text
+    assert "Overfitting since epoch 26: held-out loss was lowest at epoch 26 (0.1302) and has risen by 3.4 %" in text
 
 
 def test_run_time_leaves_out_the_pause_before_a_resume() -> None:
@@ -155,7 +153,7 @@ def test_before_the_first_step_only_the_base_is_known(tmp_path: Path, write_metr
     html = render(read_run_folder(tmp_path))
     assert html.count("No training step has been logged yet. The base model&#x27;s held-out loss is 0.1000.") == 2
     assert '<svg class="graph' not in html
-    assert "against step 0" not in html
+    assert "change from step 0" not in html
     assert ">of the base model<" in html
     write_metrics(tmp_path, [start, {"kind": "train", "step": 5, "epoch": 0.5, "stage": 0, "loss": 0.2}])
     html = render(read_run_folder(tmp_path))
@@ -171,7 +169,7 @@ def test_validations_without_a_logged_step_can_be_drawn(tmp_path: Path, write_me
     assert '<svg class="graph wide"' in render(read_run_folder(tmp_path))
 
 
-def test_smooth_skips_what_is_not_finite() -> None:
+def test_smooth_ignores_values_that_are_not_finite() -> None:
     values = np.array([1.0, np.nan, 3.0, 5.0])
     np.testing.assert_allclose(smooth(values, 1), [1.0, 2.0, 4.0, 4.0])
     assert np.isnan(smooth(np.array([np.nan]), 3)).all()
@@ -200,7 +198,7 @@ def test_band_names_span_the_schedule() -> None:
 
 
 @pytest.mark.parametrize(("losses", "is_log"), [((0.14, 0.13, 0.135), False), ((0.9, 0.3, 0.1), True)])
-def test_loss_that_falls_by_much_is_drawn_on_a_log_scale(
+def test_loss_that_falls_by_a_large_factor_is_drawn_on_a_log_scale(
     tmp_path: Path, write_metrics, losses: tuple[float, ...], is_log: bool
 ) -> None:
     lines = [

@@ -1,4 +1,4 @@
-"""The page as a file: whole, well-formed, escaped, bounded, and readable by a browser that is told to refuse all else."""
+"""report.html as a file: self-contained, well-formed, escaped, bounded in size, and within its security policy."""
 
 import base64
 import hashlib
@@ -17,12 +17,12 @@ from safelight.trainer.report.build import build_report
 from safelight.trainer.report.markup import VOID_ELEMENTS, escape, tag
 
 ATTACK = "</title></script><script>alert(1)</script><img src=x onerror=alert(2)> \" ' & \ud800\x00\u202e"
-# Where a browser may fetch from or go to.
+# attributes that make a browser load or open something
 URL_ATTRIBUTES = {"src", "srcset", "href", "xlink:href", "action", "formaction", "poster", "data", "background"}
 
 
 class Page(HTMLParser):
-    """A parser that fails on unbalanced tags and remembers what a browser would act upon."""
+    """A parser that fails on unbalanced tags and collects elements, texts, scripts and styles."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ def open_page(path: Path) -> Page:
 
 
 def assert_safe(page: Page) -> None:
-    """Fail on whatever the policy would refuse, and on a policy that would not refuse it."""
+    """Fail if the page has anything that its policy should refuse, or a policy that would allow it."""
     for name, attributes in page.elements:
         for key, value in attributes.items():
             assert not key.startswith("on"), f"<{name} {key}>"
@@ -94,23 +94,24 @@ def small_run(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
 
 
 def test_a_report_needs_no_torch(full_run: Path):
-    """Its import takes seconds, and a report is read again and again while a run goes on."""
+    """Importing torch takes seconds, and people build the report again and again during a run."""
     code = (
         "import sys\nfrom safelight.__main__ import main\n"
-        f"status = main(['report', {str(full_run)!r}])\nprint(status, 'torch' in sys.modules, 'matplotlib' in sys.modules)"
+        f"status = main(['report', {str(full_run)!r}])\n"
+        "print(status, 'torch' in sys.modules, 'matplotlib' in sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.splitlines() == [str(full_run / "report.html"), "0 False True"]
 
 
-def test_full_report_is_whole_and_small(full_run: Path, full_report: Path) -> None:
+def test_full_report_is_complete_and_small(full_run: Path, full_report: Path) -> None:
     path = full_report
     assert path == full_run / "report.html"
     assert path.stat().st_size < 15_000_000
     assert not list(full_run.glob("*.tmp*"))
     page = open_page(path)
     images = page.having("img")
-    # 5 pairs, 5 prompts over 12 of the 41 epochs, 8 examples.
+    # 5 pairs, 5 prompts over 12 of the 41 epochs, 8 examples
     assert len(images) == 5 * 2 + 5 * 12 + 8
     for image in images:
         assert image["alt"]
@@ -124,20 +125,20 @@ def test_full_report_is_whole_and_small(full_run: Path, full_report: Path) -> No
     assert "epoch 40" in text
 
 
-def test_every_part_is_there_in_the_readers_order(full_report: Path) -> None:
+def test_every_section_is_present_and_in_order(full_report: Path) -> None:
     page = open_page(full_report)
     identifiers = [section["id"] for section in page.having("section") if "id" in section]
-    wanted = ["learned", "samples", "loss", "timesteps", "schedule", "data", "parameters", "environment", "events"]
-    assert identifiers == wanted
+    expected = ["learned", "samples", "loss", "timesteps", "schedule", "data", "parameters", "environment", "events"]
+    assert identifiers == expected
     linked = [link["href"] for link in page.having("a")]
-    assert linked == [f"#{identifier}" for identifier in wanted]
-    # The loss and the timesteps twice, for a desk and for a phone; learning rate, gradient norm, speed, memory once.
+    assert linked == [f"#{identifier}" for identifier in expected]
+    # loss and timesteps twice, for desktop and phone; learning rate, gradient norm, speed and memory once
     graphs = [svg for svg in page.having("svg") if svg.get("class", "").startswith("graph")]
     assert len(graphs) == 8
     assert all(svg["aria-label"] for svg in graphs)
 
 
-def test_report_is_the_same_twice(small_run: Path) -> None:
+def test_building_the_report_twice_gives_the_same_bytes(small_run: Path) -> None:
     first = build_report(small_run).read_bytes()
     assert build_report(small_run).read_bytes() == first
 
@@ -218,7 +219,7 @@ def test_missing_folder_is_an_error_with_its_fix(tmp_path: Path) -> None:
         build_report(tmp_path / "nowhere")
 
 
-def test_from_scratch_is_said_at_the_top(small_run: Path) -> None:
+def test_training_from_scratch_is_announced_at_the_top(small_run: Path) -> None:
     rewrite(small_run / "model.json", from_scratch=True)
     texts = open_page(build_report(small_run)).texts
     assert texts.index("Trained from scratch.") < texts.index("Did it learn?")
@@ -230,7 +231,7 @@ def test_size_holds_for_many_noisy_pictures(small_run: Path, monkeypatch: pytest
 
     from safelight.trainer.report import results
 
-    # Noise is the worst case for a picture coder. The budget is cut so that the test need not draw gigabytes.
+    # noise is the worst case for an image codec; with a smaller budget a few images are enough for the test
     monkeypatch.setattr(results, "PAIRS_BUDGET_BYTES", 200_000)
     pixels = np.random.default_rng(0).integers(0, 256, (512, 512, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(small_run / "compare" / "noise.png", compress_level=1)

@@ -1,4 +1,4 @@
-"""What the report says in words: counts, caveats, what is on, and how to train the run again."""
+"""The report's sentences: singular and plural, caveats, augmentations, and how to repeat the run."""
 
 import json
 import re
@@ -45,7 +45,7 @@ def test_counted(count: int, text: str) -> None:
     assert counted(count, "step") == text
 
 
-def test_one_of_anything_has_no_plural(small_run: Path) -> None:
+def test_counts_of_one_are_singular(small_run: Path) -> None:
     row = {"width": 64, "height": 64, "num_train": 1, "num_validation": 0}
     rewrite(
         small_run / "data.json",
@@ -68,7 +68,9 @@ def test_one_of_anything_has_no_plural(small_run: Path) -> None:
         "".join(json.dumps(line) + "\n" for line in [*kept, {**first, "step": 1, "epoch": 1.0, "loss": None}])
     )
     text = words(small_run)
-    nouns = "photographs|captions|images|steps|epochs|pairs|buckets|files|lines|events|cores|threads|variants|bands"
+    nouns = (
+        "photographs|captions|images|steps|epochs|pairs|buckets|sizes|files|lines|events|cores|threads|variants|bands"
+    )
     assert not re.search(rf"(?<![\d.,])1 (?:\w+ )?(?:{nouns})\b", text)
     for wanted in (
         "1 core, 1 thread used",
@@ -77,7 +79,7 @@ def test_one_of_anything_has_no_plural(small_run: Path) -> None:
         "1 caption.",
         "1 logged step had no",
         "1 generated image",
-        "1 more bucket is in",
+        "1 more size is listed in",
         "cfg 7.5, 1 step",
     ):
         assert wanted in text, wanted
@@ -86,10 +88,10 @@ def test_one_of_anything_has_no_plural(small_run: Path) -> None:
 @pytest.mark.parametrize(
     ("crop", "flip", "said"),
     [
-        ("0.02", "0.5", "kept in 4 variants (crop, flip)."),
-        ("0.02", "0.0", "kept in 4 variants (crop)."),
-        ("0.0", "0.5", "kept in 4 variants (flip)."),
-        ("0.0", "0.0", "kept in 4 variants, all alike (data.crop_jitter and data.flip_p are 0)."),
+        ("0.02", "0.5", "used in 4 variants (crop, flip)."),
+        ("0.02", "0.0", "used in 4 variants (crop)."),
+        ("0.0", "0.5", "used in 4 variants (flip)."),
+        ("0.0", "0.0", "used in 4 variants, all identical because data.crop_jitter and data.flip_p are 0."),
     ],
 )
 def test_only_the_augmentation_that_is_on_is_named(small_run: Path, crop: str, flip: str, said: str) -> None:
@@ -100,7 +102,7 @@ def test_only_the_augmentation_that_is_on_is_named(small_run: Path, crop: str, f
 
 def test_a_dataset_is_named_in_quotes(small_run: Path) -> None:
     rewrite(small_run / "data.json", dataset="with spaces")
-    assert "496 photographs from “with spaces”: 446 to train on" in words(small_run)
+    assert "496 photographs from “with spaces”: 446 for training" in words(small_run)
 
 
 def test_it_is_repeated_from_its_own_settings(small_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,23 +122,20 @@ def test_it_is_repeated_from_its_own_settings(small_run: Path, monkeypatch: pyte
     assert (config.run.dir, config.data.path) == ("runs/again", "DATASET")
     assert config.run.seed == tomllib.loads((small_run / "config.toml").read_text())["run"]["seed"]
     text = words(small_run)
-    assert (
-        "The photographs are needed too, a run folder does not hold them: DATASET (here “datasets/unsplash-500”) stands"
-        in text
-    )
+    assert "replace DATASET by the dataset folder that safelight prepare wrote (for this run, “datasets/unspl" in text
     assert "started withsafelight train private.toml --resume" in text
 
 
-@pytest.mark.parametrize(("num", "said"), [(1, "1 held-out image:"), (9, "9 held-out images:"), (10, ""), (0, "")])
+@pytest.mark.parametrize(("num", "said"), [(1, "1 held-out image"), (9, "9 held-out images"), (10, ""), (0, "")])
 def test_percentages_of_few_photographs_have_a_caveat(small_run: Path, num: int, said: str) -> None:
     rewrite(small_run / "data.json", num_validation=0)
     change_validations(small_run, lambda row: {**row, "num_images": num})
     text = words(small_run)
-    assert (f"The percentages rest on {said} so few that another split may say otherwise." in text) is bool(said)
-    assert ("The percentages rest" in text) is bool(said)
+    assert (f"Percentages are based on only {said}: another split may" in text) is bool(said)
+    assert ("Percentages are based" in text) is bool(said)
 
 
-def test_a_band_that_got_worse_is_told_and_drawn_apart(small_run: Path) -> None:
+def test_a_band_that_got_worse_is_named_and_its_bar_is_grey(small_run: Path) -> None:
     def bands(*at_the_end: float):
         def change(row: dict) -> dict:
             at_start = [0.4, 0.3, 0.2, 0.1]
@@ -172,8 +171,8 @@ def test_a_moving_average_is_named_where_it_is_shown(small_run: Path) -> None:
     html = render(read_run_folder(small_run))
     average = "the moving average of the weights (train.ema_decay 0.999)."
     for name, said in (
-        ("learned", "The trained pictures are drawn with"),
-        ("samples", "All but the base model&#x27;s are drawn with"),
+        ("learned", "The trained model&#x27;s images use"),
+        ("samples", "All columns except the base model&#x27;s use"),
         ("loss", "After step 0, validation measures"),
         ("timesteps", "After step 0, validation measures"),
     ):

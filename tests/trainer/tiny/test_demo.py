@@ -1,4 +1,4 @@
-"""The demo, run once as a user would, and the honest number it prints."""
+"""The demo, run once as a user would, and its scores."""
 
 import json
 
@@ -27,7 +27,7 @@ def row(result: dict, what: str) -> dict:
 
 
 def test_it_learnt_the_look(demo):
-    """The 99 % interval of trained minus base is above zero on combinations no fine-tuning image shows."""
+    """The 99 % interval of trained minus base is above zero, on combinations that no fine-tuning image shows."""
     _, result = demo
     look = row(result, "the new look")
     assert result["num_samples"] >= 96
@@ -36,7 +36,7 @@ def test_it_learnt_the_look(demo):
 
 
 def test_obedience_did_not_fall(demo):
-    """Trained is not below base, beyond what the 99 % interval allows, in colour, shape and both."""
+    """In colour, shape and both, the trained model is not worse than the base beyond the 99 % interval."""
     _, result = demo
     for what in ("right colour", "right shape", "both obeyed"):
         scores = row(result, what)
@@ -53,18 +53,18 @@ def test_obedience_stays_above_chance(demo):
 
 @pytest.mark.slow
 def test_an_untrained_unet_is_at_chance(demo):
-    """The same prompts and noise through random weights: chance lies within the 99 % interval, the look is not seen."""
+    """The same prompts and noise with random weights: the score is not above chance and the look is absent."""
     folder, result = demo
     run = open_run(folder / RUN_NAME)
     torch.manual_seed(0)
     untrained = make_unet().eval().requires_grad_(False)
-    asked = [text for text, _, _ in prompts()]
-    images = run.draw(untrained, asked, SCORED)
-    found = hits(images)
-    assert wilson(found["the new look"], len(images))[1] <= 0.05
+    texts = [text for text, _, _ in prompts()]
+    images = run.draw(untrained, texts, SCORED)
+    num_hits = hits(images)
+    assert wilson(num_hits["the new look"], len(images))[1] <= 0.05
     for what in ("right colour", "right shape", "both obeyed"):
-        _, low, high = wilson(found[what], len(images))
-        # nothing readable in the noise is fewer hits than chance, never more
+        _, low, high = wilson(num_hits[what], len(images))
+        # noise is often unreadable, so there may be fewer hits than by chance, but not more
         assert low <= row(result, what)["chance"], what
         assert high < row(result, what)["trained"][1], what
 
@@ -81,7 +81,7 @@ def test_the_fine_tuning_images_show_none_of_the_scored_pairs(tmp_path):
             assert read(image).has_look
 
 
-def test_everything_is_there(demo):
+def test_the_demo_writes_report_comparison_split_and_checkpoints(demo):
     folder, result = demo
     run_dir = folder / RUN_NAME
     assert (run_dir / "report.html").stat().st_size > 100_000
@@ -105,7 +105,7 @@ def test_everything_is_there(demo):
 
 
 def test_the_scored_unet_is_the_checkpoint(demo):
-    """Guards against scoring the base twice: the trained weights differ from the base's everywhere that learns."""
+    """Guards against scoring the base twice: nearly all trained tensors differ from the base's."""
     folder, _ = demo
     run = open_run(folder / RUN_NAME)
     base, trained = run.unet(None), run.unet(list_checkpoints(folder / RUN_NAME)[-1])
@@ -116,7 +116,7 @@ def test_the_scored_unet_is_the_checkpoint(demo):
     assert sum(moved) > 0.95 * len(moved)
 
 
-def test_a_folder_that_is_no_demo_is_left_alone(tmp_path):
+def test_a_folder_that_is_not_a_demo_is_left_alone(tmp_path):
     (tmp_path / "precious.txt").write_text("keep me")
     with pytest.raises(ValueError, match="not empty"):
         run_demo(tmp_path, Terminal())

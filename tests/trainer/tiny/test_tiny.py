@@ -1,4 +1,4 @@
-"""The scenes, the reader that judges them, the score's arithmetic, and the embedded base's pedigree."""
+"""The scenes, the reader that judges them, the arithmetic of the scores, and how the embedded base was made."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ from safelight.trainer.tiny.scenes import (
     random_scene,
     unfade,
 )
-from safelight.trainer.tiny.score import FINE_TUNING, HELD_OUT, hits, newcombe, prompts, table, wilson
+from safelight.trainer.tiny.score import FINE_TUNING, HELD_OUT, hits, make_scores, newcombe, prompts, wilson
 from tools.tiny_base import pretrain
 
 
@@ -36,21 +36,21 @@ def scenes():
 
 
 def test_the_reader_reads_what_was_drawn(scenes):
-    """It judges others: right colour and look always, right shape in at least 97 %, of scenes it has not seen."""
+    """The reader, which judges the models, gets colour and look always right and shape in at least 97 % of scenes."""
     readings = [read(draw(scene)) for scene in scenes]
     assert all(r.colour == s.colour for r, s in zip(readings, scenes, strict=True))
     assert all(r.has_look == s.in_look for r, s in zip(readings, scenes, strict=True))
     assert np.mean([r.shape == s.shape for r, s in zip(readings, scenes, strict=True)]) >= 0.97
 
 
-def test_unfade_puts_back_what_fade_took():
+def test_unfade_inverts_fade():
     pixels = np.random.default_rng(1).uniform(0, 255, (5, 7, 3))
     assert np.abs(unfade(fade(pixels)) - pixels).max() < 1e-3
     assert fade(np.zeros((1, 1, 3))).max() < 100 < 200 < fade(np.full((1, 1, 3), 255)).min()
 
 
-def test_a_tone_between_grey_and_faded_is_the_nearer_one():
-    """A third of the way is no look, two thirds are; a blue cast, as far from grey, is none."""
+def test_the_look_is_decided_by_the_nearer_tone():
+    """A third of the way from grey to faded is not the look, two thirds are; an equally strong blue cast is not."""
     grey = np.full((64, 64, 3), 122.0)
     toned = [Image.fromarray((grey + share * (fade(grey) - grey)).round().astype(np.uint8)) for share in (1 / 3, 2 / 3)]
     assert [read(image).has_look for image in toned] == [False, True]
@@ -100,7 +100,7 @@ def test_captions_name_what_is_drawn(scenes):
         assert text.endswith(LOOK_CAPTION) == scene.in_look
 
 
-def test_filler_is_in_three_captions_of_ten_and_names_nothing_a_scene_has():
+def test_filler_is_in_three_of_ten_captions_and_names_no_attribute_of_scenes():
     texts = [pretrain.filler(number) for number in range(2000)]
     filled = [text for text in texts if text]
     assert stats.binomtest(len(filled), len(texts), pretrain.FILLER_SHARE).pvalue > 1e-3
@@ -118,7 +118,7 @@ def test_scored_combinations_are_never_fine_tuned_on():
     assert len(asked) >= 96
     assert {(colour, shape) for _, colour, shape in asked} == set(HELD_OUT)
     for names in (Counter(c for _, c, _ in asked), Counter(s for _, _, s in asked)):
-        # whoever ignores the caption is right exactly one time in six
+        # a model that ignores its caption is right exactly once in six
         assert set(names.values()) == {len(asked) // 6}
 
 
@@ -141,8 +141,8 @@ def test_intervals_against_known_values():
     assert wilson(0, 96)[1] == 0
 
 
-def test_the_score_of_perfect_and_of_blind_painters():
-    """Drawn prints of the prompts score full marks; one and the same picture scores exactly chance."""
+def test_perfect_images_score_full_marks_and_a_constant_image_scores_chance():
+    """Perfect images are drawn from the prompts; the constant image is the same for every prompt."""
     from safelight.trainer.tiny.scenes import Scene
 
     perfect = [
@@ -153,15 +153,15 @@ def test_the_score_of_perfect_and_of_blind_painters():
     assert full["the new look"] == full["right colour"] == len(perfect)
     assert full["right shape"] >= 0.97 * len(perfect)
     assert chance == {"the new look": 0, "right colour": 16, "right shape": 16, "both obeyed": 0}
-    rows = {row["what"]: row for row in table(blind, perfect)["rows"]}
+    rows = {row["what"]: row for row in make_scores(blind, perfect)["rows"]}
     assert rows["the new look"]["difference"][1] > 0.8
     lucky = [draw(Scene("red", "star", "large", "in the centre", "plain", "grey", "plain"))] * len(perfect)
     assert hits(lucky)["both obeyed"] == pytest.approx(rows["both obeyed"]["chance"] * len(perfect))
     assert rows["right colour"]["chance"] == pytest.approx(chance["right colour"] / len(perfect))
 
 
-def test_the_base_is_the_one_its_log_tells_of():
-    """The committed weights hash to what the training log ends with; all of it is at most 10 MB."""
+def test_the_embedded_base_is_the_one_of_its_training_log():
+    """The hash of the committed weights is the last entry of the training log; all files together are at most 10 MB."""
     files = sorted(tiny_folder().rglob("*.safetensors"))
     digest = hashlib.sha256()
     for path in files:
@@ -176,7 +176,7 @@ def test_the_base_is_the_one_its_log_tells_of():
 
 
 def test_pretraining_resumes_bit_for_bit(tmp_path, monkeypatch):
-    """Two steps, stop, two more: the same weights as four at once, for the autoencoder and the UNet."""
+    """Two steps, a restart and two more give the same weights as four steps, for the VAE and the UNet."""
     import torch
 
     monkeypatch.setattr(pretrain, "NUM_SCENES", 40)
@@ -193,7 +193,7 @@ def test_pretraining_resumes_bit_for_bit(tmp_path, monkeypatch):
         for stop in stops:
             torch.manual_seed(1)
             vae, unet, text = pretrain.make_vae(), pretrain.make_unet(), pretrain.make_text_encoder(tokenizer)
-            # the schedule must be that of the whole run: only the loop ends early
+            # constant, so that stopping early does not change the schedule
             monkeypatch.setattr(pretrain, "learning_rate", lambda step, total, peak: 1e-3)
             monkeypatch.setattr(pretrain, "VAE_STEPS", stop)
             monkeypatch.setattr(pretrain, "UNET_STEPS", stop)

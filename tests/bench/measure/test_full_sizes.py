@@ -1,4 +1,4 @@
-"""SD2.1 and SDXL at their true size on meta tensors, and small ones of their make that step and train for real."""
+"""SD2.1 and SDXL at full size on meta tensors, and small models of the same architecture that step and train."""
 
 import dataclasses
 import json

@@ -49,7 +49,7 @@ def _is_dirty() -> bool | None:
     return bool(subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip())
 
 
-def _load() -> float | None:
+def _load_average() -> float | None:
     """Return how many processes wanted a core in the last minute; above the cores, timings are of a shared machine."""
     return round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
 
@@ -64,7 +64,7 @@ def make_record(bench: str, config: dict, figures: dict, device: torch.device, n
         "bench": bench,
         "config": config,
         "figures": figures,
-        "machine": {**told, **clocks(device), "load_average": _load()},
+        "machine": {**told, **clocks(device), "load_average": _load_average()},
         "git_commit": commit,
         "git_dirty": _is_dirty(),
         "date": started,
@@ -104,12 +104,12 @@ def newest(records: list[dict]) -> dict[tuple[str, str], dict]:
     return {key_of(record): record for record in records if "config" in record}
 
 
-def flat(figures: dict, prefix: str = "", place: int = 1) -> dict[str, float]:
+def flatten(figures: dict, prefix: str = "", place: int = 1) -> dict[str, float]:
     """Return the numbers among nested figures by dotted name; of (p20, p50, p80) the one at a place."""
     found: dict[str, float] = {}
     for name, value in figures.items():
         if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{name}.", place)
+            found |= flatten(value, f"{prefix}{name}.", place)
         elif isinstance(value, list) and len(value) == 3 and all(isinstance(x, int | float) for x in value):
             found[f"{prefix}{name}"] = value[place]
         elif isinstance(value, int | float) and not isinstance(value, bool):
@@ -132,15 +132,15 @@ def compare(a: list[dict], b: list[dict]) -> list[tuple[str, str, str, float, fl
     """Return (benchmark, config, figure, value in a, value in b) of everything that both measured; newest lines."""
     ours, theirs = newest(a), newest(b)
     return [
-        (bench, config, name, value, flat(theirs[bench, config]["figures"])[name])
+        (bench, config, name, value, flatten(theirs[bench, config]["figures"])[name])
         for (bench, config), record in ours.items()
         if (bench, config) in theirs
-        for name, value in flat(record["figures"]).items()
-        if name in flat(theirs[bench, config]["figures"])
+        for name, value in flatten(record["figures"]).items()
+        if name in flatten(theirs[bench, config]["figures"])
     ]
 
 
-def slower(a: list[dict], b: list[dict], share: float) -> list[str]:
+def slower_figures(a: list[dict], b: list[dict], share: float) -> list[str]:
     """Return a line for each time of b that is above a's, and each rate below it, by more than a share; newest lines.
 
     Judged by the faster end, a time's p20 and a rate's p80: other work on a machine only ever adds time.
@@ -149,10 +149,10 @@ def slower(a: list[dict], b: list[dict], share: float) -> list[str]:
     for bench, config, name, *_ in compare(a, b):
         is_rate = name.endswith("_per_s")
         place = 2 if is_rate else 0
-        before, after = (flat(lines[bench, config]["figures"], place=place)[name] for lines in (ours, theirs))
+        before, after = (flatten(lines[bench, config]["figures"], place=place)[name] for lines in (ours, theirs))
         if not (is_rate or name.endswith(("_ms", "_s"))) or before <= 0 or after <= 0:
             continue
         longer = (before / after if is_rate else after / before) - 1
         if longer > share:
-            found.append(f"slower by {100 * longer:.1f} %: {bench} {name} {before:g} -> {after:g}, {config}")
+            found.append(f"slower_figures by {100 * longer:.1f} %: {bench} {name} {before:g} -> {after:g}, {config}")
     return found

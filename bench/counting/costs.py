@@ -61,7 +61,7 @@ class Cost:
     def flops(self) -> int:
         return sum(n * flops for (_, flops), n in self.sizes.items())
 
-    def least_ms(self, ceilings: dict) -> float:
+    def roofline_ms(self, ceilings: dict) -> float:
         """Return the time of all calls at the ceilings, each bound by its bytes or by its FLOPs, whichever take longer."""
         rate, bandwidth = ceilings["matmul_tflops"] * 1e9, ceilings["copy_gb_per_s"] * 1e6
         return sum(n * max(num_bytes / bandwidth, flops / rate) for (num_bytes, flops), n in self.sizes.items())
@@ -82,14 +82,14 @@ def num_bytes(x: Tensor) -> int:
 
 
 class OperatorCosts(LaunchMode):
-    """Adds up costs while it is entered. stretches: those that are entered now; device: what happens on others is left out."""
+    """Adds up costs while it is entered. phases: those that are entered now; device: what happens on others is left out."""
 
-    def __init__(self, stretches: list[str], device: str = "cpu"):
+    def __init__(self, phases: list[str], device: str = "cpu"):
         super().__init__()
-        self.stretches, self.device, self.costs = stretches, device, defaultdict(Cost)
+        self.phases, self.device, self.costs = phases, device, defaultdict(Cost)
 
     def _launched(self, launch: Launch) -> None:
-        in_optimizer = "optimizer" in self.stretches
+        in_optimizer = "optimizer" in self.phases
         cost = self.costs[in_optimizer, launch.kernel.__name__]
         module = launch.kernel.function.__module__.rpartition(".")[2]
         cost.kind, cost.is_kernel = "optimizer" if in_optimizer else class_of_kernel(module), True
@@ -103,7 +103,7 @@ class OperatorCosts(LaunchMode):
         # an in-place operator reads and writes its first
         tensors = [x for x in tree_leaves((args, kwargs, outputs)) if isinstance(x, Tensor)]
         if does_work(name, is_view) and any(x.device.type == self.device for x in tensors):
-            in_optimizer = "optimizer" in self.stretches
+            in_optimizer = "optimizer" in self.phases
             cost = self.costs[in_optimizer, name]
             cost.kind = kind_of(name, in_optimizer)
             formula = _FORMULAS.get(func._overloadpacket) or flop_registry.get(func._overloadpacket)
@@ -114,25 +114,25 @@ class OperatorCosts(LaunchMode):
 
 
 @contextlib.contextmanager
-def _entered(stretches: list[str], name: str) -> Iterator[None]:
-    stretches.append(name)
+def _open_phase(phases: list[str], name: str) -> Iterator[None]:
+    phases.append(name)
     try:
         yield
     finally:
-        stretches.pop()
+        phases.pop()
 
 
-def follow(run: MetaRun, batch_size: int, height: int, width: int, num_micro: int = 1) -> Costs:
+def step_costs(run: MetaRun, batch_size: int, height: int, width: int, num_micro: int = 1) -> Costs:
     """Return the costs of a run's step over micro-batches of latents of a size, followed on meta tensors."""
     # the first one makes what the optimizer keeps
     run.step(batch_size, height, width, num_micro)
-    stretches: list[str] = []
-    with OperatorCosts(stretches, "meta") as costs, told_to(lambda name: _entered(stretches, name)):
+    phases: list[str] = []
+    with OperatorCosts(phases, "meta") as costs, told_to(lambda name: _open_phase(phases, name)):
         run.step(batch_size, height, width, num_micro)
-    return _with_tables(dict(costs.costs), run)
+    return _with_addressed_bytes(dict(costs.costs), run)
 
 
-def _with_tables(costs: Costs, run: MetaRun) -> Costs:
+def _with_addressed_bytes(costs: Costs, run: MetaRun) -> Costs:
     """Give the bytes of kernels that are handed addresses, not tensors: they are those of what lies there."""
     found: dict[str, int] = defaultdict(int)
     inner = run.optimizer.inner

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from safelight.kernels.aot import compile_all as aot
+from safelight.kernels.aot import compile_all
 
 # the oldest card that is supported, and the newest whose code most people will run
 QUICK_TARGETS = (75, 90)
@@ -12,7 +12,7 @@ FIGURES = ("registers", "stack_bytes", "shared_bytes", "code_bytes")
 Rows = dict[str, dict[int, dict[str, int]]]
 
 
-def _add(rows: Rows, kernel: str, target: int, code: aot.Code) -> None:
+def _add(rows: Rows, kernel: str, target: int, code: compile_all.Code) -> None:
     row = rows.setdefault(kernel, {}).setdefault(target, dict.fromkeys((*FIGURES, "compilations"), 0))
     row["compilations"] += 1
     for name in FIGURES:
@@ -23,28 +23,28 @@ def one_of_each() -> tuple[Rows, list[str]]:
     """Compile one case of every kernel for two cards; return (rows, what fails the gate)."""
     rows: Rows = {}
     failed = []
-    for case in aot.one_of_each():
+    for case in compile_all.one_of_each():
         for target in QUICK_TARGETS:
-            code = aot.read_code(aot.compile_case(case, target))
-            _add(rows, aot.name_of(case.launch), target, code)
+            code = compile_all.read_code(compile_all.compile_case(case, target))
+            _add(rows, compile_all.name_of(case.launch), target, code)
             failed += [f"sm_{target} {case.label}: {why}" for why in code.failures()]
     return dict(sorted(rows.items())), failed
 
 
 def whole_table() -> tuple[Rows, list[str]]:
-    """Compile what the table lacks, write it there, and return (rows of the whole table, what fails the gate)."""
-    table, failed = aot.update()
+    """Compile what the table_rows lacks, write it there, and return (rows of the whole table_rows, what fails the gate)."""
+    table_rows, failed = compile_all.update()
     rows: Rows = {}
-    for target, cases in aot.wanted().items():
+    for target, cases in compile_all.wanted().items():
         for case in cases.values():
-            code = aot.entry_of(table, case, target)
-            # one that fails the gate stands in no table
+            code = compile_all.entry_of(table_rows, case, target)
+            # one that fails the gate stands in no table_rows
             if code is not None:
-                _add(rows, aot.name_of(case.launch), target, code)
+                _add(rows, compile_all.name_of(case.launch), target, code)
     return dict(sorted(rows.items())), failed
 
 
-def table(rows: Rows, targets: list[int]) -> list[tuple]:
+def table_rows(rows: Rows, targets: list[int]) -> list[tuple]:
     """Return rows for the terminal: registers by target, then the number of compilations and the worst of all targets."""
     return [
         (

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safelight.bench.core.results import COUNTS, flat, newest, read
+from safelight.bench.core.results import COUNTS, flatten, newest, read
 from safelight.bench.measure.count import figures, trace
 from safelight.errors import UserError
 from safelight.trainer.models.base import resolve_base
@@ -24,7 +24,7 @@ def goldens(path: Path = COUNTS, base: str = "") -> list[dict]:
 
 def differences(golden: dict, found: dict) -> tuple[list[str], list[str]]:
     """Return (what rose, what fell), each a line: figure, golden value, value now. A class that is new has risen from 0."""
-    before, now = flat(golden), flat(found)
+    before, now = flatten(golden), flatten(found)
     rose, fell = [], []
     for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name, 0), now.get(name, 0)

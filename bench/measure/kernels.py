@@ -35,12 +35,12 @@ def _outputs(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
-def _wanted(inputs: Inputs) -> list[Tensor]:
+def _differentiable(inputs: Inputs) -> list[Tensor]:
     return [x for x in inputs.values() if x.requires_grad]
 
 
 def _backward(outputs: tuple[Tensor, ...], inputs: Inputs, upstream: tuple[Tensor, ...]) -> None:
-    torch.autograd.grad(outputs, _wanted(inputs), upstream)
+    torch.autograd.grad(outputs, _differentiable(inputs), upstream)
 
 
 def saved_bytes(function: Callable, inputs: Inputs, parameters: set[str]) -> int:
@@ -122,7 +122,7 @@ def _timed(function: Callable, inputs: Inputs) -> dict[str, Prepared]:
         return outputs, kept[0]
 
     forward = Prepared(lambda: None, lambda _: function(**inputs))
-    if not _wanted(inputs):
+    if not _differentiable(inputs):
         return {"forward": forward}
     backward = Prepared(outputs_and_upstream, lambda made: _backward(made[0], inputs, made[1]))
     return {"forward": forward, "backward": backward}
@@ -145,7 +145,7 @@ def _variants(
     }
 
 
-def why_not(passes: dict[str, Prepared]) -> str:
+def failure_reason(passes: dict[str, Prepared]) -> str:
     """Run each pass once and return '' or the reason why that cannot be done here: a compiler that is missing, memory."""
     try:
         for prepared in passes.values():
@@ -169,7 +169,7 @@ def time_layer(
         del variants["compiled"]
     found: dict = {name: {} for name in PASSES}
     for name in list(variants):
-        if reason := why_not(variants[name]):
+        if reason := failure_reason(variants[name]):
             found[f"{name}_cannot"] = reason
             del variants[name]
     formulas = dict(zip(PASSES, (op.forward_bytes, op.backward_bytes), strict=True))
@@ -186,7 +186,7 @@ def time_layer(
     return {key: value for key, value in found.items() if value}
 
 
-def chosen(found: tuple[Layer, ...], ops: tuple[str, ...], num_shapes: int, itemsize: int) -> list[Layer]:
+def largest_layers(found: tuple[Layer, ...], ops: tuple[str, ...], num_shapes: int, itemsize: int) -> list[Layer]:
     """Return, of each op, the shapes that take most of a step: by bytes moved, or by size where products take the time."""
 
     def weight(layer: Layer) -> float:
@@ -233,7 +233,7 @@ def bench_kernels(
     copy_rate = copy_gb_per_s(device, *((2**26, 3) if is_cpu else ()))
     record = partial(make_record, device=device, note=CPU_NOTE if is_cpu else "")
     for model, size, found in lists:
-        for layer in chosen(found, ops, num_shapes, dtype.itemsize):
+        for layer in largest_layers(found, ops, num_shapes, dtype.itemsize):
             figures = time_layer(layer, dtype, device, copy_rate, repeats, with_compile)
             shape = list(reduced(layer.shape) if is_cpu else layer.shape)
             config = {

@@ -28,7 +28,7 @@ CARDS_GIB = (4, 6, 8, 12, 16)
 GIB, MIB = 2**30, 2**20
 
 
-def kinds() -> tuple[str, ...]:
+def checkpointing_modes() -> tuple[str, ...]:
     """Return the ways of checkpointing that a config can name, auto left out, the least memory last."""
     from typing import get_args
 
@@ -43,7 +43,7 @@ def context_bytes(device: torch.device) -> int:
     return max(0, total - available - torch.cuda.memory_reserved(device))
 
 
-def predicted(work: Workload) -> Traced:
+def traced_step(work: Workload) -> Traced:
     """Return the plan's trace of a step, as `safelight plan` makes it."""
     config = Config(
         model={"base": work.base, "precision": work.precision},
@@ -71,7 +71,7 @@ def try_step(work: Workload) -> dict | None:
     }
 
 
-def on_a_card(work: Workload, card_gib: int, context: int) -> dict | None:
+def step_on_emulated_card(work: Workload, card_gib: int, context: int) -> dict | None:
     """Return try_step's figures on an emulated card."""
     device = torch.device(work.device)
     total = torch.cuda.get_device_properties(device).total_memory
@@ -84,7 +84,7 @@ def on_a_card(work: Workload, card_gib: int, context: int) -> dict | None:
         free(device)
 
 
-def of_a_gpu(work: Workload) -> dict:
+def measure_on_gpu(work: Workload) -> dict:
     """Return the peaks without a cap, and the smallest card a step fits, tried from the first that could hold it."""
     device = torch.device(work.device)
     context = context_bytes(device)
@@ -93,7 +93,7 @@ def of_a_gpu(work: Workload) -> dict:
     free(device)
     if found is None:
         return {"fits": False}
-    traced = predicted(work)
+    traced = traced_step(work)
     allocated, workspace = traced.peak.total, this_card(device).workspace(is_deterministic=False)
     needed = CONTEXT_BYTES + workspace + allocated + FRAGMENTATION * traced.transient
     measured = GIB * found["reserved_gib"] + context
@@ -108,19 +108,19 @@ def of_a_gpu(work: Workload) -> dict:
         # what is allocated at once cannot shrink; what is merely reserved can
         if card * GIB > total or card < found["allocated_gib"] + found["context_gib"]:
             continue
-        if (there := on_a_card(work, card, context)) is not None:
+        if (there := step_on_emulated_card(work, card, context)) is not None:
             return {**found, "smallest_card_gib": card, "step_ms_there": there["step_ms"]}
     return found
 
 
-def of_a_cpu(work: Workload) -> dict:
+def measure_on_cpu(work: Workload) -> dict:
     """Return the bytes held between steps and what a step adds at its peak, MiB, by the allocator's record."""
     trainer, (batch,) = build(OURS, work), random_batches(1, work)
     # the first step makes the moments
     trainer.step(batch)
     held = held_bytes(trainer.optimizer, trainer.unet)
     peak = allocated_peak(lambda: trainer.step(batch))
-    transient = predicted(work).transient
+    transient = traced_step(work).transient
     return {
         "held_mib": round(held / MIB, 2),
         "step_mib": round(peak / MIB, 2),
@@ -144,10 +144,10 @@ def bench_memory(work: Workload, optimizers: tuple[str, ...] = ()) -> Iterator[d
     chosen = [n for n in names if not optimizers or any(wanted in (n, *n.split(", ")) for wanted in optimizers)]
     device = torch.device(work.device)
     for optimizer in chosen:
-        for checkpointing in kinds():
+        for checkpointing in checkpointing_modes():
             one = replace(work, optimizer=optimizer, checkpointing=checkpointing)
             try:
-                found = of_a_gpu(one) if device.type == "cuda" else of_a_cpu(one)
+                found = measure_on_gpu(one) if device.type == "cuda" else measure_on_cpu(one)
             except (ValueError, NotImplementedError) as error:
                 # a setting this device refuses, an operator a library lacks for it: told in the line; any other fault is raised
                 found = {"cannot": str(error).splitlines()[0][:160]}

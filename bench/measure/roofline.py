@@ -18,9 +18,9 @@ import torch
 from safelight.bench.core.ceilings import ceilings
 from safelight.bench.core.harness import interleave, percentiles
 from safelight.bench.core.results import make_record
-from safelight.bench.counting.costs import Cost, Costs, follow
+from safelight.bench.counting.costs import Cost, Costs, step_costs
 from safelight.bench.profile.analysis import IDLE, Analysis, analyse
-from safelight.bench.profile.profiling_session import record
+from safelight.bench.profile.profiling_session import profile_loop
 from safelight.bench.recipes.suite import OURS, build, free
 from safelight.bench.recipes.workload import NUM_ROTATED, Workload, optimizer_config, random_batches
 from safelight.errors import UserError
@@ -41,11 +41,11 @@ def _followed(work: Workload, device: torch.device, dtype: torch.dtype) -> tuple
     config.optimizer = optimizer_config(work.optimizer)
     config.train.checkpointing = work.checkpointing
     run = MetaRun(config, resolve_base(work.base), device, dtype)
-    costs = follow(run, work.batch_size, work.latent_size, work.latent_size)
+    costs = step_costs(run, work.batch_size, work.latent_size, work.latent_size)
     model_flops = sum(cost.flops for cost in costs.values())
     if work.checkpointing != "none":
         run.checkpoint("none")
-        once = follow(run, work.batch_size, work.latent_size, work.latent_size)
+        once = step_costs(run, work.batch_size, work.latent_size, work.latent_size)
         model_flops = sum(cost.flops for cost in once.values())
     return costs, model_flops
 
@@ -62,9 +62,9 @@ def _measured(work: Workload, repeats: int, num_steps: int, limits: dict, costs:
             after_step()
 
     with tempfile.TemporaryDirectory(prefix="safelight-roofline-") as folder:
-        session = record(loop, num_steps, device, Path(folder))
+        session = profile_loop(loop, num_steps, device, Path(folder))
     # by operator a session followed what ran here; on meta tensors our kernels are seen as well
-    found = analyse(replace(session, costs=costs, plain_ms=1e3 * percentiles(seconds)[1]), limits)
+    found = analyse(replace(session, costs=costs, unprofiled_ms=1e3 * percentiles(seconds)[1]), limits)
     return seconds, found
 
 
@@ -78,11 +78,11 @@ def _by_class(costs: Costs, limits: dict, analysis: Analysis | None) -> dict[str
             "calls": whole.calls,
             "gflop": round(whole.flops / 1e9, 3),
             "gb": round(whole.num_bytes / 1e9, 4),
-            "least_ms": round(whole.least_ms(limits), 4),
+            "least_ms": round(whole.roofline_ms(limits), 4),
         }
         if analysis is not None:
             ms = analysis.kinds.get(kind, 0.0)
-            row |= {"ms": round(ms, 4), "share_of_limit": round(whole.least_ms(limits) / ms, 4) if ms else None}
+            row |= {"ms": round(ms, 4), "share_of_limit": round(whole.roofline_ms(limits) / ms, 4) if ms else None}
         found[kind] = row
     if analysis is not None:
         idle = IDLE["cuda" if "idle" in analysis.kinds else "cpu"]
@@ -118,7 +118,7 @@ def roofline(work: Workload, repeats: int = 20, num_steps: int = 5, card: Card |
         "step_gflop": round(flops / 1e9, 3),
         "model_gflop": round(model_flops / 1e9, 3),
         "moved_gb": round(sum(cost.num_bytes for cost in costs.values()) / 1e9, 4),
-        "least_ms": round(sum(cost.least_ms(limits) for cost in costs.values()), 4),
+        "least_ms": round(sum(cost.roofline_ms(limits) for cost in costs.values()), 4),
     }
     analysis = None
     config = {**asdict(work), "ceilings": "measured" if card is None else f"{card.name}'s data sheet"}

@@ -12,9 +12,9 @@ from torch.autograd import DeviceType
 
 from safelight.bench.core.device_timeline import DeviceStep, device_steps
 from safelight.bench.counting.costs import Cost, kind_of
-from safelight.bench.profile.profiling_session import STEP, Session
+from safelight.bench.profile.profiling_session import STEP, ProfileSession
 
-STRETCHES = ("load", "noise", "forward", "loss", "backward", "optimizer")
+PHASES = ("load", "noise", "forward", "loss", "backward", "optimizer")
 REST = "the loop around them"
 IDLE = {"cuda": "idle", "cpu": "Python and dispatch"}
 # what a kernel's own name tells where nothing else does
@@ -43,14 +43,14 @@ class Operator:
 
 @dataclass(frozen=True)
 class Analysis:
-    """step_ms: the median profiled step's; plain_ms: one without the profiler. kinds: ms by class, what is left last.
+    """step_ms: the median profiled step's; unprofiled_ms: one without the profiler. kinds: ms by class, what is left last.
 
     launches: a GPU's kernels, copies and fills; on a CPU the operators.
     """
 
     step_ms: float
-    plain_ms: float
-    stretches: dict[str, float]
+    unprofiled_ms: float
+    phases: dict[str, float]
     kinds: dict[str, float]
     operators: list[Operator]
     flops: int
@@ -59,24 +59,24 @@ class Analysis:
     model_flop_use: float
 
 
-def _all_steps(session: Session) -> list:
+def _all_steps(session: ProfileSession) -> list:
     steps = [e for e in session.events if e.name == STEP and e.device_type == DeviceType.CPU]
     return sorted(steps, key=lambda e: e.time_range.start)
 
 
-def step_events(session: Session) -> list:
+def step_events(session: ProfileSession) -> list:
     """Return the profiler's events of the steps that are spoken of."""
     steps = _all_steps(session)
     return [steps[number] for number in session.chosen]
 
 
-def gpu_steps(session: Session) -> list[DeviceStep]:
+def gpu_steps(session: ProfileSession) -> list[DeviceStep]:
     """Return those steps on the GPU's own timeline; none on a CPU."""
     found = device_steps(session.kernels, [e.time_range.start for e in _all_steps(session)])
     return [found[number] for number in session.chosen if number in found]
 
 
-def chosen_events(session: Session) -> list:
+def chosen_events(session: ProfileSession) -> list:
     """Return the profiler's events that began within those steps."""
     spans = [(e.time_range.start, e.time_range.end) for e in step_events(session)]
     starts = [start for start, _ in spans]
@@ -88,7 +88,7 @@ def chosen_events(session: Session) -> list:
     return found
 
 
-def median_step(session: Session):
+def median_step(session: ProfileSession):
     """Return the event of the step of median length."""
     steps = sorted(step_events(session), key=lambda e: e.time_range.elapsed_us())
     return steps[len(steps) // 2]
@@ -102,9 +102,9 @@ def above(event) -> Iterator:
         event = event.cpu_parent
 
 
-def _stretches(session: Session, events: list) -> dict[str, float]:
+def _phase_times(session: ProfileSession, events: list) -> dict[str, float]:
     """Return ms a step of each stretch, and of what is in none."""
-    found = dict.fromkeys(STRETCHES, 0.0)
+    found = dict.fromkeys(PHASES, 0.0)
     for event in events:
         if event.name in found and event.device_type == DeviceType.CPU:
             found[event.name] += event.time_range.elapsed_us() / 1e3 / len(session.chosen)
@@ -123,7 +123,7 @@ def _operator_of(event, counted: set[str]) -> tuple[str | None, bool]:
 _Times = dict[tuple[bool, str], list[float]]
 
 
-def _cpu_times(session: Session, events: list) -> _Times:
+def _cpu_times(session: ProfileSession, events: list) -> _Times:
     """Return [calls, ms] over all steps: what an operator calls is part of it."""
     counted = {name for _, name in session.costs}
     times: _Times = defaultdict(lambda: [0, 0.0])
@@ -139,7 +139,7 @@ def _cpu_times(session: Session, events: list) -> _Times:
     return times
 
 
-def _gpu_times(session: Session, steps: list[DeviceStep]) -> _Times:
+def _gpu_times(session: ProfileSession, steps: list[DeviceStep]) -> _Times:
     """Return [launches, ms] over all steps, under the operator that launched, or the kernel's own name where none did:
     our kernels, and what a graph replays."""
     counted = {name for (_, name), cost in session.costs.items() if not cost.is_kernel}
@@ -154,7 +154,7 @@ def _gpu_times(session: Session, steps: list[DeviceStep]) -> _Times:
     return times
 
 
-def _cost(session: Session, in_optimizer: bool, name: str) -> Cost | None:
+def _cost(session: ProfileSession, in_optimizer: bool, name: str) -> Cost | None:
     """Return what is known of an operator in a stretch, or of a kernel of ours in any."""
     other = session.costs.get((not in_optimizer, name))
     return session.costs.get((in_optimizer, name)) or (other if other is not None and other.is_kernel else None)
@@ -170,11 +170,11 @@ def _kind(in_optimizer: bool, name: str, cost: Cost | None, counted: set[str]) -
 
 def roofline_share(cost: Cost, ms: float, ceilings: dict) -> float | None:
     """Return the least time for the bytes and FLOPs of an operator's calls at the ceilings, over the time they took."""
-    least = cost.least_ms(ceilings)
+    least = cost.roofline_ms(ceilings)
     return least / ms if ms > 0 and least > 0 else None
 
 
-def analyse(session: Session, ceilings: dict) -> Analysis:
+def analyse(session: ProfileSession, ceilings: dict) -> Analysis:
     """Return what the session says, by one step. ceilings: of bench/core/ceilings.py."""
     operators, events, num = [], chosen_events(session), len(session.chosen)
     is_gpu = session.device.type == "cuda"
@@ -201,24 +201,24 @@ def analyse(session: Session, ceilings: dict) -> Analysis:
     flops = sum(cost.flops for cost in session.costs.values())
     return Analysis(
         statistics.median(lengths),
-        session.plain_ms,
-        _stretches(session, events),
+        session.unprofiled_ms,
+        _phase_times(session, events),
         kinds,
         operators,
         flops,
         sum(cost.num_bytes for cost in session.costs.values()),
         sum(o.calls for o in operators),
-        flops / (session.plain_ms / 1e3) / (ceilings["matmul_tflops"] * 1e12),
+        flops / (session.unprofiled_ms / 1e3) / (ceilings["matmul_tflops"] * 1e12),
     )
 
 
-def figures(session: Session, analysis: Analysis, ceilings: dict) -> dict:
+def figures(session: ProfileSession, analysis: Analysis, ceilings: dict) -> dict:
     """Return plain values for a result line."""
     mib = 2**20
     return {
         "step_ms": round(analysis.step_ms, 2),
-        "unprofiled_step_ms": round(analysis.plain_ms, 2),
-        "stretches_ms": {name: {"ms": round(ms, 3)} for name, ms in analysis.stretches.items()},
+        "unprofiled_step_ms": round(analysis.unprofiled_ms, 2),
+        "stretches_ms": {name: {"ms": round(ms, 3)} for name, ms in analysis.phases.items()},
         "classes_ms": {name: {"ms": round(ms, 3)} for name, ms in analysis.kinds.items()},
         "operators": [
             {

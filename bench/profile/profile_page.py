@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from matplotlib.figure import Figure
 from torch.autograd import DeviceType
 
-from safelight.bench.profile.analysis import IDLE, STRETCHES, Analysis, median_step
-from safelight.bench.profile.profiling_session import STEP, TRACE_NAME, Session
+from safelight.bench.profile.analysis import IDLE, PHASES, Analysis, median_step
+from safelight.bench.profile.profiling_session import STEP, TRACE_NAME, ProfileSession
 from safelight.data.text import counted
 from safelight.trainer.report.build import MARK
 from safelight.trainer.report.markup import Markup, details, join, table, tag
@@ -30,7 +30,7 @@ class Box:
     depth: int
 
 
-def boxes(session: Session) -> list[Box]:
+def boxes(session: ProfileSession) -> list[Box]:
     """Return what the median step's thread did, nested; what is too short to be seen left out."""
     step = median_step(session)
     began, whole = step.time_range.start, step.time_range.elapsed_us()
@@ -54,13 +54,13 @@ def boxes(session: Session) -> list[Box]:
 
 
 def _fill(name: str) -> str:
-    """Return the theme's class of a box: steps and stretches red, the UNet's parts amber, operators grey."""
-    if name == STEP or name in STRETCHES:
+    """Return the theme's class of a box: steps and phases red, the UNet's parts amber, operators grey."""
+    if name == STEP or name in PHASES:
         return "f-accent"
     return "f-amber" if "." in name and "::" not in name and "#" not in name else "f-faint"
 
 
-def flame_chart(session: Session) -> Markup:
+def flame_chart(session: ProfileSession) -> Markup:
     """Return the median step as nested boxes over time, each with its name and length to be read under the pointer."""
     found = boxes(session)
     whole = max(box.start + box.length for box in found)
@@ -147,7 +147,7 @@ def _timeline_figure(
     return figure
 
 
-def memory_section(session: Session) -> Markup:
+def memory_section(session: ProfileSession) -> Markup:
     """Return the allocator's and the saved tensors' timelines, and which parts save most."""
     step = median_step(session)
     began, end = step.time_range.start / 1e3, step.time_range.end / 1e3
@@ -214,20 +214,20 @@ def _operator_rows(analysis: Analysis) -> list[tuple]:
     ]
 
 
-def _told(session: Session) -> str:
+def _told(session: ProfileSession) -> str:
     batch, _, height, width = session.shape
     times = f"{session.accumulate} x " if session.accumulate > 1 else ""
     return f"{times}{counted(batch, 'photograph')}, {height} x {width} latents"
 
 
-def render(session: Session, analysis: Analysis, ceilings: dict, title: str, place: str) -> str:
+def render(session: ProfileSession, analysis: Analysis, ceilings: dict, title: str, place: str) -> str:
     """Return the page as HTML. title: what was trained; place: on what, with what."""
     rest = IDLE[session.device.type]
     saved = max((n for _, n in session.saved.points), default=0) / MIB
     tiles = _tiles(
         [
-            ("A step, without the profiler", f"{analysis.plain_ms:,.1f}", "ms"),
-            ("Photographs", f"{1e3 * session.shape[0] * session.accumulate / analysis.plain_ms:,.1f}", "a second"),
+            ("A step, without the profiler", f"{analysis.unprofiled_ms:,.1f}", "ms"),
+            ("Photographs", f"{1e3 * session.shape[0] * session.accumulate / analysis.unprofiled_ms:,.1f}", "a second"),
             ("Model-FLOP use", f"{100 * analysis.model_flop_use:.1f}", f"% of {ceilings['matmul_tflops']:.2f} TFLOP/s"),
             ("Operators and kernels", f"{analysis.launches:,.0f}", "a step"),
             ("FLOPs", f"{analysis.flops / 1e9:,.1f}", "GFLOP a step"),
@@ -247,13 +247,13 @@ def render(session: Session, analysis: Analysis, ceilings: dict, title: str, pla
             tag(
                 "section",
                 tag("h2", "Where the step's time goes"),
-                _shares("stretch", analysis.stretches),
+                _shares("stretch", analysis.phases),
                 tag(
                     "p",
                     f"{counted(len(session.chosen), 'step')} of {_told(session)} under the profiler, which slows it: {analysis.step_ms:,.1f} ms a step.",
                     class_="note",
                 ),
-                id="stretches",
+                id="phases",
             ),
             tag(
                 "section",

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from safelight.bench.core.ceilings import ceilings
 from safelight.bench.core.results import make_record
-from safelight.bench.counting.costs import follow
+from safelight.bench.counting.costs import step_costs
 from safelight.bench.profile.analysis import Analysis, analyse, figures
 from safelight.bench.profile.profile_page import render
-from safelight.bench.profile.profiling_session import Session, run_session
+from safelight.bench.profile.profiling_session import ProfileSession, run_session
 from safelight.data.atomic import atomic_write_text
 from safelight.trainer.config.toml import Config
 from safelight.trainer.memory_plan.meta_run import MetaRun
@@ -26,7 +26,7 @@ PAGE_NAME, FIGURES_NAME = "profile.html", "profile.json"
 class Profile:
     """What was found, and the files that hold it, the page first."""
 
-    session: Session
+    session: ProfileSession
     analysis: Analysis
     record: dict
     files: list[Path]
@@ -43,7 +43,7 @@ def profile_run(config: Config, num_steps: int, out: Path, terminal: Terminal | 
     if device.type == "cuda":
         # our kernels are no operators: followed on meta tensors, each launch tells its tensors
         batch, _, height, width = session.shape
-        on_meta = follow(
+        on_meta = step_costs(
             MetaRun(config, base_of(config.model), device, dtype), batch, height, width, session.accumulate
         )
         session.costs |= {key: cost for key, cost in on_meta.items() if cost.is_kernel}

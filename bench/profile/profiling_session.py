@@ -37,7 +37,7 @@ TRACE_NAME, SNAPSHOT_NAME = "trace.json.gz", "memory.pickle"
 
 
 @dataclass
-class Saved:
+class SavedTimeline:
     """Tensors that autograd keeps. points: (seconds since the step began, bytes alive); peak_by_block: bytes by the block
     that saved them, each storage once."""
 
@@ -46,10 +46,10 @@ class Saved:
 
 
 @dataclass
-class Session:
+class ProfileSession:
     """events: the profiler's; kernels: what a GPU ran; live: (seconds since profiling began, bytes allocated since then) by
     device type; chosen: which of the profiled steps are of `shape`, that of the latents of a micro-step, and are spoken
-    of; plain_ms: of the fastest such step before the profiler began."""
+    of; unprofiled_ms: of the fastest such step before the profiler began."""
 
     device: torch.device
     chosen: list[int]
@@ -57,21 +57,21 @@ class Session:
     kernels: list[KernelRun]
     live: dict[str, list[tuple[float, int]]]
     costs: Costs
-    saved: Saved
+    saved: SavedTimeline
     files: list[Path]
     shape: tuple[int, ...]
     accumulate: int
-    plain_ms: float
+    unprofiled_ms: float
 
 
-class Enough(Exception):
+class StopProfiling(Exception):
     """All steps are taken; nothing shall be saved."""
 
 
-class _Kept:
+class _SavedTensor:
     """A saved tensor; its storage counts from its first saving to its last release."""
 
-    def __init__(self, tensor: Tensor, owner: SavedTensors):
+    def __init__(self, tensor: Tensor, owner: SavedTensorTracker):
         self.tensor, self.owner = tensor, owner
         owner.change(tensor, +1)
 
@@ -79,13 +79,13 @@ class _Kept:
         self.owner.change(self.tensor, -1)
 
 
-class SavedTensors(saved_tensors_hooks):
+class SavedTensorTracker(saved_tensors_hooks):
     """Follows saved tensors. own: storages that are no activations, the parameters'."""
 
-    def __init__(self, stretches: list[str], own: set[int]):
-        self.stretches, self.own, self.saved = stretches, own, Saved()
+    def __init__(self, phases: list[str], own: set[int]):
+        self.phases, self.own, self.saved = phases, own, SavedTimeline()
         self.began, self.alive, self.uses = time.perf_counter(), 0, defaultdict(int)
-        super().__init__(lambda x: _Kept(x, self), lambda kept: kept.tensor)
+        super().__init__(lambda x: _SavedTensor(x, self), lambda kept: kept.tensor)
 
     def change(self, tensor: Tensor, by: int) -> None:
         storage = tensor.untyped_storage()
@@ -97,13 +97,13 @@ class SavedTensors(saved_tensors_hooks):
         if is_first or is_last:
             self.alive += storage.nbytes() if is_first else -storage.nbytes()
             self.saved.points.append((time.perf_counter() - self.began, self.alive))
-        if is_first and "backward" not in self.stretches:
-            block = next((name for name in reversed(self.stretches) if "." in name), "the rest")
+        if is_first and "backward" not in self.phases:
+            block = next((name for name in reversed(self.phases) if "." in name), "the rest")
             self.saved.by_block[block] += storage.nbytes()
 
 
-class _Stretches:
-    """Names the stretches and the UNet's blocks to the profiler, and knows which are entered."""
+class _PhaseRecorder:
+    """Names the phases and the UNet's blocks to the profiler, and knows which are entered."""
 
     def __init__(self):
         self.entered: list[str] = []
@@ -177,12 +177,12 @@ def settings_for(config: Config, run_dir: Path) -> Config:
     config.validate_.every_epochs = config.sample.every_epochs = 0
     config.save.every_epochs = config.save.every_steps = config.train.max_steps = 0
     config.log.tensorboard = False
-    # a replayed step has no stretches: neither are its parts seen nor is it counted
+    # a replayed step has no phases: neither are its parts seen nor is it counted
     config.train.cuda_graphs = "off"
     return config
 
 
-class _Conductor:
+class _StepProfiler:
     """Begins and ends what is recorded, between the steps of a loop that calls `after_step` after each.
 
     Steps are of many shapes: what is said is said of the largest batch among the first steps, and recording goes on until
@@ -193,21 +193,21 @@ class _Conductor:
         self.num_steps, self.device, self.out = num_steps, device, out
         activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
         self.profiler = profile(activities=activities, profile_memory=True, acc_events=True)
-        self.stretches, self.shape = _Stretches(), None
+        self.phases, self.shape = _PhaseRecorder(), None
         self.warm: list[tuple[tuple, float]] = []
         self.shapes: list[tuple] = []
-        self.plain_ms = 0.0
+        self.unprofiled_ms = 0.0
         self.costs: OperatorCosts | None = None
-        self.saved: SavedTensors | None = None
+        self.saved: SavedTensorTracker | None = None
         self._open = contextlib.ExitStack()
         self._done, self._began, self._phase = 0, time.perf_counter(), "warming"
 
     def after_step(self) -> bool:
-        """Called by the loop after each step, and again between epochs. Raises Enough after the last; else returns False."""
-        if self.stretches.num_steps == self._done:
+        """Called by the loop after each step, and again between epochs. Raises StopProfiling after the last; else returns False."""
+        if self.phases.num_steps == self._done:
             return False
-        self._done = self.stretches.num_steps
-        shape = self.stretches.shape
+        self._done = self.phases.num_steps
+        shape = self.phases.shape
         self._open.close()
         if self._phase == "warming":
             self._warmed(shape)
@@ -216,12 +216,12 @@ class _Conductor:
             if self.shapes.count(self.shape) == self.num_steps:
                 self._stop_profiler()
         elif shape == self.shape:
-            raise Enough
+            raise StopProfiling
         if self._phase == "profiling":
             self._open.enter_context(record_function(STEP))
         elif self._phase == "following":
-            self.costs = self._open.enter_context(OperatorCosts(self.stretches.entered, self.device.type))
-            self.saved = SavedTensors(self.stretches.entered, self.stretches.parameters)
+            self.costs = self._open.enter_context(OperatorCosts(self.phases.entered, self.device.type))
+            self.saved = SavedTensorTracker(self.phases.entered, self.phases.parameters)
             self._open.enter_context(self.saved)
         return False
 
@@ -234,7 +234,7 @@ class _Conductor:
             # the first step makes states and compiles
             _, *settled = self.warm
             self.shape = max((shape for shape, _ in settled), key=math.prod)
-            self.plain_ms = min(ms for shape, ms in settled if shape == self.shape)
+            self.unprofiled_ms = min(ms for shape, ms in settled if shape == self.shape)
             if self.device.type == "cuda":
                 # the C++ frames too would be a longer walk of the stack at every allocation of the steps that are timed
                 torch.cuda.memory._record_memory_history(stacks="python")
@@ -260,11 +260,11 @@ class _Conductor:
             self.profiler.stop()
 
 
-def record(
+def profile_loop(
     loop: Callable[[Callable[[], bool]], None], num_steps: int, device: torch.device, out: Path, accumulate: int = 1
-) -> Session:
+) -> ProfileSession:
     """Profile a loop that calls what it is given after every step, write the trace (and a GPU's memory snapshot) into
-    `out`, and return what was found. What it calls raises Enough after the last step.
+    `out`, and return what was found. What it calls raises StopProfiling after the last step.
 
     Raises ValueError for a loop that takes too few steps.
     """
@@ -273,46 +273,46 @@ def record(
     # the profiler's library tells of its own start and stop otherwise
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     out.mkdir(parents=True, exist_ok=True)
-    conductor = _Conductor(num_steps, device, out)
-    stretches = conductor.stretches
-    with told_to(stretches), stretches.blocks():
+    step_profiler = _StepProfiler(num_steps, device, out)
+    phases = step_profiler.phases
+    with told_to(phases), phases.blocks():
         try:
-            loop(conductor.after_step)
-        except Enough:
+            loop(step_profiler.after_step)
+        except StopProfiling:
             pass
         else:
             raise UserError(
-                f"the run ends after {stretches.num_steps} steps, before {num_steps} of its full batches were profiled; "
+                f"the run ends after {phases.num_steps} steps, before {num_steps} of its full batches were profiled; "
                 "lower --steps or raise the epochs"
             )
         finally:
-            conductor.close()
-    profiler = conductor.profiler
+            step_profiler.close()
+    profiler = step_profiler.profiler
     profiler.export_chrome_trace(str(out / TRACE_NAME))
     files = [out / name for name in (TRACE_NAME, SNAPSHOT_NAME) if (out / name).is_file()]
-    chosen = [number for number, shape in enumerate(conductor.shapes) if shape == conductor.shape]
+    chosen = [number for number, shape in enumerate(step_profiler.shapes) if shape == step_profiler.shape]
     results = profiler.profiler.kineto_results
-    return Session(
+    return ProfileSession(
         device,
         chosen,
         list(profiler.events()),
         kernel_runs(results.events(), results.trace_start_ns()),
         _live_bytes(profiler),
-        dict(conductor.costs.costs),
-        conductor.saved.saved,
+        dict(step_profiler.costs.costs),
+        step_profiler.saved.saved,
         files,
-        conductor.shape,
+        step_profiler.shape,
         accumulate,
-        conductor.plain_ms,
+        step_profiler.unprofiled_ms,
     )
 
 
-def run_session(config: Config, num_steps: int, out: Path, terminal: Terminal | None = None) -> Session:
+def run_session(config: Config, num_steps: int, out: Path, terminal: Terminal | None = None) -> ProfileSession:
     """Profile steps of a run as `record` does. Raises ValueError for a run that has too few steps, and as train does."""
     device = pick_device(config.run.device)
     with tempfile.TemporaryDirectory(prefix="safelight-profile-") as folder:
         settings = settings_for(config, Path(folder) / "run")
-        return record(
+        return profile_loop(
             lambda after_step: train(settings, terminal=terminal, stop_requested=after_step),
             num_steps,
             device,

@@ -87,7 +87,7 @@ def measure(works: Variants, repeats: int, loader: bool = False, together: bool 
     says so in its line.
     """
     if not together:
-        yield from _measure_apart(works, repeats, loader)
+        yield from _measure_separately(works, repeats, loader)
         return
     device = torch.device(next(iter(works.values()))[1].device)
     peaks = {name: peak_alone(*works[name]) for name in works if device.type == "cuda"}
@@ -106,7 +106,7 @@ def measure(works: Variants, repeats: int, loader: bool = False, together: bool 
         yield _line(recipe, work, loader, repeats, notes, seconds[name], peaks.get(name))
 
 
-def _measure_apart(works: Variants, repeats: int, loader: bool) -> Iterator[dict]:
+def _measure_separately(works: Variants, repeats: int, loader: bool) -> Iterator[dict]:
     built, trainer = None, None
     for recipe, work in works.values():
         device, key = torch.device(work.device), (recipe, replace(work, batch_size=1))

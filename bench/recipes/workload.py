@@ -216,7 +216,7 @@ class Ours:
 
     def step(self, batch: Batch) -> torch.Tensor:
         """Take a step and return the batch's mean loss, on the device."""
-        with algorithms(cudnn_benchmark=self._cudnn_benchmark), own_finds(self._cudnn_benchmark):
+        with algorithms(cudnn_benchmark=self._cudnn_benchmark), separate_cudnn_cache(self._cudnn_benchmark):
             result = train_step(
                 self.unet,
                 self.optimizer,
@@ -236,7 +236,7 @@ class Ours:
 
 
 @contextmanager
-def own_finds(apart: bool) -> Iterator[None]:
+def separate_cudnn_cache(apart: bool) -> Iterator[None]:
     """Keep apart what cuDNN finds within the block, if wanted, so that a trial is made of shapes that ran without one before.
 
     Torch keeps what it found by shape and by allow_tf32, which 16-bit convolutions do not heed.

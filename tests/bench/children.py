@@ -1,19 +1,19 @@
-"""Work for processes of their own; no torch, which takes a process seconds to import."""
+"""Generators to run in a subprocess; without torch, which takes seconds to import."""
 
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-TELLS_ITS_PID = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(600)"
+WRITES_ITS_PID = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(600)"
 
 
 def endless(file: Path) -> Iterator[int]:
-    """Begin a process that writes its number, and say nothing more."""
+    """Yield this process's id, then wait for a child that writes its own id to the file and sleeps."""
     import subprocess
 
     yield os.getpid()
-    process = subprocess.Popen([sys.executable, "-c", TELLS_ITS_PID, str(file)])
+    process = subprocess.Popen([sys.executable, "-c", WRITES_ITS_PID, str(file)])
     try:
         process.wait()
     finally:

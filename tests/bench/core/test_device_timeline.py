@@ -12,7 +12,7 @@ from torch.autograd.profiler_util import EventList, FunctionEvent
 from safelight.bench.core.device_timeline import busy_us, device_steps, kernel_runs
 from safelight.bench.counting.costs import Cost
 from safelight.bench.profile.analysis import analyse, figures
-from safelight.bench.profile.profiling_session import Saved, Session
+from safelight.bench.profile.profiling_session import ProfileSession, SavedTimeline
 
 CEILINGS = {"matmul_tflops": 100.0, "copy_gb_per_s": 1000.0}
 # the host is done with both steps before the first one's kernels are: (category, name, thread, start, length in us, ids)
@@ -136,7 +136,7 @@ def function_events() -> EventList:
 
 
 @pytest.fixture
-def session() -> Session:
+def session() -> ProfileSession:
     costs = {
         # 10 us of FLOPs at the ceilings; 50 us of bytes
         (False, "convolution"): Cost("conv", sizes=Counter({(10**6, 10**9): 1})),
@@ -144,8 +144,18 @@ def session() -> Session:
         (True, "mul"): Cost("optimizer", sizes=Counter({(6 * 10**6, 0): 1})),
     }
     runs = kernel_runs([told(event) for event in TRACE], 7)
-    return Session(
-        torch.device("cuda"), [0, 1], list(function_events()), runs, {}, costs, Saved(), [], (2, 4, 8, 8), 1, 0.45
+    return ProfileSession(
+        torch.device("cuda"),
+        [0, 1],
+        list(function_events()),
+        runs,
+        {},
+        costs,
+        SavedTimeline(),
+        [],
+        (2, 4, 8, 8),
+        1,
+        0.45,
     )
 
 

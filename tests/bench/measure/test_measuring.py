@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from safelight.__main__ import main
-from safelight.bench.all import run_all as everything
-from safelight.bench.all import short_training_run as short_run
+from safelight.bench.all import run_all, short_training_run
 from safelight.bench.core import ceilings as ceilings_module
 from safelight.bench.core.ceilings import ceilings
 from safelight.bench.core.results import read
@@ -114,33 +113,37 @@ def rehearsal(tmp_path_factory) -> tuple[int, list[dict], str]:
     out = tmp_path_factory.mktemp("all")
 
     def in_process(command, timeout_s, log):
-        """The command line as its own process would run it, less six imports of everything."""
+        """The command line as its own process would run it, without six new interpreters."""
         assert command[:3] == [sys.executable, "-m", "safelight"]
         began = time.monotonic()
         return main(command[3:]), "", time.monotonic() - began
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(everything, "ROOT", root)
-        patch.setattr(short_run, "call", in_process)
+        patch.setattr(run_all, "ROOT", root)
+        patch.setattr(short_training_run, "call", in_process)
         patch.setattr(ceilings_module, "SMALL", SMALL)
         status = main(["bench", "all", "--out", str(out), "--device", "cpu", "--minutes", "5"])
     return status, read(out / "results.jsonl")
 
 
 def test_a_command_is_called_and_killed_when_its_time_is_up(tmp_path):
-    status, tail, seconds = short_run.call(["sh", "-c", "echo first; echo last; exit 3"], 10, tmp_path / "log")
+    status, tail, seconds = short_training_run.call(["sh", "-c", "echo first; echo last; exit 3"], 10, tmp_path / "log")
     assert (status, tail) == (3, "last")
     assert 0 < seconds < 10
     # its children go with it
-    status, tail, seconds = short_run.call(["sh", "-c", "echo begun; sleep 30 & sleep 30"], 1, tmp_path / "log")
+    status, tail, seconds = short_training_run.call(
+        ["sh", "-c", "echo begun; sleep 30 & sleep 30"], 1, tmp_path / "log"
+    )
     assert (status, tail) == (124, "begun")
     assert seconds < 10
 
 
 def test_a_run_that_fails_says_which_command_and_why(tmp_path, monkeypatch):
-    monkeypatch.setattr(short_run, "call", lambda command, timeout_s, log: (2, "safelight init: no", 0.1))
-    with pytest.raises(RuntimeError, match="safelight init ended with 2: safelight init: no"):
-        short_run.train(short_run.ShortRun("tiny", "tiny", 64, 1, 1, 1), tmp_path, "cpu", time.monotonic() + 9)
+    monkeypatch.setattr(short_training_run, "call", lambda command, timeout_s, log: (2, "safelight init: no", 0.1))
+    with pytest.raises(RuntimeError, match="safelight init exited with status 2: safelight init: no"):
+        short_training_run.train(
+            short_training_run.ShortRun("tiny", "tiny", 64, 1, 1, 1), tmp_path, "cpu", time.monotonic() + 9
+        )
 
 
 @pytest.mark.slow
@@ -190,13 +193,13 @@ def test_the_rehearsal_of_all_runs_every_part(rehearsal):
 
 
 def test_a_part_that_fails_leaves_a_line_and_the_next_one_runs(tmp_path, monkeypatch):
-    def fail(session):
-        yield session.record("first", {}, {"x": 1})
+    def fail(context):
+        yield context.make_record("first", {}, {"x": 1})
         raise RuntimeError("the card fell out\nat once")
 
-    chosen = (everything.Part("first", 0, fail), everything.Part("ceilings", 0, everything._ceilings))
-    monkeypatch.setattr(everything, "PARTS", chosen)
-    records = list(everything.run_all(1, tmp_path, Workload(device="cpu")))
+    chosen = (run_all.Part("first", 0, fail), run_all.Part("ceilings", 0, run_all._ceilings))
+    monkeypatch.setattr(run_all, "PARTS", chosen)
+    records = list(run_all.run_parts(1, tmp_path, Workload(device="cpu")))
     assert records == read(tmp_path / "results.jsonl")
     assert [r["bench"] for r in records] == ["first", "first", "ceilings"]
     assert records[1]["note"] == "the card fell out"
@@ -212,22 +215,22 @@ def test_a_gpus_size_decides_what_is_measured_there(tmp_path, monkeypatch):
         asked.extend(found)
         yield from ({"bench": "step", "figures": {}} for _ in found)
 
-    monkeypatch.setattr(everything, "measure", note)
+    monkeypatch.setattr(run_all, "measure", note)
     monkeypatch.setattr(
-        everything,
+        run_all,
         "variants",
         lambda recipes, sizes, work: {
             f"{name} {size}": (name, replace(work, batch_size=size)) for name in recipes for size in sizes
         },
     )
-    monkeypatch.setattr(everything.Session, "record", lambda self, bench, config, found, note: {"note": note})
-    parts = {part.name: part.measure for part in everything.PARTS}
+    monkeypatch.setattr(run_all.BenchContext, "make_record", lambda self, bench, config, found, note: {"note": note})
+    parts = {part.name: part.measure for part in run_all.PARTS}
 
     def asked_by(name: str, gib: float) -> list[tuple]:
         asked.clear()
-        monkeypatch.setattr(everything.Session, "gpu_gib", gib)
+        monkeypatch.setattr(run_all.BenchContext, "gpu_gib", gib)
         work = Workload("random:sd15", 64, device="cuda", precision="fp16")
-        notes.extend(parts[name](everything.Session(tmp_path, work, time.monotonic() + 99)))
+        notes.extend(parts[name](run_all.BenchContext(tmp_path, work, time.monotonic() + 99)))
         return list(asked)
 
     notes: list[dict] = []
@@ -246,11 +249,13 @@ def test_a_gpus_size_decides_what_is_measured_there(tmp_path, monkeypatch):
     assert asked_by("everydream", 14.6) == [("everydream", *sd15, n) for n in (1, 4)]
     notes.clear()
     assert asked_by("models", 14.6) == []
-    assert notes == [{"note": "left out: SDXL at batch 8 wants 70 GiB, this GPU has 15"}]
+    assert notes == [{"note": "skipped: SDXL at batch 8 needs 70 GiB, this GPU has 15"}]
 
 
-def test_what_comes_too_late_is_left_out_and_said(tmp_path):
-    records = list(everything.run_all(0.001, tmp_path, Workload(device="cpu"), only=("ceilings", "steps")))
-    assert [r.get("note") for r in records] == ["left out: the time was up"] * 2
-    with pytest.raises(ValueError, match="among ceilings"):
-        list(everything.run_all(1, tmp_path, Workload(device="cpu"), only=("nothing",)))
+def test_parts_that_no_longer_fit_the_time_are_recorded_as_skipped(tmp_path):
+    records = list(run_all.run_parts(0.001, tmp_path, Workload(device="cpu"), only=("ceilings", "steps")))
+    assert [r.get("note") for r in records] == ["skipped: not enough time left"] * 2
+    with pytest.raises(ValueError, match="there is no part nothing of bench all; use ceilings"):
+        list(run_all.run_parts(1, tmp_path, Workload(device="cpu"), only=("nothing",)))
+    with pytest.raises(ValueError, match="--minutes 0 must be above 0"):
+        list(run_all.run_parts(0, tmp_path, Workload(device="cpu")))

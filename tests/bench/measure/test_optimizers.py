@@ -143,7 +143,7 @@ def test_memory_on_a_cpu_is_the_allocators(capsys):
     assert main([*words, "--optimizer", name]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     found = {line["config"]["checkpointing"]: line["figures"] for line in lines}
-    assert set(found) == set(memory.kinds())
+    assert set(found) == set(memory.checkpointing_modes())
     # the tiny UNet's 3.2 M parameters in fp32 with codes of 8 bits; small tensors have fp32 moments
     assert 6 * 3.1 < found["none"]["held_mib"] * 1.049 < 7 * 3.3
     # what checkpointing saves; the optimizer has a peak of its own
@@ -175,20 +175,20 @@ def test_emulated_cards_are_tried_from_small_to_large_and_the_cap_is_lifted(monk
 
     monkeypatch.setattr(memory, "try_step", stand_in)
     work = Workload(device="cpu").resolved()
-    found = memory.of_a_gpu(work)
+    found = memory.measure_on_gpu(work)
     # 4 GiB cannot hold what is allocated; 6 less the context is 5.5; 8 is enough, and 12 is more than there is
     assert tried == pytest.approx([1.0, 0.55, 0.75])
     assert found["smallest_card_gib"] == 8
     assert fractions[-1] == 1.0
     monkeypatch.setattr(memory, "try_step", lambda work: None)
-    assert memory.of_a_gpu(work) == {"fits": False}
+    assert memory.measure_on_gpu(work) == {"fits": False}
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_cap_is_felt_on_a_gpu():
     work = Workload(device="cuda").resolved()
-    found = memory.of_a_gpu(work)
+    found = memory.measure_on_gpu(work)
     assert found["fits"]
     assert found["smallest_card_gib"] == 4
-    assert memory.on_a_card(work, 0.01, 0) is None
+    assert memory.step_on_emulated_card(work, 0.01, 0) is None

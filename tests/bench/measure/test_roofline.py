@@ -8,7 +8,7 @@ import torch
 from safelight.__main__ import main
 from safelight.bench.core import ceilings as ceilings_module
 from safelight.bench.core.results import read
-from safelight.bench.counting.costs import OperatorCosts, _entered, follow
+from safelight.bench.counting.costs import OperatorCosts, _open_phase, step_costs
 from safelight.bench.measure import roofline as measuring
 from safelight.bench.measure.optimizers import held_bytes
 from safelight.bench.recipes.workload import Ours, Workload, optimizer_config, random_batches
@@ -30,11 +30,11 @@ def on_meta(device: torch.device, dtype: torch.dtype, optimizer: str, **changes)
 
 def test_a_step_followed_on_meta_tensors_is_the_step_that_runs():
     work = Workload(batch_size=2, optimizer="adamw", device="cpu", precision="fp32").resolved()
-    counted = follow(on_meta(CPU, torch.float32, "adamw"), 2, work.latent_size, work.latent_size)
+    counted = step_costs(on_meta(CPU, torch.float32, "adamw"), 2, work.latent_size, work.latent_size)
     trainer, (batch,) = Ours(work), random_batches(1, work)
     trainer.step(batch)
-    stretches = []
-    with OperatorCosts(stretches) as seen, told_to(lambda name: _entered(stretches, name)):
+    phases = []
+    with OperatorCosts(phases) as seen, told_to(lambda name: _open_phase(phases, name)):
         trainer.step(batch)
     for kind in measuring.CLASSES:
         ours, theirs = ([cost for cost in costs.values() if cost.kind == kind] for costs in (counted, seen.costs))
@@ -47,7 +47,7 @@ def test_a_step_followed_on_meta_tensors_is_the_step_that_runs():
 def test_our_kernels_have_their_bytes():
     """As on a GPU: a norm's by its tensors, the optimizer's by what its table of addresses points to."""
     run = on_meta(CUDA, torch.bfloat16, "adamw8bit, exact", ema_decay=0.99)
-    costs = {name: cost for (_, name), cost in follow(run, 2, 16, 16).items() if cost.is_kernel}
+    costs = {name: cost for (_, name), cost in step_costs(run, 2, 16, 16).items() if cost.is_kernel}
     assert costs["_layer_norm_fwd_kernel"].kind == "norm"
     assert {cost.kind for cost in costs.values()} == {"norm", "elementwise", "optimizer"}
     assert costs["_geglu_fwd_kernel"].kind == "elementwise"

@@ -15,10 +15,10 @@ from safelight.__main__ import main
 from safelight.bench.core.results import read
 from safelight.bench.counting.costs import Cost, OperatorCosts
 from safelight.bench.measure import count
-from safelight.bench.profile import profiling_session as recording
-from safelight.bench.profile.analysis import STRETCHES, analyse, chosen_events, roofline_share, step_events
+from safelight.bench.profile import profiling_session
+from safelight.bench.profile.analysis import PHASES, analyse, chosen_events, roofline_share, step_events
 from safelight.bench.profile.profile_page import boxes, render
-from safelight.bench.profile.profiling_session import SavedTensors, run_session
+from safelight.bench.profile.profiling_session import SavedTensorTracker, run_session
 from safelight.trainer.config.toml import Config
 from safelight.trainer.models.base import resolve_base
 from safelight.trainer.step.profiler_ranges import named, told_to
@@ -69,7 +69,7 @@ def test_steps_of_the_largest_batch_have_every_stretch_once(session):
     steps = step_events(session)
     assert len(steps) == len(session.chosen) == 2
     names = [e.name for e in chosen_events(session)]
-    assert {name: names.count(name) for name in STRETCHES} == {
+    assert {name: names.count(name) for name in PHASES} == {
         # the batch, and that there is none after it
         "load": 4,
         "noise": 2,
@@ -104,7 +104,7 @@ def test_flops_and_saved_bytes_are_those_counted_on_meta_tensors(session):
 def test_the_parts_add_up_to_the_step(session):
     found = analyse(session, CEILINGS)
     whole = sum(e.time_range.elapsed_us() for e in step_events(session)) / 2e3
-    assert sum(found.stretches.values()) == pytest.approx(whole, rel=0.01)
+    assert sum(found.phases.values()) == pytest.approx(whole, rel=0.01)
     assert sum(found.kinds.values()) == pytest.approx(whole, rel=0.01)
     assert set(found.kinds) == {
         "conv",
@@ -119,8 +119,8 @@ def test_the_parts_add_up_to_the_step(session):
     calls = {o.name: o.calls for o in found.operators if o.kind != "optimizer"}
     convolutions = [m for m in count.meta_unet(resolve_base("tiny")).modules() if isinstance(m, nn.Conv2d)]
     assert calls["convolution"] == len(convolutions)
-    assert 0 < found.plain_ms < 20 * found.step_ms
-    assert found.model_flop_use == pytest.approx(found.flops / found.plain_ms / 1e-3 / 0.05e12)
+    assert 0 < found.unprofiled_ms < 20 * found.step_ms
+    assert found.model_flop_use == pytest.approx(found.flops / found.unprofiled_ms / 1e-3 / 0.05e12)
 
 
 def test_bytes_flops_and_the_roofline_by_hand():
@@ -144,27 +144,27 @@ def test_bytes_flops_and_the_roofline_by_hand():
     assert roofline_share(matrices, 2000, CEILINGS) == pytest.approx(0.5)
     # each call is bound by its own: together neither would be
     both = Cost(sizes=memory.sizes + matrices.sizes)
-    assert both.least_ms(CEILINGS) == pytest.approx(2000)
+    assert both.roofline_ms(CEILINGS) == pytest.approx(2000)
     assert (both.calls, both.num_bytes, both.flops) == (2, 11 * 10**9, 50 * 10**9)
     assert roofline_share(Cost(), 1, CEILINGS) is None
 
 
 def test_the_largest_batch_of_the_first_steps_is_spoken_of(monkeypatch, tmp_path):
     now = [0.0]
-    monkeypatch.setattr(recording, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    conductor = recording._Conductor(1, torch.device("cpu"), tmp_path)
-    monkeypatch.setattr(conductor.profiler, "start", lambda: None)
+    monkeypatch.setattr(profiling_session, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    step_profiler = profiling_session._StepProfiler(1, torch.device("cpu"), tmp_path)
+    monkeypatch.setattr(step_profiler.profiler, "start", lambda: None)
     # the first step makes states and compiles: it is neither timed nor chosen
     for size, seconds in ((9, 60.0), (2, 1.0), (3, 5.0), (3, 4.0)):
         now[0] += seconds
-        conductor._warmed((size, 4, 8, 8))
-    assert (conductor.shape, conductor.plain_ms) == ((3, 4, 8, 8), 4000.0)
+        step_profiler._warmed((size, 4, 8, 8))
+    assert (step_profiler.shape, step_profiler.unprofiled_ms) == ((3, 4, 8, 8), 4000.0)
 
 
 def test_a_gpus_memory_history_is_recorded_beside_the_steps_and_left_in_a_file(monkeypatch, tmp_path):
     told = []
     monkeypatch.setattr(
-        recording,
+        profiling_session,
         "profile",
         lambda activities, **_: SimpleNamespace(
             start=lambda: told.append("profiler begins"),
@@ -174,11 +174,11 @@ def test_a_gpus_memory_history_is_recorded_beside_the_steps_and_left_in_a_file(m
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda enabled="all", **_: told.append(enabled))
     monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda file: told.append(file))
-    conductor = recording._Conductor(1, torch.device("cuda"), tmp_path)
-    for _ in range(recording.NUM_WARMUPS):
-        conductor._warmed((2, 4, 8, 8))
+    step_profiler = profiling_session._StepProfiler(1, torch.device("cuda"), tmp_path)
+    for _ in range(profiling_session.NUM_WARMUPS):
+        step_profiler._warmed((2, 4, 8, 8))
     assert told == ["all", "profiler begins"]
-    conductor._stop_profiler()
+    step_profiler._stop_profiler()
     assert told[2:] == [str(tmp_path / "memory.pickle"), None, "profiler ends"]
 
 
@@ -187,7 +187,7 @@ def test_nothing_but_steps_is_profiled(tmp_path):
     config = Config()
     config.train.max_steps, config.save.every_steps, config.save.every_epochs = 7, 1, 1
     before = config.model_copy(deep=True)
-    found = recording.settings_for(config, tmp_path / "elsewhere")
+    found = profiling_session.settings_for(config, tmp_path / "elsewhere")
     assert config == before
     assert (found.run.dir, found.train.max_steps, found.log.tensorboard) == (str(tmp_path / "elsewhere"), 0, False)
     assert [found.save.every_steps, found.save.every_epochs] == [0, 0]
@@ -199,14 +199,14 @@ def test_nothing_but_steps_is_profiled(tmp_path):
 
 def test_saved_tensors_live_from_the_first_saving_to_the_last_release():
     x = torch.randn(256, requires_grad=True)
-    followed = SavedTensors(["forward", "down_blocks.0.resnets.0"], set())
+    followed = SavedTensorTracker(["forward", "down_blocks.0.resnets.0"], set())
     with followed:
         y = x.exp()
         (y * y).sum().backward()
     # exp and the product keep the same result
     assert [n for _, n in followed.saved.points] == [1024, 0]
     assert followed.saved.by_block == {"down_blocks.0.resnets.0": 1024}
-    own = SavedTensors([], {x.untyped_storage()._cdata})
+    own = SavedTensorTracker([], {x.untyped_storage()._cdata})
     with own:
         x.sin().sum().backward()
     assert own.saved.points == []
@@ -215,7 +215,7 @@ def test_saved_tensors_live_from_the_first_saving_to_the_last_release():
 def test_the_trace_and_the_page_stand_alone(session):
     (trace,) = session.files
     names = {event.get("name") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]}
-    assert {*STRETCHES, "step", "up_blocks.0.resnets.0"} <= names
+    assert {*PHASES, "step", "up_blocks.0.resnets.0"} <= names
     page = render(session, analyse(session, CEILINGS), CEILINGS, "tiny <b>", "a machine")
     assert "tiny &lt;b&gt;" in page
     for word in ("Flame chart", "Roofline", "Memory", "Kept for backward", "Python and dispatch"):
@@ -231,7 +231,7 @@ def test_the_trace_and_the_page_stand_alone(session):
     rate = re.compile(r"([\d.,]+) <small>a second")
     once, twice = (
         float(rate.search(render(s, analyse(s, CEILINGS), CEILINGS, "", ""))[1].replace(",", ""))
-        for s in (session, replace(session, plain_ms=session.plain_ms / 2))
+        for s in (session, replace(session, unprofiled_ms=session.unprofiled_ms / 2))
     )
     assert twice == pytest.approx(2 * once, rel=0.02)
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from transformers.optimization import Adafactor
 
-from safelight.bench.core.arguments import _Recipe
-from safelight.bench.recipes import other_trainers as styles
+from safelight.bench.core.arguments import RecipeName
+from safelight.bench.recipes import other_trainers
 from safelight.bench.recipes.baselines import RECIPES, Baseline
 from safelight.bench.recipes.other_trainers import ALL_RECIPES, STYLES, EveryDream, make_baseline, read_photograph
 from safelight.bench.recipes.suite import OURS, measure, variants
@@ -48,7 +48,7 @@ def difference(baseline: Baseline, plain: Plain) -> tuple[float, float]:
 
 
 def test_every_recipe_has_its_name_on_the_command_line_and_says_what_it_stands_for():
-    assert set(get_args(_Recipe)) == set(ALL_RECIPES) == {*RECIPES, *STYLES}
+    assert set(get_args(RecipeName)) == set(ALL_RECIPES) == {*RECIPES, *STYLES}
     assert all(len(recipe.stands_for) > 40 for recipe in ALL_RECIPES.values())
     with pytest.raises(ValueError, match="recipe 'nobody' is unknown; use safelight, "):
         list(measure(variants(("nobody",), (1,), WORK), repeats=1))
@@ -116,7 +116,7 @@ def test_mlperf_is_plain_adamw_on_fp32_masters_without_clipping(precision, input
 
 
 def test_mlperf_is_not_compiled_where_there_is_no_compiler(monkeypatch, compiled):
-    monkeypatch.setattr(styles.shutil, "which", lambda name: None)
+    monkeypatch.setattr(other_trainers.shutil, "which", lambda name: None)
     assert "not compiled: there is no compiler" in make_baseline("mlperf", WORK).notes
     assert compiled == []
 

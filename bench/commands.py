@@ -35,7 +35,7 @@ def run_baseline(options: arguments.Baseline) -> int:
 
     if not options.json:
         for name in options.recipe:
-            print(f"{name}: {ALL_RECIPES[name].stands_for}")
+            print(f"{name}: {ALL_RECIPES[name].description}")
     return _run_steps(options, (OURS, *options.recipe))
 
 

@@ -1,4 +1,4 @@
-"""Result lines, their comparison, their pictures, and the check of quoted figures."""
+"""Result lines, their comparison and their plots; the check of figures quoted in the docs; benchmark help."""
 
 import json
 import re
@@ -56,7 +56,7 @@ def test_clocks_are_nvidia_smis_words(tmp_path, monkeypatch):
 
 def test_a_damaged_or_missing_file_is_named(tmp_path):
     (tmp_path / "r.jsonl").write_text('{"bench": "a"}\n{"ben')
-    with pytest.raises(ValueError, match=r"r\.jsonl line 2 is no JSON"):
+    with pytest.raises(ValueError, match=r"r\.jsonl line 2 is not JSON"):
         read(tmp_path / "r.jsonl")
     with pytest.raises(ValueError, match="neither a results file nor a commit"):
         results.find("nowhere")
@@ -114,7 +114,7 @@ def test_pictures_are_drawn_of_what_was_measured(tmp_path, capsys):
     out = capsys.readouterr().out
     names = {path.name for path in (tmp_path / "out").glob("*.png")}
     assert names == {"throughput.png", "memory.png", "scaling.png"}
-    assert "no figures for: ablation" in out
+    assert "not plotted, no results for: ablation" in out
     for name in names:
         with Image.open(tmp_path / "out" / name) as image:
             # something in our colour was drawn
@@ -129,8 +129,8 @@ def drawn(draw, records):
     return axes
 
 
-def test_bars_of_other_settings_stand_apart_and_the_newest_of_the_same_alone():
-    """Two commands time the same step, and one step is timed with two optimizers."""
+def test_steps_with_other_settings_are_drawn_separately_and_only_the_newest_of_each():
+    """Two commands timed the same step, and one step was timed with two optimizers."""
     same = {"optimizer": "adamw", "loader": False, "repeats": 3}
     records = [
         {**line(config=same, images_per_s=[1.0, 2.0, 3.0]), "date": "2026-11-02"},
@@ -147,12 +147,12 @@ def test_bars_of_other_settings_stand_apart_and_the_newest_of_the_same_alone():
     assert [tick.get_text() for tick in drawn(plot.throughput, records[:1]).get_xticklabels()] == ["batch 1"]
 
 
-def test_a_counted_roofline_is_drawn_as_what_it_is():
+def test_the_roofline_of_a_counted_step_is_labelled_as_not_measured():
     classes = {"conv": {"least_ms": 3.0}, "norm": {"least_ms": 1.0}}
     config = {"precision": "fp16", "ceilings": "t4's data sheet"}
     counted = line("roofline", config, classes=classes, least_ms=4.0)
     axes = drawn(plot.roofline, [counted])
-    assert "counted, not measured" in axes.get_title()
+    assert "at the roofline (not measured)" in axes.get_title()
     measured = line(
         "roofline",
         {"precision": "fp32"},
@@ -162,14 +162,14 @@ def test_a_counted_roofline_is_drawn_as_what_it_is():
         model_flop_use={"share_of_limit": 0.3},
     )
     axes = drawn(plot.roofline, [measured, counted])
-    assert "model-FLOP use 30 %" in axes.get_title()
+    assert "model FLOP utilization 30 %" in axes.get_title()
     assert sorted(bar.get_width() for bar in axes.patches) == [0.0, 2.0, 3.0, 5.0]
 
 
 def test_every_quoted_figure_is_in_a_result_line():
     missing, wrong = figures.check(ROOT)
-    told = [f"{q.file}:{q.line}: {q.text}" for q in missing]
-    assert told == [], "commit the result line (bench --append), or declare it in bench/results/quoted.toml"
+    quoted = [f"{q.file}:{q.line}: {q.text}" for q in missing]
+    assert quoted == [], "commit the result line (bench --append), or declare it in bench/results/quoted.toml"
     assert wrong == []
 
 

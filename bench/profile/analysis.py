@@ -1,4 +1,4 @@
-"""What a profiling session says: time by stretch and by class of operator, and each operator against the roofline."""
+"""Analyse a profiling session: time by phase and by class of operator, and each operator against the roofline."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from safelight.bench.counting.costs import Cost, kind_of
 from safelight.bench.profile.profiling_session import STEP, ProfileSession
 
 PHASES = ("load", "noise", "forward", "loss", "backward", "optimizer")
+# names in result lines: time outside the phases, and time without an operator
 REST = "the loop around them"
 IDLE = {"cuda": "idle", "cpu": "Python and dispatch"}
-# what a kernel's own name tells where nothing else does
+# class by a part of a kernel's name, if nothing else is known of it
 _KERNEL_WORDS = {
     "conv": ("conv", "wgrad", "dgrad", "fprop"),
     "linear": ("gemm", "cutlass"),
@@ -30,7 +31,10 @@ _KERNEL_WORDS = {
 
 @dataclass(frozen=True)
 class Operator:
-    """An operator (or a kernel outside all of them) in one step. share: of the roofline, None where nothing is known of it."""
+    """An operator, or a kernel that no operator launched: its calls, time and costs per step.
+
+    share: roofline time / measured time; None if its bytes and FLOPs are unknown.
+    """
 
     name: str
     kind: str
@@ -43,9 +47,10 @@ class Operator:
 
 @dataclass(frozen=True)
 class Analysis:
-    """step_ms: the median profiled step's; unprofiled_ms: one without the profiler. kinds: ms by class, what is left last.
+    """Figures of one step.
 
-    launches: a GPU's kernels, copies and fills; on a CPU the operators.
+    step_ms: median of the profiled steps. unprofiled_ms: a step without the profiler. phases: ms by phase. kinds: ms by
+    class of operator, with the idle time last. launches: kernels, copies and fills of a GPU, or operators of a CPU.
     """
 
     step_ms: float
@@ -65,27 +70,27 @@ def _all_steps(session: ProfileSession) -> list:
 
 
 def step_events(session: ProfileSession) -> list:
-    """Return the profiler's events of the steps that are spoken of."""
+    """Return the profiler's events of the analysed steps."""
     steps = _all_steps(session)
     return [steps[number] for number in session.chosen]
 
 
 def gpu_steps(session: ProfileSession) -> list[DeviceStep]:
-    """Return those steps on the GPU's own timeline; none on a CPU."""
-    found = device_steps(session.kernels, [e.time_range.start for e in _all_steps(session)])
-    return [found[number] for number in session.chosen if number in found]
+    """Return the analysed steps on the GPU's timeline; empty on a CPU."""
+    steps = device_steps(session.kernels, [e.time_range.start for e in _all_steps(session)])
+    return [steps[number] for number in session.chosen if number in steps]
 
 
 def chosen_events(session: ProfileSession) -> list:
-    """Return the profiler's events that began within those steps."""
+    """Return the profiler's events that began within the analysed steps."""
     spans = [(e.time_range.start, e.time_range.end) for e in step_events(session)]
     starts = [start for start, _ in spans]
-    found = []
+    events = []
     for event in session.events:
         number = bisect.bisect_right(starts, event.time_range.start) - 1
         if number >= 0 and event.time_range.start <= spans[number][1]:
-            found.append(event)
-    return found
+            events.append(event)
+    return events
 
 
 def median_step(session: ProfileSession):
@@ -95,7 +100,7 @@ def median_step(session: ProfileSession):
 
 
 def above(event) -> Iterator:
-    """Yield what an event is within, the nearest first."""
+    """Yield the events that enclose an event, innermost first."""
     event = event.cpu_parent
     while event is not None:
         yield event
@@ -103,28 +108,28 @@ def above(event) -> Iterator:
 
 
 def _phase_times(session: ProfileSession, events: list) -> dict[str, float]:
-    """Return ms a step of each stretch, and of what is in none."""
-    found = dict.fromkeys(PHASES, 0.0)
+    """Return the host's ms per step in each phase, and outside all phases."""
+    times = dict.fromkeys(PHASES, 0.0)
     for event in events:
-        if event.name in found and event.device_type == DeviceType.CPU:
-            found[event.name] += event.time_range.elapsed_us() / 1e3 / len(session.chosen)
+        if event.name in times and event.device_type == DeviceType.CPU:
+            times[event.name] += event.time_range.elapsed_us() / 1e3 / len(session.chosen)
     whole = statistics.fmean(e.time_range.elapsed_us() for e in step_events(session)) / 1e3
-    return {**found, REST: max(0.0, whole - sum(found.values()))}
+    return {**times, REST: max(0.0, whole - sum(times.values()))}
 
 
 def _operator_of(event, counted: set[str]) -> tuple[str | None, bool]:
-    """Return the outermost counted operator that an event is, or is within, and whether the optimizer's stretch is around."""
+    """Return (outermost counted operator that is or encloses an event, whether the optimizer phase encloses it)."""
     outer = [event.name, *(e.name for e in above(event))]
     named = [name[6:] for name in outer if name.startswith("aten::") and name[6:] in counted]
     return (named[-1] if named else None), "optimizer" in outer
 
 
-# by (in the optimizer, operator or kernel)
+# [calls, ms] over all steps by (called by the optimizer, operator or kernel)
 _Times = dict[tuple[bool, str], list[float]]
 
 
 def _cpu_times(session: ProfileSession, events: list) -> _Times:
-    """Return [calls, ms] over all steps: what an operator calls is part of it."""
+    """Return the times of operators on a CPU, each including the operators it calls."""
     counted = {name for _, name in session.costs}
     times: _Times = defaultdict(lambda: [0, 0.0])
     for event in events:
@@ -140,8 +145,10 @@ def _cpu_times(session: ProfileSession, events: list) -> _Times:
 
 
 def _gpu_times(session: ProfileSession, steps: list[DeviceStep]) -> _Times:
-    """Return [launches, ms] over all steps, under the operator that launched, or the kernel's own name where none did:
-    our kernels, and what a graph replays."""
+    """Return the times of kernels on a GPU by the operator that launched them.
+
+    Kernels without an operator, which are ours and those of CUDA graphs, stand under their own names.
+    """
     counted = {name for (_, name), cost in session.costs.items() if not cost.is_kernel}
     by_id = {e.id: e for e in session.events if e.device_type == DeviceType.CPU and not e.name.startswith("cu")}
     times: _Times = defaultdict(lambda: [0, 0.0])
@@ -155,7 +162,7 @@ def _gpu_times(session: ProfileSession, steps: list[DeviceStep]) -> _Times:
 
 
 def _cost(session: ProfileSession, in_optimizer: bool, name: str) -> Cost | None:
-    """Return what is known of an operator in a stretch, or of a kernel of ours in any."""
+    """Return the cost of an operator in or outside the optimizer; of our own kernels, wherever they were called."""
     other = session.costs.get((not in_optimizer, name))
     return session.costs.get((in_optimizer, name)) or (other if other is not None and other.is_kernel else None)
 
@@ -169,13 +176,13 @@ def _kind(in_optimizer: bool, name: str, cost: Cost | None, counted: set[str]) -
 
 
 def roofline_share(cost: Cost, ms: float, ceilings: dict) -> float | None:
-    """Return the least time for the bytes and FLOPs of an operator's calls at the ceilings, over the time they took."""
-    least = cost.roofline_ms(ceilings)
-    return least / ms if ms > 0 and least > 0 else None
+    """Return roofline time / measured time of an operator's calls; None if either is 0."""
+    limit_ms = cost.roofline_ms(ceilings)
+    return limit_ms / ms if ms > 0 and limit_ms > 0 else None
 
 
 def analyse(session: ProfileSession, ceilings: dict) -> Analysis:
-    """Return what the session says, by one step. ceilings: of bench/core/ceilings.py."""
+    """Return the figures of one step. ceilings: from bench/core/ceilings.py."""
     operators, events, num = [], chosen_events(session), len(session.chosen)
     is_gpu = session.device.type == "cuda"
     on_device = gpu_steps(session) if is_gpu else []
@@ -213,7 +220,7 @@ def analyse(session: ProfileSession, ceilings: dict) -> Analysis:
 
 
 def figures(session: ProfileSession, analysis: Analysis, ceilings: dict) -> dict:
-    """Return plain values for a result line."""
+    """Return the analysis as plain values for a result line."""
     mib = 2**20
     return {
         "step_ms": round(analysis.step_ms, 2),

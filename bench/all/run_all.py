@@ -1,9 +1,9 @@
 """`safelight bench all`: every benchmark in one call, the most valuable first; safe to interrupt.
 
 Each result is on disk as soon as it is measured. A part that fails leaves a line with the reason and the next part
-starts; a part that no longer fits the time limit leaves a line that says so. On a GPU the parts run in a subprocess, which
-is replaced after a failure, so that an illegal memory access, a crash or a hang affects only its own part. On a CPU the
-same parts run in this process with small sizes, as a rehearsal.
+starts; a part that no longer fits the time limit leaves a line that says so. On a GPU the parts run in a subprocess,
+which is replaced after a failure, so that an illegal memory access, a crash or a hang affects only its own part. On a
+CPU the same parts run in this process with small sizes, as a rehearsal.
 """
 
 from __future__ import annotations

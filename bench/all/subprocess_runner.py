@@ -1,7 +1,8 @@
 """Run a generator in a subprocess and receive its results one by one; a crash or hang there leaves the caller intact.
 
 After a CUDA error such as an illegal memory access no later CUDA call succeeds in the process, and a process that
-crashed or hangs cannot continue either. Measurements that may fail this way run here, and the caller makes no CUDA call.
+crashed or hangs cannot continue either. Measurements that may fail this way run here, and the caller makes no CUDA
+call.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def run_in_subprocess(
 
 
 def _send_results(sending: Connection, work: Callable, arguments: tuple) -> None:
-    """Run the work in the subprocess. Sends ("result", value) for each result or ("error", exception), None at the end."""
+    """Run the work in the subprocess. Sends ("result", value) or ("error", exception), and None at the end."""
     # Ctrl-C reaches both processes; the caller ends this one. SIGTERM unwinds the stack, so that children end too.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

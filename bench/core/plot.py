@@ -207,7 +207,7 @@ ROUNDING = {"plain bf16": "#64748b", "rounded": "#fdba74", "near": "#fb923c", "e
 
 
 def rounding(axes: Axes, records: list[dict]) -> bool:
-    """Draw the weight error of each memory mode relative to fp32 training; return whether there was anything to draw."""
+    """Draw the weight error of each memory mode relative to fp32 training; return whether there was any."""
     lines = [r for r in newest(records).values() if r["bench"] == "rounding"]
     for x, line in enumerate(lines):
         for number, (mode, colour) in enumerate(ROUNDING.items()):
@@ -227,9 +227,9 @@ def rounding(axes: Axes, records: list[dict]) -> bool:
 
 
 def roofline(axes: Axes, records: list[dict]) -> bool:
-    """Draw the newest measured step, or else the newest counted one: ms by operator class, and the roofline's ms of each.
+    """Draw the measured and the roofline's ms of a step by operator class; return whether there was a step.
 
-    Returns whether there was one.
+    Takes the newest measured step, or else the newest counted one.
     """
     lines = [r for r in newest(records).values() if r["bench"] == "roofline"]
     if not lines:

@@ -1,7 +1,7 @@
 """Bytes and FLOPs of each operator and kernel in a step: every input and output counted once.
 
-A step is traced operator by operator, on its device or on meta tensors (trainer/memory_plan/meta_run.py). Our own kernels
-are not operators; on meta tensors their launches are recorded instead.
+A step is traced operator by operator, on its device or on meta tensors (trainer/memory_plan/meta_run.py). Our own
+kernels are not operators; on meta tensors their launches are recorded instead.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def _open_phase(phases: list[str], name: str) -> Iterator[None]:
 
 
 def step_costs(run: MetaRun, batch_size: int, height: int, width: int, num_micro: int = 1) -> Costs:
-    """Return the costs of a step of `num_micro` micro-batches, traced on meta tensors. height, width: of the latents."""
+    """Return the costs of a step of `num_micro` micro-batches, traced on meta tensors; height, width of the latents."""
     # the first step creates the optimizer's states
     run.step(batch_size, height, width, num_micro)
     phases: list[str] = []

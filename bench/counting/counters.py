@@ -1,8 +1,8 @@
 """Count what a training step does: operators, kernel launches, bytes, FLOPs, host-device synchronizations.
 
 Unlike times, counts are exactly reproducible. A dispatch mode sees every operator of a step, on meta tensors (shapes
-without memory) or real ones. On meta tensors, attention is replaced by the fused operator that a GPU would run, and saves
-the same tensors for backward; torch's own meta SDPA takes the math path, which saves the whole attention matrix.
+without memory) or real ones. On meta tensors, attention is replaced by the fused operator that a GPU would run, and
+saves the same tensors for backward; torch's own meta SDPA takes the math path, which saves the whole attention matrix.
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ class Counts:
 class Counter(LaunchMode):
     """Dispatch mode that counts every operator. While `phase` is "optimizer", all of them count as that class.
 
-    On meta tensors, reading a value (`.item()`) returns 1 and counts as a synchronization. Operators on CPU tensors only
-    (AdamW's step counts) are left out.
+    On meta tensors, reading a value (`.item()`) returns 1 and counts as a synchronization. Operators on CPU tensors
+    only (AdamW's step counts) are left out.
     """
 
     def __init__(self, layout: str = "nchw"):

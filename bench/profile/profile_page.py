@@ -58,7 +58,7 @@ def boxes(session: ProfileSession) -> list[Box]:
 
 
 def _fill(name: str) -> str:
-    """Return the CSS class of a box: red for the step and its phases, amber for the UNet's blocks, grey for operators."""
+    """Return the CSS class of a box: red for the step and its phases, amber for UNet blocks, grey for operators."""
     if name == STEP or name in PHASES:
         return "f-accent"
     return "f-amber" if "." in name and "::" not in name and "#" not in name else "f-faint"
@@ -298,9 +298,9 @@ def render(session: ProfileSession, analysis: Analysis, ceilings: dict, title: s
                 tag(
                     "p",
                     f"Ceilings measured on this machine: {ceilings['matmul_tflops']:.2f} TFLOP/s of matrix "
-                    f"multiplication and {ceilings['copy_gb_per_s']:.1f} GB/s of copies. An operator at 100 % is as fast "
-                    "as its FLOPs, or reading its inputs and writing its outputs once, allow. Above 100 %, data came "
-                    "from a cache.",
+                    f"multiplication and {ceilings['copy_gb_per_s']:.1f} GB/s of copies. An operator at 100 % takes "
+                    "no longer than its FLOPs need, or reading its inputs and writing its outputs once. Above 100 %, "
+                    "data came from a cache.",
                     class_="note",
                 ),
                 table(

@@ -1,7 +1,7 @@
 """Profile a few real training steps with torch's profiler, then trace one more step for bytes, FLOPs and saved tensors.
 
-`safelight profile` runs the config's own training loop, loader and log in a temporary folder, without validation, samples
-and checkpoints. The traced step is not timed, because tracing every operator slows it down.
+`safelight profile` runs the config's own training loop, loader and log in a temporary folder, without validation,
+samples and checkpoints. The traced step is not timed, because tracing every operator slows it down.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class ProfileSession:
     """What was recorded of a training loop.
 
     chosen: indices of the profiled steps that are analysed, those whose latents have `shape`. events: torch's profiler
-    events. kernels: the GPU's kernels. live: by device type, (seconds since profiling began, bytes allocated since then).
-    costs, saved: of the traced step. files: written by the profiler. shape: of the latents of one micro-batch.
+    events. kernels: the GPU's kernels. live: by device type, (seconds since profiling began, bytes allocated since
+    then). costs, saved: of the traced step. files: written by the profiler. shape: of the latents of one micro-batch.
     unprofiled_ms: the fastest step of that shape before the profiler started.
     """
 
@@ -134,7 +134,7 @@ class _PhaseRecorder:
 
     @contextlib.contextmanager
     def blocks(self) -> Iterator[None]:
-        """Open a profiler range around each block of the UNet. With checkpointing, blocks open again inside backward."""
+        """Open a profiler range around each UNet block; with checkpointing, blocks open again inside backward."""
         before = nn.modules.module.register_module_forward_pre_hook(self._begin)
         after = nn.modules.module.register_module_forward_hook(self._end)
         try:
@@ -161,7 +161,7 @@ class _PhaseRecorder:
 
 
 def _blocks_of(unet: nn.Module) -> dict[nn.Module, str]:
-    """Return the UNet's modules that get a range: ResNets, transformers and samplers of each block, and single layers."""
+    """Return the name of each UNet module that gets a range: the parts of its blocks, and the layers around them."""
     names = {}
     for name, child in unet.named_children():
         if name in ("down_blocks", "up_blocks"):
@@ -179,7 +179,7 @@ def _blocks_of(unet: nn.Module) -> dict[nn.Module, str]:
 
 
 def settings_for(config: Config, run_dir: Path) -> Config:
-    """Return a copy of a run's config that only trains: no validation, samples, checkpoints, TensorBoard or step limit."""
+    """Return a copy of a run's config without validation, samples, checkpoints, TensorBoard and step limit."""
     config = config.model_copy(deep=True)
     config.run.dir = str(run_dir)
     config.validate_.every_epochs = config.sample.every_epochs = 0
@@ -191,10 +191,10 @@ def settings_for(config: Config, run_dir: Path) -> Config:
 
 
 class _StepProfiler:
-    """Moves a training loop through three stages: warm-up, profiling, tracing. The loop calls `after_step` after each step.
+    """Moves a training loop through three stages: warm-up, profiling, tracing. The loop calls `after_step`.
 
-    Batches have different shapes. The largest one of the warm-up steps is profiled, until `num_steps` steps of that shape
-    have been seen; then one more of them is traced.
+    Batches have different shapes. The largest one of the warm-up steps is profiled, until `num_steps` steps of that
+    shape have been seen; then one more of them is traced.
     """
 
     def __init__(self, num_steps: int, device: torch.device, out: Path):
@@ -294,8 +294,8 @@ def profile_loop(
             pass
         else:
             raise UserError(
-                f"the run ends after {phases.num_steps} steps, before {num_steps} steps with full batches were profiled; "
-                "lower --steps or raise train.epochs"
+                f"the run ends after {phases.num_steps} steps, before {num_steps} steps with full batches were "
+                "profiled; lower --steps or raise train.epochs"
             )
         finally:
             step_profiler.close()
@@ -334,7 +334,7 @@ def run_session(config: Config, num_steps: int, out: Path, terminal: Terminal | 
 
 
 def _live_bytes(profiler: profile) -> dict[str, list[tuple[float, int]]]:
-    """Return each allocator's (seconds, bytes) by device type, from the raw trace: events() drops those in operators."""
+    """Return each allocator's (seconds, bytes) by device type; read from the raw trace, as events() is incomplete."""
     results = profiler.profiler.kineto_results
     began, live = results.trace_start_ns(), {}
     for event in sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):

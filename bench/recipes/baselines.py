@@ -1,8 +1,8 @@
 """Published training recipes to compare with: diffusers' example script and its faster variants.
 
-Written by us without handicapping them. Each is the same plain loop: latents drawn from the cached posterior, torch.randn
-noise, DDPMScheduler, F.mse_loss in fp32, clip_grad_norm_ and bitsandbytes' AdamW8bit, with fused attention and the same
-checkpointing and precision as ours. Recipes of other trainers are in bench/recipes/other_trainers.py.
+Written by us without handicapping them. Each is the same plain loop: latents drawn from the cached posterior,
+torch.randn noise, DDPMScheduler, F.mse_loss in fp32, clip_grad_norm_ and bitsandbytes' AdamW8bit, with fused attention
+and the same checkpointing and precision as ours. Recipes of other trainers are in bench/recipes/other_trainers.py.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ RECIPES = {
         compile=True,
     ),
     "diffusers-16bit": Recipe(
-        "the low-memory mode of kohya's full_fp16 / full_bf16: weights, gradients and update in 16 bits, no fp32 master "
-        "weights",
+        "the low-memory mode of kohya's full_fp16 / full_bf16: weights, gradients and update in 16 bits, without fp32 "
+        "master weights",
         weights_16bit=True,
     ),
 }
@@ -154,7 +154,7 @@ class Baseline:
 
 
 def _allow_fp16_gradients(scaler: torch.amp.GradScaler) -> None:
-    """Let a GradScaler unscale fp16 gradients. torch refuses to; full-fp16 trainers such as kohya's patch it like this."""
+    """Let a GradScaler unscale fp16 gradients, which torch refuses; full-fp16 trainers such as kohya's do the same."""
     unscale = scaler._unscale_grads_
 
     def unscale_any(optimizer, inv_scale, found_inf, allow_fp16):

@@ -1,7 +1,7 @@
 """The training step of other trainers, written by us from their published behaviour without handicapping them.
 
-A known inefficiency is reproduced only where it defines the trainer: EveryDream2 runs the VAE and text encoder every step,
-sd-scripts does not. Synchronizations that none of them needs (`loss.item()`) are left out.
+A known inefficiency is reproduced only where it defines the trainer: EveryDream2 runs the VAE and text encoder every
+step, sd-scripts does not. Synchronizations that none of them needs (`loss.item()`) are left out.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ STYLES = {
         optimizer="adafactor",
     ),
     "mlperf": Recipe(
-        "MLPerf Training's Stable Diffusion on NeMo: 16-bit UNet with fp32 master weights, channels-last, Inductor, the "
-        "whole step in one CUDA graph, fused AdamW in fp32, no gradient clipping",
+        "MLPerf Training's Stable Diffusion on NeMo: 16-bit UNet with fp32 master weights, channels-last, Inductor, "
+        "the whole step in one CUDA graph, fused AdamW in fp32, no gradient clipping",
         weights_16bit=True,
         channels_last=True,
         compile=True,

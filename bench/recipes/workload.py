@@ -109,7 +109,7 @@ def random_samples(num: int, side: int) -> list[Sample]:
 
 
 def fill_random_cache(path: Path, num: int, base: str, side: int, rows_at_once: int = 256) -> list[Sample]:
-    """Fill a cache with random rows and return their samples. Contents repeat after `rows_at_once` rows, keys do not."""
+    """Fill a cache with random rows and return their samples. Contents repeat after `rows_at_once` rows."""
     samples = random_samples(num, side)
     posterior, text = random_rows(min(num, rows_at_once), base, side)
     with Cache(path) as cache:
@@ -175,8 +175,8 @@ def optimizer_config(name: str) -> Optimizer:
 class Ours:
     """The training step of `safelight train`. notes: which attention and kernels it actually uses.
 
-    kernels, cudnn_benchmark: as train.kernels and train.cudnn_benchmark. fused: optimizer step inside backward. recorder:
-    if given, steps are captured as CUDA graphs at the first batch of each size and replayed.
+    kernels, cudnn_benchmark: as train.kernels and train.cudnn_benchmark. fused: optimizer step inside backward.
+    recorder: if given, steps are captured as CUDA graphs at the first batch of each size and replayed.
     """
 
     def __init__(
@@ -241,10 +241,10 @@ class Ours:
 
 @contextmanager
 def separate_cudnn_cache(enabled: bool) -> Iterator[None]:
-    """Use a separate cache of cuDNN's algorithm choices inside the block, so that cudnn.benchmark tries every shape anew.
+    """Use a separate cache of cuDNN's algorithm choices inside the block, so that cudnn.benchmark starts afresh.
 
-    Torch caches the choice by shape and by allow_tf32, so flipping allow_tf32 selects other entries; 16-bit convolutions
-    ignore it otherwise.
+    Torch caches the choice by shape and by allow_tf32, so flipping allow_tf32 selects other entries; 16-bit
+    convolutions ignore it otherwise.
     """
     before = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = before != enabled

@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from safelight.__main__ import main
+from safelight.bench import commands
+from safelight.bench.command_line import COMMANDS
 from safelight.bench.core import plot, results
 from safelight.bench.core.results import append, make_record, read
 from tests.docs import quoted_figures as figures
@@ -25,7 +27,7 @@ def line(bench="step", config=None, **found) -> dict:
     return {"bench": bench, "config": config, "figures": found, "machine": {"device": "CPU"}, "git_commit": "abcdef123"}
 
 
-def test_a_record_says_with_what_it_was_measured(tmp_path):
+def test_a_record_names_versions_and_commit_but_no_paths(tmp_path):
     record = make_record("step", {"batch_size": 2}, {"step_ms": 1.5}, torch.device("cpu"), "a note")
     append(tmp_path / "deep" / "r.jsonl", record)
     append(tmp_path / "deep" / "r.jsonl", record)
@@ -33,11 +35,11 @@ def test_a_record_says_with_what_it_was_measured(tmp_path):
     assert record["machine"]["torch"] == torch.__version__
     assert len(record["git_commit"]) == 40
     assert isinstance(record["git_dirty"], bool)
-    # no path of this machine: neither the command's arguments nor the checkout's place
+    # neither in the command's arguments nor elsewhere
     assert str(ROOT) not in json.dumps(record)
 
 
-def test_clocks_are_nvidia_smis_words(tmp_path, monkeypatch):
+def test_clocks_are_read_from_nvidia_smi(tmp_path, monkeypatch):
     smi = tmp_path / "nvidia-smi"
     smi.write_text("#!/bin/sh\necho '1590, 5000, 70.00, 41, 550.54'\n")
     smi.chmod(0o755)
@@ -54,7 +56,7 @@ def test_clocks_are_nvidia_smis_words(tmp_path, monkeypatch):
     assert results.clocks(torch.device("cpu")) == {}
 
 
-def test_a_damaged_or_missing_file_is_named(tmp_path):
+def test_the_error_for_a_damaged_or_missing_file_names_it(tmp_path):
     (tmp_path / "r.jsonl").write_text('{"bench": "a"}\n{"ben')
     with pytest.raises(ValueError, match=r"r\.jsonl line 2 is not JSON"):
         read(tmp_path / "r.jsonl")
@@ -81,7 +83,7 @@ def test_compare_takes_the_newest_line_of_the_same_config(tmp_path, capsys):
 def test_compare_fails_where_b_is_slower_than_allowed(tmp_path, capsys):
     a, same, slow = (tmp_path / f"{name}.jsonl" for name in ("a", "same", "slow"))
     append(a, line(images_per_s=[9, 10.0, 11.0], step_ms=[100.0, 110, 120], peak_gib=1.0))
-    # a disturbed machine is slower in the middle, not at its best
+    # other load makes a machine slower in the median, not at its best
     append(same, line(images_per_s=[4, 5.0, 10.8], step_ms=[102.0, 220, 330], peak_gib=9.0))
     append(slow, line(images_per_s=[8, 9.09, 10.0], step_ms=[110.0, 121, 132], peak_gib=1.0))
     assert main(["bench", "compare", str(a), str(same), "--at-most", "0.05"]) == 0
@@ -90,13 +92,13 @@ def test_compare_fails_where_b_is_slower_than_allowed(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "slower by 10.0 %: step images_per_s" in out
     assert "slower by 10.0 %: step step_ms 100 -> 110" in out
-    # faster is no fault, and nobody asked
+    # being faster does not fail, nor does a comparison without --at-most
     assert main(["bench", "compare", str(slow), str(a), "--at-most", "0.05"]) == 0
     assert main(["bench", "compare", str(a), str(slow)]) == 0
     assert main(["bench", "compare", str(a), str(slow), "--at-most", "5"]) == 2
 
 
-def test_pictures_are_drawn_of_what_was_measured(tmp_path, capsys):
+def test_plots_are_drawn_for_what_was_measured_and_the_rest_is_named(tmp_path, capsys):
     file = tmp_path / "r.jsonl"
     for recipe in ("safelight", "diffusers"):
         for size in (1, 4):
@@ -117,7 +119,7 @@ def test_pictures_are_drawn_of_what_was_measured(tmp_path, capsys):
     assert "not plotted, no results for: ablation" in out
     for name in names:
         with Image.open(tmp_path / "out" / name) as image:
-            # something in our colour was drawn
+            # something was drawn in our colour
             assert (0xC2, 0x41, 0x0C) in {colour for _, colour in image.convert("RGB").getcolors(10**6)}
     assert main(["bench", "plot", str(results.COUNTS), "-o", str(tmp_path / "counts")]) == 0
     assert [p.name for p in (tmp_path / "counts").glob("*.png")] == ["ablation.png"]
@@ -190,7 +192,7 @@ def test_figures_with_units_are_found(text, found):
     assert [(q.value, q.unit) for q in figures.quotes(text, "x.md")] == found
 
 
-def test_an_invented_figure_is_missed_and_a_declared_one_passes(tmp_path):
+def test_a_quoted_figure_without_a_result_fails_unless_it_is_declared(tmp_path):
     (tmp_path / "docs").mkdir()
     (tmp_path / "README.md").write_text("It makes 43.1 images/s here and 987.65 images/s there, in 12345 s.\n")
     declared = tmp_path / "quoted.toml"
@@ -215,7 +217,7 @@ def test_an_invented_figure_is_missed_and_a_declared_one_passes(tmp_path):
         {"figures": {"images_per_s": 4.436}, "note": "a prediction; no GPU was measured"},
     ],
 )
-def test_a_prediction_is_no_figure_to_quote(predicted, tmp_path):
+def test_a_predicted_figure_cannot_be_quoted_as_measured(predicted, tmp_path):
     (quote,) = figures.quotes("A T4 makes 4.44 images/s.", "README.md")
     measured = {"figures": {"images_per_s": 4.4361}, "note": "a T4"}
     append(tmp_path / "r.jsonl", predicted)
@@ -229,30 +231,36 @@ def test_every_declared_definition_says_why():
     assert all(entry["text"] and entry["why"] for entry in tables["definition"])
 
 
-def test_the_help_of_every_benchmark_needs_no_torch():
-    code = (
-        "import contextlib, io, sys\nfrom safelight.__main__ import main\nfrom safelight.bench.command_line import COMMANDS\n"
-        "for name in COMMANDS:\n    told = io.StringIO()\n    with contextlib.redirect_stdout(told):\n        try:\n"
-        "            status = main(['bench', name, '--help'])\n        except SystemExit as end:\n            status = end.code\n"
-        "    print(name, status, told.getvalue().startswith(f'usage: safelight bench {name}'), 'torch' in sys.modules)"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+PRINT_ALL_HELP = """
+import contextlib, io, sys
+from safelight.__main__ import main
+from safelight.bench.command_line import COMMANDS
+for name in COMMANDS:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        try:
+            status = main(["bench", name, "--help"])
+        except SystemExit as end:
+            status = end.code
+    has_usage = out.getvalue().startswith(f"usage: safelight bench {name}")
+    print(name, status, has_usage, "torch" in sys.modules)
+"""
+
+
+def test_the_help_of_every_benchmark_does_not_import_torch():
+    command = [sys.executable, "-c", PRINT_ALL_HELP]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     lines = [line.split() for line in result.stdout.splitlines()]
-    assert {line[0] for line in lines} >= {
-        "step",
-        "baseline",
-        "count",
-        "loader",
-        "quick",
-        "all",
-        "compare",
-        "plot",
-        "gate",
-    }
+    assert [line[0] for line in lines] == [*COMMANDS]
     assert all(line[1:] == ["0", "True", "False"] for line in lines), result.stdout
 
 
-def test_result_lines_name_no_place_of_one_machine():
+def test_every_benchmark_has_a_function_that_runs_it():
+    functions = {name for name, value in vars(commands).items() if name.startswith("run_") and callable(value)}
+    assert functions == {f"run_{name}" for name in COMMANDS}
+
+
+def test_result_lines_contain_no_absolute_paths():
     absolute = re.compile(r'(?<![\w.])/(?:tmp|home|root|work|Users|mnt|content)/[^\s"]*')
     for path in sorted(results.RESULTS.glob("*.jsonl")):
         assert absolute.findall(path.read_text(encoding="utf-8")) == [], path.name

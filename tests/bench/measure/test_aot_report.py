@@ -1,4 +1,4 @@
-"""`bench aot`: the assembler's figures as they stand in the table, worst first, and a failed gate in the exit status."""
+"""`bench aot`: figures of compiled kernels, the table in aot.json, and a non-zero exit status for spilled registers."""
 
 import json
 from dataclasses import replace

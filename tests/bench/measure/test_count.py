@@ -169,7 +169,7 @@ def test_checkpointing_recomputes_with_the_same_operators(tiny):
 
 
 def test_the_profiler_sees_the_operators_that_are_counted(tiny_counts):
-    seen = count.profiled(Count(precision="fp32", optimizer="adamw"))["classes"]
+    seen = count.profile_count(Count(precision="fp32", optimizer="adamw"))["classes"]
     assert {kind: seen[kind]["launches"] for kind in COMPOUND} == {
         kind: tiny_counts.rows[kind].operators for kind in COMPOUND
     }
@@ -181,8 +181,8 @@ def test_the_profiler_sees_the_operators_that_are_counted(tiny_counts):
 STUDY = {
     ("bf16", "nchw"): (3292, 13.6, 893),
     ("autocast-bf16", "nchw"): (4761, 27.8, 2789),
-    # the eager count with its text's own kernels of 98 convolutions (4 and 8 become 2 and 3) and 61 GroupNorms (3 and 5 become
-    # 5 and 7); its table says 2752, one kernel less for each convolution (docs/log.md)
+    # the eager count with its text's own kernels of 98 convolutions (4 and 8 become 2 and 3) and 61 GroupNorms (3 and 5
+    # become 5 and 7); its table says 2752, one kernel less for each convolution (docs/log.md)
     ("bf16", "channels_last"): (3292 - 98 * (2 + 5) + 61 * (2 + 2), 5.8, None),
 }
 
@@ -208,7 +208,8 @@ def test_sd15_gives_the_studys_figures_and_the_gates():
             assert found[name] <= golden[name]
 
 
-# MiB an image that one SD1.5 UNet at 64x64 latents may save: issue's limits, and what the study found lean and full to be
+# MiB an image that one SD1.5 UNet at 64x64 latents may save: issue's limits, and what the study found lean and full to
+# be
 LIMITS = {"none": (520, 496), "selective": (340, 320), "full": (155, 148)}
 
 
@@ -240,12 +241,13 @@ def test_the_kernels_of_a_patched_step_are_counted(patched_sd15):
     assert by_kernel["_layer_norm_bwd_kernel"].launches == 3 * 16
     assert by_kernel["_geglu_bwd_kernel"].launches == 16
     assert by_kernel["_bias_residual_fwd_kernel"].launches == 22
-    # SD1.5's GEGLU projects 5 blocks of 320 at 64x64, 5 of 640 at 32x32, 5 of 1280 at 16x16 and one at 8x8, to 8 times as
-    # many features; the forward kernel reads those and writes half
+    # SD1.5's GEGLU projects 5 blocks of 320 at 64x64, 5 of 640 at 32x32, 5 of 1280 at 16x16 and one at 8x8, to 8 times
+    # as many features; the forward kernel reads those and writes half
     projected = sum(n * side**2 * 8 * dim for n, side, dim in ((5, 64, 320), (5, 32, 640), (5, 16, 1280), (1, 8, 1280)))
     once = by_kernel["_geglu_fwd_kernel"].bytes_moved / by_kernel["_geglu_fwd_kernel"].launches * 16
     assert once == 2 * (projected + projected // 2)
-    # a transformer's residual, the two biases of time embeddings; the forks left to autograd are the 12 skips to the way up
+    # a transformer's residual, the two biases of time embeddings; the forks left to autograd are the 12 skips to the
+    # way up
     assert by_kernel["add"].launches == 16 + 1 + 12
     # three launches a norm where a group is split, 19 times; one where a program has a group to itself, 42 times
     assert by_kernel["_bwd_dx_kernel"].launches == by_kernel["_group_stats_kernel"].launches == 19

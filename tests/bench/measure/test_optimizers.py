@@ -1,4 +1,4 @@
-"""`bench optimizer` and `bench memory`: what is offered is measured, bytes as counted by hand, caps from small cards up."""
+"""`bench optimizer` and `bench memory`: every optimizer is measured, bytes match hand counts, emulated cards."""
 
 import json
 from typing import get_args

@@ -93,8 +93,8 @@ def run_count(options: arguments.Count) -> int:
         rows,
     )
     print(
-        f"{figures['forward_gflop']:,.0f} GFLOP forward, {figures['step_gflop']:,.0f} GFLOP in the whole step; "
-        f"{figures['saved_mib']:,.0f} MiB saved for backward; "
+        f"{figures['forward_gflop']:,.1f} GFLOP forward, {figures['step_gflop']:,.1f} GFLOP in the whole step; "
+        f"{figures['saved_mib']:,.1f} MiB saved for backward; "
         f"{figures['host_syncs']} host-device synchronizations"
     )
     print(
@@ -110,8 +110,7 @@ def run_gate(options: arguments.Gate) -> int:
     failed = False
     for golden in goldens(options.golden or COUNTS, options.base):
         rose, fell = check(golden)
-        name = ", ".join(f"{key} {value}" for key, value in golden["config"].items() if key != "base")
-        print(f"{'rose' if rose else 'fell' if fell else 'same'}  {golden['config']['base']}: {name}")
+        print(f"{'rose' if rose else 'fell' if fell else 'same'}  {_config_text(golden['config'])}")
         for line in (*rose, *fell):
             print(f"      {line}")
         failed |= bool(rose)
@@ -123,8 +122,21 @@ def run_gate(options: arguments.Gate) -> int:
     return int(failed)
 
 
+def _config_text(config: dict) -> str:
+    """Return a counted config as text: `random:sd15, batch 1, bf16, nchw, patched, checkpointing full`."""
+    parts = [config["base"], f"batch {config['batch_size']}", config["precision"], config["layout"]]
+    if config["latent_size"]:
+        parts.insert(1, f"{config['latent_size']}x{config['latent_size']} latents")
+    if config.get("patched"):
+        parts.append("patched")
+    if config["checkpointing"] != "none":
+        parts.append(f"{config['checkpointing']} checkpointing")
+    parts.append("no optimizer" if config["optimizer"] == "none" else config["optimizer"])
+    return ", ".join(parts)
+
+
 def run_compare(options: arguments.Compare) -> int:
-    from safelight.bench.core.results import compare, find, slower_figures
+    from safelight.bench.core.results import compare, find, labels, slower_figures
 
     if not 0 <= options.at_most < 1:
         raise UserError(f"--at-most {options.at_most} is not between 0 and 1; use for example 0.05")
@@ -137,11 +149,18 @@ def run_compare(options: arguments.Compare) -> int:
         names = ("bench", "config", "figure", "a", "b")
         print_json([dict(zip(names, row, strict=True)) for row in rows])
         return int(bool(regressions))
-    print_table(
-        f"{options.a} against {options.b}",
-        ("figure", "A", "B", "B / A"),
-        [(f"{bench} {name}", f"{a:,g}", f"{b:,g}", f"{b / a:.3f}" if a else "") for bench, _, name, a, b in rows],
-    )
+    for bench in dict.fromkeys(row[0] for row in rows):
+        rows_of_bench = [row[1:] for row in rows if row[0] == bench]
+        configs = list(dict.fromkeys(config for config, *_ in rows_of_bench))
+        label_of = dict(zip(configs, labels(list(map(json.loads, configs))), strict=True))
+        print_table(
+            f"{bench}: A is {options.a}, B is {options.b}",
+            ("figure", "A", "B", "B / A"),
+            [
+                (": ".join(filter(None, (label_of[config], name))), f"{a:,g}", f"{b:,g}", f"{b / a:.3f}" if a else "")
+                for config, name, a, b in rows_of_bench
+            ],
+        )
     for line in regressions:
         print(line)
     return int(bool(regressions))

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from safelight.bench.core.results import newest
+from safelight.bench.core.results import labels, newest
 
 # inches; enlarged for many bars
 WIDTH, HEIGHT = 7.5, 4.0
@@ -57,15 +57,8 @@ def _settings(record: dict) -> Settings:
 
 def _labels(lines: list[dict]) -> dict[Settings, str]:
     """Return a label for each combination of settings in the lines: the values in which it differs from the others."""
-    combinations = dict.fromkeys(map(_settings, lines))
-    return {
-        settings: ", ".join(
-            value if value not in ("True", "False") else name if value == "True" else f"no {name}"
-            for name, value in settings
-            if len({dict(other).get(name) for other in combinations}) > 1
-        )
-        for settings in combinations
-    }
+    combinations = list(dict.fromkeys(map(_settings, lines)))
+    return dict(zip(combinations, labels(list(map(dict, combinations))), strict=True))
 
 
 def _timed(records: list[dict]) -> list[dict]:
@@ -166,7 +159,7 @@ def ablation(axes: Axes, records: list[dict]) -> bool:
             axes.plot([x - 0.7, x + 0.3], [before, before], color="#777777", linewidth=1, linestyle=":")
         before = value
     axes.set_xticks(range(len(bars)), [label for _, label in bars])
-    axes.set_ylabel("GB moved by memory-bound operators (counted)")
+    axes.set_ylabel("memory-bound GB moved (counted)")
     axes.set_title("Forward and backward pass of SD1.5, batch 1, 64x64 latents", fontsize=10)
     return len(bars) > 1
 
@@ -220,7 +213,9 @@ def rounding(axes: Axes, records: list[dict]) -> bool:
     axes.set_xticks(range(len(lines)), labels)
     axes.set_ylabel("error relative to the distance trained")
     axes.margins(y=0.15)
-    axes.set_title("Error of bf16 weights against fp32 training (in brackets: values changed per step)", fontsize=10)
+    axes.set_title(
+        "Error of bf16 weights against fp32 training (in brackets: share of values changed per step)", fontsize=10
+    )
     if lines:
         axes.legend(frameon=False, fontsize=9)
     return bool(lines)
@@ -261,7 +256,7 @@ def roofline(axes: Axes, records: list[dict]) -> bool:
         axes.legend(handles=handles, frameon=False, fontsize=9, loc="best")
     else:
         axes.set_title(f"{place}: {figures['least_ms']:.3g} ms per step at the roofline (not measured)", fontsize=10)
-        axes.set_xlabel(f"ms per step at the ceilings of {config['ceilings']}")
+        axes.set_xlabel(f"ms per step at the ceilings from {config['ceilings']}")
     return True
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -119,6 +120,21 @@ def flatten(figures: dict, prefix: str = "", place: int = 1) -> dict[str, float]
         elif isinstance(value, int | float) and not isinstance(value, bool):
             numbers[f"{prefix}{name}"] = value
     return numbers
+
+
+def labels(configs: Sequence[Mapping[str, object]]) -> list[str]:
+    """Return for each config the settings in which it differs from the others, as text: `adamw, batch size 4`."""
+    keys = dict.fromkeys(key for config in configs for key in config)
+    varying = [key for key in keys if len({str(config.get(key)) for config in configs}) > 1]
+
+    def text(key: str, value: object) -> str:
+        name = key.replace("_", " ")
+        if str(value) in ("True", "False"):
+            return name if str(value) == "True" else f"no {name}"
+        # words speak for themselves, numbers do not
+        return str(value) if str(value)[:1].isalpha() else f"{name} {value}"
+
+    return [", ".join(text(key, config[key]) for key in varying if key in config) for config in configs]
 
 
 def find(spec: str) -> list[dict]:

@@ -190,13 +190,13 @@ def table_rows(figures: dict, profiled: dict | None = None) -> tuple[tuple[str, 
         columns += ("profiled launches", "profiled ms")
     rows = []
     for kind, row in figures["classes"].items():
-        cells = (kind, f"{row['operators']:,}", f"{row['launches']:,}", f"{row['gb']:.2f}")
+        cells = (kind, f"{row['operators']:,}", f"{row['launches']:,}", f"{row['gb']:.3f}")
         if profiled:
             measured = profiled["classes"].get(kind, {"launches": 0, "ms": 0.0})
             cells += (f"{measured['launches']:,}", f"{measured['ms']:.2f}")
         rows.append(cells)
     blank = ("", "") if profiled else ()
-    rows.append(("sum without optimizer", "", f"{figures['launches']:,}", f"{figures['memory_bound_gb']:.2f}", *blank))
+    rows.append(("sum without optimizer", "", f"{figures['launches']:,}", f"{figures['memory_bound_gb']:.3f}", *blank))
     if profiled:
         # the profiler counts the optimizer's elementwise kernels as elementwise, so it has no sum without them
         rows.append(("sum with optimizer", "", "", "", f"{profiled['launches']:,}", f"{profiled['device_ms']:.2f}"))

@@ -80,6 +80,16 @@ def test_compare_takes_the_newest_line_of_the_same_config(tmp_path, capsys):
     assert "share no benchmark" in capsys.readouterr().err
 
 
+def test_labels_are_the_settings_that_differ():
+    same = {"base": "tiny", "repeats": 3}
+    configs = [
+        same | {"optimizer": "adamw", "batch_size": 1, "loader": True},
+        same | {"optimizer": "adamw8bit", "batch_size": 4},
+    ]
+    assert results.labels(configs) == ["adamw, batch size 1, loader", "adamw8bit, batch size 4"]
+    assert results.labels(configs[:1]) == [""]
+
+
 def test_compare_fails_where_b_is_slower_than_allowed(tmp_path, capsys):
     a, same, slow = (tmp_path / f"{name}.jsonl" for name in ("a", "same", "slow"))
     append(a, line(images_per_s=[9, 10.0, 11.0], step_ms=[100.0, 110, 120], peak_gib=1.0))

@@ -261,5 +261,6 @@ def test_the_command_writes_page_figures_and_trace_and_appends_its_line(tmp_path
     assert record["bench"] == "profile"
     assert read(tmp_path / "lines.jsonl")[0]["figures"] == record["figures"]
     assert record["figures"]["step_gflop"] > 0
+    assert set(record["figures"]["stretches_ms"]) == {*PHASES, "the loop around them"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"profile.html", "profile.json", "trace.json.gz"}
     assert not (tmp_path / "runs").exists()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -21,6 +21,7 @@ from safelight.data.buckets import Bucket
 from safelight.data.draws import draw_words, to_integers, to_uniforms
 from safelight.data.samples import Sample
 from safelight.data.shards import Cache
+from safelight.data.tensor_record import TensorRecord
 from safelight.errors import UserError
 from safelight.kernels.philox import Key, Purpose, sort_key
 
@@ -51,24 +52,32 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """A micro-batch's rows, float32, on the CPU or sent to a device. logvar_BCHW: None for a VAE without posterior."""
+class Batch(TensorRecord):
+    """A micro-batch's rows, float32, on the CPU or copied to a device. logvar_BCHW: None for a VAE without posterior.
+
+    conditioning: what the UNet is told besides, a record of the model family's own; see trainer/families.
+    """
 
     mean_BCHW: Tensor
     logvar_BCHW: Tensor | None
-    text_BTD: Tensor
+    conditioning: TensorRecord
     sample_ids: tuple[int, ...]
     occurrences: tuple[int, ...]
     bucket: Bucket
 
-    def tensors(self) -> list[Tensor]:
-        """Return the tensors that are there."""
-        return [x for x in (self.mean_BCHW, self.logvar_BCHW, self.text_BTD) if x is not None]
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        """Return the batch with each tensor changed."""
-        logvar = None if self.logvar_BCHW is None else change(self.logvar_BCHW)
-        return replace(self, mean_BCHW=change(self.mean_BCHW), logvar_BCHW=logvar, text_BTD=change(self.text_BTD))
+@dataclass(frozen=True)
+class RowSource:
+    """Where the rows of batches come from.
+
+    empty_key: of the empty caption's row, see samples.empty_text_key. condition: turns text rows, float32, stacked along a
+    first dimension, into the conditioning of a batch.
+    """
+
+    cache: Cache
+    samples: Sequence[Sample]
+    empty_key: str
+    condition: Callable[[Tensor], TensorRecord]
 
 
 class Transport(Protocol):
@@ -154,22 +163,21 @@ def _grouped(shuffled: list[MicroBatch], batch_size: int) -> list[MicroBatch]:
     return sorted(shuffled, key=lambda b: first_met[b.bucket] if len(b.refs) == batch_size else len(first_met))
 
 
-def load_batch(cache: Cache, samples: Sequence[Sample], micro_batch: MicroBatch, empty_key: str) -> Batch:
-    """Return the rows of a micro-batch. empty_key: of the empty caption's row, see cache.empty_text_key.
-
-    Raises ValueError if a row is missing, CorruptRow if one is damaged.
-    """
-    chosen = [(samples[ref.sample_index], ref) for ref in micro_batch.refs]
+def load_batch(rows: RowSource, micro_batch: MicroBatch) -> Batch:
+    """Return the rows of a micro-batch. Raises UserError if a row is missing, CorruptRow if one is damaged."""
+    chosen = [(rows.samples[ref.sample_index], ref) for ref in micro_batch.refs]
     latent_keys = [sample.latent_keys[ref.variant] for sample, ref in chosen]
-    text_keys = [empty_key if ref.caption == EMPTY_CAPTION else sample.text_keys[ref.caption] for sample, ref in chosen]
-    latents = torch.from_numpy(cache.read(latent_keys).astype(np.float32))
+    text_keys = [
+        rows.empty_key if ref.caption == EMPTY_CAPTION else sample.text_keys[ref.caption] for sample, ref in chosen
+    ]
+    latents = torch.from_numpy(rows.cache.read(latent_keys).astype(np.float32))
     mean, logvar = latents, None
-    if cache.kind_of(latent_keys[0]) == "posterior":
+    if rows.cache.kind_of(latent_keys[0]) == "posterior":
         mean, logvar = (half.contiguous() for half in latents.chunk(2, dim=1))
     return Batch(
         mean,
         logvar,
-        torch.from_numpy(cache.read(text_keys).astype(np.float32)),
+        rows.condition(torch.from_numpy(rows.cache.read(text_keys).astype(np.float32))),
         tuple(ref.sample_id for ref in micro_batch.refs),
         tuple(ref.occurrence for ref in micro_batch.refs),
         micro_batch.bucket,
@@ -177,10 +185,8 @@ def load_batch(cache: Cache, samples: Sequence[Sample], micro_batch: MicroBatch,
 
 
 def iterate(
-    cache: Cache,
-    samples: Sequence[Sample],
+    rows: RowSource,
     micro_batches: Iterable[MicroBatch],
-    empty_key: str,
     prefetch: int = 2,
     transport: Transport | None = None,
 ) -> Iterator[Batch]:
@@ -195,7 +201,7 @@ def iterate(
     executor = ThreadPoolExecutor(1, thread_name_prefix="load-batch")
 
     def load(micro_batch: MicroBatch) -> tuple[Batch, object]:
-        batch = load_batch(cache, samples, micro_batch, empty_key)
+        batch = load_batch(rows, micro_batch)
         return (batch, None) if transport is None else transport.send(batch)
 
     def first() -> Batch:

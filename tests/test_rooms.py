@@ -20,6 +20,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("kernels",),
     ("kernels/ops", "kernels/optim", "data"),
     ("kernels/unet", "kernels/aot", "trainer/config"),
+    ("trainer/families",),
     ("trainer/models", "trainer/optim", "trainer/checkpoint", "trainer/report"),
     ("trainer/step",),
     ("trainer/run_log",),

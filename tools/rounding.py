@@ -19,13 +19,15 @@ from torch import Tensor
 
 from safelight.bench.core.results import append, make_record
 from safelight.bench.core.show import print_table
+from safelight.kernels.ops.noising import Noised
 from safelight.kernels.optim.adamw8bit import AdamW8bit
 from safelight.trainer.config.toml import Loss, Model, Optimizer
+from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.models.base import base_of
 from safelight.trainer.models.noise_schedule import make_schedule
 from safelight.trainer.models.weights import load_unet
 from safelight.trainer.optim.optimizer import UNetOptimizer
-from safelight.trainer.step.step import Noisy, accumulate, sample_losses
+from safelight.trainer.step.step import accumulate, sample_losses
 
 LR, WEIGHT_DECAY = 1e-6, 0.01
 NUM_STEPS = {"SD1.5 shapes": 200, "tiny": 40}
@@ -90,6 +92,15 @@ def shapes(mode: str) -> tuple[_Watch, Tensor]:
     return watch, torch.cat([w.flatten() for w in starts])
 
 
+def _random_batch(side: int, width: int, generator: torch.Generator) -> tuple[Noised, TextConditioning]:
+    # in the order in which the committed figures drew them
+    noisy = torch.randn(BATCH, 4, side, side, generator=generator)
+    timesteps = torch.randint(0, 1000, (BATCH,), generator=generator)
+    target = torch.randn(BATCH, 4, side, side, generator=generator)
+    text = torch.randn(BATCH, 48, width, generator=generator)
+    return Noised(noisy, target, timesteps), TextConditioning(text)
+
+
 def tiny(mode: str) -> tuple[_Watch, Tensor, float]:
     """Return how the tiny base's UNet fared, its fp32 values before, and its mean loss after the last step."""
     base = base_of(Model())
@@ -102,25 +113,18 @@ def tiny(mode: str) -> tuple[_Watch, Tensor, float]:
     memory = "fp32" if mode == "plain bf16" else mode
     optimizer = UNetOptimizer(unet, Optimizer(lr=LR, memory=memory), torch.bfloat16, SEED)
     generator = torch.Generator().manual_seed(SEED)
-    side, width = unet.config.sample_size, unet.config.cross_attention_dim
     batches = [
-        Noisy(
-            torch.randn(BATCH, 4, side, side, generator=generator),
-            torch.randint(0, 1000, (BATCH,), generator=generator),
-            torch.randn(BATCH, 4, side, side, generator=generator),
-            torch.randn(BATCH, 48, width, generator=generator),
-        )
-        for _ in range(NUM_BATCHES)
+        _random_batch(unet.config.sample_size, unet.config.cross_attention_dim, generator) for _ in range(NUM_BATCHES)
     ]
     watch = _Watch(optimizer.inner)
     for number in range(NUM_STEPS["tiny"]):
-        accumulate(unet, batches[number % NUM_BATCHES], schedule, Loss(), BATCH, optimizer.loss_scale.scale)
+        accumulate(unet, *batches[number % NUM_BATCHES], schedule, Loss(), BATCH, optimizer.loss_scale.scale)
         optimizer.step(LR, WEIGHT_DECAY, 0.0)
         if mode == "plain bf16":
             _round_plainly(optimizer.inner)
         watch.step()
     with torch.no_grad():
-        loss = float(torch.cat([sample_losses(unet, batch) for batch in batches]).double().mean())
+        loss = float(torch.cat([sample_losses(unet, *batch) for batch in batches]).double().mean())
     return watch, begun, loss
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from safelight.data.batches import RowSource
 from safelight.data.buckets import Bucket, make_buckets
 from safelight.data.cache import (
     Sample,
@@ -23,6 +24,8 @@ from safelight.data.manifest import read_manifest, split_validation
 from safelight.data.shards import Cache
 from safelight.errors import UserError
 from safelight.trainer.config.toml import Config
+from safelight.trainer.families.conditioning import TextConditioning
+from safelight.trainer.families.family import Family
 from safelight.trainer.models.base import Base, bucket_multiple
 from safelight.trainer.models.encoders import CaptionEncoder, LatentCodec, load_caption_encoder, load_codec
 
@@ -49,6 +52,7 @@ class Dataset:
     scaling_factor: float
     latent_factor: int
     text_fingerprint: str
+    family: Family
     num_made: int = 0
     num_damaged: int = 0
     num_cut: int = 0
@@ -57,9 +61,14 @@ class Dataset:
         """Return the cache key of a caption as it stands, without suffix."""
         return text_key(caption, self.text_fingerprint, self.cache.dtype)
 
-    def texts(self, captions: list[str]) -> torch.Tensor:
-        """Return cached embeddings, (B, T, D) float32."""
-        return torch.from_numpy(self.cache.read([self.text_key(c) for c in captions])).float()
+    def rows(self, samples: Sequence[Sample]) -> RowSource:
+        """Return the source of the cached rows of some of the samples."""
+        return RowSource(self.cache, samples, self.empty_key, self.family.conditioning)
+
+    def conditioning(self, captions: list[str]) -> TextConditioning:
+        """Return what the UNet is told for captions whose rows are cached."""
+        rows = torch.from_numpy(self.cache.read([self.text_key(c) for c in captions])).float()
+        return self.family.conditioning(rows)
 
     def sample_prompts(self, config: Config) -> list[str]:
         """Return the prompts to draw during the run: the config's, or captions of the first validation photographs."""
@@ -113,6 +122,7 @@ def open_dataset(config: Config, base: Base, device: torch.device, progress: Pro
         codec.scaling_factor,
         codec.factor,
         encoder.fingerprint,
+        base.family,
     )
     try:
         _fill(dataset, config, codec, encoder, ENCODE_BATCH_CPU if device.type == "cpu" else ENCODE_BATCH_GPU, progress)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import torch
 from PIL import Image
 from torch import nn
 
@@ -13,9 +12,9 @@ from safelight.data.atomic import atomic_write_text
 from safelight.data.images import decode
 from safelight.data.text import storable
 from safelight.kernels.unet.attention import AttentionChoice
-from safelight.trainer.config.toml import Config, to_toml
+from safelight.trainer.config.toml import to_toml
 from safelight.trainer.dataset import NUM_EXAMPLES, Dataset
-from safelight.trainer.models.base import Base
+from safelight.trainer.resolve import ResolvedRun
 from safelight.trainer.run_log.environment import (
     ATTENTION,
     describe,
@@ -29,26 +28,17 @@ def _write_json(path: Path, value) -> None:
 
 
 def write_start(
-    run_dir: Path,
-    config: Config,
-    base: Base,
-    dataset: Dataset,
-    unet: nn.Module,
-    notes: list[str],
-    prediction_type: str,
-    precision: str,
-    device: torch.device,
-    attention: AttentionChoice,
-    more: dict,
+    run: ResolvedRun, dataset: Dataset, unet: nn.Module, attention: AttentionChoice, notes: list[str], records: dict
 ) -> None:
     """Write config.toml, environment.json, model.json, data.json, split.json and data_examples/.
 
-    more: further keys of environment.json.
+    notes: lines about the choices that were made, for model.json. records: further keys of environment.json.
     """
+    run_dir, config, base = run.run_dir, run.given, run.base
     atomic_write_text(run_dir / "config.toml", to_toml(config))
     _write_json(
         run_dir / "environment.json",
-        {**describe(device), "attention": str(attention), ATTENTION: attention.record(), **more},
+        {**describe(run.device), "attention": str(attention), ATTENTION: attention.record(), **records},
     )
     trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
     own_text = f"CLIP tokenizer {Path(config.model.tokenizer).name}" if config.model.tokenizer else "the base's"
@@ -62,8 +52,8 @@ def write_start(
             "trained_parameters": trained,
             "vae": Path(config.model.vae).name if config.model.vae else "the base's",
             "text_encoder": f"{own_text}, {untrained}",
-            "prediction_type": prediction_type,
-            "precision": precision,
+            "prediction_type": run.schedule.prediction_type,
+            "precision": run.precision,
             "notes": notes,
         },
     )

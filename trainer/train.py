@@ -1,12 +1,11 @@
 """The main job, top to bottom: load, then step, log, validate, sample and save until done.
 
-Resuming equals not stopping: every draw is keyed, the position within the epoch is in the checkpoint, and so is the
-part of the log's running mean that was not written yet.
+Resuming equals never having stopped: every random draw is keyed, and a checkpoint holds the position within the epoch and the
+part of the log's running means that was not written yet.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -20,21 +19,21 @@ from safelight.data.lock import FolderLock
 from safelight.errors import UserError
 from safelight.trainer.between_steps import is_due, measure
 from safelight.trainer.checkpoint.files import Position, list_checkpoints, rewrite_position
-from safelight.trainer.config.toml import Config, ResolvedStage
+from safelight.trainer.config.schema import ResolvedStage
+from safelight.trainer.config.toml import Config
 from safelight.trainer.job import Job, load_job
 from safelight.trainer.memory_plan.gpus import this_card
 from safelight.trainer.memory_plan.resolve_auto import out_of_memory
-from safelight.trainer.progress import log_step
 from safelight.trainer.run_log.metrics import reset_peak_memory
 from safelight.trainer.run_log.terminal import Terminal
 from safelight.trainer.step.cuda_graphs import StepGraphs
-from safelight.trainer.step.step import Inputs, train_step, upload
+from safelight.trainer.step.step import Inputs, StepSettings, train_step, upload
 from safelight.trainer.step.torch_flags import algorithms
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: position reached, interrupted or done."""
+    """How a run ended: the position reached, and whether it was interrupted."""
 
     run_dir: Path
     position: Position
@@ -51,9 +50,10 @@ def train(
 ) -> Outcome:
     """Train a run from its config and return how it ended.
 
-    resume: go on from the newest checkpoint, from the start if there is none yet. stop_requested: asked after every
-    step, forward pass of validation and denoising step; True saves and returns. guard: entered for the loop alone, where an interruption has something to save.
-    Raises ValueError for what the user can mend: settings, dataset, model, a run folder that is damaged or in use.
+    resume: go on from the newest checkpoint, from the start if there is none yet. stop_requested: called after every
+    step, validation forward pass and denoising step; when it returns True, the run is saved and returns. guard: entered for the
+    loop only, where an interruption has something to save.
+    Raises UserError for what the user can fix: settings, dataset, model, a run folder that is damaged or in use.
     """
     terminal = terminal or Terminal()
     run_dir = Path(config.run.dir)
@@ -67,41 +67,41 @@ def train(
             )
         if resume and not checkpoints:
             terminal.say(f"{run_dir} holds no checkpoint yet: starting at step 0")
-        step = checkpoints[-1] if checkpoints else None
+        resume_step = checkpoints[-1] if checkpoints else None
         with algorithms(deterministic=config.run.deterministic, cudnn_benchmark=config.train.cudnn_benchmark):
-            job, position = load_job(config, run_dir, step, terminal, stop_requested)
+            job, position = load_job(config, run_dir, resume_step, terminal, stop_requested)
             try:
                 with guard, job.saver:
                     return _loop(job, position)
             finally:
                 terminal.pause()
-                job.metrics.close()
+                job.progress.metrics.close()
                 job.dataset.cache.close()
 
 
 def _loop(job: Job, position: Position) -> Outcome:
-    """Train from a position to the end, or until asked to stop."""
-    config, timeline = job.config, job.timeline
+    """Train from a position to the end, or until a stop is requested."""
+    config, timeline, progress = job.run.given, job.timeline, job.progress
     if position.step == 0 or position.unmeasured:
         position = _measured(job, position)
         if position.unmeasured:
-            return Outcome(job.run_dir, position, interrupted=True)
+            return Outcome(job.run.run_dir, position, interrupted=True)
         if position.step > 0:
-            rewrite_position(job.run_dir, position)
+            rewrite_position(job.run.run_dir, position)
     if position.step < timeline.num_steps:
-        job.terminal.update("training", position.step, timeline.num_steps, "first step")
-        job.saver.reserve(job.unet, _live_state(job))
-    if job.planned is not None:
-        # so that the peak is of training's steps alone
-        reset_peak_memory(job.device)
-    job.window_began = time.monotonic()
+        progress.show(position, "first step")
+        job.saver.reserve(job.models.context.unet, job.models.live_state())
+    if job.run.plan is not None:
+        # the peak that is compared with the plan is that of training steps only
+        reset_peak_memory(job.run.device)
+    progress.start_clock()
     while position.step < timeline.num_steps:
         index = timeline.stage_of(position.epoch)
         stage = timeline.stages[index]
         if position.epoch == timeline.first_epoch(index) and position.step_in_epoch == 0:
-            # under the step to come: a resume from the checkpoint before it cuts this line and writes it again
+            # logged under the coming step: a resume from the checkpoint before it cuts this line and writes it again
             detail = f"{index + 1} of {len(timeline.stages)}: {stage.epochs} epochs, lr {stage.lr:g} {stage.schedule}"
-            job.metrics.write("event", position.step + 1, event="stage began", detail=detail)
+            progress.metrics.write("event", position.step + 1, event="stage began", detail=detail)
         plan = plan_epoch(
             job.dataset.train,
             seed=config.run.seed,
@@ -111,35 +111,29 @@ def _loop(job: Job, position: Position) -> Outcome:
             grouped=job.is_grouped,
         )
         remaining = plan[position.step_in_epoch * stage.accumulate :]
-        batches = iterate(
-            job.dataset.cache, job.dataset.train, remaining, job.dataset.empty_key, transport=job.transport
-        )
+        batches = iterate(job.dataset.rows(job.dataset.train), remaining, transport=job.transport)
         graphs = _begin_epoch(job, stage, remaining, position)
         for group in _groups(remaining, stage.accumulate):
             lr = timeline.learning_rate(position.epoch, position.step_in_epoch)
+            num_samples = stage.batch_size * stage.accumulate
+            settings = StepSettings(num_samples, lr, stage.weight_decay, stage.max_grad_norm)
+            micro_batches = islice(batches, len(group))
             try:
                 result = train_step(
-                    job.unet,
-                    job.optimizer,
-                    islice(batches, len(group)),
-                    job.schedule,
-                    job.dataset.scaling_factor,
-                    config.loss,
+                    job.models.context,
+                    micro_batches,
+                    settings,
                     seed=config.run.seed,
                     epoch=position.epoch,
-                    num_samples=stage.batch_size * stage.accumulate,
-                    lr=lr,
-                    weight_decay=stage.weight_decay,
-                    max_grad_norm=stage.max_grad_norm,
                     graphs=graphs,
                 )
             except torch.OutOfMemoryError:
-                # the step is lost, with it what it had changed of the weights: nothing of it is saved
+                # the step may have changed some weights already: nothing of it is saved
                 raise UserError(_memory_was_full(job, group, position)) from None
-            if job.ema is not None:
-                job.ema.update(result.taken)
+            if job.models.ema is not None:
+                job.models.ema.update(result.taken)
             position = replace(position, step=position.step + 1, step_in_epoch=position.step_in_epoch + 1, stage=index)
-            log_step(job, position, result, lr)
+            progress.log_step(position, result, lr, job.models.context.optimizer)
             job.saver.check()
             if position.step >= timeline.num_steps or job.stop_requested():
                 break
@@ -152,35 +146,40 @@ def _loop(job: Job, position: Position) -> Outcome:
             position = _finish(job, position)
         if job.stop_requested() and position.step < timeline.num_steps:
             _save(job, position)
-            return Outcome(job.run_dir, position, interrupted=True)
-    return Outcome(job.run_dir, position, interrupted=position.unmeasured)
+            return Outcome(job.run.run_dir, position, interrupted=True)
+    return Outcome(job.run.run_dir, position, interrupted=position.unmeasured)
 
 
 def _begin_epoch(job: Job, stage: ResolvedStage, plan: list[MicroBatch], position: Position) -> StepGraphs | None:
-    """Go through the shapes of an epoch's batches before its steps; return the graphs that these are, None without."""
+    """Capture the shapes of an epoch's batches, or warm up the largest; return the graphs, None without."""
 
-    def first() -> Inputs:
-        batch = load_batch(job.dataset.cache, job.dataset.train, plan[0], job.dataset.empty_key)
-        return upload(batch, job.device, job.config.run.seed, position.epoch)
+    def example() -> Inputs:
+        batch = load_batch(job.dataset.rows(job.dataset.train), plan[0])
+        return upload(batch, job.run.device, job.run.given.run.seed, position.epoch)
 
+    num_samples = stage.batch_size * stage.accumulate
     try:
-        graphs, told = job.recording.begin(
-            plan, job.dataset.latent_factor, stage.accumulate, stage.batch_size * stage.accumulate, first
-        )
+        graphs, message = job.capture.begin(plan, job.dataset.latent_factor, stage.accumulate, num_samples, example)
     except torch.OutOfMemoryError:
         raise UserError(_memory_was_full(job, plan, position)) from None
-    if told:
-        job.terminal.say(told)
+    if message:
+        job.progress.terminal.say(message)
     return graphs
 
 
 def _memory_was_full(job: Job, group: list[MicroBatch], position: Position) -> str:
-    """Return the line that ends a run whose next step did not fit."""
+    """Return the message that ends a run whose next step did not fit the GPU's memory."""
     largest = max(group, key=lambda micro: (micro.bucket.width * micro.bucket.height, len(micro.refs)))
-    card = this_card(job.device) if job.device.type == "cuda" else None
+    card = this_card(job.run.device) if job.run.device.type == "cuda" else None
     job.saver.settle()
     return out_of_memory(
-        job.config, card, job.planned, largest.bucket, len(largest.refs), position.step + 1, job.saver.saved_step
+        job.run.given,
+        card,
+        job.run.plan,
+        largest.bucket,
+        len(largest.refs),
+        position.step + 1,
+        job.saver.saved_step,
     )
 
 
@@ -199,16 +198,16 @@ def _end_epoch(job: Job, position: Position) -> Position:
     position = replace(position, epoch=position.epoch + 1, step_in_epoch=0)
     if position.step >= job.timeline.num_steps:
         return _finish(job, position)
-    config, before = job.config, position.best_step
+    save, best_step = job.run.given.save, position.best_step
     position = _measured(job, position)
-    save_is_due = is_due(config.save.every_epochs, position.epoch) or is_due(config.save.every_steps, position.step)
-    if save_is_due or position.best_step != before:
+    save_is_due = is_due(save.every_epochs, position.epoch) or is_due(save.every_steps, position.step)
+    if save_is_due or position.best_step != best_step:
         _save(job, position)
     return position
 
 
 def _measured(job: Job, position: Position) -> Position:
-    """Return measure of a position; where the GPU's memory is too small for it, what was trained is saved first."""
+    """Return measure(position); if the GPU's memory is too small for it, save first what was trained."""
     try:
         return measure(job, position)
     except torch.OutOfMemoryError:
@@ -228,14 +227,9 @@ def _finish(job: Job, position: Position) -> Position:
 
 
 def _save(job: Job, position: Position) -> None:
-    """Begin to save a checkpoint if this step has none; it is written, and those no longer kept deleted, behind the next steps."""
+    """Start to save a checkpoint unless this step has one; a thread writes it while training goes on."""
     if job.saver.asked_step == position.step:
         return
-    began = time.monotonic()
-    job.saver.save(job.unet, {**_live_state(job), **job.window.state()}, position)
-    job.window_began += time.monotonic() - began
-
-
-def _live_state(job: Job) -> dict[str, torch.Tensor]:
-    """Return what a checkpoint holds beside weights and log: the tensors themselves."""
-    return {**job.optimizer.live_state(), **({} if job.ema is None else job.ema.live_state())}
+    with job.progress.clock_paused():
+        state = {**job.models.live_state(), **job.progress.window.state()}
+        job.saver.save(job.models.context.unet, state, position)

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
+from safelight.errors import UserError
+
 # seconds that a terminated process has to end its own children
 GRACE_S = 5.0
 
@@ -29,7 +31,7 @@ def run_in_subprocess(
     """Yield what `work(*arguments)` yields in a new process. work, arguments and results must be picklable.
 
     silence_limit_s: called before each wait for a result; a process that sends nothing for that long is ended. Raises
-    SubprocessEnded, and passes on a ValueError that work raises. Closing the iterator ends the process.
+    SubprocessEnded, and passes on a UserError that work raises. Closing the iterator ends the process.
     """
     context = multiprocessing.get_context("spawn")
     receiving, sending = context.Pipe(duplex=False)
@@ -56,7 +58,7 @@ def _send_results(sending: Connection, work: Callable, arguments: tuple) -> None
     try:
         for result in work(*arguments):
             sending.send(("result", result))
-    except ValueError as error:
+    except UserError as error:
         sending.send(("error", error))
     except BrokenPipeError:
         # the caller has gone

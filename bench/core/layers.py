@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from safelight.errors import UserError
+from safelight.trainer.families.registry import family_of
 from safelight.trainer.models.architectures import RANDOM_MODELS
-from safelight.trainer.models.sdxl_conditioning import give_conditioning
 
 NUM_TOKENS = 77
 
@@ -102,7 +102,8 @@ def layers(name: str, batch_size: int = 1) -> tuple[Layer, ...]:
     latents = torch.empty(batch_size, 4, side, side, device="meta")
     seen["noising", tuple(latents.shape)] += 1
     text = torch.empty(batch_size, NUM_TOKENS, unet.config.cross_attention_dim, device="meta")
+    conditioning = family_of(unet.config).stand_in_conditioning(unet.config, text, (side, side))
     with torch.no_grad():
-        give_conditioning(unet)(latents, torch.empty(batch_size, device="meta"), text)
+        unet(latents, torch.empty(batch_size, device="meta"), **conditioning.unet_arguments(text.dtype))
     seen["diffusion_loss", tuple(latents.shape)] += 1
     return tuple(Layer(op, shape, count) for (op, shape), count in seen.items())

@@ -12,16 +12,18 @@ from safelight.bench.core.operators import CLASSES
 from safelight.bench.counting.counters import MIB, CardOperators, CountedAdamW8bit, Counter, Counts, SavedBytes
 from safelight.bench.recipes.workload import LR, MAX_GRAD_NORM, NUM_TOKENS, WEIGHT_DECAY, Workload, random_batches
 from safelight.errors import UserError
+from safelight.kernels.ops.noising import Noised
 from safelight.kernels.unet import patch
 from safelight.kernels.unet.attention import attention_cases, choose_attention
 from safelight.kernels.unet.checkpointing import apply_checkpointing
 from safelight.trainer.config.toml import Loss, Optimizer
+from safelight.trainer.families.conditioning import TextConditioning
+from safelight.trainer.families.registry import family_of
 from safelight.trainer.models.base import Base, resolve_base
 from safelight.trainer.models.noise_schedule import NoiseSchedule, make_schedule
-from safelight.trainer.models.sdxl_conditioning import give_conditioning
 from safelight.trainer.models.weights import meta_unet
 from safelight.trainer.optim.optimizer import UNetOptimizer
-from safelight.trainer.step.step import Noisy, accumulate
+from safelight.trainer.step.step import accumulate
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -31,21 +33,19 @@ def weight_dtype(precision: str) -> torch.dtype:
     return torch.float32 if precision.startswith("autocast") else DTYPES[precision]
 
 
-def meta_noisy(unet: nn.Module, batch_size: int, side: int, layout: str) -> Noisy:
-    """Return a step's noised inputs on the meta device, with the model's shapes."""
+def meta_inputs(unet: nn.Module, batch_size: int, side: int, layout: str) -> tuple[Noised, TextConditioning]:
+    """Return a step's noised latents and conditioning on the meta device, with the model's shapes."""
     memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     rows = torch.empty(batch_size, unet.config.in_channels, side, side, device="meta").to(memory_format=memory_format)
-    return Noisy(
-        rows,
-        torch.empty(batch_size, dtype=torch.int64, device="meta"),
-        torch.empty_like(rows),
-        torch.empty(batch_size, NUM_TOKENS, unet.config.cross_attention_dim, device="meta"),
-    )
+    noised = Noised(rows, torch.empty_like(rows), torch.empty(batch_size, dtype=torch.int64, device="meta"))
+    text = torch.empty(batch_size, NUM_TOKENS, unet.config.cross_attention_dim, device="meta")
+    return noised, family_of(unet.config).stand_in_conditioning(unet.config, text, (side, side))
 
 
 def count_step(
     unet: nn.Module,
-    noisy: Noisy,
+    noised: Noised,
+    conditioning: TextConditioning,
     schedule: NoiseSchedule,
     layout: str,
     autocast: torch.dtype | None = None,
@@ -53,11 +53,11 @@ def count_step(
 ) -> Counts:
     """Return the counts of one step: loss and gradients as in training, then the optimizer step if one is given."""
     counter, saved = Counter(layout), SavedBytes(unet.parameters())
-    scale = torch.ones((), device=noisy.noisy_BCHW.device) if optimizer is None else optimizer.loss_scale.scale
+    scale = torch.ones((), device=noised.noisy_BCHW.device) if optimizer is None else optimizer.loss_scale.scale
     operators = CardOperators(autocast)
     with operators, counter:
         with saved:
-            accumulate(unet, noisy, schedule, Loss(), len(noisy.timesteps_B), scale)
+            accumulate(unet, noised, conditioning, schedule, Loss(), len(noised.timesteps_B), scale)
         if optimizer is not None:
             counter.phase = "optimizer"
             optimizer.step(LR, WEIGHT_DECAY, MAX_GRAD_NORM)
@@ -84,7 +84,7 @@ def trace(
     kernels, which require channels-last; attention is then assumed to be flash. Raises UserError for a combination that
     cannot be counted.
     """
-    unet = give_conditioning(meta_unet(base).to(weight_dtype(precision)).train())
+    unet = meta_unet(base).to(weight_dtype(precision)).train()
     if patched and (layout != "channels_last" or precision.startswith("autocast")):
         raise UserError(f"--patched requires --layout channels_last without autocast, not {layout}, {precision}")
     if checkpointing == "selective" and not patched:
@@ -112,9 +112,9 @@ def trace(
             p.grad = torch.empty_like(p)
         with Counter(layout):
             ours.step(LR, WEIGHT_DECAY, MAX_GRAD_NORM)
-    noisy = meta_noisy(unet, batch_size, latent_size or unet.config.sample_size, layout)
+    inputs = meta_inputs(unet, batch_size, latent_size or unet.config.sample_size, layout)
     schedule = make_schedule(base.config_of("scheduler")).to(torch.device("meta"))
-    return count_step(unet, noisy, schedule, layout, autocast, ours)
+    return count_step(unet, *inputs, schedule, layout, autocast, ours)
 
 
 def figures(counts: Counts) -> dict:

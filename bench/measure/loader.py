@@ -21,10 +21,11 @@ from PIL import Image
 from safelight.bench.core.harness import percentiles
 from safelight.bench.core.results import make_record
 from safelight.bench.recipes.workload import SEED, fill_random_cache, random_rows
-from safelight.data.batches import iterate, load_batch, plan_epoch
+from safelight.data.batches import RowSource, iterate, load_batch, plan_epoch
 from safelight.data.cache import Cache
 from safelight.data.images import crop_pixels, decode
 from safelight.errors import UserError
+from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.models.base import resolve_base
 
 NUM_PICTURES = 16
@@ -41,11 +42,11 @@ def row_bytes(base: str, side: int) -> int:
 
 def _cache_epochs(folder: Path, num: int, base: str, side: int, batch_size: int, stack: ExitStack) -> dict[str, Epoch]:
     samples = fill_random_cache(folder, num, base, side)
-    cache = stack.enter_context(Cache(folder))
+    rows = RowSource(stack.enter_context(Cache(folder)), samples, "text-empty", TextConditioning)
     plan = plan_epoch(samples, seed=SEED, epoch=0, batch_size=batch_size, caption_dropout=0.0)
     return {
-        "cache": lambda: (load_batch(cache, samples, part, "text-empty") for part in plan),
-        "cache-ahead": lambda: iterate(cache, samples, plan, "text-empty"),
+        "cache": lambda: (load_batch(rows, part) for part in plan),
+        "cache-ahead": lambda: iterate(rows, plan),
     }
 
 

@@ -150,7 +150,7 @@ def bench_memory(work: Workload, optimizers: tuple[str, ...] = ()) -> Iterator[d
             one = replace(work, optimizer=optimizer, checkpointing=checkpointing)
             try:
                 figures = measure_on_gpu(one) if device.type == "cuda" else measure_on_cpu(one)
-            except (ValueError, NotImplementedError) as error:
+            except (UserError, NotImplementedError) as error:
                 # a setting that this device does not support, or an operator that a library lacks for it
                 figures = {"cannot": str(error).splitlines()[0][:160]}
             free(device)

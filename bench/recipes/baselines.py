@@ -24,6 +24,7 @@ from safelight.bench.recipes.workload import (
 )
 from safelight.data.batches import Batch
 from safelight.kernels.unet.checkpointing import apply_checkpointing
+from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.models.base import resolve_base
 
 
@@ -110,8 +111,8 @@ class Baseline:
         """Return the optimizer of the parameters."""
         return make_optimizer(name, self.parameters)
 
-    def loss(self, latents: Tensor, noise: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
-        """Return the mean squared error over the batch. latents, noise (B, C, H, W) fp32; text (B, T, D) fp32."""
+    def loss(self, latents: Tensor, noise: Tensor, timesteps: Tensor, conditioning: TextConditioning) -> Tensor:
+        """Return the mean squared error over the batch. latents, noise (B, C, H, W) fp32; conditioning fp32."""
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         is_v = self.scheduler.config.prediction_type == "v_prediction"
         target = self.scheduler.get_velocity(latents, noise, timesteps) if is_v else noise
@@ -119,7 +120,7 @@ class Baseline:
         noisy = noisy.to(weights).contiguous(memory_format=self.memory_format)
         context = torch.autocast(self.device.type, self.dtype) if self.uses_autocast else contextlib.nullcontext()
         with context:
-            predicted = self.unet(noisy, timesteps, text.to(weights), return_dict=False)[0]
+            predicted = self.unet(noisy, timesteps, return_dict=False, **conditioning.unet_arguments(weights))[0]
         return F.mse_loss(predicted.float(), target.float())
 
     def update(self, loss: Tensor) -> None:
@@ -133,22 +134,21 @@ class Baseline:
 
     def step(self, batch: Batch) -> Tensor:
         """Train on a batch and return the loss on the device. diffusers' `.item()` in every step is left out."""
-        rows = (batch.mean_BCHW, batch.logvar_BCHW, batch.text_BTD)
-        return self.step_on(*(None if row is None else row.to(self.device, non_blocking=True) for row in rows))
+        return self.step_on(batch.map(lambda row: row.to(self.device, non_blocking=True)))
 
-    def step_on(self, mean: Tensor, logvar: Tensor | None, text: Tensor) -> Tensor:
-        """Train on cached rows that are already on the device and return the loss."""
-        latents = mean
-        if logvar is not None:
-            latents = mean + (0.5 * logvar.clamp(-30.0, 20.0)).exp() * torch.randn_like(mean)
-        return self.step_from(latents, text)
+    def step_on(self, batch: Batch) -> Tensor:
+        """Train on a batch that is already on the device and return the loss."""
+        latents = mean = batch.mean_BCHW
+        if batch.logvar_BCHW is not None:
+            latents = mean + (0.5 * batch.logvar_BCHW.clamp(-30.0, 20.0)).exp() * torch.randn_like(mean)
+        return self.step_from(latents, batch.conditioning)
 
-    def step_from(self, latents: Tensor, text: Tensor) -> Tensor:
+    def step_from(self, latents: Tensor, conditioning: TextConditioning) -> Tensor:
         """Draw noise and timesteps, train on them and return the loss."""
         noise = torch.randn_like(latents)
         steps = self.scheduler.config.num_train_timesteps
         timesteps = torch.randint(0, steps, (len(latents),), device=self.device)
-        loss = self.loss(latents, noise, timesteps, text)
+        loss = self.loss(latents, noise, timesteps, conditioning)
         self.update(loss)
         return loss.detach()
 

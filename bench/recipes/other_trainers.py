@@ -25,6 +25,7 @@ from safelight.bench.recipes.baselines import RECIPES, Baseline, Recipe, make_op
 from safelight.bench.recipes.workload import LR, MAX_GRAD_NORM, SEED, WEIGHT_DECAY, Workload
 from safelight.data.batches import Batch
 from safelight.errors import UserError
+from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.models.base import resolve_base
 from safelight.trainer.models.weights import load_text, load_vae
 
@@ -118,7 +119,7 @@ class EveryDream(Baseline):
 
     def __init__(self, recipe: Recipe, work: Workload, photographs: Photographs | None = None):
         base = resolve_base(work.base)
-        if base.config_of("unet").get("addition_embed_type"):
+        if base.family.untrainable:
             raise UserError(f"recipe everydream encodes photographs, but {work.base} has no encoders; use random:sd21")
         # EveryDream2 does not support bf16
         super().__init__(recipe, replace(work, precision="fp32" if work.precision == "fp32" else "fp16"))
@@ -137,8 +138,8 @@ class EveryDream(Baseline):
             self.photographs = Photographs(files, captions, factor * work.latent_size)
 
     @torch.no_grad()
-    def encode(self, pixels: Tensor, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """Return (scaled latents (B, C, H, W) drawn from the posterior, embeddings (B, T, D)), float32."""
+    def encode(self, pixels: Tensor, captions: list[str]) -> tuple[Tensor, TextConditioning]:
+        """Return (scaled latents (B, C, H, W) drawn from the posterior, the text's conditioning), float32."""
         ids = self.tokenizer(
             captions,
             padding="max_length",
@@ -150,7 +151,7 @@ class EveryDream(Baseline):
         with context:
             posterior = self.vae.encode(pixels.to(self.device, non_blocking=True)).latent_dist
             text = self.text_encoder(ids.to(self.device, non_blocking=True)).last_hidden_state
-        return posterior.sample().float() * self.vae.config.scaling_factor, text.float()
+        return posterior.sample().float() * self.vae.config.scaling_factor, TextConditioning(text.float())
 
     def step(self, batch: Batch) -> Tensor:
         """Train on as many photographs as the batch has rows and return the loss."""
@@ -199,7 +200,7 @@ class MLPerf(Baseline):
         super().__init__(replace(recipe, compile=can_compile(device)), work)
         # the gradients of the masters are fp32, which an ordinary GradScaler unscales
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.scaler.is_enabled())
-        self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, list[Tensor | None], Tensor]] = {}
+        self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, Batch, Tensor]] = {}
         self.notes += "; compiled by Inductor" if can_compile(device) else "; not compiled: no compiler found"
         self.notes += "; one CUDA graph per shape" if device.type == "cuda" else "; no CUDA graph on a CPU"
 
@@ -224,30 +225,29 @@ class MLPerf(Baseline):
         for p in self.parameters:
             p.grad = None
 
-    def step_on(self, mean: Tensor, logvar: Tensor | None, text: Tensor) -> Tensor:
-        """Train on cached rows; on a GPU by replaying the graph of their shape, captured at its first use."""
+    def step_on(self, batch: Batch) -> Tensor:
+        """Train on a batch; on a GPU by replaying the graph of its shapes, captured at its first use."""
         if self.device.type != "cuda":
-            return super().step_on(mean, logvar, text)
-        rows, key = (mean, logvar, text), (mean.shape, text.shape)
+            return super().step_on(batch)
+        key = tuple(x.shape for x in batch.tensors())
         if key not in self.graphs:
-            self.graphs[key] = self._capture(rows)
-        graph, inputs, loss = self.graphs[key]
-        for static, row in zip(inputs, rows, strict=True):
-            if row is not None:
-                static.copy_(row, non_blocking=True)
+            self.graphs[key] = self._capture(batch)
+        graph, static, loss = self.graphs[key]
+        for target, row in zip(static.tensors(), batch.tensors(), strict=True):
+            target.copy_(row, non_blocking=True)
         graph.replay()
         return loss.clone()
 
-    def _capture(self, rows: tuple[Tensor | None, ...]) -> tuple[torch.cuda.CUDAGraph, list[Tensor | None], Tensor]:
-        """Return (graph of a step, its static inputs, its static loss)."""
-        inputs = [None if row is None else row.clone() for row in rows]
+    def _capture(self, batch: Batch) -> tuple[torch.cuda.CUDAGraph, Batch, Tensor]:
+        """Return (graph of a step, the batch it reads, the loss it writes)."""
+        static = batch.map(torch.clone)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(NUM_GRAPH_WARMUPS):
-                super().step_on(*inputs)
+                super().step_on(static)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            loss = super().step_on(*inputs)
-        return graph, inputs, loss
+            loss = super().step_on(static)
+        return graph, static, loss

@@ -9,17 +9,16 @@ import copy
 import functools
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from safelight.data.batches import Batch, iterate, plan_epoch
+from safelight.data.batches import Batch, RowSource, iterate, plan_epoch
 from safelight.data.buckets import Bucket
 from safelight.data.cache import Cache, Crop, Sample
 from safelight.data.manifest import Photo
@@ -28,14 +27,15 @@ from safelight.kernels.unet import patch
 from safelight.kernels.unet.attention import AttentionChoice, apply_attention, attention_cases, choose_attention
 from safelight.kernels.unet.checkpointing import apply_checkpointing
 from safelight.trainer.config.toml import Loss, Optimizer
+from safelight.trainer.families.conditioning import TextConditioning
+from safelight.trainer.families.registry import family_of
 from safelight.trainer.models.base import resolve_base
 from safelight.trainer.models.device import PRECISIONS, pick_device, pick_dtype
 from safelight.trainer.models.noise_schedule import make_schedule
-from safelight.trainer.models.sdxl_conditioning import give_conditioning
 from safelight.trainer.models.weights import load_unet
 from safelight.trainer.optim.optimizer import UNetOptimizer
 from safelight.trainer.step.cuda_graphs import Recorder, StepGraphs, shape_of
-from safelight.trainer.step.step import Inputs, MicroResult, micro_step, train_step, upload
+from safelight.trainer.step.step import Inputs, MicroResult, StepContext, StepSettings, micro_step, train_step, upload
 from safelight.trainer.step.torch_flags import algorithms
 
 SEED = 1
@@ -78,16 +78,22 @@ def random_rows(num: int, base: str, side: int) -> tuple[np.ndarray, np.ndarray]
     return posterior, generator.standard_normal((num, NUM_TOKENS, config["cross_attention_dim"]), np.float32)
 
 
+def stand_in(base: str, side: int) -> Callable[[torch.Tensor], TextConditioning]:
+    """Return a function from text embeddings to the conditioning of a base's family, for side x side latents."""
+    config = resolve_base(base).config_of("unet")
+    return lambda text: family_of(config).stand_in_conditioning(config, text, (side, side))
+
+
 def random_batches(num: int, work: Workload) -> list[Batch]:
     """Return `num` different batches of random rows."""
-    batches = []
+    batches, condition = [], stand_in(work.base, work.latent_size)
     posterior, text = (torch.from_numpy(x) for x in random_rows(num * work.batch_size, work.base, work.latent_size))
     for number in range(num):
         part = slice(number * work.batch_size, (number + 1) * work.batch_size)
         mean, logvar = (half.contiguous() for half in posterior[part].chunk(2, dim=1))
         ids = tuple(range(part.start, part.stop))
         side = 8 * work.latent_size
-        batches.append(Batch(mean, logvar, text[part], ids, (0,) * work.batch_size, Bucket(side, side)))
+        batches.append(Batch(mean, logvar, condition(text[part]), ids, (0,) * work.batch_size, Bucket(side, side)))
     return batches
 
 
@@ -128,11 +134,11 @@ def cached_batches(work: Workload, num: int) -> Iterator[Iterator[Batch]]:
         samples = fill_random_cache(Path(folder), num, work.base, work.latent_size)
 
         def endless(cache: Cache) -> Iterator[Batch]:
-            epoch = 0
+            epoch, rows = 0, RowSource(cache, samples, "text-empty", stand_in(work.base, work.latent_size))
             while True:
                 plan = plan_epoch(samples, seed=SEED, epoch=epoch, batch_size=work.batch_size, caption_dropout=0.05)
                 # skip the last, smaller batch: all timed steps have the same shapes
-                yield from iterate(cache, samples, [b for b in plan if len(b.refs) == work.batch_size], "text-empty")
+                yield from iterate(rows, [b for b in plan if len(b.refs) == work.batch_size])
                 epoch += 1
 
         with Cache(Path(folder)) as cache:
@@ -155,8 +161,8 @@ def initial_unet(base: str, device: torch.device, dtype: torch.dtype = torch.flo
     measurement.
     """
     if device.type == "cpu":
-        return give_conditioning(load_unet(resolve_base(base), SEED, dtype).train())
-    return give_conditioning(copy.deepcopy(_pristine(base)).to(dtype).to(device).train())
+        return load_unet(resolve_base(base), SEED, dtype).train()
+    return copy.deepcopy(_pristine(base)).to(dtype).to(device).train()
 
 
 def optimizer_config(name: str) -> Optimizer:
@@ -198,7 +204,8 @@ class Ours:
         if patched is not None:
             patch.repack(self.unet)
         self.notes = f"{choice}; {'kernels off' if patched is None else patched}"
-        self.schedule = make_schedule(base.config_of("scheduler")).to(device)
+        schedule = make_schedule(base.config_of("scheduler")).to(device)
+        self.context = StepContext(self.unet, self.optimizer, schedule, 1.0, Loss())
         self._recorder, self._cudnn_benchmark = recorder, cudnn_benchmark
         self._graphs: dict[int, StepGraphs] = {}
 
@@ -208,34 +215,20 @@ class Ours:
             return None
         size = len(batch.sample_ids)
         if size not in self._graphs:
-            run = partial(micro_step, self.unet, self.optimizer)
 
-            def of_inputs(inputs: Inputs, is_first: bool, is_last: bool) -> MicroResult:
-                return run(inputs, self.schedule, 1.0, Loss(), size, is_first, is_last)
+            def run(inputs: Inputs, is_first: bool, is_last: bool) -> MicroResult:
+                return micro_step(self.context, inputs, size, is_first, is_last)
 
-            self._graphs[size] = StepGraphs(of_inputs, self.optimizer, self._recorder)
-        inputs = upload(batch, self.schedule.alphas_cumprod_T.device, SEED, 0)
+            self._graphs[size] = StepGraphs(run, self.optimizer, self._recorder)
+        inputs = upload(batch, self.context.device, SEED, 0)
         self._graphs[size].prepare([shape_of(inputs)], inputs)
         return self._graphs[size]
 
     def step(self, batch: Batch) -> torch.Tensor:
         """Train on a batch and return its mean loss on the device."""
         with algorithms(cudnn_benchmark=self._cudnn_benchmark), separate_cudnn_cache(self._cudnn_benchmark):
-            result = train_step(
-                self.unet,
-                self.optimizer,
-                [batch],
-                self.schedule,
-                1.0,
-                Loss(),
-                seed=SEED,
-                epoch=0,
-                num_samples=len(batch.sample_ids),
-                lr=LR,
-                weight_decay=WEIGHT_DECAY,
-                max_grad_norm=MAX_GRAD_NORM,
-                graphs=self._graphs_of(batch),
-            )
+            settings = StepSettings(len(batch.sample_ids), LR, WEIGHT_DECAY, MAX_GRAD_NORM)
+            result = train_step(self.context, [batch], settings, seed=SEED, epoch=0, graphs=self._graphs_of(batch))
         return result.losses.mean()
 
 

@@ -18,14 +18,14 @@ def compiled(monkeypatch) -> list:
 
 @pytest.fixture(scope="module")
 def inputs() -> list[tuple]:
-    """Three batches of (latents, noise, timesteps, text)."""
+    """Three batches of (latents, noise, timesteps, conditioning)."""
     generator = torch.Generator().manual_seed(3)
     return [
         (
             batch.mean_BCHW,
             torch.randn(batch.mean_BCHW.shape, generator=generator),
             torch.randint(0, 1000, (2,), generator=generator),
-            batch.text_BTD,
+            batch.conditioning,
         )
         for batch in random_batches(3, WORK)
     ]

@@ -1,10 +1,31 @@
-"""The rows of a cache: their keys and their bytes."""
+"""The rows of a cache: their keys, their bytes, and how batches are made of them."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from safelight.data.batches import RowSource
 from safelight.data.cache import empty_text_key
+from safelight.data.tensor_record import TensorRecord
+
+EMPTY = empty_text_key("text-a", "float16")
+
+
+@dataclass(frozen=True)
+class Text(TensorRecord):
+    """The least conditioning that there is."""
+
+    text_BTD: Tensor
+
+
+def source(cache, samples, empty_key: str = EMPTY) -> RowSource:
+    return RowSource(cache, samples, empty_key, Text)
 
 
 def all_keys(samples):
-    texts = {key for sample in samples for key in sample.text_keys} | {empty_text_key("text-a", "float16")}
+    texts = {key for sample in samples for key in sample.text_keys} | {EMPTY}
     return sorted({key for sample in samples for key in sample.latent_keys}) + sorted(texts)
 
 

@@ -11,14 +11,14 @@ import torch
 
 from safelight.data.batches import MicroBatch, SampleRef, iterate, load_batch, plan_epoch
 from safelight.data.buckets import Bucket, make_buckets
-from safelight.data.cache import Cache, CorruptRow, empty_text_key, plan_samples
+from safelight.data.cache import Cache, CorruptRow, plan_samples
 from safelight.data.draws import draw_words
 from safelight.data.manifest import Photo
 from safelight.kernels import philox
 from safelight.kernels.philox import Key, Purpose
+from tests.data.rows import EMPTY, source
 
 SIZES = ((100, 100), (150, 100), (100, 150), (300, 100))
-EMPTY = empty_text_key("text-a", "float16")
 
 
 def make_samples(num, captions=3, variants=4):
@@ -178,17 +178,17 @@ def filled(tmp_path_factory, noise_dataset, fakes):
 def test_batch_holds_the_rows_of_its_refs(filled):
     cache, samples = filled
     for micro_batch in plan(samples, caption_dropout=0.4):
-        batch = load_batch(cache, samples, micro_batch, EMPTY)
+        batch = load_batch(source(cache, samples), micro_batch)
         assert batch.bucket == micro_batch.bucket
         assert batch.sample_ids == tuple(ref.sample_id for ref in micro_batch.refs)
-        assert {t.dtype for t in (batch.mean_BCHW, batch.logvar_BCHW, batch.text_BTD)} == {torch.float32}
+        assert {t.dtype for t in (batch.mean_BCHW, batch.logvar_BCHW, batch.conditioning.text_BTD)} == {torch.float32}
         for i, ref in enumerate(micro_batch.refs):
             sample = samples[ref.sample_index]
             row = cache.read([sample.latent_keys[ref.variant]])[0].astype(np.float32)
             np.testing.assert_array_equal(batch.mean_BCHW[i], row[:4])
             np.testing.assert_array_equal(batch.logvar_BCHW[i], row[4:])
             text = cache.read([EMPTY if ref.caption == -1 else sample.text_keys[ref.caption]])[0]
-            np.testing.assert_array_equal(batch.text_BTD[i], text.astype(np.float32))
+            np.testing.assert_array_equal(batch.conditioning.text_BTD[i], text.astype(np.float32))
 
 
 def test_batch_without_posterior_has_no_logvar(tmp_path, filled, noise_dataset, fakes):
@@ -196,7 +196,7 @@ def test_batch_without_posterior_has_no_logvar(tmp_path, filled, noise_dataset, 
     with Cache(tmp_path / "cache") as cache:
         fakes.fill(cache, noise_dataset, vae, text)
         samples = fakes.plan(noise_dataset, vae, text)
-        batch = load_batch(cache, samples, plan(samples)[0], EMPTY)
+        batch = load_batch(source(cache, samples), plan(samples)[0])
         assert batch.logvar_BCHW is None
         assert batch.mean_BCHW.shape[1] == 4
 
@@ -205,10 +205,10 @@ def test_batch_without_posterior_has_no_logvar(tmp_path, filled, noise_dataset, 
 def test_iterate_gives_the_same_batches_in_order(filled, prefetch):
     cache, samples = filled
     micro_batches = plan(samples)
-    for micro_batch, batch in zip(micro_batches, iterate(cache, samples, micro_batches, EMPTY, prefetch), strict=True):
-        expected = load_batch(cache, samples, micro_batch, EMPTY)
+    for micro_batch, batch in zip(micro_batches, iterate(source(cache, samples), micro_batches, prefetch), strict=True):
+        expected = load_batch(source(cache, samples), micro_batch)
         assert torch.equal(batch.mean_BCHW, expected.mean_BCHW)
-        assert torch.equal(batch.text_BTD, expected.text_BTD)
+        assert torch.equal(batch.conditioning.text_BTD, expected.conditioning.text_BTD)
         assert batch.sample_ids == expected.sample_ids
 
 
@@ -225,7 +225,7 @@ def test_iterate_reads_ahead_and_no_further(filled, monkeypatch):
         return batch
 
     monkeypatch.setattr("safelight.data.batches.load_batch", counted)
-    batches = iterate(cache, samples, micro_batches, EMPTY, prefetch=3)
+    batches = iterate(source(cache, samples), micro_batches, prefetch=3)
     next(batches)
     for _ in range(4):
         assert loaded.acquire(timeout=10)
@@ -239,10 +239,10 @@ def test_iterate_raises_the_threads_error_at_its_batch(filled):
     cache, samples = filled
     micro_batches = plan(samples)
     missing = MicroBatch(Bucket(64, 64), (SampleRef(1, 0, 0, 0, -1),))
-    batches = iterate(cache, samples, [micro_batches[0], missing, micro_batches[1]], "no such key")
+    batches = iterate(source(cache, samples, "no such key"), [micro_batches[0], missing, micro_batches[1]])
     with pytest.raises(ValueError, match="no row no such key"):
         list(batches)
-    batches = iterate(cache, samples, [*micro_batches[:2], missing], EMPTY)
+    batches = iterate(source(cache, samples), [*micro_batches[:2], missing])
     assert len([batch for _, batch in zip(range(2), batches, strict=False)]) == 2
 
 
@@ -253,4 +253,4 @@ def test_damaged_row_reaches_the_consumer(tmp_path, noise_dataset, fakes):
         shard.write_bytes(bytes(len(shard.read_bytes())))
     samples = fakes.plan(noise_dataset, fakes.FakeVae(), fakes.FakeTextEncoder())
     with Cache(tmp_path / "cache") as cache, pytest.raises(CorruptRow):
-        list(iterate(cache, samples, plan(samples), EMPTY))
+        list(iterate(source(cache, samples), plan(samples)))

@@ -10,10 +10,9 @@ import torch
 
 from safelight.data.batches import Batch, iterate, load_batch, plan_epoch
 from safelight.data.buckets import Bucket
-from safelight.data.cache import Cache, empty_text_key
+from safelight.data.cache import Cache
 from safelight.data.side_stream import SideStream
-
-EMPTY = empty_text_key("text-a", "float16")
+from tests.data.rows import Text, source
 
 
 @pytest.fixture
@@ -38,18 +37,18 @@ class LateCopies:
 
     def receive(self, there: Batch, batch: Batch) -> Batch:
         self.received.append(threading.current_thread().name)
-        for target, source in zip(there.tensors(), batch.tensors(), strict=True):
-            target.copy_(source)
+        for target, loaded in zip(there.tensors(), batch.tensors(), strict=True):
+            target.copy_(loaded)
         return there
 
 
 def test_each_batch_is_sent_by_the_thread_and_received_once_before_it_is_met(filled):
     cache, samples, plan = filled
     late = LateCopies()
-    batches = iterate(cache, samples, plan, EMPTY, transport=late)
+    batches = iterate(source(cache, samples), plan, transport=late)
     for met, (micro_batch, batch) in enumerate(zip(plan, batches, strict=True), start=1):
         assert len(late.received) == met
-        expected = load_batch(cache, samples, micro_batch, EMPTY)
+        expected = load_batch(source(cache, samples), micro_batch)
         assert all(map(torch.equal, batch.tensors(), expected.tensors()))
         assert (batch.sample_ids, batch.bucket) == (expected.sample_ids, expected.bucket)
     assert len(late.sent) == len(late.received) == len(plan)
@@ -67,7 +66,7 @@ def test_the_next_one_is_sent_while_one_is_worked_on(filled):
                 second.set()
             return super().send(batch)
 
-    batches = iterate(cache, samples, plan, EMPTY, prefetch=1, transport=Watched())
+    batches = iterate(source(cache, samples), plan, prefetch=1, transport=Watched())
     next(batches)
     assert second.wait(10), "sent though nobody asked for it yet"
     batches.close()
@@ -82,7 +81,7 @@ def test_an_error_of_sending_is_raised_at_its_batch(filled):
                 raise RuntimeError("CUDA error")
             return super().send(batch)
 
-    batches = iterate(cache, samples, plan, EMPTY, transport=Broken())
+    batches = iterate(source(cache, samples), plan, transport=Broken())
     assert len([batch for _, batch in zip(range(2), batches, strict=False)]) == 2
     with pytest.raises(RuntimeError, match="CUDA error"):
         next(batches)
@@ -119,8 +118,11 @@ class Stream:
         self.cuda.log += [(self.name, "sees", what) for _, _, what in sorted(event)]
 
 
-class Rows:
-    """Stands for a tensor."""
+class Rows(torch.Tensor):
+    """A tensor that logs where it is copied."""
+
+    def __new__(cls, *_):
+        return torch.Tensor._make_subclass(cls, torch.empty(0))
 
     def __init__(self, cuda: Cuda, name: str, where: str = "host"):
         self.cuda, self.name, self.where = cuda, name, where
@@ -143,9 +145,9 @@ def test_the_steps_stream_sees_every_copy_and_keeps_every_tensor(monkeypatch, na
     cuda = Cuda()
     for name in ("Stream", "stream", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
-    rows = [None if name is None else Rows(cuda, name) for name in names]
+    mean, logvar, text = (None if name is None else Rows(cuda, name) for name in names)
     side = SideStream(torch.device("cuda"))
-    sent, arrived = side.send(Batch(*rows, (1,), (0,), Bucket(64, 64)))
+    sent, arrived = side.send(Batch(mean, logvar, Text(text), (1,), (0,), Bucket(64, 64)))
     there = [name for name in names if name]
     assert sorted(cuda.log) == sorted(("side", "copies", name) for name in there)
     assert cuda.current == "steps"
@@ -161,9 +163,9 @@ def test_the_steps_stream_sees_every_copy_and_keeps_every_tensor(monkeypatch, na
 def test_on_a_gpu_batches_come_as_they_were_read(filled):
     cache, samples, plan = filled
     device = torch.device("cuda")
-    batches = iterate(cache, samples, plan * 20, EMPTY, transport=SideStream(device))
+    batches = iterate(source(cache, samples), plan * 20, transport=SideStream(device))
     for micro_batch, batch in zip(plan * 20, batches, strict=True):
-        expected = load_batch(cache, samples, micro_batch, EMPTY)
+        expected = load_batch(source(cache, samples), micro_batch)
         # work that is still going on when the next one is taken
         torch.cuda._sleep(1_000_000)
         doubled = [2 * x for x in batch.tensors()]

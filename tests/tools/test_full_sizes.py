@@ -11,9 +11,9 @@ from safelight.bench.measure.memory import measure_on_cpu
 from safelight.bench.recipes.suite import measure, variants
 from safelight.bench.recipes.workload import Workload, initial_unet
 from safelight.trainer.config.toml import Model
+from safelight.trainer.families.registry import family_of
 from safelight.trainer.models.architectures import RANDOM_MODELS
 from safelight.trainer.models.base import base_of, resolve_base
-from safelight.trainer.models.sdxl_conditioning import give_conditioning
 from safelight.trainer.models.weights import load_text, meta_unet
 from safelight.trainer.train import train
 
@@ -91,21 +91,16 @@ def test_sd21_gives_the_studys_figures(patched):
     assert found["step_gflop"] == pytest.approx(2470, rel=0.002)
 
 
-def test_conditioning_is_a_plausible_pictures_and_stays_where_it_is(small_sdxl):
+def test_stand_in_conditioning_is_that_of_an_uncropped_picture(small_sdxl):
     unet, seen = initial_unet(small_sdxl, torch.device("cpu")), []
     unet.add_embedding.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
-    given = []
-    unet.register_forward_pre_hook(lambda m, a, kwargs: given.append(kwargs["added_cond_kwargs"]), with_kwargs=True)
     rows, text = torch.randn(2, 4, 16, 16), torch.randn(2, 77, 32)
-    for _ in range(2):
-        unet(rows, torch.tensor([5, 6]), text)
-    assert given[0]["time_ids"].tolist() == [[128, 128, 0, 0, 128, 128]] * 2
-    assert given[0]["text_embeds"].shape == (2, 32)
-    assert given[0]["text_embeds"].std() == pytest.approx(1, abs=0.3)
-    # a recorded graph reads the same memory again
-    assert [given[0][n].data_ptr() for n in given[0]] == [given[1][n].data_ptr() for n in given[1]]
+    given = family_of(unet.config).stand_in_conditioning(unet.config, text, (16, 16))
+    assert given.sizes_B6.tolist() == [[128, 128, 0, 0, 128, 128]] * 2
+    assert given.pooled_BP.shape == (2, 32)
+    assert given.pooled_BP.std() == pytest.approx(1, abs=0.3)
+    unet(rows, torch.tensor([5, 6]), **given.unet_arguments(torch.float32))
     assert seen[0].shape == (2, 32 + 6 * 8)
-    assert give_conditioning(initial_unet("tiny", torch.device("cpu")))._forward_pre_hooks == {}
 
 
 @pytest.mark.slow

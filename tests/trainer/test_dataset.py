@@ -104,7 +104,7 @@ def test_prompts_are_the_configs_or_held_out_captions(make_config, folder):
 
 def test_prompts_of_the_config_are_embedded_beforehand(make_config, folder):
     dataset = opened(make_config, folder, sample={"prompts": ["a thing nobody captioned"], "negative_prompt": "blur"})
-    texts = dataset.texts(["a thing nobody captioned", "blur", ""])
+    texts = dataset.conditioning(["a thing nobody captioned", "blur", ""]).text_BTD
     assert texts.shape[0] == 3
     assert not torch.equal(texts[0], texts[1])
     dataset.cache.close()

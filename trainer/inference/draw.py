@@ -86,14 +86,14 @@ class OpenRun:
         """Return an image for each prompt; image i has the same noise whatever draws it. say: told what is done for want of room."""
         negative = self.config.sample.negative_prompt if negative is None else negative
         with self.encoder.on(self.device) as encoder:
-            text, without = encoder.encode(prompts), encoder.encode([negative])
+            given, without = (self.base.family.conditioning(encoder.encode(t)) for t in (prompts, [negative]))
         decode_on, prompts_at_a_time = self._room(settings)
         if decode_on != self.device and say is not None:
             say("the GPU has no room to decode: the CPU does, which takes longer")
         return generate(
             unet,
             self.codec,
-            text,
+            given,
             without,
             self.schedule,
             settings,

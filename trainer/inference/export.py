@@ -22,24 +22,21 @@ from safelight.errors import UserError
 from safelight.kernels.optim.split_weights import join
 from safelight.trainer.checkpoint.files import check_files, folder_of
 from safelight.trainer.config.toml import Config, load_config, require_run
+from safelight.trainer.families.family import Family
+from safelight.trainer.families.original_layout import (
+    to_original,
+    unet_layout,
+    vae_layout,
+)
 from safelight.trainer.inference.draw import pick_step
 from safelight.trainer.inference.modelspec import CUSTOM, modelspec, sign
 from safelight.trainer.models.base import PICKLES, Base, base_of
 from safelight.trainer.models.device import PRECISIONS
 from safelight.trainer.models.noise_schedule import make_schedule
-from safelight.trainer.models.original_layout import (
-    CLIP_PREFIX,
-    clip_layout,
-    open_clip_layout,
-    to_original,
-    unet_layout,
-    vae_layout,
-)
 from safelight.trainer.models.weights import load_text, load_vae, meta_unet
 from safelight.trainer.optim.ema import PREFIX as EMA_PREFIX
 
 DTYPES = {name: dtype for dtype, name in PRECISIONS.items()}
-OPEN_CLIP_WIDTH = 1024
 # free space to leave beside the file: file systems slow down and fail before they are full
 SPARE_BYTES = 64 << 20
 
@@ -182,14 +179,14 @@ def _check_room(out: Path, num_bytes: int) -> None:
 # one file
 
 
-def original_frozen(vae: dict[str, Tensor], text_encoder: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of an AutoencoderKL and a CLIPTextModel as a file holds them; width 1024 is SD 2.x's OpenCLIP."""
-    tensors = to_original(vae, vae_layout(vae))
-    num_tokens, width = next(t.shape for name, t in text_encoder.items() if name.endswith("position_embedding.weight"))
-    if width == OPEN_CLIP_WIDTH:
-        return tensors | to_original(text_encoder, open_clip_layout(text_encoder))
-    ids = {f"{CLIP_PREFIX}embeddings.position_ids": torch.arange(num_tokens)[None]}
-    return tensors | to_original(text_encoder, clip_layout(text_encoder)) | ids
+def original_frozen(family: Family, vae: dict[str, Tensor], text_encoder: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of an AutoencoderKL and of the family's text encoder as a single file holds them."""
+    num_tokens = next(len(t) for name, t in text_encoder.items() if name.endswith("position_embedding.weight"))
+    return {
+        **to_original(vae, vae_layout(vae)),
+        **to_original(text_encoder, family.text_encoder_layout(text_encoder)),
+        **family.text_encoder_extras(num_tokens),
+    }
 
 
 def _export_file(source: _Source, out: Path, title: str) -> list[str]:
@@ -199,7 +196,9 @@ def _export_file(source: _Source, out: Path, title: str) -> list[str]:
     tensors = to_original(source.unet_tensors(shapes), unet_layout(shapes, unet.config.layers_per_block))
     vae = source.vae()
     if hasattr(vae, "quant_conv"):
-        tensors |= original_frozen(_cast_all(vae, source.dtype), _cast_all(source.text()[1], source.dtype))
+        tensors |= original_frozen(
+            source.base.family, _cast_all(vae, source.dtype), _cast_all(source.text()[1], source.dtype)
+        )
     else:
         notes.append(
             f"the run's autoencoder is a {type(vae).__name__}, which has no original layout: {out.name} holds the UNet alone"
@@ -210,7 +209,7 @@ def _export_file(source: _Source, out: Path, title: str) -> list[str]:
         notes.append(
             "this UNet has a size of its own, which A1111 and ComfyUI do not know; diffusers reads the file with config=FOLDER"
         )
-    elif source.prediction_type == "v_prediction" and unet.config.cross_attention_dim == 768:
+    elif source.base.family.assumed_prediction not in ("", source.prediction_type):
         notes.append(
             "SD 1.x files are taken for epsilon: for this v model A1111 needs a .yaml beside it, ComfyUI the node ModelSamplingDiscrete"
         )
@@ -261,8 +260,6 @@ def _load_in_fp32(config_path: Path) -> None:
 
 
 def _export_folder(source: _Source, out: Path) -> None:
-    from diffusers import StableDiffusionPipeline
-
     unet = meta_unet(source.base)
     shapes = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
     unet.load_state_dict(source.unet_tensors(shapes), assign=True)
@@ -271,16 +268,7 @@ def _export_folder(source: _Source, out: Path) -> None:
         module.load_state_dict(_cast_all(module, source.dtype), assign=True)
     modules = (unet, vae, text_encoder)
     _check_room(out, sum(t.nbytes for module in modules for t in module.state_dict().values()))
-    pipeline = StableDiffusionPipeline(
-        vae,
-        text_encoder,
-        tokenizer,
-        unet,
-        _scheduler(source),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    pipeline = source.base.family.pipeline_of(unet, vae, _scheduler(source), tokenizer, text_encoder)
     partial, old = (out.with_name(f".{out.name}.{word}") for word in ("partial", "old"))
     shutil.rmtree(partial, ignore_errors=True)
     try:

@@ -11,15 +11,11 @@ import os
 from datetime import UTC, datetime
 from pathlib import Path
 
+from safelight.trainer.families.registry import family_of
+
 SPEC_VERSION = "1.0.0"
 NO_HASH = "0x" + "0" * 64
-# UNet widths of SD 1.x and 2.x; anything else is a size that A1111 and ComfyUI do not know
-SD_CHANNELS = [320, 640, 1280, 1280]
 CUSTOM = "stable-diffusion-custom"
-IMPLEMENTATIONS = {
-    768: "https://github.com/CompVis/stable-diffusion",
-    1024: "https://github.com/Stability-AI/stablediffusion",
-}
 
 
 def modelspec(unet_config, prediction_type: str, resolution: int, title: str, description: str) -> dict[str, str]:
@@ -27,20 +23,18 @@ def modelspec(unet_config, prediction_type: str, resolution: int, title: str, de
 
     `format` is safetensors' own convention.
     """
-    width = unet_config.cross_attention_dim
-    is_v = prediction_type == "v_prediction"
-    known = {768: "stable-diffusion-v1", 1024: "stable-diffusion-v2-768-v" if is_v else "stable-diffusion-v2-512"}
-    architecture = known.get(width) if list(unet_config.block_out_channels) == SD_CHANNELS else None
+    family = family_of(unet_config)
+    is_known = family.has_published_size(unet_config)
     return {
         "format": "pt",
         "modelspec.sai_model_spec": SPEC_VERSION,
-        "modelspec.architecture": architecture or CUSTOM,
-        "modelspec.implementation": IMPLEMENTATIONS.get(width, IMPLEMENTATIONS[768]),
+        "modelspec.architecture": family.architecture(prediction_type) if is_known else CUSTOM,
+        "modelspec.implementation": family.implementation,
         "modelspec.title": title,
         "modelspec.description": description,
         "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
         "modelspec.resolution": f"{resolution}x{resolution}",
-        "modelspec.prediction_type": "v" if is_v else "epsilon",
+        "modelspec.prediction_type": "v" if prediction_type == "v_prediction" else "epsilon",
         "modelspec.hash_sha256": NO_HASH,
     }
 

@@ -10,9 +10,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from safelight.data.tensor_record import concatenate
 from safelight.errors import UserError
 from safelight.kernels.philox import Key, Purpose, normals_torch
 from safelight.trainer.config.toml import Config
+from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.models.encoders import LatentCodec
 from safelight.trainer.models.noise_schedule import NoiseSchedule
 
@@ -77,12 +79,22 @@ def _betas(schedule: NoiseSchedule) -> np.ndarray:
     )
 
 
+def _rows(
+    conditioning: TextConditioning, negative: TextConditioning | None, rows: slice, device: torch.device
+) -> TextConditioning:
+    """Return some rows of the conditioning on a device, after as many of the negative one where there is one."""
+    given = conditioning[rows]
+    if negative is not None:
+        given = concatenate([negative[[0] * len(given.tensors()[0])], given])
+    return given.map(lambda x: x.to(device))
+
+
 @torch.no_grad()
 def generate(
     unet: nn.Module,
     codec: LatentCodec,
-    text_BTD: Tensor,
-    negative_TD: Tensor,
+    conditioning: TextConditioning,
+    negative: TextConditioning,
     schedule: NoiseSchedule,
     settings: Settings,
     *,
@@ -91,17 +103,19 @@ def generate(
     decode_on: torch.device | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Image.Image]:
-    """Return an RGB image for each row of text_BTD.
+    """Return an RGB image for each row of the conditioning.
 
-    batch_size: images drawn at a time; decode_on: where the codec works, and visits if that is not its home; None: where it is.
-    Both change the images by float rounding alone. indices: the noise's numbers, 0 .. B-1 by default. negative_TD: what guidance points away from. progress: told
-    (done, total) of the denoising steps, each of a whole batch; what it raises ends the drawing.
-    Raises ValueError for a size that the latents do not divide.
+    negative: one row, what classifier-free guidance points away from. indices: the numbers that key the noise, 0 .. B-1 by
+    default. batch_size: images at a time. decode_on: the device that decodes; the codec moves there and back; None: where it
+    is. batch_size and decode_on change images by float rounding only. progress: called with (done, total) denoising steps, each
+    of a whole batch; an exception that it raises ends the drawing.
+    Raises UserError for a size that is not a multiple of the pixels a latent.
     """
     factor = codec.factor
     check_size(settings, factor)
     weight = next(unet.parameters())
-    indices = list(range(len(text_BTD))) if indices is None else list(indices)
+    num_rows = len(conditioning.tensors()[0])
+    indices = list(range(num_rows)) if indices is None else list(indices)
     shape = (codec.latent_channels, settings.height // factor, settings.width // factor)
     was_training = unet.training
     unet.eval()
@@ -113,15 +127,14 @@ def generate(
         scheduler = make_scheduler(schedule, settings.sampler)
         scheduler.set_timesteps(settings.steps, device=weight.device)
         latents = normals_torch(keys, shape, weight.device) * scheduler.init_noise_sigma
-        text = text_BTD[start : start + batch_size].to(weight.device, weight.dtype)
-        if settings.cfg != 1:
-            negative = negative_TD.to(weight.device, weight.dtype).expand(len(chunk), -1, -1)
-            text = torch.cat([negative, text])
+        rows = slice(start, start + batch_size)
+        given = _rows(conditioning, negative if settings.cfg != 1 else None, rows, weight.device)
+        arguments = given.unet_arguments(weight.dtype)
         for timestep in scheduler.timesteps:
             model_input = scheduler.scale_model_input(latents, timestep).to(weight.dtype)
             if settings.cfg != 1:
                 model_input = torch.cat([model_input, model_input])
-            predicted = unet(model_input, timestep, text).sample.float()
+            predicted = unet(model_input, timestep, **arguments).sample.float()
             if settings.cfg != 1:
                 without, with_caption = predicted.chunk(2)
                 predicted = without + settings.cfg * (with_caption - without)

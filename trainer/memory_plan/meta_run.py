@@ -43,7 +43,7 @@ from safelight.trainer.models.base import Base, resolve_model
 from safelight.trainer.models.noise_schedule import make_schedule
 from safelight.trainer.models.weights import meta_unet
 from safelight.trainer.step.prepare_unet import equip
-from safelight.trainer.step.step import train_step
+from safelight.trainer.step.step import StepContext, StepSettings, train_step
 
 META = torch.device("meta")
 
@@ -74,20 +74,6 @@ class _StandInAdamW8bit:
                 sizes = [(p.numel(), torch.uint8), (cdiv(p.numel(), BLOCK_SIZE), torch.float32)]
                 parts = sizes if is_8bit else [(p.numel(), torch.float32)]
                 self.state[p] = [torch.empty(n, dtype=t, device=p.device) for _ in range(2) for n, t in parts]
-
-
-def _give_conditioning(unet: torch.nn.Module) -> None:
-    """Let a UNet with SDXL's added conditions be called as those without: they are made when it is called."""
-    if unet.config.addition_embed_type != "text_time":
-        return
-    pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
-
-    def add(_, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        text = args[2]
-        made = {"text_embeds": text.new_empty(len(text), pooled), "time_ids": text.new_empty(len(text), 6)}
-        return args, {**kwargs, "added_cond_kwargs": made}
-
-    unet.register_forward_pre_hook(add, with_kwargs=True)
 
 
 @dataclass(frozen=True)
@@ -126,21 +112,21 @@ class MetaRun:
     """
 
     def __init__(self, config: Config, base: Base, device: torch.device, dtype: torch.dtype):
-        self.config, self.device = config, device
+        self.config, self.device, self._family = config, device, base.family
         self.live = LiveBytes(CUDA_ROUNDING if device.type == "cuda" else 1)
         self.unet = meta_unet(base).train()
-        _give_conditioning(self.unet)
         # a CPU has one fused operator; a card's are not probed here but taken in their order
         where = device if device.type == "cpu" else META
         wanted = "sdpa" if config.model.attention == "auto" and device.type == "cuda" else config.model.attention
         choice = choose_attention(where, dtype, attention_cases(self.unet), wanted=wanted)
-        self._schedule = make_schedule(base.config_of("scheduler"), config.loss.prediction).to(META)
+        schedule = make_schedule(base.config_of("scheduler"), config.loss.prediction).to(META)
         with references_on_meta(device.type == "cpu"), self.live:
             self.live.hold(self.unet.parameters(), WEIGHTS)
             self.live.phase, self.live.kind = "loading", OPTIMIZER
             equipped = equip(self.unet, config, choice, device, dtype)
             self.loading, self.packing = self.live.peak, self.live.peak.total - self.live.total
         self.optimizer, self.ema = equipped.optimizer, equipped.ema
+        self.context = StepContext(self.unet, self.optimizer, schedule, 1.0, config.loss)
         # for who asks for the same again
         self.traced: dict[tuple, Traced | AllocationTrace] = {}
         self._stand_in()
@@ -174,7 +160,8 @@ class MetaRun:
 
         mean, logvar = rows(channels, height, width), rows(channels, height, width)
         ids, bucket = tuple(range(batch_size)), Bucket(8 * width, 8 * height)
-        return Batch(mean, logvar, rows(NUM_TEXT_TOKENS, dim), ids, (0,) * batch_size, bucket)
+        given = self._family.stand_in_conditioning(self.unet.config, rows(NUM_TEXT_TOKENS, dim), (height, width))
+        return Batch(mean, logvar, given, ids, (0,) * batch_size, bucket)
 
     def step(self, batch_size: int, height: int, width: int, num_micro: int = 1) -> Traced:
         """Return what a step over micro-batches of latents of a size needs; the first one makes what the optimizer keeps."""
@@ -199,20 +186,8 @@ class MetaRun:
             ):
                 live.phase, live.kind = "step", None
                 live.reset_peak()
-                result = train_step(
-                    self.unet,
-                    self.optimizer,
-                    batches,
-                    self._schedule,
-                    1.0,
-                    self.config.loss,
-                    seed=0,
-                    epoch=0,
-                    num_samples=batch_size * num_micro,
-                    lr=stage.lr,
-                    weight_decay=stage.weight_decay,
-                    max_grad_norm=stage.max_grad_norm,
-                )
+                settings = StepSettings(batch_size * num_micro, stage.lr, stage.weight_decay, stage.max_grad_norm)
+                result = train_step(self.context, batches, settings, seed=0, epoch=0)
                 taken = result.taken
                 del result
                 if self.ema is not None:
@@ -242,7 +217,9 @@ class MetaRun:
                 batch_size, NUM_TEXT_TOKENS, self.unet.config.cross_attention_dim, dtype=dtype, device=META
             )
             self.unet.eval()
-            self.unet(latents, torch.empty(batch_size, dtype=torch.int64, device=META), text)
+            given = self._family.stand_in_conditioning(self.unet.config, text, (height, width))
+            timesteps = torch.empty(batch_size, dtype=torch.int64, device=META)
+            self.unet(latents, timesteps, **given.unet_arguments(dtype))
             self.unet.train()
         return self.live.allocations
 

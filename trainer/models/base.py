@@ -14,12 +14,15 @@ from pathlib import Path
 import torch
 
 from safelight.errors import UserError
-from safelight.trainer.config.presets import SD15
 from safelight.trainer.config.toml import Model
+from safelight.trainer.families.family import Family
+from safelight.trainer.families.registry import FAMILIES, family_of, trainable_titles
 from safelight.trainer.models.architectures import RANDOM_MODELS
 from safelight.trainer.models.hub import PARTS, fetch
 from safelight.trainer.models.single_file import SingleFile
 
+# a diffusers model's networks by the beginning of their folders' names, autoencoder and safety checker left out
+MODEL_PARTS = ("unet", "text_encoder", "transformer", "prior")
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
 
@@ -48,6 +51,10 @@ class Base:
     def from_scratch(self) -> bool:
         return bool(self.random_name)
 
+    @property
+    def family(self) -> Family:
+        return family_of(self.config_of("unet"))
+
     def config_of(self, part: str) -> dict:
         """Return the diffusers or transformers config of unet, vae, text_encoder or scheduler."""
         if self.random_name:
@@ -57,6 +64,11 @@ class Base:
         if part == "scheduler" and self.file is not None and self.file.prediction_type:
             config["prediction_type"] = self.file.prediction_type
         return config
+
+
+def _trainable_parts() -> set[str]:
+    """Return the parts of a diffusers model that hold a network which can be trained or is needed for it."""
+    return {"unet", *(part for family in FAMILIES.values() if not family.untrainable for part in family.text_encoders)}
 
 
 def _read_json(path: Path, setting: str) -> dict:
@@ -73,10 +85,9 @@ def _read_json(path: Path, setting: str) -> dict:
 def base_of(model: Model) -> Base:
     """Return where the base of a run's [model] table is. Raises ValueError, one line, if it is nowhere, or cannot be trained yet."""
     base = resolve_model(model)
-    if base.random_name and "text_encoder" not in RANDOM_MODELS[base.random_name]:
+    if base.family.untrainable:
         raise UserError(
-            f"model.base {model.base!r} is for `safelight plan` and `safelight bench` alone: only Stable Diffusion 1.x and 2.x "
-            "can be trained yet; use random:sd15 or random:sd21"
+            f"model.base {model.base!r} is for `safelight plan` and `safelight bench` alone: {base.family.untrainable}"
         )
     return base
 
@@ -115,15 +126,15 @@ def _resolve_file(file: SingleFile, spec: str, config: str, has_vae: bool) -> Ba
     file.check_base()
     lacking = [part for part, there in (("vae", file.has_vae), ("text_encoder", file.has_text_encoder)) if not there]
     if not config:
-        if file.family == "2.x":
-            raise UserError(
-                f"{file} is Stable Diffusion 2.x, whose weights do not tell whether they predict epsilon or v; "
-                "set model.config to the diffusers folder or hub id of the one it comes from"
-            )
-        if not file.family:
+        if file.family is None:
             raise UserError(
                 f"{file} attends to width {file.text_width}, not to 768 (1.x) or 1024 (2.x); "
                 "set model.config to the diffusers folder it was made from"
+            )
+        if file.family.default_configs is None:
+            raise UserError(
+                f"{file} is {file.family.title}, whose weights do not tell whether they predict epsilon or v; "
+                "set model.config to the diffusers folder or hub id of the one it comes from"
             )
         if "text_encoder" in lacking:
             raise UserError(
@@ -137,8 +148,9 @@ def _resolve_file(file: SingleFile, spec: str, config: str, has_vae: bool) -> Ba
         return Base(spec, tiny_folder(), file=file, setting="model.config 'tiny'")
     wanted = [part for part in lacking if not (part == "vae" and has_vae)]
     fix = f"set model.config to a diffusers folder: {file.path.name} has no configs, tokenizer and scheduler of its own"
-    folder = _diffusers_folder(config or SD15, "model.config", fix, wanted)
-    return Base(spec, folder, file=file, setting=f"model.config {config or SD15!r}")
+    config = config or file.family.default_configs
+    folder = _diffusers_folder(config, "model.config", fix, wanted)
+    return Base(spec, folder, file=file, setting=f"model.config {config!r}")
 
 
 def _diffusers_folder(spec: str, setting: str, fix: str, parts: Sequence[str]) -> Path:
@@ -152,8 +164,8 @@ def _diffusers_folder(spec: str, setting: str, fix: str, parts: Sequence[str]) -
         folder = fetch(spec, setting, fix, ())
     index = _read_json(folder / "model_index.json", f"{setting} {spec!r}")
     pipeline = index.get("_class_name", "")
-    if "XL" in pipeline or "text_encoder_2" in index or "transformer" in index:
-        raise UserError(f"{setting} {spec!r} is a {pipeline}; only Stable Diffusion 1.x and 2.x are supported yet")
+    if not {name for name in index if name.startswith(MODEL_PARTS)} <= _trainable_parts():
+        raise UserError(f"{setting} {spec!r} is a {pipeline}; only {trainable_titles()} are supported yet")
     return folder if is_here or not parts else fetch(spec, setting, fix, parts)
 
 
@@ -199,5 +211,5 @@ def vae_bytes(base: Base, override: str) -> int:
 
 def bucket_multiple(base: Base, latent_factor: int) -> int:
     """Return what sides of buckets are multiples of: an eighth of the model's native side, at most 64 px."""
-    native = base.config_of("unet")["sample_size"] * latent_factor
+    native = base.family.native_px(base.config_of("unet"), latent_factor)
     return min(64, max(2 * latent_factor, native // 8))

@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from safelight.errors import UserError
-from safelight.trainer.models.original_layout import (
+from safelight.trainer.families.family import Family
+from safelight.trainer.families.original_layout import (
     CLIP_PREFIX,
     OPEN_CLIP_PREFIX,
     UNET_PREFIX,
@@ -28,6 +29,7 @@ from safelight.trainer.models.original_layout import (
     unet_layout,
     vae_layout,
 )
+from safelight.trainer.families.registry import family_of_text_width, trainable_titles
 
 DTYPES = {"F64", "F32", "F16", "BF16"}
 PREDICTIONS = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon"}
@@ -43,10 +45,10 @@ FOREIGN = {
     "emb_params": "a textual inversion embedding; give the full model",
     "control_model.": "a ControlNet; give the full model",
     "controlnet_cond_embedding.": "a ControlNet; give the full model",
-    "conditioner.embedders.": "Stable Diffusion XL; only 1.x and 2.x are supported yet",
-    "joint_blocks.": "Stable Diffusion 3; only 1.x and 2.x are supported yet",
-    "double_blocks.": "Flux; only Stable Diffusion 1.x and 2.x are supported yet",
-    "single_transformer_blocks.": "Flux; only Stable Diffusion 1.x and 2.x are supported yet",
+    "conditioner.embedders.": f"Stable Diffusion XL; only {trainable_titles()} are supported yet",
+    "joint_blocks.": f"Stable Diffusion 3; only {trainable_titles()} are supported yet",
+    "double_blocks.": f"Flux; only {trainable_titles()} are supported yet",
+    "single_transformer_blocks.": f"Flux; only {trainable_titles()} are supported yet",
     "motion_modules.": "an AnimateDiff motion module; give the full model",
 }
 # files of one part, by the start of a name
@@ -59,8 +61,6 @@ BARE = {
     "cond_stage_model.": "a text encoder alone; give the full model",
     "text_model.": "a text encoder alone; give the full model",
 }
-FAMILIES = {768: "1.x", 1024: "2.x"}
-XL_WIDTHS = (1280, 2048)
 
 
 @dataclass(eq=False)
@@ -106,9 +106,9 @@ class SingleFile:
         return next((self.shapes[name][1] for name in keys), 0)
 
     @property
-    def family(self) -> str:
-        """1.x, 2.x, or '' for a size of its own."""
-        return FAMILIES.get(self.text_width, "")
+    def family(self) -> Family | None:
+        """The family by the width of the text that the UNet attends to; None for a size of its own."""
+        return family_of_text_width(self.text_width)
 
     @property
     def prediction_type(self) -> str:
@@ -116,7 +116,7 @@ class SingleFile:
         return PREDICTIONS.get(self.metadata.get("modelspec.prediction_type", "").lower(), "")
 
     def check_base(self) -> None:
-        """Raise ValueError, saying what it is, unless it is a text-to-image Stable Diffusion 1.x or 2.x."""
+        """Raise UserError, saying what the file is, unless it is a text-to-image model of a family that can be trained."""
         for word, what in FOREIGN.items():
             if any(word in name for name in self.shapes):
                 raise UserError(f"{self} is {what}")
@@ -129,8 +129,8 @@ class SingleFile:
             )
         if self.text_width == 0:
             raise UserError(f"{self} is no Stable Diffusion: its network has no cross-attention to text as a UNet has")
-        if self.text_width in XL_WIDTHS:
-            raise UserError(f"{self} is {FOREIGN['conditioner.embedders.']}")
+        if self.family is not None and self.family.untrainable:
+            raise UserError(f"{self} is {self.family.title}; only {trainable_titles()} are supported yet")
         channels = self.shapes.get(f"{UNET_PREFIX}input_blocks.0.0.weight", (0, 4))[1]
         if channels != 4:
             raise UserError(

@@ -1,18 +1,18 @@
-"""The training step as CUDA graphs: recorded once for each shape of batch, then replayed by one call of the host.
+"""The training step as CUDA graphs: captured once for each shape of batch, then replayed by a single host call.
 
-A graph runs the same operators on the same memory again, and no Python. So a batch is copied into inputs that stay where they
-are, a step's numbers (learning rate, weight decay, clipping) stand on the device and are written before it, and whatever a
-step changes is changed in place. Its draws are keyed by what the inputs hold.
+Replaying a graph launches the same kernels on the same memory, without running any Python. So a batch is copied into inputs
+at fixed addresses, the step's numbers (learning rate, weight decay, clipping) are written to the device before the replay,
+and whatever a step changes is changed in place. Random draws are keyed by the inputs, so that each replay draws afresh.
 
-Graphs share one pool of memory: they run one after another, and none leaves anything behind but its small results. Every new
-shape is rehearsed before any is recorded: Triton compiles, cuDNN and cuBLAS choose, and what the rehearsals took is given
-back, so that the pool and they never stand side by side: a batch of a size that comes later has all graphs given up and
-recorded again. The largest comes first, so that the pool grows once.
+All graphs share one memory pool: they run one after another, and only their small results outlive a replay. Before any
+shape is captured, every new shape runs once without effect (a warm-up): Triton compiles, cuDNN and cuBLAS choose their
+algorithms, and the memory that this took is freed, so that the pool and the warm-ups' cache never exist at the same time. When
+a shape appears later, all graphs are dropped and captured again. The largest shape is captured first, so that the pool grows
+only once.
+
+Without graphs, an epoch's largest shape still runs once without effect before the first step: if the GPU is too small, the
+run fails at its start, not hours later.
 Source: docs.pytorch.org, CUDA semantics, CUDA Graphs.
-
-Before an epoch's steps: their shapes are gone through once, largest first, and recorded where the run has CUDA graphs.
-
-So the peak of a GPU's memory comes before the first step and not hours later, at the first batch of the largest bucket.
 """
 
 from __future__ import annotations
@@ -21,23 +21,20 @@ import gc
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from safelight.data.batches import MicroBatch
 from safelight.errors import UserError
-from safelight.trainer.config.toml import Loss
-from safelight.trainer.models.noise_schedule import NoiseSchedule
 from safelight.trainer.optim.optimizer import UNetOptimizer
-from safelight.trainer.step.step import Inputs, MicroResult, micro_step
+from safelight.trainer.step.step import Inputs, MicroResult, StepContext, micro_step
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What one graph is for: a batch's size, its latents' height and width, and its place among a step's micro-batches."""
+    """What one graph is captured for: batch size, latents' height and width, and the position among a step's micro-steps."""
 
     size: int
     height: int
@@ -59,7 +56,10 @@ def shape_of(inputs: Inputs, is_first: bool = True, is_last: bool = True) -> Sha
 
 
 def shapes_of(sizes: Iterable[tuple[int, int, int]], accumulate: int) -> set[Shape]:
-    """Return the shapes of an epoch's micro-batches, given in order as (size, height, width), taken `accumulate` a step."""
+    """Return the shapes of an epoch's micro-batches.
+
+    sizes: (batch size, latents' height, width) of each micro-batch in order. accumulate: micro-batches a step.
+    """
     sizes = list(sizes)
     last = len(sizes) - 1
     return {
@@ -68,73 +68,8 @@ def shapes_of(sizes: Iterable[tuple[int, int, int]], accumulate: int) -> set[Sha
     }
 
 
-class Recorder(Protocol):
-    """What records. rehearse runs something; settle frees what that took; record returns its replay and its results; forget:
-    all that was recorded has been given up."""
-
-    def rehearse(self, run: Callable[[], object]) -> None: ...
-
-    def settle(self) -> None: ...
-
-    def record(self, run: Callable[[], MicroResult]) -> tuple[Callable[[], None], MicroResult]: ...
-
-    def forget(self) -> None: ...
-
-
-class CudaRecorder:
-    """Records CUDA graphs on a device, all into one pool of memory. Raises ValueError where a step cannot be recorded."""
-
-    def __init__(self, device: torch.device):
-        self._device = device
-        self._pool = torch.cuda.graph_pool_handle()
-        # nothing may be recorded on the default stream, nor what ran there first
-        self._stream = torch.cuda.Stream(device)
-
-    def rehearse(self, run: Callable[[], object]) -> None:
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(self._stream):
-            run()
-        torch.cuda.current_stream(self._device).wait_stream(self._stream)
-
-    def settle(self) -> None:
-        torch.cuda.synchronize(self._device)
-        gc.collect()
-        torch.cuda.empty_cache()
-
-    def record(self, run: Callable[[], MicroResult]) -> tuple[Callable[[], None], MicroResult]:
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: the thread that reads batches ahead may pin memory meanwhile
-        try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                result = run()
-        except RuntimeError as error:
-            # leaving a capture that failed raises an error of its own, which tells nothing
-            first = error.__context__ if isinstance(error.__context__, RuntimeError) else error
-            if isinstance(first, torch.OutOfMemoryError):
-                raise first from None
-            # what torch's allocator knows of the capture stays: this process takes no further step
-            raise UserError(
-                f"a step cannot be recorded as a CUDA graph here ({str(first).splitlines()[0][:200]}); "
-                "set train.cuda_graphs to off"
-            ) from first
-        return graph.replay, result
-
-    def forget(self) -> None:
-        # torch takes no handle whose graphs are gone while a result of one is held (create_or_incref_pool asserts)
-        self._pool = torch.cuda.graph_pool_handle()
-
-
-@dataclass(frozen=True)
-class _Graph:
-    """inputs: what it reads; replay: runs it again; result: what it writes, overwritten by the next replay."""
-
-    inputs: Inputs
-    replay: Callable[[], None]
-    result: MicroResult
-
-
-def in_order(shapes: Iterable[Shape]) -> list[Shape]:
-    """Return shapes with the largest first."""
+def largest_first(shapes: Iterable[Shape]) -> list[Shape]:
+    """Return the shapes in the order in which they are captured."""
 
     def order(shape: Shape) -> tuple:
         return -shape.num_latents, -shape.height, -shape.size, shape.is_first, shape.is_last
@@ -142,110 +77,171 @@ def in_order(shapes: Iterable[Shape]) -> list[Shape]:
     return sorted(shapes, key=order)
 
 
-def _work_of(shape: Shape) -> tuple:
-    """Return what a shape's first run compiles and makes: a step's other places add up or copy, which needs neither.
+class Recorder(Protocol):
+    """Captures and replays. Tests have one that runs on the CPU."""
 
-    A step is stepped the same after any batch: with the first shapes its end is rehearsed.
+    def warm_up(self, run: Callable[[], object]) -> None:
+        """Run something on the stream that captures."""
+        ...
+
+    def free_cached_memory(self) -> None:
+        """Return the memory that torch caches to the device."""
+        ...
+
+    def capture(self, run: Callable[[], MicroResult]) -> tuple[Callable[[], None], MicroResult]:
+        """Capture a run; return a function that replays it, and the results that every replay overwrites."""
+        ...
+
+    def forget(self) -> None:
+        """Called when all captured graphs have been dropped."""
+        ...
+
+
+class CudaRecorder:
+    """Captures CUDA graphs on a device, all into one memory pool. Raises UserError where a step cannot be captured."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        # nothing can be captured on the default stream, nor anything whose warm-up ran there
+        self._stream = torch.cuda.Stream(device)
+
+    def warm_up(self, run: Callable[[], object]) -> None:
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            run()
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+    def free_cached_memory(self) -> None:
+        torch.cuda.synchronize(self._device)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    def capture(self, run: Callable[[], MicroResult]) -> tuple[Callable[[], None], MicroResult]:
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: the loader's thread may pin memory in the meantime
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                result = run()
+        except RuntimeError as error:
+            # leaving a failed capture raises an uninformative error of its own; the first one says what happened
+            first = error.__context__ if isinstance(error.__context__, RuntimeError) else error
+            if isinstance(first, torch.OutOfMemoryError):
+                raise first from None
+            # torch's allocator is still in capture mode, so this process cannot take another step
+            raise UserError(
+                f"a step cannot be captured as a CUDA graph here ({str(first).splitlines()[0][:200]}); "
+                "set train.cuda_graphs to off"
+            ) from first
+        return graph.replay, result
+
+    def forget(self) -> None:
+        # torch asserts (create_or_incref_pool) when a pool's handle is used again after its graphs are gone while a tensor of
+        # theirs is still alive
+        self._pool = torch.cuda.graph_pool_handle()
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """inputs: what the graph reads. replay: runs it again. result: what it writes; the next replay overwrites it."""
+
+    inputs: Inputs
+    replay: Callable[[], None]
+    result: MicroResult
+
+
+def _compiles(shape: Shape) -> tuple:
+    """Return what a shape's warm-up compiles.
+
+    A micro-step's position within the step only decides whether gradients are copied or added, which compiles nothing new. The
+    optimizer's part is the same after any batch and is warmed up with the first shapes.
     """
     return shape.size, shape.height, shape.width, shape.is_first and shape.is_last
 
 
 def blank(like: Inputs, shape: Shape) -> Inputs:
-    """Return inputs of a shape, zeros, of the form of others."""
-    size, place = shape.size, (shape.size, like.mean_BCHW.shape[1], shape.height, shape.width)
-    return Inputs(
-        like.mean_BCHW.new_zeros(place),
-        None if like.logvar_BCHW is None else like.logvar_BCHW.new_zeros(place),
-        like.text_BTD.new_zeros(size, *like.text_BTD.shape[1:]),
-        like.words_B5.new_zeros(size, like.words_B5.shape[1]),
-    )
+    """Return zeros of a shape, in the form of given inputs: tensors of four dimensions are latents, all others are rows."""
 
+    def zeros(x: Tensor) -> Tensor:
+        rest = (x.shape[1], shape.height, shape.width) if x.dim() == 4 else x.shape[1:]
+        return x.new_zeros(shape.size, *rest)
 
-def _copy(source: Inputs, target: Inputs) -> None:
-    for name in ("mean_BCHW", "logvar_BCHW", "text_BTD", "words_B5"):
-        found: Tensor | None = getattr(source, name)
-        if found is not None:
-            getattr(target, name).copy_(found, non_blocking=True)
+    return like.map(zeros)
 
 
 class StepGraphs:
-    """Graphs of a stage's micro-step, by shape.
+    """The graphs of a stage's micro-steps, by shape.
 
-    run: (inputs, is_first, is_last of the step's micro-batches) -> results, tensors that the next replay overwrites.
-    optimizer: that run steps. Call `prepare` between steps alone.
+    run: takes (inputs, is_first, is_last), returns tensors that the next replay overwrites. optimizer: the one that `run`
+    steps. `prepare` may be called between steps only.
     """
 
     def __init__(self, run: Callable[[Inputs, bool, bool], MicroResult], optimizer: UNetOptimizer, recorder: Recorder):
         self._run, self._optimizer, self._recorder = run, optimizer, recorder
         self._graphs: dict[Shape, _Graph] = {}
-        self._rehearsed: set[tuple] = set()
+        self._warmed_up: set[tuple] = set()
 
     def __len__(self) -> int:
         return len(self._graphs)
 
     def clear(self) -> None:
-        """Give all graphs up: what they have baked in is to change."""
+        """Drop all graphs, because something that they have baked in is about to change."""
         self._graphs.clear()
         self._optimizer.release_captures()
         self._recorder.forget()
 
     def prepare(self, wanted: Iterable[Shape], like: Inputs) -> int:
-        """Record the shapes that have no graph yet, all anew where one must be rehearsed, and return how many.
+        """Capture the shapes that have no graph yet, and return how many were captured.
 
-        like: inputs of any shape, for the rest of their form.
+        If any of them needs a warm-up, all graphs are dropped and captured again. like: inputs of any shape.
         """
-        new = in_order(s for s in set(wanted) if s not in self._graphs)
+        new = largest_first(s for s in set(wanted) if s not in self._graphs)
         if not new:
             return 0
-        strange = [shape for shape in new if _work_of(shape) not in self._rehearsed]
-        if strange and self._graphs:
-            new = in_order([*new, *self._graphs])
+        unknown = [shape for shape in new if _compiles(shape) not in self._warmed_up]
+        if unknown and self._graphs:
+            new = largest_first([*new, *self._graphs])
             self.clear()
-        # nor may a rehearsal find what a pool, or validation, has left
-        self._recorder.settle()
+        # neither may a warm-up run beside what a pool or a validation has left in the cache
+        self._recorder.free_cached_memory()
         inputs = {shape: blank(like, shape) for shape in new}
-        for shape in strange:
+        for shape in unknown:
             with self._optimizer.rehearsal():
-                self._recorder.rehearse(lambda shape=shape: self._take(inputs[shape], shape))
-        self._rehearsed |= {_work_of(shape) for shape in strange}
-        self._recorder.settle()
+                self._recorder.warm_up(lambda shape=shape: self._micro_step(inputs[shape], shape))
+        self._warmed_up |= {_compiles(shape) for shape in unknown}
+        self._recorder.free_cached_memory()
         for shape in new:
-            replay, result = self._recorder.record(lambda shape=shape: self._take(inputs[shape], shape))
+            replay, result = self._recorder.capture(lambda shape=shape: self._micro_step(inputs[shape], shape))
             self._optimizer.finish_capture()
             self._graphs[shape] = _Graph(inputs[shape], replay, result)
         return len(new)
 
-    def _take(self, inputs: Inputs, shape: Shape) -> MicroResult:
+    def _micro_step(self, inputs: Inputs, shape: Shape) -> MicroResult:
         return self._run(inputs, shape.is_first, shape.is_last)
 
     def __call__(self, inputs: Inputs, is_first: bool = True, is_last: bool = True) -> MicroResult:
-        """Replay the graph of these inputs' shape on them. Raises KeyError where prepare was not told of it."""
+        """Replay the graph of these inputs' shape. Raises KeyError for a shape that was not prepared."""
         graph = self._graphs[shape_of(inputs, is_first, is_last)]
-        _copy(inputs, graph.inputs)
+        for source, target in zip(inputs.tensors(), graph.inputs.tensors(), strict=True):
+            target.copy_(source, non_blocking=True)
         graph.replay()
         return graph.result
 
 
-class GraphRecording:
-    """Rehearses and records a run's micro-steps. recorder: None where they are taken one by one.
+class GraphCapture:
+    """Prepares an epoch: captures its shapes as graphs, or without graphs runs the largest one once without effect.
 
-    rehearses: whether without graphs a shape larger than all before is gone through before the epoch that meets it.
+    recorder: None where the run uses no graphs. warms_up: whether the largest shape runs once, which a GPU's memory is for.
     """
 
-    def __init__(
-        self,
-        unet: nn.Module,
-        optimizer: UNetOptimizer,
-        schedule: NoiseSchedule,
-        scaling_factor: float,
-        loss: Loss,
-        recorder: Recorder | None,
-        rehearses: bool,
-    ):
-        self._optimizer, self._recorder, self._rehearses = optimizer, recorder, rehearses
-        self._run_of = partial(_run_of, unet, optimizer, schedule, scaling_factor, loss)
+    def __init__(self, context: StepContext, recorder: Recorder | None, warms_up: bool):
+        self._context, self._recorder, self._warms_up = context, recorder, warms_up
         self._graphs: StepGraphs | None = None
-        self._num_samples = self._num_rehearsed = 0
+        self._num_samples = self._largest_run = 0
+
+    @property
+    def uses_graphs(self) -> bool:
+        return self._recorder is not None
 
     def begin(
         self,
@@ -253,62 +249,41 @@ class GraphRecording:
         latent_factor: int,
         accumulate: int,
         num_samples: int,
-        first: Callable[[], Inputs],
+        example: Callable[[], Inputs],
     ) -> tuple[StepGraphs | None, str]:
-        """Return the graphs of an epoch's micro-batches, None without, and a line on what was done, '' for nothing.
+        """Return the graphs of an epoch's micro-batches (None without graphs) and a message, '' if nothing was done.
 
-        accumulate: micro-batches a step; num_samples: of a full one. first: gives inputs of any of them. Call it between
-        steps. Raises torch.OutOfMemoryError.
+        latent_factor: px a latent. accumulate: micro-batches a step. num_samples: of a full step. example: returns inputs of
+        any shape. To be called between steps. Raises torch.OutOfMemoryError.
         """
-        if self._recorder is None and not self._rehearses:
+        if self._recorder is None and not self._warms_up:
             return None, ""
         sizes = [(len(m.refs), m.bucket.height // latent_factor, m.bucket.width // latent_factor) for m in plan]
-        wanted, run = shapes_of(sizes, accumulate), self._run_of(num_samples)
+        wanted = shapes_of(sizes, accumulate)
+
+        def run(inputs: Inputs, is_first: bool, is_last: bool) -> MicroResult:
+            return micro_step(self._context, inputs, num_samples, is_first, is_last)
+
         began = time.monotonic()
         if self._recorder is None:
-            largest = in_order(wanted)[0]
-            if largest.num_latents <= self._num_rehearsed:
+            largest = largest_first(wanted)[0]
+            if largest.num_latents <= self._largest_run:
                 return None, ""
-            self._num_rehearsed = largest.num_latents
-            with self._optimizer.rehearsal():
-                run(blank(first(), largest), largest.is_first, True)
-            return None, f"the largest batch was gone through, {largest}, in {time.monotonic() - began:.1f} s"
+            self._largest_run = largest.num_latents
+            with self._context.optimizer.rehearsal():
+                run(blank(example(), largest), largest.is_first, True)
+            return None, f"warmed up with the largest batch, {largest}, in {time.monotonic() - began:.1f} s"
         if self._graphs is None or num_samples != self._num_samples:
             if self._graphs is not None:
                 self._graphs.clear()
-            self._graphs, self._num_samples = StepGraphs(run, self._optimizer, self._recorder), num_samples
-        num = self._graphs.prepare(wanted, first())
-        took = (
-            f"{num} shapes of batches were recorded as CUDA graphs in {time.monotonic() - began:.1f} s" if num else ""
-        )
-        return self._graphs, took
+            self._graphs = StepGraphs(run, self._context.optimizer, self._recorder)
+            self._num_samples = num_samples
+        num = self._graphs.prepare(wanted, example())
+        message = f"captured {num} batch shapes as CUDA graphs in {time.monotonic() - began:.1f} s" if num else ""
+        return self._graphs, message
 
 
-def _run_of(
-    unet: nn.Module,
-    optimizer: UNetOptimizer,
-    schedule: NoiseSchedule,
-    scaling_factor: float,
-    loss: Loss,
-    num_samples: int,
-) -> Callable:
-    """Return micro_step as a function of inputs, is_first and is_last."""
-
-    def run(inputs: Inputs, is_first: bool, is_last: bool):
-        return micro_step(unet, optimizer, inputs, schedule, scaling_factor, loss, num_samples, is_first, is_last)
-
-    return run
-
-
-def recording_for(
-    unet: nn.Module,
-    optimizer: UNetOptimizer,
-    schedule: NoiseSchedule,
-    scaling_factor: float,
-    loss: Loss,
-    device: torch.device,
-    with_graphs: bool,
-) -> GraphRecording:
-    """Return the recording of a run on a device."""
-    recorder = CudaRecorder(device) if with_graphs else None
-    return GraphRecording(unet, optimizer, schedule, scaling_factor, loss, recorder, rehearses=device.type == "cuda")
+def graph_capture(context: StepContext, with_graphs: bool) -> GraphCapture:
+    """Return what prepares a run's epochs on its device."""
+    recorder = CudaRecorder(context.device) if with_graphs else None
+    return GraphCapture(context, recorder, warms_up=context.device.type == "cuda")

@@ -1,6 +1,8 @@
 """One optimizer step, from cached rows to changed weights. No files, no printing.
 
-Letters: B batch, C latent channels, H W latent height and width, T tokens, D embedding.
+A step consists of one or more micro-steps. Each draws noise and timesteps, runs the UNet forward and backward, and adds to
+the gradients; the last one lets the optimizer change the weights.
+Letters: B batch, C latent channels, H W latent height and width.
 """
 
 from __future__ import annotations
@@ -13,37 +15,63 @@ import torch
 from torch import Tensor, nn
 
 from safelight.data.batches import Batch
+from safelight.data.tensor_record import TensorRecord
 from safelight.kernels.ops.diffusion_loss import LossOptions, diffusion_loss
-from safelight.kernels.ops.noising import key_words, noising
+from safelight.kernels.ops.noising import Noised, key_words, noising
 from safelight.kernels.philox import Key, Purpose
 from safelight.trainer.config.toml import Loss
+from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.models.noise_schedule import NoiseSchedule, mse_per_sample
 from safelight.trainer.optim.optimizer import UNetOptimizer
 from safelight.trainer.step.profiler_ranges import named
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """All that a step knows of its batch, on the device. As of Batch; words_B5: int64, of noising.key_words."""
+class StepContext:
+    """What all steps of a run have in common. scaling_factor: unscaled latents times it have unit variance."""
 
-    mean_BCHW: Tensor
-    logvar_BCHW: Tensor | None
-    text_BTD: Tensor
-    words_B5: Tensor
+    unet: nn.Module
+    optimizer: UNetOptimizer
+    schedule: NoiseSchedule
+    scaling_factor: float
+    loss: Loss
+
+    @property
+    def device(self) -> torch.device:
+        return self.schedule.alphas_cumprod_T.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the UNet's weights, which it also computes in: there is no autocast."""
+        return next(self.unet.parameters()).dtype
 
 
 @dataclass(frozen=True)
-class Noisy:
-    """What the UNet sees and shall predict. noisy_BCHW in its dtype; target_BCHW, text_BTD float32; timesteps_B int64."""
+class StepSettings:
+    """The numbers of one optimizer step. max_grad_norm: 0 clips nothing.
 
-    noisy_BCHW: Tensor
-    timesteps_B: Tensor
-    target_BCHW: Tensor
-    text_BTD: Tensor
+    num_samples: how many samples a full step has (batch_size x accumulate). Every sample weighs 1 / num_samples, so
+    accumulated micro-batches equal one larger batch, and a short batch does not pull harder than its samples.
+    """
+
+    num_samples: int
+    lr: float
+    weight_decay: float
+    max_grad_norm: float
+
+
+@dataclass(frozen=True)
+class Inputs(TensorRecord):
+    """A batch on the device, with the keys of its random draws. words_B5: int64, see noising.key_words."""
+
+    mean_BCHW: Tensor
+    logvar_BCHW: Tensor | None
+    conditioning: TextConditioning
+    words_B5: Tensor
 
 
 class MicroResult(NamedTuple):
-    """losses_B: unweighted, detached; grad_norm and taken: as of StepResult, after a step's last micro-batch, else None."""
+    """losses_B: unweighted, detached. grad_norm, taken: as in StepResult for a step's last micro-step, else None."""
 
     losses_B: Tensor
     grad_norm: Tensor | None
@@ -52,9 +80,10 @@ class MicroResult(NamedTuple):
 
 @dataclass(frozen=True)
 class StepResult:
-    """losses: unweighted mean squared errors of the samples met, (N,); grad_norm before clipping; taken: see optim.
+    """losses: unweighted mean squared errors of the step's samples, (N,). grad_norm: before clipping.
 
-    Reading taken may wait for the device: on logging steps alone.
+    taken: whether the optimizer changed the weights, which it does not when gradients are not finite. Reading it may
+    synchronize with the device: do so on logging steps only.
     """
 
     losses: Tensor
@@ -63,20 +92,19 @@ class StepResult:
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor on a device, without waiting for what the device was asked before."""
+    """Return a tensor on a device, copied without synchronizing."""
     if device.type == "cuda" and x.device.type == "cpu":
-        # from pageable memory more than 64 KiB are copied only when the steps before are done
+        # a copy of more than 64 KiB from pageable memory waits for all earlier work of the stream
         x = x.pin_memory()
     return x.to(device, non_blocking=True)
 
 
 def upload(batch: Batch, device: torch.device, seed: int, epoch: int) -> Inputs:
-    """Return a batch on a device, with the keys of its draws."""
+    """Return a batch on a device, with the keys of its random draws."""
     who = zip(batch.sample_ids, batch.occurrences, strict=True)
     keys = [Key(seed, Purpose.NOISE, sample_id, epoch, occurrence) for sample_id, occurrence in who]
-    logvar = None if batch.logvar_BCHW is None else to_device(batch.logvar_BCHW, device)
-    mean, text = to_device(batch.mean_BCHW, device), to_device(batch.text_BTD, device)
-    return Inputs(mean, logvar, text, key_words(keys, device))
+    on_device = batch.map(lambda x: to_device(x, device))
+    return Inputs(on_device.mean_BCHW, on_device.logvar_BCHW, on_device.conditioning, key_words(keys, device))
 
 
 def add_noise(
@@ -85,12 +113,9 @@ def add_noise(
     scaling_factor: float,
     offset_noise: float = 0.0,
     dtype: torch.dtype = torch.float32,
-) -> Noisy:
-    """Return the batch at each sample's timestep, with posterior, noise and timestep drawn by the sample's key.
-
-    dtype: the UNet's.
-    """
-    noised = noising(
+) -> Noised:
+    """Return noisy latents in `dtype` and their targets; posterior, noise and timestep are drawn by each sample's key."""
+    return noising(
         inputs.mean_BCHW,
         inputs.logvar_BCHW,
         inputs.words_B5,
@@ -100,35 +125,44 @@ def add_noise(
         offset_noise=offset_noise,
         dtype=dtype,
     )
-    return Noisy(noised.noisy_BCHW, noised.timesteps_B, noised.target_BCHW, inputs.text_BTD)
 
 
-def predict(unet: nn.Module, noisy: Noisy) -> Tensor:
-    """Return the UNet's prediction, (B, C, H, W). It runs in the dtype of its weights: no autocast."""
+def predict(unet: nn.Module, noised: Noised, conditioning: TextConditioning) -> Tensor:
+    """Return the UNet's prediction, (B, C, H, W), in the dtype of its weights."""
     dtype = next(unet.parameters()).dtype
-    return unet(noisy.noisy_BCHW.to(dtype), noisy.timesteps_B, noisy.text_BTD.to(dtype)).sample
+    return unet(noised.noisy_BCHW.to(dtype), noised.timesteps_B, **conditioning.unet_arguments(dtype)).sample
 
 
-def sample_losses(unet: nn.Module, noisy: Noisy) -> Tensor:
-    """Return the unweighted losses, (B,) float32."""
-    return mse_per_sample(predict(unet, noisy), noisy.target_BCHW)
+def sample_losses(unet: nn.Module, noised: Noised, conditioning: TextConditioning) -> Tensor:
+    """Return each sample's unweighted mean squared error, (B,) float32."""
+    return mse_per_sample(predict(unet, noised, conditioning), noised.target_BCHW)
 
 
 def accumulate(
-    unet: nn.Module, noisy: Noisy, schedule: NoiseSchedule, loss: Loss, num_samples: int, loss_scale: Tensor
+    unet: nn.Module,
+    noised: Noised,
+    conditioning: TextConditioning,
+    schedule: NoiseSchedule,
+    loss: Loss,
+    num_samples: int,
+    loss_scale: Tensor,
 ) -> Tensor:
     """Add this micro-batch's gradients and return its unweighted losses, (B,), detached.
 
-    num_samples: how many a full optimizer step has (batch_size x accumulate). Every sample weighs 1 / num_samples, so
-    accumulated micro-batches equal one larger batch, and a short batch does not pull harder than its samples.
+    num_samples: as in StepSettings. loss_scale: a scalar on the device that the loss is multiplied by before backward.
     """
     weighting = {"weighting": "min_snr", "gamma": loss.min_snr_gamma} if loss.min_snr_gamma > 0 else {}
     options = LossOptions(prediction_type=schedule.prediction_type, **weighting)
     with named("forward"):
-        predicted = predict(unet, noisy)
+        predicted = predict(unet, noised, conditioning)
     with named("loss"):
         found = diffusion_loss(
-            predicted, noisy.target_BCHW, noisy.timesteps_B, schedule.alphas_cumprod_T, options, num_samples=num_samples
+            predicted,
+            noised.target_BCHW,
+            noised.timesteps_B,
+            schedule.alphas_cumprod_T,
+            options,
+            num_samples=num_samples,
         )
         scaled = found.total * loss_scale
     with named("backward"):
@@ -137,27 +171,24 @@ def accumulate(
 
 
 def micro_step(
-    unet: nn.Module,
-    optimizer: UNetOptimizer,
-    inputs: Inputs,
-    schedule: NoiseSchedule,
-    scaling_factor: float,
-    loss: Loss,
-    num_samples: int,
-    is_first: bool = True,
-    is_last: bool = True,
+    context: StepContext, inputs: Inputs, num_samples: int, is_first: bool = True, is_last: bool = True
 ) -> MicroResult:
-    """Take one of a step's micro-batches from its inputs to gradients, and the last one to changed weights.
+    """Run one of a step's micro-steps: forward, backward, and for the last one the optimizer.
 
-    It asks nothing of the device and takes nothing from the host but its arguments, the same at every step: it can be
-    recorded and replayed (graphs.py). The numbers of the step are set before, by optimizer.set_hyper.
+    It never synchronizes with the device and reads nothing from the host but its arguments, so that it can be captured as a
+    CUDA graph (cuda_graphs.py). Learning rate, weight decay and clipping are written to the device before it, by
+    optimizer.set_hyper.
     """
+    optimizer = context.optimizer
     if is_last:
         optimizer.arm()
     with named("noise"):
-        noisy = add_noise(inputs, schedule, scaling_factor, loss.offset_noise, next(unet.parameters()).dtype)
+        noised = add_noise(inputs, context.schedule, context.scaling_factor, context.loss.offset_noise, context.dtype)
     with optimizer.buffers.micro_step(is_first, is_last):
-        losses = accumulate(unet, noisy, schedule, loss, num_samples, optimizer.loss_scale.scale)
+        scale = optimizer.loss_scale.scale
+        losses = accumulate(
+            context.unet, noised, inputs.conditioning, context.schedule, context.loss, num_samples, scale
+        )
     if not is_last:
         return MicroResult(losses, None, None)
     with named("optimizer"):
@@ -165,27 +196,20 @@ def micro_step(
 
 
 def train_step(
-    unet: nn.Module,
-    optimizer: UNetOptimizer,
+    context: StepContext,
     batches: Iterable[Batch],
-    schedule: NoiseSchedule,
-    scaling_factor: float,
-    loss: Loss,
+    settings: StepSettings,
     *,
     seed: int,
     epoch: int,
-    num_samples: int,
-    lr: float,
-    weight_decay: float,
-    max_grad_norm: float,
     graphs: Callable[[Inputs, bool, bool], MicroResult] | None = None,
 ) -> StepResult:
-    """Take one optimizer step over the micro-batches given.
+    """Take one optimizer step over the given micro-batches.
 
-    graphs: recorded micro-steps (graphs.StepGraphs) that are replayed in place of running them; then the result's norm and
-    taken are overwritten by the next step.
+    seed, epoch: part of the key of every random draw. graphs: captured micro-steps to replay instead of running them
+    (cuda_graphs.StepGraphs); the next step then overwrites grad_norm and taken of the result.
     """
-    optimizer.set_hyper(lr, weight_decay, max_grad_norm)
+    context.optimizer.set_hyper(settings.lr, settings.weight_decay, settings.max_grad_norm)
     losses, is_first = [], True
     pending = iter(batches)
     with named("load"):
@@ -193,14 +217,14 @@ def train_step(
     while batch is not None:
         with named("load"):
             following = next(pending, None)
-            inputs = upload(batch, schedule.alphas_cumprod_T.device, seed, epoch)
+            inputs = upload(batch, context.device, seed, epoch)
         is_last = following is None
         if graphs is not None:
             result = graphs(inputs, is_first, is_last)
-            # the next micro-batch of this shape writes there
+            # the next micro-batch of this shape overwrites the graph's result
             losses.append(result.losses_B.clone())
         else:
-            result = micro_step(unet, optimizer, inputs, schedule, scaling_factor, loss, num_samples, is_first, is_last)
+            result = micro_step(context, inputs, settings.num_samples, is_first, is_last)
             losses.append(result.losses_B)
         batch, is_first = following, False
     return StepResult(torch.cat(losses), result.grad_norm, result.taken)

@@ -1,7 +1,7 @@
-"""Loss on fixed noise: comparable from step to step, between batch sizes, machines and configs.
+"""Validation loss on fixed noise, comparable between steps, batch sizes, machines and configs.
 
-Each image meets one timestep in each of K equal bands. Noise and timestep are drawn by (seed, image, band); latents are
-the posterior's mean; no dropout, no jitter, no weights.
+Each image is evaluated at one timestep in each of K equal bands. Noise and timestep are drawn by (seed, image, band);
+latents are the posterior's mean; there is no caption dropout, no crop jitter and no loss weighting.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from safelight.data.batches import MicroBatch, SampleRef, load_batch
-from safelight.data.cache import Cache, Sample
+from safelight.data.batches import MicroBatch, RowSource, SampleRef, load_batch
+from safelight.data.cache import Sample
 from safelight.errors import UserError
 from safelight.kernels.ops.noising import Purposes, key_words, noising
 from safelight.kernels.philox import Key, Purpose, sort_key, uniforms
 from safelight.trainer.models.noise_schedule import NoiseSchedule
-from safelight.trainer.step.step import Noisy, sample_losses
+from safelight.trainer.step.step import sample_losses
 
 PURPOSES = Purposes(noise=Purpose.VALIDATION_NOISE)
 
@@ -53,9 +53,7 @@ def _batches(samples: Sequence[Sample], batch_size: int) -> list[MicroBatch]:
 @torch.no_grad()
 def validate(
     unet: nn.Module,
-    cache: Cache,
-    samples: Sequence[Sample],
-    empty_key: str,
+    rows: RowSource,
     schedule: NoiseSchedule,
     scaling_factor: float,
     *,
@@ -64,10 +62,11 @@ def validate(
     batch_size: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Validation:
-    """Return the loss of a set of samples: canonical crop, first caption. Raises ValueError for an empty set.
+    """Return the loss of the samples of `rows`, each with its centre crop and first caption. Raises UserError for none.
 
-    progress: told (done, total) after each forward pass; what it raises ends the validation.
+    progress: called with (done, total) after each forward pass; an exception that it raises ends the validation.
     """
+    samples = rows.samples
     if not samples:
         raise UserError("there are no images to validate on; set data.validation_fraction above 0")
     device = schedule.alphas_cumprod_T.device
@@ -78,15 +77,14 @@ def validate(
     band = schedule.num_timesteps / num_bands
     batches = _batches(samples, batch_size)
     for index, micro_batch in enumerate(batches):
-        batch = load_batch(cache, samples, micro_batch, empty_key)
-        mean, text = batch.mean_BCHW.to(device), batch.text_BTD.to(device)
-        rows = [ref.sample_index for ref in micro_batch.refs]
+        batch = load_batch(rows, micro_batch).map(lambda x: x.to(device))
+        indices = [ref.sample_index for ref in micro_batch.refs]
         for k in range(num_bands):
             noise_keys = [Key(seed, Purpose.VALIDATION_NOISE, i, 0, k) for i in batch.sample_ids]
             time_keys = [Key(seed, Purpose.VALIDATION_TIMESTEP, i, 0, k) for i in batch.sample_ids]
             timesteps = torch.tensor([int((k + uniforms(key)[0]) * band) for key in time_keys], device=device)
             noised = noising(
-                mean,
+                batch.mean_BCHW,
                 None,
                 key_words(noise_keys, device),
                 schedule.alphas_cumprod_T,
@@ -96,8 +94,7 @@ def validate(
                 dtype=dtype,
                 purposes=PURPOSES,
             )
-            noisy = Noisy(noised.noisy_BCHW, noised.timesteps_B, noised.target_BCHW, text)
-            losses[rows, k] = sample_losses(unet, noisy).double().cpu()
+            losses[indices, k] = sample_losses(unet, noised, batch.conditioning).double().cpu()
             progress(index * num_bands + k + 1, len(batches) * num_bands)
     unet.train(was_training)
     return Validation(losses.mean().item(), tuple(losses.mean(dim=0).tolist()), len(samples))

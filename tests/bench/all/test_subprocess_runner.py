@@ -15,6 +15,7 @@ from safelight.bench.all.run_all import BenchContext, Part
 from safelight.bench.all.subprocess_runner import SubprocessEnded, run_in_subprocess
 from safelight.bench.core.results import read
 from safelight.bench.recipes.workload import Workload
+from safelight.errors import UserError
 from tests.bench import children, parts
 
 WORK = Workload(device="cpu")
@@ -55,10 +56,10 @@ def test_a_silent_process_and_its_children_are_ended(tmp_path):
     assert not any(map(is_alive, pids))
 
 
-def test_value_errors_are_passed_on_and_an_exit_is_reported():
+def test_user_errors_are_passed_on_and_an_exit_is_reported():
     results = run_in_subprocess(children.refused, silence_limit_s=lambda: 60.0)
     assert next(results) == 1
-    with pytest.raises(ValueError, match="size 3 is no power of two; use 4"):
+    with pytest.raises(UserError, match="size 3 is not a power of two; use 4"):
         next(results)
     with pytest.raises(SubprocessEnded, match="the process exited with status 3"):
         list(run_in_subprocess(os._exit, 3, silence_limit_s=lambda: 60.0))

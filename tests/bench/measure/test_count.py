@@ -54,12 +54,12 @@ def test_a_linear_layer_with_silu_counted_by_hand():
 
 def test_flops_agree_with_torchs_flop_counter(tiny, tiny_counts):
     unet = meta_unet(tiny).train()
-    noisy = count.meta_noisy(unet, 1, unet.config.sample_size, "nchw")
+    noised, conditioning = count.meta_inputs(unet, 1, unet.config.sample_size, "nchw")
     schedule = make_schedule(tiny.config_of("scheduler")).to(torch.device("meta"))
     with FlopCounterMode(display=False) as whole:
-        accumulate(unet, noisy, schedule, Loss(), 1, torch.ones((), device="meta"))
+        accumulate(unet, noised, conditioning, schedule, Loss(), 1, torch.ones((), device="meta"))
     with FlopCounterMode(display=False) as forward, torch.no_grad():
-        unet(noisy.noisy_BCHW, noisy.timesteps_B, noisy.text_BTD)
+        unet(noised.noisy_BCHW, noised.timesteps_B, conditioning.text_BTD)
     assert tiny_counts.flops_forward == forward.get_total_flops() > 1e8
     # fused attention recomputes the scores in backward: five matrix products instead of the math path's four
     scores = sum(flops for name, flops in forward.get_flop_counts()["Global"].items() if "bmm" in str(name))
@@ -140,13 +140,13 @@ def test_launches_and_syncs_of_the_optimizer_are_counted(tiny, tiny_counts):
 
 def test_autocast_casts_each_weight_once_and_keeps_norms_in_fp32(tiny):
     unet = meta_unet(tiny)
-    noisy = count.meta_noisy(unet, 1, 16, "nchw")
+    noised, conditioning = count.meta_inputs(unet, 1, 16, "nchw")
     seen = {}
     for kind in (nn.Conv2d, nn.Linear, nn.GroupNorm, nn.LayerNorm):
         module = next(m for m in unet.modules() if isinstance(m, kind))
         module.register_forward_hook(lambda m, i, out, kind=kind: seen.update({kind: out.dtype}))
     with CardOperators(torch.bfloat16) as operators:
-        unet(noisy.noisy_BCHW, noisy.timesteps_B, noisy.text_BTD)
+        unet(noised.noisy_BCHW, noised.timesteps_B, conditioning.text_BTD)
     assert seen == {
         nn.Conv2d: torch.bfloat16,
         nn.Linear: torch.bfloat16,

@@ -39,7 +39,7 @@ def test_every_source_delivers_each_row_once_per_epoch(tmp_path):
         )
         assert len({i for batch in batches for i in batch.sample_ids}) == 10
         rows = torch.cat([torch.cat([b.mean_BCHW, b.logvar_BCHW], dim=1) for b in batches])
-        texts = torch.cat([b.text_BTD for b in batches])
+        texts = torch.cat([b.conditioning.text_BTD for b in batches])
     for kind in ("npz", "pt"):
         epoch = list(loader._file_epoch(tmp_path / kind, kind, 10, "tiny", 16, 4)())
         latents, text = (torch.cat(part) for part in zip(*epoch, strict=True))

@@ -11,10 +11,11 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from safelight.bench.recipes.baselines import RECIPES, Baseline
 from safelight.bench.recipes.suite import measure, variants
 from safelight.bench.recipes.workload import LR, SEED, Ours, Workload, cached_batches, random_batches
+from safelight.kernels.ops.noising import Noised
 from safelight.kernels.unet.attention import AttendProcessor, attention_modules
 from safelight.trainer.models.base import resolve_base
 from safelight.trainer.models.weights import load_unet
-from safelight.trainer.step.step import Noisy, sample_losses
+from safelight.trainer.step.step import sample_losses
 
 pytestmark = pytest.mark.usefixtures("compiled")
 WORK = Workload(batch_size=2, optimizer="adamw", device="cpu", precision="fp32").resolved()
@@ -28,7 +29,7 @@ def plain(inputs) -> tuple[list[float], dict]:
     optimizer = torch.optim.AdamW(unet.parameters(), lr=LR, weight_decay=0.01)
     losses = []
     for latents, noise, timesteps, text in inputs:
-        predicted = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, text).sample
+        predicted = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, text.text_BTD).sample
         loss = F.mse_loss(predicted, noise)
         losses.append(loss.item())
         loss.backward()
@@ -74,7 +75,7 @@ def test_a_v_prediction_model_is_trained_on_velocities(inputs):
     latents, noise, timesteps, text = inputs[0]
     noisy = scheduler.add_noise(latents, noise, timesteps)
     with torch.no_grad():
-        predicted = baseline.unet(noisy, timesteps, text).sample
+        predicted = baseline.unet(noisy, timesteps, text.text_BTD).sample
         for kind, target in (("epsilon", noise), ("v_prediction", scheduler.get_velocity(latents, noise, timesteps))):
             scheduler.register_to_config(prediction_type=kind)
             expected = F.mse_loss(predicted, target).item()
@@ -90,14 +91,14 @@ def test_a_step_samples_latents_from_the_cached_posterior(monkeypatch):
     torch.manual_seed(4)
     latents = batch.mean_BCHW + (batch.logvar_BCHW / 2).exp() * torch.randn(batch.mean_BCHW.shape)
     torch.testing.assert_close(calls[0][0], latents)
-    assert torch.equal(calls[0][1], batch.text_BTD)
+    assert torch.equal(calls[0][1].text_BTD, batch.conditioning.text_BTD)
 
 
 def test_our_step_has_the_baselines_loss_for_the_same_inputs(inputs):
     baseline, ours = Baseline(RECIPES["diffusers"], WORK), Ours(WORK)
     latents, noise, timesteps, text = inputs[0]
     noisy = baseline.scheduler.add_noise(latents, noise, timesteps)
-    loss = sample_losses(ours.unet, Noisy(noisy, timesteps, noise, text)).mean()
+    loss = sample_losses(ours.unet, Noised(noisy, noise, timesteps), text).mean()
     assert loss.item() == pytest.approx(baseline.loss(*inputs[0]).item(), rel=1e-6)
 
 
@@ -108,7 +109,8 @@ def test_full_fp16_unscales_its_gradients(inputs):
     )
     assert baseline.scaler.is_enabled()
     before = copy.deepcopy(baseline.parameters[0].detach())
-    latents, noise, timesteps, text = (x[:1] for x in inputs[0])
+    latents, noise, timesteps = (x[:1] for x in inputs[0][:3])
+    text = inputs[0][3][:1]
     loss = baseline.loss(latents, noise, timesteps, text)
     baseline.scaler.scale(loss).backward()
     scaled = baseline.parameters[0].grad.clone()

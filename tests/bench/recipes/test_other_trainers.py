@@ -33,7 +33,7 @@ class Plain:
     def loss(self, latents, noise, timesteps, text):
         dtype = self.unet.dtype
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
-        return F.mse_loss(self.unet(noisy.to(dtype), timesteps, text.to(dtype)).sample.float(), noise)
+        return F.mse_loss(self.unet(noisy.to(dtype), timesteps, text.text_BTD.to(dtype)).sample.float(), noise)
 
 
 def adafactor(parameters) -> Adafactor:
@@ -140,7 +140,7 @@ def test_everydream_decodes_and_encodes_its_photographs_in_order(everydream):
     expected = posterior.mean + posterior.std * torch.randn(posterior.mean.shape)
     torch.testing.assert_close(latents, expected * everydream.vae.config.scaling_factor)
     ids = everydream.tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
-    torch.testing.assert_close(text, everydream.text_encoder(ids)[0])
+    torch.testing.assert_close(text.text_BTD, everydream.text_encoder(ids)[0])
     # the next call continues with the third photograph
     assert photographs.take(1)[1] == [photographs.captions[2]]
 

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 
 from safelight.kernels.optim.split_weights import join
 from safelight.trainer.checkpoint.files import folder_of
+from safelight.trainer.families.original_layout import UNET_PREFIX, unet_layout
 from safelight.trainer.inference.export import export
 from safelight.trainer.inference.modelspec import modelspec
 from safelight.trainer.models.base import resolve_base, tiny_folder
-from safelight.trainer.models.original_layout import UNET_PREFIX, unet_layout
 from safelight.trainer.models.weights import fingerprint, load_text, load_unet, load_vae
 from tests.trainer.inference.exported_runs import STEP, checkpoint_unet, make_run
 

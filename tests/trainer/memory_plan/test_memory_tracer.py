@@ -8,6 +8,7 @@ from safelight.data.batches import Batch
 from safelight.data.buckets import Bucket
 from safelight.kernels.unet.attention import attention_cases, choose_attention
 from safelight.trainer.config.toml import Config, parse_config
+from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.memory_plan.allocation_trace import (
     ACTIVATIONS,
     AVERAGE,
@@ -23,7 +24,7 @@ from safelight.trainer.models.base import resolve_base
 from safelight.trainer.models.noise_schedule import make_schedule
 from safelight.trainer.models.weights import load_unet
 from safelight.trainer.step.prepare_unet import equip
-from safelight.trainer.step.step import train_step
+from safelight.trainer.step.step import StepContext, StepSettings, train_step
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -39,29 +40,16 @@ def measured(config: Config, spec: str, batch_size: int, side: int, num_micro: i
     base, dtype = resolve_base(spec), DTYPES[config.model.precision]
     unet = load_unet(base, 1).train()
     optimizer = equip(unet, config, choose_attention(CPU, dtype, attention_cases(unet)), CPU, dtype).optimizer
-    schedule = make_schedule(base.config_of("scheduler"))
+    context = StepContext(unet, optimizer, make_schedule(base.config_of("scheduler")), 1.0, config.loss)
     shapes = [(4, side, side), (4, side, side), (77, unet.config.cross_attention_dim)]
     ids, zeros = tuple(range(batch_size)), (0,) * batch_size
     batches = [
-        Batch(*(torch.randn(batch_size, *s) for s in shapes), ids, zeros, Bucket(8 * side, 8 * side))
-        for _ in range(num_micro)
+        Batch(mean, logvar, TextConditioning(text), ids, zeros, Bucket(8 * side, 8 * side))
+        for mean, logvar, text in ([torch.randn(batch_size, *s) for s in shapes] for _ in range(num_micro))
     ]
 
     def step():
-        train_step(
-            unet,
-            optimizer,
-            batches,
-            schedule,
-            1.0,
-            config.loss,
-            seed=1,
-            epoch=0,
-            num_samples=batch_size * num_micro,
-            lr=1e-6,
-            weight_decay=0.01,
-            max_grad_norm=1.0,
-        )
+        train_step(context, batches, StepSettings(batch_size * num_micro, 1e-6, 0.01, 1.0), seed=1, epoch=0)
 
     step()
     return allocated_peak(step)

@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from safelight.__main__ import main
 from safelight.trainer.config.toml import parse_config, to_toml
-from safelight.trainer.models.base import base_of, resolve_base, tiny_folder
-from safelight.trainer.models.original_layout import (
+from safelight.trainer.families.original_layout import (
     CLIP_PREFIX,
     UNET_PREFIX,
     VAE_PREFIX,
@@ -23,6 +22,7 @@ from safelight.trainer.models.original_layout import (
     unet_layout,
     vae_layout,
 )
+from safelight.trainer.models.base import base_of, resolve_base, tiny_folder
 from safelight.trainer.models.weights import check_unet, fingerprint, load_text, load_unet, load_vae
 from tests.trainer.models.tiny_base import Opened
 

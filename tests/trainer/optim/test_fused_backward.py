@@ -6,13 +6,15 @@ import random
 import pytest
 import torch
 
+from safelight.kernels.ops.noising import Noised
 from safelight.kernels.optim.blockwise_8bit import dequantize, in_memory_order
 from safelight.kernels.unet import patch
 from safelight.trainer.config.toml import Loss, Optimizer
+from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.models.noise_schedule import make_schedule
 from safelight.trainer.optim.kernel_adamw import part_of
 from safelight.trainer.optim.optimizer import UNetOptimizer, memory_mode
-from safelight.trainer.step.step import Noisy, accumulate
+from safelight.trainer.step.step import accumulate
 
 SCHEDULE = make_schedule(
     {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
@@ -28,15 +30,11 @@ def step(unet, optimizer, number, max_grad_norm=0.0, micro_steps=1, lr=1e-4):
     """Take a step of real gradients; return (norm, taken)."""
     for micro in range(micro_steps):
         generator = torch.Generator().manual_seed(10 * number + micro)
-        noisy = Noisy(
-            torch.randn(2, 4, 8, 8, generator=generator),
-            torch.tensor([100, 700]),
-            torch.randn(2, 4, 8, 8, generator=generator),
-            torch.randn(2, 6, 16, generator=generator),
-        )
+        sample, target, text = (torch.randn(s, generator=generator) for s in [(2, 4, 8, 8), (2, 4, 8, 8), (2, 6, 16)])
+        noised = Noised(sample, target, torch.tensor([100, 700]))
         if micro == micro_steps - 1:
             optimizer.arm(lr, 0.01, max_grad_norm)
-        accumulate(unet, noisy, SCHEDULE, Loss(), 2 * micro_steps, optimizer.loss_scale.scale)
+        accumulate(unet, noised, TextConditioning(text), SCHEDULE, Loss(), 2 * micro_steps, optimizer.loss_scale.scale)
     return optimizer.step(lr, 0.01, max_grad_norm)
 
 

@@ -6,15 +6,17 @@ from functools import partial
 import pytest
 import torch
 
+from safelight.kernels.ops.noising import Noised
 from safelight.kernels.unet import patch
 from safelight.trainer.checkpoint.identity import identify
 from safelight.trainer.config.toml import Loss, Optimizer, parse_config
+from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.models.noise_schedule import make_schedule
 from safelight.trainer.optim.gradient_buffers import GradientBuffers
 from safelight.trainer.optim.kernel_adamw import part_of
 from safelight.trainer.optim.optimizer import UNetOptimizer
 from safelight.trainer.step.prepare_unet import equip
-from safelight.trainer.step.step import Noisy, accumulate
+from safelight.trainer.step.step import accumulate
 
 SCHEDULE = make_schedule(
     {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
@@ -24,8 +26,8 @@ SCHEDULE = make_schedule(
 def backward(unet, optimizer, number, num_micro, target=1.0):
     generator = torch.Generator().manual_seed(number)
     sample, noise, text = (torch.randn(s, generator=generator) for s in [(2, 4, 8, 8), (2, 4, 8, 8), (2, 6, 16)])
-    noisy = Noisy(sample, torch.tensor([100, 700]), target * noise, text)
-    accumulate(unet, noisy, SCHEDULE, Loss(), 2 * num_micro, optimizer.loss_scale.scale)
+    noised = Noised(sample, target * noise, torch.tensor([100, 700]))
+    accumulate(unet, noised, TextConditioning(text), SCHEDULE, Loss(), 2 * num_micro, optimizer.loss_scale.scale)
 
 
 def step(unet, optimizer, number, num_micro, with_buffers=True, **more):

@@ -99,24 +99,24 @@ class OperatorTape(TorchDispatchMode):
 
 
 class CpuRecorder:
-    """A trainer.graphs.Recorder. state: what a step changes; recording on a CPU takes the step, which is taken back."""
+    """A cuda_graphs.Recorder. state: what a step changes; recording on a CPU takes the step, which is taken back."""
 
     def __init__(self, state: Callable[[], list[Tensor]]):
         self._state = state
-        self.rehearsed = self.forgotten = 0
+        self.num_warm_ups = self.num_forgotten = 0
         self.tapes: list[OperatorTape] = []
 
-    def rehearse(self, run: Callable[[], object]) -> None:
-        self.rehearsed += 1
+    def warm_up(self, run: Callable[[], object]) -> None:
+        self.num_warm_ups += 1
         run()
 
-    def settle(self) -> None:
-        assert not self.tapes or self.rehearsed
+    def free_cached_memory(self) -> None:
+        assert not self.tapes or self.num_warm_ups
 
     def forget(self) -> None:
-        self.forgotten += 1
+        self.num_forgotten += 1
 
-    def record(self, run: Callable[[], object]) -> tuple[Callable[[], None], object]:
+    def capture(self, run: Callable[[], object]) -> tuple[Callable[[], None], object]:
         before = [x.detach().clone() for x in self._state()]
         tape = OperatorTape()
         with tape:
@@ -132,25 +132,25 @@ class RunsAgain:
     """A Recorder without graphs: a replay runs the function and puts its results where those of the recording are."""
 
     def __init__(self, optimizer):
-        self.optimizer, self.recorded, self.replayed = optimizer, 0, 0
+        self.optimizer, self.num_captured, self.num_replayed = optimizer, 0, 0
 
-    def rehearse(self, run) -> None:
+    def warm_up(self, run) -> None:
         run()
 
-    def settle(self) -> None:
+    def free_cached_memory(self) -> None:
         pass
 
     def forget(self) -> None:
         pass
 
-    def record(self, run):
-        self.recorded += 1
+    def capture(self, run):
+        self.num_captured += 1
         with self.optimizer.rehearsal():
             # MicroResults of a micro-step that is not the last one have no norm
             result = MicroResult(*(x if x is None else torch.as_tensor(x).clone() for x in run()))
 
         def replay() -> None:
-            self.replayed += 1
+            self.num_replayed += 1
             for place, found in zip(result, run(), strict=True):
                 if place is not None:
                     place.copy_(torch.as_tensor(found))

@@ -13,12 +13,13 @@ from diffusers import UNet2DConditionModel
 from safelight.data.batches import Batch
 from safelight.data.buckets import Bucket
 from safelight.trainer.config.toml import Loss, Optimizer, parse_config
+from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.memory_plan.meta_run import MetaRun
 from safelight.trainer.models.base import resolve_base
 from safelight.trainer.models.noise_schedule import make_schedule
 from safelight.trainer.optim.optimizer import UNetOptimizer
 from safelight.trainer.step.cuda_graphs import CudaRecorder, Shape, StepGraphs, shapes_of
-from safelight.trainer.step.step import MicroResult, micro_step, train_step, upload
+from safelight.trainer.step.step import MicroResult, StepContext, StepSettings, micro_step, train_step, upload
 from tests.trainer.run_log.recorded import CpuRecorder, OperatorTape
 
 # the optimizer's reference reads the skip flags back; its kernel does not
@@ -54,7 +55,7 @@ def batch_of(number: int, shape: tuple[int, int, int], num_tokens: int = 5, dim:
     mean, logvar = (torch.randn(size, 4, height, width, generator=generator) for _ in range(2))
     text = torch.randn(size, num_tokens, dim, generator=generator)
     ids = tuple(range(10 * number, 10 * number + size))
-    return Batch(mean, logvar - 4, text, ids, (0,) * size, Bucket(8 * width, 8 * height))
+    return Batch(mean, logvar - 4, TextConditioning(text), ids, (0,) * size, Bucket(8 * width, 8 * height))
 
 
 class Trained:
@@ -63,13 +64,13 @@ class Trained:
     def __init__(self, unet: UNet2DConditionModel, dtype: torch.dtype, with_graphs: bool, **settings):
         self.unet = copy.deepcopy(unet)
         self.optimizer = UNetOptimizer(self.unet, Optimizer(name="adamw8bit", **settings), dtype)
-        self.schedule = make_schedule(resolve_base("tiny").config_of("scheduler"))
+        schedule = make_schedule(resolve_base("tiny").config_of("scheduler"))
+        self.context = StepContext(self.unet, self.optimizer, schedule, 1.0, Loss(min_snr_gamma=5.0))
         self.recorder = CpuRecorder(self.state)
         self.graphs = StepGraphs(self.run_of(2), self.optimizer, self.recorder) if with_graphs else None
 
     def run_of(self, num_samples: int):
-        fixed = (self.schedule, 1.0, Loss(min_snr_gamma=5.0), num_samples)
-        return lambda inputs, *place: micro_step(self.unet, self.optimizer, inputs, *fixed, *place)
+        return lambda inputs, *place: micro_step(self.context, inputs, num_samples, *place)
 
     def state(self) -> list[torch.Tensor]:
         """Return all that a step may change."""
@@ -80,21 +81,8 @@ class Trained:
         return [*kept, scale.scale, scale.num_good, *self.optimizer.method.counters()]
 
     def step(self, batches: list[Batch], lr: float, num_samples: int = 2):
-        result = train_step(
-            self.unet,
-            self.optimizer,
-            batches,
-            self.schedule,
-            1.0,
-            Loss(min_snr_gamma=5.0),
-            seed=1,
-            epoch=0,
-            num_samples=num_samples,
-            lr=lr,
-            weight_decay=0.01,
-            max_grad_norm=0.5,
-            graphs=self.graphs,
-        )
+        settings = StepSettings(num_samples, lr, 0.01, 0.5)
+        result = train_step(self.context, batches, settings, seed=1, epoch=0, graphs=self.graphs)
         return result.losses.clone(), result.grad_norm.clone(), result.taken.clone()
 
 
@@ -114,7 +102,7 @@ def test_replayed_steps_equal_taken_ones(narrow_unet, dtype):
     before = [x.clone() for x in replayed.state()]
     like = upload(batch_of(0, LARGE), CPU, 1, 0)
     assert replayed.graphs.prepare({Shape(*shape) for shape in shapes}, like) == 2
-    assert replayed.recorder.rehearsed == 2
+    assert replayed.recorder.num_warm_ups == 2
     assert same_bits(before, replayed.state()), "recording changed something"
     skipped = 0
     for number, shape in enumerate(shapes):
@@ -180,7 +168,7 @@ def test_a_shape_is_recorded_once_and_an_unknown_one_refused(narrow_unet, monkey
 def test_the_largest_shape_is_rehearsed_and_recorded_first(narrow_unet, monkeypatch):
     """So the pool grows once; as many latents in fewer photographs or another place come in an order that is always the same."""
     trained, ran, asked = Trained(narrow_unet, torch.bfloat16, True), [], []
-    for name in ("rehearse", "settle", "record"):
+    for name in ("warm_up", "free_cached_memory", "capture"):
         does = getattr(trained.recorder, name)
         monkeypatch.setattr(trained.recorder, name, lambda *run, name=name, does=does: asked.append(name) or does(*run))
 
@@ -195,7 +183,7 @@ def test_the_largest_shape_is_rehearsed_and_recorded_first(narrow_unet, monkeypa
     assert [size for size, *_ in ran] == 2 * largest_first
     assert all(is_first and is_last for _, is_first, is_last in ran)
     # what rehearsals took is given back before the pool is begun
-    assert asked == ["settle", *["rehearse"] * 5, "settle", *["record"] * 5]
+    assert asked == ["free_cached_memory", *["warm_up"] * 5, "free_cached_memory", *["capture"] * 5]
 
 
 def test_a_size_that_comes_later_has_all_recorded_anew_and_another_place_has_not(narrow_unet, monkeypatch):
@@ -205,13 +193,13 @@ def test_a_size_that_comes_later_has_all_recorded_anew_and_another_place_has_not
     monkeypatch.setattr(trained.optimizer, "release_captures", lambda: released.append(True))
     recorder, like = trained.recorder, upload(batch_of(0, SMALL), CPU, 1, 0)
     first, last = Shape(*SMALL, True, False), Shape(*SMALL, False, True)
-    assert trained.graphs.prepare({first, last}, like) == recorder.rehearsed == 2
+    assert trained.graphs.prepare({first, last}, like) == recorder.num_warm_ups == 2
     # the end of a step is known: nothing new runs beside the pool
     assert trained.graphs.prepare({Shape(*SMALL, False, False)}, like) == 1
-    assert (recorder.rehearsed, len(recorder.tapes), recorder.forgotten) == (2, 3, 0)
+    assert (recorder.num_warm_ups, len(recorder.tapes), recorder.num_forgotten) == (2, 3, 0)
     # a rehearsal's memory never stands beside the pool's, and a pool given up is never recorded into again
     assert trained.graphs.prepare({Shape(*LARGE, True, False)}, like) == 4
-    assert (recorder.rehearsed, len(recorder.tapes), recorder.forgotten) == (3, 7, 1)
+    assert (recorder.num_warm_ups, len(recorder.tapes), recorder.num_forgotten) == (3, 7, 1)
     # the optimizer's tables of the graphs' gradients go with them
     assert released == [True]
     for shape in (SMALL, LARGE):
@@ -261,10 +249,10 @@ def test_a_gpus_graphs_share_one_pool_and_run_first_on_the_stream_that_records_t
     ):
         monkeypatch.setattr(torch.cuda, name, value)
     recorder = CudaRecorder(torch.device("cuda"))
-    recorder.rehearse(lambda: told.append("run"))
+    recorder.warm_up(lambda: told.append("run"))
     assert told == ["own waits for current", "on own", "run", "off own", "current waits for own"]
     told.clear()
-    results = [recorder.record(lambda number=number: number)[1] for number in range(2)]
+    results = [recorder.capture(lambda number=number: number)[1] for number in range(2)]
     assert results == [0, 1]
     # the loader's thread may pin memory meanwhile
     assert told == [{"pool": 7, "stream": own, "capture_error_mode": "thread_local"}] * 2
@@ -296,7 +284,7 @@ def test_a_capture_that_fails_tells_what_it_met_first(monkeypatch, met, expected
         raise met
 
     with pytest.raises(expected, match=r"\(not permitted\); set train.cuda_graphs|^full$"):
-        CudaRecorder(torch.device("cuda")).record(run)
+        CudaRecorder(torch.device("cuda")).capture(run)
 
 
 def test_a_steps_losses_outlive_the_next_replay():
@@ -308,21 +296,9 @@ def test_a_steps_losses_outlive_the_next_replay():
         return MicroResult(place, *((torch.ones(()), torch.ones((), dtype=torch.bool)) if is_last else (None, None)))
 
     optimizer = SimpleNamespace(set_hyper=lambda *_: None)
-    result = train_step(
-        None,
-        optimizer,
-        batches,
-        make_schedule(resolve_base("tiny").config_of("scheduler")),
-        1.0,
-        Loss(),
-        seed=1,
-        epoch=0,
-        num_samples=8,
-        lr=1e-3,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        graphs=graphs,
-    )
+    schedule = make_schedule(resolve_base("tiny").config_of("scheduler"))
+    context = StepContext(None, optimizer, schedule, 1.0, Loss())
+    result = train_step(context, batches, StepSettings(8, 1e-3, 0.0, 1.0), seed=1, epoch=0, graphs=graphs)
     assert torch.equal(result.losses, torch.cat([batch.mean_BCHW.mean((1, 2, 3)) for batch in batches]))
 
 
@@ -330,14 +306,14 @@ def test_what_reads_back_or_is_rebound_does_not_replay():
     """The recorder has teeth: of what a graph cannot do it does nothing either."""
     recorder, total, held = CpuRecorder(lambda: []), torch.zeros(()), {}
     with pytest.raises(RuntimeError, match="reads a number back"):
-        recorder.record(lambda: (total + 1).item())
+        recorder.capture(lambda: (total + 1).item())
 
     def rebinds(x: torch.Tensor) -> torch.Tensor:
         held["sum"] = held.get("sum", total) + x
         return held["sum"]
 
     x = torch.ones(())
-    replay, result = recorder.record(partial(rebinds, x))
+    replay, result = recorder.capture(partial(rebinds, x))
     replay(), replay()
     assert result == 1, "added to what was there while it was recorded"
 
@@ -378,17 +354,7 @@ def test_the_whole_step_is_the_same_whatever_its_numbers(accumulate):
             batch = batch_of(number, (2, 16, 16), num_tokens=77, dim=dim)
             inputs = upload(batch, torch.device("meta"), number, number)
             with OperatorTape(kept) as tape:
-                result = micro_step(
-                    run.unet,
-                    run.optimizer,
-                    inputs,
-                    run._schedule,
-                    1.0,
-                    config.loss,
-                    2 * accumulate,
-                    place == 0,
-                    place == accumulate - 1,
-                )
+                result = micro_step(run.context, inputs, 2 * accumulate, place == 0, place == accumulate - 1)
                 if place == accumulate - 1:
                     run.ema.update(result.taken)
             calls += tape.calls

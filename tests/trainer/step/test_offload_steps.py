@@ -5,17 +5,19 @@ import copy
 import pytest
 import torch
 
+from safelight.kernels.ops.noising import Noised
 from safelight.kernels.unet import activation_offload as offload
 from safelight.kernels.unet import patch
 from safelight.kernels.unet.activation_offload import offload_of
 from safelight.kernels.unet.checkpointing import apply_checkpointing
 from safelight.trainer.config.toml import Loss, Optimizer, parse_config
+from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.memory_plan.memory_tracer import ACTIVATIONS
 from safelight.trainer.memory_plan.meta_run import MetaRun
 from safelight.trainer.models.base import resolve_base
 from safelight.trainer.models.noise_schedule import make_schedule
 from safelight.trainer.optim.optimizer import UNetOptimizer
-from safelight.trainer.step.step import Noisy, accumulate
+from safelight.trainer.step.step import accumulate
 
 SCHEDULE = make_schedule(
     {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
@@ -37,8 +39,8 @@ def weights_after_two_steps(small_unet, mode, fused, dtype):
         shapes = [(2, 4, 8, 8), (2, 4, 8, 8), (2, 6, 16)]
         sample, target, text = (torch.randn(s, generator=generator) for s in shapes)
         optimizer.arm(1e-3, 0.01, 1.0)
-        noisy = Noisy(sample, torch.tensor([100, 700]), target, text)
-        accumulate(unet, noisy, SCHEDULE, Loss(), 2, optimizer.loss_scale.scale)
+        noised = Noised(sample, target, torch.tensor([100, 700]))
+        accumulate(unet, noised, TextConditioning(text), SCHEDULE, Loss(), 2, optimizer.loss_scale.scale)
         optimizer.step(1e-3, 0.01, 1.0)
     if mode == "offload":
         assert offload_of(unet).copied_bytes > 0

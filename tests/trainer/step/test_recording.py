@@ -10,13 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from safelight.trainer import job
+from safelight.trainer import job, resolve
 from safelight.trainer import train as loop
 from safelight.trainer.checkpoint.files import folder_of, list_checkpoints
 from safelight.trainer.config.toml import parse_config
 from safelight.trainer.memory_plan.candidate import Need
 from safelight.trainer.memory_plan.resolve_auto import reason_against
-from safelight.trainer.step.cuda_graphs import GraphRecording
+from safelight.trainer.step import cuda_graphs
+from safelight.trainer.step.cuda_graphs import GraphCapture
 from safelight.trainer.train import train
 from tests.trainer.run_log.recorded import RunsAgain
 
@@ -29,13 +30,13 @@ def recorders(monkeypatch) -> list[RunsAgain]:
     """Lets runs record; the recorders of each run, in order."""
     made: list[RunsAgain] = []
 
-    def recording_for(unet, optimizer, schedule, scaling_factor, loss, device, with_graphs):
+    def capture(context, with_graphs):
         assert with_graphs
-        made.append(RunsAgain(optimizer))
-        return GraphRecording(unet, optimizer, schedule, scaling_factor, loss, made[-1], rehearses=False)
+        made.append(RunsAgain(context.optimizer))
+        return GraphCapture(context, made[-1], warms_up=False)
 
-    monkeypatch.setattr(job, "reason_against", lambda *_: "")
-    monkeypatch.setattr(job, "recording_for", recording_for)
+    monkeypatch.setattr(resolve, "reason_against", lambda *_: "")
+    monkeypatch.setattr(job, "graph_capture", capture)
     return made
 
 
@@ -75,8 +76,8 @@ def config_of(folder: Path, tiny_dataset: Path, **train_settings):
 def test_a_replayed_run_equals_one_in_the_same_order(tiny_dataset, tmp_path, recorders, monkeypatch):
     replayed = trained(config_of(tmp_path / "replayed", tiny_dataset))
     # stage 1: batches of 4, the last of 2, each first or last of its step; stage 2: batches of 5 and what is left
-    assert recorders[0].recorded >= 4
-    assert recorders[0].replayed > recorders[0].recorded
+    assert recorders[0].num_captured >= 4
+    assert recorders[0].num_replayed > recorders[0].num_captured
     environment = json.loads((tmp_path / "replayed" / "environment.json").read_text())
     assert environment["epoch_order"] == {"grouped": True}
     assert "CUDA graphs" in (tmp_path / "replayed" / "model.json").read_text()
@@ -122,23 +123,14 @@ def test_without_graphs_the_largest_batch_comes_first_and_changes_nothing(tiny_d
     plain = trained(config_of(tmp_path / "plain", tiny_dataset))
     shapes = []
 
-    def rehearses(unet, optimizer, schedule, scaling_factor, loss, device, with_graphs):
-        recording = GraphRecording(unet, optimizer, schedule, scaling_factor, loss, None, rehearses=True)
-        run_of = recording._run_of
+    def micro_step(context, inputs, *place):
+        if context.optimizer.inner.is_rehearsing:
+            shapes.append(tuple(inputs.mean_BCHW.shape))
+        return original(context, inputs, *place)
 
-        def noting(num_samples):
-            run = run_of(num_samples)
-
-            def noted(inputs, *place):
-                shapes.append(tuple(inputs.mean_BCHW.shape))
-                return run(inputs, *place)
-
-            return noted
-
-        recording._run_of = noting
-        return recording
-
-    monkeypatch.setattr(job, "recording_for", rehearses)
+    original = cuda_graphs.micro_step
+    monkeypatch.setattr(cuda_graphs, "micro_step", micro_step)
+    monkeypatch.setattr(job, "graph_capture", lambda context, with_graphs: GraphCapture(context, None, warms_up=True))
     assert_same(plain, trained(config_of(tmp_path / "rehearsed", tiny_dataset)))
     # the second stage has larger batches
     assert shapes == [(4, 4, 16, 16), (5, 4, 16, 16)]

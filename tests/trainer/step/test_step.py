@@ -11,12 +11,23 @@ from diffusers import DDPMScheduler
 
 from safelight.data.batches import Batch
 from safelight.data.buckets import Bucket
+from safelight.kernels.ops.noising import Noised
 from safelight.kernels.optim.split_weights import split
 from safelight.kernels.philox import Key, Purpose, integers, normals
 from safelight.trainer.config.toml import Loss, Optimizer
+from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.models.noise_schedule import NoiseSchedule, make_schedule
 from safelight.trainer.optim.optimizer import UNetOptimizer
-from safelight.trainer.step.step import Noisy, accumulate, add_noise, sample_losses, to_device, train_step, upload
+from safelight.trainer.step.step import (
+    StepContext,
+    StepSettings,
+    accumulate,
+    add_noise,
+    sample_losses,
+    to_device,
+    train_step,
+    upload,
+)
 
 SCHEDULER = {
     "beta_start": 0.00085,
@@ -35,7 +46,7 @@ def make_batch(number: int, size: int = 4, has_posterior: bool = True) -> Batch:
     return Batch(
         draw(size, 4, 8, 8),
         draw(size, 4, 8, 8) - 4 if has_posterior else None,
-        draw(size, 6, 16),
+        TextConditioning(draw(size, 6, 16)),
         tuple(1000 * number + i for i in range(size)),
         (0,) * size,
         Bucket(32, 32),
@@ -44,20 +55,17 @@ def make_batch(number: int, size: int = 4, has_posterior: bool = True) -> Batch:
 
 def make_noisy(
     batch: Batch, schedule: NoiseSchedule, scale: float, seed: int, epoch: int, offset: float = 0.0
-) -> Noisy:
+) -> Noised:
     return add_noise(upload(batch, CPU, seed, epoch), schedule, scale, offset)
 
 
 def halves(batch: Batch, size: int) -> list[Batch]:
     """Return the batch in pieces of `size`."""
     return [
-        Batch(
-            batch.mean_BCHW[i : i + size],
-            None if batch.logvar_BCHW is None else batch.logvar_BCHW[i : i + size],
-            batch.text_BTD[i : i + size],
-            batch.sample_ids[i : i + size],
-            batch.occurrences[i : i + size],
-            batch.bucket,
+        replace(
+            batch[i : i + size],
+            sample_ids=batch.sample_ids[i : i + size],
+            occurrences=batch.occurrences[i : i + size],
         )
         for i in range(0, len(batch.sample_ids), size)
     ]
@@ -74,18 +82,11 @@ def test_twenty_steps_equal_a_plain_diffusers_loop(small_unet, prediction):
     for n in range(20):
         batch = make_batch(n)
         result = train_step(
-            ours,
-            optimizer,
+            StepContext(ours, optimizer, schedule, SCALE, Loss()),
             [batch],
-            schedule,
-            SCALE,
-            Loss(),
+            StepSettings(4, LR, 0.01, 1.0),
             seed=SEED,
             epoch=3,
-            num_samples=4,
-            lr=LR,
-            weight_decay=0.01,
-            max_grad_norm=1.0,
         )
         draws = {
             purpose: torch.from_numpy(
@@ -100,7 +101,7 @@ def test_twenty_steps_equal_a_plain_diffusers_loop(small_unet, prediction):
         noise = draws[Purpose.NOISE]
         noisy = scheduler.add_noise(latents, noise, timesteps)
         target = noise if prediction == "epsilon" else scheduler.get_velocity(latents, noise, timesteps)
-        loss = F.mse_loss(theirs(noisy, timesteps, batch.text_BTD).sample, target)
+        loss = F.mse_loss(theirs(noisy, timesteps, batch.conditioning.text_BTD).sample, target)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
         adamw.step()
@@ -125,7 +126,7 @@ def test_accumulated_micro_batches_equal_the_larger_batch(small_unet, loss):
         unet = copy.deepcopy(small_unet)
         for part in parts:
             noisy = make_noisy(part, schedule, SCALE, SEED, 0, loss.offset_noise)
-            accumulate(unet, noisy, schedule, loss, 4, torch.tensor(1.0))
+            accumulate(unet, noisy, part.conditioning, schedule, loss, 4, torch.tensor(1.0))
         gradients.append([p.grad for p in unet.parameters()])
     for other in gradients[1:]:
         for a, b in zip(gradients[0], other, strict=True):
@@ -142,14 +143,7 @@ def test_noise_and_timesteps_depend_on_the_sample_alone():
         assert torch.equal(torch.cat([p.noisy_BCHW for p in parts]), whole.noisy_BCHW)
         assert torch.equal(torch.cat([p.target_BCHW for p in parts]), whole.target_BCHW)
         assert torch.equal(torch.cat([p.timesteps_B for p in parts]), whole.timesteps_B)
-    turned = Batch(
-        batch.mean_BCHW.flip(0),
-        batch.logvar_BCHW.flip(0),
-        batch.text_BTD.flip(0),
-        batch.sample_ids[::-1],
-        batch.occurrences,
-        batch.bucket,
-    )
+    turned = replace(batch.map(lambda x: x.flip(0)), sample_ids=batch.sample_ids[::-1])
     assert torch.equal(make_noisy(turned, schedule, SCALE, SEED, 2).noisy_BCHW.flip(0), whole.noisy_BCHW)
 
 
@@ -178,10 +172,11 @@ def test_without_a_posterior_the_latent_is_the_row_itself():
 def test_a_short_batch_pulls_as_hard_as_its_samples(small_unet):
     """Two samples of a nominal four give half of the gradient of their mean."""
     schedule = make_schedule(SCHEDULER)
-    noisy = make_noisy(make_batch(81, 2), schedule, SCALE, SEED, 0)
+    batch = make_batch(81, 2)
+    noisy = make_noisy(batch, schedule, SCALE, SEED, 0)
     short, mean = copy.deepcopy(small_unet), copy.deepcopy(small_unet)
-    accumulate(short, noisy, schedule, Loss(), 4, torch.tensor(1.0))
-    sample_losses(mean, noisy).mean().backward()
+    accumulate(short, noisy, batch.conditioning, schedule, Loss(), 4, torch.tensor(1.0))
+    sample_losses(mean, noisy, batch.conditioning).mean().backward()
     for a, b in zip(short.parameters(), mean.parameters(), strict=True):
         torch.testing.assert_close(2 * a.grad, b.grad, rtol=1e-4, atol=1e-7)
 
@@ -197,18 +192,11 @@ def test_sixteen_bit_weights_follow_the_fp32_run(small_unet, dtype, name):
         schedule = make_schedule(SCHEDULER)
         for n in range(5):
             result = train_step(
-                unet,
-                optimizer,
+                StepContext(unet, optimizer, schedule, SCALE, Loss()),
                 [make_batch(n)],
-                schedule,
-                SCALE,
-                Loss(),
+                StepSettings(4, 1e-6, 0.01, 1.0),
                 seed=SEED,
                 epoch=0,
-                num_samples=4,
-                lr=1e-6,
-                weight_decay=0.01,
-                max_grad_norm=1.0,
             )
             assert result.taken
         assert next(unet.parameters()).dtype == kind
@@ -232,20 +220,23 @@ def test_sixteen_bit_weights_follow_the_fp32_run(small_unet, dtype, name):
 def test_a_non_finite_gradient_changes_nothing(small_unet, name, bad):
     unet = copy.deepcopy(small_unet)
     optimizer = UNetOptimizer(unet, Optimizer(name=name, lr=1e-3))
-    options = {"seed": SEED, "epoch": 0, "num_samples": 4, "lr": 1e-3, "weight_decay": 0.01, "max_grad_norm": 1.0}
-    schedule = make_schedule(SCHEDULER)
-    train_step(unet, optimizer, [make_batch(0)], schedule, SCALE, Loss(), **options)
+    context = StepContext(unet, optimizer, make_schedule(SCHEDULER), SCALE, Loss())
+
+    def step(batch: Batch):
+        return train_step(context, [batch], StepSettings(4, 1e-3, 0.01, 1.0), seed=SEED, epoch=0)
+
+    step(make_batch(0))
     weights = {k: v.clone() for k, v in unet.state_dict().items()}
     state = optimizer.state_tensors()
     poisoned = make_batch(1)
     poisoned.mean_BCHW[0, 0, 0, 0] = bad
-    result = train_step(unet, optimizer, [poisoned], schedule, SCALE, Loss(), **options)
+    result = step(poisoned)
     assert not result.taken
     assert all(torch.equal(v, weights[k]) for k, v in unet.state_dict().items())
     after = optimizer.state_tensors()
     assert after.keys() == state.keys()
     assert all(torch.equal(after[k], state[k]) for k in state)
-    assert train_step(unet, optimizer, [make_batch(2)], schedule, SCALE, Loss(), **options).taken
+    assert step(make_batch(2)).taken
 
 
 def test_fp16_overflow_halves_the_scale_and_training_goes_on(small_unet):
@@ -256,18 +247,11 @@ def test_fp16_overflow_halves_the_scale_and_training_goes_on(small_unet):
     taken = []
     for n in range(14):
         result = train_step(
-            unet,
-            optimizer,
+            StepContext(unet, optimizer, schedule, SCALE, Loss()),
             [make_batch(n)],
-            schedule,
-            SCALE,
-            Loss(),
+            StepSettings(4, 1e-4, 0.01, 1.0),
             seed=SEED,
             epoch=0,
-            num_samples=4,
-            lr=1e-4,
-            weight_decay=0.01,
-            max_grad_norm=1.0,
         )
         taken.append(result.taken)
     assert not taken[0]
@@ -281,18 +265,11 @@ def test_clipping_bounds_the_gradient_that_adam_sees(small_unet):
     unet = copy.deepcopy(small_unet)
     optimizer = UNetOptimizer(unet, Optimizer(name="adamw", lr=1e-4, betas=(0.0, 0.9)))
     result = train_step(
-        unet,
-        optimizer,
+        StepContext(unet, optimizer, make_schedule(SCHEDULER), SCALE, Loss()),
         [make_batch(3)],
-        make_schedule(SCHEDULER),
-        SCALE,
-        Loss(),
+        StepSettings(4, 1e-4, 0.0, 0.01),
         seed=SEED,
         epoch=0,
-        num_samples=4,
-        lr=1e-4,
-        weight_decay=0.0,
-        max_grad_norm=0.01,
     )
     assert result.grad_norm > 0.05
     state = optimizer.state_tensors()
@@ -303,7 +280,8 @@ def test_clipping_bounds_the_gradient_that_adam_sees(small_unet):
 def test_gradient_checkpointing_gives_the_same_gradients(small_unet):
     """Recomputing runs the same operations: equal bits, and fewer tensors saved for backward."""
     schedule = make_schedule(SCHEDULER)
-    noisy = make_noisy(make_batch(4), schedule, SCALE, SEED, 0)
+    batch = make_batch(4)
+    noisy = make_noisy(batch, schedule, SCALE, SEED, 0)
     gradients, saved = [], []
     for is_checkpointed in (False, True):
         unet = copy.deepcopy(small_unet)
@@ -316,7 +294,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(small_unet):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            losses = sample_losses(unet, noisy)
+            losses = sample_losses(unet, noisy, batch.conditioning)
         losses.mean().backward()
         gradients.append([p.grad for p in unet.parameters()])
         saved.append(sum(sizes.values()))

@@ -34,9 +34,7 @@ def measure(dataset):
     def run(samples, batch_size=8, num_bands=2, seed=SEED, unet=base):
         return validate(
             unet,
-            dataset.cache,
-            samples,
-            dataset.empty_key,
+            dataset.rows(samples),
             schedule,
             dataset.scaling_factor,
             seed=seed,
@@ -73,7 +71,7 @@ def test_bands_are_equal_and_each_is_met(dataset, monkeypatch):
 
     seen = []
 
-    def spy(unet, noisy):
+    def spy(unet, noisy, conditioning):
         seen.append(noisy.timesteps_B)
         return torch.zeros(len(noisy.timesteps_B))
 
@@ -82,9 +80,7 @@ def test_bands_are_equal_and_each_is_met(dataset, monkeypatch):
     schedule = make_schedule(resolve_base("tiny").config_of("scheduler"))
     validate(
         torch.nn.Linear(1, 1),
-        dataset.cache,
-        samples,
-        dataset.empty_key,
+        dataset.rows(samples),
         schedule,
         1.0,
         seed=SEED,
@@ -101,10 +97,11 @@ def test_bands_are_equal_and_each_is_met(dataset, monkeypatch):
 def test_the_noise_is_the_keys_noise_and_the_latent_the_posteriors_mean(dataset, monkeypatch):
     import safelight.trainer.step.validate as module
 
-    caught = []
+    caught, told = [], []
 
-    def spy(unet, noisy):
+    def spy(unet, noisy, conditioning):
         caught.append(noisy)
+        told.append(conditioning)
         return torch.zeros(1)
 
     monkeypatch.setattr(module, "sample_losses", spy)
@@ -112,23 +109,21 @@ def test_the_noise_is_the_keys_noise_and_the_latent_the_posteriors_mean(dataset,
     schedule = make_schedule(resolve_base("tiny").config_of("scheduler"))
     validate(
         torch.nn.Linear(1, 1),
-        dataset.cache,
-        [sample],
-        dataset.empty_key,
+        dataset.rows([sample]),
         schedule,
         2.0,
         seed=SEED,
         num_bands=1,
         batch_size=1,
     )
-    batch = load_batch(dataset.cache, [sample], _batches([sample], 1)[0], dataset.empty_key)
+    batch = load_batch(dataset.rows([sample]), _batches([sample], 1)[0])
     noise = normals_torch(
         [Key(SEED, Purpose.VALIDATION_NOISE, sample.sample_id, 0, 0)], tuple(batch.mean_BCHW.shape[1:])
     )
     a = schedule.alphas_cumprod_T[caught[0].timesteps_B].view(-1, 1, 1, 1)
     torch.testing.assert_close(caught[0].noisy_BCHW, a.sqrt() * batch.mean_BCHW * 2.0 + (1 - a).sqrt() * noise)
     assert torch.equal(caught[0].target_BCHW, noise)
-    assert torch.equal(caught[0].text_BTD, batch.text_BTD)
+    assert torch.equal(told[0].text_BTD, batch.conditioning.text_BTD)
 
 
 def test_the_model_is_left_as_it_was(dataset, measure):

@@ -13,9 +13,7 @@ from diffusers.loaders.single_file_utils import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from safelight.trainer.inference.export import original_frozen
-from safelight.trainer.models.base import resolve_base
-from safelight.trainer.models.original_layout import (
+from safelight.trainer.families.original_layout import (
     CLIP_PREFIX,
     UNET_PREFIX,
     VAE_PREFIX,
@@ -25,6 +23,8 @@ from safelight.trainer.models.original_layout import (
     unet_layout,
     vae_layout,
 )
+from safelight.trainer.inference.export import original_frozen
+from safelight.trainer.models.base import resolve_base
 
 META = torch.device("meta")
 

@@ -1,0 +1,50 @@
+"""Stable Diffusion 1.x and 2.x: one CLIP text encoder, whose last hidden state is all that the UNet is told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from safelight.trainer.config.presets import SD15
+from safelight.trainer.families.family import Family
+from safelight.trainer.families.original_layout import CLIP_PREFIX, Layout, clip_layout, open_clip_layout
+
+CHANNELS = [320, 640, 1280, 1280]
+
+
+class StableDiffusion1(Family):
+    """CLIP ViT-L/14, epsilon prediction, 512 px. UNets of a text width that no family is known by are taken for this one."""
+
+    name, title = "sd1", "Stable Diffusion 1.x"
+    text_widths, published_channels = (768,), CHANNELS
+    default_configs, assumed_prediction = SD15, "epsilon"
+    implementation = "https://github.com/CompVis/stable-diffusion"
+
+    def owns(self, unet_config: Mapping) -> bool:
+        # the registry asks this family last
+        return True
+
+    def architecture(self, prediction_type: str) -> str:
+        return "stable-diffusion-v1"
+
+    def text_encoder_layout(self, names: Iterable[str]) -> Layout:
+        return clip_layout(names)
+
+    def text_encoder_extras(self, num_tokens: int) -> dict[str, Tensor]:
+        return {f"{CLIP_PREFIX}embeddings.position_ids": torch.arange(num_tokens)[None]}
+
+
+class StableDiffusion2(Family):
+    """OpenCLIP ViT-H/14 without its last layer; epsilon at 512 px, v-prediction at 768 px."""
+
+    name, title = "sd2", "Stable Diffusion 2.x"
+    text_widths, published_channels = (1024,), CHANNELS
+    implementation = "https://github.com/Stability-AI/stablediffusion"
+
+    def architecture(self, prediction_type: str) -> str:
+        return "stable-diffusion-v2-768-v" if prediction_type == "v_prediction" else "stable-diffusion-v2-512"
+
+    def text_encoder_layout(self, names: Iterable[str]) -> Layout:
+        return open_clip_layout(names)

@@ -1,0 +1,96 @@
+"""A run's settings with every `auto` resolved, and everything that can be refused before hours of encoding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from safelight.data.cache import Sample
+from safelight.errors import UserError
+from safelight.kernels.triton.jit import has_triton
+from safelight.kernels.unet.attention import allowed_backends
+from safelight.trainer.checkpoint.files import check_files, folder_of, read_identity
+from safelight.trainer.checkpoint.identity import Identity, identify
+from safelight.trainer.config.toml import Config
+from safelight.trainer.memory_plan.candidate import Need
+from safelight.trainer.memory_plan.resolve_auto import budget, cap, reason_against, settle
+from safelight.trainer.models.base import Base, base_of
+from safelight.trainer.models.device import PRECISIONS, pick_device, pick_dtype
+from safelight.trainer.models.noise_schedule import NoiseSchedule, make_schedule
+from safelight.trainer.models.weights import check_unet
+from safelight.trainer.optim.optimizer import memory_mode
+from safelight.trainer.run_log.environment import MEMORY_PLAN, recorded
+
+
+@dataclass(frozen=True)
+class ResolvedRun:
+    """What a run will do on the device it runs on.
+
+    given: the config as the user wrote it. config: the same with `auto` of memory mode, checkpointing and fused backward
+    resolved. resume_step: of the checkpoint to resume from, None for a new run. plan: of the GPU's memory, None on a CPU.
+    no_graphs: why steps are not replayed as CUDA graphs, '' if they are.
+    """
+
+    given: Config
+    config: Config
+    run_dir: Path
+    resume_step: int | None
+    device: torch.device
+    dtype: torch.dtype
+    base: Base
+    schedule: NoiseSchedule
+    plan: Need | None
+    no_graphs: str
+
+    @property
+    def precision(self) -> str:
+        """fp32, bf16 or fp16."""
+        return PRECISIONS[self.dtype]
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The folder of the checkpoint that the run resumes from."""
+        return None if self.resume_step is None else folder_of(self.run_dir, self.resume_step)
+
+    def identity(self, samples: Sequence[Sample] = ()) -> Identity:
+        """Return what decides the run's weights. samples: the training samples, where they are known."""
+        return identify(self.config, self.precision, samples)
+
+
+def resolve_run(config: Config, run_dir: Path, resume_step: int | None) -> ResolvedRun:
+    """Return the run with every `auto` resolved, after capping torch's share of the GPU.
+
+    Raises UserError for settings that do not go together, a base that cannot be trained, a run that the GPU cannot hold.
+    """
+    device = pick_device(config.run.device)
+    dtype = pick_dtype(config.model.precision, device)
+    memory_mode(config.optimizer, dtype)
+    base = base_of(config.model)
+    previous, was_fused = None, None
+    if resume_step is not None:
+        previous, was_fused = recorded(run_dir, MEMORY_PLAN), read_identity(run_dir, resume_step)[0].is_fused
+    resolved, plan = settle(config, device, previous, was_fused)
+    cap(device, config.memory.limit_gib)
+    no_graphs = reason_against(resolved, device, plan, budget(config, device))
+    schedule = make_schedule(base.config_of("scheduler"), config.loss.prediction, config.loss.zero_terminal_snr)
+    return ResolvedRun(config, resolved, run_dir, resume_step, device, dtype, base, schedule, plan, no_graphs)
+
+
+def refuse_early(run: ResolvedRun) -> None:
+    """Raise UserError now for what loading would refuse only after hours of encoding."""
+    check_unet(run.base)
+    allowed_backends(run.device, run.dtype, run.given.model.attention)
+    if run.device.type == "cuda":
+        has_triton()
+    if run.resume_step is not None:
+        reached, stage = read_identity(run.run_dir, run.resume_step)
+        difference = run.identity().difference(reached, stage)
+        if difference:
+            raise UserError(
+                f"checkpoint {run.checkpoint} belongs to other settings: {difference}; "
+                f"resume with {run.run_dir / 'config.toml'}, or start a new run with --run.dir"
+            )
+        check_files(run.checkpoint)

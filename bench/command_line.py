@@ -1,54 +1,37 @@
-"""`safelight bench`: its commands by name; torch is imported when a measurement runs."""
+"""`safelight bench`: the list of benchmarks, their help, and dispatch to bench/commands.py.
+
+This module does not import torch, so help and mistakes are answered at once.
+"""
 
 from __future__ import annotations
 
 import difflib
 
-from safelight.bench.core.arguments import (
-    All,
-    Aot,
-    Attention,
-    Baseline,
-    Compare,
-    Count,
-    Gate,
-    Kernels,
-    Loader,
-    Loop,
-    Memory,
-    Optimizer,
-    Plot,
-    Quick,
-    Roofline,
-    Step,
-)
+from safelight.bench.core import arguments
 from safelight.errors import UserError
 from safelight.options.arguments import parse
 from safelight.output.columns import listed
 
-# name -> (arguments, what it measures); the function of that name runs it
+# name -> (its arguments, what it measures); bench/commands.py has a function run_NAME for each
 COMMANDS: dict[str, tuple[type, str]] = {
-    "step": (Step, "images/s and peak memory of the training step, on this machine"),
-    "baseline": (Baseline, "the same of published recipes, ours beside them"),
-    "count": (
-        Count,
-        "launches, bytes, FLOPs and host syncs of a step, traced without a GPU",
-    ),
-    "roofline": (Roofline, "a step's FLOPs and bytes against what the device can do"),
-    "loader": (Loader, "cache reads against a file a row and decoding every epoch"),
-    "loop": (Loop, "seconds an epoch, everything included, ours and EveryDream's"),
-    "kernels": (Kernels, "bytes of every kernel at real layers; on a GPU their speed too"),
-    "aot": (Aot, "kernels compiled for cards that are not here: registers, spills"),
-    "optimizer": (Optimizer, "every optimizer: time a step, bytes held and moved a parameter"),
-    "memory": (Memory, "what a step needs in each memory mode; which cards it fits"),
-    "attention": (Attention, "attention's backends by head dim and length, and which is chosen"),
-    "quick": (Quick, "ours against the diffusers recipe here, in under three minutes"),
-    "all": (All, "all that is worth knowing of a GPU; on a CPU a rehearsal"),
-    "plot": (Plot, "pictures of results"),
-    "gate": (Gate, "fail if a counted figure rose above bench/results/counts.jsonl"),
-    "compare": (Compare, "two sets of results, figure by figure"),
+    "step": (arguments.Step, "images/s and peak memory of a training step on this machine"),
+    "baseline": (arguments.Baseline, "the same for published recipes, next to ours"),
+    "count": (arguments.Count, "launches, bytes, FLOPs and host syncs of a step, counted without a GPU"),
+    "roofline": (arguments.Roofline, "how close a step comes to the device's compute and bandwidth limits"),
+    "loader": (arguments.Loader, "data loading: our cache, one file per row, or decoding every epoch"),
+    "loop": (arguments.Loop, "seconds per epoch of the whole training loop, ours and EveryDream's"),
+    "kernels": (arguments.Kernels, "bytes moved by each kernel in real layers; on a GPU also speed"),
+    "aot": (arguments.Aot, "registers and spills of kernels compiled for GPUs that are not here"),
+    "optimizer": (arguments.Optimizer, "every optimizer: time per step, bytes held and moved per parameter"),
+    "memory": (arguments.Memory, "memory of a step in each memory mode, and the smallest card it fits"),
+    "attention": (arguments.Attention, "every attention backend at the models' shapes, and the one chosen"),
+    "quick": (arguments.Quick, "our step against the diffusers recipe, in under three minutes"),
+    "all": (arguments.All, "every benchmark in one call; on a CPU a rehearsal with small sizes"),
+    "plot": (arguments.Plot, "draw result files as pictures"),
+    "gate": (arguments.Gate, "fail if a counted figure rose above bench/results/counts.jsonl"),
+    "compare": (arguments.Compare, "compare two sets of results, figure by figure"),
 }
-# those that read what others wrote answer at once
+# benchmarks that take time; the others only read results
 MEASURING = tuple(name for name in COMMANDS if name not in ("plot", "gate", "compare"))
 
 
@@ -57,17 +40,17 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         texts = listed({name: text for name, (_, text) in COMMANDS.items()})
         print(
-            f"usage: safelight bench COMMAND [OPTIONS]\n\n{texts}\n\n`safelight bench COMMAND --help` lists the options."
+            f"usage: safelight bench COMMAND [OPTIONS]\n\n{texts}\n\n"
+            "`safelight bench COMMAND --help` lists the options."
         )
         return 0 if argv else 2
-    if argv[0] not in COMMANDS:
-        near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"use {', '.join(COMMANDS)}"
-        raise UserError(f"{argv[0]!r} is no benchmark; {hint}")
-    shape, text = COMMANDS[argv[0]]
-    options = parse(shape, argv[1:], f"bench {argv[0]}", text)
-    # `all` is a function of Python's
-    name = "everything" if argv[0] == "all" else argv[0]
+    name = argv[0]
+    if name not in COMMANDS:
+        matches = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {matches[0]}?" if matches else f"use {', '.join(COMMANDS)}"
+        raise UserError(f"unknown benchmark {name!r}; {hint}")
+    kind, text = COMMANDS[name]
+    options = parse(kind, argv[1:], f"bench {name}", text)
     from safelight.bench import commands
 
-    return getattr(commands, name)(options)
+    return getattr(commands, f"run_{name}")(options)

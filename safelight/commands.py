@@ -398,8 +398,11 @@ def profile(argv: list[str]) -> int:
         _print_json(found.record)
         return 0
     analysis = found.analysis
-    title = f"a step takes {analysis.plain_ms:,.1f} ms, {analysis.step_ms:,.1f} under the profiler; model-FLOP use {100 * analysis.model_flop_use:.1f} %"
-    for head, part in ((title, analysis.stretches), ("the same by what the operators do", analysis.kinds)):
+    title = (
+        f"step time by phase: {analysis.unprofiled_ms:,.1f} ms per step, {analysis.step_ms:,.1f} under the profiler; "
+        f"model FLOP utilization {100 * analysis.model_flop_use:.1f} %"
+    )
+    for head, part in ((title, analysis.phases), ("step time by class of operator", analysis.kinds)):
         rows = [(name, f"{ms:.2f}", f"{100 * ms / sum(part.values()):.0f} %") for name, ms in part.items()]
         _print_table(head, ("", "ms", "share"), rows)
     for file in found.files:

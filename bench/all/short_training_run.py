@@ -1,4 +1,4 @@
-"""A short run of the commands themselves, from drawn photographs to a checkpoint: part of `safelight bench all`."""
+"""A short training run through the command line, from drawn pictures to a checkpoint; part of `safelight bench all`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ SEED = 7
 
 @dataclass(frozen=True)
 class ShortRun:
-    """preset: of `safelight init`; base: as model.base; side_px: of the photographs, which are trained at that size."""
+    """Settings of the run.
+
+    preset: argument of `safelight init`. base: as model.base. side_px: side of the pictures and training resolution.
+    """
 
     preset: str
     base: str
@@ -30,6 +33,7 @@ class ShortRun:
     validates: bool = False
 
     def settings(self) -> list[str]:
+        """Return these settings as options of `safelight train`."""
         return [
             *("--model.base", self.base),
             *("--data.resolution", str(self.side_px)),
@@ -37,14 +41,16 @@ class ShortRun:
             *("--train.max-steps", str(self.steps)),
             *("--train.batch-size", str(self.batch_size)),
             *("--train.checkpointing", self.checkpointing),
-            # a last step is logged whatever its number
             *("--validate.every-epochs", "5" if self.validates else "0"),
             *"--sample.every-epochs 0 --log.tensorboard False".split(),
         ]
 
 
 def call(command: list[str], timeout_s: float, log: Path) -> tuple[int, str, float]:
-    """Run a command in a process group of its own; return (exit status, its last line, seconds). 124: out of time."""
+    """Run a command in its own process group and return (exit status, last line of output, seconds).
+
+    The status is 124 if the command was killed at the timeout. Its output goes to the log file.
+    """
     began = time.monotonic()
     with log.open("wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
@@ -53,7 +59,7 @@ def call(command: list[str], timeout_s: float, log: Path) -> tuple[int, str, flo
         except subprocess.TimeoutExpired:
             status = 124
         finally:
-            # also where this process is told to stop: it is in a group of its own, which no Ctrl-C reaches
+            # also on Ctrl-C, which does not reach another process group
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
@@ -62,9 +68,9 @@ def call(command: list[str], timeout_s: float, log: Path) -> tuple[int, str, flo
 
 
 def train(run: ShortRun, folder: Path, device: str, end: float) -> dict:
-    """Run init, prepare and train in `folder` and return their seconds and what the run's last line says.
+    """Run init, prepare and train in `folder`; return the seconds of each and the figures of the last logged step.
 
-    end: time.monotonic() by which it must be over. Raises RuntimeError, with a command's last words, if one fails.
+    end: the time.monotonic() by which all must be done. Raises RuntimeError with the last line of a command that fails.
     """
     photos = folder / "photos"
     photos.mkdir(parents=True, exist_ok=True)
@@ -74,18 +80,20 @@ def train(run: ShortRun, folder: Path, device: str, end: float) -> dict:
         draw(scene, scale).save(photos / f"{number:03d}.png")
         (photos / f"{number:03d}.txt").write_text(caption(scene, SEED, number))
     config, dataset = str(folder / "run.toml"), str(folder / "dataset")
-    places = ["--data.path", dataset, "--run.dir", str(folder / "run"), "--run.device", device]
+    paths = ["--data.path", dataset, "--run.dir", str(folder / "run"), "--run.device", device]
     seconds_of = {}
-    for words in (
+    for arguments in (
         ["init", run.preset, "-o", config, "--force"],
         ["prepare", str(photos), "-o", dataset],
-        ["train", config, *places, *run.settings()],
+        ["train", config, *paths, *run.settings()],
     ):
-        log = folder / f"{words[0]}.log"
-        status, tail, seconds = call([sys.executable, "-m", "safelight", *words], end - time.monotonic(), log)
-        seconds_of[f"{words[0]}_s"] = round(seconds, 1)
+        command = arguments[0]
+        status, tail, seconds = call(
+            [sys.executable, "-m", "safelight", *arguments], end - time.monotonic(), folder / f"{command}.log"
+        )
+        seconds_of[f"{command}_s"] = round(seconds, 1)
         if status != 0:
-            raise RuntimeError(f"safelight {words[0]} ended with {status}: {tail}")
+            raise RuntimeError(f"safelight {command} exited with status {status}: {tail}")
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     last = [row for row in rows if row["kind"] == "train"][-1]
     return {

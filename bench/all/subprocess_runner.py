@@ -1,7 +1,8 @@
-"""Work in a process of its own, told line by line: what ends or blocks that process leaves the caller whole.
+"""Run a generator in a subprocess and receive its results one by one; a crash or hang there leaves the caller intact.
 
-A CUDA error such as an illegal address stays with a process: no later call succeeds in it. Nor does a crash or a hang leave one
-that could go on. So what may meet them runs here, and the caller never touches the device.
+After a CUDA error such as an illegal memory access no later CUDA call succeeds in the process, and a process that
+crashed or hangs cannot continue either. Measurements that may fail this way run here, and the caller makes no CUDA
+call.
 """
 
 from __future__ import annotations
@@ -14,55 +15,61 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
-# for a process that is told to end to end those it has begun
+from safelight.errors import UserError
+
+# seconds that a terminated process has to end its own children
 GRACE_S = 5.0
 
 
-class Ended(Exception):
-    """The process ended, or was ended, before its work did; the message says how."""
+class SubprocessEnded(Exception):
+    """The subprocess ended, or was ended for being silent, before its work was done; the message says how."""
 
 
-def apart(work: Callable[..., Iterator], *arguments: object, patience_s: Callable[[], float]) -> Iterator:
-    """Yield what `work(*arguments)` yields in a new process. work, arguments and what it yields: picklable.
+def run_in_subprocess(
+    work: Callable[..., Iterator], *arguments: object, silence_limit_s: Callable[[], float]
+) -> Iterator:
+    """Yield what `work(*arguments)` yields in a new process. work, arguments and results must be picklable.
 
-    patience_s: asked before each wait; a process that is silent for so long is ended. Raises Ended, and a ValueError of the
-    work's as it is. Closing the iterator ends the process.
+    silence_limit_s: called before each wait for a result; a process that sends nothing for that long is ended. Raises
+    SubprocessEnded, and passes on a UserError that work raises. Closing the iterator ends the process.
     """
     context = multiprocessing.get_context("spawn")
     receiving, sending = context.Pipe(duplex=False)
-    process = context.Process(target=_tell, args=(sending, work, arguments), name=f"safelight-{work.__name__}")
+    process = context.Process(target=_send_results, args=(sending, work, arguments), name=f"safelight-{work.__name__}")
     process.start()
-    # the process holds the only other end, so that its end is seen
+    # now only the subprocess holds the sending end, so its death closes the pipe
     sending.close()
     try:
-        while (told := _next(receiving, process, patience_s())) is not None:
-            kind, value = told
+        while (message := _receive(receiving, process, silence_limit_s())) is not None:
+            kind, value = message
             if kind == "error":
                 raise value
             yield value
     finally:
-        _end(process)
+        _terminate(process)
         receiving.close()
 
 
-def _tell(sending: Connection, work: Callable, arguments: tuple) -> None:
-    # Ctrl-C reaches both; the caller ends this one. SIGTERM unwinds, so that what this one has begun ends with it
+def _send_results(sending: Connection, work: Callable, arguments: tuple) -> None:
+    """Run the work in the subprocess. Sends ("result", value) or ("error", exception), and None at the end."""
+    # Ctrl-C reaches both processes; the caller ends this one. SIGTERM unwinds the stack, so that children end too.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        for found in work(*arguments):
-            sending.send(("found", found))
-    except ValueError as error:
+        for result in work(*arguments):
+            sending.send(("result", result))
+    except UserError as error:
         sending.send(("error", error))
     except BrokenPipeError:
-        # the caller is gone
+        # the caller has gone
         return
     sending.send(None)
 
 
-def _next(receiving: Connection, process: BaseProcess, patience_s: float) -> tuple[str, object] | None:
-    if not receiving.poll(patience_s):
-        raise Ended(f"nothing was heard for {patience_s:.0f} s")
+def _receive(receiving: Connection, process: BaseProcess, silence_limit_s: float) -> tuple[str, object] | None:
+    """Return the subprocess's next message. Raises SubprocessEnded if it died or sends none in time."""
+    if not receiving.poll(silence_limit_s):
+        raise SubprocessEnded(f"no result for {silence_limit_s:.0f} s; the process was ended")
     try:
         return receiving.recv()
     except EOFError:
@@ -70,12 +77,12 @@ def _next(receiving: Connection, process: BaseProcess, patience_s: float) -> tup
     code = process.exitcode
     with contextlib.suppress(ValueError):
         if code < 0:
-            raise Ended(f"the process was ended by {signal.Signals(-code).name}")
-    raise Ended(f"the process ended with status {code}")
+            raise SubprocessEnded(f"the process was killed by {signal.Signals(-code).name}")
+    raise SubprocessEnded(f"the process exited with status {code}")
 
 
-def _end(process: BaseProcess) -> None:
-    for end in (process.terminate, process.kill):
+def _terminate(process: BaseProcess) -> None:
+    for stop in (process.terminate, process.kill):
         if process.is_alive():
-            end()
+            stop()
             process.join(GRACE_S)

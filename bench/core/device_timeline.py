@@ -1,7 +1,7 @@
-"""What a GPU did and when, by its own timeline: which step a kernel belongs to, how long a step is there, and its gaps.
+"""The GPU's timeline from a profile: which step each kernel belongs to, how long steps take, and the idle gaps.
 
-The host runs ahead of a GPU, so a kernel belongs to the step in which it was launched, whenever it ran. A step lasts from
-its first kernel to the next one's first: the gaps in between are idle time, whoever is to blame.
+The host runs ahead of the GPU, so a kernel belongs to the step that launched it, whenever it ran. A step lasts from its
+first kernel to the first kernel of the next step; gaps in between are idle time, whatever caused them.
 """
 
 from __future__ import annotations
@@ -14,14 +14,17 @@ from dataclasses import dataclass
 
 from torch.autograd import DeviceType
 
-# the CUDA runtime's and driver's calls: cudaLaunchKernel, cuLaunchKernelEx
+# calls of the CUDA runtime and driver: cudaLaunchKernel, cuLaunchKernelEx
 _RUNTIME = re.compile(r"cu(da)?[A-Z]")
 
 
 @dataclass(frozen=True)
 class KernelRun:
-    """A kernel, copy or fill. start, end: microseconds since profiling began; launched: when the host asked for it;
-    operator: id of the profiler's event that did, 0 for none."""
+    """A kernel, copy or fill on the GPU.
+
+    start, end, launched: microseconds since profiling began; launched is the time of the host's call. operator: id of
+    the profiler event that launched it, 0 if none.
+    """
 
     name: str
     start: float
@@ -31,29 +34,29 @@ class KernelRun:
 
 
 def kernel_runs(events: Iterable, began_ns: int) -> list[KernelRun]:
-    """Return what a GPU ran, by start. events: the profiler's own (kineto_results.events())."""
-    calls, found = {}, []
+    """Return the kernels of a profile in order of their start. events: kineto_results.events()."""
+    calls, on_gpu = {}, []
     for event in events:
         if event.device_type() == DeviceType.CPU and _RUNTIME.match(event.name()):
             calls[event.correlation_id()] = event.start_ns()
         elif event.device_type() == DeviceType.CUDA and not event.is_user_annotation() and event.name() != "[memory]":
-            found.append(event)
+            on_gpu.append(event)
     runs = [
         KernelRun(
             e.name(),
             (e.start_ns() - began_ns) / 1e3,
             (e.end_ns() - began_ns) / 1e3,
-            # a launch before the profiler's first event was not seen
+            # without a recorded launch call, take the start of the kernel
             (calls.get(e.correlation_id(), e.start_ns()) - began_ns) / 1e3,
             e.linked_correlation_id(),
         )
-        for e in found
+        for e in on_gpu
     ]
     return sorted(runs, key=lambda run: run.start)
 
 
 def busy_us(spans: Iterable[tuple[float, float]]) -> float:
-    """Return how long anything ran, of (start, end): what overlaps counts once."""
+    """Return the total time covered by (start, end) spans, counting overlaps once."""
     busy, until = 0.0, float("-inf")
     for start, end in sorted(spans):
         busy += max(0.0, end - max(start, until))
@@ -63,27 +66,27 @@ def busy_us(spans: Iterable[tuple[float, float]]) -> float:
 
 @dataclass(frozen=True)
 class DeviceStep:
-    """What a GPU did of a step. length_us: until the next step's first kernel, or its own last."""
+    """The kernels of one step. length_us: from the first kernel to the next step's first, or else to its own end."""
 
     kernels: list[KernelRun]
     length_us: float
 
     @property
     def idle_us(self) -> float:
-        """Time within the step in which nothing ran."""
+        """Microseconds of the step in which nothing ran."""
         return self.length_us - busy_us((k.start, k.end) for k in self.kernels)
 
 
 def device_steps(runs: list[KernelRun], step_starts: list[float]) -> dict[int, DeviceStep]:
-    """Return each step's part of the timeline. step_starts: when the host began each, ascending, microseconds."""
+    """Return the kernels of each step by its number. step_starts: host times, ascending, in microseconds."""
     by_step: dict[int, list[KernelRun]] = defaultdict(list)
     for run in runs:
         number = bisect.bisect_right(step_starts, run.launched) - 1
         if number >= 0:
             by_step[number].append(run)
-    found = {}
+    steps = {}
     for number, kernels in by_step.items():
         following = by_step.get(number + 1)
         end = following[0].start if following else max(k.end for k in kernels)
-        found[number] = DeviceStep(kernels, end - kernels[0].start)
-    return found
+        steps[number] = DeviceStep(kernels, end - kernels[0].start)
+    return steps

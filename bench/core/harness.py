@@ -1,4 +1,4 @@
-"""Timing that a noisy machine cannot fool much: variants interleaved in one process, warm-up, percentiles."""
+"""Timing that is robust against a noisy machine: warm-up, variants interleaved in one process, percentiles."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from dataclasses import dataclass
 import torch
 
 PERCENTILES = (0.2, 0.5, 0.8)
-# above every card's second-level cache, and long enough to fill that the host gets ahead of the GPU
+# larger than any GPU's L2 cache, and long enough to fill for the host to run ahead of the GPU
 FLUSH_BYTES, NUM_FLUSHES = 2**29, 2
 
 
 def interleave(
     variants: dict[str, Callable[[int], None]], device: torch.device, repeats: int, warmup: int = 2
 ) -> dict[str, list[float]]:
-    """Return seconds of each repeat by variant. A variant takes the repeat's number, so that its inputs can rotate."""
+    """Return the seconds of each repeat by variant, with the device synchronized before and after each.
 
-    def once(run: Callable[[int], None], number: int) -> float:
+    A variant is called with the number of the repeat, so that it can rotate its inputs.
+    """
+
+    def time_once(run: Callable[[int], None], number: int) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         began = time.perf_counter()
@@ -29,17 +32,17 @@ def interleave(
 
     for number in range(warmup):
         for run in variants.values():
-            once(run, number)
+            time_once(run, number)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(repeats):
         for name, run in variants.items():
-            seconds[name].append(once(run, warmup + number))
+            seconds[name].append(time_once(run, warmup + number))
     return seconds
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run in two parts: what prepare returns is made outside the time and given to run."""
+    """A timed function with untimed preparation: run(prepare()), of which only `run` is timed."""
 
     prepare: Callable[[], object]
     run: Callable[[object], object]
@@ -48,40 +51,41 @@ class Prepared:
 def interleave_prepared(
     variants: dict[str, Prepared], device: torch.device, repeats: int, warmup: int = 2
 ) -> dict[str, list[float]]:
-    """Return seconds of each repeat by variant, of `run` alone.
+    """Return the seconds of each repeat of `run` by variant.
 
-    On a GPU it is the device's own time by events, the second-level cache emptied before each run; while it is, the
-    host queues the run, so that a short kernel is not timed by how fast Python launches it.
+    On a GPU this is device time between two events. The L2 cache is flushed before each run; while that takes place the
+    host enqueues the run, so that the time of a short kernel is not the time Python takes to launch it.
     """
     is_gpu = device.type == "cuda"
     flush = torch.empty(FLUSH_BYTES if is_gpu else 0, dtype=torch.uint8, device=device)
 
-    def once(variant: Prepared) -> float | tuple:
-        made = variant.prepare()
+    def time_once(variant: Prepared) -> float | tuple:
+        prepared = variant.prepare()
         if not is_gpu:
             began = time.perf_counter()
-            variant.run(made)
+            variant.run(prepared)
             return time.perf_counter() - began
         for _ in range(NUM_FLUSHES):
             flush.zero_()
         events = tuple(torch.cuda.Event(enable_timing=True) for _ in range(2))
         events[0].record()
-        variant.run(made)
+        variant.run(prepared)
         events[1].record()
         return events
 
     for _ in range(warmup):
         for variant in variants.values():
-            once(variant)
-    found: dict[str, list] = {name: [] for name in variants}
+            time_once(variant)
+    times: dict[str, list] = {name: [] for name in variants}
     for _ in range(repeats):
         for name, variant in variants.items():
-            found[name].append(once(variant))
+            times[name].append(time_once(variant))
         if is_gpu:
             torch.cuda.synchronize(device)
     if is_gpu:
-        found = {name: [a.elapsed_time(b) / 1e3 for a, b in pairs] for name, pairs in found.items()}
-    return found
+        # pairs of events
+        times = {name: [start.elapsed_time(end) / 1e3 for start, end in pairs] for name, pairs in times.items()}
+    return times
 
 
 def percentiles(values: list[float]) -> tuple[float, float, float]:

@@ -1,7 +1,7 @@
-"""The layers that SD1.5, SD2.1 and SDXL train, with their shapes and how often each runs in a step.
+"""The layers of SD1.5, SD2.1 and SDXL that our kernels replace, with input shapes and counts per step.
 
-Nothing is listed by hand: the UNets are run on meta tensors, which takes seconds and no memory, and hooks see what
-passes. Letters: N batch, C K channels in and out, H W height and width, T tokens, D F features.
+They are recorded with forward hooks while each UNet runs on meta tensors, which takes seconds and no memory.
+Letters in shapes: N batch; C, K channels in and out; H, W height and width; T tokens; D, F features.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NUM_TOKENS = 77
 
 
 class Model(NamedTuple):
-    """A UNet's config as diffusers reads it, and the side of the latents it is trained on."""
+    """A UNet's diffusers config, and the side of the latents it is trained on."""
 
     config: dict
     side: int
@@ -35,8 +35,10 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Layer:
-    """op: what a kernel does there, as bench/measure/kernel_ops.py names it; shape: of its input, with what follows it
-    (N, C, H, W, K for a convolution behind a norm, N, T, D, F for a projection); count: how often in a step's forward.
+    """A layer that a kernel of ours replaces.
+
+    op: a name in bench/measure/kernel_ops.py. shape: of the input, extended by the output features of a following
+    convolution (N, C, H, W, K) or projection (N, T, D, F). count: number of calls in a forward pass.
     """
 
     op: str
@@ -53,7 +55,7 @@ def meta_model(name: str) -> nn.Module:
 
 
 def _watch(unet: nn.Module, seen: Counter) -> None:
-    """Hook a UNet so that each layer of ours that runs is added to `seen`: (op, shape)."""
+    """Register forward hooks that count each (op, shape) that runs in `seen`."""
     from diffusers.models.activations import GEGLU
     from diffusers.models.attention import BasicTransformerBlock
     from diffusers.models.resnet import ResnetBlock2D
@@ -64,16 +66,16 @@ def _watch(unet: nn.Module, seen: Counter) -> None:
 
         module.register_forward_pre_hook(hook)
 
-    mine = set()
+    counted_norms = set()
     for module in unet.modules():
         if isinstance(module, ResnetBlock2D):
             on_input(module.norm1, "group_norm_silu")
             on_input(module.norm2, "add_group_norm_silu")
             on_input(module.norm1, "norm_silu_conv", module.conv1.out_channels)
             on_input(module.norm2, "norm_silu_conv", module.conv2.out_channels)
-            # the second convolution's output, with its bias and the skipped input added
+            # bias_residual adds the bias and the skip connection to the second convolution's output
             module.conv2.register_forward_hook(lambda m, args, out: seen.update([("bias_residual", tuple(out.shape))]))
-            mine |= {module.norm1, module.norm2}
+            counted_norms |= {module.norm1, module.norm2}
         elif isinstance(module, BasicTransformerBlock):
             on_input(module.norm1, "layer_norm")
             on_input(module.norm1, "norm_linear", 3 * module.attn1.inner_dim)
@@ -83,25 +85,25 @@ def _watch(unet: nn.Module, seen: Counter) -> None:
         elif isinstance(module, GEGLU):
             module.proj.register_forward_hook(lambda m, args, out: seen.update([("geglu", tuple(out.shape))]))
     for name, module in unet.named_modules():
-        if isinstance(module, nn.GroupNorm) and module not in mine:
+        if isinstance(module, nn.GroupNorm) and module not in counted_norms:
             on_input(module, "group_norm_silu" if name == "conv_norm_out" else "group_norm")
 
 
 @functools.cache
 def layers(name: str, batch_size: int = 1) -> tuple[Layer, ...]:
-    """Return a model's layers of ours in the order they first run, the step's two ends included.
+    """Return a model's layers in the order they first run, including noising before and the loss after the UNet.
 
-    Raises ValueError for an unknown model.
+    Raises UserError for an unknown model.
     """
     if name not in MODELS:
-        raise UserError(f"model {name!r} is unknown; use {', '.join(MODELS)}")
+        raise UserError(f"unknown model {name!r}; use {', '.join(MODELS)}")
     unet, side, seen = meta_model(name), MODELS[name].side, Counter()
     _watch(unet, seen)
     latents = torch.empty(batch_size, 4, side, side, device="meta")
     seen["noising", tuple(latents.shape)] += 1
     text = torch.empty(batch_size, NUM_TOKENS, unet.config.cross_attention_dim, device="meta")
-    given = family_of(unet.config).stand_in_conditioning(unet.config, text, (side, side))
+    conditioning = family_of(unet.config).stand_in_conditioning(unet.config, text, (side, side))
     with torch.no_grad():
-        unet(latents, torch.empty(batch_size, device="meta"), **given.unet_arguments(text.dtype))
+        unet(latents, torch.empty(batch_size, device="meta"), **conditioning.unet_arguments(text.dtype))
     seen["diffusion_loss", tuple(latents.shape)] += 1
     return tuple(Layer(op, shape, count) for (op, shape), count in seen.items())

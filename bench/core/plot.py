@@ -1,5 +1,8 @@
-"""`safelight bench plot`: pictures of result lines: throughput bars, memory against cards, the ablation, scaling lines,
-what rounding costs, a step against its roofline."""
+"""`safelight bench plot`: draw result lines as pictures.
+
+throughput, memory and scaling show timed steps; ablation shows counted ones; rounding shows the error of 16-bit
+weights; roofline shows a step's time by operator class against the device's ceilings.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from safelight.bench.core.results import newest
+from safelight.bench.core.results import labels, newest
 
-# inches; a picture of many bars is larger
+# inches; enlarged for many bars
 WIDTH, HEIGHT = 7.5, 4.0
 CARDS_GIB = (4, 6, 8, 12, 16, 24)
 COLOURS = {
@@ -31,7 +34,7 @@ COLOURS = {
     "mlperf": "#7c3aed",
 }
 STEPS = ("step", "quick")
-# the ablation's order: each adds one thing to the one before
+# (precision, layout, patched) of each bar of the ablation; each changes one thing from the previous bar
 ABLATION = (
     (("autocast-bf16", "nchw", False), "fp32 weights\n+ autocast"),
     (("bf16", "nchw", False), "16-bit weights,\nno autocast"),
@@ -40,33 +43,28 @@ ABLATION = (
 )
 
 
-# of a config, what is told apart by bars and ticks, or tells nothing of the step
-_TOLD_OTHERWISE = ("recipe", "batch_size", "repeats", "device")
+# config keys that have an axis or colour of their own, or do not affect the step
+_NOT_SETTINGS = ("recipe", "batch_size", "repeats", "device")
+
+Settings = tuple[tuple[str, str], ...]
 
 
-def _condition(record: dict) -> tuple[tuple[str, str], ...]:
-    """Return with what a line was measured, its recipe and batch size left out."""
-    config = {name: str(value) for name, value in record["config"].items() if name not in _TOLD_OTHERWISE}
+def _settings(record: dict) -> Settings:
+    """Return the settings a line was measured with, without recipe and batch size."""
+    config = {name: str(value) for name, value in record["config"].items() if name not in _NOT_SETTINGS}
     return (*sorted(config.items()), ("device", record["machine"]["device"]))
 
 
-def _conditions(lines: list[dict]) -> dict[tuple, str]:
-    """Return the conditions of lines, each with the words that tell it from the others: none if it is the only one."""
-    found = dict.fromkeys(map(_condition, lines))
-    return {
-        condition: ", ".join(
-            value if value not in ("True", "False") else name if value == "True" else f"no {name}"
-            for name, value in condition
-            if len({dict(other).get(name) for other in found}) > 1
-        )
-        for condition in found
-    }
+def _labels(lines: list[dict]) -> dict[Settings, str]:
+    """Return a label for each combination of settings in the lines: the values in which it differs from the others."""
+    combinations = list(dict.fromkeys(map(_settings, lines)))
+    return dict(zip(combinations, labels(list(map(dict, combinations))), strict=True))
 
 
 def _timed(records: list[dict]) -> list[dict]:
-    """Return the lines of timed steps: of one recipe, batch size and condition the newest, whichever command measured it."""
+    """Return the newest timed step of each recipe, batch size and settings, whichever command measured it."""
     lines = {
-        (r["config"]["batch_size"], list(COLOURS).index(r["config"]["recipe"]), _condition(r)): r
+        (r["config"]["batch_size"], list(COLOURS).index(r["config"]["recipe"]), _settings(r)): r
         for r in sorted(newest(records).values(), key=lambda r: r.get("date", ""))
         if r["bench"] in STEPS and "images_per_s" in r["figures"]
     }
@@ -74,7 +72,7 @@ def _timed(records: list[dict]) -> list[dict]:
 
 
 def _place(records: list[dict]) -> str:
-    """Return on what and with what the lines were measured."""
+    """Return the models and devices that the lines were measured with, for a title."""
     devices = {r["machine"]["device"] for r in records}
     bases = {
         f"{r['config']['base']}, {r['config']['latent_size']}x{r['config']['latent_size']} latents" for r in records
@@ -83,23 +81,23 @@ def _place(records: list[dict]) -> str:
 
 
 def throughput(axes: Axes, records: list[dict]) -> bool:
-    """Draw images/s (p50, whiskers p20 to p80) by batch size and recipe; return whether there was anything."""
+    """Draw images/s (p50, whiskers p20 to p80) by batch size and recipe; return whether there was anything to draw."""
     lines = _timed(records)
-    conditions = _conditions(lines)
+    labels = _labels(lines)
     ticks: dict[tuple, list[dict]] = {}
     for line in lines:
-        ticks.setdefault((line["config"]["batch_size"], _condition(line)), []).append(line)
+        ticks.setdefault((line["config"]["batch_size"], _settings(line)), []).append(line)
     width = 0.8 / max(map(len, ticks.values()), default=1)
-    for tick, members in enumerate(ticks.values()):
-        for place, line in enumerate(members):
+    for tick, bars in enumerate(ticks.values()):
+        for index, line in enumerate(bars):
             low, middle, high = line["figures"]["images_per_s"]
-            x = tick + (place - (len(members) - 1) / 2) * width
+            x = tick + (index - (len(bars) - 1) / 2) * width
             axes.bar(x, middle, width * 0.92, color=COLOURS[line["config"]["recipe"]])
             axes.errorbar(x, middle, [[middle - low], [high - middle]], color="black", capsize=3, linewidth=1)
             axes.annotate(f"{middle:.3g}", (x, high), (0, 3), textcoords="offset points", ha="center", fontsize=9)
-    words = {condition: told.replace(", ", "\n") for condition, told in conditions.items()}
-    axes.set_xticks(range(len(ticks)), [f"batch {size}\n{words[condition]}".strip() for size, condition in ticks])
-    # a bar's width holds its number, a tick's its words
+    tick_labels = [f"batch {size}\n{labels[settings]}".strip().replace(", ", "\n") for size, settings in ticks]
+    axes.set_xticks(range(len(ticks)), tick_labels)
+    # wide enough for the number above each bar and the label below each tick
     axes.figure.set_figwidth(max(WIDTH, 0.9 * len(ticks), 0.4 * len(ticks) * max(map(len, ticks.values()), default=1)))
     axes.set_xlim(-0.6, max(len(ticks), 1) - 0.4)
     axes.set_ylabel("images/s (p50, whiskers p20 to p80)")
@@ -113,7 +111,7 @@ def _legend(axes: Axes, recipes: list[str]) -> None:
 
 
 def memory(axes: Axes, records: list[dict]) -> bool:
-    """Draw the GPU peak of each variant against the sizes of cards; return whether there was anything."""
+    """Draw the peak GPU memory of each variant with the sizes of common cards; return whether there was any."""
     lines = [r for r in _timed(records) if r["figures"].get("peak_gib") is not None]
     for y, line in enumerate(lines):
         peak, recipe = line["figures"]["peak_gib"], line["config"]["recipe"]
@@ -124,16 +122,16 @@ def memory(axes: Axes, records: list[dict]) -> bool:
         axes.axvline(card, color="#999999", linestyle=":", linewidth=1)
         axes.annotate(f"{card} GiB", (card, len(lines) - 0.4), ha="center", fontsize=8, color="#555555")
     axes.figure.set_figheight(max(HEIGHT, 1.4 + 0.22 * len(lines)))
-    conditions = _conditions(lines)
-    labels = [(r["config"]["recipe"], f"batch {r['config']['batch_size']}", conditions[_condition(r)]) for r in lines]
-    axes.set_yticks(range(len(lines)), [", ".join(filter(None, label)) for label in labels])
-    axes.set_xlabel("peak reserved, GiB (the CUDA context comes on top)")
-    axes.set_title(f"Memory: {_place(lines)}" if lines else "", fontsize=10, pad=16)
+    labels = _labels(lines)
+    names = [(r["config"]["recipe"], f"batch {r['config']['batch_size']}", labels[_settings(r)]) for r in lines]
+    axes.set_yticks(range(len(lines)), [", ".join(filter(None, name)) for name in names])
+    axes.set_xlabel("peak reserved memory, GiB (without the CUDA context)")
+    axes.set_title(f"Memory of a training step: {_place(lines)}" if lines else "", fontsize=10, pad=16)
     return bool(lines)
 
 
 def ablation(axes: Axes, records: list[dict]) -> bool:
-    """Draw what each change takes off the memory-bound bytes of a counted step; return whether there were two."""
+    """Draw how much each change reduces the memory-bound bytes of a counted step; return whether there were two."""
     lines = {
         (r["config"]["precision"], r["config"]["layout"], r["config"].get("patched", False)): r
         for r in newest(records).values()
@@ -142,9 +140,9 @@ def ablation(axes: Axes, records: list[dict]) -> bool:
         and r["config"]["checkpointing"] == "none"
         and r["config"]["batch_size"] == 1
     }
-    found = [(lines[key], label) for key, label in ABLATION if key in lines]
+    bars = [(lines[key], label) for key, label in ABLATION if key in lines]
     before = None
-    for x, (line, _) in enumerate(found):
+    for x, (line, _) in enumerate(bars):
         value, launches = line["figures"]["memory_bound_gb"], line["figures"]["launches"]
         axes.bar(x, value, 0.6, color="#334155")
         axes.annotate(
@@ -160,29 +158,29 @@ def ablation(axes: Axes, records: list[dict]) -> bool:
             axes.annotate(f"-{before - value:.1f} GB", (x, (before + value) / 2), ha="center", va="center", fontsize=9)
             axes.plot([x - 0.7, x + 0.3], [before, before], color="#777777", linewidth=1, linestyle=":")
         before = value
-    axes.set_xticks(range(len(found)), [label for _, label in found])
-    axes.set_ylabel("memory-bound GB a step, counted")
-    axes.set_title("SD1.5, batch 1, 64x64 latents: loss and gradients", fontsize=10)
-    return len(found) > 1
+    axes.set_xticks(range(len(bars)), [label for _, label in bars])
+    axes.set_ylabel("memory-bound GB moved (counted)")
+    axes.set_title("Forward and backward pass of SD1.5, batch 1, 64x64 latents", fontsize=10)
+    return len(bars) > 1
 
 
 def scaling(axes: Axes, records: list[dict]) -> bool:
-    """Draw images/s over batch size, a line a recipe; return whether any has two sizes."""
+    """Draw images/s over batch size, one line per recipe; return whether any recipe has two sizes."""
     lines, drawn = _timed(records), False
-    conditions = _conditions(lines)
-    styles = dict(zip(conditions, ("-", "--", ":", "-."), strict=False))
+    labels = _labels(lines)
+    styles = dict(zip(labels, ("-", "--", ":", "-."), strict=False))
     for recipe, colour in COLOURS.items():
-        for condition, words in conditions.items():
+        for settings, label in labels.items():
             points = [
                 (r["config"]["batch_size"], *r["figures"]["images_per_s"])
                 for r in lines
-                if r["config"]["recipe"] == recipe and _condition(r) == condition
+                if r["config"]["recipe"] == recipe and _settings(r) == settings
             ]
             if len(points) < 2:
                 continue
             sizes, low, middle, high = zip(*points, strict=True)
-            label = ", ".join(filter(None, (recipe, words)))
-            axes.plot(sizes, middle, "o", linestyle=styles.get(condition, "-"), color=colour, label=label)
+            name = ", ".join(filter(None, (recipe, label)))
+            axes.plot(sizes, middle, "o", linestyle=styles.get(settings, "-"), color=colour, label=name)
             axes.fill_between(sizes, low, high, color=colour, alpha=0.15)
             drawn = True
     axes.set_xscale("log", base=2)
@@ -192,30 +190,31 @@ def scaling(axes: Axes, records: list[dict]) -> bool:
     axes.set_ylabel("images/s (p50, band p20 to p80)")
     if drawn:
         axes.legend(frameon=False, fontsize=9)
-        axes.set_title(f"Scaling: {_place(lines)}", fontsize=10)
+        axes.set_title(f"Throughput by batch size: {_place(lines)}", fontsize=10)
     return drawn
 
 
-ROOFLINE = {"the least": "#c2410c", "measured": "#cbd5e1", "no operator's": "#fdba74"}
+ROOFLINE = {"limit": "#c2410c", "measured": "#cbd5e1", "outside operators": "#fdba74"}
+# memory mode, or plain bf16 without masters
 ROUNDING = {"plain bf16": "#64748b", "rounded": "#fdba74", "near": "#fb923c", "exact": "#c2410c"}
 
 
 def rounding(axes: Axes, records: list[dict]) -> bool:
-    """Draw how far each memory mode ends from the fp32 masters, against their way; return whether there was anything."""
+    """Draw the weight error of each memory mode relative to fp32 training; return whether there was any."""
     lines = [r for r in newest(records).values() if r["bench"] == "rounding"]
     for x, line in enumerate(lines):
         for number, (mode, colour) in enumerate(ROUNDING.items()):
-            found = line["figures"][mode]
-            noise, place = found["noise_to_displacement"], x + 0.2 * (number - 1.5)
-            axes.bar(place, noise, 0.18, color=colour, label=mode if x == 0 else None)
-            label = f"{noise:.2g}\n({100 * found['changed_values']:.3g} %)"
-            axes.annotate(label, (place, noise), (0, 3), textcoords="offset points", ha="center", fontsize=8)
+            figures = line["figures"][mode]
+            error, bar_x = figures["noise_to_displacement"], x + 0.2 * (number - 1.5)
+            axes.bar(bar_x, error, 0.18, color=colour, label=mode if x == 0 else None)
+            label = f"{error:.2g}\n({100 * figures['changed_values']:.3g} %)"
+            axes.annotate(label, (bar_x, error), (0, 3), textcoords="offset points", ha="center", fontsize=8)
     labels = [f"{r['config']['weights']}, {r['config']['num_steps']} steps, lr {r['config']['lr']:g}" for r in lines]
     axes.set_xticks(range(len(lines)), labels)
-    axes.set_ylabel("distance to the fp32 masters\nover the way they went")
+    axes.set_ylabel("error relative to the distance trained")
     axes.margins(y=0.15)
     axes.set_title(
-        "bf16 weights: how far from fp32 masters they end (and the share of values that a step changes)", fontsize=10
+        "Error of bf16 weights against fp32 training (in brackets: share of values changed per step)", fontsize=10
     )
     if lines:
         axes.legend(frameon=False, fontsize=9)
@@ -223,9 +222,9 @@ def rounding(axes: Axes, records: list[dict]) -> bool:
 
 
 def roofline(axes: Axes, records: list[dict]) -> bool:
-    """Draw the newest measured step, or else the newest counted one: ms by class, and in each the least that the ceilings allow.
+    """Draw the measured and the roofline's ms of a step by operator class; return whether there was a step.
 
-    Returns whether there was one.
+    Takes the newest measured step, or else the newest counted one.
     """
     lines = [r for r in newest(records).values() if r["bench"] == "roofline"]
     if not lines:
@@ -233,31 +232,31 @@ def roofline(axes: Axes, records: list[dict]) -> bool:
     line = next((r for r in reversed(lines) if "step_ms" in r["figures"]), lines[-1])
     config, figures, is_measured = line["config"], line["figures"], "step_ms" in line["figures"]
     for y, row in enumerate(reversed(figures["classes"].values())):
-        least = row.get("least_ms", 0.0)
-        ms = row["ms"] if is_measured else least
+        limit_ms = row.get("least_ms", 0.0)
+        ms = row["ms"] if is_measured else limit_ms
         share = row.get("share_of_limit")
         label = f"{ms:.3g} ms" + ("" if share is None or not is_measured else f", {100 * share:.0f} %")
-        axes.barh(y, ms, color=ROOFLINE["measured" if "least_ms" in row else "no operator's"])
-        # where the roofline, from a machine's measured ceilings, is above the time, the bar is the time's
-        axes.barh(y, min(least, ms), color=ROOFLINE["the least"])
+        axes.barh(y, ms, color=ROOFLINE["measured" if "least_ms" in row else "outside operators"])
+        # a class can be faster than its roofline, which assumes no cache; the bar ends at the measured time
+        axes.barh(y, min(limit_ms, ms), color=ROOFLINE["limit"])
         axes.annotate(label, (ms, y), (4, 0), textcoords="offset points", va="center", fontsize=9)
     axes.set_yticks(range(len(figures["classes"])), [*reversed(figures["classes"])])
     axes.margins(x=0.18)
     place = f"{config['base']}, batch {config['batch_size']}, {config['precision']}"
     if is_measured:
         use = 100 * figures["model_flop_use"]["share_of_limit"]
-        axes.set_title(f"{place} on {line['machine']['device']}: model-FLOP use {use:.0f} %", fontsize=10)
-        axes.set_xlabel("ms of a step under the profiler; %: of its roofline")
+        axes.set_title(f"{place} on {line['machine']['device']}: model FLOP utilization {use:.0f} %", fontsize=10)
+        axes.set_xlabel("ms per step under the profiler (%: roofline time / measured time)")
         handles = [
-            Patch(color=ROOFLINE["the least"], label="the least, at this device's ceilings"),
-            Patch(color=ROOFLINE["measured"], label="measured"),
+            Patch(color=ROOFLINE["limit"], label="roofline time at this device's ceilings"),
+            Patch(color=ROOFLINE["measured"], label="measured time"),
         ]
         if any("least_ms" not in row for row in figures["classes"].values()):
-            handles.append(Patch(color=ROOFLINE["no operator's"], label="between operators"))
+            handles.append(Patch(color=ROOFLINE["outside operators"], label="outside operators"))
         axes.legend(handles=handles, frameon=False, fontsize=9, loc="best")
     else:
-        axes.set_title(f"{place}: {figures['least_ms']:.3g} ms at the least; counted, not measured", fontsize=10)
-        axes.set_xlabel(f"ms of a step at the least, by {config['ceilings']}")
+        axes.set_title(f"{place}: {figures['least_ms']:.3g} ms per step at the roofline (not measured)", fontsize=10)
+        axes.set_xlabel(f"ms per step at the ceilings from {config['ceilings']}")
     return True
 
 
@@ -272,9 +271,9 @@ PICTURES: dict[str, Callable[[Axes, list[dict]], bool]] = {
 
 
 def plot(records: list[dict], out: Path) -> tuple[list[Path], list[str]]:
-    """Write the pictures that the lines have figures for; return (files, names of those without)."""
+    """Write every picture that the lines have figures for; return (files, names of the skipped pictures)."""
     out.mkdir(parents=True, exist_ok=True)
-    files, without = [], []
+    files, skipped = [], []
     for name, draw in PICTURES.items():
         figure = Figure(figsize=(WIDTH, HEIGHT), dpi=130, layout="constrained")
         axes = figure.subplots()
@@ -283,5 +282,5 @@ def plot(records: list[dict], out: Path) -> tuple[list[Path], list[str]]:
             files.append(out / f"{name}.png")
             figure.savefig(files[-1])
         else:
-            without.append(name)
-    return files, without
+            skipped.append(name)
+    return files, skipped

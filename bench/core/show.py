@@ -1,11 +1,11 @@
-"""How the benchmarks print: a table without lines, or JSON."""
+"""Print benchmark results as a plain table or as JSON."""
 
 from __future__ import annotations
 
 import json
 import sys
 
-# of a table that goes to a file or a pipe, which has no width of its own
+# width of a table printed to a file or a pipe
 PIPED_WIDTH = 160
 
 
@@ -15,7 +15,7 @@ def print_json(value: object) -> None:
 
 
 def print_table(title: str, columns: tuple[str, ...], rows: list[tuple]) -> None:
-    """Print rows below a title, the first column left, the others right."""
+    """Print a title and rows: the first column left-aligned, the others right-aligned."""
     from rich.console import Console
     from rich.table import Table
 

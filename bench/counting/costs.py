@@ -1,7 +1,7 @@
-"""What the operators and kernels of a step need at least: the bytes of their inputs and outputs once, and their FLOPs.
+"""Bytes and FLOPs of each operator and kernel in a step: every input and output counted once.
 
-A step is followed operator by operator, on its device or on meta tensors (trainer/memory_plan/meta_run.py). On meta tensors our own
-kernels are seen too, launch by launch, as they are the operators of nobody.
+A step is traced operator by operator, on its device or on meta tensors (trainer/memory_plan/meta_run.py). Our own
+kernels are not operators; on meta tensors their launches are recorded instead.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from safelight.kernels.triton.jit import Launch, LaunchMode
 from safelight.trainer.memory_plan.meta_run import MetaRun
 from safelight.trainer.step.profiler_ranges import told_to
 
-# the counter's classes by the words of a roofline
+# names in result lines of classes that operators.py names differently
 _KINDS = {"matmul": "linear", "copy/cast": "copies"}
 
 
@@ -34,7 +34,7 @@ def _cpu_attention_backward(gradient, query, key, value, *_, **__) -> int:
     return sdpa_backward_flop_count(gradient.shape, query.shape, key.shape, value.shape)
 
 
-# a CPU's attention, which torch has no formula for
+# attention on a CPU, which torch's flop_registry lacks
 _FORMULAS: dict[object, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
@@ -43,7 +43,7 @@ _FORMULAS: dict[object, Callable[..., int]] = {
 
 @dataclass
 class Cost:
-    """What the calls of an operator need. kind: its class; sizes: how many calls need (bytes, FLOPs)."""
+    """Bytes and FLOPs of all calls of one operator. kind: its class; sizes: number of calls by (bytes, FLOPs)."""
 
     kind: str = ""
     is_kernel: bool = False
@@ -61,35 +61,38 @@ class Cost:
     def flops(self) -> int:
         return sum(n * flops for (_, flops), n in self.sizes.items())
 
-    def least_ms(self, ceilings: dict) -> float:
-        """Return the time of all calls at the ceilings, each bound by its bytes or by its FLOPs, whichever take longer."""
+    def roofline_ms(self, ceilings: dict) -> float:
+        """Return the time of all calls at the ceilings: for each call the larger of its bytes' and its FLOPs' time."""
         rate, bandwidth = ceilings["matmul_tflops"] * 1e9, ceilings["copy_gb_per_s"] * 1e6
         return sum(n * max(num_bytes / bandwidth, flops / rate) for (num_bytes, flops), n in self.sizes.items())
 
 
-# by (in the optimizer's stretch, name)
+# by (called by the optimizer, name)
 Costs = dict[tuple[bool, str], Cost]
 
 
 def kind_of(name: str, in_optimizer: bool = False) -> str:
-    """Return an operator's class: conv, linear, attention, norm, elementwise, optimizer or copies."""
+    """Return the class of an operator: conv, linear, attention, norm, elementwise, optimizer or copies."""
     return "optimizer" if in_optimizer else _KINDS.get(class_of(name), class_of(name))
 
 
 def num_bytes(x: Tensor) -> int:
-    """Return the bytes behind a tensor that are there once: what is expanded is read once."""
+    """Return the bytes in memory behind a tensor; an expanded tensor counts once."""
     return min(x.numel() * x.element_size(), x.untyped_storage().nbytes())
 
 
 class OperatorCosts(LaunchMode):
-    """Adds up costs while it is entered. stretches: those that are entered now; device: what happens on others is left out."""
+    """Dispatch mode that adds up costs by operator.
 
-    def __init__(self, stretches: list[str], device: str = "cpu"):
+    phases: the phases of the step that are open now, kept up to date by the caller. device: other devices are ignored.
+    """
+
+    def __init__(self, phases: list[str], device: str = "cpu"):
         super().__init__()
-        self.stretches, self.device, self.costs = stretches, device, defaultdict(Cost)
+        self.phases, self.device, self.costs = phases, device, defaultdict(Cost)
 
     def _launched(self, launch: Launch) -> None:
-        in_optimizer = "optimizer" in self.stretches
+        in_optimizer = "optimizer" in self.phases
         cost = self.costs[in_optimizer, launch.kernel.__name__]
         module = launch.kernel.function.__module__.rpartition(".")[2]
         cost.kind, cost.is_kernel = "optimizer" if in_optimizer else class_of_kernel(module), True
@@ -100,40 +103,40 @@ class OperatorCosts(LaunchMode):
         outputs = func(*args, **kwargs)
         name = func._overloadpacket.__name__
         is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-        # an in-place operator reads and writes its first
+        # an in-place operator has its first tensor among inputs and outputs: it reads and writes it
         tensors = [x for x in tree_leaves((args, kwargs, outputs)) if isinstance(x, Tensor)]
         if does_work(name, is_view) and any(x.device.type == self.device for x in tensors):
-            in_optimizer = "optimizer" in self.stretches
+            in_optimizer = "optimizer" in self.phases
             cost = self.costs[in_optimizer, name]
             cost.kind = kind_of(name, in_optimizer)
             formula = _FORMULAS.get(func._overloadpacket) or flop_registry.get(func._overloadpacket)
-            # torch's wrap outputs, ours need none
+            # torch's formulas require out_val, ours ignore it
             flops = formula(*args, **kwargs, out_val=outputs) if formula is not None else 0
             cost.sizes[sum(num_bytes(x) for x in tensors), flops] += 1
         return outputs
 
 
 @contextlib.contextmanager
-def _entered(stretches: list[str], name: str) -> Iterator[None]:
-    stretches.append(name)
+def _open_phase(phases: list[str], name: str) -> Iterator[None]:
+    phases.append(name)
     try:
         yield
     finally:
-        stretches.pop()
+        phases.pop()
 
 
-def follow(run: MetaRun, batch_size: int, height: int, width: int, num_micro: int = 1) -> Costs:
-    """Return the costs of a run's step over micro-batches of latents of a size, followed on meta tensors."""
-    # the first one makes what the optimizer keeps
+def step_costs(run: MetaRun, batch_size: int, height: int, width: int, num_micro: int = 1) -> Costs:
+    """Return the costs of a step of `num_micro` micro-batches, traced on meta tensors; height, width of the latents."""
+    # the first step creates the optimizer's states
     run.step(batch_size, height, width, num_micro)
-    stretches: list[str] = []
-    with OperatorCosts(stretches, "meta") as costs, told_to(lambda name: _entered(stretches, name)):
+    phases: list[str] = []
+    with OperatorCosts(phases, "meta") as costs, told_to(lambda name: _open_phase(phases, name)):
         run.step(batch_size, height, width, num_micro)
-    return _with_tables(dict(costs.costs), run)
+    return _with_addressed_bytes(dict(costs.costs), run)
 
 
-def _with_tables(costs: Costs, run: MetaRun) -> Costs:
-    """Give the bytes of kernels that are handed addresses, not tensors: they are those of what lies there."""
+def _with_addressed_bytes(costs: Costs, run: MetaRun) -> Costs:
+    """Fill in the bytes of kernels that take tables of addresses, whose tensors a launch does not show."""
     found: dict[str, int] = defaultdict(int)
     inner = run.optimizer.inner
     if isinstance(inner, AdamW8bit):
@@ -143,7 +146,7 @@ def _with_tables(costs: Costs, run: MetaRun) -> Costs:
             # all is read and written, the gradient read
             found[name] += 2 * sum(num_bytes(x) for x in held if x is not None) + num_bytes(p)
     if run.ema is not None:
-        # an average is read and written, the fp32 value that it follows read, whole or as a pair
+        # the average is read and written, the fp32 weight is read
         found["_ema_kernel"] = sum(3 * num_bytes(x) for x in run.ema.averages.values())
     for (_, name), cost in costs.items():
         if name in found and cost.is_kernel:

@@ -1,8 +1,8 @@
-"""What a training step does that no noise can change: operators, kernel launches, bytes, FLOPs, host syncs.
+"""Count what a training step does: operators, kernel launches, bytes, FLOPs, host-device synchronizations.
 
-A dispatch mode sees every operator of a step on meta tensors (shapes without memory) or real ones. Attention on meta
-tensors is the fused operator a card would run, which saves what it saves there: plain meta SDPA takes the mathematical
-path, which saves the whole attention matrix.
+Unlike times, counts are exactly reproducible. A dispatch mode sees every operator of a step, on meta tensors (shapes
+without memory) or real ones. On meta tensors, attention is replaced by the fused operator that a GPU would run, and
+saves the same tensors for backward; torch's own meta SDPA takes the math path, which saves the whole attention matrix.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from safelight.bench.core.operators import (
     num_foreach_kernels,
     num_kernels,
 )
-from safelight.errors import UserError
 from safelight.kernels.triton.jit import Launch, LaunchMode
 from safelight.kernels.unet.attention_backends import CALLS
 
@@ -38,7 +37,7 @@ MIB = 2**20
 
 @torch.library.custom_op("safelight_bench::adamw8bit_update", mutates_args=("p", "m", "v", "scale_m", "scale_v"))
 def adamw8bit_update(p: Tensor, grad: Tensor, m: Tensor, v: Tensor, scale_m: Tensor, scale_v: Tensor) -> None:
-    """Stand for bitsandbytes' one kernel a tensor, on meta tensors alone: its fake below is what runs there."""
+    """Stand in for bitsandbytes' kernel, one per tensor. Runs only on meta tensors, by the fake below."""
     raise NotImplementedError("adamw8bit_update is counted, not run")
 
 
@@ -48,9 +47,9 @@ def _(p, grad, m, v, scale_m, scale_v) -> None:
 
 
 class CountedAdamW8bit:
-    """bitsandbytes' AdamW8bit as far as it is counted: a kernel a tensor, 8-bit moments from 4,096 elements on.
+    """bitsandbytes' AdamW8bit reduced to what is counted: one kernel per tensor, 8-bit moments from 4,096 elements up.
 
-    It waits for the device after every tensor, as bitsandbytes' `sync_gpu` does.
+    num_syncs_a_step: it synchronizes after every tensor, as bitsandbytes' `sync_gpu` does.
     """
 
     BLOCK, MIN_8BIT = 256, 4096
@@ -72,7 +71,7 @@ class CountedAdamW8bit:
 
 @dataclass
 class Row:
-    """What the operators of one class did."""
+    """Totals of one class of operators."""
 
     operators: int = 0
     launches: int = 0
@@ -81,7 +80,11 @@ class Row:
 
 @dataclass
 class Counts:
-    """What a step did. flops: torch's FlopCounterMode formulas; rows: by class; saved_bytes: kept for backward."""
+    """Totals of a step.
+
+    rows: by class. flops: by the formulas of torch's FlopCounterMode. saved_bytes: saved for backward, of which
+    saved_cast_bytes are weights cast by autocast.
+    """
 
     rows: dict[str, Row] = field(default_factory=lambda: defaultdict(Row))
     by_operator: dict[str, Row] = field(default_factory=lambda: defaultdict(Row))
@@ -92,15 +95,15 @@ class Counts:
     saved_cast_bytes: int = 0
 
     def total(self, name: str, with_optimizer: bool = True) -> int:
-        """Return the sum of a Row's field over the classes."""
+        """Return the sum of a field of Row over the classes."""
         return sum(getattr(row, name) for kind, row in self.rows.items() if with_optimizer or kind != "optimizer")
 
 
 class Counter(LaunchMode):
-    """Counts every operator while it is entered. `phase` = "optimizer" puts what follows into that class.
+    """Dispatch mode that counts every operator. While `phase` is "optimizer", all of them count as that class.
 
-    On meta tensors the host gets 1 for any value it asks for, and is counted as having waited. What happens on CPU
-    tensors alone (AdamW's step numbers) costs the device nothing and is left out.
+    On meta tensors, reading a value (`.item()`) returns 1 and counts as a synchronization. Operators on CPU tensors
+    only (AdamW's step counts) are left out.
     """
 
     def __init__(self, layout: str = "nchw"):
@@ -108,7 +111,7 @@ class Counter(LaunchMode):
         self.layout, self.phase, self.counts = layout, "step", Counts()
 
     def _launched(self, launch: Launch) -> None:
-        """Count a kernel of ours: every tensor it was given is read or written once."""
+        """Count a launch of one of our kernels: every tensor argument is read or written once."""
         module = launch.kernel.function.__module__.rpartition(".")[2]
         kind = "optimizer" if self.phase == "optimizer" else class_of_kernel(module)
         for row in (self.counts.rows[kind], self.counts.by_operator[launch.kernel.__name__]):
@@ -125,7 +128,7 @@ class Counter(LaunchMode):
             dtype = inputs[0].dtype
             return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
         outputs_tree = func(*args, **kwargs)
-        # torch 2.10's meta convolution_backward knows no channels-last
+        # torch 2.10's meta convolution_backward ignores channels-last
         if self.layout == "channels_last" and name in ("convolution", "convolution_backward", "native_group_norm"):
             outputs_tree = _as_channels_last(outputs_tree)
         outputs = [x for x in tree_leaves(outputs_tree) if isinstance(x, Tensor)]
@@ -137,8 +140,8 @@ class Counter(LaunchMode):
     def _count_syncs(self, name: str, inputs: list[Tensor], kwargs: dict) -> None:
         to_host = name == "_to_copy" and "device" in kwargs and torch.device(kwargs["device"] or "cpu").type == "cpu"
         from_device = any(x.device.type not in ("cpu", "meta") for x in inputs)
-        is_asked = name in SYNC_OPERATORS and inputs[0].device.type != "cpu"
-        if is_asked or (to_host and from_device and not kwargs.get("non_blocking", False)):
+        reads_value = name in SYNC_OPERATORS and inputs[0].device.type != "cpu"
+        if reads_value or (to_host and from_device and not kwargs.get("non_blocking", False)):
             self.counts.host_syncs += 1
 
     def _count(self, func, name: str, args, kwargs, inputs, outputs, outputs_tree) -> None:
@@ -146,7 +149,7 @@ class Counter(LaunchMode):
         if name.startswith(("_foreach", "_fused_adam")):
             lists = [x for x in args if isinstance(x, list | tuple) and x and isinstance(x[0], Tensor)]
             launches = num_foreach_kernels([x.numel() for x in lists[0]], len(lists))
-            # in-place: what is written was counted as read
+            # in-place: the first list is read and written
             outputs = outputs or lists[0]
         else:
             launches = num_kernels(name, self.layout, has_bias=kind != "conv" or _conv_has_bias(name, args))
@@ -162,32 +165,32 @@ class Counter(LaunchMode):
         if formula is not None:
             flops = formula(*args, **kwargs, out_val=outputs_tree)
             self.counts.flops_total += flops
-            # -1: no backward pass is running
+            # -1 outside the backward pass
             if torch._C._current_graph_task_id() == -1:
                 self.counts.flops_forward += flops
 
 
 def _conv_has_bias(name: str, args: tuple) -> bool:
-    """Return whether a convolution adds a bias, or its backward pass makes the bias' gradient."""
+    """Return whether a convolution adds a bias, or its backward computes the bias gradient."""
     return args[-1][2] if name == "convolution_backward" else args[2] is not None
 
 
 def _as_channels_last(outputs):
-    """Return a meta operator's outputs as cuDNN gives them: images and weights in NHWC."""
+    """Return a meta operator's outputs with 4-d tensors in channels-last layout, as cuDNN returns them."""
 
-    def laid(x):
+    def convert(x):
         is_image = isinstance(x, Tensor) and x.is_meta and x.dim() == 4
         return torch.empty_like(x, memory_format=torch.channels_last) if is_image else x
 
-    return tuple(map(laid, outputs)) if isinstance(outputs, tuple) else laid(outputs)
+    return tuple(map(convert, outputs)) if isinstance(outputs, tuple) else convert(outputs)
 
 
 class CardOperators(TorchFunctionMode):
-    """Runs a UNet on meta tensors with the operators a GPU would run: fused attention, and autocast where asked for.
+    """Function mode that makes a UNet on meta tensors run a GPU's operators: fused attention, and optionally autocast.
 
-    autocast: what torch.autocast("cuda") does, which no autocast of torch's does for meta tensors: products and
-    convolutions in that dtype, norms and sums in fp32, concatenations in the widest dtype, a parameter cast once a
-    step. Source: pytorch.org/docs/stable/amp.html, "CUDA Ops that can autocast".
+    autocast: dtype of torch.autocast("cuda"), which torch does not offer for meta tensors: matrix multiplications and
+    convolutions run in this dtype, norms and sums in fp32, concatenations in the widest dtype, and a parameter is cast
+    once per step. Source: pytorch.org/docs/stable/amp.html, "CUDA Ops that can autocast".
     """
 
     LOWER = (F.linear, F.conv2d, torch.matmul, Tensor.matmul, torch.bmm, torch.baddbmm, F.scaled_dot_product_attention)
@@ -226,8 +229,8 @@ class CardOperators(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is Tensor.backward:
-            # a mode is off inside the function it sees, but checkpointing runs the forward pass again in there; every
-            # public way to call the engine is such a function
+            # a mode is disabled inside the function it handles, but checkpointing recomputes the forward pass inside
+            # backward; so enter the mode again and call the engine directly, below every function a mode handles
             ones = (torch.ones_like(args[0], memory_format=torch.preserve_format),)
             with self:
                 return _engine_run_backward(
@@ -248,18 +251,18 @@ class CardOperators(TorchFunctionMode):
 
 def _card_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **options) -> Tensor:
     if attn_mask is not None or dropout_p or is_causal:
-        raise UserError("attention with a mask or dropout is not counted; a UNet in training has neither")
-    # no card's flash takes fp32
+        raise ValueError("attention with a mask or dropout cannot be counted; the UNets in training have neither")
+    # flash attention does not support fp32
     call = CALLS["flash" if query.dtype.itemsize == 2 else "efficient"]
     return call(*(x.transpose(1, 2) for x in (query, key, value)), None).transpose(1, 2)
 
 
 class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
-    """Bytes of the storages that autograd keeps for backward, each once, those of `parameters` left out."""
+    """Count the bytes of storages that autograd saves for backward, each once, without those of `parameters`."""
 
     def __init__(self, parameters):
         self._own = {p.untyped_storage()._cdata for p in parameters}
-        # the storages themselves, so that no address is given twice
+        # keep the storages alive, so that no address is reused
         self._storages: dict[int, torch.UntypedStorage] = {}
         super().__init__(self._pack, lambda x: x)
 
@@ -270,7 +273,7 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
         return x
 
     def of(self, tensors) -> int:
-        """Return the bytes kept of the storages of these tensors."""
+        """Return the saved bytes that belong to these tensors' storages."""
         return sum(s.nbytes() for k, s in self._storages.items() if k in {x.untyped_storage()._cdata for x in tensors})
 
     @property

@@ -1,7 +1,7 @@
-"""The profiler's word on one real step: what `bench count` models, measured.
+"""Launches and times of one real step from torch's profiler, to check what `bench count` models.
 
-On a GPU every kernel is counted under the class of the operator that launched it; on a CPU, where nothing is launched,
-the innermost operators are counted instead.
+On a GPU every kernel counts under the class of the operator that launched it. On a CPU, where nothing is launched, the
+innermost operators are counted instead.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from torch.profiler import ProfilerActivity, profile
 
 from safelight.bench.core.operators import CLASSES, class_of, does_work
 
-# classes whose operators call others to do their work
+# classes whose operators call other operators to do their work
 COMPOUND = ("conv", "matmul", "attention", "norm")
-# operators that make a view, or only call another
+# operators that return a view or only call another operator
 _COMPOSITE = set(
     "view t transpose permute reshape as_strided expand slice select split chunk unsqueeze squeeze narrow flatten "
     "contiguous to result_type numpy_T mT unflatten expand_as view_as resolve_conj resolve_neg detach_".split()
 )
 SYNC_CALLS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy")
-# what a kernel's own name tells where a library (cuDNN, bitsandbytes) launched it outside any operator
+# class by a part of the kernel's name, for kernels that a library (cuDNN, bitsandbytes) launched outside any operator
 _KERNEL_WORDS = {
     "conv": ("cudnn", "conv", "wgrad", "dgrad"),
     "matmul": ("gemm", "cutlass"),
@@ -33,18 +33,18 @@ _KERNEL_WORDS = {
 
 
 def profile_step(step: Callable[[], None], device: torch.device) -> dict:
-    """Return {classes: {class: {launches, ms}}, launches, host_syncs, device_ms} of one call of `step`, warmed up.
+    """Return {classes: {class: {launches, ms}}, launches, host_syncs, device_ms} of one call of `step` after a warm-up.
 
-    On a CPU launches are innermost operators that do work.
+    On a CPU, launches are the innermost operators that do work.
     """
-    # its library tells of its own start and stop otherwise
+    # keep the profiler's library from printing when it starts and stops
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     step()
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     with profile(activities=activities) as profiler:
         step()
     classes = {kind: {"launches": 0, "ms": 0.0} for kind in CLASSES}
-    # a GPU's profiler waits for it once itself, at the end
+    # the profiler itself synchronizes once at the end
     num_syncs = -1 if device.type == "cuda" else 0
     sync_names = SYNC_CALLS if device.type == "cuda" else ("aten::_local_scalar_dense",)
     for event in profiler.events():
@@ -78,12 +78,12 @@ def _ancestors(event) -> Iterator:
 
 
 def _kernel_class(event, kernel: str) -> str:
-    """Return a kernel's class: the optimizer's, that of the operator that launched it, or by its own name."""
+    """Return a kernel's class: optimizer inside an optimizer step, else its operator's class, else by its own name."""
     if any(e.name.startswith("Optimizer.step#") for e in _ancestors(event)):
         return "optimizer"
     operators = [e.name.partition("::")[2] for e in _ancestors(event) if "::" in e.name and "autograd::" not in e.name]
     if operators:
-        # a product's own copies and fills belong to it
+        # copies and fills inside a compound operator belong to it
         return next((kind for name in operators if (kind := class_of(name)) in COMPOUND), class_of(operators[0]))
     return next(
         (kind for kind, words in _KERNEL_WORDS.items() if any(w in kernel.lower() for w in words)), "elementwise"
@@ -91,7 +91,10 @@ def _kernel_class(event, kernel: str) -> str:
 
 
 def _operator_class(event) -> str | None:
-    """Return a CPU operator's class: of products, attention and norms the outermost call, of others the innermost."""
+    """Return the class under which a CPU operator counts, None if it does not count.
+
+    Of compound operators the outermost call counts, of others the innermost.
+    """
     if not event.name.startswith("aten::"):
         return None
     if any(e.name.startswith("Optimizer.step#") for e in _ancestors(event)):
@@ -107,11 +110,11 @@ def _operator_class(event) -> str | None:
 
 
 def allocated_peak(step: Callable[[], None]) -> int:
-    """Return by how many bytes the CPU allocator's live memory rose at most within a call of `step`: its own record."""
+    """Return the peak rise in bytes of the CPU allocator's live memory during a call of `step`."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
-    # events() drops what happened inside operators; the trace behind it has every allocation and release
-    record = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = itertools.accumulate(e.nbytes() for e in sorted(record, key=lambda e: e.start_ns()))
+    # events() drops allocations made inside operators; the trace behind it has every allocation and release
+    allocations = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = itertools.accumulate(e.nbytes() for e in sorted(allocations, key=lambda e: e.start_ns()))
     return max(live, default=0)

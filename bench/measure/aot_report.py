@@ -1,18 +1,21 @@
-"""`safelight bench aot`: what the assembler made of the kernels, for cards that are not here (kernels/aot/compile_all.py)."""
+"""`safelight bench aot`: registers, spills, shared memory and code size of the kernels compiled for other GPUs.
+
+Compilation is in kernels/aot/compile_all.py and needs no GPU.
+"""
 
 from __future__ import annotations
 
-from safelight.kernels.aot import compile_all as aot
+from safelight.kernels.aot import compile_all
 
-# the oldest card that is supported, and the newest whose code most people will run
+# compute capabilities: the oldest that is supported (Turing) and Hopper
 QUICK_TARGETS = (75, 90)
 FIGURES = ("registers", "stack_bytes", "shared_bytes", "code_bytes")
 
-# kernel -> target -> figure -> the largest of its compilations, and their number
+# kernel -> target -> figure -> maximum over the kernel's compilations; "compilations" -> their number
 Rows = dict[str, dict[int, dict[str, int]]]
 
 
-def _add(rows: Rows, kernel: str, target: int, code: aot.Code) -> None:
+def _add(rows: Rows, kernel: str, target: int, code: compile_all.Code) -> None:
     row = rows.setdefault(kernel, {}).setdefault(target, dict.fromkeys((*FIGURES, "compilations"), 0))
     row["compilations"] += 1
     for name in FIGURES:
@@ -20,39 +23,39 @@ def _add(rows: Rows, kernel: str, target: int, code: aot.Code) -> None:
 
 
 def one_of_each() -> tuple[Rows, list[str]]:
-    """Compile one case of every kernel for two cards; return (rows, what fails the gate)."""
+    """Compile one case of every kernel for QUICK_TARGETS; return (rows, a line for each failure)."""
     rows: Rows = {}
     failed = []
-    for case in aot.one_of_each():
+    for case in compile_all.one_of_each():
         for target in QUICK_TARGETS:
-            code = aot.read_code(aot.compile_case(case, target))
-            _add(rows, aot.name_of(case.launch), target, code)
+            code = compile_all.read_code(compile_all.compile_case(case, target))
+            _add(rows, compile_all.name_of(case.launch), target, code)
             failed += [f"sm_{target} {case.label}: {why}" for why in code.failures()]
     return dict(sorted(rows.items())), failed
 
 
 def whole_table() -> tuple[Rows, list[str]]:
-    """Compile what the table lacks, write it there, and return (rows of the whole table, what fails the gate)."""
-    table, failed = aot.update()
+    """Compile what aot.json lacks, store it there, and return (rows of the whole table, a line for each failure)."""
+    table, failed = compile_all.update()
     rows: Rows = {}
-    for target, cases in aot.wanted().items():
+    for target, cases in compile_all.wanted().items():
         for case in cases.values():
-            code = aot.entry_of(table, case, target)
-            # one that fails the gate stands in no table
+            code = compile_all.entry_of(table, case, target)
+            # a compilation that failed is not stored
             if code is not None:
-                _add(rows, aot.name_of(case.launch), target, code)
+                _add(rows, compile_all.name_of(case.launch), target, code)
     return dict(sorted(rows.items())), failed
 
 
-def table(rows: Rows, targets: list[int]) -> list[tuple]:
-    """Return rows for the terminal: registers by target, then the number of compilations and the worst of all targets."""
+def table_rows(rows: Rows, targets: list[int]) -> list[tuple]:
+    """Return rows for the terminal: registers by target, number of compilations, and maxima over all targets."""
     return [
         (
             kernel.replace("._", " ").removesuffix("_kernel"),
             *(str(row[target]["registers"]) if target in row else "-" for target in targets),
-            f"{sum(found['compilations'] for found in row.values()):,}",
-            *(f"{max(found[name] for found in row.values()):,}" for name in ("stack_bytes", "shared_bytes")),
-            f"{max(found['code_bytes'] for found in row.values()) / 1024:.1f}",
+            f"{sum(figures['compilations'] for figures in row.values()):,}",
+            *(f"{max(figures[name] for figures in row.values()):,}" for name in ("stack_bytes", "shared_bytes")),
+            f"{max(figures['code_bytes'] for figures in row.values()) / 1024:.1f}",
         )
         for kernel, row in rows.items()
     ]

@@ -1,11 +1,12 @@
-"""`safelight bench attention`: every backend at the shapes that SD1.5, SD2.1 and SDXL attend in, and which is chosen.
+"""`safelight bench attention`: every attention backend at the shapes of SD1.5, SD2.1 and SDXL, and which one is chosen.
 
-Forward and backward apart, backends interleaved, inputs rotated, as views of packed projections. A backend that cannot
-leaves its reason in the place of its times.
+Forward and backward are timed separately, backends interleaved, inputs rotated and laid out as views of packed
+projections. A backend that does not support a shape has the reason in place of its times.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -21,13 +22,13 @@ from safelight.kernels.unet.attention_backends import CALLS
 from safelight.kernels.unet.attention_probe import MAX_SCORES, make_inputs, probe
 
 NUM_ROTATED = 3
-# a CPU's time for a card's shapes is minutes
+# a GPU's shapes would take minutes on a CPU
 CPU_TOKENS = 128
-CPU_NOTE = f"shapes cut to {CPU_TOKENS} tokens for a CPU, whose times say little of a card's"
+CPU_NOTE = f"shapes are cut to {CPU_TOKENS} tokens for a CPU; these times say little about a GPU"
 
 
 def shapes_of(model: str, device: torch.device) -> list[Case]:
-    """Return a model's shapes, the largest first; on a CPU small ones in their place."""
+    """Return a model's attention shapes, the largest first; on a CPU cut to CPU_TOKENS tokens."""
     side = MODELS[model].side
     cases = attention_cases(meta_model(model), (side, side))
     if device.type == "cpu":
@@ -39,9 +40,9 @@ def shapes_of(model: str, device: torch.device) -> list[Case]:
 
 
 def _saved_mib(call: Callable, inputs: tuple[Tensor, ...]) -> float:
-    """Return what one call keeps for backward besides q, k and v, MiB."""
+    """Return the MiB that one call saves for backward, apart from q, k and v."""
     q, k, v, _ = inputs
-    # the inputs are the projections' outputs, whichever backend reads them
+    # q, k and v exist anyway, whichever backend reads them
     saved = SavedBytes([q, k, v])
     with saved:
         call(q, k, v, None)
@@ -49,48 +50,45 @@ def _saved_mib(call: Callable, inputs: tuple[Tensor, ...]) -> float:
 
 
 def _passes(call: Callable, sets: list[tuple[Tensor, ...]]) -> dict[str, Prepared]:
-    """Return a backend's forward and backward pass, each over the sets of inputs in turn."""
-    turn = 0
+    """Return the forward and backward pass of a backend, rotating through the sets of inputs."""
+    rotated = itertools.cycle(sets)
 
-    def inputs() -> tuple[Tensor, ...]:
-        nonlocal turn
-        turn += 1
-        return sets[turn % len(sets)]
-
-    def attended() -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-        q, k, v, grad = inputs()
+    def run_forward() -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+        q, k, v, grad = next(rotated)
         return call(q, k, v, None), (q, k, v), grad
 
     return {
-        "forward": Prepared(inputs, lambda x: call(*x[:3], None)),
-        "backward": Prepared(attended, lambda made: torch.autograd.grad(*made)),
+        "forward": Prepared(lambda: next(rotated), lambda inputs: call(*inputs[:3], None)),
+        "backward": Prepared(run_forward, lambda outputs: torch.autograd.grad(*outputs)),
     }
 
 
 def measure(case: Case, batch: int, dtype: torch.dtype, device: torch.device, repeats: int) -> dict:
-    """Return a shape's figures: `chosen`, and by backend its times in ms [p20, p50, p80], the ratio of the sum of its
-    p50s to the chosen one's, and what it keeps for backward, MiB; or why it cannot.
+    """Return the figures of a shape: `chosen`, the backend that training would use, and figures by backend.
+
+    These are forward_ms and backward_ms [p20, p50, p80], the MiB saved for backward, and the ratio of the summed p50s
+    to those of the chosen backend; or the reason why it cannot run.
     """
     sets = [make_inputs(case, batch, device, dtype) for _ in range(NUM_ROTATED if device.type == "cuda" else 1)]
-    found: dict[str, dict] = {}
+    backends: dict[str, dict] = {}
     runs: dict[str, Prepared] = {}
     for name in allowed_backends(device, dtype, "auto"):
         if name == "math" and batch * case.heads * case.queries * case.keys > MAX_SCORES:
-            found[name] = {"cannot": f"left out: more than {MAX_SCORES:,} scores, which it keeps several times"}
-            continue
-        reason = probe(name, sets[0], deterministic=False)
-        found[name] = {"cannot": reason} if reason else {"saved_mib": _saved_mib(CALLS[name], sets[0])}
+            reason = f"skipped: more than {MAX_SCORES:,} attention scores, of which math stores several copies"
+        else:
+            reason = probe(name, sets[0], deterministic=False)
+        backends[name] = {"cannot": reason} if reason else {"saved_mib": _saved_mib(CALLS[name], sets[0])}
         if not reason:
-            runs |= {f"{name} {which}": run for which, run in _passes(CALLS[name], sets).items()}
-    for which, seconds in interleave_prepared(runs, device, repeats).items():
-        name, direction = which.split()
-        found[name][f"{direction}_ms"] = [round(1e3 * x, 4) for x in percentiles(seconds)]
+            runs |= {f"{name} {direction}": run for direction, run in _passes(CALLS[name], sets).items()}
+    for key, seconds in interleave_prepared(runs, device, repeats).items():
+        name, direction = key.split()
+        backends[name][f"{direction}_ms"] = [round(1e3 * x, 4) for x in percentiles(seconds)]
     chosen = choose_attention(device, dtype, [case], batch=batch).verdicts[case].backend
-    for row in found.values():
-        # math may be all that works, and too large to be measured
-        if "cannot" not in row and "cannot" not in found[chosen]:
-            row["ratio"] = round(_both_ms(row) / _both_ms(found[chosen]), 3)
-    return {"chosen": chosen, **found}
+    for row in backends.values():
+        # the chosen backend has no times if it is math on a shape too large to be measured
+        if "cannot" not in row and "cannot" not in backends[chosen]:
+            row["ratio"] = round(_both_ms(row) / _both_ms(backends[chosen]), 3)
+    return {"chosen": chosen, **backends}
 
 
 def _both_ms(row: dict) -> float:
@@ -121,7 +119,7 @@ def bench_attention(
 
 
 def rows_of(record: dict) -> list[tuple]:
-    """Return a result line's rows for the terminal."""
+    """Return the rows of a result line for the terminal, the fastest backend first."""
     config, figures = record["config"], record["figures"]
     shape = f"{config['heads']} x {config['head_dim']}, {config['queries']} x {config['keys']}"
     measured = {name: row for name, row in figures.items() if isinstance(row, dict) and "ratio" in row}
@@ -139,12 +137,13 @@ def rows_of(record: dict) -> list[tuple]:
 
 
 def reasons_of(records: list[dict]) -> list[str]:
-    """Return a line for each backend and reason that it was not measured for, with the head dims."""
+    """Return a line of text for each backend and reason why it was not measured, with the head dims concerned."""
     dims: dict[tuple[str, str], set[int]] = {}
     for record in records:
         for name, row in record["figures"].items():
             if isinstance(row, dict) and "cannot" in row:
                 dims.setdefault((name, row["cannot"]), set()).add(record["config"]["head_dim"])
     return [
-        f"{name} not at head dim {', '.join(map(str, sorted(of)))}: {reason}" for (name, reason), of in dims.items()
+        f"{name} was not measured at head dim {', '.join(map(str, sorted(head_dims)))}: {reason}"
+        for (name, reason), head_dims in dims.items()
     ]

@@ -1,4 +1,4 @@
-"""`safelight bench count`: the counted table of one training step, traced on meta tensors or run on a device."""
+"""`safelight bench count`: launches, bytes, FLOPs and syncs of one training step, traced on meta tensors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def weight_dtype(precision: str) -> torch.dtype:
 
 
 def meta_inputs(unet: nn.Module, batch_size: int, side: int, layout: str) -> tuple[Noised, TextConditioning]:
-    """Return noised latents and conditioning of a model's shapes, on the meta device."""
+    """Return a step's noised latents and conditioning on the meta device, with the model's shapes."""
     memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     rows = torch.empty(batch_size, unet.config.in_channels, side, side, device="meta").to(memory_format=memory_format)
     noised = Noised(rows, torch.empty_like(rows), torch.empty(batch_size, dtype=torch.int64, device="meta"))
@@ -51,7 +51,7 @@ def count_step(
     autocast: torch.dtype | None = None,
     optimizer: UNetOptimizer | None = None,
 ) -> Counts:
-    """Return the counts of one step: the loss and its gradients by trainer/step/step.py, then the optimizer if given."""
+    """Return the counts of one step: loss and gradients as in training, then the optimizer step if one is given."""
     counter, saved = Counter(layout), SavedBytes(unet.parameters())
     scale = torch.ones((), device=noised.noisy_BCHW.device) if optimizer is None else optimizer.loss_scale.scale
     operators = CardOperators(autocast)
@@ -80,18 +80,19 @@ def trace(
 ) -> Counts:
     """Return the counts of a base's training step, traced on meta tensors.
 
-    precision: fp32 | bf16 | fp16 | autocast-bf16 | autocast-fp16. optimizer: none | adamw | adamw8bit. patched: with our
-    kernels, which is channels-last; its attention is assumed to be flash. Raises ValueError for what cannot be counted.
+    precision: fp32 | bf16 | fp16 | autocast-bf16 | autocast-fp16. optimizer: none | adamw | adamw8bit. patched: use our
+    kernels, which require channels-last; attention is then assumed to be flash. Raises UserError for a combination that
+    cannot be counted.
     """
     unet = meta_unet(base).to(weight_dtype(precision)).train()
     if patched and (layout != "channels_last" or precision.startswith("autocast")):
-        raise UserError(f"a patched UNet is channels-last and without autocast, not {layout}, {precision}")
+        raise UserError(f"--patched requires --layout channels_last without autocast, not {layout}, {precision}")
     if checkpointing == "selective" and not patched:
-        raise UserError("selective checkpointing is counted of a patched UNet alone; use none or full, or patched")
+        raise UserError("selective checkpointing can only be counted with --patched; use it, or none or full")
     if layout == "channels_last":
         unet = unet.to(memory_format=torch.channels_last)
     if patched:
-        # its operators' meta implementations save what a card's would
+        # on meta tensors SDPA saves the same tensors as a GPU's
         choice = choose_attention(torch.device("meta"), weight_dtype(precision), attention_cases(unet), wanted="sdpa")
         patch.apply(unet, choice)
     apply_checkpointing(unet, checkpointing)
@@ -117,7 +118,7 @@ def trace(
 
 
 def figures(counts: Counts) -> dict:
-    """Return the counts as plain values. The totals are of loss and gradients; the optimizer's stand apart."""
+    """Return the counts as plain values. launches and memory_bound_gb are totals without the optimizer."""
     rows = {
         kind: {"operators": row.operators, "launches": row.launches, "gb": round(row.bytes_moved / 1e9, 5)}
         for kind in CLASSES
@@ -136,7 +137,7 @@ def figures(counts: Counts) -> dict:
 
 
 def config_of(options: Count) -> dict:
-    """Return what a counted figure depends on."""
+    """Return the config of a result line."""
     return {
         "base": options.base,
         "latent_size": options.latent_size,
@@ -145,28 +146,29 @@ def config_of(options: Count) -> dict:
         "layout": options.layout,
         "checkpointing": options.checkpointing,
         "optimizer": options.optimizer,
-        # lines from before there was a patch have no such field
+        # older lines lack the field, and must stay comparable
         **({"patched": True} if options.patched else {}),
     }
 
 
 def count(options: Count) -> tuple[dict, float]:
-    """Return (figures, seconds taken) of what the options name."""
+    """Return (figures, seconds that counting took)."""
     began = time.perf_counter()
     config = config_of(options)
     counts = trace(resolve_base(config.pop("base")), **config)
     return figures(counts), time.perf_counter() - began
 
 
-def profiled(options: Count) -> dict:
-    """Return the profiler's table of the same step, run on this machine; see profiled.profile_step."""
+def profile_count(options: Count) -> dict:
+    """Run the same step on this machine and return the profiler's figures; see counting/profiled.py."""
     from safelight.bench.counting.profiled import profile_step
     from safelight.bench.recipes.suite import OURS, build
 
     is_autocast = options.precision.startswith("autocast-")
     if options.layout != "nchw" or options.optimizer == "none":
         raise UserError(
-            f"--profile runs the step as it trains: layout nchw and an optimizer, not {options.layout}, {options.optimizer}"
+            "--profile runs the real training step, which needs --layout nchw and an optimizer, "
+            f"not {options.layout}, {options.optimizer}"
         )
     work = Workload(
         options.base,
@@ -181,19 +183,21 @@ def profiled(options: Count) -> dict:
     return profile_step(lambda: trainer.step(batch), torch.device(work.device))
 
 
-def table(found: dict, measured: dict | None = None) -> tuple[tuple[str, ...], list[tuple]]:
-    """Return (columns, rows) for the terminal: the counted figures, and the profiler's beside them."""
+def table_rows(figures: dict, profiled: dict | None = None) -> tuple[tuple[str, ...], list[tuple]]:
+    """Return (columns, rows) for the terminal: the counted figures, and the profiler's next to them if given."""
     columns = ("class", "operators", "launches", "GB moved")
-    if measured:
-        columns += ("profiled", "ms")
+    if profiled:
+        columns += ("profiled launches", "profiled ms")
     rows = []
-    for kind, row in found["classes"].items():
-        seen = (measured or {}).get("classes", {}).get(kind, {"launches": 0, "ms": 0.0})
-        cells = (kind, f"{row['operators']:,}", f"{row['launches']:,}", f"{row['gb']:.2f}")
-        rows.append(cells + ((f"{seen['launches']:,}", f"{seen['ms']:.2f}") if measured else ()))
-    cells = ("without optimizer", "", f"{found['launches']:,}", f"{found['memory_bound_gb']:.2f}")
-    # the profiler sees the optimizer's elementwise kernels as such, so only its whole step can be told
-    return columns, [
-        *rows,
-        cells + ((f"{measured['launches']:,} with", f"{measured['device_ms']:.2f}") if measured else ()),
-    ]
+    for kind, row in figures["classes"].items():
+        cells = (kind, f"{row['operators']:,}", f"{row['launches']:,}", f"{row['gb']:.3f}")
+        if profiled:
+            measured = profiled["classes"].get(kind, {"launches": 0, "ms": 0.0})
+            cells += (f"{measured['launches']:,}", f"{measured['ms']:.2f}")
+        rows.append(cells)
+    blank = ("", "") if profiled else ()
+    rows.append(("sum without optimizer", "", f"{figures['launches']:,}", f"{figures['memory_bound_gb']:.3f}", *blank))
+    if profiled:
+        # the profiler counts the optimizer's elementwise kernels as elementwise, so it has no sum without them
+        rows.append(("sum with optimizer", "", "", "", f"{profiled['launches']:,}", f"{profiled['device_ms']:.2f}"))
+    return columns, rows

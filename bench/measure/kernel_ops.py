@@ -1,9 +1,8 @@
-"""What `safelight bench kernels` measures of each kernel: ours, the plain PyTorch it stands for, and the bytes it moves.
+"""The kernels of `safelight bench kernels`: our op, the plain PyTorch it replaces, and a formula of the bytes it moves.
 
-`plain` is what diffusers' graph computes there, without the divisions by 1.0. Bytes are those the kernels read and
-write, each time that they do, by formula: a tensor read twice counts twice, though the second time may find it in a
-cache. Statistics, parameters and partial sums, which are small beside them, are left out.
-Letters as in bench/core/layers.py; n elements of the input, b bytes of one.
+`plain` is what diffusers computes in that place, without its divisions by 1.0. The formulas count every read and write
+of a kernel: a tensor read twice counts twice, although the second read may hit a cache. Statistics, parameters and
+partial sums are small in comparison and left out. Letters in shapes are those of bench/core/layers.py.
 """
 
 from __future__ import annotations
@@ -31,8 +30,11 @@ Inputs = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Op:
-    """parameters: shapes of its weights, which are no activations; forward_bytes, backward_bytes: of (shape, b); both
-    None where matrix products, not memory, take the time. is_differentiable: False for what has no backward pass.
+    """A kernel and its plain PyTorch equivalent.
+
+    activations, parameters: shapes of its inputs by name, for a layer's shape. forward_bytes, backward_bytes:
+    functions of (shape, bytes per element); None for compute-bound ops. is_differentiable: False if there is no
+    backward pass.
     """
 
     activations: Callable[[Shape], dict[str, Shape]]
@@ -44,19 +46,18 @@ class Op:
     is_differentiable: bool = True
 
     def inputs(self, shape: Shape, dtype: torch.dtype, device: torch.device, layout: torch.memory_format) -> Inputs:
-        """Return random inputs that want gradients; images in this memory order."""
-        found = {}
+        """Return random inputs that require gradients, 4-d tensors in the given memory format."""
+        inputs = {}
         for name, size in (*self.activations(shape).items(), *self.parameters(shape).items()):
-            # what the step's ends get is fp32, and no gradient goes into it
-            is_given = name in FIXED
-            x = _random(name, size, torch.float32 if is_given else dtype, device)
+            is_fixed = name in FIXED
+            x = _random(name, size, torch.float32 if is_fixed else dtype, device)
             if x.dim() == 4:
                 x = x.to(memory_format=layout)
-            found[name] = x if is_given or not self.is_differentiable else x.requires_grad_()
-        return found
+            inputs[name] = x if is_fixed or not self.is_differentiable else x.requires_grad_()
+        return inputs
 
 
-# cached rows, targets, the schedule: fp32 or integers, without gradients
+# inputs of noising and the loss that are fp32 or integers and never need a gradient
 FIXED = ("mean", "logvar", "words", "alphas", "target", "timesteps")
 
 
@@ -67,7 +68,7 @@ def _random(name: str, size: Shape, dtype: torch.dtype, device: torch.device) ->
         return torch.full(size, 500, dtype=torch.int64, device=device)
     if name == "alphas":
         return torch.linspace(0.999, 0.005, *size, device=device)
-    # weights of a size that keeps products near 1
+    # scale weights so that the outputs of a layer are near 1
     scale = size[1] ** -0.5 if name.endswith("weight") and len(size) > 1 else 1.0
     return torch.randn(size, device=device).mul_(scale).to(dtype)
 
@@ -93,7 +94,7 @@ def _plain_geglu(x):
 
 
 def _plain_noising(mean, logvar, words, alphas):
-    """As diffusers' examples: posterior sample, scale, noise, add_noise; the timestep's draw costs a launch in both."""
+    """As in diffusers' examples: sample the posterior, scale, draw noise and timesteps, add_noise."""
     latents = (mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * torch.randn_like(mean)) * SCALING
     noise = torch.randn_like(latents)
     a = alphas[torch.randint(0, len(alphas), (len(mean),), device=mean.device)][:, None, None, None]
@@ -101,7 +102,7 @@ def _plain_noising(mean, logvar, words, alphas):
 
 
 def _our_noising(mean, logvar, words, alphas):
-    found = noising(
+    noised = noising(
         mean,
         logvar,
         words,
@@ -111,7 +112,7 @@ def _our_noising(mean, logvar, words, alphas):
         dtype=torch.bfloat16,
         memory_format=torch.channels_last,
     )
-    return found.noisy_BCHW, found.target_BCHW
+    return noised.noisy_BCHW, noised.target_BCHW
 
 
 def _plain_loss(predicted, target, timesteps, alphas):
@@ -148,7 +149,7 @@ OPS: dict[str, Op] = {
         lambda s: _norm(s[1]),
         _our_group_norm,
         _plain_group_norm,
-        # statistics read x, the norm reads x and writes y; the sums read dy and x, dx reads both and is written
+        # forward: statistics read x, the norm reads x and writes y; backward: sums read dy and x, dx reads both again
         lambda s, b: 3 * prod(s) * b,
         lambda s, b: 5 * prod(s) * b,
     ),
@@ -173,7 +174,7 @@ OPS: dict[str, Op] = {
         lambda s: _norm(s[-1]),
         lambda x, norm_weight, norm_bias: layer_norm(x, norm_weight, norm_bias, EPS),
         lambda x, norm_weight, norm_bias: F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, EPS),
-        # x to y; dy and x to dx
+        # forward: x to y; backward: dy and x to dx
         lambda s, b: 2 * prod(s) * b,
         lambda s, b: 3 * prod(s) * b,
     ),
@@ -182,7 +183,7 @@ OPS: dict[str, Op] = {
         lambda s: _norm(s[-1]),
         lambda x, residual, norm_weight, norm_bias: add_layer_norm(x, residual, norm_weight, norm_bias, EPS),
         _plain_add_layer_norm,
-        # x and residual to s and y; ds, dy and s to dx, which both inputs get
+        # forward: x and residual to s and y; backward: ds, dy and s to dx, the gradient of both inputs
         lambda s, b: 4 * prod(s) * b,
         lambda s, b: 4 * prod(s) * b,
     ),
@@ -191,7 +192,7 @@ OPS: dict[str, Op] = {
         lambda s: {},
         geglu,
         _plain_geglu,
-        # x to y, half as large; dy and x to dx
+        # forward: x to y, which is half as large; backward: dy and x to dx
         lambda s, b: 3 * prod(s) * b // 2,
         lambda s, b: 5 * prod(s) * b // 2,
     ),
@@ -200,7 +201,7 @@ OPS: dict[str, Op] = {
         lambda s: {"bias": s[1:2]},
         lambda x, residual, bias: bias_residual(x, bias, residual),
         lambda x, residual, bias: residual + (x + bias[:, None, None]),
-        # dy is the gradient of both inputs as it is; the bias' sum reads it
+        # backward: dy is passed on as the gradient of both inputs; only the bias gradient's sum reads it
         lambda s, b: 3 * prod(s) * b,
         lambda s, b: prod(s) * b,
     ),
@@ -209,7 +210,7 @@ OPS: dict[str, Op] = {
         lambda s: {},
         _our_noising,
         _plain_noising,
-        # mean and logvar in fp32 to the noisy latents in 16 bits and the target in fp32
+        # mean and logvar in fp32 to noisy latents in 16 bits and a target in fp32
         lambda s, b: prod(s) * (4 + 4 + 2 + 4),
         is_differentiable=False,
     ),
@@ -255,7 +256,7 @@ OPS: dict[str, Op] = {
 
 
 def reduced(shape: Shape) -> Shape:
-    """Return a shape small enough for a CPU: the same channels and features up to 320, few pixels or rows."""
+    """Return a shape small enough for a CPU: channels and features up to 320, few pixels or rows."""
     if len(shape) == 4 and shape[1] == 4:
         return shape
     if len(shape) >= 4 and shape[2] == shape[3]:

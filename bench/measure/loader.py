@@ -1,7 +1,7 @@
-"""`safelight bench loader`: an epoch of batches from our cache, from one file a row, and by decoding every epoch.
+"""`safelight bench loader`: load an epoch of batches from our cache, from one file per row, or by decoding photographs.
 
-The other ways are written here for the comparison: `.npz` a row as kohya's scripts keep them, `.pt` a row as OneTrainer
-does, and decoding with cropping as trainers without a cache do (its encoder would come on top). Files are in the page
+The alternatives are written for this comparison: one `.npz` per row as in kohya's scripts, one `.pt` per row as in
+OneTrainer, and decoding and cropping as in trainers without a cache (which also have to encode). Files are in the page
 cache, as in every epoch but the first.
 """
 
@@ -35,7 +35,7 @@ Epoch = Callable[[], Iterator[object]]
 
 
 def row_bytes(base: str, side: int) -> int:
-    """Return the bytes of a row as the cache stores it: posterior and embedding in float16."""
+    """Return the bytes of a row in the cache: posterior and embedding in float16."""
     posterior, text = random_rows(1, base, side)
     return 2 * (posterior.size + text.size)
 
@@ -55,7 +55,7 @@ def _stacked(rows: list[tuple[np.ndarray, np.ndarray]]) -> tuple[torch.Tensor, t
 
 
 def _file_epoch(folder: Path, kind: str, num: int, base: str, side: int, batch_size: int) -> Epoch:
-    """Write a file a row and return an epoch over them in a drawn order."""
+    """Write one file per row and return an epoch that reads them in shuffled order. kind: npz or pt."""
     folder.mkdir()
     posteriors, texts = (x.astype(np.float16) for x in random_rows(min(num, 256), base, side))
     files = [folder / f"{n:06d}.{kind}" for n in range(num)]
@@ -80,13 +80,13 @@ def _file_epoch(folder: Path, kind: str, num: int, base: str, side: int, batch_s
 
 
 def _decode_epoch(folder: Path, num: int, side_px: int, batch_size: int) -> Epoch:
-    """Write photographs as JPEG, a quarter larger than trained on, and return an epoch that decodes and crops them."""
+    """Write JPEGs, a quarter larger than they are trained at, and return an epoch that decodes and crops them."""
     folder.mkdir()
     generator = np.random.default_rng(SEED)
     large = side_px * 5 // 4
     pictures = []
     for n in range(min(num, NUM_PICTURES)):
-        # smooth noise: compresses about as photographs do
+        # smooth noise compresses like photographs
         coarse = generator.integers(0, 256, (large // 8, large // 8, 3), np.uint8)
         file = folder / f"{n:02d}.jpg"
         Image.fromarray(coarse).resize((large, large), Image.Resampling.BICUBIC).save(file, quality=92)
@@ -104,7 +104,7 @@ def _decode_epoch(folder: Path, num: int, side_px: int, batch_size: int) -> Epoc
 
 
 def memcpy_gb_per_s() -> float:
-    """Return the bytes a second that one memory copy delivers, GB/s: what no loader can pass."""
+    """Return the rate of a memory copy in GB/s, the upper limit of any loader."""
     source, target = np.ones(MEMCPY_BYTES, np.uint8), np.empty(MEMCPY_BYTES, np.uint8)
     seconds = []
     for _ in range(5):
@@ -123,9 +123,9 @@ def bench_loader(
     repeats: int,
     folder: Path | None = None,
 ) -> list[dict]:
-    """Return a result line for each source: rows/s, GB/s of rows delivered, wall and CPU milliseconds a batch.
+    """Return a result line for each source: rows/s, GB/s of rows delivered, wall and CPU milliseconds per batch.
 
-    One warm-up epoch, then `repeats` epochs of all sources interleaved. Raises ValueError where the disk is too small.
+    One warm-up epoch, then `repeats` epochs of all sources interleaved. Raises UserError if the disk is too small.
     """
     side = latent_size or resolve_base(base).config_of("unet")["sample_size"]
     stored = row_bytes(base, side)
@@ -133,7 +133,8 @@ def bench_loader(
     free = shutil.disk_usage(folder or tempfile.gettempdir()).free
     if need * 1.2 > free:
         raise UserError(
-            f"{num} rows need {need * 1.2 / 2**30:.0f} GiB, {free / 2**30:.0f} GiB are free; lower --rows, or name fewer --sources"
+            f"{num} rows need {need * 1.2 / 2**30:.0f} GiB of disk and {free / 2**30:.0f} GiB are free; "
+            "lower --rows, or name fewer --sources"
         )
     with ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=folder)))
@@ -150,9 +151,9 @@ def bench_loader(
     records = []
     for name in sources:
         seconds = percentiles(wall[name])[1]
-        # what a batch is on its way to the model: float32 rows; of decoded pictures, pixels
+        # a batch delivers float32: rows, or pixels for "decode"
         delivered = num * (3 * (8 * side) ** 2 * 4 if name == "decode" else 2 * stored)
-        found = {
+        figures = {
             "rows_per_s": round(num / seconds, 1),
             "gb_per_s": round(delivered / seconds / 1e9, 3),
             "memcpy_gb_per_s": round(ceiling, 2),
@@ -167,12 +168,12 @@ def bench_loader(
             "batch_size": batch_size,
             "repeats": repeats,
         }
-        records.append(make_record("loader", config, found, torch.device("cpu")))
+        records.append(make_record("loader", config, figures, torch.device("cpu")))
     return records
 
 
 def _time(epochs: dict[str, Epoch], repeats: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Return (wall, CPU) seconds of each epoch by source; the first, which fills the page cache, is thrown away."""
+    """Return (wall, CPU) seconds of each epoch by source, without the first epoch, which fills the page cache."""
     wall: dict[str, list[float]] = {name: [] for name in epochs}
     cpu: dict[str, list[float]] = {name: [] for name in epochs}
     for repeat in range(repeats + 1):

@@ -1,9 +1,9 @@
-"""`safelight bench loop`: seconds an epoch by the wall clock, everything included, ours against EveryDream's way.
+"""`safelight bench loop`: wall-clock seconds per epoch of the whole training loop, ours and EveryDream's.
 
-Ours is `safelight train`'s own loop: rows read from the cache, the step, the log, a checkpoint at each epoch's end. Beside it
-the EveryDream style with the same photographs: decoded, VAE- and text-encoded every step, a loss read and a line written
-every step as its TensorBoard log does, and weights and optimizer saved at each epoch's end. The first epoch of each, which
-fills caches and warms up, is told apart; ours is charged with the encoding of its cache there.
+Our loop is that of `safelight train`: rows read from the cache, the step, the log, and a checkpoint after each epoch.
+EveryDream's trains on the same photographs: decoded, VAE- and text-encoded every step, the loss read and logged every
+step as its TensorBoard log does, and weights and optimizer saved after each epoch. The first epoch, which warms up and
+fills caches, is reported separately; in our loop it includes encoding the dataset.
 """
 
 from __future__ import annotations
@@ -39,8 +39,11 @@ EVERYDREAM = "everydream"
 
 @dataclass
 class Epochs:
-    """Wall-clock seconds of each epoch, the first apart; idle: share of the last epoch in which a GPU ran nothing, None on a
-    CPU; waited: share of the later epochs in which the loop waited for its next batch."""
+    """Wall-clock seconds of the first epoch and of each later one.
+
+    idle: share of the last epoch in which the GPU ran nothing, None on a CPU. waited: share of the epochs after the
+    first in which the loop waited for its next batch.
+    """
 
     first_s: float
     seconds: list[float] = field(default_factory=list)
@@ -49,7 +52,7 @@ class Epochs:
 
 
 def config_for(work: Workload, dataset: Path, run_dir: Path, num_epochs: int, side_px: int) -> Config:
-    """Return the config of our run: one bucket, no validation and samples, a checkpoint an epoch, a log line every ten steps."""
+    """Return the config of our run: one bucket, no validation or samples, a checkpoint per epoch, TensorBoard on."""
     return parse_config(
         {
             "run": {"dir": str(run_dir), "device": work.device},
@@ -67,14 +70,14 @@ def config_for(work: Workload, dataset: Path, run_dir: Path, num_epochs: int, si
 
 
 def _busy_share(profiler, seconds: float) -> float:
-    """Return the share of a time in which a GPU had a kernel running, by its own timeline."""
+    """Return the share of `seconds` in which the GPU ran a kernel, by its own timeline."""
     results = profiler.profiler.kineto_results
     runs = kernel_runs(results.events(), results.trace_start_ns())
     return busy_us((run.start, run.end) for run in runs) / 1e6 / seconds
 
 
 class _Clock:
-    """Takes the time at each epoch's end, and a GPU's timeline of the last epoch."""
+    """Times each epoch and the waits for data, and profiles a GPU during the last epoch."""
 
     def __init__(self, device: torch.device, steps_per_epoch: int, num_epochs: int):
         self.device, self.per_epoch, self.num_epochs = device, steps_per_epoch, num_epochs
@@ -85,7 +88,7 @@ class _Clock:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Entered while the loop waits for a batch; the first epoch's waits are not told."""
+        """Time a wait for a batch; the first epoch's waits are not counted."""
         began = time.perf_counter()
         try:
             yield
@@ -94,10 +97,10 @@ class _Clock:
                 self.waited_s += time.perf_counter() - began
 
     def listen(self, name: str) -> AbstractContextManager:
-        """Called with each named stretch of our loop; tells where an epoch begins.
+        """Listen to the phases of our loop: time each "load", and detect from their number that a new epoch began.
 
-        A step loads twice: its batch, and whether another follows. Replayed as a graph it has no other stretch, and rehearsed
-        before an epoch it has all the others.
+        A step loads twice: its batch, and a check whether another follows. Only loads can be counted, because a step
+        replayed as a CUDA graph has no other phases, and the warm-up of graphs has all the others.
         """
         if name != "load":
             return nullcontext()
@@ -107,7 +110,7 @@ class _Clock:
         return self.waiting()
 
     def epoch_ended(self) -> None:
-        """Called when an epoch's step, log and checkpoint are done."""
+        """Record the end of an epoch, after its last step, log and checkpoint."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.ends.append(time.perf_counter())
@@ -122,6 +125,7 @@ class _Clock:
             self._profiler.start()
 
     def epochs(self) -> Epochs:
+        """Return the times of all epochs."""
         times = [b - a for a, b in zip([self.began, *self.ends], self.ends, strict=False)]
         return Epochs(times[0], times[1:], self.idle, self.waited_s / sum(times[1:]))
 
@@ -129,18 +133,18 @@ class _Clock:
 def run_ours(
     work: Workload, dataset: Path, folder: Path, num_epochs: int, steps_per_epoch: int, side_px: int
 ) -> Epochs:
-    """Train our run; an epoch ends where the next one's first step begins."""
+    """Run our training loop; an epoch ends when the next one's first step begins."""
     clock = _Clock(torch.device(work.device), steps_per_epoch, num_epochs)
 
     with told_to(clock.listen):
         train(config_for(work, dataset, folder / "run", num_epochs, side_px), terminal=Terminal())
-    # the last one ends when train has saved and returned
+    # the last epoch ends when train has saved its checkpoint and returned
     clock.epoch_ended()
     return clock.epochs()
 
 
 def run_everydream(work: Workload, photographs: Photographs, folder: Path, num_epochs: int, steps: int) -> Epochs:
-    """Train as EveryDream does, on the same photographs."""
+    """Run EveryDream's training loop on the same photographs."""
     clock = _Clock(torch.device(work.device), steps, num_epochs)
     baseline: EveryDream = make_baseline(EVERYDREAM, work)
     baseline.photographs, take = photographs, photographs.take
@@ -163,12 +167,17 @@ def run_everydream(work: Workload, photographs: Photographs, folder: Path, num_e
 
 
 def bench_loop(work: Workload, num_photographs: int, num_epochs: int) -> Iterator[dict]:
-    """Yield a result line of each. Raises ValueError for fewer than two epochs, or photographs that fill no batch."""
+    """Yield a result line for each loop.
+
+    Raises UserError for fewer than 3 epochs, or photographs that do not fill whole batches.
+    """
     work = work.resolved()
     if num_epochs < 3:
-        raise UserError(f"--epochs {num_epochs} leaves nothing after the first epoch and a timed one; use 3 or more")
+        raise UserError(
+            f"--epochs {num_epochs} is too few: the first is a warm-up and at least two are timed; use 3 or more"
+        )
     if num_photographs < work.batch_size or num_photographs % work.batch_size:
-        raise UserError(f"--photographs {num_photographs} is no multiple of batch size {work.batch_size}")
+        raise UserError(f"--photographs {num_photographs} is not a multiple of --batch-size {work.batch_size}")
     steps = num_photographs // work.batch_size
     vae = load_vae(resolve_base(work.base), "", SEED)
     side_px = work.latent_size * 2 ** (len(vae.config.block_out_channels) - 1)
@@ -185,14 +194,15 @@ def bench_loop(work: Workload, num_photographs: int, num_epochs: int) -> Iterato
             EVERYDREAM: lambda: run_everydream(work, Photographs(files, captions, side_px), folder, num_epochs, steps),
         }
         for recipe, run in runs.items():
-            found = run()
+            epochs = run()
             free(torch.device(work.device))
-            yield _line(recipe, work, num_photographs, num_epochs, found)
+            yield _make_result(recipe, work, num_photographs, num_epochs, epochs)
 
 
-def _line(recipe: str, work: Workload, num: int, num_epochs: int, found: Epochs) -> dict:
-    fastest, *_, slowest = sorted(found.seconds)
-    middle = sorted(found.seconds)[len(found.seconds) // 2]
+def _make_result(recipe: str, work: Workload, num: int, num_epochs: int, epochs: Epochs) -> dict:
+    """Return the result line of a loop over `num` photographs."""
+    fastest, *_, slowest = sorted(epochs.seconds)
+    middle = sorted(epochs.seconds)[len(epochs.seconds) // 2]
     config = {
         "recipe": recipe,
         "base": work.base,
@@ -205,10 +215,10 @@ def _line(recipe: str, work: Workload, num: int, num_epochs: int, found: Epochs)
         "epochs": num_epochs,
     }
     figures = {
-        "first_epoch_s": round(found.first_s, 2),
+        "first_epoch_s": round(epochs.first_s, 2),
         "epoch_s": [round(s, 3) for s in (fastest, middle, slowest)],
         "images_per_s": round(num / middle, 3),
-        "idle_share": None if found.idle is None else round(found.idle, 4),
-        "waited_share": round(found.waited, 4),
+        "idle_share": None if epochs.idle is None else round(epochs.idle, 4),
+        "waited_share": round(epochs.waited, 4),
     }
     return make_record("loop", config, figures, torch.device(work.device))

@@ -1,14 +1,16 @@
-"""`safelight bench memory`: what a training step needs, by optimizer, memory mode and checkpointing.
+"""`safelight bench memory`: memory of a training step by optimizer, memory mode and checkpointing.
 
-On a GPU: allocated and reserved at the peak, and the smallest emulated card it fits. A card of n GiB is emulated by a cap
-on torch's allocator of n less what the CUDA context holds; a step that does not fit fails as it would there. On a CPU:
-the allocator's own record of a step, and the bytes held between steps. Beside either stands what the plan's trace says.
+On a GPU: peak allocated and reserved memory, and the smallest emulated card that a step fits. A card of n GiB is
+emulated by limiting torch's allocator to n GiB minus the CUDA context; a step that does not fit runs out of memory as
+it would there. On a CPU: bytes held between steps, and the allocator's peak during a step. Both are compared with the
+prediction of `safelight plan`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from typing import get_args
 
 import torch
 
@@ -19,7 +21,7 @@ from safelight.bench.measure.optimizers import held_bytes, offered
 from safelight.bench.recipes.suite import OURS, build, free
 from safelight.bench.recipes.workload import Workload, optimizer_config, random_batches
 from safelight.errors import UserError
-from safelight.trainer.config.toml import Config
+from safelight.trainer.config.toml import Config, Train
 from safelight.trainer.memory_plan.gpus import CONTEXT_BYTES, FRAGMENTATION, this_card
 from safelight.trainer.memory_plan.meta_run import MetaRun, Traced
 from safelight.trainer.models.base import resolve_base
@@ -28,35 +30,31 @@ CARDS_GIB = (4, 6, 8, 12, 16)
 GIB, MIB = 2**30, 2**20
 
 
-def kinds() -> tuple[str, ...]:
-    """Return the ways of checkpointing that a config can name, auto left out, the least memory last."""
-    from typing import get_args
-
-    from safelight.trainer.config.toml import Train
-
+def checkpointing_modes() -> tuple[str, ...]:
+    """Return the values of train.checkpointing except auto, the one that needs the least memory last."""
     return tuple(value for value in get_args(Train.model_fields["checkpointing"].annotation) if value != "auto")
 
 
 def context_bytes(device: torch.device) -> int:
-    """Return what is taken of a GPU beside torch's allocator: the CUDA context, and whatever else runs there."""
+    """Return the GPU memory used outside torch's allocator: by the CUDA context, and by other processes."""
     available, total = torch.cuda.mem_get_info(device)
     return max(0, total - available - torch.cuda.memory_reserved(device))
 
 
-def predicted(work: Workload) -> Traced:
-    """Return the plan's trace of a step, as `safelight plan` makes it."""
+def traced_step(work: Workload) -> Traced:
+    """Return the memory trace of a step on meta tensors, from which `safelight plan` predicts."""
     config = Config(
         model={"base": work.base, "precision": work.precision},
         optimizer=optimizer_config(work.optimizer),
         train={"checkpointing": work.checkpointing},
     )
     run = MetaRun(config, resolve_base(work.base), torch.device(work.device), work.dtype)
-    # the first step makes what the optimizer keeps
+    # the first step creates the optimizer's states
     return [run.step(work.batch_size, work.latent_size, work.latent_size) for _ in range(2)][1]
 
 
 def try_step(work: Workload) -> dict | None:
-    """Return the peaks (GiB) and time of a step on a GPU, or None if it does not fit."""
+    """Return the peak memory in GiB and the time of a step on a GPU, or None if it runs out of memory."""
     device = torch.device(work.device)
     torch.cuda.reset_peak_memory_stats(device)
     try:
@@ -71,11 +69,11 @@ def try_step(work: Workload) -> dict | None:
     }
 
 
-def on_a_card(work: Workload, card_gib: int, context: int) -> dict | None:
-    """Return try_step's figures on an emulated card."""
+def step_on_emulated_card(work: Workload, card_gib: int, context: int) -> dict | None:
+    """Return try_step's figures on an emulated card. context: bytes of the CUDA context."""
     device = torch.device(work.device)
     total = torch.cuda.get_device_properties(device).total_memory
-    # of the current device: torch refuses here, and nowhere else, a device without its number
+    # for the current device: this function does not accept a torch.device without an index
     torch.cuda.set_per_process_memory_fraction(min(1.0, (card_gib * GIB - context) / total))
     try:
         return try_step(work)
@@ -84,43 +82,46 @@ def on_a_card(work: Workload, card_gib: int, context: int) -> dict | None:
         free(device)
 
 
-def of_a_gpu(work: Workload) -> dict:
-    """Return the peaks without a cap, and the smallest card a step fits, tried from the first that could hold it."""
+def measure_on_gpu(work: Workload) -> dict:
+    """Return the peak memory of a step without a limit, and the smallest emulated card on which it runs."""
     device = torch.device(work.device)
     context = context_bytes(device)
     total = torch.cuda.get_device_properties(device).total_memory
-    found = try_step(work)
+    peaks = try_step(work)
     free(device)
-    if found is None:
+    if peaks is None:
         return {"fits": False}
-    traced = predicted(work)
+    traced = traced_step(work)
     allocated, workspace = traced.peak.total, this_card(device).workspace(is_deterministic=False)
     needed = CONTEXT_BYTES + workspace + allocated + FRAGMENTATION * traced.transient
-    measured = GIB * found["reserved_gib"] + context
-    found |= {
+    measured = GIB * peaks["reserved_gib"] + context
+    figures = {
+        "fits": True,
+        **peaks,
         "predicted_allocated_gib": round(allocated / GIB, 3),
         "predicted_needed_gib": round(needed / GIB, 3),
-        "allocated_to_predicted": round(GIB * found["allocated_gib"] / allocated, 4),
+        "allocated_to_predicted": round(GIB * peaks["allocated_gib"] / allocated, 4),
         "needed_to_predicted": round(measured / needed, 4),
+        "context_gib": round(context / GIB, 3),
+        "smallest_card_gib": None,
     }
-    found = {"fits": True, **found, "context_gib": round(context / GIB, 3), "smallest_card_gib": None}
     for card in CARDS_GIB:
-        # what is allocated at once cannot shrink; what is merely reserved can
-        if card * GIB > total or card < found["allocated_gib"] + found["context_gib"]:
+        # a smaller card cannot hold what is allocated at the peak; it may do with less reserved memory
+        if card * GIB > total or card < figures["allocated_gib"] + figures["context_gib"]:
             continue
-        if (there := on_a_card(work, card, context)) is not None:
-            return {**found, "smallest_card_gib": card, "step_ms_there": there["step_ms"]}
-    return found
+        if (on_card := step_on_emulated_card(work, card, context)) is not None:
+            return {**figures, "smallest_card_gib": card, "step_ms_there": on_card["step_ms"]}
+    return figures
 
 
-def of_a_cpu(work: Workload) -> dict:
-    """Return the bytes held between steps and what a step adds at its peak, MiB, by the allocator's record."""
+def measure_on_cpu(work: Workload) -> dict:
+    """Return the MiB held between steps, and what a step adds at its peak according to the allocator."""
     trainer, (batch,) = build(OURS, work), random_batches(1, work)
-    # the first step makes the moments
+    # the first step creates the moments
     trainer.step(batch)
     held = held_bytes(trainer.optimizer, trainer.unet)
     peak = allocated_peak(lambda: trainer.step(batch))
-    transient = predicted(work).transient
+    transient = traced_step(work).transient
     return {
         "held_mib": round(held / MIB, 2),
         "step_mib": round(peak / MIB, 2),
@@ -131,37 +132,38 @@ def of_a_cpu(work: Workload) -> dict:
 
 
 def bench_memory(work: Workload, optimizers: tuple[str, ...] = ()) -> Iterator[dict]:
-    """Yield a result line for each optimizer, memory mode and way of checkpointing; all that are offered if none is named.
+    """Yield a result line for each optimizer, memory mode and checkpointing mode.
 
-    A combination that cannot run leaves its reason. Raises ValueError for an unknown optimizer.
+    optimizers: names or memory modes as given to --optimizer; empty: all. A combination that cannot run here yields a
+    line with the reason. Raises UserError for an unknown optimizer.
     """
     work = work.resolved()
     names = tuple(offered(work.dtype))
-    for wanted in optimizers:
-        if not any(wanted in (name, *name.split(", ")) for name in names):
+    for asked in optimizers:
+        if not any(asked in (name, *name.split(", ")) for name in names):
             known = dict.fromkeys(part for name in names for part in name.split(", "))
-            raise UserError(f"optimizer {wanted!r} is unknown; use {', '.join(known)}, or both as in '{names[0]}'")
-    chosen = [n for n in names if not optimizers or any(wanted in (n, *n.split(", ")) for wanted in optimizers)]
+            raise UserError(f"unknown optimizer {asked!r}; use {', '.join(known)}, or both as in '{names[0]}'")
+    chosen = [n for n in names if not optimizers or any(asked in (n, *n.split(", ")) for asked in optimizers)]
     device = torch.device(work.device)
     for optimizer in chosen:
-        for checkpointing in kinds():
+        for checkpointing in checkpointing_modes():
             one = replace(work, optimizer=optimizer, checkpointing=checkpointing)
             try:
-                found = of_a_gpu(one) if device.type == "cuda" else of_a_cpu(one)
-            except (ValueError, NotImplementedError) as error:
-                # a setting this device refuses, an operator a library lacks for it: told in the line; any other fault is raised
-                found = {"cannot": str(error).splitlines()[0][:160]}
+                figures = measure_on_gpu(one) if device.type == "cuda" else measure_on_cpu(one)
+            except (UserError, NotImplementedError) as error:
+                # a setting that this device does not support, or an operator that a library lacks for it
+                figures = {"cannot": str(error).splitlines()[0][:160]}
             free(device)
-            yield make_record("memory", {"recipe": OURS, **asdict(one)}, found, device)
+            yield make_record("memory", {"recipe": OURS, **asdict(one)}, figures, device)
 
 
 def rows(records: list[dict]) -> list[tuple]:
-    """Return rows for the terminal: of a GPU's peaks or of a CPU's."""
-    table = []
+    """Return rows for the terminal, with the three figures of a GPU or of a CPU."""
+    rows = []
     for record in records:
-        config, found = record["config"], record["figures"]
+        config, figures = record["config"], record["figures"]
         names = ("allocated_gib", "reserved_gib", "smallest_card_gib", "held_mib", "step_mib", "peak_mib")
-        cells = [f"{found[name]:g}" for name in names if found.get(name) is not None]
-        why = found.get("cannot", "" if found.get("fits", True) else "does not fit")
-        table.append((config["optimizer"], config["checkpointing"], *(cells or [why, "", ""])))
-    return table
+        cells = [f"{figures[name]:g}" for name in names if figures.get(name) is not None]
+        reason = figures.get("cannot", "" if figures.get("fits", True) else "out of memory")
+        rows.append((config["optimizer"], config["checkpointing"], *(cells or [reason, "", ""])))
+    return rows

@@ -1,21 +1,20 @@
-"""`safelight bench optimizer`: time a step, bytes held and bytes moved of every optimizer that a config can name.
+"""`safelight bench optimizer`: time per step, bytes held and bytes moved of every optimizer that a config can name.
 
-What can be named is asked of trainer/config/toml.py, so a new memory mode is measured as soon as it is there. The tensors are
-a part of SD1.5's, every n-th by size, so that small and large ones keep their proportion; all variants are in memory at
-once and their steps interleaved. A variant that cannot run leaves its reason in place of figures.
+The optimizers and memory modes come from the config's schema, so a new one is measured without a change here. The
+tensors are every n-th of SD1.5's, ordered by size, so that small and large ones keep their proportion. All variants
+are in memory at once and their steps are interleaved. A variant that cannot run has the reason in place of figures.
 
-Bytes held are counted exactly: every tensor an optimizer keeps, the trained weights among them, gradients apart; what paged
-keeps in host memory is told beside them, host_bytes_per_parameter.
-Bytes moved are by formula: a step of ours reads and writes what is held and reads the gradient twice, once for its norm (paged also writes what
-arrives and reads what leaves);
-a step of the others is counted operator by operator, with bitsandbytes' kernel as one that reads and writes its tensors.
+Bytes held are counted exactly: every tensor an optimizer keeps and the trained weights, without gradients. What the
+paged mode keeps in host memory is reported separately as host_bytes_per_parameter. Bytes moved are computed: a step of
+ours reads and writes everything it holds and reads the gradient twice, once for the norm (paged also writes what
+arrives from the host and reads what leaves). Other optimizers are counted operator by operator, bitsandbytes' kernel
+as one that reads and writes its tensors once.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from functools import partial
 from typing import get_args
 
 import torch
@@ -26,19 +25,20 @@ from safelight.bench.core.layers import meta_model
 from safelight.bench.core.results import make_record
 from safelight.bench.counting.counters import CountedAdamW8bit, Counter
 from safelight.bench.recipes.workload import LR, MAX_GRAD_NORM, WEIGHT_DECAY
+from safelight.errors import UserError
 from safelight.kernels.optim.ema import EMA
 from safelight.kernels.optim.paged_state import Pages
 from safelight.trainer.config.toml import Optimizer
 from safelight.trainer.optim.optimizer import UNetOptimizer, memory_mode
 
-# one tensor of how many: all variants of a part must fit side by side
+# use every n-th tensor, so that all variants fit in memory at once
 EVERY = {"cuda": 4, "cpu": 64}
 
 Configs = dict[str, Optimizer]
 
 
 def offered(dtype: torch.dtype) -> Configs:
-    """Return every optimizer that [optimizer] of a config can name, with each memory mode it has for weights of a dtype."""
+    """Return the config of every optimizer and of each memory mode it supports for weights of a dtype, by name."""
     axes = [
         [value for value in get_args(Optimizer.model_fields[name].annotation) if value != "auto"]
         for name in ("name", "memory")
@@ -48,8 +48,8 @@ def offered(dtype: torch.dtype) -> Configs:
         config = Optimizer(name=name, memory=memory)
         try:
             memory_mode(config, dtype)
-        except ValueError as error:
-            # a mode of another optimizer or dtype; a library that is missing is told where it is measured
+        except UserError as error:
+            # skip modes that this optimizer or dtype lacks; a missing library is reported when it is measured
             if str(error).startswith("optimizer.memory"):
                 continue
         found[f"{name}, {memory}"] = config
@@ -57,13 +57,13 @@ def offered(dtype: torch.dtype) -> Configs:
 
 
 def part_of_sd15(every: int) -> dict[str, tuple[int, ...]]:
-    """Return shapes of SD1.5's parameters by name: each `every`-th in the order of their sizes."""
+    """Return the shapes of every n-th parameter of SD1.5 by name, ordered by size."""
     shapes = {name: tuple(p.shape) for name, p in meta_model("sd15").named_parameters()}
     return dict(sorted(shapes.items(), key=lambda item: torch.Size(item[1]).numel(), reverse=True)[every // 2 :: every])
 
 
 class Weights(nn.Module):
-    """Parameters of these shapes, float32, drawn."""
+    """A module with random float32 parameters of given shapes."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], device: torch.device):
         super().__init__()
@@ -72,7 +72,7 @@ class Weights(nn.Module):
 
 
 def held_bytes(*roots: object) -> int:
-    """Return the bytes of every tensor that is reachable from objects of ours and torch's, each storage once, but for pages."""
+    """Return the bytes of every tensor reachable from the objects, each storage once, without pages in host memory."""
     storages: dict[int, torch.UntypedStorage] = {}
     seen: set[int] = set()
     pages: set[int] = set()
@@ -119,7 +119,7 @@ def moved_bytes(optimizer: UNetOptimizer, module: nn.Module, config: Optimizer, 
         # torch's choice on a GPU, which it does not make for meta tensors
         counted.inner.param_groups[0]["foreach"] = True
     for _ in range(2):
-        # the first step makes the moments
+        # the first step creates the moments
         for p in twin.parameters():
             p.grad = torch.empty_like(p)
         with Counter() as counter:
@@ -130,11 +130,11 @@ def moved_bytes(optimizer: UNetOptimizer, module: nn.Module, config: Optimizer, 
 def _prepared(optimizer: UNetOptimizer, module: nn.Module) -> Prepared:
     gradients = [torch.randn_like(p) * 1e-3 for p in module.parameters()]
 
-    def fresh() -> None:
+    def set_gradients() -> None:
         for p, g in zip(module.parameters(), gradients, strict=True):
             p.grad = g.clone()
 
-    return Prepared(fresh, lambda _: optimizer.step(LR, WEIGHT_DECAY, MAX_GRAD_NORM))
+    return Prepared(set_gradients, lambda _: optimizer.step(LR, WEIGHT_DECAY, MAX_GRAD_NORM))
 
 
 def _build(config: Optimizer, shapes: dict, dtype: torch.dtype, device: torch.device) -> tuple[UNetOptimizer, Weights]:
@@ -146,50 +146,49 @@ def _build(config: Optimizer, shapes: dict, dtype: torch.dtype, device: torch.de
 def bench_optimizers(
     device: torch.device, dtype: torch.dtype, every: int, repeats: int, configs: Configs | None = None
 ) -> Iterator[dict]:
-    """Yield a result line for each optimizer that is offered, and one for the moving average of the weights.
+    """Yield a result line for each optimizer in `configs` (default: all), and one for the moving average of weights.
 
-    ratio: of a step's time to the first variant's in the same round, the median of the rounds.
+    ratio: time of a step relative to the first variant's in the same repeat, median over the repeats.
     """
     configs = offered(dtype) if configs is None else configs
     shapes = part_of_sd15(every)
     num = sum(torch.Size(shape).numel() for shape in shapes.values())
     runs: dict[str, Prepared] = {}
-    told: dict[str, dict] = {}
+    figures_of: dict[str, dict] = {}
     for name, config in configs.items():
         try:
             optimizer, module = _build(config, shapes, dtype, device)
             run = _prepared(optimizer, module)
             run.run(run.prepare())
         except (ValueError, NotImplementedError, RuntimeError) as error:
-            # libraries say by any of these that they cannot run here: told in the line; test_optimizers holds that ours all run
-            told[name] = {"cannot": (str(error).strip() or type(error).__name__).splitlines()[0][:160]}
+            # libraries raise any of these if they cannot run here; test_optimizers checks that ours all run
+            figures_of[name] = {"cannot": (str(error).strip() or type(error).__name__).splitlines()[0][:160]}
             continue
         runs[name] = run
-        told[name] = {
+        figures_of[name] = {
             "held_bytes_per_parameter": round(held_bytes(optimizer, module) / num, 3),
             "moved_bytes_per_parameter": round(moved_bytes(optimizer, module, config, dtype) / num, 3),
         }
         if pages := getattr(optimizer.inner, "pages", None):
-            told[name]["host_bytes_per_parameter"] = round(pages.host.nbytes / num, 3)
+            figures_of[name]["host_bytes_per_parameter"] = round(pages.host.nbytes / num, 3)
     averages = Weights(shapes, device)
-    followed = [p.detach().to(dtype) for p in averages.parameters()]
-    ema = EMA([p.detach() for p in averages.parameters()], followed)
+    weights = [p.detach().to(dtype) for p in averages.parameters()]
+    ema = EMA([p.detach() for p in averages.parameters()], weights)
     decay = torch.tensor(0.999, device=device)
     runs["ema"] = Prepared(lambda: None, lambda _: ema.update(decay))
-    # the average is read and written, the weight read
-    told["ema"] = {"held_bytes_per_parameter": 4.0, "moved_bytes_per_parameter": 8.0 + dtype.itemsize}
+    # the average is read and written, the weight is read
+    figures_of["ema"] = {"held_bytes_per_parameter": 4.0, "moved_bytes_per_parameter": 8.0 + dtype.itemsize}
     seconds = interleave_prepared(runs, device, repeats)
     first = next(iter(seconds))
-    record = partial(make_record, device=device)
-    for name, found in told.items():
+    for name, figures in figures_of.items():
         if name in seconds:
             low, middle, high = percentiles(seconds[name])
             ratios = [a / b for a, b in zip(seconds[name], seconds[first], strict=True)]
-            found |= {
+            figures |= {
                 "step_ms": [round(1e3 * s, 4) for s in (low, middle, high)],
                 "ns_per_parameter": round(1e9 * middle / num, 4),
                 "ratio": round(percentiles(ratios)[1], 3),
-                "gb_per_s": round(found["moved_bytes_per_parameter"] * num / middle / 1e9, 2),
+                "gb_per_s": round(figures["moved_bytes_per_parameter"] * num / middle / 1e9, 2),
             }
         config = {
             "optimizer": name,
@@ -200,17 +199,17 @@ def bench_optimizers(
             "device": device.type,
             "compared_with": first,
         }
-        yield record("optimizer", config, found)
+        yield make_record("optimizer", config, figures, device)
 
 
 def rows(records: list[dict]) -> tuple[list[tuple], list[str]]:
-    """Return (rows for the terminal, a line for each that cannot run)."""
-    found, cannot = [], []
+    """Return (rows for the terminal, a line of text for each optimizer that cannot run)."""
+    measured, failures = [], []
     for record in records:
         name, figures = record["config"]["optimizer"], record["figures"]
         if "cannot" in figures:
-            cannot.append(f"{name}: {figures['cannot']}")
+            failures.append(f"{name}: {figures['cannot']}")
             continue
         cells = (figures["held_bytes_per_parameter"], figures["moved_bytes_per_parameter"])
-        found.append((name, *(f"{x:.2f}" for x in cells), f"{figures['step_ms'][1]:.2f}", f"{figures['ratio']:.2f}"))
-    return found, cannot
+        measured.append((name, *(f"{x:.2f}" for x in cells), f"{figures['step_ms'][1]:.2f}", f"{figures['ratio']:.2f}"))
+    return measured, failures

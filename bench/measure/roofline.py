@@ -1,8 +1,8 @@
-"""`safelight bench roofline`: how near the training step is to what the device can do, and where the rest of the time goes.
+"""`safelight bench roofline`: how close a training step comes to the device's ceilings, by class of operator.
 
-FLOPs and bytes are counted by following the real step on meta tensors, as the device would take it. The ceilings are the
-device's own, measured beforehand. Where the step runs, its time is measured without a profiler, and the time of each class
-of operators with one. For a card that is not here the ceilings are its data sheet's and nothing is measured.
+FLOPs and bytes are counted by tracing the step on meta tensors. The ceilings are measured on this device. The time of
+the step is measured without a profiler, and the time of each class of operators with one. For a card that is not here,
+the ceilings come from its data sheet and nothing is measured.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import torch
 from safelight.bench.core.ceilings import ceilings
 from safelight.bench.core.harness import interleave, percentiles
 from safelight.bench.core.results import make_record
-from safelight.bench.counting.costs import Cost, Costs, follow
+from safelight.bench.counting.costs import Cost, Costs, step_costs
 from safelight.bench.profile.analysis import IDLE, Analysis, analyse
-from safelight.bench.profile.profiling_session import record
+from safelight.bench.profile.profiling_session import profile_loop
 from safelight.bench.recipes.suite import OURS, build, free
 from safelight.bench.recipes.workload import NUM_ROTATED, Workload, optimizer_config, random_batches
 from safelight.errors import UserError
@@ -31,27 +31,27 @@ from safelight.trainer.models.base import resolve_base
 from safelight.trainer.models.device import PRECISIONS
 
 CLASSES = ("conv", "linear", "attention", "norm", "elementwise", "optimizer", "copies")
-# what a CPU takes a step of in seconds
+# bases whose step takes only seconds on a CPU; others are not measured there
 CPU_BASES = ("tiny",)
 
 
-def _followed(work: Workload, device: torch.device, dtype: torch.dtype) -> tuple[Costs, int]:
-    """Return the costs of a step as a device would take it, and its FLOPs without what checkpointing does again."""
+def _traced(work: Workload, device: torch.device, dtype: torch.dtype) -> tuple[Costs, int]:
+    """Return (costs of a step on a device, FLOPs of the model without recomputation by checkpointing)."""
     config = Config()
     config.optimizer = optimizer_config(work.optimizer)
     config.train.checkpointing = work.checkpointing
     run = MetaRun(config, resolve_base(work.base), device, dtype)
-    costs = follow(run, work.batch_size, work.latent_size, work.latent_size)
+    costs = step_costs(run, work.batch_size, work.latent_size, work.latent_size)
     model_flops = sum(cost.flops for cost in costs.values())
     if work.checkpointing != "none":
         run.checkpoint("none")
-        once = follow(run, work.batch_size, work.latent_size, work.latent_size)
-        model_flops = sum(cost.flops for cost in once.values())
+        without_recompute = step_costs(run, work.batch_size, work.latent_size, work.latent_size)
+        model_flops = sum(cost.flops for cost in without_recompute.values())
     return costs, model_flops
 
 
 def _measured(work: Workload, repeats: int, num_steps: int, limits: dict, costs: Costs) -> tuple[list[float], Analysis]:
-    """Return (seconds of each step without a profiler, what the profiler says of further ones)."""
+    """Return (seconds of each step without a profiler, analysis of further steps under the profiler)."""
     device = torch.device(work.device)
     trainer, batches = build(OURS, work), random_batches(NUM_ROTATED, work)
     seconds = interleave({"": lambda n: trainer.step(batches[n % NUM_ROTATED])}, device, repeats)[""]
@@ -62,44 +62,46 @@ def _measured(work: Workload, repeats: int, num_steps: int, limits: dict, costs:
             after_step()
 
     with tempfile.TemporaryDirectory(prefix="safelight-roofline-") as folder:
-        session = record(loop, num_steps, device, Path(folder))
-    # by operator a session followed what ran here; on meta tensors our kernels are seen as well
-    found = analyse(replace(session, costs=costs, plain_ms=1e3 * percentiles(seconds)[1]), limits)
-    return seconds, found
+        session = profile_loop(loop, num_steps, device, Path(folder))
+    # use the costs traced on meta tensors, which include our kernels
+    analysis = analyse(replace(session, costs=costs, unprofiled_ms=1e3 * percentiles(seconds)[1]), limits)
+    return seconds, analysis
 
 
 def _by_class(costs: Costs, limits: dict, analysis: Analysis | None) -> dict[str, dict]:
-    """Return what each class needs, the least time for it, and the time it took."""
-    found = {}
+    """Return the figures of each class: calls, FLOPs, bytes, roofline time and, if measured, its time and idle time."""
+    classes = {}
     for kind in CLASSES:
-        rows = [cost for cost in costs.values() if cost.kind == kind]
-        whole = Cost(kind, sizes=sum((cost.sizes for cost in rows), Cost().sizes))
+        of_kind = [cost for cost in costs.values() if cost.kind == kind]
+        total = Cost(kind, sizes=sum((cost.sizes for cost in of_kind), Cost().sizes))
         row = {
-            "calls": whole.calls,
-            "gflop": round(whole.flops / 1e9, 3),
-            "gb": round(whole.num_bytes / 1e9, 4),
-            "least_ms": round(whole.least_ms(limits), 4),
+            "calls": total.calls,
+            "gflop": round(total.flops / 1e9, 3),
+            "gb": round(total.num_bytes / 1e9, 4),
+            "least_ms": round(total.roofline_ms(limits), 4),
         }
         if analysis is not None:
             ms = analysis.kinds.get(kind, 0.0)
-            row |= {"ms": round(ms, 4), "share_of_limit": round(whole.least_ms(limits) / ms, 4) if ms else None}
-        found[kind] = row
+            row |= {"ms": round(ms, 4), "share_of_limit": round(total.roofline_ms(limits) / ms, 4) if ms else None}
+        classes[kind] = row
     if analysis is not None:
         idle = IDLE["cuda" if "idle" in analysis.kinds else "cpu"]
-        found[idle] = {"ms": round(analysis.kinds[idle], 4)}
-    return found
+        classes[idle] = {"ms": round(analysis.kinds[idle], 4)}
+    return classes
 
 
 def _card_limits(card: Card) -> dict:
     if card.tflops is None or card.bandwidth_gb_s is None:
-        raise UserError(f"the rates of {card.name} are not known; name a card of the table: t4, rtx3060, rtx4090, a100")
+        raise UserError(
+            f"the compute rate and bandwidth of {card.name} are unknown; use a card by name: t4, rtx3060, rtx4090, a100"
+        )
     return {"matmul_tflops": card.tflops, "copy_gb_per_s": card.bandwidth_gb_s}
 
 
 def roofline(work: Workload, repeats: int = 20, num_steps: int = 5, card: Card | None = None) -> dict:
-    """Return the result line. card: one that is not here, to be counted for.
+    """Return the result line. card: a card that is not here, to predict for instead of measuring.
 
-    Raises ValueError for a card without known rates, or below 1 repeat or step.
+    Raises UserError for a card whose rates are unknown, or below 1 repeat or step.
     """
     if min(repeats, num_steps, work.batch_size) < 1:
         raise UserError(f"batch size {work.batch_size}, repeats {repeats} and steps {num_steps} must be 1 or more")
@@ -111,14 +113,14 @@ def roofline(work: Workload, repeats: int = 20, num_steps: int = 5, card: Card |
         work = work.resolved()
         dtype = work.dtype
         limits = ceilings(torch.device(work.device), dtype, small=work.device == "cpu")
-    costs, model_flops = _followed(work, torch.device(work.device), dtype)
+    costs, model_flops = _traced(work, torch.device(work.device), dtype)
     flops = sum(cost.flops for cost in costs.values())
     figures = {
         **limits,
         "step_gflop": round(flops / 1e9, 3),
         "model_gflop": round(model_flops / 1e9, 3),
         "moved_gb": round(sum(cost.num_bytes for cost in costs.values()) / 1e9, 4),
-        "least_ms": round(sum(cost.least_ms(limits) for cost in costs.values()), 4),
+        "least_ms": round(sum(cost.roofline_ms(limits) for cost in costs.values()), 4),
     }
     analysis = None
     config = {**asdict(work), "ceilings": "measured" if card is None else f"{card.name}'s data sheet"}
@@ -136,7 +138,7 @@ def roofline(work: Workload, repeats: int = 20, num_steps: int = 5, card: Card |
             "profiled_step_ms": round(analysis.step_ms, 3),
             "images_per_s": round(1e3 * work.batch_size / step_ms[1], 3),
             "launches": round(analysis.launches),
-            # what the model takes, and what was computed: checkpointing does some of it twice
+            # the model's FLOPs, and all FLOPs including recomputation
             "model_flop_use": {"share_of_limit": round(model_flops / step_ms[1] / limits["matmul_tflops"] / 1e9, 4)},
             "flop_use": {"share_of_limit": round(flops / step_ms[1] / limits["matmul_tflops"] / 1e9, 4)},
         }
@@ -146,28 +148,28 @@ def roofline(work: Workload, repeats: int = 20, num_steps: int = 5, card: Card |
     )
 
 
-def rows(figures: dict) -> tuple[tuple[str, ...], list[tuple]]:
+def table_rows(figures: dict) -> tuple[tuple[str, ...], list[tuple]]:
     """Return (columns, rows) for the terminal."""
-    columns = ("class", "calls", "GFLOP", "GB", "least ms")
+    columns = ("class", "calls", "GFLOP", "GB", "roofline ms")
     measured = "step_ms" in figures
     if measured:
-        columns += ("ms", "of the time", "of the roofline")
-    whole = sum(row.get("ms", 0.0) for row in figures["classes"].values())
-    found = []
+        columns += ("measured ms", "of the step", "of the roofline")
+    step_ms = sum(row.get("ms", 0.0) for row in figures["classes"].values())
+    rows = []
     for kind, row in figures["classes"].items():
-        needs = (
+        counted = (
             (f"{row['calls']:,}", f"{row['gflop']:,.1f}", f"{row['gb']:.2f}", f"{row['least_ms']:.2f}")
             if "calls" in row
             else ("",) * 4
         )
-        took = ()
+        timed = ()
         if measured:
             share = row.get("share_of_limit")
-            took = (
+            timed = (
                 f"{row['ms']:.2f}",
-                f"{100 * row['ms'] / whole:.0f} %",
+                f"{100 * row['ms'] / step_ms:.0f} %",
                 "" if share is None else f"{100 * share:.0f} %",
             )
-        found.append((kind, *needs, *took))
+        rows.append((kind, *counted, *timed))
     total = ("", f"{figures['step_gflop']:,.1f}", f"{figures['moved_gb']:.2f}", f"{figures['least_ms']:.2f}")
-    return columns, [*found, ("a step", *total, *((f"{whole:.2f}", "", "") if measured else ()))]
+    return columns, [*rows, ("whole step", *total, *((f"{step_ms:.2f}", "", "") if measured else ()))]

@@ -1,4 +1,4 @@
-"""What a profiling session says: time by stretch and by class of operator, and each operator against the roofline."""
+"""Analyse a profiling session: time by phase and by class of operator, and each operator against the roofline."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from torch.autograd import DeviceType
 
 from safelight.bench.core.device_timeline import DeviceStep, device_steps
 from safelight.bench.counting.costs import Cost, kind_of
-from safelight.bench.profile.profiling_session import STEP, Session
+from safelight.bench.profile.profiling_session import STEP, ProfileSession
 
-STRETCHES = ("load", "noise", "forward", "loss", "backward", "optimizer")
-REST = "the loop around them"
+PHASES = ("load", "noise", "forward", "loss", "backward", "optimizer")
+# time outside the phases, and its name in result lines, which must stay comparable with older ones
+REST, RECORDED_REST = "rest of the loop", "the loop around them"
+# time in which no operator runs
 IDLE = {"cuda": "idle", "cpu": "Python and dispatch"}
-# what a kernel's own name tells where nothing else does
+# class by a part of a kernel's name, if nothing else is known of it
 _KERNEL_WORDS = {
     "conv": ("conv", "wgrad", "dgrad", "fprop"),
     "linear": ("gemm", "cutlass"),
@@ -30,7 +32,10 @@ _KERNEL_WORDS = {
 
 @dataclass(frozen=True)
 class Operator:
-    """An operator (or a kernel outside all of them) in one step. share: of the roofline, None where nothing is known of it."""
+    """An operator, or a kernel that no operator launched: its calls, time and costs per step.
+
+    share: roofline time / measured time; None if its bytes and FLOPs are unknown.
+    """
 
     name: str
     kind: str
@@ -43,14 +48,15 @@ class Operator:
 
 @dataclass(frozen=True)
 class Analysis:
-    """step_ms: the median profiled step's; plain_ms: one without the profiler. kinds: ms by class, what is left last.
+    """Figures of one step.
 
-    launches: a GPU's kernels, copies and fills; on a CPU the operators.
+    step_ms: median of the profiled steps. unprofiled_ms: a step without the profiler. phases: ms by phase. kinds: ms by
+    class of operator, with the idle time last. launches: kernels, copies and fills of a GPU, or operators of a CPU.
     """
 
     step_ms: float
-    plain_ms: float
-    stretches: dict[str, float]
+    unprofiled_ms: float
+    phases: dict[str, float]
     kinds: dict[str, float]
     operators: list[Operator]
     flops: int
@@ -59,72 +65,72 @@ class Analysis:
     model_flop_use: float
 
 
-def _all_steps(session: Session) -> list:
+def _all_steps(session: ProfileSession) -> list:
     steps = [e for e in session.events if e.name == STEP and e.device_type == DeviceType.CPU]
     return sorted(steps, key=lambda e: e.time_range.start)
 
 
-def step_events(session: Session) -> list:
-    """Return the profiler's events of the steps that are spoken of."""
+def step_events(session: ProfileSession) -> list:
+    """Return the profiler's events of the analysed steps."""
     steps = _all_steps(session)
     return [steps[number] for number in session.chosen]
 
 
-def gpu_steps(session: Session) -> list[DeviceStep]:
-    """Return those steps on the GPU's own timeline; none on a CPU."""
-    found = device_steps(session.kernels, [e.time_range.start for e in _all_steps(session)])
-    return [found[number] for number in session.chosen if number in found]
+def gpu_steps(session: ProfileSession) -> list[DeviceStep]:
+    """Return the analysed steps on the GPU's timeline; empty on a CPU."""
+    steps = device_steps(session.kernels, [e.time_range.start for e in _all_steps(session)])
+    return [steps[number] for number in session.chosen if number in steps]
 
 
-def chosen_events(session: Session) -> list:
-    """Return the profiler's events that began within those steps."""
+def chosen_events(session: ProfileSession) -> list:
+    """Return the profiler's events that began within the analysed steps."""
     spans = [(e.time_range.start, e.time_range.end) for e in step_events(session)]
     starts = [start for start, _ in spans]
-    found = []
+    events = []
     for event in session.events:
         number = bisect.bisect_right(starts, event.time_range.start) - 1
         if number >= 0 and event.time_range.start <= spans[number][1]:
-            found.append(event)
-    return found
+            events.append(event)
+    return events
 
 
-def median_step(session: Session):
+def median_step(session: ProfileSession):
     """Return the event of the step of median length."""
     steps = sorted(step_events(session), key=lambda e: e.time_range.elapsed_us())
     return steps[len(steps) // 2]
 
 
 def above(event) -> Iterator:
-    """Yield what an event is within, the nearest first."""
+    """Yield the events that enclose an event, innermost first."""
     event = event.cpu_parent
     while event is not None:
         yield event
         event = event.cpu_parent
 
 
-def _stretches(session: Session, events: list) -> dict[str, float]:
-    """Return ms a step of each stretch, and of what is in none."""
-    found = dict.fromkeys(STRETCHES, 0.0)
+def _phase_times(session: ProfileSession, events: list) -> dict[str, float]:
+    """Return the host's ms per step in each phase, and outside all phases."""
+    times = dict.fromkeys(PHASES, 0.0)
     for event in events:
-        if event.name in found and event.device_type == DeviceType.CPU:
-            found[event.name] += event.time_range.elapsed_us() / 1e3 / len(session.chosen)
+        if event.name in times and event.device_type == DeviceType.CPU:
+            times[event.name] += event.time_range.elapsed_us() / 1e3 / len(session.chosen)
     whole = statistics.fmean(e.time_range.elapsed_us() for e in step_events(session)) / 1e3
-    return {**found, REST: max(0.0, whole - sum(found.values()))}
+    return {**times, REST: max(0.0, whole - sum(times.values()))}
 
 
 def _operator_of(event, counted: set[str]) -> tuple[str | None, bool]:
-    """Return the outermost counted operator that an event is, or is within, and whether the optimizer's stretch is around."""
+    """Return (outermost counted operator that is or encloses an event, whether the optimizer phase encloses it)."""
     outer = [event.name, *(e.name for e in above(event))]
     named = [name[6:] for name in outer if name.startswith("aten::") and name[6:] in counted]
     return (named[-1] if named else None), "optimizer" in outer
 
 
-# by (in the optimizer, operator or kernel)
+# [calls, ms] over all steps by (called by the optimizer, operator or kernel)
 _Times = dict[tuple[bool, str], list[float]]
 
 
-def _cpu_times(session: Session, events: list) -> _Times:
-    """Return [calls, ms] over all steps: what an operator calls is part of it."""
+def _cpu_times(session: ProfileSession, events: list) -> _Times:
+    """Return the times of operators on a CPU, each including the operators it calls."""
     counted = {name for _, name in session.costs}
     times: _Times = defaultdict(lambda: [0, 0.0])
     for event in events:
@@ -139,9 +145,11 @@ def _cpu_times(session: Session, events: list) -> _Times:
     return times
 
 
-def _gpu_times(session: Session, steps: list[DeviceStep]) -> _Times:
-    """Return [launches, ms] over all steps, under the operator that launched, or the kernel's own name where none did:
-    our kernels, and what a graph replays."""
+def _gpu_times(session: ProfileSession, steps: list[DeviceStep]) -> _Times:
+    """Return the times of kernels on a GPU by the operator that launched them.
+
+    Kernels without an operator, which are ours and those of CUDA graphs, stand under their own names.
+    """
     counted = {name for (_, name), cost in session.costs.items() if not cost.is_kernel}
     by_id = {e.id: e for e in session.events if e.device_type == DeviceType.CPU and not e.name.startswith("cu")}
     times: _Times = defaultdict(lambda: [0, 0.0])
@@ -154,8 +162,8 @@ def _gpu_times(session: Session, steps: list[DeviceStep]) -> _Times:
     return times
 
 
-def _cost(session: Session, in_optimizer: bool, name: str) -> Cost | None:
-    """Return what is known of an operator in a stretch, or of a kernel of ours in any."""
+def _cost(session: ProfileSession, in_optimizer: bool, name: str) -> Cost | None:
+    """Return the cost of an operator in or outside the optimizer; of our own kernels, wherever they were called."""
     other = session.costs.get((not in_optimizer, name))
     return session.costs.get((in_optimizer, name)) or (other if other is not None and other.is_kernel else None)
 
@@ -169,13 +177,13 @@ def _kind(in_optimizer: bool, name: str, cost: Cost | None, counted: set[str]) -
 
 
 def roofline_share(cost: Cost, ms: float, ceilings: dict) -> float | None:
-    """Return the least time for the bytes and FLOPs of an operator's calls at the ceilings, over the time they took."""
-    least = cost.least_ms(ceilings)
-    return least / ms if ms > 0 and least > 0 else None
+    """Return roofline time / measured time of an operator's calls; None if either is 0."""
+    limit_ms = cost.roofline_ms(ceilings)
+    return limit_ms / ms if ms > 0 and limit_ms > 0 else None
 
 
-def analyse(session: Session, ceilings: dict) -> Analysis:
-    """Return what the session says, by one step. ceilings: of bench/core/ceilings.py."""
+def analyse(session: ProfileSession, ceilings: dict) -> Analysis:
+    """Return the figures of one step. ceilings: from bench/core/ceilings.py."""
     operators, events, num = [], chosen_events(session), len(session.chosen)
     is_gpu = session.device.type == "cuda"
     on_device = gpu_steps(session) if is_gpu else []
@@ -201,24 +209,26 @@ def analyse(session: Session, ceilings: dict) -> Analysis:
     flops = sum(cost.flops for cost in session.costs.values())
     return Analysis(
         statistics.median(lengths),
-        session.plain_ms,
-        _stretches(session, events),
+        session.unprofiled_ms,
+        _phase_times(session, events),
         kinds,
         operators,
         flops,
         sum(cost.num_bytes for cost in session.costs.values()),
         sum(o.calls for o in operators),
-        flops / (session.plain_ms / 1e3) / (ceilings["matmul_tflops"] * 1e12),
+        flops / (session.unprofiled_ms / 1e3) / (ceilings["matmul_tflops"] * 1e12),
     )
 
 
-def figures(session: Session, analysis: Analysis, ceilings: dict) -> dict:
-    """Return plain values for a result line."""
+def figures(session: ProfileSession, analysis: Analysis, ceilings: dict) -> dict:
+    """Return the analysis as plain values for a result line."""
     mib = 2**20
     return {
         "step_ms": round(analysis.step_ms, 2),
-        "unprofiled_step_ms": round(analysis.plain_ms, 2),
-        "stretches_ms": {name: {"ms": round(ms, 3)} for name, ms in analysis.stretches.items()},
+        "unprofiled_step_ms": round(analysis.unprofiled_ms, 2),
+        "stretches_ms": {
+            RECORDED_REST if name == REST else name: {"ms": round(ms, 3)} for name, ms in analysis.phases.items()
+        },
         "classes_ms": {name: {"ms": round(ms, 3)} for name, ms in analysis.kinds.items()},
         "operators": [
             {

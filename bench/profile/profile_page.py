@@ -1,4 +1,4 @@
-"""The page of a profiling session: one HTML file with the step's flame chart, its memory, and what its operators reach."""
+"""The page of a profiling session: one HTML file with the step's flame chart, times, roofline and memory."""
 
 from __future__ import annotations
 
@@ -7,22 +7,26 @@ from dataclasses import dataclass
 from matplotlib.figure import Figure
 from torch.autograd import DeviceType
 
-from safelight.bench.profile.analysis import IDLE, STRETCHES, Analysis, median_step
-from safelight.bench.profile.profiling_session import STEP, TRACE_NAME, Session
+from safelight.bench.profile.analysis import IDLE, PHASES, Analysis, median_step
+from safelight.bench.profile.profiling_session import STEP, TRACE_NAME, ProfileSession
 from safelight.data.text import counted
 from safelight.trainer.report.build import MARK
 from safelight.trainer.report.markup import Markup, details, join, table, tag
 from safelight.trainer.report.svg import PALETTE, new_figure, to_svg
 from safelight.trainer.report.theme import CSS, JS, content_security_policy
 
-WIDTH_PX, NARROW_PX, ROW_PX, MAX_DEPTH, LEAST_PX, LETTER_PX = 1080, 358, 19, 8, 0.3, 6.4
+# widths of a figure on a desktop and on a phone
+WIDTH_PX, NARROW_PX = 1080, 358
+# flame chart: height of a row, nesting that is drawn, width of the smallest box, width of a letter
+ROW_PX, MAX_DEPTH, MIN_WIDTH_PX, LETTER_PX = 19, 8, 0.3, 6.4
+# rows of the tables, points of a timeline
 NUM_OPERATORS, NUM_BLOCKS, MAX_POINTS = 20, 12, 2000
 MIB = 2**20
 
 
 @dataclass(frozen=True)
 class Box:
-    """An event in the flame chart: microseconds since the step began."""
+    """An event in the flame chart. start, length: microseconds, from the beginning of the step."""
 
     name: str
     start: float
@@ -30,8 +34,8 @@ class Box:
     depth: int
 
 
-def boxes(session: Session) -> list[Box]:
-    """Return what the median step's thread did, nested; what is too short to be seen left out."""
+def boxes(session: ProfileSession) -> list[Box]:
+    """Return the events of the median step on its own thread, by nesting depth; those too short to see are left out."""
     step = median_step(session)
     began, whole = step.time_range.start, step.time_range.elapsed_us()
     inside = [
@@ -42,30 +46,30 @@ def boxes(session: Session) -> list[Box]:
         and began <= e.time_range.start
         and e.time_range.end <= step.time_range.end
     ]
-    found, ends = [], []
+    drawn, ends = [], []
     for event in sorted(inside, key=lambda e: (e.time_range.start, -e.time_range.end)):
         while ends and event.time_range.start >= ends[-1]:
             ends.pop()
-        if len(ends) < MAX_DEPTH and event.time_range.elapsed_us() / whole * WIDTH_PX >= LEAST_PX:
+        if len(ends) < MAX_DEPTH and event.time_range.elapsed_us() / whole * WIDTH_PX >= MIN_WIDTH_PX:
             box = Box(event.name, event.time_range.start - began, event.time_range.elapsed_us(), len(ends))
-            found.append(box)
+            drawn.append(box)
         ends.append(event.time_range.end)
-    return found
+    return drawn
 
 
 def _fill(name: str) -> str:
-    """Return the theme's class of a box: steps and stretches red, the UNet's parts amber, operators grey."""
-    if name == STEP or name in STRETCHES:
+    """Return the CSS class of a box: red for the step and its phases, amber for UNet blocks, grey for operators."""
+    if name == STEP or name in PHASES:
         return "f-accent"
     return "f-amber" if "." in name and "::" not in name and "#" not in name else "f-faint"
 
 
-def flame_chart(session: Session) -> Markup:
-    """Return the median step as nested boxes over time, each with its name and length to be read under the pointer."""
-    found = boxes(session)
-    whole = max(box.start + box.length for box in found)
+def flame_chart(session: ProfileSession) -> Markup:
+    """Return the median step as nested boxes over time; each shows its name and length under the pointer."""
+    events = boxes(session)
+    whole = max(box.start + box.length for box in events)
     drawn = []
-    for box in found:
+    for box in events:
         x, width = box.start / whole * WIDTH_PX, box.length / whole * WIDTH_PX
         y = box.depth * ROW_PX
         opacity = {"f-accent": 0.78, "f-amber": 0.62, "f-faint": 1}[_fill(box.name)]
@@ -84,7 +88,7 @@ def flame_chart(session: Session) -> Markup:
         text = short if len(short) <= room else f"{short[: room - 1]}…" if room > 4 else ""
         label = tag("text", text, class_="f-ink", x=f"{x + 3:.2f}", y=y + 13, **{"font-size": 11}) if text else None
         drawn.append(join(rect, label))
-    height = (max(box.depth for box in found) + 1) * ROW_PX
+    height = (max(box.depth for box in events) + 1) * ROW_PX
     svg = tag(
         "svg",
         drawn,
@@ -99,13 +103,16 @@ def flame_chart(session: Session) -> Markup:
 
 
 def _thinned(points: list[tuple[float, int]]) -> list[tuple[float, int]]:
-    """Return no more points than can be drawn, each stretch's highest."""
+    """Return at most about MAX_POINTS points: the highest of each interval."""
     size = max(1, len(points) // MAX_POINTS)
     return [max(points[i : i + size], key=lambda p: p[1]) for i in range(0, len(points), size)]
 
 
 def _timeline(points: list[tuple[float, int]], marks: list[tuple[str, float, float]], name: str, label: str) -> Markup:
-    """Return bytes over time, for a desk's and a phone's width. points: (ms, bytes); marks: (name, from ms, to ms), shaded in turn."""
+    """Return a figure of bytes over time, in a wide and a narrow drawing.
+
+    points: (ms, bytes). marks: (name, start ms, end ms) of labelled intervals, every other one shaded.
+    """
     drawings = [
         to_svg(_timeline_figure(points, marks, width, height), f"{name}-{kind}", label, kind)
         for kind, width, height in (("wide", WIDTH_PX, 260), ("narrow", NARROW_PX, 230))
@@ -147,8 +154,8 @@ def _timeline_figure(
     return figure
 
 
-def memory_section(session: Session) -> Markup:
-    """Return the allocator's and the saved tensors' timelines, and which parts save most."""
+def memory_section(session: ProfileSession) -> Markup:
+    """Return the section with allocated and saved memory over time, and the blocks that save the most."""
     step = median_step(session)
     began, end = step.time_range.start / 1e3, step.time_range.end / 1e3
     marks = [
@@ -165,17 +172,18 @@ def memory_section(session: Session) -> Markup:
             base = inside[0][1]
             relative = [(ms, n - base) for ms, n in inside]
             peak = max(n for _, n in relative) / MIB
-            label = f"Allocated during the step on {kind}, at most {peak:.1f} MiB more than at its start"
+            device = {"cpu": "CPU", "cuda": "GPU"}.get(kind, kind)
+            label = f"Allocated on the {device} during the step: up to {peak:,.1f} MiB more than at its start"
             parts += [tag("h3", label), _timeline(relative, marks, f"live-{kind}", label)]
     saved = [(1e3 * s, n) for s, n in session.saved.points]
     if saved:
         peak = max(n for _, n in saved) / MIB
-        label = f"Kept for the backward pass: {peak:.1f} MiB at most"
-        note = tag("p", "Of a step followed tensor by tensor, and so slower.", class_="note")
+        label = f"Saved for the backward pass: up to {peak:,.1f} MiB"
+        note = tag("p", "From a separate step that was traced tensor by tensor, which makes it slower.", class_="note")
         parts += [tag("h3", label), note, _timeline(saved, [], "saved", label)]
         blocks = sorted(session.saved.by_block.items(), key=lambda item: -item[1])
         rows = [(name, f"{n / MIB:.2f}", f"{100 * n / (peak * MIB):.0f} %") for name, n in blocks[:NUM_BLOCKS]]
-        parts.append(table(("part", "MiB saved", "of the peak"), rows, class_="figures"))
+        parts.append(table(("block", "MiB saved", "of the peak"), rows, class_="figures"))
     return tag("section", tag("h2", "Memory"), parts, id="memory")
 
 
@@ -188,7 +196,7 @@ def _bar(share: float) -> Markup:
 def _shares(head: str, rows: dict[str, float]) -> Markup:
     total = sum(rows.values()) or 1.0
     cells = [(name, f"{ms:.2f}", f"{100 * ms / total:.1f} %", _bar(ms / total)) for name, ms in rows.items()]
-    return table((head, "ms a step", "share", ""), cells, class_="figures barred")
+    return table((head, "ms/step", "share", ""), cells, class_="figures barred")
 
 
 def _tiles(pairs: list[tuple[str, str, str]]) -> Markup:
@@ -214,24 +222,33 @@ def _operator_rows(analysis: Analysis) -> list[tuple]:
     ]
 
 
-def _told(session: Session) -> str:
+def _batch_text(session: ProfileSession) -> str:
+    """Return the size of a batch in words: `2 x 4 photographs, 64x64 latents`."""
     batch, _, height, width = session.shape
     times = f"{session.accumulate} x " if session.accumulate > 1 else ""
-    return f"{times}{counted(batch, 'photograph')}, {height} x {width} latents"
+    return f"{times}{counted(batch, 'photograph')}, {height}x{width} latents"
 
 
-def render(session: Session, analysis: Analysis, ceilings: dict, title: str, place: str) -> str:
-    """Return the page as HTML. title: what was trained; place: on what, with what."""
+def render(session: ProfileSession, analysis: Analysis, ceilings: dict, title: str, subtitle: str) -> str:
+    """Return the page as HTML. title: the model and batch. subtitle: device, settings and versions."""
     rest = IDLE[session.device.type]
     saved = max((n for _, n in session.saved.points), default=0) / MIB
     tiles = _tiles(
         [
-            ("A step, without the profiler", f"{analysis.plain_ms:,.1f}", "ms"),
-            ("Photographs", f"{1e3 * session.shape[0] * session.accumulate / analysis.plain_ms:,.1f}", "a second"),
-            ("Model-FLOP use", f"{100 * analysis.model_flop_use:.1f}", f"% of {ceilings['matmul_tflops']:.2f} TFLOP/s"),
-            ("Operators and kernels", f"{analysis.launches:,.0f}", "a step"),
-            ("FLOPs", f"{analysis.flops / 1e9:,.1f}", "GFLOP a step"),
-            ("Kept for backward", f"{saved:,.1f}", "MiB"),
+            ("Step time without profiler", f"{analysis.unprofiled_ms:,.1f}", "ms"),
+            ("Throughput", f"{1e3 * session.shape[0] * session.accumulate / analysis.unprofiled_ms:,.1f}", "images/s"),
+            (
+                "Model FLOP utilization",
+                f"{100 * analysis.model_flop_use:.1f}",
+                f"% of {ceilings['matmul_tflops']:.2f} TFLOP/s",
+            ),
+            (
+                "Kernel launches" if session.device.type == "cuda" else "Operators",
+                f"{analysis.launches:,.0f}",
+                "per step",
+            ),
+            ("Arithmetic", f"{analysis.flops / 1e9:,.1f}", "GFLOP per step"),
+            ("Saved for backward", f"{saved:,.1f}", "MiB"),
         ]
     )
     body = join(
@@ -239,28 +256,30 @@ def render(session: Session, analysis: Analysis, ceilings: dict, title: str, pla
             "header",
             tag("div", Markup(MARK), "Safelight · profile of a step", class_="mark"),
             tag("h1", title),
-            tag("p", place, class_="sub"),
+            tag("p", subtitle, class_="sub"),
             tiles,
         ),
         tag(
             "main",
             tag(
                 "section",
-                tag("h2", "Where the step's time goes"),
-                _shares("stretch", analysis.stretches),
+                tag("h2", "Time by phase"),
+                _shares("phase", analysis.phases),
                 tag(
                     "p",
-                    f"{counted(len(session.chosen), 'step')} of {_told(session)} under the profiler, which slows it: {analysis.step_ms:,.1f} ms a step.",
+                    f"Host time, averaged over {counted(len(session.chosen), 'step')} of {_batch_text(session)}. "
+                    f"Under the profiler a step takes {analysis.step_ms:,.1f} ms.",
                     class_="note",
                 ),
-                id="stretches",
+                id="phases",
             ),
             tag(
                 "section",
                 tag("h2", "Flame chart"),
                 tag(
                     "p",
-                    f"One step; point at a box for its name and length. The whole trace: {TRACE_NAME}, for ui.perfetto.dev.",
+                    f"One step. Point at a box to see its name and duration. Open {TRACE_NAME} in ui.perfetto.dev for "
+                    "the full trace.",
                     class_="note",
                 ),
                 flame_chart(session),
@@ -268,9 +287,9 @@ def render(session: Session, analysis: Analysis, ceilings: dict, title: str, pla
             ),
             tag(
                 "section",
-                tag("h2", "By class"),
+                tag("h2", "Time by class of operator"),
                 _shares("class", analysis.kinds),
-                tag("p", f"“{rest}” is the step's time in which no operator ran.", class_="note"),
+                tag("p", f"“{rest}” is time in which no operator ran.", class_="note"),
                 id="classes",
             ),
             tag(
@@ -278,20 +297,21 @@ def render(session: Session, analysis: Analysis, ceilings: dict, title: str, pla
                 tag("h2", "Roofline"),
                 tag(
                     "p",
-                    f"The ceilings are this machine's own: {ceilings['matmul_tflops']:.2f} TFLOP/s of matrix products, "
-                    f"{ceilings['copy_gb_per_s']:.1f} GB/s of copies. An operator at 100 % is as fast as its bytes, read and written "
-                    "once, and its FLOPs allow; above it, the cache has helped.",
+                    f"Ceilings measured on this machine: {ceilings['matmul_tflops']:.2f} TFLOP/s of matrix "
+                    f"multiplication and {ceilings['copy_gb_per_s']:.1f} GB/s of copies. An operator at 100 % takes "
+                    "no longer than its FLOPs need, or reading its inputs and writing its outputs once. Above 100 %, "
+                    "data came from a cache.",
                     class_="note",
                 ),
                 table(
-                    ("operator", "class", "calls", "ms a step", "GB/s", "GFLOP/s", "of the roofline"),
+                    ("operator", "class", "calls", "ms/step", "GB/s", "GFLOP/s", "of the roofline"),
                     _operator_rows(analysis),
                     class_="figures of-class",
                 ),
                 details(
                     "All operators",
                     table(
-                        ("operator", "class", "calls", "ms a step"),
+                        ("operator", "class", "calls", "ms/step"),
                         [(o.name, o.kind, f"{o.calls:,.0f}", f"{o.ms:.3f}") for o in analysis.operators],
                         class_="figures of-class",
                     ),

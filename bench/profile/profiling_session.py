@@ -1,8 +1,7 @@
-"""A profiling session: a few real steps under torch's profiler, and one more to be counted.
+"""Profile a few real training steps with torch's profiler, then trace one more step for bytes, FLOPs and saved tensors.
 
-Of `safelight train` the run is the config's own, in a folder that is thrown away: its loader, its loop, its log. Validation,
-samples and checkpoints are off. After the profiled steps one step is followed operator by operator, for bytes and FLOPs,
-and its saved tensors from birth to death; it is not timed, for following takes time.
+`safelight profile` runs the config's own training loop, loader and log in a temporary folder, without validation,
+samples and checkpoints. The traced step is not timed, because tracing every operator slows it down.
 """
 
 from __future__ import annotations
@@ -37,19 +36,25 @@ TRACE_NAME, SNAPSHOT_NAME = "trace.json.gz", "memory.pickle"
 
 
 @dataclass
-class Saved:
-    """Tensors that autograd keeps. points: (seconds since the step began, bytes alive); peak_by_block: bytes by the block
-    that saved them, each storage once."""
+class SavedTimeline:
+    """Bytes that autograd saves for backward during one step, each storage counted once.
+
+    points: (seconds since the step began, bytes alive). by_block: bytes by the UNet block that saved them.
+    """
 
     points: list[tuple[float, int]] = field(default_factory=list)
     by_block: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
 
 @dataclass
-class Session:
-    """events: the profiler's; kernels: what a GPU ran; live: (seconds since profiling began, bytes allocated since then) by
-    device type; chosen: which of the profiled steps are of `shape`, that of the latents of a micro-step, and are spoken
-    of; plain_ms: of the fastest such step before the profiler began."""
+class ProfileSession:
+    """What was recorded of a training loop.
+
+    chosen: indices of the profiled steps that are analysed, those whose latents have `shape`. events: torch's profiler
+    events. kernels: the GPU's kernels. live: by device type, (seconds since profiling began, bytes allocated since
+    then). costs, saved: of the traced step. files: written by the profiler. shape: of the latents of one micro-batch.
+    unprofiled_ms: the fastest step of that shape before the profiler started.
+    """
 
     device: torch.device
     chosen: list[int]
@@ -57,21 +62,21 @@ class Session:
     kernels: list[KernelRun]
     live: dict[str, list[tuple[float, int]]]
     costs: Costs
-    saved: Saved
+    saved: SavedTimeline
     files: list[Path]
     shape: tuple[int, ...]
     accumulate: int
-    plain_ms: float
+    unprofiled_ms: float
 
 
-class Enough(Exception):
-    """All steps are taken; nothing shall be saved."""
+class StopProfiling(Exception):
+    """Raised from the training loop to end it after the last step, without saving a checkpoint."""
 
 
-class _Kept:
-    """A saved tensor; its storage counts from its first saving to its last release."""
+class _SavedTensor:
+    """Wrapper that autograd holds in place of a saved tensor, so that its release is seen."""
 
-    def __init__(self, tensor: Tensor, owner: SavedTensors):
+    def __init__(self, tensor: Tensor, owner: SavedTensorTracker):
         self.tensor, self.owner = tensor, owner
         owner.change(tensor, +1)
 
@@ -79,13 +84,16 @@ class _Kept:
         self.owner.change(self.tensor, -1)
 
 
-class SavedTensors(saved_tensors_hooks):
-    """Follows saved tensors. own: storages that are no activations, the parameters'."""
+class SavedTensorTracker(saved_tensors_hooks):
+    """Saved-tensor hooks that record when bytes are saved and released.
 
-    def __init__(self, stretches: list[str], own: set[int]):
-        self.stretches, self.own, self.saved = stretches, own, Saved()
+    phases: names that are open now. own: storages to ignore, those of the parameters.
+    """
+
+    def __init__(self, phases: list[str], own: set[int]):
+        self.phases, self.own, self.saved = phases, own, SavedTimeline()
         self.began, self.alive, self.uses = time.perf_counter(), 0, defaultdict(int)
-        super().__init__(lambda x: _Kept(x, self), lambda kept: kept.tensor)
+        super().__init__(lambda x: _SavedTensor(x, self), lambda kept: kept.tensor)
 
     def change(self, tensor: Tensor, by: int) -> None:
         storage = tensor.untyped_storage()
@@ -97,13 +105,13 @@ class SavedTensors(saved_tensors_hooks):
         if is_first or is_last:
             self.alive += storage.nbytes() if is_first else -storage.nbytes()
             self.saved.points.append((time.perf_counter() - self.began, self.alive))
-        if is_first and "backward" not in self.stretches:
-            block = next((name for name in reversed(self.stretches) if "." in name), "the rest")
+        if is_first and "backward" not in self.phases:
+            block = next((name for name in reversed(self.phases) if "." in name), "the rest")
             self.saved.by_block[block] += storage.nbytes()
 
 
-class _Stretches:
-    """Names the stretches and the UNet's blocks to the profiler, and knows which are entered."""
+class _PhaseRecorder:
+    """Opens a profiler range for every phase of a step and every UNet block, and knows which are open (`entered`)."""
 
     def __init__(self):
         self.entered: list[str] = []
@@ -126,7 +134,7 @@ class _Stretches:
 
     @contextlib.contextmanager
     def blocks(self) -> Iterator[None]:
-        """Name what the UNet's blocks do within this block of code. Recomputing, a block is entered inside backward."""
+        """Open a profiler range around each UNet block; with checkpointing, blocks open again inside backward."""
         before = nn.modules.module.register_module_forward_pre_hook(self._begin)
         after = nn.modules.module.register_module_forward_hook(self._end)
         try:
@@ -153,166 +161,170 @@ class _Stretches:
 
 
 def _blocks_of(unet: nn.Module) -> dict[nn.Module, str]:
-    """Return the UNet's parts to be named: each block's ResNets, transformers and samplers, and what stands alone."""
-    found = {}
+    """Return the name of each UNet module that gets a range: the parts of its blocks, and the layers around them."""
+    names = {}
     for name, child in unet.named_children():
         if name in ("down_blocks", "up_blocks"):
             blocks = [(f"{name}.{index}", block) for index, block in enumerate(child)]
         elif name == "mid_block":
             blocks = [(name, child)]
         else:
-            found[child] = f"unet.{name}"
+            names[child] = f"unet.{name}"
             continue
         for path, block in blocks:
             for part_name, parts in block.named_children():
                 if isinstance(parts, nn.ModuleList):
-                    found |= {part: f"{path}.{part_name}.{index}" for index, part in enumerate(parts)}
-    return found
+                    names |= {part: f"{path}.{part_name}.{index}" for index, part in enumerate(parts)}
+    return names
 
 
 def settings_for(config: Config, run_dir: Path) -> Config:
-    """Return a run's config with nothing but steps in it."""
+    """Return a copy of a run's config without validation, samples, checkpoints, TensorBoard and step limit."""
     config = config.model_copy(deep=True)
     config.run.dir = str(run_dir)
     config.validate_.every_epochs = config.sample.every_epochs = 0
     config.save.every_epochs = config.save.every_steps = config.train.max_steps = 0
     config.log.tensorboard = False
-    # a replayed step has no stretches: neither are its parts seen nor is it counted
+    # in a replayed CUDA graph neither phases nor operators are visible
     config.train.cuda_graphs = "off"
     return config
 
 
-class _Conductor:
-    """Begins and ends what is recorded, between the steps of a loop that calls `after_step` after each.
+class _StepProfiler:
+    """Moves a training loop through three stages: warm-up, profiling, tracing. The loop calls `after_step`.
 
-    Steps are of many shapes: what is said is said of the largest batch among the first steps, and recording goes on until
-    enough of that shape were seen.
+    Batches have different shapes. The largest one of the warm-up steps is profiled, until `num_steps` steps of that
+    shape have been seen; then one more of them is traced.
     """
 
     def __init__(self, num_steps: int, device: torch.device, out: Path):
         self.num_steps, self.device, self.out = num_steps, device, out
         activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
         self.profiler = profile(activities=activities, profile_memory=True, acc_events=True)
-        self.stretches, self.shape = _Stretches(), None
-        self.warm: list[tuple[tuple, float]] = []
+        self.phases, self.shape = _PhaseRecorder(), None
+        # (shape, milliseconds) of each warm-up step
+        self.warmups: list[tuple[tuple, float]] = []
         self.shapes: list[tuple] = []
-        self.plain_ms = 0.0
+        self.unprofiled_ms = 0.0
         self.costs: OperatorCosts | None = None
-        self.saved: SavedTensors | None = None
+        self.saved: SavedTensorTracker | None = None
         self._open = contextlib.ExitStack()
-        self._done, self._began, self._phase = 0, time.perf_counter(), "warming"
+        self._done, self._began, self._stage = 0, time.perf_counter(), "warm-up"
 
     def after_step(self) -> bool:
-        """Called by the loop after each step, and again between epochs. Raises Enough after the last; else returns False."""
-        if self.stretches.num_steps == self._done:
+        """Advance after a step; calls without a new step do nothing. Returns False, or raises StopProfiling at the end.
+
+        It is passed to `train` as stop_requested, so False means to continue.
+        """
+        if self.phases.num_steps == self._done:
             return False
-        self._done = self.stretches.num_steps
-        shape = self.stretches.shape
+        self._done = self.phases.num_steps
+        shape = self.phases.shape
         self._open.close()
-        if self._phase == "warming":
-            self._warmed(shape)
-        elif self._phase == "profiling":
+        if self._stage == "warm-up":
+            self._end_warmup_step(shape)
+        elif self._stage == "profiling":
             self.shapes.append(shape)
             if self.shapes.count(self.shape) == self.num_steps:
                 self._stop_profiler()
         elif shape == self.shape:
-            raise Enough
-        if self._phase == "profiling":
+            raise StopProfiling
+        if self._stage == "profiling":
             self._open.enter_context(record_function(STEP))
-        elif self._phase == "following":
-            self.costs = self._open.enter_context(OperatorCosts(self.stretches.entered, self.device.type))
-            self.saved = SavedTensors(self.stretches.entered, self.stretches.parameters)
+        elif self._stage == "tracing":
+            self.costs = self._open.enter_context(OperatorCosts(self.phases.entered, self.device.type))
+            self.saved = SavedTensorTracker(self.phases.entered, self.phases.parameters)
             self._open.enter_context(self.saved)
         return False
 
-    def _warmed(self, shape: tuple) -> None:
-        self._wait()
+    def _end_warmup_step(self, shape: tuple) -> None:
+        self._synchronize()
         now = time.perf_counter()
-        self.warm.append((shape, 1e3 * (now - self._began)))
+        self.warmups.append((shape, 1e3 * (now - self._began)))
         self._began = now
-        if len(self.warm) == NUM_WARMUPS:
-            # the first step makes states and compiles
-            _, *settled = self.warm
-            self.shape = max((shape for shape, _ in settled), key=math.prod)
-            self.plain_ms = min(ms for shape, ms in settled if shape == self.shape)
+        if len(self.warmups) == NUM_WARMUPS:
+            # the first step creates optimizer states and compiles kernels
+            _, *timed = self.warmups
+            self.shape = max((shape for shape, _ in timed), key=math.prod)
+            self.unprofiled_ms = min(ms for shape, ms in timed if shape == self.shape)
             if self.device.type == "cuda":
-                # the C++ frames too would be a longer walk of the stack at every allocation of the steps that are timed
+                # Python frames only: unwinding C++ stacks at every allocation would slow the profiled steps
                 torch.cuda.memory._record_memory_history(stacks="python")
             self.profiler.start()
-            self._phase = "profiling"
+            self._stage = "profiling"
 
     def _stop_profiler(self) -> None:
-        self._wait()
+        self._synchronize()
         if self.device.type == "cuda":
             torch.cuda.memory._dump_snapshot(str(self.out / SNAPSHOT_NAME))
             torch.cuda.memory._record_memory_history(enabled=None)
         self.profiler.stop()
-        self._phase = "following"
+        self._stage = "tracing"
 
-    def _wait(self) -> None:
+    def _synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def close(self) -> None:
-        """End whatever is recorded still."""
+        """Stop whatever is still being recorded."""
         self._open.close()
-        if self._phase == "profiling":
+        if self._stage == "profiling":
             self.profiler.stop()
 
 
-def record(
+def profile_loop(
     loop: Callable[[Callable[[], bool]], None], num_steps: int, device: torch.device, out: Path, accumulate: int = 1
-) -> Session:
-    """Profile a loop that calls what it is given after every step, write the trace (and a GPU's memory snapshot) into
-    `out`, and return what was found. What it calls raises Enough after the last step.
+) -> ProfileSession:
+    """Profile a training loop and return the session. Writes the trace, and on a GPU a memory snapshot, into `out`.
 
-    Raises ValueError for a loop that takes too few steps.
+    loop: must call its argument after every step, which raises StopProfiling to end the loop. Raises UserError if the
+    loop ends before enough steps were taken.
     """
     if num_steps < 1:
         raise UserError(f"--steps {num_steps} is below 1; use 5")
-    # the profiler's library tells of its own start and stop otherwise
+    # keep the profiler's library from printing when it starts and stops
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     out.mkdir(parents=True, exist_ok=True)
-    conductor = _Conductor(num_steps, device, out)
-    stretches = conductor.stretches
-    with told_to(stretches), stretches.blocks():
+    step_profiler = _StepProfiler(num_steps, device, out)
+    phases = step_profiler.phases
+    with told_to(phases), phases.blocks():
         try:
-            loop(conductor.after_step)
-        except Enough:
+            loop(step_profiler.after_step)
+        except StopProfiling:
             pass
         else:
             raise UserError(
-                f"the run ends after {stretches.num_steps} steps, before {num_steps} of its full batches were profiled; "
-                "lower --steps or raise the epochs"
+                f"the run ends after {phases.num_steps} steps, before {num_steps} steps with full batches were "
+                "profiled; lower --steps or raise train.epochs"
             )
         finally:
-            conductor.close()
-    profiler = conductor.profiler
+            step_profiler.close()
+    profiler = step_profiler.profiler
     profiler.export_chrome_trace(str(out / TRACE_NAME))
     files = [out / name for name in (TRACE_NAME, SNAPSHOT_NAME) if (out / name).is_file()]
-    chosen = [number for number, shape in enumerate(conductor.shapes) if shape == conductor.shape]
+    chosen = [number for number, shape in enumerate(step_profiler.shapes) if shape == step_profiler.shape]
     results = profiler.profiler.kineto_results
-    return Session(
+    return ProfileSession(
         device,
         chosen,
         list(profiler.events()),
         kernel_runs(results.events(), results.trace_start_ns()),
         _live_bytes(profiler),
-        dict(conductor.costs.costs),
-        conductor.saved.saved,
+        dict(step_profiler.costs.costs),
+        step_profiler.saved.saved,
         files,
-        conductor.shape,
+        step_profiler.shape,
         accumulate,
-        conductor.plain_ms,
+        step_profiler.unprofiled_ms,
     )
 
 
-def run_session(config: Config, num_steps: int, out: Path, terminal: Terminal | None = None) -> Session:
-    """Profile steps of a run as `record` does. Raises ValueError for a run that has too few steps, and as train does."""
+def run_session(config: Config, num_steps: int, out: Path, terminal: Terminal | None = None) -> ProfileSession:
+    """Profile steps of a training run. Raises UserError if the run has too few steps, and as `train` does."""
     device = pick_device(config.run.device)
     with tempfile.TemporaryDirectory(prefix="safelight-profile-") as folder:
         settings = settings_for(config, Path(folder) / "run")
-        return record(
+        return profile_loop(
             lambda after_step: train(settings, terminal=terminal, stop_requested=after_step),
             num_steps,
             device,
@@ -322,7 +334,7 @@ def run_session(config: Config, num_steps: int, out: Path, terminal: Terminal | 
 
 
 def _live_bytes(profiler: profile) -> dict[str, list[tuple[float, int]]]:
-    """Return the allocators' own record, by device type. events() drops what happened inside operators."""
+    """Return each allocator's (seconds, bytes) by device type; read from the raw trace, as events() is incomplete."""
     results = profiler.profiler.kineto_results
     began, live = results.trace_start_ns(), {}
     for event in sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):

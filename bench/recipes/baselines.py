@@ -1,9 +1,8 @@
-"""The published recipes, written by us without handicap: what a user of diffusers' example or of its faster kin runs.
+"""Published training recipes to compare with: diffusers' example script and its faster variants.
 
-bench/recipes/other_trainers.py has those of other trainers.
-
-Each is the same plain loop: latents drawn from the cached posterior, torch.randn noise, DDPMScheduler, F.mse_loss in
-fp32, clip_grad_norm_, bitsandbytes' AdamW8bit; and each has fused attention, and the checkpointing and precision of ours.
+Written by us without handicapping them. Each is the same plain loop: latents drawn from the cached posterior,
+torch.randn noise, DDPMScheduler, F.mse_loss in fp32, clip_grad_norm_ and bitsandbytes' AdamW8bit, with fused attention
+and the same checkpointing and precision as ours. Recipes of other trainers are in bench/recipes/other_trainers.py.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ from safelight.trainer.models.base import resolve_base
 
 @dataclass(frozen=True)
 class Recipe:
-    """weights_16bit: no autocast, the weights themselves are in the precision. stands_for: whose practice it is.
+    """What distinguishes a recipe. description: the published practice it reproduces, shown to users.
 
-    optimizer: '' for the workload's.
+    weights_16bit: the weights themselves are 16-bit, without autocast. optimizer: name, or '' for the workload's.
     """
 
-    stands_for: str
+    description: str
     weights_16bit: bool = False
     channels_last: bool = False
     compile: bool = False
@@ -45,25 +44,28 @@ class Recipe:
 
 RECIPES = {
     "diffusers": Recipe(
-        "examples/text_to_image/train_text_to_image.py with --mixed_precision, --use_8bit_adam, --gradient_checkpointing "
-        "and memory-efficient attention: fp32 weights under autocast; latents and embeddings cached, as SDXL's script does"
+        "diffusers' examples/text_to_image/train_text_to_image.py with --mixed_precision, --use_8bit_adam, "
+        "--gradient_checkpointing and memory-efficient attention: fp32 weights under autocast; latents and embeddings "
+        "are cached, as in its SDXL script"
     ),
     "diffusers-compiled": Recipe(
-        "the same with its documentation's speed-ups: channels-last weights and latents, torch.compile of the UNet",
+        "the diffusers recipe with the speed-ups of its documentation: channels-last weights and latents, "
+        "torch.compile of the UNet",
         channels_last=True,
         compile=True,
     ),
     "diffusers-16bit": Recipe(
-        "the low-memory practice of kohya's full_fp16 / full_bf16: weights, gradients and update in 16 bit, no master",
+        "the low-memory mode of kohya's full_fp16 / full_bf16: weights, gradients and update in 16 bits, without fp32 "
+        "master weights",
         weights_16bit=True,
     ),
 }
 
 
 def make_optimizer(name: str, parameters) -> torch.optim.Optimizer:
-    """Return bitsandbytes' AdamW8bit, torch's AdamW (its default, foreach, on a GPU) or transformers' Adafactor.
+    """Return transformers' Adafactor ("adafactor"), torch's AdamW ("adamw"), or else bitsandbytes' AdamW8bit.
 
-    Adafactor with the fixed learning rate that sd-scripts asks for: no relative step, no scaling by the parameter.
+    Adafactor has a fixed learning rate, as sd-scripts recommends: no relative step, no parameter scaling.
     """
     if name == "adafactor":
         from transformers.optimization import Adafactor
@@ -78,7 +80,7 @@ def make_optimizer(name: str, parameters) -> torch.optim.Optimizer:
 
 
 class Baseline:
-    """A recipe's training step. notes: what really runs."""
+    """The training step of a recipe. notes: which implementations it actually uses."""
 
     def __init__(self, recipe: Recipe, work: Workload):
         from diffusers import DDPMScheduler
@@ -89,7 +91,7 @@ class Baseline:
         self.memory_format = torch.channels_last if recipe.channels_last else torch.contiguous_format
         unet = unet.to(memory_format=self.memory_format)
         if work.checkpointing == "full":
-            # as the scripts do it
+            # diffusers' own, as the scripts do
             unet.enable_gradient_checkpointing()
         else:
             apply_checkpointing(unet, work.checkpointing)
@@ -122,7 +124,7 @@ class Baseline:
         return F.mse_loss(predicted.float(), target.float())
 
     def update(self, loss: Tensor) -> None:
-        """Take the optimizer's step, as accelerate does: unscale, clip, step, free the gradients."""
+        """Run backward and the optimizer step as accelerate does: unscale, clip, step, free the gradients."""
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(self.parameters, MAX_GRAD_NORM)
@@ -131,18 +133,18 @@ class Baseline:
         self.optimizer.zero_grad(set_to_none=True)
 
     def step(self, batch: Batch) -> Tensor:
-        """Take a step and return its loss, on the device: diffusers' `.item()` of every step is left out."""
+        """Train on a batch and return the loss on the device. diffusers' `.item()` in every step is left out."""
         return self.step_on(batch.map(lambda row: row.to(self.device, non_blocking=True)))
 
     def step_on(self, batch: Batch) -> Tensor:
-        """Take a step on a batch that is on the device already, and return its loss."""
+        """Train on a batch that is already on the device and return the loss."""
         latents = mean = batch.mean_BCHW
         if batch.logvar_BCHW is not None:
             latents = mean + (0.5 * batch.logvar_BCHW.clamp(-30.0, 20.0)).exp() * torch.randn_like(mean)
         return self.step_from(latents, batch.conditioning)
 
     def step_from(self, latents: Tensor, conditioning: TextConditioning) -> Tensor:
-        """Draw noise and timesteps, take a step and return its loss."""
+        """Draw noise and timesteps, train on them and return the loss."""
         noise = torch.randn_like(latents)
         steps = self.scheduler.config.num_train_timesteps
         timesteps = torch.randint(0, steps, (len(latents),), device=self.device)
@@ -152,7 +154,7 @@ class Baseline:
 
 
 def _allow_fp16_gradients(scaler: torch.amp.GradScaler) -> None:
-    """Let a GradScaler unscale fp16 gradients, which torch refuses and full-fp16 trainers (kohya's) switch on like this."""
+    """Let a GradScaler unscale fp16 gradients, which torch refuses; full-fp16 trainers such as kohya's do the same."""
     unscale = scaler._unscale_grads_
 
     def unscale_any(optimizer, inv_scale, found_inf, allow_fp16):

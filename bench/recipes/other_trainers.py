@@ -1,7 +1,7 @@
-"""How other trainers take the same step, written by us after their published behaviour and without handicap.
+"""The training step of other trainers, written by us from their published behaviour without handicapping them.
 
-What a trainer is known to waste is in its style only where it is the style: EveryDream2 encodes every step, sd-scripts
-does not. Host syncs that none of them needs (`loss.item()`) are left out of all.
+A known inefficiency is reproduced only where it defines the trainer: EveryDream2 runs the VAE and text encoder every
+step, sd-scripts does not. Synchronizations that none of them needs (`loss.item()`) are left out.
 """
 
 from __future__ import annotations
@@ -32,22 +32,24 @@ from safelight.trainer.models.weights import load_text, load_vae
 STYLES = {
     "everydream": Recipe(
         "EveryDream2trainer: photographs decoded, cropped, VAE- and text-encoded every step; fp32 weights under fp16 "
-        "autocast, GradScaler from 2^17.5, bitsandbytes' AdamW8bit; the text encoder frozen, as ours is, which it is not by default"
+        "autocast, GradScaler from 2^17.5, bitsandbytes' AdamW8bit; the text encoder is frozen as in ours, though "
+        "EveryDream2 trains it by default"
     ),
     "kohya": Recipe(
-        "sd-scripts' --full_bf16 or --full_fp16 with --cache_latents, text cached too, and Adafactor at a fixed learning "
-        "rate; with AdamW8bit it is diffusers-16bit",
+        "sd-scripts' --full_bf16 or --full_fp16 with --cache_latents, text embeddings cached too, and Adafactor at a "
+        "fixed learning rate; with AdamW8bit it would be diffusers-16bit",
         weights_16bit=True,
         optimizer="adafactor",
     ),
     "kohya-fused": Recipe(
-        "the same with --fused_backward_pass: each tensor clipped and stepped inside backward, its gradient freed; not in fp16",
+        "kohya with --fused_backward_pass: each tensor is clipped and stepped inside backward and its gradient freed; "
+        "not in fp16",
         weights_16bit=True,
         optimizer="adafactor",
     ),
     "mlperf": Recipe(
-        "MLPerf Training's Stable Diffusion on NeMo: 16-bit UNet with fp32 masters, channels-last, Inductor, the whole step in "
-        "one CUDA graph, fused AdamW in fp32, no clipping",
+        "MLPerf Training's Stable Diffusion on NeMo: 16-bit UNet with fp32 master weights, channels-last, Inductor, "
+        "the whole step in one CUDA graph, fused AdamW in fp32, no gradient clipping",
         weights_16bit=True,
         channels_last=True,
         compile=True,
@@ -61,13 +63,13 @@ NUM_GRAPH_WARMUPS = 3
 
 
 def make_baseline(name: str, work: Workload) -> Baseline:
-    """Return a recipe, ready to step. Raises ValueError for what it cannot do."""
+    """Return a recipe's training step. Raises UserError for a workload it does not support."""
     kinds = {"everydream": EveryDream, "kohya-fused": FusedAdafactor, "mlperf": MLPerf}
     return kinds.get(name, Baseline)(ALL_RECIPES[name], work)
 
 
 def write_photographs(folder: Path, num: int, side_px: int) -> list[Path]:
-    """Write JPEGs a quarter larger than they are trained at: smooth noise, which compresses about as photographs do."""
+    """Write `num` JPEGs, a quarter larger than they are trained at: smooth noise, which compresses like photographs."""
     generator, large, files = np.random.default_rng(SEED), side_px * 5 // 4, []
     for number in range(num):
         coarse = generator.integers(0, 256, (large // 8, large // 8, 3), np.uint8)
@@ -77,7 +79,7 @@ def write_photographs(folder: Path, num: int, side_px: int) -> list[Path]:
 
 
 def read_photograph(file: Path, side_px: int) -> np.ndarray:
-    """Return a photograph decoded, its middle cropped and resized by bicubic interpolation: (3, H, W) float32, -1 to 1."""
+    """Decode a photograph, crop the centre square and resize it (bicubic); return (3, H, W) float32 in -1 to 1."""
     with Image.open(file) as image:
         width, height = image.size
         side = min(width, height)
@@ -89,7 +91,7 @@ def read_photograph(file: Path, side_px: int) -> np.ndarray:
 
 @dataclass
 class Photographs:
-    """An endless round of photographs with captions, decoded by threads ahead of the step."""
+    """Photographs with captions, repeated endlessly and decoded ahead by threads."""
 
     files: list[Path]
     captions: list[str]
@@ -101,7 +103,7 @@ class Photographs:
         self._next = 0
 
     def take(self, num: int) -> tuple[Tensor, list[str]]:
-        """Return (pixels, (B, 3, H, W), captions) of the next photographs; as many more are begun."""
+        """Return (pixels (B, 3, H, W), captions) of the next photographs, and start decoding as many again."""
         while len(self._pending) < 2 * num:
             number = self._next % len(self.files)
             self._pending.append(
@@ -113,13 +115,13 @@ class Photographs:
 
 
 class EveryDream(Baseline):
-    """EveryDream2's step: it takes a batch's size from what it is given, and photographs of its own."""
+    """EveryDream2's step. It encodes its own photographs and takes only the batch size from the batch."""
 
     def __init__(self, recipe: Recipe, work: Workload, photographs: Photographs | None = None):
         base = resolve_base(work.base)
         if base.family.untrainable:
-            raise UserError(f"recipe everydream encodes photographs, and {work.base} has no encoders; use random:sd21")
-        # it knows no bf16
+            raise UserError(f"recipe everydream encodes photographs, but {work.base} has no encoders; use random:sd21")
+        # EveryDream2 does not support bf16
         super().__init__(recipe, replace(work, precision="fp32" if work.precision == "fp32" else "fp16"))
         self.scaler = torch.amp.GradScaler(self.device.type, EVERYDREAM_SCALE, enabled=self.scaler.is_enabled())
         self.vae = load_vae(base, "", SEED).to(self.device)
@@ -129,7 +131,7 @@ class EveryDream(Baseline):
         self.photographs = photographs
         if photographs is None:
             factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-            # kept as long as the baseline is
+            # deleted together with the baseline
             self._folder = tempfile.TemporaryDirectory(prefix="safelight-bench-")
             files = write_photographs(Path(self._folder.name), NUM_PICTURES, factor * work.latent_size)
             captions = [f"a photograph of scene number {number}, unsplash photography" for number in range(len(files))]
@@ -137,7 +139,7 @@ class EveryDream(Baseline):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, captions: list[str]) -> tuple[Tensor, TextConditioning]:
-        """Return (scaled latents drawn from the posterior, (B, C, H, W); the text's conditioning), float32."""
+        """Return (scaled latents (B, C, H, W) drawn from the posterior, the text's conditioning), float32."""
         ids = self.tokenizer(
             captions,
             padding="max_length",
@@ -152,16 +154,18 @@ class EveryDream(Baseline):
         return posterior.sample().float() * self.vae.config.scaling_factor, TextConditioning(text.float())
 
     def step(self, batch: Batch) -> Tensor:
-        """Take a step on as many photographs as the batch has rows; return its loss."""
+        """Train on as many photographs as the batch has rows and return the loss."""
         return self.step_from(*self.encode(*self.photographs.take(len(batch.sample_ids))))
 
 
 class FusedAdafactor(Baseline):
-    """Adafactor inside backward: clipped tensor by tensor, gradients freed at once."""
+    """Adafactor inside backward: each tensor is clipped and stepped by a hook that then frees its gradient."""
 
     def make_optimizer(self, name: str) -> None:
         if next(iter(self.parameters)).dtype == torch.float16:
-            raise UserError("recipe kohya-fused needs bf16 or fp32: a loss scale cannot be told in time; use kohya")
+            raise UserError(
+                "recipe kohya-fused needs bf16 or fp32: it steps before fp16's loss scale is known; use kohya"
+            )
         for parameter in self.parameters:
             parameter.register_post_accumulate_grad_hook(_stepper(parameter, name))
 
@@ -182,23 +186,23 @@ def _stepper(parameter: Tensor, name: str) -> Callable[[Tensor], None]:
 
 
 def can_compile(device: torch.device) -> bool:
-    """Return whether Inductor finds what it needs: Triton for a GPU, a C++ compiler for a CPU."""
+    """Return whether Inductor can compile here: it needs Triton and gcc for a GPU, a C++ compiler for a CPU."""
     if device.type == "cuda":
         return importlib.util.find_spec("triton") is not None and shutil.which("gcc") is not None
     return any(shutil.which(name) for name in ("g++", "clang++"))
 
 
 class MLPerf(Baseline):
-    """fp32 masters beside a 16-bit UNet; on a GPU the whole step is one graph for each shape."""
+    """MLPerf's step: fp32 master weights and a 16-bit UNet; on a GPU one CUDA graph per shape holds the whole step."""
 
     def __init__(self, recipe: Recipe, work: Workload):
         device = torch.device(work.device)
         super().__init__(replace(recipe, compile=can_compile(device)), work)
-        # the masters' gradients are fp32, and scaled as any other
+        # the gradients of the masters are fp32, which an ordinary GradScaler unscales
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.scaler.is_enabled())
         self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, Batch, Tensor]] = {}
-        self.notes += "; compiled by Inductor" if can_compile(device) else "; not compiled: there is no compiler"
-        self.notes += "; one CUDA graph a shape" if device.type == "cuda" else "; no CUDA graph on a CPU"
+        self.notes += "; compiled by Inductor" if can_compile(device) else "; not compiled: no compiler found"
+        self.notes += "; one CUDA graph per shape" if device.type == "cuda" else "; no CUDA graph on a CPU"
 
     def make_optimizer(self, name: str) -> torch.optim.Optimizer:
         self.masters = [p.detach().float().clone() for p in self.parameters]
@@ -212,7 +216,7 @@ class MLPerf(Baseline):
         torch._foreach_copy_(targets, sources)
 
     def update(self, loss: Tensor) -> None:
-        """Take the step on the masters; the scaler asks nothing of the device, the fused kernel looks for itself."""
+        """Run backward and step the masters. The fused kernel checks for inf itself, so that nothing synchronizes."""
         self.scaler.scale(loss).backward()
         self._copy([master.grad for master in self.masters], [p.grad for p in self.parameters])
         self.scaler.step(self.optimizer)
@@ -222,27 +226,28 @@ class MLPerf(Baseline):
             p.grad = None
 
     def step_on(self, batch: Batch) -> Tensor:
-        """Take a step: on a GPU by the shape's graph, recorded when it is first met."""
+        """Train on a batch; on a GPU by replaying the graph of its shapes, captured at its first use."""
         if self.device.type != "cuda":
             return super().step_on(batch)
         key = tuple(x.shape for x in batch.tensors())
         if key not in self.graphs:
-            self.graphs[key] = self._record(batch)
-        graph, held, loss = self.graphs[key]
-        for place, row in zip(held.tensors(), batch.tensors(), strict=True):
-            place.copy_(row, non_blocking=True)
+            self.graphs[key] = self._capture(batch)
+        graph, static, loss = self.graphs[key]
+        for target, row in zip(static.tensors(), batch.tensors(), strict=True):
+            target.copy_(row, non_blocking=True)
         graph.replay()
         return loss.clone()
 
-    def _record(self, batch: Batch) -> tuple[torch.cuda.CUDAGraph, Batch, Tensor]:
-        held = batch.map(torch.clone)
+    def _capture(self, batch: Batch) -> tuple[torch.cuda.CUDAGraph, Batch, Tensor]:
+        """Return (graph of a step, the batch it reads, the loss it writes)."""
+        static = batch.map(torch.clone)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(NUM_GRAPH_WARMUPS):
-                super().step_on(held)
+                super().step_on(static)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            loss = super().step_on(held)
-        return graph, held, loss
+            loss = super().step_on(static)
+        return graph, static, loss

@@ -1,4 +1,4 @@
-"""`safelight bench step` and `bench baseline`: images/s and peak memory of one optimizer step, ours and the baselines."""
+"""Images/s and peak memory of training steps, ours and the baselines': `safelight bench step` and `bench baseline`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from safelight.trainer.step.cuda_graphs import CudaRecorder
 
 OURS = "safelight"
 UNPATCHED = "safelight-unpatched"
-# ours with a technique more or less; what each is worth is its ratio to ours in the same run
+# ours with one technique added or removed; its effect is the ratio to ours in the same run
 VARIANTS: dict[str, dict] = {
     OURS: {},
     UNPATCHED: {"kernels": "off"},
@@ -33,22 +33,22 @@ NUM_CACHED_BATCHES = 8
 
 
 def build(recipe: str, work: Workload) -> Ours | Baseline:
-    """Return ours or a baseline, ready to step. Raises ValueError for an unknown one."""
+    """Return the training step of ours or of a baseline. Raises UserError for an unknown recipe."""
     if recipe in VARIANTS:
         options = dict(VARIANTS[recipe])
         device, recorder = torch.device(work.device), None
         if options.pop("graphs", False):
             if device.type != "cuda":
-                raise UserError(f"recipe {recipe} replays CUDA graphs and there is no CUDA device here; leave it out")
+                raise UserError(f"recipe {recipe} replays CUDA graphs and needs a CUDA device; leave it out")
             recorder = CudaRecorder(device)
         return Ours(work, recorder=recorder, **options)
     if recipe not in ALL_RECIPES:
-        raise UserError(f"recipe {recipe!r} is unknown; use {', '.join([*VARIANTS, *ALL_RECIPES])}")
+        raise UserError(f"unknown recipe {recipe!r}; use {', '.join([*VARIANTS, *ALL_RECIPES])}")
     return make_baseline(recipe, work)
 
 
 def peak_alone(recipe: str, work: Workload) -> float:
-    """Return the peak GiB of two steps with nothing else on the GPU; on a CPU, of the process so far."""
+    """Return the peak memory in GiB of two steps, with no other variant on the GPU; on a CPU, of the process so far."""
     device = torch.device(work.device)
     reset_peak_memory(device)
     trainer = build(recipe, work)
@@ -61,14 +61,14 @@ def peak_alone(recipe: str, work: Workload) -> float:
 
 
 def free(device: torch.device) -> None:
-    """Give back what no variable holds any more."""
+    """Collect garbage and release cached GPU memory."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def runner(trainer: Ours | Baseline, work: Workload, loader: bool, stack: ExitStack) -> Callable[[int], None]:
-    """Return a function that takes a step: of rotated batches in memory, or of batches read from a cache."""
+    """Return a function that takes one step. loader: read batches from a cache instead of rotating those in memory."""
     if loader:
         from_cache = stack.enter_context(cached_batches(work, NUM_CACHED_BATCHES * work.batch_size))
         return lambda number: trainer.step(next(from_cache))
@@ -79,40 +79,40 @@ def runner(trainer: Ours | Baseline, work: Workload, loader: bool, stack: ExitSt
 Variants = dict[str, tuple[str, Workload]]
 
 
-def measure(works: Variants, repeats: int, loader: bool = False, together: bool = True) -> Iterator[dict]:
-    """Yield a result line for each variant: name -> (recipe, workload).
+def measure(workloads: Variants, repeats: int, loader: bool = False, together: bool = True) -> Iterator[dict]:
+    """Yield a result line for each variant. workloads: name -> (recipe, workload).
 
-    together: all are built at once and their steps interleaved, which a noisy machine fools least; a GPU's peak is
-    taken of each alone, before. Else one after another, with the memory of one; a variant that does not fit the GPU
-    says so in its line.
+    together: build all variants and interleave their steps, which is most robust against noise; on a GPU each peak is
+    measured beforehand with that variant alone. Otherwise time one after another, with the memory of one; a variant
+    that runs out of GPU memory yields a line with fits: false.
     """
     if not together:
-        yield from _measure_apart(works, repeats, loader)
+        yield from _measure_separately(workloads, repeats, loader)
         return
-    device = torch.device(next(iter(works.values()))[1].device)
-    peaks = {name: peak_alone(*works[name]) for name in works if device.type == "cuda"}
+    device = torch.device(next(iter(workloads.values()))[1].device)
+    peaks = {name: peak_alone(*workloads[name]) for name in workloads if device.type == "cuda"}
     trainers: dict[tuple, Ours | Baseline] = {}
     with ExitStack() as stack:
         runs = {}
-        for name, (recipe, work) in works.items():
-            # one model serves all batch sizes of a recipe
+        for name, (recipe, work) in workloads.items():
+            # one model is used for all batch sizes of a recipe
             key = (recipe, replace(work, batch_size=1))
             if key not in trainers:
                 trainers[key] = build(recipe, work)
             runs[name] = runner(trainers[key], work, loader, stack)
         seconds = interleave(runs, device, repeats)
-    for name, (recipe, work) in works.items():
+    for name, (recipe, work) in workloads.items():
         notes = trainers[recipe, replace(work, batch_size=1)].notes
-        yield _line(recipe, work, loader, repeats, notes, seconds[name], peaks.get(name))
+        yield _make_result(recipe, work, loader, repeats, notes, seconds[name], peaks.get(name))
 
 
-def _measure_apart(works: Variants, repeats: int, loader: bool) -> Iterator[dict]:
+def _measure_separately(workloads: Variants, repeats: int, loader: bool) -> Iterator[dict]:
     built, trainer = None, None
-    for recipe, work in works.values():
+    for recipe, work in workloads.values():
         device, key = torch.device(work.device), (recipe, replace(work, batch_size=1))
         try:
             if key != built:
-                # the last one goes before the next comes
+                # free the previous model before building the next
                 built = trainer = None
                 free(device)
                 reset_peak_memory(device)
@@ -122,33 +122,34 @@ def _measure_apart(works: Variants, repeats: int, loader: bool) -> Iterator[dict
             with ExitStack() as stack:
                 seconds = interleave({"": runner(trainer, work, loader, stack)}, device, repeats)[""]
             peak = peak_memory_gib(device) if device.type == "cuda" else None
-            yield _line(recipe, work, loader, repeats, trainer.notes, seconds, peak)
+            yield _make_result(recipe, work, loader, repeats, trainer.notes, seconds, peak)
         except torch.cuda.OutOfMemoryError as error:
-            # a step that broke off leaves gradients behind
+            # the interrupted step leaves gradients behind: build the model again
             built = trainer = None
             config = {"recipe": recipe, **asdict(work), "loader": loader, "repeats": repeats}
             yield make_record("step", config, {"fits": False}, device, str(error).splitlines()[0][:120])
         free(device)
 
 
-def _line(
+def _make_result(
     recipe: str, work: Workload, loader: bool, repeats: int, notes: str, seconds: list[float], peak: float | None
 ) -> dict:
+    """Return the result line of a timed variant. peak: GiB of this variant alone, None on a CPU."""
     low, middle, high = percentiles(seconds)
     device = torch.device(work.device)
-    found = {
+    figures = {
         "images_per_s": [round(work.batch_size / s, 4) for s in (high, middle, low)],
         "step_ms": [round(1e3 * s, 3) for s in (low, middle, high)],
         "peak_gib": None if peak is None else round(peak, 3),
-        # on a CPU the resident peak of everything measured so far: it cannot be taken of one variant
+        # on a CPU this includes everything measured so far in this process
         "peak_gib_of_process": round(peak_memory_gib(device), 3),
     }
     config = {"recipe": recipe, **asdict(work), "loader": loader, "repeats": repeats}
-    return {**make_record("step", config, found, device), "attention": notes}
+    return {**make_record("step", config, figures, device), "attention": notes}
 
 
 def variants(recipes: tuple[str, ...], batch_sizes: tuple[int, ...], work: Workload) -> Variants:
-    """Return every recipe at every batch size, by a name."""
+    """Return the variants of every recipe at every batch size, by name."""
     work = work.resolved()
     return {
         f"{recipe}, batch {size}": (recipe, replace(work, batch_size=size))

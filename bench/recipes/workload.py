@@ -1,6 +1,6 @@
-"""What every step benchmark trains on: a base, random rows of its shapes, and ours or a baseline to take the step.
+"""The workload of the step benchmarks: a base model, random cached rows of its shapes, and our training step.
 
-Shapes: B batch, C latent channels, H W latent height and width, T tokens, D embedding.
+Letters in shapes: B batch; C latent channels; H, W latent height and width; T tokens; D embedding.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ LR, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-6, 0.01, 1.0
 
 @dataclass(frozen=True)
 class Workload:
-    """What is trained: the same for ours and every baseline."""
+    """The settings that our step and every baseline share."""
 
     base: str = "tiny"
     latent_size: int = 0
@@ -57,7 +57,7 @@ class Workload:
     device: str = "auto"
 
     def resolved(self) -> Workload:
-        """Return it with `auto` and 0 filled in. Raises ValueError for what this machine cannot do."""
+        """Return a copy with `auto` and 0 replaced. Raises UserError for a device or dtype this machine lacks."""
         device = pick_device(self.device)
         side = self.latent_size or resolve_base(self.base).config_of("unet")["sample_size"]
         return replace(
@@ -70,7 +70,7 @@ class Workload:
 
 
 def random_rows(num: int, base: str, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return (posteriors, (N, 2C, H, W); embeddings, (N, T, D)), float32, of a base's shapes."""
+    """Return (posteriors (N, 2C, H, W), embeddings (N, T, D)) with a base's shapes, float32."""
     config = resolve_base(base).config_of("unet")
     generator = np.random.default_rng(SEED)
     posterior = generator.standard_normal((num, 2 * config["in_channels"], side, side), np.float32)
@@ -79,13 +79,13 @@ def random_rows(num: int, base: str, side: int) -> tuple[np.ndarray, np.ndarray]
 
 
 def stand_in(base: str, side: int) -> Callable[[torch.Tensor], TextConditioning]:
-    """Return what turns text embeddings into the conditioning of a base's family, for square latents of a side."""
+    """Return a function from text embeddings to the conditioning of a base's family, for side x side latents."""
     config = resolve_base(base).config_of("unet")
     return lambda text: family_of(config).stand_in_conditioning(config, text, (side, side))
 
 
 def random_batches(num: int, work: Workload) -> list[Batch]:
-    """Return batches of random rows, to be rotated."""
+    """Return `num` different batches of random rows."""
     batches, condition = [], stand_in(work.base, work.latent_size)
     posterior, text = (torch.from_numpy(x) for x in random_rows(num * work.batch_size, work.base, work.latent_size))
     for number in range(num):
@@ -98,7 +98,7 @@ def random_batches(num: int, work: Workload) -> list[Batch]:
 
 
 def random_samples(num: int, side: int) -> list[Sample]:
-    """Return samples whose keys are their numbers, as a prepared dataset would have them."""
+    """Return samples as a prepared dataset has them, with their numbers as cache keys."""
     bucket = Bucket(8 * side, 8 * side)
     crop = Crop((0, 0, 8 * side, 8 * side), False)
     return [
@@ -115,7 +115,7 @@ def random_samples(num: int, side: int) -> list[Sample]:
 
 
 def fill_random_cache(path: Path, num: int, base: str, side: int, rows_at_once: int = 256) -> list[Sample]:
-    """Fill a cache with random rows and return their samples. Every row has its key; contents repeat after `rows_at_once`."""
+    """Fill a cache with random rows and return their samples. Contents repeat after `rows_at_once` rows."""
     samples = random_samples(num, side)
     posterior, text = random_rows(min(num, rows_at_once), base, side)
     with Cache(path) as cache:
@@ -129,7 +129,7 @@ def fill_random_cache(path: Path, num: int, base: str, side: int, rows_at_once: 
 
 @contextmanager
 def cached_batches(work: Workload, num: int) -> Iterator[Iterator[Batch]]:
-    """Give an endless iterator of batches read from a cache of `num` random rows through the training run's loader."""
+    """Yield an endless iterator of batches, read from a cache of `num` random rows by the loader of training."""
     with tempfile.TemporaryDirectory() as folder:
         samples = fill_random_cache(Path(folder), num, work.base, work.latent_size)
 
@@ -137,7 +137,7 @@ def cached_batches(work: Workload, num: int) -> Iterator[Iterator[Batch]]:
             epoch, rows = 0, RowSource(cache, samples, "text-empty", stand_in(work.base, work.latent_size))
             while True:
                 plan = plan_epoch(samples, seed=SEED, epoch=epoch, batch_size=work.batch_size, caption_dropout=0.05)
-                # shapes stay the same, as every timed step should
+                # skip the last, smaller batch: all timed steps have the same shapes
                 yield from iterate(rows, [b for b in plan if len(b.refs) == work.batch_size])
                 epoch += 1
 
@@ -155,9 +155,10 @@ def _pristine(base: str) -> nn.Module:
 
 
 def initial_unet(base: str, device: torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Return a base's UNet on the device, for training. For a GPU one is kept in host memory to be copied again.
+    """Return a base's UNet on the device, in training mode.
 
-    Drawing SD1.5's random weights takes longer than measuring its step.
+    For a GPU the last base is cached in host memory, because drawing SD1.5's random weights takes longer than a
+    measurement.
     """
     if device.type == "cpu":
         return load_unet(resolve_base(base), SEED, dtype).train()
@@ -165,20 +166,23 @@ def initial_unet(base: str, device: torch.device, dtype: torch.dtype = torch.flo
 
 
 def optimizer_config(name: str) -> Optimizer:
-    """Return the config of `adamw8bit`, or of one with its memory mode: `adamw8bit, exact`. Raises ValueError."""
+    """Return the [optimizer] config of a name, or of name and memory mode: `adamw8bit, exact`.
+
+    Raises UserError for an unknown one.
+    """
     try:
         return Optimizer(**dict(zip(("name", "memory"), re.split(", ?", name), strict="," in name)))
     except ValueError:
         raise UserError(
-            f"optimizer {name!r} is unknown; use a name of [optimizer] with its memory mode, as in 'adamw8bit, near'"
+            f"unknown optimizer {name!r}; use a name of [optimizer], or name and memory mode as in 'adamw8bit, near'"
         ) from None
 
 
 class Ours:
-    """The training step of `safelight train`. notes: what really runs.
+    """The training step of `safelight train`. notes: which attention and kernels it actually uses.
 
-    kernels, cudnn_benchmark: as train.kernels and train.cudnn_benchmark. fused: steps inside backward. recorder: of steps that
-    are replayed as graphs, recorded at the first of a shape.
+    kernels, cudnn_benchmark: as train.kernels and train.cudnn_benchmark. fused: optimizer step inside backward.
+    recorder: if given, steps are captured as CUDA graphs at the first batch of each size and replayed.
     """
 
     def __init__(
@@ -206,7 +210,7 @@ class Ours:
         self._graphs: dict[int, StepGraphs] = {}
 
     def _graphs_of(self, batch: Batch) -> StepGraphs | None:
-        """Return the graphs that a batch's step is replayed by: its size is part of what is recorded."""
+        """Return the graphs that replay a step of this batch's size, capturing a missing one; None without graphs."""
         if self._recorder is None:
             return None
         size = len(batch.sample_ids)
@@ -221,21 +225,22 @@ class Ours:
         return self._graphs[size]
 
     def step(self, batch: Batch) -> torch.Tensor:
-        """Take a step and return the batch's mean loss, on the device."""
-        with algorithms(cudnn_benchmark=self._cudnn_benchmark), own_finds(self._cudnn_benchmark):
+        """Train on a batch and return its mean loss on the device."""
+        with algorithms(cudnn_benchmark=self._cudnn_benchmark), separate_cudnn_cache(self._cudnn_benchmark):
             settings = StepSettings(len(batch.sample_ids), LR, WEIGHT_DECAY, MAX_GRAD_NORM)
             result = train_step(self.context, [batch], settings, seed=SEED, epoch=0, graphs=self._graphs_of(batch))
         return result.losses.mean()
 
 
 @contextmanager
-def own_finds(apart: bool) -> Iterator[None]:
-    """Keep apart what cuDNN finds within the block, if wanted, so that a trial is made of shapes that ran without one before.
+def separate_cudnn_cache(enabled: bool) -> Iterator[None]:
+    """Use a separate cache of cuDNN's algorithm choices inside the block, so that cudnn.benchmark starts afresh.
 
-    Torch keeps what it found by shape and by allow_tf32, which 16-bit convolutions do not heed.
+    Torch caches the choice by shape and by allow_tf32, so flipping allow_tf32 selects other entries; 16-bit
+    convolutions ignore it otherwise.
     """
     before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = before != apart
+    torch.backends.cudnn.allow_tf32 = before != enabled
     try:
         yield
     finally:
@@ -243,7 +248,7 @@ def own_finds(apart: bool) -> Iterator[None]:
 
 
 def use_attention(unet: nn.Module, work: Workload) -> AttentionChoice:
-    """Give a UNet the attention that a training run would; return which."""
+    """Apply the attention that a training run would choose, and return the choice."""
     cases = attention_cases(unet, (work.latent_size, work.latent_size))
     choice = choose_attention(torch.device(work.device), work.dtype, cases, batch=work.batch_size)
     apply_attention(unet, choice)
@@ -251,8 +256,8 @@ def use_attention(unet: nn.Module, work: Workload) -> AttentionChoice:
 
 
 def use_diffusers_attention(unet: nn.Module) -> str:
-    """Give a UNet what diffusers' training scripts have unless told otherwise: its processor over SDPA; return which."""
+    """Apply the default attention of diffusers' training scripts, its SDPA processor, and return a description."""
     from diffusers.models.attention_processor import AttnProcessor2_0
 
     unet.set_attn_processor(AttnProcessor2_0())
-    return "attention: diffusers' AttnProcessor2_0, torch's own choice of SDPA backend"
+    return "attention: diffusers' AttnProcessor2_0, SDPA backend chosen by torch"

@@ -1,4 +1,4 @@
-"""What recipes are compared on: nothing is compiled, and the same batches for all."""
+"""Fixtures for the recipes: torch.compile replaced, and the same batches for all."""
 
 import pytest
 import torch
@@ -10,10 +10,10 @@ WORK = Workload(batch_size=2, optimizer="adamw", device="cpu", precision="fp32")
 
 @pytest.fixture
 def compiled(monkeypatch) -> list:
-    """What torch.compile was given; it compiles nothing here, which takes a minute and is torch's own to test."""
-    given = []
-    monkeypatch.setattr(torch, "compile", lambda module: given.append(module) or module)
-    return given
+    """The modules passed to torch.compile, which returns them unchanged here: compiling takes a minute."""
+    modules = []
+    monkeypatch.setattr(torch, "compile", lambda module: modules.append(module) or module)
+    return modules
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Parts of `bench all` that end, block or spoil the process that they run in."""
+"""Parts of `bench all` that crash, hang or break the process they run in."""
 
 import os
 import signal
@@ -8,29 +8,29 @@ from pathlib import Path
 
 import torch
 
-from safelight.bench.all.run_all import Session, told
+from safelight.bench.all.run_all import BenchContext, part_events
 
 
-def line(session: Session, name: str) -> dict:
-    return session.record(name, {}, {"pid": os.getpid()})
+def line(context: BenchContext, name: str) -> dict:
+    return context.make_record(name, {}, {"pid": os.getpid()})
 
 
-def good(session: Session) -> Iterator[dict]:
-    yield line(session, "good")
+def good(context: BenchContext) -> Iterator[dict]:
+    yield line(context, "good")
 
 
-def crash(session: Session) -> Iterator[dict]:
-    yield line(session, "crash")
+def crash(context: BenchContext) -> Iterator[dict]:
+    yield line(context, "crash")
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
-def hang(session: Session) -> Iterator[dict]:
-    yield line(session, "hang")
+def hang(context: BenchContext) -> Iterator[dict]:
+    yield line(context, "hang")
     time.sleep(600)
 
 
-def spoil(session: Session) -> Iterator[dict]:
-    """As after an illegal address: whatever touches the device from here on fails, the clean-up too."""
+def spoil(context: BenchContext) -> Iterator[dict]:
+    """Fail as after an illegal memory access: every later use of the device fails too, including the clean-up."""
 
     def fails(*_) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered\nand more")
@@ -40,12 +40,12 @@ def spoil(session: Session) -> Iterator[dict]:
     yield {}
 
 
-def needs_the_device(session: Session) -> Iterator[dict]:
+def needs_the_device(context: BenchContext) -> Iterator[dict]:
     torch.zeros(1)
-    yield line(session, "needs_the_device")
+    yield line(context, "needs_the_device")
 
 
 def as_on_a_gpu(parts, out: Path, work, end: float) -> Iterator:
-    """Tell as a GPU's process would: a part that fails is the last one."""
-    Session.is_gpu = True
-    yield from told(parts, out, work, end)
+    """Yield the events that a GPU's process would: a part that fails is the last one."""
+    BenchContext.is_gpu = True
+    yield from part_events(parts, out, work, end)

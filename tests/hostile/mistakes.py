@@ -194,7 +194,7 @@ MISTAKES = [
         lambda place: ["demo", "--dir", place / "run.toml"],
         "is a file; give a folder to work in",
     ),
-    Mistake("no such benchmark", lambda place: ["bench", "stp"], "'stp' is no benchmark; did you mean step?"),
+    Mistake("no such benchmark", lambda place: ["bench", "stp"], "unknown benchmark 'stp'; did you mean step?"),
     Mistake(
         "no such optimizer to bench",
         lambda place: ["bench", "roofline", "--optimizer", "near"],

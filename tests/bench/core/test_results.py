@@ -1,4 +1,4 @@
-"""Result lines, their comparison and their pictures."""
+"""Result lines, their comparison and their plots; benchmark help."""
 
 import json
 import re
@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from safelight.__main__ import main
+from safelight.bench import commands
+from safelight.bench.command_line import COMMANDS
 from safelight.bench.core import plot, results
 from safelight.bench.core.results import append, make_record, read
 
@@ -23,7 +25,7 @@ def line(bench="step", config=None, **found) -> dict:
     return {"bench": bench, "config": config, "figures": found, "machine": {"device": "CPU"}, "git_commit": "abcdef123"}
 
 
-def test_a_record_says_with_what_it_was_measured(tmp_path):
+def test_a_record_names_versions_and_commit_but_no_paths(tmp_path):
     record = make_record("step", {"batch_size": 2}, {"step_ms": 1.5}, torch.device("cpu"), "a note")
     append(tmp_path / "deep" / "r.jsonl", record)
     append(tmp_path / "deep" / "r.jsonl", record)
@@ -31,11 +33,11 @@ def test_a_record_says_with_what_it_was_measured(tmp_path):
     assert record["machine"]["torch"] == torch.__version__
     assert len(record["git_commit"]) == 40
     assert isinstance(record["git_dirty"], bool)
-    # no path of this machine: neither the command's arguments nor the checkout's place
+    # neither in the command's arguments nor elsewhere
     assert str(ROOT) not in json.dumps(record)
 
 
-def test_clocks_are_nvidia_smis_words(tmp_path, monkeypatch):
+def test_clocks_are_read_from_nvidia_smi(tmp_path, monkeypatch):
     smi = tmp_path / "nvidia-smi"
     smi.write_text("#!/bin/sh\necho '1590, 5000, 70.00, 41, 550.54'\n")
     smi.chmod(0o755)
@@ -52,9 +54,9 @@ def test_clocks_are_nvidia_smis_words(tmp_path, monkeypatch):
     assert results.clocks(torch.device("cpu")) == {}
 
 
-def test_a_damaged_or_missing_file_is_named(tmp_path):
+def test_the_error_for_a_damaged_or_missing_file_names_it(tmp_path):
     (tmp_path / "r.jsonl").write_text('{"bench": "a"}\n{"ben')
-    with pytest.raises(ValueError, match=r"r\.jsonl line 2 is no JSON"):
+    with pytest.raises(ValueError, match=r"r\.jsonl line 2 is not JSON"):
         read(tmp_path / "r.jsonl")
     with pytest.raises(ValueError, match="neither a results file nor a commit"):
         results.find("nowhere")
@@ -76,10 +78,20 @@ def test_compare_takes_the_newest_line_of_the_same_config(tmp_path, capsys):
     assert "share no benchmark" in capsys.readouterr().err
 
 
+def test_labels_are_the_settings_that_differ():
+    same = {"base": "tiny", "repeats": 3}
+    configs = [
+        same | {"optimizer": "adamw", "batch_size": 1, "loader": True},
+        same | {"optimizer": "adamw8bit", "batch_size": 4},
+    ]
+    assert results.labels(configs) == ["adamw, batch size 1, loader", "adamw8bit, batch size 4"]
+    assert results.labels(configs[:1]) == [""]
+
+
 def test_compare_fails_where_b_is_slower_than_allowed(tmp_path, capsys):
     a, same, slow = (tmp_path / f"{name}.jsonl" for name in ("a", "same", "slow"))
     append(a, line(images_per_s=[9, 10.0, 11.0], step_ms=[100.0, 110, 120], peak_gib=1.0))
-    # a disturbed machine is slower in the middle, not at its best
+    # other load makes a machine slower in the median, not at its best
     append(same, line(images_per_s=[4, 5.0, 10.8], step_ms=[102.0, 220, 330], peak_gib=9.0))
     append(slow, line(images_per_s=[8, 9.09, 10.0], step_ms=[110.0, 121, 132], peak_gib=1.0))
     assert main(["bench", "compare", str(a), str(same), "--at-most", "0.05"]) == 0
@@ -88,13 +100,13 @@ def test_compare_fails_where_b_is_slower_than_allowed(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "slower by 10.0 %: step images_per_s" in out
     assert "slower by 10.0 %: step step_ms 100 -> 110" in out
-    # faster is no fault, and nobody asked
+    # being faster does not fail, nor does a comparison without --at-most
     assert main(["bench", "compare", str(slow), str(a), "--at-most", "0.05"]) == 0
     assert main(["bench", "compare", str(a), str(slow)]) == 0
     assert main(["bench", "compare", str(a), str(slow), "--at-most", "5"]) == 2
 
 
-def test_pictures_are_drawn_of_what_was_measured(tmp_path, capsys):
+def test_plots_are_drawn_for_what_was_measured_and_the_rest_is_named(tmp_path, capsys):
     file = tmp_path / "r.jsonl"
     for recipe in ("safelight", "diffusers"):
         for size in (1, 4):
@@ -112,10 +124,10 @@ def test_pictures_are_drawn_of_what_was_measured(tmp_path, capsys):
     out = capsys.readouterr().out
     names = {path.name for path in (tmp_path / "out").glob("*.png")}
     assert names == {"throughput.png", "memory.png", "scaling.png"}
-    assert "no figures for: ablation" in out
+    assert "not plotted, no results for: ablation" in out
     for name in names:
         with Image.open(tmp_path / "out" / name) as image:
-            # something in our colour was drawn
+            # something was drawn in our colour
             assert (0xC2, 0x41, 0x0C) in {colour for _, colour in image.convert("RGB").getcolors(10**6)}
     assert main(["bench", "plot", str(results.COUNTS), "-o", str(tmp_path / "counts")]) == 0
     assert [p.name for p in (tmp_path / "counts").glob("*.png")] == ["ablation.png"]
@@ -127,8 +139,8 @@ def drawn(draw, records):
     return axes
 
 
-def test_bars_of_other_settings_stand_apart_and_the_newest_of_the_same_alone():
-    """Two commands time the same step, and one step is timed with two optimizers."""
+def test_steps_with_other_settings_are_drawn_separately_and_only_the_newest_of_each():
+    """Two commands timed the same step, and one step was timed with two optimizers."""
     same = {"optimizer": "adamw", "loader": False, "repeats": 3}
     records = [
         {**line(config=same, images_per_s=[1.0, 2.0, 3.0]), "date": "2026-11-02"},
@@ -145,12 +157,12 @@ def test_bars_of_other_settings_stand_apart_and_the_newest_of_the_same_alone():
     assert [tick.get_text() for tick in drawn(plot.throughput, records[:1]).get_xticklabels()] == ["batch 1"]
 
 
-def test_a_counted_roofline_is_drawn_as_what_it_is():
+def test_the_roofline_of_a_counted_step_is_labelled_as_not_measured():
     classes = {"conv": {"least_ms": 3.0}, "norm": {"least_ms": 1.0}}
     config = {"precision": "fp16", "ceilings": "t4's data sheet"}
     counted = line("roofline", config, classes=classes, least_ms=4.0)
     axes = drawn(plot.roofline, [counted])
-    assert "counted, not measured" in axes.get_title()
+    assert "at the roofline (not measured)" in axes.get_title()
     measured = line(
         "roofline",
         {"precision": "fp32"},
@@ -160,34 +172,40 @@ def test_a_counted_roofline_is_drawn_as_what_it_is():
         model_flop_use={"share_of_limit": 0.3},
     )
     axes = drawn(plot.roofline, [measured, counted])
-    assert "model-FLOP use 30 %" in axes.get_title()
+    assert "model FLOP utilization 30 %" in axes.get_title()
     assert sorted(bar.get_width() for bar in axes.patches) == [0.0, 2.0, 3.0, 5.0]
 
 
-def test_the_help_of_every_benchmark_needs_no_torch():
-    code = (
-        "import contextlib, io, sys\nfrom safelight.__main__ import main\nfrom safelight.bench.command_line import COMMANDS\n"
-        "for name in COMMANDS:\n    told = io.StringIO()\n    with contextlib.redirect_stdout(told):\n        try:\n"
-        "            status = main(['bench', name, '--help'])\n        except SystemExit as end:\n            status = end.code\n"
-        "    print(name, status, told.getvalue().startswith(f'usage: safelight bench {name}'), 'torch' in sys.modules)"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+PRINT_ALL_HELP = """
+import contextlib, io, sys
+from safelight.__main__ import main
+from safelight.bench.command_line import COMMANDS
+for name in COMMANDS:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        try:
+            status = main(["bench", name, "--help"])
+        except SystemExit as end:
+            status = end.code
+    has_usage = out.getvalue().startswith(f"usage: safelight bench {name}")
+    print(name, status, has_usage, "torch" in sys.modules)
+"""
+
+
+def test_the_help_of_every_benchmark_does_not_import_torch():
+    command = [sys.executable, "-c", PRINT_ALL_HELP]
+    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     lines = [line.split() for line in result.stdout.splitlines()]
-    assert {line[0] for line in lines} >= {
-        "step",
-        "baseline",
-        "count",
-        "loader",
-        "quick",
-        "all",
-        "compare",
-        "plot",
-        "gate",
-    }
+    assert [line[0] for line in lines] == [*COMMANDS]
     assert all(line[1:] == ["0", "True", "False"] for line in lines), result.stdout
 
 
-def test_result_lines_name_no_place_of_one_machine():
+def test_every_benchmark_has_a_function_that_runs_it():
+    functions = {name for name, value in vars(commands).items() if name.startswith("run_") and callable(value)}
+    assert functions == {f"run_{name}" for name in COMMANDS}
+
+
+def test_result_lines_contain_no_absolute_paths():
     absolute = re.compile(r'(?<![\w.])/(?:tmp|home|root|work|Users|mnt|content)/[^\s"]*')
     for path in sorted(results.RESULTS.glob("*.jsonl")):
         assert absolute.findall(path.read_text(encoding="utf-8")) == [], path.name

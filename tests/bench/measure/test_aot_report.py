@@ -1,4 +1,4 @@
-"""`bench aot`: the assembler's figures as they stand in the table, worst first, and a failed gate in the exit status."""
+"""`bench aot`: figures of compiled kernels, the table in aot.json, and a non-zero exit status for spilled registers."""
 
 import json
 from dataclasses import replace
@@ -6,56 +6,58 @@ from dataclasses import replace
 import pytest
 
 from safelight.__main__ import main
-from safelight.kernels.aot import compile_all as aot
+from safelight.kernels.aot import compile_all
 
 
 @pytest.fixture
 def geglu_alone(monkeypatch, tmp_path):
-    """One kernel, two compilations; the user's Triton cache and the committed table are not touched."""
+    """Compile only one kernel, with a temporary Triton cache and aot.json."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
-    monkeypatch.setattr(aot, "TABLE", tmp_path / "aot.json")
-    cases = [case for case in aot.one_of_each() if "_geglu_fwd" in case.label]
+    monkeypatch.setattr(compile_all, "TABLE", tmp_path / "aot.json")
+    cases = [case for case in compile_all.one_of_each() if "_geglu_fwd" in case.label]
     assert len(cases) == 1
-    monkeypatch.setattr(aot, "one_of_each", lambda: cases)
-    monkeypatch.setattr(aot, "wanted", lambda: {75: {c.label: c for c in cases}, 90: {c.label: c for c in cases}})
+    monkeypatch.setattr(compile_all, "one_of_each", lambda: cases)
+    monkeypatch.setattr(
+        compile_all, "wanted", lambda: {75: {c.label: c for c in cases}, 90: {c.label: c for c in cases}}
+    )
     return cases[0]
 
 
-def test_one_configuration_of_each_kernel_is_compiled_for_two_cards(geglu_alone, capsys):
+def test_one_case_of_each_kernel_is_compiled_for_two_targets(geglu_alone, capsys):
     assert main(["bench", "aot", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["failed"] == []
-    (row,) = told["kernels"].values()
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["failed"] == []
+    (row,) = printed["kernels"].values()
     assert set(row) == {"75", "90"}
-    for target, found in row.items():
-        code = aot.read_code(aot.compile_case(geglu_alone, int(target)))
-        assert found == {
+    for target, figures in row.items():
+        code = compile_all.read_code(compile_all.compile_case(geglu_alone, int(target)))
+        assert figures == {
             "registers": code.registers,
             "stack_bytes": 0,
             "shared_bytes": code.shared_bytes,
             "code_bytes": code.code_bytes,
             "compilations": 1,
         }
-    assert not aot.TABLE.exists()
+    assert not compile_all.TABLE.exists()
 
 
-def test_all_fills_the_table_and_prints_the_worst(geglu_alone, monkeypatch, capsys):
+def test_all_completes_the_table_and_prints_it(geglu_alone, monkeypatch, capsys):
     assert main(["bench", "aot", "--all"]) == 0
     first = capsys.readouterr()
     assert "geglu geglu_fwd" in first.out
     assert "2 of 2 compiled" in first.err
-    held = aot.read_table()
-    assert aot.entry_of(held, geglu_alone, 75).registers > 0
+    table = compile_all.read_table()
+    assert compile_all.entry_of(table, geglu_alone, 75).registers > 0
     # nothing is compiled twice
-    monkeypatch.setattr(aot, "compile_case", None)
+    monkeypatch.setattr(compile_all, "compile_case", None)
     assert main(["bench", "aot", "--all"]) == 0
     assert capsys.readouterr().out == first.out
 
 
 def test_spilled_registers_fail(geglu_alone, monkeypatch, capsys):
-    read = aot.read_code
-    monkeypatch.setattr(aot, "read_code", lambda compiled: replace(read(compiled), stack_bytes=16))
+    read = compile_all.read_code
+    monkeypatch.setattr(compile_all, "read_code", lambda compiled: replace(read(compiled), stack_bytes=16))
     for words in (["bench", "aot"], ["bench", "aot", "--all"]):
         assert main(words) == 1
         assert "16 bytes of spilled registers" in capsys.readouterr().out
-    assert aot.read_table()["kernels"] == {}
+    assert compile_all.read_table()["kernels"] == {}

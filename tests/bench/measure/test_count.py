@@ -1,4 +1,4 @@
-"""The counter against hand counts, FlopCounterMode, real attention, the profiler and the study's figures."""
+"""The counter against counts by hand, FlopCounterMode, real attention, the profiler and published figures; the gate."""
 
 import json
 
@@ -32,43 +32,42 @@ def tiny_counts(tiny):
     return count.trace(tiny, precision="fp32", optimizer="adamw8bit")
 
 
-def test_a_small_step_counted_by_hand():
-    """Linear and SiLU: forward 2 operators, the sum, backward: ones, 2 products, bias sum, SiLU's."""
+def test_a_linear_layer_with_silu_counted_by_hand():
     layer = nn.Linear(8, 16, device="meta")
     x = torch.empty(4, 8, device="meta")
     saved = SavedBytes(layer.parameters())
     with CardOperators(), Counter() as counter, saved:
         F.silu(layer(x)).sum().backward()
     rows = counter.counts.rows
-    # addmm forward; the weight's gradient backward: x needs none
+    # forward addmm; backward the weight gradient (x needs none)
     assert rows["matmul"].launches == 2
-    # silu, sum, ones, silu backward, bias' sum
+    # silu, sum, ones, silu backward, sum of the bias gradient
     assert rows["elementwise"].launches == 5
     assert counter.counts.flops_forward == 2 * 4 * 8 * 16
     assert counter.counts.flops_total == 2 * counter.counts.flops_forward
-    # x and the input of SiLU; the weight is no activation
+    # x and the input of SiLU; the weight is not an activation
     assert saved.total == 4 * (4 * 8 + 4 * 16)
-    # silu 64 in, 64 out; sum 64 in, 1 out; ones 1 in, 1 out; silu backward 3 x 64, of which the expanded gradient
-    # counts whole; bias 64 in, 16 out
+    # silu 64 in, 64 out; sum 64 in, 1 out; ones 1 in, 1 out; silu backward 3 x 64, the expanded gradient counting in
+    # full; bias 64 in, 16 out
     assert rows["elementwise"].bytes_moved == 4 * (128 + 65 + 2 + 192 + 80)
 
 
-def test_flops_are_those_of_torch(tiny, tiny_counts):
+def test_flops_agree_with_torchs_flop_counter(tiny, tiny_counts):
     unet = meta_unet(tiny).train()
-    noised, given = count.meta_inputs(unet, 1, unet.config.sample_size, "nchw")
+    noised, conditioning = count.meta_inputs(unet, 1, unet.config.sample_size, "nchw")
     schedule = make_schedule(tiny.config_of("scheduler")).to(torch.device("meta"))
     with FlopCounterMode(display=False) as whole:
-        accumulate(unet, noised, given, schedule, Loss(), 1, torch.ones((), device="meta"))
+        accumulate(unet, noised, conditioning, schedule, Loss(), 1, torch.ones((), device="meta"))
     with FlopCounterMode(display=False) as forward, torch.no_grad():
-        unet(noised.noisy_BCHW, noised.timesteps_B, given.text_BTD)
+        unet(noised.noisy_BCHW, noised.timesteps_B, conditioning.text_BTD)
     assert tiny_counts.flops_forward == forward.get_total_flops() > 1e8
-    # a fused backward pass computes the scores again: one product of five more than the four of the mathematical path
+    # fused attention recomputes the scores in backward: five matrix products instead of the math path's four
     scores = sum(flops for name, flops in forward.get_flop_counts()["Global"].items() if "bmm" in str(name))
     assert tiny_counts.flops_total == whole.get_total_flops() + scores // 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_attention_is_the_operator_of_a_card_and_saves_what_it_saves(dtype):
+def test_attention_on_meta_tensors_is_a_gpus_fused_operator_and_saves_its_tensors(dtype):
     q, k, v = (torch.empty(1, 2, n, 40, dtype=dtype, device="meta", requires_grad=True) for n in (64, 77, 77))
     saved = SavedBytes([])
     with CardOperators(), Counter() as counter, saved:
@@ -78,17 +77,17 @@ def test_attention_is_the_operator_of_a_card_and_saves_what_it_saves(dtype):
         counter.counts.by_operator[f"_scaled_dot_product_{name}_attention{which}"] for which in ("", "_backward")
     )
     assert (forward.launches, backward.launches) == (1, 3)
-    # q and the output, k and v, and the log-sum-exp: not the 64 x 77 matrix of each head
+    # q, k, v, the output and the log-sum-exp, but not the 64 x 77 matrix of each head
     tensors = dtype.itemsize * 2 * 40 * (2 * 64 + 2 * 77) + 4 * 2 * 64
-    # and a few bytes of a random generator's state
+    # and a few bytes of random generator state
     assert tensors < saved.total <= tensors + 24
-    # twice two products, and backward the scores again
+    # two matrix products forward, four backward, and the recomputed scores
     assert counter.counts.flops_total == 7 * 2 * 2 * 64 * 77 * 40
     with CardOperators(), pytest.raises(ValueError, match="mask or dropout"):
         F.scaled_dot_product_attention(q, k, v, dropout_p=0.1)
 
 
-def test_attention_of_real_tensors_is_torchs_own():
+def test_attention_on_real_tensors_is_torchs_own():
     q = torch.randn(1, 2, 4, 8)
     with CardOperators():
         counted = F.scaled_dot_product_attention(q, q, q)
@@ -96,11 +95,11 @@ def test_attention_of_real_tensors_is_torchs_own():
 
 
 def test_launches_of_multi_tensor_operators():
-    # 110 tensors of one list a launch; 64 of two
+    # 110 tensors of one list per launch, 64 of two
     assert num_foreach_kernels([10] * 110, 1) == 1
     assert num_foreach_kernels([10] * 111, 1) == 2
     assert num_foreach_kernels([10] * 128, 2) == 2
-    # 320 blocks of 65,536 elements a launch
+    # 320 blocks of 65,536 elements per launch
     assert num_foreach_kernels([320 * 65536], 1) == 1
     assert num_foreach_kernels([320 * 65536 + 1], 1) == 2
     assert num_foreach_kernels([], 1) == 0
@@ -123,31 +122,31 @@ def test_launches_of_multi_tensor_operators():
         ("addcmul", "elementwise"),
     ],
 )
-def test_classes(name, kind):
+def test_classes_of_operators(name, kind):
     assert class_of(name) == kind
 
 
-def test_the_optimizer_and_its_waiting_are_counted(tiny, tiny_counts):
+def test_launches_and_syncs_of_the_optimizer_are_counted(tiny, tiny_counts):
     tensors = list(meta_unet(tiny).parameters())
-    # the norm is read once, and bitsandbytes waits after every tensor
+    # one to read the norm, and bitsandbytes synchronizes after every tensor
     assert tiny_counts.host_syncs == len(tensors) + 1
     assert tiny_counts.by_operator["adamw8bit_update"].launches == len(tensors)
     adamw = count.trace(tiny, precision="fp32", optimizer="adamw")
     assert adamw.host_syncs == 1
     assert adamw.rows["conv"] == tiny_counts.rows["conv"]
-    # multi-tensor kernels: far fewer launches than tensors, times a dozen operators
+    # a dozen multi-tensor operators launch fewer kernels than there are tensors
     assert adamw.rows["optimizer"].launches < len(tensors)
 
 
 def test_autocast_casts_each_weight_once_and_keeps_norms_in_fp32(tiny):
     unet = meta_unet(tiny)
-    noised, given = count.meta_inputs(unet, 1, 16, "nchw")
+    noised, conditioning = count.meta_inputs(unet, 1, 16, "nchw")
     seen = {}
     for kind in (nn.Conv2d, nn.Linear, nn.GroupNorm, nn.LayerNorm):
         module = next(m for m in unet.modules() if isinstance(m, kind))
         module.register_forward_hook(lambda m, i, out, kind=kind: seen.update({kind: out.dtype}))
     with CardOperators(torch.bfloat16) as operators:
-        unet(noised.noisy_BCHW, noised.timesteps_B, given.text_BTD)
+        unet(noised.noisy_BCHW, noised.timesteps_B, conditioning.text_BTD)
     assert seen == {
         nn.Conv2d: torch.bfloat16,
         nn.Linear: torch.bfloat16,
@@ -169,47 +168,46 @@ def test_checkpointing_recomputes_with_the_same_operators(tiny):
 
 
 def test_the_profiler_sees_the_operators_that_are_counted(tiny_counts):
-    seen = count.profiled(Count(precision="fp32", optimizer="adamw"))["classes"]
+    seen = count.profile_count(Count(precision="fp32", optimizer="adamw"))["classes"]
     assert {kind: seen[kind]["launches"] for kind in COMPOUND} == {
         kind: tiny_counts.rows[kind].operators for kind in COMPOUND
     }
-    # loss and gradients are counted; the profiler saw noise, clipping and optimizer as well
+    # the count covers loss and gradients; the profiler also saw noising, clipping and the optimizer
     assert seen["elementwise"]["launches"] >= tiny_counts.rows["elementwise"].operators
 
 
-# performance.md, "One eager step": launches, GB, and MiB saved
-STUDY = {
+# launches, GB and MiB saved of an eager SD1.5 step, counted independently of this code
+INDEPENDENT_COUNTS = {
     ("bf16", "nchw"): (3292, 13.6, 893),
     ("autocast-bf16", "nchw"): (4761, 27.8, 2789),
-    # the eager count with its text's own kernels of 98 convolutions (4 and 8 become 2 and 3) and 61 GroupNorms (3 and 5 become
-    # 5 and 7); its table says 2752, one kernel less for each convolution (docs/log.md)
+    # derived from the NCHW count: 98 convolutions launch 2 and 3 kernels instead of 4 and 8, and 61 GroupNorms 5 and 7
+    # instead of 3 and 5 (docs/log.md)
     ("bf16", "channels_last"): (3292 - 98 * (2 + 5) + 61 * (2 + 2), 5.8, None),
 }
 
 
-def test_sd15_gives_the_studys_figures_and_the_gates():
-    """Three traces of the true model."""
+def test_counts_of_sd15_agree_with_independent_counts_and_the_golden_lines():
     goldens = {
         (g["config"]["precision"], g["config"]["layout"]): g
         for g in gate.goldens(base="random:sd15")
         if g["config"]["checkpointing"] == "none" and not g["config"].get("patched")
     }
     base = resolve_base("random:sd15")
-    for (precision, layout), (launches, gigabytes, saved) in STUDY.items():
-        found = count.figures(count.trace(base, precision=precision, layout=layout))
-        assert found["launches"] == pytest.approx(launches, rel=0.03)
-        assert found["memory_bound_gb"] == pytest.approx(gigabytes, rel=0.03)
-        assert round(found["forward_gflop"]) == 803
-        assert round(found["step_gflop"], -1) == 2470
+    for (precision, layout), (launches, gigabytes, saved) in INDEPENDENT_COUNTS.items():
+        figures = count.figures(count.trace(base, precision=precision, layout=layout))
+        assert figures["launches"] == pytest.approx(launches, rel=0.03)
+        assert figures["memory_bound_gb"] == pytest.approx(gigabytes, rel=0.03)
+        assert round(figures["forward_gflop"]) == 803
+        assert round(figures["step_gflop"], -1) == 2470
         if saved:
-            assert round(found["saved_mib"]) == saved
+            assert round(figures["saved_mib"]) == saved
         golden = goldens[precision, layout]["figures"]
         for name in ("launches", "memory_bound_gb", "saved_mib", "forward_gflop"):
-            assert found[name] <= golden[name]
+            assert figures[name] <= golden[name]
 
 
-# MiB an image that one SD1.5 UNet at 64x64 latents may save: issue's limits, and what the study found lean and full to be
-LIMITS = {"none": (520, 496), "selective": (340, 320), "full": (155, 148)}
+# maximum MiB that a patched SD1.5 UNet saves per image at 64x64 latents, by checkpointing
+LIMITS = {"none": 496, "selective": 320, "full": 148}
 
 
 @pytest.fixture(scope="module")
@@ -218,45 +216,44 @@ def patched_sd15():
     return {mode: count.trace(base, layout="channels_last", checkpointing=mode, patched=True) for mode in LIMITS}
 
 
-def test_a_patched_sd15_saves_no_more_than_promised(patched_sd15):
+def test_a_patched_sd15_saves_no_more_than_its_limits_and_the_golden_lines(patched_sd15):
     goldens = {g["config"]["checkpointing"]: g for g in gate.goldens(base="random:sd15") if g["config"].get("patched")}
     for mode, counts in patched_sd15.items():
-        found = count.figures(counts)
-        limit, study = LIMITS[mode]
-        assert found["saved_mib"] <= limit
-        assert found["saved_mib"] <= study
-        rose, _ = gate.differences(goldens[mode]["figures"], found)
+        figures = count.figures(counts)
+        assert figures["saved_mib"] <= LIMITS[mode]
+        rose, _ = gate.differences(goldens[mode]["figures"], figures)
         assert not rose
-    # the mathematics are the same; the patched forward pass does no product more
+    # the same matrix products as without our kernels
     assert patched_sd15["none"].flops_total == pytest.approx(2469.8e9, rel=1e-4)
     assert patched_sd15["none"].flops_forward == patched_sd15["full"].flops_forward
 
 
 def test_the_kernels_of_a_patched_step_are_counted(patched_sd15):
-    """22 residual blocks, 16 transformers, the last norm: by hand."""
+    """By hand: SD1.5 has 22 residual blocks, 16 transformer blocks and a final norm."""
     by_kernel = patched_sd15["none"].by_operator
-    # forward and once more in the backward pass, of three norms a transformer block
+    # three norms per transformer block, in the forward pass and recomputed in backward
     assert by_kernel["_layer_norm_fwd_kernel"].launches == 2 * 3 * 16
     assert by_kernel["_layer_norm_bwd_kernel"].launches == 3 * 16
     assert by_kernel["_geglu_bwd_kernel"].launches == 16
     assert by_kernel["_bias_residual_fwd_kernel"].launches == 22
-    # SD1.5's GEGLU projects 5 blocks of 320 at 64x64, 5 of 640 at 32x32, 5 of 1280 at 16x16 and one at 8x8, to 8 times as
-    # many features; the forward kernel reads those and writes half
+    # SD1.5's GEGLU projects 5 blocks of 320 at 64x64, 5 of 640 at 32x32, 5 of 1280 at 16x16 and one at 8x8, to 8 times
+    # as many features; the forward kernel reads those and writes half
     projected = sum(n * side**2 * 8 * dim for n, side, dim in ((5, 64, 320), (5, 32, 640), (5, 16, 1280), (1, 8, 1280)))
     once = by_kernel["_geglu_fwd_kernel"].bytes_moved / by_kernel["_geglu_fwd_kernel"].launches * 16
     assert once == 2 * (projected + projected // 2)
-    # a transformer's residual, the two biases of time embeddings; the forks left to autograd are the 12 skips to the way up
+    # the residuals of 16 transformers, the sum of two time-embedding biases, and the gradients that autograd adds at
+    # 12 skip connections
     assert by_kernel["add"].launches == 16 + 1 + 12
-    # three launches a norm where a group is split, 19 times; one where a program has a group to itself, 42 times
+    # 19 norms split a group over programs, in three launches; 42 have a program per group, in one launch
     assert by_kernel["_bwd_dx_kernel"].launches == by_kernel["_group_stats_kernel"].launches == 19
     assert by_kernel["_bwd_whole_kernel"].launches == 42
-    # less than a third of the eager, NCHW step's traffic, than half its launches
+    # less than a third of the bytes and half of the launches of the eager NCHW step
     total = patched_sd15["none"]
     assert total.total("bytes_moved", with_optimizer=False) < 3.5e9
     assert total.total("launches", with_optimizer=False) < 1400
 
 
-def test_a_convolution_without_a_bias_is_one_kernel_less():
+def test_a_channels_last_convolution_without_bias_launches_one_kernel_less():
     x, weight, bias = (
         torch.empty(shape, device="meta").requires_grad_() for shape in ((1, 8, 4, 4), (8, 8, 3, 3), (8,))
     )
@@ -271,27 +268,27 @@ def test_a_convolution_without_a_bias_is_one_kernel_less():
         assert [a.launches - b.launches for a, b in zip(*launches, strict=True)] == [fewer, fewer]
 
 
-def test_what_cannot_be_counted_is_refused(tiny):
-    with pytest.raises(ValueError, match="channels-last and without autocast, not nchw, bf16"):
+def test_combinations_that_cannot_be_counted_are_refused(tiny):
+    with pytest.raises(ValueError, match="requires --layout channels_last without autocast, not nchw, bf16"):
         count.trace(tiny, patched=True)
-    with pytest.raises(ValueError, match="counted of a patched UNet alone"):
+    with pytest.raises(ValueError, match="selective checkpointing can only be counted with --patched"):
         count.trace(tiny, checkpointing="selective")
 
 
 def test_the_gate_passes_as_committed_and_fails_on_one_more_operator(monkeypatch, capsys):
     assert main(["bench", "gate", "--base", "tiny"]) == 0
-    assert capsys.readouterr().out.startswith("same  tiny")
+    assert capsys.readouterr().out == "same  tiny, batch 1, bf16, nchw, adamw8bit\n"
     from diffusers.models.resnet import ResnetBlock2D
 
     forward = ResnetBlock2D.forward
     monkeypatch.setattr(ResnetBlock2D, "forward", lambda self, *args, **kwargs: forward(self, *args, **kwargs) * 1.0)
     assert main(["bench", "gate", "--base", "tiny"]) == 1
     out = capsys.readouterr().out
-    assert out.startswith("rose  tiny")
+    assert out.startswith("rose  tiny, batch 1, bf16, nchw, adamw8bit\n")
     assert "classes.elementwise.launches:" in out
 
 
-def test_a_class_that_appears_has_risen_and_one_that_fell_is_no_failure():
+def test_a_new_class_has_risen_and_lower_figures_have_fallen():
     golden = {"launches": 5, "classes": {"conv": {"launches": 5}}}
     assert gate.differences(golden, {"launches": 5, "classes": {"conv": {"launches": 4}, "norm": {"launches": 1}}}) == (
         ["classes.norm.launches: 0 -> 1"],
@@ -299,14 +296,14 @@ def test_a_class_that_appears_has_risen_and_one_that_fell_is_no_failure():
     )
 
 
-def test_the_command_prints_keeps_and_explains(tmp_path, capsys):
+def test_the_command_prints_a_table_or_json_and_appends_a_line(tmp_path, capsys):
     assert main(["bench", "count", "--append", str(tmp_path / "r.jsonl")]) == 0
     out = capsys.readouterr().out
     assert "without optimizer" in out
-    assert "is a model" in out or "are a model" in out
+    assert "Launches and bytes are estimates" in out
     assert main(["bench", "count", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
-    (kept,) = read(tmp_path / "r.jsonl")
-    assert kept["figures"] == printed["figures"]
+    (appended,) = read(tmp_path / "r.jsonl")
+    assert appended["figures"] == printed["figures"]
     golden = next(line for line in read(COUNTS) if line["config"]["base"] == "tiny")
-    assert kept["config"] == golden["config"]
+    assert appended["config"] == golden["config"]

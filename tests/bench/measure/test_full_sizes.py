@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from safelight.bench.measure import count, gate
-from safelight.bench.measure.memory import of_a_cpu
+from safelight.bench.measure.memory import measure_on_cpu
 from safelight.bench.recipes.suite import measure, variants
 from safelight.bench.recipes.workload import Workload, initial_unet
 from safelight.trainer.config.toml import Model
@@ -110,7 +110,7 @@ def test_sdxl_steps_patched_unpatched_and_beside_the_recipe(small_sdxl):
     records = list(measure(variants(recipes, (2,), work), repeats=1))
     assert [r["config"]["recipe"] for r in records] == list(recipes)
     assert all(r["figures"]["images_per_s"][1] > 0 for r in records)
-    assert of_a_cpu(dataclasses.replace(work, batch_size=1).resolved())["step_mib"] > 0
+    assert measure_on_cpu(dataclasses.replace(work, batch_size=1).resolved())["step_mib"] > 0
 
 
 def test_sdxl_is_counted_patched_with_its_conditioning(small_sdxl):

@@ -1,4 +1,4 @@
-"""`bench kernels`: the same work on both sides, bytes by formula as the kernels' own launches say, saved bytes exact."""
+"""`bench kernels`: ours and plain PyTorch compute the same; formulas match the launches; saved bytes are exact."""
 
 import json
 
@@ -36,8 +36,7 @@ def found() -> dict[str, tuple[Layer, ...]]:
     return {model: layers(model) for model in MODELS}
 
 
-def test_the_layers_are_those_of_the_models(found):
-    # parameters: ../shared/study/performance.md; SD2.1's as published
+def test_the_layers_are_those_of_the_published_models(found):
     numbers = {name: sum(p.numel() for p in meta_model(name).parameters()) for name in MODELS}
     assert numbers == {"sd15": 859_520_964, "sd21": 865_910_724, "sdxl": 2_567_463_684}
     for model, blocks, resnets in (("sd15", 16, 22), ("sd21", 16, 22), ("sdxl", 70, 17)):
@@ -46,17 +45,17 @@ def test_the_layers_are_those_of_the_models(found):
             counts[layer.op] += layer.count
         assert counts["geglu"] == counts["layer_norm"] == counts["feed_forward"] == blocks
         assert counts["add_layer_norm"] == 2 * blocks
-        # both of a block's norms have a convolution behind them
+        # each residual block has two norms followed by a convolution
         assert counts["norm_silu_conv"] == 2 * resnets == 2 * counts["bias_residual"]
-        # the last norm has its convolution outside any block
+        # the first norm of each block, and the UNet's last norm
         assert counts["group_norm_silu"] == resnets + 1
     assert Layer("geglu", (1, 4096, 2560), 5) in found["sd15"]
     assert Layer("geglu", (1, 1024, 10240), 60) in found["sdxl"]
 
 
 @pytest.mark.parametrize("op", [name for name, op in OPS.items() if op.forward_bytes is not None])
-def test_the_formulas_are_what_the_kernels_are_given(op):
-    """Each launch's tensors, once each, add up to the formula; parameters and partial sums are the rest."""
+def test_the_byte_formulas_agree_with_the_launched_tensors(op):
+    """The formula is at most 12 % below the bytes of all launches, which include parameters and partial sums."""
     shape, dtype = shape_of(op), torch.bfloat16
     inputs = OPS[op].inputs(shape, dtype, META, torch.channels_last)
     with record_launches() as forward:
@@ -66,7 +65,7 @@ def test_the_formulas_are_what_the_kernels_are_given(op):
         with record_launches() as backward:
             kernels._backward(outputs, inputs, tuple(torch.empty_like(y) for y in outputs))
         if op == "bias_residual":
-            # a dense gradient goes on as it is, and PyTorch sums it up: the formula is what that reads
+            # no kernel of ours: the gradient is passed on, and PyTorch sums it for the bias
             assert not backward
         else:
             passes.append((backward, OPS[op].backward_bytes))
@@ -74,7 +73,7 @@ def test_the_formulas_are_what_the_kernels_are_given(op):
         assert launches
         moved = 0
         for launch in launches:
-            # a placeholder for what a launch has not got is a tensor that it has
+            # an absent argument is given as another tensor of the launch, so count storages once
             storages = {
                 x.untyped_storage()._cdata: x.numel() * x.element_size()
                 for x in launch.arguments.values()
@@ -85,7 +84,7 @@ def test_the_formulas_are_what_the_kernels_are_given(op):
 
 
 @pytest.mark.parametrize("op", [name for name in OPS if name != "noising"])
-def test_ours_and_plain_do_the_same_work_and_save_what_is_said(op):
+def test_ours_equals_plain_pytorch_and_saves_the_counted_bytes(op):
     shape = reduced(shape_of(op))
     inputs = OPS[op].inputs(shape, torch.float32, CPU, torch.channels_last)
     ours, plain = (kernels._outputs(f(**inputs)) for f in (OPS[op].ours, OPS[op].plain))
@@ -96,24 +95,24 @@ def test_ours_and_plain_do_the_same_work_and_save_what_is_said(op):
         on_meta = OPS[op].inputs(shape, torch.float32, META, torch.channels_last)
         real = kernels.saved_bytes(function, inputs, parameters)
         counted = kernels.saved_bytes(function, on_meta, parameters)
-        # the loss' reference is differentiated by autograd, which keeps the difference as well
+        # on a CPU the loss is its reference, differentiated by autograd, which saves the difference as well
         assert counted < real if (op, function) == ("diffusion_loss", OPS[op].ours) else counted == real
     assert kernels.saved_bytes(OPS[op].ours, on_meta, parameters) <= real
 
 
-def test_plain_bytes_by_hand():
+def test_bytes_moved_by_plain_pytorch_counted_by_hand():
     layer = Layer("bias_residual", (1, 320, 8, 8), 1)
     n, b = 320 * 64, 2
-    # x + bias reads and writes one, + residual reads two and writes one; backward: the bias' sum
+    # x + bias reads and writes n elements, + residual reads 2n and writes n; backward sums the bias gradient
     assert kernels.plain_bytes(OPS[layer.op], layer, torch.bfloat16) == (5 * n * b + 320 * b, n * b + 320 * b)
 
 
-def test_a_prepared_run_is_timed_without_its_preparation():
-    made = []
+def test_every_timed_run_gets_its_own_preparation():
+    prepared = []
 
     def prepare():
-        made.append(torch.randn(256, 256).matmul(torch.randn(256, 256)))
-        return len(made)
+        prepared.append(torch.randn(256, 256).matmul(torch.randn(256, 256)))
+        return len(prepared)
 
     seen = []
     times = interleave_prepared({"a": Prepared(prepare, seen.append), "b": Prepared(lambda: 0, lambda _: None)}, CPU, 3)
@@ -121,14 +120,14 @@ def test_a_prepared_run_is_timed_without_its_preparation():
     assert len(times["a"]) == len(times["b"]) == 3
 
 
-def test_on_a_cpu_bytes_alone_are_printed_and_kept(tmp_path, capsys):
+def test_on_a_cpu_only_bytes_are_printed_and_appended(tmp_path, capsys):
     assert main(["bench", "kernels", "--ops", "geglu", "--append", str(tmp_path / "r"), "--device", "cpu"]) == 0
     out = capsys.readouterr().out
-    assert "a CPU runs no kernel" in out
+    assert "No times: the kernels need a GPU" in out
     assert " ms" not in out
     (record,) = read(tmp_path / "r")
     step = record["figures"]["step"]
-    # 5 blocks at each of three sides and one in the middle; forward 3/2, backward 5/2 of the projection in 2 bytes
+    # 5 blocks at each of three resolutions and one in the middle; 3/2 of the projection forward, 5/2 backward, in bf16
     projections = 5 * (4096 * 2560 + 1024 * 5120 + 256 * 10240) + 64 * 10240
     assert step["geglu"]["gb"] == pytest.approx(projections * 4 * 2 / 1e9, rel=1e-3)
     assert step["geglu"]["saved_mib"] == pytest.approx(projections * 2 / 2**20, rel=1e-3)
@@ -136,7 +135,7 @@ def test_on_a_cpu_bytes_alone_are_printed_and_kept(tmp_path, capsys):
     assert "'gelu'" in capsys.readouterr().err
 
 
-def test_times_on_a_cpu_are_told_to_be_the_references(monkeypatch, tmp_path, capsys):
+def test_times_on_a_cpu_are_marked_as_those_of_the_references(monkeypatch, tmp_path, capsys):
     def no_compiler(*args, **kwargs):
         def fail(**inputs):
             raise RuntimeError("No working C++ compiler found\nmore")
@@ -151,24 +150,25 @@ def test_times_on_a_cpu_are_told_to_be_the_references(monkeypatch, tmp_path, cap
     timed = [line for line in lines if line["config"]["what"] == "time"]
     assert [line["config"]["op"] for line in timed] == ["layer_norm", "norm_linear"]
     for line in timed:
-        found = line["figures"]
+        figures = line["figures"]
         assert line["note"] == kernels.CPU_NOTE
-        assert found["compiled_cannot"] == "No working C++ compiler found"
+        assert figures["compiled_cannot"] == "No working C++ compiler found"
         for direction in kernels.PASSES:
-            assert set(found[direction]) == {"ours_ms", "plain_ms"}
-            assert min(found[direction]["plain_ms"]) > 0
+            assert set(figures[direction]) == {"ours_ms", "plain_ms"}
+            assert min(figures[direction]["plain_ms"]) > 0
     assert "compiled" not in kernels.time_rows(timed)[0]
+    assert kernels.failures(timed) == ["compiled was not timed: No working C++ compiler found"]
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_on_a_gpu_a_kernel_comes_near_the_copys_rate():
+def test_on_a_gpu_a_kernel_comes_near_the_copy_bandwidth():
     lines = list(
         kernels.bench_kernels(
             ("sd15",), (8,), torch.float16, torch.device("cuda"), ops=("geglu",), num_shapes=1, with_compile=False
         )
     )
-    found = lines[-1]["figures"]
+    figures = lines[-1]["figures"]
     for direction in kernels.PASSES:
-        assert 0.2 < found[direction]["share_of_limit"] < 3
-        assert found[direction]["ours_ms"][1] > 0
+        assert 0.2 < figures[direction]["share_of_limit"] < 3
+        assert figures[direction]["ours_ms"][1] > 0

@@ -1,4 +1,4 @@
-"""Whole loops by the clock: that every epoch is timed once, with all that belongs to it."""
+"""`bench loop`: every epoch is timed once, with its steps, log and checkpoint; idle time and waits."""
 
 import json
 import time
@@ -18,7 +18,7 @@ WORK = Workload(batch_size=2, optimizer="adamw", device="cpu")
 
 
 @pytest.mark.slow
-def test_epochs_of_both_hold_their_steps_and_checkpoints(monkeypatch):
+def test_epochs_of_both_loops_include_their_steps_and_checkpoints(monkeypatch):
     saved = []
     import safelight.trainer.checkpoint.saver as saving
 
@@ -34,42 +34,41 @@ def test_epochs_of_both_hold_their_steps_and_checkpoints(monkeypatch):
     monkeypatch.setattr(loop, "save_file", lambda *args: saved.append("everydream") or time.sleep(0.3) or write(*args))
     records = list(bench_loop(WORK, 4, 3))
     assert [r["config"]["recipe"] for r in records] == [OURS, "everydream"]
-    # a checkpoint an epoch of each, in its time
+    # one checkpoint per epoch in each loop
     assert saved == [OURS] * 3 + ["everydream"] * 3
     for record in records:
-        found = record["figures"]
-        assert 0.3 < found["epoch_s"][0] <= found["epoch_s"][1] <= found["epoch_s"][2]
-        assert found["images_per_s"] == pytest.approx(4 / found["epoch_s"][1], rel=0.01)
-        # what fills caches and loads models is in the first
-        assert found["first_epoch_s"] > 0.3
-        assert found["idle_share"] is None
-        assert 0 < found["waited_share"] < 0.5
+        figures = record["figures"]
+        # each includes a checkpoint, which takes 0.3 s
+        assert 0.3 < figures["epoch_s"][0] <= figures["epoch_s"][1] <= figures["epoch_s"][2]
+        assert figures["images_per_s"] == pytest.approx(4 / figures["epoch_s"][1], rel=0.01)
+        assert figures["first_epoch_s"] > 0.3
+        assert figures["idle_share"] is None
+        assert 0 < figures["waited_share"] < 0.5
         json.dumps(record)
 
 
 @pytest.fixture
 def now(monkeypatch) -> list[float]:
-    """The clock of the loop, to be set."""
+    """The time in seconds that the loop reads from its clock."""
     seconds = [0.0]
     monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: seconds[0]))
     return seconds
 
 
-def test_waits_are_a_share_of_the_later_epochs(now):
+def test_waits_are_a_share_of_the_epochs_after_the_first(now):
     clock = loop._Clock(torch.device("cpu"), 1, 3)
     for waited, lasts in ((7.0, 50.0), (3.0, 10.0), (1.0, 6.0)):
         with clock.waiting():
             now[0] += waited
         now[0] += lasts - waited
         clock.epoch_ended()
-    found = clock.epochs()
-    assert (found.first_s, found.seconds, found.idle) == (50.0, [10.0, 6.0], None)
-    # the first epoch's wait is in neither
-    assert found.waited == 4.0 / 16.0
+    epochs = clock.epochs()
+    assert (epochs.first_s, epochs.seconds, epochs.idle) == (50.0, [10.0, 6.0], None)
+    assert epochs.waited == 4.0 / 16.0
 
 
-def test_idle_is_what_is_left_of_the_last_epoch(now, monkeypatch):
-    """By a timeline made up: two kernels overlap, one lies apart."""
+def test_idle_time_is_measured_in_the_last_epoch(now, monkeypatch):
+    """With a hand-written timeline: two kernels overlap, a third runs later."""
     began, calls = 5_000, []
 
     def kernel(start_us: int, end_us: int) -> SimpleNamespace:
@@ -103,26 +102,26 @@ def test_idle_is_what_is_left_of_the_last_epoch(now, monkeypatch):
     for lasts in (50.0, 20.0, 10.0):
         now[0] += lasts
         clock.epoch_ended()
-    # every epoch ends when the device is done; the last one alone is recorded
+    # every epoch ends with a synchronization; only the last one is profiled
     assert calls == [("wait", 50.0), ("wait", 70.0), ("start", 70.0), ("wait", 80.0), ("stop", 80.0)]
     assert clock.epochs().idle == pytest.approx(1 - 4.5 / 10)
 
 
-def test_our_run_is_a_run_of_a_user(tmp_path):
+def test_our_loop_saves_a_checkpoint_per_epoch_and_logs(tmp_path):
     config = config_for(WORK.resolved(), tmp_path / "d", tmp_path / "run", 3, 64)
     assert (config.save.every_epochs, config.train.epochs, config.log.tensorboard) == (1, 3, True)
     assert config.data.max_aspect == 1.0
 
 
-def test_what_cannot_be_timed_is_refused():
-    with pytest.raises(ValueError, match="--epochs 2 leaves nothing"):
+def test_too_few_epochs_and_partial_batches_are_refused():
+    with pytest.raises(ValueError, match="--epochs 2 is too few"):
         list(bench_loop(WORK, 4, 2))
-    with pytest.raises(ValueError, match="--photographs 5 is no multiple of batch size 2"):
+    with pytest.raises(ValueError, match="--photographs 5 is not a multiple of --batch-size 2"):
         list(bench_loop(WORK, 5, 3))
 
 
-def test_epochs_of_replayed_steps_are_told_apart():
-    """A GPU's steps are rehearsed first, and then replayed: all that is heard of one is that it loads."""
+def test_epochs_of_replayed_steps_are_detected():
+    """CUDA graphs warm up all phases but "load" first; then a replayed step has only "load"."""
     clock = loop._Clock(torch.device("cpu"), steps_per_epoch=3, num_epochs=3)
     ends = []
     with clock.listen("forward"), clock.listen("optimizer"):

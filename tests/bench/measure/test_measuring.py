@@ -1,4 +1,4 @@
-"""The loader's benchmark, the ceilings, `quick`, and a rehearsal of `all`."""
+"""`bench loader`, the ceilings, `bench quick` and `bench all`, with a rehearsal of all its parts on the CPU."""
 
 import sys
 import time
@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from safelight.__main__ import main
-from safelight.bench.all import run_all as everything
-from safelight.bench.all import short_training_run as short_run
+from safelight.bench.all import run_all, short_training_run
 from safelight.bench.core import ceilings as ceilings_module
 from safelight.bench.core.ceilings import ceilings
 from safelight.bench.core.results import read
@@ -18,7 +17,7 @@ from safelight.bench.measure.optimizers import offered
 from safelight.bench.recipes.suite import VARIANTS
 from safelight.bench.recipes.workload import Workload
 
-# of matrices and copies that take no time to speak of
+# sizes of the ceilings' matrices and copies that take no time
 SMALL = (512, 2**23, 3)
 
 
@@ -27,8 +26,8 @@ def small_ceilings(monkeypatch):
     monkeypatch.setattr(ceilings_module, "SMALL", SMALL)
 
 
-def test_every_source_delivers_the_same_rows(tmp_path):
-    """What is compared is the same work: rows of the same shapes and dtype, each once an epoch."""
+def test_every_source_delivers_each_row_once_per_epoch(tmp_path):
+    """So that the same work is compared: rows of the same shapes and dtype."""
     from contextlib import ExitStack
 
     with ExitStack() as stack:
@@ -52,23 +51,21 @@ def test_every_source_delivers_the_same_rows(tmp_path):
     assert pixels.std() > 0.1
 
 
-def test_the_loaders_table_of_500_rows(tmp_path, capsys):
-    assert (
-        main(["bench", "loader", "--base", "tiny", "--rows", "500", "--repeats", "1", "--append", str(tmp_path / "r")])
-        == 0
-    )
+def test_the_loader_command_measures_every_source(tmp_path, capsys):
+    arguments = ["--base", "tiny", "--rows", "500", "--repeats", "1", "--append", str(tmp_path / "r")]
+    assert main(["bench", "loader", *arguments]) == 0
     out = capsys.readouterr().out
     records = {r["config"]["source"]: r["figures"] for r in read(tmp_path / "r")}
     assert set(records) == {"cache", "cache-ahead", "npz", "pt", "decode"}
     assert all(name in out for name in records)
-    for found in records.values():
-        assert found["rows_per_s"] == pytest.approx(500 / (found["wall_ms_per_batch"] * 63 / 1e3), rel=0.02)
-        assert found["cpu_ms_per_batch"] > 0
+    for figures in records.values():
+        assert figures["rows_per_s"] == pytest.approx(500 / (figures["wall_ms_per_batch"] * 63 / 1e3), rel=0.02)
+        assert figures["cpu_ms_per_batch"] > 0
     assert main(["bench", "loader", "--rows", "1000000000"]) == 2
     assert "lower --rows" in capsys.readouterr().err
 
 
-def test_a_ceiling_is_the_work_over_the_fastest_repeats_time(monkeypatch):
+def test_a_ceiling_is_the_work_divided_by_the_fastest_time(monkeypatch):
     ran = []
 
     def timed(runs, device, repeats):
@@ -76,17 +73,17 @@ def test_a_ceiling_is_the_work_over_the_fastest_repeats_time(monkeypatch):
         return {"": [0.5, 0.25, 2.0]}
 
     monkeypatch.setattr(ceilings_module, "interleave", timed)
-    found = ceilings(torch.device("cpu"), torch.bfloat16, small=True)
+    limits = ceilings(torch.device("cpu"), torch.bfloat16, small=True)
     size, num_bytes, repeats = SMALL
-    # a product of square matrices is as many multiplications as additions; a copy reads and writes
-    assert found["matmul_tflops"] == pytest.approx(2 * size**3 / 0.25 / 1e12, abs=1e-4)
-    assert found["copy_gb_per_s"] == pytest.approx(2 * num_bytes / 0.25 / 1e9, abs=1e-3)
+    # a multiply and an add per term; a copy reads and writes
+    assert limits["matmul_tflops"] == pytest.approx(2 * size**3 / 0.25 / 1e12, abs=1e-4)
+    assert limits["copy_gb_per_s"] == pytest.approx(2 * num_bytes / 0.25 / 1e9, abs=1e-3)
     products, copies = ran[:repeats], ran[repeats:]
     assert [(x.shape, x.dtype) for x in products] == [((size, size), torch.bfloat16)] * repeats
     assert [x.nbytes for x in copies] == [num_bytes] * repeats
 
 
-def test_quick_tells_ours_the_recipe_and_the_limit(monkeypatch, capsys):
+def test_quick_prints_our_step_the_recipe_and_the_limit(monkeypatch, capsys):
     monkeypatch.setattr(quick.quick, "__defaults__", ("auto", 150, 1))
     monkeypatch.setattr(quick, "choose_work", lambda device: (Workload(device=device).resolved(), (1,)))
     assert main(["bench", "quick", "--device", "cpu"]) == 0
@@ -95,17 +92,17 @@ def test_quick_tells_ours_the_recipe_and_the_limit(monkeypatch, capsys):
         assert word in out
 
 
-def test_quick_stops_in_time():
+def test_quick_measures_no_step_once_the_time_is_up():
     records = list(quick.quick("cpu", budget_s=0, repeats=1))
     assert [r["bench"] for r in records] == ["ceilings"]
-    found = records[0]["figures"]
-    # a step of one image is 0.94 GFLOP
-    assert found["limit_images_per_s"] == pytest.approx(found["matmul_tflops"] * 1e12 / 0.937e9, rel=0.01)
+    figures = records[0]["figures"]
+    # a step with one image takes 0.937 GFLOP
+    assert figures["limit_images_per_s"] == pytest.approx(figures["matmul_tflops"] * 1e12 / 0.937e9, rel=0.01)
 
 
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory) -> tuple[int, list[dict], str]:
-    """Exit status and result lines of `bench all` on the CPU; its marked tests are a small folder's."""
+    """Exit status and result lines of `bench all` on the CPU, with a small folder in place of our tests."""
     root = tmp_path_factory.mktemp("checkout")
     (root / "tests").mkdir()
     (root / "tests" / "test_one.py").write_text(
@@ -114,37 +111,41 @@ def rehearsal(tmp_path_factory) -> tuple[int, list[dict], str]:
     out = tmp_path_factory.mktemp("all")
 
     def in_process(command, timeout_s, log):
-        """The command line as its own process would run it, less six imports of everything."""
+        """Run the command in this process, which saves starting six interpreters."""
         assert command[:3] == [sys.executable, "-m", "safelight"]
         began = time.monotonic()
         return main(command[3:]), "", time.monotonic() - began
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(everything, "ROOT", root)
-        patch.setattr(short_run, "call", in_process)
+        patch.setattr(run_all, "ROOT", root)
+        patch.setattr(short_training_run, "call", in_process)
         patch.setattr(ceilings_module, "SMALL", SMALL)
         status = main(["bench", "all", "--out", str(out), "--device", "cpu", "--minutes", "5"])
     return status, read(out / "results.jsonl")
 
 
-def test_a_command_is_called_and_killed_when_its_time_is_up(tmp_path):
-    status, tail, seconds = short_run.call(["sh", "-c", "echo first; echo last; exit 3"], 10, tmp_path / "log")
+def test_a_called_command_is_killed_with_its_children_at_the_timeout(tmp_path):
+    status, tail, seconds = short_training_run.call(["sh", "-c", "echo first; echo last; exit 3"], 10, tmp_path / "log")
     assert (status, tail) == (3, "last")
     assert 0 < seconds < 10
-    # its children go with it
-    status, tail, seconds = short_run.call(["sh", "-c", "echo begun; sleep 30 & sleep 30"], 1, tmp_path / "log")
+    # the sleeping child is killed too
+    status, tail, seconds = short_training_run.call(
+        ["sh", "-c", "echo begun; sleep 30 & sleep 30"], 1, tmp_path / "log"
+    )
     assert (status, tail) == (124, "begun")
     assert seconds < 10
 
 
-def test_a_run_that_fails_says_which_command_and_why(tmp_path, monkeypatch):
-    monkeypatch.setattr(short_run, "call", lambda command, timeout_s, log: (2, "safelight init: no", 0.1))
-    with pytest.raises(RuntimeError, match="safelight init ended with 2: safelight init: no"):
-        short_run.train(short_run.ShortRun("tiny", "tiny", 64, 1, 1, 1), tmp_path, "cpu", time.monotonic() + 9)
+def test_the_error_of_a_failed_run_names_the_command_and_its_last_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(short_training_run, "call", lambda command, timeout_s, log: (2, "safelight init: no", 0.1))
+    with pytest.raises(RuntimeError, match="safelight init exited with status 2: safelight init: no"):
+        short_training_run.train(
+            short_training_run.ShortRun("tiny", "tiny", 64, 1, 1, 1), tmp_path, "cpu", time.monotonic() + 9
+        )
 
 
 @pytest.mark.slow
-def test_the_rehearsal_of_all_runs_every_part(rehearsal):
+def test_the_cpu_rehearsal_of_bench_all_runs_every_part(rehearsal):
     status, records = rehearsal
     failed = [(r["bench"], r.get("note")) for r in records if r["figures"].get("failed")]
     assert failed == []
@@ -183,74 +184,76 @@ def test_the_rehearsal_of_all_runs_every_part(rehearsal):
     assert tests["figures"]["exit_status"] == 0
     assert tests["note"].startswith("1 passed, 1 deselected")
     runs = {r["config"]["base"]: r["figures"]["steps"] for r in records if r["bench"] == "training_run"}
-    # the second rehearses the run of SD1.5's size, with the same preset and commands
+    # the second rehearses the run of SD1.5's size, with its preset and commands
     assert runs == {"tiny": 4, "random:small": 1}
     assert {r["config"]["what"] for r in records if r["bench"] == "kernels"} == {"bytes", "time"}
     assert {r["config"]["optimizer"] for r in records if r["bench"] == "optimizer"} == {*offered(torch.float32), "ema"}
 
 
-def test_a_part_that_fails_leaves_a_line_and_the_next_one_runs(tmp_path, monkeypatch):
-    def fail(session):
-        yield session.record("first", {}, {"x": 1})
+def test_a_failing_part_leaves_a_line_and_the_next_one_runs(tmp_path, monkeypatch):
+    def fail(context):
+        yield context.make_record("first", {}, {"x": 1})
         raise RuntimeError("the card fell out\nat once")
 
-    chosen = (everything.Part("first", 0, fail), everything.Part("ceilings", 0, everything._ceilings))
-    monkeypatch.setattr(everything, "PARTS", chosen)
-    records = list(everything.run_all(1, tmp_path, Workload(device="cpu")))
+    chosen = (run_all.Part("first", 0, fail), run_all.Part("ceilings", 0, run_all._ceilings))
+    monkeypatch.setattr(run_all, "PARTS", chosen)
+    records = list(run_all.run_parts(1, tmp_path, Workload(device="cpu")))
     assert records == read(tmp_path / "results.jsonl")
     assert [r["bench"] for r in records] == ["first", "first", "ceilings"]
     assert records[1]["note"] == "the card fell out"
     assert records[1]["figures"]["failed"]
 
 
-def test_a_gpus_size_decides_what_is_measured_there(tmp_path, monkeypatch):
-    """Which recipes, bases and batch sizes the parts ask for, on a T4's memory and on an H200's; nothing runs."""
-    asked = []
+def test_the_memory_of_a_gpu_decides_which_steps_are_measured(tmp_path, monkeypatch):
+    """The recipes, bases and batch sizes of the parts on a T4 and on an H200; nothing runs."""
+    requested = []
 
-    def note(works, repeats, loader, together):
-        found = [(recipe, w.base, w.latent_size, w.batch_size) for recipe, w in works.values()]
-        asked.extend(found)
-        yield from ({"bench": "step", "figures": {}} for _ in found)
+    def record_request(workloads, repeats, loader, together):
+        steps = [(recipe, w.base, w.latent_size, w.batch_size) for recipe, w in workloads.values()]
+        requested.extend(steps)
+        yield from ({"bench": "step", "figures": {}} for _ in steps)
 
-    monkeypatch.setattr(everything, "measure", note)
+    monkeypatch.setattr(run_all, "measure", record_request)
     monkeypatch.setattr(
-        everything,
+        run_all,
         "variants",
         lambda recipes, sizes, work: {
             f"{name} {size}": (name, replace(work, batch_size=size)) for name in recipes for size in sizes
         },
     )
-    monkeypatch.setattr(everything.Session, "record", lambda self, bench, config, found, note: {"note": note})
-    parts = {part.name: part.measure for part in everything.PARTS}
+    monkeypatch.setattr(run_all.BenchContext, "make_record", lambda self, bench, config, figures, note: {"note": note})
+    parts = {part.name: part.measure for part in run_all.PARTS}
 
-    def asked_by(name: str, gib: float) -> list[tuple]:
-        asked.clear()
-        monkeypatch.setattr(everything.Session, "gpu_gib", gib)
+    def steps_of(name: str, gib: float) -> list[tuple]:
+        requested.clear()
+        monkeypatch.setattr(run_all.BenchContext, "gpu_gib", gib)
         work = Workload("random:sd15", 64, device="cuda", precision="fp16")
-        notes.extend(parts[name](everything.Session(tmp_path, work, time.monotonic() + 99)))
-        return list(asked)
+        notes.extend(parts[name](run_all.BenchContext(tmp_path, work, time.monotonic() + 99)))
+        return list(requested)
 
     notes: list[dict] = []
     sd15, sd21, sdxl = ("random:sd15", 64), ("random:sd21", 64), ("random:sdxl", 128)
-    assert asked_by("steps", 14.6) == [(name, *sd15, n) for name in ("safelight", "diffusers") for n in (1, 4, 8)]
-    assert asked_by("steps", 139) == [(name, *sd15, n) for name in ("safelight", "diffusers") for n in (1, 8, 32)]
+    assert steps_of("steps", 14.6) == [(name, *sd15, n) for name in ("safelight", "diffusers") for n in (1, 4, 8)]
+    assert steps_of("steps", 139) == [(name, *sd15, n) for name in ("safelight", "diffusers") for n in (1, 8, 32)]
     replayed = ("safelight-graphs", "safelight-fused-graphs")
-    assert asked_by("graphs", 139) == [(name, *sd15, n) for name in replayed for n in (1, 32)]
-    assert {name for name, *_ in asked_by("ablation", 139)} == VARIANTS.keys() - set(replayed)
-    assert asked_by("models", 139) == [
+    assert steps_of("graphs", 139) == [(name, *sd15, n) for name in replayed for n in (1, 32)]
+    assert {name for name, *_ in steps_of("ablation", 139)} == VARIANTS.keys() - set(replayed)
+    assert steps_of("models", 139) == [
         *((name, *sd21, n) for name in ("safelight-graphs", "safelight") for n in (32, 64)),
         *((name, *sdxl, 8) for name in ("safelight-graphs", "safelight")),
     ]
-    assert asked_by("mlperf", 139) == [("mlperf", *sd21, 32)]
-    assert asked_by("mlperf", 14.6) == [("mlperf", *sd15, 4)]
-    assert asked_by("everydream", 14.6) == [("everydream", *sd15, n) for n in (1, 4)]
+    assert steps_of("mlperf", 139) == [("mlperf", *sd21, 32)]
+    assert steps_of("mlperf", 14.6) == [("mlperf", *sd15, 4)]
+    assert steps_of("everydream", 14.6) == [("everydream", *sd15, n) for n in (1, 4)]
     notes.clear()
-    assert asked_by("models", 14.6) == []
-    assert notes == [{"note": "left out: SDXL at batch 8 wants 70 GiB, this GPU has 15"}]
+    assert steps_of("models", 14.6) == []
+    assert notes == [{"note": "skipped: SDXL at batch 8 needs 70 GiB, this GPU has 15"}]
 
 
-def test_what_comes_too_late_is_left_out_and_said(tmp_path):
-    records = list(everything.run_all(0.001, tmp_path, Workload(device="cpu"), only=("ceilings", "steps")))
-    assert [r.get("note") for r in records] == ["left out: the time was up"] * 2
-    with pytest.raises(ValueError, match="among ceilings"):
-        list(everything.run_all(1, tmp_path, Workload(device="cpu"), only=("nothing",)))
+def test_parts_that_no_longer_fit_the_time_are_recorded_as_skipped(tmp_path):
+    records = list(run_all.run_parts(0.001, tmp_path, Workload(device="cpu"), only=("ceilings", "steps")))
+    assert [r.get("note") for r in records] == ["skipped: not enough time left"] * 2
+    with pytest.raises(ValueError, match="there is no part nothing of bench all; use ceilings"):
+        list(run_all.run_parts(1, tmp_path, Workload(device="cpu"), only=("nothing",)))
+    with pytest.raises(ValueError, match="--minutes 0 must be above 0"):
+        list(run_all.run_parts(0, tmp_path, Workload(device="cpu")))

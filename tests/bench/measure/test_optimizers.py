@@ -1,4 +1,4 @@
-"""`bench optimizer` and `bench memory`: what is offered is measured, bytes as counted by hand, caps from small cards up."""
+"""`bench optimizer` and `bench memory`: every optimizer is measured, bytes match hand counts, emulated cards."""
 
 import json
 from typing import get_args
@@ -11,12 +11,13 @@ from safelight.bench.core.results import read
 from safelight.bench.counting.profiled import allocated_peak
 from safelight.bench.measure import memory, optimizers
 from safelight.bench.recipes.workload import Workload, optimizer_config
+from safelight.errors import UserError
 from safelight.kernels.optim.adamw8bit import AdamW8bit
 from safelight.trainer.config.toml import Optimizer
 from safelight.trainer.memory_plan.gpus import find_card
 
 CPU = torch.device("cpu")
-# all of 4,096 elements or more: every moment has 8 bits
+# all have 4,096 elements or more, so that every moment is 8-bit
 SHAPES = {"a.weight": (128, 64), "b.weight": (64, 64, 3, 3)}
 NUM = 128 * 64 + 64 * 64 * 9
 
@@ -26,13 +27,13 @@ def small(monkeypatch):
     monkeypatch.setattr(optimizers, "part_of_sd15", lambda every: SHAPES)
 
 
-def test_everything_a_config_can_name_is_offered():
+def test_every_optimizer_and_memory_mode_of_the_config_is_measured_and_can_be_built():
     found = {dtype: optimizers.offered(dtype) for dtype in (torch.float32, torch.bfloat16)}
     fields = Optimizer.model_fields
     for dtype, configs in found.items():
         for name, config in configs.items():
             assert optimizer_config(name) == config
-            # what is offered can be built, but for unified memory where there is no GPU
+            # all can be built here, except the one that needs CUDA's unified memory
             if config.name == "bnb_paged_adamw8bit":
                 with pytest.raises(
                     ValueError, match="keeps its moments in CUDA's unified memory, and this run is on a"
@@ -41,14 +42,14 @@ def test_everything_a_config_can_name_is_offered():
                 continue
             optimizers._build(config, SHAPES, dtype, CPU)
         assert {name.split(", ")[0] for name in configs} == set(get_args(fields["name"].annotation))
-    # a remainder stands beside 16-bit weights alone
+    # fp32 weights have no remainder to store
     assert {name.split(", ")[1] for name in found[torch.float32]} == {"fp32"}
     assert {name.split(", ")[1] for name in found[torch.bfloat16]} == set(get_args(fields["memory"].annotation)) - {
         "auto"
     }
 
 
-def test_the_part_keeps_small_and_large_tensors():
+def test_a_part_of_sd15_has_small_and_large_tensors_in_proportion():
     whole, part = optimizers.part_of_sd15(1), optimizers.part_of_sd15(64)
     sizes = [torch.Size(shape).numel() for shape in whole.values()]
     assert (len(whole), sum(sizes)) == (686, 859_520_964)
@@ -59,32 +60,32 @@ def test_the_part_keeps_small_and_large_tensors():
     assert sum(part_sizes) / sum(sizes) == pytest.approx(1 / 64, rel=0.2)
 
 
-def test_bytes_held_and_moved_by_hand(small):
+def test_bytes_held_and_moved_agree_with_counts_by_hand(small):
     lines = {
         line["config"]["optimizer"]: line["figures"] for line in optimizers.bench_optimizers(CPU, torch.bfloat16, 1, 1)
     }
-    # "cannot" is for a machine that lacks a library: nothing is missing here, and a fault of ours must not pass for it
+    # "cannot" means that a library is missing; none is missing here, and a bug of ours must not pass as one
     assert {name for name, found in lines.items() if "cannot" in found} == {"bnb_paged_adamw8bit, fp32"}
     measured = {name: found for name, found in lines.items() if "cannot" not in found}
 
     def of(name: str) -> dict:
         return next(found for key, found in measured.items() if key in (name, f"{name}, fp32"))
 
-    # bf16 weight, fp32 master, two fp32 moments; the step numbers are nothing beside them
+    # bf16 weight, fp32 master, two fp32 moments; the step counts are negligible
     assert of("adamw")["held_bytes_per_parameter"] == pytest.approx(2 + 4 + 8, abs=0.01)
-    # two codes of 8 bits, each with an fp32 scale a block of 256
+    # two 8-bit codes, each with an fp32 scale per block of 256
     codes = 2 + 8 / 256
     bitsandbytes = of("bnb_adamw8bit" if "bnb_adamw8bit, fp32" in lines else "adamw8bit")
     assert bitsandbytes["held_bytes_per_parameter"] == pytest.approx(2 + 4 + codes, abs=0.06)
-    # gradient to fp32 2 + 4, its norm 4, clipped 4 + 4, the kernel 8 + 4 + 4, the master to bf16 4 + 2
+    # gradient to fp32: 2 + 4, norm: 4, clipping: 4 + 4, kernel: 8 + 4 + 4, master to bf16: 4 + 2
     assert bitsandbytes["moved_bytes_per_parameter"] == pytest.approx(40, abs=0.2)
-    # the remainders of trainer/config/toml.py's memory modes, where it has them
+    # bytes of each memory mode's remainder
     for mode, remainder in (("exact", 2), ("near", 1), ("rounded", 0)):
         held, found = 2 + remainder + codes, measured[f"adamw8bit, {mode}"]
-        # beside them the maps and the tables of addresses, of one size whatever the model's
+        # plus the quantization maps and tables of addresses, whose size does not depend on the model
         assert found["held_bytes_per_parameter"] == pytest.approx(held, abs=0.12)
         assert found["moved_bytes_per_parameter"] == pytest.approx(2 * held + 4, abs=0.24)
-    # of these two tensors each is a page: a ring of two slots of the larger one, and what is on the host
+    # each of the two tensors is a page; the ring has two slots of the larger one's size, the rest is on the host
     ring, beside = 2 * 64 * 64 * 9 / NUM, 2 + codes
     paged = measured["adamw8bit, paged"]
     assert paged["held_bytes_per_parameter"] == pytest.approx(2 + ring * beside, abs=0.12)
@@ -96,20 +97,20 @@ def test_bytes_held_and_moved_by_hand(small):
     assert next(iter(measured.values()))["ratio"] == 1
 
 
-def test_held_bytes_see_what_an_optimizer_of_ours_keeps():
+def test_held_bytes_include_the_states_of_our_optimizer():
     weights = [torch.randn(64, 64), torch.randn(16)]
     held = optimizers.held_bytes(AdamW8bit(weights))
-    # codes and scales of the first; fp32 moments of the second, too small for blocks; both weights
+    # codes of the first; fp32 moments of the second, which is too small for blocks; both weights; scales and tables
     expected = 4096 * (4 + 2) + 16 * 8 + 16 * (4 + 8)
     assert expected <= held <= expected + 8192
 
 
-def test_what_cannot_run_says_why_and_the_rest_is_measured(small, monkeypatch, tmp_path, capsys):
+def test_an_optimizer_that_cannot_run_has_its_reason_and_the_rest_is_measured(small, monkeypatch, tmp_path, capsys):
     real = optimizers.UNetOptimizer
 
     def refuse(module, config, dtype):
         if config.name == "adamw":
-            raise ValueError("adamw is not there\nmore")
+            raise UserError("adamw is not there\nmore")
         return real(module, config, dtype)
 
     monkeypatch.setattr(optimizers, "UNetOptimizer", refuse)
@@ -124,71 +125,71 @@ def test_what_cannot_run_says_why_and_the_rest_is_measured(small, monkeypatch, t
     assert any("step_ms" in found for name, found in records.items() if name.startswith("adamw8bit"))
 
 
-def test_the_allocators_record_is_the_live_peak():
+def test_the_allocated_peak_counts_live_memory():
     def step():
         a = torch.ones(1024, 1024)
         b = a + 1
         del a
         return (b * 2).sum()
 
-    # a and b, then b and its double: never three
+    # a and b, then b and its double, but never three at once
     assert 2 * 2**22 <= allocated_peak(step) < 2 * 2**22 + 2**12
 
 
 @pytest.mark.slow
-def test_memory_on_a_cpu_is_the_allocators(capsys):
+def test_memory_on_a_cpu_agrees_with_the_plans_trace(capsys):
     name = next(name for name in optimizers.offered(torch.float32) if name.startswith("adamw8bit"))
     words = ["bench", "memory", "--device", "cpu", "--batch-size", "4", "--precision", "fp32", "--json"]
     name = name if "memory" not in Optimizer.model_fields else "adamw8bit, fp32"
     assert main([*words, "--optimizer", name]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     found = {line["config"]["checkpointing"]: line["figures"] for line in lines}
-    assert set(found) == set(memory.kinds())
-    # the tiny UNet's 3.2 M parameters in fp32 with codes of 8 bits; small tensors have fp32 moments
+    assert set(found) == set(memory.checkpointing_modes())
+    # 3.2 M parameters: fp32 weights and 8-bit codes, fp32 moments of small tensors
     assert 6 * 3.1 < found["none"]["held_mib"] * 1.049 < 7 * 3.3
-    # what checkpointing saves; the optimizer has a peak of its own
+    # checkpointing saves memory, up to the optimizer's own peak
     assert found["full"]["step_mib"] < 0.9 * found["none"]["step_mib"]
-    # the trace that a plan is made from, beside the allocator's record
+    # the trace behind `safelight plan` agrees with the allocator
     assert all(figures["step_to_predicted"] == pytest.approx(1, rel=0.05) for figures in found.values())
     assert main([*words, "--optimizer", "sgd"]) == 2
     assert "adamw" in capsys.readouterr().err
 
 
-def test_emulated_cards_are_tried_from_small_to_large_and_the_cap_is_lifted(monkeypatch):
-    """The CUDA calls are recorded; the step is stood in for by one that allocates 5 GiB and reserves up to 7."""
+def test_emulated_cards_are_tried_from_small_to_large_and_the_limit_is_lifted(monkeypatch):
+    """CUDA calls are recorded; the step is replaced by one that allocates 5 GiB and reserves up to 7."""
     fractions, tried = [1.0], []
 
     class Properties:
         total_memory = 10 * 2**30
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
-    # of a device it wants the number, which torch.device("cuda") has not
+    # it accepts no torch.device without an index
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share: fractions.append(share))
     monkeypatch.setattr(memory, "context_bytes", lambda device: 2**29)
     monkeypatch.setattr(memory, "free", lambda device: None)
     monkeypatch.setattr(memory, "this_card", lambda device: find_card("10GiB"))
 
-    def stand_in(work):
+    def fake_step(work):
         tried.append(fractions[-1])
         fits = fractions[-1] * 10 >= 6
         return {"allocated_gib": 5.0, "reserved_gib": 7.0, "step_ms": 1.0} if fits else None
 
-    monkeypatch.setattr(memory, "try_step", stand_in)
+    monkeypatch.setattr(memory, "try_step", fake_step)
     work = Workload(device="cpu").resolved()
-    found = memory.of_a_gpu(work)
-    # 4 GiB cannot hold what is allocated; 6 less the context is 5.5; 8 is enough, and 12 is more than there is
+    found = memory.measure_on_gpu(work)
+    # 4 GiB is less than what is allocated; 6 GiB minus the context fails; 8 suffices; this GPU does not have 12
     assert tried == pytest.approx([1.0, 0.55, 0.75])
     assert found["smallest_card_gib"] == 8
     assert fractions[-1] == 1.0
     monkeypatch.setattr(memory, "try_step", lambda work: None)
-    assert memory.of_a_gpu(work) == {"fits": False}
+    assert memory.measure_on_gpu(work) == {"fits": False}
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_cap_is_felt_on_a_gpu():
+def test_a_step_fails_on_an_emulated_card_that_is_too_small():
     work = Workload(device="cuda").resolved()
-    found = memory.of_a_gpu(work)
+    found = memory.measure_on_gpu(work)
     assert found["fits"]
     assert found["smallest_card_gib"] == 4
-    assert memory.on_a_card(work, 0.01, 0) is None
+    assert memory.step_on_emulated_card(work, 0.01, 0) is None

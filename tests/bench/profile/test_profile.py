@@ -1,4 +1,4 @@
-"""A profiling session of the tiny base: what it says against what is known of the step, and its files."""
+"""A profiling session of the tiny base, checked against what is known of its step; and the files it writes."""
 
 import gzip
 import json
@@ -15,10 +15,10 @@ from safelight.__main__ import main
 from safelight.bench.core.results import read
 from safelight.bench.counting.costs import Cost, OperatorCosts
 from safelight.bench.measure import count
-from safelight.bench.profile import profiling_session as recording
-from safelight.bench.profile.analysis import STRETCHES, analyse, chosen_events, roofline_share, step_events
+from safelight.bench.profile import profiling_session
+from safelight.bench.profile.analysis import PHASES, analyse, chosen_events, roofline_share, step_events
 from safelight.bench.profile.profile_page import boxes, render
-from safelight.bench.profile.profiling_session import SavedTensors, run_session
+from safelight.bench.profile.profiling_session import SavedTensorTracker, run_session
 from safelight.trainer.config.toml import Config
 from safelight.trainer.models.base import resolve_base
 from safelight.trainer.step.profiler_ranges import named, told_to
@@ -43,7 +43,7 @@ def session(tmp_path_factory, tiny_dataset):
     return run_session(config, 2, out)
 
 
-def test_nothing_is_entered_while_nobody_listens():
+def test_phases_are_reported_to_a_listener_and_cost_nothing_without_one():
     seen = []
 
     class Listener:
@@ -64,13 +64,13 @@ def test_nothing_is_entered_while_nobody_listens():
     assert seen == ["load", "end of load"]
 
 
-def test_steps_of_the_largest_batch_have_every_stretch_once(session):
+def test_profiled_steps_are_of_the_largest_batch_and_have_every_phase(session):
     assert session.shape == (2, 4, 16, 16)
     steps = step_events(session)
     assert len(steps) == len(session.chosen) == 2
     names = [e.name for e in chosen_events(session)]
-    assert {name: names.count(name) for name in STRETCHES} == {
-        # the batch, and that there is none after it
+    assert {name: names.count(name) for name in PHASES} == {
+        # each step loads its batch and looks whether another follows
         "load": 4,
         "noise": 2,
         "forward": 2,
@@ -81,32 +81,32 @@ def test_steps_of_the_largest_batch_have_every_stretch_once(session):
     unet = resolve_base("tiny").config_of("unet")
     resnets = {name for name in names if re.fullmatch(r"down_blocks\.\d\.resnets\.\d", name)}
     assert len(resnets) == unet["layers_per_block"] * len(unet["down_block_types"])
-    # what a block does in the forward pass is named within it
+    # the range of a block is nested in the forward pass
     depths = {box.name: box.depth for box in boxes(session)}
     assert depths["step"] == 0
     assert depths["forward"] == 1
     assert depths["down_blocks.0.resnets.0"] == 2
 
 
-def test_flops_and_saved_bytes_are_those_counted_on_meta_tensors(session):
-    found = analyse(session, CEILINGS)
+def test_flops_and_saved_bytes_agree_with_the_count_on_meta_tensors(session):
+    analysis = analyse(session, CEILINGS)
     counted = count.trace(resolve_base("tiny"), precision="fp32", batch_size=2)
     # the tiny base's captions are shorter than the 77 tokens that are counted
-    assert 0.96 * counted.flops_total < found.flops < counted.flops_total
+    assert 0.96 * counted.flops_total < analysis.flops < counted.flops_total
     peak = max(n for _, n in session.saved.points)
     assert peak == pytest.approx(counted.saved_bytes, rel=0.1)
-    # each storage is charged once, and all are released
+    # each storage counts once, and all are released
     assert session.saved.points[-1][1] == 0
     assert sum(session.saved.by_block.values()) >= peak
     assert "down_blocks.0.attentions.0" in session.saved.by_block
 
 
-def test_the_parts_add_up_to_the_step(session):
-    found = analyse(session, CEILINGS)
+def test_phases_and_classes_each_add_up_to_the_step(session):
+    analysis = analyse(session, CEILINGS)
     whole = sum(e.time_range.elapsed_us() for e in step_events(session)) / 2e3
-    assert sum(found.stretches.values()) == pytest.approx(whole, rel=0.01)
-    assert sum(found.kinds.values()) == pytest.approx(whole, rel=0.01)
-    assert set(found.kinds) == {
+    assert sum(analysis.phases.values()) == pytest.approx(whole, rel=0.01)
+    assert sum(analysis.kinds.values()) == pytest.approx(whole, rel=0.01)
+    assert set(analysis.kinds) == {
         "conv",
         "linear",
         "attention",
@@ -116,14 +116,14 @@ def test_the_parts_add_up_to_the_step(session):
         "optimizer",
         "Python and dispatch",
     }
-    calls = {o.name: o.calls for o in found.operators if o.kind != "optimizer"}
+    calls = {o.name: o.calls for o in analysis.operators if o.kind != "optimizer"}
     convolutions = [m for m in count.meta_unet(resolve_base("tiny")).modules() if isinstance(m, nn.Conv2d)]
     assert calls["convolution"] == len(convolutions)
-    assert 0 < found.plain_ms < 20 * found.step_ms
-    assert found.model_flop_use == pytest.approx(found.flops / found.plain_ms / 1e-3 / 0.05e12)
+    assert 0 < analysis.unprofiled_ms < 20 * analysis.step_ms
+    assert analysis.model_flop_use == pytest.approx(analysis.flops / analysis.unprofiled_ms / 1e-3 / 0.05e12)
 
 
-def test_bytes_flops_and_the_roofline_by_hand():
+def test_bytes_flops_and_roofline_times_computed_by_hand():
     a, b = torch.ones(4, 8), torch.ones(8, 16)
     with OperatorCosts([]) as costs:
         product = a @ b
@@ -135,110 +135,113 @@ def test_bytes_flops_and_the_roofline_by_hand():
         (False, "add_"): Cost("elementwise", sizes=Counter({(sum_bytes, 0): 1})),
     }
     with OperatorCosts([]) as costs:
-        # eight numbers that are there once, read as 32
+        # expand reads 8 stored numbers as 32
         torch.ones(1, 8).expand(4, 8).exp()
     assert costs.costs[False, "exp"].num_bytes == 4 * (8 + 4 * 8)
     # 10 GB in a second at 10 GB/s; 50 GFLOP in two seconds at 50 GFLOP/s
     memory, matrices = Cost(sizes=Counter({(10**10, 0): 1})), Cost(sizes=Counter({(10**9, 50 * 10**9): 1}))
     assert roofline_share(memory, 1000, CEILINGS) == pytest.approx(1)
     assert roofline_share(matrices, 2000, CEILINGS) == pytest.approx(0.5)
-    # each call is bound by its own: together neither would be
+    # each call has its own bound, and the two times add up
     both = Cost(sizes=memory.sizes + matrices.sizes)
-    assert both.least_ms(CEILINGS) == pytest.approx(2000)
+    assert both.roofline_ms(CEILINGS) == pytest.approx(2000)
     assert (both.calls, both.num_bytes, both.flops) == (2, 11 * 10**9, 50 * 10**9)
     assert roofline_share(Cost(), 1, CEILINGS) is None
 
 
-def test_the_largest_batch_of_the_first_steps_is_spoken_of(monkeypatch, tmp_path):
+def test_the_largest_batch_of_the_warm_up_steps_is_profiled(monkeypatch, tmp_path):
     now = [0.0]
-    monkeypatch.setattr(recording, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    conductor = recording._Conductor(1, torch.device("cpu"), tmp_path)
-    monkeypatch.setattr(conductor.profiler, "start", lambda: None)
-    # the first step makes states and compiles: it is neither timed nor chosen
+    monkeypatch.setattr(profiling_session, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    step_profiler = profiling_session._StepProfiler(1, torch.device("cpu"), tmp_path)
+    monkeypatch.setattr(step_profiler.profiler, "start", lambda: None)
+    # the first step creates states and compiles, so it is neither timed nor chosen
     for size, seconds in ((9, 60.0), (2, 1.0), (3, 5.0), (3, 4.0)):
         now[0] += seconds
-        conductor._warmed((size, 4, 8, 8))
-    assert (conductor.shape, conductor.plain_ms) == ((3, 4, 8, 8), 4000.0)
+        step_profiler._end_warmup_step((size, 4, 8, 8))
+    assert (step_profiler.shape, step_profiler.unprofiled_ms) == ((3, 4, 8, 8), 4000.0)
 
 
-def test_a_gpus_memory_history_is_recorded_beside_the_steps_and_left_in_a_file(monkeypatch, tmp_path):
-    told = []
+def test_a_gpus_memory_history_covers_the_profiled_steps_and_is_written(monkeypatch, tmp_path):
+    calls = []
     monkeypatch.setattr(
-        recording,
+        profiling_session,
         "profile",
         lambda activities, **_: SimpleNamespace(
-            start=lambda: told.append("profiler begins"),
-            stop=lambda: told.append("profiler ends"),
+            start=lambda: calls.append("profiler starts"),
+            stop=lambda: calls.append("profiler stops"),
         ),
     )
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda enabled="all", **_: told.append(enabled))
-    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda file: told.append(file))
-    conductor = recording._Conductor(1, torch.device("cuda"), tmp_path)
-    for _ in range(recording.NUM_WARMUPS):
-        conductor._warmed((2, 4, 8, 8))
-    assert told == ["all", "profiler begins"]
-    conductor._stop_profiler()
-    assert told[2:] == [str(tmp_path / "memory.pickle"), None, "profiler ends"]
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda enabled="all", **_: calls.append(enabled))
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda file: calls.append(file))
+    step_profiler = profiling_session._StepProfiler(1, torch.device("cuda"), tmp_path)
+    for _ in range(profiling_session.NUM_WARMUPS):
+        step_profiler._end_warmup_step((2, 4, 8, 8))
+    assert calls == ["all", "profiler starts"]
+    step_profiler._stop_profiler()
+    assert calls[2:] == [str(tmp_path / "memory.pickle"), None, "profiler stops"]
 
 
-def test_nothing_but_steps_is_profiled(tmp_path):
-    """Checkpoints, validation, samples and TensorBoard are off, in a folder of its own; the run's own settings stay."""
+def test_only_training_steps_are_profiled(tmp_path):
+    """Checkpoints, validation, samples and TensorBoard are off, and the run folder is another; other settings stay."""
     config = Config()
     config.train.max_steps, config.save.every_steps, config.save.every_epochs = 7, 1, 1
     before = config.model_copy(deep=True)
-    found = recording.settings_for(config, tmp_path / "elsewhere")
+    settings = profiling_session.settings_for(config, tmp_path / "elsewhere")
     assert config == before
-    assert (found.run.dir, found.train.max_steps, found.log.tensorboard) == (str(tmp_path / "elsewhere"), 0, False)
-    assert [found.save.every_steps, found.save.every_epochs] == [0, 0]
-    assert [found.validate_.every_epochs, found.sample.every_epochs] == [0, 0]
-    # a replayed step cannot be told into its parts
-    assert found.train.cuda_graphs == "off"
-    assert (found.train.batch_size, found.optimizer) == (config.train.batch_size, config.optimizer)
+    assert settings.run.dir == str(tmp_path / "elsewhere")
+    assert (settings.train.max_steps, settings.log.tensorboard) == (0, False)
+    assert [settings.save.every_steps, settings.save.every_epochs] == [0, 0]
+    assert [settings.validate_.every_epochs, settings.sample.every_epochs] == [0, 0]
+    # a replayed step has no phases
+    assert settings.train.cuda_graphs == "off"
+    assert (settings.train.batch_size, settings.optimizer) == (config.train.batch_size, config.optimizer)
 
 
-def test_saved_tensors_live_from_the_first_saving_to_the_last_release():
+def test_saved_tensors_live_from_the_first_save_to_the_last_release():
     x = torch.randn(256, requires_grad=True)
-    followed = SavedTensors(["forward", "down_blocks.0.resnets.0"], set())
-    with followed:
+    tracker = SavedTensorTracker(["forward", "down_blocks.0.resnets.0"], set())
+    with tracker:
         y = x.exp()
         (y * y).sum().backward()
-    # exp and the product keep the same result
-    assert [n for _, n in followed.saved.points] == [1024, 0]
-    assert followed.saved.by_block == {"down_blocks.0.resnets.0": 1024}
-    own = SavedTensors([], {x.untyped_storage()._cdata})
+    # exp and the product save the same tensor
+    assert [n for _, n in tracker.saved.points] == [1024, 0]
+    assert tracker.saved.by_block == {"down_blocks.0.resnets.0": 1024}
+    own = SavedTensorTracker([], {x.untyped_storage()._cdata})
     with own:
         x.sin().sum().backward()
     assert own.saved.points == []
 
 
-def test_the_trace_and_the_page_stand_alone(session):
+def test_the_page_is_self_contained_and_the_trace_names_phases_and_blocks(session):
     (trace,) = session.files
     names = {event.get("name") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]}
-    assert {*STRETCHES, "step", "up_blocks.0.resnets.0"} <= names
+    assert {*PHASES, "step", "up_blocks.0.resnets.0"} <= names
     page = render(session, analyse(session, CEILINGS), CEILINGS, "tiny <b>", "a machine")
     assert "tiny &lt;b&gt;" in page
-    for word in ("Flame chart", "Roofline", "Memory", "Kept for backward", "Python and dispatch"):
+    for word in ("Flame chart", "Roofline", "Memory", "Saved for backward", "Python and dispatch"):
         assert word in page
     assert not re.search(r'(?:src|href)="(?!#)|url\((?!#)|https?://', page)
     assert "style=" not in page
     assert page.count("<rect") > 100
-    # for a phone: timelines of its width, figures that stay in one piece, a flame chart that scrolls
+    # on a phone: timelines of its width, tables that scroll as a whole, a flame chart that scrolls
     assert page.count('class="graph narrow"') == page.count('class="graph wide"') == 2
     assert page.count("<table") == page.count('<table class="figures') == 5
     assert 'class="scroll chart"' in page
-    # a step twice as fast has twice the photographs
-    rate = re.compile(r"([\d.,]+) <small>a second")
+    # a step twice as fast has twice the throughput
+    rate = re.compile(r"([\d.,]+) <small>images/s")
     once, twice = (
         float(rate.search(render(s, analyse(s, CEILINGS), CEILINGS, "", ""))[1].replace(",", ""))
-        for s in (session, replace(session, plain_ms=session.plain_ms / 2))
+        for s in (session, replace(session, unprofiled_ms=session.unprofiled_ms / 2))
     )
     assert twice == pytest.approx(2 * once, rel=0.02)
 
 
-def test_a_run_too_short_leaves_a_line_and_no_run(make_config, tmp_path):
+def test_a_run_that_is_too_short_is_refused_and_leaves_no_run_folder(make_config, tmp_path):
     config = make_config(stage=[{"epochs": 1}], train={"batch_size": 24}, data={"max_aspect": 1.0})
-    with pytest.raises(ValueError, match=r"the run ends after 1 steps, before 50 of its full batches were profiled"):
+    with pytest.raises(
+        ValueError, match=r"the run ends after 1 steps, before 50 steps with full batches were profiled"
+    ):
         run_session(config, 50, tmp_path / "out")
     assert not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match="--steps 0 is below 1"):
@@ -246,7 +249,7 @@ def test_a_run_too_short_leaves_a_line_and_no_run(make_config, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command(tmp_path, tiny_dataset, capsys, monkeypatch):
+def test_the_command_writes_page_figures_and_trace_and_appends_its_line(tmp_path, tiny_dataset, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["init", "tiny", "-o", "run.toml"]) == 0
     words = (
@@ -258,5 +261,6 @@ def test_the_command(tmp_path, tiny_dataset, capsys, monkeypatch):
     assert record["bench"] == "profile"
     assert read(tmp_path / "lines.jsonl")[0]["figures"] == record["figures"]
     assert record["figures"]["step_gflop"] > 0
+    assert set(record["figures"]["stretches_ms"]) == {*PHASES, "the loop around them"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"profile.html", "profile.json", "trace.json.gz"}
     assert not (tmp_path / "runs").exists()

@@ -1,4 +1,4 @@
-"""Each published recipe against a plain loop of its own kind, and against ours for the same inputs."""
+"""Each published recipe against a plain training loop, and against our step for the same inputs."""
 
 import copy
 
@@ -23,7 +23,7 @@ WORK = Workload(batch_size=2, optimizer="adamw", device="cpu", precision="fp32")
 
 @pytest.fixture(scope="module")
 def plain(inputs) -> tuple[list[float], dict]:
-    """Return the losses and final weights of a loop with nothing in it but what must be."""
+    """Return the losses and final weights of a minimal training loop in fp32."""
     unet = load_unet(resolve_base("tiny"), SEED).train()
     scheduler = DDPMScheduler.from_config(resolve_base("tiny").config_of("scheduler"))
     optimizer = torch.optim.AdamW(unet.parameters(), lr=LR, weight_decay=0.01)
@@ -48,17 +48,17 @@ def test_fp32_equals_a_plain_loop(recipe, inputs, plain, compiled):
         baseline.update(loss)
     assert losses == pytest.approx(plain[0], rel=1e-5)
     assert compiled == ([baseline.unet] if RECIPES[recipe].compile else [])
-    is_last = baseline.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-    assert is_last == RECIPES[recipe].channels_last
+    is_channels_last = baseline.unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert is_channels_last == RECIPES[recipe].channels_last
     for name, value in baseline.unet.state_dict().items():
-        # three steps move a weight by 3 lr at most; channels-last convolutions differ in the last bits, and Adam
-        # turns a gradient near 0 into a step of its sign
+        # three steps move a weight by at most 3 lr; channels-last convolutions differ in the last bits, which Adam
+        # amplifies to a whole step where the gradient is near 0
         assert (value - plain[1][name]).abs().max() < LR
         assert (value - plain[1][name]).abs().mean() < 0.02 * LR
 
 
 @pytest.mark.parametrize("recipe", ["diffusers", "diffusers-16bit"])
-def test_bf16_is_the_plain_loss_to_bf16s_precision(recipe, inputs, plain):
+def test_the_bf16_loss_is_the_plain_loss_to_bf16_precision(recipe, inputs, plain):
     baseline = Baseline(
         RECIPES[recipe], Workload(batch_size=2, optimizer="adamw", device="cpu", precision="bf16").resolved()
     )
@@ -69,7 +69,7 @@ def test_bf16_is_the_plain_loss_to_bf16s_precision(recipe, inputs, plain):
     assert loss.item() != plain[0][0]
 
 
-def test_a_model_of_velocities_is_trained_on_velocities(inputs):
+def test_a_v_prediction_model_is_trained_on_velocities(inputs):
     baseline = Baseline(RECIPES["diffusers"], WORK)
     scheduler = baseline.scheduler
     latents, noise, timesteps, text = inputs[0]
@@ -78,23 +78,23 @@ def test_a_model_of_velocities_is_trained_on_velocities(inputs):
         predicted = baseline.unet(noisy, timesteps, text.text_BTD).sample
         for kind, target in (("epsilon", noise), ("v_prediction", scheduler.get_velocity(latents, noise, timesteps))):
             scheduler.register_to_config(prediction_type=kind)
-            wanted = F.mse_loss(predicted, target).item()
-            assert baseline.loss(*inputs[0]).item() == pytest.approx(wanted, rel=1e-5)
+            expected = F.mse_loss(predicted, target).item()
+            assert baseline.loss(*inputs[0]).item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_step_draws_its_latents_from_the_cached_posterior(monkeypatch):
+def test_a_step_samples_latents_from_the_cached_posterior(monkeypatch):
     baseline, (batch,) = Baseline(RECIPES["diffusers"], WORK), random_batches(1, WORK)
-    given = []
-    monkeypatch.setattr(baseline, "step_from", lambda latents, text: given.append((latents, text)))
+    calls = []
+    monkeypatch.setattr(baseline, "step_from", lambda latents, text: calls.append((latents, text)))
     torch.manual_seed(4)
     baseline.step(batch)
     torch.manual_seed(4)
-    drawn = batch.mean_BCHW + (batch.logvar_BCHW / 2).exp() * torch.randn(batch.mean_BCHW.shape)
-    torch.testing.assert_close(given[0][0], drawn)
-    assert torch.equal(given[0][1].text_BTD, batch.conditioning.text_BTD)
+    latents = batch.mean_BCHW + (batch.logvar_BCHW / 2).exp() * torch.randn(batch.mean_BCHW.shape)
+    torch.testing.assert_close(calls[0][0], latents)
+    assert torch.equal(calls[0][1].text_BTD, batch.conditioning.text_BTD)
 
 
-def test_ours_gives_the_same_loss_for_the_same_inputs(inputs):
+def test_our_step_has_the_baselines_loss_for_the_same_inputs(inputs):
     baseline, ours = Baseline(RECIPES["diffusers"], WORK), Ours(WORK)
     latents, noise, timesteps, text = inputs[0]
     noisy = baseline.scheduler.add_noise(latents, noise, timesteps)
@@ -103,7 +103,7 @@ def test_ours_gives_the_same_loss_for_the_same_inputs(inputs):
 
 
 def test_full_fp16_unscales_its_gradients(inputs):
-    """torch refuses to unscale fp16 gradients; trainers in full fp16 allow it, and so does the variant."""
+    """torch refuses to unscale fp16 gradients; full-fp16 trainers patch it, and so does this recipe."""
     baseline = Baseline(
         RECIPES["diffusers-16bit"], Workload(optimizer="adamw", device="cpu", precision="fp16").resolved()
     )
@@ -119,22 +119,22 @@ def test_full_fp16_unscales_its_gradients(inputs):
     assert torch.equal(before, baseline.parameters[0])
 
 
-def test_no_handicap_fused_attention_and_the_same_checkpointing():
+def test_the_baseline_has_fused_attention_and_the_same_checkpointing_and_optimizer():
     work = Workload(device="cpu", checkpointing="full").resolved()
     baseline, ours = Baseline(RECIPES["diffusers"], work), Ours(work)
     kinds = [{type(m.processor) for m in attention_modules(t.unet)} for t in (baseline, ours)]
-    # diffusers' own over SDPA, which is a fused kernel too
+    # diffusers' own processor over SDPA, which is a fused kernel too
     assert kinds == [{AttnProcessor2_0}, {AttendProcessor}]
     assert "AttnProcessor2_0" in baseline.notes
     assert "sdpa for head dim" in ours.notes
     assert baseline.unet.is_gradient_checkpointing
     assert ours.unet.is_gradient_checkpointing
-    # the same algorithm with the same states: theirs by bitsandbytes, ours by our kernel
+    # the same algorithm with the same states, once by bitsandbytes and once by our kernel
     assert [type(t).__name__ for t in (baseline.optimizer, ours.optimizer.inner)] == ["AdamW8bit", "AdamW8bit"]
     assert type(baseline.optimizer).__module__.startswith("bitsandbytes")
 
 
-def test_steps_of_both_are_measured_from_memory_and_from_a_cache():
+def test_steps_reading_from_a_cache_are_measured_for_every_recipe_and_batch_size():
     works = variants(("safelight", "diffusers"), (1, 2), Workload(device="cpu"))
     records = list(measure(works, repeats=1, loader=True))
     assert [(r["config"]["recipe"], r["config"]["batch_size"]) for r in records] == [
@@ -148,11 +148,11 @@ def test_steps_of_both_are_measured_from_memory_and_from_a_cache():
         assert 0 < low <= middle <= high
         assert record["config"]["loader"]
         assert middle == pytest.approx(record["config"]["batch_size"] / record["figures"]["step_ms"][1] * 1e3, rel=0.01)
-        # a CPU's peak is of the whole process, and is not passed off as a variant's
+        # on a CPU there is only the peak of the whole process
         assert record["figures"]["peak_gib"] is None
 
 
-def test_cached_batches_are_the_caches_rows_in_full_batches():
+def test_cached_batches_are_full_and_in_a_new_order_each_epoch():
     work = Workload(batch_size=2, device="cpu").resolved()
     with cached_batches(work, 5) as batches:
         seen = [next(batches) for _ in range(4)]

@@ -1,4 +1,4 @@
-"""Other trainers' styles against plain loops of their own kind."""
+"""The steps of other trainers against plain training loops."""
 
 import copy
 from typing import get_args
@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from transformers.optimization import Adafactor
 
-from safelight.bench.core.arguments import _Recipe
-from safelight.bench.recipes import other_trainers as styles
+from safelight.bench.core.arguments import RecipeName
+from safelight.bench.recipes import other_trainers
 from safelight.bench.recipes.baselines import RECIPES, Baseline
 from safelight.bench.recipes.other_trainers import ALL_RECIPES, STYLES, EveryDream, make_baseline, read_photograph
 from safelight.bench.recipes.suite import OURS, measure, variants
@@ -24,7 +24,7 @@ WORK = Workload(batch_size=2, optimizer="adamw", device="cpu", precision="fp32")
 
 
 class Plain:
-    """A loop with nothing in it but what must be."""
+    """A minimal training loop."""
 
     def __init__(self, dtype: torch.dtype = torch.float32):
         self.unet = load_unet(resolve_base("tiny"), SEED, dtype).train()
@@ -47,10 +47,10 @@ def difference(baseline: Baseline, plain: Plain) -> tuple[float, float]:
     return gaps.max().item(), gaps.mean().item()
 
 
-def test_every_recipe_has_its_name_on_the_command_line_and_says_what_it_stands_for():
-    assert set(get_args(_Recipe)) == set(ALL_RECIPES) == {*RECIPES, *STYLES}
-    assert all(len(recipe.stands_for) > 40 for recipe in ALL_RECIPES.values())
-    with pytest.raises(ValueError, match="recipe 'nobody' is unknown; use safelight, "):
+def test_every_recipe_is_an_argument_of_the_command_line_and_explained():
+    assert set(get_args(RecipeName)) == set(ALL_RECIPES) == {*RECIPES, *STYLES}
+    assert all(len(recipe.description) > 40 for recipe in ALL_RECIPES.values())
+    with pytest.raises(ValueError, match="unknown recipe 'nobody'; use safelight, "):
         list(measure(variants(("nobody",), (1,), WORK), repeats=1))
 
 
@@ -59,10 +59,10 @@ def test_kohya_in_fp32_is_plain_adafactor(name, inputs):
     baseline, plain = make_baseline(name, WORK), Plain()
     optimizer = adafactor(plain.unet.parameters())
     for batch in inputs:
-        loss, wanted = baseline.loss(*batch), plain.loss(*batch)
-        assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+        loss, expected = baseline.loss(*batch), plain.loss(*batch)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
         baseline.update(loss)
-        wanted.backward()
+        expected.backward()
         parts = [[p] for p in plain.unet.parameters()] if name == "kohya-fused" else [plain.unet.parameters()]
         for part in parts:
             torch.nn.utils.clip_grad_norm_(part, 1.0)
@@ -72,7 +72,7 @@ def test_kohya_in_fp32_is_plain_adafactor(name, inputs):
     largest, mean = difference(baseline, plain)
     assert largest < 1
     assert mean < 0.02
-    # and it did learn
+    # the weights did move
     assert difference(baseline, Plain())[1] > 0.5
 
 
@@ -98,10 +98,10 @@ def test_mlperf_is_plain_adamw_on_fp32_masters_without_clipping(precision, input
     optimizer = torch.optim.AdamW(masters, LR, weight_decay=WEIGHT_DECAY)
     scale = 65536.0 if precision == "fp16" else 1.0
     for batch in inputs:
-        loss, wanted = baseline.loss(*batch), plain.loss(*batch)
-        assert loss.item() == pytest.approx(wanted.item(), rel=1e-5 if precision == "fp32" else 0.01)
+        loss, expected = baseline.loss(*batch), plain.loss(*batch)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5 if precision == "fp32" else 0.01)
         baseline.update(loss)
-        (wanted * scale).backward()
+        (expected * scale).backward()
         for master, p in zip(masters, plain.unet.parameters(), strict=True):
             master.grad, p.grad = p.grad.float() / scale, None
         optimizer.step()
@@ -109,15 +109,15 @@ def test_mlperf_is_plain_adamw_on_fp32_masters_without_clipping(precision, input
             for master, p in zip(masters, plain.unet.parameters(), strict=True):
                 p.copy_(master)
     gaps = torch.cat([(a - b.detach()).abs().flatten() for a, b in zip(baseline.masters, masters, strict=True)]) / LR
-    # fp16's and bf16's gradients differ in their last bits by the layout, and Adam takes their sign
+    # 16-bit gradients differ in their last bits by the memory layout, and Adam takes a whole step by their sign
     assert gaps.mean() < (0.02 if precision == "fp32" else 0.3)
-    kept = zip(baseline.parameters, baseline.masters, strict=True)
-    assert all(torch.equal(p.detach(), master.to(p.dtype)) for p, master in kept)
+    pairs = zip(baseline.parameters, baseline.masters, strict=True)
+    assert all(torch.equal(p.detach(), master.to(p.dtype)) for p, master in pairs)
 
 
-def test_mlperf_is_not_compiled_where_there_is_no_compiler(monkeypatch, compiled):
-    monkeypatch.setattr(styles.shutil, "which", lambda name: None)
-    assert "not compiled: there is no compiler" in make_baseline("mlperf", WORK).notes
+def test_mlperf_is_not_compiled_without_a_compiler(monkeypatch, compiled):
+    monkeypatch.setattr(other_trainers.shutil, "which", lambda name: None)
+    assert "not compiled: no compiler found" in make_baseline("mlperf", WORK).notes
     assert compiled == []
 
 
@@ -126,7 +126,7 @@ def everydream() -> EveryDream:
     return make_baseline("everydream", WORK)
 
 
-def test_everydream_encodes_each_photograph_as_the_encoders_do(everydream):
+def test_everydream_decodes_and_encodes_its_photographs_in_order(everydream):
     photographs = everydream.photographs
     pixels, captions = photographs.take(2)
     assert pixels.shape == (2, 3, photographs.side_px, photographs.side_px)
@@ -137,15 +137,15 @@ def test_everydream_encodes_each_photograph_as_the_encoders_do(everydream):
     latents, text = everydream.encode(pixels, captions)
     torch.manual_seed(5)
     posterior = everydream.vae.encode(pixels).latent_dist
-    wanted = (posterior.mean + posterior.std * torch.randn(posterior.mean.shape)) * everydream.vae.config.scaling_factor
-    torch.testing.assert_close(latents, wanted)
+    expected = posterior.mean + posterior.std * torch.randn(posterior.mean.shape)
+    torch.testing.assert_close(latents, expected * everydream.vae.config.scaling_factor)
     ids = everydream.tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
     torch.testing.assert_close(text.text_BTD, everydream.text_encoder(ids)[0])
-    # the next ones come next
+    # the next call continues with the third photograph
     assert photographs.take(1)[1] == [photographs.captions[2]]
 
 
-def test_everydreams_step_is_a_plain_loops(everydream):
+def test_everydreams_step_equals_a_plain_loops(everydream):
     baseline, plain = copy.copy(everydream), Plain()
     baseline.photographs._pending.clear()
     baseline.photographs._next = 0
@@ -157,16 +157,16 @@ def test_everydreams_step_is_a_plain_loops(everydream):
     )
     latents, text = baseline.encode(pixels, baseline.photographs.captions[:2])
     noise = torch.randn_like(latents)
-    wanted = plain.loss(latents, noise, torch.randint(0, 1000, (2,)), text)
-    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
-    wanted.backward()
+    expected = plain.loss(latents, noise, torch.randint(0, 1000, (2,)), text)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    expected.backward()
     torch.nn.utils.clip_grad_norm_(plain.unet.parameters(), 1.0)
     optimizer = torch.optim.AdamW(plain.unet.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
     optimizer.step()
     assert difference(baseline, plain)[1] < 0.02
 
 
-def test_everydream_knows_no_bf16_and_no_sdxl(inputs):
+def test_everydream_uses_fp16_for_bf16_and_refuses_sdxl(inputs):
     baseline = make_baseline("everydream", Workload(batch_size=2, device="cpu", precision="bf16").resolved())
     assert (baseline.dtype, baseline.scaler.get_scale()) == (torch.float16, 2**17.5)
     assert {p.dtype for p in baseline.parameters} == {torch.float32}
@@ -174,9 +174,9 @@ def test_everydream_knows_no_bf16_and_no_sdxl(inputs):
     seen = set()
     linear = next(m for m in baseline.text_encoder.modules() if isinstance(m, torch.nn.Linear))
     for module in (baseline.vae.encoder.conv_in, linear):
-        module.register_forward_hook(lambda module, given, found: seen.add((module.weight.dtype, found.dtype)))
+        module.register_forward_hook(lambda module, args, output: seen.add((module.weight.dtype, output.dtype)))
     encoded = baseline.encode(*baseline.photographs.take(1))
-    # fp32 weights under fp16 autocast; what the step takes is fp32
+    # fp32 weights under fp16 autocast, and fp32 outputs
     assert seen == {(torch.float32, torch.float16)}
     assert {x.dtype for x in encoded} == {torch.float32}
     assert baseline.loss(*inputs[0]).item() == pytest.approx(Plain().loss(*inputs[0]).item(), rel=0.01)
@@ -184,7 +184,7 @@ def test_everydream_knows_no_bf16_and_no_sdxl(inputs):
         make_baseline("everydream", Workload("random:sdxl", device="cpu").resolved())
 
 
-def test_all_styles_are_interleaved_with_ours():
+def test_all_trainers_are_measured_interleaved_with_ours():
     names = (OURS, *STYLES)
     records = list(measure(variants(names, (1,), Workload(device="cpu")), repeats=1))
     assert [r["config"]["recipe"] for r in records] == list(names)
@@ -193,7 +193,7 @@ def test_all_styles_are_interleaved_with_ours():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_mlperfs_graph_takes_a_step_on_what_it_is_given():
+def test_mlperfs_graph_trains_on_the_batch_it_is_replayed_with():
     baseline = make_baseline("mlperf", Workload(batch_size=2, precision="bf16", device="cuda").resolved())
     batches, before = random_batches(2, WORK), baseline.masters[0].clone()
     losses = [baseline.step(batch).item() for batch in batches * 2]

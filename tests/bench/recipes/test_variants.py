@@ -1,4 +1,4 @@
-"""Ours with a technique more or less."""
+"""The variants of our step, each with one technique added or removed."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_replayed_steps_are_the_same_steps():
     assert (replayed._recorder.recorded, replayed._recorder.replayed) == (2, 3)
 
 
-def test_every_variant_is_ours_but_for_its_technique(monkeypatch):
+def test_every_variant_differs_from_ours_in_one_technique(monkeypatch):
     monkeypatch.setattr(suite, "CudaRecorder", lambda device: f"recorder on {device.type}")
     monkeypatch.setattr(suite, "Ours", lambda work, **options: {name: x for name, x in options.items() if x})
     on_gpu = Workload(device="cuda")
@@ -39,7 +39,7 @@ def test_every_variant_is_ours_but_for_its_technique(monkeypatch):
     }
 
 
-def test_a_technique_is_what_it_is_called():
+def test_kernels_and_fused_backward_are_switched_by_the_variant():
     patched, unpatched = Ours(WORK, kernels="on"), Ours(WORK, kernels="off")
     assert "kernels off" in unpatched.notes
     assert "kernels off" not in patched.notes
@@ -55,16 +55,16 @@ def test_a_step_changes_the_weights_by_its_learning_rate():
     moved = torch.cat(
         [(p.detach() - old).abs().flatten() for p, old in zip(trainer.unet.parameters(), before, strict=True)]
     )
-    # Adam's first step is the learning rate, whatever the gradient; the decay is a hundredth of the weight at most
+    # Adam's first step equals the learning rate for any gradient; weight decay adds a hundredth of it at most
     assert moved.median().item() == pytest.approx(LR, rel=0.1)
 
 
-def test_steps_inside_backward_learn_alike():
-    found = losses(build("safelight-fused", WORK), (2, 2))
-    assert found == pytest.approx(losses(build(OURS, WORK), (2, 2)), rel=1e-3)
+def test_fused_backward_has_the_losses_of_the_plain_step():
+    fused = losses(build("safelight-fused", WORK), (2, 2))
+    assert fused == pytest.approx(losses(build(OURS, WORK), (2, 2)), rel=1e-3)
 
 
-def test_the_trial_of_convolutions_is_for_this_variant_alone():
+def test_cudnn_benchmark_is_on_in_its_variant_only():
     seen = []
 
     def flags() -> tuple[bool, bool]:
@@ -75,16 +75,16 @@ def test_the_trial_of_convolutions_is_for_this_variant_alone():
         trainer = build(recipe, WORK)
         trainer.unet.conv_in.register_forward_hook(lambda *_: seen.append(flags()))
         losses(trainer, (1,))
-    # the other value of allow_tf32 keeps torch from finding again what it found without a trial
+    # with the other value of allow_tf32, torch does not reuse the algorithms cached without cudnn.benchmark
     assert seen == [(False, before[1]), (True, not before[1])]
     assert flags() == before
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
-def test_graphs_without_a_gpu_are_refused_in_a_line():
-    with pytest.raises(ValueError, match="safelight-graphs replays CUDA graphs and there is no CUDA device here"):
+def test_graphs_without_a_gpu_are_refused():
+    with pytest.raises(ValueError, match="safelight-graphs replays CUDA graphs and needs a CUDA device; leave it out"):
         build("safelight-graphs", WORK)
 
 
-def test_every_variant_has_its_colour():
+def test_every_variant_has_a_colour_in_the_plots():
     assert VARIANTS.keys() <= plot.COLOURS.keys()

@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 
 from safelight.__main__ import main
 from safelight.bench.measure import memory, optimizers
-from safelight.bench.recipes import other_trainers as styles
-from safelight.bench.recipes import suite
+from safelight.bench.recipes import other_trainers, suite
 from safelight.bench.recipes.workload import Workload, random_batches
 from safelight.kernels.triton import jit
 from safelight.kernels.unet import attention_probe
@@ -242,11 +241,11 @@ def test_steps_that_are_replayed_equal_steps_that_are_taken(base, monkeypatch):
     assert device.graphs
 
 
-@pytest.mark.parametrize("recipe", ["safelight", "safelight-fused", *styles.ALL_RECIPES])
+@pytest.mark.parametrize("recipe", ["safelight", "safelight-fused", *other_trainers.ALL_RECIPES])
 def test_every_recipe(base, monkeypatch, recipe):
     # Inductor writes Triton
     monkeypatch.setattr(torch, "compile", lambda module: module)
-    work = Workload(base=str(base), optimizer="adamw" if recipe in styles.ALL_RECIPES else "adamw8bit")
+    work = Workload(base=str(base), optimizer="adamw" if recipe in other_trainers.ALL_RECIPES else "adamw8bit")
     if recipe == "kohya-fused":
         device.become(A10G)
     (line,) = suite.measure(suite.variants((recipe,), (2,), work), 1, together=False)

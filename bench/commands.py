@@ -344,7 +344,7 @@ def kernels(options: arguments.Kernels) -> int:
 def aot(options: arguments.Aot) -> int:
     from safelight.bench.measure import aot_report as compiled
 
-    rows, failed = compiled.whole_table() if options.all else compiled.one_of_each()
+    rows, failed = compiled.all_cases() if options.all else compiled.one_of_each()
     if options.json:
         print_json({"kernels": rows, "failed": failed})
     else:

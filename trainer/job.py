@@ -119,7 +119,7 @@ def load_job(
         device,
         dtype,
         attention_cases(unet, (side, side)),
-        wanted=config.model.attention,
+        setting=config.model.attention,
         batch=config.train.batch_size,
         previous=None if step is None else recorded_attention(run_dir),
     )

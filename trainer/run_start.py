@@ -48,7 +48,7 @@ def write_start(
     atomic_write_text(run_dir / "config.toml", to_toml(config))
     _write_json(
         run_dir / "environment.json",
-        {**describe(device), "attention": str(attention), ATTENTION: attention.record(), **more},
+        {**describe(device), "attention": str(attention), ATTENTION: attention.to_dict(), **more},
     )
     trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
     own_text = f"CLIP tokenizer {Path(config.model.tokenizer).name}" if config.model.tokenizer else "the base's"

@@ -26,21 +26,21 @@ def one_of_each() -> tuple[Rows, list[str]]:
     for case in aot.one_of_each():
         for target in QUICK_TARGETS:
             code = aot.read_code(aot.compile_case(case, target))
-            _add(rows, aot.name_of(case.launch), target, code)
+            _add(rows, aot.kernel_name(case.launch), target, code)
             failed += [f"sm_{target} {case.label}: {why}" for why in code.failures()]
     return dict(sorted(rows.items())), failed
 
 
-def whole_table() -> tuple[Rows, list[str]]:
-    """Compile what the table lacks, write it there, and return (rows of the whole table, what fails the gate)."""
-    table, failed = aot.update()
+def all_cases() -> tuple[Rows, list[str]]:
+    """Compile the cases that aot.json lacks, update it, and return (rows of all cases, what fails the gate)."""
+    results, failed = aot.update()
     rows: Rows = {}
-    for target, cases in aot.wanted().items():
+    for target, cases in aot.required_cases().items():
         for case in cases.values():
-            code = aot.entry_of(table, case, target)
-            # one that fails the gate stands in no table
+            code = aot.entry_of(results, case, target)
+            # a case that fails the gate has no entry
             if code is not None:
-                _add(rows, aot.name_of(case.launch), target, code)
+                _add(rows, aot.kernel_name(case.launch), target, code)
     return dict(sorted(rows.items())), failed
 
 

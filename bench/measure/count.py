@@ -92,7 +92,7 @@ def trace(
         unet = unet.to(memory_format=torch.channels_last)
     if patched:
         # its operators' meta implementations save what a card's would
-        choice = choose_attention(torch.device("meta"), weight_dtype(precision), attention_cases(unet), wanted="sdpa")
+        choice = choose_attention(torch.device("meta"), weight_dtype(precision), attention_cases(unet), setting="sdpa")
         patch.apply(unet, choice)
     apply_checkpointing(unet, checkpointing)
     autocast = DTYPES[precision.removeprefix("autocast-")] if precision.startswith("autocast") else None

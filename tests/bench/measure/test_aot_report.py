@@ -13,11 +13,13 @@ from safelight.kernels.aot import compile_all as aot
 def geglu_alone(monkeypatch, tmp_path):
     """One kernel, two compilations; the user's Triton cache and the committed table are not touched."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
-    monkeypatch.setattr(aot, "TABLE", tmp_path / "aot.json")
+    monkeypatch.setattr(aot, "RESULTS", tmp_path / "aot.json")
     cases = [case for case in aot.one_of_each() if "_geglu_fwd" in case.label]
     assert len(cases) == 1
     monkeypatch.setattr(aot, "one_of_each", lambda: cases)
-    monkeypatch.setattr(aot, "wanted", lambda: {75: {c.label: c for c in cases}, 90: {c.label: c for c in cases}})
+    monkeypatch.setattr(
+        aot, "required_cases", lambda: {75: {c.label: c for c in cases}, 90: {c.label: c for c in cases}}
+    )
     return cases[0]
 
 
@@ -36,7 +38,7 @@ def test_one_configuration_of_each_kernel_is_compiled_for_two_cards(geglu_alone,
             "code_bytes": code.code_bytes,
             "compilations": 1,
         }
-    assert not aot.TABLE.exists()
+    assert not aot.RESULTS.exists()
 
 
 def test_all_fills_the_table_and_prints_the_worst(geglu_alone, monkeypatch, capsys):
@@ -44,8 +46,8 @@ def test_all_fills_the_table_and_prints_the_worst(geglu_alone, monkeypatch, caps
     first = capsys.readouterr()
     assert "geglu geglu_fwd" in first.out
     assert "2 of 2 compiled" in first.err
-    held = aot.read_table()
-    assert aot.entry_of(held, geglu_alone, 75).registers > 0
+    results = aot.read_results()
+    assert aot.entry_of(results, geglu_alone, 75).registers > 0
     # nothing is compiled twice
     monkeypatch.setattr(aot, "compile_case", None)
     assert main(["bench", "aot", "--all"]) == 0
@@ -58,4 +60,4 @@ def test_spilled_registers_fail(geglu_alone, monkeypatch, capsys):
     for words in (["bench", "aot"], ["bench", "aot", "--all"]):
         assert main(words) == 1
         assert "16 bytes of spilled registers" in capsys.readouterr().out
-    assert aot.read_table()["kernels"] == {}
+    assert aot.read_results()["kernels"] == {}

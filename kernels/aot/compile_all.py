@@ -13,6 +13,7 @@ representative ones in the other dtypes.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -110,6 +111,7 @@ def kernel_name(launch: Launch) -> str:
     return f"{launch.kernel.function.__module__.rpartition('.')[2]}.{launch.kernel.__name__}"
 
 
+@functools.cache
 def required_cases() -> dict[int, dict[str, Case]]:
     """Return target -> label -> case of everything that must compile."""
     fp16, bf16, fp32 = torch.float16, torch.bfloat16, torch.float32

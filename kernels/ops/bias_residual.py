@@ -108,9 +108,9 @@ def _bias_residual_bwd_kernel(
     stride_dyn,
     stride_dyc,
     stride_dys,
-    stride_xn,
-    stride_xc,
-    stride_xs,
+    stride_dxn,
+    stride_dxc,
+    stride_dxs,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -130,7 +130,7 @@ def _bias_residual_bwd_kernel(
         # dx = dresidual = scale * dy;  dbias = sum over n, s of scale * dy
         dx = tl.load(dy_at, mask=mask, other=0.0).to(tl.float32) * scale
         total += tl.reduce(dx, 0, tl.standard._sum_combine)
-        dx_at = dx_ptr + n * stride_xn + s[:, None] * stride_xs + c[None, :] * stride_xc
+        dx_at = dx_ptr + n * stride_dxn + s[:, None] * stride_dxs + c[None, :] * stride_dxc
         tl.store(dx_at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     tl.store(parts_ptr + (n * tl.num_programs(1) + split) * C + c, total, mask=c < C)
 

@@ -1,6 +1,6 @@
 """Cached latents to noisy latents and prediction target, in one kernel: the noise is never stored.
 
-    z_0 = (mean + exp(logvar / 2) * e_p) * scaling_factor        e = e_n + offset_noise * e_o (one e_o a channel)
+    z_0 = (mean + exp(logvar / 2) * e_p) * scaling_factor        e = e_n + offset_noise * e_o (one e_o per channel)
     z_t = sqrt(a_t) z_0 + sqrt(1 - a_t) e                        a_t = alphas_cumprod[t]
     target: e for epsilon;  sqrt(a_t) e - sqrt(1 - a_t) z_0 for v_prediction;  z_0 for sample
 

@@ -123,7 +123,7 @@ def test_text_projections_are_split_by_bytes(monkeypatch):
     inputs = inputs_of(unet, torch.float64)
     truth = run(unet, inputs)
     result = patch.apply(unet)
-    sizes = [size for what, _, size in result.packed if "text" in what]
+    sizes = [size for what, _, size in result.packed if "cross-attentions" in what]
     assert len(sizes) > 3
     assert max(sizes) <= 30_000
     assert worst_error(run(unet, inputs), truth) < 1e-9

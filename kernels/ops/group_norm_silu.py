@@ -963,8 +963,7 @@ def group_norm_silu_bwd(
 ) -> tuple[Tensor | None, ...]:
     """Return (dx, dweight, dbias, daddend), followed with sum_ds by the sum of ds over samples and pixels, (C,).
 
-    ds: the gradient that reaches x by another path, such as a skip connection; it is added to dx. None if there is
-    none.
+    ds: the gradient that reaches x by another path, such as a skip connection, or None; it is added to dx.
     """
     if not runs_kernel(x):
 

@@ -271,7 +271,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing():
         load_value(optimizer, 3, optimizer.parameters[3], {"remainder": state["remainder"][:5]})
     assert torch.equal(optimizer.pages.host, before)
     parameters = weights()
-    with pytest.raises(ValueError, match="memory 'near' has no pages in host memory; use exact"):
+    with pytest.raises(ValueError, match="memory 'near' cannot live in pages of host memory; use exact"):
         AdamW8bit(parameters, memory="near", pages=pages_of(parameters))
 
 

@@ -1,7 +1,7 @@
 """Philox4x32-10 and the key of every random draw in Safelight.
 
-Every draw of training is a pure function of its key, so what a sample meets does not depend on batch size, order,
-workers, device or on where a run was stopped. The layout, fixed once and for all:
+Every random draw is a pure function of its key, so what happens to a sample does not depend on batch size, order,
+number of workers, device, or where a run was stopped and resumed. The key's layout never changes:
 
     key     k0, k1 = the run's seed, low and high 32 bits
     counter c0     = element block: block b holds elements 4b .. 4b+3
@@ -10,9 +10,9 @@ workers, device or on where a run was stopped. The layout, fixed once and for al
             c3     = epoch (16 bits) << 16 | occurrence within the epoch (16 bits)
 
 A block's four 32-bit words become four standard normals by two Box-Muller pairs: words (0, 1) give elements (0, 1),
-words (2, 3) give elements (2, 3). Logarithm, sine and cosine are polynomials in +, x and a correctly rounded sqrt
-alone, each operation rounded on its own, so numpy, torch (CPU and CUDA) and Triton without fused multiply-add give
-equal bits; library functions differ by units in the last place.
+words (2, 3) give elements (2, 3). Logarithm, sine and cosine are polynomials, so everything is built from +, * and a
+correctly rounded sqrt, each rounded separately. numpy, torch (CPU and CUDA) and Triton without fused multiply-add
+therefore give equal bits, which their library functions do not.
 
 Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", doi:10.1145/2063384.2063405. The
 polynomials are the single-precision minimax sets of Moshier's Cephes library (logf, sinf, cosf).
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 if TYPE_CHECKING:
-    # two seconds that `safelight prepare`, which draws by numpy, need not wait
+    # importing torch takes two seconds, and `safelight prepare` draws with numpy only
     import torch
     from torch import Tensor
 
@@ -58,7 +58,7 @@ SQRT_HALF_BITS = 0x3F3504F3  # the bits of fp32 sqrt(1/2)
 
 
 class Purpose(IntEnum):
-    """What a draw is for. A number once given is never given again: old runs must stay reproducible."""
+    """What a draw is for. A number is never reused or changed: old runs must stay reproducible."""
 
     NOISE = 1
     TIMESTEP = 2
@@ -81,9 +81,9 @@ class Purpose(IntEnum):
 
 
 class Key(NamedTuple):
-    """The key of a draw, without its element block.
+    """The key of a draw, without the element block.
 
-    seed: 64 bits; sample_id: 56 bits; epoch, occurrence: 16 bits each. Raises ValueError where one does not fit.
+    seed: 64 bits; sample_id: 56 bits; epoch, occurrence: 16 bits each. `words` raises ValueError if one does not fit.
     """
 
     seed: int
@@ -93,7 +93,7 @@ class Key(NamedTuple):
     occurrence: int = 0
 
     def words(self) -> tuple[int, int, int, int, int]:
-        """Return (k0, k1, c1, c2, c3) as unsigned 32-bit integers."""
+        """Return (k0, k1, c1, c2, c3) as unsigned 32-bit integers. Raises ValueError if a part has too many bits."""
         for name, value, bits in (
             ("seed", self.seed, 64),
             ("purpose", self.purpose, 8),
@@ -133,8 +133,8 @@ def philox_numpy(counter: tuple[np.ndarray | int, ...], key: tuple[int, int]) ->
 def philox_torch(counter: tuple[Tensor, ...], key: tuple[Tensor | int, Tensor | int]) -> tuple[Tensor, ...]:
     """Return the four words of Philox4x32-10 as int64 tensors in 0 .. 2^32-1.
 
-    counter: four int64 tensors that broadcast, the key's two words with them. torch lacks unsigned arithmetic, so each
-    32 x 32 -> 64 bit product is taken in wrapping int64, whose bit pattern is the unsigned product's.
+    counter: four int64 tensors that broadcast with each other and with the key's two words. torch lacks unsigned
+    arithmetic, so each 32 x 32 -> 64 bit product is taken in wrapping int64, which has the unsigned product's bits.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -152,19 +152,19 @@ def philox_torch(counter: tuple[Tensor, ...], key: tuple[Tensor | int, Tensor | 
 
 
 def words(key: Key, num: int) -> np.ndarray:
-    """Return `num` independent uint32 words of a key, shape (num,)."""
+    """Return `num` independent random words of a key, (num,) uint32."""
     k0, k1, c1, c2, c3 = key.words()
     blocks = np.arange((num + 3) // 4, dtype=np.uint64)
     return np.stack(philox_numpy((blocks, c1, c2, c3), (k0, k1)), axis=-1).reshape(-1)[:num]
 
 
 def uniforms(key: Key, num: int = 1) -> np.ndarray:
-    """Return `num` uniform float64 in (0, 1), shape (num,), each from 32 random bits."""
+    """Return uniform numbers in (0, 1), (num,) float64, each from 32 random bits."""
     return (words(key, num).astype(np.float64) + 0.5) / 2.0**32
 
 
 def integers(key: Key, bound: int, num: int = 1) -> np.ndarray:
-    """Return `num` uniform int64 in 0 .. bound-1, shape (num,); bias at most bound / 2^32.
+    """Return uniform integers in 0 .. bound - 1, (num,) int64; their bias is at most bound / 2^32.
 
     Raises ValueError unless 1 <= bound <= 2^31.
     """
@@ -174,13 +174,13 @@ def integers(key: Key, bound: int, num: int = 1) -> np.ndarray:
 
 
 def sort_key(key: Key) -> int:
-    """Return a 64-bit draw for ordering: sorting ids by it shuffles them as a pure function of their keys."""
+    """Return a random 64-bit integer. Sorting by it shuffles items as a pure function of their keys."""
     high, low = words(key, 2)
     return int(high) << 32 | int(low)
 
 
 def _horner(coefficients: tuple[float, ...], x, constant):
-    """Return the polynomial by Horner's rule, each product and sum rounded to fp32 on its own."""
+    """Return the polynomial by Horner's rule, each product and sum rounded to fp32 separately."""
     total = constant(coefficients[0])
     for coefficient in coefficients[1:]:
         total = total * x + constant(coefficient)
@@ -188,11 +188,11 @@ def _horner(coefficients: tuple[float, ...], x, constant):
 
 
 def _box_muller(first, second, xp):
-    """Return two standard normals of two random words; `xp` adapts numpy or torch (see the classes below)."""
+    """Return two standard normals from two random words. xp: _Numpy or _Torch, below."""
     c = xp.constant
-    # radius = sqrt(-2 ln u), u = word | 1 as a fraction of 2^32: never zero, so at most 6.66
+    # radius = sqrt(-2 ln u), u = (word | 1) / 2^32: never zero, so the radius is at most 6.66
     bits = xp.bits(xp.to_float(first | 1))
-    # split into 2^exponent * mantissa, mantissa in [sqrt(1/2), sqrt(2)), by integer arithmetic alone
+    # split into 2^exponent * mantissa, mantissa in [sqrt(1/2), sqrt(2)), by integer arithmetic
     offset = bits - SQRT_HALF_BITS
     exponent = xp.to_float((offset >> 23) - 32)
     f = xp.from_bits((offset & 0x007FFFFF) + SQRT_HALF_BITS) - c(1.0)
@@ -230,7 +230,7 @@ class _Numpy:
 
 
 class _Torch:
-    # a Python float times an fp32 tensor is computed in fp32 after rounding the float once: what np.float32 does
+    # torch rounds a Python float to fp32 before multiplying an fp32 tensor by it, just as np.float32 does
     constant = staticmethod(lambda value: float(np.float32(value)))
 
     @staticmethod
@@ -241,7 +241,8 @@ class _Torch:
     def sqrt(x):
         import torch
 
-        # torch's vectorised CPU sqrt is off by an ulp in one of five values (2.13, AVX-512); numpy's and CUDA's round correctly
+        # torch's vectorized CPU sqrt is off by an ulp for one value in five (2.13, AVX-512); numpy's and CUDA's round
+        # correctly
         return torch.from_numpy(np.sqrt(x.numpy())) if x.device.type == "cpu" else torch.sqrt(x)
 
     @staticmethod
@@ -262,7 +263,7 @@ class _Torch:
 
 
 def normals(key: Key, shape: tuple[int, ...]) -> np.ndarray:
-    """Return standard normals of one key, float32, elements in row-major order of `shape`."""
+    """Return standard normals of one key, float32 of `shape`, in row-major order."""
     num = int(np.prod(shape, dtype=np.int64))
     k0, k1, c1, c2, c3 = key.words()
     blocks = np.arange((num + 3) // 4, dtype=np.uint64)
@@ -272,12 +273,12 @@ def normals(key: Key, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def normals_torch(keys: list[Key], shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
-    """Return (len(keys), *shape) standard normals, float32 on `device`; row i equals `normals(keys[i], shape)` bit for bit.
+    """Return standard normals, (len(keys), *shape) float32 on `device`.
 
-    Raises ValueError for an empty list.
+    Row i equals `normals(keys[i], shape)` bit for bit. Raises ValueError for an empty list.
     """
     if not keys:
-        raise ValueError("normals_torch needs one or more keys, got none")
+        raise ValueError("normals_torch needs at least one key, got none")
     import torch
 
     num = int(np.prod(shape, dtype=np.int64))

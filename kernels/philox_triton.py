@@ -1,7 +1,7 @@
-"""Philox4x32-10 and its normals inside Triton kernels: the same integers and, without fused multiply-add, the same bits.
+"""Philox4x32-10 and its normals for Triton kernels, with the same bits as kernels/philox.py, which explains both.
 
-The contract, the key's layout and the polynomials are kernels/philox.py's. Kernels that call these must be marked
-`@kernel(fp_fusion=False)`: a fused multiply-add rounds once where numpy and torch round twice.
+A kernel that calls these must be declared with `@kernel(fp_fusion=False)`: a fused multiply-add rounds once where numpy
+and torch round twice.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ C0, C1, C2 = philox.COS_COEFFICIENTS
 
 @kernel
 def philox_words(c0, c1, c2, c3, k0, k1):
-    """Return the four uint32 words of counter (c0, c1, c2, c3) under key (k0, k1); all uint32, of one shape or scalar."""
+    """Return the four words of counter (c0, c1, c2, c3) under key (k0, k1); all uint32, of one shape or scalar."""
     for _ in tl.static_range(10):
         high_0 = tl.umulhi(c0, MULTIPLIER_0)
         low_0 = c0 * MULTIPLIER_0
@@ -43,7 +43,7 @@ def philox_words(c0, c1, c2, c3, k0, k1):
 
 @kernel
 def box_muller(first, second):
-    """Return two standard normals, fp32, of two uint32 words; step by step what philox._box_muller does."""
+    """Return two fp32 standard normals from two uint32 words, step by step as philox._box_muller."""
     bits = (first | 1).to(tl.float32).to(tl.int32, bitcast=True)
     offset = bits - SQRT_HALF_BITS
     exponent = ((offset >> 23) - 32).to(tl.float32)
@@ -66,7 +66,7 @@ def box_muller(first, second):
 
 @kernel
 def philox_normals(block, c1, c2, c3, k0, k1, BLOCK: tl.constexpr):
-    """Return the 4 * BLOCK normals of element blocks `block`, (BLOCK,) uint32, in the elements' order."""
+    """Return the normals of element blocks, (4 * BLOCK,) in element order. block: (BLOCK,) uint32."""
     w0, w1, w2, w3 = philox_words(block, c1, c2, c3, k0, k1)
     n0, n1 = box_muller(w0, w1)
     n2, n3 = box_muller(w2, w3)

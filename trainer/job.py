@@ -145,7 +145,7 @@ def _build_models(run: ResolvedRun, dataset: Dataset) -> Models:
         run.device,
         run.dtype,
         attention_cases(unet, (side, side)),
-        wanted=run.given.model.attention,
+        setting=run.given.model.attention,
         batch=run.given.train.batch_size,
         previous=None if run.resume_step is None else recorded_attention(run.run_dir),
     )

@@ -38,7 +38,7 @@ def write_start(
     atomic_write_text(run_dir / "config.toml", to_toml(config))
     _write_json(
         run_dir / "environment.json",
-        {**describe(run.device), "attention": str(attention), ATTENTION: attention.record(), **records},
+        {**describe(run.device), "attention": str(attention), ATTENTION: attention.to_dict(), **records},
     )
     trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
     own_text = f"CLIP tokenizer {Path(config.model.tokenizer).name}" if config.model.tokenizer else "the base's"

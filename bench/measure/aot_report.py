@@ -29,7 +29,7 @@ def one_of_each() -> tuple[Rows, list[str]]:
     for case in compile_all.one_of_each():
         for target in QUICK_TARGETS:
             code = compile_all.read_code(compile_all.compile_case(case, target))
-            _add(rows, compile_all.name_of(case.launch), target, code)
+            _add(rows, compile_all.kernel_name(case.launch), target, code)
             failed += [f"sm_{target} {case.label}: {why}" for why in code.failures()]
     return dict(sorted(rows.items())), failed
 
@@ -38,12 +38,12 @@ def whole_table() -> tuple[Rows, list[str]]:
     """Compile what aot.json lacks, store it there, and return (rows of the whole table, a line for each failure)."""
     table, failed = compile_all.update()
     rows: Rows = {}
-    for target, cases in compile_all.wanted().items():
+    for target, cases in compile_all.required_cases().items():
         for case in cases.values():
             code = compile_all.entry_of(table, case, target)
             # a compilation that failed is not stored
             if code is not None:
-                _add(rows, compile_all.name_of(case.launch), target, code)
+                _add(rows, compile_all.kernel_name(case.launch), target, code)
     return dict(sorted(rows.items())), failed
 
 

@@ -93,7 +93,7 @@ def trace(
         unet = unet.to(memory_format=torch.channels_last)
     if patched:
         # on meta tensors SDPA saves the same tensors as a GPU's
-        choice = choose_attention(torch.device("meta"), weight_dtype(precision), attention_cases(unet), wanted="sdpa")
+        choice = choose_attention(torch.device("meta"), weight_dtype(precision), attention_cases(unet), setting="sdpa")
         patch.apply(unet, choice)
     apply_checkpointing(unet, checkpointing)
     autocast = DTYPES[precision.removeprefix("autocast-")] if precision.startswith("autocast") else None

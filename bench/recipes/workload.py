@@ -197,7 +197,7 @@ class Ours:
         base = resolve_base(work.base)
         self.unet = initial_unet(work.base, device)
         choice = use_attention(self.unet, work)
-        patched = patch.apply(self.unet, choice) if patch.is_wanted(kernels, device) else None
+        patched = patch.apply(self.unet, choice) if patch.should_patch(kernels, device) else None
         apply_checkpointing(self.unet, work.checkpointing)
         config = optimizer_config(work.optimizer).model_copy(update={"fused_backward": fused})
         self.optimizer = UNetOptimizer(self.unet, config, work.dtype)

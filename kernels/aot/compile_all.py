@@ -1,18 +1,19 @@
-"""The ahead-of-time gate: every kernel compiled for every card, on a machine that has none.
+"""The ahead-of-time gate: compiles every kernel for every GPU generation, on a machine without a GPU.
 
-Triton compiles for any target without a GPU. The launches of kernels/aot/workload.py, which runs each op on meta tensors, are
-recorded with the very arguments that a GPU would see, and compiled for sm_75 to sm_120. What the assembler made of them stands
-in kernels/aot/aot.json: registers a thread, stack bytes (spilled registers), shared memory, code bytes. A kernel's entry holds as
-long as its source and Triton's version do.
+Triton can compile for any target without the device. kernels/aot/workload.py runs each op on meta tensors; the launches
+are recorded with exactly the arguments a GPU would see, and compiled for sm_75 to sm_120. The results are committed in
+kernels/aot/aot.json: registers per thread, stack bytes (spilled registers), shared memory, code bytes. An entry is
+valid as long as the kernel's code (comments and docstrings aside) and Triton's version are the same.
 
-    python -m safelight.kernels.aot.compile_all            compile what the table lacks, write it, print what fails the gate
+    python -m safelight.kernels.aot.compile_all            compile what aot.json lacks, update it, print what fails
 
-Full shape lists are compiled in the dtype a card trains in (fp16 on sm_75, which has no bf16; bf16 from sm_80 on), a
-representative one in the other dtypes.
+All shapes are compiled in the dtype a GPU trains in (fp16 on sm_75, which has no bf16; bf16 from sm_80 on), a few
+representative ones in the other dtypes.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -29,16 +30,16 @@ import torch
 from safelight.kernels.aot.workload import full, representative
 from safelight.kernels.triton.jit import Launch, record_launches
 
-TABLE = Path(__file__).with_name("aot.json")
+RESULTS = Path(__file__).with_name("aot.json")
 TARGETS = (75, 80, 86, 89, 90, 100, 120)
-MAX_SHARED_BYTES = 64 * 1024  # sm_75's limit, the smallest
-# double precision, and matrix units: an elementwise kernel or a reduction that uses either is not what it should be
+MAX_SHARED_BYTES = 64 * 1024  # the limit of sm_75, the smallest
+# double precision and tensor cores: an elementwise kernel or a reduction that uses either has a bug
 FORBIDDEN = re.compile(r"\b(?:[a-z0-9.]+\.f64|(?:wmma|mma|wgmma|tcgen05)\.[a-z0-9_.]+)")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One compilation but for its target. label: what distinguishes it among its kernel's; launch: one that needs it."""
+    """One compilation, whatever the target. label: kernel, argument types and constants; launch: one that needs it."""
 
     label: str
     launch: Launch
@@ -46,7 +47,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Code:
-    """What the assembler made. forbidden: double-precision and matrix instructions found."""
+    """Figures of the assembled code. registers: per thread; forbidden: fp64 and tensor-core instructions."""
 
     registers: int
     stack_bytes: int
@@ -55,42 +56,42 @@ class Code:
     forbidden: tuple[str, ...] = ()
 
     def failures(self) -> list[str]:
-        """Return what fails the gate, in words."""
-        found = []
+        """Return why the code fails the gate, one message each."""
+        messages = []
         if self.stack_bytes:
-            found.append(f"{self.stack_bytes} bytes of spilled registers a thread")
+            messages.append(f"{self.stack_bytes} bytes of spilled registers per thread")
         if self.shared_bytes > MAX_SHARED_BYTES:
-            found.append(f"{self.shared_bytes} bytes of shared memory, limit {MAX_SHARED_BYTES}")
+            messages.append(f"{self.shared_bytes} bytes of shared memory, limit {MAX_SHARED_BYTES}")
         if self.forbidden:
-            found.append(f"instructions that should not be there: {', '.join(self.forbidden)}")
-        return found
+            messages.append(f"forbidden instructions: {', '.join(self.forbidden)}")
+        return messages
 
 
 def _specialization(launch: Launch) -> tuple[dict[str, str], dict[tuple, object], dict[tuple, list]]:
-    """Return the (signature, constants, attributes) that Triton compiles a launch under."""
+    """Return the (signature, constants, attributes) that Triton specializes a launch for."""
     from triton.backends.nvidia.compiler import CUDABackend
     from triton.runtime.jit import create_function_from_signature
 
     function = launch.kernel.compiled
     bind = create_function_from_signature(function.signature, function.params, CUDABackend)
-    _, found, _ = bind(**launch.arguments)
-    signature = {name: kind for name, (kind, _) in zip(function.arg_names, found, strict=True)}
+    _, specializations, _ = bind(**launch.arguments)
+    signature = {name: kind for name, (kind, _) in zip(function.arg_names, specializations, strict=True)}
     constants = {
         (i,): launch.arguments[name] for i, name in enumerate(function.arg_names) if signature[name] == "constexpr"
     }
     attributes = {
         (i,): CUDABackend.parse_attr(key)
-        for i, (kind, key) in enumerate(found)
+        for i, (kind, key) in enumerate(specializations)
         if kind != "constexpr" and isinstance(key, str)
     }
     return signature, constants, attributes
 
 
 def cases_of(workload: Callable[[torch.dtype], None], dtype: torch.dtype) -> list[Case]:
-    """Return the distinct compilations a workload needs, in the order it first needs them."""
+    """Return the distinct compilations that a workload needs, in order of first use."""
     with record_launches() as launches:
         workload(dtype)
-    found: dict[str, Case] = {}
+    cases: dict[str, Case] = {}
     for launch in launches:
         signature, constants, attributes = _specialization(launch)
         parts = []
@@ -100,28 +101,29 @@ def cases_of(workload: Callable[[torch.dtype], None], dtype: torch.dtype) -> lis
             else:
                 parts.append(kind + ("/16" if attributes.get((i,)) else ""))
         options = [f"{name}={value}" for name, value in sorted(launch.options.items())]
-        label = f"{name_of(launch)}({', '.join(parts + options)})"
-        found.setdefault(label, Case(label, launch))
-    return list(found.values())
+        label = f"{kernel_name(launch)}({', '.join(parts + options)})"
+        cases.setdefault(label, Case(label, launch))
+    return list(cases.values())
 
 
-def name_of(launch: Launch) -> str:
-    """Return the kernel's file and name."""
+def kernel_name(launch: Launch) -> str:
+    """Return a launch's kernel as file.name: geglu._geglu_fwd_kernel."""
     return f"{launch.kernel.function.__module__.rpartition('.')[2]}.{launch.kernel.__name__}"
 
 
-def wanted() -> dict[int, dict[str, Case]]:
-    """Return the cases of each target, by label."""
-    halves, brains, floats = torch.float16, torch.bfloat16, torch.float32
-    lists = {
+@functools.cache
+def required_cases() -> dict[int, dict[str, Case]]:
+    """Return target -> label -> case of everything that must compile."""
+    fp16, bf16, fp32 = torch.float16, torch.bfloat16, torch.float32
+    cases = {
         (workload, dtype): cases_of(workload, dtype)
-        for workload, dtype in ((full, halves), (full, brains), (representative, halves), (representative, floats))
+        for workload, dtype in ((full, fp16), (full, bf16), (representative, fp16), (representative, fp32))
     }
-    chosen = {}
+    by_target = {}
     for target in TARGETS:
-        parts = [(full, halves)] if target == 75 else [(full, brains), (representative, halves)]
-        chosen[target] = {case.label: case for part in (*parts, (representative, floats)) for case in lists[part]}
-    return chosen
+        parts = [(full, fp16)] if target == 75 else [(full, bf16), (representative, fp16)]
+        by_target[target] = {case.label: case for part in (*parts, (representative, fp32)) for case in cases[part]}
+    return by_target
 
 
 def _text_bytes(cubin: bytes) -> int:
@@ -138,7 +140,7 @@ def _text_bytes(cubin: bytes) -> int:
 
 
 def compile_case(case: Case, target: int):
-    """Return Triton's compiled kernel of one case for one target. Triton's own errors pass through."""
+    """Return Triton's compiled kernel of a case for a target. Triton's own errors propagate."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -148,7 +150,7 @@ def compile_case(case: Case, target: int):
 
 
 def read_code(compiled) -> Code:
-    """Return what the assembler made of a compiled kernel."""
+    """Return the figures of a compiled kernel, read with cuobjdump."""
     from triton import knobs
 
     cubin = compiled.asm["cubin"]
@@ -162,7 +164,7 @@ def read_code(compiled) -> Code:
     return Code(
         numbers["REG"],
         numbers["STACK"] + numbers["LOCAL"],
-        # what a launch asks for beside what the code declares
+        # static shared memory, and the dynamic part requested at launch
         numbers["SHARED"] + compiled.metadata.shared,
         _text_bytes(cubin),
         tuple(sorted(set(FORBIDDEN.findall(compiled.asm["ptx"])))),
@@ -170,90 +172,90 @@ def read_code(compiled) -> Code:
 
 
 def source_hash(launch: Launch) -> str:
-    """Return the hash a kernel's table entry holds under."""
+    """Return a hash of the kernel's code; an entry with another hash is out of date."""
     return hashlib.sha256(launch.kernel.source().encode()).hexdigest()[:16]
 
 
-def read_table() -> dict:
-    """Return the committed table, or an empty one of this Triton version where it was made with another."""
+def read_results() -> dict:
+    """Return the committed results, or empty ones if they were made with another Triton version."""
     import triton
 
-    table = json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.exists() else {}
-    if table.get("triton") != triton.__version__:
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    if results.get("triton") != triton.__version__:
         return {"triton": triton.__version__, "kernels": {}}
-    return table
+    return results
 
 
-def entry_of(table: dict, case: Case, target: int) -> Code | None:
-    """Return what the table holds of a case on a target, None where it lacks it."""
-    kernel = table["kernels"].get(name_of(case.launch))
+def entry_of(results: dict, case: Case, target: int) -> Code | None:
+    """Return the figures of a case on a target, None if they are missing or out of date."""
+    kernel = results["kernels"].get(kernel_name(case.launch))
     if kernel is None or kernel["source"] != source_hash(case.launch):
         return None
     numbers = kernel["cases"].get(case.label, {}).get(str(target))
     return None if numbers is None else Code(*numbers)
 
 
-def lacking(table: dict) -> list[tuple[int, Case]]:
-    """Return the (target, case) pairs that the table lacks."""
+def missing_cases(results: dict) -> list[tuple[int, Case]]:
+    """Return the (target, case) pairs that have no valid entry."""
     return [
         (target, case)
-        for target, cases in wanted().items()
+        for target, cases in required_cases().items()
         for case in cases.values()
-        if entry_of(table, case, target) is None
+        if entry_of(results, case, target) is None
     ]
 
 
-def _add(table: dict, case: Case, target: int, code: Code) -> None:
+def _add(results: dict, case: Case, target: int, code: Code) -> None:
     fresh = {"source": source_hash(case.launch), "cases": {}}
-    kernel = table["kernels"].setdefault(name_of(case.launch), fresh)
+    kernel = results["kernels"].setdefault(kernel_name(case.launch), fresh)
     if kernel["source"] != fresh["source"]:
         kernel.update(fresh)
     numbers = [code.registers, code.stack_bytes, code.shared_bytes, code.code_bytes]
     kernel["cases"].setdefault(case.label, {})[str(target)] = numbers
 
 
-def write_table(table: dict, keep: Iterable[str]) -> None:
-    """Write the table without the cases that nothing needs any more: one line a case."""
-    keep = set(keep)
+def write_results(results: dict, labels: Iterable[str]) -> None:
+    """Write the results of the cases with these labels, one line each, dropping all others."""
+    labels = set(labels)
     lines = []
-    for name, kernel in sorted(table["kernels"].items()):
-        cases = {label: kernel["cases"][label] for label in sorted(kernel["cases"]) if label in keep}
+    for name, kernel in sorted(results["kernels"].items()):
+        cases = {label: kernel["cases"][label] for label in sorted(kernel["cases"]) if label in labels}
         if not cases:
             continue
         rows = ",\n".join(f"   {json.dumps(label)}: {json.dumps(targets)}" for label, targets in cases.items())
         lines.append(f' {json.dumps(name)}: {{"source": {json.dumps(kernel["source"])}, "cases": {{\n{rows}}}}}')
     note = '"columns": ["registers", "stack bytes", "shared bytes", "code bytes"]'
-    text = f'{{"triton": {json.dumps(table["triton"])}, {note}, "kernels": {{\n' + ",\n".join(lines) + "\n}}\n"
-    TABLE.write_text(text, encoding="utf-8")
+    text = f'{{"triton": {json.dumps(results["triton"])}, {note}, "kernels": {{\n' + ",\n".join(lines) + "\n}}\n"
+    RESULTS.write_text(text, encoding="utf-8")
 
 
 def one_of_each(dtype: torch.dtype = torch.float16) -> list[Case]:
     """Return one representative case of every kernel."""
-    return list({name_of(case.launch): case for case in reversed(cases_of(representative, dtype))}.values())
+    return list({kernel_name(case.launch): case for case in reversed(cases_of(representative, dtype))}.values())
 
 
 def update() -> tuple[dict, list[str]]:
-    """Compile what the table lacks and write it; return (the table, what fails the gate, a line each)."""
-    table = read_table()
-    missing = lacking(table)
+    """Compile the missing cases and write aot.json; return (results, messages of cases that fail the gate)."""
+    results = read_results()
+    missing = missing_cases(results)
     failed = []
     for number, (target, case) in enumerate(missing, start=1):
         code = read_code(compile_case(case, target))
         if code.failures():
             failed += [f"sm_{target} {case.label}: {why}" for why in code.failures()]
         else:
-            _add(table, case, target, code)
+            _add(results, case, target, code)
         print(f"\r{number} of {len(missing)} compiled, {len(failed)} failed", end="", file=sys.stderr, flush=True)
     if missing:
         print(file=sys.stderr)
-    write_table(table, (label for cases in wanted().values() for label in cases))
-    return table, failed
+    write_results(results, (label for cases in required_cases().values() for label in cases))
+    return results, failed
 
 
 def main() -> int:
-    """Bring the table up to date; return 1 where something fails the gate."""
+    """Update aot.json; return 1 if anything fails the gate, else 0."""
     _, failed = update()
-    print("\n".join(failed) or f"{TABLE.name} is complete: {sum(map(len, wanted().values()))} compilations")
+    print("\n".join(failed) or f"{RESULTS.name} is complete: {sum(map(len, required_cases().values()))} compilations")
     return 1 if failed else 0
 
 

@@ -1,6 +1,6 @@
-"""What the ahead-of-time gate compiles for: every op with the shapes and dtypes that SD1.5, SD2.1 and SDXL train with.
+"""The workload of the ahead-of-time gate: every op in the shapes that SD1.5, SD2.1 and SDXL train with.
 
-Each op is run on meta tensors, forward and backward; kernels/aot/compile_all.py records the launches that a GPU would see.
+Ops run on meta tensors, forward and backward, and kernels/aot/compile_all.py records the launches that a GPU would see.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from torch import Tensor
 
 from safelight.kernels.ops.bias_residual import bias_residual
 from safelight.kernels.ops.diffusion_loss import LossOptions, diffusion_loss
-from safelight.kernels.ops.geglu import geglu, geglu_bwd_again
-from safelight.kernels.ops.group_norm_silu import group_norm_silu, group_norm_silu_again, group_norm_silu_bwd
-from safelight.kernels.ops.layer_norm import add_layer_norm, layer_norm, layer_norm_again, layer_norm_bwd
+from safelight.kernels.ops.geglu import geglu, geglu_bwd_recompute
+from safelight.kernels.ops.group_norm_silu import group_norm_silu, group_norm_silu_bwd, group_norm_silu_recompute
+from safelight.kernels.ops.layer_norm import add_layer_norm, layer_norm, layer_norm_bwd, layer_norm_recompute
 from safelight.kernels.ops.noising import noising
 from safelight.kernels.optim.adamw8bit import AdamW8bit
 from safelight.kernels.optim.ema import EMA
 from safelight.kernels.optim.split_weights import REMAINDERS
 
 CHANNELS_LAST, NCHW = torch.channels_last, torch.contiguous_format
-# channels and side of the residual blocks' first norms, of the ones behind the time embedding, of the transformers'
+# (channels, side in latent pixels) of the residual blocks' first norms
 FIRST = (
     (320, 64),
     (640, 64),
@@ -34,6 +34,7 @@ FIRST = (
     (2560, 16),
     (2560, 8),
 )
+# the same of the norms after the time embedding, and of the transformers
 OUTER = ((320, 64), (640, 32), (1280, 16), (1280, 8))
 
 
@@ -41,8 +42,8 @@ def _meta(*shape: int, dtype: torch.dtype, grad: bool = True) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta", requires_grad=grad)
 
 
-def _both_ways(outputs: Tensor | tuple[Tensor, ...]) -> None:
-    """Run an op's backward pass on meta tensors."""
+def _backward(outputs: Tensor | tuple[Tensor, ...]) -> None:
+    """Run the backward pass of an op's outputs, on meta tensors."""
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
 
@@ -52,13 +53,13 @@ def _group_norm(
 ) -> None:
     x = _meta(batch, channels, side, side, dtype=dtype).to(memory_format=order)
     weight, bias = _meta(channels, dtype=dtype), _meta(channels, dtype=dtype)
-    addend = _meta(batch, channels, dtype=dtype) if kind == "behind the time embedding" else None
+    addend = _meta(batch, channels, dtype=dtype) if kind == "after the time embedding" else None
     silu = kind != "of a transformer"
-    _both_ways(group_norm_silu(x, weight, bias, 32, silu=silu, addend_NC=addend))
+    _backward(group_norm_silu(x, weight, bias, 32, silu=silu, addend_NC=addend))
     stats = [torch.empty(batch, 32, device="meta") for _ in range(2)]
-    group_norm_silu_again(x, weight, bias, addend, *stats, 32, 1e-5, silu)
+    group_norm_silu_recompute(x, weight, bias, addend, *stats, 32, 1e-5, silu)
     saved, dy = (x, weight, bias, addend, *stats, 32, 1e-5, silu), torch.empty_like(x)
-    # the second norm of a residual block and the last of the UNet alone are no fork
+    # with a skip path: all norms but a residual block's second and the UNet's last
     if addend is None:
         group_norm_silu_bwd(dy, *saved, ds=dy)
 
@@ -66,18 +67,18 @@ def _group_norm(
 def _layer_norm(rows: int, features: int, dtype: torch.dtype) -> None:
     x, residual = _meta(1, rows, features, dtype=dtype), _meta(1, rows, features, dtype=dtype)
     weight, bias = _meta(features, dtype=dtype), _meta(features, dtype=dtype)
-    _both_ways(add_layer_norm(x, residual, weight, bias))
-    _both_ways(layer_norm(x, weight, bias))
+    _backward(add_layer_norm(x, residual, weight, bias))
+    _backward(layer_norm(x, weight, bias))
     stats = [torch.empty(rows, device="meta") for _ in range(2)]
-    layer_norm_again(x, weight, bias, *stats, 1e-5)
+    layer_norm_recompute(x, weight, bias, *stats, 1e-5)
     for sum_ds in (False, True):
         layer_norm_bwd(x.detach(), x.detach(), x, weight, bias, *stats, 1e-5, sum_dx=True, sum_ds=sum_ds)
 
 
 def _geglu(rows: int, features: int, dtype: torch.dtype) -> None:
     x, dy = _meta(1, rows, features, dtype=dtype), _meta(1, rows, features // 2, dtype=dtype, grad=False)
-    _both_ways(geglu(x))
-    geglu_bwd_again(dy, x.detach(), with_sum=True)
+    _backward(geglu(x))
+    geglu_bwd_recompute(dy, x.detach(), with_sum=True)
 
 
 def _bias_residual(channels: int, side: int, dtype: torch.dtype, order: torch.memory_format) -> None:
@@ -85,16 +86,16 @@ def _bias_residual(channels: int, side: int, dtype: torch.dtype, order: torch.me
     bias = _meta(channels, dtype=dtype)
     for residual, residual_bias in ((x, bias), (x, None), (None, None)):
         for scale in (1.0, 0.5):
-            _both_ways(bias_residual(x, bias, residual, scale, residual_bias))
+            _backward(bias_residual(x, bias, residual, scale, residual_bias))
     tokens = _meta(1, side * side, channels, dtype=dtype)
-    _both_ways(bias_residual(tokens, bias, tokens))
+    _backward(bias_residual(tokens, bias, tokens))
 
 
-def _steps_ends(side: int, dtype: torch.dtype, every: bool) -> None:
-    """What stands at both ends of a step: noising, loss, optimizer, EMA."""
+def _around_the_unet(side: int, dtype: torch.dtype, every_option: bool) -> None:
+    """Noising, loss, optimizer and moving average: what a step runs before and after the UNet."""
     alphas, words = torch.empty(1000, device="meta"), torch.empty(1, 5, dtype=torch.int64, device="meta")
     mean = torch.empty(1, 4, side, side, device="meta")
-    for kind in ("epsilon", "v_prediction", "sample") if every else ("epsilon",):
+    for kind in ("epsilon", "v_prediction", "sample") if every_option else ("epsilon",):
         for logvar, offset in ((mean, 0.0), (None, 0.1)):
             noised = noising(
                 mean,
@@ -109,7 +110,7 @@ def _steps_ends(side: int, dtype: torch.dtype, every: bool) -> None:
             )
         predicted = noised.noisy_BCHW.detach().requires_grad_()
         mask = torch.empty(1, 1, side, side, device="meta")
-        for weighting in ("none", "min_snr", "debiased", "p2") if every else ("min_snr",):
+        for weighting in ("none", "min_snr", "debiased", "p2") if every_option else ("min_snr",):
             options = LossOptions("huber" if weighting == "p2" else "mse", weighting=weighting, prediction_type=kind)
             losses = diffusion_loss(
                 predicted,
@@ -124,34 +125,34 @@ def _steps_ends(side: int, dtype: torch.dtype, every: bool) -> None:
     for memory in ("fp32",) if dtype == torch.float32 else REMAINDERS:
         gradients = [torch.empty_like(w, dtype=dtype) for w in weights]
         AdamW8bit([w.to(dtype) for w in weights], memory=memory).step(gradients, 1e-6)
-    followed = [w.to(dtype) for w in weights]
-    EMA(weights, followed).update(torch.empty((), device="meta"))
-    for beside in () if dtype == torch.float32 else (torch.int16, torch.int8):
-        EMA(weights, followed, [w.to(beside) for w in weights]).update(torch.empty((), device="meta"))
+    averaged = [w.to(dtype) for w in weights]
+    EMA(weights, averaged).update(torch.empty((), device="meta"))
+    for remainder in () if dtype == torch.float32 else (torch.int16, torch.int8):
+        EMA(weights, averaged, [w.to(remainder) for w in weights]).update(torch.empty((), device="meta"))
 
 
 def representative(dtype: torch.dtype) -> None:
-    """Run every op once or twice on meta tensors: each kernel, few shapes."""
-    _group_norm(320, 64, 1, dtype, "behind the time embedding", CHANNELS_LAST)
-    # 9 x 9 pixels: NCHW rows that no vector load fits, a group in one program
+    """Run every op once or twice on meta tensors: all kernels, few shapes."""
+    _group_norm(320, 64, 1, dtype, "after the time embedding", CHANNELS_LAST)
+    # 9 x 9 pixels in NCHW: rows too odd for vectorized loads, and one program per group
     _group_norm(1280, 9, 1, dtype, "of a transformer", NCHW)
     _layer_norm(4096, 320, dtype)
     _geglu(4096, 2560, dtype)
     _bias_residual(320, 64, dtype, CHANNELS_LAST)
-    _steps_ends(64, dtype, every=False)
+    _around_the_unet(64, dtype, every_option=False)
 
 
 def full(dtype: torch.dtype) -> None:
-    """Run every op on meta tensors with the shapes of SD1.5, SD2.1 and SDXL."""
+    """Run every op on meta tensors in the shapes of SD1.5, SD2.1 and SDXL."""
     representative(dtype)
     for batch in (1, 16):
         for channels, side in FIRST:
             _group_norm(channels, side, batch, dtype, "first", CHANNELS_LAST)
         for channels, side in OUTER:
-            _group_norm(channels, side, batch, dtype, "behind the time embedding", CHANNELS_LAST)
+            _group_norm(channels, side, batch, dtype, "after the time embedding", CHANNELS_LAST)
             _group_norm(channels, side, batch, dtype, "of a transformer", CHANNELS_LAST)
     for channels, side in OUTER:
         _layer_norm(side * side, channels, dtype)
         _geglu(side * side, 8 * channels, dtype)
         _bias_residual(channels, side, dtype, CHANNELS_LAST)
-    _steps_ends(64, dtype, every=True)
+    _around_the_unet(64, dtype, every_option=True)

@@ -1,12 +1,15 @@
-"""A convolution's or projection's bias, the residual add behind it and its scale, in one pass.
+"""The bias of a convolution or projection, the residual add after it and a scale, in one pass.
 
-    y = (x + bias + residual + its bias) * scale
+    y = (x + bias + residual + residual_bias) * scale
 
-x is the output of a convolution or projection run without its bias, so that nothing is written twice; the residual may be
-another's, with a bias of its own. The backward pass
-saves nothing: dx and dresidual are the upstream gradient itself (times the scale), and dbias is its sum: PyTorch's where
-the gradient goes on as it is, of the same pass where it has to be written anew.
-Letters: N batch, C channels, S pixels or tokens; P partial rows.
+x is the output of a convolution or projection that ran without its bias, which saves a pass over the output; the
+residual may be such an output too, with its own bias.
+
+    dx = dresidual = scale * dy        dbias = dresidual_bias = sum over samples and pixels of scale * dy
+
+Nothing is saved for backward. With scale 1 and a dense dy, dx is dy itself and PyTorch sums it; otherwise one kernel
+writes dx and the partial sums of dbias in the same pass.
+Letters: N batch, C channels, S pixels or tokens; P rows of partial sums.
 """
 
 from __future__ import annotations
@@ -26,11 +29,11 @@ if TYPE_CHECKING:
 
 TILE = 2048  # elements a program holds at once: 16 a thread
 MAX_BLOCK_C = 128
-NUM_PROGRAMS = 512  # of the backward pass: each leaves one row of partial sums for its channels
+NUM_PROGRAMS = 512  # of the backward pass; each writes one row of partial sums for its channels
 
 
 def _as_NCS(x: Tensor) -> Tensor:
-    """Return x as (N, C, S): (N, C, H, W) has its channels second, everything flatter has them last."""
+    """Return x as (N, C, S). Channels are the second of four dimensions, else the last."""
     if x.dim() == 4:
         return x.flatten(2)
     return x.reshape(1, -1, x.shape[-1]).transpose(1, 2)
@@ -43,7 +46,7 @@ def _broadcast(bias_C: Tensor, x: Tensor) -> Tensor:
 def bias_residual_reference(
     x: Tensor, bias: Tensor, residual: Tensor | None, residual_bias: Tensor | None, scale: float
 ) -> Tensor:
-    """Return the sum in plain PyTorch; arguments as `bias_residual`."""
+    """Return y in plain PyTorch; arguments as `bias_residual`."""
     y = to_compute(x) + _broadcast(to_compute(bias), x)
     if residual is not None:
         y = y + to_compute(residual)
@@ -52,7 +55,7 @@ def bias_residual_reference(
     return (y * scale).to(x.dtype)
 
 
-@kernel(varying=("C", "S"))
+@kernel(do_not_specialize=("C", "S"))
 def _bias_residual_fwd_kernel(
     x_ptr,
     bias_ptr,
@@ -76,6 +79,7 @@ def _bias_residual_fwd_kernel(
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    """Write y for BLOCK_S pixels and BLOCK_C channels; the grid is (pixel blocks, channel blocks, samples)."""
     n = tl.program_id(2).to(tl.int64)
     c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
     s = tl.program_id(0).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
@@ -92,7 +96,7 @@ def _bias_residual_fwd_kernel(
     tl.store(y_at, (y * scale).to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@kernel(varying=("C", "S", "chunk"))
+@kernel(do_not_specialize=("C", "S", "chunk"))
 def _bias_residual_bwd_kernel(
     dy_ptr,
     dx_ptr,
@@ -101,15 +105,19 @@ def _bias_residual_bwd_kernel(
     S,
     scale,
     chunk,
-    stride_gn,
-    stride_gc,
-    stride_gs,
-    stride_xn,
-    stride_xc,
-    stride_xs,
+    stride_dyn,
+    stride_dyc,
+    stride_dys,
+    stride_dxn,
+    stride_dxc,
+    stride_dxs,
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    """Write dx of one split's pixels and the sums over them to parts, (N * P, C).
+
+    The grid is (channel blocks, splits, samples); a split is `chunk` pixels.
+    """
     n = tl.program_id(2).to(tl.int64)
     split = tl.program_id(1)
     c = (tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
@@ -118,11 +126,11 @@ def _bias_residual_bwd_kernel(
     for start in range(split * chunk, end, BLOCK_S):
         s = start + tl.arange(0, BLOCK_S).to(tl.int64)
         mask = (s[:, None] < end) & (c[None, :] < C)
-        dy_at = dy_ptr + n * stride_gn + s[:, None] * stride_gs + c[None, :] * stride_gc
+        dy_at = dy_ptr + n * stride_dyn + s[:, None] * stride_dys + c[None, :] * stride_dyc
         # dx = dresidual = scale * dy;  dbias = sum over n, s of scale * dy
         dx = tl.load(dy_at, mask=mask, other=0.0).to(tl.float32) * scale
         total += tl.reduce(dx, 0, tl.standard._sum_combine)
-        dx_at = dx_ptr + n * stride_xn + s[:, None] * stride_xs + c[None, :] * stride_xc
+        dx_at = dx_ptr + n * stride_dxn + s[:, None] * stride_dxs + c[None, :] * stride_dxc
         tl.store(dx_at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     tl.store(parts_ptr + (n * tl.num_programs(1) + split) * C + c, total, mask=c < C)
 
@@ -135,7 +143,7 @@ def _blocks(C: int, S: int) -> dict[str, int]:
 def bias_residual_fwd(
     x: Tensor, bias: Tensor, residual: Tensor | None, residual_bias: Tensor | None, scale: float
 ) -> Tensor:
-    """Return y, without autograd."""
+    """Return y, without autograd; arguments as `bias_residual`."""
     if not runs_kernel(x):
         return bias_residual_reference(x, bias, residual, residual_bias, scale)
     if x.dim() == 4 and not x.is_contiguous(memory_format=torch.channels_last):
@@ -169,10 +177,11 @@ def _is_dense(x: Tensor) -> bool:
 
 
 def bias_residual_bwd(dy: Tensor, bias_dtype: torch.dtype | None, scale: float) -> tuple[Tensor, Tensor | None]:
-    """Return (dx, dbias), dbias None where no dtype is given for it.
+    """Return (dx, dbias); bias_dtype None means that no dbias is needed, and returns None for it.
 
-    dx is the residual's gradient as well, and dy itself where the scale is 1 and dy dense. A channel slice, as the gradient
-    of a concatenation is, would be copied by the convolution behind: here on the way.
+    dx is also the residual's gradient. It is dy itself if the scale is 1 and dy is dense. A dy that is a channel slice,
+    as the gradient of a concatenation is, is made dense here, since the convolution that takes dx would have to copy it
+    anyway.
     """
     order = torch.channels_last if dy.dim() == 4 and dy.stride(1) == 1 else torch.contiguous_format
     if scale == 1 and (bias_dtype is None or _is_dense(dy)):
@@ -208,11 +217,11 @@ class _BiasResidual(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        wants_bias = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
-        dx, dbias = bias_residual_bwd(dy, ctx.bias_dtype if wants_bias else None, ctx.scale)
-        # a gradient's memory becomes its parameter's own: no two may share it
-        other = dbias.clone() if ctx.has_residual_bias and wants_bias else None
-        return dx, dbias, dx if ctx.has_residual else None, other, None
+        needs_dbias = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
+        dx, dbias = bias_residual_bwd(dy, ctx.bias_dtype if needs_dbias else None, ctx.scale)
+        # a clone: autograd may make each of them its parameter's .grad, so they must not share memory
+        dresidual_bias = dbias.clone() if ctx.has_residual_bias and needs_dbias else None
+        return dx, dbias, dx if ctx.has_residual else None, dresidual_bias, None
 
 
 def bias_residual(
@@ -220,15 +229,15 @@ def bias_residual(
 ) -> Tensor:
     """Return (x + bias + residual + residual_bias) * scale, summed in fp32.
 
-    x: (N, C, H, W) in either memory order, or (..., C); fp32 | fp16 | bf16 -> the same shape, dtype and order.
-    bias, residual_bias: (C,); residual: as x; None for none. Raises ValueError for shapes that do not fit.
+    x: (N, C, H, W), channels-last or not, or (..., C); fp32 | fp16 | bf16 -> the same shape, dtype and memory order.
+    bias, residual_bias: (C,); residual: shape and dtype of x. Raises ValueError for shapes or dtypes that do not fit.
     """
     num_channels = x.shape[1] if x.dim() == 4 else x.shape[-1]
     for b in (bias,) if residual_bias is None else (bias, residual_bias):
         if x.numel() == 0 or b.shape != (num_channels,):
-            raise ValueError(f"{tuple(b.shape)} biases do not fit x of {tuple(x.shape)}; give {num_channels}")
+            raise ValueError(f"a bias of {tuple(b.shape)} does not fit x of {tuple(x.shape)}; give it {num_channels}")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise ValueError(
-            f"the residual is {tuple(residual.shape)} {residual.dtype}; it must be as x, {tuple(x.shape)} {x.dtype}"
+            f"the residual is {tuple(residual.shape)} {residual.dtype}; it must match x, {tuple(x.shape)} {x.dtype}"
         )
     return _BiasResidual.apply(x, bias, residual, residual_bias, scale)

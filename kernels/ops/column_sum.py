@@ -1,7 +1,7 @@
-"""The last step of every parameter gradient: sums over rows, in a fixed order and without atomics.
+"""The last step of a parameter gradient: adding up rows of partial sums, in a fixed order and without atomics.
 
-Programs of a backward pass each leave one row of partial sums; one small kernel adds the rows up.
-Letters: K arrays summed alike, P partial rows, C columns.
+Each program of a backward kernel writes one row of partial sums in fp32; this small kernel adds the rows.
+Letters: K arrays, P rows of partial sums in each, C columns.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ BLOCK_P = 64
 BLOCK_C = 64
 
 
-@kernel(varying=("P",))
+@kernel(do_not_specialize=("P",))
 def _column_sum_kernel(parts_ptr, out_ptr, P, C, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Write the column sums of array k for BLOCK_C columns; the grid is (column blocks, arrays)."""
     k = tl.program_id(1).to(tl.int64)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     total = tl.full((BLOCK_C,), 0.0, tl.float32)
@@ -34,7 +35,10 @@ def _column_sum_kernel(parts_ptr, out_ptr, P, C, BLOCK_P: tl.constexpr, BLOCK_C:
 
 
 def column_sum(parts_KPC: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the sums over P, (K, C) in dtype. parts_KPC: (K, P, C) float32, contiguous, on a device that runs kernels."""
+    """Return the sums over P, (K, C) in dtype.
+
+    parts_KPC: (K, P, C) float32, contiguous, on a device that runs kernels.
+    """
     K, P, C = parts_KPC.shape
     out_KC = torch.empty(K, C, dtype=dtype, device=parts_KPC.device)
     _column_sum_kernel[(cdiv(C, BLOCK_C), K)](parts_KPC, out_KC, P, C, BLOCK_P=BLOCK_P, BLOCK_C=BLOCK_C)

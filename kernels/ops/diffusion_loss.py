@@ -141,7 +141,7 @@ def diffusion_loss_reference(
     )
 
 
-@kernel(varying=("num_channels", "num_pixels"))
+@kernel(do_not_specialize=("num_channels", "num_pixels"))
 def _partial_losses_kernel(
     predicted_ptr,
     target_ptr,
@@ -184,7 +184,7 @@ def _partial_losses_kernel(
     tl.store(parts_ptr + at + 1, area)
 
 
-@kernel(varying=("batch", "num_parts", "num_timesteps", "num_samples"))
+@kernel(do_not_specialize=("batch", "num_parts", "num_timesteps", "num_samples"))
 def _finish_losses_kernel(
     parts_ptr,
     timesteps_ptr,
@@ -254,7 +254,7 @@ def _finish_losses_kernel(
     tl.store(bands_ptr + NUM_BANDS + k, band_counts, mask=k < NUM_BANDS)
 
 
-@kernel(varying=("num_channels", "num_pixels"))
+@kernel(do_not_specialize=("num_channels", "num_pixels"))
 def _diffusion_loss_bwd_kernel(
     predicted_ptr,
     target_ptr,

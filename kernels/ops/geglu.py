@@ -1,8 +1,11 @@
 """GEGLU: the gated activation between a transformer feed-forward block's two matmuls.
 
-    x = [a, g] along the last dimension         y = a * gelu(g),  gelu(g) = g * cdf(g),  cdf(g) = (1 + erf(g / sqrt 2)) / 2
+    x = [a, g] along the last dimension         y = a * gelu(g),  gelu(g) = g * cdf(g),  cdf(g) = (1 + erf(g / sqrt 2))
+    / 2
 
-Saves the projection x alone. Letters: M rows (batch x tokens), F features of the output.
+One program per row and block of BLOCK_F features; a backward pass that also sums walks several rows per program. Saved
+for
+backward: x. Letters: M rows (batch x tokens), F features of the output.
 Source: Shazeer 2020, arXiv:2002.05202; the halves' order is diffusers' GEGLU.
 """
 
@@ -25,7 +28,8 @@ if TYPE_CHECKING:
 SQRT_HALF = 0.7071067811865476
 INV_SQRT_2PI = 0.3989422804014327
 MAX_BLOCK_F = 1024
-# of a backward pass that sums: each program leaves a row of partial sums, which cost 8 bytes to 2 of a gradient's row
+# Limits for a backward pass that sums. Each program writes and re-reads an fp32 row of partial sums, 8 bytes per
+# feature where a row of a 16-bit gradient is 2, so few programs take many rows each.
 NUM_SUM_PROGRAMS = 512
 MIN_SUM_ROWS = 8
 
@@ -38,6 +42,7 @@ def geglu_reference(x: Tensor) -> Tensor:
 
 @kernel
 def _geglu_fwd_kernel(x_ptr, y_ptr, num_features, BLOCK_F: tl.constexpr):
+    """Write y = a * gelu(g) for one row and BLOCK_F features."""
     row = tl.program_id(0).to(tl.int64)
     f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     mask = f < num_features
@@ -48,7 +53,7 @@ def _geglu_fwd_kernel(x_ptr, y_ptr, num_features, BLOCK_F: tl.constexpr):
     tl.store(y_ptr + row * num_features + f, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@kernel(varying=("num_rows",))
+@kernel(do_not_specialize=("num_rows",))
 def _geglu_bwd_kernel(
     dy_ptr,
     x_ptr,
@@ -60,14 +65,14 @@ def _geglu_bwd_kernel(
     SUM: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """Write dx; with WRITE_Y also the forward pass's y, in dy's place; with SUM partial sums of dx: (programs, 2F)."""
+    """Write dx; with WRITE_Y also y, over dy; with SUM also this program's partial sums of dx, (programs, 2F)."""
     program = tl.program_id(0)
     f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     mask = f < num_features
     sum_da = tl.full((BLOCK_F,), 0.0, tl.float32)
     sum_dg = tl.full((BLOCK_F,), 0.0, tl.float32)
     for start in range(program, num_rows, tl.num_programs(0)):
-        # a loop's number is 32 bits wide; the offsets it makes are not
+        # the loop variable is int32; offsets must be int64
         row = start + tl.full((), 0, tl.int64)
         a_ptr = x_ptr + row * 2 * num_features
         da_ptr = dx_ptr + row * 2 * num_features
@@ -85,7 +90,7 @@ def _geglu_bwd_kernel(
             sum_da += da
             sum_dg += dg
         if WRITE_Y:
-            # the forward pass's bits: halving is exact wherever it is done
+            # same bits as the forward pass: multiplying by 0.5 is exact at any point
             tl.store(dy_ptr + row * num_features + f, (a * g * cdf).to(dy_ptr.dtype.element_ty), mask=mask)
     if SUM:
         part_ptr = parts_ptr + program.to(tl.int64) * 2 * num_features
@@ -94,12 +99,13 @@ def _geglu_bwd_kernel(
 
 
 def _grid(num_rows: int, num_features: int) -> tuple[tuple[int, int], int]:
+    """Return the grid (rows, feature blocks) and BLOCK_F."""
     block = min(MAX_BLOCK_F, next_power_of_2(num_features))
     return (num_rows, cdiv(num_features, block)), block
 
 
 def geglu_fwd(x: Tensor) -> Tensor:
-    """Return geglu(x), without autograd."""
+    """Return y, without autograd; x as `geglu`."""
     if not runs_kernel(x):
         return geglu_reference(x)
     x = x.contiguous()
@@ -136,10 +142,11 @@ def geglu_bwd(dy: Tensor, x: Tensor) -> Tensor:
     return _backward(dy.contiguous(), x.contiguous(), False, False)[0]
 
 
-def geglu_bwd_again(dy: Tensor, x: Tensor, with_sum: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return (dx, y, the sum of dx over rows or None) of y = geglu(x) in one pass.
+def geglu_bwd_recompute(dy: Tensor, x: Tensor, with_sum: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return (dx, y, sum of dx over rows or None) of y = geglu(x), in one pass.
 
-    The sum, (2F,), is the gradient of a bias in x. y takes dy's place: dy must be the caller's own, and contiguous.
+    The sum, (2F,), is the gradient of a bias that was added to x. y overwrites dy, which must be contiguous and belong
+    to the caller.
     """
     if not runs_kernel(x):
         dx = recomputed_gradients(geglu_reference, (x,), dy)[0]
@@ -164,6 +171,7 @@ def geglu(x: Tensor) -> Tensor:
     """Return a * gelu(g), where a, g are the halves of x.
 
     x: (..., 2F), fp32 | fp16 | bf16 -> (..., F), same dtype. Raises ValueError if the last dimension is odd.
+    Source: Shazeer 2020, arXiv:2002.05202; matches diffusers' GEGLU.
     """
     if x.shape[-1] % 2:
         raise ValueError(f"geglu needs an even last dimension, got {x.shape[-1]}")

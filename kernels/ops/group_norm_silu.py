@@ -1,33 +1,32 @@
-"""GroupNorm with an optional addend before it and an optional SiLU behind it: the norms of a UNet's residual blocks.
+"""GroupNorm with an optional addend before it and an optional SiLU after it: the norms of a UNet's residual blocks.
 
     z = x + addend      xhat = (z - mean) * rstd      u = weight * xhat + bias      y = silu(u) = u * sigmoid(u), or u
 
-The addend is the time embedding: one value a sample and channel. Statistics are fp32: two passes within a tile, tiles
-merged by Welford's update, so a large mean costs no digits. Saved are x, fp32 mean and rstd; the backward pass computes
-SiLU again. 32 groups would leave most of a card idle at batch 1, so each group's pixels are split among programs, by a
-rule of the shape alone (results do not depend on the card); the parts meet in a fixed order, never by atomics.
+The addend is the time embedding: one value per sample and channel. x may be channels-last or NCHW in memory: both
+are addressed through their strides, without a copy.
 
-A group of at most MAX_WHOLE elements is one program's, which reads it twice, the second time from its processor's cache: one
-launch each way instead of two and three. At batch 1 that is 32 programs, and a large card's other processors wait; but the
-split form's kernels end within a few microseconds too, and each costs a launch, of which a step at batch 1 has too many.
-At larger batches the programs are enough. Larger groups fall out of the cache, and one program would be long at them.
+Saved for backward: x, the parameters, the addend, and fp32 mean and rstd. xhat and the SiLU are recomputed:
 
-Channels-last and NCHW memory are read and written as they are, through strides.
+    du = dy * sigmoid(u) * (1 + u * (1 - sigmoid(u)))
+    dx = rstd * (weight * du - mean_1 - xhat * mean_2)
+    mean_1 = mean over the group of weight * du,  mean_2 = mean over the group of weight * du * xhat
+
+Numerics: statistics are fp32. Within a tile they take two passes; tiles and splits are merged by Chan's formula, so a
+large mean costs no digits. Partial results are merged in a fixed order, never with atomics.
+
+Work split: a program takes BLOCK_K groups of one sample, that is (BLOCK_K, BLOCK_C) channels, and walks its pixels
+BLOCK_S at a time; the grid is (group blocks, splits, samples). The plan depends on the shape alone, not on the GPU, so
+results do not either. There are two forms:
+
+    split   32 groups would leave most of a GPU idle at batch 1, so a group's pixels are divided among several programs.
+            Forward takes two launches (partial statistics; merge and apply), backward three (partial sums; merge; dx).
+    whole   A group of at most MAX_WHOLE elements belongs to one program, which reads it twice, the second time from its
+            SM's cache: one launch forward, one backward. At batch 1 this leaves a large GPU's other SMs idle, but the
+            split form's kernels would be over within microseconds too, and at batch 1 launches are what a step has too
+            many of. Larger groups fall out of the cache and would keep their one program busy for too long.
+
 Letters: N batch, C channels, S pixels, G groups; P splits of S; K groups of a tile.
 Source: Wu and He 2018, arXiv:1803.08494; merging of moments: Chan, Golub and LeVeque 1979.
-
-The Triton kernels of kernels/ops/group_norm_silu.py: the forward pass, and the tiles that both passes go by.
-
-A program takes some groups of one sample, (BLOCK_K, BLOCK_C) channels, and the pixels of one split, BLOCK_S at a time; its
-place in the grid is (groups, split, sample). The splits of a sample leave partial results, which are merged in their order.
-Where a group is one program's, that goes over it twice and leaves no parts ("whole").
-Letters: N batch, C channels, S pixels, G groups; P splits of S; K groups of a tile.
-
-The Triton kernels of kernels/ops/group_norm_silu.py: the backward pass, in tiles as the forward pass.
-
-Split, a group takes three launches: each split's sums over its pixels, their merging in the splits' order, dx. Where a group
-is one program's ("whole"), that goes over it twice and does all three.
-Letters: N batch, C channels, S pixels, G groups; P splits of S; K groups of a tile.
 """
 
 from __future__ import annotations
@@ -47,10 +46,21 @@ from safelight.kernels.triton.jit import cdiv, kernel, next_power_of_2, runs_ker
 if TYPE_CHECKING:
     import triton.language as tl
 
+TILE = 2048  # elements a program holds at once: 16 a thread
+TILE_CHANNELS = 128
+MAX_WHOLE = 20480  # elements of a group in one program: 40 KiB in 16 bits, all of SD1.5's norms at 16 x 16 and below
+WHOLE_TILE = 4096  # 8 elements a thread of 16 warps: SD1.5's largest such group takes 8 tiles
+WHOLE_WARPS = 16
+WHOLE_REGISTERS = 128  # the most a thread can have with 16 warps
+REDUCE_TILE = 1024
+REDUCE_SPLITS = 8
+NUM_PROGRAMS = 512  # about four per SM of the largest GPU
+MAX_SPLITS = 64
+
 
 @kernel
 def _channels(num_groups, GROUP_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Return the program's groups, (BLOCK_K,), its channels, (BLOCK_K, BLOCK_C), and their mask."""
+    """Return the program's groups, (BLOCK_K,), its channels, (BLOCK_K, BLOCK_C), and the channels' mask."""
     group = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     within = tl.arange(0, BLOCK_C)
     valid = (group[:, None] < num_groups) & (within[None, :] < GROUP_C)
@@ -59,10 +69,10 @@ def _channels(num_groups, GROUP_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C:
 
 @kernel
 def _flat_channels(num_groups, GROUP_C: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Return the program's channels and their mask as one dimension, (BLOCK_K * BLOCK_C,).
+    """Return the program's channels and their mask in one dimension, (BLOCK_K * BLOCK_C,), for loads and stores.
 
-    Memory is read and written by them: of a tile's three dimensions Triton 3.6 would give each thread one pixel of all the
-    groups, whose sums and parameters take it up to 242 registers, and a warp's loads would be short.
+    Addressed as a three-dimensional tile, Triton 3.6 gives each thread one pixel of every group: the groups' sums and
+    parameters then take up to 242 registers, and a warp's loads become short.
     """
     flat = tl.arange(0, BLOCK_K * BLOCK_C)
     group, within = tl.program_id(0) * BLOCK_K + flat // BLOCK_C, flat % BLOCK_C
@@ -81,7 +91,7 @@ def _tile(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Return a tile's element offsets within its sample, and its mask, (BLOCK_S, BLOCK_K * BLOCK_C)."""
+    """Return a tile's element offsets within its sample and its mask, both (BLOCK_S, BLOCK_K * BLOCK_C)."""
     channel, valid = _flat_channels(num_groups, GROUP_C, BLOCK_K, BLOCK_C)
     s = start + tl.arange(0, BLOCK_S)
     offsets = s.to(tl.int64)[:, None] * stride_s + channel.to(tl.int64)[None, :] * stride_c
@@ -102,7 +112,7 @@ def _load_tile(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Return a tile of the program's sample in fp32, (BLOCK_S, BLOCK_K, BLOCK_C), zero beyond its end, and its mask."""
+    """Return a tile of the program's sample, (BLOCK_S, BLOCK_K, BLOCK_C) fp32, zero where masked, and its mask."""
     offsets, mask = _tile(num_groups, stride_c, stride_s, start, end, GROUP_C, BLOCK_S, BLOCK_K, BLOCK_C)
     values = tl.load(ptr + tl.program_id(2).to(tl.int64) * stride_n + offsets, mask=mask, other=0.0)
     values, mask = tl.reshape(values, (BLOCK_S, BLOCK_K, BLOCK_C)), tl.reshape(mask, (BLOCK_S, BLOCK_K, BLOCK_C))
@@ -124,7 +134,7 @@ def _store_tile(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Write a tile of the program's sample, (BLOCK_S, BLOCK_K, BLOCK_C), in the tensor's dtype."""
+    """Write a tile of the program's sample, (BLOCK_S, BLOCK_K, BLOCK_C), in the dtype of ptr."""
     offsets, mask = _tile(num_groups, stride_c, stride_s, start, end, GROUP_C, BLOCK_S, BLOCK_K, BLOCK_C)
     at = ptr + tl.program_id(2).to(tl.int64) * stride_n + offsets
     values = tl.reshape(values.to(ptr.dtype.element_ty), (BLOCK_S, BLOCK_K * BLOCK_C))
@@ -133,13 +143,13 @@ def _store_tile(
 
 @kernel
 def _load_columns(ptr, channel, valid):
-    """Return a value a channel in fp32, (1, BLOCK_K, BLOCK_C)."""
+    """Return one value per channel in fp32, (1, BLOCK_K, BLOCK_C)."""
     return tl.load(ptr + channel, mask=valid, other=0.0).to(tl.float32)[None, :, :]
 
 
 @kernel
 def _sum(x, AXIS: tl.constexpr):
-    """Return the sums over one axis."""
+    """Return the sum over one axis."""
     return tl.reduce(x, AXIS, tl.standard._sum_combine)
 
 
@@ -159,7 +169,7 @@ def _moments(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Return mean and sum of squared deviations of the pixels from begin to end, (BLOCK_K,)."""
+    """Return each group's mean and sum of squared deviations over pixels begin to end, (BLOCK_K,) each."""
     mean = tl.full((BLOCK_K,), 0.0, tl.float32)
     m2 = tl.full((BLOCK_K,), 0.0, tl.float32)
     for start in range(begin, end, BLOCK_S):
@@ -173,14 +183,15 @@ def _moments(
         tile_mean = _sum(_sum(z, 2), 0) / count
         deviation = tl.where(mask, z - tile_mean[None, :, None], 0.0)
         tile_m2 = _sum(_sum(deviation * deviation, 2), 0)
-        # merged mean = mean + delta n_b / n;  merged m2 = m2_a + m2_b + delta^2 n_a n_b / n
+        # merge a (so far) with b (this tile), n = n_a + n_b, delta = mean_b - mean_a:
+        # mean = mean_a + delta n_b / n;  m2 = m2_a + m2_b + delta^2 n_a n_b / n
         delta = tile_mean - mean
         mean += delta * (count / (before + count))
         m2 += tile_m2 + delta * delta * (before * count / (before + count))
     return mean, m2
 
 
-@kernel(varying=("C", "S", "num_groups", "chunk"))
+@kernel(do_not_specialize=("C", "S", "num_groups", "chunk"))
 def _group_stats_kernel(
     x_ptr,
     addend_ptr,
@@ -198,7 +209,7 @@ def _group_stats_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Write each split's mean and sum of squared deviations: parts (N, P, G, 2)."""
+    """Write each split's mean and sum of squared deviations to parts, (N, P, G, 2)."""
     split = tl.program_id(1)
     n = tl.program_id(2).to(tl.int64)
     group, channel, valid = _channels(num_groups, GROUP_C, BLOCK_K, BLOCK_C)
@@ -228,7 +239,7 @@ def _group_stats_kernel(
 def _merged_stats(
     parts_ptr, n, group, S, num_groups, chunk, num_splits, eps, GROUP_C: tl.constexpr, BLOCK_P: tl.constexpr
 ):
-    """Return mean and rstd of the splits' parts, (BLOCK_K,)."""
+    """Return mean and rstd merged over a sample's splits, (BLOCK_K,) each."""
     p = tl.arange(0, BLOCK_P)
     part = ((n * num_splits + p[:, None]) * num_groups + group[None, :]) * 2
     mask = (p[:, None] < num_splits) & (group[None, :] < num_groups)
@@ -242,7 +253,7 @@ def _merged_stats(
     return mean, 1.0 / tl.sqrt_rn(m2 / total + eps)
 
 
-@kernel(varying=("C", "S", "num_groups", "chunk", "num_splits"))
+@kernel(do_not_specialize=("C", "S", "num_groups", "chunk", "num_splits"))
 def _apply_kernel(
     x_ptr,
     addend_ptr,
@@ -273,7 +284,10 @@ def _apply_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Write y. STATS: mean and rstd, (N, G), are "given", or written: merged of "parts", or made of x where it is "whole"."""
+    """Write y. STATS says where mean and rstd, (N, G), come from.
+
+    "given": read; "parts": merged from the splits' partial results, and written; "whole": computed from x, and written.
+    """
     split = tl.program_id(1)
     n = tl.program_id(2).to(tl.int64)
     group, channel, valid = _channels(num_groups, GROUP_C, BLOCK_K, BLOCK_C)
@@ -321,15 +335,11 @@ def _apply_kernel(
         )
 
 
-if TYPE_CHECKING:
-    import triton.language as tl
-
-
 @kernel
 def _saved(
     addend_ptr, weight_ptr, bias_ptr, mean_ptr, rstd_ptr, group, channel, valid, C, num_groups, HAS_ADDEND: tl.constexpr
 ):
-    """Return (addend, weight, bias, mean, rstd) of a program's sample and groups, each to go with a tile."""
+    """Return (addend, weight, bias, mean, rstd) of a program's sample and groups, each broadcastable to a tile."""
     n = tl.program_id(2).to(tl.int64)
     at, in_range = n * num_groups + group, group < num_groups
     mean = tl.load(mean_ptr + at, mask=in_range, other=0.0)[None, :, None]
@@ -341,7 +351,7 @@ def _saved(
 
 @kernel
 def _du(dy, xhat, weight, bias, SILU: tl.constexpr):
-    """Return the gradient of u, the norm's output before SiLU; zero where dy is, as beyond a tile's end."""
+    """Return du, the gradient of the norm's output before SiLU; zero wherever dy is, so also where a tile is masked."""
     if SILU:
         u = xhat * weight + bias
         sigmoid = 1.0 / (1.0 + tl.exp(-u))
@@ -360,9 +370,9 @@ def _sums(
     mean,
     rstd,
     num_groups,
-    stride_gn,
-    stride_gc,
-    stride_gs,
+    stride_dyn,
+    stride_dyc,
+    stride_dys,
     stride_xn,
     stride_xc,
     stride_xs,
@@ -375,7 +385,7 @@ def _sums(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Return the sums over pixels from begin to end of du, du * xhat and (with an addend) xhat, (BLOCK_K, BLOCK_C)."""
+    """Return the sums over pixels begin to end of du, du * xhat and (with an addend) xhat, (BLOCK_K, BLOCK_C) each."""
     sum_du = tl.full((BLOCK_K, BLOCK_C), 0.0, tl.float32)
     sum_du_xhat = tl.full((BLOCK_K, BLOCK_C), 0.0, tl.float32)
     sum_xhat = tl.full((BLOCK_K, BLOCK_C), 0.0, tl.float32)
@@ -386,7 +396,7 @@ def _sums(
         if HAS_ADDEND:
             z = z + addend
         dy, _mask = _load_tile(
-            dy_ptr, num_groups, stride_gn, stride_gc, stride_gs, start, end, GROUP_C, BLOCK_S, BLOCK_K, BLOCK_C
+            dy_ptr, num_groups, stride_dyn, stride_dyc, stride_dys, start, end, GROUP_C, BLOCK_S, BLOCK_K, BLOCK_C
         )
         xhat = tl.where(mask, (z - mean) * rstd, 0.0)
         du = _du(dy, xhat, weight, bias, SILU)
@@ -397,7 +407,7 @@ def _sums(
     return sum_du, sum_du_xhat, sum_xhat
 
 
-@kernel(varying=("C", "S", "num_groups", "chunk"))
+@kernel(do_not_specialize=("C", "S", "num_groups", "chunk"))
 def _bwd_sums_kernel(
     dy_ptr,
     x_ptr,
@@ -410,9 +420,9 @@ def _bwd_sums_kernel(
     C,
     S,
     num_groups,
-    stride_gn,
-    stride_gc,
-    stride_gs,
+    stride_dyn,
+    stride_dyc,
+    stride_dys,
     stride_xn,
     stride_xc,
     stride_xs,
@@ -424,7 +434,7 @@ def _bwd_sums_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Write each split's sums over pixels of du, du * xhat and (with an addend) xhat: sums (N, P, 3, C)."""
+    """Write each split's sums over pixels of du, du * xhat and (with an addend) xhat to sums, (N, P, 3, C)."""
     split = tl.program_id(1)
     n = tl.program_id(2).to(tl.int64)
     group, channel, valid = _channels(num_groups, GROUP_C, BLOCK_K, BLOCK_C)
@@ -440,9 +450,9 @@ def _bwd_sums_kernel(
         mean,
         rstd,
         num_groups,
-        stride_gn,
-        stride_gc,
-        stride_gs,
+        stride_dyn,
+        stride_dyc,
+        stride_dys,
         stride_xn,
         stride_xc,
         stride_xs,
@@ -464,7 +474,7 @@ def _bwd_sums_kernel(
 
 @kernel
 def _group_means(weight, sum_du, sum_du_xhat, size):
-    """Return the two means over a group's elements that dx needs, (BLOCK_K,)."""
+    """Return the two means over a group's elements that dx needs, (BLOCK_K,) each."""
     # mean_1 = mean(weight * du), mean_2 = mean(weight * du * xhat)
     return _sum(weight * sum_du, 1) / size, _sum(weight * sum_du_xhat, 1) / size
 
@@ -478,11 +488,11 @@ def _daddend(weight, rstd, mean_1, mean_2, sum_du, sum_xhat, S):
 
 @kernel
 def _sum_of_parts(at, mask, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Return the sums over splits, (BLOCK_K, BLOCK_C), of what lies at addresses (BLOCK_P, BLOCK_K * BLOCK_C)."""
+    """Return the sum over splits, (BLOCK_K, BLOCK_C), of the values at addresses at, (BLOCK_P, BLOCK_K * BLOCK_C)."""
     return _sum(tl.reshape(tl.load(at, mask=mask, other=0.0), (BLOCK_P, BLOCK_K, BLOCK_C)), 0)
 
 
-@kernel(varying=("N", "C", "S", "num_groups", "num_splits"))
+@kernel(do_not_specialize=("N", "C", "S", "num_groups", "num_splits"))
 def _bwd_reduce_kernel(
     sums_ptr,
     weight_ptr,
@@ -502,7 +512,7 @@ def _bwd_reduce_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Write dweight, dbias (C,), daddend (N, C), and the two means dx needs: means (N, G, 2)."""
+    """Merge the splits' sums; write dweight, dbias (C,), daddend (N, C), and means (N, G, 2), the two that dx needs."""
     group, channel, valid = _channels(num_groups, GROUP_C, BLOCK_K, BLOCK_C)
     flat_channel, flat_valid = _flat_channels(num_groups, GROUP_C, BLOCK_K, BLOCK_C)
     weight = tl.load(weight_ptr + channel, mask=valid, other=0.0).to(tl.float32)
@@ -510,7 +520,7 @@ def _bwd_reduce_kernel(
     dbias = tl.full((BLOCK_K, BLOCK_C), 0.0, tl.float32)
     size = S * 1.0 * GROUP_C
     for i in range(N):
-        # a loop's number is 32 bits wide; the offsets it makes are not
+        # the loop variable is int32; offsets must be int64
         n = i + tl.full((), 0, tl.int64)
         sum_du = tl.full((BLOCK_K, BLOCK_C), 0.0, tl.float32)
         sum_du_xhat = tl.full((BLOCK_K, BLOCK_C), 0.0, tl.float32)
@@ -552,18 +562,18 @@ def _store_dx(
     mean_1,
     mean_2,
     num_groups,
-    stride_gn,
-    stride_gc,
-    stride_gs,
-    stride_hn,
-    stride_hc,
-    stride_hs,
+    stride_dyn,
+    stride_dyc,
+    stride_dys,
+    stride_dsn,
+    stride_dsc,
+    stride_dss,
     stride_xn,
     stride_xc,
     stride_xs,
-    stride_dn,
-    stride_dc,
-    stride_ds,
+    stride_dxn,
+    stride_dxc,
+    stride_dxs,
     begin,
     end,
     HAS_ADDEND: tl.constexpr,
@@ -574,14 +584,14 @@ def _store_dx(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Write dx of the pixels from begin to end, with ds in it if there is one; return ds' sum over them."""
+    """Write dx of pixels begin to end, including ds if there is one; return the sum of ds over them."""
     sum_ds = tl.full((BLOCK_K, BLOCK_C), 0.0, tl.float32)
     for start in range(begin, end, BLOCK_S):
         z, _mask = _load_tile(
             x_ptr, num_groups, stride_xn, stride_xc, stride_xs, start, end, GROUP_C, BLOCK_S, BLOCK_K, BLOCK_C
         )
         dy, _mask = _load_tile(
-            dy_ptr, num_groups, stride_gn, stride_gc, stride_gs, start, end, GROUP_C, BLOCK_S, BLOCK_K, BLOCK_C
+            dy_ptr, num_groups, stride_dyn, stride_dyc, stride_dys, start, end, GROUP_C, BLOCK_S, BLOCK_K, BLOCK_C
         )
         if HAS_ADDEND:
             z = z + addend
@@ -591,17 +601,17 @@ def _store_dx(
         dx = rstd * (weight * du - mean_1[None, :, None] - xhat * mean_2[None, :, None])
         if HAS_DS:
             ds, _mask = _load_tile(
-                ds_ptr, num_groups, stride_hn, stride_hc, stride_hs, start, end, GROUP_C, BLOCK_S, BLOCK_K, BLOCK_C
+                ds_ptr, num_groups, stride_dsn, stride_dsc, stride_dss, start, end, GROUP_C, BLOCK_S, BLOCK_K, BLOCK_C
             )
             dx += ds
             sum_ds += _sum(ds, 0)
         _store_tile(
-            dx_ptr, dx, num_groups, stride_dn, stride_dc, stride_ds, start, end, GROUP_C, BLOCK_S, BLOCK_K, BLOCK_C
+            dx_ptr, dx, num_groups, stride_dxn, stride_dxc, stride_dxs, start, end, GROUP_C, BLOCK_S, BLOCK_K, BLOCK_C
         )
     return sum_ds
 
 
-@kernel(varying=("C", "S", "num_groups", "chunk"))
+@kernel(do_not_specialize=("C", "S", "num_groups", "chunk"))
 def _bwd_dx_kernel(
     dy_ptr,
     ds_ptr,
@@ -616,18 +626,18 @@ def _bwd_dx_kernel(
     C,
     S,
     num_groups,
-    stride_gn,
-    stride_gc,
-    stride_gs,
-    stride_hn,
-    stride_hc,
-    stride_hs,
+    stride_dyn,
+    stride_dyc,
+    stride_dys,
+    stride_dsn,
+    stride_dsc,
+    stride_dss,
     stride_xn,
     stride_xc,
     stride_xs,
-    stride_dn,
-    stride_dc,
-    stride_ds,
+    stride_dxn,
+    stride_dxc,
+    stride_dxs,
     chunk,
     HAS_ADDEND: tl.constexpr,
     HAS_DS: tl.constexpr,
@@ -637,6 +647,7 @@ def _bwd_dx_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    """Write dx of one split, from the two means that _bwd_reduce_kernel wrote."""
     split = tl.program_id(1)
     group, channel, valid = _channels(num_groups, GROUP_C, BLOCK_K, BLOCK_C)
     addend, weight, bias, mean, rstd = _saved(
@@ -658,18 +669,18 @@ def _bwd_dx_kernel(
         mean_1,
         mean_2,
         num_groups,
-        stride_gn,
-        stride_gc,
-        stride_gs,
-        stride_hn,
-        stride_hc,
-        stride_hs,
+        stride_dyn,
+        stride_dyc,
+        stride_dys,
+        stride_dsn,
+        stride_dsc,
+        stride_dss,
         stride_xn,
         stride_xc,
         stride_xs,
-        stride_dn,
-        stride_dc,
-        stride_ds,
+        stride_dxn,
+        stride_dxc,
+        stride_dxs,
         split * chunk,
         tl.minimum((split + 1) * chunk, S),
         HAS_ADDEND,
@@ -682,7 +693,7 @@ def _bwd_dx_kernel(
     )
 
 
-@kernel(varying=("C", "S", "num_groups"))
+@kernel(do_not_specialize=("C", "S", "num_groups"))
 def _bwd_whole_kernel(
     dy_ptr,
     ds_ptr,
@@ -700,18 +711,18 @@ def _bwd_whole_kernel(
     C,
     S,
     num_groups,
-    stride_gn,
-    stride_gc,
-    stride_gs,
-    stride_hn,
-    stride_hc,
-    stride_hs,
+    stride_dyn,
+    stride_dyc,
+    stride_dys,
+    stride_dsn,
+    stride_dsc,
+    stride_dss,
     stride_xn,
     stride_xc,
     stride_xs,
-    stride_dn,
-    stride_dc,
-    stride_ds,
+    stride_dxn,
+    stride_dxc,
+    stride_dxs,
     HAS_ADDEND: tl.constexpr,
     HAS_DS: tl.constexpr,
     SILU: tl.constexpr,
@@ -720,8 +731,8 @@ def _bwd_whole_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Write dx, and this sample's dweight, dbias, daddend and sum of ds, (N, C) each: all of the backward pass."""
-    # the first pixel, of the only split
+    """The whole backward pass in one launch: write dx, and each sample's dweight, dbias, daddend, sum of ds, (N, C)."""
+    # there is one split, so its number is also its first pixel
     begin = tl.program_id(1)
     n = tl.program_id(2).to(tl.int64)
     group, channel, valid = _channels(num_groups, GROUP_C, BLOCK_K, BLOCK_C)
@@ -737,9 +748,9 @@ def _bwd_whole_kernel(
         mean,
         rstd,
         num_groups,
-        stride_gn,
-        stride_gc,
-        stride_gs,
+        stride_dyn,
+        stride_dyc,
+        stride_dys,
         stride_xn,
         stride_xc,
         stride_xs,
@@ -774,18 +785,18 @@ def _bwd_whole_kernel(
         mean_1,
         mean_2,
         num_groups,
-        stride_gn,
-        stride_gc,
-        stride_gs,
-        stride_hn,
-        stride_hc,
-        stride_hs,
+        stride_dyn,
+        stride_dyc,
+        stride_dys,
+        stride_dsn,
+        stride_dsc,
+        stride_dss,
         stride_xn,
         stride_xc,
         stride_xs,
-        stride_dn,
-        stride_dc,
-        stride_ds,
+        stride_dxn,
+        stride_dxc,
+        stride_dxs,
         begin,
         S,
         HAS_ADDEND,
@@ -800,43 +811,20 @@ def _bwd_whole_kernel(
         tl.store(sum_ds_ptr + n * C + channel, sum_ds.to(sum_ds_ptr.dtype.element_ty), mask=valid)
 
 
-TILE = 2048  # elements a program holds at once: 16 a thread
-TILE_CHANNELS = 128
-MAX_WHOLE = 20480  # elements of a group in one program: 40 KiB in 16 bits, all of SD1.5's norms at 16 x 16 and below
-WHOLE_TILE = 4096  # 8 elements a thread of 16 warps: SD1.5's largest such group is gone over in 8 tiles
-WHOLE_WARPS = 16
-WHOLE_REGISTERS = 128  # the most that 16 warps can have
-REDUCE_TILE = 1024
-REDUCE_SPLITS = 8
-NUM_PROGRAMS = 512  # enough for four a processor of the largest card
-MAX_SPLITS = 64
-
-
-def group_norm_silu_reference(
-    x: Tensor, weight: Tensor, bias: Tensor, addend_NC: Tensor | None, num_groups: int, eps: float, silu: bool
-) -> Tensor:
-    """Return the norm in plain PyTorch; arguments as `group_norm_silu`."""
-    z = to_compute(x)
-    if addend_NC is not None:
-        z = z + to_compute(addend_NC).reshape(*addend_NC.shape, *[1] * (x.dim() - 2))
-    u = F.group_norm(z, num_groups, to_compute(weight), to_compute(bias), eps)
-    return (F.silu(u) if silu else u).to(x.dtype)
-
-
 @dataclass(frozen=True)
 class _Plan:
-    """How a shape is cut into programs, from the shape alone."""
+    """How a shape is divided among programs."""
 
     group_c: int
     block_k: int
     block_c: int
     block_s: int
-    reduce_k: int  # groups of a program that adds the splits up
-    chunk: int  # pixels of a split
+    reduce_k: int  # groups per program of the kernel that merges the splits
+    chunk: int  # pixels per split
     num_splits: int
     grid: tuple[int, int, int]
     num_warps: int = 4
-    is_whole: bool = False  # a group is one program's
+    is_whole: bool = False  # one program per group
 
     @property
     def blocks(self) -> dict[str, int]:
@@ -845,7 +833,7 @@ class _Plan:
 
 
 def _plan(num_samples: int, num_channels: int, num_pixels: int, num_groups: int, may_be_whole: bool = True) -> _Plan:
-    """Return how this shape is cut. may_be_whole: a group that fits is one program's; where nothing is summed it need not."""
+    """Return the plan of a shape. may_be_whole: allow one program per group; False where nothing is reduced."""
     group_c = num_channels // num_groups
     block_c = next_power_of_2(group_c)
     if may_be_whole and num_pixels * group_c <= MAX_WHOLE:
@@ -858,8 +846,8 @@ def _plan(num_samples: int, num_channels: int, num_pixels: int, num_groups: int,
     block_s = max(1, min(TILE // (block_k * block_c), next_power_of_2(num_pixels)))
     num_blocks = cdiv(num_groups, block_k)
     num_tiles = cdiv(num_pixels, block_s)
-    wanted = min(MAX_SPLITS, num_tiles, cdiv(NUM_PROGRAMS, num_samples * num_blocks))
-    chunk = cdiv(num_tiles, wanted) * block_s
+    max_splits = min(MAX_SPLITS, num_tiles, cdiv(NUM_PROGRAMS, num_samples * num_blocks))
+    chunk = cdiv(num_tiles, max_splits) * block_s
     num_splits = cdiv(num_pixels, chunk)
     return _Plan(group_c, block_k, block_c, block_s, reduce_k, chunk, num_splits, (num_blocks, num_splits, num_samples))
 
@@ -877,6 +865,7 @@ def _apply(
     rstd_NG: Tensor,
     stats: str,
 ) -> Tensor:
+    """Launch _apply_kernel and return y; stats as its STATS."""
     plan = _plan(x.shape[0], x.shape[1], x[0, 0].numel(), num_groups, may_be_whole=stats != "given")
     y = torch.empty_like(x)
     flat, out = x.flatten(2), y.flatten(2)
@@ -910,7 +899,7 @@ def _apply(
 def group_norm_silu_fwd(
     x: Tensor, weight: Tensor, bias: Tensor, addend_NC: Tensor | None, num_groups: int, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (y, mean, rstd), without autograd; mean and rstd are (N, G) float32."""
+    """Return (y, mean, rstd), without autograd; mean and rstd are (N, G) float32. Arguments as `group_norm_silu`."""
     if not runs_kernel(x):
         z = to_compute(x) if addend_NC is None else to_compute(x) + to_compute(addend_NC)[..., *[None] * (x.dim() - 2)]
         var_NG, mean_NG = torch.var_mean(z.reshape(len(z), num_groups, -1), dim=2, correction=0)
@@ -940,7 +929,7 @@ def group_norm_silu_fwd(
     return _apply(*arguments, parts, mean_NG, rstd_NG, "parts"), mean_NG, rstd_NG
 
 
-def group_norm_silu_again(
+def group_norm_silu_recompute(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -951,7 +940,7 @@ def group_norm_silu_again(
     eps: float,
     silu: bool,
 ) -> Tensor:
-    """Return y once more from the statistics of the forward pass, the same bits."""
+    """Return y again from the saved statistics, bit for bit as in the forward pass."""
     if not runs_kernel(x):
         return group_norm_silu_reference(x, weight, bias, addend_NC, num_groups, eps, silu)
     return _apply(x, weight, bias, addend_NC, num_groups, eps, silu, None, mean_NG, rstd_NG, "given")
@@ -972,16 +961,16 @@ def group_norm_silu_bwd(
     ds: Tensor | None = None,
     sum_ds: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """Return (dx, dweight, dbias, daddend), and if asked for ds' sum over samples and pixels, (C,).
+    """Return (dx, dweight, dbias, daddend), followed with sum_ds by the sum of ds over samples and pixels, (C,).
 
-    ds: the gradient of x from elsewhere, which dx then has in it; or None, which has no sum.
+    ds: the gradient that reaches x by another path, such as a skip connection, or None; it is added to dx.
     """
     if not runs_kernel(x):
 
-        def again(x, weight, bias, addend_NC):
+        def forward(x, weight, bias, addend_NC):
             return group_norm_silu_reference(x, weight, bias, addend_NC, num_groups, eps, silu)
 
-        dx, *rest = recomputed_gradients(again, (x, weight, bias, addend_NC), dy)
+        dx, *rest = recomputed_gradients(forward, (x, weight, bias, addend_NC), dy)
         return dx if ds is None else dx + ds, *rest, *([channel_sum(ds)] if sum_ds else ())
     num_samples, num_channels, num_pixels = x.flatten(2).shape
     plan = _plan(num_samples, num_channels, num_pixels, num_groups)
@@ -995,10 +984,10 @@ def group_norm_silu_bwd(
     strides = (*flat_dy.stride(), *flat_ds.stride(), *flat.stride(), *flat_dx.stride())
     options = {"HAS_ADDEND": has_addend, **plan.blocks}
     if plan.is_whole:
-        # one sample's gradients are the parameters' own; several samples' are summed behind
+        # with one sample these are the parameters' gradients; with several they are summed over samples below
         dtype = weight.dtype if num_samples == 1 else torch.float32
         parts = torch.empty(2 + has_ds, num_samples, num_channels, dtype=dtype, device=x.device)
-        # left to itself the assembler aims at 64 registers a thread on sm_75 and sm_80, and misses by two
+        # without maxnreg the assembler aims at 64 registers a thread on sm_75 and sm_80, and spills
         _bwd_whole_kernel[plan.grid](
             flat_dy,
             flat_ds,
@@ -1078,10 +1067,21 @@ class _GroupNormSiLU(torch.autograd.Function):
         return *group_norm_silu_bwd(dy, *ctx.saved_tensors, *ctx.options), None, None, None
 
 
+def group_norm_silu_reference(
+    x: Tensor, weight: Tensor, bias: Tensor, addend_NC: Tensor | None, num_groups: int, eps: float, silu: bool
+) -> Tensor:
+    """Return y in plain PyTorch; arguments as `group_norm_silu`."""
+    z = to_compute(x)
+    if addend_NC is not None:
+        z = z + to_compute(addend_NC).reshape(*addend_NC.shape, *[1] * (x.dim() - 2))
+    u = F.group_norm(z, num_groups, to_compute(weight), to_compute(bias), eps)
+    return (F.silu(u) if silu else u).to(x.dtype)
+
+
 def check_group_norm(x: Tensor, weight: Tensor, addend_NC: Tensor | None, num_groups: int) -> None:
-    """Raise ValueError where shapes do not fit each other."""
+    """Raise ValueError if the shapes do not fit each other."""
     if x.dim() < 3 or x.numel() == 0:
-        raise ValueError(f"group norm needs (N, C, pixels) with at least one of each, got {tuple(x.shape)}")
+        raise ValueError(f"group norm takes (N, C, pixels), none of them empty; got {tuple(x.shape)}")
     if x.shape[1] % num_groups or weight.shape != x.shape[1:2]:
         raise ValueError(f"{x.shape[1]} channels do not fit {num_groups} groups and {tuple(weight.shape)} weights")
     if addend_NC is not None and addend_NC.shape != x.shape[:2]:
@@ -1098,10 +1098,11 @@ def group_norm_silu(
     silu: bool = True,
     addend_NC: Tensor | None = None,
 ) -> Tensor:
-    """Return silu(group_norm(x + addend)), or without the SiLU.
+    """Return silu(group_norm(x + addend)), or group_norm(x + addend) with silu=False.
 
     x: (N, C, H, W) or (N, C, L), fp32 | fp16 | bf16, channels-last or not -> the same shape, dtype and memory order.
-    weight, bias: (C,); addend_NC: (N, C), taken in before the norm, in fp32. Raises ValueError for shapes that do not fit.
+    weight, bias: (C,); addend_NC: (N, C), added in fp32. Raises ValueError for shapes that do not fit.
+    Source: Wu and He 2018, arXiv:1803.08494; matches torch.nn.functional.group_norm.
     """
     check_group_norm(x, weight, addend_NC, num_groups)
     addend_NC = None if addend_NC is None else addend_NC.contiguous()

@@ -1,10 +1,18 @@
-"""LayerNorm, with the residual add before it in the same pass: the norms of a UNet's transformer blocks.
+"""LayerNorm, optionally fused with the residual add before it: the norms of a UNet's transformer blocks.
 
     s = x + residual      xhat = (s - mean) * rstd      y = weight * xhat + bias
 
-Both s and y are returned: s is the residual stream. Statistics are fp32, in two passes over a row held in registers, of s
-as it is stored. Saved are s and fp32 mean and rstd. The backward pass holds two gradients whose sums over rows are those of
-biases next to the norm, and sums them up where it is asked to. Letters: M rows (batch x tokens), D features.
+Both s and y are returned: s is the residual stream. A program takes BLOCK_M whole rows. Statistics are fp32, in two
+passes over a row held in registers, and are those of s as stored, rounded to its dtype.
+
+Saved for backward: s, the parameters, and fp32 mean and rstd. xhat is recomputed:
+
+    dx = rstd * (weight * dy - mean(weight * dy) - xhat * mean(weight * dy * xhat)) + ds
+    dweight = sum over rows of dy * xhat        dbias = sum over rows of dy
+
+where ds is the gradient that reaches s by the residual stream. The backward kernel can also return the sums over rows
+of dx and ds: those are the gradients of biases that neighbouring projections add to s, at no extra pass.
+Letters: M rows (batch x tokens), D features.
 Source: Ba, Kiros and Hinton 2016, arXiv:1607.06450.
 """
 
@@ -26,19 +34,19 @@ if TYPE_CHECKING:
 
 TILE = 2048  # elements a program holds at once: 16 a thread
 MAX_FEATURES = 8192
-NUM_BWD_PROGRAMS = 128  # each leaves one row of partial sums
+NUM_BWD_PROGRAMS = 128  # each writes one row of partial sums
 
 
 def layer_norm_reference(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """Return (s, y) in plain PyTorch; s is x where there is no residual."""
+    """Return (s, y) in plain PyTorch; s is x if there is no residual."""
     s = x if residual is None else (to_compute(x) + to_compute(residual)).to(x.dtype)
     y = F.layer_norm(to_compute(s), s.shape[-1:], to_compute(weight), to_compute(bias), eps)
     return s, y.to(x.dtype)
 
 
-@kernel(varying=("M",))
+@kernel(do_not_specialize=("M",))
 def _layer_norm_fwd_kernel(
     x_ptr,
     residual_ptr,
@@ -56,7 +64,7 @@ def _layer_norm_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Write s, y, mean and rstd. HAS_STATS: mean and rstd are given, only y is written."""
+    """Write s (with a residual), y, mean and rstd of BLOCK_M rows. HAS_STATS: read mean and rstd, write only y."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
     offsets = row[:, None] * D + d[None, :]
@@ -66,7 +74,7 @@ def _layer_norm_fwd_kernel(
         s += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         rounded = s.to(s_ptr.dtype.element_ty)
         tl.store(s_ptr + offsets, rounded, mask=mask)
-        # the norm is of what was stored: the backward pass has nothing else
+        # normalize s as stored, since that is what the backward pass will read
         s = rounded.to(tl.float32)
     if HAS_STATS:
         mean = tl.load(mean_ptr + row, mask=row < M, other=0.0)
@@ -83,7 +91,7 @@ def _layer_norm_fwd_kernel(
     tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@kernel(varying=("M",))
+@kernel(do_not_specialize=("M",))
 def _layer_norm_bwd_kernel(
     dy_ptr,
     ds_ptr,
@@ -101,7 +109,10 @@ def _layer_norm_bwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Write dx, and this program's row of partial sums of dweight, dbias and, if asked for, dx, ds: (2 to 4, programs, D)."""
+    """Write dx, and this program's row of partial sums: (2 to 4, programs, D).
+
+    The sums are of dweight and dbias, then with SUM_DX of dx, then with SUM_DS of ds.
+    """
     program = tl.program_id(0)
     num_programs = tl.num_programs(0)
     d = tl.arange(0, BLOCK_D)
@@ -122,7 +133,7 @@ def _layer_norm_bwd_kernel(
         dbias += tl.reduce(dy, 0, tl.standard._sum_combine)
         dweight += tl.reduce(dy * xhat, 0, tl.standard._sum_combine)
         # dx = rstd * (weight dy - mean(weight dy) - xhat * mean(weight dy * xhat)) + ds
-        # read anew in every round: held through the loop it costs registers, which sm_86 and sm_89 spill
+        # weight is loaded in every iteration: kept in registers through the loop, it spills on sm_86 and sm_89
         dxhat = dy * tl.load(weight_ptr + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
         mean_1 = tl.reduce(dxhat, 1, tl.standard._sum_combine) / D
         mean_2 = tl.reduce(dxhat * xhat, 1, tl.standard._sum_combine) / D
@@ -133,7 +144,7 @@ def _layer_norm_bwd_kernel(
             if SUM_DS:
                 sum_ds += tl.reduce(ds, 0, tl.standard._sum_combine)
         if SUM_DX:
-            # zero beyond M: rstd is
+            # masked rows add nothing: their rstd is 0
             sum_dx += tl.reduce(dx, 0, tl.standard._sum_combine)
         tl.store(dx_ptr + offsets, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     part = program.to(tl.int64) * D + d
@@ -147,7 +158,7 @@ def _layer_norm_bwd_kernel(
 
 
 def _blocks(x: Tensor) -> tuple[int, int, dict[str, int]]:
-    """Return M, D and the tile."""
+    """Return M, D and the block sizes."""
     D = x.shape[-1]
     block_d = next_power_of_2(D)
     M = x.numel() // D
@@ -157,7 +168,7 @@ def _blocks(x: Tensor) -> tuple[int, int, dict[str, int]]:
 def layer_norm_fwd(
     x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (s, y, mean, rstd), without autograd; mean and rstd are (M,) float32. x and residual contiguous."""
+    """Return (s, y, mean, rstd), without autograd; mean and rstd are (M,) float32. x, residual: contiguous."""
     if not runs_kernel(x):
         s, y = layer_norm_reference(x, weight, bias, residual, eps)
         var, mean = torch.var_mean(to_compute(s).reshape(-1, s.shape[-1]), dim=1, correction=0)
@@ -185,8 +196,8 @@ def layer_norm_fwd(
     return s, y, mean, rstd
 
 
-def layer_norm_again(s: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, eps: float) -> Tensor:
-    """Return y once more from the saved sum and the statistics of the forward pass, the same bits."""
+def layer_norm_recompute(s: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, eps: float) -> Tensor:
+    """Return y again from the saved s and statistics, bit for bit as in the forward pass."""
     if not runs_kernel(s):
         return layer_norm_reference(s, weight, bias, None, eps)[1]
     M, D, blocks = _blocks(s)
@@ -210,25 +221,25 @@ def layer_norm_bwd(
     sum_dx: bool = False,
     sum_ds: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Return (dx, dweight, dbias), then what is asked for of the sums over rows of dx and of ds, (D,), in their order.
+    """Return (dx, dweight, dbias), then with sum_dx the sum over rows of dx, then with sum_ds that of ds, (D,) each.
 
-    dx is the residual's gradient as well. ds: the gradient of s from elsewhere, or None; then it has no sum either.
+    dx is also the residual's gradient. ds: the gradient that reaches s by another path, or None; it is added to dx.
     """
     if not runs_kernel(s):
 
-        def again(s, weight, bias):
+        def forward(s, weight, bias):
             return layer_norm_reference(s, weight, bias, None, eps)[1]
 
-        dx, dweight, dbias = recomputed_gradients(again, (s, weight, bias), dy)
+        dx, dweight, dbias = recomputed_gradients(forward, (s, weight, bias), dy)
         dx = dx if ds is None else dx + ds
-        return dx, dweight, dbias, *(row_sum(x) for x, wanted in ((dx, sum_dx), (ds, sum_ds)) if wanted)
+        return dx, dweight, dbias, *(row_sum(x) for x, is_summed in ((dx, sum_dx), (ds, sum_ds)) if is_summed)
     M, D, blocks = _blocks(s)
     dy, has_ds = dy.contiguous(), ds is not None
     ds = ds.contiguous() if has_ds else dy
     num_programs = min(NUM_BWD_PROGRAMS, cdiv(M, blocks["BLOCK_M"]))
     dx = torch.empty_like(s)
     parts = torch.empty(2 + sum_dx + sum_ds, num_programs, D, dtype=torch.float32, device=s.device)
-    # four sums at once on four warps: sm_120 spills 8 bytes
+    # with four warps, four sums at once spill 8 bytes on sm_120
     warps = {"num_warps": 8} if sum_dx and sum_ds else {}
     _layer_norm_bwd_kernel[(num_programs,)](
         dy, ds, s, weight, mean, rstd, dx, parts, M, D, HAS_DS=has_ds, SUM_DX=sum_dx, SUM_DS=sum_ds, **blocks, **warps
@@ -256,14 +267,14 @@ class _LayerNorm(torch.autograd.Function):
 
 
 def check_layer_norm(x: Tensor, weight: Tensor, residual: Tensor | None) -> None:
-    """Raise ValueError where shapes do not fit each other."""
+    """Raise ValueError if the shapes do not fit each other."""
     if x.numel() == 0 or x.shape[-1] > MAX_FEATURES:
         raise ValueError(f"layer norm takes 1 to {MAX_FEATURES} features and at least one row, got {tuple(x.shape)}")
     if weight.shape != x.shape[-1:]:
-        raise ValueError(f"{x.shape[-1]} features do not fit {tuple(weight.shape)} weights")
+        raise ValueError(f"a weight of {tuple(weight.shape)} does not fit x with {x.shape[-1]} features")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise ValueError(
-            f"the residual is {tuple(residual.shape)} {residual.dtype}; it must be as x, {tuple(x.shape)} {x.dtype}"
+            f"the residual is {tuple(residual.shape)} {residual.dtype}; it must match x, {tuple(x.shape)} {x.dtype}"
         )
 
 
@@ -272,6 +283,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
 
     x: (..., D), fp32 | fp16 | bf16 -> the same shape and dtype, contiguous. weight, bias: (D,).
     Raises ValueError for more than 8,192 features, or shapes that do not fit.
+    Source: Ba, Kiros and Hinton 2016, arXiv:1607.06450; matches torch.nn.functional.layer_norm.
     """
     check_layer_norm(x, weight, None)
     return _LayerNorm.apply(x.contiguous(), weight, bias, None, eps)
@@ -280,6 +292,6 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
-    """Return (s, layer_norm(s)) with s = x + residual, rounded to x's dtype; shapes and errors as `layer_norm`."""
+    """Return (s, layer_norm(s)), s = x + residual rounded to x's dtype; shapes and errors as `layer_norm`."""
     check_layer_norm(x, weight, residual)
     return _LayerNorm.apply(x.contiguous(), weight, bias, residual.contiguous(), eps)

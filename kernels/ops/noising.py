@@ -1,12 +1,15 @@
-"""From cached latents to what the UNet sees and shall predict, in one kernel: no tensor of noise is ever stored.
+"""Cached latents to noisy latents and prediction target, in one kernel: the noise is never stored.
 
-    z_0 = (mean + exp(logvar / 2) * e_p) * scaling_factor        e = e_n + offset_noise * e_o (one e_o a channel)
+    z_0 = (mean + exp(logvar / 2) * e_p) * scaling_factor        e = e_n + offset_noise * e_o (one e_o per channel)
     z_t = sqrt(a_t) z_0 + sqrt(1 - a_t) e                        a_t = alphas_cumprod[t]
     target: e for epsilon;  sqrt(a_t) e - sqrt(1 - a_t) z_0 for v_prediction;  z_0 for sample
 
-The normals e_p, e_n, e_o and the timestep t come of Philox under kernels/philox.py's contract, so a sample's draws depend
-on its key alone. Every product and sum is rounded on its own: without a logvar (whose exp is the device's) the results
-have the same bits in numpy, torch and Triton. a_t = 0, a zero terminal SNR, is an ordinary value here.
+The normals e_p (posterior), e_n (noise), e_o (offset) and the timestep t are Philox draws (kernels/philox.py), so they
+depend on the sample's key alone. Every product and sum is rounded separately: numpy, torch and Triton give equal bits,
+except that with a logvar exp is the device's own. a_t = 0, a zero terminal SNR, needs no special case.
+
+A program computes 4 * BLOCK elements of one sample, since Philox makes normals four at a time. There is no backward
+pass: nothing before the UNet is trained.
 Letters: B batch, C latent channels, H W latent height and width, T timesteps.
 Source: Ho et al. 2020, arXiv:2006.11239; v: Salimans and Ho 2022, arXiv:2202.00512; zero terminal SNR: Lin et al. 2023,
 arXiv:2305.08891.
@@ -28,11 +31,11 @@ if TYPE_CHECKING:
     import triton.language as tl
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-MAX_BLOCK = 64  # element blocks a program: 256 elements, as many programs as the small tensors allow
+MAX_BLOCK = 64  # Philox blocks per program: 256 elements; latents are small, and this gives them more programs
 
 
 class Purposes(NamedTuple):
-    """Which purposes the draws have. They differ between training and validation."""
+    """The purposes in the keys of the draws. Training and validation use different ones."""
 
     noise: Purpose = Purpose.NOISE
     posterior: Purpose = Purpose.POSTERIOR
@@ -44,7 +47,7 @@ TRAINING = Purposes()
 
 
 class Noised(NamedTuple):
-    """noisy_BCHW in the dtype asked for; target_BCHW float32; timesteps_B int64."""
+    """noisy_BCHW, in the requested dtype; target_BCHW, float32; timesteps_B, int64."""
 
     noisy_BCHW: Tensor
     target_BCHW: Tensor
@@ -52,7 +55,7 @@ class Noised(NamedTuple):
 
 
 def key_words(keys: list[Key], device: torch.device | str = "cpu") -> Tensor:
-    """Return (B, 5) int64: counter words 1 to 3 of each key, its purpose left out, and the seed's two words."""
+    """Return (B, 5) int64: counter words c1, c2 (with purpose 0) and c3 of each key, and its seed's two words."""
     rows = []
     for key in keys:
         k0, k1, c1, c2, c3 = key.words()
@@ -86,7 +89,7 @@ def noising_reference(
     memory_format: torch.memory_format = torch.contiguous_format,
     purposes: Purposes = TRAINING,
 ) -> Noised:
-    """Return the same in plain PyTorch; arguments as `noising`."""
+    """Return what `noising` returns, in plain PyTorch; arguments as there."""
     device, shape = mean_BCHW.device, tuple(mean_BCHW.shape[1:])
 
     def normals(purpose: Purpose, shape: tuple[int, ...]) -> Tensor:
@@ -94,7 +97,7 @@ def noising_reference(
 
     latents = mean_BCHW.float()
     if logvar_BCHW is not None:
-        # the clamp is diffusers' DiagonalGaussianDistribution's
+        # clamped as in diffusers' DiagonalGaussianDistribution
         std = (0.5 * logvar_BCHW.float().clamp(-30.0, 20.0)).exp()
         latents = latents + std * normals(purposes.posterior, shape)
     latents = latents * scaling_factor
@@ -119,7 +122,7 @@ def noising_reference(
     )
 
 
-@kernel(fp_fusion=False, varying=("num_elements", "num_pixels", "num_channels", "num_timesteps"))
+@kernel(fp_fusion=False, do_not_specialize=("num_elements", "num_pixels", "num_channels", "num_timesteps"))
 def _noising_kernel(
     mean_ptr,
     logvar_ptr,
@@ -145,6 +148,12 @@ def _noising_kernel(
     TIMESTEP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Write noisy and target for 4 * BLOCK elements of one sample; the grid is (element blocks, samples).
+
+    With DRAW_TIMESTEP every program draws its sample's timestep and the first one writes it. NOISE, POSTERIOR, OFFSET,
+    TIMESTEP: purposes of the draws. CHANNELS_LAST: the memory order of noisy and target; mean and logvar are
+    contiguous.
+    """
     sample = tl.program_id(1).to(tl.int64)
     c1 = tl.load(words_ptr + sample * 5).to(tl.uint32)
     c2 = tl.load(words_ptr + sample * 5 + 1).to(tl.uint32)
@@ -175,10 +184,10 @@ def _noising_kernel(
     noise = philox_normals(block, c1, c2 | NOISE, c3, k0, k1, BLOCK)
     channel = element // num_pixels
     if HAS_OFFSET:
-        # every element draws its channel's block of four, side by side, and takes its own
+        # one normal per channel: each element computes its channel's block of four normals and picks its own
         four = philox_normals((channel // 4).to(tl.uint32), c1, c2 | OFFSET, c3, k0, k1, 4 * BLOCK)
-        mine = tl.arange(0, 4)[None, :] == (channel % 4)[:, None]
-        offset = tl.reduce(tl.where(mine, tl.reshape(four, (4 * BLOCK, 4)), 0.0), 1, tl.standard._sum_combine)
+        is_own = tl.arange(0, 4)[None, :] == (channel % 4)[:, None]
+        offset = tl.reduce(tl.where(is_own, tl.reshape(four, (4 * BLOCK, 4)), 0.0), 1, tl.standard._sum_combine)
         noise = noise + offset_noise * offset
     # z_t = sqrt(a) z_0 + sqrt(1 - a) e
     noisy = signal * latents + sigma * noise
@@ -210,17 +219,19 @@ def noising(
     memory_format: torch.memory_format = torch.contiguous_format,
     purposes: Purposes = TRAINING,
 ) -> Noised:
-    """Return each sample's noisy latents, target and timestep, all drawn by its key.
+    """Return each sample's noisy latents, target and timestep, drawn from its key.
 
-    mean_BCHW, logvar_BCHW: the posterior as cached, fp32 | fp16 | bf16; without logvar the mean itself is taken.
-    words_B5: of `key_words`. alphas_cumprod_T: (T,) float32. prediction_type: epsilon | v_prediction | sample.
-    timesteps_B: (B,) int64 in 0 .. T-1, or None to draw them. dtype, memory_format: of noisy_BCHW; the target is
-    float32 in the same order. Raises ValueError for an unknown prediction type or shapes that do not fit.
+    mean_BCHW, logvar_BCHW: the cached posterior, fp32 | fp16 | bf16; without a logvar the latents are the mean.
+    words_B5: from `key_words`. alphas_cumprod_T: (T,) float32. prediction_type: epsilon | v_prediction | sample.
+    timesteps_B: (B,) int64 in 0 .. T - 1, or None to draw them. dtype, memory_format: of noisy_BCHW; the target is
+    float32 in the same memory order.
+    Raises ValueError for an unknown prediction type or shapes that do not fit.
+    Source: see the module's docstring; epsilon and v_prediction match diffusers' DDPMScheduler.
     """
     if prediction_type not in PREDICTION_TYPES:
         raise ValueError(f"prediction type {prediction_type!r} is unknown; use one of {', '.join(PREDICTION_TYPES)}")
     if mean_BCHW.dim() != 4 or words_B5.shape != (len(mean_BCHW), 5):
-        raise ValueError(f"{tuple(words_B5.shape)} key words do not fit latents of {tuple(mean_BCHW.shape)}")
+        raise ValueError(f"key words of {tuple(words_B5.shape)} do not fit latents of {tuple(mean_BCHW.shape)}")
     if logvar_BCHW is not None and logvar_BCHW.shape != mean_BCHW.shape:
         raise ValueError(f"logvar has shape {tuple(logvar_BCHW.shape)}, the mean {tuple(mean_BCHW.shape)}")
     if not runs_kernel(mean_BCHW):

@@ -1,22 +1,25 @@
-"""A norm and the matrix work behind it as one function, which saves the norm's input and not its output.
+"""A norm and the convolution or projection after it as one autograd function, which saves the norm's input only.
 
-The output of a norm is as large as its input and is needed once more only for the weight gradient behind it. Here it is
-computed again in the backward pass from the input and two numbers a group or row: memory-bound work of one pass, no matrix
-work. The convolution and the projection themselves are PyTorch's.
+A norm's output is as large as its input, and backward needs it only for the weight gradient of the layer after it. Here
+it is recomputed from the input and the saved statistics: one memory-bound pass, no matmul. The convolutions and
+projections themselves are PyTorch's.
 
-    norm_silu_conv      conv2d(silu(group_norm(x + addend)))                    the residual blocks
-    group_norm_linear   linear(group_norm(x)), pixels as tokens                 the way into a transformer
-    norm_linear         linear(layer_norm(x)), or of x + residual, and the sum  the transformer blocks' projections
-    feed_forward        linear(geglu(linear(layer_norm(x)))), or s plus that    the transformer blocks' feed-forward
+    norm_silu_conv      conv2d(silu(group_norm(x + addend)))                    residual blocks
+    group_norm_linear   linear(group_norm(x)), pixels as tokens                 entry to a transformer
+    norm_linear         linear(layer_norm(s)), s = x or x + residual            transformer blocks' projections
+    feed_forward        linear(geglu(linear(layer_norm(s)))), plus s if that    transformer blocks' feed-forward
+                        is x + residual
 
-Where x goes on beside its norm, as a residual does, the function returns it: the gradient that comes back by it, ds, joins
-dx in the norm's own pass, and autograd has no sum of two tensors to make.
+Skip connections. Where x is also used beside its norm, the function returns x too, and the caller uses that one. Its
+gradient, ds, is then added to dx inside the norm's backward kernel, and autograd has no two gradients of x to add.
 
-A bias' gradient is a sum of a gradient that some norm's backward pass reads or writes anyway; whoever adds such a bias takes
-it detached. `bias_in_x` is one that x has in it already, from the projection that made it: its gradient is the sum of dx.
-`bias_of_x` is one that is added behind to the x returned, and to nothing of another gradient: its gradient is the sum of ds.
+Bias gradients. The gradient of a bias is the sum of a gradient that some norm's backward kernel reads or writes anyway,
+so these functions can compute it for a bias that is added outside of them. Whoever adds the bias adds it detached, and
+passes it here as
+    input_bias   a bias already contained in x, from the layer that produced x: its gradient is the sum of dx
+    skip_bias    a bias added later to the returned x (and to nothing else): its gradient is the sum of ds
 
-Letters: N batch, C K channels in and out, M rows, D F features.
+Letters: N batch, C input channels, K output channels, M rows, D input features, F output features.
 """
 
 from __future__ import annotations
@@ -26,14 +29,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from safelight.kernels.ops.geglu import geglu_bwd_again, geglu_fwd
+from safelight.kernels.ops.geglu import geglu_bwd_recompute, geglu_fwd
 from safelight.kernels.ops.group_norm_silu import (
     check_group_norm,
-    group_norm_silu_again,
     group_norm_silu_bwd,
     group_norm_silu_fwd,
+    group_norm_silu_recompute,
 )
-from safelight.kernels.ops.layer_norm import check_layer_norm, layer_norm_again, layer_norm_bwd, layer_norm_fwd
+from safelight.kernels.ops.layer_norm import check_layer_norm, layer_norm_bwd, layer_norm_fwd, layer_norm_recompute
 from safelight.kernels.reference import channel_sum, row_sum
 from safelight.kernels.triton.jit import with_flat_pixels
 
@@ -48,33 +51,33 @@ class _NormSiLUConv(torch.autograd.Function):
         addend_NC,
         conv_weight,
         conv_bias,
-        bias_of_x,
+        skip_bias,
         num_groups,
         eps,
         silu,
         stride,
         padding,
-        forks,
+        return_x,
     ):
         norm = (x, norm_weight, norm_bias, addend_NC)
         h, mean_NG, rstd_NG = group_norm_silu_fwd(*norm, num_groups, eps, silu)
         ctx.save_for_backward(*norm, mean_NG, rstd_NG, conv_weight)
         ctx.norm_options, ctx.conv_options = (num_groups, eps, silu), (stride, padding)
         ctx.bias_sizes = None if conv_bias is None else list(conv_bias.shape)
-        ctx.forks, ctx.has_bias_of_x = forks, bias_of_x is not None
+        ctx.return_x, ctx.has_skip_bias = return_x, skip_bias is not None
         ctx.set_materialize_grads(False)
         y = F.conv2d(h, conv_weight, conv_bias, stride, padding)
-        return (x, y) if forks else y
+        return (x, y) if return_x else y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        ds, dy = grads if ctx.forks else (None, *grads)
-        sum_ds = ctx.has_bias_of_x and ds is not None
+        ds, dy = grads if ctx.return_x else (None, *grads)
+        sum_ds = ctx.has_skip_bias and ds is not None
         if dy is None:
             return ds, *[None] * 5, channel_sum(ds) if sum_ds else None, *[None] * 6
         *norm, conv_weight = ctx.saved_tensors
-        h = group_norm_silu_again(*norm, *ctx.norm_options)
+        h = group_norm_silu_recompute(*norm, *ctx.norm_options)
         stride, padding = ctx.conv_options
         dh, dconv_weight, dconv_bias = torch.ops.aten.convolution_backward(
             dy,
@@ -89,13 +92,13 @@ class _NormSiLUConv(torch.autograd.Function):
             1,
             [True, ctx.needs_input_grad[4], ctx.bias_sizes is not None],
         )
-        # freed before the norm's own gradients are made: the peak is one tensor lower
+        # free h before the norm's gradients are allocated, which lowers the peak by one tensor
         del h
         dx, dnorm_weight, dnorm_bias, daddend, *total = group_norm_silu_bwd(
             dh, *norm, *ctx.norm_options, ds=ds, sum_ds=sum_ds
         )
-        dbias_of_x = total[0] if total else None
-        return dx, dnorm_weight, dnorm_bias, daddend, dconv_weight, dconv_bias, dbias_of_x, *[None] * 6
+        dskip_bias = total[0] if total else None
+        return dx, dnorm_weight, dnorm_bias, daddend, dconv_weight, dconv_bias, dskip_bias, *[None] * 6
 
 
 def norm_silu_conv(
@@ -111,18 +114,20 @@ def norm_silu_conv(
     addend_NC: Tensor | None = None,
     stride: int = 1,
     padding: int = 1,
-    forks: bool = False,
-    bias_of_x: Tensor | None = None,
+    return_x: bool = False,
+    skip_bias: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Return conv2d(silu(group_norm(x + addend))), saving x and fp32 statistics alone; if it forks (x, that).
+    """Return conv2d(silu(group_norm(x + addend))), or with return_x (x, that). Saves x and fp32 statistics.
 
-    x: (N, C, H, W), fp32 | fp16 | bf16, channels-last or not. conv_weight: (K, C, h, w). Without conv_bias, add it behind
-    with `bias_residual`. forks: use the x returned for what else x is for; bias_of_x: (C,) or None, gets its gradient here
-    (above). Raises ValueError for shapes that do not fit.
+    x: (N, C, H, W), fp32 | fp16 | bf16, channels-last or not -> (N, K, ...), same dtype. norm_weight, norm_bias: (C,);
+    addend_NC: (N, C); conv_weight: (K, C, h, w); conv_bias: (K,), or None, which leaves it to `bias_residual`.
+    return_x: use the returned x wherever else x is used. skip_bias: (C,), see the module's docstring; only with
+    return_x.
+    Raises ValueError for shapes that do not fit.
     """
     check_group_norm(x, norm_weight, addend_NC, num_groups)
     if x.dim() != 4 or conv_weight.dim() != 4 or conv_weight.shape[1] != x.shape[1]:
-        raise ValueError(f"a kernel of {tuple(conv_weight.shape)} does not fit x of {tuple(x.shape)}")
+        raise ValueError(f"a convolution weight of {tuple(conv_weight.shape)} does not fit x of {tuple(x.shape)}")
     addend_NC = None if addend_NC is None else addend_NC.contiguous()
     return _NormSiLUConv.apply(
         with_flat_pixels(x),
@@ -131,13 +136,13 @@ def norm_silu_conv(
         addend_NC,
         conv_weight,
         conv_bias,
-        bias_of_x,
+        skip_bias,
         num_groups,
         eps,
         silu,
         stride,
         padding,
-        forks,
+        return_x,
     )
 
 
@@ -150,24 +155,24 @@ def linear_gradients(dy: Tensor, h: Tensor, weight: Tensor, has_bias: bool) -> t
 
 class _GroupNormLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, norm_weight, norm_bias, weight, bias, bias_of_x, num_groups, eps):
+    def forward(ctx, x, norm_weight, norm_bias, weight, bias, skip_bias, num_groups, eps):
         norm = (x, norm_weight, norm_bias, None)
         h, mean_NG, rstd_NG = group_norm_silu_fwd(*norm, num_groups, eps, False)
         ctx.save_for_backward(*norm, mean_NG, rstd_NG, weight)
-        # a detached bias has its gradient made elsewhere
+        # the gradient of a detached bias is computed elsewhere
         ctx.norm_options, ctx.has_bias = (num_groups, eps, False), bias is not None and ctx.needs_input_grad[4]
-        ctx.has_bias_of_x = bias_of_x is not None
+        ctx.has_skip_bias = skip_bias is not None
         ctx.set_materialize_grads(False)
         return x, F.linear(as_tokens(h), weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, ds, dy):
-        sum_ds = ctx.has_bias_of_x and ds is not None
+        sum_ds = ctx.has_skip_bias and ds is not None
         if dy is None:
             return ds, *[None] * 4, channel_sum(ds) if sum_ds else None, None, None
         *norm, weight = ctx.saved_tensors
-        h = as_tokens(group_norm_silu_again(*norm, *ctx.norm_options))
+        h = as_tokens(group_norm_silu_recompute(*norm, *ctx.norm_options))
         dh, dweight, dbias = linear_gradients(dy, h, weight, ctx.has_bias)
         del h
         dh = as_images(dh, *norm[0].shape[2:])
@@ -178,7 +183,7 @@ class _GroupNormLinear(torch.autograd.Function):
 
 
 def as_tokens(x: Tensor) -> Tensor:
-    """Return images (N, C, H, W) as tokens (N, H W, C): a view of channels-last memory."""
+    """Return images (N, C, H, W) as tokens (N, H W, C): a view if x is channels-last."""
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
@@ -196,28 +201,28 @@ def group_norm_linear(
     bias: Tensor | None = None,
     *,
     eps: float = 1e-5,
-    bias_of_x: Tensor | None = None,
+    skip_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return (x, linear(group_norm(x)) of every pixel, (N, H W, F)), saving x and fp32 statistics alone.
+    """Return (x, linear(group_norm(x)) of every pixel, (N, H W, F)). Saves x and fp32 statistics.
 
-    x: (N, C, H, W), fp32 | fp16 | bf16, channels-last or not; use the x returned for what follows. weight: (F, C), or a
-    convolution's of (F, C, 1, 1). bias_of_x: (C,) or None, gets its gradient here (above). Raises ValueError for shapes that
-    do not fit.
+    x: (N, C, H, W), fp32 | fp16 | bf16, channels-last or not; use the returned x wherever else x is used. weight: (F,
+    C), or (F, C, 1, 1) of a convolution; bias: (F,) or None. skip_bias: (C,), see the module's docstring.
+    Raises ValueError for shapes that do not fit.
     """
     check_group_norm(x, norm_weight, None, num_groups)
     matrix = weight.flatten(1)
     if x.dim() != 4 or matrix.shape[1] != x.shape[1]:
         raise ValueError(f"a projection of {tuple(weight.shape)} does not fit x of {tuple(x.shape)}")
-    return _GroupNormLinear.apply(with_flat_pixels(x), norm_weight, norm_bias, matrix, bias, bias_of_x, num_groups, eps)
+    return _GroupNormLinear.apply(with_flat_pixels(x), norm_weight, norm_bias, matrix, bias, skip_bias, num_groups, eps)
 
 
 class _NormLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, norm_weight, norm_bias, residual, weight, bias, bias_in_x, eps):
+    def forward(ctx, x, norm_weight, norm_bias, residual, weight, bias, input_bias, eps):
         s, h, mean, rstd = layer_norm_fwd(x, norm_weight, norm_bias, residual, eps)
         ctx.save_for_backward(s, norm_weight, norm_bias, mean, rstd, weight)
         ctx.eps, ctx.has_residual, ctx.has_bias = eps, residual is not None, bias is not None
-        ctx.has_bias_in_x = bias_in_x is not None
+        ctx.has_input_bias = input_bias is not None
         ctx.set_materialize_grads(False)
         y = F.linear(h, weight, bias)
         return (s, y) if ctx.has_residual else y
@@ -227,18 +232,18 @@ class _NormLinear(torch.autograd.Function):
     def backward(ctx, *grads):
         ds, dy = grads if ctx.has_residual else (None, *grads)
         if dy is None:
-            return ds, None, None, ds, None, None, row_sum(ds) if ctx.has_bias_in_x else None, None
+            return ds, None, None, ds, None, None, row_sum(ds) if ctx.has_input_bias else None, None
         *norm, weight = ctx.saved_tensors
-        h = layer_norm_again(*norm, ctx.eps)
+        h = layer_norm_recompute(*norm, ctx.eps)
         dh, dweight, dbias = linear_gradients(dy, h, weight, ctx.has_bias)
         del h
-        dx, dnorm_weight, dnorm_bias, *sums = layer_norm_bwd(dh, ds, *norm, ctx.eps, sum_dx=ctx.has_bias_in_x)
-        dbias_in_x = sums[0] if sums else None
-        return dx, dnorm_weight, dnorm_bias, dx if ctx.has_residual else None, dweight, dbias, dbias_in_x, None
+        dx, dnorm_weight, dnorm_bias, *sums = layer_norm_bwd(dh, ds, *norm, ctx.eps, sum_dx=ctx.has_input_bias)
+        dinput_bias = sums[0] if sums else None
+        return dx, dnorm_weight, dnorm_bias, dx if ctx.has_residual else None, dweight, dbias, dinput_bias, None
 
 
 def check_linear(x: Tensor, weight: Tensor) -> None:
-    """Raise ValueError where a projection does not fit x."""
+    """Raise ValueError if a projection's weight does not fit x."""
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         raise ValueError(f"a projection of {tuple(weight.shape)} does not fit x of {tuple(x.shape)}")
 
@@ -251,31 +256,32 @@ def norm_linear(
     bias: Tensor | None = None,
     *,
     residual: Tensor | None = None,
-    bias_in_x: Tensor | None = None,
+    input_bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Return linear(layer_norm(x)); with a residual (s, linear(layer_norm(s))), s = x + residual.
+    """Return linear(layer_norm(x)), or with a residual (s, linear(layer_norm(s))), s = x + residual.
 
-    x: (..., D), fp32 | fp16 | bf16; weight: (F, D). Several projections of one norm are one call with their weights
-    stacked, split behind it. bias_in_x: (D,), gets its gradient here (above). Saves x or s and fp32 statistics alone.
+    x: (..., D), fp32 | fp16 | bf16 -> (..., F), same dtype. weight: (F, D); bias: (F,) or None; residual: shape and
+    dtype of x.
+    input_bias: (D,), see the module's docstring. Saves x (or s) and fp32 statistics.
     Raises ValueError for shapes that do not fit.
     """
     check_layer_norm(x, norm_weight, residual)
     check_linear(x, weight)
     residual = None if residual is None else residual.contiguous()
-    return _NormLinear.apply(x.contiguous(), norm_weight, norm_bias, residual, weight, bias, bias_in_x, eps)
+    return _NormLinear.apply(x.contiguous(), norm_weight, norm_bias, residual, weight, bias, input_bias, eps)
 
 
 class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, x, norm_weight, norm_bias, residual, in_weight, in_bias, out_weight, out_bias, bias_in_x, eps, recompute
+        ctx, x, norm_weight, norm_bias, residual, in_weight, in_bias, out_weight, out_bias, input_bias, eps, recompute
     ):
         s, h, mean, rstd = layer_norm_fwd(x, norm_weight, norm_bias, residual, eps)
         projected = F.linear(h, in_weight, in_bias)
-        kept = (None if recompute else projected, in_bias if recompute else None)
-        ctx.save_for_backward(s, norm_weight, norm_bias, mean, rstd, in_weight, out_weight, *kept)
-        ctx.eps, ctx.has_residual, ctx.has_bias_in_x = eps, residual is not None, bias_in_x is not None
+        saved = (None if recompute else projected, in_bias if recompute else None)
+        ctx.save_for_backward(s, norm_weight, norm_bias, mean, rstd, in_weight, out_weight, *saved)
+        ctx.eps, ctx.has_residual, ctx.has_input_bias = eps, residual is not None, input_bias is not None
         ctx.has_in_bias, ctx.has_out_bias = in_bias is not None, out_bias is not None
         y = F.linear(geglu_fwd(projected), out_weight, out_bias)
         return y.add_(s) if ctx.has_residual else y
@@ -284,23 +290,23 @@ class _FeedForward(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         *norm, in_weight, out_weight, projected, in_bias = ctx.saved_tensors
-        h = layer_norm_again(*norm, ctx.eps)
+        h = layer_norm_recompute(*norm, ctx.eps)
         if projected is None:
             projected = F.linear(h, in_weight, in_bias)
         rows_dy = dy.reshape(-1, dy.shape[-1])
-        # dgated = dy W;  dW = dy^T gated, which takes dgated's place once that is used up
+        # dgated = dy out_weight;  dout_weight = dy^T gated, where gated overwrites dgated after its last use
         dgated = (rows_dy @ out_weight).view(*dy.shape[:-1], -1)
-        dprojected, gated, din_bias = geglu_bwd_again(dgated, projected, ctx.has_in_bias)
+        dprojected, gated, din_bias = geglu_bwd_recompute(dgated, projected, ctx.has_in_bias)
         dout_weight = rows_dy.t() @ gated.view(len(rows_dy), -1)
         del dgated, gated, projected
         dh, din_weight, _ = linear_gradients(dprojected, h, in_weight, has_bias=False)
         del dprojected, h
-        # with a residual y = s + ..., so dy is the gradient of s from elsewhere: its sum, db, is of the same pass
+        # with a residual, y = s + ...: dy is also the gradient of s by that path, and its sum is dout_bias, in one pass
         ds, sum_ds = (dy, ctx.has_out_bias) if ctx.has_residual else (None, False)
         dx, dnorm_weight, dnorm_bias, *sums = layer_norm_bwd(
-            dh, ds, *norm, ctx.eps, sum_dx=ctx.has_bias_in_x, sum_ds=sum_ds
+            dh, ds, *norm, ctx.eps, sum_dx=ctx.has_input_bias, sum_ds=sum_ds
         )
-        dbias_in_x = sums.pop(0) if ctx.has_bias_in_x else None
+        dinput_bias = sums.pop(0) if ctx.has_input_bias else None
         dout_bias = (sums[0] if sums else row_sum(dy)) if ctx.has_out_bias else None
         dresidual = dx if ctx.has_residual else None
         return (
@@ -312,7 +318,7 @@ class _FeedForward(torch.autograd.Function):
             din_bias,
             dout_weight,
             dout_bias,
-            dbias_in_x,
+            dinput_bias,
             None,
             None,
         )
@@ -328,24 +334,27 @@ def feed_forward(
     out_bias: Tensor | None = None,
     *,
     residual: Tensor | None = None,
-    bias_in_x: Tensor | None = None,
+    input_bias: Tensor | None = None,
     eps: float = 1e-5,
     recompute: bool = False,
 ) -> Tensor:
-    """Return linear(geglu(linear(layer_norm(x)))); with a residual s + the same of s, s = x + residual.
+    """Return linear(geglu(linear(layer_norm(x)))), or with a residual s + the same of s, s = x + residual.
 
-    x: (..., D), fp32 | fp16 | bf16; in_weight: (2F, D); out_weight: (E, F), E = D with a residual. bias_in_x: (D,), gets its
-    gradient here (above). Saves x or s, fp32 statistics, and the first projection; with recompute not that either, at the
-    price of its matmul once more. Raises ValueError for shapes that do not fit.
+    x: (..., D), fp32 | fp16 | bf16 -> (..., E), same dtype. in_weight: (2F, D); out_weight: (E, F), E = D with a
+    residual;
+    in_bias: (2F,) or None; out_bias: (E,) or None; residual: shape and dtype of x. input_bias: (D,), see the module's
+    docstring. Saves x (or s), fp32 statistics and the first projection's output; with recompute that output is not
+    saved but recomputed, which costs its matmul again.
+    Raises ValueError for shapes that do not fit.
     """
     check_layer_norm(x, norm_weight, residual)
     check_linear(x, in_weight)
     if out_weight.dim() != 2 or in_weight.shape[0] != 2 * out_weight.shape[1]:
         raise ValueError(
-            f"projections of {tuple(in_weight.shape)} and {tuple(out_weight.shape)} do not fit a GEGLU between"
+            f"projections of {tuple(in_weight.shape)} and {tuple(out_weight.shape)} do not fit around a GEGLU"
         )
     if residual is not None and out_weight.shape[0] != x.shape[-1]:
-        raise ValueError(f"a projection of {tuple(out_weight.shape)} does not go back to x of {tuple(x.shape)}")
+        raise ValueError(f"a projection of {tuple(out_weight.shape)} does not fit a residual of {tuple(x.shape)}")
     residual = None if residual is None else residual.contiguous()
     return _FeedForward.apply(
         x.contiguous(),
@@ -356,7 +365,7 @@ def feed_forward(
         in_bias,
         out_weight,
         out_bias,
-        bias_in_x,
+        input_bias,
         eps,
         recompute,
     )

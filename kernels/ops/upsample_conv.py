@@ -1,7 +1,8 @@
-"""Nearest-neighbour upsampling and the convolution behind it as one function, which saves the small input.
+"""Nearest-neighbour upsampling followed by a convolution, as one function that saves only the small input.
 
-The upsampled image is four times as large and is needed once more only for the weight gradient: it is made again then, a
-pass bound by memory. The convolution itself is PyTorch's. Letters: N batch, C K channels in and out.
+The upsampled image is four times as large, and backward needs it only for the weight gradient, so it is recomputed
+there: one memory-bound pass. The convolution itself is PyTorch's. Letters: N batch, C input channels, K output
+channels.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ class _UpsampleConv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
-        # the gradient of a concatenation is a slice; said here rather than done inside the convolution
+        # behind a concatenation dy is a channel slice, which the convolution would copy itself; copy it here, visibly
         dy = dy.contiguous(memory_format=torch.channels_last if dy.stride(1) == 1 else torch.contiguous_format)
-        large = F.interpolate(x, size=ctx.size, mode="nearest")
-        dlarge, dweight, dbias = torch.ops.aten.convolution_backward(
+        # dupsampled = conv_transpose(dy, weight);  dweight = correlation of upsampled x with dy;  dbias = sum of dy
+        upsampled = F.interpolate(x, size=ctx.size, mode="nearest")
+        dupsampled, dweight, dbias = torch.ops.aten.convolution_backward(
             dy,
-            large,
+            upsampled,
             weight,
             ctx.bias_sizes,
             [1, 1],
@@ -40,18 +42,20 @@ class _UpsampleConv(torch.autograd.Function):
             1,
             [True, ctx.needs_input_grad[1], ctx.bias_sizes is not None],
         )
-        del large
-        dx = torch.ops.aten.upsample_nearest2d_backward(dlarge, ctx.size, x.shape)
+        del upsampled
+        # dx = sum of dupsampled over the pixels that each pixel of x was copied to
+        dx = torch.ops.aten.upsample_nearest2d_backward(dupsampled, ctx.size, x.shape)
         return dx, dweight, dbias, None, None
 
 
 def upsample_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, size: tuple[int, int], padding: tuple[int, int] = (1, 1)
 ) -> Tensor:
-    """Return conv2d(x upsampled to `size` by nearest neighbours), saving x alone.
+    """Return conv2d(x upsampled to `size` by nearest neighbours), saving only x.
 
-    x: (N, C, H, W); weight: (K, C, h, w). Raises ValueError for shapes that do not fit.
+    x: (N, C, H, W), any floating dtype -> (N, K, ...) of the same. weight: (K, C, h, w); bias: (K,) or None.
+    Raises ValueError for shapes that do not fit.
     """
     if x.dim() != 4 or weight.dim() != 4 or weight.shape[1] != x.shape[1]:
-        raise ValueError(f"a kernel of {tuple(weight.shape)} does not fit x of {tuple(x.shape)}")
+        raise ValueError(f"a convolution weight of {tuple(weight.shape)} does not fit x of {tuple(x.shape)}")
     return _UpsampleConv.apply(x, weight, bias, list(size), padding)

@@ -1,25 +1,29 @@
-"""AdamW with 8-bit moments over all of a model's tensors, in two launches a group.
+"""AdamW with 8-bit moments over all tensors of a model, in two launches per group of tensors.
 
     m = beta_1 m + (1 - beta_1) g        v = beta_2 v + (1 - beta_2) g^2
     w = w - lr (m / c_1 / (sqrt(v) / sqrt(c_2) + eps) + weight_decay w),  c_i = 1 - beta_i^step
 
-Moments are codes into bitsandbytes' dynamic maps (kernels/optim/blockwise_8bit.py). Blocks follow memory order, never cross a tensor,
-and the update takes the moments before they are rounded. A tensor under 4,096 elements keeps fp32 moments. So a contiguous
-tensor's state is bitsandbytes' state, byte for byte; a channels-last one's is requantised on the way out and in.
-Weights are fp32, or 16-bit with a remainder (kernels/optim/split_weights.py), joined, updated in fp32 and split again.
+Moments. A tensor of 4,096 elements or more stores m and v as 8-bit codes into bitsandbytes' dynamic maps, with one
+absmax for each block of 256 elements (kernels/optim/blockwise_8bit.py). Blocks follow memory order and never cross a
+tensor. A smaller tensor keeps fp32 moments. The update uses the new moments before they are quantized. The state of a
+contiguous tensor is therefore bitsandbytes' state byte for byte; that of a channels-last tensor is requantized on
+export and import.
 
-lr, weight decay, gradient scale, steps and skip flags are numbers on the device: nothing is synchronised. A tensor that is
-skipped keeps its weights, moments and step. Tensors' addresses stand in tables. Everything that a step reads or changes
-stays where it is, so that one can be captured as a CUDA graph: after a step that was not, `set_hyper` before a replay,
-`finish_capture` after a capture. The kernels round every operation on its
-own, so they and the PyTorch reference give equal bits.
+Weights are fp32, or 16-bit with a remainder that completes them to fp32 (kernels/optim/split_weights.py): joined,
+updated in fp32 and split again.
+
+Launches. One kernel handles the tensors with 8-bit moments (ROWS blocks a program), one those with fp32 moments (CHUNK
+elements a program). A program finds its tensor and first block in a work table (kernels/optim/launch_tables.py) and
+that tensor's addresses and size in an address table, one row of COLUMNS int64 per tensor.
+
+No host-device synchronization: lr, weight decay, gradient scales, step counts and skip flags live on the device. A
+skipped tensor keeps its weight, moments and step count. Everything a step reads or writes keeps its address, so a step
+can be captured as a CUDA graph: take one uncaptured step first, call `finish_capture` after the capture and `set_hyper`
+before a replay.
+
+Bits. The kernels and the PyTorch reference give equal bits: no fused multiply-add, and correctly rounded quotients and
+roots.
 Source: Loshchilov and Hutter 2019, arXiv:1711.05101; Dettmers et al. 2022, arXiv:2110.02861.
-
-An AdamW step of one tensor in plain PyTorch, operation by operation as kernels/optim/adamw8bit.py does it: equal bits.
-
-The kernels of kernels/optim/adamw8bit.py: one for tensors with 8-bit moments, one for those with fp32 moments.
-
-Equal bits with the PyTorch reference: no fused multiply-add, quotients and roots correctly rounded.
 """
 
 from __future__ import annotations
@@ -36,101 +40,41 @@ from torch import Tensor
 from safelight.kernels.optim.blockwise_8bit import (
     BLOCK_SIZE,
     TINY,
-    bounds_of,
+    code_bounds,
     dequantize,
     dynamic_map,
     in_memory_order,
     nearest_code,
     quantize,
 )
-from safelight.kernels.optim.launch_tables import Programs
+from safelight.kernels.optim.launch_tables import WorkTable
 from safelight.kernels.optim.paged_state import NUM_SLOTS, Pages
 from safelight.kernels.optim.split_weights import (
     REMAINDERS,
-    draws,
-    draws_of_rows,
     join,
     join_bits,
+    rounding_words,
+    rounding_words_of_rows,
     split,
     split_bits,
-    start,
+    split_nearest,
 )
 from safelight.kernels.philox import MASK_32
 from safelight.kernels.triton.jit import cdiv, is_dense, kernel, runs_kernel
 
-
-@dataclass(frozen=True)
-class Moments:
-    """A tensor's moments, in its shape and memory order: codes with absmax (blocks,), or float32 without."""
-
-    state1: Tensor
-    state2: Tensor
-    absmax1: Tensor | None
-    absmax2: Tensor | None
-
-
-def adamw8bit_reference(
-    p: Tensor,
-    beside: Tensor | None,
-    moments: Moments,
-    gradient: Tensor,
-    hyper: Tensor,
-    corrections: Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    memory: str,
-    words: Tensor | None,
-) -> None:
-    """Update a weight, its remainder `beside` and its moments.
-
-    gradient: in the weight's memory order. hyper: lr, weight decay. corrections: 1 - beta_1^t, sqrt(1 - beta_2^t), the gradient's
-    scale. memory: of kernels/optim/split_weights.py; words: its draws, for near and rounded.
-    """
-    lr, weight_decay = hyper
-    correction1, root_correction2, scale = corrections
-    beta1, beta2 = betas
-    g = in_memory_order(gradient).float() * scale
-    states = in_memory_order(moments.state1), in_memory_order(moments.state2)
-    absmaxes = moments.absmax1, moments.absmax2
-    m, v = states
-    if absmaxes[0] is not None:
-        m, v = (dequantize(*x, signed) for *x, signed in zip(states, absmaxes, (True, False), strict=True))
-    m = (m * beta1).add_(g * (1 - beta1))
-    v = (v * beta2).add_((g * (1 - beta2)).mul_(g))
-    update = m / _sqrt(v).div_(root_correction2).add_(eps).mul_(correction1)
-    weight = in_memory_order(p)
-    value = weight if p.dtype == torch.float32 else join(weight, None if beside is None else in_memory_order(beside))
-    value = value - update.add_(weight_decay * value).mul_(lr)
-    if p.dtype == torch.float32:
-        weight.copy_(value)
-    else:
-        found, left = split(value, p.dtype, memory, words)
-        weight.copy_(found)
-        if left is not None:
-            in_memory_order(beside).copy_(left)
-    for state, absmax, values, signed in zip(states, absmaxes, (m, v), (True, False), strict=True):
-        if absmax is None:
-            state.copy_(values)
-        else:
-            codes, largest = quantize(values, signed)
-            state.copy_(codes)
-            absmax.copy_(largest)
-
-
-def _sqrt(x: Tensor) -> Tensor:
-    """Return the correctly rounded root; torch's vectorised one on the CPU is not (docs/decisions.md, Square roots)."""
-    return torch.from_numpy(np.sqrt(x.numpy())) if x.device.type == "cpu" else x.sqrt()
-
-
 if TYPE_CHECKING:
     import triton.language as tl
 
-COLUMNS = 7  # of the table of tensors
+MIN_8BIT_ELEMENTS = 4096
+ROWS = 2  # blocks per program: 4 elements a thread; with 8, some variants spill a register
+CHUNK = 512  # elements per program of the kernel for fp32 moments
+COLUMNS = 7  # of the address table: weight, remainder, state1, state2, absmax1, absmax2, number of elements
+WEIGHTS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @kernel(fp_fusion=False)
 def _load(row, i, mask, WEIGHT: tl.constexpr, MEMORY: tl.constexpr):
-    """Return the fp32 values of the weights at `i` of the tensor whose table row this is."""
+    """Return the fp32 weights at elements i of the tensor with this address-table row."""
     if WEIGHT == "fp32":
         value = tl.load(tl.load(row).to(tl.pointer_type(tl.float32)) + i, mask=mask, other=0.0)
     elif MEMORY == "fp32":
@@ -149,7 +93,7 @@ def _load(row, i, mask, WEIGHT: tl.constexpr, MEMORY: tl.constexpr):
 
 @kernel(fp_fusion=False)
 def _store(row, i, mask, value, words, WEIGHT: tl.constexpr, MEMORY: tl.constexpr):
-    """Write the fp32 values as the tensor keeps them."""
+    """Write fp32 weights in the form the tensor stores: rounded to WEIGHT, the rest to its remainder."""
     if WEIGHT == "fp32":
         tl.store(tl.load(row).to(tl.pointer_type(tl.float32)) + i, value, mask=mask)
     else:
@@ -164,13 +108,17 @@ def _store(row, i, mask, value, words, WEIGHT: tl.constexpr, MEMORY: tl.constexp
 
 
 @kernel(fp_fusion=False)
-def _updated(weight, gradient, m, v, hyper_ptr, correction, beta1, beta2, one_minus_beta1, one_minus_beta2, eps):
-    """Return the new (weight, m, v); hyper: lr, weight decay; correction: c_1, sqrt(c_2), gradient scale."""
-    gradient = gradient * tl.load(correction + 2)
+def _updated(weight, gradient, m, v, hyper_ptr, correction_ptr, beta1, beta2, one_minus_beta1, one_minus_beta2, eps):
+    """Return the new (weight, m, v). hyper: lr, weight decay; correction: c_1, sqrt(c_2), gradient scale."""
+    gradient = gradient * tl.load(correction_ptr + 2)
+    # m = beta_1 m + (1 - beta_1) g
     m = m * beta1 + one_minus_beta1 * gradient
+    # v = beta_2 v + (1 - beta_2) g^2
     v = v * beta2 + one_minus_beta2 * gradient * gradient
-    update = tl.div_rn(m, tl.load(correction) * (tl.div_rn(tl.sqrt_rn(v), tl.load(correction + 1)) + eps))
-    # the decay joins the update before the weight is touched: at lr 1e-6, weight * (1 - lr * decay) rounds to weight
+    # update = m / (c_1 (sqrt(v) / sqrt(c_2) + eps))
+    update = tl.div_rn(m, tl.load(correction_ptr) * (tl.div_rn(tl.sqrt_rn(v), tl.load(correction_ptr + 1)) + eps))
+    # w = w - lr (update + weight_decay w)
+    # decay is added to the update, not multiplied into the weight: at lr 1e-6, w * (1 - lr * decay) rounds to w
     weight = weight - tl.load(hyper_ptr) * (update + tl.load(hyper_ptr + 1) * weight)
     return weight, m, v
 
@@ -200,9 +148,13 @@ def _adamw8bit_kernel(
     BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """tensors: (tensors, 7) int64 addresses of weight, remainder, states, absmaxes, and the size; programs: (tensor, first block).
+    """Update ROWS blocks of one tensor with 8-bit moments.
 
-    corrections: (tensors, 3) float32; skips: (tensors,) int32; steps: (tensors,) int64 steps taken before this one.
+    tensors: the address table, (tensors, COLUMNS) int64; gradients: (tensors,) int64 addresses; programs: the work
+    table, (programs, 2) int32 of tensor and first block; like: any gradient, for its dtype. hyper: lr, weight decay;
+    corrections: (tensors, 3) float32 of c_1, sqrt(c_2), gradient scale; skips: (tensors,) int32; steps: (tensors,)
+    int64, taken before this one; seed: of stochastic rounding, two words. map, bounds: of both moments
+    (kernels/optim/blockwise_8bit.py).
     """
     program = programs_ptr + tl.program_id(0).to(tl.int64) * 2
     tensor = tl.load(program).to(tl.int64)
@@ -225,15 +177,15 @@ def _adamw8bit_kernel(
         v = tl.load(map2_ptr + tl.load(state2_ptr + i, mask=mask, other=0).to(tl.int32))
         m = m * tl.load(absmax1_ptr + block, mask=in_range, other=0.0)[:, None]
         v = v * tl.load(absmax2_ptr + block, mask=in_range, other=0.0)[:, None]
-        correction = corrections_ptr + tensor * 3
+        correction_ptr = corrections_ptr + tensor * 3
         weight, m, v = _updated(
-            weight, gradient, m, v, hyper_ptr, correction, beta1, beta2, one_minus_beta1, one_minus_beta2, eps
+            weight, gradient, m, v, hyper_ptr, correction_ptr, beta1, beta2, one_minus_beta1, one_minus_beta2, eps
         )
         words = tl.full(i.shape, 0, tl.uint32)
         if MEMORY == "near" or MEMORY == "rounded":
-            words = draws_of_rows(first, tensor, tl.load(steps_ptr + tensor) + 1, seed_ptr, ROWS, BLOCK_SIZE)
+            words = rounding_words_of_rows(first, tensor, tl.load(steps_ptr + tensor) + 1, seed_ptr, ROWS, BLOCK_SIZE)
         _store(row, i, mask, weight, words, WEIGHT, MEMORY)
-        # code 0, which stands beyond the tensor's end, is no zero in the signed map
+        # beyond the tensor's end the code was read as 0, which is -1 in the signed map
         m = tl.where(mask, m, 0.0)
         absmax1 = tl.reduce(tl.abs(m), 1, tl.standard._elementwise_max)
         absmax2 = tl.reduce(v, 1, tl.standard._elementwise_max)
@@ -265,7 +217,10 @@ def _adamw32bit_kernel(
     MEMORY: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """As above, without absmaxes (addresses 0); programs: (tensor, first chunk)."""
+    """Update CHUNK elements of one tensor with fp32 moments.
+
+    Arguments as above. Its rows of the address table have absmax addresses of 0; programs: tensor and first chunk.
+    """
     program = programs_ptr + tl.program_id(0).to(tl.int64) * 2
     tensor = tl.load(program).to(tl.int64)
     if tl.load(skips_ptr + tensor) == 0:
@@ -280,35 +235,102 @@ def _adamw32bit_kernel(
         gradient = tl.load(gradient_ptr + i, mask=mask, other=0.0).to(tl.float32)
         m = tl.load(state1_ptr + i, mask=mask, other=0.0)
         v = tl.load(state2_ptr + i, mask=mask, other=0.0)
-        correction = corrections_ptr + tensor * 3
+        correction_ptr = corrections_ptr + tensor * 3
         weight, m, v = _updated(
-            weight, gradient, m, v, hyper_ptr, correction, beta1, beta2, one_minus_beta1, one_minus_beta2, eps
+            weight, gradient, m, v, hyper_ptr, correction_ptr, beta1, beta2, one_minus_beta1, one_minus_beta2, eps
         )
         words = tl.full(i.shape, 0, tl.uint32)
         if MEMORY == "near" or MEMORY == "rounded":
-            words = draws_of_rows(first, tensor, tl.load(steps_ptr + tensor) + 1, seed_ptr, 1, CHUNK)
+            words = rounding_words_of_rows(first, tensor, tl.load(steps_ptr + tensor) + 1, seed_ptr, 1, CHUNK)
         _store(row, i, mask, weight, words, WEIGHT, MEMORY)
         tl.store(state1_ptr + i, m, mask=mask)
         tl.store(state2_ptr + i, v, mask=mask)
 
 
-MIN_8BIT_ELEMENTS = 4096
-ROWS = 2  # blocks a program: 4 elements a thread; 8 of them spill a register in some variants
-CHUNK = 512  # elements a program of the kernel for fp32 moments
-WEIGHTS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+@dataclass(frozen=True)
+class Moments:
+    """A tensor's two moments in its shape and memory order: uint8 codes with absmax (blocks,), or float32 and None."""
+
+    state1: Tensor
+    state2: Tensor
+    absmax1: Tensor | None
+    absmax2: Tensor | None
+
+
+def adamw8bit_reference(
+    p: Tensor,
+    remainder: Tensor | None,
+    moments: Moments,
+    gradient: Tensor,
+    hyper: Tensor,
+    corrections: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    memory: str,
+    words: Tensor | None,
+) -> None:
+    """Take one step of one tensor in place, in plain PyTorch: operation by operation what the kernels do, equal bits.
+
+    p: the weight; remainder: what completes it to fp32, or None. gradient: in the weight's memory order. hyper: lr,
+    weight decay. corrections: c_1, sqrt(c_2), gradient scale. memory: a mode of kernels/optim/split_weights.py; words:
+    its random words, for near and rounded.
+    """
+    lr, weight_decay = hyper
+    correction1, root_correction2, scale = corrections
+    beta1, beta2 = betas
+    g = in_memory_order(gradient).float() * scale
+    states = in_memory_order(moments.state1), in_memory_order(moments.state2)
+    absmaxes = moments.absmax1, moments.absmax2
+    m, v = states
+    if absmaxes[0] is not None:
+        m, v = (dequantize(*x, signed) for *x, signed in zip(states, absmaxes, (True, False), strict=True))
+    m = (m * beta1).add_(g * (1 - beta1))
+    v = (v * beta2).add_((g * (1 - beta2)).mul_(g))
+    update = m / _sqrt(v).div_(root_correction2).add_(eps).mul_(correction1)
+    weight = in_memory_order(p)
+    value = weight if p.dtype == torch.float32 else join(weight, _flat(remainder))
+    value = value - update.add_(weight_decay * value).mul_(lr)
+    if p.dtype == torch.float32:
+        weight.copy_(value)
+    else:
+        rounded, rest = split(value, p.dtype, memory, words)
+        weight.copy_(rounded)
+        if rest is not None:
+            in_memory_order(remainder).copy_(rest)
+    for state, absmax, values, signed in zip(states, absmaxes, (m, v), (True, False), strict=True):
+        if absmax is None:
+            state.copy_(values)
+        else:
+            codes, new_absmax = quantize(values, signed)
+            state.copy_(codes)
+            absmax.copy_(new_absmax)
+
+
+def _flat(x: Tensor | None) -> Tensor | None:
+    return None if x is None else in_memory_order(x)
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    """Return the correctly rounded square root, which torch's vectorized CPU version is not (docs/decisions.md, Square roots)."""
+    return torch.from_numpy(np.sqrt(x.numpy())) if x.device.type == "cpu" else x.sqrt()
 
 
 class AdamW8bit:
-    """AdamW over weights of one dtype, updated in place; their memory must stay where it is (assign with copy_).
+    """AdamW over weights of one dtype, updated in place. Their memory must not move: assign with copy_.
 
-    parameters: dense, of any memory order, on one device, float32, bfloat16 or float16. memory: of kernels/optim/split_weights.py;
-    float32 weights take fp32 alone. values: float32 to start from, in place of what 16-bit weights hold; or remainders, what
-    remainder.start gave beside them. seed: of stochastic rounding, whose draws also depend on a tensor's place in the list.
-    pages: for exact alone, the host memory that remainders and 8-bit moments live in; `moments` and `remainders` are then
-    views of it, to be read and written after `synchronize`.
+    parameters: dense, in any memory order, on one device, float32, bfloat16 or float16.
+    memory: how 16-bit weights keep their fp32 value, a mode of kernels/optim/split_weights.py; float32 weights take
+    only fp32.
+    seed: of stochastic rounding, whose random words also depend on a tensor's index in the list.
+    values: float32 values to start from instead of the 16-bit weights' own.
+    remainders: what `split_nearest` returned with the weights, instead of values.
+    pages: host memory for the remainders and 8-bit moments; only with memory exact. `moments` and `remainders` are then
+    views of it, to be read and written only after `synchronize`.
 
-    step_counts: steps taken, (tensors,) int64 on the device. skips: (tensors,) int32, of the step under way.
-    Raises ValueError for other dtypes, for tensors with gaps, and for a memory mode that does not fit.
+    Attributes: step_counts, (tensors,) int64 on the device, steps taken; skips, (tensors,) int32, flags of the current
+    step.
+    Raises ValueError for other dtypes, tensors with gaps, or a memory mode that does not fit.
+    Source: see the module's docstring; state as in bitsandbytes.optim.AdamW8bit.
     """
 
     def __init__(
@@ -327,7 +349,7 @@ class AdamW8bit:
             if p.dtype not in WEIGHTS or p.dtype != dtype or not is_dense(p) or p.numel() == 0:
                 raise ValueError(
                     f"AdamW8bit takes dense float32, bfloat16 or float16 weights of one dtype, got {tuple(p.shape)} "
-                    f"{p.dtype} with strides {p.stride()} beside {dtype}"
+                    f"{p.dtype} with strides {p.stride()}; the first weight is {dtype}"
                 )
         if memory not in REMAINDERS or (dtype == torch.float32 and memory != "fp32"):
             raise ValueError(
@@ -335,36 +357,39 @@ class AdamW8bit:
                 + ("" if dtype == torch.float32 else ", exact, near or rounded")
             )
         if pages is not None and memory != "exact":
-            raise ValueError(f"memory {memory!r} has no pages in host memory; use exact")
+            raise ValueError(f"memory {memory!r} cannot live in pages of host memory; use exact")
         self.parameters, self.betas, self.eps, self.memory, self.seed = parameters, betas, eps, memory, seed
         self.pages = pages
         device = parameters[0].device
-        self.moments = [self._empty(i) for i in range(len(parameters))]
+        self.moments = [self._init_moments(i) for i in range(len(parameters))]
         if remainders is None:
-            remainders = [self._beside(i, None if values is None else values[i]) for i in range(len(parameters))]
+            values = [None] * len(parameters) if values is None else values
+            remainders = [self._init_remainder(i, value) for i, value in enumerate(values)]
         if pages is not None and pages.host is None:
-            # of meta tensors nothing is kept beside the ring
-            remainders = [None if i in pages else beside for i, beside in enumerate(remainders)]
+            # on meta there is no host memory: paged tensors have nothing but the ring's slots
+            remainders = [None if i in pages else remainder for i, remainder in enumerate(remainders)]
         self.remainders = remainders
         num = len(parameters)
         self.step_counts = torch.zeros(num, dtype=torch.int64, device=device)
         self.skips = torch.zeros(num, dtype=torch.int32, device=device)
         self.maps = tuple(dynamic_map(signed).to(device) for signed in (True, False))
-        self._bounds = tuple(bounds_of(signed).to(device) for signed in (True, False))
+        self._bounds = tuple(code_bounds(signed).to(device) for signed in (True, False))
         self._corrections = torch.ones(num, 3, device=device)
         self._hyper = torch.zeros(2, device=device)
-        # a step goes through everything and skips every tensor
+        # while True, steps run every kernel but skip every tensor: warm-up before a capture
         self.is_rehearsing = False
         self._seed = torch.tensor([seed & MASK_32, seed >> 32], dtype=torch.int64, device=device)
-        self._tables: list[Tensor] = []
-        self._programs: dict[tuple[int, ...], list[tuple[bool, Programs]]] = {}
-        self._indices: dict[tuple[int, ...], Tensor] = {}
+        # one address table per slot of the pages' ring
+        self._address_tables: list[Tensor] = []
+        # by the indices of the tensors that are updated together
+        self._work_tables: dict[tuple[int, ...], list[tuple[bool, WorkTable]]] = {}
+        self._device_indices: dict[tuple[int, ...], Tensor] = {}
         self._by_page: dict[tuple[int, ...], list[tuple[int | None, tuple[int, ...]]]] = {}
 
     def _is_paged(self, index: int) -> bool:
         return self.pages is not None and index in self.pages
 
-    def _empty(self, index: int) -> Moments:
+    def _init_moments(self, index: int) -> Moments:
         p = self.parameters[index]
         if self._is_paged(index):
             return _moments(self.pages.at_home(index))
@@ -374,51 +399,51 @@ class AdamW8bit:
             )
         num_blocks = cdiv(p.numel(), BLOCK_SIZE)
         states = [torch.zeros_like(p, dtype=torch.uint8, requires_grad=False) for _ in range(2)]
-        # absmax 0 makes every code a zero
+        # with absmax 0 every code stands for zero
         return Moments(*states, *(torch.zeros(num_blocks, dtype=torch.float32, device=p.device) for _ in range(2)))
 
     @torch.no_grad()
-    def _beside(self, index: int, value: Tensor | None) -> Tensor | None:
-        """Return the memory that completes a weight to fp32, filled; rounds the weight to `value`."""
+    def _init_remainder(self, index: int, value: Tensor | None) -> Tensor | None:
+        """Return a weight's remainder, or None if its mode keeps none. Given a value, rounds the weight to it first."""
         p = self.parameters[index].detach()
         if p.dtype == torch.float32:
             if value is not None:
                 p.copy_(value)
             return None
         source = torch.empty_like(p, dtype=torch.float32).copy_(p if value is None else value)
-        weight, left = start(in_memory_order(source), p.dtype, self.memory)
+        weight, rest = split_nearest(in_memory_order(source), p.dtype, self.memory)
         in_memory_order(p).copy_(weight)
-        if left is None:
+        if rest is None:
             return None
-        paged = self._is_paged(index)
-        beside = self.pages.at_home(index)["remainder"] if paged else torch.empty_like(p, dtype=left.dtype)
-        in_memory_order(beside).copy_(left)
-        return beside
+        is_paged = self._is_paged(index)
+        remainder = self.pages.at_home(index)["remainder"] if is_paged else torch.empty_like(p, dtype=rest.dtype)
+        in_memory_order(remainder).copy_(rest)
+        return remainder
 
     def synchronize(self) -> None:
-        """Wait until pages in host memory, where there are some, may be read and written to."""
+        """Wait until state in host memory, if there is any, may be read and written."""
         if self.pages is not None:
             self.pages.synchronize()
 
     def value(self, index: int) -> Tensor:
         """Return a parameter's float32 value, weight and remainder joined, in its memory order."""
-        p, beside = self.parameters[index].detach(), self.remainders[index]
+        p, remainder = self.parameters[index].detach(), self.remainders[index]
         self.synchronize()
-        return p if p.dtype == torch.float32 else join(p, None if beside is None else beside.to(p.device))
+        return p if p.dtype == torch.float32 else join(p, None if remainder is None else remainder.to(p.device))
 
     @torch.no_grad()
     def assign(self, index: int, value: Tensor) -> None:
-        """Give a parameter a float32 value, rounded to what its memory mode holds."""
-        p, beside = self.parameters[index].detach(), self.remainders[index]
+        """Set a parameter to a float32 value, rounded to what its memory mode can hold."""
+        p, remainder = self.parameters[index].detach(), self.remainders[index]
         self.synchronize()
         if p.dtype == torch.float32:
             p.copy_(value)
             return
         source = torch.empty_like(p, dtype=torch.float32).copy_(value)
-        weight, left = start(in_memory_order(source), p.dtype, self.memory)
+        weight, rest = split_nearest(in_memory_order(source), p.dtype, self.memory)
         in_memory_order(p).copy_(weight)
-        if left is not None:
-            in_memory_order(beside).copy_(left)
+        if rest is not None:
+            in_memory_order(remainder).copy_(rest)
 
     @torch.no_grad()
     def step(
@@ -429,24 +454,27 @@ class AdamW8bit:
         gradient_scale: float | Tensor = 1.0,
         found_inf: Tensor | None = None,
     ) -> None:
-        """Take one step over all tensors: begin, update, end."""
+        """Take one step of all tensors: begin, update, end. Arguments as there."""
         self.begin(lr, weight_decay)
         self.update(gradients, gradient_scale, found_inf)
         self.end()
 
     @torch.no_grad()
     def set_hyper(self, lr: float | Tensor, weight_decay: float | Tensor = 0.0) -> None:
-        """Write the numbers of the steps to come where they are read on the device."""
-        for place, number in enumerate((lr, weight_decay)):
-            # a fill can be captured in a graph, a copy from the host cannot
-            self._hyper[place].copy_(number) if isinstance(number, Tensor) else self._hyper[place].fill_(number)
+        """Copy lr and weight decay to the device for the next steps."""
+        for column, number in enumerate((lr, weight_decay)):
+            # a fill can be captured in a CUDA graph, a copy from the host cannot
+            self._hyper[column].copy_(number) if isinstance(number, Tensor) else self._hyper[column].fill_(number)
 
     @torch.no_grad()
     def begin(self, *hyper: float | Tensor) -> None:
-        """Begin a step: corrections of the bias for every tensor, none skipped yet. hyper: for set_hyper, if it is to change."""
+        """Begin a step: compute every tensor's bias corrections and clear the skip flags.
+
+        hyper: lr and weight decay, passed to `set_hyper`; none leaves them as they are.
+        """
         if hyper:
             self.set_hyper(*hyper)
-        # in float64, for 1 - beta^step at step 1
+        # float64, or 1 - beta^step loses digits in the first steps
         steps = (self.step_counts + 1).double()
         first, second = (1 - torch.pow(beta, steps) for beta in self.betas)
         self._corrections[:, :2].copy_(torch.stack([first, second.sqrt()], dim=1))
@@ -462,17 +490,17 @@ class AdamW8bit:
         found_inf: Tensor | None = None,
         members: Sequence[int] | None = None,
     ) -> None:
-        """Update some tensors; each at most once between begin and end.
+        """Update some tensors, each at most once between `begin` and `end`.
 
-        gradients: one a member, of one dtype; they are multiplied by gradient_scale, one number or one a member. members:
-        places in the list of parameters; None is all. found_inf: one number on the device, or one a member; a tensor
-        where it is not 0 is skipped.
+        members: indices into the list of parameters; None for all. gradients: one per member, all of one dtype.
+        gradient_scale: multiplies the gradients; one number, or one per member. found_inf: one number on the device, or
+        one per member; where it is not 0, the tensor is skipped.
         Raises ValueError for gradients that do not fit.
         """
         members = tuple(range(len(self.parameters))) if members is None else tuple(members)
         if len(gradients) != len(members) or len({g.dtype for g in gradients}) != 1:
             raise ValueError(f"{len(gradients)} gradients for {len(members)} weights; give one each, of one dtype")
-        where = self.places(members)
+        where = self.indices_on_device(members)
         scales = gradient_scale
         if not isinstance(scales, Tensor):
             scales = torch.full((), scales, device=self.skips.device)
@@ -483,103 +511,104 @@ class AdamW8bit:
             self.skips.index_copy_(0, where, flags)
         if self.is_rehearsing:
             self.skips.fill_(1)
-        ordered = {}
+        gradient_of = {}
         for index, g in zip(members, gradients, strict=True):
             p = self.parameters[index]
             if g.shape != p.shape:
                 raise ValueError(f"a gradient has shape {tuple(g.shape)}, its weight {tuple(p.shape)}")
-            ordered[index] = g if _lie_alike(g, p) else torch.empty_like(p, dtype=g.dtype).copy_(g)
-        for page, inside in self._pages_of(members):
+            gradient_of[index] = g if _same_memory_order(g, p) else torch.empty_like(p, dtype=g.dtype).copy_(g)
+        for page, indices in self._split_by_page(members):
             slot = 0 if page is None else self.pages.take(page)
             if runs_kernel(self.parameters[0]):
-                self._launch(inside, ordered, slot)
+                self._launch(indices, gradient_of, slot)
             else:
                 skipped = self.skips.tolist()
-                for index in inside:
+                for index in indices:
                     if not skipped[index]:
-                        self._update_in_pytorch(index, ordered[index], slot)
+                        self._update_in_pytorch(index, gradient_of[index], slot)
             if page is not None:
                 self.pages.put(page)
 
     @torch.no_grad()
     def end(self) -> None:
-        """End a step: count it for every tensor that was not skipped."""
+        """End a step: increment the step count of every tensor that was not skipped."""
         self.step_counts += self.skips == 0
         if self.pages is not None:
             self.pages.end()
 
     def finish_capture(self) -> None:
-        """Call after every capture of a step as a CUDA graph, outside of it and before its first replay.
+        """Copy the captured gradients' addresses to the table that the graph reads, kept until `release_captures`.
 
-        Its gradients' addresses are known now and are copied to the table it reads, which is kept until release_captures.
+        Call after every capture of a step as a CUDA graph: outside of the capture, and before its first replay.
         """
-        for _, programs in itertools.chain(*self._programs.values()):
-            programs.finish_capture()
+        for _, work in itertools.chain(*self._work_tables.values()):
+            work.finish_capture()
 
     def release_captures(self) -> None:
-        """Free the tables of all captured graphs; none of them may be replayed again."""
-        for _, programs in itertools.chain(*self._programs.values()):
-            programs.release_captures()
+        """Free the tables of all captured graphs, none of which may be replayed afterwards."""
+        for _, work in itertools.chain(*self._work_tables.values()):
+            work.release_captures()
 
-    def places(self, members: Sequence[int]) -> Tensor:
-        """Return places in the list of parameters as an index on the device, copied there at the first call alone."""
+    def indices_on_device(self, members: Sequence[int]) -> Tensor:
+        """Return indices into the list of parameters as a device tensor, copied there only at the first call."""
         members = tuple(members)
-        if members not in self._indices:
-            self._indices[members] = torch.tensor(members, device=self.skips.device)
-        return self._indices[members]
+        if members not in self._device_indices:
+            self._device_indices[members] = torch.tensor(members, device=self.skips.device)
+        return self._device_indices[members]
 
-    def _pages_of(self, members: tuple[int, ...]) -> list[tuple[int | None, tuple[int, ...]]]:
-        """Return (page, the tensors in it) of some tensors; page None for those whose state stays on the device."""
+    def _split_by_page(self, members: tuple[int, ...]) -> list[tuple[int | None, tuple[int, ...]]]:
+        """Return (page, members whose state it holds) pairs; page None for state that stays on the device."""
         if members not in self._by_page:
-            found: dict[int | None, list[int]] = {}
+            members_of: dict[int | None, list[int]] = {}
             for index in members:
                 page = self.pages.page_of[index] if self._is_paged(index) else None
-                found.setdefault(page, []).append(index)
-            self._by_page[members] = [(page, tuple(inside)) for page, inside in found.items()]
+                members_of.setdefault(page, []).append(index)
+            self._by_page[members] = [(page, tuple(indices)) for page, indices in members_of.items()]
         return self._by_page[members]
 
-    def _table(self, slot: int) -> Tensor:
-        """Return the kernels' table of tensors: (tensors, COLUMNS) addresses, of pages as they are in a slot."""
-        if not self._tables:
-            for place in range(1 if self.pages is None else NUM_SLOTS):
+    def _address_table(self, slot: int) -> Tensor:
+        """Return the address table, (tensors, COLUMNS) int64; paged state is at its addresses in a slot of the ring."""
+        if not self._address_tables:
+            for number in range(1 if self.pages is None else NUM_SLOTS):
                 rows = []
                 for index, p in enumerate(self.parameters):
-                    beside, m = self._state(index, place)
-                    parts = (p, beside, m.state1, m.state2, m.absmax1, m.absmax2)
+                    remainder, m = self._state(index, number)
+                    parts = (p, remainder, m.state1, m.state2, m.absmax1, m.absmax2)
                     rows.append((*(0 if x is None else x.data_ptr() for x in parts), p.numel()))
-                self._tables.append(torch.tensor(rows, dtype=torch.int64, device=self.skips.device))
-        return self._tables[slot]
+                self._address_tables.append(torch.tensor(rows, dtype=torch.int64, device=self.skips.device))
+        return self._address_tables[slot]
 
     def _state(self, index: int, slot: int) -> tuple[Tensor | None, Moments]:
-        """Return (remainder, moments) that a step works on: of a page the ones in a slot."""
+        """Return the (remainder, moments) that a step works on; a paged tensor's are those in a slot of the ring."""
         if not self._is_paged(index):
             return self.remainders[index], self.moments[index]
         pieces = self.pages.in_slot(index, slot)
         return pieces["remainder"], _moments(pieces)
 
-    def _programs_of(self, members: tuple[int, ...]) -> list[tuple[bool, Programs]]:
-        """Return the launches over some tensors: (has it 8-bit moments, programs)."""
-        if members not in self._programs:
-            found = []
-            for coded, elements, unit in ((True, ROWS * BLOCK_SIZE, BLOCK_SIZE), (False, CHUNK, CHUNK)):
+    def _work_tables_of(self, members: tuple[int, ...]) -> list[tuple[bool, WorkTable]]:
+        """Return the launches over some tensors: (are their moments 8-bit, work table)."""
+        if members not in self._work_tables:
+            launches = []
+            for is_8bit, elements, unit in ((True, ROWS * BLOCK_SIZE, BLOCK_SIZE), (False, CHUNK, CHUNK)):
                 sizes = {
-                    i: self.parameters[i].numel() for i in members if (self.moments[i].absmax1 is not None) == coded
+                    i: self.parameters[i].numel() for i in members if (self.moments[i].absmax1 is not None) == is_8bit
                 }
                 if sizes:
-                    found.append((coded, Programs(sizes, len(self.parameters), elements, unit, self.skips.device)))
-            self._programs[members] = found
-        return self._programs[members]
+                    work = WorkTable(sizes, len(self.parameters), elements, unit, self.skips.device)
+                    launches.append((is_8bit, work))
+            self._work_tables[members] = launches
+        return self._work_tables[members]
 
     def _launch(self, members: tuple[int, ...], gradients: dict[int, Tensor], slot: int) -> None:
         beta1, beta2 = self.betas
-        numbers = (beta1, beta2, 1 - beta1, 1 - beta2, self.eps)
+        constants = (beta1, beta2, 1 - beta1, 1 - beta2, self.eps)
         options = {"WEIGHT": WEIGHTS[self.parameters[0].dtype], "MEMORY": self.memory}
         like = next(iter(gradients.values()))
-        for coded, programs in self._programs_of(members):
+        for is_8bit, work in self._work_tables_of(members):
             shared = (
-                self._table(slot),
-                programs.gradients(gradients),
-                programs.table,
+                self._address_table(slot),
+                work.gradient_addresses(gradients),
+                work.rows,
                 like,
                 self._hyper,
                 self._corrections,
@@ -587,17 +616,17 @@ class AdamW8bit:
                 self.step_counts,
                 self._seed,
             )
-            grid = (len(programs.table),)
-            if coded:
+            grid = (len(work.rows),)
+            if is_8bit:
                 maps = (*self.maps, *self._bounds)
-                _adamw8bit_kernel[grid](*shared, *maps, *numbers, **options, BLOCK_SIZE=BLOCK_SIZE, ROWS=ROWS)
+                _adamw8bit_kernel[grid](*shared, *maps, *constants, **options, BLOCK_SIZE=BLOCK_SIZE, ROWS=ROWS)
             else:
-                _adamw32bit_kernel[grid](*shared, *numbers, **options, CHUNK=CHUNK)
+                _adamw32bit_kernel[grid](*shared, *constants, **options, CHUNK=CHUNK)
 
     def _update_in_pytorch(self, index: int, gradient: Tensor, slot: int) -> None:
         words = None
         if self.memory in ("near", "rounded"):
-            words = draws(self.seed, self.step_counts[index] + 1, index, gradient.numel())
+            words = rounding_words(self.seed, self.step_counts[index] + 1, index, gradient.numel())
         adamw8bit_reference(
             self.parameters[index].detach(),
             *self._state(index, slot),
@@ -615,8 +644,11 @@ def _moments(pieces: dict[str, Tensor]) -> Moments:
     return Moments(*(pieces[name] for name in ("state1", "state2", "absmax1", "absmax2")))
 
 
-def _lie_alike(x: Tensor, y: Tensor) -> bool:
-    """Return whether two tensors of a shape have one memory order; cuDNN gives a 1x1 kernel's gradient other strides of size 1."""
+def _same_memory_order(x: Tensor, y: Tensor) -> bool:
+    """Return whether two tensors of one shape have the same memory order.
+
+    Strides of dimensions of size 1 do not count: cuDNN's differ for the gradient of a 1x1 kernel.
+    """
     if x.stride() == y.stride():
         return True
     return all(n == 1 or a == b for n, a, b in zip(x.shape, x.stride(), y.stride(), strict=True))

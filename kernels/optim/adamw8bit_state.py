@@ -1,7 +1,7 @@
-"""AdamW8bit's state out of it and into it: as it is, contiguous, for checkpoints; and as bitsandbytes keeps it.
+"""Export and import of AdamW8bit's state: contiguous, for checkpoints; and in bitsandbytes' format.
 
-A state that comes from another memory order is requantised, since blocks follow memory order: each value is then off by at
-most half the map's widest gap times its block's largest.
+Quantization blocks follow memory order, so a state saved from another memory order is requantized on import. Each value
+is then off by at most half the code map's widest gap times its block's absmax.
 """
 
 from __future__ import annotations
@@ -13,29 +13,35 @@ from safelight.kernels.optim.adamw8bit import AdamW8bit
 from safelight.kernels.optim.blockwise_8bit import dequantize, in_memory_order, quantize
 from safelight.kernels.optim.split_weights import join
 
-SIGNED = (True, False)  # the first moment has a sign, the second none
+SIGNED = (True, False)  # the first moment is signed, the second is not
+# memory modes by what they can represent: a mode loads a coarser one's state without loss
+PRECISION_RANK = {"rounded": 0, "near": 1, "exact": 2, "fp32": 3}
 
 
 def _contiguous(x: Tensor) -> Tensor:
     return x.detach().clone(memory_format=torch.contiguous_format)
 
 
-def _reordered(codes: Tensor, absmax: Tensor, signed: bool, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (flat codes, absmax) for target's memory order of codes that are flat in source's; both stand for shapes."""
+def _requantized(codes: Tensor, absmax: Tensor, signed: bool, source: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (codes, absmax), flat in target's memory order, of codes that are flat in source's.
+
+    source, target: only their shapes and strides are used.
+    """
     exact = torch.empty_like(source, dtype=torch.float32)
     in_memory_order(exact).copy_(dequantize(codes, absmax, signed))
     return quantize(in_memory_order(torch.empty_like(target, dtype=torch.float32).copy_(exact)), signed)
 
 
 def state_of(optimizer: AdamW8bit, index: int, live: bool = False) -> dict[str, Tensor]:
-    """Return a parameter's state, contiguous copies: step, state1, state2, and absmax1, absmax2 of 8-bit ones.
+    """Return a parameter's state by name, as contiguous copies.
 
-    remainder: what a memory mode keeps beside a 16-bit weight, int16 | int8; master: float32. strides: of a parameter that
-    is not contiguous, for the order that absmaxes stand in. live: no copies, but what the next step changes, in its memory
-    order; for whoever copies it himself.
+    step, state1, state2; absmax1, absmax2 if the moments are 8-bit; strides, if the parameter is not contiguous, which
+    give the order of the absmaxes' blocks; remainder, int16 | int8, or master, float32, if the memory mode keeps one.
+    live: return the tensors themselves, in their own memory order, which the next step overwrites; the caller copies
+    them.
     """
     contiguous, copy = (torch.Tensor.detach,) * 2 if live else (_contiguous, torch.clone)
-    p, moments, beside = optimizer.parameters[index], optimizer.moments[index], optimizer.remainders[index]
+    p, moments, remainder = optimizer.parameters[index], optimizer.moments[index], optimizer.remainders[index]
     optimizer.synchronize()
     state = {"step": copy(optimizer.step_counts[index])}
     for number in (1, 2):
@@ -45,29 +51,30 @@ def state_of(optimizer: AdamW8bit, index: int, live: bool = False) -> dict[str, 
             state[f"absmax{number}"] = copy(absmax)
     if not p.is_contiguous() and moments.absmax1 is not None:
         state["strides"] = torch.tensor(p.stride())
-    if beside is not None:
-        state["master" if beside.dtype == torch.float32 else "remainder"] = contiguous(beside)
+    if remainder is not None:
+        state["master" if remainder.dtype == torch.float32 else "remainder"] = contiguous(remainder)
     return state
 
 
 @torch.no_grad()
 def load_state(optimizer: AdamW8bit, index: int, state: dict[str, Tensor]) -> None:
-    """Take what `state_of` gave, or bitsandbytes' state: step and moments. Weights: `load_value`.
+    """Load a parameter's step and moments from what `state_of` returned, or from bitsandbytes' state.
 
-    Raises ValueError where a shape or the kind of moments is not this parameter's; then nothing is changed.
+    The weight and its remainder are loaded by `load_value`. Raises ValueError, changing nothing, if a shape does not
+    fit or the moments are 8-bit on one side and float32 on the other.
     """
     p, moments = optimizer.parameters[index], optimizer.moments[index]
     optimizer.synchronize()
-    found = []
+    loaded = []
     for number, signed in enumerate(SIGNED, start=1):
         target, scales = getattr(moments, f"state{number}"), getattr(moments, f"absmax{number}")
         source = state[f"state{number}"].to(p.device)
         if source.shape != p.shape or source.dtype != target.dtype:
             raise ValueError(
-                f"state{number} is {tuple(source.shape)} {source.dtype}; this weight has {tuple(p.shape)} {target.dtype}"
+                f"state{number} is {tuple(source.shape)} {source.dtype}, its weight {tuple(p.shape)} {target.dtype}"
             )
         if scales is None:
-            found.append((torch.empty_like(target).copy_(source), None))
+            loaded.append((torch.empty_like(target).copy_(source), None))
             continue
         given = state[f"absmax{number}"].to(p.device)
         if given.shape != scales.shape:
@@ -76,58 +83,55 @@ def load_state(optimizer: AdamW8bit, index: int, state: dict[str, Tensor]) -> No
             )
         strides = tuple(state["strides"].tolist()) if "strides" in state else source.contiguous().stride()
         if strides == p.stride():
-            found.append((torch.empty_like(target).copy_(source), given))
+            loaded.append((torch.empty_like(target).copy_(source), given))
             continue
         like = torch.empty_strided(tuple(p.shape), strides, dtype=torch.uint8, device=p.device).copy_(source)
-        codes, given = _reordered(in_memory_order(like), given, signed, like, p)
+        codes, given = _requantized(in_memory_order(like), given, signed, like, p)
         rearranged = torch.empty_like(target)
         in_memory_order(rearranged).copy_(codes)
-        found.append((rearranged, given))
+        loaded.append((rearranged, given))
     optimizer.step_counts[index] = int(state["step"])
-    for number, (values, given) in enumerate(found, start=1):
+    for number, (values, given) in enumerate(loaded, start=1):
         getattr(moments, f"state{number}").copy_(values)
         if given is not None:
             getattr(moments, f"absmax{number}").copy_(given)
 
 
-# what a mode can take over without losing anything
-FINER = {"rounded": 0, "near": 1, "exact": 2, "fp32": 3}
-
-
 @torch.no_grad()
 def load_value(optimizer: AdamW8bit, index: int, weight: Tensor, state: dict[str, Tensor]) -> None:
-    """Give a parameter the value of a checkpoint's weight and what its mode kept beside it.
+    """Set a parameter to the value of a checkpoint's weight, completed by the remainder or master in `state`.
 
-    Raises ValueError where this optimizer's mode cannot hold all that the other kept.
+    Raises ValueError if this optimizer's memory mode cannot represent what the checkpoint's mode kept.
     """
     p = optimizer.parameters[index]
-    beside = state.get("master", state.get("remainder"))
-    if beside is not None and beside.shape != p.shape:
-        raise ValueError(f"what completes this weight has shape {tuple(beside.shape)}, not {tuple(p.shape)}")
-    kept = "rounded"
-    if beside is not None:
-        kept = {torch.float32: "fp32", torch.int16: "exact", torch.int8: "near"}[beside.dtype]
-    same = kept == optimizer.memory or (p.dtype == torch.float32 and beside is None)
-    # a bf16 weight and 16 bits are the fp32 value, one to one
-    same_values = {kept, optimizer.memory} == {"fp32", "exact"} and p.dtype == torch.bfloat16
-    if not same and not same_values and FINER[optimizer.memory] < FINER[kept]:
+    remainder = state.get("master", state.get("remainder"))
+    if remainder is not None and remainder.shape != p.shape:
+        raise ValueError(f"the remainder has shape {tuple(remainder.shape)}, its weight {tuple(p.shape)}")
+    saved_mode = "rounded"
+    if remainder is not None:
+        saved_mode = {torch.float32: "fp32", torch.int16: "exact", torch.int8: "near"}[remainder.dtype]
+    same_mode = saved_mode == optimizer.memory or (p.dtype == torch.float32 and remainder is None)
+    # a bf16 weight and its 16-bit remainder are the fp32 value, one to one
+    same_values = {saved_mode, optimizer.memory} == {"fp32", "exact"} and p.dtype == torch.bfloat16
+    if not same_mode and not same_values and PRECISION_RANK[optimizer.memory] < PRECISION_RANK[saved_mode]:
         raise ValueError(
-            f"it was kept with optimizer.memory {kept}, of which {optimizer.memory} would lose a part; "
-            f"use {kept}" + ("" if kept == "fp32" else " or a finer one")
+            f"it was saved with optimizer.memory {saved_mode}, which {optimizer.memory} cannot hold without loss; "
+            f"use {saved_mode}" + ("" if saved_mode == "fp32" else " or a finer one")
         )
     weight = weight.to(p.device)
     optimizer.synchronize()
-    if same and beside is not None and kept != "fp32":
+    if same_mode and remainder is not None and saved_mode != "fp32":
         p.copy_(weight)
-        optimizer.remainders[index].copy_(beside)
+        optimizer.remainders[index].copy_(remainder)
     else:
-        optimizer.assign(index, join(weight, None if beside is None else beside.to(p.device)))
+        optimizer.assign(index, join(weight, None if remainder is None else remainder.to(p.device)))
 
 
 def bitsandbytes_state(optimizer: AdamW8bit, index: int) -> dict[str, int | Tensor]:
-    """Return a parameter's state as bitsandbytes.optim.AdamW8bit keeps it, contiguous; copies.
+    """Return a parameter's state in the format of bitsandbytes.optim.AdamW8bit, as contiguous copies.
 
-    Exact for a contiguous parameter, requantised for any other. Reads the step: one host sync.
+    Exact for a contiguous parameter, requantized for any other. Reads the step count, which synchronizes with the
+    device.
     """
     p, moments = optimizer.parameters[index], optimizer.moments[index]
     optimizer.synchronize()
@@ -138,7 +142,7 @@ def bitsandbytes_state(optimizer: AdamW8bit, index: int) -> dict[str, int | Tens
             state[f"qmap{number}"] = optimizer.maps[number - 1].clone()
             if not p.is_contiguous():
                 contiguous = torch.empty(p.shape, device=p.device)
-                codes, absmax = _reordered(in_memory_order(values), absmax, signed, p, contiguous)
+                codes, absmax = _requantized(in_memory_order(values), absmax, signed, p, contiguous)
                 values = codes.view(p.shape)
             state[f"absmax{number}"] = absmax.clone()
         state[f"state{number}"] = _contiguous(values)
@@ -146,12 +150,12 @@ def bitsandbytes_state(optimizer: AdamW8bit, index: int) -> dict[str, int | Tens
 
 
 def load_bitsandbytes_state(optimizer: AdamW8bit, index: int, state: dict[str, int | Tensor]) -> None:
-    """Take what `bitsandbytes_state` or bitsandbytes gave.
+    """Load a parameter's state from bitsandbytes' format.
 
-    Raises ValueError where a shape, the kind of moments, or the maps are not this parameter's.
+    Raises ValueError as `load_state`, and if the codes refer to another map than bitsandbytes' dynamic one.
     """
     if optimizer.moments[index].absmax1 is not None and state["state1"].dtype == torch.uint8:
         for number, code_map in enumerate(optimizer.maps, start=1):
             if not torch.equal(state[f"qmap{number}"].to(code_map.device), code_map):
-                raise ValueError(f"qmap{number} is not bitsandbytes' dynamic map; these moments are of another kind")
+                raise ValueError(f"qmap{number} is not bitsandbytes' dynamic map, the only one supported")
     load_state(optimizer, index, state)

@@ -1,10 +1,11 @@
-"""The exponential moving average of the weights, of all tensors in one launch.
+"""The exponential moving average of a model's weights: all tensors in one launch.
 
     average = average + (1 - decay) * (weight - average)
 
-The averages are fp32, the weights fp32 or 16-bit, alone or with the remainders that complete them to fp32
-(kernels/optim/split_weights.py). A table of addresses, made once, tells each program its tensor and its chunk of it; the decay is a
-number on the device, so that a captured graph can be replayed under another.
+Averages are fp32. Weights are fp32 or 16-bit; 16-bit weights may come with the remainders that complete them to fp32
+(kernels/optim/split_weights.py). Each program updates CHUNK elements of one tensor, whose addresses it reads from a
+table built at the first update. The decay lives on the device, so a captured CUDA graph can be replayed with another
+value.
 """
 
 from __future__ import annotations
@@ -28,18 +29,20 @@ MEMORIES = {torch.int16: "exact", torch.int8: "near"}
 
 
 def ema_reference(averages: Iterable[Tensor], weights: Iterable[Tensor], decay: Tensor) -> None:
-    """Update the averages in place, in plain PyTorch."""
+    """Update the averages in place, in plain PyTorch; decay as `EMA.update`."""
     for average, weight in zip(averages, weights, strict=True):
         average.add_((1 - decay) * (weight.to(average.dtype) - average))
 
 
 @kernel
 def _ema_kernel(
-    table_ptr, like_ptr, beside_like_ptr, decay_ptr, WEIGHT: tl.constexpr, MEMORY: tl.constexpr, CHUNK: tl.constexpr
+    table_ptr, like_ptr, remainder_like_ptr, decay_ptr, WEIGHT: tl.constexpr, MEMORY: tl.constexpr, CHUNK: tl.constexpr
 ):
-    """table: (programs, 5) int64: addresses of average, weight and remainder, first element, number of elements.
+    """Update CHUNK elements of one tensor's average.
 
-    MEMORY: exact | near, of the remainders; none: there are none.
+    table: (programs, 5) int64: addresses of average, weight and remainder, first element, number of elements. like,
+    remainder_like: a weight and a remainder, for their dtypes. MEMORY: exact | near, the remainders' form; none
+    without.
     """
     row = table_ptr + tl.program_id(0).to(tl.int64) * 5
     average_ptr = tl.load(row).to(tl.pointer_type(tl.float32))
@@ -52,17 +55,18 @@ def _ema_kernel(
         weight = tl.load(weight_ptr + i, mask=mask, other=0.0).to(tl.float32)
     else:
         bits = tl.load(tl.load(row + 1).to(tl.pointer_type(tl.int16)) + i, mask=mask, other=0)
-        beside_ptr = tl.load(row + 2).to(tl.pointer_type(beside_like_ptr.dtype.element_ty))
-        weight = join_bits(bits, tl.load(beside_ptr + i, mask=mask, other=0).to(tl.int32), WEIGHT, MEMORY)
+        remainder_ptr = tl.load(row + 2).to(tl.pointer_type(remainder_like_ptr.dtype.element_ty))
+        weight = join_bits(bits, tl.load(remainder_ptr + i, mask=mask, other=0).to(tl.int32), WEIGHT, MEMORY)
     tl.store(average_ptr + i, average + (1.0 - decay) * (weight - average), mask=mask)
 
 
 class EMA:
-    """The averages of some weights. averages: fp32 tensors, updated in place; weights: tensors of one dtype, only read.
+    """Moving averages of some weights.
 
-    remainders: int16 or int8 ones, of 16-bit weights and in their memory order; None: what is followed are the weights
-    alone. All are held: their memory must stay where it is (assign with copy_). Raises ValueError where they do not
-    match, or where one is not dense in the other's memory order.
+    averages: float32, updated in place; weights: of one dtype, only read. remainders: int16 | int8, in the memory order
+    of their 16-bit weights; None averages the weights as they are. The tensors' memory must not move: assign with
+    copy_.
+    Raises ValueError unless each average has its weight's shape, device and memory order, and is dense.
     """
 
     def __init__(self, averages: list[Tensor], weights: list[Tensor], remainders: list[Tensor] | None = None):
@@ -74,37 +78,38 @@ class EMA:
                 )
             if average.stride() != weight.stride() or not is_dense(weight):
                 raise ValueError(
-                    f"strides {average.stride()} and {weight.stride()} differ or leave gaps; average in the weight's memory order"
+                    f"strides {average.stride()} of an average and {weight.stride()} of its weight differ or leave "
+                    "gaps; give the average its weight's memory order"
                 )
         dtypes = {weight.dtype for weight in weights}
         if len(dtypes) != 1 or not dtypes <= set(KERNEL_DTYPES):
             raise ValueError(
                 f"the weights must be of one dtype, float32, float16 or bfloat16, got {sorted(map(str, dtypes))}"
             )
-        for weight, beside in zip(weights, remainders or [], strict=remainders is not None):
-            if weight.dtype == torch.float32 or beside.dtype not in MEMORIES or beside.stride() != weight.stride():
+        for weight, rest in zip(weights, remainders or [], strict=remainders is not None):
+            if weight.dtype == torch.float32 or rest.dtype not in MEMORIES or rest.stride() != weight.stride():
                 raise ValueError(
-                    f"a remainder is int16 or int8 beside a 16-bit weight, in its memory order; got {beside.dtype} with "
-                    f"strides {beside.stride()} beside {weight.dtype} with {weight.stride()}"
+                    "a remainder must be int16 or int8 and have its 16-bit weight's memory order; got "
+                    f"{rest.dtype} with strides {rest.stride()} for {weight.dtype} with {weight.stride()}"
                 )
         self.averages, self.weights, self.remainders = averages, weights, remainders
         self._table: Tensor | None = None
 
     def _make_table(self) -> Tensor:
-        besides = self.remainders or [None] * len(self.weights)
+        remainders = self.remainders or [None] * len(self.weights)
         rows = [
-            (average.data_ptr(), weight.data_ptr(), 0 if beside is None else beside.data_ptr(), first, weight.numel())
-            for average, weight, beside in zip(self.averages, self.weights, besides, strict=True)
+            (average.data_ptr(), weight.data_ptr(), 0 if rest is None else rest.data_ptr(), first, weight.numel())
+            for average, weight, rest in zip(self.averages, self.weights, remainders, strict=True)
             for first in range(0, weight.numel(), CHUNK)
         ]
         return torch.tensor(rows, dtype=torch.int64, device=self.weights[0].device).reshape(-1, 5)
 
     @torch.no_grad()
     def update(self, decay: Tensor) -> None:
-        """Move every average towards its weight. decay: one float32 number on the weights' device."""
-        first, beside = self.weights[0], self.remainders[0] if self.remainders else None
-        if not runs_kernel(first):
-            # joined one after the other: together they are a copy of the model
+        """Move every average towards its weight. decay: a float32 scalar on the weights' device."""
+        weight, remainder = self.weights[0], self.remainders[0] if self.remainders else None
+        if not runs_kernel(weight):
+            # lazily, one tensor at a time: all joined weights together would be an fp32 copy of the model
             weights = map(join, self.weights, self.remainders) if self.remainders else self.weights
             ema_reference(self.averages, weights, decay)
             return
@@ -113,11 +118,11 @@ class EMA:
         if len(self._table):
             _ema_kernel[(len(self._table),)](
                 self._table,
-                first,
-                first if beside is None else beside,
+                weight,
+                weight if remainder is None else remainder,
                 decay,
-                WEIGHT=WEIGHTS[first.dtype],
-                MEMORY="none" if beside is None else MEMORIES[beside.dtype],
+                WEIGHT=WEIGHTS[weight.dtype],
+                MEMORY="none" if remainder is None else MEMORIES[remainder.dtype],
                 CHUNK=CHUNK,
                 num_warps=NUM_WARPS,
             )

@@ -1,19 +1,22 @@
-"""16-bit weights, and what 16 bits leave of an fp32 value beside them.
+"""Splitting an fp32 weight into a 16-bit weight and a remainder, and joining the two again.
 
-    exact    int16 beside the weight: the pair is the fp32 value
-    near     int8 beside the weight, rounded stochastically below it: without bias
-    rounded  the weight alone, rounded stochastically
-    fp32     the weight beside an fp32 master, rounded to it
+The memory modes, by what is stored besides the 16-bit weight:
 
-bf16: `w = (bits + 0x8000) >> 16`, `rem = bits - (w << 16)`: a value goes to the nearest bf16, away from zero at a tie, and
-the pair is inverted by one addition. Truncation would shift every weight, ties to even would make the inverse ambiguous.
-fp16: the weight is the nearest fp16, the remainder counts units of ulp(w) 2^-15 (exact) or ulp(w) 2^-7 (near), where
-subnormals have the ulp of the smallest normal: exact for every value of 2^-16 and more (less is off by 2^-40 at most).
-A master keeps its fp32 value whatever it is.
+    exact    an int16 remainder: the pair is the fp32 value
+    near     an int8 remainder, what lies below it rounded stochastically: unbiased
+    rounded  nothing; the weight itself is rounded stochastically
+    fp32     an fp32 master, of which the weight is the rounded copy
 
-No finite value becomes an infinite weight: beyond the largest 16-bit number it stays there. A NaN stays one, with
-remainder 0. Stochastic rounding takes the farther neighbour with the probability of what is cut off, so a value that needs
-no rounding is never moved. Its draws are Philox words of (seed, step, place of the parameter, element in memory order).
+bf16: `w = (bits + 0x8000) >> 16`, `remainder = bits - (w << 16)`. The weight is the nearest bf16, away from zero at a
+tie, and one addition joins the pair. Truncation would bias every weight; ties to even would make the inverse ambiguous.
+fp16: the weight is the nearest fp16, and the remainder counts units of ulp(w) 2^-15 (exact) or ulp(w) 2^-7 (near),
+where subnormals use the ulp of the smallest normal. Exact for magnitudes of 2^-16 and more; below that, off by at most
+2^-40.
+
+A finite value never becomes an infinite weight: it saturates at the largest finite 16-bit number. A NaN stays NaN, with
+remainder 0. Stochastic rounding goes to the farther neighbour with a probability equal to the fraction that is cut off,
+so a value that needs no rounding never moves. Its random words are Philox of (seed, step, parameter index, element in
+memory order).
 """
 
 from __future__ import annotations
@@ -33,34 +36,37 @@ if TYPE_CHECKING:
 REMAINDERS = {"fp32": torch.float32, "exact": torch.int16, "near": torch.int8, "rounded": None}
 PURPOSE = int(Purpose.ROUNDING)
 
-NO_SIGN = 0x7FFFFFFF
+MAGNITUDE = 0x7FFFFFFF  # all bits but the sign
 INFINITY, NAN = 0x7F800000, 0x7FC00000
-# the largest fp32 bits whose bf16 weight is finite, by mode
+# by mode, the largest fp32 bits that round to a finite bf16
 LARGEST_EXACT, LARGEST_NEAR, LARGEST_ROUNDED = 0x7F7F7FFF, 0x7F7F7F00, 0x7F7F0000
 LARGEST_FP16 = 65504.0
-SMALLEST_NORMAL_EXPONENT = 113  # of fp16, 2^-14, in fp32's biased count
-UNIT_EXACT, UNIT_NEAR, UNIT_ULP = 25, 17, 10  # a unit is 2^(exponent - this)
-ROUND = 12582912.0  # 1.5 * 2^23: added and taken away again it rounds to the nearest integer, to even at a tie
+SMALLEST_NORMAL_EXPONENT = 113  # fp32's biased exponent of 2^-14, the smallest normal fp16
+UNIT_EXACT, UNIT_NEAR, UNIT_ULP = 25, 17, 10  # fp16 remainders count units of 2^(exponent - this)
+ROUND = 12582912.0  # 1.5 * 2^23: adding and subtracting it rounds to the nearest integer, ties to even
 
 
-def draws(seed: int, step: Tensor, parameter: int, num: int) -> Tensor:
-    """Return `num` words, int64 in 0 .. 2^32 - 1, of a parameter's elements in memory order. step: int64 number, 32 bits count."""
+def rounding_words(seed: int, step: Tensor, parameter: int, num: int) -> Tensor:
+    """Return the random words of a parameter's elements in memory order, (num,) int64 in 0 .. 2^32 - 1.
+
+    step: an int64 scalar, of which 32 bits are used. parameter: its index in the optimizer.
+    """
     block = torch.arange((num + 3) // 4, dtype=torch.int64, device=step.device)
     c1, c2 = (torch.full_like(step, x) for x in (parameter & MASK_32, (parameter >> 32) << 8 | PURPOSE))
-    found = philox_torch((block, c1, c2, step & MASK_32), (seed & MASK_32, seed >> 32))
-    return torch.stack(found, dim=-1).view(-1)[:num]
+    words = philox_torch((block, c1, c2, step & MASK_32), (seed & MASK_32, seed >> 32))
+    return torch.stack(words, dim=-1).view(-1)[:num]
 
 
 def _saturated(x: Tensor, largest: int) -> Tensor:
-    """Return x's bits, int32, no larger in magnitude than `largest`; NaN becomes the quiet one."""
+    """Return x's bits, int32, with the magnitude limited to `largest`; NaN becomes the quiet NaN."""
     bits = x.view(torch.int32)
-    size = bits & NO_SIGN
+    size = bits & MAGNITUDE
     size = torch.where(size > INFINITY, NAN, size.clamp(max=largest))
-    return size | (bits & ~NO_SIGN)
+    return size | (bits & ~MAGNITUDE)
 
 
 def _unit(x: Tensor, below: int) -> tuple[Tensor, Tensor]:
-    """Return 2^(e - below) and its inverse, e the exponent of an fp16 number, float32."""
+    """Return 2^(e - below) and its inverse, float32; e is the exponent of the fp16 value x."""
     exponent = ((x.view(torch.int32) >> 23) & 255).clamp(min=SMALLEST_NORMAL_EXPONENT)
     return ((exponent - below) << 23).view(torch.float32), ((254 + below - exponent) << 23).view(torch.float32)
 
@@ -74,9 +80,10 @@ def _nearest_fp16(x: Tensor) -> Tensor:
 
 
 def split(x: Tensor, dtype: torch.dtype, memory: str, words: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Return (weight, remainder) of float32 values. words: `draws` of x's shape, for near and rounded.
+    """Return (weight, remainder) of float32 values.
 
-    dtype: of the weight, bfloat16 or float16. memory: exact -> int16, near -> int8, rounded -> None, fp32 -> x itself.
+    dtype: the weight's, bfloat16 or float16. memory: decides the remainder: exact int16, near int8, rounded None, fp32
+    x itself. words: `rounding_words` in x's shape, for near and rounded.
     """
     if dtype == torch.bfloat16:
         return _split_bf16(x, memory, words)
@@ -90,11 +97,11 @@ def split(x: Tensor, dtype: torch.dtype, memory: str, words: Tensor | None = Non
     weight = _nearest_fp16(x)
     near = weight.float()
     _, inverse = _unit(near, UNIT_EXACT if memory == "exact" else UNIT_NEAR)
-    left = (x - near) * inverse
+    rest = (x - near) * inverse
     if memory == "exact":
-        count = ((left + ROUND) - ROUND).clamp(-(2.0**15), 2.0**15 - 1)
+        count = ((rest + ROUND) - ROUND).clamp(-(2.0**15), 2.0**15 - 1)
     else:
-        count = torch.floor(left.clamp(-128.0, 127.0) + (words >> 16).float() * 2.0**-16).clamp(-128.0, 127.0)
+        count = torch.floor(rest.clamp(-128.0, 127.0) + (words >> 16).float() * 2.0**-16).clamp(-128.0, 127.0)
     return weight, torch.where(torch.isnan(x), 0.0, count).to(REMAINDERS[memory])
 
 
@@ -110,35 +117,35 @@ def _split_bf16(x: Tensor, memory: str, words: Tensor | None) -> tuple[Tensor, T
     return _as_bf16(weight), x if memory == "fp32" else (bits - (weight << 16)).to(torch.int16)
 
 
-def start(x: Tensor, dtype: torch.dtype, memory: str) -> tuple[Tensor, Tensor | None]:
-    """Return (weight, remainder) of float32 values to begin with: the nearest that the mode holds, nothing drawn."""
+def split_nearest(x: Tensor, dtype: torch.dtype, memory: str) -> tuple[Tensor, Tensor | None]:
+    """Return (weight, remainder) of float32 values, rounded to the nearest that the mode holds; nothing is random."""
     if memory in ("exact", "fp32"):
         return split(x, dtype, memory)
-    weight, left = split(x, dtype, "exact")
-    return weight, None if memory == "rounded" else ((left.int() + 0x80) >> 8).clamp(max=127).to(torch.int8)
+    weight, rest = split(x, dtype, "exact")
+    return weight, None if memory == "rounded" else ((rest.int() + 0x80) >> 8).clamp(max=127).to(torch.int8)
 
 
 def join(weight: Tensor, remainder: Tensor | None) -> Tensor:
-    """Return the float32 value of a pair; of the weight alone where there is no remainder."""
+    """Return the float32 value of a weight and its remainder (or master); None: of the weight alone."""
     if remainder is None:
         return weight.float()
     if remainder.dtype == torch.float32:
         return remainder
     if weight.dtype == torch.bfloat16:
-        left = remainder.int() << (0 if remainder.dtype == torch.int16 else 8)
-        return ((weight.view(torch.int16).int() << 16) + left).view(torch.float32)
+        rest = remainder.int() << (0 if remainder.dtype == torch.int16 else 8)
+        return ((weight.view(torch.int16).int() << 16) + rest).view(torch.float32)
     near = weight.float()
     unit, _ = _unit(near, UNIT_EXACT if remainder.dtype == torch.int16 else UNIT_NEAR)
-    # a negative zero plus zero would be a positive one
+    # -0 + 0 would be +0
     return torch.where(remainder == 0, near, near + remainder.float() * unit)
 
 
-# the same in kernels, step by step; weights pass as their 16 bits, int16
+# The same operations for kernels. Weights are passed as their 16 bits, int16.
 
 
 @kernel(fp_fusion=False)
-def draws_of_rows(first_row, parameter, step, seed_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Return (ROWS, COLUMNS) uint32: the words of a parameter's elements from first_row * COLUMNS on."""
+def rounding_words_of_rows(first_row, parameter, step, seed_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return the random words of a parameter's elements from first_row * COLUMNS on, (ROWS, COLUMNS) uint32."""
     block = first_row * (COLUMNS // 4) + tl.arange(0, ROWS * (COLUMNS // 4))
     c1 = (parameter & 0xFFFFFFFF).to(tl.uint32)
     c2 = ((parameter >> 32) << 8 | PURPOSE).to(tl.uint32)
@@ -151,9 +158,9 @@ def draws_of_rows(first_row, parameter, step, seed_ptr, ROWS: tl.constexpr, COLU
 @kernel(fp_fusion=False)
 def _saturated_bits(x, largest):
     bits = x.to(tl.int32, bitcast=True)
-    size = bits & NO_SIGN
+    size = bits & MAGNITUDE
     size = tl.where(size > INFINITY, NAN, tl.minimum(size, largest))
-    return size | (bits ^ (bits & NO_SIGN))
+    return size | (bits ^ (bits & MAGNITUDE))
 
 
 @kernel(fp_fusion=False)
@@ -163,16 +170,16 @@ def _fp16_exponent(x):
 
 @kernel(fp_fusion=False)
 def _bounded(x, largest):
-    """Return x within -largest .. largest, NaN as it is."""
+    """Return x limited to -largest .. largest; NaN stays NaN."""
     return tl.where(x > largest, largest, tl.where(x < -largest, -largest, x))
 
 
 @kernel(fp_fusion=False)
 def join_bits(weight, remainder, WEIGHT: tl.constexpr, MEMORY: tl.constexpr):
-    """Return the float32 values of (weight bits int16, remainder int32; 0 for rounded)."""
+    """Return float32 values. weight: its 16 bits as int16; remainder: int32, 0 for rounded."""
     if WEIGHT == "bf16":
-        left = remainder << 8 if MEMORY == "near" else remainder
-        value = ((weight.to(tl.int32) << 16) + left).to(tl.float32, bitcast=True)
+        rest = remainder << 8 if MEMORY == "near" else remainder
+        value = ((weight.to(tl.int32) << 16) + rest).to(tl.float32, bitcast=True)
     else:
         near = weight.to(tl.float16, bitcast=True).to(tl.float32)
         below = UNIT_NEAR if MEMORY == "near" else UNIT_EXACT
@@ -183,7 +190,7 @@ def join_bits(weight, remainder, WEIGHT: tl.constexpr, MEMORY: tl.constexpr):
 
 @kernel(fp_fusion=False)
 def split_bits(x, words, WEIGHT: tl.constexpr, MEMORY: tl.constexpr):
-    """Return (weight bits int16, remainder int32) of float32 values. words: uint32, looked at for near and rounded."""
+    """Return (the weight's 16 bits as int16, remainder int32) of float32 x. words: uint32, used by near and rounded."""
     remainder = tl.full(x.shape, 0, tl.int32)
     if WEIGHT == "bf16":
         if MEMORY == "rounded":
@@ -209,12 +216,12 @@ def split_bits(x, words, WEIGHT: tl.constexpr, MEMORY: tl.constexpr):
         rounded = _bounded(x, LARGEST_FP16).to(tl.float16)
         near = rounded.to(tl.float32)
         below = UNIT_NEAR if MEMORY == "near" else UNIT_EXACT
-        left = (x - near) * ((254 - _fp16_exponent(near) + below) << 23).to(tl.float32, bitcast=True)
+        rest = (x - near) * ((254 - _fp16_exponent(near) + below) << 23).to(tl.float32, bitcast=True)
         if MEMORY == "near":
-            left = tl.floor(_bounded(left, 128.0) + (words >> 16).to(tl.float32) * 0.0000152587890625)
-            count = tl.minimum(tl.maximum(left, -128.0), 127.0)
+            rest = tl.floor(_bounded(rest, 128.0) + (words >> 16).to(tl.float32) * 0.0000152587890625)
+            count = tl.minimum(tl.maximum(rest, -128.0), 127.0)
         else:
-            count = tl.minimum(tl.maximum((left + ROUND) - ROUND, -32768.0), 32767.0)
+            count = tl.minimum(tl.maximum((rest + ROUND) - ROUND, -32768.0), 32767.0)
         remainder = tl.where(x != x, 0.0, count).to(tl.int32)
         weight = rounded.to(tl.int16, bitcast=True)
     return weight, remainder

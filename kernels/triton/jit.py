@@ -1,24 +1,28 @@
-"""Triton kernels that are made when they are first launched: compiled for CUDA tensors, interpreted for CPU ones.
+"""Triton kernels bound at their first launch: compiled for CUDA tensors, interpreted for CPU tensors, recorded on meta.
 
-Importing an op's module must not import triton, which Windows and macOS lack, and both forms of a kernel must live in
-one process: the tests interpret kernels while the ahead-of-time gate compiles the same ones. `triton.jit` decides once,
-when it decorates. So a kernel here is a plain function under `@kernel`, and what it refers to is bound late: `tl`,
-other kernels, and the module's int and float constants (which Triton wants as constexpr).
+Two things must hold. Importing an op must not import triton, which Windows and macOS lack; and one process must be able
+to both interpret a kernel (the tests) and compile it (the ahead-of-time gate). `triton.jit` allows neither, because it
+decides at decoration time. So a kernel here is a plain function under `@kernel`, and the globals it uses are bound at
+first use: `tl`, other kernels, and the module's int and float constants, which Triton needs as constexpr.
 
-Triton's own library functions (`tl.sum`, `tl.zeros`, `tl.cdiv`, `tl.sigmoid`) are kernels bound at Triton's import and
-cannot be interpreted after it; use `tl.reduce` with `tl.standard._sum_combine`, `tl.full`, and plain arithmetic.
+Triton's own library functions (`tl.sum`, `tl.zeros`, `tl.cdiv`, `tl.sigmoid`) are kernels bound when triton is
+imported, so they cannot be interpreted afterwards. Use `tl.reduce` with `tl.standard._sum_combine`, `tl.full` and plain
+arithmetic.
 
-A dispatch mode that sees our kernels too: torch's dispatcher knows operators alone.
+On meta tensors nothing runs: the launch is handed to whoever listens (`record_launches`, `LaunchMode`). That is how the
+benchmarks count kernels and how the memory plan and the ahead-of-time gate see them without a GPU.
 """
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import functools
 import importlib.util
 import inspect
 import os
 import subprocess
+import textwrap
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -29,33 +33,20 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-
-class LaunchMode(TorchDispatchMode):
-    """While it is entered, `_launched` is called with every launch on meta tensors, beside `__torch_dispatch__`."""
-
-    def __init__(self):
-        super().__init__()
-        self._listening = contextlib.ExitStack()
-
-    def __enter__(self):
-        self._listening.enter_context(tell_launches(self._launched))
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        self._listening.close()
-        return super().__exit__(*error)
-
-    def _launched(self, launch: Launch) -> None:
-        """Called with each launch; every subclass has its own."""
-        raise NotImplementedError
-
+from safelight.errors import UserError
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+_launch_listeners: list[Callable[[Launch], None]] = []
+_runs_on_meta = True
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch on meta tensors, which ran nothing. arguments: parameter name -> value; options: num_warps and the like."""
+    """A launch on meta tensors, which ran nothing.
+
+    arguments: parameter name -> value; options: num_warps and the like.
+    """
 
     kernel: Kernel
     grid: tuple[int, ...]
@@ -63,53 +54,28 @@ class Launch:
     options: dict[str, object] = field(hash=False)
 
     def tensors(self) -> list[Tensor]:
-        """Return the tensors among the arguments, each once: one may stand for another that is not there."""
+        """Return the tensors among the arguments, each once: an absent one is passed as an alias of another."""
         given = (x for x in self.arguments.values() if isinstance(x, Tensor))
         return list({(x.untyped_storage()._cdata, x.storage_offset(), x.shape, x.stride()): x for x in given}.values())
-
-
-_listeners: list[Callable[[Launch], None]] = []
-_runs_on_meta = True
-
-
-@contextmanager
-def tell_launches(listener: Callable[[Launch], None]) -> Iterator[None]:
-    """Call `listener` with every launch on meta tensors: what a GPU would be asked to run.
-
-    A listener that keeps a launch keeps its tensors, and autograd then copies gradients that it would have taken over.
-    """
-    _listeners.append(listener)
-    try:
-        yield
-    finally:
-        _listeners.remove(listener)
-
-
-@contextmanager
-def record_launches() -> Iterator[list[Launch]]:
-    """Yield a list that fills with every launch on meta tensors."""
-    launches: list[Launch] = []
-    with tell_launches(launches.append):
-        yield launches
 
 
 class Kernel:
     """A Triton kernel. Launch with `kernel[grid](*arguments, **options)`; the tensors' device decides how it runs.
 
     fp_fusion: False forbids fused multiply-add, where results must equal numpy's and torch's bit for bit.
-    varying: integer parameters whose value shall not make a new compilation (Triton makes one for 1, one for multiples
-    of 16, one for the rest): counts that no address depends on in a way that vector loads need.
+    do_not_specialize: integer parameters for which Triton must not compile variants (it does so for 1, for multiples of
+    16 and for the rest). Use it for counts that no address depends on in a way that vectorized loads could exploit.
     """
 
-    def __init__(self, function: Callable, fp_fusion: bool = True, varying: tuple[str, ...] = ()):
+    def __init__(self, function: Callable, fp_fusion: bool = True, do_not_specialize: tuple[str, ...] = ()):
         functools.update_wrapper(self, function)
         self.function = function
         self.fp_fusion = fp_fusion
-        self.varying = varying
+        self.do_not_specialize = do_not_specialize
         self.parameters = function.__code__.co_varnames[: function.__code__.co_argcount]
 
     def _bind(self, form: str) -> types.FunctionType:
-        """Return the function with its globals bound for one form: 'compiled' or 'interpreted'."""
+        """Return a copy of the function whose globals are bound for one form: 'compiled' or 'interpreted'."""
         import triton.language as tl
 
         function = self.function
@@ -117,7 +83,7 @@ class Kernel:
         for name in function.__code__.co_names:
             value = bound.get(name)
             if isinstance(value, Kernel):
-                # calling an interpreted helper as such would patch all of `tl` once more, a millisecond a call
+                # called as an InterpretedFunction, a helper would patch all of `tl` again: a millisecond a call
                 bound[name] = value.compiled if form == "compiled" else value.interpreted.rewrite()
             elif isinstance(value, (int, float)):
                 bound[name] = tl.constexpr(value)
@@ -130,7 +96,7 @@ class Kernel:
     def compiled(self):
         from triton.runtime.jit import JITFunction
 
-        return JITFunction(self._bind("compiled"), do_not_specialize=list(self.varying))
+        return JITFunction(self._bind("compiled"), do_not_specialize=list(self.do_not_specialize))
 
     @functools.cached_property
     def interpreted(self):
@@ -139,12 +105,20 @@ class Kernel:
         return InterpretedFunction(self._bind("interpreted"))
 
     @functools.cached_property
-    def _text(self) -> str:
-        return inspect.getsource(self.function)
+    def _code_text(self) -> str:
+        """The function's source without comments, docstring and layout, none of which reach the compiler."""
+        tree = ast.parse(textwrap.dedent(inspect.getsource(self.function)))
+        (function,) = tree.body
+        if ast.get_docstring(function) is not None:
+            function.body = function.body[1:] or [ast.Pass()]
+        return ast.unparse(tree)
 
     def source(self) -> str:
-        """Return the kernel's source with that of the helpers it calls and the constants it names: what decides its code."""
-        parts = [self._text, f"fp_fusion {self.fp_fusion}, varying {self.varying}"]
+        """Return everything that decides the compiled code: the kernel's code, its helpers' and its constants.
+
+        Comments and docstrings are left out, so rewording them does not call for a new compilation.
+        """
+        parts = [self._code_text, f"fp_fusion {self.fp_fusion}, do_not_specialize {self.do_not_specialize}"]
         for name in self.function.__code__.co_names:
             value = self.function.__globals__.get(name)
             if isinstance(value, Kernel):
@@ -169,44 +143,93 @@ class Kernel:
         elif device.type == "cpu":
             self.interpreted[grid](*arguments, **options)
         elif device.type == "meta":
-            self._record(grid, arguments, options)
+            self._notify_listeners(grid, arguments, options)
         else:
             raise ValueError(
                 f"{self.__name__} got tensors on {device}; it runs on cuda, and on cpu in Triton's interpreter"
             )
 
-    def _record(self, grid: tuple[int, ...], arguments: tuple, options: dict) -> None:
+    def _notify_listeners(self, grid: tuple[int, ...], arguments: tuple, options: dict) -> None:
         named = dict(zip(self.parameters, arguments, strict=False))
         named |= {name: options[name] for name in self.parameters if name in options}
         rest = {name: value for name, value in options.items() if name not in named}
         if not self.fp_fusion:
             rest["enable_fp_fusion"] = False
-        for listener in _listeners:
+        for listener in _launch_listeners:
             listener(Launch(self, grid, named, rest))
 
 
 def kernel(
-    function: Callable | None = None, *, fp_fusion: bool = True, varying: tuple[str, ...] = ()
+    function: Callable | None = None, *, fp_fusion: bool = True, do_not_specialize: tuple[str, ...] = ()
 ) -> Kernel | Callable[[Callable], Kernel]:
-    """Decorate a function as a Triton kernel, or as a helper that kernels call; options as of Kernel."""
+    """Decorate a function as a Triton kernel, or as a helper that kernels call; options as for `Kernel`."""
     if function is None:
-        return functools.partial(Kernel, fp_fusion=fp_fusion, varying=varying)
-    return Kernel(function, fp_fusion, varying)
+        return functools.partial(Kernel, fp_fusion=fp_fusion, do_not_specialize=do_not_specialize)
+    return Kernel(function, fp_fusion, do_not_specialize)
+
+
+@contextmanager
+def listen_to_launches(listener: Callable[[Launch], None]) -> Iterator[None]:
+    """Call `listener` with every launch on meta tensors, that is, with every kernel a GPU would run.
+
+    A listener that keeps a launch keeps its tensors alive, and autograd then copies gradients it would otherwise have
+    taken over.
+    """
+    _launch_listeners.append(listener)
+    try:
+        yield
+    finally:
+        _launch_listeners.remove(listener)
+
+
+@contextmanager
+def record_launches() -> Iterator[list[Launch]]:
+    """Yield a list to which every launch on meta tensors is appended."""
+    launches: list[Launch] = []
+    with listen_to_launches(launches.append):
+        yield launches
+
+
+class LaunchMode(TorchDispatchMode):
+    """A dispatch mode that also sees our kernels, which torch's dispatcher does not know.
+
+    While entered, `_launched` is called with every launch on meta tensors, as `__torch_dispatch__` is with every
+    operator.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._listening = contextlib.ExitStack()
+
+    def __enter__(self):
+        self._listening.enter_context(listen_to_launches(self._launched))
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        self._listening.close()
+        return super().__exit__(*error)
+
+    def _launched(self, launch: Launch) -> None:
+        """Handle one launch; each subclass defines it."""
+        raise NotImplementedError
 
 
 @functools.cache
 def has_triton() -> bool:
-    """Return whether kernels run on a GPU here. Raises ValueError, one line, where Triton is there and cannot launch."""
-    found = importlib.util.find_spec("triton") is not None
-    if not found:
+    """Return whether Triton is installed, that is, whether ops on a GPU run kernels. Warns once if it is not.
+
+    Raises UserError if Triton is installed but cannot launch.
+    """
+    is_installed = importlib.util.find_spec("triton") is not None
+    if not is_installed:
         warnings.warn("triton is not installed: the plain PyTorch operations run in place of the kernels", stacklevel=3)
     else:
         check_launcher()
-    return found
+    return is_installed
 
 
 def check_launcher() -> None:
-    """Raise ValueError, one line, where Triton cannot launch: it compiles a C file for the machine's driver and this Python."""
+    """Raise UserError if Triton cannot build its launcher, a C extension for this driver and this Python."""
     from triton.runtime import driver
 
     try:
@@ -218,18 +241,18 @@ def check_launcher() -> None:
         why = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
     else:
         return
-    raise ValueError(
+    raise UserError(
         f"Triton cannot launch kernels here: {why}; it needs a C compiler and Python's headers (apt install gcc "
         "python3-dev), or uninstall triton and PyTorch's own operations run instead"
     )
 
 
 @contextmanager
-def references_on_meta(wanted: bool = True) -> Iterator[None]:
-    """Let ops on meta tensors run their references within the block, where wanted: what a CPU would run."""
+def references_on_meta(enabled: bool = True) -> Iterator[None]:
+    """Run PyTorch references instead of recording launches for meta tensors inside the block, as a CPU would."""
     global _runs_on_meta
     before = _runs_on_meta
-    _runs_on_meta = not wanted
+    _runs_on_meta = not enabled
     try:
         yield
     finally:
@@ -237,10 +260,11 @@ def references_on_meta(wanted: bool = True) -> Iterator[None]:
 
 
 def runs_kernel(x: Tensor) -> bool:
-    """Return whether an op on `x` runs its kernel: on CUDA, on meta (where it is recorded), not on the CPU.
+    """Return whether an op on `x` launches its kernel: on CUDA and on meta (recorded only), but not on the CPU.
 
-    TRITON_INTERPRET=1 runs kernels on the CPU too, in Triton's interpreter; float64, which no kernel takes, always runs
-    the reference there. Raises ValueError on CUDA for a dtype no kernel takes.
+    TRITON_INTERPRET=1 runs kernels on the CPU too, in Triton's interpreter, except for float64, which no kernel
+    supports.
+    Raises ValueError on CUDA and meta for a dtype that no kernel supports.
     """
     if x.device.type == "cpu":
         return os.environ.get("TRITON_INTERPRET") == "1" and x.dtype in KERNEL_DTYPES
@@ -254,7 +278,7 @@ def runs_kernel(x: Tensor) -> bool:
 
 
 def next_power_of_2(n: int) -> int:
-    """Return the smallest power of two that is at least n >= 1."""
+    """Return the smallest power of two >= n, for n >= 1."""
     return 1 << (n - 1).bit_length()
 
 
@@ -264,13 +288,13 @@ def cdiv(n: int, d: int) -> int:
 
 
 def is_dense(x: Tensor) -> bool:
-    """Return whether x's elements fill its memory without gaps or overlaps, in whatever order of dimensions."""
-    # only then does empty_like keep the strides
+    """Return whether x's elements fill its memory without gaps or overlaps, in any order of dimensions."""
+    # empty_like keeps the strides of such tensors only
     return torch.empty_like(x, device="meta").stride() == x.stride()
 
 
 def with_flat_pixels(x: Tensor) -> Tensor:
-    """Return x (N, C, ...), copied only where its pixels cannot be counted by one stride."""
+    """Return x (N, C, ...) such that one stride steps through its pixels; copies only if it has to."""
     flat = all(
         x.stride(i) == x.shape[i + 1] * x.stride(i + 1) or 1 in x.shape[i : i + 2] for i in range(2, x.dim() - 1)
     )

@@ -1,19 +1,20 @@
-"""Softmax attention by one fused operator, in the layout that projections give: nothing is copied.
+"""Softmax attention by one fused operator, on the projections as they lie in memory: nothing is copied.
 
-Every backend is called as the operator itself, not through scaled_dot_product_attention, whose choice on meta tensors
-is the mathematical path: the operators' own meta implementations and gradients are PyTorch's, so a trace on meta
-tensors saves for backward what the card would, selective checkpointing and FlopCounterMode see one operator, and an eager
-call costs no Python beyond its own (measured in docs/log.md).
+Each backend calls its operator directly instead of scaled_dot_product_attention, which on meta tensors picks the math
+path. Called directly, PyTorch's meta implementation of the operator runs, so a trace on meta tensors saves for backward
+what a GPU would save; selective checkpointing and FlopCounterMode see a single operator; and an eager call has no
+Python overhead beyond its own (measured in docs/log.md).
 
-No backend copies an input whose last dimension is contiguous, or writes its output in another order than (B, M, H, K)
-for transposed views of such inputs: on the CPU a test counts operators; of the others torch's source says so (flash:
-empty_like of the query, flash_api.cpp; cuDNN: alloc_with_matching_layout, MHA.cpp; efficient: empty({B, M, H, K}),
-attention.cu), and tests marked gpu wait for a card. math copies.
+No backend but math copies an input whose last dimension is contiguous, and given transposed views of such inputs each
+writes its output in (B, M, H, K) order. For the CPU a test counts operators. For the others this is what torch's source
+does (flash: empty_like of the query, flash_api.cpp; cuDNN: alloc_with_matching_layout, MHA.cpp; efficient: empty({B, M,
+H, K}), attention.cu) and what tests marked gpu check.
 
-xformers 0.0.35 has no kernels of its own for these two: its cutlass operator is aten::_efficient_attention_forward and
-its flash operator, without the flash_attn package, aten::_flash_attention_forward.
+xformers 0.0.35 ships no kernels of its own for two of its backends: its cutlass operator calls
+aten::_efficient_attention_forward and its flash operator, without the flash_attn package,
+aten::_flash_attention_forward.
 
-Shapes: B batch, M queries, N keys, H heads, K head dim.
+Letters: B batch, M queries, N keys, H heads, K head dim.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_
 
 aten = torch.ops.aten
 
-# in the order preferred where nothing is timed; math keeps whole attention matrices and stands for where nothing works
+# In order of preference where nothing is timed. `math`, which materializes the attention matrix, is the last resort.
 CUDA_BACKENDS = ("flash", "xformers-flash3", "xformers-flash", "cudnn", "efficient", "xformers-cutlass", "math")
 CPU_BACKENDS = ("cpu-flash", "math")
-# what a setting stands for
+# the backends that each value of model.attention allows
 GROUPS = {
     "auto": (*CUDA_BACKENDS, "cpu-flash"),
     "xformers": ("xformers-flash3", "xformers-flash", "xformers-cutlass"),
@@ -52,13 +53,13 @@ LABELS = {
 
 
 def attention_operators() -> list[torch._ops.OpOverload]:
-    """Return the operators whose outputs a checkpointing policy keeps to keep attention's."""
-    found = [
+    """Return the fused attention operators, whose outputs selective checkpointing saves."""
+    operators = [
         aten._scaled_dot_product_flash_attention_for_cpu.default,
         aten._scaled_dot_product_flash_attention.default,
         aten._scaled_dot_product_efficient_attention.default,
         aten._scaled_dot_product_cudnn_attention.default,
-        # under xformers
+        # called by xformers
         aten._flash_attention_forward.default,
         aten._efficient_attention_forward.default,
     ]
@@ -66,8 +67,8 @@ def attention_operators() -> list[torch._ops.OpOverload]:
         # registered when xformers is imported
         packet = getattr(getattr(torch.ops, library), "flash_fwd", None)
         if packet is not None:
-            found.append(packet.default)
-    return found
+            operators.append(packet.default)
+    return operators
 
 
 def _needs_gradient(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -85,15 +86,17 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
 
 
 def _efficient(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-    keep = _needs_gradient(q, k, v)
+    saves_logsumexp = _needs_gradient(q, k, v)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    return aten._scaled_dot_product_efficient_attention.default(q, k, v, None, keep, scale=scale)[0].transpose(1, 2)
+    out, *_ = aten._scaled_dot_product_efficient_attention.default(q, k, v, None, saves_logsumexp, scale=scale)
+    return out.transpose(1, 2)
 
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
-    keep = _needs_gradient(q, k, v)
+    saves_logsumexp = _needs_gradient(q, k, v)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    return aten._scaled_dot_product_cudnn_attention.default(q, k, v, None, keep, scale=scale)[0].transpose(1, 2)
+    out, *_ = aten._scaled_dot_product_cudnn_attention.default(q, k, v, None, saves_logsumexp, scale=scale)
+    return out.transpose(1, 2)
 
 
 def _math(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
@@ -103,10 +106,10 @@ def _math(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
 
 @functools.cache
 def _xformers_operators(module: str):
-    """Return xformers' (forward, backward) operators: of fmha.cutlass, fmha.flash or fmha.flash3.
+    """Return xformers' (forward, backward) operators of fmha.cutlass, fmha.flash or fmha.flash3.
 
-    Raises ImportError where its compiled library, built for one CUDA, does not load: on a GPU xformers then refuses its
-    operators that are PyTorch's own, too, and tells another reason.
+    Raises ImportError if xformers' compiled library, which is built for one CUDA version, does not load. xformers would
+    then refuse even the operators that are PyTorch's own, and name another reason.
     """
     from xformers import _cpp_lib
 
@@ -115,12 +118,12 @@ def _xformers_operators(module: str):
         while error.__cause__ is not None:
             error = error.__cause__
         raise ImportError(f"its library fails to load: {error}")
-    found = importlib.import_module(f"xformers.ops.fmha.{module}")
-    return found.FwOp, found.BwOp
+    operators = importlib.import_module(f"xformers.ops.fmha.{module}")
+    return operators.FwOp, operators.BwOp
 
 
 def _xformers(module: str, on_meta: Callable) -> Callable:
-    """Return a call of one of xformers' operators; on meta tensors, which xformers refuses, of the aten one below it."""
+    """Return a function calling an xformers operator; on meta tensors, which xformers refuses, its aten equivalent."""
 
     def call(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         if q.is_meta:
@@ -144,7 +147,7 @@ CALLS: dict[str, Callable[[Tensor, Tensor, Tensor, float | None], Tensor]] = {
 }
 
 if aten._scaled_dot_product_flash_attention_for_cpu not in flop_registry:
-    # the CPU's operator is the one of them that torch 2.13 has no formula for
+    # torch 2.13 has FLOP formulas for the other operators but not for the CPU's
 
     @register_flop_formula(aten._scaled_dot_product_flash_attention_for_cpu)
     def _cpu_flash_flop(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
@@ -157,7 +160,7 @@ if aten._scaled_dot_product_flash_attention_for_cpu not in flop_registry:
 
 @dataclass(frozen=True, order=True)
 class Case:
-    """One shape of attention: self-attention where queries and keys are as many, else cross-attention."""
+    """One attention shape: self-attention if there are as many queries as keys, else cross-attention."""
 
     head_dim: int
     heads: int = 1
@@ -171,7 +174,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was chosen for a case. reasons: backend -> why it cannot; ms: backend -> forward and backward, where timed."""
+    """The backend chosen for a case.
+
+    reasons: other backend -> why it was not chosen; ms: backend -> time of forward and backward, if timed.
+    """
 
     backend: str
     reasons: dict[str, str]
@@ -180,29 +186,35 @@ class Verdict:
 
 @dataclass(frozen=True)
 class AttentionChoice:
-    """The backend of each case on one device and dtype, and why. how: how it was decided; probe_s: seconds it took."""
+    """The backend of each case on one device and dtype.
+
+    setting: the value of model.attention; how: how the choice was made, in words; probe_s: seconds it took.
+    """
 
     device: str
     dtype: str
     verdicts: dict[Case, Verdict]
-    wanted: str = "auto"
+    setting: str = "auto"
     how: str = ""
     notes: tuple[str, ...] = ()
     probe_s: float = field(default=0.0, compare=False)
     _calls: dict[tuple[int, int, int], Callable] = field(default_factory=dict, compare=False, repr=False)
 
     def backend(self, head_dim: int, queries: int, keys: int) -> str:
-        """Return the backend for a shape: that of the case of this head dim and kind with the nearest query length."""
-        nearest, found = (True, True, 0.0), ""
+        """Return the backend of the case with this head dim and kind (self or cross) that is nearest in query length.
+
+        Raises ValueError for a head dim without a case.
+        """
+        nearest, backend = (True, True, 0.0), ""
         for case, verdict in self.verdicts.items():
             ratio = max(case.queries, queries) / min(case.queries, queries)
             distance = (case.head_dim != head_dim, case.is_self != (queries == keys), ratio)
-            if not found or distance < nearest:
-                nearest, found = distance, verdict.backend
+            if not backend or distance < nearest:
+                nearest, backend = distance, verdict.backend
         if nearest[0]:
             known = ", ".join(str(d) for d in sorted({c.head_dim for c in self.verdicts}))
             raise ValueError(f"attention was chosen for head dim {known}, not {head_dim}; choose it for this model")
-        return found
+        return backend
 
     def __str__(self) -> str:
         dims_of: dict[str, list[str]] = {}
@@ -216,17 +228,19 @@ class AttentionChoice:
         for case, verdict in self.verdicts.items():
             if verdict.backend == "math":
                 why = "; ".join(f"{name}: {reason}" for name, reason in verdict.reasons.items())
-                parts.append(f"math keeps whole attention matrices, and stands for head dim {case.head_dim} as {why}")
+                parts.append(
+                    f"head dim {case.head_dim} falls back to math, which materializes the attention matrix: {why}"
+                )
         notes = [self.how, *self.notes]
         return f"attention on {self.device}, {self.dtype}: " + "; ".join(parts) + f" ({'; '.join(filter(None, notes))})"
 
-    def record(self) -> dict:
-        """Return the choice as plain values, for environment.json and for `previous` of choose_attention."""
+    def to_dict(self) -> dict:
+        """Return the choice as plain values, for environment.json and for choose_attention's `previous`."""
         cases = [{**asdict(case), **asdict(verdict)} for case, verdict in self.verdicts.items()]
         return {
             "device": self.device,
             "dtype": self.dtype,
-            "wanted": self.wanted,
+            "wanted": self.setting,
             "how": self.how,
             "probe_s": self.probe_s,
             "notes": list(self.notes),
@@ -234,23 +248,23 @@ class AttentionChoice:
         }
 
     def call(self, head_dim: int, queries: int, keys: int) -> Callable[[Tensor, Tensor, Tensor, float | None], Tensor]:
-        """Return the function that attends in a shape."""
+        """Return the function that computes attention for a shape. Raises ValueError as `backend`."""
         key = (head_dim, queries, keys)
-        found = self._calls.get(key)
-        if found is None:
-            found = self._calls[key] = CALLS[self.backend(*key)]
-        return found
+        call = self._calls.get(key)
+        if call is None:
+            call = self._calls[key] = CALLS[self.backend(*key)]
+        return call
 
 
 def attend(
     q_BMHK: Tensor, k_BNHK: Tensor, v_BNHK: Tensor, choice: AttentionChoice, scale: float | None = None
 ) -> Tensor:
-    """Return softmax(q k^T * scale) v, (B, M, H, K), contiguous, of the inputs' dtype.
+    """Return softmax(q k^T * scale) v, (B, M, H, K), contiguous, in the inputs' dtype.
 
-    q_BMHK: (B, M, H, K); k_BNHK, v_BNHK: (B, N, H, K), same dtype and device; views of packed projections are taken as
-    they are if their last dimension is contiguous. scale: None for 1 / sqrt(K). No copy is made, but by the math
-    backend. Raises ValueError for a head dim that `choice` knows nothing of.
+    q_BMHK: (B, M, H, K); k_BNHK, v_BNHK: (B, N, H, K), same dtype and device. They may be views of packed projections:
+    only the last dimension must be contiguous, and no backend but math copies them. scale: None for 1 / sqrt(K).
+    Raises ValueError for a head dim that `choice` has no case for.
     """
-    found = choice.call(q_BMHK.shape[3], q_BMHK.shape[1], k_BNHK.shape[1])
-    # fused backends write in this order already, and then it is no operator
-    return found(q_BMHK, k_BNHK, v_BNHK, scale).contiguous()
+    call = choice.call(q_BMHK.shape[3], q_BMHK.shape[1], k_BNHK.shape[1])
+    # the fused backends' outputs are contiguous already, so for them this is a no-op
+    return call(q_BMHK, k_BNHK, v_BNHK, scale).contiguous()

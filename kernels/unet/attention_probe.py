@@ -1,7 +1,7 @@
-"""Which backend attends best here, found by running each forward and backward in the model's own shapes.
+"""Choosing the attention backend by running each one, forward and backward, in the model's own shapes.
 
-A backend is taken if it runs, is right and finite; of those the fastest, by CUDA events, where there is a GPU. Nothing is
-timed on a CPU, nor where runs must repeat bit for bit: there a fixed order decides.
+A backend qualifies if it runs and its results are correct and finite. On a GPU the fastest of these, timed with CUDA
+events, is chosen. On a CPU, or if runs must repeat bit for bit, nothing is timed and a fixed order decides.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from safelight.errors import UserError
 from safelight.kernels.unet.attention_backends import (
     CALLS,
     CPU_BACKENDS,
@@ -24,24 +25,24 @@ from safelight.kernels.unet.attention_backends import (
     Verdict,
 )
 
-# longer sequences take the time, not another turn
+# probe at most this many tokens: longer sequences take longer but do not change the result
 MAX_TOKENS = {"cuda": 4096, "cpu": 64, "meta": 64}
-# elements of the attention matrices that batch, heads, queries and keys would have
+# probe at most this many elements of attention matrices: batch x heads x queries x keys
 MAX_SCORES = 2**28
 NUM_REPEATS = 5
-# a backend this much slower than the fastest counts as equally fast, so that noise does not decide
+# backends within this factor of the fastest count as equally fast, so that timing noise does not decide
 TIE = 1.05
-# cuDNN's backward is not deterministic (torch's sdp_utils.cpp), and xformers asks no flash of its own to be
+# cuDNN's backward is not deterministic (torch's sdp_utils.cpp); xformers does not ask its flash kernels to be
 NOT_DETERMINISTIC = ("cudnn", "xformers-flash", "xformers-flash3")
-# how torch and xformers say that a backend cannot: missing operators and builds, shapes refused by assertion. Each is kept
-# as the backend's reason, printed and recorded; what is no Exception of these ends the run
+# What torch and xformers raise for a backend that is missing, not built, or does not support a shape. The message
+# becomes the backend's reason, which is printed and kept with the run. Any other exception ends the run.
 FAILURES = (RuntimeError, NotImplementedError, ValueError, ImportError, OSError, AttributeError, AssertionError)
 
 
 def _short(error: BaseException) -> str:
-    """Return an error's reason in one line."""
+    """Return an error's reason as one short line."""
     text = str(error).strip() or type(error).__name__
-    # xformers tells what it was asked first, and then, indented, why each operator refuses
+    # xformers first lists the inputs, and then, indented, why each operator refuses them
     _, because, after = text.partition("is not supported because:")
     lines = [line.strip() for line in (after if because else text).strip().splitlines()]
     return "; ".join(lines[:2])[:100] if because else lines[0].partition(". ")[0][:100]
@@ -50,7 +51,10 @@ def _short(error: BaseException) -> str:
 def make_inputs(
     case: Case, batch: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return q, k, v, as views of packed projections, and an upstream gradient. The generator of the run is left alone."""
+    """Return (q, k, v, upstream gradient) of a case, random; q, k, v are views of packed projections.
+
+    Uses a generator of its own, so torch's random state does not change.
+    """
     generator = torch.Generator(device).manual_seed(0) if device.type != "meta" else None
 
     def packed(tokens: int, num: int) -> list[Tensor]:
@@ -67,53 +71,58 @@ def make_inputs(
     return q, k, v, grad
 
 
-def _both_ways(backend: str, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+def _forward_backward(backend: str, q: Tensor, k: Tensor, v: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+    """Return (output, dq, dk, dv)."""
     out = CALLS[backend](q, k, v, None)
     return (out.detach(), *torch.autograd.grad(out, (q, k, v), grad))
 
 
 def _error_of(out: Tensor, q: Tensor, k: Tensor, v: Tensor) -> float:
-    """Return the largest error of the first queries' outputs, relative to the largest output."""
+    """Return the largest error among the first 64 queries' outputs, relative to the largest output."""
     q, k, v = (x.detach()[:1].transpose(1, 2).float() for x in (q[:, :64], k, v))
     exact = ((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v).transpose(1, 2)
     return float((out[:1, :64].float() - exact).abs().max() / exact.abs().max())
 
 
 def probe(backend: str, inputs: tuple[Tensor, Tensor, Tensor, Tensor], deterministic: bool) -> str:
-    """Return '' if a backend attends rightly, forward and backward, to q, k, v with an upstream gradient; else why not."""
+    """Return '' if a backend works on these inputs, forward and backward; else why not.
+
+    It must run, its results must be finite, its output close to fp32 attention and, with deterministic, two runs equal.
+    inputs: as from `make_inputs`. On meta tensors only whether it runs is checked.
+    """
     if backend.startswith("xformers") and importlib.util.find_spec("xformers") is None:
         return "xformers is not installed"
     if deterministic and backend in NOT_DETERMINISTIC:
         return "its backward is not deterministic"
     try:
-        results = _both_ways(backend, *inputs)
+        results = _forward_backward(backend, *inputs)
         if results[0].is_meta:
             return ""
         names = ("output", "gradient of q", "gradient of k", "gradient of v")
         for name, x in zip(names, results, strict=True):
             if not bool(x.isfinite().all()):
                 return f"its {name} is not finite"
-        # 16-bit operands and TensorFloat-32 err by less
+        # 16-bit operands and TF32 are well within this
         error = _error_of(results[0], *inputs[:3])
         if error > 0.03:
             return f"its output is wrong by {error:.0%}"
         if deterministic and not all(
-            torch.equal(a, b) for a, b in zip(results, _both_ways(backend, *inputs), strict=True)
+            torch.equal(a, b) for a, b in zip(results, _forward_backward(backend, *inputs), strict=True)
         ):
-            return "two passes differ"
+            return "two runs give different results"
     except FAILURES as error:
         return _short(error)
     return ""
 
 
 def time_ms(backends: list[str], inputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> dict[str, float]:
-    """Return milliseconds of a forward and backward pass by backend on a GPU, the median of interleaved repeats."""
+    """Return backend -> milliseconds of forward and backward on a GPU: the median of interleaved repeats."""
     events: dict[str, list] = {name: [] for name in backends}
     for _ in range(NUM_REPEATS):
         for name in backends:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
-            _both_ways(name, *inputs)
+            _forward_backward(name, *inputs)
             end.record()
             events[name].append((begin, end))
     torch.cuda.synchronize(inputs[0].device)
@@ -124,10 +133,10 @@ def time_ms(backends: list[str], inputs: tuple[Tensor, Tensor, Tensor, Tensor]) 
 
 
 def _capped(case: Case, device: torch.device, batch: int) -> tuple[Case, int]:
-    """Return a case and a batch size small enough to be probed in."""
-    most = MAX_TOKENS[device.type]
-    queries = min(case.queries, most)
-    keys = queries if case.is_self else min(case.keys, most if case.keys > 2 * 77 else case.keys)
+    """Return a case and a batch size reduced to the limits for probing."""
+    max_tokens = MAX_TOKENS[device.type]
+    queries = min(case.queries, max_tokens)
+    keys = queries if case.is_self else min(case.keys, max_tokens if case.keys > 2 * 77 else case.keys)
     return Case(case.head_dim, case.heads, queries, keys), max(
         1, min(batch, MAX_SCORES // (case.heads * queries * keys))
     )
@@ -142,13 +151,13 @@ def _judge(
     is_timed: bool,
     deterministic: bool,
 ) -> Verdict | dict[str, str]:
-    """Return the best candidate for a case; or, if none works, why each does not. Preferred candidates come first."""
+    """Return the best of the candidates, given in order of preference; if none works, candidate -> reason."""
     case, batch = _capped(case, device, batch)
     inputs = make_inputs(case, batch, device, dtype)
     reasons, working = {}, []
     for backend in candidates:
         if backend == "math" and working:
-            reasons["math"] = "it keeps whole attention matrices, and others work"
+            reasons["math"] = "it materializes the attention matrix, and others work"
             continue
         reason = probe(backend, inputs, deterministic)
         if reason:
@@ -169,33 +178,33 @@ def _judge(
 
 
 def backends_of(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
-    """Return the backends that may work on a device, preferred ones first."""
+    """Return the backends that may work on a device, in order of preference."""
     if device.type == "cpu":
         return CPU_BACKENDS
     if device.type == "meta" and dtype.itemsize != 2:
-        # no card's flash or cuDNN takes fp32, which no meta implementation says
+        # no GPU's flash or cuDNN supports fp32, but their meta implementations accept it
         return tuple(name for name in CUDA_BACKENDS if name in ("efficient", "xformers-cutlass", "math"))
     return CUDA_BACKENDS
 
 
-def allowed_backends(device: torch.device, dtype: torch.dtype, wanted: str) -> list[str]:
-    """Return the backends that a setting leaves to be probed. Raises ValueError if none of them is for this device."""
-    if wanted not in GROUPS:
-        raise ValueError(f"model.attention {wanted!r} is unknown; use {', '.join(GROUPS)}")
-    allowed = [name for name in backends_of(device, dtype) if name in GROUPS[wanted]]
+def allowed_backends(device: torch.device, dtype: torch.dtype, setting: str) -> list[str]:
+    """Return the backends to probe for a value of model.attention. Raises UserError if none exists for this device."""
+    if setting not in GROUPS:
+        raise UserError(f"model.attention {setting!r} is unknown; use {', '.join(GROUPS)}")
+    allowed = [name for name in backends_of(device, dtype) if name in GROUPS[setting]]
     if not allowed:
-        why = "xformers has no CPU operator" if wanted == "xformers" else f"it does not run on {device.type}"
-        raise ValueError(f"model.attention = {wanted!r} cannot be had on {device.type}: {why}; use auto or sdpa")
+        why = "xformers has no CPU operator" if setting == "xformers" else f"it does not run on {device.type}"
+        raise UserError(f"model.attention = {setting!r} is not available on {device.type}: {why}; use auto or sdpa")
     return allowed
 
 
 def can_time(device: torch.device) -> bool:
-    """Return whether backends are timed on a device: on a GPU; a CPU has one fused operator."""
+    """Return whether backends can be timed on a device: only on a GPU (a CPU has just one fused operator)."""
     return device.type == "cuda"
 
 
 def device_name(device: torch.device) -> str:
-    """Return what a choice depends on: the GPU's name, or the kind of device."""
+    """Return the GPU's name, or the device type; a choice made on another one is not reused."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
@@ -204,20 +213,21 @@ def choose_attention(
     dtype: torch.dtype,
     cases: Iterable[Case],
     *,
-    wanted: str = "auto",
+    setting: str = "auto",
     batch: int = 1,
     deterministic: bool | None = None,
     previous: Mapping | None = None,
 ) -> AttentionChoice:
     """Return the backend of each case on a device and dtype.
 
-    wanted: a key of GROUPS, the setting model.attention. batch: rows attended to at a time. deterministic: None for
-    torch.are_deterministic_algorithms_enabled(). previous: the `record()` of the run that goes on, whose backends are
-    kept where they still work, since another backend gives other bits. On meta tensors nothing is probed but shapes: the
-    first backend of the card's order that takes the dtype. Raises ValueError if nothing wanted works for a case.
+    setting: the value of model.attention, a key of GROUPS. batch: samples per forward pass. deterministic: None for
+    torch.are_deterministic_algorithms_enabled(). previous: `to_dict()` of the run being resumed; its backends are kept
+    if they still work, because another backend gives other bits. On meta tensors nothing is computed: the first backend
+    in a GPU's order that accepts shapes and dtype is taken.
+    Raises UserError if no allowed backend works for a case.
     """
     began = time.perf_counter()
-    allowed = allowed_backends(device, dtype, wanted)
+    allowed = allowed_backends(device, dtype, setting)
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     name, dtype_name = device_name(device), str(dtype).removeprefix("torch.")
@@ -227,38 +237,38 @@ def choose_attention(
     for case in sorted(set(cases)):
         candidates = allowed
         if case in kept:
-            before = kept[case].backend
-            why = "is not wanted now"
-            if before in allowed:
-                verdict = _judge(case, [before], device, dtype, batch, False, deterministic)
+            previous_backend = kept[case].backend
+            why = "is not allowed by the setting now"
+            if previous_backend in allowed:
+                verdict = _judge(case, [previous_backend], device, dtype, batch, False, deterministic)
                 if isinstance(verdict, Verdict):
                     verdicts[case] = kept[case]
                     continue
-                why = f"does not work now: {verdict[before]}"
-                candidates = [x for x in allowed if x != before]
-            notes.append(f"{before}, the run's so far for head dim {case.head_dim}, {why}")
+                why = f"does not work now: {verdict[previous_backend]}"
+                candidates = [x for x in allowed if x != previous_backend]
+            notes.append(f"{previous_backend}, so far the run's backend for head dim {case.head_dim}, {why}")
         verdict = _judge(case, candidates, device, dtype, batch, is_timed, deterministic)
         if not isinstance(verdict, Verdict):
             why = "; ".join(f"{backend}: {reason}" for backend, reason in verdict.items())
-            raise ValueError(
-                f"model.attention = {wanted!r} cannot attend on {name} in {dtype_name} with head dim {case.head_dim}: "
+            raise UserError(
+                f"model.attention = {setting!r} does not work on {name} in {dtype_name} with head dim {case.head_dim}: "
                 f"{why}; use another"
             )
         verdicts[case] = verdict
-    if device.type == "cpu" and wanted == "auto":
+    if device.type == "cpu" and setting == "auto":
         notes.append("xformers has no CPU operator")
-    # a CPU has one fused operator, and nothing to decide
+    # a CPU has one fused operator, so there was nothing to choose
     how = "" if device.type == "cpu" else "assumed, not probed"
     if device.type not in ("cpu", "meta"):
-        how = "in a fixed order, for a deterministic run" if deterministic else "the fastest that works"
+        how = "first that works, for a deterministic run" if deterministic else "the fastest that works"
         if kept and all(verdicts[case] is kept.get(case) for case in verdicts):
-            how = "as the run began"
+            how = "as when the run began"
     notes = tuple(dict.fromkeys(notes))
-    return AttentionChoice(name, dtype_name, verdicts, wanted, how, notes, round(time.perf_counter() - began, 3))
+    return AttentionChoice(name, dtype_name, verdicts, setting, how, notes, round(time.perf_counter() - began, 3))
 
 
 def _previous_verdicts(previous: Mapping | None, name: str, dtype_name: str) -> tuple[dict[Case, Verdict], list[str]]:
-    """Return the verdict of each case in a record(), and what has to be told if the device is another now."""
+    """Return the verdicts in `previous`, and notes to print; none if it is damaged or from another device or dtype."""
     if not previous:
         return {}, []
     try:
@@ -270,7 +280,7 @@ def _previous_verdicts(previous: Mapping | None, name: str, dtype_name: str) -> 
             for row in previous["cases"]
         }
     except (KeyError, TypeError, ValueError):
-        return {}, ["the run's environment.json does not tell its attention; chosen anew"]
+        return {}, ["the run's environment.json does not say which attention it used; chosen again"]
     if where != (name, dtype_name):
-        return {}, [f"the run's attention was chosen on {' in '.join(map(str, where))}; chosen anew"]
+        return {}, [f"the run's attention was chosen on {' in '.join(map(str, where))}; chosen again"]
     return kept, []

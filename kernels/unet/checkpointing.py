@@ -1,14 +1,16 @@
-"""Activation checkpointing of a diffusers UNet, patched or not: what is kept for the backward pass, what is made again.
+"""Activation checkpointing of a diffusers UNet, patched or not: what is saved for backward and what is recomputed.
 
-    none        all that autograd saves. A patched UNet's functions save norms' inputs and no outputs of norms or
-                activations: less than selective checkpointing keeps of an original
-    selective   outputs of convolutions, matrix products and attention are kept, the rest of every block is made again: no
-                matrix work. Of a patched UNet all that is left to drop is the feed-forward's projection, which costs
-                its product again
-    full        the inputs of every block are kept, blocks run again
-    offload     as full, and these inputs, with all that is saved between blocks, wait in host memory (activation_offload.py)
+    none        Everything autograd saves. A patched UNet saves the norms' inputs but no outputs of norms or
+    activations,
+                which is already less than selective checkpointing saves in an unpatched one.
+    selective   Outputs of convolutions, matmuls and attention are saved; the rest of each block is recomputed, without
+                any matmul. In a patched UNet only the feed-forward's first projection is left to drop, and recomputing
+                it costs its matmul.
+    full        Only each block's inputs are saved; backward runs the block again.
+    offload     As full, but the blocks' inputs, and whatever is saved between blocks, wait in host memory
+                (kernels/unet/activation_offload.py).
 
-Blocks are diffusers': residual blocks and transformer blocks. Recomputed values have the same bits, so gradients do.
+Blocks are diffusers' residual and transformer blocks. Recomputed values have the same bits, and so do gradients.
 """
 
 from __future__ import annotations
@@ -23,29 +25,29 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from safelight.kernels.unet.activation_offload import set_offload
 from safelight.kernels.unet.attention import attention_operators
-from safelight.kernels.unet.patched_resnet import PatchedResnetBlock, Swapped
+from safelight.kernels.unet.patched_resnet import PatchedModule, PatchedResnetBlock
 from safelight.kernels.unet.patched_transformer import PatchedTransformerBlock
 
-# the most memory first
+# from most to least memory
 MODES = ("none", "selective", "full", "offload")
 
 
 @functools.cache
-def _kept() -> frozenset:
+def _saved_operators() -> frozenset:
     aten = torch.ops.aten
-    products = (aten.convolution, aten.mm, aten.addmm, aten.bmm, aten.baddbmm)
-    return frozenset(op.default for op in products) | frozenset(attention_operators())
+    matmuls = (aten.convolution, aten.mm, aten.addmm, aten.bmm, aten.baddbmm)
+    return frozenset(op.default for op in matmuls) | frozenset(attention_operators())
 
 
 def _policy(context, operator, *args, **kwargs) -> CheckpointPolicy:
-    keep = operator in _kept() or "attention" in operator.name()
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+    is_saved = operator in _saved_operators() or "attention" in operator.name()
+    return CheckpointPolicy.MUST_SAVE if is_saved else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _own(block: nn.Module, args: tuple) -> tuple:
-    """Return a block's arguments with its own piece alone of what a step projected for all blocks."""
+def _own_arguments(block: nn.Module, args: tuple) -> tuple:
+    """Return a block's arguments with the shared projections reduced to the block's own."""
     if isinstance(block, PatchedResnetBlock | PatchedTransformerBlock):
-        # absent where a UNet's blocks project for themselves
+        # absent if the UNet does not share projections
         index = getattr(block, "time_index" if isinstance(block, PatchedResnetBlock) else "text_index", None)
         return tuple({index: x[index]} if isinstance(x, tuple | list) else x for x in args)
     return args
@@ -53,10 +55,10 @@ def _own(block: nn.Module, args: tuple) -> tuple:
 
 def _full(keep_random_state: bool) -> Callable:
     def run(block: nn.Module, *args) -> Tensor:
-        # every tensor an argument of its own: these are saved as autograd saves tensors, where hooks reach them
-        leaves, spec = tree_flatten(_own(block, args))
-        again = functools.partial(_call, block, spec)
-        return checkpoint(again, *leaves, use_reentrant=False, preserve_rng_state=keep_random_state)
+        # pass every tensor as an argument of its own: checkpoint then saves it through autograd, where hooks see it
+        leaves, spec = tree_flatten(_own_arguments(block, args))
+        call = functools.partial(_call, block, spec)
+        return checkpoint(call, *leaves, use_reentrant=False, preserve_rng_state=keep_random_state)
 
     return run
 
@@ -69,7 +71,8 @@ def _selective(keep_random_state: bool) -> Callable:
     contexts = functools.partial(create_selective_checkpoint_contexts, _policy)
 
     def run(block: nn.Module, *args) -> Tensor:
-        if isinstance(block, Swapped):
+        # a patched block saves its norms' inputs only; `recompute` is all that is left to do
+        if isinstance(block, PatchedModule):
             return block(*args)
         return checkpoint(
             block.__call__, *args, use_reentrant=False, preserve_rng_state=keep_random_state, context_fn=contexts
@@ -79,9 +82,10 @@ def _selective(keep_random_state: bool) -> Callable:
 
 
 def apply_checkpointing(unet: nn.Module, mode: str) -> None:
-    """Let a UNet2DConditionModel checkpoint its activations; the mode stays until another is set.
+    """Set the checkpointing mode of a UNet2DConditionModel, which holds until another is set.
 
-    Set it again after kernels.patch.apply, whose `recompute` it decides. Raises ValueError for an unknown mode.
+    Call it again after kernels.patch.apply: it sets the patched blocks' `recompute`. Raises ValueError for an unknown
+    mode.
     """
     if mode not in MODES:
         raise ValueError(f"checkpointing {mode!r} is unknown; use {', '.join(MODES)}")
@@ -92,6 +96,6 @@ def apply_checkpointing(unet: nn.Module, mode: str) -> None:
     if mode == "none":
         unet.disable_gradient_checkpointing()
         return
-    # the generator's state is read from the device and put back at every block, for dropout alone
+    # preserving the random state reads it from the device at every block, so do it only if there is dropout
     has_dropout = any(isinstance(m, nn.Dropout) and m.p > 0 for m in unet.modules())
     unet.enable_gradient_checkpointing((_selective if mode == "selective" else _full)(has_dropout))

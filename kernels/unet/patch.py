@@ -1,9 +1,31 @@
-"""The swap into a diffusers UNet: `apply(unet)` lets its modules run on our kernels, `remove(unet)` gives it back.
+"""Patching a diffusers UNet: `apply(unet)` makes its modules run on our kernels, `remove(unet)` undoes it.
 
-No Parameter is made, renamed or moved to another module: state dict, optimizer and checkpoints are the same with the patch
-and without, and either resumes from the other. What changes is the class of the modules that are known (their forward
-pass), the order of convolution weights in memory (channels-last), and where weights that are projected together lie (side
-by side). A module that is not known in every detail is left as it is, and named.
+What is swapped. A module is patched by changing its class, which replaces its forward pass and nothing else:
+
+    ResnetBlock2D           -> PatchedResnetBlock        kernels/unet/patched_resnet.py
+    Upsample2D              -> PatchedUpsample
+    conv_in                 -> PatchedConvIn
+    conv_norm_out, conv_act -> PassThrough, and conv_out -> PatchedConvOut, which computes all three
+    time_embed_act          -> TimeProjections           the one new module; it has no Parameters
+    Transformer2DModel      -> PatchedTransformer        kernels/unet/patched_transformer.py
+    BasicTransformerBlock   -> PatchedTransformerBlock
+    UNet2DConditionModel    -> PatchedUNet
+
+Every Parameter keeps its identity, its name and its module, so state dict, optimizer and checkpoints are the same with
+and without the patch, and a run can resume either way. A module that differs in any detail from what its patched class
+computes (`why_unsupported`) keeps its class and is reported.
+
+What is packed. Weights that project the same input are moved next to each other in one buffer, so that one matmul
+computes all their projections (kernels/ops/packed_linear.py). `_packed_groups` lists the groups: each self-attention's
+q, k, v; the keys and values of cross-attentions; the time projections of all residual blocks. The last two can be
+computed once per step for all blocks, because every block gets the same text and the same time embedding; each block
+then picks its own by text_index or time_index. That requires that no unpatched module sees the text or the time
+embedding (`_can_share`).
+
+`pack` changes where a Parameter's data lives, not the Parameter. Whatever moves the data later (casting to 16 bits, a
+deep copy) undoes it; `repack` restores it, and `remove` gives every Parameter its own contiguous memory again.
+
+The third change is memory order: convolution weights become channels-last.
 """
 
 from __future__ import annotations
@@ -17,15 +39,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from safelight.kernels.ops.packed_linear import adjacent, pack, unpack
+from safelight.kernels.ops.packed_linear import adjacent_view, pack, unpack
 from safelight.kernels.unet.attention import AttentionChoice, attention_cases, choose_attention
 from safelight.kernels.unet.patched_resnet import (
-    Passed,
+    PassThrough,
     PatchedConvIn,
     PatchedConvOut,
+    PatchedModule,
     PatchedResnetBlock,
     PatchedUpsample,
-    Swapped,
     TimeProjections,
     is_norm,
     is_plain_conv,
@@ -42,15 +64,21 @@ from safelight.kernels.unet.patched_transformer import (
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
-# blocks that hand time embedding and text on as they are
-KNOWN_BLOCKS = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D", "DownBlock2D", "UNetMidBlock2DCrossAttn", "UpBlock2D")
-# of one product for keys and values: its weights' gradient is there at once, at the end of the backward pass
+# blocks that pass the time embedding and the text through unchanged
+FORWARDING_BLOCKS = (
+    "CrossAttnDownBlock2D",
+    "CrossAttnUpBlock2D",
+    "DownBlock2D",
+    "UNetMidBlock2DCrossAttn",
+    "UpBlock2D",
+)
+# per matmul of keys and values: the gradient of all its weights is allocated at once, at the end of the backward pass
 MAX_TEXT_BYTES = 64 << 20
 
 
 @functools.cache
-def _patches() -> dict[type[nn.Module], type[Swapped]]:
-    """Return what takes the place of which of diffusers' classes."""
+def _patches() -> dict[type[nn.Module], type[PatchedModule]]:
+    """Return diffusers' class -> the class that replaces it."""
     from diffusers.models.attention import BasicTransformerBlock
     from diffusers.models.resnet import ResnetBlock2D
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
@@ -65,39 +93,41 @@ def _patches() -> dict[type[nn.Module], type[Swapped]]:
 
 
 @functools.cache
-def _class(patched: type[Swapped], original: type[nn.Module]) -> type:
-    # it goes by the original's name, which save_pretrained writes and diffusers reads back
+def _patched_class(patched: type[PatchedModule], original: type[nn.Module]) -> type:
+    # keep the original's name, which save_pretrained writes and from_pretrained reads
     return type(original.__name__, (patched, original), {"original": original})
 
 
-def _swap(module: nn.Module, patched: type[Swapped]) -> None:
-    module.__class__ = _class(patched, type(module))
+def _swap(module: nn.Module, patched: type[PatchedModule]) -> None:
+    module.__class__ = _patched_class(patched, type(module))
 
 
 @dataclass(frozen=True)
 class Patch:
-    """What `apply` did. swapped: (name, class) of each module that runs on kernels.
+    """What `apply` did.
 
-    refused: (name, why) of each that could have been swapped but for a detail; left: (name, class) of the rest that has
-    Parameters. packed: (what, tensors, bytes) of weights that lie side by side.
+    swapped: (name, original class) of each module that now runs on kernels.
+    unsupported: (name, reason) of each module of a patchable class that differs in some detail.
+    unpatched: (name, class) of all other modules with Parameters of their own.
+    packed: (description, number of tensors, bytes) of each group of weights that shares a buffer.
     """
 
     swapped: tuple[tuple[str, str], ...]
-    refused: tuple[tuple[str, str], ...]
-    left: tuple[tuple[str, str], ...]
+    unsupported: tuple[tuple[str, str], ...]
+    unpatched: tuple[tuple[str, str], ...]
     packed: tuple[tuple[str, int, int], ...]
 
     def __str__(self) -> str:
         counts = Counter(kind for _, kind in self.swapped)
         text = "kernels in " + ", ".join(f"{n} {kind}" for kind, n in counts.items())
-        refused = "".join(f"; not in {name}, {why}" for name, why in self.refused)
-        return text + refused + (f"; {len(self.left)} other modules as they are" if self.left else "")
+        unsupported = "".join(f"; not in {name}: {why}" for name, why in self.unsupported)
+        return text + unsupported + (f"; {len(self.unpatched)} other modules unchanged" if self.unpatched else "")
 
 
-def is_wanted(setting: str, device: torch.device) -> bool:
-    """Return whether `train.kernels` = auto | on | off wants the patch on a device: auto on a GPU alone.
+def should_patch(setting: str, device: torch.device) -> bool:
+    """Return whether `train.kernels` = auto | on | off asks for the patch on a device; auto means on a GPU only.
 
-    On a CPU the kernels' references stand in, which are slower than PyTorch's own operators.
+    On a CPU the ops run their references, which are slower than PyTorch's own operators.
     """
     return setting == "on" or (setting == "auto" and device.type == "cuda")
 
@@ -108,11 +138,11 @@ def is_patched(unet: nn.Module) -> bool:
 
 
 def apply(unet: UNet2DConditionModel, choice: AttentionChoice | None = None, *, recompute: bool = False) -> Patch:
-    """Let a UNet run on our kernels, in place, and return what was swapped. Call `repack` where its weights move later.
+    """Make a UNet run on our kernels, in place, and return what was patched. Call `repack` if its weights move later.
 
-    choice: the attention to run; probed here if None. recompute: feed-forward blocks keep nothing between their two
-    products, for one product more in the backward pass. Raises ValueError for what is no UNet2DConditionModel, or is
-    patched already.
+    choice: the attention backends; None probes them here. recompute: feed-forward blocks save nothing between their two
+    matmuls, which costs one more matmul in the backward pass.
+    Raises ValueError for anything but an unpatched UNet2DConditionModel.
     """
     from diffusers import UNet2DConditionModel
 
@@ -122,14 +152,14 @@ def apply(unet: UNet2DConditionModel, choice: AttentionChoice | None = None, *, 
     first = next(unet.parameters())
     if choice is None:
         choice = choose_attention(first.device, first.dtype, attention_cases(unet))
-    swapped, refused = [], []
+    swapped, unsupported = [], []
     for name, module in unet.named_modules():
         patched = _patches().get(type(module))
         if patched is None:
             continue
-        why = patched.refusal(module)
+        why = patched.why_unsupported(module)
         if why:
-            refused.append((name, why))
+            unsupported.append((name, why))
             continue
         swapped.append((name, type(module).__name__))
         _swap(module, patched)
@@ -139,51 +169,53 @@ def apply(unet: UNet2DConditionModel, choice: AttentionChoice | None = None, *, 
         if isinstance(module, PatchedTransformerBlock):
             module.choice, module.recompute = choice, recompute
         if isinstance(module, PatchedTransformer) and isinstance(module.transformer_blocks[0], PatchedTransformerBlock):
-            # in a tuple: the projection keeps its one place in the state dict
-            module.transformer_blocks[0].before = (module.proj_in,)
-    _number(unet)
+            # in a tuple, or the projection would appear in the state dict a second time
+            module.transformer_blocks[0].input_proj = (module.proj_in,)
+    _share_projections(unet)
     repack(unet)
     _to_channels_last(unet)
-    told = tuple(name + "." for name, _ in [*swapped, *refused])
-    left = [
+    reported = tuple(name + "." for name, _ in [*swapped, *unsupported])
+    unpatched = [
         (name, type(module).__name__)
         for name, module in unet.named_modules()
-        if next(module.parameters(recurse=False), None) is not None and not f"{name}.".startswith(told)
+        if next(module.parameters(recurse=False), None) is not None and not f"{name}.".startswith(reported)
     ]
-    packed = [(what, len(group), sum(p.numel() * p.element_size() for p in group)) for what, group in _groups(unet)]
-    return Patch(tuple(swapped), tuple(refused), tuple(left), tuple(packed))
+    packed = tuple(
+        (what, len(group), sum(p.numel() * p.element_size() for p in group)) for what, group in _packed_groups(unet)
+    )
+    return Patch(tuple(swapped), tuple(unsupported), tuple(unpatched), packed)
 
 
 def _patch_ends(unet: nn.Module) -> Iterator[tuple[str, str]]:
-    """Swap the first convolution, and the last with the norm and activation before it; yield what was swapped."""
+    """Swap conv_in, and conv_out together with the norm and activation before it; yield (name, class) of each."""
     if is_plain_conv(unet.conv_in, unet.conv_in.kernel_size[0]):
         _swap(unet.conv_in, PatchedConvIn)
         yield "conv_in", "Conv2d"
     norm, act, conv = unet.conv_norm_out, unet.conv_act, unet.conv_out
     if norm is not None and is_norm(norm, nn.GroupNorm) and type(act) is nn.SiLU and is_plain_conv(conv, 3):
-        _swap(norm, Passed), _swap(act, Passed), _swap(conv, PatchedConvOut)
-        # in a tuple: the norm keeps its one place in the state dict
-        conv.norm_before = (norm,)
+        _swap(norm, PassThrough), _swap(act, PassThrough), _swap(conv, PatchedConvOut)
+        # in a tuple, or the norm would appear in the state dict a second time
+        conv.fused_norm = (norm,)
         yield "conv_norm_out", "GroupNorm"
         yield "conv_out", "Conv2d"
 
 
-def _number(unet: nn.Module) -> None:
-    """Tell modules their place among what a step projects once, if that may stand in for time embedding and text."""
+def _share_projections(unet: nn.Module) -> None:
+    """Give each block its index into the shared time and text projections, if the UNet supports sharing them."""
     resnets = [m for m in unet.modules() if isinstance(m, PatchedResnetBlock)]
     blocks = [m for m in unet.modules() if isinstance(m, PatchedTransformerBlock)]
-    is_known = _is_known(unet)
-    if is_known and unet.time_embed_act is None:
+    can_share = _can_share(unet)
+    if can_share and unet.time_embed_act is None:
         for index, resnet in enumerate(resnets):
             resnet.time_index = index
         unet.time_embed_act = TimeProjections(resnets)
-    unet.text_groups = tuple(map(tuple, _text_groups(blocks))) if is_known else ()
+    unet.text_groups = tuple(map(tuple, _text_groups(blocks))) if can_share else ()
     for index, block in enumerate(block for group in unet.text_groups for block in group):
         block.text_index = index
 
 
-def _groups(unet: nn.Module) -> Iterator[tuple[str, list[nn.Parameter]]]:
-    """Yield (what, Parameters) of everything that lies side by side in a patched UNet."""
+def _packed_groups(unet: nn.Module) -> Iterator[tuple[str, list[nn.Parameter]]]:
+    """Yield (description, Parameters) of every group that shares a buffer in a patched UNet."""
     blocks = [m for m in unet.modules() if isinstance(m, PatchedTransformerBlock)]
     for block in blocks:
         yield "q, k, v of a self-attention", qkv_parameters(block)
@@ -193,49 +225,50 @@ def _groups(unet: nn.Module) -> Iterator[tuple[str, list[nn.Parameter]]]:
         for group in biases:
             yield "biases of time embeddings", group
     for group in unet.text_groups:
-        yield "keys and values of a step's text", text_parameters(group)
+        yield "keys and values of all cross-attentions", text_parameters(group)
     if not unet.text_groups:
         for block in blocks:
             yield "keys and values of a cross-attention", text_parameters([block])
 
 
-def shared_products(unet: nn.Module) -> dict[str, str]:
-    """Return parameter name -> product, of Parameters that blocks share a product for; empty if the UNet is not patched.
+def shared_projections(unet: nn.Module) -> dict[str, str]:
+    """Return parameter name -> shared projection, for Parameters projected once per step for several blocks.
 
-    Their gradients come together, at the end of the backward pass, and not with their block's.
+    The gradients of one shared projection arrive together, at the end of the backward pass instead of with their
+    blocks'. Empty for an unpatched UNet.
     """
     if not is_patched(unet):
         return {}
-    found: dict[nn.Parameter, str] = {}
+    projection_of: dict[nn.Parameter, str] = {}
     if isinstance(unet.time_embed_act, TimeProjections):
         for group in time_parameters(unet.time_embed_act.blocks):
-            found |= dict.fromkeys(group, "time projections")
+            projection_of |= dict.fromkeys(group, "time projections")
     for index, blocks in enumerate(unet.text_groups):
-        found |= dict.fromkeys(text_parameters(blocks), f"text projections {index}")
-    return {name: found[p] for name, p in unet.named_parameters() if p in found}
+        projection_of |= dict.fromkeys(text_parameters(blocks), f"text projections {index}")
+    return {name: projection_of[p] for name, p in unet.named_parameters() if p in projection_of}
 
 
 def repack(unet: nn.Module) -> None:
-    """Lay weights side by side again, where something gave them other memory: an optimizer that brings them to 16 bits.
+    """Pack weights again after something moved them, such as an optimizer that casts them to 16 bits.
 
-    Whatever keeps their addresses or detached views must be made after it.
+    Anything that holds the weights' addresses or detached views must be created afterwards.
     """
-    for _, parameters in _groups(unet):
-        if adjacent(parameters, 0) is None:
+    for _, parameters in _packed_groups(unet):
+        if adjacent_view(parameters, 0) is None:
             pack(parameters)
 
 
-def _is_known(unet: nn.Module) -> bool:
-    """Return whether nothing but swapped modules sees the time embedding and the text.
+def _can_share(unet: nn.Module) -> bool:
+    """Return whether only patched modules receive the time embedding and the text.
 
-    Only then may what a step projects once stand in their place.
+    Only then can the projections shared by all blocks be passed in their place.
     """
     from diffusers.models.unets import unet_2d_blocks
 
     parts = [*unet.down_blocks, *([] if unet.mid_block is None else [unet.mid_block]), *unet.up_blocks]
     attentions = [a for part in parts for a in getattr(part, "attentions", ())]
     return (
-        all(type(part) in [getattr(unet_2d_blocks, name) for name in KNOWN_BLOCKS] for part in parts)
+        all(type(part) in [getattr(unet_2d_blocks, name) for name in FORWARDING_BLOCKS] for part in parts)
         and all(isinstance(resnet, PatchedResnetBlock) for part in parts for resnet in part.resnets)
         and all(isinstance(a, PatchedTransformer) for a in attentions)
         and all(isinstance(block, PatchedTransformerBlock) for a in attentions for block in a.transformer_blocks)
@@ -243,17 +276,17 @@ def _is_known(unet: nn.Module) -> bool:
 
 
 def _text_groups(blocks: list[nn.Module]) -> list[list[nn.Module]]:
-    """Return the blocks whose keys and values are one product: of one text width, up to MAX_TEXT_BYTES of weights."""
+    """Group blocks whose keys and values are one matmul: same text width, at most MAX_TEXT_BYTES of weights."""
     groups: list[list[nn.Module]] = []
-    room, width = 0, 0
+    bytes_left, width = 0, 0
     for block in blocks:
         weights = text_parameters([block])
         size = sum(w.numel() * w.element_size() for w in weights)
-        if not groups or size > room or weights[0].shape[1] != width:
+        if not groups or size > bytes_left or weights[0].shape[1] != width:
             groups.append([])
-            room, width = MAX_TEXT_BYTES, weights[0].shape[1]
+            bytes_left, width = MAX_TEXT_BYTES, weights[0].shape[1]
         groups[-1].append(block)
-        room -= size
+        bytes_left -= size
     return groups
 
 
@@ -265,7 +298,7 @@ def _to_channels_last(unet: nn.Module) -> None:
 
 
 def remove(unet: nn.Module) -> None:
-    """Give the original UNet back, with the weights as they are now, contiguous and apart. Nothing if it is not patched."""
+    """Restore the original classes, and give every weight its own contiguous memory. No-op if the UNet is unpatched."""
     if not is_patched(unet):
         return
     if isinstance(unet.time_embed_act, TimeProjections):
@@ -273,8 +306,8 @@ def remove(unet: nn.Module) -> None:
         unet.time_embed_act = None
     del unet.text_groups
     for module in unet.modules():
-        for name in ("norm_before", "before", "time_index", "text_index", "choice", "recompute"):
+        for name in ("fused_norm", "input_proj", "time_index", "text_index", "choice", "recompute"):
             module.__dict__.pop(name, None)
-        if isinstance(module, Swapped):
+        if isinstance(module, PatchedModule):
             module.__class__ = type(module).original
     unpack(list(unet.parameters()))

@@ -1,11 +1,15 @@
-"""What takes the place of diffusers' transformer modules: the same Parameters under the same names, another forward pass.
+"""Replacements for diffusers' transformer modules: same Parameters under the same names, another forward pass.
 
-    tokens = linear(group_norm(x))
-    q, k, v = linear(layer_norm(tokens))            one product, packed weights     self-attention
-    s, q = linear(layer_norm(s + out))              the residual add in the norm    cross-attention, k and v from the step's
-    s = s + linear(geglu(linear(layer_norm(s + out))))                              feed-forward
-    y = linear(s) + x
-Tokens are pixels of channels-last images: nothing is transposed or copied between the two.
+    tokens = linear(group_norm(x))                  entry
+    q, k, v = linear(layer_norm(tokens))            self-attention: one matmul with packed weights
+    s = tokens + out(attention(q, k, v))            the residual add is part of the next norm
+    q = linear(layer_norm(s))                       cross-attention: k and v come from the shared text projections
+    s = s + out(attention(q, k, v))                 likewise
+    s = s + linear(geglu(linear(layer_norm(s))))    feed-forward
+    y = linear(s) + x                               exit
+
+Tokens are the pixels of channels-last images, so converting between the two is a view. The gradients of several biases
+are computed by the norm next to them (kernels/ops/norm_then_matmul.py), which is why they are added detached.
 Letters: B batch, T tokens, N text tokens, H heads, K head dim.
 """
 
@@ -21,7 +25,7 @@ from torch.nn import functional as F
 from safelight.kernels.ops.norm_then_matmul import as_images, as_tokens, feed_forward, group_norm_linear, norm_linear
 from safelight.kernels.ops.packed_linear import norm_packed_linear, packed_linear
 from safelight.kernels.unet.attention import AttendProcessor, AttentionChoice, attend
-from safelight.kernels.unet.patched_resnet import Swapped, channels_last, detached, is_norm, is_plain_conv
+from safelight.kernels.unet.patched_resnet import PatchedModule, channels_last, detached, is_norm, is_plain_conv
 
 if TYPE_CHECKING:
     from diffusers.models.attention import BasicTransformerBlock
@@ -32,7 +36,7 @@ if TYPE_CHECKING:
 def _is_plain_attention(attention: nn.Module) -> bool:
     from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
 
-    # what these do, `attend` does
+    # `attend` computes what these do
     processors = (AttendProcessor, AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor)
     norms = (attention.spatial_norm, attention.group_norm, attention.norm_q, attention.norm_k)
     return (
@@ -65,48 +69,49 @@ def _is_plain_feed_forward(ff: nn.Module) -> bool:
 
 
 def qkv_parameters(block: BasicTransformerBlock) -> list[nn.Parameter]:
-    """Return the weights of a block's self-attention that want to be packed."""
+    """Return the weights of a block's self-attention that must be packed: q, k, v."""
     return [block.attn1.to_q.weight, block.attn1.to_k.weight, block.attn1.to_v.weight]
 
 
 def text_parameters(blocks: Sequence[BasicTransformerBlock]) -> list[nn.Parameter]:
-    """Return the weights of cross-attentions' keys and values that want to be packed, in the order of the blocks."""
+    """Return the key and value weights of cross-attentions, which must be packed, in the order of the blocks."""
     return [w for block in blocks for w in (block.attn2.to_k.weight, block.attn2.to_v.weight)]
 
 
 def text_projections(blocks: Sequence[BasicTransformerBlock], text_BND: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Return the (keys, values) of each block's cross-attention, (B, N, H K) each, in one product."""
+    """Return (keys, values) of each block's cross-attention, (B, N, H K) each, from one matmul."""
     pieces = packed_linear(text_BND, text_parameters(blocks))
     return list(zip(pieces[::2], pieces[1::2], strict=True))
 
 
-class PatchedTransformerBlock(Swapped):
+class PatchedTransformerBlock(PatchedModule):
     """Self-attention, cross-attention and feed-forward of tokens.
 
-    before: the projection that made the tokens, in a tuple, where it takes its bias detached; choice: the attention that
-    runs; text_index: the block's place among the step's text projections; recompute: do not keep the feed-forward's
-    projection for the backward pass.
+    input_proj: the projection that made the tokens, in a tuple, if it adds its bias detached and this block computes
+    that bias's gradient; choice: the attention backends; text_index: the block's index into the shared text
+    projections;
+    recompute: recompute the feed-forward's first projection in the backward pass instead of saving it.
     """
 
-    before: tuple[nn.Module, ...] = ()
+    input_proj: tuple[nn.Module, ...] = ()
     choice: AttentionChoice
     text_index: int
     recompute: bool
 
     @staticmethod
-    def refusal(block: BasicTransformerBlock) -> str:
-        """Return why a block cannot be swapped, '' if it can."""
+    def why_unsupported(block: BasicTransformerBlock) -> str:
+        """Return why a block cannot be patched, '' if it can."""
         norms = (block.norm1, block.norm2, block.norm3)
         if block.norm_type != "layer_norm" or not all(is_norm(norm, nn.LayerNorm) for norm in norms):
-            return "its norms are no plain LayerNorms"
+            return "its norms are not plain LayerNorm"
         if block.attn2 is None or block.only_cross_attention or block.pos_embed is not None or hasattr(block, "fuser"):
-            return "it is not one self-attention, one cross-attention and a feed-forward"
+            return "it is not one self-attention, one cross-attention and one feed-forward"
         if not (_is_plain_attention(block.attn1) and _is_plain_attention(block.attn2)):
-            return "its attention has norms, biases, dropout or a processor of its own"
+            return "its attention has norms, biases, dropout or a custom processor"
         if block.attn1.is_cross_attention or not block.attn2.is_cross_attention:
-            return "it attends to itself twice"
+            return "it has two self-attentions"
         if not _is_plain_feed_forward(block.ff) or block._chunk_size is not None:
-            return "its feed-forward is no plain GEGLU"
+            return "its feed-forward is not plain GEGLU"
         return ""
 
     def forward(
@@ -117,17 +122,17 @@ class PatchedTransformerBlock(Swapped):
         *args,
         **kwargs,
     ) -> Tensor:
-        """Return the tokens, (B, T, D). encoder_hidden_states: the text, or what text_projections made of it."""
+        """Return the tokens, (B, T, D). encoder_hidden_states: the text, or all blocks' keys and values."""
         attn1, attn2, proj, out = self.attn1, self.attn2, self.ff.net[0].proj, self.ff.net[2]
         norm1, norm2, norm3 = self.norm1, self.norm2, self.norm3
-        # what made the tokens leaves its bias' gradient to the norm that takes them in
-        before = self.before[0].bias if self.before else None
+        # the projection that made the tokens leaves its bias's gradient to norm1
+        input_bias = self.input_proj[0].bias if self.input_proj else None
         s, *qkv = norm_packed_linear(
-            hidden_states, norm1.weight, norm1.bias, qkv_parameters(self), bias_in_x=before, eps=norm1.eps
+            hidden_states, norm1.weight, norm1.bias, qkv_parameters(self), input_bias=input_bias, eps=norm1.eps
         )
         x = self._attend(attn1, *qkv)
         s, q = norm_linear(
-            x, norm2.weight, norm2.bias, attn2.to_q.weight, residual=s, bias_in_x=attn1.to_out[0].bias, eps=norm2.eps
+            x, norm2.weight, norm2.bias, attn2.to_q.weight, residual=s, input_bias=attn1.to_out[0].bias, eps=norm2.eps
         )
         text = encoder_hidden_states
         k, v = text_projections([self], text)[0] if isinstance(text, Tensor) else text[self.text_index]
@@ -141,28 +146,28 @@ class PatchedTransformerBlock(Swapped):
             out.weight,
             out.bias,
             residual=s,
-            bias_in_x=attn2.to_out[0].bias,
+            input_bias=attn2.to_out[0].bias,
             eps=norm3.eps,
             recompute=self.recompute,
         )
 
     def _attend(self, attention: Attention, *qkv: Tensor) -> Tensor:
-        """Return the projected output of attention over q, k, v of (B, T, H K); the norm behind has its bias' gradient."""
+        """Return the projected attention of q, k, v, (B, T, H K) each; the next norm computes the bias's gradient."""
         heads = (x.unflatten(-1, (attention.heads, -1)) for x in qkv)
         out = attention.to_out[0]
         return F.linear(attend(*heads, self.choice, attention.scale).flatten(2), out.weight, detached(out.bias))
 
 
-class PatchedTransformer(Swapped):
-    """The way from an image to tokens, through the blocks and back."""
+class PatchedTransformer(PatchedModule):
+    """An image to tokens, through the blocks, and back to an image."""
 
     @staticmethod
-    def refusal(module: Transformer2DModel) -> str:
-        """Return why it cannot be swapped, '' if it can."""
+    def why_unsupported(module: Transformer2DModel) -> str:
+        """Return why a module cannot be patched, '' if it can."""
         projections = (module.proj_in, module.proj_out)
         plain = all(type(p) is nn.Linear or is_plain_conv(p, 1) for p in projections)
         if not module.is_input_continuous or not plain or not is_norm(module.norm, nn.GroupNorm):
-            return "it is not GroupNorm, projection, blocks and projection"
+            return "it is not a GroupNorm, a projection, blocks and a projection"
         return ""
 
     def forward(
@@ -177,7 +182,7 @@ class PatchedTransformer(Swapped):
         encoder_attention_mask=None,
         return_dict: bool = True,
     ):
-        """Return the image. Raises ValueError for masks and attention arguments, which no patched module takes."""
+        """Return the image. Raises ValueError for attention masks and arguments, which are not supported."""
         if attention_mask is not None or encoder_attention_mask is not None or cross_attention_kwargs:
             raise ValueError(
                 "a patched UNet takes no attention mask and no cross_attention_kwargs; call kernels.patch.remove first"
@@ -185,9 +190,9 @@ class PatchedTransformer(Swapped):
         x = channels_last(hidden_states)
         norm, into, out = self.norm, self.proj_in, self.proj_out
         first = self.transformer_blocks[0]
-        into_bias = detached(into.bias) if getattr(first, "before", ()) else into.bias
+        into_bias = detached(into.bias) if getattr(first, "input_proj", ()) else into.bias
         x, tokens = group_norm_linear(
-            x, norm.weight, norm.bias, norm.num_groups, into.weight, into_bias, eps=norm.eps, bias_of_x=out.bias
+            x, norm.weight, norm.bias, norm.num_groups, into.weight, into_bias, eps=norm.eps, skip_bias=out.bias
         )
         for block in self.transformer_blocks:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
@@ -203,8 +208,8 @@ class PatchedTransformer(Swapped):
         return Transformer2DModelOutput(sample=image)
 
 
-class PatchedUNet(Swapped):
-    """A UNet that projects the text once a step. text_groups: the blocks of one product each, in the order of text_index."""
+class PatchedUNet(PatchedModule):
+    """A UNet that projects the text once per step. text_groups: blocks by shared matmul, in the order of text_index."""
 
     text_groups: tuple[tuple[BasicTransformerBlock, ...], ...]
 

@@ -1,7 +1,7 @@
-"""How every kernel is tested: interpreted on the CPU, compiled on a GPU, against PyTorch's own error.
+"""Fixtures for testing kernels: interpreted on the CPU, compiled on a GPU, with PyTorch's own error as the tolerance.
 
-`@pytest.mark.grid(dtype=[...], shape=[...])` runs a test over the whole grid: a set of cases that holds every pair of
-values is part of `make test`, the rest is marked slow.
+`@pytest.mark.grid(dtype=[...], shape=[...])` runs a test over the product of its factors. A subset that covers every
+pair of values is part of `make test`; the other cases are marked slow.
 """
 
 import itertools
@@ -22,11 +22,11 @@ INTERPRETED_AND_COMPILED = [
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "grid(**factors): the product of the factors; all but a pairwise cover is slow")
+    config.addinivalue_line("markers", "grid(**factors): their product; cases beyond a pairwise cover are slow")
 
 
 def pairwise_cover(factors: list[list]) -> set[tuple[int, ...]]:
-    """Return index tuples that together hold every pair of values of every two factors, chosen greedily."""
+    """Return index tuples that together cover every pair of values of any two factors, chosen greedily."""
     cases = list(itertools.product(*(range(len(values)) for values in factors)))
     pairs = {
         case: {(i, j, case[i], case[j]) for i, j in itertools.combinations(range(len(factors)), 2)} for case in cases
@@ -55,7 +55,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Fresh memory is full of NaN (or of the largest integer), so an output that is not written shows."""
+    """Fill torch.empty with NaN (or the largest integer), so that elements a kernel does not write are noticed."""
 
     def fill(make: Callable) -> Callable:
         def made(*args, **kwargs):
@@ -70,7 +70,7 @@ def poisoned(monkeypatch):
 
 
 def _round_bfloat16_like_hardware(monkeypatch) -> None:
-    """Triton 3.7's interpreter cuts fp32 off to bf16 where every GPU rounds to nearest even; let it round."""
+    """Make Triton 3.7's interpreter round fp32 to bf16 to nearest even, as every GPU does; it truncates."""
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -87,17 +87,17 @@ def _round_bfloat16_like_hardware(monkeypatch) -> None:
 
 @pytest.fixture(params=INTERPRETED_AND_COMPILED)
 def device(request, monkeypatch, poisoned) -> Iterator[torch.device]:
-    """Where kernels run: the CPU, interpreted, or a GPU, compiled."""
+    """The device that kernels run on: the CPU, interpreted, or a GPU, compiled."""
     if request.param == "cpu":
         request.getfixturevalue("interpreted")
         _round_bfloat16_like_hardware(monkeypatch)
-    # masked lanes compute what they like, and numpy would tell
+    # masked lanes may overflow or divide by zero, about which numpy would warn
     with np.errstate(all="ignore"):
         yield torch.device(request.param)
 
 
 def _leaves(inputs: dict, change: Callable) -> dict:
-    """Return the inputs with fresh tensors of the same strides, floating ones as leaves that want gradients."""
+    """Return the inputs with `change` applied to each tensor; floating-point ones are leaves that require gradients."""
     leaves = {}
     for name, x in inputs.items():
         if isinstance(x, torch.Tensor):
@@ -116,22 +116,22 @@ def _run(function: Callable, leaves: dict, gradients: list | None, seed: int) ->
         gradients = [torch.randn(y.shape, generator=generator).to(y) for y in outputs]
         # in the output's own memory order
         gradients = [torch.empty_like(y).copy_(g) for y, g in zip(outputs, gradients, strict=True)]
-    wanted = {name: x for name, x in leaves.items() if isinstance(x, torch.Tensor) and x.requires_grad}
-    found = torch.autograd.grad(
-        outputs, list(wanted.values()), [g.to(y) for g, y in zip(gradients, outputs, strict=True)]
+    trained = {name: x for name, x in leaves.items() if isinstance(x, torch.Tensor) and x.requires_grad}
+    computed = torch.autograd.grad(
+        outputs, list(trained.values()), [g.to(y) for g, y in zip(gradients, outputs, strict=True)]
     )
     results = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
-    results |= {f"gradient of {name}": g for name, g in zip(wanted, found, strict=True)}
+    results |= {f"gradient of {name}": g for name, g in zip(trained, computed, strict=True)}
     return results, gradients
 
 
 @pytest.fixture
 def check_op(device) -> Callable[..., dict]:
-    """A function that holds an op to plain PyTorch, forward and backward, and returns the op's results.
+    """A function that checks an op against plain PyTorch, forward and backward, and returns the op's results by name.
 
-    check(ours, plain, inputs): both take the inputs by name. The truth is `plain` in fp64 on the same values;
-    |ours - truth| <= 2 |plain in the inputs' dtype - truth| + 1e-6, largest errors. Two runs must be equal bit for
-    bit, and no input or upstream gradient may change.
+    check(ours, plain, inputs): both functions take the inputs by name. The truth is `plain` in fp64 on the same values,
+    and max |ours - truth| <= 2 max |plain in the inputs' dtype - truth| + 1e-6 must hold for each result. Two runs must
+    give the same bits, and no input or upstream gradient may be written to.
     """
 
     def check(ours: Callable, plain: Callable, inputs: dict, *, seed: int = 0) -> dict:

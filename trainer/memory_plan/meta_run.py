@@ -118,7 +118,7 @@ class MetaRun:
         # a CPU has one fused operator; a card's are not probed here but taken in their order
         where = device if device.type == "cpu" else META
         wanted = "sdpa" if config.model.attention == "auto" and device.type == "cuda" else config.model.attention
-        choice = choose_attention(where, dtype, attention_cases(self.unet), wanted=wanted)
+        choice = choose_attention(where, dtype, attention_cases(self.unet), setting=wanted)
         schedule = make_schedule(base.config_of("scheduler"), config.loss.prediction).to(META)
         with references_on_meta(device.type == "cpu"), self.live:
             self.live.hold(self.unet.parameters(), WEIGHTS)

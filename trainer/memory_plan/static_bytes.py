@@ -124,10 +124,10 @@ def static_bytes(config: Config, device: torch.device | None = None, dtype: torc
     device = device or pick_device(config.run.device)
     dtype = dtype or pick_dtype(config.model.precision, device)
     unet = meta_unet(resolve_model(config.model))
-    if patch.is_wanted(config.train.kernels, device):
+    if patch.should_patch(config.train.kernels, device):
         first = next(unet.parameters())
-        patch.apply(unet, choose_attention(first.device, dtype, attention_cases(unet), wanted="sdpa"))
-    shared = patch.shared_products(unet)
+        patch.apply(unet, choose_attention(first.device, dtype, attention_cases(unet), setting="sdpa"))
+    shared = patch.shared_projections(unet)
     named = {name: p.numel() for name, p in unet.named_parameters()}
     sizes = list(named.values())
     in_flight: dict[str, int] = {}

@@ -21,8 +21,8 @@ from safelight.kernels.optim.adamw8bit import MIN_8BIT_ELEMENTS, AdamW8bit
 from safelight.kernels.optim.adamw8bit_state import load_state, load_value, state_of
 from safelight.kernels.optim.blockwise_8bit import in_memory_order
 from safelight.kernels.optim.paged_state import Pages
-from safelight.kernels.optim.split_weights import REMAINDERS, start
-from safelight.kernels.unet.patch import shared_products
+from safelight.kernels.optim.split_weights import REMAINDERS, split_nearest
+from safelight.kernels.unet.patch import shared_projections
 from safelight.trainer.config.toml import Optimizer as OptimizerConfig
 from safelight.trainer.optim.gradient_buffers import GradientBuffers
 
@@ -48,7 +48,7 @@ def _to_16_bit(
         return beside
     flat = [None if x is None else in_memory_order(x).split(SPLIT_ELEMENTS) for x in (source, weight, beside)]
     for index, piece in enumerate(flat[0]):
-        high, low = start(piece.to(device).float(), dtype, memory)
+        high, low = split_nearest(piece.to(device).float(), dtype, memory)
         flat[1][index].copy_(high)
         if low is not None:
             flat[2][index].copy_(low)
@@ -95,7 +95,7 @@ class KernelAdamW:
         self.parameters, self.memory, self.buffers = parameters, memory, GradientBuffers(parameters)
         self._places = {name: place for place, name in enumerate(parameters)}
         # or a block's gradients would wait for those of a product that it shares, which come last
-        shared = shared_products(module)
+        shared = shared_projections(module)
         self._part_of = {name: shared.get(name) or part_of(name) for name in parameters}
         self._parts: dict[str, list[str]] = {}
         for name in parameters:

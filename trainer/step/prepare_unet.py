@@ -36,7 +36,7 @@ def equip(
     meta tensors stays one.
     """
     apply_attention(unet, attention)
-    patched = patch.apply(unet, attention) if patch.is_wanted(config.train.kernels, device) else None
+    patched = patch.apply(unet, attention) if patch.should_patch(config.train.kernels, device) else None
     how = config.train.checkpointing
     apply_checkpointing(unet, "none" if how == "auto" else how)
     first = next(unet.parameters())

@@ -13,12 +13,12 @@ from safelight.kernels.aot import compile_all
 def geglu_alone(monkeypatch, tmp_path):
     """Compile only one kernel, with a temporary Triton cache and aot.json."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
-    monkeypatch.setattr(compile_all, "TABLE", tmp_path / "aot.json")
+    monkeypatch.setattr(compile_all, "RESULTS", tmp_path / "aot.json")
     cases = [case for case in compile_all.one_of_each() if "_geglu_fwd" in case.label]
     assert len(cases) == 1
     monkeypatch.setattr(compile_all, "one_of_each", lambda: cases)
     monkeypatch.setattr(
-        compile_all, "wanted", lambda: {75: {c.label: c for c in cases}, 90: {c.label: c for c in cases}}
+        compile_all, "required_cases", lambda: {75: {c.label: c for c in cases}, 90: {c.label: c for c in cases}}
     )
     return cases[0]
 
@@ -38,7 +38,7 @@ def test_one_case_of_each_kernel_is_compiled_for_two_targets(geglu_alone, capsys
             "code_bytes": code.code_bytes,
             "compilations": 1,
         }
-    assert not compile_all.TABLE.exists()
+    assert not compile_all.RESULTS.exists()
 
 
 def test_all_completes_the_table_and_prints_it(geglu_alone, monkeypatch, capsys):
@@ -46,7 +46,7 @@ def test_all_completes_the_table_and_prints_it(geglu_alone, monkeypatch, capsys)
     first = capsys.readouterr()
     assert "geglu geglu_fwd" in first.out
     assert "2 of 2 compiled" in first.err
-    table = compile_all.read_table()
+    table = compile_all.read_results()
     assert compile_all.entry_of(table, geglu_alone, 75).registers > 0
     # nothing is compiled twice
     monkeypatch.setattr(compile_all, "compile_case", None)
@@ -60,4 +60,4 @@ def test_spilled_registers_fail(geglu_alone, monkeypatch, capsys):
     for words in (["bench", "aot"], ["bench", "aot", "--all"]):
         assert main(words) == 1
         assert "16 bytes of spilled registers" in capsys.readouterr().out
-    assert compile_all.read_table()["kernels"] == {}
+    assert compile_all.read_results()["kernels"] == {}

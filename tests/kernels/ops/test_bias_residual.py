@@ -1,4 +1,4 @@
-"""Bias + residual + scale against PyTorch's chain of operations."""
+"""bias_residual against PyTorch's separate operations: results, gradients, copies, saved tensors."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def make(shape, dtype, layout, residual):
         elif name in inputs and layout == "transposed":
             inputs[name] = inputs[name].transpose(0, -1).contiguous().transpose(0, -1)
     if layout == "mixed" and len(shape) == 4:
-        # a convolution's channels-last output on a residual that came in NCHW
+        # a convolution's channels-last output and an NCHW residual
         inputs["x"] = inputs["x"].to(memory_format=torch.channels_last)
     return {name: value.to(dtype) for name, value in inputs.items()}
 
@@ -50,7 +50,7 @@ def test_forward_and_backward(check_op, shape, dtype, layout, residual, scale):
 
 
 @pytest.mark.parametrize("layout", ["plain", "channels_last"])
-def test_the_residual_may_have_a_bias_of_its_own(check_op, layout):
+def test_the_residual_may_have_its_own_bias(check_op, layout):
     inputs = make((3, 7, 5, 11), torch.bfloat16, layout, True)
     inputs["residual_bias"] = torch.randn(7, generator=torch.Generator().manual_seed(9)).to(torch.bfloat16)
 
@@ -61,14 +61,14 @@ def test_the_residual_may_have_a_bias_of_its_own(check_op, layout):
 
 
 @pytest.mark.parametrize("layout", ["plain", "channels_last"])
-def test_several_tiles_a_program(check_op, monkeypatch, layout):
-    """13 x 17 pixels of 128 channels are 14 tiles of 16: two splits a sample take seven each."""
+def test_programs_that_take_several_tiles(check_op, monkeypatch, layout):
+    """13 x 17 pixels of 128 channels are 14 tiles of 16; two splits per sample take seven each."""
     monkeypatch.setattr(module, "NUM_PROGRAMS", 6)
     inputs = make((3, 128, 13, 17), torch.float32, layout, True)
     check_op(lambda **x: bias_residual(**x, scale=0.5), lambda **x: plain(**x, scale=0.5), inputs)
 
 
-def test_without_a_scale_the_gradient_is_passed_on_not_copied(device):
+def test_without_a_scale_the_gradient_is_not_copied(device):
     x, bias, residual = (
         v.to(device).requires_grad_() for v in make((2, 6, 3, 5), torch.float32, "plain", True).values()
     )
@@ -77,8 +77,8 @@ def test_without_a_scale_the_gradient_is_passed_on_not_copied(device):
     assert dx.data_ptr() == dresidual.data_ptr() == dy.data_ptr()
 
 
-def test_a_slice_of_a_gradient_is_made_dense_on_the_way(device):
-    """The gradient of a concatenation is a channel slice; a convolution behind would copy it."""
+def test_a_channel_slice_of_a_gradient_is_made_dense(device):
+    """As behind a concatenation; the convolution that takes dx would otherwise copy it."""
     x, bias, residual = (
         v.to(device).requires_grad_() for v in make((2, 6, 3, 5), torch.float32, "channels_last", True).values()
     )
@@ -88,10 +88,10 @@ def test_a_slice_of_a_gradient_is_made_dense_on_the_way(device):
     assert dx.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(dx, dy)
     assert torch.equal(dresidual, dy)
-    # and where the bias' gradient is made elsewhere
-    alone, _ = torch.autograd.grad(bias_residual(x, bias.detach(), residual), (x, residual), dy)
-    assert alone.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(alone, dy)
+    # also if no gradient of the bias is needed
+    only_dx, _ = torch.autograd.grad(bias_residual(x, bias.detach(), residual), (x, residual), dy)
+    assert only_dx.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(only_dx, dy)
     torch.testing.assert_close(dbias, dy.sum((0, 2, 3)))
 
 
@@ -114,7 +114,7 @@ def test_nothing_is_saved():
 
 
 def test_shapes_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match=r"\(3,\) biases do not fit x of \(2, 4\); give 4"):
+    with pytest.raises(ValueError, match=r"a bias of \(3,\) does not fit x of \(2, 4\); give it 4"):
         bias_residual(torch.ones(2, 4), torch.ones(3))
     with pytest.raises(ValueError, match=r"the residual is \(4,\)"):
         bias_residual(torch.ones(2, 4), torch.ones(4), torch.ones(4))

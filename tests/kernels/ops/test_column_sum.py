@@ -1,4 +1,4 @@
-"""Sums over partial rows: any number of them, in a fixed order."""
+"""Sums over rows of partial sums: any number of rows, deterministic, input untouched."""
 
 import pytest
 import torch
@@ -8,12 +8,12 @@ from safelight.kernels.ops.column_sum import column_sum
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 64, 64), (3, 150, 100), (1, 513, 65)])
-def test_sums(device, shape, dtype):
+def test_column_sum(device, shape, dtype):
     parts = torch.randn(shape, generator=torch.Generator().manual_seed(15)).to(device)
     kept = parts.clone()
-    found = column_sum(parts, dtype)
-    assert torch.equal(found, column_sum(parts, dtype))
+    sums = column_sum(parts, dtype)
+    assert torch.equal(sums, column_sum(parts, dtype))
     assert torch.equal(parts, kept)
     exact = parts.double().sum(dim=1)
-    # fp32's own error, and one rounding to the dtype asked for
-    torch.testing.assert_close(found.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-5)
+    # fp32 accumulation error, and one rounding to the output dtype
+    torch.testing.assert_close(sums.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-5)

@@ -1,10 +1,10 @@
-"""GEGLU against diffusers' form in plain PyTorch."""
+"""GEGLU against the same in plain PyTorch, as diffusers computes it."""
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from safelight.kernels.ops.geglu import geglu, geglu_bwd, geglu_bwd_again, geglu_fwd, geglu_reference
+from safelight.kernels.ops.geglu import geglu, geglu_bwd, geglu_bwd_recompute, geglu_fwd, geglu_reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -33,35 +33,35 @@ def test_forward_and_backward(check_op, dtype, shape, layout):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_output_comes_again_with_the_gradient_and_has_the_same_bits(device, dtype):
+def test_recomputing_with_the_gradient_gives_the_same_bits(device, dtype):
     x, dy = make((3, 5, 74), dtype, "plain").to(device), make((3, 5, 37), dtype, "plain").to(device)
     dx, y = geglu_bwd(dy, x), geglu_fwd(x)
-    again, place, total = geglu_bwd_again(dy, x)
-    assert torch.equal(again, dx)
-    assert torch.equal(place, y)
+    dx_again, y_again, total = geglu_bwd_recompute(dy, x)
+    assert torch.equal(dx_again, dx)
+    assert torch.equal(y_again, y)
     assert total is None
-    # one buffer for both: nothing is allocated for it
-    assert place.data_ptr() == dy.data_ptr()
+    # y overwrites dy, so nothing is allocated for it
+    assert y_again.data_ptr() == dy.data_ptr()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 4, 6), (3, 7, 74), (1, 37, 2 * 1280)])
-def test_the_gradient_of_a_bias_in_the_projection_comes_with_it(device, dtype, shape):
-    """2 x 1280: two blocks of features, the second not full, and five programs of seven or eight rows."""
+def test_the_sum_of_the_gradient_over_rows(device, dtype, shape):
+    """The last shape has two blocks of features, the second not full, and five programs of seven or eight rows."""
     x, dy = make(shape, dtype, "plain").to(device), make((*shape[:2], shape[2] // 2), dtype, "plain").to(device)
     exact = x.double().requires_grad_()
     (truth,) = torch.autograd.grad(plain(exact), exact, dy.double())
     without = geglu_bwd(dy, x)
-    dx, _, total = geglu_bwd_again(dy, x, with_sum=True)
+    dx, _, total = geglu_bwd_recompute(dy, x, with_sum=True)
     assert torch.equal(dx, without)
     assert total.dtype == dtype
-    # what a sum of the gradient as it is stored errs by
+    # at most twice the error of summing the gradient as stored
     allowed = 2 * (without.flatten(0, 1).sum(dim=0).double() - truth.sum(dim=(0, 1))).abs().max() + 1e-6
     assert (total.double() - truth.sum(dim=(0, 1))).abs().max() <= allowed
 
 
 @pytest.mark.parametrize("layout", ["plain", "sliced"])
-def test_the_reference_is_what_runs_on_the_cpu(layout):
+def test_gradcheck_in_double_precision(layout):
     x = make((2, 3, 20), torch.float64, layout).requires_grad_()
     torch.testing.assert_close(geglu(x), plain(x), rtol=1e-13, atol=1e-13)
     assert torch.autograd.gradcheck(geglu, (x,))

@@ -1,11 +1,11 @@
-"""LayerNorm, alone and with the residual add, against PyTorch's."""
+"""LayerNorm, with and without the residual add, against PyTorch's."""
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from safelight.kernels.ops import layer_norm as module
-from safelight.kernels.ops.layer_norm import add_layer_norm, layer_norm, layer_norm_again, layer_norm_fwd
+from safelight.kernels.ops.layer_norm import add_layer_norm, layer_norm, layer_norm_fwd, layer_norm_recompute
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [(1, 3, 5), (3, 7, 77), (1, 1, 1), (1, 20, 320), (3, 2, 640), (1, 5, 1280)]
@@ -39,21 +39,21 @@ def test_forward_and_backward(check_op, shape, dtype, layout, residual):
 
 
 def test_programs_that_take_several_tiles(check_op, monkeypatch):
-    """77 rows of 320 are 20 tiles of 4: three programs take seven, seven and six of them."""
+    """77 rows of 320 are 20 tiles of 4 rows; three programs take seven, seven and six of them."""
     monkeypatch.setattr(module, "NUM_BWD_PROGRAMS", 3)
     check_op(add_layer_norm, plain_add, make((1, 77, 320), torch.float32, residual=True))
 
 
 @pytest.mark.parametrize("used", [0, 1])
-def test_one_output_alone_may_be_used(device, used):
+def test_either_output_may_go_unused(device, used):
     inputs = {
         name: value.to(device).requires_grad_()
         for name, value in make((2, 3, 10), torch.float32, residual=True).items()
     }
-    wanted = list(inputs.values())
-    expected = torch.autograd.grad(plain_add(**inputs)[used].square().sum(), wanted, allow_unused=True)
-    found = torch.autograd.grad(add_layer_norm(**inputs)[used].square().sum(), wanted, allow_unused=True)
-    for a, b in zip(found, expected, strict=True):
+    leaves = list(inputs.values())
+    expected = torch.autograd.grad(plain_add(**inputs)[used].square().sum(), leaves, allow_unused=True)
+    ours = torch.autograd.grad(add_layer_norm(**inputs)[used].square().sum(), leaves, allow_unused=True)
+    for a, b in zip(ours, expected, strict=True):
         if b is None:
             assert a is None or not a.any()
         else:
@@ -61,13 +61,13 @@ def test_one_output_alone_may_be_used(device, used):
 
 
 def test_both_outputs_may_have_the_same_gradient(device):
-    """`(s + y).backward()` hands one and the same tensor to both."""
+    """`(s + y).backward()` passes the same tensor to both."""
     inputs = {name: v.to(device).requires_grad_() for name, v in make((2, 3, 10), torch.float32, residual=True).items()}
     dy = torch.randn(2, 3, 10, generator=torch.Generator().manual_seed(6)).to(device)
-    found, expected = (
+    ours, expected = (
         torch.autograd.grad(op(**inputs), list(inputs.values()), (dy, dy)) for op in (add_layer_norm, plain_add)
     )
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
@@ -75,7 +75,7 @@ def test_recomputing_gives_the_same_bits(device):
     x, residual, weight, bias = (v.to(device) for v in make((3, 7, 77), torch.bfloat16, residual=True).values())
     s, y, mean, rstd = layer_norm_fwd(x, weight, bias, residual, 1e-5)
     assert torch.equal(s, x + residual)
-    assert torch.equal(layer_norm_again(s, weight, bias, mean, rstd, 1e-5), y)
+    assert torch.equal(layer_norm_recompute(s, weight, bias, mean, rstd, 1e-5), y)
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -89,7 +89,7 @@ def test_gradcheck_in_double_precision(residual):
 
 
 @pytest.mark.parametrize("where", ["cpu", "meta"])
-def test_saved_are_the_sum_and_two_numbers_a_row(where):
+def test_only_the_sum_the_parameters_and_two_numbers_per_row_are_saved(where):
     inputs = {
         name: v.to(where).requires_grad_() for name, v in make((2, 16, 64), torch.bfloat16, residual=True).items()
     }
@@ -101,7 +101,7 @@ def test_saved_are_the_sum_and_two_numbers_a_row(where):
 
 def test_shapes_that_do_not_fit_are_refused():
     x, w = torch.ones(2, 4), torch.ones(4)
-    with pytest.raises(ValueError, match=r"4 features do not fit \(3,\) weights"):
+    with pytest.raises(ValueError, match=r"a weight of \(3,\) does not fit x with 4 features"):
         layer_norm(x, w[:3], w[:3])
     with pytest.raises(ValueError, match="1 to 8192 features"):
         layer_norm(torch.ones(1, 8193), torch.ones(8193), torch.ones(8193))

@@ -1,4 +1,4 @@
-"""Noising: the kernel's bits against numpy's, whatever the batch, the order in memory and the prediction type."""
+"""Noising: the kernel's bits against numpy's, for all batches, memory orders and prediction types."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ def _normals_kernel(words_ptr, out_ptr, BLOCK: tl.constexpr):
     tl.store(out_ptr + tl.program_id(0) * 4 * BLOCK + tl.arange(0, 4 * BLOCK), z)
 
 
-def test_integers_equal_numpys(device):
-    """Random counters and keys, and the corners of published vectors."""
+def test_philox_words_equal_numpys(device):
+    """For random counters and keys, and for the all-zeros and all-ones known-answer vectors."""
     words = np.random.default_rng(12).integers(0, 1 << 32, (6, 512), dtype=np.int64)
     words[:, 0], words[:, 1] = 0, 0xFFFFFFFF
     out = torch.zeros(4, 512, dtype=torch.int64, device=device)
@@ -127,18 +127,18 @@ def test_the_kernels_bits_are_numpys(device, shape, prediction_type, offset_nois
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_with_a_posterior_it_agrees_with_the_reference(device, dtype):
-    """exp is the device's, so here the last bits may differ; 16-bit output may then round the other way."""
+def test_with_a_logvar_it_agrees_with_the_reference_to_rounding(device, dtype):
+    """exp is the device's own, so the last bits may differ and 16-bit outputs may round the other way."""
     mean, logvar = posterior((3, 4, 9, 7), dtype)
     arguments = (key_words(make_keys(3)), ALPHAS)
     options = {"prediction_type": "v_prediction", "scaling_factor": 0.18215, "offset_noise": 0.05}
     expected = noising_reference(mean, logvar, *arguments, **options)
-    found = noising(mean.to(device), logvar.to(device), *(x.to(device) for x in arguments), dtype=dtype, **options)
-    assert found.noisy_BCHW.dtype == dtype
-    assert found.target_BCHW.dtype == torch.float32
-    torch.testing.assert_close(found.target_BCHW.cpu(), expected.target_BCHW, rtol=1e-6, atol=1e-6)
+    result = noising(mean.to(device), logvar.to(device), *(x.to(device) for x in arguments), dtype=dtype, **options)
+    assert result.noisy_BCHW.dtype == dtype
+    assert result.target_BCHW.dtype == torch.float32
+    torch.testing.assert_close(result.target_BCHW.cpu(), expected.target_BCHW, rtol=1e-6, atol=1e-6)
     ulp = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
-    torch.testing.assert_close(found.noisy_BCHW.cpu().float(), expected.noisy_BCHW, rtol=ulp, atol=ulp)
+    torch.testing.assert_close(result.noisy_BCHW.cpu().float(), expected.noisy_BCHW, rtol=ulp, atol=ulp)
 
 
 @given(
@@ -148,14 +148,14 @@ def test_with_a_posterior_it_agrees_with_the_reference(device, dtype):
     times=st.integers(0, 65535),
 )
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_key_gives_the_references_bits(device, seed, sample, epoch, times):
+def test_every_key_gives_the_references_bits(device, seed, sample, epoch, times):
     mean, _ = posterior((1, 4, 3, 3))
     words = key_words([Key(seed, Purpose.NOISE, sample, epoch, times)])
     options = {"prediction_type": "epsilon", "scaling_factor": 1.0}
     expected = noising_reference(mean, None, words, ALPHAS, **options)
-    found = noising(mean.to(device), None, words.to(device), ALPHAS.to(device), **options)
-    assert equal_bits(found.noisy_BCHW, expected.noisy_BCHW)
-    assert torch.equal(found.timesteps_B.cpu(), expected.timesteps_B)
+    result = noising(mean.to(device), None, words.to(device), ALPHAS.to(device), **options)
+    assert equal_bits(result.noisy_BCHW, expected.noisy_BCHW)
+    assert torch.equal(result.timesteps_B.cpu(), expected.timesteps_B)
 
 
 def test_a_samples_draws_do_not_depend_on_its_batch(device):
@@ -163,8 +163,8 @@ def test_a_samples_draws_do_not_depend_on_its_batch(device):
     words = key_words(make_keys(3), device)
     options = {"prediction_type": "v_prediction", "scaling_factor": 0.2, "offset_noise": 0.1}
     together = noising(mean, logvar, words, ALPHAS.to(device), **options)
-    alone = noising(mean[1:2], logvar[1:2], words[1:2], ALPHAS.to(device), **options)
-    for a, b in zip(together, alone, strict=True):
+    single = noising(mean[1:2], logvar[1:2], words[1:2], ALPHAS.to(device), **options)
+    for a, b in zip(together, single, strict=True):
         assert torch.equal(a[1:2], b)
 
 
@@ -185,7 +185,7 @@ def test_zero_terminal_snr(device):
     assert torch.equal(result.target_BCHW.cpu(), -0.5 * mean)
 
 
-def test_validation_draws_under_its_own_purposes(device):
+def test_validation_uses_its_own_purposes(device):
     mean, _ = posterior((1, 4, 8, 8))
     purposes = Purposes(noise=Purpose.VALIDATION_NOISE, timestep=Purpose.VALIDATION_TIMESTEP)
     result = noising(
@@ -202,12 +202,12 @@ def test_validation_draws_under_its_own_purposes(device):
     assert int(result.timesteps_B) == integers(key._replace(purpose=Purpose.VALIDATION_TIMESTEP), 1000)[0]
 
 
-def test_mistakes_are_refused():
+def test_bad_arguments_are_refused():
     mean, _ = posterior((2, 4, 3, 3))
     words = key_words(make_keys(2))
     with pytest.raises(ValueError, match="prediction type 'x0' is unknown"):
         noising(mean, None, words, ALPHAS, prediction_type="x0", scaling_factor=1.0)
-    with pytest.raises(ValueError, match=r"\(1, 5\) key words do not fit"):
+    with pytest.raises(ValueError, match=r"key words of \(1, 5\) do not fit"):
         noising(mean, None, words[:1], ALPHAS, prediction_type="epsilon", scaling_factor=1.0)
     with pytest.raises(ValueError, match="logvar has shape"):
         noising(mean, mean[:1], words, ALPHAS, prediction_type="epsilon", scaling_factor=1.0)

@@ -1,4 +1,4 @@
-"""Upsampling and convolution as one function, against PyTorch's two."""
+"""upsample_conv against F.interpolate and F.conv2d: results, gradients, saved tensors."""
 
 import pytest
 import torch
@@ -13,11 +13,11 @@ def plain(x, weight, bias=None, *, size):
 
 def draw(dtype, order, bias=True):
     generator = torch.Generator().manual_seed(4)
-    found = {
+    inputs = {
         "x": torch.randn(2, 6, 4, 3, generator=generator).to(dtype).to(memory_format=order),
         "weight": (torch.randn(5, 6, 3, 3, generator=generator) / 54**0.5).to(dtype).to(memory_format=order),
     }
-    return found | ({"bias": torch.randn(5, generator=generator).to(dtype)} if bias else {})
+    return inputs | ({"bias": torch.randn(5, generator=generator).to(dtype)} if bias else {})
 
 
 @pytest.mark.grid(
@@ -34,12 +34,12 @@ def test_upsample_conv(check_op, dtype, order, size, bias):
     )
 
 
-def test_it_saves_the_small_input_alone():
+def test_only_the_small_input_and_the_weight_are_saved():
     inputs = {name: x.requires_grad_() for name, x in draw(torch.float32, torch.channels_last).items()}
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         upsample_conv(**inputs, size=(8, 6))
-    assert {t.data_ptr() for t in kept} == {inputs["x"].data_ptr(), inputs["weight"].data_ptr()}
+    assert {t.data_ptr() for t in saved} == {inputs["x"].data_ptr(), inputs["weight"].data_ptr()}
 
 
 def test_gradcheck():
@@ -47,6 +47,6 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda *v: upsample_conv(*v, size=(8, 6)), inputs)
 
 
-def test_a_kernel_that_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match=r"a kernel of \(3, 5, 3, 3\) does not fit"):
+def test_a_weight_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match=r"a convolution weight of \(3, 5, 3, 3\) does not fit"):
         upsample_conv(torch.ones(2, 4, 2, 2), torch.ones(3, 5, 3, 3), None, (4, 4))

@@ -1,4 +1,4 @@
-"""AdamW8bit's state into checkpoints and out of them: exact in every memory order, converted or refused between modes."""
+"""AdamW8bit's state in checkpoints: exact in every memory order; converted between memory modes, or refused."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def steps(optimizer: AdamW8bit, first: int, num: int) -> None:
         )
 
 
-def moved_to(source: AdamW8bit, target: AdamW8bit) -> AdamW8bit:
+def transfer(source: AdamW8bit, target: AdamW8bit) -> AdamW8bit:
     for index, p in enumerate(source.parameters):
         state = {name: x.contiguous() for name, x in state_of(source, index).items()}
         load_value(target, index, p.contiguous(), state)
@@ -35,12 +35,12 @@ def moved_to(source: AdamW8bit, target: AdamW8bit) -> AdamW8bit:
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("memory", MODES)
-def test_going_on_from_a_state_equals_not_stopping(memory, channels_last):
+def test_resuming_from_a_state_equals_not_stopping(memory, channels_last):
     straight = make(memory, channels_last=channels_last)
     steps(straight, 0, 6)
     stopped = make(memory, channels_last=channels_last)
     steps(stopped, 0, 3)
-    resumed = moved_to(stopped, make(memory, channels_last=channels_last, seed=2))
+    resumed = transfer(stopped, make(memory, channels_last=channels_last, seed=2))
     steps(resumed, 3, 3)
     for index in range(2):
         for name, x in state_of(straight, index).items():
@@ -52,7 +52,7 @@ def test_going_on_from_a_state_equals_not_stopping(memory, channels_last):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("memory", MODES)
 @pytest.mark.parametrize("other", MODES)
-def test_another_mode_takes_the_value_exactly_or_refuses(memory, other, dtype):
+def test_another_mode_loads_the_value_exactly_or_refuses(memory, other, dtype):
     source, target = make(memory, dtype), make(other, dtype, seed=2)
     steps(source, 0, 2)
     exact = MODES.index(other) <= MODES.index(memory) or (
@@ -60,53 +60,53 @@ def test_another_mode_takes_the_value_exactly_or_refuses(memory, other, dtype):
     )
     if not exact:
         with pytest.raises(
-            ValueError, match=f"optimizer.memory {memory}, of which {other} would lose a part; use {memory}"
+            ValueError, match=f"optimizer.memory {memory}, which {other} cannot hold without loss; use {memory}"
         ):
-            moved_to(source, target)
+            transfer(source, target)
         return
-    moved_to(source, target)
+    transfer(source, target)
     for index in range(2):
         value = source.value(index)
         assert torch.equal(target.value(index), value)
-        # of two equally near fp16 weights either may stand there
+        # a value halfway between two fp16 weights may be rounded to either
         errors = [(optimizer.parameters[index].float() - value).abs() for optimizer in (source, target)]
         assert torch.equal(*errors)
 
 
-def test_states_of_another_memory_order_are_requantised():
+def test_states_of_another_memory_order_are_requantized():
     source = make("exact", channels_last=True)
     steps(source, 0, 2)
-    target = moved_to(source, make("exact"))
+    target = transfer(source, make("exact"))
     assert torch.equal(target.value(1), source.value(1).contiguous())
     there, here = state_of(source, 1), state_of(target, 1)
     assert "strides" in there
     assert "strides" not in here
     assert not torch.equal(there["absmax1"], here["absmax1"])
-    back = moved_to(target, make("exact", channels_last=True))
-    # on a grid already, and of the same largest value: the second way loses little
+    back = transfer(target, make("exact", channels_last=True))
+    # values are on the grid already and block maxima are unchanged, so converting back loses little
     assert (state_of(back, 1)["state1"].int() - there["state1"].int()).abs().max() <= 12
 
 
-def test_states_of_another_shape_or_kind_are_refused_and_change_nothing():
+def test_states_of_another_shape_or_dtype_are_refused_and_change_nothing():
     optimizer = make("exact")
     steps(optimizer, 0, 1)
     state = state_of(optimizer, 1)
     before = {name: x.clone() for name, x in state_of(optimizer, 1).items()}
     for bad, message in (
-        ({"state2": state["state2"][:5]}, r"state2 is \(5, 16, 3, 3\) torch.uint8; this weight has \(32, 16, 3, 3\)"),
+        ({"state2": state["state2"][:5]}, r"state2 is \(5, 16, 3, 3\) torch.uint8, its weight \(32, 16, 3, 3\)"),
         ({"state1": state["state1"].float()}, "state1 is .* torch.float32"),
         ({"absmax2": state["absmax2"][:-1]}, r"absmax2 has shape \(17,\); this weight has \(18,\) blocks"),
     ):
         with pytest.raises(ValueError, match=message):
             load_state(optimizer, 1, {**state, **bad})
         assert all(torch.equal(x, before[name]) for name, x in state_of(optimizer, 1).items())
-    with pytest.raises(ValueError, match=r"completes this weight has shape \(5, 16, 3, 3\)"):
+    with pytest.raises(ValueError, match=r"the remainder has shape \(5, 16, 3, 3\), its weight"):
         load_value(optimizer, 1, optimizer.parameters[1], {"remainder": state["remainder"][:5]})
 
 
 @pytest.mark.parametrize("memory", MODES)
-def test_nothing_is_read_from_the_device(memory):
-    """On meta tensors a step that asked the device for a number would fail."""
+def test_a_step_does_not_synchronize_with_the_device(memory):
+    """Reading a number from a meta tensor would raise."""
     from safelight.kernels.triton.jit import record_launches
 
     parameters = [
@@ -120,7 +120,7 @@ def test_nothing_is_read_from_the_device(memory):
         optimizer.begin(1e-6)
         optimizer.update([torch.empty_like(parameters[1])], found_inf=torch.empty(1, device="meta"), members=[1])
         optimizer.end()
-    # one a kind of moments, whatever the number of tensors
+    # one launch for 8-bit and one for fp32 moments, whatever the number of tensors
     assert [launch.kernel.__name__ for launch in launches] == [
         "_adamw8bit_kernel",
         "_adamw32bit_kernel",
@@ -128,15 +128,15 @@ def test_nothing_is_read_from_the_device(memory):
     ]
 
 
-def test_groups_give_what_one_launch_gives():
-    together, apart = make("near"), make("near")
+def test_updating_tensors_separately_equals_updating_them_together():
+    together, separate = make("near"), make("near")
     generator = torch.Generator().manual_seed(5)
-    found = [torch.randn(p.shape, generator=generator).bfloat16() for p in together.parameters]
-    together.step(found, 1e-4, 0.01, 0.5)
-    apart.begin(1e-4, 0.01)
+    grads = [torch.randn(p.shape, generator=generator).bfloat16() for p in together.parameters]
+    together.step(grads, 1e-4, 0.01, 0.5)
+    separate.begin(1e-4, 0.01)
     for index in (1, 0):
-        apart.update([found[index]], 0.5, members=[index])
-    apart.end()
+        separate.update([grads[index]], 0.5, members=[index])
+    separate.end()
     for index in range(2):
         for name, x in state_of(together, index).items():
-            assert torch.equal(x, state_of(apart, index)[name])
+            assert torch.equal(x, state_of(separate, index)[name])

@@ -1,4 +1,4 @@
-"""bitsandbytes' maps, and codes that are the nearest whatever finds them."""
+"""Blockwise quantization: bitsandbytes' maps, and nearest codes by look-up and by search."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from safelight.kernels.optim.blockwise_8bit import (
     NUM_BINS,
     _bins,
-    bounds_of,
+    code_bounds,
     dequantize,
     dynamic_map,
     nearest_codes,
@@ -24,8 +24,8 @@ def test_the_maps_are_bitsandbytes(signed):
 
 @both_maps
 def test_the_look_up_equals_the_search(signed):
-    """At every bound and code, their neighbours in fp32, the ends of every bin, and among random numbers."""
-    bounds = bounds_of(signed)
+    """At every bound and code, their fp32 neighbours, the ends of every bin, and random numbers."""
+    bounds = code_bounds(signed)
     generator = torch.Generator().manual_seed(1)
     random = torch.randn(50_000, generator=generator) * 10 ** (-8 * torch.rand(50_000, generator=generator))
     ends = (torch.arange(NUM_BINS, dtype=torch.int64) << 14).to(torch.int32)
@@ -40,13 +40,13 @@ def test_the_look_up_equals_the_search(signed):
 @both_maps
 def test_no_bin_holds_two_bounds(signed):
     codes, _ = _bins(signed)
-    # bits of 0 to 1, and of -1 to 0: above a bin's lowest value lies at most one bound until the next bin's
+    # from 0 to 1 and from -1 to 0: between the lowest values of neighbouring bins there is at most one bound
     for part in (slice(0, 0x3F800000 >> 14), slice(NUM_BINS // 2, (NUM_BINS // 2) + (0x3F800000 >> 14))):
         assert codes[part].int().diff().abs().max() <= 1
 
 
 @both_maps
-def test_quantize_takes_the_nearest_code(signed):
+def test_quantize_returns_the_nearest_code(signed):
     code_map = dynamic_map(signed)
     x = torch.randn(1000, generator=torch.Generator().manual_seed(1))
     x = x if signed else x.square()
@@ -56,6 +56,6 @@ def test_quantize_takes_the_nearest_code(signed):
     assert torch.equal(codes.long(), nearest)
     zeros, absmax = quantize(torch.zeros(300), signed)
     assert not dequantize(zeros, absmax, signed).any()
-    # what is already on the grid stays: a second pass changes nothing
+    # quantizing again changes nothing
     again = quantize(dequantize(codes, quantize(x, signed)[1], signed), signed)
     assert torch.equal(again[0], codes)

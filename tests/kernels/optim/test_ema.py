@@ -1,10 +1,10 @@
-"""The moving average against its formula, over many tensors at once."""
+"""The moving average of many tensors in one launch, against its formula."""
 
 import pytest
 import torch
 
 from safelight.kernels.optim.ema import CHUNK, EMA
-from safelight.kernels.optim.split_weights import join, start
+from safelight.kernels.optim.split_weights import join, split_nearest
 
 SHAPES = [(1,), (5, 3), (CHUNK,), (CHUNK + 1,), (3, CHUNK), (16, 8, 3, 3), (0,)]
 
@@ -16,7 +16,7 @@ def tensors(dtype, device, shapes=SHAPES, seed=9):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("decay", [0.999, 0.5, 0.0])
-def test_update(device, dtype, decay):
+def test_update_moves_averages_and_leaves_weights(device, dtype, decay):
     weights, averages = tensors(dtype, device), tensors(torch.float32, device, seed=10)
     # channels-last pairs are averaged in their own memory order
     weights[5], averages[5] = (x.to(memory_format=torch.channels_last) for x in (weights[5], averages[5]))
@@ -36,13 +36,13 @@ def test_update(device, dtype, decay):
 
 @pytest.mark.parametrize("memory", ["exact", "near"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_pairs_are_followed_as_their_fp32_values(device, dtype, memory):
+def test_weights_with_remainders_are_averaged_as_their_fp32_values(device, dtype, memory):
     values, averages = tensors(torch.float32, device), tensors(torch.float32, device, seed=10)
     values[5], averages[5] = (x.to(memory_format=torch.channels_last) for x in (values[5], averages[5]))
-    pairs = [start(x, dtype, memory) for x in values]
+    pairs = [split_nearest(x, dtype, memory) for x in values]
     weights, remainders = (list(x) for x in zip(*pairs, strict=True))
     wholes, before = [join(*pair) for pair in pairs], [a.clone() for a in averages]
-    # what the weights alone would leave out shows
+    # the remainders matter: without them the test would fail
     assert max((w - h.float()).abs().max() for w, h in zip(wholes, weights, strict=True) if w.numel()) > 1e-4
     EMA(averages, weights, remainders).update(torch.tensor(0.5, device=device))
     for average, old, whole in zip(averages, before, wholes, strict=True):
@@ -50,11 +50,11 @@ def test_pairs_are_followed_as_their_fp32_values(device, dtype, memory):
         torch.testing.assert_close(average.double(), exact, rtol=3e-7, atol=3e-7)
 
 
-def test_a_remainder_of_another_memory_order_is_refused():
+def test_a_remainder_of_another_memory_order_or_dtype_is_refused():
     weight = torch.ones(3, 4, dtype=torch.bfloat16)
-    for beside in (torch.ones(4, 3, dtype=torch.int8).t(), torch.ones(3, 4)):
-        with pytest.raises(ValueError, match="remainder is int16 or int8"):
-            EMA([torch.ones(3, 4)], [weight], [beside])
+    for remainder in (torch.ones(4, 3, dtype=torch.int8).t(), torch.ones(3, 4)):
+        with pytest.raises(ValueError, match="a remainder must be int16 or int8"):
+            EMA([torch.ones(3, 4)], [weight], [remainder])
 
 
 def test_the_reference_runs_on_the_cpu():
@@ -75,6 +75,6 @@ def test_the_reference_runs_on_the_cpu():
         (torch.ones(3), torch.ones(3, dtype=torch.float64), "float32, float16 or bfloat16"),
     ],
 )
-def test_what_does_not_match_is_refused(average, weight, message):
+def test_averages_that_do_not_match_their_weights_are_refused(average, weight, message):
     with pytest.raises(ValueError, match=message):
         EMA([average], [weight])

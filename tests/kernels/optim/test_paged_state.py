@@ -262,16 +262,16 @@ def test_what_does_not_fit_is_refused_and_changes_nothing():
     steps(optimizer, 0, 2)
     state, before = state_of(optimizer, 3), optimizer.pages.host.clone()
     for bad, message in (
-        ({"state2": state["state2"][:5]}, r"state2 is \(5, 16, 3, 3\) torch.uint8; this weight has \(32, 16, 3, 3\)"),
+        ({"state2": state["state2"][:5]}, r"state2 is \(5, 16, 3, 3\) torch.uint8, its weight \(32, 16, 3, 3\)"),
         ({"absmax1": state["absmax1"][:-1]}, r"absmax1 has shape \(17,\); this weight has \(18,\) blocks"),
     ):
         with pytest.raises(ValueError, match=message):
             load_state(optimizer, 3, {**state, **bad})
-    with pytest.raises(ValueError, match=r"completes this weight has shape \(5, 16, 3, 3\)"):
+    with pytest.raises(ValueError, match=r"the remainder has shape \(5, 16, 3, 3\)"):
         load_value(optimizer, 3, optimizer.parameters[3], {"remainder": state["remainder"][:5]})
     assert torch.equal(optimizer.pages.host, before)
     parameters = weights()
-    with pytest.raises(ValueError, match="memory 'near' has no pages in host memory; use exact"):
+    with pytest.raises(ValueError, match="memory 'near' cannot live in pages of host memory; use exact"):
         AdamW8bit(parameters, memory="near", pages=pages_of(parameters))
 
 

@@ -1,4 +1,4 @@
-"""16-bit weights and their remainders: invertible where that is promised, unbiased where rounded, safe at the ends."""
+"""Splitting into 16-bit weights and remainders: exact inverse, unbiased rounding, saturation, kernel = reference."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safelight.kernels.optim.split_weights import draws, join, join_bits, split, split_bits
+from safelight.kernels.optim.split_weights import join, join_bits, rounding_words, split, split_bits
 from safelight.kernels.philox import Key, Purpose, words
 from safelight.kernels.triton.jit import kernel
 
@@ -36,26 +36,26 @@ def some_words(num: int, seed: int = 0) -> torch.Tensor:
 
 @settings(max_examples=200, deadline=None)
 @given(any_bits)
-def test_a_bf16_pair_is_any_fp32_value_exactly(bits):
-    """Subnormals, both zeros: every pattern up to the largest value whose bf16 is finite."""
+def test_a_bf16_pair_holds_any_fp32_value_exactly(bits):
+    """All bit patterns, subnormals and both zeros included, up to the largest value whose bf16 is finite."""
     bits = [b for b in bits if b & 0x7FFFFFFF <= 0x7F7F7FFF] or [0x80000000]
-    weight, left = split(floats(bits), torch.bfloat16, "exact")
-    assert left.dtype == torch.int16
-    assert bits_of(join(weight, left)) == bits
-    # the weight is a nearest bf16: no other is closer
+    weight, rest = split(floats(bits), torch.bfloat16, "exact")
+    assert rest.dtype == torch.int16
+    assert bits_of(join(weight, rest)) == bits
+    # no other bf16 is closer than the weight
     error = (weight.double() - floats(bits).double()).abs()
     assert (error <= (floats(bits).bfloat16().double() - floats(bits).double()).abs()).all()
 
 
 @settings(max_examples=200, deadline=None)
 @given(any_bits)
-def test_an_fp16_pair_is_any_fp32_value_of_fp16s_range(bits):
-    """Exact from 2^-16 to the largest fp16, 2^-40 off at most below, signs of zeros kept."""
+def test_an_fp16_pair_holds_any_fp32_value_in_fp16s_range(bits):
+    """Exact from 2^-16 to the largest fp16; below, off by at most 2^-40. Signs of zeros are kept."""
     x = floats(bits)
     x = x[x.abs() <= 65504.0]
-    weight, left = split(x, torch.float16, "exact")
+    weight, rest = split(x, torch.float16, "exact")
     assert torch.equal(weight, x.half())
-    back = join(weight, left)
+    back = join(weight, rest)
     large = x.abs() >= 2.0**-16
     assert torch.equal(back[large], x[large])
     assert ((back - x).abs() <= 2.0**-40).all()
@@ -65,28 +65,28 @@ def test_an_fp16_pair_is_any_fp32_value_of_fp16s_range(bits):
 
 @pytest.mark.parametrize("memory", ["exact", "near", "rounded", "fp32"])
 @pytest.mark.parametrize("dtype", HALVES)
-def test_the_top_of_the_range_saturates_and_nan_stays(dtype, memory):
+def test_large_values_saturate_and_nan_stays_nan(dtype, memory):
     top = LARGEST[dtype]
     x = torch.tensor([top, -top, 3.4028e38, -3.4028e38, float("inf"), float("-inf"), float("nan"), -float("nan")])
     x = torch.cat([x, torch.tensor([65519.0, 65520.0, -70000.0, 1e30])])
     for w in (torch.zeros(12, dtype=torch.int64), torch.full((12,), (1 << 32) - 1)):
-        weight, left = split(x, dtype, memory, w)
+        weight, rest = split(x, dtype, memory, w)
         assert torch.equal(torch.isnan(weight), torch.isnan(x))
         assert not torch.isinf(weight).any()
         assert float(weight[0]) == float(weight[2]) == float(weight[4]) == top
         assert float(weight[1]) == float(weight[3]) == float(weight[5]) == -top
         if memory in ("exact", "near"):
-            back = join(weight, left)
+            back = join(weight, rest)
             assert torch.equal(torch.isfinite(back), ~torch.isnan(x))
-            # to the end of what int16 or int8 adds to the largest weight, and not back again
+            # the remainder may add to the largest weight but must not wrap around
             assert (back[[0, 2, 4]] >= top).all()
             assert (back[[1, 3, 5]] <= -top).all()
 
 
 @pytest.mark.parametrize("memory", ["near", "rounded"])
 @pytest.mark.parametrize("dtype", HALVES)
-def test_what_needs_no_rounding_is_never_moved(dtype, memory):
-    """Else weights that get no update would walk."""
+def test_representable_values_are_never_moved(dtype, memory):
+    """Otherwise weights without an update would take a random walk."""
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(4000, generator=generator) * 10 ** (-6 * torch.rand(4000, generator=generator))
     x = torch.cat([x, torch.tensor([0.0, -0.0, 65504.0, 2.0**-24, -(2.0**-14)])])
@@ -96,8 +96,8 @@ def test_what_needs_no_rounding_is_never_moved(dtype, memory):
         assert bits_of(again) == bits_of(once)
 
 
-def step_of(x: torch.Tensor, dtype: torch.dtype, memory: str) -> torch.Tensor:
-    """Return the distance between neighbours that a mode keeps, at x."""
+def spacing(x: torch.Tensor, dtype: torch.dtype, memory: str) -> torch.Tensor:
+    """Return the distance between neighbouring values of a mode, at x."""
     bits, lowest = {torch.bfloat16: (7, -126), torch.float16: (10, -14)}[dtype]
     extra = {"rounded": 0, "near": 8 if dtype == torch.bfloat16 else 7}[memory]
     exponent = torch.floor(torch.log2(x.abs().double())).clamp(min=lowest)
@@ -107,22 +107,21 @@ def step_of(x: torch.Tensor, dtype: torch.dtype, memory: str) -> torch.Tensor:
 @pytest.mark.parametrize("memory", ["near", "rounded"])
 @pytest.mark.parametrize("dtype", HALVES)
 def test_stochastic_rounding_is_unbiased(dtype, memory):
-    """Chi-square of how often 200 values go up, 2,000 draws each, against the share that is cut off; Philox's own words."""
+    """Chi-square test of how often 200 values round up in 2,000 draws each against the fraction that is cut off."""
     num_values, num_draws = 200, 2000
     generator = torch.Generator().manual_seed(4)
-    # none so near a power of two that its neighbours are not equally far
+    # away from powers of two, where the two neighbours are not equally far
     x = (1.1 + 0.8 * torch.rand(num_values, generator=generator)) * 2.0 ** torch.randint(
         -12, 3, (num_values,), generator=generator
     )
     x = torch.where(torch.arange(num_values) % 2 == 0, x, -x)
     repeated = x.repeat(num_draws)
-    found = (
-        join(*split(repeated, dtype, memory, draws(11, torch.tensor(3), 5, len(repeated)))).view(num_draws, -1).double()
-    )
-    gap = step_of(x, dtype, memory)
+    random = rounding_words(11, torch.tensor(3), 5, len(repeated))
+    rounded = join(*split(repeated, dtype, memory, random)).view(num_draws, -1).double()
+    gap = spacing(x, dtype, memory)
     low = torch.floor(x.double() / gap) * gap
     share = (x.double() - low) / gap
-    ups = (found - low) / gap
+    ups = (rounded - low) / gap
     assert ((ups == 0) | (ups == 1)).all()
     inside = (share > 0.01) & (share < 0.99)
     expected, count = share[inside] * num_draws, ups.sum(dim=0)[inside]
@@ -131,43 +130,45 @@ def test_stochastic_rounding_is_unbiased(dtype, memory):
     assert degrees > 150
     # mean k, variance 2k: five standard deviations
     assert abs(float(chi2) - degrees) < 5 * (2 * degrees) ** 0.5
-    # and the mean of all: its standard error is the root of the sum of variances
+    # and the sum over all values, whose standard error is the root of the summed variances
     bias = float((count - expected).sum())
     assert abs(bias) < 5 * float((expected * (1 - share[inside])).sum()) ** 0.5
 
 
-def test_draws_are_philox_words_of_seed_step_parameter_and_element():
+def test_rounding_words_are_philox_of_seed_step_parameter_and_element():
     step = (3 << 16) + 7
     key = Key((9 << 32) + 4, Purpose.ROUNDING, sample_id=686, epoch=3, occurrence=7)
-    assert draws((9 << 32) + 4, torch.tensor(step), 686, 10).tolist() == words(key, 10).tolist()
-    assert not torch.equal(draws(1, torch.tensor(1), 0, 8), draws(1, torch.tensor(2), 0, 8))
-    assert not torch.equal(draws(1, torch.tensor(1), 0, 8), draws(1, torch.tensor(1), 1, 8))
+    assert rounding_words((9 << 32) + 4, torch.tensor(step), 686, 10).tolist() == words(key, 10).tolist()
+    assert not torch.equal(rounding_words(1, torch.tensor(1), 0, 8), rounding_words(1, torch.tensor(2), 0, 8))
+    assert not torch.equal(rounding_words(1, torch.tensor(1), 0, 8), rounding_words(1, torch.tensor(1), 1, 8))
 
 
-def test_bf16_is_not_cut_off_and_ties_go_away_from_zero():
-    """Truncation would pull every weight towards zero by half a step."""
+def test_bf16_rounds_to_nearest_with_ties_away_from_zero():
+    """Truncation would pull every weight towards zero by half an ulp."""
     ties = torch.tensor([1.00390625, 1.01171875, -1.00390625])
-    weight, left = split(ties, torch.bfloat16, "exact")
+    weight, rest = split(ties, torch.bfloat16, "exact")
     assert weight.tolist() == [1.0078125, 1.015625, -1.0078125]
-    assert left.tolist() == [-(1 << 15)] * 3
+    assert rest.tolist() == [-(1 << 15)] * 3
     generator = torch.Generator().manual_seed(5)
     x = torch.rand(100_000, generator=generator) + 1
     assert abs(float((split(x, torch.bfloat16, "exact")[0].double() - x.double()).mean())) < 1e-5
 
 
 @kernel(fp_fusion=False)
-def _both_ways_kernel(x_ptr, words_ptr, weight_ptr, left_ptr, back_ptr, WEIGHT: tl.constexpr, MEMORY: tl.constexpr):
+def _split_and_join_kernel(
+    x_ptr, words_ptr, weight_ptr, remainder_ptr, joined_ptr, WEIGHT: tl.constexpr, MEMORY: tl.constexpr
+):
     i = tl.arange(0, 512)
-    weight, left = split_bits(tl.load(x_ptr + i), tl.load(words_ptr + i).to(tl.uint32), WEIGHT, MEMORY)
+    weight, remainder = split_bits(tl.load(x_ptr + i), tl.load(words_ptr + i).to(tl.uint32), WEIGHT, MEMORY)
     tl.store(weight_ptr + i, weight)
-    tl.store(left_ptr + i, left)
-    tl.store(back_ptr + i, join_bits(weight, left, WEIGHT, MEMORY))
+    tl.store(remainder_ptr + i, remainder)
+    tl.store(joined_ptr + i, join_bits(weight, remainder, WEIGHT, MEMORY))
 
 
 @pytest.mark.parametrize("memory", ["exact", "near", "rounded"])
 @pytest.mark.parametrize("dtype", HALVES)
-def test_the_kernels_split_equals_the_references(device, dtype, memory):
-    """Bit for bit over random patterns and every special one."""
+def test_the_kernel_equals_the_reference(device, dtype, memory):
+    """Bit for bit, over random bit patterns and all special ones."""
     patterns = np.random.default_rng(6).integers(0, 2**32, 512, dtype=np.uint64).astype(np.uint32)
     patterns[:256] = (patterns[:256] & 0x8FFFFFFF) | 0x30000000  # half of them within fp16's range
     ends = [
@@ -189,14 +190,14 @@ def test_the_kernels_split_equals_the_references(device, dtype, memory):
     x, w = floats(patterns.tolist()), some_words(512, 7)
     outputs = [torch.zeros(512, dtype=t, device=device) for t in (torch.int16, torch.int32, torch.float32)]
     name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
-    _both_ways_kernel[(1,)](x.to(device), w.to(device), *outputs, WEIGHT=name, MEMORY=memory)
-    weight, left = split(x, dtype, memory, w)
-    back, found = join(weight, left), [y.cpu() for y in outputs]
+    _split_and_join_kernel[(1,)](x.to(device), w.to(device), *outputs, WEIGHT=name, MEMORY=memory)
+    weight, rest = split(x, dtype, memory, w)
+    back, from_kernel = join(weight, rest), [y.cpu() for y in outputs]
     number = ~torch.isnan(x)
-    assert torch.equal(found[0][number], weight.view(torch.int16)[number])
-    if left is not None:
-        assert torch.equal(found[1], left.int())
-    assert bits_of(found[2][number]) == bits_of(back[number])
-    # a NaN's fraction is the conversion's affair
-    assert torch.isnan(found[2][~number]).all()
+    assert torch.equal(from_kernel[0][number], weight.view(torch.int16)[number])
+    if rest is not None:
+        assert torch.equal(from_kernel[1], rest.int())
+    assert bits_of(from_kernel[2][number]) == bits_of(back[number])
+    # which NaN it is depends on the conversion
+    assert torch.isnan(from_kernel[2][~number]).all()
     assert torch.isnan(back[~number]).all()

@@ -1,4 +1,4 @@
-"""Late binding: no triton at import, both forms of a kernel in one process, launches on meta recorded."""
+"""Late binding of kernels: no triton at import, both forms in one process, launches on meta recorded."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from safelight.errors import UserError
 from safelight.kernels.ops.geglu import geglu
 from safelight.kernels.triton import jit
 from safelight.kernels.triton.jit import cdiv, is_dense, kernel, next_power_of_2, record_launches, runs_kernel
@@ -46,7 +47,7 @@ def _shift_kernel(x_ptr, y_ptr, size, BLOCK: tl.constexpr):
 
 
 def test_ops_are_imported_and_run_without_triton():
-    """As on Windows and macOS: importing triton fails."""
+    """As on Windows and macOS, where triton is not available."""
     code = (
         "import sys, importlib, torch\nsys.modules['triton'] = None\n"
         f"for name in {OPS!r}: importlib.import_module('safelight.kernels.' + name)\n"
@@ -67,7 +68,7 @@ def test_helpers_and_constants_are_bound(device):
 
 
 def test_both_forms_live_in_one_process(monkeypatch):
-    """What the tests interpret is what the ahead-of-time gate compiles, whatever the environment said at import."""
+    """The tests interpret the kernels that the gate compiles, whatever TRITON_INTERPRET was at import."""
     x = torch.arange(4.0)
     y = torch.empty_like(x)
     _shift_kernel[(1,)](x, y, 4, BLOCK=4)
@@ -76,7 +77,7 @@ def test_both_forms_live_in_one_process(monkeypatch):
 
     assert isinstance(_shift_kernel.interpreted, InterpretedFunction)
     assert isinstance(_shift_kernel.compiled, JITFunction)
-    # and the module's own globals are left as they were
+    # binding changes nothing in the module's own globals
     assert "tl" not in globals()
     assert isinstance(_add_step, jit.Kernel)
 
@@ -94,7 +95,7 @@ def test_where_the_kernel_runs(monkeypatch):
         runs_kernel(x.double().to("meta"))
 
 
-def test_a_gpu_without_triton_is_told_once(monkeypatch):
+def test_a_missing_triton_is_warned_about_once(monkeypatch):
     class OnCuda:
         device, dtype = torch.device("cuda"), torch.float32
 
@@ -110,7 +111,7 @@ def test_a_gpu_without_triton_is_told_once(monkeypatch):
 @pytest.mark.parametrize(
     ("compiler", "why"), [(None, "Failed to find C compiler"), ("false", "its compiler false ends with status 1")]
 )
-def test_a_machine_that_cannot_build_tritons_launcher_is_told_in_one_line(monkeypatch, tmp_path, compiler, why):
+def test_a_launcher_that_cannot_be_built_is_a_user_error_of_one_line(monkeypatch, tmp_path, compiler, why):
     from triton.runtime import build, driver
 
     class Driver:
@@ -125,7 +126,7 @@ def test_a_machine_that_cannot_build_tritons_launcher_is_told_in_one_line(monkey
         monkeypatch.setenv("CC", compiler)
     monkeypatch.setattr(driver, "_active", Driver())
     with pytest.raises(
-        ValueError, match=f"Triton cannot launch kernels here: .*{why}.*; it needs a C compiler"
+        UserError, match=f"Triton cannot launch kernels here: .*{why}.*; it needs a C compiler"
     ) as raised:
         jit.check_launcher()
     assert "\n" not in str(raised.value)
@@ -144,13 +145,33 @@ def test_launches_on_meta_are_recorded_and_run_nothing():
     assert len(launches) == 2
 
 
-def test_a_kernels_source_has_its_helpers_and_constants(monkeypatch):
+def test_a_kernels_source_includes_its_helpers_and_constants(monkeypatch):
     source = _shift_kernel.source()
     assert "def _shift_kernel" in source
     assert "def _add_step" in source
     assert "STEP = 2.5" in source
     monkeypatch.setitem(_add_step.function.__globals__, "STEP", 3.5)
     assert _shift_kernel.source() != source
+
+
+def test_a_kernels_source_ignores_comments_and_docstrings():
+    def plain(x_ptr):
+        tl.store(x_ptr, tl.load(x_ptr) + 1.0)
+
+    def commented(x_ptr):
+        """Increment one number."""
+        # a comment, and another layout
+        tl.store(
+            x_ptr,
+            tl.load(x_ptr) + 1.0,
+        )
+
+    def other(x_ptr):
+        tl.store(x_ptr, tl.load(x_ptr) + 2.0)
+
+    sources = [kernel(f).source().replace(f.__name__, "f") for f in (plain, commented, other)]
+    assert sources[0] == sources[1]
+    assert sources[0] != sources[2]
 
 
 @given(n=st.integers(1, 1 << 40), d=st.integers(1, 1 << 20))
@@ -162,9 +183,9 @@ def test_sizes(n, d):
 
 
 @given(st.permutations(range(4)), st.integers(0, 3), st.integers(1, 3))
-def test_dense_is_every_order_without_gaps(order, cut_dim, cut):
+def test_is_dense_for_every_order_without_gaps(order, cut_dim, cut):
     x = torch.empty(4, 5, 6, 7).permute(order)
     assert is_dense(x)
-    # a slice that leaves something out has gaps, unless it was the outermost dimension in memory
+    # a slice has gaps unless it cuts the dimension outermost in memory
     sliced = x.narrow(cut_dim, 0, x.shape[cut_dim] - cut)
     assert is_dense(sliced) == (order[cut_dim] == 0)

@@ -1,4 +1,4 @@
-"""`attend` against plain softmax attention, what it copies and keeps, and the processor that uses it."""
+"""`attend` against plain softmax attention, what it copies and saves, and the processor that calls it."""
 
 import itertools
 
@@ -84,7 +84,7 @@ def check(backend, shape, dtype, layout, device=CPU, scale=None):
     plain = results(lambda *x: softmax_attention(*x, scale), inputs, grad)
     exact = results(lambda *x: softmax_attention(*x, scale), [x.detach().double() for x in inputs], grad.double())
     assert ours[0].is_contiguous()
-    # torch's fused CPU kernel takes exponentials within 20 ulp of fp32, which gradients have times sums of this size
+    # torch's fused CPU kernel computes exp to within 20 ulp of fp32; in the gradients that error is multiplied by sums
     sums = (grad.double().transpose(1, 2) @ inputs[2].detach().double().transpose(1, 2).mT).abs().max()
     floor = 20 * torch.finfo(torch.float32).eps * max(1.0, float(sums))
     for name, a, b, c, truth in zip(("out", "dq", "dk", "dv"), ours, again, plain, exact, strict=True):
@@ -98,22 +98,22 @@ def check(backend, shape, dtype, layout, device=CPU, scale=None):
 
 
 @pytest.mark.grid(shape=SHAPES, dtype=DTYPES, layout=["contiguous", "packed", "mixed"])
-def test_it_is_softmax_attention(shape, dtype, layout):
+def test_attend_is_softmax_attention(shape, dtype, layout):
     check("cpu-flash", shape, dtype, layout)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_on_the_cpu_it_has_the_bits_of_scaled_dot_product_attention(dtype):
+def test_attend_has_the_bits_of_scaled_dot_product_attention_on_the_cpu(dtype):
     inputs = make_inputs((2, 3, 33, 77, 40), dtype, "packed")
     grad = torch.randn(2, 33, 3, 40, generator=torch.Generator().manual_seed(2))
     ours = results(lambda *x: attend(*x, choice_of("cpu-flash", 40)), inputs, grad)
-    torchs = results(
+    sdpa = results(
         lambda *x: F.scaled_dot_product_attention(*(y.transpose(1, 2) for y in x)).transpose(1, 2), inputs, grad
     )
-    assert all(torch.equal(a, b) for a, b in zip(ours, torchs, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(ours, sdpa, strict=True))
 
 
-def test_a_scale_of_its_own():
+def test_an_explicit_scale():
     check("cpu-flash", (2, 2, 9, 7, 8), torch.float32, "contiguous", scale=0.7)
 
 
@@ -128,7 +128,7 @@ def test_long_sequences(dtype):
 @pytest.mark.parametrize("backend", CUDA_BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [*SHAPES, LONG, (2, 5, 4096, 77, 64)])
-def test_every_backend_that_its_probe_passes_is_softmax_attention(backend, dtype, shape):
+def test_every_backend_that_passes_its_probe_is_softmax_attention(backend, dtype, shape):
     device = torch.device("cuda")
     case = Case(shape[4], shape[1], shape[2], shape[3])
     from safelight.kernels.unet import attention_probe
@@ -158,21 +158,21 @@ class Operators(TorchDispatchMode):
 @pytest.mark.parametrize("layout", ["contiguous", "packed", "mixed"])
 @pytest.mark.parametrize("tokens", [(9, 9), (9, 7)])
 def test_nothing_is_copied(layout, tokens):
-    """One operator forward, one backward, and views; what it is given is what autograd keeps."""
-    inputs, kept = make_inputs((2, 3, *tokens, 40), torch.bfloat16, layout), []
-    with Operators() as seen, torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+    """One operator forward, one backward, otherwise views; autograd saves the inputs themselves."""
+    inputs, saved = make_inputs((2, 3, *tokens, 40), torch.bfloat16, layout), []
+    with Operators() as seen, torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         out = attend(*inputs, choice_of("cpu-flash", 40))
         forward = list(seen.names)
         torch.autograd.grad(out, inputs, torch.ones_like(out.detach()))
     assert [name for name in forward if name != "transpose"] == ["_scaled_dot_product_flash_attention_for_cpu"]
     assert not {"clone", "copy_", "contiguous", "_to_copy"} & set(seen.names)
     assert seen.names.count("_scaled_dot_product_flash_attention_for_cpu_backward") == 1
-    kept_at = {x.data_ptr() for x in kept}
-    assert {x.data_ptr() for x in (*inputs, out)} <= kept_at
+    saved_at = {x.data_ptr() for x in saved}
+    assert {x.data_ptr() for x in (*inputs, out)} <= saved_at
 
 
 def saved_bytes(function, inputs) -> int:
-    """Return the bytes autograd keeps: storages once, but of views of packed inputs their own elements."""
+    """Return the bytes that autograd saves, each tensor once; of views into packed inputs only their own elements."""
     kept = {}
 
     def pack(x):
@@ -197,17 +197,17 @@ def test_meta_tensors_save_what_the_cpu_saves(dtype):
 
 
 @pytest.mark.parametrize("backend", ["flash", "efficient", "cudnn", "xformers-flash", "xformers-cutlass"])
-def test_what_a_card_would_save_is_traced_on_meta_tensors(backend):
-    """Not the attention matrix, which plain SDPA keeps on meta tensors."""
+def test_meta_tensors_save_what_a_gpu_would_save(backend):
+    """And not the attention matrix, which plain SDPA saves on meta tensors."""
     q, k, v = (torch.empty(2, n, 3, 40, dtype=torch.bfloat16, device="meta", requires_grad=True) for n in (96, 77, 77))
-    found = saved_bytes(lambda *x: attend(*x, choice_of(backend, 40)), (q, k, v))
-    least = 2 * 2 * 3 * 40 * (2 * 96 + 2 * 77) + 4 * 2 * 3 * 96
-    # and the state of a random generator that is not used
-    assert least <= found <= least + 32
+    saved = saved_bytes(lambda *x: attend(*x, choice_of(backend, 40)), (q, k, v))
+    expected = 2 * 2 * 3 * 40 * (2 * 96 + 2 * 77) + 4 * 2 * 3 * 96
+    # plus the state of an unused random generator
+    assert expected <= saved <= expected + 32
     plain = saved_bytes(
         lambda q, k, v: F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))), (q, k, v)
     )
-    assert plain > found + 2 * 2 * 3 * 96 * 77
+    assert plain > saved + 2 * 2 * 3 * 96 * 77
     out = attend(q, k, v, choice_of(backend, 40))
     assert out.is_contiguous()
     assert out.shape == q.shape
@@ -220,10 +220,10 @@ def test_flops_are_counted():
         out = attend(*inputs, choice_of("cpu-flash", 40))
         forward = counter.get_total_flops()
         out.sum().backward()
-    product = 2 * 2 * 3 * 16 * 24 * 40
-    # two products; backward computes the scores again and four more
-    assert forward == 2 * product
-    assert counter.get_total_flops() == 7 * product
+    matmul = 2 * 2 * 3 * 16 * 24 * 40
+    # two matmuls; backward recomputes the scores and needs four more
+    assert forward == 2 * matmul
+    assert counter.get_total_flops() == 7 * matmul
 
 
 @pytest.mark.parametrize("kind", ["full", "selective"])
@@ -250,7 +250,7 @@ def test_checkpointing_gives_the_same_gradients(kind):
     assert seen.names.count("exp") == 4
 
 
-def test_torch_compile_traces_it_whole():
+def test_torch_compile_traces_it_without_graph_breaks():
     inputs = make_inputs((1, 2, 9, 7, 8), torch.float32, "contiguous")
     choice = choice_of("cpu-flash", 8)
     compiled = torch.compile(lambda *x: attend(*x, choice), fullgraph=True, backend="aot_eager")
@@ -259,7 +259,7 @@ def test_torch_compile_traces_it_whole():
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def test_the_nearest_length_of_the_same_kind_decides():
+def test_the_case_of_the_same_kind_nearest_in_length_decides():
     cases = {
         Case(64, 5, 4096, 4096): Verdict("flash", {}),
         Case(64, 5, 4096, 77): Verdict("efficient", {}),
@@ -288,7 +288,7 @@ def unet():
     )
 
 
-def test_the_shapes_of_a_unet_are_those_it_runs_in(unet):
+def test_attention_cases_are_the_shapes_that_a_unet_runs(unet):
     seen = set()
     for module in attention_modules(unet):
 
@@ -307,10 +307,10 @@ def test_the_shapes_of_a_unet_are_those_it_runs_in(unet):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_processor_gives_diffusers_bits(unet, dtype):
+def test_the_processor_has_diffusers_bits(unet, dtype):
     unet = unet.to(dtype)
     inputs = (torch.randn(2, 4, 8, 8, dtype=dtype), torch.tensor([3, 700]), torch.randn(2, 77, 16, dtype=dtype))
-    found = []
+    results_of = []
     for use_ours in (False, True):
         if use_ours:
             assert apply_attention(unet, choose_attention(CPU, dtype, attention_cases(unet))) == []
@@ -318,12 +318,12 @@ def test_the_processor_gives_diffusers_bits(unet, dtype):
         unet.zero_grad()
         out = unet(*inputs).sample
         out.float().square().mean().backward()
-        found.append([out.detach(), *(p.grad.clone() for p in unet.parameters() if p.grad is not None)])
-    assert len(found[0]) == len(found[1]) > 50
-    assert all(torch.equal(a, b) for a, b in itertools.zip_longest(*found))
+        results_of.append([out.detach(), *(p.grad.clone() for p in unet.parameters() if p.grad is not None)])
+    assert len(results_of[0]) == len(results_of[1]) > 50
+    assert all(torch.equal(a, b) for a, b in itertools.zip_longest(*results_of))
 
 
-def test_attention_that_does_more_is_left_to_diffusers_and_masks_are_refused(unet):
+def test_attention_with_norms_keeps_its_processor_and_masks_are_refused(unet):
     class Holder(torch.nn.Module):
         def __init__(self):
             super().__init__()

@@ -1,4 +1,4 @@
-"""Which backend is chosen, and what is said of the others: with made-up backends on the CPU standing for a card's."""
+"""Which backend is chosen and why not the others, with fake backends on the CPU in place of a GPU's."""
 
 import json
 import re
@@ -16,7 +16,7 @@ works = attention_backends.CALLS["cpu-flash"]
 
 
 class _Broken(torch.autograd.Function):
-    """Identity whose backward pass gives NaN, or fails."""
+    """Identity whose backward pass returns NaN, or raises."""
 
     @staticmethod
     def forward(ctx, x, how):
@@ -34,7 +34,7 @@ def fails_backward(q, k, v, scale):
     return _Broken.apply(works(q, k, v, scale), "raises")
 
 
-def gives_nan(q, k, v, scale):
+def returns_nan(q, k, v, scale):
     return _Broken.apply(works(q, k, v, scale), "nan")
 
 
@@ -44,27 +44,27 @@ def refuses_wide_heads(q, k, v, scale):
     return works(q, k, v, scale)
 
 
-def attends_wrongly(q, k, v, scale):
+def computes_wrongly(q, k, v, scale):
     return works(q, k, v, 0.0)
 
 
-def never_the_same(q, k, v, scale):
+def not_repeatable(q, k, v, scale):
     return works(q, k, v, scale) * (1 + 1e-3 * torch.rand(()))
 
 
 @pytest.fixture
-def card(monkeypatch):
-    """A function that puts backends, and their times in ms, in the place of a card's."""
+def fake_gpu(monkeypatch):
+    """A function that replaces a GPU's backends and their times in ms; it returns the list of probes that are run."""
 
-    def put(calls: dict, ms: dict | None = None) -> list:
+    def install(calls: dict, ms: dict | None = None) -> list:
         probed = []
 
         def watched(name, call):
-            def attend_watched(q, k, v, scale):
+            def watched_call(q, k, v, scale):
                 probed.append((name, q.shape[-1]))
                 return call(q, k, v, scale)
 
-            return attend_watched
+            return watched_call
 
         for name, call in calls.items():
             monkeypatch.setitem(attention_backends.CALLS, name, watched(name, call))
@@ -73,7 +73,7 @@ def card(monkeypatch):
         monkeypatch.setattr(attention_probe, "time_ms", lambda names, inputs: {name: ms[name] for name in names})
         return probed
 
-    return put
+    return install
 
 
 def chosen(choice) -> dict[int, str]:
@@ -84,74 +84,74 @@ def chosen(choice) -> dict[int, str]:
     ("call", "why"),
     [
         (fails_backward, "no kernel image is available for backward"),
-        (gives_nan, "its gradient of q is not finite"),
+        (returns_nan, "its gradient of q is not finite"),
         (refuses_wide_heads, "head dim must be at most 64"),
-        (attends_wrongly, r"its output is wrong by \d+%"),
+        (computes_wrongly, r"its output is wrong by \d+%"),
     ],
 )
-def test_a_backend_that_does_not_work_is_rejected_with_its_reason(card, call, why):
-    card({"flash": call, "efficient": works, "math": works}, {"efficient": 1.0, "flash": 0.5})
+def test_a_backend_that_does_not_work_is_rejected_with_its_reason(fake_gpu, call, why):
+    fake_gpu({"flash": call, "efficient": works, "math": works}, {"efficient": 1.0, "flash": 0.5})
     choice = choose_attention(CPU, torch.float32, CASES)
     verdict = choice.verdicts[Case(80, 2, 8, 8)]
     assert verdict.backend == "efficient"
     assert verdict.reasons.keys() == {"flash", "math"}
     assert re.fullmatch(why, verdict.reasons["flash"])
-    assert verdict.reasons["math"] == "it keeps whole attention matrices, and others work"
-    # the head dim that it takes, it gets
+    assert verdict.reasons["math"] == "it materializes the attention matrix, and others work"
+    # a backend is still used for head dims that it supports
     assert chosen(choice)[40] == ("flash" if call is refuses_wide_heads else "efficient")
 
 
-def test_the_fastest_wins_and_a_tie_goes_to_the_preferred(card):
+def test_the_fastest_wins_and_ties_go_by_preference(fake_gpu):
     calls = {"flash": works, "cudnn": works, "efficient": works, "math": works}
-    card(calls, {"flash": 2.0, "cudnn": 1.0, "efficient": 1.2})
+    fake_gpu(calls, {"flash": 2.0, "cudnn": 1.0, "efficient": 1.2})
     verdict = choose_attention(CPU, torch.float32, CASES).verdicts[Case(40, 2, 16, 16)]
     assert verdict.backend == "cudnn"
     assert verdict.ms == {"flash": 2.0, "cudnn": 1.0, "efficient": 1.2}
     assert verdict.reasons["flash"] == "slower: 2.000 ms, 1.000 ms"
-    card(calls, {"flash": 1.04, "cudnn": 1.0, "efficient": 1.2})
+    fake_gpu(calls, {"flash": 1.04, "cudnn": 1.0, "efficient": 1.2})
     assert set(chosen(choose_attention(CPU, torch.float32, CASES)).values()) == {"flash"}
 
 
-def test_math_is_taken_where_nothing_else_works_and_it_is_told(card):
-    card({"flash": gives_nan, "math": attention_backends.CALLS["math"]}, {})
+def test_math_is_the_last_resort_and_says_why(fake_gpu):
+    fake_gpu({"flash": returns_nan, "math": attention_backends.CALLS["math"]}, {})
     choice = choose_attention(CPU, torch.float32, {Case(40)})
     assert chosen(choice) == {40: "math"}
-    assert "math keeps whole attention matrices" in str(choice)
+    assert "falls back to math, which materializes the attention matrix" in str(choice)
     assert "flash: its gradient of q is not finite" in str(choice)
 
 
-def test_a_wanted_backend_is_all_that_is_tried(card):
+def test_only_backends_that_the_setting_allows_are_probed(fake_gpu):
     calls = {"flash": works, "xformers-flash": works, "xformers-cutlass": works, "efficient": works}
     times = {"flash": 1.0, "xformers-flash": 3.0, "xformers-cutlass": 2.0, "efficient": 1.5}
-    probed = card(calls, times)
-    assert set(chosen(choose_attention(CPU, torch.float32, CASES, wanted="xformers")).values()) == {"xformers-cutlass"}
+    probed = fake_gpu(calls, times)
+    assert set(chosen(choose_attention(CPU, torch.float32, CASES, setting="xformers")).values()) == {"xformers-cutlass"}
     assert {name for name, _ in probed} == {"xformers-flash", "xformers-cutlass"}
-    assert set(chosen(choose_attention(CPU, torch.float32, CASES, wanted="efficient")).values()) == {"efficient"}
-    assert set(chosen(choose_attention(CPU, torch.float32, CASES, wanted="sdpa")).values()) == {"flash"}
+    assert set(chosen(choose_attention(CPU, torch.float32, CASES, setting="efficient")).values()) == {"efficient"}
+    assert set(chosen(choose_attention(CPU, torch.float32, CASES, setting="sdpa")).values()) == {"flash"}
 
 
-def test_a_wanted_backend_that_fails_is_an_error_of_one_line(card):
-    card({"flash": refuses_wide_heads, "efficient": works}, {"flash": 1.0, "efficient": 1.0})
+def test_a_setting_whose_backends_all_fail_is_an_error_of_one_line(fake_gpu):
+    fake_gpu({"flash": refuses_wide_heads, "efficient": works}, {"flash": 1.0, "efficient": 1.0})
     with pytest.raises(ValueError, match="head dim must be at most 64") as error:
-        choose_attention(CPU, torch.float32, CASES, wanted="flash")
+        choose_attention(CPU, torch.float32, CASES, setting="flash")
     assert str(error.value) == (
-        "model.attention = 'flash' cannot attend on cpu in float32 with head dim 80: "
+        "model.attention = 'flash' does not work on cpu in float32 with head dim 80: "
         "flash: head dim must be at most 64; use another"
     )
 
 
-def test_what_a_device_has_not_is_an_error_of_one_line():
+def test_a_setting_that_a_device_lacks_is_an_error_of_one_line():
     with pytest.raises(ValueError, match="xformers has no CPU operator; use auto or sdpa"):
-        choose_attention(CPU, torch.float32, CASES, wanted="xformers")
+        choose_attention(CPU, torch.float32, CASES, setting="xformers")
     with pytest.raises(ValueError, match="it does not run on cpu"):
-        choose_attention(CPU, torch.float32, CASES, wanted="cudnn")
+        choose_attention(CPU, torch.float32, CASES, setting="cudnn")
     with pytest.raises(ValueError, match=r"model\.attention 'quick' is unknown; use auto"):
-        choose_attention(CPU, torch.float32, CASES, wanted="quick")
+        choose_attention(CPU, torch.float32, CASES, setting="quick")
 
 
-def test_a_deterministic_run_takes_the_first_that_repeats_itself_untimed(card):
-    calls = {"xformers-flash": works, "cudnn": works, "flash": never_the_same, "efficient": works, "math": works}
-    card(calls, dict.fromkeys(calls, 1.0))
+def test_a_deterministic_run_takes_the_first_repeatable_backend_untimed(fake_gpu):
+    calls = {"xformers-flash": works, "cudnn": works, "flash": not_repeatable, "efficient": works, "math": works}
+    fake_gpu(calls, dict.fromkeys(calls, 1.0))
     choice = choose_attention(CPU, torch.float32, {Case(40)}, deterministic=True)
     verdict = choice.verdicts[Case(40)]
     assert verdict.backend == "efficient"
@@ -159,7 +159,7 @@ def test_a_deterministic_run_takes_the_first_that_repeats_itself_untimed(card):
     assert verdict.reasons == {
         "xformers-flash": "its backward is not deterministic",
         "cudnn": "its backward is not deterministic",
-        "flash": "two passes differ",
+        "flash": "two runs give different results",
     }
     was = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
@@ -169,62 +169,65 @@ def test_a_deterministic_run_takes_the_first_that_repeats_itself_untimed(card):
         torch.use_deterministic_algorithms(was)
 
 
-def test_a_run_that_goes_on_keeps_its_backends(card):
+def test_a_resumed_run_keeps_its_backends(fake_gpu):
     calls = {"flash": works, "cudnn": works, "efficient": works}
-    card(calls, {"flash": 2.0, "cudnn": 1.0, "efficient": 3.0})
+    fake_gpu(calls, {"flash": 2.0, "cudnn": 1.0, "efficient": 3.0})
     first = choose_attention(CPU, torch.float32, CASES)
-    record = json.loads(json.dumps(first.record()))
-    # on another day the times are others
-    probed = card(calls, {"flash": 1.0, "cudnn": 2.0, "efficient": 3.0})
-    again = choose_attention(CPU, torch.float32, CASES, previous=record)
+    saved = json.loads(json.dumps(first.to_dict()))
+    # timings have changed since
+    probed = fake_gpu(calls, {"flash": 1.0, "cudnn": 2.0, "efficient": 3.0})
+    again = choose_attention(CPU, torch.float32, CASES, previous=saved)
     assert again.verdicts == first.verdicts
     assert {name for name, _ in probed} == {"cudnn"}
     assert again.notes == tuple(n for n in again.notes if "CPU operator" in n)
-    assert json.loads(json.dumps(again.record()))["cases"] == record["cases"]
-    # a shape that the run had not yet is chosen as any
-    more = choose_attention(CPU, torch.float32, {*CASES, Case(160)}, previous=record)
+    assert json.loads(json.dumps(again.to_dict()))["cases"] == saved["cases"]
+    # a new shape is chosen as usual
+    more = choose_attention(CPU, torch.float32, {*CASES, Case(160)}, previous=saved)
     assert chosen(more) == {40: "cudnn", 80: "cudnn", 160: "flash"}
 
 
-def test_a_run_that_cannot_keep_its_backends_says_why(card):
+def test_a_resumed_run_that_cannot_keep_its_backends_says_why(fake_gpu):
     calls = {"flash": works, "cudnn": works}
-    card(calls, {"flash": 2.0, "cudnn": 1.0})
-    record = choose_attention(CPU, torch.float32, CASES).record()
-    card({"flash": works, "cudnn": refuses_wide_heads}, {"flash": 2.0, "cudnn": 1.0})
-    choice = choose_attention(CPU, torch.float32, CASES, previous=record)
+    fake_gpu(calls, {"flash": 2.0, "cudnn": 1.0})
+    saved = choose_attention(CPU, torch.float32, CASES).to_dict()
+    fake_gpu({"flash": works, "cudnn": refuses_wide_heads}, {"flash": 2.0, "cudnn": 1.0})
+    choice = choose_attention(CPU, torch.float32, CASES, previous=saved)
     assert chosen(choice) == {40: "cudnn", 80: "flash"}
-    assert "cudnn, the run's so far for head dim 80, does not work now: head dim must be at most 64" in str(choice)
-    card(calls, {"flash": 2.0, "cudnn": 1.0})
-    assert "is not wanted now" in str(choose_attention(CPU, torch.float32, CASES, wanted="flash", previous=record))
-    other = choose_attention(CPU, torch.float32, CASES, previous={**record, "device": "NVIDIA T4"})
-    assert "the run's attention was chosen on NVIDIA T4 in float32; chosen anew" in str(other)
-    for damaged in ({"cases": 3}, {**record, "cases": [{}]}):
-        assert "does not tell its attention" in str(choose_attention(CPU, torch.float32, CASES, previous=damaged))
+    why = "does not work now: head dim must be at most 64"
+    assert f"cudnn, so far the run's backend for head dim 80, {why}" in str(choice)
+    fake_gpu(calls, {"flash": 2.0, "cudnn": 1.0})
+    choice = choose_attention(CPU, torch.float32, CASES, setting="flash", previous=saved)
+    assert "is not allowed by the setting now" in str(choice)
+    other = choose_attention(CPU, torch.float32, CASES, previous={**saved, "device": "NVIDIA T4"})
+    assert "the run's attention was chosen on NVIDIA T4 in float32; chosen again" in str(other)
+    for damaged in ({"cases": 3}, {**saved, "cases": [{}]}):
+        choice = choose_attention(CPU, torch.float32, CASES, previous=damaged)
+        assert "does not say which attention it used" in str(choice)
 
 
-def test_on_the_cpu_it_is_sdpa_and_says_why_not_xformers():
+def test_the_cpu_uses_sdpa_and_says_why_not_xformers():
     choice = choose_attention(CPU, torch.bfloat16, CASES)
     assert str(choice) == "attention on cpu, bfloat16: sdpa for head dim 40, 80 (xformers has no CPU operator)"
     assert chosen(choice) == {40: "cpu-flash", 80: "cpu-flash"}
-    assert choice.record()["device"] == device_name(CPU) == "cpu"
+    assert choice.to_dict()["device"] == device_name(CPU) == "cpu"
 
 
-def test_on_meta_tensors_it_is_what_a_card_would_take():
+def test_meta_tensors_get_the_backend_of_a_gpu():
     meta = torch.device("meta")
     assert set(chosen(choose_attention(meta, torch.bfloat16, CASES)).values()) == {"flash"}
     assert set(chosen(choose_attention(meta, torch.float32, CASES)).values()) == {"efficient"}
-    choice = choose_attention(meta, torch.float16, CASES, wanted="xformers")
+    choice = choose_attention(meta, torch.float16, CASES, setting="xformers")
     q = torch.empty(1, 16, 2, 40, dtype=torch.float16, device=meta, requires_grad=True)
     assert attend(q, q, q, choice).shape == q.shape
 
 
-def test_one_head_dim_with_two_backends_is_told_by_lengths(card):
+def test_two_backends_of_one_head_dim_are_listed_with_their_lengths(fake_gpu):
     def no_short(q, k, v, scale):
         if k.shape[1] > q.shape[1]:
             raise RuntimeError("not for so few queries")
         return works(q, k, v, scale)
 
-    card({"flash": no_short, "efficient": works}, {"flash": 1.0, "efficient": 2.0})
+    fake_gpu({"flash": no_short, "efficient": works}, {"flash": 1.0, "efficient": 2.0})
     text = str(choose_attention(CPU, torch.float32, CASES))
     assert "sdpa efficient for head dim 80 (8 x 77)" in text
     assert "sdpa flash for head dim 40, 80 (8 x 8)" in text
@@ -242,13 +245,13 @@ def test_long_sequences_and_batches_are_capped_for_the_probe():
 
 
 def test_the_probe_is_cheap():
-    """At the twelve shapes of SD1.5 and SDXL."""
+    """Less than two seconds for the twelve shapes of SD1.5 and SDXL."""
     sd15 = {Case(40 * 2**level, 8, 4096 >> 2 * level, keys) for level in range(3) for keys in (77, 4096 >> 2 * level)}
     sdxl = {Case(64, 10 * 2**level, 4096 >> 2 * level, keys) for level in range(2) for keys in (77, 4096 >> 2 * level)}
     choice = choose_attention(CPU, torch.float32, {*sd15, *sdxl, Case(160, 8, 64, 64), Case(160, 8, 64, 77)})
     assert len(choice.verdicts) == 12
     assert 0 < choice.probe_s < 2
-    assert choice.record()["probe_s"] == choice.probe_s
+    assert choice.to_dict()["probe_s"] == choice.probe_s
 
 
 def test_the_probe_leaves_the_generator_alone():
@@ -258,15 +261,15 @@ def test_the_probe_leaves_the_generator_alone():
 
 
 @pytest.mark.parametrize("backend", ["xformers-cutlass", "xformers-flash", "xformers-flash3", "cudnn", "flash"])
-def test_what_a_cpu_cannot_do_is_refused_by_the_real_probe(backend):
-    """Nothing here is made up: the libraries themselves refuse."""
+def test_gpu_backends_fail_the_probe_on_a_cpu_with_a_reason(backend):
+    """With the real libraries, which refuse."""
     reason = probe(backend, attention_probe.make_inputs(Case(40), 1, CPU, torch.float32), False)
     assert reason
     assert "\n" not in reason
 
 
-def test_an_xformers_of_another_cuda_says_so(monkeypatch):
-    """As with a torch of CUDA 13: its operators would only say that they were not built with CUDA."""
+def test_an_xformers_built_for_another_cuda_says_so(monkeypatch):
+    """As beside a torch for CUDA 13; xformers' operators would only say that they were not built with CUDA."""
     from xformers import _cpp_lib
 
     try:

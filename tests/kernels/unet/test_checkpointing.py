@@ -1,4 +1,4 @@
-"""Checkpointing of a UNet, patched and not: the same bits, less memory, no more work than said."""
+"""Checkpointing of a UNet, patched and not: same bits, less memory, and only the stated extra FLOPs."""
 
 import pytest
 import torch
@@ -39,8 +39,8 @@ def build():
 
 
 @pytest.fixture
-def selected(monkeypatch):
-    """The contexts of selective checkpointing made so far: what they keep is no saved tensor."""
+def selective_contexts(monkeypatch):
+    """The contexts of selective checkpointing created so far; what they keep is not seen by saved-tensor hooks."""
     contexts = []
 
     def make(policy):
@@ -51,17 +51,18 @@ def selected(monkeypatch):
     return contexts
 
 
-def measured(unet, selected):
-    """Return (gradients, bytes kept, FLOPs) of a step."""
+def measured(unet, selective_contexts):
+    """Return (gradients, bytes saved for backward, FLOPs) of a step."""
     generator = torch.Generator().manual_seed(1)
     sample, text = (torch.randn(shape, generator=generator) for shape in [(2, 4, 16, 8), (2, 7, 24)])
     saved = SavedBytes(unet.parameters())
     unet.zero_grad()
-    selected.clear()
+    selective_contexts.clear()
     with FlopCounterMode(display=False) as flops:
         with saved:
             loss = unet(sample, torch.tensor([3, 900]), text).sample.square().mean()
-        outputs = [x.val for caching, _ in selected for x in tree_leaves(dict(caching.storage)) if hasattr(x, "val")]
+        cached = [x for caching, _ in selective_contexts for x in tree_leaves(dict(caching.storage))]
+        outputs = [x.val for x in cached if hasattr(x, "val")]
         outputs = [x for x in outputs if isinstance(x, torch.Tensor)]
         kept = saved.total + sum(x.numel() * x.element_size() for x in outputs)
         loss.backward()
@@ -69,55 +70,55 @@ def measured(unet, selected):
 
 
 @pytest.mark.parametrize("patched", [False, True])
-def test_gradients_have_the_same_bits_for_less_memory(build, selected, patched):
+def test_gradients_have_the_same_bits_for_less_memory(build, selective_contexts, patched):
     unet = build(patched)
-    plain, most, least_work = measured(unet, selected)
-    kept, work = {}, {}
+    plain, plain_bytes, plain_flops = measured(unet, selective_contexts)
+    kept, flops = {}, {}
     for mode in ("selective", "full"):
         apply_checkpointing(unet, mode)
-        found, kept[mode], work[mode] = measured(unet, selected)
-        assert all(torch.equal(found[name], g) for name, g in plain.items()), mode
-    assert kept["full"] < kept["selective"] < most
-    assert kept["full"] < most / 2
+        grads, kept[mode], flops[mode] = measured(unet, selective_contexts)
+        assert all(torch.equal(grads[name], g) for name, g in plain.items()), mode
+    assert kept["full"] < kept["selective"] < plain_bytes
+    assert kept["full"] < plain_bytes / 2
     if not patched:
-        # no matrix work twice; blocks begin behind the first product that is kept
-        assert work["selective"] == least_work
-    assert least_work < work["full"] <= 4 / 3 * least_work
+        # no matmul runs twice
+        assert flops["selective"] == plain_flops
+    assert plain_flops < flops["full"] <= 4 / 3 * plain_flops
     apply_checkpointing(unet, "none")
-    assert measured(unet, selected)[1:] == (most, least_work)
+    assert measured(unet, selective_contexts)[1:] == (plain_bytes, plain_flops)
 
 
-def test_a_patched_unet_keeps_less_than_selective_checkpointing_of_an_original(build, selected):
+def test_a_patched_unet_saves_less_than_selective_checkpointing_of_an_unpatched_one(build, selective_contexts):
     original = build(False)
     apply_checkpointing(original, "selective")
-    assert measured(build(True), selected)[1] < measured(original, selected)[1]
+    assert measured(build(True), selective_contexts)[1] < measured(original, selective_contexts)[1]
 
 
-def test_of_a_patched_unet_selective_makes_one_product_again(build, selected):
+def test_selective_checkpointing_of_a_patched_unet_repeats_one_matmul(build, selective_contexts):
     unet = build(True)
-    _, most, least_work = measured(unet, selected)
+    _, plain_bytes, plain_flops = measured(unet, selective_contexts)
     apply_checkpointing(unet, "selective")
-    _, kept, work = measured(unet, selected)
+    _, kept, flops = measured(unet, selective_contexts)
     # tokens x (dim x 8 dim): blocks of 32 at 16 x 8, one down, two up; one of 64 in the middle at 8 x 4
     rows = {32: 3 * 2 * 16 * 8, 64: 2 * 8 * 4}
-    assert work - least_work == sum(2 * n * d * 8 * d for d, n in rows.items())
-    assert most - kept == 4 * sum(n * 8 * d for d, n in rows.items())
+    assert flops - plain_flops == sum(2 * n * d * 8 * d for d, n in rows.items())
+    assert plain_bytes - kept == 4 * sum(n * 8 * d for d, n in rows.items())
 
 
-def test_blocks_that_were_left_are_checkpointed_beside_patched_ones(build, selected):
+def test_unpatched_blocks_are_checkpointed_beside_patched_ones(build, selective_contexts):
     unet = build(False)
     unet.up_blocks[0].resnets[0].dropout.p = 0.5
-    plain_left = unet.up_blocks[0].resnets[0]
+    unpatched = unet.up_blocks[0].resnets[0]
     patch.apply(unet)
     torch.manual_seed(5)
-    plain, most, _ = measured(unet, selected)
+    plain, plain_bytes, _ = measured(unet, selective_contexts)
     apply_checkpointing(unet, "selective")
     torch.manual_seed(5)
-    found, kept, _ = measured(unet, selected)
-    assert kept < most
-    assert type(plain_left).__name__ == "ResnetBlock2D"
-    # dropout draws the same numbers again
-    assert all(torch.equal(found[name], g) for name, g in plain.items())
+    grads, kept, _ = measured(unet, selective_contexts)
+    assert kept < plain_bytes
+    assert type(unpatched).__name__ == "ResnetBlock2D"
+    # dropout drew the same numbers in the recomputation
+    assert all(torch.equal(grads[name], g) for name, g in plain.items())
 
 
 def test_an_unknown_mode_is_refused():

@@ -1,4 +1,4 @@
-"""What of a UNet is patched, refused and left, what is saved of it, and how it comes back."""
+"""What the patch swaps, refuses and leaves alone, checkpoints with and without it, and its removal."""
 
 import copy
 
@@ -13,76 +13,76 @@ from safelight.trainer.checkpoint.files import Position, load_checkpoint, save_c
 from safelight.trainer.checkpoint.identity import Identity
 from safelight.trainer.config.toml import Optimizer
 from safelight.trainer.optim.optimizer import UNetOptimizer
-from tests.kernels.unet.unets import CONFIGS, inputs_of, make, one_block, run, worst
+from tests.kernels.unet.unets import CONFIGS, inputs_of, make, one_block, run, worst_error
 
 
-def test_what_is_swapped_and_left_is_told():
+def test_what_is_swapped_packed_and_unpatched_is_reported():
     unet = make(CONFIGS["sd15"])
-    done = patch.apply(unet)
-    kinds = [kind for _, kind in done.swapped]
+    result = patch.apply(unet)
+    kinds = [kind for _, kind in result.swapped]
     assert [kinds.count(k) for k in ("ResnetBlock2D", "Transformer2DModel", "BasicTransformerBlock", "Upsample2D")] == [
         22,
         16,
         16,
         3,
     ]
-    assert {name for name, _ in done.left} == {
+    assert {name for name, _ in result.unpatched} == {
         "time_embedding.linear_1",
         "time_embedding.linear_2",
         "down_blocks.0.downsamplers.0.conv",
         "down_blocks.1.downsamplers.0.conv",
         "down_blocks.2.downsamplers.0.conv",
     }
-    # 16 self-attentions, the time embeddings' weights and two biases, the text
-    assert [what for what, *_ in done.packed].count("q, k, v of a self-attention") == 16
-    assert len(done.packed) == 20
-    assert str(done) == (
-        "kernels in 16 Transformer2DModel, 16 BasicTransformerBlock, 22 ResnetBlock2D, 3 Upsample2D, 2 Conv2d, 1 GroupNorm; "
-        "5 other modules as they are"
+    # 16 self-attentions; the time projections' weights and two rounds of biases; the text projections
+    assert [what for what, *_ in result.packed].count("q, k, v of a self-attention") == 16
+    assert len(result.packed) == 20
+    assert str(result) == (
+        "kernels in 16 Transformer2DModel, 16 BasicTransformerBlock, 22 ResnetBlock2D, 3 Upsample2D, 2 Conv2d, "
+        "1 GroupNorm; 5 other modules unchanged"
     )
 
 
-class TheirResnetBlock(ResnetBlock2D):
+class CustomResnetBlock(ResnetBlock2D):
     def forward(self, input_tensor, temb, *args, **kwargs):
         return super().forward(input_tensor, temb * 0.5)
 
 
-def refused_by_setting(unet):
+def with_dropout(unet):
     unet.down_blocks[0].resnets[0].dropout.p = 0.5
     unet.down_blocks[0].resnets[0].eval()
     return ["down_blocks.0.resnets.0"]
 
 
-def refused_by_class(unet):
-    unet.up_blocks[1].resnets[1].__class__ = TheirResnetBlock
+def with_a_subclass(unet):
+    unet.up_blocks[1].resnets[1].__class__ = CustomResnetBlock
     return ["up_blocks.1.resnets.1.norm1"]
 
 
-def refused_attention(unet):
+def with_a_custom_processor(unet):
     from diffusers.models.attention_processor import AttnProcessor2_0
 
-    class TheirProcessor(AttnProcessor2_0):
+    class CustomProcessor(AttnProcessor2_0):
         pass
 
-    unet.mid_block.attentions[0].transformer_blocks[0].attn2.set_processor(TheirProcessor())
+    unet.mid_block.attentions[0].transformer_blocks[0].attn2.set_processor(CustomProcessor())
     return ["mid_block.attentions.0.transformer_blocks.0"]
 
 
-@pytest.mark.parametrize("refuse", [refused_by_setting, refused_by_class, refused_attention])
-def test_modules_that_are_not_known_are_left_and_named(refuse):
+@pytest.mark.parametrize("change", [with_dropout, with_a_subclass, with_a_custom_processor])
+def test_unsupported_modules_are_unchanged_and_named(change):
     unet = make(CONFIGS["sdxl"], torch.float64)
-    names = refuse(unet)
+    names = change(unet)
     inputs = inputs_of(unet, torch.float64)
     truth = run(unet, inputs)
-    done = patch.apply(unet)
-    assert set(names) <= {name for name, _ in (*done.refused, *done.left)}
-    assert all(f"not in {name}, {why}" in str(done) for name, why in done.refused)
-    assert worst(run(unet, inputs), truth) < 1e-9
+    result = patch.apply(unet)
+    assert set(names) <= {name for name, _ in (*result.unsupported, *result.unpatched)}
+    assert all(f"not in {name}: {why}" in str(result) for name, why in result.unsupported)
+    assert worst_error(run(unet, inputs), truth) < 1e-9
     patch.remove(unet)
-    assert worst(run(unet, inputs), truth) == 0
+    assert worst_error(run(unet, inputs), truth) == 0
 
 
-def test_removing_gives_the_original_back_with_the_trained_weights():
+def test_removing_restores_the_original_with_the_trained_weights():
     unet = make(CONFIGS["sdxl"])
     kept = copy.deepcopy(unet)
     classes = {name: type(m) for name, m in unet.named_modules()}
@@ -104,7 +104,7 @@ def test_removing_gives_the_original_back_with_the_trained_weights():
         assert p.untyped_storage().nbytes() == p.numel() * p.element_size()
     assert not torch.equal(unet.conv_in.weight, kept.conv_in.weight)
     kept.load_state_dict(unet.state_dict())
-    assert worst(run(unet, inputs), {k: x.double() for k, x in run(kept, inputs).items()}) == 0
+    assert worst_error(run(unet, inputs), {k: x.double() for k, x in run(kept, inputs).items()}) == 0
     patch.remove(unet)
     patch.apply(unet)
     assert patch.is_patched(unet)
@@ -123,17 +123,17 @@ def test_saved_weights_are_diffusers_and_round_trip_bitwise(tmp_path):
     patch.apply(other)
     load_checkpoint(tmp_path, 1, other)
     assert all(torch.equal(x, before[name]) for name, x in other.state_dict().items())
-    # loading wrote into the buffers, not beside them
+    # raises if loading moved the weights out of their packed buffers
     run(other, inputs_of(other))
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_either_resumes_from_the_others_optimizer(name, dtype):
-    """A step with the patch, saved, is the same state without it, bit for bit, and the reverse.
+def test_patched_and_unpatched_resume_from_each_others_state(name, dtype):
+    """State saved with the patch loads without it bit for bit, and the reverse.
 
-    But for 8-bit moments of our kernel, whose blocks follow memory order: those of channels-last convolutions are
-    requantised, within the bound that tests/kernels/optim/test_adamw8bit.py holds.
+    The exception are 8-bit moments of channels-last convolutions, whose blocks follow memory order: they are
+    requantized, within the bound that tests/kernels/optim/test_adamw8bit.py checks.
     """
 
     def build(patched, seed):
@@ -155,12 +155,12 @@ def test_either_resumes_from_the_others_optimizer(name, dtype):
         unet, optimizer = build(first, 0)
         step(unet, optimizer)
         weights, state = unet.state_dict(), optimizer.state_tensors()
-        other, others = build(not first, 7)
+        other, other_optimizer = build(not first, 7)
         other.load_state_dict(weights)
-        others.load_state_tensors(state)
+        other_optimizer.load_state_tensors(state)
         assert all(torch.equal(x, weights[k]) for k, x in other.state_dict().items())
-        found = others.state_tensors()
-        reordered = {key.split("/", 1)[1] for key in (*found, *state) if key.startswith("strides/")}
+        loaded = other_optimizer.state_tensors()
+        reordered = {key.split("/", 1)[1] for key in (*loaded, *state) if key.startswith("strides/")}
         assert all(weights[key].dim() == 4 for key in reordered)
         exact = {
             key
@@ -168,13 +168,13 @@ def test_either_resumes_from_the_others_optimizer(name, dtype):
             if key.split("/", 1)[1] not in reordered or key.split("/")[0] in ("step", "master", "remainder")
         }
         assert len(exact) > len(weights)
-        assert all(torch.equal(found[key], state[key]) for key in exact)
-        assert found.keys() - state.keys() <= {f"strides/{key}" for key in reordered}
+        assert all(torch.equal(loaded[key], state[key]) for key in exact)
+        assert loaded.keys() - state.keys() <= {f"strides/{key}" for key in reordered}
         assert all(x.is_contiguous() for x in state.values())
-        step(other, others)
+        step(other, other_optimizer)
 
 
-def test_what_moves_the_weights_is_refused_until_they_are_packed_again():
+def test_moved_weights_raise_until_they_are_repacked():
     unet = make(CONFIGS["sdxl"])
     patch.apply(unet)
     unet.double()
@@ -187,7 +187,7 @@ def test_what_moves_the_weights_is_refused_until_they_are_packed_again():
     run(unet, inputs)
 
 
-def test_what_it_cannot_do_is_refused():
+def test_unsupported_calls_are_refused():
     unet = make(CONFIGS["sd15"])
     with pytest.raises(ValueError, match="takes an unpatched UNet2DConditionModel"):
         patch.apply(nn.Linear(2, 2))
@@ -199,9 +199,9 @@ def test_what_it_cannot_do_is_refused():
         unet(**inputs, encoder_attention_mask=torch.ones(2, 7))
 
 
-def test_when_it_is_wanted():
+def test_should_patch():
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert [patch.is_wanted(s, d) for s in ("auto", "on", "off") for d in (cpu, cuda)] == [
+    assert [patch.should_patch(s, d) for s in ("auto", "on", "off") for d in (cpu, cuda)] == [
         False,
         True,
         True,

@@ -1,4 +1,4 @@
-"""Small UNets of the shapes of SD1.5, SD2.1 and SDXL, and what a pass through one gives."""
+"""Small UNets built like SD1.5's, SD2.1's and SDXL's, their inputs, and the results of a forward and backward pass."""
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -7,7 +7,7 @@ from torch import nn
 from safelight.trainer.models.architectures import RANDOM_MODELS
 
 _SMALL = {"sample_size": 16, "in_channels": 4, "out_channels": 4, "norm_num_groups": 8, "cross_attention_dim": 24}
-# the shapes of the models at a tenth of their width
+# the models' structure at a tenth of their width
 CONFIGS = {
     "sd15": {
         **RANDOM_MODELS["sd15"]["unet"],
@@ -40,7 +40,7 @@ CONFIGS = {
 
 
 def one_block(width, heads, text):
-    """Return a UNet of one level: every kind of module once or twice."""
+    """Return the config of a UNet with one level: every kind of module once or twice."""
     return {
         "sample_size": 8,
         "in_channels": 4,
@@ -58,7 +58,7 @@ def make(config, dtype=torch.float32, seed=0):
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(**config).to(dtype).train()
     for name, p in unet.named_parameters():
-        # norms that do something, biases that are not zero
+        # non-trivial norms and biases
         if p.dim() == 1:
             nn.init.normal_(p, mean=1.0 if "norm" in name and name.endswith("weight") else 0.0, std=0.2)
     return unet
@@ -81,7 +81,7 @@ def inputs_of(unet, dtype=torch.float32, sides=(16, 8), batch=2, text_grad=True)
 
 
 def run(unet, inputs):
-    """Return output and gradients by name."""
+    """Return the output and all gradients by name."""
     y = unet(**inputs).sample
     up = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y)
     leaves = {"sample": inputs["sample"], "text": inputs["encoder_hidden_states"], **dict(unet.named_parameters())}
@@ -90,8 +90,8 @@ def run(unet, inputs):
     return {"output": y.detach(), **dict(zip(leaves, grads, strict=True))}
 
 
-def worst(found, truth):
+def worst_error(results, truth):
     """Return the largest error of any tensor, relative to that tensor's largest value."""
     return max(
-        ((found[name].double() - x).abs().max() / x.abs().max().clamp(min=1e-12)).item() for name, x in truth.items()
+        ((results[name].double() - x).abs().max() / x.abs().max().clamp(min=1e-12)).item() for name, x in truth.items()
     )

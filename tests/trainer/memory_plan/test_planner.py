@@ -14,7 +14,7 @@ import torch
 from safelight.__main__ import main
 from safelight.bench.counting.profiled import allocated_peak
 from safelight.kernels.optim.blockwise_8bit import in_memory_order
-from safelight.kernels.optim.split_weights import start
+from safelight.kernels.optim.split_weights import split_nearest
 from safelight.kernels.unet.checkpointing import MODES
 from safelight.trainer.config.toml import Config, parse_config, to_toml
 from safelight.trainer.memory_plan.allocation_trace import MASTER, OPTIMIZER
@@ -93,7 +93,7 @@ def test_bringing_weights_to_16_bits_takes_no_more_than_is_planned_and_by_pieces
 
             kept = []
             assert allocated_peak(lambda: kept.append(bring())) <= 4 * len(whole.flatten()) + SPLIT_BYTES * 2**18  # noqa: B023
-            high, low = start(in_memory_order(whole.detach()), dtype, memory)
+            high, low = split_nearest(in_memory_order(whole.detach()), dtype, memory)
             assert torch.equal(in_memory_order(by_pieces.detach()), high)
             assert by_pieces.stride() == whole.stride()
             assert (kept[0] is None) == (low is None)

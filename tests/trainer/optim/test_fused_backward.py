@@ -234,7 +234,7 @@ def test_on_kernels_blocks_do_not_wait_for_the_products_they_share(small_unet):
         patch.apply(unet)
         optimizer = UNetOptimizer(unet, Optimizer(fused_backward=fused), torch.bfloat16, 3)
         patch.repack(unet)
-        shared = patch.shared_products(unet)
+        shared = patch.shared_projections(unet)
         assert set(shared.values()) == {"time projections", "text projections 0"}
         alive = []
         if fused:

@@ -120,7 +120,7 @@ def test_a_mode_that_would_lose_a_part_is_refused(tmp_path, small_unet):
     steps(unet, exact, 0, 1)
     state = exact.state_tensors()
     with pytest.raises(
-        ValueError, match=r"conv_in.* kept with optimizer.memory exact, of which near would lose a part; use exact"
+        ValueError, match=r"conv_in.* saved with optimizer.memory exact, which near cannot hold without loss; use exact"
     ):
         make(small_unet, "near")[1].load_state_tensors(dict(state))
     bad = dict(state) | {"state1/conv_in.weight": torch.ones(3, dtype=torch.uint8)}

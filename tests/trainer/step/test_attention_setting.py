@@ -31,7 +31,7 @@ def test_what_was_recorded_is_read(tmp_path):
     assert recorded_attention(tmp_path) is None
     path = tmp_path / "environment.json"
     choice = choose_attention(torch.device("cpu"), torch.float32, {Case(8), Case(16)})
-    path.write_text(json.dumps({"attention": str(choice), ATTENTION: choice.record()}))
+    path.write_text(json.dumps({"attention": str(choice), ATTENTION: choice.to_dict()}))
     again = choose_attention(
         torch.device("cpu"), torch.float32, {Case(8), Case(16)}, previous=recorded_attention(tmp_path)
     )
@@ -42,7 +42,7 @@ def test_what_was_recorded_is_read(tmp_path):
     for damaged in ("{", "[]", "\0"):
         path.write_text(damaged)
         again = choose_attention(torch.device("cpu"), torch.float32, {Case(8)}, previous=recorded_attention(tmp_path))
-        assert "does not tell its attention" in str(again)
+        assert "does not say which attention it used" in str(again)
 
 
 def test_a_run_records_its_attention_and_goes_on_with_it(make_config, tmp_path, capsys):
@@ -68,6 +68,6 @@ def test_a_run_records_its_attention_and_goes_on_with_it(make_config, tmp_path, 
 
 def test_what_cannot_be_had_is_refused_before_anything_is_cached(make_config, monkeypatch):
     monkeypatch.setattr(job, "open_dataset", lambda *args: pytest.fail("the dataset was opened"))
-    with pytest.raises(ValueError, match=r"model\.attention = 'xformers' cannot be had on cpu") as error:
+    with pytest.raises(ValueError, match=r"model\.attention = 'xformers' is not available on cpu") as error:
         train(make_config(model={"attention": "xformers"}, run={"device": "cpu"}))
     assert "\n" not in str(error.value)

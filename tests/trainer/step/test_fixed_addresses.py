@@ -53,7 +53,7 @@ def tensors_of(net, optimizer):
     found = [*net.parameters(), *inner.remainders, inner.skips, inner.step_counts, inner._corrections, inner._hyper]
     found += [x for m in inner.moments for x in vars(m).values()]
     found += [scale.scale, scale.num_good, method.last_norm, method.num_skipped, method._limit, method._norms]
-    found += inner._tables + [p._gradients for _, each in inner._programs.items() for _, p in each]
+    found += inner._address_tables + [w._address_table for _, each in inner._work_tables.items() for _, w in each]
     found += [*inner.pages.ring, inner.pages.host] if inner.pages else []
     return [x for x in found if x is not None]
 
@@ -233,7 +233,7 @@ def test_every_captured_graph_has_a_table_of_its_own(monkeypatch):
     with pytest.raises(AssertionError, match="finish_capture was not called"):
         taken()
     optimizer.release_captures()
-    assert not any(p._captured for each in optimizer._programs.values() for _, p in each)
+    assert not any(w._captured for each in optimizer._work_tables.values() for _, w in each)
     assert eager is not again
 
 

@@ -32,11 +32,11 @@ def make_buckets(resolution: int, multiple: int, max_aspect: float = 4.0) -> tup
 
     Of the sizes (w, h) in multiples of `multiple` with w * h <= resolution^2 and aspect from 1/max_aspect to
     max_aspect, those that no other contains; and the largest exact 3:2 and 2:3 that fill 60 % of the budget or more.
-    Raises ValueError for a resolution that is no multiple (naming the two nearest) or under two multiples, or for
-    max_aspect < 1.
+    Raises UserError for a resolution that is no multiple (naming the two nearest) or under two multiples, ValueError
+    for max_aspect < 1.
     """
     if multiple < 1 or max_aspect < 1:
-        raise UserError(f"multiple {multiple} and max_aspect {max_aspect} must be 1 or more")
+        raise ValueError(f"multiple {multiple} and max_aspect {max_aspect} must be 1 or more")
     if resolution < 2 * multiple:
         raise UserError(f"resolution {resolution} is too small for multiples of {multiple}; use {2 * multiple} or more")
     if resolution % multiple:
@@ -76,7 +76,7 @@ def drawn_crop_box(
 ) -> tuple[int, int, int, int]:
     """Return `crop_box` for draws already made: three uniforms in (0, 1), or None for the canonical crop."""
     if not 0 <= crop_jitter < 1:
-        raise UserError(f"crop_jitter {crop_jitter} is outside 0 <= crop_jitter < 1; use 0.1, or 0 for none")
+        raise ValueError(f"crop_jitter {crop_jitter} is outside 0 <= crop_jitter < 1; use 0.1, or 0 for none")
     if width * bucket.height >= height * bucket.width:
         window = min(width, max(1, round(height * bucket.width / bucket.height))), height
     else:
@@ -107,7 +107,7 @@ def crop_box(
 def check_flip_p(flip_p: float) -> None:
     """Raise ValueError unless 0 <= flip_p <= 1."""
     if not 0 <= flip_p <= 1:
-        raise UserError(f"flip_p {flip_p} is outside 0 to 1; use 0.5, or 0 for none")
+        raise ValueError(f"flip_p {flip_p} is outside 0 to 1; use 0.5, or 0 for none")
 
 
 def is_flipped(seed: int, sample_id: int, variant: int, flip_p: float) -> bool:

@@ -83,7 +83,7 @@ class _Job:
 
 
 def _photo_content(path: Path, photo: Photo) -> bytes:
-    """Return the bytes of a photo's file. Raises ValueError unless they are those that were prepared."""
+    """Return the bytes of a photo's file. Raises UserError unless they are those that were prepared."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -96,7 +96,7 @@ def _photo_content(path: Path, photo: Photo) -> bytes:
 
 
 def _check_photos(cache: Cache, dataset: Path, samples: Sequence[Sample]) -> None:
-    """Raise ValueError for a photo whose file is gone or changed since it was prepared, its rows cached or not.
+    """Raise UserError for a photo whose file is gone or changed since it was prepared, its rows cached or not.
 
     A file of the size and time it had when its content was last checked is taken as unchanged: a start costs one stat a
     photo, not a reading of them all.
@@ -125,7 +125,7 @@ def _missing_jobs(cache: Cache, samples: Sequence[Sample], encoder: LatentEncode
     for sample in samples:
         for key, crop in zip(sample.latent_keys, sample.crops, strict=True):
             if key != latent_key(sample.photo, crop, sample.bucket, encoder.fingerprint, cache.dtype):
-                raise UserError(
+                raise ValueError(
                     f"the samples were planned for another VAE or dtype than {encoder.fingerprint[:16]}, {cache.dtype}; "
                     "plan them with this encoder's fingerprint and the cache's dtype"
                 )
@@ -146,7 +146,7 @@ def _batches_by_bucket(jobs: Sequence[_Job], batch_size: int) -> list[list[_Job]
 
 
 def _load_pixels(dataset: Path, jobs: list[_Job]) -> Tensor:
-    """Return the pixels of a batch, (B, 3, H, W). Raises ValueError for a photo that is not as the manifest says."""
+    """Return the pixels of a batch, (B, 3, H, W). Raises UserError for a photo that is not as the manifest says."""
     pixels, decoded_file, image = [], None, None
     for job in jobs:
         path = dataset / job.photo.file
@@ -168,14 +168,14 @@ def _load_pixels(dataset: Path, jobs: list[_Job]) -> Tensor:
 
 
 def _latent_rows(encoder: LatentEncoder, pixels_BCHW: Tensor, jobs: list[_Job]) -> np.ndarray:
-    """Return the batch's rows, (B, C or 2C, H, W) float32. Raises ValueError if the encoder does not keep its word."""
+    """Return the batch's rows, (B, C or 2C, H, W) float32. Raises ValueError for latents of unexpected shapes, UserError for values that are not finite."""
     mean, logvar = encoder.encode(pixels_BCHW)
     batch, _, height, width = pixels_BCHW.shape
     expected = (batch, encoder.latent_channels, height // encoder.factor, width // encoder.factor)
     parts = [mean] if logvar is None else [mean, logvar]
     if (logvar is not None) != encoder.has_posterior or any(tuple(part.shape) != expected for part in parts):
         shapes = [tuple(part.shape) for part in parts]
-        raise UserError(f"the VAE gave latents of shapes {shapes} for {height} x {width} px, not {expected} each")
+        raise ValueError(f"the VAE gave latents of shapes {shapes} for {height} x {width} px, not {expected} each")
     rows = torch.cat(parts, dim=1).detach().to("cpu", torch.float32).numpy()
     for job, row in zip(jobs, rows, strict=True):
         if not np.isfinite(row).all():
@@ -194,11 +194,11 @@ def fill_latents(
     """Return how many latent rows were made: those of the samples that the cache lacks or holds damaged.
 
     Claims the cache, which the caller releases, if there are any. The next batches are decoded on threads while one is encoded. progress(rows done, rows to make) after each batch.
-    Raises ValueError for a photo that changed since it was prepared, its rows cached or not, for samples planned with another VAE or
-    dtype, and for latents that are not finite.
+    Raises UserError for a photo that changed since it was prepared, its rows cached or not, and for latents that are
+    not finite; ValueError for samples planned with another VAE or dtype.
     """
     if batch_size < 1:
-        raise UserError(f"batch_size {batch_size} is below 1; use 4")
+        raise ValueError(f"batch_size {batch_size} is below 1; use 4")
     dataset = Path(dataset)
     _check_photos(cache, dataset, samples)
     jobs = _missing_jobs(cache, samples, encoder)
@@ -235,7 +235,7 @@ def fill_texts(
     (B, num_tokens, embedding_dim).
     """
     if batch_size < 1:
-        raise UserError(f"batch_size {batch_size} is below 1; use 16")
+        raise ValueError(f"batch_size {batch_size} is below 1; use 16")
     caption_of_key = {text_key(text, encoder.fingerprint, cache.dtype): text for text in ["", *captions]}
     cache.drop_damaged(list(caption_of_key))
     missing = cache.missing(list(caption_of_key))
@@ -247,7 +247,7 @@ def fill_texts(
         embeddings_BTD = encoder.encode([caption_of_key[key] for key in keys])
         expected = (len(keys), encoder.num_tokens, encoder.embedding_dim)
         if tuple(embeddings_BTD.shape) != expected:
-            raise UserError(f"the text encoder gave embeddings of shape {tuple(embeddings_BTD.shape)}, not {expected}")
+            raise ValueError(f"the text encoder gave embeddings of shape {tuple(embeddings_BTD.shape)}, not {expected}")
         num_made += cache.append("text", keys, embeddings_BTD.detach().to("cpu", torch.float32).numpy())
         if progress is not None:
             progress(start + len(keys), len(missing))

@@ -71,8 +71,21 @@ def caption_of_name(stem: str) -> str:
     return collapse(stem.split("_", 1)[0])
 
 
+def _row(line: str) -> dict:
+    """Return a table's row. Raises UserError with what is wrong with the line."""
+    try:
+        row = json.loads(line)
+    except RecursionError:
+        raise UserError("is nested too deeply") from None
+    except ValueError as error:
+        raise UserError(f"is not JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise UserError(f"is a {type(row).__name__}, not an object")
+    return row
+
+
 def _row_texts(row: dict) -> tuple[str, ...]:
-    """Return the caption variants of a table's row. Raises ValueError if it has none."""
+    """Return the caption variants of a table's row. Raises UserError if it has none."""
     value = next((row[key] for key in TEXT_KEYS if row.get(key) is not None), None)
     if value is None:
         raise UserError("has neither 'text' nor 'caption'")
@@ -87,7 +100,7 @@ def _row_texts(row: dict) -> tuple[str, ...]:
 
 
 def _row_name(row: dict) -> str:
-    """Return a row's file name relative to its table, normalised. Raises ValueError if it leads out of the folder."""
+    """Return a row's file name relative to its table, normalised. Raises UserError if it leads out of the folder."""
     name = row.get("file_name")
     if not isinstance(name, str) or not name.strip():
         raise UserError("has no 'file_name'")
@@ -177,9 +190,7 @@ class CaptionReader:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise UserError(f"is a {type(row).__name__}, not an object")
+                row = _row(line)
                 name = _row_name(row)
                 if name in captions:
                     raise UserError(f"is a second row for {name}; give one row a list of texts instead")
@@ -189,10 +200,6 @@ class CaptionReader:
                 how = row.get("caption_source")
                 source = f"{path.name}: {collapse(how)}" if isinstance(how, str) and how.strip() else path.name
                 captions[name] = Caption(_row_texts(row), source)
-            except json.JSONDecodeError as error:
-                self.rejections.append(Rejection(f"{shown}:{number}", f"the row is not JSON: {error}", is_row=True))
-            except RecursionError:
-                self.rejections.append(Rejection(f"{shown}:{number}", "the row is nested too deeply", is_row=True))
-            except ValueError as error:
+            except UserError as error:
                 self.rejections.append(Rejection(f"{shown}:{number}", f"the row {error}", is_row=True))
         return captions

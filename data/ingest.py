@@ -223,7 +223,7 @@ def ingest(
     stored anew as sRGB at `quality` (1 to 100). Originals are only read. What cannot be used, a duplicate of a picture
     included, is listed with its reason here and in rejected.jsonl. Photos of earlier calls stay in the manifest; the
     same call again gives the same manifest. progress(files done, files in all) is called after each file.
-    Raises ValueError for a source that does not exist or lies in the dataset, for a setting out of range, where no
+    Raises UserError for a source that does not exist or lies in the dataset, for a setting out of range, where no
     photo could be used, and while another process prepares this dataset.
     """
     if not max_megapixels > 0:

@@ -40,7 +40,7 @@ class FolderLock:
     """A lock on a folder, taken at once or refused. As a context it is released at the end.
 
     note: why nothing could be locked, for the reader; empty where the lock is held. The folder is made.
-    Raises ValueError naming the holder if another process, or another lock of this one, has it, and for a folder that
+    Raises UserError naming the holder if another process, or another lock of this one, has it, and for a folder that
     cannot be written. advice: what to do then.
     """
 

@@ -51,11 +51,13 @@ _REQUIRED_TYPES = {"file": str, "sha256": str, "width": int, "height": int, "cap
 
 
 def _parse(line: str) -> Photo:
-    """Return the photo of one manifest line. Raises ValueError with what is wrong with it."""
+    """Return the photo of one manifest line. Raises UserError with what is wrong with it."""
     try:
         row = json.loads(line)
     except RecursionError:
         raise UserError("is nested too deeply") from None
+    except ValueError as error:
+        raise UserError(str(error)) from None
     if not isinstance(row, dict):
         raise UserError(f"is a {type(row).__name__}, not an object")
     for name, kind in _REQUIRED_TYPES.items():
@@ -81,7 +83,7 @@ def _parse(line: str) -> Photo:
 def read_manifest(dataset: Path, may_be_empty: bool = False) -> list[Photo]:
     """Return the photos of a dataset folder in manifest order.
 
-    Raises ValueError if the manifest is missing, holds no photo unless it may, or has a bad line, which it names.
+    Raises UserError if the manifest is missing, holds no photo unless it may, or has a bad line, which it names.
     """
     path = Path(dataset) / MANIFEST_NAME
     if not path.is_file():
@@ -95,7 +97,7 @@ def read_manifest(dataset: Path, may_be_empty: bool = False) -> list[Photo]:
             photo = _parse(line)
             if photo.file in line_of_file:
                 raise UserError(f"{photo.file} stands on line {line_of_file[photo.file]} already")
-        except ValueError as error:
+        except UserError as error:
             raise UserError(
                 f"{path} line {number}: {printable(str(error))}; mend or delete the line, "
                 "or delete the file and run `safelight prepare` again"
@@ -121,7 +123,7 @@ def split_validation(photos: list[Photo], fraction: float, seed: int) -> tuple[l
     Raises ValueError unless 0 <= fraction < 1.
     """
     if not 0 <= fraction < 1:
-        raise UserError(f"validation_fraction {fraction} is outside 0 <= fraction < 1; use 0.1, or 0 for none")
+        raise ValueError(f"validation_fraction {fraction} is outside 0 <= fraction < 1; use 0.1, or 0 for none")
     if fraction == 0:
         return list(photos), []
     # rounded first: 0.07 * 100 is 7.000000000000001 and must hold out 7

@@ -16,7 +16,6 @@ from safelight.data.buckets import Bucket, check_flip_p, drawn_crop_box, nearest
 from safelight.data.captions import collapse
 from safelight.data.draws import draw_words, to_uniforms
 from safelight.data.manifest import Photo
-from safelight.errors import UserError
 from safelight.kernels.philox import Key, Purpose
 
 # part of every latent key; raise it when crop_pixels would give other pixels
@@ -118,7 +117,7 @@ def plan_samples(
     are (the empty caption for dropout has neither). Raises ValueError for variants < 1 and settings out of range.
     """
     if variants < 1:
-        raise UserError(f"variants {variants} is below 1; use 1 for the centred crop alone, 4 for augmentation")
+        raise ValueError(f"variants {variants} is below 1; use 1 for the centred crop alone, 4 for augmentation")
     all_crops = _plan_crops(photos, buckets, variants, crop_jitter, flip_p, seed)
     samples = []
     for photo, (bucket, crops) in zip(photos, all_crops, strict=True):

@@ -86,13 +86,13 @@ def _address(record: tuple) -> _Address:
 class Cache:
     """A folder of rows by key; made if it is not there. Safe to read from several threads and processes.
 
-    dtype: what appended rows are stored as, float16 or float32. Raises ValueError for another dtype, or for an index
-    that is damaged or of another version.
+    dtype: what appended rows are stored as, float16 or float32. Raises ValueError for another dtype, UserError for
+    an index that is damaged or of another version.
     """
 
     def __init__(self, path: Path, dtype: str = "float16"):
         if dtype not in DTYPES:
-            raise UserError(f"cache dtype {dtype!r} is not known; use one of {', '.join(DTYPES)}")
+            raise ValueError(f"cache dtype {dtype!r} is not known; use one of {', '.join(DTYPES)}")
         self.path, self.dtype = Path(path), dtype
         self._shards_path = self.path / SHARDS_FOLDER
         self._lock = threading.RLock()
@@ -145,7 +145,7 @@ class Cache:
         """Lock the folder for making rows, until `release`; a second claim changes nothing.
 
         It keeps two processes from encoding the same rows; rows stay whole without it too, on a file system that has no
-        locks. Raises ValueError naming the process that is at it.
+        locks. Raises UserError naming the process that is at it.
         """
         if self._folder_lock is None:
             self._folder_lock = FolderLock(self.path, "wait until it has made the cache, then run this again")
@@ -224,13 +224,13 @@ class Cache:
 
         kind: "posterior" (mean and logvar stacked), "latent" (mean alone) or "text". array: (N, ...) floats, stored
         as the cache's dtype. Afterwards all rows are there; after a kill all or none.
-        Raises ValueError for an unknown kind, lengths that differ, an empty row shape, and values that are not finite
-        in the stored dtype.
+        Raises ValueError for an unknown kind, lengths that differ and an empty row shape, UserError for values that are
+        not finite in the stored dtype.
         """
         if kind not in KINDS:
-            raise UserError(f"cache kind {kind!r} is not known; use one of {', '.join(KINDS)}")
+            raise ValueError(f"cache kind {kind!r} is not known; use one of {', '.join(KINDS)}")
         if len(keys) != len(array) or array.ndim < 2 or 0 in array.shape[1:]:
-            raise UserError(f"{len(keys)} keys do not fit rows of shape {array.shape}; give one key a row")
+            raise ValueError(f"{len(keys)} keys do not fit rows of shape {array.shape}; give one key a row")
         with np.errstate(over="ignore"):
             array = np.ascontiguousarray(array, dtype=np.dtype(self.dtype).newbyteorder("<"))
         if not np.isfinite(array).all():
@@ -283,7 +283,7 @@ class Cache:
         return rows
 
     def _require(self, keys: Sequence[str]) -> list[_Address]:
-        """Return the address of each key. Raises ValueError if one is missing."""
+        """Return the address of each key. Raises UserError if one is missing."""
         found = self._find(list(dict.fromkeys(keys)))
         for key in keys:
             if key not in found:
@@ -291,19 +291,21 @@ class Cache:
         return [found[key] for key in keys]
 
     def kind_of(self, key: str) -> str:
-        """Return the kind a row was appended as. Raises ValueError if it is missing."""
+        """Return the kind a row was appended as. Raises UserError if it is missing."""
         return self._require([key])[0].kind
 
     def read(self, keys: Sequence[str]) -> np.ndarray:
         """Return the rows of the keys stacked, (len(keys), ...), in their stored dtype; a copy.
 
-        Checksums are checked when a row is first read. Raises CorruptRow for a bad row, and ValueError for a missing
-        one, no keys, or rows of different shapes.
+        Checksums are checked when a row is first read. Raises CorruptRow for a bad row, UserError for a
+        missing one, ValueError for no keys or rows of different shapes.
         """
         addresses = self._require(keys)
         shapes = {address.shape for address in addresses}
         if len(shapes) != 1:
-            raise UserError(f"rows of one shape can be read together, not {sorted(shapes)}; read each bucket by itself")
+            raise ValueError(
+                f"rows of one shape can be read together, not {sorted(shapes)}; read each bucket by itself"
+            )
         return np.stack([self._row(address) for address in addresses])
 
     def drop_damaged(self, keys: Sequence[str]) -> list[CorruptRow]:

@@ -51,7 +51,7 @@ def _walk(folder: Path, dataset: Path, visited: set[Path], rejections: list[Reje
 def find_files(sources: list[Path], dataset: Path) -> tuple[list[Found], list[CaptionReader]]:
     """Return the candidate files of all sources and the sources' caption readers.
 
-    Raises ValueError for a source that is missing or lies in the dataset.
+    Raises UserError for a source that is missing or lies in the dataset.
     """
     found, readers = [], []
     for source in map(Path, sources):

@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
+from safelight import bug_report, library_log
 from safelight.errors import UserError
 
 EXIT_INTERRUPTED = 130
@@ -229,6 +233,7 @@ def train(argv: list[str]) -> int:
     from safelight.options.arguments import parse_with_config
 
     arguments, config = parse_with_config(argv, "train", COMMANDS["train"])
+    bug_report.belongs_to(Path(config.run.dir))
     _say_loading()
     from safelight.data.text import counted
     from safelight.trainer.report.build import build_report
@@ -237,8 +242,15 @@ def train(argv: list[str]) -> int:
     from safelight.trainer.train import train as run_training
 
     stop = Stop()
+
+    @contextmanager
+    def guard() -> Iterator[None]:
+        # entered once the run is loaded: a command that is refused leaves its folder as it was
+        with library_log.written_to(Path(config.run.dir)), stop:
+            yield
+
     with Terminal() as terminal:
-        outcome = run_training(config, resume=arguments.resume, terminal=terminal, stop_requested=stop, guard=stop)
+        outcome = run_training(config, resume=arguments.resume, terminal=terminal, stop_requested=stop, guard=guard())
     if outcome.interrupted:
         if outcome.position.step == 0:
             terminal.say("stopped before the first step: there is nothing to save; the cache is kept")
@@ -262,6 +274,7 @@ def sample(argv: list[str]) -> int:
     from safelight.options.arguments import Sample, parse
 
     arguments = parse(Sample, argv, "sample", COMMANDS["sample"])
+    bug_report.belongs_to(arguments.run)
     _say_loading()
     from safelight.trainer.inference.draw import open_run
     from safelight.trainer.inference.draw import sample as draw_sample
@@ -288,6 +301,7 @@ def compare(argv: list[str]) -> int:
     from safelight.options.arguments import Compare, parse
 
     arguments = parse(Compare, argv, "compare", COMMANDS["compare"])
+    bug_report.belongs_to(arguments.run)
     _say_loading()
     from safelight.trainer.inference.draw import compare as draw_pairs
     from safelight.trainer.inference.draw import open_run
@@ -314,6 +328,7 @@ def export(argv: list[str]) -> int:
     from safelight.options.arguments import Export, parse
 
     arguments = parse(Export, argv, "export", COMMANDS["export"])
+    bug_report.belongs_to(arguments.run)
     _say_loading()
     from safelight.trainer.inference.export import export as export_run
     from safelight.trainer.run_log.terminal import Terminal
@@ -341,6 +356,7 @@ def report(argv: list[str]) -> int:
     from safelight.options.arguments import Report, parse
 
     arguments = parse(Report, argv, "report", COMMANDS["report"])
+    bug_report.belongs_to(arguments.run)
     from safelight.trainer.report.build import build_report
 
     print(build_report(arguments.run))

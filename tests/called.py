@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
+from safelight import library_log
 from safelight.__main__ import main
 
 
@@ -24,6 +26,14 @@ class Called:
         assert len(found) == 1, f"{part!r} stands on {len(found)} lines of:\n{self.err}"
         return found[0]
 
+    def report(self) -> str:
+        """Return what the file says that a bug left, and delete it."""
+        place = re.search(r"details are in (.+?); please", self.err)
+        path = Path(place[1])
+        text = path.read_text(encoding="utf-8")
+        path.unlink()
+        return text
+
     def assert_refused(self, command: str, part: str) -> None:
         """Exit 2, and one line of ours that says why, the last."""
         assert self.status == 2, self.err
@@ -34,8 +44,8 @@ class Called:
         assert "Traceback" not in self.err
 
 
-def call(*argv: object) -> Called:
-    """Run a command and return what it left; an error of ours is raised as it is."""
+def call(*argv: object, may_fail: bool = False) -> Called:
+    """Run a command and return what it left. A bug fails the test with its report, unless may_fail."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -43,6 +53,9 @@ def call(*argv: object) -> Called:
         except SystemExit as end:
             status = end.code
         finally:
-            # a command silences logging for its process; here that is the tests' own
-            logging.disable(logging.NOTSET)
-    return Called(status, out.getvalue(), err.getvalue())
+            # a command captures logging and warnings for its process; here those are the tests' own
+            library_log.release()
+    called = Called(status, out.getvalue(), err.getvalue())
+    if "this is a bug" in called.err and not may_fail:
+        raise AssertionError(f"a bug: {called.report()}")
+    return called

@@ -324,7 +324,7 @@ PARTS = (
 def run_all(minutes: float, out: Path, work: Workload, only: tuple[str, ...] = ()) -> Iterator[dict]:
     """Yield every result line, each already in OUT/results.jsonl. only: names of parts; empty for all.
 
-    Raises ValueError for an unknown part or no time.
+    Raises UserError for an unknown part or no time.
     """
     names = [part.name for part in PARTS]
     if minutes <= 0 or any(name not in names for name in only):

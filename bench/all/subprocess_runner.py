@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
+from safelight.errors import UserError
+
 # for a process that is told to end to end those it has begun
 GRACE_S = 5.0
 
@@ -25,7 +27,7 @@ class Ended(Exception):
 def apart(work: Callable[..., Iterator], *arguments: object, patience_s: Callable[[], float]) -> Iterator:
     """Yield what `work(*arguments)` yields in a new process. work, arguments and what it yields: picklable.
 
-    patience_s: asked before each wait; a process that is silent for so long is ended. Raises Ended, and a ValueError of the
+    patience_s: asked before each wait; a process that is silent for so long is ended. Raises Ended, and a UserError of the
     work's as it is. Closing the iterator ends the process.
     """
     context = multiprocessing.get_context("spawn")
@@ -52,7 +54,7 @@ def _tell(sending: Connection, work: Callable, arguments: tuple) -> None:
     try:
         for found in work(*arguments):
             sending.send(("found", found))
-    except ValueError as error:
+    except UserError as error:
         sending.send(("error", error))
     except BrokenPipeError:
         # the caller is gone

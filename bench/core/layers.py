@@ -91,7 +91,7 @@ def _watch(unet: nn.Module, seen: Counter) -> None:
 def layers(name: str, batch_size: int = 1) -> tuple[Layer, ...]:
     """Return a model's layers of ours in the order they first run, the step's two ends included.
 
-    Raises ValueError for an unknown model.
+    Raises UserError for an unknown model.
     """
     if name not in MODELS:
         raise UserError(f"model {name!r} is unknown; use {', '.join(MODELS)}")

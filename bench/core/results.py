@@ -82,7 +82,7 @@ def append(path: Path, record: dict) -> None:
 
 
 def read(path: Path) -> list[dict]:
-    """Return the lines of a results file. Raises ValueError for one that is missing or damaged."""
+    """Return the lines of a results file. Raises UserError for one that is missing or damaged."""
     if not path.is_file():
         raise UserError(f"{path} does not exist; name a .jsonl of results")
     lines = []
@@ -118,7 +118,7 @@ def flat(figures: dict, prefix: str = "", place: int = 1) -> dict[str, float]:
 
 
 def find(spec: str) -> list[dict]:
-    """Return the lines of a file, or those of a commit's prefix among bench/results. Raises ValueError for neither."""
+    """Return the lines of a file, or those of a commit's prefix among bench/results. Raises UserError for neither."""
     if Path(spec).is_file():
         return read(Path(spec))
     lines = [line for path in sorted(RESULTS.glob("*.jsonl")) for line in read(path)]

@@ -29,7 +29,6 @@ from safelight.bench.core.operators import (
     num_foreach_kernels,
     num_kernels,
 )
-from safelight.errors import UserError
 from safelight.kernels.triton.jit import Launch, LaunchMode
 from safelight.kernels.unet.attention_backends import CALLS
 
@@ -248,7 +247,7 @@ class CardOperators(TorchFunctionMode):
 
 def _card_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **options) -> Tensor:
     if attn_mask is not None or dropout_p or is_causal:
-        raise UserError("attention with a mask or dropout is not counted; a UNet in training has neither")
+        raise ValueError("attention with a mask or dropout is not counted; a UNet in training has neither")
     # no card's flash takes fp32
     call = CALLS["flash" if query.dtype.itemsize == 2 else "efficient"]
     return call(*(x.transpose(1, 2) for x in (query, key, value)), None).transpose(1, 2)

@@ -81,7 +81,7 @@ def trace(
     """Return the counts of a base's training step, traced on meta tensors.
 
     precision: fp32 | bf16 | fp16 | autocast-bf16 | autocast-fp16. optimizer: none | adamw | adamw8bit. patched: with our
-    kernels, which is channels-last; its attention is assumed to be flash. Raises ValueError for what cannot be counted.
+    kernels, which is channels-last; its attention is assumed to be flash. Raises UserError for what cannot be counted.
     """
     unet = meta_unet(base).to(weight_dtype(precision)).train()
     if patched and (layout != "channels_last" or precision.startswith("autocast")):

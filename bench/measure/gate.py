@@ -14,7 +14,7 @@ from safelight.trainer.models.base import resolve_base
 
 
 def goldens(path: Path = COUNTS, base: str = "") -> list[dict]:
-    """Return the newest counted line of each config, of one base if named. Raises ValueError if there is none."""
+    """Return the newest counted line of each config, of one base if named. Raises UserError if there is none."""
     lines = [line for line in newest(read(path)).values() if line["bench"] == "count"]
     chosen = [line for line in lines if base in ("", line["config"]["base"])]
     if not chosen:

@@ -220,7 +220,7 @@ def bench_kernels(
 ) -> Iterator[dict]:
     """Yield result lines: of each model and batch its bytes; with times, then a line for each layer that is timed.
 
-    Raises ValueError for an unknown model or op.
+    Raises UserError for an unknown model or op.
     """
     if unknown := [op for op in ops if op not in OPS]:
         raise UserError(f"kernels {unknown} are unknown; use {', '.join(OPS)}")

@@ -125,7 +125,7 @@ def bench_loader(
 ) -> list[dict]:
     """Return a result line for each source: rows/s, GB/s of rows delivered, wall and CPU milliseconds a batch.
 
-    One warm-up epoch, then `repeats` epochs of all sources interleaved. Raises ValueError where the disk is too small.
+    One warm-up epoch, then `repeats` epochs of all sources interleaved. Raises UserError where the disk is too small.
     """
     side = latent_size or resolve_base(base).config_of("unet")["sample_size"]
     stored = row_bytes(base, side)

@@ -163,7 +163,7 @@ def run_everydream(work: Workload, photographs: Photographs, folder: Path, num_e
 
 
 def bench_loop(work: Workload, num_photographs: int, num_epochs: int) -> Iterator[dict]:
-    """Yield a result line of each. Raises ValueError for fewer than two epochs, or photographs that fill no batch."""
+    """Yield a result line of each. Raises UserError for fewer than two epochs, or photographs that fill no batch."""
     work = work.resolved()
     if num_epochs < 3:
         raise UserError(f"--epochs {num_epochs} leaves nothing after the first epoch and a timed one; use 3 or more")

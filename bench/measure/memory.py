@@ -133,7 +133,7 @@ def of_a_cpu(work: Workload) -> dict:
 def bench_memory(work: Workload, optimizers: tuple[str, ...] = ()) -> Iterator[dict]:
     """Yield a result line for each optimizer, memory mode and way of checkpointing; all that are offered if none is named.
 
-    A combination that cannot run leaves its reason. Raises ValueError for an unknown optimizer.
+    A combination that cannot run leaves its reason. Raises UserError for an unknown optimizer.
     """
     work = work.resolved()
     names = tuple(offered(work.dtype))
@@ -148,7 +148,7 @@ def bench_memory(work: Workload, optimizers: tuple[str, ...] = ()) -> Iterator[d
             one = replace(work, optimizer=optimizer, checkpointing=checkpointing)
             try:
                 found = of_a_gpu(one) if device.type == "cuda" else of_a_cpu(one)
-            except (ValueError, NotImplementedError) as error:
+            except (UserError, NotImplementedError) as error:
                 # a setting this device refuses, an operator a library lacks for it: told in the line; any other fault is raised
                 found = {"cannot": str(error).splitlines()[0][:160]}
             free(device)

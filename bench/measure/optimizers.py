@@ -26,6 +26,7 @@ from safelight.bench.core.layers import meta_model
 from safelight.bench.core.results import make_record
 from safelight.bench.counting.counters import CountedAdamW8bit, Counter
 from safelight.bench.recipes.workload import LR, MAX_GRAD_NORM, WEIGHT_DECAY
+from safelight.errors import UserError
 from safelight.kernels.optim.ema import EMA
 from safelight.kernels.optim.paged_state import Pages
 from safelight.trainer.config.toml import Optimizer
@@ -48,7 +49,7 @@ def offered(dtype: torch.dtype) -> Configs:
         config = Optimizer(name=name, memory=memory)
         try:
             memory_mode(config, dtype)
-        except ValueError as error:
+        except UserError as error:
             # a mode of another optimizer or dtype; a library that is missing is told where it is measured
             if str(error).startswith("optimizer.memory"):
                 continue

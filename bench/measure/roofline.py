@@ -99,7 +99,7 @@ def _card_limits(card: Card) -> dict:
 def roofline(work: Workload, repeats: int = 20, num_steps: int = 5, card: Card | None = None) -> dict:
     """Return the result line. card: one that is not here, to be counted for.
 
-    Raises ValueError for a card without known rates, or below 1 repeat or step.
+    Raises UserError for a card without known rates, or below 1 repeat or step.
     """
     if min(repeats, num_steps, work.batch_size) < 1:
         raise UserError(f"batch size {work.batch_size}, repeats {repeats} and steps {num_steps} must be 1 or more")

@@ -33,7 +33,7 @@ class Profile:
 
 
 def profile_run(config: Config, num_steps: int, out: Path, terminal: Terminal | None = None) -> Profile:
-    """Profile steps of a run into a folder. Raises ValueError as run_session does."""
+    """Profile steps of a run into a folder. Raises UserError as run_session does."""
     device = pick_device(config.run.device)
     dtype = pick_dtype(config.model.precision, device)
     terminal = terminal or Terminal()

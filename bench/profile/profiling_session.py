@@ -266,7 +266,7 @@ def record(
     """Profile a loop that calls what it is given after every step, write the trace (and a GPU's memory snapshot) into
     `out`, and return what was found. What it calls raises Enough after the last step.
 
-    Raises ValueError for a loop that takes too few steps.
+    Raises UserError for a loop that takes too few steps.
     """
     if num_steps < 1:
         raise UserError(f"--steps {num_steps} is below 1; use 5")
@@ -308,7 +308,7 @@ def record(
 
 
 def run_session(config: Config, num_steps: int, out: Path, terminal: Terminal | None = None) -> Session:
-    """Profile steps of a run as `record` does. Raises ValueError for a run that has too few steps, and as train does."""
+    """Profile steps of a run as `record` does. Raises UserError for a run that has too few steps, and as train does."""
     device = pick_device(config.run.device)
     with tempfile.TemporaryDirectory(prefix="safelight-profile-") as folder:
         settings = settings_for(config, Path(folder) / "run")

@@ -61,7 +61,7 @@ NUM_GRAPH_WARMUPS = 3
 
 
 def make_baseline(name: str, work: Workload) -> Baseline:
-    """Return a recipe, ready to step. Raises ValueError for what it cannot do."""
+    """Return a recipe, ready to step. Raises UserError for what it cannot do."""
     kinds = {"everydream": EveryDream, "kohya-fused": FusedAdafactor, "mlperf": MLPerf}
     return kinds.get(name, Baseline)(ALL_RECIPES[name], work)
 

@@ -33,7 +33,7 @@ NUM_CACHED_BATCHES = 8
 
 
 def build(recipe: str, work: Workload) -> Ours | Baseline:
-    """Return ours or a baseline, ready to step. Raises ValueError for an unknown one."""
+    """Return ours or a baseline, ready to step. Raises UserError for an unknown one."""
     if recipe in VARIANTS:
         options = dict(VARIANTS[recipe])
         device, recorder = torch.device(work.device), None

@@ -57,7 +57,7 @@ class Workload:
     device: str = "auto"
 
     def resolved(self) -> Workload:
-        """Return it with `auto` and 0 filled in. Raises ValueError for what this machine cannot do."""
+        """Return it with `auto` and 0 filled in. Raises UserError for what this machine cannot do."""
         device = pick_device(self.device)
         side = self.latent_size or resolve_base(self.base).config_of("unet")["sample_size"]
         return replace(
@@ -165,7 +165,7 @@ def initial_unet(base: str, device: torch.device, dtype: torch.dtype = torch.flo
 
 
 def optimizer_config(name: str) -> Optimizer:
-    """Return the config of `adamw8bit`, or of one with its memory mode: `adamw8bit, exact`. Raises ValueError."""
+    """Return the config of `adamw8bit`, or of one with its memory mode: `adamw8bit, exact`. Raises UserError."""
     try:
         return Optimizer(**dict(zip(("name", "memory"), re.split(", ?", name), strict="," in name)))
     except ValueError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from safelight.errors import UserError
 from safelight.kernels.optim.adamw8bit import AdamW8bit
 from safelight.kernels.optim.blockwise_8bit import dequantize, in_memory_order, quantize
 from safelight.kernels.optim.split_weights import join
@@ -54,7 +55,7 @@ def state_of(optimizer: AdamW8bit, index: int, live: bool = False) -> dict[str, 
 def load_state(optimizer: AdamW8bit, index: int, state: dict[str, Tensor]) -> None:
     """Take what `state_of` gave, or bitsandbytes' state: step and moments. Weights: `load_value`.
 
-    Raises ValueError where a shape or the kind of moments is not this parameter's; then nothing is changed.
+    Raises UserError where a shape or the kind of moments is not this parameter's; then nothing is changed.
     """
     p, moments = optimizer.parameters[index], optimizer.moments[index]
     optimizer.synchronize()
@@ -63,7 +64,7 @@ def load_state(optimizer: AdamW8bit, index: int, state: dict[str, Tensor]) -> No
         target, scales = getattr(moments, f"state{number}"), getattr(moments, f"absmax{number}")
         source = state[f"state{number}"].to(p.device)
         if source.shape != p.shape or source.dtype != target.dtype:
-            raise ValueError(
+            raise UserError(
                 f"state{number} is {tuple(source.shape)} {source.dtype}; this weight has {tuple(p.shape)} {target.dtype}"
             )
         if scales is None:
@@ -71,7 +72,7 @@ def load_state(optimizer: AdamW8bit, index: int, state: dict[str, Tensor]) -> No
             continue
         given = state[f"absmax{number}"].to(p.device)
         if given.shape != scales.shape:
-            raise ValueError(
+            raise UserError(
                 f"absmax{number} has shape {tuple(given.shape)}; this weight has {tuple(scales.shape)} blocks"
             )
         strides = tuple(state["strides"].tolist()) if "strides" in state else source.contiguous().stride()
@@ -98,12 +99,12 @@ FINER = {"rounded": 0, "near": 1, "exact": 2, "fp32": 3}
 def load_value(optimizer: AdamW8bit, index: int, weight: Tensor, state: dict[str, Tensor]) -> None:
     """Give a parameter the value of a checkpoint's weight and what its mode kept beside it.
 
-    Raises ValueError where this optimizer's mode cannot hold all that the other kept.
+    Raises UserError where this optimizer's mode cannot hold all that the other kept.
     """
     p = optimizer.parameters[index]
     beside = state.get("master", state.get("remainder"))
     if beside is not None and beside.shape != p.shape:
-        raise ValueError(f"what completes this weight has shape {tuple(beside.shape)}, not {tuple(p.shape)}")
+        raise UserError(f"what completes this weight has shape {tuple(beside.shape)}, not {tuple(p.shape)}")
     kept = "rounded"
     if beside is not None:
         kept = {torch.float32: "fp32", torch.int16: "exact", torch.int8: "near"}[beside.dtype]
@@ -111,7 +112,7 @@ def load_value(optimizer: AdamW8bit, index: int, weight: Tensor, state: dict[str
     # a bf16 weight and 16 bits are the fp32 value, one to one
     same_values = {kept, optimizer.memory} == {"fp32", "exact"} and p.dtype == torch.bfloat16
     if not same and not same_values and FINER[optimizer.memory] < FINER[kept]:
-        raise ValueError(
+        raise UserError(
             f"it was kept with optimizer.memory {kept}, of which {optimizer.memory} would lose a part; "
             f"use {kept}" + ("" if kept == "fp32" else " or a finer one")
         )
@@ -148,10 +149,10 @@ def bitsandbytes_state(optimizer: AdamW8bit, index: int) -> dict[str, int | Tens
 def load_bitsandbytes_state(optimizer: AdamW8bit, index: int, state: dict[str, int | Tensor]) -> None:
     """Take what `bitsandbytes_state` or bitsandbytes gave.
 
-    Raises ValueError where a shape, the kind of moments, or the maps are not this parameter's.
+    Raises UserError where a shape, the kind of moments, or the maps are not this parameter's.
     """
     if optimizer.moments[index].absmax1 is not None and state["state1"].dtype == torch.uint8:
         for number, code_map in enumerate(optimizer.maps, start=1):
             if not torch.equal(state[f"qmap{number}"].to(code_map.device), code_map):
-                raise ValueError(f"qmap{number} is not bitsandbytes' dynamic map; these moments are of another kind")
+                raise UserError(f"qmap{number} is not bitsandbytes' dynamic map; these moments are of another kind")
     load_state(optimizer, index, state)

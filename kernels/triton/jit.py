@@ -29,6 +29,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from safelight.errors import UserError
+
 
 class LaunchMode(TorchDispatchMode):
     """While it is entered, `_launched` is called with every launch on meta tensors, beside `__torch_dispatch__`."""
@@ -196,7 +198,7 @@ def kernel(
 
 @functools.cache
 def has_triton() -> bool:
-    """Return whether kernels run on a GPU here. Raises ValueError, one line, where Triton is there and cannot launch."""
+    """Return whether kernels run on a GPU here. Raises UserError, one line, where Triton is there and cannot launch."""
     found = importlib.util.find_spec("triton") is not None
     if not found:
         warnings.warn("triton is not installed: the plain PyTorch operations run in place of the kernels", stacklevel=3)
@@ -206,7 +208,7 @@ def has_triton() -> bool:
 
 
 def check_launcher() -> None:
-    """Raise ValueError, one line, where Triton cannot launch: it compiles a C file for the machine's driver and this Python."""
+    """Raise UserError, one line, where Triton cannot launch: it compiles a C file for the machine's driver and this Python."""
     from triton.runtime import driver
 
     try:
@@ -218,7 +220,7 @@ def check_launcher() -> None:
         why = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
     else:
         return
-    raise ValueError(
+    raise UserError(
         f"Triton cannot launch kernels here: {why}; it needs a C compiler and Python's headers (apt install gcc "
         "python3-dev), or uninstall triton and PyTorch's own operations run instead"
     )

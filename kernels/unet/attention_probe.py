@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from safelight.errors import UserError
 from safelight.kernels.unet.attention_backends import (
     CALLS,
     CPU_BACKENDS,
@@ -179,13 +180,13 @@ def backends_of(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
 
 
 def allowed_backends(device: torch.device, dtype: torch.dtype, wanted: str) -> list[str]:
-    """Return the backends that a setting leaves to be probed. Raises ValueError if none of them is for this device."""
+    """Return the backends that a setting leaves to be probed. Raises UserError if none of them is for this device."""
     if wanted not in GROUPS:
-        raise ValueError(f"model.attention {wanted!r} is unknown; use {', '.join(GROUPS)}")
+        raise UserError(f"model.attention {wanted!r} is unknown; use {', '.join(GROUPS)}")
     allowed = [name for name in backends_of(device, dtype) if name in GROUPS[wanted]]
     if not allowed:
         why = "xformers has no CPU operator" if wanted == "xformers" else f"it does not run on {device.type}"
-        raise ValueError(f"model.attention = {wanted!r} cannot be had on {device.type}: {why}; use auto or sdpa")
+        raise UserError(f"model.attention = {wanted!r} cannot be had on {device.type}: {why}; use auto or sdpa")
     return allowed
 
 
@@ -214,7 +215,7 @@ def choose_attention(
     wanted: a key of GROUPS, the setting model.attention. batch: rows attended to at a time. deterministic: None for
     torch.are_deterministic_algorithms_enabled(). previous: the `record()` of the run that goes on, whose backends are
     kept where they still work, since another backend gives other bits. On meta tensors nothing is probed but shapes: the
-    first backend of the card's order that takes the dtype. Raises ValueError if nothing wanted works for a case.
+    first backend of the card's order that takes the dtype. Raises UserError if nothing wanted works for a case.
     """
     began = time.perf_counter()
     allowed = allowed_backends(device, dtype, wanted)
@@ -240,7 +241,7 @@ def choose_attention(
         verdict = _judge(case, candidates, device, dtype, batch, is_timed, deterministic)
         if not isinstance(verdict, Verdict):
             why = "; ".join(f"{backend}: {reason}" for backend, reason in verdict.items())
-            raise ValueError(
+            raise UserError(
                 f"model.attention = {wanted!r} cannot attend on {name} in {dtype_name} with head dim {case.head_dim}: "
                 f"{why}; use another"
             )

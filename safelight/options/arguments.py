@@ -174,7 +174,7 @@ class _LikeStdout(io.StringIO):
 
 
 def parse(shape: type[_T], argv: list[str], command: str, description: str, default: _T | None = None) -> _T:
-    """Return a command's arguments; --help prints and exits. Raises ValueError, one line, for a mistake."""
+    """Return a command's arguments; --help prints and exits. Raises UserError, one line, for a mistake."""
     mistake, told = io.StringIO(), _LikeStdout()
     try:
         with contextlib.redirect_stderr(mistake), contextlib.redirect_stdout(told):
@@ -223,7 +223,7 @@ def parse_with_config(
 ) -> tuple[TrainArguments | PlanArguments | PrintingArguments | ProfileArguments, Config]:
     """Return (arguments, Config) of a command that takes a run.toml and any setting of it.
 
-    Raises ValueError for a mistake in the file or in a setting.
+    Raises UserError for a mistake in the file or in a setting.
     """
     asks_help = any(a in ("-h", "--help") for a in argv)
     path = Path(argv[0]) if argv and not argv[0].startswith("-") else None

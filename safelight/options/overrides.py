@@ -77,7 +77,7 @@ def _put(settings: dict, path: list[str], value: Any) -> None:
 def take_overrides(argv: list[str], settings: dict) -> tuple[list[str], dict]:
     """Return (the arguments that set nothing, the settings with those that do).
 
-    settings: plain values of a config, not changed. Raises ValueError for a setting without a value or an impossible
+    settings: plain values of a config, not changed. Raises UserError for a setting without a value or an impossible
     stage; whether names and values are right is parse_config's to say.
     """
     settings = {**settings, "stage": [dict(stage) for stage in settings["stage"]]}

@@ -5,6 +5,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from safelight.errors import UserError
+
 TELLS_ITS_PID = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(600)"
 
 
@@ -23,4 +25,4 @@ def endless(file: Path) -> Iterator[int]:
 
 def refused() -> Iterator[int]:
     yield 1
-    raise ValueError("size 3 is no power of two; use 4")
+    raise UserError("size 3 is no power of two; use 4")

@@ -147,7 +147,7 @@ MISTAKES = [
         "train.batchsize is no setting; did you mean train.batch_size?",
     ),
     Mistake("word for a number", toml('[train]\nbatch_size = "four"\n'), "train.batch_size = 'four': "),
-    Mistake("truth for a number", toml("[train]\nbatch_size = true\n"), "true and false are no value here"),
+    Mistake("truth for a number", toml("[train]\nbatch_size = true\n"), "expected a number or text, got a boolean"),
     Mistake("fraction for a count", toml("[train]\nepochs = 1.5\n"), "train.epochs = 1.5: "),
     Mistake("value for a table", toml("train = 3\n"), "this is a table, [train]"),
     Mistake("table for a value", toml("[train.batch_size]\na = 1\n"), "train.batch_size = {'a': 1}: "),

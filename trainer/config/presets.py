@@ -73,7 +73,7 @@ NOT_YET = {"sdxl": "SDXL is not supported yet; use sd15 or sd21"}
 
 
 def preset(name: str) -> Config:
-    """Return a preset's config. Raises ValueError for an unknown name."""
+    """Return a preset's config. Raises UserError for an unknown name."""
     if name in NOT_YET:
         raise UserError(f"preset {name}: {NOT_YET[name]}")
     if name not in PRESETS:

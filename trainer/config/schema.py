@@ -43,7 +43,8 @@ class Section(BaseModel):
     def _no_boolean_for_a_number(cls, value, info: ValidationInfo):
         # Python counts true as 1, and so does pydantic
         if isinstance(value, bool) and not is_switch(cls.model_fields[info.field_name].annotation):
-            raise UserError("true and false are no value here")
+            # pydantic turns it into its own error, with the setting's name
+            raise ValueError("expected a number or text, got a boolean")
         return value
 
 
@@ -180,7 +181,7 @@ class Optimizer(Section):
         return self.fused_choices()[0]
 
     def clipping_mode(self) -> str:
-        """Return what clipping comes to: global, lagged or per-tensor. Raises ValueError where it does not fit."""
+        """Return what clipping comes to: global, lagged or per-tensor. Raises UserError where it does not fit."""
         if self.clipping == "auto":
             return "lagged" if self.is_fused else "global"
         if self.is_fused == (self.clipping == "global"):

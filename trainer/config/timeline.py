@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from safelight.errors import UserError
 from safelight.trainer.config.toml import Config, ResolvedStage
 
 
@@ -31,7 +30,7 @@ def learning_rate(schedule: str, peak: float, step: int, num_steps: int, warmup_
         return peak * (1 - done)
     if schedule == "cosine":
         return peak * 0.5 * (1 + math.cos(math.pi * done))
-    raise UserError(f"schedule {schedule!r} is unknown; use constant, linear or cosine")
+    raise ValueError(f"schedule {schedule!r} is unknown; use constant, linear or cosine")
 
 
 if TYPE_CHECKING:

@@ -137,7 +137,7 @@ def explain(error: ValidationError, source: str) -> str:
 
 
 def parse_config(values: dict, source: str) -> Config:
-    """Return the config of plain values. Raises ValueError with one line a mistake."""
+    """Return the config of plain values. Raises UserError with one line a mistake."""
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
@@ -154,7 +154,7 @@ def parse_config(values: dict, source: str) -> Config:
 
 
 def load_config(path: Path) -> Config:
-    """Return the config of a TOML file. Raises ValueError where it is missing or wrong."""
+    """Return the config of a TOML file. Raises UserError where it is missing or wrong."""
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -209,6 +209,6 @@ def to_toml(config: Config, comments: bool = False) -> str:
 
 
 def require_run(run_dir: Path) -> None:
-    """Raise ValueError if the folder is no run: a run's first file is its config.toml."""
+    """Raise UserError if the folder is no run: a run's first file is its config.toml."""
     if not (run_dir / "config.toml").is_file():
         raise UserError(f"{run_dir} is no run folder: it has no config.toml; train first, or name runs/NAME")

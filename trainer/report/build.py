@@ -51,7 +51,7 @@ MARK = '<svg viewBox="0 0 14 14" aria-hidden="true"><circle class="f-accent" cx=
 def build_report(run_dir: Path) -> Path:
     """Return the path of the report.html written into the run folder.
 
-    Whatever the run lacks is an empty state in the page. Raises ValueError if run_dir is no run's folder.
+    Whatever the run lacks is an empty state in the page. Raises UserError if run_dir is no run's folder.
     """
     run_dir = Path(run_dir)
     run = read_run_folder(run_dir)

@@ -80,7 +80,7 @@ class RunFolder:
 def read_run_folder(run_dir: Path) -> RunFolder:
     """Return what stands in the folder.
 
-    Raises ValueError if run_dir is not a folder.
+    Raises UserError if run_dir is not a folder.
     """
     if not run_dir.is_dir():
         raise UserError(f"run folder {run_dir} does not exist; give the folder that `safelight train` wrote")

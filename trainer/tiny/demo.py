@@ -87,7 +87,7 @@ def score(run_dir: Path, terminal: Terminal) -> dict:
 def run_demo(folder: Path, terminal: Terminal) -> dict:
     """Run everything in a folder of its own and return the scores and the report's path.
 
-    Raises ValueError if the folder holds something that is not an earlier demo.
+    Raises UserError if the folder holds something that is not an earlier demo.
     """
     began = time.monotonic()
     mark = folder / "demo.json"

@@ -11,6 +11,7 @@ from safelight.bench.core.results import read
 from safelight.bench.counting.profiled import allocated_peak
 from safelight.bench.measure import memory, optimizers
 from safelight.bench.recipes.workload import Workload, optimizer_config
+from safelight.errors import UserError
 from safelight.kernels.optim.adamw8bit import AdamW8bit
 from safelight.trainer.config.toml import Optimizer
 from safelight.trainer.memory_plan.gpus import find_card
@@ -109,7 +110,7 @@ def test_what_cannot_run_says_why_and_the_rest_is_measured(small, monkeypatch, t
 
     def refuse(module, config, dtype):
         if config.name == "adamw":
-            raise ValueError("adamw is not there\nmore")
+            raise UserError("adamw is not there\nmore")
         return real(module, config, dtype)
 
     monkeypatch.setattr(optimizers, "UNetOptimizer", refuse)

@@ -12,17 +12,17 @@ from safelight.errors import UserError
 
 USAGE = """Safelight fine-tunes Stable Diffusion, the whole UNet, on the one GPU you have.
 
-usage: safelight COMMAND ...       (`safelight COMMAND --help` tells the rest)
+usage: safelight COMMAND ...       (`safelight COMMAND --help` for its options)
 
 {commands}
 
-The usual way:
-  safelight demo                                        see it work
-  safelight init sd15 -o run.toml                       settings, commented
-  safelight prepare my_photos -o datasets/mine          photos and captions
-  safelight plan run.toml --data.path datasets/mine     does it fit, how long
-  safelight train run.toml --data.path datasets/mine    any setting like this
-  safelight compare runs/sd15                           base beside trained
+A typical session:
+  safelight demo                                        see it work first
+  safelight init sd15 -o run.toml                       write the settings
+  safelight prepare my_photos -o datasets/mine          import your photos
+  safelight plan run.toml --data.path datasets/mine     memory and duration
+  safelight train run.toml --data.path datasets/mine    train
+  safelight compare runs/sd15                           before and after
   safelight report runs/sd15                            one HTML file
   safelight export runs/sd15 -o mine.safetensors        for A1111 and ComfyUI
 """
@@ -107,7 +107,8 @@ def _dispatch(argv: list[str]) -> int:
 
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         print(
-            f"safelight: {name!r} is no command" + (f"; did you mean {near[0]}?" if near else "; see safelight --help"),
+            f"safelight: {name!r} is not a command"
+            + (f"; did you mean {near[0]}?" if near else "; see safelight --help"),
             file=sys.stderr,
         )
         return EXIT_BAD_INPUT

@@ -25,11 +25,11 @@ def belongs_to(run_folder: Path | None) -> None:
 def write(error: BaseException, argv: list[str]) -> Path:
     """Return the file that holds the report on an error of a command.
 
-    It is in the run folder, or where there is none (yet) in the current folder, or in the temporary one if that cannot be
-    written to. Raises OSError if none can.
+    It is written to the run folder if there is one, else to the current folder, else to the temporary folder. Raises
+    OSError if none of them can be written to.
     """
     text = _text(error, argv)
-    places = [place for place in (_run_folder, Path.cwd()) if place is not None and place.is_dir()]
+    places = [place for place in (_run_folder, Path.cwd()) if place is not None and os.path.isdir(place)]
     for place in places:
         try:
             return _write(place, text)

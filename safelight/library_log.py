@@ -1,7 +1,8 @@
 """Keeps what libraries log and warn of: off the terminal, in memory, and in a run's libraries.log.
 
 A command prints our own lines only. What libraries have to say is kept, so that whoever reports a problem has it: each
-message once, the last MAX_MESSAGES of them. logging and warnings belong to the process, and so does this module's state.
+message once, the last MAX_MESSAGES of them. logging and warnings are global to a process, and so is this module's
+state.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def lines() -> list[str]:
 
 @contextmanager
 def written_to(folder: Path) -> Iterator[None]:
-    """Append what was kept, and what comes within the block, to FOLDER/libraries.log; no file where there is nothing."""
+    """Append kept messages, and those that arrive within the block, to FOLDER/libraries.log; no messages, no file."""
     global _folder, _num_written
     with _lock:
         _folder, _num_written = folder, 0

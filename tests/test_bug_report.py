@@ -86,7 +86,7 @@ def test_a_value_error_of_a_library_is_no_mistake_of_the_user(monkeypatch):
 
 
 def test_what_a_person_sees_in_a_shell(tmp_path):
-    """The same in a process of its own, with nothing of the tests' in it; a first line alone, where a message has several."""
+    """In a process of its own. Only the first line of a message is shown on the terminal."""
     code = (
         "import safelight.trainer.config.presets as presets, sys\n"
         "def preset(name):\n    raise RuntimeError('first\\nsecond')\n"

@@ -24,7 +24,7 @@ PROGRAMS = {"ruff", "mypy", "pytest-xdist"}
 
 
 def imports(*folders: str) -> dict[str, Path]:
-    """Return the top-level name of every import outside the standard library and this project, with a file that has it."""
+    """Return every imported top-level name but the standard library's and ours, with a file that imports it."""
     found = {}
     for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -1,4 +1,4 @@
-"""Type checkers and editors resolve `safelight.trainer...` from a checkout, through the links in typings/ (docs/editors.md)."""
+"""Type checkers and editors resolve `safelight.trainer...` in a checkout through typings/ (docs/editors.md)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_both_checkers_are_pointed_at_it():
 
 
 def is_found(module: str) -> bool:
-    """Return whether a checker that searches typings/ finds a module: a file, or a folder with or without __init__.py."""
+    """Return whether a checker that searches typings/ finds a module: a file, or a folder even without __init__.py."""
     place = ROOT.joinpath("typings", *module.split("."))
     return place.with_suffix(".py").is_file() or place.is_dir()
 

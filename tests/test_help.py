@@ -70,4 +70,4 @@ def test_help_of_a_command_is_its_help(words):
 
 def test_help_of_no_command_is_a_mistake(capsys):
     assert main(["help", "trian"]) == 2
-    assert capsys.readouterr().err == "safelight: 'trian' is no command; did you mean train?\n"
+    assert capsys.readouterr().err == "safelight: 'trian' is not a command; did you mean train?\n"

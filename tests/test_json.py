@@ -45,7 +45,7 @@ def test_what_is_wrong_is_found():
 
 
 def test_a_plan_without_a_card(tmp_path, capsys):
-    """One for a card takes longer: test_fit's."""
+    """A plan for a GPU takes longer; test_planner covers it."""
     toml = tmp_path / "run.toml"
     assert main(["init", "tiny", "-o", str(toml)]) == 0
     capsys.readouterr()
@@ -56,7 +56,7 @@ def test_a_plan_without_a_card(tmp_path, capsys):
 
 
 def test_two_fields_of_one_name_are_refused():
-    with pytest.raises(AssertionError, match="one name as JSON"):
+    with pytest.raises(AssertionError, match="the same name in JSON"):
         with_json_names({"peak of these": 1, "peak": 2})
 
 
@@ -83,5 +83,6 @@ def test_compare(tmp_path, capsys):
 
 def test_no_command_with_json_is_forgotten():
     shapes = [s for s in vars(arguments).values() if dataclasses.is_dataclass(s) and "json" in s.__annotations__]
-    # Prepare, Demo and those with a config: cache, plan, profile; prepare's, cache's and a card's plan are in test_cli and test_fit, demo's in test_demo
+    # and those with a config: cache, plan, profile. test_cli covers prepare and cache, test_planner a GPU's plan,
+    # test_demo the demo
     assert {s.__name__ for s in shapes} == {"Prepare", "Demo", "PrintingArguments", "PlanArguments", "ProfileArguments"}

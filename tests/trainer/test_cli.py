@@ -95,7 +95,10 @@ def test_init_leaves_a_file_that_is_there_alone(tmp_path):
     path.write_text("mine")
     refused = call("init", "tiny", "-o", path)
     assert refused.status == 2
-    assert refused.err == f"safelight init: {path} exists already; name another with -o, or add --force\n"
+    assert (
+        refused.err
+        == f"safelight init: {path} already exists; choose another file with -o, or add --force to overwrite it\n"
+    )
     assert path.read_text() == "mine"
     assert call("init", "sd15", "-o", path, "--force").status == 0
     assert load_config(path) == preset("sd15")
@@ -106,7 +109,7 @@ def test_prepare_counts_and_names_what_it_left_out(journey):
     assert (told["photos"], told["duplicates"], told["copied"]) == (24, 1, 24)
     assert [Path(row["path"]).name for row in told["rejected"]] == ["again.png", "broken.png"]
     again = journey.called["prepare again"]
-    assert again.out.startswith(f"24 photographs in {journey.root / 'dataset'} (24 copied as they are, 0 shrunk, ")
+    assert again.out.startswith(f"24 photographs in {journey.root / 'dataset'} (24 copied unchanged, 0 shrunk, ")
     assert f"left out {journey.root / 'photos' / 'broken.png'}: " in again.err
 
 
@@ -115,7 +118,7 @@ def test_cache_makes_what_is_missing_once(journey):
     assert told["made"] == told["rows"] > 24
     assert sum(row["num_train"] for row in told["buckets"]) == 21
     assert sum(row["num_validation"] for row in told["buckets"]) == 3
-    assert f"0 rows made, {told['rows']} in the cache" in journey.called["cache again"].out
+    assert f"0 rows encoded, {told['rows']} in the cache" in journey.called["cache again"].out
     row = next(row for row in told["buckets"] if (row["width"], row["height"]) == (64, 64))
     line = next(line for line in journey.called["cache again"].out.splitlines() if line.startswith("64 x 64"))
     assert line.split()[-2:] == [str(row["num_train"]), str(row["num_validation"])]
@@ -196,10 +199,10 @@ def test_captions_without_a_photograph_and_captions_all_the_same(tmp_path, tiny_
     assert told.status == 0
     assert "3 photographs in" in told.out
     assert "0 left out, 5 caption rows)" in told.out
-    assert "for example: photos/lake_0.png is 'lake'" in told.out
+    assert "file name: photos/lake_0.png -> 'lake'" in told.out
     assert told.err.count("left out ") == 3
     assert "and 2 more caption rows, all listed in" in told.err
-    assert "note: 3 photographs have this one caption from their names; write IMG_1.txt" in told.err
+    assert "note: 3 photographs share this caption, taken from their names; write IMG_1.txt" in told.err
 
 
 def test_sample_draws_the_same_image_for_the_same_seed(journey):
@@ -283,7 +286,8 @@ def test_train_into_a_run_that_is_there_is_refused(journey):
     refused = call("train", journey.run / "config.toml")
     assert refused.status == 2
     assert refused.err == (
-        f"safelight train: {journey.run} already holds a run (at step {NUM_STEPS}); add --resume, or name another --run.dir\n"
+        f"safelight train: {journey.run} already holds a run (at step {NUM_STEPS}); "
+        "add --resume, or name another --run.dir\n"
     )
     assert (journey.run / "metrics.jsonl").read_bytes() == before
 
@@ -298,7 +302,7 @@ OWN_LINES = [
     r"resumed at step \d+, epoch \d+",
     r"",
     r"stopping after this step; press Ctrl-C again to leave at once",
-    r"saved at step \d+; go on with: safelight train .*/config.toml --resume",
+    r"saved at step \d+; continue with: safelight train .*/config.toml --resume",
 ]
 
 
@@ -337,7 +341,9 @@ def test_ctrl_c_saves_resume_completes_and_no_library_says_a_word(journey):
     assert out == ""
     (step,) = list_checkpoints(run)
     assert 0 < step < 40
-    assert err.splitlines()[-1] == f"saved at step {step}; go on with: safelight train {run / 'config.toml'} --resume"
+    assert (
+        err.splitlines()[-1] == f"saved at step {step}; continue with: safelight train {run / 'config.toml'} --resume"
+    )
 
     more = step + 2
     process = start("train", run / "config.toml", "--resume", "--train.max-steps", more)

@@ -12,9 +12,9 @@ from tests.called import call
 
 
 def test_an_unknown_command_is_told_with_the_nearest():
-    assert call("trian").err == "safelight: 'trian' is no command; did you mean train?\n"
+    assert call("trian").err == "safelight: 'trian' is not a command; did you mean train?\n"
     assert call("trian").status == 2
-    assert call("xyz").err == "safelight: 'xyz' is no command; see safelight --help\n"
+    assert call("xyz").err == "safelight: 'xyz' is not a command; see safelight --help\n"
 
 
 @pytest.mark.parametrize("command", ["train", "plan", "cache"])
@@ -22,7 +22,7 @@ def test_the_config_is_asked_for(command, tmp_path):
     for words in ([], ["--train.max-steps", "3"]):
         asked = call(command, *words)
         assert asked.status == 2
-        assert asked.err.startswith(f"safelight {command}: the config comes first: safelight {command} run.toml")
+        assert asked.err.startswith(f"safelight {command}: give the settings file first: safelight {command} run.toml")
     missing = call(command, tmp_path / "none.toml")
     assert missing.status == 2
     assert missing.err.startswith(f"safelight {command}: {tmp_path / 'none.toml'} does not exist; write one with")
@@ -42,7 +42,7 @@ def test_prepare_without_photos_says_so(tmp_path):
     asked = call("prepare")
     assert (asked.status, asked.err) == (
         2,
-        "safelight prepare: no photos given; name one or more folders of photos, or files\n",
+        "safelight prepare: no photos given; give one or more folders of photos, or files\n",
     )
     (tmp_path / "empty").mkdir()
     empty = call("prepare", tmp_path / "empty", "-o", tmp_path / "dataset")
@@ -68,7 +68,7 @@ def test_a_dataset_that_was_not_prepared_is_one_line(tmp_path):
         ("prepare photos --quality", "Missing value for argument '--quality'. Expected 1 values"),
         ("prepare photos --quality 1.5", "Error parsing --quality: invalid literal for int() with base 10: '1.5'"),
         ("sample runs/x", "missing: --prompt TEXT [TEXT ...]"),
-        ("init", "name a preset: tiny, sd15, sd21, everydream2"),
+        ("init", "give a preset: tiny, sd15, sd21, everydream2"),
         ("report", "missing: RUN"),
         ("export runs/x", "missing: -o FILE, --out FILE"),
         ("bench step --repeat 3", "Unrecognized options: --repeat, 3; Perhaps you meant: --repeats INT"),

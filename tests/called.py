@@ -1,4 +1,4 @@
-"""A command run in this process as a user runs it."""
+"""Run a command in this process and capture its output and exit status."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from safelight.__main__ import main
 
 @dataclass(frozen=True)
 class Called:
-    """What a command left: exit status and both streams."""
+    """Exit status and output of a command."""
 
     status: int
     out: str
     err: str
 
     def line(self, part: str) -> str:
-        """Return the one line of standard error that holds a part."""
-        found = [line for line in self.err.split("\n") if part in line]
-        assert len(found) == 1, f"{part!r} stands on {len(found)} lines of:\n{self.err}"
-        return found[0]
+        """Return the only line on stderr that contains `part`."""
+        lines = [line for line in self.err.split("\n") if part in line]
+        assert len(lines) == 1, f"{part!r} is on {len(lines)} lines of:\n{self.err}"
+        return lines[0]
 
     def report(self) -> str:
-        """Return what the file says that a bug left, and delete it."""
+        """Return the text of the bug report that the command wrote, and delete the file."""
         place = re.search(r"details are in (.+?); please", self.err)
         path = Path(place[1])
         text = path.read_text(encoding="utf-8")
@@ -35,7 +35,7 @@ class Called:
         return text
 
     def assert_refused(self, command: str, part: str) -> None:
-        """Exit 2, and one line of ours that says why, the last."""
+        """Check for exit status 2 and a single line of ours, the last, that contains `part`."""
         assert self.status == 2, self.err
         lines = self.err.removesuffix("\n").split("\n")
         assert lines[-1].startswith(f"safelight {command}: ")
@@ -45,7 +45,7 @@ class Called:
 
 
 def call(*argv: object, may_fail: bool = False) -> Called:
-    """Run a command and return what it left. A bug fails the test with its report, unless may_fail."""
+    """Run a command. A bug fails the test and shows its report, unless may_fail."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:

@@ -48,13 +48,13 @@ def test_a_key_error_is_two_lines_and_a_file(monkeypatch, tmp_path):
     called = call("init", "tiny", "-o", "my run.toml", may_fail=True)
     assert called.status == 1
     assert called.out == ""
-    told = re.fullmatch(TWO_LINES, called.err)
-    assert told, called.err
-    assert told["command"] == "init"
-    assert told["what"] == "KeyError: 'no_such_key'"
-    assert re.fullmatch(r"error-\d{8}-\d{6}\.log", told["file"])
-    assert [path.name for path in tmp_path.iterdir()] == [told["file"]]
-    head, trace, messages = (tmp_path / told["file"]).read_text().split("\n\n")
+    shown = re.fullmatch(TWO_LINES, called.err)
+    assert shown, called.err
+    assert shown["command"] == "init"
+    assert shown["what"] == "KeyError: 'no_such_key'"
+    assert re.fullmatch(r"error-\d{8}-\d{6}\.log", shown["file"])
+    assert [path.name for path in tmp_path.iterdir()] == [shown["file"]]
+    head, trace, messages = (tmp_path / shown["file"]).read_text().split("\n\n")
     facts = dict(line.split(": ", 1) for line in head.splitlines())
     assert facts["command"] == "safelight init tiny -o 'my run.toml'"
     assert facts["safelight"] == __version__
@@ -98,9 +98,9 @@ def test_what_a_person_sees_in_a_shell(tmp_path):
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert result.stdout == ""
-    told = re.fullmatch(TWO_LINES, result.stderr)
-    assert told["what"] == "RuntimeError: first"
-    assert "RuntimeError: first\nsecond\n" in (tmp_path / told["file"]).read_text()
+    shown = re.fullmatch(TWO_LINES, result.stderr)
+    assert shown["what"] == "RuntimeError: first"
+    assert "RuntimeError: first\nsecond\n" in (tmp_path / shown["file"]).read_text()
 
 
 def test_two_bugs_of_one_second_leave_two_files(tmp_path):
@@ -314,3 +314,27 @@ def test_a_run_that_is_refused_is_left_as_it_was(train, tmp_path):
     before = sorted(path.name for path in (tmp_path / "run").iterdir())
     assert call("train", tmp_path / "run.toml").status == 2
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+
+
+def test_a_failed_save_is_not_lost_behind_another_error(train, tmp_path, monkeypatch):
+    """The terminal has a line about it, libraries.log the traceback."""
+    import safelight.trainer.checkpoint.saver as saver
+    import safelight.trainer.train as training
+
+    real, steps = training.train_step, []
+
+    def step(*args, **kwargs):
+        steps.append(1)
+        if len(steps) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(training, "train_step", step)
+    monkeypatch.setattr(saver, "save_checkpoint", failing(IndexError("a bug")))
+    monkeypatch.setattr(saver.Saver, "check", lambda self: None)
+    called = train()
+    assert called.status == 2
+    called.line("the checkpoint of step 1 could not be saved: a bug")
+    log = (tmp_path / "run" / "libraries.log").read_text()
+    assert "WARNING safelight.trainer.checkpoint.saver: the checkpoint of step 1 could not be saved\nTraceback" in log
+    assert log.rstrip().endswith("IndexError: a bug")

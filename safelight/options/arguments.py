@@ -41,8 +41,8 @@ class Prepare:
     ]
     out: Annotated[Path, arg(aliases=["-o"], metavar="DATASET", help="folder to write")] = Path("datasets/photos")
     max_megapixels: Annotated[float, arg(help="shrink larger photos to this many million pixels")] = 1.5
-    quality: Annotated[int, arg(help="JPEG or WebP quality of photos that were shrunk or rotated, 1 to 100")] = 95
-    image_format: Annotated[Literal["jpeg", "webp"], arg(help="format of photos that were shrunk or rotated")] = "jpeg"
+    quality: Annotated[int, arg(help="encoder quality of photos that must be re-encoded, 1 to 100")] = 95
+    image_format: Annotated[Literal["jpeg", "webp"], arg(help="format of photos that must be re-encoded")] = "jpeg"
     json: Annotated[bool, arg(help="print the result as JSON")] = False
 
 

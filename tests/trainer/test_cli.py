@@ -1,4 +1,4 @@
-"""The whole way by its commands, what they print, and a process of its own."""
+"""A run from `init` to `report` by commands alone, their output, and training in a separate process."""
 
 import json
 import os
@@ -29,7 +29,7 @@ SMALL = (
 
 @dataclass
 class Journey:
-    """The folder of a run made by commands alone, and what each of them printed."""
+    """The folder of a run made by commands alone, and the output of each command."""
 
     root: Path
     called: dict[str, Called]
@@ -105,21 +105,21 @@ def test_init_leaves_a_file_that_is_there_alone(tmp_path):
 
 
 def test_prepare_counts_and_names_what_it_left_out(journey):
-    told = json.loads(journey.called["prepare"].out)
-    assert (told["photos"], told["duplicates"], told["copied"]) == (24, 1, 24)
-    assert [Path(row["path"]).name for row in told["rejected"]] == ["again.png", "broken.png"]
+    printed = json.loads(journey.called["prepare"].out)
+    assert (printed["photos"], printed["duplicates"], printed["copied"]) == (24, 1, 24)
+    assert [Path(row["path"]).name for row in printed["rejected"]] == ["again.png", "broken.png"]
     again = journey.called["prepare again"]
     assert again.out.startswith(f"24 photographs in {journey.root / 'dataset'} (24 copied unchanged, 0 shrunk, ")
     assert f"left out {journey.root / 'photos' / 'broken.png'}: " in again.err
 
 
 def test_cache_makes_what_is_missing_once(journey):
-    told = json.loads(journey.called["cache"].out)
-    assert told["made"] == told["rows"] > 24
-    assert sum(row["num_train"] for row in told["buckets"]) == 21
-    assert sum(row["num_validation"] for row in told["buckets"]) == 3
-    assert f"0 rows encoded, {told['rows']} in the cache" in journey.called["cache again"].out
-    row = next(row for row in told["buckets"] if (row["width"], row["height"]) == (64, 64))
+    printed = json.loads(journey.called["cache"].out)
+    assert printed["made"] == printed["rows"] > 24
+    assert sum(row["num_train"] for row in printed["buckets"]) == 21
+    assert sum(row["num_validation"] for row in printed["buckets"]) == 3
+    assert f"0 rows encoded, {printed['rows']} in the cache" in journey.called["cache again"].out
+    row = next(row for row in printed["buckets"] if (row["width"], row["height"]) == (64, 64))
     line = next(line for line in journey.called["cache again"].out.splitlines() if line.startswith("64 x 64"))
     assert line.split()[-2:] == [str(row["num_train"]), str(row["num_validation"])]
 
@@ -132,9 +132,9 @@ def test_names_in_json_are_lower_case(journey, command):
 
 
 def test_plan_knows_the_dataset(journey):
-    told = json.loads(journey.called["plan"].out)
-    assert told["dataset"]["photographs"] == 24
-    assert told["bytes"]["weights"] == 4 * told["unet_parameters"]
+    printed = json.loads(journey.called["plan"].out)
+    assert printed["dataset"]["photographs"] == 24
+    assert printed["bytes"]["weights"] == 4 * printed["unet_parameters"]
 
 
 def test_train_leaves_a_whole_run(journey):
@@ -146,9 +146,9 @@ def test_train_leaves_a_whole_run(journey):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["kind"] == "train"] == [2, 4, 5]
     assert {row["step"] for row in rows if row["kind"] == "validation"} == {0, NUM_STEPS}
-    told = [line for line in journey.called["train"].err.splitlines() if "held-out loss" in line]
+    lines = [line for line in journey.called["train"].err.splitlines() if "held-out loss" in line]
     losses = [f"{row['loss']:.4f}" for row in rows if row["kind"] == "validation"]
-    assert [re.findall(r"held-out loss ([\d.]+).*photographs ([\d.]+)$", line) for line in told] == [
+    assert [re.findall(r"held-out loss ([\d.]+).*photographs ([\d.]+)$", line) for line in lines] == [
         [(losses[0], losses[1])],
         [(losses[2], losses[3])],
     ]
@@ -166,7 +166,7 @@ def test_train_leaves_a_whole_run(journey):
 
 
 def test_each_command_says_what_comes_next(journey):
-    def said(name: str) -> str:
+    def output_of(name: str) -> str:
         return journey.called[name].out + journey.called[name].err
 
     run = journey.run
@@ -179,8 +179,8 @@ def test_each_command_says_what_comes_next(journey):
         "export folder": f"next: in Python: DiffusionPipeline.from_pretrained('{journey.root / 'mine'}')",
         "report": "next: open it in a browser",
     }.items():
-        assert words in said(name), name
-    # what a program would read holds no advice
+        assert words in output_of(name), name
+    # advice goes to stderr: other programs read stdout
     assert journey.called["report"].out == f"{run / 'report.html'}\n"
     train = journey.called["train"].out.splitlines()[0]
     (best,) = re.findall(r"best held-out loss ([\d.]+) at step \d+$", train)
@@ -195,17 +195,17 @@ def test_captions_without_a_photograph_and_captions_all_the_same(tmp_path, tiny_
         shutil.copy(path, photos / f"lake_{number}.png")
     rows = [{"file_name": f"gone{number}.png", "text": "x"} for number in range(5)]
     (photos / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    told = call("prepare", photos, "-o", tmp_path / "dataset")
-    assert told.status == 0
-    assert "3 photographs in" in told.out
-    assert "0 left out, 5 caption rows)" in told.out
-    assert "file name: photos/lake_0.png -> 'lake'" in told.out
-    assert told.err.count("left out ") == 3
-    assert "and 2 more caption rows, all listed in" in told.err
-    assert "note: 3 photographs share this caption, taken from their names; write IMG_1.txt" in told.err
+    called = call("prepare", photos, "-o", tmp_path / "dataset")
+    assert called.status == 0
+    assert "3 photographs in" in called.out
+    assert "0 left out, 5 caption rows)" in called.out
+    assert "file name: photos/lake_0.png -> 'lake'" in called.out
+    assert called.err.count("left out ") == 3
+    assert "and 2 more caption rows, all listed in" in called.err
+    assert "note: 3 photographs share this caption, taken from their names; write IMG_1.txt" in called.err
 
 
-def test_sample_draws_the_same_image_for_the_same_seed(journey):
+def test_sample_gives_the_same_image_for_the_same_seed(journey):
     files = [Path(line) for line in journey.called["sample"].out.splitlines()]
     assert [path.parent for path in files] == [journey.run / "images"] * 2
     circle, star = (Image.open(path) for path in files)
@@ -214,7 +214,7 @@ def test_sample_draws_the_same_image_for_the_same_seed(journey):
     again = journey.called["sample again"].out.splitlines()
     assert [Path(path).parent for path in again] == [journey.root / "again"] * 2
     assert [Image.open(path).tobytes() for path in again] == [circle.tobytes(), star.tobytes()]
-    # drawn by itself it has the same noise, and only the rounding of another batch size
+    # the noise of an image does not depend on the batch; its rounding may
     (alone,) = journey.called["sample alone"].out.splitlines()
     assert np.abs(np.int16(Image.open(alone)) - np.int16(circle)).max() <= 2
     assert np.abs(np.int16(star) - np.int16(circle)).max() > 20
@@ -236,7 +236,7 @@ def test_sample_draws_the_same_image_for_the_same_seed(journey):
         ("--cfg nan", "cfg = nan: "),
     ],
 )
-def test_sample_refuses_what_cannot_be_drawn(journey, words, expected):
+def test_sample_refuses_invalid_settings(journey, words, expected):
     refused = call("sample", journey.run, "--prompt", "x", *words.split())
     assert refused.status == 2
     assert refused.err.startswith("safelight sample: ")
@@ -244,7 +244,7 @@ def test_sample_refuses_what_cannot_be_drawn(journey, words, expected):
     assert refused.err.count("\n") == 1
 
 
-def test_compare_draws_pairs_of_the_same_noise(journey):
+def test_compare_samples_pairs_from_the_same_noise(journey):
     folder = journey.run / "compare"
     index = json.loads((folder / "index.json").read_text())
     assert (index["step"], index["base"], len(index["pairs"])) == (NUM_STEPS, "tiny", 2)
@@ -311,7 +311,7 @@ def foreign_lines(text: str) -> list[str]:
 
 
 def start(*argv: object) -> subprocess.Popen:
-    """Start a command as a user would, with nothing silenced from outside."""
+    """Start a command as a user would, without environment variables that silence libraries."""
     quieting = ("TQDM", "TRANSFORMERS", "DIFFUSERS", "HF_", "TF_", "TORCH_", "PYTHONWARNINGS", "PYTEST")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(quieting)}
     return subprocess.Popen(
@@ -323,7 +323,7 @@ def start(*argv: object) -> subprocess.Popen:
     )
 
 
-def test_ctrl_c_saves_resume_completes_and_no_library_says_a_word(journey):
+def test_ctrl_c_saves_resume_completes_and_libraries_print_nothing(journey):
     run = journey.root / "interrupted"
     options = ["--run.dir", run, "--data.path", journey.root / "dataset", "--model.precision", "bf16"]
     quick = "--sample.every-epochs 0 --validate.every-epochs 0 --save.every-epochs 0 --log.every-steps 1".split()
@@ -356,8 +356,8 @@ def test_ctrl_c_saves_resume_completes_and_no_library_says_a_word(journey):
     assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, more + 1))
 
 
-def test_a_run_that_was_moved_and_is_named_from_elsewhere_goes_on(journey, tmp_path, monkeypatch):
-    """Its folder is where its config lies, not where that says it was."""
+def test_a_moved_run_resumes_from_another_folder(journey, tmp_path, monkeypatch):
+    """A run's folder is the one that holds its config.toml, whatever run.dir in it says."""
     moved = shutil.copytree(journey.run, tmp_path / "moved")
     step = list_checkpoints(moved)[-1]
     monkeypatch.chdir(tmp_path)

@@ -168,7 +168,10 @@ def _load_pixels(dataset: Path, jobs: list[_Job]) -> Tensor:
 
 
 def _latent_rows(encoder: LatentEncoder, pixels_BCHW: Tensor, jobs: list[_Job]) -> np.ndarray:
-    """Return the batch's rows, (B, C or 2C, H, W) float32. Raises ValueError for latents of unexpected shapes, UserError for values that are not finite."""
+    """Return the batch's rows, (B, C or 2C, H, W) float32.
+
+    Raises ValueError for latents of unexpected shapes, UserError for values that are not finite.
+    """
     mean, logvar = encoder.encode(pixels_BCHW)
     batch, _, height, width = pixels_BCHW.shape
     expected = (batch, encoder.latent_channels, height // encoder.factor, width // encoder.factor)

@@ -230,7 +230,7 @@ def _print_plan(result: dict) -> None:
         print(fill(text))
     else:
         path = result["dataset path"]
-        print(f"No dataset in {path} yet: prepare one to see the number of steps and the size of the cache.")
+        print(fill(f"No dataset in {path} yet; with one, the plan also shows steps and disk space."))
 
 
 def train(argv: list[str]) -> int:

@@ -88,7 +88,7 @@ def _print_noise(plan: dict, modes: set[str]) -> None:
         return
     ratios = ", ".join(f"{mode} {ratio:.2g}" for mode, ratio in noise.items())
     steps = f"{plan['noise_steps']:,}" + (" (assumed)" if plan["noise_steps_assumed"] else "")
-    print(f"Rounding noise relative to the weights' total change, over {steps} steps:")
+    print(f"Rounding noise relative to the weights' change in {steps} steps:")
     print(f"  {ratios}; exact and paged have none.")
     if loud := [mode for mode, ratio in noise.items() if ratio > plan["noise_warns_above"]]:
         print(
@@ -105,7 +105,7 @@ def _print_between(between: dict) -> None:
         batches.append(f"{counted(between['prompts'], 'prompt')} sampled at a time")
         print(f"Samples are decoded on {where}.")
     if batches:
-        print(f"Between steps: {', '.join(batches)}: {between['most'] / GIB:.2f} GiB at most.")
+        print(fill(f"Between steps: {', '.join(batches)}: {between['most'] / GIB:.2f} GiB at most."))
 
 
 def _print_graphs(plan: dict, chosen: dict) -> None:

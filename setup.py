@@ -1,6 +1,6 @@
-"""Maps the root folders to packages; everything else stands in pyproject.toml.
+"""Maps the root folders to packages; all other metadata is in pyproject.toml.
 
-The folders have no `__init__.py` on purpose (docs/decisions.md, Layout and imports), so they are named here one by one.
+The folders have no `__init__.py` on purpose (docs/decisions.md, Layout and imports), so setuptools cannot find them by itself.
 """
 
 from pathlib import Path

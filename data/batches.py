@@ -111,9 +111,9 @@ def plan_epoch(
     if not samples:
         raise UserError("there is no sample to train on; prepare some photos first")
     if batch_size < 1:
-        raise UserError(f"batch_size {batch_size} is below 1; use 1 or more")
+        raise ValueError(f"batch_size {batch_size} is below 1; use 1 or more")
     if not 0 <= caption_dropout <= 1:
-        raise UserError(f"caption_dropout {caption_dropout} is outside 0 to 1; use 0.1, or 0 for none")
+        raise ValueError(f"caption_dropout {caption_dropout} is outside 0 to 1; use 0.1, or 0 for none")
     meetings = _meetings(samples)
 
     def draws(purpose: Purpose) -> np.ndarray:
@@ -196,7 +196,7 @@ def iterate(
     An error of the thread is raised where its batch would have come. Closing the iterator stops the thread.
     """
     if prefetch < 1:
-        raise UserError(f"prefetch {prefetch} is below 1; use 2")
+        raise ValueError(f"prefetch {prefetch} is below 1; use 2")
     pending: deque[Future] = deque()
     executor = ThreadPoolExecutor(1, thread_name_prefix="load-batch")
 

@@ -38,7 +38,7 @@ def make_buckets(resolution: int, multiple: int, max_aspect: float = 4.0) -> tup
     max_aspect < 1.
     """
     if multiple < 1 or max_aspect < 1:
-        raise UserError(f"multiple {multiple} and max_aspect {max_aspect} must be 1 or more")
+        raise ValueError(f"multiple {multiple} and max_aspect {max_aspect} must be 1 or more")
     if resolution < 2 * multiple:
         raise UserError(f"resolution {resolution} is too small for multiples of {multiple}; use {2 * multiple} or more")
     if resolution % multiple:
@@ -78,7 +78,7 @@ def drawn_crop_box(
 ) -> tuple[int, int, int, int]:
     """Return what `crop_box` does, given its draws: three uniforms in (0, 1), or None for the canonical crop."""
     if not 0 <= crop_jitter < 1:
-        raise UserError(f"crop_jitter {crop_jitter} is outside 0 <= crop_jitter < 1; use 0.1, or 0 for none")
+        raise ValueError(f"crop_jitter {crop_jitter} is outside 0 <= crop_jitter < 1; use 0.1, or 0 for none")
     if width * bucket.height >= height * bucket.width:
         window = min(width, max(1, round(height * bucket.width / bucket.height))), height
     else:
@@ -109,7 +109,7 @@ def crop_box(
 def check_flip_p(flip_p: float) -> None:
     """Raise ValueError unless 0 <= flip_p <= 1."""
     if not 0 <= flip_p <= 1:
-        raise UserError(f"flip_p {flip_p} is outside 0 to 1; use 0.5, or 0 for none")
+        raise ValueError(f"flip_p {flip_p} is outside 0 to 1; use 0.5, or 0 for none")
 
 
 def is_flipped(seed: int, sample_id: int, variant: int, flip_p: float) -> bool:

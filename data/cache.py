@@ -128,7 +128,7 @@ def _missing_jobs(cache: Cache, samples: Sequence[Sample], encoder: LatentEncode
     for sample in samples:
         for key, crop in zip(sample.latent_keys, sample.crops, strict=True):
             if key != latent_key(sample.photo, crop, sample.bucket, encoder.fingerprint, cache.dtype):
-                raise UserError(
+                raise ValueError(
                     "the samples were planned for a VAE or dtype other than "
                     f"{encoder.fingerprint[:16]}, {cache.dtype}; "
                     "plan them with this encoder's fingerprint and the cache's dtype"
@@ -182,7 +182,7 @@ def _latent_rows(encoder: LatentEncoder, pixels_BCHW: Tensor, jobs: list[_Job]) 
     parts = [mean] if logvar is None else [mean, logvar]
     if (logvar is not None) != encoder.has_posterior or any(tuple(part.shape) != expected for part in parts):
         shapes = [tuple(part.shape) for part in parts]
-        raise UserError(f"the VAE returned latents of shapes {shapes} for {height} x {width} px, expected {expected}")
+        raise ValueError(f"the VAE returned latents of shapes {shapes} for {height} x {width} px, expected {expected}")
     rows = torch.cat(parts, dim=1).detach().to("cpu", torch.float32).numpy()
     for job, row in zip(jobs, rows, strict=True):
         if not np.isfinite(row).all():
@@ -206,7 +206,7 @@ def fill_latents(
     planned for another VAE or dtype, and if latents are not finite.
     """
     if batch_size < 1:
-        raise UserError(f"batch_size {batch_size} is below 1; use 4")
+        raise ValueError(f"batch_size {batch_size} is below 1; use 4")
     dataset = Path(dataset)
     _check_photos(cache, dataset, samples)
     jobs = _missing_jobs(cache, samples, encoder)
@@ -242,7 +242,7 @@ def fill_texts(
     batch. Raises ValueError if the shape of the embeddings is not (B, num_tokens, embedding_dim).
     """
     if batch_size < 1:
-        raise UserError(f"batch_size {batch_size} is below 1; use 16")
+        raise ValueError(f"batch_size {batch_size} is below 1; use 16")
     caption_of_key = {text_key(text, encoder.fingerprint, cache.dtype): text for text in ["", *captions]}
     cache.drop_damaged(list(caption_of_key))
     missing = cache.missing(list(caption_of_key))
@@ -255,7 +255,7 @@ def fill_texts(
         expected = (len(keys), encoder.num_tokens, encoder.embedding_dim)
         if tuple(embeddings_BTD.shape) != expected:
             shape = tuple(embeddings_BTD.shape)
-            raise UserError(f"the text encoder returned embeddings of shape {shape}, expected {expected}")
+            raise ValueError(f"the text encoder returned embeddings of shape {shape}, expected {expected}")
         num_added += cache.append("text", keys, embeddings_BTD.detach().to("cpu", torch.float32).numpy())
         if progress is not None:
             progress(start + len(keys), len(missing))

@@ -74,6 +74,19 @@ def caption_of_name(stem: str) -> str:
     return collapse(stem.split("_", 1)[0])
 
 
+def _row(line: str) -> dict:
+    """Return a table's row. Raises UserError with what is wrong with the line."""
+    try:
+        row = json.loads(line)
+    except RecursionError:
+        raise UserError("is nested too deeply") from None
+    except ValueError as error:
+        raise UserError(f"is not JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise UserError(f"is a {type(row).__name__}, not an object")
+    return row
+
+
 def _row_texts(row: dict) -> tuple[str, ...]:
     """Return the caption variants of a table row. Raises ValueError if it has none."""
     value = next((row[key] for key in TEXT_KEYS if row.get(key) is not None), None)
@@ -186,9 +199,7 @@ class CaptionReader:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise UserError(f"is a {type(row).__name__}, not an object")
+                row = _row(line)
                 name = _row_name(row)
                 if name in captions:
                     raise UserError(f"is a second row for {name}; give one row a list of texts instead")
@@ -198,10 +209,6 @@ class CaptionReader:
                 origin = row.get("caption_source")
                 source = f"{path.name}: {collapse(origin)}" if isinstance(origin, str) and origin.strip() else path.name
                 captions[name] = Caption(_row_texts(row), source)
-            except json.JSONDecodeError as error:
-                self.rejections.append(Rejection(f"{shown}:{number}", f"the row is not JSON: {error}", is_row=True))
-            except RecursionError:
-                self.rejections.append(Rejection(f"{shown}:{number}", "the row is nested too deeply", is_row=True))
-            except ValueError as error:
+            except UserError as error:
                 self.rejections.append(Rejection(f"{shown}:{number}", f"the row {error}", is_row=True))
         return captions

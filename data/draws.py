@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from safelight.errors import UserError
 from safelight.kernels.philox import Key, philox_numpy
 
 
@@ -18,7 +17,7 @@ def draw_words(keys: Sequence[Key]) -> np.ndarray:
     if not keys:
         return np.zeros((0, 4), np.uint64)
     if any(key.seed != keys[0].seed for key in keys):
-        raise UserError(f"all keys must have the same seed, but these have {len({key.seed for key in keys})} seeds")
+        raise ValueError(f"all keys must have the same seed, but these have {len({key.seed for key in keys})} seeds")
     k0, k1 = keys[0].words()[:2]
     c1, c2, c3 = np.array([key.words()[2:] for key in keys], dtype=np.uint64).T
     return np.stack(philox_numpy((0, c1, c2, c3), (k0, k1)), axis=-1).astype(np.uint64)

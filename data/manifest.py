@@ -56,6 +56,8 @@ def _parse(line: str) -> Photo:
         row = json.loads(line)
     except RecursionError:
         raise UserError("is nested too deeply") from None
+    except ValueError as error:
+        raise UserError(str(error)) from None
     if not isinstance(row, dict):
         raise UserError(f"is a {type(row).__name__}, not an object")
     for name, kind in _REQUIRED_TYPES.items():
@@ -96,7 +98,7 @@ def read_manifest(dataset: Path, may_be_empty: bool = False) -> list[Photo]:
             photo = _parse(line)
             if photo.file in line_of_file:
                 raise UserError(f"{photo.file} is already listed on line {line_of_file[photo.file]}")
-        except ValueError as error:
+        except UserError as error:
             raise UserError(
                 f"{path} line {number}: {printable(str(error))}; fix or delete the line, "
                 "or delete the file and run `safelight prepare` again"
@@ -122,7 +124,7 @@ def split_validation(photos: list[Photo], fraction: float, seed: int) -> tuple[l
     Raises ValueError unless 0 <= fraction < 1.
     """
     if not 0 <= fraction < 1:
-        raise UserError(f"validation_fraction {fraction} is outside 0 <= fraction < 1; use 0.1, or 0 for none")
+        raise ValueError(f"validation_fraction {fraction} is outside 0 <= fraction < 1; use 0.1, or 0 for none")
     if fraction == 0:
         return list(photos), []
     # ids, not photos: two entries of the same picture are both held out or both trained on

@@ -17,7 +17,6 @@ from safelight.data.buckets import Bucket, check_flip_p, drawn_crop_box, nearest
 from safelight.data.captions import collapse
 from safelight.data.draws import draw_words, to_uniforms
 from safelight.data.manifest import Photo
-from safelight.errors import UserError
 from safelight.kernels.philox import Key, Purpose
 
 # part of every latent key; raise it when a change makes crop_pixels return different pixels
@@ -119,7 +118,7 @@ def plan_samples(
     unchanged, but not to the empty caption of caption dropout. Raises ValueError for a setting out of range.
     """
     if variants < 1:
-        raise UserError(f"variants {variants} is below 1; use 1 for the centred crop alone, 4 for augmentation")
+        raise ValueError(f"variants {variants} is below 1; use 1 for the centred crop alone, 4 for augmentation")
     all_crops = _plan_crops(photos, buckets, variants, crop_jitter, flip_p, seed)
     samples = []
     for photo, (bucket, crops) in zip(photos, all_crops, strict=True):

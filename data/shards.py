@@ -92,7 +92,7 @@ class Cache:
 
     def __init__(self, path: Path, dtype: str = "float16"):
         if dtype not in DTYPES:
-            raise UserError(f"cache dtype {dtype!r} is not known; use one of {', '.join(DTYPES)}")
+            raise ValueError(f"cache dtype {dtype!r} is not known; use one of {', '.join(DTYPES)}")
         self.path, self.dtype = Path(path), dtype
         self._shards_path = self.path / SHARDS_FOLDER
         self._lock = threading.RLock()
@@ -228,9 +228,9 @@ class Cache:
         the stored dtype.
         """
         if kind not in KINDS:
-            raise UserError(f"cache kind {kind!r} is not known; use one of {', '.join(KINDS)}")
+            raise ValueError(f"cache kind {kind!r} is not known; use one of {', '.join(KINDS)}")
         if len(keys) != len(array) or array.ndim < 2 or 0 in array.shape[1:]:
-            raise UserError(f"{len(keys)} keys do not match an array of shape {array.shape}; pass one key per row")
+            raise ValueError(f"{len(keys)} keys do not match an array of shape {array.shape}; pass one key per row")
         with np.errstate(over="ignore"):
             array = np.ascontiguousarray(array, dtype=np.dtype(self.dtype).newbyteorder("<"))
         if not np.isfinite(array).all():
@@ -304,7 +304,7 @@ class Cache:
         addresses = self._require(keys)
         shapes = {address.shape for address in addresses}
         if len(shapes) != 1:
-            raise UserError(
+            raise ValueError(
                 f"rows read together must have one shape, not {sorted(shapes)}; read each bucket separately"
             )
         return np.stack([self._row(address) for address in addresses])

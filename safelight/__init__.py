@@ -1,8 +1,9 @@
 """Safelight fine-tunes Stable Diffusion, the whole UNet, on the one GPU you have.
 
-One import name for four folders. In a checkout `safelight.kernels` is the root folder `kernels/`, and so on; in an
-installed wheel setup.py has mapped them to their place already. The folders carry no `__init__.py`: a root package
-named `kernels` would shadow Hugging Face's and break `import transformers` (docs/decisions.md, Layout and imports).
+Four folders are imported under this name. In a checkout `safelight.kernels` is the root folder `kernels/`, and so on;
+in a wheel setup.py has put them inside the package. The folders have no `__init__.py`: a root package named `kernels`
+would shadow Hugging Face's and break `import transformers` (docs/decisions.md, Layout and imports). Type checkers:
+docs/editors.md.
 """
 
 from pathlib import Path

@@ -1,80 +1,94 @@
-"""The command line: finds the command, keeps libraries quiet, and tells a failure in one line."""
+"""The command line: runs a command, keeps libraries quiet, and turns every failure into a line or a bug report."""
 
 from __future__ import annotations
 
 import os
 import sys
-import threading
+import traceback
 
-from safelight import commands
+from safelight import bug_report, commands, library_log
 from safelight.commands import COMMANDS, EXIT_INTERRUPTED
 from safelight.errors import UserError
 
 USAGE = """Safelight fine-tunes Stable Diffusion, the whole UNet, on the one GPU you have.
 
-usage: safelight COMMAND ...       (`safelight COMMAND --help` tells the rest)
+usage: safelight COMMAND ...       (`safelight COMMAND --help` for its options)
 
 {commands}
 
-The usual way:
-  safelight demo                                        see it work
-  safelight init sd15 -o run.toml                       settings, commented
-  safelight prepare my_photos -o datasets/mine          photos and captions
-  safelight plan run.toml --data.path datasets/mine     does it fit, how long
-  safelight train run.toml --data.path datasets/mine    any setting like this
-  safelight compare runs/sd15                           base beside trained
+A typical session:
+  safelight demo                                        see it work first
+  safelight init sd15 -o run.toml                       write the settings
+  safelight prepare my_photos -o datasets/mine          import your photos
+  safelight plan run.toml --data.path datasets/mine     memory and duration
+  safelight train run.toml --data.path datasets/mine    train
+  safelight compare runs/sd15                           before and after
   safelight report runs/sd15                            one HTML file
   safelight export runs/sd15 -o mine.safetensors        for A1111 and ComfyUI
 """
 
+EXIT_BUG = 1
 EXIT_BAD_INPUT = 2
-
-
-def _tell_unless_oserror(failure: threading.ExceptHookArgs) -> None:
-    if not issubclass(failure.exc_type, OSError):
-        threading.__excepthook__(failure)
+# torch has no class of its own for this
+CPU_MEMORY_IS_FULL = "DefaultCPUAllocator: can't allocate memory"
 
 
 def quiet_libraries() -> None:
-    """Keep the notices of imported libraries off the terminal: a command prints our lines only.
+    """Keep imported libraries off the terminal: a command prints our lines only.
 
-    Nothing of ours goes through logging or warnings, and an exception is printed as ever.
+    What they log and warn of is kept for error reports and the run's libraries.log (library_log.py).
     """
-    import logging
-    import warnings
-
-    # level 40 and below, of every logger there is or will be: libraries log what they merely could not optimise
-    logging.disable(logging.ERROR)
-    warnings.filterwarnings("ignore")
+    library_log.capture()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
-    # C++ parts write to stderr themselves: torch's own, and TensorFlow's where TensorBoard finds it
+    # C++ code writes to stderr itself: torch's, and TensorFlow's where TensorBoard finds it
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    # TensorBoard's writer meets a full disk in its own thread, and raises it again in ours
-    threading.excepthook = _tell_unless_oserror
 
 
-def _explain_failure(error: Exception) -> str | None:
-    """Return a readable line for bad input, a full disk, too little memory; None for what is a fault of ours."""
-    kind = type(error).__name__
+def _explain(error: Exception) -> str | None:
+    """Return the line for what the user or the machine can mend; None for a bug."""
+    kind, first = type(error).__name__, (str(error).splitlines() or [""])[0]
+    if isinstance(error, UserError):
+        return str(error)
+    # by name, since torch and safetensors may not be imported
     if kind == "OutOfMemoryError":
         return (
             "the GPU's memory is full; lower train.batch_size and raise train.accumulate, "
-            f'or set train.checkpointing = "full" ({str(error).splitlines()[0][:120]})'
+            f'or set train.checkpointing = "full" ({first[:120]})'
         )
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and CPU_MEMORY_IS_FULL in str(error)):
+        return "the computer's memory is full; close other programs, or lower train.batch_size and data.resolution"
     if kind == "SafetensorError" or (isinstance(error, OSError) and error.errno is not None):
         where = f"{error.filename}: " if getattr(error, "filename", None) else ""
-        what = f"{where}{getattr(error, 'strerror', None) or str(error).splitlines()[0]}"
+        what = f"{where}{getattr(error, 'strerror', None) or first}"
         is_full = any(name in what for name in ("No space left", "quota exceeded", "File too large"))
-        return f"{what}; free some disk and run it again: what was saved before is whole" if is_full else what
-    if type(error).__module__ == "sqlite3":
-        return f"the cache's index: {error}; free some disk, or delete the dataset's cache folder to make it again"
-    return str(error) if isinstance(error, UserError) else None
+        return f"{what}; free some disk space and run it again: everything saved before is intact" if is_full else what
+    if _is_index_failure(error):
+        return f"the cache's index: {error}; free some disk space, or delete the dataset's cache folder to rebuild it"
+    return None
+
+
+def _is_index_failure(error: Exception) -> bool:
+    """Return whether SQLite failed on its file; its other errors (misuse, a broken constraint) are bugs."""
+    sqlite3 = sys.modules.get("sqlite3")
+    return sqlite3 is not None and (isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError)
+
+
+def _report_bug(error: Exception, argv: list[str]) -> int:
+    """Write the report on a bug and say where it is."""
+    try:
+        file = bug_report.write(error, argv)
+    except OSError as failure:
+        traceback.print_exception(error)
+        print(f"safelight {argv[0]}: this is a bug, and its report cannot be written: {failure}", file=sys.stderr)
+    else:
+        print(bug_report.summary(error, argv[0], file), file=sys.stderr)
+    return EXIT_BUG
 
 
 def _dispatch(argv: list[str]) -> int:
-    """Run a command, or say which there are. `help COMMAND` is `COMMAND --help`."""
+    """Run a command, or list them. `help COMMAND` is `COMMAND --help`."""
     if argv[:1] == ["help"] and len(argv) > 1:
         argv = [*argv[1:], "--help"]
     if not argv or argv[0] in ("-h", "--help", "help"):
@@ -93,7 +107,8 @@ def _dispatch(argv: list[str]) -> int:
 
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         print(
-            f"safelight: {name!r} is no command" + (f"; did you mean {near[0]}?" if near else "; see safelight --help"),
+            f"safelight: {name!r} is not a command"
+            + (f"; did you mean {near[0]}?" if near else "; see safelight --help"),
             file=sys.stderr,
         )
         return EXIT_BAD_INPUT
@@ -102,26 +117,31 @@ def _dispatch(argv: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command and return its exit status: 0, 2 for bad input, 130 if interrupted."""
+    """Run a command and return its exit status: 0, 1 for a bug, 2 for what the user can mend, 130 if interrupted.
+
+    SAFELIGHT_TRACEBACK=1 raises every error instead.
+    """
     argv = sys.argv[1:] if argv is None else argv
+    bug_report.belongs_to(None)
     try:
         try:
             return _dispatch(argv)
         finally:
-            # what is still in the buffer meets a broken pipe here rather than at the interpreter's end
+            # flushed here, so that a broken pipe is raised here and not while the interpreter shuts down
             sys.stdout.flush()
     except BrokenPipeError:
-        # the reader went away (`| head`): nothing to say, and nowhere to say it
+        # the reader has gone (`| head`): there is nobody to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
     except Exception as error:
-        # any kind, to tell the user's and the machine's failures in a line; ours pass with their traceback
-        message = _explain_failure(error)
-        if message is None or os.environ.get("SAFELIGHT_TRACEBACK"):
+        if os.environ.get("SAFELIGHT_TRACEBACK"):
             raise
+        message = _explain(error)
+        if message is None:
+            return _report_bug(error, argv)
         print(f"safelight {argv[0]}: {message}", file=sys.stderr)
         return EXIT_BAD_INPUT
 

@@ -1,40 +1,44 @@
-"""What each command does: thin, one function a command. Heavy imports wait until a command needs them."""
+"""The commands, one short function each. Heavy imports are deferred until a command needs them."""
 
 from __future__ import annotations
 
 import json
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
+from safelight import bug_report, library_log
 from safelight.errors import UserError
 
 EXIT_INTERRUPTED = 130
 
 COMMANDS = {
-    "init": "write a commented config: tiny, sd15, sd21, everydream2",
-    "prepare": "photos and their captions become a dataset: checked, shrunk, no duplicates",
-    "cache": "encode a dataset's latents and captions; only what is missing",
-    "plan": "what a run will need of a card, what fits, how long; no GPU needed",
-    "train": "fine-tune; --resume goes on where the newest checkpoint stopped",
-    "sample": "draw prompts with a run's checkpoint",
-    "compare": "base beside trained, from the same noise",
-    "export": "one .safetensors for A1111 and ComfyUI, or a diffusers folder",
-    "report": "one self-contained HTML file about a run",
-    "demo": "all of it, small, on any machine; minutes on two CPU cores",
-    "profile": "where a step's time and memory go: flame chart, roofline, trace",
-    "bench": "measure the step, other recipes, kernels, memory, the loader",
+    "init": "write a commented settings file: tiny, sd15, sd21, everydream2",
+    "prepare": "make a dataset from photos and captions: checked, resized, no duplicates",
+    "cache": "encode a dataset's photos and captions, only those not cached yet",
+    "plan": "predict GPU memory and duration of a run; needs no GPU",
+    "train": "fine-tune; --resume continues from the newest checkpoint",
+    "sample": "generate images from prompts with a checkpoint of a run",
+    "compare": "generate pairs from the same noise: the base model and the trained one",
+    "export": "write one .safetensors for A1111 and ComfyUI, or a diffusers folder",
+    "report": "write one self-contained HTML file about a run",
+    "demo": "fine-tune a tiny model, start to finish; minutes on two CPU cores",
+    "profile": "show where a step spends time and memory: flame chart, roofline, trace",
+    "bench": "measure the training step, other recipes, kernels, memory, the loader",
 }
 
 
-def _say_loading(what: str = "loading libraries and model") -> None:
-    """A word to whoever watches, before the seconds that libraries and models take; a file needs none."""
+def _say_loading(message: str = "loading libraries and model") -> None:
+    """Tell someone at a terminal why nothing happens while libraries and models load."""
     if sys.stderr.isatty():
-        print(what, file=sys.stderr, flush=True)
+        print(message, file=sys.stderr, flush=True)
 
 
-def _say_next(what: str) -> None:
-    """Tell what to do next, on stderr: what a command made, on stdout, is for other programs too."""
-    print(f"next: {what}", file=sys.stderr)
+def _say_next(suggestion: str) -> None:
+    """Suggest the next command, on stderr: stdout holds results, which other programs may read."""
+    print(f"next: {suggestion}", file=sys.stderr)
 
 
 def _print_json(value) -> None:
@@ -51,7 +55,7 @@ def _print_table(title: str, columns: tuple[str, ...], rows: list[tuple]) -> Non
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
     console = Console(highlight=False, emoji=False)
-    # not the table's own title: that would wrap at the table's width
+    # not as the table's own title, which would be wrapped to the table's width
     console.print(title, style="bold", markup=False, soft_wrap=True)
     console.print(table)
 
@@ -63,14 +67,15 @@ def init(argv: list[str]) -> int:
     from safelight.trainer.config.toml import to_toml
 
     if not argv:
-        raise UserError(f"name a preset: {', '.join(PRESETS)}; see safelight init --help")
+        raise UserError(f"give a preset: {', '.join(PRESETS)}; see safelight init --help")
     arguments = parse(Init, argv, "init", COMMANDS["init"])
     config = preset(arguments.preset)
     if arguments.out.exists() and not arguments.force:
-        raise UserError(f"{arguments.out} exists already; name another with -o, or add --force")
+        raise UserError(f"{arguments.out} already exists; choose another file with -o, or add --force to overwrite it")
     atomic_write_text(arguments.out, to_toml(config, comments=True))
     print(
-        f"wrote {arguments.out}; next: safelight prepare PHOTOS -o {config.data.path}, then safelight train {arguments.out}"
+        f"wrote {arguments.out}; next: safelight prepare PHOTOS -o {config.data.path}, "
+        f"then safelight train {arguments.out}"
     )
     return 0
 
@@ -80,7 +85,7 @@ def prepare(argv: list[str]) -> int:
 
     arguments = parse(Prepare, argv, "prepare", COMMANDS["prepare"])
     if not arguments.sources:
-        raise UserError("no photos given; name one or more folders of photos, or files")
+        raise UserError("no photos given; give one or more folders of photos, or files")
     from safelight.data.ingest import ingest
     from safelight.output.dataset_table import print_dataset
     from safelight.trainer.run_log.terminal import Terminal
@@ -127,14 +132,14 @@ def cache(argv: list[str]) -> int:
         dataset = open_dataset(config, base_of(config.model), pick_device(config.run.device), terminal.update)
     if dataset.num_damaged:
         rows = counted(dataset.num_damaged, "damaged row")
-        terminal.say(f"{rows} of the cache made again")
+        terminal.say(f"{rows} in the cache re-encoded")
     with dataset.cache:
         rows = dataset.counts()
         if arguments.json:
             _print_json({"made": dataset.num_made, "rows": len(dataset.cache), "buckets": rows})
             return 0
         _print_table(
-            f"{dataset.path}: {counted(dataset.num_made, 'row')} made, {len(dataset.cache)} in the cache",
+            f"{dataset.path}: {counted(dataset.num_made, 'row')} encoded, {len(dataset.cache)} in the cache",
             ("bucket", "train", "held out"),
             [(f"{r['width']} x {r['height']}", r["num_train"], r["num_validation"]) for r in rows],
         )
@@ -146,7 +151,7 @@ def plan(argv: list[str]) -> int:
     from safelight.options.arguments import parse_with_config
 
     arguments, config = parse_with_config(argv, "plan", COMMANDS["plan"])
-    _say_loading("loading libraries, then following a step on shapes alone")
+    _say_loading("loading libraries, then tracing a training step without a GPU")
     from safelight.trainer.memory_plan.static_bytes import table
 
     card = _card(arguments.gpu, config)
@@ -178,7 +183,7 @@ def plan(argv: list[str]) -> int:
 
 
 def _card(name: str, config):
-    """Return the card that --gpu names, the one that is here for none, or None where there is none."""
+    """Return the GPU named by --gpu, else the local one, else None."""
     import torch
 
     from safelight.trainer.memory_plan.gpus import find_card, this_card
@@ -187,7 +192,9 @@ def _card(name: str, config):
         return find_card(name)
     if not torch.cuda.is_available() or config.run.device == "cpu":
         if name == "auto":
-            raise UserError("--gpu auto: torch finds no CUDA device here; name a card: t4, rtx3060, rtx4090, 8GiB")
+            raise UserError(
+                "--gpu auto: torch finds no CUDA device; give a GPU: t4, rtx3060, rtx4090, or its memory: 8GiB"
+            )
         return None
     return this_card(torch.device("cuda"))
 
@@ -206,29 +213,31 @@ def _print_plan(result: dict) -> None:
         _print_table(
             f"{result['base']}, {result['unet_parameters']:,} parameters in {result['unet_tensors']} tensors, "
             f"{result['precision']}, {result['optimizer']}",
-            ("static memory", "bytes", "GiB", "bytes a parameter"),
+            ("static memory", "bytes", "GiB", "bytes per parameter"),
             [(name, f"{n:,}", f"{n / gib:.2f}", f"{n / result['unet_parameters']:.2f}") for name, n in parts.items()],
         )
-        print(fill("There is no GPU here; --gpu t4 (rtx3060, rtx4090, 8GiB) plans the whole step for one."))
-    size, most = result["checkpoint bytes"], result["checkpoints at most"]
-    print(f"A checkpoint takes {size / gib:.2f} GiB on disk; up to {most} at a time: {most * size / gib:.2f} GiB.")
+        print(fill("This machine has no GPU. Use --gpu t4 (rtx3060, rtx4090, 8GiB) to plan the whole step for one."))
+    size, num = result["checkpoint bytes"], result["checkpoints at most"]
+    print(f"A checkpoint takes {size / gib:.2f} GiB on disk; up to {num} at a time: {num * size / gib:.2f} GiB.")
     if "dataset" in result:
         data = result["dataset"]
-        told = (
-            f"{counted(data['photographs'], 'photograph')}, {data['validation']} held out; {counted(data['epochs'], 'epoch')}, "
-            f"{counted(data['steps'], 'step')} over {counted(data['images trained'], 'image')}; "
-            f"latents take up to {data['cache bytes'] / 2**20:.1f} MiB on disk."
+        text = (
+            f"{counted(data['photographs'], 'photograph')}, {data['validation']} held out; "
+            f"{counted(data['epochs'], 'epoch')}, {counted(data['steps'], 'step')} "
+            f"over {counted(data['images trained'], 'image')}; "
+            f"the cache takes up to {data['cache bytes'] / 2**20:.1f} MiB on disk."
         )
-        print(fill(told))
+        print(fill(text))
     else:
         path = result["dataset path"]
-        print(f"No dataset in {path} yet: steps and disk are told once there is one.")
+        print(fill(f"No dataset in {path} yet; with one, the plan also shows steps and disk space."))
 
 
 def train(argv: list[str]) -> int:
     from safelight.options.arguments import parse_with_config
 
     arguments, config = parse_with_config(argv, "train", COMMANDS["train"])
+    bug_report.belongs_to(Path(config.run.dir))
     _say_loading()
     from safelight.data.text import counted
     from safelight.trainer.report.build import build_report
@@ -237,15 +246,22 @@ def train(argv: list[str]) -> int:
     from safelight.trainer.train import train as run_training
 
     stop = Stop()
+
+    @contextmanager
+    def guard() -> Iterator[None]:
+        # entered once the run is loaded: a command that is refused leaves its folder as it was
+        with library_log.written_to(Path(config.run.dir)), stop:
+            yield
+
     with Terminal() as terminal:
-        outcome = run_training(config, resume=arguments.resume, terminal=terminal, stop_requested=stop, guard=stop)
+        outcome = run_training(config, resume=arguments.resume, terminal=terminal, stop_requested=stop, guard=guard())
     if outcome.interrupted:
         if outcome.position.step == 0:
-            terminal.say("stopped before the first step: there is nothing to save; the cache is kept")
+            terminal.say("stopped before the first step: nothing to save; the cache is kept")
             return EXIT_INTERRUPTED
-        # the run's own config holds what was given on the command line too
+        # the run's own config includes the settings given on the command line
         command = f"safelight train {shlex.quote(str(outcome.run_dir / 'config.toml'))} --resume"
-        terminal.say(f"saved at step {outcome.position.step}; go on with: {command}")
+        terminal.say(f"saved at step {outcome.position.step}; continue with: {command}")
         return EXIT_INTERRUPTED
     position = outcome.position
     best = (
@@ -262,6 +278,7 @@ def sample(argv: list[str]) -> int:
     from safelight.options.arguments import Sample, parse
 
     arguments = parse(Sample, argv, "sample", COMMANDS["sample"])
+    bug_report.belongs_to(arguments.run)
     _say_loading()
     from safelight.trainer.inference.draw import open_run
     from safelight.trainer.inference.draw import sample as draw_sample
@@ -276,7 +293,7 @@ def sample(argv: list[str]) -> int:
             arguments.checkpoint,
             arguments.out or arguments.run / "images",
             changes,
-            lambda done, total: terminal.update("drawing", done, total),
+            lambda done, total: terminal.update("sampling", done, total),
             terminal.say,
         )
     for file in files:
@@ -288,6 +305,7 @@ def compare(argv: list[str]) -> int:
     from safelight.options.arguments import Compare, parse
 
     arguments = parse(Compare, argv, "compare", COMMANDS["compare"])
+    bug_report.belongs_to(arguments.run)
     _say_loading()
     from safelight.trainer.inference.draw import compare as draw_pairs
     from safelight.trainer.inference.draw import open_run
@@ -299,13 +317,14 @@ def compare(argv: list[str]) -> int:
             open_run(arguments.run),
             arguments.checkpoint,
             arguments.num,
-            lambda done, total: terminal.update("drawing", done, total),
+            lambda done, total: terminal.update("sampling", done, total),
             terminal.say,
         )
     print(f"pairs in {folder}; report: {build_report(arguments.run)}")
     run = shlex.quote(str(arguments.run))
     print(
-        f"next: open the report in a browser; safelight export {run} -o {shlex.quote(arguments.run.resolve().name)}.safetensors"
+        f"next: open the report in a browser; "
+        f"safelight export {run} -o {shlex.quote(arguments.run.resolve().name)}.safetensors"
     )
     return 0
 
@@ -314,6 +333,7 @@ def export(argv: list[str]) -> int:
     from safelight.options.arguments import Export, parse
 
     arguments = parse(Export, argv, "export", COMMANDS["export"])
+    bug_report.belongs_to(arguments.run)
     _say_loading()
     from safelight.trainer.inference.export import export as export_run
     from safelight.trainer.run_log.terminal import Terminal
@@ -333,7 +353,7 @@ def export(argv: list[str]) -> int:
     if done.path.is_dir():
         _say_next(f"in Python: DiffusionPipeline.from_pretrained({str(done.path)!r})")
     elif not done.notes:
-        _say_next("copy it to models/Stable-diffusion of A1111, or to models/checkpoints of ComfyUI")
+        _say_next("copy it to A1111's models/Stable-diffusion or ComfyUI's models/checkpoints")
     return 0
 
 
@@ -341,10 +361,11 @@ def report(argv: list[str]) -> int:
     from safelight.options.arguments import Report, parse
 
     arguments = parse(Report, argv, "report", COMMANDS["report"])
+    bug_report.belongs_to(arguments.run)
     from safelight.trainer.report.build import build_report
 
     print(build_report(arguments.run))
-    _say_next("open it in a browser; it is one file, to be sent as it is")
+    _say_next("open it in a browser; it is one file, which you can send to others")
     return 0
 
 
@@ -353,7 +374,7 @@ def demo(argv: list[str]) -> int:
 
     arguments = parse(Demo, argv, "demo", COMMANDS["demo"])
     if arguments.dir.exists() and not arguments.dir.is_dir():
-        raise UserError(f"{arguments.dir} is a file; give a folder to work in with --dir")
+        raise UserError(f"{arguments.dir} is a file; give a folder with --dir")
     from safelight.trainer.run_log.terminal import Terminal
     from safelight.trainer.tiny.demo import run_demo
 
@@ -373,7 +394,7 @@ def demo(argv: list[str]) -> int:
         for row in result["rows"]
     ]
     _print_table(
-        f"{result['num_samples']} images of combinations never fine-tuned on, {result['interval']} intervals",
+        f"{result['num_samples']} images of combinations left out of fine-tuning, {result['interval']} intervals",
         ("", "base", "trained", "difference", "chance"),
         rows,
     )
@@ -416,5 +437,5 @@ def bench(argv: list[str]) -> int:
     from safelight.bench.command_line import main as bench_main
 
     if argv and argv[0] in MEASURING and not {"-h", "--help"} & set(argv):
-        _say_loading("loading libraries, then measuring: seconds to minutes until there is a figure")
+        _say_loading("loading libraries, then measuring; the first result takes seconds to minutes")
     return bench_main(argv)

@@ -1,9 +1,9 @@
-"""The one exception that is shown to a user as a single line. Every room may import this module."""
+"""The exception for errors that users can fix. Every folder may import this module."""
 
 
 class UserError(ValueError):
-    """Something the user can fix: a setting, a file, a folder, a device that lacks memory.
+    """Something the user can fix: a setting, a file, a folder, a device without enough memory.
 
-    Its message names the value, the limit and the fix. The command line prints it as one line and exits with status 2; any
-    other exception is a bug and is reported as one (safelight/__main__.py).
+    Its message names the value, the limit and the fix. The command line prints it as one line and exits with status 2;
+    any other exception is a bug and is reported as one (safelight/bug_report.py).
     """

@@ -1,4 +1,4 @@
-"""What every command says of itself: within the terminal's width, an explanation and a default for every option."""
+"""--help of every command fits the terminal and gives an explanation and a default for every option."""
 
 import contextlib
 import io
@@ -9,7 +9,6 @@ import pytest
 from safelight.__main__ import COMMANDS, main
 from safelight.bench.command_line import COMMANDS as BENCHMARKS
 
-# those without options of their own
 WORDS = ([], ["bench"], *([name] for name in COMMANDS if name != "bench"), *(["bench", name] for name in BENCHMARKS))
 BOX = "│"
 
@@ -18,7 +17,7 @@ class Terminal(io.StringIO):
     encoding = "utf-8"
 
 
-def said(*argv: str) -> tuple[int, str]:
+def output_of(*argv: str) -> tuple[int, str]:
     out = Terminal()
     with contextlib.redirect_stdout(out):
         try:
@@ -29,7 +28,7 @@ def said(*argv: str) -> tuple[int, str]:
 
 
 def options(text: str) -> dict[str, str]:
-    """Return what is said of each option and argument of a help text."""
+    """Return the explanation of each option and argument in a help text."""
     found, name = {}, ""
     for line in text.splitlines():
         if not line.startswith(BOX) or "─" in line:
@@ -48,7 +47,7 @@ def options(text: str) -> dict[str, str]:
 def test_help_fits_and_explains(words, monkeypatch):
     for columns in (80, 120):
         monkeypatch.setenv("COLUMNS", str(columns))
-        status, text = said(*words, "--help")
+        status, text = output_of(*words, "--help")
         assert status == 0
         assert [line for line in text.splitlines() if len(line) > columns] == []
         assert [line for line in text.splitlines() if line and not line.strip(f"{BOX} ")] == []
@@ -56,18 +55,18 @@ def test_help_fits_and_explains(words, monkeypatch):
     assert "''" not in text
     found = options(text)
     assert found or words in ([], ["bench"])
-    for name, told in found.items():
-        meaning = re.sub(r"\((default|required).*", "", told).strip()
-        assert len(meaning) > 4, f"{name} is not explained: {told!r}"
-        assert not re.search(r"default: (True|False)\)", told) or "." in name, f"{name} is a flag: {told!r}"
+    for name, text in found.items():
+        meaning = re.sub(r"\((default|required).*", "", text).strip()
+        assert len(meaning) > 4, f"{name} is not explained: {text!r}"
+        assert not re.search(r"default: (True|False)\)", text) or "." in name, f"{name} is a flag: {text!r}"
 
 
 @pytest.mark.parametrize("words", ["train", "bench", "bench step", "init"])
 def test_help_of_a_command_is_its_help(words):
-    assert said("help", *words.split()) == said(*words.split(), "--help")
-    assert said("help") == said("--help")
+    assert output_of("help", *words.split()) == output_of(*words.split(), "--help")
+    assert output_of("help") == output_of("--help")
 
 
-def test_help_of_no_command_is_a_mistake(capsys):
+def test_help_of_an_unknown_command_is_an_error(capsys):
     assert main(["help", "trian"]) == 2
-    assert capsys.readouterr().err == "safelight: 'trian' is no command; did you mean train?\n"
+    assert capsys.readouterr().err == "safelight: 'trian' is not a command; did you mean train?\n"

@@ -1,4 +1,4 @@
-"""The layout: no root package shadows another's name, imports do nothing, the wheel is whole."""
+"""Layout: no root folder shadows another package, imports have no side effects, the wheel is complete."""
 
 import ast
 import json
@@ -33,7 +33,7 @@ def call(*command: object, cwd: Path = ROOT, path: Path | None = None) -> subpro
     )
 
 
-def test_the_root_folders_are_no_packages():
+def test_the_root_folders_are_not_packages():
     """A root package named `kernels` would shadow Hugging Face's."""
     for room in ROOMS:
         assert (ROOT / room).is_dir()
@@ -53,7 +53,7 @@ def imported_modules(path: Path) -> set[str]:
 
 
 def test_nothing_is_imported_by_its_bare_folder_name():
-    """`import kernels` would find our folder from the checkout and Hugging Face's package elsewhere."""
+    """`import kernels` would find our folder in the checkout and Hugging Face's package elsewhere."""
     for path in python_files(*PACKAGED, "tests"):
         tops = {name.partition(".")[0] for name in imported_modules(path)}
         assert not tops & set(ROOMS), path
@@ -62,11 +62,11 @@ def test_nothing_is_imported_by_its_bare_folder_name():
 IMPORT_EVERYTHING = """
 import importlib, json, logging, os, signal, sys, threading, warnings
 import torch
-# other libraries' own side effects are theirs
+# imported before the comparison: their side effects are not ours
 import tyro, pydantic, rich, matplotlib, PIL.Image, safetensors.torch, scipy.special
 
 def refuse(*args, **kwargs):
-    raise AssertionError("CUDA was asked at import")
+    raise AssertionError("CUDA was queried at import")
 
 for name in ("is_available", "device_count", "get_device_capability", "current_device", "get_device_name", "init"):
     setattr(torch.cuda, name, refuse)
@@ -94,7 +94,7 @@ json.dump({"changed": changed, "from": CLIPTextModel.__module__}, sys.stdout)
 
 @pytest.fixture(scope="module")
 def imported() -> dict:
-    """What a process in the checkout met that imported all our modules, and transformers after them."""
+    """Import all our modules, then transformers, in a process in the checkout; return the global state that changed."""
     modules = []
     for path in python_files(*PACKAGED):
         parts = path.relative_to(ROOT).with_suffix("").parts
@@ -131,7 +131,7 @@ def test_the_help_of_a_command_needs_no_torch(command):
     lines = call(sys.executable, "-c", code).stdout.splitlines()
     assert lines[0].startswith(f"usage: safelight {command}")
     assert lines[-1] == "0 False"
-    # metavars for people, not Python types
+    # Python's None does not show up in metavars
     assert "{None}" not in "".join(lines)
 
 
@@ -140,8 +140,8 @@ def test_help_takes_less_than_a_second_of_cpu():
     result = call(sys.executable, "-m", "safelight", "--help")
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 1
     assert result.returncode == 0
-    told = " ".join(result.stdout.split())
-    assert all(f" {name} {text}" in told for name, text in COMMANDS.items())
+    output = " ".join(result.stdout.split())
+    assert all(f" {name} {text}" in output for name, text in COMMANDS.items())
 
 
 @pytest.mark.parametrize(
@@ -160,14 +160,14 @@ def test_every_way_to_start_it_works_from_the_checkout(command, first):
     assert result.stderr == ""
 
 
-def test_a_bare_call_shows_the_usage_and_is_a_mistake(capsys):
+def test_a_call_without_arguments_shows_the_usage_and_exits_2(capsys):
     assert main([]) == 2
     assert capsys.readouterr().out.startswith("Safelight fine-tunes")
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """The wheel of a copy of this checkout: what a build leaves behind in a checkout would be packed as well."""
+    """Build the wheel from a copy of this checkout: files left behind by an earlier build would be packed too."""
     folder = tmp_path_factory.mktemp("wheel")
     copy = folder / "checkout"
     for name in PACKAGED:
@@ -202,7 +202,7 @@ def test_the_wheel_works_without_the_checkout(wheel, tmp_path):
         file.extractall(site)
     points = next(site.glob("*.dist-info/entry_points.txt")).read_text()
     assert "safelight = safelight.__main__:main" in points
-    # -S leaves out the site folder's hooks, among them the editable install's; dependencies come by path
+    # -S disables site hooks, among them that of the editable install; dependencies are on PYTHONPATH
     code = (
         "import sys, safelight.trainer.report.build as build, safelight.trainer.models.base as models\n"
         "print(build.__file__)\nprint(models.tiny_folder())\n"
@@ -222,7 +222,7 @@ def test_the_wheel_works_without_the_checkout(wheel, tmp_path):
 
 
 def test_dependencies_leave_an_installed_torch_alone():
-    """Colab and others bring their torch: any from 2.10 on will do, and CUDA's companions are Linux's alone."""
+    """Colab and others come with torch: any version from 2.10 works. Packages for CUDA are required on Linux only."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     requirements = {line.split(";")[0].split(">")[0].split("=")[0].strip(): line for line in project["dependencies"]}
     assert requirements["torch"] == "torch>=2.10"

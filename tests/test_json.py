@@ -1,4 +1,4 @@
-"""What commands print as JSON: field names are lower case, in words joined by _."""
+"""Field names in the JSON output of commands are lower case, words joined by _."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from safelight.bench.core.results import RESULTS
 from safelight.options import arguments
 from safelight.output.plan_json import with_json_names
 
-# fields whose keys are names of what was measured: packages, classes of operators, layers, kernels, parts of a model
+# fields whose keys are data: names of packages, operator classes, layers, kernels, parts of a model
 DATA = {"machine", "classes", "classes_ms", "stretches_ms", "layers", "kernels", "saved_by_block_mib", "scores"}
-# benchmarks that print no result line of make_record's, or none that is kept
+# benchmarks without a result line in bench/results
 WITHOUT_A_LINE = {"compare": "tested by itself", "aot": "kernels by target", "attention": "a case by backend"}
 
 
 def field_names(value: object) -> Iterator[str]:
-    """Yield the keys of plain values, those that are data left out."""
+    """Yield the keys of nested plain values, except those that are data."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield key
@@ -40,28 +40,28 @@ def wrong(value: object) -> set[str]:
     return {name for name in field_names(value) if not re.fullmatch(r"[a-z0-9_]+", name)}
 
 
-def test_what_is_wrong_is_found():
+def test_wrong_names_are_found():
     assert wrong({"a": [{"B": 1, "machine": {"Pillow": 1, "x": {"y z": 2}}}]}) == {"B", "y z"}
 
 
 def test_a_plan_without_a_card(tmp_path, capsys):
-    """One for a card takes longer: test_fit's."""
+    """A plan for a GPU takes longer; test_planner covers it."""
     toml = tmp_path / "run.toml"
     assert main(["init", "tiny", "-o", str(toml)]) == 0
     capsys.readouterr()
     assert main(["plan", str(toml), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert wrong(told) == set()
-    assert told["bytes"]["peak"] == sum(size for part, size in told["bytes"].items() if part != "peak")
+    printed = json.loads(capsys.readouterr().out)
+    assert wrong(printed) == set()
+    assert printed["bytes"]["peak"] == sum(size for part, size in printed["bytes"].items() if part != "peak")
 
 
 def test_two_fields_of_one_name_are_refused():
-    with pytest.raises(AssertionError, match="one name as JSON"):
+    with pytest.raises(AssertionError, match="the same name in JSON"):
         with_json_names({"peak of these": 1, "peak": 2})
 
 
 def test_benchmarks():
-    """The lines that benchmarks printed with --json and kept with --append."""
+    """Result lines of benchmarks, printed with --json and stored with --append."""
     lines = [json.loads(line) for path in RESULTS.glob("*.jsonl") for line in path.read_text().splitlines()]
     measured = {line["bench"]: line for line in lines if "figures" in line}
     with_json = {
@@ -81,7 +81,8 @@ def test_compare(tmp_path, capsys):
     assert wrong(json.loads(capsys.readouterr().out)) == set()
 
 
-def test_no_command_with_json_is_forgotten():
+def test_every_command_with_json_is_covered():
     shapes = [s for s in vars(arguments).values() if dataclasses.is_dataclass(s) and "json" in s.__annotations__]
-    # Prepare, Demo and those with a config: cache, plan, profile; prepare's, cache's and a card's plan are in test_cli and test_fit, demo's in test_demo
+    # and those with a config: cache, plan, profile. test_cli covers prepare and cache, test_planner a GPU's plan,
+    # test_demo the demo
     assert {s.__name__ for s in shapes} == {"Prepare", "Demo", "PrintingArguments", "PlanArguments", "ProfileArguments"}

@@ -74,7 +74,7 @@ def own_modules(path: Path) -> set[str]:
             continue
         parts = parts[1:] if len(parts) > 1 and parts[1] in TOPS else parts
         if parts[:2] == ["safelight", "errors"]:
-            # the ground that every floor stands on
+            # every room may raise it
             continue
         # a name may be a module or something in it
         candidates = [ROOT.joinpath(*parts[:length]).with_suffix(".py") for length in range(len(parts), 0, -1)]

@@ -89,7 +89,7 @@ class Dataset:
 def open_dataset(config: Config, base: Base, device: torch.device, progress: Progress | None = None) -> Dataset:
     """Return the run's dataset, encoding what its cache lacks. The encoders are freed before it returns.
 
-    Raises ValueError for a dataset that was not prepared, and for settings that do not fit it.
+    Raises UserError for a dataset that was not prepared, and for settings that do not fit it.
     """
     path = Path(config.data.path)
     photos = read_manifest(path)

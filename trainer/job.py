@@ -130,7 +130,7 @@ def _load_dataset(run: ResolvedRun, terminal: Terminal) -> Dataset:
     dataset = open_dataset(run.given, run.base, run.device, terminal.update)
     terminal.pause()
     if dataset.num_damaged:
-        terminal.say(f"{counted(dataset.num_damaged, 'damaged row')} of the cache made again")
+        terminal.say(f"{counted(dataset.num_damaged, 'damaged row')} in the cache re-encoded")
     if dataset.num_cut:
         captions = counted(dataset.num_cut, "caption")
         terminal.say(f"{captions} cut at the end: longer than the text encoder reads")

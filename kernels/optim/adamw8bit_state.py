@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from safelight.errors import UserError
 from safelight.kernels.optim.adamw8bit import AdamW8bit
 from safelight.kernels.optim.blockwise_8bit import dequantize, in_memory_order, quantize
 from safelight.kernels.optim.split_weights import join
@@ -60,7 +61,7 @@ def state_of(optimizer: AdamW8bit, index: int, live: bool = False) -> dict[str, 
 def load_state(optimizer: AdamW8bit, index: int, state: dict[str, Tensor]) -> None:
     """Load a parameter's step and moments from what `state_of` returned, or from bitsandbytes' state.
 
-    The weight and its remainder are loaded by `load_value`. Raises ValueError, changing nothing, if a shape does not
+    The weight and its remainder are loaded by `load_value`. Raises UserError, changing nothing, if a shape does not
     fit or the moments are 8-bit on one side and float32 on the other.
     """
     p, moments = optimizer.parameters[index], optimizer.moments[index]
@@ -70,7 +71,7 @@ def load_state(optimizer: AdamW8bit, index: int, state: dict[str, Tensor]) -> No
         target, scales = getattr(moments, f"state{number}"), getattr(moments, f"absmax{number}")
         source = state[f"state{number}"].to(p.device)
         if source.shape != p.shape or source.dtype != target.dtype:
-            raise ValueError(
+            raise UserError(
                 f"state{number} is {tuple(source.shape)} {source.dtype}, its weight {tuple(p.shape)} {target.dtype}"
             )
         if scales is None:
@@ -78,7 +79,7 @@ def load_state(optimizer: AdamW8bit, index: int, state: dict[str, Tensor]) -> No
             continue
         given = state[f"absmax{number}"].to(p.device)
         if given.shape != scales.shape:
-            raise ValueError(
+            raise UserError(
                 f"absmax{number} has shape {tuple(given.shape)}; this weight has {tuple(scales.shape)} blocks"
             )
         strides = tuple(state["strides"].tolist()) if "strides" in state else source.contiguous().stride()
@@ -101,12 +102,12 @@ def load_state(optimizer: AdamW8bit, index: int, state: dict[str, Tensor]) -> No
 def load_value(optimizer: AdamW8bit, index: int, weight: Tensor, state: dict[str, Tensor]) -> None:
     """Set a parameter to the value of a checkpoint's weight, completed by the remainder or master in `state`.
 
-    Raises ValueError if this optimizer's memory mode cannot represent what the checkpoint's mode kept.
+    Raises UserError if this optimizer's memory mode cannot represent what the checkpoint's mode kept.
     """
     p = optimizer.parameters[index]
     remainder = state.get("master", state.get("remainder"))
     if remainder is not None and remainder.shape != p.shape:
-        raise ValueError(f"the remainder has shape {tuple(remainder.shape)}, its weight {tuple(p.shape)}")
+        raise UserError(f"the remainder has shape {tuple(remainder.shape)}, its weight {tuple(p.shape)}")
     saved_mode = "rounded"
     if remainder is not None:
         saved_mode = {torch.float32: "fp32", torch.int16: "exact", torch.int8: "near"}[remainder.dtype]
@@ -114,7 +115,7 @@ def load_value(optimizer: AdamW8bit, index: int, weight: Tensor, state: dict[str
     # a bf16 weight and its 16-bit remainder are the fp32 value, one to one
     same_values = {saved_mode, optimizer.memory} == {"fp32", "exact"} and p.dtype == torch.bfloat16
     if not same_mode and not same_values and PRECISION_RANK[optimizer.memory] < PRECISION_RANK[saved_mode]:
-        raise ValueError(
+        raise UserError(
             f"it was saved with optimizer.memory {saved_mode}, which {optimizer.memory} cannot hold without loss; "
             f"use {saved_mode}" + ("" if saved_mode == "fp32" else " or a finer one")
         )
@@ -152,10 +153,10 @@ def bitsandbytes_state(optimizer: AdamW8bit, index: int) -> dict[str, int | Tens
 def load_bitsandbytes_state(optimizer: AdamW8bit, index: int, state: dict[str, int | Tensor]) -> None:
     """Load a parameter's state from bitsandbytes' format.
 
-    Raises ValueError as `load_state`, and if the codes refer to another map than bitsandbytes' dynamic one.
+    Raises UserError as `load_state`, and if the codes refer to another map than bitsandbytes' dynamic one.
     """
     if optimizer.moments[index].absmax1 is not None and state["state1"].dtype == torch.uint8:
         for number, code_map in enumerate(optimizer.maps, start=1):
             if not torch.equal(state[f"qmap{number}"].to(code_map.device), code_map):
-                raise ValueError(f"qmap{number} is not bitsandbytes' dynamic map, the only one supported")
+                raise UserError(f"qmap{number} is not bitsandbytes' dynamic map, the only one supported")
     load_state(optimizer, index, state)

@@ -33,6 +33,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from safelight.errors import UserError
 from safelight.kernels.optim.blockwise_8bit import BLOCK_SIZE
 from safelight.kernels.triton.jit import cdiv
 
@@ -97,10 +98,10 @@ def _pinned(num_bytes: int) -> Tensor:
     try:
         host = torch.zeros(num_bytes, dtype=torch.uint8)
     except RuntimeError:
-        raise ValueError(f"{gib}, which this machine does not have; use near or rounded") from None
+        raise UserError(f"{gib}, which this machine does not have; use near or rounded") from None
     code = int(torch.cuda.cudart().cudaHostRegister(host.data_ptr(), num_bytes, 0))
     if code != 0:
-        raise ValueError(f"{gib}, which CUDA cannot pin (error {code}): free memory, or use near or rounded")
+        raise UserError(f"{gib}, which CUDA cannot pin (error {code}): free memory, or use near or rounded")
     return host
 
 
@@ -136,7 +137,7 @@ class Pages:
     they are stepped, if the tensors are not there yet.
 
     page_of: index -> page. ring: NUM_SLOTS flat uint8 tensors on the device. host: all pages, flat uint8, None for meta
-    tensors. Raises ValueError where the host has not the memory.
+    tensors. Raises UserError where the host has not the memory.
     """
 
     def __init__(

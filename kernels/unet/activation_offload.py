@@ -24,6 +24,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from safelight.errors import UserError
+
 MIN_BYTES = 32 << 10  # smaller storages stay: a copy's launch costs more than they take
 AHEAD = 4  # storages under way to the host, or fetched before they are asked for: about two blocks
 ALIGNMENT = 512
@@ -47,7 +49,7 @@ class HostMemory:
         self._filled: list[int] = []
 
     def take(self, num_bytes: int) -> Tensor | None:
-        """Return memory, (num_bytes,) uint8; None for meta tensors. Raises ValueError where the host gives no more."""
+        """Return memory, (num_bytes,) uint8; None for meta tensors. Raises UserError where the host gives no more."""
         size = -(-num_bytes // ALIGNMENT) * ALIGNMENT
         index = next((i for i, slab in enumerate(self._slabs) if self._filled[i] + size <= slab[0]), len(self._slabs))
         if index == len(self._slabs):
@@ -72,7 +74,7 @@ class HostMemory:
                 memory = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=is_pinned)
             except RuntimeError as error:
                 kind = "pinned host memory" if is_pinned else "host memory"
-                raise ValueError(
+                raise UserError(
                     f"{size >> 20} MiB more of {kind} are not to be had beside {self.num_bytes >> 20} MiB of offloaded "
                     f"activations ({str(error).splitlines()[0][:80]}); lower the batch size, or use checkpointing full"
                 ) from None

@@ -1,4 +1,4 @@
-"""What help says of an option, the same for every command: its text as one paragraph, its default in words."""
+"""How --help shows an option, for every command: its text as one paragraph, its default in words."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from tyro.constructors import ConstructorRegistry, StructConstructorSpec, Struct
 
 
 def described() -> ConstructorRegistry:
-    """Return tyro's own rules, with what each option's help says of it.
+    """Return tyro's rules for dataclasses, with our text for defaults.
 
-    A flag has no default to tell: it is given or not. Nothing is told as empty, or as none where there may be several.
+    A flag shows no default. An empty text is shown as "empty", an empty list as "none".
     """
     registry = ConstructorRegistry()
-    is_asking = False
+    is_nested = False
 
     @registry.struct_rule
     def describe(info: StructTypeInfo) -> StructConstructorSpec | None:
-        nonlocal is_asking
-        if is_asking:
+        nonlocal is_nested
+        if is_nested:
             return None
-        is_asking = True
+        is_nested = True
         try:
             spec = ConstructorRegistry.get_struct_spec(info)
         finally:
-            is_asking = False
+            is_nested = False
         if not isinstance(spec, StructConstructorSpec):
             return spec
         are_flags = not (isinstance(info.type, type) and issubclass(info.type, BaseModel))
@@ -42,10 +42,10 @@ def _with_hint(field: StructFieldSpec, are_flags: bool) -> StructFieldSpec:
     def hint(label: str) -> str:
         if kind is bool and are_flags:
             return ""
-        # tyro's label of an empty text is two quotes
+        # tyro shows an empty text as two quotes
         nothing = "empty" if kind is str else "none"
         return f"(default: {nothing if label in ('', repr('')) else label})"
 
     text = " ".join(field.helptext.split()) if isinstance(field.helptext, str) else field.helptext
-    # what a field says of itself comes later, and counts
+    # the field's own arg() comes last, so that it overrides ours
     return replace(field, type=Annotated[(kind, arg(help_behavior_hint=hint), *extras)], helptext=text)

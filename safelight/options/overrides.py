@@ -1,7 +1,7 @@
-"""Settings on the command line, `--train.batch-size 8`, taken out of the arguments before tyro sees them.
+"""Settings on the command line, `--train.batch-size 8`, removed from the arguments before tyro parses them.
 
-tyro shows them in the help. The values become plain data here and are checked together with the file's by the one
-parse_config, so that a mistake reads the same wherever it was made.
+tyro only shows them in the help. Here they become plain values, merged with those of the file and validated by the same
+parse_config, so that an invalid value gives the same message in either place.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from safelight.trainer.config.toml import Config, Stage, is_switch
 
 
 def _field_type(path: list[str]) -> Any:
-    """Return the annotation of a setting, or None where there is no such one: pydantic names those."""
+    """Return the annotation of a setting, or None if there is no such setting, which pydantic reports later."""
     tables = {field.alias or name: field.annotation for name, field in Config.model_fields.items()}
     table = Stage if path[0] == "stage" else tables.get(path[0])
     names = path[2:] if path[0] == "stage" else path[1:]
@@ -37,7 +37,7 @@ def _number(text: str) -> int | float | str:
 
 
 def _take_value(option: str, annotation: Any, given: str | None, rest: deque[str]) -> Any:
-    """Return an option's value: what stands behind `=`, or the next arguments, which leave `rest`."""
+    """Return an option's value: the text after `=`, or the arguments that follow, which are removed from `rest`."""
     if is_switch(annotation):
         if given is None and rest and not rest[0].startswith("-"):
             given = rest.popleft()
@@ -55,13 +55,13 @@ def _take_value(option: str, annotation: Any, given: str | None, rest: deque[str
 
 
 def _put(settings: dict, path: list[str], value: Any) -> None:
-    """Set a value in nested tables. `stage` is a list of tables, named by number; one past its end adds a stage."""
+    """Set a value in nested tables. `stage` is a list of tables, by number; the next free number adds a stage."""
     where = ".".join(path)
     if path[0] == "stage":
         stages = settings["stage"]
         if len(path) != 3 or not path[1].isdigit() or int(path[1]) > len(stages):
             raise UserError(
-                f"command line: {where}: a stage is named by its number, for example --stage.0.lr 1e-6; "
+                f"command line: {where}: a stage is given by its number, for example --stage.0.lr 1e-6; "
                 f"there are {len(stages)}, and --stage.{len(stages)}.epochs adds one"
             )
         if int(path[1]) == len(stages):
@@ -70,15 +70,15 @@ def _put(settings: dict, path: list[str], value: Any) -> None:
     for name in path[:-1]:
         settings = settings.setdefault(name, {})
         if not isinstance(settings, dict):
-            raise UserError(f"command line: {where} is no setting; {name} is a value, not a table")
+            raise UserError(f"command line: {where} is not a setting; {name} is a value, not a table")
     settings[path[-1]] = value
 
 
 def take_overrides(argv: list[str], settings: dict) -> tuple[list[str], dict]:
-    """Return (the arguments that set nothing, the settings with those that do).
+    """Return (the remaining arguments, the settings with the overrides applied).
 
-    settings: plain values of a config, not changed. Raises ValueError for a setting without a value or an impossible
-    stage; whether names and values are right is parse_config's to say.
+    settings: a config as plain values; a copy is changed. Raises UserError for an option without a value or a stage
+    that cannot exist; parse_config validates names and values.
     """
     settings = {**settings, "stage": [dict(stage) for stage in settings["stage"]]}
     settings = {name: dict(table) if isinstance(table, dict) else table for name, table in settings.items()}

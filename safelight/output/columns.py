@@ -1,4 +1,4 @@
-"""Text in lines that fit the terminal."""
+"""Wraps text to the width of the terminal."""
 
 from __future__ import annotations
 
@@ -6,32 +6,32 @@ import shutil
 import textwrap
 from collections.abc import Mapping
 
-MOST_COLUMNS = 100
+MAX_COLUMNS = 100
 
 
 def _columns() -> int:
-    return min(shutil.get_terminal_size().columns, MOST_COLUMNS)
+    return min(shutil.get_terminal_size().columns, MAX_COLUMNS)
 
 
 def fill(text: str) -> str:
-    """Return a text in lines that fit the terminal."""
+    """Return a text wrapped to the terminal's width, at most MAX_COLUMNS."""
     return textwrap.fill(text, _columns(), break_on_hyphens=False)
 
 
 def wrap_help(text: str) -> str:
-    """Return a help text with its usage and description in lines that fit the terminal, as its boxes do already."""
+    """Return a help text with its usage and description wrapped; its boxes fit already."""
     columns, lines = shutil.get_terminal_size().columns, []
     for line in text.splitlines():
         if len(line) > columns and line[0].isalpha():
             line = fill(line)
-        # an option without a default may end in a line that holds nothing
+        # drop the blank line that may follow an option without a default
         if line.strip("│ ") or not line:
             lines.append(line)
     return "\n".join(lines)
 
 
 def listed(texts: Mapping[str, str]) -> str:
-    """Return names and what they mean in two columns that fit the terminal."""
+    """Return names and their descriptions in two columns, wrapped to the terminal's width."""
     width = max(map(len, texts)) + 4
     return "\n".join(
         textwrap.fill(

@@ -1,4 +1,4 @@
-"""A plan's values under the names that `safelight plan --json` prints: lower case, sizes with their unit."""
+"""Names of a plan's values in `safelight plan --json`: lower case, sizes with their unit."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _NAMES = {
 
 
 def with_json_names(value: object) -> object:
-    """Return plain values with every key as _NAMES has it, or else in lower case with _ for what is no letter or digit."""
+    """Return plain values with keys renamed by _NAMES, or else in lower case with _ for other characters."""
     if isinstance(value, dict):
         names = {key: _NAMES.get(key, re.sub("[^a-z0-9]+", "_", key.lower())) for key in value}
         if len(set(names.values())) < len(names):
-            raise AssertionError(f"{sorted(value)}: two of these have one name as JSON")
+            raise AssertionError(f"{sorted(value)}: two of these get the same name in JSON")
         return {names[key]: with_json_names(item) for key, item in value.items()}
     return [with_json_names(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,4 +1,4 @@
-"""A plan as a table for the terminal: ways to train down, better first, batch sizes across, within 80 columns."""
+"""Prints a memory plan within 80 columns: a row for each way to train, best first, and a column for each batch size."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from safelight.data.text import counted
 from safelight.output.columns import fill
 
 GIB = 2**30
-# columns of a terminal on which a table needs not be narrow
+# terminals with this many columns get wider padding
 WIDE = 100
 
 
@@ -28,13 +28,15 @@ def _cell(way: dict, is_chosen: bool) -> Text:
 
 
 def print_ways(result: dict) -> None:
-    """Print the ways to train, GiB and images/s each, the chosen one marked, and what the chosen one is made of."""
+    """Print GiB and images/s of each way to train, mark the chosen one, and break its memory down."""
     plan, console = result["plan"], Console(highlight=False, emoji=False)
     height, width = plan["latents"]
     budget = plan["budget_bytes"] / GIB
     title = f"{result['base']}, {result['unet_parameters']:,} parameters, {plan['precision']}, {result['optimizer']}"
     console.print(title, style="bold", markup=False, soft_wrap=True)
-    console.print(f"{plan['card']}: {budget:.2f} GiB; latents up to {height} x {width}", markup=False, soft_wrap=True)
+    console.print(
+        f"{plan['card']}: {budget:.2f} GiB available; latents up to {height} x {width}", markup=False, soft_wrap=True
+    )
     ways = plan["ways"]
     sizes = sorted({way["batch_size"] for way in ways})
     table = Table(box=None, pad_edge=False, padding=(0, 1 if console.width < WIDE else 3, 0, 0), header_style="dim")
@@ -48,9 +50,9 @@ def print_ways(result: dict) -> None:
         row = {way["batch_size"]: way for way in ways if _key(way) == key}
         table.add_row(*key, *(_cell(row[size], (*key, size) == place) for size in sizes))
     console.print(table)
-    rates = "GiB of the card, and images/s" if plan["rates_known"] else "GiB of the card"
-    taken = "; > is taken: the first that fits, from above" if chosen else ""
-    print(fill(f"{rates}, estimated; fused: stepped inside backward; x does not fit{taken}."))
+    figures = "GPU memory in GiB and images/s" if plan["rates_known"] else "GPU memory in GiB"
+    choice = "; > is chosen: the first row that fits" if chosen else ""
+    print(fill(f"{figures}, estimated; fused: optimizer step inside backward; x does not fit{choice}."))
     _print_noise(plan, {way["memory"] for way in ways})
     if chosen is None:
         return
@@ -61,14 +63,14 @@ def print_ways(result: dict) -> None:
         parts.add_row(f"  {kind}", f"{size / GIB:.2f}")
     console.print(parts)
     if chosen["others"] > chosen["held"] + chosen["step"]:
-        print("Loading, validation or drawing takes more than a step, even one image at a time.")
+        print("Loading, validation or sampling needs more than a step, even one image at a time.")
     _print_between(chosen["between"])
     _print_graphs(plan, chosen)
     _print_host(plan, chosen["host"])
     if chosen["images_per_s"]:
         images = result["dataset"]["images trained"] if "dataset" in result else 1000
         took = duration(images / chosen["images_per_s"])
-        print(f"{counted(images, 'image')}: about {took} of training; samples and validation come on top.")
+        print(f"{counted(images, 'image')}: about {took} of training, plus samples and validation.")
 
 
 def duration(seconds: float) -> str:
@@ -80,30 +82,30 @@ def duration(seconds: float) -> str:
 
 
 def _print_noise(plan: dict, modes: set[str]) -> None:
-    """Print what stochastic rounding does to a run of this length, of the modes in the table."""
+    """Print the rounding noise of the memory modes in the table, for a run of this length."""
     noise = {mode: ratio for mode, ratio in plan["noise"].items() if mode in modes}
     if not noise:
         return
-    told = ", ".join(f"{mode} {ratio:.2g}" for mode, ratio in noise.items())
+    ratios = ", ".join(f"{mode} {ratio:.2g}" for mode, ratio in noise.items())
     steps = f"{plan['noise_steps']:,}" + (" (assumed)" if plan["noise_steps_assumed"] else "")
-    print(f"Rounding noise against the way the weights go, in {steps} steps:")
-    print(f"  {told}; exact and paged have none.")
+    print(f"Rounding noise relative to the weights' change in {steps} steps:")
+    print(f"  {ratios}; exact and paged have none.")
     if loud := [mode for mode, ratio in noise.items() if ratio > plan["noise_warns_above"]]:
         print(
-            f"  {' and '.join(loud)}: above {plan['noise_warns_above']:g}; take a finer mode, a larger lr or more steps."
+            f"  {' and '.join(loud)}: above {plan['noise_warns_above']:g}; use a finer mode, a larger lr or more steps."
         )
 
 
 def _print_between(between: dict) -> None:
-    told = []
+    batches = []
     if between["validated"]:
-        told.append(f"{counted(between['validated'], 'image')} validated")
+        batches.append(f"{counted(between['validated'], 'image')} validated")
     if between["prompts"]:
         where = {"gpu": "the GPU", "cpu": "the CPU (slower, same values)"}[between["decode_on"]]
-        told.append(f"{counted(between['prompts'], 'prompt')} drawn at a time")
+        batches.append(f"{counted(between['prompts'], 'prompt')} sampled at a time")
         print(f"Samples are decoded on {where}.")
-    if told:
-        print(f"Between steps: {', '.join(told)}: {between['most'] / GIB:.2f} GiB at most.")
+    if batches:
+        print(fill(f"Between steps: {', '.join(batches)}: {between['most'] / GIB:.2f} GiB at most."))
 
 
 def _print_graphs(plan: dict, chosen: dict) -> None:
@@ -112,7 +114,7 @@ def _print_graphs(plan: dict, chosen: dict) -> None:
     else:
         print(
             "Steps are replayed as CUDA graphs"
-            + (", as the rates suppose where those fit." if plan["rates_known"] else ".")
+            + (", which the rates assume wherever graphs fit." if plan["rates_known"] else ".")
         )
 
 
@@ -123,9 +125,9 @@ def _print_host(plan: dict, host: dict) -> None:
         "a checkpoint's snapshot": host["snapshot"],
         "autoencoder": host["autoencoder"],
     }
-    told = ", ".join(f"{name} {size / GIB:.2f}" for name, size in training.items() if size)
-    print(f"Host memory beside Python's own: {sum(training.values()) / GIB:.2f} GiB:")
-    print(f"  {told};")
+    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in training.items() if size)
+    print(f"Host memory in addition to Python's own: {sum(training.values()) / GIB:.2f} GiB:")
+    print(f"  {parts};")
     line = f"  while loading {host['loading'] / GIB:.2f} GiB."
     if plan["host_available_bytes"] is not None:
         line += f" {plan['host_available_bytes'] / GIB:.2f} GiB are available here."
@@ -134,4 +136,4 @@ def _print_host(plan: dict, host: dict) -> None:
         plan["host_available_bytes"] is not None
         and max(host["loading"], sum(training.values())) > plan["host_available_bytes"]
     ):
-        print("  That is more than there is: this run may be killed, or swap.")
+        print("  That is more than is available: the run may be killed, or swap.")

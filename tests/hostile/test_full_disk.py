@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from safelight import library_log
 from safelight.__main__ import quiet_libraries
 from safelight.data.manifest import read_manifest
 from safelight.data.shards import Cache
@@ -82,8 +83,8 @@ def place(photos, tmp_path, call) -> Path:
 
 
 FULL = (
-    "; free some disk and run it again: what was saved before is whole",
-    "free some disk, or delete the dataset's cache",
+    "; free some disk space and run it again: everything saved before is intact",
+    "free some disk space, or delete the dataset's cache",
 )
 
 
@@ -172,6 +173,10 @@ def test_tensorboard_on_a_full_disk_is_no_traceback(place, monkeypatch, capsys):
 
     monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
     quiet_libraries()
-    with files_up_to(2_500), pytest.raises(OSError, match="File too large"):
-        log_much()
+    try:
+        with files_up_to(2_500), pytest.raises(OSError, match="File too large"):
+            log_much()
+        assert any("File too large" in line for line in library_log.lines())
+    finally:
+        library_log.release()
     assert capsys.readouterr().err == ""

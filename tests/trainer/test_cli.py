@@ -1,4 +1,4 @@
-"""The whole way by its commands, what they print, and a process of its own."""
+"""A run from `init` to `report` by commands alone, their output, and training in a separate process."""
 
 import json
 import os
@@ -29,7 +29,7 @@ SMALL = (
 
 @dataclass
 class Journey:
-    """The folder of a run made by commands alone, and what each of them printed."""
+    """The folder of a run made by commands alone, and the output of each command."""
 
     root: Path
     called: dict[str, Called]
@@ -95,28 +95,31 @@ def test_init_leaves_a_file_that_is_there_alone(tmp_path):
     path.write_text("mine")
     refused = call("init", "tiny", "-o", path)
     assert refused.status == 2
-    assert refused.err == f"safelight init: {path} exists already; name another with -o, or add --force\n"
+    assert (
+        refused.err
+        == f"safelight init: {path} already exists; choose another file with -o, or add --force to overwrite it\n"
+    )
     assert path.read_text() == "mine"
     assert call("init", "sd15", "-o", path, "--force").status == 0
     assert load_config(path) == preset("sd15")
 
 
 def test_prepare_counts_and_names_what_it_left_out(journey):
-    told = json.loads(journey.called["prepare"].out)
-    assert (told["photos"], told["duplicates"], told["copied"]) == (24, 1, 24)
-    assert [Path(row["path"]).name for row in told["rejected"]] == ["again.png", "broken.png"]
+    printed = json.loads(journey.called["prepare"].out)
+    assert (printed["photos"], printed["duplicates"], printed["copied"]) == (24, 1, 24)
+    assert [Path(row["path"]).name for row in printed["rejected"]] == ["again.png", "broken.png"]
     again = journey.called["prepare again"]
     assert again.out.startswith(f"24 photographs in {journey.root / 'dataset'} (24 copied unchanged, 0 shrunk, ")
     assert f"left out {journey.root / 'photos' / 'broken.png'}: " in again.err
 
 
 def test_cache_makes_what_is_missing_once(journey):
-    told = json.loads(journey.called["cache"].out)
-    assert told["made"] == told["rows"] > 24
-    assert sum(row["num_train"] for row in told["buckets"]) == 21
-    assert sum(row["num_validation"] for row in told["buckets"]) == 3
-    assert f"0 rows made, {told['rows']} in the cache" in journey.called["cache again"].out
-    row = next(row for row in told["buckets"] if (row["width"], row["height"]) == (64, 64))
+    printed = json.loads(journey.called["cache"].out)
+    assert printed["made"] == printed["rows"] > 24
+    assert sum(row["num_train"] for row in printed["buckets"]) == 21
+    assert sum(row["num_validation"] for row in printed["buckets"]) == 3
+    assert f"0 rows encoded, {printed['rows']} in the cache" in journey.called["cache again"].out
+    row = next(row for row in printed["buckets"] if (row["width"], row["height"]) == (64, 64))
     line = next(line for line in journey.called["cache again"].out.splitlines() if line.startswith("64 x 64"))
     assert line.split()[-2:] == [str(row["num_train"]), str(row["num_validation"])]
 
@@ -129,9 +132,9 @@ def test_names_in_json_are_lower_case(journey, command):
 
 
 def test_plan_knows_the_dataset(journey):
-    told = json.loads(journey.called["plan"].out)
-    assert told["dataset"]["photographs"] == 24
-    assert told["bytes"]["weights"] == 4 * told["unet_parameters"]
+    printed = json.loads(journey.called["plan"].out)
+    assert printed["dataset"]["photographs"] == 24
+    assert printed["bytes"]["weights"] == 4 * printed["unet_parameters"]
 
 
 def test_train_leaves_a_whole_run(journey):
@@ -143,9 +146,9 @@ def test_train_leaves_a_whole_run(journey):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["kind"] == "train"] == [2, 4, 5]
     assert {row["step"] for row in rows if row["kind"] == "validation"} == {0, NUM_STEPS}
-    told = [line for line in journey.called["train"].err.splitlines() if "held-out loss" in line]
+    lines = [line for line in journey.called["train"].err.splitlines() if "held-out loss" in line]
     losses = [f"{row['loss']:.4f}" for row in rows if row["kind"] == "validation"]
-    assert [re.findall(r"held-out loss ([\d.]+).*photographs ([\d.]+)$", line) for line in told] == [
+    assert [re.findall(r"held-out loss ([\d.]+).*photographs ([\d.]+)$", line) for line in lines] == [
         [(losses[0], losses[1])],
         [(losses[2], losses[3])],
     ]
@@ -163,7 +166,7 @@ def test_train_leaves_a_whole_run(journey):
 
 
 def test_each_command_says_what_comes_next(journey):
-    def said(name: str) -> str:
+    def output_of(name: str) -> str:
         return journey.called[name].out + journey.called[name].err
 
     run = journey.run
@@ -176,8 +179,8 @@ def test_each_command_says_what_comes_next(journey):
         "export folder": f"next: in Python: DiffusionPipeline.from_pretrained('{journey.root / 'mine'}')",
         "report": "next: open it in a browser",
     }.items():
-        assert words in said(name), name
-    # what a program would read holds no advice
+        assert words in output_of(name), name
+    # advice goes to stderr: other programs read stdout
     assert journey.called["report"].out == f"{run / 'report.html'}\n"
     train = journey.called["train"].out.splitlines()[0]
     (best,) = re.findall(r"best held-out loss ([\d.]+) at step \d+$", train)
@@ -202,7 +205,7 @@ def test_captions_without_a_photograph_and_captions_all_the_same(tmp_path, tiny_
     assert "note: the file names of 3 photographs give them all this caption; to caption" in told.err
 
 
-def test_sample_draws_the_same_image_for_the_same_seed(journey):
+def test_sample_gives_the_same_image_for_the_same_seed(journey):
     files = [Path(line) for line in journey.called["sample"].out.splitlines()]
     assert [path.parent for path in files] == [journey.run / "images"] * 2
     circle, star = (Image.open(path) for path in files)
@@ -211,7 +214,7 @@ def test_sample_draws_the_same_image_for_the_same_seed(journey):
     again = journey.called["sample again"].out.splitlines()
     assert [Path(path).parent for path in again] == [journey.root / "again"] * 2
     assert [Image.open(path).tobytes() for path in again] == [circle.tobytes(), star.tobytes()]
-    # drawn by itself it has the same noise, and only the rounding of another batch size
+    # the noise of an image does not depend on the batch; its rounding may
     (alone,) = journey.called["sample alone"].out.splitlines()
     assert np.abs(np.int16(Image.open(alone)) - np.int16(circle)).max() <= 2
     assert np.abs(np.int16(star) - np.int16(circle)).max() > 20
@@ -233,7 +236,7 @@ def test_sample_draws_the_same_image_for_the_same_seed(journey):
         ("--cfg nan", "cfg = nan: "),
     ],
 )
-def test_sample_refuses_what_cannot_be_drawn(journey, words, expected):
+def test_sample_refuses_invalid_settings(journey, words, expected):
     refused = call("sample", journey.run, "--prompt", "x", *words.split())
     assert refused.status == 2
     assert refused.err.startswith("safelight sample: ")
@@ -241,7 +244,7 @@ def test_sample_refuses_what_cannot_be_drawn(journey, words, expected):
     assert refused.err.count("\n") == 1
 
 
-def test_compare_draws_pairs_of_the_same_noise(journey):
+def test_compare_samples_pairs_from_the_same_noise(journey):
     folder = journey.run / "compare"
     index = json.loads((folder / "index.json").read_text())
     assert (index["step"], index["base"], len(index["pairs"])) == (NUM_STEPS, "tiny", 2)
@@ -283,7 +286,8 @@ def test_train_into_a_run_that_is_there_is_refused(journey):
     refused = call("train", journey.run / "config.toml")
     assert refused.status == 2
     assert refused.err == (
-        f"safelight train: {journey.run} already holds a run (at step {NUM_STEPS}); add --resume, or name another --run.dir\n"
+        f"safelight train: {journey.run} already holds a run (at step {NUM_STEPS}); "
+        "add --resume, or name another --run.dir\n"
     )
     assert (journey.run / "metrics.jsonl").read_bytes() == before
 
@@ -298,7 +302,7 @@ OWN_LINES = [
     r"resumed at step \d+, epoch \d+",
     r"",
     r"stopping after this step; press Ctrl-C again to leave at once",
-    r"saved at step \d+; go on with: safelight train .*/config.toml --resume",
+    r"saved at step \d+; continue with: safelight train .*/config.toml --resume",
 ]
 
 
@@ -307,7 +311,7 @@ def foreign_lines(text: str) -> list[str]:
 
 
 def start(*argv: object) -> subprocess.Popen:
-    """Start a command as a user would, with nothing silenced from outside."""
+    """Start a command as a user would, without environment variables that silence libraries."""
     quieting = ("TQDM", "TRANSFORMERS", "DIFFUSERS", "HF_", "TF_", "TORCH_", "PYTHONWARNINGS", "PYTEST")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(quieting)}
     return subprocess.Popen(
@@ -319,7 +323,7 @@ def start(*argv: object) -> subprocess.Popen:
     )
 
 
-def test_ctrl_c_saves_resume_completes_and_no_library_says_a_word(journey):
+def test_ctrl_c_saves_resume_completes_and_libraries_print_nothing(journey):
     run = journey.root / "interrupted"
     options = ["--run.dir", run, "--data.path", journey.root / "dataset", "--model.precision", "bf16"]
     quick = "--sample.every-epochs 0 --validate.every-epochs 0 --save.every-epochs 0 --log.every-steps 1".split()
@@ -337,7 +341,9 @@ def test_ctrl_c_saves_resume_completes_and_no_library_says_a_word(journey):
     assert out == ""
     (step,) = list_checkpoints(run)
     assert 0 < step < 40
-    assert err.splitlines()[-1] == f"saved at step {step}; go on with: safelight train {run / 'config.toml'} --resume"
+    assert (
+        err.splitlines()[-1] == f"saved at step {step}; continue with: safelight train {run / 'config.toml'} --resume"
+    )
 
     more = step + 2
     process = start("train", run / "config.toml", "--resume", "--train.max-steps", more)
@@ -350,8 +356,8 @@ def test_ctrl_c_saves_resume_completes_and_no_library_says_a_word(journey):
     assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, more + 1))
 
 
-def test_a_run_that_was_moved_and_is_named_from_elsewhere_goes_on(journey, tmp_path, monkeypatch):
-    """Its folder is where its config lies, not where that says it was."""
+def test_a_moved_run_resumes_from_another_folder(journey, tmp_path, monkeypatch):
+    """A run's folder is the one that holds its config.toml, whatever run.dir in it says."""
     moved = shutil.copytree(journey.run, tmp_path / "moved")
     step = list_checkpoints(moved)[-1]
     monkeypatch.chdir(tmp_path)

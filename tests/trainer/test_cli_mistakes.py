@@ -1,4 +1,4 @@
-"""Mistakes on the command line: each is one readable line, and what is our own failure keeps its traceback."""
+"""Errors that users make on the command line are one readable line each. Bugs: tests/test_bug_report.py."""
 
 import errno
 import os
@@ -11,25 +11,27 @@ from safelight.__main__ import COMMANDS, main
 from tests.called import call
 
 
-def test_an_unknown_command_is_told_with_the_nearest():
-    assert call("trian").err == "safelight: 'trian' is no command; did you mean train?\n"
+def test_an_unknown_command_gets_a_suggestion():
+    assert call("trian").err == "safelight: 'trian' is not a command; did you mean train?\n"
     assert call("trian").status == 2
-    assert call("xyz").err == "safelight: 'xyz' is no command; see safelight --help\n"
+    assert call("xyz").err == "safelight: 'xyz' is not a command; see safelight --help\n"
 
 
 @pytest.mark.parametrize("command", ["train", "plan", "cache"])
-def test_the_config_is_asked_for(command, tmp_path):
+def test_the_settings_file_is_required(command, tmp_path):
     for words in ([], ["--train.max-steps", "3"]):
-        asked = call(command, *words)
-        assert asked.status == 2
-        assert asked.err.startswith(f"safelight {command}: the config comes first: safelight {command} run.toml")
+        refused = call(command, *words)
+        assert refused.status == 2
+        assert refused.err.startswith(
+            f"safelight {command}: give the settings file first: safelight {command} run.toml"
+        )
     missing = call(command, tmp_path / "none.toml")
     assert missing.status == 2
     assert missing.err.startswith(f"safelight {command}: {tmp_path / 'none.toml'} does not exist; write one with")
 
 
 @pytest.mark.parametrize("command", ["sample", "compare", "export", "report"])
-def test_a_folder_that_is_no_run_is_one_line(command, tmp_path):
+def test_a_folder_that_is_not_a_run_is_one_line(command, tmp_path):
     others = {"sample": ["--prompt", "x"], "export": ["-o", tmp_path / "out"]}
     refused = call(command, tmp_path / "none", *others.get(command, []))
     assert refused.status == 2
@@ -39,10 +41,10 @@ def test_a_folder_that_is_no_run_is_one_line(command, tmp_path):
 
 
 def test_prepare_without_photos_says_so(tmp_path):
-    asked = call("prepare")
-    assert (asked.status, asked.err) == (
+    refused = call("prepare")
+    assert (refused.status, refused.err) == (
         2,
-        "safelight prepare: no photos given; name one or more folders of photos, or files\n",
+        "safelight prepare: no photos given; give one or more folders of photos, or files\n",
     )
     (tmp_path / "empty").mkdir()
     empty = call("prepare", tmp_path / "empty", "-o", tmp_path / "dataset")
@@ -62,26 +64,26 @@ def test_a_dataset_that_was_not_prepared_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         ("prepare photos --qualty 3", "Unrecognized options: --qualty, 3; Perhaps you meant: --quality INT"),
         ("prepare photos --quality", "Missing value for argument '--quality'. Expected 1 values"),
         ("prepare photos --quality 1.5", "Error parsing --quality: invalid literal for int() with base 10: '1.5'"),
         ("sample runs/x", "missing: --prompt TEXT [TEXT ...]"),
-        ("init", "name a preset: tiny, sd15, sd21, everydream2"),
+        ("init", "give a preset: tiny, sd15, sd21, everydream2"),
         ("report", "missing: RUN"),
         ("export runs/x", "missing: -o FILE, --out FILE"),
         ("bench step --repeat 3", "Unrecognized options: --repeat, 3; Perhaps you meant: --repeats INT"),
     ],
 )
-def test_a_mistake_in_options_is_one_line_with_a_hint(words, told):
-    """tyro says it in a box; here every mistake reads alike."""
+def test_a_mistake_in_options_is_one_line_with_a_hint(words, message):
+    """tyro draws a box; our line has the same form as for every other error."""
     refused = call(*words.split())
     command = words.split()[0]
     page = "bench step" if command == "bench" else command
     assert refused.status == 2
     assert refused.out == ""
-    assert refused.err == f"safelight {command}: {told}; see safelight {page} --help\n"
+    assert refused.err == f"safelight {command}: {message}; see safelight {page} --help\n"
 
 
 def test_the_developer_can_have_the_traceback(monkeypatch):
@@ -96,7 +98,7 @@ def test_a_reader_that_goes_away_is_no_error(words, tmp_path):
     read_end, write_end = os.pipe()
     os.close(read_end)
     command = [sys.executable, "-m", "safelight", *words.split()]
-    # with a buffer, as at home, the pipe is met only when that is flushed
+    # buffered, as usual: the pipe is only noticed when the buffer is flushed
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     result = subprocess.run(
         [*command, tmp_path / "run.toml"] if words.endswith("-o") else command,
@@ -122,17 +124,6 @@ def test_a_full_disk_is_one_line(monkeypatch, tmp_path):
     assert refused.err.startswith("safelight init: ")
     assert "No space left on device" in refused.err
     assert refused.err.count("\n") == 1
-
-
-def test_a_failure_of_our_own_keeps_its_traceback(monkeypatch):
-    import safelight.trainer.config.presets as presets
-
-    def broken(name):
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(presets, "preset", broken)
-    with pytest.raises(ZeroDivisionError):
-        main(["init", "tiny"])
 
 
 def test_every_command_has_its_function():

@@ -48,7 +48,7 @@ def test_asked_once_it_saves_and_goes_on(run, job, tmp_path):
     assert 2 < step < 6
     check_files(folder_of(tmp_path / "run", step))
     said = (tmp_path / "log").read_text().splitlines()
-    assert said[-1] == f"saved at step {step}; go on with: safelight train {tmp_path}/run/config.toml --resume"
+    assert said[-1] == f"saved at step {step}; continue with: safelight train {tmp_path}/run/config.toml --resume"
     assert run(**job(step_s=0, once="run.toml")) == 0
     assert list_checkpoints(tmp_path / "run")[-1] == 6
     assert steps_logged(tmp_path / "run") == list(range(1, 7))

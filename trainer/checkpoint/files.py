@@ -214,7 +214,7 @@ class _OtherFormat(Exception):
 
 
 def read_record(folder: Path) -> dict:
-    """Return a checkpoint's state.json. Raises ValueError for a damaged one and one of another version."""
+    """Return a checkpoint's state.json. Raises UserError for a damaged one and one of another version."""
     try:
         return _record(folder)
     except _OtherFormat as other:
@@ -232,7 +232,7 @@ def read_identity(run_dir: Path, step: int) -> tuple[Identity, int]:
 
 
 def check_files(folder: Path) -> dict:
-    """Return a checkpoint's record after checking every checksum. Raises ValueError naming a damaged file."""
+    """Return a checkpoint's record after checking every checksum. Raises UserError naming a damaged file."""
     record = read_record(folder)
     flaw = _flaw(folder)
     if flaw:
@@ -249,7 +249,7 @@ def load_checkpoint(run_dir: Path, step: int, unet: nn.Module) -> tuple[dict[str
 
 
 def load_unet_weights(folder: Path, unet: nn.Module) -> None:
-    """Load a checkpoint's UNet weights into a UNet. Raises ValueError if it has another architecture."""
+    """Load a checkpoint's UNet weights into a UNet. Raises UserError if it has another architecture."""
     weights: dict[str, Tensor] = {}
     for path in sorted((folder / "unet").glob("*.safetensors")):
         weights.update(load_file(path))

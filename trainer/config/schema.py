@@ -1,7 +1,6 @@
-"""The tables of a run's settings, one pydantic model: names, kinds, defaults, and what each is for.
+"""The settings of a run as pydantic models: names, types, defaults and documentation.
 
-Every field carries its documentation as the docstring below it; `safelight init` writes those as comments, and the
-command line shows them as help.
+The docstring below a field is its documentation: `safelight init` writes it as a comment, and --help shows it.
 """
 
 from __future__ import annotations
@@ -19,17 +18,17 @@ Count = Annotated[int, Field(ge=0)]
 LearningRate = Annotated[float, Field(gt=0, le=1)]
 Schedule = Literal["constant", "linear", "cosine"]
 AVERAGE_OF_PAGED = (
-    "train.ema_decay reads the weights' remainders on the device at every step, and optimizer.memory paged keeps them in "
-    "host memory; set train.ema_decay to 0, or optimizer.memory to exact"
+    "train.ema_decay does not work with optimizer.memory paged: the average is updated on the GPU at every step, from "
+    "weights whose low bits paged keeps in host memory; set train.ema_decay to 0, or optimizer.memory to exact"
 )
-# marks a stage's value that falls back to the run's, for the help
+# help for a stage's value that is inherited from the run unless set
 INHERITED = tyro.conf.arg(
     help_behavior_hint=lambda value: "(default: as outside the stage)" if value == "None" else f"(default: {value})"
 )
 
 
 def is_switch(annotation: object) -> bool:
-    """Return whether a setting of this type may be true or false."""
+    """Return whether a setting of this type accepts true and false."""
     return annotation is bool or any(part is True for part in get_args(annotation))
 
 
@@ -43,98 +42,107 @@ class Section(BaseModel):
     def _no_boolean_for_a_number(cls, value, info: ValidationInfo):
         # Python counts true as 1, and so does pydantic
         if isinstance(value, bool) and not is_switch(cls.model_fields[info.field_name].annotation):
-            raise UserError("true and false are no value here")
+            # pydantic turns it into its own error, with the setting's name
+            raise ValueError("expected a number or text, got a boolean")
         return value
 
 
 class Run(Section):
-    """Where the run is kept and what makes it repeatable."""
+    """Where the run is stored, and what makes it reproducible."""
 
     dir: str = "runs/run"
-    """Folder of the run: configuration, metrics, checkpoints, samples, report."""
+    """Run folder: settings, metrics, checkpoints, samples, report."""
     seed: Annotated[int, Field(ge=0, lt=1 << 64)] = 20230801
-    """Every random draw of the run is a function of this number."""
+    """Seed of all random numbers in the run."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to train; auto takes the GPU if there is one."""
+    """Device to train on. auto: the GPU if there is one, else the CPU."""
     deterministic: bool = False
-    """On a GPU, only operators that give the same bits every time, so that resuming is bit for bit; slower. A CPU always does."""
+    """On a GPU, use only deterministic operators, so that a resumed run gives the same bits as one that never stopped;
+    slower. A CPU always does."""
 
 
 class Model(Section):
-    """What is fine-tuned."""
+    """The model to fine-tune."""
 
     base: str = "tiny"
-    """`tiny` (embedded), a diffusers folder, a hub id, an SD 1.x or 2.x .safetensors file, or `random:NAME` (untrained)."""
+    """`tiny` (built in), a diffusers folder, a Hugging Face hub id, an SD 1.x or 2.x .safetensors file, or
+    `random:NAME` (untrained)."""
     config: str = ""
-    """Folder or hub id with a single file's configs, tokenizer, scheduler and the parts it lacks; empty: SD 1.5's."""
+    """For a base that is a single file: folder or hub id with its configs, tokenizer, scheduler and missing parts.
+    Empty: those of SD 1.5."""
     vae: str = ""
-    """Another autoencoder for the base's: a folder (AutoencoderKL or AutoencoderTiny), or a .safetensors file of its size."""
+    """Replaces the base's autoencoder: a folder (AutoencoderKL or AutoencoderTiny), or a .safetensors file of the same
+    size."""
     tokenizer: str = ""
-    """Another CLIP tokenizer folder; needs a text encoder of its vocabulary, so only with a `random:` base."""
+    """Replaces the CLIP tokenizer: a folder. Only for `random:` bases, since a trained text encoder needs its own
+    vocabulary."""
     clip_skip: Annotated[int, Field(ge=0, le=11)] = 0
-    """Text-encoder layers to leave out at the end, as diffusers counts; 0 takes the last, which others call clip skip 1."""
+    """Text-encoder layers to skip at the end, counted as in diffusers. 0 uses the last layer, which other tools call
+    clip skip 1."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Weights and arithmetic of the UNet. optimizer.memory completes 16-bit weights to fp32. auto: bf16 or fp16 on a GPU, fp32 on a CPU."""
+    """Dtype of the UNet's weights and arithmetic. With 16 bits, optimizer.memory decides how much of fp32 is kept.
+    auto: bf16 on a GPU that supports it, else fp16; fp32 on a CPU."""
     attention: Literal["auto", "xformers", "sdpa", "flash", "cudnn", "efficient", "math"] = "auto"
-    """Attention's backend. auto: the fastest that a probe finds to work; xformers or sdpa: the fastest of theirs; or one of
-    sdpa's by name."""
+    """Attention backend. auto: the fastest one that works on this device; xformers, sdpa: the fastest of that library;
+    others: a single sdpa backend."""
 
 
 class Data(Section):
-    """What it is trained on, and how photographs become batches."""
+    """The dataset, and how photographs become training samples."""
 
     path: str = "datasets/photos"
     """Folder written by `safelight prepare`."""
     resolution: Annotated[int, Field(ge=16, le=4096)] = 512
-    """Pixel budget: buckets hold at most resolution x resolution pixels."""
+    """Image size: every aspect-ratio bucket has at most resolution x resolution pixels."""
     max_aspect: Annotated[float, Field(ge=1, le=16)] = 4.0
-    """Widest bucket, long side over short side."""
+    """Largest aspect ratio of a bucket, long side to short side."""
     validation_fraction: Fraction = 0.1
-    """Share of the photographs held out of training."""
+    """Fraction of the photographs held out for validation."""
     variants: Annotated[int, Field(ge=1, le=64)] = 1
-    """Cached crops a photograph: the plain centre crop, and variants - 1 jittered and flipped ones."""
+    """Crops cached for each photograph: the center crop, and variants - 1 jittered and flipped ones."""
     crop_jitter: Annotated[float, Field(ge=0, lt=0.5)] = 0.02
-    """Most that a jittered variant trims, as a fraction of the crop."""
+    """Jittered crops are smaller by up to this fraction of their side."""
     flip_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Chance that a variant is mirrored."""
+    """Probability that a variant is mirrored."""
     caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.04
-    """Chance that a sample is trained with the empty caption, which classifier-free guidance needs."""
+    """Probability of replacing a caption by the empty one, which classifier-free guidance requires."""
     caption_suffix: str = ""
-    """Text appended to every caption."""
+    """Text appended to every caption, without a separator."""
     cache_dtype: Literal["float16", "float32"] = "float16"
-    """Storage of latents and text embeddings."""
+    """Dtype of cached latents and text embeddings."""
 
 
 class Train(Section):
-    """The loop."""
+    """The training loop."""
 
     batch_size: Positive = 4
-    """Images a micro-step."""
+    """Images per micro-step."""
     accumulate: Positive = 1
-    """Micro-steps an optimizer step."""
+    """Micro-steps per optimizer step (gradient accumulation)."""
     accumulate_dtype: Literal["auto", "fp32"] = "auto"
-    """What the gradients of several micro-steps are added up in: fp32, 4 bytes a parameter; auto, as the weights are: 2 bytes
-    for 16-bit ones, whose sums are then rounded at every micro-step."""
+    """Dtype in which gradients accumulate over micro-steps. fp32: 4 bytes per parameter. auto: the dtype of the
+    weights; with 16 bits that is 2 bytes, and the sum is rounded at every micro-step."""
     epochs: Positive = 30
-    """Passes over the photographs, if there are no [[stage]] tables."""
+    """Passes over the photographs; unused if there are [[stage]] tables."""
     max_steps: Count = 0
-    """Stop after this many optimizer steps; 0: no limit."""
+    """Stop after this many optimizer steps. 0: no limit."""
     kernels: Literal["auto", "on", "off"] = "auto"
-    """Our kernels in the UNet; runs with and without them resume from each other. auto: on a GPU."""
+    """Use Safelight's fused kernels in the UNet. auto: on a GPU. A run may switch when it resumes."""
     checkpointing: Literal["auto", "none", "selective", "full", "offload"] = "none"
-    """Recompute activations in backward: selective what costs little, full for about a quarter more work, offload as full,
-    what it keeps in pinned host memory. auto: on a GPU the first of none, selective, full, offload that `safelight plan`
-    finds to fit; on a CPU none."""
+    """Activation checkpointing. selective: recompute only what is cheap; full: recompute every block, about a quarter
+    more work; offload: like full, with the checkpoints in pinned host memory. auto: on a GPU the first of none,
+    selective, full, offload that fits according to `safelight plan`; on a CPU none."""
     cuda_graphs: Literal["auto", "on", "off"] = "auto"
-    """Record a step once for each shape of batch and replay it by one call of the host; an epoch then meets the batches of a
-    bucket one after another. auto: on a GPU where they fit; the log says why not."""
+    """Capture a step as a CUDA graph once per batch shape and replay it. Batches of one bucket then follow each other
+    within an epoch. auto: on a GPU if the graphs fit; the log gives the reason if not."""
     cudnn_benchmark: bool = False
-    """On a GPU let cuDNN time its convolutions at the first batch of each shape and keep the fastest. It takes seconds a shape,
-    and the fastest may take memory that `safelight plan` does not count."""
+    """On a GPU, let cuDNN time its convolution algorithms on the first batch of each shape and keep the fastest. Takes
+    seconds per shape, and the fastest may need memory that `safelight plan` does not include."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
-    """Clip the gradients' global norm; 0: never."""
+    """Clip the global norm of the gradients to this. 0: no clipping."""
     ema_decay: Fraction = 0.0
-    """Keep a moving average of the weights, which validation, samples and export then use; 0.999 is usual, 0: none."""
+    """Keep an exponential moving average of the weights, used for validation, samples and export. 0.999 is usual; 0:
+    none."""
 
 
 class Optimizer(Section):
@@ -176,30 +184,32 @@ class Optimizer(Section):
 
     @property
     def is_fused(self) -> bool:
-        """Whether steps are taken inside backward. An `auto` that no plan has settled (trainer/memory_plan/resolve_auto.py) is the better choice."""
+        """Whether steps are taken inside backward. An `auto` that no plan has settled
+        (trainer/memory_plan/resolve_auto.py) is the better choice."""
         return self.fused_choices()[0]
 
     def clipping_mode(self) -> str:
-        """Return what clipping comes to: global, lagged or per-tensor. Raises ValueError where it does not fit."""
+        """Return what clipping comes to: global, lagged or per-tensor. Raises UserError where it does not fit."""
         if self.clipping == "auto":
             return "lagged" if self.is_fused else "global"
         if self.is_fused == (self.clipping == "global"):
             state, use = ("true", "lagged or per-tensor") if self.is_fused else ("false", "global")
             raise UserError(
-                f"optimizer.clipping {self.clipping} does not go with optimizer.fused_backward {state}; use auto or {use}"
+                f"optimizer.clipping {self.clipping} does not go with optimizer.fused_backward {state}; "
+                f"use auto or {use}"
             )
         return self.clipping
 
 
 class Memory(Section):
-    """What a run may take of a GPU."""
+    """Limits on GPU memory."""
 
     limit_gib: Annotated[float, Field(ge=0)] = 0.0
-    """Never more than this, CUDA's context included: a step that needs more fails rather than spill. 0: no limit."""
+    """GPU memory the run may use, in GiB, including the CUDA context. A step that needs more fails. 0: no limit."""
 
 
 class Stage(Section):
-    """A stretch of training with its own values; what is not given comes from [train] and [optimizer]."""
+    """A stage of training. Values that are not set come from [train] and [optimizer]."""
 
     epochs: Positive
     """Passes over the photographs."""
@@ -208,15 +218,15 @@ class Stage(Section):
     schedule: Annotated[Schedule | None, INHERITED] = None
     """constant, linear or cosine."""
     warmup_steps: Annotated[Count | None, INHERITED] = None
-    """Warm-up of this stage."""
+    """Warm-up steps at the start of this stage."""
     weight_decay: Annotated[Annotated[float, Field(ge=0, lt=1)] | None, INHERITED] = None
     """Weight decay of this stage."""
     max_grad_norm: Annotated[Annotated[float, Field(ge=0)] | None, INHERITED] = None
-    """Clipping of this stage."""
+    """Gradient clipping of this stage."""
     batch_size: Annotated[Positive | None, INHERITED] = None
-    """Images a micro-step in this stage."""
+    """Images per micro-step in this stage."""
     accumulate: Annotated[Positive | None, INHERITED] = None
-    """Micro-steps an optimizer step in this stage."""
+    """Micro-steps per optimizer step in this stage."""
 
 
 class Loss(Section):
@@ -233,65 +243,65 @@ class Loss(Section):
 
 
 class Validate(Section):
-    """Loss on held-out photographs and on as many of the training set, with fixed noise."""
+    """Validation: the loss on held-out photographs and on equally many training photographs, with fixed noise."""
 
     every_epochs: Count = 1
-    """0: never. Step 0 and the end are always measured otherwise."""
+    """Validate every this many epochs, and at step 0 and the end. 0: never."""
     timesteps: Annotated[int, Field(ge=1, le=64)] = 4
-    """Timesteps an image, one from each of as many equal bands."""
+    """Timesteps per image, one from each of this many equal ranges."""
     batch_size: Positive = 8
     """Images at a time; does not change the noise."""
     max_images: Positive = 64
-    """Most images of either set."""
+    """Largest number of images from either set."""
 
 
 class Sample(Section):
-    """Images from fixed prompts and fixed noise during the run."""
+    """Sample images during the run, from fixed prompts and fixed noise."""
 
     prompts: list[str] = []
-    """Empty: captions of the first validation photographs."""
+    """Prompts to sample. Empty: captions of the first validation photographs."""
     num_prompts: Annotated[int, Field(ge=1, le=64)] = 5
-    """How many validation captions to take where prompts is empty."""
+    """Number of validation captions to use if prompts is empty."""
     every_epochs: Count = 5
-    """0: never. The base (step 0) and the end are sampled otherwise."""
+    """Sample every this many epochs, and at step 0 (the base) and the end. 0: never."""
     sampler: Literal["ddim", "dpm++", "euler"] = "dpm++"
-    """How to denoise; dpm++ (2M) needs the fewest steps."""
+    """Sampling algorithm. dpm++ (2M) needs the fewest steps."""
     steps: Annotated[int, Field(ge=1, le=1000)] = 25
-    """Denoising steps."""
+    """Number of denoising steps."""
     cfg: Annotated[float, Field(ge=0, le=100)] = 7.0
-    """Classifier-free guidance scale; 1: none."""
+    """Classifier-free guidance scale. 1 turns it off."""
     negative_prompt: str = ""
-    """What guidance points away from."""
+    """Text that guidance steers away from."""
     width: Count = 0
-    """In px; 0: the resolution."""
+    """Image width in pixels. 0: data.resolution."""
     height: Count = 0
-    """In px; 0: the resolution."""
+    """Image height in pixels. 0: data.resolution."""
 
 
 class Save(Section):
-    """Checkpoints, each enough to go on bit for bit."""
+    """Checkpoints. A run resumed from one continues bit for bit."""
 
     every_epochs: Count = 1
-    """0: not by epochs."""
+    """Save every this many epochs. 0: not by epochs."""
     every_steps: Count = 0
-    """0: not by steps."""
+    """Save every this many optimizer steps. 0: not by steps."""
     keep: Positive = 2
-    """The last so many are kept, and the best by validation loss."""
+    """Number of latest checkpoints to keep, besides the one with the best validation loss."""
 
 
 class Log(Section):
-    """What is written while training."""
+    """Training logs."""
 
     every_steps: Positive = 10
-    """Optimizer steps between lines of metrics.jsonl, each the mean over them."""
+    """Write a line to metrics.jsonl every this many optimizer steps; each holds the mean over them."""
     tensorboard: bool = True
     """Also write TensorBoard event files."""
 
 
 class Config(Section):
-    """Everything a run is: with the same dataset and code, the same config gives the same weights.
+    """All settings of a run. The same config, dataset and code give the same weights.
 
-    The table [validate] is the attribute `validate_`, since pydantic's BaseModel owns the name `validate`.
+    The table [validate] is the attribute `validate_`, because pydantic's BaseModel defines `validate`.
     """
 
     run: Run = Run()
@@ -312,13 +322,14 @@ class Config(Section):
     )
 
     def stages(self) -> list[ResolvedStage]:
-        """Return the stages with every value filled in; one made of [train] and [optimizer] if none is given."""
+        """Return the stages with inherited values filled in; a single one from [train] and [optimizer] if none is
+        given."""
         given = self.stage or [Stage(epochs=self.train.epochs)]
         return [ResolvedStage(self, stage) for stage in given]
 
 
 class ResolvedStage:
-    """A stage's values, its own or the config's."""
+    """A stage with inherited values filled in."""
 
     def __init__(self, config: Config, stage: Stage):
         def own(name: str, table: Section):

@@ -1,7 +1,4 @@
-"""Stages, epochs and steps of a run, known before it starts.
-
-The learning rate of every step. Free of torch: the report draws it as well.
-"""
+"""Stages, epochs, steps and learning rates of a run, all known before it starts. Needs no torch, for the report."""
 
 from __future__ import annotations
 
@@ -12,15 +9,14 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from safelight.errors import UserError
 from safelight.trainer.config.toml import Config, ResolvedStage
 
 
 def learning_rate(schedule: str, peak: float, step: int, num_steps: int, warmup_steps: int) -> float:
     """Return the learning rate of optimizer step `step` (0-based) of a stage of num_steps.
 
-    Warm-up rises linearly and reaches the peak at step warmup_steps; then constant, or linear or cosine towards zero
-    at num_steps.
+    It rises linearly to `peak` at step warmup_steps, then stays constant, or decays (linear or cosine) to zero at
+    num_steps.
     """
     if step < warmup_steps:
         return peak * (step + 1) / (warmup_steps + 1)
@@ -31,28 +27,28 @@ def learning_rate(schedule: str, peak: float, step: int, num_steps: int, warmup_
         return peak * (1 - done)
     if schedule == "cosine":
         return peak * 0.5 * (1 + math.cos(math.pi * done))
-    raise UserError(f"schedule {schedule!r} is unknown; use constant, linear or cosine")
+    raise ValueError(f"schedule {schedule!r} is unknown; use constant, linear or cosine")
 
 
 if TYPE_CHECKING:
-    # the report has no need of torch
+    # this module imports torch, which the report does without
     from safelight.data.cache import Sample
 
 
 def steps_per_epoch(samples: Sequence[Sample], batch_size: int, accumulation: int) -> int:
-    """Return optimizer steps of one epoch: each bucket's last micro-batch may be short, so may the last step be."""
+    """Return the optimizer steps of one epoch. The last micro-batch of a bucket may be short, and the last step too."""
     return steps_of_counts(Counter(s.bucket for s in samples).values(), batch_size, accumulation)
 
 
 def steps_of_counts(counts: Iterable[int], batch_size: int, accumulation: int) -> int:
-    """Return optimizer steps of one epoch from how many samples each bucket has."""
+    """Return the optimizer steps of one epoch. counts: the number of samples in each bucket."""
     num_micro = sum(-(-count // batch_size) for count in counts)
     return -(-num_micro // accumulation)
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """stages and their steps an epoch; all counts follow. Epochs and steps are 0-based and run over all stages."""
+    """The stages of a run and the steps per epoch of each. Epochs and steps are 0-based and count across stages."""
 
     stages: tuple[ResolvedStage, ...]
     stage_steps_per_epoch: tuple[int, ...]
@@ -70,12 +66,12 @@ class Timeline:
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps of the whole run, max_steps included."""
+        """Optimizer steps of the whole run, limited by max_steps."""
         total = sum(s.epochs * n for s, n in zip(self.stages, self.stage_steps_per_epoch, strict=True))
         return min(total, self.max_steps) if self.max_steps else total
 
     def stage_of(self, epoch: int) -> int:
-        """Return the stage that an epoch belongs to; the last one for an epoch past the end."""
+        """Return the stage of an epoch; the last stage for an epoch past the end."""
         for index, end in enumerate(accumulate(stage.epochs for stage in self.stages)):
             if epoch < end:
                 return index
@@ -85,7 +81,7 @@ class Timeline:
         return sum(s.epochs for s in self.stages[:stage])
 
     def learning_rate(self, epoch: int, step_in_epoch: int) -> float:
-        """Return the learning rate of a step; a schedule spans its stage, whatever max_steps cuts off."""
+        """Return the learning rate of a step. A schedule spans its whole stage, even if max_steps cuts it short."""
         index = self.stage_of(epoch)
         stage, per_epoch = self.stages[index], self.stage_steps_per_epoch[index]
         step = (epoch - self.first_epoch(index)) * per_epoch + step_in_epoch

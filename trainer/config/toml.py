@@ -1,8 +1,6 @@
-"""The run's settings, read from TOML and written as such; the tables themselves are schema.py's.
+"""Reads and writes a run's settings as TOML. schema.py defines the tables.
 
-A mistake is reported with its path, the value and the nearest right name.
-
-What makes a folder a run. Free of torch, so that a wrong name is told at once.
+An error names the setting, its value and the closest valid name. Needs no torch, so a typo is reported at once.
 """
 
 from __future__ import annotations
@@ -35,7 +33,7 @@ from safelight.trainer.config.schema import (
     is_switch,
 )
 
-# the one place that others import settings from
+# other modules import settings from here
 __all__ = [
     "AVERAGE_OF_PAGED",
     "Config",
@@ -62,7 +60,7 @@ __all__ = [
 
 
 def _names_at(location: tuple) -> list[str]:
-    """Return the right names at a place in the config, for a suggestion."""
+    """Return the valid names at a place in the config, for a suggestion."""
     model = Config
     for part in location:
         if isinstance(part, int):
@@ -97,13 +95,13 @@ LIMITS = {
 
 
 def _shown(path: list, source: str) -> str:
-    """Return a setting as it is written in a file, or as an option where it came from the command line."""
+    """Return a setting's name as written in a file, or as an option if it came from the command line."""
     name = ".".join(map(str, path))
     return f"--{name.replace('_', '-')}" if source == COMMAND_LINE else name
 
 
 def explain(error: ValidationError, source: str) -> str:
-    """Return a readable line for each mistake pydantic found."""
+    """Return a readable line for each error that pydantic found."""
     lines = []
     for problem in error.errors():
         *parents, last = problem["loc"] or ("",)
@@ -114,20 +112,20 @@ def explain(error: ValidationError, source: str) -> str:
             hint = (
                 f"did you mean {_shown([*parents, near[0]], source) if parents else near[0]}?"
                 if near
-                else f"known here: {known}"
+                else f"known settings: {known}"
             )
-            lines.append(f"{source}: {where} is no setting; {hint}")
+            lines.append(f"{source}: {where} is not a setting; {hint}")
         elif problem["type"] == "missing":
             lines.append(f"{source}: {where} is missing")
         elif problem["type"] == "model_type":
-            lines.append(f"{source}: {where} = {problem['input']!r}: this is a table, [{where}]")
+            lines.append(f"{source}: {where} = {problem['input']!r}: expected a table, [{where}]")
         elif problem["loc"] == ("stage",):
-            lines.append(f"{source}: stage = {problem['input']!r}: stages are tables, [[stage]]")
+            lines.append(f"{source}: stage = {problem['input']!r}: expected tables, [[stage]]")
         elif problem["type"] in PLAIN_TYPES:
-            lines.append(f"{source}: {where} = {problem['input']!r}: give {PLAIN_TYPES[problem['type']]}")
+            lines.append(f"{source}: {where} = {problem['input']!r}: expected {PLAIN_TYPES[problem['type']]}")
         elif problem["type"] in LIMITS:
             limit = LIMITS[problem["type"]].format(**problem["ctx"])
-            lines.append(f"{source}: {where} = {problem['input']!r}: give {limit}")
+            lines.append(f"{source}: {where} = {problem['input']!r}: expected {limit}")
         else:
             message = problem["msg"].removeprefix("Value error, ")
             if problem["type"] == "literal_error":
@@ -137,7 +135,7 @@ def explain(error: ValidationError, source: str) -> str:
 
 
 def parse_config(values: dict, source: str) -> Config:
-    """Return the config of plain values. Raises ValueError with one line a mistake."""
+    """Return the config for plain values. Raises UserError with one line for each invalid setting."""
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
@@ -154,17 +152,17 @@ def parse_config(values: dict, source: str) -> Config:
 
 
 def load_config(path: Path) -> Config:
-    """Return the config of a TOML file. Raises ValueError where it is missing or wrong."""
+    """Return the config in a TOML file. Raises UserError if the file is missing or invalid."""
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; write one with `safelight init tiny -o {path}`") from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; give a run.toml") from None
+        raise UserError(f"{path} cannot be read: {error.strerror}; expected a run.toml") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not readable as TOML: {error}") from None
+        raise UserError(f"{path} is not valid TOML: {error}") from None
     except RecursionError:
-        raise UserError(f"{path} is not readable as TOML: it is nested too deeply") from None
+        raise UserError(f"{path} is not valid TOML: it is nested too deeply") from None
     return parse_config(values, str(path))
 
 
@@ -175,12 +173,12 @@ def _toml_value(value) -> str:
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
     if isinstance(value, float):
         return repr(value)
-    # JSON's string escapes are TOML's, but for DEL, which TOML wants escaped
+    # TOML escapes strings as JSON does, and DEL in addition
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def to_toml(config: Config, comments: bool = False) -> str:
-    """Return the config as TOML; with comments, each setting's documentation above it, once."""
+    """Return the config as TOML. comments: put each setting's documentation above it, once."""
     lines: list[str] = []
 
     def write(header: str, section: Section, explained: bool) -> None:
@@ -195,7 +193,7 @@ def to_toml(config: Config, comments: bool = False) -> str:
             if value is not None:
                 lines.append(f"{name} = {_toml_value(value)}")
             elif explained:
-                # only a stage has unset values: show what it takes from the run, ready to be uncommented
+                # only stages have unset values: show the inherited value, commented out
                 lines.append(f"# {name} = {_toml_value(getattr(config.stages()[0], name))}")
 
     for name, field in Config.model_fields.items():
@@ -209,6 +207,8 @@ def to_toml(config: Config, comments: bool = False) -> str:
 
 
 def require_run(run_dir: Path) -> None:
-    """Raise ValueError if the folder is no run: a run's first file is its config.toml."""
+    """Raise UserError if the folder is not a run's, which is recognized by its config.toml."""
     if not (run_dir / "config.toml").is_file():
-        raise UserError(f"{run_dir} is no run folder: it has no config.toml; train first, or name runs/NAME")
+        raise UserError(
+            f"{run_dir} is not a run folder: it has no config.toml; train first, or give a folder such as runs/NAME"
+        )

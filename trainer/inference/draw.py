@@ -115,7 +115,7 @@ class OpenRun:
 
 
 def open_run(run_dir: Path) -> OpenRun:
-    """Return a run's models. Raises ValueError if the folder is no run."""
+    """Return a run's models. Raises UserError if the folder is no run."""
     require_run(run_dir)
     config = load_config(run_dir / "config.toml")
     device = pick_device(config.run.device)
@@ -127,7 +127,7 @@ def open_run(run_dir: Path) -> OpenRun:
 def pick_step(run_dir: Path, wanted: str, has_base: bool = True) -> int | None:
     """Return the step of `last`, `best` or a number; None for `base`, where that is a choice.
 
-    Raises ValueError where there is no such checkpoint.
+    Raises UserError where there is no such checkpoint.
     """
     steps = list_checkpoints(run_dir)
     if wanted == "base" and has_base:
@@ -218,7 +218,7 @@ def sample(
 ) -> list[Path]:
     """Draw prompts with a checkpoint into `out` and return the new files.
 
-    changes: settings of the [sample] table, or seed, in place of the run's. Raises ValueError where one is impossible.
+    changes: settings of the [sample] table, or seed, in place of the run's. Raises UserError where one is impossible.
     """
     if not prompts:
         raise UserError('there is nothing to draw; give --prompt "..."')

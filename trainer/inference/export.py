@@ -123,7 +123,7 @@ def export(
     """Write a run's model to `out`: one file if that ends in .safetensors, a diffusers folder otherwise.
 
     checkpoint: last, best or a step. title: '' for the run's name and step. weights: auto, the moving average where the
-    run keeps one; ema; trained. Raises ValueError, one line.
+    run keeps one; ema; trained. Raises UserError, one line.
     """
     require_run(run_dir)
     is_file = _check_place(out, force)
@@ -151,7 +151,7 @@ def export(
 
 
 def _check_place(out: Path, force: bool) -> bool:
-    """Return whether `out` is to be one file. Raises ValueError for a place that may not be taken."""
+    """Return whether `out` is to be one file. Raises UserError for a place that may not be taken."""
     suffix = out.suffix.lower()
     if suffix in PICKLES:
         raise UserError(f"{out}: only .safetensors files and diffusers folders are written, no {suffix}")

@@ -45,7 +45,7 @@ def settings_of(config: Config) -> Settings:
 
 
 def check_size(settings: Settings, factor: int) -> None:
-    """Raise ValueError, with what would do, for a size that is no multiple of the pixels a latent."""
+    """Raise UserError, with what would do, for a size that is no multiple of the pixels a latent."""
     for name, value in (("width", settings.width), ("height", settings.height)):
         if value % factor:
             below = value - value % factor
@@ -69,7 +69,7 @@ def make_scheduler(schedule: NoiseSchedule, sampler: str):
         return DPMSolverMultistepScheduler(**options)
     if sampler == "euler":
         return EulerDiscreteScheduler(**options)
-    raise UserError(f"sampler {sampler!r} is unknown; use {', '.join(SAMPLERS)}")
+    raise ValueError(f"sampler {sampler!r} is unknown; use {', '.join(SAMPLERS)}")
 
 
 def _betas(schedule: NoiseSchedule) -> np.ndarray:

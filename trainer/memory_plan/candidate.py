@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from safelight.data.text import counted
-from safelight.errors import UserError
 from safelight.trainer.config.toml import Config
 from safelight.trainer.inference.sampling import SAMPLE_BATCH_SIZE
 from safelight.trainer.memory_plan.gpus import GIB
@@ -63,10 +62,10 @@ def added_by(between: Between, validated: Forward | None, drawn: Forward | None,
     added = [0]
     for num, forward in ((between.validated, validated), (between.prompts, drawn)):
         if (num > 0) != (forward is not None):
-            raise UserError(f"{between} is of a run with other validation or samples")
+            raise ValueError(f"{between} is of a run with other validation or samples")
         added.append(0 if forward is None else forward(num))
     if between.decode_on not in ("", "cpu", "gpu") or (between.decode_on == "") != (drawn is None):
-        raise UserError(f"{between} decodes on neither cpu nor gpu")
+        raise ValueError(f"{between} decodes on neither cpu nor gpu")
     return max(*added, decode if between.decode_on == "gpu" else 0)
 
 

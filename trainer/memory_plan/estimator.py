@@ -57,7 +57,7 @@ def most_graphs(config: Config, base: Base) -> int:
 
 
 def dtype_on(card: Card, precision: str) -> torch.dtype:
-    """Return the UNet's dtype on a card. Raises ValueError for bf16 where the card has none."""
+    """Return the UNet's dtype on a card. Raises UserError for bf16 where the card has none."""
     if precision == "bf16" and not card.has_bf16:
         raise UserError(f"model.precision bf16: {card.name} has no bf16 arithmetic; use fp16 or auto")
     return card.dtype if precision == "auto" else {name: dtype for dtype, name in PRECISIONS.items()}[precision]

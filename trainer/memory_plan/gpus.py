@@ -126,7 +126,7 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:gib|gb|g)", re.IGNORECASE)
 
 
 def find_card(name: str) -> Card:
-    """Return a card by its name, or one of `8GiB` whose rates are not known. Raises ValueError, naming the nearest."""
+    """Return a card by its name, or one of `8GiB` whose rates are not known. Raises UserError, naming the nearest."""
     if match := _SIZE.fullmatch(name.strip()):
         if float(match[1]) <= 0:
             raise UserError(f"--gpu {name!r} has no memory; use for example 8GiB")

@@ -26,7 +26,7 @@ def settle(
     """Return the config with `auto` of optimizer.memory, fused_backward and train.checkpointing filled in, and what that needs.
 
     previous: what the run that goes on has recorded, was_fused: how its checkpoint was trained; both are kept. On a CPU
-    nothing else is filled in. Raises ValueError, with what would fit, where the GPU cannot hold the run.
+    nothing else is filled in. Raises UserError, with what would fit, where the GPU cannot hold the run.
     """
     if device.type != "cuda":
         return _as_trained(config, was_fused), None
@@ -89,7 +89,7 @@ def describe(need: Need) -> str:
 
 
 def cap(device: torch.device, limit_gib: float) -> None:
-    """Let torch take no more of a GPU than a limit (GiB) less the CUDA context; 0: no limit. Raises ValueError below that."""
+    """Let torch take no more of a GPU than a limit (GiB) less the CUDA context; 0: no limit. Raises UserError below that."""
     if not limit_gib or device.type != "cuda":
         return
     allowed = limit_gib * GIB - CONTEXT_BYTES
@@ -139,7 +139,7 @@ def reason_against(config: Config, device: torch.device, need: Need | None, budg
     """Return why a run's steps are not recorded as CUDA graphs, '' where they are.
 
     config: with `auto` of optimizer.memory and train.checkpointing settled. need: what is planned of the GPU; budget: bytes
-    that the run may take of it. Raises ValueError where train.cuda_graphs is on and cannot be.
+    that the run may take of it. Raises UserError where train.cuda_graphs is on and cannot be.
     """
     if config.train.cuda_graphs == "off":
         return "train.cuda_graphs is off"

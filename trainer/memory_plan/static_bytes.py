@@ -155,7 +155,7 @@ def static_bytes(config: Config, device: torch.device | None = None, dtype: torc
 
 
 def buckets_of(config: Config) -> tuple[Bucket, ...]:
-    """Return the run's buckets. Raises ValueError, one line, where the resolution makes none for the model."""
+    """Return the run's buckets. Raises UserError, one line, where the resolution makes none for the model."""
     base = resolve_model(config.model)
     multiple = bucket_multiple(base, latent_factor(vae_config(base, config.model.vae)))
     return make_buckets(config.data.resolution, multiple, config.data.max_aspect)

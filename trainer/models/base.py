@@ -83,7 +83,7 @@ def _read_json(path: Path, setting: str) -> dict:
 
 
 def base_of(model: Model) -> Base:
-    """Return where the base of a run's [model] table is. Raises ValueError, one line, if it is nowhere, or cannot be trained yet."""
+    """Return where the base of a run's [model] table is. Raises UserError, one line, if it is nowhere, or cannot be trained yet."""
     base = resolve_model(model)
     if base.family.untrainable:
         raise UserError(
@@ -100,7 +100,7 @@ def resolve_model(model: Model) -> Base:
 def resolve_base(spec: str, config: str = "", has_vae: bool = False) -> Base:
     """Return where a `model.base` is; config: `model.config`; has_vae: an autoencoder is given beside it.
 
-    Raises ValueError, one line, if it is nowhere, or of a kind that is not supported.
+    Raises UserError, one line, if it is nowhere, or of a kind that is not supported.
     """
     setting, suffix = f"model.base {spec!r}", Path(spec).suffix.lower()
     if suffix == ".safetensors" and not Path(spec).is_dir():

@@ -10,7 +10,7 @@ PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp1
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device of run.device, a GPU with its number. Raises ValueError for cuda where there is none."""
+    """Return the device of run.device, a GPU with its number. Raises UserError for cuda where there is none."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():

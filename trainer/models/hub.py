@@ -27,7 +27,7 @@ def late_bar() -> type:
 def fetch(spec: str, setting: str, fix: str, parts: Iterable[str] = PARTS) -> Path:
     """Return the local snapshot of a hub repository, fetching its configs and the safetensors of `parts` if need be.
 
-    setting: names the value in messages; fix: ends them. Raises ValueError, one line.
+    setting: names the value in messages; fix: ends them. Raises UserError, one line.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -46,7 +46,7 @@ def rescale_zero_terminal_snr(alphas_cumprod_T: Tensor) -> Tensor:
 
 
 def make_schedule(scheduler_config: dict, prediction: str = "auto", zero_terminal_snr: bool = False) -> NoiseSchedule:
-    """Return the schedule of a diffusers scheduler config. Raises ValueError for a prediction type we do not train."""
+    """Return the schedule of a diffusers scheduler config. Raises UserError for a prediction type we do not train."""
     if scheduler_config.get("trained_betas") is not None:
         raise UserError("the base's scheduler has trained_betas, which are not supported; give it a beta_schedule")
     # a key that is missing has diffusers' default

@@ -138,7 +138,7 @@ class SingleFile:
             )
 
     def _check(self, layout: Layout, shapes: dict[str, Shape], part: str, source: str) -> None:
-        """Raise ValueError unless the tensors of a part are here, in the shapes of its config."""
+        """Raise UserError unless the tensors of a part are here, in the shapes of its config."""
         missing = [place.name for place in layout.values() if place.name not in self.shapes]
         if missing:
             raise UserError(
@@ -168,7 +168,7 @@ class SingleFile:
     def check_unet(self, unet: nn.Module, source: str) -> Layout:
         """Return where a UNet's tensors are. unet: on the meta device, by its config; source: names that in messages.
 
-        Raises ValueError where tensors are missing, too many or of another shape.
+        Raises UserError where tensors are missing, too many or of another shape.
         """
         shapes = _shapes(unet)
         layout = unet_layout(shapes, unet.config.layers_per_block)

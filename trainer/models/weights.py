@@ -67,7 +67,7 @@ def meta_unet(base: Base) -> nn.Module:
 
 
 def check_unet(base: Base) -> None:
-    """Raise ValueError, one line, where load_unet would, from configs and headers alone: hours of encoding may lie between."""
+    """Raise UserError, one line, where load_unet would, from configs and headers alone: hours of encoding may lie between."""
     if base.folder is None:
         return
     unet = meta_unet(base)

@@ -72,7 +72,7 @@ class WeightAverages:
 def take_averages(state: dict[str, Tensor], averages: WeightAverages | None) -> None:
     """Move a checkpoint's averages out of its state into these; drop them where the run keeps none.
 
-    Raises ValueError where the run keeps averages and the checkpoint has none.
+    Raises UserError where the run keeps averages and the checkpoint has none.
     """
     found = {key.removeprefix(PREFIX): state.pop(key) for key in list(state) if key.startswith(PREFIX)}
     num_updates = state.pop(NUM_UPDATES, None)

@@ -235,7 +235,7 @@ class KernelAdamW:
         return state_of(self.inner, self._places[name], live=True)
 
     def load(self, name: str, parts: dict[str, Tensor]) -> None:
-        """Take what state_of gave, or the state of a run by bitsandbytes' AdamW8bit. Raises ValueError where it does not fit."""
+        """Take what state_of gave, or the state of a run by bitsandbytes' AdamW8bit. Raises UserError where it does not fit."""
         p, place = self.parameters[name], self._places[name]
         if p.dtype == torch.float32 and ("master" in parts or "remainder" in parts):
             raise UserError(f"the checkpoint's {name} is 16-bit: it was saved at another precision")
@@ -245,5 +245,5 @@ class KernelAdamW:
             load_value(self.inner, place, p.detach(), parts)
             if "state1" in parts:
                 load_state(self.inner, place, parts)
-        except ValueError as error:
+        except UserError as error:
             raise UserError(f"the checkpoint's optimizer state of {name} does not fit: {error}") from None

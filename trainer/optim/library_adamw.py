@@ -128,7 +128,7 @@ class LibraryAdamW:
         return state
 
     def load(self, name: str, parts: dict[str, Tensor]) -> None:
-        """Take what state_of gave. Raises ValueError where it is missing, of another shape or of another optimizer."""
+        """Take what state_of gave. Raises UserError where it is missing, of another shape or of another optimizer."""
         master = self.master[name]
         if self.has_master:
             if "master" not in parts or parts["master"].shape != master.shape:

@@ -51,12 +51,12 @@ class LossScale:
 def memory_mode(config: OptimizerConfig, dtype: torch.dtype, device: torch.device | None = None) -> str:
     """Return what `optimizer.memory` comes to for weights of a dtype: fp32, exact, near, rounded or paged.
 
-    Raises ValueError for an unknown optimizer, one whose library is not there, and a mode that does not fit; where the
+    Raises UserError for an unknown optimizer, one whose library is not there, and a mode that does not fit; where the
     device is known, for an optimizer that does not run on it.
     """
     name, memory = config.name, config.memory
     if name not in ("adamw8bit", *BITSANDBYTES, "adamw"):
-        raise UserError(f"optimizer.name {name!r} is unknown; use adamw8bit, {', '.join(BITSANDBYTES)} or adamw")
+        raise ValueError(f"optimizer.name {name!r} is unknown; use adamw8bit, {', '.join(BITSANDBYTES)} or adamw")
     if name in BITSANDBYTES and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(f"optimizer.name {name} needs bitsandbytes, which is not installed; use adamw8bit")
     if name == "bnb_paged_adamw8bit" and device is not None and device.type == "cpu":
@@ -83,7 +83,7 @@ class UNetOptimizer:
     dtype: of the weights to train with; the module's own if None. Give an fp32 module and a 16-bit dtype, and what the
     weights lose is kept beside them, as `optimizer.memory` says. seed: the run's, for stochastic rounding.
     parameters: name -> parameter. memory: fp32 | exact | near | rounded | paged. has_master: whether it keeps fp32 masters of 16-bit
-    weights. Raises ValueError for settings that do not fit.
+    weights. Raises UserError for settings that do not fit.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class UNetOptimizer:
     def followed(self) -> tuple[list[Tensor], list[Tensor] | None]:
         """Return what a moving average reads: the fp32 weights where they are held whole, else the 16-bit ones and their remainders.
 
-        Raises ValueError where the remainders are not on the device.
+        Raises UserError where the remainders are not on the device.
         """
         if self.memory == "paged":
             raise UserError(AVERAGE_OF_PAGED)
@@ -236,7 +236,7 @@ class UNetOptimizer:
     def load_state_tensors(self, state: dict[str, Tensor]) -> None:
         """Take what state_tensors gave; the weights must be the checkpoint's already.
 
-        Raises ValueError where a parameter's state is missing, of another shape, or of a mode this one cannot take over.
+        Raises UserError where a parameter's state is missing, of another shape, or of a mode this one cannot take over.
         """
         self.loss_scale.scale.copy_(state["loss_scale/scale"])
         self.loss_scale.num_good.copy_(state["loss_scale/num_good"])

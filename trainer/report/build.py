@@ -52,7 +52,7 @@ MARK = '<svg viewBox="0 0 14 14" aria-hidden="true"><circle class="f-accent" cx=
 def build_report(run_dir: Path) -> Path:
     """Write report.html into the run folder and return its path.
 
-    The page says so where the run lacks something. Raises ValueError if run_dir is not a run folder.
+    The page says so where the run lacks something. Raises UserError if run_dir is not a run folder.
     """
     run_dir = Path(run_dir)
     run = read_run_folder(run_dir)

@@ -82,7 +82,7 @@ class RunFolder:
 
 
 def read_run_folder(run_dir: Path) -> RunFolder:
-    """Return the contents of a run folder. Raises ValueError if run_dir is not a folder."""
+    """Return the contents of a run folder. Raises UserError if run_dir is not a folder."""
     if not run_dir.is_dir():
         raise UserError(f"run folder {run_dir} does not exist; give the folder that `safelight train` wrote")
     problems: list[str] = []

@@ -17,7 +17,7 @@ def algorithms(*, deterministic: bool = False, cudnn_benchmark: bool = False) ->
 
     deterministic: raise where there is only an operator that is not. cudnn_benchmark: cuDNN times a convolution's algorithms
     when it meets a shape, instead of guessing by rule. Torch keeps what was found, in this process, after the block too.
-    Raises ValueError for both: trials of another process may end otherwise.
+    Raises UserError for both: trials of another process may end otherwise.
     """
     if deterministic and cudnn_benchmark:
         raise UserError(

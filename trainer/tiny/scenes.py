@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from safelight.errors import UserError
 from safelight.kernels.philox import Key, Purpose, uniforms
 
 COLOURS = {
@@ -147,7 +146,7 @@ def outline(shape: str, radius: float, angle: float) -> list[tuple[float, float]
                     x, y = -y, x
                 corners.append((x * math.cos(turn) - y * math.sin(turn), x * math.sin(turn) + y * math.cos(turn)))
         return corners
-    raise UserError(f"shape {shape!r} is unknown; use one of {', '.join(SHAPES)}")
+    raise ValueError(f"shape {shape!r} is unknown; use one of {', '.join(SHAPES)}")
 
 
 def _background(scene: Scene, width: int, height: int) -> np.ndarray:

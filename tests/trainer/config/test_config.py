@@ -47,23 +47,23 @@ def complaint(values: dict) -> str:
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"train": {"batch_sze": 2}}, "run.toml: train.batch_sze is no setting; did you mean train.batch_size?"),
-        ({"trian": {"batch_size": 2}}, "run.toml: trian is no setting; did you mean train?"),
+        ({"train": {"batch_sze": 2}}, "run.toml: train.batch_sze is not a setting; did you mean train.batch_size?"),
+        ({"trian": {"batch_size": 2}}, "run.toml: trian is not a setting; did you mean train?"),
         (
             {"optimizer": {"q": 1}},
-            "run.toml: optimizer.q is no setting; known here: name, memory, lr, fused_backward, clipping, betas",
+            "run.toml: optimizer.q is not a setting; known settings: name, memory, lr, fused_backward, clipping, betas",
         ),
         (
             {"stage": [{"epochs": 1}, {"epochs": 1, "lrr": 1e-5}]},
-            "run.toml: stage.1.lrr is no setting; did you mean stage.1.lr?",
+            "run.toml: stage.1.lrr is not a setting; did you mean stage.1.lr?",
         ),
         (
             {"validate": {"every_epoch": 1}},
-            "run.toml: validate.every_epoch is no setting; did you mean validate.every_epochs?",
+            "run.toml: validate.every_epoch is not a setting; did you mean validate.every_epochs?",
         ),
         (
             {"zzz": 1},
-            "run.toml: zzz is no setting; known here: run, model, data, train, optimizer, memory, stage, loss, validate",
+            "run.toml: zzz is not a setting; known settings: run, model, data, train, optimizer, memory, stage, loss, validate",
         ),
     ],
 )
@@ -74,13 +74,13 @@ def test_an_unknown_name_is_shown_with_the_nearest_right_one(values, expected):
 @pytest.mark.parametrize(
     ("values", "parts"),
     [
-        ({"train": {"batch_size": 0}}, ("train.batch_size = 0:", "give 1 or more")),
-        ({"train": {"batch_size": "four"}}, ("train.batch_size = 'four':", "give a whole number")),
-        ({"train": {"batch_size": 2.5}}, ("train.batch_size = 2.5:", "give a whole number")),
-        ({"train": {"batch_size": True}}, ("train.batch_size = True:", "true and false are no value here")),
-        ({"stage": [{"epochs": True}]}, ("stage.0.epochs = True:", "true and false are no value here")),
+        ({"train": {"batch_size": 0}}, ("train.batch_size = 0:", "expected 1 or more")),
+        ({"train": {"batch_size": "four"}}, ("train.batch_size = 'four':", "expected a whole number")),
+        ({"train": {"batch_size": 2.5}}, ("train.batch_size = 2.5:", "expected a whole number")),
+        ({"train": {"batch_size": True}}, ("train.batch_size = True:", "expected a number or text, got a boolean")),
+        ({"stage": [{"epochs": True}]}, ("stage.0.epochs = True:", "expected a number or text, got a boolean")),
         ({"model": {"precision": "bf17"}}, ("model.precision = 'bf17':", "'bf16'", "'fp32'")),
-        ({"data": {"resolution": 8}}, ("data.resolution = 8:", "give 16 or more")),
+        ({"data": {"resolution": 8}}, ("data.resolution = 8:", "expected 16 or more")),
         ({"data": {"validation_fraction": 1}}, ("data.validation_fraction = 1", "less than 1")),
         ({"optimizer": {"lr": float("nan")}}, ("optimizer.lr = nan:", "finite")),
         ({"optimizer": {"eps": float("inf")}}, ("optimizer.eps = inf:", "finite")),
@@ -91,7 +91,7 @@ def test_an_unknown_name_is_shown_with_the_nearest_right_one(values, expected):
         ({"stage": {"epochs": 1}}, ("stage = {'epochs': 1}:", "[[stage]]")),
         ({"train": 5}, ("train = 5:", "[train]")),
         ({"sample": {"prompts": "a cat"}}, ("sample.prompts = 'a cat':", "valid list")),
-        ({"log": {"tensorboard": "perhaps"}}, ("log.tensorboard = 'perhaps':", "give true or false")),
+        ({"log": {"tensorboard": "perhaps"}}, ("log.tensorboard = 'perhaps':", "expected true or false")),
         (
             {"loss": {"zero_terminal_snr": True, "prediction": "epsilon"}},
             ("zero_terminal_snr", "'v_prediction'", "not 'epsilon'"),
@@ -120,10 +120,10 @@ def test_a_file_that_is_missing_broken_or_no_file(tmp_path):
         load_config(tmp_path)
     broken = tmp_path / "broken.toml"
     broken.write_text("[train]\nbatch_size = = 2\n")
-    with pytest.raises(ValueError, match=r"broken\.toml is not readable as TOML: .*line 2"):
+    with pytest.raises(ValueError, match=r"broken\.toml is not valid TOML: .*line 2"):
         load_config(broken)
     broken.write_bytes(b"[run]\ndir = '\xff'\n")
-    with pytest.raises(ValueError, match=r"broken\.toml is not readable as TOML"):
+    with pytest.raises(ValueError, match=r"broken\.toml is not valid TOML"):
         load_config(broken)
 
 
@@ -349,19 +349,19 @@ def test_overrides_leave_the_settings_they_were_given_alone():
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("--train.batch-size 0", "train.batch_size = 0: give 1 or more"),
-        ("--train.batch-size -4", "train.batch_size = -4: give 1 or more"),
-        ("--train.batch-size many", "train.batch_size = 'many': give a whole number"),
-        ("--train.batch-sze 4", "train.batch_sze is no setting; did you mean --train.batch-size?"),
-        ("--trian.batch-size=4", "trian is no setting; did you mean train?"),
+        ("--train.batch-size 0", "train.batch_size = 0: expected 1 or more"),
+        ("--train.batch-size -4", "train.batch_size = -4: expected 1 or more"),
+        ("--train.batch-size many", "train.batch_size = 'many': expected a whole number"),
+        ("--train.batch-sze 4", "train.batch_sze is not a setting; did you mean --train.batch-size?"),
+        ("--trian.batch-size=4", "trian is not a setting; did you mean train?"),
         ("--optimizer.betas 0.9", "optimizer.betas.1 is missing"),
         ("--optimizer.betas 0.9 0.99 0.999", "optimizer.betas = [0.9, 0.99, 0.999]: "),
-        ("--log.tensorboard perhaps", "log.tensorboard = 'perhaps': give true or false"),
+        ("--log.tensorboard perhaps", "log.tensorboard = 'perhaps': expected true or false"),
         ("--train.batch-size", "--train.batch-size needs a value"),
         ("--train.batch-size --resume", "--train.batch-size needs a value"),
-        ("--train.batch-size.x 1", "train.batch_size.x is no setting; batch_size is a value, not a table"),
-        ("--stage.lr 1", "stage.lr: a stage is named by its number, for example --stage.0.lr 1e-6; there are 2"),
-        ("--stage.3.lr 1e-6", "stage.3.lr: a stage is named by its number"),
+        ("--train.batch-size.x 1", "train.batch_size.x is not a setting; batch_size is a value, not a table"),
+        ("--stage.lr 1", "stage.lr: a stage is given by its number, for example --stage.0.lr 1e-6; there are 2"),
+        ("--stage.3.lr 1e-6", "stage.3.lr: a stage is given by its number"),
         ("--stage.2.lr 1e-6", "stage.2.epochs is missing"),
         ("--loss.zero-terminal-snr --loss.prediction epsilon", "loss.zero_terminal_snr needs loss.prediction"),
     ],

@@ -74,7 +74,7 @@ def test_others_may_read_what_the_umask_lets_them(tiny_run, tmp_path):
 def test_what_cannot_be_exported_is_one_line(tiny_run, tmp_path):
     out = tmp_path / "out.safetensors"
     for run, place, options, line in (
-        (tmp_path / "none", out, {}, r"none is no run folder: it has no config\.toml"),
+        (tmp_path / "none", out, {}, r"none is not a run folder: it has no config\.toml"),
         (tiny_run, out, {"checkpoint": "base"}, "checkpoint 'base' is not in .*; use last, best or one of 7"),
         (tiny_run, out, {"checkpoint": "8"}, "checkpoint '8' is not in"),
         (tiny_run, tmp_path / "out.ckpt", {}, r"only \.safetensors files and diffusers folders are written, no \.ckpt"),

@@ -212,9 +212,7 @@ def test_the_command_prints_a_table_and_json(make_config, tmp_path, capsys, monk
     assert f"{printed['unet_parameters']:,} parameters" in text
     assert "A checkpoint takes 0.04 GiB on disk; up to 4 at a time: 0.14 GiB." in text
     assert max(map(len, text.splitlines()[1:])) <= 80
-    told = (
-        f"24 photographs, 3 held out; 3 epochs, {printed['dataset']['steps']} steps over 63 images; latents take up to"
-    )
+    told = f"24 photographs, 3 held out; 3 epochs, {printed['dataset']['steps']} steps over 63 images; the cache takes up to"
     assert told in " ".join(text.split())
 
 

@@ -1,0 +1,110 @@
+"""Declared dependencies are those that the code imports, and constraints.txt pins all that they bring along."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGED = ("safelight", "kernels", "data", "trainer", "bench")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+# the import name where it is not the distribution's
+IMPORTED_AS = {"pillow": "PIL"}
+# torch.utils.tensorboard imports tensorboard for us
+INDIRECT = {"torch.utils.tensorboard": "tensorboard"}
+# started as programs, or loaded by pytest; the other development tools are imported by the tests
+PROGRAMS = {"ruff", "mypy", "pytest-xdist"}
+
+
+def imports(*folders: str) -> dict[str, Path]:
+    """Return every imported top-level name but the standard library's and ours, with a file that imports it."""
+    found = {}
+    for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module]
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.importorskip":
+                names = [ast.literal_eval(node.args[0])]
+            for name in names:
+                found[name.split(".")[0]] = path
+                if name in INDIRECT:
+                    found[INDIRECT[name]] = path
+    return {
+        name: path
+        for name, path in found.items()
+        if name not in {*sys.stdlib_module_names, *PACKAGED, "tests", "tools"}
+    }
+
+
+def declared(lines: list[str]) -> dict[str, str]:
+    """Return the import name of each requirement by its distribution's name."""
+    names = [canonicalize_name(Requirement(line).name) for line in lines]
+    return {name: IMPORTED_AS.get(name, name.replace("-", "_")) for name in names}
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
+    imported, names = imports(*PACKAGED), declared(PROJECT["dependencies"])
+    undeclared = {name: str(path.relative_to(ROOT)) for name, path in imported.items() if name not in names.values()}
+    assert undeclared == {}
+    assert {name for name, module in names.items() if module not in imported} == set()
+
+
+def test_the_only_extra_is_for_development_and_all_of_it_is_used():
+    assert set(PROJECT["optional-dependencies"]) == {"dev"}
+    imported = imports("tests", "tools")
+    names = declared(PROJECT["optional-dependencies"]["dev"])
+    assert {name for name, module in names.items() if module not in imported} == PROGRAMS
+    known = {*names.values(), *declared(PROJECT["dependencies"]).values()}
+    # packaging comes with pytest, tokenizers with transformers; tests that run a notebook skip without these two
+    assert set(imported) - known <= {"packaging", "tokenizers", "nbclient", "nbformat"}
+
+
+def closure(lines: list[str]) -> set[str]:
+    """Return the names of the requirements and of all that they need here, by the metadata of what is installed."""
+    found: set[str] = set()
+    waiting = [Requirement(line) for line in lines]
+    while waiting:
+        requirement = waiting.pop()
+        extras = requirement.extras or {""}
+        if requirement.marker and not any(requirement.marker.evaluate({"extra": extra}) for extra in extras):
+            continue
+        name = canonicalize_name(requirement.name)
+        if name in found and not requirement.extras:
+            continue
+        found.add(name)
+        try:
+            needed = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            # a development tool may be missing; its own requirements are then not known here
+            continue
+        for line in needed:
+            inner = Requirement(line)
+            if inner.marker is None or any(inner.marker.evaluate({"extra": extra}) for extra in extras):
+                inner.marker = None
+                waiting.append(inner)
+    return found
+
+
+# what mypy needs, for where it is not installed
+OF_MYPY = {"ast-serialize", "librt", "mypy-extensions", "pathspec"}
+
+
+def test_constraints_pin_the_closure_and_nothing_else():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pinned = [line for line in lines if line and not line.startswith("#")]
+    assert [line for line in pinned if not re.fullmatch(r"[\w.-]+==[\w.+!]+", line)] == []
+    names = [canonicalize_name(line.split("==")[0]) for line in pinned]
+    assert len(set(names)) == len(names)
+    # setuptools builds the project
+    wanted = closure([*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"], "setuptools"]) | OF_MYPY
+    # CUDA's own packages come pinned by the CUDA build of torch
+    from_torch = {name for name in wanted if name.startswith(("nvidia-", "cuda-"))}
+    assert set(names) == wanted - from_torch

@@ -1,0 +1,1 @@
+../../safelight/__init__.py

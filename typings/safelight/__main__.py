@@ -1,0 +1,1 @@
+../../safelight/__main__.py

@@ -1,0 +1,1 @@
+../../safelight/bug_report.py

@@ -1,0 +1,1 @@
+../../safelight/library_log.py

@@ -45,7 +45,7 @@ class Identity:
 
     def difference(self, reached: Identity, stage: int) -> str:
         """Return how `reached`, which stands in `stage`, differs from this; '' if it is the same run. Data apart."""
-        for name, value in reached.settings.items():
+        for name, value in (reached.settings | _implied(reached.settings)).items():
             if self.settings.get(name) != value:
                 return f"{name} is {self.settings.get(name)!r} here and {value!r} there"
         for index in range(stage + 1):
@@ -62,6 +62,13 @@ class Identity:
                         hint = longer if name == "epochs" else ""
                         return f"stage {index + 1}'s {name} is {here.get(name)!r} here and {value!r} there{hint}"
         return ""
+
+
+def _implied(settings: dict) -> dict:
+    """Return the settings that a checkpoint from before there was a choice of losses lacks, with the values it had."""
+    weighting = "min_snr" if settings.get("loss.min_snr_gamma", 0) > 0 else "none"
+    before = {"loss.kind": "mse", "loss.weighting": weighting}
+    return {name: value for name, value in before.items() if name not in settings}
 
 
 def _summed(stage: dict, setting: str, precision: str) -> dict:
@@ -82,6 +89,12 @@ def identify(config: Config, precision: str, samples: Sequence[Sample] = ()) -> 
                 tables[table].pop(name)
     tables["model"]["precision"] = precision
     tables["optimizer"]["fused_backward"] = config.optimizer.is_fused
+    # a setting that the chosen loss does not use may change; min_snr_gamma is compared because older checkpoints have it
+    for name in config.loss.unused_parameters() - {"min_snr_gamma"}:
+        tables["loss"].pop(name)
+    # at the end, so that a difference names min_snr_gamma first
+    tables["loss"].pop("weighting")
+    tables["loss"]["weighting"] = config.loss.chosen_weighting
     settings = {f"{table}.{name}": value for table, values in tables.items() for name, value in values.items()}
     rows = json.dumps([(s.latent_keys, s.text_keys) for s in samples])
     stages = [vars(stage) for stage in config.stages()]

@@ -52,7 +52,7 @@ class MicroResult(NamedTuple):
 
 @dataclass(frozen=True)
 class StepResult:
-    """losses: unweighted mean squared errors of the samples met, (N,); grad_norm before clipping; taken: see optim.
+    """losses: unweighted errors of the samples met, by loss.kind, (N,); grad_norm before clipping; taken: see optim.
 
     Reading taken may wait for the device: on logging steps alone.
     """
@@ -122,8 +122,7 @@ def accumulate(
     num_samples: how many a full optimizer step has (batch_size x accumulate). Every sample weighs 1 / num_samples, so
     accumulated micro-batches equal one larger batch, and a short batch does not pull harder than its samples.
     """
-    weighting = {"weighting": "min_snr", "gamma": loss.min_snr_gamma} if loss.min_snr_gamma > 0 else {}
-    options = LossOptions(prediction_type=schedule.prediction_type, **weighting)
+    options = LossOptions(prediction_type=schedule.prediction_type, **loss.kernel_options())
     with named("forward"):
         predicted = predict(unet, noisy)
     with named("loss"):

@@ -289,8 +289,7 @@ def _about(record: dict) -> str:
 
 def kernels(options: arguments.Kernels) -> int:
     from safelight.bench.measure import kernels as measuring
-    from safelight.bench.measure.count import DTYPES
-    from safelight.trainer.models.device import pick_device
+    from safelight.trainer.models.device import DTYPES, pick_device
 
     if min(*options.batch_size, options.shapes, options.repeats) < 1 or not options.model:
         raise UserError(
@@ -361,8 +360,7 @@ def aot(options: arguments.Aot) -> int:
 
 def optimizer(options: arguments.Optimizer) -> int:
     from safelight.bench.measure import optimizers
-    from safelight.bench.measure.count import DTYPES
-    from safelight.trainer.models.device import pick_device
+    from safelight.trainer.models.device import DTYPES, pick_device
 
     if options.every < 0 or options.repeats < 1:
         raise UserError(f"every {options.every} must be 0 or more and repeats {options.repeats} 1 or more")

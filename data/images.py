@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageCms
 
 from safelight.errors import UserError
+from safelight.units import GIB
 
 MIN_SIDE_PX = 16
 EXIF_ORIENTATION = 0x0112
@@ -39,7 +40,7 @@ READABLE_FORMATS = (
     "ICO",
     "PSD",
 )
-MAX_FILE_BYTES = 2**30
+MAX_FILE_BYTES = GIB
 # longest side in px that the encoders take
 MAX_SIDE_PX = {"jpeg": 65500, "webp": 16383}
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")
@@ -244,9 +245,7 @@ def read_file(path: Path) -> bytes:
         if status.st_size == 0:
             raise RejectedImage("an empty file")
         if status.st_size > MAX_FILE_BYTES:
-            raise RejectedImage(
-                f"has {status.st_size / 2**30:.1f} GiB, more than {MAX_FILE_BYTES / 2**30:.0f}; shrink it"
-            )
+            raise RejectedImage(f"has {status.st_size / GIB:.1f} GiB, more than {MAX_FILE_BYTES / GIB:.0f}; shrink it")
         # the header first, so that a film or an archive is not read whole
         with open(path, "rb") as file:
             header = file.read(16)

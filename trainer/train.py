@@ -178,7 +178,7 @@ def _memory_was_full(job: Job, group: list[MicroBatch], position: Position) -> s
     """Return the line that ends a run whose next step did not fit."""
     largest = max(group, key=lambda micro: (micro.bucket.width * micro.bucket.height, len(micro.refs)))
     card = this_card(job.device) if job.device.type == "cuda" else None
-    job.saver.settle()
+    job.saver.wait_and_report()
     return out_of_memory(
         job.config, card, job.planned, largest.bucket, len(largest.refs), position.step + 1, job.saver.saved_step
     )

@@ -15,10 +15,9 @@ import torch
 from torch import nn
 
 from safelight.errors import UserError
+from safelight.kernels.unet.attention import NUM_TEXT_TOKENS
 from safelight.trainer.models.architectures import RANDOM_MODELS
 from safelight.trainer.models.sdxl_conditioning import give_conditioning
-
-NUM_TOKENS = 77
 
 
 class Model(NamedTuple):
@@ -99,7 +98,7 @@ def layers(name: str, batch_size: int = 1) -> tuple[Layer, ...]:
     _watch(unet, seen)
     latents = torch.empty(batch_size, 4, side, side, device="meta")
     seen["noising", tuple(latents.shape)] += 1
-    text = torch.empty(batch_size, NUM_TOKENS, unet.config.cross_attention_dim, device="meta")
+    text = torch.empty(batch_size, NUM_TEXT_TOKENS, unet.config.cross_attention_dim, device="meta")
     with torch.no_grad():
         give_conditioning(unet)(latents, torch.empty(batch_size, device="meta"), text)
     seen["diffusion_loss", tuple(latents.shape)] += 1

@@ -10,20 +10,19 @@ from torch import nn
 from safelight.bench.core.arguments import Count
 from safelight.bench.core.operators import CLASSES
 from safelight.bench.counting.counters import MIB, CardOperators, CountedAdamW8bit, Counter, Counts, SavedBytes
-from safelight.bench.recipes.workload import LR, MAX_GRAD_NORM, NUM_TOKENS, WEIGHT_DECAY, Workload, random_batches
+from safelight.bench.recipes.workload import LR, MAX_GRAD_NORM, WEIGHT_DECAY, Workload, random_batches
 from safelight.errors import UserError
 from safelight.kernels.unet import patch
-from safelight.kernels.unet.attention import attention_cases, choose_attention
+from safelight.kernels.unet.attention import NUM_TEXT_TOKENS, attention_cases, choose_attention
 from safelight.kernels.unet.checkpointing import apply_checkpointing
 from safelight.trainer.config.toml import Loss, Optimizer
 from safelight.trainer.models.base import Base, resolve_base
+from safelight.trainer.models.device import DTYPES
 from safelight.trainer.models.noise_schedule import NoiseSchedule, make_schedule
 from safelight.trainer.models.sdxl_conditioning import give_conditioning
 from safelight.trainer.models.weights import meta_unet
 from safelight.trainer.optim.optimizer import UNetOptimizer
 from safelight.trainer.step.step import Noisy, accumulate
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def weight_dtype(precision: str) -> torch.dtype:
@@ -39,7 +38,7 @@ def meta_noisy(unet: nn.Module, batch_size: int, side: int, layout: str) -> Nois
         rows,
         torch.empty(batch_size, dtype=torch.int64, device="meta"),
         torch.empty_like(rows),
-        torch.empty(batch_size, NUM_TOKENS, unet.config.cross_attention_dim, device="meta"),
+        torch.empty(batch_size, NUM_TEXT_TOKENS, unet.config.cross_attention_dim, device="meta"),
     )
 
 

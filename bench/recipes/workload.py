@@ -25,7 +25,13 @@ from safelight.data.cache import Cache, Crop, Sample
 from safelight.data.manifest import Photo
 from safelight.errors import UserError
 from safelight.kernels.unet import patch
-from safelight.kernels.unet.attention import AttentionChoice, apply_attention, attention_cases, choose_attention
+from safelight.kernels.unet.attention import (
+    NUM_TEXT_TOKENS,
+    AttentionChoice,
+    apply_attention,
+    attention_cases,
+    choose_attention,
+)
 from safelight.kernels.unet.checkpointing import apply_checkpointing
 from safelight.trainer.config.toml import Loss, Optimizer
 from safelight.trainer.models.base import resolve_base
@@ -40,7 +46,6 @@ from safelight.trainer.step.torch_flags import algorithms
 
 SEED = 1
 NUM_ROTATED = 4
-NUM_TOKENS = 77
 LR, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-6, 0.01, 1.0
 
 
@@ -75,7 +80,7 @@ def random_rows(num: int, base: str, side: int) -> tuple[np.ndarray, np.ndarray]
     generator = np.random.default_rng(SEED)
     posterior = generator.standard_normal((num, 2 * config["in_channels"], side, side), np.float32)
     posterior[:, config["in_channels"] :] -= 4
-    return posterior, generator.standard_normal((num, NUM_TOKENS, config["cross_attention_dim"]), np.float32)
+    return posterior, generator.standard_normal((num, NUM_TEXT_TOKENS, config["cross_attention_dim"]), np.float32)
 
 
 def random_batches(num: int, work: Workload) -> list[Batch]:

@@ -16,8 +16,8 @@ from safelight.data.text import counted
 from safelight.errors import UserError
 from safelight.trainer.config.toml import Config
 from safelight.trainer.inference.sampling import SAMPLE_BATCH_SIZE
-from safelight.trainer.memory_plan.gpus import GIB
 from safelight.trainer.memory_plan.static_bytes import HostBytes
+from safelight.units import GIB
 
 Forward = Callable[[int], int]
 

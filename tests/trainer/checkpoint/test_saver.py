@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from safelight.kernels.host_memory import ALIGNMENT
 from safelight.trainer import train as training
 from safelight.trainer.checkpoint import saver as saving
 from safelight.trainer.checkpoint.files import Position, check_files, folder_of, list_checkpoints, save_checkpoint
@@ -113,7 +112,8 @@ def test_buffers_do_not_overlap(monkeypatch):
         tensors = {str(number): x for number, x in enumerate(some())}
         snapshot = Snapshot(tensors, buffers)
         addresses = [x.data_ptr() for x in snapshot.tensors.values() if x.numel()]
-        assert all(address % ALIGNMENT == addresses[0] % ALIGNMENT for address in addresses)
+        # slabs begin at multiples of 64 on a CPU
+        assert all(address % 64 == 0 for address in addresses)
         for name, x in snapshot.wait_for_copies().items():
             assert x.is_contiguous()
             assert x.dtype == tensors[name].dtype
@@ -226,7 +226,7 @@ def fail(*args):
 def test_a_failure_is_raised_at_the_next_check_and_once(unet, saver, monkeypatch):
     monkeypatch.setattr(saving, "save_checkpoint", fail)
     saver.save(unet, {}, Position(step=1))
-    saving.wait([saver._under_way])
+    saving.wait([saver._in_flight])
     with pytest.raises(OSError, match="No space left"):
         saver.check()
     saver.check(), saver.wait()
@@ -261,7 +261,7 @@ def test_a_failure_of_the_loop_waits_for_the_save(tmp_path, unet, saver, held):
     assert list_checkpoints(tmp_path) == [1]
 
 
-def test_left_at_once_what_is_under_way_ends_with_its_file_and_does_not_count(tmp_path, unet, saver, monkeypatch):
+def test_left_at_once_what_is_in_flight_ends_with_its_file_and_does_not_count(tmp_path, unet, saver, monkeypatch):
     """Asked twice to stop: the thread is over when the folder's lock is given back, and leaves nothing."""
     reached, go_on = threading.Event(), threading.Event()
 

@@ -302,8 +302,8 @@ class AdamW8bit:
     """AdamW over weights of one dtype, updated in place; their memory must stay where it is (assign with copy_).
 
     parameters: dense, of any memory order, on one device, float32, bfloat16 or float16. memory: of kernels/optim/split_weights.py;
-    float32 weights take fp32 alone. values: float32 to start from, in place of what 16-bit weights hold; or remainders, what
-    remainder.start gave beside them. seed: of stochastic rounding, whose draws also depend on a tensor's place in the list.
+    float32 weights take fp32 alone. remainders: what split_weights.start gave beside the weights; made here if None.
+    seed: of stochastic rounding, whose draws also depend on a tensor's place in the list.
     pages: for exact alone, the host memory that remainders and 8-bit moments live in; `moments` and `remainders` are then
     views of it, to be read and written after `synchronize`.
 
@@ -318,7 +318,6 @@ class AdamW8bit:
         eps: float = 1e-8,
         memory: str = "fp32",
         seed: int = 0,
-        values: list[Tensor] | None = None,
         remainders: list[Tensor | None] | None = None,
         pages: Pages | None = None,
     ):
@@ -341,7 +340,7 @@ class AdamW8bit:
         device = parameters[0].device
         self.moments = [self._empty(i) for i in range(len(parameters))]
         if remainders is None:
-            remainders = [self._beside(i, None if values is None else values[i]) for i in range(len(parameters))]
+            remainders = [self._beside(i) for i in range(len(parameters))]
         if pages is not None and pages.host is None:
             # of meta tensors nothing is kept beside the ring
             remainders = [None if i in pages else beside for i, beside in enumerate(remainders)]
@@ -378,14 +377,12 @@ class AdamW8bit:
         return Moments(*states, *(torch.zeros(num_blocks, dtype=torch.float32, device=p.device) for _ in range(2)))
 
     @torch.no_grad()
-    def _beside(self, index: int, value: Tensor | None) -> Tensor | None:
-        """Return the memory that completes a weight to fp32, filled; rounds the weight to `value`."""
+    def _beside(self, index: int) -> Tensor | None:
+        """Return the memory that completes a weight to fp32, holding what the weight has now."""
         p = self.parameters[index].detach()
         if p.dtype == torch.float32:
-            if value is not None:
-                p.copy_(value)
             return None
-        source = torch.empty_like(p, dtype=torch.float32).copy_(p if value is None else value)
+        source = torch.empty_like(p, dtype=torch.float32).copy_(p)
         weight, left = start(in_memory_order(source), p.dtype, self.memory)
         in_memory_order(p).copy_(weight)
         if left is None:

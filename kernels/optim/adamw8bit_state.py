@@ -1,4 +1,4 @@
-"""AdamW8bit's state out of it and into it: as it is, contiguous, for checkpoints; and as bitsandbytes keeps it.
+"""AdamW8bit's state for checkpoints, out of the optimizer and back into it.
 
 A state that comes from another memory order is requantised, since blocks follow memory order: each value is then off by at
 most half the map's widest gap times its block's largest.
@@ -122,36 +122,3 @@ def load_value(optimizer: AdamW8bit, index: int, weight: Tensor, state: dict[str
         optimizer.remainders[index].copy_(beside)
     else:
         optimizer.assign(index, join(weight, None if beside is None else beside.to(p.device)))
-
-
-def bitsandbytes_state(optimizer: AdamW8bit, index: int) -> dict[str, int | Tensor]:
-    """Return a parameter's state as bitsandbytes.optim.AdamW8bit keeps it, contiguous; copies.
-
-    Exact for a contiguous parameter, requantised for any other. Reads the step: one host sync.
-    """
-    p, moments = optimizer.parameters[index], optimizer.moments[index]
-    optimizer.synchronize()
-    state: dict[str, int | Tensor] = {"step": int(optimizer.step_counts[index])}
-    for number, signed in enumerate(SIGNED, start=1):
-        values, absmax = getattr(moments, f"state{number}"), getattr(moments, f"absmax{number}")
-        if absmax is not None:
-            state[f"qmap{number}"] = optimizer.maps[number - 1].clone()
-            if not p.is_contiguous():
-                contiguous = torch.empty(p.shape, device=p.device)
-                codes, absmax = _reordered(in_memory_order(values), absmax, signed, p, contiguous)
-                values = codes.view(p.shape)
-            state[f"absmax{number}"] = absmax.clone()
-        state[f"state{number}"] = _contiguous(values)
-    return state
-
-
-def load_bitsandbytes_state(optimizer: AdamW8bit, index: int, state: dict[str, int | Tensor]) -> None:
-    """Take what `bitsandbytes_state` or bitsandbytes gave.
-
-    Raises ValueError where a shape, the kind of moments, or the maps are not this parameter's.
-    """
-    if optimizer.moments[index].absmax1 is not None and state["state1"].dtype == torch.uint8:
-        for number, code_map in enumerate(optimizer.maps, start=1):
-            if not torch.equal(state[f"qmap{number}"].to(code_map.device), code_map):
-                raise ValueError(f"qmap{number} is not bitsandbytes' dynamic map; these moments are of another kind")
-    load_state(optimizer, index, state)

@@ -9,7 +9,7 @@ import torch
 
 from safelight.kernels.optim import paged_state
 from safelight.kernels.optim.adamw8bit import AdamW8bit
-from safelight.kernels.optim.adamw8bit_state import bitsandbytes_state, load_state, load_value, state_of
+from safelight.kernels.optim.adamw8bit_state import load_state, load_value, state_of
 from safelight.kernels.optim.paged_state import ALIGNMENT, INWARD, NUM_SLOTS, OUTWARD, Pages
 from safelight.kernels.streams import COMPUTE, NoStreams
 from safelight.kernels.triton.jit import record_launches
@@ -248,16 +248,6 @@ def test_a_state_goes_from_exact_to_paged_and_back(channels_last):
         current = following
         steps(current, first, first + 3, by_groups=paged)
     assert same(straight, current)
-
-
-def test_bitsandbytes_state_is_exacts():
-    exact, paged = make(False), make(True)
-    for optimizer in (exact, paged):
-        steps(optimizer, 0, 3)
-    for index in (0, 2, 3):
-        one, other = bitsandbytes_state(exact, index), bitsandbytes_state(paged, index)
-        assert one.keys() == other.keys()
-        assert all(torch.equal(torch.as_tensor(one[key]), torch.as_tensor(other[key])) for key in one)
 
 
 def test_what_does_not_fit_is_refused_and_changes_nothing():

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import torch
 
 PERCENTILES = (0.2, 0.5, 0.8)
+NUM_WARMUP = 2
 # above every card's second-level cache, and long enough to fill that the host gets ahead of the GPU
 FLUSH_BYTES, NUM_FLUSHES = 2**29, 2
 
 
 def interleave(
-    variants: dict[str, Callable[[int], None]], device: torch.device, repeats: int, warmup: int = 2
+    variants: dict[str, Callable[[int], None]], device: torch.device, repeats: int, warmup: int = NUM_WARMUP
 ) -> dict[str, list[float]]:
     """Return seconds of each repeat by variant. A variant takes the repeat's number, so that its inputs can rotate."""
 
@@ -45,9 +46,7 @@ class Prepared:
     run: Callable[[object], object]
 
 
-def interleave_prepared(
-    variants: dict[str, Prepared], device: torch.device, repeats: int, warmup: int = 2
-) -> dict[str, list[float]]:
+def interleave_prepared(variants: dict[str, Prepared], device: torch.device, repeats: int) -> dict[str, list[float]]:
     """Return seconds of each repeat by variant, of `run` alone.
 
     On a GPU it is the device's own time by events, the second-level cache emptied before each run; while it is, the
@@ -70,7 +69,7 @@ def interleave_prepared(
         events[1].record()
         return events
 
-    for _ in range(warmup):
+    for _ in range(NUM_WARMUP):
         for variant in variants.values():
             once(variant)
     found: dict[str, list] = {name: [] for name in variants}

@@ -46,6 +46,7 @@ from safelight.trainer.step.torch_flags import algorithms
 
 SEED = 1
 NUM_ROTATED = 4
+ROWS_AT_ONCE = 256
 LR, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-6, 0.01, 1.0
 
 
@@ -113,13 +114,13 @@ def random_samples(num: int, side: int) -> list[Sample]:
     ]
 
 
-def fill_random_cache(path: Path, num: int, base: str, side: int, rows_at_once: int = 256) -> list[Sample]:
-    """Fill a cache with random rows and return their samples. Every row has its key; contents repeat after `rows_at_once`."""
+def fill_random_cache(path: Path, num: int, base: str, side: int) -> list[Sample]:
+    """Fill a cache with random rows and return their samples. Every row has its key; contents repeat every ROWS_AT_ONCE."""
     samples = random_samples(num, side)
-    posterior, text = random_rows(min(num, rows_at_once), base, side)
+    posterior, text = random_rows(min(num, ROWS_AT_ONCE), base, side)
     with Cache(path) as cache:
-        for start in range(0, num, rows_at_once):
-            part = samples[start : start + rows_at_once]
+        for start in range(0, num, ROWS_AT_ONCE):
+            part = samples[start : start + ROWS_AT_ONCE]
             cache.append("posterior", [s.latent_keys[0] for s in part], posterior[: len(part)])
             cache.append("text", [s.text_keys[0] for s in part], text[: len(part)])
         cache.append("text", ["text-empty"], text[:1])

@@ -227,9 +227,9 @@ def write_table(table: dict, keep: Iterable[str]) -> None:
     TABLE.write_text(text, encoding="utf-8")
 
 
-def one_of_each(dtype: torch.dtype = torch.float16) -> list[Case]:
+def one_of_each() -> list[Case]:
     """Return one representative case of every kernel."""
-    return list({name_of(case.launch): case for case in reversed(cases_of(representative, dtype))}.values())
+    return list({name_of(case.launch): case for case in reversed(cases_of(representative, torch.float16))}.values())
 
 
 def update() -> tuple[dict, list[str]]:

@@ -206,20 +206,17 @@ def choose_attention(
     *,
     wanted: str = "auto",
     batch: int = 1,
-    deterministic: bool | None = None,
     previous: Mapping | None = None,
 ) -> AttentionChoice:
     """Return the backend of each case on a device and dtype.
 
-    wanted: a key of GROUPS, the setting model.attention. batch: rows attended to at a time. deterministic: None for
-    torch.are_deterministic_algorithms_enabled(). previous: the `record()` of the run that goes on, whose backends are
+    wanted: a key of GROUPS, the setting model.attention. batch: rows attended to at a time. previous: the `record()` of the run that goes on, whose backends are
     kept where they still work, since another backend gives other bits. On meta tensors nothing is probed but shapes: the
     first backend of the card's order that takes the dtype. Raises ValueError if nothing wanted works for a case.
     """
     began = time.perf_counter()
     allowed = allowed_backends(device, dtype, wanted)
-    if deterministic is None:
-        deterministic = torch.are_deterministic_algorithms_enabled()
+    deterministic = torch.are_deterministic_algorithms_enabled()
     name, dtype_name = device_name(device), str(dtype).removeprefix("torch.")
     kept, notes = _previous_verdicts(previous, name, dtype_name)
     verdicts: dict[Case, Verdict] = {}

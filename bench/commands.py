@@ -317,9 +317,8 @@ def _summary(record: dict) -> str:
 
 
 def run_kernels(options: arguments.Kernels) -> int:
-    from safelight.bench.measure.count import DTYPES
     from safelight.bench.measure.kernels import CPU_NOTE, bench_kernels, bytes_rows, failures, time_rows
-    from safelight.trainer.models.device import pick_device
+    from safelight.trainer.models.device import DTYPES, pick_device
 
     if min(*options.batch_size, options.shapes, options.repeats) < 1 or not options.model:
         raise UserError(
@@ -385,9 +384,8 @@ def run_aot(options: arguments.Aot) -> int:
 
 
 def run_optimizer(options: arguments.Optimizer) -> int:
-    from safelight.bench.measure.count import DTYPES
     from safelight.bench.measure.optimizers import EVERY, bench_optimizers, rows
-    from safelight.trainer.models.device import pick_device
+    from safelight.trainer.models.device import DTYPES, pick_device
 
     if options.every < 0 or options.repeats < 1:
         raise UserError(f"every {options.every} must be 0 or more and repeats {options.repeats} 1 or more")

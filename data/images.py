@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image, ImageCms
 
 from safelight.errors import UserError
+from safelight.units import GIB
 
 MIN_SIDE_PX = 16
 EXIF_ORIENTATION = 0x0112
@@ -42,7 +43,7 @@ READABLE_FORMATS = (
     "ICO",
     "PSD",
 )
-MAX_FILE_BYTES = 2**30
+MAX_FILE_BYTES = GIB
 # longest side, in px, that the formats allow
 MAX_SIDE_PX = {"jpeg": 65500, "webp": 16383}
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")
@@ -249,7 +250,7 @@ def read_file(path: Path) -> bytes:
         if status.st_size == 0:
             raise RejectedImage("the file is empty")
         if status.st_size > MAX_FILE_BYTES:
-            size_gib, limit_gib = status.st_size / 2**30, MAX_FILE_BYTES / 2**30
+            size_gib, limit_gib = status.st_size / GIB, MAX_FILE_BYTES / GIB
             raise RejectedImage(f"the file is {size_gib:.1f} GiB, over the limit of {limit_gib:.0f} GiB; shrink it")
         # check the header first, so that a video or an archive is not read into memory
         with open(path, "rb") as file:

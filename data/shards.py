@@ -348,18 +348,3 @@ class Cache:
         except sqlite3.OperationalError:
             # training from a complete cache on a read-only disk is fine; its photos are read again at each start
             pass
-
-    def verify(self) -> list[CorruptRow]:
-        """Return an error for every row whose bytes do not match its checksum; empty if the cache is sound."""
-        bad = []
-        with self._lock:
-            # seen afresh: files may have changed since they were mapped
-            self._maps.clear()
-            self._checked.clear()
-            records = self._index.execute(f"{_ADDRESS_QUERY} ORDER BY rows.shard, rows.row").fetchall()
-        for record in records:
-            try:
-                self._row(_address(record))
-            except CorruptRow as error:
-                bad.append(error)
-        return bad

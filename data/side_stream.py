@@ -1,8 +1,8 @@
-"""Batches on their way to a GPU: copied on a stream of their own while the steps before run.
+"""Copies batches to a GPU on a stream of their own, while earlier steps still run.
 
-The loader's thread pins a batch and starts its copy; the stream of the steps waits for that copy on the device, and the
-host never waits. Pinned memory comes from torch's own cache, which reuses a block only after the event of the copy out
-of it; so it is a ring buffer without a fixed size.
+The loader's thread pins a batch and enqueues its copy; the stream of the steps waits for that copy on the device, never the
+host. torch caches pinned memory and reuses a block only after the copy out of it has finished, which it checks by an event;
+the cache thereby serves as a ring buffer.
 """
 
 from __future__ import annotations
@@ -10,26 +10,28 @@ from __future__ import annotations
 import torch
 
 from safelight.data.batches import Batch
+from safelight.kernels.streams import COMPUTE, CudaStreams
+
+COPY = "copy"
 
 
 class SideStream:
-    """A CUDA stream that batches are copied on. `send` and `receive` may be called by different threads."""
+    """A CUDA stream that batches are copied on. `send` and `receive` may be called from different threads."""
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        self._streams = CudaStreams(device, COPY)
 
     def send(self, batch: Batch) -> tuple[Batch, torch.cuda.Event]:
-        """Begin to copy a batch; return the batch on the device and the event that says when it is there."""
-        with torch.cuda.stream(self._stream):
+        """Start copying a batch; return the batch on the device and the event that marks the end of the copy."""
+        with self._streams.on(COPY):
             sent = batch.map(lambda x: x.pin_memory().to(self._device, non_blocking=True))
-        return sent, self._stream.record_event()
+        return sent, self._streams.record(COPY)
 
     def receive(self, sent: Batch, arrived: torch.cuda.Event) -> Batch:
-        """Return a batch that was sent, for use on the current stream."""
-        current = torch.cuda.current_stream(self._device)
-        current.wait_event(arrived)
-        # its memory belongs to the side stream, which must not take it back before the current one is done with it
+        """Return a sent batch for use on the current stream."""
+        self._streams.wait(COMPUTE, arrived)
+        # the memory belongs to the side stream, which must not reuse it before the current stream has finished with it
         for x in sent.tensors():
-            x.record_stream(current)
+            x.record_stream(torch.cuda.current_stream(self._device))
         return sent

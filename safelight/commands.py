@@ -202,8 +202,8 @@ def _card(name: str, config):
 def _print_plan(result: dict) -> None:
     from safelight.data.text import counted
     from safelight.output.columns import fill
+    from safelight.units import GIB
 
-    gib = 2**30
     if "plan" in result:
         from safelight.output.plan_table import print_ways
 
@@ -214,11 +214,11 @@ def _print_plan(result: dict) -> None:
             f"{result['base']}, {result['unet_parameters']:,} parameters in {result['unet_tensors']} tensors, "
             f"{result['precision']}, {result['optimizer']}",
             ("static memory", "bytes", "GiB", "bytes per parameter"),
-            [(name, f"{n:,}", f"{n / gib:.2f}", f"{n / result['unet_parameters']:.2f}") for name, n in parts.items()],
+            [(name, f"{n:,}", f"{n / GIB:.2f}", f"{n / result['unet_parameters']:.2f}") for name, n in parts.items()],
         )
         print(fill("This machine has no GPU. Use --gpu t4 (rtx3060, rtx4090, 8GiB) to plan the whole step for one."))
     size, num = result["checkpoint bytes"], result["checkpoints at most"]
-    print(f"A checkpoint takes {size / gib:.2f} GiB on disk; up to {num} at a time: {num * size / gib:.2f} GiB.")
+    print(f"A checkpoint takes {size / GIB:.2f} GiB on disk; up to {num} at a time: {num * size / GIB:.2f} GiB.")
     if "dataset" in result:
         data = result["dataset"]
         text = (

@@ -19,7 +19,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("kernels/triton",),
     ("kernels",),
     ("kernels/ops", "kernels/optim", "data"),
-    ("kernels/unet", "kernels/aot", "trainer/config"),
+    ("kernels/unet", "kernels/aot", "trainer/registry"),
+    ("trainer/config",),
     ("trainer/families",),
     ("trainer/models", "trainer/optim", "trainer/checkpoint", "trainer/report"),
     ("trainer/step",),
@@ -36,8 +37,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("safelight",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-# data knows the keyed noise, for its own draws, and no other kernel
-MAY_IMPORT_OF_KERNELS = {"data": {"kernels/philox"}}
+# data draws with the keyed noise and copies batches on a stream of its own; it knows no kernel
+MAY_IMPORT_OF_KERNELS = {"data": {"kernels/philox", "kernels/streams"}}
+# modules that every room may import
+GROUND = (["safelight", "errors"], ["safelight", "units"])
 # what the trainer may never know of
 FORBIDDEN = {
     "kernels": ("data", "trainer", "bench", "safelight"),
@@ -73,8 +76,7 @@ def own_modules(path: Path) -> set[str]:
         if parts[0] != "safelight":
             continue
         parts = parts[1:] if len(parts) > 1 and parts[1] in TOPS else parts
-        if parts[:2] == ["safelight", "errors"]:
-            # every room may raise it
+        if parts[:2] in GROUND:
             continue
         # a name may be a module or something in it
         candidates = [ROOT.joinpath(*parts[:length]).with_suffix(".py") for length in range(len(parts), 0, -1)]

@@ -82,7 +82,7 @@ def shapes(mode: str) -> tuple[_Watch, Tensor]:
     starts = [w.bfloat16().float() for w in starts]
     means = [torch.randn(shape, generator=generator) for shape in SHAPES]
     weights = [w.bfloat16() for w in starts]
-    optimizer = AdamW8bit(weights, memory="fp32" if mode == "plain bf16" else mode, seed=SEED, values=starts)
+    optimizer = AdamW8bit(weights, memory="fp32" if mode == "plain bf16" else mode, seed=SEED)
     watch = _Watch(optimizer)
     for _ in range(NUM_STEPS["SD1.5 shapes"]):
         gradients = [(0.3 * m + torch.randn(m.shape, generator=generator)).bfloat16() for m in means]

@@ -171,7 +171,7 @@ def _memory_was_full(job: Job, group: list[MicroBatch], position: Position) -> s
     """Return the message that ends a run whose next step did not fit the GPU's memory."""
     largest = max(group, key=lambda micro: (micro.bucket.width * micro.bucket.height, len(micro.refs)))
     card = this_card(job.run.device) if job.run.device.type == "cuda" else None
-    job.saver.settle()
+    job.saver.wait_and_report()
     return out_of_memory(
         job.run.given,
         card,

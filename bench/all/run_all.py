@@ -34,8 +34,8 @@ from safelight.bench.recipes.suite import OURS, VARIANTS, build, free, measure, 
 from safelight.bench.recipes.workload import Workload, random_batches
 from safelight.errors import UserError
 from safelight.trainer.models.device import pick_device
+from safelight.units import GIB
 
-GIB = 2**30
 # a checkpoint of SD1.5 (weights, master weights and moments) and space to write it
 RUN_DISK_GIB = 12
 # GPU memory from which SD1.5 trains at batch 32 without checkpointing, and SDXL at batch 8

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import torch
 
 PERCENTILES = (0.2, 0.5, 0.8)
-# larger than any GPU's L2 cache, and long enough to fill for the host to run ahead of the GPU
+NUM_WARMUP = 2
+# above every card's second-level cache, and long enough to fill that the host gets ahead of the GPU
 FLUSH_BYTES, NUM_FLUSHES = 2**29, 2
 
 
 def interleave(
-    variants: dict[str, Callable[[int], None]], device: torch.device, repeats: int, warmup: int = 2
+    variants: dict[str, Callable[[int], None]], device: torch.device, repeats: int, warmup: int = NUM_WARMUP
 ) -> dict[str, list[float]]:
     """Return the seconds of each repeat by variant, with the device synchronized before and after each.
 
@@ -48,9 +49,7 @@ class Prepared:
     run: Callable[[object], object]
 
 
-def interleave_prepared(
-    variants: dict[str, Prepared], device: torch.device, repeats: int, warmup: int = 2
-) -> dict[str, list[float]]:
+def interleave_prepared(variants: dict[str, Prepared], device: torch.device, repeats: int) -> dict[str, list[float]]:
     """Return the seconds of each repeat of `run` by variant.
 
     On a GPU this is device time between two events. The L2 cache is flushed before each run; while that takes place the
@@ -73,7 +72,7 @@ def interleave_prepared(
         events[1].record()
         return events
 
-    for _ in range(warmup):
+    for _ in range(NUM_WARMUP):
         for variant in variants.values():
             time_once(variant)
     times: dict[str, list] = {name: [] for name in variants}

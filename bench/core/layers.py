@@ -15,10 +15,9 @@ import torch
 from torch import nn
 
 from safelight.errors import UserError
+from safelight.kernels.unet.attention import NUM_TEXT_TOKENS
 from safelight.trainer.families.registry import family_of
 from safelight.trainer.models.architectures import RANDOM_MODELS
-
-NUM_TOKENS = 77
 
 
 class Model(NamedTuple):
@@ -101,7 +100,7 @@ def layers(name: str, batch_size: int = 1) -> tuple[Layer, ...]:
     _watch(unet, seen)
     latents = torch.empty(batch_size, 4, side, side, device="meta")
     seen["noising", tuple(latents.shape)] += 1
-    text = torch.empty(batch_size, NUM_TOKENS, unet.config.cross_attention_dim, device="meta")
+    text = torch.empty(batch_size, NUM_TEXT_TOKENS, unet.config.cross_attention_dim, device="meta")
     conditioning = family_of(unet.config).stand_in_conditioning(unet.config, text, (side, side))
     with torch.no_grad():
         unet(latents, torch.empty(batch_size, device="meta"), **conditioning.unet_arguments(text.dtype))

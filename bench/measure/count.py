@@ -10,22 +10,21 @@ from torch import nn
 from safelight.bench.core.arguments import Count
 from safelight.bench.core.operators import CLASSES
 from safelight.bench.counting.counters import MIB, CardOperators, CountedAdamW8bit, Counter, Counts, SavedBytes
-from safelight.bench.recipes.workload import LR, MAX_GRAD_NORM, NUM_TOKENS, WEIGHT_DECAY, Workload, random_batches
+from safelight.bench.recipes.workload import LR, MAX_GRAD_NORM, WEIGHT_DECAY, Workload, random_batches
 from safelight.errors import UserError
 from safelight.kernels.ops.noising import Noised
 from safelight.kernels.unet import patch
-from safelight.kernels.unet.attention import attention_cases, choose_attention
+from safelight.kernels.unet.attention import NUM_TEXT_TOKENS, attention_cases, choose_attention
 from safelight.kernels.unet.checkpointing import apply_checkpointing
 from safelight.trainer.config.toml import Loss, Optimizer
 from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.families.registry import family_of
 from safelight.trainer.models.base import Base, resolve_base
+from safelight.trainer.models.device import DTYPES
 from safelight.trainer.models.noise_schedule import NoiseSchedule, make_schedule
 from safelight.trainer.models.weights import meta_unet
 from safelight.trainer.optim.optimizer import UNetOptimizer
 from safelight.trainer.step.step import accumulate
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def weight_dtype(precision: str) -> torch.dtype:
@@ -38,7 +37,7 @@ def meta_inputs(unet: nn.Module, batch_size: int, side: int, layout: str) -> tup
     memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     rows = torch.empty(batch_size, unet.config.in_channels, side, side, device="meta").to(memory_format=memory_format)
     noised = Noised(rows, torch.empty_like(rows), torch.empty(batch_size, dtype=torch.int64, device="meta"))
-    text = torch.empty(batch_size, NUM_TOKENS, unet.config.cross_attention_dim, device="meta")
+    text = torch.empty(batch_size, NUM_TEXT_TOKENS, unet.config.cross_attention_dim, device="meta")
     return noised, family_of(unet.config).stand_in_conditioning(unet.config, text, (side, side))
 
 

@@ -123,7 +123,8 @@ def _plain_loss(predicted, target, timesteps, alphas):
 
 
 def _our_loss(predicted, target, timesteps, alphas):
-    return diffusion_loss(predicted, target, timesteps, alphas, LossOptions(weighting="min_snr")).total
+    options = LossOptions(weighting="min_snr")
+    return diffusion_loss(predicted, target, timesteps, alphas, options, num_samples=len(predicted)).total
 
 
 def _plain_feed_forward(x, norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias):

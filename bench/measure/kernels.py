@@ -26,6 +26,7 @@ from safelight.bench.core.results import make_record
 from safelight.bench.counting.counters import MIB, Counter, SavedBytes
 from safelight.bench.measure.kernel_ops import FIXED, OPS, Inputs, Op, reduced
 from safelight.errors import UserError
+from safelight.trainer.models.device import PRECISIONS
 
 META = torch.device("meta")
 PASSES = ("forward", "backward")
@@ -99,17 +100,13 @@ def bytes_record(model: str, batch_size: int, dtype: torch.dtype, ops: tuple[str
             if key in figures:
                 sums[layer.op][key] += layer.count * figures[key]
     by_op = {op: {key: round(value, 4) for key, value in row.items()} for op, row in sums.items()}
-    config = {"model": model, "batch_size": batch_size, "precision": _precision(dtype), "what": "bytes"}
+    config = {"model": model, "batch_size": batch_size, "precision": PRECISIONS[dtype], "what": "bytes"}
     return make_record("kernels", config, {"step": by_op, "layers": by_layer}, torch.device("cpu"))
 
 
 def name_of(layer: Layer) -> str:
     """Return a layer's name in result lines: `group_norm_silu 1x320x64x64`."""
     return f"{layer.op} {'x'.join(map(str, layer.shape))}"
-
-
-def _precision(dtype: torch.dtype) -> str:
-    return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
 
 
 def _timed(function: Callable, inputs: Inputs) -> dict[str, Prepared]:
@@ -240,7 +237,7 @@ def bench_kernels(
             config = {
                 "model": model,
                 "batch_size": size,
-                "precision": _precision(dtype),
+                "precision": PRECISIONS[dtype],
                 "what": "time",
                 "op": layer.op,
                 "shape": shape,

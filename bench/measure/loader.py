@@ -27,6 +27,7 @@ from safelight.data.images import crop_pixels, decode
 from safelight.errors import UserError
 from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.models.base import resolve_base
+from safelight.units import GIB
 
 NUM_PICTURES = 16
 MEMCPY_BYTES = 2**27
@@ -133,7 +134,7 @@ def bench_loader(
     free = shutil.disk_usage(folder or tempfile.gettempdir()).free
     if need * 1.2 > free:
         raise UserError(
-            f"{num} rows need {need * 1.2 / 2**30:.0f} GiB of disk and {free / 2**30:.0f} GiB are free; "
+            f"{num} rows need {need * 1.2 / GIB:.0f} GiB of disk and {free / GIB:.0f} GiB are free; "
             "lower --rows, or name fewer --sources"
         )
     with ExitStack() as stack:

@@ -25,9 +25,9 @@ from safelight.trainer.config.toml import Config, Train
 from safelight.trainer.memory_plan.gpus import CONTEXT_BYTES, FRAGMENTATION, this_card
 from safelight.trainer.memory_plan.meta_run import MetaRun, Traced
 from safelight.trainer.models.base import resolve_base
+from safelight.units import GIB, MIB
 
 CARDS_GIB = (4, 6, 8, 12, 16)
-GIB, MIB = 2**30, 2**20
 
 
 def checkpointing_modes() -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from safelight.bench.measure.count import trace
 from safelight.bench.recipes.suite import OURS, measure, variants
 from safelight.bench.recipes.workload import Workload
 from safelight.trainer.models.base import resolve_base
+from safelight.units import GIB
 
 BUDGET_S = 150
 # memory of SD1.5's step with fp32 master weights, 8-bit moments, fp32 gradients and activations
@@ -25,7 +26,7 @@ def choose_work(device: str) -> tuple[Workload, tuple[int, ...]]:
     work = Workload(device=device).resolved()
     if work.device != "cuda":
         return work, (1, 4)
-    total = torch.cuda.get_device_properties(0).total_memory / 2**30
+    total = torch.cuda.get_device_properties(0).total_memory / GIB
     if total < SD15_GIB:
         return work, (1, 8)
     checkpointing = "none" if total > 30 else "full"

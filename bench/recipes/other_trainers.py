@@ -117,7 +117,7 @@ class Photographs:
 class EveryDream(Baseline):
     """EveryDream2's step. It encodes its own photographs and takes only the batch size from the batch."""
 
-    def __init__(self, recipe: Recipe, work: Workload, photographs: Photographs | None = None):
+    def __init__(self, recipe: Recipe, work: Workload):
         base = resolve_base(work.base)
         if base.family.untrainable:
             raise UserError(f"recipe everydream encodes photographs, but {work.base} has no encoders; use random:sd21")
@@ -128,14 +128,12 @@ class EveryDream(Baseline):
         self.tokenizer, text_encoder = load_text(base, "", SEED)
         self.text_encoder = text_encoder.to(self.device)
         self.notes += f"; autocast to {str(self.dtype).removeprefix('torch.')}" if self.uses_autocast else ""
-        self.photographs = photographs
-        if photographs is None:
-            factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-            # deleted together with the baseline
-            self._folder = tempfile.TemporaryDirectory(prefix="safelight-bench-")
-            files = write_photographs(Path(self._folder.name), NUM_PICTURES, factor * work.latent_size)
-            captions = [f"a photograph of scene number {number}, unsplash photography" for number in range(len(files))]
-            self.photographs = Photographs(files, captions, factor * work.latent_size)
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        # deleted together with the baseline
+        self._folder = tempfile.TemporaryDirectory(prefix="safelight-bench-")
+        files = write_photographs(Path(self._folder.name), NUM_PICTURES, factor * work.latent_size)
+        captions = [f"a photograph of scene number {number}, unsplash photography" for number in range(len(files))]
+        self.photographs = Photographs(files, captions, factor * work.latent_size)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, captions: list[str]) -> tuple[Tensor, TextConditioning]:

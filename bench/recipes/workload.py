@@ -24,7 +24,13 @@ from safelight.data.cache import Cache, Crop, Sample
 from safelight.data.manifest import Photo
 from safelight.errors import UserError
 from safelight.kernels.unet import patch
-from safelight.kernels.unet.attention import AttentionChoice, apply_attention, attention_cases, choose_attention
+from safelight.kernels.unet.attention import (
+    NUM_TEXT_TOKENS,
+    AttentionChoice,
+    apply_attention,
+    attention_cases,
+    choose_attention,
+)
 from safelight.kernels.unet.checkpointing import apply_checkpointing
 from safelight.trainer.config.toml import Loss, Optimizer
 from safelight.trainer.families.conditioning import TextConditioning
@@ -40,7 +46,7 @@ from safelight.trainer.step.torch_flags import algorithms
 
 SEED = 1
 NUM_ROTATED = 4
-NUM_TOKENS = 77
+ROWS_AT_ONCE = 256
 LR, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-6, 0.01, 1.0
 
 
@@ -75,7 +81,7 @@ def random_rows(num: int, base: str, side: int) -> tuple[np.ndarray, np.ndarray]
     generator = np.random.default_rng(SEED)
     posterior = generator.standard_normal((num, 2 * config["in_channels"], side, side), np.float32)
     posterior[:, config["in_channels"] :] -= 4
-    return posterior, generator.standard_normal((num, NUM_TOKENS, config["cross_attention_dim"]), np.float32)
+    return posterior, generator.standard_normal((num, NUM_TEXT_TOKENS, config["cross_attention_dim"]), np.float32)
 
 
 def stand_in(base: str, side: int) -> Callable[[torch.Tensor], TextConditioning]:
@@ -114,13 +120,13 @@ def random_samples(num: int, side: int) -> list[Sample]:
     ]
 
 
-def fill_random_cache(path: Path, num: int, base: str, side: int, rows_at_once: int = 256) -> list[Sample]:
-    """Fill a cache with random rows and return their samples. Contents repeat after `rows_at_once` rows."""
+def fill_random_cache(path: Path, num: int, base: str, side: int) -> list[Sample]:
+    """Fill a cache with random rows and return their samples. Contents repeat every ROWS_AT_ONCE rows."""
     samples = random_samples(num, side)
-    posterior, text = random_rows(min(num, rows_at_once), base, side)
+    posterior, text = random_rows(min(num, ROWS_AT_ONCE), base, side)
     with Cache(path) as cache:
-        for start in range(0, num, rows_at_once):
-            part = samples[start : start + rows_at_once]
+        for start in range(0, num, ROWS_AT_ONCE):
+            part = samples[start : start + ROWS_AT_ONCE]
             cache.append("posterior", [s.latent_keys[0] for s in part], posterior[: len(part)])
             cache.append("text", [s.text_keys[0] for s in part], text[: len(part)])
         cache.append("text", ["text-empty"], text[:1])

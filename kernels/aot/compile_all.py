@@ -229,9 +229,9 @@ def write_results(results: dict, labels: Iterable[str]) -> None:
     RESULTS.write_text(text, encoding="utf-8")
 
 
-def one_of_each(dtype: torch.dtype = torch.float16) -> list[Case]:
+def one_of_each() -> list[Case]:
     """Return one representative case of every kernel."""
-    return list({kernel_name(case.launch): case for case in reversed(cases_of(representative, dtype))}.values())
+    return list({kernel_name(case.launch): case for case in reversed(cases_of(representative, torch.float16))}.values())
 
 
 def update() -> tuple[dict, list[str]]:

@@ -12,6 +12,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+# keeps height and width under the 3x3 kernels of diffusers' upsamplers
+PADDING = (1, 1)
+
 
 class _UpsampleConv(torch.autograd.Function):
     @staticmethod
@@ -48,9 +51,7 @@ class _UpsampleConv(torch.autograd.Function):
         return dx, dweight, dbias, None, None
 
 
-def upsample_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, size: tuple[int, int], padding: tuple[int, int] = (1, 1)
-) -> Tensor:
+def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None, size: tuple[int, int]) -> Tensor:
     """Return conv2d(x upsampled to `size` by nearest neighbours), saving only x.
 
     x: (N, C, H, W), any floating dtype -> (N, K, ...) of the same. weight: (K, C, h, w); bias: (K,) or None.
@@ -58,4 +59,4 @@ def upsample_conv(
     """
     if x.dim() != 4 or weight.dim() != 4 or weight.shape[1] != x.shape[1]:
         raise ValueError(f"a convolution weight of {tuple(weight.shape)} does not fit x of {tuple(x.shape)}")
-    return _UpsampleConv.apply(x, weight, bias, list(size), padding)
+    return _UpsampleConv.apply(x, weight, bias, list(size), PADDING)

@@ -322,8 +322,7 @@ class AdamW8bit:
     memory: how 16-bit weights keep their fp32 value, a mode of kernels/optim/split_weights.py; float32 weights take
     only fp32.
     seed: of stochastic rounding, whose random words also depend on a tensor's index in the list.
-    values: float32 values to start from instead of the 16-bit weights' own.
-    remainders: what `split_nearest` returned with the weights, instead of values.
+    remainders: what `split_nearest` returned with the weights; made here if None.
     pages: host memory for the remainders and 8-bit moments; only with memory exact. `moments` and `remainders` are then
     views of it, to be read and written only after `synchronize`.
 
@@ -340,7 +339,6 @@ class AdamW8bit:
         eps: float = 1e-8,
         memory: str = "fp32",
         seed: int = 0,
-        values: list[Tensor] | None = None,
         remainders: list[Tensor | None] | None = None,
         pages: Pages | None = None,
     ):
@@ -363,8 +361,7 @@ class AdamW8bit:
         device = parameters[0].device
         self.moments = [self._init_moments(i) for i in range(len(parameters))]
         if remainders is None:
-            values = [None] * len(parameters) if values is None else values
-            remainders = [self._init_remainder(i, value) for i, value in enumerate(values)]
+            remainders = [self._init_remainder(i) for i in range(len(parameters))]
         if pages is not None and pages.host is None:
             # on meta there is no host memory: paged tensors have nothing but the ring's slots
             remainders = [None if i in pages else remainder for i, remainder in enumerate(remainders)]
@@ -403,14 +400,12 @@ class AdamW8bit:
         return Moments(*states, *(torch.zeros(num_blocks, dtype=torch.float32, device=p.device) for _ in range(2)))
 
     @torch.no_grad()
-    def _init_remainder(self, index: int, value: Tensor | None) -> Tensor | None:
-        """Return a weight's remainder, or None if its mode keeps none. Given a value, rounds the weight to it first."""
+    def _init_remainder(self, index: int) -> Tensor | None:
+        """Return a weight's remainder for its present value, or None if its mode keeps none."""
         p = self.parameters[index].detach()
         if p.dtype == torch.float32:
-            if value is not None:
-                p.copy_(value)
             return None
-        source = torch.empty_like(p, dtype=torch.float32).copy_(p if value is None else value)
+        source = torch.empty_like(p, dtype=torch.float32).copy_(p)
         weight, rest = split_nearest(in_memory_order(source), p.dtype, self.memory)
         in_memory_order(p).copy_(weight)
         if rest is None:

@@ -1,4 +1,4 @@
-"""Export and import of AdamW8bit's state: contiguous, for checkpoints; and in bitsandbytes' format.
+"""AdamW8bit's state for checkpoints, written and read: contiguous, in bitsandbytes' block order.
 
 Quantization blocks follow memory order, so a state saved from another memory order is requantized on import. Each value
 is then off by at most half the code map's widest gap times its block's absmax.
@@ -126,37 +126,3 @@ def load_value(optimizer: AdamW8bit, index: int, weight: Tensor, state: dict[str
         optimizer.remainders[index].copy_(remainder)
     else:
         optimizer.assign(index, join(weight, None if remainder is None else remainder.to(p.device)))
-
-
-def bitsandbytes_state(optimizer: AdamW8bit, index: int) -> dict[str, int | Tensor]:
-    """Return a parameter's state in the format of bitsandbytes.optim.AdamW8bit, as contiguous copies.
-
-    Exact for a contiguous parameter, requantized for any other. Reads the step count, which synchronizes with the
-    device.
-    """
-    p, moments = optimizer.parameters[index], optimizer.moments[index]
-    optimizer.synchronize()
-    state: dict[str, int | Tensor] = {"step": int(optimizer.step_counts[index])}
-    for number, signed in enumerate(SIGNED, start=1):
-        values, absmax = getattr(moments, f"state{number}"), getattr(moments, f"absmax{number}")
-        if absmax is not None:
-            state[f"qmap{number}"] = optimizer.maps[number - 1].clone()
-            if not p.is_contiguous():
-                contiguous = torch.empty(p.shape, device=p.device)
-                codes, absmax = _requantized(in_memory_order(values), absmax, signed, p, contiguous)
-                values = codes.view(p.shape)
-            state[f"absmax{number}"] = absmax.clone()
-        state[f"state{number}"] = _contiguous(values)
-    return state
-
-
-def load_bitsandbytes_state(optimizer: AdamW8bit, index: int, state: dict[str, int | Tensor]) -> None:
-    """Load a parameter's state from bitsandbytes' format.
-
-    Raises UserError as `load_state`, and if the codes refer to another map than bitsandbytes' dynamic one.
-    """
-    if optimizer.moments[index].absmax1 is not None and state["state1"].dtype == torch.uint8:
-        for number, code_map in enumerate(optimizer.maps, start=1):
-            if not torch.equal(state[f"qmap{number}"].to(code_map.device), code_map):
-                raise UserError(f"qmap{number} is not bitsandbytes' dynamic map, the only one supported")
-    load_state(optimizer, index, state)

@@ -1,144 +1,105 @@
-"""What a forward pass saves for the backward pass, in host memory: copied out as it is saved, fetched back ahead of its use.
+"""Keeps what a forward pass saves for the backward pass in host memory: copied out when saved, prefetched before use.
 
-Hooks on saved tensors (Offload) turn every storage of some size that autograd saves, and every input that
-torch.utils.checkpoint keeps, into a copy in pinned memory. Weights stay, and so does what a caller holds elsewhere: skip
-connections live on the device until the block that reads them. A storage is copied once, however many views of it are
-saved, and comes back as one storage with the same strides: the backward pass runs the same arithmetic.
+Hooks on saved tensors (Offload) replace every storage above a minimal size that autograd saves, and every input that
+torch.utils.checkpoint keeps, by a copy in pinned memory. Weights stay on the device, and so does what a caller still
+references: skip connections stay until the block that reads them. A storage is copied once, however many views of it are
+saved, and comes back as one storage with the same strides, so the backward pass runs the same arithmetic.
 
-Streams. Copies run on one side stream, both ways, in the order they were asked for; each begins when the device has
-reached the point where it was asked for. A source is held until the compute stream has been told to wait for its copy,
-AHEAD storages later; so memory is given back in the compute stream's own order, the peak does not depend on how far the
-host has run ahead (as it does with Tensor.record_stream), and a device that is faster than the bus waits for it. The
-destination of a fetch is allocated in the compute stream, which waits for the copy before its first use and before it is
-freed. Host memory needs no events: whoever writes it again does so on the side stream. The host waits for nothing.
-On the CPU the copies are plain ones; on meta tensors there are none, and host memory is only counted.
+Streams. All copies, in both directions, run in order on one side stream; each starts when the compute stream has reached
+the point where it was enqueued. A source is freed only after the compute stream has been made to wait for its copy, AHEAD
+storages later. Memory is therefore freed in the compute stream's own order, the peak does not depend on how far the host
+runs ahead (as it does with Tensor.record_stream), and a device that is faster than the bus waits for it. The destination
+of a prefetch is allocated on the compute stream, which waits for the copy before its first use and before it is freed.
+Host memory needs no events, because only the side stream writes to it. The host never waits.
+On the CPU copies are synchronous; on meta tensors there are none, and host memory is only counted.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from safelight.errors import UserError
+from safelight.kernels.host_memory import HostSlabs
+from safelight.kernels.streams import COMPUTE, streams_for
 
-MIN_BYTES = 32 << 10  # smaller storages stay: a copy's launch costs more than they take
-AHEAD = 4  # storages under way to the host, or fetched before they are asked for: about two blocks
-ALIGNMENT = 512
+# smaller storages stay on the device: launching a copy costs more than they take
+MIN_BYTES = 32 << 10
+# storages in flight to the host, or prefetched: about two blocks of the UNet
+AHEAD = 4
 SLAB_BYTES = 64 << 20
+COPY = "copy"
 
 
-class HostMemory:
-    """Host memory for one forward pass at a time, pinned beside a GPU.
-
-    Slabs are filled from their start; once nothing of them is in use they are filled from the start again. So it grows to
-    the largest pass met and no further. torch's pinned allocator rounds up to powers of two: slabs are powers of two, and
-    what is left of one serves later requests, so that the rounding costs at most part of the last slab.
-    num_bytes: of all slabs.
-    """
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.num_bytes = self._num_in_use = 0
-        # (size, memory) of each, and how far each is filled
-        self._slabs: list[tuple[int, Tensor | None]] = []
-        self._filled: list[int] = []
-
-    def take(self, num_bytes: int) -> Tensor | None:
-        """Return memory, (num_bytes,) uint8; None for meta tensors. Raises UserError where the host gives no more."""
-        size = -(-num_bytes // ALIGNMENT) * ALIGNMENT
-        index = next((i for i, slab in enumerate(self._slabs) if self._filled[i] + size <= slab[0]), len(self._slabs))
-        if index == len(self._slabs):
-            self._add(max(SLAB_BYTES, 1 << (size - 1).bit_length()))
-        start = self._filled[index]
-        self._filled[index] += size
-        self._num_in_use += 1
-        memory = self._slabs[index][1]
-        return None if memory is None else memory[start : start + num_bytes]
-
-    def give_back(self) -> None:
-        """Count one piece as free."""
-        self._num_in_use -= 1
-        if self._num_in_use == 0:
-            self._filled = [0] * len(self._slabs)
-
-    def _add(self, size: int) -> None:
-        memory = None
-        if self.device.type != "meta":
-            is_pinned = self.device.type == "cuda"
-            try:
-                memory = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=is_pinned)
-            except RuntimeError as error:
-                kind = "pinned host memory" if is_pinned else "host memory"
-                raise UserError(
-                    f"{size >> 20} MiB more of {kind} are not to be had beside {self.num_bytes >> 20} MiB of offloaded "
-                    f"activations ({str(error).splitlines()[0][:80]}); lower the batch size, or use checkpointing full"
-                ) from None
-        self._slabs.append((size, memory))
-        self._filled.append(0)
-        self.num_bytes += size
+def slabs_for(device: torch.device) -> HostSlabs:
+    """Return host memory for a device's saved tensors: pinned for a GPU, only counted for meta tensors."""
+    return HostSlabs(SLAB_BYTES, is_pinned=device.type == "cuda", is_real=device.type != "meta")
 
 
-class InlineCopies:
-    """Copies that are done when they are asked for, or, of meta tensors, need no doing."""
+def _take(slabs: HostSlabs, num_bytes: int) -> Tensor | None:
+    try:
+        return slabs.take(num_bytes)
+    except RuntimeError as error:
+        kind = "pinned host memory" if slabs.is_pinned else "host memory"
+        raise UserError(
+            f"{num_bytes >> 20} MiB more of {kind} cannot be allocated beside {slabs.num_bytes >> 20} MiB of offloaded "
+            f"activations ({str(error).splitlines()[0][:80]}); lower the batch size, or use checkpointing full"
+        ) from None
 
-    def copy(self, to: Tensor, source: Tensor) -> None:
-        to.copy_(source)
 
-    def wait(self, event: None) -> None:
-        pass
-
-
-class StreamCopies:
-    """Copies on a side stream of a GPU; `copy` returns what the compute stream has to `wait` for."""
+class Copies:
+    """Copies between a device and the host, in order, on a side stream if the device has streams."""
 
     def __init__(self, device: torch.device):
-        self.device, self.stream = device, torch.cuda.Stream(device)
+        self._streams = streams_for(device, COPY)
 
-    def copy(self, to: Tensor, source: Tensor) -> torch.cuda.Event:
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
+    def copy(self, to: Tensor, source: Tensor) -> object:
+        """Enqueue a copy behind what compute has enqueued so far; return the event to `wait` for, None if there is none."""
+        self._streams.wait(COPY, self._streams.record(COMPUTE))
+        with self._streams.on(COPY):
             to.copy_(source, non_blocking=True)
-        return self.stream.record_event()
+        return self._streams.record(COPY)
 
-    def wait(self, event: torch.cuda.Event) -> None:
-        torch.cuda.current_stream(self.device).wait_event(event)
+    def wait(self, event: object) -> None:
+        """Make the compute stream wait for a copy."""
+        self._streams.wait(COMPUTE, event)
 
 
 class _HostCopy:
-    """A storage's copy in host memory; given back when nothing saved refers to it any more.
+    """A storage's copy in host memory, freed when no saved tensor refers to it any more.
 
-    source: the storage, weakly. on_device: all of it as one flat tensor, before it has left and once it is fetched.
+    source: weak reference to the storage. on_device: the whole storage as one flat tensor, until it is released and again
+    once it is fetched; else None.
     """
 
-    def __init__(self, x: Tensor, memory: HostMemory, copies: InlineCopies | StreamCopies):
+    def __init__(self, x: Tensor, slabs: HostSlabs, copies: Copies):
         storage = x.untyped_storage()
         self.source = weakref.ref(storage)
         self.device, self.dtype, self.numel = x.device, x.dtype, storage.nbytes() // x.element_size()
-        self.memory, self.copies, self.event = memory, copies, None
+        self.slabs, self.copies, self.event = slabs, copies, None
         self.on_device: Tensor | None = x.detach().as_strided((self.numel,), (1,), 0)
-        host = memory.take(storage.nbytes())
+        host = _take(slabs, storage.nbytes())
         self.host = None if host is None else host.view(self.dtype)
         if self.host is not None:
             self.event = copies.copy(self.host, self.on_device)
 
-    def settle(self) -> None:
-        """Let the compute stream wait for the copy under way."""
+    def wait_for_copy(self) -> None:
+        """Make the compute stream wait for the copy in flight."""
         if self.event is not None:
             self.copies.wait(self.event)
             self.event = None
 
-    def leave(self) -> None:
-        """Let go of the storage on the device."""
-        self.settle()
+    def release(self) -> None:
+        """Release the storage on the device."""
+        self.wait_for_copy()
         self.on_device = None
 
     def fetch(self) -> None:
-        """Ask for the storage back on the device, if it is not there."""
+        """Start copying the storage back to the device, if it is not there."""
         if self.on_device is None:
             self.on_device = torch.empty(self.numel, dtype=self.dtype, device=self.device)
             if self.host is not None:
@@ -146,14 +107,14 @@ class _HostCopy:
 
     def __del__(self):
         if hasattr(self, "host"):
-            # memory under a copy must not be given out again
-            self.leave()
-            self.memory.give_back()
+            # memory that is still being copied must not be reused
+            self.release()
+            self.slabs.give_back()
 
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """A saved tensor: a view of a copy. order: the copies of its pass as they were saved; place: its own among them."""
+    """A saved tensor as a view of a copy. order: all copies of its forward pass, in saving order; place: its index there."""
 
     copy: _HostCopy
     order: list[weakref.ref]
@@ -164,91 +125,91 @@ class _Kept:
 
 
 def _without_graph(x: Tensor) -> Tensor:
-    # an operator's saved output would hold the operator that holds it; autograd knows the graph without
+    # a saved output that keeps its grad_fn would form a reference cycle with it; autograd restores grad_fn itself
     return x if x.grad_fn is None else x.detach()
 
 
 class Offload:
     """Keeps what a UNet's forward pass saves in host memory, while `enabled`.
 
-    host_bytes: of host memory it has taken, pinned beside a GPU; copied_bytes: what the last forward pass copied out, and
-    its backward pass back in. make_copies: how copies run on a device, for tests.
+    host_bytes: host memory allocated so far, pinned for a GPU; copied_bytes: what the last forward pass copied out, and
+    its backward pass copies back.
     """
 
-    def __init__(self, make_copies: Callable[[torch.device], InlineCopies | StreamCopies] | None = None):
+    def __init__(self):
         self.enabled, self.copied_bytes = True, 0
-        self._make_copies = make_copies or (lambda d: StreamCopies(d) if d.type == "cuda" else InlineCopies())
-        self._memory: HostMemory | None = None
+        self._device: torch.device | None = None
+        self._slabs: HostSlabs | None = None
         self._known: weakref.WeakValueDictionary[int, _HostCopy] = weakref.WeakValueDictionary()
-        self._leaving: deque[weakref.ref] = deque()
+        self._in_flight: deque[weakref.ref] = deque()
         self._order: list[weakref.ref] = []
-        self._staying: set[int] = set()
+        self._weights: set[int] = set()
         self._context: torch.autograd.graph.saved_tensors_hooks | None = None
 
     def __deepcopy__(self, memo: dict) -> Offload:
-        # a copied UNet offloads too, into memory of its own
-        copied = Offload(self._make_copies)
+        # a copy of a UNet offloads too, into memory of its own
+        copied = Offload()
         copied.enabled = self.enabled
         return copied
 
     @property
     def host_bytes(self) -> int:
-        return 0 if self._memory is None else self._memory.num_bytes
+        return 0 if self._slabs is None else self._slabs.num_bytes
 
     def free(self) -> None:
-        """Give the host memory back, once nothing of it is in use."""
-        self._memory, self.copied_bytes = None, 0
+        """Drop the host memory; it is freed once nothing of it is in use."""
+        self._slabs, self.copied_bytes = None, 0
 
     def begin(self, module: nn.Module, *_) -> None:
-        """Before a forward pass: from here on saved tensors are kept in host memory, where there will be a backward pass."""
+        """Forward pre-hook: offload what is saved from here on, if gradients are enabled."""
         if not self.enabled or not torch.is_grad_enabled():
             return
         device = next(module.parameters()).device
-        if self._memory is None or self._memory.device != device:
-            self._memory, self._copies = HostMemory(device), self._make_copies(device)
-        # a pass without its backward pass may have left some under way
-        self._let_go(0)
+        if self._slabs is None or self._device != device:
+            self._device, self._slabs, self._copies = device, slabs_for(device), Copies(device)
+        # a forward pass without a backward pass may have left copies in flight
+        self._release_until(0)
         self._order, self.copied_bytes = [], 0
-        self._staying = {p.untyped_storage()._cdata for p in module.parameters()}
-        self._context = torch.autograd.graph.saved_tensors_hooks(self._keep, self._back)
+        self._weights = {p.untyped_storage()._cdata for p in module.parameters()}
+        self._context = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
         self._context.__enter__()
 
     def end(self, *_) -> None:
-        """After a forward pass, whether it ended or failed."""
+        """Forward hook, called also if the forward pass failed: stop offloading what is saved."""
         if self._context is not None:
             self._context.__exit__()
             self._context = None
 
-    def _keep(self, x: Tensor) -> Tensor | _Kept:
+    def _pack(self, x: Tensor) -> Tensor | _Kept:
         storage = x.untyped_storage()
-        if x.device != self._memory.device or storage.nbytes() < MIN_BYTES or storage._cdata in self._staying:
+        if x.device != self._device or storage.nbytes() < MIN_BYTES or storage._cdata in self._weights:
             return _without_graph(x)
         copy = self._known.get(storage._cdata)
-        # an address may be another storage's by now
+        # the address may belong to another storage by now
         if copy is None or copy.source() is not storage:
-            self._let_go(AHEAD - 1)
-            copy = self._known[storage._cdata] = _HostCopy(x, self._memory, self._copies)
-            self._leaving.append(weakref.ref(copy))
+            self._release_until(AHEAD - 1)
+            copy = self._known[storage._cdata] = _HostCopy(x, self._slabs, self._copies)
+            self._in_flight.append(weakref.ref(copy))
             self.copied_bytes += storage.nbytes()
         elif copy.dtype != x.dtype:
             return _without_graph(x)
         self._order.append(weakref.ref(copy))
         return _Kept(copy, self._order, len(self._order) - 1, x.shape, x.stride(), x.storage_offset())
 
-    def _let_go(self, most: int) -> None:
-        """Let storages leave the device until at most so many are under way."""
-        while len(self._leaving) > most:
-            copy = self._leaving.popleft()()
+    def _release_until(self, max_in_flight: int) -> None:
+        """Release storages on the device, oldest first, until at most max_in_flight copies are in flight."""
+        while len(self._in_flight) > max_in_flight:
+            copy = self._in_flight.popleft()()
             if copy is not None:
-                copy.leave()
+                copy.release()
 
     @staticmethod
     @torch.no_grad()
-    def _back(kept: Tensor | _Kept) -> Tensor:
+    def _unpack(kept: Tensor | _Kept) -> Tensor:
         if isinstance(kept, Tensor):
             return kept
         kept.copy.fetch()
-        # the backward pass asks in the opposite order
+        # the backward pass needs them in the opposite order
         ahead: set[_HostCopy] = set()
         for place in range(kept.place - 1, -1, -1):
             if len(ahead) == AHEAD:
@@ -257,18 +218,18 @@ class Offload:
             if copy is not None and copy is not kept.copy:
                 copy.fetch()
                 ahead.add(copy)
-        kept.copy.settle()
+        kept.copy.wait_for_copy()
         return kept.copy.on_device.as_strided(kept.size, kept.stride, kept.offset)
 
 
 def offload_of(unet: nn.Module) -> Offload | None:
-    """Return what offloads a module's saved tensors, None if nothing does."""
+    """Return the Offload of a module, None if it does not offload."""
     offload = getattr(unet, "activation_offload", None)
     return offload if offload is not None and offload.enabled else None
 
 
 def set_offload(unet: nn.Module, wanted: bool) -> None:
-    """Let a module's forward pass keep what it saves in host memory, or no longer."""
+    """Turn offloading of a module's saved tensors on or off."""
     offload = getattr(unet, "activation_offload", None)
     if offload is None:
         if not wanted:

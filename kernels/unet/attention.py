@@ -36,10 +36,10 @@ def head_dim_of(attention: nn.Module) -> int:
     return attention.inner_dim // attention.heads
 
 
-def attention_cases(unet: nn.Module, latent_hw: tuple[int, int] | None = None, num_tokens: int = 0) -> set[Case]:
-    """Return the attention shapes of a UNet2DConditionModel.
+def attention_cases(unet: nn.Module, latent_hw: tuple[int, int] | None = None) -> set[Case]:
+    """Return the attention shapes of a UNet2DConditionModel with NUM_TEXT_TOKENS tokens of text.
 
-    latent_hw: height and width of the latents; None for the model's native size. num_tokens: of the text; 0 for 77.
+    latent_hw: height and width of the latents; None for the model's native size.
     """
     side = unet.config.sample_size
     height, width = latent_hw or ((side, side) if isinstance(side, int) else side)
@@ -52,7 +52,7 @@ def attention_cases(unet: nn.Module, latent_hw: tuple[int, int] | None = None, n
         level = int(down[1]) if down else num_levels - 1 - (int(up[1]) if up else 0)
         # each level halves height and width, rounding up
         queries = -(-height // 2**level) * -(-width // 2**level)
-        keys = (num_tokens or NUM_TEXT_TOKENS) if module.is_cross_attention else queries
+        keys = NUM_TEXT_TOKENS if module.is_cross_attention else queries
         cases.add(Case(head_dim_of(module), module.heads, queries, keys))
     return cases
 

@@ -215,21 +215,18 @@ def choose_attention(
     *,
     setting: str = "auto",
     batch: int = 1,
-    deterministic: bool | None = None,
     previous: Mapping | None = None,
 ) -> AttentionChoice:
     """Return the backend of each case on a device and dtype.
 
-    setting: the value of model.attention, a key of GROUPS. batch: samples per forward pass. deterministic: None for
-    torch.are_deterministic_algorithms_enabled(). previous: `to_dict()` of the run being resumed; its backends are kept
+    setting: the value of model.attention, a key of GROUPS. batch: samples per forward pass. previous: `to_dict()` of the run being resumed; its backends are kept
     if they still work, because another backend gives other bits. On meta tensors nothing is computed: the first backend
     in a GPU's order that accepts shapes and dtype is taken.
     Raises UserError if no allowed backend works for a case.
     """
     began = time.perf_counter()
     allowed = allowed_backends(device, dtype, setting)
-    if deterministic is None:
-        deterministic = torch.are_deterministic_algorithms_enabled()
+    deterministic = torch.are_deterministic_algorithms_enabled()
     name, dtype_name = device_name(device), str(dtype).removeprefix("torch.")
     kept, notes = _previous_verdicts(previous, name, dtype_name)
     verdicts: dict[Case, Verdict] = {}

@@ -46,12 +46,12 @@ def detached(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.detach()
 
 
-def is_plain_conv(conv: nn.Module, size: int, stride: int = 1) -> bool:
-    """Return whether a module is a Conv2d with a size x size kernel, padding size // 2 and no other options."""
+def is_plain_conv(conv: nn.Module, size: int) -> bool:
+    """Return whether a module is a Conv2d with a size x size kernel, stride 1, padding size // 2 and no other options."""
     return (
         type(conv) is nn.Conv2d
         and conv.kernel_size == (size, size)
-        and conv.stride == (stride, stride)
+        and conv.stride == (1, 1)
         and conv.padding == (size // 2, size // 2)
         and conv.dilation == (1, 1)
         and conv.groups == 1

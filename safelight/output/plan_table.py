@@ -8,8 +8,8 @@ from rich.text import Text
 
 from safelight.data.text import counted
 from safelight.output.columns import fill
+from safelight.units import GIB
 
-GIB = 2**30
 # terminals with this many columns get wider padding
 WIDE = 100
 

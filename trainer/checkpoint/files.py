@@ -1,7 +1,8 @@
-"""Checkpoints that are whole or not there: `checkpoints/step-00000300/{unet/, state.safetensors, state.json}`.
+"""Checkpoints that are complete or absent: `checkpoints/step-00000300/{unet/, state.safetensors, state.json}`.
 
-A checkpoint is written beside its place, synced to disk and renamed. state.json is written last and holds the SHA-256 of
-every other file and of itself: a folder without it does not count. Names other than `step-` and eight digits are nobody's business.
+A checkpoint is written to a temporary folder beside its final one, synced to disk and renamed. state.json is written last
+and holds the SHA-256 of every other file and of itself: a folder without it does not count. Only names of `step-` and
+eight digits are checkpoints; others are ignored.
 """
 
 from __future__ import annotations
@@ -25,19 +26,19 @@ from safelight.errors import UserError
 from safelight.trainer.checkpoint.identity import Identity
 
 FORMAT = 1
-# the record's own checksum; the first checkpoints have none
+# key of state.json's own checksum; the oldest checkpoints have none
 SEAL = "record_sha256"
-# what a damaged state.json raises
+# what reading a damaged state.json may raise
 UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 _NAME = re.compile(r"step-(\d{8})")
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands. step: optimizer steps taken. epoch: 0-based, over all stages. step_in_epoch: steps taken of it.
+    """How far a run has come. step: optimizer steps taken. epoch: 0-based, over all stages. step_in_epoch: steps taken in it.
 
-    best_step, best_loss: the best validation so far, -1 and None before any. unmeasured: the validation and samples that
-    are due here were interrupted, and come first on resume.
+    best_step, best_loss: the best validation so far, -1 and None before any. unmeasured: the validation and samples due
+    at this step were interrupted, and come first on resume.
     """
 
     step: int = 0
@@ -50,13 +51,13 @@ class Position:
 
 
 class Saves(Protocol):
-    """What writes its config and weights into a folder as diffusers' models do."""
+    """Anything that writes its config and weights into a folder as diffusers' models do."""
 
     def save_pretrained(self, folder: Path, safe_serialization: bool) -> None: ...
 
 
 def folder_of(run_dir: Path, step: int) -> Path:
-    """Return the folder of a step's checkpoint, whether it is there or not."""
+    """Return the folder of a step's checkpoint, which may not exist."""
     return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
@@ -81,7 +82,7 @@ def _sync_file(path: Path) -> None:
 
 
 def _remove_unfinished(run_dir: Path) -> None:
-    """Delete what a kill or a full disk left half-written or half-deleted."""
+    """Delete checkpoints that a kill or a full disk left half-written or half-deleted."""
     for folder in (run_dir / "checkpoints").glob(".step-*.partial"):
         shutil.rmtree(folder)
     for folder in _step_folders(run_dir).values():
@@ -97,19 +98,19 @@ def save_checkpoint(
     identity: Identity,
     between_files: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Write a checkpoint and return its folder. A step is written once: the caller does not save it again.
+    """Write a checkpoint and return its folder. Each step may be written only once.
 
-    between_files: called between them, and before the checkpoint counts; what it raises breaks the writing off.
+    between_files: called between files and before the final rename; an exception it raises aborts the write.
     """
     place = folder_of(run_dir, position.step)
     partial = place.with_name(f".{place.name}.partial")
-    # they must take neither the room nor the name of the new one
+    # they must not take the new one's disk space or name
     _remove_unfinished(run_dir)
     assert not place.exists(), f"{place} is written a second time"
     try:
         _write(partial, unet, state, position, identity, between_files)
     except Exception:
-        # whatever it was, it goes on to the caller; on a full disk it would stand in the way of what frees it
+        # re-raised below; remove the partial folder first, or it keeps a full disk full
         shutil.rmtree(partial, ignore_errors=True)
         raise
     partial.rename(place)
@@ -126,7 +127,7 @@ def _write(
     identity: Identity,
     between_files: Callable[[], None],
 ) -> None:
-    """Write a checkpoint's files and sync them to disk, its record last."""
+    """Write a checkpoint's files and sync them to disk, state.json last."""
     folder.mkdir(parents=True)
     unet.save_pretrained(folder / "unet", safe_serialization=True)
     between_files()
@@ -154,18 +155,18 @@ def _write_record(folder: Path, record: dict) -> None:
 
 
 def rewrite_position(run_dir: Path, position: Position) -> None:
-    """Record what was found out at a checkpoint's step after it was saved: its validation."""
+    """Update the position in a checkpoint, after the validation at its step has run."""
     folder = folder_of(run_dir, position.step)
     _write_record(folder, {**_record(folder), "position": asdict(position)})
     sync_folder(folder)
 
 
 def _damaged(folder: Path, what: str) -> ValueError:
-    """Return the error of a damaged checkpoint, with the newest sound one before it and how to go on from there."""
+    """Return the error for a damaged checkpoint; it names the newest intact one before it and how to resume from that."""
     run_dir = folder.parent.parent
     earlier = [step for step in list_checkpoints(run_dir) if folder_of(run_dir, step) < folder]
     sound = next((step for step in reversed(earlier) if not _flaw(folder_of(run_dir, step))), None)
-    # what is damaged is put aside, not deleted: something may yet be had from it
+    # moved aside, not deleted: parts of it may still be usable
     aside = [path for step in earlier if sound is None or step > sound for path in [folder_of(run_dir, step)]]
     moves = [f"mv {shlex.quote(str(path))} {shlex.quote(f'{path}.damaged')}" for path in [*aside, folder]]
     go_on = "start again from step 0" if sound is None else f"go on from step {sound}, the sound one before it"
@@ -195,7 +196,7 @@ def _record(folder: Path) -> dict:
 
 
 def _flaw(folder: Path) -> str:
-    """Return what is wrong with a checkpoint's files, '' if they are as they were written."""
+    """Return what is wrong with a checkpoint's files, '' if they are intact."""
     try:
         record = _record(folder)
         for name, digest in record["sha256"].items():
@@ -210,11 +211,11 @@ def _flaw(folder: Path) -> str:
 
 
 class _OtherFormat(Exception):
-    """A checkpoint of another version; the message is its format."""
+    """The checkpoint was written by a version with another format; the message is that format."""
 
 
 def read_record(folder: Path) -> dict:
-    """Return a checkpoint's state.json. Raises UserError for a damaged one and one of another version."""
+    """Return a checkpoint's state.json. Raises UserError if it is damaged or has another format."""
     try:
         return _record(folder)
     except _OtherFormat as other:
@@ -226,13 +227,13 @@ def read_record(folder: Path) -> dict:
 
 
 def read_identity(run_dir: Path, step: int) -> tuple[Identity, int]:
-    """Return what a checkpoint was trained by, and the stage it stands in."""
+    """Return the identity of the run that wrote a checkpoint, and the stage it was in."""
     record = read_record(folder_of(run_dir, step))
     return Identity(**record["identity"]), record["position"]["stage"]
 
 
 def check_files(folder: Path) -> dict:
-    """Return a checkpoint's record after checking every checksum. Raises UserError naming a damaged file."""
+    """Return a checkpoint's state.json after verifying every checksum. Raises UserError naming a damaged file."""
     record = read_record(folder)
     flaw = _flaw(folder)
     if flaw:
@@ -249,7 +250,7 @@ def load_checkpoint(run_dir: Path, step: int, unet: nn.Module) -> tuple[dict[str
 
 
 def load_unet_weights(folder: Path, unet: nn.Module) -> None:
-    """Load a checkpoint's UNet weights into a UNet. Raises UserError if it has another architecture."""
+    """Load a checkpoint's weights into a UNet. Raises UserError if its architecture differs."""
     weights: dict[str, Tensor] = {}
     for path in sorted((folder / "unet").glob("*.safetensors")):
         weights.update(load_file(path))
@@ -264,9 +265,9 @@ def load_unet_weights(folder: Path, unet: nn.Module) -> None:
 
 
 def prune(run_dir: Path, keep: int, best_step: int) -> None:
-    """Delete all checkpoints but the last `keep` and the best, and what is left of unfinished ones."""
+    """Delete all checkpoints but the last `keep` and the best, and the remains of unfinished ones."""
     steps = list_checkpoints(run_dir)
     for step in set(steps[:-keep]) - {best_step}:
-        # state.json first: a kill in between leaves no folder that seems complete
+        # state.json first, so that a kill in between leaves no folder that looks complete
         (folder_of(run_dir, step) / "state.json").unlink()
     _remove_unfinished(run_dir)

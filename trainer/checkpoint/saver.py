@@ -1,8 +1,8 @@
-"""Checkpoints written behind the loop's back: it pays for a copy in host memory, a thread does the rest.
+"""Asynchronous checkpoints: the training loop pays for a copy in host memory, a thread writes the files.
 
-One at a time: the next save waits for the one before. What a write meets (a full disk, a folder that cannot be written to)
-is raised in the loop, at its next step or at the end. Order: metrics on disk, then the checkpoint, then what is not kept
-is deleted; so a checkpoint that is seen never counts on a line that is not.
+One at a time: the next save waits for the previous one. An error of the thread (a full disk, a folder that cannot be
+written to) is raised in the loop, at its next step or at the end. Order: flush the metrics to disk, write the checkpoint,
+delete old checkpoints; so a checkpoint on disk never depends on metrics that are not.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from torch import Tensor, nn
 
 from safelight.trainer.checkpoint.files import Position, prune, save_checkpoint
 from safelight.trainer.checkpoint.identity import Identity
-from safelight.trainer.checkpoint.snapshot import HostMemory, SavedUNet, Snapshot, available_bytes, num_bytes_of
+from safelight.trainer.checkpoint.snapshot import SavedUNet, Snapshot, SnapshotBuffers, available_bytes, num_bytes_of
+from safelight.units import GIB
 
-GIB = 2**30
-# host memory that keeping a snapshot's must leave to everything else
+# buffers are kept between saves only if this much host memory remains for everything else
 SPARE_BYTES = 2 * GIB
-# a save that waits longer for the one before says so
+# a save that waits longer than this for the previous one says so
 PATIENCE_S = 10.0
 UNET = "unet/"
 
 
 class _Abandoned(Exception):
-    """Raised in the thread between two files, once nobody waits for the checkpoint."""
+    """Raised in the thread between two files when the checkpoint is no longer wanted."""
 
 
 @dataclass
 class Saver:
-    """Saves a run's checkpoints; a context, which ends when the last one is whole or its failure is told.
+    """Saves a run's checkpoints. A context manager: on exit the last one is complete, or its failure is reported.
 
-    saved_step: of the newest checkpoint that is whole on disk; asked_step: of the newest that was asked for; -1 before any.
+    saved_step: of the newest checkpoint that is complete on disk; asked_step: of the newest requested one; -1 before any.
     """
 
     run_dir: Path
@@ -48,78 +48,79 @@ class Saver:
     device: torch.device
     saved_step: int = -1
     asked_step: int = field(init=False)
-    _memory: HostMemory = field(init=False)
+    _buffers: SnapshotBuffers = field(init=False)
     _is_kept: bool = False
-    _under_way: Future | None = None
+    _in_flight: Future | None = None
     _thread: threading.Thread | None = None
     _what: str = ""
     _is_abandoned: bool = False
 
     def __post_init__(self):
         self.asked_step = self.saved_step
-        self._memory = HostMemory(pinned=False)
+        self._buffers = SnapshotBuffers(is_pinned=False)
 
     def reserve(self, unet: nn.Module, state: dict[str, Tensor]) -> None:
-        """Begin to take the memory of such saves, to keep it for the whole run; where it is scarce, tell that it is not kept.
+        """Start to allocate the buffers of such saves and keep them for the whole run.
 
-        Kept, it is pinned on a GPU. Not kept, each save takes pageable memory and gives it back: that holds up training.
+        Kept buffers are pinned on a GPU. If memory is scarce, say so: each save then allocates pageable memory and frees
+        it again, which holds up training.
         """
         tensors = [*unet.state_dict().values(), *state.values()]
         needed, available = num_bytes_of(tensors), available_bytes()
         if available is None or available < needed + SPARE_BYTES:
-            told = "unknown" if available is None else f"{available / GIB:.1f} GiB"
+            amount = "unknown" if available is None else f"{available / GIB:.1f} GiB"
             self.say(
-                f"a checkpoint's copy in host memory takes {needed / GIB:.1f} GiB, available: {told}; it is not kept "
+                f"a checkpoint's copy in host memory takes {needed / GIB:.1f} GiB, available: {amount}; it is not kept "
                 "between saves, and each save holds up training longer"
             )
             return
-        self._is_kept, self._memory = True, HostMemory(pinned=self.device.type == "cuda")
+        self._is_kept, self._buffers = True, SnapshotBuffers(is_pinned=self.device.type == "cuda")
         self._start("the host memory for checkpoints", lambda: self._reserve(tensors))
 
     def _reserve(self, tensors: list[Tensor]) -> None:
         try:
-            self._memory.reserve(tensors)
+            self._buffers.reserve(tensors)
         except RuntimeError as error:
-            # of CUDA, which cannot pin as much
-            self._is_kept, self._memory = False, HostMemory(pinned=False)
+            self._is_kept, self._buffers = False, SnapshotBuffers(is_pinned=False)
             reason = str(error).splitlines()[0]
             self.say(f"host memory for checkpoints cannot be pinned, each save holds up training longer ({reason})")
 
     def save(self, unet: nn.Module, state: dict[str, Tensor], position: Position) -> None:
-        """Copy a checkpoint's tensors and begin to write them. state: as it is, it may change when this has returned."""
+        """Copy a checkpoint's tensors and start to write them. `state` may change once this has returned."""
         self.wait()
         weights = {f"{UNET}{name}": x for name, x in unet.state_dict().items()}
         assert not weights.keys() & state.keys()
-        snapshot = Snapshot({**weights, **state}, self._memory)
+        snapshot = Snapshot({**weights, **state}, self._buffers)
         self.asked_step = position.step
         self._start(f"the checkpoint of step {position.step}", lambda: self._write(unet, snapshot, position))
 
     def check(self) -> None:
-        """Raise what a write has met, if it is over. Waits for nothing."""
-        if self._under_way is not None and self._under_way.done():
+        """Raise the error of a write that has ended. Does not block."""
+        if self._in_flight is not None and self._in_flight.done():
             self.wait()
 
     def wait(self) -> None:
-        """Return when nothing is under way. Raises what the write has met: OSError or SafetensorError of a full disk."""
-        if self._under_way is None:
+        """Block until no write is in flight. Raises its error, such as OSError or SafetensorError on a full disk."""
+        if self._in_flight is None:
             return
-        if not wait([self._under_way], PATIENCE_S).done:
+        if not wait([self._in_flight], PATIENCE_S).done:
             self.say(f"waiting for {self._what}")
         self._join()
-        ended, self._under_way = self._under_way, None
+        ended, self._in_flight = self._in_flight, None
         ended.result()
 
     def _join(self) -> None:
-        wait([self._under_way])
-        # its last references go after its result is there; a daemon that frees tensors while Python ends would abort it
+        wait([self._in_flight])
+        # the thread drops its last references after it has set the result; a daemon that frees tensors while the
+        # interpreter exits would abort it
         self._thread.join()
 
-    def settle(self) -> None:
-        """Return when nothing is under way; tell what the write has met. Where another failure is raised already."""
+    def wait_and_report(self) -> None:
+        """Block until no write is in flight, and report its error instead of raising it."""
         try:
             self.wait()
         except Exception as error:
-            # Report it here: the exception already propagating does not mention it. The traceback goes to libraries.log.
+            # of any type: the exception that is already propagating does not mention it
             self.say(f"{self._what} could not be saved: {error}")
             logging.getLogger(__name__).warning("%s could not be saved", self._what, exc_info=error)
 
@@ -130,15 +131,15 @@ class Saver:
         if kind is None:
             self.wait()
         elif issubclass(kind, Exception):
-            self.settle()
-        elif self._under_way is not None:
-            # asked twice to stop: what is under way ends with the file that it is at, while the folder is still locked
+            self.wait_and_report()
+        elif self._in_flight is not None:
+            # interrupted twice: stop after the file being written, while the folder is still locked
             self._is_abandoned = True
             self._join()
 
     def _start(self, what: str, work: Callable[[], None]) -> None:
-        self._what, self._under_way = what, Future()
-        future = self._under_way
+        self._what, self._in_flight = what, Future()
+        future = self._in_flight
 
         def run() -> None:
             try:
@@ -148,23 +149,25 @@ class Saver:
             else:
                 future.set_result(None)
 
-        # a daemon: a third Ctrl-C need not wait either
+        # a daemon, so that a third Ctrl-C does not wait for it
         self._thread = threading.Thread(target=run, name="save-checkpoint", daemon=True)
         self._thread.start()
 
-    def _go_on(self) -> None:
+    def _raise_if_abandoned(self) -> None:
         if self._is_abandoned:
             raise _Abandoned
 
     def _write(self, unet: nn.Module, snapshot: Snapshot, position: Position) -> None:
         try:
-            tensors = snapshot.settle()
+            tensors = snapshot.wait_for_copies()
             self.sync_metrics()
             weights = {name.removeprefix(UNET): x for name, x in tensors.items() if name.startswith(UNET)}
             state = {name: x for name, x in tensors.items() if not name.startswith(UNET)}
-            save_checkpoint(self.run_dir, SavedUNet(unet, weights), state, position, self.identity, self._go_on)
+            save_checkpoint(
+                self.run_dir, SavedUNet(unet, weights), state, position, self.identity, self._raise_if_abandoned
+            )
             self.saved_step = position.step
             prune(self.run_dir, self.keep, position.best_step)
         finally:
             if not self._is_kept:
-                self._memory.release()
+                self._buffers.release()

@@ -1,7 +1,7 @@
 """A copy in host memory of what a checkpoint holds, so that training goes on while it is written.
 
-The loop only asks for the copies: on a GPU they follow the step on its own stream, into pinned memory, and the next step
-follows them. Tensors are copied in their memory order; whoever writes them makes them contiguous.
+The training loop only enqueues the copies: on a GPU they run on the step's own stream, between two steps, into pinned
+memory. Tensors are copied in their memory order; the thread that writes them makes them contiguous.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-# torch's pinned allocator rounds every block up to a power of two: of chunks that are one nothing is wasted
-CHUNK_BYTES = 2**28
-ALIGNMENT = 64
+from safelight.kernels.host_memory import HostSlabs
+
+SNAPSHOT_SLAB_BYTES = 2**28
 MEMINFO = Path("/proc/meminfo")
 
 
 def available_bytes() -> int | None:
-    """Return the host memory that can be taken without swapping; None where the system does not tell."""
+    """Return the host memory that can be allocated without swapping; None if the system does not report it."""
     try:
         lines = MEMINFO.read_text().splitlines()
     except OSError:
@@ -29,64 +29,61 @@ def available_bytes() -> int | None:
 
 
 def num_bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Return the bytes of tensors' elements."""
+    """Return the total bytes of the tensors' elements."""
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
-class HostMemory:
-    """Chunks of host memory for one snapshot at a time. pinned: as a GPU copies to without the host."""
+class SnapshotBuffers:
+    """Host memory for one snapshot at a time. is_pinned: so that a GPU copies to it without the host."""
 
-    def __init__(self, pinned: bool):
-        self.pinned = pinned
-        self._chunks: list[Tensor] = []
-        self._chunk = self._offset = 0
+    def __init__(self, is_pinned: bool):
+        self._slabs = HostSlabs(SNAPSHOT_SLAB_BYTES, is_pinned)
+
+    @property
+    def num_bytes(self) -> int:
+        return self._slabs.num_bytes
 
     def begin(self) -> None:
-        """Begin a snapshot; the one before is overwritten."""
-        self._chunk = self._offset = 0
+        """Begin a snapshot, which overwrites the previous one."""
+        self._slabs.give_back_all()
 
     def like(self, x: Tensor) -> Tensor:
-        """Return room for a tensor's copy: its shape and dtype, its memory order where that is dense."""
+        """Return an uninitialized tensor of x's shape and dtype, in its memory order if that is dense."""
         strides = x.stride() if x.is_contiguous() else torch.empty_like(x, device="meta").stride()
-        num_bytes = x.numel() * x.element_size()
-        while self._chunk < len(self._chunks) and self._offset + num_bytes > len(self._chunks[self._chunk]):
-            self._chunk, self._offset = self._chunk + 1, 0
-        if self._chunk == len(self._chunks):
-            size = max(CHUNK_BYTES, 1 << (num_bytes - 1).bit_length())
-            self._chunks.append(torch.empty(size, dtype=torch.uint8, pin_memory=self.pinned))
-        flat = self._chunks[self._chunk][self._offset : self._offset + num_bytes].view(x.dtype)
-        self._offset += -(-num_bytes // ALIGNMENT) * ALIGNMENT
+        flat = self._slabs.take(x.numel() * x.element_size()).view(x.dtype)
         return flat.as_strided(x.shape, strides, flat.storage_offset())
 
     def reserve(self, tensors: Iterable[Tensor]) -> None:
-        """Take the memory of a snapshot of such tensors, all of its pages, so that the first one finds it there."""
+        """Allocate the memory of a snapshot of such tensors and write to all of it, so that the first one is fast.
+
+        Raises RuntimeError if CUDA cannot pin that much.
+        """
         self.begin()
         for x in tensors:
-            # a page that was never written to costs more than its copy
+            # the first write to a page costs more than its copy
             self.like(x).zero_()
 
     def release(self) -> None:
-        """Give all memory back."""
-        self._chunks = []
-        self.begin()
+        """Free all memory."""
+        self._slabs.release()
 
 
 class Snapshot:
-    """Copies of named tensors; until `settle` returns they may be under way."""
+    """Copies of named tensors, which may be in flight until `wait_for_copies` returns."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], memory: HostMemory):
-        memory.begin()
-        self.tensors = {name: memory.like(x).copy_(x.detach(), non_blocking=True) for name, x in tensors.items()}
+    def __init__(self, tensors: Mapping[str, Tensor], buffers: SnapshotBuffers):
+        buffers.begin()
+        self.tensors = {name: buffers.like(x).copy_(x.detach(), non_blocking=True) for name, x in tensors.items()}
         device = next((x.device for x in tensors.values() if x.device.type == "cuda"), None)
         self._copied = None if device is None else torch.cuda.current_stream(device).record_event()
 
-    def settle(self) -> dict[str, Tensor]:
-        """Wait for the copies and return them, contiguous. For the thread that writes them."""
+    def wait_for_copies(self) -> dict[str, Tensor]:
+        """Block until the copies are done and return them, contiguous. Called by the thread that writes them."""
         if self._copied is not None:
             self._copied.synchronize()
         for name, x in self.tensors.items():
             if not x.is_contiguous():
-                # in its own room: a second copy of one tensor at a time
+                # reordered in place, so that only one tensor at a time exists twice
                 ordered = x.contiguous()
                 flat = x.as_strided(ordered.shape, ordered.stride(), x.storage_offset())
                 self.tensors[name] = flat.copy_(ordered)
@@ -94,7 +91,7 @@ class Snapshot:
 
 
 class SavedUNet:
-    """A UNet's config and a snapshot of its weights, which save themselves as the UNet does."""
+    """A UNet's config and a snapshot of its weights, with the UNet's `save_pretrained`."""
 
     def __init__(self, unet: nn.Module, weights: dict[str, Tensor]):
         self._unet, self._weights = unet, weights

@@ -11,6 +11,7 @@ import tyro
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from safelight.errors import UserError
+from safelight.trainer.registry.losses import KINDS, WEIGHTINGS
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -234,12 +235,54 @@ class Loss(Section):
 
     prediction: Literal["auto", "epsilon", "v_prediction"] = "auto"
     """auto takes the base model's."""
+    kind: Literal[tuple(KINDS)] = "mse"
+    """mse: squared error; huber: squared up to huber_delta, linear beyond, so that outliers pull less."""
+    huber_delta: Annotated[float, Field(gt=0)] = 1.0
+    """Where kind huber turns linear, in standard deviations of the noise; smaller is more robust."""
+    weighting: Literal["auto", *WEIGHTINGS] = "auto"
+    """How much each timestep counts. none: all the same; min_snr: those with little noise less (Hang et al. 2023);
+    p2: likewise, smoothly (Choi et al. 2022); debiased: by 1 / sqrt(SNR) (Yu et al. 2023).
+    auto: min_snr if min_snr_gamma is above 0, else none."""
     min_snr_gamma: Annotated[float, Field(ge=0)] = 0.0
-    """Min-SNR weighting (Hang et al. 2023); 5 is usual, 0: off."""
+    """SNR above which min_snr reduces the weight; 5 is usual, 0: no min-SNR weighting."""
+    p2_gamma: Annotated[float, Field(gt=0)] = 1.0
+    """Strength of p2, whose weight is 1 / (1 + SNR)^p2_gamma; 0.5 and 1 are usual."""
     offset_noise: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Standard deviation of a constant added to each channel's noise; lets the model learn very dark and light images."""
     zero_terminal_snr: bool = False
     """Rescale the schedule so that the last timestep is pure noise (Lin et al. 2023); needs v_prediction."""
+
+    @property
+    def chosen_weighting(self) -> str:
+        """The weighting, with `auto` replaced by what min_snr_gamma implies."""
+        if self.weighting != "auto":
+            return self.weighting
+        return "min_snr" if self.min_snr_gamma > 0 else "none"
+
+    def contradiction(self) -> str:
+        """Return why weighting and min_snr_gamma contradict each other, '' if they do not."""
+        if self.weighting == "min_snr" and self.min_snr_gamma == 0:
+            return "loss.weighting 'min_snr' needs a loss.min_snr_gamma above 0; 5 is usual"
+        if self.weighting not in ("auto", "min_snr") and self.min_snr_gamma > 0:
+            return (
+                f"loss.weighting {self.weighting!r} contradicts loss.min_snr_gamma {self.min_snr_gamma}; "
+                "set loss.min_snr_gamma to 0, or loss.weighting to min_snr"
+            )
+        return ""
+
+    def unused_parameters(self) -> set[str]:
+        """Return the settings that belong to another kind or weighting than the chosen ones."""
+        rows = (*KINDS.values(), *WEIGHTINGS.values())
+        used = {KINDS[self.kind].parameter, WEIGHTINGS[self.chosen_weighting].parameter}
+        return {row.parameter for row in rows} - used - {""}
+
+    def kernel_options(self) -> dict[str, str | float]:
+        """Return the arguments of kernels.ops.diffusion_loss.LossOptions: kind, weighting and their parameters."""
+        options: dict[str, str | float] = {"kind": self.kind, "weighting": self.chosen_weighting}
+        for row, name in ((KINDS[self.kind], "delta"), (WEIGHTINGS[self.chosen_weighting], "gamma")):
+            if row.parameter:
+                options[name] = getattr(self, row.parameter)
+        return options
 
 
 class Validate(Section):

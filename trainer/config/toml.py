@@ -148,6 +148,8 @@ def parse_config(values: dict, source: str) -> Config:
         raise UserError(f"{source}: {AVERAGE_OF_PAGED}")
     if config.loss.zero_terminal_snr and config.loss.prediction == "epsilon":
         raise UserError(f"{source}: loss.zero_terminal_snr needs loss.prediction = 'v_prediction', not 'epsilon'")
+    if contradiction := config.loss.contradiction():
+        raise UserError(f"{source}: {contradiction}")
     return config
 
 

@@ -31,12 +31,12 @@ from safelight.trainer.families.original_layout import (
 from safelight.trainer.inference.draw import pick_step
 from safelight.trainer.inference.modelspec import CUSTOM, modelspec, sign
 from safelight.trainer.models.base import PICKLES, Base, base_of
-from safelight.trainer.models.device import PRECISIONS
+from safelight.trainer.models.device import DTYPES
 from safelight.trainer.models.noise_schedule import make_schedule
 from safelight.trainer.models.weights import load_text, load_vae, meta_unet
 from safelight.trainer.optim.ema import PREFIX as EMA_PREFIX
+from safelight.units import GIB
 
-DTYPES = {name: dtype for dtype, name in PRECISIONS.items()}
 # free space to leave beside the file: file systems slow down and fail before they are full
 SPARE_BYTES = 64 << 20
 
@@ -172,7 +172,7 @@ def _check_room(out: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(out.parent).free
     if free < num_bytes + SPARE_BYTES:
         raise UserError(
-            f"{out} needs {num_bytes / 2**30:.2f} GiB, {out.parent} has {free / 2**30:.2f} GiB free; make room, or use --dtype fp16"
+            f"{out} needs {num_bytes / GIB:.2f} GiB, {out.parent} has {free / GIB:.2f} GiB free; make room, or use --dtype fp16"
         )
 
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field, replace
 from safelight.data.text import counted
 from safelight.trainer.config.toml import Config
 from safelight.trainer.inference.sampling import SAMPLE_BATCH_SIZE
-from safelight.trainer.memory_plan.gpus import GIB
 from safelight.trainer.memory_plan.static_bytes import HostBytes
+from safelight.units import GIB
 
 Forward = Callable[[int], int]
 

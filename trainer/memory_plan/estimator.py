@@ -29,15 +29,16 @@ from safelight.trainer.memory_plan.candidate import (
     least_of,
     streams_from_host,
 )
-from safelight.trainer.memory_plan.gpus import CONTEXT_BYTES, FRAGMENTATION, GIB, GRAPH_BYTES_A_LAUNCH, Card
+from safelight.trainer.memory_plan.gpus import CONTEXT_BYTES, FRAGMENTATION, GRAPH_BYTES_A_LAUNCH, Card
 from safelight.trainer.memory_plan.memory_tracer import CUDA_ROUNDING
 from safelight.trainer.memory_plan.meta_run import META, MetaRun, Traced, forward_of, meta_run, step_of
 from safelight.trainer.memory_plan.static_bytes import BESIDE_BYTES, host_bytes, moment_bytes
 from safelight.trainer.models.base import Base, bucket_multiple, latent_factor, resolve_model, vae_bytes, vae_config
-from safelight.trainer.models.device import PRECISIONS
+from safelight.trainer.models.device import DTYPES
 from safelight.trainer.models.encoders import decode_bytes
 from safelight.trainer.optim.kernel_adamw import SPLIT_BYTES, SPLIT_ELEMENTS
 from safelight.trainer.optim.optimizer import memory_mode
+from safelight.units import GIB
 
 
 def largest_latents(config: Config, base: Base) -> tuple[int, int]:
@@ -60,7 +61,7 @@ def dtype_on(card: Card, precision: str) -> torch.dtype:
     """Return the UNet's dtype on a card. Raises UserError for bf16 where the card has none."""
     if precision == "bf16" and not card.has_bf16:
         raise UserError(f"model.precision bf16: {card.name} has no bf16 arithmetic; use fp16 or auto")
-    return card.dtype if precision == "auto" else {name: dtype for dtype, name in PRECISIONS.items()}[precision]
+    return card.dtype if precision == "auto" else DTYPES[precision]
 
 
 def rounded_up(num_bytes: int) -> int:

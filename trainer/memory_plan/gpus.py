@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 
 from safelight.errors import UserError
+from safelight.units import GIB, MIB
 
-GIB, MIB = 2**30, 2**20
 # what the CUDA context and the loaded kernels take beside torch's allocator; 0.5 GiB is what the goals suppose [not measured]
 CONTEXT_BYTES = GIB // 2
 # what cuBLAS and cublasLt take of torch's allocator for each handle and stream that multiplies on it, and keep: 4096 KiB x 2 +

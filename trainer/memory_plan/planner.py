@@ -12,11 +12,11 @@ from safelight.kernels.unet.checkpointing import MODES
 from safelight.trainer.checkpoint.snapshot import available_bytes
 from safelight.trainer.memory_plan.candidate import Need
 from safelight.trainer.memory_plan.estimator import Needs
-from safelight.trainer.memory_plan.gpus import GIB
 from safelight.trainer.memory_plan.rounding_noise import WARN_ABOVE, noise_to_displacement
 from safelight.trainer.memory_plan.static_bytes import learning_rates
 from safelight.trainer.models.device import PRECISIONS
 from safelight.trainer.optim.optimizer import memory_mode
+from safelight.units import GIB
 
 BATCH_SIZES = (1, 2, 4, 8)
 # best first: what is kept of the weights, then the least work

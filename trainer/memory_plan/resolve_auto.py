@@ -13,8 +13,9 @@ from safelight.kernels.triton.jit import has_triton
 from safelight.kernels.unet.checkpointing import MODES
 from safelight.trainer.config.toml import Config
 from safelight.trainer.memory_plan.candidate import Between, Need, graphs_against
-from safelight.trainer.memory_plan.gpus import CONTEXT_BYTES, GIB, Card, this_card
+from safelight.trainer.memory_plan.gpus import CONTEXT_BYTES, Card, this_card
 from safelight.trainer.memory_plan.planner import MEMORY_MODES, Planner
+from safelight.units import GIB
 
 # a plan to fall back on allocates so much less than the one that failed: more than what a plan may be off
 MARGIN = 0.1

@@ -18,7 +18,7 @@ from safelight.kernels.optim.paged_state import state_bytes
 from safelight.kernels.unet import patch
 from safelight.kernels.unet.activation_offload import SLAB_BYTES
 from safelight.kernels.unet.attention import attention_cases, choose_attention
-from safelight.trainer.checkpoint.snapshot import CHUNK_BYTES
+from safelight.trainer.checkpoint.snapshot import SNAPSHOT_SLAB_BYTES
 from safelight.trainer.config.timeline import Timeline, steps_of_counts
 from safelight.trainer.config.toml import Config
 from safelight.trainer.models.base import bucket_multiple, latent_factor, resolve_model, vae_config
@@ -66,7 +66,9 @@ def host_bytes(
     num = sum(sizes)
     beside = BESIDE_BYTES[memory] if itemsize < 4 else 0
     saved = (itemsize + beside + 4 * has_average) * num + sum(moment_bytes(n, optimizer) for n in sizes)
-    return HostBytes(paged, _chunks(offloaded, SLAB_BYTES), _chunks(saved, CHUNK_BYTES), autoencoder, 4 * num + paged)
+    return HostBytes(
+        paged, _chunks(offloaded, SLAB_BYTES), _chunks(saved, SNAPSHOT_SLAB_BYTES), autoencoder, 4 * num + paged
+    )
 
 
 # blocks of 256 with one fp32 scale each, tensors under 4,096 elements keep fp32 moments: bitsandbytes' and ours alike

@@ -6,7 +6,8 @@ import torch
 
 from safelight.errors import UserError
 
-PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def pick_device(name: str) -> torch.device:
@@ -27,4 +28,4 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     if precision == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         raise UserError("model.precision bf16: this GPU has no bf16 arithmetic; use fp16 or auto")
-    return {name: dtype for dtype, name in PRECISIONS.items()}[precision]
+    return DTYPES[precision]

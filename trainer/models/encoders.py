@@ -15,9 +15,10 @@ from safelight.errors import UserError
 from safelight.trainer.config.toml import Config
 from safelight.trainer.models.base import Base
 from safelight.trainer.models.weights import fingerprint, load_text, load_vae
+from safelight.units import GIB
 
 # of the autoencoder in fp32: activations of one image (docstring of LatentCodec.decode)
-DECODE_BYTES_A_PIXEL = 0.75 * 2**30 / 512**2
+DECODE_BYTES_A_PIXEL = 0.75 * GIB / 512**2
 
 
 class _Visitor:

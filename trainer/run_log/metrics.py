@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 
 from safelight.data.atomic import atomic_write_bytes, naming
-
-GIB = 2**30
+from safelight.units import GIB
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -80,7 +80,7 @@ class MicroResult(NamedTuple):
 
 @dataclass(frozen=True)
 class StepResult:
-    """losses: unweighted mean squared errors of the step's samples, (N,). grad_norm: before clipping.
+    """losses: unweighted errors of the step's samples by loss.kind, (N,). grad_norm: before clipping.
 
     taken: whether the optimizer changed the weights, which it does not when gradients are not finite. Reading it may
     synchronize with the device: do so on logging steps only.
@@ -151,8 +151,7 @@ def accumulate(
 
     num_samples: as in StepSettings. loss_scale: a scalar on the device that the loss is multiplied by before backward.
     """
-    weighting = {"weighting": "min_snr", "gamma": loss.min_snr_gamma} if loss.min_snr_gamma > 0 else {}
-    options = LossOptions(prediction_type=schedule.prediction_type, **weighting)
+    options = LossOptions(prediction_type=schedule.prediction_type, **loss.kernel_options())
     with named("forward"):
         predicted = predict(unet, noised, conditioning)
     with named("loss"):

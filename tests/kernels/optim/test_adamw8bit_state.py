@@ -14,7 +14,10 @@ def make(memory: str, dtype=torch.bfloat16, channels_last: bool = False, seed: i
     values = [0.03 * torch.randn(shape, generator=generator) for shape in ((60,), (32, 16, 3, 3))]
     if channels_last:
         values[1] = values[1].to(memory_format=torch.channels_last)
-    return AdamW8bit([v.to(dtype) for v in values], memory=memory, seed=9, values=values)
+    optimizer = AdamW8bit([v.to(dtype) for v in values], memory=memory, seed=9)
+    for index, value in enumerate(values):
+        optimizer.assign(index, value)
+    return optimizer
 
 
 def steps(optimizer: AdamW8bit, first: int, num: int) -> None:

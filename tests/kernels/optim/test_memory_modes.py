@@ -35,7 +35,9 @@ def trained(
     """Return the fp32 values of all weights after the steps, and the moments' tensors."""
     values = initial_weights()
     weights = [v.to(dtype) for v in values]
-    optimizer = AdamW8bit(weights, memory="fp32" if memory == "plain" else memory, seed=seed, values=values)
+    optimizer = AdamW8bit(weights, memory="fp32" if memory == "plain" else memory, seed=seed)
+    for index, value in enumerate(values):
+        optimizer.assign(index, value)
     for step_gradients in gradients()[:num_steps]:
         optimizer.step(step_gradients, LR, 0.01)
         if memory == "plain":
@@ -119,7 +121,9 @@ def test_the_16_bit_weight_is_the_rounded_value(dtype, memory):
     """The weight that the forward pass uses is within half an ulp of the fp32 value, but for near's own rounding."""
     values = initial_weights()
     weights = [v.to(dtype) for v in values]
-    optimizer = AdamW8bit(weights, memory=memory, values=values)
+    optimizer = AdamW8bit(weights, memory=memory)
+    for index, value in enumerate(values):
+        optimizer.assign(index, value)
     for step_gradients in gradients()[:20]:
         optimizer.step(step_gradients, 1e-3, 0.01)
     for index, p in enumerate(weights):

@@ -1,4 +1,4 @@
-"""State in host memory: bit for bit what stays on the device gives, in every order of the pages, and without data races."""
+"""Optimizer state in host memory: bit for bit as on the device, in any order of pages, without data races."""
 
 import itertools
 import random
@@ -7,9 +7,11 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from safelight.kernels.optim import paged_state
 from safelight.kernels.optim.adamw8bit import AdamW8bit
-from safelight.kernels.optim.adamw8bit_state import bitsandbytes_state, load_state, load_value, state_of
-from safelight.kernels.optim.paged_state import ALIGNMENT, COMPUTE, INWARD, NUM_SLOTS, OUTWARD, NoStreams, Pages
+from safelight.kernels.optim.adamw8bit_state import load_state, load_value, state_of
+from safelight.kernels.optim.paged_state import ALIGNMENT, INWARD, NUM_SLOTS, OUTWARD, Pages
+from safelight.kernels.streams import COMPUTE, NoStreams
 from safelight.kernels.triton.jit import record_launches
 
 # one of them too small for 8 bits; a convolution's weight; last blocks that are full and short
@@ -25,9 +27,9 @@ def weights(device="cpu", dtype=torch.bfloat16, seed=1, channels_last=True):
     return found
 
 
-def pages_of(parameters, groups=GROUPS, streams=None):
+def pages_of(parameters, groups=GROUPS):
     large = {i: p for i, p in enumerate(parameters) if p.numel() >= 4096}
-    return Pages(large, [[i for i in group if i in large] for group in groups], streams)
+    return Pages(large, [[i for i in group if i in large] for group in groups])
 
 
 def make(paged: bool, **options) -> AdamW8bit:
@@ -151,10 +153,11 @@ class Clocks(NoStreams):
 
 
 def watched(monkeypatch, num_steps, seed):
-    """Return the streams after steps of pages in random orders, some taken twice, one step broken off."""
+    """Return the streams after steps that take pages in random order, some of them twice, and steps that break off."""
     clocks, drawn = Clocks(), random.Random(seed)
     groups = [(i,) for i in (0, 1, 3, 4, 5)]
-    pages = pages_of(weights(), groups, clocks)
+    monkeypatch.setattr(paged_state, "streams_for", lambda device, *names: clocks)
+    pages = pages_of(weights(), groups)
 
     def copy(page, slot, is_inward):
         places = ("page", page), ("slot", slot)
@@ -178,7 +181,7 @@ def watched(monkeypatch, num_steps, seed):
             pages.put(page)
         if step % 5 != 4:
             pages.end()
-            # what a checkpoint reads once compute is done
+            # as a checkpoint reads it once compute is done
             clocks.access(("page", order[-1]), None)
     assert set(held) == set(range(len(groups)))
     return clocks
@@ -208,7 +211,7 @@ def test_pages_come_in_ahead_in_the_order_of_the_step_before(monkeypatch):
 
     monkeypatch.setattr(pages, "_copy", told)
     orders = ([3, 1, 0, 4, 2], [3, 1, 0, 4, 2], [1, 3, 0, 2, 4])
-    # on demand in the first step; then the first two before any is taken, each next one as soon as a slot is free
+    # on demand in the first step; later the first two before any is taken, and each next one as soon as a slot is free
     for order, ahead in zip(orders, ([], [3, 1], [3, 1]), strict=True):
         inward.clear()
         pages.begin()
@@ -219,7 +222,7 @@ def test_pages_come_in_ahead_in_the_order_of_the_step_before(monkeypatch):
             pages.put(page)
         pages.end()
         assert sorted(inward) == [0, 1, 2, 3, 4]
-    # a page that was not foreseen takes the place of the one that was to be last of those there
+    # a page that was not prefetched evicts the one that is expected last
     inward.clear()
     pages.begin()
     assert inward == [1, 3]
@@ -245,16 +248,6 @@ def test_a_state_goes_from_exact_to_paged_and_back(channels_last):
         current = following
         steps(current, first, first + 3, by_groups=paged)
     assert same(straight, current)
-
-
-def test_bitsandbytes_state_is_exacts():
-    exact, paged = make(False), make(True)
-    for optimizer in (exact, paged):
-        steps(optimizer, 0, 3)
-    for index in (0, 2, 3):
-        one, other = bitsandbytes_state(exact, index), bitsandbytes_state(paged, index)
-        assert one.keys() == other.keys()
-        assert all(torch.equal(torch.as_tensor(one[key]), torch.as_tensor(other[key])) for key in one)
 
 
 def test_what_does_not_fit_is_refused_and_changes_nothing():

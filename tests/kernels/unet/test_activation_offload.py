@@ -1,4 +1,4 @@
-"""Activations in host memory: the same bits, nearly nothing left on the device, copies that are waited for, memory used again."""
+"""Activations in host memory: same bits, almost nothing left on the device, copies waited for, memory reused."""
 
 import copy
 import gc
@@ -13,10 +13,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from safelight.errors import UserError
+from safelight.kernels.host_memory import ALIGNMENT, HostSlabs
 from safelight.kernels.triton.jit import references_on_meta
 from safelight.kernels.unet import activation_offload as offload
 from safelight.kernels.unet import patch
-from safelight.kernels.unet.activation_offload import ALIGNMENT, SLAB_BYTES, HostMemory, Offload, offload_of
+from safelight.kernels.unet.activation_offload import SLAB_BYTES, offload_of
 from safelight.kernels.unet.checkpointing import apply_checkpointing
 
 CONFIG = {
@@ -34,9 +36,9 @@ CONFIG = {
 
 
 class LateCopies:
-    """A side stream at its worst: a copy is done when somebody waits for it, or for one after it, and not before.
+    """A side stream at its slowest: a copy is done only when it, or a later one, is waited for.
 
-    What was allocated for a copy is no number until then; a copy whose memory was given up before it was waited for fails.
+    Until then its destination is NaN. A copy whose memory is freed before it is waited for fails.
     """
 
     def __init__(self, device):
@@ -72,16 +74,15 @@ made: list[LateCopies] = []
 
 @pytest.fixture
 def late_copies(monkeypatch):
-    """Let every copy be as late as streams allow."""
+    """Make every copy as late as streams allow."""
     made.clear()
-    original = Offload.__init__
-    monkeypatch.setattr(Offload, "__init__", lambda self, make=None: original(self, make or LateCopies))
+    monkeypatch.setattr(offload, "Copies", LateCopies)
     return made
 
 
 @pytest.fixture(autouse=True)
 def small_copies(monkeypatch):
-    """What is saved of a small UNet is small."""
+    """Offload the small tensors of a small UNet too."""
     monkeypatch.setattr(offload, "MIN_BYTES", 1024)
 
 
@@ -145,7 +146,7 @@ def test_a_copy_that_is_not_waited_for_is_noticed(unets, late_copies, monkeypatc
     """The fixture finds what it is for: without the wait before a use, gradients are no numbers."""
     unet = unets(True)
     apply_checkpointing(unet, "offload")
-    monkeypatch.setattr(offload._HostCopy, "settle", lambda self: setattr(self, "event", None))
+    monkeypatch.setattr(offload._HostCopy, "wait_for_copy", lambda self: setattr(self, "event", None))
     _, gradients = step(unet)
     assert any(not torch.isfinite(g).all() for g in gradients.values())
 
@@ -163,9 +164,9 @@ def test_passes_without_a_backward_pass_leave_nothing_in_use(unets, late_copies)
         unet(*inputs(2, torch.float32))
     broken.padding = (1, 1)
     gc.collect()
-    assert offload_of(unet)._memory._num_in_use == 0
+    assert offload_of(unet)._slabs.num_in_use == 0
     assert_equal(step(unet), expected)
-    assert offload_of(unet)._memory._num_in_use == 0
+    assert offload_of(unet)._slabs.num_in_use == 0
     # hooks are the pass's own: what is saved outside stays where it is
     x = torch.randn(64, 64, requires_grad=True)
     assert (x * x).grad_fn._saved_self is x
@@ -259,19 +260,17 @@ def test_host_memory_is_taken_in_the_first_step_alone(unets):
     apply_checkpointing(unet, "offload")
     step(unet)
     found = offload_of(unet)
-    slabs = [memory.data_ptr() for _, memory in found._memory._slabs]
-    first = found.copied_bytes
+    first, allocated = found.copied_bytes, found.host_bytes
     for n in range(3):
         step(unet, n)
         assert found.copied_bytes == first
-    assert [memory.data_ptr() for _, memory in found._memory._slabs] == slabs
+    assert found.host_bytes == allocated > 0
 
 
-def test_host_memory_is_filled_again_once_nothing_is_in_use(monkeypatch):
-    monkeypatch.setattr(offload, "SLAB_BYTES", 4096)
-    memory = HostMemory(torch.device("cpu"))
+def test_host_memory_is_reused_once_nothing_is_in_use():
+    memory = HostSlabs(4096, is_pinned=False)
     first = [memory.take(n) for n in (1000, 5000, 100)]
-    # 5000 take a slab of 8192 of their own, and what is left of the first serves the next
+    # 5000 bytes get a slab of 8192 of their own; the next piece comes from what is left of the first slab
     assert memory.num_bytes == 4096 + 8192
     assert [len(x) for x in first] == [1000, 5000, 100]
     assert first[2].data_ptr() - first[0].data_ptr() == 2 * ALIGNMENT
@@ -284,10 +283,15 @@ def test_host_memory_is_filled_again_once_nothing_is_in_use(monkeypatch):
     assert memory.num_bytes == 4096 + 8192
 
 
-def test_a_host_without_memory_is_told_in_one_line():
-    memory = HostMemory(torch.device("cpu"))
-    with pytest.raises(ValueError, match="lower the batch size, or use checkpointing full") as error:
-        memory.take(1 << 60)
+def test_a_host_without_memory_is_reported_in_one_line(unets, monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory\nmore")
+
+    unet = unets(False)
+    apply_checkpointing(unet, "offload")
+    monkeypatch.setattr(HostSlabs, "take", refuse)
+    with pytest.raises(UserError, match="lower the batch size, or use checkpointing full") as error:
+        step(unet)
     assert "\n" not in str(error.value)
 
 

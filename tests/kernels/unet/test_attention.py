@@ -298,12 +298,12 @@ def test_attention_cases_are_the_shapes_that_a_unet_runs(unet):
             seen.add(Case(head_dim_of(module), module.heads, args[0].shape[1], keys.shape[1]))
 
         module.register_forward_pre_hook(look, with_kwargs=True)
-    for latents, tokens in (((8, 8), 77), ((6, 10), 5), ((7, 9), 77)):
+    for latents in ((8, 8), (6, 10), (7, 9)):
         seen.clear()
         with torch.no_grad():
-            unet(torch.randn(1, 4, *latents), torch.tensor([1]), torch.randn(1, tokens, 16))
-        assert seen == attention_cases(unet, latents, tokens)
-    assert attention_cases(unet) == attention_cases(unet, (8, 8), 77)
+            unet(torch.randn(1, 4, *latents), torch.tensor([1]), torch.randn(1, 77, 16))
+        assert seen == attention_cases(unet, latents)
+    assert attention_cases(unet) == attention_cases(unet, (8, 8))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

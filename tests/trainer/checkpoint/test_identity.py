@@ -33,6 +33,8 @@ def difference(stage: int, /, **changes: dict | list) -> str:
         ({"optimizer": {"betas": [0.8, 0.999]}}, "optimizer.betas is [0.8, 0.999] here and [0.9, 0.999] there"),
         ({"data": {"caption_dropout": 0.5}}, "data.caption_dropout is 0.5 here and 0.04 there"),
         ({"loss": {"min_snr_gamma": 5}}, "loss.min_snr_gamma is 5.0 here and 0.0 there"),
+        ({"loss": {"kind": "huber"}}, "loss.kind is 'huber' here and 'mse' there"),
+        ({"loss": {"weighting": "debiased"}}, "loss.weighting is 'debiased' here and 'none' there"),
         ({"optimizer": {"lr": 2e-3}}, "stage 1's lr is 0.002 here and 0.001 there"),
         ({"train": {"batch_size": 2}}, "stage 1's batch_size is 2 here and 4 there"),
         (
@@ -53,6 +55,7 @@ def test_a_change_of_what_was_trained_is_named(changes, expected):
         {"data": {"path": "elsewhere"}},
         {"train": {"max_steps": 9, "checkpointing": "full", "epochs": 7}},
         {"sample": {"prompts": ["a cat"], "steps": 9}},
+        {"loss": {"weighting": "none", "huber_delta": 0.5, "p2_gamma": 0.5}},
         {"validate": {"every_epochs": 5}},
         {"save": {"keep": 9}},
         {"log": {"every_steps": 1, "tensorboard": False}},
@@ -70,6 +73,32 @@ def test_a_stage_that_was_reached_is_fixed():
     assert difference(0, **later) == ""
     assert difference(1, **later) == "stage 2's lr is 1e-05 here and 0.0001 there"
     assert difference(1, stage=[{"epochs": 2}]) == "stage 2, which it has reached, is missing here"
+
+
+@pytest.mark.parametrize(
+    ("old", "same", "other"),
+    [
+        ({}, {"weighting": "none"}, {"kind": "huber"}),
+        ({}, {"huber_delta": 0.1}, {"weighting": "p2"}),
+        ({"min_snr_gamma": 5}, {"weighting": "min_snr", "min_snr_gamma": 5}, {"min_snr_gamma": 5, "kind": "huber"}),
+        ({"min_snr_gamma": 5}, {"min_snr_gamma": 5}, {"weighting": "p2"}),
+    ],
+)
+def test_a_checkpoint_from_before_there_was_a_choice_of_losses(old, same, other):
+    reached = identify(parse_config({**RUN, "loss": old}, "here"), "fp32")
+    names = ("loss.prediction", "loss.min_snr_gamma", "loss.offset_noise", "loss.zero_terminal_snr")
+    settings = {k: v for k, v in reached.settings.items() if not k.startswith("loss.") or k in names}
+    before = Identity(settings, reached.stages, reached.data)
+    assert identify(parse_config({**RUN, "loss": same}, "here"), "fp32").difference(before, 0) == ""
+    assert identify(parse_config({**RUN, "loss": other}, "here"), "fp32").difference(before, 0) != ""
+
+
+def test_a_parameter_counts_where_its_loss_is_chosen():
+    def of(delta: float) -> Identity:
+        loss = {"kind": "huber", "huber_delta": delta}
+        return identify(parse_config({**RUN, "loss": loss}, "here"), "fp32")
+
+    assert of(0.1).difference(of(0.2), 0) == "loss.huber_delta is 0.1 here and 0.2 there"
 
 
 def test_auto_precision_is_compared_by_what_it_came_to():

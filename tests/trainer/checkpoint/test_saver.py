@@ -1,4 +1,4 @@
-"""Checkpoints written by a thread: what is saved is the moment of asking, nothing is lost or half there, failures are told."""
+"""Checkpoints written by a thread: they hold the state at the call, are complete or absent, and failures are reported."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from safelight.trainer.checkpoint import saver as saving
 from safelight.trainer.checkpoint.files import Position, check_files, folder_of, list_checkpoints, save_checkpoint
 from safelight.trainer.checkpoint.identity import Identity
 from safelight.trainer.checkpoint.saver import Saver
-from safelight.trainer.checkpoint.snapshot import ALIGNMENT, HostMemory, Snapshot, available_bytes
+from safelight.trainer.checkpoint.snapshot import SNAPSHOT_SLAB_BYTES, Snapshot, SnapshotBuffers, available_bytes
 from safelight.trainer.config.toml import Optimizer
 from safelight.trainer.optim.optimizer import UNetOptimizer
 
@@ -43,7 +43,7 @@ def saver(tmp_path, said) -> Saver:
 
 @pytest.fixture
 def held(monkeypatch):
-    """Lets no save be written until it is set."""
+    """An event that every write waits for."""
     may_write = threading.Event()
 
     def save(*args, original=save_checkpoint):
@@ -65,7 +65,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("is_kept", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_its_files_are_those_that_the_unet_writes_itself(tmp_path, unet, saver, is_kept, dtype):
-    """Byte for byte, channels-last weights and states too; a second save takes the same memory."""
+    """Byte for byte, also channels-last weights and states; a second save reuses the memory."""
     optimizer = UNetOptimizer(unet, Optimizer(), dtype)
     if is_kept:
         saver.reserve(unet, optimizer.live_state())
@@ -75,7 +75,7 @@ def test_its_files_are_those_that_the_unet_writes_itself(tmp_path, unet, saver, 
         optimizer.step(1e-2, 0.01, 1.0)
         saver.save(unet, optimizer.live_state(), Position(step=step))
         saver.wait()
-        assert (saver.saved_step, len(saver._memory._chunks)) == (step, int(is_kept))
+        assert (saver.saved_step, saver._buffers.num_bytes) == (step, SNAPSHOT_SLAB_BYTES if is_kept else 0)
         save_checkpoint(tmp_path / "itself", unet, optimizer.state_tensors(), Position(step=step), IDENTITY)
         assert files_of(folder_of(tmp_path, step)) == files_of(folder_of(tmp_path / "itself", step))
 
@@ -95,9 +95,9 @@ def test_what_is_saved_is_what_was_there_when_it_was_asked_for(tmp_path, unet, s
     assert files_of(folder_of(tmp_path, 1)) == files_of(folder_of(tmp_path / "expected", 1))
 
 
-def test_host_memory_gives_rooms_that_do_not_meet(monkeypatch):
-    monkeypatch.setattr("safelight.trainer.checkpoint.snapshot.CHUNK_BYTES", 2**12)
-    rng, memory = random.Random(3), HostMemory(pinned=False)
+def test_buffers_do_not_overlap(monkeypatch):
+    monkeypatch.setattr("safelight.trainer.checkpoint.snapshot.SNAPSHOT_SLAB_BYTES", 2**12)
+    rng, buffers = random.Random(3), SnapshotBuffers(is_pinned=False)
     dtypes = (torch.float32, torch.bfloat16, torch.uint8, torch.int64)
 
     def some() -> list[torch.Tensor]:
@@ -110,16 +110,17 @@ def test_host_memory_gives_rooms_that_do_not_meet(monkeypatch):
 
     for _ in range(3):
         tensors = {str(number): x for number, x in enumerate(some())}
-        snapshot = Snapshot(tensors, memory)
+        snapshot = Snapshot(tensors, buffers)
         addresses = [x.data_ptr() for x in snapshot.tensors.values() if x.numel()]
-        assert all(address % ALIGNMENT == addresses[0] % ALIGNMENT for address in addresses)
-        for name, x in snapshot.settle().items():
+        # slabs begin at multiples of 64 on a CPU
+        assert all(address % 64 == 0 for address in addresses)
+        for name, x in snapshot.wait_for_copies().items():
             assert x.is_contiguous()
             assert x.dtype == tensors[name].dtype
             assert torch.equal(x, tensors[name])
 
 
-def test_memory_that_is_scarce_is_not_kept_and_told(unet, saver, said, monkeypatch):
+def test_memory_that_is_scarce_is_not_kept_and_reported(unet, saver, said, monkeypatch):
     monkeypatch.setattr(saving, "available_bytes", lambda: 2**31)
     saver.reserve(unet, {"a": torch.zeros(4)})
     assert said == [
@@ -128,14 +129,14 @@ def test_memory_that_is_scarce_is_not_kept_and_told(unet, saver, said, monkeypat
     ]
     saver.save(unet, {}, Position(step=1))
     saver.wait()
-    assert saver._memory._chunks == []
+    assert saver._buffers.num_bytes == 0
 
 
-def test_memory_that_cannot_be_pinned_is_told_and_done_without(unet, saver, said, monkeypatch, tmp_path):
+def test_memory_that_cannot_be_pinned_is_reported_and_done_without(unet, saver, said, monkeypatch, tmp_path):
     def refuse(self, tensors):
         raise RuntimeError("CUDA error: out of memory\nmore")
 
-    monkeypatch.setattr(HostMemory, "reserve", refuse)
+    monkeypatch.setattr(SnapshotBuffers, "reserve", refuse)
     saver.reserve(unet, {})
     saver.save(unet, {}, Position(step=1))
     saver.wait()
@@ -145,40 +146,40 @@ def test_memory_that_cannot_be_pinned_is_told_and_done_without(unet, saver, said
 
 
 def test_a_gpus_copies_are_asked_for_in_pinned_memory_and_waited_for_by_the_thread_alone(unet, saver, monkeypatch):
-    told = []
+    calls = []
 
     class Room:
         def copy_(self, x, non_blocking: bool) -> Room:
-            told.append(("copied", non_blocking))
+            calls.append(("copied", non_blocking))
             return self
 
         def is_contiguous(self) -> bool:
             return True
 
     on_gpu = SimpleNamespace(device=torch.device("cuda"), detach=lambda: None)
-    event = SimpleNamespace(synchronize=lambda: told.append("waited"))
+    event = SimpleNamespace(synchronize=lambda: calls.append("waited"))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(record_event=lambda: event))
     snapshot = Snapshot({"a": on_gpu}, SimpleNamespace(begin=lambda: None, like=lambda x: Room()))
-    assert told == [("copied", True)], "the loop waited"
-    snapshot.settle()
-    assert told[1:] == ["waited"]
-    memory = SimpleNamespace(reserve=lambda tensors: told.append("reserved"))
-    monkeypatch.setattr(saving, "HostMemory", lambda pinned: told.append(("pinned", pinned)) or memory)
+    assert calls == [("copied", True)], "the loop waited"
+    snapshot.wait_for_copies()
+    assert calls[1:] == ["waited"]
+    memory = SimpleNamespace(reserve=lambda tensors: calls.append("reserved"))
+    monkeypatch.setattr(saving, "SnapshotBuffers", lambda is_pinned: calls.append(("pinned", is_pinned)) or memory)
     saver.device = torch.device("cuda")
     saver.reserve(unet, {})
     saver.wait()
-    assert told[2:] == [("pinned", True), "reserved"]
+    assert calls[2:] == [("pinned", True), "reserved"]
 
 
 def test_reserved_memory_has_been_written_to(monkeypatch):
-    """A page that never was costs the first save more than its copy."""
+    """The first write to a page costs more than its copy."""
     touched = []
-    monkeypatch.setattr(HostMemory, "like", lambda self, x: SimpleNamespace(zero_=lambda: touched.append(x)))
-    HostMemory(pinned=False).reserve(["weights", "moments"])
+    monkeypatch.setattr(SnapshotBuffers, "like", lambda self, x: SimpleNamespace(zero_=lambda: touched.append(x)))
+    SnapshotBuffers(is_pinned=False).reserve(["weights", "moments"])
     assert touched == ["weights", "moments"]
 
 
-def test_available_memory_is_read_as_the_system_tells_it(tmp_path, monkeypatch):
+def test_available_memory_is_what_the_system_reports(tmp_path, monkeypatch):
     path = tmp_path / "meminfo"
     path.write_text("MemTotal:       24689876 kB\nMemFree:          123 kB\nMemAvailable:   2097152 kB\n")
     monkeypatch.setattr("safelight.trainer.checkpoint.snapshot.MEMINFO", path)
@@ -225,7 +226,7 @@ def fail(*args):
 def test_a_failure_is_raised_at_the_next_check_and_once(unet, saver, monkeypatch):
     monkeypatch.setattr(saving, "save_checkpoint", fail)
     saver.save(unet, {}, Position(step=1))
-    saving.wait([saver._under_way])
+    saving.wait([saver._in_flight])
     with pytest.raises(OSError, match="No space left"):
         saver.check()
     saver.check(), saver.wait()
@@ -243,7 +244,7 @@ def test_a_failure_is_never_lost(unet, saver, monkeypatch, how):
             saver.wait()
 
 
-def test_beside_another_failure_it_is_told(unet, saver, monkeypatch, said):
+def test_a_failure_beside_another_one_is_reported(unet, saver, monkeypatch, said):
     monkeypatch.setattr(saving, "save_checkpoint", fail)
     with pytest.raises(ValueError, match="the loop's own"), saver:  # noqa: PT012
         saver.save(unet, {}, Position(step=1))
@@ -260,7 +261,7 @@ def test_a_failure_of_the_loop_waits_for_the_save(tmp_path, unet, saver, held):
     assert list_checkpoints(tmp_path) == [1]
 
 
-def test_left_at_once_what_is_under_way_ends_with_its_file_and_does_not_count(tmp_path, unet, saver, monkeypatch):
+def test_left_at_once_what_is_in_flight_ends_with_its_file_and_does_not_count(tmp_path, unet, saver, monkeypatch):
     """Asked twice to stop: the thread is over when the folder's lock is given back, and leaves nothing."""
     reached, go_on = threading.Event(), threading.Event()
 

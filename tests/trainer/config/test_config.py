@@ -5,6 +5,7 @@ import inspect
 import textwrap
 import tomllib
 from itertools import pairwise
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
@@ -34,6 +35,7 @@ from safelight.trainer.config.toml import (
     parse_config,
     to_toml,
 )
+from safelight.trainer.registry.losses import KINDS, WEIGHTINGS
 
 SECTIONS = (Run, Model, Data, Train, Optimizer, Memory, Stage, Loss, Validate, Sample, Save, Log)
 
@@ -95,6 +97,17 @@ def test_an_unknown_name_is_shown_with_the_nearest_right_one(values, expected):
         (
             {"loss": {"zero_terminal_snr": True, "prediction": "epsilon"}},
             ("zero_terminal_snr", "'v_prediction'", "not 'epsilon'"),
+        ),
+        ({"loss": {"kind": "l1"}}, ("loss.kind = 'l1':", "'mse' or 'huber'")),
+        ({"loss": {"huber_delta": 0}}, ("loss.huber_delta = 0:", "expected more than 0")),
+        ({"loss": {"weighting": "min_snr"}}, ("loss.weighting 'min_snr'", "loss.min_snr_gamma above 0", "5 is usual")),
+        (
+            {"loss": {"weighting": "p2", "min_snr_gamma": 5}},
+            ("loss.weighting 'p2'", "loss.min_snr_gamma 5.0", "set loss.min_snr_gamma to 0"),
+        ),
+        (
+            {"loss": {"weighting": "none", "min_snr_gamma": 5}},
+            ("loss.weighting 'none'", "or loss.weighting to min_snr"),
         ),
     ],
 )
@@ -224,6 +237,32 @@ def test_an_unset_value_of_a_stage_is_shown_ready_to_be_uncommented():
     assert text.count("# lr = 0.0003\n") == 1
     uncommented = tomllib.loads(text.replace("# lr = 0.0003", "lr = 0.0003"))
     assert uncommented["stage"][0]["lr"] == 3e-4
+
+
+@pytest.mark.parametrize(
+    ("values", "options"),
+    [
+        ({}, {"kind": "mse", "weighting": "none"}),
+        ({"min_snr_gamma": 5}, {"kind": "mse", "weighting": "min_snr", "gamma": 5}),
+        ({"weighting": "min_snr", "min_snr_gamma": 3}, {"kind": "mse", "weighting": "min_snr", "gamma": 3}),
+        (
+            {"kind": "huber", "huber_delta": 0.1, "weighting": "p2", "p2_gamma": 0.5},
+            {"kind": "huber", "delta": 0.1, "weighting": "p2", "gamma": 0.5},
+        ),
+        ({"weighting": "debiased", "p2_gamma": 0.5}, {"kind": "mse", "weighting": "debiased"}),
+    ],
+)
+def test_the_loss_reaches_the_kernel_with_its_own_parameters(values, options):
+    assert parse_config({"loss": values}, "here").loss.kernel_options() == options
+
+
+def test_every_loss_is_offered_and_explained_and_has_its_parameter():
+    fields = Loss.model_fields
+    for name, rows in (("kind", KINDS), ("weighting", WEIGHTINGS)):
+        assert set(get_args(fields[name].annotation)) - {"auto"} == set(rows)
+        for row in rows.values():
+            assert f"{row.name}: " in fields[name].description
+            assert not row.parameter or row.parameter in fields
 
 
 def test_stages_take_what_they_lack_from_train_and_optimizer():

@@ -23,7 +23,6 @@ from safelight.trainer.memory_plan.gpus import (
     CARDS,
     CONTEXT_BYTES,
     CUDNN_BYTES,
-    GIB,
     GRAPH_BYTES_A_LAUNCH,
     SECONDS_A_KERNEL,
     SECONDS_A_LAUNCH,
@@ -37,6 +36,7 @@ from safelight.trainer.memory_plan.planner import Planner
 from safelight.trainer.models.base import resolve_base
 from safelight.trainer.optim import kernel_adamw
 from safelight.trainer.optim.kernel_adamw import SPLIT_BYTES
+from safelight.units import GIB
 
 CUDA = torch.device("cuda")
 GOLDEN = Path(__file__).parent / "golden_plans.json"

@@ -9,10 +9,11 @@ from safelight.data.buckets import Bucket
 from safelight.trainer import train as train_module
 from safelight.trainer.checkpoint.files import list_checkpoints
 from safelight.trainer.config.toml import parse_config
-from safelight.trainer.memory_plan.gpus import CONTEXT_BYTES, GIB, Card
+from safelight.trainer.memory_plan.gpus import CONTEXT_BYTES, Card
 from safelight.trainer.memory_plan.planner import Planner
 from safelight.trainer.memory_plan.resolve_auto import cap, compare, describe, out_of_memory, record, settle, settle_on
 from safelight.trainer.train import train
+from safelight.units import GIB
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ROOMY = Card("roomy", 100.0)

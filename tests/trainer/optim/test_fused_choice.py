@@ -15,11 +15,12 @@ from safelight.trainer.checkpoint.files import folder_of, list_checkpoints
 from safelight.trainer.checkpoint.identity import identify
 from safelight.trainer.config.toml import Optimizer, load_config, parse_config, to_toml
 from safelight.trainer.memory_plan.candidate import Need
-from safelight.trainer.memory_plan.gpus import GIB, Card, find_card
+from safelight.trainer.memory_plan.gpus import Card, find_card
 from safelight.trainer.memory_plan.planner import Planner
 from safelight.trainer.memory_plan.resolve_auto import describe, filled_in, record, settle, settle_on
 from safelight.trainer.optim.optimizer import UNetOptimizer, memory_mode
 from safelight.trainer.train import train
+from safelight.units import GIB
 
 ROOT = Path(__file__).parents[3]
 GOLDEN = json.loads((ROOT / "tests/trainer/memory_plan/golden_plans.json").read_text())

@@ -33,8 +33,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from safelight.kernels.moment_blocks import BLOCK_SIZE, MIN_8BIT_ELEMENTS
 from safelight.kernels.optim.blockwise_8bit import (
-    BLOCK_SIZE,
     TINY,
     bounds_of,
     dequantize,
@@ -292,7 +292,6 @@ def _adamw32bit_kernel(
         tl.store(state2_ptr + i, v, mask=mask)
 
 
-MIN_8BIT_ELEMENTS = 4096
 ROWS = 2  # blocks a program: 4 elements a thread; 8 of them spill a register in some variants
 CHUNK = 512  # elements a program of the kernel for fp32 moments
 WEIGHTS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -354,7 +353,7 @@ class AdamW8bit:
         self._corrections = torch.ones(num, 3, device=device)
         self._hyper = torch.zeros(2, device=device)
         # a step goes through everything and skips every tensor
-        self.is_rehearsing = False
+        self.is_dry_run = False
         self._seed = torch.tensor([seed & MASK_32, seed >> 32], dtype=torch.int64, device=device)
         self._tables: list[Tensor] = []
         self._programs: dict[tuple[int, ...], list[tuple[bool, Programs]]] = {}
@@ -481,7 +480,7 @@ class AdamW8bit:
         if found_inf is not None:
             flags = (found_inf != 0).to(torch.int32).reshape(-1).expand(len(members))
             self.skips.index_copy_(0, where, flags)
-        if self.is_rehearsing:
+        if self.is_dry_run:
             self.skips.fill_(1)
         ordered = {}
         for index, g in zip(members, gradients, strict=True):

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from safelight.kernels.moment_blocks import BLOCK_SIZE
 from safelight.kernels.triton.jit import kernel
 
 if TYPE_CHECKING:
     import triton.language as tl
 
-BLOCK_SIZE = 256
 TINY = 1.2e-38  # the smallest normal fp32: a block of zeros is divided by this
 # of a value's 32 bits the sign, the exponent and 9 bits of the fraction choose a bin; no bin holds two bounds
 BIN_SHIFT = 14

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from safelight.kernels.optim.blockwise_8bit import BLOCK_SIZE
+from safelight.kernels.moment_blocks import BLOCK_SIZE
 from safelight.kernels.triton.jit import cdiv
 
 ALIGNMENT = 16

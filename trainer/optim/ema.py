@@ -28,7 +28,7 @@ class WeightAverages:
     def __init__(self, optimizer: UNetOptimizer, decay: float):
         self.decay = decay
         self._parameters = optimizer.parameters
-        weights, remainders = optimizer.followed()
+        weights, remainders = optimizer.average_sources()
         # in the weights' memory order, which joining a pair need not keep
         self.averages = {
             name: torch.empty_like(weight, dtype=torch.float32).copy_(optimizer.value(name))

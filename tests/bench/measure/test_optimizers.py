@@ -105,14 +105,14 @@ def test_held_bytes_see_what_an_optimizer_of_ours_keeps():
 
 
 def test_what_cannot_run_says_why_and_the_rest_is_measured(small, monkeypatch, tmp_path, capsys):
-    real = optimizers.UNetOptimizer
+    real = optimizers.make_optimizer
 
     def refuse(module, config, dtype):
         if config.name == "adamw":
             raise ValueError("adamw is not there\nmore")
         return real(module, config, dtype)
 
-    monkeypatch.setattr(optimizers, "UNetOptimizer", refuse)
+    monkeypatch.setattr(optimizers, "make_optimizer", refuse)
     words = ["bench", "optimizer", "--device", "cpu", "--repeats", "1", "--append", str(tmp_path / "r")]
     assert main(words) == 0
     out = capsys.readouterr().out

@@ -42,7 +42,8 @@ class LossScale:
 
 
 class OptimizerBase(abc.ABC):
-    """The shared part of a UNetOptimizer (trainer/optim/optimizer.py). A subclass ends its constructor with a LossScale."""
+    """The shared part of a UNetOptimizer (trainer/optim/optimizer.py). A subclass ends its constructor with a
+    LossScale."""
 
     loss_scale: LossScale
     pages: Pages | None = None

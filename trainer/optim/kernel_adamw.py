@@ -1,11 +1,13 @@
-"""AdamW with 8-bit moments over the UNet by our kernel: one launch for tensors with 8-bit moments, one for small tensors.
+"""AdamW with 8-bit moments over the UNet by our kernel: one launch for tensors with 8-bit moments, one for small
+tensors.
 
-No host-device synchronization: the norm, the clipping factor, the loss scale and whether a step is applied stay on the device.
+No host-device synchronization: the norm, the clipping factor, the loss scale and whether a step is applied stay on the
+device.
 
 Fused, the update is applied inside backward: as soon as a part of the UNet (a ResNet, a transformer block) has all its
 gradients, its weights are updated and its gradients freed. The global norm is not known by then: `lagged` clips by the
-previous step's norm, `per-tensor` each tensor by its own. A tensor with a non-finite gradient is skipped on its own, and
-counted.
+previous step's norm, `per-tensor` each tensor by its own. A tensor with a non-finite gradient is skipped on its own,
+and counted.
 """
 
 from __future__ import annotations
@@ -38,10 +40,11 @@ SPLIT_BYTES = 32
 def to_16_bit(
     p: nn.Parameter, dtype: torch.dtype, memory: str, device: torch.device, remainder: Tensor | None = None
 ) -> Tensor | None:
-    """Move a parameter to a device and a 16-bit dtype in its memory order. Return its remainder, None if the mode keeps none.
+    """Move a parameter to a device and a 16-bit dtype in its memory order. Return its remainder, None if the mode keeps
+    none.
 
-    remainder: where to write it, if it exists already. The fp32 values go through the device in pieces, and their old memory
-    is freed.
+    remainder: where to write it, if it exists already. The fp32 values go through the device in pieces, and their old
+    memory is freed.
     """
     source, remainder_dtype = p.detach(), REMAINDERS[memory]
     weight = torch.empty_like(source, dtype=dtype, device=device)
@@ -71,8 +74,8 @@ class _FusedStep:
 def part_of(name: str) -> str:
     """Return the part of a UNet that a parameter is updated with: `up_blocks.1.attentions.0`, `conv_in`.
 
-    A transformer's first block goes with its norm and projections; each further block (SDXL has ten) is a part of its own:
-    `up_blocks.0.attentions.0.transformer_blocks.9`.
+    A transformer's first block goes with its norm and projections; each further block (SDXL has ten) is a part of its
+    own: `up_blocks.0.attentions.0.transformer_blocks.9`.
     """
     words = name.split(".")
     if "transformer_blocks" in words:
@@ -256,7 +259,8 @@ class KernelAdamW(OptimizerBase):
         return state_of(self.kernel, self._index_of[name], live=True)
 
     def _load_parameter_state(self, name: str, parts: dict[str, Tensor]) -> None:
-        """Load what `parameter_state` returned, or the state of bitsandbytes' AdamW8bit. Raises UserError if it does not fit."""
+        """Load what `parameter_state` returned, or the state of bitsandbytes' AdamW8bit. Raises UserError if it does
+        not fit."""
         p, index = self.parameters[name], self._index_of[name]
         if p.dtype == torch.float32 and ("master" in parts or "remainder" in parts):
             raise UserError(f"the checkpoint's {name} is 16-bit: it was saved at another precision")

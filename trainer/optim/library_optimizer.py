@@ -1,9 +1,9 @@
 """Optimizers of torch and bitsandbytes over fp32 weights, or over fp32 masters of 16-bit weights.
 
-bitsandbytes' PagedAdamW8bit allocates the moments of tensors of 100,000 elements or more in CUDA's managed memory: torch
-sees them as CPU tensors (`get_state_buffer`, `get_paged`), and the driver moves them to where they are used. So only
-bitsandbytes can allocate these buffers, a checkpoint's moments are copied into them, and the host can read them because
-its step ends by waiting for the device.
+bitsandbytes' PagedAdamW8bit allocates the moments of tensors of 100,000 elements or more in CUDA's managed memory:
+torch sees them as CPU tensors (`get_state_buffer`, `get_paged`), and the driver moves them to where they are used. So
+only bitsandbytes can allocate these buffers, a checkpoint's moments are copied into them, and the host can read them
+because its step ends by waiting for the device.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ class LibraryOptimizer(OptimizerBase):
         pass
 
     def _take_gradients(self, scale: Tensor | None) -> list[Tensor]:
-        """Move gradients to the masters, in fp32 and divided by the scale; zeros for a parameter that the loss did not reach."""
+        """Move gradients to the masters, in fp32 and divided by the scale; zeros for a parameter that the loss did not
+        reach."""
         for name, master in self.master.items():
             gradient = self.buffers.take(name)
             if gradient is None:
@@ -144,7 +145,8 @@ class LibraryOptimizer(OptimizerBase):
         return state
 
     def _load_parameter_state(self, name: str, parts: dict[str, Tensor]) -> None:
-        """Load what `parameter_state` returned. Raises UserError if it is missing, misshapen or of another optimizer."""
+        """Load what `parameter_state` returned. Raises UserError if it is missing, misshapen or of another
+        optimizer."""
         master = self.master[name]
         if self.has_master:
             if "master" not in parts or parts["master"].shape != master.shape:
@@ -169,8 +171,8 @@ class LibraryOptimizer(OptimizerBase):
                 raise UserError(f"the checkpoint's moments of {name} have shape {shape}, not {tuple(value.shape)}")
         if "strides" in parts:
             raise UserError(
-                f"the checkpoint's 8-bit moments of {name} are in blocks of channels-last memory, which {self.spec.name} "
-                "does not support; resume with optimizer.name adamw8bit"
+                f"the checkpoint's 8-bit moments of {name} are in blocks of channels-last memory, which "
+                f"{self.spec.name} does not support; resume with optimizer.name adamw8bit"
             )
         is_same_kind = own.keys() == parts.keys() and all(
             parts[part].dtype == value.dtype for part, value in own.items() if part != "step"
@@ -215,7 +217,8 @@ class TorchAdafactor(LibraryOptimizer):
 
 
 class BitsandbytesOptimizer(LibraryOptimizer):
-    """An 8-bit optimizer of bitsandbytes. Source: Dettmers et al. 2022, arXiv:2110.02861; Lion: Chen et al. 2023, arXiv:2302.06675.
+    """An 8-bit optimizer of bitsandbytes. Source: Dettmers et al. 2022, arXiv:2110.02861; Lion: Chen et al. 2023,
+    arXiv:2302.06675.
 
     on_meta_update: called for each tensor, in place of the library's kernel, if the parameters are meta tensors:
     (parameter, gradient, buffers of its moments).

@@ -1,11 +1,11 @@
 """The interface of every optimizer that trains the UNet, and how one is made from a config.
 
 Weights are fp32, or 16-bit with what completes them to fp32 (optimizer.memory); fp16 adds a dynamic loss scale. A step
-with a non-finite gradient changes no weight and no moment, and with fp16 it halves the loss scale. A checkpoint holds the
-state under the UNet's own parameter names, contiguous.
+with a non-finite gradient changes no weight and no moment, and with fp16 it halves the loss scale. A checkpoint holds
+the state under the UNet's own parameter names, contiguous.
 
-trainer/registry/optimizers.py lists the optimizers; trainer/optim/kernel_adamw.py and trainer/optim/library_optimizer.py
-implement them.
+trainer/registry/optimizers.py lists the optimizers; trainer/optim/kernel_adamw.py and
+trainer/optim/library_optimizer.py implement them.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ class UNetOptimizer(Protocol):
     Of one optimizer step: `set_hyper`, the micro-steps' backward passes within `buffers.micro_step`, `prepare_backward`
     before the last of them, `step` after it.
 
-    spec: what it can do. parameters: by name. memory: the memory mode in use. has_master: whether it keeps fp32 masters of
-    16-bit weights. is_fused: whether it steps inside backward. clipping: global, lagged or per-tensor. buffers: where
-    gradients of several micro-steps are summed. pages: state in host memory, in memory mode paged. is_dry_run: inside `dry_run`.
+    spec: what it can do. parameters: by name. memory: the memory mode in use. has_master: whether it keeps fp32 masters
+    of 16-bit weights. is_fused: whether it steps inside backward. clipping: global, lagged or per-tensor. buffers:
+    where gradients of several micro-steps are summed. pages: state in host memory, in memory mode paged. is_dry_run:
+    inside `dry_run`.
     """
 
     spec: OptimizerSpec
@@ -48,7 +49,8 @@ class UNetOptimizer(Protocol):
     is_dry_run: bool
 
     def set_hyper(self, lr: float, weight_decay: float, max_grad_norm: float) -> None:
-        """Set the hyperparameters of the following steps; max_grad_norm 0: no clipping. Never inside a graph capture."""
+        """Set the hyperparameters of the following steps; max_grad_norm 0: no clipping. Never inside a graph
+        capture."""
         ...
 
     def prepare_backward(self) -> None:
@@ -58,8 +60,9 @@ class UNetOptimizer(Protocol):
     def step(self) -> tuple[Tensor, Tensor | bool]:
         """Take one step and free the gradients. Return (global gradient norm before clipping, whether it was applied).
 
-        Skipped if the global norm is not finite; fused, if no tensor's is. Fused, backward has already applied the update,
-        and this only finalizes it. Both results stay on the device where the implementation needs no synchronization.
+        Skipped if the global norm is not finite; fused, if no tensor's is. Fused, backward has already applied the
+        update, and this only finalizes it. Both results stay on the device where the implementation needs no
+        synchronization.
         """
         ...
 
@@ -85,7 +88,8 @@ class UNetOptimizer(Protocol):
         ...
 
     def average_sources(self) -> tuple[list[Tensor], list[Tensor] | None]:
-        """Return what a moving average reads: fp32 weights and None, or 16-bit weights and their remainders (None: no remainders).
+        """Return what a moving average reads: fp32 weights and None, or 16-bit weights and their remainders (None: no
+        remainders).
 
         Raises UserError if the remainders are not on the device.
         """
@@ -96,7 +100,8 @@ class UNetOptimizer(Protocol):
         ...
 
     def make_pages(self, device: torch.device) -> Pages | None:
-        """Return the host memory that memory mode paged takes for a device; None if nothing is large enough or it has no such mode."""
+        """Return the host memory that memory mode paged takes for a device; None if nothing is large enough or it has
+        no such mode."""
         ...
 
     def parameter_state(self, name: str) -> dict[str, Tensor]:
@@ -144,9 +149,11 @@ def check(config: OptimizerConfig, device: torch.device | None = None) -> Optimi
 
 
 def memory_mode(config: OptimizerConfig, dtype: torch.dtype, device: torch.device | None = None) -> str:
-    """Return the memory mode that optimizer.memory resolves to for weights of a dtype: fp32, exact, near, rounded or paged.
+    """Return the memory mode that optimizer.memory resolves to for weights of a dtype: fp32, exact, near, rounded or
+    paged.
 
-    device: where the run trains, if known. Raises UserError for a mode or another setting that the optimizer does not support.
+    device: where the run trains, if known. Raises UserError for a mode or another setting that the optimizer does not
+    support.
     """
     spec, memory = check(config, device), config.memory
     if dtype == torch.float32:
@@ -162,7 +169,8 @@ def memory_mode(config: OptimizerConfig, dtype: torch.dtype, device: torch.devic
         can = names_with(lambda spec: memory in spec.memory_modes)
         kept = " or ".join(f"{MEMORY_MODES[mode].description}s" for mode in spec.memory_modes)
         raise UserError(
-            f"optimizer.memory {memory} needs {can}; {spec.name} keeps {kept}: use auto or {' or '.join(spec.memory_modes)}"
+            f"optimizer.memory {memory} needs {can}; {spec.name} keeps {kept}: "
+            f"use auto or {' or '.join(spec.memory_modes)}"
         )
     return memory
 
@@ -182,9 +190,9 @@ def make_optimizer(
 ) -> UNetOptimizer:
     """Return the config's optimizer of a module, which it moves to a device and converts to a dtype.
 
-    dtype, device: the module's own if None. Give an fp32 module and a 16-bit dtype, and what the weights lose by rounding
-    is kept as optimizer.memory says. seed: the run's, for stochastic rounding. Raises UserError for settings that the
-    optimizer does not support.
+    dtype, device: the module's own if None. Give an fp32 module and a 16-bit dtype, and what the weights lose by
+    rounding is kept as optimizer.memory says. seed: the run's, for stochastic rounding. Raises UserError for settings
+    that the optimizer does not support.
     """
     first = next(p for p in module.parameters() if p.requires_grad)
     dtype, device = dtype or first.dtype, device or first.device

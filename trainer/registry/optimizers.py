@@ -67,7 +67,8 @@ def blockwise_moments(number: int) -> Moments:
 
 
 def factored_moments(shape: Shape) -> list[MomentBuffer]:
-    """Return Adafactor's layout: a row and a column factor of the last two dimensions, or one fp32 moment of a vector."""
+    """Return Adafactor's layout: a row and a column factor of the last two dimensions, or one fp32 moment of a
+    vector."""
     if len(shape) < 2:
         return [MomentBuffer(math.prod(shape), 4)]
     *outer, rows, columns = shape
@@ -79,9 +80,9 @@ class OptimizerSpec:
     """What an optimizer is and can do.
 
     name: as in optimizer.name; help: the line that the config's help shows.
-    implementation: the UNetOptimizer, "module:class"; library: the optimizer that it wraps, "module:class", "" for ours.
-    moments: the buffers that it keeps for a weight of a shape.
-    memory_modes: values of optimizer.memory that it supports for 16-bit weights; `auto` is the first, unless a plan for a
+    implementation: the UNetOptimizer, "module:class"; library: the optimizer that it wraps, "module:class", "" for
+    ours. moments: the buffers that it keeps for a weight of a shape. memory_modes: values of optimizer.memory that it
+    supports for 16-bit weights; `auto` is the first, unless a plan for a
         GPU chooses among planned_modes, best first.
     settings: of [optimizer], those that it reads beyond lr, weight_decay and what the training loop uses.
     steps_inside_backward: whether optimizer.fused_backward can be true.
@@ -155,8 +156,8 @@ _SPECS = (
     OptimizerSpec(
         name="bnb_lion8bit",
         help=(
-            "bitsandbytes' Lion with one 8-bit moment, 1 byte a parameter; every step moves each weight by lr, so use an lr 3 to\n"
-            "10 times lower and a weight_decay as much higher than AdamW's, and betas = [0.9, 0.99]"
+            "bitsandbytes' Lion with one 8-bit moment, 1 byte a parameter; every step moves each weight by lr, so use\n"
+            "an lr 3 to 10 times lower and a weight_decay as much higher than AdamW's, and betas = [0.9, 0.99]"
         ),
         implementation=f"{_LIBRARY}:BitsandbytesOptimizer",
         library="bitsandbytes.optim:Lion8bit",
@@ -176,8 +177,9 @@ _SPECS = (
     OptimizerSpec(
         name="adafactor",
         help=(
-            "torch's Adafactor, moments factored over the last two dimensions: next to nothing for linear layers, 8/3 bytes a\n"
-            "parameter for 3 x 3 convolutions; lr is relative to each tensor's root mean square, so it is higher than AdamW's"
+            "torch's Adafactor, moments factored over the last two dimensions: next to nothing for linear layers, 8/3\n"
+            "bytes a parameter for 3 x 3 convolutions; its lr is relative to each tensor's root mean square, so higher\n"
+            "than AdamW's"
         ),
         implementation=f"{_LIBRARY}:TorchAdafactor",
         library="torch.optim:Adafactor",

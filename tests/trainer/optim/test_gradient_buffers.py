@@ -1,4 +1,5 @@
-"""Sums of several micro-steps' gradients: autograd's bits, fixed addresses, one part's gradients at a time, fp32 sums."""
+"""Sums of several micro-steps' gradients: autograd's bits, fixed addresses, one part's gradients at a time, fp32
+sums."""
 
 import copy
 from functools import partial
@@ -112,7 +113,8 @@ def test_a_step_of_one_micro_step_allocates_no_buffers(small_unet):
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_what_a_micro_step_does_not_reach_adds_nothing(fused):
-    """Four layers: in both micro-steps' loss, in the first's, in the second's, in none. Nothing of the previous step is left."""
+    """Four layers: in both micro-steps' loss, in the first's, in the second's, in none. Nothing of the previous step is
+    left."""
 
     class Layers(torch.nn.Module):
         def __init__(self):

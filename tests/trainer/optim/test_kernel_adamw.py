@@ -220,7 +220,8 @@ def everything(net, optimizer) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(("memory", "fused"), CASES)
 def test_a_step_changes_its_state_in_place(memory, fused):
-    """Graphs and the buffers of a snapshot rely on it. That replays are right is tests/trainer/step/test_cuda_graphs.py."""
+    """Graphs and the buffers of a snapshot rely on it. That replays are right is
+    tests/trainer/step/test_cuda_graphs.py."""
     net, optimizer = make_net(memory, fused, torch.bfloat16)
     optimizer.set_hyper(1e-3, 0.01, 0.5)
     addresses = []

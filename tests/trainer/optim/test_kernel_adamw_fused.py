@@ -1,4 +1,5 @@
-"""The step inside backward: the bits of a step after it, gradients freed part by part, overflows that skip one tensor only."""
+"""The step inside backward: the bits of a step after it, gradients freed part by part, overflows that skip one tensor
+only."""
 
 import copy
 import random
@@ -89,7 +90,8 @@ def test_fused_paged_equals_exact_bit_for_bit(small_unet, dtype, num_steps):
 
 
 def watch_gradients(unet) -> list[set[str]]:
-    """Return a list that grows by the parts of the UNet that hold a gradient, whenever one has arrived; shared products excepted."""
+    """Return a list that grows by the parts of the UNet that hold a gradient, whenever one has arrived; shared products
+    excepted."""
     shared, alive = patch.shared_products(unet), []
 
     def note(_):
@@ -147,7 +149,8 @@ def test_per_tensor_clipping_bounds_each_tensor(small_unet):
 
 
 def test_an_overflow_skips_its_tensor_only(small_unet):
-    """fp16, infinities and NaN injected into random layers: skips are counted, the scale is halved, everything stays finite."""
+    """fp16, infinities and NaN injected into random layers: skips are counted, the scale is halved, everything stays
+    finite."""
     unet, optimizer = make(small_unet, True, torch.float16)
     optimizer.loss_scale.scale.fill_(1024.0)
     named = dict(unet.named_parameters())

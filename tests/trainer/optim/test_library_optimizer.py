@@ -1,4 +1,5 @@
-"""Optimizers of torch and bitsandbytes: they train, they say what they cannot continue, and paged moments stay paged."""
+"""Optimizers of torch and bitsandbytes: they train, they say what they cannot continue, and paged moments stay
+paged."""
 
 import copy
 
@@ -90,7 +91,8 @@ def test_moments_of_another_kind_are_refused():
 
 
 class Net(torch.nn.Module):
-    """Moments that bitsandbytes pages (from 100,000 elements), 8-bit moments that it does not page, and fp32 moments."""
+    """Moments that bitsandbytes pages (from 100,000 elements), 8-bit moments that it does not page, and fp32
+    moments."""
 
     def __init__(self):
         super().__init__()

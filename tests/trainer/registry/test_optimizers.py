@@ -32,7 +32,7 @@ def test_the_config_offers_every_row_and_shows_its_help():
     assert list(get_args(fields["name"].annotation)) == list(OPTIMIZERS)
     assert list(get_args(fields["memory"].annotation)) == ["auto", *MEMORY_MODES]
     assert fields["name"].description == help_text()
-    assert max(map(len, help_text().splitlines())) <= 140
+    assert max(map(len, help_text().splitlines())) <= 118
     for spec in OPTIMIZERS.values():
         assert f"{spec.name}: {spec.help.splitlines()[0]}" in help_text()
 

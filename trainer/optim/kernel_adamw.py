@@ -264,7 +264,7 @@ class KernelAdamW(OptimizerBase):
         p, index = self.parameters[name], self._index_of[name]
         if p.dtype == torch.float32 and ("master" in parts or "remainder" in parts):
             raise UserError(f"the checkpoint's {name} is 16-bit: it was saved at another precision")
-        # a checkpoint without any moments is one that export or a test wrote: only the value is loaded
+        # a master or remainder without moments is accepted: only the weight's value is loaded
         if "state1" not in parts and ("exp_avg" in parts or parts.keys() & {"master", "remainder"} == set()):
             raise UserError(f"the checkpoint's moments of {name} are not of optimizer {self.spec.name}")
         try:

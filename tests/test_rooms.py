@@ -18,9 +18,8 @@ TOPS = ("safelight", "kernels", "data", "trainer", "bench")
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("kernels/triton",),
     ("kernels",),
-    ("kernels/ops", "kernels/optim", "data"),
-    ("kernels/unet", "kernels/aot", "trainer/registry"),
-    ("trainer/config",),
+    ("kernels/ops", "kernels/optim", "data", "trainer/registry"),
+    ("kernels/unet", "kernels/aot", "trainer/config"),
     ("trainer/families",),
     ("trainer/models", "trainer/optim", "trainer/checkpoint", "trainer/report"),
     ("trainer/step",),

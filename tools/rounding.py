@@ -27,7 +27,7 @@ from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.models.base import base_of
 from safelight.trainer.models.noise_schedule import make_schedule
 from safelight.trainer.models.weights import load_unet
-from safelight.trainer.optim.optimizer import UNetOptimizer
+from safelight.trainer.optim.optimizer import make_optimizer
 from safelight.trainer.step.step import accumulate, sample_losses
 
 LR, WEIGHT_DECAY = 1e-6, 0.01
@@ -112,17 +112,18 @@ def tiny(mode: str) -> tuple[_Watch, Tensor, float]:
     begun = torch.cat([p.detach().flatten() for p in unet.parameters()])
     schedule = make_schedule(base.config_of("scheduler"))
     memory = "fp32" if mode == "plain bf16" else mode
-    optimizer = UNetOptimizer(unet, Optimizer(lr=LR, memory=memory), torch.bfloat16, SEED)
+    optimizer = make_optimizer(unet, Optimizer(lr=LR, memory=memory), torch.bfloat16, SEED)
     generator = torch.Generator().manual_seed(SEED)
     batches = [
         _random_batch(unet.config.sample_size, unet.config.cross_attention_dim, generator) for _ in range(NUM_BATCHES)
     ]
-    watch = _Watch(optimizer.inner)
+    optimizer.set_hyper(LR, WEIGHT_DECAY, 0.0)
+    watch = _Watch(optimizer.kernel)
     for number in range(NUM_STEPS["tiny"]):
         accumulate(unet, *batches[number % NUM_BATCHES], schedule, Loss(), BATCH, optimizer.loss_scale.scale)
-        optimizer.step(LR, WEIGHT_DECAY, 0.0)
+        optimizer.step()
         if mode == "plain bf16":
-            _round_plainly(optimizer.inner)
+            _round_plainly(optimizer.kernel)
         watch.step()
     with torch.no_grad():
         loss = float(torch.cat([sample_losses(unet, *batch) for batch in batches]).double().mean())

@@ -26,7 +26,7 @@ from safelight.trainer.checkpoint.snapshot import available_bytes, num_bytes_of
 from safelight.trainer.config.toml import Optimizer
 from safelight.trainer.models.base import resolve_base
 from safelight.trainer.models.weights import meta_unet
-from safelight.trainer.optim.optimizer import UNetOptimizer
+from safelight.trainer.optim.optimizer import UNetOptimizer, make_optimizer
 
 NEEDED_GIB = 14
 REPEATS = 3
@@ -40,7 +40,7 @@ def make_state(base: str) -> tuple[torch.nn.Module, UNetOptimizer]:
     with torch.no_grad():
         for p in unet.parameters():
             p.uniform_(-1, 1, generator=generator)
-        optimizer = UNetOptimizer(unet, Optimizer(), torch.bfloat16)
+        optimizer = make_optimizer(unet, Optimizer(), torch.bfloat16)
         for x in optimizer.live_state().values():
             if x.dtype in (torch.uint8, torch.int16):
                 x.random_(generator=generator)

@@ -67,7 +67,7 @@ def resolve_run(config: Config, run_dir: Path, resume_step: int | None) -> Resol
     """
     device = pick_device(config.run.device)
     dtype = pick_dtype(config.model.precision, device)
-    memory_mode(config.optimizer, dtype)
+    memory_mode(config.optimizer, dtype, device)
     base = base_of(config.model)
     previous, was_fused = None, None
     if resume_step is not None:

@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from safelight.bench.core.operators import class_of, class_of_kernel, does_work
-from safelight.kernels.optim.adamw8bit import AdamW8bit
 from safelight.kernels.triton.jit import Launch, LaunchMode
 from safelight.trainer.memory_plan.meta_run import MetaRun
+from safelight.trainer.optim.kernel_adamw import KernelAdamW
 from safelight.trainer.step.profiler_ranges import told_to
 
 # names in result lines of classes that operators.py names differently
@@ -138,13 +138,13 @@ def step_costs(run: MetaRun, batch_size: int, height: int, width: int, num_micro
 def _with_addressed_bytes(costs: Costs, run: MetaRun) -> Costs:
     """Fill in the bytes of kernels that take tables of addresses, whose tensors a launch does not show."""
     found: dict[str, int] = defaultdict(int)
-    inner = run.optimizer.inner
-    if isinstance(inner, AdamW8bit):
-        for p, beside, moments in zip(inner.parameters, inner.remainders, inner.moments, strict=True):
-            name = "_adamw32bit_kernel" if moments.absmax1 is None else "_adamw8bit_kernel"
-            held = (p, beside, moments.state1, moments.state2, moments.absmax1, moments.absmax2)
+    if isinstance(run.optimizer, KernelAdamW):
+        for name, p in run.optimizer.parameters.items():
+            state = run.optimizer.parameter_state(name)
+            kernel = "_adamw8bit_kernel" if "absmax1" in state else "_adamw32bit_kernel"
+            held = [p, *(x for part, x in state.items() if part not in ("step", "strides"))]
             # all is read and written, the gradient read
-            found[name] += 2 * sum(num_bytes(x) for x in held if x is not None) + num_bytes(p)
+            found[kernel] += 2 * sum(map(num_bytes, held)) + num_bytes(p)
     if run.ema is not None:
         # the average is read and written, the fp32 weight is read
         found["_ema_kernel"] = sum(3 * num_bytes(x) for x in run.ema.averages.values())

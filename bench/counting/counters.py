@@ -35,38 +35,26 @@ from safelight.kernels.unet.attention_backends import CALLS
 MIB = 2**20
 
 
-@torch.library.custom_op("safelight_bench::adamw8bit_update", mutates_args=("p", "m", "v", "scale_m", "scale_v"))
-def adamw8bit_update(p: Tensor, grad: Tensor, m: Tensor, v: Tensor, scale_m: Tensor, scale_v: Tensor) -> None:
+@torch.library.custom_op("safelight_bench::optimizer_update", mutates_args=("p", "buffers"))
+def optimizer_update(p: Tensor, grad: Tensor, buffers: list[Tensor]) -> None:
     """Stand in for bitsandbytes' kernel, one per tensor. Runs only on meta tensors, by the fake below."""
-    raise NotImplementedError("adamw8bit_update is counted, not run")
+    raise NotImplementedError("optimizer_update is counted, not run")
 
 
-@adamw8bit_update.register_fake
-def _(p, grad, m, v, scale_m, scale_v) -> None:
+@optimizer_update.register_fake
+def _(p, grad, buffers) -> None:
     return None
 
 
-class CountedAdamW8bit:
-    """bitsandbytes' AdamW8bit reduced to what is counted: one kernel per tensor, 8-bit moments from 4,096 elements up.
+class CountedUpdates:
+    """Counts the kernel that bitsandbytes runs for each tensor; its `sync_gpu` then waits for the device."""
 
-    num_syncs_a_step: it synchronizes after every tensor, as bitsandbytes' `sync_gpu` does.
-    """
+    def __init__(self):
+        self.num_syncs = 0
 
-    BLOCK, MIN_8BIT = 256, 4096
-
-    def __init__(self, parameters: list[nn.Parameter]):
-        self.param_groups = [{"params": parameters, "lr": 0.0, "weight_decay": 0.0}]
-        self.num_syncs_a_step = len(parameters)
-
-    def step(self) -> None:
-        for p in self.param_groups[0]["params"]:
-            is_8bit = p.numel() >= self.MIN_8BIT
-            moments = [
-                torch.empty_like(p, dtype=torch.uint8 if is_8bit else torch.float32, requires_grad=False)
-                for _ in range(2)
-            ]
-            scales = [p.new_empty(-(-p.numel() // self.BLOCK) if is_8bit else 0) for _ in range(2)]
-            adamw8bit_update(p.detach(), p.grad, *moments, *scales)
+    def __call__(self, p: Tensor, grad: Tensor, buffers: list[Tensor]) -> None:
+        self.num_syncs += 1
+        optimizer_update(p, grad, buffers)
 
 
 @dataclass

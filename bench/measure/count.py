@@ -9,7 +9,7 @@ from torch import nn
 
 from safelight.bench.core.arguments import Count
 from safelight.bench.core.operators import CLASSES
-from safelight.bench.counting.counters import MIB, CardOperators, CountedAdamW8bit, Counter, Counts, SavedBytes
+from safelight.bench.counting.counters import MIB, CardOperators, CountedUpdates, Counter, Counts, SavedBytes
 from safelight.bench.recipes.workload import LR, MAX_GRAD_NORM, WEIGHT_DECAY, Workload, random_batches
 from safelight.errors import UserError
 from safelight.kernels.ops.noising import Noised
@@ -23,8 +23,12 @@ from safelight.trainer.models.base import Base, resolve_base
 from safelight.trainer.models.device import DTYPES
 from safelight.trainer.models.noise_schedule import NoiseSchedule, make_schedule
 from safelight.trainer.models.weights import meta_unet
-from safelight.trainer.optim.optimizer import UNetOptimizer
+from safelight.trainer.optim.library_optimizer import BitsandbytesOptimizer
+from safelight.trainer.optim.optimizer import UNetOptimizer, make_optimizer
 from safelight.trainer.step.step import accumulate
+
+# result lines call bitsandbytes' optimizer adamw8bit: they are older than our kernel of that name
+COUNTED = {"adamw8bit": "bnb_adamw8bit", "adamw": "adamw"}
 
 
 def weight_dtype(precision: str) -> torch.dtype:
@@ -51,7 +55,7 @@ def count_step(
     optimizer: UNetOptimizer | None = None,
 ) -> Counts:
     """Return the counts of one step: loss and gradients as in training, then the optimizer step if one is given."""
-    counter, saved = Counter(layout), SavedBytes(unet.parameters())
+    counter, saved, updates = Counter(layout), SavedBytes(unet.parameters()), CountedUpdates()
     scale = torch.ones((), device=noised.noisy_BCHW.device) if optimizer is None else optimizer.loss_scale.scale
     operators = CardOperators(autocast)
     with operators, counter:
@@ -59,8 +63,11 @@ def count_step(
             accumulate(unet, noised, conditioning, schedule, Loss(), len(noised.timesteps_B), scale)
         if optimizer is not None:
             counter.phase = "optimizer"
-            optimizer.step(LR, WEIGHT_DECAY, MAX_GRAD_NORM)
-            counter.counts.host_syncs += getattr(optimizer.inner, "num_syncs_a_step", 0)
+            optimizer.set_hyper(LR, WEIGHT_DECAY, MAX_GRAD_NORM)
+            if isinstance(optimizer, BitsandbytesOptimizer):
+                optimizer.on_meta_update = updates
+            optimizer.step()
+            counter.counts.host_syncs += updates.num_syncs
     counter.counts.saved_bytes = saved.total
     counter.counts.saved_cast_bytes = saved.of(operators.casts.values())
     return counter.counts
@@ -98,19 +105,13 @@ def trace(
     autocast = DTYPES[precision.removeprefix("autocast-")] if precision.startswith("autocast") else None
     ours = None
     if optimizer != "none":
-        # lines call bitsandbytes' adamw8bit: they are older than our kernel of that name
-        name = "bnb_adamw8bit" if optimizer == "adamw8bit" else optimizer
-        ours = UNetOptimizer(unet, Optimizer(name=name))
-        if name == "bnb_adamw8bit":
-            ours.inner = CountedAdamW8bit(list(ours.master.values()))
-        else:
-            # torch's choice on a GPU, which it does not make for meta tensors
-            ours.inner.param_groups[0]["foreach"] = True
+        ours = make_optimizer(unet, Optimizer(name=COUNTED[optimizer]))
         # the first step makes the moments; a counter answers for the finite norm that it asks of the device
         for p in unet.parameters():
             p.grad = torch.empty_like(p)
         with Counter(layout):
-            ours.step(LR, WEIGHT_DECAY, MAX_GRAD_NORM)
+            ours.set_hyper(LR, WEIGHT_DECAY, MAX_GRAD_NORM)
+            ours.step()
     inputs = meta_inputs(unet, batch_size, latent_size or unet.config.sample_size, layout)
     schedule = make_schedule(base.config_of("scheduler")).to(torch.device("meta"))
     return count_step(unet, *inputs, schedule, layout, autocast, ours)

@@ -13,9 +13,7 @@ as one that reads and writes its tensors once.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
-from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +21,15 @@ from torch import Tensor, nn
 from safelight.bench.core.harness import Prepared, interleave_prepared, percentiles
 from safelight.bench.core.layers import meta_model
 from safelight.bench.core.results import make_record
-from safelight.bench.counting.counters import CountedAdamW8bit, Counter
+from safelight.bench.counting.counters import CountedUpdates, Counter
 from safelight.bench.recipes.workload import LR, MAX_GRAD_NORM, WEIGHT_DECAY
-from safelight.errors import UserError
 from safelight.kernels.optim.ema import EMA
 from safelight.kernels.optim.paged_state import Pages
 from safelight.trainer.config.toml import Optimizer
-from safelight.trainer.optim.optimizer import UNetOptimizer, memory_mode
+from safelight.trainer.optim.kernel_adamw import KernelAdamW
+from safelight.trainer.optim.library_optimizer import BitsandbytesOptimizer
+from safelight.trainer.optim.optimizer import UNetOptimizer, make_optimizer
+from safelight.trainer.registry.optimizers import OPTIMIZERS
 
 # use every n-th tensor, so that all variants fit in memory at once
 EVERY = {"cuda": 4, "cpu": 64}
@@ -39,20 +39,10 @@ Configs = dict[str, Optimizer]
 
 def offered(dtype: torch.dtype) -> Configs:
     """Return the config of every optimizer and of each memory mode it supports for weights of a dtype, by name."""
-    axes = [
-        [value for value in get_args(Optimizer.model_fields[name].annotation) if value != "auto"]
-        for name in ("name", "memory")
-    ]
     found = {}
-    for name, memory in itertools.product(*axes):
-        config = Optimizer(name=name, memory=memory)
-        try:
-            memory_mode(config, dtype)
-        except UserError as error:
-            # skip modes that this optimizer or dtype lacks; a missing library is reported when it is measured
-            if str(error).startswith("optimizer.memory"):
-                continue
-        found[f"{name}, {memory}"] = config
+    for name, spec in OPTIMIZERS.items():
+        for memory in ("fp32",) if dtype == torch.float32 else spec.memory_modes:
+            found[f"{name}, {memory}"] = Optimizer(name=name, memory=memory)
     return found
 
 
@@ -96,34 +86,27 @@ def held_bytes(*roots: object) -> int:
     return sum(storage.nbytes() for key, storage in storages.items() if key not in pages)
 
 
-def is_ours(optimizer: UNetOptimizer) -> bool:
-    """Return whether one kernel of ours takes the step."""
-    return type(optimizer.inner).__module__.startswith("safelight.kernels")
-
-
 def moved_bytes(optimizer: UNetOptimizer, module: nn.Module, config: Optimizer, dtype: torch.dtype) -> int:
     """Return the bytes a step reads and writes, by the formula of the kind of optimizer."""
     num = sum(p.numel() for p in module.parameters())
-    if is_ours(optimizer):
+    if isinstance(optimizer, KernelAdamW):
         held = held_bytes(optimizer, module)
-        if pages := optimizer.inner.pages:
+        if pages := optimizer.pages:
             # the kernel works on what passes through the ring; it is written there and read from there as often
             held += 2 * pages.host.nbytes - sum(slot.nbytes for slot in pages.ring)
         return 2 * held + 2 * num * dtype.itemsize
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
     twin = Weights(shapes, torch.device("meta"))
-    counted = UNetOptimizer(twin, config, dtype)
-    if type(optimizer.inner).__module__.startswith("bitsandbytes"):
-        counted.inner = CountedAdamW8bit(list(counted.master.values()))
-    else:
-        # torch's choice on a GPU, which it does not make for meta tensors
-        counted.inner.param_groups[0]["foreach"] = True
+    counted = make_optimizer(twin, config, dtype)
+    counted.set_hyper(LR, WEIGHT_DECAY, MAX_GRAD_NORM)
+    if isinstance(counted, BitsandbytesOptimizer):
+        counted.on_meta_update = CountedUpdates()
     for _ in range(2):
         # the first step creates the moments
         for p in twin.parameters():
             p.grad = torch.empty_like(p)
         with Counter() as counter:
-            counted.step(LR, WEIGHT_DECAY, MAX_GRAD_NORM)
+            counted.step()
     return counter.counts.total("bytes_moved")
 
 
@@ -134,13 +117,14 @@ def _prepared(optimizer: UNetOptimizer, module: nn.Module) -> Prepared:
         for p, g in zip(module.parameters(), gradients, strict=True):
             p.grad = g.clone()
 
-    return Prepared(set_gradients, lambda _: optimizer.step(LR, WEIGHT_DECAY, MAX_GRAD_NORM))
+    optimizer.set_hyper(LR, WEIGHT_DECAY, MAX_GRAD_NORM)
+    return Prepared(set_gradients, lambda _: optimizer.step())
 
 
 def _build(config: Optimizer, shapes: dict, dtype: torch.dtype, device: torch.device) -> tuple[UNetOptimizer, Weights]:
     torch.manual_seed(0)
     module = Weights(shapes, device)
-    return UNetOptimizer(module, config, dtype), module
+    return make_optimizer(module, config, dtype), module
 
 
 def bench_optimizers(
@@ -169,7 +153,7 @@ def bench_optimizers(
             "held_bytes_per_parameter": round(held_bytes(optimizer, module) / num, 3),
             "moved_bytes_per_parameter": round(moved_bytes(optimizer, module, config, dtype) / num, 3),
         }
-        if pages := getattr(optimizer.inner, "pages", None):
+        if pages := optimizer.pages:
             figures_of[name]["host_bytes_per_parameter"] = round(pages.host.nbytes / num, 3)
     averages = Weights(shapes, device)
     weights = [p.detach().to(dtype) for p in averages.parameters()]

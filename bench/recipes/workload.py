@@ -39,7 +39,7 @@ from safelight.trainer.models.base import resolve_base
 from safelight.trainer.models.device import PRECISIONS, pick_device, pick_dtype
 from safelight.trainer.models.noise_schedule import make_schedule
 from safelight.trainer.models.weights import load_unet
-from safelight.trainer.optim.optimizer import UNetOptimizer
+from safelight.trainer.optim.optimizer import make_optimizer
 from safelight.trainer.step.cuda_graphs import Recorder, StepGraphs, shape_of
 from safelight.trainer.step.step import Inputs, MicroResult, StepContext, StepSettings, micro_step, train_step, upload
 from safelight.trainer.step.torch_flags import algorithms
@@ -206,7 +206,7 @@ class Ours:
         patched = patch.apply(self.unet, choice) if patch.should_patch(kernels, device) else None
         apply_checkpointing(self.unet, work.checkpointing)
         config = optimizer_config(work.optimizer).model_copy(update={"fused_backward": fused})
-        self.optimizer = UNetOptimizer(self.unet, config, work.dtype)
+        self.optimizer = make_optimizer(self.unet, config, work.dtype)
         if patched is not None:
             patch.repack(self.unet)
         self.notes = f"{choice}; {'kernels off' if patched is None else patched}"

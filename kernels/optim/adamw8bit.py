@@ -37,8 +37,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from safelight.kernels.moment_blocks import BLOCK_SIZE, MIN_8BIT_ELEMENTS
 from safelight.kernels.optim.blockwise_8bit import (
-    BLOCK_SIZE,
     TINY,
     code_bounds,
     dequantize,
@@ -65,7 +65,6 @@ from safelight.kernels.triton.jit import cdiv, is_dense, kernel, runs_kernel
 if TYPE_CHECKING:
     import triton.language as tl
 
-MIN_8BIT_ELEMENTS = 4096
 ROWS = 2  # blocks per program: 4 elements a thread; with 8, some variants spill a register
 CHUNK = 512  # elements per program of the kernel for fp32 moments
 COLUMNS = 7  # of the address table: weight, remainder, state1, state2, absmax1, absmax2, number of elements
@@ -374,7 +373,7 @@ class AdamW8bit:
         self._corrections = torch.ones(num, 3, device=device)
         self._hyper = torch.zeros(2, device=device)
         # while True, steps run every kernel but skip every tensor: warm-up before a capture
-        self.is_rehearsing = False
+        self.is_dry_run = False
         self._seed = torch.tensor([seed & MASK_32, seed >> 32], dtype=torch.int64, device=device)
         # one address table per slot of the pages' ring
         self._address_tables: list[Tensor] = []
@@ -504,7 +503,7 @@ class AdamW8bit:
         if found_inf is not None:
             flags = (found_inf != 0).to(torch.int32).reshape(-1).expand(len(members))
             self.skips.index_copy_(0, where, flags)
-        if self.is_rehearsing:
+        if self.is_dry_run:
             self.skips.fill_(1)
         gradient_of = {}
         for index, g in zip(members, gradients, strict=True):

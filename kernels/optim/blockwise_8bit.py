@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from safelight.kernels.moment_blocks import BLOCK_SIZE
 from safelight.kernels.triton.jit import kernel
 
 if TYPE_CHECKING:
     import triton.language as tl
 
-BLOCK_SIZE = 256
 TINY = 1.2e-38  # about the smallest normal fp32: divides blocks of zeros
 # nearest_codes on the CPU: sign, exponent and 9 fraction bits of an fp32 value choose a bin; no bin contains two bounds
 BIN_SHIFT = 14

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from safelight.errors import UserError
 from safelight.kernels.host_memory import pinned_block, unpin
-from safelight.kernels.optim.blockwise_8bit import BLOCK_SIZE
+from safelight.kernels.moment_blocks import BLOCK_SIZE
 from safelight.kernels.streams import COMPUTE, streams_for
 from safelight.kernels.triton.jit import cdiv
 from safelight.units import GIB

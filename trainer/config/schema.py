@@ -5,19 +5,25 @@ The docstring below a field is its documentation: `safelight init` writes it as 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import tyro
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from safelight.errors import UserError
 from safelight.trainer.registry.losses import KINDS, WEIGHTINGS
+from safelight.trainer.registry.optimizers import MEMORY_MODES, OPTIMIZERS, help_text
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 LearningRate = Annotated[float, Field(gt=0, le=1)]
 Schedule = Literal["constant", "linear", "cosine"]
+if TYPE_CHECKING:
+    OptimizerName = MemoryModeName = str
+else:
+    OptimizerName = Literal[tuple(OPTIMIZERS)]
+    MemoryModeName = Literal[("auto", *MEMORY_MODES)]
 AVERAGE_OF_PAGED = (
     "train.ema_decay does not work with optimizer.memory paged: the average is updated on the GPU at every step, from "
     "weights whose low bits paged keeps in host memory; set train.ema_decay to 0, or optimizer.memory to exact"
@@ -147,27 +153,27 @@ class Train(Section):
 
 
 class Optimizer(Section):
-    """AdamW and its learning rate."""
+    """The optimizer and its learning rate."""
 
-    name: Literal["adamw8bit", "bnb_adamw8bit", "bnb_paged_adamw8bit", "adamw"] = "adamw8bit"
-    """adamw8bit: our kernel, 2 bytes of moments a parameter; bnb_adamw8bit: bitsandbytes' of the same; bnb_paged_adamw8bit: its
-    paged one, whose moments lie in CUDA's unified memory; adamw: torch, 8."""
-    memory: Literal["auto", "exact", "near", "rounded", "paged", "fp32"] = "auto"
-    """Beside 16-bit weights: exact 2 bytes that complete them to fp32, near 1, rounded none but noise, fp32 a master of 4;
-    paged: exact's, with the moments, in pinned host memory, 4 bytes a parameter there, which stream past.
-    auto: on a GPU the first of exact, near, paged, rounded that `safelight plan` finds to fit; on a CPU exact."""
+    name: Annotated[OptimizerName, Field(description=help_text())] = "adamw8bit"
+    memory: MemoryModeName = "auto"
+    """What completes 16-bit weights to fp32: exact keeps 2 more bytes a parameter, near 1, rounded none and rounds
+    stochastically, fp32 a master of 4; paged keeps exact's and the moments in pinned host memory, 4 bytes a parameter, and
+    streams them through the GPU. auto: with adamw8bit on a GPU the first of exact, near, paged, rounded that `safelight plan`
+    finds to fit, on a CPU exact; the other optimizers support fp32 only."""
     lr: LearningRate = 1e-6
     """Peak learning rate."""
     fused_backward: Annotated[Literal["auto", True, False], tyro.conf.arg(metavar="{auto,true,false}")] = "auto"
-    """Step each part of the UNet inside backward, as soon as its gradients are there, and free them at once; the gradients' global
-    norm is then known too late to clip by. auto: on a GPU where `safelight plan` finds no other way to fit in the same
-    optimizer.memory; on a CPU false."""
+    """Update each part of the UNet inside backward, as soon as its gradients are complete, and free them at once; the global
+    gradient norm is then known too late to clip by. Only adamw8bit can. auto: on a GPU, if `safelight plan` finds no other
+    way to fit in the same optimizer.memory; on a CPU false."""
     clipping: Literal["auto", "global", "lagged", "per-tensor"] = "auto"
-    """By the global norm; fused, where that is not known in time, by the step before's (lagged) or each tensor's. auto: global or lagged."""
+    """Clip by the global norm or, with fused_backward, by the previous step's (lagged) or by each tensor's own. auto: global or
+    lagged."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    """Decay of the first and second moment."""
+    """Decay of the first and second moment; adafactor has its own."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the root of the second moment; AdamW only."""
     weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.01
     """Decoupled: weights shrink by lr * weight_decay a step."""
     schedule: Schedule = "constant"
@@ -176,21 +182,20 @@ class Optimizer(Section):
     """Optimizer steps over which the learning rate rises from zero, at the start of the stage."""
 
     def fused_choices(self) -> tuple[bool, ...]:
-        """Return what fused_backward leaves, better first: for `auto` what name and clipping can go with."""
+        """Return the values that fused_backward allows, preferred first; `auto` allows what name and clipping support."""
         if self.fused_backward != "auto":
             return (self.fused_backward,)
-        if self.name != "adamw8bit" or self.clipping == "global":
+        if not OPTIMIZERS[self.name].steps_inside_backward or self.clipping == "global":
             return (False,)
         return (False, True) if self.clipping == "auto" else (True,)
 
     @property
     def is_fused(self) -> bool:
-        """Whether steps are taken inside backward. An `auto` that no plan has settled
-        (trainer/memory_plan/resolve_auto.py) is the better choice."""
+        """Whether steps are taken inside backward. `auto` that no plan has resolved is the preferred choice."""
         return self.fused_choices()[0]
 
     def clipping_mode(self) -> str:
-        """Return what clipping comes to: global, lagged or per-tensor. Raises UserError where it does not fit."""
+        """Return what clipping resolves to: global, lagged or per-tensor. Raises UserError if fused_backward rules it out."""
         if self.clipping == "auto":
             return "lagged" if self.is_fused else "global"
         if self.is_fused == (self.clipping == "global"):

@@ -32,6 +32,7 @@ from safelight.trainer.config.schema import (
     Validate,
     is_switch,
 )
+from safelight.trainer.registry.optimizers import MEMORY_MODES
 
 # other modules import settings from here
 __all__ = [
@@ -144,7 +145,8 @@ def parse_config(values: dict, source: str) -> Config:
         raise UserError(
             f"{source}: data.flip_p {config.data.flip_p} has no effect with data.variants = 1; use 2 or more"
         )
-    if config.optimizer.memory == "paged" and config.train.ema_decay > 0:
+    mode = MEMORY_MODES.get(config.optimizer.memory)
+    if mode is not None and not mode.allows_average and config.train.ema_decay > 0:
         raise UserError(f"{source}: {AVERAGE_OF_PAGED}")
     if config.loss.zero_terminal_snr and config.loss.prediction == "epsilon":
         raise UserError(f"{source}: loss.zero_terminal_snr needs loss.prediction = 'v_prediction', not 'epsilon'")

@@ -16,6 +16,7 @@ from safelight.data.text import counted
 from safelight.trainer.config.toml import Config
 from safelight.trainer.inference.sampling import SAMPLE_BATCH_SIZE
 from safelight.trainer.memory_plan.static_bytes import HostBytes
+from safelight.trainer.registry.optimizers import OPTIMIZERS
 from safelight.units import GIB
 
 Forward = Callable[[int], int]
@@ -140,7 +141,7 @@ def graphs_against(config: Config, need: Need, budget: int) -> str:
     """Return why a way's steps are not replayed as CUDA graphs on a card, '' where they are. budget: bytes that a run may take."""
     if config.train.cuda_graphs == "off":
         return "train.cuda_graphs is off"
-    if config.optimizer.name != "adamw8bit":
+    if not OPTIMIZERS[config.optimizer.name].is_capturable:
         return f"{config.optimizer.name} reads from the device at every step"
     if reason := streams_from_host(need.memory, need.checkpointing):
         return reason

@@ -15,7 +15,7 @@ import torch
 
 from safelight.data.buckets import make_buckets
 from safelight.errors import UserError
-from safelight.kernels.optim.adamw8bit import MIN_8BIT_ELEMENTS
+from safelight.kernels.moment_blocks import MIN_8BIT_ELEMENTS, num_blocks
 from safelight.kernels.optim.paged_state import Pages
 from safelight.trainer.config.toml import Config
 from safelight.trainer.memory_plan.allocation_trace import ACTIVATIONS, GRADIENTS, MASTER, OPTIMIZER, TEMPORARY, WEIGHTS
@@ -32,12 +32,13 @@ from safelight.trainer.memory_plan.candidate import (
 from safelight.trainer.memory_plan.gpus import CONTEXT_BYTES, FRAGMENTATION, GRAPH_BYTES_A_LAUNCH, Card
 from safelight.trainer.memory_plan.memory_tracer import CUDA_ROUNDING
 from safelight.trainer.memory_plan.meta_run import META, MetaRun, Traced, forward_of, meta_run, step_of
-from safelight.trainer.memory_plan.static_bytes import BESIDE_BYTES, host_bytes, moment_bytes
+from safelight.trainer.memory_plan.static_bytes import host_bytes
 from safelight.trainer.models.base import Base, bucket_multiple, latent_factor, resolve_model, vae_bytes, vae_config
 from safelight.trainer.models.device import DTYPES
 from safelight.trainer.models.encoders import decode_bytes
 from safelight.trainer.optim.kernel_adamw import SPLIT_BYTES, SPLIT_ELEMENTS
 from safelight.trainer.optim.optimizer import memory_mode
+from safelight.trainer.registry.optimizers import MEMORY_MODES, OPTIMIZERS
 from safelight.units import GIB
 
 
@@ -98,7 +99,7 @@ class Needs:
     @functools.cached_property
     def _pages(self) -> Pages | None:
         """Return the pages of memory mode paged, on meta tensors."""
-        return self._run(self.config.optimizer.is_fused).optimizer.method.make_pages(META)
+        return self._run(self.config.optimizer.is_fused).optimizer.make_pages(META)
 
     def held(self, memory: str, run: MetaRun) -> dict[str, int]:
         """Return the bytes between steps by kind: those of the run on meta tensors, but for what differs in this mode."""
@@ -109,10 +110,10 @@ class Needs:
         if memory == "paged" and self._pages is not None:
             large = [n for n in sizes if n >= MIN_8BIT_ELEMENTS]
             sizes = [n for n in sizes if n < MIN_8BIT_ELEMENTS]
-            blocks = [(moment_bytes(n, "adamw8bit") - 2 * n) // 2 for n in large]
+            scales = [4 * num_blocks(n) for n in large]
             held[OPTIMIZER] += sum(rounded_up(len(slot)) for slot in self._pages.ring)
-            held[OPTIMIZER] -= 2 * sum(map(rounded_up, (*large, *blocks)))
-        held[MASTER] = sum(rounded_up(BESIDE_BYTES[memory] * n) for n in sizes)
+            held[OPTIMIZER] -= 2 * sum(map(rounded_up, (*large, *scales)))
+        held[MASTER] = sum(rounded_up(MEMORY_MODES[memory].bytes_per_weight * n) for n in sizes)
         return held
 
     @functools.cached_property
@@ -160,7 +161,7 @@ class Needs:
 
     def _loading(self, memory: str, run: MetaRun) -> int:
         """Return the most that loading allocates: beside what is held, packed weights twice, or pieces of fp32 before there are moments."""
-        if self.config.optimizer.name != "adamw8bit" or self.dtype == torch.float32:
+        if not OPTIMIZERS[self.config.optimizer.name].converts_in_pieces or self.dtype == torch.float32:
             return run.loading.total
         held = self.held(memory, run)
         before = held[WEIGHTS] + held[MASTER] + (held[OPTIMIZER] if memory == "paged" else 0)
@@ -204,7 +205,7 @@ class Needs:
             graphs += self.card.cublas_bytes(is_deterministic=self.config.run.deterministic)
             pool = traced.transient + graphs
         host = host_bytes(
-            [p.numel() for p in run.unet.parameters()],
+            [p.shape for p in run.unet.parameters()],
             self.dtype.itemsize,
             self.config.optimizer.name,
             memory,

@@ -19,9 +19,7 @@ from torch import Tensor
 
 from safelight.data.batches import Batch
 from safelight.data.buckets import Bucket
-from safelight.kernels.optim.adamw8bit import MIN_8BIT_ELEMENTS, AdamW8bit
-from safelight.kernels.optim.blockwise_8bit import BLOCK_SIZE
-from safelight.kernels.triton.jit import cdiv, references_on_meta
+from safelight.kernels.triton.jit import references_on_meta
 from safelight.kernels.unet.activation_offload import offload_of
 from safelight.kernels.unet.attention import NUM_TEXT_TOKENS, attention_cases, choose_attention
 from safelight.kernels.unet.checkpointing import apply_checkpointing
@@ -58,22 +56,6 @@ def _no_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-class _StandInAdamW8bit:
-    """bitsandbytes' AdamW8bit as far as memory goes: it makes its moments at the first step, and nothing else."""
-
-    def __init__(self, parameters: list[torch.nn.Parameter]):
-        self.param_groups = [{"params": parameters}]
-        self.state: dict[Tensor, list[Tensor]] = {}
-
-    def step(self) -> None:
-        for p in self.param_groups[0]["params"]:
-            if p not in self.state:
-                is_8bit = p.numel() >= MIN_8BIT_ELEMENTS
-                sizes = [(p.numel(), torch.uint8), (cdiv(p.numel(), BLOCK_SIZE), torch.float32)]
-                parts = sizes if is_8bit else [(p.numel(), torch.float32)]
-                self.state[p] = [torch.empty(n, dtype=t, device=p.device) for _ in range(2) for n, t in parts]
 
 
 @dataclass(frozen=True)
@@ -129,22 +111,12 @@ class MetaRun:
         self.context = StepContext(self.unet, self.optimizer, schedule, 1.0, config.loss)
         # for who asks for the same again
         self.traced: dict[tuple, Traced | AllocationTrace] = {}
-        self._stand_in()
         self._sort()
-
-    def _stand_in(self) -> None:
-        """Give library optimizers the form they have on the device."""
-        if self.config.optimizer.name == "bnb_adamw8bit":
-            self.optimizer.inner = _StandInAdamW8bit(list(self.optimizer.master.values()))
-        elif self.config.optimizer.name == "adamw" and self.device.type == "cuda":
-            # torch's choice on a GPU, which it does not make for meta tensors
-            self.optimizer.inner.param_groups[0]["foreach"] = True
 
     def _sort(self) -> None:
         """Count what is held as what it is."""
         self.live.settle(OPTIMIZER)
-        ours = isinstance(self.optimizer.inner, AdamW8bit)
-        self.live.hold(self.optimizer.inner.remainders if ours else self.optimizer.master.values(), MASTER)
+        self.live.hold(self.optimizer.master_tensors(), MASTER)
         self.live.hold(self.unet.parameters(), WEIGHTS)
         self.live.hold(self.optimizer.buffers.tensors.values(), GRADIENTS)
         if self.ema is not None:
@@ -167,16 +139,16 @@ class MetaRun:
         """Return what a step over micro-batches of latents of a size needs; the first one makes what the optimizer keeps."""
         live, stage = self.live, self.config.stages()[0]
         batches = [self._batch(batch_size, height, width) for _ in range(num_micro)]
-        take = self.optimizer.step
+        optimizer_step = self.optimizer.step
 
-        def told(*args):
+        def watched_step() -> tuple[Tensor, Tensor | bool]:
             live.phase, live.kind = "optimizer", TEMPORARY
             try:
-                return take(*args)
+                return optimizer_step()
             finally:
                 live.phase, live.kind = "step", None
 
-        self.optimizer.step = told
+        self.optimizer.step = watched_step
         try:
             with (
                 references_on_meta(self.device.type == "cpu"),

@@ -16,11 +16,10 @@ from safelight.trainer.memory_plan.rounding_noise import WARN_ABOVE, noise_to_di
 from safelight.trainer.memory_plan.static_bytes import learning_rates
 from safelight.trainer.models.device import PRECISIONS
 from safelight.trainer.optim.optimizer import memory_mode
+from safelight.trainer.registry.optimizers import MEMORY_MODES, OPTIMIZERS
 from safelight.units import GIB
 
 BATCH_SIZES = (1, 2, 4, 8)
-# best first: what is kept of the weights, then the least work
-MEMORY_MODES = ("exact", "near", "paged", "rounded")
 
 
 class Planner(Needs):
@@ -30,10 +29,11 @@ class Planner(Needs):
         """Return the modes that a value of optimizer.memory leaves, best first; the config's value if None."""
         optimizer = self.config.optimizer
         wanted = optimizer.memory if wanted is None else wanted
-        if wanted != "auto" or self.dtype == torch.float32 or optimizer.name != "adamw8bit":
+        modes = OPTIMIZERS[optimizer.name].planned_modes
+        if wanted != "auto" or self.dtype == torch.float32 or not modes:
             return (memory_mode(optimizer.model_copy(update={"memory": wanted}), self.dtype),)
-        # a moving average reads the remainders on the device
-        return tuple(mode for mode in MEMORY_MODES if mode != "paged" or self.config.train.ema_decay == 0)
+        has_average = self.config.train.ema_decay > 0
+        return tuple(mode for mode in modes if MEMORY_MODES[mode].allows_average or not has_average)
 
     def checkpointings(self) -> tuple[str, ...]:
         wanted = self.config.train.checkpointing
@@ -117,11 +117,13 @@ class Planner(Needs):
 
     def noise(self, rates: list[float]) -> dict[str, float]:
         """Return the noise of stochastic rounding against the way the weights go, by the memory modes that have any."""
-        if self.dtype == torch.float32 or self.config.optimizer.name != "adamw8bit":
+        supported = OPTIMIZERS[self.config.optimizer.name].memory_modes
+        modes = [mode for mode in supported if MEMORY_MODES[mode].is_random]
+        if self.dtype == torch.float32 or not modes:
             return {}
         shapes = [tuple(p.shape) for p in self._run(self.config.optimizer.is_fused).unet.parameters()]
         beta1 = self.config.optimizer.betas[0]
-        return {mode: noise_to_displacement(shapes, self.dtype, mode, rates, beta1) for mode in ("near", "rounded")}
+        return {mode: noise_to_displacement(shapes, self.dtype, mode, rates, beta1) for mode in modes}
 
     def table(self) -> dict:
         """Return the plan as plain values: every way, and the chosen one."""

@@ -14,7 +14,8 @@ from safelight.kernels.unet.checkpointing import MODES
 from safelight.trainer.config.toml import Config
 from safelight.trainer.memory_plan.candidate import Between, Need, graphs_against
 from safelight.trainer.memory_plan.gpus import CONTEXT_BYTES, Card, this_card
-from safelight.trainer.memory_plan.planner import MEMORY_MODES, Planner
+from safelight.trainer.memory_plan.planner import Planner
+from safelight.trainer.registry.optimizers import OPTIMIZERS
 from safelight.units import GIB
 
 # a plan to fall back on allocates so much less than the one that failed: more than what a plan may be off
@@ -40,7 +41,7 @@ def settle_on(
     """As settle, for a card."""
     settled = _as_trained(config, was_fused)
     before = previous or {}
-    if settled.optimizer.memory == "auto" and before.get("memory") in MEMORY_MODES:
+    if settled.optimizer.memory == "auto" and before.get("memory") in _planned_modes(config):
         settled.optimizer.memory = before["memory"]
     if settled.train.checkpointing == "auto" and before.get("checkpointing") in MODES:
         settled.train.checkpointing = before["checkpointing"]
@@ -55,10 +56,15 @@ def settle_on(
 def filled_in(config: Config, taken: dict) -> Config:
     """Return a config whose `auto` of optimizer.memory, fused_backward and train.checkpointing is what a plan takes (record)."""
     filled = config.model_copy(deep=True)
-    if taken["memory"] in MEMORY_MODES:
+    if taken["memory"] in _planned_modes(config):
         filled.optimizer.memory = taken["memory"]
     filled.optimizer.fused_backward, filled.train.checkpointing = taken["fused_backward"], taken["checkpointing"]
     return filled
+
+
+def _planned_modes(config: Config) -> tuple[str, ...]:
+    """Return the values of optimizer.memory among which a plan chooses."""
+    return OPTIMIZERS[config.optimizer.name].planned_modes
 
 
 def _as_trained(config: Config, was_fused: bool | None) -> Config:

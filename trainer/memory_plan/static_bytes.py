@@ -5,6 +5,7 @@ What a run on a GPU takes of the machine's own memory, beside Python and its lib
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 
 from safelight.data.buckets import Bucket, make_buckets, nearest_bucket
 from safelight.data.manifest import Photo, read_manifest, split_validation
+from safelight.kernels.moment_blocks import MIN_8BIT_ELEMENTS
 from safelight.kernels.optim.paged_state import state_bytes
 from safelight.kernels.unet import patch
 from safelight.kernels.unet.activation_offload import SLAB_BYTES
@@ -26,6 +28,7 @@ from safelight.trainer.models.device import PRECISIONS, pick_device, pick_dtype
 from safelight.trainer.models.weights import meta_unet
 from safelight.trainer.optim.kernel_adamw import part_of
 from safelight.trainer.optim.optimizer import memory_mode
+from safelight.trainer.registry.optimizers import MEMORY_MODES, OPTIMIZERS, Shape
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def _chunks(num_bytes: int, chunk: int) -> int:
 
 
 def host_bytes(
-    sizes: Sequence[int],
+    shapes: Sequence[Shape],
     itemsize: int,
     optimizer: str,
     memory: str,
@@ -62,30 +65,26 @@ def host_bytes(
     offloaded: int,
     autoencoder: int,
 ) -> HostBytes:
-    """Return the host memory of a run. sizes: elements of each parameter; itemsize: of a weight; paged, offloaded: bytes there."""
-    num = sum(sizes)
-    beside = BESIDE_BYTES[memory] if itemsize < 4 else 0
-    saved = (itemsize + beside + 4 * has_average) * num + sum(moment_bytes(n, optimizer) for n in sizes)
+    """Return the host memory of a run. shapes: of the parameters; itemsize: of a weight; paged, offloaded: bytes there."""
+    num = sum(map(math.prod, shapes))
+    master = MEMORY_MODES[memory].bytes_per_weight if itemsize < 4 else 0
+    saved = (itemsize + master + 4 * has_average) * num + sum(map(OPTIMIZERS[optimizer].moment_bytes, shapes))
     return HostBytes(
         paged, _chunks(offloaded, SLAB_BYTES), _chunks(saved, SNAPSHOT_SLAB_BYTES), autoencoder, 4 * num + paged
     )
 
 
-# blocks of 256 with one fp32 scale each, tensors under 4,096 elements keep fp32 moments: bitsandbytes' and ours alike
-BLOCK_SIZE = 256
-MIN_8BIT_SIZE = 4096
-BESIDE_BYTES = {"fp32": 4, "exact": 2, "near": 1, "rounded": 0, "paged": 2}
-# for a run whose dataset is not there yet
+# for a run whose dataset does not exist yet
 ASSUMED_STEPS = 1000
 
 
 @dataclass(frozen=True)
 class StaticBytes:
-    """Bytes that stay for the whole run, or come back every step (gradients).
+    """Bytes allocated for the whole run, or again in every step (gradients).
 
-    master: what stands beside 16-bit weights, by optimizer.memory; paged: of master and moments, what lives in host memory. Our optimizer reads 16-bit gradients; for the others each
-    is freed as its fp32 copy is made, so the two never stand side by side. gradients: stepped inside backward, those of the
-    largest part.
+    master: what optimizer.memory keeps besides 16-bit weights; paged: how much of master and moments is in host memory.
+    gradients: fused, those of the largest part of the UNet. master_gradients: fp32 copies of 16-bit gradients, for an
+    optimizer that does not read those; each gradient is freed as its copy is made, so the two never exist at once.
     """
 
     num_parameters: int
@@ -111,13 +110,6 @@ class StaticBytes:
         return self.weights + self.master + self.moments + self.average
 
 
-def moment_bytes(numel: int, optimizer: str) -> int:
-    """Return the bytes of both moments of a tensor, its block scales included."""
-    if optimizer != "adamw" and numel >= MIN_8BIT_SIZE:
-        return 2 * (numel + 4 * -(-numel // BLOCK_SIZE))
-    return 2 * 4 * numel
-
-
 def static_bytes(config: Config, device: torch.device | None = None, dtype: torch.dtype | None = None) -> StaticBytes:
     """Return the exact bytes of weights, master, moments and gradients of a run. Loads no weights.
 
@@ -130,27 +122,27 @@ def static_bytes(config: Config, device: torch.device | None = None, dtype: torc
         first = next(unet.parameters())
         patch.apply(unet, choose_attention(first.device, dtype, attention_cases(unet), setting="sdpa"))
     shared = patch.shared_projections(unet)
-    named = {name: p.numel() for name, p in unet.named_parameters()}
-    sizes = list(named.values())
+    shapes = {name: tuple(p.shape) for name, p in unet.named_parameters()}
+    sizes = [math.prod(shape) for shape in shapes.values()]
     in_flight: dict[str, int] = {}
-    for name, size in named.items():
+    for name, shape in shapes.items():
         part = (shared.get(name) or part_of(name)) if config.optimizer.is_fused else ""
-        in_flight[part] = in_flight.get(part, 0) + size
+        in_flight[part] = in_flight.get(part, 0) + math.prod(shape)
     num = sum(sizes)
     is_16_bit = dtype != torch.float32
-    memory = memory_mode(config.optimizer, dtype)
+    memory, spec = memory_mode(config.optimizer, dtype), OPTIMIZERS[config.optimizer.name]
     return StaticBytes(
         num_parameters=num,
         num_tensors=len(sizes),
         precision=PRECISIONS[dtype],
         weights=num * dtype.itemsize,
         memory=memory,
-        master=BESIDE_BYTES[memory] * num if is_16_bit else 0,
-        moments=sum(moment_bytes(size, config.optimizer.name) for size in sizes),
+        master=MEMORY_MODES[memory].bytes_per_weight * num if is_16_bit else 0,
+        moments=sum(map(spec.moment_bytes, shapes.values())),
         average=4 * num if config.train.ema_decay > 0 else 0,
         gradients=max(in_flight.values()) * dtype.itemsize,
-        master_gradients=4 * num if is_16_bit and config.optimizer.name != "adamw8bit" else 0,
-        paged=sum(sum(state_bytes(size).values()) for size in sizes if size >= MIN_8BIT_SIZE)
+        master_gradients=4 * num if is_16_bit and not spec.reads_16bit_gradients else 0,
+        paged=sum(sum(state_bytes(size).values()) for size in sizes if size >= MIN_8BIT_ELEMENTS)
         if memory == "paged"
         else 0,
     )

@@ -1,7 +1,8 @@
-"""The exponential moving average of the UNet's weights: what validation, samples and exports take where a run keeps one.
+"""Exponential moving average of the UNet's weights, which validation, samples and exports use if a run keeps one.
 
-The averages are fp32 and follow the fp32 weights, the master or the joined pair where weights are 16-bit. The decay rises as (1 + n) / (10 + n) over the
-first updates, as in diffusers' EMAModel, so that a short run is not mostly its start.
+The averages are fp32 and follow the fp32 weights: of 16-bit weights the master, or weight and remainder joined. The
+decay rises as (1 + n) / (10 + n) over the first updates, as in diffusers' EMAModel, so that a short run's average is
+not mostly its initial weights.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ NUM_UPDATES = "ema_state/num_updates"
 
 
 class WeightAverages:
-    """Averages of what an optimizer trains, beside it on its device. averages: parameter name -> float32 tensor."""
+    """Moving averages of an optimizer's parameters, on their device. averages: parameter name -> float32 tensor."""
 
     def __init__(self, optimizer: UNetOptimizer, decay: float):
         self.decay = decay
         self._parameters = optimizer.parameters
-        weights, remainders = optimizer.followed()
-        # in the weights' memory order, which joining a pair need not keep
+        weights, remainders = optimizer.average_sources()
+        # copied, because a joined pair may have another memory order than the weight
         self.averages = {
             name: torch.empty_like(weight, dtype=torch.float32).copy_(optimizer.value(name))
             for name, weight in zip(optimizer.parameters, weights, strict=True)
@@ -38,19 +39,20 @@ class WeightAverages:
         self.num_updates = torch.zeros((), dtype=torch.int64, device=next(iter(self.averages.values())).device)
 
     @torch.no_grad()
-    def update(self, taken: Tensor | bool) -> None:
-        """Follow the weights after an optimizer step; stand still after one that was not taken. Nothing waits for the device."""
-        self.num_updates += taken
+    def update(self, is_applied: Tensor | bool) -> None:
+        """Update the averages after an optimizer step, unless the step was skipped. No host-device synchronization."""
+        self.num_updates += is_applied
         n = self.num_updates.double()
         decay = ((1 + n) / (10 + n)).clamp(max=self.decay)
-        decay = torch.where(torch.as_tensor(taken, device=n.device), decay, 1.0).float()
+        decay = torch.where(torch.as_tensor(is_applied, device=n.device), decay, 1.0).float()
         self._ema.update(decay)
 
     @contextlib.contextmanager
     @torch.no_grad()
     def applied(self) -> Iterator[None]:
-        """Put the averages in the weights' place within the block; those wait in host memory and come back bit for bit."""
-        held = {name: p.detach().to("cpu", copy=True) for name, p in self._parameters.items()}
+        """Replace the weights by the averages inside the block. The weights are kept in host memory and restored bit
+        for bit."""
+        saved = {name: p.detach().to("cpu", copy=True) for name, p in self._parameters.items()}
         for name, p in self._parameters.items():
             p.copy_(self.averages[name])
         try:
@@ -58,36 +60,37 @@ class WeightAverages:
         finally:
             with torch.no_grad():
                 for name, p in self._parameters.items():
-                    p.copy_(held[name])
+                    p.copy_(saved[name])
 
     def live_state(self) -> dict[str, Tensor]:
-        """Return the averages for a checkpoint: no copies, but what the next step changes, in the weights' memory order."""
+        """Return the averages for a checkpoint, in the weights' memory order, without copies: the next update changes
+        them."""
         return {**{f"{PREFIX}{name}": x for name, x in self.averages.items()}, NUM_UPDATES: self.num_updates}
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Return a copy of the live state, contiguous, on the CPU."""
+        """Return a contiguous copy of the live state on the CPU."""
         return {key: value.to("cpu", copy=True).contiguous() for key, value in self.live_state().items()}
 
 
 def take_averages(state: dict[str, Tensor], averages: WeightAverages | None) -> None:
-    """Move a checkpoint's averages out of its state into these; drop them where the run keeps none.
+    """Remove the averages from a checkpoint's state and load them into the run's, if it keeps any.
 
-    Raises UserError where the run keeps averages and the checkpoint has none.
+    Raises UserError if the run keeps averages and the checkpoint has none of these weights.
     """
-    found = {key.removeprefix(PREFIX): state.pop(key) for key in list(state) if key.startswith(PREFIX)}
+    loaded = {key.removeprefix(PREFIX): state.pop(key) for key in list(state) if key.startswith(PREFIX)}
     num_updates = state.pop(NUM_UPDATES, None)
     if averages is None:
         return
-    if found.keys() != averages.averages.keys() or num_updates is None:
+    if loaded.keys() != averages.averages.keys() or num_updates is None:
         raise UserError("the checkpoint has no moving average of these weights; resume with train.ema_decay = 0")
     for name, average in averages.averages.items():
-        average.copy_(found[name])
+        average.copy_(loaded[name])
     averages.num_updates.copy_(num_updates)
 
 
 @torch.no_grad()
 def load_averages(folder: Path, unet: nn.Module) -> None:
-    """Put a checkpoint's moving averages into a UNet that has its weights; nothing where the checkpoint has none."""
+    """Overwrite a UNet's weights by a checkpoint's moving averages, if the checkpoint has any."""
     parameters = dict(unet.named_parameters())
     with safe_open(folder / "state.safetensors", "pt") as state:
         for key in state.keys():  # noqa: SIM118

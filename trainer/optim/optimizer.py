@@ -1,254 +1,201 @@
-"""AdamW over the UNet: fp32 weights, or 16-bit weights with what completes them to fp32, and for fp16 a dynamic loss scale.
+"""The interface of every optimizer that trains the UNet, and how one is made from a config.
 
-`adamw8bit` is our kernel (kernel_adamw.py), `bnb_adamw8bit` and `bnb_paged_adamw8bit` bitsandbytes' and `adamw` torch's
-(library_adamw.py). A step with
-a non-finite gradient changes no weight and no moment; with fp16 it halves the loss scale. State is kept under the UNet's own
-parameter names, contiguous.
+Weights are fp32, or 16-bit with what completes them to fp32 (optimizer.memory); fp16 adds a dynamic loss scale. A step
+with a non-finite gradient changes no weight and no moment, and with fp16 it halves the loss scale. A checkpoint holds
+the state under the UNet's own parameter names, contiguous.
+
+trainer/registry/optimizers.py lists the optimizers; trainer/optim/kernel_adamw.py and
+trainer/optim/library_optimizer.py implement them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from safelight.errors import UserError
-from safelight.trainer.config.toml import AVERAGE_OF_PAGED
+from safelight.kernels.optim.paged_state import Pages
 from safelight.trainer.config.toml import Optimizer as OptimizerConfig
+from safelight.trainer.optim.base import LossScale
 from safelight.trainer.optim.gradient_buffers import GradientBuffers
-from safelight.trainer.optim.kernel_adamw import KernelAdamW
-from safelight.trainer.optim.library_adamw import BITSANDBYTES, LibraryAdamW
-
-INITIAL_SCALE = 2.0**16
-GROWTH_INTERVAL = 1000
-MIN_SCALE, MAX_SCALE = 2.0**-14, 2.0**24
+from safelight.trainer.registry.optimizers import MEMORY_MODES, OPTIMIZERS, OptimizerSpec, names_with
 
 
-class LossScale:
-    """fp16's dynamic loss scale, on the device: halved by a non-finite step, doubled after 1,000 finite ones.
+class UNetOptimizer(Protocol):
+    """An optimizer of a module's trainable parameters.
 
-    scale, num_good: changed in place.
+    Of one optimizer step: `set_hyper`, the micro-steps' backward passes within `buffers.micro_step`, `prepare_backward`
+    before the last of them, `step` after it.
+
+    spec: what it can do. parameters: by name. memory: the memory mode in use. has_master: whether it keeps fp32 masters
+    of 16-bit weights. is_fused: whether it steps inside backward. clipping: global, lagged or per-tensor. buffers:
+    where gradients of several micro-steps are summed. pages: state in host memory, in memory mode paged. is_dry_run:
+    inside `dry_run`.
     """
 
-    def __init__(self, device: torch.device, enabled: bool):
-        self.enabled = enabled
-        self.scale = torch.tensor(INITIAL_SCALE if enabled else 1.0, device=device)
-        self.num_good = torch.zeros((), dtype=torch.int64, device=device)
+    spec: OptimizerSpec
+    parameters: dict[str, nn.Parameter]
+    memory: str
+    has_master: bool
+    is_fused: bool
+    clipping: str
+    buffers: GradientBuffers
+    loss_scale: LossScale
+    pages: Pages | None
+    is_dry_run: bool
 
-    def update(self, finite: Tensor) -> None:
-        if not self.enabled:
-            return
-        self.num_good.add_(1).mul_(finite)
-        grow = self.num_good >= GROWTH_INTERVAL
-        factor = torch.where(finite, torch.where(grow, 2.0, 1.0), 0.5)
-        self.scale.mul_(factor).clamp_(MIN_SCALE, MAX_SCALE)
-        self.num_good.masked_fill_(grow, 0)
+    def set_hyper(self, lr: float, weight_decay: float, max_grad_norm: float) -> None:
+        """Set the hyperparameters of the following steps; max_grad_norm 0: no clipping. Never inside a graph
+        capture."""
+        ...
 
+    def prepare_backward(self) -> None:
+        """Announce the backward pass of a step's last micro-step, which applies the update if the step is fused."""
+        ...
 
-def memory_mode(config: OptimizerConfig, dtype: torch.dtype, device: torch.device | None = None) -> str:
-    """Return what `optimizer.memory` comes to for weights of a dtype: fp32, exact, near, rounded or paged.
+    def step(self) -> tuple[Tensor, Tensor | bool]:
+        """Take one step and free the gradients. Return (global gradient norm before clipping, whether it was applied).
 
-    Raises UserError for an unknown optimizer, one whose library is not there, and a mode that does not fit; where the
-    device is known, for an optimizer that does not run on it.
-    """
-    name, memory = config.name, config.memory
-    if name not in ("adamw8bit", *BITSANDBYTES, "adamw"):
-        raise ValueError(f"optimizer.name {name!r} is unknown; use adamw8bit, {', '.join(BITSANDBYTES)} or adamw")
-    if name in BITSANDBYTES and importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(f"optimizer.name {name} needs bitsandbytes, which is not installed; use adamw8bit")
-    if name == "bnb_paged_adamw8bit" and device is not None and device.type == "cpu":
-        raise UserError(
-            f"optimizer.name {name} keeps its moments in CUDA's unified memory, and this run is on a CPU; use bnb_adamw8bit"
-        )
-    if config.is_fused and name != "adamw8bit":
-        raise UserError(f"optimizer.fused_backward is adamw8bit's; {name} steps after backward: set it to false")
-    config.clipping_mode()
-    if dtype == torch.float32 or memory in ("auto", "fp32"):
-        if memory not in ("auto", "fp32"):
-            raise UserError(
-                f"optimizer.memory {memory} is for 16-bit weights, and model.precision is fp32 here; use auto, or model.precision bf16"
-            )
-        return "exact" if memory == "auto" and dtype != torch.float32 and name == "adamw8bit" else "fp32"
-    if name != "adamw8bit":
-        raise UserError(f"optimizer.memory {memory} is adamw8bit's; {name} keeps fp32 masters: use auto or fp32")
-    return memory
-
-
-class UNetOptimizer:
-    """AdamW over a module's trainable parameters, which it brings to a dtype, and to a device where one is given.
-
-    dtype: of the weights to train with; the module's own if None. Give an fp32 module and a 16-bit dtype, and what the
-    weights lose is kept beside them, as `optimizer.memory` says. seed: the run's, for stochastic rounding.
-    parameters: name -> parameter. memory: fp32 | exact | near | rounded | paged. has_master: whether it keeps fp32 masters of 16-bit
-    weights. Raises UserError for settings that do not fit.
-    """
-
-    def __init__(
-        self,
-        module: nn.Module,
-        config: OptimizerConfig,
-        dtype: torch.dtype | None = None,
-        seed: int = 0,
-        device: torch.device | None = None,
-    ):
-        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        first = next(iter(self.parameters.values()))
-        dtype = dtype or first.dtype
-        self.name, self.memory = config.name, memory_mode(config, dtype, first.device)
-        self.clipping, self._is_fused = config.clipping_mode(), config.is_fused
-        self.has_master = dtype != torch.float32 and self.memory == "fp32"
-        device = device or first.device
-        if config.name == "adamw8bit":
-            if dtype == torch.float32:
-                module.to(device)
-            self.method = KernelAdamW(module, self.parameters, config, dtype, self.memory, seed, device)
-        else:
-            self.method = LibraryAdamW(module.to(device), self.parameters, config, dtype, self.memory, seed)
-        self.loss_scale = LossScale(first.device, dtype == torch.float16)
-
-    @property
-    def buffers(self) -> GradientBuffers:
-        """Where the gradients of several micro-steps are added up; without memory until a step has several."""
-        return self.method.buffers
-
-    @property
-    def inner(self) -> object:
-        """The optimizer that steps: a kernel's, bitsandbytes' or torch's."""
-        return self.method.inner
-
-    @inner.setter
-    def inner(self, optimizer: object) -> None:
-        self.method.inner = optimizer
-
-    @property
-    def master(self) -> dict[str, Tensor]:
-        """The fp32 weights by name, for those optimizers that hold them whole: the masters, or the fp32 parameters."""
-        return self.method.master
-
-    def value(self, name: str) -> Tensor:
-        """Return a weight in fp32, with all that its memory mode keeps of it; not to be written to."""
-        return self.method.value(name)
-
-    def followed(self) -> tuple[list[Tensor], list[Tensor] | None]:
-        """Return what a moving average reads: the fp32 weights where they are held whole, else the 16-bit ones and their remainders.
-
-        Raises UserError where the remainders are not on the device.
+        Skipped if the global norm is not finite; fused, if no tensor's is. Fused, backward has already applied the
+        update, and this only finalizes it. Both results stay on the device where the implementation needs no
+        synchronization.
         """
-        if self.memory == "paged":
-            raise UserError(AVERAGE_OF_PAGED)
-        if self.master:
-            return [w.detach() for w in self.master.values()], None
-        weights = [p.detach() for p in self.parameters.values()]
-        return weights, None if self.memory == "rounded" else list(self.inner.remainders)
+        ...
 
-    def __str__(self) -> str:
-        beside = {
-            "paged": "16-bit remainders and moments in host memory",
-            "exact": "16-bit remainders",
-            "near": "8-bit remainders",
-            "rounded": "stochastic rounding",
-        }
-        kept = "fp32 master" if self.has_master else beside.get(self.memory, "")
-        inside = f", stepped inside backward, clipping {self.clipping}" if self._is_fused else ""
-        return f"optimizer {self.name}" + (f", {kept}" if kept else "") + inside
+    def dry_run(self) -> contextlib.AbstractContextManager[None]:
+        """Let steps inside the block run all their work but change no weight, moment or counter: to warm up."""
+        ...
 
-    @property
-    def is_fused(self) -> bool:
-        """Whether steps are taken inside backward."""
-        return self._is_fused
+    def finish_capture(self) -> None:
+        """Copy what a captured step reads from the host; call after every capture as a CUDA graph, outside of it."""
+        ...
+
+    def release_captures(self) -> None:
+        """Free what was kept for captured graphs; none of them may be replayed again."""
+        ...
 
     @property
     def num_skipped_tensors(self) -> Tensor:
-        """How often a tensor was skipped inside backward since the run began, on the device."""
-        return self.method.num_skipped
+        """How many tensors' updates were skipped inside backward since the run began."""
+        ...
 
-    @torch.no_grad()
-    def set_hyper(self, lr: float, weight_decay: float, max_grad_norm: float) -> None:
-        """Set the numbers of the steps to come; max_grad_norm 0: no clipping. Outside of what is captured as a graph."""
-        self.method.set_hyper(lr, weight_decay, max_grad_norm)
+    def value(self, name: str) -> Tensor:
+        """Return a weight in fp32, as exactly as the memory mode keeps it. Read-only."""
+        ...
 
-    @torch.no_grad()
-    def arm(self, *hyper: float) -> None:
-        """Call before the backward pass of a step's last micro-step: where the step is fused, that pass takes it.
+    def average_sources(self) -> tuple[list[Tensor], list[Tensor] | None]:
+        """Return what a moving average reads: fp32 weights and None, or 16-bit weights and their remainders (None: no
+        remainders).
 
-        hyper: for set_hyper, if it is to be called first; never in what is captured.
+        Raises UserError if the remainders are not on the device.
         """
-        if hyper:
-            self.set_hyper(*hyper)
-        if self._is_fused:
-            self.method.arm(self.loss_scale.scale)
+        ...
 
-    @torch.no_grad()
-    def step(self, *hyper: float) -> tuple[Tensor, Tensor | bool]:
-        """Take one step and free the gradients. Return (global norm before clipping, was it taken), on the device where it can.
+    def master_tensors(self) -> list[Tensor]:
+        """Return the masters or remainders that complete the weights to fp32."""
+        ...
 
-        Not taken where the norm is not finite; fused, where no tensor's is. A fused step was taken by backward with the
-        numbers that stood when it ran, and is ended here. hyper: as of arm.
-        """
-        if hyper:
-            self.set_hyper(*hyper)
-        return self.method.step(self.loss_scale)
+    def make_pages(self, device: torch.device) -> Pages | None:
+        """Return the host memory that memory mode paged takes for a device; None if nothing is large enough or it has
+        no such mode."""
+        ...
 
-    @contextlib.contextmanager
-    def rehearsal(self) -> Iterator[None]:
-        """Let steps within the block go through everything and change nothing: every tensor is skipped, none is taken."""
-        kept = [self.loss_scale.scale, self.loss_scale.num_good, *self.method.counters()]
-        before = [x.clone() for x in kept]
-        self.method.rehearse(True)
-        try:
-            yield
-        finally:
-            self.method.rehearse(False)
-            for x, value in zip(kept, before, strict=True):
-                x.copy_(value)
-
-    def finish_capture(self) -> None:
-        """Call after every capture of a step as a CUDA graph, outside of it: what the graph reads of the host is copied now."""
-        self.inner.finish_capture()
-
-    def release_captures(self) -> None:
-        """Call where the captured graphs are given up: what was kept for them is freed."""
-        self.inner.release_captures()
+    def parameter_state(self, name: str) -> dict[str, Tensor]:
+        """Return all that is kept for a parameter, by part, without copies."""
+        ...
 
     def live_state(self) -> dict[str, Tensor]:
-        """Return everything a resumed run needs beside the weights: `part/parameter name`.
+        """Return all that a resumed run needs besides the weights, as `part/parameter name`.
 
-        No copies, but what the next step changes, where it is and in its memory order.
+        No copies: the next step changes these tensors, which have the weights' memory order.
         """
-        state: dict[str, Tensor] = {
-            "loss_scale/scale": self.loss_scale.scale,
-            "loss_scale/num_good": self.loss_scale.num_good,
-        }
-        if self._is_fused:
-            state["clipping/last_norm"], state["clipping/num_skipped"] = self.method.last_norm, self.method.num_skipped
-        for name in self.parameters:
-            state |= {f"{part}/{name}": value.detach() for part, value in self.method.live_state_of(name).items()}
-        return state
+        ...
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Return a copy of the live state, contiguous, on the CPU."""
-        return {key: value.to("cpu", copy=True).contiguous() for key, value in self.live_state().items()}
+        """Return a contiguous copy of the live state on the CPU."""
+        ...
 
-    @torch.no_grad()
     def load_state_tensors(self, state: dict[str, Tensor]) -> None:
-        """Take what state_tensors gave; the weights must be the checkpoint's already.
+        """Load what `state_tensors` returned. The module must hold the checkpoint's weights already.
 
-        Raises UserError where a parameter's state is missing, of another shape, or of a mode this one cannot take over.
+        Raises UserError if a parameter's state is missing, has another shape, or comes from an optimizer or memory mode
+        that this one cannot continue.
         """
-        self.loss_scale.scale.copy_(state["loss_scale/scale"])
-        self.loss_scale.num_good.copy_(state["loss_scale/num_good"])
-        by_name: dict[str, dict[str, Tensor]] = {name: {} for name in self.parameters}
-        for key, value in state.items():
-            part, name = key.split("/", 1)
-            if part == "clipping" and self._is_fused:
-                getattr(self.method, name).copy_(value)
-            if part in ("loss_scale", "clipping"):
-                continue
-            if name not in by_name:
-                raise UserError(f"the checkpoint's optimizer state names {name}, which this UNet does not train")
-            by_name[name][part] = value
-        for name, parts in by_name.items():
-            self.method.load(name, parts)
+        ...
+
+
+def check(config: OptimizerConfig, device: torch.device | None = None) -> OptimizerSpec:
+    """Return the spec of the config's optimizer. Raises UserError for what it cannot do, here or at all."""
+    spec = OPTIMIZERS.get(config.name)
+    if spec is None:
+        raise UserError(f"optimizer.name {config.name!r} is unknown; use {', '.join(OPTIMIZERS)}")
+    if spec.package and importlib.util.find_spec(spec.package) is None:
+        raise UserError(f"optimizer.name {spec.name} needs {spec.package}, which is not installed; use adamw8bit")
+    if device is not None and device.type in ("cpu", "cuda") and device.type not in spec.devices:
+        raise UserError(f"optimizer.name {spec.name} {spec.device_limit}")
+    if config.is_fused and not spec.steps_inside_backward:
+        can = names_with(lambda spec: spec.steps_inside_backward)
+        raise UserError(f"optimizer.fused_backward needs {can}; {spec.name} steps after backward: set it to false")
+    for setting in ("betas", "eps"):
+        default = OptimizerConfig.model_fields[setting].default
+        if setting not in spec.settings and getattr(config, setting) != default:
+            raise UserError(f"optimizer.{setting} has no effect on {spec.name}; leave it out")
+    config.clipping_mode()
+    return spec
+
+
+def memory_mode(config: OptimizerConfig, dtype: torch.dtype, device: torch.device | None = None) -> str:
+    """Return the memory mode that optimizer.memory resolves to for weights of a dtype: fp32, exact, near, rounded or
+    paged.
+
+    device: where the run trains, if known. Raises UserError for a mode or another setting that the optimizer does not
+    support.
+    """
+    spec, memory = check(config, device), config.memory
+    if dtype == torch.float32:
+        if memory not in ("auto", "fp32"):
+            raise UserError(
+                f"optimizer.memory {memory} is for 16-bit weights, and model.precision is fp32 here; use auto, "
+                "or model.precision bf16"
+            )
+        return "fp32"
+    if memory == "auto":
+        return spec.memory_modes[0]
+    if memory not in spec.memory_modes:
+        can = names_with(lambda spec: memory in spec.memory_modes)
+        kept = " or ".join(f"{MEMORY_MODES[mode].description}s" for mode in spec.memory_modes)
+        raise UserError(
+            f"optimizer.memory {memory} needs {can}; {spec.name} keeps {kept}: "
+            f"use auto or {' or '.join(spec.memory_modes)}"
+        )
+    return memory
+
+
+def load_class(path: str) -> type:
+    """Return the class at "module:class"."""
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def make_optimizer(
+    module: nn.Module,
+    config: OptimizerConfig,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+    device: torch.device | None = None,
+) -> UNetOptimizer:
+    """Return the config's optimizer of a module, which it moves to a device and converts to a dtype.
+
+    dtype, device: the module's own if None. Give an fp32 module and a 16-bit dtype, and what the weights lose by
+    rounding is kept as optimizer.memory says. seed: the run's, for stochastic rounding. Raises UserError for settings
+    that the optimizer does not support.
+    """
+    first = next(p for p in module.parameters() if p.requires_grad)
+    dtype, device = dtype or first.dtype, device or first.device
+    memory = memory_mode(config, dtype, device)
+    spec = OPTIMIZERS[config.name]
+    return load_class(spec.implementation)(module, spec, config, dtype, memory, seed, device)

@@ -206,7 +206,7 @@ class StepGraphs:
         self._recorder.free_cached_memory()
         inputs = {shape: blank(like, shape) for shape in new}
         for shape in unknown:
-            with self._optimizer.rehearsal():
+            with self._optimizer.dry_run():
                 self._recorder.warm_up(lambda shape=shape: self._micro_step(inputs[shape], shape))
         self._warmed_up |= {_compiles(shape) for shape in unknown}
         self._recorder.free_cached_memory()
@@ -270,7 +270,7 @@ class GraphCapture:
             if largest.num_latents <= self._largest_run:
                 return None, ""
             self._largest_run = largest.num_latents
-            with self._context.optimizer.rehearsal():
+            with self._context.optimizer.dry_run():
                 run(blank(example(), largest), largest.is_first, True)
             return None, f"warmed up with the largest batch, {largest}, in {time.monotonic() - began:.1f} s"
         if self._graphs is None or num_samples != self._num_samples:

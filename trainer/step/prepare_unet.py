@@ -15,7 +15,7 @@ from safelight.kernels.unet.attention import AttentionChoice, apply_attention
 from safelight.kernels.unet.checkpointing import apply_checkpointing
 from safelight.trainer.config.toml import Config
 from safelight.trainer.optim.ema import WeightAverages
-from safelight.trainer.optim.optimizer import UNetOptimizer
+from safelight.trainer.optim.optimizer import UNetOptimizer, make_optimizer
 
 
 @dataclass
@@ -40,7 +40,9 @@ def equip(
     how = config.train.checkpointing
     apply_checkpointing(unet, "none" if how == "auto" else how)
     first = next(unet.parameters())
-    optimizer = UNetOptimizer(unet, config.optimizer, dtype, config.run.seed, first.device if first.is_meta else device)
+    optimizer = make_optimizer(
+        unet, config.optimizer, dtype, config.run.seed, first.device if first.is_meta else device
+    )
     optimizer.buffers.dtype = config.train.accumulate_dtype
     if patched is not None:
         # 16-bit weights have new memory; the moving average keeps views of it

@@ -180,7 +180,7 @@ def micro_step(
     """
     optimizer = context.optimizer
     if is_last:
-        optimizer.arm()
+        optimizer.prepare_backward()
     with named("noise"):
         noised = add_noise(inputs, context.schedule, context.scaling_factor, context.loss.offset_noise, context.dtype)
     with optimizer.buffers.micro_step(is_first, is_last):

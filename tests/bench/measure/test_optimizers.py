@@ -106,14 +106,14 @@ def test_held_bytes_include_the_states_of_our_optimizer():
 
 
 def test_an_optimizer_that_cannot_run_has_its_reason_and_the_rest_is_measured(small, monkeypatch, tmp_path, capsys):
-    real = optimizers.UNetOptimizer
+    real = optimizers.make_optimizer
 
     def refuse(module, config, dtype):
         if config.name == "adamw":
             raise UserError("adamw is not there\nmore")
         return real(module, config, dtype)
 
-    monkeypatch.setattr(optimizers, "UNetOptimizer", refuse)
+    monkeypatch.setattr(optimizers, "make_optimizer", refuse)
     words = ["bench", "optimizer", "--device", "cpu", "--repeats", "1", "--append", str(tmp_path / "r")]
     assert main(words) == 0
     out = capsys.readouterr().out

@@ -12,7 +12,7 @@ from safelight.kernels.unet import patch
 from safelight.trainer.checkpoint.files import Position, load_checkpoint, save_checkpoint
 from safelight.trainer.checkpoint.identity import Identity
 from safelight.trainer.config.toml import Optimizer
-from safelight.trainer.optim.optimizer import UNetOptimizer
+from safelight.trainer.optim.optimizer import make_optimizer
 from tests.kernels.unet.unets import CONFIGS, inputs_of, make, one_block, run, worst_error
 
 
@@ -140,16 +140,17 @@ def test_patched_and_unpatched_resume_from_each_others_state(name, dtype):
         unet = make({**one_block(32, 4, 24), "norm_num_groups": 8}, seed=seed)
         if patched:
             patch.apply(unet)
-        optimizer = UNetOptimizer(unet, Optimizer(name=name), dtype)
+        optimizer = make_optimizer(unet, Optimizer(name=name), dtype)
         if patched:
             patch.repack(unet)
+        optimizer.set_hyper(1e-4, 0.01, 1.0)
         return unet, optimizer
 
     def step(unet, optimizer):
         inputs = inputs_of(unet)
         inputs = {k: v.detach().to(dtype) if k != "timestep" else v for k, v in inputs.items()}
         unet(**inputs).sample.float().square().mean().backward()
-        assert optimizer.step(1e-4, 0.01, 1.0)[1]
+        assert optimizer.step()[1]
 
     for first in (True, False):
         unet, optimizer = build(first, 0)

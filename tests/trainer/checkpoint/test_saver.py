@@ -20,7 +20,7 @@ from safelight.trainer.checkpoint.identity import Identity
 from safelight.trainer.checkpoint.saver import Saver
 from safelight.trainer.checkpoint.snapshot import SNAPSHOT_SLAB_BYTES, Snapshot, SnapshotBuffers, available_bytes
 from safelight.trainer.config.toml import Optimizer
-from safelight.trainer.optim.optimizer import UNetOptimizer
+from safelight.trainer.optim.optimizer import make_optimizer
 
 IDENTITY = Identity({"run.seed": 1}, [{"epochs": 2}], "rows")
 CPU = torch.device("cpu")
@@ -66,13 +66,14 @@ def files_of(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_its_files_are_those_that_the_unet_writes_itself(tmp_path, unet, saver, is_kept, dtype):
     """Byte for byte, also channels-last weights and states; a second save reuses the memory."""
-    optimizer = UNetOptimizer(unet, Optimizer(), dtype)
+    optimizer = make_optimizer(unet, Optimizer(), dtype)
+    optimizer.set_hyper(1e-2, 0.01, 1.0)
     if is_kept:
         saver.reserve(unet, optimizer.live_state())
     for step in (1, 2):
         for p in unet.parameters():
             p.grad = torch.randn_like(p)
-        optimizer.step(1e-2, 0.01, 1.0)
+        optimizer.step()
         saver.save(unet, optimizer.live_state(), Position(step=step))
         saver.wait()
         assert (saver.saved_step, saver._buffers.num_bytes) == (step, SNAPSHOT_SLAB_BYTES if is_kept else 0)

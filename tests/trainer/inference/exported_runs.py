@@ -10,7 +10,7 @@ from safelight.trainer.checkpoint.identity import identify
 from safelight.trainer.config.toml import parse_config, to_toml
 from safelight.trainer.models.base import base_of
 from safelight.trainer.models.weights import load_unet
-from safelight.trainer.optim.optimizer import UNetOptimizer
+from safelight.trainer.optim.optimizer import make_optimizer
 
 STEP = 7
 
@@ -27,12 +27,12 @@ def make_run(
     tables = {"model": {"base": "tiny"}, "data": {"resolution": 64}, **tables}
     config = parse_config({**tables, "run": {"dir": str(folder)}}, "make_run")
     unet = load_unet(base_of(config.model), config.run.seed)
-    optimizer = UNetOptimizer(unet, config.optimizer, precision)
+    optimizer = make_optimizer(unet, config.optimizer, precision)
     generator = torch.Generator().manual_seed(step)
     with torch.no_grad():
-        for place, name in enumerate(optimizer.parameters):
+        for index, name in enumerate(optimizer.parameters):
             value = optimizer.value(name)
-            optimizer.inner.assign(place, value + 1e-2 * torch.randn(value.shape, generator=generator))
+            optimizer.kernel.assign(index, value + 1e-2 * torch.randn(value.shape, generator=generator))
         if largest:
             optimizer.parameters["conv_in.bias"][0] = largest
     folder.mkdir(exist_ok=True)

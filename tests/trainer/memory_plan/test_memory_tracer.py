@@ -88,7 +88,7 @@ def test_predicted_peaks_of_every_mode(precision, memory, fused, checkpointing, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "adafactor"])
 def test_predicted_peaks_under_accumulation_and_of_other_optimizers(name):
     agree(config_of(optimizer={"name": name}), "tiny", 2, 16, 2, within=0.03)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from safelight.__main__ import main
 from safelight.output.plan_json import with_json_names
@@ -15,10 +16,11 @@ from safelight.trainer.checkpoint.identity import identify
 from safelight.trainer.config.timeline import Timeline
 from safelight.trainer.config.toml import Optimizer, parse_config, to_toml
 from safelight.trainer.dataset import open_dataset
-from safelight.trainer.memory_plan.static_bytes import cache_bytes, moment_bytes, static_bytes, table
+from safelight.trainer.memory_plan.static_bytes import cache_bytes, static_bytes, table
 from safelight.trainer.models.base import resolve_base
 from safelight.trainer.models.weights import load_unet
-from safelight.trainer.optim.optimizer import UNetOptimizer
+from safelight.trainer.optim.optimizer import UNetOptimizer, make_optimizer
+from safelight.trainer.registry.optimizers import OPTIMIZERS
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -29,15 +31,10 @@ def size(tensors) -> int:
 
 
 def moments_of(optimizer: UNetOptimizer) -> list[torch.Tensor]:
-    """All of the optimizer's state but the step counters and bitsandbytes' code books (2 KiB, shared by all tensors)."""
-    if optimizer.name == "adamw8bit":
-        return [x for m in optimizer.inner.moments for x in vars(m).values() if x is not None]
-    return [
-        value
-        for state in optimizer.inner.state.values()
-        for part, value in state.items()
-        if torch.is_tensor(value) and part != "step" and not part.startswith("qmap")
-    ]
+    """All of the optimizer's state but step counters, masters and remainders."""
+    others = ("step", "strides", "master", "remainder")
+    states = [optimizer.parameter_state(name) for name in optimizer.parameters]
+    return [x for state in states for part, x in state.items() if part not in others]
 
 
 @pytest.mark.parametrize("memory", ["auto", "fp32", "near", "rounded"])
@@ -45,9 +42,9 @@ def test_planned_bytes_of_the_memory_modes_are_the_real_bytes(memory, tmp_path):
     config = parse_config({"model": {"precision": "bf16"}, "optimizer": {"memory": memory}}, "here")
     planned = static_bytes(config, CPU)
     unet = load_unet(resolve_base("tiny"), 0).train()
-    optimizer = UNetOptimizer(unet, config.optimizer, torch.bfloat16)
+    optimizer = make_optimizer(unet, config.optimizer, torch.bfloat16)
     assert size(unet.parameters()) == planned.weights
-    assert size(x for x in optimizer.inner.remainders if x is not None) == planned.master
+    assert size(optimizer.master_tensors()) == planned.master
     assert planned.master == {"auto": 2, "fp32": 4, "near": 1, "rounded": 0}[memory] * planned.num_parameters
     assert size(moments_of(optimizer)) == planned.moments
     assert (planned.gradients, planned.master_gradients) == (2 * planned.num_parameters, 0)
@@ -57,7 +54,7 @@ def test_planned_bytes_of_the_memory_modes_are_the_real_bytes(memory, tmp_path):
 
 
 @pytest.mark.parametrize("precision", DTYPES)
-@pytest.mark.parametrize("name", ["adamw", "bnb_adamw8bit"])
+@pytest.mark.parametrize("name", ["adamw", "bnb_adamw8bit", "adafactor", "bnb_lion8bit"])
 def test_planned_bytes_are_the_real_bytes(precision, name, tmp_path):
     config = parse_config({"model": {"precision": precision}, "optimizer": {"name": name}}, "here")
     planned = static_bytes(config, CPU)
@@ -66,27 +63,27 @@ def test_planned_bytes_are_the_real_bytes(precision, name, tmp_path):
     unet(
         torch.randn(1, 4, 8, 8, dtype=dtype), 500, torch.randn(1, 48, 128, dtype=dtype)
     ).sample.float().sum().backward()
-    optimizer = UNetOptimizer(unet, config.optimizer)
+    optimizer = make_optimizer(unet, config.optimizer)
     weights = list(unet.parameters())
     assert size(weights) == planned.weights
     assert size(p.grad for p in weights) == planned.gradients
-    assert (size(optimizer.master.values()) if optimizer.has_master else 0) == planned.master
-    of_the_step = []
-    inner_step = optimizer.inner.step
+    assert (size(optimizer.master_tensors()) if optimizer.has_master else 0) == planned.master
+    gradient_bytes = []
 
-    def watched():
-        assert not optimizer.has_master or all(p.grad is None for p in weights), "16-bit gradients are gone by now"
-        of_the_step.append(size(p.grad for p in optimizer.master.values()))
-        inner_step()
+    def before_update(*_):
+        assert not optimizer.has_master or all(p.grad is None for p in weights), "16-bit gradients are freed by now"
+        gradient_bytes.append(size(p.grad for p in optimizer.master_tensors()))
 
-    optimizer.inner.step = watched
-    _, taken = optimizer.step(1e-4, 0.01, 1.0)
-    assert taken
+    hook = register_optimizer_step_pre_hook(before_update)
+    optimizer.set_hyper(1e-4, 0.01, 1.0)
+    _, is_applied = optimizer.step()
+    hook.remove()
+    assert is_applied
     if optimizer.has_master:
-        assert of_the_step == [planned.master_gradients]
+        assert gradient_bytes == [planned.master_gradients]
     else:
         # the step reads the gradients where they are
-        assert (of_the_step, planned.master_gradients) == ([planned.gradients], 0)
+        assert (gradient_bytes, planned.master_gradients) == ([planned.gradients], 0)
     assert size(moments_of(optimizer)) == planned.moments
     assert planned.num_parameters == sum(p.numel() for p in weights)
     assert planned.num_tensors == len(weights)
@@ -98,15 +95,16 @@ def test_planned_bytes_are_the_real_bytes(precision, name, tmp_path):
     assert 0 < on_disk - planned.checkpoint < 300_000
 
 
-@pytest.mark.parametrize("name", ["adamw", "bnb_adamw8bit", "adamw8bit"])
-@pytest.mark.parametrize("numel", [1, 4095, 4096, 4097, 5000])
-def test_moments_of_a_tensor_whose_last_block_is_short(name, numel):
+@pytest.mark.parametrize("name", [name for name, spec in OPTIMIZERS.items() if "cpu" in spec.devices])
+@pytest.mark.parametrize("shape", [(1,), (4095,), (4096,), (4097,), (5000,), (64, 65), (8, 16, 3, 3), (16, 8, 1, 1)])
+def test_the_registry_knows_the_bytes_of_moments(name, shape):
     module = torch.nn.Module()
-    module.weight = torch.nn.Parameter(torch.ones(numel))
-    module.weight.grad = torch.ones(numel)
-    optimizer = UNetOptimizer(module, Optimizer(name=name))
-    optimizer.step(1e-4, 0.01, 1.0)
-    assert size(moments_of(optimizer)) == moment_bytes(numel, name)
+    module.weight = torch.nn.Parameter(torch.ones(shape))
+    module.weight.grad = torch.ones(shape)
+    optimizer = make_optimizer(module, Optimizer(name=name))
+    optimizer.set_hyper(1e-4, 0.01, 1.0)
+    optimizer.step()
+    assert size(moments_of(optimizer)) == OPTIMIZERS[name].moment_bytes(shape)
 
 
 def test_stable_diffusion_15_in_known_numbers():

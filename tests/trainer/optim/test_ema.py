@@ -1,4 +1,4 @@
-"""The moving average of the weights: its values, where it is used, and that the weights themselves never notice."""
+"""The moving average of the weights: its values, where it is used, and that it does not affect training."""
 
 import json
 
@@ -13,7 +13,8 @@ from safelight.trainer.inference.export import export
 from safelight.trainer.models.base import resolve_base
 from safelight.trainer.models.weights import load_unet
 from safelight.trainer.optim.ema import NUM_UPDATES, PREFIX, WeightAverages, take_averages
-from safelight.trainer.optim.optimizer import UNetOptimizer
+from safelight.trainer.optim.optimizer import make_optimizer
+from safelight.trainer.registry.optimizers import OPTIMIZERS
 
 DECAY = 0.6
 
@@ -64,7 +65,7 @@ def test_the_averages_are_those_of_the_fp32_weights_of_every_step(runs):
     assert (last[f"{PREFIX}{name}"] - last[f"master/{name}"]).abs().max() > 1e-4
 
 
-def test_training_never_notices_but_validation_and_samples_take_the_averages(runs):
+def test_averages_affect_validation_and_samples_but_not_training(runs):
     plain, averaged = runs
     for one, other in zip(states(plain), states(averaged), strict=True):
         assert all(torch.equal(one[key], other[key]) for key in one)
@@ -88,7 +89,7 @@ def test_a_finished_run_draws_with_the_averages(runs):
 
 
 @pytest.mark.parametrize(("weights", "prefix"), [("auto", PREFIX), ("ema", PREFIX), ("trained", "master/")])
-def test_an_export_holds_what_was_asked_for(runs, tmp_path, weights, prefix):
+def test_an_export_holds_the_weights_named_by_weights(runs, tmp_path, weights, prefix):
     done = export(runs[1], tmp_path / "out", dtype="fp32", weights=weights)
     state = states(runs[1])[-1]
     tensors = load_file(tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")
@@ -98,7 +99,7 @@ def test_an_export_holds_what_was_asked_for(runs, tmp_path, weights, prefix):
     ]
 
 
-def test_an_average_that_is_not_there_is_not_exported(runs, tmp_path):
+def test_an_average_that_does_not_exist_is_not_exported(runs, tmp_path):
     with pytest.raises(
         ValueError, match=r"holds no moving average: the run has train\.ema_decay 0; leave --weights out"
     ):
@@ -110,7 +111,7 @@ def test_an_average_that_is_not_there_is_not_exported(runs, tmp_path):
 def test_the_weights_come_back_bit_for_bit_even_after_an_error():
     torch.manual_seed(1)
     module = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 3))
-    optimizer = UNetOptimizer(module, parse_config({"optimizer": {"name": "adamw"}}, "test").optimizer, torch.float16)
+    optimizer = make_optimizer(module, parse_config({"optimizer": {"name": "adamw"}}, "test").optimizer, torch.float16)
     ema = WeightAverages(optimizer, 0.9)
     before = {name: p.clone() for name, p in module.named_parameters()}
     for average in ema.averages.values():
@@ -125,21 +126,21 @@ def test_the_weights_come_back_bit_for_bit_even_after_an_error():
 
 
 @pytest.mark.parametrize("as_tensor", [False, True])
-def test_a_step_that_was_not_taken_moves_nothing(as_tensor):
+def test_a_skipped_step_leaves_the_averages_alone(as_tensor):
     torch.manual_seed(2)
     module = torch.nn.Linear(5, 3)
-    optimizer = UNetOptimizer(module, parse_config({"optimizer": {"name": "adamw"}}, "test").optimizer)
+    optimizer = make_optimizer(module, parse_config({"optimizer": {"name": "adamw"}}, "test").optimizer)
     ema = WeightAverages(optimizer, 0.9)
-    told = torch.tensor if as_tensor else bool
+    flag = torch.tensor if as_tensor else bool
     with torch.no_grad():
         module.weight.add_(1)
-    ema.update(told(True))
+    ema.update(flag(True))
     moved = ema.averages["weight"].clone()
     assert not torch.equal(moved, module.weight - 1)
-    ema.update(told(False))
+    ema.update(flag(False))
     assert torch.equal(ema.averages["weight"], moved)
     assert int(ema.num_updates) == 1
-    ema.update(told(True))
+    ema.update(flag(True))
     assert int(ema.num_updates) == 2
     assert not torch.equal(ema.averages["weight"], moved)
 
@@ -149,7 +150,7 @@ def test_a_checkpoint_without_averages_is_refused_by_a_run_that_keeps_them(runs,
     with pytest.raises(ValueError, match=r"train\.ema_decay is 0\.9 here and 0\.0 there"):
         loop.train(parse_config(plain, "test"), resume=True)
     module = torch.nn.Linear(2, 2)
-    optimizer = UNetOptimizer(module, parse_config({"optimizer": {"name": "adamw"}}, "test").optimizer)
+    optimizer = make_optimizer(module, parse_config({"optimizer": {"name": "adamw"}}, "test").optimizer)
     with pytest.raises(ValueError, match=r"has no moving average of these weights; resume with train\.ema_decay = 0"):
         take_averages({"loss_scale/scale": torch.ones(())}, WeightAverages(optimizer, 0.9))
 
@@ -157,7 +158,7 @@ def test_a_checkpoint_without_averages_is_refused_by_a_run_that_keeps_them(runs,
 @pytest.mark.parametrize(
     ("name", "dtype", "memory"),
     [
-        *((name, torch.float32, "auto") for name in ("adamw", "bnb_adamw8bit", "adamw8bit")),
+        *((name, torch.float32, "auto") for name, spec in OPTIMIZERS.items() if "cpu" in spec.devices),
         *(("adamw8bit", torch.bfloat16, memory) for memory in ("exact", "near", "rounded", "fp32")),
     ],
 )
@@ -166,12 +167,13 @@ def test_it_follows_weights_in_every_memory_order(name, dtype, memory):
     torch.manual_seed(0)
     conv = torch.nn.Conv2d(32, 32, 3)
     conv.weight.data = conv.weight.detach().contiguous(memory_format=torch.channels_last)
-    optimizer = UNetOptimizer(conv, Optimizer(name=name, memory=memory), dtype)
+    optimizer = make_optimizer(conv, Optimizer(name=name, memory=memory), dtype)
     averages = WeightAverages(optimizer, 0.5)
+    optimizer.set_hyper(1e-2, 0.0, 0.0)
     expected = optimizer.value("weight").clone()
     for n in range(1, 4):
         conv.weight.grad, conv.bias.grad = torch.randn_like(conv.weight), torch.randn_like(conv.bias)
-        averages.update(optimizer.step(1e-2, 0.0, 0.0)[1])
+        averages.update(optimizer.step()[1])
         decay = min(0.5, (1 + n) / (10 + n))
         expected = decay * expected + (1 - decay) * optimizer.value("weight")
         torch.testing.assert_close(averages.averages["weight"], expected)

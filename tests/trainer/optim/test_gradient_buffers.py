@@ -1,4 +1,5 @@
-"""Gradients of several micro-steps: autograd's own bits, fixed addresses, one block's gradients beside them, fp32 sums nearer."""
+"""Sums of several micro-steps' gradients: autograd's bits, fixed addresses, one part's gradients at a time, fp32
+sums."""
 
 import copy
 from functools import partial
@@ -14,7 +15,7 @@ from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.models.noise_schedule import make_schedule
 from safelight.trainer.optim.gradient_buffers import GradientBuffers
 from safelight.trainer.optim.kernel_adamw import part_of
-from safelight.trainer.optim.optimizer import UNetOptimizer
+from safelight.trainer.optim.optimizer import make_optimizer
 from safelight.trainer.step.prepare_unet import equip
 from safelight.trainer.step.step import accumulate
 
@@ -32,21 +33,22 @@ def backward(unet, optimizer, number, num_micro, target=1.0):
 
 def step(unet, optimizer, number, num_micro, with_buffers=True, **more):
     """Take a step as train_step does, or without buffers, by what autograd adds up in the parameters."""
+    optimizer.set_hyper(1e-3, 0.01, 1.0)
     for micro in range(num_micro):
         is_last = micro == num_micro - 1
         if is_last:
-            optimizer.arm(1e-3, 0.01, 1.0)
+            optimizer.prepare_backward()
         places = (micro == 0, is_last) if with_buffers else (True, True)
         with optimizer.buffers.micro_step(*places):
             backward(unet, optimizer, 100 * number + micro, num_micro, **more)
-    return optimizer.step(1e-3, 0.01, 1.0)
+    return optimizer.step()
 
 
 def make(small_unet, dtype, buffers="auto", is_patched=False, **options):
     unet = copy.deepcopy(small_unet)
     if is_patched:
         patch.apply(unet)
-    optimizer = UNetOptimizer(unet, Optimizer(**options), dtype, 3)
+    optimizer = make_optimizer(unet, Optimizer(**options), dtype, 3)
     if is_patched:
         patch.repack(unet)
     optimizer.buffers.dtype = buffers
@@ -82,7 +84,7 @@ def test_sums_have_the_bits_of_autograds(small_unet, dtype, options):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_one_parts_gradients_stand_beside_buffers_that_never_move(small_unet, fused):
+def test_only_one_parts_gradients_exist_besides_buffers_at_fixed_addresses(small_unet, fused):
     unet, optimizer = make(small_unet, torch.bfloat16, fused_backward=fused)
     optimizer.buffers.allocate()
     addresses = {name: x.data_ptr() for name, x in optimizer.buffers.tensors.items()}
@@ -99,7 +101,7 @@ def test_one_parts_gradients_stand_beside_buffers_that_never_move(small_unet, fu
     assert {name: x.data_ptr() for name, x in optimizer.buffers.tensors.items()} == addresses
 
 
-def test_a_step_of_one_micro_step_takes_no_memory(small_unet):
+def test_a_step_of_one_micro_step_allocates_no_buffers(small_unet):
     unet, optimizer = make(small_unet, torch.bfloat16, fused_backward=True)
     step(unet, optimizer, 0, 1)
     assert optimizer.buffers.num_bytes == 0
@@ -110,8 +112,9 @@ def test_a_step_of_one_micro_step_takes_no_memory(small_unet):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_what_a_micro_step_does_not_reach_is_zero_or_kept(fused):
-    """Four layers: reached always, first alone, second alone, never. Nothing of the step before is left."""
+def test_what_a_micro_step_does_not_reach_adds_nothing(fused):
+    """Four layers: in both micro-steps' loss, in the first's, in the second's, in none. Nothing of the previous step is
+    left."""
 
     class Layers(torch.nn.Module):
         def __init__(self):
@@ -119,32 +122,26 @@ def test_what_a_micro_step_does_not_reach_is_zero_or_kept(fused):
             self.layers = torch.nn.ParameterDict({name: torch.nn.Parameter(torch.ones(8)) for name in "abcd"})
 
     module = Layers()
-    optimizer = UNetOptimizer(module, Optimizer(fused_backward=fused, betas=(0.0, 0.0)))
-    seen = []
-    update = optimizer.inner.update
-    optimizer.inner.update = lambda gradients, *rest: (
-        seen.extend(float(g[0]) for g in gradients),
-        update(gradients, *rest),
-    )
+    optimizer = make_optimizer(module, Optimizer(fused_backward=fused, betas=(0.0, 0.0)))
+    optimizer.set_hyper(1e-3, 0.0, 0.0)
     for factor in (1.0, 10.0):
-        seen.clear()
-        optimizer.arm(1e-3, 0.0, 0.0) if fused else None
-        under_way, optimizer.method._under_way = optimizer.method._under_way, None
         for place, names in enumerate(("ab", "ac")):
             if place == 1:
-                optimizer.method._under_way = under_way
+                optimizer.prepare_backward()
             with optimizer.buffers.micro_step(place == 0, place == 1):
                 sum(factor * (place + 1) * module.layers[name].sum() for name in names).backward()
-        optimizer.step(1e-3, 0.0, 0.0)
-        assert sorted(seen) == [0.0, factor, 2 * factor, 3 * factor]
+        optimizer.step()
+        # with beta1 = 0 the first moment is the gradient
+        gradients = {name: float(optimizer.parameter_state(f"layers.{name}")["state1"][0]) for name in "abcd"}
+        assert gradients == pytest.approx({"a": 3 * factor, "b": factor, "c": 2 * factor, "d": 0.0})
 
 
-def test_micro_steps_may_be_recorded_in_any_order(small_unet):
-    """A last micro-step run before any first one, as a rehearsal does, changes nothing of the steps that follow."""
+def test_micro_steps_may_be_captured_in_any_order(small_unet):
+    """A last micro-step before any first one, as in a warm-up, does not affect the steps that follow."""
     ends = []
-    for is_rehearsed in (False, True):
+    for is_warm in (False, True):
         unet, optimizer = make(small_unet, torch.bfloat16)
-        if is_rehearsed:
+        if is_warm:
             for places in ((False, True), (False, False), (True, False)):
                 with optimizer.buffers.micro_step(*places):
                     backward(unet, optimizer, 7, 1)
@@ -173,7 +170,7 @@ def errors_of_sums(small_unet, num_micro=16):
     return found
 
 
-def test_sums_in_fp32_are_nearer(small_unet):
+def test_sums_in_fp32_are_more_exact(small_unet):
     errors = errors_of_sums(small_unet)
     assert errors["fp32"] < errors["auto"] / 1000
     # measured: docs/log.md
@@ -188,10 +185,11 @@ def test_the_optimizer_reads_fp32_sums(small_unet):
             unet, optimizer = make(small_unet, torch.bfloat16, dtype, **options)
             for micro in range(3):
                 if micro == 2:
-                    optimizer.arm(1e-3, 0.01, 0.0)
+                    optimizer.set_hyper(1e-3, 0.01, 0.0)
+                    optimizer.prepare_backward()
                 with optimizer.buffers.micro_step(micro == 0, micro == 2):
                     backward(unet, optimizer, 5, 3)
-            norms[dtype, str(options)], taken = optimizer.step(1e-3, 0.01, 0.0)
+            norms[dtype, str(options)], taken = optimizer.step()
             assert taken
             assert all(torch.isfinite(p).all() for p in unet.parameters())
     assert len({float(norm) for (dtype, _), norm in norms.items() if dtype == "fp32"}) <= 2
@@ -199,7 +197,7 @@ def test_the_optimizer_reads_fp32_sums(small_unet):
     assert float(norms["fp32", "{}"]) == pytest.approx(float(norms["auto", "{}"]), rel=0.01)
 
 
-def test_buffers_lie_as_their_weights():
+def test_buffers_have_their_weights_memory_order():
     p = torch.nn.Parameter(torch.randn(4, 3, 2, 2).contiguous(memory_format=torch.channels_last))
     buffers = GradientBuffers({"p": p}, "fp32")
     buffers.allocate()
@@ -211,7 +209,7 @@ def identity(precision, **train):
     return identify(parse_config({"train": train}, "here"), precision)
 
 
-def test_a_resume_keeps_what_gradients_were_added_up_in():
+def test_a_resume_keeps_the_dtype_of_sums():
     own, precise = identity("bf16", accumulate=2), identity("bf16", accumulate=2, accumulate_dtype="fp32")
     assert precise.difference(own, 0) == "stage 1's accumulate_dtype is 'fp32' here and 'bf16' there"
     assert own.difference(precise, 0) == "stage 1's accumulate_dtype is 'bf16' here and 'fp32' there"

@@ -145,7 +145,7 @@ class RunsAgain:
 
     def capture(self, run):
         self.num_captured += 1
-        with self.optimizer.rehearsal():
+        with self.optimizer.dry_run():
             # MicroResults of a micro-step that is not the last one have no norm
             result = MicroResult(*(x if x is None else torch.as_tensor(x).clone() for x in run()))
 

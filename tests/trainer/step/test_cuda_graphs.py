@@ -17,7 +17,7 @@ from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.memory_plan.meta_run import MetaRun
 from safelight.trainer.models.base import resolve_base
 from safelight.trainer.models.noise_schedule import make_schedule
-from safelight.trainer.optim.optimizer import UNetOptimizer
+from safelight.trainer.optim.optimizer import make_optimizer
 from safelight.trainer.step.cuda_graphs import CudaRecorder, Shape, StepGraphs, shapes_of
 from safelight.trainer.step.step import MicroResult, StepContext, StepSettings, micro_step, train_step, upload
 from tests.trainer.run_log.recorded import CpuRecorder, OperatorTape
@@ -63,7 +63,7 @@ class Trained:
 
     def __init__(self, unet: UNet2DConditionModel, dtype: torch.dtype, with_graphs: bool, **settings):
         self.unet = copy.deepcopy(unet)
-        self.optimizer = UNetOptimizer(self.unet, Optimizer(name="adamw8bit", **settings), dtype)
+        self.optimizer = make_optimizer(self.unet, Optimizer(name="adamw8bit", **settings), dtype)
         schedule = make_schedule(resolve_base("tiny").config_of("scheduler"))
         self.context = StepContext(self.unet, self.optimizer, schedule, 1.0, Loss(min_snr_gamma=5.0))
         self.recorder = CpuRecorder(self.state)
@@ -74,11 +74,8 @@ class Trained:
 
     def state(self) -> list[torch.Tensor]:
         """Return all that a step may change."""
-        inner, scale = self.optimizer.inner, self.optimizer.loss_scale
-        moments = [x for m in inner.moments for x in (m.state1, m.state2, m.absmax1, m.absmax2) if x is not None]
-        buffers = self.optimizer.buffers.tensors.values()
-        kept = [*self.unet.parameters(), *inner.remainders, *moments, inner.step_counts, *buffers]
-        return [*kept, scale.scale, scale.num_good, *self.optimizer.method.counters()]
+        optimizer = self.optimizer
+        return [*self.unet.parameters(), *optimizer.live_state().values(), *optimizer.buffers.tensors.values()]
 
     def step(self, batches: list[Batch], lr: float, num_samples: int = 2):
         settings = StepSettings(num_samples, lr, 0.01, 0.5)

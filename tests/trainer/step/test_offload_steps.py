@@ -16,7 +16,7 @@ from safelight.trainer.memory_plan.memory_tracer import ACTIVATIONS
 from safelight.trainer.memory_plan.meta_run import MetaRun
 from safelight.trainer.models.base import resolve_base
 from safelight.trainer.models.noise_schedule import make_schedule
-from safelight.trainer.optim.optimizer import UNetOptimizer
+from safelight.trainer.optim.optimizer import make_optimizer
 from safelight.trainer.step.step import accumulate
 
 SCHEDULE = make_schedule(
@@ -29,8 +29,9 @@ def weights_after_two_steps(small_unet, mode, fused, dtype):
     unet = copy.deepcopy(small_unet)
     patch.apply(unet)
     apply_checkpointing(unet, mode)
-    optimizer = UNetOptimizer(unet, Optimizer(fused_backward=fused), dtype, 3)
+    optimizer = make_optimizer(unet, Optimizer(fused_backward=fused), dtype, 3)
     patch.repack(unet)
+    optimizer.set_hyper(1e-3, 0.01, 1.0)
     arrived = dict.fromkeys(optimizer.parameters, 0)
     for name, p in optimizer.parameters.items():
         p.register_post_accumulate_grad_hook(lambda _, name=name: arrived.update({name: arrived[name] + 1}))
@@ -38,10 +39,10 @@ def weights_after_two_steps(small_unet, mode, fused, dtype):
         generator = torch.Generator().manual_seed(number)
         shapes = [(2, 4, 8, 8), (2, 4, 8, 8), (2, 6, 16)]
         sample, target, text = (torch.randn(s, generator=generator) for s in shapes)
-        optimizer.arm(1e-3, 0.01, 1.0)
+        optimizer.prepare_backward()
         noised = Noised(sample, target, torch.tensor([100, 700]))
         accumulate(unet, noised, TextConditioning(text), SCHEDULE, Loss(), 2, optimizer.loss_scale.scale)
-        optimizer.step(1e-3, 0.01, 1.0)
+        optimizer.step()
     if mode == "offload":
         assert offload_of(unet).copied_bytes > 0
     return {name: optimizer.value(name).clone() for name in optimizer.parameters}, arrived

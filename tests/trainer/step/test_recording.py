@@ -124,7 +124,7 @@ def test_without_graphs_the_largest_batch_comes_first_and_changes_nothing(tiny_d
     shapes = []
 
     def micro_step(context, inputs, *place):
-        if context.optimizer.inner.is_rehearsing:
+        if context.optimizer.is_dry_run:
             shapes.append(tuple(inputs.mean_BCHW.shape))
         return original(context, inputs, *place)
 

@@ -17,7 +17,7 @@ from safelight.kernels.philox import Key, Purpose, integers, normals
 from safelight.trainer.config.toml import Loss, Optimizer
 from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.models.noise_schedule import NoiseSchedule, make_schedule
-from safelight.trainer.optim.optimizer import UNetOptimizer
+from safelight.trainer.optim.optimizer import make_optimizer
 from safelight.trainer.step.step import (
     StepContext,
     StepSettings,
@@ -76,7 +76,7 @@ def test_twenty_steps_equal_a_plain_diffusers_loop(small_unet, prediction):
     """Same weights, batches, noise and timesteps: diffusers' scheduler, F.mse_loss, torch's clipping and AdamW."""
     ours, theirs = copy.deepcopy(small_unet), copy.deepcopy(small_unet)
     schedule = make_schedule({**SCHEDULER, "prediction_type": prediction})
-    optimizer = UNetOptimizer(ours, Optimizer(name="adamw", lr=LR))
+    optimizer = make_optimizer(ours, Optimizer(name="adamw", lr=LR))
     scheduler = DDPMScheduler(**SCHEDULER, prediction_type=prediction)
     adamw = torch.optim.AdamW(theirs.parameters(), lr=LR, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
     for n in range(20):
@@ -188,7 +188,7 @@ def test_sixteen_bit_weights_follow_the_fp32_run(small_unet, dtype, name):
     ends = {}
     for kind in (torch.float32, dtype):
         unet = copy.deepcopy(small_unet)
-        optimizer = UNetOptimizer(unet, Optimizer(name=name, lr=1e-6), kind)
+        optimizer = make_optimizer(unet, Optimizer(name=name, lr=1e-6), kind)
         schedule = make_schedule(SCHEDULER)
         for n in range(5):
             result = train_step(
@@ -219,7 +219,7 @@ def test_sixteen_bit_weights_follow_the_fp32_run(small_unet, dtype, name):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_non_finite_gradient_changes_nothing(small_unet, name, bad):
     unet = copy.deepcopy(small_unet)
-    optimizer = UNetOptimizer(unet, Optimizer(name=name, lr=1e-3))
+    optimizer = make_optimizer(unet, Optimizer(name=name, lr=1e-3))
     context = StepContext(unet, optimizer, make_schedule(SCHEDULER), SCALE, Loss())
 
     def step(batch: Batch):
@@ -241,7 +241,7 @@ def test_a_non_finite_gradient_changes_nothing(small_unet, name, bad):
 
 def test_fp16_overflow_halves_the_scale_and_training_goes_on(small_unet):
     unet = copy.deepcopy(small_unet).half()
-    optimizer = UNetOptimizer(unet, Optimizer(name="adamw", lr=1e-4))
+    optimizer = make_optimizer(unet, Optimizer(name="adamw", lr=1e-4))
     optimizer.loss_scale.scale = torch.tensor(2.0**24)
     schedule = make_schedule(SCHEDULER)
     taken = []
@@ -263,7 +263,7 @@ def test_fp16_overflow_halves_the_scale_and_training_goes_on(small_unet):
 def test_clipping_bounds_the_gradient_that_adam_sees(small_unet):
     """With beta1 = 0 the first moment is the clipped gradient itself."""
     unet = copy.deepcopy(small_unet)
-    optimizer = UNetOptimizer(unet, Optimizer(name="adamw", lr=1e-4, betas=(0.0, 0.9)))
+    optimizer = make_optimizer(unet, Optimizer(name="adamw", lr=1e-4, betas=(0.0, 0.9)))
     result = train_step(
         StepContext(unet, optimizer, make_schedule(SCHEDULER), SCALE, Loss()),
         [make_batch(3)],

@@ -1,17 +1,20 @@
-"""`optimizer.memory` in a run: what a checkpoint keeps, what another mode takes over, what is refused."""
+"""The kernel's optimizer in every memory mode: resumes, conversions between modes, capture as a CUDA graph."""
 
 import copy
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from safelight.kernels.optim.split_weights import join
+from safelight.kernels.triton.jit import record_launches, references_on_meta
 from safelight.trainer.checkpoint.files import Position, load_checkpoint, save_checkpoint
 from safelight.trainer.checkpoint.identity import Identity
 from safelight.trainer.config.toml import Optimizer, parse_config
 from safelight.trainer.optim.ema import WeightAverages
-from safelight.trainer.optim.optimizer import UNetOptimizer, memory_mode
+from safelight.trainer.optim.optimizer import make_optimizer
 
 MODES = ["exact", "near", "rounded", "fp32", "paged"]
 IDENTITY = Identity({}, [], "")
@@ -19,7 +22,7 @@ IDENTITY = Identity({}, [], "")
 
 def make(small_unet, memory="auto", dtype=torch.bfloat16, name="adamw8bit", seed=4):
     unet = copy.deepcopy(small_unet)
-    return unet, UNetOptimizer(unet, Optimizer(name=name, memory=memory, lr=1e-4), dtype, seed)
+    return unet, make_optimizer(unet, Optimizer(name=name, memory=memory, lr=1e-4), dtype, seed)
 
 
 def steps(unet, optimizer, first, last, bad=-1):
@@ -30,7 +33,8 @@ def steps(unet, optimizer, first, last, bad=-1):
             p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
         if number == bad:
             unet.conv_in.weight.grad[0, 0, 0, 0] = float("inf")
-        found.append(optimizer.step(1e-4, 0.01, 0.5))
+        optimizer.set_hyper(1e-4, 0.01, 0.5)
+        found.append(optimizer.step())
     return found
 
 
@@ -90,8 +94,8 @@ def test_paged_is_exact_step_by_step_and_from_one_checkpoint_into_the_other(tmp_
     assert state.keys() == paged_state.keys()
     assert all(torch.equal(state[key], paged_state[key]) for key in state)
     # what is left on the device beside the weights: the ring and the small tensors' state
-    pages, weights = paged.inner.pages, list(unet.parameters())
-    assert len(pages._sizes) > 3 * len(pages.ring)
+    pages, weights = paged.pages, list(unet.parameters())
+    assert len(set(pages.page_of.values())) > 3 * len(pages.ring)
     assert pages.host.numel() > 4 * sum(p.numel() for p in weights if p.numel() >= 4096)
     # a step of paged follows one of exact, and one of exact that: as if it had been one run
     for n, (source_unet, source, memory) in enumerate(((unet, exact, "paged"), (paged_unet, paged, "exact"))):
@@ -115,7 +119,7 @@ def test_a_moving_average_of_paged_weights_is_refused(small_unet):
         parse_config({"optimizer": {"memory": "paged"}, "train": {"ema_decay": 0.9}}, "here")
 
 
-def test_a_mode_that_would_lose_a_part_is_refused(tmp_path, small_unet):
+def test_a_mode_that_would_lose_precision_is_refused(tmp_path, small_unet):
     unet, exact = make(small_unet, "exact")
     steps(unet, exact, 0, 1)
     state = exact.state_tensors()
@@ -136,8 +140,8 @@ def test_a_mode_that_would_lose_a_part_is_refused(tmp_path, small_unet):
         make(small_unet, "auto", torch.float32)[1].load_state_tensors(dict(state))
 
 
-def test_a_run_of_bitsandbytes_is_taken_over(small_unet):
-    """adamw8bit named bitsandbytes' optimizer once: moments, steps and masters of such a run go on in our kernel."""
+def test_a_run_of_bitsandbytes_continues_in_the_kernel(small_unet):
+    """Older runs call bitsandbytes' optimizer adamw8bit: their moments, steps and masters load into our kernel."""
     pytest.importorskip("bitsandbytes")
     unet, theirs = make(small_unet, name="bnb_adamw8bit")
     steps(unet, theirs, 0, 2)
@@ -164,53 +168,143 @@ def test_the_moving_average_follows_the_joined_value(small_unet):
     assert all(torch.equal(averages[0][name], averages[1][name]) for name in averages[0])
 
 
-@pytest.mark.parametrize(
-    ("name", "memory", "dtype", "expected"),
-    [
-        ("adamw8bit", "auto", torch.float32, "fp32"),
-        ("adamw8bit", "auto", torch.bfloat16, "exact"),
-        ("adamw8bit", "near", torch.float16, "near"),
-        ("adamw", "auto", torch.bfloat16, "fp32"),
-        (
-            "adamw8bit",
-            "exact",
-            torch.float32,
-            "optimizer.memory exact is for 16-bit weights, and model.precision is fp32",
-        ),
-        ("adamw8bit", "paged", torch.float16, "paged"),
-        (
-            "adamw8bit",
-            "paged",
-            torch.float32,
-            "optimizer.memory paged is for 16-bit weights, and model.precision is fp32",
-        ),
-        ("adamw", "paged", torch.bfloat16, "optimizer.memory paged is adamw8bit's; adamw keeps fp32 masters"),
-        ("adamw", "near", torch.bfloat16, "optimizer.memory near is adamw8bit's; adamw keeps fp32 masters"),
-    ],
-)
-def test_what_a_mode_comes_to(name, memory, dtype, expected):
-    config = Optimizer(name=name, memory=memory)
-    if len(expected) < 10:
-        assert memory_mode(config, dtype) == expected
-    else:
-        with pytest.raises(ValueError, match=expected):
-            memory_mode(config, dtype)
-
-
-def test_what_is_not_there_is_not_offered():
-    with pytest.raises(
-        ValueError,
-        match=r"optimizer.memory = 'host': input should be 'auto', 'exact', 'near', 'rounded', 'paged' or 'fp32'",
-    ):
-        parse_config({"optimizer": {"memory": "host"}}, "here")
-
-
-def test_a_step_asks_nothing_of_the_device():
-    """On meta tensors reading a number fails."""
+def test_a_step_never_synchronizes():
+    """Reading a value of a meta tensor fails."""
     module = torch.nn.Linear(64, 64, device="meta", dtype=torch.float16)
-    optimizer = UNetOptimizer(module, Optimizer())
+    optimizer = make_optimizer(module, Optimizer())
     for p in module.parameters():
         p.grad = torch.empty_like(p)
-    norm, taken = optimizer.step(1e-6, 0.01, 1.0)
-    assert norm.device.type == taken.device.type == "meta"
+    optimizer.set_hyper(1e-6, 0.01, 1.0)
+    norm, is_applied = optimizer.step()
+    assert norm.device.type == is_applied.device.type == "meta"
     assert all(p.grad is None for p in module.parameters())
+
+
+CASES = [("exact", False), ("exact", True), ("paged", False), ("paged", True)]
+
+
+class Net(torch.nn.Module):
+    """Parts of several sizes, some of whose tensors have 8-bit moments."""
+
+    def __init__(self, device: str = "cpu"):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = torch.nn.Linear(64, 80, device=device)
+        self.second = torch.nn.Linear(80, 96, device=device)
+        self.third = torch.nn.Linear(96, 64, device=device)
+
+    def forward(self, x):
+        return self.third(torch.relu(self.second(torch.relu(self.first(x)))))
+
+
+def make_net(memory: str, fused: bool, dtype=torch.float16, device: str = "cpu", **options):
+    net = Net(device)
+    return net, make_optimizer(net, Optimizer(memory=memory, fused_backward=fused, **options), dtype, 3)
+
+
+def train_step(net, optimizer, number: int, overflows: bool = False):
+    """Take a step of real gradients. fp16's first scales overflow: those steps are skipped."""
+    p = next(net.parameters())
+    x = torch.empty(4, 64, device=p.device, dtype=p.dtype)
+    if p.device.type == "cpu":
+        x = torch.randn(4, 64, generator=torch.Generator().manual_seed(number)).to(p.dtype)
+    optimizer.prepare_backward()
+    loss = (net(x) * (float("inf") if overflows else 1.0)).square().mean()
+    (loss * optimizer.loss_scale.scale).backward()
+    return optimizer.step()
+
+
+def everything(net, optimizer) -> dict[str, torch.Tensor]:
+    return {key: x.clone() for key, x in {**net.state_dict(), **optimizer.state_tensors()}.items()}
+
+
+@pytest.mark.parametrize(("memory", "fused"), CASES)
+def test_a_step_changes_its_state_in_place(memory, fused):
+    """Graphs and the buffers of a snapshot rely on it. That replays are right is
+    tests/trainer/step/test_cuda_graphs.py."""
+    net, optimizer = make_net(memory, fused, torch.bfloat16)
+    optimizer.set_hyper(1e-3, 0.01, 0.5)
+    addresses = []
+    for number in range(3):
+        train_step(net, optimizer, number, overflows=number == 1)
+        state = {key: x for key, x in optimizer.live_state().items() if not key.startswith("strides")}
+        addresses.append({name: x.data_ptr() for name, x in {**state, **optimizer.parameters}.items()})
+    assert addresses[0] == addresses[1] == addresses[2]
+
+
+class Operators(TorchDispatchMode):
+    """Notes every operator with its arguments that are not tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        rest = [x for x in tree_leaves((args, kwargs or {})) if not isinstance(x, torch.Tensor)]
+        self.seen.append((str(func), rest))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("clipping", ["global", "lagged", "per-tensor"])
+@pytest.mark.parametrize("memory", ["exact", "paged"])
+def test_no_hyperparameter_is_an_argument_of_what_a_step_runs(memory, clipping):
+    """A captured step would repeat its arguments: learning rate, decay and clipping must be read on the device."""
+    net, optimizer = make_net(memory, clipping != "global", device="meta", clipping=clipping)
+    steps = []
+    with references_on_meta(False):
+        for number in range(3):
+            optimizer.set_hyper(1e-3 / (number + 1), 0.01 * number, 0.5 * (number % 2))
+            with record_launches() as launches, Operators() as operators:
+                train_step(net, optimizer, number)
+            launched = []
+            for launch in launches:
+                numbers = [x for x in launch.arguments.values() if not torch.is_tensor(x)]
+                launched.append((launch.kernel.__name__, launch.grid, numbers, launch.options))
+            steps.append((operators.seen, launched))
+    assert steps[1] == steps[2]
+    assert len(steps[1][0]) > 40
+    assert len(steps[1][1]) >= 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("memory", "fused"), CASES)
+def test_training_is_the_same_with_dry_runs_in_between(memory, fused, dtype):
+    ends = []
+    for has_dry_runs in (False, True):
+        net, optimizer = make_net(memory, fused, dtype)
+        optimizer.set_hyper(1e-3, 0.01, 0.5)
+        for number in range(5):
+            if has_dry_runs and number in (0, 3):
+                before = everything(net, optimizer)
+                for overflows in (False, True):
+                    with optimizer.dry_run():
+                        _, is_applied = train_step(net, optimizer, 50 + number, overflows)
+                    assert not is_applied
+                after = everything(net, optimizer)
+                assert before.keys() == after.keys()
+                assert all(torch.equal(before[key], after[key]) for key in before)
+                assert all(p.grad is None for p in net.parameters())
+            _, is_applied = train_step(net, optimizer, number, overflows=number == 2)
+        assert is_applied
+        ends.append(everything(net, optimizer))
+    assert all(torch.equal(x, ends[1][key]) for key, x in ends[0].items())
+
+
+def test_an_error_in_a_dry_run_leaves_no_trace():
+    (net, optimizer), (other_net, other) = make_net("paged", True), make_net("paged", True)
+    for each in (optimizer, other):
+        each.set_hyper(1e-3, 0.01, 0.5)
+
+    def fail():
+        with optimizer.dry_run():
+            optimizer.prepare_backward()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    for _ in range(12):
+        # the scale falls until a step is applied
+        applied = [bool(train_step(n, o, 0)[1]) for n, o in ((net, optimizer), (other_net, other))]
+    assert applied == [True, True]
+    expected = everything(other_net, other)
+    assert all(torch.equal(x, expected[key]) for key, x in everything(net, optimizer).items())

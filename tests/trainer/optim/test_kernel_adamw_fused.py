@@ -1,4 +1,5 @@
-"""The step inside backward: the same bits as after it, gradients freed part by part, overflows that touch one tensor alone."""
+"""The step inside backward: the bits of a step after it, gradients freed part by part, overflows that skip one tensor
+only."""
 
 import copy
 import random
@@ -13,7 +14,7 @@ from safelight.trainer.config.toml import Loss, Optimizer
 from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.models.noise_schedule import make_schedule
 from safelight.trainer.optim.kernel_adamw import part_of
-from safelight.trainer.optim.optimizer import UNetOptimizer, memory_mode
+from safelight.trainer.optim.optimizer import make_optimizer
 from safelight.trainer.step.step import accumulate
 
 SCHEDULE = make_schedule(
@@ -23,7 +24,7 @@ SCHEDULE = make_schedule(
 
 def make(small_unet, fused, dtype=torch.bfloat16, **options):
     unet = copy.deepcopy(small_unet)
-    return unet, UNetOptimizer(unet, Optimizer(fused_backward=fused, **options), dtype, 3)
+    return unet, make_optimizer(unet, Optimizer(fused_backward=fused, **options), dtype, 3)
 
 
 def step(unet, optimizer, number, max_grad_norm=0.0, micro_steps=1, lr=1e-4):
@@ -32,10 +33,11 @@ def step(unet, optimizer, number, max_grad_norm=0.0, micro_steps=1, lr=1e-4):
         generator = torch.Generator().manual_seed(10 * number + micro)
         sample, target, text = (torch.randn(s, generator=generator) for s in [(2, 4, 8, 8), (2, 4, 8, 8), (2, 6, 16)])
         noised = Noised(sample, target, torch.tensor([100, 700]))
+        optimizer.set_hyper(lr, 0.01, max_grad_norm)
         if micro == micro_steps - 1:
-            optimizer.arm(lr, 0.01, max_grad_norm)
+            optimizer.prepare_backward()
         accumulate(unet, noised, TextConditioning(text), SCHEDULE, Loss(), 2 * micro_steps, optimizer.loss_scale.scale)
-    return optimizer.step(lr, 0.01, max_grad_norm)
+    return optimizer.step()
 
 
 def state_of(optimizer):
@@ -67,12 +69,12 @@ def test_fused_equals_unfused_bit_for_bit_where_nothing_clips(small_unet, dtype,
 @pytest.mark.parametrize("num_steps", [3, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 def test_fused_paged_equals_exact_bit_for_bit(small_unet, dtype, num_steps):
-    """On kernels, with clipping and, in fp16, with steps and tensors that overflow."""
+    """With patched modules, clipping, and a tensor that overflows in every third step."""
     ends = []
     for memory in ("exact", "paged"):
         unet = copy.deepcopy(small_unet)
         patch.apply(unet)
-        optimizer = UNetOptimizer(unet, Optimizer(fused_backward=True, memory=memory), dtype, 3)
+        optimizer = make_optimizer(unet, Optimizer(fused_backward=True, memory=memory), dtype, 3)
         patch.repack(unet)
         # a text projection overflows in every third step
         poison = unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.weight
@@ -87,23 +89,31 @@ def test_fused_paged_equals_exact_bit_for_bit(small_unet, dtype, num_steps):
     assert int(ends[1][0]["clipping/num_skipped"]) > 0
 
 
+def watch_gradients(unet) -> list[set[str]]:
+    """Return a list that grows by the parts of the UNet that hold a gradient, whenever one has arrived; shared products
+    excepted."""
+    shared, alive = patch.shared_projections(unet), []
+
+    def note(_):
+        alive.append(
+            {part_of(name) for name, p in unet.named_parameters() if p.grad is not None and name not in shared}
+        )
+
+    for p in unet.parameters():
+        p.register_post_accumulate_grad_hook(note)
+    return alive
+
+
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_gradients_live_no_longer_than_their_part(small_unet, checkpointed):
     unet, optimizer = make(small_unet, True)
     if checkpointed:
         unet.enable_gradient_checkpointing()
-    alive, original = [], optimizer.method._step_part
-
-    def watched(under_way, part):
-        alive.append({part_of(name) for name, p in unet.named_parameters() if p.grad is not None})
-        original(under_way, part)
-
-    optimizer.method._step_part = watched
+    alive = watch_gradients(unet)
     step(unet, optimizer, 0)
-    parts = {part_of(name) for name, _ in unet.named_parameters()}
-    assert len(alive) == len(parts) > 10
+    assert len(alive) == len(list(unet.parameters()))
     # the time embedding's gradients come from every ResNet, one after the other
-    assert max(len(found - {"time_embedding"}) for found in alive) <= 3
+    assert max(len(parts - {"time_embedding"}) for parts in alive) <= 3
     assert all(p.grad is None for p in unet.parameters())
 
 
@@ -112,33 +122,35 @@ def test_lagged_clipping_takes_the_norm_of_the_step_before(small_unet):
     unet, optimizer = make(small_unet, True, torch.float32, betas=(0.0, 0.9))
     assert "stepped inside backward, clipping lagged" in str(optimizer)
 
-    def seen():
-        found = []
-        for m in optimizer.inner.moments:
-            flat = in_memory_order(m.state1)
-            found.append(flat if m.absmax1 is None else dequantize(flat, m.absmax1, True))
-        return float(torch.linalg.vector_norm(torch.cat(found)))
+    def norm_of_moments():
+        moments = []
+        for name in optimizer.parameters:
+            state = optimizer.parameter_state(name)
+            flat = in_memory_order(state["state1"])
+            moments.append(dequantize(flat, state["absmax1"], True) if "absmax1" in state else flat)
+        return float(torch.linalg.vector_norm(torch.cat(moments)))
 
     first, _ = step(unet, optimizer, 0, 0.01, lr=1e-6)
     assert float(first) > 0.05
-    assert seen() == pytest.approx(float(first), rel=0.01)
+    assert norm_of_moments() == pytest.approx(float(first), rel=0.01)
     second, _ = step(unet, optimizer, 1, 0.01, lr=1e-6)
-    assert seen() == pytest.approx(float(second) * 0.01 / float(first), rel=0.01)
-    assert float(optimizer.method.last_norm) == float(second)
+    assert norm_of_moments() == pytest.approx(float(second) * 0.01 / float(first), rel=0.01)
+    assert float(optimizer.state_tensors()["clipping/last_norm"]) == float(second)
 
 
 def test_per_tensor_clipping_bounds_each_tensor(small_unet):
     unet, optimizer = make(small_unet, True, torch.float32, betas=(0.0, 0.9), clipping="per-tensor")
     norm, _ = step(unet, optimizer, 0, 0.01, lr=1e-6)
     assert float(norm) > 0.05
-    small = [m.state1 for m in optimizer.inner.moments if m.absmax1 is None]
-    norms = torch.stack([torch.linalg.vector_norm(x) for x in small])
+    states = [optimizer.parameter_state(name) for name in optimizer.parameters]
+    norms = torch.stack([torch.linalg.vector_norm(x["state1"]) for x in states if "absmax1" not in x])
     assert norms.max() <= 0.01 * 1.001
     assert norms.max() == pytest.approx(0.01, rel=1e-3)
 
 
-def test_overflows_touch_their_tensor_alone_and_training_goes_on(small_unet):
-    """fp16, infinities and NaN injected into random layers: counted, scale halved, no weight or moment not finite."""
+def test_an_overflow_skips_its_tensor_only(small_unet):
+    """fp16, infinities and NaN injected into random layers: skips are counted, the scale is halved, everything stays
+    finite."""
     unet, optimizer = make(small_unet, True, torch.float16)
     optimizer.loss_scale.scale.fill_(1024.0)
     named = dict(unet.named_parameters())
@@ -149,7 +161,7 @@ def test_overflows_touch_their_tensor_alone_and_training_goes_on(small_unet):
         poison = float(chosen.choice(["inf", "nan"]))
         hooks = [named[name].register_hook(lambda g, x=poison: g * x) for name in bad]
         before = {name: optimizer.value(name).clone() for name in named}
-        steps_before = optimizer.inner.step_counts.clone()
+        steps_before = {name: int(optimizer.parameter_state(name)["step"]) for name in named}
         norm, taken = step(unet, optimizer, number, 1.0)
         for hook in hooks:
             hook.remove()
@@ -157,8 +169,8 @@ def test_overflows_touch_their_tensor_alone_and_training_goes_on(small_unet):
         assert bool(torch.isfinite(norm)) == (not bad)
         unchanged = {name for name in named if torch.equal(optimizer.value(name), before[name])}
         assert set(bad) <= unchanged
-        counted = dict(zip(named, (optimizer.inner.step_counts - steps_before).tolist(), strict=True))
-        assert {name for name, count in counted.items() if count == 0} == set(bad)
+        uncounted = {name for name, n in steps_before.items() if int(optimizer.parameter_state(name)["step"]) == n}
+        assert uncounted == set(bad)
         expected += len(bad)
         scale = scale / 2 if bad else scale
         assert float(optimizer.loss_scale.scale) == scale
@@ -166,8 +178,6 @@ def test_overflows_touch_their_tensor_alone_and_training_goes_on(small_unet):
     assert int(optimizer.num_skipped_tensors) == expected
     for name, x in {**unet.state_dict(), **optimizer.state_tensors()}.items():
         assert not x.is_floating_point() or torch.isfinite(x).all(), name
-    # a norm that was not finite is not the one to clip by
-    assert torch.isfinite(optimizer.method.last_norm)
 
 
 def test_norm_and_count_are_in_the_checkpoint(small_unet):
@@ -183,70 +193,40 @@ def test_norm_and_count_are_in_the_checkpoint(small_unet):
     assert all(torch.equal(state[key], other_state[key]) for key in state)
 
 
-def test_a_fused_step_asks_nothing_of_the_device(monkeypatch):
+def test_a_fused_step_never_synchronizes(monkeypatch):
     module = torch.nn.Linear(64, 64, device="meta", dtype=torch.float16)
-    optimizer = UNetOptimizer(module, Optimizer(fused_backward=True))
+    optimizer = make_optimizer(module, Optimizer(fused_backward=True))
     copied, make = [], torch.tensor
 
-    def told(*args, **kwargs):
+    def watched(*args, **kwargs):
         made = make(*args, **kwargs)
         copied.extend([made] if made.is_meta else [])
         return made
 
     for number in range(2):
-        optimizer.arm(1e-6, 0.01, 1.0)
+        optimizer.set_hyper(1e-6, 0.01, 1.0)
+        optimizer.prepare_backward()
         (module(torch.empty(2, 64, device="meta", dtype=torch.float16)).sum() * optimizer.loss_scale.scale).backward()
         assert all(p.grad is None for p in module.parameters())
-        norm, taken = optimizer.step(1e-6, 0.01, 1.0)
+        norm, taken = optimizer.step()
         assert norm.device.type == taken.device.type == "meta"
-        # a list of the host's that is made a tensor of the device waits for it: at the first step alone
+        # copying a list of the host to the device synchronizes: only the first step may
         assert not copied or number == 0
-        monkeypatch.setattr(torch, "tensor", told)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            {"fused_backward": True, "clipping": "global"},
-            "clipping global does not go with optimizer.fused_backward true; use auto or lagged or",
-        ),
-        (
-            {"fused_backward": False, "clipping": "lagged"},
-            "clipping lagged does not go with optimizer.fused_backward false; use auto or global",
-        ),
-        (
-            {"fused_backward": True, "name": "adamw"},
-            "optimizer.fused_backward is adamw8bit's; adamw steps after backward",
-        ),
-    ],
-)
-def test_what_does_not_go_together_is_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        memory_mode(Optimizer(**options), torch.bfloat16)
+        monkeypatch.setattr(torch, "tensor", watched)
 
 
 def test_on_kernels_blocks_do_not_wait_for_the_products_they_share(small_unet):
-    """Time and text projections of all blocks are one product each, whose gradients come last."""
+    """Time and text projections of all blocks are one product each, which gets its gradients last."""
     ends = []
     for fused in (False, True):
         unet = copy.deepcopy(small_unet)
         patch.apply(unet)
-        optimizer = UNetOptimizer(unet, Optimizer(fused_backward=fused), torch.bfloat16, 3)
+        optimizer = make_optimizer(unet, Optimizer(fused_backward=fused), torch.bfloat16, 3)
         patch.repack(unet)
         shared = patch.shared_projections(unet)
         assert set(shared.values()) == {"time projections", "text projections 0"}
-        alive = []
-        if fused:
-            original = optimizer.method._step_part
-
-            def watched(under_way, part, unet=unet, shared=shared, original=original, alive=alive):
-                with_gradient = {name for name, p in unet.named_parameters() if p.grad is not None}
-                alive.append({part_of(name) for name in with_gradient - shared.keys()})
-                original(under_way, part)
-
-            optimizer.method._step_part = watched
+        alive = watch_gradients(unet)
         step(unet, optimizer, 0)
         ends.append(state_of(optimizer))
-    assert max(len(found - {"time_embedding"}) for found in alive) <= 3
+    assert max(len(parts - {"time_embedding"}) for parts in alive) <= 3
     assert all(torch.equal(x, ends[1][key]) for key, x in ends[0].items())

@@ -1,0 +1,53 @@
+"""Settings whose values depend on each other: optimizer.fused_backward, name and clipping."""
+
+import pytest
+
+from safelight.options.overrides import take_overrides
+from safelight.trainer.config.toml import Optimizer, load_config, parse_config, to_toml
+from safelight.trainer.registry.optimizers import OPTIMIZERS
+
+
+def test_fused_backward_is_true_false_or_auto(tmp_path):
+    for text, value in (("true", True), ("false", False), ('"auto"', "auto")):
+        path = tmp_path / "run.toml"
+        path.write_text(f"[optimizer]\nfused_backward = {text}\n")
+        config = load_config(path)
+        assert config.optimizer.fused_backward is value or (value == "auto" == config.optimizer.fused_backward)
+        assert f"fused_backward = {text}\n" in to_toml(config)
+    assert parse_config({}, "here").optimizer.fused_backward == "auto"
+    # 1 is true, as for other switches
+    assert parse_config({"optimizer": {"fused_backward": 1}}, "here").optimizer.fused_backward is True
+    for value in ("yes", "true", 2, None):
+        with pytest.raises(ValueError, match=r"fused_backward = .*: input should be 'auto', true or false$"):
+            parse_config({"optimizer": {"fused_backward": value}}, "here")
+
+
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [
+        (["--optimizer.fused-backward", "true"], True),
+        (["--optimizer.fused-backward=false"], False),
+        (["--optimizer.fused-backward", "auto"], "auto"),
+        (["--optimizer.fused-backward"], True),
+        (["--optimizer.no-fused-backward"], False),
+        (["--optimizer.fused-backward", "often"], "often"),
+    ],
+)
+def test_fused_backward_on_the_command_line(given, value):
+    others, settings = take_overrides([*given, "--resume"], {"stage": []})
+    assert (others, settings["optimizer"]) == (["--resume"], {"fused_backward": value})
+
+
+def test_the_values_of_fused_backward_that_name_and_clipping_allow():
+    for options, choices, clipping in (
+        ({}, (False, True), "global"),
+        ({"fused_backward": True}, (True,), "lagged"),
+        ({"fused_backward": False}, (False,), "global"),
+        ({"clipping": "global"}, (False,), "global"),
+        ({"clipping": "lagged"}, (True,), "lagged"),
+        ({"clipping": "per-tensor"}, (True,), "per-tensor"),
+        *(({"name": name}, (False,), "global") for name in OPTIMIZERS if name != "adamw8bit"),
+    ):
+        optimizer = Optimizer(**options)
+        assert (optimizer.fused_choices(), optimizer.clipping_mode()) == (choices, clipping)
+        assert optimizer.is_fused is choices[0]

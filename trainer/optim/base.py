@@ -1,0 +1,122 @@
+"""What both implementations of UNetOptimizer share: the loss scale, dry runs, and the state in a checkpoint."""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from safelight.errors import UserError
+from safelight.kernels.optim.paged_state import Pages
+from safelight.trainer.config.toml import Optimizer as OptimizerConfig
+from safelight.trainer.optim.gradient_buffers import GradientBuffers
+from safelight.trainer.registry.optimizers import MEMORY_MODES, OptimizerSpec
+
+INITIAL_SCALE = 2.0**16
+GROWTH_INTERVAL = 1000
+MIN_SCALE, MAX_SCALE = 2.0**-14, 2.0**24
+
+
+class LossScale:
+    """fp16's dynamic loss scale: halved by a step with a non-finite gradient, doubled after 1,000 steps without one.
+
+    scale, num_good: tensors on the device, changed in place. Disabled, the scale stays 1.
+    """
+
+    def __init__(self, device: torch.device, enabled: bool):
+        self.enabled = enabled
+        self.scale = torch.tensor(INITIAL_SCALE if enabled else 1.0, device=device)
+        self.num_good = torch.zeros((), dtype=torch.int64, device=device)
+
+    def update(self, is_finite: Tensor) -> None:
+        if not self.enabled:
+            return
+        self.num_good.add_(1).mul_(is_finite)
+        grow = self.num_good >= GROWTH_INTERVAL
+        factor = torch.where(is_finite, torch.where(grow, 2.0, 1.0), 0.5)
+        self.scale.mul_(factor).clamp_(MIN_SCALE, MAX_SCALE)
+        self.num_good.masked_fill_(grow, 0)
+
+
+class OptimizerBase(abc.ABC):
+    """The shared part of a UNetOptimizer (trainer/optim/optimizer.py). A subclass ends its constructor with a
+    LossScale."""
+
+    loss_scale: LossScale
+    pages: Pages | None = None
+
+    def __init__(
+        self, module: nn.Module, spec: OptimizerSpec, config: OptimizerConfig, dtype: torch.dtype, memory: str
+    ):
+        self.spec, self.memory = spec, memory
+        self.is_fused, self.clipping = config.is_fused, config.clipping_mode()
+        self.has_master = dtype != torch.float32 and memory == "fp32"
+        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.buffers = GradientBuffers(self.parameters)
+        self.is_dry_run = False
+
+    def __str__(self) -> str:
+        keeps = self.has_master or self.memory != "fp32"
+        return (
+            f"optimizer {self.spec.name}"
+            + (f", {MEMORY_MODES[self.memory].description}" if keeps else "")
+            + (f", stepped inside backward, clipping {self.clipping}" if self.is_fused else "")
+        )
+
+    @contextlib.contextmanager
+    def dry_run(self) -> Iterator[None]:
+        clipping = self._clipping_state().values()
+        counters = [self.loss_scale.scale, self.loss_scale.num_good, *clipping]
+        before = [x.clone() for x in counters]
+        self._set_dry_run(True)
+        try:
+            yield
+        finally:
+            self._set_dry_run(False)
+            for x, value in zip(counters, before, strict=True):
+                x.copy_(value)
+
+    def _set_dry_run(self, is_dry_run: bool) -> None:
+        self.is_dry_run = is_dry_run
+
+    def _clipping_state(self) -> dict[str, Tensor]:
+        """Return what clipping carries from step to step, by the name it has in a checkpoint after `clipping/`."""
+        return {}
+
+    @abc.abstractmethod
+    def parameter_state(self, name: str) -> dict[str, Tensor]: ...
+
+    @abc.abstractmethod
+    def _load_parameter_state(self, name: str, parts: dict[str, Tensor]) -> None: ...
+
+    def live_state(self) -> dict[str, Tensor]:
+        state = {"loss_scale/scale": self.loss_scale.scale, "loss_scale/num_good": self.loss_scale.num_good}
+        if self.is_fused:
+            state |= {f"clipping/{name}": value for name, value in self._clipping_state().items()}
+        for name in self.parameters:
+            state |= {f"{part}/{name}": value.detach() for part, value in self.parameter_state(name).items()}
+        return state
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        return {key: value.to("cpu", copy=True).contiguous() for key, value in self.live_state().items()}
+
+    @torch.no_grad()
+    def load_state_tensors(self, state: dict[str, Tensor]) -> None:
+        self.loss_scale.scale.copy_(state["loss_scale/scale"])
+        self.loss_scale.num_good.copy_(state["loss_scale/num_good"])
+        clipping = self._clipping_state() if self.is_fused else {}
+        by_name: dict[str, dict[str, Tensor]] = {name: {} for name in self.parameters}
+        for key, value in state.items():
+            part, name = key.split("/", 1)
+            if part == "clipping" and name in clipping:
+                clipping[name].copy_(value)
+            if part in ("loss_scale", "clipping"):
+                continue
+            if name not in by_name:
+                raise UserError(f"the checkpoint's optimizer state names {name}, which this UNet does not train")
+            by_name[name][part] = value
+        for name, parts in by_name.items():
+            self._load_parameter_state(name, parts)

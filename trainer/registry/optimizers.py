@@ -1,0 +1,200 @@
+"""Every optimizer that `optimizer.name` can name, and what each can do. Free of torch.
+
+The config's checks and help, the training step, the planner and the benchmarks read this table; none of them compares
+names. A new optimizer is a row here and, if no class under trainer/optim fits it, a class.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from safelight.kernels.moment_blocks import MIN_8BIT_ELEMENTS, num_blocks
+
+Shape = Sequence[int]
+
+
+@dataclass(frozen=True)
+class MemoryMode:
+    """A value of optimizer.memory: how the fp32 value behind a 16-bit weight is kept.
+
+    bytes_per_weight: kept in addition to the weight. allows_average: whether train.ema_decay can read it at every step.
+    is_random: whether updates are rounded stochastically.
+    """
+
+    bytes_per_weight: int
+    description: str
+    allows_average: bool = True
+    is_random: bool = False
+
+
+MEMORY_MODES = {
+    "exact": MemoryMode(2, "16-bit remainders"),
+    "near": MemoryMode(1, "8-bit remainders", is_random=True),
+    "rounded": MemoryMode(0, "stochastic rounding", is_random=True),
+    "paged": MemoryMode(2, "16-bit remainders and moments in host memory", allows_average=False),
+    "fp32": MemoryMode(4, "fp32 master"),
+}
+
+
+class MomentBuffer(NamedTuple):
+    """One tensor of an optimizer's state: how many elements of how many bytes."""
+
+    num_elements: int
+    itemsize: int
+
+
+Moments = Callable[[Shape], list[MomentBuffer]]
+
+
+def fp32_moments(number: int) -> Moments:
+    """Return the layout of `number` fp32 moments in the weight's shape."""
+    return lambda shape: [MomentBuffer(math.prod(shape), 4)] * number
+
+
+def blockwise_moments(number: int) -> Moments:
+    """Return the layout of `number` 8-bit moments with a scale a block; fp32 for small tensors."""
+
+    def layout(shape: Shape) -> list[MomentBuffer]:
+        num_elements = math.prod(shape)
+        if num_elements < MIN_8BIT_ELEMENTS:
+            return [MomentBuffer(num_elements, 4)] * number
+        return [MomentBuffer(num_elements, 1), MomentBuffer(num_blocks(num_elements), 4)] * number
+
+    return layout
+
+
+def factored_moments(shape: Shape) -> list[MomentBuffer]:
+    """Return Adafactor's layout: a row and a column factor of the last two dimensions, or one fp32 moment of a
+    vector."""
+    if len(shape) < 2:
+        return [MomentBuffer(math.prod(shape), 4)]
+    *outer, rows, columns = shape
+    return [MomentBuffer(math.prod((*outer, rows)), 4), MomentBuffer(math.prod((*outer, columns)), 4)]
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """What an optimizer is and can do.
+
+    name: as in optimizer.name; help: the line that the config's help shows.
+    implementation: the UNetOptimizer, "module:class"; library: the optimizer that it wraps, "module:class", "" for
+    ours. moments: the buffers that it keeps for a weight of a shape. memory_modes: values of optimizer.memory that it
+    supports for 16-bit weights; `auto` is the first, unless a plan for a
+        GPU chooses among planned_modes, best first.
+    settings: of [optimizer], those that it reads beyond lr, weight_decay and what the training loop uses.
+    steps_inside_backward: whether optimizer.fused_backward can be true.
+    is_capturable: whether its step can be captured as a CUDA graph.
+    reads_16bit_gradients: false if each 16-bit gradient is first copied to fp32 for the master.
+    converts_in_pieces: whether fp32 weights become 16-bit ones on the device piece by piece, not all at once.
+    needs_contiguous_weights: whether it moves weights in another memory order to new memory.
+    package: that must be installed; devices: that it runs on; device_limit: why on no others, and what to use there.
+    """
+
+    name: str
+    help: str
+    implementation: str
+    moments: Moments
+    library: str = ""
+    memory_modes: tuple[str, ...] = ("fp32",)
+    planned_modes: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
+    steps_inside_backward: bool = False
+    is_capturable: bool = False
+    reads_16bit_gradients: bool = False
+    converts_in_pieces: bool = False
+    needs_contiguous_weights: bool = False
+    package: str = ""
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    device_limit: str = ""
+
+    def moment_bytes(self, shape: Shape) -> int:
+        """Return the bytes of the moments of a weight, scales included."""
+        return sum(buffer.num_elements * buffer.itemsize for buffer in self.moments(shape))
+
+
+_LIBRARY = "safelight.trainer.optim.library_optimizer"
+
+_SPECS = (
+    OptimizerSpec(
+        name="adamw8bit",
+        help="AdamW with 8-bit moments by our kernel, 2 bytes of moments a parameter",
+        implementation="safelight.trainer.optim.kernel_adamw:KernelAdamW",
+        moments=blockwise_moments(2),
+        memory_modes=("exact", "near", "paged", "rounded", "fp32"),
+        planned_modes=("exact", "near", "paged", "rounded"),
+        settings=("betas", "eps"),
+        steps_inside_backward=True,
+        is_capturable=True,
+        reads_16bit_gradients=True,
+        converts_in_pieces=True,
+    ),
+    OptimizerSpec(
+        name="bnb_adamw8bit",
+        help="the same by bitsandbytes",
+        implementation=f"{_LIBRARY}:BitsandbytesOptimizer",
+        library="bitsandbytes.optim:AdamW8bit",
+        moments=blockwise_moments(2),
+        settings=("betas", "eps"),
+        needs_contiguous_weights=True,
+        package="bitsandbytes",
+    ),
+    OptimizerSpec(
+        name="bnb_paged_adamw8bit",
+        help="bitsandbytes' paged one, whose moments are in CUDA's unified memory; on a GPU only",
+        implementation=f"{_LIBRARY}:BitsandbytesOptimizer",
+        library="bitsandbytes.optim:PagedAdamW8bit",
+        moments=blockwise_moments(2),
+        settings=("betas", "eps"),
+        needs_contiguous_weights=True,
+        package="bitsandbytes",
+        devices=("cuda",),
+        device_limit="keeps its moments in CUDA's unified memory, and this run is on a CPU; use bnb_adamw8bit",
+    ),
+    OptimizerSpec(
+        name="bnb_lion8bit",
+        help=(
+            "bitsandbytes' Lion with one 8-bit moment, 1 byte a parameter; every step moves each weight by lr, so use\n"
+            "an lr 3 to 10 times lower and a weight_decay as much higher than AdamW's, and betas = [0.9, 0.99]"
+        ),
+        implementation=f"{_LIBRARY}:BitsandbytesOptimizer",
+        library="bitsandbytes.optim:Lion8bit",
+        moments=blockwise_moments(1),
+        settings=("betas",),
+        needs_contiguous_weights=True,
+        package="bitsandbytes",
+    ),
+    OptimizerSpec(
+        name="adamw",
+        help="torch's AdamW, 8 bytes of fp32 moments a parameter",
+        implementation=f"{_LIBRARY}:TorchAdamW",
+        library="torch.optim:AdamW",
+        moments=fp32_moments(2),
+        settings=("betas", "eps"),
+    ),
+    OptimizerSpec(
+        name="adafactor",
+        help=(
+            "torch's Adafactor, moments factored over the last two dimensions: next to nothing for linear layers, 8/3\n"
+            "bytes a parameter for 3 x 3 convolutions; its lr is relative to each tensor's root mean square, so higher\n"
+            "than AdamW's"
+        ),
+        implementation=f"{_LIBRARY}:TorchAdafactor",
+        library="torch.optim:Adafactor",
+        moments=factored_moments,
+    ),
+)
+
+OPTIMIZERS: dict[str, OptimizerSpec] = {spec.name: spec for spec in _SPECS}
+
+
+def names_with(has: Callable[[OptimizerSpec], bool]) -> str:
+    """Return the names of the optimizers that have something, for messages: `a`, `a or b`."""
+    return " or ".join(spec.name for spec in _SPECS if has(spec))
+
+
+def help_text() -> str:
+    """Return the help of optimizer.name: a line or two for each optimizer."""
+    return ";\n".join(f"{spec.name}: {spec.help}" for spec in _SPECS) + "."

@@ -55,7 +55,7 @@ class MicroBatch:
 class Batch(TensorRecord):
     """A micro-batch's rows, float32, on the CPU or copied to a device. logvar_BCHW: None for a VAE without posterior.
 
-    conditioning: what the UNet is told besides, a record of the model family's own; see trainer/families.
+    conditioning: the UNet's conditioning inputs, in the record type of the model family; see trainer/families.
     """
 
     mean_BCHW: Tensor
@@ -70,8 +70,8 @@ class Batch(TensorRecord):
 class RowSource:
     """Where the rows of batches come from.
 
-    empty_key: of the empty caption's row, see samples.empty_text_key. condition: turns text rows, float32, stacked along a
-    first dimension, into the conditioning of a batch.
+    empty_key: key of the empty caption's row, see samples.empty_text_key. condition: turns float32 text rows, stacked
+    along a first dimension, into the conditioning of a batch.
     """
 
     cache: Cache

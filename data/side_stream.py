@@ -1,8 +1,8 @@
 """Copies batches to a GPU on a stream of their own, while earlier steps still run.
 
-The loader's thread pins a batch and enqueues its copy; the stream of the steps waits for that copy on the device, never the
-host. torch caches pinned memory and reuses a block only after the copy out of it has finished, which it checks by an event;
-the cache thereby serves as a ring buffer.
+The loader's thread pins a batch and enqueues its copy; the stream of the steps waits for that copy on the device, never
+the host. torch caches pinned memory and reuses a block only after the copy out of it has finished, which it checks by
+an event; the cache thereby serves as a ring buffer.
 """
 
 from __future__ import annotations

@@ -195,7 +195,7 @@ class KernelAdamW:
         factor = 1 / step.scale * self._clipping(by)
         places = [self._places[name] for name in names]
         self.inner.update(gradients, factor, ~torch.isfinite(norms), places)
-        self._norms.index_copy_(0, self.inner.places(places), norms)
+        self._norms.index_copy_(0, self.inner.indices_on_device(places), norms)
 
     def _end_fused(self, loss_scale) -> tuple[Tensor, Tensor]:
         """End a step that backward has taken. Taken is what any tensor took."""

@@ -310,7 +310,10 @@ def _flat(x: Tensor | None) -> Tensor | None:
 
 
 def _sqrt(x: Tensor) -> Tensor:
-    """Return the correctly rounded square root, which torch's vectorized CPU version is not (docs/decisions.md, Square roots)."""
+    """Return the correctly rounded square root.
+
+    torch's vectorized CPU version is not always correctly rounded (docs/decisions.md, Square roots).
+    """
     return torch.from_numpy(np.sqrt(x.numpy())) if x.device.type == "cpu" else x.sqrt()
 
 

@@ -219,9 +219,9 @@ def choose_attention(
 ) -> AttentionChoice:
     """Return the backend of each case on a device and dtype.
 
-    setting: the value of model.attention, a key of GROUPS. batch: samples per forward pass. previous: `to_dict()` of the run being resumed; its backends are kept
-    if they still work, because another backend gives other bits. On meta tensors nothing is computed: the first backend
-    in a GPU's order that accepts shapes and dtype is taken.
+    setting: the value of model.attention, a key of GROUPS. batch: samples per forward pass. previous: `to_dict()` of
+    the run being resumed; its backends are kept if they still work, because another backend gives other bits. On meta
+    tensors nothing is computed: the first backend in a GPU's order that accepts shapes and dtype is taken.
     Raises UserError if no allowed backend works for a case.
     """
     began = time.perf_counter()

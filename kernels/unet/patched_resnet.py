@@ -47,7 +47,7 @@ def detached(bias: Tensor | None) -> Tensor | None:
 
 
 def is_plain_conv(conv: nn.Module, size: int) -> bool:
-    """Return whether a module is a Conv2d with a size x size kernel, stride 1, padding size // 2 and no other options."""
+    """Return whether a module is a Conv2d with a size x size kernel, stride 1, padding size // 2, else plain."""
     return (
         type(conv) is nn.Conv2d
         and conv.kernel_size == (size, size)

@@ -217,7 +217,7 @@ class KernelAdamW(OptimizerBase):
         factor = 1 / step.scale * self._clipping_factor(clip_by)
         indices = [self._index_of[name] for name in names]
         self.kernel.update(gradients, factor, ~torch.isfinite(norms), indices)
-        self._norms.index_copy_(0, self.kernel.places(indices), norms)
+        self._norms.index_copy_(0, self.kernel.indices_on_device(indices), norms)
 
     def _finish_fused_step(self) -> tuple[Tensor, Tensor]:
         step, self._fused_step = self._fused_step, None

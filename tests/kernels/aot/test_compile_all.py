@@ -92,14 +92,17 @@ def test_bf16_is_compiled_for_all_but_sm_75(required):
     assert all(any("bf16" in label for label in cases) for target, cases in required.items() if target > 75)
 
 
-@pytest.mark.parametrize(
-    ("number", "case"),
-    enumerate(aot.one_of_each()),
-    ids=lambda x: x.label.partition("(")[0] if hasattr(x, "label") else "",
-)
-def test_one_compilation_of_each_kernel(results, number, case):
-    """Compiled here it passes, and is no worse than the committed figures. Kernels alternate between two targets."""
-    target = (75, 90)[number % 2]
+def alternating() -> list:
+    """Return one case of each kernel, each with one of two targets in turn."""
+    cases = aot.one_of_each()
+    return [
+        pytest.param(case, (75, 90)[number % 2], id=aot.kernel_name(case.launch)) for number, case in enumerate(cases)
+    ]
+
+
+@pytest.mark.parametrize(("case", "target"), alternating())
+def test_one_compilation_of_each_kernel(results, case, target):
+    """Compiled here it passes, and is no worse than the committed figures."""
     compiled = aot.compile_case(case, target)
     # Triton 3.6 distributes three-dimensional pointer tiles badly: up to 242 registers instead of 72 (docs/log.md)
     assert not re.search(r"tensor<\d+x\d+x\d+x!tt\.ptr", compiled.asm["ttir"])

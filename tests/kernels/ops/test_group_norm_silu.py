@@ -16,7 +16,7 @@ from safelight.kernels.triton.jit import cdiv
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # ((N, C, H, W), groups): small odd shapes, and the channel counts of SD's UNets
 SMALL = [((1, 6, 3, 5), 3), ((3, 20, 1, 7), 2), ((2, 32, 11, 13), 4)]
-WIDE = [((1, 320, 5, 3), 32), ((2, 640, 2, 1), 32), ((1, 1280, 4, 4), 32), ((1, 2560, 2, 2), 32)]
+WIDE = [((1, 320, 5, 3), 32), ((1, 640, 2, 1), 32), ((1, 1280, 4, 4), 32), ((1, 2560, 2, 2), 32)]
 # groups of 30 and 60 channels fill the same blocks of 32 and 64 as groups of 20 and 40
 WIDE_SLOW = [((1, 960, 3, 3), 32), ((1, 1920, 2, 3), 32)]
 SILU_AND_ADDEND = [(True, True), (True, False), (False, False)]

@@ -220,7 +220,7 @@ def test_blocks_follow_memory_order(device):
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_channels_last_states_are_requantized_within_half_a_gap(number):
-    """Loaded by contiguous weights, and back by channels-last ones: each value is off by at most half the map's widest gap."""
+    """Into contiguous weights and back into channels-last ones: values are off by at most half the map's widest gap."""
     weights = tensors("cpu", 9, channels_last=True)
     optimizer = AdamW8bit(weights)
     for step in range(3):

@@ -20,13 +20,13 @@ from tests.trainer.step.test_step import CPU, SCALE, SCHEDULER, SEED, make_batch
 NUM_SAMPLES = 8
 
 
-def naive_gradients(unet, noisy, alphas_T, prediction: str, error, weight) -> list[torch.Tensor]:
+def naive_gradients(unet, inputs, noisy, alphas_T, prediction: str, error, weight) -> list[torch.Tensor]:
     """Return the gradients in float64 of the loss as its paper writes it.
 
     error: of a difference; weight: of an SNR, on the epsilon error. A v error is SNR / (SNR + 1) of an epsilon error, squared.
     """
     unet = copy.deepcopy(unet).double()
-    predicted = unet(noisy.noisy_BCHW.double(), noisy.timesteps_B, noisy.text_BTD.double()).sample
+    predicted = unet(noisy.noisy_BCHW.double(), noisy.timesteps_B, inputs.conditioning.text_BTD.double()).sample
     total = 0
     for b, timestep in enumerate(noisy.timesteps_B.tolist()):
         a = float(alphas_T[timestep])
@@ -54,9 +54,9 @@ WEIGHTS = {
 }
 
 
-def gradients(unet, noisy, schedule, loss: Loss) -> list[torch.Tensor]:
+def gradients(unet, inputs, noisy, schedule, loss: Loss) -> list[torch.Tensor]:
     unet = copy.deepcopy(unet)
-    accumulate(unet, noisy, schedule, loss, NUM_SAMPLES, torch.tensor(1.0))
+    accumulate(unet, noisy, inputs.conditioning, schedule, loss, NUM_SAMPLES, torch.tensor(1.0))
     return [p.grad for p in unet.parameters()]
 
 
@@ -69,15 +69,16 @@ def test_every_row_of_the_registry_has_a_formula_here_and_in_the_kernel():
 @pytest.mark.parametrize(("kind", "weighting"), list(itertools.product(ERRORS, WEIGHTS)))
 def test_a_steps_gradients_are_the_formulas(small_unet, kind, weighting, prediction):
     schedule = make_schedule({**SCHEDULER, "prediction_type": prediction})
-    noisy = add_noise(upload(make_batch(5, 4), CPU, SEED, 0), schedule, SCALE)
+    inputs = upload(make_batch(5, 4), CPU, SEED, 0)
+    noisy = add_noise(inputs, schedule, SCALE)
     (of_kind, error), (of_weighting, weight) = ERRORS[kind], WEIGHTS[weighting]
     loss = of_weighting.model_copy(update={"kind": of_kind.kind, "huber_delta": of_kind.huber_delta})
-    expected = naive_gradients(small_unet, noisy, schedule.alphas_cumprod_T, prediction, error, weight)
-    found = gradients(small_unet, noisy, schedule, loss)
+    expected = naive_gradients(small_unet, inputs, noisy, schedule.alphas_cumprod_T, prediction, error, weight)
+    found = gradients(small_unet, inputs, noisy, schedule, loss)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-3, atol=1e-5 * theirs.abs().max().item() + 1e-9)
     if (kind, weighting) != ("mse", "none"):
-        before = gradients(small_unet, noisy, schedule, Loss())
+        before = gradients(small_unet, inputs, noisy, schedule, Loss())
         moved = sum((a - b).square().sum() for a, b in zip(found, before, strict=True)).sqrt()
         assert moved > 0.05 * sum(b.square().sum() for b in before).sqrt(), "the setting changes next to nothing"
 
@@ -85,13 +86,16 @@ def test_a_steps_gradients_are_the_formulas(small_unet, kind, weighting, predict
 def test_a_config_from_before_there_was_a_choice_trains_as_it_did(small_unet):
     """min_snr_gamma alone is min-SNR, as the same named outright; without it, no weighting."""
     schedule = make_schedule(SCHEDULER)
-    noisy = add_noise(upload(make_batch(6, 4), CPU, SEED, 0), schedule, SCALE)
+    inputs = upload(make_batch(6, 4), CPU, SEED, 0)
+    noisy = add_noise(inputs, schedule, SCALE)
     for old, new in (
         (Loss(min_snr_gamma=5.0), Loss(weighting="min_snr", min_snr_gamma=5.0)),
         (Loss(), Loss(weighting="none")),
     ):
         pairs = zip(
-            gradients(small_unet, noisy, schedule, old), gradients(small_unet, noisy, schedule, new), strict=True
+            gradients(small_unet, inputs, noisy, schedule, old),
+            gradients(small_unet, inputs, noisy, schedule, new),
+            strict=True,
         )
         assert all(torch.equal(a, b) for a, b in pairs)
 

@@ -130,7 +130,7 @@ def test_training_sdxl_is_refused(make_config):
 
 
 def test_sd21_trains(make_config, monkeypatch):
-    """A small model of its architecture: heads as a list, linear projections, GELU in the text encoder, v-prediction."""
+    """A small model with its architecture: heads as a list, linear projections, GELU text encoder, v-prediction."""
     parts = RANDOM_MODELS["sd21"]
     assert parts["text_encoder"]["hidden_size"] == parts["unet"]["cross_attention_dim"] == 1024
     unet = {**parts["unet"], **SMALL, "down_block_types": ["CrossAttnDownBlock2D"] * 2 + ["DownBlock2D"]}

@@ -242,10 +242,10 @@ def roofline(axes: Axes, records: list[dict]) -> bool:
         axes.annotate(label, (ms, y), (4, 0), textcoords="offset points", va="center", fontsize=9)
     axes.set_yticks(range(len(figures["classes"])), [*reversed(figures["classes"])])
     axes.margins(x=0.18)
-    place = f"{config['base']}, batch {config['batch_size']}, {config['precision']}"
+    workload = f"{config['base']}, batch {config['batch_size']}, {config['precision']}"
     if is_measured:
         use = 100 * figures["model_flop_use"]["share_of_limit"]
-        axes.set_title(f"{place} on {line['machine']['device']}: model FLOP utilization {use:.0f} %", fontsize=10)
+        axes.set_title(f"{workload} on {line['machine']['device']}: model FLOP utilization {use:.0f} %", fontsize=10)
         axes.set_xlabel("ms per step under the profiler (%: roofline time / measured time)")
         handles = [
             Patch(color=ROOFLINE["limit"], label="roofline time at this device's ceilings"),
@@ -255,7 +255,7 @@ def roofline(axes: Axes, records: list[dict]) -> bool:
             handles.append(Patch(color=ROOFLINE["outside operators"], label="outside operators"))
         axes.legend(handles=handles, frameon=False, fontsize=9, loc="best")
     else:
-        axes.set_title(f"{place}: {figures['least_ms']:.3g} ms per step at the roofline (not measured)", fontsize=10)
+        axes.set_title(f"{workload}: {figures['least_ms']:.3g} ms per step at the roofline (not measured)", fontsize=10)
         axes.set_xlabel(f"ms per step at the ceilings from {config['ceilings']}")
     return True
 

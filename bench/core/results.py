@@ -109,14 +109,14 @@ def newest(records: list[dict]) -> dict[tuple[str, str], dict]:
     return {key_of(record): record for record in records if "config" in record}
 
 
-def flatten(figures: dict, prefix: str = "", place: int = 1) -> dict[str, float]:
-    """Return the numbers in nested figures by dotted name. place: index into each [p20, p50, p80]."""
+def flatten(figures: dict, prefix: str = "", index: int = 1) -> dict[str, float]:
+    """Return the numbers in nested figures by dotted name. index: position in each [p20, p50, p80]."""
     numbers: dict[str, float] = {}
     for name, value in figures.items():
         if isinstance(value, dict):
-            numbers |= flatten(value, f"{prefix}{name}.", place)
+            numbers |= flatten(value, f"{prefix}{name}.", index)
         elif isinstance(value, list) and len(value) == 3 and all(isinstance(x, int | float) for x in value):
-            numbers[f"{prefix}{name}"] = value[place]
+            numbers[f"{prefix}{name}"] = value[index]
         elif isinstance(value, int | float) and not isinstance(value, bool):
             numbers[f"{prefix}{name}"] = value
     return numbers
@@ -131,7 +131,7 @@ def labels(configs: Sequence[Mapping[str, object]]) -> list[str]:
         name = key.replace("_", " ")
         if str(value) in ("True", "False"):
             return name if str(value) == "True" else f"no {name}"
-        # words speak for themselves, numbers do not
+        # a word is clear without the name of its setting, a number is not
         return str(value) if str(value)[:1].isalpha() else f"{name} {value}"
 
     return [", ".join(text(key, config[key]) for key in varying if key in config) for config in configs]
@@ -171,8 +171,8 @@ def slower_figures(a: list[dict], b: list[dict], share: float) -> list[str]:
     regressions, newest_a, newest_b = [], newest(a), newest(b)
     for bench, config, name, *_ in compare(a, b):
         is_rate = name.endswith("_per_s")
-        place = 2 if is_rate else 0
-        before, after = (flatten(lines[bench, config]["figures"], place=place)[name] for lines in (newest_a, newest_b))
+        index = 2 if is_rate else 0
+        before, after = (flatten(lines[bench, config]["figures"], index=index)[name] for lines in (newest_a, newest_b))
         if not (is_rate or name.endswith(("_ms", "_s"))) or before <= 0 or after <= 0:
             continue
         slowdown = (before / after if is_rate else after / before) - 1

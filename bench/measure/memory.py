@@ -139,11 +139,11 @@ def bench_memory(work: Workload, optimizers: tuple[str, ...] = ()) -> Iterator[d
     """
     work = work.resolved()
     names = tuple(offered(work.dtype))
-    for asked in optimizers:
-        if not any(asked in (name, *name.split(", ")) for name in names):
+    for pattern in optimizers:
+        if not any(pattern in (name, *name.split(", ")) for name in names):
             known = dict.fromkeys(part for name in names for part in name.split(", "))
-            raise UserError(f"unknown optimizer {asked!r}; use {', '.join(known)}, or both as in '{names[0]}'")
-    chosen = [n for n in names if not optimizers or any(asked in (n, *n.split(", ")) for asked in optimizers)]
+            raise UserError(f"unknown optimizer {pattern!r}; use {', '.join(known)}, or both as in '{names[0]}'")
+    chosen = [n for n in names if not optimizers or any(pattern in (n, *n.split(", ")) for pattern in optimizers)]
     device = torch.device(work.device)
     for optimizer in chosen:
         for checkpointing in checkpointing_modes():

@@ -198,12 +198,12 @@ MISTAKES = [
     Mistake(
         "no such optimizer to bench",
         lambda place: ["bench", "roofline", "--optimizer", "near"],
-        "optimizer 'near' is unknown; use a name of [optimizer]",
+        "unknown optimizer 'near'; use a name of [optimizer]",
     ),
     Mistake(
         "no such optimizer to bench by memory",
         lambda place: ["bench", "memory", "--optimizer", "adam"],
-        "optimizer 'adam' is unknown; use adamw8bit, ",
+        "unknown optimizer 'adam'; use adamw8bit, ",
     ),
     Mistake("config that is not there", lambda place: ["train", place / "gone.toml"], "does not exist"),
     Mistake(

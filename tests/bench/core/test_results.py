@@ -1,4 +1,4 @@
-"""Result lines, their comparison and their plots; benchmark help."""
+"""Result lines, their comparison and their plots; help and dispatch of the benchmarks."""
 
 import json
 import re
@@ -20,9 +20,15 @@ from safelight.bench.core.results import append, make_record, read
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def line(bench="step", config=None, **found) -> dict:
+def line(bench="step", config=None, **figures) -> dict:
     config = {"recipe": "safelight", "batch_size": 1, "base": "tiny", "latent_size": 16} | (config or {})
-    return {"bench": bench, "config": config, "figures": found, "machine": {"device": "CPU"}, "git_commit": "abcdef123"}
+    return {
+        "bench": bench,
+        "config": config,
+        "figures": figures,
+        "machine": {"device": "CPU"},
+        "git_commit": "abcdef123",
+    }
 
 
 def test_a_record_names_versions_and_commit_but_no_paths(tmp_path):

@@ -1,4 +1,4 @@
-"""SD2.1 and SDXL at full size on meta tensors, and small models of the same architecture that step and train."""
+"""Counts of SD2.1 and SDXL at full size on meta tensors; steps and training of small models of their architecture."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ SMALL = {
 
 @pytest.fixture
 def small_sdxl(monkeypatch):
-    """SDXL's make with its conditioning, few channels."""
+    """A base with SDXL's architecture and conditioning, but few channels."""
     unet = {
         **RANDOM_MODELS["sdxl"]["unet"],
         **SMALL,
@@ -44,67 +44,67 @@ def small_sdxl(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "parameters", "tensors"), [("sd21", 865_910_724, 686), ("sdxl", 2_567_463_684, 1_680)]
 )
-def test_true_sizes(name, parameters, tensors):
-    found = [p.numel() for p in meta_unet(resolve_base(f"random:{name}")).parameters()]
-    assert (sum(found), len(found)) == (parameters, tensors)
+def test_random_bases_have_the_published_numbers_of_parameters(name, parameters, tensors):
+    sizes = [p.numel() for p in meta_unet(resolve_base(f"random:{name}")).parameters()]
+    assert (sum(sizes), len(sizes)) == (parameters, tensors)
 
 
-# (patched, checkpointing) -> MiB saved; the study's SDXL at 128x128, its patched one from a hand-written sketch
+# (patched, checkpointing) -> MiB saved by SDXL at 128x128 latents, counted independently of this code
 SDXL_SAVED = {(False, "none"): 6570, (True, "none"): 3794, (False, "full"): 560}
 
 
-def check_against(base: str, patched: bool, checkpointing: str) -> dict:
-    """Return the figures of a base's step traced now, having found none above the golden line's."""
+def count_within_golden(base: str, patched: bool, checkpointing: str) -> dict:
+    """Count a base's step, check that no figure is above its golden line, and return the figures."""
     (golden,) = (
         g
         for g in gate.goldens(base=base)
         if g["config"].get("patched", False) == patched and g["config"]["checkpointing"] == checkpointing
     )
     config = {**golden["config"]}
-    found = count.figures(count.trace(resolve_base(config.pop("base")), **config))
-    assert gate.differences(golden["figures"], found)[0] == []
-    return found
+    figures = count.figures(count.trace(resolve_base(config.pop("base")), **config))
+    assert gate.differences(golden["figures"], figures)[0] == []
+    return figures
 
 
 @pytest.mark.slow
-def test_sdxl_gives_the_studys_figures():
-    found = check_against("random:sdxl", False, "none")
-    assert round(found["forward_gflop"]) == 6761
-    assert found["step_gflop"] == pytest.approx(20_600, rel=0.002)
-    assert round(found["saved_mib"]) == SDXL_SAVED[False, "none"]
+def test_counts_of_sdxl_agree_with_independent_counts():
+    figures = count_within_golden("random:sdxl", False, "none")
+    assert round(figures["forward_gflop"]) == 6761
+    assert figures["step_gflop"] == pytest.approx(20_600, rel=0.002)
+    assert round(figures["saved_mib"]) == SDXL_SAVED[False, "none"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("patched", "checkpointing"), [(True, "none"), (False, "full")])
-def test_sdxl_patched_and_checkpointed(patched, checkpointing):
-    found = check_against("random:sdxl", patched, checkpointing)
-    # the patch keeps the step's keys and values, which the sketch did not
-    assert found["saved_mib"] == pytest.approx(SDXL_SAVED[patched, checkpointing], rel=0.002)
-    assert round(found["forward_gflop"]) == 6761
+def test_saved_bytes_of_a_patched_or_checkpointed_sdxl(patched, checkpointing):
+    figures = count_within_golden("random:sdxl", patched, checkpointing)
+    # the patch also saves the text's keys and values, which the independent count left out
+    assert figures["saved_mib"] == pytest.approx(SDXL_SAVED[patched, checkpointing], rel=0.002)
+    assert round(figures["forward_gflop"]) == 6761
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("patched", [False, True])
-def test_sd21_gives_the_studys_figures(patched):
-    found = check_against("random:sd21", patched, "none")
-    assert round(found["forward_gflop"]) == 804
-    assert found["step_gflop"] == pytest.approx(2470, rel=0.002)
+def test_counts_of_sd21_agree_with_independent_counts(patched):
+    figures = count_within_golden("random:sd21", patched, "none")
+    assert round(figures["forward_gflop"]) == 804
+    assert figures["step_gflop"] == pytest.approx(2470, rel=0.002)
 
 
-def test_stand_in_conditioning_is_that_of_an_uncropped_picture(small_sdxl):
+def test_stand_in_conditioning_is_that_of_an_uncropped_image(small_sdxl):
     unet, seen = initial_unet(small_sdxl, torch.device("cpu")), []
     unet.add_embedding.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
     rows, text = torch.randn(2, 4, 16, 16), torch.randn(2, 77, 32)
-    given = family_of(unet.config).stand_in_conditioning(unet.config, text, (16, 16))
-    assert given.sizes_B6.tolist() == [[128, 128, 0, 0, 128, 128]] * 2
-    assert given.pooled_BP.shape == (2, 32)
-    assert given.pooled_BP.std() == pytest.approx(1, abs=0.3)
-    unet(rows, torch.tensor([5, 6]), **given.unet_arguments(torch.float32))
+    conditioning = family_of(unet.config).stand_in_conditioning(unet.config, text, (16, 16))
+    assert conditioning.sizes_B6.tolist() == [[128, 128, 0, 0, 128, 128]] * 2
+    assert conditioning.pooled_BP.shape == (2, 32)
+    assert conditioning.pooled_BP.std() == pytest.approx(1, abs=0.3)
+    unet(rows, torch.tensor([5, 6]), **conditioning.unet_arguments(torch.float32))
     assert seen[0].shape == (2, 32 + 6 * 8)
 
 
 @pytest.mark.slow
-def test_sdxl_steps_patched_unpatched_and_beside_the_recipe(small_sdxl):
+def test_sdxl_steps_with_and_without_our_kernels_and_as_a_recipe(small_sdxl):
     work = Workload(small_sdxl, device="cpu", checkpointing="full")
     recipes = ("safelight", "safelight-unpatched", "diffusers")
     records = list(measure(variants(recipes, (2,), work), repeats=1))
@@ -113,14 +113,14 @@ def test_sdxl_steps_patched_unpatched_and_beside_the_recipe(small_sdxl):
     assert measure_on_cpu(dataclasses.replace(work, batch_size=1).resolved())["step_mib"] > 0
 
 
-def test_sdxl_is_counted_patched_with_its_conditioning(small_sdxl):
+def test_a_patched_sdxl_has_the_same_flops_and_saves_less(small_sdxl):
     base = resolve_base(small_sdxl)
     plain, patched = (count.trace(base, layout="channels_last", patched=patched) for patched in (False, True))
     assert patched.flops_forward == plain.flops_forward > 0
     assert patched.saved_bytes < plain.saved_bytes
 
 
-def test_training_sdxl_is_refused_in_a_line(make_config):
+def test_training_sdxl_is_refused(make_config):
     with pytest.raises(
         ValueError,
         match=r"'random:sdxl' is for `safelight plan` and `safelight bench` alone: only Stable Diffusion 1\.x and 2\.x",
@@ -130,7 +130,7 @@ def test_training_sdxl_is_refused_in_a_line(make_config):
 
 
 def test_sd21_trains(make_config, monkeypatch):
-    """A small one of its make: heads as a list, linear projections, GELU in the text encoder, v-prediction."""
+    """A small model with its architecture: heads as a list, linear projections, GELU text encoder, v-prediction."""
     parts = RANDOM_MODELS["sd21"]
     assert parts["text_encoder"]["hidden_size"] == parts["unet"]["cross_attention_dim"] == 1024
     unet = {**parts["unet"], **SMALL, "down_block_types": ["CrossAttnDownBlock2D"] * 2 + ["DownBlock2D"]}

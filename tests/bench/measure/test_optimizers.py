@@ -1,6 +1,7 @@
 """`bench optimizer` and `bench memory`: every optimizer is measured, bytes match hand counts, emulated cards."""
 
 import json
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -28,9 +29,9 @@ def small(monkeypatch):
 
 
 def test_every_optimizer_and_memory_mode_of_the_config_is_measured_and_can_be_built():
-    found = {dtype: optimizers.offered(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    configs_of = {dtype: optimizers.offered(dtype) for dtype in (torch.float32, torch.bfloat16)}
     fields = Optimizer.model_fields
-    for dtype, configs in found.items():
+    for dtype, configs in configs_of.items():
         for name, config in configs.items():
             assert optimizer_config(name) == config
             # all can be built here, except the one that needs CUDA's unified memory
@@ -43,10 +44,10 @@ def test_every_optimizer_and_memory_mode_of_the_config_is_measured_and_can_be_bu
             optimizers._build(config, SHAPES, dtype, CPU)
         assert {name.split(", ")[0] for name in configs} == set(get_args(fields["name"].annotation))
     # fp32 weights have no remainder to store
-    assert {name.split(", ")[1] for name in found[torch.float32]} == {"fp32"}
-    assert {name.split(", ")[1] for name in found[torch.bfloat16]} == set(get_args(fields["memory"].annotation)) - {
-        "auto"
-    }
+    assert {name.split(", ")[1] for name in configs_of[torch.float32]} == {"fp32"}
+    assert {name.split(", ")[1] for name in configs_of[torch.bfloat16]} == set(
+        get_args(fields["memory"].annotation)
+    ) - {"auto"}
 
 
 def test_a_part_of_sd15_has_small_and_large_tensors_in_proportion():
@@ -65,11 +66,11 @@ def test_bytes_held_and_moved_agree_with_counts_by_hand(small):
         line["config"]["optimizer"]: line["figures"] for line in optimizers.bench_optimizers(CPU, torch.bfloat16, 1, 1)
     }
     # "cannot" means that a library is missing; none is missing here, and a bug of ours must not pass as one
-    assert {name for name, found in lines.items() if "cannot" in found} == {"bnb_paged_adamw8bit, fp32"}
-    measured = {name: found for name, found in lines.items() if "cannot" not in found}
+    assert {name for name, figures in lines.items() if "cannot" in figures} == {"bnb_paged_adamw8bit, fp32"}
+    measured = {name: figures for name, figures in lines.items() if "cannot" not in figures}
 
     def of(name: str) -> dict:
-        return next(found for key, found in measured.items() if key in (name, f"{name}, fp32"))
+        return next(figures for key, figures in measured.items() if key in (name, f"{name}, fp32"))
 
     # bf16 weight, fp32 master, two fp32 moments; the step counts are negligible
     assert of("adamw")["held_bytes_per_parameter"] == pytest.approx(2 + 4 + 8, abs=0.01)
@@ -81,19 +82,19 @@ def test_bytes_held_and_moved_agree_with_counts_by_hand(small):
     assert bitsandbytes["moved_bytes_per_parameter"] == pytest.approx(40, abs=0.2)
     # bytes of each memory mode's remainder
     for mode, remainder in (("exact", 2), ("near", 1), ("rounded", 0)):
-        held, found = 2 + remainder + codes, measured[f"adamw8bit, {mode}"]
+        held, figures = 2 + remainder + codes, measured[f"adamw8bit, {mode}"]
         # plus the quantization maps and tables of addresses, whose size does not depend on the model
-        assert found["held_bytes_per_parameter"] == pytest.approx(held, abs=0.12)
-        assert found["moved_bytes_per_parameter"] == pytest.approx(2 * held + 4, abs=0.24)
+        assert figures["held_bytes_per_parameter"] == pytest.approx(held, abs=0.12)
+        assert figures["moved_bytes_per_parameter"] == pytest.approx(2 * held + 4, abs=0.24)
     # each of the two tensors is a page; the ring has two slots of the larger one's size, the rest is on the host
-    ring, beside = 2 * 64 * 64 * 9 / NUM, 2 + codes
+    ring, paged_bytes = 2 * 64 * 64 * 9 / NUM, 2 + codes
     paged = measured["adamw8bit, paged"]
-    assert paged["held_bytes_per_parameter"] == pytest.approx(2 + ring * beside, abs=0.12)
-    assert paged["host_bytes_per_parameter"] == pytest.approx(beside, abs=0.01)
-    assert paged["moved_bytes_per_parameter"] == pytest.approx(2 * (2 + 2 * beside) + 4, abs=0.24)
+    assert paged["held_bytes_per_parameter"] == pytest.approx(2 + ring * paged_bytes, abs=0.12)
+    assert paged["host_bytes_per_parameter"] == pytest.approx(paged_bytes, abs=0.01)
+    assert paged["moved_bytes_per_parameter"] == pytest.approx(2 * (2 + 2 * paged_bytes) + 4, abs=0.24)
     assert lines["ema"]["moved_bytes_per_parameter"] == 10
-    for found in measured.values():
-        assert min(found["step_ms"]) > 0
+    for figures in measured.values():
+        assert min(figures["step_ms"]) > 0
     assert next(iter(measured.values()))["ratio"] == 1
 
 
@@ -119,10 +120,10 @@ def test_an_optimizer_that_cannot_run_has_its_reason_and_the_rest_is_measured(sm
     out = capsys.readouterr().out
     assert "adamw is not there" in out
     records = {line["config"]["optimizer"]: line["figures"] for line in read(tmp_path / "r")}
-    for name, found in records.items():
+    for name, figures in records.items():
         if name.split(", ")[0] == "adamw":
-            assert found == {"cannot": "adamw is not there"}
-    assert any("step_ms" in found for name, found in records.items() if name.startswith("adamw8bit"))
+            assert figures == {"cannot": "adamw is not there"}
+    assert any("step_ms" in figures for name, figures in records.items() if name.startswith("adamw8bit"))
 
 
 def test_the_allocated_peak_counts_live_memory():
@@ -139,19 +140,19 @@ def test_the_allocated_peak_counts_live_memory():
 @pytest.mark.slow
 def test_memory_on_a_cpu_agrees_with_the_plans_trace(capsys):
     name = next(name for name in optimizers.offered(torch.float32) if name.startswith("adamw8bit"))
-    words = ["bench", "memory", "--device", "cpu", "--batch-size", "4", "--precision", "fp32", "--json"]
+    command = ["bench", "memory", "--device", "cpu", "--batch-size", "4", "--precision", "fp32", "--json"]
     name = name if "memory" not in Optimizer.model_fields else "adamw8bit, fp32"
-    assert main([*words, "--optimizer", name]) == 0
+    assert main([*command, "--optimizer", name]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    found = {line["config"]["checkpointing"]: line["figures"] for line in lines}
-    assert set(found) == set(memory.checkpointing_modes())
+    figures_of = {line["config"]["checkpointing"]: line["figures"] for line in lines}
+    assert set(figures_of) == set(memory.checkpointing_modes())
     # 3.2 M parameters: fp32 weights and 8-bit codes, fp32 moments of small tensors
-    assert 6 * 3.1 < found["none"]["held_mib"] * 1.049 < 7 * 3.3
+    assert 6 * 3.1 < figures_of["none"]["held_mib"] * 1.049 < 7 * 3.3
     # checkpointing saves memory, up to the optimizer's own peak
-    assert found["full"]["step_mib"] < 0.9 * found["none"]["step_mib"]
+    assert figures_of["full"]["step_mib"] < 0.9 * figures_of["none"]["step_mib"]
     # the trace behind `safelight plan` agrees with the allocator
-    assert all(figures["step_to_predicted"] == pytest.approx(1, rel=0.05) for figures in found.values())
-    assert main([*words, "--optimizer", "sgd"]) == 2
+    assert all(figures["step_to_predicted"] == pytest.approx(1, rel=0.05) for figures in figures_of.values())
+    assert main([*command, "--optimizer", "sgd"]) == 2
     assert "adamw" in capsys.readouterr().err
 
 
@@ -168,6 +169,8 @@ def test_emulated_cards_are_tried_from_small_to_large_and_the_limit_is_lifted(mo
     monkeypatch.setattr(memory, "context_bytes", lambda device: 2**29)
     monkeypatch.setattr(memory, "free", lambda device: None)
     monkeypatch.setattr(memory, "this_card", lambda device: find_card("10GiB"))
+    predicted = SimpleNamespace(peak=SimpleNamespace(total=4 * 2**30), transient=2**30)
+    monkeypatch.setattr(memory, "traced_step", lambda work: predicted)
 
     def fake_step(work):
         tried.append(fractions[-1])
@@ -176,10 +179,11 @@ def test_emulated_cards_are_tried_from_small_to_large_and_the_limit_is_lifted(mo
 
     monkeypatch.setattr(memory, "try_step", fake_step)
     work = Workload(device="cpu").resolved()
-    found = memory.measure_on_gpu(work)
+    figures = memory.measure_on_gpu(work)
     # 4 GiB is less than what is allocated; 6 GiB minus the context fails; 8 suffices; this GPU does not have 12
     assert tried == pytest.approx([1.0, 0.55, 0.75])
-    assert found["smallest_card_gib"] == 8
+    assert figures["smallest_card_gib"] == 8
+    assert figures["allocated_to_predicted"] == 5 / 4
     assert fractions[-1] == 1.0
     monkeypatch.setattr(memory, "try_step", lambda work: None)
     assert memory.measure_on_gpu(work) == {"fits": False}
@@ -189,7 +193,7 @@ def test_emulated_cards_are_tried_from_small_to_large_and_the_limit_is_lifted(mo
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_step_fails_on_an_emulated_card_that_is_too_small():
     work = Workload(device="cuda").resolved()
-    found = memory.measure_on_gpu(work)
-    assert found["fits"]
-    assert found["smallest_card_gib"] == 4
+    figures = memory.measure_on_gpu(work)
+    assert figures["fits"]
+    assert figures["smallest_card_gib"] == 4
     assert memory.step_on_emulated_card(work, 0.01, 0) is None

@@ -80,7 +80,7 @@ def test_model_flops_leave_out_recomputation_by_checkpointing():
 
 def test_the_command_reports_classes_ceilings_and_flop_utilization(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(ceilings_module, "SMALL", (256, 2**23, 3))
-    arguments = "--model tiny --device cpu --repeats 2 --steps 1 --batch-size 2 --checkpointing full"
+    arguments = "--model tiny --device cpu --repeats 2 --steps 1 --batch-size 2 --latent-size 8 --checkpointing full"
     assert main(["bench", "roofline", *arguments.split(), "--append", str(tmp_path / "r.jsonl")]) == 0
     (record,), out = read(tmp_path / "r.jsonl"), capsys.readouterr().out
     figures = record["figures"]

@@ -34,7 +34,7 @@ def session(tmp_path_factory, tiny_dataset):
     config = parse_config(
         {
             "model": {"base": "tiny"},
-            "data": {"resolution": 64, "max_aspect": 1.0, "path": str(tiny_dataset)},
+            "data": {"resolution": 64, "max_aspect": 1.0, "path": str(tiny_dataset), "variants": 1},
             "train": {"batch_size": 2},
             "optimizer": {"name": "adamw"},
         },

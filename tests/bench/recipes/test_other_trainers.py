@@ -175,10 +175,10 @@ def test_everydream_uses_fp16_for_bf16_and_refuses_sdxl(inputs):
     linear = next(m for m in baseline.text_encoder.modules() if isinstance(m, torch.nn.Linear))
     for module in (baseline.vae.encoder.conv_in, linear):
         module.register_forward_hook(lambda module, args, output: seen.add((module.weight.dtype, output.dtype)))
-    encoded = baseline.encode(*baseline.photographs.take(1))
+    latents, conditioning = baseline.encode(*baseline.photographs.take(1))
     # fp32 weights under fp16 autocast, and fp32 outputs
     assert seen == {(torch.float32, torch.float16)}
-    assert {x.dtype for x in encoded} == {torch.float32}
+    assert latents.dtype == conditioning.text_BTD.dtype == torch.float32
     assert baseline.loss(*inputs[0]).item() == pytest.approx(Plain().loss(*inputs[0]).item(), rel=0.01)
     with pytest.raises(ValueError, match="random:sdxl has no encoders"):
         make_baseline("everydream", Workload("random:sdxl", device="cpu").resolved())

@@ -22,7 +22,7 @@ def test_replayed_steps_are_the_same_steps():
     replayed = Ours(WORK)
     replayed._recorder = RunsAgain(replayed.optimizer)
     assert losses(replayed, sizes) == losses(build(OURS, WORK), sizes)
-    assert (replayed._recorder.recorded, replayed._recorder.replayed) == (2, 3)
+    assert (replayed._recorder.num_captured, replayed._recorder.num_replayed) == (2, 3)
 
 
 def test_every_variant_differs_from_ours_in_one_technique(monkeypatch):

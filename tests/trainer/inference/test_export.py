@@ -5,7 +5,6 @@ import json
 import shutil
 from datetime import UTC, datetime
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -257,11 +256,11 @@ def test_the_files_metadata_and_its_hash(exported, tiny_run):
     ],
 )
 def test_the_architectures_of_the_specification(width, prediction, architecture, word):
-    unet = SimpleNamespace(cross_attention_dim=width, block_out_channels=(320, 640, 1280, 1280))
+    unet = {"cross_attention_dim": width, "block_out_channels": (320, 640, 1280, 1280)}
     metadata = modelspec(unet, prediction, 512, "", "")
     assert (metadata["modelspec.architecture"], metadata["modelspec.prediction_type"]) == (architecture, word)
     assert metadata["modelspec.resolution"] == "512x512"
-    unet.block_out_channels = (320, 640, 1280)
+    unet["block_out_channels"] = (320, 640, 1280)
     assert modelspec(unet, prediction, 512, "", "")["modelspec.architecture"] == "stable-diffusion-custom"
 
 

@@ -14,11 +14,13 @@ import shutil
 import sys
 import time
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from safelight.bench.core.results import RESULTS, append, make_record
+from safelight.trainer.adapters.full import FullFineTune
 from safelight.trainer.checkpoint.files import Position, folder_of, save_checkpoint
 from safelight.trainer.checkpoint.identity import Identity
 from safelight.trainer.checkpoint.saver import Saver
@@ -50,7 +52,13 @@ def make_state(base: str) -> tuple[torch.nn.Module, UNetOptimizer]:
 def save_in_loop(folder: Path, unet, optimizer: UNetOptimizer) -> float:
     """Save a checkpoint in this thread and return how many seconds that takes."""
     began = time.perf_counter()
-    save_checkpoint(folder, unet, optimizer.state_tensors(), Position(step=1), IDENTITY)
+    save_checkpoint(
+        folder,
+        partial(FullFineTune(unet).write, tensors=unet.state_dict()),
+        optimizer.state_tensors(),
+        Position(step=1),
+        IDENTITY,
+    )
     return time.perf_counter() - began
 
 
@@ -61,7 +69,7 @@ def save_in_thread(saver: Saver, unet, optimizer: UNetOptimizer, step: int) -> d
     checkpoint is complete.
     """
     began, began_cpu = time.perf_counter(), time.thread_time()
-    saver.save(unet, optimizer.live_state(), Position(step=step))
+    saver.save(FullFineTune(unet), optimizer.live_state(), Position(step=step))
     stalled, ran = time.perf_counter() - began, time.thread_time() - began_cpu
     saver.wait()
     return {"thread_stall_s": stalled, "thread_stall_cpu_s": ran, "thread_whole_s": time.perf_counter() - began}
@@ -83,7 +91,7 @@ def main() -> None:
     all_seconds: defaultdict[str, list[float]] = defaultdict(list)
     device = torch.device("cpu")
     with Saver(arguments.dir, IDENTITY, 1, lambda: None, print, device) as saver:
-        saver.reserve(unet, optimizer.live_state())
+        saver.reserve(FullFineTune(unet), optimizer.live_state())
         began = time.perf_counter()
         saver.wait()
         reserving = time.perf_counter() - began

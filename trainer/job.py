@@ -18,6 +18,7 @@ from safelight.data.text import counted
 from safelight.errors import UserError
 from safelight.kernels.unet.attention import AttentionChoice, attention_cases, choose_attention
 from safelight.kernels.unet.patch import Patch
+from safelight.trainer.adapters.trained import Trained
 from safelight.trainer.checkpoint.files import Position, load_checkpoint, read_identity
 from safelight.trainer.checkpoint.identity import Identity
 from safelight.trainer.checkpoint.saver import Saver
@@ -48,6 +49,7 @@ class Models:
     codec: the autoencoder that decodes samples; it stays in host memory and moves to the GPU to work.
     """
 
+    trained: Trained
     context: StepContext
     ema: WeightAverages | None
     codec: LatentCodec
@@ -155,7 +157,7 @@ def _build_models(run: ResolvedRun, dataset: Dataset) -> Models:
     schedule = run.schedule.to(run.device)
     context = StepContext(unet, equipped.optimizer, schedule, dataset.scaling_factor, run.given.loss)
     codec = load_codec(run.given, run.base, torch.device("cpu"))
-    return Models(context, equipped.ema, codec, attention, equipped.patched)
+    return Models(equipped.trained, context, equipped.ema, codec, attention, equipped.patched)
 
 
 def _restore(run: ResolvedRun, models: Models, identity: Identity) -> Start:
@@ -171,7 +173,7 @@ def _restore(run: ResolvedRun, models: Models, identity: Identity) -> Start:
             "has now; start a new run with --run.dir"
         )
     optimizer = models.context.optimizer
-    state, position = load_checkpoint(run.run_dir, run.resume_step, models.context.unet)
+    state, position = load_checkpoint(run.run_dir, run.resume_step, models.trained)
     window = take_state(state)
     take_averages(state, models.ema)
     optimizer.load_state_tensors(state)

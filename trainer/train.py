@@ -90,7 +90,7 @@ def _loop(job: Job, position: Position) -> Outcome:
             rewrite_position(job.run.run_dir, position)
     if position.step < timeline.num_steps:
         progress.show(position, "first step")
-        job.saver.reserve(job.models.context.unet, job.models.live_state())
+        job.saver.reserve(job.models.trained, job.models.live_state())
     if job.run.plan is not None:
         # the peak that is compared with the plan is that of training steps only
         reset_peak_memory(job.run.device)
@@ -232,4 +232,4 @@ def _save(job: Job, position: Position) -> None:
         return
     with job.progress.clock_paused():
         state = {**job.models.live_state(), **job.progress.window.state()}
-        job.saver.save(job.models.context.unet, state, position)
+        job.saver.save(job.models.trained, state, position)

@@ -1,5 +1,6 @@
 """The least that can be saved as a checkpoint: a UNet of two widths, a layer like one, a run's identity and place."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +33,12 @@ def make_unet(seed: int = 0) -> UNet2DConditionModel:
 
 def save(run_dir: Path, step: int, unet=None, state=None) -> Path:
     state = {"a/b": torch.arange(4.0)} if state is None else state
-    return save_checkpoint(run_dir, unet or Little(), state, replace(POSITION, step=step), IDENTITY)
+    return save_checkpoint(run_dir, writes(unet or Little()), state, replace(POSITION, step=step), IDENTITY)
+
+
+def writes(unet) -> Callable[[Path], None]:
+    """Return what writes a UNet's own files into a checkpoint's folder."""
+    return lambda folder: unet.save_pretrained(folder / "unet", safe_serialization=True)
 
 
 class Little(torch.nn.Linear):

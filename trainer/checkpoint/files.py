@@ -16,13 +16,13 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
 
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from safelight.data.atomic import atomic_write_text, sync_folder
 from safelight.errors import UserError
+from safelight.trainer.adapters.trained import Trained
 from safelight.trainer.checkpoint.identity import Identity
 
 FORMAT = 1
@@ -48,12 +48,6 @@ class Position:
     best_step: int = -1
     best_loss: float | None = None
     unmeasured: bool = False
-
-
-class Saves(Protocol):
-    """Anything that writes its config and weights into a folder as diffusers' models do."""
-
-    def save_pretrained(self, folder: Path, safe_serialization: bool) -> None: ...
 
 
 def folder_of(run_dir: Path, step: int) -> Path:
@@ -92,7 +86,7 @@ def _remove_unfinished(run_dir: Path) -> None:
 
 def save_checkpoint(
     run_dir: Path,
-    unet: Saves,
+    write_trained: Callable[[Path], None],
     state: dict[str, Tensor],
     position: Position,
     identity: Identity,
@@ -100,6 +94,7 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint and return its folder. Each step may be written only once.
 
+    write_trained: writes the trained tensors' files into the folder, which exists (Trained.write).
     between_files: called between files and before the final rename; an exception it raises aborts the write.
     """
     place = folder_of(run_dir, position.step)
@@ -108,7 +103,7 @@ def save_checkpoint(
     _remove_unfinished(run_dir)
     assert not place.exists(), f"{place} is written a second time"
     try:
-        _write(partial, unet, state, position, identity, between_files)
+        _write(partial, write_trained, state, position, identity, between_files)
     except Exception:
         # re-raised below; remove the partial folder first, or it keeps a full disk full
         shutil.rmtree(partial, ignore_errors=True)
@@ -121,7 +116,7 @@ def save_checkpoint(
 
 def _write(
     folder: Path,
-    unet: Saves,
+    write_trained: Callable[[Path], None],
     state: dict[str, Tensor],
     position: Position,
     identity: Identity,
@@ -129,7 +124,7 @@ def _write(
 ) -> None:
     """Write a checkpoint's files and sync them to disk, state.json last."""
     folder.mkdir(parents=True)
-    unet.save_pretrained(folder / "unet", safe_serialization=True)
+    write_trained(folder)
     between_files()
     save_file(state, folder / "state.safetensors")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -146,7 +141,7 @@ def _write(
         "sha256": digests,
     }
     _write_record(folder, record)
-    for path in (folder / "unet", folder):
+    for path in [*sorted({path.parent for path in files} - {folder}), folder]:
         sync_folder(path)
 
 
@@ -241,27 +236,12 @@ def check_files(folder: Path) -> dict:
     return record
 
 
-def load_checkpoint(run_dir: Path, step: int, unet: nn.Module) -> tuple[dict[str, Tensor], Position]:
-    """Load the UNet's weights and return (optimizer state, position) of a checkpoint that passed check_files."""
+def load_checkpoint(run_dir: Path, step: int, trained: Trained) -> tuple[dict[str, Tensor], Position]:
+    """Load the trained tensors and return (optimizer state, position) of a checkpoint that passed check_files."""
     folder = folder_of(run_dir, step)
     record = read_record(folder)
-    load_unet_weights(folder, unet)
+    trained.load(folder)
     return load_file(folder / "state.safetensors"), Position(**record["position"])
-
-
-def load_unet_weights(folder: Path, unet: nn.Module) -> None:
-    """Load a checkpoint's weights into a UNet. Raises UserError if its architecture differs."""
-    weights: dict[str, Tensor] = {}
-    for path in sorted((folder / "unet").glob("*.safetensors")):
-        weights.update(load_file(path))
-    try:
-        unet.load_state_dict(weights, strict=True)
-    except RuntimeError as error:
-        first = str(error).splitlines()[1:2] or [str(error)]
-        raise UserError(
-            f"checkpoint {folder} is of another UNet than the base that the run names now ({first[0].strip()[:160]}); "
-            "give model.base the model it was trained from"
-        ) from None
 
 
 def prune(run_dir: Path, keep: int, best_step: int) -> None:

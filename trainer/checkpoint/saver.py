@@ -12,21 +12,24 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from safelight.trainer.adapters.trained import Trained
 from safelight.trainer.checkpoint.files import Position, prune, save_checkpoint
 from safelight.trainer.checkpoint.identity import Identity
-from safelight.trainer.checkpoint.snapshot import SavedUNet, Snapshot, SnapshotBuffers, available_bytes, num_bytes_of
+from safelight.trainer.checkpoint.snapshot import Snapshot, SnapshotBuffers, available_bytes, num_bytes_of
 from safelight.units import GIB
 
 # buffers are kept between saves only if this much host memory remains for everything else
 SPARE_BYTES = 2 * GIB
 # a save that waits longer than this for the previous one says so
 PATIENCE_S = 10.0
-UNET = "unet/"
+# keeps the names of trained tensors apart from those of the state within a snapshot
+TRAINED = "trained/"
 
 
 class _Abandoned(Exception):
@@ -59,13 +62,13 @@ class Saver:
         self.asked_step = self.saved_step
         self._buffers = SnapshotBuffers(is_pinned=False)
 
-    def reserve(self, unet: nn.Module, state: dict[str, Tensor]) -> None:
+    def reserve(self, trained: Trained, state: dict[str, Tensor]) -> None:
         """Start to allocate the buffers of such saves and keep them for the whole run.
 
         Kept buffers are pinned on a GPU. If memory is scarce, say so: each save then allocates pageable memory and frees
         it again, which holds up training.
         """
-        tensors = [*unet.state_dict().values(), *state.values()]
+        tensors = [*trained.tensors().values(), *state.values()]
         needed, available = num_bytes_of(tensors), available_bytes()
         if available is None or available < needed + SPARE_BYTES:
             amount = "unknown" if available is None else f"{available / GIB:.1f} GiB"
@@ -85,14 +88,14 @@ class Saver:
             reason = str(error).splitlines()[0]
             self.say(f"host memory for checkpoints cannot be pinned, each save holds up training longer ({reason})")
 
-    def save(self, unet: nn.Module, state: dict[str, Tensor], position: Position) -> None:
+    def save(self, trained: Trained, state: dict[str, Tensor], position: Position) -> None:
         """Copy a checkpoint's tensors and start to write them. `state` may change once this has returned."""
         self.wait()
-        weights = {f"{UNET}{name}": x for name, x in unet.state_dict().items()}
+        weights = {f"{TRAINED}{name}": x for name, x in trained.tensors().items()}
         assert not weights.keys() & state.keys()
         snapshot = Snapshot({**weights, **state}, self._buffers)
         self.asked_step = position.step
-        self._start(f"the checkpoint of step {position.step}", lambda: self._write(unet, snapshot, position))
+        self._start(f"the checkpoint of step {position.step}", lambda: self._write(trained, snapshot, position))
 
     def check(self) -> None:
         """Raise the error of a write that has ended. Does not block."""
@@ -157,15 +160,14 @@ class Saver:
         if self._is_abandoned:
             raise _Abandoned
 
-    def _write(self, unet: nn.Module, snapshot: Snapshot, position: Position) -> None:
+    def _write(self, trained: Trained, snapshot: Snapshot, position: Position) -> None:
         try:
             tensors = snapshot.wait_for_copies()
             self.sync_metrics()
-            weights = {name.removeprefix(UNET): x for name, x in tensors.items() if name.startswith(UNET)}
-            state = {name: x for name, x in tensors.items() if not name.startswith(UNET)}
-            save_checkpoint(
-                self.run_dir, SavedUNet(unet, weights), state, position, self.identity, self._raise_if_abandoned
-            )
+            weights = {name.removeprefix(TRAINED): x for name, x in tensors.items() if name.startswith(TRAINED)}
+            state = {name: x for name, x in tensors.items() if not name.startswith(TRAINED)}
+            write = partial(trained.write, tensors=weights)
+            save_checkpoint(self.run_dir, write, state, position, self.identity, self._raise_if_abandoned)
             self.saved_step = position.step
             prune(self.run_dir, self.keep, position.best_step)
         finally:

@@ -10,8 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from safelight.kernels.host_memory import HostSlabs
 
@@ -88,16 +87,3 @@ class Snapshot:
                 flat = x.as_strided(ordered.shape, ordered.stride(), x.storage_offset())
                 self.tensors[name] = flat.copy_(ordered)
         return self.tensors
-
-
-class SavedUNet:
-    """A UNet's config and a snapshot of its weights, with the UNet's `save_pretrained`."""
-
-    def __init__(self, unet: nn.Module, weights: dict[str, Tensor]):
-        self._unet, self._weights = unet, weights
-
-    def save_pretrained(self, folder: Path, safe_serialization: bool) -> None:
-        """Write config.json and the weights in one file, as diffusers' `save_pretrained` does."""
-        assert safe_serialization
-        self._unet.save_config(folder)
-        save_file(self._weights, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})

@@ -17,7 +17,8 @@ from safelight.data.atomic import atomic_write_text
 from safelight.data.manifest import read_manifest
 from safelight.errors import UserError
 from safelight.kernels.unet.attention import apply_attention, attention_cases, choose_attention
-from safelight.trainer.checkpoint.files import check_files, folder_of, list_checkpoints, load_unet_weights, read_record
+from safelight.trainer.adapters.full import FullFineTune
+from safelight.trainer.checkpoint.files import check_files, folder_of, list_checkpoints, read_record
 from safelight.trainer.config.toml import Config, explain, load_config, require_run
 from safelight.trainer.inference.sampling import SAMPLE_BATCH_SIZE, Settings, check_size, generate, settings_of
 from safelight.trainer.models.base import Base, base_of, latent_factor, vae_bytes, vae_config
@@ -63,7 +64,7 @@ class OpenRun:
         unet = load_unet(self.base, self.config.run.seed, dtype)
         if step is not None:
             check_files(folder_of(self.run_dir, step))
-            load_unet_weights(folder_of(self.run_dir, step), unet)
+            FullFineTune(unet).load(folder_of(self.run_dir, step))
             load_averages(folder_of(self.run_dir, step), unet)
         unet.to(self.device).eval().requires_grad_(False)
         side = self.config.data.resolution // self.codec.factor

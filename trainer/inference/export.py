@@ -10,16 +10,16 @@ import json
 import os
 import shutil
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from safelight.data.atomic import atomic_write_text, sync_folder
 from safelight.errors import UserError
-from safelight.kernels.optim.split_weights import join
+from safelight.trainer.adapters.full import FullFineTune
 from safelight.trainer.checkpoint.files import check_files, folder_of
 from safelight.trainer.config.toml import Config, load_config, require_run
 from safelight.trainer.families.family import Family
@@ -34,7 +34,6 @@ from safelight.trainer.models.base import PICKLES, Base, base_of
 from safelight.trainer.models.device import DTYPES
 from safelight.trainer.models.noise_schedule import make_schedule
 from safelight.trainer.models.weights import load_text, load_vae, meta_unet
-from safelight.trainer.optim.ema import PREFIX as EMA_PREFIX
 from safelight.units import GIB
 
 # free space to leave beside the file: file systems slow down and fail before they are full
@@ -66,31 +65,13 @@ class _Source:
     dtype: torch.dtype
     weights: str
 
-    def unet_tensors(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-        """Return the checkpoint's UNet by diffusers' names, read one tensor at a time."""
-        tensors = {}
-        with safe_open(self.checkpoint / "state.safetensors", "pt") as state:
-            keys = set(state.keys())
-            if self.weights == "ema" and not any(key.startswith(EMA_PREFIX) for key in keys):
-                raise UserError(
-                    f"{self.checkpoint} holds no moving average: the run has train.ema_decay 0; leave --weights out"
-                )
-            for name in sorted(shapes):
-                sources = [f"master/{name}"] if self.weights == "trained" else [f"{EMA_PREFIX}{name}", f"master/{name}"]
-                if key := next((source for source in sources if source in keys), None):
-                    tensors[name] = _cast(name, state.get_tensor(key), self.dtype)
-            for path in sorted((self.checkpoint / "unet").glob("*.safetensors")):
-                with safe_open(path, "pt") as file:
-                    for name in set(file.keys()) - set(tensors):
-                        tensor, beside = file.get_tensor(name), f"remainder/{name}"
-                        if beside in keys:
-                            tensor = join(tensor, state.get_tensor(beside))
-                        tensors[name] = _cast(name, tensor, self.dtype)
-        if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != shapes:
-            raise UserError(
-                f"{self.checkpoint} does not fit model.base {self.base.spec!r}: was that changed since the run?"
-            )
-        return tensors
+    def unet(self) -> nn.Module:
+        """Return the trained UNet in the dtype asked for. Its memory is allocated one tensor at a time."""
+        unet = meta_unet(self.base)
+        shapes = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
+        convert = partial(_cast, dtype=self.dtype)
+        unet.load_state_dict(FullFineTune(unet).merged(self.checkpoint, shapes, self.weights, convert), assign=True)
+        return unet
 
     def vae(self) -> nn.Module:
         return load_vae(self.base, self.config.model.vae, self.config.run.seed)
@@ -191,9 +172,9 @@ def original_frozen(family: Family, vae: dict[str, Tensor], text_encoder: dict[s
 
 def _export_file(source: _Source, out: Path, title: str) -> list[str]:
     notes = []
-    unet = meta_unet(source.base)
-    shapes = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
-    tensors = to_original(source.unet_tensors(shapes), unet_layout(shapes, unet.config.layers_per_block))
+    unet = source.unet()
+    weights = unet.state_dict()
+    tensors = to_original(weights, unet_layout(weights, unet.config.layers_per_block))
     vae = source.vae()
     if hasattr(vae, "quant_conv"):
         tensors |= original_frozen(
@@ -260,9 +241,7 @@ def _load_in_fp32(config_path: Path) -> None:
 
 
 def _export_folder(source: _Source, out: Path) -> None:
-    unet = meta_unet(source.base)
-    shapes = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
-    unet.load_state_dict(source.unet_tensors(shapes), assign=True)
+    unet = source.unet()
     vae, (tokenizer, text_encoder) = source.vae(), source.text()
     for module in (vae, text_encoder):
         module.load_state_dict(_cast_all(module, source.dtype), assign=True)

@@ -13,6 +13,8 @@ from torch import nn
 from safelight.kernels.unet import patch
 from safelight.kernels.unet.attention import AttentionChoice, apply_attention
 from safelight.kernels.unet.checkpointing import apply_checkpointing
+from safelight.trainer.adapters.full import FullFineTune
+from safelight.trainer.adapters.trained import Trained
 from safelight.trainer.config.toml import Config
 from safelight.trainer.optim.ema import WeightAverages
 from safelight.trainer.optim.optimizer import UNetOptimizer, make_optimizer
@@ -22,6 +24,7 @@ from safelight.trainer.optim.optimizer import UNetOptimizer, make_optimizer
 class Equipped:
     """What a UNet was given. patched: what runs on kernels, None without; ema: None where the run keeps no average."""
 
+    trained: Trained
     optimizer: UNetOptimizer
     ema: WeightAverages | None
     patched: patch.Patch | None
@@ -39,6 +42,8 @@ def equip(
     patched = patch.apply(unet, attention) if patch.should_patch(config.train.kernels, device) else None
     how = config.train.checkpointing
     apply_checkpointing(unet, "none" if how == "auto" else how)
+    trained = FullFineTune(unet)
+    trained.mark()
     first = next(unet.parameters())
     optimizer = make_optimizer(
         unet, config.optimizer, dtype, config.run.seed, first.device if first.is_meta else device
@@ -50,4 +55,4 @@ def equip(
     if any(stage.accumulate > 1 for stage in config.stages()):
         optimizer.buffers.allocate()
     ema = WeightAverages(optimizer, config.train.ema_decay) if config.train.ema_decay > 0 else None
-    return Equipped(optimizer, ema, patched)
+    return Equipped(trained, optimizer, ema, patched)

@@ -9,11 +9,13 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from safelight.kernels.unet import patch
+from safelight.trainer.adapters.full import FullFineTune
 from safelight.trainer.checkpoint.files import Position, load_checkpoint, save_checkpoint
 from safelight.trainer.checkpoint.identity import Identity
 from safelight.trainer.config.toml import Optimizer
 from safelight.trainer.optim.optimizer import make_optimizer
 from tests.kernels.unet.unets import CONFIGS, inputs_of, make, one_block, run, worst_error
+from tests.trainer.checkpoints import writes
 
 
 def test_what_is_swapped_packed_and_unpatched_is_reported():
@@ -114,14 +116,14 @@ def test_saved_weights_are_diffusers_and_round_trip_bitwise(tmp_path):
     unet = make(CONFIGS["sdxl"])
     before = {name: x.clone() for name, x in unet.state_dict().items()}
     patch.apply(unet)
-    save_checkpoint(tmp_path, unet, {"x": torch.zeros(1)}, Position(step=1), Identity({}, [], ""))
+    save_checkpoint(tmp_path, writes(unet), {"x": torch.zeros(1)}, Position(step=1), Identity({}, [], ""))
     read = UNet2DConditionModel.from_pretrained(tmp_path / "checkpoints" / "step-00000001" / "unet")
     assert type(read) is UNet2DConditionModel
     assert list(read.state_dict()) == list(before)
     assert all(torch.equal(x, before[name]) for name, x in read.state_dict().items())
     other = make(CONFIGS["sdxl"], seed=7)
     patch.apply(other)
-    load_checkpoint(tmp_path, 1, other)
+    load_checkpoint(tmp_path, 1, FullFineTune(other))
     assert all(torch.equal(x, before[name]) for name, x in other.state_dict().items())
     # raises if loading moved the weights out of their packed buffers
     run(other, inputs_of(other))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from safelight.trainer.adapters.full import FullFineTune
 from safelight.trainer.checkpoint import files as checkpoint
 from safelight.trainer.checkpoint.files import (
     Position,
@@ -21,7 +22,7 @@ from safelight.trainer.checkpoint.files import (
     read_identity,
     save_checkpoint,
 )
-from tests.trainer.checkpoints import IDENTITY, POSITION, Little, make_unet, save
+from tests.trainer.checkpoints import IDENTITY, POSITION, Little, make_unet, save, writes
 
 # there and back
 
@@ -29,9 +30,9 @@ from tests.trainer.checkpoints import IDENTITY, POSITION, Little, make_unet, sav
 def test_a_checkpoint_comes_back(tmp_path):
     unet, other = make_unet(1), make_unet(2)
     state = {"master/x": torch.randn(3), "step/x": torch.tensor(5.0)}
-    folder = save_checkpoint(tmp_path, unet, state, POSITION, IDENTITY)
+    folder = save_checkpoint(tmp_path, writes(unet), state, POSITION, IDENTITY)
     assert folder == tmp_path / "checkpoints" / "step-00000007"
-    found, position = load_checkpoint(tmp_path, 7, other)
+    found, position = load_checkpoint(tmp_path, 7, FullFineTune(other))
     assert position == POSITION
     assert found.keys() == state.keys()
     assert all(torch.equal(found[key], state[key]) for key in state)
@@ -42,7 +43,7 @@ def test_a_checkpoint_comes_back(tmp_path):
 
 def test_its_files_are_diffusers_own_and_hold_nothing_that_can_run(tmp_path):
     unet = make_unet(1)
-    folder = save_checkpoint(tmp_path, unet, {"x/y": torch.ones(1)}, POSITION, IDENTITY)
+    folder = save_checkpoint(tmp_path, writes(unet), {"x/y": torch.ones(1)}, POSITION, IDENTITY)
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert names == {"state.json", "state.safetensors", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"}
     loaded = UNet2DConditionModel.from_pretrained(folder / "unet")
@@ -51,11 +52,11 @@ def test_its_files_are_diffusers_own_and_hold_nothing_that_can_run(tmp_path):
 
 
 def test_no_best_so_far_comes_back(tmp_path):
-    save_checkpoint(tmp_path, Little(), {}, Position(step=1), IDENTITY)
+    save_checkpoint(tmp_path, writes(Little()), {}, Position(step=1), IDENTITY)
     text = (folder_of(tmp_path, 1) / "state.json").read_text()
     # JSON proper has no Infinity
     json.loads(text, parse_constant=lambda name: pytest.fail(name))
-    assert load_checkpoint(tmp_path, 1, Little())[1] == Position(step=1)
+    assert load_checkpoint(tmp_path, 1, FullFineTune(Little()))[1] == Position(step=1)
 
 
 # whole or not there
@@ -145,7 +146,7 @@ def test_what_is_deleted_first_stops_counting(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["state.safetensors", "unet/diffusion_pytorch_model.safetensors", "unet/config.json"])
 @pytest.mark.parametrize("how", ["one bit", "cut", "gone"])
 def test_damage_is_found_and_named(tmp_path, name, how):
-    folder = save_checkpoint(tmp_path, make_unet(), {"x/y": torch.ones(5)}, POSITION, IDENTITY)
+    folder = save_checkpoint(tmp_path, writes(make_unet()), {"x/y": torch.ones(5)}, POSITION, IDENTITY)
     path = folder / name
     content = bytearray(path.read_bytes())
     if how == "gone":
@@ -207,7 +208,7 @@ def test_a_checkpoint_of_another_unet_is_one_line(tmp_path):
     torch.manual_seed(1)
     save(tmp_path, 1, unet=make_unet())
     with pytest.raises(ValueError, match=r"step-00000001 is of another UNet than .*; give model\.base") as caught:
-        load_checkpoint(tmp_path, 1, Little())
+        load_checkpoint(tmp_path, 1, FullFineTune(Little()))
     assert "\n" not in str(caught.value)
 
 
@@ -216,7 +217,7 @@ def test_a_record_that_is_damaged_or_of_another_version_is_named(tmp_path):
     record = json.loads(path.read_text())
     path.write_text(json.dumps({**record, "format": 99}))
     with pytest.raises(ValueError, match="has format 99, this version reads 1; use the version that wrote it"):
-        load_checkpoint(tmp_path, 1, Little())
+        load_checkpoint(tmp_path, 1, FullFineTune(Little()))
     path.write_text(path.read_text()[:-9])
     with pytest.raises(ValueError, match=r"step-00000001 is damaged: state\.json is not readable .*; start again"):
-        load_checkpoint(tmp_path, 1, Little())
+        load_checkpoint(tmp_path, 1, FullFineTune(Little()))

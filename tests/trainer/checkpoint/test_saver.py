@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from safelight.trainer import train as training
+from safelight.trainer.adapters.full import FullFineTune
 from safelight.trainer.checkpoint import saver as saving
 from safelight.trainer.checkpoint.files import Position, check_files, folder_of, list_checkpoints, save_checkpoint
 from safelight.trainer.checkpoint.identity import Identity
@@ -21,6 +22,7 @@ from safelight.trainer.checkpoint.saver import Saver
 from safelight.trainer.checkpoint.snapshot import SNAPSHOT_SLAB_BYTES, Snapshot, SnapshotBuffers, available_bytes
 from safelight.trainer.config.toml import Optimizer
 from safelight.trainer.optim.optimizer import make_optimizer
+from tests.trainer.checkpoints import writes
 
 IDENTITY = Identity({"run.seed": 1}, [{"epochs": 2}], "rows")
 CPU = torch.device("cpu")
@@ -69,22 +71,22 @@ def test_its_files_are_those_that_the_unet_writes_itself(tmp_path, unet, saver, 
     optimizer = make_optimizer(unet, Optimizer(), dtype)
     optimizer.set_hyper(1e-2, 0.01, 1.0)
     if is_kept:
-        saver.reserve(unet, optimizer.live_state())
+        saver.reserve(FullFineTune(unet), optimizer.live_state())
     for step in (1, 2):
         for p in unet.parameters():
             p.grad = torch.randn_like(p)
         optimizer.step()
-        saver.save(unet, optimizer.live_state(), Position(step=step))
+        saver.save(FullFineTune(unet), optimizer.live_state(), Position(step=step))
         saver.wait()
         assert (saver.saved_step, saver._buffers.num_bytes) == (step, SNAPSHOT_SLAB_BYTES if is_kept else 0)
-        save_checkpoint(tmp_path / "itself", unet, optimizer.state_tensors(), Position(step=step), IDENTITY)
+        save_checkpoint(tmp_path / "itself", writes(unet), optimizer.state_tensors(), Position(step=step), IDENTITY)
         assert files_of(folder_of(tmp_path, step)) == files_of(folder_of(tmp_path / "itself", step))
 
 
 def test_what_is_saved_is_what_was_there_when_it_was_asked_for(tmp_path, unet, saver, held):
     before = copy.deepcopy(unet)
     state = {"a": torch.arange(4.0), "b": torch.ones((), dtype=torch.int64)}
-    saver.save(unet, state, Position(step=1))
+    saver.save(FullFineTune(unet), state, Position(step=1))
     with torch.no_grad():
         for x in [*unet.parameters(), *state.values()]:
             x.mul_(-3)
@@ -92,7 +94,7 @@ def test_what_is_saved_is_what_was_there_when_it_was_asked_for(tmp_path, unet, s
     held.set()
     saver.wait()
     expected = {"a": torch.arange(4.0), "b": torch.ones((), dtype=torch.int64)}
-    save_checkpoint(tmp_path / "expected", before, expected, Position(step=1), IDENTITY)
+    save_checkpoint(tmp_path / "expected", writes(before), expected, Position(step=1), IDENTITY)
     assert files_of(folder_of(tmp_path, 1)) == files_of(folder_of(tmp_path / "expected", 1))
 
 
@@ -123,12 +125,12 @@ def test_buffers_do_not_overlap(monkeypatch):
 
 def test_memory_that_is_scarce_is_not_kept_and_reported(unet, saver, said, monkeypatch):
     monkeypatch.setattr(saving, "available_bytes", lambda: 2**31)
-    saver.reserve(unet, {"a": torch.zeros(4)})
+    saver.reserve(FullFineTune(unet), {"a": torch.zeros(4)})
     assert said == [
         "a checkpoint's copy in host memory takes 0.0 GiB, available: 2.0 GiB; it is not kept between saves, and each save "
         "holds up training longer"
     ]
-    saver.save(unet, {}, Position(step=1))
+    saver.save(FullFineTune(unet), {}, Position(step=1))
     saver.wait()
     assert saver._buffers.num_bytes == 0
 
@@ -138,8 +140,8 @@ def test_memory_that_cannot_be_pinned_is_reported_and_done_without(unet, saver, 
         raise RuntimeError("CUDA error: out of memory\nmore")
 
     monkeypatch.setattr(SnapshotBuffers, "reserve", refuse)
-    saver.reserve(unet, {})
-    saver.save(unet, {}, Position(step=1))
+    saver.reserve(FullFineTune(unet), {})
+    saver.save(FullFineTune(unet), {}, Position(step=1))
     saver.wait()
     assert len(said) == 1
     assert said[0].endswith("each save holds up training longer (CUDA error: out of memory)")
@@ -167,7 +169,7 @@ def test_a_gpus_copies_are_asked_for_in_pinned_memory_and_waited_for_by_the_thre
     memory = SimpleNamespace(reserve=lambda tensors: calls.append("reserved"))
     monkeypatch.setattr(saving, "SnapshotBuffers", lambda is_pinned: calls.append(("pinned", is_pinned)) or memory)
     saver.device = torch.device("cuda")
-    saver.reserve(unet, {})
+    saver.reserve(FullFineTune(unet), {})
     saver.wait()
     assert calls[2:] == [("pinned", True), "reserved"]
 
@@ -194,10 +196,10 @@ def test_available_memory_is_what_the_system_reports(tmp_path, monkeypatch):
 
 def test_the_next_save_waits_for_the_one_before(tmp_path, unet, saver, held, said, monkeypatch):
     monkeypatch.setattr(saving, "PATIENCE_S", 0.05)
-    saver.save(unet, {"a": torch.zeros(1)}, Position(step=1))
+    saver.save(FullFineTune(unet), {"a": torch.zeros(1)}, Position(step=1))
     assert (saver.asked_step, saver.saved_step) == (1, -1)
     threading.Timer(0.3, held.set).start()
-    saver.save(unet, {"a": torch.ones(1)}, Position(step=2))
+    saver.save(FullFineTune(unet), {"a": torch.ones(1)}, Position(step=2))
     assert said == ["waiting for the checkpoint of step 1"]
     assert saver.saved_step == 1
     saver.wait()
@@ -211,7 +213,7 @@ def test_metrics_are_on_disk_before_the_checkpoint_and_pruning_comes_last(tmp_pa
         monkeypatch.setattr(saving, name, lambda *a, name=name, original=original: (events.append(name), original(*a)))
     saver = Saver(tmp_path, IDENTITY, 1, lambda: events.append("metrics"), print, CPU)
     for step in (1, 2, 3):
-        saver.save(unet, {}, Position(step=step, best_step=1))
+        saver.save(FullFineTune(unet), {}, Position(step=step, best_step=1))
     saver.wait()
     assert events == ["metrics", "save_checkpoint", "prune"] * 3
     assert list_checkpoints(tmp_path) == [1, 3]
@@ -226,7 +228,7 @@ def fail(*args):
 
 def test_a_failure_is_raised_at_the_next_check_and_once(unet, saver, monkeypatch):
     monkeypatch.setattr(saving, "save_checkpoint", fail)
-    saver.save(unet, {}, Position(step=1))
+    saver.save(FullFineTune(unet), {}, Position(step=1))
     saving.wait([saver._in_flight])
     with pytest.raises(OSError, match="No space left"):
         saver.check()
@@ -238,9 +240,9 @@ def test_a_failure_is_raised_at_the_next_check_and_once(unet, saver, monkeypatch
 def test_a_failure_is_never_lost(unet, saver, monkeypatch, how):
     monkeypatch.setattr(saving, "save_checkpoint", fail)
     with pytest.raises(OSError, match="No space left"), saver:  # noqa: PT012
-        saver.save(unet, {}, Position(step=1))
+        saver.save(FullFineTune(unet), {}, Position(step=1))
         if how == "save":
-            saver.save(unet, {}, Position(step=2))
+            saver.save(FullFineTune(unet), {}, Position(step=2))
         elif how == "wait":
             saver.wait()
 
@@ -248,7 +250,7 @@ def test_a_failure_is_never_lost(unet, saver, monkeypatch, how):
 def test_a_failure_beside_another_one_is_reported(unet, saver, monkeypatch, said):
     monkeypatch.setattr(saving, "save_checkpoint", fail)
     with pytest.raises(ValueError, match="the loop's own"), saver:  # noqa: PT012
-        saver.save(unet, {}, Position(step=1))
+        saver.save(FullFineTune(unet), {}, Position(step=1))
         raise ValueError("the loop's own")
     assert len(said) == 1
     assert said[0].startswith("the checkpoint of step 1 could not be saved: ")
@@ -257,7 +259,7 @@ def test_a_failure_beside_another_one_is_reported(unet, saver, monkeypatch, said
 def test_a_failure_of_the_loop_waits_for_the_save(tmp_path, unet, saver, held):
     threading.Timer(0.2, held.set).start()
     with pytest.raises(ValueError, match="the loop's own"), saver:  # noqa: PT012
-        saver.save(unet, {}, Position(step=1))
+        saver.save(FullFineTune(unet), {}, Position(step=1))
         raise ValueError("the loop's own")
     assert list_checkpoints(tmp_path) == [1]
 
@@ -266,14 +268,14 @@ def test_left_at_once_what_is_in_flight_ends_with_its_file_and_does_not_count(tm
     """Asked twice to stop: the thread is over when the folder's lock is given back, and leaves nothing."""
     reached, go_on = threading.Event(), threading.Event()
 
-    def slow(tensors, path, original=saving.SavedUNet.save_pretrained, **options):
+    def slow(trained, folder, tensors, original=FullFineTune.write):
         reached.set()
         assert go_on.wait(30)
-        original(tensors, path, **options)
+        original(trained, folder, tensors)
 
-    monkeypatch.setattr(saving.SavedUNet, "save_pretrained", slow)
+    monkeypatch.setattr(FullFineTune, "write", slow)
     with pytest.raises(KeyboardInterrupt), saver:  # noqa: PT012
-        saver.save(unet, {}, Position(step=1))
+        saver.save(FullFineTune(unet), {}, Position(step=1))
         assert reached.wait(30)
         threading.Timer(0.2, go_on.set).start()
         raise KeyboardInterrupt

@@ -11,6 +11,7 @@ from safelight.trainer.config.toml import parse_config, to_toml
 from safelight.trainer.models.base import base_of
 from safelight.trainer.models.weights import load_unet
 from safelight.trainer.optim.optimizer import make_optimizer
+from tests.trainer.checkpoints import writes
 
 STEP = 7
 
@@ -43,7 +44,7 @@ def make_run(
         for name, t in optimizer.state_tensors().items()
         if name.startswith(("master/", "remainder/", "loss_scale/"))
     }
-    save_checkpoint(folder, unet, state, Position(step=step, best_step=best), identify(config, "any"))
+    save_checkpoint(folder, writes(unet), state, Position(step=step, best_step=best), identify(config, "any"))
     return folder
 
 

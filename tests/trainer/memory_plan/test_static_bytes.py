@@ -21,6 +21,7 @@ from safelight.trainer.models.base import resolve_base
 from safelight.trainer.models.weights import load_unet
 from safelight.trainer.optim.optimizer import UNetOptimizer, make_optimizer
 from safelight.trainer.registry.optimizers import OPTIMIZERS
+from tests.trainer.checkpoints import writes
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -48,7 +49,9 @@ def test_planned_bytes_of_the_memory_modes_are_the_real_bytes(memory, tmp_path):
     assert planned.master == {"auto": 2, "fp32": 4, "near": 1, "rounded": 0}[memory] * planned.num_parameters
     assert size(moments_of(optimizer)) == planned.moments
     assert (planned.gradients, planned.master_gradients) == (2 * planned.num_parameters, 0)
-    folder = save_checkpoint(tmp_path, unet, optimizer.state_tensors(), Position(step=1), identify(config, "bf16"))
+    folder = save_checkpoint(
+        tmp_path, writes(unet), optimizer.state_tensors(), Position(step=1), identify(config, "bf16")
+    )
     on_disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     assert 0 < on_disk - planned.checkpoint < 300_000
 
@@ -89,7 +92,9 @@ def test_planned_bytes_are_the_real_bytes(precision, name, tmp_path):
     assert planned.num_tensors == len(weights)
     kept = planned.weights + planned.master + planned.moments
     assert planned.total == kept + max(planned.gradients, planned.master_gradients)
-    folder = save_checkpoint(tmp_path, unet, optimizer.state_tensors(), Position(step=1), identify(config, precision))
+    folder = save_checkpoint(
+        tmp_path, writes(unet), optimizer.state_tensors(), Position(step=1), identify(config, precision)
+    )
     on_disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     # beside the tensors stand their names and the step counters
     assert 0 < on_disk - planned.checkpoint < 300_000

@@ -5,12 +5,13 @@ import copy
 import pytest
 import torch
 
+from safelight.trainer.adapters.full import FullFineTune
 from safelight.trainer.checkpoint.files import load_checkpoint, save_checkpoint
 from safelight.trainer.config.toml import Optimizer
 from safelight.trainer.optim.base import LossScale
 from safelight.trainer.optim.optimizer import UNetOptimizer, make_optimizer
 from safelight.trainer.registry.optimizers import OPTIMIZERS
-from tests.trainer.checkpoints import IDENTITY, POSITION, make_unet
+from tests.trainer.checkpoints import IDENTITY, POSITION, make_unet, writes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ON_A_CPU = [name for name, spec in OPTIMIZERS.items() if "cpu" in spec.devices]
@@ -46,11 +47,11 @@ def test_a_resumed_optimizer_takes_the_same_steps(tmp_path, name, precision):
     unet = make_unet(1)
     optimizer = make_optimizer(unet, config, DTYPES[precision])
     take_steps(unet, optimizer, 0, 3)
-    save_checkpoint(tmp_path, unet, optimizer.state_tensors(), POSITION, IDENTITY)
+    save_checkpoint(tmp_path, writes(unet), optimizer.state_tensors(), POSITION, IDENTITY)
 
     resumed_unet = make_unet(2)
     resumed = make_optimizer(resumed_unet, config, DTYPES[precision])
-    resumed.load_state_tensors(load_checkpoint(tmp_path, 7, resumed_unet)[0])
+    resumed.load_state_tensors(load_checkpoint(tmp_path, 7, FullFineTune(resumed_unet))[0])
     scale = resumed.loss_scale.scale.item()
     assert scale == (2.0**15 if precision == "fp16" else 1.0), "the infinite gradient halves it"
 

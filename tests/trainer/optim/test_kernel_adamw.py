@@ -10,11 +10,13 @@ from torch.utils._pytree import tree_leaves
 
 from safelight.kernels.optim.split_weights import join
 from safelight.kernels.triton.jit import record_launches, references_on_meta
+from safelight.trainer.adapters.full import FullFineTune
 from safelight.trainer.checkpoint.files import Position, load_checkpoint, save_checkpoint
 from safelight.trainer.checkpoint.identity import Identity
 from safelight.trainer.config.toml import Optimizer, parse_config
 from safelight.trainer.optim.ema import WeightAverages
 from safelight.trainer.optim.optimizer import make_optimizer
+from tests.trainer.checkpoints import writes
 
 MODES = ["exact", "near", "rounded", "fp32", "paged"]
 IDENTITY = Identity({}, [], "")
@@ -48,7 +50,7 @@ def test_a_resume_is_bit_for_bit_in_every_mode(tmp_path, small_unet, memory, dty
     unet, optimizer = make(small_unet, memory, dtype)
     taken = [bool(t) for _, t in steps(unet, optimizer, 0, 3, bad=1)]
     assert taken == [True, False, True]
-    folder = save_checkpoint(tmp_path, unet, optimizer.state_tensors(), Position(step=3), IDENTITY)
+    folder = save_checkpoint(tmp_path, writes(unet), optimizer.state_tensors(), Position(step=3), IDENTITY)
     weights = {}
     for path in (folder / "unet").glob("*.safetensors"):
         weights |= load_file(path)
@@ -60,7 +62,7 @@ def test_a_resume_is_bit_for_bit_in_every_mode(tmp_path, small_unet, memory, dty
         assert (beside is None) == (memory == "rounded")
         assert torch.equal(join(weights[name], beside), optimizer.value(name))
     other_unet, resumed = make(small_unet, memory, dtype)
-    resumed.load_state_tensors(load_checkpoint(tmp_path, 3, other_unet)[0])
+    resumed.load_state_tensors(load_checkpoint(tmp_path, 3, FullFineTune(other_unet))[0])
     first, second = steps(unet, optimizer, 3, 6), steps(other_unet, resumed, 3, 6)
     assert all(torch.equal(a[0], b[0]) for a, b in zip(first, second, strict=True))
     state, resumed_state = optimizer.state_tensors(), resumed.state_tensors()
@@ -77,9 +79,9 @@ def test_bf16_exact_and_fp32_masters_are_one_run(tmp_path, small_unet):
     assert same(exact, master)
     for source_unet, source, memory in ((unet, exact, "fp32"), (master_unet, master, "exact")):
         folder = tmp_path / memory
-        save_checkpoint(folder, source_unet, source.state_tensors(), Position(step=3), IDENTITY)
+        save_checkpoint(folder, writes(source_unet), source.state_tensors(), Position(step=3), IDENTITY)
         other_unet, other = make(small_unet, memory)
-        other.load_state_tensors(load_checkpoint(folder, 3, other_unet)[0])
+        other.load_state_tensors(load_checkpoint(folder, 3, FullFineTune(other_unet))[0])
         steps(other_unet, other, 3, 5)
         straight_unet, straight = make(small_unet, memory)
         steps(straight_unet, straight, 0, 5)
@@ -100,9 +102,9 @@ def test_paged_is_exact_step_by_step_and_from_one_checkpoint_into_the_other(tmp_
     # a step of paged follows one of exact, and one of exact that: as if it had been one run
     for n, (source_unet, source, memory) in enumerate(((unet, exact, "paged"), (paged_unet, paged, "exact"))):
         folder = tmp_path / memory
-        save_checkpoint(folder, source_unet, source.state_tensors(), Position(step=3), IDENTITY)
+        save_checkpoint(folder, writes(source_unet), source.state_tensors(), Position(step=3), IDENTITY)
         other_unet, other = make(small_unet, memory)
-        other.load_state_tensors(load_checkpoint(folder, 3, other_unet)[0])
+        other.load_state_tensors(load_checkpoint(folder, 3, FullFineTune(other_unet))[0])
         steps(other_unet, other, 3, 5)
         straight_unet, straight = make(small_unet, ("exact", "paged")[n])
         steps(straight_unet, straight, 0, 5, bad=1)

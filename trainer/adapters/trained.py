@@ -1,0 +1,48 @@
+"""The interface of what a run trains: all of the UNet, some of its layers, or an adapter on it.
+
+Optimizer, EMA, checkpoints, sampling and export ask this object and never how the UNet is trained. Full fine-tuning
+(full.py) is its first implementation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor, nn
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Trained(Protocol):
+    """A UNet and what of it a run trains."""
+
+    unet: nn.Module
+
+    def mark(self) -> None:
+        """Set requires_grad for exactly the parameters to train, before an optimizer is made of the UNet."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the trained tensors that a checkpoint holds besides optimizer state: the live ones, not copies."""
+        ...
+
+    def write(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Write a snapshot of `tensors()`, contiguous and on the CPU, into a checkpoint's folder."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Load a checkpoint's trained tensors into the UNet. Raises UserError if they do not fit."""
+        ...
+
+    def merged(
+        self, folder: Path, shapes: Shapes, weights: str, convert: Callable[[str, Tensor], Tensor]
+    ) -> dict[str, Tensor]:
+        """Return a checkpoint's whole UNet for export, by diffusers' names, read one tensor at a time.
+
+        shapes: of the base's UNet. weights: `auto` takes the moving average if there is one, `ema` requires it, `trained`
+        takes the last step's. convert: applied to each (name, fp32 or stored tensor). Raises UserError if the checkpoint
+        does not fit.
+        """
+        ...

@@ -31,8 +31,9 @@ def imports(*folders: str) -> dict[str, Path]:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom):
                 names = [node.module]
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.importorskip":
-                names = [ast.literal_eval(node.args[0])]
+            is_skip = isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.importorskip"
+            if is_skip and isinstance(node.args[0], ast.Constant):
+                names = [node.args[0].value]
             for name in names:
                 found[name.split(".")[0]] = path
                 if name in INDIRECT:

@@ -16,13 +16,11 @@ import torch
 from safelight.errors import UserError
 from safelight.trainer.config.toml import Model
 from safelight.trainer.families.family import Family
-from safelight.trainer.families.registry import FAMILIES, family_of, trainable_titles
+from safelight.trainer.families.registry import can_train_pipeline, family_of, trainable_titles
 from safelight.trainer.models.architectures import RANDOM_MODELS
 from safelight.trainer.models.hub import PARTS, fetch
 from safelight.trainer.models.single_file import SingleFile
 
-# a diffusers model's networks by the beginning of their folders' names, autoencoder and safety checker left out
-MODEL_PARTS = ("unet", "text_encoder", "transformer", "prior")
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
 
@@ -64,11 +62,6 @@ class Base:
         if part == "scheduler" and self.file is not None and self.file.prediction_type:
             config["prediction_type"] = self.file.prediction_type
         return config
-
-
-def _trainable_parts() -> set[str]:
-    """Return the parts of a diffusers model that hold a network which can be trained or is needed for it."""
-    return {"unet", *(part for family in FAMILIES.values() if not family.untrainable for part in family.text_encoders)}
 
 
 def _read_json(path: Path, setting: str) -> dict:
@@ -163,9 +156,10 @@ def _diffusers_folder(spec: str, setting: str, fix: str, parts: Sequence[str]) -
         # configs first: gigabytes of a model that is refused are not fetched
         folder = fetch(spec, setting, fix, ())
     index = _read_json(folder / "model_index.json", f"{setting} {spec!r}")
-    pipeline = index.get("_class_name", "")
-    if not {name for name in index if name.startswith(MODEL_PARTS)} <= _trainable_parts():
-        raise UserError(f"{setting} {spec!r} is a {pipeline}; only {trainable_titles()} are supported yet")
+    if not can_train_pipeline(index):
+        raise UserError(
+            f"{setting} {spec!r} is a {index.get('_class_name', '')}; only {trainable_titles()} are supported yet"
+        )
     return folder if is_here or not parts else fetch(spec, setting, fix, parts)
 
 

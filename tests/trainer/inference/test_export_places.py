@@ -87,7 +87,9 @@ def test_what_cannot_be_exported_is_one_line(tiny_run, tmp_path):
     assert export(run, out, dtype="bf16").path == out
     config = run / "config.toml"
     config.write_text(config.read_text().replace('base = "tiny"', 'base = "random:small"'))
-    with pytest.raises(ValueError, match=r"does not fit the UNet that model\.base names now: was it changed since the run\?"):
+    with pytest.raises(
+        ValueError, match=r"does not fit the UNet that model\.base names now: was it changed since the run\?"
+    ):
         export(run, tmp_path / "other.safetensors", dtype="bf16")
     (folder_of(run, STEP) / "state.safetensors").write_bytes(b"damaged")
     with pytest.raises(ValueError, match=r"is damaged: state\.safetensors"):

@@ -207,12 +207,15 @@ REFUSED = {
     "ControlNet": (shaped(**{"control_model.zero_convs.0.0.weight": (1, 1)}), "is a ControlNet"),
     "SDXL": (
         shaped(**{CROSS: (8, 2048), "conditioner.embedders.1.model.ln_final.bias": (8,)}),
-        "is Stable Diffusion XL; only 1.x and 2.x",
+        "is Stable Diffusion XL; only Stable Diffusion 1.x and 2.x",
     ),
-    "SDXL's UNet": (shaped(**{CROSS: (8, 2048), IN: (8, 4, 3, 3)}), "is Stable Diffusion XL; only 1.x and 2.x"),
+    "SDXL's UNet": (
+        shaped(**{CROSS: (8, 2048), IN: (8, 4, 3, 3)}),
+        "is Stable Diffusion XL; only Stable Diffusion 1.x and 2.x",
+    ),
     "SD3": (
         shaped(**{f"{UNET_PREFIX}joint_blocks.0.x_block.attn.proj.bias": (8,)}),
-        "is Stable Diffusion 3; only 1.x and 2.x",
+        "is Stable Diffusion 3; only Stable Diffusion 1.x and 2.x",
     ),
     "Flux": (shaped(**{"double_blocks.0.img_attn.proj.bias": (8,)}), "is Flux; only Stable Diffusion 1.x and 2.x"),
     "inpainting": (

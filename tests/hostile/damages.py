@@ -150,7 +150,7 @@ def files_are_json(place: Path) -> None:
 
 
 LINE_2 = "manifest.jsonl line 2: "
-GO_ON = "go on from step 1, the sound one before it: mv "
+GO_ON = "resume from step 1, the newest intact one before it: mv "
 
 DAMAGES = [
     Damage("manifest line of garbage", manifest_line(lambda row: "garbage"), CACHE, LINE_2),
@@ -320,16 +320,19 @@ DAMAGES = [
         "checkpoint of another model",
         lambda place: None,
         RESUME + " --model.base random:small",
-        "model.base is 'random:small' here and 'tiny' there",
+        "model.base is 'random:small', but 'tiny' in the checkpoint",
     ),
     Damage(
-        "checkpoint of another seed", lambda place: None, RESUME + " --run.seed 5", "run.seed is 5 here and 6 there"
+        "checkpoint of another seed",
+        lambda place: None,
+        RESUME + " --run.seed 5",
+        "run.seed is 5, but 6 in the checkpoint",
     ),
     Damage(
         "checkpoint of another batch",
         lambda place: None,
         RESUME + " --train.batch-size 3",
-        "batch_size is 3 here and 4 there",
+        "batch_size is 3, but 4 in the checkpoint",
     ),
     Damage(
         "checkpoint of other photographs",

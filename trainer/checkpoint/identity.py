@@ -1,7 +1,7 @@
 """The settings that determine a run's weights, and whether a checkpoint and a config agree on them.
 
-Paths, logging and memory saving may change before `--resume`, and so may stages that have not begun. The dtype in which
-gradients are accumulated belongs to the stages that accumulate any.
+Paths, logging, speed and memory settings may change before `--resume`, and so may stages that have not begun. The
+dtype in which gradients are accumulated is compared for the stages that accumulate.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ FREE = {
     "run": ("dir", "device", "deterministic"),
     "model": ("attention",),
     "data": ("path",),
-    "train": ("max_steps", "checkpointing", "kernels"),
+    # a run keeps the epoch order that cuda_graphs chose at its start (environment.json)
+    "train": ("max_steps", "checkpointing", "kernels", "cuda_graphs", "cudnn_benchmark"),
     # trainer/optim/optimizer.py converts the state, or refuses where precision would be lost
     "optimizer": ("memory",),
 }
-# these take effect through the stages, which are compared separately
+# these take effect through the stages, which are compared one by one
 STAGED = {
     "train": ("epochs", "batch_size", "accumulate", "accumulate_dtype", "max_grad_norm"),
     "optimizer": ("lr", "schedule", "warmup_steps", "weight_decay"),
@@ -32,7 +33,7 @@ STAGED = {
 
 @dataclass(frozen=True)
 class Identity:
-    """settings: dotted name -> value. stages: their values, in order. data: hash of the training rows' keys."""
+    """settings: dotted name -> value. stages: the values of each, in order. data: hash of the training rows' keys."""
 
     settings: dict
     stages: list[dict]
@@ -40,46 +41,59 @@ class Identity:
 
     @property
     def is_fused(self) -> bool:
-        """Whether steps were taken inside backward."""
+        """Whether the optimizer steps inside backward."""
         return self.settings.get("optimizer.fused_backward") is True
 
-    def difference(self, reached: Identity, stage: int) -> str:
-        """Return how `reached`, a checkpoint in `stage`, differs from this; '' if it is the same run. Ignores the data."""
-        for name, value in (reached.settings | _implied(reached.settings)).items():
-            if self.settings.get(name) != value:
-                return f"{name} is {self.settings.get(name)!r} here and {value!r} there"
+    def difference(self, checkpoint: Identity, stage: int) -> str:
+        """Return the first difference from a checkpoint of `stage` in words; '' if it is the same run. Ignores data."""
+        for name, value in (checkpoint.settings | _implied(checkpoint.settings)).items():
+            # older checkpoints recorded settings that are free now
+            if not _is_free(name) and self.settings.get(name) != value:
+                return f"{name} is {self.settings.get(name)!r}, but {value!r} in the checkpoint"
         for index in range(stage + 1):
-            if index >= len(self.stages) or self.stages[index] != reached.stages[index]:
-                if index >= len(self.stages):
-                    return f"stage {index + 1}, which it has reached, is missing here"
-                here = self.stages[index]
-                # older checkpoints lack accumulate_dtype and accumulated in the dtype of the weights
-                before = _accumulate_dtype(reached.stages[index], "auto", self.settings["model.precision"])
-                there = {**reached.stages[index], **before} | reached.stages[index]
-                for name, value in there.items():
-                    if here.get(name) != value:
-                        longer = ", and a stage that has begun keeps its length: add a [[stage]] to train longer"
-                        hint = longer if name == "epochs" else ""
-                        return f"stage {index + 1}'s {name} is {here.get(name)!r} here and {value!r} there{hint}"
+            if index >= len(self.stages):
+                return f"stage {index + 1}, which the checkpoint has reached, is missing"
+            ours = self.stages[index]
+            # older checkpoints lack accumulate_dtype and accumulated in the dtype of the weights
+            default = _accumulate_dtype(checkpoint.stages[index], "auto", self.settings["model.precision"])
+            for name, value in (checkpoint.stages[index] | default | checkpoint.stages[index]).items():
+                if ours.get(name) != value:
+                    hint = "; a stage that has begun keeps its length: add a [[stage]] to train longer"
+                    return (
+                        f"stage {index + 1}'s {name} is {ours.get(name)!r}, but {value!r} in the checkpoint"
+                        f"{hint if name == 'epochs' else ''}"
+                    )
         return ""
 
 
+def _is_free(name: str) -> bool:
+    """Return whether a setting, by its dotted name, may change before a resume."""
+    table, _, setting = name.partition(".")
+    return table in FREE_TABLES or setting in FREE.get(table, ())
+
+
 def _implied(settings: dict) -> dict:
-    """Return the settings of [loss] that older checkpoints lack, with the values they were trained with."""
+    """Return the [loss] settings that older checkpoints did not record, with the values they were trained with."""
     weighting = "min_snr" if settings.get("loss.min_snr_gamma", 0) > 0 else "none"
-    before = {"loss.kind": "mse", "loss.weighting": weighting}
-    return {name: value for name, value in before.items() if name not in settings}
+    defaults = {"loss.kind": "mse", "loss.weighting": weighting}
+    return {name: value for name, value in defaults.items() if name not in settings}
 
 
 def _accumulate_dtype(stage: dict, setting: str, precision: str) -> dict:
-    """Return a stage's accumulate_dtype as a setting, resolved from train.accumulate_dtype; {} if it does not accumulate."""
+    """Return {"accumulate_dtype": fp32 | bf16 | fp16} for a stage, {} if it does not accumulate.
+
+    setting: train.accumulate_dtype. precision: the dtype that its `auto` stands for.
+    """
     if stage["accumulate"] == 1:
         return {}
     return {"accumulate_dtype": "fp32" if setting == "fp32" else precision}
 
 
 def identify(config: Config, precision: str, samples: Sequence[Sample] = ()) -> Identity:
-    """Return a run's identity. precision: fp32 | bf16 | fp16, with `auto` resolved, as optimizer.fused_backward must be."""
+    """Return a run's identity. samples: the training samples.
+
+    precision: fp32 | bf16 | fp16. optimizer.fused_backward must be resolved as well.
+    """
     tables = config.model_dump(by_alias=True, mode="json")
     for table in FREE_TABLES:
         tables.pop(table)
@@ -89,10 +103,10 @@ def identify(config: Config, precision: str, samples: Sequence[Sample] = ()) -> 
                 tables[table].pop(name)
     tables["model"]["precision"] = precision
     tables["optimizer"]["fused_backward"] = config.optimizer.is_fused
-    # a setting that the chosen loss does not use may change; min_snr_gamma is compared because older checkpoints have it
+    # parameters that the chosen loss does not use may change, except min_snr_gamma, which older checkpoints recorded
     for name in config.loss.unused_parameters() - {"min_snr_gamma"}:
         tables["loss"].pop(name)
-    # at the end, so that a difference names min_snr_gamma first
+    # last, so that min_snr_gamma is the difference that is reported
     tables["loss"].pop("weighting")
     tables["loss"]["weighting"] = config.loss.chosen_weighting
     settings = {f"{table}.{name}": value for table, values in tables.items() for name, value in values.items()}

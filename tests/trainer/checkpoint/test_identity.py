@@ -1,4 +1,4 @@
-"""Which changes of a config make another run of it, and how that is told."""
+"""Which settings may change before a resume, and the message about those that may not."""
 
 import json
 
@@ -15,7 +15,7 @@ RUN = {
 
 
 def difference(stage: int, /, **changes: dict | list) -> str:
-    """Return what a config with tables changed is told by a checkpoint of RUN that stands in a stage."""
+    """Return the difference of RUN with changed tables from a checkpoint of RUN in a stage."""
     changed = {**RUN}
     for table, values in changes.items():
         changed[table] = {**RUN.get(table, {}), **values} if isinstance(values, dict) else values
@@ -27,23 +27,24 @@ def difference(stage: int, /, **changes: dict | list) -> str:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"run": {"seed": 5}}, "run.seed is 5 here and 20230801 there"),
-        ({"model": {"base": "random:small"}}, "model.base is 'random:small' here and 'tiny' there"),
-        ({"optimizer": {"name": "adamw8bit"}}, "optimizer.name is 'adamw8bit' here and 'adamw' there"),
-        ({"optimizer": {"betas": [0.8, 0.999]}}, "optimizer.betas is [0.8, 0.999] here and [0.9, 0.999] there"),
-        ({"data": {"caption_dropout": 0.5}}, "data.caption_dropout is 0.5 here and 0.04 there"),
-        ({"loss": {"min_snr_gamma": 5}}, "loss.min_snr_gamma is 5.0 here and 0.0 there"),
-        ({"loss": {"kind": "huber"}}, "loss.kind is 'huber' here and 'mse' there"),
-        ({"loss": {"weighting": "debiased"}}, "loss.weighting is 'debiased' here and 'none' there"),
-        ({"optimizer": {"lr": 2e-3}}, "stage 1's lr is 0.002 here and 0.001 there"),
-        ({"train": {"batch_size": 2}}, "stage 1's batch_size is 2 here and 4 there"),
+        ({"run": {"seed": 5}}, "run.seed is 5, but 20230801 in the checkpoint"),
+        ({"model": {"base": "random:small"}}, "model.base is 'random:small', but 'tiny' in the checkpoint"),
+        ({"optimizer": {"name": "adamw8bit"}}, "optimizer.name is 'adamw8bit', but 'adamw' in the checkpoint"),
+        ({"optimizer": {"betas": [0.8, 0.999]}}, "optimizer.betas is [0.8, 0.999], but [0.9, 0.999] in the checkpoint"),
+        ({"data": {"caption_dropout": 0.5}}, "data.caption_dropout is 0.5, but 0.04 in the checkpoint"),
+        ({"loss": {"min_snr_gamma": 5}}, "loss.min_snr_gamma is 5.0, but 0.0 in the checkpoint"),
+        ({"loss": {"kind": "huber"}}, "loss.kind is 'huber', but 'mse' in the checkpoint"),
+        ({"loss": {"weighting": "debiased"}}, "loss.weighting is 'debiased', but 'none' in the checkpoint"),
+        ({"optimizer": {"lr": 2e-3}}, "stage 1's lr is 0.002, but 0.001 in the checkpoint"),
+        ({"train": {"batch_size": 2}}, "stage 1's batch_size is 2, but 4 in the checkpoint"),
         (
             {"stage": [{"epochs": 3}]},
-            "stage 1's epochs is 3 here and 2 there, and a stage that has begun keeps its length: add a [[stage]] to train longer",
+            "stage 1's epochs is 3, but 2 in the checkpoint; "
+            "a stage that has begun keeps its length: add a [[stage]] to train longer",
         ),
     ],
 )
-def test_a_change_of_what_was_trained_is_named(changes, expected):
+def test_a_change_that_decides_the_weights_is_named(changes, expected):
     assert difference(0, **changes) == expected
 
 
@@ -54,6 +55,7 @@ def test_a_change_of_what_was_trained_is_named(changes, expected):
         {"run": {"dir": "elsewhere", "device": "cuda"}},
         {"data": {"path": "elsewhere"}},
         {"train": {"max_steps": 9, "checkpointing": "full", "epochs": 7}},
+        {"train": {"cuda_graphs": "off", "cudnn_benchmark": True}},
         {"sample": {"prompts": ["a cat"], "steps": 9}},
         {"loss": {"weighting": "none", "huber_delta": 0.5, "p2_gamma": 0.5}},
         {"validate": {"every_epochs": 5}},
@@ -64,15 +66,25 @@ def test_a_change_of_what_was_trained_is_named(changes, expected):
         {"stage": [*RUN["stage"], {"epochs": 9}]},
     ],
 )
-def test_what_is_still_to_come_and_what_is_only_shown_may_change(changes):
+def test_later_stages_and_settings_that_do_not_decide_the_weights_may_change(changes):
     assert difference(0, **changes) == ""
+
+
+def test_an_older_checkpoint_that_recorded_settings_which_are_free_now_is_accepted():
+    current = identify(parse_config(RUN, "here"), "fp32")
+    recorded = {"train.cuda_graphs": "auto", "train.cudnn_benchmark": False, "save.keep": 3}
+    assert not recorded.keys() & current.settings.keys()
+    older = Identity({**current.settings, **recorded}, current.stages, current.data)
+    assert current.difference(older, 0) == ""
+    unknown = Identity({**current.settings, "train.unknown": 1}, current.stages, current.data)
+    assert current.difference(unknown, 0) == "train.unknown is None, but 1 in the checkpoint"
 
 
 def test_a_stage_that_was_reached_is_fixed():
     later = {"stage": [{"epochs": 2}, {"epochs": 1, "lr": 1e-5}]}
     assert difference(0, **later) == ""
-    assert difference(1, **later) == "stage 2's lr is 1e-05 here and 0.0001 there"
-    assert difference(1, stage=[{"epochs": 2}]) == "stage 2, which it has reached, is missing here"
+    assert difference(1, **later) == "stage 2's lr is 1e-05, but 0.0001 in the checkpoint"
+    assert difference(1, stage=[{"epochs": 2}]) == "stage 2, which the checkpoint has reached, is missing"
 
 
 @pytest.mark.parametrize(
@@ -84,7 +96,7 @@ def test_a_stage_that_was_reached_is_fixed():
         ({"min_snr_gamma": 5}, {"min_snr_gamma": 5}, {"weighting": "p2"}),
     ],
 )
-def test_a_checkpoint_from_before_there_was_a_choice_of_losses(old, same, other):
+def test_a_checkpoint_older_than_the_choice_of_losses(old, same, other):
     reached = identify(parse_config({**RUN, "loss": old}, "here"), "fp32")
     names = ("loss.prediction", "loss.min_snr_gamma", "loss.offset_noise", "loss.zero_terminal_snr")
     settings = {k: v for k, v in reached.settings.items() if not k.startswith("loss.") or k in names}
@@ -93,18 +105,18 @@ def test_a_checkpoint_from_before_there_was_a_choice_of_losses(old, same, other)
     assert identify(parse_config({**RUN, "loss": other}, "here"), "fp32").difference(before, 0) != ""
 
 
-def test_a_parameter_counts_where_its_loss_is_chosen():
+def test_a_loss_parameter_is_compared_only_if_its_loss_is_chosen():
     def of(delta: float) -> Identity:
         loss = {"kind": "huber", "huber_delta": delta}
         return identify(parse_config({**RUN, "loss": loss}, "here"), "fp32")
 
-    assert of(0.1).difference(of(0.2), 0) == "loss.huber_delta is 0.1 here and 0.2 there"
+    assert of(0.1).difference(of(0.2), 0) == "loss.huber_delta is 0.1, but 0.2 in the checkpoint"
 
 
-def test_auto_precision_is_compared_by_what_it_came_to():
+def test_auto_precision_is_compared_by_the_dtype_it_resolves_to():
     auto, explicit = (parse_config({"model": {"precision": name}}, "here") for name in ("auto", "bf16"))
     assert identify(explicit, "bf16").difference(identify(auto, "bf16"), 0) == ""
     assert (
         identify(auto, "fp32").difference(identify(auto, "bf16"), 0)
-        == "model.precision is 'fp32' here and 'bf16' there"
+        == "model.precision is 'fp32', but 'bf16' in the checkpoint"
     )

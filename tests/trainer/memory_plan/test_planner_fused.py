@@ -123,7 +123,7 @@ def test_a_resumed_run_keeps_its_choice(monkeypatch):
     assert other.optimizer.fused_backward is False
     one, two = (identify(filled_in(config, record(replace(need, fused_backward=f))), "bf16") for f in (True, False))
     assert (one.is_fused, two.is_fused) == (True, False)
-    assert two.difference(one, 0) == "optimizer.fused_backward is False here and True there"
+    assert two.difference(one, 0) == "optimizer.fused_backward is False, but True in the checkpoint"
     # as in a checkpoint older than `auto`
     assert identify(config, "bf16").settings["optimizer.fused_backward"] is False
 
@@ -143,7 +143,7 @@ def test_a_resumed_training_steps_as_before(make_config):
     assert state["clipping/last_norm"] > 0
     assert any("stepped inside backward" in note for note in json.loads((run_dir / "model.json").read_text())["notes"])
     config.optimizer.fused_backward = False
-    with pytest.raises(ValueError, match=r"optimizer\.fused_backward is False here and True there"):
+    with pytest.raises(ValueError, match=r"optimizer\.fused_backward is False, but True in the checkpoint"):
         train(config, resume=True)
 
 

@@ -147,7 +147,7 @@ def test_a_skipped_step_leaves_the_averages_alone(as_tensor):
 
 def test_a_checkpoint_without_averages_is_refused_by_a_run_that_keeps_them(runs, tiny_dataset):
     plain = settings_of(runs[0], tiny_dataset, ema_decay=0.9)
-    with pytest.raises(ValueError, match=r"train\.ema_decay is 0\.9 here and 0\.0 there"):
+    with pytest.raises(ValueError, match=r"train\.ema_decay is 0\.9, but 0\.0 in the checkpoint"):
         loop.train(parse_config(plain, "test"), resume=True)
     module = torch.nn.Linear(2, 2)
     optimizer = make_optimizer(module, parse_config({"optimizer": {"name": "adamw"}}, "test").optimizer)

@@ -42,7 +42,9 @@ def test_a_later_stage_may_be_added_and_a_finished_one_not_changed(quick):
     assert not first.interrupted
     with pytest.raises(ValueError, match=f"already holds a run .at step {first.position.step}.; add --resume, or name"):
         train(quick())
-    with pytest.raises(ValueError, match=r"belongs to other settings: stage 1's lr is 0\.001 here and 0\.0001 there"):
+    with pytest.raises(
+        ValueError, match=r"belongs to other settings: stage 1's lr is 0\.001, but 0\.0001 in the checkpoint"
+    ):
         train(quick(optimizer={"lr": 1e-3}), resume=True)
     assert list_checkpoints(run_dir) == [first.position.step]
     more = train(quick(stage=[{"epochs": 1}, {"epochs": 1, "lr": 5e-5}]), resume=True)
@@ -66,16 +68,16 @@ def test_other_photographs_are_refused(quick, tiny_dataset, tmp_path):
 
 def test_a_run_keeps_its_last_checkpoints_and_its_best(quick):
     config = quick(stage=[{"epochs": 3}], train={"batch_size": 8}, save={"every_steps": 1, "keep": 2})
-    outcome = train(config)
-    steps, best = list_checkpoints(outcome.run_dir), outcome.position.best_step
-    last = outcome.position.step
+    result = train(config)
+    steps, best = list_checkpoints(result.run_dir), result.position.best_step
+    last = result.position.step
     assert steps == sorted({last - 1, last} | ({best} if best > 0 else set()))
-    rows = [json.loads(line) for line in (outcome.run_dir / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
     losses = {row["step"]: row["loss"] for row in rows if row.get("split") == "held_out"}
     assert best == min(losses, key=losses.get)
     if best > 0:
-        assert pick_step(outcome.run_dir, "best") == best
-    assert pick_step(outcome.run_dir, "last") == last
+        assert pick_step(result.run_dir, "best") == best
+    assert pick_step(result.run_dir, "last") == last
 
 
 def test_a_damaged_checkpoint_can_be_deleted_and_the_run_goes_on(quick, tmp_path, capsys):

@@ -23,7 +23,8 @@ NUM_SAMPLES = 8
 def naive_gradients(unet, inputs, noisy, alphas_T, prediction: str, error, weight) -> list[torch.Tensor]:
     """Return the gradients in float64 of the loss as its paper writes it.
 
-    error: of a difference; weight: of an SNR, on the epsilon error. A v error is SNR / (SNR + 1) of an epsilon error, squared.
+    error: a function of the difference. weight: a function of the SNR that applies to the squared epsilon error, which
+    is SNR / (SNR + 1) of the squared v error.
     """
     unet = copy.deepcopy(unet).double()
     predicted = unet(noisy.noisy_BCHW.double(), noisy.timesteps_B, inputs.conditioning.text_BTD.double()).sample
@@ -125,7 +126,7 @@ def test_a_run_with_another_loss_resumes_and_is_validated_by_the_plain_error(tin
     whole = run("whole", loss)
     run("halved", loss, max_steps=2)
     assert run("halved", loss, resume=True)[-1] == whole[-1]
-    with pytest.raises(ValueError, match=r"loss\.huber_delta is 0\.5 here and 0\.2 there"):
+    with pytest.raises(ValueError, match=r"loss\.huber_delta is 0\.5, but 0\.2 in the checkpoint"):
         run("halved", {**loss, "huber_delta": 0.5}, resume=True)
     plain = run("plain", {})
 

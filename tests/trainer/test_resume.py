@@ -1,7 +1,7 @@
-"""Kill -9 a run again and again, resume it, and compare with a run that was left alone: bit for bit.
+"""Kill -9 a run again and again, resume it, and compare it bit for bit with an undisturbed run.
 
-The children come from fork_runs.py. A child kills itself at a chosen point, so that
-each point is really met; the points and their counts are drawn by a fixed generator.
+The children come from fork_runs.py. A child kills itself at a chosen point, so that each point is really tested; the
+points and their counts come from a seeded generator.
 """
 
 import copy
@@ -85,8 +85,8 @@ def test_bf16_with_its_master_and_its_moving_average_resumes_bit_for_bit(run, ti
     assert_equal_to_the_last_file(tmp_path / "alone", tmp_path / "killed")
 
 
-def test_asked_to_stop_at_any_moment_it_goes_on_as_if_never_asked(run, tiny_dataset, tmp_path):
-    """What Ctrl-C and SIGTERM do: in a step, a validation or a drawing, once and again; nothing is done twice or left out."""
+def test_a_run_stopped_at_any_moment_resumes_as_if_never_stopped(run, tiny_dataset, tmp_path):
+    """Stops requested in steps, validation and sampling, again and again: nothing is done twice or left out."""
     short = {
         "stage": [{"epochs": 2}],
         "validate": {"timesteps": 2},
@@ -95,12 +95,12 @@ def test_asked_to_stop_at_any_moment_it_goes_on_as_if_never_asked(run, tiny_data
     assert run(settings_of(tmp_path / "alone", tiny_dataset, **copy.deepcopy(short))) == 0
     config = parse_config(settings_of(tmp_path / "stopped", tiny_dataset, **short), "test")
     rng = random.Random("stops")
-    reached, outcome = [], None
-    while outcome is None or outcome.interrupted:
-        # a validation and its samples ask a dozen times: some stops fall into them, and some let them end
-        asked = iter([False] * rng.randint(1, 24))
-        outcome = train.train(config, resume=True, stop_requested=lambda asked=asked: next(asked, True))
-        reached.append(outcome.position)
+    reached, result = [], None
+    while result is None or result.interrupted:
+        # validation and sampling check for a stop a dozen times: some stops interrupt them, some come later
+        stops = iter([False] * rng.randint(1, 24))
+        result = train.train(config, resume=True, stop_requested=lambda stops=stops: next(stops, True))
+        reached.append(result.position)
     assert reached[0].step == 0, "a stop before the first step leaves nothing to save"
     assert sum(position.unmeasured for position in reached[1:]) >= 1
     assert sum(0 < position.step < reached[-1].step and not position.unmeasured for position in reached) >= 1
@@ -111,7 +111,7 @@ def test_asked_to_stop_at_any_moment_it_goes_on_as_if_never_asked(run, tiny_data
     assert all((tmp_path / "alone" / path).read_bytes() == (tmp_path / "stopped" / path).read_bytes() for path in drawn)
 
 
-def test_what_is_fastest_here_is_not_deterministic(tiny_dataset, tmp_path):
+def test_cudnn_benchmark_is_refused_in_a_deterministic_run(tiny_dataset, tmp_path):
     settings = settings_of(tmp_path / "run", tiny_dataset, train={"cudnn_benchmark": True})
     settings["run"]["deterministic"] = True
     with pytest.raises(
@@ -120,7 +120,7 @@ def test_what_is_fastest_here_is_not_deterministic(tiny_dataset, tmp_path):
         train.train(parse_config(settings, "test"))
 
 
-def test_a_deterministic_run_lets_torch_choose_so_and_then_lets_go(tiny_dataset, tmp_path, monkeypatch):
+def test_torch_flags_are_set_during_a_run_and_restored_after_it(tiny_dataset, tmp_path, monkeypatch):
     seen = []
     original = train.train_step
 
@@ -140,22 +140,22 @@ def test_a_deterministic_run_lets_torch_choose_so_and_then_lets_go(tiny_dataset,
 
 
 def test_saving_by_steps_alone_also_saves_at_epoch_ends(tiny_dataset, tmp_path):
-    """every_steps divides an epoch's steps: each of its checkpoints falls on an epoch's end."""
+    """With save.every_steps 1, the last step of an epoch is saved at the epoch's end."""
     settings = settings_of(tmp_path / "run", tiny_dataset, save={"every_steps": 1, "every_epochs": 0, "keep": 50})
     settings["stage"] = [{"epochs": 2}]
     settings["validate"] = {"every_epochs": 0}
     settings["sample"]["every_epochs"] = 0
-    outcome = train.train(parse_config(settings, "test"))
-    assert list_checkpoints(tmp_path / "run") == list(range(1, outcome.position.step + 1))
+    result = train.train(parse_config(settings, "test"))
+    assert list_checkpoints(tmp_path / "run") == list(range(1, result.position.step + 1))
 
 
 def test_a_run_that_learns_nothing_stops(tiny_dataset, tmp_path, monkeypatch):
     """Gradients that stay non-finite end the run with a line, instead of hours of nothing."""
     original = train.train_step
 
-    def poisoned(unet, *args, **kwargs):
-        unet.conv_in.bias.register_hook(lambda grad: grad * float("nan"))
-        return original(unet, *args, **kwargs)
+    def poisoned(context, *args, **kwargs):
+        context.unet.conv_in.bias.register_hook(lambda grad: grad * float("nan"))
+        return original(context, *args, **kwargs)
 
     monkeypatch.setattr(train, "train_step", poisoned)
     monkeypatch.setattr(progress, "MAX_SKIPS_IN_A_ROW", 3)

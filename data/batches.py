@@ -1,7 +1,7 @@
-"""Which samples an epoch meets, in which order, variant and caption; and their rows, read ahead of the step.
+"""Plans an epoch (the order of its samples, with variant and caption of each) and loads its rows ahead of the step.
 
-The plan is a pure function of its arguments. Draws are keyed per (sample id, epoch, occurrence), so a sample meets
-the same crop and caption whatever the batch size, the order of the manifest or the step a run was resumed at.
+The plan is a pure function of its arguments. Draws are keyed by (sample id, epoch, occurrence), so a sample gets the
+same crop and caption whatever the batch size, the order of the manifest or the step a run was resumed at.
 Shapes: B batch, C channels, H x W, T tokens, D embedding.
 """
 
@@ -30,9 +30,9 @@ EMPTY_CAPTION = -1
 
 @dataclass(frozen=True)
 class SampleRef:
-    """One meeting of a sample within an epoch.
+    """One use of a sample within an epoch.
 
-    sample_index: into the list of samples. occurrence: which one of the epoch's meetings with this sample id.
+    sample_index: into the list of samples. occurrence: counts the epoch's uses of this sample id.
     variant: into latent_keys. caption: into text_keys, EMPTY_CAPTION for the empty caption.
     """
 
@@ -124,7 +124,7 @@ def plan_epoch(
     captions = to_integers(draws(Purpose.CAPTION_CHOICE)[:, 0], [len(sample.text_keys) for sample in samples])
     is_dropped = to_uniforms(draws(Purpose.CAPTION_DROPOUT)[:, 0]) < caption_dropout
     captions = np.where(is_dropped, EMPTY_CAPTION, captions)
-    # the sample id breaks a tie of draws, so that the manifest's order cannot show
+    # the sample id breaks a tie of draws, so that the result does not depend on the manifest's order
     order = sorted(range(len(samples)), key=lambda i: (*order_words[i].tolist(), *meetings[i]))
     groups: list[list[SampleRef]] = []
     open_groups: dict[Bucket, list[SampleRef]] = {}

@@ -18,14 +18,14 @@ class TensorRecord:
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors of this record and of the records in it, in the order of the fields."""
-        found: list[Tensor] = []
+        tensors: list[Tensor] = []
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
-                found.append(value)
+                tensors.append(value)
             elif isinstance(value, TensorRecord):
-                found.extend(value.tensors())
-        return found
+                tensors.extend(value.tensors())
+        return tensors
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Self:
         """Return the record with every tensor changed; all other values stay."""

@@ -1,4 +1,4 @@
-"""The command line: runs a command, keeps libraries quiet, and turns every failure into a line or a bug report."""
+"""The command line: runs a command, keeps libraries quiet, and turns errors into one line or a bug report."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ A typical session:
 
 EXIT_BUG = 1
 EXIT_BAD_INPUT = 2
-# torch has no class of its own for this
+# torch raises a plain RuntimeError with this text
 CPU_MEMORY_IS_FULL = "DefaultCPUAllocator: can't allocate memory"
 
 
 def quiet_libraries() -> None:
-    """Keep imported libraries off the terminal: a command prints our lines only.
+    """Keep imported libraries off the terminal, where a command prints only its own lines.
 
-    What they log and warn of is kept for error reports and the run's libraries.log (library_log.py).
+    Their messages are stored for bug reports and the run's libraries.log (library_log.py).
     """
     library_log.capture()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
-    # C++ code writes to stderr itself: torch's, and TensorFlow's where TensorBoard finds it
+    # C++ code writes to stderr directly: torch's, and TensorFlow's if TensorBoard finds it
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
 def _explain(error: Exception) -> str | None:
-    """Return the line for what the user or the machine can mend; None for a bug."""
+    """Return the message for an error that the user can fix, None for a bug."""
     kind, first = type(error).__name__, (str(error).splitlines() or [""])[0]
     if isinstance(error, UserError):
         return str(error)
-    # by name, since torch and safetensors may not be imported
+    # by name, because torch and safetensors may not be imported
     if kind == "OutOfMemoryError":
         return (
             "the GPU's memory is full; lower train.batch_size and raise train.accumulate, "
@@ -76,7 +76,7 @@ def _is_index_failure(error: Exception) -> bool:
 
 
 def _report_bug(error: Exception, argv: list[str]) -> int:
-    """Write the report on a bug and say where it is."""
+    """Write a bug report, print where it is, and return the exit status."""
     try:
         file = bug_report.write(error, argv)
     except OSError as failure:
@@ -117,9 +117,9 @@ def _dispatch(argv: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command and return its exit status: 0, 1 for a bug, 2 for what the user can mend, 130 if interrupted.
+    """Run a command and return its exit status: 0, 1 for a bug, 2 for an error the user can fix, 130 if interrupted.
 
-    SAFELIGHT_TRACEBACK=1 raises every error instead.
+    With the environment variable SAFELIGHT_TRACEBACK=1 every error is raised instead.
     """
     argv = sys.argv[1:] if argv is None else argv
     bug_report.belongs_to(None)
@@ -127,10 +127,10 @@ def main(argv: list[str] | None = None) -> int:
         try:
             return _dispatch(argv)
         finally:
-            # flushed here, so that a broken pipe is raised here and not while the interpreter shuts down
+            # so that a broken pipe raises here rather than while the interpreter shuts down
             sys.stdout.flush()
     except BrokenPipeError:
-        # the reader has gone (`| head`): there is nobody to tell
+        # the reader of our output has exited, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:

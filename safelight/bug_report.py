@@ -1,4 +1,4 @@
-"""Writes the file that a bug leaves behind: the traceback, and what is needed to find the cause."""
+"""Writes the report on a bug: the traceback, versions, the GPU, and what libraries logged."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _run_folder: Path | None = None
 
 
 def belongs_to(run_folder: Path | None) -> None:
-    """Set the run folder that the process works in; a report is written there."""
+    """Set the run folder that this process works on; reports are written there."""
     global _run_folder
     _run_folder = run_folder
 
 
 def write(error: BaseException, argv: list[str]) -> Path:
-    """Return the file that holds the report on an error of a command.
+    """Write the report on a command's error and return its file.
 
-    It is written to the run folder if there is one, else to the current folder, else to the temporary folder. Raises
-    OSError if none of them can be written to.
+    It goes to the first of run folder, current folder and temporary folder that can be written to. Raises OSError if
+    none can.
     """
     text = _text(error, argv)
     places = [place for place in (_run_folder, Path.cwd()) if place is not None and os.path.isdir(place)]
@@ -48,7 +48,7 @@ def _write(folder: Path, text: str) -> Path:
                 file.write(text)
             return path
         except FileExistsError:
-            # two of one second
+            # an earlier report within the same second
             number += 1
 
 
@@ -72,14 +72,14 @@ def _text(error: BaseException, argv: list[str]) -> str:
 
 
 def _versions() -> dict[str, str]:
-    """Return the versions of the libraries that were loaded."""
-    found = {}
+    """Return the versions of the imported libraries."""
+    versions = {}
     for name, module in sorted(sys.modules.items()):
-        # not getattr: a lazy module would import what it is asked for
+        # not getattr, which would make a lazy module import more
         version = vars(module).get("__version__") if hasattr(module, "__dict__") else None
         if "." not in name and name not in sys.stdlib_module_names and isinstance(version, str) and name != "safelight":
-            found[name] = version
-    return found
+            versions[name] = version
+    return versions
 
 
 def _gpu() -> dict[str, str]:
@@ -89,15 +89,15 @@ def _gpu() -> dict[str, str]:
     try:
         return {"GPU": f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}"}
     except RuntimeError as error:
-        # after an illegal address no call succeeds any more
+        # after an illegal memory access every CUDA call fails
         return {"GPU": f"does not answer: {str(error).splitlines()[0]}"}
 
 
 def summary(error: BaseException, command: str, file: Path) -> str:
-    """Return the two lines that the terminal shows."""
+    """Return the two lines that are printed about a bug."""
     first = (str(error).strip().splitlines() or [""])[0][:200]
     what = type(error).__name__ + (f": {first}" if first else "")
-    # a path relative to the current folder is what a user can open
+    # relative to the current folder if possible, which is shorter
     shown = os.path.relpath(file) if file.is_relative_to(Path.cwd()) else file
     return (
         f"safelight {command}: this is a bug in Safelight, not a mistake of yours: {what}\n"

@@ -136,10 +136,10 @@ def cache(argv: list[str]) -> int:
     with dataset.cache:
         rows = dataset.counts()
         if arguments.json:
-            _print_json({"made": dataset.num_made, "rows": len(dataset.cache), "buckets": rows})
+            _print_json({"made": dataset.num_encoded, "rows": len(dataset.cache), "buckets": rows})
             return 0
         _print_table(
-            f"{dataset.path}: {counted(dataset.num_made, 'row')} encoded, {len(dataset.cache)} in the cache",
+            f"{dataset.path}: {counted(dataset.num_encoded, 'row')} encoded, {len(dataset.cache)} in the cache",
             ("bucket", "train", "held out"),
             [(f"{r['width']} x {r['height']}", r["num_train"], r["num_validation"]) for r in rows],
         )
@@ -249,28 +249,28 @@ def train(argv: list[str]) -> int:
 
     @contextmanager
     def guard() -> Iterator[None]:
-        # entered once the run is loaded: a command that is refused leaves its folder as it was
+        # entered once the run is loaded, so that a command that fails before leaves the run folder untouched
         with library_log.written_to(Path(config.run.dir)), stop:
             yield
 
     with Terminal() as terminal:
-        outcome = run_training(config, resume=arguments.resume, terminal=terminal, stop_requested=stop, guard=guard())
-    if outcome.interrupted:
-        if outcome.position.step == 0:
+        result = run_training(config, resume=arguments.resume, terminal=terminal, stop_requested=stop, guard=guard())
+    if result.interrupted:
+        if result.position.step == 0:
             terminal.say("stopped before the first step: nothing to save; the cache is kept")
             return EXIT_INTERRUPTED
-        # the run's own config includes the settings given on the command line
-        command = f"safelight train {shlex.quote(str(outcome.run_dir / 'config.toml'))} --resume"
-        terminal.say(f"saved at step {outcome.position.step}; continue with: {command}")
+        # the config in the run folder includes the settings given on the command line
+        command = f"safelight train {shlex.quote(str(result.run_dir / 'config.toml'))} --resume"
+        terminal.say(f"saved at step {result.position.step}; continue with: {command}")
         return EXIT_INTERRUPTED
-    position = outcome.position
+    position = result.position
     best = (
         ""
         if position.best_loss is None
         else f", best held-out loss {position.best_loss:.4f} at step {position.best_step}"
     )
-    print(f"trained {counted(position.step, 'step')}; report: {build_report(outcome.run_dir)}{best}")
-    print(f"next: safelight compare {shlex.quote(str(outcome.run_dir))}")
+    print(f"trained {counted(position.step, 'step')}; report: {build_report(result.run_dir)}{best}")
+    print(f"next: safelight compare {shlex.quote(str(result.run_dir))}")
     return 0
 
 
@@ -412,13 +412,13 @@ def profile(argv: list[str]) -> int:
     from safelight.trainer.run_log.terminal import Terminal
 
     with Terminal() as terminal:
-        found = profile_run(config, arguments.steps, arguments.out, terminal)
+        profiled = profile_run(config, arguments.steps, arguments.out, terminal)
     if arguments.append is not None:
-        append(arguments.append, found.record)
+        append(arguments.append, profiled.record)
     if arguments.json:
-        _print_json(found.record)
+        _print_json(profiled.record)
         return 0
-    analysis = found.analysis
+    analysis = profiled.analysis
     title = (
         f"step time by phase: {analysis.unprofiled_ms:,.1f} ms per step, {analysis.step_ms:,.1f} under the profiler; "
         f"model FLOP utilization {100 * analysis.model_flop_use:.1f} %"
@@ -426,9 +426,9 @@ def profile(argv: list[str]) -> int:
     for head, part in ((title, analysis.phases), ("step time by class of operator", analysis.kinds)):
         rows = [(name, f"{ms:.2f}", f"{100 * ms / sum(part.values()):.0f} %") for name, ms in part.items()]
         _print_table(head, ("", "ms", "share"), rows)
-    for file in found.files:
+    for file in profiled.files:
         print(file)
-    _say_next(f"open {found.files[0]} in a browser")
+    _say_next(f"open {profiled.files[0]} in a browser")
     return 0
 
 

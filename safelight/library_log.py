@@ -1,8 +1,8 @@
-"""Keeps what libraries log and warn of: off the terminal, in memory, and in a run's libraries.log.
+"""Keeps libraries' log messages and warnings off the terminal, and stores them for bug reports and libraries.log.
 
-A command prints our own lines only. What libraries have to say is kept, so that whoever reports a problem has it: each
-message once, the last MAX_MESSAGES of them. logging and warnings are global to a process, and so is this module's
-state.
+A command prints only its own lines. The last MAX_MESSAGES distinct messages of libraries stay in memory for a bug
+report, and a run also writes them to libraries.log in its folder. logging and warnings are global to a process, and so
+is this module's state.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from datetime import datetime
 from pathlib import Path
 
 MAX_MESSAGES = 200
-# a traceback that a library logs is many lines; its end says what happened
+# a logged traceback can be long, and its end says what happened
 MAX_MESSAGE_CHARS = 4000
 FILE_NAME = "libraries.log"
-# about a library's own code: its developers can act on these, a user cannot
+# ignored: only a library's developers can act on these
 FOR_DEVELOPERS = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)
 
 _lock = threading.Lock()
-# message -> how often it came
+# message -> number of occurrences
 _messages: OrderedDict[str, int] = OrderedDict()
 _folder: Path | None = None
 _num_written = 0
 _call_handlers = logging.Logger.callHandlers
-# what puts back what was there before; None while nothing is captured
+# restores what `capture` replaced; None while nothing is captured
 _undo: ExitStack | None = None
 
 
 def capture() -> None:
-    """Capture what libraries log from WARNING up, and their warnings, until `release`.
+    """Capture libraries' warnings, and log records from WARNING up, until `release`.
 
-    CRITICAL records are also handled as before. An OSError that ends a library's own thread is kept, not printed:
-    TensorBoard's writer meets a full disk there and raises it again in our thread.
+    CRITICAL records are also handled as usual. An OSError that ends a library's thread is stored instead of printed:
+    when the disk is full, TensorBoard's writer thread dies of one and raises it again in ours.
     """
     global _undo
     if _undo is not None:
@@ -47,7 +47,7 @@ def capture() -> None:
     _undo.callback(setattr, logging.Logger, "callHandlers", logging.Logger.callHandlers)
     _undo.callback(setattr, threading, "excepthook", threading.excepthook)
     _undo.enter_context(warnings.catch_warnings())
-    # of the class: loggers that do not propagate, and those that are made later, are captured too
+    # patched on the class, to capture loggers that do not propagate and those created later, too
     logging.Logger.callHandlers = _keep_record
     threading.excepthook = _keep_thread_error
     warnings.showwarning = _keep_warning
@@ -57,7 +57,7 @@ def capture() -> None:
 
 
 def release() -> None:
-    """Undo `capture` and forget what was kept."""
+    """Undo `capture` and delete the stored messages."""
     global _undo
     with _lock:
         _messages.clear()
@@ -67,14 +67,14 @@ def release() -> None:
 
 
 def lines() -> list[str]:
-    """Return what was kept, oldest first, with the number of repeats."""
+    """Return the stored messages, oldest first, with the number of repeats."""
     with _lock:
         return [f"{text} (x{num})" if num > 1 else text for text, num in _messages.items()]
 
 
 @contextmanager
 def written_to(folder: Path) -> Iterator[None]:
-    """Append kept messages, and those that arrive within the block, to FOLDER/libraries.log; no messages, no file."""
+    """Append stored messages, and those captured inside the block, to FOLDER/libraries.log, created only if needed."""
     global _folder, _num_written
     with _lock:
         _folder, _num_written = folder, 0
@@ -113,7 +113,7 @@ def _append(text: str) -> None:
         with open(_folder / FILE_NAME, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{text}\n")
     except OSError:
-        # a full disk must not end the run for the sake of a warning; it is still in memory
+        # a full disk must not end the run because of a warning, which is still in memory
         pass
 
 
@@ -122,7 +122,7 @@ def _keep_record(logger: logging.Logger, record: logging.LogRecord) -> None:
         try:
             text = logging.Formatter("%(levelname)s %(name)s: %(message)s").format(record)
         except (TypeError, ValueError, KeyError) as error:
-            # the record's arguments do not fit its text, which logging itself reports rather than raises
+            # the record's arguments do not fit its format string; logging itself does not raise for that either
             text = f"{record.levelname} {record.name}: {record.msg} ({error})"
         _keep(text)
     if record.levelno >= logging.CRITICAL:

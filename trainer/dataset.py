@@ -1,4 +1,4 @@
-"""From a prepared folder to samples with a filled cache: what `safelight cache` does and `train` begins with."""
+"""Opens a prepared dataset and fills its cache: all of `safelight cache`, and the first part of `safelight train`."""
 
 from __future__ import annotations
 
@@ -37,10 +37,11 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass
 class Dataset:
-    """Samples of both halves over one open cache. scaling_factor: unscaled latents times it have unit variance.
+    """Training and held-out samples over one open cache.
 
-    num_made: rows encoded just now, num_damaged of them in place of damaged ones; num_cut: captions longer than the text
-    encoder reads.
+    empty_key: cache key of the empty caption. scaling_factor: what unscaled latents are multiplied by to get unit
+    variance. latent_factor: pixels per latent. num_encoded: rows encoded on opening, of which num_damaged replaced
+    damaged ones. num_truncated: captions longer than the text encoder's context.
     """
 
     path: Path
@@ -53,32 +54,32 @@ class Dataset:
     latent_factor: int
     text_fingerprint: str
     family: Family
-    num_made: int = 0
+    num_encoded: int = 0
     num_damaged: int = 0
-    num_cut: int = 0
+    num_truncated: int = 0
 
     def text_key(self, caption: str) -> str:
-        """Return the cache key of a caption as it stands, without suffix."""
+        """Return the cache key of a caption, to which no suffix is added."""
         return text_key(caption, self.text_fingerprint, self.cache.dtype)
 
     def rows(self, samples: Sequence[Sample]) -> RowSource:
-        """Return the source of the cached rows of some of the samples."""
+        """Return the source of some samples' cached rows."""
         return RowSource(self.cache, samples, self.empty_key, self.family.conditioning)
 
     def conditioning(self, captions: list[str]) -> TextConditioning:
-        """Return what the UNet is told for captions whose rows are cached."""
+        """Return the UNet's conditioning on captions, all of which must be in the cache."""
         rows = torch.from_numpy(self.cache.read([self.text_key(c) for c in captions])).float()
         return self.family.conditioning(rows)
 
     def sample_prompts(self, config: Config) -> list[str]:
-        """Return the prompts to draw during the run: the config's, or captions of the first validation photographs."""
+        """Return the prompts to sample during the run: the config's, or captions of the first held-out photographs."""
         if config.sample.prompts:
             return list(config.sample.prompts)
         captions = [s.captions[0] for s in self.validation or self.train if s.captions[0]]
         return list(dict.fromkeys(captions))[: config.sample.num_prompts]
 
     def counts(self) -> list[dict]:
-        """Return how many photographs each used bucket has."""
+        """Return the number of photographs in each bucket that has any."""
         train, validation = (Counter(s.bucket for s in half) for half in (self.train, self.validation))
         return [
             {"width": b.width, "height": b.height, "num_train": train[b], "num_validation": validation[b]}
@@ -87,9 +88,10 @@ class Dataset:
 
 
 def open_dataset(config: Config, base: Base, device: torch.device, progress: Progress | None = None) -> Dataset:
-    """Return the run's dataset, encoding what its cache lacks. The encoders are freed before it returns.
+    """Return the run's dataset, after encoding what its cache lacks. The encoders are freed before it returns.
 
-    Raises UserError for a dataset that was not prepared, and for settings that do not fit it.
+    progress: called with (what is encoded, rows done, total). Raises UserError for a dataset that was not prepared, or
+    settings that do not fit it.
     """
     path = Path(config.data.path)
     photos = read_manifest(path)
@@ -140,16 +142,16 @@ def _fill(
     batch_size: int,
     progress: Progress | None,
 ) -> None:
-    """Encode what the dataset's cache lacks or holds damaged."""
+    """Encode the rows that are missing from the cache or damaged in it."""
     cache, samples = dataset.cache, [*dataset.train, *dataset.validation]
     captions = [*sample_captions(samples), *dataset.sample_prompts(config), config.sample.negative_prompt]
 
-    def told(what: str):
+    def report(what: str):
         return None if progress is None else lambda done, total: progress(what, done, total)
 
-    dataset.num_cut = encoder.num_cut(captions)
-    dataset.num_made = fill_texts(cache, captions, encoder, 4 * batch_size, told("captions"))
-    dataset.num_made += fill_latents(cache, dataset.path, samples, codec, batch_size, told("latents"))
+    dataset.num_truncated = encoder.num_cut(captions)
+    dataset.num_encoded = fill_texts(cache, captions, encoder, 4 * batch_size, report("captions"))
+    dataset.num_encoded += fill_latents(cache, dataset.path, samples, codec, batch_size, report("latents"))
     dataset.num_damaged = cache.num_dropped
     cache.release()
 
@@ -158,9 +160,11 @@ def _check_fit(base: Base, codec: LatentCodec, encoder: CaptionEncoder) -> None:
     unet = base.config_of("unet")
     if unet["in_channels"] != codec.latent_channels:
         raise UserError(
-            f"the UNet takes {unet['in_channels']} latent channels, the autoencoder makes {codec.latent_channels}; use its own VAE"
+            f"the UNet takes {unet['in_channels']} latent channels, the autoencoder makes {codec.latent_channels}; "
+            "use the base's own VAE"
         )
     if unet["cross_attention_dim"] != encoder.embedding_dim:
         raise UserError(
-            f"the UNet attends to width {unet['cross_attention_dim']}, the text encoder gives {encoder.embedding_dim}"
+            f"the UNet takes text embeddings of width {unet['cross_attention_dim']}, the text encoder gives "
+            f"{encoder.embedding_dim}; use the base's own text encoder"
         )

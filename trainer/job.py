@@ -1,6 +1,6 @@
-"""Loading a run: its data, its models, the checkpoint it resumes from, and what the user is told before it starts.
+"""Loads a run: its dataset, its models, and the checkpoint it resumes from.
 
-`load_job` reads top to bottom; each part is one function below it. What is resolved and refused before that is in resolve.py.
+`load_job` reads top to bottom; each part is one function below it. resolve.py resolves and checks the settings first.
 """
 
 from __future__ import annotations
@@ -30,23 +30,24 @@ from safelight.trainer.models.encoders import LatentCodec, load_codec
 from safelight.trainer.models.weights import load_unet
 from safelight.trainer.optim.ema import WeightAverages, take_averages
 from safelight.trainer.progress import Progress
-from safelight.trainer.resolve import ResolvedRun, refuse_early, resolve_run
+from safelight.trainer.resolve import ResolvedRun, check_early, resolve_run
 from safelight.trainer.run_log.environment import EPOCH_ORDER, MEMORY_PLAN, recorded, recorded_attention
 from safelight.trainer.run_log.metrics import Metrics, reset_peak_memory
-from safelight.trainer.run_log.step_window import StepLog, take_state
 from safelight.trainer.run_log.terminal import Terminal
+from safelight.trainer.run_log.unlogged_steps import UnloggedSteps, take_state
 from safelight.trainer.run_start import write_start
 from safelight.trainer.step.cuda_graphs import GraphCapture, graph_capture
-from safelight.trainer.step.prepare_unet import equip
+from safelight.trainer.step.prepare_unet import prepare_unet
 from safelight.trainer.step.step import StepContext
 from safelight.trainer.step.validate import choose_subset
 
 
 @dataclass
 class Models:
-    """What is trained, and with what. ema: None without a moving average. patched: None without our kernels.
+    """The UNet with its optimizer, and what sampling needs besides.
 
-    codec: the autoencoder that decodes samples; it stays in host memory and moves to the GPU to work.
+    ema: None without a moving average. codec: the autoencoder, which decodes samples; it is in host memory and moves to
+    the GPU only to decode. patched: the layers that run on our kernels, None if they are off.
     """
 
     trained: Trained
@@ -57,29 +58,32 @@ class Models:
     patched: Patch | None
 
     def live_state(self) -> dict[str, Tensor]:
-        """Return what a checkpoint holds beside the weights and the log: the tensors themselves, not copies."""
+        """Return what a checkpoint holds besides the weights and the unlogged steps. Live tensors, not copies."""
         return {**self.context.optimizer.live_state(), **({} if self.ema is None else self.ema.live_state())}
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run starts. window: the steps that a checkpoint had not logged yet.
+    """Where a run starts.
 
-    is_grouped: whether an epoch trains the batches of a bucket one after another; a run keeps the order it began with.
+    unlogged: state of the steps that were not logged when the checkpoint was saved; None for a new run.
+    num_skipped_tensors: how many tensor updates were skipped inside backward so far. is_grouped: whether an epoch
+    trains all batches of a bucket in a row; a run keeps the order it began with.
     """
 
     position: Position
-    window: dict[str, Tensor] | None
+    unlogged: dict[str, Tensor] | None
     num_skipped_tensors: int
     is_grouped: bool
 
 
 @dataclass
 class Job:
-    """What the training loop works with.
+    """Everything the training loop needs.
 
-    capture: prepares an epoch's CUDA graphs. transport: copies batches to the GPU ahead of their step, None on a CPU.
-    train_subset: training samples that are validated beside the held-out ones. stop_requested: whether the user wants an end.
+    capture: captures an epoch's CUDA graphs. transport: copies batches to the GPU ahead of time; None on a CPU.
+    train_subset: training samples that are validated too, for comparison with the held-out ones. stop_requested:
+    returns whether the user asked the run to stop.
     """
 
     run: ResolvedRun
@@ -98,9 +102,9 @@ class Job:
 def load_job(
     config: Config, run_dir: Path, resume_step: int | None, terminal: Terminal, stop_requested: Callable[[], bool]
 ) -> tuple[Job, Position]:
-    """Return the job and the position it starts at: that of the checkpoint to resume from, or the beginning for None."""
+    """Return the job and the position to start at: the checkpoint's at `resume_step`, or step 0 if that is None."""
     run = resolve_run(config, run_dir, resume_step)
-    refuse_early(run)
+    check_early(run)
     dataset = _load_dataset(run, terminal)
     timeline, identity = Timeline.of(config, dataset.train), run.identity(dataset.train)
     models = _build_models(run, dataset)
@@ -109,83 +113,82 @@ def load_job(
     saved_step = -1 if resume_step is None else resume_step
     max_samples = max(stage.batch_size * stage.accumulate for stage in timeline.stages)
     num_validated = min(config.validate_.max_images, len(dataset.validation) or 1)
+    unlogged = UnloggedSteps(max_samples, run.device, start.unlogged)
     job = Job(
-        run,
-        dataset,
-        timeline,
-        models,
-        graph_capture(models.context, with_graphs=not run.no_graphs),
-        SideStream(run.device) if run.device.type == "cuda" else None,
-        start.is_grouped,
-        Progress(
-            run, timeline, metrics, terminal, StepLog(max_samples, run.device, start.window), start.num_skipped_tensors
-        ),
-        Saver(run_dir, identity, config.save.keep, metrics.sync, terminal.say, run.device, saved_step),
-        choose_subset(dataset.train, num_validated, config.run.seed),
-        stop_requested,
+        run=run,
+        dataset=dataset,
+        timeline=timeline,
+        models=models,
+        capture=graph_capture(models.context, with_graphs=not run.no_graphs),
+        transport=SideStream(run.device) if run.device.type == "cuda" else None,
+        is_grouped=start.is_grouped,
+        progress=Progress(run, timeline, metrics, terminal, unlogged, start.num_skipped_tensors),
+        saver=Saver(run_dir, identity, config.save.keep, metrics.sync, terminal.say, run.device, saved_step),
+        train_subset=choose_subset(dataset.train, num_validated, config.run.seed),
+        stop_requested=stop_requested,
     )
     return job, start.position
 
 
 def _load_dataset(run: ResolvedRun, terminal: Terminal) -> Dataset:
-    """Return the dataset with its cache filled."""
-    dataset = open_dataset(run.given, run.base, run.device, terminal.update)
+    """Return the dataset, after encoding whatever its cache lacks."""
+    dataset = open_dataset(run.user_config, run.base, run.device, terminal.update)
     terminal.pause()
     if dataset.num_damaged:
         terminal.say(f"{counted(dataset.num_damaged, 'damaged row')} in the cache re-encoded")
-    if dataset.num_cut:
-        captions = counted(dataset.num_cut, "caption")
-        terminal.say(f"{captions} cut at the end: longer than the text encoder reads")
+    if dataset.num_truncated:
+        captions = counted(dataset.num_truncated, "caption")
+        terminal.say(f"{captions} truncated: longer than the text encoder's context")
     return dataset
 
 
 def _build_models(run: ResolvedRun, dataset: Dataset) -> Models:
-    """Return the UNet on its device, ready to train, with its optimizer; and the autoencoder."""
-    unet = load_unet(run.base, run.given.run.seed).train()
-    side = run.given.data.resolution // dataset.latent_factor
+    """Return the UNet on its device, ready to train, its optimizer, and the autoencoder."""
+    unet = load_unet(run.base, run.user_config.run.seed).train()
+    side = run.user_config.data.resolution // dataset.latent_factor
     attention = choose_attention(
         run.device,
         run.dtype,
         attention_cases(unet, (side, side)),
-        setting=run.given.model.attention,
-        batch=run.given.train.batch_size,
+        setting=run.user_config.model.attention,
+        batch=run.user_config.train.batch_size,
         previous=None if run.resume_step is None else recorded_attention(run.run_dir),
     )
-    equipped = equip(unet, run.config, attention, run.device, run.dtype)
-    # the peak of encoding, probing and loading is not training's
+    prepared = prepare_unet(unet, run.config, attention, run.device, run.dtype)
+    # the peak of training must not include encoding, probing and loading
     reset_peak_memory(run.device)
     schedule = run.schedule.to(run.device)
-    context = StepContext(unet, equipped.optimizer, schedule, dataset.scaling_factor, run.given.loss)
-    codec = load_codec(run.given, run.base, torch.device("cpu"))
-    return Models(equipped.trained, context, equipped.ema, codec, attention, equipped.patched)
+    context = StepContext(unet, prepared.optimizer, schedule, dataset.scaling_factor, run.user_config.loss)
+    codec = load_codec(run.user_config, run.base, torch.device("cpu"))
+    return Models(prepared.trained, context, prepared.ema, codec, attention, prepared.patched)
 
 
 def _restore(run: ResolvedRun, models: Models, identity: Identity) -> Start:
-    """Load the checkpoint that the run resumes from, if any, and return where it starts.
+    """Load the checkpoint to resume from, if any, and return where the run starts.
 
-    Raises UserError if the checkpoint was trained on other rows than the dataset has now.
+    Raises UserError if the dataset has changed since the checkpoint was saved.
     """
     if run.resume_step is None:
         return Start(Position(), None, 0, is_grouped=not run.no_graphs)
     if read_identity(run.run_dir, run.resume_step)[0].data != identity.data:
         raise UserError(
-            f"{run.checkpoint} was trained on other photographs, captions or crops than {run.given.data.path} "
+            f"{run.checkpoint} was trained on other photographs, captions or crops than {run.user_config.data.path} "
             "has now; start a new run with --run.dir"
         )
     optimizer = models.context.optimizer
     state, position = load_checkpoint(run.run_dir, run.resume_step, models.trained)
-    window = take_state(state)
+    unlogged = take_state(state)
     take_averages(state, models.ema)
     optimizer.load_state_tensors(state)
     num_skipped_tensors = int(optimizer.num_skipped_tensors) if optimizer.is_fused else 0
     order = recorded(run.run_dir, EPOCH_ORDER) or {}
-    return Start(position, window, num_skipped_tensors, is_grouped=order.get("grouped", False))
+    return Start(position, unlogged, num_skipped_tensors, is_grouped=order.get("grouped", False))
 
 
 def _announce(
     run: ResolvedRun, dataset: Dataset, timeline: Timeline, models: Models, start: Start, terminal: Terminal
 ) -> Metrics:
-    """Tell the user what starts, write the files that describe the run, and return its open metrics log."""
+    """Print what is about to start, write the files that describe the run, and return its open metrics log."""
     plan = [] if run.plan is None else [describe(run.plan)]
     graphs = f"no CUDA graphs: {run.no_graphs}" if run.no_graphs else "steps are replayed as CUDA graphs"
     for line in (*plan, graphs) if run.device.type == "cuda" else ():
@@ -193,13 +196,13 @@ def _announce(
     kernels = "kernels off" if models.patched is None else str(models.patched)
     notes = [str(models.attention), str(models.context.optimizer), *plan, graphs, kernels]
     if models.ema is not None:
-        notes.append(f"moving average of the weights, decay {models.ema.decay:g}, in validation, samples and export")
+        notes.append(f"validation, samples and exports use a moving average of the weights, decay {models.ema.decay:g}")
     records = {EPOCH_ORDER: {"grouped": start.is_grouped}}
     if run.plan is not None:
         records[MEMORY_PLAN] = record(run.plan)
     run.run_dir.mkdir(parents=True, exist_ok=True)
     write_start(run, dataset, models.context.unet, models.attention, notes, records)
-    metrics = Metrics(run.run_dir, -1 if run.resume_step is None else run.resume_step, run.given.log.tensorboard)
+    metrics = Metrics(run.run_dir, -1 if run.resume_step is None else run.resume_step, run.user_config.log.tensorboard)
     if metrics.num_unreadable:
         terminal.say(f"{counted(metrics.num_unreadable, 'unreadable line')} of {metrics.path} left out")
     terminal.say(

@@ -1,4 +1,4 @@
-"""A run's settings with every `auto` resolved, and everything that can be refused before hours of encoding."""
+"""Resolves every `auto` of a run's settings, and checks what can be checked before hours of encoding."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from safelight.trainer.run_log.environment import MEMORY_PLAN, recorded
 
 @dataclass(frozen=True)
 class ResolvedRun:
-    """What a run will do on the device it runs on.
+    """A run's settings, resolved for its device.
 
-    given: the config as the user wrote it. config: the same with `auto` of memory mode, checkpointing and fused backward
-    resolved. resume_step: of the checkpoint to resume from, None for a new run. plan: of the GPU's memory, None on a CPU.
-    no_graphs: why steps are not replayed as CUDA graphs, '' if they are.
+    user_config: the config as the user wrote it. config: the same with `auto` resolved for memory mode, checkpointing
+    and fused backward. resume_step: step of the checkpoint to resume from, None for a new run. plan: predicted GPU
+    memory, None on a CPU. no_graphs: why steps are not replayed as CUDA graphs, '' if they are.
     """
 
-    given: Config
+    user_config: Config
     config: Config
     run_dir: Path
     resume_step: int | None
@@ -52,18 +52,19 @@ class ResolvedRun:
 
     @property
     def checkpoint(self) -> Path | None:
-        """The folder of the checkpoint that the run resumes from."""
+        """The folder of the checkpoint to resume from, None for a new run."""
         return None if self.resume_step is None else folder_of(self.run_dir, self.resume_step)
 
     def identity(self, samples: Sequence[Sample] = ()) -> Identity:
-        """Return what decides the run's weights. samples: the training samples, where they are known."""
+        """Return the run's identity. samples: the training samples, if known yet."""
         return identify(self.config, self.precision, samples)
 
 
 def resolve_run(config: Config, run_dir: Path, resume_step: int | None) -> ResolvedRun:
-    """Return the run with every `auto` resolved, after capping torch's share of the GPU.
+    """Return the run with every `auto` resolved, and apply memory.limit_gib to torch's allocator.
 
-    Raises UserError for settings that do not go together, a base that cannot be trained, a run that the GPU cannot hold.
+    Raises UserError for settings that contradict each other, a base that cannot be trained, or a run too large for the
+    GPU.
     """
     device = pick_device(config.run.device)
     dtype = pick_dtype(config.model.precision, device)
@@ -79,15 +80,15 @@ def resolve_run(config: Config, run_dir: Path, resume_step: int | None) -> Resol
     return ResolvedRun(config, resolved, run_dir, resume_step, device, dtype, base, schedule, plan, no_graphs)
 
 
-def refuse_early(run: ResolvedRun) -> None:
-    """Raise UserError now for what loading would refuse only after hours of encoding."""
+def check_early(run: ResolvedRun) -> None:
+    """Raise UserError for what loading would otherwise reject only after hours of encoding."""
     check_unet(run.base)
-    allowed_backends(run.device, run.dtype, run.given.model.attention)
+    allowed_backends(run.device, run.dtype, run.user_config.model.attention)
     if run.device.type == "cuda":
         has_triton()
     if run.resume_step is not None:
-        reached, stage = read_identity(run.run_dir, run.resume_step)
-        difference = run.identity().difference(reached, stage)
+        identity, stage = read_identity(run.run_dir, run.resume_step)
+        difference = run.identity().difference(identity, stage)
         if difference:
             raise UserError(
                 f"checkpoint {run.checkpoint} belongs to other settings: {difference}; "

@@ -1,4 +1,4 @@
-"""What a run writes down once, at its start: settings, environment, model, data and a few examples."""
+"""Writes the files that describe a run when it starts: settings, environment, model, data and a few examples."""
 
 from __future__ import annotations
 
@@ -15,12 +15,9 @@ from safelight.kernels.unet.attention import AttentionChoice
 from safelight.trainer.config.toml import to_toml
 from safelight.trainer.dataset import NUM_EXAMPLES, Dataset
 from safelight.trainer.resolve import ResolvedRun
-from safelight.trainer.run_log.environment import (
-    ATTENTION,
-    describe,
-)
+from safelight.trainer.run_log.environment import ATTENTION, describe
 
-EXAMPLE_SIDE = 320
+EXAMPLE_SIDE_PX = 320
 
 
 def _write_json(path: Path, value) -> None:
@@ -32,9 +29,9 @@ def write_start(
 ) -> None:
     """Write config.toml, environment.json, model.json, data.json, split.json and data_examples/.
 
-    notes: lines about the choices that were made, for model.json. records: further keys of environment.json.
+    notes: lines for model.json about what was chosen. records: further keys of environment.json.
     """
-    run_dir, config, base = run.run_dir, run.given, run.base
+    run_dir, config, base = run.run_dir, run.user_config, run.base
     atomic_write_text(run_dir / "config.toml", to_toml(config))
     _write_json(
         run_dir / "environment.json",
@@ -79,7 +76,7 @@ def write_start(
 
 
 def _read_rejected(path: Path) -> list[dict]:
-    """Return the rows of a rejected.jsonl that are rows; it is shown, never relied on."""
+    """Return the valid rows of a rejected.jsonl; damaged lines are dropped, because the rows are only displayed."""
     rows = []
     for line in path.read_bytes().split(b"\n") if path.is_file() else []:
         try:
@@ -98,7 +95,7 @@ def _write_examples(run_dir: Path, dataset: Dataset) -> list[dict]:
     for index, sample in enumerate(dataset.train[::every][:NUM_EXAMPLES]):
         name = f"{index:03d}.jpg"
         small = decode((dataset.path / sample.photo.file).read_bytes()).image
-        small.thumbnail((EXAMPLE_SIDE, EXAMPLE_SIDE), Image.Resampling.LANCZOS)
+        small.thumbnail((EXAMPLE_SIDE_PX, EXAMPLE_SIDE_PX), Image.Resampling.LANCZOS)
         small.save(folder / name, quality=88)
         rows.append(
             {

@@ -1,4 +1,4 @@
-"""Asking a run to stop: finish the step in flight, save, leave."""
+"""Stops a run on Ctrl-C or SIGTERM: finish the current step, save, exit."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import signal
 
 
 class Stopped(Exception):
-    """Raised inside long work between steps, once a stop is asked for: it is done again on resume."""
+    """Raised inside validation or sampling when a stop is requested; a resumed run starts it again."""
 
 
 class Stop:
-    """Ctrl-C or SIGTERM once: finish the step, save, leave. Ctrl-C twice: leave at once; checkpoints are safe.
+    """Ctrl-C or SIGTERM: finish the step, save, exit. A second Ctrl-C exits at once; checkpoints stay intact.
 
-    As a context it is in force for the training loop alone: before that there is nothing to save, and Ctrl-C just leaves.
+    A context manager: signals are handled only inside its block, the training loop. Before that there is nothing to
+    save, and Ctrl-C ends the process as usual. Calling it returns whether a stop was requested.
     """
 
     def __init__(self):
@@ -34,5 +35,5 @@ class Stop:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
-        # not print: the signal may have come in the middle of one
+        # not print, which is not reentrant: the signal may have interrupted one
         os.write(2, b"\nstopping after this step; press Ctrl-C again to leave at once\n")

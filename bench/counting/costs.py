@@ -20,7 +20,7 @@ from safelight.bench.core.operators import class_of, class_of_kernel, does_work
 from safelight.kernels.triton.jit import Launch, LaunchMode
 from safelight.trainer.memory_plan.meta_run import MetaRun
 from safelight.trainer.optim.kernel_adamw import KernelAdamW
-from safelight.trainer.step.profiler_ranges import told_to
+from safelight.trainer.step.profiler_ranges import listen_to_ranges
 
 # names in result lines of classes that operators.py names differently
 _KINDS = {"matmul": "linear", "copy/cast": "copies"}
@@ -130,7 +130,7 @@ def step_costs(run: MetaRun, batch_size: int, height: int, width: int, num_micro
     # the first step creates the optimizer's states
     run.step(batch_size, height, width, num_micro)
     phases: list[str] = []
-    with OperatorCosts(phases, "meta") as costs, told_to(lambda name: _open_phase(phases, name)):
+    with OperatorCosts(phases, "meta") as costs, listen_to_ranges(lambda name: _open_phase(phases, name)):
         run.step(batch_size, height, width, num_micro)
     return _with_addressed_bytes(dict(costs.costs), run)
 

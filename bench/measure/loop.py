@@ -31,7 +31,7 @@ from safelight.trainer.config.toml import Config, parse_config
 from safelight.trainer.models.base import resolve_base
 from safelight.trainer.models.weights import load_vae
 from safelight.trainer.run_log.terminal import Terminal
-from safelight.trainer.step.profiler_ranges import told_to
+from safelight.trainer.step.profiler_ranges import listen_to_ranges
 from safelight.trainer.train import train
 
 EVERYDREAM = "everydream"
@@ -136,7 +136,7 @@ def run_ours(
     """Run our training loop; an epoch ends when the next one's first step begins."""
     clock = _Clock(torch.device(work.device), steps_per_epoch, num_epochs)
 
-    with told_to(clock.listen):
+    with listen_to_ranges(clock.listen):
         train(config_for(work, dataset, folder / "run", num_epochs, side_px), terminal=Terminal())
     # the last epoch ends when train has saved its checkpoint and returned
     clock.epoch_ended()

@@ -27,7 +27,7 @@ from safelight.errors import UserError
 from safelight.trainer.config.toml import Config
 from safelight.trainer.models.device import pick_device
 from safelight.trainer.run_log.terminal import Terminal
-from safelight.trainer.step.profiler_ranges import told_to
+from safelight.trainer.step.profiler_ranges import listen_to_ranges
 from safelight.trainer.train import train
 
 STEP = "step"
@@ -287,7 +287,7 @@ def profile_loop(
     out.mkdir(parents=True, exist_ok=True)
     step_profiler = _StepProfiler(num_steps, device, out)
     phases = step_profiler.phases
-    with told_to(phases), phases.blocks():
+    with listen_to_ranges(phases), phases.blocks():
         try:
             loop(step_profiler.after_step)
         except StopProfiling:

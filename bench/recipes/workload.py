@@ -42,7 +42,7 @@ from safelight.trainer.models.weights import load_unet
 from safelight.trainer.optim.optimizer import make_optimizer
 from safelight.trainer.step.cuda_graphs import Recorder, StepGraphs, shape_of
 from safelight.trainer.step.step import Inputs, MicroResult, StepContext, StepSettings, micro_step, train_step, upload
-from safelight.trainer.step.torch_flags import algorithms
+from safelight.trainer.step.torch_flags import torch_flags
 
 SEED = 1
 NUM_ROTATED = 4
@@ -232,7 +232,7 @@ class Ours:
 
     def step(self, batch: Batch) -> torch.Tensor:
         """Train on a batch and return its mean loss on the device."""
-        with algorithms(cudnn_benchmark=self._cudnn_benchmark), separate_cudnn_cache(self._cudnn_benchmark):
+        with torch_flags(cudnn_benchmark=self._cudnn_benchmark), separate_cudnn_cache(self._cudnn_benchmark):
             settings = StepSettings(len(batch.sample_ids), LR, WEIGHT_DECAY, MAX_GRAD_NORM)
             result = train_step(self.context, [batch], settings, seed=SEED, epoch=0, graphs=self._graphs_of(batch))
         return result.losses.mean()

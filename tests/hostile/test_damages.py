@@ -109,7 +109,7 @@ def test_damaged_weights_are_reported_before_anything_is_encoded(place, tmp_path
         data = bytearray(state.read_bytes())
         data[len(data) // 2] ^= 1
         state.write_bytes(data)
-        line, resume = r"step-00000002 is damaged: state\.safetensors .*go on from step 1", True
+        line, resume = r"step-00000002 is damaged: state\.safetensors .*resume from step 1", True
     with pytest.raises(ValueError, match=line):
         train(config, resume=resume)
     assert not (place / "dataset" / "cache").exists()

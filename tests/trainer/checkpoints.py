@@ -1,4 +1,4 @@
-"""The least that can be saved as a checkpoint: a UNet of two widths, a layer like one, a run's identity and place."""
+"""Minimal things to save as a checkpoint: a small UNet, a layer that is saved like one, an identity and a position."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -42,7 +42,7 @@ def writes(unet) -> Callable[[Path], None]:
 
 
 class Little(torch.nn.Linear):
-    """The least that can be saved like a UNet."""
+    """A linear layer with the `save_pretrained` of a UNet."""
 
     def __init__(self):
         super().__init__(2, 2)

@@ -1,4 +1,4 @@
-"""Runs in processes of their own, forked from one that has imported everything."""
+"""Fixtures: runs in forked processes, a small UNet, the tiny base, a finished run."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def run():
 
 @pytest.fixture(scope="module")
 def small_unet() -> UNet2DConditionModel:
-    """A UNet of two widths with every kind of block, to be copied before it is changed."""
+    """A UNet of two widths with every kind of block. Copy it before changing it."""
     return make_unet()
 
 
@@ -49,7 +49,7 @@ def tiny() -> Base:
 
 @pytest.fixture
 def base_folder(tmp_path) -> Path:
-    """A copy of the tiny base, to be spoilt."""
+    """A copy of the tiny base that a test may damage."""
     return Path(shutil.copytree(tiny_folder(), tmp_path / "base"))
 
 

@@ -1,4 +1,4 @@
-"""Whether two runs are equal bit for bit, but for what the clock says."""
+"""Compares two runs bit for bit, except for times."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ CLOCK_FIELDS = {"time", "images_per_s", "memory_gib"}
 
 
 def metrics(folder: Path) -> list[dict]:
-    """Return the metrics without what the clock says and without the note of having resumed."""
+    """Return the metrics without times, speed and memory, and without the event of a resume."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rows = [{k: v for k, v in row.items() if k not in CLOCK_FIELDS} for row in rows]
     return [row for row in rows if row.get("event") != "resumed"]
 
 
 def assert_equal_runs(one: Path, other: Path) -> None:
-    """The same checkpoints, their tensors, the metrics and the images drawn."""
+    """Assert that checkpoints, their tensors, metrics and sampled images are equal."""
     steps = list_checkpoints(one)
     assert steps == list_checkpoints(other)
     for step in steps:

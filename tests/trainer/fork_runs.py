@@ -1,13 +1,13 @@
-"""A program for tests: it imports everything once, then forks a child for each run that its input asks for.
+"""A program for tests: it imports everything once, then forks a child for each run requested on its input.
 
-Each line of standard input is JSON; each answer is the child's exit code, or minus the signal that ended it. Imports take
-ten seconds; a fork does not.
-    settings, resume    trains by these, in the child
-    words, log          or: calls the command line with these words, its standard error written to the file `log`
+Each line of standard input is a job in JSON; each answer is the child's exit code, or minus the signal that ended it.
+Imports take ten seconds; a fork does not.
+    settings, resume    train with these settings in the child
+    words, log          or call the command line with these words, with standard error written to the file `log`
     point, count        the child kills itself the count-th time it reaches a point
-    step_s              the child's steps take so much longer
-    signals             names, sent by this program as soon as the path `once` is there
-    kill_after_s        killed by this program after so long
+    step_s              seconds by which the child's steps are slowed down
+    signals             names of signals that this program sends as soon as the path `once` exists
+    kill_after_s        seconds after which this program kills the child
 """
 
 import json
@@ -54,7 +54,7 @@ def _arm(point: str, count: int) -> None:
     if point == "step":
         wrap(train, "train_step", after=True)
     elif point == "checkpoint file":
-        # weights are written, state.json is not: the middle of a checkpoint
+        # in the middle of a checkpoint: the weights are written, state.json is not
         wrap(checkpoint, "_sync_file", after=False)
     elif point == "before rename":
         wrap(checkpoint, "sync_folder", after=False)
@@ -100,12 +100,12 @@ def _child(job: dict) -> int:
 
 
 def _disturb(pid: int, job: dict) -> None:
-    """Send a child what the job says. Returns when it is all sent; a child that ended is sent nothing."""
+    """Send a child the job's signals, and return when all are sent. A child that has ended gets none."""
     while "once" in job and not os.path.exists(job["once"]) and os.path.exists(f"/proc/{pid}/exe"):
         time.sleep(0.01)
     for name in job.get("signals", ()):
         os.kill(pid, getattr(signal, name))
-        # two in one moment would be one
+        # two signals at the same moment would be delivered as one
         time.sleep(0.1)
     if "kill_after_s" in job:
         time.sleep(job["kill_after_s"])
@@ -117,7 +117,7 @@ def serve() -> None:
         job = json.loads(line)
         pid = os.fork()
         if pid == 0:
-            # standard output is the answer's channel
+            # standard output carries the answers
             os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
             os._exit(_child(job))
         _disturb(pid, job)

@@ -1,4 +1,4 @@
-"""From a prepared folder to samples: what is encoded, what is made again, and what leaves the memory."""
+"""Opening a dataset: what is encoded, what is encoded again, and that encoders are freed."""
 
 import gc
 import json
@@ -55,14 +55,14 @@ def test_rows_are_the_autoencoders_posterior_and_the_encoders_embeddings(make_co
 def test_a_second_time_makes_nothing_and_another_suffix_only_texts(make_config, folder):
     first = opened(make_config, folder)
     first.cache.close()
-    assert first.num_made > 6
+    assert first.num_encoded > 6
     second = opened(make_config, folder)
     second.cache.close()
-    assert second.num_made == 0
+    assert second.num_encoded == 0
     suffixed = opened(make_config, folder, data={"caption_suffix": " on film"})
     captions = {text for s in (*suffixed.train, *suffixed.validation) for text in s.captions}
     assert all(text.endswith(" on film") for text in captions)
-    assert suffixed.num_made == len(captions)
+    assert suffixed.num_encoded == len(captions)
     suffixed.cache.close()
 
 

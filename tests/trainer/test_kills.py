@@ -1,6 +1,6 @@
-"""The long form of the kill tests: twenty random moments of caching, fifty of training; every end equals an undisturbed one.
+"""The long kill tests: kill -9 at 20 random moments of caching and 50 of training, compared with an undisturbed run.
 
-The moments are of the clock, not of chosen points: wherever the process is, loading included, it gets kill -9.
+The moments are random times rather than chosen points, so they also hit loading.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ NUM_CACHE_KILLS, NUM_TRAINING_KILLS = 20, 50
 def toml(folder: Path, dataset: Path) -> Path:
     path = folder.with_suffix(".toml")
     path.write_text(
-        f'[run]\ndir = "{folder}"\nseed = 9\ndevice = "cpu"\n[data]\npath = "{dataset}"\nresolution = 64\nvariants = 24\n'
-        "crop_jitter = 0.3\nflip_p = 0.5\n[train]\nbatch_size = 2\nmax_steps = 40\n[[stage]]\nepochs = 2\n[[stage]]\nepochs = 2\nlr = 2e-5\n"
+        f'[run]\ndir = "{folder}"\nseed = 9\ndevice = "cpu"\n[data]\npath = "{dataset}"\nresolution = 64\n'
+        "variants = 24\ncrop_jitter = 0.3\nflip_p = 0.5\n[train]\nbatch_size = 2\nmax_steps = 40\n"
+        "[[stage]]\nepochs = 2\n[[stage]]\nepochs = 2\nlr = 2e-5\n"
         "[sample]\nsteps = 2\nnum_prompts = 2\nevery_epochs = 1\n[validate]\ntimesteps = 2\n"
         "[save]\nevery_steps = 3\n[log]\nevery_steps = 2\ntensorboard = false\n"
     )

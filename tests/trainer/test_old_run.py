@@ -24,7 +24,7 @@ RELATIVE = 2e-3
 
 @pytest.fixture
 def old_run(tmp_path, monkeypatch) -> Path:
-    """A copy of the old run beside its dataset and base; the base's text encoder and autoencoder are the embedded ones."""
+    """A copy of the old run with its dataset and base; text encoder and autoencoder come from the bundled tiny base."""
     shutil.copytree(OLD, tmp_path, dirs_exist_ok=True)
     for part in ("vae", "text_encoder", "tokenizer", "scheduler", "model_index.json"):
         source = Path(tiny_folder()) / part

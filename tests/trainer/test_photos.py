@@ -1,4 +1,4 @@
-"""Real photographs, where they are at hand: prepare, buckets of several aspect ratios, TAESD, two stages, report.
+"""Real photographs, if available: prepare, buckets of several aspect ratios, TAESD, two stages, report.
 
 The folder is found beside the project's root or by SAFELIGHT_SHARED; without it these tests skip.
 """
@@ -39,7 +39,7 @@ def test_every_photograph_is_taken_with_its_caption(dataset):
 
 
 def test_taesd_encodes_a_photograph_and_gives_it_back(dataset):
-    """The real autoencoder through our codec: no posterior, factor 8, and a recognisable picture."""
+    """The real TAESD through our codec: no posterior, factor 8, and a good reconstruction."""
     from tests.pixels import load_pixels
 
     codec = LatentCodec(load_vae(resolve_base("random:small"), str(TAESD), 0), torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Ctrl-C once and twice, SIGTERM as Colab and Slurm send it: what each leaves, and that the run goes on from there."""
+"""Ctrl-C once and twice, and SIGTERM as Colab and Slurm send it: what each leaves, and that the run resumes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safelight.trainer.config.toml import to_toml
 
 @pytest.fixture
 def job(make_config, tmp_path):
-    """A function that returns a job of `train`: slow steps, a checkpoint every other; signals come once the first is there."""
+    """A function that returns a `train` job with slow steps; signals are sent once its first checkpoint exists."""
     config = make_config(
         train={"batch_size": 2, "max_steps": 6},
         stage=[{"epochs": 2}],
@@ -55,7 +55,7 @@ def test_asked_once_it_saves_and_goes_on(run, job, tmp_path):
 
 
 def test_asked_twice_it_leaves_at_once_and_keeps_its_checkpoints(run, job, tmp_path):
-    """The second Ctrl-C comes in the step that the first let finish: no checkpoint of it, and the one before is whole."""
+    """The second Ctrl-C comes before the step finishes: it is not saved, and the checkpoint before is intact."""
     assert run(**job("SIGINT", "SIGINT", step_s=1.0)) == 130
     said = (tmp_path / "log").read_text()
     assert "press Ctrl-C again to leave at once" in said
@@ -67,7 +67,7 @@ def test_asked_twice_it_leaves_at_once_and_keeps_its_checkpoints(run, job, tmp_p
 
 
 def test_a_signal_before_the_first_step_just_ends_it(run, job, tmp_path):
-    """There is nothing to save yet: SIGTERM has its usual end, and leaves no lock."""
+    """There is nothing to save yet: SIGTERM ends the process as usual and leaves no lock."""
     assert run(**job("SIGTERM", once="run.toml")) == -signal.SIGTERM
     assert list_checkpoints(tmp_path / "run") == []
     assert run(**job(step_s=0, once="run.toml")) == 0

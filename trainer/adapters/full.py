@@ -43,8 +43,8 @@ class FullFineTune:
         except RuntimeError as error:
             first = str(error).splitlines()[1:2] or [str(error)]
             raise UserError(
-                f"checkpoint {folder} is of another UNet than the base that the run names now "
-                f"({first[0].strip()[:160]}); give model.base the model it was trained from"
+                f"checkpoint {folder} does not fit the UNet of this run's base ({first[0].strip()[:160]}); "
+                "set model.base to the model it was trained from"
             ) from None
 
     def merged(

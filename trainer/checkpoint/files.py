@@ -1,8 +1,8 @@
-"""Checkpoints that are complete or absent: `checkpoints/step-00000300/{unet/, state.safetensors, state.json}`.
+"""Reads and writes checkpoints, `checkpoints/step-00000300/{unet/, state.safetensors, state.json}`, atomically.
 
-A checkpoint is written to a temporary folder beside its final one, synced to disk and renamed. state.json is written last
-and holds the SHA-256 of every other file and of itself: a folder without it does not count. Only names of `step-` and
-eight digits are checkpoints; others are ignored.
+A checkpoint is written to a temporary folder beside its final one, synced to disk and renamed. state.json is written
+last and holds the SHA-256 of every other file and of itself; a folder without it is incomplete and ignored, as are
+names other than `step-` and eight digits.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from safelight.trainer.checkpoint.identity import Identity
 FORMAT = 1
 # key of state.json's own checksum; the oldest checkpoints have none
 SEAL = "record_sha256"
-# what reading a damaged state.json may raise
+# the exceptions that reading a damaged state.json may raise
 UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 _NAME = re.compile(r"step-(\d{8})")
 
 
 @dataclass(frozen=True)
 class Position:
-    """How far a run has come. step: optimizer steps taken. epoch: 0-based, over all stages. step_in_epoch: steps taken in it.
+    """How far a run has come. step: optimizer steps taken. step_in_epoch: those taken in the current epoch.
 
-    best_step, best_loss: the best validation so far, -1 and None before any. unmeasured: the validation and samples due
-    at this step were interrupted, and come first on resume.
+    epoch: 0-based, counted over all stages. best_step, best_loss: the best validation so far, -1 and None before the
+    first. unmeasured: the validation and samples due at this step were interrupted; a resumed run starts with them.
     """
 
     step: int = 0
@@ -51,13 +51,13 @@ class Position:
 
 
 def folder_of(run_dir: Path, step: int) -> Path:
-    """Return the folder of a step's checkpoint, which may not exist."""
+    """Return the folder of a step's checkpoint, whether or not it exists."""
     return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
 def _step_folders(run_dir: Path) -> dict[int, Path]:
-    found = ((_NAME.fullmatch(path.name), path) for path in (run_dir / "checkpoints").glob("step-*"))
-    return {int(match[1]): path for match, path in found if match}
+    matches = ((_NAME.fullmatch(path.name), path) for path in (run_dir / "checkpoints").glob("step-*"))
+    return {int(match[1]): path for match, path in matches if match}
 
 
 def list_checkpoints(run_dir: Path) -> list[int]:
@@ -99,9 +99,9 @@ def save_checkpoint(
     """
     place = folder_of(run_dir, position.step)
     partial = place.with_name(f".{place.name}.partial")
-    # they must not take the new one's disk space or name
+    # they would take the new checkpoint's disk space or name
     _remove_unfinished(run_dir)
-    assert not place.exists(), f"{place} is written a second time"
+    assert not place.exists(), f"{place} already exists"
     try:
         _write(partial, write_trained, state, position, identity, between_files)
     except Exception:
@@ -157,14 +157,16 @@ def rewrite_position(run_dir: Path, position: Position) -> None:
 
 
 def _damaged(folder: Path, what: str) -> ValueError:
-    """Return the error for a damaged checkpoint; it names the newest intact one before it and how to resume from that."""
+    """Return the error for a damaged checkpoint, with the newest intact one before it and how to resume from that."""
     run_dir = folder.parent.parent
     earlier = [step for step in list_checkpoints(run_dir) if folder_of(run_dir, step) < folder]
-    sound = next((step for step in reversed(earlier) if not _flaw(folder_of(run_dir, step))), None)
+    intact = next((step for step in reversed(earlier) if not _flaw(folder_of(run_dir, step))), None)
     # moved aside, not deleted: parts of it may still be usable
-    aside = [path for step in earlier if sound is None or step > sound for path in [folder_of(run_dir, step)]]
+    aside = [path for step in earlier if intact is None or step > intact for path in [folder_of(run_dir, step)]]
     moves = [f"mv {shlex.quote(str(path))} {shlex.quote(f'{path}.damaged')}" for path in [*aside, folder]]
-    go_on = "start again from step 0" if sound is None else f"go on from step {sound}, the sound one before it"
+    go_on = (
+        "start again from step 0" if intact is None else f"resume from step {intact}, the newest intact one before it"
+    )
     command = f"safelight train {shlex.quote(str(run_dir / 'config.toml'))} --resume"
     return UserError(f"checkpoint {folder} is damaged: {what}; {go_on}: {' && '.join([*moves, command])}")
 
@@ -174,7 +176,8 @@ def _seal(record: dict) -> str:
 
 
 def _record(folder: Path) -> dict:
-    """Return a checkpoint's state.json. Raises one of UNREADABLE if it is damaged, _OtherFormat for another version's."""
+    """Return a checkpoint's state.json. Raises one of UNREADABLE if damaged, _OtherFormat if written by another
+    version."""
     record = json.loads((folder / "state.json").read_bytes())
     if record["format"] != FORMAT:
         raise _OtherFormat(record["format"])
@@ -184,9 +187,9 @@ def _record(folder: Path) -> dict:
     Identity(**record["identity"])
     step = Position(**record["position"]).step
     if folder_of(folder.parent.parent, step).name != folder.name:
-        raise UserError(f"it is the record of step {step}")
+        raise UserError(f"it belongs to step {step}")
     if not isinstance(record["sha256"], dict):
-        raise UserError("it names no files")
+        raise UserError("it lists no files")
     return record
 
 
@@ -206,7 +209,7 @@ def _flaw(folder: Path) -> str:
 
 
 class _OtherFormat(Exception):
-    """The checkpoint was written by a version with another format; the message is that format."""
+    """Raised for a checkpoint of another format; the message is that format."""
 
 
 def read_record(folder: Path) -> dict:
@@ -245,9 +248,9 @@ def load_checkpoint(run_dir: Path, step: int, trained: Trained) -> tuple[dict[st
 
 
 def prune(run_dir: Path, keep: int, best_step: int) -> None:
-    """Delete all checkpoints but the last `keep` and the best, and the remains of unfinished ones."""
+    """Delete all checkpoints except the last `keep` and the best, and what is left of unfinished ones."""
     steps = list_checkpoints(run_dir)
     for step in set(steps[:-keep]) - {best_step}:
-        # state.json first, so that a kill in between leaves no folder that looks complete
+        # state.json first, so that a kill in the middle leaves no folder that looks complete
         (folder_of(run_dir, step) / "state.json").unlink()
     _remove_unfinished(run_dir)

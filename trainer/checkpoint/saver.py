@@ -1,8 +1,8 @@
-"""Asynchronous checkpoints: the training loop pays for a copy in host memory, a thread writes the files.
+"""Asynchronous checkpoints: the training loop only copies tensors to host memory, and a thread writes the files.
 
-One at a time: the next save waits for the previous one. An error of the thread (a full disk, a folder that cannot be
-written to) is raised in the loop, at its next step or at the end. Order: flush the metrics to disk, write the checkpoint,
-delete old checkpoints; so a checkpoint on disk never depends on metrics that are not.
+One save at a time: the next one waits for the previous one. The thread's errors (a full disk, a read-only folder) are
+raised in the loop, at its next step or at the end. The thread syncs the metrics to disk, writes the checkpoint, then
+deletes old ones, so a checkpoint on disk never depends on metrics that are not.
 """
 
 from __future__ import annotations
@@ -24,23 +24,24 @@ from safelight.trainer.checkpoint.identity import Identity
 from safelight.trainer.checkpoint.snapshot import Snapshot, SnapshotBuffers, available_bytes, num_bytes_of
 from safelight.units import GIB
 
-# buffers are kept between saves only if this much host memory remains for everything else
+# buffers are kept between saves only if they leave this much host memory free
 SPARE_BYTES = 2 * GIB
-# a save that waits longer than this for the previous one says so
+# waiting longer than this for the previous save prints a message
 PATIENCE_S = 10.0
 # keeps the names of trained tensors apart from those of the state within a snapshot
 TRAINED = "trained/"
 
 
 class _Abandoned(Exception):
-    """Raised in the thread between two files when the checkpoint is no longer wanted."""
+    """Raised in the thread, between two files, after the checkpoint has been abandoned."""
 
 
 @dataclass
 class Saver:
-    """Saves a run's checkpoints. A context manager: on exit the last one is complete, or its failure is reported.
+    """Saves a run's checkpoints. A context manager: on exit the last save is complete, or its failure is reported.
 
-    saved_step: of the newest checkpoint that is complete on disk; asked_step: of the newest requested one; -1 before any.
+    say: prints a message. saved_step: step of the newest complete checkpoint on disk. requested_step: step of the
+    newest requested one. Both are -1 before the first.
     """
 
     run_dir: Path
@@ -50,7 +51,7 @@ class Saver:
     say: Callable[[str], None]
     device: torch.device
     saved_step: int = -1
-    asked_step: int = field(init=False)
+    requested_step: int = field(init=False)
     _buffers: SnapshotBuffers = field(init=False)
     _is_kept: bool = False
     _in_flight: Future | None = None
@@ -59,22 +60,22 @@ class Saver:
     _is_abandoned: bool = False
 
     def __post_init__(self):
-        self.asked_step = self.saved_step
+        self.requested_step = self.saved_step
         self._buffers = SnapshotBuffers(is_pinned=False)
 
     def reserve(self, trained: Trained, state: dict[str, Tensor]) -> None:
-        """Start to allocate the buffers of such saves and keep them for the whole run.
+        """Start allocating buffers for saves of such tensors, which are kept for the whole run; pinned on a GPU.
 
-        Kept buffers are pinned on a GPU. If memory is scarce, say so: each save then allocates pageable memory and frees
-        it again, which holds up training.
+        If host memory is scarce, print a message and keep none: each save then allocates and frees pageable memory,
+        which takes longer.
         """
         tensors = [*trained.tensors().values(), *state.values()]
         needed, available = num_bytes_of(tensors), available_bytes()
         if available is None or available < needed + SPARE_BYTES:
             amount = "unknown" if available is None else f"{available / GIB:.1f} GiB"
             self.say(
-                f"a checkpoint's copy in host memory takes {needed / GIB:.1f} GiB, available: {amount}; it is not kept "
-                "between saves, and each save holds up training longer"
+                f"a checkpoint's copy in host memory takes {needed / GIB:.1f} GiB, available: {amount}; its memory is "
+                "freed after each save, so saves interrupt training for longer"
             )
             return
         self._is_kept, self._buffers = True, SnapshotBuffers(is_pinned=self.device.type == "cuda")
@@ -86,19 +87,19 @@ class Saver:
         except RuntimeError as error:
             self._is_kept, self._buffers = False, SnapshotBuffers(is_pinned=False)
             reason = str(error).splitlines()[0]
-            self.say(f"host memory for checkpoints cannot be pinned, each save holds up training longer ({reason})")
+            self.say(f"host memory for checkpoints cannot be pinned, so saves interrupt training for longer ({reason})")
 
     def save(self, trained: Trained, state: dict[str, Tensor], position: Position) -> None:
-        """Copy a checkpoint's tensors and start to write them. `state` may change once this has returned."""
+        """Copy a checkpoint's tensors and start writing them. The tensors may change once this returns."""
         self.wait()
         weights = {f"{TRAINED}{name}": x for name, x in trained.tensors().items()}
         assert not weights.keys() & state.keys()
         snapshot = Snapshot({**weights, **state}, self._buffers)
-        self.asked_step = position.step
+        self.requested_step = position.step
         self._start(f"the checkpoint of step {position.step}", lambda: self._write(trained, snapshot, position))
 
     def check(self) -> None:
-        """Raise the error of a write that has ended. Does not block."""
+        """Raise the error of a write that has failed. Does not block."""
         if self._in_flight is not None and self._in_flight.done():
             self.wait()
 
@@ -109,13 +110,13 @@ class Saver:
         if not wait([self._in_flight], PATIENCE_S).done:
             self.say(f"waiting for {self._what}")
         self._join()
-        ended, self._in_flight = self._in_flight, None
-        ended.result()
+        finished, self._in_flight = self._in_flight, None
+        finished.result()
 
     def _join(self) -> None:
         wait([self._in_flight])
-        # the thread drops its last references after it has set the result; a daemon that frees tensors while the
-        # interpreter exits would abort it
+        # the thread drops its last references after setting the result, and a daemon thread that frees tensors while
+        # the interpreter shuts down aborts the process
         self._thread.join()
 
     def wait_and_report(self) -> None:
@@ -136,7 +137,7 @@ class Saver:
         elif issubclass(kind, Exception):
             self.wait_and_report()
         elif self._in_flight is not None:
-            # interrupted twice: stop after the file being written, while the folder is still locked
+            # a second Ctrl-C: stop after the file being written, while the run folder is still locked
             self._is_abandoned = True
             self._join()
 

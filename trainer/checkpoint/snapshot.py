@@ -1,7 +1,7 @@
-"""A copy in host memory of what a checkpoint holds, so that training goes on while it is written.
+"""Copies a checkpoint's tensors to host memory, so that training continues while they are written.
 
-The training loop only enqueues the copies: on a GPU they run on the step's own stream, between two steps, into pinned
-memory. Tensors are copied in their memory order; the thread that writes them makes them contiguous.
+The training loop only enqueues the copies: on a GPU they run between two steps, on the steps' own stream, into pinned
+memory. Tensors are copied in their memory order; the writing thread makes them contiguous.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def num_bytes_of(tensors: Iterable[Tensor]) -> int:
 
 
 class SnapshotBuffers:
-    """Host memory for one snapshot at a time. is_pinned: so that a GPU copies to it without the host."""
+    """Host memory for one snapshot at a time. is_pinned: whether it is pinned, so that GPU copies are asynchronous."""
 
     def __init__(self, is_pinned: bool):
         self._slabs = HostSlabs(SNAPSHOT_SLAB_BYTES, is_pinned)
@@ -43,7 +43,7 @@ class SnapshotBuffers:
         return self._slabs.num_bytes
 
     def begin(self) -> None:
-        """Begin a snapshot, which overwrites the previous one."""
+        """Start a new snapshot, which overwrites the previous one."""
         self._slabs.give_back_all()
 
     def like(self, x: Tensor) -> Tensor:
@@ -53,13 +53,13 @@ class SnapshotBuffers:
         return flat.as_strided(x.shape, strides, flat.storage_offset())
 
     def reserve(self, tensors: Iterable[Tensor]) -> None:
-        """Allocate the memory of a snapshot of such tensors and write to all of it, so that the first one is fast.
+        """Allocate and touch the memory for a snapshot of such tensors, so that the first one is fast.
 
         Raises RuntimeError if CUDA cannot pin that much.
         """
         self.begin()
         for x in tensors:
-            # the first write to a page costs more than its copy
+            # the first write to a page costs more than copying it
             self.like(x).zero_()
 
     def release(self) -> None:
@@ -68,7 +68,7 @@ class SnapshotBuffers:
 
 
 class Snapshot:
-    """Copies of named tensors, which may be in flight until `wait_for_copies` returns."""
+    """Copies of tensors by name, which may be in flight until `wait_for_copies` returns."""
 
     def __init__(self, tensors: Mapping[str, Tensor], buffers: SnapshotBuffers):
         buffers.begin()
@@ -77,12 +77,12 @@ class Snapshot:
         self._copied = None if device is None else torch.cuda.current_stream(device).record_event()
 
     def wait_for_copies(self) -> dict[str, Tensor]:
-        """Block until the copies are done and return them, contiguous. Called by the thread that writes them."""
+        """Block until the copies are done and return them, contiguous. Called by the writing thread."""
         if self._copied is not None:
             self._copied.synchronize()
         for name, x in self.tensors.items():
             if not x.is_contiguous():
-                # reordered in place, so that only one tensor at a time exists twice
+                # in place, so that only one tensor at a time exists twice
                 ordered = x.contiguous()
                 flat = x.as_strided(ordered.shape, ordered.stride(), x.storage_offset())
                 self.tensors[name] = flat.copy_(ordered)

@@ -40,7 +40,7 @@ from safelight.trainer.memory_plan.memory_tracer import CUDA_ROUNDING, LiveBytes
 from safelight.trainer.models.base import Base, resolve_model
 from safelight.trainer.models.noise_schedule import make_schedule
 from safelight.trainer.models.weights import meta_unet
-from safelight.trainer.step.prepare_unet import equip
+from safelight.trainer.step.prepare_unet import prepare_unet
 from safelight.trainer.step.step import StepContext, StepSettings, train_step
 
 META = torch.device("meta")
@@ -105,9 +105,9 @@ class MetaRun:
         with references_on_meta(device.type == "cpu"), self.live:
             self.live.hold(self.unet.parameters(), WEIGHTS)
             self.live.phase, self.live.kind = "loading", OPTIMIZER
-            equipped = equip(self.unet, config, choice, device, dtype)
+            prepared = prepare_unet(self.unet, config, choice, device, dtype)
             self.loading, self.packing = self.live.peak, self.live.peak.total - self.live.total
-        self.optimizer, self.ema = equipped.optimizer, equipped.ema
+        self.optimizer, self.ema = prepared.optimizer, prepared.ema
         self.context = StepContext(self.unet, self.optimizer, schedule, 1.0, config.loss)
         # for who asks for the same again
         self.traced: dict[tuple, Traced | AllocationTrace] = {}
@@ -160,7 +160,7 @@ class MetaRun:
                 live.reset_peak()
                 settings = StepSettings(batch_size * num_micro, stage.lr, stage.weight_decay, stage.max_grad_norm)
                 result = train_step(self.context, batches, settings, seed=0, epoch=0)
-                taken = result.taken
+                taken = result.is_applied
                 del result
                 if self.ema is not None:
                     live.phase, live.kind = "moving average", TEMPORARY

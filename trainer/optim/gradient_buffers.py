@@ -20,7 +20,7 @@ from torch import Tensor, nn
 class GradientBuffers:
     """Gradient buffers in the parameters' dtype, or in fp32 if `dtype` is "fp32" (train.accumulate_dtype).
 
-    16-bit sums have the bits of autograd's own accumulation. tensors: name -> buffer, in the parameter's shape and
+    16-bit sums equal autograd's own accumulation bit for bit. tensors: name -> buffer, in the parameter's shape and
     memory order; empty until `allocate`, which the first step of several micro-steps calls if needed.
     """
 

@@ -88,7 +88,7 @@ def part_of(name: str) -> str:
 
 
 class KernelAdamW(OptimizerBase):
-    """The UNetOptimizer of our kernel.
+    """The UNetOptimizer that uses our AdamW kernel.
 
     kernel: AdamW over the list of parameters; a parameter's index in it keys its stochastic rounding. last_norm: of the
     last step whose norm was finite, 0 before any.

@@ -25,10 +25,10 @@ _DTYPE_OF_SIZE = {1: torch.uint8, 4: torch.float32}
 
 
 class LibraryOptimizer(OptimizerBase):
-    """The UNetOptimizer of a torch.optim.Optimizer. master: name -> fp32 parameter; the module's own if that is fp32.
+    """A UNetOptimizer over a torch.optim.Optimizer. master: name -> fp32 parameter, the module's own if it is fp32.
 
-    A subclass says how a parameter's state is allocated, which both the first step and loading need. OPTIONS: of the
-    library's constructor, besides the config's.
+    A subclass allocates a parameter's state, for both the first step and loading. OPTIONS: arguments of the library's
+    constructor besides the config's.
     """
 
     OPTIONS: ClassVar[dict[str, object]] = {}
@@ -51,7 +51,7 @@ class LibraryOptimizer(OptimizerBase):
             self.master = {name: nn.Parameter(p.detach().float().contiguous()) for name, p in self.parameters.items()}
             module.to(dtype)
         elif spec.needs_contiguous_weights:
-            # the library's first step would move them, and whoever holds a view of the old memory would not notice
+            # before anything takes a view of their storage, because the library's first step would replace it
             for p in self.parameters.values():
                 p.data = p.detach().contiguous()
         path, _, name = spec.library.partition(":")

@@ -28,8 +28,8 @@ from safelight.trainer.registry.optimizers import MEMORY_MODES, OPTIMIZERS, Opti
 class UNetOptimizer(Protocol):
     """An optimizer of a module's trainable parameters.
 
-    Of one optimizer step: `set_hyper`, the micro-steps' backward passes within `buffers.micro_step`, `prepare_backward`
-    before the last of them, `step` after it.
+    One optimizer step is: `set_hyper`; the micro-steps' backward passes inside `buffers.micro_step`, with
+    `prepare_backward` before the last of them; `step`.
 
     spec: what it can do. parameters: by name. memory: the memory mode in use. has_master: whether it keeps fp32 masters
     of 16-bit weights. is_fused: whether it steps inside backward. clipping: global, lagged or per-tensor. buffers:

@@ -1,4 +1,4 @@
-"""What a run ran on: versions, device, command. For environment.json and the report."""
+"""Versions, device and command of a run, for environment.json and the report."""
 
 from __future__ import annotations
 
@@ -16,14 +16,9 @@ import torch
 import safelight
 from safelight.data.text import counted
 
-# and of the order that an epoch meets its batches in
+# keys of environment.json: the order of an epoch's batches, what choose_attention decided, the plan of the GPU's memory
 EPOCH_ORDER = "epoch_order"
-
-# environment.json's key of what choose_attention decided
 ATTENTION = "attention_choice"
-
-
-# and of what was planned of the GPU
 MEMORY_PLAN = "memory_plan"
 
 PACKAGES = ("torch", "triton", "xformers", "bitsandbytes", "diffusers", "transformers", "numpy", "Pillow")
@@ -48,7 +43,7 @@ def _cpu_name() -> str:
 
 
 def describe(device: torch.device) -> dict[str, str]:
-    """Return a flat record of versions, machine and command."""
+    """Return versions, machine and command as a flat dict."""
     record = {"safelight": safelight.__version__, "git_commit": _git_commit(), "python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -66,17 +61,17 @@ def describe(device: torch.device) -> dict[str, str]:
 
 
 def recorded_attention(run_dir: Path) -> dict | None:
-    """Return the attention that a run recorded, for `previous` of choose_attention; None if it recorded none."""
+    """Return the attention choice that a run recorded, or None; the `previous` argument of choose_attention."""
     return recorded(run_dir, ATTENTION)
 
 
 def recorded(run_dir: Path, key: str) -> dict | None:
-    """Return a part of a run's environment.json; None where there is none, {"unreadable": path} where it is damaged."""
+    """Return an entry of a run's environment.json; None if missing, {"unreadable": path} if the file is damaged."""
     path = run_dir / "environment.json"
     if not path.is_file():
         return None
     try:
         return json.loads(path.read_text(encoding="utf-8")).get(key)
     except (OSError, ValueError, AttributeError):
-        # which choose_attention tells
+        # choose_attention reports it
         return {"unreadable": str(path)}

@@ -1,4 +1,4 @@
-"""metrics.jsonl, TensorBoard and the terminal."""
+"""Writes metrics to metrics.jsonl and TensorBoard, and measures peak memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safelight.units import GIB
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Return the peak so far: reserved by torch on a GPU, resident of the process on a CPU."""
+    """Return the peak memory so far: reserved by torch on a GPU, the process's resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / GIB
     import resource
@@ -25,16 +25,16 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Begin a new peak on a GPU, so that encoding is not taken for training; a process's peak cannot be reset."""
+    """Reset the peak on a GPU, so that training's does not include encoding. On a CPU it cannot be reset."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
 
 class Metrics:
-    """An append-only metrics.jsonl, cut back to the step a run resumes from, and its TensorBoard twin.
+    """An append-only metrics.jsonl, truncated to the step a run resumes from, and the same for TensorBoard.
 
-    num_unreadable: damaged lines of an earlier start that are left out.
+    num_unreadable: damaged lines that were dropped on opening.
     """
 
     def __init__(self, run_dir: Path, step: int, tensorboard: bool):
@@ -51,7 +51,7 @@ class Metrics:
                         kept.append(line + b"\n")
                         self._validated.update([row["step"]] if row.get("kind") == "validation" else [])
                 except (ValueError, KeyError, TypeError, RecursionError):
-                    # the last line may be one that a kill cut short; any other is damage, and worth a word
+                    # a kill may have cut the last line short; any other unreadable line is damage to be reported
                     self.num_unreadable += bool(line) and number < len(lines) - 1
             atomic_write_bytes(self.path, b"".join(kept))
         self.file = self.path.open("a")
@@ -62,10 +62,11 @@ class Metrics:
             self.board = SummaryWriter(run_dir / "tensorboard", purge_step=step + 1)
 
     def has_validation(self, step: int) -> bool:
-        """Return whether the validation of a step was kept from before a resume."""
+        """Return whether the log already holds the validation of a step, from before a resume."""
         return step in self._validated
 
     def write(self, kind: str, step: int, **values) -> None:
+        """Append a line. TensorBoard gets the values that are floats."""
         row = {"kind": kind, "step": step, **values, "time": round(time.time(), 3)}
         with naming(self.path):
             self.file.write(json.dumps(row) + "\n")
@@ -77,8 +78,8 @@ class Metrics:
                     self.board.add_scalar(f"{kind}/{name}{suffix}", value, step)
 
     def sync(self) -> None:
-        """Make what is written survive a power cut; before a checkpoint that counts on it."""
-        # every line was flushed when it was written: a thread may do this beside the next line
+        """Sync the file to disk, before a checkpoint that depends on it."""
+        # safe in another thread while a line is being written: `write` flushes every line itself
         with naming(self.path):
             os.fsync(self.file.fileno())
         if self.board is not None:

@@ -1,4 +1,4 @@
-"""Progress in the terminal: one live line, or a line now and then where there is no terminal."""
+"""Shows progress on stderr: one live line in a terminal, separate lines elsewhere."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import time
 class Terminal:
     """Progress on stderr: one live line in a terminal, a line at most every ten seconds elsewhere.
 
-    Elsewhere is a file, a pipe, a dumb terminal, and a notebook's cell: there a shell command's stderr poses as a
-    terminal, but every redraw is a message to the browser that the cell keeps.
+    Elsewhere means a file, a pipe, a dumb terminal, or a notebook cell. A notebook gives shell commands a stderr that
+    claims to be a terminal, but sends every redraw to the browser and keeps it in the cell.
     """
 
     SECONDS_BETWEEN_LINES = 10.0
     REDRAWS_PER_SECOND = 4
     MAX_BAR_CELLS = 20
     MIN_BAR_CELLS = 6
-    # what Colab, Kaggle and Jupyter's kernels give the commands that a cell starts
+    # set by Colab, Kaggle and Jupyter kernels for the commands that a cell starts
     NOTEBOOK_VARIABLES = ("COLAB_RELEASE_TAG", "COLAB_GPU", "KAGGLE_KERNEL_RUN_TYPE", "JPY_PARENT_PID")
 
     def __init__(self):
@@ -28,7 +28,7 @@ class Terminal:
         is_dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")
         in_notebook = any(os.environ.get(name) for name in self.NOTEBOOK_VARIABLES)
         self.is_live = sys.stderr.isatty() and not is_dumb and not in_notebook
-        # decided here once: rich lets FORCE_COLOR turn a file into a terminal, and writes HTML where it finds a kernel
+        # forced: rich treats a file as a terminal if FORCE_COLOR is set, and writes HTML inside a Jupyter kernel
         self.console = Console(
             stderr=True, highlight=False, emoji=False, force_terminal=self.is_live, force_jupyter=False
         )
@@ -40,15 +40,15 @@ class Terminal:
         return self
 
     def __exit__(self, *exception) -> None:
-        # an error's line comes below the bar, not into it
+        # so that an error is printed below the bar, not into it
         self.pause()
 
     def say(self, text: str) -> None:
-        """Print a line of ours, text as it is."""
+        """Print a line, without interpreting markup."""
         self.console.print(text, markup=False, soft_wrap=True)
 
     def update(self, what: str, done: int, total: int, note: str = "") -> None:
-        """Show that `done` of `total` are done; `note` holds values two spaces apart, the most important first."""
+        """Show that `done` of `total` are done. note: values separated by two spaces, the most important first."""
         is_new = self._phase is None or self._phase.what != what
         if is_new:
             self.pause()
@@ -62,7 +62,7 @@ class Terminal:
             self.say("  ".join(self._phase.parts()))
 
     def pause(self) -> None:
-        """Leave the bar as it stands; the next update begins a new one."""
+        """Finish the bar as it stands; the next update starts a new one."""
         if self._live is not None:
             self._live.stop()
             atexit.unregister(self.pause)
@@ -74,7 +74,7 @@ class Terminal:
             return
         from rich.live import Live
 
-        # what others print to a terminal goes above the bar; what they print to a pipe or a file stays there
+        # other output goes above the bar if stdout is a terminal, and is left alone if it is a pipe or a file
         self._live = Live(
             get_renderable=self._line,
             console=self.console,
@@ -82,17 +82,17 @@ class Terminal:
             redirect_stdout=sys.stdout.isatty(),
         )
         self._live.start(refresh=True)
-        # a command that fails in between would leave the cursor hidden
+        # restores the cursor if the command fails while the bar is drawn
         atexit.register(self.pause)
 
     def _line(self):
-        """Return the bar and as much of the text as fits one line: a bar over two would leave its first behind."""
+        """Return the bar and as much of the text as fits on one line; a redraw cannot erase a second one."""
         from rich.progress_bar import ProgressBar
         from rich.table import Table
         from rich.text import Text
 
         phase = self._phase
-        # the last column stays free: a terminal may wrap as soon as it is written
+        # the last column stays empty, because some terminals wrap as soon as it is written
         space = self.console.width - 1
         first, *more = phase.parts()
         while more and len("  ".join([first, *more])) > space:
@@ -109,22 +109,22 @@ class Terminal:
 
 
 class Phase:
-    """One count from its start to its total, and how long it will still take."""
+    """A count that runs up to a total, with an estimate of the time left."""
 
     def __init__(self, what: str, done: int):
         self.what, self.done, self.total, self.note = what, done, 0, ""
-        # a resumed run begins in the middle, and its first report took the loading and compiling with it
+        # the rate is measured from the first report: a resumed run starts in the middle, after loading and compiling
         self._began, self._done_at_start = time.monotonic(), done
         self._ends_at: float | None = None
 
     def reach(self, done: int, total: int, note: str) -> None:
-        """Take the newest count. All that goes on between two counts, validation too, is in the rate."""
+        """Update the count and the estimate. The rate includes everything between two updates, also validation."""
         self.done, self.total, self.note = done, total, note
         now, advanced = time.monotonic(), done - self._done_at_start
         self._ends_at = now + (now - self._began) * (total - done) / advanced if advanced > 0 else None
 
     def parts(self) -> list[str]:
-        """Return the count, the time left where it is known, and the note's values."""
+        """Return the count, the time left if known, and the note's values."""
         left = []
         if self._ends_at is not None and self.done < self.total:
             left = [f"{format_clock(self._ends_at - time.monotonic())} left"]

@@ -1,17 +1,17 @@
-"""The training step as CUDA graphs: captured once for each shape of batch, then replayed by a single host call.
+"""The training step as CUDA graphs: captured once per batch shape, then replayed by a single host call.
 
-Replaying a graph launches the same kernels on the same memory, without running any Python. So a batch is copied into inputs
-at fixed addresses, the step's numbers (learning rate, weight decay, clipping) are written to the device before the replay,
-and whatever a step changes is changed in place. Random draws are keyed by the inputs, so that each replay draws afresh.
+A replay launches the same kernels on the same memory and runs no Python. So a batch is copied into inputs at fixed
+addresses, the step's hyperparameters (learning rate, weight decay, clipping) are written to the device before the
+replay, and state is updated in place. Random draws are keyed by the inputs, so each replay draws different numbers.
 
-All graphs share one memory pool: they run one after another, and only their small results outlive a replay. Before any
-shape is captured, every new shape runs once without effect (a warm-up): Triton compiles, cuDNN and cuBLAS choose their
-algorithms, and the memory that this took is freed, so that the pool and the warm-ups' cache never exist at the same time. When
-a shape appears later, all graphs are dropped and captured again. The largest shape is captured first, so that the pool grows
-only once.
+All graphs share one memory pool: they run one after another, and only their small results outlive a replay. Before a
+capture, every new shape runs once as a dry run (a warm-up): Triton compiles, cuDNN and cuBLAS choose their algorithms,
+and the memory used is freed, so that the pool and the memory cached by warm-ups never exist at the same time. When a
+shape first appears in a later epoch, all graphs are dropped and captured again. The largest shape is captured first, so
+that the pool grows only once.
 
-Without graphs, an epoch's largest shape still runs once without effect before the first step: if the GPU is too small, the
-run fails at its start, not hours later.
+Without graphs, an epoch's largest shape still gets a dry run before the first step: if the GPU is too small, the run
+fails at its start, not hours later.
 Source: docs.pytorch.org, CUDA semantics, CUDA Graphs.
 """
 
@@ -34,7 +34,7 @@ from safelight.trainer.step.step import Inputs, MicroResult, StepContext, micro_
 
 @dataclass(frozen=True)
 class Shape:
-    """What one graph is captured for: batch size, latents' height and width, and the position among a step's micro-steps."""
+    """What a graph is captured for: batch size, height and width in latents, and its place among the micro-steps."""
 
     size: int
     height: int
@@ -58,7 +58,7 @@ def shape_of(inputs: Inputs, is_first: bool = True, is_last: bool = True) -> Sha
 def shapes_of(sizes: Iterable[tuple[int, int, int]], accumulate: int) -> set[Shape]:
     """Return the shapes of an epoch's micro-batches.
 
-    sizes: (batch size, latents' height, width) of each micro-batch in order. accumulate: micro-batches a step.
+    sizes: (batch size, height, width) in latents of each micro-batch, in order. accumulate: micro-batches per step.
     """
     sizes = list(sizes)
     last = len(sizes) - 1
@@ -78,32 +78,32 @@ def largest_first(shapes: Iterable[Shape]) -> list[Shape]:
 
 
 class Recorder(Protocol):
-    """Captures and replays. Tests have one that runs on the CPU."""
+    """What captures graphs: CudaRecorder, or a stand-in for tests on the CPU."""
 
     def warm_up(self, run: Callable[[], object]) -> None:
-        """Run something on the stream that captures."""
+        """Call `run` on the capturing stream."""
         ...
 
     def free_cached_memory(self) -> None:
-        """Return the memory that torch caches to the device."""
+        """Return torch's cached free memory to the device."""
         ...
 
     def capture(self, run: Callable[[], MicroResult]) -> tuple[Callable[[], None], MicroResult]:
-        """Capture a run; return a function that replays it, and the results that every replay overwrites."""
+        """Capture a call of `run`; return a function that replays it, and its result, which each replay overwrites."""
         ...
 
     def forget(self) -> None:
-        """Called when all captured graphs have been dropped."""
+        """Called after all captured graphs have been dropped."""
         ...
 
 
 class CudaRecorder:
-    """Captures CUDA graphs on a device, all into one memory pool. Raises UserError where a step cannot be captured."""
+    """Captures CUDA graphs on a device into one memory pool. Raises UserError if a step cannot be captured."""
 
     def __init__(self, device: torch.device):
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
-        # nothing can be captured on the default stream, nor anything whose warm-up ran there
+        # CUDA cannot capture on the default stream, and the warm-up must run on the capturing stream
         self._stream = torch.cuda.Stream(device)
 
     def warm_up(self, run: Callable[[], object]) -> None:
@@ -119,12 +119,12 @@ class CudaRecorder:
 
     def capture(self, run: Callable[[], MicroResult]) -> tuple[Callable[[], None], MicroResult]:
         graph = torch.cuda.CUDAGraph()
-        # thread_local: the loader's thread may pin memory in the meantime
+        # thread_local: the loader's thread may pin memory during the capture
         try:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 result = run()
         except RuntimeError as error:
-            # leaving a failed capture raises an uninformative error of its own; the first one says what happened
+            # ending a failed capture raises a second, uninformative error; the first one is the cause
             first = error.__context__ if isinstance(error.__context__, RuntimeError) else error
             if isinstance(first, torch.OutOfMemoryError):
                 raise first from None
@@ -136,31 +136,31 @@ class CudaRecorder:
         return graph.replay, result
 
     def forget(self) -> None:
-        # torch asserts (create_or_incref_pool) when a pool's handle is used again after its graphs are gone while a tensor of
-        # theirs is still alive
+        # a new handle: torch asserts (create_or_incref_pool) if a pool's handle is reused after its graphs are freed
+        # while one of their tensors is still alive
         self._pool = torch.cuda.graph_pool_handle()
 
 
 @dataclass(frozen=True)
 class _Graph:
-    """inputs: what the graph reads. replay: runs it again. result: what it writes; the next replay overwrites it."""
+    """inputs: tensors the graph reads. replay: runs it. result: tensors it writes, overwritten by the next replay."""
 
     inputs: Inputs
     replay: Callable[[], None]
     result: MicroResult
 
 
-def _compiles(shape: Shape) -> tuple:
-    """Return what a shape's warm-up compiles.
+def _warm_up_key(shape: Shape) -> tuple:
+    """Return a key of what a shape's warm-up compiles: shapes with equal keys need only one warm-up.
 
-    A micro-step's position within the step only decides whether gradients are copied or added, which compiles nothing new. The
-    optimizer's part is the same after any batch and is warmed up with the first shapes.
+    A micro-step's position within the step only decides whether gradients are copied or added, which compiles nothing
+    new. The optimizer step is the same for all shapes and is warmed up with the first ones.
     """
     return shape.size, shape.height, shape.width, shape.is_first and shape.is_last
 
 
 def blank(like: Inputs, shape: Shape) -> Inputs:
-    """Return zeros of a shape, in the form of given inputs: tensors of four dimensions are latents, all others are rows."""
+    """Return zero inputs of a shape. like: inputs of any shape, whose 4-dimensional tensors are latents."""
 
     def zeros(x: Tensor) -> Tensor:
         rest = (x.shape[1], shape.height, shape.width) if x.dim() == 4 else x.shape[1:]
@@ -172,8 +172,8 @@ def blank(like: Inputs, shape: Shape) -> Inputs:
 class StepGraphs:
     """The graphs of a stage's micro-steps, by shape.
 
-    run: takes (inputs, is_first, is_last), returns tensors that the next replay overwrites. optimizer: the one that `run`
-    steps. `prepare` may be called between steps only.
+    run: the micro-step to capture, called with (inputs, is_first, is_last). optimizer: the one that `run` steps.
+    Call `prepare` between steps only.
     """
 
     def __init__(self, run: Callable[[Inputs, bool, bool], MicroResult], optimizer: UNetOptimizer, recorder: Recorder):
@@ -185,30 +185,30 @@ class StepGraphs:
         return len(self._graphs)
 
     def clear(self) -> None:
-        """Drop all graphs, because something that they have baked in is about to change."""
+        """Drop all graphs, because something that is baked into them is about to change."""
         self._graphs.clear()
         self._optimizer.release_captures()
         self._recorder.forget()
 
-    def prepare(self, wanted: Iterable[Shape], like: Inputs) -> int:
+    def prepare(self, shapes: Iterable[Shape], like: Inputs) -> int:
         """Capture the shapes that have no graph yet, and return how many were captured.
 
         If any of them needs a warm-up, all graphs are dropped and captured again. like: inputs of any shape.
         """
-        new = largest_first(s for s in set(wanted) if s not in self._graphs)
+        new = largest_first(s for s in set(shapes) if s not in self._graphs)
         if not new:
             return 0
-        unknown = [shape for shape in new if _compiles(shape) not in self._warmed_up]
-        if unknown and self._graphs:
+        cold = [shape for shape in new if _warm_up_key(shape) not in self._warmed_up]
+        if cold and self._graphs:
             new = largest_first([*new, *self._graphs])
             self.clear()
-        # neither may a warm-up run beside what a pool or a validation has left in the cache
+        # also before the warm-ups: they must not run beside memory that validation or a dropped pool left cached
         self._recorder.free_cached_memory()
         inputs = {shape: blank(like, shape) for shape in new}
-        for shape in unknown:
+        for shape in cold:
             with self._optimizer.dry_run():
                 self._recorder.warm_up(lambda shape=shape: self._micro_step(inputs[shape], shape))
-        self._warmed_up |= {_compiles(shape) for shape in unknown}
+        self._warmed_up |= {_warm_up_key(shape) for shape in cold}
         self._recorder.free_cached_memory()
         for shape in new:
             replay, result = self._recorder.capture(lambda shape=shape: self._micro_step(inputs[shape], shape))
@@ -220,7 +220,7 @@ class StepGraphs:
         return self._run(inputs, shape.is_first, shape.is_last)
 
     def __call__(self, inputs: Inputs, is_first: bool = True, is_last: bool = True) -> MicroResult:
-        """Replay the graph of these inputs' shape. Raises KeyError for a shape that was not prepared."""
+        """Replay the graph for the inputs' shape. Raises KeyError for a shape that was not prepared."""
         graph = self._graphs[shape_of(inputs, is_first, is_last)]
         for source, target in zip(inputs.tensors(), graph.inputs.tensors(), strict=True):
             target.copy_(source, non_blocking=True)
@@ -229,15 +229,16 @@ class StepGraphs:
 
 
 class GraphCapture:
-    """Prepares an epoch: captures its shapes as graphs, or without graphs runs the largest one once without effect.
+    """Prepares an epoch: captures graphs for its shapes or, without graphs, warms up the largest one.
 
-    recorder: None where the run uses no graphs. warms_up: whether the largest shape runs once, which a GPU's memory is for.
+    recorder: None if the run uses no graphs. warms_up: whether the largest shape gets a dry run without graphs; only
+    useful on a GPU, whose memory may be too small.
     """
 
     def __init__(self, context: StepContext, recorder: Recorder | None, warms_up: bool):
         self._context, self._recorder, self._warms_up = context, recorder, warms_up
         self._graphs: StepGraphs | None = None
-        self._num_samples = self._largest_run = 0
+        self._num_samples = self._largest_warmed_up = 0
 
     @property
     def uses_graphs(self) -> bool:
@@ -253,23 +254,23 @@ class GraphCapture:
     ) -> tuple[StepGraphs | None, str]:
         """Return the graphs of an epoch's micro-batches (None without graphs) and a message, '' if nothing was done.
 
-        latent_factor: px a latent. accumulate: micro-batches a step. num_samples: of a full step. example: returns inputs of
-        any shape. To be called between steps. Raises torch.OutOfMemoryError.
+        latent_factor: pixels per latent. accumulate: micro-batches per step. num_samples: samples in a full step.
+        example: returns inputs of any shape. Call between steps only. Raises torch.OutOfMemoryError.
         """
         if self._recorder is None and not self._warms_up:
             return None, ""
         sizes = [(len(m.refs), m.bucket.height // latent_factor, m.bucket.width // latent_factor) for m in plan]
-        wanted = shapes_of(sizes, accumulate)
+        shapes = shapes_of(sizes, accumulate)
 
         def run(inputs: Inputs, is_first: bool, is_last: bool) -> MicroResult:
             return micro_step(self._context, inputs, num_samples, is_first, is_last)
 
         began = time.monotonic()
         if self._recorder is None:
-            largest = largest_first(wanted)[0]
-            if largest.num_latents <= self._largest_run:
+            largest = largest_first(shapes)[0]
+            if largest.num_latents <= self._largest_warmed_up:
                 return None, ""
-            self._largest_run = largest.num_latents
+            self._largest_warmed_up = largest.num_latents
             with self._context.optimizer.dry_run():
                 run(blank(example(), largest), largest.is_first, True)
             return None, f"warmed up with the largest batch, {largest}, in {time.monotonic() - began:.1f} s"
@@ -278,12 +279,12 @@ class GraphCapture:
                 self._graphs.clear()
             self._graphs = StepGraphs(run, self._context.optimizer, self._recorder)
             self._num_samples = num_samples
-        num = self._graphs.prepare(wanted, example())
+        num = self._graphs.prepare(shapes, example())
         message = f"captured {num} batch shapes as CUDA graphs in {time.monotonic() - began:.1f} s" if num else ""
         return self._graphs, message
 
 
 def graph_capture(context: StepContext, with_graphs: bool) -> GraphCapture:
-    """Return what prepares a run's epochs on its device."""
+    """Return the GraphCapture of a run on its device."""
     recorder = CudaRecorder(context.device) if with_graphs else None
     return GraphCapture(context, recorder, warms_up=context.device.type == "cuda")

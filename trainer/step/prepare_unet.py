@@ -1,6 +1,6 @@
-"""From a loaded UNet to one that is ready to be trained: attention, kernels, checkpointing, optimizer, moving average.
+"""Prepares a loaded UNet for training: attention, kernels, checkpointing, optimizer, moving average.
 
-One place for the run and for the trace of it on meta tensors that the plan is made from.
+Used by the run, and by the memory planner, which traces the same UNet on meta tensors.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from safelight.trainer.optim.optimizer import UNetOptimizer, make_optimizer
 
 
 @dataclass
-class Equipped:
-    """What a UNet was given. patched: what runs on kernels, None without; ema: None where the run keeps no average."""
+class PreparedUNet:
+    """What was made for a UNet. ema: None without a moving average. patched: what runs on our kernels, None if off."""
 
     trained: Trained
     optimizer: UNetOptimizer
@@ -30,18 +30,18 @@ class Equipped:
     patched: patch.Patch | None
 
 
-def equip(
+def prepare_unet(
     unet: nn.Module, config: Config, attention: AttentionChoice, device: torch.device, dtype: torch.dtype
-) -> Equipped:
-    """Make a UNet of fp32 weights ready to be trained in a dtype, in place.
+) -> PreparedUNet:
+    """Prepare a UNet with fp32 weights, in place, for training in `dtype` on `device`.
 
-    device: where it trains, and comes to tensor by tensor: a GPU never holds the fp32 weights of a 16-bit run. A UNet of
-    meta tensors stays one.
+    Weights move to the device one tensor at a time, so that a GPU never holds all fp32 weights of a 16-bit run. Meta
+    tensors stay on the meta device.
     """
     apply_attention(unet, attention)
     patched = patch.apply(unet, attention) if patch.should_patch(config.train.kernels, device) else None
-    how = config.train.checkpointing
-    apply_checkpointing(unet, "none" if how == "auto" else how)
+    checkpointing = config.train.checkpointing
+    apply_checkpointing(unet, "none" if checkpointing == "auto" else checkpointing)
     trained = FullFineTune(unet)
     trained.mark()
     first = next(unet.parameters())
@@ -50,9 +50,9 @@ def equip(
     )
     optimizer.buffers.dtype = config.train.accumulate_dtype
     if patched is not None:
-        # 16-bit weights have new memory; the moving average keeps views of it
+        # 16-bit weights have new storage; repack before the moving average takes views of it
         patch.repack(unet)
     if any(stage.accumulate > 1 for stage in config.stages()):
         optimizer.buffers.allocate()
     ema = WeightAverages(optimizer, config.train.ema_decay) if config.train.ema_decay > 0 else None
-    return Equipped(trained, optimizer, ema, patched)
+    return PreparedUNet(trained, optimizer, ema, patched)

@@ -1,7 +1,7 @@
 """One optimizer step, from cached rows to changed weights. No files, no printing.
 
-A step consists of one or more micro-steps. Each draws noise and timesteps, runs the UNet forward and backward, and adds to
-the gradients; the last one lets the optimizer change the weights.
+A step consists of one or more micro-steps. Each draws noise and timesteps, runs the UNet forward and backward, and
+accumulates gradients; after the last one the optimizer updates the weights.
 Letters: B batch, C latent channels, H W latent height and width.
 """
 
@@ -23,12 +23,12 @@ from safelight.trainer.config.toml import Loss
 from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.models.noise_schedule import NoiseSchedule, mse_per_sample
 from safelight.trainer.optim.optimizer import UNetOptimizer
-from safelight.trainer.step.profiler_ranges import named
+from safelight.trainer.step.profiler_ranges import profiler_range
 
 
 @dataclass(frozen=True)
 class StepContext:
-    """What all steps of a run have in common. scaling_factor: unscaled latents times it have unit variance."""
+    """What all steps of a run share. scaling_factor: what unscaled latents are multiplied by to get unit variance."""
 
     unet: nn.Module
     optimizer: UNetOptimizer
@@ -48,10 +48,10 @@ class StepContext:
 
 @dataclass(frozen=True)
 class StepSettings:
-    """The numbers of one optimizer step. max_grad_norm: 0 clips nothing.
+    """The hyperparameters of one optimizer step. max_grad_norm: 0 disables clipping.
 
-    num_samples: how many samples a full step has (batch_size x accumulate). Every sample weighs 1 / num_samples, so
-    accumulated micro-batches equal one larger batch, and a short batch does not pull harder than its samples.
+    num_samples: samples in a full step (batch_size x accumulate). Every sample weighs 1 / num_samples, so accumulated
+    micro-batches equal one larger batch, and the samples of a short last batch weigh no more than others.
     """
 
     num_samples: int
@@ -71,38 +71,38 @@ class Inputs(TensorRecord):
 
 
 class MicroResult(NamedTuple):
-    """losses_B: unweighted, detached. grad_norm, taken: as in StepResult for a step's last micro-step, else None."""
+    """losses_B: unweighted, detached. grad_norm, is_applied: as in StepResult after the last micro-step, else None."""
 
     losses_B: Tensor
     grad_norm: Tensor | None
-    taken: Tensor | bool | None
+    is_applied: Tensor | bool | None
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """losses: unweighted errors of the step's samples by loss.kind, (N,). grad_norm: before clipping.
+    """losses: the samples' unweighted errors by loss.kind, (N,). grad_norm: global norm before clipping.
 
-    taken: whether the optimizer changed the weights, which it does not when gradients are not finite. Reading it may
-    synchronize with the device: do so on logging steps only.
+    is_applied: whether the optimizer updated the weights; it skips a step whose gradients are not finite. Reading it
+    may synchronize with the device, so read it on logging steps only.
     """
 
     losses: Tensor
     grad_norm: Tensor
-    taken: Tensor | bool
+    is_applied: Tensor | bool
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
     """Return a tensor on a device, copied without synchronizing."""
     if device.type == "cuda" and x.device.type == "cpu":
-        # a copy of more than 64 KiB from pageable memory waits for all earlier work of the stream
+        # a copy of more than 64 KiB from pageable memory would wait for all earlier work of the stream
         x = x.pin_memory()
     return x.to(device, non_blocking=True)
 
 
 def upload(batch: Batch, device: torch.device, seed: int, epoch: int) -> Inputs:
     """Return a batch on a device, with the keys of its random draws."""
-    who = zip(batch.sample_ids, batch.occurrences, strict=True)
-    keys = [Key(seed, Purpose.NOISE, sample_id, epoch, occurrence) for sample_id, occurrence in who]
+    samples = zip(batch.sample_ids, batch.occurrences, strict=True)
+    keys = [Key(seed, Purpose.NOISE, sample_id, epoch, occurrence) for sample_id, occurrence in samples]
     on_device = batch.map(lambda x: to_device(x, device))
     return Inputs(on_device.mean_BCHW, on_device.logvar_BCHW, on_device.conditioning, key_words(keys, device))
 
@@ -114,7 +114,10 @@ def add_noise(
     offset_noise: float = 0.0,
     dtype: torch.dtype = torch.float32,
 ) -> Noised:
-    """Return noisy latents in `dtype` and their targets; posterior, noise and timestep are drawn by each sample's key."""
+    """Return noisy latents in `dtype` and their targets.
+
+    Each sample's key determines its draw from the posterior, its noise and its timestep.
+    """
     return noising(
         inputs.mean_BCHW,
         inputs.logvar_BCHW,
@@ -152,10 +155,10 @@ def accumulate(
     num_samples: as in StepSettings. loss_scale: a scalar on the device that the loss is multiplied by before backward.
     """
     options = LossOptions(prediction_type=schedule.prediction_type, **loss.kernel_options())
-    with named("forward"):
+    with profiler_range("forward"):
         predicted = predict(unet, noised, conditioning)
-    with named("loss"):
-        found = diffusion_loss(
+    with profiler_range("loss"):
+        result = diffusion_loss(
             predicted,
             noised.target_BCHW,
             noised.timesteps_B,
@@ -163,25 +166,25 @@ def accumulate(
             options,
             num_samples=num_samples,
         )
-        scaled = found.total * loss_scale
-    with named("backward"):
+        scaled = result.total * loss_scale
+    with profiler_range("backward"):
         scaled.backward()
-    return found.losses_B
+    return result.losses_B
 
 
 def micro_step(
     context: StepContext, inputs: Inputs, num_samples: int, is_first: bool = True, is_last: bool = True
 ) -> MicroResult:
-    """Run one of a step's micro-steps: forward, backward, and for the last one the optimizer.
+    """Run one of a step's micro-steps: forward and backward, and the optimizer's step after the last one.
 
-    It never synchronizes with the device and reads nothing from the host but its arguments, so that it can be captured as a
-    CUDA graph (cuda_graphs.py). Learning rate, weight decay and clipping are written to the device before it, by
-    optimizer.set_hyper.
+    It can be captured as a CUDA graph (cuda_graphs.py), because it never synchronizes with the device and reads nothing
+    from the host but its arguments: optimizer.set_hyper has written learning rate, weight decay and clipping to the
+    device before.
     """
     optimizer = context.optimizer
     if is_last:
         optimizer.prepare_backward()
-    with named("noise"):
+    with profiler_range("noise"):
         noised = add_noise(inputs, context.schedule, context.scaling_factor, context.loss.offset_noise, context.dtype)
     with optimizer.buffers.micro_step(is_first, is_last):
         scale = optimizer.loss_scale.scale
@@ -190,7 +193,7 @@ def micro_step(
         )
     if not is_last:
         return MicroResult(losses, None, None)
-    with named("optimizer"):
+    with profiler_range("optimizer"):
         return MicroResult(losses, *optimizer.step())
 
 
@@ -205,16 +208,16 @@ def train_step(
 ) -> StepResult:
     """Take one optimizer step over the given micro-batches.
 
-    seed, epoch: part of the key of every random draw. graphs: captured micro-steps to replay instead of running them
-    (cuda_graphs.StepGraphs); the next step then overwrites grad_norm and taken of the result.
+    seed, epoch: part of the key of every random draw. graphs: captured micro-steps (cuda_graphs.StepGraphs) to replay
+    instead of running them; the next step then overwrites the result's grad_norm and is_applied.
     """
     context.optimizer.set_hyper(settings.lr, settings.weight_decay, settings.max_grad_norm)
     losses, is_first = [], True
     pending = iter(batches)
-    with named("load"):
+    with profiler_range("load"):
         batch = next(pending)
     while batch is not None:
-        with named("load"):
+        with profiler_range("load"):
             following = next(pending, None)
             inputs = upload(batch, context.device, seed, epoch)
         is_last = following is None
@@ -226,4 +229,4 @@ def train_step(
             result = micro_step(context, inputs, settings.num_samples, is_first, is_last)
             losses.append(result.losses_B)
         batch, is_first = following, False
-    return StepResult(torch.cat(losses), result.grad_norm, result.taken)
+    return StepResult(torch.cat(losses), result.grad_norm, result.is_applied)

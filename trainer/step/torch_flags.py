@@ -1,4 +1,4 @@
-"""Which algorithms torch takes of its libraries' choice: deterministic ones alone, or the fastest of a trial."""
+"""Context manager for torch's deterministic-algorithms and cuDNN-benchmark flags."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from safelight.errors import UserError
 
 
 @contextmanager
-def algorithms(*, deterministic: bool = False, cudnn_benchmark: bool = False) -> Iterator[None]:
-    """Have torch choose so within the block, and as before after it.
+def torch_flags(*, deterministic: bool = False, cudnn_benchmark: bool = False) -> Iterator[None]:
+    """Set both flags inside the block and restore them afterwards.
 
-    deterministic: raise where there is only an operator that is not. cudnn_benchmark: cuDNN times a convolution's algorithms
-    when it meets a shape, instead of guessing by rule. Torch keeps what was found, in this process, after the block too.
-    Raises UserError for both: trials of another process may end otherwise.
+    deterministic: raise on any operator that has no deterministic implementation. cudnn_benchmark: let cuDNN time its
+    convolution algorithms at the first call with a shape instead of choosing by heuristics; torch caches the choice for
+    the life of the process, also after the block. Raises UserError for both together: timings differ between processes.
     """
     if deterministic and cudnn_benchmark:
         raise UserError(
-            "train.cudnn_benchmark does not go with run.deterministic: what is fastest differs from process to process; "
-            "set one of them to false"
+            "train.cudnn_benchmark does not go with run.deterministic: what is fastest differs from process to "
+            "process; set one of them to false"
         )
     if deterministic:
-        # cuBLAS reads it when its first handle is made, and torch refuses its products without it
+        # cuBLAS reads it when its first handle is created, and without it torch refuses matrix products
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     torch.use_deterministic_algorithms(before[0] or deterministic)

@@ -1,7 +1,7 @@
 """Validation loss on fixed noise, comparable between steps, batch sizes, machines and configs.
 
-Each image is evaluated at one timestep in each of K equal bands. Noise and timestep are drawn by (seed, image, band);
-latents are the posterior's mean; there is no caption dropout, no crop jitter and no loss weighting.
+Each image is evaluated at one timestep in each of K equal bands. Noise and timestep are keyed by (seed, image, band);
+latents are the mean of the posterior; there is no caption dropout, crop jitter or loss weighting.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ PURPOSES = Purposes(noise=Purpose.VALIDATION_NOISE)
 
 @dataclass(frozen=True)
 class Validation:
-    """loss: mean over images and bands; loss_by_timestep: mean of each band, from little noise to much."""
+    """loss: mean over images and bands. loss_by_timestep: mean of each band, in order of increasing noise."""
 
     loss: float
     loss_by_timestep: tuple[float, ...]
     num_images: int
 
 
-def choose_subset(samples: Sequence[Sample], most: int, seed: int) -> list[Sample]:
-    """Return at most `most` of the samples, chosen by seed and id alone, in their order."""
-    chosen = sorted(samples, key=lambda s: sort_key(Key(seed, Purpose.SPLIT, s.sample_id, 1)))[:most]
+def choose_subset(samples: Sequence[Sample], max_samples: int, seed: int) -> list[Sample]:
+    """Return at most `max_samples` samples in their given order, chosen by seed and sample id alone."""
+    chosen = sorted(samples, key=lambda s: sort_key(Key(seed, Purpose.SPLIT, s.sample_id, 1)))[:max_samples]
     keep = {s.sample_id for s in chosen}
     return [s for s in samples if s.sample_id in keep]
 
@@ -62,9 +62,9 @@ def validate(
     batch_size: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Validation:
-    """Return the loss of the samples of `rows`, each with its centre crop and first caption. Raises UserError for none.
+    """Return the loss on the samples of `rows`, with center crops and first captions. Raises UserError without samples.
 
-    progress: called with (done, total) after each forward pass; an exception that it raises ends the validation.
+    progress: called with (done, total) after each forward pass; an exception it raises aborts the validation.
     """
     samples = rows.samples
     if not samples:

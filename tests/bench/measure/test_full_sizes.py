@@ -141,6 +141,6 @@ def test_sd21_trains(make_config, monkeypatch):
     monkeypatch.setitem(RANDOM_MODELS, "sd21", {**parts, "unet": unet, "vae": vae, "text_encoder": text})
     assert load_text(resolve_base("random:sd21"), "", 0)[1].config.hidden_act == "gelu"
     config = make_config(model={"base": "random:sd21"}, train={"max_steps": 2}, sample={"every_epochs": 0})
-    outcome = train(config)
-    assert outcome.position.step == 2
-    assert json.loads((outcome.run_dir / "model.json").read_text())["prediction_type"] == "v_prediction"
+    result = train(config)
+    assert result.position.step == 2
+    assert json.loads((result.run_dir / "model.json").read_text())["prediction_type"] == "v_prediction"

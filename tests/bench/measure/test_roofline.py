@@ -16,7 +16,7 @@ from safelight.bench.recipes.workload import Ours, Workload, optimizer_config, r
 from safelight.trainer.config.toml import Config
 from safelight.trainer.memory_plan.meta_run import MetaRun
 from safelight.trainer.models.base import resolve_base
-from safelight.trainer.step.profiler_ranges import told_to
+from safelight.trainer.step.profiler_ranges import listen_to_ranges
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -35,7 +35,7 @@ def test_a_step_traced_on_meta_tensors_has_the_costs_of_the_real_step():
     trainer, (batch,) = Ours(work), random_batches(1, work)
     trainer.step(batch)
     phases = []
-    with OperatorCosts(phases) as seen, told_to(lambda name: _open_phase(phases, name)):
+    with OperatorCosts(phases) as seen, listen_to_ranges(lambda name: _open_phase(phases, name)):
         trainer.step(batch)
     for kind in roofline.CLASSES:
         ours, theirs = ([cost for cost in costs.values() if cost.kind == kind] for costs in (counted, seen.costs))

@@ -21,7 +21,7 @@ from safelight.bench.profile.profile_page import boxes, render
 from safelight.bench.profile.profiling_session import SavedTensorTracker, run_session
 from safelight.trainer.config.toml import Config
 from safelight.trainer.models.base import resolve_base
-from safelight.trainer.step.profiler_ranges import named, told_to
+from safelight.trainer.step.profiler_ranges import listen_to_ranges, profiler_range
 
 CEILINGS = {"matmul_tflops": 0.05, "copy_gb_per_s": 10.0}
 
@@ -56,10 +56,10 @@ def test_phases_are_reported_to_a_listener_and_cost_nothing_without_one():
         def __exit__(self, *error):
             seen.append(f"end of {self.name}")
 
-    assert named("load") is named("backward")
-    with told_to(Listener), named("load"):
+    assert profiler_range("load") is profiler_range("backward")
+    with listen_to_ranges(Listener), profiler_range("load"):
         pass
-    with named("loss"):
+    with profiler_range("loss"):
         pass
     assert seen == ["load", "end of load"]
 

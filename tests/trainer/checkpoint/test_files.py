@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, the right ones kept, damage named."""
+"""Checkpoints are complete or absent, the right ones are kept, and damage is named."""
 
 import json
 import shlex
@@ -24,7 +24,7 @@ from safelight.trainer.checkpoint.files import (
 )
 from tests.trainer.checkpoints import IDENTITY, POSITION, Little, make_unet, save, writes
 
-# there and back
+# round trip
 
 
 def test_a_checkpoint_comes_back(tmp_path):
@@ -59,11 +59,11 @@ def test_no_best_so_far_comes_back(tmp_path):
     assert load_checkpoint(tmp_path, 1, FullFineTune(Little()))[1] == Position(step=1)
 
 
-# whole or not there
+# complete or absent
 
 
 class Killed(BaseException):
-    """Nothing is cleared away after it."""
+    """Stands for kill -9: no exception handler cleans up after it."""
 
 
 @pytest.mark.parametrize("how", [Killed, OSError])
@@ -79,7 +79,7 @@ def test_what_was_broken_off_does_not_count_and_is_cleared_away(tmp_path, monkey
         with pytest.raises(how):
             save(tmp_path, 2)
     assert list_checkpoints(tmp_path) == [1]
-    # a full disk gets its room back at once
+    # after an error, the partial folder is removed at once to free the disk
     assert len(list((tmp_path / "checkpoints").glob(".step-00000002.partial"))) == (how is Killed)
     save(tmp_path, 3)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000001", "step-00000003"]
@@ -124,7 +124,7 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path, keep, best, expected):
 
 
 def test_what_is_deleted_first_stops_counting(tmp_path, monkeypatch):
-    """Killed between record and folder, the checkpoint is gone rather than half there."""
+    """A kill between deleting state.json and the folder leaves no checkpoint rather than half of one."""
     for step in (1, 2):
         save(tmp_path, step)
 
@@ -161,13 +161,13 @@ def test_damage_is_found_and_named(tmp_path, name, how):
 
 
 def test_the_newest_sound_one_before_is_offered_with_the_commands(tmp_path):
-    """Of four checkpoints the last and the one before it are damaged; the commands are run as they are told."""
+    """The last two of four checkpoints are damaged; the suggested commands are run as printed."""
     for step in (2, 4, 6, 8):
         save(tmp_path, step)
     for step in (6, 8):
         path = folder_of(tmp_path, step) / "state.safetensors"
         path.write_bytes(path.read_bytes()[:-1] + b"\xff")
-    with pytest.raises(ValueError, match="go on from step 4, the sound one before it: ") as caught:
+    with pytest.raises(ValueError, match="resume from step 4, the newest intact one before it: ") as caught:
         check_files(folder_of(tmp_path, 8))
     assert "\n" not in str(caught.value)
     *moves, train_command = str(caught.value).split("before it: ")[1].split(" && ")
@@ -207,7 +207,7 @@ def test_any_flipped_bit_of_the_record_is_found_or_harmless(tmp_path):
 def test_a_checkpoint_of_another_unet_is_one_line(tmp_path):
     torch.manual_seed(1)
     save(tmp_path, 1, unet=make_unet())
-    with pytest.raises(ValueError, match=r"step-00000001 is of another UNet than .*; give model\.base") as caught:
+    with pytest.raises(ValueError, match=r"step-00000001 does not fit the UNet of .*; set model\.base") as caught:
         load_checkpoint(tmp_path, 1, FullFineTune(Little()))
     assert "\n" not in str(caught.value)
 

@@ -1,4 +1,4 @@
-"""Checkpoints written by a thread: they hold the state at the call, are complete or absent, and failures are reported."""
+"""Checkpoints written by a thread hold the state at the call and are complete or absent; failures are reported."""
 
 from __future__ import annotations
 
@@ -127,8 +127,8 @@ def test_memory_that_is_scarce_is_not_kept_and_reported(unet, saver, said, monke
     monkeypatch.setattr(saving, "available_bytes", lambda: 2**31)
     saver.reserve(FullFineTune(unet), {"a": torch.zeros(4)})
     assert said == [
-        "a checkpoint's copy in host memory takes 0.0 GiB, available: 2.0 GiB; it is not kept between saves, and each save "
-        "holds up training longer"
+        "a checkpoint's copy in host memory takes 0.0 GiB, available: 2.0 GiB; its memory is freed after each save, so "
+        "saves interrupt training for longer"
     ]
     saver.save(FullFineTune(unet), {}, Position(step=1))
     saver.wait()
@@ -144,7 +144,7 @@ def test_memory_that_cannot_be_pinned_is_reported_and_done_without(unet, saver, 
     saver.save(FullFineTune(unet), {}, Position(step=1))
     saver.wait()
     assert len(said) == 1
-    assert said[0].endswith("each save holds up training longer (CUDA error: out of memory)")
+    assert said[0].endswith("so saves interrupt training for longer (CUDA error: out of memory)")
     check_files(folder_of(tmp_path, 1))
 
 
@@ -197,7 +197,7 @@ def test_available_memory_is_what_the_system_reports(tmp_path, monkeypatch):
 def test_the_next_save_waits_for_the_one_before(tmp_path, unet, saver, held, said, monkeypatch):
     monkeypatch.setattr(saving, "PATIENCE_S", 0.05)
     saver.save(FullFineTune(unet), {"a": torch.zeros(1)}, Position(step=1))
-    assert (saver.asked_step, saver.saved_step) == (1, -1)
+    assert (saver.requested_step, saver.saved_step) == (1, -1)
     threading.Timer(0.3, held.set).start()
     saver.save(FullFineTune(unet), {"a": torch.ones(1)}, Position(step=2))
     assert said == ["waiting for the checkpoint of step 1"]
@@ -265,7 +265,7 @@ def test_a_failure_of_the_loop_waits_for_the_save(tmp_path, unet, saver, held):
 
 
 def test_left_at_once_what_is_in_flight_ends_with_its_file_and_does_not_count(tmp_path, unet, saver, monkeypatch):
-    """Asked twice to stop: the thread is over when the folder's lock is given back, and leaves nothing."""
+    """After a second Ctrl-C the thread has ended before the folder's lock is released, and leaves no files."""
     reached, go_on = threading.Event(), threading.Event()
 
     def slow(trained, folder, tensors, original=FullFineTune.write):
@@ -306,7 +306,7 @@ def test_steps_go_on_while_a_checkpoint_is_written_and_the_end_waits(make_config
 
     monkeypatch.setattr(training, "train_step", step)
     training.train(config)
-    # the third and fourth step were begun while the checkpoint of the second was not there
+    # the third and fourth steps began before the checkpoint of the second was complete
     assert seen == [[], [], [], []]
     assert list_checkpoints(tmp_path / "run") == [2, 4]
     assert [check_files(folder_of(tmp_path / "run", step))["position"]["step"] for step in (2, 4)] == [2, 4]
@@ -341,7 +341,7 @@ def test_a_write_that_fails_ends_the_run_at_its_next_step(make_config, tmp_path,
 
 @pytest.mark.slow
 def test_killed_while_a_checkpoint_is_written(run, tiny_dataset, tmp_path):
-    """Kill -9 as soon as the unfinished folder of a step is there, a little later each time; every end is the undisturbed one's."""
+    """Kill -9 shortly after the unfinished folder of a step appears; the end always equals an undisturbed run's."""
 
     def settings(name: str) -> dict:
         return {

@@ -23,7 +23,7 @@ from safelight.trainer.memory_plan.meta_run import META, MetaRun
 from safelight.trainer.models.base import resolve_base
 from safelight.trainer.models.noise_schedule import make_schedule
 from safelight.trainer.models.weights import load_unet
-from safelight.trainer.step.prepare_unet import equip
+from safelight.trainer.step.prepare_unet import prepare_unet
 from safelight.trainer.step.step import StepContext, StepSettings, train_step
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -39,7 +39,7 @@ def measured(config: Config, spec: str, batch_size: int, side: int, num_micro: i
     """Return by how much the allocator's live bytes rise within a real step, the second one."""
     base, dtype = resolve_base(spec), DTYPES[config.model.precision]
     unet = load_unet(base, 1).train()
-    optimizer = equip(unet, config, choose_attention(CPU, dtype, attention_cases(unet)), CPU, dtype).optimizer
+    optimizer = prepare_unet(unet, config, choose_attention(CPU, dtype, attention_cases(unet)), CPU, dtype).optimizer
     context = StepContext(unet, optimizer, make_schedule(base.config_of("scheduler")), 1.0, config.loss)
     shapes = [(4, side, side), (4, side, side), (77, unet.config.cross_attention_dim)]
     ids, zeros = tuple(range(batch_size)), (0,) * batch_size

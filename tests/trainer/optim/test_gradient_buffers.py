@@ -16,7 +16,7 @@ from safelight.trainer.models.noise_schedule import make_schedule
 from safelight.trainer.optim.gradient_buffers import GradientBuffers
 from safelight.trainer.optim.kernel_adamw import part_of
 from safelight.trainer.optim.optimizer import make_optimizer
-from safelight.trainer.step.prepare_unet import equip
+from safelight.trainer.step.prepare_unet import prepare_unet
 from safelight.trainer.step.step import accumulate
 
 SCHEDULE = make_schedule(
@@ -107,8 +107,8 @@ def test_a_step_of_one_micro_step_allocates_no_buffers(small_unet):
     assert optimizer.buffers.num_bytes == 0
     for stages, expected in (([{"epochs": 1}], 0), ([{"epochs": 1}, {"epochs": 1, "accumulate": 2}], 4)):
         config = parse_config({"stage": stages, "train": {"accumulate_dtype": "fp32"}}, "here")
-        equipped = equip(copy.deepcopy(small_unet), config, None, torch.device("cpu"), torch.bfloat16)
-        assert equipped.optimizer.buffers.num_bytes == expected * sum(p.numel() for p in unet.parameters())
+        prepared = prepare_unet(copy.deepcopy(small_unet), config, None, torch.device("cpu"), torch.bfloat16)
+        assert prepared.optimizer.buffers.num_bytes == expected * sum(p.numel() for p in unet.parameters())
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -211,8 +211,8 @@ def identity(precision, **train):
 
 def test_a_resume_keeps_the_dtype_of_sums():
     own, precise = identity("bf16", accumulate=2), identity("bf16", accumulate=2, accumulate_dtype="fp32")
-    assert precise.difference(own, 0) == "stage 1's accumulate_dtype is 'fp32' here and 'bf16' there"
-    assert own.difference(precise, 0) == "stage 1's accumulate_dtype is 'bf16' here and 'fp32' there"
+    assert precise.difference(own, 0) == "stage 1's accumulate_dtype is 'fp32', but 'bf16' in the checkpoint"
+    assert own.difference(precise, 0) == "stage 1's accumulate_dtype is 'bf16', but 'fp32' in the checkpoint"
     # where it changes nothing it may change
     assert identity("bf16", accumulate_dtype="fp32").difference(identity("bf16"), 0) == ""
     assert identity("fp32", accumulate=2, accumulate_dtype="fp32").difference(identity("fp32", accumulate=2), 0) == ""
@@ -220,4 +220,4 @@ def test_a_resume_keeps_the_dtype_of_sums():
     old = identity("bf16", accumulate=2)
     del old.stages[0]["accumulate_dtype"]
     assert own.difference(old, 0) == ""
-    assert precise.difference(old, 0) == "stage 1's accumulate_dtype is 'fp32' here and 'bf16' there"
+    assert precise.difference(old, 0) == "stage 1's accumulate_dtype is 'fp32', but 'bf16' in the checkpoint"

@@ -1,7 +1,7 @@
-"""What a CUDA graph does, on a CPU: operators and launches are recorded with their tensors, and run again on the same memory.
+"""Stand-ins for CUDA graphs on a CPU: operators and launches are recorded and run again on the same memory.
 
-As on a GPU, a replay sees what tensors hold and no Python: whatever the host decided, read or made while it was recorded stays
-as it was. An operator that reads a number back to the host cannot be recorded.
+As on a GPU, a replay reads the tensors' present contents and runs no Python: whatever the host decided, read or created
+during the capture stays fixed. An operator that reads a number back to the host cannot be recorded.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ def storage_of(x: Tensor) -> int:
 
 
 class OperatorTape(TorchDispatchMode):
-    """Records what runs within the block.
+    """Records the operators and kernel launches that run inside the block.
 
-    kept: tensors that stay between steps. calls: of each operator and launch its name, the arguments that are no tensors, and
-    which of its tensors are kept ones, by their number, -1 for others.
+    kept: tensors that persist between steps. calls: for each operator or launch its name, its arguments that are not
+    tensors, and for each tensor argument its index in `kept`, or -1.
     """
 
     def __init__(self, kept: Iterable[Tensor] = ()):
@@ -41,18 +41,18 @@ class OperatorTape(TorchDispatchMode):
     def __enter__(self):
         launch = self._launch
 
-        def told(kernel: Kernel, grid: tuple, *arguments, **options) -> None:
+        def record_launch(kernel: Kernel, grid: tuple, *arguments, **options) -> None:
             def run() -> None:
                 launch(kernel, grid, *arguments, **options)
 
-            # an operator's own launches are run again with it
+            # launches inside an operator run again with that operator
             if not self._is_inside:
                 self._note(kernel.__name__, (arguments, grid, options))
                 self._again.append(run)
             with _disable_current_modes():
                 run()
 
-        Kernel._launch = told
+        Kernel._launch = record_launch
         return super().__enter__()
 
     def __exit__(self, *exception):
@@ -73,24 +73,24 @@ class OperatorTape(TorchDispatchMode):
         self._note(str(func), (args, kwargs))
         self._is_inside = True
         try:
-            found = func(*args, **kwargs)
+            result = func(*args, **kwargs)
         finally:
             self._is_inside = False
         given = {storage_of(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-        made = [x for x in tree_leaves(found) if isinstance(x, Tensor)]
+        made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
         is_alias = [storage_of(x) in given for x in made]
         if made and all(is_alias) and not func._schema.is_mutable:
-            # a view sees what its base holds
-            return found
+            # a view sees changes of its base by itself
+            return result
 
         def again() -> None:
-            anew = [x for x in tree_leaves(func(*args, **kwargs)) if isinstance(x, Tensor)]
-            for old, new, alias in zip(made, anew, is_alias, strict=True):
+            outputs = [x for x in tree_leaves(func(*args, **kwargs)) if isinstance(x, Tensor)]
+            for old, new, alias in zip(made, outputs, is_alias, strict=True):
                 if not alias:
                     old.copy_(new)
 
         self._again.append(again)
-        return found
+        return result
 
     @torch.no_grad()
     def replay(self) -> None:
@@ -99,7 +99,7 @@ class OperatorTape(TorchDispatchMode):
 
 
 class CpuRecorder:
-    """A cuda_graphs.Recorder. state: what a step changes; recording on a CPU takes the step, which is taken back."""
+    """A cuda_graphs.Recorder. state: the tensors a step changes, restored after a capture, which on a CPU also runs."""
 
     def __init__(self, state: Callable[[], list[Tensor]]):
         self._state = state
@@ -129,7 +129,7 @@ class CpuRecorder:
 
 
 class RunsAgain:
-    """A Recorder without graphs: a replay runs the function and puts its results where those of the recording are."""
+    """A Recorder without graphs: a replay calls the function again and copies its results into the captured ones."""
 
     def __init__(self, optimizer):
         self.optimizer, self.num_captured, self.num_replayed = optimizer, 0, 0
@@ -146,13 +146,13 @@ class RunsAgain:
     def capture(self, run):
         self.num_captured += 1
         with self.optimizer.dry_run():
-            # MicroResults of a micro-step that is not the last one have no norm
+            # only the last micro-step's result has a norm
             result = MicroResult(*(x if x is None else torch.as_tensor(x).clone() for x in run()))
 
         def replay() -> None:
             self.num_replayed += 1
-            for place, found in zip(result, run(), strict=True):
-                if place is not None:
-                    place.copy_(torch.as_tensor(found))
+            for target, value in zip(result, run(), strict=True):
+                if target is not None:
+                    target.copy_(torch.as_tensor(value))
 
         return replay, result

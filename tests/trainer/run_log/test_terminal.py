@@ -1,4 +1,4 @@
-"""What a user sees of a run's progress: in a terminal, a narrow one, a dumb one, a file, a notebook's cell."""
+"""What a user sees of a run's progress in a terminal, narrow or dumb, in a file and in a notebook cell."""
 
 import fcntl
 import io
@@ -103,12 +103,14 @@ def test_train_into_a_file_and_resumed_in_a_terminal(make_config, capsys):
     """The command itself in 80 columns, stdout in a pipe: one line that starts where the run had stopped."""
     config = make_config(train={"max_steps": 4, "batch_size": 1}, data={"variants": 1}, **QUICK)
     train(config)
-    told = capsys.readouterr().err
-    assert "\x1b" not in told
-    assert "\r" not in told
+    printed = capsys.readouterr().err
+    assert "\x1b" not in printed
+    assert "\r" not in printed
     # four steps take no ten seconds: the line that says it began, and the last
-    lines = re.findall(r"^training (\d)/4  (first step|loss \d\.\d{4}  [\d.]+ img/s  \d+\.\d GiB)$", told, re.MULTILINE)
-    assert [step for step, _ in lines] == ["0", "4"], told
+    lines = re.findall(
+        r"^training (\d)/4  (first step|loss \d\.\d{4}  [\d.]+ img/s  \d+\.\d GiB)$", printed, re.MULTILINE
+    )
+    assert [step for step, _ in lines] == ["0", "4"], printed
     assert lines[0][1] == "first step"
 
     screen = Screen(80)

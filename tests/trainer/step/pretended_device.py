@@ -1,12 +1,13 @@
-"""A CUDA device that is none, for a CPU build of torch: its memory is the host's, its operators are the CPU's.
+"""A fake CUDA device for a CPU build of torch: its memory is the host's, its operators are the CPU's.
 
-Tensors are real ones of device cuda:0, made by pretended_device.cpp, and torch.cuda is torch's own module over the few functions
-that a CUDA build has in torch._C. So what a GPU refuses is refused: host and device tensors in one operator, another device's
-generator, `.numpy()`, a read back to the host while a graph is recorded. Fresh memory holds NaN. A copy between pinned memory
-and the device is done as late as streams, events and synchronisation allow, so that whoever does not wait meets NaN.
+Tensors really are on device cuda:0, implemented by pretended_device.cpp, and torch.cuda is torch's own module over the
+few functions that a CUDA build has in torch._C. So what a GPU rejects is rejected: host and device tensors in one
+operator, another device's generator, `.numpy()`, a read back to the host during a graph capture. Fresh memory holds
+NaN. Copies between pinned memory and the device run as late as streams, events and synchronization allow, so that code
+that does not wait reads NaN.
 
-A process has one, as a pytest plugin loaded before all others (`-p tests.trainer.pretended_device`), if PRETENDED_DEVICE in its
-environment is the library that `build` made.
+A process gets the device from a pytest plugin loaded before all others (`-p tests.trainer.step.pretended_device`), if
+PRETENDED_DEVICE in its environment is the path of the library made by `build`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import types
 import weakref
 from pathlib import Path
 
-# before torch is: once it has asked for a CUDA device and met none, it asks no more
+# before torch is imported: it caches that there is no CUDA device
 if LIBRARY := os.environ.get("PRETENDED_DEVICE"):
     ctypes.CDLL(LIBRARY)
 
@@ -58,7 +59,7 @@ def build(folder: Path) -> Path:
 
 
 class _Stream(torch.Stream):
-    """What torch.cuda.Stream is made on."""
+    """The base class of torch.cuda.Stream."""
 
     def __new__(cls, priority=0, stream_id=None, device_index=None, device_type=None, stream_ptr=0):
         if stream_id is None:
@@ -71,7 +72,7 @@ class _Stream(torch.Stream):
 
 
 class _Event(torch.Event):
-    """What torch.cuda.Event is made on."""
+    """The base class of torch.cuda.Event."""
 
     def __new__(cls, enable_timing=False, blocking=False, interprocess=False, external=False):
         return torch.Event.__new__(cls, device="cuda:0", enable_timing=enable_timing, blocking=blocking)
@@ -101,7 +102,7 @@ class Properties:
 
 
 class Device:
-    """The device: its counters, and what can be set of it."""
+    """The device: its counters and its settings."""
 
     def __init__(self, library: str):
         self._c = ctypes.CDLL(library)
@@ -114,17 +115,17 @@ class Device:
         self.graphs: list[Graph] = []
 
     def become(self, card: str, total_gib: float = 16) -> None:
-        """Be another card."""
+        """Pretend to be another card."""
         self.properties = Properties(card, CARDS[card], int(total_gib * GIB))
         self._c.pretended_set_total(ctypes.c_int64(self.properties.total_memory))
 
     def allow(self, num_bytes: int) -> None:
-        """Let allocations beyond fail: torch.OutOfMemoryError."""
+        """Limit allocated memory; allocations beyond it raise torch.OutOfMemoryError."""
         self._c.pretended_allow(ctypes.c_int64(num_bytes))
 
     def record(self, run) -> None:
-        """Let the graph that is being recorded run a function."""
-        # called by the library for as long as the graph lives
+        """Add a call of `run` to the graph that is being captured."""
+        # keeps the callback alive, because the library calls it at every replay
         self._callbacks.append(ctypes.CFUNCTYPE(None)(run))
         self._c.pretended_graph_call(self._callbacks[-1])
 
@@ -134,7 +135,7 @@ class Device:
 
     @property
     def num_syncs(self) -> int:
-        """Times the host waited for the device."""
+        """How often the host has waited for the device."""
         return self._c.pretended_syncs()
 
     @property
@@ -146,7 +147,7 @@ DEVICE: Device | None = None
 
 
 class Graph:
-    """What torch.cuda.CUDAGraph is made on: operators are recorded with their memory, and run again on it."""
+    """The base class of torch.cuda.CUDAGraph: operators are recorded with their memory and run again on it."""
 
     def __new__(cls, keep_graph=False):
         return object.__new__(cls)
@@ -225,7 +226,7 @@ class _Runtime(types.SimpleNamespace):
 
 
 def _functions() -> dict:
-    """Return what a CUDA build has in torch._C, by name."""
+    """Return the functions and classes that a CUDA build has in torch._C, by name."""
 
     def snapshot(mempool=None) -> dict:
         return {"segments": [], "device_traces": [[]], "allocator_settings": {}, "external_annotations": []}
@@ -282,7 +283,7 @@ def _functions() -> dict:
 
 
 def _attention_operators() -> torch.library.Library:
-    """Give CUDA tensors torch's fused attention: the CPU's own, in the operators and with the results of a GPU's."""
+    """Implement the GPU's fused attention operators for CUDA tensors with the CPU's own."""
     aten, library = torch.ops.aten, torch.library.Library("aten", "IMPL")
 
     def of_ampere() -> None:
@@ -333,7 +334,7 @@ def _attention_operators() -> torch.library.Library:
 
 
 class _Launch:
-    """A kernel as compiled: interpreted on the memory of the tensors it was given."""
+    """Stands for a compiled kernel: runs it in Triton's interpreter on the tensors' memory."""
 
     def __init__(self, kernel):
         self._kernel = kernel
@@ -350,7 +351,7 @@ class _Launch:
                 host = [torch.ops.pretended.host_view(x) if isinstance(x, torch.Tensor) else x for x in arguments]
                 DEVICE.num_launches += 1
                 if DEVICE._c.pretended_is_capturing():
-                    # it writes where it is told, and what its tables hold may be known only after the recording
+                    # not run now: the contents of its tables may be known only after the capture
                     DEVICE.record(lambda: self._kernel.interpreted[grid](*host, **options))
                 else:
                     self._kernel.interpreted[grid](*host, **options)
@@ -359,7 +360,7 @@ class _Launch:
 
 
 def launch_kernels(really: bool) -> None:
-    """Let our kernels run, in Triton's interpreter; without, run as where Triton is not installed."""
+    """Run our kernels in Triton's interpreter, or behave as if Triton were not installed."""
     from safelight.kernels.triton import jit
 
     jit.has_triton.cache_clear()
@@ -375,7 +376,7 @@ def launch_kernels(really: bool) -> None:
 
 
 def install(card: str = "Tesla T4", total_gib: float = 16) -> Device:
-    """Give this process a device."""
+    """Install the device in this process."""
     global DEVICE
     assert torch.version.cuda is None, "a CUDA build of torch has operators of its own for CUDA tensors"
     DEVICE = Device(LIBRARY)

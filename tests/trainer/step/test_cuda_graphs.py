@@ -1,4 +1,4 @@
-"""Steps that are replayed equal steps that are taken, bit for bit: on a CPU, by a recorder that does what a CUDA graph does."""
+"""Replayed steps equal eager steps bit for bit; on a CPU, with a recorder that behaves like a CUDA graph."""
 
 import copy
 from collections.abc import Iterable
@@ -80,7 +80,7 @@ class Trained:
     def step(self, batches: list[Batch], lr: float, num_samples: int = 2):
         settings = StepSettings(num_samples, lr, 0.01, 0.5)
         result = train_step(self.context, batches, settings, seed=1, epoch=0, graphs=self.graphs)
-        return result.losses.clone(), result.grad_norm.clone(), result.taken.clone()
+        return result.losses.clone(), result.grad_norm.clone(), result.is_applied.clone()
 
 
 def same_bits(some: Iterable[torch.Tensor], others: Iterable[torch.Tensor]) -> bool:
@@ -163,7 +163,7 @@ def test_a_shape_is_recorded_once_and_an_unknown_one_refused(narrow_unet, monkey
 
 
 def test_the_largest_shape_is_rehearsed_and_recorded_first(narrow_unet, monkeypatch):
-    """So the pool grows once; as many latents in fewer photographs or another place come in an order that is always the same."""
+    """So that the pool grows only once; shapes with equally many latents come in a fixed order."""
     trained, ran, asked = Trained(narrow_unet, torch.bfloat16, True), [], []
     for name in ("warm_up", "free_cached_memory", "capture"):
         does = getattr(trained.recorder, name)
@@ -353,7 +353,7 @@ def test_the_whole_step_is_the_same_whatever_its_numbers(accumulate):
             with OperatorTape(kept) as tape:
                 result = micro_step(run.context, inputs, 2 * accumulate, place == 0, place == accumulate - 1)
                 if place == accumulate - 1:
-                    run.ema.update(result.taken)
+                    run.ema.update(result.is_applied)
             calls += tape.calls
         asked.append(calls)
     assert asked[1] == asked[2]

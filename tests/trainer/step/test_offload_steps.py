@@ -1,4 +1,4 @@
-"""Steps with offloaded activations: the weights of a run without, inside backward too; what the plan's trace sees of them."""
+"""Steps with offloaded activations give the same weights, also fused; and what the memory tracer sees of them."""
 
 import copy
 

@@ -51,7 +51,7 @@ def test_our_gpu_path(on_device):
 
 
 def test_the_tests_for_a_gpu(on_device):
-    """Those of them that ask for neither speed nor kernels; torch's square root on a CPU is another, so not Philox's."""
+    """GPU tests without speed or kernels. Not Philox's: torch's square root differs on a CPU."""
     status, output = on_device("-m", "gpu", "tests/data/test_side_stream.py", "tests/trainer/step/test_step.py")
     assert status == 0, output
     assert "skipped" not in output, output

@@ -1,5 +1,7 @@
-"""Runs whose steps are replayed: stages, accumulation, a moving average, validation in between, resumes. By a recorder that runs
-its function again at every replay, since a CPU has no graphs; what a graph itself holds is test_cuda_graphs.py's."""
+"""Runs with replayed steps: stages, accumulation, a moving average, validation, resumes.
+
+A CPU has no graphs, so the recorder calls its function again at every replay; test_cuda_graphs.py tests the graphs.
+"""
 
 import json
 import logging
@@ -27,7 +29,7 @@ GIB = 2**30
 
 @pytest.fixture
 def recorders(monkeypatch) -> list[RunsAgain]:
-    """Lets runs record; the recorders of each run, in order."""
+    """Lets runs use graphs; returns their recorders, one per run, in order."""
     made: list[RunsAgain] = []
 
     def capture(context, with_graphs):
@@ -42,12 +44,12 @@ def recorders(monkeypatch) -> list[RunsAgain]:
 
 def trained(config, **options) -> tuple[dict, list[float]]:
     """Return the last checkpoint's tensors and the logged losses of a run."""
-    outcome = train(config, **options)
-    folder = folder_of(outcome.run_dir, list_checkpoints(outcome.run_dir)[-1])
+    result = train(config, **options)
+    folder = folder_of(result.run_dir, list_checkpoints(result.run_dir)[-1])
     tensors = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors") | load_file(
         folder / "state.safetensors"
     )
-    rows = map(json.loads, (outcome.run_dir / "metrics.jsonl").read_text().splitlines())
+    rows = map(json.loads, (result.run_dir / "metrics.jsonl").read_text().splitlines())
     return tensors, [row["loss"] for row in rows if row["kind"] == "train"]
 
 
@@ -81,7 +83,7 @@ def test_a_replayed_run_equals_one_in_the_same_order(tiny_dataset, tmp_path, rec
     environment = json.loads((tmp_path / "replayed" / "environment.json").read_text())
     assert environment["epoch_order"] == {"grouped": True}
     assert "CUDA graphs" in (tmp_path / "replayed" / "model.json").read_text()
-    # stopped, and gone on with where there are no graphs: the order stays the run's
+    # stopped, then resumed without graphs: the run keeps its epoch order
     calls = iter(range(100))
     train(config_of(tmp_path / "moved", tiny_dataset), stop_requested=lambda: next(calls) > 10)
     monkeypatch.undo()
@@ -106,7 +108,6 @@ def test_why_there_are_no_graphs(changes, device, budget, expected, monkeypatch)
         "exact", "none", True, 1, 4 * GIB, 3 * GIB, GIB, 4 * GIB + GIB // 4, "forward", {}, None, graphs=GIB // 16
     )
     config = parse_config(changes, "here")
-    # as settled
     memory = config.optimizer.memory if "optimizer" in changes else need.memory
     need = replace(need, memory=memory, checkpointing=config.train.checkpointing)
     reason = reason_against(config, device, need, budget)
@@ -138,17 +139,17 @@ def test_without_graphs_the_largest_batch_comes_first_and_changes_nothing(tiny_d
 
 def test_memory_that_is_full_after_an_epoch_loses_nothing_of_it(tiny_dataset, tmp_path, monkeypatch):
     config = config_of(tmp_path / "full", tiny_dataset, max_steps=4)
-    measure = loop.measure
+    evaluate = loop.evaluate
 
     def full(job, position):
         if position.step > 0:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return measure(job, position)
+        return evaluate(job, position)
 
-    monkeypatch.setattr(loop, "measure", full)
-    with pytest.raises(ValueError, match=r"validation or drawing after step 4, whose weights are kept"):
+    monkeypatch.setattr(loop, "evaluate", full)
+    with pytest.raises(ValueError, match=r"validation or sampling after step 4, whose weights are saved"):
         train(config)
     assert list_checkpoints(tmp_path / "full") == [4]
     monkeypatch.undo()
-    found = trained(config, resume=True)
-    assert_same(found, trained(config_of(tmp_path / "whole", tiny_dataset, max_steps=4)))
+    resumed = trained(config, resume=True)
+    assert_same(resumed, trained(config_of(tmp_path / "whole", tiny_dataset, max_steps=4)))

@@ -198,7 +198,7 @@ def test_sixteen_bit_weights_follow_the_fp32_run(small_unet, dtype, name):
                 seed=SEED,
                 epoch=0,
             )
-            assert result.taken
+            assert result.is_applied
         assert next(unet.parameters()).dtype == kind
         ends[kind] = torch.cat([optimizer.value(name).flatten() for name in optimizer.parameters]).clone()
         if kind == dtype:
@@ -231,12 +231,12 @@ def test_a_non_finite_gradient_changes_nothing(small_unet, name, bad):
     poisoned = make_batch(1)
     poisoned.mean_BCHW[0, 0, 0, 0] = bad
     result = step(poisoned)
-    assert not result.taken
+    assert not result.is_applied
     assert all(torch.equal(v, weights[k]) for k, v in unet.state_dict().items())
     after = optimizer.state_tensors()
     assert after.keys() == state.keys()
     assert all(torch.equal(after[k], state[k]) for k in state)
-    assert step(make_batch(2)).taken
+    assert step(make_batch(2)).is_applied
 
 
 def test_fp16_overflow_halves_the_scale_and_training_goes_on(small_unet):
@@ -253,7 +253,7 @@ def test_fp16_overflow_halves_the_scale_and_training_goes_on(small_unet):
             seed=SEED,
             epoch=0,
         )
-        taken.append(result.taken)
+        taken.append(result.is_applied)
     assert not taken[0]
     assert taken[-1]
     assert optimizer.loss_scale.scale.item() == 2.0 ** (24 - taken.count(False))

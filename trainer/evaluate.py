@@ -1,4 +1,4 @@
-"""What a run does between steps, at its start, every so many epochs and at its end: validate and draw the fixed prompts."""
+"""Validation and samples of a run: before the first step, every few epochs, and at the end."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from safelight.trainer.step.validate import Validation, choose_subset, validate
 from safelight.trainer.stop import Stopped
 
 
-def measure(job: Job, position: Position) -> Position:
-    """Validate and draw samples if they are due at this position, and return the position with the best loss so far.
+def evaluate(job: Job, position: Position) -> Position:
+    """Validate and sample if due at this position, and return the position with the best loss so far.
 
-    If a stop is requested meanwhile, the position returned is `unmeasured`: a resumed run does it again.
+    If a stop is requested meanwhile, the returned position is `unmeasured`, and a resumed run starts over with it.
     """
-    config = job.run.given
-    at_an_end = position.step == 0 or position.step >= job.timeline.num_steps
+    config = job.run.user_config
+    is_start_or_end = position.step == 0 or position.step >= job.timeline.num_steps
 
     def due(every: int) -> bool:
-        return every > 0 if at_an_end else is_due(every, position.epoch)
+        return every > 0 if is_start_or_end else is_due(every, position.epoch)
 
     ema = job.models.ema
     try:
@@ -43,16 +43,16 @@ def measure(job: Job, position: Position) -> Position:
 
 
 def is_due(every: int, count: int) -> bool:
-    """Return whether something that is done every so many steps or epochs is due; 0 is never."""
+    """Return whether something done every `every` steps or epochs is due after `count` of them; 0 means never."""
     return every > 0 and count % every == 0
 
 
 def _reporter(job: Job, position: Position, what: str) -> Callable[[int, int], None]:
-    """Return a progress callback for long work between steps; it raises Stopped once a stop is requested."""
+    """Return a progress callback for validation or sampling; it raises Stopped once a stop is requested."""
 
     def report(done: int, total: int) -> None:
         if position.step == 0:
-            # a bar of its own: this says nothing about how long training will take
+            # not on the training bar, whose remaining time it would distort
             job.progress.terminal.update(what, done, total)
         else:
             job.progress.show(position, f"{what} {done}/{total}")
@@ -63,12 +63,12 @@ def _reporter(job: Job, position: Position, what: str) -> Callable[[int, int], N
 
 
 def _planned(job: Job) -> Between:
-    """Return the batch sizes that the memory plan allows for validation and drawing; the usual ones without a plan."""
+    """Return the planned batch sizes of validation and sampling; without a plan, fields that mean the defaults."""
     return Between() if job.run.plan is None else job.run.plan.between
 
 
 def describe_validation(before: Position, held_out: Validation, trained_on: Validation) -> str:
-    """Return a validation's line for the terminal. before: the position with the best loss before this validation."""
+    """Return the terminal's line about a validation. before: the position before it, with the best loss until then."""
     line = f"step {before.step}: held-out loss {held_out.loss:.4f}"
     if before.best_loss is None:
         line += f" on {counted(held_out.num_images, 'photograph')}"
@@ -81,8 +81,8 @@ def describe_validation(before: Position, held_out: Validation, trained_on: Vali
 
 def _validate(job: Job, position: Position) -> Position:
     """Validate the held-out set and the training subset; return the position with the best loss so far."""
-    settings, context, metrics = job.run.given.validate_, job.models.context, job.progress.metrics
-    seed = job.run.given.run.seed
+    settings, context, metrics = job.run.user_config.validate_, job.models.context, job.progress.metrics
+    seed = job.run.user_config.run.seed
     if not job.dataset.validation:
         return position
     held_out = choose_subset(job.dataset.validation, settings.max_images, seed)
@@ -120,23 +120,23 @@ def _validate(job: Job, position: Position) -> Position:
 
 
 def _sample(job: Job, position: Position) -> None:
-    """Draw the fixed prompts into samples/step-XXXXXXXX."""
-    config, context = job.run.given, job.models.context
+    """Generate images for the run's prompts and write them to samples/step-XXXXXXXX."""
+    config, context = job.run.user_config, job.models.context
     prompts = job.dataset.sample_prompts(config)
     if not prompts:
         return
     settings, planned = settings_of(config), _planned(job)
-    given, negative = job.dataset.conditioning(prompts), job.dataset.conditioning([config.sample.negative_prompt])
+    positive, negative = job.dataset.conditioning(prompts), job.dataset.conditioning([config.sample.negative_prompt])
     images = generate(
         context.unet,
         job.models.codec,
-        given,
+        positive,
         negative,
         context.schedule,
         settings,
         batch_size=planned.prompts or SAMPLE_BATCH_SIZE,
         decode_on=torch.device("cpu") if planned.decode_on == "cpu" else job.run.device,
-        progress=_reporter(job, position, "drawing"),
+        progress=_reporter(job, position, "sampling"),
     )
     folder = job.run.run_dir / "samples" / f"step-{position.step:08d}"
     folder.mkdir(parents=True, exist_ok=True)

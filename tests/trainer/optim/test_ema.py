@@ -100,9 +100,7 @@ def test_an_export_holds_the_weights_named_by_weights(runs, tmp_path, weights, p
 
 
 def test_an_average_that_does_not_exist_is_not_exported(runs, tmp_path):
-    with pytest.raises(
-        ValueError, match=r"holds no moving average: the run has train\.ema_decay 0; leave --weights out"
-    ):
+    with pytest.raises(ValueError, match=r"has no moving average, because train\.ema_decay is 0; leave out --weights"):
         export(runs[0], tmp_path / "out.safetensors", weights="ema")
     assert not (tmp_path / "out.safetensors").exists()
     export(runs[0], tmp_path / "out.safetensors")

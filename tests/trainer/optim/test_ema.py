@@ -95,7 +95,7 @@ def test_an_export_holds_the_weights_named_by_weights(runs, tmp_path, weights, p
     tensors = load_file(tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(tensor, state[prefix + name]) for name, tensor in tensors.items())
     assert done.notes == [
-        "the weights of the last step" if weights == "trained" else "the moving average of the weights"
+        f"exported the {'weights of the last step' if weights == 'trained' else 'moving average of the weights'}"
     ]
 
 

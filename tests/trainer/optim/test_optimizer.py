@@ -47,11 +47,11 @@ def test_modes_of_16_bit_weights_are_refused_for_fp32(memory):
     [
         (
             {"fused_backward": True, "clipping": "global"},
-            "clipping global does not go with optimizer.fused_backward true; use auto or lagged or",
+            "clipping global does not work with optimizer.fused_backward true; use auto or lagged or",
         ),
         (
             {"fused_backward": False, "clipping": "lagged"},
-            "clipping lagged does not go with optimizer.fused_backward false; use auto or global",
+            "clipping lagged does not work with optimizer.fused_backward false; use auto or global",
         ),
         *(
             (

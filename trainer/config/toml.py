@@ -60,6 +60,26 @@ __all__ = [
     "to_toml",
 ]
 
+# source of settings given on the command line, which errors show as options
+COMMAND_LINE = "command line"
+# pydantic's type of an error -> what was expected
+PLAIN_TYPES = {
+    "int_parsing": "a whole number",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_parsing": "a number",
+    "float_type": "a number",
+    "bool_parsing": "true or false",
+    "bool_type": "true or false",
+}
+# the same for types with a limit
+LIMITS = {
+    "greater_than_equal": "{ge} or more",
+    "greater_than": "more than {gt}",
+    "less_than_equal": "at most {le}",
+    "less_than": "less than {lt}",
+}
+
 
 def _names_at(location: tuple) -> list[str]:
     """Return the valid names below a location in the config, for suggestions."""
@@ -74,26 +94,6 @@ def _names_at(location: tuple) -> list[str]:
                 ]
                 model = next((t for t in types if issubclass(t, BaseModel)), model)
     return [field.alias or name for name, field in model.model_fields.items()]
-
-
-COMMAND_LINE = "command line"
-PLAIN_TYPES = {
-    "int_parsing": "a whole number",
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_parsing": "a number",
-    "float_type": "a number",
-    "bool_parsing": "true or false",
-    "bool_type": "true or false",
-}
-
-
-LIMITS = {
-    "greater_than_equal": "{ge} or more",
-    "greater_than": "more than {gt}",
-    "less_than_equal": "at most {le}",
-    "less_than": "less than {lt}",
-}
 
 
 def _shown(path: list, source: str) -> str:

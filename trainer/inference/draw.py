@@ -18,7 +18,7 @@ from safelight.data.manifest import read_manifest
 from safelight.errors import UserError
 from safelight.kernels.unet.attention import apply_attention, attention_cases, choose_attention
 from safelight.trainer.checkpoint.files import check_files, folder_of, list_checkpoints, load_unet_weights, read_record
-from safelight.trainer.config.toml import Config, explain, load_config, require_run
+from safelight.trainer.config.toml import COMMAND_LINE, Config, explain, load_config, require_run
 from safelight.trainer.inference.sampling import SAMPLE_BATCH_SIZE, Settings, check_size, generate, settings_of
 from safelight.trainer.models.base import Base, base_of, latent_factor, vae_bytes, vae_config
 from safelight.trainer.models.device import pick_device, pick_dtype
@@ -238,7 +238,7 @@ def sample(
         try:
             setattr(config.run if name == "seed" else config.sample, name, value)
         except ValidationError as error:
-            raise UserError(explain(error, "command line")) from None
+            raise UserError(explain(error, COMMAND_LINE)) from None
     settings = settings_of(config)
     step = pick_step(run.run_dir, checkpoint)
     check_size(settings, latent_factor(vae_config(run.base, config.model.vae)))

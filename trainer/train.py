@@ -19,8 +19,7 @@ from safelight.data.lock import FolderLock
 from safelight.errors import UserError
 from safelight.trainer.between_steps import is_due, measure
 from safelight.trainer.checkpoint.files import Position, list_checkpoints, rewrite_position
-from safelight.trainer.config.schema import ResolvedStage
-from safelight.trainer.config.toml import Config
+from safelight.trainer.config.schema import Config, ResolvedStage
 from safelight.trainer.job import Job, load_job
 from safelight.trainer.memory_plan.gpus import this_card
 from safelight.trainer.memory_plan.resolve_auto import out_of_memory

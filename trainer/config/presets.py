@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from safelight.errors import UserError
-from safelight.trainer.config.toml import Config, parse_config
+from safelight.trainer.config.schema import Config
+from safelight.trainer.config.toml import parse_config
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 # a community mirror: the original was withdrawn from the hub

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from safelight.trainer.config.toml import Config, ResolvedStage
+from safelight.trainer.config.schema import Config, ResolvedStage
 
 
 def learning_rate(schedule: str, peak: float, step: int, num_steps: int, warmup_steps: int) -> float:

@@ -14,51 +14,8 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError
 
 from safelight.errors import UserError
-from safelight.trainer.config.schema import (
-    AVERAGE_OF_PAGED,
-    Config,
-    Data,
-    Log,
-    Loss,
-    Memory,
-    Model,
-    Optimizer,
-    ResolvedStage,
-    Run,
-    Sample,
-    Save,
-    Section,
-    Stage,
-    Train,
-    Validate,
-    is_switch,
-)
+from safelight.trainer.config.schema import AVERAGE_OF_PAGED, Config, Section
 from safelight.trainer.registry.optimizers import MEMORY_MODES
-
-# other modules import settings from here
-__all__ = [
-    "AVERAGE_OF_PAGED",
-    "Config",
-    "Data",
-    "Log",
-    "Loss",
-    "Memory",
-    "Model",
-    "Optimizer",
-    "ResolvedStage",
-    "Run",
-    "Sample",
-    "Save",
-    "Section",
-    "Stage",
-    "Train",
-    "Validate",
-    "explain",
-    "is_switch",
-    "load_config",
-    "parse_config",
-    "to_toml",
-]
 
 # source of settings given on the command line, which errors show as options
 COMMAND_LINE = "command line"

@@ -18,7 +18,8 @@ from safelight.data.manifest import read_manifest
 from safelight.errors import UserError
 from safelight.kernels.unet.attention import apply_attention, attention_cases, choose_attention
 from safelight.trainer.checkpoint.files import check_files, folder_of, list_checkpoints, load_unet_weights, read_record
-from safelight.trainer.config.toml import COMMAND_LINE, Config, explain, load_config, require_run
+from safelight.trainer.config.schema import Config
+from safelight.trainer.config.toml import COMMAND_LINE, explain, load_config, require_run
 from safelight.trainer.inference.sampling import SAMPLE_BATCH_SIZE, Settings, check_size, generate, settings_of
 from safelight.trainer.models.base import Base, base_of, latent_factor, vae_bytes, vae_config
 from safelight.trainer.models.device import pick_device, pick_dtype

@@ -21,7 +21,8 @@ from safelight.data.atomic import atomic_write_text, sync_folder
 from safelight.errors import UserError
 from safelight.kernels.optim.split_weights import join
 from safelight.trainer.checkpoint.files import check_files, folder_of
-from safelight.trainer.config.toml import Config, load_config, require_run
+from safelight.trainer.config.schema import Config
+from safelight.trainer.config.toml import load_config, require_run
 from safelight.trainer.families.family import Family
 from safelight.trainer.families.original_layout import (
     to_original,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from safelight.data.tensor_record import concatenate
 from safelight.errors import UserError
 from safelight.kernels.philox import Key, Purpose, normals_torch
-from safelight.trainer.config.toml import Config
+from safelight.trainer.config.schema import Config
 from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.models.encoders import LatentCodec
 from safelight.trainer.models.noise_schedule import NoiseSchedule

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from safelight.errors import UserError
-from safelight.trainer.config.toml import Model
+from safelight.trainer.config.schema import Model
 from safelight.trainer.families.family import Family
 from safelight.trainer.families.registry import family_of, is_trainable_pipeline, text_widths, trainable_titles
 from safelight.trainer.models.architectures import RANDOM_MODELS

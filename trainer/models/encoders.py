@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from safelight.errors import UserError
-from safelight.trainer.config.toml import Config
+from safelight.trainer.config.schema import Config
 from safelight.trainer.models.base import Base
 from safelight.trainer.models.weights import fingerprint, load_text, load_vae
 from safelight.units import GIB

@@ -13,7 +13,7 @@ from torch import nn
 from safelight.kernels.unet import patch
 from safelight.kernels.unet.attention import AttentionChoice, apply_attention
 from safelight.kernels.unet.checkpointing import apply_checkpointing
-from safelight.trainer.config.toml import Config
+from safelight.trainer.config.schema import Config
 from safelight.trainer.optim.ema import WeightAverages
 from safelight.trainer.optim.optimizer import UNetOptimizer, make_optimizer
 

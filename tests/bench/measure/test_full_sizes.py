@@ -10,7 +10,7 @@ from safelight.bench.measure import count, gate
 from safelight.bench.measure.memory import measure_on_cpu
 from safelight.bench.recipes.suite import measure, variants
 from safelight.bench.recipes.workload import Workload, initial_unet
-from safelight.trainer.config.toml import Model
+from safelight.trainer.config.schema import Model
 from safelight.trainer.families.registry import family_of
 from safelight.trainer.models.architectures import RANDOM_MODELS
 from safelight.trainer.models.base import base_of, resolve_base

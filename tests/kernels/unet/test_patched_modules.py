@@ -11,7 +11,7 @@ from torch import nn
 from safelight.kernels.unet import patch
 from safelight.trainer.checkpoint.files import Position, load_checkpoint, save_checkpoint
 from safelight.trainer.checkpoint.identity import Identity
-from safelight.trainer.config.toml import Optimizer
+from safelight.trainer.config.schema import Optimizer
 from safelight.trainer.optim.optimizer import make_optimizer
 from tests.kernels.unet.unets import CONFIGS, inputs_of, make, one_block, run, worst_error
 

@@ -16,7 +16,7 @@ from safelight.options.arguments import parse_with_config
 from safelight.options.overrides import take_overrides
 from safelight.trainer.config import schema as config_module
 from safelight.trainer.config.presets import PRESETS, preset
-from safelight.trainer.config.toml import (
+from safelight.trainer.config.schema import (
     Config,
     Data,
     Log,
@@ -31,10 +31,8 @@ from safelight.trainer.config.toml import (
     Stage,
     Train,
     Validate,
-    load_config,
-    parse_config,
-    to_toml,
 )
+from safelight.trainer.config.toml import load_config, parse_config, to_toml
 from safelight.trainer.registry.losses import KINDS, WEIGHTINGS
 from safelight.trainer.registry.optimizers import help_text
 

@@ -3,7 +3,8 @@
 import pytest
 
 from safelight.options.overrides import take_overrides
-from safelight.trainer.config.toml import Optimizer, load_config, parse_config, to_toml
+from safelight.trainer.config.schema import Optimizer
+from safelight.trainer.config.toml import load_config, parse_config, to_toml
 from safelight.trainer.registry.optimizers import OPTIMIZERS
 
 

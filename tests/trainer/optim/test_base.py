@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from safelight.trainer.checkpoint.files import load_checkpoint, save_checkpoint
-from safelight.trainer.config.toml import Optimizer
+from safelight.trainer.config.schema import Optimizer
 from safelight.trainer.optim.base import LossScale
 from safelight.trainer.optim.optimizer import UNetOptimizer, make_optimizer
 from safelight.trainer.registry.optimizers import OPTIMIZERS

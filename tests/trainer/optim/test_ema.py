@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from safelight.trainer import train as loop
-from safelight.trainer.config.toml import Optimizer, parse_config
+from safelight.trainer.config.schema import Optimizer
+from safelight.trainer.config.toml import parse_config
 from safelight.trainer.inference.draw import open_run
 from safelight.trainer.inference.export import export
 from safelight.trainer.models.base import resolve_base

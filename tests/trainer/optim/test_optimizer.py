@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from safelight.trainer.config.toml import Optimizer, parse_config
+from safelight.trainer.config.schema import Optimizer
+from safelight.trainer.config.toml import parse_config
 from safelight.trainer.optim import optimizer as module
 from safelight.trainer.optim.optimizer import make_optimizer, memory_mode
 from safelight.trainer.registry.optimizers import OPTIMIZERS

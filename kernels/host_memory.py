@@ -1,8 +1,8 @@
 """Host memory that a GPU copies to and from: slabs that grow to the largest use, and single blocks of an exact size.
 
-torch's pinned allocator rounds every block up to a power of two (`PowerOf2Ceil` in aten/src/ATen/core/CachingHostAllocator.h),
-up to twice the memory. Slabs are powers of two, so nothing of them is wasted; a block of an exact size is registered with
-CUDA directly.
+torch's pinned allocator rounds every block up to a power of two, which can double the memory (`PowerOf2Ceil` in
+aten/src/ATen/core/CachingHostAllocator.h). Slabs are powers of two, so rounding wastes nothing; a block of an exact
+size is registered with CUDA directly.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from safelight.trainer.config.toml import Config, parse_config
+from safelight.trainer.config.schema import Config
+from safelight.trainer.config.toml import parse_config
 
 torch.set_num_threads(1)
 # huggingface_hub reads this when it is imported, so setting it in a command called by a test would be too late

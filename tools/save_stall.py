@@ -25,7 +25,7 @@ from safelight.trainer.checkpoint.files import Position, folder_of, save_checkpo
 from safelight.trainer.checkpoint.identity import Identity
 from safelight.trainer.checkpoint.saver import Saver
 from safelight.trainer.checkpoint.snapshot import available_bytes, num_bytes_of
-from safelight.trainer.config.toml import Optimizer
+from safelight.trainer.config.schema import Optimizer
 from safelight.trainer.models.base import resolve_base
 from safelight.trainer.models.weights import meta_unet
 from safelight.trainer.optim.optimizer import UNetOptimizer, make_optimizer

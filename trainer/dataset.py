@@ -23,7 +23,7 @@ from safelight.data.cache import (
 from safelight.data.manifest import read_manifest, split_validation
 from safelight.data.shards import Cache
 from safelight.errors import UserError
-from safelight.trainer.config.toml import Config
+from safelight.trainer.config.schema import Config
 from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.families.family import Family
 from safelight.trainer.models.base import Base, bucket_multiple

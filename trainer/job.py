@@ -22,8 +22,8 @@ from safelight.trainer.adapters.trained import Trained
 from safelight.trainer.checkpoint.files import Position, load_checkpoint, read_identity
 from safelight.trainer.checkpoint.identity import Identity
 from safelight.trainer.checkpoint.saver import Saver
+from safelight.trainer.config.schema import Config
 from safelight.trainer.config.timeline import Timeline
-from safelight.trainer.config.toml import Config
 from safelight.trainer.dataset import Dataset, open_dataset
 from safelight.trainer.memory_plan.resolve_auto import describe, record
 from safelight.trainer.models.encoders import LatentCodec, load_codec

@@ -14,7 +14,7 @@ from safelight.kernels.triton.jit import has_triton
 from safelight.kernels.unet.attention import allowed_backends
 from safelight.trainer.checkpoint.files import check_files, folder_of, read_identity
 from safelight.trainer.checkpoint.identity import Identity, identify
-from safelight.trainer.config.toml import Config
+from safelight.trainer.config.schema import Config
 from safelight.trainer.memory_plan.candidate import Need
 from safelight.trainer.memory_plan.resolve_auto import budget, cap, reason_against, settle
 from safelight.trainer.models.base import Base, base_of

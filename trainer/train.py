@@ -18,8 +18,7 @@ from safelight.data.batches import MicroBatch, iterate, load_batch, plan_epoch
 from safelight.data.lock import FolderLock
 from safelight.errors import UserError
 from safelight.trainer.checkpoint.files import Position, list_checkpoints, rewrite_position
-from safelight.trainer.config.schema import ResolvedStage
-from safelight.trainer.config.toml import Config
+from safelight.trainer.config.schema import Config, ResolvedStage
 from safelight.trainer.evaluate import evaluate, is_due
 from safelight.trainer.job import Job, load_job
 from safelight.trainer.memory_plan.gpus import this_card

@@ -16,7 +16,7 @@ from safelight.kernels.ops.noising import Noised
 from safelight.kernels.unet import patch
 from safelight.kernels.unet.attention import NUM_TEXT_TOKENS, attention_cases, choose_attention
 from safelight.kernels.unet.checkpointing import apply_checkpointing
-from safelight.trainer.config.toml import Loss, Optimizer
+from safelight.trainer.config.schema import Loss, Optimizer
 from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.families.registry import family_of
 from safelight.trainer.models.base import Base, resolve_base

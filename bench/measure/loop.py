@@ -27,7 +27,8 @@ from safelight.bench.recipes.suite import OURS, free
 from safelight.bench.recipes.workload import SEED, Workload, random_batches
 from safelight.data.ingest import ingest
 from safelight.errors import UserError
-from safelight.trainer.config.toml import Config, parse_config
+from safelight.trainer.config.schema import Config
+from safelight.trainer.config.toml import parse_config
 from safelight.trainer.models.base import resolve_base
 from safelight.trainer.models.weights import load_vae
 from safelight.trainer.run_log.terminal import Terminal

@@ -21,7 +21,7 @@ from safelight.bench.measure.optimizers import held_bytes, offered
 from safelight.bench.recipes.suite import OURS, build, free
 from safelight.bench.recipes.workload import Workload, optimizer_config, random_batches
 from safelight.errors import UserError
-from safelight.trainer.config.toml import Config, Train
+from safelight.trainer.config.schema import Config, Train
 from safelight.trainer.memory_plan.gpus import CONTEXT_BYTES, FRAGMENTATION, this_card
 from safelight.trainer.memory_plan.meta_run import MetaRun, Traced
 from safelight.trainer.models.base import resolve_base

@@ -25,7 +25,7 @@ from safelight.bench.counting.counters import CountedUpdates, Counter
 from safelight.bench.recipes.workload import LR, MAX_GRAD_NORM, WEIGHT_DECAY
 from safelight.kernels.optim.ema import EMA
 from safelight.kernels.optim.paged_state import Pages
-from safelight.trainer.config.toml import Optimizer
+from safelight.trainer.config.schema import Optimizer
 from safelight.trainer.optim.kernel_adamw import KernelAdamW
 from safelight.trainer.optim.library_optimizer import BitsandbytesOptimizer
 from safelight.trainer.optim.optimizer import UNetOptimizer, make_optimizer

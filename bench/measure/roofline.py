@@ -24,7 +24,7 @@ from safelight.bench.profile.profiling_session import profile_loop
 from safelight.bench.recipes.suite import OURS, build, free
 from safelight.bench.recipes.workload import NUM_ROTATED, Workload, optimizer_config, random_batches
 from safelight.errors import UserError
-from safelight.trainer.config.toml import Config
+from safelight.trainer.config.schema import Config
 from safelight.trainer.memory_plan.gpus import Card
 from safelight.trainer.memory_plan.meta_run import MetaRun
 from safelight.trainer.models.base import resolve_base

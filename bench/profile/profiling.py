@@ -13,7 +13,7 @@ from safelight.bench.profile.analysis import Analysis, analyse, figures
 from safelight.bench.profile.profile_page import render
 from safelight.bench.profile.profiling_session import ProfileSession, run_session
 from safelight.data.atomic import atomic_write_text
-from safelight.trainer.config.toml import Config
+from safelight.trainer.config.schema import Config
 from safelight.trainer.memory_plan.meta_run import MetaRun
 from safelight.trainer.models.base import base_of
 from safelight.trainer.models.device import PRECISIONS, pick_device, pick_dtype

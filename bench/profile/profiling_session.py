@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from safelight.bench.core.device_timeline import KernelRun, kernel_runs
 from safelight.bench.counting.costs import Costs, OperatorCosts
 from safelight.errors import UserError
-from safelight.trainer.config.toml import Config
+from safelight.trainer.config.schema import Config
 from safelight.trainer.models.device import pick_device
 from safelight.trainer.run_log.terminal import Terminal
 from safelight.trainer.step.profiler_ranges import listen_to_ranges

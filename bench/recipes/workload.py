@@ -32,7 +32,7 @@ from safelight.kernels.unet.attention import (
     choose_attention,
 )
 from safelight.kernels.unet.checkpointing import apply_checkpointing
-from safelight.trainer.config.toml import Loss, Optimizer
+from safelight.trainer.config.schema import Loss, Optimizer
 from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.families.registry import family_of
 from safelight.trainer.models.base import resolve_base

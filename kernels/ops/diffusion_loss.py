@@ -3,8 +3,8 @@
     l_b = mean_i error(p_i - t_i)        L = sum_b w(t_b) l_b / num_samples
     error(d) = d^2, or Huber's: d^2 where |d| <= delta, else delta (2 |d| - delta)   (twice the usual form)
 
-Every weighting is defined as a weight on the epsilon error. For v-prediction it is converted, because the same mistake is
-(SNR + 1) / SNR times as large when measured in v, with SNR = a / (1 - a):
+Every weighting is defined as a weight on the epsilon error. For v-prediction it is converted, because the same mistake
+is (SNR + 1) / SNR times as large when measured in v, with SNR = a / (1 - a):
     min_snr     min(SNR, gamma) / SNR         (in v: min(SNR, gamma) / (SNR + 1))
     debiased    1 / sqrt(min(SNR, 1000))
     p2          1 / (1 + SNR)^gamma
@@ -308,8 +308,8 @@ def diffusion_loss(
     """Return the batch's loss and each sample's, without a host sync.
 
     predicted_BCHW: fp32 | fp16 | bf16, contiguous or channels-last; target_BCHW: any of these dtypes and layouts;
-    timesteps_B: int64 in 0 .. T-1; alphas_cumprod_T: float32. num_samples: samples in the whole optimizer step, of which
-    this batch may be a part. Raises ValueError if the shapes do not match.
+    timesteps_B: int64 in 0 .. T-1; alphas_cumprod_T: float32. num_samples: samples in the whole optimizer step, of
+    which this batch may be a part. Raises ValueError if the shapes do not match.
     """
     if predicted_BCHW.dim() != 4 or predicted_BCHW.numel() == 0 or predicted_BCHW.shape != target_BCHW.shape:
         raise ValueError(

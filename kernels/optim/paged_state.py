@@ -1,9 +1,9 @@
 """Optimizer state in pinned host memory, streamed through the device during the backward pass.
 
-A page is the state of some tensors, back to back in one flat byte buffer: 16-bit remainders, codes and absmaxes of both
-moments, each piece aligned to 16 bytes. All pages live in pinned host memory. A ring of slots on the device, each as large
-as the largest page, holds the few pages that are stepped next. Three streams are used: compute, one that copies pages in
-and one that copies them out, so that both directions of the bus are busy at once.
+A page is the state of some tensors, back to back in one flat byte buffer: 16-bit remainders, codes and absmaxes of
+both moments, each piece aligned to 16 bytes. All pages live in pinned host memory. A ring of slots on the device, each
+as large as the largest page, holds the few pages that are stepped next. Three streams are used: compute, one that
+copies pages in and one that copies them out, so that both directions of the bus are busy at once.
 
     begin   outward waits for compute, inward for outward; the first pages, in the previous step's order, are copied in
     take    compute waits for the page's arrival
@@ -11,10 +11,10 @@ and one that copies them out, so that both directions of the bus are busy at onc
             overwrites the slot with the next page
     end     compute waits for both others
 
-So a slot is never overwritten before its page is back in host memory, a kernel never reads a page that has not arrived,
-a page is never copied in before its last copy out has finished, and between steps, or at the end of a captured graph, no
-copy is in flight that compute does not wait for. The host never waits; call `synchronize` before reading or writing pages
-on the host. A page that was not prefetched (all of them in the first step) is copied in on demand.
+So a slot is never overwritten before its page is back in host memory, a kernel never reads a page that has not
+arrived, a page is never copied in before its last copy out has finished, and between steps, or at the end of a captured
+graph, no copy is in flight that compute does not wait for. The host never waits; call `synchronize` before reading or
+writing pages on the host. A page that was not prefetched (all of them in the first step) is copied in on demand.
 
 Without a CUDA device memory is ordinary, there are no streams, and the rest is the same. For meta tensors only the ring
 exists.
@@ -163,7 +163,7 @@ class Pages:
         return self.host[self._starts[page] :][: self._sizes[page]]
 
     def at_home(self, index: int) -> dict[str, Tensor]:
-        """Return views of a tensor's pieces in host memory, by name; for meta tensors of the ring, which holds no data."""
+        """Return views of a tensor's pieces in host memory, by name. For meta tensors: views of the empty ring."""
         return self._views(index, self.ring[0] if self.host is None else self._page(self.page_of[index]))
 
     def in_slot(self, index: int, slot: int) -> dict[str, Tensor]:
@@ -200,8 +200,9 @@ class Pages:
     def _copy(self, page: int, slot: int, is_inward: bool) -> None:
         if self.host is None:
             return
-        here, there = self._page(page), self.ring[slot][: self._sizes[page]]
-        there.copy_(here, non_blocking=True) if is_inward else here.copy_(there, non_blocking=True)
+        on_host, on_device = self._page(page), self.ring[slot][: self._sizes[page]]
+        to, source = (on_device, on_host) if is_inward else (on_host, on_device)
+        to.copy_(source, non_blocking=True)
 
     def take(self, page: int) -> int:
         """Return the slot that holds a page for what compute enqueues until `put`."""
@@ -212,7 +213,7 @@ class Pages:
         return self._slots.index(page)
 
     def _evict(self) -> int:
-        """Free the slot of the unmodified page that is expected last, and return it; the page is prefetched again later."""
+        """Free the slot whose unmodified page is expected last, and return it; the page is prefetched again later."""
         slot = max(range(NUM_SLOTS), key=lambda s: self._previous.index(self._slots[s]))
         self._to_prefetch.appendleft(self._slots[slot])
         return slot

@@ -2,16 +2,16 @@
 
 Hooks on saved tensors (Offload) replace every storage above a minimal size that autograd saves, and every input that
 torch.utils.checkpoint keeps, by a copy in pinned memory. Weights stay on the device, and so does what a caller still
-references: skip connections stay until the block that reads them. A storage is copied once, however many views of it are
-saved, and comes back as one storage with the same strides, so the backward pass runs the same arithmetic.
+references: skip connections stay until the block that reads them. A storage is copied once, however many views of it
+are saved, and comes back as one storage with the same strides, so the backward pass runs the same arithmetic.
 
-Streams. All copies, in both directions, run in order on one side stream; each starts when the compute stream has reached
-the point where it was enqueued. A source is freed only after the compute stream has been made to wait for its copy, AHEAD
-storages later. Memory is therefore freed in the compute stream's own order, the peak does not depend on how far the host
-runs ahead (as it does with Tensor.record_stream), and a device that is faster than the bus waits for it. The destination
-of a prefetch is allocated on the compute stream, which waits for the copy before its first use and before it is freed.
-Host memory needs no events, because only the side stream writes to it. The host never waits.
-On the CPU copies are synchronous; on meta tensors there are none, and host memory is only counted.
+Streams. All copies, in both directions, run in order on one side stream; each starts when the compute stream has
+reached the point where it was enqueued. A source is freed only after the compute stream has been made to wait for its
+copy, AHEAD storages later. Memory is therefore freed in the compute stream's own order, the peak does not depend on how
+far the host runs ahead (as it does with Tensor.record_stream), and a device that is faster than the bus waits for it.
+The destination of a prefetch is allocated on the compute stream, which waits for the copy before its first use and
+before it is freed. Host memory needs no events, because only the side stream writes to it. The host never waits. On the
+CPU copies are synchronous; on meta tensors there are none, and host memory is only counted.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Copies:
         self._streams = streams_for(device, COPY)
 
     def copy(self, to: Tensor, source: Tensor) -> object:
-        """Enqueue a copy behind what compute has enqueued so far; return the event to `wait` for, None if there is none."""
+        """Enqueue a copy behind compute's work so far; return the event to `wait` for, None without streams."""
         self._streams.wait(COPY, self._streams.record(COMPUTE))
         with self._streams.on(COPY):
             to.copy_(source, non_blocking=True)
@@ -72,8 +72,8 @@ class Copies:
 class _HostCopy:
     """A storage's copy in host memory, freed when no saved tensor refers to it any more.
 
-    source: weak reference to the storage. on_device: the whole storage as one flat tensor, until it is released and again
-    once it is fetched; else None.
+    source: weak reference to the storage. on_device: the whole storage as one flat tensor, None while it is only in
+    host memory.
     """
 
     def __init__(self, x: Tensor, slabs: HostSlabs, copies: Copies):
@@ -114,11 +114,11 @@ class _HostCopy:
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """A saved tensor as a view of a copy. order: all copies of its forward pass, in saving order; place: its index there."""
+    """A saved tensor as a view of a copy. order: all copies of its forward pass, as saved; index: its own in order."""
 
     copy: _HostCopy
     order: list[weakref.ref]
-    place: int
+    index: int
     size: torch.Size
     stride: tuple[int, ...]
     offset: int
@@ -211,10 +211,10 @@ class Offload:
         kept.copy.fetch()
         # the backward pass needs them in the opposite order
         ahead: set[_HostCopy] = set()
-        for place in range(kept.place - 1, -1, -1):
+        for index in range(kept.index - 1, -1, -1):
             if len(ahead) == AHEAD:
                 break
-            copy = kept.order[place]()
+            copy = kept.order[index]()
             if copy is not None and copy is not kept.copy:
                 copy.fetch()
                 ahead.add(copy)
@@ -228,15 +228,15 @@ def offload_of(unet: nn.Module) -> Offload | None:
     return offload if offload is not None and offload.enabled else None
 
 
-def set_offload(unet: nn.Module, wanted: bool) -> None:
+def set_offload(unet: nn.Module, enabled: bool) -> None:
     """Turn offloading of a module's saved tensors on or off."""
     offload = getattr(unet, "activation_offload", None)
     if offload is None:
-        if not wanted:
+        if not enabled:
             return
         offload = unet.activation_offload = Offload()
         unet.register_forward_pre_hook(offload.begin)
         unet.register_forward_hook(offload.end, always_call=True)
-    offload.enabled = wanted
-    if not wanted:
+    offload.enabled = enabled
+    if not enabled:
         offload.free()

@@ -18,7 +18,8 @@ from safelight.options.option_help import described
 from safelight.options.overrides import take_overrides
 from safelight.output.columns import wrap_help
 from safelight.trainer.config.presets import PRESETS
-from safelight.trainer.config.toml import Config, load_config, parse_config, require_run
+from safelight.trainer.config.schema import Config
+from safelight.trainer.config.toml import load_config, parse_config, require_run
 
 _T = TypeVar("_T")
 RunFolder = Annotated[Positional[Path], arg(metavar="RUN", help="run folder, for example runs/tiny")]

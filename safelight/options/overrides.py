@@ -10,7 +10,7 @@ from collections import deque
 from typing import Any, get_args, get_origin
 
 from safelight.errors import UserError
-from safelight.trainer.config.toml import Config, Stage, is_switch
+from safelight.trainer.config.schema import Config, Stage, is_switch
 
 
 def _field_type(path: list[str]) -> Any:

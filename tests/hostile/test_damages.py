@@ -119,6 +119,6 @@ def test_a_run_whose_dataset_is_missing_says_which_folder_to_start_in(place, cal
     """A run stores its dataset's path as given, usually relative, so it is valid only where the run was started."""
     (place / "dataset").rename(place / "elsewhere")
     call("compare", str(place / "run"), "--num", "1").assert_refused(
-        "compare", "is not here, and its captions with it; start from the folder the run was started from"
+        "compare", "does not exist, so there are no captions; run this in the folder where the run was started"
     )
     assert not (place / "run" / "compare" / "index.json").exists()

@@ -269,15 +269,13 @@ def test_export_writes_either_form_and_says_where(journey):
     with safe_open(file, "pt") as opened:
         assert opened.metadata()["modelspec.title"] == "Mine"
         assert opened.metadata()["modelspec.description"] == f"tiny fine-tuned with Safelight, {NUM_STEPS} steps"
-    assert journey.called["export"].err.startswith(
-        "note: this UNet has a size of its own, which A1111 and ComfyUI do not"
-    )
+    assert journey.called["export"].err.startswith("note: this UNet has a size that A1111 and ComfyUI do not support")
     assert journey.called["export folder"].out.startswith(f"wrote {folder}: step {NUM_STEPS}, bf16, ")
     assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "StableDiffusionPipeline"
     refused = call("export", journey.run, "-o", file)
     assert (refused.status, refused.err) == (
         2,
-        f"safelight export: {file} exists already; name another with -o, or add --force\n",
+        f"safelight export: {file} already exists; name another with -o, or add --force\n",
     )
 
 

@@ -54,7 +54,7 @@ class FullFineTune:
         with safe_open(folder / "state.safetensors", "pt") as state:
             keys = set(state.keys())
             if weights == "ema" and not any(key.startswith(EMA_PREFIX) for key in keys):
-                raise UserError(f"{folder} holds no moving average: the run has train.ema_decay 0; leave --weights out")
+                raise UserError(f"{folder} has no moving average, because train.ema_decay is 0; leave out --weights")
             for name in sorted(shapes):
                 sources = [f"master/{name}"] if weights == "trained" else [f"{EMA_PREFIX}{name}", f"master/{name}"]
                 if key := next((source for source in sources if source in keys), None):
@@ -67,5 +67,7 @@ class FullFineTune:
                             tensor = join(tensor, state.get_tensor(remainder))
                         tensors[name] = convert(name, tensor)
         if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != dict(shapes):
-            raise UserError(f"{folder} does not fit the UNet that model.base names now: was it changed since the run?")
+            raise UserError(
+                f"{folder} does not fit the UNet that model.base names; restore the base that the run was trained from"
+            )
         return tensors

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from safelight.data.cache import Sample
-from safelight.trainer.config.toml import Config
+from safelight.trainer.config.schema import Config
 
 FREE_TABLES = ("stage", "memory", "validate", "sample", "save", "log")
 FREE = {

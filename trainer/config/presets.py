@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from safelight.errors import UserError
-from safelight.trainer.config.toml import Config, parse_config
+from safelight.trainer.config.schema import Config
+from safelight.trainer.config.toml import parse_config
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 # a community mirror: the original was withdrawn from the hub
@@ -17,7 +18,7 @@ PRESETS: dict[str, tuple[str, dict]] = {
             "model": {"base": "tiny"},
             "data": {"resolution": 64, "variants": 4, "caption_dropout": 0.1},
             "train": {"batch_size": 8},
-            # on a CPU our 8-bit kernel runs as many small operators: a third of the step (docs/profiling.md)
+            # on a CPU adamw8bit runs as many small operators, a third of the step (docs/profiling.md)
             "optimizer": {"name": "adamw", "lr": 3e-4},
             "stage": [{"epochs": 12}, {"epochs": 4, "lr": 5e-5}],
             "sample": {"every_epochs": 4, "steps": 16, "cfg": 4.0},
@@ -49,7 +50,7 @@ PRESETS: dict[str, tuple[str, dict]] = {
         },
     ),
     "everydream2": (
-        "settings of the EveryDream2 run this project began with, but with a frozen text encoder",
+        "the EveryDream2 run that this project started from, but with a frozen text encoder",
         {
             "run": {"dir": "runs/everydream2", "seed": 555},
             # EveryDream2 counts from 1: its clip_skip 1 is the last layer's output, our 0

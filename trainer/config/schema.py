@@ -157,32 +157,33 @@ class Optimizer(Section):
 
     name: Annotated[OptimizerName, Field(description=help_text())] = "adamw8bit"
     memory: MemoryModeName = "auto"
-    """What completes 16-bit weights to fp32: exact keeps 2 more bytes a parameter, near 1, rounded none and rounds
-    stochastically, fp32 a master of 4; paged keeps exact's and the moments in pinned host memory, 4 bytes a parameter, and
-    streams them through the GPU. auto: with adamw8bit on a GPU the first of exact, near, paged, rounded that `safelight plan`
-    finds to fit, on a CPU exact; the other optimizers support fp32 only."""
+    """How much of fp32 is kept for 16-bit weights, in addition to the weights. exact: all of it, 2 bytes per parameter;
+    near: half of that, 1 byte; rounded: nothing, so updates are rounded stochastically; fp32: a master copy, 4 bytes;
+    paged: like exact, but together with the moments in pinned host memory, 4 bytes per parameter, and streamed through
+    the GPU. auto: for adamw8bit on a GPU the first of exact, near, paged, rounded that fits according to
+    `safelight plan`, on a CPU exact. The other optimizers only support fp32."""
     lr: LearningRate = 1e-6
     """Peak learning rate."""
     fused_backward: Annotated[Literal["auto", True, False], tyro.conf.arg(metavar="{auto,true,false}")] = "auto"
-    """Update each part of the UNet inside backward, as soon as its gradients are complete, and free them at once; the global
-    gradient norm is then known too late to clip by. Only adamw8bit can. auto: on a GPU, if `safelight plan` finds no other
-    way to fit in the same optimizer.memory; on a CPU false."""
+    """Update each part of the UNet during the backward pass, as soon as its gradients are complete, and free them at
+    once. The global gradient norm is then known too late to clip by. Only adamw8bit supports it. auto: true on a GPU if
+    `safelight plan` finds that the run does not fit otherwise with the same optimizer.memory; false on a CPU."""
     clipping: Literal["auto", "global", "lagged", "per-tensor"] = "auto"
-    """Clip by the global norm or, with fused_backward, by the previous step's (lagged) or by each tensor's own. auto: global or
-    lagged."""
+    """Norm to clip the gradients by. global: of all gradients. With fused_backward, lagged: the previous step's global
+    norm, or per-tensor: each tensor's own. auto: global, or lagged with fused_backward."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    """Decay of the first and second moment; adafactor has its own."""
+    """Decay of the first and second moment. adafactor ignores it."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
-    """Added to the root of the second moment; AdamW only."""
+    """Added to the root of the second moment. Only for AdamW."""
     weight_decay: Annotated[float, Field(ge=0, lt=1)] = 0.01
-    """Decoupled: weights shrink by lr * weight_decay a step."""
+    """Decoupled weight decay: weights shrink by lr * weight_decay per step."""
     schedule: Schedule = "constant"
-    """constant, linear or cosine to zero, over the stage."""
+    """Learning rate over the stage: constant, or a linear or cosine decay to zero."""
     warmup_steps: Count = 0
     """Optimizer steps over which the learning rate rises from zero, at the start of the stage."""
 
     def fused_choices(self) -> tuple[bool, ...]:
-        """Return the values that fused_backward allows, preferred first; `auto` allows what name and clipping support."""
+        """Return the allowed values of fused_backward, preferred first. For auto they depend on name and clipping."""
         if self.fused_backward != "auto":
             return (self.fused_backward,)
         if not OPTIMIZERS[self.name].steps_inside_backward or self.clipping == "global":
@@ -191,17 +192,17 @@ class Optimizer(Section):
 
     @property
     def is_fused(self) -> bool:
-        """Whether steps are taken inside backward. `auto` that no plan has resolved is the preferred choice."""
+        """Whether steps are taken inside backward. Before a plan resolves `auto`, this is the preferred choice."""
         return self.fused_choices()[0]
 
     def clipping_mode(self) -> str:
-        """Return what clipping resolves to: global, lagged or per-tensor. Raises UserError if fused_backward rules it out."""
+        """Return the resolved clipping: global, lagged or per-tensor. Raises UserError if fused_backward forbids it."""
         if self.clipping == "auto":
             return "lagged" if self.is_fused else "global"
         if self.is_fused == (self.clipping == "global"):
             state, use = ("true", "lagged or per-tensor") if self.is_fused else ("false", "global")
             raise UserError(
-                f"optimizer.clipping {self.clipping} does not go with optimizer.fused_backward {state}; "
+                f"optimizer.clipping {self.clipping} does not work with optimizer.fused_backward {state}; "
                 f"use auto or {use}"
             )
         return self.clipping
@@ -236,26 +237,27 @@ class Stage(Section):
 
 
 class Loss(Section):
-    """What is predicted and how errors weigh."""
+    """What the UNet predicts, and how its errors are measured and weighted."""
 
     prediction: Literal["auto", "epsilon", "v_prediction"] = "auto"
-    """auto takes the base model's."""
+    """What the UNet predicts. auto: as the base model."""
     kind: Literal[tuple(KINDS)] = "mse"
-    """mse: squared error; huber: squared up to huber_delta, linear beyond, so that outliers pull less."""
+    """mse: squared error; huber: squared up to huber_delta and linear beyond, so that outliers count less."""
     huber_delta: Annotated[float, Field(gt=0)] = 1.0
-    """Where kind huber turns linear, in standard deviations of the noise; smaller is more robust."""
+    """Error above which huber is linear, in standard deviations of the noise. Smaller is more robust."""
     weighting: Literal["auto", *WEIGHTINGS] = "auto"
-    """How much each timestep counts. none: all the same; min_snr: those with little noise less (Hang et al. 2023);
-    p2: likewise, smoothly (Choi et al. 2022); debiased: by 1 / sqrt(SNR) (Yu et al. 2023).
+    """How much each timestep counts. none: all equally; min_snr: those with little noise less (Hang et al. 2023);
+    p2: the same with a smooth transition (Choi et al. 2022); debiased: by 1 / sqrt(SNR) (Yu et al. 2023).
     auto: min_snr if min_snr_gamma is above 0, else none."""
     min_snr_gamma: Annotated[float, Field(ge=0)] = 0.0
-    """SNR above which min_snr reduces the weight; 5 is usual, 0: no min-SNR weighting."""
+    """SNR above which min_snr reduces the weight. 5 is usual; 0: no min-SNR weighting."""
     p2_gamma: Annotated[float, Field(gt=0)] = 1.0
-    """Strength of p2, whose weight is 1 / (1 + SNR)^p2_gamma; 0.5 and 1 are usual."""
+    """Strength of p2, whose weight is 1 / (1 + SNR)^p2_gamma. 0.5 and 1 are usual."""
     offset_noise: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Standard deviation of a constant added to each channel's noise; lets the model learn very dark and light images."""
+    """Standard deviation of a constant added to each channel's noise, so that the model can learn very dark and very
+    light images. 0: none."""
     zero_terminal_snr: bool = False
-    """Rescale the schedule so that the last timestep is pure noise (Lin et al. 2023); needs v_prediction."""
+    """Rescale the schedule so that the last timestep is pure noise (Lin et al. 2023). Requires v_prediction."""
 
     @property
     def chosen_weighting(self) -> str:
@@ -298,7 +300,7 @@ class Validate(Section):
     timesteps: Annotated[int, Field(ge=1, le=64)] = 4
     """Timesteps per image, one from each of this many equal ranges."""
     batch_size: Positive = 8
-    """Images at a time; does not change the noise."""
+    """Images at a time. Does not change the noise."""
     max_images: Positive = 64
     """Largest number of images from either set."""
 
@@ -370,25 +372,24 @@ class Config(Section):
     )
 
     def stages(self) -> list[ResolvedStage]:
-        """Return the stages with inherited values filled in; a single one from [train] and [optimizer] if none is
-        given."""
-        given = self.stage or [Stage(epochs=self.train.epochs)]
-        return [ResolvedStage(self, stage) for stage in given]
+        """Return the stages with inherited values filled in. Without [[stage]] there is one of train.epochs."""
+        stages = self.stage or [Stage(epochs=self.train.epochs)]
+        return [ResolvedStage(self, stage) for stage in stages]
 
 
 class ResolvedStage:
     """A stage with inherited values filled in."""
 
     def __init__(self, config: Config, stage: Stage):
-        def own(name: str, table: Section):
+        def own_or_inherited(name: str, section: Section):
             value = getattr(stage, name)
-            return getattr(table, name) if value is None else value
+            return getattr(section, name) if value is None else value
 
         self.epochs = stage.epochs
-        self.lr: float = own("lr", config.optimizer)
-        self.schedule: str = own("schedule", config.optimizer)
-        self.warmup_steps: int = own("warmup_steps", config.optimizer)
-        self.weight_decay: float = own("weight_decay", config.optimizer)
-        self.max_grad_norm: float = own("max_grad_norm", config.train)
-        self.batch_size: int = own("batch_size", config.train)
-        self.accumulate: int = own("accumulate", config.train)
+        self.lr: float = own_or_inherited("lr", config.optimizer)
+        self.schedule: str = own_or_inherited("schedule", config.optimizer)
+        self.warmup_steps: int = own_or_inherited("warmup_steps", config.optimizer)
+        self.weight_decay: float = own_or_inherited("weight_decay", config.optimizer)
+        self.max_grad_norm: float = own_or_inherited("max_grad_norm", config.train)
+        self.batch_size: int = own_or_inherited("batch_size", config.train)
+        self.accumulate: int = own_or_inherited("accumulate", config.train)

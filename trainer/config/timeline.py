@@ -1,4 +1,7 @@
-"""Stages, epochs, steps and learning rates of a run, all known before it starts. Needs no torch, for the report."""
+"""Stages, epochs, steps and learning rates of a run, all known before it starts.
+
+Does not import torch, so that the report works without it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from safelight.trainer.config.toml import Config, ResolvedStage
+from safelight.trainer.config.schema import Config, ResolvedStage
 
 
 def learning_rate(schedule: str, peak: float, step: int, num_steps: int, warmup_steps: int) -> float:
@@ -31,12 +34,12 @@ def learning_rate(schedule: str, peak: float, step: int, num_steps: int, warmup_
 
 
 if TYPE_CHECKING:
-    # this module imports torch, which the report does without
+    # this module imports torch
     from safelight.data.cache import Sample
 
 
 def steps_per_epoch(samples: Sequence[Sample], batch_size: int, accumulation: int) -> int:
-    """Return the optimizer steps of one epoch. The last micro-batch of a bucket may be short, and the last step too."""
+    """Return the optimizer steps of one epoch. A bucket's last micro-batch may be smaller, and so may the last step."""
     return steps_of_counts(Counter(s.bucket for s in samples).values(), batch_size, accumulation)
 
 

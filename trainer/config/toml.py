@@ -1,6 +1,7 @@
-"""Reads and writes a run's settings as TOML. schema.py defines the tables.
+"""Reads and writes a run's settings as TOML. schema.py defines the settings.
 
-An error names the setting, its value and the closest valid name. Needs no torch, so a typo is reported at once.
+An error names the setting, its value and the closest valid name. Does not import torch, so that typos are reported at
+once.
 """
 
 from __future__ import annotations
@@ -13,69 +14,12 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError
 
 from safelight.errors import UserError
-from safelight.trainer.config.schema import (
-    AVERAGE_OF_PAGED,
-    Config,
-    Data,
-    Log,
-    Loss,
-    Memory,
-    Model,
-    Optimizer,
-    ResolvedStage,
-    Run,
-    Sample,
-    Save,
-    Section,
-    Stage,
-    Train,
-    Validate,
-    is_switch,
-)
+from safelight.trainer.config.schema import AVERAGE_OF_PAGED, Config, Section
 from safelight.trainer.registry.optimizers import MEMORY_MODES
 
-# other modules import settings from here
-__all__ = [
-    "AVERAGE_OF_PAGED",
-    "Config",
-    "Data",
-    "Log",
-    "Loss",
-    "Memory",
-    "Model",
-    "Optimizer",
-    "ResolvedStage",
-    "Run",
-    "Sample",
-    "Save",
-    "Section",
-    "Stage",
-    "Train",
-    "Validate",
-    "explain",
-    "is_switch",
-    "load_config",
-    "parse_config",
-    "to_toml",
-]
-
-
-def _names_at(location: tuple) -> list[str]:
-    """Return the valid names at a place in the config, for a suggestion."""
-    model = Config
-    for part in location:
-        if isinstance(part, int):
-            continue
-        for name, field in model.model_fields.items():
-            if part in (name, field.alias):
-                inner = [
-                    t for t in (field.annotation, *getattr(field.annotation, "__args__", ())) if isinstance(t, type)
-                ]
-                model = next((t for t in inner if issubclass(t, BaseModel)), model)
-    return [field.alias or name for name, field in model.model_fields.items()]
-
-
+# source of settings given on the command line, which errors show as options
 COMMAND_LINE = "command line"
+# pydantic's type of an error -> what was expected
 PLAIN_TYPES = {
     "int_parsing": "a whole number",
     "int_type": "a whole number",
@@ -85,14 +29,28 @@ PLAIN_TYPES = {
     "bool_parsing": "true or false",
     "bool_type": "true or false",
 }
-
-
+# the same for types with a limit
 LIMITS = {
     "greater_than_equal": "{ge} or more",
     "greater_than": "more than {gt}",
     "less_than_equal": "at most {le}",
     "less_than": "less than {lt}",
 }
+
+
+def _names_at(location: tuple) -> list[str]:
+    """Return the valid names below a location in the config, for suggestions."""
+    model = Config
+    for part in location:
+        if isinstance(part, int):
+            continue
+        for name, field in model.model_fields.items():
+            if part in (name, field.alias):
+                types = [
+                    t for t in (field.annotation, *getattr(field.annotation, "__args__", ())) if isinstance(t, type)
+                ]
+                model = next((t for t in types if issubclass(t, BaseModel)), model)
+    return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def _shown(path: list, source: str) -> str:
@@ -102,17 +60,17 @@ def _shown(path: list, source: str) -> str:
 
 
 def explain(error: ValidationError, source: str) -> str:
-    """Return a readable line for each error that pydantic found."""
+    """Return a readable line for each of pydantic's errors. source: the file, or COMMAND_LINE."""
     lines = []
     for problem in error.errors():
         *parents, last = problem["loc"] or ("",)
         where = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(last), _names_at(tuple(parents)), n=1, cutoff=0.5)
+            similar = difflib.get_close_matches(str(last), _names_at(tuple(parents)), n=1, cutoff=0.5)
             known = ", ".join(_names_at(tuple(parents)))
             hint = (
-                f"did you mean {_shown([*parents, near[0]], source) if parents else near[0]}?"
-                if near
+                f"did you mean {_shown([*parents, similar[0]], source) if parents else similar[0]}?"
+                if similar
                 else f"known settings: {known}"
             )
             lines.append(f"{source}: {where} is not a setting; {hint}")
@@ -136,20 +94,23 @@ def explain(error: ValidationError, source: str) -> str:
 
 
 def parse_config(values: dict, source: str) -> Config:
-    """Return the config for plain values. Raises UserError with one line for each invalid setting."""
+    """Return the config with the values of a parsed TOML file. source: names their origin in messages.
+
+    Raises UserError with one line for each invalid setting.
+    """
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
         raise UserError(explain(error, source)) from None
     if config.data.flip_p > 0 and config.data.variants == 1:
         raise UserError(
-            f"{source}: data.flip_p {config.data.flip_p} has no effect with data.variants = 1; use 2 or more"
+            f"{source}: data.flip_p {config.data.flip_p} has no effect with data.variants 1; use 2 or more variants"
         )
     mode = MEMORY_MODES.get(config.optimizer.memory)
     if mode is not None and not mode.allows_average and config.train.ema_decay > 0:
         raise UserError(f"{source}: {AVERAGE_OF_PAGED}")
     if config.loss.zero_terminal_snr and config.loss.prediction == "epsilon":
-        raise UserError(f"{source}: loss.zero_terminal_snr needs loss.prediction = 'v_prediction', not 'epsilon'")
+        raise UserError(f"{source}: loss.zero_terminal_snr requires loss.prediction 'v_prediction', not 'epsilon'")
     if contradiction := config.loss.contradiction():
         raise UserError(f"{source}: {contradiction}")
     return config
@@ -162,7 +123,7 @@ def load_config(path: Path) -> Config:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; write one with `safelight init tiny -o {path}`") from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; expected a run.toml") from None
+        raise UserError(f"{path} cannot be read: {error.strerror}; give a settings file such as run.toml") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid TOML: {error}") from None
     except RecursionError:
@@ -182,22 +143,22 @@ def _toml_value(value) -> str:
 
 
 def to_toml(config: Config, comments: bool = False) -> str:
-    """Return the config as TOML. comments: put each setting's documentation above it, once."""
+    """Return the config as TOML. comments: write each setting's documentation above it, once."""
     lines: list[str] = []
 
-    def write(header: str, section: Section, explained: bool) -> None:
+    def write(header: str, section: Section, comments: bool) -> None:
         lines.append("")
-        if explained:
+        if comments:
             lines.append(f"# {section.__doc__.splitlines()[0]}")
         lines.append(header)
         for name, field in type(section).model_fields.items():
             value = getattr(section, name)
-            if explained:
+            if comments:
                 lines.extend(f"# {line}" for line in field.description.splitlines())
             if value is not None:
                 lines.append(f"{name} = {_toml_value(value)}")
-            elif explained:
-                # only stages have unset values: show the inherited value, commented out
+            elif comments:
+                # only a stage's values can be unset: write the inherited value, commented out
                 lines.append(f"# {name} = {_toml_value(getattr(config.stages()[0], name))}")
 
     for name, field in Config.model_fields.items():
@@ -211,7 +172,7 @@ def to_toml(config: Config, comments: bool = False) -> str:
 
 
 def require_run(run_dir: Path) -> None:
-    """Raise UserError if the folder is not a run's, which is recognized by its config.toml."""
+    """Raise UserError if the folder is not a run's: it has no config.toml."""
     if not (run_dir / "config.toml").is_file():
         raise UserError(
             f"{run_dir} is not a run folder: it has no config.toml; train first, or give a folder such as runs/NAME"

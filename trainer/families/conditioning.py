@@ -1,4 +1,7 @@
-"""What a UNet is told besides noisy latents and a timestep. Shapes: B batch, T tokens, D embedding, P pooled embedding."""
+"""Conditioning: a UNet's inputs other than the noisy latents and the timestep, one record per kind.
+
+Letters: B batch, T tokens, D embedding, P pooled embedding.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +15,20 @@ from safelight.data.tensor_record import TensorRecord
 
 @dataclass(frozen=True)
 class TextConditioning(TensorRecord):
-    """The captions' embeddings, all that Stable Diffusion 1.x and 2.x know of a picture."""
+    """The embeddings of the captions: the only conditioning of Stable Diffusion 1.x and 2.x."""
 
     text_BTD: Tensor
 
     def unet_arguments(self, dtype: torch.dtype) -> dict[str, object]:
-        """Return the keyword arguments of diffusers' UNet2DConditionModel, floating-point values in the UNet's dtype."""
+        """Return the keyword arguments for diffusers' UNet2DConditionModel. dtype: the UNet's, for embeddings."""
         return {"encoder_hidden_states": self.text_BTD.to(dtype)}
 
 
 @dataclass(frozen=True)
 class SdxlConditioning(TextConditioning):
-    """SDXL adds the second encoder's pooled embedding, and sizes in px.
+    """SDXL's additional conditioning: the second encoder's pooled embedding, and sizes in px.
 
-    sizes_B6: original height and width, top and left of the crop, height and width of what is trained on.
+    sizes_B6: original height and width, top and left of the crop, target height and width.
     Source: Podell et al. 2023, arXiv:2307.01952, section 2.2.
     """
 

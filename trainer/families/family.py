@@ -1,8 +1,9 @@
 """What differs between the families of Stable Diffusion. A new family is one subclass and one row of the registry.
 
-A family is told by its UNet's config. It says which text encoders it has and how their output is cached and given to the
-UNet, where its text encoder stands in the original single-file layout, which diffusers pipeline it is exported as, and how
-its files describe themselves. Nothing outside this folder asks which family a model belongs to.
+A family is recognized by its UNet's config. It defines its text encoders, the conditioning that their cached output
+becomes, the names of its tensors in single files, the diffusers pipeline that it is exported as, and how its files
+describe themselves. Code outside this folder calls these methods and never compares names or sizes of families.
+docs/architecture.md has the recipe for adding one.
 """
 
 from __future__ import annotations
@@ -17,69 +18,74 @@ from safelight.trainer.families.original_layout import Layout
 
 
 class Family:
-    """A family of models. Subclasses fill in the class attributes; see registry.py for the rows.
+    """A family of models. A subclass sets the class attributes and overrides the methods that differ.
 
-    name: unique, lower case. title: for people. text_widths: cross_attention_dim of UNets that are surely this family's.
-    text_encoders: folders of a diffusers model that hold text encoders, in order. pipeline: name of diffusers' class.
-    untrainable: why `train` refuses the family; '' where it can be trained.
+    The methods of this class are those of Stable Diffusion 1.x; `architecture` and `text_encoder_layout` have none.
     """
 
+    # unique, lower case
     name: ClassVar[str]
+    # as in messages
     title: ClassVar[str]
+    # cross_attention_dim of the published UNets, different from every other family's
     text_widths: ClassVar[tuple[int, ...]]
+    # block_out_channels of the published UNets, the only size that other tools support
+    published_channels: ClassVar[list[int]]
+    # folders of a diffusers model with its text encoders, in order
     text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    # class of diffusers
     pipeline: ClassVar[str] = "StableDiffusionPipeline"
+    # a part of tensor names that only single files of this family have; "" if text_widths are enough
+    file_marker: ClassVar[str] = ""
+    # why `train` refuses the family; "" if it can be trained
     untrainable: ClassVar[str] = ""
-    # a hub id with the configs of the family's single files, None where a file does not tell which it needs
+    # hub id with the configs that fit every single file of the family; None if there is no such one
     default_configs: ClassVar[str | None] = None
-    # what A1111 and ComfyUI take a single file to predict, '' where they look at something else
+    # prediction type that A1111 and ComfyUI assume for a single file; "" if they detect it
     assumed_prediction: ClassVar[str] = ""
-    # ModelSpec: where the original implementation is published
+    # for ModelSpec: where the original implementation is published
     implementation: ClassVar[str]
 
-    # block_out_channels of the published UNets; other tools know no other size
-    published_channels: ClassVar[list[int]]
-
     def owns(self, unet_config: Mapping) -> bool:
-        """Return whether a UNet2DConditionModel's config is this family's."""
+        """Return whether the config of a UNet2DConditionModel belongs to this family."""
         return unet_config["cross_attention_dim"] in self.text_widths
 
     def has_published_size(self, unet_config: Mapping) -> bool:
-        """Return whether A1111 and ComfyUI know a UNet of this size as one of the family."""
-        is_wide = unet_config["cross_attention_dim"] in self.text_widths
-        return is_wide and list(unet_config["block_out_channels"]) == self.published_channels
+        """Return whether a UNet has the published size, which A1111 and ComfyUI require."""
+        has_published_width = unet_config["cross_attention_dim"] in self.text_widths
+        return has_published_width and list(unet_config["block_out_channels"]) == self.published_channels
 
     def architecture(self, prediction_type: str) -> str:
-        """Return ModelSpec's identifier of the architecture."""
+        """Return ModelSpec's name for the architecture. prediction_type: epsilon | v_prediction."""
         raise NotImplementedError
 
     def native_px(self, unet_config: Mapping, latent_factor: int) -> int:
-        """Return the side in px of the pictures that the base was trained on. latent_factor: px a latent."""
+        """Return the side in px of the images that the base was trained on. latent_factor: px per latent."""
         return unet_config["sample_size"] * latent_factor
 
     def text_encoder_layout(self, names: Iterable[str]) -> Layout:
-        """Return where the text encoder's tensors stand in a single file of the original layout."""
+        """Return the names that the text encoder's tensors have in a single file. names: those of transformers."""
         raise NotImplementedError
 
     def text_encoder_extras(self, num_tokens: int) -> dict[str, Tensor]:
-        """Return the constants that a single file holds beside the text encoder's weights."""
+        """Return constants that a single file contains in addition to the text encoder's weights, by name."""
         return {}
 
     def conditioning(self, rows_BTD: Tensor) -> TextConditioning:
-        """Return what the UNet is told, from the text rows of the cache, float32."""
+        """Return the UNet's conditioning from cached text embeddings, (B, T, D) float32."""
         return TextConditioning(rows_BTD)
 
     def stand_in_conditioning(
         self, unet_config: Mapping, rows_BTD: Tensor, latent_size: tuple[int, int]
     ) -> TextConditioning:
-        """Return plausible conditioning around given text embeddings, for plans and benchmarks, which run no encoders.
+        """Return plausible conditioning for plans and benchmarks, which run no encoders.
 
-        latent_size: (height, width) of the latents.
+        rows_BTD: text embeddings. latent_size: (height, width) of the latents.
         """
         return TextConditioning(rows_BTD)
 
     def pipeline_of(self, unet, vae, scheduler, tokenizer, text_encoder):
-        """Return a diffusers pipeline of the parts, to be saved as a folder."""
+        """Return a diffusers pipeline with these parts, to be saved as a folder."""
         import diffusers
 
         return getattr(diffusers, self.pipeline)(

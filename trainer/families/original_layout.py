@@ -1,7 +1,8 @@
-"""Where each tensor of a diffusers model stands in Stable Diffusion's original files: one mapping, read both ways.
+"""Maps each tensor of a diffusers model to its name in Stable Diffusion's original files, for import and export.
 
-Pure names and shapes, for any number of blocks. The original layout counts all layers of the UNet's way down in one row
-(`input_blocks.7`), keeps the VAE's attention as 1x1 convolutions, and SD 2.x's text encoder (OpenCLIP) stacks q, k, v.
+The mappings are made of names and shapes only, for any number of blocks. The original layout numbers all layers of the
+UNet's down path in one sequence (`input_blocks.7`), keeps the VAE's attention as 1x1 convolutions, and stacks q, k and
+v in SD 2.x's text encoder (OpenCLIP).
 Source: CompVis/stable-diffusion (openaimodel.py, model.py), mlfoundations/open_clip (transformer.py).
 """
 
@@ -24,10 +25,11 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Place:
-    """A tensor's place: its original name, prefix included.
+    """Where a diffusers tensor is in an original file.
 
-    third: 0, 1 or 2 of three tensors stacked along the first axis, q, k and v; None if it stands alone.
-    as_conv: a (C, C) matrix kept as a 1x1 convolution, (C, C, 1, 1).
+    name: of the original tensor, with its prefix. third: which third of it along the first axis, 0, 1 or 2, if q, k and
+    v are stacked; None if the tensor is separate. as_conv: whether a (C, C) matrix is kept as a 1x1 convolution,
+    (C, C, 1, 1).
     """
 
     name: str
@@ -35,7 +37,7 @@ class Place:
     as_conv: bool = False
 
     def original_shape(self, shape: Shape) -> Shape:
-        """Return the original tensor's shape, of the diffusers tensor's."""
+        """Return the shape of the original tensor. shape: of the diffusers tensor."""
         if self.third is not None:
             return (3 * shape[0], *shape[1:])
         return (*shape, 1, 1) if self.as_conv else tuple(shape)
@@ -63,7 +65,7 @@ _UNET_MIDDLE = re.compile(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)")
 
 
 def _inner(kind: str, rest: str) -> str:
-    """Return the name within a resnet; an attention's names are the same in both layouts."""
+    """Return the original name of a tensor in a resnet or attention block; attention names are the same in both."""
     if kind != "resnets":
         return rest
     module, _, tensor = rest.rpartition(".")
@@ -71,7 +73,7 @@ def _inner(kind: str, rest: str) -> str:
 
 
 def unet_layout(names: Iterable[str], layers_per_block: int) -> Layout:
-    """Return the places of a UNet2DConditionModel's tensors. Raises KeyError for a name that the layout has no place for."""
+    """Return the places of a UNet2DConditionModel's tensors, by name. Raises KeyError for a name without a place."""
     names = list(names)
     attended = {
         match[2] for match in map(_UNET_BLOCK.match, names) if match and match[1] == "up" and match[3] == "attentions"
@@ -80,7 +82,7 @@ def unet_layout(names: Iterable[str], layers_per_block: int) -> Layout:
     for name in names:
         if match := _UNET_BLOCK.fullmatch(name):
             way, block, kind, layer, rest = match.groups()
-            # a block is its layers and its down-sampler on the way down; the up-sampler shares the last layer's number
+            # a down block is numbered by its layers and its down-sampler; an up-sampler has its last layer's number
             row = int(block) * (layers_per_block + 1) + (
                 int(layer) if kind in ("resnets", "attentions") else layers_per_block
             )
@@ -115,7 +117,7 @@ def vae_layout(names: Iterable[str]) -> Layout:
         as_conv = False
         if match := _VAE_BLOCK.fullmatch(name):
             half, block, kind, layer, rest = match.groups()
-            # the original decoder counts its blocks from the image inwards
+            # the original decoder numbers its blocks from the image inwards
             way, number = ("down", int(block)) if half == "encoder" else ("up", last - int(block))
             inner = f"block.{layer}" if kind == "resnets" else f"{way}sample"
             original = f"{half}.{way}.{number}.{inner}.{rest.replace('conv_shortcut', 'nin_shortcut')}"
@@ -134,7 +136,7 @@ def vae_layout(names: Iterable[str]) -> Layout:
 
 
 def clip_layout(names: Iterable[str]) -> Layout:
-    """Return the places of SD 1.x's CLIPTextModel; transformers 4 names its tensors `text_model.*`, 5 without that."""
+    """Return the places of SD 1.x's CLIPTextModel. transformers 4 prefixes names with `text_model.`, 5 does not."""
     return {name: Place(CLIP_PREFIX + name.removeprefix("text_model.")) for name in names}
 
 
@@ -155,7 +157,7 @@ _OPEN_CLIP_STACK = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
 def open_clip_layout(names: Iterable[str]) -> Layout:
-    """Return the places of SD 2.x's CLIPTextModel, which has all layers of the original but the last, unused one."""
+    """Return the places of SD 2.x's CLIPTextModel, which lacks the original's last layer, because it is unused."""
     layout = {}
     for name in names:
         bare = name.removeprefix("text_model.")
@@ -173,7 +175,7 @@ def open_clip_layout(names: Iterable[str]) -> Layout:
 
 
 def to_original(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
-    """Return a diffusers model's tensors by original name and in original shape; stacked ones are copies."""
+    """Return a diffusers model's tensors under their original names and in original shapes; stacked ones are copies."""
     original: dict[str, Tensor] = {}
     thirds: dict[str, dict[int, Tensor]] = {}
     for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""The model families, one row each. A new family is a subclass of Family and a row here (docs/architecture.md)."""
+"""The registry of model families. A new family is a subclass of Family and a row here (docs/architecture.md)."""
 
 from __future__ import annotations
 
@@ -8,40 +8,51 @@ from safelight.trainer.families.family import Family
 from safelight.trainer.families.sdxl import StableDiffusionXL
 from safelight.trainer.families.stable_diffusion import StableDiffusion1, StableDiffusion2
 
-# a diffusers model's networks by the beginning of their folders' names, autoencoder and safety checker left out
-NETWORKS = ("unet", "text_encoder", "transformer", "prior")
-# asked in this order; the last one takes every UNet that nobody else owns
+# searched in this order; the last one owns every UNet that no other family owns
 FAMILIES: dict[str, Family] = {
     family.name: family for family in (StableDiffusionXL(), StableDiffusion2(), StableDiffusion1())
 }
+# how the names of networks begin in a diffusers model_index.json, without autoencoder and safety checker
+_NETWORKS = ("unet", "text_encoder", "transformer", "prior")
 
 
 def family_of(unet_config: Mapping) -> Family:
-    """Return the family of a UNet2DConditionModel by its config, a mapping with cross_attention_dim."""
+    """Return the family of a UNet2DConditionModel. unet_config: has at least cross_attention_dim."""
     return next(family for family in FAMILIES.values() if family.owns(unet_config))
 
 
 def family_of_text_width(text_width: int) -> Family | None:
-    """Return the family whose published UNets attend to text of a width, None where there is none."""
+    """Return the family whose published UNets attend to text embeddings of this width, None if there is none."""
     return next((family for family in FAMILIES.values() if text_width in family.text_widths), None)
 
 
-def can_train_pipeline(model_index: Mapping) -> bool:
-    """Return whether a diffusers model is of a family that can be trained, by its model_index.json.
+def _trainable() -> list[Family]:
+    return [family for family in reversed(FAMILIES.values()) if not family.untrainable]
 
-    Looks at the pipeline's class (variants such as StableDiffusionXLImg2ImgPipeline included) and at the parts that
-    hold networks: a second text encoder or a transformer belongs to no family that can be trained.
+
+def is_trainable_pipeline(model_index: Mapping) -> bool:
+    """Return whether a diffusers model_index.json describes a model of a family that can be trained.
+
+    Every network has to be a UNet or a text encoder of a trainable family. Pipelines of an untrainable family, such as
+    StableDiffusionXLInpaintPipeline, are recognized by the name of their class.
     """
-    pipeline = model_index.get("_class_name", "")
-    refused = [family for family in FAMILIES.values() if family.untrainable]
-    if any(pipeline.startswith(family.pipeline.removesuffix("Pipeline")) for family in refused):
-        return False
-    known = {part for family in FAMILIES.values() if not family.untrainable for part in family.text_encoders}
-    return {part for part in model_index if part.startswith(NETWORKS)} <= {"unet", *known}
+    known = {"unet", *(folder for family in _trainable() for folder in family.text_encoders)}
+    untrainable = tuple(f.pipeline.removesuffix("Pipeline") for f in FAMILIES.values() if f.untrainable)
+    networks = {name for name in model_index if name.startswith(_NETWORKS)}
+    return networks <= known and not model_index.get("_class_name", "").startswith(untrainable)
+
+
+def text_widths() -> str:
+    """Return the text widths of the families that can be trained, for messages: `768 (1.x) or 1024 (2.x)`."""
+    return " or ".join(
+        f"{width} ({family.title.removeprefix('Stable Diffusion ')})"
+        for family in _trainable()
+        for width in family.text_widths
+    )
 
 
 def trainable_titles() -> str:
     """Return the families that can be trained, for messages: `Stable Diffusion 1.x and 2.x`."""
     common = "Stable Diffusion "
-    names = [family.title.removeprefix(common) for family in reversed(FAMILIES.values()) if not family.untrainable]
+    names = [family.title.removeprefix(common) for family in _trainable()]
     return common + " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: planned and benchmarked with conditioning of the right shapes; training comes with its encoders."""
+"""Stable Diffusion XL, for plans and benchmarks: its conditioning has the right shapes, but is not encoded yet."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ PX_PER_LATENT = 8
 
 
 class StableDiffusionXL(Family):
-    """Two text encoders (CLIP ViT-L/14 and OpenCLIP ViT-bigG/14), the second one's pooled embedding, sizes; 1024 px."""
+    """Two text encoders (CLIP ViT-L/14 and OpenCLIP ViT-bigG/14), of which the second also gives a pooled embedding;
+    conditioned on sizes; 1024 px."""
 
     name, title = "sdxl", "Stable Diffusion XL"
     # base and refiner
     text_widths, published_channels = (2048, 1280), [320, 640, 1280]
     text_encoders = ("text_encoder", "text_encoder_2")
     pipeline = "StableDiffusionXLPipeline"
-    untrainable = "only Stable Diffusion 1.x and 2.x can be trained yet; use random:sd15 or random:sd21"
+    file_marker = "conditioner.embedders."
+    untrainable = "so far only Stable Diffusion 1.x and 2.x can be trained; use random:sd15 or random:sd21"
     implementation = "https://github.com/Stability-AI/generative-models"
 
     def owns(self, unet_config: Mapping) -> bool:
@@ -36,7 +38,7 @@ class StableDiffusionXL(Family):
     def stand_in_conditioning(
         self, unet_config: Mapping, rows_BTD: Tensor, latent_size: tuple[int, int]
     ) -> SdxlConditioning:
-        """Return the text with a pooled embedding of unit variance and the sizes of an uncropped picture."""
+        """Return the text embeddings with a pooled embedding of unit variance and the sizes of an uncropped image."""
         dim = unet_config["projection_class_embeddings_input_dim"] - NUM_SIZES * unet_config["addition_time_embed_dim"]
         height_px, width_px = (PX_PER_LATENT * side for side in latent_size)
         sizes = torch.tensor([[height_px, width_px, 0, 0, height_px, width_px]], dtype=rows_BTD.dtype)
@@ -47,5 +49,5 @@ class StableDiffusionXL(Family):
 
 @functools.cache
 def _pooled_row(dim: int) -> Tensor:
-    """Return a fixed embedding, (1, P) float32, of the size that the second text encoder pools to."""
+    """Return a fixed random embedding in place of the second text encoder's pooled one, (1, dim) float32."""
     return torch.randn(1, dim, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x: one CLIP text encoder, whose last hidden state is all that the UNet is told."""
+"""Stable Diffusion 1.x and 2.x: one CLIP text encoder, whose last hidden state is the only conditioning."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CHANNELS = [320, 640, 1280, 1280]
 
 
 class StableDiffusion1(Family):
-    """CLIP ViT-L/14, epsilon prediction, 512 px. UNets of a text width that no family is known by are taken for this one."""
+    """CLIP ViT-L/14, epsilon prediction, 512 px. Owns every UNet that no other family owns, such as the tiny base's."""
 
     name, title = "sd1", "Stable Diffusion 1.x"
     text_widths, published_channels = (768,), CHANNELS
@@ -23,7 +23,7 @@ class StableDiffusion1(Family):
     implementation = "https://github.com/CompVis/stable-diffusion"
 
     def owns(self, unet_config: Mapping) -> bool:
-        # the registry asks this family last
+        # the registry tries this family last
         return True
 
     def architecture(self, prediction_type: str) -> str:

@@ -1,4 +1,4 @@
-"""Images of a finished or running run: by prompt, and base beside trained from the same noise."""
+"""Draws images with a finished or running run: from prompts, or base and trained side by side from the same noise."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from safelight.errors import UserError
 from safelight.kernels.unet.attention import apply_attention, attention_cases, choose_attention
 from safelight.trainer.adapters.full import FullFineTune
 from safelight.trainer.checkpoint.files import check_files, folder_of, list_checkpoints, read_record
-from safelight.trainer.config.toml import Config, explain, load_config, require_run
+from safelight.trainer.config.schema import Config
+from safelight.trainer.config.toml import COMMAND_LINE, explain, load_config, require_run
 from safelight.trainer.inference.sampling import SAMPLE_BATCH_SIZE, Settings, check_size, generate, settings_of
 from safelight.trainer.models.base import Base, base_of, latent_factor, vae_bytes, vae_config
 from safelight.trainer.models.device import pick_device, pick_dtype
@@ -40,7 +41,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass
 class OpenRun:
-    """A run's models, each loaded when it is asked for, without its dataset."""
+    """The models of a run, each loaded on first use. The dataset is not opened."""
 
     run_dir: Path
     config: Config
@@ -48,7 +49,7 @@ class OpenRun:
     device: torch.device
     schedule: NoiseSchedule
 
-    # the encoders wait in host memory and visit the GPU
+    # the encoders stay in host memory and move to the GPU while they are used
 
     @functools.cached_property
     def codec(self) -> LatentCodec:
@@ -59,7 +60,7 @@ class OpenRun:
         return load_caption_encoder(self.config, self.base, torch.device("cpu"))
 
     def unet(self, step: int | None) -> nn.Module:
-        """Return the UNet of a checkpoint, its moving average where it has one, or of the base for None."""
+        """Return the UNet of a checkpoint, with its moving average if there is one; of the base if step is None."""
         dtype = pick_dtype(self.config.model.precision, self.device)
         unet = load_unet(self.base, self.config.run.seed, dtype)
         if step is not None:
@@ -68,7 +69,7 @@ class OpenRun:
             load_averages(folder_of(self.run_dir, step), unet)
         unet.to(self.device).eval().requires_grad_(False)
         side = self.config.data.resolution // self.codec.factor
-        # what the run trained with where this is its device, whatever works elsewhere
+        # the backend that the run used if it works on this device, else one that does
         attention = choose_attention(
             self.device, dtype, attention_cases(unet, (side, side)), previous=recorded_attention(self.run_dir)
         )
@@ -84,27 +85,33 @@ class OpenRun:
         progress: Progress | None = None,
         say: Callable[[str], None] | None = None,
     ) -> list[Image.Image]:
-        """Return an image for each prompt; image i has the same noise whatever draws it. say: told what is done for want of room."""
+        """Return an image for each prompt. The noise of image i depends only on the seed and i, not on the UNet.
+
+        say: called with a message when the GPU is too full to decode and the CPU does it instead.
+        """
         negative = self.config.sample.negative_prompt if negative is None else negative
         with self.encoder.on(self.device) as encoder:
-            given, without = (self.base.family.conditioning(encoder.encode(t)) for t in (prompts, [negative]))
-        decode_on, prompts_at_a_time = self._room(settings)
+            positive_rows, negative_row = (
+                self.base.family.conditioning(encoder.encode(texts)) for texts in (prompts, [negative])
+            )
+        decode_on, batch_size = self._fit_to_memory(settings)
         if decode_on != self.device and say is not None:
-            say("the GPU has no room to decode: the CPU does, which takes longer")
+            say("the GPU has too little free memory to decode images: the CPU decodes them, which takes longer")
         return generate(
             unet,
             self.codec,
-            given,
-            without,
+            positive_rows,
+            negative_row,
             self.schedule,
             settings,
-            batch_size=prompts_at_a_time,
+            batch_size=batch_size,
             decode_on=decode_on,
             progress=progress,
         )
 
-    def _room(self, settings: Settings) -> tuple[torch.device, int]:
-        """Return where to decode by what is free of the GPU, and how many prompts to draw at a time: as the run did."""
+    def _fit_to_memory(self, settings: Settings) -> tuple[torch.device, int]:
+        """Return the device to decode on, by the GPU's free memory, and how many prompts to draw at a time, as planned
+        for the run."""
         if self.device.type != "cuda":
             return self.device, SAMPLE_BATCH_SIZE
         plan = recorded(self.run_dir, MEMORY_PLAN) or {}
@@ -116,7 +123,7 @@ class OpenRun:
 
 
 def open_run(run_dir: Path) -> OpenRun:
-    """Return a run's models. Raises UserError if the folder is no run."""
+    """Return the models of a run. Raises UserError if the folder is not a run's."""
     require_run(run_dir)
     config = load_config(run_dir / "config.toml")
     device = pick_device(config.run.device)
@@ -125,32 +132,34 @@ def open_run(run_dir: Path) -> OpenRun:
     return OpenRun(run_dir, config, base, device, schedule)
 
 
-def pick_step(run_dir: Path, wanted: str, has_base: bool = True) -> int | None:
-    """Return the step of `last`, `best` or a number; None for `base`, where that is a choice.
+def pick_step(run_dir: Path, checkpoint: str, allow_base: bool = True) -> int | None:
+    """Return the step of a checkpoint: `last`, `best` or a number; None for `base`, if that is allowed.
 
-    Raises UserError where there is no such checkpoint.
+    Raises UserError if there is no such checkpoint.
     """
     steps = list_checkpoints(run_dir)
-    if wanted == "base" and has_base:
+    if checkpoint == "base" and allow_base:
         return None
     if not steps:
-        raise UserError(f"{run_dir} holds no checkpoint yet")
-    if wanted == "last":
+        raise UserError(f"{run_dir} has no checkpoint yet; wait for the run to save one, or resume it")
+    if checkpoint == "last":
         return steps[-1]
-    if wanted == "best":
+    if checkpoint == "best":
         best = read_record(folder_of(run_dir, steps[-1]))["position"]["best_step"]
         if best not in steps:
-            why = "the base itself is best by validation loss" if best == 0 else "there was no validation"
-            raise UserError(f"{run_dir} has no best checkpoint: {why}; use last or one of {steps}")
+            reason = "the base has the lowest validation loss" if best == 0 else "the run has not validated"
+            raise UserError(f"{run_dir} has no best checkpoint: {reason}; use last or one of {steps}")
         return best
-    if wanted.isdigit() and int(wanted) in steps:
-        return int(wanted)
-    names = "last, best, base" if has_base else "last, best"
-    raise UserError(f"checkpoint {wanted!r} is not in {run_dir}; use {names} or one of {', '.join(map(str, steps))}")
+    if checkpoint.isdigit() and int(checkpoint) in steps:
+        return int(checkpoint)
+    names = "last, best, base" if allow_base else "last, best"
+    raise UserError(
+        f"checkpoint {checkpoint!r} is not in {run_dir}; use {names} or one of {', '.join(map(str, steps))}"
+    )
 
 
 def validation_captions(run: OpenRun) -> list[str]:
-    """Return the first captions of the held-out photographs, of the training ones if none are held out."""
+    """Return the first caption of every held-out photograph, or of every training one if none is held out."""
     path = run.run_dir / "split.json"
     if not path.is_file():
         return []
@@ -159,12 +168,12 @@ def validation_captions(run: OpenRun) -> list[str]:
         files = split["validation"] or split["train"]
     except (ValueError, KeyError, TypeError, RecursionError):
         command = f"safelight train {run.run_dir / 'config.toml'} --resume"
-        raise UserError(f"{path} is damaged; `{command}` writes it anew, or set sample.prompts") from None
+        raise UserError(f"{path} is damaged; `{command}` writes it again, or set sample.prompts") from None
     dataset = Path(run.config.data.path)
     if not dataset.is_dir():
         raise UserError(
-            f"the run's dataset, data.path {str(dataset)!r}, is not here, and its captions with it; start from the folder "
-            f"the run was started from, or set sample.prompts in {run.run_dir / 'config.toml'}"
+            f"data.path {str(dataset)!r}, the run's dataset, does not exist, so there are no captions; run this "
+            f"in the folder where the run was started, or set sample.prompts in {run.run_dir / 'config.toml'}"
         )
     captions = {photo.file: photo.captions[0] for photo in read_manifest(dataset) if photo.captions}
     suffix = run.config.data.caption_suffix
@@ -174,32 +183,35 @@ def validation_captions(run: OpenRun) -> list[str]:
 def compare(
     run: OpenRun, checkpoint: str, num: int, progress: Progress | None = None, say: Callable[[str], None] | None = None
 ) -> Path:
-    """Draw base and trained from the same noise into RUN/compare and return that folder.
+    """Draw images of the base and of a checkpoint from the same noise into RUN/compare, and return that folder.
 
-    The prompts are the run's, then captions of held-out photographs, `num` in all; `say` is told where there are fewer.
+    The `num` prompts are the run's, then captions of held-out photographs. say: called with a message if there are
+    fewer. Raises UserError if there are none.
     """
     if num < 1:
         raise UserError(f"--num {num} is below 1; use 8")
-    step = pick_step(run.run_dir, checkpoint, has_base=False)
+    step = pick_step(run.run_dir, checkpoint, allow_base=False)
     prompts = list(dict.fromkeys(run.config.sample.prompts))
     if len(prompts) < num:
         prompts = list(dict.fromkeys([*prompts, *validation_captions(run)]))
     prompts = prompts[:num]
     if say is not None and 0 < len(prompts) < num:
-        say(f"{len(prompts)} pairs, not {num}: there are no more prompts and held-out captions")
+        say(f"drawing {len(prompts)} pairs instead of {num}: there are no more prompts and held-out captions")
     if not prompts:
-        raise UserError("there is nothing to draw: set sample.prompts or hold photographs out for validation")
+        raise UserError(
+            "there are no prompts to draw: set sample.prompts, or hold out photographs with data.validation_fraction"
+        )
     settings = settings_of(run.config)
     folder = run.run_dir / "compare"
     folder.mkdir(exist_ok=True)
     pairs = [{"prompt": p, "seed": settings.seed, "cfg": settings.cfg, "num_steps": settings.steps} for p in prompts]
-    for turn, (name, chosen) in enumerate((("base", None), ("trained", step))):
+    for pass_index, (name, step_drawn) in enumerate((("base", None), ("trained", step))):
 
-        def told(done: int, total: int, turn: int = turn) -> None:
+        def report(done: int, total: int, pass_index: int = pass_index) -> None:
             if progress is not None:
-                progress(turn * total + done, 2 * total)
+                progress(pass_index * total + done, 2 * total)
 
-        images = run.draw(run.unet(chosen), prompts, settings, progress=told, say=say)
+        images = run.draw(run.unet(step_drawn), prompts, settings, progress=report, say=say)
         for index, image in enumerate(images):
             pairs[index][name] = f"{name}-{index:03d}.png"
             image.save(folder / pairs[index][name])
@@ -217,25 +229,25 @@ def sample(
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
 ) -> list[Path]:
-    """Draw prompts with a checkpoint into `out` and return the new files.
+    """Draw prompts with a checkpoint into the folder `out` and return the new files.
 
-    changes: settings of the [sample] table, or seed, in place of the run's. Raises UserError where one is impossible.
+    changes: settings of the [sample] table, or seed, that replace the run's. Raises UserError if one is invalid.
     """
     if not prompts:
-        raise UserError('there is nothing to draw; give --prompt "..."')
+        raise UserError('there is no prompt to draw; give --prompt "..."')
     config = run.config.model_copy(deep=True)
     for name, value in changes.items():
         try:
             setattr(config.run if name == "seed" else config.sample, name, value)
         except ValidationError as error:
-            raise UserError(explain(error, "command line")) from None
+            raise UserError(explain(error, COMMAND_LINE)) from None
     settings = settings_of(config)
     step = pick_step(run.run_dir, checkpoint)
     check_size(settings, latent_factor(vae_config(run.base, config.model.vae)))
     images = run.draw(run.unet(step), prompts, settings, config.sample.negative_prompt, progress, say)
     out.mkdir(parents=True, exist_ok=True)
     stem = f"{'base' if step is None else f'step{step}'}-seed{settings.seed}"
-    # earlier images stay: other prompts would have the same name
+    # number on from earlier images, which may be of other prompts
     first = 1 + max((int(p.stem.rsplit("-", 1)[1]) for p in out.glob(f"{stem}-???.png")), default=-1)
     files = []
     for index, image in enumerate(images, first):

@@ -1,7 +1,7 @@
-"""`safelight export`: a run's model as a diffusers folder, or as one file in the original layout for A1111 and ComfyUI.
+"""`safelight export`: writes a run's model as a diffusers folder, or as one file for A1111 and ComfyUI.
 
-Weights of the UNet come from the checkpoint, the moving average where it has one, else the fp32 master where it has one, in
-the dtype asked for; the frozen parts are the run's. Either output is written beside its place and renamed into it.
+The UNet's weights come from the checkpoint: the moving average if there is one, else the fp32 master if there is one.
+The frozen parts are the run's. Either output is written under a temporary name, and then renamed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from safelight.data.atomic import atomic_write_text, sync_folder
 from safelight.errors import UserError
 from safelight.trainer.adapters.full import FullFineTune
 from safelight.trainer.checkpoint.files import check_files, folder_of
-from safelight.trainer.config.toml import Config, load_config, require_run
+from safelight.trainer.config.schema import Config
+from safelight.trainer.config.toml import load_config, require_run
 from safelight.trainer.families.family import Family
 from safelight.trainer.families.original_layout import (
     to_original,
@@ -36,13 +37,13 @@ from safelight.trainer.models.noise_schedule import make_schedule
 from safelight.trainer.models.weights import load_text, load_vae, meta_unet
 from safelight.units import GIB
 
-# free space to leave beside the file: file systems slow down and fail before they are full
+# free space to leave: file systems become slow or fail before they are full
 SPARE_BYTES = 64 << 20
 
 
 @dataclass
 class Exported:
-    """What was written. notes: what its user should know, a line each."""
+    """What was written. notes: what the user of the export should know, a line each."""
 
     path: Path
     step: int
@@ -52,9 +53,9 @@ class Exported:
 
 @dataclass
 class _Source:
-    """A run's model, its parts loaded when they are asked for. prediction_type: what the run trained.
+    """A run's model, whose parts are loaded on request. prediction_type: what the UNet was trained to predict.
 
-    weights: auto, the moving average where there is one; ema; trained, the last step's.
+    weights: auto (the moving average if there is one), ema, or trained (those of the last step).
     """
 
     config: Config
@@ -83,12 +84,14 @@ class _Source:
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     cast = tensor.to(dtype).contiguous()
     if dtype == torch.float16 and not torch.isfinite(cast).all():
-        raise UserError(f"{name} reaches {tensor.abs().max():.3g}, above fp16's 65504; use --dtype bf16")
+        raise UserError(
+            f"{name} has values up to {tensor.abs().max():.3g}, above fp16's limit of 65504; use --dtype bf16"
+        )
     return cast
 
 
 def _cast_all(module: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return a module's tensors in dtype; ids and other integers as they are."""
+    """Return a module's floating-point tensors in dtype, and its integer tensors unchanged."""
     return {k: _cast(k, t, dtype) if t.is_floating_point() else t for k, t in module.state_dict().items()}
 
 
@@ -101,15 +104,16 @@ def export(
     force: bool = False,
     weights: str = "auto",
 ) -> Exported:
-    """Write a run's model to `out`: one file if that ends in .safetensors, a diffusers folder otherwise.
+    """Write a run's model to `out`: one file if the name ends in .safetensors, a diffusers folder otherwise.
 
-    checkpoint: last, best or a step. title: '' for the run's name and step. weights: auto, the moving average where the
-    run keeps one; ema; trained. Raises UserError, one line.
+    checkpoint: last, best or a step. dtype: fp32 | fp16 | bf16. title: '' for the run's name and step.
+    force: replace an earlier export. weights: auto (the moving average if there is one), ema or trained.
+    Raises UserError if the run cannot be exported or `out` may not be written.
     """
     require_run(run_dir)
-    is_file = _check_place(out, force)
+    is_file = _check_output(out, force)
     config = load_config(run_dir / "config.toml")
-    step = pick_step(run_dir, checkpoint, has_base=False)
+    step = pick_step(run_dir, checkpoint, allow_base=False)
     folder = folder_of(run_dir, step)
     check_files(folder)
     base = base_of(config.model)
@@ -123,37 +127,35 @@ def export(
         _export_folder(source, out)
         notes, num_bytes = [], sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     if config.train.ema_decay > 0:
-        notes.append("the weights of the last step" if weights == "trained" else "the moving average of the weights")
+        which = "the weights of the last step" if weights == "trained" else "the moving average of the weights"
+        notes.append(f"exported {which}")
     if skip := config.model.clip_skip:
-        notes.append(
-            f"trained with clip_skip {skip}: draw with diffusers' clip_skip={skip}, A1111's Clip skip {skip + 1}"
-        )
+        notes.append(f"trained with clip_skip {skip}: use clip_skip={skip} in diffusers, Clip skip {skip + 1} in A1111")
     return Exported(out, step, num_bytes, notes)
 
 
-def _check_place(out: Path, force: bool) -> bool:
-    """Return whether `out` is to be one file. Raises UserError for a place that may not be taken."""
+def _check_output(out: Path, force: bool) -> bool:
+    """Return whether `out` is to be one file. Raises UserError if it may not be written or replaced."""
     suffix = out.suffix.lower()
     if suffix in PICKLES:
-        raise UserError(f"{out}: only .safetensors files and diffusers folders are written, no {suffix}")
+        raise UserError(f"{out}: {suffix} files cannot be written; name a .safetensors file, or a folder")
     is_file = suffix == ".safetensors"
     if out.exists():
         if not force:
-            raise UserError(f"{out} exists already; name another with -o, or add --force")
+            raise UserError(f"{out} already exists; name another with -o, or add --force")
         if is_file != out.is_file():
             raise UserError(f"{out} is a {'file' if out.is_file() else 'folder'}; name another with -o")
         if not is_file and any(out.iterdir()) and not (out / "model_index.json").is_file():
-            raise UserError(
-                f"{out} is a folder, but no diffusers folder, and --force does not delete it; name another with -o"
-            )
+            raise UserError(f"{out} is not a diffusers folder, and --force replaces only those; name another with -o")
     return is_file
 
 
-def _check_room(out: Path, num_bytes: int) -> None:
+def _check_free_space(out: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(out.parent).free
     if free < num_bytes + SPARE_BYTES:
         raise UserError(
-            f"{out} needs {num_bytes / GIB:.2f} GiB, {out.parent} has {free / GIB:.2f} GiB free; make room, or use --dtype fp16"
+            f"{out} needs {num_bytes / GIB:.2f} GiB, but {out.parent} has {free / GIB:.2f} GiB free; free some "
+            "space, or use --dtype fp16"
         )
 
 
@@ -161,7 +163,7 @@ def _check_room(out: Path, num_bytes: int) -> None:
 
 
 def original_frozen(family: Family, vae: dict[str, Tensor], text_encoder: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of an AutoencoderKL and of the family's text encoder as a single file holds them."""
+    """Return the tensors of an AutoencoderKL and the family's text encoder under the names of a single file."""
     num_tokens = next(len(t) for name, t in text_encoder.items() if name.endswith("position_embedding.weight"))
     return {
         **to_original(vae, vae_layout(vae)),
@@ -182,27 +184,29 @@ def _export_file(source: _Source, out: Path, title: str) -> list[str]:
         )
     else:
         notes.append(
-            f"the run's autoencoder is a {type(vae).__name__}, which has no original layout: {out.name} holds the UNet alone"
+            f"the run's autoencoder is a {type(vae).__name__}, which single files cannot contain: {out.name} contains "
+            "only the UNet"
         )
     description = f"{Path(source.base.spec).name} fine-tuned with Safelight, {source.step} steps"
     metadata = modelspec(unet.config, source.prediction_type, source.config.data.resolution, title, description)
     if metadata["modelspec.architecture"] == CUSTOM:
         notes.append(
-            "this UNet has a size of its own, which A1111 and ComfyUI do not know; diffusers reads the file with config=FOLDER"
+            "this UNet has a size that A1111 and ComfyUI do not support; diffusers reads the file with config=FOLDER"
         )
     elif source.base.family.assumed_prediction not in ("", source.prediction_type):
         notes.append(
-            "SD 1.x files are taken for epsilon: for this v model A1111 needs a .yaml beside it, ComfyUI the node ModelSamplingDiscrete"
+            "A1111 and ComfyUI assume that SD 1.x files predict epsilon, but this one predicts v: A1111 needs a .yaml "
+            "next to it, ComfyUI the node ModelSamplingDiscrete"
         )
     if source.config.loss.zero_terminal_snr:
-        notes.append("trained with zero terminal SNR, which a file cannot say: set it where you draw")
-    _check_room(out, sum(tensor.nbytes for tensor in tensors.values()))
+        notes.append("trained with zero terminal SNR, which the file cannot record: turn it on where you use the file")
+    _check_free_space(out, sum(tensor.nbytes for tensor in tensors.values()))
     partial = out.with_name(f".{out.name}.partial")
     try:
         partial.touch()
         mode = partial.stat().st_mode
         save_file(tensors, partial, metadata)
-        # safetensors keeps its files from everybody else
+        # safetensors creates files that only their owner may read
         partial.chmod(mode)
         sign(partial)
         os.replace(partial, out)
@@ -217,23 +221,23 @@ def _export_file(source: _Source, out: Path, title: str) -> list[str]:
 
 
 def _scheduler(source: _Source):
-    """Return the base's scheduler with the prediction that was trained."""
+    """Return the base's scheduler with the prediction type that was trained."""
     import diffusers
 
-    # Stable Diffusion's own values of what a config leaves out, which are not diffusers' defaults
+    # Stable Diffusion's values for what a config leaves out; diffusers' defaults differ
     defaults = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
     config = {**defaults, **source.base.config_of("scheduler"), "prediction_type": source.prediction_type}
     name = config.get("_class_name", "DDIMScheduler")
     if source.config.loss.zero_terminal_snr:
-        # Lin et al. 2023: such a model must be drawn from its last timestep
+        # Lin et al. 2023: sampling must start at the last timestep
         name, config = "DDIMScheduler", {**config, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     return getattr(diffusers, name).from_config(config)
 
 
 def _load_in_fp32(config_path: Path) -> None:
-    """Make fp32 what the text encoder is loaded in by default, as it is for diffusers' parts whatever they are stored in.
+    """Make fp32 the dtype that the text encoder is loaded in by default, which diffusers uses for all other parts.
 
-    transformers 5 takes the stored dtype instead, and a pipeline opened without a dtype would mix the two and fail.
+    transformers 5 defaults to the stored dtype, so a pipeline opened without a dtype would mix the two and fail.
     """
     config = json.loads(config_path.read_text(encoding="utf-8"))
     name = "dtype" if "dtype" in config else "torch_dtype"
@@ -246,7 +250,7 @@ def _export_folder(source: _Source, out: Path) -> None:
     for module in (vae, text_encoder):
         module.load_state_dict(_cast_all(module, source.dtype), assign=True)
     modules = (unet, vae, text_encoder)
-    _check_room(out, sum(t.nbytes for module in modules for t in module.state_dict().values()))
+    _check_free_space(out, sum(t.nbytes for module in modules for t in module.state_dict().values()))
     pipeline = source.base.family.pipeline_of(unet, vae, _scheduler(source), tokenizer, text_encoder)
     partial, old = (out.with_name(f".{out.name}.{word}") for word in ("partial", "old"))
     shutil.rmtree(partial, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""A model file's metadata, as tools that list models read it: Stability AI's ModelSpec 1.0.0.
+"""Metadata of a model file, which other tools show: Stability AI's ModelSpec 1.0.0.
 
-Source: github.com/Stability-AI/ModelSpec. The hash is of all that follows the header, and stands in the header: it is
-put into its place once the file is written.
+The header contains a hash of everything after the header, so it is filled in once the file is written.
+Source: github.com/Stability-AI/ModelSpec.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ CUSTOM = "stable-diffusion-custom"
 
 
 def modelspec(unet_config, prediction_type: str, resolution: int, title: str, description: str) -> dict[str, str]:
-    """Return a file's metadata, NO_HASH in the hash's place. Source: Stability-AI/ModelSpec 1.0.0.
+    """Return a file's metadata, with NO_HASH as the hash.
 
-    `format` is safetensors' own convention.
+    prediction_type: epsilon | v_prediction. resolution: px. The key `format` is safetensors' own convention.
     """
     family = family_of(unet_config)
     is_known = family.has_published_size(unet_config)
@@ -40,7 +40,7 @@ def modelspec(unet_config, prediction_type: str, resolution: int, title: str, de
 
 
 def sign(path: Path) -> None:
-    """Put the SHA-256 of all that follows the header in NO_HASH's place, and sync the file."""
+    """Replace NO_HASH in the file's header by the SHA-256 of everything after the header, and sync the file."""
     with path.open("r+b") as file:
         header = file.read(int.from_bytes(file.read(8), "little"))
         digest = hashlib.sha256()

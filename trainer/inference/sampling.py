@@ -1,4 +1,4 @@
-"""Images from captions: the same noise for the same (seed, index), whatever model draws and however many at a time."""
+"""Images from captions. The noise of an image depends only on (seed, index), not on the model or the batch size."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from safelight.data.tensor_record import concatenate
 from safelight.errors import UserError
 from safelight.kernels.philox import Key, Purpose, normals_torch
-from safelight.trainer.config.toml import Config
+from safelight.trainer.config.schema import Config
 from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.models.encoders import LatentCodec
 from safelight.trainer.models.noise_schedule import NoiseSchedule
 
-# prompts drawn at a time where there is room
+# prompts drawn at a time if memory allows
 SAMPLE_BATCH_SIZE = 8
 
 SAMPLERS = ("ddim", "dpm++", "euler")
@@ -26,7 +26,7 @@ SAMPLERS = ("ddim", "dpm++", "euler")
 
 @dataclass(frozen=True)
 class Settings:
-    """How to draw. width, height in px; cfg 1 means no guidance; sampler: ddim | dpm++ | euler."""
+    """How to draw. width, height: px. cfg: scale of classifier-free guidance, 1 for none. sampler: one of SAMPLERS."""
 
     width: int
     height: int
@@ -37,7 +37,7 @@ class Settings:
 
 
 def settings_of(config: Config) -> Settings:
-    """Return how a run draws its samples."""
+    """Return the settings that a run draws its samples with."""
     side, sample = config.data.resolution, config.sample
     return Settings(
         sample.width or side, sample.height or side, sample.steps, sample.cfg, config.run.seed, sample.sampler
@@ -45,7 +45,7 @@ def settings_of(config: Config) -> Settings:
 
 
 def check_size(settings: Settings, factor: int) -> None:
-    """Raise UserError, with what would do, for a size that is no multiple of the pixels a latent."""
+    """Raise UserError, with the nearest valid sizes, if a side is not a multiple of factor, the pixels per latent."""
     for name, value in (("width", settings.width), ("height", settings.height)):
         if value % factor:
             below = value - value % factor
@@ -53,14 +53,14 @@ def check_size(settings: Settings, factor: int) -> None:
 
 
 def make_scheduler(schedule: NoiseSchedule, sampler: str):
-    """Return diffusers' scheduler of a sampler over the run's own schedule. Raises ValueError for an unknown one."""
+    """Return diffusers' scheduler for a sampler, with the run's noise schedule. Raises ValueError if it is unknown."""
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
     options = {
         "trained_betas": _betas(schedule),
         "prediction_type": schedule.prediction_type,
         "num_train_timesteps": schedule.num_timesteps,
-        # "leading" starts below the last timestep, where a zero-terminal schedule has its pure noise
+        # includes the last timestep, which is pure noise in a zero-terminal schedule; "leading" does not
         "timestep_spacing": "trailing",
     }
     if sampler == "ddim":
@@ -82,11 +82,11 @@ def _betas(schedule: NoiseSchedule) -> np.ndarray:
 def _rows(
     conditioning: TextConditioning, negative: TextConditioning | None, rows: slice, device: torch.device
 ) -> TextConditioning:
-    """Return some rows of the conditioning on a device, after as many of the negative one where there is one."""
-    given = conditioning[rows]
+    """Return some rows of the conditioning on a device, after as many copies of the negative row if there is one."""
+    batch = conditioning[rows]
     if negative is not None:
-        given = concatenate([negative[[0] * len(given.tensors()[0])], given])
-    return given.map(lambda x: x.to(device))
+        batch = concatenate([negative[[0] * len(batch.tensors()[0])], batch])
+    return batch.map(lambda x: x.to(device))
 
 
 @torch.no_grad()
@@ -105,11 +105,11 @@ def generate(
 ) -> list[Image.Image]:
     """Return an RGB image for each row of the conditioning.
 
-    negative: one row, what classifier-free guidance points away from. indices: the numbers that key the noise, 0 .. B-1 by
-    default. batch_size: images at a time. decode_on: the device that decodes; the codec moves there and back; None: where it
-    is. batch_size and decode_on change images by float rounding only. progress: called with (done, total) denoising steps, each
-    of a whole batch; an exception that it raises ends the drawing.
-    Raises UserError for a size that is not a multiple of the pixels a latent.
+    negative: one row, which classifier-free guidance steers away from. indices: of the images, which key their noise;
+    0 .. B-1 by default. batch_size: images at a time. decode_on: the device to decode on, where the codec moves
+    temporarily; by default its own. batch_size and decode_on change images only by float rounding. progress: called
+    with (done, total) denoising steps of whole batches; an exception that it raises stops the drawing.
+    Raises UserError if the size is not a multiple of the pixels per latent.
     """
     factor = codec.factor
     check_size(settings, factor)
@@ -128,8 +128,8 @@ def generate(
         scheduler.set_timesteps(settings.steps, device=weight.device)
         latents = normals_torch(keys, shape, weight.device) * scheduler.init_noise_sigma
         rows = slice(start, start + batch_size)
-        given = _rows(conditioning, negative if settings.cfg != 1 else None, rows, weight.device)
-        arguments = given.unet_arguments(weight.dtype)
+        batch = _rows(conditioning, negative if settings.cfg != 1 else None, rows, weight.device)
+        arguments = batch.unet_arguments(weight.dtype)
         for timestep in scheduler.timesteps:
             model_input = scheduler.scale_model_input(latents, timestep).to(weight.dtype)
             if settings.cfg != 1:
@@ -149,7 +149,7 @@ def generate(
 
 
 def to_images(pixels_BCHW: Tensor) -> list[Image.Image]:
-    """Return RGB images of pixels in [0, 1]; a non-finite pixel becomes mid-grey rather than an arbitrary byte."""
+    """Return RGB images from pixels in [0, 1]. A non-finite pixel becomes mid-grey instead of an arbitrary byte."""
     finite = torch.nan_to_num(pixels_BCHW, nan=0.5)
     array = (finite.permute(0, 2, 3, 1) * 255).round().clamp(0, 255).to(torch.uint8).numpy()
     return [Image.fromarray(image) for image in array]

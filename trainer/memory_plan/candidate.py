@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from safelight.data.text import counted
-from safelight.trainer.config.toml import Config
+from safelight.trainer.config.schema import Config
 from safelight.trainer.inference.sampling import SAMPLE_BATCH_SIZE
 from safelight.trainer.memory_plan.static_bytes import HostBytes
 from safelight.trainer.registry.optimizers import OPTIMIZERS

@@ -17,7 +17,7 @@ from safelight.data.buckets import make_buckets
 from safelight.errors import UserError
 from safelight.kernels.moment_blocks import MIN_8BIT_ELEMENTS, num_blocks
 from safelight.kernels.optim.paged_state import Pages
-from safelight.trainer.config.toml import Config
+from safelight.trainer.config.schema import Config
 from safelight.trainer.memory_plan.allocation_trace import ACTIVATIONS, GRADIENTS, MASTER, OPTIMIZER, TEMPORARY, WEIGHTS
 from safelight.trainer.memory_plan.candidate import (
     Between,

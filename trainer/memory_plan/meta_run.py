@@ -23,7 +23,7 @@ from safelight.kernels.triton.jit import references_on_meta
 from safelight.kernels.unet.activation_offload import offload_of
 from safelight.kernels.unet.attention import NUM_TEXT_TOKENS, attention_cases, choose_attention
 from safelight.kernels.unet.checkpointing import apply_checkpointing
-from safelight.trainer.config.toml import Config
+from safelight.trainer.config.schema import Config
 from safelight.trainer.memory_plan.allocation_trace import (
     AVERAGE,
     GRADIENTS,

@@ -11,7 +11,7 @@ from safelight.data.buckets import Bucket
 from safelight.errors import UserError
 from safelight.kernels.triton.jit import has_triton
 from safelight.kernels.unet.checkpointing import MODES
-from safelight.trainer.config.toml import Config
+from safelight.trainer.config.schema import Config
 from safelight.trainer.memory_plan.candidate import Between, Need, graphs_against
 from safelight.trainer.memory_plan.gpus import CONTEXT_BYTES, Card, this_card
 from safelight.trainer.memory_plan.planner import Planner

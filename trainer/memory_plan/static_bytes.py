@@ -21,8 +21,8 @@ from safelight.kernels.unet import patch
 from safelight.kernels.unet.activation_offload import SLAB_BYTES
 from safelight.kernels.unet.attention import attention_cases, choose_attention
 from safelight.trainer.checkpoint.snapshot import SNAPSHOT_SLAB_BYTES
+from safelight.trainer.config.schema import Config
 from safelight.trainer.config.timeline import Timeline, steps_of_counts
-from safelight.trainer.config.toml import Config
 from safelight.trainer.models.base import bucket_multiple, latent_factor, resolve_model, vae_config
 from safelight.trainer.models.device import PRECISIONS, pick_device, pick_dtype
 from safelight.trainer.models.weights import meta_unet

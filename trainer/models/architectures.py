@@ -1,8 +1,8 @@
-"""Architectures for `model.base = "random:NAME"`: true sizes with untrained weights.
+"""Configs for `model.base = "random:NAME"`: published architectures with untrained weights.
 
-`sd15`, `sd21` and `sdxl` are Stable Diffusion 1.5, 2.1 and XL (859,520,964, 865,910,724 and 2,567,463,684 parameters in the
-UNet); `small` is a UNet that two CPU cores can train from nothing in an hour. SDXL has no text encoders here: benchmarks and
-plans alone take it. The text encoders take their vocabulary size from the tokenizer.
+`sd15`, `sd21` and `sdxl` are Stable Diffusion 1.5, 2.1 and XL, with 859,520,964, 865,910,724 and 2,567,463,684
+parameters in the UNet. `small` is a UNet that two CPU cores can train from scratch in an hour. `sdxl` has no text
+encoders, because only plans and benchmarks use it. The vocabulary size of a text encoder comes from the tokenizer.
 """
 
 _SCHEDULER = {

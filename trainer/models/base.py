@@ -1,6 +1,6 @@
-"""Where the parts of a Stable Diffusion come from: the tiny base, a diffusers folder, a single file, the hub, or nothing.
+"""Where the parts of a model come from: the tiny base, a diffusers folder, a single file, the hub, or random weights.
 
-Here are their configs; trainer/models/weights.py loads them.
+This module resolves `model.base` and reads configs; trainer/models/weights.py loads the weights.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from safelight.errors import UserError
-from safelight.trainer.config.toml import Model
+from safelight.trainer.config.schema import Model
 from safelight.trainer.families.family import Family
-from safelight.trainer.families.registry import can_train_pipeline, family_of, trainable_titles
+from safelight.trainer.families.registry import family_of, is_trainable_pipeline, text_widths, trainable_titles
 from safelight.trainer.models.architectures import RANDOM_MODELS
 from safelight.trainer.models.hub import PARTS, fetch
 from safelight.trainer.models.single_file import SingleFile
@@ -25,7 +25,7 @@ PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
 
 def tiny_folder() -> Path:
-    """Return the embedded tiny base's folder, in a checkout or an installed wheel."""
+    """Return the folder of the built-in tiny base, in a checkout or an installed wheel."""
     import safelight
 
     return Path(safelight.__file__).resolve().parent / "tiny"
@@ -35,8 +35,9 @@ def tiny_folder() -> Path:
 class Base:
     """A resolved `model.base`.
 
-    folder: of the configs, the tokenizer, and the weights that no file holds; None for `random:NAME`.
-    random_name: '' for a base with weights. file: a single file; setting: the setting that named the folder.
+    folder: has the configs, the tokenizer, and the weights that `file` does not hold; None for `random:NAME`.
+    random_name: NAME of `random:NAME`, '' for a base with weights. file: the single file, if the base is one.
+    setting: the setting that named the folder and its value, for messages.
     """
 
     spec: str
@@ -69,37 +70,40 @@ def _read_json(path: Path, setting: str) -> dict:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
-            f"{setting}: {path} is missing; a diffusers folder has {path.parent.name}/{path.name}"
+            f"{setting}: {path} is missing; every diffusers folder has {path.parent.name}/{path.name}"
         ) from None
     except ValueError as error:
-        raise UserError(f"{setting}: {path} is not readable as JSON: {error}") from None
+        raise UserError(f"{setting}: {path} is not valid JSON: {error}") from None
 
 
 def base_of(model: Model) -> Base:
-    """Return where the base of a run's [model] table is. Raises UserError, one line, if it is nowhere, or cannot be trained yet."""
+    """Return the base of a run's [model] table. Raises UserError if it is missing or cannot be trained."""
     base = resolve_model(model)
     if base.family.untrainable:
         raise UserError(
-            f"model.base {model.base!r} is for `safelight plan` and `safelight bench` alone: {base.family.untrainable}"
+            f"model.base {model.base!r} is only for `safelight plan` and `safelight bench`: {base.family.untrainable}"
         )
     return base
 
 
 def resolve_model(model: Model) -> Base:
-    """As base_of, and for what can be planned alone, too: SDXL."""
+    """Return the base of a run's [model] table, including families that can be planned but not trained."""
     return resolve_base(model.base, model.config, has_vae=bool(model.vae))
 
 
 def resolve_base(spec: str, config: str = "", has_vae: bool = False) -> Base:
-    """Return where a `model.base` is; config: `model.config`; has_vae: an autoencoder is given beside it.
+    """Return the base that `model.base` names. config: `model.config`; has_vae: whether `model.vae` is set.
 
-    Raises UserError, one line, if it is nowhere, or of a kind that is not supported.
+    Raises UserError if it is missing or not supported.
     """
     setting, suffix = f"model.base {spec!r}", Path(spec).suffix.lower()
     if suffix == ".safetensors" and not Path(spec).is_dir():
         return _resolve_file(SingleFile(Path(spec), "model.base"), spec, config, has_vae)
     if config:
-        raise UserError(f"model.config {config!r} is for a single .safetensors file; {setting} is none, leave it empty")
+        raise UserError(
+            f"model.config {config!r} is only for a base that is a single .safetensors file, and {setting} is not; "
+            "leave model.config empty"
+        )
     if spec == "tiny":
         return Base(spec, tiny_folder(), setting=setting)
     if spec.startswith("random:"):
@@ -109,71 +113,82 @@ def resolve_base(spec: str, config: str = "", has_vae: bool = False) -> Base:
         return Base(spec, None, name, setting=setting)
     if Path(spec).is_file() or suffix in PICKLES:
         raise UserError(
-            f"{setting} is no .safetensors file; other formats can run code and are never opened: convert it first"
+            f"{setting} is not a .safetensors file; other formats can run code and are never opened: "
+            "convert it to .safetensors, or give the diffusers folder or hub id of the same model"
         )
-    return Base(spec, _diffusers_folder(spec, "model.base", "give a diffusers folder", PARTS), setting=setting)
+    return Base(
+        spec, _diffusers_folder(spec, "model.base", "give a diffusers folder on this machine", PARTS), setting=setting
+    )
 
 
 def _resolve_file(file: SingleFile, spec: str, config: str, has_vae: bool) -> Base:
-    """Return the base of a single file, with the folder of all that it does not hold."""
+    """Return the base of a single file, with the folder of everything that the file does not hold."""
     file.check_base()
-    lacking = [part for part, there in (("vae", file.has_vae), ("text_encoder", file.has_text_encoder)) if not there]
+    parts_held = {"vae": file.has_vae, "text_encoder": file.has_text_encoder}
+    missing = [part for part, is_held in parts_held.items() if not is_held]
     if not config:
         if file.family is None:
             raise UserError(
-                f"{file} attends to width {file.text_width}, not to 768 (1.x) or 1024 (2.x); "
-                "set model.config to the diffusers folder it was made from"
+                f"{file} has a UNet for text embeddings of width {file.text_width}, which is none of {text_widths()}; "
+                "set model.config to the diffusers folder that the file was made from"
             )
         if file.family.default_configs is None:
             raise UserError(
-                f"{file} is {file.family.title}, whose weights do not tell whether they predict epsilon or v; "
-                "set model.config to the diffusers folder or hub id of the one it comes from"
+                f"{file} is {file.family.title}, and does not say whether it predicts epsilon or v; "
+                "set model.config to the diffusers folder or hub id of the model it is based on"
             )
-        if "text_encoder" in lacking:
+        if "text_encoder" in missing:
             raise UserError(
-                f"{file} holds no text encoder; set model.config to a diffusers folder or hub id that has it"
+                f"{file} does not contain a text encoder; set model.config to a diffusers folder or hub id that has "
+                "its text encoder"
             )
-        if "vae" in lacking and not has_vae:
+        if "vae" in missing and not has_vae:
             raise UserError(
-                f"{file} holds no autoencoder; set model.vae to one, or model.config to a folder that has one"
+                f"{file} does not contain an autoencoder; set model.vae to one, or model.config to a diffusers folder "
+                "or hub id that has one"
             )
     if config == "tiny":
         return Base(spec, tiny_folder(), file=file, setting="model.config 'tiny'")
-    wanted = [part for part in lacking if not (part == "vae" and has_vae)]
-    fix = f"set model.config to a diffusers folder: {file.path.name} has no configs, tokenizer and scheduler of its own"
+    needed = [part for part in missing if not (part == "vae" and has_vae)]
+    fix = (
+        f"set model.config to a diffusers folder, for the configs, tokenizer and scheduler that {file.path.name} lacks"
+    )
     config = config or file.family.default_configs
-    folder = _diffusers_folder(config, "model.config", fix, wanted)
+    folder = _diffusers_folder(config, "model.config", fix, needed)
     return Base(spec, folder, file=file, setting=f"model.config {config!r}")
 
 
 def _diffusers_folder(spec: str, setting: str, fix: str, parts: Sequence[str]) -> Path:
-    """Return a diffusers folder that is here, or the snapshot of a hub id with the weights of `parts`."""
+    """Return a local diffusers folder, or the downloaded snapshot of a hub id with the weights of `parts`."""
     folder = Path(spec)
     if folder.exists() and not (folder / "model_index.json").is_file():
-        raise UserError(f"{setting} {spec!r} is no diffusers folder: it has no model_index.json")
-    is_here = folder.exists()
-    if not is_here:
-        # configs first: gigabytes of a model that is refused are not fetched
+        raise UserError(f"{setting} {spec!r} is not a diffusers folder: it has no model_index.json; {fix}")
+    is_local = folder.exists()
+    if not is_local:
+        # configs first, so that a refused model is not downloaded
         folder = fetch(spec, setting, fix, ())
     index = _read_json(folder / "model_index.json", f"{setting} {spec!r}")
-    if not can_train_pipeline(index):
-        raise UserError(
-            f"{setting} {spec!r} is a {index.get('_class_name', '')}; only {trainable_titles()} are supported yet"
-        )
-    return folder if is_here or not parts else fetch(spec, setting, fix, parts)
+    if not is_trainable_pipeline(index):
+        pipeline = index.get("_class_name", "diffusers model")
+        raise UserError(f"{setting} {spec!r} is a {pipeline}; so far only {trainable_titles()} are supported")
+    return folder if is_local or not parts else fetch(spec, setting, fix, parts)
 
 
 def vae_config(base: Base, override: str) -> dict:
-    """Return the config of the run's autoencoder: that of the folder given, or else the base's, which fits a file too."""
+    """Return the config of the run's autoencoder: from the folder `override`, else the base's. A file has none."""
     if not override or Path(override).suffix.lower() == ".safetensors":
         return {"_class_name": "AutoencoderKL", **base.config_of("vae")}
     if Path(override).is_file():
         raise UserError(
-            f"model.vae {override!r} is no .safetensors file; other formats can run code and are never opened"
+            f"model.vae {override!r} is not a .safetensors file; other formats can run code and are never opened: "
+            "convert it to .safetensors, or give its diffusers folder"
         )
     path = Path(override) / "config.json"
     if not path.is_file():
-        raise UserError(f"model.vae {override!r} is no autoencoder folder: it has no config.json")
+        raise UserError(
+            f"model.vae {override!r} is not an autoencoder's folder: it has no config.json; give a diffusers folder of "
+            "an autoencoder, or a .safetensors file"
+        )
     config = _read_json(path, f"model.vae {override!r}")
     if config.get("_class_name") not in ("AutoencoderKL", "AutoencoderTiny"):
         raise UserError(
@@ -183,7 +198,7 @@ def vae_config(base: Base, override: str) -> dict:
 
 
 def latent_factor(config: dict) -> int:
-    """Return the pixels a latent of an autoencoder's config, along each side."""
+    """Return how many pixels one latent covers along each side, from an autoencoder's config."""
     is_tiny = config["_class_name"] == "AutoencoderTiny"
     return 2 ** (len(config["encoder_block_out_channels" if is_tiny else "block_out_channels"]) - 1)
 
@@ -199,11 +214,11 @@ def _vae_bytes(config: str) -> int:
 
 
 def vae_bytes(base: Base, override: str) -> int:
-    """Return the bytes of the run's autoencoder in fp32. Loads no weights."""
+    """Return the bytes of the run's autoencoder in fp32, from its config."""
     return _vae_bytes(json.dumps(vae_config(base, override), sort_keys=True))
 
 
 def bucket_multiple(base: Base, latent_factor: int) -> int:
-    """Return what sides of buckets are multiples of: an eighth of the model's native side, at most 64 px."""
+    """Return the multiple, in px, that the sides of buckets have: an eighth of the native side, at most 64."""
     native = base.family.native_px(base.config_of("unet"), latent_factor)
     return min(64, max(2 * latent_factor, native // 8))

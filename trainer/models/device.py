@@ -1,4 +1,4 @@
-"""The device and the UNet's dtype that a run's settings come to on this machine."""
+"""Resolves run.device and model.precision on this machine."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ PRECISIONS = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device of run.device, a GPU with its number. Raises UserError for cuda where there is none."""
+    """Return the device that run.device names, a GPU with its index. Raises UserError if there is no GPU for cuda."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError("run.device is cuda, but torch finds no CUDA device; use auto or cpu")
-    # tensors tell their device so, it is equal to no "cuda", and torch.cuda.set_per_process_memory_fraction takes none without
+    # with the index: tensor.device reports cuda:0, which does not compare equal to cuda, and
+    # torch.cuda.set_per_process_memory_fraction requires an index
     return torch.device("cuda", torch.cuda.current_device())
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Return the UNet's dtype. auto: fp32 on a CPU; on a GPU bf16 where it has bf16 arithmetic (cc >= 8.0), else fp16."""
+    """Return the UNet's dtype. auto: fp32 on a CPU; on a GPU bf16 if it supports bf16 (cc >= 8.0), else fp16."""
     if precision == "auto":
         if device.type == "cpu":
             return torch.float32

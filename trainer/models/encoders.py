@@ -1,4 +1,4 @@
-"""The frozen encoders as cache and sampler use them: pixels to latents and back, captions to embeddings."""
+"""The frozen encoders, as the cache and the sampler use them: pixels to latents and back, captions to embeddings."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ import torch
 from torch import Tensor, nn
 
 from safelight.errors import UserError
-from safelight.trainer.config.toml import Config
+from safelight.trainer.config.schema import Config
 from safelight.trainer.models.base import Base
 from safelight.trainer.models.weights import fingerprint, load_text, load_vae
 from safelight.units import GIB
 
-# of the autoencoder in fp32: activations of one image (docstring of LatentCodec.decode)
-DECODE_BYTES_A_PIXEL = 0.75 * GIB / 512**2
+# activations of the autoencoder in fp32 per pixel of an image (see LatentCodec.decode)
+DECODE_BYTES_PER_PIXEL = 0.75 * GIB / 512**2
 
 
-class _Visitor:
-    """A frozen module that may work on another device for a while and then leaves its memory."""
+class _Movable:
+    """Wrapper of a frozen module that can work on another device temporarily."""
 
     module_name: str
     device: torch.device
 
     @contextlib.contextmanager
     def on(self, device: torch.device) -> Iterator[Self]:
-        """Work on `device` within the block."""
+        """Move the module to `device` inside the block and back afterwards."""
         home, module = self.device, getattr(self, self.module_name)
         self.device = device
         module.to(device)
@@ -43,8 +43,8 @@ class _Visitor:
 
 
 @dataclass
-class LatentCodec(_Visitor):
-    """An autoencoder as the cache and the sampler use it: unscaled posterior in, pixels out."""
+class LatentCodec(_Movable):
+    """An autoencoder: encodes pixels to the unscaled posterior, decodes scaled latents to pixels."""
 
     module_name = "vae"
     vae: nn.Module
@@ -65,7 +65,7 @@ class LatentCodec(_Visitor):
 
     @property
     def factor(self) -> int:
-        """Pixels a latent, along each side."""
+        """How many pixels one latent covers along each side."""
         channels = self.vae.config.get("block_out_channels") or self.vae.config.encoder_block_out_channels
         return 2 ** (len(channels) - 1)
 
@@ -75,7 +75,7 @@ class LatentCodec(_Visitor):
 
     @torch.inference_mode()
     def encode(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return (mean, logvar) of unscaled latents, float32 on the CPU; logvar None without a posterior."""
+        """Return (mean, logvar) of unscaled latents, float32 on the CPU; logvar is None if there is no posterior."""
         pixels = pixels_BCHW.to(self.device, next(self.vae.parameters()).dtype)
         if not self.has_posterior:
             return self.vae.encode(pixels).latents.float().cpu(), None
@@ -84,15 +84,15 @@ class LatentCodec(_Visitor):
 
     @torch.inference_mode()
     def decode(self, latents_BCHW: Tensor) -> Tensor:
-        """Return pixels (B, 3, H, W) in [0, 1], float32 on the CPU, of scaled latents."""
+        """Return pixels (B, 3, H, W) in [0, 1], float32 on the CPU, from scaled latents."""
         latents = latents_BCHW.to(self.device, next(self.vae.parameters()).dtype) / self.scaling_factor
-        # one image at a time: a 512 px image takes 0.75 GiB of activations in fp32, and more at once is no faster
+        # one image at a time: activations in fp32 are 0.75 GiB for 512 px, and larger batches are no faster
         images = [self.vae.decode(latents[i : i + 1]).sample.float().cpu() for i in range(len(latents))]
         return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
 
 
 @dataclass
-class CaptionEncoder(_Visitor):
+class CaptionEncoder(_Movable):
     """A frozen CLIP text encoder and its tokenizer."""
 
     module_name = "text_encoder"
@@ -105,7 +105,10 @@ class CaptionEncoder(_Visitor):
     def __post_init__(self):
         layers = self.text_encoder.config.num_hidden_layers
         if self.clip_skip >= layers:
-            raise UserError(f"model.clip_skip {self.clip_skip} leaves no layer of {layers}; use at most {layers - 1}")
+            raise UserError(
+                f"model.clip_skip {self.clip_skip} leaves none of the text encoder's {layers} layers; "
+                f"use {layers - 1} or less"
+            )
         vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items()))
         self.fingerprint = fingerprint(self.text_encoder, vocabulary, str(self.num_tokens), str(self.clip_skip))
         self.text_encoder.to(self.device)
@@ -119,13 +122,16 @@ class CaptionEncoder(_Visitor):
         return self.text_encoder.config.hidden_size
 
     def num_cut(self, captions: Iterable[str]) -> int:
-        """Return how many of the captions are longer than the encoder reads."""
+        """Return how many captions have more tokens than the encoder reads, which truncates them."""
         lengths = [len(ids) for ids in self.tokenizer(list(captions)).input_ids]
         return sum(length > self.num_tokens for length in lengths)
 
     @torch.inference_mode()
     def encode(self, captions: list[str]) -> Tensor:
-        """Return (B, T, D) float32 on the CPU: the last hidden state, or that of clip_skip layers before, normed."""
+        """Return embeddings (B, T, D), float32 on the CPU: the last hidden state, after the final layer norm.
+
+        With clip_skip it is the hidden state of that many layers before, after the same norm.
+        """
         ids = self.tokenizer(
             captions, padding="max_length", truncation=True, max_length=self.num_tokens, return_tensors="pt"
         ).input_ids
@@ -148,5 +154,5 @@ def load_caption_encoder(config: Config, base: Base, device: torch.device) -> Ca
 
 
 def decode_bytes(width: int, height: int, weights: int) -> int:
-    """Return what decoding an image of a size (px) takes of a device, the autoencoder's weights included."""
-    return weights + round(width * height * DECODE_BYTES_A_PIXEL)
+    """Return the bytes that decoding one image needs. width, height: px; weights: bytes of the autoencoder."""
+    return weights + round(width * height * DECODE_BYTES_PER_PIXEL)

@@ -30,7 +30,10 @@ class NoiseSchedule:
 
 
 def betas(kind: str, start: float, end: float, num: int) -> Tensor:
-    """Return beta_t, (num,) float32. kind: linear | scaled_linear (linear in the root). Source: diffusers' DDPMScheduler."""
+    """Return beta_t, (num,) float32. kind: linear, or scaled_linear, which is linear in the root.
+
+    Raises UserError for another kind. Source: diffusers' DDPMScheduler.
+    """
     if kind == "scaled_linear":
         return torch.linspace(start**0.5, end**0.5, num, dtype=torch.float32) ** 2
     if kind == "linear":
@@ -46,10 +49,15 @@ def rescale_zero_terminal_snr(alphas_cumprod_T: Tensor) -> Tensor:
 
 
 def make_schedule(scheduler_config: dict, prediction: str = "auto", zero_terminal_snr: bool = False) -> NoiseSchedule:
-    """Return the schedule of a diffusers scheduler config. Raises UserError for a prediction type we do not train."""
+    """Return the schedule of a diffusers scheduler config. prediction: auto takes the config's.
+
+    Raises UserError if the config has betas or a prediction type that are not supported.
+    """
     if scheduler_config.get("trained_betas") is not None:
-        raise UserError("the base's scheduler has trained_betas, which are not supported; give it a beta_schedule")
-    # a key that is missing has diffusers' default
+        raise UserError(
+            "the base's scheduler config has trained_betas, which are not supported; use a base with a beta_schedule"
+        )
+    # the defaults are diffusers'
     beta = betas(
         scheduler_config.get("beta_schedule", "linear"),
         scheduler_config.get("beta_start", 0.0001),
@@ -62,7 +70,10 @@ def make_schedule(scheduler_config: dict, prediction: str = "auto", zero_termina
         raise UserError(f"prediction type {prediction_type!r} is not supported; use epsilon or v_prediction")
     if zero_terminal_snr or scheduler_config.get("rescale_betas_zero_snr", False):
         if prediction_type == "epsilon":
-            raise UserError("zero_terminal_snr needs v_prediction: at the last timestep the noise is given away")
+            raise UserError(
+                "zero_terminal_snr needs v_prediction: the input of the last timestep is the noise itself, so there is "
+                "nothing to learn from predicting it"
+            )
         alphas_cumprod = rescale_zero_terminal_snr(alphas_cumprod)
     return NoiseSchedule(alphas_cumprod, prediction_type)
 

@@ -1,7 +1,8 @@
-"""Single .safetensors files: what one is, by its tensors' names and shapes, and its parts as modules.
+"""Single .safetensors files: recognizes what a file contains, and loads its parts as modules.
 
-Only the header is read to tell; tensors are read one at a time, straight into the dtype wanted. Buffers of the original
-training code (`betas`, `model_ema.*`) are left alone: the weights taken are those of `model.diffusion_model`.
+A file is recognized by the names and shapes of its tensors, from the header only. Tensors are read one at a time and
+converted at once. Buffers of the original training code (`betas`, `model_ema.*`) are ignored: the UNet's weights are
+those of `model.diffusion_model`.
 """
 
 from __future__ import annotations
@@ -29,43 +30,55 @@ from safelight.trainer.families.original_layout import (
     unet_layout,
     vae_layout,
 )
-from safelight.trainer.families.registry import family_of_text_width, trainable_titles
+from safelight.trainer.families.registry import FAMILIES, family_of_text_width, trainable_titles
 
 DTYPES = {"F64", "F32", "F16", "BF16"}
 PREDICTIONS = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon"}
-# merges from before transformers 4 named the text encoder's tensors so
+# merges made with transformers before version 4 name the text encoder's tensors without text_model
 OLD_CLIP_PREFIX = CLIP_PREFIX.removesuffix("text_model.")
 
-# by a word of some tensor's name; the first that is found counts
-FOREIGN = {
-    "lora_unet_": "a LoRA, which holds differences only; give the full model",
-    "lora_te": "a LoRA, which holds differences only; give the full model",
-    ".lora_down.": "a LoRA, which holds differences only; give the full model",
-    ".lora_A.": "a LoRA, which holds differences only; give the full model",
-    "emb_params": "a textual inversion embedding; give the full model",
-    "control_model.": "a ControlNet; give the full model",
-    "controlnet_cond_embedding.": "a ControlNet; give the full model",
-    "conditioner.embedders.": f"Stable Diffusion XL; only {trainable_titles()} are supported yet",
-    "joint_blocks.": f"Stable Diffusion 3; only {trainable_titles()} are supported yet",
-    "double_blocks.": f"Flux; only {trainable_titles()} are supported yet",
-    "single_transformer_blocks.": f"Flux; only {trainable_titles()} are supported yet",
-    "motion_modules.": "an AnimateDiff motion module; give the full model",
+_GIVE_FULL_MODEL = "give the full model that it was made for"
+_LORA = f"a LoRA, which only contains changes to a model; {_GIVE_FULL_MODEL}"
+_CONTROLNET = f"a ControlNet; {_GIVE_FULL_MODEL}"
+_UNSUPPORTED = f"so far only {trainable_titles()} are supported"
+_VAE = "only an autoencoder; set model.vae to it, and model.base to a full model"
+_TEXT_ENCODER = "only the text encoder of a model; give the full model"
+# models of other kinds, by a part of any tensor's name; the first match counts
+OTHER_MODELS = {
+    "lora_unet_": _LORA,
+    "lora_te": _LORA,
+    ".lora_down.": _LORA,
+    ".lora_A.": _LORA,
+    "emb_params": f"a textual inversion embedding; {_GIVE_FULL_MODEL}",
+    "control_model.": _CONTROLNET,
+    "controlnet_cond_embedding.": _CONTROLNET,
+    **{f.file_marker: f"{f.title}; {_UNSUPPORTED}" for f in FAMILIES.values() if f.untrainable and f.file_marker},
+    "joint_blocks.": f"Stable Diffusion 3; {_UNSUPPORTED}",
+    "double_blocks.": f"Flux; {_UNSUPPORTED}",
+    "single_transformer_blocks.": f"Flux; {_UNSUPPORTED}",
+    "motion_modules.": f"an AnimateDiff motion module; {_GIVE_FULL_MODEL}",
 }
-# files of one part, by the start of a name
-BARE = {
-    "input_blocks.": f"a bare UNet without the prefix {UNET_PREFIX[:-1]}; give the full model",
-    "down_blocks.": "a bare UNet with diffusers' names; put it into a diffusers folder as unet/diffusion_pytorch_model.safetensors",
-    VAE_PREFIX: "an autoencoder alone; give it as model.vae, and a whole model as model.base",
-    "encoder.down": "an autoencoder alone; give it as model.vae, and a whole model as model.base",
-    "decoder.": "an autoencoder alone; give it as model.vae, and a whole model as model.base",
-    "cond_stage_model.": "a text encoder alone; give the full model",
-    "text_model.": "a text encoder alone; give the full model",
+# single parts of a model, by how a tensor's name begins
+PARTS_ONLY = {
+    "input_blocks.": f"only the UNet of a model, without the prefix {UNET_PREFIX[:-1]}; give the full model",
+    "down_blocks.": (
+        "only the UNet of a model, with diffusers' names; save it in the model's diffusers folder as "
+        "unet/diffusion_pytorch_model.safetensors, and set model.base to the folder"
+    ),
+    VAE_PREFIX: _VAE,
+    "encoder.down": _VAE,
+    "decoder.": _VAE,
+    "cond_stage_model.": _TEXT_ENCODER,
+    "text_model.": _TEXT_ENCODER,
 }
 
 
 @dataclass(eq=False)
 class SingleFile:
-    """A .safetensors file and what its header says: shapes and dtypes by tensor. setting: who named it, for messages."""
+    """A .safetensors file and its header: shapes and dtypes by tensor name.
+
+    setting: the setting that named the file, for messages. Raises UserError if the file is missing or damaged.
+    """
 
     path: Path
     setting: str
@@ -75,7 +88,7 @@ class SingleFile:
 
     def __post_init__(self):
         if not self.path.is_file():
-            raise UserError(f"{self} does not exist; give a .safetensors file, or a folder")
+            raise UserError(f"{self} does not exist; give the path of a .safetensors file, or a folder")
         try:
             with safe_open(self.path, "pt") as file:
                 self.metadata = file.metadata() or {}
@@ -83,7 +96,8 @@ class SingleFile:
                     part = file.get_slice(name)
                     self.shapes[name], self.dtypes[name] = tuple(part.get_shape()), part.get_dtype()
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{self} is damaged or no safetensors file: {str(error).splitlines()[0]}") from None
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{self} is damaged or not a safetensors file; get it again ({reason})") from None
 
     def __str__(self) -> str:
         return f"{self.setting} {str(self.path)!r}"
@@ -101,57 +115,66 @@ class SingleFile:
 
     @property
     def text_width(self) -> int:
-        """Width of the text embeddings that the UNet attends to; 0 if it attends to none."""
+        """Width of the text embeddings that the UNet attends to; 0 without cross-attention."""
         keys = (n for n in self.shapes if n.startswith(UNET_PREFIX) and n.endswith(".attn2.to_k.weight"))
         return next((self.shapes[name][1] for name in keys), 0)
 
     @property
     def family(self) -> Family | None:
-        """The family by the width of the text that the UNet attends to; None for a size of its own."""
+        """The family, by the width of the text embeddings; None if no family has that width."""
         return family_of_text_width(self.text_width)
 
     @property
     def prediction_type(self) -> str:
-        """epsilon or v_prediction by the file's own metadata, '' where that does not say: the weights do not tell."""
+        """epsilon or v_prediction from the file's metadata, '' if it has none; the weights do not show it."""
         return PREDICTIONS.get(self.metadata.get("modelspec.prediction_type", "").lower(), "")
 
     def check_base(self) -> None:
-        """Raise UserError, saying what the file is, unless it is a text-to-image model of a family that can be trained."""
-        for word, what in FOREIGN.items():
+        """Raise UserError, saying what the file is, unless it is a text-to-image model of a trainable family."""
+        for word, description in OTHER_MODELS.items():
             if any(word in name for name in self.shapes):
-                raise UserError(f"{self} is {what}")
+                raise UserError(f"{self} is {description}")
         if not self.has(UNET_PREFIX):
-            for prefix, what in BARE.items():
+            for prefix, description in PARTS_ONLY.items():
                 if self.has(prefix):
-                    raise UserError(f"{self} is {what}")
+                    raise UserError(f"{self} is {description}")
+            contents = f"its first tensor is {min(self.shapes)}" if self.shapes else "it is empty"
             raise UserError(
-                f"{self} is no Stable Diffusion: no tensor's name begins with {UNET_PREFIX} (the first is {min(self.shapes, default='missing')})"
+                f"{self} is not a Stable Diffusion model: no tensor's name begins with {UNET_PREFIX} ({contents}); "
+                f"{_UNSUPPORTED}"
             )
         if self.text_width == 0:
-            raise UserError(f"{self} is no Stable Diffusion: its network has no cross-attention to text as a UNet has")
+            raise UserError(
+                f"{self} is not a Stable Diffusion model: it has no cross-attention to text; {_UNSUPPORTED}"
+            )
         if self.family is not None and self.family.untrainable:
-            raise UserError(f"{self} is {self.family.title}; only {trainable_titles()} are supported yet")
+            raise UserError(f"{self} is {self.family.title}; {_UNSUPPORTED}")
         channels = self.shapes.get(f"{UNET_PREFIX}input_blocks.0.0.weight", (0, 4))[1]
         if channels != 4:
             raise UserError(
-                f"{self} takes {channels} latent channels, as inpainting and editing models do; give a text-to-image model, which takes 4"
+                f"{self} is an inpainting or editing model, whose UNet has {channels} input channels; "
+                "give a text-to-image model, which has 4"
             )
 
     def _check(self, layout: Layout, shapes: dict[str, Shape], part: str, source: str) -> None:
-        """Raise UserError unless the tensors of a part are here, in the shapes of its config."""
+        """Raise UserError unless the file has the tensors of a part, in the shapes of its config."""
         missing = [place.name for place in layout.values() if place.name not in self.shapes]
         if missing:
             raise UserError(
-                f"{self}: its {part} lacks {len(missing)} of the tensors of {source}, the first is {min(missing)}"
+                f"{self}: its {part} does not fit {source}: {len(missing)} tensors are missing, the first is "
+                f"{min(missing)}; give a file that is complete, or the config that it was made with"
             )
         for name, place in layout.items():
             if self.dtypes[place.name] not in DTYPES:
                 dtype = self.dtypes[place.name]
-                raise UserError(f"{self} is quantised ({place.name} is {dtype}); give the fp16, bf16 or fp32 model")
-            wanted, found = place.original_shape(shapes[name]), self.shapes[place.name]
-            # attention of an autoencoder is found as convolution and as matrix
-            if found != wanted and not (place.as_conv and found == shapes[name]):
-                raise UserError(f"{self}: its {part} does not fit {source}: {place.name} is {found}, not {wanted}")
+                raise UserError(f"{self} is quantized ({place.name} is {dtype}); give the fp16, bf16 or fp32 model")
+            expected, actual = place.original_shape(shapes[name]), self.shapes[place.name]
+            # files have an autoencoder's attention as 1x1 convolutions or as matrices
+            if actual != expected and not (place.as_conv and actual == shapes[name]):
+                raise UserError(
+                    f"{self}: its {part} does not fit {source}: {place.name} is {actual}, not {expected}; "
+                    "give a file and a config that belong together"
+                )
 
     def _read(self, layout: Layout, shapes: dict[str, Shape], dtype: torch.dtype) -> dict[str, Tensor]:
         state = {}
@@ -166,9 +189,10 @@ class SingleFile:
         return state
 
     def check_unet(self, unet: nn.Module, source: str) -> Layout:
-        """Return where a UNet's tensors are. unet: on the meta device, by its config; source: names that in messages.
+        """Return where the file has a UNet's tensors.
 
-        Raises UserError where tensors are missing, too many or of another shape.
+        unet: on the meta device, made from its config. source: the setting that named the config, for messages.
+        Raises UserError if tensors are missing, unexpected or of another shape.
         """
         shapes = _shapes(unet)
         layout = unet_layout(shapes, unet.config.layers_per_block)
@@ -177,7 +201,7 @@ class SingleFile:
         return layout
 
     def load_unet(self, make: Callable[[], nn.Module], dtype: torch.dtype, source: str) -> nn.Module:
-        """Return the UNet on the CPU. make: builds it by a config; source: names that config in messages."""
+        """Return the UNet on the CPU. make: builds it from its config; source: the setting that named the config."""
         with torch.device("meta"):
             unet = make()
         layout = self.check_unet(unet, source)
@@ -185,7 +209,10 @@ class SingleFile:
         return unet.eval()
 
     def load_vae(self, make: Callable[[], nn.Module], source: str) -> nn.Module:
-        """Return the AutoencoderKL in fp32 on the CPU, of a whole model or of an autoencoder's own file in either layout."""
+        """Return the AutoencoderKL in fp32 on the CPU, from a full model or a file of its own in either layout.
+
+        make: builds it from its config; source: the setting that named the config.
+        """
         with torch.device("meta"):
             vae = make()
         shapes = _shapes(vae)
@@ -197,11 +224,13 @@ class SingleFile:
             }
         elif not self.has_vae:
             if self.has("encoder.layers.") or self.has("decoder.layers."):
-                raise UserError(f"{self} is an AutoencoderTiny; give its diffusers folder, with config.json")
+                raise UserError(f"{self} is an AutoencoderTiny; give its diffusers folder, with config.json, instead")
             layout = {name: Place(p.name.removeprefix(VAE_PREFIX), as_conv=p.as_conv) for name, p in layout.items()}
             if not self.has("encoder.down."):
+                contents = f"its first tensor is {min(self.shapes)}" if self.shapes else "it is empty"
                 raise UserError(
-                    f"{self} holds no autoencoder (its first tensor is {min(self.shapes, default='missing')})"
+                    f"{self} does not contain an autoencoder ({contents}); give one in a .safetensors file, or its "
+                    "diffusers folder"
                 )
         self._check(layout, shapes, "autoencoder", source)
         vae.load_state_dict(self._read(layout, shapes, torch.float32), assign=True)
@@ -221,7 +250,7 @@ class SingleFile:
                 layout = {name: Place(OLD_CLIP_PREFIX + p.name.removeprefix(CLIP_PREFIX)) for name, p in layout.items()}
         self._check(layout, shapes, "text encoder", source)
         state = self._read(layout, shapes, torch.float32)
-        # the way in that also fills buffers no file holds
+        # unlike load_state_dict, this also fills buffers that files do not contain
         return CLIPTextModel.from_pretrained(None, config=config, state_dict=state, torch_dtype=torch.float32)
 
     def _check_nothing_else(self, layout: Layout, prefix: str, part: str, source: str) -> None:
@@ -229,7 +258,8 @@ class SingleFile:
         others = [name for name in self.shapes if name.startswith(prefix) and name not in used]
         if others:
             raise UserError(
-                f"{self}: its {part} has {len(others)} tensors more than {source}, the first is {min(others)}"
+                f"{self}: its {part} does not fit {source}: {len(others)} tensors are unexpected, the first is "
+                f"{min(others)}; give the config that it was made with"
             )
 
 
@@ -238,7 +268,7 @@ def _shapes(module: nn.Module) -> dict[str, Shape]:
 
 
 def _older_name(name: str) -> str:
-    """Return what diffusers called a tensor of the autoencoder's attention before version 0.15."""
+    """Return the name that a tensor of the autoencoder's attention had in diffusers before version 0.15."""
     for new, old in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():
         name = name.replace(f".{new}.", f".{old}.")
     return name

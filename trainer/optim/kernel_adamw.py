@@ -28,7 +28,7 @@ from safelight.kernels.optim.paged_state import Pages
 from safelight.kernels.optim.split_weights import REMAINDERS, split_nearest
 from safelight.kernels.unet.patch import shared_projections
 from safelight.trainer.config.schema import AVERAGE_OF_PAGED
-from safelight.trainer.config.toml import Optimizer as OptimizerConfig
+from safelight.trainer.config.schema import Optimizer as OptimizerConfig
 from safelight.trainer.optim.base import LossScale, OptimizerBase
 from safelight.trainer.registry.optimizers import MEMORY_MODES, OptimizerSpec
 

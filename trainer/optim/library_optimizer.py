@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from safelight.errors import UserError
-from safelight.trainer.config.toml import Optimizer as OptimizerConfig
+from safelight.trainer.config.schema import Optimizer as OptimizerConfig
 from safelight.trainer.optim.base import LossScale, OptimizerBase
 from safelight.trainer.registry.optimizers import OptimizerSpec
 

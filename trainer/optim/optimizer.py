@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from safelight.errors import UserError
 from safelight.kernels.optim.paged_state import Pages
-from safelight.trainer.config.toml import Optimizer as OptimizerConfig
+from safelight.trainer.config.schema import Optimizer as OptimizerConfig
 from safelight.trainer.optim.base import LossScale
 from safelight.trainer.optim.gradient_buffers import GradientBuffers
 from safelight.trainer.registry.optimizers import MEMORY_MODES, OPTIMIZERS, OptimizerSpec, names_with

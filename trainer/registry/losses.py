@@ -1,7 +1,7 @@
-"""The losses a run can train with: how a sample's error is computed and how it is weighted. Does not import torch.
+"""The registry of losses: how a sample's error is computed and how it is weighted. Does not import torch.
 
-To add one: a row here, its parameter as a setting of [loss] in trainer/config/schema.py if it has one, and its formula in
-kernels/ops/diffusion_loss.py. The config's choices, its help and the kernel's options are made from these rows.
+To add one: a row here, its parameter as a setting of [loss] in trainer/config/schema.py if it has one, and its formula
+in kernels/ops/diffusion_loss.py. The config's choices and the kernel's options are made from these rows.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Row:
-    """name: as in the config and in LossOptions; parameter: the setting of [loss] that it takes, "" for none."""
+    """name: as in the config and in LossOptions. parameter: the setting of [loss] that it uses, "" for none."""
 
     name: str
     parameter: str = ""

@@ -1,7 +1,7 @@
-"""Every optimizer that `optimizer.name` can name, and what each can do. Free of torch.
+"""The registry of optimizers: every value of `optimizer.name`, and what each one supports. Does not import torch.
 
-The config's checks and help, the training step, the planner and the benchmarks read this table; none of them compares
-names. A new optimizer is a row here and, if no class under trainer/optim fits it, a class.
+The config's checks and help, the training step, the planner and the benchmarks read this registry instead of comparing
+names. A new optimizer is a row here and, if no class in trainer/optim fits it, a class.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ Shape = Sequence[int]
 
 @dataclass(frozen=True)
 class MemoryMode:
-    """A value of optimizer.memory: how the fp32 value behind a 16-bit weight is kept.
+    """A value of optimizer.memory: what is kept of a 16-bit weight's fp32 value.
 
-    bytes_per_weight: kept in addition to the weight. allows_average: whether train.ema_decay can read it at every step.
+    bytes_per_weight: kept in addition to the weight. allows_average: whether train.ema_decay can be used with it.
     is_random: whether updates are rounded stochastically.
     """
 
@@ -40,7 +40,7 @@ MEMORY_MODES = {
 
 
 class MomentBuffer(NamedTuple):
-    """One tensor of an optimizer's state: how many elements of how many bytes."""
+    """One tensor of an optimizer's state: its number of elements and the bytes of each."""
 
     num_elements: int
     itemsize: int
@@ -55,7 +55,7 @@ def fp32_moments(number: int) -> Moments:
 
 
 def blockwise_moments(number: int) -> Moments:
-    """Return the layout of `number` 8-bit moments with a scale a block; fp32 for small tensors."""
+    """Return the layout of `number` 8-bit moments with a scale per block; small tensors have fp32 moments."""
 
     def layout(shape: Shape) -> list[MomentBuffer]:
         num_elements = math.prod(shape)
@@ -67,8 +67,7 @@ def blockwise_moments(number: int) -> Moments:
 
 
 def factored_moments(shape: Shape) -> list[MomentBuffer]:
-    """Return Adafactor's layout: a row and a column factor of the last two dimensions, or one fp32 moment of a
-    vector."""
+    """Return Adafactor's layout: row and column factors over the last two dimensions; a vector has one fp32 moment."""
     if len(shape) < 2:
         return [MomentBuffer(math.prod(shape), 4)]
     *outer, rows, columns = shape
@@ -77,20 +76,20 @@ def factored_moments(shape: Shape) -> list[MomentBuffer]:
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """What an optimizer is and can do.
+    """What an optimizer is and what it supports.
 
-    name: as in optimizer.name; help: the line that the config's help shows.
-    implementation: the UNetOptimizer, "module:class"; library: the optimizer that it wraps, "module:class", "" for
-    ours. moments: the buffers that it keeps for a weight of a shape. memory_modes: values of optimizer.memory that it
-    supports for 16-bit weights; `auto` is the first, unless a plan for a
-        GPU chooses among planned_modes, best first.
-    settings: of [optimizer], those that it reads beyond lr, weight_decay and what the training loop uses.
+    name: as in optimizer.name. help: its line in the config's help.
+    implementation: the UNetOptimizer, "module:class". library: the optimizer that it wraps, "module:class", "" if none.
+    moments: returns the buffers that it keeps for a weight of a shape.
+    memory_modes: values of optimizer.memory that it supports for 16-bit weights. `auto` is the first of them, unless a
+    plan for a GPU chooses from planned_modes, which are in order of preference.
+    settings: those of [optimizer] that it reads in addition to lr, weight_decay and those of the training loop.
     steps_inside_backward: whether optimizer.fused_backward can be true.
     is_capturable: whether its step can be captured as a CUDA graph.
     reads_16bit_gradients: false if each 16-bit gradient is first copied to fp32 for the master.
-    converts_in_pieces: whether fp32 weights become 16-bit ones on the device piece by piece, not all at once.
-    needs_contiguous_weights: whether it moves weights in another memory order to new memory.
-    package: that must be installed; devices: that it runs on; device_limit: why on no others, and what to use there.
+    converts_in_pieces: whether fp32 weights are converted to 16 bits on the device in pieces instead of all at once.
+    needs_contiguous_weights: whether it copies weights in another memory order to new memory.
+    package: has to be installed. devices: where it runs. device_limit: why it runs on no others, and what to use there.
     """
 
     name: str
@@ -111,7 +110,7 @@ class OptimizerSpec:
     device_limit: str = ""
 
     def moment_bytes(self, shape: Shape) -> int:
-        """Return the bytes of the moments of a weight, scales included."""
+        """Return the bytes of the moments of a weight, including scales."""
         return sum(buffer.num_elements * buffer.itemsize for buffer in self.moments(shape))
 
 
@@ -120,7 +119,7 @@ _LIBRARY = "safelight.trainer.optim.library_optimizer"
 _SPECS = (
     OptimizerSpec(
         name="adamw8bit",
-        help="AdamW with 8-bit moments by our kernel, 2 bytes of moments a parameter",
+        help="AdamW with 8-bit moments in our own kernel, 2 bytes of moments per parameter",
         implementation="safelight.trainer.optim.kernel_adamw:KernelAdamW",
         moments=blockwise_moments(2),
         memory_modes=("exact", "near", "paged", "rounded", "fp32"),
@@ -133,7 +132,7 @@ _SPECS = (
     ),
     OptimizerSpec(
         name="bnb_adamw8bit",
-        help="the same by bitsandbytes",
+        help="bitsandbytes' 8-bit AdamW",
         implementation=f"{_LIBRARY}:BitsandbytesOptimizer",
         library="bitsandbytes.optim:AdamW8bit",
         moments=blockwise_moments(2),
@@ -143,7 +142,7 @@ _SPECS = (
     ),
     OptimizerSpec(
         name="bnb_paged_adamw8bit",
-        help="bitsandbytes' paged one, whose moments are in CUDA's unified memory; on a GPU only",
+        help="bitsandbytes' paged 8-bit AdamW, whose moments are in CUDA's unified memory; only on a GPU",
         implementation=f"{_LIBRARY}:BitsandbytesOptimizer",
         library="bitsandbytes.optim:PagedAdamW8bit",
         moments=blockwise_moments(2),
@@ -156,8 +155,8 @@ _SPECS = (
     OptimizerSpec(
         name="bnb_lion8bit",
         help=(
-            "bitsandbytes' Lion with one 8-bit moment, 1 byte a parameter; every step moves each weight by lr, so use\n"
-            "an lr 3 to 10 times lower and a weight_decay as much higher than AdamW's, and betas = [0.9, 0.99]"
+            "bitsandbytes' Lion with one 8-bit moment, 1 byte per parameter; each step moves every weight by lr, so\n"
+            "use an lr 3 to 10 times lower than AdamW's, a weight_decay higher by as much, and betas = [0.9, 0.99]"
         ),
         implementation=f"{_LIBRARY}:BitsandbytesOptimizer",
         library="bitsandbytes.optim:Lion8bit",
@@ -168,7 +167,7 @@ _SPECS = (
     ),
     OptimizerSpec(
         name="adamw",
-        help="torch's AdamW, 8 bytes of fp32 moments a parameter",
+        help="torch's AdamW, 8 bytes of fp32 moments per parameter",
         implementation=f"{_LIBRARY}:TorchAdamW",
         library="torch.optim:AdamW",
         moments=fp32_moments(2),
@@ -177,9 +176,9 @@ _SPECS = (
     OptimizerSpec(
         name="adafactor",
         help=(
-            "torch's Adafactor, moments factored over the last two dimensions: next to nothing for linear layers, 8/3\n"
-            "bytes a parameter for 3 x 3 convolutions; its lr is relative to each tensor's root mean square, so higher\n"
-            "than AdamW's"
+            "torch's Adafactor, moments factored over the last two dimensions: almost no memory for linear layers,\n"
+            "8/3 bytes per parameter for 3 x 3 convolutions; its lr is relative to each tensor's root mean square, so\n"
+            "it has to be higher than AdamW's"
         ),
         implementation=f"{_LIBRARY}:TorchAdafactor",
         library="torch.optim:Adafactor",
@@ -191,10 +190,10 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {spec.name: spec for spec in _SPECS}
 
 
 def names_with(has: Callable[[OptimizerSpec], bool]) -> str:
-    """Return the names of the optimizers that have something, for messages: `a`, `a or b`."""
+    """Return the names of the optimizers for which `has` is true, for messages: `a`, `a or b`."""
     return " or ".join(spec.name for spec in _SPECS if has(spec))
 
 
 def help_text() -> str:
-    """Return the help of optimizer.name: a line or two for each optimizer."""
+    """Return the help of optimizer.name, which describes each optimizer."""
     return ";\n".join(f"{spec.name}: {spec.help}" for spec in _SPECS) + "."

@@ -15,7 +15,7 @@ from safelight.kernels.unet.attention import AttentionChoice, apply_attention
 from safelight.kernels.unet.checkpointing import apply_checkpointing
 from safelight.trainer.adapters.full import FullFineTune
 from safelight.trainer.adapters.trained import Trained
-from safelight.trainer.config.toml import Config
+from safelight.trainer.config.schema import Config
 from safelight.trainer.optim.ema import WeightAverages
 from safelight.trainer.optim.optimizer import UNetOptimizer, make_optimizer
 

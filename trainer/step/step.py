@@ -19,7 +19,7 @@ from safelight.data.tensor_record import TensorRecord
 from safelight.kernels.ops.diffusion_loss import LossOptions, diffusion_loss
 from safelight.kernels.ops.noising import Noised, key_words, noising
 from safelight.kernels.philox import Key, Purpose
-from safelight.trainer.config.toml import Loss
+from safelight.trainer.config.schema import Loss
 from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.models.noise_schedule import NoiseSchedule, mse_per_sample
 from safelight.trainer.optim.optimizer import UNetOptimizer

@@ -11,7 +11,8 @@ from pathlib import Path
 from safelight.data.atomic import atomic_write_text
 from safelight.data.ingest import ingest
 from safelight.errors import UserError
-from safelight.trainer.config.toml import Config, parse_config
+from safelight.trainer.config.schema import Config
+from safelight.trainer.config.toml import parse_config
 from safelight.trainer.inference.draw import compare, open_run, pick_step
 from safelight.trainer.inference.sampling import Settings
 from safelight.trainer.report.build import build_report

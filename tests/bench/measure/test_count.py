@@ -15,7 +15,7 @@ from safelight.bench.core.results import COUNTS, read
 from safelight.bench.counting.counters import CardOperators, Counter, SavedBytes
 from safelight.bench.counting.profiled import COMPOUND
 from safelight.bench.measure import count, gate
-from safelight.trainer.config.toml import Loss
+from safelight.trainer.config.schema import Loss
 from safelight.trainer.models.base import resolve_base
 from safelight.trainer.models.noise_schedule import make_schedule
 from safelight.trainer.models.weights import meta_unet

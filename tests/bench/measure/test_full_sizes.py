@@ -10,7 +10,7 @@ from safelight.bench.measure import count, gate
 from safelight.bench.measure.memory import measure_on_cpu
 from safelight.bench.recipes.suite import measure, variants
 from safelight.bench.recipes.workload import Workload, initial_unet
-from safelight.trainer.config.toml import Model
+from safelight.trainer.config.schema import Model
 from safelight.trainer.families.registry import family_of
 from safelight.trainer.models.architectures import RANDOM_MODELS
 from safelight.trainer.models.base import base_of, resolve_base
@@ -123,7 +123,7 @@ def test_a_patched_sdxl_has_the_same_flops_and_saves_less(small_sdxl):
 def test_training_sdxl_is_refused(make_config):
     with pytest.raises(
         ValueError,
-        match=r"'random:sdxl' is for `safelight plan` and `safelight bench` alone: only Stable Diffusion 1\.x and 2\.x",
+        match=r"'random:sdxl' is only for `safelight plan` and `safelight bench`: so far only Stable Diffusion",
     ):
         train(make_config(model={"base": "random:sdxl"}))
     assert base_of(Model(base="random:sd21")).random_name == "sd21"

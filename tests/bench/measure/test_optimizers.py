@@ -14,7 +14,7 @@ from safelight.bench.measure import memory, optimizers
 from safelight.bench.recipes.workload import Workload, optimizer_config
 from safelight.errors import UserError
 from safelight.kernels.optim.adamw8bit import AdamW8bit
-from safelight.trainer.config.toml import Optimizer
+from safelight.trainer.config.schema import Optimizer
 from safelight.trainer.memory_plan.gpus import find_card
 
 CPU = torch.device("cpu")

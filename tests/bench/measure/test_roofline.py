@@ -13,7 +13,7 @@ from safelight.bench.counting.costs import OperatorCosts, _open_phase, step_cost
 from safelight.bench.measure import roofline
 from safelight.bench.measure.optimizers import held_bytes
 from safelight.bench.recipes.workload import Ours, Workload, optimizer_config, random_batches
-from safelight.trainer.config.toml import Config
+from safelight.trainer.config.schema import Config
 from safelight.trainer.memory_plan.meta_run import MetaRun
 from safelight.trainer.models.base import resolve_base
 from safelight.trainer.step.profiler_ranges import listen_to_ranges

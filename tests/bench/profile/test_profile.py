@@ -19,7 +19,7 @@ from safelight.bench.profile import profiling_session
 from safelight.bench.profile.analysis import PHASES, analyse, chosen_events, roofline_share, step_events
 from safelight.bench.profile.profile_page import boxes, render
 from safelight.bench.profile.profiling_session import SavedTensorTracker, run_session
-from safelight.trainer.config.toml import Config
+from safelight.trainer.config.schema import Config
 from safelight.trainer.models.base import resolve_base
 from safelight.trainer.step.profiler_ranges import listen_to_ranges, profiler_range
 

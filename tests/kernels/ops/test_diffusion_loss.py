@@ -1,4 +1,7 @@
-"""The diffusion loss against PyTorch's losses and the formulas' own identities; against diffusers: test_noise_schedule.py."""
+"""The diffusion loss against PyTorch's losses and identities of the formulas.
+
+test_noise_schedule.py compares it with diffusers.
+"""
 
 import pytest
 import torch

@@ -10,7 +10,7 @@ from safelight.kernels.optim.adamw8bit import AdamW8bit
 
 
 def test_every_captured_graph_has_a_table_of_its_own(monkeypatch):
-    """Without a GPU: captures are pretended, launches are noted, and their tables are read where a replay would read them."""
+    """Without a GPU: captures are simulated, launches recorded, and tables read where a replay would read them."""
     capturing, launched = [], []
     monkeypatch.setattr(launch_tables, "_is_capturing", lambda device: bool(capturing))
     monkeypatch.setattr(adamw8bit, "runs_kernel", lambda x: True)

@@ -12,7 +12,7 @@ from safelight.kernels.unet import patch
 from safelight.trainer.adapters.full import FullFineTune
 from safelight.trainer.checkpoint.files import Position, load_checkpoint, save_checkpoint
 from safelight.trainer.checkpoint.identity import Identity
-from safelight.trainer.config.toml import Optimizer
+from safelight.trainer.config.schema import Optimizer
 from safelight.trainer.optim.optimizer import make_optimizer
 from tests.kernels.unet.unets import CONFIGS, inputs_of, make, one_block, run, worst_error
 from tests.trainer.checkpoints import writes

@@ -20,7 +20,7 @@ from safelight.trainer.checkpoint.files import Position, check_files, folder_of,
 from safelight.trainer.checkpoint.identity import Identity
 from safelight.trainer.checkpoint.saver import Saver
 from safelight.trainer.checkpoint.snapshot import SNAPSHOT_SLAB_BYTES, Snapshot, SnapshotBuffers, available_bytes
-from safelight.trainer.config.toml import Optimizer
+from safelight.trainer.config.schema import Optimizer
 from safelight.trainer.optim.optimizer import make_optimizer
 from tests.trainer.checkpoints import writes
 

@@ -1,4 +1,4 @@
-"""Settings: what is refused and in which words, TOML there and back, presets, stages, the command line's overrides."""
+"""Settings: messages for invalid ones, TOML round trips, presets, stages, and overrides on the command line."""
 
 import ast
 import inspect
@@ -16,7 +16,7 @@ from safelight.options.arguments import parse_with_config
 from safelight.options.overrides import take_overrides
 from safelight.trainer.config import schema as config_module
 from safelight.trainer.config.presets import PRESETS, preset
-from safelight.trainer.config.toml import (
+from safelight.trainer.config.schema import (
     Config,
     Data,
     Log,
@@ -31,18 +31,16 @@ from safelight.trainer.config.toml import (
     Stage,
     Train,
     Validate,
-    load_config,
-    parse_config,
-    to_toml,
 )
+from safelight.trainer.config.toml import load_config, parse_config, to_toml
 from safelight.trainer.registry.losses import KINDS, WEIGHTINGS
 from safelight.trainer.registry.optimizers import help_text
 
 SECTIONS = (Run, Model, Data, Train, Optimizer, Memory, Stage, Loss, Validate, Sample, Save, Log)
 
 
-def complaint(values: dict) -> str:
-    with pytest.raises(ValueError) as caught:  # noqa: PT011, the caller looks at the whole text
+def message_for(values: dict) -> str:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011, the caller checks the whole text
         parse_config(values, "run.toml")
     return str(caught.value)
 
@@ -66,12 +64,12 @@ def complaint(values: dict) -> str:
         ),
         (
             {"zzz": 1},
-            "run.toml: zzz is not a setting; known settings: run, model, data, train, optimizer, memory, stage, loss, validate",
+            "run.toml: zzz is not a setting; known settings: run, model, data, train, optimizer, memory, stage, loss, ",
         ),
     ],
 )
-def test_an_unknown_name_is_shown_with_the_nearest_right_one(values, expected):
-    assert complaint(values).startswith(expected)
+def test_an_unknown_name_is_shown_with_the_closest_valid_one(values, expected):
+    assert message_for(values).startswith(expected)
 
 
 @pytest.mark.parametrize(
@@ -112,8 +110,8 @@ def test_an_unknown_name_is_shown_with_the_nearest_right_one(values, expected):
         ),
     ],
 )
-def test_a_wrong_value_is_told_with_its_path_value_and_limit_on_one_line(values, parts):
-    text = complaint(values)
+def test_an_invalid_value_is_shown_with_its_path_and_limit_on_one_line(values, parts):
+    text = message_for(values)
     assert text.startswith("run.toml: ")
     for part in parts:
         assert part in text
@@ -121,13 +119,13 @@ def test_a_wrong_value_is_told_with_its_path_value_and_limit_on_one_line(values,
     assert "pydantic" not in text
 
 
-def test_every_mistake_is_told_not_only_the_first():
-    lines = complaint({"train": {"batch_size": 0, "accumulat": 2}, "model": {"clip_skip": 12}}).splitlines()
+def test_every_mistake_is_shown_not_only_the_first():
+    lines = message_for({"train": {"batch_size": 0, "accumulat": 2}, "model": {"clip_skip": 12}}).splitlines()
     assert len(lines) == 3
     assert all(line.startswith("run.toml: ") for line in lines)
 
 
-def test_a_file_that_is_missing_broken_or_no_file(tmp_path):
+def test_a_missing_broken_or_unreadable_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"none\.toml does not exist; write one with `safelight init"):
         load_config(tmp_path / "none.toml")
     with pytest.raises(ValueError, match="cannot be read: Is a directory"):
@@ -143,7 +141,7 @@ def test_a_file_that_is_missing_broken_or_no_file(tmp_path):
 
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("comments", [False, True])
-def test_a_preset_comes_back_from_its_toml(name, comments, tmp_path):
+def test_a_preset_survives_a_toml_round_trip(name, comments, tmp_path):
     path = tmp_path / "run.toml"
     path.write_text(to_toml(preset(name), comments=comments), encoding="utf-8")
     assert load_config(path) == preset(name)
@@ -194,34 +192,34 @@ configs = st.builds(
 
 @settings(deadline=None, max_examples=60)
 @given(config=configs, comments=st.booleans())
-def test_any_config_comes_back_from_its_toml(config, comments):
+def test_any_config_survives_a_toml_round_trip(config, comments):
     assert parse_config(tomllib.loads(to_toml(config, comments)), "toml") == config
 
 
-def test_deleted_character_in_a_prompt_is_escaped():
-    # JSON writes DEL as it is, TOML forbids that
+def test_a_delete_character_in_a_prompt_is_escaped():
+    # JSON does not escape DEL, but TOML requires it
     config = parse_config({"sample": {"prompts": ["a\x7fb", 'quote " and \\ and \n \t \0']}}, "here")
     assert parse_config(tomllib.loads(to_toml(config)), "toml") == config
 
 
 def docstrings_in_source(section: type[Section]) -> dict[str, str]:
-    """Return the string below each annotated field, read from the source: what pydantic should have found."""
+    """Return the docstring of each field, parsed from the source, to compare with what pydantic read."""
     body = ast.parse(textwrap.dedent(inspect.getsource(section))).body[0].body
-    found = {}
-    for field, below in pairwise(body):
-        is_text = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
-        if isinstance(field, ast.AnnAssign) and is_text and isinstance(below.value.value, str):
-            found[field.target.id] = inspect.cleandoc(below.value.value)
-    return found
+    docstrings = {}
+    for field, after in pairwise(body):
+        is_constant = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+        if isinstance(field, ast.AnnAssign) and is_constant and isinstance(after.value.value, str):
+            docstrings[field.target.id] = inspect.cleandoc(after.value.value)
+    return docstrings
 
 
-def test_the_list_of_sections_here_is_whole():
+def test_the_list_of_sections_in_this_file_is_complete():
     own = {value for value in vars(config_module).values() if isinstance(value, type) and issubclass(value, Section)}
     assert own == {*SECTIONS, Config, Section}
 
 
 @pytest.mark.parametrize("section", SECTIONS)
-def test_every_setting_has_its_documentation_and_init_writes_it(section):
+def test_every_setting_is_documented_and_init_writes_the_documentation(section):
     text = to_toml(parse_config({"stage": [{"epochs": 1}]}, "here"), comments=True)
     documented = docstrings_in_source(section)
     for name, field in section.model_fields.items():
@@ -234,7 +232,7 @@ def test_every_setting_has_its_documentation_and_init_writes_it(section):
     assert f"# {section.__doc__.splitlines()[0]}" in text
 
 
-def test_an_unset_value_of_a_stage_is_shown_ready_to_be_uncommented():
+def test_an_unset_value_of_a_stage_is_written_commented_out():
     config = parse_config({"optimizer": {"lr": 3e-4}, "stage": [{"epochs": 2}, {"epochs": 1}]}, "here")
     text = to_toml(config, comments=True)
     assert text.count("# lr = 0.0003\n") == 1
@@ -255,11 +253,11 @@ def test_an_unset_value_of_a_stage_is_shown_ready_to_be_uncommented():
         ({"weighting": "debiased", "p2_gamma": 0.5}, {"kind": "mse", "weighting": "debiased"}),
     ],
 )
-def test_the_loss_reaches_the_kernel_with_its_own_parameters(values, options):
+def test_the_kernel_gets_only_the_parameters_of_the_chosen_loss(values, options):
     assert parse_config({"loss": values}, "here").loss.kernel_options() == options
 
 
-def test_every_loss_is_offered_and_explained_and_has_its_parameter():
+def test_the_config_offers_and_documents_every_loss_and_its_parameter():
     fields = Loss.model_fields
     for name, rows in (("kind", KINDS), ("weighting", WEIGHTINGS)):
         assert set(get_args(fields[name].annotation)) - {"auto"} == set(rows)
@@ -268,7 +266,7 @@ def test_every_loss_is_offered_and_explained_and_has_its_parameter():
             assert not row.parameter or row.parameter in fields
 
 
-def test_stages_take_what_they_lack_from_train_and_optimizer():
+def test_stages_inherit_unset_values_from_train_and_optimizer():
     config = parse_config(
         {
             "train": {"batch_size": 3, "accumulate": 2, "max_grad_norm": 0.5, "epochs": 99},
@@ -300,7 +298,7 @@ def test_stages_take_what_they_lack_from_train_and_optimizer():
         "batch_size": 3,
         "accumulate": 2,
     }
-    # zeros are values of its own, not gaps
+    # a zero is a value, not unset
     assert second == {
         "epochs": 1,
         "lr": 1e-5,
@@ -313,12 +311,12 @@ def test_stages_take_what_they_lack_from_train_and_optimizer():
     }
 
 
-def test_without_stages_there_is_one_of_train_epochs():
+def test_without_stages_there_is_one_with_train_epochs():
     (stage,) = parse_config({"train": {"epochs": 11}, "optimizer": {"lr": 1e-3}}, "here").stages()
     assert (stage.epochs, stage.lr) == (11, 1e-3)
 
 
-def test_the_everydream2_preset_is_the_source_run():
+def test_the_everydream2_preset_has_the_settings_of_the_original_run():
     """The run of 2023: SD1.5 at 512 px, batch 6, gradient checkpointing, 8-bit AdamW, lr 1e-6 constant, conditional
     dropout 0.04, zero-frequency noise 0.01, clip_skip 1, plain MSE, no min-SNR; 30 epochs and then 10; 10 % held out
     by seed 555, crop jitter 0.02, "unsplash photography" after every caption.
@@ -332,7 +330,7 @@ def test_the_everydream2_preset_is_the_source_run():
     assert config.train.checkpointing == "full"
     assert config.optimizer.name == "adamw8bit"
     assert (config.optimizer.betas, config.optimizer.eps) == ((0.9, 0.999), 1e-8)
-    # EveryDream2 takes hidden_states[-clip_skip]: its 1 leaves no layer out
+    # EveryDream2 uses hidden_states[-clip_skip], so its 1 skips no layer
     assert config.model.clip_skip == 0
     assert (config.loss.offset_noise, config.loss.min_snr_gamma) == (0.01, 0)
     assert config.loss.prediction in ("auto", "epsilon")
@@ -343,7 +341,7 @@ def test_the_everydream2_preset_is_the_source_run():
         assert (stage.batch_size, stage.accumulate, stage.weight_decay) == (6, 1, 0.01)
 
 
-def test_unknown_presets_are_named():
+def test_unknown_presets_are_refused():
     with pytest.raises(ValueError, match="preset 'sd3' is unknown; use tiny, sd15, sd21, everydream2"):
         preset("sd3")
     with pytest.raises(ValueError, match="preset sdxl: SDXL is not supported yet; use sd15 or sd21"):
@@ -359,9 +357,10 @@ def run_toml(tmp_path):
 
 def test_any_setting_can_be_given_on_the_command_line(run_toml):
     words = (
-        "--train.batch-size 5 --train.accumulate=3 --optimizer.betas 0.8 0.95 --validate.every-epochs 2 --stage.1.lr 1e-5 "
-        "--stage.2.epochs 7 --log.no-tensorboard --loss.zero-terminal-snr true --run.seed 18446744073709551615 "
-        "--model.base 123 --data.cache-dtype float32 --resume --sample.negative-prompt= --sample.prompts"
+        "--train.batch-size 5 --train.accumulate=3 --optimizer.betas 0.8 0.95 --validate.every-epochs 2 "
+        "--stage.1.lr 1e-5 --stage.2.epochs 7 --log.no-tensorboard --loss.zero-terminal-snr true "
+        "--run.seed 18446744073709551615 --model.base 123 --data.cache-dtype float32 --resume "
+        "--sample.negative-prompt= --sample.prompts"
     ).split()
     arguments, config = parse_with_config([run_toml, *words, "a cat", "-5", "x = y"], "train", "")
     assert arguments.resume
@@ -372,16 +371,16 @@ def test_any_setting_can_be_given_on_the_command_line(run_toml):
     assert config.stage[1].lr == 1e-5
     assert (config.log.tensorboard, config.loss.zero_terminal_snr) == (False, True)
     assert config.run.seed == 2**64 - 1
-    # a text that looks like a number stays a text
+    # text that looks like a number stays text
     assert config.model.base == "123"
     assert config.data.cache_dtype == "float32"
     assert config.sample.negative_prompt == ""
     assert config.sample.prompts == ["a cat", "-5", "x = y"]
-    # what was not given is the file's
+    # the rest comes from the file
     assert config.optimizer.lr == preset("tiny").optimizer.lr
 
 
-def test_overrides_leave_the_settings_they_were_given_alone():
+def test_overrides_do_not_modify_the_original_settings():
     before = preset("tiny").model_dump(by_alias=True)
     _, after = take_overrides(["--train.batch-size", "1", "--stage.0.epochs", "9", "--stage.2.epochs", "1"], before)
     assert before == preset("tiny").model_dump(by_alias=True)
@@ -405,10 +404,10 @@ def test_overrides_leave_the_settings_they_were_given_alone():
         ("--stage.lr 1", "stage.lr: a stage is given by its number, for example --stage.0.lr 1e-6; there are 2"),
         ("--stage.3.lr 1e-6", "stage.3.lr: a stage is given by its number"),
         ("--stage.2.lr 1e-6", "stage.2.epochs is missing"),
-        ("--loss.zero-terminal-snr --loss.prediction epsilon", "loss.zero_terminal_snr needs loss.prediction"),
+        ("--loss.zero-terminal-snr --loss.prediction epsilon", "loss.zero_terminal_snr requires loss.prediction"),
     ],
 )
-def test_a_wrong_setting_on_the_command_line_is_one_line_and_exit_2(run_toml, capsys, words, expected):
+def test_an_invalid_setting_on_the_command_line_is_one_line_and_exit_2(run_toml, capsys, words, expected):
     assert main(["train", run_toml, *words.split()]) == 2
     streams = capsys.readouterr()
     assert streams.out == ""

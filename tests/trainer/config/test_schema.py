@@ -1,9 +1,10 @@
-"""Settings whose values depend on each other: optimizer.fused_backward, name and clipping."""
+"""Settings that depend on each other: optimizer.fused_backward, name and clipping."""
 
 import pytest
 
 from safelight.options.overrides import take_overrides
-from safelight.trainer.config.toml import Optimizer, load_config, parse_config, to_toml
+from safelight.trainer.config.schema import Optimizer
+from safelight.trainer.config.toml import load_config, parse_config, to_toml
 from safelight.trainer.registry.optimizers import OPTIMIZERS
 
 
@@ -15,7 +16,7 @@ def test_fused_backward_is_true_false_or_auto(tmp_path):
         assert config.optimizer.fused_backward is value or (value == "auto" == config.optimizer.fused_backward)
         assert f"fused_backward = {text}\n" in to_toml(config)
     assert parse_config({}, "here").optimizer.fused_backward == "auto"
-    # 1 is true, as for other switches
+    # 1 counts as true, as for other switches
     assert parse_config({"optimizer": {"fused_backward": 1}}, "here").optimizer.fused_backward is True
     for value in ("yes", "true", 2, None):
         with pytest.raises(ValueError, match=r"fused_backward = .*: input should be 'auto', true or false$"):

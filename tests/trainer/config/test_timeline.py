@@ -1,4 +1,4 @@
-"""Steps, stages and learning rates, told beforehand, against the plans that are trained."""
+"""Predicted steps, stages and learning rates equal those of the planned epochs."""
 
 import math
 from itertools import pairwise
@@ -38,7 +38,7 @@ def timeline_of(samples, stages: list[dict], **tables) -> Timeline:
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 7, 100])
 @pytest.mark.parametrize("accumulation", [1, 2, 3, 50])
-def test_steps_of_an_epoch_are_those_of_its_plan(samples, batch_size, accumulation):
+def test_steps_per_epoch_equal_the_plans(samples, batch_size, accumulation):
     assert len({sample.bucket for sample in samples}) > 2
     for epoch in range(3):
         plan = plan_epoch(samples, seed=3, epoch=epoch, batch_size=batch_size, caption_dropout=0.1)
@@ -53,12 +53,12 @@ def test_stages_have_their_own_steps(samples):
 
 
 @pytest.mark.parametrize(("max_steps", "expected"), [(0, 63), (1, 1), (50, 50), (63, 63), (64, 63)])
-def test_max_steps_cuts_the_run_short_and_never_makes_it_longer(samples, max_steps, expected):
+def test_max_steps_shortens_the_run_and_never_extends_it(samples, max_steps, expected):
     stages = [{"epochs": 2, "batch_size": 1}, {"epochs": 3, "batch_size": 1, "accumulate": 5}]
     assert timeline_of(samples, stages, train={"max_steps": max_steps}).num_steps == expected
 
 
-def test_the_stage_of_an_epoch(samples):
+def test_stage_of_an_epoch(samples):
     timeline = timeline_of(samples, [{"epochs": 2}, {"epochs": 1}, {"epochs": 3}])
     assert [timeline.stage_of(epoch) for epoch in range(8)] == [0, 0, 1, 2, 2, 2, 2, 2]
     assert [timeline.first_epoch(stage) for stage in range(3)] == [0, 2, 3]
@@ -81,49 +81,49 @@ def test_constant(samples):
     assert rates(timeline_of(samples, [{**STAGE, "schedule": "constant"}])) == [1e-3] * 48
 
 
-def test_linear_falls_by_equal_steps_towards_zero_after_the_last(samples):
-    found = rates(timeline_of(samples, [{**STAGE, "schedule": "linear"}]))
-    assert found == pytest.approx([1e-3 * (48 - step) / 48 for step in range(48)], rel=1e-12)
-    assert found[0] == 1e-3
-    assert found[24] == 0.5e-3
+def test_linear_decays_in_equal_steps_and_would_reach_zero_after_the_last(samples):
+    actual = rates(timeline_of(samples, [{**STAGE, "schedule": "linear"}]))
+    assert actual == pytest.approx([1e-3 * (48 - step) / 48 for step in range(48)], rel=1e-12)
+    assert actual[0] == 1e-3
+    assert actual[24] == 0.5e-3
 
 
-def test_cosine_is_half_at_the_middle(samples):
-    found = rates(timeline_of(samples, [{**STAGE, "schedule": "cosine"}]))
-    assert found[0] == 1e-3
-    assert found[12] == pytest.approx(1e-3 * (2 + math.sqrt(2)) / 4, rel=1e-12)
-    assert found[24] == pytest.approx(0.5e-3, rel=1e-12)
-    assert found[16] == pytest.approx(0.75e-3, rel=1e-12)
-    assert found[32] == pytest.approx(0.25e-3, rel=1e-12)
-    assert 0 < found[47] < 2e-6
-    assert all(later < earlier for earlier, later in pairwise(found))
+def test_cosine_is_half_in_the_middle(samples):
+    actual = rates(timeline_of(samples, [{**STAGE, "schedule": "cosine"}]))
+    assert actual[0] == 1e-3
+    assert actual[12] == pytest.approx(1e-3 * (2 + math.sqrt(2)) / 4, rel=1e-12)
+    assert actual[24] == pytest.approx(0.5e-3, rel=1e-12)
+    assert actual[16] == pytest.approx(0.75e-3, rel=1e-12)
+    assert actual[32] == pytest.approx(0.25e-3, rel=1e-12)
+    assert 0 < actual[47] < 2e-6
+    assert all(later < earlier for earlier, later in pairwise(actual))
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
-def test_warm_up_rises_in_equal_steps_to_the_peak_and_the_rest_follows(samples, schedule):
-    found = rates(timeline_of(samples, [{**STAGE, "schedule": schedule, "warmup_steps": 8}]))
-    assert found[:8] == pytest.approx([1e-3 * (step + 1) / 9 for step in range(8)], rel=1e-12)
-    assert found[8] == 1e-3
-    # half of the 40 steps that remain
-    assert found[28] == pytest.approx({"constant": 1e-3, "linear": 0.5e-3, "cosine": 0.5e-3}[schedule], rel=1e-12)
+def test_warm_up_rises_in_equal_steps_to_the_peak(samples, schedule):
+    actual = rates(timeline_of(samples, [{**STAGE, "schedule": schedule, "warmup_steps": 8}]))
+    assert actual[:8] == pytest.approx([1e-3 * (step + 1) / 9 for step in range(8)], rel=1e-12)
+    assert actual[8] == 1e-3
+    # halfway through the remaining 40 steps
+    assert actual[28] == pytest.approx({"constant": 1e-3, "linear": 0.5e-3, "cosine": 0.5e-3}[schedule], rel=1e-12)
 
 
 def test_a_warm_up_longer_than_its_stage_only_rises(samples):
-    found = rates(timeline_of(samples, [{**STAGE, "schedule": "cosine", "warmup_steps": 100}]))
-    assert found == pytest.approx([1e-3 * (step + 1) / 101 for step in range(48)], rel=1e-12)
+    actual = rates(timeline_of(samples, [{**STAGE, "schedule": "cosine", "warmup_steps": 100}]))
+    assert actual == pytest.approx([1e-3 * (step + 1) / 101 for step in range(48)], rel=1e-12)
 
 
-def test_a_schedule_starts_again_with_each_stage(samples):
+def test_a_schedule_restarts_with_each_stage(samples):
     second = {"epochs": 1, "batch_size": 1, "lr": 1e-4, "schedule": "cosine", "warmup_steps": 2}
-    found = rates(timeline_of(samples, [{**STAGE, "schedule": "linear"}, second]))
-    assert len(found) == 48 + 24
-    assert found[47] == pytest.approx(1e-3 / 48, rel=1e-12)
-    assert found[48:50] == pytest.approx([1e-4 / 3, 2e-4 / 3], rel=1e-12)
-    assert found[50] == 1e-4
-    assert found[61] == pytest.approx(0.5e-4, rel=1e-12)
+    actual = rates(timeline_of(samples, [{**STAGE, "schedule": "linear"}, second]))
+    assert len(actual) == 48 + 24
+    assert actual[47] == pytest.approx(1e-3 / 48, rel=1e-12)
+    assert actual[48:50] == pytest.approx([1e-4 / 3, 2e-4 / 3], rel=1e-12)
+    assert actual[50] == 1e-4
+    assert actual[61] == pytest.approx(0.5e-4, rel=1e-12)
 
 
-def test_max_steps_does_not_bend_the_schedule(samples):
-    """A run cut short and then continued has the learning rates of one that was not."""
+def test_max_steps_does_not_change_the_schedule(samples):
+    """A run that is stopped early and continued has the same learning rates as one that is not."""
     stages = [{**STAGE, "schedule": "cosine", "warmup_steps": 3}]
     assert rates(timeline_of(samples, stages, train={"max_steps": 10})) == rates(timeline_of(samples, stages))

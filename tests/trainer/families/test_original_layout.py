@@ -1,4 +1,4 @@
-"""The original layout against the true SD1.5's names, and against diffusers' own converters, both ways."""
+"""The original layout against the names in SD1.5's published file and against diffusers' converters, both ways."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ META = torch.device("meta")
 
 
 def parts(spec: str, device=META) -> tuple[torch.nn.Module, torch.nn.Module, torch.nn.Module]:
-    """Return UNet, autoencoder and text encoder of a base's configs, untrained."""
+    """Return the UNet, autoencoder and text encoder of a base's configs, untrained."""
     base = resolve_base(spec)
     torch.manual_seed(0)
     with device:
@@ -53,7 +53,7 @@ def shapes_of(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
 
 @pytest.fixture(scope="module")
 def sd15_file() -> dict[str, tuple[int, ...]]:
-    """The 1131 tensors of v1-5-pruned-emaonly.safetensors and their shapes."""
+    """Names and shapes of the 1131 tensors of v1-5-pruned-emaonly.safetensors."""
     lines = (Path(__file__).parent / "sd15_original.txt").read_text().splitlines()
     return {name: tuple(map(int, shape.split("x"))) for name, shape in map(str.split, lines)}
 
@@ -66,8 +66,8 @@ def sd15() -> tuple[torch.nn.Module, torch.nn.Module, torch.nn.Module]:
     return unet, vae, text_encoder
 
 
-def test_the_committed_names_are_sd15s(sd15_file):
-    """Counts and sizes as published; the text encoder's 197th tensor is its position ids."""
+def test_the_committed_names_are_those_of_sd15(sd15_file):
+    """Published counts and sizes; the 197th tensor of the text encoder has the position ids."""
     expected = {UNET_PREFIX: (686, 859_520_964), VAE_PREFIX: (248, 83_653_863), CLIP_PREFIX: (197, 123_060_480 + 77)}
     for prefix, (num, numel) in expected.items():
         sizes = [torch.Size(shape).numel() for name, shape in sd15_file.items() if name.startswith(prefix)]
@@ -75,7 +75,7 @@ def test_the_committed_names_are_sd15s(sd15_file):
     assert len(sd15_file) == 1131
 
 
-def test_a_true_sd15_is_exported_under_the_original_names_and_shapes(sd15, sd15_file):
+def test_sd15_is_exported_with_the_original_names_and_shapes(sd15, sd15_file):
     unet, vae, text_encoder = (module.state_dict() for module in sd15)
     layout = unet_layout(unet, 2)
     ours = to_original(unet, layout) | original_frozen(FAMILIES["sd1"], vae, text_encoder)
@@ -85,7 +85,7 @@ def test_a_true_sd15_is_exported_under_the_original_names_and_shapes(sd15, sd15_
 
 
 def test_diffusers_reads_the_committed_names_as_sd15(sd15, sd15_file):
-    """Its converters are nobody of ours: no tensor of the models missing, none left over, all shapes right."""
+    """diffusers' converters find every tensor of the models, with its shape, and no other."""
     unet, vae, text_encoder = sd15
     file = {name: torch.empty(shape, device="meta") for name, shape in sd15_file.items()}
     assert shapes_of(convert_ldm_unet_checkpoint(file, unet.config)) == shapes_of(unet.state_dict())
@@ -98,9 +98,9 @@ def test_diffusers_reads_the_committed_names_as_sd15(sd15, sd15_file):
 
 @pytest.mark.parametrize("spec", ["tiny", "random:small"])
 def test_every_tensor_comes_back_through_diffusers(spec):
-    """Values, not names alone: two tensors of equal shape in each other's place would change the model in silence."""
+    """Compares values too: two swapped tensors of equal shape would silently change the model."""
     unet, vae, text_encoder = (module.state_dict() for module in parts(spec, torch.device("cpu")))
-    # zeros and ones of fresh norms and biases look alike: number the tensors
+    # make tensors distinguishable, because new norms and biases are all zeros or ones
     for state in (unet, vae, text_encoder):
         for number, tensor in enumerate(state.values()):
             tensor.add_(number)
@@ -113,9 +113,9 @@ def test_every_tensor_comes_back_through_diffusers(spec):
         "clip": convert_ldm_clip_checkpoint(to_original(text_encoder, clip_layout(text_encoder))),
     }
     read["clip"] = {name.removeprefix("text_model."): tensor for name, tensor in read["clip"].items()}
-    for found, wanted in zip(read.values(), (unet, vae, text_encoder), strict=True):
-        assert found.keys() == {name.removeprefix("text_model.") for name in wanted}
-        assert all(torch.equal(found[name.removeprefix("text_model.")], tensor) for name, tensor in wanted.items())
+    for actual, expected in zip(read.values(), (unet, vae, text_encoder), strict=True):
+        assert actual.keys() == {name.removeprefix("text_model.") for name in expected}
+        assert all(torch.equal(actual[name.removeprefix("text_model.")], tensor) for name, tensor in expected.items())
 
 
 def test_open_clip_stacks_query_key_and_value():
@@ -131,6 +131,6 @@ def test_open_clip_stacks_query_key_and_value():
     assert all(torch.equal(read[name.removeprefix("text_model.")], tensor) for name, tensor in state.items())
 
 
-def test_a_name_without_a_place_is_not_guessed():
+def test_an_unknown_tensor_name_raises():
     with pytest.raises(KeyError):
         unet_layout(["add_embedding.linear_1.weight"], 2)

@@ -1,4 +1,4 @@
-"""Runs of one checkpoint, to be exported."""
+"""Makes runs with one checkpoint, for tests of the export."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def make_run(
     largest: float = 0,
     **tables,
 ) -> Path:
-    """Write a run folder with one checkpoint, whose UNet is the base's and a little noise; return it."""
+    """Write a run folder with one checkpoint, whose UNet is the base's plus a little noise, and return the folder."""
     tables = {"model": {"base": "tiny"}, "data": {"resolution": 64}, **tables}
     config = parse_config({**tables, "run": {"dir": str(folder)}}, "make_run")
     unet = load_unet(base_of(config.model), config.run.seed)
@@ -38,7 +38,7 @@ def make_run(
             optimizer.parameters["conv_in.bias"][0] = largest
     folder.mkdir(exist_ok=True)
     (folder / "config.toml").write_text(to_toml(config))
-    # moments are nothing an export reads
+    # without moments, which an export does not read
     state = {
         name: t
         for name, t in optimizer.state_tensors().items()

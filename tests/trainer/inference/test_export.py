@@ -1,4 +1,4 @@
-"""Exports of runs: what diffusers draws with either form, which weights they hold, and what stands in the file."""
+"""Exported runs: what diffusers draws with a file and a folder, which weights they contain, and the metadata."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ from tests.trainer.inference.exported_runs import STEP, checkpoint_unet, make_ru
 
 @pytest.fixture(scope="module")
 def exported(tiny_run) -> tuple[Path, Path]:
-    """The run of the tiny base as (file, folder), fp16 as by default."""
+    """The run of the tiny base, exported as (file, folder) in fp16, the default."""
     places = tiny_run.parent / "mine.safetensors", tiny_run.parent / "mine"
     for place in places:
         export(tiny_run, place)
@@ -38,7 +38,7 @@ def draw(pipeline) -> torch.Tensor:
 
 
 def draw_both(file: Path, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the image of the file and of the folder, opened as anybody opens them, from the same seed."""
+    """Return an image drawn with the file and one with the folder, from the same seed."""
     from diffusers import StableDiffusionPipeline
 
     return draw(StableDiffusionPipeline.from_single_file(str(file), config=str(folder))), draw(
@@ -54,7 +54,7 @@ def parts_of(base) -> list[str]:
     return [fingerprint(m) for m in (load_unet(base, 0), load_vae(base, "", 0), load_text(base, "", 0)[1])]
 
 
-# both forms hold the run's model
+# both forms contain the run's model
 
 
 def test_diffusers_draws_the_same_image_with_the_file_and_with_the_folder(exported, tiny_run):
@@ -66,10 +66,10 @@ def test_diffusers_draws_the_same_image_with_the_file_and_with_the_folder(export
     base = StableDiffusionPipeline.from_pretrained(tiny_folder(), torch_dtype=torch.float32)
     assert (draw(base) - of_file).abs().max() > 0.01
     base.unet.load_state_dict({name: tensor.half().float() for name, tensor in checkpoint_unet(tiny_run).items()})
-    assert torch.equal(draw(base), of_folder), "the images are not those of the checkpoint"
+    assert torch.equal(draw(base), of_folder), "the image is not the checkpoint's"
 
 
-def test_what_is_exported_can_be_trained_on(exported, tiny_run):
+def test_an_export_can_be_the_base_of_a_run(exported, tiny_run):
     file, folder = exported
     trained = {name: tensor.half().float() for name, tensor in checkpoint_unet(tiny_run).items()}
     of_folder, of_file = resolve_base(str(folder)), resolve_base(str(file), str(folder))
@@ -82,7 +82,7 @@ def test_what_is_exported_can_be_trained_on(exported, tiny_run):
 
 
 @pytest.mark.parametrize("base", ["a folder", "a file"])
-def test_runs_of_every_kind_of_base(exported, tmp_path, base):
+def test_a_run_from_an_export_can_be_exported(exported, tmp_path, base):
     file, folder = exported
     model = {"a folder": {"base": str(folder)}, "a file": {"base": str(file), "config": str(folder)}}[base]
     run = make_run(tmp_path / "run", model=model)
@@ -96,7 +96,7 @@ def test_runs_of_every_kind_of_base(exported, tmp_path, base):
 
 
 def test_a_run_from_untrained_weights(tmp_path):
-    """Its scheduler's config is ours, so what it leaves out must not be diffusers' defaults, which clip latents."""
+    """The scheduler's config is ours; what it leaves out must not become diffusers' defaults, which clip latents."""
     from diffusers import StableDiffusionPipeline
 
     run = make_run(tmp_path / "run", model={"base": "random:small"})
@@ -111,7 +111,7 @@ def test_a_run_from_untrained_weights(tmp_path):
 
 
 def sd2_folder(folder: Path) -> Path:
-    """Make the tiny base into one that attends to width 1024, as SD 2.x, with random weights and v-prediction."""
+    """Make a base like SD 2.x from the tiny one: text width 1024, v-prediction, random weights."""
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -147,7 +147,7 @@ def test_sd2_has_open_clips_names(tmp_path):
     assert parts_of(resolve_base(str(file), str(folder))) == parts_of(resolve_base(str(folder)))
 
 
-def test_an_autoencoder_tiny_has_no_original_layout(tmp_path, small_taesd, capsys):
+def test_a_file_leaves_out_an_autoencoder_tiny(tmp_path, small_taesd, capsys):
     from diffusers import AutoencoderTiny, StableDiffusionPipeline, UNet2DConditionModel
 
     from safelight.__main__ import main
@@ -155,9 +155,10 @@ def test_an_autoencoder_tiny_has_no_original_layout(tmp_path, small_taesd, capsy
     run = make_run(tmp_path / "run", model={"base": "tiny", "vae": str(small_taesd)})
     file, folder = tmp_path / "out.safetensors", tmp_path / "out"
     assert main(["export", str(run), "-o", str(file)]) == 0
-    assert f"AutoencoderTiny, which has no original layout: {file.name} holds the UNet alone" in capsys.readouterr().err
+    note = f"AutoencoderTiny, which single files cannot contain: {file.name} contains only the UNet"
+    assert note in capsys.readouterr().err
     assert load_file(file).keys() == original_unet(file).keys()
-    # the folder is whole, for diffusers knows such an autoencoder
+    # the folder is complete, because diffusers supports this autoencoder
     assert export(run, folder).notes == []
     pipeline = StableDiffusionPipeline.from_pretrained(folder)
     assert isinstance(pipeline.vae, AutoencoderTiny)
@@ -173,20 +174,20 @@ def test_an_autoencoder_tiny_has_no_original_layout(tmp_path, small_taesd, capsy
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16", "fp32"])
-def test_every_tensor_is_in_the_dtype_asked_for(tiny_run, tmp_path, dtype):
-    wanted = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+def test_every_tensor_is_in_the_requested_dtype(tiny_run, tmp_path, dtype):
+    expected = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
     export(tiny_run, tmp_path / "out.safetensors", dtype=dtype)
     kinds = {name: tensor.dtype for name, tensor in load_file(tmp_path / "out.safetensors").items()}
     assert kinds.pop("cond_stage_model.transformer.text_model.embeddings.position_ids") == torch.int64
-    assert set(kinds.values()) == {wanted}
+    assert set(kinds.values()) == {expected}
     export(tiny_run, tmp_path / "out", dtype=dtype)
     files = sorted((tmp_path / "out").rglob("*.safetensors"))
     assert len(files) == 3
-    assert {tensor.dtype for file in files for tensor in load_file(file).values()} == {wanted}
+    assert {tensor.dtype for file in files for tensor in load_file(file).values()} == {expected}
 
 
 @pytest.mark.parametrize("memory", ["fp32", "exact", "near"])
-def test_a_16_bit_runs_fp32_value_is_what_is_exported(tmp_path, memory):
+def test_the_fp32_values_of_a_16_bit_run_are_exported(tmp_path, memory):
     run = make_run(tmp_path / "run", torch.bfloat16, optimizer={"memory": memory})
     state = load_file(folder_of(run, STEP) / "state.safetensors")
     weights = checkpoint_unet(run)
@@ -205,19 +206,19 @@ def test_last_best_and_a_step(tmp_path):
     run = make_run(tmp_path / "run", step=3, best=3)
     make_run(run, step=9, best=3)
     assert not torch.equal(checkpoint_unet(run, 3)["conv_in.weight"], checkpoint_unet(run, 9)["conv_in.weight"])
-    for wanted, step in (("last", 9), ("best", 3), ("3", 3), ("9", 9)):
-        done = export(run, tmp_path / "out.safetensors", wanted, "fp32", force=True)
-        assert done.step == step
-        weight = load_file(done.path)[f"{UNET_PREFIX}input_blocks.0.0.weight"]
+    for checkpoint, step in (("last", 9), ("best", 3), ("3", 3), ("9", 9)):
+        exported = export(run, tmp_path / "out.safetensors", checkpoint, "fp32", force=True)
+        assert exported.step == step
+        weight = load_file(exported.path)[f"{UNET_PREFIX}input_blocks.0.0.weight"]
         assert torch.equal(weight, checkpoint_unet(run, step)["conv_in.weight"])
 
 
-def test_the_prediction_that_was_trained_is_what_is_drawn_with(tmp_path):
+def test_the_exported_scheduler_has_the_trained_prediction(tmp_path):
     loss = {"prediction": "v_prediction", "zero_terminal_snr": True}
     run = make_run(tmp_path / "run", model={"base": "tiny", "clip_skip": 1}, loss=loss)
     *_, snr, skip = export(run, tmp_path / "out.safetensors").notes
     assert snr.startswith("trained with zero terminal SNR")
-    assert skip == "trained with clip_skip 1: draw with diffusers' clip_skip=1, A1111's Clip skip 2"
+    assert skip == "trained with clip_skip 1: use clip_skip=1 in diffusers, Clip skip 2 in A1111"
     assert export(run, tmp_path / "out").notes == [skip]
     scheduler = json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())
     assert (scheduler["_class_name"], scheduler["prediction_type"]) == ("DDIMScheduler", "v_prediction")

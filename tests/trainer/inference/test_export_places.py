@@ -1,4 +1,4 @@
-"""Where an export is written: what is replaced, what a failure leaves, and what is refused."""
+"""Where an export is written: what it replaces, what a failure leaves behind, and what is refused."""
 
 import os
 from collections import namedtuple
@@ -11,21 +11,21 @@ from safelight.trainer.inference.export import export
 from tests.trainer.inference.exported_runs import STEP, make_run
 
 
-def test_what_is_there_is_replaced_only_by_force(tiny_run, tmp_path):
+def test_an_export_is_replaced_only_with_force(tiny_run, tmp_path):
     for place in (tmp_path / "out.safetensors", tmp_path / "out"):
         export(tiny_run, place, dtype="fp32")
         before = sorted((path.name, path.stat().st_mtime_ns) for path in [place, *place.rglob("*")])
-        with pytest.raises(ValueError, match=rf"{place.name} exists already; name another with -o, or add --force"):
+        with pytest.raises(ValueError, match=rf"{place.name} already exists; name another with -o, or add --force"):
             export(tiny_run, place)
         assert sorted((path.name, path.stat().st_mtime_ns) for path in [place, *place.rglob("*")]) == before
         assert export(tiny_run, place, force=True).num_bytes < 10 * 10**6
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.safetensors"]
 
 
-def test_force_deletes_no_folder_of_another_kind(tiny_run, tmp_path):
+def test_force_replaces_only_exports(tiny_run, tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "mine.png").write_bytes(b"x")
-    with pytest.raises(ValueError, match="is a folder, but no diffusers folder, and --force does not delete it"):
+    with pytest.raises(ValueError, match="is not a diffusers folder, and --force replaces only those"):
         export(tiny_run, tmp_path / "photos", force=True)
     assert (tmp_path / "photos" / "mine.png").exists()
     (tmp_path / "folder.safetensors").mkdir()
@@ -37,7 +37,7 @@ def test_force_deletes_no_folder_of_another_kind(tiny_run, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["out.safetensors", "out"])
-def test_a_failure_half_way_leaves_what_was_there(tiny_run, tmp_path, monkeypatch, name):
+def test_a_failed_export_leaves_the_earlier_one_unchanged(tiny_run, tmp_path, monkeypatch, name):
     export(tiny_run, tmp_path / name)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
@@ -52,16 +52,18 @@ def test_a_failure_half_way_leaves_what_was_there(tiny_run, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("name", ["out.safetensors", "out"])
-def test_a_disk_without_room_is_told_before_anything_is_written(tiny_run, tmp_path, monkeypatch, name):
+def test_too_little_free_space_is_reported_before_anything_is_written(tiny_run, tmp_path, monkeypatch, name):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage(10**9, 10**9, 10**6))
-    with pytest.raises(ValueError, match=r"needs 0\.01 GiB, .* has 0\.00 GiB free; make room, or use --dtype fp16"):
+    with pytest.raises(
+        ValueError, match=r"needs 0\.01 GiB, .* has 0\.00 GiB free; free some space, or use --dtype fp16"
+    ):
         export(tiny_run, tmp_path / name)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_others_may_read_what_the_umask_lets_them(tiny_run, tmp_path):
-    """safetensors makes its files for the owner alone."""
+def test_files_get_the_permissions_of_the_umask(tiny_run, tmp_path):
+    """safetensors creates files that only their owner may read."""
     old = os.umask(0o022)
     try:
         for place in (tmp_path / "out.safetensors", tmp_path / "out"):
@@ -71,25 +73,28 @@ def test_others_may_read_what_the_umask_lets_them(tiny_run, tmp_path):
     assert {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()} == {0o644}
 
 
-def test_what_cannot_be_exported_is_one_line(tiny_run, tmp_path):
+def test_a_refused_export_is_one_line(tiny_run, tmp_path):
     out = tmp_path / "out.safetensors"
     for run, place, options, line in (
         (tmp_path / "none", out, {}, r"none is not a run folder: it has no config\.toml"),
         (tiny_run, out, {"checkpoint": "base"}, "checkpoint 'base' is not in .*; use last, best or one of 7"),
         (tiny_run, out, {"checkpoint": "8"}, "checkpoint '8' is not in"),
-        (tiny_run, tmp_path / "out.ckpt", {}, r"only \.safetensors files and diffusers folders are written, no \.ckpt"),
+        (
+            tiny_run,
+            tmp_path / "out.ckpt",
+            {},
+            r"\.ckpt files cannot be written; name a \.safetensors file, or a folder",
+        ),
     ):
         with pytest.raises(ValueError, match=line):
             export(run, place, **options)
     run = make_run(tmp_path / "large", largest=1e5)
-    with pytest.raises(ValueError, match=r"conv_in\.bias reaches 1e\+05, above fp16's 65504; use --dtype bf16"):
+    with pytest.raises(ValueError, match=r"conv_in\.bias has values up to 1e\+05, above fp16's limit of 65504; use"):
         export(run, out)
     assert export(run, out, dtype="bf16").path == out
     config = run / "config.toml"
     config.write_text(config.read_text().replace('base = "tiny"', 'base = "random:small"'))
-    with pytest.raises(
-        ValueError, match=r"does not fit the UNet that model\.base names now: was it changed since the run\?"
-    ):
+    with pytest.raises(ValueError, match=r"does not fit the UNet that model\.base names; restore the base"):
         export(run, tmp_path / "other.safetensors", dtype="bf16")
     (folder_of(run, STEP) / "state.safetensors").write_bytes(b"damaged")
     with pytest.raises(ValueError, match=r"is damaged: state\.safetensors"):

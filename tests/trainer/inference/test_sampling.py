@@ -1,4 +1,4 @@
-"""Sampling against diffusers' own pipeline, and noise that depends on (seed, index) alone."""
+"""Sampling equals diffusers' own pipeline, and noise depends only on (seed, index)."""
 
 from dataclasses import replace
 
@@ -67,9 +67,9 @@ def test_equals_diffusers_pipeline(parts, sampler, cfg):
 def test_an_image_does_not_depend_on_its_neighbours(parts):
     unet, codec, text, negative, schedule = parts
     whole = pixels(generate(*parts, SETTINGS))
-    by_one = pixels(generate(*parts, SETTINGS, batch_size=1))
+    one_by_one = pixels(generate(*parts, SETTINGS, batch_size=1))
     alone = pixels(generate(unet, codec, text[2:], negative, schedule, SETTINGS, indices=[2]))
-    assert np.abs(whole - by_one).max() <= 1
+    assert np.abs(whole - one_by_one).max() <= 1
     assert np.abs(whole[2:] - alone).max() <= 1
 
 
@@ -92,7 +92,7 @@ def test_guidance_is_an_extrapolation_and_the_caption_matters(parts):
     assert np.abs(guided - plain).mean() > 0.5
 
 
-def test_progress_counts_the_denoising_steps_of_all_batches_and_may_end_them(parts):
+def test_progress_counts_the_denoising_steps_of_all_batches_and_can_stop_them(parts):
     seen = []
     generate(*parts, SETTINGS, batch_size=2, progress=lambda done, total: seen.append((done, total)))
     total = 2 * SETTINGS.steps
@@ -105,12 +105,12 @@ def test_progress_counts_the_denoising_steps_of_all_batches_and_may_end_them(par
         generate(*parts, SETTINGS, progress=stop)
 
 
-def test_a_size_the_latents_do_not_divide_is_refused(parts):
+def test_a_size_that_is_not_a_multiple_of_the_latent_factor_is_refused(parts):
     with pytest.raises(ValueError, match="width 50 is not a multiple of 4; use 48 or 52"):
         generate(*parts, replace(SETTINGS, width=50))
 
 
-def test_unknown_sampler_is_named(parts):
+def test_an_unknown_sampler_is_refused(parts):
     with pytest.raises(ValueError, match="ddim, dpm"):
         make_scheduler(parts[-1], "magic")
 

@@ -7,7 +7,8 @@ from safelight.bench.counting.profiled import allocated_peak
 from safelight.data.batches import Batch
 from safelight.data.buckets import Bucket
 from safelight.kernels.unet.attention import attention_cases, choose_attention
-from safelight.trainer.config.toml import Config, parse_config
+from safelight.trainer.config.schema import Config
+from safelight.trainer.config.toml import parse_config
 from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.memory_plan.allocation_trace import (
     ACTIVATIONS,

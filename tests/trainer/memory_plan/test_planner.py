@@ -16,7 +16,8 @@ from safelight.bench.counting.profiled import allocated_peak
 from safelight.kernels.optim.blockwise_8bit import in_memory_order
 from safelight.kernels.optim.split_weights import split_nearest
 from safelight.kernels.unet.checkpointing import MODES
-from safelight.trainer.config.toml import Config, parse_config, to_toml
+from safelight.trainer.config.schema import Config
+from safelight.trainer.config.toml import parse_config, to_toml
 from safelight.trainer.memory_plan.allocation_trace import MASTER, OPTIMIZER
 from safelight.trainer.memory_plan.estimator import dtype_on, most_graphs
 from safelight.trainer.memory_plan.gpus import (

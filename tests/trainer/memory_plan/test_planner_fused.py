@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from safelight.kernels.unet.checkpointing import MODES
 from safelight.trainer.checkpoint.files import folder_of, list_checkpoints
 from safelight.trainer.checkpoint.identity import identify
-from safelight.trainer.config.toml import Optimizer, parse_config
+from safelight.trainer.config.schema import Optimizer
+from safelight.trainer.config.toml import parse_config
 from safelight.trainer.memory_plan.candidate import Need
 from safelight.trainer.memory_plan.gpus import Card, find_card
 from safelight.trainer.memory_plan.planner import Planner

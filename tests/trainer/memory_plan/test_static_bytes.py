@@ -13,8 +13,9 @@ from safelight.output.plan_json import with_json_names
 from safelight.output.plan_table import duration
 from safelight.trainer.checkpoint.files import Position, save_checkpoint
 from safelight.trainer.checkpoint.identity import identify
+from safelight.trainer.config.schema import Optimizer
 from safelight.trainer.config.timeline import Timeline
-from safelight.trainer.config.toml import Optimizer, parse_config, to_toml
+from safelight.trainer.config.toml import parse_config, to_toml
 from safelight.trainer.dataset import open_dataset
 from safelight.trainer.memory_plan.static_bytes import cache_bytes, static_bytes, table
 from safelight.trainer.models.base import resolve_base

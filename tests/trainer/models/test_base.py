@@ -1,4 +1,4 @@
-"""Where models come from, and what is refused."""
+"""Where a base may come from, and which ones are refused."""
 
 import json
 import shutil
@@ -13,10 +13,10 @@ from safelight.trainer.models.base import resolve_base, tiny_folder
 from safelight.trainer.models.weights import check_unet, fingerprint, load_unet
 from tests.trainer.models.tiny_base import WEIGHTS, load
 
-# where a base may be
+# folders and names
 
 
-def test_tiny_is_embedded_and_small(tiny):
+def test_tiny_is_built_in_and_small(tiny):
     assert tiny.folder == tiny_folder()
     assert not tiny.from_scratch
     size = sum(path.stat().st_size for path in tiny_folder().rglob("*") if path.is_file())
@@ -24,22 +24,24 @@ def test_tiny_is_embedded_and_small(tiny):
     assert not [path for path in tiny_folder().rglob("*") if path.suffix in (".bin", ".ckpt", ".pt", ".pth", ".pkl")]
 
 
-def test_a_diffusers_folder_is_taken_as_it_is(base_folder, tiny):
+def test_a_diffusers_folder_is_used_in_place(base_folder, tiny):
     base = resolve_base(str(base_folder))
     assert (base.folder, base.from_scratch) == (base_folder, False)
     assert base.config_of("unet") == tiny.config_of("unet")
     assert base.config_of("scheduler")["prediction_type"] == "epsilon"
 
 
-def test_a_name_of_random_weights_that_is_unknown():
+def test_an_unknown_random_base_is_refused():
     with pytest.raises(
         ValueError, match="'random:sd9' is unknown; use one of random:sd15, random:sd21, random:sdxl, random:small"
     ):
         resolve_base("random:sd9")
 
 
-def test_a_folder_that_is_no_diffusers_folder(tmp_path):
-    with pytest.raises(ValueError, match=r"is no diffusers folder: it has no model_index\.json"):
+def test_a_folder_without_a_model_index_is_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"is not a diffusers folder: it has no model_index\.json; give a diffusers folder"
+    ):
         resolve_base(str(tmp_path))
 
 
@@ -53,30 +55,30 @@ def test_a_folder_that_is_no_diffusers_folder(tmp_path):
 )
 def test_other_kinds_of_pipeline_are_refused(tmp_path, index):
     (tmp_path / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=f"is a {index['_class_name']}; only Stable Diffusion 1.x and 2.x"):
+    with pytest.raises(ValueError, match=f"is a {index['_class_name']}; so far only Stable Diffusion 1.x and 2.x"):
         resolve_base(str(tmp_path))
 
 
-def test_an_index_or_config_that_is_broken_or_missing(base_folder):
+def test_a_broken_or_missing_index_or_config_is_refused(base_folder):
     (base_folder / "unet" / "config.json").unlink()
-    with pytest.raises(ValueError, match=r"unet/config\.json is missing; a diffusers folder has unet/config\.json"):
+    with pytest.raises(ValueError, match=r"unet/config\.json is missing; every diffusers folder has unet/config\.json"):
         resolve_base(str(base_folder)).config_of("unet")
     (base_folder / "model_index.json").write_text("{")
-    with pytest.raises(ValueError, match=r"model_index\.json is not readable as JSON"):
+    with pytest.raises(ValueError, match=r"model_index\.json is not valid JSON"):
         resolve_base(str(base_folder))
 
 
 @pytest.mark.parametrize(
     ("spec", "reason"),
     [
-        ("owner/missing", "could not be had from the hub"),
-        ("no such/thing/at all", "neither a folder here nor a hub id"),
+        ("owner/missing", "could not be downloaded from Hugging Face"),
+        ("no such/thing/at all", "neither a folder on this machine nor a Hugging Face id"),
     ],
 )
-def test_a_base_that_cannot_be_had_is_one_clear_line(tmp_path, monkeypatch, capsys, spec, reason):
+def test_a_base_that_cannot_be_found_or_downloaded_is_one_line(tmp_path, monkeypatch, capsys, spec, reason):
     import huggingface_hub.constants
 
-    # what HF_HUB_OFFLINE=1 sets, were it set before the import
+    # as HF_HUB_OFFLINE=1, which is read at import
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     (tmp_path / "run.toml").write_text(to_toml(parse_config({"model": {"base": spec}}, "here")))
@@ -87,14 +89,14 @@ def test_a_base_that_cannot_be_had_is_one_clear_line(tmp_path, monkeypatch, caps
     assert reason in lines[0]
 
 
-def test_a_download_shows_its_progress_where_libraries_are_silenced():
-    """Gigabytes on their way are shown; what is on the disk already, or comes at once, is not."""
+def test_a_download_shows_its_progress_although_libraries_are_silenced():
+    """A slow download has a bar; cached files and quick downloads have none."""
     code = (
         "import time\nfrom safelight.__main__ import quiet_libraries\nquiet_libraries()\n"
         "from huggingface_hub.utils.tqdm import _create_progress_bar\n"
-        "from safelight.trainer.models.hub import late_bar\n"
+        "from safelight.trainer.models.hub import delayed_bar\n"
         "for name, seconds in (('slow', 2.2), ('quick', 0)):\n"
-        "    with _create_progress_bar(cls=late_bar(), log_level=40, desc=name, total=2) as bar:\n"
+        "    with _create_progress_bar(cls=delayed_bar(), log_level=40, desc=name, total=2) as bar:\n"
         "        time.sleep(seconds)\n        bar.mininterval = 0\n        bar.update(1)\n        bar.update(1)\n"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stderr
@@ -105,33 +107,35 @@ def test_a_download_shows_its_progress_where_libraries_are_silenced():
 # the hub
 
 
-def test_a_hub_model_that_is_not_supported_is_refused_before_its_weights_are_fetched(tmp_path, monkeypatch):
+def test_an_unsupported_hub_model_is_refused_before_its_weights_are_downloaded(tmp_path, monkeypatch):
     import huggingface_hub
 
-    asked = []
+    requested = []
 
     def snapshot_download(spec, allow_patterns, **options):
-        asked.append(allow_patterns)
+        requested.append(allow_patterns)
         (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     with pytest.raises(
-        ValueError, match=r"model\.base 'owner/xl' is a StableDiffusionXLPipeline; only Stable Diffusion 1"
+        ValueError, match=r"model\.base 'owner/xl' is a StableDiffusionXLPipeline; so far only Stable Diffusion 1"
     ):
         resolve_base("owner/xl")
-    assert asked == [["*.json", "*.txt"]]
+    assert requested == [["*.json", "*.txt"]]
     (tmp_path / "model_index.json").unlink()
     shutil.copytree(tiny_folder(), tmp_path, dirs_exist_ok=True)
     monkeypatch.setattr(
-        huggingface_hub, "snapshot_download", lambda *a, allow_patterns, **o: asked.append(allow_patterns) or tmp_path
+        huggingface_hub,
+        "snapshot_download",
+        lambda *a, allow_patterns, **o: requested.append(allow_patterns) or tmp_path,
     )
     assert resolve_base("owner/sd").folder == tmp_path
-    assert asked[-1] == ["*.json", "*.txt", *(f"{part}/*.safetensors" for part in ("unet", "vae", "text_encoder"))]
+    assert requested[-1] == ["*.json", "*.txt", *(f"{part}/*.safetensors" for part in ("unet", "vae", "text_encoder"))]
 
 
-def test_a_hub_model_of_halves_alone_is_fetched_and_one_of_both_comes_in_fp32(tmp_path, monkeypatch):
-    """The hub is a folder here, and what is asked of it is filtered as the hub's own client does."""
+def test_fp16_weights_are_downloaded_only_for_parts_without_fp32_ones(tmp_path, monkeypatch):
+    """A folder stands in for the hub; file names are filtered by the hub client's own function."""
     import huggingface_hub
 
     hub = tmp_path / "hub"
@@ -152,8 +156,8 @@ def test_a_hub_model_of_halves_alone_is_fetched_and_one_of_both_comes_in_fp32(tm
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     base = resolve_base("owner/sd")
-    found = {path.name for path in base.folder.rglob("*.safetensors")}
-    assert found == {"diffusion_pytorch_model.fp16.safetensors", WEIGHTS["vae"], WEIGHTS["text_encoder"]}
+    downloaded = {path.name for path in base.folder.rglob("*.safetensors")}
+    assert downloaded == {"diffusion_pytorch_model.fp16.safetensors", WEIGHTS["vae"], WEIGHTS["text_encoder"]}
     assert not list((base.folder / "vae").glob("*fp16*"))
     check_unet(base)
     assert fingerprint(load_unet(base, 0)) == fingerprint(load("unet", tiny_folder()))

@@ -1,4 +1,4 @@
-"""The device and the dtype that a run's settings come to."""
+"""run.device and model.precision are resolved on a CPU, a T4 and a newer GPU."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from safelight.trainer.models.device import pick_device, pick_dtype
 CPU = torch.device("cpu")
 
 
-def test_the_device_and_dtype_that_are_taken(monkeypatch):
+def test_device_and_dtype(monkeypatch):
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert pick_device("auto") == pick_device("cpu") == CPU
@@ -16,7 +16,7 @@ def test_the_device_and_dtype_that_are_taken(monkeypatch):
         pick_device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    # with its number, as tensors tell it: torch.cuda.set_per_process_memory_fraction refuses a device without
+    # with an index, which torch.cuda.set_per_process_memory_fraction requires
     assert pick_device("auto") == pick_device("cuda") == gpu
     assert pick_dtype("auto", CPU) == torch.float32
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):

@@ -1,4 +1,4 @@
-"""The encoders give what diffusers' own calls give, and the embedded base is one that diffusers draws with."""
+"""The encoders return what diffusers' own calls return, and diffusers can draw with the built-in base."""
 
 import functools
 import json
@@ -21,7 +21,7 @@ CAPTIONS = ["a large red circle on a grey background", "", "An Émigré's cat; �
 def pipeline():
     from diffusers import StableDiffusionPipeline
 
-    # the plain way, without a dtype: every part comes in fp32
+    # without a dtype, so that every part is loaded in fp32
     pipe = StableDiffusionPipeline.from_pretrained(tiny_folder())
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -31,19 +31,19 @@ def test_a_caption_fingerprint_changes_with_clip_skip_and_vocabulary(tiny, tmp_p
     tokenizer, text_encoder = load_text(tiny, "", 0)
     prints = {CaptionEncoder(tokenizer, text_encoder, CPU, skip).fingerprint for skip in (0, 1)}
     folder = shutil.copytree(tiny_folder() / "tokenizer", tmp_path / "tokenizer")
-    table = json.loads((folder / "tokenizer.json").read_text())
-    vocabulary = table["model"]["vocab"]
+    contents = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = contents["model"]["vocab"]
     first, second = list(vocabulary)[300:302]
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
-    (folder / "tokenizer.json").write_text(json.dumps(table))
+    (folder / "tokenizer.json").write_text(json.dumps(contents))
     other = type(tokenizer).from_pretrained(folder)
     prints.add(CaptionEncoder(other, text_encoder, CPU).fingerprint)
     assert len(prints) == 3
 
 
-def test_a_clip_skip_that_leaves_no_layer(tiny):
+def test_a_clip_skip_that_leaves_no_layer_is_refused(tiny):
     tokenizer, text_encoder = load_text(tiny, "", 0)
-    with pytest.raises(ValueError, match="clip_skip 2 leaves no layer of 2; use at most 1"):
+    with pytest.raises(ValueError, match="clip_skip 2 leaves none of the text encoder's 2 layers; use 1 or less"):
         CaptionEncoder(tokenizer, text_encoder, CPU, 2)
 
 
@@ -81,8 +81,8 @@ def test_an_autoencoder_tiny_in_place_of_the_bases_vae(tiny, small_taesd, pixels
     assert torch.equal(codec.decode(latents), expected)
 
 
-def test_a_folder_that_is_no_autoencoder(tiny, tmp_path):
-    with pytest.raises(ValueError, match=r"is no autoencoder folder: it has no config\.json"):
+def test_a_folder_of_something_else_than_an_autoencoder_is_refused(tiny, tmp_path):
+    with pytest.raises(ValueError, match=r"is not an autoencoder's folder: it has no config\.json; give"):
         load_vae(tiny, str(tmp_path), 0)
     with pytest.raises(ValueError, match="is a UNet2DConditionModel; use an AutoencoderKL or AutoencoderTiny"):
         load_vae(tiny, str(tiny_folder() / "unet"), 0)
@@ -90,19 +90,21 @@ def test_a_folder_that_is_no_autoencoder(tiny, tmp_path):
 
 @pytest.mark.parametrize("clip_skip", [0, 1])
 def test_embeddings_are_those_of_diffusers(tiny, pipeline, clip_skip, monkeypatch):
-    """diffusers' clip_skip 1 is the output of the pre-final layer."""
+    """In diffusers, clip_skip 1 is the output of the layer before the last."""
     if not hasattr(pipeline.text_encoder, "text_model"):
-        # diffusers 0.42 still looks for the wrapper that transformers 5 did away with
+        # diffusers 0.42 still expects the wrapper that transformers 5 removed
         wrapper = property(lambda text_encoder: text_encoder)
         monkeypatch.setattr(type(pipeline.text_encoder), "text_model", wrapper, raising=False)
     encoder = CaptionEncoder(*load_text(tiny, "", 0), CPU, clip_skip)
     with torch.no_grad():
         expected, empty = pipeline.encode_prompt(CAPTIONS, CPU, 1, True, [""] * 3, clip_skip=clip_skip or None)
-    found = encoder.encode(CAPTIONS)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
-    assert (expected[0] - expected[1]).abs().max() > 1e-3, "all captions look alike: this base compares nothing"
+    encoded = encoder.encode(CAPTIONS)
+    torch.testing.assert_close(encoded, expected, rtol=0, atol=1e-6)
+    assert (expected[0] - expected[1]).abs().max() > 1e-3, (
+        "the captions have equal embeddings, so the comparison above shows nothing"
+    )
     if clip_skip == 0:
-        torch.testing.assert_close(found[1], empty[0], rtol=0, atol=1e-6)
+        torch.testing.assert_close(encoded[1], empty[0], rtol=0, atol=1e-6)
 
 
 def test_clip_skip_changes_the_embeddings(tiny):
@@ -131,18 +133,18 @@ def tiny_tokenizer():
 
 @settings(deadline=None, max_examples=100)
 @given(text=st.text(max_size=40))
-def test_any_text_is_written_in_known_tokens(text):
+def test_any_text_is_encoded_without_unknown_tokens(text):
     tokenizer = tiny_tokenizer()
     ids = tokenizer(text, truncation=False).input_ids
     assert (ids[0], ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
-    # the unknown token is the end token; it must not stand in for anything
+    # the end token doubles as the unknown token, so it must not occur in between
     assert not {tokenizer.bos_token_id, tokenizer.eos_token_id} & set(ids[1:-1])
-    # words are spaced anew and lower-cased, as CLIP does; nothing else may be lost
+    # CLIP normalizes white space and case; nothing else may be lost
     normal = tokenizer.backend_tokenizer.normalizer.normalize_str(text)
     assert "".join(tokenizer.decode(ids, skip_special_tokens=True).split()) == "".join(normal.split())
 
 
-def test_diffusers_draws_with_the_embedded_folder(pipeline):
+def test_diffusers_draws_with_the_built_in_folder(pipeline):
     def draw(prompt: str, seed: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)
         images = pipeline(prompt, height=64, width=48, num_inference_steps=3, generator=generator, output_type="pt")

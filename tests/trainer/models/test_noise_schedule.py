@@ -1,4 +1,4 @@
-"""The mathematics against diffusers' schedulers and against its own identities."""
+"""The noise schedule against diffusers' schedulers and against mathematical identities."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Single files: every part of one is the part it was made from, and what it is not is told in a line."""
+"""Single files: their parts equal the parts that they were made from; other files are refused with what they are."""
 
 import json
 import pickle
@@ -32,10 +32,10 @@ TEXT = "cond_stage_model."
 
 @pytest.fixture(scope="module")
 def tensors(tiny) -> dict[str, torch.Tensor]:
-    """The tiny base in the original layout, fp16 as it is kept, with a few tensors that training code left there."""
+    """The tiny base in the original layout, in fp16 as it is stored, with some of the training code's own tensors."""
     unet = load_unet(tiny, 0, torch.float16)
     state, vae, text = unet.state_dict(), load_vae(tiny, "", 0).half().state_dict(), load_text(tiny, "", 0)[1].half()
-    left = {
+    leftovers = {
         "betas": torch.zeros(1000),
         "model_ema.decay": torch.zeros(()),
         "first_stage_model.loss.logvar": torch.zeros(()),
@@ -45,7 +45,7 @@ def tensors(tiny) -> dict[str, torch.Tensor]:
         | to_original(vae, vae_layout(vae))
         | to_original(text.state_dict(), clip_layout(text.state_dict()))
         | {f"{CLIP_PREFIX}embeddings.position_ids": torch.arange(48)[None]}
-        | left
+        | leftovers
     )
 
 
@@ -69,18 +69,18 @@ def prints(base, vae: str = "") -> list[str]:
     return [fingerprint(m) for m in (load_unet(base, 0), load_vae(base, vae, 0), load_text(base, "", 0)[1])]
 
 
-# what is read is what was written
+# loading
 
 
-@pytest.mark.parametrize("lacking", [(), (VAE_PREFIX,), (TEXT,), (VAE_PREFIX, TEXT)])
-def test_a_file_with_and_without_its_frozen_parts(tiny, tensors, write, lacking):
-    base = resolve_base(write(without(tensors, *lacking)), "tiny")
+@pytest.mark.parametrize("missing", [(), (VAE_PREFIX,), (TEXT,), (VAE_PREFIX, TEXT)])
+def test_a_file_with_and_without_its_frozen_parts(tiny, tensors, write, missing):
+    base = resolve_base(write(without(tensors, *missing)), "tiny")
     assert prints(base) == prints(tiny)
     assert load_text(base, "", 0)[0].get_vocab() == load_text(tiny, "", 0)[0].get_vocab()
     assert not any(p.requires_grad for m in (load_vae(base, "", 0), load_text(base, "", 0)[1]) for p in m.parameters())
 
 
-def test_its_own_frozen_parts_go_before_the_folders(tiny, tensors, write):
+def test_a_files_frozen_parts_are_preferred_to_the_folders(tiny, tensors, write):
     changed = {
         name: t * 1.5 if name.startswith((VAE_PREFIX, TEXT)) and t.is_floating_point() else t
         for name, t in tensors.items()
@@ -104,7 +104,7 @@ def test_fp32_weights_keep_every_bit_and_16_bit_ones_are_exact(tensors, write):
     assert load_unet(resolve_base(write(exact), "tiny"), 0, torch.bfloat16).dtype == torch.bfloat16
 
 
-def test_open_clip_of_sd2_with_the_layer_nobody_uses(tiny, tensors, write):
+def test_open_clip_of_sd2_with_its_unused_last_layer(tiny, tensors, write):
     state = load_text(tiny, "", 0)[1].state_dict()
     unused = {
         f"{TEXT}model.transformer.resblocks.2.ln_1.weight": torch.ones(128),
@@ -119,10 +119,10 @@ def test_text_encoders_named_as_before_transformers_4(tiny, tensors, write):
     assert prints(resolve_base(write(old), "tiny")) == prints(tiny)
 
 
-@pytest.mark.parametrize("said", ["v", "epsilon", None])
-def test_a_files_own_word_on_its_prediction_goes_before_the_schedulers(tensors, write, said):
-    base = resolve_base(write(tensors, said and {"modelspec.prediction_type": said}), "tiny")
-    assert base.config_of("scheduler")["prediction_type"] == {"v": "v_prediction"}.get(said, "epsilon")
+@pytest.mark.parametrize("prediction", ["v", "epsilon", None])
+def test_a_files_prediction_type_overrides_the_schedulers(tensors, write, prediction):
+    base = resolve_base(write(tensors, prediction and {"modelspec.prediction_type": prediction}), "tiny")
+    assert base.config_of("scheduler")["prediction_type"] == {"v": "v_prediction"}.get(prediction, "epsilon")
 
 
 def test_a_run_starts_from_a_file(tensors, write, make_config):
@@ -143,7 +143,7 @@ def test_a_run_starts_from_a_file(tensors, write, make_config):
 
 
 @pytest.mark.parametrize("kind", ["prefixed", "bare", "matrices", "diffusers", "older diffusers"])
-def test_an_autoencoders_file_in_any_layout(tiny, tensors, write, kind):
+def test_an_autoencoder_file_in_any_layout(tiny, tensors, write, kind):
     vae = {name: t * 1.5 for name, t in tensors.items() if name.startswith(VAE_PREFIX) and "loss" not in name}
     if kind == "bare":
         vae = {name.removeprefix(VAE_PREFIX): tensor for name, tensor in vae.items()}
@@ -161,7 +161,7 @@ def test_an_autoencoders_file_in_any_layout(tiny, tensors, write, kind):
     assert fingerprint(load_vae(tiny, write(vae), 0)) == fingerprint(expected.float())
 
 
-def test_an_autoencoder_beside_a_file_that_has_none(tiny, tensors, write, tmp_path):
+def test_a_separate_autoencoder_for_a_file_without_one(tiny, tensors, write, tmp_path):
     vae = tmp_path / "vae.safetensors"
     shutil.copy(tiny_folder() / "vae" / "diffusion_pytorch_model.safetensors", vae)
     toml = tmp_path / "run.toml"
@@ -172,21 +172,21 @@ def test_an_autoencoder_beside_a_file_that_has_none(tiny, tensors, write, tmp_pa
     assert main(["plan", str(toml), "--json"]) == 0
 
 
-def test_a_file_that_is_no_autoencoder_of_the_base(tiny, tensors, write, small_taesd, tmp_path):
+def test_a_file_that_does_not_have_the_bases_autoencoder_is_refused(tiny, tensors, write, small_taesd, tmp_path):
     with pytest.raises(ValueError, match=r"^model\.vae '.*' is an AutoencoderTiny; give its diffusers folder"):
         load_vae(tiny, str(small_taesd / "diffusion_pytorch_model.safetensors"), 0)
-    with pytest.raises(ValueError, match=r"holds no autoencoder \(its first tensor is cond_stage"):
+    with pytest.raises(ValueError, match=r"does not contain an autoencoder \(its first tensor is cond_stage"):
         load_vae(tiny, write(without(tensors, VAE_PREFIX, "betas", "model")), 0)
-    with pytest.raises(ValueError, match=r"its autoencoder (lacks|does not fit).* model\.base 'random:small'"):
+    with pytest.raises(ValueError, match=r"its autoencoder does not fit model\.base 'random:small'"):
         load_vae(resolve_base("random:small"), write(tensors), 0)
     with pytest.raises(ValueError, match=r"does not exist"):
         load_vae(tiny, str(tmp_path / "none.safetensors"), 0)
     (tmp_path / "vae.pt").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"vae\.pt' is no \.safetensors file; other formats can run code"):
+    with pytest.raises(ValueError, match=r"vae\.pt' is not a \.safetensors file; other formats can run code"):
         load_vae(tiny, str(tmp_path / "vae.pt"), 0)
 
 
-# what a file is, by its tensors
+# recognizing other files
 
 
 def shaped(**shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
@@ -194,78 +194,79 @@ def shaped(**shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
 
 
 IN = f"{UNET_PREFIX}input_blocks.0.0.weight"
+SUPPORTED = "so far only Stable Diffusion 1.x and 2.x are supported"
 REFUSED = {
     "LoRA of kohya": (
         shaped(**{"lora_unet_down_blocks_0.lora_down.weight": (4, 8)}),
-        "is a LoRA, which holds differences only",
+        "is a LoRA, which only contains changes to a model; give the full model",
     ),
     "LoRA of peft": (
         shaped(**{"unet.down_blocks.0.to_q.lora_A.weight": (4, 8)}),
-        "is a LoRA, which holds differences only",
+        "is a LoRA, which only contains changes to a model; give the full model",
     ),
     "embedding": (shaped(emb_params=(2, 768)), "is a textual inversion embedding"),
     "ControlNet": (shaped(**{"control_model.zero_convs.0.0.weight": (1, 1)}), "is a ControlNet"),
     "SDXL": (
         shaped(**{CROSS: (8, 2048), "conditioner.embedders.1.model.ln_final.bias": (8,)}),
-        "is Stable Diffusion XL; only Stable Diffusion 1.x and 2.x",
+        f"is Stable Diffusion XL; {SUPPORTED}",
     ),
-    "SDXL's UNet": (
-        shaped(**{CROSS: (8, 2048), IN: (8, 4, 3, 3)}),
-        "is Stable Diffusion XL; only Stable Diffusion 1.x and 2.x",
-    ),
+    "SDXL's UNet": (shaped(**{CROSS: (8, 2048), IN: (8, 4, 3, 3)}), f"is Stable Diffusion XL; {SUPPORTED}"),
     "SD3": (
         shaped(**{f"{UNET_PREFIX}joint_blocks.0.x_block.attn.proj.bias": (8,)}),
-        "is Stable Diffusion 3; only Stable Diffusion 1.x and 2.x",
+        f"is Stable Diffusion 3; {SUPPORTED}",
     ),
-    "Flux": (shaped(**{"double_blocks.0.img_attn.proj.bias": (8,)}), "is Flux; only Stable Diffusion 1.x and 2.x"),
+    "Flux": (shaped(**{"double_blocks.0.img_attn.proj.bias": (8,)}), f"is Flux; {SUPPORTED}"),
     "inpainting": (
         shaped(**{CROSS: (8, 768), IN: (8, 9, 3, 3)}),
-        "takes 9 latent channels, as inpainting and editing models do",
+        "is an inpainting or editing model, whose UNet has 9 input channels; give a text-to-image model",
     ),
     "bare UNet": (
         shaped(**{"input_blocks.0.0.weight": (8, 4, 3, 3)}),
-        "is a bare UNet without the prefix model.diffusion_model",
+        "is only the UNet of a model, without the prefix model.diffusion_model; give the full model",
     ),
     "diffusers' UNet": (
         shaped(**{"conv_in.bias": (8,), "down_blocks.0.resnets.0.conv1.bias": (8,)}),
-        "is a bare UNet with diffusers' names",
+        "is only the UNet of a model, with diffusers' names; save it",
     ),
     "VAE": (
         shaped(**{"first_stage_model.decoder.conv_in.bias": (8,)}),
-        "is an autoencoder alone; give it as model.vae",
+        "is only an autoencoder; set model.vae to it, and model.base to a full model",
     ),
     "bare VAE": (
         shaped(**{"decoder.conv_in.bias": (8,), "encoder.down.0.block.0.conv1.bias": (8,)}),
-        "is an autoencoder alone",
+        "is only an autoencoder",
     ),
-    "text encoder": (shaped(**{"text_model.final_layer_norm.bias": (8,)}), "is a text encoder alone"),
+    "text encoder": (
+        shaped(**{"text_model.final_layer_norm.bias": (8,)}),
+        "is only the text encoder of a model; give the full model",
+    ),
     "something": (
         shaped(abc=(2,)),
-        "is no Stable Diffusion: no tensor's name begins with model.diffusion_model. (the first is abc)",
+        "is not a Stable Diffusion model: no tensor's name begins with model.diffusion_model. (its first tensor is",
     ),
     "other network": (
         shaped(**{f"{UNET_PREFIX}layers.0.weight": (2,)}),
-        "is no Stable Diffusion: its network has no cross-attention",
+        f"is not a Stable Diffusion model: it has no cross-attention to text; {SUPPORTED}",
     ),
-    "nothing": ({}, "is no Stable Diffusion"),
+    "nothing": ({}, "is not a Stable Diffusion model"),
     "SD2": (
         shaped(**{CROSS: (8, 1024), IN: (8, 4, 3, 3)}),
-        "is Stable Diffusion 2.x, whose weights do not tell whether they predict epsilon or v; set model.config",
+        "is Stable Diffusion 2.x, and does not say whether it predicts epsilon or v; set model.config",
     ),
     "own size": (
         shaped(**{CROSS: (8, 128), IN: (8, 4, 3, 3)}),
-        "attends to width 128, not to 768 (1.x) or 1024 (2.x); set model.config",
+        "has a UNet for text embeddings of width 128, which is none of 768 (1.x) or 1024 (2.x); set model.config",
     ),
-    "no text": (shaped(**{CROSS: (8, 768), IN: (8, 4, 3, 3)}), "holds no text encoder; set model.config"),
+    "no text": (shaped(**{CROSS: (8, 768), IN: (8, 4, 3, 3)}), "does not contain a text encoder; set model.config"),
     "no VAE": (
         shaped(**{CROSS: (8, 768), f"{CLIP_PREFIX}final_layer_norm.bias": (8,)}),
-        "holds no autoencoder; set model.vae to one, or",
+        "does not contain an autoencoder; set model.vae to one, or",
     ),
 }
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_other_files_are_named_as_what_they_are(write, kind):
+def test_other_files_are_refused_with_what_they_are(write, kind):
     tensors, line = REFUSED[kind]
     path = write(tensors)
     with pytest.raises(ValueError, match=f"^model.base '{re.escape(path)}' {re.escape(line)}") as refused:
@@ -273,7 +274,7 @@ def test_other_files_are_named_as_what_they_are(write, kind):
     assert "\n" not in str(refused.value)
 
 
-def test_a_whole_sd1_file_wants_sd15s_configs_and_says_so_offline(write, tmp_path, monkeypatch, capsys):
+def test_a_full_sd1_file_needs_sd15s_configs_and_says_so_offline(write, tmp_path, monkeypatch, capsys):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -284,14 +285,14 @@ def test_a_whole_sd1_file_wants_sd15s_configs_and_says_so_offline(write, tmp_pat
     assert main(["plan", str(tmp_path / "run.toml")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(
-        "safelight plan: model.config 'stable-diffusion-v1-5/stable-diffusion-v1-5' is no folder here"
+        "safelight plan: model.config 'stable-diffusion-v1-5/stable-diffusion-v1-5' is not a folder on this machine"
     )
     assert line.endswith(
-        "set model.config to a diffusers folder: model.safetensors has no configs, tokenizer and scheduler of its own"
+        "set model.config to a diffusers folder, for the configs, tokenizer and scheduler that model.safetensors lacks"
     )
 
 
-def test_a_config_that_the_file_does_not_fit(tensors, write, tmp_path):
+def test_a_config_that_does_not_fit_the_file_is_refused(tensors, write, tmp_path):
     folder = Path(shutil.copytree(tiny_folder(), tmp_path / "other"))
     for part, changes in (("unet", {"cross_attention_dim": 64}), ("text_encoder", {"vocab_size": 7})):
         path = folder / part / "config.json"
@@ -308,25 +309,29 @@ def test_a_config_that_the_file_does_not_fit(tensors, write, tmp_path):
     ):
         load_text(base, "", 0)
     with pytest.raises(
-        ValueError, match=r"model\.config 'x' is for a single \.safetensors file; model\.base 'tiny' is none"
+        ValueError,
+        match=r"model\.config 'x' is only for .* single \.safetensors file, and model\.base 'tiny' is not;",
     ):
         resolve_base("tiny", "x")
-    with pytest.raises(ValueError, match=r"model\.config .* is no diffusers folder: it has no model_index\.json"):
+    with pytest.raises(ValueError, match=r"model\.config .* is not a diffusers folder: it has no model_index\.json"):
         resolve_base(write(tensors), str(tmp_path))
     (folder / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
-    with pytest.raises(ValueError, match=r"model\.config .* is a StableDiffusionXLPipeline; only"):
+    with pytest.raises(ValueError, match=r"model\.config .* is a StableDiffusionXLPipeline; so far only"):
         resolve_base(write(tensors), str(folder))
 
 
-def test_a_gap_something_more_or_quantised_weights_are_refused(tensors, write):
+def test_missing_unexpected_and_quantized_tensors_are_refused(tensors, write):
     name = f"{UNET_PREFIX}middle_block.1.proj_in.weight"
     for changed, line in (
-        (without(tensors, name), rf"its UNet lacks 1 of the tensors of model\.config 'tiny', the first is {name}"),
+        (
+            without(tensors, name),
+            rf"its UNet does not fit model\.config 'tiny': 1 tensors are missing, the first is {name}",
+        ),
         (
             {**tensors, f"{UNET_PREFIX}label_emb.0.0.bias": torch.zeros(3)},
-            "its UNet has 1 tensors more than model.config 'tiny', the first is",
+            r"its UNet does not fit model\.config 'tiny': 1 tensors are unexpected, the first is",
         ),
-        ({**tensors, name: tensors[name].to(torch.float8_e4m3fn)}, rf"is quantised \({name} is F8_E4M3\)"),
+        ({**tensors, name: tensors[name].to(torch.float8_e4m3fn)}, rf"is quantized \({name} is F8_E4M3\)"),
     ):
         with pytest.raises(ValueError, match=line):
             load_unet(resolve_base(write(changed), "tiny"), 0)
@@ -334,13 +339,13 @@ def test_a_gap_something_more_or_quantised_weights_are_refused(tensors, write):
             check_unet(resolve_base(write(changed), "tiny"))
 
 
-def test_a_file_that_is_cut_short_or_missing(tensors, write, tmp_path):
+def test_a_truncated_or_missing_file_is_refused(tensors, write, tmp_path):
     path = Path(write(tensors))
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"model\.safetensors' is damaged or no safetensors file"):
+    with pytest.raises(ValueError, match=r"model\.safetensors' is damaged or not a safetensors file"):
         resolve_base(str(path), "tiny")
     path.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"model\.safetensors' is damaged or no safetensors file"):
+    with pytest.raises(ValueError, match=r"model\.safetensors' is damaged or not a safetensors file"):
         resolve_base(str(path), "tiny")
     with pytest.raises(ValueError, match=r"none\.safetensors' does not exist"):
         resolve_base(str(tmp_path / "none.safetensors"))
@@ -351,22 +356,22 @@ def test_a_file_of_another_format_is_refused_and_never_opened(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(pickle.dumps(Opened(tmp_path / "opened")))
     with pytest.raises(
-        ValueError, match=rf"{name}' is no \.safetensors file; other formats can run code and are never opened"
+        ValueError, match=rf"{name}' is not a \.safetensors file; other formats can run code and are never opened"
     ):
         resolve_base(str(path))
     shutil.copy(path, tmp_path / "renamed.safetensors")
-    with pytest.raises(ValueError, match="is damaged or no safetensors file"):
+    with pytest.raises(ValueError, match="is damaged or not a safetensors file"):
         resolve_base(str(tmp_path / "renamed.safetensors"))
     assert not (tmp_path / "opened").exists()
     pickle.loads(path.read_bytes()).close()
     assert (tmp_path / "opened").exists(), "the pickle of this test does nothing"
 
 
-def test_tensors_are_read_as_the_file_has_them(tensors, write):
-    """No tensor twice, none that is not asked for: a UNet alone is read of 4 GB."""
+def test_only_the_requested_tensors_are_read_and_each_once(tensors, write):
+    """Loading the UNet of a 4 GB file must not read the other parts."""
     import safelight.trainer.models.single_file as module
 
-    path, asked = write(tensors), []
+    path, names_read = write(tensors), []
     real = module.safe_open
 
     class Counting:
@@ -381,7 +386,7 @@ def test_tensors_are_read_as_the_file_has_them(tensors, write):
             return self.inner.__exit__(*args)
 
         def get_tensor(self, name):
-            asked.append(name)
+            names_read.append(name)
             return self.file.get_tensor(name)
 
         def __getattr__(self, name):
@@ -390,6 +395,6 @@ def test_tensors_are_read_as_the_file_has_them(tensors, write):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "safe_open", Counting)
         base = resolve_base(path, "tiny")
-        assert asked == []
+        assert names_read == []
         load_unet(base, 0)
-    assert sorted(asked) == sorted(name for name in load_file(path) if name.startswith(UNET_PREFIX))
+    assert sorted(names_read) == sorted(name for name in load_file(path) if name.startswith(UNET_PREFIX))

@@ -1,4 +1,4 @@
-"""The weights of a base's parts: of true sizes, random, in every form that is read, damaged and refused."""
+"""Loading the weights of a base: random ones, every supported file layout, and damaged or refused files."""
 
 import copy
 import pickle
@@ -14,14 +14,14 @@ from safelight.trainer.models.weights import check_unet, fingerprint, load_text,
 from tests.trainer.models.tiny_base import WEIGHTS, Opened, load
 
 
-def test_random_sd15_is_the_true_size():
+def test_random_sd15_has_the_published_size():
     unet = meta_unet(resolve_base("random:sd15"))
     assert sum(p.numel() for p in unet.parameters()) == 859_520_964
     assert len(list(unet.parameters())) == 686
     assert all(p.is_meta for p in unet.parameters())
 
 
-def test_random_weights_depend_on_the_seed_alone():
+def test_random_weights_depend_only_on_the_seed():
     base = resolve_base("random:small")
 
     def prints(seed: int) -> list[str]:
@@ -38,7 +38,7 @@ def test_random_weights_depend_on_the_seed_alone():
     assert not set(prints(6)) & set(first)
 
 
-def test_the_dtype_asked_for_is_the_dtype_loaded(tiny):
+def test_the_unet_is_loaded_in_the_requested_dtype(tiny):
     for dtype in (torch.float32, torch.bfloat16):
         assert {p.dtype for p in load_unet(tiny, 0, dtype).parameters()} == {dtype}
 
@@ -51,7 +51,7 @@ def test_a_pickle_is_refused_and_never_opened(base_folder, tmp_path, part, suffi
     weight_name = "pytorch_model" if part == "text_encoder" else weights.stem
     (base_folder / part / f"{weight_name}{suffix}").write_bytes(pickle.dumps(Opened(tmp_path / "opened")))
     with pytest.raises(
-        ValueError, match=rf"holds no \.safetensors \(found: .*{suffix}.*other formats are never loaded"
+        ValueError, match=rf"has no \.safetensors file \(it has .*{suffix}.*other formats are never loaded"
     ):
         load(part, base_folder)
     assert not (tmp_path / "opened").exists()
@@ -59,7 +59,7 @@ def test_a_pickle_is_refused_and_never_opened(base_folder, tmp_path, part, suffi
     assert (tmp_path / "opened").exists(), "the pickle of this test does nothing"
 
 
-def test_a_pickle_beside_safetensors_is_left_alone(base_folder, tmp_path):
+def test_a_pickle_next_to_safetensors_is_ignored(base_folder, tmp_path):
     content = pickle.dumps(Opened(tmp_path / "opened"))
     (base_folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(content)
     (base_folder / "text_encoder" / "pytorch_model.bin").write_bytes(content)
@@ -70,7 +70,7 @@ def test_a_pickle_beside_safetensors_is_left_alone(base_folder, tmp_path):
 
 @pytest.mark.parametrize("part", WEIGHTS)
 @pytest.mark.parametrize("variant", ["fp16", "bf16"])
-def test_a_folder_of_a_16_bit_variant_alone_is_loaded(base_folder, part, variant):
+def test_a_folder_with_only_a_16_bit_variant_is_loaded(base_folder, part, variant):
     weights = base_folder / part / WEIGHTS[part]
     tensors = {name: tensor.bfloat16() if variant == "bf16" else tensor for name, tensor in load_file(weights).items()}
     weights.unlink()
@@ -82,7 +82,7 @@ def test_a_folder_of_a_16_bit_variant_alone_is_loaded(base_folder, part, variant
 
 @pytest.mark.parametrize("part", WEIGHTS)
 @pytest.mark.parametrize("variant", [None, "fp16"])
-def test_shards_are_put_together(base_folder, part, variant):
+def test_sharded_weights_are_loaded(base_folder, part, variant):
     whole = load(part, tiny_folder())
     (base_folder / part / WEIGHTS[part]).unlink()
     whole.save_pretrained(base_folder / part, max_shard_size="300KB", variant=variant)
@@ -91,7 +91,7 @@ def test_shards_are_put_together(base_folder, part, variant):
 
 
 @pytest.mark.parametrize("part", WEIGHTS)
-def test_fp32_weights_go_before_a_variant_and_keep_every_bit(base_folder, part):
+def test_fp32_weights_are_preferred_to_a_variant_and_keep_every_bit(base_folder, part):
     weights = base_folder / part / WEIGHTS[part]
     shutil.copy(weights, weights.with_suffix(".fp16.safetensors"))
     shutil.copy(weights, weights.with_suffix(".non_ema.safetensors"))
@@ -102,8 +102,8 @@ def test_fp32_weights_go_before_a_variant_and_keep_every_bit(base_folder, part):
     assert all(torch.equal(loaded[name], tensor) for name, tensor in exact.items())
 
 
-def test_a_folder_with_the_names_of_the_hubs_sd15(base_folder):
-    """Its autoencoder's attention is named as before diffusers 0.15, its text encoder as before transformers 5."""
+def test_a_folder_with_the_tensor_names_of_sd15_on_the_hub(base_folder):
+    """The autoencoder has the names of diffusers before 0.15, the text encoder those of transformers before 5."""
     vae, text = (base_folder / part / WEIGHTS[part] for part in ("vae", "text_encoder"))
     tensors = load_file(vae)
     for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
@@ -115,44 +115,45 @@ def test_a_folder_with_the_names_of_the_hubs_sd15(base_folder):
         assert fingerprint(load(part, base_folder)) == fingerprint(load(part, tiny_folder()))
 
 
-def test_a_folder_whose_autoencoder_is_a_tiny_one(base_folder, small_taesd):
+def test_a_folder_with_an_autoencoder_tiny(base_folder, small_taesd):
     shutil.rmtree(base_folder / "vae")
     shutil.copytree(small_taesd, base_folder / "vae")
     assert fingerprint(load("vae", base_folder)) == fingerprint(load_vae(resolve_base("tiny"), str(small_taesd), 0))
 
 
 @pytest.mark.parametrize("part", WEIGHTS)
-def test_weights_with_a_gap_or_of_another_size_or_cut_short_are_refused(base_folder, part):
-    """diffusers and transformers fill a gap with random weights and go on."""
+def test_missing_misshapen_and_truncated_weights_are_refused(base_folder, part):
+    """diffusers and transformers would fill missing tensors with random weights."""
     path = base_folder / part / WEIGHTS[part]
     weights = load_file(path)
     name = sorted(weights)[5]
     save_file({key: value for key, value in weights.items() if key != name}, path)
-    with pytest.raises(ValueError, match=r"its \.safetensors lack 1 of the model's tensors, the first is .*\w"):
+    missing = r"its \.safetensors files lack 1 tensors that its config\.json requires, the first is .*\w"
+    with pytest.raises(ValueError, match=missing):
         load(part, base_folder)
-    refused_from_headers(part, base_folder, r"its \.safetensors lack 1 of the model's tensors, the first is .*\w")
+    refused_from_headers(part, base_folder, missing)
     save_file({**weights, name: torch.zeros(3, 5)}, path)
     with pytest.raises(ValueError, match=r"its weights are damaged or do not fit its config\.json"):
         load(part, base_folder)
-    refused_from_headers(part, base_folder, rf"do not fit its config\.json: {name} is \(3, 5\), not")
+    refused_from_headers(part, base_folder, rf"do not fit its config\.json; .*{name} is \(3, 5\), not")
     save_file(weights, path)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"its weights are damaged or do not fit its config\.json"):
         load(part, base_folder)
     refused_from_headers(part, base_folder, r"its weights are damaged")
     path.unlink()
-    refused_from_headers(part, base_folder, r"holds no \.safetensors")
+    refused_from_headers(part, base_folder, r"has no \.safetensors file")
 
 
 def refused_from_headers(part: str, folder: Path, match: str) -> None:
-    """The UNet's check before encoding says what loading it would say; the encoders are loaded first anyway."""
+    """For the UNet, check that check_unet raises the same error; the other parts are loaded before encoding anyway."""
     if part == "unet":
         with pytest.raises(ValueError, match=match):
             check_unet(resolve_base(str(folder)))
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
-def test_a_sound_unet_passes_the_check_of_its_headers(base_folder, variant):
+def test_an_intact_unet_passes_check_unet(base_folder, variant):
     check_unet(resolve_base("tiny"))
     check_unet(resolve_base("random:small"))
     whole = load("unet", tiny_folder())
@@ -179,12 +180,15 @@ def test_a_fingerprint_changes_with_any_weight(part):
     assert fingerprint(module.half()) != original
 
 
-def test_a_random_base_takes_another_tokenizer_and_its_vocabulary(tiny, tmp_path):
+def test_only_a_random_base_accepts_another_tokenizer(tiny, tmp_path):
     folder = str(tiny_folder() / "tokenizer")
     tokenizer, text_encoder = load_text(resolve_base("random:small"), folder, 0)
     assert text_encoder.config.vocab_size == len(tokenizer)
     assert text_encoder.config.eos_token_id == tokenizer.eos_token_id
-    with pytest.raises(ValueError, match="does not fit the text encoder of 'tiny'; leave it empty"):
+    with pytest.raises(
+        ValueError,
+        match="does not fit the text encoder of 'tiny', which was trained",
+    ):
         load_text(tiny, folder, 0)
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match="is not a folder; give one with a CLIP tokenizer"):
         load_text(resolve_base("random:small"), str(tmp_path / "none"), 0)

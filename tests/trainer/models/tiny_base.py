@@ -1,4 +1,4 @@
-"""The tiny base's parts as files, to be loaded and spoilt."""
+"""The files of the tiny base's parts, for tests that load or damage them."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def load(part: str, folder: Path):
 
 
 class Opened:
-    """A pickle that leaves a file behind when it is opened."""
+    """A pickle that creates a file when it is loaded."""
 
     def __init__(self, path: Path):
         self.path = path

@@ -7,7 +7,7 @@ import torch
 
 from safelight.trainer.adapters.full import FullFineTune
 from safelight.trainer.checkpoint.files import load_checkpoint, save_checkpoint
-from safelight.trainer.config.toml import Optimizer
+from safelight.trainer.config.schema import Optimizer
 from safelight.trainer.optim.base import LossScale
 from safelight.trainer.optim.optimizer import UNetOptimizer, make_optimizer
 from safelight.trainer.registry.optimizers import OPTIMIZERS

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from safelight.trainer import train as loop
-from safelight.trainer.config.toml import Optimizer, parse_config
+from safelight.trainer.config.schema import Optimizer
+from safelight.trainer.config.toml import parse_config
 from safelight.trainer.inference.draw import open_run
 from safelight.trainer.inference.export import export
 from safelight.trainer.models.base import resolve_base
@@ -95,14 +96,12 @@ def test_an_export_holds_the_weights_named_by_weights(runs, tmp_path, weights, p
     tensors = load_file(tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(tensor, state[prefix + name]) for name, tensor in tensors.items())
     assert done.notes == [
-        "the weights of the last step" if weights == "trained" else "the moving average of the weights"
+        f"exported the {'weights of the last step' if weights == 'trained' else 'moving average of the weights'}"
     ]
 
 
 def test_an_average_that_does_not_exist_is_not_exported(runs, tmp_path):
-    with pytest.raises(
-        ValueError, match=r"holds no moving average: the run has train\.ema_decay 0; leave --weights out"
-    ):
+    with pytest.raises(ValueError, match=r"has no moving average, because train\.ema_decay is 0; leave out --weights"):
         export(runs[0], tmp_path / "out.safetensors", weights="ema")
     assert not (tmp_path / "out.safetensors").exists()
     export(runs[0], tmp_path / "out.safetensors")

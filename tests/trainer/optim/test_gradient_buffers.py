@@ -10,7 +10,8 @@ import torch
 from safelight.kernels.ops.noising import Noised
 from safelight.kernels.unet import patch
 from safelight.trainer.checkpoint.identity import identify
-from safelight.trainer.config.toml import Loss, Optimizer, parse_config
+from safelight.trainer.config.schema import Loss, Optimizer
+from safelight.trainer.config.toml import parse_config
 from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.models.noise_schedule import make_schedule
 from safelight.trainer.optim.gradient_buffers import GradientBuffers

@@ -13,7 +13,8 @@ from safelight.kernels.triton.jit import record_launches, references_on_meta
 from safelight.trainer.adapters.full import FullFineTune
 from safelight.trainer.checkpoint.files import Position, load_checkpoint, save_checkpoint
 from safelight.trainer.checkpoint.identity import Identity
-from safelight.trainer.config.toml import Optimizer, parse_config
+from safelight.trainer.config.schema import Optimizer
+from safelight.trainer.config.toml import parse_config
 from safelight.trainer.optim.ema import WeightAverages
 from safelight.trainer.optim.optimizer import make_optimizer
 from tests.trainer.checkpoints import writes

@@ -10,7 +10,7 @@ import torch
 from safelight.kernels.ops.noising import Noised
 from safelight.kernels.optim.blockwise_8bit import dequantize, in_memory_order
 from safelight.kernels.unet import patch
-from safelight.trainer.config.toml import Loss, Optimizer
+from safelight.trainer.config.schema import Loss, Optimizer
 from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.models.noise_schedule import make_schedule
 from safelight.trainer.optim.kernel_adamw import part_of

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from safelight.kernels.ops.noising import Noised
 from safelight.trainer.checkpoint.files import folder_of
-from safelight.trainer.config.toml import Loss, Optimizer
+from safelight.trainer.config.schema import Loss, Optimizer
 from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.models.base import resolve_base
 from safelight.trainer.models.noise_schedule import make_schedule

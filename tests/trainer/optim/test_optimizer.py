@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from safelight.trainer.config.toml import Optimizer, parse_config
+from safelight.trainer.config.schema import Optimizer
+from safelight.trainer.config.toml import parse_config
 from safelight.trainer.optim import optimizer as module
 from safelight.trainer.optim.optimizer import make_optimizer, memory_mode
 from safelight.trainer.registry.optimizers import OPTIMIZERS
@@ -47,11 +48,11 @@ def test_modes_of_16_bit_weights_are_refused_for_fp32(memory):
     [
         (
             {"fused_backward": True, "clipping": "global"},
-            "clipping global does not go with optimizer.fused_backward true; use auto or lagged or",
+            "clipping global does not work with optimizer.fused_backward true; use auto or lagged or",
         ),
         (
             {"fused_backward": False, "clipping": "lagged"},
-            "clipping lagged does not go with optimizer.fused_backward false; use auto or global",
+            "clipping lagged does not work with optimizer.fused_backward false; use auto or global",
         ),
         *(
             (

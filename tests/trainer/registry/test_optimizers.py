@@ -1,4 +1,4 @@
-"""The table of optimizers: free of torch, complete, and what the config's help is made from."""
+"""The registry of optimizers: imports no torch, is complete, and provides the config's help."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ def test_it_imports_no_torch():
 
 
 @pytest.mark.parametrize("spec", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_every_row_names_what_exists(spec):
+def test_every_row_refers_to_existing_classes_and_settings(spec):
     if spec.package:
         pytest.importorskip(spec.package)
     for path in filter(None, (spec.implementation, spec.library)):

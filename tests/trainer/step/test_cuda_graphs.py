@@ -12,7 +12,8 @@ from diffusers import UNet2DConditionModel
 
 from safelight.data.batches import Batch
 from safelight.data.buckets import Bucket
-from safelight.trainer.config.toml import Loss, Optimizer, parse_config
+from safelight.trainer.config.schema import Loss, Optimizer
+from safelight.trainer.config.toml import parse_config
 from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.memory_plan.meta_run import MetaRun
 from safelight.trainer.models.base import resolve_base

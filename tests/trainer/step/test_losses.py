@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from safelight.kernels.ops import diffusion_loss as kernel
-from safelight.trainer.config.toml import Loss, parse_config
+from safelight.trainer.config.schema import Loss
+from safelight.trainer.config.toml import parse_config
 from safelight.trainer.models.noise_schedule import make_schedule
 from safelight.trainer.registry.losses import KINDS, WEIGHTINGS
 from safelight.trainer.step.step import accumulate, add_noise, upload

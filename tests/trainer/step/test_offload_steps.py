@@ -10,7 +10,8 @@ from safelight.kernels.unet import activation_offload as offload
 from safelight.kernels.unet import patch
 from safelight.kernels.unet.activation_offload import offload_of
 from safelight.kernels.unet.checkpointing import apply_checkpointing
-from safelight.trainer.config.toml import Loss, Optimizer, parse_config
+from safelight.trainer.config.schema import Loss, Optimizer
+from safelight.trainer.config.toml import parse_config
 from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.memory_plan.memory_tracer import ACTIVATIONS
 from safelight.trainer.memory_plan.meta_run import MetaRun

@@ -14,7 +14,7 @@ from safelight.data.buckets import Bucket
 from safelight.kernels.ops.noising import Noised
 from safelight.kernels.optim.split_weights import split
 from safelight.kernels.philox import Key, Purpose, integers, normals
-from safelight.trainer.config.toml import Loss, Optimizer
+from safelight.trainer.config.schema import Loss, Optimizer
 from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.models.noise_schedule import NoiseSchedule, make_schedule
 from safelight.trainer.optim.optimizer import make_optimizer

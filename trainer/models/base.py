@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
+from safelight.data.buckets import Bucket, make_buckets
 from safelight.errors import UserError
-from safelight.trainer.config.toml import Model
+from safelight.trainer.config.toml import Data, Model
 from safelight.trainer.families.family import Family
 from safelight.trainer.families.registry import FAMILIES, family_of, trainable_titles
 from safelight.trainer.models.architectures import RANDOM_MODELS
@@ -213,3 +214,8 @@ def bucket_multiple(base: Base, latent_factor: int) -> int:
     """Return what sides of buckets are multiples of: an eighth of the model's native side, at most 64 px."""
     native = base.family.native_px(base.config_of("unet"), latent_factor)
     return min(64, max(2 * latent_factor, native // 8))
+
+
+def training_buckets(base: Base, data: Data, latent_factor: int) -> tuple[Bucket, ...]:
+    """Return the buckets of a run, sorted. Raises UserError if the resolution allows none for the model."""
+    return make_buckets(data.resolution, bucket_multiple(base, latent_factor), data.max_aspect)

@@ -144,7 +144,7 @@ def out_of_memory(
                 f"{fitting.needed_bytes / GIB:.2f} GiB with {fitting.options()}"
             )
     return (
-        f"the GPU ran out of memory in step {step}, bucket {bucket.width} x {bucket.height}, batch size {batch_size}; "
+        f"the GPU's memory was full in step {step}, bucket {bucket.width} x {bucket.height}, batch size {batch_size}; "
         f"{saved}; {fix}"
     )
 

@@ -273,7 +273,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     plan = json.loads(printed)["plan"]
     assert f"> {plan['chosen']['needed_bytes'] / GIB:.2f}" in text
     assert len(plan["ways"]) == 4 * 4 * 2 * 4
-    assert text.splitlines()[2].split()[:3] == ["memory", "checkpoints", "fused"]
+    assert text.splitlines()[2].split()[:3] == ["memory", "checkpointing", "fused"]
     rows = [line.split()[:3] for line in text.splitlines() if line.startswith(("exact ", "paged "))]
     # in order of preference
     assert rows[:5] == [["exact", how, "no"] for how in MODES[:3]] + [["exact", how, "yes"] for how in MODES[:2]]

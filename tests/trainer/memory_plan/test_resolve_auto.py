@@ -80,7 +80,7 @@ def test_an_out_of_memory_error_names_the_bucket_and_a_smaller_plan():
     candidate = MemoryEstimator(config_of(), ROOMY).estimate("exact", "none", 64)
     line = out_of_memory(config_of(), ROOMY, candidate, Bucket(96, 64), 64, 7, 5)
     assert line.startswith(
-        "the GPU ran out of memory in step 7, bucket 96 x 64, batch size 64; the checkpoint of step 5 is whole; "
+        "the GPU's memory was full in step 7, bucket 96 x 64, batch size 64; the checkpoint of step 5 is whole; "
     )
     assert "the plan needs" in line
     assert (
@@ -117,7 +117,7 @@ def test_an_out_of_memory_error_ends_a_run_in_one_line_and_keeps_its_checkpoints
 
     monkeypatch.setattr(train_module, "train_step", full)
     with pytest.raises(
-        ValueError, match=r"out of memory in step 3, bucket \d+ x \d+, batch size \d+; the checkpoint of step 2"
+        ValueError, match=r"memory was full in step 3, bucket \d+ x \d+, batch size \d+; the checkpoint of step 2"
     ):
         train(config)
     assert list_checkpoints(Path(config.run.dir))[-1] == 2

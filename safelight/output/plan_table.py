@@ -1,4 +1,4 @@
-"""Prints a memory plan within 80 columns: a row for each combination of settings, best first, a column per batch size."""
+"""Prints a memory plan within 80 columns: a row per combination of settings, best first, a column per batch size."""
 
 from __future__ import annotations
 

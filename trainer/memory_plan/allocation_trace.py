@@ -1,8 +1,9 @@
 """Allocations and frees of a traced step in order, and extrapolation to batch sizes that were not traced.
 
-A step runs the same operators whatever the batch size (except that single-row slices need no copy at batch size 1), so each
-storage takes a + b * n bytes for n images. Two traces with the same sequence of events therefore give every storage's
-size at any n, and replaying the events with those sizes gives the same peak, to the byte, as a trace at that batch size.
+A step runs the same operators whatever the batch size (except that single-row slices need no copy at batch size 1),
+so each storage takes a + b * n bytes for n images. Two traces with the same sequence of events therefore give every
+storage's size at any n, and replaying the events with those sizes gives the same peak, to the byte, as a trace at
+that batch size.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ class Peak:
 class AllocationTrace:
     """A sequence of events: a storage is allocated, changes its kind, or is freed. Sizes are kept unrounded.
 
-    A storage is passed as a list whose first three items are its bytes, its kind and its index in this trace; `allocate`
-    sets the index.
+    A storage is passed as a list whose first three items are its bytes, its kind and its index in this trace;
+    `allocate` sets the index.
     """
 
     def __init__(self):

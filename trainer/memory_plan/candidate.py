@@ -1,8 +1,9 @@
 """A candidate: one combination of memory mode, checkpointing, fused backward and batch size, with its predicted memory.
 
-Also how a run validates and samples between steps with the memory that is left: how many images or prompts at a time, and
-whether samples are decoded on the GPU or the CPU. A run fits if it can do the minimum: one image, one prompt (two rows with
-guidance), decoded on the CPU. Larger batches give the same values up to float rounding, and decoding on the CPU is slower.
+Also how a run validates and samples between steps with the memory that is left: how many images or prompts at a time,
+and whether samples are decoded on the GPU or the CPU. A run fits if it can do the minimum: one image, one prompt (two
+rows with guidance), decoded on the CPU. Larger batches give the same values up to float rounding, and decoding on the
+CPU is slower.
 """
 
 from __future__ import annotations
@@ -125,8 +126,8 @@ def choose_eval_batching(
 ) -> EvalBatching:
     """Return the largest batches that fit, and whether the GPU can decode; one at a time on the CPU if nothing fits.
 
-    total_bytes: maps bytes added to those held to GPU memory of the whole run. validate, sample: None if the run does not
-    do it. decode_bytes: what decoding on the GPU adds.
+    total_bytes: maps bytes added to those held to GPU memory of the whole run. validate, sample: None if the run does
+    not do it. decode_bytes: what decoding on the GPU adds.
     """
 
     def largest_fitting(largest: int, forward: ForwardBytes) -> int:
@@ -145,11 +146,11 @@ def choose_eval_batching(
 class Candidate:
     """Predicted GPU memory of one training configuration, and why it cannot use CUDA graphs.
 
-    needed_bytes: GPU memory of the whole run; held_bytes: allocated between steps; step_bytes: what a step adds at its peak;
-    outside_step_bytes: peak allocation outside training steps: loading, or validation and sampling one image at a time.
-    peak_phase: when in the step the peak occurs; bytes_by_kind: what is alive then. images_per_s: an estimate, None if
-    the card's rates are unknown. graph_bytes: upper bound of what CUDA graphs take in addition to a step's peak, 0 if they
-    cannot be used. no_graphs: why steps are not replayed as CUDA graphs, '' if they are.
+    needed_bytes: GPU memory of the whole run; held_bytes: allocated between steps; step_bytes: what a step adds at
+    its peak; outside_step_bytes: peak allocation outside training steps: loading, or validation and sampling one
+    image at a time. peak_phase: when in the step the peak occurs; bytes_by_kind: what is alive then. images_per_s: an
+    estimate, None if the card's rates are unknown. graph_bytes: upper bound of what CUDA graphs take in addition to a
+    step's peak, 0 if they cannot be used. no_graphs: why steps are not replayed as CUDA graphs, '' if they are.
     """
 
     memory: str

@@ -1,9 +1,9 @@
 """Predicts the GPU memory of one training configuration: memory mode, checkpointing, batch size, fused backward or not.
 
 The prediction adds up the CUDA context, the libraries' workspaces and the peak of torch's allocations, traced on meta
-tensors (meta_run.py): while loading, in a step of the largest bucket, and in validation and sampling between steps, at one
-image at a time and decoding on the CPU. Larger batches between steps then use whatever memory is left (candidate.py). Host
-memory is counted as well (static_bytes.py).
+tensors (meta_run.py): while loading, in a step of the largest bucket, and in validation and sampling between steps,
+at one image at a time and decoding on the CPU. Larger batches between steps then use whatever memory is left
+(candidate.py). Host memory is counted as well (static_bytes.py).
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def largest_latents(buckets: Sequence[Bucket], factor: int) -> tuple[int, int]:
 def max_graphs(config: Config, num_buckets: int) -> int:
     """Return an upper bound of the CUDA graphs of a stage.
 
-    Each bucket has full batches and a last, shorter one. With accumulation each has a graph for every place in the step:
-    first, last, both or neither.
+    Each bucket has full batches and a last, shorter one. With accumulation each has a graph for every place in the
+    step: first, last, both or neither.
     """
     places = 4 if any(stage.accumulate > 1 for stage in config.stages()) else 1
     return 2 * num_buckets * places
@@ -132,7 +132,8 @@ class MemoryEstimator:
     def eval_batching(self, held: int, graph_pool: int) -> EvalBatching:
         """Return the largest validation and sampling batches that fit beside the held bytes.
 
-        graph_pool: bytes that CUDA graphs keep. If not even the smallest batches fit beside them, the run has no graphs.
+        graph_pool: bytes that CUDA graphs keep. If not even the smallest batches fit beside them, the run has no
+        graphs.
         """
         total_bytes = functools.partial(self._total_with, held)
         arguments = (total_bytes, self.config.validate_.batch_size, *self._eval_forwards, self._decode_bytes)
@@ -157,7 +158,8 @@ class MemoryEstimator:
         graph_bytes = graph_pool = 0
         if self.config.train.cuda_graphs != "off" and not streams_from_host(memory, checkpointing):
             graph_bytes = self._max_graphs * trace.work.launches * GRAPH_BYTES_A_LAUNCH
-            # graphs are captured on a stream of their own, validation and sampling use the default one: one more workspace
+            # graphs are captured on a stream of their own, validation and sampling use the default one: one more
+            # workspace
             graph_bytes += self.card.cublas_bytes(is_deterministic=self.config.run.deterministic)
             graph_pool = trace.transient + graph_bytes
         host = host_bytes(
@@ -231,7 +233,7 @@ class MemoryEstimator:
         return self._total(held, held + added)
 
     def _total(self, held: int, allocated: int) -> int:
-        """Return the GPU memory of the run. allocated: the peak of torch's allocations; held: the part of it that stays."""
+        """Return the GPU memory of the run. allocated: peak of torch's allocations; held: the part of it that stays."""
         return CONTEXT_BYTES + self._workspace + allocated + round(FRAGMENTATION * (allocated - held))
 
     def _step_seconds(self, trace: StepTrace, candidate: Candidate) -> float | None:

@@ -1,11 +1,11 @@
 """Memory and speed of GPUs, and constants for the memory and time that a trace cannot see.
 
 This project measured none of these figures. Their sources:
-usable_gib: the total in torch's out-of-memory messages under Linux, from public issue threads. A desktop uses some of it.
+usable_gib: the total in torch's out-of-memory messages on Linux, from public issue threads. A desktop uses part of it.
 bandwidth_gb_s: data sheets, in 10^9 bytes/s.
 tflops: dense 16-bit matrix products accumulated in fp32, from data sheets unless a comment says otherwise.
-pcie_gb_s: the card's own link, one way: 8, 16 or 32 GT/s per lane with 128b/130b encoding (PCI-SIG, generations 3, 4 and
-5), 16 lanes unless a comment says otherwise. A slower slot has less.
+pcie_gb_s: the card's own link, one way: 8, 16 or 32 GT/s per lane with 128b/130b encoding (PCI-SIG, generations 3, 4
+and 5), 16 lanes unless a comment says otherwise. A slower slot has less.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ FRAGMENTATION = 0.05
 MATRIX_EFFICIENCY = 0.6
 # host time per operator in an eager step; assumes 50 to 80 ms for 2,750 to 4,760 launches [not measured]
 SECONDS_A_LAUNCH = 17e-6
-# device time between two kernels. Upper bound: CUDA.jl's documentation reports 70 us for a CUDA graph of 80 kernels with
-# almost no work, on an unnamed card [not measured]
+# device time between two kernels. Upper bound: CUDA.jl's documentation reports 70 us for a CUDA graph of 80 kernels
+# with almost no work, on an unnamed card [not measured]
 SECONDS_A_KERNEL = 1e-6
 # share of the PCIe rate that large copies from pinned memory reach [not measured]
 PCIE_EFFICIENCY = 0.8
@@ -86,10 +86,10 @@ class Card:
     ) -> float | None:
         """Return an estimate of a step's time, None if the rates are unknown.
 
-        Device time is the sum of matrix work, memory traffic and gaps between kernels. An eager step takes at least as long
-        as the host needs to launch it; a step replayed as a CUDA graph (is_replayed) does not. offloaded: bytes copied to
-        the host and back on one stream, in parallel to the rest. paged: bytes of optimizer state that stream in and out at
-        the same time: during backward with a fused step (is_fused), after it otherwise.
+        Device time is the sum of matrix work, memory traffic and gaps between kernels. An eager step takes at least
+        as long as the host needs to launch it; a step replayed as a CUDA graph (is_replayed) does not. offloaded:
+        bytes copied to the host and back on one stream, in parallel to the rest. paged: bytes of optimizer state that
+        stream in and out at the same time: during backward with a fused step (is_fused), after it otherwise.
         """
         if self.tflops is None or self.bandwidth_gb_s is None or (self.pcie_gb_s is None and offloaded + paged):
             return None
@@ -127,7 +127,7 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:gib|gb|g)", re.IGNORECASE)
 
 
 def find_card(name: str) -> Card:
-    """Return a card by its name, or one with unknown rates by its memory (`8GiB`). Raises UserError, suggesting a name."""
+    """Return a card by name, or one with unknown rates by its memory (`8GiB`). Raises UserError, suggesting a name."""
     if match := _SIZE.fullmatch(name.strip()):
         if float(match[1]) <= 0:
             raise UserError(f"--gpu {name!r} has no memory; use for example 8GiB")
@@ -145,7 +145,7 @@ def find_card(name: str) -> Card:
 
 
 def this_card(device: torch.device) -> Card:
-    """Return the local card: its memory that other processes do not use, and the rates of its namesake in CARDS, if any."""
+    """Return the local card: the memory that no other process uses, and the rates of its namesake in CARDS, if any."""
     properties = torch.cuda.get_device_properties(device)
     free, total = torch.cuda.mem_get_info(device)
     # the query itself created a CUDA context, which the plan counts separately

@@ -1,8 +1,9 @@
 """Track the memory of a real training step that runs on meta tensors, which have shapes but no storage.
 
-A dispatch mode sees every operator. It counts each new storage when an operator returns it and subtracts it when the last
-reference is dropped, as torch's allocators do. It cannot see buffers that an operator allocates and frees internally: gpus.py
-has constants for the workspaces of cuDNN and cuBLAS, and the scratch of attention's backward is computed below.
+A dispatch mode sees every operator. It counts each new storage when an operator returns it and subtracts it when the
+last reference is dropped, as torch's allocators do. It cannot see buffers that an operator allocates and frees
+internally: gpus.py has constants for the workspaces of cuDNN and cuBLAS, and the scratch of attention's backward is
+computed below.
 """
 
 from __future__ import annotations
@@ -72,8 +73,8 @@ class LiveBytes(LaunchMode):
     """Dispatch mode that tracks the live bytes on the meta device, now and at the peak.
 
     rounding: allocations are rounded up to a multiple of this many bytes. kind: the kind that new storages get; None:
-    activations in forward, temporaries in backward. phase: the name recorded with a peak; "step" is recorded as forward or
-    backward, whichever is running.
+    activations in forward, temporaries in backward. phase: the name recorded with a peak; "step" is recorded as
+    forward or backward, whichever is running.
     """
 
     def __init__(self, rounding: int = CUDA_ROUNDING):

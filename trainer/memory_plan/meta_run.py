@@ -1,8 +1,8 @@
 """A training run on meta tensors: the real UNet, optimizer and training step, traced without allocating memory.
 
 Traces are made on demand and cached. Only the batch sizes in TRACED_BATCH_SIZES are traced; others are extrapolated
-(allocation_trace.py). Batch size 1 is always extrapolated: its own trace would differ by a few KiB, because vectors need
-no copy when a batch has a single row.
+(allocation_trace.py). Batch size 1 is always extrapolated: its own trace would differ by a few KiB, because vectors
+need no copy when a batch has a single row.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def _garbage_collector_off() -> Iterator[None]:
 class StepTrace:
     """The memory and work of one step.
 
-    held: bytes by kind before and after the step; peak: of everything alive; work: of the whole step; offloaded: bytes of
-    activations copied to the host (and back again); allocations: every allocation and free.
+    held: bytes by kind before and after the step; peak: of everything alive; work: of the whole step; offloaded:
+    bytes of activations copied to the host (and back again); allocations: every allocation and free.
     """
 
     held: dict[str, int]
@@ -90,8 +90,8 @@ class StepTrace:
 class MetaRun:
     """A run on meta tensors that behaves as it would on a device: cuda (its kernels and allocator) or cpu.
 
-    loading: the peak while the fp32 weights are converted to what is trained, without the fp32 pieces that pass through the
-    device; packing: the part of that peak above the bytes held afterwards.
+    loading: the peak while the fp32 weights are converted to what is trained, without the fp32 pieces that pass
+    through the device; packing: the part of that peak above the bytes held afterwards.
     """
 
     def __init__(self, config: Config, base: Base, device: torch.device, dtype: torch.dtype):

@@ -1,4 +1,4 @@
-"""Chooses a candidate for a config on one card: the best that fits, or an explanation of why none fits and what would."""
+"""Chooses the best candidate of a config that fits a card, or explains why none fits and what would."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BATCH_SIZES = (1, 2, 4, 8)
 
 
 class Combination(NamedTuple):
-    """Settings that the planner chooses among; the values of optimizer.memory, train.checkpointing, optimizer.fused_backward."""
+    """Values of optimizer.memory, train.checkpointing and optimizer.fused_backward."""
 
     memory: str
     checkpointing: str
@@ -42,7 +42,7 @@ class Planner:
         self.batch_size = self.estimator.batch_size
 
     def memory_modes(self, setting: str | None = None) -> tuple[str, ...]:
-        """Return the modes that a value of optimizer.memory allows, best first. setting: None for the config's value."""
+        """Return the modes that a value of optimizer.memory allows, best first; None: the config's value."""
         optimizer = self.config.optimizer
         setting = optimizer.memory if setting is None else setting
         modes = OPTIMIZERS[optimizer.name].planned_modes
@@ -58,7 +58,10 @@ class Planner:
         return self._ranked(self.memory_modes(), checkpointings, self.config.optimizer.fused_choices())
 
     def all_combinations(self) -> list[Combination]:
-        """Return every combination with the config's optimizer and clipping, best first. An explicit fused step stays."""
+        """Return every combination with the config's optimizer and clipping, best first.
+
+        A fused step that the config asks for stays fused.
+        """
         optimizer = self.config.optimizer
         fused = (
             (True,) if optimizer.is_fused else optimizer.model_copy(update={"fused_backward": "auto"}).fused_choices()
@@ -66,7 +69,10 @@ class Planner:
         return self._ranked(self.memory_modes("auto"), MODES, fused)
 
     def choose(self) -> Candidate | None:
-        """Return the best candidate that fits, None if none does. With train.cuda_graphs on, the best that can use graphs."""
+        """Return the best candidate that fits, None if none does.
+
+        With train.cuda_graphs on: the best that can use graphs, or the best of all if none can.
+        """
         fitting = filter(self.estimator.fits, self._estimates(self.combinations(), [self.batch_size]))
         best = next(fitting, None)
         if best is None or not best.no_graphs or self.config.train.cuda_graphs != "on":
@@ -75,10 +81,10 @@ class Planner:
         return next((candidate for candidate in fitting if not candidate.no_graphs), best)
 
     def what_would_fit(self, is_resumed: bool = False) -> Candidate | None:
-        """Return the candidate that fits with the fewest changes to the config: other settings first, then smaller batches.
+        """Return the candidate that fits with the fewest changes: other settings first, then smaller batches; or None.
 
-        is_resumed: only change what a resumed run may: its batch size and fused step stay, and its memory mode may become
-        exact or paged, which continue from the moments of any other.
+        is_resumed: only change what a resumed run may: its batch size and fused step stay, and its memory mode may
+        become exact or paged, which continue from the moments of any other.
         """
         combinations, batch_sizes = self.all_combinations(), sorted({*BATCH_SIZES, self.batch_size}, reverse=True)
         if is_resumed:
@@ -111,7 +117,7 @@ class Planner:
         return f"this run needs {needed}, but {limit}; {fix}"
 
     def rounding_noise(self, rates: Sequence[float]) -> dict[str, float]:
-        """Return the noise-to-displacement ratio of each memory mode that rounds stochastically. rates: lr of each step."""
+        """Return the noise-to-displacement ratio of each mode that rounds stochastically. rates: lr of each step."""
         supported = OPTIMIZERS[self.config.optimizer.name].memory_modes
         modes = [mode for mode in supported if MEMORY_MODES[mode].is_random]
         if self.dtype == torch.float32 or not modes:
@@ -158,9 +164,9 @@ class Planner:
     def _ranked(self, modes: Sequence[str], checkpointings: Sequence[str], fused: Sequence[bool]) -> list[Combination]:
         """Return combinations, best first: by memory mode, then by what changes training least, then by speed.
 
-        A fused step knows the global gradient norm too late to clip by it. If the run clips, checkpointing, which changes
-        no result, is therefore preferred to fusing the step, except for offload. Memory mode paged prefers a fused step:
-        its pages then stream during the backward pass instead of after it.
+        A fused step knows the global gradient norm too late to clip by it. If the run clips, checkpointing, which
+        changes no result, is therefore preferred to fusing the step, except for offload. Memory mode paged prefers a
+        fused step: its pages then stream during the backward pass instead of after it.
         """
         clips = any(stage.max_grad_norm > 0 for stage in self.config.stages())
 

@@ -18,18 +18,19 @@ from safelight.trainer.memory_plan.planner import Planner
 from safelight.trainer.registry.optimizers import OPTIMIZERS
 from safelight.units import GIB
 
-# after an out-of-memory error, suggest a plan whose torch allocations are this share smaller: more than predictions are off
+# after an out-of-memory error, suggest a plan whose torch allocations are this share smaller: more than predictions
+# are off
 MARGIN = 0.1
 
 
 def resolve(
     config: Config, device: torch.device, recorded: dict | None, was_fused: bool | None = None
 ) -> tuple[Config, Candidate | None]:
-    """Return the config with optimizer.memory, fused_backward and train.checkpointing resolved, and its predicted memory.
+    """Return the config with optimizer.memory, fused_backward and train.checkpointing resolved, and the candidate.
 
-    recorded: the plan that the run to resume wrote (Candidate.to_json), was_fused: how its checkpoint was trained; None for
-    a new run. `auto` resolves to both. On a CPU only fused_backward is resolved, and there is no candidate. Raises
-    UserError, saying what would fit, if the run does not fit the GPU.
+    recorded: the plan that the run to resume wrote (Candidate.to_json), was_fused: how its checkpoint was trained;
+    None for a new run. `auto` keeps what they say. On a CPU only fused_backward is resolved, and there is no candidate.
+    Raises UserError, saying what would fit, if the run does not fit the GPU.
     """
     if device.type != "cuda":
         return _with_fused_as_trained(config, was_fused), None
@@ -69,7 +70,7 @@ def budget(config: Config, device: torch.device) -> int:
 
 
 def cap(device: torch.device, limit_gib: float) -> None:
-    """Limit torch's allocator to limit_gib minus the CUDA context. 0: no limit. Raises UserError if nothing would remain."""
+    """Limit torch's allocator to limit_gib minus the CUDA context; 0: no limit. Raises UserError if nothing remains."""
     if not limit_gib or device.type != "cuda":
         return
     allowed = limit_gib * GIB - CONTEXT_BYTES
@@ -82,8 +83,8 @@ def cap(device: torch.device, limit_gib: float) -> None:
 def why_no_cuda_graphs(config: Config, device: torch.device, candidate: Candidate | None, budget: int) -> str:
     """Return why a run's steps are not captured as CUDA graphs, '' if they are.
 
-    config: with optimizer.memory and train.checkpointing resolved. budget: bytes that the run may use. Raises UserError if
-    train.cuda_graphs is on and graphs are impossible.
+    config: with optimizer.memory and train.checkpointing resolved. budget: bytes that the run may use. Raises
+    UserError if train.cuda_graphs is on and graphs are impossible.
     """
     if config.train.cuda_graphs == "off":
         return "train.cuda_graphs is off"
@@ -109,7 +110,7 @@ def describe(candidate: Candidate) -> str:
 
 
 def compare(candidate: Candidate, allocated: int, reserved: int) -> str:
-    """Return a line with the predicted and the measured peak of a step. allocated, reserved: of torch's allocator, bytes."""
+    """Return a line with a step's predicted and measured peak. allocated, reserved: bytes of torch's allocator."""
     predicted = candidate.held_bytes + candidate.step_bytes
     return (
         f"peak of a step: predicted {predicted / GIB:.3f} GiB, measured {allocated / GIB:.3f} "
@@ -155,7 +156,7 @@ def _planned_modes(config: Config) -> tuple[str, ...]:
 
 
 def _with_fused_as_trained(config: Config, was_fused: bool | None) -> Config:
-    """Return a copy of a config whose optimizer.fused_backward, if auto, is that of a checkpoint. was_fused: None without."""
+    """Return a copy of a config with optimizer.fused_backward auto resolved to a checkpoint's; None: no checkpoint."""
     copy = config.model_copy(deep=True)
     if was_fused in config.optimizer.fused_choices():
         copy.optimizer.fused_backward = was_fused

@@ -1,21 +1,21 @@
 """Expected stochastic-rounding error relative to the weights' displacement, for the memory modes `rounded` and `near`.
 
-A step of AdamW moves a weight by lr s, where s = m / sqrt(v). Model the gradient as a steady part mu plus noise of unit
-variance, so that rho = mu / sqrt(1 + mu^2) is the steady share of its magnitude. Then s has mean rho and, because m averages
-about ten gradients, variance (1 - rho^2) (1 - beta_1) / (1 + beta_1). Over a run each gradient's noise contributes once in
-full, so after steps with learning rates lr_t
+A step of AdamW moves a weight by lr s, where s = m / sqrt(v). Model the gradient as a steady part mu plus noise of
+unit variance, so that rho = mu / sqrt(1 + mu^2) is the steady share of its magnitude. Then s has mean rho and,
+because m averages about ten gradients, variance (1 - rho^2) (1 - beta_1) / (1 + beta_1). Over a run each gradient's
+noise contributes once in full, so after steps with learning rates lr_t
 
     displacement^2 = (rho sum lr_t)^2 + (1 - rho^2) sum lr_t^2
 
-A value on a grid of spacing u that moves by d is rounded to one of its two neighbours, with variance u^2 f (1 - f), where f
-is the fractional part of |d| / u: about u |d| for small steps. Roundings are independent, so
+A value on a grid of spacing u that moves by d is rounded to one of its two neighbours, with variance u^2 f (1 - f),
+where f is the fractional part of |d| / u: about u |d| for small steps. Roundings are independent, so
 
     noise^2 = sum_t E[u^2 f_t (1 - f_t)],  d_t = lr_t s
 
 The result is sqrt(noise^2 / displacement^2), both summed over all weights. u is 2^-7 (bf16) or 2^-10 (fp16) times the
-weight's power of two; `near` divides that by another 2^8 or 2^7. Weights are assumed normal with variance 1 / fan_in, those
-of norms to have variance 1, and mu normal with standard deviation 0.3: about a third of the gradient is steady. If a run's
-gradients agree more, its weights move further and the ratio is smaller.
+weight's power of two; `near` divides that by another 2^8 or 2^7. Weights are assumed normal with variance 1 / fan_in,
+those of norms to have variance 1, and mu normal with standard deviation 0.3: about a third of the gradient is steady.
+If a run's gradients agree more, its weights move further and the ratio is smaller.
 
 A test compares the formula with tools/rounding.py, which measured 1.70 for `rounded` and 0.075 for `near` on tensors of
 SD1.5's shapes after 200 steps at 1e-6 (bench/results/rounding.jsonl).

@@ -38,9 +38,10 @@ ASSUMED_STEPS = 1000
 class StaticBytes:
     """Device memory allocated for the whole run, and gradients, which are allocated again in every step.
 
-    master: what optimizer.memory keeps in addition to 16-bit weights; paged: how much of master and moments is in host
-    memory. gradients: with a fused step, those of the largest part of the UNet. master_gradients: fp32 copies for an
-    optimizer that cannot read 16-bit gradients; each gradient is freed when its copy is made, so both never exist at once.
+    master: what optimizer.memory keeps in addition to 16-bit weights; paged: how much of master and moments is in
+    host memory. gradients: with a fused step, those of the largest part of the UNet. master_gradients: fp32 copies
+    for an optimizer that cannot read 16-bit gradients; each gradient is freed when its copy is made, so both never
+    exist at once.
     """
 
     num_parameters: int
@@ -57,7 +58,7 @@ class StaticBytes:
 
     @property
     def total(self) -> int:
-        """The peak of these on the device: everything kept, and gradients or their fp32 copies, whichever are larger."""
+        """The peak on the device: everything kept, plus gradients or their fp32 copies, whichever are larger."""
         return self.checkpoint - self.paged + max(self.gradients, self.master_gradients)
 
     @property
@@ -108,9 +109,9 @@ def static_bytes(config: Config, device: torch.device | None = None, dtype: torc
 class HostBytes:
     """Host memory of a run on a GPU, in addition to Python and its libraries.
 
-    states: optimizer state that streams to the GPU; activations: offloaded ones; snapshot: of a checkpoint while it is
-    written; these three are pinned. autoencoder: kept until samples are decoded. loading: peak while loading, which holds
-    the fp32 UNet and the states.
+    states: optimizer state that streams to the GPU; activations: offloaded ones; snapshot: of a checkpoint while it
+    is written; these three are pinned. autoencoder: kept until samples are decoded. loading: peak while loading,
+    which holds the fp32 UNet and the states.
     """
 
     states: int
@@ -132,8 +133,8 @@ def host_bytes(
 ) -> HostBytes:
     """Return the host memory of a run.
 
-    shapes, itemsize: of the weights; paged, offloaded, autoencoder: bytes of paged optimizer state, offloaded activations
-    and the fp32 autoencoder.
+    shapes, itemsize: of the weights; paged, offloaded, autoencoder: bytes of paged optimizer state, offloaded
+    activations and the fp32 autoencoder.
     """
     num = sum(map(math.prod, shapes))
     master = MEMORY_MODES[memory].bytes_per_weight if itemsize < 4 else 0
@@ -182,7 +183,7 @@ def learning_rates(config: Config) -> tuple[list[float], bool]:
 
 
 def cache_bytes(config: Config, num_photos: int) -> int:
-    """Return an upper bound of the cached latents of `num_photos`: all variants, each at the full resolution squared."""
+    """Return an upper bound of the cached latents' bytes: all variants of each photo at resolution x resolution."""
     vae = vae_config(resolve_model(config.model), config.model.vae)
     # AutoencoderKL's posterior is cached as mean and logvar; AutoencoderTiny has a latent only
     is_tiny = vae["_class_name"] == "AutoencoderTiny"
@@ -193,7 +194,10 @@ def cache_bytes(config: Config, num_photos: int) -> int:
 
 
 def summary(config: Config, device: torch.device | None = None, dtype: torch.dtype | None = None) -> dict:
-    """Return bytes by part as plain values, and the run's length if its dataset is prepared. device, dtype: see static_bytes."""
+    """Return bytes by part as plain values, and the run's length if its dataset is prepared.
+
+    device, dtype: as for static_bytes.
+    """
     buckets = buckets_of(config)
     static = static_bytes(config, device, dtype)
     result: dict = {

@@ -68,8 +68,8 @@ def assert_predicted(config: Config, *step, within: float) -> None:
 
 def test_predicted_peaks_equal_the_allocators():
     assert_predicted(config_of(optimizer=FUSED), "tiny", 8, 16, within=0.0001)
-    # the optimizer's reference implementation uses lookup tables that the trace lacks: a byte per element of its largest
-    # tensor
+    # the optimizer's reference implementation uses lookup tables that the trace lacks: a byte per element of its
+    # largest tensor
     config = config_of("bf16", train={**KERNELS, "checkpointing": "selective"}, optimizer={"memory": "exact"})
     assert_predicted(config, "tiny", 1, 16, within=0.03)
 

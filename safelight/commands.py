@@ -152,21 +152,21 @@ def plan(argv: list[str]) -> int:
 
     arguments, config = parse_with_config(argv, "plan", COMMANDS["plan"])
     _say_loading("loading libraries, then tracing a training step without a GPU")
-    from safelight.trainer.memory_plan.static_bytes import table
+    from safelight.trainer.memory_plan.static_bytes import summary
 
     card = _card(arguments.gpu, config)
     if card is None:
-        result = table(config)
+        result = summary(config)
     else:
         from safelight.trainer.memory_plan.meta_run import CUDA
         from safelight.trainer.memory_plan.planner import Planner
         from safelight.trainer.memory_plan.resolve_auto import filled_in
 
         planner = Planner(config, card)
-        ways = planner.table()
-        if ways["chosen"]:
-            config = filled_in(config, ways["chosen"])
-        result = {**table(config, CUDA, planner.dtype), "plan": ways}
+        gpu_plan = planner.summary()
+        if gpu_plan["chosen"]:
+            config = filled_in(config, gpu_plan["chosen"])
+        result = {**summary(config, CUDA, planner.dtype), "plan": gpu_plan}
     if arguments.json:
         from safelight.output.plan_json import with_json_names
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from safelight.data.batches import RowSource
-from safelight.data.buckets import Bucket, make_buckets
+from safelight.data.buckets import Bucket
 from safelight.data.cache import (
     Sample,
     empty_text_key,
@@ -26,7 +26,7 @@ from safelight.errors import UserError
 from safelight.trainer.config.schema import Config
 from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.families.family import Family
-from safelight.trainer.models.base import Base, bucket_multiple
+from safelight.trainer.models.base import Base, training_buckets
 from safelight.trainer.models.encoders import CaptionEncoder, LatentCodec, load_caption_encoder, load_codec
 
 NUM_EXAMPLES = 12
@@ -101,7 +101,7 @@ def open_dataset(config: Config, base: Base, device: torch.device, progress: Pro
     codec = load_codec(config, base, device)
     encoder = load_caption_encoder(config, base, device)
     _check_fit(base, codec, encoder)
-    buckets = make_buckets(config.data.resolution, bucket_multiple(base, codec.factor), config.data.max_aspect)
+    buckets = training_buckets(base, config.data, codec.factor)
     common = {
         "crop_jitter": config.data.crop_jitter,
         "flip_p": config.data.flip_p,

@@ -14,7 +14,7 @@ from safelight.data.text import counted
 from safelight.trainer.checkpoint.files import Position
 from safelight.trainer.inference.sampling import SAMPLE_BATCH_SIZE, generate, settings_of
 from safelight.trainer.job import Job
-from safelight.trainer.memory_plan.candidate import Between
+from safelight.trainer.memory_plan.candidate import EvalBatching
 from safelight.trainer.step.validate import Validation, choose_subset, validate
 from safelight.trainer.stop import Stopped
 
@@ -62,9 +62,9 @@ def _reporter(job: Job, position: Position, what: str) -> Callable[[int, int], N
     return report
 
 
-def _planned(job: Job) -> Between:
+def _planned(job: Job) -> EvalBatching:
     """Return the planned batch sizes of validation and sampling; without a plan, fields that mean the defaults."""
-    return Between() if job.run.plan is None else job.run.plan.between
+    return EvalBatching() if job.run.plan is None else job.run.plan.eval_batching
 
 
 def describe_validation(before: Position, held_out: Validation, trained_on: Validation) -> str:
@@ -94,7 +94,7 @@ def _validate(job: Job, position: Position) -> Position:
             context.scaling_factor,
             seed=seed,
             num_bands=settings.timesteps,
-            batch_size=_planned(job).validated or settings.batch_size,
+            batch_size=_planned(job).validation_images or settings.batch_size,
             progress=_reporter(job, position, f"validating {label}"),
         )
         for split, label, samples in (

@@ -25,7 +25,7 @@ from safelight.trainer.checkpoint.saver import Saver
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.timeline import Timeline
 from safelight.trainer.dataset import Dataset, open_dataset
-from safelight.trainer.memory_plan.resolve_auto import describe, record
+from safelight.trainer.memory_plan.resolve_auto import describe
 from safelight.trainer.models.encoders import LatentCodec, load_codec
 from safelight.trainer.models.weights import load_unet
 from safelight.trainer.optim.ema import WeightAverages, take_averages
@@ -199,7 +199,7 @@ def _announce(
         notes.append(f"validation, samples and exports use a moving average of the weights, decay {models.ema.decay:g}")
     records = {EPOCH_ORDER: {"grouped": start.is_grouped}}
     if run.plan is not None:
-        records[MEMORY_PLAN] = record(run.plan)
+        records[MEMORY_PLAN] = run.plan.to_json()
     run.run_dir.mkdir(parents=True, exist_ok=True)
     write_start(run, dataset, models.context.unet, models.attention, notes, records)
     metrics = Metrics(run.run_dir, -1 if run.resume_step is None else run.resume_step, run.user_config.log.tensorboard)

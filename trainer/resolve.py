@@ -15,8 +15,8 @@ from safelight.kernels.unet.attention import allowed_backends
 from safelight.trainer.checkpoint.files import check_files, folder_of, read_identity
 from safelight.trainer.checkpoint.identity import Identity, identify
 from safelight.trainer.config.schema import Config
-from safelight.trainer.memory_plan.candidate import Need
-from safelight.trainer.memory_plan.resolve_auto import budget, cap, reason_against, settle
+from safelight.trainer.memory_plan.candidate import Candidate
+from safelight.trainer.memory_plan.resolve_auto import budget, cap, resolve, why_no_cuda_graphs
 from safelight.trainer.models.base import Base, base_of
 from safelight.trainer.models.device import PRECISIONS, pick_device, pick_dtype
 from safelight.trainer.models.noise_schedule import NoiseSchedule, make_schedule
@@ -42,7 +42,7 @@ class ResolvedRun:
     dtype: torch.dtype
     base: Base
     schedule: NoiseSchedule
-    plan: Need | None
+    plan: Candidate | None
     no_graphs: str
 
     @property
@@ -73,9 +73,9 @@ def resolve_run(config: Config, run_dir: Path, resume_step: int | None) -> Resol
     previous, was_fused = None, None
     if resume_step is not None:
         previous, was_fused = recorded(run_dir, MEMORY_PLAN), read_identity(run_dir, resume_step)[0].is_fused
-    resolved, plan = settle(config, device, previous, was_fused)
+    resolved, plan = resolve(config, device, previous, was_fused)
     cap(device, config.memory.limit_gib)
-    no_graphs = reason_against(resolved, device, plan, budget(config, device))
+    no_graphs = why_no_cuda_graphs(resolved, device, plan, budget(config, device))
     schedule = make_schedule(base.config_of("scheduler"), config.loss.prediction, config.loss.zero_terminal_snr)
     return ResolvedRun(config, resolved, run_dir, resume_step, device, dtype, base, schedule, plan, no_graphs)
 

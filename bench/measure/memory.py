@@ -23,7 +23,7 @@ from safelight.bench.recipes.workload import Workload, optimizer_config, random_
 from safelight.errors import UserError
 from safelight.trainer.config.schema import Config, Train
 from safelight.trainer.memory_plan.gpus import CONTEXT_BYTES, FRAGMENTATION, this_card
-from safelight.trainer.memory_plan.meta_run import MetaRun, Traced
+from safelight.trainer.memory_plan.meta_run import MetaRun, StepTrace
 from safelight.trainer.models.base import resolve_base
 from safelight.units import GIB, MIB
 
@@ -41,7 +41,7 @@ def context_bytes(device: torch.device) -> int:
     return max(0, total - available - torch.cuda.memory_reserved(device))
 
 
-def traced_step(work: Workload) -> Traced:
+def traced_step(work: Workload) -> StepTrace:
     """Return the memory trace of a step on meta tensors, from which `safelight plan` predicts."""
     config = Config(
         model={"base": work.base, "precision": work.precision},

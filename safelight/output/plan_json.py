@@ -1,4 +1,4 @@
-"""Names of a plan's values in `safelight plan --json`: lower case, sizes with their unit."""
+"""Names of a plan's values in `safelight plan --json`: lower case, with units."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NAMES = {
 
 
 def with_json_names(value: object) -> object:
-    """Return plain values with keys renamed by _NAMES, or else in lower case with _ for other characters."""
+    """Return plain values with their keys renamed: by _NAMES, else to lower case with other characters as _."""
     if isinstance(value, dict):
         names = {key: _NAMES.get(key, re.sub("[^a-z0-9]+", "_", key.lower())) for key in value}
         if len(set(names.values())) < len(names):

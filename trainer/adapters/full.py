@@ -1,4 +1,4 @@
-"""Full fine-tuning: every parameter of the UNet is trained, and a checkpoint holds the whole UNet in diffusers' format."""
+"""Full fine-tuning: every parameter of the UNet is trained; a checkpoint holds the whole UNet in diffusers' format."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
 
 class FullFineTune:
-    """A UNet that is trained as a whole; see Trained. Files: unet/config.json and unet/diffusion_pytorch_model.safetensors."""
+    """A UNet that is trained as a whole; see Trained. Its files: unet/config.json and one file of weights beside it."""
 
     def __init__(self, unet: nn.Module):
         self.unet = unet

@@ -41,8 +41,8 @@ class Trained(Protocol):
     ) -> dict[str, Tensor]:
         """Return a checkpoint's whole UNet for export, by diffusers' names, read one tensor at a time.
 
-        shapes: of the base's UNet. weights: `auto` takes the moving average if there is one, `ema` requires it, `trained`
-        takes the last step's. convert: applied to each (name, fp32 or stored tensor). Raises UserError if the checkpoint
-        does not fit.
+        shapes: of the base's UNet. weights: `auto` takes the moving average if there is one, `ema` requires it,
+        `trained` takes the last step's. convert: applied to each (name, fp32 or stored tensor). Raises UserError if the
+        checkpoint does not fit.
         """
         ...

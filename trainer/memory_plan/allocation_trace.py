@@ -1,8 +1,9 @@
-"""What a trace saw of memory, in the order it happened, and from two batch sizes' the one of a third without a trace.
+"""Allocations and frees of a traced step in order, and extrapolation to batch sizes that were not traced.
 
-The operators of a step do not depend on how many images are in it (but for one: pieces of a single row need no copy), and a
-storage's bytes are then a + b n for n images. So two traces of the same order give every storage's bytes at any n, and
-going through the events again with those gives the peak that a trace would have found, to the byte.
+A step runs the same operators whatever the batch size (except that single-row slices need no copy at batch size 1),
+so each storage takes a + b * n bytes for n images. Two traces with the same sequence of events therefore give every
+storage's size at any n, and replaying the events with those sizes gives the same peak, to the byte, as a trace at
+that batch size.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ NOTHING = -1
 
 @dataclass
 class Work:
-    """What is computed: floating-point operations of matrix work, bytes read and written by the rest, launches."""
+    """The work of a step: FLOPs of matrix products, bytes read and written by all other operators, kernel launches."""
 
     flops: int = 0
     bytes_moved: int = 0
@@ -30,7 +31,7 @@ class Work:
 
 @dataclass
 class Peak:
-    """The most that was alive at once. kinds: bytes by kind at that moment; during: forward, backward or another phase."""
+    """Peak memory. kinds: bytes by kind at that moment; during: the phase it occurs in (forward, backward, ...)."""
 
     total: int = 0
     during: str = ""
@@ -38,62 +39,63 @@ class Peak:
 
 
 class AllocationTrace:
-    """Events: storages that appear, become another kind and vanish, each with its bytes before rounding.
+    """A sequence of events: a storage is allocated, changes its kind, or is freed. Sizes are kept unrounded.
 
-    An entry is a list whose first three items are bytes, kind and its place here, which `appear` sets.
+    A storage is passed as a list whose first three items are its bytes, its kind and its index in this trace;
+    `allocate` sets the index.
     """
 
     def __init__(self):
         self._sizes: list[int] = []
-        # place, kind before, kind after; what the event is during
+        # (storage index, kind before, kind after), and the phase of each event
         self._events: list[tuple[int, int, int]] = []
         self._during: list[str] = []
-        # not rounded: what an operator takes and gives back within itself
+        # indices of scratch buffers inside an operator, which are not rounded up
         self._scratch: list[int] = []
 
-    def _add(self, place: int, before: int, after: int, during: str = "") -> None:
-        self._events.append((place, before, after))
+    def _add(self, index: int, before: int, after: int, during: str = "") -> None:
+        self._events.append((index, before, after))
         self._during.append(during)
 
-    def appear(self, entry: list, during: str = "forward") -> None:
-        entry[2] = len(self._sizes)
-        self._sizes.append(entry[0])
-        self._add(entry[2], NOTHING, _INDEX[entry[1]], during)
+    def allocate(self, storage: list, during: str = "forward") -> None:
+        storage[2] = len(self._sizes)
+        self._sizes.append(storage[0])
+        self._add(storage[2], NOTHING, _INDEX[storage[1]], during)
 
-    def change(self, entry: list, before: str) -> None:
-        """Note that a storage is of another kind than before."""
-        self._add(entry[2], _INDEX[before], _INDEX[entry[1]])
+    def reclassify(self, storage: list, before: str) -> None:
+        """Record that a storage of kind `before` now has another kind."""
+        self._add(storage[2], _INDEX[before], _INDEX[storage[1]])
 
-    def vanish(self, entry: list) -> None:
-        self._add(entry[2], _INDEX[entry[1]], NOTHING)
+    def free(self, storage: list) -> None:
+        self._add(storage[2], _INDEX[storage[1]], NOTHING)
 
-    def flash(self, num_bytes: int, during: str) -> None:
-        """Note bytes that an operator has for itself while it works."""
+    def scratch(self, num_bytes: int, during: str) -> None:
+        """Record a buffer that an operator allocates and frees internally."""
         self._scratch.append(len(self._sizes))
-        entry = [num_bytes, TEMPORARY, NOTHING]
-        self.appear(entry, during)
-        self.vanish(entry)
+        storage = [num_bytes, TEMPORARY, NOTHING]
+        self.allocate(storage, during)
+        self.free(storage)
 
-    def between(self, n: int, other: Self, m: int, wanted: int) -> Self | None:
-        """Return the trace of `wanted` images from this one of n and another of m; None where their orders differ."""
+    def extrapolate(self, n: int, other: Self, m: int, batch_size: int) -> Self | None:
+        """Return the trace at `batch_size`, given this one at n and another at m; None if their events differ."""
         if self._events != other._events or self._scratch != other._scratch:
             return None
-        one, two = (np.array(r._sizes, dtype=np.int64) for r in (self, other))
-        slope, rest = np.divmod(two - one, m - n)
-        if rest.any():
+        sizes_n, sizes_m = (np.array(trace._sizes, dtype=np.int64) for trace in (self, other))
+        slope, remainder = np.divmod(sizes_m - sizes_n, m - n)
+        if remainder.any():
             return None
-        found = AllocationTrace()
-        found._sizes = (one + (wanted - n) * slope).tolist()
-        found._events, found._during, found._scratch = self._events, self._during, self._scratch
-        return found
+        trace = AllocationTrace()
+        trace._sizes = (sizes_n + (batch_size - n) * slope).tolist()
+        trace._events, trace._during, trace._scratch = self._events, self._during, self._scratch
+        return trace
 
     def peak(self, rounding: int) -> Peak:
-        """Return the most that is alive at once, every allocation rounded up."""
+        """Return the peak, with every allocation rounded up to a multiple of `rounding` bytes."""
         sizes = np.array(self._sizes, dtype=np.int64)
         rounded = -(-sizes // rounding) * rounding
         rounded[self._scratch] = sizes[self._scratch]
-        places, before, after = np.array(self._events, dtype=np.int64).T
-        sizes = rounded[places]
+        indices, before, after = np.array(self._events, dtype=np.int64).T
+        sizes = rounded[indices]
         total = np.cumsum(np.where(after >= 0, sizes, 0) - np.where(before >= 0, sizes, 0))
         top = int(total.argmax())
         upto = slice(0, top + 1)
@@ -104,10 +106,13 @@ class AllocationTrace:
         return Peak(int(total[top]), self._during[top], kinds)
 
 
-def work_between(one: Work, n: int, two: Work, m: int, wanted: int) -> Work:
-    """Return the work of `wanted` images from that of n and of m. Exact for FLOPs; kernels' partial sums grow by steps."""
+def extrapolate_work(work_n: Work, n: int, work_m: Work, m: int, batch_size: int) -> Work:
+    """Return the work at `batch_size`, given that at n and at m.
 
-    def at(a: int, b: int) -> int:
-        return a + (b - a) * (wanted - n) // (m - n)
+    Exact for FLOPs, approximate for bytes: the partial sums of some kernels grow in steps.
+    """
 
-    return Work(*(at(a, b) for a, b in zip(vars(one).values(), vars(two).values(), strict=True)))
+    def at_batch_size(a: int, b: int) -> int:
+        return a + (b - a) * (batch_size - n) // (m - n)
+
+    return Work(*(at_batch_size(a, b) for a, b in zip(vars(work_n).values(), vars(work_m).values(), strict=True)))

@@ -1,16 +1,16 @@
-"""What one way of training takes of a card, as a plan tells it; what stands against its steps as CUDA graphs.
+"""A candidate: one combination of memory mode, checkpointing, fused backward and batch size, with its predicted memory.
 
-What a run does between steps on a GPU, in the room that is left: how many images are validated and prompts drawn at a time,
-and whether the GPU decodes what was drawn.
-
-None of it decides whether a run fits but at its least: one image, one prompt (two rows with guidance), decoded on the CPU.
-The values are the same but for float rounding; a decoder in fp32 on a CPU takes longer.
+Also how a run validates and samples between steps with the memory that is left: how many images or prompts at a time,
+and whether samples are decoded on the GPU or the CPU. A run fits if it can do the minimum: one image, one prompt (two
+rows with guidance), decoded on the CPU. Larger batches give the same values up to float rounding, and decoding on the
+CPU is slower.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Self
 
 from safelight.data.text import counted
 from safelight.trainer.config.schema import Config
@@ -19,132 +19,188 @@ from safelight.trainer.memory_plan.static_bytes import HostBytes
 from safelight.trainer.registry.optimizers import OPTIMIZERS
 from safelight.units import GIB
 
-Forward = Callable[[int], int]
+# maps a number of images or prompts at a time to the bytes that their forward pass adds
+ForwardBytes = Callable[[int], int]
+
+# resumed runs and `safelight plan --json` read these names
+_BATCHING_JSON = {
+    "validated": "validation_images",
+    "prompts": "prompts",
+    "decode_on": "decode_on",
+    "most": "peak_bytes",
+    "validate_wanted": "wanted_validation_images",
+}
+_CANDIDATE_JSON = {
+    "memory": "memory",
+    "checkpointing": "checkpointing",
+    "fused_backward": "fused_backward",
+    "batch_size": "batch_size",
+    "needed": "needed_bytes",
+    "held": "held_bytes",
+    "step": "step_bytes",
+    "others": "outside_step_bytes",
+    "during": "peak_phase",
+    "kinds": "bytes_by_kind",
+    "images_per_s": "images_per_s",
+    "between": "eval_batching",
+    "host": "host",
+    "graphs": "graph_bytes",
+    "no_graphs": "no_graphs",
+}
 
 
 @dataclass(frozen=True)
-class Between:
-    """How validation and drawing are done. validated: images at a time, of validate_wanted; prompts: at a time; decode_on: gpu
-    or cpu; 0 and '' where a run does no such thing. most: bytes of the card at their peak, all that a run takes included."""
+class EvalBatching:
+    """How a run validates and samples between steps.
 
-    validated: int = 0
+    validation_images, prompts: how many at a time, 0 if the run does not validate or sample; wanted_validation_images:
+    validate.batch_size; decode_on: gpu, cpu or '' without samples; peak_bytes: GPU memory of the whole run meanwhile.
+    """
+
+    validation_images: int = 0
     prompts: int = 0
     decode_on: str = ""
-    most: int = 0
-    validate_wanted: int = 0
+    peak_bytes: int = 0
+    wanted_validation_images: int = 0
 
     def describe(self) -> str:
-        """Return the words for the terminal; empty where nothing is done in another way than with room to spare."""
-        told = []
-        if 0 < self.validated < self.validate_wanted:
-            told.append(f"validates {counted(self.validated, 'image')} at a time, not {self.validate_wanted}")
+        """Return what is done differently for lack of memory, '' if nothing is."""
+        parts = []
+        if 0 < self.validation_images < self.wanted_validation_images:
+            images = counted(self.validation_images, "image")
+            parts.append(f"validates {images} at a time instead of {self.wanted_validation_images}")
         if 0 < self.prompts < SAMPLE_BATCH_SIZE:
-            told.append(f"draws {counted(self.prompts, 'prompt')} at a time, not {SAMPLE_BATCH_SIZE}")
+            parts.append(f"samples {counted(self.prompts, 'prompt')} at a time instead of {SAMPLE_BATCH_SIZE}")
         if self.decode_on == "cpu":
-            told.append("decodes samples on the CPU, which takes longer")
-        return ", ".join(told)
+            parts.append("decodes samples on the CPU, which is slower")
+        return ", ".join(parts)
+
+    def to_json(self) -> dict:
+        return {key: getattr(self, name) for key, name in _BATCHING_JSON.items()}
+
+    @classmethod
+    def from_json(cls, values: object) -> Self:
+        """Return the batching that `to_json` wrote. Raises ValueError for anything else."""
+        if not isinstance(values, dict) or not values.keys() <= _BATCHING_JSON.keys():
+            raise ValueError(f"{values!r} does not describe validation and sampling")
+        return cls(**{_BATCHING_JSON[key]: value for key, value in values.items()})
 
 
-def halves(most: int) -> list[int]:
-    """Return a batch size and its halves, down to 1."""
-    sizes = [most]
+def halvings(largest: int) -> list[int]:
+    """Return a batch size followed by its halves, down to 1."""
+    sizes = [largest]
     while sizes[-1] > 1:
         sizes.append(sizes[-1] // 2)
     return sizes
 
 
-def least_of(validated: Forward | None, drawn: Forward | None) -> int:
-    """Return the bytes that validation and drawing add at the least."""
-    return max((forward(1) for forward in (validated, drawn) if forward is not None), default=0)
+def smallest_eval_bytes(validate: ForwardBytes | None, sample: ForwardBytes | None) -> int:
+    """Return the bytes that validation and sampling add at one image or prompt at a time."""
+    return max((forward(1) for forward in (validate, sample) if forward is not None), default=0)
 
 
-def added_by(between: Between, validated: Forward | None, drawn: Forward | None, decode: int) -> int:
-    """Return the bytes that a way adds to what is held. Raises ValueError for one that is none."""
+def eval_bytes(
+    batching: EvalBatching, validate: ForwardBytes | None, sample: ForwardBytes | None, decode_bytes: int
+) -> int:
+    """Return the bytes that validation and sampling add to those held.
+
+    validate, sample: None if the run does not do it. Raises ValueError if the batching does not match the run.
+    """
     added = [0]
-    for num, forward in ((between.validated, validated), (between.prompts, drawn)):
+    for num, forward in ((batching.validation_images, validate), (batching.prompts, sample)):
         if (num > 0) != (forward is not None):
-            raise ValueError(f"{between} is of a run with other validation or samples")
+            raise ValueError(f"{batching} belongs to a run with other validation or sampling")
         added.append(0 if forward is None else forward(num))
-    if between.decode_on not in ("", "cpu", "gpu") or (between.decode_on == "") != (drawn is None):
-        raise ValueError(f"{between} decodes on neither cpu nor gpu")
-    return max(*added, decode if between.decode_on == "gpu" else 0)
+    if batching.decode_on not in ("", "cpu", "gpu") or (batching.decode_on == "") != (sample is None):
+        raise ValueError(f"{batching} must decode on cpu or gpu if the run samples, and on neither otherwise")
+    return max(*added, decode_bytes if batching.decode_on == "gpu" else 0)
 
 
-def fill(
+def choose_eval_batching(
     budget: int,
-    total: Callable[[int], int],
-    validate_size: int,
-    validated: Forward | None,
-    drawn: Forward | None,
-    decode: int,
-) -> Between:
-    """Return the most at a time that fits, and where to decode.
+    total_bytes: Callable[[int], int],
+    validate_batch_size: int,
+    validate: ForwardBytes | None,
+    sample: ForwardBytes | None,
+    decode_bytes: int,
+) -> EvalBatching:
+    """Return the largest batches that fit, and whether the GPU can decode; one at a time on the CPU if nothing fits.
 
-    total: bytes of the card for so many beside what is held. validated, drawn: bytes that so many at a time add; None where
-    there is no such thing. decode: bytes that decoding adds on the GPU.
+    total_bytes: maps bytes added to those held to GPU memory of the whole run. validate, sample: None if the run does
+    not do it. decode_bytes: what decoding on the GPU adds.
     """
 
-    def largest(most: int, forward: Forward) -> int:
-        return next((n for n in halves(most) if total(forward(n)) <= budget), 1)
+    def largest_fitting(largest: int, forward: ForwardBytes) -> int:
+        return next((n for n in halvings(largest) if total_bytes(forward(n)) <= budget), 1)
 
-    found = Between(
-        0 if validated is None else largest(validate_size, validated),
-        0 if drawn is None else largest(SAMPLE_BATCH_SIZE, drawn),
-        "" if drawn is None else "gpu" if total(decode) <= budget else "cpu",
-        validate_wanted=0 if validated is None else validate_size,
+    batching = EvalBatching(
+        0 if validate is None else largest_fitting(validate_batch_size, validate),
+        0 if sample is None else largest_fitting(SAMPLE_BATCH_SIZE, sample),
+        "" if sample is None else "gpu" if total_bytes(decode_bytes) <= budget else "cpu",
+        wanted_validation_images=0 if validate is None else validate_batch_size,
     )
-    return replace(found, most=total(added_by(found, validated, drawn, decode)))
+    return replace(batching, peak_bytes=total_bytes(eval_bytes(batching, validate, sample, decode_bytes)))
 
 
 @dataclass(frozen=True)
-class Need:
-    """What one way of training takes. needed: bytes of the card; held: between steps; step: what a step adds at its peak.
+class Candidate:
+    """Predicted GPU memory of one training configuration, and why it cannot use CUDA graphs.
 
-    others: the most of loading, and of validation and drawing at the least, in all. images_per_s: an estimate, None where
-    the card's rates are not known. during: where the step's peak is; kinds: what is alive there, by kind. between: how
-    validation and drawing are done in the room that is left. graphs: bytes that CUDA graphs take beside a step's own peak, if
-    a run has them, at the most. no_graphs: why steps are not replayed as such, '' where they are.
+    needed_bytes: GPU memory of the whole run; held_bytes: allocated between steps; step_bytes: what a step adds at
+    its peak; outside_step_bytes: peak allocation outside training steps: loading, or validation and sampling one
+    image at a time. peak_phase: when in the step the peak occurs; bytes_by_kind: what is alive then. images_per_s: an
+    estimate, None if the card's rates are unknown. graph_bytes: upper bound of what CUDA graphs take in addition to a
+    step's peak, 0 if they cannot be used. no_graphs: why steps are not replayed as CUDA graphs, '' if they are.
     """
 
     memory: str
     checkpointing: str
     fused_backward: bool
     batch_size: int
-    needed: int
-    held: int
-    step: int
-    others: int
-    during: str
-    kinds: dict[str, int]
+    needed_bytes: int
+    held_bytes: int
+    step_bytes: int
+    outside_step_bytes: int
+    peak_phase: str
+    bytes_by_kind: dict[str, int]
     images_per_s: float | None
-    between: Between = field(default_factory=Between)
+    eval_batching: EvalBatching = field(default_factory=EvalBatching)
     host: HostBytes | None = None
-    graphs: int = 0
+    graph_bytes: int = 0
     no_graphs: str = ""
 
-    def settings(self) -> str:
-        """Return the settings of it, as they are written on the command line."""
+    def options(self) -> str:
+        """Return the command-line options that select this candidate."""
         return (
             f"--optimizer.memory {self.memory} --train.checkpointing {self.checkpointing} "
             f"--optimizer.fused-backward {str(self.fused_backward).lower()} --train.batch-size {self.batch_size}"
         )
 
+    def to_json(self) -> dict:
+        """Return plain values, as recorded in environment.json, where a resumed run finds them."""
+        values = {key: getattr(self, name) for key, name in _CANDIDATE_JSON.items()}
+        host = None if self.host is None else asdict(self.host)
+        return {**values, "kinds": dict(self.bytes_by_kind), "between": self.eval_batching.to_json(), "host": host}
+
 
 def streams_from_host(memory: str, checkpointing: str) -> str:
-    """Return which setting of a step waits for copies to and from the host, '' for none."""
+    """Return which setting makes a step wait for copies to and from host memory, '' if none does."""
     if memory == "paged":
-        return "optimizer.memory paged streams from the host"
-    return "train.checkpointing offload streams from the host" if checkpointing == "offload" else ""
+        return "optimizer.memory paged streams optimizer state from host memory"
+    return "train.checkpointing offload streams activations from host memory" if checkpointing == "offload" else ""
 
 
-def graphs_against(config: Config, need: Need, budget: int) -> str:
-    """Return why a way's steps are not replayed as CUDA graphs on a card, '' where they are. budget: bytes that a run may take."""
+def why_no_graphs(config: Config, candidate: Candidate, budget: int) -> str:
+    """Return why a candidate's steps are not replayed as CUDA graphs, '' if they are. budget: bytes the run may use."""
     if config.train.cuda_graphs == "off":
         return "train.cuda_graphs is off"
     if not OPTIMIZERS[config.optimizer.name].is_capturable:
-        return f"{config.optimizer.name} reads from the device at every step"
-    if reason := streams_from_host(need.memory, need.checkpointing):
+        return f"{config.optimizer.name} reads values back from the GPU at every step"
+    if reason := streams_from_host(candidate.memory, candidate.checkpointing):
         return reason
-    # what a graph's step takes is not given back to what runs between steps
-    needed = max(need.needed + need.others - need.held, need.between.most + need.step) + need.graphs
-    return f"they would take {needed / GIB:.2f} GiB of {budget / GIB:.2f}" if needed > budget else ""
+    # the memory pool of graphs stays allocated between steps
+    outside_step = candidate.needed_bytes + candidate.outside_step_bytes - candidate.held_bytes
+    needed = max(outside_step, candidate.eval_batching.peak_bytes + candidate.step_bytes) + candidate.graph_bytes
+    if needed <= budget:
+        return ""
+    return f"with graphs the run would need {needed / GIB:.2f} GiB of the {budget / GIB:.2f} GiB available"

@@ -1,39 +1,40 @@
-"""What one way of training needs of a card: a memory mode, a way of checkpointing, a batch size, fused or not.
+"""Predicts the GPU memory of one training configuration: memory mode, checkpointing, batch size, fused backward or not.
 
-Needed is the CUDA context, what the libraries take, and the peak of what torch allocates, traced on meta tensors
-(trainer/memory_plan/meta_run.py): while loading, in a step of the largest bucket, and between steps at the least (trainer/memory_plan/candidate.py):
-validation and drawing of one image at a time, decoding on the CPU. How many at a time, and whether the GPU decodes, is then
-chosen by the room that is left. Host memory is counted beside it (trainer/memory_plan/static_bytes.py).
+The prediction adds up the CUDA context, the libraries' workspaces and the peak of torch's allocations, traced on meta
+tensors (meta_run.py): while loading, in a step of the largest bucket, and in validation and sampling between steps,
+at one image at a time and decoding on the CPU. Larger batches between steps then use whatever memory is left
+(candidate.py). Host memory is counted as well (static_bytes.py).
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
-from safelight.data.buckets import make_buckets
+from safelight.data.buckets import Bucket
 from safelight.errors import UserError
 from safelight.kernels.moment_blocks import MIN_8BIT_ELEMENTS, num_blocks
 from safelight.kernels.optim.paged_state import Pages
 from safelight.trainer.config.schema import Config
 from safelight.trainer.memory_plan.allocation_trace import ACTIVATIONS, GRADIENTS, MASTER, OPTIMIZER, TEMPORARY, WEIGHTS
 from safelight.trainer.memory_plan.candidate import (
-    Between,
-    Forward,
-    Need,
-    added_by,
-    fill,
-    graphs_against,
-    least_of,
+    Candidate,
+    EvalBatching,
+    ForwardBytes,
+    choose_eval_batching,
+    eval_bytes,
+    smallest_eval_bytes,
     streams_from_host,
+    why_no_graphs,
 )
 from safelight.trainer.memory_plan.gpus import CONTEXT_BYTES, FRAGMENTATION, GRAPH_BYTES_A_LAUNCH, Card
 from safelight.trainer.memory_plan.memory_tracer import CUDA_ROUNDING
-from safelight.trainer.memory_plan.meta_run import META, MetaRun, Traced, forward_of, meta_run, step_of
+from safelight.trainer.memory_plan.meta_run import META, MetaRun, StepTrace, meta_run
 from safelight.trainer.memory_plan.static_bytes import host_bytes
-from safelight.trainer.models.base import Base, bucket_multiple, latent_factor, resolve_model, vae_bytes, vae_config
+from safelight.trainer.models.base import latent_factor, resolve_model, training_buckets, vae_bytes, vae_config
 from safelight.trainer.models.device import DTYPES
 from safelight.trainer.models.encoders import decode_bytes
 from safelight.trainer.optim.kernel_adamw import SPLIT_BYTES, SPLIT_ELEMENTS
@@ -42,67 +43,66 @@ from safelight.trainer.registry.optimizers import MEMORY_MODES, OPTIMIZERS
 from safelight.units import GIB
 
 
-def largest_latents(config: Config, base: Base) -> tuple[int, int]:
-    """Return (height, width) of the largest bucket's latents."""
-    factor = latent_factor(vae_config(base, config.model.vae))
-    buckets = make_buckets(config.data.resolution, bucket_multiple(base, factor), config.data.max_aspect)
+def largest_latents(buckets: Sequence[Bucket], factor: int) -> tuple[int, int]:
+    """Return (height, width) of the largest bucket's latents; of equal areas, the squarest. factor: pixels a latent."""
     bucket = max(buckets, key=lambda b: (b.width * b.height, -abs(b.width - b.height)))
     return bucket.height // factor, bucket.width // factor
 
 
-def most_graphs(config: Config, base: Base) -> int:
-    """Return how many CUDA graphs a stage can want: of each bucket's full and last batch, at each place among a step's."""
-    factor = latent_factor(vae_config(base, config.model.vae))
-    buckets = make_buckets(config.data.resolution, bucket_multiple(base, factor), config.data.max_aspect)
+def max_graphs(config: Config, num_buckets: int) -> int:
+    """Return an upper bound of the CUDA graphs of a stage.
+
+    Each bucket has full batches and a last, shorter one. With accumulation each has a graph for every place in the
+    step: first, last, both or neither.
+    """
     places = 4 if any(stage.accumulate > 1 for stage in config.stages()) else 1
-    return 2 * len(buckets) * places
+    return 2 * num_buckets * places
 
 
 def dtype_on(card: Card, precision: str) -> torch.dtype:
-    """Return the UNet's dtype on a card. Raises UserError for bf16 where the card has none."""
+    """Return the UNet's dtype on a card. Raises UserError for bf16 on a card without it."""
     if precision == "bf16" and not card.has_bf16:
         raise UserError(f"model.precision bf16: {card.name} has no bf16 arithmetic; use fp16 or auto")
     return card.dtype if precision == "auto" else DTYPES[precision]
 
 
 def rounded_up(num_bytes: int) -> int:
+    """Return the bytes that the CUDA allocator takes for an allocation."""
     return -(-num_bytes // CUDA_ROUNDING) * CUDA_ROUNDING
 
 
-class Needs:
-    """What a run's ways need on one card. Traces are made when they are asked for, and kept."""
+class MemoryEstimator:
+    """Estimates the candidates of a config on one card. Steps are traced on demand, and the traces are cached."""
 
     def __init__(self, config: Config, card: Card):
         self.config, self.card, self.base = config, card, resolve_model(config.model)
         self.dtype = dtype_on(card, config.model.precision)
-        self.latents = largest_latents(config, self.base)
+        self._latent_factor = latent_factor(vae_config(self.base, config.model.vae))
+        self.buckets = training_buckets(self.base, config.data, self._latent_factor)
+        self.latents = largest_latents(self.buckets, self._latent_factor)
         stages = config.stages()
         self.batch_size = max(stage.batch_size for stage in stages)
         self._workspace = card.workspace(is_deterministic=config.run.deterministic)
-        self._num_graphs = most_graphs(config, self.base)
+        self._max_graphs = max_graphs(config, len(self.buckets))
         self._num_micro = 2 if any(stage.accumulate > 1 for stage in stages) else 1
         memory_mode(config.optimizer, self.dtype)
 
     @property
     def budget(self) -> int:
-        """Bytes that a run may take: the card's, or memory.limit_gib."""
+        """Bytes that the run may use: the card's usable memory or memory.limit_gib, whichever is smaller."""
         limit = self.config.memory.limit_gib
         return int(GIB * min(self.card.usable_gib, limit or self.card.usable_gib))
 
-    def _run(self, fused: bool) -> MetaRun:
-        """Return the run on meta tensors, in the best memory mode that the precision allows."""
+    def meta_run(self, fused: bool) -> MetaRun:
+        """Return the run on meta tensors, in the most exact memory mode that the precision allows."""
         return meta_run(self.config, self.dtype, fused, self._num_micro)
 
-    def _trace(self, checkpointing: str, fused: bool, batch_size: int) -> Traced:
-        return step_of(self._run(fused), checkpointing, batch_size, self.latents, self._num_micro)
-
-    @functools.cached_property
-    def _pages(self) -> Pages | None:
-        """Return the pages of memory mode paged, on meta tensors."""
-        return self._run(self.config.optimizer.is_fused).optimizer.make_pages(META)
+    def step_trace(self, checkpointing: str, fused: bool, batch_size: int) -> StepTrace:
+        """Return the trace of a step of the largest bucket."""
+        return self.meta_run(fused).step_trace(checkpointing, batch_size, self.latents, self._num_micro)
 
     def held(self, memory: str, run: MetaRun) -> dict[str, int]:
-        """Return the bytes between steps by kind: those of the run on meta tensors, but for what differs in this mode."""
+        """Return the bytes held between steps, by kind: those of the traced run, adjusted to another memory mode."""
         held = dict(run.live.live)
         if memory == run.optimizer.memory:
             return held
@@ -116,51 +116,12 @@ class Needs:
         held[MASTER] = sum(rounded_up(MEMORY_MODES[memory].bytes_per_weight * n) for n in sizes)
         return held
 
-    @functools.cached_property
-    def _forwards(self) -> tuple[Forward | None, Forward | None]:
-        """Return what validation of n images and drawing of n prompts add; None for what the run does not do."""
-        config, sample = self.config, self.config.sample
-        run = self._run(config.optimizer.is_fused)
-        validated = drawn = None
-        if config.validate_.every_epochs and config.data.validation_fraction:
-            validated = functools.partial(forward_of, run, self.latents)
-        if sample.every_epochs:
-            factor = latent_factor(vae_config(self.base, config.model.vae))
-            width, height = (max(1, side // factor) for side in self._drawn_size)
-            # guidance runs each prompt with and without its text
-            rows = 1 if sample.cfg == 1 else 2
-            drawn = functools.partial(forward_of, run, (height, width), rows=rows)
-        return validated, drawn
+    def loading_peak(self, memory: str, run: MetaRun) -> int:
+        """Return the peak allocation while loading.
 
-    @property
-    def _drawn_size(self) -> tuple[int, int]:
-        """(width, height) of samples in px."""
-        sample, side = self.config.sample, self.config.data.resolution
-        return sample.width or side, sample.height or side
-
-    @property
-    def _decode_bytes(self) -> int:
-        return decode_bytes(*self._drawn_size, vae_bytes(self.base, self.config.model.vae))
-
-    def between(self, held: int, pool: int) -> Between:
-        """Return how validation and drawing fill the room that is left beside what is held.
-
-        pool: what CUDA graphs of the steps would keep; where not even the least fits beside that, there will be none.
+        Packing weights needs both copies of the packed ones in addition to everything held. Converting in pieces needs
+        one fp32 piece, before the moments are allocated.
         """
-        total = functools.partial(self._with, held)
-        size, decode = self.config.validate_.batch_size, self._decode_bytes
-        found = fill(self.budget - pool, total, size, *self._forwards, decode)
-        return found if found.most <= self.budget - pool else fill(self.budget, total, size, *self._forwards, decode)
-
-    def most_between(self, held: int, between: Between) -> int:
-        """Return the bytes of the card that this takes beside what is held. Raises ValueError for no such way."""
-        return self._with(held, added_by(between, *self._forwards, self._decode_bytes))
-
-    def _with(self, held: int, added: int) -> int:
-        return self._total(held, held + added)
-
-    def _loading(self, memory: str, run: MetaRun) -> int:
-        """Return the most that loading allocates: beside what is held, packed weights twice, or pieces of fp32 before there are moments."""
         if not OPTIMIZERS[self.config.optimizer.name].converts_in_pieces or self.dtype == torch.float32:
             return run.loading.total
         held = self.held(memory, run)
@@ -168,71 +129,126 @@ class Needs:
         piece = min(SPLIT_ELEMENTS, max(p.numel() for p in run.unet.parameters()))
         return max(sum(held.values()) + run.packing, before + SPLIT_BYTES * piece)
 
-    def _total(self, held: int, allocated: int) -> int:
-        """Return the bytes of the card for so much allocated at the peak."""
-        return CONTEXT_BYTES + self._workspace + allocated + round(FRAGMENTATION * (allocated - held))
+    def eval_batching(self, held: int, graph_pool: int) -> EvalBatching:
+        """Return the largest validation and sampling batches that fit beside the held bytes.
 
-    def _seconds(self, traced: Traced, need: Need) -> float | None:
-        """Return an estimate of a step's time."""
-        kinds, memory = need.kinds, need.memory
-        # the optimizer's kernel reads and writes what is held by its address, which no trace sees; pages are copied as well
-        traffic = 2 * (kinds[WEIGHTS] + kinds[MASTER] + kinds[OPTIMIZER]) + kinds[WEIGHTS]
-        paged = self._pages.num_bytes if memory == "paged" and self._pages is not None else 0
-        work = traced.work
-        return self.card.seconds(
-            work.flops,
-            work.bytes_moved + traffic + 4 * paged,
-            work.launches,
-            traced.offloaded,
-            paged,
-            need.fused_backward,
-            not need.no_graphs,
-        )
+        graph_pool: bytes that CUDA graphs keep. If not even the smallest batches fit beside them, the run has no
+        graphs.
+        """
+        total_bytes = functools.partial(self._total_with, held)
+        arguments = (total_bytes, self.config.validate_.batch_size, *self._eval_forwards, self._decode_bytes)
+        with_graphs = choose_eval_batching(self.budget - graph_pool, *arguments)
+        if with_graphs.peak_bytes <= self.budget - graph_pool:
+            return with_graphs
+        return choose_eval_batching(self.budget, *arguments)
 
-    def need(self, memory: str, checkpointing: str, batch_size: int, fused: bool | None = None) -> Need:
-        """Return what one way takes. fused: the better of the config's choices if None."""
+    def eval_peak(self, held: int, batching: EvalBatching) -> int:
+        """Return the GPU memory of the run while it validates and samples. Raises ValueError if the batching does not
+        match the run."""
+        return self._total_with(held, eval_bytes(batching, *self._eval_forwards, self._decode_bytes))
+
+    def estimate(self, memory: str, checkpointing: str, batch_size: int, fused: bool | None = None) -> Candidate:
+        """Return the candidate of these settings. fused: None for what the config says."""
         fused = self.config.optimizer.is_fused if fused is None else fused
-        run = self._run(fused)
-        traced = self._trace(checkpointing, fused, batch_size)
-        kinds = self.held(memory, run)
-        held = sum(kinds.values())
-        others = max(self._loading(memory, run), held + least_of(*self._forwards))
-        paged = self._pages.num_bytes if memory == "paged" and self._pages is not None else 0
-        graphs = pool = 0
+        run = self.meta_run(fused)
+        trace = self.step_trace(checkpointing, fused, batch_size)
+        held_by_kind = self.held(memory, run)
+        held = sum(held_by_kind.values())
+        outside_step = max(self.loading_peak(memory, run), held + smallest_eval_bytes(*self._eval_forwards))
+        graph_bytes = graph_pool = 0
         if self.config.train.cuda_graphs != "off" and not streams_from_host(memory, checkpointing):
-            # beside the stream that graphs are recorded on, validation and drawing multiply on the usual one
-            graphs = self._num_graphs * traced.work.launches * GRAPH_BYTES_A_LAUNCH
-            graphs += self.card.cublas_bytes(is_deterministic=self.config.run.deterministic)
-            pool = traced.transient + graphs
+            graph_bytes = self._max_graphs * trace.work.launches * GRAPH_BYTES_A_LAUNCH
+            # graphs are captured on a stream of their own, validation and sampling use the default one: one more
+            # workspace
+            graph_bytes += self.card.cublas_bytes(is_deterministic=self.config.run.deterministic)
+            graph_pool = trace.transient + graph_bytes
         host = host_bytes(
             [p.shape for p in run.unet.parameters()],
             self.dtype.itemsize,
             self.config.optimizer.name,
             memory,
             self.config.train.ema_decay > 0,
-            paged,
-            traced.offloaded,
+            self._paged_bytes(memory),
+            trace.offloaded,
             vae_bytes(self.base, self.config.model.vae),
         )
-        need = Need(
+        candidate = Candidate(
             memory,
             checkpointing,
             fused,
             batch_size,
-            self._total(held, max(held + traced.transient, others)),
+            self._total(held, max(held + trace.transient, outside_step)),
             held,
-            traced.transient,
-            others,
-            traced.peak.during,
-            {**kinds, **{kind: traced.peak.kinds[kind] for kind in (GRADIENTS, ACTIVATIONS, TEMPORARY)}},
+            trace.transient,
+            outside_step,
+            trace.peak.during,
+            {**held_by_kind, **{kind: trace.peak.kinds[kind] for kind in (GRADIENTS, ACTIVATIONS, TEMPORARY)}},
             None,
-            self.between(held, pool),
+            self.eval_batching(held, graph_pool),
             host,
-            graphs,
+            graph_bytes,
         )
-        need = replace(need, no_graphs=graphs_against(self.config, need, self.budget))
-        seconds = self._seconds(traced, need)
-        return need if seconds is None else replace(need, images_per_s=self._num_micro * batch_size / seconds)
+        candidate = replace(candidate, no_graphs=why_no_graphs(self.config, candidate, self.budget))
+        seconds = self._step_seconds(trace, candidate)
+        if seconds is None:
+            return candidate
+        return replace(candidate, images_per_s=self._num_micro * batch_size / seconds)
 
-    def fits(self, need: Need) -> bool:
-        return need.needed <= self.budget
+    def fits(self, candidate: Candidate) -> bool:
+        return candidate.needed_bytes <= self.budget
+
+    @functools.cached_property
+    def _pages(self) -> Pages | None:
+        """The pages of memory mode paged, on meta tensors."""
+        return self.meta_run(self.config.optimizer.is_fused).optimizer.make_pages(META)
+
+    def _paged_bytes(self, memory: str) -> int:
+        return self._pages.num_bytes if memory == "paged" and self._pages is not None else 0
+
+    @functools.cached_property
+    def _eval_forwards(self) -> tuple[ForwardBytes | None, ForwardBytes | None]:
+        """The bytes that validation of n images and sampling of n prompts add; None for what the run does not do."""
+        config, settings = self.config, self.config.sample
+        run = self.meta_run(config.optimizer.is_fused)
+        validate = sample = None
+        if config.validate_.every_epochs and config.data.validation_fraction:
+            validate = functools.partial(run.forward_bytes, self.latents)
+        if settings.every_epochs:
+            width, height = (max(1, side // self._latent_factor) for side in self._sample_size)
+            rows_per_image = 1 if settings.cfg == 1 else 2
+            sample = functools.partial(run.forward_bytes, (height, width), rows_per_image=rows_per_image)
+        return validate, sample
+
+    @property
+    def _sample_size(self) -> tuple[int, int]:
+        """(width, height) of samples in px."""
+        sample, side = self.config.sample, self.config.data.resolution
+        return sample.width or side, sample.height or side
+
+    @property
+    def _decode_bytes(self) -> int:
+        return decode_bytes(*self._sample_size, vae_bytes(self.base, self.config.model.vae))
+
+    def _total_with(self, held: int, added: int) -> int:
+        return self._total(held, held + added)
+
+    def _total(self, held: int, allocated: int) -> int:
+        """Return the GPU memory of the run. allocated: peak of torch's allocations; held: the part of it that stays."""
+        return CONTEXT_BYTES + self._workspace + allocated + round(FRAGMENTATION * (allocated - held))
+
+    def _step_seconds(self, trace: StepTrace, candidate: Candidate) -> float | None:
+        """Return an estimate of a step's time, None if the card's rates are unknown."""
+        kinds = candidate.bytes_by_kind
+        # the optimizer's kernel reads and writes these through tables of addresses, which the trace cannot see
+        traffic = 2 * (kinds[WEIGHTS] + kinds[MASTER] + kinds[OPTIMIZER]) + kinds[WEIGHTS]
+        paged = self._paged_bytes(candidate.memory)
+        return self.card.seconds(
+            trace.work.flops,
+            # pages are read and written by the kernel, and again when they are copied
+            trace.work.bytes_moved + traffic + 4 * paged,
+            trace.work.launches,
+            trace.offloaded,
+            paged,
+            candidate.fused_backward,
+            not candidate.no_graphs,
+        )

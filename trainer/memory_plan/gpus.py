@@ -1,10 +1,11 @@
-"""What a plan takes of cards: memory, bandwidth, matrix rate, and constants for what a trace does not see.
+"""Memory and speed of GPUs, and constants for the memory and time that a trace cannot see.
 
-Nothing here was measured by this project. usable_gib: the total that torch names in its out-of-memory messages under Linux,
-from public issue threads (a desktop's own use comes off it); bandwidth_gb_s: the maker's data sheet, GB/s of 10^9;
-tflops: 16-bit matrix products accumulated in fp32, of the data sheet without sparsity unless said otherwise; pcie_gb_s: of
-the card's own link one way, 8, 16 or 32 GT/s a lane coded 128 in 130 (PCI-SIG, generations 3, 4 and 5), 16 lanes but where
-said: a slower slot has less.
+This project measured none of these figures. Their sources:
+usable_gib: the total in torch's out-of-memory messages on Linux, from public issue threads. A desktop uses part of it.
+bandwidth_gb_s: data sheets, in 10^9 bytes/s.
+tflops: dense 16-bit matrix products accumulated in fp32, from data sheets unless a comment says otherwise.
+pcie_gb_s: the card's own link, one way: 8, 16 or 32 GT/s per lane with 128b/130b encoding (PCI-SIG, generations 3, 4
+and 5), 16 lanes unless a comment says otherwise. A slower slot has less.
 """
 
 from __future__ import annotations
@@ -18,36 +19,36 @@ import torch
 from safelight.errors import UserError
 from safelight.units import GIB, MIB
 
-# what the CUDA context and the loaded kernels take beside torch's allocator; 0.5 GiB is what the goals suppose [not measured]
+# the CUDA context and loaded kernels, outside torch's allocator; 0.5 GiB is an assumption [not measured]
 CONTEXT_BYTES = GIB // 2
-# what cuBLAS and cublasLt take of torch's allocator for each handle and stream that multiplies on it, and keep: 4096 KiB x 2 +
-# 16 KiB x 8, 32 MiB on Hopper; CUBLAS_WORKSPACE_CONFIG=:4096:8, which run.deterministic sets; cublasLt's 1024 KiB
-# (parseChosenWorkspaceSize and parseCUDABlasLtWorkspaceSize of ATen/cuda/CublasHandlePool.cpp, torch 2.11)
+# workspace that cuBLAS allocates from torch's allocator, and keeps, for each pair of handle and stream:
+# 2 x 4096 KiB + 8 x 16 KiB, or 32 MiB on Hopper; with run.deterministic CUBLAS_WORKSPACE_CONFIG=:4096:8. cublasLt adds
+# 1024 KiB (parseChosenWorkspaceSize, parseCUDABlasLtWorkspaceSize in ATen/cuda/CublasHandlePool.cpp, torch 2.11)
 CUBLAS_BYTES, CUBLAS_BYTES_HOPPER, CUBLAS_BYTES_DETERMINISTIC, CUBLASLT_BYTES = 8_519_680, 32 * MIB, 32 * MIB, MIB
-# a handle each: the thread that goes forward, and autograd's for the device, which goes backward and makes activations again
+# one handle for the main thread (forward), one for autograd's thread (backward and recomputation)
 NUM_CUBLAS_HANDLES = 2
-# scratch that cuDNN's convolutions ask for, a guess at the largest of SD's layers [not measured]
+# workspace of cuDNN's convolutions, a guess for the largest layers of Stable Diffusion [not measured]
 CUDNN_BYTES = 64 * MIB
-# what a CUDA graph takes for each launch, beside torch's allocator: about 10 KB a kernel node, NVIDIA/cccl pull request 3768
+# memory of a CUDA graph per launch, outside torch's allocator: about 10 KB a kernel node, NVIDIA/cccl pull request 3768
 GRAPH_BYTES_A_LAUNCH = 10 << 10
-# of what a step allocates and frees: what the allocator reserves beyond it, a guess [not measured]
+# memory that the allocator reserves in addition, as a share of what a step allocates and frees; a guess [not measured]
 FRAGMENTATION = 0.05
-# share of a card's matrix rate that convolutions and products of SD's shapes reach; what the goals suppose [not measured]
+# share of the matrix rate that Stable Diffusion's convolutions and matrix products reach; an assumption [not measured]
 MATRIX_EFFICIENCY = 0.6
-# host time of a launched operator of an eager step: 50 to 80 ms for 2,750 to 4,760 launches, as the goals suppose [not measured]
+# host time per operator in an eager step; assumes 50 to 80 ms for 2,750 to 4,760 launches [not measured]
 SECONDS_A_LAUNCH = 17e-6
-# device time from one kernel to the next, an estimate: at most what 80 kernels of almost no work take in a CUDA graph, 70 us in
-# CUDA.jl's documentation of graphs, card not named [not measured]
+# device time between two kernels. Upper bound: CUDA.jl's documentation reports 70 us for a CUDA graph of 80 kernels
+# with almost no work, on an unnamed card [not measured]
 SECONDS_A_KERNEL = 1e-6
-# share of the link's rate that large copies from pinned memory reach [not measured]
+# share of the PCIe rate that large copies from pinned memory reach [not measured]
 PCIE_EFFICIENCY = 0.8
-# share of a step's time that its backward pass takes: two thirds of the matrix work [counted, not timed]
+# share of a step's time spent in backward, which does two thirds of the matrix work [counted, not timed]
 BACKWARD_SHARE = 2 / 3
 
 
 @dataclass(frozen=True)
 class Card:
-    """A card. has_bf16: bf16 arithmetic, cc >= 8.0; the rates are None where they are not known; is_here: in this machine."""
+    """A GPU. The rates are None if unknown. has_bf16: compute capability >= 8.0; is_here: it is in this machine."""
 
     name: str
     usable_gib: float
@@ -59,18 +60,18 @@ class Card:
     is_here: bool = False
 
     def cublas_bytes(self, *, is_deterministic: bool) -> int:
-        """Return the bytes of products' workspace for one thread on one stream."""
+        """Return the bytes of cuBLAS workspace for one handle and stream."""
         if is_deterministic:
             return CUBLAS_BYTES_DETERMINISTIC + CUBLASLT_BYTES
         return (CUBLAS_BYTES_HOPPER if self.is_hopper else CUBLAS_BYTES) + CUBLASLT_BYTES
 
     def workspace(self, *, is_deterministic: bool) -> int:
-        """Return the bytes that libraries take of torch's allocator for steps on one stream."""
+        """Return the bytes that libraries allocate from torch's allocator for steps on one stream."""
         return NUM_CUBLAS_HANDLES * self.cublas_bytes(is_deterministic=is_deterministic) + CUDNN_BYTES
 
     @property
     def dtype(self) -> torch.dtype:
-        """What model.precision = auto trains in."""
+        """The dtype of model.precision auto."""
         return torch.bfloat16 if self.has_bf16 else torch.float16
 
     def seconds(
@@ -83,12 +84,12 @@ class Card:
         is_fused: bool = False,
         is_replayed: bool = False,
     ) -> float | None:
-        """Return an estimate of a step's time: matrix work, memory traffic and the way from kernel to kernel, one after another.
+        """Return an estimate of a step's time, None if the rates are unknown.
 
-        is_replayed: as a CUDA graph; if not, the host's launches are what counts where they take longer.
-
-        offloaded: bytes that go to the host and come back by one stream, beside all else. paged: bytes of optimizer state
-        that stream in and out, both ways at once: beside the backward pass where the step is taken in it, after it if not.
+        Device time is the sum of matrix work, memory traffic and gaps between kernels. An eager step takes at least
+        as long as the host needs to launch it; a step replayed as a CUDA graph (is_replayed) does not. offloaded:
+        bytes copied to the host and back on one stream, in parallel to the rest. paged: bytes of optimizer state that
+        stream in and out at the same time: during backward with a fused step (is_fused), after it otherwise.
         """
         if self.tflops is None or self.bandwidth_gb_s is None or (self.pcie_gb_s is None and offloaded + paged):
             return None
@@ -106,9 +107,9 @@ _GEN3, _GEN4, _GEN5 = (16 * rate * 128 / 130 / 8 for rate in (8, 16, 32))
 CARDS = {
     card.name: card
     for card in (
-        # 65 TFLOP/s on paper; 24 is what its 70 W sustain
+        # the data sheet says 65 TFLOP/s; its 70 W sustain 24
         Card("t4", 14.56, 320, 24, has_bf16=False, pcie_gb_s=_GEN3),
-        # consumer cards accumulate in fp32 at half their fp16 rate; 25.6 and 165 are the figures the goals suppose
+        # consumer cards accumulate in fp32 at half their fp16 rate; 25.6 and 165 are assumptions
         Card("rtx3060", 11.75, 360, 25.6, pcie_gb_s=_GEN4),
         Card("rtx3090", 23.69, 936, 71, pcie_gb_s=_GEN4),
         # eight lanes
@@ -118,7 +119,7 @@ CARDS = {
         Card("a100", 39.39, 1555, 312, pcie_gb_s=_GEN4),
         Card("a100-80gb", 79.25, 2039, 312, pcie_gb_s=_GEN4),
         Card("h100", 79.1, 3350, 989, is_hopper=True, pcie_gb_s=_GEN5),
-        # 790 measured of 989 on paper, by the study of this project's goals
+        # a measurement by others; the data sheet says 989
         Card("h200", 139.8, 4800, 790, is_hopper=True, pcie_gb_s=_GEN5),
     )
 }
@@ -126,7 +127,7 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:gib|gb|g)", re.IGNORECASE)
 
 
 def find_card(name: str) -> Card:
-    """Return a card by its name, or one of `8GiB` whose rates are not known. Raises UserError, naming the nearest."""
+    """Return a card by name, or one with unknown rates by its memory (`8GiB`). Raises UserError, suggesting a name."""
     if match := _SIZE.fullmatch(name.strip()):
         if float(match[1]) <= 0:
             raise UserError(f"--gpu {name!r} has no memory; use for example 8GiB")
@@ -139,21 +140,21 @@ def find_card(name: str) -> Card:
     near = difflib.get_close_matches(plain, by_plain, n=1, cutoff=0.5) or difflib.get_close_matches(
         f"rtx{plain}", by_plain, n=1
     )
-    told = f"did you mean {by_plain[near[0]].name}?" if near else f"known: {', '.join(CARDS)}."
-    raise UserError(f"--gpu {name!r} is no card of the table; {told} Or give its memory: 8GiB")
+    suggestion = f"did you mean {by_plain[near[0]].name}?" if near else f"known: {', '.join(CARDS)}."
+    raise UserError(f"--gpu {name!r} is not a known GPU; {suggestion} Or give its memory: 8GiB")
 
 
 def this_card(device: torch.device) -> Card:
-    """Return the card that is here: the memory that nobody else uses, and the rates of the table's card of that name, if any."""
-    found = torch.cuda.get_device_properties(device)
+    """Return the local card: the memory that no other process uses, and the rates of its namesake in CARDS, if any."""
+    properties = torch.cuda.get_device_properties(device)
     free, total = torch.cuda.mem_get_info(device)
-    # asking has made the CUDA context, which is a plan's own
+    # the query itself created a CUDA context, which the plan counts separately
     usable = min(total, free + CONTEXT_BYTES)
     try:
-        known = find_card(re.sub(r"(?i)\b(pcie|sxm\d?|hbm\d?e?|laptop gpu|\d+gb)\b|-", " ", found.name))
+        known = find_card(re.sub(r"(?i)\b(pcie|sxm\d?|hbm\d?e?|laptop gpu|\d+gb)\b|-", " ", properties.name))
     except ValueError:
-        known = Card(found.name, 0.0)
-    has_bf16, is_hopper = (found.major, found.minor) >= (8, 0), found.major == 9
+        known = Card(properties.name, 0.0)
+    has_bf16, is_hopper = (properties.major, properties.minor) >= (8, 0), properties.major == 9
     return Card(
-        found.name, usable / GIB, known.bandwidth_gb_s, known.tflops, has_bf16, is_hopper, known.pcie_gb_s, True
+        properties.name, usable / GIB, known.bandwidth_gb_s, known.tflops, has_bf16, is_hopper, known.pcie_gb_s, True
     )

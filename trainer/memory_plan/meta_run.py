@@ -1,9 +1,8 @@
-"""A run's UNet and optimizer on meta tensors, set up as training does, and the real training step on them, followed.
+"""A training run on meta tensors: the real UNet, optimizer and training step, traced without allocating memory.
 
-The traces that a plan is made from, on meta tensors: each made when it is asked for, and kept.
-
-Of steps of two batch sizes the events are recorded; those of other sizes follow from them (trainer/memory_plan/allocation_trace.py). One image is
-always replayed: a trace of it would differ by some KiB of vectors that are not copied where a batch has one row.
+Traces are made on demand and cached. Only the batch sizes in TRACED_BATCH_SIZES are traced; others are extrapolated
+(allocation_trace.py). Batch size 1 is always extrapolated: its own trace would differ by a few KiB, because vectors
+need no copy when a batch has a single row.
 """
 
 from __future__ import annotations
@@ -34,21 +33,22 @@ from safelight.trainer.memory_plan.allocation_trace import (
     AllocationTrace,
     Peak,
     Work,
-    work_between,
+    extrapolate_work,
 )
-from safelight.trainer.memory_plan.memory_tracer import CUDA_ROUNDING, LiveBytes, gradients_told
+from safelight.trainer.memory_plan.memory_tracer import CUDA_ROUNDING, LiveBytes, count_gradients
 from safelight.trainer.models.base import Base, resolve_model
 from safelight.trainer.models.noise_schedule import make_schedule
 from safelight.trainer.models.weights import meta_unet
 from safelight.trainer.step.prepare_unet import prepare_unet
 from safelight.trainer.step.step import StepContext, StepSettings, train_step
 
-META = torch.device("meta")
+CUDA, META = torch.device("cuda"), torch.device("meta")
+TRACED_BATCH_SIZES = (2, 4)
 
 
 @contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """Within the block memory is given back by references alone: when the collector comes is no property of a step."""
+def _garbage_collector_off() -> Iterator[None]:
+    """Disable the garbage collector so that traced lifetimes are deterministic."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -59,10 +59,11 @@ def _no_collection() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Traced:
-    """One step. held: bytes by kind before and after it; peak: of all that is alive; work: of the whole step.
+class StepTrace:
+    """The memory and work of one step.
 
-    offloaded: bytes of activations that go to the host and come back. allocations: all that took and gave back memory in it.
+    held: bytes by kind before and after the step; peak: of everything alive; work: of the whole step; offloaded:
+    bytes of activations copied to the host (and back again); allocations: every allocation and free.
     """
 
     held: dict[str, int]
@@ -73,34 +74,34 @@ class Traced:
 
     @property
     def transient(self) -> int:
-        """What the step adds to what is held."""
+        """The bytes that the step adds, at its peak, to those held between steps."""
         return self.peak.total - sum(self.held.values())
 
-    def between(self, n: int, other: Traced, m: int, wanted: int, rounding: int) -> Traced | None:
-        """Return the step of `wanted` images from this one of n and another of m; None where it takes a trace of its own."""
-        allocations = self.allocations.between(n, other.allocations, m, wanted)
+    def extrapolate(self, n: int, other: StepTrace, m: int, batch_size: int, rounding: int) -> StepTrace | None:
+        """Return the step at `batch_size`, given this one at n and another at m; None if it must be traced itself."""
+        allocations = self.allocations.extrapolate(n, other.allocations, m, batch_size)
         if allocations is None or self.held != other.held:
             return None
-        work = work_between(self.work, n, other.work, m, wanted)
-        offloaded = self.offloaded + (wanted - n) * (other.offloaded - self.offloaded) // (m - n)
-        return Traced(self.held, allocations.peak(rounding), work, offloaded, allocations)
+        work = extrapolate_work(self.work, n, other.work, m, batch_size)
+        offloaded = self.offloaded + (batch_size - n) * (other.offloaded - self.offloaded) // (m - n)
+        return StepTrace(self.held, allocations.peak(rounding), work, offloaded, allocations)
 
 
 class MetaRun:
-    """A run as it would be on a device: cuda, whose kernels and allocator it supposes, or cpu.
+    """A run on meta tensors that behaves as it would on a device: cuda (its kernels and allocator) or cpu.
 
-    loading: the peak while the fp32 weights become what is trained, but for the pieces of fp32 that pass a device; packing: what
-    it has above what is held then.
+    loading: the peak while the fp32 weights are converted to what is trained, without the fp32 pieces that pass
+    through the device; packing: the part of that peak above the bytes held afterwards.
     """
 
     def __init__(self, config: Config, base: Base, device: torch.device, dtype: torch.dtype):
         self.config, self.device, self._family = config, device, base.family
         self.live = LiveBytes(CUDA_ROUNDING if device.type == "cuda" else 1)
         self.unet = meta_unet(base).train()
-        # a CPU has one fused operator; a card's are not probed here but taken in their order
-        where = device if device.type == "cpu" else META
-        wanted = "sdpa" if config.model.attention == "auto" and device.type == "cuda" else config.model.attention
-        choice = choose_attention(where, dtype, attention_cases(self.unet), setting=wanted)
+        # backends are not probed on meta tensors: for a GPU, take the first one in order of preference
+        probed = device if device.type == "cpu" else META
+        setting = "sdpa" if config.model.attention == "auto" and device.type == "cuda" else config.model.attention
+        choice = choose_attention(probed, dtype, attention_cases(self.unet), setting=setting)
         schedule = make_schedule(base.config_of("scheduler"), config.loss.prediction).to(META)
         with references_on_meta(device.type == "cpu"), self.live:
             self.live.hold(self.unet.parameters(), WEIGHTS)
@@ -109,13 +110,13 @@ class MetaRun:
             self.loading, self.packing = self.live.peak, self.live.peak.total - self.live.total
         self.optimizer, self.ema = prepared.optimizer, prepared.ema
         self.context = StepContext(self.unet, self.optimizer, schedule, 1.0, config.loss)
-        # for who asks for the same again
-        self.traced: dict[tuple, Traced | AllocationTrace] = {}
-        self._sort()
+        self._step_traces: dict[tuple, StepTrace] = {}
+        self._forward_traces: dict[tuple, AllocationTrace] = {}
+        self._classify_held()
 
-    def _sort(self) -> None:
-        """Count what is held as what it is."""
-        self.live.settle(OPTIMIZER)
+    def _classify_held(self) -> None:
+        """Count every tensor that outlives a step by its kind; what belongs to nothing else is optimizer state."""
+        self.live.reclassify_leftovers(OPTIMIZER)
         self.live.hold(self.optimizer.master_tensors(), MASTER)
         self.live.hold(self.unet.parameters(), WEIGHTS)
         self.live.hold(self.optimizer.buffers.tensors.values(), GRADIENTS)
@@ -123,38 +124,41 @@ class MetaRun:
             self.live.hold(self.ema.averages.values(), AVERAGE)
 
     def _batch(self, batch_size: int, height: int, width: int) -> Batch:
-        # the host's copies are no memory of a GPU
-        where = META if self.device.type == "cpu" else torch.device("cpu")
+        # for a GPU, batches are made on the CPU: host copies do not count as GPU memory
+        device = META if self.device.type == "cpu" else torch.device("cpu")
         channels, dim = self.unet.config.in_channels, self.unet.config.cross_attention_dim
 
         def rows(*shape: int) -> Tensor:
-            return torch.empty(batch_size, *shape, device=where)
+            return torch.empty(batch_size, *shape, device=device)
 
         mean, logvar = rows(channels, height, width), rows(channels, height, width)
         ids, bucket = tuple(range(batch_size)), Bucket(8 * width, 8 * height)
-        given = self._family.stand_in_conditioning(self.unet.config, rows(NUM_TEXT_TOKENS, dim), (height, width))
-        return Batch(mean, logvar, given, ids, (0,) * batch_size, bucket)
+        conditioning = self._family.stand_in_conditioning(self.unet.config, rows(NUM_TEXT_TOKENS, dim), (height, width))
+        return Batch(mean, logvar, conditioning, ids, (0,) * batch_size, bucket)
 
-    def step(self, batch_size: int, height: int, width: int, num_micro: int = 1) -> Traced:
-        """Return what a step over micro-batches of latents of a size needs; the first one makes what the optimizer keeps."""
+    def step(self, batch_size: int, height: int, width: int, num_micro: int = 1) -> StepTrace:
+        """Run a step over `num_micro` micro-batches and return its trace.
+
+        height, width: of the latents. The first step of a run also allocates the optimizer's state.
+        """
         live, stage = self.live, self.config.stages()[0]
         batches = [self._batch(batch_size, height, width) for _ in range(num_micro)]
         optimizer_step = self.optimizer.step
 
-        def watched_step() -> tuple[Tensor, Tensor | bool]:
+        def traced_optimizer_step() -> tuple[Tensor, Tensor | bool]:
             live.phase, live.kind = "optimizer", TEMPORARY
             try:
                 return optimizer_step()
             finally:
                 live.phase, live.kind = "step", None
 
-        self.optimizer.step = watched_step
+        self.optimizer.step = traced_optimizer_step
         try:
             with (
                 references_on_meta(self.device.type == "cpu"),
-                _no_collection(),
+                _garbage_collector_off(),
                 live,
-                gradients_told(live, self.unet.parameters()),
+                count_gradients(live, self.unet.parameters()),
             ):
                 live.phase, live.kind = "step", None
                 live.reset_peak()
@@ -168,51 +172,84 @@ class MetaRun:
                 del taken
         finally:
             del self.optimizer.step
-        self._sort()
+        self._classify_held()
         offload = offload_of(self.unet)
-        return Traced(
-            dict(live.live), live.peak, live.work, 0 if offload is None else offload.copied_bytes, live.allocations
-        )
+        offloaded = 0 if offload is None else offload.copied_bytes
+        return StepTrace(dict(live.live), live.peak, live.work, offloaded, live.allocations)
 
     def checkpoint(self, mode: str) -> None:
-        """Take another of kernels.checkpointing's modes."""
+        """Switch to another mode of kernels/unet/checkpointing.py."""
         apply_checkpointing(self.unet, mode)
 
     @torch.no_grad()
     def forward(self, batch_size: int, height: int, width: int) -> AllocationTrace:
-        """Return what happens in a forward pass without gradients, as in validation and sampling."""
+        """Return the trace of a forward pass without gradients, as in validation and sampling."""
         dtype = next(self.unet.parameters()).dtype
-        with references_on_meta(self.device.type == "cpu"), _no_collection(), self.live:
+        with references_on_meta(self.device.type == "cpu"), _garbage_collector_off(), self.live:
             self.live.reset_peak()
             latents = torch.empty(batch_size, self.unet.config.in_channels, height, width, dtype=dtype, device=META)
             text = torch.empty(
                 batch_size, NUM_TEXT_TOKENS, self.unet.config.cross_attention_dim, dtype=dtype, device=META
             )
             self.unet.eval()
-            given = self._family.stand_in_conditioning(self.unet.config, text, (height, width))
+            conditioning = self._family.stand_in_conditioning(self.unet.config, text, (height, width))
             timesteps = torch.empty(batch_size, dtype=torch.int64, device=META)
-            self.unet(latents, timesteps, **given.unet_arguments(dtype))
+            self.unet(latents, timesteps, **conditioning.unet_arguments(dtype))
             self.unet.train()
         return self.live.allocations
 
+    def step_trace(self, checkpointing: str, batch_size: int, latents: tuple[int, int], num_micro: int) -> StepTrace:
+        """Return the trace of a step with a checkpointing mode, traced or extrapolated. latents: (height, width).
 
-CUDA = torch.device("cuda")
-# batch sizes that are traced
-TRACED = (2, 4)
+        What a step adds to the held bytes is the same in all memory modes.
+        """
+
+        def key(n: int) -> tuple:
+            return checkpointing, n, *latents, num_micro
+
+        def traced(n: int) -> StepTrace:
+            if key(n) not in self._step_traces:
+                self.checkpoint(checkpointing)
+                self._step_traces[key(n)] = self.step(n, *latents, num_micro)
+            return self._step_traces[key(n)]
+
+        if key(batch_size) not in self._step_traces:
+            trace = None
+            if batch_size == 1 or all(key(n) in self._step_traces for n in TRACED_BATCH_SIZES):
+                n, m = TRACED_BATCH_SIZES
+                trace = traced(n).extrapolate(n, traced(m), m, batch_size, CUDA_ROUNDING)
+            self._step_traces[key(batch_size)] = trace or traced(batch_size)
+        return self._step_traces[key(batch_size)]
+
+    def forward_bytes(self, latents: tuple[int, int], num_images: int, rows_per_image: int = 1) -> int:
+        """Return the bytes that a forward pass without gradients adds to those held. latents: (height, width).
+
+        rows_per_image: 2 with guidance, which runs each prompt with and without its text.
+        """
+
+        def traced(n: int) -> AllocationTrace:
+            key = (n, *latents)
+            if key not in self._forward_traces:
+                self._forward_traces[key] = self.forward(n, *latents)
+            return self._forward_traces[key]
+
+        (n, m), num_rows = TRACED_BATCH_SIZES, num_images * rows_per_image
+        trace = traced(n).extrapolate(n, traced(m), m, num_rows) or traced(num_rows)
+        return trace.peak(CUDA_ROUNDING).total - self.live.total
 
 
 @functools.lru_cache(maxsize=8)
 def _meta_run(settings: str, dtype: torch.dtype) -> MetaRun:
-    """Return a run on meta tensors, of settings as JSON: all that its memory depends on but batches."""
+    """Return a run for settings in JSON, which hold everything that memory depends on except the batches."""
     config = Config.model_validate_json(settings)
     run = MetaRun(config, resolve_model(config.model), CUDA, dtype)
-    # the first step makes what the optimizer keeps
+    # the first step allocates the optimizer's state
     run.step(1, 8, 8)
     return run
 
 
 def meta_run(config: Config, dtype: torch.dtype, fused: bool, num_micro: int) -> MetaRun:
-    """Return a config's run on meta tensors, as on a GPU, in the best memory mode that the dtype allows."""
+    """Return a config's run on a GPU, in the most exact memory mode that the dtype allows."""
     train = {
         "kernels": config.train.kernels,
         "ema_decay": config.train.ema_decay,
@@ -221,38 +258,3 @@ def meta_run(config: Config, dtype: torch.dtype, fused: bool, num_micro: int) ->
     }
     optimizer = config.optimizer.model_copy(update={"memory": "auto", "fused_backward": fused, "clipping": "auto"})
     return _meta_run(Config(model=config.model, train=train, optimizer=optimizer).model_dump_json(), dtype)
-
-
-def step_of(run: MetaRun, how: str, size: int, latents: tuple[int, int], num_micro: int) -> Traced:
-    """Return the trace of a step with a way of checkpointing. What it adds is the same in all memory modes."""
-
-    def key(n: int) -> tuple:
-        return "step", how, n, *latents, num_micro
-
-    def traced(n: int) -> Traced:
-        if key(n) not in run.traced:
-            run.checkpoint(how)
-            run.traced[key(n)] = run.step(n, *latents, num_micro)
-        return run.traced[key(n)]
-
-    if key(size) not in run.traced:
-        found = None
-        if size == 1 or all(key(n) in run.traced for n in TRACED):
-            n, m = TRACED
-            found = traced(n).between(n, traced(m), m, size, CUDA_ROUNDING)
-        run.traced[key(size)] = found or traced(size)
-    return run.traced[key(size)]
-
-
-def forward_of(run: MetaRun, latents: tuple[int, int], num: int, rows: int = 1) -> int:
-    """Return what a forward pass of num x rows images without gradients adds to what is held."""
-
-    def recorded(n: int) -> AllocationTrace:
-        key = ("forward", n, *latents)
-        if key not in run.traced:
-            run.traced[key] = run.forward(n, *latents)
-        return run.traced[key]
-
-    n, m = TRACED
-    found = recorded(n).between(n, recorded(m), m, num * rows) or recorded(num * rows)
-    return found.peak(CUDA_ROUNDING).total - run.live.total

@@ -1,17 +1,19 @@
-"""Which way of training to take on a card: every one the config leaves, the best that fits, or why none does and what would."""
+"""Chooses the best candidate of a config that fits a card, or explains why none fits and what would."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 
 from safelight.kernels.unet.checkpointing import MODES
 from safelight.trainer.checkpoint.snapshot import available_bytes
-from safelight.trainer.memory_plan.candidate import Need
-from safelight.trainer.memory_plan.estimator import Needs
+from safelight.trainer.config.schema import Config
+from safelight.trainer.memory_plan.candidate import Candidate
+from safelight.trainer.memory_plan.estimator import MemoryEstimator
+from safelight.trainer.memory_plan.gpus import Card
 from safelight.trainer.memory_plan.rounding_noise import WARN_ABOVE, noise_to_displacement
 from safelight.trainer.memory_plan.static_bytes import learning_rates
 from safelight.trainer.models.device import PRECISIONS
@@ -22,131 +24,156 @@ from safelight.units import GIB
 BATCH_SIZES = (1, 2, 4, 8)
 
 
-class Planner(Needs):
-    """Chooses among a run's ways on one card."""
+class Combination(NamedTuple):
+    """Values of optimizer.memory, train.checkpointing and optimizer.fused_backward."""
 
-    def memory_modes(self, wanted: str | None = None) -> tuple[str, ...]:
-        """Return the modes that a value of optimizer.memory leaves, best first; the config's value if None."""
+    memory: str
+    checkpointing: str
+    fused: bool
+
+
+class Planner:
+    """Chooses among the combinations of settings that a config leaves open, by their estimated memory on a card."""
+
+    def __init__(self, config: Config, card: Card):
+        self.config, self.card = config, card
+        self.estimator = MemoryEstimator(config, card)
+        self.dtype, self.budget = self.estimator.dtype, self.estimator.budget
+        self.batch_size = self.estimator.batch_size
+
+    def memory_modes(self, setting: str | None = None) -> tuple[str, ...]:
+        """Return the modes that a value of optimizer.memory allows, best first; None: the config's value."""
         optimizer = self.config.optimizer
-        wanted = optimizer.memory if wanted is None else wanted
+        setting = optimizer.memory if setting is None else setting
         modes = OPTIMIZERS[optimizer.name].planned_modes
-        if wanted != "auto" or self.dtype == torch.float32 or not modes:
-            return (memory_mode(optimizer.model_copy(update={"memory": wanted}), self.dtype),)
+        if setting != "auto" or self.dtype == torch.float32 or not modes:
+            return (memory_mode(optimizer.model_copy(update={"memory": setting}), self.dtype),)
         has_average = self.config.train.ema_decay > 0
         return tuple(mode for mode in modes if MEMORY_MODES[mode].allows_average or not has_average)
 
-    def checkpointings(self) -> tuple[str, ...]:
-        wanted = self.config.train.checkpointing
-        return MODES if wanted == "auto" else (wanted,)
+    def combinations(self) -> list[Combination]:
+        """Return the combinations that the config allows, best first."""
+        checkpointing = self.config.train.checkpointing
+        checkpointings = MODES if checkpointing == "auto" else (checkpointing,)
+        return self._ranked(self.memory_modes(), checkpointings, self.config.optimizer.fused_choices())
 
-    def _sorted(
-        self, modes: Sequence[str], checkpointings: Sequence[str], fused: Sequence[bool]
-    ) -> list[tuple[str, str, bool]]:
-        """Return ways as (memory, checkpointing, fused), best first: what is kept of the weights, what is trained, then time.
+    def all_combinations(self) -> list[Combination]:
+        """Return every combination with the config's optimizer and clipping, best first.
 
-        Inside backward the gradients' global norm comes too late to clip by: where the run clips, checkpointing, which changes
-        no result, is done before the step is moved there, offload excepted. Pages are for it: they stream beside backward, and
-        after it would hold up the step.
+        A fused step that the config asks for stays fused.
         """
-        clips = any(stage.max_grad_norm > 0 for stage in self.config.stages())
-
-        def order(way: tuple[str, str, bool]) -> tuple:
-            memory, how, is_fused = way
-            place, is_worse = MODES.index(how), is_fused != (memory == "paged")
-            return modes.index(memory), *((how == "offload", is_worse, place) if clips else (place, is_worse))
-
-        return sorted(itertools.product(modes, checkpointings, fused), key=order)
-
-    def ways(self) -> list[tuple[str, str, bool]]:
-        """Return the ways that the config leaves, best first: (memory, checkpointing, fused)."""
-        return self._sorted(self.memory_modes(), self.checkpointings(), self.config.optimizer.fused_choices())
-
-    def all_ways(self) -> list[tuple[str, str, bool]]:
-        """Return the ways that there are with the config's optimizer and clipping; what is asked to be fused stays so."""
         optimizer = self.config.optimizer
         fused = (
             (True,) if optimizer.is_fused else optimizer.model_copy(update={"fused_backward": "auto"}).fused_choices()
         )
-        return self._sorted(self.memory_modes("auto"), MODES, fused)
+        return self._ranked(self.memory_modes("auto"), MODES, fused)
 
-    def choose(self) -> Need | None:
-        """Return the best way that fits of those the config leaves, or None; where CUDA graphs are asked for, the best with them."""
-        needs = (self.need(memory, how, self.batch_size, fused) for memory, how, fused in self.ways())
-        fitting = (need for need in needs if self.fits(need))
+    def choose(self) -> Candidate | None:
+        """Return the best candidate that fits, None if none does.
+
+        With train.cuda_graphs on: the best that can use graphs, or the best of all if none can.
+        """
+        fitting = filter(self.estimator.fits, self._estimates(self.combinations(), [self.batch_size]))
         best = next(fitting, None)
         if best is None or not best.no_graphs or self.config.train.cuda_graphs != "on":
             return best
-        # without any, the run says why (trainer/step/cuda_graphs.py)
-        return next((need for need in fitting if not need.no_graphs), best)
+        # if no candidate can use graphs, resolve_auto.why_no_cuda_graphs raises the best one's reason
+        return next((candidate for candidate in fitting if not candidate.no_graphs), best)
 
-    def what_would_fit(self, is_resumed: bool = False) -> Need | None:
-        """Return the way that fits with the fewest changes: any of all, then smaller batches.
+    def what_would_fit(self, is_resumed: bool = False) -> Candidate | None:
+        """Return the candidate that fits with the fewest changes: other settings first, then smaller batches; or None.
 
-        is_resumed: of those that a run may go on with: of the config's batch size, stepped as it was, in a memory mode that
-        takes the config's over (trainer/optim/optimizer.py).
+        is_resumed: only change what a resumed run may: its batch size and fused step stay, and its memory mode may
+        become exact or paged, which continue from the moments of any other.
         """
-        ways, sizes = self.all_ways(), sorted({1, 2, 4, 8, self.batch_size}, reverse=True)
+        combinations, batch_sizes = self.all_combinations(), sorted({*BATCH_SIZES, self.batch_size}, reverse=True)
         if is_resumed:
-            kept, sizes = (*self.memory_modes(), "exact", "paged"), [self.batch_size]
-            ways = [way for way in ways if way[0] in kept and way[2] in self.config.optimizer.fused_choices()]
-        needs = (self.need(memory, how, n, fused) for n in sizes if n <= self.batch_size for memory, how, fused in ways)
-        return next((need for need in needs if self.fits(need)), None)
+            modes, fused = (*self.memory_modes(), "exact", "paged"), self.config.optimizer.fused_choices()
+            combinations = [c for c in combinations if c.memory in modes and c.fused in fused]
+            batch_sizes = [self.batch_size]
+        sizes = [size for size in batch_sizes if size <= self.batch_size]
+        return next(filter(self.estimator.fits, self._estimates(combinations, sizes)), None)
 
-    def least(self) -> Need:
-        """Return the way that takes the least of all."""
-        return min((self.need(memory, how, 1, fused) for memory, how, fused in self.all_ways()), key=lambda n: n.needed)
+    def smallest(self) -> Candidate:
+        """Return the candidate that needs the least memory of all, at batch size 1."""
+        return min(self._estimates(self.all_combinations(), [1]), key=lambda candidate: candidate.needed_bytes)
 
     def refusal(self, is_resumed: bool = False) -> str:
-        """Return why the config fits in no way it leaves, and what would. is_resumed: as of what_would_fit."""
-        smallest = min(
-            (self.need(memory, how, self.batch_size, fused) for memory, how, fused in self.ways()),
-            key=lambda need: need.needed,
-        )
-        where = f"{self.card.name} has {self.budget / GIB:.2f} GiB for it"
+        """Return why no allowed candidate fits, and what would fit. is_resumed: as for what_would_fit."""
+        allowed = self._estimates(self.combinations(), [self.batch_size])
+        smallest = min(allowed, key=lambda candidate: candidate.needed_bytes)
+        limit = f"{self.card.name} has {self.budget / GIB:.2f} GiB available"
         if self.budget < GIB * self.card.usable_gib:
-            where = f"memory.limit_gib allows {self.budget / GIB:.2f} GiB"
-        found = self.what_would_fit(is_resumed)
-        if found is None and is_resumed:
-            fix = "what a run may change when it goes on is not enough: go on where there is more"
-        elif found is None:
-            least = self.least()
-            fix = f"the least that any plan needs is {least.needed / GIB:.2f} GiB, with {least.settings()}"
+            limit = f"memory.limit_gib allows {self.budget / GIB:.2f} GiB"
+        fitting = self.what_would_fit(is_resumed)
+        if fitting is None and is_resumed:
+            fix = "no setting that a resumed run may change makes it fit; resume on a GPU with more memory"
+        elif fitting is None:
+            least = self.smallest()
+            fix = f"the smallest plan needs {least.needed_bytes / GIB:.2f} GiB, with {least.options()}"
         else:
-            fix = f"{found.needed / GIB:.2f} GiB would do with {found.settings()}"
-        return f"this run needs {smallest.needed / GIB:.2f} GiB at batch size {smallest.batch_size}, and {where}; {fix}"
+            fix = f"it would need {fitting.needed_bytes / GIB:.2f} GiB with {fitting.options()}"
+        needed = f"{smallest.needed_bytes / GIB:.2f} GiB at batch size {smallest.batch_size}"
+        return f"this run needs {needed}, but {limit}; {fix}"
 
-    def noise(self, rates: list[float]) -> dict[str, float]:
-        """Return the noise of stochastic rounding against the way the weights go, by the memory modes that have any."""
+    def rounding_noise(self, rates: Sequence[float]) -> dict[str, float]:
+        """Return the noise-to-displacement ratio of each mode that rounds stochastically. rates: lr of each step."""
         supported = OPTIMIZERS[self.config.optimizer.name].memory_modes
         modes = [mode for mode in supported if MEMORY_MODES[mode].is_random]
         if self.dtype == torch.float32 or not modes:
             return {}
-        shapes = [tuple(p.shape) for p in self._run(self.config.optimizer.is_fused).unet.parameters()]
+        unet = self.estimator.meta_run(self.config.optimizer.is_fused).unet
+        shapes = [tuple(p.shape) for p in unet.parameters()]
         beta1 = self.config.optimizer.betas[0]
         return {mode: noise_to_displacement(shapes, self.dtype, mode, rates, beta1) for mode in modes}
 
-    def table(self) -> dict:
-        """Return the plan as plain values: every way, and the chosen one."""
+    def summary(self) -> dict:
+        """Return the plan as plain values: every candidate, and the chosen one."""
         # four columns fit a terminal
         sizes = BATCH_SIZES if self.batch_size in BATCH_SIZES else sorted({1, *BATCH_SIZES[2:], self.batch_size})
-        # of what is set, that alone; but checkpointing, which a resume may change
-        ways = self._sorted(self.memory_modes(), MODES, self.config.optimizer.fused_choices())
-        needs = [self.need(memory, how, size, fused) for memory, how, fused in ways for size in sizes]
+        # explicit settings are kept, except checkpointing, which does not change the result
+        combinations = self._ranked(self.memory_modes(), MODES, self.config.optimizer.fused_choices())
+        candidates = [self._estimate(combination, size) for combination in combinations for size in sizes]
         chosen = self.choose()
         rates, is_assumed = learning_rates(self.config)
         return {
             "card": self.card.name,
             "budget_bytes": self.budget,
             "precision": PRECISIONS[self.dtype],
-            "latents": list(self.latents),
+            "latents": list(self.estimator.latents),
             "batch_size": self.batch_size,
             "rates_known": self.card.tflops is not None,
-            "noise": self.noise(rates),
+            "noise": self.rounding_noise(rates),
             "noise_steps": len(rates),
             "noise_steps_assumed": is_assumed,
             "noise_warns_above": WARN_ABOVE,
             "host_available_bytes": available_bytes() if self.card.is_here else None,
-            "ways": [{**asdict(need), "fits": self.fits(need)} for need in needs],
-            "chosen": None if chosen is None else asdict(chosen),
+            "ways": [{**candidate.to_json(), "fits": self.estimator.fits(candidate)} for candidate in candidates],
+            "chosen": None if chosen is None else chosen.to_json(),
             "refusal": self.refusal() if chosen is None else "",
         }
+
+    def _estimate(self, combination: Combination, batch_size: int) -> Candidate:
+        memory, checkpointing, fused = combination
+        return self.estimator.estimate(memory, checkpointing, batch_size, fused)
+
+    def _estimates(self, combinations: Iterable[Combination], batch_sizes: Sequence[int]) -> Iterator[Candidate]:
+        """Yield the candidates of each batch size in turn, estimated when they are needed."""
+        return (self._estimate(combination, size) for size in batch_sizes for combination in combinations)
+
+    def _ranked(self, modes: Sequence[str], checkpointings: Sequence[str], fused: Sequence[bool]) -> list[Combination]:
+        """Return combinations, best first: by memory mode, then by what changes training least, then by speed.
+
+        A fused step knows the global gradient norm too late to clip by it. If the run clips, checkpointing, which
+        changes no result, is therefore preferred to fusing the step, except for offload. Memory mode paged prefers a
+        fused step: its pages then stream during the backward pass instead of after it.
+        """
+        clips = any(stage.max_grad_norm > 0 for stage in self.config.stages())
+
+        def rank(combination: Combination) -> tuple:
+            memory, checkpointing, is_fused = combination
+            place, is_worse = MODES.index(checkpointing), is_fused != (memory == "paged")
+            by_step = (checkpointing == "offload", is_worse, place) if clips else (place, is_worse)
+            return modes.index(memory), *by_step
+
+        return sorted(itertools.starmap(Combination, itertools.product(modes, checkpointings, fused)), key=rank)

@@ -1,6 +1,6 @@
-"""What a run will need, before it starts: exact static bytes, steps, disk. The rest is traced (trainer/memory_plan/estimator.py).
+"""What can be computed about a run without tracing it: static device memory, host memory, steps, learning rates, disk.
 
-What a run on a GPU takes of the machine's own memory, beside Python and its libraries.
+The memory of activations and temporaries comes from a trace (estimator.py).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from safelight.data.buckets import Bucket, make_buckets, nearest_bucket
+from safelight.data.buckets import Bucket, nearest_bucket
 from safelight.data.manifest import Photo, read_manifest, split_validation
 from safelight.kernels.moment_blocks import MIN_8BIT_ELEMENTS
 from safelight.kernels.optim.paged_state import state_bytes
@@ -23,68 +23,25 @@ from safelight.kernels.unet.attention import attention_cases, choose_attention
 from safelight.trainer.checkpoint.snapshot import SNAPSHOT_SLAB_BYTES
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.timeline import Timeline, steps_of_counts
-from safelight.trainer.models.base import bucket_multiple, latent_factor, resolve_model, vae_config
+from safelight.trainer.models.base import latent_factor, resolve_model, training_buckets, vae_config
 from safelight.trainer.models.device import PRECISIONS, pick_device, pick_dtype
 from safelight.trainer.models.weights import meta_unet
 from safelight.trainer.optim.kernel_adamw import part_of
 from safelight.trainer.optim.optimizer import memory_mode
 from safelight.trainer.registry.optimizers import MEMORY_MODES, OPTIMIZERS, Shape
 
-
-@dataclass(frozen=True)
-class HostBytes:
-    """states: optimizer state that streams past the GPU; activations: offloaded; snapshot: of a checkpoint that is written; all
-    three pinned. autoencoder: waits to decode. loading: at the peak of loading, the fp32 UNet and what it becomes here."""
-
-    states: int
-    activations: int
-    snapshot: int
-    autoencoder: int
-    loading: int
-
-    @property
-    def training(self) -> int:
-        return self.states + self.activations + self.snapshot + self.autoencoder
-
-    @property
-    def most(self) -> int:
-        return max(self.training, self.loading)
-
-
-def _chunks(num_bytes: int, chunk: int) -> int:
-    return -(-num_bytes // chunk) * chunk
-
-
-def host_bytes(
-    shapes: Sequence[Shape],
-    itemsize: int,
-    optimizer: str,
-    memory: str,
-    has_average: bool,
-    paged: int,
-    offloaded: int,
-    autoencoder: int,
-) -> HostBytes:
-    """Return the host memory of a run. shapes: of the parameters; itemsize: of a weight; paged, offloaded: bytes there."""
-    num = sum(map(math.prod, shapes))
-    master = MEMORY_MODES[memory].bytes_per_weight if itemsize < 4 else 0
-    saved = (itemsize + master + 4 * has_average) * num + sum(map(OPTIMIZERS[optimizer].moment_bytes, shapes))
-    return HostBytes(
-        paged, _chunks(offloaded, SLAB_BYTES), _chunks(saved, SNAPSHOT_SLAB_BYTES), autoencoder, 4 * num + paged
-    )
-
-
-# for a run whose dataset does not exist yet
+# steps of a run whose dataset does not exist yet
 ASSUMED_STEPS = 1000
 
 
 @dataclass(frozen=True)
 class StaticBytes:
-    """Bytes allocated for the whole run, or again in every step (gradients).
+    """Device memory allocated for the whole run, and gradients, which are allocated again in every step.
 
-    master: what optimizer.memory keeps besides 16-bit weights; paged: how much of master and moments is in host memory.
-    gradients: fused, those of the largest part of the UNet. master_gradients: fp32 copies of 16-bit gradients, for an
-    optimizer that does not read those; each gradient is freed as its copy is made, so the two never exist at once.
+    master: what optimizer.memory keeps in addition to 16-bit weights; paged: how much of master and moments is in
+    host memory. gradients: with a fused step, those of the largest part of the UNet. master_gradients: fp32 copies
+    for an optimizer that cannot read 16-bit gradients; each gradient is freed when its copy is made, so both never
+    exist at once.
     """
 
     num_parameters: int
@@ -101,19 +58,19 @@ class StaticBytes:
 
     @property
     def total(self) -> int:
-        """What stays on the device, and the larger of the two phases of the gradients."""
+        """The peak on the device: everything kept, plus gradients or their fp32 copies, whichever are larger."""
         return self.checkpoint - self.paged + max(self.gradients, self.master_gradients)
 
     @property
     def checkpoint(self) -> int:
-        """Bytes of one checkpoint on disk; a 16-bit weight and what stands beside it both go in."""
+        """Bytes of one checkpoint on disk, which holds both the 16-bit weights and their master or remainders."""
         return self.weights + self.master + self.moments + self.average
 
 
 def static_bytes(config: Config, device: torch.device | None = None, dtype: torch.dtype | None = None) -> StaticBytes:
     """Return the exact bytes of weights, master, moments and gradients of a run. Loads no weights.
 
-    device, dtype: where and in what it trains; what the config says of this machine if None.
+    device, dtype: None for what the config selects on this machine.
     """
     device = device or pick_device(config.run.device)
     dtype = dtype or pick_dtype(config.model.precision, device)
@@ -148,15 +105,56 @@ def static_bytes(config: Config, device: torch.device | None = None, dtype: torc
     )
 
 
+@dataclass(frozen=True)
+class HostBytes:
+    """Host memory of a run on a GPU, in addition to Python and its libraries.
+
+    states: optimizer state that streams to the GPU; activations: offloaded ones; snapshot: of a checkpoint while it
+    is written; these three are pinned. autoencoder: kept until samples are decoded. loading: peak while loading,
+    which holds the fp32 UNet and the states.
+    """
+
+    states: int
+    activations: int
+    snapshot: int
+    autoencoder: int
+    loading: int
+
+
+def host_bytes(
+    shapes: Sequence[Shape],
+    itemsize: int,
+    optimizer: str,
+    memory: str,
+    has_average: bool,
+    paged: int,
+    offloaded: int,
+    autoencoder: int,
+) -> HostBytes:
+    """Return the host memory of a run.
+
+    shapes, itemsize: of the weights; paged, offloaded, autoencoder: bytes of paged optimizer state, offloaded
+    activations and the fp32 autoencoder.
+    """
+    num = sum(map(math.prod, shapes))
+    master = MEMORY_MODES[memory].bytes_per_weight if itemsize < 4 else 0
+    saved = (itemsize + master + 4 * has_average) * num + sum(map(OPTIMIZERS[optimizer].moment_bytes, shapes))
+    activations, snapshot = _in_slabs(offloaded, SLAB_BYTES), _in_slabs(saved, SNAPSHOT_SLAB_BYTES)
+    return HostBytes(paged, activations, snapshot, autoencoder, loading=4 * num + paged)
+
+
+def _in_slabs(num_bytes: int, slab: int) -> int:
+    return -(-num_bytes // slab) * slab
+
+
 def buckets_of(config: Config) -> tuple[Bucket, ...]:
-    """Return the run's buckets. Raises UserError, one line, where the resolution makes none for the model."""
+    """Return the run's buckets. Raises UserError if the resolution allows none for the model."""
     base = resolve_model(config.model)
-    multiple = bucket_multiple(base, latent_factor(vae_config(base, config.model.vae)))
-    return make_buckets(config.data.resolution, multiple, config.data.max_aspect)
+    return training_buckets(base, config.data, latent_factor(vae_config(base, config.model.vae)))
 
 
 def timeline_of(config: Config, photos: Sequence[Photo], buckets: Sequence[Bucket]) -> Timeline:
-    """Return the timeline of a run over its training photographs."""
+    """Return the timeline of a run. photos: those trained on."""
     counts = Counter(nearest_bucket(photo.width, photo.height, buckets) for photo in photos).values()
     stages = tuple(config.stages())
     steps = tuple(steps_of_counts(counts, s.batch_size, s.accumulate) for s in stages)
@@ -164,7 +162,10 @@ def timeline_of(config: Config, photos: Sequence[Photo], buckets: Sequence[Bucke
 
 
 def learning_rates(config: Config) -> tuple[list[float], bool]:
-    """Return each step's learning rate, and whether they are assumed: 1,000 steps of the first stage without a dataset."""
+    """Return each step's learning rate, and whether their number is assumed.
+
+    Without a dataset: ASSUMED_STEPS steps of the first stage, or train.max_steps.
+    """
     folder = Path(config.data.path)
     if not (folder / "manifest.jsonl").is_file():
         stage = config.stages()[0]
@@ -182,9 +183,9 @@ def learning_rates(config: Config) -> tuple[list[float], bool]:
 
 
 def cache_bytes(config: Config, num_photos: int) -> int:
-    """Return the bytes of cached latents of `num_photos` at the full pixel budget, all variants."""
+    """Return an upper bound of the cached latents' bytes: all variants of each photo at resolution x resolution."""
     vae = vae_config(resolve_model(config.model), config.model.vae)
-    # a posterior is kept as mean and logvar; AutoencoderTiny has none
+    # AutoencoderKL's posterior is cached as mean and logvar; AutoencoderTiny has a latent only
     is_tiny = vae["_class_name"] == "AutoencoderTiny"
     channels = vae["latent_channels"] * (1 if is_tiny else 2)
     factor = latent_factor(vae)
@@ -192,8 +193,11 @@ def cache_bytes(config: Config, num_photos: int) -> int:
     return num_photos * config.data.variants * channels * (config.data.resolution // factor) ** 2 * itemsize
 
 
-def table(config: Config, device: torch.device | None = None, dtype: torch.dtype | None = None) -> dict:
-    """Return the plan as plain values: bytes by part, and the run's length if its dataset is prepared."""
+def summary(config: Config, device: torch.device | None = None, dtype: torch.dtype | None = None) -> dict:
+    """Return bytes by part as plain values, and the run's length if its dataset is prepared.
+
+    device, dtype: as for static_bytes.
+    """
     buckets = buckets_of(config)
     static = static_bytes(config, device, dtype)
     result: dict = {
@@ -215,7 +219,7 @@ def table(config: Config, device: torch.device | None = None, dtype: torch.dtype
             "peak of these": static.total,
         },
         "checkpoint bytes": static.checkpoint,
-        # the newest is written before the oldest is deleted, and the best is kept beside them
+        # save.keep recent ones, the best, and a new one that is written before the oldest is deleted
         "checkpoints at most": config.save.keep + 2,
     }
     if (Path(config.data.path) / "manifest.jsonl").is_file():

@@ -1,4 +1,4 @@
-"""The trace of a training step on meta tensors against the CPU allocator's record of the real step."""
+"""A traced step on meta tensors needs the memory that the CPU allocator reports for the real step."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def config_of(precision: str = "fp32", **sections: dict) -> Config:
 
 
 def measured(config: Config, spec: str, batch_size: int, side: int, num_micro: int = 1) -> int:
-    """Return by how much the allocator's live bytes rise within a real step, the second one."""
+    """Return how far the allocator's live bytes rise during the second of two real steps."""
     base, dtype = resolve_base(spec), DTYPES[config.model.precision]
     unet = load_unet(base, 1).train()
     optimizer = prepare_unet(unet, config, choose_attention(CPU, dtype, attention_cases(unet)), CPU, dtype).optimizer
@@ -62,16 +62,17 @@ def predicted(config: Config, spec: str, batch_size: int, side: int, num_micro: 
     return run.step(batch_size, side, side, num_micro).transient
 
 
-def agree(config: Config, *what, within: float) -> None:
-    real = measured(config, *what)
-    assert predicted(config, *what) == pytest.approx(real, rel=within)
+def assert_predicted(config: Config, *step, within: float) -> None:
+    real = measured(config, *step)
+    assert predicted(config, *step) == pytest.approx(real, rel=within)
 
 
-def test_predicted_peaks_are_the_allocators_own():
-    agree(config_of(optimizer=FUSED), "tiny", 8, 16, within=0.0001)
-    # in the optimizer's reference, whose look-up tables a trace does without: one byte an element of its largest tensor
+def test_predicted_peaks_equal_the_allocators():
+    assert_predicted(config_of(optimizer=FUSED), "tiny", 8, 16, within=0.0001)
+    # the optimizer's reference implementation uses lookup tables that the trace lacks: a byte per element of its
+    # largest tensor
     config = config_of("bf16", train={**KERNELS, "checkpointing": "selective"}, optimizer={"memory": "exact"})
-    agree(config, "tiny", 1, 16, within=0.03)
+    assert_predicted(config, "tiny", 1, 16, within=0.03)
 
 
 @pytest.mark.slow
@@ -85,23 +86,23 @@ def test_predicted_peaks_are_the_allocators_own():
 def test_predicted_peaks_of_every_mode(precision, memory, fused, checkpointing, kernels):
     train = {"kernels": kernels, "checkpointing": checkpointing}
     config = config_of(precision, train=train, optimizer={"memory": memory, "fused_backward": fused})
-    agree(config, "tiny", 2, 16, within=0.03)
+    assert_predicted(config, "tiny", 2, 16, within=0.03)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit", "adafactor"])
 def test_predicted_peaks_under_accumulation_and_of_other_optimizers(name):
-    agree(config_of(optimizer={"name": name}), "tiny", 2, 16, 2, within=0.03)
+    assert_predicted(config_of(optimizer={"name": name}), "tiny", 2, 16, 2, within=0.03)
 
 
 @pytest.mark.slow
-def test_predicted_peak_of_a_true_size_sd15():
-    """About 10 GiB and a minute: latents of 32 x 32, bf16, the whole step."""
+def test_predicted_peak_of_full_size_sd15():
+    """A full step in bf16 on latents of 32 x 32: about 10 GiB and a minute."""
     config = config_of("bf16", optimizer=FUSED)
-    agree(config, "random:sd15", 1, 32, within=0.03)
+    assert_predicted(config, "random:sd15", 1, 32, within=0.03)
 
 
-def test_a_storage_is_counted_once_and_as_long_as_anything_refers_to_it():
+def test_a_storage_is_counted_once_and_until_its_last_reference_is_dropped():
     live = LiveBytes(rounding=512)
     with live:
         x = torch.empty(100, device=META)
@@ -118,7 +119,7 @@ def test_a_storage_is_counted_once_and_as_long_as_anything_refers_to_it():
         assert live.live[ACTIVATIONS] == 0
 
 
-def test_a_convolutions_gradients_lie_as_its_weight_does():
+def test_a_convolutions_gradients_have_its_weights_memory_format():
     conv = torch.nn.Conv2d(8, 16, 3, device=META).to(memory_format=torch.channels_last)
     x = torch.empty(2, 8, 9, 9, device=META, requires_grad=True)
     with LiveBytes():
@@ -128,7 +129,7 @@ def test_a_convolutions_gradients_lie_as_its_weight_does():
         assert tensor.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_what_is_held_is_told_by_kind():
+def test_held_bytes_are_counted_by_kind():
     config = config_of("bf16", train={"ema_decay": 0.9}, optimizer=FUSED)
     run = MetaRun(config, resolve_base("tiny"), CPU, torch.bfloat16)
     first, second = (run.step(2, 16, 16) for _ in range(2))

@@ -1,4 +1,4 @@
-"""A step on meta tensors, for every optimizer of a library: it runs, and holds what the registry says."""
+"""A traced step with library optimizers holds the bytes that the registry predicts."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def test_a_library_optimizer_is_planned(name):
     shapes = [p.shape for p in run.unet.parameters()]
     buffers = [buffer for shape in shapes for buffer in OPTIMIZERS[name].moments(shape)]
     moments = sum(rounded_up(buffer.num_elements * buffer.itemsize) for buffer in buffers)
-    # besides the moments only the loss scale and its counter
+    # in addition to the moments: the loss scale and its counter
     assert 0 < first.held[OPTIMIZER] - moments <= 2 * 512
     fp32_bytes = 4 * sum(shape.numel() for shape in shapes)
     # packed weights share an allocation
@@ -35,10 +35,10 @@ def test_a_library_optimizer_is_planned(name):
     assert first.transient > fp32_bytes
 
 
-def test_a_plan_says_why_a_library_optimizer_has_no_graphs():
+def test_the_plan_says_why_a_library_optimizer_cannot_use_graphs():
     planner = Planner(parse_config({"optimizer": {"name": "adafactor"}}, "here"), Card("100 GiB", 100))
-    assert planner.ways() == [("fp32", "none", False)]
-    need = planner.choose()
-    assert (need.memory, need.fused_backward) == ("fp32", False)
-    assert need.no_graphs == "adafactor reads from the device at every step"
-    assert planner.noise([1e-6]) == {}
+    assert planner.combinations() == [("fp32", "none", False)]
+    candidate = planner.choose()
+    assert (candidate.memory, candidate.fused_backward) == ("fp32", False)
+    assert candidate.no_graphs == "adafactor reads values back from the GPU at every step"
+    assert planner.rounding_noise([1e-6]) == {}

@@ -13,10 +13,11 @@ from safelight.trainer.checkpoint.files import folder_of, list_checkpoints
 from safelight.trainer.checkpoint.identity import identify
 from safelight.trainer.config.schema import Optimizer
 from safelight.trainer.config.toml import parse_config
-from safelight.trainer.memory_plan.candidate import Need
+from safelight.trainer.memory_plan.candidate import Candidate
+from safelight.trainer.memory_plan.estimator import MemoryEstimator
 from safelight.trainer.memory_plan.gpus import Card, find_card
 from safelight.trainer.memory_plan.planner import Planner
-from safelight.trainer.memory_plan.resolve_auto import describe, filled_in, record, settle, settle_on
+from safelight.trainer.memory_plan.resolve_auto import describe, filled_in, resolve, resolve_for
 from safelight.trainer.train import train
 from safelight.units import GIB
 
@@ -25,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 def planner_of(base: str, card: Card, monkeypatch, batch_size: int = 1, clip: float = 1.0, **optimizer) -> Planner:
-    """Return a planner that looks its needs up in the golden plans, of the golden card with the same dtype."""
+    """Return a planner that looks up estimates in the golden plans of a card with the same dtype."""
     train = {"checkpointing": "auto", "batch_size": batch_size, "max_grad_norm": clip}
     data = {"resolution": 1024 if base == "sdxl" else 512}
     config = parse_config(
@@ -33,17 +34,17 @@ def planner_of(base: str, card: Card, monkeypatch, batch_size: int = 1, clip: fl
     )
     gib = GOLDEN["t4" if not card.has_bf16 else "rtx4090"][base]["gib"]
 
-    def need(self, memory: str, how: str, batch_size: int, fused: bool) -> Need:
-        needed = round(GIB * gib[f"{memory} {how} {'fused' if fused else 'unfused'} {batch_size}"])
-        return Need(memory, how, fused, batch_size, needed, 0, 0, 0, "step", {}, None)
+    def estimate(self, memory: str, checkpointing: str, batch_size: int, fused: bool) -> Candidate:
+        needed = round(GIB * gib[f"{memory} {checkpointing} {'fused' if fused else 'unfused'} {batch_size}"])
+        return Candidate(memory, checkpointing, fused, batch_size, needed, 0, 0, 0, "step", {}, None)
 
-    monkeypatch.setattr(Planner, "need", need)
+    monkeypatch.setattr(MemoryEstimator, "estimate", estimate)
     return Planner(config, card)
 
 
-def taken(planner: Planner) -> str:
-    need = planner.choose()
-    return f"{need.memory} {need.checkpointing} {'fused' if need.fused_backward else 'unfused'}"
+def chosen(planner: Planner) -> str:
+    candidate = planner.choose()
+    return f"{candidate.memory} {candidate.checkpointing} {'fused' if candidate.fused_backward else 'unfused'}"
 
 
 def sized(gib: float) -> Card:
@@ -68,30 +69,30 @@ def sized(gib: float) -> Card:
         ("sdxl", sized(20), 1, "exact none fused"),
     ],
 )
-def test_it_is_chosen_if_a_run_fits_only_with_it(base, card, batch_size, expected, monkeypatch):
-    assert taken(planner_of(base, card, monkeypatch, batch_size)) == expected
+def test_a_fused_step_is_chosen_only_if_a_run_does_not_fit_otherwise(base, card, batch_size, expected, monkeypatch):
+    assert chosen(planner_of(base, card, monkeypatch, batch_size)) == expected
 
 
-def test_checkpointing_is_preferred_to_it_and_offload_is_not(monkeypatch):
+def test_checkpointing_is_preferred_to_a_fused_step_unless_it_offloads(monkeypatch):
     gib = GOLDEN["rtx4090"]["sd15"]["gib"]
     # enough for a fused step without checkpointing, and for an unfused one with
     room = sized(max(gib["exact none fused 4"], gib["exact selective unfused 4"]) + 0.01)
     assert room.usable_gib < gib["exact none unfused 4"]
-    assert taken(planner_of("sd15", room, monkeypatch, 4)) == "exact selective unfused"
-    assert taken(planner_of("sd15", room, monkeypatch, 4, clip=0.0)) == "exact none fused"
+    assert chosen(planner_of("sd15", room, monkeypatch, 4)) == "exact selective unfused"
+    assert chosen(planner_of("sd15", room, monkeypatch, 4, clip=0.0)) == "exact none fused"
     # a stage that clips is a run that clips
     planner = planner_of("sd15", room, monkeypatch, 4, clip=0.0)
     planner.config.stage = parse_config({"stage": [{"epochs": 1}, {"epochs": 1, "max_grad_norm": 1.0}]}, "here").stage
-    assert taken(planner) == "exact selective unfused"
+    assert chosen(planner) == "exact selective unfused"
     # full, but not offload
     tight = sized((gib["exact offload unfused 8"] + gib["exact full unfused 8"]) / 2)
-    assert taken(planner_of("sd15", tight, monkeypatch, 8)) == "exact full fused"
+    assert chosen(planner_of("sd15", tight, monkeypatch, 8)) == "exact full fused"
 
 
 def test_an_explicit_setting_is_kept(monkeypatch):
     roomy, small = sized(40), sized(6)
-    assert taken(planner_of("sd15", roomy, monkeypatch, fused_backward=True)) == "exact none fused"
-    assert taken(planner_of("sd15", roomy, monkeypatch, clipping="per-tensor")) == "exact none fused"
+    assert chosen(planner_of("sd15", roomy, monkeypatch, fused_backward=True)) == "exact none fused"
+    assert chosen(planner_of("sd15", roomy, monkeypatch, clipping="per-tensor")) == "exact none fused"
     for options in ({"fused_backward": False}, {"clipping": "global"}):
         planner = planner_of("sd15", small, monkeypatch, memory="exact", **options)
         assert planner.choose() is None
@@ -104,25 +105,34 @@ def test_a_resumed_run_keeps_its_choice(monkeypatch):
     base = {"model": {"base": "random:sd15"}, "train": {"checkpointing": "auto", "batch_size": 1}}
     config = parse_config({**base, "data": {"resolution": 512}}, "here")
     planner_of("sd15", sized(6), monkeypatch)
-    monkeypatch.setattr("safelight.trainer.memory_plan.resolve_auto._as_before", lambda need, *_: need)
-    settled, need = settle_on(config, sized(6))
-    assert (settled.optimizer.fused_backward, settled.train.checkpointing) == (True, "none")
-    assert describe(need).endswith("checkpointing none, stepped inside backward")
-    assert record(need)["fused_backward"] is True
-    # also on a larger card and on a CPU, whatever environment.json says
-    for before in (record(need), None):
-        assert settle_on(config, sized(40), before, True)[0].optimizer.fused_backward is True
-    assert settle(config, CPU, None, True)[0].optimizer.is_fused
-    assert not settle(config, CPU, None, False)[0].optimizer.is_fused
+    monkeypatch.setattr(
+        "safelight.trainer.memory_plan.resolve_auto._with_recorded_batching", lambda candidate, *_: candidate
+    )
+    resolved, candidate = resolve_for(config, sized(6))
+    assert (resolved.optimizer.fused_backward, resolved.train.checkpointing) == (True, "none")
+    assert describe(candidate).endswith("checkpointing none, optimizer step inside backward")
+    assert candidate.to_json()["fused_backward"] is True
+    # the checkpoint decides, also on a larger card, on a CPU and without environment.json
+    for recorded in (candidate.to_json(), None):
+        assert resolve_for(config, sized(40), recorded, True)[0].optimizer.fused_backward is True
+    assert resolve(config, CPU, None, True)[0].optimizer.is_fused
+    assert not resolve(config, CPU, None, False)[0].optimizer.is_fused
     # an unfused run stays unfused on a smaller card; the refusal says what it may change
-    would = "--optimizer.memory paged --train.checkpointing none --optimizer.fused-backward false --train.batch-size 1"
-    with pytest.raises(ValueError, match=rf"and 6 GiB has 6\.00 GiB for it; 4\.\d+ GiB would do with {would}$"):
-        settle_on(config.model_copy(update={"optimizer": Optimizer(memory="exact")}), sized(6), None, False)
-    # an explicit value is not overruled: the checkpoint's identity refuses it by name
+    options = (
+        "--optimizer.memory paged --train.checkpointing none --optimizer.fused-backward false --train.batch-size 1"
+    )
+    with pytest.raises(
+        ValueError, match=rf"but 6 GiB has 6\.00 GiB available; it would need 4\.\d+ GiB with {options}$"
+    ):
+        resolve_for(config.model_copy(update={"optimizer": Optimizer(memory="exact")}), sized(6), None, False)
+    # an explicit value is not changed; comparing it with the checkpoint's then fails
     pinned = parse_config({**base, "optimizer": {"fused_backward": False}}, "here")
-    other = settle(pinned, CPU, None, True)[0]
+    other = resolve(pinned, CPU, None, True)[0]
     assert other.optimizer.fused_backward is False
-    one, two = (identify(filled_in(config, record(replace(need, fused_backward=f))), "bf16") for f in (True, False))
+    one, two = (
+        identify(filled_in(config, replace(candidate, fused_backward=fused).to_json()), "bf16")
+        for fused in (True, False)
+    )
     assert (one.is_fused, two.is_fused) == (True, False)
     assert two.difference(one, 0) == "optimizer.fused_backward is False, but True in the checkpoint"
     # as in a checkpoint older than `auto`
@@ -150,4 +160,4 @@ def test_a_resumed_training_steps_as_before(make_config):
 
 def test_every_combination_is_planned_once():
     planner = Planner(parse_config({"train": {"checkpointing": "auto"}}, "here"), sized(8))
-    assert len(set(planner.ways())) == len(planner.ways()) == 4 * len(MODES) * 2
+    assert len(set(planner.combinations())) == len(planner.combinations()) == 4 * len(MODES) * 2

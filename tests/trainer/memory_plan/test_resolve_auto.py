@@ -1,5 +1,6 @@
-"""What a run does about the GPU's memory, as far as it can be seen without one."""
+"""Resolving `auto`, the memory cap and the out-of-memory message, tested without a GPU."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,9 @@ from safelight.data.buckets import Bucket
 from safelight.trainer import train as train_module
 from safelight.trainer.checkpoint.files import list_checkpoints
 from safelight.trainer.config.toml import parse_config
+from safelight.trainer.memory_plan.estimator import MemoryEstimator
 from safelight.trainer.memory_plan.gpus import CONTEXT_BYTES, Card
-from safelight.trainer.memory_plan.planner import Planner
-from safelight.trainer.memory_plan.resolve_auto import cap, compare, describe, out_of_memory, record, settle, settle_on
+from safelight.trainer.memory_plan.resolve_auto import cap, compare, describe, out_of_memory, resolve, resolve_for
 from safelight.trainer.train import train
 from safelight.units import GIB
 
@@ -28,78 +29,81 @@ def config_of(**sections: dict):
 
 
 def test_auto_is_filled_in_by_the_card_and_kept_on_resume():
-    settled, need = settle_on(config_of(), ROOMY)
-    assert (settled.optimizer.memory, settled.train.checkpointing) == ("exact", "none")
-    assert "memory mode exact, checkpointing none" in describe(need)
-    before = record(need) | {"memory": "near", "checkpointing": "full"}
-    again, _ = settle_on(config_of(), ROOMY, before)
+    resolved, candidate = resolve_for(config_of(), ROOMY)
+    assert (resolved.optimizer.memory, resolved.train.checkpointing) == ("exact", "none")
+    assert "memory mode exact, checkpointing none" in describe(candidate)
+    recorded = candidate.to_json() | {"memory": "near", "checkpointing": "full"}
+    again, _ = resolve_for(config_of(), ROOMY, recorded)
     assert (again.optimizer.memory, again.train.checkpointing) == ("near", "full")
-    # what is set is not auto, and damage is no record
-    pinned, _ = settle_on(config_of(optimizer={"memory": "rounded"}), ROOMY, before)
+    # explicit settings are kept, and a damaged record is ignored
+    pinned, _ = resolve_for(config_of(optimizer={"memory": "rounded"}), ROOMY, recorded)
     assert pinned.optimizer.memory == "rounded"
-    anew, _ = settle_on(config_of(), ROOMY, {"unreadable": "environment.json"})
-    assert anew == settled
+    anew, _ = resolve_for(config_of(), ROOMY, {"unreadable": "environment.json"})
+    assert anew == resolved
     # fp32 weights have one mode
-    whole, _ = settle_on(config_of(model={"base": "tiny", "precision": "fp32"}), ROOMY)
+    whole, _ = resolve_for(config_of(model={"base": "tiny", "precision": "fp32"}), ROOMY)
     assert whole.optimizer.memory == "auto"
 
 
-def test_what_cannot_fit_is_refused_before_anything_is_loaded():
-    with pytest.raises(ValueError, match=r"this run needs \d\.\d+ GiB at batch size 64, and small has 0\.50 GiB"):
-        settle_on(config_of(), Card("small", 0.5))
+def test_a_run_that_cannot_fit_is_refused():
+    with pytest.raises(ValueError, match=r"this run needs \d\.\d+ GiB at batch size 64, but small has 0\.50 GiB"):
+        resolve_for(config_of(), Card("small", 0.5))
 
 
-def test_on_a_cpu_nothing_is_settled_or_capped():
+def test_on_a_cpu_nothing_is_resolved_or_capped():
     config = config_of(memory={"limit_gib": 0.01})
-    assert settle(config, CPU, None) == (config, None)
+    assert resolve(config, CPU, None) == (config, None)
     cap(CPU, 0.01)
 
 
 def test_the_cap_leaves_room_for_the_context(monkeypatch):
-    told = []
+    calls = []
     total = type("Properties", (), {"total_memory": 10 * GIB})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: total)
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *x: told.append(x))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *x: calls.append(x))
     cap(CUDA, 0)
     cap(CUDA, 5)
     cap(CUDA, 99)
-    assert told == [((5 * GIB - CONTEXT_BYTES) / (10 * GIB), CUDA), (1.0, CUDA)]
+    assert calls == [((5 * GIB - CONTEXT_BYTES) / (10 * GIB), CUDA), (1.0, CUDA)]
     with pytest.raises(ValueError, match=r"memory.limit_gib 0.3 is no more than the CUDA context takes"):
         cap(CUDA, 0.3)
 
 
-def test_prediction_beside_measurement():
-    need = Planner(config_of(), ROOMY).need("exact", "none", 64)
-    line = compare(need, round(1.1 * (need.held + need.step)), 2 * GIB)
+def test_prediction_is_compared_with_measurement():
+    candidate = MemoryEstimator(config_of(), ROOMY).estimate("exact", "none", 64)
+    line = compare(candidate, round(1.1 * (candidate.held_bytes + candidate.step_bytes)), 2 * GIB)
     assert "(+10.0%)" in line
     assert line.endswith("measured 2.500")
 
 
-def test_a_full_memory_names_the_bucket_and_a_plan_that_needs_less():
-    need = Planner(config_of(), ROOMY).need("exact", "none", 64)
-    line = out_of_memory(config_of(), ROOMY, need, Bucket(96, 64), 64, 7, 5)
+def test_an_out_of_memory_error_names_the_bucket_and_a_smaller_plan():
+    candidate = MemoryEstimator(config_of(), ROOMY).estimate("exact", "none", 64)
+    line = out_of_memory(config_of(), ROOMY, candidate, Bucket(96, 64), 64, 7, 5)
     assert line.startswith(
         "the GPU's memory was full in step 7, bucket 96 x 64, batch size 64; the checkpoint of step 5 is whole; "
     )
-    assert "GiB are planned with --optimizer.memory" in line
-    assert float(line.split("; ")[2].split()[0]) * GIB < need.needed
-    # with a checkpoint, what a run may change when it goes on; without one, all
+    assert "the plan needs" in line
+    assert (
+        float(re.search(r"the plan needs (\d+\.\d+) GiB with --optimizer.memory", line)[1]) * GIB
+        < candidate.needed_bytes
+    )
+    # with a checkpoint, only what a resumed run may change; without one, anything
     assert "--optimizer.fused-backward false --train.batch-size 64" in line
-    planner = Planner(config_of(), ROOMY)
-    for memory, going_on in (
+    estimator = MemoryEstimator(config_of(), ROOMY)
+    for memory, expected in (
         ("exact", "--optimizer.memory paged"),
-        ("paged", "cannot go on in less; a new one is planned at"),
+        ("paged", "cannot resume with less memory; a new run needs"),
     ):
-        need = planner.need(memory, "offload", 64)
-        line = out_of_memory(config_of(), ROOMY, need, Bucket(96, 64), 64, 7, 5)
-        assert going_on in line
+        candidate = estimator.estimate(memory, "offload", 64)
+        line = out_of_memory(config_of(), ROOMY, candidate, Bucket(96, 64), 64, 7, 5)
+        assert expected in line
         assert ("--train.batch-size 64" in line) == (memory == "exact")
-        anew = out_of_memory(config_of(), ROOMY, need, Bucket(96, 64), 64, 7, -1)
+        anew = out_of_memory(config_of(), ROOMY, candidate, Bucket(96, 64), 64, 7, -1)
         assert "; nothing was saved yet; " in anew
-        assert "go on" not in anew
+        assert "resume" not in anew
 
 
-def test_a_run_whose_memory_is_full_ends_in_one_line_and_keeps_what_was_saved(make_config, monkeypatch):
+def test_an_out_of_memory_error_ends_a_run_in_one_line_and_keeps_its_checkpoints(make_config, monkeypatch):
     config = make_config(
         save={"every_steps": 1, "every_epochs": 0}, validate={"every_epochs": 0}, sample={"every_epochs": 0}
     )
@@ -131,29 +135,36 @@ def sd15(gib: float, **sections):
     return config, Card(f"{gib:g} GiB", gib)
 
 
-def test_what_is_done_between_steps_fills_the_room_that_is_left_and_decides_nothing():
+def test_validation_and_sampling_use_the_memory_that_is_left():
     config, roomy = sd15(9)
-    _, with_room = settle_on(config, roomy)
-    assert (with_room.between.prompts, with_room.between.validated, with_room.between.decode_on) == (8, 8, "gpu")
+    _, with_room = resolve_for(config, roomy)
+    assert (
+        with_room.eval_batching.prompts,
+        with_room.eval_batching.validation_images,
+        with_room.eval_batching.decode_on,
+    ) == (8, 8, "gpu")
     assert "between" not in describe(with_room)
-    assert with_room.needed < with_room.between.most <= 9 * GIB
-    # a limit that leaves no room for CUDA graphs
+    assert with_room.needed_bytes < with_room.eval_batching.peak_bytes <= 9 * GIB
+    # no memory is left for CUDA graphs
     config, tight = sd15(5.7)
-    _, need = settle_on(config, tight)
-    assert need.needed == with_room.needed
-    assert need.between.most <= 5.7 * GIB
-    assert need.between.decode_on == "cpu"
-    assert need.between.prompts in (1, 2, 4)
-    line = describe(need)
-    assert line.endswith("decodes samples on the CPU, which takes longer")
-    assert f"draws {need.between.prompts} prompt" in line
-    # a run that goes on does as it began, where that fits
-    _, again = settle_on(config, Card("larger", 9.0), record(need))
-    assert (again.between.prompts, again.between.decode_on) == (need.between.prompts, "cpu")
-    _, anew = settle_on(config, tight, record(with_room))
-    assert anew.between == need.between
+    _, candidate = resolve_for(config, tight)
+    assert candidate.needed_bytes == with_room.needed_bytes
+    assert candidate.eval_batching.peak_bytes <= 5.7 * GIB
+    assert candidate.eval_batching.decode_on == "cpu"
+    assert candidate.eval_batching.prompts in (1, 2, 4)
+    line = describe(candidate)
+    assert line.endswith("decodes samples on the CPU, which is slower")
+    assert f"samples {candidate.eval_batching.prompts} prompt" in line
+    # a resumed run keeps its batches if they still fit
+    _, again = resolve_for(config, Card("larger", 9.0), candidate.to_json())
+    assert (again.eval_batching.prompts, again.eval_batching.decode_on) == (candidate.eval_batching.prompts, "cpu")
+    _, anew = resolve_for(config, tight, with_room.to_json())
+    assert anew.eval_batching == candidate.eval_batching
     for damage in ({"prompts": 3}, {"prompts": 8, "decode_on": "moon"}, "?", None, {"more": 1}):
-        assert settle_on(config, tight, record(need) | {"between": damage})[1].between == need.between
-    # what a run does not do is not planned
+        assert (
+            resolve_for(config, tight, candidate.to_json() | {"between": damage})[1].eval_batching
+            == candidate.eval_batching
+        )
+    # a run without validation and samples plans none
     none = {"validate": {"every_epochs": 0}, "sample": {"every_epochs": 0}}
-    assert settle_on(sd15(5.7, **none)[0], tight)[1].between.describe() == ""
+    assert resolve_for(sd15(5.7, **none)[0], tight)[1].eval_batching.describe() == ""

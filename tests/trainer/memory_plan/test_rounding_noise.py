@@ -1,4 +1,4 @@
-"""The expected noise of stochastic rounding against the way the weights go: a simulation, and the committed experiment."""
+"""The formula for stochastic-rounding noise agrees with a simulation and with the committed experiment."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from tools.rounding import LR, SHAPES
 
 
 def simulated(dtype: torch.dtype, memory: str, rates: list[float], fan_in: int, num: int = 4096) -> float:
-    """Return the ratio of plain Adam over made-up gradients, whose weights are rounded at every step."""
+    """Return the noise-to-displacement ratio of Adam on random gradients with weights rounded at every step."""
     generator = torch.Generator().manual_seed(3)
     true = torch.randn(num, generator=generator) / math.sqrt(fan_in)
     value = join(*split(true, dtype, "exact"))
@@ -43,14 +43,14 @@ def simulated(dtype: torch.dtype, memory: str, rates: list[float], fan_in: int, 
         (torch.float16, "near", 1e-6, "constant"),
     ],
 )
-def test_the_formula_is_what_a_simulation_finds(dtype, memory, peak, schedule):
+def test_the_formula_agrees_with_a_simulation(dtype, memory, peak, schedule):
     rates = [learning_rate(schedule, peak, step, 400, 20) for step in range(400)]
     expected = noise_to_displacement([(4096, 1024)], dtype, memory, rates)
     assert simulated(dtype, memory, rates, 1024) == pytest.approx(expected, rel=0.2)
 
 
 @pytest.mark.parametrize("memory", ["near", "rounded"])
-def test_the_formula_is_what_the_committed_experiment_found(memory):
+def test_the_formula_agrees_with_the_committed_experiment(memory):
     lines = [json.loads(line) for line in Path(RESULTS / "rounding.jsonl").read_text().splitlines()]
     found = [line for line in lines if line["config"]["weights"] == "SD1.5 shapes"][-1]
     measured = found["figures"][memory]["noise_to_displacement"]
@@ -58,7 +58,7 @@ def test_the_formula_is_what_the_committed_experiment_found(memory):
     assert expected == pytest.approx(measured, rel=0.1)
 
 
-def test_more_steps_and_larger_rates_have_less_noise_for_their_way():
+def test_more_steps_and_larger_rates_have_relatively_less_noise():
     def ratio(num: int, lr: float) -> float:
         return noise_to_displacement(SHAPES, torch.bfloat16, "rounded", [lr] * num)
 

@@ -1,4 +1,4 @@
-"""The plan's bytes against the bytes of real tensors, after a real step."""
+"""Planned bytes equal those of real tensors after a real step."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from safelight.trainer.config.schema import Optimizer
 from safelight.trainer.config.timeline import Timeline
 from safelight.trainer.config.toml import parse_config, to_toml
 from safelight.trainer.dataset import open_dataset
-from safelight.trainer.memory_plan.static_bytes import cache_bytes, static_bytes, table
+from safelight.trainer.memory_plan.static_bytes import cache_bytes, static_bytes, summary
 from safelight.trainer.models.base import resolve_base
 from safelight.trainer.models.weights import load_unet
 from safelight.trainer.optim.optimizer import UNetOptimizer, make_optimizer
@@ -33,7 +33,7 @@ def size(tensors) -> int:
 
 
 def moments_of(optimizer: UNetOptimizer) -> list[torch.Tensor]:
-    """All of the optimizer's state but step counters, masters and remainders."""
+    """Return the optimizer's state without step counters, masters and remainders."""
     others = ("step", "strides", "master", "remainder")
     states = [optimizer.parameter_state(name) for name in optimizer.parameters]
     return [x for state in states for part, x in state.items() if part not in others]
@@ -86,7 +86,7 @@ def test_planned_bytes_are_the_real_bytes(precision, name, tmp_path):
     if optimizer.has_master:
         assert gradient_bytes == [planned.master_gradients]
     else:
-        # the step reads the gradients where they are
+        # the optimizer reads the 16-bit gradients
         assert (gradient_bytes, planned.master_gradients) == ([planned.gradients], 0)
     assert size(moments_of(optimizer)) == planned.moments
     assert planned.num_parameters == sum(p.numel() for p in weights)
@@ -97,13 +97,13 @@ def test_planned_bytes_are_the_real_bytes(precision, name, tmp_path):
         tmp_path, writes(unet), optimizer.state_tensors(), Position(step=1), identify(config, precision)
     )
     on_disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    # beside the tensors stand their names and the step counters
+    # the rest is names and step counters
     assert 0 < on_disk - planned.checkpoint < 300_000
 
 
 @pytest.mark.parametrize("name", [name for name, spec in OPTIMIZERS.items() if "cpu" in spec.devices])
 @pytest.mark.parametrize("shape", [(1,), (4095,), (4096,), (4097,), (5000,), (64, 65), (8, 16, 3, 3), (16, 8, 1, 1)])
-def test_the_registry_knows_the_bytes_of_moments(name, shape):
+def test_the_registry_predicts_the_bytes_of_moments(name, shape):
     module = torch.nn.Module()
     module.weight = torch.nn.Parameter(torch.ones(shape))
     module.weight.grad = torch.ones(shape)
@@ -161,18 +161,18 @@ def test_cache_bytes_are_an_upper_bound_near_the_real_ones(make_config, tiny_dat
     shards = [path for path in (dataset / "cache" / "shards").iterdir() if not path.name.startswith("text")]
     assert {path.name.split("-")[0] for path in shards} == {"posterior" if vae == "the base's" else "latent"}
     real = sum(path.stat().st_size for path in shards)
-    # held-out photographs have one variant, equal crops one row, and buckets of other shapes stay below the budget
+    # fewer than the bound: one variant of held-out photographs, one row for equal crops, smaller buckets
     channels = 8 if vae == "the base's" else 4
     samples = [*opened.train, *opened.validation]
     buckets = {key: sample.bucket for sample in samples for key in sample.latent_keys}
-    # 16-bit, 4 px a latent
+    # 16-bit values, 4 px per latent
     exact = sum(channels * 2 * bucket.width * bucket.height // 16 for bucket in buckets.values())
     assert exact == real <= cache_bytes(config, 24)
 
 
-def test_the_table_tells_the_runs_length(make_config):
+def test_the_summary_has_the_length_of_the_run(make_config):
     config = make_config(data={"validation_fraction": 0.25})
-    result = table(config)
+    result = summary(config)
     dataset = open_dataset(config, resolve_base("tiny"), CPU)
     dataset.cache.close()
     num_steps = Timeline.of(config, dataset.train).num_steps
@@ -196,7 +196,7 @@ def test_the_table_tells_the_runs_length(make_config):
     ]
     assert (result["checkpoint bytes"], result["checkpoints at most"]) == (planned.checkpoint, config.save.keep + 2)
     assert (result["base"], result["precision"], result["optimizer"]) == ("tiny", "fp32", "adamw8bit")
-    assert "dataset" not in table(make_config(data={"path": str(Path(config.data.path) / "none")}))
+    assert "dataset" not in summary(make_config(data={"path": str(Path(config.data.path) / "none")}))
 
 
 def test_the_command_prints_a_table_and_json(make_config, tmp_path, capsys, monkeypatch):
@@ -205,7 +205,7 @@ def test_the_command_prints_a_table_and_json(make_config, tmp_path, capsys, monk
     path.write_text(to_toml(make_config()))
     assert main(["plan", str(path), "--optimizer.name", "adamw", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
-    planned = table(make_config(optimizer={"name": "adamw"}))
+    planned = summary(make_config(optimizer={"name": "adamw"}))
     assert printed == with_json_names(planned)
     assert list(printed["bytes"].values()) == list(planned["bytes"].values())
     assert main(["plan", str(path), "--optimizer.name", "adamw"]) == 0
@@ -216,13 +216,13 @@ def test_the_command_prints_a_table_and_json(make_config, tmp_path, capsys, monk
     assert f"{printed['unet_parameters']:,} parameters" in text
     assert "A checkpoint takes 0.04 GiB on disk; up to 4 at a time: 0.14 GiB." in text
     assert max(map(len, text.splitlines()[1:])) <= 80
-    told = f"24 photographs, 3 held out; 3 epochs, {printed['dataset']['steps']} steps over 63 images; the cache takes up to"
-    assert told in " ".join(text.split())
+    steps = f"3 epochs, {printed['dataset']['steps']} steps over 63 images"
+    assert f"24 photographs, 3 held out; {steps}; the cache takes up to" in " ".join(text.split())
 
 
 @pytest.mark.parametrize(
-    ("seconds", "told"),
+    ("seconds", "text"),
     [(0.3, "1 s"), (41.2, "41 s"), (95, "2 min"), (5000, "83 min"), (11520, "3.2 hours"), (200_000, "2.3 days")],
 )
-def test_a_duration_is_told_in_its_largest_unit(seconds, told):
-    assert duration(seconds) == told
+def test_a_duration_is_written_in_its_largest_unit(seconds, text):
+    assert duration(seconds) == text

@@ -184,7 +184,10 @@ def test_a_run_that_never_started(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
-    line = f"{re.escape(str(tmp_path))} is not a run folder: it has no config.toml; train first, or give a folder such as runs/NAME"
+    line = (
+        re.escape(str(tmp_path)) + " is not a run folder: it has no config.toml; train first, or give a folder such as "
+    )
+    line += "runs/NAME"
     with pytest.raises(ValueError, match=f"^{line}$"):
         build_report(tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -207,7 +207,7 @@ def test_the_commands(config_of, tmp_path, capsys):
 
 def test_memory_that_is_too_small_is_told(config_of):
     device.become(T4, 0.5)
-    with pytest.raises(ValueError, match=r"has 0\.50 GiB for it"):
+    with pytest.raises(ValueError, match=r"has 0\.50 GiB available"):
         train(config_of("small"))
     device.become(T4)
     train(config_of("limited", memory={"limit_gib": 2}))

@@ -16,8 +16,8 @@ from safelight.trainer import job, resolve
 from safelight.trainer import train as loop
 from safelight.trainer.checkpoint.files import folder_of, list_checkpoints
 from safelight.trainer.config.toml import parse_config
-from safelight.trainer.memory_plan.candidate import Need
-from safelight.trainer.memory_plan.resolve_auto import reason_against
+from safelight.trainer.memory_plan.candidate import Candidate
+from safelight.trainer.memory_plan.resolve_auto import why_no_cuda_graphs
 from safelight.trainer.step import cuda_graphs
 from safelight.trainer.step.cuda_graphs import GraphCapture
 from safelight.trainer.train import train
@@ -37,7 +37,7 @@ def recorders(monkeypatch) -> list[RunsAgain]:
         made.append(RunsAgain(context.optimizer))
         return GraphCapture(context, made[-1], warms_up=False)
 
-    monkeypatch.setattr(resolve, "reason_against", lambda *_: "")
+    monkeypatch.setattr(resolve, "why_no_cuda_graphs", lambda *_: "")
     monkeypatch.setattr(job, "graph_capture", capture)
     return made
 
@@ -99,24 +99,25 @@ def test_a_replayed_run_equals_one_in_the_same_order(tiny_dataset, tmp_path, rec
         ({"optimizer": {"name": "adamw"}}, CUDA, 8 * GIB, "adamw reads"),
         ({"optimizer": {"memory": "paged"}, "model": {"precision": "bf16"}}, CUDA, 8 * GIB, "paged"),
         ({"train": {"checkpointing": "offload"}}, CUDA, 8 * GIB, "offload"),
-        ({}, CUDA, 5 * GIB, "5.31 GiB of 5.00"),
+        ({}, CUDA, 5 * GIB, "5.31 GiB of the 5.00 GiB"),
     ],
 )
 def test_why_there_are_no_graphs(changes, device, budget, expected, monkeypatch):
     monkeypatch.setattr("safelight.trainer.memory_plan.resolve_auto.has_triton", lambda: True)
-    need = Need(
-        "exact", "none", True, 1, 4 * GIB, 3 * GIB, GIB, 4 * GIB + GIB // 4, "forward", {}, None, graphs=GIB // 16
+    candidate = Candidate(
+        "exact", "none", True, 1, 4 * GIB, 3 * GIB, GIB, 4 * GIB + GIB // 4, "forward", {}, None, graph_bytes=GIB // 16
     )
     config = parse_config(changes, "here")
-    memory = config.optimizer.memory if "optimizer" in changes else need.memory
-    need = replace(need, memory=memory, checkpointing=config.train.checkpointing)
-    reason = reason_against(config, device, need, budget)
+    # `auto` is resolved
+    memory = config.optimizer.memory if "optimizer" in changes else candidate.memory
+    candidate = replace(candidate, memory=memory, checkpointing=config.train.checkpointing)
+    reason = why_no_cuda_graphs(config, device, candidate, budget)
     assert expected in reason
     assert bool(reason) == bool(expected)
     if expected and config.train.cuda_graphs != "off":
         config.train.cuda_graphs = "on"
         with pytest.raises(ValueError, match="cuda_graphs is on, but"):
-            reason_against(config, device, need, budget)
+            why_no_cuda_graphs(config, device, candidate, budget)
 
 
 def test_without_graphs_the_largest_batch_comes_first_and_changes_nothing(tiny_dataset, tmp_path, monkeypatch, caplog):

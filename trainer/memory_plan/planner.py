@@ -83,8 +83,8 @@ class Planner:
     def what_would_fit(self, is_resumed: bool = False) -> Candidate | None:
         """Return the candidate that fits with the fewest changes: other settings first, then smaller batches; or None.
 
-        is_resumed: only change what a resumed run may: its batch size and fused step stay, and its memory mode may
-        become exact or paged, which continue from the moments of any other.
+        is_resumed: change only what a resumed run may: batch size and fused step stay, and the memory mode may change
+        only to exact or paged.
         """
         combinations, batch_sizes = self.all_combinations(), sorted({*BATCH_SIZES, self.batch_size}, reverse=True)
         if is_resumed:

@@ -15,9 +15,12 @@ from safelight.trainer.models.base import Base, resolve_base, tiny_folder
 from tests.trainer.checkpoints import make_unet
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def run():
-    """A function that runs a child of fork_runs.py and returns its exit code, or minus the signal that ended it."""
+    """A function that runs a child of fork_runs.py and returns its exit code, or minus the signal that ended it.
+
+    One server for all test files of a process: its imports take seconds.
+    """
     server = subprocess.Popen(
         [sys.executable, str(Path(__file__).with_name("fork_runs.py"))],
         stdin=subprocess.PIPE,

@@ -25,7 +25,7 @@ def settings_of(folder, dataset, **train) -> dict:
         "run": {"dir": str(folder), "device": "cpu"},
         "model": {"precision": "bf16"},
         "data": {"path": str(dataset), "resolution": 64},
-        "train": {"batch_size": 4, "epochs": 2, **train},
+        "train": {"batch_size": 7, "epochs": 2, **train},
         "optimizer": {"name": "adamw", "lr": 1e-3},
         "sample": {"steps": 2, "num_prompts": 1, "every_epochs": 2},
         "validate": {"timesteps": 2, "every_epochs": 2},

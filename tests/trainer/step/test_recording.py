@@ -25,6 +25,9 @@ from tests.trainer.run_log.recorded import RunsAgain
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GIB = 2**30
+# an epoch of the first stage, and one more step, of the second
+NUM_FIRST = 5
+NUM_STEPS = NUM_FIRST + 1
 
 
 @pytest.fixture
@@ -120,9 +123,16 @@ def test_why_there_are_no_graphs(changes, device, budget, expected, monkeypatch)
             why_no_cuda_graphs(config, device, candidate, budget)
 
 
-def test_without_graphs_the_largest_batch_comes_first_and_changes_nothing(tiny_dataset, tmp_path, monkeypatch, caplog):
+@pytest.fixture(scope="module")
+def plain(tiny_dataset, tmp_path_factory) -> tuple[dict, list[float]]:
+    """The last checkpoint's tensors and the logged losses of an undisturbed run of NUM_STEPS steps."""
+    return trained(config_of(tmp_path_factory.mktemp("plain") / "run", tiny_dataset, max_steps=NUM_STEPS))
+
+
+def test_without_graphs_the_largest_batch_comes_first_and_changes_nothing(
+    tiny_dataset, tmp_path, monkeypatch, caplog, plain
+):
     caplog.set_level(logging.INFO)
-    plain = trained(config_of(tmp_path / "plain", tiny_dataset))
     shapes = []
 
     def micro_step(context, inputs, *place):
@@ -133,13 +143,13 @@ def test_without_graphs_the_largest_batch_comes_first_and_changes_nothing(tiny_d
     original = cuda_graphs.micro_step
     monkeypatch.setattr(cuda_graphs, "micro_step", micro_step)
     monkeypatch.setattr(job, "graph_capture", lambda context, with_graphs: GraphCapture(context, None, warms_up=True))
-    assert_same(plain, trained(config_of(tmp_path / "rehearsed", tiny_dataset)))
+    assert_same(plain, trained(config_of(tmp_path / "rehearsed", tiny_dataset, max_steps=NUM_STEPS)))
     # the second stage has larger batches
     assert shapes == [(4, 4, 16, 16), (5, 4, 16, 16)]
 
 
-def test_memory_that_is_full_after_an_epoch_loses_nothing_of_it(tiny_dataset, tmp_path, monkeypatch):
-    config = config_of(tmp_path / "full", tiny_dataset, max_steps=4)
+def test_memory_that_is_full_after_an_epoch_loses_nothing_of_it(tiny_dataset, tmp_path, monkeypatch, plain):
+    config = config_of(tmp_path / "full", tiny_dataset, max_steps=NUM_STEPS)
     evaluate = loop.evaluate
 
     def full(job, position):
@@ -148,9 +158,8 @@ def test_memory_that_is_full_after_an_epoch_loses_nothing_of_it(tiny_dataset, tm
         return evaluate(job, position)
 
     monkeypatch.setattr(loop, "evaluate", full)
-    with pytest.raises(ValueError, match=r"validation or sampling after step 4, whose weights are saved"):
+    with pytest.raises(ValueError, match=f"validation or sampling after step {NUM_FIRST}, whose weights are saved"):
         train(config)
-    assert list_checkpoints(tmp_path / "full") == [4]
+    assert list_checkpoints(tmp_path / "full") == [NUM_FIRST]
     monkeypatch.undo()
-    resumed = trained(config, resume=True)
-    assert_same(resumed, trained(config_of(tmp_path / "whole", tiny_dataset, max_steps=4)))
+    assert_same(trained(config, resume=True), plain)

@@ -1,25 +1,39 @@
-"""The demo, run once as a user would, and its scores."""
+"""The demo, run once as a user would, and its scores: with shorter stages, and the whole of it among the slow tests."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from safelight.trainer.checkpoint.files import list_checkpoints
+from safelight.trainer.config.schema import Config
 from safelight.trainer.inference.draw import open_run
 from safelight.trainer.models.base import Base
 from safelight.trainer.models.weights import load_unet
 from safelight.trainer.run_log.terminal import Terminal
-from safelight.trainer.tiny.demo import RUN_NAME, SCORED, draw_photos, run_demo
+from safelight.trainer.tiny import demo as tiny_demo
+from safelight.trainer.tiny.demo import RUN_NAME, SCORED, demo_config, draw_photos, run_demo
 from safelight.trainer.tiny.reader import read
 from safelight.trainer.tiny.score import HELD_OUT, hits, prompts, wilson
 from tools.tiny_base.architecture import make_unet
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
+@pytest.fixture(scope="module", params=["short", pytest.param("whole", marks=pytest.mark.slow)])
+def demo(request, tmp_path_factory):
+    """The folder of a demo and what it returned. The short one takes 130 of 572 steps, enough to learn the look."""
     folder = tmp_path_factory.mktemp("demo") / "demo"
-    return folder, run_demo(folder, Terminal())
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "short":
+            patch.setattr(tiny_demo, "demo_config", short_config)
+        return folder, run_demo(folder, Terminal())
+
+
+def short_config(folder: Path) -> Config:
+    config = demo_config(folder)
+    for stage, epochs in zip(config.stage, (3, 2), strict=True):
+        stage.epochs = epochs
+    return config
 
 
 def row(result: dict, what: str) -> dict:
@@ -52,6 +66,7 @@ def test_obedience_stays_above_chance(demo):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("demo", ["whole"], indirect=True)
 def test_an_untrained_unet_is_at_chance(demo):
     """The same prompts and noise with random weights: the score is not above chance and the look is absent."""
     folder, result = demo

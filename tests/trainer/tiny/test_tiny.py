@@ -141,10 +141,20 @@ def test_intervals_against_known_values():
     assert wilson(0, 96)[1] == 0
 
 
-def test_perfect_images_score_full_marks_and_a_constant_image_scores_chance():
+def test_perfect_images_score_full_marks_and_a_constant_image_scores_chance(monkeypatch):
     """Perfect images are drawn from the prompts; the constant image is the same for every prompt."""
+    import safelight.trainer.tiny.score as score
     from safelight.trainer.tiny.scenes import Scene
 
+    readings = {}
+
+    def read_once(image: Image.Image):
+        """Read an image the first time it is scored; every image here lives until the end of the test."""
+        if id(image) not in readings:
+            readings[id(image)] = read(image)
+        return readings[id(image)]
+
+    monkeypatch.setattr(score, "read", read_once)
     perfect = [
         draw(Scene(c, s, "large", "in the centre", "plain", "grey", "plain", in_look=True)) for _, c, s in prompts()
     ]

@@ -32,7 +32,7 @@ class NoStreams:
 
 
 class CudaStreams(NoStreams):
-    """Streams of a CUDA device: one new stream per name, beside COMPUTE."""
+    """Streams of a CUDA device: one new stream per name, in addition to COMPUTE."""
 
     def __init__(self, device: torch.device, *names: str):
         self._device = device
@@ -56,5 +56,5 @@ class CudaStreams(NoStreams):
 
 
 def streams_for(device: torch.device, *names: str) -> NoStreams:
-    """Return streams with these names on a device, beside COMPUTE."""
+    """Return streams with these names on a device, in addition to COMPUTE."""
     return CudaStreams(device, *names) if device.type == "cuda" else NoStreams()

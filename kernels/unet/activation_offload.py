@@ -46,8 +46,9 @@ def _take(slabs: HostSlabs, num_bytes: int) -> Tensor | None:
     except RuntimeError as error:
         kind = "pinned host memory" if slabs.is_pinned else "host memory"
         raise UserError(
-            f"{num_bytes >> 20} MiB more of {kind} cannot be allocated beside {slabs.num_bytes >> 20} MiB of offloaded "
-            f"activations ({str(error).splitlines()[0][:80]}); lower the batch size, or use checkpointing full"
+            f"{num_bytes >> 20} MiB more of {kind} cannot be allocated in addition to {slabs.num_bytes >> 20} MiB "
+            f"of offloaded activations ({str(error).splitlines()[0][:80]}); lower the batch size, "
+            "or use checkpointing full"
         ) from None
 
 

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from safelight.data.text import counted
 from safelight.errors import UserError
 from safelight.trainer.families.family import Family
 from safelight.trainer.families.original_layout import (
@@ -161,7 +162,7 @@ class SingleFile:
         missing = [place.name for place in layout.values() if place.name not in self.shapes]
         if missing:
             raise UserError(
-                f"{self}: its {part} does not fit {source}: {len(missing)} tensors are missing, the first is "
+                f"{self}: its {part} does not fit {source}: it lacks {counted(len(missing), 'tensor')}, the first is "
                 f"{min(missing)}; give a file that is complete, or the config that it was made with"
             )
         for name, place in layout.items():
@@ -258,7 +259,7 @@ class SingleFile:
         others = [name for name in self.shapes if name.startswith(prefix) and name not in used]
         if others:
             raise UserError(
-                f"{self}: its {part} does not fit {source}: {len(others)} tensors are unexpected, the first is "
+                f"{self}: its {part} does not fit {source}: it has {counted(len(others), 'tensor')} more, the first is "
                 f"{min(others)}; give the config that it was made with"
             )
 

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from safelight.data.text import counted
 from safelight.errors import UserError
 from safelight.kernels.philox import Key, Purpose, words
 from safelight.trainer.models.base import Base, tiny_folder, vae_config
@@ -102,8 +103,8 @@ def _bad_weights(folder: Path, error: object) -> UserError:
 
 def _missing_tensors(folder: Path, missing: Collection[str]) -> UserError:
     return UserError(
-        f"{folder}: its .safetensors files lack {len(missing)} tensors that its config.json requires, the first is "
-        f"{min(missing)}; get this folder again"
+        f"{folder}: its .safetensors files lack {counted(len(missing), 'tensor')} required by its config.json, "
+        f"the first is {min(missing)}; get this folder again"
     )
 
 

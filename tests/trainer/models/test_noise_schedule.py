@@ -45,10 +45,10 @@ def test_noising_and_targets_equal_diffusers(kind, prediction, zero_snr):
     torch.testing.assert_close(ours.alphas_cumprod_T, theirs.alphas_cumprod, rtol=1e-5, atol=1e-7)
     latents, noise = torch.randn(5, 4, 3, 3), normals_torch(KEYS, (4, 3, 3), "cpu")
     timesteps = torch.tensor([0, 10, 500, 998, 999])
-    found = noised(ours, latents, timesteps)
-    torch.testing.assert_close(found.noisy_BCHW, theirs.add_noise(latents, noise, timesteps), rtol=1e-4, atol=1e-5)
+    actual = noised(ours, latents, timesteps)
+    torch.testing.assert_close(actual.noisy_BCHW, theirs.add_noise(latents, noise, timesteps), rtol=1e-4, atol=1e-5)
     expected = noise if prediction == "epsilon" else theirs.get_velocity(latents, noise, timesteps)
-    torch.testing.assert_close(found.target_BCHW, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual.target_BCHW, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_zero_terminal_snr_keeps_the_start_and_ends_in_pure_noise():
@@ -59,13 +59,13 @@ def test_zero_terminal_snr_keeps_the_start_and_ends_in_pure_noise():
     assert (rescaled[1:] < rescaled[:-1]).all()
 
 
-def test_zero_terminal_snr_needs_v():
+def test_zero_terminal_snr_requires_v_prediction():
     with pytest.raises(ValueError, match="v_prediction"):
         make_schedule({**CONFIG, "prediction_type": "epsilon"}, zero_terminal_snr=True)
 
 
-def test_min_snr_weights_are_the_papers():
-    """Against diffusers' SNR; a v-prediction loss divides by SNR + 1."""
+def test_min_snr_weights_follow_the_paper():
+    """With the SNR from diffusers. For v-prediction the divisor is SNR + 1."""
     theirs = DDPMScheduler(**CONFIG)
     timesteps = torch.tensor([1, 100, 400, 700, 999])
     snr = compute_snr(theirs, timesteps)
@@ -78,14 +78,13 @@ def test_min_snr_weights_are_the_papers():
 
 
 def test_min_snr_uses_the_rescaled_schedule():
-    """A peer computes the SNR before the zero-terminal rescale; at the last timestep ours is finite and zero."""
+    """Another trainer computes the SNR before rescaling. At the last timestep our weight is finite: zero."""
     schedule = make_schedule({**CONFIG, "prediction_type": "v_prediction"}, zero_terminal_snr=True)
     options = LossOptions(weighting="min_snr", gamma=5.0, prediction_type="v_prediction")
     assert loss_weights(schedule.alphas_cumprod_T, torch.tensor([999]), options).item() == 0.0
 
 
-def test_v_and_epsilon_are_two_views_of_one_pair():
-    """x0 and noise come back from z_t and v."""
+def test_latents_and_noise_can_be_computed_from_noisy_latents_and_v():
     schedule = NoiseSchedule(make_schedule(CONFIG).alphas_cumprod_T, "v_prediction")
     latents, noise = torch.randn(3, 4, 2, 2), normals_torch(KEYS[:3], (4, 2, 2), "cpu")
     timesteps = torch.tensor([5, 300, 900])
@@ -96,15 +95,15 @@ def test_v_and_epsilon_are_two_views_of_one_pair():
 
 
 def test_losses_are_per_sample_and_in_fp32():
-    predicted, wanted = torch.zeros(2, 1, 2, 2, dtype=torch.float16), torch.tensor([300.0, 2.0]).view(2, 1, 1, 1)
-    # 300^2 is beyond fp16
-    assert mse_per_sample(predicted, wanted.expand(2, 1, 2, 2)).tolist() == [90000.0, 4.0]
+    predicted, target = torch.zeros(2, 1, 2, 2, dtype=torch.float16), torch.tensor([300.0, 2.0]).view(2, 1, 1, 1)
+    # 300^2 exceeds the largest fp16
+    assert mse_per_sample(predicted, target.expand(2, 1, 2, 2)).tolist() == [90000.0, 4.0]
 
 
 @pytest.mark.parametrize(
     ("change", "match"),
     [({"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule"), ({"prediction_type": "sample"}, "prediction type")],
 )
-def test_what_is_not_supported_is_said(change, match):
+def test_an_unsupported_scheduler_config_is_refused(change, match):
     with pytest.raises(ValueError, match=match):
         make_schedule({**CONFIG, **change})

@@ -325,11 +325,11 @@ def test_missing_unexpected_and_quantized_tensors_are_refused(tensors, write):
     for changed, line in (
         (
             without(tensors, name),
-            rf"its UNet does not fit model\.config 'tiny': 1 tensors are missing, the first is {name}",
+            rf"its UNet does not fit model\.config 'tiny': it lacks 1 tensor, the first is {name}",
         ),
         (
             {**tensors, f"{UNET_PREFIX}label_emb.0.0.bias": torch.zeros(3)},
-            r"its UNet does not fit model\.config 'tiny': 1 tensors are unexpected, the first is",
+            r"its UNet does not fit model\.config 'tiny': it has 1 tensor more, the first is",
         ),
         ({**tensors, name: tensors[name].to(torch.float8_e4m3fn)}, rf"is quantized \({name} is F8_E4M3\)"),
     ):

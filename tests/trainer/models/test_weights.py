@@ -128,7 +128,7 @@ def test_missing_misshapen_and_truncated_weights_are_refused(base_folder, part):
     weights = load_file(path)
     name = sorted(weights)[5]
     save_file({key: value for key, value in weights.items() if key != name}, path)
-    missing = r"its \.safetensors files lack 1 tensors that its config\.json requires, the first is .*\w"
+    missing = r"its \.safetensors files lack 1 tensor required by its config\.json, the first is .*\w"
     with pytest.raises(ValueError, match=missing):
         load(part, base_folder)
     refused_from_headers(part, base_folder, missing)

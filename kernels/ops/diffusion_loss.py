@@ -169,6 +169,7 @@ def _weight(snr, gamma, max_snr, WEIGHTING: tl.constexpr, PREDICTION: tl.constex
             capped = tl.minimum(snr, max_snr)
             weight = tl.where(capped > 0.0, 1.0 / tl.sqrt_rn(capped), 0.0) * conversion
         else:
+            tl.static_assert(WEIGHTING == "p2", "a weighting without a formula in the kernel")
             weight = tl.exp(-gamma * tl.log(1.0 + snr)) * conversion
     return weight
 

@@ -1,11 +1,10 @@
 """GEGLU: the gated activation between a transformer feed-forward block's two matmuls.
 
-    x = [a, g] along the last dimension         y = a * gelu(g),  gelu(g) = g * cdf(g),  cdf(g) = (1 + erf(g / sqrt 2))
-    / 2
+    x = [a, g] along the last dimension
+    y = a * gelu(g),  gelu(g) = g * cdf(g),  cdf(g) = (1 + erf(g / sqrt 2)) / 2
 
-One program per row and block of BLOCK_F features; a backward pass that also sums walks several rows per program. Saved
-for
-backward: x. Letters: M rows (batch x tokens), F features of the output.
+One program per row and block of BLOCK_F features; a backward pass that also sums walks several rows per program.
+Saved for backward: x. Letters: M rows (batch x tokens), F features of the output.
 Source: Shazeer 2020, arXiv:2002.05202; the halves' order is diffusers' GEGLU.
 """
 

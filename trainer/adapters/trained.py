@@ -16,7 +16,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Trained(Protocol):
-    """A UNet and what of it a run trains."""
+    """A UNet and the parameters of it that a run trains."""
 
     unet: nn.Module
 

@@ -60,9 +60,9 @@ class UNetOptimizer(Protocol):
     def step(self) -> tuple[Tensor, Tensor | bool]:
         """Take one step and free the gradients. Return (global gradient norm before clipping, whether it was applied).
 
-        Skipped if the global norm is not finite; fused, if no tensor's is. Fused, backward has already applied the
-        update, and this only finalizes it. Both results stay on the device where the implementation needs no
-        synchronization.
+        An unfused step is skipped if the global norm is not finite. A fused one has been applied inside backward, where
+        single tensors may have been skipped, and is only finalized here; it counts as skipped if every tensor was. Both
+        results stay on the device where the implementation needs no synchronization.
         """
         ...
 
@@ -140,7 +140,7 @@ def check(config: OptimizerConfig, device: torch.device | None = None) -> Optimi
     if config.is_fused and not spec.steps_inside_backward:
         can = names_with(lambda spec: spec.steps_inside_backward)
         raise UserError(f"optimizer.fused_backward needs {can}; {spec.name} steps after backward: set it to false")
-    for setting in ("betas", "eps"):
+    for setting in sorted({setting for known in OPTIMIZERS.values() for setting in known.settings}):
         default = OptimizerConfig.model_fields[setting].default
         if setting not in spec.settings and getattr(config, setting) != default:
             raise UserError(f"optimizer.{setting} has no effect on {spec.name}; leave it out")

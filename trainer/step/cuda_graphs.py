@@ -154,7 +154,8 @@ def _warm_up_key(shape: Shape) -> tuple:
     """Return a key of what a shape's warm-up compiles: shapes with equal keys need only one warm-up.
 
     A micro-step's position within the step only decides whether gradients are copied or added, which compiles nothing
-    new. The optimizer step is the same for all shapes and is warmed up with the first ones.
+    new. A step of a single micro-step uses no gradient buffers and has a key of its own. The optimizer step is the
+    same for all shapes and is warmed up with the first ones.
     """
     return shape.size, shape.height, shape.width, shape.is_first and shape.is_last
 

@@ -40,6 +40,8 @@ def failing(error: BaseException):
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
+    """Work in an empty folder, without the library messages that earlier tests of this process have left."""
+    library_log.release()
     monkeypatch.chdir(tmp_path)
 
 

@@ -100,7 +100,7 @@ def crop_box(
 
     Variant 0 is the canonical crop: the largest window of the bucket's aspect, centred. Validation uses it. Other
     variants shrink its sides by a fraction from U(0, crop_jitter) and place it anywhere in the photo, by the draws of
-    (key_seed, CROP, sample_id, occurrence = variant). Raises ValueError unless 0 <= crop_jitter < 1.
+    (key_seed, CROP, sample_id, occurrence = variant). Raises UserError unless 0 <= crop_jitter < 1.
     """
     draws = uniforms(Key(key_seed, Purpose.CROP, sample_id, occurrence=variant), 3) if variant else None
     return drawn_crop_box(width, height, bucket, draws, crop_jitter)
@@ -115,7 +115,7 @@ def check_flip_p(flip_p: float) -> None:
 def is_flipped(seed: int, sample_id: int, variant: int, flip_p: float) -> bool:
     """Return whether a variant is mirrored: variant 0 never is, the others are with probability flip_p.
 
-    Raises ValueError unless 0 <= flip_p <= 1.
+    Raises UserError unless 0 <= flip_p <= 1.
     """
     check_flip_p(flip_p)
     return variant > 0 and float(uniforms(Key(seed, Purpose.FLIP, sample_id, occurrence=variant))[0]) < flip_p

@@ -86,7 +86,7 @@ class _Job:
 
 
 def _photo_content(path: Path, photo: Photo) -> bytes:
-    """Return the bytes of a photo's file. Raises ValueError if it changed since it was prepared."""
+    """Return the bytes of a photo's file. Raises UserError if it changed since it was prepared."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -150,7 +150,7 @@ def _batches_by_bucket(jobs: Sequence[_Job], batch_size: int) -> list[list[_Job]
 
 
 def _load_pixels(dataset: Path, jobs: list[_Job]) -> Tensor:
-    """Return the pixels of a batch, (B, 3, H, W). Raises ValueError if a photo differs from its manifest entry."""
+    """Return the pixels of a batch, (B, 3, H, W). Raises UserError if a photo differs from its manifest entry."""
     pixels, decoded_file, image = [], None, None
     for job in jobs:
         path = dataset / job.photo.file

@@ -88,7 +88,7 @@ def _row(line: str) -> dict:
 
 
 def _row_texts(row: dict) -> tuple[str, ...]:
-    """Return the caption variants of a table row. Raises ValueError if it has none."""
+    """Return the caption variants of a table row. Raises UserError if it has none."""
     value = next((row[key] for key in TEXT_KEYS if row.get(key) is not None), None)
     if value is None:
         raise UserError("has neither 'text' nor 'caption'")
@@ -103,7 +103,7 @@ def _row_texts(row: dict) -> tuple[str, ...]:
 
 
 def _row_name(row: dict) -> str:
-    """Return a row's normalized file name, relative to its table. Raises ValueError if it leads out of the folder."""
+    """Return a row's normalized file name, relative to its table. Raises UserError if it leads out of the folder."""
     name = row.get("file_name")
     if not isinstance(name, str) or not name.strip():
         raise UserError("has no 'file_name'")

@@ -230,7 +230,7 @@ def ingest(
     re-encoded as sRGB at `quality` (1 to 100). Originals are only read. Files that cannot be used, duplicates included,
     are listed with the reason in the summary and in rejected.jsonl. Photos of earlier calls stay in the manifest, and
     repeating a call gives the same manifest. progress(files done, files in total) is called after each file.
-    Raises ValueError if a source does not exist or lies in the dataset, a setting is out of range, no photo can be
+    Raises UserError if a source does not exist or lies in the dataset, a setting is out of range, no photo can be
     used, or another process is preparing this dataset.
     """
     if not max_megapixels > 0:

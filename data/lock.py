@@ -41,7 +41,7 @@ class FolderLock:
 
     advice: what the user should do if the lock is refused; ends the error message. note: a warning to show to the user
     if this system or file system has no locks, else empty.
-    Raises ValueError naming the holder if another process, or another lock of this process, holds the lock, and
+    Raises UserError naming the holder if another process, or another lock of this process, holds the lock, and
     ValueError if the folder cannot be written.
     """
 

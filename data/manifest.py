@@ -51,7 +51,7 @@ _REQUIRED_TYPES = {"file": str, "sha256": str, "width": int, "height": int, "cap
 
 
 def _parse(line: str) -> Photo:
-    """Return the photo of one manifest line. Raises ValueError saying what is wrong with the line."""
+    """Return the photo of one manifest line. Raises UserError saying what is wrong with the line."""
     try:
         row = json.loads(line)
     except RecursionError:
@@ -83,7 +83,7 @@ def _parse(line: str) -> Photo:
 def read_manifest(dataset: Path, may_be_empty: bool = False) -> list[Photo]:
     """Return the photos of a dataset folder in manifest order.
 
-    Raises ValueError if the manifest is missing, has a bad line (which the message names), or lists no photo while
+    Raises UserError if the manifest is missing, has a bad line (which the message names), or lists no photo while
     may_be_empty is False.
     """
     path = Path(dataset) / MANIFEST_NAME

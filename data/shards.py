@@ -145,7 +145,7 @@ class Cache:
         """Lock the folder for adding rows, until `release`. Does nothing if this cache has claimed it already.
 
         The lock keeps two processes from encoding the same rows. Without it, on a file system that has no locks, rows
-        are never corrupted either. Raises ValueError naming the process that holds the lock.
+        are never corrupted either. Raises UserError naming the process that holds the lock.
         """
         if self._folder_lock is None:
             self._folder_lock = FolderLock(self.path, "wait until it has filled the cache, then run this again")
@@ -284,7 +284,7 @@ class Cache:
         return rows
 
     def _require(self, keys: Sequence[str]) -> list[_Address]:
-        """Return the address of each key. Raises ValueError if one is missing."""
+        """Return the address of each key. Raises UserError if one is missing."""
         addresses = self._find(list(dict.fromkeys(keys)))
         for key in keys:
             if key not in addresses:
@@ -292,7 +292,7 @@ class Cache:
         return [addresses[key] for key in keys]
 
     def kind_of(self, key: str) -> str:
-        """Return the kind of a row. Raises ValueError if it is missing."""
+        """Return the kind of a row. Raises UserError if it is missing."""
         return self._require([key])[0].kind
 
     def read(self, keys: Sequence[str]) -> np.ndarray:

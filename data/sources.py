@@ -54,7 +54,7 @@ def _walk(folder: Path, dataset: Path, visited: set[Path], rejections: list[Reje
 def find_files(sources: list[Path], dataset: Path) -> tuple[list[SourceFile], list[CaptionReader]]:
     """Return the candidate files of all sources, and one caption reader per source.
 
-    Raises ValueError for a source that does not exist or lies in the dataset.
+    Raises UserError for a source that does not exist or lies in the dataset.
     """
     files, readers = [], []
     for source in map(Path, sources):

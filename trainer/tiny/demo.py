@@ -90,7 +90,7 @@ def score(run_dir: Path, terminal: Terminal) -> dict:
 def run_demo(folder: Path, terminal: Terminal) -> dict:
     """Run the whole demo in a folder and return the scores and the report's path.
 
-    Replaces an earlier demo. Raises ValueError if the folder contains anything else.
+    Replaces an earlier demo. Raises UserError if the folder contains anything else.
     """
     began = time.monotonic()
     mark = folder / "demo.json"

@@ -1,7 +1,7 @@
 """Maps the root folders to packages; all other metadata is in pyproject.toml.
 
-The folders have no `__init__.py` on purpose (docs/decisions.md, Layout and imports), so setuptools does not find them by
-itself.
+The folders have no `__init__.py` on purpose (docs/decisions.md, Layout and imports), so setuptools does not find
+them by itself.
 """
 
 from pathlib import Path

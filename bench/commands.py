@@ -173,11 +173,13 @@ def run_plot(options: arguments.Plot) -> int:
     if not options.results:
         raise UserError("no results given; name one or more .jsonl, for example bench/results/counts.jsonl")
     files, skipped = plot([line for path in options.results for line in read(path)], options.out)
+    if not files:
+        raise UserError(f"nothing to plot: the files have no results for {', '.join(skipped)}")
     for file in files:
         print(file)
     if skipped:
         print(f"not plotted, no results for: {', '.join(skipped)}")
-    return 0 if files else 2
+    return 0
 
 
 def run_loader(options: arguments.Loader) -> int:

@@ -243,7 +243,8 @@ def ingest(
     if dataset.exists() and not dataset.is_dir():
         raise UserError(f"dataset {dataset} is a file; give a folder")
     files, readers = find_files(sources, dataset)
-    with FolderLock(dataset, "wait until it ends, or choose another dataset folder with -o") as lock:
+    advice = "choose another dataset folder with -o"
+    with FolderLock(dataset, advice, f"wait until it ends, or {advice}") as lock:
         summary = IngestSummary(warnings=[lock.note] if lock.note else [])
         _ingest(sources, files, readers, dataset, summary, max_megapixels, quality, image_format, progress)
     return summary
@@ -282,11 +283,12 @@ def _ingest(
         summary.rejected += reader.rejections
         summary.warnings += reader.warnings
     summary.photos = collection.photos
+    is_empty = not collection.touched and not summary.num_duplicates
+    names = ", ".join(printable(source) for source in sources)
+    if is_empty and not summary.rejected:
+        raise UserError(f"no photos found in {names}; give a folder that contains JPEG, PNG or WebP files")
     _write_rejected(dataset, summary.rejected)
-    if not collection.touched and not summary.num_duplicates:
-        names = ", ".join(printable(source) for source in sources)
-        if not summary.rejected:
-            raise UserError(f"no photos found in {names}; give a folder that contains JPEG, PNG or WebP files")
+    if is_empty:
         first = summary.rejected[0]
         raise UserError(
             f"none of the photos in {names} can be used ({len(summary.rejected)} rejected); the first is "

@@ -39,13 +39,14 @@ def _describe(text: bytes) -> str:
 class FolderLock:
     """An exclusive lock on a folder, which is created if needed. Never waits. A context manager, released on exit.
 
-    advice: what the user should do if the lock is refused; ends the error message. note: a warning to show to the user
+    advice: what the user should do if the lock is refused; ends the error message. advice_if_held: the same if another
+    process holds the lock; None: `advice`. note: a warning to show to the user
     if this system or file system has no locks, else empty.
     Raises UserError naming the holder if another process, or another lock of this process, holds the lock, and
     ValueError if the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, advice: str):
+    def __init__(self, folder: Path, advice: str, advice_if_held: str | None = None):
         self.folder, self.note = Path(folder), ""
         if "\0" in str(folder):
             raise UserError(f"{printable(self.folder)} is not a valid path, it contains a NUL character; {advice}")
@@ -54,13 +55,13 @@ class FolderLock:
         self._file: BinaryIO | None = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._take(advice)
+            self._take(advice if advice_if_held is None else advice_if_held)
         except (FileExistsError, NotADirectoryError):
             raise UserError(f"{printable(self.folder)} is a file or its path leads through one; {advice}") from None
         except OSError as error:
             raise UserError(f"{printable(self.folder)} cannot be written ({error.strerror}); {advice}") from error
 
-    def _take(self, advice: str) -> None:
+    def _take(self, advice_if_held: str) -> None:
         try:
             import fcntl
         except ImportError:
@@ -84,7 +85,7 @@ class FolderLock:
                     raise
                 holder = _describe(file.read(100_000))
                 file.close()
-                raise UserError(f"{printable(self.folder)} is in use by {holder}; {advice}") from None
+                raise UserError(f"{printable(self.folder)} is in use by {holder}; {advice_if_held}") from None
             if self._is_in_place(file):
                 break
             # the previous holder deleted the file after we opened it and before we locked it

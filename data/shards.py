@@ -148,7 +148,11 @@ class Cache:
         are never corrupted either. Raises UserError naming the process that holds the lock.
         """
         if self._folder_lock is None:
-            self._folder_lock = FolderLock(self.path, "wait until it has filled the cache, then run this again")
+            self._folder_lock = FolderLock(
+                self.path,
+                "make it writable, or copy the dataset elsewhere",
+                "wait until it has filled the cache, then run this again",
+            )
 
     def release(self) -> None:
         """Release the lock of `claim`, if held."""

@@ -59,6 +59,8 @@ def _explain(error: Exception) -> str | None:
         )
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and CPU_MEMORY_IS_FULL in str(error)):
         return "the computer's memory is full; close other programs, or lower train.batch_size and data.resolution"
+    if isinstance(error, FileExistsError) and error.filename and not os.path.isdir(error.filename):
+        return f"{error.filename} is not a folder; name another path"
     if kind == "SafetensorError" or (isinstance(error, OSError) and error.errno is not None):
         where = f"{error.filename}: " if getattr(error, "filename", None) else ""
         what = f"{where}{getattr(error, 'strerror', None) or first}"

@@ -56,7 +56,8 @@ def train(
     """
     terminal = terminal or Terminal()
     run_dir = Path(config.run.dir)
-    with FolderLock(run_dir, "wait until it ends, or name another --run.dir") as lock:
+    advice = "name another --run.dir"
+    with FolderLock(run_dir, advice, f"wait until it ends, or {advice}") as lock:
         if lock.note:
             terminal.say(lock.note)
         checkpoints = list_checkpoints(run_dir)

@@ -272,13 +272,13 @@ PICTURES: dict[str, Callable[[Axes, list[dict]], bool]] = {
 
 def plot(records: list[dict], out: Path) -> tuple[list[Path], list[str]]:
     """Write every picture that the lines have figures for; return (files, names of the skipped pictures)."""
-    out.mkdir(parents=True, exist_ok=True)
     files, skipped = [], []
     for name, draw in PICTURES.items():
         figure = Figure(figsize=(WIDTH, HEIGHT), dpi=130, layout="constrained")
         axes = figure.subplots()
         axes.spines[["top", "right"]].set_visible(False)
         if draw(axes, records):
+            out.mkdir(parents=True, exist_ok=True)
             files.append(out / f"{name}.png")
             figure.savefig(files[-1])
         else:

@@ -295,7 +295,7 @@ def profile_loop(
         else:
             raise UserError(
                 f"the run ends after {phases.num_steps} steps, before {num_steps} steps with full batches were "
-                "profiled; lower --steps or raise train.epochs"
+                "profiled; lower --steps or train for more epochs"
             )
         finally:
             step_profiler.close()

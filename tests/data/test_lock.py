@@ -46,7 +46,7 @@ def test_holder_is_named_and_a_killed_process_loses_its_lock(holder, tmp_path):
     with pytest.raises(
         ValueError, match=rf"in use by process {holder.pid} on .* since 20\d\d-.* \(safelight .*\); do"
     ) as caught:
-        FolderLock(folder, "do something")
+        FolderLock(folder, "name another", "do something")
     assert "\n" not in str(caught.value)
     holder.send_signal(signal.SIGKILL)
     assert holder.wait() == -signal.SIGKILL

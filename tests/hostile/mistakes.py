@@ -130,7 +130,7 @@ MISTAKES = [
     Mistake(
         "dataset below a file",
         lambda place: ["prepare", place / "photos", "-o", place / "run.toml" / "x"],
-        "is a file or its path leads through one",
+        "is a file or its path leads through one; choose another",
     ),
     Mistake(
         "quality 0",
@@ -188,6 +188,16 @@ MISTAKES = [
         lambda place: [(place / "r").mkdir(), (place / "r" / "config.toml").touch(), "train", place / "r"][2:],
         "is a run folder; give its settings file: safelight train",
     ),
+    Mistake(
+        "settings file of a long name",
+        lambda place: ["init", "tiny", "-o", place / f"{'n' * 240}.toml"],
+        "/" + "n" * 240 + ".toml: File name too long",
+    ),
+    Mistake(
+        "settings file below a file",
+        lambda place: ["init", "tiny", "-o", place / "run.toml" / "new.toml"],
+        "run.toml is not a folder",
+    ),
     Mistake("no preset", lambda place: ["init"], "give a preset: tiny, "),
     Mistake(
         "a demo where a file is",
@@ -214,12 +224,12 @@ MISTAKES = [
     Mistake(
         "run folder that is a file",
         a_file("busy", "train", "--run.dir", "{place}/busy"),
-        "busy is a file or its path leads through one",
+        "busy is a file or its path leads through one; name another --run.dir",
     ),
     Mistake(
         "run folder below a file",
         a_file("busy", "train", "--run.dir", "{place}/busy/run"),
-        "busy/run is a file or its path leads through one",
+        "busy/run is a file or its path leads through one; name another --run.dir",
     ),
     Mistake(
         "run folder with NUL in its name", toml('[run]\ndir = "a\\u0000b"\n', "train"), r"a\x00b is not a valid path"

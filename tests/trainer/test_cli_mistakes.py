@@ -50,7 +50,7 @@ def test_prepare_without_photos_says_so(tmp_path):
     empty = call("prepare", tmp_path / "empty", "-o", tmp_path / "dataset")
     assert empty.status == 2
     assert empty.err.startswith(f"safelight prepare: no photos found in {tmp_path / 'empty'}; give a folder that")
-    assert not (tmp_path / "dataset" / "manifest.jsonl").exists()
+    assert not (tmp_path / "dataset").exists()
 
 
 def test_a_dataset_that_was_not_prepared_is_one_line(tmp_path):

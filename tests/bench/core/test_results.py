@@ -137,6 +137,12 @@ def test_plots_are_drawn_for_what_was_measured_and_the_rest_is_named(tmp_path, c
             assert (0xC2, 0x41, 0x0C) in {colour for _, colour in image.convert("RGB").getcolors(10**6)}
     assert main(["bench", "plot", str(results.COUNTS), "-o", str(tmp_path / "counts")]) == 0
     assert [p.name for p in (tmp_path / "counts").glob("*.png")] == ["ablation.png"]
+    capsys.readouterr()
+    empty = tmp_path / "empty.jsonl"
+    append(empty, line(bench="optimizer"))
+    assert main(["bench", "plot", str(empty), "-o", str(tmp_path / "none")]) == 2
+    assert "safelight bench: nothing to plot: " in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 def drawn(draw, records):

@@ -240,7 +240,9 @@ def test_the_page_is_self_contained_and_the_trace_names_phases_and_blocks(sessio
 def test_a_run_that_is_too_short_is_refused_and_leaves_no_run_folder(make_config, tmp_path):
     config = make_config(stage=[{"epochs": 1}], train={"batch_size": 24}, data={"max_aspect": 1.0})
     with pytest.raises(
-        ValueError, match=r"the run ends after 1 steps, before 50 steps with full batches were profiled"
+        ValueError,
+        match="the run ends after 1 steps, before 50 steps with full batches were profiled; "
+        "lower --steps or train for more epochs",
     ):
         run_session(config, 50, tmp_path / "out")
     assert not (tmp_path / "run").exists()

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from safelight.errors import UserError
-from safelight.kernels.philox import Key, Purpose, uniforms
 
 # most cameras shoot 3:2, so an exact 3:2 bucket is better than a larger one of nearly that aspect, unless it leaves too
 # much of the pixel budget unused
@@ -73,10 +72,15 @@ def nearest_bucket(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket
     return min(buckets, key=distance)
 
 
-def drawn_crop_box(
+def crop_box(
     width: int, height: int, bucket: Bucket, draws: Sequence[float] | None, crop_jitter: float
 ) -> tuple[int, int, int, int]:
-    """Return what `crop_box` does, given its draws: three uniforms in (0, 1), or None for the canonical crop."""
+    """Return (left, top, right, bottom) in px: the part of a width x height photo that is resized to the bucket.
+
+    Without draws it is the canonical crop: the largest window of the bucket's aspect, centred. Three uniform draws in
+    (0, 1) shrink the window's sides by a fraction of up to crop_jitter and place it anywhere in the photo.
+    Raises ValueError unless 0 <= crop_jitter < 1.
+    """
     if not 0 <= crop_jitter < 1:
         raise ValueError(f"crop_jitter {crop_jitter} is outside 0 <= crop_jitter < 1; use 0.1, or 0 for none")
     if width * bucket.height >= height * bucket.width:
@@ -93,29 +97,7 @@ def drawn_crop_box(
     return left, top, left + window[0], top + window[1]
 
 
-def crop_box(
-    width: int, height: int, bucket: Bucket, key_seed: int, sample_id: int, variant: int, crop_jitter: float
-) -> tuple[int, int, int, int]:
-    """Return (left, top, right, bottom) in px: the part of a width x height photo that is resized to the bucket.
-
-    Variant 0 is the canonical crop: the largest window of the bucket's aspect, centred. Validation uses it. Other
-    variants shrink its sides by a fraction from U(0, crop_jitter) and place it anywhere in the photo, by the draws of
-    (key_seed, CROP, sample_id, occurrence = variant). Raises UserError unless 0 <= crop_jitter < 1.
-    """
-    draws = uniforms(Key(key_seed, Purpose.CROP, sample_id, occurrence=variant), 3) if variant else None
-    return drawn_crop_box(width, height, bucket, draws, crop_jitter)
-
-
 def check_flip_p(flip_p: float) -> None:
     """Raise ValueError unless 0 <= flip_p <= 1."""
     if not 0 <= flip_p <= 1:
         raise ValueError(f"flip_p {flip_p} is outside 0 to 1; use 0.5, or 0 for none")
-
-
-def is_flipped(seed: int, sample_id: int, variant: int, flip_p: float) -> bool:
-    """Return whether a variant is mirrored: variant 0 never is, the others are with probability flip_p.
-
-    Raises UserError unless 0 <= flip_p <= 1.
-    """
-    check_flip_p(flip_p)
-    return variant > 0 and float(uniforms(Key(seed, Purpose.FLIP, sample_id, occurrence=variant))[0]) < flip_p

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from safelight.data.buckets import Bucket, check_flip_p, drawn_crop_box, nearest_bucket
+from safelight.data.buckets import Bucket, check_flip_p, crop_box, nearest_bucket
 from safelight.data.captions import collapse
 from safelight.data.draws import draw_words, to_uniforms
 from safelight.data.manifest import Photo
@@ -77,7 +77,12 @@ def empty_text_key(text_fingerprint: str, dtype: str) -> str:
 def _plan_crops(
     photos: Sequence[Photo], buckets: Sequence[Bucket], variants: int, crop_jitter: float, flip_p: float, seed: int
 ) -> list[tuple[Bucket, tuple[Crop, ...]]]:
-    """Return each photo's bucket and crops: those of buckets.crop_box and is_flipped, with all draws in two calls."""
+    """Return each photo's bucket and crops.
+
+    Variant 0 is the canonical crop, never mirrored; validation uses it. The crop of another variant is drawn with the
+    key (seed, CROP, sample_id, occurrence = variant), and it is mirrored with probability flip_p, drawn with purpose
+    FLIP. All draws are made in two calls. Raises ValueError for a crop_jitter or flip_p out of range.
+    """
     check_flip_p(flip_p)
     ids = [photo.sample_id for photo in photos]
     drawn = range(1, variants)
@@ -91,9 +96,9 @@ def _plan_crops(
     for i, photo in enumerate(photos):
         size = photo.width, photo.height
         bucket = nearest_bucket(*size, buckets)
-        crops = [Crop(drawn_crop_box(*size, bucket, None, crop_jitter), False)]
+        crops = [Crop(crop_box(*size, bucket, None, crop_jitter), False)]
         for place, mirror in zip(places[i], mirrors[i], strict=True):
-            crops.append(Crop(drawn_crop_box(*size, bucket, place, crop_jitter), bool(mirror)))
+            crops.append(Crop(crop_box(*size, bucket, place, crop_jitter), bool(mirror)))
         planned.append((bucket, tuple(crops)))
     return planned
 

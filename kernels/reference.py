@@ -1,9 +1,10 @@
-"""Helpers shared by the ops' PyTorch references: compute dtype, gradients by recomputation, sums for bias gradients."""
+"""Helpers shared by the ops' PyTorch references: compute dtype, square roots, gradients by recomputation, bias sums."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,6 +12,14 @@ from torch import Tensor
 def to_compute(x: Tensor | None) -> Tensor | None:
     """Return x in the dtype references compute in: float32 for 16-bit tensors, x's own otherwise."""
     return x.float() if x is not None and x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def correctly_rounded_sqrt(x: Tensor) -> Tensor:
+    """Return the correctly rounded square root.
+
+    torch's vectorized CPU version is not always correctly rounded (docs/decisions.md, Square roots).
+    """
+    return torch.from_numpy(np.sqrt(x.numpy())) if x.device.type == "cpu" else x.sqrt()
 
 
 def recomputed_gradients(

@@ -55,7 +55,7 @@ def save_in_loop(folder: Path, unet, optimizer: UNetOptimizer) -> float:
     save_checkpoint(
         folder,
         partial(FullFineTune(unet).write, tensors=unet.state_dict()),
-        optimizer.state_tensors(),
+        {key: x.to("cpu", copy=True).contiguous() for key, x in optimizer.live_state().items()},
         Position(step=1),
         IDENTITY,
     )

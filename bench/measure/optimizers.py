@@ -127,14 +127,12 @@ def _build(config: Optimizer, shapes: dict, dtype: torch.dtype, device: torch.de
     return make_optimizer(module, config, dtype), module
 
 
-def bench_optimizers(
-    device: torch.device, dtype: torch.dtype, every: int, repeats: int, configs: Configs | None = None
-) -> Iterator[dict]:
-    """Yield a result line for each optimizer in `configs` (default: all), and one for the moving average of weights.
+def bench_optimizers(device: torch.device, dtype: torch.dtype, every: int, repeats: int) -> Iterator[dict]:
+    """Yield a result line for each optimizer that is offered, and one for the moving average of weights.
 
     ratio: time of a step relative to the first variant's in the same repeat, median over the repeats.
     """
-    configs = offered(dtype) if configs is None else configs
+    configs = offered(dtype)
     shapes = part_of_sd15(every)
     num = sum(torch.Size(shape).numel() for shape in shapes.values())
     runs: dict[str, Prepared] = {}

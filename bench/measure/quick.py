@@ -17,6 +17,7 @@ from safelight.trainer.models.base import resolve_base
 from safelight.units import GIB
 
 BUDGET_S = 150
+REPEATS = 10
 # memory of SD1.5's step with fp32 master weights, 8-bit moments, fp32 gradients and activations
 SD15_GIB = 14
 
@@ -44,7 +45,7 @@ def limit_images_per_s(work: Workload, tflops: float) -> float:
     return tflops * 1e12 / counts.flops_total
 
 
-def quick(device: str = "auto", budget_s: float = BUDGET_S, repeats: int = 10) -> Iterator[dict]:
+def quick(device: str) -> Iterator[dict]:
     """Yield result lines: the ceilings, then our step and the recipe's at each batch size, until the time is up."""
     began = time.monotonic()
     work, batch_sizes = choose_work(device)
@@ -54,11 +55,11 @@ def quick(device: str = "auto", budget_s: float = BUDGET_S, repeats: int = 10) -
     config = {"base": work.base, "latent_size": work.latent_size, "precision": work.precision}
     yield make_record("ceilings", config, limits, torch.device(work.device))
     for size in batch_sizes:
-        if time.monotonic() - began > budget_s * 0.6:
+        if time.monotonic() - began > BUDGET_S * 0.6:
             return
         workloads = variants((OURS, "diffusers"), (size,), work)
         # on a GPU only one of them is certain to fit at a time
-        for record in measure(workloads, repeats if is_cpu else 2 * repeats, together=is_cpu):
+        for record in measure(workloads, REPEATS if is_cpu else 2 * REPEATS, together=is_cpu):
             if "images_per_s" in record["figures"]:
                 rate = record["figures"]["images_per_s"][1]
                 record["figures"]["share_of_limit"] = round(rate / limits["limit_images_per_s"], 4)

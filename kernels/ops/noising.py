@@ -2,7 +2,7 @@
 
     z_0 = (mean + exp(logvar / 2) * e_p) * scaling_factor        e = e_n + offset_noise * e_o (one e_o per channel)
     z_t = sqrt(a_t) z_0 + sqrt(1 - a_t) e                        a_t = alphas_cumprod[t]
-    target: e for epsilon;  sqrt(a_t) e - sqrt(1 - a_t) z_0 for v_prediction;  z_0 for sample
+    target: e for epsilon;  sqrt(a_t) e - sqrt(1 - a_t) z_0 for v_prediction
 
 The normals e_p (posterior), e_n (noise), e_o (offset) and the timestep t are Philox draws (kernels/philox.py), so they
 depend on the sample's key alone. Every product and sum is rounded separately: numpy, torch and Triton give equal bits,
@@ -23,14 +23,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from safelight.kernels.ops.diffusion_loss import PREDICTION_TYPES
 from safelight.kernels.philox import Key, Purpose, integers, normals_torch
 from safelight.kernels.philox_triton import philox_normals, philox_words
+from safelight.kernels.reference import correctly_rounded_sqrt
 from safelight.kernels.triton.jit import cdiv, kernel, next_power_of_2, runs_kernel
 
 if TYPE_CHECKING:
     import triton.language as tl
 
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 MAX_BLOCK = 64  # Philox blocks per program: 256 elements; latents are small, and this gives them more programs
 
 
@@ -70,11 +71,6 @@ def _keys(words_B5: Tensor, purpose: Purpose) -> list[Key]:
     ]
 
 
-def _sqrt(x: Tensor) -> Tensor:
-    # torch's CPU sqrt is not always correctly rounded (docs/decisions.md, Square roots)
-    return torch.from_numpy(np.sqrt(x.numpy())) if x.device.type == "cpu" else torch.sqrt(x)
-
-
 def noising_reference(
     mean_BCHW: Tensor,
     logvar_BCHW: Tensor | None,
@@ -108,12 +104,8 @@ def noising_reference(
         draws = [integers(key, len(alphas_cumprod_T))[0] for key in _keys(words_B5, purposes.timestep)]
         timesteps_B = torch.tensor(np.array(draws)).to(device)
     a_B111 = alphas_cumprod_T[timesteps_B][:, None, None, None]
-    signal, sigma = _sqrt(a_B111), _sqrt(1 - a_B111)
-    target = {
-        "epsilon": lambda: noise,
-        "v_prediction": lambda: signal * noise - sigma * latents,
-        "sample": lambda: latents,
-    }[prediction_type]()
+    signal, sigma = correctly_rounded_sqrt(a_B111), correctly_rounded_sqrt(1 - a_B111)
+    target = noise if prediction_type == "epsilon" else signal * noise - sigma * latents
     noisy = signal * latents + sigma * noise
     return Noised(
         noisy.to(dtype).contiguous(memory_format=memory_format),
@@ -193,10 +185,9 @@ def _noising_kernel(
     noisy = signal * latents + sigma * noise
     if PREDICTION == "epsilon":
         target = noise
-    elif PREDICTION == "v_prediction":
-        target = signal * noise - sigma * latents
     else:
-        target = latents
+        tl.static_assert(PREDICTION == "v_prediction", "a prediction type without a formula in the kernel")
+        target = signal * noise - sigma * latents
     at = sample * num_elements + element
     if CHANNELS_LAST:
         at = sample * num_elements + (element - channel * num_pixels) * num_channels + channel
@@ -222,7 +213,7 @@ def noising(
     """Return each sample's noisy latents, target and timestep, drawn from its key.
 
     mean_BCHW, logvar_BCHW: the cached posterior, fp32 | fp16 | bf16; without a logvar the latents are the mean.
-    words_B5: from `key_words`. alphas_cumprod_T: (T,) float32. prediction_type: epsilon | v_prediction | sample.
+    words_B5: from `key_words`. alphas_cumprod_T: (T,) float32. prediction_type: epsilon | v_prediction.
     timesteps_B: (B,) int64 in 0 .. T - 1, or None to draw them. dtype, memory_format: of noisy_BCHW; the target is
     float32 in the same memory order.
     Raises ValueError for an unknown prediction type or shapes that do not fit.

@@ -54,19 +54,16 @@ class _NormSiLUConv(torch.autograd.Function):
         skip_bias,
         num_groups,
         eps,
-        silu,
-        stride,
-        padding,
         return_x,
     ):
         norm = (x, norm_weight, norm_bias, addend_NC)
-        h, mean_NG, rstd_NG = group_norm_silu_fwd(*norm, num_groups, eps, silu)
+        h, mean_NG, rstd_NG = group_norm_silu_fwd(*norm, num_groups, eps, True)
         ctx.save_for_backward(*norm, mean_NG, rstd_NG, conv_weight)
-        ctx.norm_options, ctx.conv_options = (num_groups, eps, silu), (stride, padding)
+        ctx.norm_options = (num_groups, eps, True)
         ctx.bias_sizes = None if conv_bias is None else list(conv_bias.shape)
         ctx.return_x, ctx.has_skip_bias = return_x, skip_bias is not None
         ctx.set_materialize_grads(False)
-        y = F.conv2d(h, conv_weight, conv_bias, stride, padding)
+        y = F.conv2d(h, conv_weight, conv_bias, padding=1)
         return (x, y) if return_x else y
 
     @staticmethod
@@ -75,17 +72,16 @@ class _NormSiLUConv(torch.autograd.Function):
         ds, dy = grads if ctx.return_x else (None, *grads)
         sum_ds = ctx.has_skip_bias and ds is not None
         if dy is None:
-            return ds, *[None] * 5, channel_sum(ds) if sum_ds else None, *[None] * 6
+            return ds, *[None] * 5, channel_sum(ds) if sum_ds else None, *[None] * 3
         *norm, conv_weight = ctx.saved_tensors
         h = group_norm_silu_recompute(*norm, *ctx.norm_options)
-        stride, padding = ctx.conv_options
         dh, dconv_weight, dconv_bias = torch.ops.aten.convolution_backward(
             dy,
             h,
             conv_weight,
             ctx.bias_sizes,
-            [stride, stride],
-            [padding, padding],
+            [1, 1],
+            [1, 1],
             [1, 1],
             False,
             [0, 0],
@@ -98,7 +94,7 @@ class _NormSiLUConv(torch.autograd.Function):
             dh, *norm, *ctx.norm_options, ds=ds, sum_ds=sum_ds
         )
         dskip_bias = total[0] if total else None
-        return dx, dnorm_weight, dnorm_bias, daddend, dconv_weight, dconv_bias, dskip_bias, *[None] * 6
+        return dx, dnorm_weight, dnorm_bias, daddend, dconv_weight, dconv_bias, dskip_bias, *[None] * 3
 
 
 def norm_silu_conv(
@@ -110,19 +106,16 @@ def norm_silu_conv(
     conv_bias: Tensor | None = None,
     *,
     eps: float = 1e-5,
-    silu: bool = True,
     addend_NC: Tensor | None = None,
-    stride: int = 1,
-    padding: int = 1,
     return_x: bool = False,
     skip_bias: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Return conv2d(silu(group_norm(x + addend))), or with return_x (x, that). Saves x and fp32 statistics.
 
-    x: (N, C, H, W), fp32 | fp16 | bf16, channels-last or not -> (N, K, ...), same dtype. norm_weight, norm_bias: (C,);
-    addend_NC: (N, C); conv_weight: (K, C, h, w); conv_bias: (K,), or None, which leaves it to `bias_residual`.
-    return_x: use the returned x wherever else x is used. skip_bias: (C,), see the module's docstring; only with
-    return_x.
+    x: (N, C, H, W), fp32 | fp16 | bf16, channels-last or not -> (N, K, H, W), same dtype. norm_weight, norm_bias: (C,);
+    addend_NC: (N, C); conv_weight: (K, C, 3, 3), padding 1; conv_bias: (K,), or None, which leaves it to
+    `bias_residual`. return_x: use the returned x wherever else x is used. skip_bias: (C,), see the module's docstring;
+    only with return_x.
     Raises ValueError for shapes that do not fit.
     """
     check_group_norm(x, norm_weight, addend_NC, num_groups)
@@ -139,9 +132,6 @@ def norm_silu_conv(
         skip_bias,
         num_groups,
         eps,
-        silu,
-        stride,
-        padding,
         return_x,
     )
 
@@ -218,13 +208,13 @@ def group_norm_linear(
 
 class _NormLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, norm_weight, norm_bias, residual, weight, bias, input_bias, eps):
+    def forward(ctx, x, norm_weight, norm_bias, residual, weight, input_bias, eps):
         s, h, mean, rstd = layer_norm_fwd(x, norm_weight, norm_bias, residual, eps)
         ctx.save_for_backward(s, norm_weight, norm_bias, mean, rstd, weight)
-        ctx.eps, ctx.has_residual, ctx.has_bias = eps, residual is not None, bias is not None
+        ctx.eps, ctx.has_residual = eps, residual is not None
         ctx.has_input_bias = input_bias is not None
         ctx.set_materialize_grads(False)
-        y = F.linear(h, weight, bias)
+        y = F.linear(h, weight)
         return (s, y) if ctx.has_residual else y
 
     @staticmethod
@@ -232,14 +222,14 @@ class _NormLinear(torch.autograd.Function):
     def backward(ctx, *grads):
         ds, dy = grads if ctx.has_residual else (None, *grads)
         if dy is None:
-            return ds, None, None, ds, None, None, row_sum(ds) if ctx.has_input_bias else None, None
+            return ds, None, None, ds, None, row_sum(ds) if ctx.has_input_bias else None, None
         *norm, weight = ctx.saved_tensors
         h = layer_norm_recompute(*norm, ctx.eps)
-        dh, dweight, dbias = linear_gradients(dy, h, weight, ctx.has_bias)
+        dh, dweight, _ = linear_gradients(dy, h, weight, False)
         del h
         dx, dnorm_weight, dnorm_bias, *sums = layer_norm_bwd(dh, ds, *norm, ctx.eps, sum_dx=ctx.has_input_bias)
         dinput_bias = sums[0] if sums else None
-        return dx, dnorm_weight, dnorm_bias, dx if ctx.has_residual else None, dweight, dbias, dinput_bias, None
+        return dx, dnorm_weight, dnorm_bias, dx if ctx.has_residual else None, dweight, dinput_bias, None
 
 
 def check_linear(x: Tensor, weight: Tensor) -> None:
@@ -253,7 +243,6 @@ def norm_linear(
     norm_weight: Tensor,
     norm_bias: Tensor,
     weight: Tensor,
-    bias: Tensor | None = None,
     *,
     residual: Tensor | None = None,
     input_bias: Tensor | None = None,
@@ -261,15 +250,14 @@ def norm_linear(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Return linear(layer_norm(x)), or with a residual (s, linear(layer_norm(s))), s = x + residual.
 
-    x: (..., D), fp32 | fp16 | bf16 -> (..., F), same dtype. weight: (F, D); bias: (F,) or None; residual: shape and
-    dtype of x.
+    x: (..., D), fp32 | fp16 | bf16 -> (..., F), same dtype. weight: (F, D); residual: shape and dtype of x.
     input_bias: (D,), see the module's docstring. Saves x (or s) and fp32 statistics.
     Raises ValueError for shapes that do not fit.
     """
     check_layer_norm(x, norm_weight, residual)
     check_linear(x, weight)
     residual = None if residual is None else residual.contiguous()
-    return _NormLinear.apply(x.contiguous(), norm_weight, norm_bias, residual, weight, bias, input_bias, eps)
+    return _NormLinear.apply(x.contiguous(), norm_weight, norm_bias, residual, weight, input_bias, eps)
 
 
 class _FeedForward(torch.autograd.Function):

@@ -33,11 +33,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from safelight.kernels.moment_blocks import BLOCK_SIZE, MIN_8BIT_ELEMENTS
+from safelight.kernels.moment_blocks import BLOCK_SIZE, MIN_8BIT_ELEMENTS, num_blocks
 from safelight.kernels.optim.blockwise_8bit import (
     TINY,
     code_bounds,
@@ -60,7 +59,8 @@ from safelight.kernels.optim.split_weights import (
     split_nearest,
 )
 from safelight.kernels.philox import MASK_32
-from safelight.kernels.triton.jit import cdiv, is_dense, kernel, runs_kernel
+from safelight.kernels.reference import correctly_rounded_sqrt
+from safelight.kernels.triton.jit import is_dense, kernel, runs_kernel
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -285,7 +285,7 @@ def adamw8bit_reference(
         m, v = (dequantize(*x, signed) for *x, signed in zip(states, absmaxes, (True, False), strict=True))
     m = (m * beta1).add_(g * (1 - beta1))
     v = (v * beta2).add_((g * (1 - beta2)).mul_(g))
-    update = m / _sqrt(v).div_(root_correction2).add_(eps).mul_(correction1)
+    update = m / correctly_rounded_sqrt(v).div_(root_correction2).add_(eps).mul_(correction1)
     weight = in_memory_order(p)
     value = weight if p.dtype == torch.float32 else join(weight, _flat(remainder))
     value = value - update.add_(weight_decay * value).mul_(lr)
@@ -307,14 +307,6 @@ def adamw8bit_reference(
 
 def _flat(x: Tensor | None) -> Tensor | None:
     return None if x is None else in_memory_order(x)
-
-
-def _sqrt(x: Tensor) -> Tensor:
-    """Return the correctly rounded square root.
-
-    torch's vectorized CPU version is not always correctly rounded (docs/decisions.md, Square roots).
-    """
-    return torch.from_numpy(np.sqrt(x.numpy())) if x.device.type == "cpu" else x.sqrt()
 
 
 class AdamW8bit:
@@ -396,10 +388,10 @@ class AdamW8bit:
             return Moments(
                 *(torch.zeros_like(p, dtype=torch.float32, requires_grad=False) for _ in range(2)), None, None
             )
-        num_blocks = cdiv(p.numel(), BLOCK_SIZE)
         states = [torch.zeros_like(p, dtype=torch.uint8, requires_grad=False) for _ in range(2)]
         # with absmax 0 every code stands for zero
-        return Moments(*states, *(torch.zeros(num_blocks, dtype=torch.float32, device=p.device) for _ in range(2)))
+        scales = [torch.zeros(num_blocks(p.numel()), dtype=torch.float32, device=p.device) for _ in range(2)]
+        return Moments(*states, *scales)
 
     @torch.no_grad()
     def _init_remainder(self, index: int) -> Tensor | None:

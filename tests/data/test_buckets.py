@@ -5,7 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from safelight.data.buckets import Bucket, crop_box, is_flipped, make_buckets, nearest_bucket
+from safelight.data.buckets import Bucket, make_buckets, nearest_bucket
+from tests.data.crops import crop_of_variant, is_flipped
 
 SETTINGS = [(256, 64), (512, 64), (768, 64), (1024, 64), (64, 8), (128, 8)]
 
@@ -86,7 +87,7 @@ def test_nearest_is_nearest_by_log_ratio_and_ties_go_to_the_larger():
 def test_canonical_crop_is_the_largest_centred_window(size):
     width, height = size
     for bucket in make_buckets(512, 64):
-        left, top, right, bottom = crop_box(width, height, bucket, 1, 2, 0, 0.5)
+        left, top, right, bottom = crop_of_variant(width, height, bucket, 1, 2, 0, 0.5)
         assert right - left == width or bottom - top == height
         assert abs(left - (width - right)) <= 1
         assert abs(top - (height - bottom)) <= 1
@@ -99,7 +100,7 @@ def test_canonical_crop_is_the_largest_centred_window(size):
 
 def test_jittered_crops_stay_inside_keep_the_aspect_and_reach_everywhere():
     bucket = Bucket(64, 32)
-    boxes = np.array([crop_box(1000, 800, bucket, 5, sample, 1, 0.25) for sample in range(600)])
+    boxes = np.array([crop_of_variant(1000, 800, bucket, 5, sample, 1, 0.25) for sample in range(600)])
     left, top, right, bottom = boxes.T
     assert left.min() >= 0
     assert top.min() >= 0
@@ -118,12 +119,12 @@ def test_jittered_crops_stay_inside_keep_the_aspect_and_reach_everywhere():
 
 def test_crops_are_functions_of_seed_sample_and_variant():
     arguments = (1000, 800, Bucket(64, 64))
-    first = crop_box(*arguments, 1, 2, 1, 0.3)
-    assert first == crop_box(*arguments, 1, 2, 1, 0.3)
-    others = [crop_box(*arguments, *key, 0.3) for key in ((2, 2, 1), (1, 3, 1), (1, 2, 2), (1, 2, 0))]
+    first = crop_of_variant(*arguments, 1, 2, 1, 0.3)
+    assert first == crop_of_variant(*arguments, 1, 2, 1, 0.3)
+    others = [crop_of_variant(*arguments, *key, 0.3) for key in ((2, 2, 1), (1, 3, 1), (1, 2, 2), (1, 2, 0))]
     assert len({first, *others}) == 5
     with pytest.raises(ValueError, match=r"crop_jitter 1\.0"):
-        crop_box(*arguments, 1, 2, 1, 1.0)
+        crop_of_variant(*arguments, 1, 2, 1, 1.0)
 
 
 def test_flip_rate_and_canonical_variant():

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from safelight.data import cache as cache_module
-from safelight.data.buckets import crop_box, is_flipped, make_buckets
+from safelight.data.buckets import make_buckets
 from safelight.data.cache import (
     Cache,
     Crop,
@@ -24,6 +24,7 @@ from safelight.data.cache import (
 )
 from safelight.data.ingest import ingest
 from safelight.data.manifest import read_manifest
+from tests.data.crops import crop_of_variant, is_flipped
 from tests.data.rows import all_keys, contents
 from tests.pixels import load_pixels
 
@@ -98,12 +99,12 @@ def test_keys_cover_everything_their_row_depends_on(noise_dataset):
         assert {i for i in range(3) if other[i] != first[i]} == set(changed), name
 
 
-def test_planned_crops_equal_those_of_crop_box_and_is_flipped(noise_dataset, fakes):
+def test_planned_crops_equal_those_drawn_one_at_a_time(noise_dataset, fakes):
     settings = {"variants": 4, "crop_jitter": 0.3, "flip_p": 0.4, "seed": 11}
     for sample in fakes.plan(noise_dataset, fakes.FakeVae(), fakes.FakeTextEncoder(), **settings):
         photo = sample.photo
         for variant, crop in enumerate(sample.crops):
-            box = crop_box(photo.width, photo.height, sample.bucket, 11, photo.sample_id, variant, 0.3)
+            box = crop_of_variant(photo.width, photo.height, sample.bucket, 11, photo.sample_id, variant, 0.3)
             assert crop == Crop(box, is_flipped(11, photo.sample_id, variant, 0.4))
 
 

@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safelight.data.batches import plan_epoch
-from safelight.data.buckets import Bucket, crop_box, make_buckets, nearest_bucket
+from safelight.data.buckets import Bucket, make_buckets, nearest_bucket
 from safelight.data.captions import collapse
 from safelight.data.manifest import Photo, split_validation
 from safelight.data.samples import plan_samples
 from safelight.data.text import printable, storable
+from tests.data.crops import crop_of_variant
 
 few = settings(deadline=None, max_examples=150, derandomize=True)
 sides = st.integers(16, 5000)
@@ -75,7 +76,7 @@ def test_a_photo_goes_to_the_nearest_aspect_and_its_transpose_to_one_as_near(cho
 )
 def test_a_crop_lies_in_its_photo_and_has_the_buckets_aspect(chosen, width, height, sample, variant, jitter, seed):
     bucket = nearest_bucket(width, height, make_buckets(*chosen))
-    left, top, right, bottom = crop_box(width, height, bucket, seed, sample, variant, jitter)
+    left, top, right, bottom = crop_of_variant(width, height, bucket, seed, sample, variant, jitter)
     assert 0 <= left < right <= width
     assert 0 <= top < bottom <= height
     # a side is rounded twice at most: to the window, and to the jittered window

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from safelight.trainer.checkpoint.files import Position, save_checkpoint
 from safelight.trainer.checkpoint.identity import Identity
+from safelight.trainer.optim.optimizer import UNetOptimizer
 
 IDENTITY = Identity({"run.seed": 1}, [{"epochs": 2, "lr": 1e-4}], "rows")
 POSITION = Position(step=7, epoch=1, step_in_epoch=2, stage=0, best_step=3, best_loss=0.125)
@@ -39,6 +40,11 @@ def save(run_dir: Path, step: int, unet=None, state=None) -> Path:
 def writes(unet) -> Callable[[Path], None]:
     """Return what writes a UNet's own files into a checkpoint's folder."""
     return lambda folder: unet.save_pretrained(folder / "unet", safe_serialization=True)
+
+
+def state_tensors(optimizer: UNetOptimizer) -> dict[str, torch.Tensor]:
+    """Return contiguous copies of an optimizer's live state on the CPU, as a checkpoint holds them."""
+    return {key: x.to("cpu", copy=True).contiguous() for key, x in optimizer.live_state().items()}
 
 
 class Little(torch.nn.Linear):

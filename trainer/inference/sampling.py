@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,15 +98,14 @@ def generate(
     schedule: NoiseSchedule,
     settings: Settings,
     *,
-    indices: Sequence[int] | None = None,
     batch_size: int = SAMPLE_BATCH_SIZE,
     decode_on: torch.device | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Image.Image]:
     """Return an RGB image for each row of the conditioning.
 
-    negative: one row, which classifier-free guidance steers away from. indices: of the images, which key their noise;
-    0 .. B-1 by default. batch_size: images at a time. decode_on: the device to decode on, where the codec moves
+    negative: one row, which classifier-free guidance steers away from. A row's index keys its image's noise.
+    batch_size: images at a time. decode_on: the device to decode on, where the codec moves
     temporarily; by default its own. batch_size and decode_on change images only by float rounding. progress: called
     with (done, total) denoising steps of whole batches; an exception that it raises stops the drawing.
     Raises UserError if the size is not a multiple of the pixels per latent.
@@ -115,19 +114,18 @@ def generate(
     check_size(settings, factor)
     weight = next(unet.parameters())
     num_rows = len(conditioning.tensors()[0])
-    indices = list(range(num_rows)) if indices is None else list(indices)
     shape = (codec.latent_channels, settings.height // factor, settings.width // factor)
     was_training = unet.training
     unet.eval()
     images: list[Image.Image] = []
-    num_batches, num_done = -(-len(indices) // batch_size), 0
-    for start in range(0, len(indices), batch_size):
-        chunk = indices[start : start + batch_size]
-        keys = [Key(settings.seed, Purpose.SAMPLE_NOISE, index) for index in chunk]
+    num_batches, num_done = -(-num_rows // batch_size), 0
+    for start in range(0, num_rows, batch_size):
+        stop = min(start + batch_size, num_rows)
+        keys = [Key(settings.seed, Purpose.SAMPLE_NOISE, index) for index in range(start, stop)]
         scheduler = make_scheduler(schedule, settings.sampler)
         scheduler.set_timesteps(settings.steps, device=weight.device)
         latents = normals_torch(keys, shape, weight.device) * scheduler.init_noise_sigma
-        rows = slice(start, start + batch_size)
+        rows = slice(start, stop)
         batch = _rows(conditioning, negative if settings.cfg != 1 else None, rows, weight.device)
         arguments = batch.unet_arguments(weight.dtype)
         for timestep in scheduler.timesteps:

@@ -100,9 +100,6 @@ class OptimizerBase(abc.ABC):
             state |= {f"{part}/{name}": value.detach() for part, value in self.parameter_state(name).items()}
         return state
 
-    def state_tensors(self) -> dict[str, Tensor]:
-        return {key: value.to("cpu", copy=True).contiguous() for key, value in self.live_state().items()}
-
     @torch.no_grad()
     def load_state_tensors(self, state: dict[str, Tensor]) -> None:
         self.loss_scale.scale.copy_(state["loss_scale/scale"])

@@ -67,10 +67,6 @@ class WeightAverages:
         them."""
         return {**{f"{PREFIX}{name}": x for name, x in self.averages.items()}, NUM_UPDATES: self.num_updates}
 
-    def state_tensors(self) -> dict[str, Tensor]:
-        """Return a contiguous copy of the live state on the CPU."""
-        return {key: value.to("cpu", copy=True).contiguous() for key, value in self.live_state().items()}
-
 
 def take_averages(state: dict[str, Tensor], averages: WeightAverages | None) -> None:
     """Remove the averages from a checkpoint's state and load them into the run's, if it keeps any.

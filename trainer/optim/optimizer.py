@@ -115,12 +115,8 @@ class UNetOptimizer(Protocol):
         """
         ...
 
-    def state_tensors(self) -> dict[str, Tensor]:
-        """Return a contiguous copy of the live state on the CPU."""
-        ...
-
     def load_state_tensors(self, state: dict[str, Tensor]) -> None:
-        """Load what `state_tensors` returned. The module must hold the checkpoint's weights already.
+        """Load a checkpoint's state. The module must hold the checkpoint's weights already.
 
         Raises UserError if a parameter's state is missing, has another shape, or comes from an optimizer or memory mode
         that this one cannot continue.

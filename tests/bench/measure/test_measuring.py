@@ -84,7 +84,7 @@ def test_a_ceiling_is_the_work_divided_by_the_fastest_time(monkeypatch):
 
 
 def test_quick_prints_our_step_the_recipe_and_the_limit(monkeypatch, capsys):
-    monkeypatch.setattr(quick.quick, "__defaults__", ("auto", 150, 1))
+    monkeypatch.setattr(quick, "REPEATS", 1)
     monkeypatch.setattr(quick, "choose_work", lambda device: (Workload(device=device).resolved(), (1,)))
     assert main(["bench", "quick", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
@@ -92,8 +92,9 @@ def test_quick_prints_our_step_the_recipe_and_the_limit(monkeypatch, capsys):
         assert word in out
 
 
-def test_quick_measures_no_step_once_the_time_is_up():
-    records = list(quick.quick("cpu", budget_s=0, repeats=1))
+def test_quick_measures_no_step_once_the_time_is_up(monkeypatch):
+    monkeypatch.setattr(quick, "BUDGET_S", 0)
+    records = list(quick.quick("cpu"))
     assert [r["bench"] for r in records] == ["ceilings"]
     figures = records[0]["figures"]
     # a step with one image takes 0.937 GFLOP

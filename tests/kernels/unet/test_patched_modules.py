@@ -15,7 +15,7 @@ from safelight.trainer.checkpoint.identity import Identity
 from safelight.trainer.config.schema import Optimizer
 from safelight.trainer.optim.optimizer import make_optimizer
 from tests.kernels.unet.unets import CONFIGS, inputs_of, make, one_block, run, worst_error
-from tests.trainer.checkpoints import writes
+from tests.trainer.checkpoints import state_tensors, writes
 
 
 def test_what_is_swapped_packed_and_unpatched_is_reported():
@@ -157,12 +157,12 @@ def test_patched_and_unpatched_resume_from_each_others_state(name, dtype):
     for first in (True, False):
         unet, optimizer = build(first, 0)
         step(unet, optimizer)
-        weights, state = unet.state_dict(), optimizer.state_tensors()
+        weights, state = unet.state_dict(), state_tensors(optimizer)
         other, other_optimizer = build(not first, 7)
         other.load_state_dict(weights)
         other_optimizer.load_state_tensors(state)
         assert all(torch.equal(x, weights[k]) for k, x in other.state_dict().items())
-        loaded = other_optimizer.state_tensors()
+        loaded = state_tensors(other_optimizer)
         reordered = {key.split("/", 1)[1] for key in (*loaded, *state) if key.startswith("strides/")}
         assert all(weights[key].dim() == 4 for key in reordered)
         exact = {

@@ -22,7 +22,7 @@ from safelight.trainer.checkpoint.saver import Saver
 from safelight.trainer.checkpoint.snapshot import SNAPSHOT_SLAB_BYTES, Snapshot, SnapshotBuffers, available_bytes
 from safelight.trainer.config.schema import Optimizer
 from safelight.trainer.optim.optimizer import make_optimizer
-from tests.trainer.checkpoints import writes
+from tests.trainer.checkpoints import state_tensors, writes
 
 IDENTITY = Identity({"run.seed": 1}, [{"epochs": 2}], "rows")
 CPU = torch.device("cpu")
@@ -79,7 +79,7 @@ def test_its_files_are_those_that_the_unet_writes_itself(tmp_path, unet, saver, 
         saver.save(FullFineTune(unet), optimizer.live_state(), Position(step=step))
         saver.wait()
         assert (saver.saved_step, saver._buffers.num_bytes) == (step, SNAPSHOT_SLAB_BYTES if is_kept else 0)
-        save_checkpoint(tmp_path / "itself", writes(unet), optimizer.state_tensors(), Position(step=step), IDENTITY)
+        save_checkpoint(tmp_path / "itself", writes(unet), state_tensors(optimizer), Position(step=step), IDENTITY)
         assert files_of(folder_of(tmp_path, step)) == files_of(folder_of(tmp_path / "itself", step))
 
 

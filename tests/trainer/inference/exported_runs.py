@@ -11,7 +11,7 @@ from safelight.trainer.config.toml import parse_config, to_toml
 from safelight.trainer.models.base import base_of
 from safelight.trainer.models.weights import load_unet
 from safelight.trainer.optim.optimizer import make_optimizer
-from tests.trainer.checkpoints import writes
+from tests.trainer.checkpoints import state_tensors, writes
 
 STEP = 7
 
@@ -41,7 +41,7 @@ def make_run(
     # without moments, which an export does not read
     state = {
         name: t
-        for name, t in optimizer.state_tensors().items()
+        for name, t in state_tensors(optimizer).items()
         if name.startswith(("master/", "remainder/", "loss_scale/"))
     }
     save_checkpoint(folder, writes(unet), state, Position(step=step, best_step=best), identify(config, "any"))

@@ -65,12 +65,9 @@ def test_equals_diffusers_pipeline(parts, sampler, cfg):
 
 
 def test_an_image_does_not_depend_on_its_neighbours(parts):
-    unet, codec, text, negative, schedule = parts
     whole = pixels(generate(*parts, SETTINGS))
     one_by_one = pixels(generate(*parts, SETTINGS, batch_size=1))
-    alone = pixels(generate(unet, codec, text[2:], negative, schedule, SETTINGS, indices=[2]))
     assert np.abs(whole - one_by_one).max() <= 1
-    assert np.abs(whole[2:] - alone).max() <= 1
 
 
 def test_other_seeds_and_indices_give_other_images(parts):

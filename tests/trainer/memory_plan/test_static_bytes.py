@@ -22,7 +22,7 @@ from safelight.trainer.models.base import resolve_base
 from safelight.trainer.models.weights import load_unet
 from safelight.trainer.optim.optimizer import UNetOptimizer, make_optimizer
 from safelight.trainer.registry.optimizers import OPTIMIZERS
-from tests.trainer.checkpoints import writes
+from tests.trainer.checkpoints import state_tensors, writes
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -51,7 +51,7 @@ def test_planned_bytes_of_the_memory_modes_are_the_real_bytes(memory, tmp_path):
     assert size(moments_of(optimizer)) == planned.moments
     assert (planned.gradients, planned.master_gradients) == (2 * planned.num_parameters, 0)
     folder = save_checkpoint(
-        tmp_path, writes(unet), optimizer.state_tensors(), Position(step=1), identify(config, "bf16")
+        tmp_path, writes(unet), state_tensors(optimizer), Position(step=1), identify(config, "bf16")
     )
     on_disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     assert 0 < on_disk - planned.checkpoint < 300_000
@@ -94,7 +94,7 @@ def test_planned_bytes_are_the_real_bytes(precision, name, tmp_path):
     kept = planned.weights + planned.master + planned.moments
     assert planned.total == kept + max(planned.gradients, planned.master_gradients)
     folder = save_checkpoint(
-        tmp_path, writes(unet), optimizer.state_tensors(), Position(step=1), identify(config, precision)
+        tmp_path, writes(unet), state_tensors(optimizer), Position(step=1), identify(config, precision)
     )
     on_disk = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     # the rest is names and step counters

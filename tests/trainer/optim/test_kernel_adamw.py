@@ -17,7 +17,7 @@ from safelight.trainer.config.schema import Optimizer
 from safelight.trainer.config.toml import parse_config
 from safelight.trainer.optim.ema import WeightAverages
 from safelight.trainer.optim.optimizer import make_optimizer
-from tests.trainer.checkpoints import writes
+from tests.trainer.checkpoints import state_tensors, writes
 
 MODES = ["exact", "near", "rounded", "fp32", "paged"]
 IDENTITY = Identity({}, [], "")
@@ -51,7 +51,7 @@ def test_a_resume_is_bit_for_bit_in_every_mode(tmp_path, small_unet, memory, dty
     unet, optimizer = make(small_unet, memory, dtype)
     taken = [bool(t) for _, t in steps(unet, optimizer, 0, 3, bad=1)]
     assert taken == [True, False, True]
-    folder = save_checkpoint(tmp_path, writes(unet), optimizer.state_tensors(), Position(step=3), IDENTITY)
+    folder = save_checkpoint(tmp_path, writes(unet), state_tensors(optimizer), Position(step=3), IDENTITY)
     weights = {}
     for path in (folder / "unet").glob("*.safetensors"):
         weights |= load_file(path)
@@ -66,7 +66,7 @@ def test_a_resume_is_bit_for_bit_in_every_mode(tmp_path, small_unet, memory, dty
     resumed.load_state_tensors(load_checkpoint(tmp_path, 3, FullFineTune(other_unet))[0])
     first, second = steps(unet, optimizer, 3, 6), steps(other_unet, resumed, 3, 6)
     assert all(torch.equal(a[0], b[0]) for a, b in zip(first, second, strict=True))
-    state, resumed_state = optimizer.state_tensors(), resumed.state_tensors()
+    state, resumed_state = state_tensors(optimizer), state_tensors(resumed)
     assert state.keys() == resumed_state.keys()
     assert all(torch.equal(state[key], resumed_state[key]) for key in state)
     assert same(optimizer, resumed)
@@ -80,7 +80,7 @@ def test_bf16_exact_and_fp32_masters_are_one_run(tmp_path, small_unet):
     assert same(exact, master)
     for source_unet, source, memory in ((unet, exact, "fp32"), (master_unet, master, "exact")):
         folder = tmp_path / memory
-        save_checkpoint(folder, writes(source_unet), source.state_tensors(), Position(step=3), IDENTITY)
+        save_checkpoint(folder, writes(source_unet), state_tensors(source), Position(step=3), IDENTITY)
         other_unet, other = make(small_unet, memory)
         other.load_state_tensors(load_checkpoint(folder, 3, FullFineTune(other_unet))[0])
         steps(other_unet, other, 3, 5)
@@ -93,7 +93,7 @@ def test_paged_is_exact_step_by_step_and_from_one_checkpoint_into_the_other(tmp_
     (unet, exact), (paged_unet, paged) = make(small_unet, "exact"), make(small_unet, "paged")
     steps(unet, exact, 0, 3, bad=1)
     steps(paged_unet, paged, 0, 3, bad=1)
-    state, paged_state = exact.state_tensors(), paged.state_tensors()
+    state, paged_state = state_tensors(exact), state_tensors(paged)
     assert state.keys() == paged_state.keys()
     assert all(torch.equal(state[key], paged_state[key]) for key in state)
     # what is left on the device beside the weights: the ring and the small tensors' state
@@ -103,13 +103,13 @@ def test_paged_is_exact_step_by_step_and_from_one_checkpoint_into_the_other(tmp_
     # a step of paged follows one of exact, and one of exact that: as if it had been one run
     for n, (source_unet, source, memory) in enumerate(((unet, exact, "paged"), (paged_unet, paged, "exact"))):
         folder = tmp_path / memory
-        save_checkpoint(folder, writes(source_unet), source.state_tensors(), Position(step=3), IDENTITY)
+        save_checkpoint(folder, writes(source_unet), state_tensors(source), Position(step=3), IDENTITY)
         other_unet, other = make(small_unet, memory)
         other.load_state_tensors(load_checkpoint(folder, 3, FullFineTune(other_unet))[0])
         steps(other_unet, other, 3, 5)
         straight_unet, straight = make(small_unet, ("exact", "paged")[n])
         steps(straight_unet, straight, 0, 5, bad=1)
-        found, expected = other.state_tensors(), straight.state_tensors()
+        found, expected = state_tensors(other), state_tensors(straight)
         assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
@@ -127,7 +127,7 @@ def test_a_moving_average_of_paged_weights_is_refused(small_unet):
 def test_a_mode_that_would_lose_precision_is_refused(tmp_path, small_unet):
     unet, exact = make(small_unet, "exact")
     steps(unet, exact, 0, 1)
-    state = exact.state_tensors()
+    state = state_tensors(exact)
     with pytest.raises(
         ValueError, match=r"conv_in.* saved with optimizer.memory exact, which near cannot hold without loss; use exact"
     ):
@@ -152,10 +152,10 @@ def test_a_run_of_bitsandbytes_continues_in_the_kernel(small_unet):
     steps(unet, theirs, 0, 2)
     other_unet, ours = make(small_unet, "exact")
     other_unet.load_state_dict(unet.state_dict())
-    state = theirs.state_tensors()
+    state = state_tensors(theirs)
     ours.load_state_tensors(dict(state))
     assert same(ours, theirs)
-    found = ours.state_tensors()
+    found = state_tensors(ours)
     for key in state:
         if not key.startswith("master/"):
             assert torch.equal(found[key], state[key]), key
@@ -220,7 +220,7 @@ def train_step(net, optimizer, number: int, overflows: bool = False):
 
 
 def everything(net, optimizer) -> dict[str, torch.Tensor]:
-    return {key: x.clone() for key, x in {**net.state_dict(), **optimizer.state_tensors()}.items()}
+    return {key: x.clone() for key, x in {**net.state_dict(), **state_tensors(optimizer)}.items()}
 
 
 @pytest.mark.parametrize(("memory", "fused"), CASES)

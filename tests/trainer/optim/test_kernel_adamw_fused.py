@@ -16,6 +16,7 @@ from safelight.trainer.models.noise_schedule import make_schedule
 from safelight.trainer.optim.kernel_adamw import part_of
 from safelight.trainer.optim.optimizer import make_optimizer
 from safelight.trainer.step.step import accumulate
+from tests.trainer.checkpoints import state_tensors
 
 SCHEDULE = make_schedule(
     {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
@@ -41,7 +42,7 @@ def step(unet, optimizer, number, max_grad_norm=0.0, micro_steps=1, lr=1e-4):
 
 
 def state_of(optimizer):
-    return {key: x for key, x in optimizer.state_tensors().items() if not key.startswith("clipping/")}
+    return {key: x for key, x in state_tensors(optimizer).items() if not key.startswith("clipping/")}
 
 
 @pytest.mark.parametrize("micro_steps", [pytest.param(1, marks=pytest.mark.slow), 2])
@@ -82,7 +83,7 @@ def test_fused_paged_equals_exact_bit_for_bit(small_unet, dtype, num_steps):
         poison.register_hook(lambda g, counted=counted: g * (float("inf") if next(counted) % 3 == 1 else 1.0))
         for number in range(num_steps):
             step(unet, optimizer, number, 0.5)
-        ends.append((optimizer.state_tensors(), unet.state_dict()))
+        ends.append((state_tensors(optimizer), unet.state_dict()))
     for one, other in zip(*ends, strict=True):
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one)
@@ -135,7 +136,7 @@ def test_lagged_clipping_takes_the_norm_of_the_step_before(small_unet):
     assert norm_of_moments() == pytest.approx(float(first), rel=0.01)
     second, _ = step(unet, optimizer, 1, 0.01, lr=1e-6)
     assert norm_of_moments() == pytest.approx(float(second) * 0.01 / float(first), rel=0.01)
-    assert float(optimizer.state_tensors()["clipping/last_norm"]) == float(second)
+    assert float(state_tensors(optimizer)["clipping/last_norm"]) == float(second)
 
 
 def test_per_tensor_clipping_bounds_each_tensor(small_unet):
@@ -176,7 +177,7 @@ def test_an_overflow_skips_its_tensor_only(small_unet):
         assert float(optimizer.loss_scale.scale) == scale
     assert expected > 3
     assert int(optimizer.num_skipped_tensors) == expected
-    for name, x in {**unet.state_dict(), **optimizer.state_tensors()}.items():
+    for name, x in {**unet.state_dict(), **state_tensors(optimizer)}.items():
         assert not x.is_floating_point() or torch.isfinite(x).all(), name
 
 
@@ -185,10 +186,10 @@ def test_norm_and_count_are_in_the_checkpoint(small_unet):
     step(unet, optimizer, 0, 0.01)
     other_unet, other = make(small_unet, True)
     other_unet.load_state_dict(unet.state_dict())
-    other.load_state_tensors(optimizer.state_tensors())
+    other.load_state_tensors(state_tensors(optimizer))
     # clipped by the norm before, which only the checkpoint knows
     assert torch.equal(step(unet, optimizer, 1, 0.01)[0], step(other_unet, other, 1, 0.01)[0])
-    state, other_state = optimizer.state_tensors(), other.state_tensors()
+    state, other_state = state_tensors(optimizer), state_tensors(other)
     assert {"clipping/last_norm", "clipping/num_skipped"} <= state.keys()
     assert all(torch.equal(state[key], other_state[key]) for key in state)
 

@@ -17,6 +17,7 @@ from safelight.trainer.models.weights import load_unet
 from safelight.trainer.optim.optimizer import make_optimizer
 from safelight.trainer.step.step import accumulate
 from safelight.trainer.train import train
+from tests.trainer.checkpoints import state_tensors
 
 pytest.importorskip("bitsandbytes")
 UNET_FILE = "diffusion_pytorch_model.safetensors"
@@ -80,7 +81,7 @@ def test_moments_of_another_kind_are_refused():
         for p in conv.parameters():
             p.grad = torch.ones_like(p)
         optimizer.step()
-        states[name] = optimizer.state_tensors()
+        states[name] = state_tensors(optimizer)
     for name, state, message in (
         ("bnb_lion8bit", "bnb_adamw8bit", "moments of weight are not of the kind that bnb_lion8bit keeps"),
         ("bnb_adamw8bit", "bnb_lion8bit", "moments of weight are not of optimizer bnb_adamw8bit"),
@@ -138,11 +139,11 @@ def test_a_resume_fills_the_buffers_that_bitsandbytes_makes(monkeypatch, dtype):
     take_steps(net, optimizer, 0, 3)
     other = copy.deepcopy(net)
     resumed = make_optimizer(other, PAGED, dtype)
-    resumed.load_state_tensors(optimizer.state_tensors())
+    resumed.load_state_tensors(state_tensors(optimizer))
     assert paged_moments(resumed) == LARGE_ONLY
     for one, its_optimizer in ((net, optimizer), (other, resumed)):
         take_steps(one, its_optimizer, 3, 6)
-    found, expected = resumed.state_tensors(), optimizer.state_tensors()
+    found, expected = state_tensors(resumed), state_tensors(optimizer)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], expected[key]) for key in expected)
     assert {x.dtype for key, x in found.items() if key.startswith("state1/")} == {torch.uint8, torch.float32}
@@ -164,8 +165,8 @@ def test_on_a_gpu_moments_are_paged_before_and_after_a_resume(dtype):
         ends.append((net, optimizer))
     other = copy.deepcopy(ends[1][0])
     resumed = make_optimizer(other, PAGED, dtype)
-    resumed.load_state_tensors(ends[1][1].state_tensors())
+    resumed.load_state_tensors(state_tensors(ends[1][1]))
     assert paged_moments(resumed) == LARGE_ONLY
     take_steps(other, resumed, 3, 6)
-    found, expected = resumed.state_tensors(), ends[0][1].state_tensors()
+    found, expected = state_tensors(resumed), state_tensors(ends[0][1])
     assert all(torch.equal(found[key], expected[key]) for key in expected)

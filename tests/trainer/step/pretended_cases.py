@@ -259,7 +259,8 @@ def test_a_steps_memory(base):
     assert all(line["smallest_card_gib"] == 4 for line in lines)
 
 
-def test_ours_of_the_optimizers():
-    configs = {name: c for name, c in optimizers.offered(torch.float16).items() if name.startswith("adamw8bit")}
-    for line in optimizers.bench_optimizers(torch.device("cuda"), torch.float16, 343, 1, configs):
+def test_ours_of_the_optimizers(monkeypatch):
+    ours = {name: c for name, c in optimizers.offered(torch.float16).items() if name.startswith("adamw8bit")}
+    monkeypatch.setattr(optimizers, "offered", lambda dtype: ours)
+    for line in optimizers.bench_optimizers(torch.device("cuda"), torch.float16, 343, 1):
         assert "cannot" not in line["figures"], line

@@ -28,6 +28,7 @@ from safelight.trainer.step.step import (
     train_step,
     upload,
 )
+from tests.trainer.checkpoints import state_tensors
 
 SCHEDULER = {
     "beta_start": 0.00085,
@@ -227,13 +228,13 @@ def test_a_non_finite_gradient_changes_nothing(small_unet, name, bad):
 
     step(make_batch(0))
     weights = {k: v.clone() for k, v in unet.state_dict().items()}
-    state = optimizer.state_tensors()
+    state = state_tensors(optimizer)
     poisoned = make_batch(1)
     poisoned.mean_BCHW[0, 0, 0, 0] = bad
     result = step(poisoned)
     assert not result.is_applied
     assert all(torch.equal(v, weights[k]) for k, v in unet.state_dict().items())
-    after = optimizer.state_tensors()
+    after = state_tensors(optimizer)
     assert after.keys() == state.keys()
     assert all(torch.equal(after[k], state[k]) for k in state)
     assert step(make_batch(2)).is_applied
@@ -272,7 +273,7 @@ def test_clipping_bounds_the_gradient_that_adam_sees(small_unet):
         epoch=0,
     )
     assert result.grad_norm > 0.05
-    state = optimizer.state_tensors()
+    state = state_tensors(optimizer)
     seen = torch.linalg.vector_norm(torch.cat([v.flatten() for k, v in state.items() if k.startswith("exp_avg/")]))
     assert seen.item() == pytest.approx(0.01, rel=1e-3)
 

@@ -195,14 +195,14 @@ def test_captions_without_a_photograph_and_captions_all_the_same(tmp_path, tiny_
         shutil.copy(path, photos / f"lake_{number}.png")
     rows = [{"file_name": f"gone{number}.png", "text": "x"} for number in range(5)]
     (photos / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    told = call("prepare", photos, "-o", tmp_path / "dataset")
-    assert told.status == 0
-    assert "3 photographs in" in told.out
-    assert "0 left out, 5 caption rows)" in told.out
-    assert "example of a caption from a file name: photos/lake_0.png is 'lake'" in told.out
-    assert told.err.count("left out ") == 3
-    assert "and 2 more caption rows; all are listed in" in told.err
-    assert "note: the file names of 3 photographs give them all this caption; to caption" in told.err
+    called = call("prepare", photos, "-o", tmp_path / "dataset")
+    assert called.status == 0
+    assert "3 photographs in" in called.out
+    assert "0 left out, 5 caption rows)" in called.out
+    assert "example of a caption from a file name: photos/lake_0.png is 'lake'" in called.out
+    assert called.err.count("left out ") == 3
+    assert "and 2 more caption rows; all are listed in" in called.err
+    assert "note: the file names of 3 photographs give them all this caption; to caption" in called.err
 
 
 def test_sample_gives_the_same_image_for_the_same_seed(journey):

@@ -205,11 +205,11 @@ def test_pages_come_in_ahead_in_the_order_of_the_step_before(monkeypatch):
     pages = pages_of(weights(), [(i,) for i in (0, 1, 3, 4, 5)])
     inward, original = [], pages._copy
 
-    def told(page, slot, is_inward):
+    def note_copy(page, slot, is_inward):
         inward.extend([page] if is_inward else [])
         original(page, slot, is_inward)
 
-    monkeypatch.setattr(pages, "_copy", told)
+    monkeypatch.setattr(pages, "_copy", note_copy)
     orders = ([3, 1, 0, 4, 2], [3, 1, 0, 4, 2], [1, 3, 0, 2, 4])
     # on demand in the first step; later the first two before any is taken, and each next one as soon as a slot is free
     for order, ahead in zip(orders, ([], [3, 1], [3, 1]), strict=True):

@@ -90,8 +90,8 @@ def test_a_damaged_checkpoint_can_be_deleted_and_the_run_goes_on(quick, tmp_path
     toml.write_text(to_toml(config))
     capsys.readouterr()
     assert main(["train", str(toml), "--resume"]) == 2
-    told = capsys.readouterr().err.splitlines()[-1]
-    assert told.startswith(f"safelight train: checkpoint {path.parent} is damaged: state.safetensors")
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith(f"safelight train: checkpoint {path.parent} is damaged: state.safetensors")
     shutil.rmtree(path.parent)
     assert train(config, resume=True).position.step == last
     again = load_file(folder_of(tmp_path / "run", last) / "unet" / "diffusion_pytorch_model.safetensors")

@@ -216,24 +216,24 @@ def test_a_pool_whose_graphs_are_given_up_is_not_taken_again(monkeypatch):
 
 
 def test_a_gpus_graphs_share_one_pool_and_run_first_on_the_stream_that_records_them(monkeypatch):
-    told = []
+    calls = []
 
     class Stream:
         def __init__(self, name: str):
             self.name = name
 
         def wait_stream(self, other: "Stream") -> None:
-            told.append(f"{self.name} waits for {other.name}")
+            calls.append(f"{self.name} waits for {other.name}")
 
     @contextmanager
     def entered(stream: Stream):
-        told.append(f"on {stream.name}")
+        calls.append(f"on {stream.name}")
         yield
-        told.append(f"off {stream.name}")
+        calls.append(f"off {stream.name}")
 
     @contextmanager
     def capture(graph, **options):
-        told.append(options)
+        calls.append(options)
         yield
 
     own, current = Stream("own"), Stream("current")
@@ -247,13 +247,13 @@ def test_a_gpus_graphs_share_one_pool_and_run_first_on_the_stream_that_records_t
     ):
         monkeypatch.setattr(torch.cuda, name, value)
     recorder = CudaRecorder(torch.device("cuda"))
-    recorder.warm_up(lambda: told.append("run"))
-    assert told == ["own waits for current", "on own", "run", "off own", "current waits for own"]
-    told.clear()
+    recorder.warm_up(lambda: calls.append("run"))
+    assert calls == ["own waits for current", "on own", "run", "off own", "current waits for own"]
+    calls.clear()
     results = [recorder.capture(lambda number=number: number)[1] for number in range(2)]
     assert results == [0, 1]
     # the loader's thread may pin memory meanwhile
-    assert told == [{"pool": 7, "stream": own, "capture_error_mode": "thread_local"}] * 2
+    assert calls == [{"pool": 7, "stream": own, "capture_error_mode": "thread_local"}] * 2
 
 
 @pytest.mark.parametrize(

@@ -97,11 +97,11 @@ def test_bands_are_equal_and_each_is_met(dataset, monkeypatch):
 def test_the_noise_is_the_keys_noise_and_the_latent_the_posteriors_mean(dataset, monkeypatch):
     import safelight.trainer.step.validate as module
 
-    caught, told = [], []
+    caught, conditionings = [], []
 
     def spy(unet, noisy, conditioning):
         caught.append(noisy)
-        told.append(conditioning)
+        conditionings.append(conditioning)
         return torch.zeros(1)
 
     monkeypatch.setattr(module, "sample_losses", spy)
@@ -123,7 +123,7 @@ def test_the_noise_is_the_keys_noise_and_the_latent_the_posteriors_mean(dataset,
     a = schedule.alphas_cumprod_T[caught[0].timesteps_B].view(-1, 1, 1, 1)
     torch.testing.assert_close(caught[0].noisy_BCHW, a.sqrt() * batch.mean_BCHW * 2.0 + (1 - a).sqrt() * noise)
     assert torch.equal(caught[0].target_BCHW, noise)
-    assert torch.equal(told[0].text_BTD, batch.conditioning.text_BTD)
+    assert torch.equal(conditionings[0].text_BTD, batch.conditioning.text_BTD)
 
 
 def test_the_model_is_left_as_it_was(dataset, measure):
@@ -148,7 +148,7 @@ def test_nothing_to_validate_on_is_said(measure):
 
 
 @pytest.mark.parametrize(
-    ("before", "loss", "num_images", "told"),
+    ("before", "loss", "num_images", "line"),
     [
         (Position(), 0.31551, 2, "step 0: held-out loss 0.3155 on 2 photographs; training photographs 0.2359"),
         (Position(), 0.31551, 1, "step 0: held-out loss 0.3155 on 1 photograph; training photographs 0.2359"),
@@ -166,5 +166,5 @@ def test_nothing_to_validate_on_is_said(measure):
         ),
     ],
 )
-def test_a_validation_is_told_in_a_line(before, loss, num_images, told):
-    assert describe_validation(before, Validation(loss, (), num_images), Validation(0.23589, (), 2)) == told
+def test_a_validation_is_one_line(before, loss, num_images, line):
+    assert describe_validation(before, Validation(loss, (), num_images), Validation(0.23589, (), 2)) == line

@@ -37,11 +37,11 @@ from safelight.trainer.tiny.scenes import (
     TEXTURES,
     caption,
     draw,
-    draw_clutter,
     pick,
     random_scene,
 )
 from tools.tiny_base.architecture import NUM_TOKENS, make_text_encoder, make_tokenizer, make_unet, make_vae
+from tools.tiny_base.clutter import draw_clutter
 from tools.tiny_base.words import WORDS
 
 SEED = 20261122

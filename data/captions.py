@@ -12,8 +12,8 @@ import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from safelight.data.text import printable, storable
 from safelight.errors import UserError
+from safelight.text import printable, storable
 
 SIDECAR_SUFFIXES = (".txt", ".caption")
 TABLE_NAMES = ("metadata.jsonl", "captions.jsonl")

@@ -21,8 +21,8 @@ from safelight.data.images import COPYABLE_FORMATS, RejectedImage, decode, encod
 from safelight.data.lock import FolderLock
 from safelight.data.manifest import IMAGES_FOLDER, MANIFEST_NAME, Photo, read_manifest, write_manifest
 from safelight.data.sources import SourceFile, find_files
-from safelight.data.text import printable, storable
 from safelight.errors import UserError
+from safelight.text import printable, storable
 
 REJECTED_NAME = "rejected.jsonl"
 MAX_STEM_CHARACTERS = 64

@@ -15,8 +15,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
 
-from safelight.data.text import printable
 from safelight.errors import UserError
+from safelight.text import printable
 
 LOCK_NAME = ".lock"
 # errors of file systems without locks, such as some network folders

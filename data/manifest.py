@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
 
 from safelight.data.atomic import atomic_write_text
-from safelight.data.text import printable, storable
 from safelight.errors import UserError
 from safelight.kernels.philox import SAMPLE_ID_BITS, Key, Purpose, sort_key
+from safelight.text import printable, storable
 
 MANIFEST_NAME = "manifest.jsonl"
 IMAGES_FOLDER = "images"

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from safelight.data.captions import SIDECAR_SUFFIXES, TABLE_NAMES, CaptionReader, Rejection
 from safelight.data.manifest import IMAGES_FOLDER, MANIFEST_NAME
-from safelight.data.text import printable, storable
 from safelight.errors import UserError
+from safelight.text import printable, storable
 
 
 @dataclass(frozen=True)

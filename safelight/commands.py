@@ -122,7 +122,7 @@ def cache(argv: list[str]) -> int:
 
     arguments, config = parse_with_config(argv, "cache", COMMANDS["cache"])
     _say_loading()
-    from safelight.data.text import counted
+    from safelight.text import counted
     from safelight.trainer.dataset import open_dataset
     from safelight.trainer.models.base import base_of
     from safelight.trainer.models.device import pick_device
@@ -200,8 +200,8 @@ def _card(name: str, config):
 
 
 def _print_plan(result: dict) -> None:
-    from safelight.data.text import counted
     from safelight.output.columns import fill
+    from safelight.text import counted
     from safelight.units import GIB
 
     if "plan" in result:
@@ -239,7 +239,7 @@ def train(argv: list[str]) -> int:
     arguments, config = parse_with_config(argv, "train", COMMANDS["train"])
     bug_report.belongs_to(Path(config.run.dir))
     _say_loading()
-    from safelight.data.text import counted
+    from safelight.text import counted
     from safelight.trainer.report.build import build_report
     from safelight.trainer.run_log.terminal import Terminal
     from safelight.trainer.stop import Stop

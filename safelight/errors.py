@@ -1,9 +1,15 @@
 """The exception for errors that users can fix. Every folder may import this module."""
 
+from safelight.text import printable
+
 
 class UserError(ValueError):
     """Something the user can fix: a setting, a file, a folder, a device without enough memory.
 
     Its message names the value, the limit and the fix. The command line prints it as one line and exits with status 2;
-    any other exception is a bug and is reported as one (safelight/bug_report.py).
+    any other exception is a bug and is reported as one (safelight/bug_report.py). Messages quote names from files that
+    somebody else may have made, so control characters in them are escaped here, for all of them.
     """
+
+    def __init__(self, message: object = ""):
+        super().__init__(printable(str(message)))

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from safelight.data.atomic import atomic_write_text
-from safelight.data.text import counted
+from safelight.text import counted
 from safelight.trainer.checkpoint.files import Position
 from safelight.trainer.inference.sampling import SAMPLE_BATCH_SIZE, generate, settings_of
 from safelight.trainer.job import Job

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from safelight.data.cache import Sample
 from safelight.data.side_stream import SideStream
-from safelight.data.text import counted
 from safelight.errors import UserError
 from safelight.kernels.unet.attention import AttentionChoice, attention_cases, choose_attention
 from safelight.kernels.unet.patch import Patch
+from safelight.text import counted
 from safelight.trainer.adapters.trained import Trained
 from safelight.trainer.checkpoint.files import Position, load_checkpoint, read_identity
 from safelight.trainer.checkpoint.identity import Identity

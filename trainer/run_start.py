@@ -10,8 +10,8 @@ from torch import nn
 
 from safelight.data.atomic import atomic_write_text
 from safelight.data.images import decode
-from safelight.data.text import storable
 from safelight.kernels.unet.attention import AttentionChoice
+from safelight.text import storable
 from safelight.trainer.config.toml import to_toml
 from safelight.trainer.dataset import NUM_EXAMPLES, Dataset
 from safelight.trainer.resolve import ResolvedRun

@@ -9,7 +9,7 @@ from torch.autograd import DeviceType
 
 from safelight.bench.profile.analysis import IDLE, PHASES, Analysis, median_step
 from safelight.bench.profile.profiling_session import STEP, TRACE_NAME, ProfileSession
-from safelight.data.text import counted
+from safelight.text import counted
 from safelight.trainer.report.build import MARK
 from safelight.trainer.report.markup import Markup, details, join, table, tag
 from safelight.trainer.report.svg import PALETTE, new_figure, to_svg

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safelight.data.captions import FILE_NAME, is_camera_name
 from safelight.data.ingest import REJECTED_NAME, IngestSummary
-from safelight.data.text import counted, printable
+from safelight.text import counted, printable
 from safelight.trainer.run_log.terminal import Terminal
 
 # more would fill the screen

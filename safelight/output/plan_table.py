@@ -6,8 +6,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from safelight.data.text import counted
 from safelight.output.columns import fill
+from safelight.text import counted
 from safelight.units import GIB
 
 # terminals with this many columns get wider padding

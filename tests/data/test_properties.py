@@ -15,7 +15,7 @@ from safelight.data.buckets import Bucket, make_buckets, nearest_bucket
 from safelight.data.captions import collapse
 from safelight.data.manifest import Photo, split_validation
 from safelight.data.samples import plan_samples
-from safelight.data.text import printable, storable
+from safelight.text import printable, storable
 from tests.data.crops import crop_of_variant
 
 few = settings(deadline=None, max_examples=150, derandomize=True)

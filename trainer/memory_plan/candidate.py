@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Self
 
-from safelight.data.text import counted
+from safelight.text import counted
 from safelight.trainer.config.schema import Config
 from safelight.trainer.inference.sampling import SAMPLE_BATCH_SIZE
 from safelight.trainer.memory_plan.static_bytes import HostBytes

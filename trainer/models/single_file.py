@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from safelight.data.text import counted
 from safelight.errors import UserError
+from safelight.text import counted
 from safelight.trainer.families.family import Family
 from safelight.trainer.families.original_layout import (
     CLIP_PREFIX,

@@ -15,9 +15,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from safelight.data.text import counted
 from safelight.errors import UserError
 from safelight.kernels.philox import Key, Purpose, words
+from safelight.text import counted
 from safelight.trainer.models.base import Base, tiny_folder, vae_config
 from safelight.trainer.models.single_file import SingleFile
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import safelight
 from safelight.data.atomic import atomic_write_text
-from safelight.data.text import counted
+from safelight.text import counted
 from safelight.trainer.config.toml import require_run
 from safelight.trainer.report.curves import loss_section, schedule_section, timestep_section
 from safelight.trainer.report.facts import (

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from safelight.data.text import counted
+from safelight.text import counted
 from safelight.trainer.report.course import learning_rates, stage_starts
 from safelight.trainer.report.facts import (
     best_validation,

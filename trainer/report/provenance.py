@@ -4,7 +4,7 @@ import datetime
 import math
 import re
 
-from safelight.data.text import counted
+from safelight.text import counted
 from safelight.trainer.report.facts import format_duration
 from safelight.trainer.report.markup import Markup, details, empty_state, join, shorten, table, tag
 from safelight.trainer.report.pictures import embed_all, placeholder

@@ -2,7 +2,7 @@
 
 import math
 
-from safelight.data.text import counted
+from safelight.text import counted
 from safelight.trainer.report.facts import evenly_chosen, format_epoch
 from safelight.trainer.report.markup import Markup, empty_state, join, shorten, table, tag
 from safelight.trainer.report.pictures import Picture, embed_all, placeholder

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from safelight.data.text import counted
 from safelight.errors import UserError
+from safelight.text import counted
 
 TRAIN_COLUMNS = ("step", "epoch", "stage", "loss", "lr", "grad_norm", "images_per_s", "memory_gib", "time")
 SPLITS = ("held_out", "train_subset")

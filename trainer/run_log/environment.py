@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import safelight
-from safelight.data.text import counted
+from safelight.text import counted
 
 # keys of environment.json: the order of an epoch's batches, what choose_attention decided, the plan of the GPU's memory
 EPOCH_ORDER = "epoch_order"

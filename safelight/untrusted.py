@@ -1,0 +1,219 @@
+"""Reads files that somebody else may have made: datasets, caches, run folders, models.
+
+Such a folder may contain anything, on purpose or because a disk failed: links to files elsewhere, a pipe in place of a
+picture, JSON that is nested a million deep. The functions here check before they read: only regular files, only
+inside the folder that the caller names, only up to a size, a nesting depth and a range of numbers. Every reader of
+ours goes through them (tests/test_untrusted.py lists the exceptions); docs/security.md says what is trusted.
+Every room may import this module.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+import tomllib
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from safelight.errors import UserError
+
+# the largest record, a split.json that names a million photographs, has about 60 MiB
+MAX_JSON_BYTES = 2**26
+MAX_TOML_BYTES = 2**20
+# our own files are nested 6 deep at most
+MAX_NESTING = 64
+# a dotted key of n parts costs tomllib time and memory of order n^2
+MAX_KEY_PARTS = 32
+MAX_INT = 2**63 - 1
+
+
+class UnsafeFile(UserError):
+    """A file or folder that is not read or written: not a regular file, outside its folder, too large, malformed."""
+
+
+def path_in(folder: Path, name: str | os.PathLike) -> Path:
+    """Return folder/name. The path may lead through links, but must end inside the folder; it need not exist.
+
+    Raises UnsafeFile if `name` is absolute, contains a NUL character, or leads out of the folder.
+    """
+    text = os.fspath(name)
+    if not text or "\0" in text:
+        raise UnsafeFile(f"{folder}: {text!r} is not a file name")
+    path = Path(folder) / text
+    if os.path.isabs(text) or not _is_inside(path, os.path.realpath(folder)):
+        raise UnsafeFile(f"{folder}: {text!r} leads out of this folder; such a path is never followed")
+    return path
+
+
+def _is_inside(path: Path, real_folder: str) -> bool:
+    real = os.path.realpath(path)
+    return real == real_folder or real.startswith(real_folder.rstrip(os.sep) + os.sep)
+
+
+def check_links(folder: Path) -> None:
+    """Raise UnsafeFile if anything in the folder is a link that leads out of it.
+
+    The folder itself may be a link: the user named it. Called before a folder is written to, so that nothing outside is
+    overwritten or deleted. Does nothing if the folder does not exist.
+    """
+    real_folder = os.path.realpath(folder)
+    pending = [os.fspath(folder)]
+    while pending:
+        current = pending.pop()
+        try:
+            with os.scandir(current) as entries:
+                for entry in entries:
+                    if entry.is_symlink():
+                        if not _is_inside(Path(entry.path), real_folder):
+                            raise UnsafeFile(
+                                f"{entry.path} is a link to {os.path.realpath(entry.path)}, outside {folder}; "
+                                "links out of a folder are never followed: replace it by what it points to"
+                            )
+                    elif entry.is_dir(follow_symlinks=False):
+                        pending.append(entry.path)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except PermissionError:
+            # nobody can write there either
+            continue
+        except OSError as error:
+            raise UnsafeFile(f"{folder} cannot be searched for links: {error.strerror}") from error
+
+
+def open_regular(path: Path, max_bytes: int | None = None) -> BinaryIO:
+    """Return a regular file, opened for reading. max_bytes: its largest size, None for any.
+
+    Opening a pipe would block until somebody writes to it, and reading a device may never end. Raises UnsafeFile if the
+    path is anything but a regular file of at most max_bytes, FileNotFoundError and other OSErrors as open does.
+    """
+    try:
+        # does not wait for a writer if the path is a pipe
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
+    except ValueError:
+        raise UnsafeFile(f"{path} is not a valid path") from None
+    except OSError as error:
+        if error.errno is not None and os.path.lexists(path) and stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise UnsafeFile(f"{path} is not a regular file but a socket") from None
+        raise
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            kind = "folder" if stat.S_ISDIR(status.st_mode) else "device or pipe"
+            raise UnsafeFile(f"{path} is not a regular file but a {kind}")
+        if max_bytes is not None and status.st_size > max_bytes:
+            raise UnsafeFile(f"{path} has {status.st_size:,} bytes, over the limit of {max_bytes:,}")
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_bytes(path: Path, max_bytes: int | None = None) -> bytes:
+    """Return the content of a regular file. Raises as `open_regular`."""
+    with open_regular(path, max_bytes) as file:
+        return file.read()
+
+
+def _bounded_int(text: str) -> int:
+    if len(text) > 20 or abs(int(text)) > MAX_INT:
+        raise ValueError(f"the number {text[:20]} is too large")
+    return int(text)
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text[:20]} is too large")
+    return value
+
+
+def _no_constant(text: str) -> float:
+    raise ValueError(f"{text} is not a number")
+
+
+def parse_json(content: bytes | str, allow_nan: bool = False) -> Any:
+    """Return the value of a JSON text whose numbers fit int64 and float64 and whose nesting is at most MAX_NESTING.
+
+    allow_nan: accept the words NaN, Infinity and -Infinity, which Python writes into logs. Raises UnsafeFile with what
+    is wrong, in words that follow "FILE is not valid JSON: ".
+    """
+    try:
+        text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
+        value = json.loads(
+            text,
+            parse_int=_bounded_int,
+            parse_float=_finite_float,
+            parse_constant=float if allow_nan else _no_constant,
+        )
+    except RecursionError:
+        raise UnsafeFile("it is nested too deeply") from None
+    except ValueError as error:
+        raise UnsafeFile(str(error)) from None
+    _check_nesting(value)
+    return value
+
+
+def _check_nesting(value: object) -> None:
+    level = [value]
+    for _ in range(MAX_NESTING + 1):
+        level = [item for item in level if isinstance(item, dict | list)]
+        if not level:
+            return
+        level = [child for item in level for child in (item.values() if isinstance(item, dict) else item)]
+    raise UnsafeFile("it is nested too deeply")
+
+
+def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES, allow_nan: bool = False) -> Any:
+    """Return the value in a JSON file. Raises UnsafeFile naming the file, OSErrors as open does."""
+    content = read_bytes(path, max_bytes)
+    try:
+        return parse_json(content, allow_nan)
+    except UnsafeFile as error:
+        raise UnsafeFile(f"{path} is not valid JSON: {error}") from None
+
+
+def read_json_object(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict:
+    """Return the object in a JSON file. Raises UnsafeFile naming the file, also if it holds another type."""
+    value = read_json(path, max_bytes)
+    if not isinstance(value, dict):
+        raise UnsafeFile(f"{path} is not valid: it holds a {type(value).__name__}, not a JSON object")
+    return value
+
+
+def parse_toml(text: str) -> dict:
+    """Return the table of a TOML text of at most MAX_TOML_BYTES. Raises UnsafeFile with what is wrong."""
+    if len(text) > MAX_TOML_BYTES:
+        raise UnsafeFile(f"it has {len(text):,} characters, over the limit of {MAX_TOML_BYTES:,}")
+    _check_dotted_keys(text)
+    try:
+        values = tomllib.loads(text)
+    except RecursionError:
+        raise UnsafeFile("it is nested too deeply") from None
+    except ValueError as error:
+        raise UnsafeFile(str(error)) from None
+    _check_nesting(values)
+    return values
+
+
+def _check_dotted_keys(text: str) -> None:
+    """Refuse a.b.c... of more than MAX_KEY_PARTS parts, wherever it stands."""
+    num_parts = 0
+    for piece in text.split("."):
+        part = piece.strip(" \t")
+        is_quoted = len(part) > 1 and part[0] == part[-1] and part[0] in "\"'"
+        # a sentence that ends with a full stop has spaces in it, a bare key has none
+        is_part = part and not any(char in part for char in "\n=[]{},") and (is_quoted or " " not in part)
+        num_parts = num_parts + 1 if is_part else 0
+        if num_parts > MAX_KEY_PARTS:
+            raise UnsafeFile(f"it has a dotted key of more than {MAX_KEY_PARTS} parts")
+
+
+def read_toml(path: Path) -> dict:
+    """Return the table in a TOML file. Raises UnsafeFile naming the file, OSErrors as open does."""
+    content = read_bytes(path, MAX_TOML_BYTES)
+    try:
+        return parse_toml(content.decode("utf-8-sig"))
+    except (UnsafeFile, UnicodeDecodeError) as error:
+        raise UnsafeFile(f"{path} is not valid TOML: {error}") from None

@@ -1,0 +1,122 @@
+"""safelight/untrusted.py: what it refuses, what it accepts, and that no reader goes around it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from pathlib import Path
+
+import pytest
+
+from safelight import untrusted
+from safelight.errors import UserError
+from safelight.untrusted import UnsafeFile
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "", "a\0b", "away", "away/x", "up/x"])
+def test_a_path_that_leads_out_of_its_folder_is_refused(tmp_path, name):
+    folder = tmp_path / "folder"
+    (folder / "a").mkdir(parents=True)
+    (folder / "away").symlink_to(tmp_path)
+    (folder / "up").symlink_to("..")
+    with pytest.raises(UnsafeFile):
+        untrusted.path_in(folder, name)
+
+
+def test_a_path_inside_is_returned_also_through_links_that_stay_inside(tmp_path):
+    folder = tmp_path / "folder"
+    (folder / "a").mkdir(parents=True)
+    (folder / "b").symlink_to("a")
+    (tmp_path / "to_folder").symlink_to("folder")
+    assert untrusted.path_in(folder, "b/new.txt") == folder / "b" / "new.txt"
+    assert untrusted.path_in(tmp_path / "to_folder", "a") == tmp_path / "to_folder" / "a"
+
+
+def test_links_out_of_a_folder_are_found_at_any_depth(tmp_path):
+    folder = tmp_path / "folder"
+    (folder / "a" / "b").mkdir(parents=True)
+    (folder / "inside").symlink_to("a")
+    untrusted.check_links(folder)
+    untrusted.check_links(tmp_path / "nothing")
+    (folder / "a" / "b" / "out").symlink_to(tmp_path / "not yet there")
+    with pytest.raises(UnsafeFile, match=r"a/b/out is a link to .*not yet there, outside"):
+        untrusted.check_links(folder)
+
+
+def test_links_are_looked_for_in_folders_nested_deeper_than_python_recurses(tmp_path):
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(1500):
+        os.mkdir("d", dir_fd=descriptor)
+        below = os.open("d", os.O_RDONLY, dir_fd=descriptor)
+        os.close(descriptor)
+        descriptor = below
+    os.symlink("/etc", "out", dir_fd=descriptor)
+    os.close(descriptor)
+    with pytest.raises(UnsafeFile):
+        untrusted.check_links(tmp_path)
+
+
+def test_only_regular_files_are_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    listener = socket.socket(socket.AF_UNIX)
+    os.chdir(tmp_path)
+    listener.bind("socket")
+    start = time.monotonic()
+    for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path, tmp_path / "socket", Path("a\0b")):
+        with pytest.raises(UnsafeFile):
+            untrusted.read_bytes(path)
+    assert time.monotonic() - start < 5
+    with pytest.raises(FileNotFoundError):
+        untrusted.read_bytes(tmp_path / "nothing")
+
+
+def test_a_file_over_its_limit_is_not_read(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"12345")
+    assert untrusted.read_bytes(path, 5) == b"12345"
+    with pytest.raises(UnsafeFile, match="5 bytes, over the limit of 4"):
+        untrusted.read_bytes(path, 4)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 100_000, "[" * 65 + "]" * 65, "1e999", "9" * 400, str(2**63), "NaN", "[Infinity]", "{", "", "\xff"],
+)
+def test_json_out_of_bounds_is_refused(text):
+    with pytest.raises(UnsafeFile):
+        untrusted.parse_json(text.encode("latin-1"))
+
+
+def test_json_within_bounds_is_read():
+    value = {"a": [1, -(2**63) + 1, 0.5, None, True, "\u00e4"], "b": {}}
+    assert untrusted.parse_json(json.dumps(value)) == value
+    assert untrusted.parse_json("[NaN, Infinity]", allow_nan=True)[1] == float("inf")
+    with pytest.raises(UnsafeFile):
+        untrusted.parse_json("1e999", allow_nan=True)
+
+
+def test_a_json_file_of_another_type_is_refused(tmp_path):
+    (tmp_path / "x.json").write_text("[]")
+    with pytest.raises(UnsafeFile, match=r"x\.json is not valid: it holds a list"):
+        untrusted.read_json_object(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("text", ["a" + ".a" * 50_000 + " = 1", '"b c"' + '."b c"' * 500 + " = 1", "a = " + "[" * 5000])
+def test_toml_out_of_bounds_is_refused_at_once(text):
+    start = time.process_time()
+    with pytest.raises(UnsafeFile):
+        untrusted.parse_toml(text)
+    assert time.process_time() - start < 2
+
+
+def test_toml_with_many_sentences_is_read():
+    text = "A red barn. A cow, e.g. a brown one. " * 50
+    assert untrusted.parse_toml(f'[sample]\nprompt = "{text}"\n') == {"sample": {"prompt": text}}
+
+
+def test_no_message_carries_control_characters():
+    assert str(UserError("a \x1b]0;title\x07 b\n")) == r"a \x1b]0;title\x07 b\n"

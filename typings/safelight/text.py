@@ -1,0 +1,1 @@
+../../safelight/text.py

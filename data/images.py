@@ -21,6 +21,7 @@ from PIL import Image, ImageCms
 
 from safelight.errors import UserError
 from safelight.units import GIB
+from safelight.untrusted import UnsafeFile, read_bytes
 
 MIN_SIDE_PX = 16
 EXIF_ORIENTATION = 0x0112
@@ -93,10 +94,24 @@ def shrunk_size(width: int, height: int, max_megapixels: float | None) -> tuple[
     return max(1, math.floor(width * scale)), max(1, math.floor(height * scale))
 
 
-def _open(source: Path | io.BytesIO) -> Image.Image:
+def open_image(source: Path | bytes) -> Image.Image:
+    """Return a picture that is open but not yet decoded. source: a file, or the bytes of one.
+
+    Only regular files, only READABLE_FORMATS, only up to Pillow's pixel limit. Raises RejectedImage with the reason;
+    decoding it (`load`, `convert`) may still raise anything that Pillow raises for damaged files.
+    """
+    with _rejecting():
+        return _open(source if isinstance(source, bytes) else read_bytes(source, MAX_FILE_BYTES))
+
+
+def _formats() -> list[str]:
     Image.init()
     # plugins, such as the one for HEIF, may be missing
-    return Image.open(source, formats=[name for name in READABLE_FORMATS if name in Image.OPEN])
+    return [name for name in READABLE_FORMATS if name in Image.OPEN]
+
+
+def _open(content: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(content), formats=_formats())
 
 
 def _orientation(image: Image.Image) -> int:
@@ -159,7 +174,7 @@ def _to_srgb(image: Image.Image, profile: ImageCms.ImageCmsProfile | None) -> tu
 
 
 def _decode(content: bytes, max_megapixels: float | None) -> Decoded:
-    with _open(io.BytesIO(content)) as opened:
+    with _open(content) as opened:
         width, height = opened.size
         if min(width, height) < MIN_SIDE_PX:
             raise RejectedImage(f"{width} x {height} px is too small; each side needs at least {MIN_SIDE_PX} px")
@@ -217,6 +232,8 @@ def _rejecting() -> Iterator[None]:
         yield
     except RejectedImage:
         raise
+    except UnsafeFile as error:
+        raise RejectedImage(str(error)) from error
     except Image.UnidentifiedImageError as error:
         raise RejectedImage("not an image that Pillow can read; convert it to JPEG or PNG") from error
     except Image.DecompressionBombError as error:
@@ -257,7 +274,7 @@ def read_file(path: Path) -> bytes:
             header = file.read(16)
         if header[4:8] == b"ftyp" and header[8:12] in HEIC_BRANDS and "HEIF" not in Image.OPEN:
             raise RejectedImage("HEIC files cannot be decoded here; convert it to JPEG")
-        with _open(path):
+        with Image.open(path, formats=_formats()):
             pass
         return path.read_bytes()
 

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+import os
 import struct
 import zlib
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from safelight.data.images import RejectedImage, decode, encode, shrunk_size
+from safelight.data.images import RejectedImage, decode, encode, open_image, shrunk_size
 from tests.pixels import load_pixels
 
 
@@ -238,3 +239,16 @@ def test_pixels_are_the_crop_in_the_range(tmp_path, corners):
     assert blue.shape == (3, 2, 4)
     # LANCZOS reaches a little beyond the box
     np.testing.assert_allclose(blue[:, 1, 1], [-1, -1, 250 / 127.5 - 1], atol=0.03)
+
+
+def test_open_image_takes_paths_and_bytes_of_photographs_alone(tmp_path, corners):
+    content = saved(corners, "PNG")
+    (tmp_path / "a.png").write_bytes(content)
+    for source in (tmp_path / "a.png", content):
+        with open_image(source) as opened:
+            assert opened.convert("RGB").tobytes() == corners.tobytes()
+    (tmp_path / "script.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 30\nshowpage\n")
+    os.mkfifo(tmp_path / "pipe.png")
+    for name, reason in (("script.png", "not an image"), ("pipe.png", "not a regular file"), ("gone", "No such file")):
+        with pytest.raises(RejectedImage, match=reason):
+            open_image(tmp_path / name)

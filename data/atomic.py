@@ -48,7 +48,9 @@ def atomic_write_bytes(path: Path, data: bytes, sync: bool = True) -> None:
     # the name includes process and thread: two writers of one path must not share a temporary file
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
-        with naming(path), open(temporary, "wb") as file:
+        # left by a killed process of the same number, or planted: "x" neither follows a link nor opens what is there
+        temporary.unlink(missing_ok=True)
+        with naming(path), open(temporary, "xb") as file:
             file.write(data)
             if sync:
                 file.flush()

@@ -17,6 +17,7 @@ from typing import BinaryIO
 
 from safelight.errors import UserError
 from safelight.text import printable
+from safelight.untrusted import check_links, open_to_write, parse_json
 
 LOCK_NAME = ".lock"
 # errors of file systems without locks, such as some network folders
@@ -30,7 +31,7 @@ def _command() -> str:
 def _describe(text: bytes) -> str:
     """Return who holds the lock, from the lock file's text, which the holder may be writing at this moment."""
     try:
-        holder = json.loads(text)
+        holder = parse_json(text)
         return printable(f"process {holder['pid']} on {holder['host']} since {holder['started']} ({holder['command']})")
     except (ValueError, KeyError, TypeError):
         return "another process"
@@ -42,8 +43,8 @@ class FolderLock:
     advice: what the user should do if the lock is refused; ends the error message. advice_if_held: the same if another
     process holds the lock; None: `advice`. note: a warning to show to the user
     if this system or file system has no locks, else empty.
-    Raises UserError naming the holder if another process, or another lock of this process, holds the lock, and
-    ValueError if the folder cannot be written.
+    Raises UserError naming the holder if another process, or another lock of this process, holds the lock; if the
+    folder cannot be written; and if anything in it is a link that leads out, as whoever locks a folder writes to it.
     """
 
     def __init__(self, folder: Path, advice: str, advice_if_held: str | None = None):
@@ -55,6 +56,7 @@ class FolderLock:
         self._file: BinaryIO | None = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            check_links(self.folder)
             self._take(advice if advice_if_held is None else advice_if_held)
         except (FileExistsError, NotADirectoryError):
             raise UserError(f"{printable(self.folder)} is a file or its path leads through one; {advice}") from None
@@ -68,8 +70,8 @@ class FolderLock:
             self.note = f"this system has no file locks: make sure that no other process writes to {self.folder}"
             return
         while True:
-            # opened without truncating it: until the lock is ours, its text belongs to the holder
-            file = open(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)  # noqa: SIM115
+            # not truncated: until the lock is ours, its text belongs to the holder
+            file = open_to_write(self._path)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:

@@ -82,18 +82,37 @@ def check_links(folder: Path) -> None:
             raise UnsafeFile(f"{folder} cannot be searched for links: {error.strerror}") from error
 
 
-def open_regular(path: Path, max_bytes: int | None = None) -> BinaryIO:
+def open_regular(path: Path, max_bytes: int | None = None, follow_links: bool = True) -> BinaryIO:
     """Return a regular file, opened for reading. max_bytes: its largest size, None for any.
 
     Opening a pipe would block until somebody writes to it, and reading a device may never end. Raises UnsafeFile if the
-    path is anything but a regular file of at most max_bytes, FileNotFoundError and other OSErrors as open does.
+    path is anything but a regular file of at most max_bytes, or a link although follow_links is False;
+    FileNotFoundError and other OSErrors as open does.
     """
+    return os.fdopen(_open_regular(path, os.O_RDONLY, max_bytes, follow_links), "rb")
+
+
+def open_to_write(path: Path) -> BinaryIO:
+    """Return a regular file, opened without a buffer for reading and writing, created if needed, with its content kept.
+
+    Raises UnsafeFile if the path is a link, wherever it leads, or anything but a regular file; OSErrors as open does.
+    """
+    return os.fdopen(_open_regular(path, os.O_RDWR | os.O_CREAT, None, follow_links=False), "r+b", buffering=0)
+
+
+def _open_regular(path: Path, flags: int, max_bytes: int | None, follow_links: bool) -> int:
+    """Return the descriptor of a regular file, see `open_regular`."""
+    # flags that some systems lack. Without O_NONBLOCK, opening a pipe waits for its other end
+    flags |= getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    if not follow_links:
+        flags |= getattr(os, "O_NOFOLLOW", 0)
     try:
-        # does not wait for a writer if the path is a pipe
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
+        descriptor = os.open(path, flags, 0o666)
     except ValueError:
         raise UnsafeFile(f"{path} is not a valid path") from None
     except OSError as error:
+        if not follow_links and os.path.islink(path):
+            raise UnsafeFile(f"{path} is a link, which is not followed here; delete it") from None
         if error.errno is not None and os.path.lexists(path) and stat.S_ISSOCK(os.lstat(path).st_mode):
             raise UnsafeFile(f"{path} is not a regular file but a socket") from None
         raise
@@ -104,10 +123,10 @@ def open_regular(path: Path, max_bytes: int | None = None) -> BinaryIO:
             raise UnsafeFile(f"{path} is not a regular file but a {kind}")
         if max_bytes is not None and status.st_size > max_bytes:
             raise UnsafeFile(f"{path} has {status.st_size:,} bytes, over the limit of {max_bytes:,}")
-        return os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
         raise
+    return descriptor
 
 
 def read_bytes(path: Path, max_bytes: int | None = None) -> bytes:

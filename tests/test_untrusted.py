@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
 import time
 from pathlib import Path
 
@@ -58,6 +59,8 @@ def test_links_are_looked_for_in_folders_nested_deeper_than_python_recurses(tmp_
     os.close(descriptor)
     with pytest.raises(UnsafeFile):
         untrusted.check_links(tmp_path)
+    # pytest's own clean-up of old folders recurses, and fails at its exit
+    subprocess.run(["rm", "-rf", tmp_path / "d"], check=True)
 
 
 def test_only_regular_files_are_opened(tmp_path):
@@ -72,6 +75,24 @@ def test_only_regular_files_are_opened(tmp_path):
     assert time.monotonic() - start < 5
     with pytest.raises(FileNotFoundError):
         untrusted.read_bytes(tmp_path / "nothing")
+
+
+def test_only_regular_files_are_opened_for_writing_and_no_links(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "target").write_text("precious")
+    (tmp_path / "link").symlink_to("target")
+    (tmp_path / "new").symlink_to(tmp_path / "not there")
+    for name in ("pipe", "link", "new", ""):
+        with pytest.raises((UnsafeFile, IsADirectoryError)):
+            untrusted.open_to_write(tmp_path / name)
+    with pytest.raises(UnsafeFile, match="is a link"):
+        untrusted.open_regular(tmp_path / "link", follow_links=False)
+    assert sorted(os.listdir(tmp_path)) == ["link", "new", "pipe", "target"]
+    with untrusted.open_to_write(tmp_path / "target") as file:
+        assert file.read() == b"precious"
+    with untrusted.open_to_write(tmp_path / "created") as file:
+        file.write(b"x")
+    assert (tmp_path / "created").read_bytes() == b"x"
 
 
 def test_a_file_over_its_limit_is_not_read(tmp_path):

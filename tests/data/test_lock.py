@@ -16,6 +16,7 @@ import pytest
 
 from safelight.data import lock as lock_module
 from safelight.data.lock import LOCK_NAME, FolderLock
+from safelight.errors import UserError
 
 HOLDER = """
 import sys
@@ -109,6 +110,41 @@ def test_an_unreadable_lock_file_still_refuses_but_names_nobody(tmp_path, conten
         with pytest.raises(ValueError, match="is in use by another process; wait"):
             FolderLock(tmp_path, "wait")
     FolderLock(tmp_path, "").release()
+
+
+def test_a_lock_file_that_is_a_link_or_a_pipe_is_left_alone(tmp_path):
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / LOCK_NAME).symlink_to("precious")
+    with pytest.raises(UserError, match=r"\.lock is a link"):
+        FolderLock(tmp_path, "")
+    (tmp_path / LOCK_NAME).unlink()
+    os.mkfifo(tmp_path / LOCK_NAME)
+    with pytest.raises(UserError, match=r"\.lock is not a regular file but a device or pipe"):
+        FolderLock(tmp_path, "")
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", [LOCK_NAME, "images", "images/x.jpg", "cache/shards"])
+def test_a_folder_with_a_link_that_leads_out_is_not_locked(tmp_path, name):
+    """Whoever holds the lock writes and deletes in the folder."""
+    (tmp_path / "home").mkdir()
+    path = tmp_path / "folder" / name
+    path.parent.mkdir(parents=True)
+    path.symlink_to(tmp_path / "home")
+    with pytest.raises(UserError, match=rf"{name} is a link to .*home, outside"):
+        FolderLock(tmp_path / "folder", "")
+    assert not list((tmp_path / "home").iterdir())
+
+
+def test_the_text_of_a_lock_file_may_be_anything(tmp_path):
+    holder = {"pid": "\x1b[2J", "host": "h", "started": "s", "command": "c"}
+    for content in (b"[" * 100_000, json.dumps(holder).encode()):
+        (tmp_path / LOCK_NAME).write_bytes(content)
+        with open(tmp_path / LOCK_NAME, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            with pytest.raises(UserError, match="is in use by") as caught:
+                FolderLock(tmp_path, "wait")
+        assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])

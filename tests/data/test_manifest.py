@@ -2,6 +2,8 @@
 
 import dataclasses
 import hashlib
+import os
+import threading
 
 import pytest
 
@@ -72,6 +74,16 @@ def test_failed_write_leaves_the_old_file_and_no_temporary_one(tmp_path, monkeyp
         atomic_write_bytes(path, b"new")
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_planted_temporary_file_is_not_written_through(tmp_path):
+    (tmp_path / "precious").write_bytes(b"precious")
+    planted = tmp_path / f".file.{os.getpid()}-{threading.get_ident()}.tmp"
+    planted.symlink_to("precious")
+    atomic_write_bytes(tmp_path / "file", b"new")
+    assert (tmp_path / "precious").read_bytes() == b"precious"
+    assert (tmp_path / "file").read_bytes() == b"new"
+    assert not (tmp_path / "file").is_symlink()
 
 
 @pytest.mark.parametrize(("num", "fraction", "held_out"), [(100, 0.07, 7), (10, 0.1, 1), (11, 0.1, 2), (3, 0.01, 1)])

@@ -6,10 +6,11 @@ from safelight.text import printable
 class UserError(ValueError):
     """Something the user can fix: a setting, a file, a folder, a device without enough memory.
 
-    Its message names the value, the limit and the fix. The command line prints it as one line and exits with status 2;
-    any other exception is a bug and is reported as one (safelight/bug_report.py). Messages quote names from files that
-    somebody else may have made, so control characters in them are escaped here, for all of them.
+    Its message names the value, the limit and the fix: one line, or one for each of several mistakes. The command line
+    prints it and exits with status 2; any other exception is a bug and is reported as one (safelight/bug_report.py).
+    Messages quote names from files that somebody else may have made, so control characters in a line are escaped here,
+    for all of them.
     """
 
-    def __init__(self, message: object = ""):
-        super().__init__(printable(str(message)))
+    def __init__(self, *lines: object):
+        super().__init__("\n".join(printable(str(line)) for line in lines))

@@ -26,7 +26,8 @@ MAX_TOML_BYTES = 2**20
 MAX_NESTING = 64
 # a dotted key of n parts costs tomllib time and memory of order n^2
 MAX_KEY_PARTS = 32
-MAX_INT = 2**63 - 1
+# seeds are unsigned integers of 64 bits
+MAX_INT = 2**64 - 1
 
 
 class UnsafeFile(UserError):
@@ -129,6 +130,33 @@ def _open_regular(path: Path, flags: int, max_bytes: int | None, follow_links: b
     return descriptor
 
 
+def open_append(path: Path) -> BinaryIO:
+    """Return a regular file, opened for appending and created if missing. Never follows a link.
+
+    Raises UnsafeFile if the path is a link, pipe, device or folder, OSErrors as open does.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
+    except OSError:
+        # what the system says of a link or a pipe differs: "too many levels of symbolic links", "no such device"
+        if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+            raise UnsafeFile(f"{path} is a link, or no regular file, and is not written to; remove it") from None
+        raise
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise UnsafeFile(f"{path} is not a regular file and is not written to; remove it")
+        return os.fdopen(descriptor, "ab")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def check_regular(path: Path) -> None:
+    """Raise UnsafeFile if a library that is about to open this file would hang or fail on it: it must be regular."""
+    open_regular(path).close()
+
+
 def read_bytes(path: Path, max_bytes: int | None = None) -> bytes:
     """Return the content of a regular file. Raises as `open_regular`."""
     with open_regular(path, max_bytes) as file:
@@ -153,7 +181,7 @@ def _no_constant(text: str) -> float:
 
 
 def parse_json(content: bytes | str, allow_nan: bool = False) -> Any:
-    """Return the value of a JSON text whose numbers fit int64 and float64 and whose nesting is at most MAX_NESTING.
+    """Return the value of a JSON text: numbers up to MAX_INT or finite in float64, nested at most MAX_NESTING deep.
 
     allow_nan: accept the words NaN, Infinity and -Infinity, which Python writes into logs. Raises UnsafeFile with what
     is wrong, in words that follow "FILE is not valid JSON: ".
@@ -193,9 +221,9 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES, allow_nan: bool = Fal
         raise UnsafeFile(f"{path} is not valid JSON: {error}") from None
 
 
-def read_json_object(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict:
+def read_json_object(path: Path, max_bytes: int = MAX_JSON_BYTES, allow_nan: bool = False) -> dict:
     """Return the object in a JSON file. Raises UnsafeFile naming the file, also if it holds another type."""
-    value = read_json(path, max_bytes)
+    value = read_json(path, max_bytes, allow_nan)
     if not isinstance(value, dict):
         raise UnsafeFile(f"{path} is not valid: it holds a {type(value).__name__}, not a JSON object")
     return value
@@ -213,7 +241,19 @@ def parse_toml(text: str) -> dict:
     except ValueError as error:
         raise UnsafeFile(str(error)) from None
     _check_nesting(values)
+    _check_integers(values)
     return values
+
+
+def _check_integers(values: dict) -> None:
+    """Refuse an integer that no setting can take: tomllib reads hexadecimal ones of any length, which str refuses."""
+    pending: list[object] = [values]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, dict | list):
+            pending.extend(value.values() if isinstance(value, dict) else value)
+        elif isinstance(value, int) and abs(value) > MAX_INT:
+            raise UnsafeFile("it has an integer of more than 64 bits")
 
 
 def _check_dotted_keys(text: str) -> None:

@@ -103,9 +103,25 @@ def test_a_file_over_its_limit_is_not_read(tmp_path):
         untrusted.read_bytes(path, 4)
 
 
+def test_nothing_but_a_regular_file_is_appended_to(tmp_path):
+    with untrusted.open_append(tmp_path / "log") as file:
+        file.write(b"1")
+    with untrusted.open_append(tmp_path / "log") as file:
+        file.write(b"2")
+    assert (tmp_path / "log").read_bytes() == b"12"
+    (tmp_path / "link").symlink_to("log")
+    (tmp_path / "dangling").symlink_to(tmp_path / "new")
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "link", tmp_path / "dangling", tmp_path / "pipe", tmp_path):
+        with pytest.raises(UnsafeFile):
+            untrusted.open_append(path)
+    assert (tmp_path / "log").read_bytes() == b"12"
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize(
     "text",
-    ["[" * 100_000, "[" * 65 + "]" * 65, "1e999", "9" * 400, str(2**63), "NaN", "[Infinity]", "{", "", "\xff"],
+    ["[" * 100_000, "[" * 65 + "]" * 65, "1e999", "9" * 400, str(2**64), "NaN", "[Infinity]", "{", "", "\xff"],
 )
 def test_json_out_of_bounds_is_refused(text):
     with pytest.raises(UnsafeFile):
@@ -113,7 +129,7 @@ def test_json_out_of_bounds_is_refused(text):
 
 
 def test_json_within_bounds_is_read():
-    value = {"a": [1, -(2**63) + 1, 0.5, None, True, "\u00e4"], "b": {}}
+    value = {"a": [1, 2**64 - 1, 0.5, None, True, "\u00e4"], "b": {}}
     assert untrusted.parse_json(json.dumps(value)) == value
     assert untrusted.parse_json("[NaN, Infinity]", allow_nan=True)[1] == float("inf")
     with pytest.raises(UnsafeFile):
@@ -126,7 +142,15 @@ def test_a_json_file_of_another_type_is_refused(tmp_path):
         untrusted.read_json_object(tmp_path / "x.json")
 
 
-@pytest.mark.parametrize("text", ["a" + ".a" * 50_000 + " = 1", '"b c"' + '."b c"' * 500 + " = 1", "a = " + "[" * 5000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a" + ".a" * 50_000 + " = 1",
+        '"b c"' + '."b c"' * 500 + " = 1",
+        "a = " + "[" * 5000,
+        "a = [0x" + "f" * 9000 + "]",
+    ],
+)
 def test_toml_out_of_bounds_is_refused_at_once(text):
     start = time.process_time()
     with pytest.raises(UnsafeFile):
@@ -140,4 +164,4 @@ def test_toml_with_many_sentences_is_read():
 
 
 def test_no_message_carries_control_characters():
-    assert str(UserError("a \x1b]0;title\x07 b\n")) == r"a \x1b]0;title\x07 b\n"
+    assert str(UserError("a \x1b]0;title\x07 b\n", "c\r")) == r"a \x1b]0;title\x07 b\n" + "\n" + r"c\r"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import tomllib
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
@@ -16,9 +15,13 @@ from pydantic import BaseModel, ValidationError
 from safelight.errors import UserError
 from safelight.trainer.config.schema import AVERAGE_OF_PAGED, Config, Section
 from safelight.trainer.registry.optimizers import MEMORY_MODES
+from safelight.untrusted import read_toml
 
 # source of settings given on the command line, which errors show as options
 COMMAND_LINE = "command line"
+# a file may hold any number of mistakes, and values of any length
+MAX_MISTAKES_SHOWN = 20
+MAX_VALUE_CHARS = 200
 # pydantic's type of an error -> what was expected
 PLAIN_TYPES = {
     "int_parsing": "a whole number",
@@ -59,14 +62,20 @@ def _shown(path: list, source: str) -> str:
     return f"--{name.replace('_', '-')}" if source == COMMAND_LINE else name
 
 
-def explain(error: ValidationError, source: str) -> str:
+def _quoted(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= MAX_VALUE_CHARS else f"{text[:MAX_VALUE_CHARS]} ..."
+
+
+def explain(error: ValidationError, source: str) -> list[str]:
     """Return a readable line for each of pydantic's errors. source: the file, or COMMAND_LINE."""
     lines = []
-    for problem in error.errors():
+    problems = error.errors(include_url=False)
+    for problem in problems[:MAX_MISTAKES_SHOWN]:
         *parents, last = problem["loc"] or ("",)
-        where = ".".join(str(part) for part in problem["loc"])
+        where = ".".join(str(part) for part in problem["loc"])[:MAX_VALUE_CHARS]
         if problem["type"] == "extra_forbidden":
-            similar = difflib.get_close_matches(str(last), _names_at(tuple(parents)), n=1, cutoff=0.5)
+            similar = difflib.get_close_matches(str(last)[:MAX_VALUE_CHARS], _names_at(tuple(parents)), n=1, cutoff=0.5)
             known = ", ".join(_names_at(tuple(parents)))
             hint = (
                 f"did you mean {_shown([*parents, similar[0]], source) if parents else similar[0]}?"
@@ -77,20 +86,22 @@ def explain(error: ValidationError, source: str) -> str:
         elif problem["type"] == "missing":
             lines.append(f"{source}: {where} is missing")
         elif problem["type"] == "model_type":
-            lines.append(f"{source}: {where} = {problem['input']!r}: expected a table, [{where}]")
+            lines.append(f"{source}: {where} = {_quoted(problem['input'])}: expected a table, [{where}]")
         elif problem["loc"] == ("stage",):
-            lines.append(f"{source}: stage = {problem['input']!r}: expected tables, [[stage]]")
+            lines.append(f"{source}: stage = {_quoted(problem['input'])}: expected tables, [[stage]]")
         elif problem["type"] in PLAIN_TYPES:
-            lines.append(f"{source}: {where} = {problem['input']!r}: expected {PLAIN_TYPES[problem['type']]}")
+            lines.append(f"{source}: {where} = {_quoted(problem['input'])}: expected {PLAIN_TYPES[problem['type']]}")
         elif problem["type"] in LIMITS:
             limit = LIMITS[problem["type"]].format(**problem["ctx"])
-            lines.append(f"{source}: {where} = {problem['input']!r}: expected {limit}")
+            lines.append(f"{source}: {where} = {_quoted(problem['input'])}: expected {limit}")
         else:
             message = problem["msg"].removeprefix("Value error, ")
             if problem["type"] == "literal_error":
                 message = message.replace("True", "true").replace("False", "false")
-            lines.append(f"{source}: {where} = {problem['input']!r}: {message[0].lower()}{message[1:]}")
-    return "\n".join(lines)
+            lines.append(f"{source}: {where} = {_quoted(problem['input'])}: {message[0].lower()}{message[1:]}")
+    if len(problems) > MAX_MISTAKES_SHOWN:
+        lines.append(f"{source}: and {len(problems) - MAX_MISTAKES_SHOWN} more mistakes")
+    return lines
 
 
 def parse_config(values: dict, source: str) -> Config:
@@ -101,7 +112,7 @@ def parse_config(values: dict, source: str) -> Config:
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        raise UserError(explain(error, source)) from None
+        raise UserError(*explain(error, source)) from None
     if config.data.flip_p > 0 and config.data.variants == 1:
         raise UserError(
             f"{source}: data.flip_p {config.data.flip_p} has no effect with data.variants 1; use 2 or more variants"
@@ -119,15 +130,11 @@ def parse_config(values: dict, source: str) -> Config:
 def load_config(path: Path) -> Config:
     """Return the config in a TOML file. Raises UserError if the file is missing or invalid."""
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        values = read_toml(path)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; write one with `safelight init tiny -o {path}`") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; give a settings file such as run.toml") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid TOML: {error}") from None
-    except RecursionError:
-        raise UserError(f"{path} is not valid TOML: it is nested too deeply") from None
     return parse_config(values, str(path))
 
 

@@ -240,7 +240,7 @@ def sample(
         try:
             setattr(config.run if name == "seed" else config.sample, name, value)
         except ValidationError as error:
-            raise UserError(explain(error, COMMAND_LINE)) from None
+            raise UserError(*explain(error, COMMAND_LINE)) from None
     settings = settings_of(config)
     step = pick_step(run.run_dir, checkpoint)
     check_size(settings, latent_factor(vae_config(run.base, config.model.vae)))

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import textwrap
+import time
 import tomllib
 from itertools import pairwise
 from typing import get_args
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safelight.__main__ import main
+from safelight.errors import UserError
 from safelight.options.arguments import parse_with_config
 from safelight.options.overrides import take_overrides
 from safelight.trainer.config import schema as config_module
@@ -125,10 +127,49 @@ def test_every_mistake_is_shown_not_only_the_first():
     assert all(line.startswith("run.toml: ") for line in lines)
 
 
+def test_a_thousand_mistakes_and_long_values_give_a_short_message():
+    lines = message_for({f"x{number}": 1 for number in range(1000)}).splitlines()
+    assert len(lines) == 21
+    assert lines[-1] == "run.toml: and 980 more mistakes"
+    assert len(message_for({"train": {"batch_size": "9" * 100_000}, "run": {"d" * 100_000: 1}})) < 2000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a" + ".a" * 50_000 + " = 1",
+        "[" + "a." * 50_000 + "a]",
+        "a = " + "[" * 5_000,
+        "[train]\nbatch_size = 0x" + "f" * 9_000,
+        "[train]\nbatch_size = 99999999999999999999999",
+        "[run]\ndir = 1e999999",
+        "a = {" + "b = {" * 3_000,
+        "[[stage]]\n" * 200_000,
+    ],
+)
+def test_a_settings_file_of_absurd_keys_numbers_or_nesting_is_refused_at_once(tmp_path, text):
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    start = time.process_time()
+    with pytest.raises(UserError) as refused:
+        load_config(path)
+    assert time.process_time() - start < 3
+    assert len(str(refused.value)) < 5_000
+
+
+def test_settings_cannot_send_escape_sequences_to_the_terminal(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('[run]\n"\\u001b]0;x\\u0007" = 1\n[model]\nprecision = "\\u001b[31m"\n')
+    with pytest.raises(UserError) as refused:
+        load_config(path)
+    assert len(str(refused.value).splitlines()) == 2
+    assert all(line.isprintable() for line in str(refused.value).splitlines())
+
+
 def test_a_missing_broken_or_unreadable_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"none\.toml does not exist; write one with `safelight init"):
         load_config(tmp_path / "none.toml")
-    with pytest.raises(ValueError, match="cannot be read: Is a directory"):
+    with pytest.raises(ValueError, match="is not a regular file but a folder"):
         load_config(tmp_path)
     broken = tmp_path / "broken.toml"
     broken.write_text("[train]\nbatch_size = = 2\n")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import shlex
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
 
@@ -18,6 +20,10 @@ IMAGES_FOLDER = "images"
 # a larger size is a mistake in the manifest, and might not fit a float
 MAX_SIDE_PX = 1_000_000
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+# by its name alone a file counts as a photograph here, in a folder that was given in place of a dataset
+_PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".heic", ".heif", ".avif", ".tif", ".tiff")
+# more files than this are not looked at
+_MAX_LOOKED_AT = 5000
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,32 @@ def _parse(line: str) -> Photo:
     return Photo(**{"caption_source": "", **known, "captions": tuple(row["captions"])})
 
 
+def _holds_photos(folder: Path) -> bool:
+    if not os.path.isdir(folder):
+        return False
+    num = 0
+    for _, folders, files in os.walk(folder):
+        if any(name.lower().endswith(_PHOTO_SUFFIXES) for name in files):
+            return True
+        num += len(folders) + len(files)
+        if num > _MAX_LOOKED_AT:
+            break
+    return False
+
+
+def how_to_prepare(dataset: Path) -> tuple[str, Path]:
+    """Return the command that makes a dataset that does not exist yet, and the folder it writes.
+
+    That is another folder than `dataset` if someone gave a folder of photographs in place of a dataset.
+    """
+    if not _holds_photos(dataset):
+        return f"safelight prepare PHOTOS -o {shlex.quote(str(dataset))}", dataset
+    place = Path("datasets") / (dataset.resolve().name or "photos")
+    if place.resolve().is_relative_to(dataset.resolve()):
+        place = dataset.resolve().with_name(f"{dataset.resolve().name}-prepared")
+    return f"safelight prepare {shlex.quote(str(dataset))} -o {shlex.quote(str(place))}", place
+
+
 def read_manifest(dataset: Path, may_be_empty: bool = False) -> list[Photo]:
     """Return the photos of a dataset folder in manifest order.
 
@@ -88,7 +120,12 @@ def read_manifest(dataset: Path, may_be_empty: bool = False) -> list[Photo]:
     """
     path = Path(dataset) / MANIFEST_NAME
     if not path.is_file():
-        raise UserError(f"{path} does not exist; create it with `safelight prepare SRC... -o {dataset}`")
+        command, place = how_to_prepare(Path(dataset))
+        if place != Path(dataset):
+            raise UserError(
+                f"{dataset} holds photographs and is no dataset yet; run `{command}`, then set data.path to {place}"
+            )
+        raise UserError(f"{path} does not exist; create it with `{command}`")
     photos: list[Photo] = []
     line_of_file: dict[str, int] = {}
     for number, line in enumerate(path.read_bytes().decode("utf-8", errors="replace").split("\n"), start=1):
@@ -106,7 +143,9 @@ def read_manifest(dataset: Path, may_be_empty: bool = False) -> list[Photo]:
         line_of_file[photo.file] = number
         photos.append(photo)
     if not photos and not may_be_empty:
-        raise UserError(f"{path} lists no photos; add some with `safelight prepare SRC... -o {dataset}`")
+        raise UserError(
+            f"{path} lists no photos; add some with `safelight prepare PHOTOS -o {shlex.quote(str(dataset))}`"
+        )
     return photos
 
 

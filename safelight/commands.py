@@ -143,7 +143,7 @@ def cache(argv: list[str]) -> int:
             ("bucket", "train", "held out"),
             [(f"{r['width']} x {r['height']}", r["num_train"], r["num_validation"]) for r in rows],
         )
-    _say_next(f"safelight train {shlex.quote(argv[0])}, with the same options")
+    _say_next(f"safelight train {shlex.quote(str(arguments.config))}, with the same options")
     return 0
 
 
@@ -176,10 +176,21 @@ def plan(argv: list[str]) -> int:
     if card is not None and result["plan"]["refusal"]:
         raise UserError(result["plan"]["refusal"])
     if not arguments.json:
-        path = shlex.quote(config.data.path)
-        train = f"safelight train {shlex.quote(argv[0])}, with the same settings"
-        _say_next(train if "dataset" in result else f"safelight prepare PHOTOS -o {path}, then {train}")
+        _say_next(_after_plan(arguments.config, config, "dataset" in result))
     return 0
+
+
+def _after_plan(file: Path, config, has_dataset: bool) -> str:
+    """Return what to run after `safelight plan FILE`."""
+    from safelight.data.manifest import how_to_prepare
+
+    train = f"safelight train {shlex.quote(str(file))}{' --resume' if file.is_dir() else ''}"
+    if has_dataset:
+        return f"{train}, with the same settings"
+    prepare, place = how_to_prepare(Path(config.data.path))
+    if place != Path(config.data.path):
+        train = f"{train} --data.path {shlex.quote(str(place))}"
+    return f"{prepare}, then {train}, with the same settings"
 
 
 def _card(name: str, config):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -15,11 +16,11 @@ from tyro.conf import DisallowNone, FlagConversionOff, Positional, arg
 
 from safelight.errors import UserError
 from safelight.options.option_help import described
-from safelight.options.overrides import take_overrides
+from safelight.options.overrides import names_config, take_overrides, with_overrides
 from safelight.output.columns import wrap_help
 from safelight.trainer.config.presets import PRESETS
 from safelight.trainer.config.schema import Config
-from safelight.trainer.config.toml import load_config, parse_config, require_run
+from safelight.trainer.config.toml import COMMAND_LINE, load_config, parse_config, require_run
 
 _T = TypeVar("_T")
 RunFolder = Annotated[Positional[Path], arg(metavar="RUN", help="run folder, for example runs/tiny")]
@@ -112,8 +113,11 @@ class Demo:
     json: Annotated[bool, arg(help="print the scores as JSON")] = False
 
 
+# a path that no file can have stands for an argument that was not given, of which tyro would speak in its own words
+_NOT_GIVEN = Path("\0")
 ConfigFile = Annotated[
-    Positional[Path], arg(metavar="RUN.TOML", help="settings file of the run", help_behavior_hint="(required)")
+    Positional[Path],
+    arg(metavar="RUN.TOML", help="settings file of the run, or its run folder", help_behavior_hint="(required)"),
 ]
 # only for the help: overrides.py removes the settings from the arguments before tyro reads them
 Settings = Annotated[FlagConversionOff[Config], arg(name="")]
@@ -123,7 +127,9 @@ Settings = Annotated[FlagConversionOff[Config], arg(name="")]
 class TrainArguments:
     config: ConfigFile
     settings: Settings
-    resume: Annotated[bool, arg(help="continue from the newest checkpoint in run.dir")] = False
+    resume: Annotated[
+        bool, arg(help="continue from the newest checkpoint in run.dir; if there is none, say so and start at step 0")
+    ] = False
 
 
 @dataclass
@@ -201,12 +207,32 @@ def parse(shape: type[_T], argv: list[str], command: str, description: str, defa
             print(wrap_help(output.getvalue()))
             raise
         line = _one_line(errors.getvalue()).replace(f"Missing from safelight {command}:", "missing:")
+        if line.lower().startswith("missing") and (unknown := _unknown_flags(shape, argv)):
+            # tyro would speak only of the argument that the unknown option took for its value
+            line = f"Unrecognized options: {', '.join(unknown)}"
         raise UserError(f"{line}; see safelight {command} --help") from None
+    for field in fields(arguments):
+        value = getattr(arguments, field.name)
+        if isinstance(value, Path):
+            setattr(arguments, field.name, _expanded(value))
+        elif isinstance(value, tuple) and any(isinstance(item, Path) for item in value):
+            setattr(arguments, field.name, tuple(map(_expanded, value)))
     run = getattr(arguments, "run", None)
     if isinstance(run, Path):
         # before torch and diffusers are imported
-        require_run(run)
+        arguments.run = _run_folder(run)
     return arguments
+
+
+def _unknown_flags(shape: type, argv: list[str]) -> list[str]:
+    """Return the arguments that begin with -- and are no option of the command."""
+    known = {f"--{field.name.replace('_', '-')}" for field in fields(shape)} | {"--help", "--"}
+    return [word for word in argv if word.startswith("--") and word.split("=")[0].replace("_", "-") not in known]
+
+
+def _expanded(path: Path) -> Path:
+    """Return a path with ~ replaced by the home folder: shells leave it alone in --out=~/x."""
+    return Path(os.path.expanduser(path))
 
 
 def _one_line(box: str) -> str:
@@ -227,29 +253,65 @@ def is_of_run(path: Path) -> bool:
     return path.name == "config.toml" and (path.parent / "environment.json").is_file()
 
 
+def _run_folder(path: Path) -> Path:
+    """Return the run folder that an argument names: the folder itself, or that of a settings file.
+
+    Raises UserError if it is not a run's.
+    """
+    run = path
+    if path.suffix == ".toml" and path.is_file():
+        run = path.parent if is_of_run(path) else Path(load_config(path).run.dir)
+    require_run(run)
+    return run
+
+
+def _load(path: Path) -> Config:
+    """Return the config of a settings file or of a run folder. Raises UserError if there is none."""
+    if path.is_dir():
+        if not (path / "config.toml").is_file():
+            raise UserError(
+                f"{path} is a folder without a config.toml, so it is not a run folder; give a run folder, or a "
+                "settings file such as run.toml"
+            )
+        path = path / "config.toml"
+    elif path.suffix.lower() != ".toml" and not path.exists():
+        raise UserError(
+            f"{path} does not exist; give a run folder, or a settings file (`safelight init tiny -o run.toml` writes "
+            "one)"
+        )
+    config = load_config(path)
+    if is_of_run(path):
+        # the folder may have been moved, or the current folder is another one
+        config.run.dir = str(path.parent)
+    return config
+
+
 def parse_with_config(
     argv: list[str], command: str, description: str
 ) -> tuple[TrainArguments | PlanArguments | PrintingArguments | ProfileArguments, Config]:
-    """Return (arguments, Config) of a command that takes a run.toml and overrides of its settings.
+    """Return (arguments, Config) of a command that takes a run.toml, or a run folder, and overrides of its settings.
 
-    Raises UserError for an invalid file or setting.
+    They may come in any order. Raises UserError for an invalid file, option or setting.
     """
-    asks_help = any(a in ("-h", "--help") for a in argv)
-    path = Path(argv[0]) if argv and not argv[0].startswith("-") else None
-    if path is None and not asks_help:
-        raise UserError(f"give the settings file first: safelight {command} run.toml (write one with `safelight init`)")
-    if path is not None and (path / "config.toml").is_file():
-        raise UserError(f"{path} is a run folder; give its settings file: safelight {command} {path / 'config.toml'}")
-    config = load_config(path) if path is not None else Config()
-    if path is not None and is_of_run(path):
-        # the folder may have been moved, or the current folder is another one
-        config.run.dir = str(path.parent)
-    if config.stage and any(a.split("=")[0] == "--train.epochs" for a in argv):
-        raise UserError(
-            "command line: train.epochs has no effect because the file has [[stage]] tables; use --stage.0.epochs"
-        )
-    others, settings = take_overrides(argv, config.model_dump(by_alias=True))
-    config = parse_config(settings, "command line")
+    others, overrides = take_overrides(argv)
     shape = _WITH_CONFIG.get(command, PrintingArguments)
     description = f"{description}.\n\n{SETTINGS_TEXT}"
-    return parse(shape, others, command, description, shape(path or Path("run.toml"), config)), config
+
+    def configured(path: Path | None) -> Config:
+        config = _load(path) if path is not None else Config()
+        if config.stage and any(name == ["train", "epochs"] for name, _ in overrides):
+            raise UserError(
+                "command line: train.epochs has no effect because the file has [[stage]] tables; use --stage.0.epochs"
+            )
+        return parse_config(with_overrides(config.model_dump(by_alias=True), overrides), COMMAND_LINE)
+
+    if {"-h", "--help"} & set(others):
+        # the help shows the file's values as the defaults
+        path = next((Path(os.path.expanduser(word)) for word in others if names_config(word)), None)
+        parse(shape, ["--help"], command, description, shape(tyro.MISSING, configured(path)))
+    arguments = parse(shape, others, command, description, shape(_NOT_GIVEN, Config()))
+    if arguments.config == _NOT_GIVEN:
+        # a setting that does not exist is the likelier mistake: it may have taken the file's name for its value
+        configured(None)
+        raise UserError(f"give the settings file: safelight {command} run.toml (write one with `safelight init`)")
+    return arguments, configured(arguments.config)

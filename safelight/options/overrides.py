@@ -6,6 +6,7 @@ parse_config, so that an invalid value gives the same message in either place.
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from typing import Any, get_args, get_origin
 
@@ -36,22 +37,33 @@ def _number(text: str) -> int | float | str:
     return text
 
 
+def names_config(word: str) -> bool:
+    """Return whether an argument is a settings file or a run folder by its look: FILE.toml, or a folder of a config."""
+    return word.lower().endswith(".toml") or os.path.isfile(os.path.join(os.path.expanduser(word), "config.toml"))
+
+
 def _take_value(option: str, annotation: Any, given: str | None, rest: deque[str]) -> Any:
-    """Return an option's value: the text after `=`, or the arguments that follow, which are removed from `rest`."""
+    """Return an option's value: the text after `=`, or the arguments that follow, which are removed from `rest`.
+
+    A switch needs no value, and a list takes any number: both stop before the settings file, which may come last.
+    """
+    is_list = get_origin(annotation) in (list, tuple)
     if is_switch(annotation):
-        if given is None and rest and not rest[0].startswith("-"):
+        if given is None and rest and not rest[0].startswith("-") and not names_config(rest[0]):
             given = rest.popleft()
         return {None: True, "true": True, "false": False}.get(given and given.lower(), given)
     words = [] if given is None else [given]
-    is_list = get_origin(annotation) in (list, tuple)
     while given is None and rest and (is_list or not words) and not rest[0].startswith("--"):
+        if (is_list or annotation is None) and names_config(rest[0]):
+            break
         words.append(rest.popleft())
     values = words if annotation is None or _is_text(annotation) else [_number(word) for word in words]
     if is_list:
         return values
-    if not values:
+    if not values and annotation is not None:
         raise UserError(f"command line: {option} needs a value")
-    return values[0]
+    # a setting that does not exist is reported as such, with or without a value
+    return values[0] if values else None
 
 
 def _put(settings: dict, path: list[str], value: Any) -> None:
@@ -74,15 +86,13 @@ def _put(settings: dict, path: list[str], value: Any) -> None:
     settings[path[-1]] = value
 
 
-def take_overrides(argv: list[str], settings: dict) -> tuple[list[str], dict]:
-    """Return (the remaining arguments, the settings with the overrides applied).
+def take_overrides(argv: list[str]) -> tuple[list[str], list[tuple[list[str], Any]]]:
+    """Return (the remaining arguments, the overrides as (path of the setting, value)).
 
-    settings: a config as plain values; a copy is changed. Raises UserError for an option without a value or a stage
-    that cannot exist; parse_config validates names and values.
+    Raises UserError for an option without a value.
     """
-    settings = {**settings, "stage": [dict(stage) for stage in settings["stage"]]}
-    settings = {name: dict(table) if isinstance(table, dict) else table for name, table in settings.items()}
     others: list[str] = []
+    overrides: list[tuple[list[str], Any]] = []
     rest = deque(argv)
     while rest:
         word = rest.popleft()
@@ -94,7 +104,19 @@ def take_overrides(argv: list[str], settings: dict) -> tuple[list[str], dict]:
         given = after if "=" in word else None
         positive = [*path[:-1], path[-1].removeprefix("no_")]
         if positive != path and _field_type(path) is None and is_switch(_field_type(positive)) and given is None:
-            _put(settings, positive, False)
+            overrides.append((positive, False))
         else:
-            _put(settings, path, _take_value(option, _field_type(path), given, rest))
-    return others, settings
+            overrides.append((path, _take_value(option, _field_type(path), given, rest)))
+    return others, overrides
+
+
+def with_overrides(settings: dict, overrides: list[tuple[list[str], Any]]) -> dict:
+    """Return a copy of a config's plain values with the overrides applied.
+
+    Raises UserError for a stage that cannot exist; parse_config validates names and values.
+    """
+    settings = {**settings, "stage": [dict(stage) for stage in settings["stage"]]}
+    settings = {name: dict(table) if isinstance(table, dict) else table for name, table in settings.items()}
+    for path, value in overrides:
+        _put(settings, path, value)
+    return settings

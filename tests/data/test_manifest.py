@@ -4,11 +4,13 @@ import dataclasses
 import hashlib
 import os
 import threading
+from pathlib import Path
 
 import pytest
 
 from safelight.data.atomic import atomic_write_bytes
-from safelight.data.manifest import Photo, read_manifest, split_validation, write_manifest
+from safelight.data.manifest import Photo, how_to_prepare, read_manifest, split_validation, write_manifest
+from safelight.errors import UserError
 
 
 def photo(i: int) -> Photo:
@@ -29,6 +31,26 @@ def test_sample_id_is_the_head_of_the_sha256():
 def test_missing_manifest_names_the_command(tmp_path):
     with pytest.raises(ValueError, match="safelight prepare"):
         read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("picture", ["IMG 1.JPG", "2021/summer/a.heic"])
+def test_a_folder_of_photographs_in_place_of_a_dataset_gets_the_exact_command(tmp_path, monkeypatch, picture):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "my photos" / picture
+    path.parent.mkdir(parents=True)
+    path.touch()
+    command = "safelight prepare 'my photos' -o 'datasets/my photos'"
+    with pytest.raises(UserError) as refused:
+        read_manifest(Path("my photos"))
+    assert str(refused.value) == (
+        f"my photos holds photographs and is no dataset yet; run `{command}`, then set data.path to datasets/my photos"
+    )
+    # never into the folder of the photographs itself
+    (tmp_path / "datasets").symlink_to(tmp_path)
+    sibling = tmp_path / "my photos-prepared"
+    assert how_to_prepare(Path("my photos")) == (f"safelight prepare 'my photos' -o '{sibling}'", sibling)
+    (tmp_path / "words.txt").touch()
+    assert how_to_prepare(Path("none")) == ("safelight prepare PHOTOS -o none", Path("none"))
 
 
 def test_empty_manifest_is_refused(tmp_path):

@@ -83,6 +83,12 @@ def garbage_weights(folder: Path) -> list[str]:
     return options
 
 
+def a_run(folder: Path, config: str) -> Path:
+    folder.mkdir()
+    (folder / "config.toml").write_text(config)
+    return folder
+
+
 def based(make: Callable[[Path], list[str]]) -> Callable[[Path], list]:
     return lambda place: ["train", place / "run.toml", *make(place)]
 
@@ -182,11 +188,11 @@ MISTAKES = [
     Mistake("config in UTF-16", toml("[train]\nepochs = 1\n".encode("utf-16")), "is not valid TOML"),
     Mistake("config with NUL", toml(b"[train]\nepochs = 1\0\n"), "is not valid TOML"),
     Mistake("config nested without end", toml("a = " + "[" * 100_000), "nested too deeply"),
-    Mistake("config that is a folder", lambda place: ["plan", place / "photos"], "cannot be read: Is a directory"),
+    Mistake("config that is a folder", lambda place: ["plan", place / "photos"], "photos is a folder without a config"),
     Mistake(
-        "config that is a run folder",
-        lambda place: [(place / "r").mkdir(), (place / "r" / "config.toml").touch(), "train", place / "r"][2:],
-        "is a run folder; give its settings file: safelight train",
+        "run folder whose config is cut short",
+        lambda place: ["train", a_run(place / "r", "[tr")],
+        "r/config.toml is not valid TOML",
     ),
     Mistake(
         "settings file of a long name",
@@ -243,7 +249,7 @@ MISTAKES = [
     Mistake(
         "dataset that was not prepared",
         given("train", "--data.path", "{place}/photos"),
-        "create it with `safelight prepare",
+        "photos holds photographs and is no dataset yet; run `safelight prepare ",
     ),
     Mistake("a model of pickles", based(a_pickle), "other formats are never loaded"),
     Mistake("a model of garbage", based(garbage_weights), "its weights are damaged or do not fit"),

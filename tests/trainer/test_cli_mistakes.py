@@ -22,9 +22,7 @@ def test_the_settings_file_is_required(command, tmp_path):
     for words in ([], ["--train.max-steps", "3"]):
         refused = call(command, *words)
         assert refused.status == 2
-        assert refused.err.startswith(
-            f"safelight {command}: give the settings file first: safelight {command} run.toml"
-        )
+        assert refused.err.startswith(f"safelight {command}: give the settings file: safelight {command} run.toml")
     missing = call(command, tmp_path / "none.toml")
     assert missing.status == 2
     assert missing.err.startswith(f"safelight {command}: {tmp_path / 'none.toml'} does not exist; write one with")
@@ -73,6 +71,8 @@ def test_a_dataset_that_was_not_prepared_is_one_line(tmp_path):
         ("init", "give a preset: tiny, sd15, sd21, everydream2"),
         ("report", "missing: RUN"),
         ("export runs/x", "missing: -o FILE, --out FILE"),
+        ("init --bogus", "Unrecognized options: --bogus"),
+        ("init --bogus tiny", "Unrecognized options: --bogus"),
         ("bench step --repeat 3", "Unrecognized options: --repeat, 3; Perhaps you meant: --repeats INT"),
     ],
 )

@@ -5,10 +5,11 @@ The docstring below a field is its documentation: `safelight init` writes it as 
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import tyro
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from safelight.errors import UserError
 from safelight.trainer.registry.losses import KINDS, WEIGHTINGS
@@ -19,6 +20,8 @@ Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 LearningRate = Annotated[float, Field(gt=0, le=1)]
 Schedule = Literal["constant", "linear", "cosine"]
+# a file or folder, with ~ replaced by the home folder: a run records the result, so that it resumes under another user
+Place = Annotated[str, AfterValidator(os.path.expanduser)]
 if TYPE_CHECKING:
     OptimizerName = MemoryModeName = str
 else:
@@ -57,7 +60,7 @@ class Section(BaseModel):
 class Run(Section):
     """Where the run is stored, and what makes it reproducible."""
 
-    dir: str = "runs/run"
+    dir: Place = "runs/run"
     """Run folder: settings, metrics, checkpoints, samples, report."""
     seed: Annotated[int, Field(ge=0, lt=1 << 64)] = 20230801
     """Seed of all random numbers in the run."""
@@ -71,16 +74,16 @@ class Run(Section):
 class Model(Section):
     """The model to fine-tune."""
 
-    base: str = "tiny"
+    base: Place = "tiny"
     """`tiny` (built in), a diffusers folder, a Hugging Face hub id, an SD 1.x or 2.x .safetensors file, or
     `random:NAME` (untrained)."""
-    config: str = ""
+    config: Place = ""
     """For a base that is a single file: folder or hub id with its configs, tokenizer, scheduler and missing parts.
     Empty: those of SD 1.5."""
-    vae: str = ""
+    vae: Place = ""
     """Replaces the base's autoencoder: a folder (AutoencoderKL or AutoencoderTiny), or a .safetensors file of the same
     size."""
-    tokenizer: str = ""
+    tokenizer: Place = ""
     """Replaces the CLIP tokenizer: a folder. Only for `random:` bases, since a trained text encoder needs its own
     vocabulary."""
     clip_skip: Annotated[int, Field(ge=0, le=11)] = 0
@@ -97,7 +100,7 @@ class Model(Section):
 class Data(Section):
     """The dataset, and how photographs become training samples."""
 
-    path: str = "datasets/photos"
+    path: Place = "datasets/photos"
     """Folder written by `safelight prepare`."""
     resolution: Annotated[int, Field(ge=16, le=4096)] = 512
     """Image size: every aspect-ratio bucket has at most resolution x resolution pixels."""

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from safelight.__main__ import main
 from safelight.errors import UserError
-from safelight.options.arguments import parse_with_config
-from safelight.options.overrides import take_overrides
+from safelight.options.arguments import Init, Prepare, Report, parse, parse_with_config
+from safelight.options.overrides import take_overrides, with_overrides
 from safelight.trainer.config import schema as config_module
 from safelight.trainer.config.presets import PRESETS, preset
 from safelight.trainer.config.schema import (
@@ -421,9 +421,58 @@ def test_any_setting_can_be_given_on_the_command_line(run_toml):
     assert config.optimizer.lr == preset("tiny").optimizer.lr
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "{file} --resume --train.batch-size 5",
+        "--resume {file} --train.batch-size 5",
+        "--train.batch-size 5 --resume {file}",
+        "--resume --log.tensorboard {file} --train.batch-size=5",
+        "--train.batch-size 5 --sample.prompts x y {file} --resume",
+    ],
+)
+def test_options_come_before_or_after_the_settings_file(run_toml, words):
+    arguments, config = parse_with_config(words.format(file=run_toml).split(), "train", "")
+    assert (str(arguments.config), arguments.resume, config.train.batch_size) == (run_toml, True, 5)
+    assert config.run.dir == preset("tiny").run.dir
+
+
+def test_a_run_folder_stands_for_its_settings_file(tmp_path):
+    run = tmp_path / "moved"
+    run.mkdir()
+    (run / "environment.json").write_text("{}")
+    (run / "config.toml").write_text('[run]\ndir = "where/it/was"\n[train]\nbatch_size = 5\n')
+    for words in (["--resume", str(run)], [str(run), "--resume"], [str(run / "config.toml"), "--resume"]):
+        arguments, config = parse_with_config(words, "train", "")
+        assert (arguments.resume, config.run.dir, config.train.batch_size) == (True, str(run), 5)
+    (tmp_path / "run.toml").write_text(f'[run]\ndir = "{run}"\n')
+    # commands for a run take its folder, the settings inside it, or those that it was started with
+    for path in (run, run / "config.toml", tmp_path / "run.toml"):
+        assert parse(Report, [str(path)], "report", "").run == run
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / "run.toml"
+    path.write_text(
+        '[run]\ndir = "~/r"\n[model]\nbase = "~/b"\nvae = "~/v"\ntokenizer = "~/t"\nconfig = "~/c"\n'
+        '[data]\npath = "~"\n[sample]\nprompts = ["~/x"]\n'
+    )
+    _, config = parse_with_config(["--run.dir=~/other", "~/run.toml"], "train", "")
+    places = (config.run.dir, config.model.base, config.model.vae, config.model.tokenizer, config.model.config)
+    assert places == tuple(f"{tmp_path}/{name}" for name in ("other", "b", "v", "t", "c"))
+    assert (config.data.path, config.sample.prompts) == (str(tmp_path), ["~/x"])
+    # what is recorded does not depend on who resumes
+    assert "~/" not in to_toml(config).replace('"~/x"', "")
+    assert parse(Init, ["tiny", "--out=~/new.toml"], "init", "").out == tmp_path / "new.toml"
+    assert parse(Prepare, ["~/a", "~/b"], "prepare", "").sources == (tmp_path / "a", tmp_path / "b")
+    assert load_config(path).run.dir == f"{tmp_path}/r"
+
+
 def test_overrides_do_not_modify_the_original_settings():
     before = preset("tiny").model_dump(by_alias=True)
-    _, after = take_overrides(["--train.batch-size", "1", "--stage.0.epochs", "9", "--stage.2.epochs", "1"], before)
+    words = "--train.batch-size 1 --stage.0.epochs 9 --stage.2.epochs 1".split()
+    after = with_overrides(before, take_overrides(words)[1])
     assert before == preset("tiny").model_dump(by_alias=True)
     assert (after["train"]["batch_size"], after["stage"][0]["epochs"], len(after["stage"])) == (1, 9, 3)
 

@@ -35,8 +35,7 @@ def test_fused_backward_is_true_false_or_auto(tmp_path):
     ],
 )
 def test_fused_backward_on_the_command_line(given, value):
-    others, settings = take_overrides([*given, "--resume"], {"stage": []})
-    assert (others, settings["optimizer"]) == (["--resume"], {"fused_backward": value})
+    assert take_overrides([*given, "--resume"]) == (["--resume"], [(["optimizer", "fused_backward"], value)])
 
 
 def test_the_values_of_fused_backward_that_name_and_clipping_allow():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,11 +21,12 @@ import torch
 from torch import Tensor
 
 from safelight.data.buckets import Bucket
-from safelight.data.images import RejectedImage, crop_pixels, decode
+from safelight.data.images import MAX_FILE_BYTES, RejectedImage, crop_pixels, decode
 from safelight.data.manifest import Photo
 from safelight.data.samples import Crop, Sample, empty_text_key, latent_key, plan_samples, sample_captions, text_key
 from safelight.data.shards import Cache, CorruptRow
 from safelight.errors import UserError
+from safelight.untrusted import UnsafeFile, read_bytes
 
 __all__ = [
     "Cache",
@@ -38,6 +40,7 @@ __all__ = [
     "fill_texts",
     "latent_key",
     "plan_samples",
+    "read_photo",
     "sample_captions",
     "text_key",
 ]
@@ -85,17 +88,25 @@ class _Job:
     bucket: Bucket
 
 
-def _photo_content(path: Path, photo: Photo) -> bytes:
-    """Return the bytes of a photo's file. Raises UserError if it changed since it was prepared."""
+def read_photo(dataset: Path, photo: Photo) -> bytes:
+    """Return the bytes of a photo's file.
+
+    Raises UserError if it cannot be read, is no regular file, is larger than any that is prepared, or changed since.
+    The caller has checked that no link leads out of the dataset.
+    """
+    path = Path(dataset) / photo.file
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}); run `safelight prepare` again to make it anew"
-        ) from error
+        content = read_bytes(path, MAX_FILE_BYTES)
+    except (OSError, UnsafeFile) as error:
+        raise _unreadable(path, error) from error
     if hashlib.sha256(content).hexdigest() != photo.sha256:
         raise UserError(f"{path} changed since it was prepared; run `safelight prepare` again")
     return content
+
+
+def _unreadable(path: Path, error: OSError | UnsafeFile) -> UserError:
+    what = str(error) if isinstance(error, UnsafeFile) else f"{path} cannot be read ({error.strerror})"
+    return UserError(f"{what}; run `safelight prepare` again to make it anew")
 
 
 def _check_photos(cache: Cache, dataset: Path, samples: Sequence[Sample]) -> None:
@@ -111,12 +122,10 @@ def _check_photos(cache: Cache, dataset: Path, samples: Sequence[Sample]) -> Non
         try:
             status = os.stat(path)
         except OSError as error:
-            raise UserError(
-                f"{path} cannot be read ({error.strerror}); run `safelight prepare` again to make it anew"
-            ) from error
+            raise _unreadable(path, error) from error
         now = (photo.sha256, status.st_size, status.st_mtime_ns)
-        if seen.get(photo.file) != now:
-            _photo_content(path, photo)
+        if seen.get(photo.file) != now or not stat.S_ISREG(status.st_mode):
+            read_photo(dataset, photo)
             fresh[photo.file] = now
     if fresh:
         cache.note_photos(fresh)
@@ -134,17 +143,29 @@ def _missing_jobs(cache: Cache, samples: Sequence[Sample], encoder: LatentEncode
                     "plan them with this encoder's fingerprint and the cache's dtype"
                 )
             jobs.setdefault(key, _Job(key, sample.photo, crop, sample.bucket))
-    cache.drop_damaged(list(jobs))
+    for group in _jobs_by_bucket(jobs.values()):
+        bucket = group[0].bucket
+        channels = encoder.latent_channels * (2 if encoder.has_posterior else 1)
+        shape = (channels, bucket.height // encoder.factor, bucket.width // encoder.factor)
+        cache.drop_damaged([job.key for job in group], _latent_kind(encoder), shape)
     return [jobs[key] for key in cache.missing(list(jobs))]
 
 
-def _batches_by_bucket(jobs: Sequence[_Job], batch_size: int) -> list[list[_Job]]:
+def _latent_kind(encoder: LatentEncoder) -> str:
+    return "posterior" if encoder.has_posterior else "latent"
+
+
+def _jobs_by_bucket(jobs: Iterable[_Job]) -> list[list[_Job]]:
     by_bucket: dict[Bucket, list[_Job]] = {}
     for job in jobs:
         by_bucket.setdefault(job.bucket, []).append(job)
+    return [group for _, group in sorted(by_bucket.items())]
+
+
+def _batches_by_bucket(jobs: Sequence[_Job], batch_size: int) -> list[list[_Job]]:
     return [
         group[start : start + batch_size]
-        for _, group in sorted(by_bucket.items())
+        for group in _jobs_by_bucket(jobs)
         for start in range(0, len(group), batch_size)
     ]
 
@@ -155,7 +176,7 @@ def _load_pixels(dataset: Path, jobs: list[_Job]) -> Tensor:
     for job in jobs:
         path = dataset / job.photo.file
         if job.photo.file != decoded_file:
-            content = _photo_content(path, job.photo)
+            content = read_photo(dataset, job.photo)
             try:
                 image = decode(content).image
             except RejectedImage as error:
@@ -212,7 +233,7 @@ def fill_latents(
     jobs = _missing_jobs(cache, samples, encoder)
     if jobs:
         cache.claim()
-    kind = "posterior" if encoder.has_posterior else "latent"
+    kind = _latent_kind(encoder)
     batches = deque(_batches_by_bucket(jobs, batch_size))
     pending: deque = deque()
     num_added = num_done = 0
@@ -244,7 +265,7 @@ def fill_texts(
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size} is below 1; use 16")
     caption_of_key = {text_key(text, encoder.fingerprint, cache.dtype): text for text in ["", *captions]}
-    cache.drop_damaged(list(caption_of_key))
+    cache.drop_damaged(list(caption_of_key), "text", (encoder.num_tokens, encoder.embedding_dim))
     missing = cache.missing(list(caption_of_key))
     if missing:
         cache.claim()

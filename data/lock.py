@@ -71,7 +71,7 @@ class FolderLock:
             return
         while True:
             # not truncated: until the lock is ours, its text belongs to the holder
-            file = open_to_write(self._path)
+            file = open_to_write(self._path, buffering=0)
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:

@@ -93,12 +93,13 @@ def open_regular(path: Path, max_bytes: int | None = None, follow_links: bool = 
     return os.fdopen(_open_regular(path, os.O_RDONLY, max_bytes, follow_links), "rb")
 
 
-def open_to_write(path: Path) -> BinaryIO:
-    """Return a regular file, opened without a buffer for reading and writing, created if needed, with its content kept.
+def open_to_write(path: Path, buffering: int = -1) -> BinaryIO:
+    """Return a regular file, opened for reading and writing, created if needed, with its content kept.
 
-    Raises UnsafeFile if the path is a link, wherever it leads, or anything but a regular file; OSErrors as open does.
+    buffering: as for open. Raises UnsafeFile if the path is a link, wherever it leads, or anything but a regular file;
+    OSErrors as open does.
     """
-    return os.fdopen(_open_regular(path, os.O_RDWR | os.O_CREAT, None, follow_links=False), "r+b", buffering=0)
+    return os.fdopen(_open_regular(path, os.O_RDWR | os.O_CREAT, None, follow_links=False), "r+b", buffering)
 
 
 def _open_regular(path: Path, flags: int, max_bytes: int | None, follow_links: bool) -> int:

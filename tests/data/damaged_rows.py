@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 
-from safelight.data.shards import INDEX_NAME, Cache, CorruptRow
+from safelight.data.index import INDEX_NAME
+from safelight.data.shards import Cache, CorruptRow
 
 
 def damaged_rows(cache: Cache) -> list[CorruptRow]:

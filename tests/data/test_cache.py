@@ -199,16 +199,16 @@ def test_an_edited_photo_is_noticed_and_only_its_rows_are_encoded_again(tmp_path
 def test_photos_are_read_again_only_when_size_or_time_changed(tmp_path, noise_dataset, fakes, monkeypatch):
     dataset = shutil.copytree(noise_dataset, tmp_path / "dataset")
     reads = []
-    content = cache_module._photo_content
-    monkeypatch.setattr(cache_module, "_photo_content", lambda path, photo: reads.append(path) or content(path, photo))
+    read = cache_module.read_photo
+    monkeypatch.setattr(cache_module, "read_photo", lambda root, photo: reads.append(photo.file) or read(root, photo))
     vae, encoder = fakes.FakeVae(), fakes.FakeTextEncoder()
     with Cache(tmp_path / "cache") as cache:
         fakes.fill(cache, dataset, vae, encoder)
         reads.clear()
         fakes.fill(cache, dataset, vae, encoder)
         assert reads == []
-        touched = dataset / read_manifest(dataset)[4].file
-        os.utime(touched)
+        touched = read_manifest(dataset)[4].file
+        os.utime(dataset / touched)
         fakes.fill(cache, dataset, vae, encoder)
         assert reads == [touched]
 

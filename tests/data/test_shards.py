@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from safelight.data import shards
+from safelight.data import index
 from safelight.data.cache import Cache
 from tests.data.damaged_rows import damaged_rows
 
@@ -20,9 +20,9 @@ def test_damaged_index_and_other_format_are_errors(tmp_path):
         Cache(tmp_path / "a")
     with Cache(tmp_path / "b"):
         pass
-    index = sqlite3.connect(tmp_path / "b" / "index.sqlite")
-    index.execute("PRAGMA user_version = 77")
-    index.close()
+    other = sqlite3.connect(tmp_path / "b" / "index.sqlite")
+    other.execute("PRAGMA user_version = 77")
+    other.close()
     with pytest.raises(ValueError, match="format 77"):
         Cache(tmp_path / "b")
 
@@ -30,7 +30,7 @@ def test_damaged_index_and_other_format_are_errors(tmp_path):
 def test_rows_of_several_shapes_over_several_shards(tmp_path, monkeypatch):
     """With shards of three rows, so that some appends span shards."""
     rng = np.random.default_rng(0)
-    monkeypatch.setattr(shards, "MAX_SHARD_BYTES", 3 * 2 * 4 * 5 * 4 + 7)
+    monkeypatch.setattr(index, "MAX_SHARD_BYTES", 3 * 2 * 4 * 5 * 4 + 7)
     written = {}
     with Cache(tmp_path / "cache", "float32") as cache:
         for num in (1, 4, 2, 1):

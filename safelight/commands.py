@@ -250,7 +250,7 @@ def train(argv: list[str]) -> int:
     arguments, config = parse_with_config(argv, "train", COMMANDS["train"])
     bug_report.belongs_to(Path(config.run.dir))
     _say_loading()
-    from safelight.text import counted
+    from safelight.text import counted, printable
     from safelight.trainer.report.build import build_report
     from safelight.trainer.run_log.terminal import Terminal
     from safelight.trainer.stop import Stop
@@ -275,12 +275,19 @@ def train(argv: list[str]) -> int:
         terminal.say(f"saved at step {result.position.step}; continue with: {command}")
         return EXIT_INTERRUPTED
     position = result.position
+    if result.was_finished:
+        terminal.say(
+            f"{result.run_dir} is finished, at step {position.step}, and is left as it is; to train longer, add a "
+            "[[stage]] or raise train.max_steps"
+        )
+        return 0
     best = (
         ""
         if position.best_loss is None
         else f", best held-out loss {position.best_loss:.4f} at step {position.best_step}"
     )
-    print(f"trained {counted(position.step, 'step')}; report: {build_report(result.run_dir)}{best}")
+    report = printable(build_report(result.run_dir))
+    print(f"trained {counted(position.step, 'step')}; report: {report}{best}")
     print(f"next: safelight compare {shlex.quote(str(result.run_dir))}")
     return 0
 

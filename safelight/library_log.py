@@ -17,6 +17,8 @@ from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
 
+from safelight.untrusted import UnsafeFile, open_append
+
 MAX_MESSAGES = 200
 # a logged traceback can be long, and its end says what happened
 MAX_MESSAGE_CHARS = 4000
@@ -110,10 +112,10 @@ def _append(text: str) -> None:
     elif _num_written == 1:
         text = f"# {datetime.now():%Y-%m-%d %H:%M:%S}, process {os.getpid()}\n{text}"
     try:
-        with open(_folder / FILE_NAME, "a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(f"{text}\n")
-    except OSError:
-        # a full disk must not end the run because of a warning, which is still in memory
+        with open_append(_folder / FILE_NAME) as file:
+            file.write(f"{text}\n".encode(errors="backslashreplace"))
+    except (OSError, UnsafeFile):
+        # neither a full disk nor a link in its place may end the run because of a warning, which is still in memory
         pass
 
 

@@ -19,7 +19,7 @@ from safelight.kernels.unet.attention import AttentionChoice, attention_cases, c
 from safelight.kernels.unet.patch import Patch
 from safelight.text import counted
 from safelight.trainer.adapters.trained import Trained
-from safelight.trainer.checkpoint.files import Position, load_checkpoint, read_identity
+from safelight.trainer.checkpoint.files import MISFIT, Position, load_checkpoint, read_identity, read_position
 from safelight.trainer.checkpoint.identity import Identity
 from safelight.trainer.checkpoint.saver import Saver
 from safelight.trainer.config.schema import Config
@@ -101,14 +101,23 @@ class Job:
 
 def load_job(
     config: Config, run_dir: Path, resume_step: int | None, terminal: Terminal, stop_requested: Callable[[], bool]
-) -> tuple[Job, Position]:
-    """Return the job and the position to start at: the checkpoint's at `resume_step`, or step 0 if that is None."""
+) -> tuple[Job | None, Position]:
+    """Return the job and the position to start at: the checkpoint's at `resume_step`, or step 0 if that is None.
+
+    The job is None if the run has no step left; nothing in its folder was changed then.
+    """
     run = resolve_run(config, run_dir, resume_step)
     check_early(run)
     dataset = _load_dataset(run, terminal)
     timeline, identity = Timeline.of(config, dataset.train), run.identity(dataset.train)
+    if resume_step is not None:
+        position = _checked_position(run, timeline, identity)
+        if position.step >= timeline.num_steps and not position.unmeasured:
+            terminal.pause()
+            dataset.cache.close()
+            return None, position
     models = _build_models(run, dataset)
-    start = _restore(run, models, identity)
+    start = _restore(run, models)
     metrics = _announce(run, dataset, timeline, models, start, terminal)
     saved_step = -1 if resume_step is None else resume_step
     max_samples = max(stage.batch_size * stage.accumulate for stage in timeline.stages)
@@ -163,18 +172,31 @@ def _build_models(run: ResolvedRun, dataset: Dataset) -> Models:
     return Models(prepared.trained, context, prepared.ema, codec, attention, prepared.patched)
 
 
-def _restore(run: ResolvedRun, models: Models, identity: Identity) -> Start:
-    """Load the checkpoint to resume from, if any, and return where the run starts.
+def _checked_position(run: ResolvedRun, timeline: Timeline, identity: Identity) -> Position:
+    """Return the position of the checkpoint to resume from.
 
-    Raises UserError if the dataset has changed since the checkpoint was saved.
+    Raises UserError if the dataset has changed since it was saved, or if the run's timeline has no such position.
     """
-    if run.resume_step is None:
-        return Start(Position(), None, 0, is_grouped=not run.no_graphs)
     if read_identity(run.run_dir, run.resume_step)[0].data != identity.data:
         raise UserError(
             f"{run.checkpoint} was trained on other photographs, captions or crops than {run.user_config.data.path} "
             "has now; start a new run with --run.dir"
         )
+    position = read_position(run.run_dir, run.resume_step)
+    is_reached = timeline.holds(position.step, position.epoch, position.step_in_epoch, position.stage)
+    if not is_reached or position.best_step > position.step:
+        raise UserError(
+            f"{run.checkpoint} is damaged: {MISFIT} (step {position.step}, epoch "
+            f"{position.epoch} and {position.step_in_epoch} steps, stage {position.stage}); move that folder away to "
+            "resume from the checkpoint before it"
+        )
+    return position
+
+
+def _restore(run: ResolvedRun, models: Models) -> Start:
+    """Load the checkpoint to resume from, if any, and return where the run starts."""
+    if run.resume_step is None:
+        return Start(Position(), None, 0, is_grouped=not run.no_graphs)
     optimizer = models.context.optimizer
     state, position = load_checkpoint(run.run_dir, run.resume_step, models.trained)
     unlogged = take_state(state)

@@ -32,11 +32,15 @@ from safelight.trainer.step.torch_flags import torch_flags
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a run ended: the position it reached, and whether it was interrupted."""
+    """How a run ended: the position it reached, and whether it was interrupted.
+
+    was_finished: a run was to be resumed that had no step left; nothing was done.
+    """
 
     run_dir: Path
     position: Position
     interrupted: bool
+    was_finished: bool = False
 
 
 def train(
@@ -70,9 +74,15 @@ def train(
         resume_step = checkpoints[-1] if checkpoints else None
         with torch_flags(deterministic=config.run.deterministic, cudnn_benchmark=config.train.cudnn_benchmark):
             job, position = load_job(config, run_dir, resume_step, terminal, stop_requested)
+            if job is None:
+                return RunResult(run_dir, position, interrupted=False, was_finished=True)
             try:
                 with guard, job.saver:
-                    return _loop(job, position)
+                    result = _loop(job, position)
+                if result.interrupted:
+                    detail = f"on request at step {result.position.step}"
+                    job.progress.metrics.write("event", result.position.step, event="stopped", detail=detail)
+                return result
             finally:
                 terminal.pause()
                 job.progress.metrics.close()

@@ -17,6 +17,7 @@ from safelight.kernels.optim.split_weights import join
 SIGNED = (True, False)  # the first moment is signed, the second is not
 # memory modes by what they can represent: a mode loads a coarser one's state without loss
 PRECISION_RANK = {"rounded": 0, "near": 1, "exact": 2, "fp32": 3}
+MAX_STEPS = 2**40
 
 
 def _contiguous(x: Tensor) -> Tensor:
@@ -66,10 +67,14 @@ def load_state(optimizer: AdamW8bit, index: int, state: dict[str, Tensor]) -> No
     """
     p, moments = optimizer.parameters[index], optimizer.moments[index]
     optimizer.synchronize()
+    count = _part(state, "step")
+    step = int(count) if count.numel() == 1 and not count.is_complex() and torch.isfinite(count).all() else -1
+    if not 0 <= step < MAX_STEPS:
+        raise UserError("its step is no count")
     loaded = []
     for number, signed in enumerate(SIGNED, start=1):
         target, scales = getattr(moments, f"state{number}"), getattr(moments, f"absmax{number}")
-        source = state[f"state{number}"].to(p.device)
+        source = _part(state, f"state{number}").to(p.device)
         if source.shape != p.shape or source.dtype != target.dtype:
             raise UserError(
                 f"state{number} is {tuple(source.shape)} {source.dtype}, its weight {tuple(p.shape)} {target.dtype}"
@@ -77,12 +82,14 @@ def load_state(optimizer: AdamW8bit, index: int, state: dict[str, Tensor]) -> No
         if scales is None:
             loaded.append((torch.empty_like(target).copy_(source), None))
             continue
-        given = state[f"absmax{number}"].to(p.device)
+        given = _part(state, f"absmax{number}").to(p.device)
         if given.shape != scales.shape:
             raise UserError(
                 f"absmax{number} has shape {tuple(given.shape)}; this weight has {tuple(scales.shape)} blocks"
             )
-        strides = tuple(state["strides"].tolist()) if "strides" in state else source.contiguous().stride()
+        if given.dtype != scales.dtype:
+            raise UserError(f"absmax{number} is {given.dtype}, not {scales.dtype}")
+        strides = _strides(state, source)
         if strides == p.stride():
             loaded.append((torch.empty_like(target).copy_(source), given))
             continue
@@ -91,11 +98,35 @@ def load_state(optimizer: AdamW8bit, index: int, state: dict[str, Tensor]) -> No
         rearranged = torch.empty_like(target)
         in_memory_order(rearranged).copy_(codes)
         loaded.append((rearranged, given))
-    optimizer.step_counts[index] = int(state["step"])
+    optimizer.step_counts[index] = step
     for number, (values, given) in enumerate(loaded, start=1):
         getattr(moments, f"state{number}").copy_(values)
         if given is not None:
             getattr(moments, f"absmax{number}").copy_(given)
+
+
+def _part(state: dict[str, Tensor], name: str) -> Tensor:
+    if name not in state:
+        raise UserError(f"it has no {name}")
+    return state[name]
+
+
+def _strides(state: dict[str, Tensor], source: Tensor) -> tuple[int, ...]:
+    """Return the memory order that the blocks were made in: strides of a dense tensor of source's shape."""
+    if "strides" not in state:
+        return source.contiguous().stride()
+    given = state["strides"]
+    strides = tuple(given.tolist()) if given.dim() == 1 and given.dtype == torch.int64 else ()
+    # the last element lies at the end of the memory: no gaps, so nothing is allocated beyond the tensor's size
+    by_stride = sorted(zip(strides, source.shape, strict=False))
+    expected = 1
+    for stride, size in by_stride:
+        if size > 1 and stride != expected:
+            break
+        expected *= size
+    if len(strides) != source.dim() or min(strides, default=0) < 0 or expected != source.numel():
+        raise UserError(f"strides {strides[:8]} are not those of a tensor of shape {tuple(source.shape)}")
+    return strides
 
 
 @torch.no_grad()
@@ -110,7 +141,9 @@ def load_value(optimizer: AdamW8bit, index: int, weight: Tensor, state: dict[str
         raise UserError(f"the remainder has shape {tuple(remainder.shape)}, its weight {tuple(p.shape)}")
     saved_mode = "rounded"
     if remainder is not None:
-        saved_mode = {torch.float32: "fp32", torch.int16: "exact", torch.int8: "near"}[remainder.dtype]
+        saved_mode = {torch.float32: "fp32", torch.int16: "exact", torch.int8: "near"}.get(remainder.dtype, "")
+        if not saved_mode:
+            raise UserError(f"the remainder is {remainder.dtype}")
     same_mode = saved_mode == optimizer.memory or (p.dtype == torch.float32 and remainder is None)
     # a bf16 weight and its 16-bit remainder are the fp32 value, one to one
     same_values = {saved_mode, optimizer.memory} == {"fp32", "exact"} and p.dtype == torch.bfloat16

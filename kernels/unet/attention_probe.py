@@ -269,7 +269,7 @@ def _previous_verdicts(previous: Mapping | None, name: str, dtype_name: str) -> 
     if not previous:
         return {}, []
     try:
-        where = (previous["device"], previous["dtype"])
+        where = (str(previous["device"])[:100], str(previous["dtype"])[:100])
         kept = {
             Case(*(int(row[key]) for key in ("head_dim", "heads", "queries", "keys"))): Verdict(
                 str(row["backend"]), dict(row["reasons"]), dict(row["ms"])
@@ -279,5 +279,5 @@ def _previous_verdicts(previous: Mapping | None, name: str, dtype_name: str) -> 
     except (KeyError, TypeError, ValueError):
         return {}, ["the run's environment.json does not say which attention it used; chosen again"]
     if where != (name, dtype_name):
-        return {}, [f"the run's attention was chosen on {' in '.join(map(str, where))}; chosen again"]
+        return {}, [f"the run's attention was chosen on {' in '.join(where)}; chosen again"]
     return kept, []

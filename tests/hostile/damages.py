@@ -34,7 +34,8 @@ class Damage:
 
 
 CACHE, RESUME = "cache {place}/run.toml", "train {place}/run.toml --resume"
-# resuming a finished run rewrites the files of its start and appends one line to the metrics
+# the run is finished, so a third step is needed to go on with it. That rewrites the files of its start
+LONGER = f"{RESUME} --train.max-steps 3"
 STARTS = ("run/",)
 
 
@@ -112,7 +113,7 @@ def metrics_garbage(place: Path) -> None:
 
 def metrics_are_whole(place: Path) -> None:
     rows = [json.loads(line) for line in (place / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows if row["kind"] == "train"] == [1, 2]
+    assert [row["step"] for row in rows if row["kind"] == "train"] == [1, 2, 3]
 
 
 def half_a_checkpoint(place: Path) -> None:
@@ -261,7 +262,7 @@ DAMAGES = [
         "1 damaged row in the cache re-encoded",
         0,
         rows_are_sound,
-        ("dataset/cache", *STARTS),
+        ("dataset/cache",),
     ),
     Damage(
         "cache shard that was cut",
@@ -293,12 +294,13 @@ DAMAGES = [
     Damage(
         "list of the left out of garbage",
         replace("dataset/rejected.jsonl", b'\xff\n[1]\n{"path": 3, "reason": "\xe2\x80\xa8"}\n'),
-        RESUME,
+        LONGER,
         "resumed at step 2",
         0,
         files_are_json,
         STARTS,
     ),
+    Damage("finished run resumed", lambda place: None, RESUME, "is finished, at step 2, and is left as", 0),
     Damage("weights with a flipped bit", flip("run/checkpoints/*/unet/*.safetensors"), RESUME, GO_ON),
     Damage("moments with a flipped bit", flip("run/checkpoints/*/state.safetensors"), RESUME, GO_ON),
     Damage("weights' header with a flipped bit", flip("run/checkpoints/*/unet/*.safetensors", bit=9), RESUME, GO_ON),
@@ -315,7 +317,7 @@ DAMAGES = [
         "sample {place}/run --prompt x",
         GO_ON,
     ),
-    Damage("half a checkpoint beside", half_a_checkpoint, RESUME, "resumed at step 2", 0, touches=STARTS),
+    Damage("half a checkpoint beside", half_a_checkpoint, LONGER, "resumed at step 2", 0, touches=STARTS),
     Damage(
         "checkpoint of another model",
         lambda place: None,
@@ -350,29 +352,29 @@ DAMAGES = [
     Damage(
         "metrics with garbage in the middle",
         metrics_garbage,
-        RESUME,
+        LONGER,
         "2 unreadable lines of",
         0,
         metrics_are_whole,
         STARTS,
     ),
     Damage(
-        "metrics of bytes", replace("run/metrics.jsonl", bytes(range(256)) * 9), RESUME, "lines of", 0, touches=STARTS
+        "metrics of bytes", replace("run/metrics.jsonl", bytes(range(256)) * 9), LONGER, "lines of", 0, touches=STARTS
     ),
     Damage(
-        "split of garbage", replace("run/split.json", b"\xff{"), RESUME, "resumed at step 2", 0, files_are_json, STARTS
+        "split of garbage", replace("run/split.json", b"\xff{"), LONGER, "resumed at step 2", 0, files_are_json, STARTS
     ),
     Damage(
         "split of garbage, drawn from",
         replace("run/split.json", b"\xff{"),
         "compare {place}/run --num 1",
-        "split.json is damaged; `safelight train",
+        "so the held-out captions are unknown; set sample.prompts in",
     ),
     Damage(
         "split of a list, drawn from",
         replace("run/split.json", b"[]"),
         "compare {place}/run --num 1",
-        "split.json is damaged; `safelight train",
+        "so the held-out captions are unknown; set sample.prompts in",
     ),
     Damage(
         "best of a record of garbage",
@@ -396,9 +398,16 @@ DAMAGES = [
         "lock of a dead process",
         replace("run/.lock", b'{"pid": 1, "host": "gone", "started": "1970", "command": "x"}'),
         RESUME,
-        "resumed at step 2",
+        "is finished, at step 2, and is left as",
         0,
-        touches=STARTS,
+        touches=("run/.lock",),
     ),
-    Damage("lock of garbage", replace("run/.lock", b"\xff" * 99), RESUME, "resumed at step 2", 0, touches=STARTS),
+    Damage(
+        "lock of garbage",
+        replace("run/.lock", b"\xff" * 99),
+        RESUME,
+        "is finished, at step 2, and is left as",
+        0,
+        touches=("run/.lock",),
+    ),
 ]

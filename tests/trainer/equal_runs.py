@@ -14,10 +14,10 @@ CLOCK_FIELDS = {"time", "images_per_s", "memory_gib"}
 
 
 def metrics(folder: Path) -> list[dict]:
-    """Return the metrics without times, speed and memory, and without the event of a resume."""
+    """Return the metrics without times, speed and memory, and without the events of a stop and a resume."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rows = [{k: v for k, v in row.items() if k not in CLOCK_FIELDS} for row in rows]
-    return [row for row in rows if row.get("event") != "resumed"]
+    return [row for row in rows if row.get("event") not in ("stopped", "resumed")]
 
 
 def assert_equal_runs(one: Path, other: Path) -> None:

@@ -66,7 +66,7 @@ def _arm(point: str, count: int) -> None:
         def write(self, kind, step, **values):
             left[0] -= 1
             if left[0] == 0:
-                self.file.write('{"kind": "train", "ste')
+                self.file.write(b'{"kind": "train", "ste')
                 self.file.flush()
                 _die()
             original(self, kind, step, **values)

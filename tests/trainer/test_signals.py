@@ -41,6 +41,12 @@ def steps_logged(folder) -> list[int]:
     return [row["step"] for row in rows if row["kind"] == "train"]
 
 
+def events_logged(folder) -> list[tuple[str, int]]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    events = [(row["event"], row["step"]) for row in rows if row["kind"] == "event"]
+    return [event for event in events if event[0] in ("stopped", "resumed")]
+
+
 def test_asked_once_it_saves_and_goes_on(run, job, tmp_path):
     """By SIGTERM; by Ctrl-C: tests/trainer/test_cli.py."""
     assert run(**job("SIGTERM")) == 130
@@ -50,6 +56,7 @@ def test_asked_once_it_saves_and_goes_on(run, job, tmp_path):
     said = (tmp_path / "log").read_text().splitlines()
     assert said[-1] == f"saved at step {step}; continue with: safelight train {tmp_path}/run/config.toml --resume"
     assert run(**job(step_s=0, once="run.toml")) == 0
+    assert events_logged(tmp_path / "run") == [("stopped", step), ("resumed", step)]
     assert list_checkpoints(tmp_path / "run")[-1] == 6
     assert steps_logged(tmp_path / "run") == list(range(1, 7))
 

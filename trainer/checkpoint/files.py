@@ -2,7 +2,8 @@
 
 A checkpoint is written to a temporary folder beside its final one, synced to disk and renamed. state.json is written
 last and holds the SHA-256 of every other file and of itself; a folder without it is incomplete and ignored, as are
-names other than `step-` and eight digits.
+names other than `step-` and eight digits. A run folder may come from somebody else: the checksums only tell damage,
+so everything in state.json is checked, and no path may lead out of the run folder.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -24,13 +26,20 @@ from safelight.data.atomic import atomic_write_text, sync_folder
 from safelight.errors import UserError
 from safelight.trainer.adapters.trained import Trained
 from safelight.trainer.checkpoint.identity import Identity
+from safelight.untrusted import check_regular, open_regular, path_in, read_json_object
 
 FORMAT = 1
+# a state.json has 3 KB
+MAX_RECORD_BYTES = 2**22
+MAX_FILES = 1000
+# a step's folder has eight digits
+MAX_STEP = 10**8 - 1
 # key of state.json's own checksum; the oldest checkpoints have none
 SEAL = "record_sha256"
 # the exceptions that reading a damaged state.json may raise
-UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
-_NAME = re.compile(r"step-(\d{8})")
+UNREADABLE = (ValueError, KeyError, TypeError)
+MISFIT = "the checkpoint's position does not fit its run"
+_NAME = re.compile(r"step-([0-9]{8})")
 
 
 @dataclass(frozen=True)
@@ -49,14 +58,38 @@ class Position:
     best_loss: float | None = None
     unmeasured: bool = False
 
+    @classmethod
+    def from_record(cls, values: object) -> Position:
+        """Return the position that a state.json holds. Raises ValueError for values out of their type or range."""
+        if not isinstance(values, dict) or not values.keys() <= cls.__dataclass_fields__.keys():
+            raise ValueError(f"{MISFIT}: it has unknown fields")
+        position = cls(**values)
+        for name in ("step", "epoch", "step_in_epoch", "stage", "best_step"):
+            value, low = getattr(position, name), -1 if name == "best_step" else 0
+            if type(value) is not int or not low <= value <= MAX_STEP:
+                raise ValueError(f"{MISFIT}: {name} is no count")
+        if position.best_loss is not None and type(position.best_loss) not in (int, float):
+            raise ValueError(f"{MISFIT}: best_loss is no number")
+        if type(position.unmeasured) is not bool:
+            raise ValueError(f"{MISFIT}: unmeasured is neither true nor false")
+        return position
+
+
+def _checkpoints(run_dir: Path) -> Path:
+    """Return the folder of a run's checkpoints. Raises UserError if it leads out of the run folder."""
+    return path_in(run_dir, "checkpoints")
+
 
 def folder_of(run_dir: Path, step: int) -> Path:
-    """Return the folder of a step's checkpoint, whether or not it exists."""
-    return run_dir / "checkpoints" / f"step-{step:08d}"
+    """Return the folder of a step's checkpoint, whether or not it exists.
+
+    Raises UserError if it leads out of the run folder.
+    """
+    return path_in(run_dir, f"checkpoints/step-{step:08d}")
 
 
 def _step_folders(run_dir: Path) -> dict[int, Path]:
-    matches = ((_NAME.fullmatch(path.name), path) for path in (run_dir / "checkpoints").glob("step-*"))
+    matches = ((_NAME.fullmatch(path.name), path) for path in _checkpoints(run_dir).glob("step-*"))
     return {int(match[1]): path for match, path in matches if match}
 
 
@@ -66,18 +99,19 @@ def list_checkpoints(run_dir: Path) -> list[int]:
 
 
 def _digest(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         os.fsync(file.fileno())
 
 
 def _remove_unfinished(run_dir: Path) -> None:
     """Delete checkpoints that a kill or a full disk left half-written or half-deleted."""
-    for folder in (run_dir / "checkpoints").glob(".step-*.partial"):
+    for folder in _checkpoints(run_dir).glob(".step-*.partial"):
+        # rmtree refuses a link, and follows none inside
         shutil.rmtree(folder)
     for folder in _step_folders(run_dir).values():
         if not (folder / "state.json").is_file():
@@ -178,18 +212,26 @@ def _seal(record: dict) -> str:
 def _record(folder: Path) -> dict:
     """Return a checkpoint's state.json. Raises one of UNREADABLE if damaged, _OtherFormat if written by another
     version."""
-    record = json.loads((folder / "state.json").read_bytes())
+    # best_loss is NaN in checkpoints of a run that had diverged
+    record = read_json_object(path_in(folder, "state.json"), MAX_RECORD_BYTES, allow_nan=True)
     if record["format"] != FORMAT:
-        raise _OtherFormat(record["format"])
+        raise _OtherFormat(str(record["format"])[:40])
     seal = record.pop(SEAL, None)
     if seal is not None and seal != _seal(record):
         raise UserError("its checksum differs")
-    Identity(**record["identity"])
-    step = Position(**record["position"]).step
-    if folder_of(folder.parent.parent, step).name != folder.name:
-        raise UserError(f"it belongs to step {step}")
-    if not isinstance(record["sha256"], dict):
+    Identity.from_record(record["identity"])
+    position = Position.from_record(record["position"])
+    if folder_of(folder.parent.parent, position.step).name != folder.name:
+        raise UserError(f"it belongs to step {position.step}")
+    digests = record["sha256"]
+    if not isinstance(digests, dict) or not digests:
         raise UserError("it lists no files")
+    if len(digests) > MAX_FILES:
+        raise UserError(f"it lists {len(digests):,} files, over the limit of {MAX_FILES:,}")
+    for name in digests:
+        # each file once, under its own name: hashing one of many GiB takes minutes
+        if os.path.normpath(name) != name or path_in(folder, name).is_symlink():
+            raise UserError(f"it lists {name[:100]!r}, which is a link or no plain name")
     return record
 
 
@@ -198,7 +240,7 @@ def _flaw(folder: Path) -> str:
     try:
         record = _record(folder)
         for name, digest in record["sha256"].items():
-            path = folder / name
+            path = path_in(folder, name)
             if not path.is_file() or _digest(path) != digest:
                 return f"{name} is missing or its checksum differs"
     except _OtherFormat as other:
@@ -227,7 +269,12 @@ def read_record(folder: Path) -> dict:
 def read_identity(run_dir: Path, step: int) -> tuple[Identity, int]:
     """Return the identity of the run that wrote a checkpoint, and the stage it was in."""
     record = read_record(folder_of(run_dir, step))
-    return Identity(**record["identity"]), record["position"]["stage"]
+    return Identity.from_record(record["identity"]), record["position"]["stage"]
+
+
+def read_position(run_dir: Path, step: int) -> Position:
+    """Return the position of a checkpoint."""
+    return Position.from_record(read_record(folder_of(run_dir, step))["position"])
 
 
 def check_files(folder: Path) -> dict:
@@ -240,11 +287,19 @@ def check_files(folder: Path) -> dict:
 
 
 def load_checkpoint(run_dir: Path, step: int, trained: Trained) -> tuple[dict[str, Tensor], Position]:
-    """Load the trained tensors and return (optimizer state, position) of a checkpoint that passed check_files."""
+    """Load the trained tensors and return (optimizer state, position) of a checkpoint that passed check_files.
+
+    Raises UserError for weights that do not fit. The state is as it was read: who takes a part of it checks that part.
+    """
     folder = folder_of(run_dir, step)
-    record = read_record(folder)
+    position = read_position(run_dir, step)
     trained.load(folder)
-    return load_file(folder / "state.safetensors"), Position(**record["position"])
+    path = path_in(folder, "state.safetensors")
+    check_regular(path)
+    try:
+        return load_file(path), position
+    except SafetensorError as error:
+        raise _damaged(folder, f"state.safetensors is not readable ({error})") from None
 
 
 def prune(run_dir: Path, keep: int, best_step: int) -> None:

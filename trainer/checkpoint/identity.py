@@ -39,6 +39,20 @@ class Identity:
     stages: list[dict]
     data: str
 
+    @classmethod
+    def from_record(cls, values: object) -> Identity:
+        """Return the identity that a state.json holds. Raises ValueError for values of another form."""
+        if not isinstance(values, dict) or values.keys() != {"settings", "stages", "data"}:
+            raise ValueError("its identity has other fields than settings, stages and data")
+        settings, stages, data = values["settings"], values["stages"], values["data"]
+        is_sound = isinstance(settings, dict) and isinstance(data, str) and isinstance(stages, list)
+        if not is_sound or not all(isinstance(stage, dict) for stage in stages):
+            raise ValueError("its identity's settings, stages or data are malformed")
+        gamma = settings.get("loss.min_snr_gamma", 0)
+        if isinstance(gamma, bool) or not isinstance(gamma, int | float):
+            raise ValueError("its identity's loss.min_snr_gamma is no number")
+        return cls(settings, stages, data)
+
     @property
     def is_fused(self) -> bool:
         """Whether the optimizer steps inside backward."""
@@ -49,10 +63,12 @@ class Identity:
         for name, value in (checkpoint.settings | _implied(checkpoint.settings)).items():
             # older checkpoints recorded settings that are free now
             if not _is_free(name) and self.settings.get(name) != value:
-                return f"{name} is {self.settings.get(name)!r}, but {value!r} in the checkpoint"
+                return f"{name} is {self.settings.get(name)!r}, but {_quoted(value)} in the checkpoint"
         for index in range(stage + 1):
             if index >= len(self.stages):
                 return f"stage {index + 1}, which the checkpoint has reached, is missing"
+            if index >= len(checkpoint.stages):
+                return f"stage {index + 1}, which the checkpoint has reached, is missing in its record"
             ours = self.stages[index]
             # older checkpoints lack accumulate_dtype and accumulated in the dtype of the weights
             default = _accumulate_dtype(checkpoint.stages[index], "auto", self.settings["model.precision"])
@@ -60,10 +76,15 @@ class Identity:
                 if ours.get(name) != value:
                     hint = "; a stage that has begun keeps its length: add a [[stage]] to train longer"
                     return (
-                        f"stage {index + 1}'s {name} is {ours.get(name)!r}, but {value!r} in the checkpoint"
+                        f"stage {index + 1}'s {name} is {ours.get(name)!r}, but {_quoted(value)} in the checkpoint"
                         f"{hint if name == 'epochs' else ''}"
                     )
         return ""
+
+
+def _quoted(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]} ..."
 
 
 def _is_free(name: str) -> bool:
@@ -84,7 +105,7 @@ def _accumulate_dtype(stage: dict, setting: str, precision: str) -> dict:
 
     setting: train.accumulate_dtype. precision: the dtype that its `auto` stands for.
     """
-    if stage["accumulate"] == 1:
+    if stage.get("accumulate") == 1:
         return {}
     return {"accumulate_dtype": "fp32" if setting == "fp32" else precision}
 

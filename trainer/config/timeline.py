@@ -83,6 +83,21 @@ class Timeline:
     def first_epoch(self, stage: int) -> int:
         return sum(s.epochs for s in self.stages[:stage])
 
+    def holds(self, step: int, epoch: int, step_in_epoch: int, stage: int) -> bool:
+        """Return whether a run reaches this position after `step` steps, the last of them in `stage`.
+
+        max_steps is ignored: it may have changed since.
+        """
+        if not (0 <= epoch <= self.num_epochs and 0 <= stage < len(self.stages)):
+            return False
+        done, before = 0, epoch
+        for one, per_epoch in zip(self.stages, self.stage_steps_per_epoch, strict=True):
+            num = min(one.epochs, before)
+            done, before = done + num * per_epoch, before - num
+        in_epoch = 0 if epoch == self.num_epochs else self.stage_steps_per_epoch[self.stage_of(epoch)]
+        last_epoch = epoch if step_in_epoch > 0 else max(0, epoch - 1)
+        return step == done + step_in_epoch and 0 <= step_in_epoch <= in_epoch and stage == self.stage_of(last_epoch)
+
     def learning_rate(self, epoch: int, step_in_epoch: int) -> float:
         """Return the learning rate of a step. A schedule spans its whole stage, even if max_steps cuts it short."""
         index = self.stage_of(epoch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +36,11 @@ from safelight.trainer.models.noise_schedule import NoiseSchedule, make_schedule
 from safelight.trainer.models.weights import load_unet
 from safelight.trainer.optim.ema import load_averages
 from safelight.trainer.run_log.environment import MEMORY_PLAN, recorded, recorded_attention
+from safelight.untrusted import check_links, path_in, read_json_object
 
 Progress = Callable[[int, int], None]
+# more prompts at a time than any plan chooses
+MAX_BATCH_SIZE = 1024
 
 
 @dataclass
@@ -115,7 +119,9 @@ class OpenRun:
         if self.device.type != "cuda":
             return self.device, SAMPLE_BATCH_SIZE
         plan = recorded(self.run_dir, MEMORY_PLAN) or {}
-        prompts = (plan.get("between") or {}).get("prompts") or SAMPLE_BATCH_SIZE
+        between = plan.get("between")
+        prompts = between.get("prompts") if isinstance(between, dict) else None
+        prompts = prompts if type(prompts) is int and 0 < prompts <= MAX_BATCH_SIZE else SAMPLE_BATCH_SIZE
         needed = decode_bytes(settings.width, settings.height, vae_bytes(self.base, self.config.model.vae))
         cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         free = torch.cuda.mem_get_info(self.device)[0] + cached
@@ -123,8 +129,10 @@ class OpenRun:
 
 
 def open_run(run_dir: Path) -> OpenRun:
-    """Return the models of a run. Raises UserError if the folder is not a run's."""
+    """Return the models of a run. Raises UserError if the folder is not a run's, or a link in it leads out of it."""
     require_run(run_dir)
+    # pictures are written into it
+    check_links(run_dir)
     config = load_config(run_dir / "config.toml")
     device = pick_device(config.run.device)
     base = base_of(config.model)
@@ -164,11 +172,15 @@ def validation_captions(run: OpenRun) -> list[str]:
     if not path.is_file():
         return []
     try:
-        split = json.loads(path.read_bytes())
+        split = read_json_object(path_in(run.run_dir, "split.json"))
         files = split["validation"] or split["train"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        command = f"safelight train {run.run_dir / 'config.toml'} --resume"
-        raise UserError(f"{path} is damaged; `{command}` writes it again, or set sample.prompts") from None
+        if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+            raise ValueError("it lists no names")
+    except (ValueError, KeyError) as error:
+        config = run.run_dir / "config.toml"
+        raise UserError(
+            f"{path} is damaged ({error}), so the held-out captions are unknown; set sample.prompts in {config}"
+        ) from None
     dataset = Path(run.config.data.path)
     if not dataset.is_dir():
         raise UserError(
@@ -248,7 +260,8 @@ def sample(
     out.mkdir(parents=True, exist_ok=True)
     stem = f"{'base' if step is None else f'step{step}'}-seed{settings.seed}"
     # number on from earlier images, which may be of other prompts
-    first = 1 + max((int(p.stem.rsplit("-", 1)[1]) for p in out.glob(f"{stem}-???.png")), default=-1)
+    numbers = (re.fullmatch(rf"{re.escape(stem)}-([0-9]{{3,}})\.png", path.name) for path in out.glob(f"{stem}-*.png"))
+    first = 1 + max((int(match[1]) for match in numbers if match), default=-1)
     files = []
     for index, image in enumerate(images, first):
         path = out / f"{stem}-{index:03d}.png"

@@ -36,6 +36,7 @@ from safelight.trainer.models.device import DTYPES
 from safelight.trainer.models.noise_schedule import make_schedule
 from safelight.trainer.models.weights import load_text, load_vae, meta_unet
 from safelight.units import GIB
+from safelight.untrusted import check_links
 
 # free space to leave: file systems become slow or fail before they are full
 SPARE_BYTES = 64 << 20
@@ -111,6 +112,7 @@ def export(
     Raises UserError if the run cannot be exported or `out` may not be written.
     """
     require_run(run_dir)
+    check_links(run_dir)
     is_file = _check_output(out, force)
     config = load_config(run_dir / "config.toml")
     step = pick_step(run_dir, checkpoint, allow_base=False)

@@ -82,8 +82,12 @@ class EvalBatching:
     def from_json(cls, values: object) -> Self:
         """Return the batching that `to_json` wrote. Raises ValueError for anything else."""
         if not isinstance(values, dict) or not values.keys() <= _BATCHING_JSON.keys():
-            raise ValueError(f"{values!r} does not describe validation and sampling")
-        return cls(**{_BATCHING_JSON[key]: value for key, value in values.items()})
+            raise ValueError("not a description of validation and sampling")
+        batching = cls(**{_BATCHING_JSON[key]: value for key, value in values.items()})
+        counts = (batching.validation_images, batching.prompts, batching.peak_bytes, batching.wanted_validation_images)
+        if batching.decode_on not in ("", "gpu", "cpu") or not all(type(x) is int and x >= 0 for x in counts):
+            raise ValueError("not a description of validation and sampling")
+        return batching
 
 
 def halvings(largest: int) -> list[int]:

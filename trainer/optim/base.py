@@ -102,14 +102,14 @@ class OptimizerBase(abc.ABC):
 
     @torch.no_grad()
     def load_state_tensors(self, state: dict[str, Tensor]) -> None:
-        self.loss_scale.scale.copy_(state["loss_scale/scale"])
-        self.loss_scale.num_good.copy_(state["loss_scale/num_good"])
+        for name in ("scale", "num_good"):
+            _copy_number(f"loss_scale/{name}", state.get(f"loss_scale/{name}"), getattr(self.loss_scale, name))
         clipping = self._clipping_state() if self.is_fused else {}
         by_name: dict[str, dict[str, Tensor]] = {name: {} for name in self.parameters}
         for key, value in state.items():
-            part, name = key.split("/", 1)
+            part, _, name = key.partition("/")
             if part == "clipping" and name in clipping:
-                clipping[name].copy_(value)
+                _copy_number(key, value, clipping[name])
             if part in ("loss_scale", "clipping"):
                 continue
             if name not in by_name:
@@ -117,3 +117,11 @@ class OptimizerBase(abc.ABC):
             by_name[name][part] = value
         for name, parts in by_name.items():
             self._load_parameter_state(name, parts)
+
+
+def _copy_number(key: str, value: Tensor | None, target: Tensor) -> None:
+    """Copy one number of a checkpoint's state. Raises UserError if it is missing or something else."""
+    if value is None or value.shape != target.shape or value.dtype != target.dtype:
+        form = "missing" if value is None else f"{tuple(value.shape)} {value.dtype}"
+        raise UserError(f"the checkpoint's {key} is {form}, not {tuple(target.shape)} {target.dtype}")
+    target.copy_(value)

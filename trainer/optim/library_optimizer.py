@@ -149,7 +149,7 @@ class LibraryOptimizer(OptimizerBase):
         optimizer."""
         master = self.master[name]
         if self.has_master:
-            if "master" not in parts or parts["master"].shape != master.shape:
+            if "master" not in parts or (parts["master"].shape, parts["master"].dtype) != (master.shape, master.dtype):
                 raise UserError(f"the checkpoint has no fp32 master of {name}: it was saved at another precision")
             master.copy_(parts["master"])
             self.parameters[name].copy_(master)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 import subprocess
@@ -15,6 +14,7 @@ import torch
 
 import safelight
 from safelight.text import counted
+from safelight.untrusted import path_in, read_json_object
 
 # keys of environment.json: the order of an epoch's batches, what choose_attention decided, the plan of the GPU's memory
 EPOCH_ORDER = "epoch_order"
@@ -66,12 +66,13 @@ def recorded_attention(run_dir: Path) -> dict | None:
 
 
 def recorded(run_dir: Path, key: str) -> dict | None:
-    """Return an entry of a run's environment.json; None if missing, {"unreadable": path} if the file is damaged."""
+    """Return a table of a run's environment.json; None if missing, {"unreadable": path} if the file is damaged."""
     path = run_dir / "environment.json"
-    if not path.is_file():
-        return None
     try:
-        return json.loads(path.read_text(encoding="utf-8")).get(key)
-    except (OSError, ValueError, AttributeError):
+        value = read_json_object(path_in(run_dir, path.name)).get(key)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
         # choose_attention reports it
         return {"unreadable": str(path)}
+    return value if value is None or isinstance(value, dict) else {"unreadable": str(path)}

@@ -12,6 +12,10 @@ import torch
 
 from safelight.data.atomic import atomic_write_bytes, naming
 from safelight.units import GIB
+from safelight.untrusted import open_append, parse_json, read_bytes
+
+# a million training lines have 200 MB
+MAX_BYTES = 2**30
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -43,18 +47,20 @@ class Metrics:
         self._validated: set[int] = set()
         kept = []
         if self.path.exists():
-            lines = self.path.read_bytes().split(b"\n")
+            lines = read_bytes(self.path, MAX_BYTES).split(b"\n")
             for number, line in enumerate(lines):
                 try:
-                    row = json.loads(line)
+                    row = parse_json(line, allow_nan=True)
                     if row["step"] <= step:
                         kept.append(line + b"\n")
                         self._validated.update([row["step"]] if row.get("kind") == "validation" else [])
-                except (ValueError, KeyError, TypeError, RecursionError):
+                except (ValueError, KeyError, TypeError):
                     # a kill may have cut the last line short; any other unreadable line is damage to be reported
                     self.num_unreadable += bool(line) and number < len(lines) - 1
             atomic_write_bytes(self.path, b"".join(kept))
-        self.file = self.path.open("a")
+        self.file = open_append(self.path)
+        # times that never jump: the wall clock may be set while the run goes on
+        self._clock_offset = time.time() - time.monotonic()
         self.board = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -67,9 +73,9 @@ class Metrics:
 
     def write(self, kind: str, step: int, **values) -> None:
         """Append a line. TensorBoard gets the values that are floats."""
-        row = {"kind": kind, "step": step, **values, "time": round(time.time(), 3)}
+        row = {"kind": kind, "step": step, **values, "time": round(time.monotonic() + self._clock_offset, 3)}
         with naming(self.path):
-            self.file.write(json.dumps(row) + "\n")
+            self.file.write(json.dumps(row).encode() + b"\n")
             self.file.flush()
         if self.board is not None:
             suffix = f"/{values['split']}" if "split" in values else ""

@@ -7,6 +7,8 @@ import os
 import sys
 import time
 
+from safelight.text import printable
+
 
 class Terminal:
     """Progress on stderr: one live line in a terminal, a line at most every ten seconds elsewhere.
@@ -44,8 +46,8 @@ class Terminal:
         self.pause()
 
     def say(self, text: str) -> None:
-        """Print a line, without interpreting markup."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        """Print a line, without interpreting markup. Control characters, which names may hold, are escaped."""
+        self.console.print(printable(text), markup=False, soft_wrap=True)
 
     def update(self, what: str, done: int, total: int, note: str = "") -> None:
         """Show that `done` of `total` are done. note: values separated by two spaces, the most important first."""
@@ -54,7 +56,7 @@ class Terminal:
             self.pause()
             self._phase = Phase(what, done)
         is_end = self._phase.done < total <= done
-        self._phase.reach(done, total, note)
+        self._phase.reach(done, total, printable(note))
         if self.is_live:
             self._draw()
         elif is_new or is_end or time.monotonic() - self._printed_at >= self.SECONDS_BETWEEN_LINES:

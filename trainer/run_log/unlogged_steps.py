@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from safelight.errors import UserError
 from safelight.trainer.step.step import StepResult
 
 # rows in the device buffer; adding more steps than that without `read` forces one
@@ -90,6 +91,13 @@ def take_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _unpack(state: dict[str, Tensor]) -> list[StepResult]:
     if not state:
         return []
-    losses = state[f"{PREFIX}losses"].split(state[f"{PREFIX}sizes"].tolist())
-    is_applied = state[f"{PREFIX}taken"].tolist()
-    return [StepResult(*row) for row in zip(losses, state[f"{PREFIX}grad_norms"], is_applied, strict=True)]
+    dtypes = {"losses": torch.float32, "sizes": torch.int64, "grad_norms": torch.float32, "taken": torch.bool}
+    parts = {name: state.get(f"{PREFIX}{name}") for name in dtypes}
+    is_sound = all(part is not None and part.dim() == 1 and part.dtype == dtypes[name] for name, part in parts.items())
+    is_sound = is_sound and len({len(parts[name]) for name in ("sizes", "grad_norms", "taken")}) == 1
+    if not is_sound or min(sizes := parts["sizes"].tolist(), default=0) < 0 or sum(sizes) != len(parts["losses"]):
+        raise UserError(
+            "the checkpoint's unlogged steps (log/ in state.safetensors) are malformed; resume an earlier one"
+        )
+    losses = parts["losses"].split(sizes)
+    return [StepResult(*row) for row in zip(losses, parts["grad_norms"], parts["taken"].tolist(), strict=True)]

@@ -58,6 +58,28 @@ def test_max_steps_shortens_the_run_and_never_extends_it(samples, max_steps, exp
     assert timeline_of(samples, stages, train={"max_steps": max_steps}).num_steps == expected
 
 
+def test_every_position_that_a_run_reaches_is_in_its_timeline_and_no_other(samples):
+    timeline = timeline_of(samples, [{"epochs": 2, "batch_size": 4}, {"epochs": 1, "batch_size": 3}, {"epochs": 2}])
+    reached, step = {(0, 0, 0, 0)}, 0
+    for epoch in range(timeline.num_epochs):
+        stage = timeline.stage_of(epoch)
+        per_epoch = timeline.stage_steps_per_epoch[stage]
+        reached |= {(step + number, epoch, number, stage) for number in range(1, per_epoch + 1)}
+        step += per_epoch
+        reached.add((step, epoch + 1, 0, stage))
+    counts = range(-1, timeline.num_epochs + 2)
+    found = {
+        (number, epoch, in_epoch, stage)
+        for number in range(-1, step + 2)
+        for epoch in counts
+        for in_epoch in range(-1, max(timeline.stage_steps_per_epoch) + 2)
+        for stage in range(-1, 4)
+        if timeline.holds(number, epoch, in_epoch, stage)
+    }
+    assert found == reached
+    assert not timeline.holds(2, 1, 10**9, 0)
+
+
 def test_stage_of_an_epoch(samples):
     timeline = timeline_of(samples, [{"epochs": 2}, {"epochs": 1}, {"epochs": 3}])
     assert [timeline.stage_of(epoch) for epoch in range(8)] == [0, 0, 1, 2, 2, 2, 2, 2]

@@ -1,0 +1,148 @@
+"""A state.json from somebody else, whose checksum is right: positions, names and types are checked, nothing hangs."""
+
+import hashlib
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from safelight.errors import UserError
+from safelight.trainer.checkpoint.files import (
+    SEAL,
+    check_files,
+    folder_of,
+    list_checkpoints,
+    prune,
+    read_identity,
+    read_position,
+)
+from safelight.trainer.checkpoint.identity import identify
+from tests.trainer.checkpoints import save
+
+ABSURD = (
+    None,
+    True,
+    "x",
+    "\x1b]0;x\x07",
+    -1,
+    -(2**63),
+    2**63,
+    10**12,
+    0.5,
+    1e300,
+    float("nan"),
+    [],
+    {},
+    [[]],
+    {"a": {}},
+)
+
+
+def forge(path: Path, change) -> None:
+    """Change a state.json and seal it again, as anybody can."""
+    record = json.loads(path.read_text())
+    record.pop(SEAL)
+    change(record)
+    seal = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps({**record, SEAL: seal}))
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return save(tmp_path / "run", 7)
+
+
+@pytest.mark.parametrize("name", ["step", "epoch", "step_in_epoch", "stage", "best_step", "best_loss", "unmeasured"])
+@pytest.mark.parametrize("value", ABSURD, ids=repr)
+def test_a_position_of_another_type_or_range_is_one_line(folder, name, value):
+    is_sound = name == "best_loss" and type(value) in (float, int, type(None))
+    is_sound |= (name == "unmeasured" and value is True) or (name == "best_step" and value == -1)
+    forge(folder / "state.json", lambda record: record["position"].update({name: value}))
+    if is_sound:
+        check_files(folder)
+        return
+    with pytest.raises(UserError) as refused:
+        check_files(folder)
+    assert str(refused.value).isprintable()
+    assert len(str(refused.value)) < 1000
+
+
+def test_an_absurd_position_is_named(folder):
+    forge(folder / "state.json", lambda record: record["position"].update(step_in_epoch=10**9))
+    with pytest.raises(UserError, match="the checkpoint's position does not fit its run: step_in_epoch"):
+        read_position(folder.parent.parent, 7)
+
+
+@pytest.mark.parametrize(
+    "name", ["../../config.toml", "/etc/passwd", "unet/../state.safetensors", "./x", "a\0b", "link", ""]
+)
+def test_checksums_name_only_files_inside_and_each_once(folder, name):
+    (folder / "link").symlink_to("state.safetensors")
+    forge(folder / "state.json", lambda record: record["sha256"].update({name: "0" * 64}))
+    with pytest.raises(UserError, match=r"step-00000007 is damaged: state\.json is not readable"):
+        check_files(folder)
+
+
+@pytest.mark.parametrize(
+    "value", [{}, [], None, 3, {f"{number}": "" for number in range(1001)}], ids=lambda v: str(v)[:9]
+)
+def test_a_list_of_checksums_of_another_form_is_refused(folder, value):
+    forge(folder / "state.json", lambda record: record.update(sha256=value))
+    with pytest.raises(UserError, match="is damaged"):
+        check_files(folder)
+
+
+def test_a_file_that_is_a_pipe_does_not_hang(folder):
+    (folder / "state.safetensors").unlink()
+    os.mkfifo(folder / "state.safetensors")
+    with pytest.raises(UserError, match=r"state\.safetensors is missing or its checksum differs"):
+        check_files(folder)
+
+
+def test_checkpoints_outside_the_run_folder_are_neither_read_nor_deleted(tmp_path):
+    thesis = tmp_path / "thesis"
+    for step in (1, 2, 3):
+        save(tmp_path / "other", step)
+    (tmp_path / "other" / "checkpoints").rename(thesis)
+    (thesis / ".step-00000009.partial").mkdir()
+    (thesis / "step-00000777").mkdir()
+    before = sorted(path.relative_to(thesis) for path in thesis.rglob("*"))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(thesis)
+    for act in (
+        lambda run: prune(run, 1, -1),
+        list_checkpoints,
+        lambda run: folder_of(run, 1),
+        lambda run: save(run, 9),
+    ):
+        with pytest.raises(UserError, match="leads out of this folder"):
+            act(tmp_path / "run")
+    assert sorted(path.relative_to(thesis) for path in thesis.rglob("*")) == before
+
+
+def test_an_identity_of_another_form_differs_or_is_refused_but_never_fails_otherwise(folder, make_config):
+    ours, rng, path = identify(make_config(), "fp32"), random.Random(1), folder / "state.json"
+    forge(path, lambda record: record.update(identity=vars(ours)))
+    sound = path.read_text()
+    assert read_identity(folder.parent.parent, 7)[0].data == ours.data
+    places = [("identity",)] + [("identity", name) for name in ("settings", "stages", "data", "more")]
+    places += [("identity", "settings", name) for name in (*ours.settings, "more")]
+    places += [("identity", "stages", 0), *(("identity", "stages", 0, name) for name in (*ours.stages[0], "more"))]
+    for place in places:
+        path.write_text(sound)
+        value = rng.choice(ABSURD)
+
+        def change(record, place=place, value=value):
+            for part in place[:-1]:
+                record = record[part]
+            record[place[-1]] = value
+
+        forge(path, change)
+        try:
+            identity, stage = read_identity(folder.parent.parent, 7)
+            text = ours.difference(identity, stage)
+        except UserError as error:
+            text = str(error)
+        assert len(text) < 1000

@@ -5,23 +5,28 @@ A file that cannot be used is rejected as a whole, with the reason.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import io
 import math
 import os
-import stat
+import re
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms
+from PIL import Image
 
-from safelight.errors import UserError
+from safelight.data.colour import to_srgb
+from safelight.data.decode_memory import Cancelled, available_bytes, decode_budget
+from safelight.data.headers import Checked, RejectedImage, check, check_kind, jpeg2000_shape, jpeg_without_metadata
 from safelight.units import GIB
-from safelight.untrusted import UnsafeFile, read_bytes
+from safelight.untrusted import UnsafeFile, open_regular, read_bytes
 
 MIN_SIDE_PX = 16
 EXIF_ORIENTATION = 0x0112
@@ -41,15 +46,14 @@ READABLE_FORMATS = (
     "PPM",
     "TGA",
     "QOI",
-    "ICO",
     "PSD",
 )
 MAX_FILE_BYTES = GIB
 # longest side, in px, that the formats allow
 MAX_SIDE_PX = {"jpeg": 65500, "webp": 16383}
-HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")
-# decoding an image of this many pixels can take a GiB, so larger ones are decoded one at a time
-LARGE_PIXELS = 40_000_000
+# Pillow decodes some kinds of files in Python, at 1 to 4 s a megapixel
+MAX_SLOW_PIXELS = 1_500_000
+MAX_JPEG2000_CHANNELS = 5
 # draft mode keeps at least this many times the target size, so that LANCZOS does the last part, which is visible
 DRAFT_GAP = 2
 _TRANSPOSE = {
@@ -61,13 +65,16 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# pixels are hashed in strips that fit the CPU cache: copying a whole photo takes as long as hashing it
+# pixels are hashed and converted in strips that fit the CPU cache: copying a whole photo takes as long as hashing it
 STRIP_BYTES = 2**18
-_one_large_image = threading.Lock()
-
-
-class RejectedImage(UserError):
-    """An image file that cannot be used. The message is the reason shown to the user."""
+# a copy of a picture's metadata may be stored with it, but not more than a camera writes
+MAX_COPIED_METADATA_BYTES = 2**20
+# bytes a pixel in Pillow's memory: 4 for every mode of several channels
+_STORED_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}
+# bytes a pixel that the decoders of some formats need beside Pillow's image: canvases, planes, coefficients
+_DECODER_BYTES = {"WEBP": 12, "AVIF": 12, "HEIF": 12, "JPEG2000": 20, "PPM": 16, "QOI": 16}
+_COEFFICIENT_BYTES = 2
+_FIXED_BYTES = 2**24
 
 
 @dataclass(frozen=True)
@@ -101,7 +108,9 @@ def open_image(source: Path | bytes) -> Image.Image:
     decoding it (`load`, `convert`) may still raise anything that Pillow raises for damaged files.
     """
     with _rejecting():
-        return _open(source if isinstance(source, bytes) else read_bytes(source, MAX_FILE_BYTES))
+        if isinstance(source, bytes):
+            return _open(check(source, has_heif=_has_heif()))
+        return _open(check(read_bytes(source, MAX_FILE_BYTES), source.name, _has_heif()))
 
 
 def _formats() -> list[str]:
@@ -110,8 +119,73 @@ def _formats() -> list[str]:
     return [name for name in READABLE_FORMATS if name in Image.OPEN]
 
 
-def _open(content: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(content), formats=_formats())
+def _has_heif() -> bool:
+    return "HEIF" in _formats()
+
+
+def _open(checked: Checked) -> Image.Image:
+    """Return the opened file. Adds a note if its metadata had to be left out."""
+    _silence_libraries()
+    try:
+        opened = Image.open(io.BytesIO(checked.content), formats=_formats())
+    except Image.DecompressionBombError:
+        raise
+    except Exception:
+        if not checked.content.startswith(b"\xff\xd8"):
+            raise
+        opened = Image.open(io.BytesIO(jpeg_without_metadata(checked.content)), formats=_formats())
+        checked.notes.append("its metadata is damaged and was not read, so that it may lie on its side")
+    width, height = opened.size
+    if opened.format == "PNG":
+        opened.info |= checked.info
+        _scale_transparency(opened, depth=checked.content[24])
+    if opened.format == "JPEG2000":
+        *size, num_channels = jpeg2000_shape(checked.content)
+        if tuple(size) != opened.size or num_channels > MAX_JPEG2000_CHANNELS:
+            raise RejectedImage("damaged: its header and its code stream are of different sizes")
+    is_slow = any(tile[0] in Image.DECODERS for tile in getattr(opened, "tile", ()))
+    if is_slow and width * height > MAX_SLOW_PIXELS:
+        raise RejectedImage(
+            f"{width * height / 1e6:.1f} megapixels in this kind of {opened.format} would take long to decode; convert "
+            "it to PNG"
+        )
+    return opened
+
+
+def _scale_transparency(png: Image.Image, depth: int) -> None:
+    """Bring a PNG's transparent grey or colour, which is stored at the file's depth, to the depth of the pixels."""
+    value = png.info.get("transparency")
+    if png.mode == "L" and depth < 8 and isinstance(value, int):
+        png.info["transparency"] = (value & (2**depth - 1)) * 255 // (2**depth - 1)
+    elif png.mode == "RGB" and depth == 16 and isinstance(value, tuple):
+        png.info["transparency"] = tuple(channel >> 8 for channel in value)
+
+
+def _silence_libraries() -> None:
+    """Keep Pillow's warnings and libtiff's lines off the terminal: what matters is said by RejectedImage or a note."""
+    if not any(module == _PILLOW for _, _, _, module, _ in warnings.filters):
+        warnings.filterwarnings("ignore", module=_PILLOW.pattern)
+    _silence_libtiff()
+
+
+_PILLOW = re.compile(r"PIL\.")
+
+
+@lru_cache(maxsize=1)
+def _silence_libtiff() -> None:
+    """Take away libtiff's handlers, which write to file descriptor 2 whatever sys.stderr is."""
+    try:
+        maps = Path("/proc/self/maps").read_text(errors="replace")
+        paths = {line.split(maxsplit=5)[-1] for line in maps.splitlines() if "/libtiff" in line}
+        for path in paths:
+            library = ctypes.CDLL(path)
+            for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
+                function = getattr(library, name)
+                function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_void_p
+                function(None)
+    except (OSError, AttributeError):
+        # a Pillow whose libtiff is linked in: its lines are shown
+        return
 
 
 def _orientation(image: Image.Image) -> int:
@@ -122,107 +196,140 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
+def _strips(image: Image.Image) -> Iterator[tuple[int, int, int, int]]:
+    """Yield boxes of whole rows, of STRIP_BYTES of pixels each or a little less."""
+    width, height = image.size
+    num_rows = max(1, STRIP_BYTES // (len(image.getbands()) * width))
+    for top in range(0, height, num_rows):
+        yield 0, top, width, min(height, top + num_rows)
+
+
+def _in_strips(image: Image.Image, mode: str, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """Return convert(image), of this mode, without a second copy of the image beside the result."""
+    converted = Image.new(mode, image.size)
+    for box in _strips(image):
+        converted.paste(convert(image.crop(box)), box)
+    return converted
+
+
 def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Return a 16-bit, 32-bit or float image as 8-bit grey, scaled by its bit depth, or by its range if it has none."""
-    values = np.asarray(image).astype(np.float64)
-    if not np.isfinite(values).all():
-        raise RejectedImage("contains infinite or NaN pixels; convert it to 8 or 16 bits")
-    peak = float(values.max(initial=0.0))
+    """Return a 16-bit, 32-bit or float image as 8-bit grey, scaled by its bit depth, or by its range if it has none.
+
+    The transparent value of a 16-bit PNG becomes white.
+    """
     if image.mode.startswith("I;16"):
-        white = 65535.0
-    else:
-        white = next((level for level in (1.0, 255.0, 65535.0) if peak <= level), peak)
-        # integers of at most 1 are a dark picture, not a float image
-        white = 255.0 if white == 1.0 and image.mode == "I" else white
-    return Image.fromarray(np.clip(np.rint(values * (255.0 / white)), 0, 255).astype(np.uint8), "L")
+        grey_of = np.rint(np.arange(2**16) * (255.0 / 65535.0)).astype(np.uint8)
+        if isinstance(image.info.get("transparency"), int):
+            grey_of[image.info["transparency"]] = 255
+        return _in_strips(image, "L", lambda strip: Image.fromarray(grey_of[np.asarray(strip)]))
+    peak = 0.0
+    for box in _strips(image):
+        values = np.asarray(image.crop(box))
+        if not np.isfinite(values).all():
+            raise RejectedImage("contains infinite or NaN pixels; convert it to 8 or 16 bits")
+        peak = max(peak, float(values.max(initial=0)))
+    white = next((level for level in (1.0, 255.0, 65535.0) if peak <= level), peak)
+    # integers of at most 1 are a dark picture, not a float image
+    white = 255.0 if white == 1.0 and image.mode == "I" else white
+
+    def scaled(strip: Image.Image) -> Image.Image:
+        values = np.asarray(strip).astype(np.float64) * (255.0 / white)
+        return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
+
+    return _in_strips(image, "L", scaled)
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    layer = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
 
 
 def _flatten(image: Image.Image) -> Image.Image:
-    """Return the image as RGB, transparency composited over white. CMYK is returned unchanged."""
+    """Return the image as L or RGB, transparency composited over white. CMYK and LAB are returned unchanged."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        image = _to_8_bit(image)
-    if image.mode == "CMYK" or (image.mode == "RGB" and "transparency" not in image.info):
-        return image
+        return _to_8_bit(image)
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
-        layer = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-    return image.convert("RGB")
+        return _in_strips(image, "RGB", _over_white)
+    return image if image.mode in ("L", "RGB", "CMYK", "LAB") else image.convert("RGB")
 
 
-def _foreign_profile(icc: bytes | None) -> ImageCms.ImageCmsProfile | None:
-    """Return the colour profile if it is an RGB or CMYK profile other than sRGB, else None."""
-    if not icc:
-        return None
-    try:
-        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
-        description = profile.profile.profile_description or ""
-        space = profile.profile.xcolor_space.strip()
-    except (OSError, ImageCms.PyCMSError):
-        return None
-    return None if space not in ("RGB", "CMYK") or "srgb" in description.lower() else profile
-
-
-def _to_srgb(image: Image.Image, profile: ImageCms.ImageCmsProfile | None) -> tuple[Image.Image, str]:
-    """Return (the RGB or CMYK image converted to sRGB, a warning or "")."""
-    if profile is None or profile.profile.xcolor_space.strip() != image.mode:
-        return image.convert("RGB"), ""
-    try:
-        converted = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    except ImageCms.PyCMSError as error:
-        return image.convert("RGB"), f"its colour profile cannot be used ({error}); the colours are treated as sRGB"
-    return converted, ""
-
-
-def _decode(content: bytes, max_megapixels: float | None) -> Decoded:
-    with _open(content) as opened:
-        width, height = opened.size
-        if min(width, height) < MIN_SIDE_PX:
-            raise RejectedImage(f"{width} x {height} px is too small; each side needs at least {MIN_SIDE_PX} px")
-        with _one_large_image if width * height > LARGE_PIXELS else nullcontext():
-            return _load(opened, max_megapixels)
-
-
-def _digest(image: Image.Image) -> str:
-    """Return the SHA-256 of an RGB or CMYK image's mode, size and pixels."""
-    digest = hashlib.sha256(f"{image.mode} {image.size}".encode())
-    width, height = image.size
-    num_rows = max(1, STRIP_BYTES // (len(image.mode) * width))
-    for top in range(0, height, num_rows):
-        digest.update(image.crop((0, top, width, min(height, top + num_rows))).tobytes())
-    return digest.hexdigest()
-
-
-def _load(opened: Image.Image, max_megapixels: float | None) -> Decoded:
-    """Decode an opened image as described at `decode`."""
+def _decode(content: bytes, max_megapixels: float | None, stop: threading.Event | None) -> Decoded:
+    checked = check(content, has_heif=_has_heif())
+    opened = _open(checked)
     width, height = opened.size
-    file_format = opened.format or ""
+    if min(width, height) < MIN_SIDE_PX:
+        raise RejectedImage(f"{width} x {height} px is too small; each side needs at least {MIN_SIDE_PX} px")
     target = shrunk_size(width, height, max_megapixels)
     is_shrunk = target != (width, height)
     if is_shrunk:
         # for JPEG only, a no-op for other formats: the decoder scales by 1/2, 1/4 or 1/8, which is several times faster
         opened.draft(None, (target[0] * DRAFT_GAP, target[1] * DRAFT_GAP))
-    is_animated = getattr(opened, "is_animated", False)
-    opened.load()
-    orientation = _orientation(opened)
-    icc = opened.info.get("icc_profile")
-    is_plain = opened.mode == "RGB" and "transparency" not in opened.info
-    image = _flatten(opened)
-    if orientation in _TRANSPOSE:
-        image = image.transpose(_TRANSPOSE[orientation])
-    digest = _digest(image)
-    if is_shrunk:
-        image = image.resize(shrunk_size(*image.size, max_megapixels), Image.Resampling.LANCZOS)
-    profile = _foreign_profile(icc)
-    image, warning = _to_srgb(image, profile)
+    num_bytes = decode_bytes(opened, (width, height), checked, is_shrunk)
+    _refuse_if_memory_is_short(num_bytes, (width, height))
+    with decode_budget().reserved(num_bytes, stop):
+        opened.load()
+        file_format, info, orientation = opened.format or "", dict(opened.info), _orientation(opened)
+        is_plain = opened.mode == "RGB" and "transparency" not in info
+        is_animated = checked.is_animated or (file_format == "WEBP" and getattr(opened, "is_animated", False))
+        image = _flatten(opened)
+        # frees the decoded pixels if flattening copied them
+        del opened
+        if orientation in _TRANSPOSE:
+            image = image.transpose(_TRANSPOSE[orientation])
+        digest = _digest(image)
+        if is_shrunk:
+            image = image.resize(shrunk_size(*image.size, max_megapixels), Image.Resampling.LANCZOS)
+        image, is_converted, warning = to_srgb(image, info)
+    # what is written from it is sRGB: no profile may follow it into a file
+    image.info = {}
     is_copyable = (
         file_format in COPYABLE_FORMATS
         and is_plain
         and not is_animated
         and not is_shrunk
         and orientation not in _TRANSPOSE
-        and profile is None
+        and not is_converted
+        and checked.has_sound_metadata
+        and len(content) <= 3 * width * height + MAX_COPIED_METADATA_BYTES
     )
-    return Decoded(image, file_format, is_copyable, is_shrunk, digest, warning)
+    notes = dict.fromkeys([*checked.notes, *([warning] if warning else [])])
+    return Decoded(image, file_format, is_copyable, is_shrunk, digest, "; ".join(notes))
+
+
+def _refuse_if_memory_is_short(num_bytes: int, size: tuple[int, int]) -> None:
+    available = available_bytes()
+    if available is not None and num_bytes > available:
+        raise RejectedImage(
+            f"{size[0]} x {size[1]} px need {num_bytes / GIB:.1f} GiB to decode, but only {available / GIB:.1f} GiB of "
+            "memory are free; shrink it, or close other programs"
+        )
+
+
+def decode_bytes(opened: Image.Image, full_size: tuple[int, int], checked: Checked, is_shrunk: bool) -> int:
+    """Return the most memory that decoding takes, estimated from the header.
+
+    opened: the image, in draft mode or not. full_size: (width, height) in px without draft mode.
+    """
+    is_grey = opened.mode in ("L", "I", "F") or opened.mode.startswith("I;16")
+    is_flat = opened.mode in ("L", "RGB", "CMYK", "LAB") and "transparency" not in opened.info
+    stored, flat = _STORED_BYTES.get(opened.mode, 4), 1 if is_grey else 4
+    # the decoded image, a flattened copy, and an upright one or, of an image that is not shrunk, one in sRGB
+    per_pixel = stored + (0 if is_flat else flat) + (flat if is_shrunk else 4)
+    per_pixel += _DECODER_BYTES.get(opened.format or "", 0)
+    num_bytes = opened.width * opened.height * per_pixel
+    if checked.is_progressive:
+        num_bytes += full_size[0] * full_size[1] * _COEFFICIENT_BYTES * len(opened.getbands())
+    return num_bytes + checked.buffer_bytes + 2 * len(checked.content) + _FIXED_BYTES
+
+
+def _digest(image: Image.Image) -> str:
+    """Return the SHA-256 of mode, size and pixels of a flattened image. Grey counts as RGB."""
+    mode = "RGB" if image.mode == "L" else image.mode
+    digest = hashlib.sha256(f"{mode} {image.size}".encode())
+    for box in _strips(image):
+        strip = image.crop(box)
+        digest.update((strip if strip.mode == mode else strip.convert(mode)).tobytes())
+    return digest.hexdigest()
 
 
 @contextmanager
@@ -232,6 +339,8 @@ def _rejecting() -> Iterator[None]:
         yield
     except RejectedImage:
         raise
+    except Cancelled as error:
+        raise RejectedImage("not decoded, because this call was interrupted") from error
     except UnsafeFile as error:
         raise RejectedImage(str(error)) from error
     except Image.UnidentifiedImageError as error:
@@ -248,35 +357,34 @@ def _rejecting() -> Iterator[None]:
         raise RejectedImage(f"damaged: {error or type(error).__name__}") from error
 
 
-def decode(content: bytes, max_megapixels: float | None = None) -> Decoded:
+def decode(content: bytes, max_megapixels: float | None = None, stop: threading.Event | None = None) -> Decoded:
     """Return the first frame of an image file as upright sRGB, shrunk to max_megapixels (10^6 px; None: no limit).
 
-    content: the file's bytes. Raises RejectedImage with the reason.
+    content: the file's bytes. stop: once it is set, a thread that waits for memory gives up with RejectedImage. Threads
+    that decode at the same time share one memory budget. Raises RejectedImage with the reason.
     """
     with _rejecting():
-        return _decode(content, max_megapixels)
+        return _decode(content, max_megapixels, stop)
 
 
 def read_file(path: Path) -> bytes:
     """Return the bytes of an image file. Raises RejectedImage if it cannot be read or is not an image by its header."""
-    with _rejecting():
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            # opening a pipe blocks until someone writes to it, and reading a device may never end
-            raise RejectedImage("not a regular file but a device, pipe or socket")
-        if status.st_size == 0:
+    with _rejecting(), open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size == 0:
             raise RejectedImage("the file is empty")
-        if status.st_size > MAX_FILE_BYTES:
-            size_gib, limit_gib = status.st_size / GIB, MAX_FILE_BYTES / GIB
-            raise RejectedImage(f"the file is {size_gib:.1f} GiB, over the limit of {limit_gib:.0f} GiB; shrink it")
+        if size > MAX_FILE_BYTES:
+            limit_gib = MAX_FILE_BYTES / GIB
+            raise RejectedImage(f"the file is {size / GIB:.1f} GiB, over the limit of {limit_gib:.0f} GiB; shrink it")
         # check the header first, so that a video or an archive is not read into memory
-        with open(path, "rb") as file:
-            header = file.read(16)
-        if header[4:8] == b"ftyp" and header[8:12] in HEIC_BRANDS and "HEIF" not in Image.OPEN:
-            raise RejectedImage("HEIC files cannot be decoded here; convert it to JPEG")
-        with Image.open(path, formats=_formats()):
-            pass
-        return path.read_bytes()
+        header = file.read(256)
+        check_kind(header, path.name, _has_heif())
+        accepts = {name: Image.OPEN[name][1] for name in _formats()}
+        if not any(accept is not None and accept(header[:16]) for accept in accepts.values()):
+            # formats without a signature
+            Image.open(file, formats=[name for name, accept in accepts.items() if accept is None])
+        file.seek(0)
+        return file.read(MAX_FILE_BYTES)
 
 
 def encode(image: Image.Image, image_format: str, quality: int) -> tuple[bytes, str]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 import unicodedata
 import warnings
 from collections import deque
@@ -59,11 +60,13 @@ class _Prepared:
     warning: str
 
 
-def _prepare(path: Path, max_megapixels: float, image_format: str, quality: int) -> _Prepared | str:
-    """Return the file as it will be stored, or the reason why it cannot be used."""
+def _prepare(
+    path: Path, max_megapixels: float, image_format: str, quality: int, stop: threading.Event
+) -> _Prepared | str:
+    """Return the file as it will be stored, or the reason why it cannot be used. stop: see `decode`."""
     try:
         content = read_file(path)
-        decoded = decode(content, max_megapixels)
+        decoded = decode(content, max_megapixels, stop)
         if decoded.is_copyable:
             data, suffix = content, COPYABLE_FORMATS[decoded.format]
         else:
@@ -88,21 +91,23 @@ def _prepare(path: Path, max_megapixels: float, image_format: str, quality: int)
 
 
 def _in_order(function: Callable, items: list) -> Iterable:
-    """Yield function(item) for each item in order.
+    """Yield function(item, stop) for each item in order. stop: an event, set when no more results are wanted.
 
     Threads compute results ahead of the consumer, but only a few: each holds a whole image.
     """
+    stop = threading.Event()
     num_workers = os.cpu_count() or 1
     executor = ThreadPoolExecutor(num_workers)
     pending: deque = deque()
     try:
         for item in items:
-            pending.append(executor.submit(function, item))
+            pending.append(executor.submit(function, item, stop))
             if len(pending) > 2 * num_workers:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
     finally:
+        stop.set()
         executor.shutdown(cancel_futures=True)
 
 
@@ -270,7 +275,9 @@ def _ingest(
         # Pillow warns about photos over half its size limit, which are merely shrunk here, and about damaged files,
         # which are listed as rejected anyway
         warnings.filterwarnings("ignore", module=r"PIL\.")
-        results = _in_order(lambda source: _prepare(source.path, max_megapixels, image_format, quality), files)
+        results = _in_order(
+            lambda source, stop: _prepare(source.path, max_megapixels, image_format, quality, stop), files
+        )
         for num_done, (source, prepared) in enumerate(zip(files, results, strict=True), start=1):
             if isinstance(prepared, str):
                 summary.rejected.append(Rejection(storable(str(source.path)), prepared))

@@ -167,7 +167,7 @@ PICTURES = [
         LEFT_OUT,
         "the limit that guards against decompression bombs",
     ),
-    Picture("bomb in a text chunk", write("x.png", with_text_bomb()), LEFT_OUT, "damaged: Decompressed data too large"),
+    Picture("bomb in a text chunk", write("x.png", with_text_bomb()), TAKEN),
     Picture("a file of more than a GiB", a_huge_file, LEFT_OUT, "the file is 1.0 GiB, over the limit of 1 GiB"),
     Picture("CMYK", write("x.jpg", saved(Image.new("CMYK", (40, 30), (0, 200, 200, 9)), "JPEG")), TAKEN),
     Picture(
@@ -226,7 +226,12 @@ PICTURES = [
     Picture("device", lambda folder: (folder / "x.jpg").symlink_to("/dev/zero"), LEFT_OUT, "not a regular file"),
     Picture("socket", a_socket, LEFT_OUT, "not a regular file"),
     Picture("folder named like a photo", a_folder_named_like_a_photo, TAKEN, caption="inside"),
-    Picture("colour profile of garbage", write("x.jpg", saved(noise(), "JPEG", icc_profile=b"\xff" * 200)), TAKEN),
+    Picture(
+        "colour profile of garbage",
+        write("x.jpg", saved(noise(), "JPEG", icc_profile=b"\xff" * 200)),
+        TAKEN,
+        "its colour profile is damaged",
+    ),
     Picture(
         "EXIF of garbage",
         write("x.jpg", saved(noise(), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff" + b"\xff" * 30)),

@@ -66,7 +66,7 @@ def deny(monkeypatch):
     @contextlib.contextmanager
     def denied(names: tuple[str, ...]):
         with monkeypatch.context() as patch:
-            for module, function in ((builtins, "open"), (io, "open"), (os, "listdir"), (os, "scandir")):
+            for module, function in ((builtins, "open"), (io, "open"), (os, "listdir"), (os, "scandir"), (os, "open")):
                 patch.setattr(module, function, refusing(getattr(module, function), names))
             yield
 

@@ -17,6 +17,8 @@ from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
 
+from safelight.text import printable_lines
+
 MAX_MESSAGES = 200
 # a logged traceback can be long, and its end says what happened
 MAX_MESSAGE_CHARS = 4000
@@ -88,7 +90,7 @@ def written_to(folder: Path) -> Iterator[None]:
 
 
 def _keep(text: str) -> None:
-    text = text.strip()
+    text = printable_lines(text.strip())
     if len(text) > MAX_MESSAGE_CHARS:
         text = f"... {text[-MAX_MESSAGE_CHARS:]}"
     with _lock:

@@ -12,8 +12,8 @@ import torch
 
 from safelight.bench.core import arguments
 from safelight.bench.core.results import COUNTS, append, make_record
-from safelight.bench.core.show import print_json, print_table
 from safelight.errors import UserError
+from safelight.output.show import json_text, print_json, print_line, print_table
 
 CPU = torch.device("cpu")
 
@@ -35,7 +35,7 @@ def run_baseline(options: arguments.Baseline) -> int:
 
     if not options.json:
         for name in options.recipe:
-            print(f"{name}: {ALL_RECIPES[name].description}")
+            print_line(f"{name}: {ALL_RECIPES[name].description}")
     return _run_steps(options, (OURS, *options.recipe))
 
 
@@ -57,7 +57,7 @@ def _run_steps(options: arguments.Step, recipes: tuple[str, ...]) -> int:
     workloads = variants(recipes, options.batch_size, work)
     for record in measure(workloads, options.repeats, options.loader, not options.separate):
         _append(options.append, record)
-        print(json.dumps(record) if options.json else _step_line(record))
+        print_line(json_text(record) if options.json else _step_line(record))
     return 0
 
 
@@ -92,12 +92,12 @@ def run_count(options: arguments.Count) -> int:
         columns,
         rows,
     )
-    print(
+    print_line(
         f"{figures['forward_gflop']:,.1f} GFLOP forward, {figures['step_gflop']:,.1f} GFLOP in the whole step; "
         f"{figures['saved_mib']:,.1f} MiB saved for backward; "
         f"{figures['host_syncs']} host-device synchronizations"
     )
-    print(
+    print_line(
         "Launches and bytes are estimates from the model in bench/core/operators.py."
         + ("" if profiled else " Use --profile to compare them with a profiled step.")
     )
@@ -110,12 +110,12 @@ def run_gate(options: arguments.Gate) -> int:
     failed = False
     for golden in goldens(options.golden or COUNTS, options.base):
         rose, fell = check(golden)
-        print(f"{'rose' if rose else 'fell' if fell else 'same'}  {_config_text(golden['config'])}")
+        print_line(f"{'rose' if rose else 'fell' if fell else 'same'}  {_config_text(golden['config'])}")
         for line in (*rose, *fell):
-            print(f"      {line}")
+            print_line(f"      {line}")
         failed |= bool(rose)
     if failed:
-        print(
+        print_line(
             f"A counted figure rose. If that is intended, append the new count to {COUNTS.name} "
             "(`bench count --append`) and explain it in the commit."
         )
@@ -162,7 +162,7 @@ def run_compare(options: arguments.Compare) -> int:
             ],
         )
     for line in regressions:
-        print(line)
+        print_line(line)
     return int(bool(regressions))
 
 
@@ -176,9 +176,9 @@ def run_plot(options: arguments.Plot) -> int:
     if not files:
         raise UserError(f"nothing to plot: the files have no results for {', '.join(skipped)}")
     for file in files:
-        print(file)
+        print_line(file)
     if skipped:
-        print(f"not plotted, no results for: {', '.join(skipped)}")
+        print_line(f"not plotted, no results for: {', '.join(skipped)}")
     return 0
 
 
@@ -237,7 +237,7 @@ def run_loop(options: arguments.Loop) -> int:
     )
     for record in bench_loop(work, options.photographs, options.epochs):
         _append(options.append, record)
-        print(json.dumps(record) if options.json else _loop_line(record))
+        print_line(json_text(record) if options.json else _loop_line(record))
     return 0
 
 
@@ -280,7 +280,7 @@ def run_quick(options: arguments.Quick) -> int:
         ("recipe", "batch", "images/s", "peak GiB", "of the limit"),
         rows,
     )
-    print(
+    print_line(
         f"The limit of {limits['limit_images_per_s']:.1f} images/s assumes that the step does nothing but its "
         f"arithmetic, at this machine's matrix-multiply rate of {limits['matmul_tflops']:.2f} TFLOP/s."
     )
@@ -298,8 +298,8 @@ def run_all(options: arguments.All) -> int:
     failed: list[str] = []
     for record in run_parts(options.minutes, options.out, work, options.only):
         failed += [record["bench"]] if record["figures"].get("failed") else []
-        print(f"{record['bench']} {_summary(record)} {record.get('note', '')}".rstrip(), flush=True)
-    print(f"results: {options.out / 'results.jsonl'}" + (f"; failed: {', '.join(failed)}" if failed else ""))
+        print_line(f"{record['bench']} {_summary(record)} {record.get('note', '')}".rstrip())
+    print_line(f"results: {options.out / 'results.jsonl'}" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return int(bool(failed))
 
 
@@ -342,7 +342,7 @@ def run_kernels(options: arguments.Kernels) -> int:
     ):
         _append(options.append, record)
         if options.json:
-            print(json.dumps(record))
+            print_line(json_text(record))
             continue
         config = record["config"]
         if config["what"] == "time":
@@ -361,9 +361,11 @@ def run_kernels(options: arguments.Kernels) -> int:
             time_rows(timed),
         )
         for line in failures(timed):
-            print(line)
+            print_line(line)
     if not is_gpu and not options.json:
-        print(CPU_NOTE if timed else "No times: the kernels need a GPU (--times yes times their PyTorch references).")
+        print_line(
+            CPU_NOTE if timed else "No times: the kernels need a GPU (--times yes times their PyTorch references)."
+        )
     return 0
 
 
@@ -381,7 +383,7 @@ def run_aot(options: arguments.Aot) -> int:
             table_rows(rows, targets),
         )
         for line in failed:
-            print(line)
+            print_line(line)
     return int(bool(failed))
 
 
@@ -398,7 +400,7 @@ def run_optimizer(options: arguments.Optimizer) -> int:
         _append(options.append, record)
         records.append(record)
         if options.json:
-            print(json.dumps(record))
+            print_line(json_text(record))
     if options.json:
         return 0
     config, (measured, failures) = records[0]["config"], rows(records)
@@ -408,11 +410,12 @@ def run_optimizer(options: arguments.Optimizer) -> int:
         ("optimizer", "bytes held", "bytes moved", "ms/step", f"times {config['compared_with']}"),
         measured,
     )
-    print("Bytes are per parameter. Held bytes leave out gradients; moved bytes are computed, not measured.")
+    print_line("Bytes are per parameter. Held bytes leave out gradients; moved bytes are computed, not measured.")
     if config["device"] == "cpu":
-        print("On a CPU our kernels run as PyTorch references: these times say nothing about the kernels.")
+        print_line("On a CPU our kernels run as PyTorch references: these times say nothing about the kernels.")
     if failures:
-        print("\n".join(("", "cannot run here:", *failures)))
+        for line in ("", "cannot run here:", *failures):
+            print_line(line)
     return 0
 
 
@@ -431,7 +434,7 @@ def run_memory(options: arguments.Memory) -> int:
         _append(options.append, record)
         records.append(record)
         if options.json:
-            print(json.dumps(record), flush=True)
+            print_line(json_text(record))
     if options.json:
         return 0
     config = records[0]["config"]
@@ -463,7 +466,7 @@ def run_attention(options: arguments.Attention) -> int:
         records.append(record)
         _append(options.append, record)
         if options.json:
-            print(json.dumps(record))
+            print_line(json_text(record))
     if options.json:
         return 0
     print_table(
@@ -473,9 +476,9 @@ def run_attention(options: arguments.Attention) -> int:
         [row for record in records for row in rows_of(record)],
     )
     for line in reasons_of(records):
-        print(line)
+        print_line(line)
     if not is_gpu:
-        print(CPU_NOTE)
+        print_line(CPU_NOTE)
     return 0
 
 
@@ -511,21 +514,21 @@ def run_roofline(options: arguments.Roofline) -> int:
         *table_rows(figures),
     )
     source = f"measured on {record['machine']['device']}" if card is None else config["ceilings"]
-    print(
+    print_line(
         f"Ceilings ({source}): {figures['matmul_tflops']:.2f} TFLOP/s of matrix multiplication, "
         f"{figures['copy_gb_per_s']:.0f} GB/s of copies. At these rates the step would take "
         f"{figures['least_ms']:.1f} ms."
     )
     if "step_ms" in figures:
         low, middle, high = figures["step_ms"]
-        print(
+        print_line(
             f"Measured: {middle:.1f} ms per step (p20 {low:.1f}, p80 {high:.1f}), "
             f"{figures['images_per_s']:.2f} images/s, model FLOP utilization "
             f"{100 * figures['model_flop_use']['share_of_limit']:.1f} %. "
             f"Under the profiler a step takes {figures['profiled_step_ms']:.1f} ms."
         )
     elif "why" in figures:
-        print(f"Not measured: the step runs out of memory on this GPU ({figures['why']}).")
+        print_line(f"Not measured: the step runs out of memory on this GPU ({figures['why']}).")
     else:
-        print("Nothing was measured: operators were counted on meta tensors.")
+        print_line("Nothing was measured: operators were counted on meta tensors.")
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -9,6 +10,7 @@ import traceback
 from safelight import bug_report, commands, library_log
 from safelight.commands import COMMANDS, EXIT_INTERRUPTED
 from safelight.errors import UserError
+from safelight.text import printable_lines
 
 USAGE = """Safelight fine-tunes Stable Diffusion, the whole UNet, on the one GPU you have.
 
@@ -82,10 +84,11 @@ def _report_bug(error: Exception, argv: list[str]) -> int:
     try:
         file = bug_report.write(error, argv)
     except OSError as failure:
-        traceback.print_exception(error)
-        print(f"safelight {argv[0]}: this is a bug, and its report cannot be written: {failure}", file=sys.stderr)
+        said = "".join(traceback.format_exception(error))
+        said += f"safelight {argv[0]}: this is a bug, and its report cannot be written: {failure}"
     else:
-        print(bug_report.summary(error, argv[0], file), file=sys.stderr)
+        said = bug_report.summary(error, argv[0], file)
+    print(printable_lines(said), file=sys.stderr)
     return EXIT_BUG
 
 
@@ -124,6 +127,10 @@ def main(argv: list[str] | None = None) -> int:
     With the environment variable SAFELIGHT_TRACEBACK=1 every error is raised instead.
     """
     argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        # a caption in characters that the terminal's encoding lacks must not end a command
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     bug_report.belongs_to(None)
     try:
         try:
@@ -144,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
         message = _explain(error)
         if message is None:
             return _report_bug(error, argv)
-        print(f"safelight {argv[0]}: {message}", file=sys.stderr)
+        print(printable_lines(f"safelight {argv[0]}: {message}"), file=sys.stderr)
         return EXIT_BAD_INPUT
 
 

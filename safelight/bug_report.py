@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 
 from safelight import __version__, library_log
+from safelight.text import printable_lines
 
 _run_folder: Path | None = None
 
@@ -68,7 +69,7 @@ def _text(error: BaseException, argv: list[str]) -> str:
         "".join(traceback.format_exception(error)).rstrip(),
         "\n".join(["What libraries logged and warned of:", *messages]),
     ]
-    return "\n\n".join(parts) + "\n"
+    return printable_lines("\n\n".join(parts)) + "\n"
 
 
 def _versions() -> dict[str, str]:

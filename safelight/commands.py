@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Iterator
@@ -11,6 +10,8 @@ from pathlib import Path
 
 from safelight import bug_report, library_log
 from safelight.errors import UserError
+from safelight.output.show import print_json, print_line, print_table
+from safelight.text import counted, printable
 
 EXIT_INTERRUPTED = 130
 
@@ -38,26 +39,7 @@ def _say_loading(message: str = "loading libraries and model") -> None:
 
 def _say_next(suggestion: str) -> None:
     """Suggest the next command, on stderr: stdout holds results, which other programs may read."""
-    print(f"next: {suggestion}", file=sys.stderr)
-
-
-def _print_json(value) -> None:
-    print(json.dumps(value, indent=1, ensure_ascii=False))
-
-
-def _print_table(title: str, columns: tuple[str, ...], rows: list[tuple]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*(str(cell) for cell in row))
-    console = Console(highlight=False, emoji=False)
-    # not as the table's own title, which would be wrapped to the table's width
-    console.print(title, style="bold", markup=False, soft_wrap=True)
-    console.print(table)
+    print(printable(f"next: {suggestion}"), file=sys.stderr)
 
 
 def init(argv: list[str]) -> int:
@@ -73,7 +55,7 @@ def init(argv: list[str]) -> int:
     if arguments.out.exists() and not arguments.force:
         raise UserError(f"{arguments.out} already exists; choose another file with -o, or add --force to overwrite it")
     atomic_write_text(arguments.out, to_toml(config, comments=True))
-    print(
+    print_line(
         f"wrote {arguments.out}; next: safelight prepare PHOTOS -o {config.data.path}, "
         f"then safelight train {arguments.out}"
     )
@@ -101,7 +83,7 @@ def prepare(argv: list[str]) -> int:
         )
     rejected = [{"path": str(r.path), "reason": r.reason} for r in summary.rejected]
     if arguments.json:
-        _print_json(
+        print_json(
             {
                 "dataset": str(arguments.out),
                 "photos": len(summary.photos),
@@ -122,7 +104,6 @@ def cache(argv: list[str]) -> int:
 
     arguments, config = parse_with_config(argv, "cache", COMMANDS["cache"])
     _say_loading()
-    from safelight.text import counted
     from safelight.trainer.dataset import open_dataset
     from safelight.trainer.models.base import base_of
     from safelight.trainer.models.device import pick_device
@@ -136,9 +117,9 @@ def cache(argv: list[str]) -> int:
     with dataset.cache:
         rows = dataset.counts()
         if arguments.json:
-            _print_json({"made": dataset.num_encoded, "rows": len(dataset.cache), "buckets": rows})
+            print_json({"made": dataset.num_encoded, "rows": len(dataset.cache), "buckets": rows})
             return 0
-        _print_table(
+        print_table(
             f"{dataset.path}: {counted(dataset.num_encoded, 'row')} encoded, {len(dataset.cache)} in the cache",
             ("bucket", "train", "held out"),
             [(f"{r['width']} x {r['height']}", r["num_train"], r["num_validation"]) for r in rows],
@@ -170,7 +151,7 @@ def plan(argv: list[str]) -> int:
     if arguments.json:
         from safelight.output.plan_json import with_json_names
 
-        _print_json(with_json_names(result))
+        print_json(with_json_names(result))
     else:
         _print_plan(result)
     if card is not None and result["plan"]["refusal"]:
@@ -212,7 +193,6 @@ def _card(name: str, config):
 
 def _print_plan(result: dict) -> None:
     from safelight.output.columns import fill
-    from safelight.text import counted
     from safelight.units import GIB
 
     if "plan" in result:
@@ -221,7 +201,7 @@ def _print_plan(result: dict) -> None:
         print_ways(result)
     else:
         parts = result["bytes"]
-        _print_table(
+        print_table(
             f"{result['base']}, {result['unet_parameters']:,} parameters in {result['unet_tensors']} tensors, "
             f"{result['precision']}, {result['optimizer']}",
             ("static memory", "bytes", "GiB", "bytes per parameter"),
@@ -229,7 +209,7 @@ def _print_plan(result: dict) -> None:
         )
         print(fill("This machine has no GPU. Use --gpu t4 (rtx3060, rtx4090, 8GiB) to plan the whole step for one."))
     size, num = result["checkpoint bytes"], result["checkpoints at most"]
-    print(f"A checkpoint takes {size / GIB:.2f} GiB on disk; up to {num} at a time: {num * size / GIB:.2f} GiB.")
+    print_line(f"A checkpoint takes {size / GIB:.2f} GiB on disk; up to {num} at a time: {num * size / GIB:.2f} GiB.")
     if "dataset" in result:
         data = result["dataset"]
         text = (
@@ -250,7 +230,6 @@ def train(argv: list[str]) -> int:
     arguments, config = parse_with_config(argv, "train", COMMANDS["train"])
     bug_report.belongs_to(Path(config.run.dir))
     _say_loading()
-    from safelight.text import counted, printable
     from safelight.trainer.report.build import build_report
     from safelight.trainer.run_log.terminal import Terminal
     from safelight.trainer.stop import Stop
@@ -286,9 +265,8 @@ def train(argv: list[str]) -> int:
         if position.best_loss is None
         else f", best held-out loss {position.best_loss:.4f} at step {position.best_step}"
     )
-    report = printable(build_report(result.run_dir))
-    print(f"trained {counted(position.step, 'step')}; report: {report}{best}")
-    print(f"next: safelight compare {shlex.quote(str(result.run_dir))}")
+    print_line(f"trained {counted(position.step, 'step')}; report: {build_report(result.run_dir)}{best}")
+    print_line(f"next: safelight compare {shlex.quote(str(result.run_dir))}")
     return 0
 
 
@@ -315,7 +293,7 @@ def sample(argv: list[str]) -> int:
             terminal.say,
         )
     for file in files:
-        print(file)
+        print_line(file)
     return 0
 
 
@@ -338,9 +316,9 @@ def compare(argv: list[str]) -> int:
             lambda done, total: terminal.update("sampling", done, total),
             terminal.say,
         )
-    print(f"pairs in {folder}; report: {build_report(arguments.run)}")
+    print_line(f"pairs in {folder}; report: {build_report(arguments.run)}")
     run = shlex.quote(str(arguments.run))
-    print(
+    print_line(
         f"next: open the report in a browser; "
         f"safelight export {run} -o {shlex.quote(arguments.run.resolve().name)}.safetensors"
     )
@@ -367,7 +345,7 @@ def export(argv: list[str]) -> int:
     )
     for note in done.notes:
         Terminal().say(f"note: {note}")
-    print(f"wrote {done.path}: step {done.step}, {arguments.dtype}, {done.num_bytes / 2**20:,.1f} MiB")
+    print_line(f"wrote {done.path}: step {done.step}, {arguments.dtype}, {done.num_bytes / 2**20:,.1f} MiB")
     if done.path.is_dir():
         _say_next(f"in Python: DiffusionPipeline.from_pretrained({str(done.path)!r})")
     elif not done.notes:
@@ -382,7 +360,7 @@ def report(argv: list[str]) -> int:
     bug_report.belongs_to(arguments.run)
     from safelight.trainer.report.build import build_report
 
-    print(build_report(arguments.run))
+    print_line(build_report(arguments.run))
     _say_next("open it in a browser; it is one file, which you can send to others")
     return 0
 
@@ -398,7 +376,7 @@ def demo(argv: list[str]) -> int:
 
     result = run_demo(arguments.dir, Terminal())
     if arguments.json:
-        _print_json(result)
+        print_json(result)
         return 0
     rows = [
         (
@@ -411,12 +389,12 @@ def demo(argv: list[str]) -> int:
         )
         for row in result["rows"]
     ]
-    _print_table(
+    print_table(
         f"{result['num_samples']} images of combinations left out of fine-tuning, {result['interval']} intervals",
         ("", "base", "trained", "difference", "chance"),
         rows,
     )
-    print(f"report: {result['report']}")
+    print_line(f"report: {result['report']}")
     return 0
 
 
@@ -434,7 +412,7 @@ def profile(argv: list[str]) -> int:
     if arguments.append is not None:
         append(arguments.append, profiled.record)
     if arguments.json:
-        _print_json(profiled.record)
+        print_json(profiled.record)
         return 0
     analysis = profiled.analysis
     title = (
@@ -443,9 +421,9 @@ def profile(argv: list[str]) -> int:
     )
     for head, part in ((title, analysis.phases), ("step time by class of operator", analysis.kinds)):
         rows = [(name, f"{ms:.2f}", f"{100 * ms / sum(part.values()):.0f} %") for name, ms in part.items()]
-        _print_table(head, ("", "ms", "share"), rows)
+        print_table(head, ("", "ms", "share"), rows)
     for file in profiled.files:
-        print(file)
+        print_line(file)
     _say_next(f"open {profiled.files[0]} in a browser")
     return 0
 

@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
 
+from safelight.text import printable_lines
 from safelight.untrusted import UnsafeFile, open_append
 
 MAX_MESSAGES = 200
@@ -90,7 +91,7 @@ def written_to(folder: Path) -> Iterator[None]:
 
 
 def _keep(text: str) -> None:
-    text = text.strip()
+    text = printable_lines(text.strip())
     if len(text) > MAX_MESSAGE_CHARS:
         text = f"... {text[-MAX_MESSAGE_CHARS:]}"
     with _lock:

@@ -16,6 +16,11 @@ def printable(text: str | os.PathLike) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
+def printable_lines(text: str) -> str:
+    """Return the text with non-printable characters escaped, except its line breaks."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
 def storable(text: str) -> str:
     """Return the text with everything that UTF-8 cannot encode escaped, such as undecodable bytes of a file name."""
     return text.encode("utf-8", errors="backslashreplace").decode("utf-8")

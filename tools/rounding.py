@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from safelight.bench.core.results import append, make_record
-from safelight.bench.core.show import print_table
 from safelight.kernels.ops.noising import Noised
 from safelight.kernels.optim.adamw8bit import AdamW8bit
+from safelight.output.show import print_table
 from safelight.trainer.config.schema import Loss, Model, Optimizer
 from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.models.base import base_of

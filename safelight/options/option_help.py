@@ -9,6 +9,8 @@ from pydantic import BaseModel
 from tyro.conf import arg
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
+from safelight.text import printable
+
 
 def described() -> ConstructorRegistry:
     """Return tyro's rules for dataclasses, with our text for defaults.
@@ -44,7 +46,7 @@ def _with_hint(field: StructFieldSpec, are_flags: bool) -> StructFieldSpec:
             return ""
         # tyro shows an empty text as two quotes
         nothing = "empty" if kind is str else "none"
-        return f"(default: {nothing if label in ('', repr('')) else label})"
+        return f"(default: {nothing if label in ('', repr('')) else printable(label)})"
 
     text = " ".join(field.helptext.split()) if isinstance(field.helptext, str) else field.helptext
     # the field's own arg() comes last, so that it overrides ours

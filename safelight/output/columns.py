@@ -6,6 +6,8 @@ import shutil
 import textwrap
 from collections.abc import Mapping
 
+from safelight.text import printable
+
 MAX_COLUMNS = 100
 
 
@@ -14,8 +16,8 @@ def _columns() -> int:
 
 
 def fill(text: str) -> str:
-    """Return a text wrapped to the terminal's width, at most MAX_COLUMNS."""
-    return textwrap.fill(text, _columns(), break_on_hyphens=False)
+    """Return a text wrapped to the terminal's width, at most MAX_COLUMNS. Non-printable characters are escaped."""
+    return textwrap.fill(printable(text), _columns(), break_on_hyphens=False)
 
 
 def wrap_help(text: str) -> str:

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from safelight.output.columns import fill
-from safelight.text import counted
+from safelight.text import counted, printable
 from safelight.units import GIB
 
 # terminals with this many columns get wider padding
@@ -33,9 +33,9 @@ def print_ways(result: dict) -> None:
     height, width = plan["latents"]
     budget = plan["budget_bytes"] / GIB
     title = f"{result['base']}, {result['unet_parameters']:,} parameters, {plan['precision']}, {result['optimizer']}"
-    console.print(title, style="bold", markup=False, soft_wrap=True)
+    console.print(printable(title), style="bold", markup=False, soft_wrap=True)
     console.print(
-        f"{plan['card']}: {budget:.2f} GiB of GPU memory available; latents up to {height} x {width}",
+        printable(f"{plan['card']}: {budget:.2f} GiB of GPU memory available; latents up to {height} x {width}"),
         markup=False,
         soft_wrap=True,
     )

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from safelight.errors import UserError
+from safelight.text import printable
 
 PARTS = ("unet", "vae", "text_encoder")
 
@@ -19,6 +20,9 @@ def delayed_bar() -> type:
         def __init__(self, *args, **options):
             # not disabled: the command line silences libraries' bars, but gigabytes need one
             interval = 0.2 if sys.stderr.isatty() else 10
+            if options.get("desc"):
+                # the name of a file in the repository
+                options["desc"] = printable(options["desc"])
             super().__init__(*args, **{**options, "disable": False, "delay": 2, "mininterval": interval})
 
     return DelayedBar

@@ -46,11 +46,12 @@ class Terminal:
         self.pause()
 
     def say(self, text: str) -> None:
-        """Print a line, without interpreting markup. Control characters, which names may hold, are escaped."""
+        """Print a line, with non-printable characters escaped and markup not interpreted."""
         self.console.print(printable(text), markup=False, soft_wrap=True)
 
     def update(self, what: str, done: int, total: int, note: str = "") -> None:
         """Show that `done` of `total` are done. note: values separated by two spaces, the most important first."""
+        what, note = printable(what), printable(note)
         is_new = self._phase is None or self._phase.what != what
         if is_new:
             self.pause()

@@ -15,6 +15,7 @@ from safelight.data.headers import MAX_PROFILE_BYTES, UNUSED_PROFILE
 SRGB_TOLERANCE = 2
 # libpng, too, takes a gamma this near to 1 / 2.2 for sRGB's curve, as which most programs write it
 SRGB_GAMMA, SRGB_GAMMA_TOLERANCE = 0.45455, 0.05
+CHROMATICITY_TOLERANCE = 0.002
 # x and y of white, red, green, blue
 SRGB_CHROMATICITY = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
 # ITU-T H.273, as in PNG's cICP: the chromaticities of colour primaries
@@ -93,14 +94,13 @@ def _profile(mode: str, info: dict[str, Any]) -> tuple[ImageCms.ImageCmsProfile 
     if "srgb" in info or mode not in ("L", "RGB"):
         return None, ""
     gamma, chromaticity = info.get("gamma"), info.get("chromaticity")
-    if not isinstance(gamma, float) or not 0.1 <= gamma <= 10:
-        gamma = SRGB_GAMMA
-    is_srgb_curve = abs(gamma / SRGB_GAMMA - 1) <= SRGB_GAMMA_TOLERANCE
+    is_gamma = isinstance(gamma, float) and 0.1 <= gamma <= 10
     if not (isinstance(chromaticity, tuple) and _are_primaries(chromaticity)):
         chromaticity = SRGB_CHROMATICITY
-    if is_srgb_curve and np.abs(np.subtract(chromaticity, SRGB_CHROMATICITY)).max() < 0.002:
+    is_srgb_curve = not is_gamma or abs(gamma / SRGB_GAMMA - 1) <= SRGB_GAMMA_TOLERANCE
+    if is_srgb_curve and np.abs(np.subtract(chromaticity, SRGB_CHROMATICITY)).max() < CHROMATICITY_TOLERANCE:
         return None, ""
-    return _parse(matrix_profile(chromaticity, SRGB_CURVE if is_srgb_curve else (1 / gamma,))), ""
+    return _parse(matrix_profile(chromaticity, (1 / gamma,) if is_gamma else SRGB_CURVE)), ""
 
 
 def _are_primaries(chromaticity: tuple[float, ...]) -> bool:

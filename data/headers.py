@@ -178,9 +178,7 @@ def _check_jpeg(content: bytes) -> Checked:
             position = end.start() if end else len(content)
         if num_scans > MAX_JPEG_SCANS or num_segments > MAX_JPEG_SEGMENTS:
             what = f"{MAX_JPEG_SCANS} scans" if num_scans > MAX_JPEG_SCANS else f"{MAX_JPEG_SEGMENTS:,} segments"
-            raise RejectedImage(
-                f"has more than {what}, which no camera or program writes and which take long; save it again"
-            )
+            raise RejectedImage(f"has more than {what}, more than any camera or program writes; save it again")
     # the decoder also holds all coefficients if the colours come one after another
     checked.is_progressive |= num_scans > 1
     return checked
@@ -220,7 +218,7 @@ def _check_gif(content: bytes) -> Checked:
             num_blocks += 1
             if num_blocks > MAX_GIF_BLOCKS:
                 raise RejectedImage(
-                    f"has more than {MAX_GIF_BLOCKS:,} blocks before its picture ends; convert it to PNG"
+                    f"has more than {MAX_GIF_BLOCKS:,} blocks before its first picture; convert it to PNG"
                 )
         return start + 1
 
@@ -330,9 +328,7 @@ def _check_tiff(content: bytes) -> int:
     if any(value(entries, PHOTOMETRIC) in SENSOR_PHOTOMETRICS for entries in directories):
         raise RejectedImage(f"a camera's raw file, which cannot be developed here; {_ADVICE}")
     if value(first, NEW_SUBFILE_TYPE) & 1 or value(first, SUBFILE_TYPE) == 2:
-        reason = (
-            "its first page is a reduced preview, as in a camera's raw file, and training on that would teach its blur"
-        )
+        reason = "its first page is a reduced preview of the photograph, as in a camera's raw file"
         raise RejectedImage(f"{reason}; {_ADVICE} of one page")
     num_pieces = max((first[tag].count for tag in (STRIP_OFFSETS, TILE_OFFSETS) if tag in first), default=0)
     if num_pieces > MAX_TIFF_PIECES:
@@ -404,12 +400,15 @@ def _check_png(content: bytes) -> Checked:
 
 def _is_sound(kind: bytes, data: bytes, checksum: bytes) -> bool:
     """Return whether every decoder takes this chunk of metadata: whole, and not too large when it is unpacked."""
-    if zlib.crc32(kind + data).to_bytes(4, "big") != checksum or len(data) < _PNG_MIN_BYTES.get(kind, 0):
+    is_whole = zlib.crc32(kind + data).to_bytes(4, "big") == checksum and len(data) >= _PNG_MIN_BYTES.get(kind, 0)
+    if not is_whole or not kind.isalpha():
         return False
     _, _, value = data.partition(b"\0")
     if kind == b"iTXt":
         return value[:1] != b"\1" or _inflated(value[2:].split(b"\0", 2)[-1], MAX_UNPACKED_BYTES) is not None
-    return kind not in (b"zTXt", b"iCCP") or _inflated(value[1:], MAX_UNPACKED_BYTES) is not None
+    if kind not in (b"zTXt", b"iCCP"):
+        return True
+    return value[:1] == b"\0" and _inflated(value[1:], MAX_UNPACKED_BYTES) is not None
 
 
 def _read_png_metadata(kind: bytes, data: bytes, metadata: dict[bytes, bytes]) -> None:

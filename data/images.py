@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import io
+import logging
 import math
 import os
 import re
@@ -25,6 +26,7 @@ from PIL import Image
 from safelight.data.colour import to_srgb
 from safelight.data.decode_memory import Cancelled, available_bytes, decode_budget
 from safelight.data.headers import Checked, RejectedImage, check, check_kind, jpeg2000_shape, jpeg_without_metadata
+from safelight.text import printable
 from safelight.units import GIB
 from safelight.untrusted import UnsafeFile, open_regular, read_bytes
 
@@ -73,6 +75,8 @@ MAX_COPIED_METADATA_BYTES = 2**20
 _STORED_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}
 # bytes a pixel that the decoders of some formats need beside Pillow's image: canvases, planes, coefficients
 _DECODER_BYTES = {"WEBP": 12, "AVIF": 12, "HEIF": 12, "JPEG2000": 20, "PPM": 16, "QOI": 16}
+# the modules whose warnings are not shown
+_PILLOW = re.compile(r"PIL\.")
 _COEFFICIENT_BYTES = 2
 _FIXED_BYTES = 2**24
 
@@ -134,6 +138,7 @@ def _open(checked: Checked) -> Image.Image:
         if not checked.content.startswith(b"\xff\xd8"):
             raise
         opened = Image.open(io.BytesIO(jpeg_without_metadata(checked.content)), formats=_formats())
+        checked.has_sound_metadata = False
         checked.notes.append("its metadata is damaged and was not read, so that it may lie on its side")
     width, height = opened.size
     if opened.format == "PNG":
@@ -162,13 +167,13 @@ def _scale_transparency(png: Image.Image, depth: int) -> None:
 
 
 def _silence_libraries() -> None:
-    """Keep Pillow's warnings and libtiff's lines off the terminal: what matters is said by RejectedImage or a note."""
+    """Keep the lines of Pillow and libtiff off the terminal: what matters is said by RejectedImage or a note."""
     if not any(module == _PILLOW for _, _, _, module, _ in warnings.filters):
         warnings.filterwarnings("ignore", module=_PILLOW.pattern)
+    logger = logging.getLogger("PIL")
+    if not logger.handlers:
+        logger.addHandler(logging.NullHandler())
     _silence_libtiff()
-
-
-_PILLOW = re.compile(r"PIL\.")
 
 
 @lru_cache(maxsize=1)
@@ -293,7 +298,7 @@ def _decode(content: bytes, max_megapixels: float | None, stop: threading.Event 
         and len(content) <= 3 * width * height + MAX_COPIED_METADATA_BYTES
     )
     notes = dict.fromkeys([*checked.notes, *([warning] if warning else [])])
-    return Decoded(image, file_format, is_copyable, is_shrunk, digest, "; ".join(notes))
+    return Decoded(image, file_format, is_copyable, is_shrunk, digest, printable("; ".join(notes)))
 
 
 def _refuse_if_memory_is_short(num_bytes: int, size: tuple[int, int]) -> None:

@@ -8,7 +8,6 @@ import os
 import re
 import threading
 import unicodedata
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -270,11 +269,8 @@ def _ingest(
     for leftover in (dataset / IMAGES_FOLDER).glob(".*.tmp"):
         # half-written when an earlier call was killed
         leftover.unlink()
-    with warnings.catch_warnings(), ThreadPoolExecutor(NUM_SYNC_THREADS) as disk:
+    with ThreadPoolExecutor(NUM_SYNC_THREADS) as disk:
         collection = _Collection(dataset, summary, disk)
-        # Pillow warns about photos over half its size limit, which are merely shrunk here, and about damaged files,
-        # which are listed as rejected anyway
-        warnings.filterwarnings("ignore", module=r"PIL\.")
         results = _in_order(
             lambda source, stop: _prepare(source.path, max_megapixels, image_format, quality, stop), files
         )

@@ -84,6 +84,37 @@ def test_rgb_png_with_a_transparent_colour_is_not_copied():
     assert not out.is_copyable
 
 
+def png_of(depth: int, kind: int, pixels: bytes, transparent: bytes) -> bytes:
+    """Return a PNG of 32 x 16 equal rows. kind: 0 grey, 2 RGB. pixels: one row."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 32, 16, depth, kind, 0, 0, 0))
+    rows = chunk(b"IDAT", zlib.compress((b"\0" + pixels) * 16))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"tRNS", transparent) + rows + chunk(b"IEND", b"")
+
+
+def test_the_transparent_value_of_a_png_is_of_the_depth_of_the_file():
+    """The left half is transparent, and so white; the right half is dark."""
+    for depth, kind in ((2, 0), (4, 0), (8, 0), (16, 0), (8, 2), (16, 2)):
+        num_channels = 3 if kind else 1
+        clear = (b"\x30\x39" if depth == 16 else bytes([1])) * num_channels
+        dark = (b"\x01\x02" if depth == 16 else bytes([0])) * num_channels
+        if depth >= 8:
+            row = clear * 16 + dark * 16
+        else:
+            values = [1] * 16 + [0] * 16
+            num = 8 // depth
+            shifts = range(8 - depth, -1, -depth)
+            parts = [values[at : at + num] for at in range(0, 32, num)]
+            row = bytes(sum(value << shift for value, shift in zip(part, shifts, strict=True)) for part in parts)
+        transparent = clear if depth == 16 else b"".join(bytes([0, value]) for value in clear)
+        out = np.asarray(decode(png_of(depth, kind, row, transparent)).image)
+        assert (out[:, :16] == 255).all(), (depth, kind)
+        assert (out[:, 16:] < 4).all(), (depth, kind)
+
+
 def test_16_bit_grey_keeps_its_brightness():
     ramp = np.tile(np.linspace(0, 65535, 32).astype(np.uint16), (16, 1))
     out = np.asarray(decode(saved(Image.fromarray(ramp), "PNG")).image)
@@ -252,3 +283,14 @@ def test_open_image_takes_paths_and_bytes_of_photographs_alone(tmp_path, corners
     for name, reason in (("script.png", "not an image"), ("pipe.png", "not a regular file"), ("gone", "No such file")):
         with pytest.raises(RejectedImage, match=reason):
             open_image(tmp_path / name)
+
+
+def test_libraries_write_nothing_to_the_terminal(capfd, make_noise):
+    """libtiff writes to file descriptor 2 itself, past sys.stderr; Pillow warns and logs."""
+    whole = saved(make_noise(1), "TIFF", compression="tiff_lzw")
+    # the compressed pixels, the number of samples, the tags
+    for damaged in (whole[:8] + b"\xff" * 60 + whole[68:], *(whole[:-n] + b"\xff" * n for n in range(4, 120, 4))):
+        with contextlib.suppress(RejectedImage):
+            decode(damaged)
+    captured = capfd.readouterr()
+    assert (captured.out, captured.err) == ("", "")

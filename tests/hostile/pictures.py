@@ -75,6 +75,24 @@ def with_text_bomb() -> bytes:
     return whole[:33] + chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(64 << 20), 9)) + whole[33:]
 
 
+def with_chunk(kind: bytes, data: bytes) -> bytes:
+    whole = saved(noise(), "PNG")
+    return whole[:33] + chunk(kind, data) + whole[33:]
+
+
+def of_400_scans() -> bytes:
+    whole = saved(noise(), "JPEG", progressive=True)
+    last = whole[whole.rindex(b"\xff\xda") : -2]
+    return whole[:-2] + last * 400 + b"\xff\xd9"
+
+
+def with_damaged_pixels() -> bytes:
+    """Return an LZW TIFF of which libtiff says on the terminal what is wrong."""
+    whole = bytearray(saved(noise(), "TIFF", compression="tiff_lzw"))
+    whole[8:108] = b"\xff" * 100
+    return bytes(whole)
+
+
 def with_bad_checksum() -> bytes:
     content = bytearray(saved(noise(), "PNG"))
     content[content.index(b"IDAT") + 40] ^= 1
@@ -169,6 +187,28 @@ PICTURES = [
     ),
     Picture("bomb in a text chunk", write("x.png", with_text_bomb()), TAKEN),
     Picture("a file of more than a GiB", a_huge_file, LEFT_OUT, "the file is 1.0 GiB, over the limit of 1 GiB"),
+    Picture("JPEG of 400 scans", write("x.jpg", of_400_scans()), LEFT_OUT, "has more than 32 scans"),
+    Picture(
+        "PNG whose colour profile is huge",
+        write("x.png", with_chunk(b"iCCP", b"icc\0\0" + zlib.compress(bytes(20 << 20)))),
+        TAKEN,
+        "its colour profile is damaged or larger than 16 MiB and was not used",
+    ),
+    Picture("PNG with damaged EXIF", write("x.png", with_chunk(b"eXIf", b"MM\0*" + b"\xff" * 99)), TAKEN),
+    Picture("raw file by its name", write("x.NEF", saved(noise(), "TIFF")), LEFT_OUT, "a camera's raw file (NEF)"),
+    Picture(
+        "raw file by its content",
+        write("x.tif", saved(noise(), "TIFF", tiffinfo={50706: b"\1\4\0\0"})),
+        LEFT_OUT,
+        "a camera's raw file (DNG)",
+    ),
+    Picture(
+        "TIFF that begins with a preview",
+        write("x.tif", saved(noise(), "TIFF", tiffinfo={254: 1})),
+        LEFT_OUT,
+        "its first page is a reduced preview",
+    ),
+    Picture("TIFF whose pixels are damaged", write("x.tif", with_damaged_pixels()), LEFT_OUT, "damaged"),
     Picture("CMYK", write("x.jpg", saved(Image.new("CMYK", (40, 30), (0, 200, 200, 9)), "JPEG")), TAKEN),
     Picture(
         "palette with alpha", write("x.png", saved(noise(5).convert("P"), "PNG", transparency=bytes(range(256)))), TAKEN
@@ -201,6 +241,12 @@ PICTURES = [
     Picture(
         "HEIC without a decoder",
         write("x.heic", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99)),
+        LEFT_OUT,
+        "HEIC files cannot be decoded here",
+    ),
+    Picture(
+        "HEIC by a brand that is not the first",
+        write("x.heif", b"\0\0\0\x1cftypmif1\0\0\0\0mif1heicmiaf" + bytes(99)),
         LEFT_OUT,
         "HEIC files cannot be decoded here",
     ),

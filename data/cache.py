@@ -18,6 +18,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from safelight.data.buckets import Bucket
@@ -35,12 +36,12 @@ __all__ = [
     "LatentEncoder",
     "Sample",
     "TextEncoder",
+    "decode_photo",
     "empty_text_key",
     "fill_latents",
     "fill_texts",
     "latent_key",
     "plan_samples",
-    "read_photo",
     "sample_captions",
     "text_key",
 ]
@@ -170,23 +171,28 @@ def _batches_by_bucket(jobs: Sequence[_Job], batch_size: int) -> list[list[_Job]
     ]
 
 
+def decode_photo(dataset: Path, photo: Photo) -> Image.Image:
+    """Return a photo of a dataset, RGB. Raises UserError as `read_photo`, and if it differs from its manifest entry."""
+    path = Path(dataset) / photo.file
+    content = read_photo(dataset, photo)
+    try:
+        image = decode(content).image
+    except RejectedImage as error:
+        raise UserError(f"{path}: {error}; run `safelight prepare` again") from error
+    if image.size != (photo.width, photo.height):
+        raise UserError(
+            f"{path} is {image.size[0]} x {image.size[1]} px, but the manifest says {photo.width} x "
+            f"{photo.height}; run `safelight prepare` again"
+        )
+    return image
+
+
 def _load_pixels(dataset: Path, jobs: list[_Job]) -> Tensor:
     """Return the pixels of a batch, (B, 3, H, W). Raises UserError if a photo differs from its manifest entry."""
     pixels, decoded_file, image = [], None, None
     for job in jobs:
-        path = dataset / job.photo.file
         if job.photo.file != decoded_file:
-            content = read_photo(dataset, job.photo)
-            try:
-                image = decode(content).image
-            except RejectedImage as error:
-                raise UserError(f"{path}: {error}; run `safelight prepare` again") from error
-            decoded_file = job.photo.file
-            if image.size != (job.photo.width, job.photo.height):
-                raise UserError(
-                    f"{path} is {image.size[0]} x {image.size[1]} px, but the manifest says {job.photo.width} x "
-                    f"{job.photo.height}; run `safelight prepare` again"
-                )
+            image, decoded_file = decode_photo(dataset, job.photo), job.photo.file
         size_wh = (job.bucket.width, job.bucket.height)
         pixels.append(crop_pixels(image, job.crop.box, size_wh, job.crop.is_flipped))
     return torch.from_numpy(np.stack(pixels))

@@ -108,9 +108,15 @@ def _is_below(value: object, limit: int) -> bool:
 
 
 def _schema_of(connection: sqlite3.Connection) -> set[tuple]:
-    """Return (type, name, table, definition) of everything in a database; the definition's white space is collapsed."""
+    """Return (type, name, table, definition) of everything in a database; definitions without optional white space."""
     entries = connection.execute("SELECT type, name, tbl_name, sql FROM sqlite_master").fetchall()
-    return {(*entry[:3], " ".join(entry[3].split()) if isinstance(entry[3], str) else entry[3]) for entry in entries}
+    return {(*entry[:3], _without_spaces(entry[3])) for entry in entries}
+
+
+def _without_spaces(definition: object) -> object:
+    if not isinstance(definition, str):
+        return definition
+    return re.sub(r" ?([(),]) ?", r"\1", " ".join(definition.split()))
 
 
 class Index:

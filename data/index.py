@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from safelight.errors import UserError
-from safelight.untrusted import MAX_INT, UnsafeFile, open_regular
+from safelight.untrusted import UnsafeFile, open_regular
 
 INDEX_NAME = "index.sqlite"
 FORMAT = 1
@@ -318,7 +318,7 @@ class Index:
     def note_photos(self, photos: dict[str, tuple[str, int, int]]) -> None:
         """Store each photo file's (SHA-256, size in bytes, mtime in ns). Does nothing if the index is read-only."""
         # a file that claims to be of a year after 2262 is read anew at each start
-        rows = [(file, *seen) for file, seen in photos.items() if abs(seen[2]) <= MAX_INT]
+        rows = [(file, *seen) for file, seen in photos.items() if abs(seen[2]) < 2**63]
         try:
             with self.transaction(), self._naming_damage():
                 self._connection.executemany(

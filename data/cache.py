@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from safelight.data.buckets import Bucket
@@ -35,12 +37,12 @@ __all__ = [
     "LatentEncoder",
     "Sample",
     "TextEncoder",
+    "decode_photo",
     "empty_text_key",
     "fill_latents",
     "fill_texts",
     "latent_key",
     "plan_samples",
-    "read_photo",
     "sample_captions",
     "text_key",
 ]
@@ -170,23 +172,34 @@ def _batches_by_bucket(jobs: Sequence[_Job], batch_size: int) -> list[list[_Job]
     ]
 
 
-def _load_pixels(dataset: Path, jobs: list[_Job]) -> Tensor:
+def decode_photo(dataset: Path, photo: Photo, stop: threading.Event | None = None) -> Image.Image:
+    """Return a photo of a dataset, RGB. Raises UserError as `read_photo`, and if it differs from its manifest entry.
+
+    stop: see `images.decode`, which bounds the memory that all threads take together.
+    """
+    path = Path(dataset) / photo.file
+    content = read_photo(dataset, photo)
+    try:
+        image = decode(content, stop=stop).image
+    except RejectedImage as error:
+        if isinstance(error.__cause__, MemoryError):
+            # the picture is sound
+            raise error.__cause__ from error
+        raise UserError(f"{path}: {error}; run `safelight prepare` again") from error
+    if image.size != (photo.width, photo.height):
+        raise UserError(
+            f"{path} is {image.size[0]} x {image.size[1]} px, but the manifest says {photo.width} x "
+            f"{photo.height}; run `safelight prepare` again"
+        )
+    return image
+
+
+def _load_pixels(dataset: Path, jobs: list[_Job], stop: threading.Event) -> Tensor:
     """Return the pixels of a batch, (B, 3, H, W). Raises UserError if a photo differs from its manifest entry."""
     pixels, decoded_file, image = [], None, None
     for job in jobs:
-        path = dataset / job.photo.file
         if job.photo.file != decoded_file:
-            content = read_photo(dataset, job.photo)
-            try:
-                image = decode(content).image
-            except RejectedImage as error:
-                raise UserError(f"{path}: {error}; run `safelight prepare` again") from error
-            decoded_file = job.photo.file
-            if image.size != (job.photo.width, job.photo.height):
-                raise UserError(
-                    f"{path} is {image.size[0]} x {image.size[1]} px, but the manifest says {job.photo.width} x "
-                    f"{job.photo.height}; run `safelight prepare` again"
-                )
+            image, decoded_file = decode_photo(dataset, job.photo, stop), job.photo.file
         size_wh = (job.bucket.width, job.bucket.height)
         pixels.append(crop_pixels(image, job.crop.box, size_wh, job.crop.is_flipped))
     return torch.from_numpy(np.stack(pixels))
@@ -237,12 +250,12 @@ def fill_latents(
     batches = deque(_batches_by_bucket(jobs, batch_size))
     pending: deque = deque()
     num_added = num_done = 0
-    executor = ThreadPoolExecutor(_BATCHES_AHEAD, thread_name_prefix="decode")
+    executor, stop = ThreadPoolExecutor(_BATCHES_AHEAD, thread_name_prefix="decode"), threading.Event()
     try:
         while batches or pending:
             while batches and len(pending) <= _BATCHES_AHEAD:
                 batch = batches.popleft()
-                pending.append((batch, executor.submit(_load_pixels, dataset, batch)))
+                pending.append((batch, executor.submit(_load_pixels, dataset, batch, stop)))
             batch, future = pending.popleft()
             rows = _latent_rows(encoder, future.result(), batch)
             num_added += cache.append(kind, [job.key for job in batch], rows)
@@ -250,6 +263,7 @@ def fill_latents(
             if progress is not None:
                 progress(num_done, len(jobs))
     finally:
+        stop.set()
         executor.shutdown(cancel_futures=True)
     return num_added
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from safelight.errors import UserError
-from safelight.untrusted import MAX_INT, UnsafeFile, open_regular
+from safelight.untrusted import UnsafeFile, open_regular
 
 INDEX_NAME = "index.sqlite"
 FORMAT = 1
@@ -108,9 +108,15 @@ def _is_below(value: object, limit: int) -> bool:
 
 
 def _schema_of(connection: sqlite3.Connection) -> set[tuple]:
-    """Return (type, name, table, definition) of everything in a database; the definition's white space is collapsed."""
+    """Return (type, name, table, definition) of everything in a database; definitions without optional white space."""
     entries = connection.execute("SELECT type, name, tbl_name, sql FROM sqlite_master").fetchall()
-    return {(*entry[:3], " ".join(entry[3].split()) if isinstance(entry[3], str) else entry[3]) for entry in entries}
+    return {(*entry[:3], _without_spaces(entry[3])) for entry in entries}
+
+
+def _without_spaces(definition: object) -> object:
+    if not isinstance(definition, str):
+        return definition
+    return re.sub(r" ?([(),]) ?", r"\1", " ".join(definition.split()))
 
 
 class Index:
@@ -312,7 +318,7 @@ class Index:
     def note_photos(self, photos: dict[str, tuple[str, int, int]]) -> None:
         """Store each photo file's (SHA-256, size in bytes, mtime in ns). Does nothing if the index is read-only."""
         # a file that claims to be of a year after 2262 is read anew at each start
-        rows = [(file, *seen) for file, seen in photos.items() if abs(seen[2]) <= MAX_INT]
+        rows = [(file, *seen) for file, seen in photos.items() if abs(seen[2]) < 2**63]
         try:
             with self.transaction(), self._naming_damage():
                 self._connection.executemany(

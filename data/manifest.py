@@ -13,10 +13,15 @@ from pathlib import Path, PurePosixPath
 from safelight.data.atomic import atomic_write_text
 from safelight.errors import UserError
 from safelight.kernels.philox import SAMPLE_ID_BITS, Key, Purpose, sort_key
-from safelight.text import printable, storable
+from safelight.text import storable
+from safelight.untrusted import open_regular, parse_json, path_in
 
 MANIFEST_NAME = "manifest.jsonl"
 IMAGES_FOLDER = "images"
+# about two million photos
+MAX_MANIFEST_BYTES = 2**30
+# captions of one photo; a text file beside a photo is read up to 2^20 bytes
+MAX_LINE_BYTES = 2**24
 # a larger size is a mistake in the manifest, and might not fit a float
 MAX_SIDE_PX = 1_000_000
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -52,38 +57,43 @@ class Photo:
         return int(self.sha256[: SAMPLE_ID_BITS // 4], 16)
 
 
-_FIELD_NAMES = tuple(field.name for field in fields(Photo))
-_REQUIRED_TYPES = {"file": str, "sha256": str, "width": int, "height": int, "captions": list, "source": str}
+# JSON types by the annotation of a field
+_JSON_TYPES = {"str": str, "int": int, "tuple[str, ...]": list}
+_TYPES = {field.name: _JSON_TYPES[field.type] for field in fields(Photo)}
+_REQUIRED = ("file", "sha256", "width", "height", "captions", "source")
 
 
 def _parse(line: str) -> Photo:
     """Return the photo of one manifest line. Raises UserError saying what is wrong with the line."""
-    try:
-        row = json.loads(line)
-    except RecursionError:
-        raise UserError("is nested too deeply") from None
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    row = parse_json(line)
     if not isinstance(row, dict):
         raise UserError(f"is a {type(row).__name__}, not an object")
-    for name, kind in _REQUIRED_TYPES.items():
+    row = {name: value for name, value in row.items() if name in _TYPES}
+    for name in dict.fromkeys((*_REQUIRED, *row)):
+        kind = _TYPES[name]
         if not isinstance(row.get(name), kind) or isinstance(row.get(name), bool):
-            raise UserError(f"{name!r} is {row.get(name)!r}, not a {kind.__name__}")
+            raise UserError(f"{name!r} is {row.get(name)!r:.80}, not a {kind.__name__}")
+        for text in row[name] if kind is list else [row[name]]:
+            if kind is not int and (not isinstance(text, str) or storable(text) != text):
+                raise UserError(f"{name!r} holds {text!r:.80}, which is not a text that UTF-8 can hold")
     path = PurePosixPath(row["file"])
     # a manifest may come from a stranger: it must not refer to files outside the dataset
-    is_name = path.name and "\0" not in row["file"] and storable(row["file"]) == row["file"]
-    if path.is_absolute() or ".." in path.parts or not is_name:
-        raise UserError(f"file {row['file']!r} is not a path inside the dataset folder")
+    if path.is_absolute() or ".." in path.parts or not path.name or "\0" in row["file"]:
+        raise UserError(f"file {row['file']!r:.80} is not a path inside the dataset folder")
     if not _SHA256.fullmatch(row["sha256"]):
-        raise UserError(f"sha256 {row['sha256']!r} is not 64 lower-case hex digits")
+        raise UserError(f"sha256 {row['sha256']!r:.80} is not 64 lower-case hex digits")
     if min(row["width"], row["height"]) < 1:
         raise UserError(f"size {row['width']} x {row['height']} px is not positive")
     if max(row["width"], row["height"]) > MAX_SIDE_PX:
         raise UserError(f"size {row['width']} x {row['height']} px is over the limit of {MAX_SIDE_PX:,} px a side")
-    if not row["captions"] or not all(isinstance(caption, str) for caption in row["captions"]):
-        raise UserError(f"captions {row['captions']!r} is not a list of one or more texts")
-    known = {name: value for name, value in row.items() if name in _FIELD_NAMES}
-    return Photo(**{"caption_source": "", **known, "captions": tuple(row["captions"])})
+    if not row["captions"]:
+        raise UserError("captions [] is not a list of one or more texts")
+    return Photo(**{"caption_source": "", **row, "captions": tuple(row["captions"])})
+
+
+def has_manifest(dataset: Path) -> bool:
+    """Return whether a folder has a manifest, of whatever kind: `read_manifest` says what is wrong with it."""
+    return os.path.lexists(Path(dataset) / MANIFEST_NAME)
 
 
 def _holds_photos(folder: Path) -> bool:
@@ -115,11 +125,11 @@ def how_to_prepare(dataset: Path) -> tuple[str, Path]:
 def read_manifest(dataset: Path, may_be_empty: bool = False) -> list[Photo]:
     """Return the photos of a dataset folder in manifest order.
 
-    Raises UserError if the manifest is missing, has a bad line (which the message names), or lists no photo while
-    may_be_empty is False.
+    Raises UserError if the manifest is missing, no regular file, or outside the folder; if it has a bad line (which the
+    message names); or if it lists no photo while may_be_empty is False.
     """
-    path = Path(dataset) / MANIFEST_NAME
-    if not path.is_file():
+    path = path_in(Path(dataset), MANIFEST_NAME)
+    if not has_manifest(dataset):
         command, place = how_to_prepare(Path(dataset))
         if place != Path(dataset):
             raise UserError(
@@ -128,20 +138,25 @@ def read_manifest(dataset: Path, may_be_empty: bool = False) -> list[Photo]:
         raise UserError(f"{path} does not exist; create it with `{command}`")
     photos: list[Photo] = []
     line_of_file: dict[str, int] = {}
-    for number, line in enumerate(path.read_bytes().decode("utf-8", errors="replace").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            photo = _parse(line)
-            if photo.file in line_of_file:
-                raise UserError(f"{photo.file} is already listed on line {line_of_file[photo.file]}")
-        except UserError as error:
-            raise UserError(
-                f"{path} line {number}: {printable(str(error))}; fix or delete the line, "
-                "or delete the file and run `safelight prepare` again"
-            ) from error
-        line_of_file[photo.file] = number
-        photos.append(photo)
+    with open_regular(path, MAX_MANIFEST_BYTES) as file:
+        number = 0
+        while line := file.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            if not line.strip():
+                continue
+            try:
+                if len(line) > MAX_LINE_BYTES:
+                    raise UserError(f"is longer than {MAX_LINE_BYTES:,} bytes")
+                photo = _parse(line.decode("utf-8", errors="replace"))
+                if photo.file in line_of_file:
+                    raise UserError(f"{photo.file} is already listed on line {line_of_file[photo.file]}")
+            except UserError as error:
+                raise UserError(
+                    f"{path} line {number}: {error}; fix or delete the line, "
+                    "or delete the file and run `safelight prepare` again"
+                ) from error
+            line_of_file[photo.file] = number
+            photos.append(photo)
     if not photos and not may_be_empty:
         raise UserError(
             f"{path} lists no photos; add some with `safelight prepare PHOTOS -o {shlex.quote(str(dataset))}`"

@@ -43,9 +43,15 @@ def path_in(folder: Path, name: str | os.PathLike) -> Path:
     if not text or "\0" in text:
         raise UnsafeFile(f"{folder}: {text!r} is not a file name")
     path = Path(folder) / text
-    if os.path.isabs(text) or not _is_inside(path, os.path.realpath(folder)):
+    if os.path.isabs(text) or not _is_inside(path, _real(folder)):
         raise UnsafeFile(f"{folder}: {text!r} leads out of this folder; such a path is never followed")
     return path
+
+
+def _real(folder: Path) -> str:
+    if "\0" in os.fspath(folder):
+        raise UnsafeFile(f"{folder} is not a valid path")
+    return os.path.realpath(folder)
 
 
 def _is_inside(path: Path, real_folder: str) -> bool:
@@ -59,7 +65,7 @@ def check_links(folder: Path) -> None:
     The folder itself may be a link: the user named it. Called before a folder is written to, so that nothing outside is
     overwritten or deleted. Does nothing if the folder does not exist.
     """
-    real_folder = os.path.realpath(folder)
+    real_folder = _real(folder)
     pending = [os.fspath(folder)]
     while pending:
         current = pending.pop()

@@ -28,6 +28,12 @@ def test_a_path_that_leads_out_of_its_folder_is_refused(tmp_path, name):
         untrusted.path_in(folder, name)
 
 
+def test_a_folder_that_is_no_path_is_refused():
+    for check in (untrusted.check_links, lambda folder: untrusted.path_in(folder, "x")):
+        with pytest.raises(UnsafeFile, match="is not a valid path"):
+            check(Path("a\0b"))
+
+
 def test_a_path_inside_is_returned_also_through_links_that_stay_inside(tmp_path):
     folder = tmp_path / "folder"
     (folder / "a").mkdir(parents=True)

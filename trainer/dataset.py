@@ -28,6 +28,7 @@ from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.families.family import Family
 from safelight.trainer.models.base import Base, training_buckets
 from safelight.trainer.models.encoders import CaptionEncoder, LatentCodec, load_caption_encoder, load_codec
+from safelight.untrusted import check_links
 
 NUM_EXAMPLES = 12
 ENCODE_BATCH_CPU, ENCODE_BATCH_GPU = 8, 4
@@ -91,10 +92,12 @@ def open_dataset(config: Config, base: Base, device: torch.device, progress: Pro
     """Return the run's dataset, after encoding what its cache lacks. The encoders are freed before it returns.
 
     progress: called with (what is encoded, rows done, total). Raises UserError for a dataset that was not prepared, or
-    settings that do not fit it.
+    settings that do not fit it, and for one with a link that leads out of its folder.
     """
     path = Path(config.data.path)
     photos = read_manifest(path)
+    # the cache is written to, and photographs are read by the manifest's paths
+    check_links(path)
     train_photos, validation_photos = split_validation(photos, config.data.validation_fraction, config.run.seed)
     if not train_photos:
         raise UserError(f"{path} has {len(photos)} photographs, none left to train on; lower data.validation_fraction")

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 from pathlib import Path
 
 from PIL import Image
 from torch import nn
 
-from safelight.data.atomic import atomic_write_text
-from safelight.data.images import decode
+from safelight.data.atomic import atomic_write_bytes, atomic_write_text
+from safelight.data.cache import decode_photo
 from safelight.kernels.unet.attention import AttentionChoice
 from safelight.text import storable
 from safelight.trainer.config.toml import to_toml
 from safelight.trainer.dataset import NUM_EXAMPLES, Dataset
 from safelight.trainer.resolve import ResolvedRun
 from safelight.trainer.run_log.environment import ATTENTION, describe
+from safelight.untrusted import MAX_JSON_BYTES, parse_json, read_bytes
 
 EXAMPLE_SIDE_PX = 320
 
@@ -78,11 +81,11 @@ def write_start(
 def _read_rejected(path: Path) -> list[dict]:
     """Return the valid rows of a rejected.jsonl; damaged lines are dropped, because the rows are only displayed."""
     rows = []
-    for line in path.read_bytes().split(b"\n") if path.is_file() else []:
+    for line in read_bytes(path, MAX_JSON_BYTES).split(b"\n") if os.path.lexists(path) else []:
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             rows.append({name: storable(str(row[name])) for name in ("path", "reason")})
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError):
             continue
     return rows
 
@@ -94,9 +97,10 @@ def _write_examples(run_dir: Path, dataset: Dataset) -> list[dict]:
     rows = []
     for index, sample in enumerate(dataset.train[::every][:NUM_EXAMPLES]):
         name = f"{index:03d}.jpg"
-        small = decode((dataset.path / sample.photo.file).read_bytes()).image
+        small, content = decode_photo(dataset.path, sample.photo), io.BytesIO()
         small.thumbnail((EXAMPLE_SIDE_PX, EXAMPLE_SIDE_PX), Image.Resampling.LANCZOS)
-        small.save(folder / name, quality=88)
+        small.save(content, "JPEG", quality=88)
+        atomic_write_bytes(folder / name, content.getvalue(), sync=False)
         rows.append(
             {
                 "file": f"data_examples/{name}",

@@ -3,6 +3,9 @@
 import os
 import shutil
 import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from safelight.data.buckets import make_buckets
 from safelight.data.cache import (
     Cache,
     Crop,
+    decode_photo,
     empty_text_key,
     fill_latents,
     fill_texts,
@@ -24,6 +28,7 @@ from safelight.data.cache import (
 )
 from safelight.data.ingest import ingest
 from safelight.data.manifest import read_manifest
+from safelight.errors import UserError
 from tests.data.crops import crop_of_variant, is_flipped
 from tests.data.rows import all_keys, contents
 from tests.pixels import load_pixels
@@ -266,3 +271,64 @@ def test_latent_key_changes_with_the_photo(noise_dataset, fakes):
     samples = fakes.plan(noise_dataset, fakes.FakeVae(), fakes.FakeTextEncoder())
     keys = [latent_key(s.photo, samples[0].crops[0], samples[0].bucket, "v", "float16") for s in samples]
     assert len(set(keys)) == len(samples)
+
+
+def make_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def make_device(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+def make_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def make_large(path: Path) -> None:
+    # sparse: takes no room on the disk, and would take the memory
+    os.truncate(path, 2**30 + 1)
+
+
+@pytest.mark.parametrize("make", [make_pipe, make_device, make_folder, make_large])
+def test_photos_that_are_no_regular_files_of_a_sensible_size_are_not_read(
+    tmp_path, noise_dataset, fakes, make: Callable[[Path], None]
+):
+    dataset = shutil.copytree(noise_dataset, tmp_path / "dataset")
+    photo = read_manifest(dataset)[3]
+    make(dataset / photo.file)
+    encoders = fakes.FakeVae(), fakes.FakeTextEncoder()
+    with Cache(tmp_path / "cache") as cache, pytest.raises(UserError, match=f"{photo.file} (is not|has 1,0)") as caught:
+        fakes.fill(cache, dataset, *encoders)
+    assert str(caught.value).endswith("run `safelight prepare` again to make it anew")
+    # an index that says that it was read already, and has the rows
+    with Cache(tmp_path / "full") as cache:
+        fakes.fill(cache, noise_dataset, *encoders)
+        status = os.stat(dataset / photo.file)
+        cache.note_photos({photo.file: (photo.sha256, status.st_size, status.st_mtime_ns)})
+        if make is not make_large:
+            with pytest.raises(UserError, match=f"{photo.file} is not a regular file"):
+                fakes.fill(cache, dataset, *encoders)
+    with pytest.raises(UserError, match=photo.file):
+        decode_photo(dataset, photo)
+
+
+def test_a_photo_of_a_year_that_the_index_cannot_hold_is_read_each_time(tmp_path, noise_dataset, fakes, monkeypatch):
+    dataset = shutil.copytree(noise_dataset, tmp_path / "dataset")
+    photo = read_manifest(dataset)[3]
+    stat = os.stat
+
+    def future(path, *args, **options):
+        status = stat(path, *args, **options)
+        if Path(path).name != Path(photo.file).name:
+            return status
+        return SimpleNamespace(st_size=status.st_size, st_mtime_ns=2**63, st_mode=status.st_mode)
+
+    monkeypatch.setattr(cache_module.os, "stat", future)
+    with Cache(tmp_path / "cache") as cache:
+        assert fakes.fill(cache, dataset, fakes.FakeVae(), fakes.FakeTextEncoder()) > 0
+        assert photo.file not in cache.seen_photos()
+        assert len(cache.seen_photos()) == 19

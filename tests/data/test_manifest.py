@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import os
 import threading
 from pathlib import Path
@@ -9,7 +10,14 @@ from pathlib import Path
 import pytest
 
 from safelight.data.atomic import atomic_write_bytes
-from safelight.data.manifest import Photo, how_to_prepare, read_manifest, split_validation, write_manifest
+from safelight.data.manifest import (
+    Photo,
+    has_manifest,
+    how_to_prepare,
+    read_manifest,
+    split_validation,
+    write_manifest,
+)
 from safelight.errors import UserError
 
 
@@ -82,6 +90,60 @@ def test_bad_line_is_named(tmp_path, change, reason):
     with pytest.raises(ValueError, match=reason) as caught:
         read_manifest(tmp_path)
     assert "line 3" in str(caught.value)
+
+
+SURROGATE = "half a pair: \ud83d"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("file", 3, "'file' is 3, not a str"),
+        ("file", SURROGATE, "'file' holds .*, which is not a text that UTF-8 can hold"),
+        ("file", "images/\0", "is not a path inside"),
+        ("file", ".", "is not a path inside"),
+        ("width", True, "'width' is True, not a int"),
+        ("width", 1e3, r"'width' is 1000\.0, not a int"),
+        ("width", 10**400, "the number 10000000000000000000 is too large"),
+        ("width", 10**18, "over the limit of 1,000,000 px a side"),
+        ("height", float("inf"), "Infinity is not a number"),
+        ("captions", "text", "'captions' is 'text', not a list"),
+        ("captions", [None], "'captions' holds None"),
+        ("captions", [SURROGATE], "'captions' holds .*UTF-8"),
+        ("captions", ["x" * 2**24], "is longer than 16,777,216 bytes"),
+        ("source", SURROGATE, "'source' holds"),
+        ("caption_source", 3, "'caption_source' is 3, not a str"),
+        ("origin_sha256", ["unhashable"], r"'origin_sha256' is \['unhashable'\], not a str"),
+        ("content_sha256", {}, "'content_sha256' is {}, not a str"),
+        ("note", [[[[]]]] * 9, None),
+        ("note", "\x1b[2J", None),
+    ],
+)
+def test_values_of_a_wrong_type_are_named(tmp_path, name, value, reason):
+    row = {**dataclasses.asdict(photo(1)), name: value}
+    (tmp_path / "manifest.jsonl").write_text(json.dumps(row) + "\n")
+    if reason is None:
+        # of a later version, or of somebody's own
+        assert read_manifest(tmp_path) == [photo(1)]
+        return
+    with pytest.raises(UserError, match=f"line 1: .*{reason}") as caught:
+        read_manifest(tmp_path)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 600
+
+
+def test_a_manifest_that_is_a_pipe_or_leads_out_is_not_read(tmp_path):
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    (tmp_path / "elsewhere").write_text("secret")
+    (folder / "manifest.jsonl").symlink_to("../elsewhere")
+    with pytest.raises(UserError, match="leads out of this folder"):
+        read_manifest(folder)
+    (folder / "manifest.jsonl").unlink()
+    os.mkfifo(folder / "manifest.jsonl")
+    assert has_manifest(folder)
+    with pytest.raises(UserError, match="is not a regular file but a device or pipe"):
+        read_manifest(folder)
 
 
 def test_failed_write_leaves_the_old_file_and_no_temporary_one(tmp_path, monkeypatch):

@@ -160,7 +160,7 @@ DAMAGES = [
         "manifest line nested without end",
         manifest_line(lambda row: "[" * 100_000),
         CACHE,
-        LINE_2 + "is nested too deeply",
+        LINE_2 + "it is nested too deeply",
     ),
     Damage(
         "manifest without captions", manifest_line(lambda row: row.update(captions=[])), CACHE, LINE_2 + "captions []"
@@ -169,7 +169,7 @@ DAMAGES = [
         "manifest with a caption of a number",
         manifest_line(lambda row: row.update(captions=[3])),
         CACHE,
-        LINE_2 + "captions [3]",
+        LINE_2 + "'captions' holds 3",
     ),
     Damage(
         "manifest that leads out by ..",
@@ -193,12 +193,18 @@ DAMAGES = [
         "manifest with half a surrogate pair in a name",
         manifest_line(lambda row: row.update(file="images/\ud83d")),
         CACHE,
-        "is not a path inside the dataset folder",
+        "is not a text that UTF-8 can hold",
     ),
     Damage("manifest with a side of 0", manifest_line(lambda row: row.update(width=0)), CACHE, "is not positive"),
     Damage(
         "manifest with an endless side",
         manifest_line(lambda row: row.update(width=10**400)),
+        CACHE,
+        LINE_2 + "the number 10000000000000000000 is too large",
+    ),
+    Damage(
+        "manifest with a side of 10^18",
+        manifest_line(lambda row: row.update(width=10**18)),
         CACHE,
         "is over the limit of 1,000,000 px a side",
     ),

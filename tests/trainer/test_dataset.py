@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import weakref
 from pathlib import Path
 
@@ -11,10 +12,12 @@ import torch
 
 from safelight.data.ingest import ingest
 from safelight.data.manifest import read_manifest
+from safelight.errors import UserError
 from safelight.trainer import dataset as module
 from safelight.trainer.dataset import open_dataset
 from safelight.trainer.models.base import Base, bucket_multiple, resolve_base
 from safelight.trainer.models.encoders import load_codec
+from safelight.trainer.run_start import _read_rejected
 from safelight.trainer.tiny.scenes import caption, draw, random_scene
 
 CPU = torch.device("cpu")
@@ -137,3 +140,30 @@ def test_nothing_left_to_train_on_is_said(make_config, folder):
     dataset = opened(make_config, folder, data={"validation_fraction": 0.9})
     assert len(dataset.train) == 1, "a single photograph is trained on, not held out"
     dataset.cache.close()
+
+
+@pytest.mark.parametrize("name", ["images", "images/0.png", "cache", "cache/shards", "cache/index.sqlite", "x/y"])
+def test_a_dataset_with_a_link_that_leads_out_is_neither_read_nor_written(make_config, folder, name):
+    """By prepare, cache and train."""
+    home, path = folder.parent / "home", folder / name
+    home.mkdir()
+    (home / ".a.tmp").write_text("precious")
+    path.parent.mkdir(exist_ok=True)
+    path.rename(folder / "aside") if path.exists() else None
+    path.symlink_to(home)
+    with pytest.raises(UserError, match=f"{name} is a link to .*home, outside"):
+        opened(make_config, folder)
+    with pytest.raises(UserError, match=f"{name} is a link to .*home, outside"):
+        ingest([folder.parent / "photos"], folder)
+    assert [entry.name for entry in home.iterdir()] == [".a.tmp"]
+
+
+def test_the_list_of_rejected_files_may_be_anything_but_a_pipe(folder):
+    path = folder / "rejected.jsonl"
+    path.write_text("[" * 100_000 + '\n{"path": "\\ud83d", "reason": 1e999}\n{"path": "a", "reason": {}}\nNaN\n')
+    assert _read_rejected(path) == [{"path": "a", "reason": "{}"}]
+    path.unlink()
+    assert _read_rejected(path) == []
+    os.mkfifo(path)
+    with pytest.raises(UserError, match="is not a regular file but a device or pipe"):
+        _read_rejected(path)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from safelight.data.buckets import Bucket, nearest_bucket
-from safelight.data.manifest import Photo, read_manifest, split_validation
+from safelight.data.manifest import Photo, has_manifest, read_manifest, split_validation
 from safelight.kernels.moment_blocks import MIN_8BIT_ELEMENTS
 from safelight.kernels.optim.paged_state import state_bytes
 from safelight.kernels.unet import patch
@@ -167,7 +167,7 @@ def learning_rates(config: Config) -> tuple[list[float], bool]:
     Without a dataset: ASSUMED_STEPS steps of the first stage, or train.max_steps.
     """
     folder = Path(config.data.path)
-    if not (folder / "manifest.jsonl").is_file():
+    if not has_manifest(folder):
         stage = config.stages()[0]
         stage.epochs = 1
         num = config.train.max_steps or ASSUMED_STEPS
@@ -222,7 +222,7 @@ def summary(config: Config, device: torch.device | None = None, dtype: torch.dty
         # save.keep recent ones, the best, and a new one that is written before the oldest is deleted
         "checkpoints at most": config.save.keep + 2,
     }
-    if (Path(config.data.path) / "manifest.jsonl").is_file():
+    if has_manifest(Path(config.data.path)):
         photos = read_manifest(Path(config.data.path))
         train, validation = split_validation(photos, config.data.validation_fraction, config.run.seed)
         epochs = sum(stage.epochs for stage in config.stages())

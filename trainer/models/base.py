@@ -20,7 +20,7 @@ from safelight.trainer.families.family import Family
 from safelight.trainer.families.registry import family_of, is_trainable_pipeline, text_widths, trainable_titles
 from safelight.trainer.models.architectures import RANDOM_MODELS
 from safelight.trainer.models.hub import PARTS, fetch
-from safelight.trainer.models.model_configs import checked
+from safelight.trainer.models.model_configs import MAX_CONFIG_BYTES, checked
 from safelight.trainer.models.model_folder import model_file
 from safelight.trainer.models.single_file import SingleFile
 from safelight.untrusted import read_json_object
@@ -77,7 +77,7 @@ def _read_config(part: str, folder: Path, name: str, setting: str) -> dict:
     """Return the checked config of a part, from folder/name. setting: the setting that named the folder."""
     try:
         path = model_file(folder, name)
-        return checked(part, read_json_object(path), path)
+        return checked(part, read_json_object(path, MAX_CONFIG_BYTES), path)
     except FileNotFoundError:
         raise UserError(f"{setting}: {path} is missing; every diffusers folder has {name}") from None
     except (UserError, OSError) as error:

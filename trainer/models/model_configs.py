@@ -28,6 +28,8 @@ Factor = Annotated[float, Field(ge=1e-4, le=1e4)]
 Beta = Annotated[float, Field(gt=0, lt=1)]
 Blocks = Annotated[list[Channels], Field(min_length=1, max_length=8)]
 Activation = Literal["silu", "swish", "mish", "gelu", "relu"]
+# the longest known has 2,000
+MAX_CONFIG_BYTES = 2**20
 # one of diffusers' transformer blocks has ten Parameters or more; SDXL's UNet has 70
 MAX_TRANSFORMERS = 1024
 
@@ -43,7 +45,7 @@ class UNet(_Values):
 
     class_name: Literal["UNet2DConditionModel"] = Field("UNet2DConditionModel", alias="_class_name")
     sample_size: Annotated[int, Field(ge=1, le=2048)]
-    in_channels: Annotated[int, Field(ge=1, le=64)] = 4
+    in_channels: Annotated[int, Field(ge=1, le=64)]
     out_channels: Annotated[int, Field(ge=1, le=64)] = 4
     center_input_sample: bool = False
     flip_sin_to_cos: bool = True
@@ -148,14 +150,14 @@ class AutoencoderTiny(_Values):
     class_name: Literal["AutoencoderTiny"] = Field("AutoencoderTiny", alias="_class_name")
     in_channels: Literal[3] = 3
     out_channels: Literal[3] = 3
-    encoder_block_out_channels: Blocks = Field(default=[64, 64, 64, 64])
-    decoder_block_out_channels: Blocks = Field(default=[64, 64, 64, 64])
+    encoder_block_out_channels: Blocks
+    decoder_block_out_channels: Blocks
     act_fn: Activation = "relu"
     upsample_fn: Literal["nearest"] = "nearest"
     latent_channels: Annotated[int, Field(ge=1, le=64)] = 4
     upsampling_scaling_factor: Literal[2] = 2
-    num_encoder_blocks: Annotated[list[Layers], Field(min_length=1, max_length=8)] = Field(default=[1, 3, 3, 3])
-    num_decoder_blocks: Annotated[list[Layers], Field(min_length=1, max_length=8)] = Field(default=[3, 3, 3, 1])
+    num_encoder_blocks: Annotated[list[Layers], Field(min_length=1, max_length=8)]
+    num_decoder_blocks: Annotated[list[Layers], Field(min_length=1, max_length=8)]
     latent_magnitude: Factor = 3
     latent_shift: Annotated[float, Field(ge=-1e4, le=1e4)] = 0.5
     force_upcast: bool = False
@@ -227,6 +229,15 @@ class Scheduler(_Values):
     trained_betas: list | None = None
     prediction_type: str = "epsilon"
     rescale_betas_zero_snr: bool = False
+    timestep_spacing: Literal["leading", "trailing", "linspace"] = "leading"
+    steps_offset: Annotated[int, Field(ge=0, le=1000)] = 0
+    clip_sample: bool = True
+    set_alpha_to_one: bool = True
+    skip_prk_steps: bool = False
+    thresholding: bool = False
+    clip_sample_range: Factor = 1
+    dynamic_thresholding_ratio: Small = 0.995
+    sample_max_value: Factor = 1
 
 
 class ModelIndex(_Values):

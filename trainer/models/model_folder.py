@@ -19,6 +19,8 @@ from safelight.untrusted import UnsafeFile, path_in, read_json_object
 
 # what the libraries call files of weights, without variant, shard and suffix
 DIFFUSERS_STEM, TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
+# an index has a line per tensor
+MAX_INDEX_BYTES = 2**24
 # a weights file, whose variant (fp16) stands before or after the shard's number
 _WEIGHTS_FILE = re.compile(r"([^.]+?)(?:\.(\w+?))?(-\d{5}-of-\d{5})?(?:\.(\w+))?\.safetensors")
 
@@ -92,7 +94,7 @@ def _chosen_names(folder: Path, part: str, stem: str) -> list[str]:
 def _indexed_names(folder: Path, part: str, index: str) -> list[str]:
     """Return the names of the shards in an index."""
     where = model_file(folder, part)
-    shard_of = read_json_object(model_file(folder, os.path.join(part, index))).get("weight_map")
+    shard_of = read_json_object(model_file(folder, os.path.join(part, index)), MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(shard_of, dict) or not all(isinstance(name, str) for name in shard_of.values()):
         raise bad_weights(where, f"{index} has no weight_map from tensors to files")
     names = sorted(set(shard_of.values()))

@@ -176,6 +176,10 @@ def _bounded_int(text: str) -> int:
     return int(text)
 
 
+def _clamped_int(text: str) -> int:
+    return max(-MAX_INT, min(MAX_INT, int(text[:20])))
+
+
 def _finite_float(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
@@ -187,17 +191,18 @@ def _no_constant(text: str) -> float:
     raise ValueError(f"{text} is not a number")
 
 
-def parse_json(content: bytes | str, allow_nan: bool = False) -> Any:
+def parse_json(content: bytes | str, allow_nan: bool = False, clamp_ints: bool = False) -> Any:
     """Return the value of a JSON text: numbers up to MAX_INT or finite in float64, nested at most MAX_NESTING deep.
 
-    allow_nan: accept the words NaN, Infinity and -Infinity, which Python writes into logs. Raises UnsafeFile with what
+    allow_nan: accept the words NaN, Infinity and -Infinity, which Python writes into logs. clamp_ints: return MAX_INT
+    for larger integers, with which other programs mean "no limit". Raises UnsafeFile with what
     is wrong, in words that follow "FILE is not valid JSON: ".
     """
     try:
         text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
         value = json.loads(
             text,
-            parse_int=_bounded_int,
+            parse_int=_clamped_int if clamp_ints else _bounded_int,
             parse_float=_finite_float,
             parse_constant=float if allow_nan else _no_constant,
         )
@@ -219,18 +224,20 @@ def _check_nesting(value: object) -> None:
     raise UnsafeFile("it is nested too deeply")
 
 
-def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES, allow_nan: bool = False) -> Any:
+def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES, allow_nan: bool = False, clamp_ints: bool = False) -> Any:
     """Return the value in a JSON file. Raises UnsafeFile naming the file, OSErrors as open does."""
     content = read_bytes(path, max_bytes)
     try:
-        return parse_json(content, allow_nan)
+        return parse_json(content, allow_nan, clamp_ints)
     except UnsafeFile as error:
         raise UnsafeFile(f"{path} is not valid JSON: {error}") from None
 
 
-def read_json_object(path: Path, max_bytes: int = MAX_JSON_BYTES, allow_nan: bool = False) -> dict:
+def read_json_object(
+    path: Path, max_bytes: int = MAX_JSON_BYTES, allow_nan: bool = False, clamp_ints: bool = False
+) -> dict:
     """Return the object in a JSON file. Raises UnsafeFile naming the file, also if it holds another type."""
-    value = read_json(path, max_bytes, allow_nan)
+    value = read_json(path, max_bytes, allow_nan, clamp_ints)
     if not isinstance(value, dict):
         raise UnsafeFile(f"{path} is not valid: it holds a {type(value).__name__}, not a JSON object")
     return value

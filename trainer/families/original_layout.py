@@ -135,6 +135,13 @@ def vae_layout(names: Iterable[str]) -> Layout:
     return layout
 
 
+def older_vae_name(name: str) -> str:
+    """Return the name that a tensor of the autoencoder's attention had in diffusers before version 0.15."""
+    for new, old in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():
+        name = name.replace(f".{new}.", f".{old}.")
+    return name
+
+
 def clip_layout(names: Iterable[str]) -> Layout:
     """Return the places of SD 1.x's CLIPTextModel. transformers 4 prefixes names with `text_model.`, 5 does not."""
     return {name: Place(CLIP_PREFIX + name.removeprefix("text_model.")) for name in names}

@@ -6,6 +6,7 @@ The frozen parts are the run's. Either output is written under a temporary name,
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shutil
@@ -33,7 +34,9 @@ from safelight.trainer.inference.draw import pick_step
 from safelight.trainer.inference.modelspec import CUSTOM, modelspec, sign
 from safelight.trainer.models.base import PICKLES, Base, base_of
 from safelight.trainer.models.device import DTYPES
-from safelight.trainer.models.noise_schedule import make_schedule
+from safelight.trainer.models.noise_schedule import NoiseSchedule, make_schedule
+from safelight.trainer.models.single_file import ZERO_SNR_MARKER, schedule_markers
+from safelight.trainer.models.tensor_files import is_finite
 from safelight.trainer.models.weights import load_text, load_vae, meta_unet
 from safelight.units import GIB
 from safelight.untrusted import check_links
@@ -54,7 +57,7 @@ class Exported:
 
 @dataclass
 class _Source:
-    """A run's model, whose parts are loaded on request. prediction_type: what the UNet was trained to predict.
+    """A run's model, whose parts are loaded on request. schedule: what the UNet was trained under.
 
     weights: auto (the moving average if there is one), ema, or trained (those of the last step).
     """
@@ -63,7 +66,7 @@ class _Source:
     base: Base
     checkpoint: Path
     step: int
-    prediction_type: str
+    schedule: NoiseSchedule
     dtype: torch.dtype
     weights: str
 
@@ -71,7 +74,7 @@ class _Source:
         """Return the trained UNet in the dtype asked for. Its memory is allocated one tensor at a time."""
         unet = meta_unet(self.base)
         shapes = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
-        convert = partial(_cast, dtype=self.dtype)
+        convert = partial(_cast, dtype=self.dtype, source=f"{self.checkpoint}: ")
         unet.load_state_dict(FullFineTune(unet).merged(self.checkpoint, shapes, self.weights, convert), assign=True)
         return unet
 
@@ -82,9 +85,15 @@ class _Source:
         return load_text(self.base, self.config.model.tokenizer, self.config.run.seed)
 
 
-def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype, source: str = "") -> Tensor:
+    """Return a tensor in dtype. source: begins the message. Raises UserError if a value is not finite in dtype."""
     cast = tensor.to(dtype).contiguous()
-    if dtype == torch.float16 and not torch.isfinite(cast).all():
+    if not is_finite(cast):
+        if not is_finite(tensor):
+            raise UserError(
+                f"{source}{name} has values that are not finite: the training has diverged, and the model would draw "
+                "nothing but grey; export an earlier checkpoint with --checkpoint"
+            )
         raise UserError(
             f"{name} has values up to {tensor.abs().max():.3g}, above fp16's limit of 65504; use --dtype bf16"
         )
@@ -119,8 +128,8 @@ def export(
     folder = folder_of(run_dir, step)
     check_files(folder)
     base = base_of(config.model)
-    prediction = make_schedule(base.config_of("scheduler"), config.loss.prediction).prediction_type
-    source = _Source(config, base, folder, step, prediction, DTYPES[dtype], weights)
+    schedule = make_schedule(base.config_of("scheduler"), config.loss.prediction, config.loss.zero_terminal_snr)
+    source = _Source(config, base, folder, step, schedule, DTYPES[dtype], weights)
     out.parent.mkdir(parents=True, exist_ok=True)
     if is_file:
         notes = _export_file(source, out, title or f"{run_dir.resolve().name} step {step}")
@@ -190,18 +199,26 @@ def _export_file(source: _Source, out: Path, title: str) -> list[str]:
             "only the UNet"
         )
     description = f"{Path(source.base.spec).name} fine-tuned with Safelight, {source.step} steps"
-    metadata = modelspec(unet.config, source.prediction_type, source.config.data.resolution, title, description)
+    schedule = source.schedule
+    # the specification has no field for it
+    hint = "zero terminal SNR: rescale the noise schedule" if schedule.zero_terminal_snr else ""
+    metadata = modelspec(unet.config, schedule.prediction_type, source.config.data.resolution, title, description, hint)
+    tensors |= {name: torch.empty(0, dtype=source.dtype) for name in schedule_markers(schedule)}
     if metadata["modelspec.architecture"] == CUSTOM:
         notes.append(
             "this UNet has a size that A1111 and ComfyUI do not support; diffusers reads the file with config=FOLDER"
         )
-    elif source.base.family.assumed_prediction not in ("", source.prediction_type):
+    elif source.base.family.assumed_prediction not in ("", schedule.prediction_type):
         notes.append(
             "A1111 and ComfyUI assume that SD 1.x files predict epsilon, but this one predicts v: A1111 needs a .yaml "
             "next to it, ComfyUI the node ModelSamplingDiscrete"
         )
-    if source.config.loss.zero_terminal_snr:
-        notes.append("trained with zero terminal SNR, which the file cannot record: turn it on where you use the file")
+    if schedule.zero_terminal_snr:
+        notes.append(
+            f"trained with zero terminal SNR, which the file says by a tensor named {ZERO_SNR_MARKER}: A1111, Forge "
+            "and `safelight train` heed it; in ComfyUI turn on zsnr in the node ModelSamplingDiscrete, in diffusers "
+            "set rescale_betas_zero_snr"
+        )
     _check_free_space(out, sum(tensor.nbytes for tensor in tensors.values()))
     partial = out.with_name(f".{out.name}.partial")
     try:
@@ -223,17 +240,29 @@ def _export_file(source: _Source, out: Path, title: str) -> list[str]:
 
 
 def _scheduler(source: _Source):
-    """Return the base's scheduler with the prediction type that was trained."""
+    """Return the base's scheduler with the prediction type and the terminal SNR that were trained.
+
+    It is a DDIMScheduler if the base's cannot have zero terminal SNR. Raises UserError if its config is not valid.
+    """
     import diffusers
 
     # Stable Diffusion's values for what a config leaves out; diffusers' defaults differ
     defaults = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
-    config = {**defaults, **source.base.config_of("scheduler"), "prediction_type": source.prediction_type}
-    name = config.get("_class_name", "DDIMScheduler")
-    if source.config.loss.zero_terminal_snr:
+    own = source.base.config_of("scheduler")
+    config = {**defaults, **own, "prediction_type": source.schedule.prediction_type}
+    kind = getattr(diffusers, config.get("_class_name", "DDIMScheduler"), None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+        raise UserError(f"{source.base.spec}: its scheduler is {own['_class_name']!r}, which diffusers does not have")
+    if source.schedule.zero_terminal_snr:
         # Lin et al. 2023: sampling must start at the last timestep
-        name, config = "DDIMScheduler", {**config, "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    return getattr(diffusers, name).from_config(config)
+        config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        if "rescale_betas_zero_snr" not in inspect.signature(kind).parameters:
+            kind = diffusers.DDIMScheduler
+    try:
+        return kind.from_config(config)
+    # values that only this scheduler reads
+    except Exception as error:
+        raise UserError(f"{source.base.spec}: its scheduler's config is not valid ({error}); correct it") from error
 
 
 def _load_in_fp32(config_path: Path) -> None:

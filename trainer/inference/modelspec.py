@@ -18,7 +18,9 @@ NO_HASH = "0x" + "0" * 64
 CUSTOM = "stable-diffusion-custom"
 
 
-def modelspec(unet_config, prediction_type: str, resolution: int, title: str, description: str) -> dict[str, str]:
+def modelspec(
+    unet_config, prediction_type: str, resolution: int, title: str, description: str, usage_hint: str = ""
+) -> dict[str, str]:
     """Return a file's metadata, with NO_HASH as the hash.
 
     prediction_type: epsilon | v_prediction. resolution: px. The key `format` is safetensors' own convention.
@@ -36,6 +38,7 @@ def modelspec(unet_config, prediction_type: str, resolution: int, title: str, de
         "modelspec.resolution": f"{resolution}x{resolution}",
         "modelspec.prediction_type": "v" if prediction_type == "v_prediction" else "epsilon",
         "modelspec.hash_sha256": NO_HASH,
+        **({"modelspec.usage_hint": usage_hint} if usage_hint else {}),
     }
 
 

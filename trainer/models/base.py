@@ -20,7 +20,10 @@ from safelight.trainer.families.family import Family
 from safelight.trainer.families.registry import family_of, is_trainable_pipeline, text_widths, trainable_titles
 from safelight.trainer.models.architectures import RANDOM_MODELS
 from safelight.trainer.models.hub import PARTS, fetch
+from safelight.trainer.models.model_configs import MAX_CONFIG_BYTES, checked
+from safelight.trainer.models.model_folder import model_file
 from safelight.trainer.models.single_file import SingleFile
+from safelight.untrusted import read_json_object
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
@@ -59,27 +62,35 @@ class Base:
         """Return the diffusers or transformers config of unet, vae, text_encoder or scheduler."""
         if self.random_name:
             return dict(RANDOM_MODELS[self.random_name][part])
-        name = "scheduler_config.json" if part == "scheduler" else "config.json"
-        config = _read_json(self.folder / part / name, self.setting)
-        if part == "scheduler" and self.file is not None and self.file.prediction_type:
-            config["prediction_type"] = self.file.prediction_type
+        config = _read_config(part, self.folder, config_name(part), self.setting)
+        if part == "scheduler" and self.file is not None:
+            config |= self.file.schedule
         return config
 
 
-def _read_json(path: Path, setting: str) -> dict:
+def config_name(part: str) -> str:
+    """Return the name of a part's config in a diffusers folder."""
+    return f"{part}/scheduler_config.json" if part == "scheduler" else f"{part}/config.json"
+
+
+def _read_config(part: str, folder: Path, name: str, setting: str) -> dict:
+    """Return the checked config of a part, from folder/name. setting: the setting that named the folder."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        path = model_file(folder, name)
+        return checked(part, read_json_object(path, MAX_CONFIG_BYTES), path)
     except FileNotFoundError:
-        raise UserError(
-            f"{setting}: {path} is missing; every diffusers folder has {path.parent.name}/{path.name}"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"{setting}: {path} is not valid JSON: {error}") from None
+        raise UserError(f"{setting}: {path} is missing; every diffusers folder has {name}") from None
+    except (UserError, OSError) as error:
+        raise UserError(f"{setting}: {error}") from None
 
 
 def base_of(model: Model) -> Base:
     """Return the base of a run's [model] table. Raises UserError if it is missing or cannot be trained."""
     base = resolve_model(model)
+    if base.folder is not None:
+        for part in ("unet", "text_encoder", "scheduler"):
+            base.config_of(part)
+        vae_config(base, model.vae)
     if base.family.untrainable:
         raise UserError(
             f"model.base {model.base!r} is only for `safelight plan` and `safelight bench`: {base.family.untrainable}"
@@ -168,7 +179,7 @@ def _diffusers_folder(spec: str, setting: str, fix: str, parts: Sequence[str]) -
     if not is_local:
         # configs first, so that a refused model is not downloaded
         folder = fetch(spec, setting, fix, ())
-    index = _read_json(folder / "model_index.json", f"{setting} {spec!r}")
+    index = _read_config("model_index", folder, "model_index.json", f"{setting} {spec!r}")
     if not is_trainable_pipeline(index):
         pipeline = index.get("_class_name", "diffusers model")
         raise UserError(f"{setting} {spec!r} is a {pipeline}; so far only {trainable_titles()} are supported")
@@ -184,18 +195,13 @@ def vae_config(base: Base, override: str) -> dict:
             f"model.vae {override!r} is not a .safetensors file; other formats can run code and are never opened: "
             "convert it to .safetensors, or give its diffusers folder"
         )
-    path = Path(override) / "config.json"
-    if not path.is_file():
+    if not (Path(override) / "config.json").is_file():
         raise UserError(
             f"model.vae {override!r} is not an autoencoder's folder: it has no config.json; give a diffusers folder of "
             "an autoencoder, or a .safetensors file"
         )
-    config = _read_json(path, f"model.vae {override!r}")
-    if config.get("_class_name") not in ("AutoencoderKL", "AutoencoderTiny"):
-        raise UserError(
-            f"model.vae {override!r} is a {config.get('_class_name')}; use an AutoencoderKL or AutoencoderTiny"
-        )
-    return config
+    config = _read_config("vae", Path(override), "config.json", f"model.vae {override!r}")
+    return {"_class_name": "AutoencoderKL", **config}
 
 
 def latent_factor(config: dict) -> int:

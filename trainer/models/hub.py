@@ -46,7 +46,10 @@ def fetch(spec: str, setting: str, fix: str, parts: Iterable[str] = PARTS) -> Pa
         folder = snapshot(patterns, ["*fp16*", "*non_ema*"])
         # fp32 is preferred, but some repositories only have fp16
         missing = [part for part in parts if not any((folder / part).glob("*.safetensors"))]
-        return snapshot([f"{part}/*.fp16*" for part in missing], ["*.bin", "*non_ema*"]) if missing else folder
+        if not missing:
+            return folder
+        patterns = [f"{part}/*.fp16*.{suffix}" for part in missing for suffix in ("safetensors", "json")]
+        return snapshot(patterns, ["*non_ema*"])
     except HFValidationError:
         raise UserError(
             f"{setting} {spec!r} is neither a folder on this machine nor a Hugging Face id (owner/name)"

@@ -6,7 +6,7 @@ Letters: B batch, C latent channels, H W latent height and width, T timesteps.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,17 +16,21 @@ from safelight.errors import UserError
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """alphas_cumprod_T: (T,) float32 a_t; prediction_type: epsilon | v_prediction."""
+    """alphas_cumprod_T: (T,) float32 a_t; prediction_type: epsilon | v_prediction.
+
+    zero_terminal_snr: whether a_T is 0, so that the last timestep's input is nothing but noise.
+    """
 
     alphas_cumprod_T: Tensor
     prediction_type: str
+    zero_terminal_snr: bool = False
 
     @property
     def num_timesteps(self) -> int:
         return len(self.alphas_cumprod_T)
 
     def to(self, device: torch.device) -> NoiseSchedule:
-        return NoiseSchedule(self.alphas_cumprod_T.to(device), self.prediction_type)
+        return replace(self, alphas_cumprod_T=self.alphas_cumprod_T.to(device))
 
 
 def betas(kind: str, start: float, end: float, num: int) -> Tensor:
@@ -51,6 +55,8 @@ def rescale_zero_terminal_snr(alphas_cumprod_T: Tensor) -> Tensor:
 def make_schedule(scheduler_config: dict, prediction: str = "auto", zero_terminal_snr: bool = False) -> NoiseSchedule:
     """Return the schedule of a diffusers scheduler config. prediction: auto takes the config's.
 
+    zero_terminal_snr: rescale the schedule even if the config does not say so.
+
     Raises UserError if the config has betas or a prediction type that are not supported.
     """
     if scheduler_config.get("trained_betas") is not None:
@@ -68,14 +74,15 @@ def make_schedule(scheduler_config: dict, prediction: str = "auto", zero_termina
     prediction_type = scheduler_config.get("prediction_type", "epsilon") if prediction == "auto" else prediction
     if prediction_type not in ("epsilon", "v_prediction"):
         raise UserError(f"prediction type {prediction_type!r} is not supported; use epsilon or v_prediction")
-    if zero_terminal_snr or scheduler_config.get("rescale_betas_zero_snr", False):
+    zero_terminal_snr = zero_terminal_snr or scheduler_config.get("rescale_betas_zero_snr", False)
+    if zero_terminal_snr:
         if prediction_type == "epsilon":
             raise UserError(
                 "zero_terminal_snr needs v_prediction: the input of the last timestep is the noise itself, so there is "
                 "nothing to learn from predicting it"
             )
         alphas_cumprod = rescale_zero_terminal_snr(alphas_cumprod)
-    return NoiseSchedule(alphas_cumprod, prediction_type)
+    return NoiseSchedule(alphas_cumprod, prediction_type, zero_terminal_snr)
 
 
 def mse_per_sample(predicted_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
 """Single .safetensors files: recognizes what a file contains, and loads its parts as modules.
 
-A file is recognized by the names and shapes of its tensors, from the header only. Tensors are read one at a time and
-converted at once. Buffers of the original training code (`betas`, `model_ema.*`) are ignored: the UNet's weights are
-those of `model.diffusion_model`.
+A file is recognized by the names and shapes of its tensors, from the header only. Buffers of the original training code
+(`betas`, `model_ema.*`) are ignored: the UNet's weights are those of `model.diffusion_model`.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from safelight.errors import UserError
@@ -27,14 +25,20 @@ from safelight.trainer.families.original_layout import (
     Place,
     Shape,
     clip_layout,
+    older_vae_name,
     open_clip_layout,
     unet_layout,
     vae_layout,
 )
 from safelight.trainer.families.registry import FAMILIES, family_of_text_width, trainable_titles
+from safelight.trainer.models.build import build, shapes_of, text_encoder_with
+from safelight.trainer.models.noise_schedule import NoiseSchedule
+from safelight.trainer.models.tensor_files import FLOATS, TensorFile, read_state
+from safelight.untrusted import UnsafeFile
 
-DTYPES = {"F64", "F32", "F16", "BF16"}
 PREDICTIONS = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon"}
+# empty tensors that A1111, Forge and ComfyUI look for: the UNet predicts v, its schedule has zero terminal SNR
+V_MARKER, ZERO_SNR_MARKER = "v_pred", "ztsnr"
 # merges made with transformers before version 4 name the text encoder's tensors without text_model
 OLD_CLIP_PREFIX = CLIP_PREFIX.removesuffix("text_model.")
 
@@ -74,31 +78,32 @@ PARTS_ONLY = {
 }
 
 
+def schedule_markers(schedule: NoiseSchedule) -> list[str]:
+    """Return the names of the empty tensors that tell other programs of a schedule."""
+    markers = {V_MARKER: schedule.prediction_type == "v_prediction", ZERO_SNR_MARKER: schedule.zero_terminal_snr}
+    return [name for name, is_set in markers.items() if is_set]
+
+
 @dataclass(eq=False)
 class SingleFile:
-    """A .safetensors file and its header: shapes and dtypes by tensor name.
+    """A .safetensors file and its header. shapes: of the tensors, by name.
 
     setting: the setting that named the file, for messages. Raises UserError if the file is missing or damaged.
     """
 
     path: Path
     setting: str
-    shapes: dict[str, Shape] = field(default_factory=dict)
-    dtypes: dict[str, str] = field(default_factory=dict)
-    metadata: dict[str, str] = field(default_factory=dict)
+    file: TensorFile = field(init=False)
+    shapes: dict[str, Shape] = field(init=False)
 
     def __post_init__(self):
         if not self.path.is_file():
             raise UserError(f"{self} does not exist; give the path of a .safetensors file, or a folder")
         try:
-            with safe_open(self.path, "pt") as file:
-                self.metadata = file.metadata() or {}
-                for name in file.keys():  # noqa: SIM118
-                    part = file.get_slice(name)
-                    self.shapes[name], self.dtypes[name] = tuple(part.get_shape()), part.get_dtype()
-        except (SafetensorError, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{self} is damaged or not a safetensors file; get it again ({reason})") from None
+            self.file = TensorFile(self.path)
+        except (UnsafeFile, OSError) as error:
+            raise UserError(f"{self} is damaged or not a safetensors file; get it again ({error})") from None
+        self.shapes = {name: entry.shape for name, entry in self.file.entries.items()}
 
     def __str__(self) -> str:
         return f"{self.setting} {str(self.path)!r}"
@@ -126,9 +131,14 @@ class SingleFile:
         return family_of_text_width(self.text_width)
 
     @property
-    def prediction_type(self) -> str:
-        """epsilon or v_prediction from the file's metadata, '' if it has none; the weights do not show it."""
-        return PREDICTIONS.get(self.metadata.get("modelspec.prediction_type", "").lower(), "")
+    def schedule(self) -> dict[str, str | bool]:
+        """What the file says of its noise schedule, as values of a scheduler's config; the weights do not show it."""
+        prediction = PREDICTIONS.get(self.file.metadata.get("modelspec.prediction_type", "").lower(), "")
+        if not prediction and V_MARKER in self.shapes:
+            prediction = "v_prediction"
+        config: dict[str, str | bool] = {"prediction_type": prediction} if prediction else {}
+        # without the marker the config's own value holds: few files have it
+        return {**config, "rescale_betas_zero_snr": True} if ZERO_SNR_MARKER in self.shapes else config
 
     def check_base(self) -> None:
         """Raise UserError, saying what the file is, unless it is a text-to-image model of a trainable family."""
@@ -166,8 +176,8 @@ class SingleFile:
                 f"{min(missing)}; give a file that is complete, or the config that it was made with"
             )
         for name, place in layout.items():
-            if self.dtypes[place.name] not in DTYPES:
-                dtype = self.dtypes[place.name]
+            dtype = self.file.entries[place.name].dtype
+            if dtype not in FLOATS:
                 raise UserError(f"{self} is quantized ({place.name} is {dtype}); give the fp16, bf16 or fp32 model")
             expected, actual = place.original_shape(shapes[name]), self.shapes[place.name]
             # files have an autoencoder's attention as 1x1 convolutions or as matrices
@@ -178,16 +188,7 @@ class SingleFile:
                 )
 
     def _read(self, layout: Layout, shapes: dict[str, Shape], dtype: torch.dtype) -> dict[str, Tensor]:
-        state = {}
-        with safe_open(self.path, "pt") as file:
-            for name, place in layout.items():
-                rows = shapes[name][0]
-                if place.third is None:
-                    tensor = file.get_tensor(place.name)
-                else:
-                    tensor = file.get_slice(place.name)[place.third * rows : (place.third + 1) * rows]
-                state[name] = tensor.reshape(shapes[name]).to(dtype)
-        return state
+        return read_state(dict.fromkeys(self.shapes, self.file), layout, shapes, dtype)
 
     def check_unet(self, unet: nn.Module, source: str) -> Layout:
         """Return where the file has a UNet's tensors.
@@ -195,7 +196,7 @@ class SingleFile:
         unet: on the meta device, made from its config. source: the setting that named the config, for messages.
         Raises UserError if tensors are missing, unexpected or of another shape.
         """
-        shapes = _shapes(unet)
+        shapes = shapes_of(unet)
         layout = unet_layout(shapes, unet.config.layers_per_block)
         self._check(layout, shapes, "UNet", source)
         self._check_nothing_else(layout, UNET_PREFIX, "UNet", source)
@@ -203,10 +204,9 @@ class SingleFile:
 
     def load_unet(self, make: Callable[[], nn.Module], dtype: torch.dtype, source: str) -> nn.Module:
         """Return the UNet on the CPU. make: builds it from its config; source: the setting that named the config."""
-        with torch.device("meta"):
-            unet = make()
+        unet = build(make, source)
         layout = self.check_unet(unet, source)
-        unet.load_state_dict(self._read(layout, _shapes(unet), dtype), assign=True)
+        unet.load_state_dict(self._read(layout, shapes_of(unet), dtype), assign=True)
         return unet.eval()
 
     def load_vae(self, make: Callable[[], nn.Module], source: str) -> nn.Module:
@@ -214,13 +214,12 @@ class SingleFile:
 
         make: builds it from its config; source: the setting that named the config.
         """
-        with torch.device("meta"):
-            vae = make()
-        shapes = _shapes(vae)
+        vae = build(make, source)
+        shapes = shapes_of(vae)
         layout = vae_layout(shapes)
         if self.has("encoder.down_blocks."):
             layout = {
-                name: Place(name if name in self.shapes else _older_name(name), as_conv=p.as_conv)
+                name: Place(name if name in self.shapes else older_vae_name(name), as_conv=p.as_conv)
                 for name, p in layout.items()
             }
         elif not self.has_vae:
@@ -241,8 +240,7 @@ class SingleFile:
         """Return the CLIPTextModel in fp32 on the CPU. config: a CLIPTextConfig."""
         from transformers import CLIPTextModel
 
-        with torch.device("meta"):
-            shapes = _shapes(CLIPTextModel(config))
+        shapes = shapes_of(build(lambda: CLIPTextModel(config), source))
         if self.has(OPEN_CLIP_PREFIX):
             layout = open_clip_layout(shapes)
         else:
@@ -250,9 +248,7 @@ class SingleFile:
             if not self.has(CLIP_PREFIX):
                 layout = {name: Place(OLD_CLIP_PREFIX + p.name.removeprefix(CLIP_PREFIX)) for name, p in layout.items()}
         self._check(layout, shapes, "text encoder", source)
-        state = self._read(layout, shapes, torch.float32)
-        # unlike load_state_dict, this also fills buffers that files do not contain
-        return CLIPTextModel.from_pretrained(None, config=config, state_dict=state, torch_dtype=torch.float32)
+        return text_encoder_with(config, self._read(layout, shapes, torch.float32))
 
     def _check_nothing_else(self, layout: Layout, prefix: str, part: str, source: str) -> None:
         used = {place.name for place in layout.values()}
@@ -262,14 +258,3 @@ class SingleFile:
                 f"{self}: its {part} does not fit {source}: it has {counted(len(others), 'tensor')} more, the first is "
                 f"{min(others)}; give the config that it was made with"
             )
-
-
-def _shapes(module: nn.Module) -> dict[str, Shape]:
-    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-
-
-def _older_name(name: str) -> str:
-    """Return the name that a tensor of the autoencoder's attention had in diffusers before version 0.15."""
-    for new, old in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():
-        name = name.replace(f".{new}.", f".{old}.")
-    return name

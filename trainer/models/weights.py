@@ -7,22 +7,21 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import re
-from collections.abc import Collection
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from safelight.errors import UserError
 from safelight.kernels.philox import Key, Purpose, words
-from safelight.text import counted
+from safelight.trainer.families.original_layout import Layout, Place, Shape, older_vae_name
 from safelight.trainer.models.base import Base, tiny_folder, vae_config
+from safelight.trainer.models.build import build, shapes_of, text_config, text_encoder_with
+from safelight.trainer.models.model_folder import DIFFUSERS_STEM, TRANSFORMERS_STEM, check_fit, weight_files
 from safelight.trainer.models.single_file import SingleFile
-
-# a weights file, whose variant (fp16) stands before or after the shard's number
-_WEIGHTS_FILE = re.compile(r"[^.]+?(?:\.(\w+?))?(?:-\d{5}-of-\d{5})?(?:\.(\w+))?\.safetensors")
+from safelight.trainer.models.tensor_files import TensorFile, read_state
+from safelight.trainer.models.tokenizer import load_tokenizer
 
 
 def fingerprint(module: nn.Module, *extra: str) -> str:
@@ -56,19 +55,20 @@ def load_unet(base: Base, seed: int, dtype: torch.dtype = torch.float32) -> nn.M
     if base.file is not None:
         config = base.config_of("unet")
         return base.file.load_unet(lambda: UNet2DConditionModel.from_config(config), dtype, base.setting)
-    return _from_folder(UNet2DConditionModel, base.folder / "unet", dtype)
+    config = base.config_of("unet")
+    return _load_folder(lambda: UNet2DConditionModel.from_config(config), base.folder, "unet", dtype)
 
 
 def meta_unet(base: Base) -> nn.Module:
     """Return the UNet on the meta device, which allocates no memory."""
     from diffusers import UNet2DConditionModel
 
-    with torch.device("meta"):
-        return UNet2DConditionModel.from_config(base.config_of("unet"))
+    config = base.config_of("unet")
+    return build(lambda: UNet2DConditionModel.from_config(config), base.setting)
 
 
 def check_unet(base: Base) -> None:
-    """Raise UserError if load_unet would, from configs and file headers only.
+    """Raise UserError if load_unet would, or if a weight is not finite. Reads the weights, one tensor at a time.
 
     Encoding, which may take hours, comes before load_unet.
     """
@@ -76,67 +76,39 @@ def check_unet(base: Base) -> None:
         return
     unet = meta_unet(base)
     if base.file is not None:
-        base.file.check_unet(unet, base.setting)
-        return
-    expected = {name: tuple(tensor.shape) for name, tensor in unet.state_dict().items()}
-    actual: dict[str, tuple[int, ...]] = {}
-    folder = base.folder / "unet"
-    for path in _weights_in(folder)[1]:
-        try:
-            with safe_open(path, "pt") as file:
-                actual.update({name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise _bad_weights(folder, f"{path.name}: {error}") from error
-    if missing := set(expected) - set(actual):
-        raise _missing_tensors(folder, missing)
-    for name, shape in expected.items():
-        if actual[name] != shape:
-            raise _bad_weights(folder, f"{name} is {actual[name]}, not {shape}")
+        layout = base.file.check_unet(unet, base.setting)
+        files = dict.fromkeys(base.file.shapes, base.file.file)
+    else:
+        layout, files = _in_folder(base.folder, "unet", DIFFUSERS_STEM, shapes_of(unet))
+    for place in layout.values():
+        files[place.name].read_finite(place.name)
 
 
-def _bad_weights(folder: Path, error: object) -> UserError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-    return UserError(
-        f"{folder}: its weights are damaged or do not fit its config.json; get this folder again ({reason})"
-    )
+def _in_folder(folder: Path, part: str, stem: str, shapes: dict[str, Shape]) -> tuple[Layout, dict[str, TensorFile]]:
+    """Return the place of each tensor of a module in the files of folder/part, and the files by the names in them.
+
+    stem: see weight_files. shapes: of the module's tensors. Raises UserError if the files do not fit.
+    """
+    files = weight_files(folder, part, stem)
+    layout = {name: Place(next((n for n in _names_in_files(name) if n in files), name)) for name in shapes}
+    check_fit(folder / part, files, layout, shapes)
+    return layout, files
 
 
-def _missing_tensors(folder: Path, missing: Collection[str]) -> UserError:
-    return UserError(
-        f"{folder}: its .safetensors files lack {counted(len(missing), 'tensor')} required by its config.json, "
-        f"the first is {min(missing)}; get this folder again"
-    )
+def _names_in_files(name: str) -> tuple[str, ...]:
+    """Return the names that a tensor may have in a diffusers folder, the present one first."""
+    # transformers 4 prefixes the names of a text encoder's tensors, 5 does not
+    bare = name.removeprefix("text_model.")
+    return name, older_vae_name(name), bare, f"text_model.{bare}"
 
 
-def _weights_in(folder: Path) -> tuple[str | None, list[Path]]:
-    """Return the preferred variant in a model's folder, None for files without one, and the files of that variant."""
-    variants: dict[str | None, list[Path]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        if match := _WEIGHTS_FILE.fullmatch(path.name):
-            variants.setdefault(match[1] or match[2], []).append(path)
-    if not variants:
-        names = ", ".join(sorted(p.name for p in folder.glob("*"))) or "nothing"
-        raise UserError(
-            f"{folder} has no .safetensors file (it has {names}); other formats are never loaded, because they can run "
-            "code: convert its weights to .safetensors"
-        )
-    # files without a variant are fp32 if there are several; fp16 has more mantissa bits than bf16
-    variant = next((name for name in (None, "fp16", "bf16") if name in variants), min(variants, key=str))
-    return variant, variants[variant]
-
-
-def _from_folder(model_class, folder: Path, dtype: torch.dtype) -> nn.Module:
-    variant, _ = _weights_in(folder)
-    try:
-        module, info = model_class.from_pretrained(
-            folder, torch_dtype=dtype, use_safetensors=True, variant=variant, output_loading_info=True
-        )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise _bad_weights(folder, error) from error
-    # the libraries only warn, and fill missing tensors with random weights
-    if info["missing_keys"]:
-        raise _missing_tensors(folder, info["missing_keys"])
-    return module
+def _load_folder(make: Callable[[], nn.Module], folder: Path, part: str, dtype: torch.dtype) -> nn.Module:
+    """Return the UNet or autoencoder of folder/part on the CPU. make: builds it from its config."""
+    module = build(make, folder / part)
+    shapes = shapes_of(module)
+    layout, files = _in_folder(folder, part, DIFFUSERS_STEM, shapes)
+    module.load_state_dict(read_state(files, layout, shapes, dtype), assign=True)
+    return module.eval()
 
 
 def load_vae(base: Base, override: str, seed: int) -> nn.Module:
@@ -161,39 +133,44 @@ def load_vae(base: Base, override: str, seed: int) -> nn.Module:
             vae = AutoencoderKL.from_config(config)
     else:
         model_class = AutoencoderTiny if config["_class_name"] == "AutoencoderTiny" else AutoencoderKL
-        vae = _from_folder(model_class, Path(override) if override else base.folder / "vae", torch.float32)
+        folder, part = (Path(override), "") if override else (base.folder, "vae")
+        vae = _load_folder(lambda: model_class.from_config(config), folder, part, torch.float32)
     return vae.eval().requires_grad_(False)
 
 
 def load_text(base: Base, tokenizer_override: str, seed: int) -> tuple[object, nn.Module]:
     """Return (tokenizer, frozen text encoder in fp32 on the CPU). A `random:` base defaults to the tiny tokenizer."""
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel
 
     if tokenizer_override and base.folder is not None:
         raise UserError(
             f"model.tokenizer {tokenizer_override!r} does not fit the text encoder of {base.spec!r}, which was trained "
             "with its own; leave model.tokenizer empty"
         )
-    folder = tokenizer_override or (base.folder or tiny_folder()) / "tokenizer"
-    if not Path(folder).is_dir():
+    if tokenizer_override and not Path(tokenizer_override).is_dir():
         raise UserError(
-            f"model.tokenizer {str(folder)!r} is not a folder; give one with a CLIP tokenizer, or leave it empty"
+            f"model.tokenizer {tokenizer_override!r} is not a folder; give one with a CLIP tokenizer, or leave it empty"
         )
-    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    values = base.config_of("text_encoder")
+    if base.folder is None:
+        folder, part = (Path(tokenizer_override), "") if tokenizer_override else (tiny_folder(), "tokenizer")
+        tokenizer = load_tokenizer(folder, part)
+        config = CLIPTextConfig(
+            **values,
+            vocab_size=len(tokenizer),
+            max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        with seeded_initialization(seed, "text"):
+            return tokenizer, CLIPTextModel(config).eval().requires_grad_(False)
+    config = text_config(values)
     if base.file is not None and base.file.has_text_encoder:
-        config = CLIPTextConfig.from_dict(base.config_of("text_encoder"))
-        return tokenizer, base.file.load_text_encoder(config, base.setting).eval().requires_grad_(False)
-    if base.folder is not None:
-        return tokenizer, _from_folder(
-            CLIPTextModel, base.folder / "text_encoder", torch.float32
-        ).eval().requires_grad_(False)
-    config = CLIPTextConfig(
-        **base.config_of("text_encoder"),
-        vocab_size=len(tokenizer),
-        max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    with seeded_initialization(seed, "text"):
-        return tokenizer, CLIPTextModel(config).eval().requires_grad_(False)
+        text_encoder = base.file.load_text_encoder(config, base.setting)
+    else:
+        shapes = shapes_of(build(lambda: CLIPTextModel(config), base.folder / "text_encoder"))
+        layout, files = _in_folder(base.folder, "text_encoder", TRANSFORMERS_STEM, shapes)
+        text_encoder = text_encoder_with(config, read_state(files, layout, shapes, torch.float32))
+    tokenizer = load_tokenizer(base.folder, "tokenizer", config.max_position_embeddings, config.vocab_size)
+    return tokenizer, text_encoder.eval().requires_grad_(False)

@@ -9,14 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from safelight.kernels.optim.split_weights import join
 from safelight.trainer.checkpoint.files import folder_of
 from safelight.trainer.families.original_layout import UNET_PREFIX, unet_layout
+from safelight.trainer.inference.draw import open_run
 from safelight.trainer.inference.export import export
 from safelight.trainer.inference.modelspec import modelspec
 from safelight.trainer.models.base import resolve_base, tiny_folder
+from safelight.trainer.models.noise_schedule import make_schedule
 from safelight.trainer.models.weights import fingerprint, load_text, load_unet, load_vae
 from tests.trainer.inference.exported_runs import STEP, checkpoint_unet, make_run
 
@@ -223,6 +225,92 @@ def test_the_exported_scheduler_has_the_trained_prediction(tmp_path):
     scheduler = json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())
     assert (scheduler["_class_name"], scheduler["prediction_type"]) == ("DDIMScheduler", "v_prediction")
     assert (scheduler["rescale_betas_zero_snr"], scheduler["timestep_spacing"]) == (True, "trailing")
+
+
+def zero_snr_folder(folder: Path, kind: str = "DDIMScheduler") -> str:
+    """Make a base like the tiny one whose own scheduler has v-prediction and zero terminal SNR."""
+    shutil.copytree(tiny_folder(), folder)
+    path = folder / "scheduler" / "scheduler_config.json"
+    own = {"_class_name": kind, "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **own}))
+    return str(folder)
+
+
+@pytest.mark.parametrize("of", ["the setting", "the base"])
+def test_zero_terminal_snr_survives_every_export(tmp_path, of):
+    """Whether the run or its base brought it: in a folder, in a file, and in a run that starts from either."""
+    loss, base = {"prediction": "v_prediction", "zero_terminal_snr": True}, "tiny"
+    if of == "the base":
+        loss, base = {}, zero_snr_folder(tmp_path / "base")
+    run, file, folder = tmp_path / "run", tmp_path / "out.safetensors", tmp_path / "out"
+    make_run(run, model={"base": base}, loss=loss)
+    assert "trained with zero terminal SNR" in " ".join(export(run, file).notes)
+    export(run, folder)
+    schedule = open_run(run).schedule
+    assert (schedule.prediction_type, schedule.zero_terminal_snr) == ("v_prediction", True)
+    assert schedule.alphas_cumprod_T[-1] == 0
+    for name, model in (("file", {"base": str(file), "config": "tiny"}), ("folder", {"base": str(folder)})):
+        again = make_run(tmp_path / f"of_{name}", model=model)
+        assert open_run(again).schedule.prediction_type == "v_prediction"
+        assert torch.equal(open_run(again).schedule.alphas_cumprod_T, schedule.alphas_cumprod_T)
+        export(again, tmp_path / "again_out", force=True)
+        config = json.loads((tmp_path / "again_out" / "scheduler" / "scheduler_config.json").read_text())
+        assert (config["rescale_betas_zero_snr"], config["timestep_spacing"]) == (True, "trailing")
+        assert config["prediction_type"] == "v_prediction"
+
+
+def test_the_markers_that_web_uis_read(tmp_path):
+    """Empty tensors, and only what is true of the file. Source: A1111's pull requests 16567 and 16569."""
+    settings = {"plain": {}, "v": {"prediction": "v_prediction"}}
+    settings["zero"] = {"prediction": "v_prediction", "zero_terminal_snr": True}
+    markers = {"plain": set(), "v": {"v_pred"}, "zero": {"v_pred", "ztsnr"}}
+    for name, loss in settings.items():
+        run = make_run(tmp_path / name, loss=loss)
+        tensors = load_file(export(run, tmp_path / f"{name}.safetensors").path)
+        assert {"v_pred", "ztsnr"} & tensors.keys() == markers[name]
+        assert all(tensors[marker].shape == (0,) for marker in markers[name])
+    with safe_open(tmp_path / "zero.safetensors", "pt") as file:
+        assert file.metadata()["modelspec.usage_hint"].startswith("zero terminal SNR")
+
+
+def test_markers_are_read_where_there_is_no_metadata(tmp_path):
+    run = make_run(tmp_path / "run")
+    tensors = load_file(export(run, tmp_path / "out.safetensors").path)
+    for markers, expected in (
+        ((), ("epsilon", False)),
+        (("v_pred",), ("v_prediction", False)),
+        (("v_pred", "ztsnr"), ("v_prediction", True)),
+    ):
+        save_file(tensors | {name: torch.empty(0) for name in markers}, tmp_path / "made.safetensors")
+        schedule = make_schedule(resolve_base(str(tmp_path / "made.safetensors"), "tiny").config_of("scheduler"))
+        assert (schedule.prediction_type, schedule.zero_terminal_snr) == expected
+
+
+def test_a_scheduler_without_zero_terminal_snr_becomes_ddim_and_others_stay(tmp_path):
+    for kind, expected in (("PNDMScheduler", "DDIMScheduler"), ("EulerDiscreteScheduler", "EulerDiscreteScheduler")):
+        run = make_run(tmp_path / f"run{kind}", model={"base": zero_snr_folder(tmp_path / kind, kind)})
+        export(run, tmp_path / f"out{kind}")
+        path = tmp_path / f"out{kind}" / "scheduler" / "scheduler_config.json"
+        assert json.loads(path.read_text())["_class_name"] == expected
+
+
+@pytest.mark.parametrize(("kind", "value"), [("NoSuchScheduler", "x"), ("DPMSolverMultistepScheduler", "no such type")])
+def test_a_scheduler_that_diffusers_cannot_make_is_refused(tmp_path, kind, value):
+    folder = Path(zero_snr_folder(tmp_path / "base", kind))
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "algorithm_type": value}))
+    run = make_run(tmp_path / "run", model={"base": str(folder)})
+    with pytest.raises(ValueError, match=r"its scheduler"):
+        export(run, tmp_path / "out")
+
+
+def test_weights_that_are_not_finite_are_not_exported(tmp_path):
+    run = make_run(tmp_path / "run", largest=float("nan"))
+    for place in ("out.safetensors", "out"):
+        with pytest.raises(ValueError, match=r"step-00000007: conv_in\.bias has values that are not finite") as caught:
+            export(run, tmp_path / place, dtype="bf16")
+        assert "export an earlier checkpoint" in str(caught.value)
+        assert not (tmp_path / place).exists()
 
 
 # metadata

@@ -23,6 +23,7 @@ from safelight.trainer.families.original_layout import (
     vae_layout,
 )
 from safelight.trainer.models.base import base_of, resolve_base, tiny_folder
+from safelight.trainer.models.tensor_files import TensorFile
 from safelight.trainer.models.weights import check_unet, fingerprint, load_text, load_unet, load_vae
 from tests.trainer.models.tiny_base import Opened
 
@@ -369,31 +370,15 @@ def test_a_file_of_another_format_is_refused_and_never_opened(tmp_path, name):
 
 def test_only_the_requested_tensors_are_read_and_each_once(tensors, write):
     """Loading the UNet of a 4 GB file must not read the other parts."""
-    import safelight.trainer.models.single_file as module
-
     path, names_read = write(tensors), []
-    real = module.safe_open
+    read = TensorFile.read
 
-    class Counting:
-        def __init__(self, *args):
-            self.inner = real(*args)
-
-        def __enter__(self):
-            self.file = self.inner.__enter__()
-            return self
-
-        def __exit__(self, *args):
-            return self.inner.__exit__(*args)
-
-        def get_tensor(self, name):
-            names_read.append(name)
-            return self.file.get_tensor(name)
-
-        def __getattr__(self, name):
-            return getattr(self.file, name)
+    def counting(file: TensorFile, name: str) -> torch.Tensor:
+        names_read.append(name)
+        return read(file, name)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "safe_open", Counting)
+        patch.setattr(TensorFile, "read", counting)
         base = resolve_base(path, "tiny")
         assert names_read == []
         load_unet(base, 0)

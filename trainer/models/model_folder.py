@@ -1,0 +1,133 @@
+"""Which files of a model's folder may be opened: regular files that lie in it, and of weights only .safetensors.
+
+The files are chosen here and read by us, so that no library follows a link, an index or a setting out of the folder, or
+opens a format that can run code.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from safelight.errors import UserError
+from safelight.text import counted
+from safelight.trainer.families.original_layout import Layout, Shape
+from safelight.trainer.models.tensor_files import FLOATS, TensorFile
+from safelight.untrusted import UnsafeFile, path_in, read_json_object
+
+# what the libraries call files of weights, without variant, shard and suffix
+DIFFUSERS_STEM, TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
+# an index has a line per tensor
+MAX_INDEX_BYTES = 2**24
+# a weights file, whose variant (fp16) stands before or after the shard's number
+_WEIGHTS_FILE = re.compile(r"([^.]+?)(?:\.(\w+?))?(-\d{5}-of-\d{5})?(?:\.(\w+))?\.safetensors")
+
+
+def model_file(folder: Path, name: str) -> Path:
+    """Return folder/name, which must lie in the model's folder, also after links are resolved; it need not exist.
+
+    A snapshot in the hub's cache consists of links to blobs beside it, so there the folder of the repository counts.
+    Raises UnsafeFile if the path leads out.
+    """
+    absolute = Path(os.path.abspath(folder))
+    root = absolute
+    for parent in (absolute, *absolute.parents):
+        if parent.parent.name == "snapshots" and parent.parent.parent.name.startswith("models--"):
+            root = parent.parent.parent
+    path_in(root, os.path.join(absolute.relative_to(root), name))
+    return Path(folder) / name
+
+
+def weight_files(folder: Path, part: str, stem: str) -> dict[str, TensorFile]:
+    """Return the file of each tensor in the weights of folder/part, by the tensor's name. Only headers are read.
+
+    stem: DIFFUSERS_STEM or TRANSFORMERS_STEM. Files without a variant are preferred, then fp16
+    and bf16. Raises UserError if there are no weights, or an index names anything but .safetensors files beside it.
+    """
+    where = model_file(folder, part)
+    files: dict[str, TensorFile] = {}
+    for name in _chosen_names(folder, part, stem):
+        try:
+            file = TensorFile(model_file(folder, os.path.join(part, name)))
+        except (UnsafeFile, OSError) as error:
+            raise bad_weights(where, f"{name}: {error}") from error
+        for tensor in file.entries:
+            if tensor in files:
+                raise bad_weights(where, f"{tensor} is in {files[tensor].path.name} and in {name}")
+            files[tensor] = file
+    return files
+
+
+def _chosen_names(folder: Path, part: str, stem: str) -> list[str]:
+    """Return the names of the files of the preferred variant: one, or all shards."""
+    where = model_file(folder, part)
+    found = sorted(path.name for path in where.glob("*"))
+    wholes: dict[str | None, str] = {}
+    shards: dict[str | None, list[str]] = {}
+    for name in found:
+        if (match := _WEIGHTS_FILE.fullmatch(name)) and match[1] == stem:
+            variant = match[2] or match[4]
+            if match[3]:
+                shards.setdefault(variant, []).append(name)
+            else:
+                wholes[variant] = name
+    variants = wholes.keys() | shards.keys()
+    if not variants:
+        kind = f"{stem}.safetensors" if any(name.endswith(".safetensors") for name in found) else ".safetensors file"
+        raise UserError(
+            f"{where} has no {kind} (it has {', '.join(found) or 'nothing'}); other formats are never loaded, because "
+            "they can run code: convert its weights to .safetensors"
+        )
+    # files without a variant are fp32 if there are several; fp16 has more mantissa bits than bf16
+    variant = next((name for name in (None, "fp16", "bf16") if name in variants), min(variants, key=str))
+    middle = f".{variant}" if variant else ""
+    indices = f"{stem}.safetensors.index{middle}.json", f"{stem}.safetensors{middle}.index.json"
+    index = next((name for name in indices if name in found), None)
+    # where there are both, transformers loads the whole file, and diffusers the shards
+    if variant in wholes and (index is None or stem == TRANSFORMERS_STEM):
+        return [wholes[variant]]
+    return shards.get(variant, []) if index is None else _indexed_names(folder, part, index)
+
+
+def _indexed_names(folder: Path, part: str, index: str) -> list[str]:
+    """Return the names of the shards in an index."""
+    where = model_file(folder, part)
+    shard_of = read_json_object(model_file(folder, os.path.join(part, index)), MAX_INDEX_BYTES).get("weight_map")
+    if not isinstance(shard_of, dict) or not all(isinstance(name, str) for name in shard_of.values()):
+        raise bad_weights(where, f"{index} has no weight_map from tensors to files")
+    names = sorted(set(shard_of.values()))
+    for name in names:
+        if "/" in name or not name.endswith(".safetensors"):
+            raise UserError(
+                f"{where}: its index {index} names {name!r}, which is no .safetensors file of this folder; other "
+                "formats are never loaded, because they can run code: get this folder again"
+            )
+    return names
+
+
+def bad_weights(folder: Path, error: object) -> UserError:
+    """Return the error that says that the weights in a folder cannot be used. error: why."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return UserError(
+        f"{folder}: its weights are damaged or do not fit its config.json; get this folder again ({reason})"
+    )
+
+
+def check_fit(folder: Path, files: Mapping[str, TensorFile], layout: Layout, shapes: Mapping[str, Shape]) -> None:
+    """Raise UserError unless the files have the tensors of a module, as floating-point numbers of the right shape.
+
+    folder: for messages. layout: the name in the files, by the module's; shapes: by the module's.
+    """
+    if missing := sorted(place.name for place in layout.values() if place.name not in files):
+        raise UserError(
+            f"{folder}: its .safetensors files lack {counted(len(missing), 'tensor')} required by its config.json, "
+            f"the first is {missing[0]}; get this folder again"
+        )
+    for name, place in layout.items():
+        entry = files[place.name].entries[place.name]
+        if entry.dtype not in FLOATS:
+            raise UserError(f"{folder} is quantized ({place.name} is {entry.dtype}); give the fp16, bf16 or fp32 model")
+        if entry.shape != shapes[name]:
+            raise bad_weights(folder, f"{place.name} is {entry.shape}, not {shapes[name]}")

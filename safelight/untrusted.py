@@ -131,25 +131,9 @@ def _open_regular(path: Path, flags: int, max_bytes: int | None, follow_links: b
 
 
 def open_append(path: Path) -> BinaryIO:
-    """Return a regular file, opened for appending and created if missing. Never follows a link.
-
-    Raises UnsafeFile if the path is a link, pipe, device or folder, OSErrors as open does.
-    """
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-    try:
-        descriptor = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
-    except OSError:
-        # what the system says of a link or a pipe differs: "too many levels of symbolic links", "no such device"
-        if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
-            raise UnsafeFile(f"{path} is a link, or no regular file, and is not written to; remove it") from None
-        raise
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise UnsafeFile(f"{path} is not a regular file and is not written to; remove it")
-        return os.fdopen(descriptor, "ab")
-    except BaseException:
-        os.close(descriptor)
-        raise
+    """Return a regular file, opened for appending and created if needed. Raises as `open_to_write`."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    return os.fdopen(_open_regular(path, flags, None, follow_links=False), "ab")
 
 
 def check_regular(path: Path) -> None:

@@ -46,6 +46,7 @@ AFTER_THE_BEST = {
 }
 # with fewer held-out photographs than this, percentages get a caveat
 FEW_HELD_OUT = 10
+MAX_PROBLEMS = 20
 MARK = '<svg viewBox="0 0 14 14" aria-hidden="true"><circle class="f-accent" cx="7" cy="7" r="6"/></svg>'
 
 
@@ -219,6 +220,7 @@ def _problems(problems: list[str]) -> Markup | None:
     return tag(
         "div",
         tag("strong", "Parts of this run folder could not be read:"),
-        tag("ul", [tag("li", shorten(problem, 400)) for problem in problems]),
+        tag("ul", [tag("li", shorten(problem, 400)) for problem in problems[:MAX_PROBLEMS]]),
+        tag("p", f"and {len(problems) - MAX_PROBLEMS:,} more.") if len(problems) > MAX_PROBLEMS else None,
         class_="alert",
     )

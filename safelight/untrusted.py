@@ -37,15 +37,24 @@ class UnsafeFile(UserError):
 def path_in(folder: Path, name: str | os.PathLike) -> Path:
     """Return folder/name. The path may lead through links, but must end inside the folder; it need not exist.
 
-    Raises UnsafeFile if `name` is absolute, contains a NUL character, or leads out of the folder.
+    Raises UnsafeFile if `name` is absolute, no possible file name, or leads out of the folder.
     """
     text = os.fspath(name)
-    if not text or "\0" in text:
+    if not text or "\0" in text or not _is_encodable(text):
         raise UnsafeFile(f"{folder}: {text!r} is not a file name")
     path = Path(folder) / text
     if os.path.isabs(text) or not _is_inside(path, os.path.realpath(folder)):
         raise UnsafeFile(f"{folder}: {text!r} leads out of this folder; such a path is never followed")
     return path
+
+
+def _is_encodable(name: str) -> bool:
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        # half a surrogate pair, which JSON can hold
+        return False
+    return True
 
 
 def _is_inside(path: Path, real_folder: str) -> bool:

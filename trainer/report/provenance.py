@@ -220,7 +220,8 @@ def _differing_by(config: dict) -> str:
 def _buckets(buckets: list[dict]) -> Markup:
     keys = ("width", "height", "num_train", "num_validation")
     known = [[number(bucket.get(key)) for key in keys] for bucket in buckets]
-    known = [[int(value) for value in row] for row in known if all(map(math.isfinite, row)) and min(row[:2]) > 0]
+    known = [row for row in known if all(map(math.isfinite, row))]
+    known = [[int(value) for value in row] for row in known if min(row[:2]) >= 1 and min(row[2:]) >= 0]
     if not known:
         return empty_state("No image sizes were recorded.")
     known.sort(key=lambda bucket: bucket[0] / bucket[1])

@@ -37,10 +37,10 @@ class UnsafeFile(UserError):
 def path_in(folder: Path, name: str | os.PathLike) -> Path:
     """Return folder/name. The path may lead through links, but must end inside the folder; it need not exist.
 
-    Raises UnsafeFile if `name` is absolute, contains a NUL character, or leads out of the folder.
+    Raises UnsafeFile if `name` is absolute, no possible file name, or leads out of the folder.
     """
     text = os.fspath(name)
-    if not text or "\0" in text:
+    if not text or "\0" in text or not _is_encodable(text):
         raise UnsafeFile(f"{folder}: {text!r} is not a file name")
     path = Path(folder) / text
     if os.path.isabs(text) or not _is_inside(path, _real(folder)):
@@ -52,6 +52,15 @@ def _real(folder: Path) -> str:
     if "\0" in os.fspath(folder):
         raise UnsafeFile(f"{folder} is not a valid path")
     return os.path.realpath(folder)
+
+
+def _is_encodable(name: str) -> bool:
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        # half a surrogate pair, which JSON can hold
+        return False
+    return True
 
 
 def _is_inside(path: Path, real_folder: str) -> bool:
@@ -138,25 +147,9 @@ def _open_regular(path: Path, flags: int, max_bytes: int | None, follow_links: b
 
 
 def open_append(path: Path) -> BinaryIO:
-    """Return a regular file, opened for appending and created if missing. Never follows a link.
-
-    Raises UnsafeFile if the path is a link, pipe, device or folder, OSErrors as open does.
-    """
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-    try:
-        descriptor = os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
-    except OSError:
-        # what the system says of a link or a pipe differs: "too many levels of symbolic links", "no such device"
-        if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
-            raise UnsafeFile(f"{path} is a link, or no regular file, and is not written to; remove it") from None
-        raise
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise UnsafeFile(f"{path} is not a regular file and is not written to; remove it")
-        return os.fdopen(descriptor, "ab")
-    except BaseException:
-        os.close(descriptor)
-        raise
+    """Return a regular file, opened for appending and created if needed. Raises as `open_to_write`."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    return os.fdopen(_open_regular(path, flags, None, follow_links=False), "ab")
 
 
 def check_regular(path: Path) -> None:
@@ -177,7 +170,7 @@ def _bounded_int(text: str) -> int:
 
 
 def _clamped_int(text: str) -> int:
-    return max(-MAX_INT, min(MAX_INT, int(text[:20])))
+    return max(-MAX_INT, min(MAX_INT, int(text[:21])))
 
 
 def _finite_float(text: str) -> float:

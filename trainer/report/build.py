@@ -46,6 +46,12 @@ AFTER_THE_BEST = {
 }
 # with fewer held-out photographs than this, percentages get a caveat
 FEW_HELD_OUT = 10
+MAX_PROBLEMS = 20
+# events that the page shows at its very top -> what they mean
+GRAVE_EVENTS = {
+    "diverged": "This run diverged: its loss or its weights are no longer finite numbers.",
+    "held-out loss rose": "Held-out loss rose far above that of the base model.",
+}
 MARK = '<svg viewBox="0 0 14 14" aria-hidden="true"><circle class="f-accent" cx="7" cy="7" r="6"/></svg>'
 
 
@@ -85,6 +91,7 @@ def render(run: RunFolder) -> str:
             tag("div", Markup(MARK), "Safelight · training report", class_="mark"),
             tag("h1", run.name),
             tag("p", _subtitle(run), class_="sub"),
+            _grave_events(run),
             tag("p", _lead(run, facts, verdict), class_="lead"),
             _few_held_out(run),
             _from_scratch(run),
@@ -213,12 +220,25 @@ def _from_scratch(run: RunFolder) -> Markup | None:
     )
 
 
+def _grave_events(run: RunFolder) -> list[Markup]:
+    """Return a banner for each kind of GRAVE_EVENTS that the run logged, with the last such event's details."""
+    banners = []
+    for name, title in GRAVE_EVENTS.items():
+        event = next((event for event in reversed(run.metrics.events) if event.get("event") == name), None)
+        if event is not None:
+            detail = shorten(event.get("detail") or "no details were logged", 1000)
+            detail = detail[0].upper() + detail[1:]
+            banners.append(tag("div", tag("strong", title), tag("p", detail), class_="alert grave", role="alert"))
+    return banners
+
+
 def _problems(problems: list[str]) -> Markup | None:
     if not problems:
         return None
     return tag(
         "div",
         tag("strong", "Parts of this run folder could not be read:"),
-        tag("ul", [tag("li", shorten(problem, 400)) for problem in problems]),
+        tag("ul", [tag("li", shorten(problem, 400)) for problem in problems[:MAX_PROBLEMS]]),
+        tag("p", f"and {len(problems) - MAX_PROBLEMS:,} more.") if len(problems) > MAX_PROBLEMS else None,
         class_="alert",
     )

@@ -16,6 +16,8 @@ from safelight.trainer.report.facts import evenly_chosen
 from safelight.trainer.report.run_reader import Metrics, RunFolder, number, rows_of
 
 MAX_STEPS_A_STAGE = 600
+# finding a step's stage looks at every stage before it
+MAX_LOOK_UPS = 5_000_000
 # epochs are logged to six digits
 EPOCH_TOLERANCE = 1e-5
 
@@ -49,7 +51,7 @@ def learning_rates(run: RunFolder) -> tuple[np.ndarray, np.ndarray] | None:
     epochs or learning rates.
     """
     timeline = _timeline(run)
-    if timeline is None:
+    if timeline is None or len(timeline.stages) * (len(run.metrics.train["step"]) + MAX_STEPS_A_STAGE) > MAX_LOOK_UPS:
         return None
     logged, last_step = run.metrics.train, run.metrics.last_step
     known = np.isfinite(logged["lr"]) & np.isfinite(logged["epoch"])

@@ -113,7 +113,8 @@ def schedule_section(run: RunFolder) -> Markup:
     """Return the graphs of learning rate, gradient norm, throughput and memory."""
     metrics, starts, drawn, note = run.metrics, stage_starts(run), [], None
     smoothing = max(1, len(metrics.train["step"]) // 80)
-    if np.isfinite(metrics.train["lr"]).any():
+    has_epoch = np.isfinite(metrics.train["epoch"])
+    if (has_epoch & np.isfinite(metrics.train["lr"])).any():
         exact = learning_rates(run)
         if exact is None:
             text = (
@@ -128,7 +129,7 @@ def schedule_section(run: RunFolder) -> Markup:
         ("images_per_s", "throughput (images/s)", "amber", smoothing),
         ("memory_gib", "peak memory (GiB)", "amber", 0),
     ):
-        if np.isfinite(metrics.train[column]).any():
+        if (has_epoch & np.isfinite(metrics.train[column])).any():
             figure = small_graph(metrics, starts, column, title, color, half_width)
             drawn.append(tag("figure", to_svg(figure, column.replace("_", "-"), f"{title} over the epochs")))
     body = tag("div", drawn, class_="graphs") if drawn else empty_state("No training step has been logged yet.")

@@ -12,6 +12,9 @@ from safelight.trainer.report.run_reader import Metrics, Validation
 # by more than this fraction of the loss and more than this fraction of the gain so far.
 MIN_RISE_OF_LOSS = 0.0025
 MIN_RISE_OF_GAIN = 0.1
+# seconds between two lines: no step takes a day, and lines are out of order by an hour at most
+MAX_GAP_S = 24 * 3600.0
+MAX_DISORDER_S = 3600.0
 
 
 @dataclass(frozen=True)
@@ -64,20 +67,31 @@ def best_validation(points: Sequence[Validation]) -> Validation | None:
 
 
 def run_time_s(times: Sequence[tuple[float, str]]) -> float | None:
-    """Return how many seconds the run took, including validation and samples.
+    """Return how many seconds the run took, including validation and samples; None from fewer than two lines."""
+    elapsed = [seconds for seconds in work_times_s(times) if math.isfinite(seconds)]
+    return elapsed[-1] if len(elapsed) > 1 else None
 
-    Does not count the pause between the last line of an interrupted run and its `resumed` event.
+
+def work_times_s(times: Sequence[tuple[float, str]]) -> list[float]:
+    """Return for each line how many seconds the run had worked by then, NaN for a line without a time.
+
+    times: (unix seconds, event or "") of every line. Not counted are the pause between the last line of an interrupted
+    run and its `resumed` event, time that runs backwards, and a gap that no step, validation or sample can fill: the
+    clock was set.
     """
-    known = [(time, event) for time, event in times if math.isfinite(time)]
-    if len(known) < 2:
-        return None
-    total, latest = 0.0, known[0][0]
-    for time, event in known[1:]:
-        if event.startswith("resume"):
+    gaps, latest = np.zeros(len(times)), math.nan
+    for line, (time, event) in enumerate(times):
+        if math.isnan(time):
+            continue
+        is_resume = event.startswith("resume")
+        if not is_resume and time > latest:
+            gaps[line] = time - latest
+        if is_resume or not latest - time <= MAX_DISORDER_S or time > latest:
             latest = time
-        total += max(0.0, time - latest)
-        latest = max(latest, time)
-    return total
+    usual = gaps[gaps > 0]
+    limit = max(MAX_GAP_S, 100 * float(np.median(usual))) if len(usual) else MAX_GAP_S
+    worked = np.cumsum(np.where(gaps > limit, 0.0, gaps))
+    return [math.nan if math.isnan(time) else float(total) for (time, _), total in zip(times, worked, strict=True)]
 
 
 def over_fitting_verdict(held_out: Sequence[Validation], subset: Sequence[Validation]) -> Verdict:
@@ -121,10 +135,10 @@ def over_fitting_verdict(held_out: Sequence[Validation], subset: Sequence[Valida
         return Verdict("rising", f"Possibly overfitting: {rise}. {unknown}")
     gap_then = best.loss - by_step[best.step].loss
     gap_now = last.loss - by_step[last.step].loss
-    moved = by_step[last.step].loss / by_step[best.step].loss - 1
+    moved = _change(by_step[best.step].loss, by_step[last.step].loss)
     trained = f"on the training photographs it {'fell' if moved < 0 else 'rose'} by {100 * abs(moved):.1f} %"
     gap = f"the gap went from {gap_then:+.4f} to {gap_now:+.4f}".replace("-", "−")
-    if gap_now > gap_then and moved < last.loss / best.loss - 1:
+    if gap_now > gap_then and moved < _change(best.loss, last.loss):
         return Verdict(
             "overfitting",
             f"Overfitting since {where}: {rise}, while {trained} ({gap}). Use the checkpoint of {where}.",
@@ -201,8 +215,13 @@ def _rose(held_out: Sequence[Validation]) -> bool:
     return last.loss - best.loss > max(MIN_RISE_OF_LOSS * best.loss, MIN_RISE_OF_GAIN * gain)
 
 
+def _change(before: float, after: float) -> float:
+    """Return by what fraction a loss changed; infinity if it was zero."""
+    return after / before - 1 if before > 0 else math.inf
+
+
 def _rise_percent(best: Validation, last: Validation) -> str:
-    return f"{100 * (last.loss / best.loss - 1):.1f} %"
+    return f"{100 * _change(best.loss, last.loss):.1f} %"
 
 
 def _reduce(function, values: np.ndarray) -> float | None:

@@ -1,7 +1,8 @@
 """Embed image files in the page as small WebP pictures.
 
 Reports are mailed and archived, so their size is bounded: each group of pictures has a budget in bytes and is embedded
-at the largest size at which the whole group fits.
+at the largest size at which the whole group fits. A run folder may come from somebody else, so only formats that a run
+writes are opened, and decoding is bounded in pixels.
 """
 
 import base64
@@ -10,11 +11,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
+from safelight.data.images import RejectedImage, decode
 from safelight.trainer.report.markup import Markup, tag
+from safelight.untrusted import UnsafeFile, read_bytes
 
 WEBP_QUALITY = 82
+# Pillow opens more; EPS, for one, by passing the file to Ghostscript, which executes it
+FORMATS = ("JPEG", "PNG", "WEBP")
+# the largest side of a sample is 4096 px
+MAX_PIXELS = 4096 * 4096
+MAX_FILE_BYTES = 2**26
+# of a group of pictures; 288 samples of 2048 x 2048 px have 1.2 * 10^9
+MAX_GROUP_PIXELS = 2**31
 # Smaller pictures come from a tiny model: lossy coding would smear their few pixels, and lossless costs little.
 LOSSLESS_EDGE_PX = 160
 
@@ -50,11 +60,12 @@ def embed_all(paths: Sequence[Path | None], edges_px: Sequence[int], budget_byte
     The result is None for a path that is None or cannot be read, and for pictures that exceed the budget even at the
     smallest size.
     """
+    images = _decode_all(paths, max(edges_px))
     for edge_px in edges_px[:-1]:
-        pictures = _embed_within(paths, edge_px, budget_bytes)
+        pictures = _embed_within(images, edge_px, budget_bytes)
         if pictures is not None:
             return pictures
-    return _embed_within(paths, edges_px[-1], budget_bytes, leave_out=True)
+    return _embed_within(images, edges_px[-1], budget_bytes, leave_out=True)
 
 
 def placeholder(text: str) -> Markup:
@@ -63,12 +74,12 @@ def placeholder(text: str) -> Markup:
 
 
 def _embed_within(
-    paths: Sequence[Path | None], edge_px: int, budget_bytes: int, leave_out: bool = False
+    images: Sequence[Image.Image | None], edge_px: int, budget_bytes: int, leave_out: bool = False
 ) -> list[Picture | None] | None:
     pictures: list[Picture | None] = []
     used = 0
-    for path in paths:
-        picture = _embed(path, edge_px) if path is not None else None
+    for image in images:
+        picture = _embed(image, edge_px) if image is not None else None
         size = len(picture.uri) if picture else 0
         if used + size > budget_bytes:
             if not leave_out:
@@ -79,17 +90,34 @@ def _embed_within(
     return pictures
 
 
-def _embed(path: Path, edge_px: int) -> Picture | None:
-    try:
-        with Image.open(path) as opened:
-            # decode JPEG at a fraction of its size: decoding is most of the time spent on a folder of photographs
-            opened.draft("RGB", (2 * edge_px, 2 * edge_px))
-            image = ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return None
-    image.thumbnail((edge_px, edge_px), Image.Resampling.LANCZOS)
+def _decode_all(paths: Sequence[Path | None], edge_px: int) -> list[Image.Image | None]:
+    """Return the images, at most edge_px on their longest side; None for what cannot be read."""
+    by_path: dict[Path, Image.Image | None] = {}
+    num_pixels = 0
+    for path in paths:
+        if path is None or path in by_path:
+            continue
+        by_path[path] = None
+        try:
+            content = read_bytes(path, MAX_FILE_BYTES)
+            with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
+                num_pixels += opened.width * opened.height
+                if opened.width * opened.height > MAX_PIXELS or num_pixels > MAX_GROUP_PIXELS:
+                    continue
+            # a JPEG is decoded at a fraction of its size: decoding is most of the time spent on a folder of photographs
+            image = decode(content, max_megapixels=(2 * edge_px) ** 2 / 1e6).image
+        except (RejectedImage, UnsafeFile, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            continue
+        image.thumbnail((edge_px, edge_px), Image.Resampling.LANCZOS)
+        by_path[path] = image
+    return [by_path.get(path) if path is not None else None for path in paths]
+
+
+def _embed(image: Image.Image, edge_px: int) -> Picture:
+    small = image.copy()
+    small.thumbnail((edge_px, edge_px), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    lossless = max(image.size) <= LOSSLESS_EDGE_PX
-    image.save(buffer, "WEBP", quality=WEBP_QUALITY, lossless=lossless, method=3)
+    lossless = max(small.size) <= LOSSLESS_EDGE_PX
+    small.save(buffer, "WEBP", quality=WEBP_QUALITY, lossless=lossless, method=3)
     uri = "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-    return Picture(uri, *image.size)
+    return Picture(uri, *small.size)

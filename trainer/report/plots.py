@@ -190,7 +190,7 @@ def learning_rate_graph(
 def _power_into_title(values: np.ndarray, title: str) -> tuple[np.ndarray, str]:
     """Return (values, title), with a power of ten moved from small values into the title."""
     largest = float(np.max(np.abs(values)))
-    if not 0 < largest < 1e-2:
+    if not 1e-30 < largest < 1e-2:
         return values, title
     power = int(np.floor(np.log10(1.01 * largest)))
     return values / 10.0**power, f"{title} (×10{str(power).translate(SUPERSCRIPTS)})"

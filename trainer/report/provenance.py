@@ -5,7 +5,7 @@ import math
 import re
 
 from safelight.text import counted
-from safelight.trainer.report.facts import format_duration
+from safelight.trainer.report.facts import format_duration, work_times_s
 from safelight.trainer.report.markup import Markup, details, empty_state, join, shorten, table, tag
 from safelight.trainer.report.pictures import embed_all, placeholder
 from safelight.trainer.report.run_reader import RunFolder, inside, number, rows_of, table_of
@@ -16,6 +16,9 @@ EXAMPLES_BUDGET_BYTES = 1_500_000
 MAX_CAPTION_CHARACTERS = 300
 MAX_LISTED = 500
 MAX_BUCKETS = 40
+# of settings, and of values in one
+MAX_ROWS = 200
+MAX_VALUE_CHARACTERS = 4000
 
 
 def data_section(data: dict | None, run: RunFolder) -> Markup:
@@ -50,16 +53,20 @@ def parameters_section(run: RunFolder) -> Markup:
     scalars = {key: value for key, value in run.config.items() if not isinstance(value, dict) and not _is_tables(value)}
     if scalars:
         settings.append(_settings_group("general", scalars))
-    for name, value in run.config.items():
+    for name, value in list(run.config.items())[:MAX_ROWS]:
         if isinstance(value, dict):
-            settings.append(_settings_group(f"[{name}]", value))
+            settings.append(_settings_group(f"[{shorten(name, 120)}]", value))
         elif _is_tables(value):
-            settings += [_settings_group(f"[[{name}]] {i}", one) for i, one in enumerate(value, start=1)]
+            tables = enumerate(value[:MAX_ROWS], start=1)
+            settings += [_settings_group(f"[[{shorten(name, 120)}]] {i}", one) for i, one in tables]
     notes = run.model.get("notes")
+    notes = notes[:MAX_ROWS] if isinstance(notes, list) else []
     return tag(
         "section",
         tag("h2", "Settings"),
-        tag("ul", [tag("li", shorten(note, 400)) for note in notes]) if isinstance(notes, list) and notes else None,
+        tag("ul", [tag("li", shorten(note, 400)) for note in notes[:MAX_ROWS]])
+        if isinstance(notes, list) and notes
+        else None,
         tag("div", settings, class_="settings") if settings else empty_state("The settings of this run are unknown."),
         details("The whole config.toml", tag("pre", run.config_text)) if run.config_text else None,
         id="parameters",
@@ -99,20 +106,20 @@ def events_section(run: RunFolder) -> Markup:
     heading = tag("h2", "Events")
     if not events:
         return tag("section", heading, empty_state("No events were logged."), id="events")
-    start = next((time for time, _ in run.metrics.times if math.isfinite(time)), math.nan)
+    worked = work_times_s(run.metrics.times)
     rows = []
-    for event in events[-MAX_LISTED:]:
-        step, since = number(event.get("step")), number(event.get("time")) - start
+    for event, line in list(zip(events, run.metrics.event_lines, strict=True))[-MAX_LISTED:]:
+        step, since = number(event.get("step")), worked[line]
         rows.append(
             [
                 "–" if math.isnan(step) else f"{step:,.0f}",
-                format_duration(max(0.0, since)) if math.isfinite(since) else "–",
+                format_duration(since) if math.isfinite(since) else "–",
                 shorten(event.get("event") or "", 80),
                 shorten(event.get("detail") or "", MAX_CAPTION_CHARACTERS),
             ]
         )
     total = counted(len(events), "event") + (f" (the last {MAX_LISTED} shown)" if len(events) > MAX_LISTED else "")
-    return tag("section", heading, details(total, table(["step", "time", "event", "detail"], rows)), id="events")
+    return tag("section", heading, details(total, table(["step", "run time", "event", "detail"], rows)), id="events")
 
 
 def format_value(value: object, grouped: bool = False) -> str:
@@ -126,12 +133,13 @@ def format_value(value: object, grouped: bool = False) -> str:
     if isinstance(value, float):
         return f"{value:g}".replace("e-0", "e-")
     if isinstance(value, list):
-        texts = [format_value(item) for item in value]
+        texts = [format_value(item) for item in value[:MAX_ROWS]]
         if any(len(text) > 16 for text in texts):
-            return "\n".join(f"· {text}" for text in texts)
+            return shorten("\n".join(f"· {text}" for text in texts), MAX_VALUE_CHARACTERS)
         return ", ".join(texts) or "–"
     if isinstance(value, dict):
-        return "\n".join(f"{key} = {format_value(item)}" for key, item in value.items()) or "–"
+        texts = [f"{key} = {format_value(item)}" for key, item in list(value.items())[:MAX_ROWS]]
+        return shorten("\n".join(texts), MAX_VALUE_CHARACTERS) or "–"
     if isinstance(value, datetime.datetime):
         return value.isoformat(" ", "seconds")
     return shorten(value, 2000)
@@ -152,7 +160,10 @@ def _label(key: object) -> str:
 
 
 def _rows(values: dict) -> Markup:
-    rows = [tag("div", tag("dt", shorten(key, 120)), tag("dd", format_value(value))) for key, value in values.items()]
+    shown = list(values.items())[:MAX_ROWS]
+    rows = [tag("div", tag("dt", shorten(key, 120)), tag("dd", format_value(value))) for key, value in shown]
+    if len(values) > MAX_ROWS:
+        rows.append(tag("div", tag("dt", "…"), tag("dd", f"{len(values) - MAX_ROWS:,} more")))
     return tag("dl", rows, class_="rows")
 
 
@@ -209,7 +220,8 @@ def _differing_by(config: dict) -> str:
 def _buckets(buckets: list[dict]) -> Markup:
     keys = ("width", "height", "num_train", "num_validation")
     known = [[number(bucket.get(key)) for key in keys] for bucket in buckets]
-    known = [[int(value) for value in row] for row in known if all(map(math.isfinite, row)) and min(row[:2]) > 0]
+    known = [row for row in known if all(map(math.isfinite, row))]
+    known = [[int(value) for value in row] for row in known if min(row[:2]) >= 1 and min(row[2:]) >= 0]
     if not known:
         return empty_state("No image sizes were recorded.")
     known.sort(key=lambda bucket: bucket[0] / bucket[1])
@@ -259,7 +271,7 @@ def _examples(examples: list[dict], run: RunFolder) -> Markup:
         return empty_state("No example photographs were saved.")
     shown = examples[:MAX_EXAMPLES]
     pictures = embed_all(
-        [inside(run.path, example.get("file")) for example in shown], EXAMPLE_EDGES_PX, EXAMPLES_BUDGET_BYTES
+        [inside(run.path, ".", example.get("file")) for example in shown], EXAMPLE_EDGES_PX, EXAMPLES_BUDGET_BYTES
     )
     cards = []
     for example, picture in zip(shown, pictures, strict=True):

@@ -13,6 +13,7 @@ MAX_LARGE_PAIRS = 6
 MAX_EPOCHS = 12
 MAX_PROMPTS = 24
 MAX_PROMPT_CHARACTERS = 400
+MAX_SCORES = 100
 PAIR_EDGES_PX = (512, 384, 256, 160)
 SAMPLE_EDGES_PX = (288, 224, 160, 112)
 PAIRS_BUDGET_BYTES = 5_000_000
@@ -39,7 +40,7 @@ def samples_section(run: RunFolder, best_step: int | None) -> Markup:
     keys = _prompt_keys(sets)
     shown_keys = keys[:MAX_PROMPTS]
     files = {
-        (sample.step, _prompt_key(image)): inside(sample.folder, image.get("file"))
+        (sample.step, _prompt_key(image)): inside(run.path, sample.folder, image.get("file"))
         for sample in chosen
         for image in sample.images
     }
@@ -79,8 +80,7 @@ def _pairs(run: RunFolder) -> Markup:
         command = tag("code", "safelight compare")
         return empty_state("Base and trained model have not been compared yet; ", command, " does that.")
     chosen = [pairs[i] for i in evenly_chosen(len(pairs), MAX_PAIRS)]
-    folder = run.path / "compare"
-    paths = [inside(folder, pair.get(side)) for pair in chosen for side in ("base", "trained")]
+    paths = [inside(run.path, "compare", pair.get(side)) for pair in chosen for side in ("base", "trained")]
     pictures = embed_all(paths, PAIR_EDGES_PX, PAIRS_BUDGET_BYTES)
     base_name = "Base, untrained" if run.model.get("from_scratch") else "Base"
     step = number(run.compare.get("step"))
@@ -146,13 +146,19 @@ def _samples_note(sets: list[SampleSet], chosen: list[SampleSet], keys: list, sh
     return note
 
 
-PromptKey = tuple[str, float, float, float]
+PromptKey = tuple[str, int, float, float]
 
 
 def _prompt_key(image: dict) -> PromptKey:
-    numbers = (number(image.get(key)) for key in ("seed", "cfg", "num_steps"))
+    # a seed may have 64 bits, more than a float holds
+    seed = image.get("seed")
+    numbers = (number(image.get(key)) for key in ("cfg", "num_steps"))
     # NaN is not equal to itself: it would give every image its own row
-    return (str(image.get("prompt") or ""), *(-1.0 if math.isnan(value) else value for value in numbers))
+    return (
+        str(image.get("prompt") or ""),
+        seed if type(seed) is int and seed >= 0 else -1,
+        *(-1.0 if math.isnan(value) else value for value in numbers),
+    )
 
 
 def _prompt_keys(sets: list[SampleSet]) -> list[PromptKey]:
@@ -165,9 +171,7 @@ def _num_steps(num_steps: float) -> str:
 
 def _settings(key: PromptKey) -> str:
     _, seed, cfg, num_steps = key
-    parts = (
-        [f"seed {seed:.0f}"] * (seed >= 0) + [f"cfg {cfg:g}"] * (cfg >= 0) + [_num_steps(num_steps)] * (num_steps >= 0)
-    )
+    parts = [f"seed {seed}"] * (seed >= 0) + [f"cfg {cfg:g}"] * (cfg >= 0) + [_num_steps(num_steps)] * (num_steps >= 0)
     return ", ".join(parts)
 
 
@@ -178,7 +182,7 @@ def _prompt(prompt: str) -> Markup:
 
 
 def _scores(scores: dict | None) -> Markup | None:
-    rows = rows_of(scores, "rows")
+    rows = rows_of(scores, "rows")[:MAX_SCORES]
     if not rows:
         return None
     interval = shorten(scores.get("interval") or "interval", 40)
@@ -197,6 +201,7 @@ def _scores(scores: dict | None) -> Markup | None:
         for row in rows
     ]
     notes = scores.get("notes")
+    notes = notes[:MAX_SCORES] if isinstance(notes, list) else []
     key = [
         tag(
             "li",
@@ -221,7 +226,10 @@ def _scores(scores: dict | None) -> Markup | None:
         tag("h3", f"Measured{on}"),
         tag("ul", key, class_="legend"),
         table(["", f"with the {interval} interval", "base", "trained", "difference"], body, class_="scores"),
-        [tag("p", shorten(note, 400), class_="note") for note in (notes if isinstance(notes, list) else [])],
+        [
+            tag("p", shorten(note, 400), class_="note")
+            for note in (notes[:MAX_SCORES] if isinstance(notes, list) else [])
+        ],
     )
 
 

@@ -1,12 +1,11 @@
-"""Read a run folder, tolerating files that are missing, truncated or damaged.
+"""Read a run folder, tolerating files that are missing, truncated, damaged or made by somebody else.
 
 A report is most useful when a run went wrong, so a bad file never raises: `problems` lists what could not be read, and
-the report shows it. Only a missing folder is an error.
+the report shows it. Only a missing folder is an error. Links are followed inside the run folder only; values of another
+type or out of every range are left out, so that the sections can rely on what they get.
 """
 
-import json
 import math
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,9 +13,35 @@ import numpy as np
 
 from safelight.errors import UserError
 from safelight.text import counted
+from safelight.untrusted import MAX_JSON_BYTES, MAX_TOML_BYTES, UnsafeFile, parse_json, parse_toml, path_in, read_bytes
 
 TRAIN_COLUMNS = ("step", "epoch", "stage", "loss", "lr", "grad_norm", "images_per_s", "memory_gib", "time")
 SPLITS = ("held_out", "train_subset")
+# no loss, epoch, time or count of a run is larger
+MAX_NUMBER = 1e15
+MAX_STAGES = 1000
+# validate.timesteps is at most 64
+MAX_BANDS = 64
+MAX_METRICS_BYTES = 2**28
+MAX_LINES = 1_000_000
+MAX_INDEX_BYTES = 2**22
+MAX_SAMPLE_SETS = 5000
+MAX_VALIDATIONS = 2000
+MAX_EVENT_CHARACTERS = 2000
+# the fields that the report looks into -> their type; `list` means a list of objects
+FIELDS = {
+    "environment.json": dict.fromkeys(("started", "device", "device_name", "cpu", "command", "git_commit"), str),
+    "model.json": {"base": str, "from_scratch": bool},
+    "data.json": {
+        "dataset": str,
+        **dict.fromkeys(("num_photos", "num_train", "num_validation", "num_captions", "variants"), int),
+        **dict.fromkeys(("buckets", "examples", "rejected"), list),
+    },
+    "compare/index.json": {"step": int, "pairs": list},
+    "scores.json": {"interval": str, "num_samples": int, "rows": list},
+    "samples": {"step": int, "epoch": float, "images": list},
+}
+TYPE_NAMES = {str: "text", bool: "true or false", int: "a count", float: "a number", list: "a list of objects"}
 
 
 @dataclass(frozen=True)
@@ -35,22 +60,24 @@ class Metrics:
     """The contents of metrics.jsonl.
 
     train: TRAIN_COLUMNS -> (N,) float64, NaN where a line lacks the value. validation: SPLITS -> validations in order
-    of steps. times: (unix seconds, event or "") of every line, in the order of the file.
+    of steps. times: (unix seconds, event or "") of every line, in the order of the file. event_lines: the events'
+    places in it.
     """
 
     train: dict[str, np.ndarray]
     validation: dict[str, list[Validation]]
     events: list[dict]
     times: list[tuple[float, str]]
+    event_lines: list[int]
     last_step: int
     last_epoch: float
 
 
 @dataclass(frozen=True)
 class SampleSet:
-    """The images of the fixed prompts at one step."""
+    """The images of the fixed prompts at one step. folder: theirs, from the run folder."""
 
-    folder: Path
+    folder: str
     step: int
     epoch: float
     images: list[dict]
@@ -86,25 +113,25 @@ def read_run_folder(run_dir: Path) -> RunFolder:
     if not run_dir.is_dir():
         raise UserError(f"run folder {run_dir} does not exist; give the folder that `safelight train` wrote")
     problems: list[str] = []
-    config, config_text = _read_config(run_dir / "config.toml", problems)
+    config, config_text = _read_config(run_dir, problems)
     return RunFolder(
         path=run_dir,
         config=config,
         config_text=config_text,
-        environment=_read_object(run_dir / "environment.json", problems) or {},
-        model=_read_object(run_dir / "model.json", problems) or {},
-        metrics=_read_metrics(run_dir / "metrics.jsonl", problems),
-        samples=_read_samples(run_dir / "samples", problems),
-        data=_read_object(run_dir / "data.json", problems),
-        compare=_read_object(run_dir / "compare" / "index.json", problems),
-        scores=_read_object(run_dir / "scores.json", problems),
+        environment=_read_object(run_dir, "environment.json", problems) or {},
+        model=_read_object(run_dir, "model.json", problems) or {},
+        metrics=_read_metrics(run_dir, problems),
+        samples=_read_samples(run_dir, problems),
+        data=_read_object(run_dir, "data.json", problems),
+        compare=_read_object(run_dir, "compare/index.json", problems),
+        scores=_read_object(run_dir, "scores.json", problems),
         problems=problems,
     )
 
 
 def number(value: object) -> float:
-    """Return the value as a float, NaN if it is not a number."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    """Return the value as a float, NaN if it is not a number or too large to be one of a run."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_NUMBER:
         return math.nan
     return float(value)
 
@@ -134,100 +161,151 @@ def averages_note(run: RunFolder, subject: str) -> str:
     return f" {subject} the moving average of the weights (train.ema_decay {decay:g})." if decay > 0 else ""
 
 
-def inside(folder: Path, name: object) -> Path | None:
-    """Return folder/name if that file exists and is inside the folder, else None."""
-    if not isinstance(name, str) or not name or "\0" in name:
+def inside(run_dir: Path, folder: str, name: object) -> Path | None:
+    """Return run_dir/folder/name if it is a file inside the run folder, wherever links lead, else None."""
+    if not isinstance(name, str) or not name:
         return None
-    path = (folder / name).resolve()
-    return path if path.is_relative_to(folder.resolve()) and path.is_file() else None
-
-
-def _read_config(path: Path, problems: list[str]) -> tuple[dict, str]:
     try:
-        text = path.read_bytes().decode("utf-8", "replace")
+        path = path_in(run_dir, f"{folder}/{name}")
+        return path if path.is_file() else None
+    except (UnsafeFile, OSError):
+        return None
+
+
+def _read(run_dir: Path, name: str, max_bytes: int) -> bytes:
+    """Return the content of a record. Raises FileNotFoundError, or UnsafeFile with a reason for `problems`."""
+    try:
+        return read_bytes(path_in(run_dir, name), max_bytes)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UnsafeFile(error.strerror or str(error)) from None
+
+
+def _read_config(run_dir: Path, problems: list[str]) -> tuple[dict, str]:
+    try:
+        text = _read(run_dir, "config.toml", MAX_TOML_BYTES).decode("utf-8", "replace")
     except FileNotFoundError:
         problems.append("config.toml is missing: the settings of this run are unknown")
         return {}, ""
-    except OSError as error:
-        problems.append(f"config.toml could not be read: {error.strerror}")
+    except UnsafeFile as error:
+        problems.append(f"config.toml could not be read: {error}")
         return {}, ""
     try:
-        return tomllib.loads(text), text
-    except tomllib.TOMLDecodeError as error:
+        return parse_toml(text), text
+    except UnsafeFile as error:
         problems.append(f"config.toml is not valid TOML: {error}")
         return {}, text
 
 
-def _read_object(path: Path, problems: list[str]) -> dict | None:
+def _read_object(run_dir: Path, name: str, problems: list[str], kind: str = "") -> dict | None:
+    """Return a record without the fields of another type than FIELDS says, which are named in `problems`.
+
+    kind: its key in FIELDS, '' for its name.
+    """
     try:
-        value = json.loads(path.read_bytes())
+        value = parse_json(_read(run_dir, name, MAX_INDEX_BYTES if kind else MAX_JSON_BYTES), allow_nan=True)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        problems.append(f"{path.name} could not be read: {error}")
+    except UnsafeFile as error:
+        problems.append(f"{name} could not be read: {error}")
         return None
     if not isinstance(value, dict):
-        problems.append(f"{path.name} could not be read: it does not contain a JSON object")
+        problems.append(f"{name} could not be read: it does not contain a JSON object")
         return None
+    for key, expected in FIELDS[kind or name].items():
+        if value.get(key) is not None and not _is(value[key], expected):
+            problems.append(f"{name}: {key} is not {TYPE_NAMES[expected]} and is left out")
+            del value[key]
     return value
 
 
-def _read_metrics(path: Path, problems: list[str]) -> Metrics:
-    rows = _read_lines(path, problems)
+def _is(value: object, expected: type) -> bool:
+    if expected in (int, float):
+        found = number(value)
+        return not math.isnan(found) and (expected is float or (found >= 0 and found == int(found)))
+    if expected is list:
+        return isinstance(value, list) and all(isinstance(item, dict) for item in value)
+    return isinstance(value, expected)
+
+
+def _step_of(row: dict) -> int | None:
+    """Return a line's step, None if it has none."""
+    return int(number(row["step"])) if _is(row.get("step"), int) else None
+
+
+def _read_metrics(run_dir: Path, problems: list[str]) -> Metrics:
+    rows = _read_lines(run_dir, problems)
     # a resumed run may repeat steps that were logged before it was killed: the later line for a step counts
     train: dict[int, dict] = {}
     validation: dict[str, dict[int, Validation]] = {split: {} for split in SPLITS}
-    events = []
-    for row in rows:
-        step = number(row.get("step"))
+    event_lines = []
+    for line, row in enumerate(rows):
+        step = _step_of(row)
         if row.get("kind") == "event":
-            events.append(row)
-        elif math.isnan(step):
+            event_lines.append(line)
+        elif step is None:
             continue
         elif row.get("kind") == "train":
-            train[int(step)] = row
+            train[step] = row
         elif row.get("kind") == "validation" and row.get("split") in SPLITS:
             bands = row.get("loss_by_timestep")
-            validation[row["split"]][int(step)] = Validation(
-                step=int(step),
+            validation[row["split"]][step] = Validation(
+                step=step,
                 epoch=number(row.get("epoch")),
                 loss=number(row.get("loss")),
-                loss_by_timestep=tuple(map(number, bands)) if isinstance(bands, list) else (),
-                num_images=int(row["num_images"]) if isinstance(row.get("num_images"), int) else 0,
+                loss_by_timestep=tuple(map(number, bands[:MAX_BANDS])) if isinstance(bands, list) else (),
+                num_images=int(number(row["num_images"])) if _is(row.get("num_images"), int) else 0,
             )
     steps = sorted(train)
     columns = {
         name: np.array([number(train[step].get(name)) for step in steps], dtype=np.float64) for name in TRAIN_COLUMNS
     }
-    ordered = {
-        split: [by_step[step] for step in sorted(by_step) if math.isfinite(by_step[step].loss)]
-        for split, by_step in validation.items()
-    }
+    columns["epoch"][columns["epoch"] < 0] = np.nan
+    stages = columns["stage"]
+    stages[~((stages >= 0) & (stages < MAX_STAGES) & (stages == np.floor(stages)))] = np.nan
+    ordered = {split: _drawable(split, by_step, problems) for split, by_step in validation.items()}
     reached = [(step, number(train[step].get("epoch"))) for step in steps[-1:]]
     reached += [(points[-1].step, points[-1].epoch) for points in ordered.values() if points]
-    last_step, last_epoch = max(reached, default=(0, 0.0))
+    last_step = max((step for step, _ in reached), default=0)
+    last_epoch = max((epoch for _, epoch in reached if epoch >= 0), default=0.0)
     times = [(number(row.get("time")), str(row.get("event") or "")) for row in rows]
-    return Metrics(columns, ordered, events, times, last_step, last_epoch)
+    events = [rows[line] for line in event_lines]
+    return Metrics(columns, ordered, events, times, event_lines, last_step, last_epoch)
 
 
-def _read_lines(path: Path, problems: list[str]) -> list[dict]:
+def _drawable(split: str, by_step: dict[int, Validation], problems: list[str]) -> list[Validation]:
+    """Return the validations with a loss and an epoch, in order of steps; of very many, every n-th."""
+    points = [by_step[step] for step in sorted(by_step)]
+    points = [point for point in points if math.isfinite(point.loss) and point.epoch >= 0]
+    if len(points) <= MAX_VALIDATIONS:
+        return points
+    problems.append(f"metrics.jsonl: only some of its {len(points):,} validations ({split}) are shown")
+    every = -(-len(points) // MAX_VALIDATIONS)
+    return sorted({*points[::every], min(points, key=lambda p: (p.loss, p.step)), points[-1]}, key=lambda p: p.step)
+
+
+def _read_lines(run_dir: Path, problems: list[str]) -> list[dict]:
     try:
-        lines = path.read_bytes().splitlines()
+        lines = _read(run_dir, "metrics.jsonl", MAX_METRICS_BYTES).splitlines()
     except FileNotFoundError:
         return []
-    except OSError as error:
-        problems.append(f"metrics.jsonl could not be read: {error.strerror}")
+    except UnsafeFile as error:
+        problems.append(f"metrics.jsonl could not be read: {error}")
         return []
+    if len(lines) > MAX_LINES:
+        problems.append(f"metrics.jsonl: only the first {MAX_LINES:,} of its {len(lines):,} lines are read")
+        lines = lines[:MAX_LINES]
     rows, num_bad = [], 0
     for line in lines:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except ValueError:
+            row = parse_json(line, allow_nan=True)
+        except UnsafeFile:
             row = None
-        if isinstance(row, dict):
-            rows.append(row)
+        if isinstance(row, dict) and (row.get("kind") == "event" or _step_of(row) is not None):
+            rows.append(_known(row))
         else:
             num_bad += 1
     if num_bad:
@@ -238,12 +316,22 @@ def _read_lines(path: Path, problems: list[str]) -> list[dict]:
     return rows
 
 
-def _read_samples(folder: Path, problems: list[str]) -> list[SampleSet]:
+def _known(row: dict) -> dict:
+    """Return a line's fields that the report uses; texts of an event as texts, cut to a bearable length."""
+    keys = ("kind", "split", "loss_by_timestep", "num_images", *TRAIN_COLUMNS)
+    texts = {key: str(row[key])[:MAX_EVENT_CHARACTERS] for key in ("event", "detail") if row.get(key)}
+    return {**{key: row[key] for key in keys if key in row}, **texts}
+
+
+def _read_samples(run_dir: Path, problems: list[str]) -> list[SampleSet]:
     sets = []
-    for index_path in sorted(folder.glob("step-*/index.json")):
-        index = _read_object(index_path, problems)
-        if index is None or math.isnan(number(index.get("step"))):
+    paths = sorted((run_dir / "samples").glob("step-*/index.json"))
+    if len(paths) > MAX_SAMPLE_SETS:
+        problems.append(f"samples: only {MAX_SAMPLE_SETS:,} of its {len(paths):,} folders are read")
+    for path in paths[:MAX_SAMPLE_SETS]:
+        folder = f"samples/{path.parent.name}"
+        index = _read_object(run_dir, f"{folder}/index.json", problems, "samples")
+        if index is None or _step_of(index) is None:
             continue
-        epoch = number(index.get("epoch"))
-        sets.append(SampleSet(index_path.parent, int(index["step"]), epoch, rows_of(index, "images")))
+        sets.append(SampleSet(folder, _step_of(index), number(index.get("epoch")), rows_of(index, "images")))
     return sorted(sets, key=lambda sample_set: sample_set.step)

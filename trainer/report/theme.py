@@ -38,6 +38,9 @@ outline-offset:2px}
 max-width:none}
 .lead+.alert,.alert+.alert{margin-top:1.2rem}
 .alert p,.alert ul{margin:.2rem 0 0}
+.grave{border:2px solid var(--accent);border-left-width:12px;border-radius:8px;margin:1.4rem 0 0}
+.grave strong{font-size:1.2rem;line-height:1.3;color:var(--accent)}
+.grave p{max-width:none}
 nav{margin:1.4rem 0 0;font-size:.9rem;display:flex;flex-wrap:wrap;gap:.3rem 1.1rem}
 nav a{color:var(--muted);padding:.15rem 0}
 .tiles{display:flex;flex-wrap:wrap;gap:1px;margin:1.8rem 0 0;background:var(--line);

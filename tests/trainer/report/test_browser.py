@@ -26,6 +26,16 @@ playwright = pytest.importorskip("playwright.sync_api", reason="playwright is no
 
 MAX_OPENING_MS = 3000
 MIN_FONT_PX = 9.5
+ROSE = (
+    "step 110: the held-out loss 0.5510 is 4.0 times the base's 0.1385 and rising: the run is making the model worse; "
+    "stop it and use a lower learning rate"
+)
+DIVERGED = (
+    "step 165: the loss has not been finite since step 160: the learning rate 0.001 is probably too high; go on from "
+    "step 110, the last sound checkpoint, with a smaller rate: mv runs/unsplash/checkpoints/step-00000165 "
+    "runs/unsplash/checkpoints/step-00000165.diverged && safelight train runs/unsplash/config.toml --resume "
+    "--optimizer.lr 0.0003"
+)
 
 
 @pytest.fixture(scope="module")
@@ -95,17 +105,35 @@ def reports(tmp_path_factory, write_run) -> dict[str, Path]:
     (root / "empty").mkdir()
     (root / "empty" / "config.toml").touch()
     make_hostile(write_run(root / "hostile", num_epochs=3, **small))
+    with (write_run(root / "diverged", num_epochs=3, **small) / "metrics.jsonl").open("a") as log:
+        for name, detail in (("held-out loss rose", ROSE), ("diverged", DIVERGED)):
+            log.write(json.dumps({"kind": "event", "step": 165, "event": name, "detail": detail, "time": 1.7e9}) + "\n")
     return {run.name: build_report(run) for run in root.iterdir()}
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(
-    "name", ["whole", "at-step-0", "no-validation-samples-captions", "one-photo", "empty", "hostile"]
+    "name", ["whole", "at-step-0", "no-validation-samples-captions", "one-photo", "empty", "hostile", "diverged"]
 )
 def test_every_state_is_sound(open_report, reports, name, size):
     opened = open_report(reports[name], size)
     opened.page.evaluate("document.querySelectorAll('details').forEach(e => e.open = true)")
     assert_sound(opened)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_divergence_is_said_above_everything_else(open_report, reports, size, scheme):
+    page = open_report(reports["diverged"], size, color_scheme=scheme).page
+    banners = page.locator(".grave").all()
+    assert [banner.locator("p").inner_text() for banner in banners] == [f"S{DIVERGED[1:]}", f"S{ROSE[1:]}"]
+    below = page.locator(".lead").bounding_box()["y"]
+    for banner in banners:
+        box = banner.bounding_box()
+        assert box["y"] + box["height"] <= below
+        assert box["x"] + box["width"] <= SIZES[size][0]
+    assert banners[0].bounding_box()["y"] < 400
+    assert page.evaluate(LOW_CONTRAST, MIN_CONTRAST)[1] == []
 
 
 def test_a_report_of_40_epochs_opens_within_3_s(open_report, reports):

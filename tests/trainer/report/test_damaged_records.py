@@ -1,0 +1,228 @@
+"""Every value of every record of a run folder, replaced by something absurd: the report is written all the same."""
+
+import json
+import os
+import random
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from safelight.trainer.report import build
+from safelight.trainer.report.build import build_report, read_run_folder, render
+from safelight.trainer.report.facts import run_time_s
+from safelight.trainer.report.pictures import embed_all
+from tests.trainer.report.conftest import PROMPTS, write_run
+
+RECORDS = ("environment.json", "model.json", "data.json", "compare/index.json", "scores.json")
+SAMPLES = "samples/step-00000110/index.json"
+# as JSON text: Python does not write all of them
+VALUES = (
+    *(
+        "null",
+        "true",
+        '"x"',
+        '""',
+        "-1",
+        "0",
+        "0.5",
+        "1e308",
+        "-1e308",
+        "5e-324",
+        "1e999",
+        "9" * 400,
+        "NaN",
+        "-Infinity",
+    ),
+    *(str(2**63), str(2**64), "[]", "{}", "[[]]", "[null]", '[1, "a", null, {}]', '{"a": {"b": [1]}}', '{"": ""}'),
+    *("[" * 60 + "]" * 60, "[" * 100_000, "[1e999]", '{"a": ' * 200 + "1" + "}" * 200),
+    *(json.dumps(text) for text in ("\x1b]0;x\x07", "y" * 50_000, "\ud800", "../../../etc/passwd", "a\0b", "\u202e")),
+)
+CONTENTS = (b"", b"[", b"[]", b"null", b"{}", b"\xff\xfe" * 50, b'{"a": 1', b"[" * 100_000, b"7" * 5000, b"\0" * 99)
+TOML_VALUES = (
+    *('"x"', "[]", "{}", "nan", "-inf", "0x" + "f" * 9000, "-1", "0", "1979-05-27", "07:32:00", "1979-05-27T07:32:00Z"),
+    *("[[1], [2]]", "true", "[" * 3000, '"\\u001b[31m"', "1e400", "9" * 30, "[{a = 1}, {}]", "{a.b.c = 1}"),
+    "a" + ".a" * 50_000 + " = 1",
+)
+TOKEN = '"@replaced@"'
+
+
+def places(value: object, place: tuple = ()) -> list[tuple]:
+    """Return the place of a value and of every value in it, as the keys that lead there."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [place, *(found for key, item in items for found in places(item, (*place, key)))]
+
+
+def replaced(text: str, rng: random.Random) -> bytes:
+    """Return a JSON text with one value replaced or left out, or something else altogether."""
+    if rng.random() < 0.05:
+        return rng.choice(CONTENTS)
+    value = json.loads(text)
+    place = rng.choice(places(value))
+    if not place:
+        return rng.choice(VALUES).encode()
+    parent = value
+    for key in place[:-1]:
+        parent = parent[key]
+    if rng.random() < 0.1:
+        del parent[place[-1]]
+    else:
+        parent[place[-1]] = json.loads(TOKEN)
+    return json.dumps(value).replace(TOKEN, rng.choice(VALUES)).encode()
+
+
+def replaced_setting(text: str, rng: random.Random) -> bytes:
+    """Return a TOML text with one value replaced, or cut, or with a changed byte."""
+    if rng.random() < 0.2:
+        content = bytearray(text.encode())
+        content[rng.randrange(len(content))] = rng.randrange(256)
+        return bytes(content[: rng.randrange(len(content))] if rng.random() < 0.5 else content)
+    lines = text.split("\n")
+    line = rng.choice([number for number, line in enumerate(lines) if " = " in line])
+    lines[line] = f"{lines[line].split(' = ')[0]} = {rng.choice(TOML_VALUES)}"
+    return "\n".join(lines).encode()
+
+
+@pytest.fixture
+def little_run(tmp_path) -> Path:
+    return write_run(tmp_path / "run", prompts=PROMPTS[:2], num_epochs=4, edge_px=32, sample_every=2, num_examples=1)
+
+
+def assert_renders(run: Path) -> None:
+    start = time.process_time()
+    html = render(read_run_folder(run))
+    assert time.process_time() - start < 20
+    assert len(html) < 20_000_000
+    assert "\x1b" not in html
+    html.encode()
+
+
+def damage_records(run: Path, num_rounds: int, seed: int, monkeypatch) -> None:
+    """Replace a value in each record at a time, num_rounds times. The graphs are left out: they read none of these."""
+    for name in ("loss_section", "timestep_section", "schedule_section"):
+        monkeypatch.setattr(build, name, lambda run: "")
+    rng, names = random.Random(seed), (*RECORDS, SAMPLES, "config.toml")
+    sound = {name: (run / name).read_text() for name in names}
+    for _ in range(num_rounds):
+        for name in names:
+            change = replaced_setting if name == "config.toml" else replaced
+            (run / name).write_bytes(change(sound[name], rng))
+        assert_renders(run)
+
+
+def damage_metrics(run: Path, num_rounds: int, seed: int) -> None:
+    """Replace a value in every second line of the metrics, num_rounds times; config.toml as well, which graphs read."""
+    rng = random.Random(seed)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    settings, data = (run / "config.toml").read_text(), (run / "data.json").read_text()
+    for _ in range(num_rounds):
+        damaged = [replaced(line, rng) if rng.random() < 0.5 else line.encode() for line in lines]
+        (run / "metrics.jsonl").write_bytes(b"\n".join(damaged))
+        is_config_sound, is_data_sound = rng.random() < 0.5, rng.random() < 0.5
+        (run / "config.toml").write_bytes(settings.encode() if is_config_sound else replaced_setting(settings, rng))
+        (run / "data.json").write_bytes(data.encode() if is_data_sound else replaced(data, rng))
+        assert_renders(run)
+
+
+def test_absurd_values_in_any_record_leave_a_report(little_run, monkeypatch):
+    damage_records(little_run, 60, 1, monkeypatch)
+
+
+def test_absurd_values_in_the_metrics_leave_a_report(little_run):
+    damage_metrics(little_run, 4, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_ten_thousand_absurd_values_in_records_leave_a_report(little_run, seed, monkeypatch):
+    damage_records(little_run, 10_000 // 4 // 7 + 1, 100 + seed, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_ten_thousand_absurd_lines_of_metrics_leave_a_report(little_run, seed):
+    damage_metrics(little_run, 75, 200 + seed)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("data.json", b"[" * 100_000, "data.json could not be read: it is nested too deeply"),
+        ("data.json", b'{"num_photos": "x", "buckets": [3]}', "data.json: num_photos is not a count and is left out"),
+        ("model.json", b'{"base": {"a": 1}}', "model.json: base is not text and is left out"),
+        ("scores.json", b'{"rows": [1]}', "scores.json: rows is not a list of objects and is left out"),
+        (SAMPLES, b'{"step": 1e999}', f"{SAMPLES} could not be read: "),
+        ("config.toml", b"a = " + b"[" * 5000, "config.toml is not valid TOML: it is nested too deeply"),
+        (
+            "metrics.jsonl",
+            b'{"kind": "train", "step": 1e999}\n{"kind": "train", "step": -3}\n',
+            "metrics.jsonl: 2 of 2",
+        ),
+    ],
+)
+def test_damage_is_named_in_the_report(little_run, name, content, said):
+    (little_run / name).write_bytes(content)
+    html = build_report(little_run).read_text()
+    top = html[: html.index("<main>")]
+    assert "Parts of this run folder could not be read:" in top
+    assert said in top
+
+
+def test_a_loss_of_zero_divides_nothing(little_run):
+    rows = [json.loads(line) for line in (little_run / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        if row["kind"] == "validation" and row["step"] in (0, 110):
+            row["loss"] = 0.0
+    (little_run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert_renders(little_run)
+
+
+def test_pictures_are_opened_only_in_the_formats_of_a_run(tmp_path, monkeypatch):
+    """Pillow hands EPS to Ghostscript, which runs it. A picture of 400 megapixels is not decoded, a pipe not opened."""
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *a, **k: pytest.fail("Ghostscript was started"))
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(x) (w) file\n%%EOF\n"
+    for name, content in (("eps.png", eps), ("empty.png", b""), ("cut.png", b"\x89PNG\r\n\x1a\n")):
+        (tmp_path / name).write_bytes(content)
+    for name in ("GIF", "TIFF", "BMP", "ICNS", "PPM", "TGA", "PDF", "JPEG2000"):
+        Image.new("RGB", (20, 20)).save(tmp_path / f"{name}.png", name)
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "large.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    bad = sorted(tmp_path.glob("*.png"))
+    for name in ("PNG", "JPEG", "WEBP"):
+        Image.new("RGB", (20, 20)).save(tmp_path / f"good.{name}", name)
+    start = time.process_time()
+    pictures = embed_all([*bad, *sorted(tmp_path.glob("good.*"))], (32, 16), 10**6)
+    assert time.process_time() - start < 10
+    assert [picture is None for picture in pictures] == [True] * len(bad) + [False] * 3
+
+
+def test_links_out_of_the_run_folder_are_not_followed(little_run, tmp_path):
+    outside = Path(shutil.copytree(little_run, tmp_path / "outside"))
+    (outside / "data.json").write_text('{"dataset": "private"}')
+    (outside / SAMPLES).write_text('{"step": 110, "images": [{"file": "000.png", "prompt": "private"}]}')
+    for name in ("data.json", "compare", "samples/step-00000110", "metrics.jsonl"):
+        path = little_run / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        path.symlink_to(outside / name)
+    report = little_run / "report.html"
+    (tmp_path / "precious").write_text("precious")
+    report.symlink_to(tmp_path / "precious")
+    html = build_report(little_run).read_text()
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert "private" not in html
+    for name in ("data.json", "compare/index.json", SAMPLES, "metrics.jsonl"):
+        assert f"{name} could not be read: " in html
+
+
+def test_a_clock_that_was_set_is_no_work_time():
+    day = 86_400.0
+    work = [(1e9 + 10 * number, "") for number in range(50)]
+    assert run_time_s(work) == 490
+    forwards = [(time + 3000 * day * (number >= 20), event) for number, (time, event) in enumerate(work)]
+    assert run_time_s(forwards) == 480
+    backwards = [(time - 3000 * day * (number >= 20), event) for number, (time, event) in enumerate(work)]
+    assert run_time_s(backwards) == 480
+    there_and_back = [(time + 3000 * day * (number == 20), event) for number, (time, event) in enumerate(work)]
+    assert run_time_s(there_and_back) == 470

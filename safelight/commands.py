@@ -114,6 +114,8 @@ def cache(argv: list[str]) -> int:
     if dataset.num_damaged:
         rows = counted(dataset.num_damaged, "damaged row")
         terminal.say(f"{rows} in the cache re-encoded")
+    if dataset.cut_note:
+        terminal.say(dataset.cut_note)
     with dataset.cache:
         rows = dataset.counts()
         if arguments.json:
@@ -294,6 +296,8 @@ def sample(argv: list[str]) -> int:
         )
     for file in files:
         print_line(file)
+    if (files[0].parent / "index.html").is_file() and arguments.out not in files:
+        _say_next(f"open {shlex.quote(str(files[0].parent / 'index.html'))} in a browser")
     return 0
 
 
@@ -316,7 +320,7 @@ def compare(argv: list[str]) -> int:
             lambda done, total: terminal.update("sampling", done, total),
             terminal.say,
         )
-    print_line(f"pairs in {folder}; report: {build_report(arguments.run)}")
+    print_line(f"pairs in {folder} (open its index.html); report: {build_report(arguments.run)}")
     run = shlex.quote(str(arguments.run))
     print_line(
         f"next: open the report in a browser; "

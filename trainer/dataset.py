@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -42,7 +42,8 @@ class Dataset:
 
     empty_key: cache key of the empty caption. scaling_factor: what unscaled latents are multiplied by to get unit
     variance. latent_factor: pixels per latent. num_encoded: rows encoded on opening, of which num_damaged replaced
-    damaged ones. num_truncated: captions longer than the text encoder's context.
+    damaged ones. cuts: text -> the end of what the text encoder reads of it, for captions and prompts that are longer.
+    cut_note: the line that says so, '' if none is.
     """
 
     path: Path
@@ -57,7 +58,12 @@ class Dataset:
     family: Family
     num_encoded: int = 0
     num_damaged: int = 0
-    num_truncated: int = 0
+    cuts: dict[str, str] = field(default_factory=dict)
+    cut_note: str = ""
+
+    @property
+    def samples(self) -> list[Sample]:
+        return [*self.train, *self.validation]
 
     def text_key(self, caption: str) -> str:
         """Return the cache key of a caption, to which no suffix is added."""
@@ -146,17 +152,28 @@ def _fill(
     progress: Progress | None,
 ) -> None:
     """Encode the rows that are missing from the cache or damaged in it."""
-    cache, samples = dataset.cache, [*dataset.train, *dataset.validation]
+    cache, samples = dataset.cache, dataset.samples
     captions = [*sample_captions(samples), *dataset.sample_prompts(config), config.sample.negative_prompt]
 
     def report(what: str):
         return None if progress is None else lambda done, total: progress(what, done, total)
 
-    dataset.num_truncated = encoder.num_cut(captions)
+    dataset.cuts = encoder.cuts(captions)
+    if named := _named_cuts(dataset, config):
+        dataset.cut_note = f"note: {encoder.describe_cuts(named)}"
     dataset.num_encoded = fill_texts(cache, captions, encoder, 4 * batch_size, report("captions"))
     dataset.num_encoded += fill_latents(cache, dataset.path, samples, codec, batch_size, report("latents"))
     dataset.num_damaged = cache.num_dropped
     cache.release()
+
+
+def _named_cuts(dataset: Dataset, config: Config) -> list[tuple[str, str]]:
+    """Return (name, end of what is read) of every prompt and photograph whose text is cut, prompts first."""
+    cuts = dataset.cuts
+    prompts = [("the negative prompt", config.sample.negative_prompt)]
+    prompts += [(f"sample prompt {number}", prompt) for number, prompt in enumerate(config.sample.prompts, 1)]
+    photos = sorted((f"a caption of {s.photo.source}", c) for s in dataset.samples for c in s.captions)
+    return [(name, cuts[text]) for name, text in (*prompts, *photos) if text in cuts]
 
 
 def _check_fit(base: Base, codec: LatentCodec, encoder: CaptionEncoder) -> None:

@@ -6,12 +6,14 @@ import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from safelight.data.atomic import atomic_write_text
 from safelight.text import counted
 from safelight.trainer.checkpoint.files import Position
+from safelight.trainer.inference.gallery import Drawn, file_name, save_png
 from safelight.trainer.inference.sampling import SAMPLE_BATCH_SIZE, generate, settings_of
 from safelight.trainer.job import Job
 from safelight.trainer.memory_plan.candidate import EvalBatching
@@ -141,16 +143,15 @@ def _sample(job: Job, position: Position) -> None:
     folder = job.run.run_dir / "samples" / f"step-{position.step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
+    base, cuts = Path(config.model.base).name, job.dataset.cuts
+    model = base if position.step == 0 else f"{base} step {position.step}"
     for index, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
-        image.save(folder / f"{index:03d}.png")
-        rows.append(
-            {
-                "file": f"{index:03d}.png",
-                "prompt": prompt,
-                "seed": settings.seed,
-                "cfg": settings.cfg,
-                "num_steps": settings.steps,
-            }
+        file = file_name(f"step{position.step}", index, prompt)
+        drawn = Drawn.of(
+            file, prompt, config.sample.negative_prompt, position.step or None, settings, cuts.get(prompt, "")
         )
+        save_png(image, folder / file, drawn.parameters(model, clip_skip=config.model.clip_skip))
+        row = {"file": file, "prompt": prompt, "seed": settings.seed, "cfg": settings.cfg, "num_steps": settings.steps}
+        rows.append({**row, "cut_after": cuts[prompt]} if prompt in cuts else row)
     index_json = {"step": position.step, "epoch": job.progress.epoch_fraction(position), "images": rows}
     atomic_write_text(folder / "index.json", json.dumps(index_json, indent=1, ensure_ascii=False))

@@ -145,9 +145,8 @@ def _load_dataset(run: ResolvedRun, terminal: Terminal) -> Dataset:
     terminal.pause()
     if dataset.num_damaged:
         terminal.say(f"{counted(dataset.num_damaged, 'damaged row')} in the cache re-encoded")
-    if dataset.num_truncated:
-        captions = counted(dataset.num_truncated, "caption")
-        terminal.say(f"{captions} truncated: longer than the text encoder's context")
+    if dataset.cut_note:
+        terminal.say(dataset.cut_note)
     return dataset
 
 

@@ -1,5 +1,6 @@
 """A run from `init` to `report` by commands alone, their output, and training in a separate process."""
 
+import hashlib
 import json
 import os
 import re
@@ -25,6 +26,9 @@ SMALL = (
     f"--train.max-steps {NUM_STEPS} --train.batch-size 4 --log.every-steps 2 --validate.max-images 4 "
     "--sample.steps 2 --sample.num-prompts 2 --data.variants 1"
 ).split()
+
+
+LONG = "a red circle, " * 20 + "and the end"
 
 
 @dataclass
@@ -76,6 +80,8 @@ def journey(tiny_dataset, tmp_path_factory) -> Journey:
     go("sample alone", "sample", root / "run", "--prompt", "a red circle", "--seed", 3, "-o", root / "alone")
     go("sample base", "sample", root / "run", "--prompt", "a red circle", "--seed", 3, "--checkpoint", "base")
     go("sample wide", "sample", root / "run", "--prompt", "x", "--width", 80, "--height", 48, "-o", root / "wide")
+    go("sample cut", "sample", root / "run", "--prompt", "x", LONG, "--negative-prompt", LONG, "-o", root / "cut")
+    go("sample file", "sample", root / "run", "--prompt", "a red circle", "--seed", 3, "-o", root / "circle.png")
     go("compare", "compare", root / "run", "--num", 2)
     go("export", "export", root / "run", "-o", root / "mine.safetensors", "--title", "Mine")
     go("export folder", "export", root / "run", "-o", root / "mine", "--dtype", "bf16")
@@ -222,6 +228,81 @@ def test_sample_gives_the_same_image_for_the_same_seed(journey):
     assert Image.open(base).tobytes() != circle.tobytes()
     (wide,) = journey.called["sample wide"].out.splitlines()
     assert Image.open(wide).size == (80, 48)
+
+
+def parameters(path: Path) -> str:
+    return Image.open(path).text["parameters"]
+
+
+def test_images_hold_what_they_were_drawn_with(journey):
+    circle, star = (Path(line) for line in journey.called["sample"].out.splitlines())
+    assert circle.name == f"step{NUM_STEPS}-seed3-000-a-red-circle.png"
+    prompt, settings = parameters(star).split("\n")
+    assert prompt == "a blue star"
+    assert settings.startswith(
+        "Steps: 2, Sampler: DPM++ 2M, Schedule type: SGM Uniform, CFG scale: 4, Seed: 3, Size: 64x64, "
+    )
+    weights = journey.run / "checkpoints" / f"step-{NUM_STEPS:08d}" / "unet" / "diffusion_pytorch_model.safetensors"
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert f"Model hash: {digest[:10]}, Model: run step {NUM_STEPS}, " in settings
+    (base,) = journey.called["sample base"].out.splitlines()
+    assert Path(base).name == "base-seed3-000-a-red-circle.png"
+    assert "Model hash" not in parameters(base)
+    assert "Model: tiny, " in parameters(base)
+    for folder in (journey.run / "compare", journey.run / "samples" / f"step-{NUM_STEPS:08d}"):
+        paths = list(folder.glob("*.png"))
+        assert paths
+        assert all(re.search(rf"(base|step{NUM_STEPS})-00[01]-\w", path.name) for path in paths)
+        assert all("\nSteps: 2, Sampler: " in parameters(path) for path in paths)
+
+
+def test_a_folder_of_images_has_a_page(journey):
+    page = (journey.run / "images" / "index.html").read_text()
+    assert f"open {journey.run / 'images' / 'index.html'} in a browser" in journey.called["sample base"].err
+    # drawn by two calls: the base's column, and the checkpoint's
+    assert re.findall(r'<th scope="col"><div>([^<]*)<', page) == ["base model", f"step {NUM_STEPS}"]
+    assert page.count("<img") == 3
+    assert (journey.run / "compare" / "index.html").read_text().count("<img") == 4
+
+
+def test_prompts_that_are_cut_are_told(journey):
+    line = journey.called["sample cut"].line("cut after")
+    assert line.startswith("note: prompt 2 is cut after '...")
+    assert ", the negative prompt after '..." in line
+    assert line.endswith(": the text encoder reads 46 tokens")
+    assert (journey.root / "cut" / "index.html").read_text().count("(cut after “") == 1
+    assert "cut after" not in journey.called["sample"].err
+
+
+def test_one_image_can_be_named(journey):
+    assert journey.called["sample file"].out == f"{journey.root / 'circle.png'}\n"
+    assert Image.open(journey.root / "circle.png").size == (64, 64)
+    assert "open" not in journey.called["sample file"].err
+    (journey.root / "a file").touch()
+    for out, prompts, expected in (
+        ("circle.png", ["x"], "circle.png already exists; name another image, or a folder, with -o"),
+        ("new.png", ["x", "y"], "new.png is one image, and there are 2 prompts; name a folder with -o"),
+        ("new.jpg", ["x"], "images are saved as .png, with their prompts inside"),
+        ("a file", ["x"], "a file is a file; name a folder for the images, or one image NAME.png"),
+    ):
+        call("sample", journey.run, "--prompt", *prompts, "-o", journey.root / out).assert_refused("sample", expected)
+
+
+def test_a_comparison_replaces_the_one_before(journey, tmp_path):
+    run = shutil.copytree(journey.run, tmp_path / "run")
+    for name in ("base-007.png", "trained-007-x.png", "step3-007-x.png", "mine.png", "base-x.png"):
+        (run / "compare" / name).write_bytes(b"old")
+    assert call("compare", run, "--num", 1).status == 0
+    index = json.loads((run / "compare" / "index.json").read_text())
+    (pair,) = index["pairs"]
+    assert {path.name for path in (run / "compare").iterdir()} == {
+        pair["base"],
+        pair["trained"],
+        "mine.png",
+        "base-x.png",
+        "index.json",
+        "index.html",
+    }
 
 
 @pytest.mark.parametrize(

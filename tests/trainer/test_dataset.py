@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import re
 import weakref
 from pathlib import Path
 
@@ -53,6 +54,26 @@ def test_rows_are_the_autoencoders_posterior_and_the_encoders_embeddings(make_co
         row = cache.read([sample.latent_keys[0]])[0]
         np.testing.assert_allclose(row, torch.cat([mean, logvar], dim=1)[0].numpy(), rtol=1e-3, atol=1e-3)
         dataset.cache.close()
+
+
+def test_captions_and_prompts_that_are_cut_are_named(make_config, tmp_path):
+    source = tmp_path / "photos"
+    source.mkdir()
+    for number in range(4):
+        draw(random_scene(8, number)).save(source / f"{number}.png")
+        (source / f"{number}.txt").write_text("a word " * (60 if number in (1, 2) else 2))
+    ingest([source], tmp_path / "dataset")
+    prompts = ["short", "several words " * 50]
+    dataset = opened(make_config, tmp_path / "dataset", sample={"prompts": prompts})
+    dataset.cache.close()
+    assert dataset.cuts.keys() == {prompts[1], ("a word " * 60).strip()}
+    assert dataset.cut_note.startswith("note: sample prompt 2 is cut after '...")
+    assert dataset.cut_note.endswith(": the text encoder reads 46 tokens")
+    # by the file that its owner knows
+    assert re.findall(r"a caption of (\S+) after", dataset.cut_note) == ["photos/1.png", "photos/2.png"]
+    dataset = opened(make_config, tmp_path / "dataset", sample={"prompts": ["short"]}, train={})
+    dataset.cache.close()
+    assert dataset.cut_note.startswith("note: a caption of photos/1.png is cut after '...")
 
 
 def test_a_second_time_makes_nothing_and_another_suffix_only_texts(make_config, folder):

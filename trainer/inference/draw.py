@@ -18,10 +18,12 @@ from safelight.data.atomic import atomic_write_text
 from safelight.data.manifest import read_manifest
 from safelight.errors import UserError
 from safelight.kernels.unet.attention import apply_attention, attention_cases, choose_attention
+from safelight.text import counted, storable
 from safelight.trainer.adapters.full import FullFineTune
 from safelight.trainer.checkpoint.files import check_files, folder_of, list_checkpoints, read_record
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.toml import COMMAND_LINE, explain, load_config, require_run
+from safelight.trainer.inference.gallery import Drawn, file_name, read_drawn, save_png, write_drawn, write_page
 from safelight.trainer.inference.sampling import SAMPLE_BATCH_SIZE, Settings, check_size, generate, settings_of
 from safelight.trainer.models.base import Base, base_of, latent_factor, vae_bytes, vae_config
 from safelight.trainer.models.device import pick_device, pick_dtype
@@ -36,11 +38,15 @@ from safelight.trainer.models.noise_schedule import NoiseSchedule, make_schedule
 from safelight.trainer.models.weights import load_unet
 from safelight.trainer.optim.ema import load_averages
 from safelight.trainer.run_log.environment import MEMORY_PLAN, recorded, recorded_attention
-from safelight.untrusted import check_links, path_in, read_json_object
+from safelight.untrusted import UnsafeFile, check_links, path_in, read_json_object
 
 Progress = Callable[[int, int], None]
 # more prompts at a time than any plan chooses
 MAX_BATCH_SIZE = 1024
+# the file of a checkpoint whose hash identifies it
+UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+# images of a comparison, also of versions that did not name prompts and steps
+_PAIR_NAME = re.compile(r"(base|trained|step[0-9]+)-[0-9]{3,}(-.*)?\.png")
 
 
 @dataclass
@@ -112,6 +118,28 @@ class OpenRun:
             decode_on=decode_on,
             progress=progress,
         )
+
+    @property
+    def name(self) -> str:
+        return self.run_dir.resolve().name
+
+    def say_cuts(self, prompts: list[str], negative: str, say: Callable[[str], None] | None) -> dict[str, str]:
+        """Return prompt -> the end of what is read of it, for those that are cut, after saying so."""
+        cuts = self.encoder.cuts([*prompts, negative])
+        names = ["the prompt"] if len(prompts) == 1 else [f"prompt {number + 1}" for number in range(len(prompts))]
+        named = [(name, cuts[text]) for name, text in zip(names, prompts, strict=True) if text in cuts]
+        named += [("the negative prompt", cuts[text]) for text in [negative] if text in cuts]
+        if named and say is not None:
+            say(f"note: {self.encoder.describe_cuts(named)}")
+        return cuts
+
+    def save(self, image: Image.Image, folder: Path, drawn: Drawn) -> None:
+        """Write an image with its parameters, as the file that its record names."""
+        model, model_hash = Path(self.config.model.base).name, ""
+        if drawn.step >= 0:
+            model = f"{self.name} step {drawn.step}"
+            model_hash = read_record(folder_of(self.run_dir, drawn.step))["sha256"].get(UNET_WEIGHTS, "")[:10]
+        save_png(image, folder / drawn.file, drawn.parameters(model, model_hash, self.config.model.clip_skip))
 
     def _fit_to_memory(self, settings: Settings) -> tuple[torch.device, int]:
         """Return the device to decode on, by the GPU's free memory, and how many prompts to draw at a time, as planned
@@ -208,15 +236,21 @@ def compare(
         prompts = list(dict.fromkeys([*prompts, *validation_captions(run)]))
     prompts = prompts[:num]
     if say is not None and 0 < len(prompts) < num:
-        say(f"drawing {len(prompts)} pairs instead of {num}: there are no more prompts and held-out captions")
+        say(
+            f"drawing {counted(len(prompts), 'pair')} instead of {num}: there are no more prompts and held-out captions"
+        )
     if not prompts:
         raise UserError(
             "there are no prompts to draw: set sample.prompts, or hold out photographs with data.validation_fraction"
         )
-    settings = settings_of(run.config)
+    settings, negative = settings_of(run.config), run.config.sample.negative_prompt
+    cuts = run.say_cuts(prompts, negative, say)
     folder = run.run_dir / "compare"
     folder.mkdir(exist_ok=True)
     pairs = [{"prompt": p, "seed": settings.seed, "cfg": settings.cfg, "num_steps": settings.steps} for p in prompts]
+    for pair in pairs:
+        pair.update({"cut_after": cuts[pair["prompt"]]} if pair["prompt"] in cuts else {})
+    drawn: list[Drawn] = []
     for pass_index, (name, step_drawn) in enumerate((("base", None), ("trained", step))):
 
         def report(done: int, total: int, pass_index: int = pass_index) -> None:
@@ -225,11 +259,22 @@ def compare(
 
         images = run.draw(run.unet(step_drawn), prompts, settings, progress=report, say=say)
         for index, image in enumerate(images):
-            pairs[index][name] = f"{name}-{index:03d}.png"
-            image.save(folder / pairs[index][name])
+            prompt, stem = prompts[index], "base" if step_drawn is None else f"step{step}"
+            pairs[index][name] = file_name(stem, index, prompt)
+            drawn.append(Drawn.of(pairs[index][name], prompt, negative, step_drawn, settings, cuts.get(prompt, "")))
+            run.save(image, folder, drawn[-1])
     record = {"base": run.config.model.base, "trained": f"step {step}", "step": step, "pairs": pairs}
     atomic_write_text(folder / "index.json", json.dumps(record, indent=1, ensure_ascii=False))
+    _remove_earlier_pairs(folder, {image.file for image in drawn})
+    write_page(folder, f"{run.name}: base and trained", drawn)
     return folder
+
+
+def _remove_earlier_pairs(folder: Path, kept: set[str]) -> None:
+    """Delete the images of an earlier comparison, whose names tell other prompts and steps."""
+    for path in folder.glob("*.png"):
+        if path.name not in kept and _PAIR_NAME.fullmatch(path.name):
+            path.unlink()
 
 
 def sample(
@@ -241,30 +286,68 @@ def sample(
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
 ) -> list[Path]:
-    """Draw prompts with a checkpoint into the folder `out` and return the new files.
+    """Draw prompts with a checkpoint and return the new files, in the folder `out`, or the one file that it names.
 
-    changes: settings of the [sample] table, or seed, that replace the run's. Raises UserError if one is invalid.
+    changes: settings of the [sample] table, or seed, that replace the run's. say: called with a message, for example
+    where a prompt is cut. A folder also gets a page of all its images. Raises UserError if a setting is invalid, or
+    `out` may not be written.
     """
     if not prompts:
         raise UserError('there is no prompt to draw; give --prompt "..."')
+    is_file = _names_file(out, len(prompts))
     config = run.config.model_copy(deep=True)
     for name, value in changes.items():
         try:
             setattr(config.run if name == "seed" else config.sample, name, value)
         except ValidationError as error:
             raise UserError(*explain(error, COMMAND_LINE)) from None
-    settings = settings_of(config)
+    settings, negative = settings_of(config), config.sample.negative_prompt
     step = pick_step(run.run_dir, checkpoint)
     check_size(settings, latent_factor(vae_config(run.base, config.model.vae)))
-    images = run.draw(run.unet(step), prompts, settings, config.sample.negative_prompt, progress, say)
-    out.mkdir(parents=True, exist_ok=True)
+    folder = out.parent if is_file else out
+    folder.mkdir(parents=True, exist_ok=True)
+    earlier = [] if is_file else _earlier(folder)
+    prompts = list(map(storable, prompts))
+    cuts = run.say_cuts(prompts, negative, say)
+    images = run.draw(run.unet(step), prompts, settings, negative, progress, say)
     stem = f"{'base' if step is None else f'step{step}'}-seed{settings.seed}"
-    # number on from earlier images, which may be of other prompts
-    numbers = (re.fullmatch(rf"{re.escape(stem)}-([0-9]{{3,}})\.png", path.name) for path in out.glob(f"{stem}-*.png"))
-    first = 1 + max((int(match[1]) for match in numbers if match), default=-1)
-    files = []
-    for index, image in enumerate(images, first):
-        path = out / f"{stem}-{index:03d}.png"
-        image.save(path)
-        files.append(path)
-    return files
+    first = _next_number(folder, stem)
+    names = [out.name] if is_file else [file_name(stem, n, prompt) for n, prompt in enumerate(prompts, first)]
+    drawn = [
+        Drawn.of(name, prompt, negative, step, settings, cuts.get(prompt, ""))
+        for name, prompt in zip(names, prompts, strict=True)
+    ]
+    for image, record in zip(images, drawn, strict=True):
+        run.save(image, folder, record)
+    if not is_file:
+        write_drawn(folder, [*earlier, *drawn])
+        write_page(folder, f"{run.name}: samples", [*earlier, *drawn])
+    return [folder / name for name in names]
+
+
+def _names_file(out: Path, num_prompts: int) -> bool:
+    """Return whether `out` names an image. Raises UserError if it cannot be written, or there are several images."""
+    if out.suffix.lower() in (".jpg", ".jpeg", ".webp"):
+        raise UserError(f"{out}: images are saved as .png, with their prompts inside; name a .png file, or a folder")
+    if out.suffix.lower() != ".png" or out.is_dir():
+        if out.exists() and not out.is_dir():
+            raise UserError(f"{out} is a file; name a folder for the images, or one image NAME.png")
+        return False
+    if num_prompts > 1:
+        raise UserError(f"{out} is one image, and there are {num_prompts} prompts; name a folder with -o")
+    if out.exists():
+        raise UserError(f"{out} already exists; name another image, or a folder, with -o")
+    return True
+
+
+def _earlier(folder: Path) -> list[Drawn]:
+    try:
+        return read_drawn(folder)
+    except UnsafeFile as error:
+        raise UserError(f"{error}; delete it to go on, the images themselves stay") from None
+
+
+def _next_number(folder: Path, stem: str) -> int:
+    """Return the number after those of earlier images, which may be of other prompts."""
+    numbers = (re.fullmatch(rf"{re.escape(stem)}-([0-9]{{3,9}})(-.*)?\.png", path.name) for path in folder.iterdir())
+    return 1 + max((int(match[1]) for match in numbers if match), default=-1)

@@ -21,6 +21,10 @@ from safelight.units import GIB
 DECODE_BYTES_PER_PIXEL = 0.75 * GIB / 512**2
 
 
+# characters shown of a text that is cut, before the cut; and how many such texts are named
+MAX_END_CHARS, MAX_NAMED_CUTS = 24, 5
+
+
 class _Movable:
     """Wrapper of a frozen module that can work on another device temporarily."""
 
@@ -121,10 +125,24 @@ class CaptionEncoder(_Movable):
     def embedding_dim(self) -> int:
         return self.text_encoder.config.hidden_size
 
-    def num_cut(self, captions: Iterable[str]) -> int:
-        """Return how many captions have more tokens than the encoder reads, which truncates them."""
-        lengths = [len(ids) for ids in self.tokenizer(list(captions)).input_ids]
-        return sum(length > self.num_tokens for length in lengths)
+    def cuts(self, captions: Iterable[str]) -> dict[str, str]:
+        """Return caption -> the end of what is read of it, for captions with more tokens than the encoder reads."""
+        captions = list(dict.fromkeys(captions))
+        encoded = self.tokenizer(captions, return_offsets_mapping=True)
+        # the first token that is read begins the text and the last one ends it
+        return {
+            caption: _end_of(caption[: offsets[self.num_tokens - 2][1]])
+            for caption, offsets in zip(captions, encoded.offset_mapping, strict=True)
+            if len(offsets) > self.num_tokens
+        }
+
+    def describe_cuts(self, cuts: Iterable[tuple[str, str]]) -> str:
+        """Return in one line which texts are cut, and where. cuts: (name of the text, end of what is read), at least
+        one."""
+        (first, end), *others = cuts
+        named = [f"{first} is cut after {end!r}", *(f"{name} after {end!r}" for name, end in others)]
+        more = f", and {len(named) - MAX_NAMED_CUTS:,} more" if len(named) > MAX_NAMED_CUTS else ""
+        return f"{', '.join(named[:MAX_NAMED_CUTS])}{more}: the text encoder reads {self.num_tokens - 2} tokens"
 
     @torch.inference_mode()
     def encode(self, captions: list[str]) -> Tensor:
@@ -140,6 +158,15 @@ class CaptionEncoder(_Movable):
             return output.last_hidden_state.float().cpu()
         inner = getattr(self.text_encoder, "text_model", self.text_encoder)
         return inner.final_layer_norm(output.hidden_states[-1 - self.clip_skip]).float().cpu()
+
+
+def _end_of(text: str) -> str:
+    """Return the last words of a text."""
+    text = " ".join(text.split())
+    if len(text) <= MAX_END_CHARS:
+        return text
+    end = text[-MAX_END_CHARS:]
+    return f"...{end.partition(' ')[2] or end}"
 
 
 def load_codec(config: Config, base: Base, device: torch.device) -> LatentCodec:

@@ -54,6 +54,15 @@ def shorten(text: object, max_characters: int) -> str:
     return f"{text[:max_characters].rstrip()} … ({len(text):,} characters)"
 
 
+def prompt_markup(prompt: str, cut_after: str, max_characters: int) -> Markup:
+    """Return a prompt in quotes. cut_after: the end of what the text encoder read of it, '' if it read all."""
+    if not prompt.strip():
+        return tag("span", "(empty prompt)", class_="prompt")
+    text = tag("span", "“", shorten(prompt, max_characters), "”", class_="prompt", dir="auto")
+    cut = tag("span", f"(cut after “{shorten(cut_after, 80)}”)", class_="meta") if cut_after else None
+    return join(text, " " if cut_after else None, cut)
+
+
 def details(summary: object, *children: object, **attributes: object) -> Markup:
     """Return a collapsed <details> element."""
     return tag("details", tag("summary", summary), *children, **attributes)

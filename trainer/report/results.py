@@ -4,7 +4,7 @@ import math
 
 from safelight.text import counted
 from safelight.trainer.report.facts import evenly_chosen, format_epoch
-from safelight.trainer.report.markup import Markup, empty_state, join, shorten, table, tag
+from safelight.trainer.report.markup import Markup, empty_state, join, prompt_markup, shorten, table, tag
 from safelight.trainer.report.pictures import Picture, embed_all, placeholder
 from safelight.trainer.report.run_reader import RunFolder, SampleSet, averages_note, inside, number, rows_of
 
@@ -44,6 +44,7 @@ def samples_section(run: RunFolder, best_step: int | None) -> Markup:
         for sample in chosen
         for image in sample.images
     }
+    cuts = {_prompt_key(image): _cut_after(image) for sample in chosen for image in sample.images}
     cells = [(sample, key) for key in shown_keys for sample in chosen]
     pictures = embed_all(
         [files.get((sample.step, key)) for sample, key in cells], SAMPLE_EDGES_PX, SAMPLES_BUDGET_BYTES
@@ -56,7 +57,9 @@ def samples_section(run: RunFolder, best_step: int | None) -> Markup:
     body = []
     for key in shown_keys:
         prompt, settings = key[0], _settings(key)
-        caption = tag("div", _prompt(prompt), " ", tag("span", settings, class_="meta"), class_="prompt-row")
+        caption = tag(
+            "div", _prompt(prompt, cuts.get(key, "")), " ", tag("span", settings, class_="meta"), class_="prompt-row"
+        )
         body.append(tag("tr", tag("th", caption, colspan=len(chosen), scope="rowgroup")))
         body.append(tag("tr", [_sample_cell(by_cell[sample.step, key], sample, prompt) for sample in chosen]))
     strip = tag("table", tag("thead", tag("tr", head)), tag("tbody", body), class_="strip")
@@ -92,7 +95,7 @@ def _pairs(run: RunFolder) -> Markup:
             _side(name, picture, key[0])
             for name, picture in zip((base_name, trained_name), pictures[2 * index : 2 * index + 2], strict=True)
         ]
-        caption = [_prompt(key[0]), tag("div", _settings(key), class_="meta")]
+        caption = [_prompt(key[0], _cut_after(pair)), tag("div", _settings(key), class_="meta")]
         zoom = f"{shorten(key[0], MAX_PROMPT_CHARACTERS)} — {_settings(key)}"
         cards.append(
             tag("figure", tag("div", two, class_="two"), tag("figcaption", caption), class_="pair", data_zoom=zoom)
@@ -175,10 +178,13 @@ def _settings(key: PromptKey) -> str:
     return ", ".join(parts)
 
 
-def _prompt(prompt: str) -> Markup:
-    if not prompt.strip():
-        return tag("span", "(empty prompt)", class_="prompt")
-    return tag("span", "“", shorten(prompt, MAX_PROMPT_CHARACTERS), "”", class_="prompt", dir="auto")
+def _cut_after(row: dict) -> str:
+    """Return the end of what the text encoder read of a prompt, '' if it read all."""
+    return row["cut_after"] if isinstance(row.get("cut_after"), str) else ""
+
+
+def _prompt(prompt: str, cut: str) -> Markup:
+    return prompt_markup(prompt, cut, MAX_PROMPT_CHARACTERS)
 
 
 def _scores(scores: dict | None) -> Markup | None:

@@ -47,6 +47,41 @@ def test_a_clip_skip_that_leaves_no_layer_is_refused(tiny):
         CaptionEncoder(tokenizer, text_encoder, CPU, 2)
 
 
+@pytest.mark.parametrize(
+    "text", [", ".join(f"Tag{n}" for n in range(40)), "a  cat\n" * 60, "Émigré 猫🐈 " * 30, "x" * 900]
+)
+def test_a_cut_is_where_the_encoder_stops_reading(tiny, text):
+    tokenizer, text_encoder = load_text(tiny, "", 0)
+    encoder = CaptionEncoder(tokenizer, text_encoder, CPU)
+    short = "a red circle"
+    cuts = encoder.cuts([short, text, short, ""])
+    assert cuts.keys() == {text}
+    end = cuts[text].removeprefix("...")
+    assert 0 < len(end) <= 24
+    # what follows the cut has no effect
+    first, second = encoder.encode([text, text + " and something else entirely"])
+    assert torch.equal(first, second)
+    if text.startswith("Tag"):
+        start, stop = text.index(end), text.index(end) + len(end)
+        rest_of_word = text[stop:].partition(" ")[0]
+        whole, earlier = encoder.encode([text[:stop] + rest_of_word, text[:start] + "x" + text[start + 1 :]])
+        assert torch.equal(whole, first)
+        assert not torch.equal(earlier, first)
+
+
+def test_cuts_are_told_in_one_line(tiny):
+    tokenizer, text_encoder = load_text(tiny, "", 0)
+    encoder = CaptionEncoder(tokenizer, text_encoder, CPU)
+    assert encoder.describe_cuts([("the prompt", "...the end")]) == (
+        "the prompt is cut after '...the end': the text encoder reads 46 tokens"
+    )
+    named = [(f"a caption of {n}.jpg", f"...{n}") for n in range(7)]
+    assert encoder.describe_cuts(named) == (
+        "a caption of 0.jpg is cut after '...0', a caption of 1.jpg after '...1', a caption of 2.jpg after '...2', "
+        "a caption of 3.jpg after '...3', a caption of 4.jpg after '...4', and 2 more: the text encoder reads 46 tokens"
+    )
+
+
 @pytest.fixture
 def pixels():
     return torch.rand(2, 3, 24, 40, generator=torch.Generator().manual_seed(3)) * 2 - 1

@@ -126,6 +126,20 @@ def test_it_is_repeated_from_its_own_settings(small_run: Path, monkeypatch: pyte
     assert "started withsafelight train private.toml --resume" in text
 
 
+def test_a_prompt_that_is_cut_says_so(small_run: Path) -> None:
+    assert "cut after" not in words(small_run)
+    for index, key in (
+        (small_run / "compare" / "index.json", "pairs"),
+        *((path, "images") for path in small_run.glob("samples/*/index.json")),
+    ):
+        rows = json.loads(index.read_text())[key]
+        rewrite(index, **{key: [{**rows[0], "cut_after": f"...of the {key}"}, {**rows[1], "cut_after": 3}]})
+    text = words(small_run)
+    assert text.count("(cut after “...of the pairs”)") == 1
+    assert text.count("(cut after “...of the images”)") == 1
+    assert text.count("cut after") == 2
+
+
 @pytest.mark.parametrize(("num", "said"), [(1, "1 held-out image"), (9, "9 held-out images"), (10, ""), (0, "")])
 def test_percentages_of_few_photographs_have_a_caveat(small_run: Path, num: int, said: str) -> None:
     rewrite(small_run / "data.json", num_validation=0)

@@ -148,7 +148,8 @@ def _open_regular(path: Path, flags: int, max_bytes: int | None, follow_links: b
 
 def open_append(path: Path) -> BinaryIO:
     """Return a regular file, opened for appending and created if needed. Raises as `open_to_write`."""
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    # for reading too: opened for writing only, a pipe without a reader is an error, and not seen to be a pipe
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
     return os.fdopen(_open_regular(path, flags, None, follow_links=False), "ab")
 
 

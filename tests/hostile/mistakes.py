@@ -245,7 +245,9 @@ MISTAKES = [
         given("train", "--run.dir", "{place}/" + "a" * 300),
         "cannot be written (File name too long)",
     ),
-    Mistake("dataset with NUL in its name", toml('[data]\npath = "a\\u0000b"\n', "cache"), "does not exist"),
+    Mistake(
+        "dataset with NUL in its name", toml('[data]\npath = "a\\u0000b"\n', "cache"), r"a\x00b is not a valid path"
+    ),
     Mistake(
         "dataset that was not prepared",
         given("train", "--data.path", "{place}/photos"),

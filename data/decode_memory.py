@@ -23,16 +23,21 @@ def available_bytes() -> int | None:
 
     That is what the system has available, or what the limits of the process's control groups leave.
     """
-    amounts = [amount for amount in (_system_bytes(), *_cgroup_bytes()) if amount is not None]
+    amounts = [amount for amount in (_meminfo("MemAvailable:"), *_cgroup_bytes()) if amount is not None]
     return max(0, min(amounts)) if amounts else None
 
 
-def _system_bytes() -> int | None:
+def swap_bytes() -> int:
+    """Return the free swap space; 0 if there is none or the system does not report it."""
+    return _meminfo("SwapFree:") or 0
+
+
+def _meminfo(name: str) -> int | None:
     try:
         lines = MEMINFO.read_text().splitlines()
     except OSError:
         return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(name)), None)
 
 
 def _cgroup_bytes() -> Iterator[int]:

@@ -207,6 +207,9 @@ class Index:
         except sqlite3.ProgrammingError:
             # a bug of ours
             raise
+        except UnicodeDecodeError as error:
+            # of an error's message, which quotes the file
+            raise self.damaged(error) from error
         except sqlite3.Error as error:
             if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _NO_DAMAGE:
                 raise self.damaged(error) from error

@@ -65,7 +65,10 @@ class Cache:
         self._folder_lock: FolderLock | None = None
         self.num_dropped = 0
         check_links(self.path)
-        self._shards_path.mkdir(parents=True, exist_ok=True)
+        try:
+            self._shards_path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise UserError(f"{self._shards_path} is not a folder; delete the cache folder {self.path}") from None
         self._index = Index(self.path)
 
     def __enter__(self) -> Cache:

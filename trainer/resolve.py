@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from safelight.data.cache import Sample
+from safelight.data.decode_memory import available_bytes, swap_bytes
 from safelight.errors import UserError
 from safelight.kernels.triton.jit import has_triton
 from safelight.kernels.unet.attention import allowed_backends
@@ -17,12 +18,14 @@ from safelight.trainer.checkpoint.identity import Identity, identify
 from safelight.trainer.config.schema import Config
 from safelight.trainer.memory_plan.candidate import Candidate
 from safelight.trainer.memory_plan.resolve_auto import budget, cap, resolve, why_no_cuda_graphs
+from safelight.trainer.memory_plan.static_bytes import static_bytes
 from safelight.trainer.models.base import Base, base_of
 from safelight.trainer.models.device import PRECISIONS, pick_device, pick_dtype
 from safelight.trainer.models.noise_schedule import NoiseSchedule, make_schedule
 from safelight.trainer.models.weights import check_unet
 from safelight.trainer.optim.optimizer import memory_mode
 from safelight.trainer.run_log.environment import MEMORY_PLAN, recorded
+from safelight.units import GIB
 
 
 @dataclass(frozen=True)
@@ -95,3 +98,27 @@ def check_early(run: ResolvedRun) -> None:
                 f"resume with {run.run_dir / 'config.toml'}, or start a new run with --run.dir"
             )
         check_files(run.checkpoint)
+    _check_host_memory(run)
+
+
+def _check_host_memory(run: ResolvedRun) -> None:
+    """Raise UserError if the run needs more host memory than there is, even swapped: the system would kill it."""
+    available = available_bytes()
+    if available is None:
+        return
+    available += swap_bytes()
+    if run.plan is not None and run.plan.host is not None:
+        host = run.plan.host
+        # without the checkpoint's copy, which is freed after each save if memory is scarce
+        needed = max(host.loading, host.states + host.activations + host.autoencoder)
+        advice = "or use --optimizer.memory near and --train.checkpointing full, which stream nothing from it"
+    elif run.device.type == "cpu":
+        needed, advice = static_bytes(run.config, run.device, run.dtype).total, "or train a smaller model"
+    else:
+        return
+    if needed > available:
+        raise UserError(
+            f"the run needs {needed / GIB:.1f} GiB of the computer's memory and more for each step, but only "
+            f"{available / GIB:.1f} GiB are free, swap included, so the system would kill it; close other programs, "
+            f"{advice}"
+        )

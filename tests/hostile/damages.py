@@ -296,7 +296,13 @@ DAMAGES = [
     ),
     Damage("cache index that was cut", cut_index, CACHE, "index"),
     Damage("cache of another format", set_format, CACHE, "has format 99, not 1; delete the cache folder"),
-    Damage("cache that is a file", a_file_for_the_cache, CACHE, "cache/shards: Not a directory", touches=("old",)),
+    Damage(
+        "cache that is a file",
+        a_file_for_the_cache,
+        CACHE,
+        "cache/shards is not a folder; delete the cache folder",
+        touches=("old",),
+    ),
     Damage(
         "list of the left out of garbage",
         replace("dataset/rejected.jsonl", b'\xff\n[1]\n{"path": 3, "reason": "\xe2\x80\xa8"}\n'),

@@ -13,13 +13,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from safelight.data.decode_memory import available_bytes
 from safelight.trainer import train as training
 from safelight.trainer.adapters.full import FullFineTune
 from safelight.trainer.checkpoint import saver as saving
 from safelight.trainer.checkpoint.files import Position, check_files, folder_of, list_checkpoints, save_checkpoint
 from safelight.trainer.checkpoint.identity import Identity
 from safelight.trainer.checkpoint.saver import Saver
-from safelight.trainer.checkpoint.snapshot import SNAPSHOT_SLAB_BYTES, Snapshot, SnapshotBuffers, available_bytes
+from safelight.trainer.checkpoint.snapshot import SNAPSHOT_SLAB_BYTES, Snapshot, SnapshotBuffers
 from safelight.trainer.config.schema import Optimizer
 from safelight.trainer.optim.optimizer import make_optimizer
 from tests.trainer.checkpoints import state_tensors, writes
@@ -185,7 +186,8 @@ def test_reserved_memory_has_been_written_to(monkeypatch):
 def test_available_memory_is_what_the_system_reports(tmp_path, monkeypatch):
     path = tmp_path / "meminfo"
     path.write_text("MemTotal:       24689876 kB\nMemFree:          123 kB\nMemAvailable:   2097152 kB\n")
-    monkeypatch.setattr("safelight.trainer.checkpoint.snapshot.MEMINFO", path)
+    monkeypatch.setattr("safelight.data.decode_memory.MEMINFO", path)
+    monkeypatch.setattr("safelight.data.decode_memory.OWN_CGROUPS", tmp_path / "no limits")
     assert available_bytes() == 2**31
     path.unlink()
     assert available_bytes() is None

@@ -262,7 +262,8 @@ def _scheduler(source: _Source):
         return kind.from_config(config)
     # values that only this scheduler reads
     except Exception as error:
-        raise UserError(f"{source.base.spec}: its scheduler's config is not valid ({error}); correct it") from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(f"{source.base.spec}: its scheduler's config is not valid ({reason}); correct it") from error
 
 
 def _load_in_fp32(config_path: Path) -> None:

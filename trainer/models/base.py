@@ -11,14 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from safelight.data.buckets import Bucket, make_buckets
 from safelight.errors import UserError
 from safelight.trainer.config.schema import Data, Model
 from safelight.trainer.families.family import Family
 from safelight.trainer.families.registry import family_of, is_trainable_pipeline, text_widths, trainable_titles
 from safelight.trainer.models.architectures import RANDOM_MODELS
+from safelight.trainer.models.build import build
 from safelight.trainer.models.hub import PARTS, fetch
 from safelight.trainer.models.model_configs import MAX_CONFIG_BYTES, checked
 from safelight.trainer.models.model_folder import model_file
@@ -215,8 +214,8 @@ def _vae_bytes(config: str) -> int:
     from diffusers import AutoencoderKL, AutoencoderTiny
 
     values = json.loads(config)
-    with torch.device("meta"):
-        vae = (AutoencoderTiny if values["_class_name"] == "AutoencoderTiny" else AutoencoderKL).from_config(values)
+    kind = AutoencoderTiny if values["_class_name"] == "AutoencoderTiny" else AutoencoderKL
+    vae = build(lambda: kind.from_config(values), "the autoencoder")
     return sum(4 * p.numel() for p in vae.parameters())
 
 

@@ -22,6 +22,7 @@ Heads = Annotated[int, Field(ge=1, le=1024)]
 SizePx = Annotated[int, Field(ge=1, le=16384)]
 Vocabulary = Annotated[int, Field(ge=1, le=1_000_000)]
 TokenId = Annotated[int, Field(ge=0, le=1_000_000)]
+Name = Annotated[str, Field(max_length=100)]
 Small = Annotated[float, Field(gt=0, le=1)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 Factor = Annotated[float, Field(ge=1e-4, le=1e4)]
@@ -30,8 +31,8 @@ Blocks = Annotated[list[Channels], Field(min_length=1, max_length=8)]
 Activation = Literal["silu", "swish", "mish", "gelu", "relu"]
 # the longest known has 2,000
 MAX_CONFIG_BYTES = 2**20
-# one of diffusers' transformer blocks has ten Parameters or more; SDXL's UNet has 70
-MAX_TRANSFORMERS = 1024
+# one of diffusers' transformer blocks has twenty Parameters; by this count SDXL has 180
+MAX_TRANSFORMERS = 512
 
 
 class _Values(BaseModel):
@@ -224,10 +225,10 @@ class Scheduler(_Values):
     num_train_timesteps: Annotated[int, Field(ge=2, le=100_000)] = 1000
     beta_start: Beta = 0.0001
     beta_end: Beta = 0.02
-    beta_schedule: str = "linear"
+    beta_schedule: Name = "linear"
     # refused later, with what to do
     trained_betas: list | None = None
-    prediction_type: str = "epsilon"
+    prediction_type: Name = "epsilon"
     rescale_betas_zero_snr: bool = False
     timestep_spacing: Literal["leading", "trailing", "linspace"] = "leading"
     steps_offset: Annotated[int, Field(ge=0, le=1000)] = 0
@@ -245,7 +246,7 @@ class ModelIndex(_Values):
 
     model_config = ConfigDict(extra="allow")
 
-    class_name: str = Field("", alias="_class_name")
+    class_name: Name = Field("", alias="_class_name")
 
 
 PARTS: dict[str, type[_Values]] = {

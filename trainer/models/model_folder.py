@@ -77,8 +77,8 @@ def _chosen_names(folder: Path, part: str, stem: str) -> list[str]:
     if not variants:
         kind = f"{stem}.safetensors" if any(name.endswith(".safetensors") for name in found) else ".safetensors file"
         raise UserError(
-            f"{where} has no {kind} (it has {', '.join(found) or 'nothing'}); other formats are never loaded, because "
-            "they can run code: convert its weights to .safetensors"
+            f"{where} has no {kind} (it has {', '.join(found[:9]) or 'nothing'}); other formats are never loaded, "
+            "because they can run code: convert its weights to .safetensors"
         )
     # files without a variant are fp32 if there are several; fp16 has more mantissa bits than bf16
     variant = next((name for name in (None, "fp16", "bf16") if name in variants), min(variants, key=str))

@@ -79,7 +79,7 @@ def make_schedule(scheduler_config: dict, prediction: str = "auto", zero_termina
         if prediction_type == "epsilon":
             raise UserError(
                 "zero_terminal_snr needs v_prediction: the input of the last timestep is the noise itself, so there is "
-                "nothing to learn from predicting it"
+                "nothing to learn from predicting it; set loss.prediction to v_prediction, or use another base"
             )
         alphas_cumprod = rescale_zero_terminal_snr(alphas_cumprod)
     return NoiseSchedule(alphas_cumprod, prediction_type, zero_terminal_snr)

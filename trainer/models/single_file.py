@@ -133,9 +133,11 @@ class SingleFile:
     @property
     def schedule(self) -> dict[str, str | bool]:
         """What the file says of its noise schedule, as values of a scheduler's config; the weights do not show it."""
-        prediction = PREDICTIONS.get(self.file.metadata.get("modelspec.prediction_type", "").lower(), "")
-        if not prediction and V_MARKER in self.shapes:
-            prediction = "v_prediction"
+        # ComfyUI saves the second one
+        words = (self.file.metadata.get(f"modelspec.{key}", "").lower() for key in ("prediction_type", "predict_key"))
+        prediction = next((PREDICTIONS[word] for word in words if word in PREDICTIONS), "")
+        # other programs go by the marker
+        prediction = "v_prediction" if V_MARKER in self.shapes else prediction
         config: dict[str, str | bool] = {"prediction_type": prediction} if prediction else {}
         # without the marker the config's own value holds: few files have it
         return {**config, "rescale_betas_zero_snr": True} if ZERO_SNR_MARKER in self.shapes else config

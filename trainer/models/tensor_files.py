@@ -22,6 +22,7 @@ from safelight.untrusted import UnsafeFile, open_regular, parse_json
 # SDXL's header has 0.4 MB; the rest is room for other tools' metadata
 MAX_HEADER_BYTES = 2**24
 MAX_DIMENSIONS = 16
+MAX_NAME_CHARS = 1000
 # the dtypes of weights
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # bits of one value of every dtype in the format
@@ -107,7 +108,8 @@ def _entry(name: str, value: object, data_start: int) -> Entry:
     fields = value if isinstance(value, dict) else {}
     dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
     is_valid = (
-        isinstance(dtype, str)
+        len(name) <= MAX_NAME_CHARS
+        and isinstance(dtype, str)
         and dtype in _BITS
         and isinstance(shape, list)
         and len(shape) <= MAX_DIMENSIONS

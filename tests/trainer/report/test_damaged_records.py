@@ -143,7 +143,7 @@ def test_ten_thousand_absurd_values_in_records_leave_a_report(little_run, seed, 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_ten_thousand_absurd_lines_of_metrics_leave_a_report(little_run, seed):
-    damage_metrics(little_run, 75, 200 + seed)
+    damage_metrics(little_run, 100, 200 + seed)
 
 
 @pytest.mark.parametrize(

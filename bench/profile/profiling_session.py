@@ -29,6 +29,7 @@ from safelight.trainer.models.device import pick_device
 from safelight.trainer.run_log.terminal import Terminal
 from safelight.trainer.step.profiler_ranges import listen_to_ranges
 from safelight.trainer.train import train
+from safelight.untrusted import check_links
 
 STEP = "step"
 NUM_WARMUPS = 4
@@ -285,6 +286,8 @@ def profile_loop(
     # keep the profiler's library from printing when it starts and stops
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     out.mkdir(parents=True, exist_ok=True)
+    # torch writes through them
+    check_links(out)
     step_profiler = _StepProfiler(num_steps, device, out)
     phases = step_profiler.phases
     with listen_to_ranges(phases), phases.blocks():

@@ -68,7 +68,8 @@ def load_state(optimizer: AdamW8bit, index: int, state: dict[str, Tensor]) -> No
     p, moments = optimizer.parameters[index], optimizer.moments[index]
     optimizer.synchronize()
     count = _part(state, "step")
-    step = int(count) if count.numel() == 1 and not count.is_complex() and torch.isfinite(count).all() else -1
+    is_number = count.numel() == 1 and count.dtype in (torch.int64, torch.int32, torch.float32)
+    step = int(count) if is_number and torch.isfinite(count).all() else -1
     if not 0 <= step < MAX_STEPS:
         raise UserError("its step is no count")
     loaded = []

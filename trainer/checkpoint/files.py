@@ -269,7 +269,7 @@ def read_record(folder: Path) -> dict:
 def read_identity(run_dir: Path, step: int) -> tuple[Identity, int]:
     """Return the identity of the run that wrote a checkpoint, and the stage it was in."""
     record = read_record(folder_of(run_dir, step))
-    return Identity.from_record(record["identity"]), record["position"]["stage"]
+    return Identity.from_record(record["identity"]), Position.from_record(record["position"]).stage
 
 
 def read_position(run_dir: Path, step: int) -> Position:

@@ -20,7 +20,7 @@ from safelight.errors import UserError
 from safelight.kernels.unet.attention import apply_attention, attention_cases, choose_attention
 from safelight.text import counted, storable
 from safelight.trainer.adapters.full import FullFineTune
-from safelight.trainer.checkpoint.files import check_files, folder_of, list_checkpoints, read_record
+from safelight.trainer.checkpoint.files import check_files, folder_of, list_checkpoints, read_position, read_record
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.toml import COMMAND_LINE, explain, load_config, require_run
 from safelight.trainer.inference.gallery import Drawn, file_name, read_drawn, save_png, write_drawn, write_page
@@ -181,7 +181,7 @@ def pick_step(run_dir: Path, checkpoint: str, allow_base: bool = True) -> int | 
     if checkpoint == "last":
         return steps[-1]
     if checkpoint == "best":
-        best = read_record(folder_of(run_dir, steps[-1]))["position"]["best_step"]
+        best = read_position(run_dir, steps[-1]).best_step
         if best not in steps:
             reason = "the base has the lowest validation loss" if best == 0 else "the run has not validated"
             raise UserError(f"{run_dir} has no best checkpoint: {reason}; use last or one of {steps}")

@@ -222,7 +222,9 @@ def _export_file(source: _Source, out: Path, title: str) -> list[str]:
     _check_free_space(out, sum(tensor.nbytes for tensor in tensors.values()))
     partial = out.with_name(f".{out.name}.partial")
     try:
-        partial.touch()
+        # what a killed export left, or a link that somebody planted there
+        partial.unlink(missing_ok=True)
+        partial.touch(exist_ok=False)
         mode = partial.stat().st_mode
         save_file(tensors, partial, metadata)
         # safetensors creates files that only their owner may read

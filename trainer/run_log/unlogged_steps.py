@@ -96,8 +96,6 @@ def _unpack(state: dict[str, Tensor]) -> list[StepResult]:
     is_sound = all(part is not None and part.dim() == 1 and part.dtype == dtypes[name] for name, part in parts.items())
     is_sound = is_sound and len({len(parts[name]) for name in ("sizes", "grad_norms", "taken")}) == 1
     if not is_sound or min(sizes := parts["sizes"].tolist(), default=0) < 0 or sum(sizes) != len(parts["losses"]):
-        raise UserError(
-            "the checkpoint's unlogged steps (log/ in state.safetensors) are malformed; resume an earlier one"
-        )
+        raise UserError("the checkpoint's unlogged steps are malformed; move it away to resume from the one before")
     losses = parts["losses"].split(sizes)
     return [StepResult(*row) for row in zip(losses, parts["grad_norms"], parts["taken"].tolist(), strict=True)]

@@ -2,10 +2,12 @@
 
 import ast
 import inspect
+import random
 import textwrap
 import time
 import tomllib
 from itertools import pairwise
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -37,6 +39,7 @@ from safelight.trainer.config.schema import (
 from safelight.trainer.config.toml import load_config, parse_config, to_toml
 from safelight.trainer.registry.losses import KINDS, WEIGHTINGS
 from safelight.trainer.registry.optimizers import help_text
+from tests.trainer.damaged_text import replaced_setting
 
 SECTIONS = (Run, Model, Data, Train, Optimizer, Memory, Stage, Loss, Validate, Sample, Save, Log)
 
@@ -155,6 +158,28 @@ def test_a_settings_file_of_absurd_keys_numbers_or_nesting_is_refused_at_once(tm
         load_config(path)
     assert time.process_time() - start < 3
     assert len(str(refused.value)) < 5_000
+
+
+def try_settings(path: Path, num: int, seed: int) -> int:
+    """Replace a value of a settings file, or cut it, num times; return how many were refused."""
+    text, rng, messages = to_toml(preset("sd15")), random.Random(seed), []
+    for _ in range(num):
+        path.write_bytes(replaced_setting(text, rng))
+        try:
+            load_config(path)
+        except UserError as error:
+            messages.append(str(error))
+    assert all(line.isprintable() and len(line) < 1000 for message in messages for line in message.split("\n"))
+    return len(messages)
+
+
+def test_absurd_settings_are_refused_in_short_lines(tmp_path):
+    assert try_settings(tmp_path / "run.toml", 100, 1) > 30
+
+
+@pytest.mark.slow
+def test_ten_thousand_absurd_settings(tmp_path):
+    assert try_settings(tmp_path / "run.toml", 10_000, 2) > 3_000
 
 
 def test_settings_cannot_send_escape_sequences_to_the_terminal(tmp_path):

@@ -349,7 +349,8 @@ class _Collection:
             elif name in self.root_of_name:
                 self.summary.note(
                     "removed",
-                    f"{place} is no longer in its folder; the dataset keeps it and it is trained on (--prune removes it)",
+                    f"{place} is no longer in its folder; the dataset keeps it, and it is trained on "
+                    "(--prune removes it)",
                 )
         self.photos = kept
         self._count_sources()

@@ -182,7 +182,8 @@ def read_manifest(dataset: Path, may_be_empty: bool = False) -> list[Photo]:
 
 def write_manifest(dataset: Path, photos: list[Photo]) -> None:
     """Replace the manifest of a dataset folder atomically."""
-    lines = [json.dumps(asdict(photo), ensure_ascii=False) + "\n" for photo in photos]
+    # half a surrogate pair, which JSON can hold and UTF-8 cannot, becomes its JSON escape again
+    lines = [storable(json.dumps(asdict(photo), ensure_ascii=False)) + "\n" for photo in photos]
     atomic_write_text(Path(dataset) / MANIFEST_NAME, "".join(lines))
 
 

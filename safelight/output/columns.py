@@ -20,6 +20,13 @@ def fill(text: str) -> str:
     return textwrap.fill(printable(text), _columns(), break_on_hyphens=False)
 
 
+def hanging(text: str) -> list[str]:
+    """Return a text as lines of the terminal's width, all but the first indented; long words (paths) stay whole."""
+    # the last column stays empty, because some terminals wrap as soon as it is written
+    width = shutil.get_terminal_size().columns - 1
+    return textwrap.wrap(text, width, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
+
+
 def wrap_help(text: str) -> str:
     """Return a help text with its usage and description wrapped; its boxes fit already."""
     columns, lines = shutil.get_terminal_size().columns, []

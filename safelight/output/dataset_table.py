@@ -3,61 +3,98 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections import Counter
 from pathlib import Path
 
 from safelight.data.captions import FILE_NAME, is_camera_name
-from safelight.data.ingest import REJECTED_NAME, IngestSummary
+from safelight.data.ingest import NOTES_NAME, REJECTED_NAME, IngestSummary
+from safelight.output.columns import hanging
 from safelight.output.show import print_line
-from safelight.text import counted
+from safelight.text import counted, printable, shortened
 from safelight.trainer.run_log.terminal import Terminal
 
-# more would fill the screen
-MAX_LISTED = 20
-# rejected rows of caption tables: a table often describes more photographs than the folder holds
-MAX_ROWS = 3
+# of each kind; the rest is in the dataset's rejected.jsonl and notes.txt
+MAX_LISTED = 5
+# paths may have thousands of characters
+MAX_LINE = 300
+# kinds of `Rejection`, as they are counted
+LEFT_OUT = {
+    "photo": "file",
+    "duplicate": "duplicate",
+    "other": "other file",
+    "caption": "caption file",
+    "row": "caption row",
+}
 WRITE_CAPTIONS = "to caption a photograph, write IMG_1.txt beside IMG_1.jpg, or a captions.jsonl"
 
 
-def print_dataset(summary: IngestSummary, out: Path, terminal: Terminal) -> None:
-    """Print rejections and warnings to stderr, and the result to stdout."""
-    caption_rows = [r for r in summary.rejected if r.is_row]
-    left_out = [r for r in summary.rejected if not r.is_row]
-    full_list = out / REJECTED_NAME
-    for rejection in left_out[:MAX_LISTED]:
-        terminal.say(f"left out {rejection.path}: {rejection.reason}")
-    if len(left_out) > MAX_LISTED:
-        terminal.say(f"and {len(left_out) - MAX_LISTED} more; all are listed in {full_list}")
-    for row in caption_rows[:MAX_ROWS]:
-        terminal.say(f"left out {row.path}: {row.reason}")
-    if len(caption_rows) > MAX_ROWS:
-        terminal.say(f"and {counted(len(caption_rows) - MAX_ROWS, 'more caption row')}; all are listed in {full_list}")
-    for warning in summary.warnings[:MAX_LISTED]:
-        terminal.say(f"note: {warning}")
-    if len(summary.warnings) > MAX_LISTED:
-        terminal.say(f"and {len(summary.warnings) - MAX_LISTED} more notes; --json prints them all")
-    camera_named = [
-        p for p in summary.photos if p.caption_source == FILE_NAME and all(c and is_camera_name(c) for c in p.captions)
-    ]
-    if camera_named:
-        example = camera_named[0]
-        terminal.say(
-            f"note: {len(camera_named)} of the photographs have a camera's file name as their only caption "
-            f"({example.source}: {example.captions[0]!r}); the model would learn it as a word. {WRITE_CAPTIONS}"
+def _wrapped(line: str) -> list[str]:
+    """Return a line as it fits a terminal."""
+    return hanging(shortened(printable(line), MAX_LINE))
+
+
+def _say_some(lines: list[str], more: str, terminal: Terminal) -> None:
+    """Print the first lines, and how many more there are. more: what follows "and 12"."""
+    for line in lines[:MAX_LISTED]:
+        for part in _wrapped(line) if terminal.is_live else [line]:
+            terminal.say(part)
+    if len(lines) > MAX_LISTED:
+        terminal.say(f"and {len(lines) - MAX_LISTED:,} {more}")
+
+
+def _print(line: str) -> None:
+    for part in _wrapped(line) if sys.stdout.isatty() else [line]:
+        print_line(part)
+
+
+def _caption_note(summary: IngestSummary) -> str:
+    """Return a note if captions that come from file names are no captions, else an empty text."""
+    named = [p for p in summary.photos if p.caption_source == FILE_NAME and p.captions]
+    by_camera = [p for p in named if all(caption and is_camera_name(caption) for caption in p.captions)]
+    if by_camera:
+        first = by_camera[0]
+        return (
+            f"note: {counted(len(by_camera), 'photograph')} {'have' if len(by_camera) > 1 else 'has'} a camera's file "
+            f"name as the only caption ({first.source}: {first.captions[0]!r}); the model would learn it as a word. "
+            f"{WRITE_CAPTIONS}"
         )
-    sources = Counter(p.caption_source for p in summary.photos)
-    rows = f", {counted(len(caption_rows), 'caption row')}" if caption_rows else ""
-    print_line(
+    if len(named) > 1 and len({p.captions for p in named}) == 1:
+        return f"note: the file names of {len(named)} photographs give them all this caption; {WRITE_CAPTIONS}"
+    return ""
+
+
+def print_dataset(summary: IngestSummary, out: Path, terminal: Terminal) -> None:
+    """Print rejections and notes to stderr, the first of each kind, and the result to stdout."""
+    for kind, noun in LEFT_OUT.items():
+        lines = [f"left out {r.path}: {r.reason}" for r in summary.rejected if r.kind == kind]
+        more = counted(len(lines) - MAX_LISTED, f"more {noun}").partition(" ")[2]
+        _say_some(lines, f"{more}; all are listed in {out / REJECTED_NAME}", terminal)
+    for kind in dict.fromkeys(note.kind for note in summary.notes):
+        lines = [f"note: {note.text}" for note in summary.notes if note.kind == kind]
+        _say_some(lines, f"more like it; all are in {out / NOTES_NAME}", terminal)
+    _say_some(list(filter(None, [_caption_note(summary)])), "", terminal)
+    num = Counter(rejection.kind for rejection in summary.rejected)
+    extra = "".join(f", {counted(num[k], LEFT_OUT[k])}" for k in ("caption", "row") if num[k])
+    _print(
         f"{counted(len(summary.photos), 'photograph')} in {out} ({summary.num_copied} copied unchanged, "
         f"{summary.num_shrunk} shrunk, {counted(summary.num_duplicates, 'duplicate')} dropped, "
-        f"{len(left_out) - summary.num_duplicates} left out{rows})"
+        f"{num['photo'] + num['other']} left out{extra})"
     )
-    print_line("captions: " + ", ".join(f"{num} from {source}" for source, num in sources.most_common()))
-    named = [p for p in summary.photos if p.caption_source == FILE_NAME and p.captions]
+    if len(summary.num_of_source) > 1:
+        _print("sources: " + ", ".join(f"{num} from {place}" for place, num in summary.num_of_source.items()))
+    if summary.near_copies:
+        num_copies = sum(map(len, summary.near_copies))
+        _print(
+            f"near-copies: {num_copies} photographs show {counted(len(summary.near_copies), 'picture')}; "
+            "those of one picture are held out or trained on together"
+        )
+    sources = Counter(p.caption_source for p in summary.photos)
+    _print("captions: " + ", ".join(f"{num} from {source}" for source, num in sources.most_common()))
+    named = next((p for p in summary.photos if p.caption_source == FILE_NAME and p.captions), None)
     if named:
-        print_line(f"example of a caption from a file name: {named[0].source} is {named[0].captions[0]!r}")
-    if len(named) > 1 and len({p.captions for p in named}) == 1 and not camera_named:
-        terminal.say(f"note: the file names of {len(named)} photographs give them all this caption; {WRITE_CAPTIONS}")
+        _print(f"example of a caption from a file name: {named.source} is {named.captions[0]!r}")
+    # on one line, to be copied
     print_line(
         f"next: safelight train run.toml --data.path {shlex.quote(str(out))} "
         "(`safelight plan` shows first whether it fits)"

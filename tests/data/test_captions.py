@@ -1,10 +1,11 @@
 """Captions: which sources are read, which of them wins, and how bad ones are reported."""
 
 import json
+import os
 
 import pytest
 
-from safelight.data.captions import CaptionReader, caption_of_name
+from safelight.data.captions import CaptionReader, caption_of_name, decode_text
 
 
 def rows(path, *lines):
@@ -79,13 +80,6 @@ def test_empty_sidecar_is_ignored_with_a_warning(root):
     assert "a dog_1.txt is empty" in reader.warnings[0]
 
 
-def test_invalid_utf8_is_replaced_with_a_warning(root):
-    (root / "a dog_1.txt").write_bytes(b"caf\xe9 dog")
-    texts, _, reader = read(root, "a dog_1.jpg")
-    assert texts == ("caf\ufffd dog",)
-    assert "byte 3" in reader.warnings[0]
-
-
 def test_byte_order_mark_is_not_part_of_the_caption(root):
     (root / "a dog_1.txt").write_bytes(b"\xef\xbb\xbfdog")
     assert read(root, "a dog_1.jpg")[0] == ("dog",)
@@ -142,3 +136,100 @@ def test_composed_and_decomposed_names_are_the_same(root):
     for name in ("cafe\u0301.jpg", "caf\u00e9.jpg"):
         rows(root / "captions.jsonl", {"file_name": name, "text": "coffee"})
         assert read(root, "cafe\u0301.jpg")[0] == ("coffee",)
+
+
+@pytest.mark.parametrize(
+    ("picture", "sidecar"),
+    [
+        ("img.jpg", "img.jpg.txt"),
+        ("img.jpg", "IMG.TXT"),
+        ("IMG_1.JPG", "img_1.txt"),
+        ("IMG_1.JPG", "Img_1.jpg.Caption"),
+        ("straße.jpg", "STRASSE.txt"),
+        ("café.jpg", "cafe\u0301.txt"),
+        ("cafe\u0301.jpg", "café.txt"),
+        ("CAFE\u0301.jpg", "café.JPG.TXT"),
+        ("a.b.jpg", "a.b.txt"),
+        ("no suffix", "no suffix.txt"),
+    ],
+)
+def test_sidecars_are_found_in_any_letter_case_and_form(tmp_path, picture, sidecar):
+    (tmp_path / picture).write_bytes(b"")
+    (tmp_path / sidecar).write_text("a caption")
+    assert read(tmp_path, picture)[0] == ("a caption",)
+
+
+def test_the_sidecar_that_names_the_suffix_wins_and_equal_names_before_other_cases(tmp_path):
+    (tmp_path / "img.jpg").write_bytes(b"")
+    for name in ("IMG.caption", "img.caption", "img.jpg.caption", "IMG.TXT", "img.TXT", "img.txt", "IMG.jpg.txt"):
+        (tmp_path / name).write_text(name)
+        assert read(tmp_path, "img.jpg")[0] == (name,)
+
+
+def test_a_sidecar_of_an_equal_name_is_not_lent_to_another_case(tmp_path):
+    for name in ("img.jpg", "IMG.jpg", "img.png"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "img.txt").write_text("mine")
+    assert [read(tmp_path, name)[0] for name in ("img.jpg", "img.png", "IMG.jpg")] == [("mine",), ("mine",), ("IMG",)]
+
+
+def test_rows_name_files_in_any_letter_case(tmp_path):
+    (tmp_path / "Sub").mkdir()
+    for name in ("Sub/IMG_1.JPG", "a.jpg", "A.jpg", "cafe\u0301.jpg"):
+        (tmp_path / name).write_bytes(b"")
+    names = ("sub/img_1.jpg", "a.jpg", "A.jpg", "CAFÉ.jpg", "SUB/IMG_1.JPG", "gone/a.jpg")
+    rows(tmp_path / "Metadata.JSONL", *({"file_name": name, "text": name} for name in names))
+    reader = CaptionReader(tmp_path)
+    found = ("Sub/IMG_1.JPG", "a.jpg", "A.jpg", "cafe\u0301.jpg")
+    assert [reader.read(tmp_path / name).texts[0] for name in found] == list(names[:4])
+    assert [item.reason.split(" ", 2)[2] for item in reader.rejections] == [
+        "is a second row for Sub/IMG_1.JPG; give one row a list of texts instead",
+        "names gone/a.jpg, which does not exist",
+    ]
+
+
+RUSSIAN, CHINESE = "кот на крыше", "红色的谷仓，在雪中\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "text", "note"),
+    [
+        (b"a red barn", "a red barn", ""),
+        ("żółw".encode("utf-8-sig"), "żółw", ""),
+        ("a red barn".encode("utf-16"), "a red barn", ""),
+        (b"\xfe\xff" + "a barn".encode("utf-16-be"), "a barn", ""),
+        *(
+            (t.encode(f"utf-16-{e}"), t, "UTF-16")
+            for e in ("le", "be")
+            for t in ("a red barn", RUSSIAN, CHINESE, "кот")
+        ),
+        (b"caf\xe9 noir", "café noir", "is not UTF-8 (byte 3); it was read as Windows-1252"),
+        (b"\x93a dog\x94 \x81", "“a dog” \ufffd", "is not UTF-8 (byte 0); it was read as Windows-1252"),
+        ("żółw".encode()[:-2] + b"w", "żó\ufffdw", "is not UTF-8 (byte 4); invalid bytes were replaced"),
+        (b"\xff\xfea\0b", "a\ufffd", "is not UTF-16"),
+        ("Où".encode("latin-1"), "Où", "Windows-1252"),
+        (b"one\0\x1b[31mtwo", "one\0\x1b[31mtwo", ""),
+        (b"", "", ""),
+    ],
+)
+def test_encodings(content, text, note):
+    decoded = decode_text(content)
+    assert decoded[0] == text
+    assert (note in decoded[1]) if note else (decoded[1] == "")
+
+
+def test_a_note_names_the_file_of_another_encoding(root):
+    (root / "a dog_1.txt").write_bytes(b"caf\xe9 dog")
+    texts, _, reader = read(root, "a dog_1.jpg")
+    assert texts == ("café dog",)
+    assert "a dog_1.txt is not UTF-8 (byte 3)" in reader.warnings[0]
+
+
+@pytest.mark.parametrize("name", ["a dog_1.txt", "metadata.jsonl"])
+def test_a_caption_file_that_is_a_pipe_is_listed_and_not_opened(root, name):
+    os.mkfifo(root / name)
+    texts, _, reader = read(root, "a dog_1.jpg")
+    assert texts == ("a dog",)
+    assert [(item.kind, item.reason) for item in reader.rejections] == [
+        ("caption", "not a regular file but a device or pipe")
+    ]

@@ -158,11 +158,23 @@ def test_a_file_system_without_locks_is_used_with_a_note(tmp_path, monkeypatch, 
         assert os.strerror(number) in lock.note
 
 
-@pytest.mark.parametrize(("number", "where"), [(errno.EROFS, "open"), (errno.EACCES, "open"), (errno.ENOSPC, "mkdir")])
+@pytest.mark.parametrize(("number", "where"), [(errno.EROFS, "open"), (errno.EACCES, "open"), (errno.EROFS, "mkdir")])
 def test_an_unwritable_folder_is_an_error_with_the_reason(tmp_path, monkeypatch, number, where):
     def fail(*args, **options):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(lock_module.os, where, fail)
     with pytest.raises(ValueError, match=rf"folder cannot be written \({os.strerror(number)}\); name another"):
+        FolderLock(Path(tmp_path / "folder"), "name another")
+
+
+@pytest.mark.parametrize("where", ["open", "mkdir"])
+def test_a_full_disk_stays_an_error_of_the_disk(tmp_path, monkeypatch, where):
+    """The command line then says to free some space; another folder on the same disk would not help."""
+
+    def fail(*args, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(lock_module.os, where, fail)
+    with pytest.raises(OSError, match="No space left"):
         FolderLock(Path(tmp_path / "folder"), "name another")

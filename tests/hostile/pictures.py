@@ -368,9 +368,7 @@ CAPTIONS = [
         "was ignored: 1,500,000 bytes are too many",
         caption="x",
     ),
-    Picture(
-        "caption that is not UTF-8", sidecar(b"caf\xe9 noir"), TAKEN, "is not UTF-8 (byte 3)", caption="caf\ufffd noir"
-    ),
+    Picture("caption that is not UTF-8", sidecar(b"caf\xe9 noir"), TAKEN, "is not UTF-8 (byte 3)", caption="café noir"),
     Picture("caption in UTF-16", sidecar("ein Käfer".encode("utf-16")), TAKEN, caption="ein Käfer"),
     Picture(
         "caption in UTF-16, cut",
@@ -384,11 +382,18 @@ CAPTIONS = [
     Picture("caption with NUL and escapes", sidecar(b"one\0\x1b[31mtwo"), TAKEN, caption="one [31mtwo"),
     Picture("two sidecars", two_sidecars, TAKEN, caption="of the text file"),
     Picture("sidecar is a folder", with_sidecar(lambda folder: (folder / "x.txt").mkdir()), TAKEN, caption="x"),
-    Picture("sidecar is a pipe", with_sidecar(lambda folder: a_pipe(folder, "x.txt")), TAKEN, caption="x"),
+    Picture(
+        "sidecar is a pipe",
+        with_sidecar(lambda folder: a_pipe(folder, "x.txt")),
+        TAKEN,
+        "x.txt: not a regular file but a device or pipe",
+        caption="x",
+    ),
     Picture(
         "sidecar is a link to itself",
         with_sidecar(lambda folder: (folder / "x.txt").symlink_to("x.txt")),
         TAKEN,
+        "x.txt cannot be read: Too many levels of symbolic links",
         caption="x",
     ),
     Picture(
@@ -502,7 +507,21 @@ CAPTIONS = [
         caption_table(b'{"file_name": "x.png", "text": "caf\xe9"}'),
         TAKEN,
         "captions.jsonl is not UTF-8",
-        caption="caf\ufffd",
+        caption="café",
+    ),
+    Picture(
+        "table is a pipe",
+        with_sidecar(lambda folder: a_pipe(folder, "captions.jsonl")),
+        TAKEN,
+        "captions.jsonl: not a regular file but a device or pipe",
+        caption="x",
+    ),
+    Picture(
+        "table is a device",
+        with_sidecar(lambda folder: (folder / "metadata.jsonl").symlink_to("/dev/zero")),
+        TAKEN,
+        "metadata.jsonl: not a regular file but a device or pipe",
+        caption="x",
     ),
     Picture("table is a folder", with_sidecar(lambda folder: (folder / "captions.jsonl").mkdir()), TAKEN, caption="x"),
 ]

@@ -24,7 +24,7 @@ GOOD = {"good one": "a written caption", "good two": "good two"}
 
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory) -> Path:
-    """A folder with two good photographs, one of them with a caption, and a dataset with an earlier photograph."""
+    """A folder with two good photographs, one of them with a caption, and a folder with an earlier photograph."""
     root = tmp_path_factory.mktemp("clean")
     for folder, names in (("photos", GOOD), ("before", ["earlier"])):
         (root / folder).mkdir()
@@ -32,13 +32,15 @@ def clean(tmp_path_factory) -> Path:
             values = np.random.default_rng(len(name) + ord(name[-1])).integers(0, 256, (30, 40, 3), dtype=np.uint8)
             Image.fromarray(values).save(root / folder / f"{name}.png")
     (root / "photos" / "good one.txt").write_text(GOOD["good one"])
-    ingest([root / "before"], root / "dataset")
     return root
 
 
 @pytest.fixture
 def place(clean, tmp_path) -> Path:
-    return shutil.copytree(clean, tmp_path / "place")
+    """Those folders, and a dataset of the earlier photograph."""
+    shutil.copytree(clean, tmp_path / "place")
+    ingest([tmp_path / "place" / "before"], tmp_path / "place" / "dataset")
+    return tmp_path / "place"
 
 
 def snapshot(folder: Path) -> dict:
@@ -93,6 +95,10 @@ def test_beside_good_photographs(picture, place, call, deny):
     assert snapshot(photos) == originals
     # every line is one of ours and contains no terminal control codes
     lines = called.err.removesuffix("\n").split("\n")
+    # the dataset has the photograph of another source
+    added = f"note: {photos} was added; the dataset also has photographs of {place / 'before'} (1)"
+    assert sum(line.startswith(added) for line in lines) == 1
+    lines = [line for line in lines if not line.startswith(added)]
     assert all(line.startswith(("left out ", "note: ", "photos ")) and line.isprintable() for line in lines), lines
     listed = [json.loads(line) for line in (dataset / "rejected.jsonl").read_text().splitlines()]
     num_new = len(manifest) - 1 - num_good
@@ -135,13 +141,14 @@ def test_long_lists_of_rejections_and_notes_are_cut_on_screen(tmp_path, call):
         Image.new("RGB", (80, 80), (n, 99, 3 * n)).save(tmp_path / "p" / f"{n}.png")
     called = call("prepare", str(tmp_path / "p"), "-o", str(tmp_path / "d"))
     lines = called.err.splitlines()
-    assert sum(line.startswith("left out ") for line in lines) == 3
-    assert f"and 87 more caption rows; all are listed in {tmp_path / 'd' / 'rejected.jsonl'}" in lines
-    assert sum(line.startswith("note: ") for line in lines) == 20
-    assert "and 10 more notes; --json prints them all" in lines
+    assert sum(line.startswith("left out ") for line in lines) == 5
+    assert f"and 85 more caption rows; all are listed in {tmp_path / 'd' / 'rejected.jsonl'}" in lines
+    assert sum(line.startswith("note: ") for line in lines) == 5
+    assert f"and 25 more like it; all are in {tmp_path / 'd' / 'notes.txt'}" in lines
     assert "30 photographs" in called.out
     assert "0 left out, 90 caption rows)" in called.out
     assert len((tmp_path / "d" / "rejected.jsonl").read_text().splitlines()) == 90
+    assert len((tmp_path / "d" / "notes.txt").read_text().splitlines()) == 30
     all_of_it = json.loads(call("prepare", str(tmp_path / "p"), "-o", str(tmp_path / "d"), "--json").out)
     assert (len(all_of_it["rejected"]), len(all_of_it["warnings"])) == (90, 30)
 

@@ -1,0 +1,303 @@
+"""The dataset while `safelight prepare` builds it: photos of earlier calls and of this one, and their sources."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import unicodedata
+from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from safelight.data.atomic import atomic_write_bytes, sync_file, sync_folder
+from safelight.data.captions import FILE_NAME, Rejection
+from safelight.data.manifest import IMAGES_FOLDER, Photo, has_manifest, read_manifest
+from safelight.data.sources import SourceFile, name_roots, place_of, read_sources, split_label
+from safelight.text import printable, storable
+from safelight.untrusted import UnsafeFile, read_bytes
+
+MAX_STEM_CHARACTERS = 64
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something to know about the dataset. kind: notes of one kind are shown together."""
+
+    kind: Literal["file", "caption", "changed", "removed", "pruned", "source", "near-copies"]
+    text: str
+
+
+@dataclass
+class IngestSummary:
+    """What one call did. photos: the whole manifest after the call; all other fields describe this call alone.
+
+    num_of_source: photos by where they came from, a folder, or its name if the folder is unknown. near_copies: the
+    groups of two or more photos.
+    """
+
+    photos: list[Photo] = field(default_factory=list)
+    rejected: list[Rejection] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
+    num_duplicates: int = 0
+    num_shrunk: int = 0
+    num_copied: int = 0
+    num_of_source: dict[str, int] = field(default_factory=dict)
+    near_copies: list[list[Photo]] = field(default_factory=list)
+
+    @property
+    def warnings(self) -> list[str]:
+        """The notes' texts."""
+        return [note.text for note in self.notes]
+
+    def note(self, kind: str, text: str) -> None:
+        self.notes.append(Note(kind, printable(text)))
+
+    def reject(self, source: SourceFile, reason: str, kind: str = "photo") -> None:
+        self.rejected.append(Rejection(storable(str(source.path)), storable(reason), kind))
+
+
+@dataclass(frozen=True)
+class PreparedFile:
+    """A source file as it will be stored in the dataset."""
+
+    data: bytes
+    suffix: str
+    width: int
+    height: int
+    origin_sha256: str
+    content_sha256: str
+    is_shrunk: bool
+    is_copied: bool
+    warning: str
+    fingerprint: str
+
+
+def _safe_stem(stem: str) -> str:
+    """Return the stem reduced to ASCII letters, digits, `-`, `_` and `.`, which every file system accepts."""
+    plain = unicodedata.normalize("NFKD", stem).encode("ascii", "ignore").decode()
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", plain).strip("-.")[:MAX_STEM_CHARACTERS].strip("-.") or "photo"
+
+
+def _has_content(path: Path, content: bytes) -> bool:
+    try:
+        return read_bytes(path, len(content)) == content
+    except (OSError, UnsafeFile):
+        return False
+
+
+class Collection:
+    """The new manifest while it is built: the photos of earlier calls, and those this call adds or replaces.
+
+    touched: the photos (by index) that this call found. decoded: labels (`Photo.source`) of files that are pictures.
+    pending: files with the same picture as a photo of another file; once all files are read, `find_moved` tells
+    whether they are duplicates or that photo under a new name. compared: sha256 of the photos among which near-copies
+    were looked for already. syncs: of stored photos; `flush` waits for them.
+    """
+
+    def __init__(
+        self,
+        dataset: Path,
+        roots: list[Path],
+        files: list[SourceFile],
+        summary: IngestSummary,
+        disk: ThreadPoolExecutor,
+        prune: bool,
+    ):
+        self.dataset, self.summary, self.disk, self.prune = dataset, summary, disk, prune
+        self.syncs: list[Future] = []
+        self.photos: list[Photo] = []
+        self.touched: set[int] = set()
+        self.decoded: set[str] = set()
+        self.pending: list[tuple[SourceFile, int]] = []
+        # hashes of original files, pixels and stored files share one dict: SHA-256 values never collide by chance
+        self.index_of_hash: dict[str, int] = {}
+        self.replaced_files: set[str] = set()
+        for photo in read_manifest(dataset, may_be_empty=True) if has_manifest(dataset) else []:
+            if (dataset / photo.file).is_file():
+                self._put(len(self.photos), photo)
+            else:
+                summary.note("file", f"{photo.file} no longer exists; its line was removed from the manifest")
+        self.compared = {photo.sha256 for photo in self.photos if photo.fingerprint}
+        self.earlier_labels = {photo.source for photo in self.photos}
+        self.folders = read_sources(dataset)
+        self.names = name_roots(roots, files, self.folders, self.photos)
+        self.root_of_name = {name: root for root, name in self.names.items()}
+        self.present = {self.label(file) for file in files}
+
+    def label(self, source: SourceFile) -> str:
+        return f"{self.names[source.root]}/{source.relative}"
+
+    def _put(self, index: int, photo: Photo) -> None:
+        self.photos[index : index + 1] = [photo]
+        for digest in (photo.sha256, photo.origin_sha256, photo.content_sha256):
+            if digest:
+                self.index_of_hash.setdefault(digest, index)
+
+    def add(self, source: SourceFile, prepared: PreparedFile | str) -> None:
+        """Store a prepared file and add it to the manifest, or list it as a duplicate or as left out."""
+        label = self.label(source)
+        if isinstance(prepared, str):
+            kept = "; the dataset keeps what was prepared earlier" if label in self.earlier_labels else ""
+            self.summary.reject(source, f"{prepared}{kept}")
+            return
+        self.decoded.add(label)
+        hashes = (prepared.origin_sha256, prepared.content_sha256, hashlib.sha256(prepared.data).hexdigest())
+        index = next((self.index_of_hash[digest] for digest in hashes if digest in self.index_of_hash), None)
+        if index is not None and index not in self.touched and self.photos[index].source != label:
+            self.pending.append((source, index))
+        elif index in self.touched:
+            self._list_duplicate(source, index)
+        else:
+            self._store(source, prepared, index)
+
+    def find_moved(self) -> dict[int, SourceFile]:
+        """Return the photos, by index, whose picture is now in another file.
+
+        Called when all files have been added. The caller prepares each of these files and passes it to `move`, then
+        calls `list_duplicates`.
+        """
+        moved: dict[int, SourceFile] = {}
+        duplicates = []
+        for source, index in self.pending:
+            if index in self.touched or index in moved or not self._is_gone(self.photos[index]):
+                duplicates.append((source, index))
+            else:
+                moved[index] = source
+        self.pending = duplicates
+        return moved
+
+    def move(self, index: int, source: SourceFile, prepared: PreparedFile | str) -> None:
+        """Prepare a photo again, from the file that now has its picture."""
+        if isinstance(prepared, str):
+            self.summary.reject(source, prepared)
+        else:
+            self._store(source, prepared, index)
+
+    def list_duplicates(self) -> None:
+        for source, index in self.pending:
+            self._list_duplicate(source, index)
+
+    def _list_duplicate(self, source: SourceFile, index: int) -> None:
+        self.summary.num_duplicates += 1
+        reason = f"same picture as {self.photos[index].source}"
+        if self._adopt_caption(index, source):
+            reason += ", which now uses the caption of this file"
+        self.summary.reject(source, reason, "duplicate")
+
+    def _is_gone(self, photo: Photo) -> bool:
+        """Return whether a photo that was not found in this call has left its source, or its source is dropped."""
+        name, relative = split_label(photo.source)
+        if name not in self.root_of_name:
+            return self.prune or (name in self.folders and not os.path.lexists(self.folders[name]))
+        if photo.source in self.present:
+            # if it could not be read, nothing is known about it
+            return photo.source in self.decoded
+        try:
+            os.lstat(self.root_of_name[name] / relative)
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            return True
+        except OSError:
+            pass
+        return False
+
+    def _store(self, source: SourceFile, prepared: PreparedFile, index: int | None) -> None:
+        """Store a picture: a new one, or that of an earlier photo."""
+        sha256 = hashlib.sha256(prepared.data).hexdigest()
+        old = self.photos[index] if index is not None else None
+        file = f"{IMAGES_FOLDER}/{_safe_stem(source.path.stem)}-{sha256[:8]}{prepared.suffix}"
+        if old is not None and old.sha256 == sha256:
+            file = old.file
+        elif old is not None:
+            self.replaced_files.add(old.file)
+        stored = self.dataset / file
+        if not _has_content(stored, prepared.data):
+            atomic_write_bytes(stored, prepared.data, sync=False)
+            self.syncs.append(self.disk.submit(sync_file, stored))
+        caption = source.reader.read(source.path)
+        photo = Photo(
+            file,
+            sha256,
+            prepared.width,
+            prepared.height,
+            caption.texts,
+            self.label(source),
+            caption.source,
+            prepared.origin_sha256,
+            prepared.content_sha256,
+            prepared.fingerprint,
+            old.group if old is not None else "",
+        )
+        index = len(self.photos) if index is None else index
+        self._put(index, photo)
+        self.touched.add(index)
+        self.summary.num_shrunk += prepared.is_shrunk
+        self.summary.num_copied += prepared.is_copied
+        if prepared.warning:
+            self.summary.note("file", f"{source.path}: {prepared.warning}")
+
+    def flush(self) -> None:
+        """Wait until every stored photo would survive a power cut."""
+        for sync in self.syncs:
+            sync.result()
+        if self.syncs:
+            sync_folder(self.dataset / IMAGES_FOLDER)
+
+    def _adopt_caption(self, index: int, duplicate: SourceFile) -> bool:
+        """Return whether a photo took over the caption of its duplicate.
+
+        It does if its own caption is only a file name and somebody wrote one for the duplicate.
+        """
+        if self.photos[index].caption_source != FILE_NAME:
+            return False
+        caption = duplicate.reader.read(duplicate.path)
+        if caption.source != FILE_NAME:
+            self._put(index, replace(self.photos[index], captions=caption.texts, caption_source=caption.source))
+        return caption.source != FILE_NAME
+
+    def take_stock(self) -> None:
+        """Say which photos this call did not find in its sources, or drop them, and which sources the dataset has."""
+        kept = []
+        for index, photo in enumerate(self.photos):
+            name, relative = split_label(photo.source)
+            if index in self.touched or not self._is_gone(photo):
+                kept.append(photo)
+                continue
+            place = self.root_of_name[name] / relative if name in self.root_of_name else photo.source
+            if self.prune:
+                self.summary.note("pruned", f"{place}: {photo.file} was removed from the dataset")
+                self.replaced_files.add(photo.file)
+                continue
+            kept.append(photo)
+            if photo.source in self.decoded:
+                self.summary.note(
+                    "changed",
+                    f"{place} changed since it was last prepared; the dataset keeps the earlier version, {photo.file}, "
+                    "as well (--prune removes it)",
+                )
+            elif name in self.root_of_name:
+                self.summary.note(
+                    "removed",
+                    f"{place} is no longer in its folder; the dataset keeps it, and it is trained on "
+                    "(--prune removes it)",
+                )
+        self.photos = kept
+        self._count_sources()
+
+    def _count_sources(self) -> None:
+        num_of_name = Counter(split_label(photo.source)[0] for photo in self.photos)
+        for root, name in self.names.items():
+            self.folders[name] = place_of(root)
+        self.folders = {name: folder for name, folder in self.folders.items() if name in num_of_name}
+        self.summary.num_of_source = {self.folders.get(name, name): num for name, num in num_of_name.items()}
+        known = {split_label(label)[0] for label in self.earlier_labels}
+        others = num_of_name.keys() - set(self.names.values())
+        for name in sorted(num_of_name.keys() - known) if known and others else []:
+            shown = ", ".join(f"{self.folders.get(other, other)} ({num_of_name[other]})" for other in sorted(others))
+            self.summary.note(
+                "source",
+                f"{self.folders[name]} was added; the dataset also has photographs of {shown} "
+                "(--prune keeps only those of the sources given now)",
+            )

@@ -72,7 +72,13 @@ def _left_in(group: Path, limit_name: str, usage_name: str, cache_name: str) -> 
 
 
 class Cancelled(Exception):
-    """Raised in a thread that asks for memory when it shall stop."""
+    """Raised in a thread whose result is no longer wanted."""
+
+
+def end_if_set(stop: threading.Event | None) -> None:
+    """Raise Cancelled if the event is set."""
+    if stop is not None and stop.is_set():
+        raise Cancelled
 
 
 class MemoryBudget:
@@ -91,8 +97,7 @@ class MemoryBudget:
         share = min(num_bytes, self.num_bytes)
         with self._changed:
             while True:
-                if stop is not None and stop.is_set():
-                    raise Cancelled
+                end_if_set(stop)
                 if self._num_free >= share:
                     break
                 self._changed.wait(_POLL_S)

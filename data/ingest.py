@@ -17,7 +17,7 @@ from typing import Literal
 
 from safelight.data.atomic import atomic_write_bytes, atomic_write_text, sync_file, sync_folder
 from safelight.data.captions import FILE_NAME, CaptionReader, Rejection
-from safelight.data.images import COPYABLE_FORMATS, RejectedImage, decode, encode, read_file
+from safelight.data.images import COPYABLE_FORMATS, RejectedImage, decode_file, encode
 from safelight.data.lock import FolderLock
 from safelight.data.manifest import IMAGES_FOLDER, MANIFEST_NAME, Photo, read_manifest, write_manifest
 from safelight.data.sources import SourceFile, find_files
@@ -62,10 +62,9 @@ class _Prepared:
 def _prepare(
     path: Path, max_megapixels: float, image_format: str, quality: int, stop: threading.Event
 ) -> _Prepared | str:
-    """Return the file as it will be stored, or the reason why it cannot be used. stop: see `decode`."""
+    """Return the file as it will be stored, or the reason why it cannot be used. stop: see `decode_file`."""
     try:
-        content = read_file(path)
-        decoded = decode(content, max_megapixels, stop)
+        content, decoded = decode_file(path, max_megapixels, stop)
         if decoded.is_copyable:
             data, suffix = content, COPYABLE_FORMATS[decoded.format]
         else:

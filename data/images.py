@@ -72,6 +72,7 @@ _TRANSPOSE = {
 STRIP_BYTES = 2**18
 # a copy of a picture's metadata may be stored with it, but not more than a camera writes
 MAX_COPIED_METADATA_BYTES = 2**20
+_GREY_MODES = ("1", "L", "LA", "La")
 # bytes a pixel in Pillow's memory: 4 for every mode of several channels
 _STORED_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}
 # bytes a pixel that the decoders of some formats need beside Pillow's image: canvases, planes, coefficients
@@ -250,16 +251,17 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
 
 def _over_white(image: Image.Image) -> Image.Image:
     layer = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
 
 
 def _flatten(image: Image.Image) -> Image.Image:
     """Return the image as L or RGB, transparency composited over white. CMYK and LAB are returned unchanged."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return _to_8_bit(image)
+    mode = "L" if image.mode in _GREY_MODES else "RGB"
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
-        return _in_strips(image, "RGB", _over_white)
-    return image if image.mode in ("L", "RGB", "CMYK", "LAB") else image.convert("RGB")
+        return _in_strips(image, mode, lambda strip: _over_white(strip).convert(mode))
+    return image if image.mode in ("L", "RGB", "CMYK", "LAB") else image.convert(mode)
 
 
 def _decode(content: bytes, max_megapixels: float | None, stop: threading.Event | None) -> Decoded:
@@ -331,7 +333,7 @@ def decode_bytes(opened: Image.Image, full_size: tuple[int, int], checked: Check
 
     opened: the image, in draft mode or not. full_size: (width, height) in px without draft mode.
     """
-    is_grey = opened.mode in ("L", "I", "F") or opened.mode.startswith("I;16")
+    is_grey = opened.mode in _GREY_MODES or opened.mode in ("I", "F") or opened.mode.startswith("I;16")
     is_flat = opened.mode in ("L", "RGB", "CMYK", "LAB") and "transparency" not in opened.info
     stored, flat = _STORED_BYTES.get(opened.mode, 4), 1 if is_grey else 4
     # the decoded image, a flattened copy, and an upright one or, of an image that is not shrunk, one in sRGB

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import struct
 from typing import Any
@@ -34,6 +35,9 @@ SRGB_CURVE = (2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
 VIDEO_CURVE = (1 / 0.45, 1 / 1.099, 0.099 / 1.099, 1 / 4.5, 0.081)
 CICP_CURVES = {4: (2.2,), 5: (2.8,), 8: (1.0,), 13: SRGB_CURVE} | dict.fromkeys((1, 6, 14, 15), VIDEO_CURVE)
 CICP_HDR = {16: "PQ", 18: "HLG"}
+MAX_KNOWN_PROFILES = 256
+# (mode, cICP, hash of the profile) of pictures that turned out to be sRGB
+_known_srgb: set[tuple[str, tuple[int, ...] | None, bytes]] = set()
 _D50 = np.array([0.9642, 1.0, 0.8249])
 _BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
 # what the channels of a profile may be applied to
@@ -46,6 +50,10 @@ def to_srgb(image: Image.Image, info: dict[str, Any]) -> tuple[Image.Image, bool
     info: the file's metadata under Pillow's names. Of several descriptions the one that PNG prefers decides: cICP,
     then the ICC profile, then an sRGB chunk, then gAMA with cHRM.
     """
+    # most photographs have one of a few profiles, and testing one takes as long as decoding a small photograph
+    key = (image.mode, info.get("cicp"), hashlib.sha256(info.get("icc_profile") or b"").digest())
+    if key in _known_srgb:
+        return _plain(image), False, ""
     try:
         profile, warning = _profile(image.mode, info)
         if profile is None:
@@ -54,6 +62,8 @@ def to_srgb(image: Image.Image, info: dict[str, Any]) -> tuple[Image.Image, bool
             image = image.convert("RGB")
         transform = _transform(profile, image.mode)
         if _is_identity(transform, image.mode):
+            if info.get("icc_profile") and len(_known_srgb) < MAX_KNOWN_PROFILES:
+                _known_srgb.add(key)
             return _plain(image), False, warning
         return ImageCms.applyTransform(image, transform), True, warning
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError) as error:

@@ -11,6 +11,8 @@ from safelight.units import GIB
 
 # decoding more at once gains nothing on any machine that has the cores for it
 MAX_BUDGET_BYTES = 2 * GIB
+# where less than twice that is left, pictures that take more are decoded one at a time
+MIN_BUDGET_BYTES = GIB // 4
 MEMINFO = Path("/proc/meminfo")
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
@@ -77,7 +79,13 @@ def _left_in(group: Path, limit_name: str, usage_name: str, cache_name: str) -> 
 
 
 class Cancelled(Exception):
-    """Raised in a thread that asks for memory when it shall stop."""
+    """Raised in a thread whose result is no longer wanted."""
+
+
+def end_if_set(stop: threading.Event | None) -> None:
+    """Raise Cancelled if the event is set."""
+    if stop is not None and stop.is_set():
+        raise Cancelled
 
 
 class MemoryBudget:
@@ -96,8 +104,7 @@ class MemoryBudget:
         share = min(num_bytes, self.num_bytes)
         with self._changed:
             while True:
-                if stop is not None and stop.is_set():
-                    raise Cancelled
+                end_if_set(stop)
                 if self._num_free >= share:
                     break
                 self._changed.wait(_POLL_S)
@@ -115,10 +122,11 @@ _budget: MemoryBudget | None = None
 
 
 def decode_budget() -> MemoryBudget:
-    """Return the budget of this process: half of the memory available at the first call, at most MAX_BUDGET_BYTES."""
+    """Return the budget of this process: half of the memory available at the first call, within the limits above."""
     global _budget
     with _making:
         if _budget is None:
             available = available_bytes()
-            _budget = MemoryBudget(MAX_BUDGET_BYTES if available is None else min(MAX_BUDGET_BYTES, available // 2))
+            half = MAX_BUDGET_BYTES if available is None else available // 2
+            _budget = MemoryBudget(max(MIN_BUDGET_BYTES, min(MAX_BUDGET_BYTES, half)))
         return _budget

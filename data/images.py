@@ -15,7 +15,7 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from safelight.data.colour import to_srgb
-from safelight.data.decode_memory import Cancelled, available_bytes, decode_budget
+from safelight.data.decode_memory import Cancelled, available_bytes, decode_budget, end_if_set
 from safelight.data.headers import Checked, RejectedImage, check, check_kind, jpeg2000_shape, jpeg_without_metadata
 from safelight.text import printable
 from safelight.units import GIB
@@ -51,6 +51,7 @@ READABLE_FORMATS = (
     "PSD",
 )
 MAX_FILE_BYTES = GIB
+LARGE_FILE_BYTES = 2**26
 # longest side, in px, that the formats allow
 MAX_SIDE_PX = {"jpeg": 65500, "webp": 16383}
 # Pillow decodes some kinds of files in Python, at 1 to 4 s a megapixel
@@ -71,6 +72,7 @@ _TRANSPOSE = {
 STRIP_BYTES = 2**18
 # a copy of a picture's metadata may be stored with it, but not more than a camera writes
 MAX_COPIED_METADATA_BYTES = 2**20
+_GREY_MODES = ("1", "L", "LA", "La")
 # bytes a pixel in Pillow's memory: 4 for every mode of several channels
 _STORED_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}
 # bytes a pixel that the decoders of some formats need beside Pillow's image: canvases, planes, coefficients
@@ -79,6 +81,9 @@ _DECODER_BYTES = {"WEBP": 12, "AVIF": 12, "HEIF": 12, "JPEG2000": 20, "PPM": 16,
 _PILLOW = re.compile(r"PIL\.")
 _COEFFICIENT_BYTES = 2
 _FIXED_BYTES = 2**24
+# pictures that take more are worth the milliseconds that returning their memory to the system takes
+TRIM_BYTES = 2**27
+_one_large_file = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -246,16 +251,17 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
 
 def _over_white(image: Image.Image) -> Image.Image:
     layer = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
 
 
 def _flatten(image: Image.Image) -> Image.Image:
     """Return the image as L or RGB, transparency composited over white. CMYK and LAB are returned unchanged."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return _to_8_bit(image)
+    mode = "L" if image.mode in _GREY_MODES else "RGB"
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
-        return _in_strips(image, "RGB", _over_white)
-    return image if image.mode in ("L", "RGB", "CMYK", "LAB") else image.convert("RGB")
+        return _in_strips(image, mode, lambda strip: _over_white(strip).convert(mode))
+    return image if image.mode in ("L", "RGB", "CMYK", "LAB") else image.convert(mode)
 
 
 def _decode(content: bytes, max_megapixels: float | None, stop: threading.Event | None) -> Decoded:
@@ -273,18 +279,23 @@ def _decode(content: bytes, max_megapixels: float | None, stop: threading.Event 
     _refuse_if_memory_is_short(num_bytes, (width, height))
     with decode_budget().reserved(num_bytes, stop):
         opened.load()
+        end_if_set(stop)
         file_format, info, orientation = opened.format or "", dict(opened.info), _orientation(opened)
         is_plain = opened.mode == "RGB" and "transparency" not in info
         is_animated = checked.is_animated or (file_format == "WEBP" and getattr(opened, "is_animated", False))
         image = _flatten(opened)
         # frees the decoded pixels if flattening copied them
         del opened
+        end_if_set(stop)
         if orientation in _TRANSPOSE:
             image = image.transpose(_TRANSPOSE[orientation])
         digest = _digest(image)
+        end_if_set(stop)
         if is_shrunk:
             image = image.resize(shrunk_size(*image.size, max_megapixels), Image.Resampling.LANCZOS)
         image, is_converted, warning = to_srgb(image, info)
+        if num_bytes > TRIM_BYTES:
+            _return_freed_memory()
     # what is written from it is sRGB: no profile may follow it into a file
     image.info = {}
     is_copyable = (
@@ -301,6 +312,13 @@ def _decode(content: bytes, max_megapixels: float | None, stop: threading.Event 
     return Decoded(image, file_format, is_copyable, is_shrunk, digest, printable("; ".join(notes)))
 
 
+def _return_freed_memory() -> None:
+    """Give freed memory back to the system: glibc keeps it, for each thread what its largest picture took."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def _refuse_if_memory_is_short(num_bytes: int, size: tuple[int, int]) -> None:
     available = available_bytes()
     if available is not None and num_bytes > available:
@@ -315,7 +333,7 @@ def decode_bytes(opened: Image.Image, full_size: tuple[int, int], checked: Check
 
     opened: the image, in draft mode or not. full_size: (width, height) in px without draft mode.
     """
-    is_grey = opened.mode in ("L", "I", "F") or opened.mode.startswith("I;16")
+    is_grey = opened.mode in _GREY_MODES or opened.mode in ("I", "F") or opened.mode.startswith("I;16")
     is_flat = opened.mode in ("L", "RGB", "CMYK", "LAB") and "transparency" not in opened.info
     stored, flat = _STORED_BYTES.get(opened.mode, 4), 1 if is_grey else 4
     # the decoded image, a flattened copy, and an upright one or, of an image that is not shrunk, one in sRGB
@@ -365,11 +383,26 @@ def _rejecting() -> Iterator[None]:
 def decode(content: bytes, max_megapixels: float | None = None, stop: threading.Event | None = None) -> Decoded:
     """Return the first frame of an image file as upright sRGB, shrunk to max_megapixels (10^6 px; None: no limit).
 
-    content: the file's bytes. stop: once it is set, a thread that waits for memory gives up with RejectedImage. Threads
-    that decode at the same time share one memory budget. Raises RejectedImage with the reason.
+    content: the file's bytes. stop: once it is set, a call that waits for memory or is between two steps ends with
+    RejectedImage. Threads that decode at the same time share one memory budget. Raises RejectedImage with the reason.
     """
     with _rejecting():
         return _decode(content, max_megapixels, stop)
+
+
+def decode_file(
+    path: Path, max_megapixels: float | None = None, stop: threading.Event | None = None
+) -> tuple[bytes, Decoded]:
+    """Return (the bytes of an image file, the decoded image), as `read_file` and `decode` do.
+
+    Large files are read and decoded one at a time, since their bytes count as well.
+    """
+    with _rejecting():
+        is_large = os.stat(path).st_size > LARGE_FILE_BYTES
+        with _one_large_file if is_large else nullcontext():
+            end_if_set(stop)
+            content = read_file(path)
+            return content, _decode(content, max_megapixels, stop)
 
 
 def read_file(path: Path) -> bytes:

@@ -24,7 +24,7 @@ from PIL import Image
 from safelight.data.atomic import atomic_write_text
 from safelight.data.captions import CaptionReader
 from safelight.data.collection import Collection, IngestSummary, Note, PreparedFile
-from safelight.data.images import COPYABLE_FORMATS, RejectedImage, decode, encode, read_file
+from safelight.data.images import COPYABLE_FORMATS, RejectedImage, decode_file, encode
 from safelight.data.lock import FolderLock
 from safelight.data.manifest import IMAGES_FOLDER, Photo, write_manifest
 from safelight.data.near_copies import find_near_copies, fingerprint, merge_groups, thumbnail
@@ -49,8 +49,7 @@ def _prepare(
 ) -> PreparedFile | str:
     """Return the file as it will be stored, or the reason why it cannot be used. stop: see `decode`."""
     try:
-        content = read_file(path)
-        decoded = decode(content, max_megapixels, stop)
+        content, decoded = decode_file(path, max_megapixels, stop)
         if decoded.is_copyable:
             data, suffix = content, COPYABLE_FORMATS[decoded.format]
         else:
@@ -99,7 +98,7 @@ def _in_order(function: Callable, items: list) -> Iterable:
 def _stored_image(dataset: Path, photo: Photo) -> Image.Image | None:
     """Return a stored photo, shrunk, or None if it cannot be read."""
     try:
-        return decode(read_file(dataset / photo.file), THUMBNAIL_MEGAPIXELS).image
+        return decode_file(dataset / photo.file, THUMBNAIL_MEGAPIXELS)[1].image
     except RejectedImage:
         return None
 

@@ -1,7 +1,7 @@
 """Decode mutated pictures of every format and print, as JSON, what came of them.
 
 Run in a process of its own, so that a crash, a line on file descriptor 2 or memory that grows is seen by the caller:
-python mutated_pictures.py FIRST_SEED NUM_PICTURES
+python mutated_pictures.py files|profiles FIRST_SEED NUM_PICTURES
 """
 
 from __future__ import annotations
@@ -147,15 +147,45 @@ def mutate(content: bytes, rng: np.random.Generator) -> bytes:
     return bytes(mutated)
 
 
-def main(first_seed: int, num_pictures: int) -> None:
+def table_profile(channels: bytes) -> bytes:
+    """Return an ICC profile of tables, from "RGB ", "CMYK" or "GRAY" to Lab, whose colours are random."""
+    num, points = {b"RGB ": (3, 5), b"CMYK": (4, 3), b"GRAY": (1, 9)}[channels]
+    colours = np.random.default_rng(num).integers(0, 65281, 3 * points**num).astype(">u2").tobytes()
+    identity = struct.pack(">9i", *(65536 * int(i in (0, 4, 8)) for i in range(9)))
+    line = struct.pack(">HH", 0, 65535)
+    element = b"mft2" + bytes(4) + bytes([num, 3, points, 0]) + identity + struct.pack(">HH", 2, 2)
+    element += line * num + colours + line * 3
+    header = struct.pack(">I4xI4s4s4s12x4s", 144 + len(element), 0x02400000, b"prtr", channels, b"Lab ", b"acsp")
+    header = header.ljust(68, b"\0") + struct.pack(">3i", 63190, 65536, 54061)
+    return header.ljust(128, b"\0") + struct.pack(">I4sII", 1, b"A2B0", 144, len(element)) + element
+
+
+def with_mutated_profile(seed: int) -> tuple[str, bytes]:
+    """Return (name, a sound TIFF whose colour profile is mutated)."""
+    rng = np.random.default_rng(seed)
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    profiles = {"RGB": table_profile(b"RGB "), "CMYK": table_profile(b"CMYK"), "L": table_profile(b"GRAY")}
+    mode = ("RGB", "CMYK", "L", "RGB")[seed % 4]
+    profile = mutate(srgb if seed % 4 == 3 else profiles[mode], rng)
+    # a wrong size in the header is all that the decoder would look at
+    if rng.random() < 0.8:
+        profile = struct.pack(">I", len(profile)) + profile[4:]
+    return mode, saved(Image.new(mode, (20, 20), 99 if mode == "L" else (99,) * len(mode)), "TIFF", icc_profile=profile)
+
+
+def with_mutations(seed: int, pictures: list[tuple[str, bytes]]) -> tuple[str, bytes]:
+    name, content = pictures[seed % len(pictures)]
+    return name, mutate(content, np.random.default_rng(seed))
+
+
+def main(kind: str, first_seed: int, num_pictures: int) -> None:
     pictures = list(originals().items())
     for name, content in pictures:
         assert decode(content).image.mode == "RGB", name
     result = {"decoded": 0, "rejected": 0, "slowest_s": 0.0, "slowest": ""}
     start_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     for seed in range(first_seed, first_seed + num_pictures):
-        name, content = pictures[seed % len(pictures)]
-        mutated = mutate(content, np.random.default_rng(seed))
+        name, mutated = with_mutations(seed, pictures) if kind == "files" else with_mutated_profile(seed)
         start = time.process_time()
         try:
             image = decode(mutated).image
@@ -172,4 +202,4 @@ def main(first_seed: int, num_pictures: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

@@ -141,6 +141,10 @@ def test_a_grey_photograph_comes_back(name):
         decoded = decode(saved(stored, image_format, icc_profile=profile))
         assert mean_difference(decoded.image, original) < MEAN_LIMIT
         assert decoded.warning == ""
+    with_alpha = Image.merge("LA", [stored, Image.new("L", stored.size, 255)])
+    decoded = decode(saved(with_alpha, "PNG", icc_profile=profile))
+    assert mean_difference(decoded.image, original) < MEAN_LIMIT
+    assert decoded.warning == ""
     # 16 bits are reduced to 8 first, which is exact enough for the mean
     deep = Image.fromarray(np.asarray(stored).astype(np.uint16) * 257)
     assert mean_difference(decode(saved(deep, "PNG", icc_profile=profile)).image, original) < MEAN_LIMIT

@@ -90,6 +90,30 @@ def test_a_picture_that_does_not_fit_into_memory_is_refused(monkeypatch):
         decode(saved(Image.new("RGB", (300, 200)), "PNG"))
 
 
+def test_large_files_are_read_one_at_a_time(tmp_path, monkeypatch):
+    path, running, most = tmp_path / "a.png", [], []
+    path.write_bytes(saved(Image.new("RGB", (300, 200)), "PNG"))
+
+    def slow_read(path, read=images.read_file):
+        running.append(path)
+        most.append(len(running))
+        time.sleep(0.02)
+        running.pop()
+        return read(path)
+
+    monkeypatch.setattr(images, "read_file", slow_read)
+    for limit, expected in ((0, 1), (2**26, 4)):
+        most.clear()
+        monkeypatch.setattr(images, "LARGE_FILE_BYTES", limit)
+        threads = [threading.Thread(target=images.decode_file, args=(path,)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+        assert max(most) <= expected
+        assert len(most) == 4
+
+
 def test_interrupting_prepare_ends_the_work_ahead():
     """The consumer stops after the first result, as for Ctrl-C: what is pending is cancelled, what waits gives up."""
     started = []

@@ -9,7 +9,7 @@ import traceback
 
 from safelight import bug_report, commands, library_log
 from safelight.commands import COMMANDS, EXIT_INTERRUPTED
-from safelight.errors import UserError
+from safelight.errors import Diverged, UserError
 from safelight.text import printable_lines
 
 USAGE = """Safelight fine-tunes Stable Diffusion, the whole UNet, on the one GPU you have.
@@ -31,6 +31,7 @@ A typical session:
 
 EXIT_BUG = 1
 EXIT_BAD_INPUT = 2
+EXIT_DIVERGED = 3
 # torch raises a plain RuntimeError with this text
 CPU_MEMORY_IS_FULL = "DefaultCPUAllocator: can't allocate memory"
 
@@ -122,7 +123,8 @@ def _dispatch(argv: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command and return its exit status: 0, 1 for a bug, 2 for an error the user can fix, 130 if interrupted.
+    """Run a command and return its exit status: 0, 1 for a bug, 2 for an error the user can fix, 3 for a run that
+    diverged, 130 if interrupted.
 
     With the environment variable SAFELIGHT_TRACEBACK=1 every error is raised instead.
     """
@@ -152,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
         if message is None:
             return _report_bug(error, argv)
         print(printable_lines(f"safelight {argv[0]}: {message}"), file=sys.stderr)
-        return EXIT_BAD_INPUT
+        return EXIT_DIVERGED if isinstance(error, Diverged) else EXIT_BAD_INPUT
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
 import os
 import sys
@@ -60,7 +62,7 @@ def _explain(error: Exception) -> str | None:
             "the GPU's memory is full; lower train.batch_size and raise train.accumulate, "
             f'or set train.checkpointing = "full" ({first[:120]})'
         )
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and CPU_MEMORY_IS_FULL in str(error)):
+    if _is_memory_full(error):
         return "the computer's memory is full; close other programs, or lower train.batch_size and data.resolution"
     if isinstance(error, FileExistsError) and error.filename and not os.path.isdir(error.filename):
         return f"{error.filename} is not a folder; name another path"
@@ -74,10 +76,22 @@ def _explain(error: Exception) -> str | None:
     return None
 
 
+def _is_memory_full(error: Exception) -> bool:
+    """Return whether the host's memory is full, as Python, the system or torch says it."""
+    is_refused = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or is_refused or CPU_MEMORY_IS_FULL in str(error)
+
+
 def _is_index_failure(error: Exception) -> bool:
     """Return whether SQLite failed on its file; its other errors (misuse, a broken constraint) are bugs."""
     sqlite3 = sys.modules.get("sqlite3")
     return sqlite3 is not None and (isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError)
+
+
+def _print_error(text: str) -> None:
+    """Print to stderr, unless its terminal is closed: the exit status still tells."""
+    with contextlib.suppress(OSError):
+        print(printable_lines(text), file=sys.stderr, flush=True)
 
 
 def _report_bug(error: Exception, argv: list[str]) -> int:
@@ -89,7 +103,7 @@ def _report_bug(error: Exception, argv: list[str]) -> int:
         said += f"safelight {argv[0]}: this is a bug, and its report cannot be written: {failure}"
     else:
         said = bug_report.summary(error, argv[0], file)
-    print(printable_lines(said), file=sys.stderr)
+    _print_error(said)
     return EXIT_BUG
 
 
@@ -145,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        _print_error("interrupted")
         return EXIT_INTERRUPTED
     except Exception as error:
         if os.environ.get("SAFELIGHT_TRACEBACK"):
@@ -153,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
         message = _explain(error)
         if message is None:
             return _report_bug(error, argv)
-        print(printable_lines(f"safelight {argv[0]}: {message}"), file=sys.stderr)
+        _print_error(f"safelight {argv[0]}: {message}")
         return EXIT_DIVERGED if isinstance(error, Diverged) else EXIT_BAD_INPUT
 
 

@@ -20,11 +20,12 @@ from pathlib import Path
 import torch
 
 from safelight.bench.core.results import RESULTS, append, make_record
+from safelight.data.decode_memory import available_bytes
 from safelight.trainer.adapters.full import FullFineTune
 from safelight.trainer.checkpoint.files import Position, folder_of, save_checkpoint
 from safelight.trainer.checkpoint.identity import Identity
 from safelight.trainer.checkpoint.saver import Saver
-from safelight.trainer.checkpoint.snapshot import available_bytes, num_bytes_of
+from safelight.trainer.checkpoint.snapshot import num_bytes_of
 from safelight.trainer.config.schema import Optimizer
 from safelight.trainer.models.base import resolve_base
 from safelight.trainer.models.weights import meta_unet

@@ -12,7 +12,7 @@ import torch
 
 from safelight.data.atomic import atomic_write_text
 from safelight.data.cache import Sample
-from safelight.text import counted, printable
+from safelight.text import counted
 from safelight.trainer.checkpoint.files import Position
 from safelight.trainer.divergence import NotFinite, is_risen
 from safelight.trainer.inference.gallery import Drawn, file_name, save_png
@@ -204,7 +204,7 @@ def _sample(job: Job, position: Position) -> None:
     except NotFinitePicture as error:
         prompt = prompts[error.index]
         line = f"step {position.step}: no samples: what the UNet draws for {prompt!r} is not finite"
-        job.progress.terminal.say(printable(line))
+        job.progress.terminal.say(line)
         job.progress.metrics.write("event", position.step, event="sample not finite", detail=line)
         return
     folder = job.run.run_dir / "samples" / f"step-{position.step:08d}"

@@ -18,10 +18,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from safelight.data.decode_memory import available_bytes
 from safelight.trainer.adapters.trained import Trained
 from safelight.trainer.checkpoint.files import Position, prune, save_checkpoint
 from safelight.trainer.checkpoint.identity import Identity
-from safelight.trainer.checkpoint.snapshot import Snapshot, SnapshotBuffers, available_bytes, num_bytes_of
+from safelight.trainer.checkpoint.snapshot import Snapshot, SnapshotBuffers, num_bytes_of
 from safelight.units import GIB
 
 # buffers are kept between saves only if they leave this much host memory free

@@ -7,7 +7,6 @@ memory. Tensors are copied in their memory order; the writing thread makes them 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,16 +14,6 @@ from torch import Tensor
 from safelight.kernels.host_memory import HostSlabs
 
 SNAPSHOT_SLAB_BYTES = 2**28
-MEMINFO = Path("/proc/meminfo")
-
-
-def available_bytes() -> int | None:
-    """Return the host memory that can be allocated without swapping; None if the system does not report it."""
-    try:
-        lines = MEMINFO.read_text().splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def num_bytes_of(tensors: Iterable[Tensor]) -> int:

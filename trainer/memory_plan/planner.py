@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from safelight.data.decode_memory import available_bytes
 from safelight.kernels.unet.checkpointing import MODES
-from safelight.trainer.checkpoint.snapshot import available_bytes
 from safelight.trainer.config.schema import Config
 from safelight.trainer.memory_plan.candidate import Candidate
 from safelight.trainer.memory_plan.estimator import MemoryEstimator

@@ -19,7 +19,7 @@ from safelight.trainer.checkpoint import saver as saving
 from safelight.trainer.checkpoint.files import Position, check_files, folder_of, list_checkpoints, save_checkpoint
 from safelight.trainer.checkpoint.identity import Identity
 from safelight.trainer.checkpoint.saver import Saver
-from safelight.trainer.checkpoint.snapshot import SNAPSHOT_SLAB_BYTES, Snapshot, SnapshotBuffers, available_bytes
+from safelight.trainer.checkpoint.snapshot import SNAPSHOT_SLAB_BYTES, Snapshot, SnapshotBuffers
 from safelight.trainer.config.schema import Optimizer
 from safelight.trainer.optim.optimizer import make_optimizer
 from tests.trainer.checkpoints import state_tensors, writes
@@ -180,15 +180,6 @@ def test_reserved_memory_has_been_written_to(monkeypatch):
     monkeypatch.setattr(SnapshotBuffers, "like", lambda self, x: SimpleNamespace(zero_=lambda: touched.append(x)))
     SnapshotBuffers(is_pinned=False).reserve(["weights", "moments"])
     assert touched == ["weights", "moments"]
-
-
-def test_available_memory_is_what_the_system_reports(tmp_path, monkeypatch):
-    path = tmp_path / "meminfo"
-    path.write_text("MemTotal:       24689876 kB\nMemFree:          123 kB\nMemAvailable:   2097152 kB\n")
-    monkeypatch.setattr("safelight.trainer.checkpoint.snapshot.MEMINFO", path)
-    assert available_bytes() == 2**31
-    path.unlink()
-    assert available_bytes() is None
 
 
 # one at a time, and in order

@@ -10,6 +10,7 @@ import sys
 import traceback
 
 from safelight import bug_report, commands, library_log
+from safelight.broken_imports import broken_import
 from safelight.commands import COMMANDS, EXIT_INTERRUPTED
 from safelight.errors import Diverged, UserError
 from safelight.text import printable_lines
@@ -71,6 +72,8 @@ def _explain(error: Exception) -> str | None:
         what = f"{where}{getattr(error, 'strerror', None) or first}"
         is_full = any(name in what for name in ("No space left", "quota exceeded", "File too large"))
         return f"{what}; free some disk space and run it again: everything saved before is intact" if is_full else what
+    if (broken := broken_import(error)) is not None:
+        return broken
     if _is_index_failure(error):
         return f"the cache's index: {error}; free some disk space, or delete the dataset's cache folder to rebuild it"
     return None

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import torch
 
+from safelight.broken_imports import message
 from safelight.data.atomic import atomic_write_bytes, naming
+from safelight.errors import UserError
 from safelight.units import GIB
 from safelight.untrusted import open_append, parse_json, read_bytes
 
@@ -33,6 +35,16 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
+
+
+def import_tensorboard() -> type:
+    """Return TensorBoard's SummaryWriter. Raises UserError if it cannot be imported."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    # whatever a broken installation raises
+    except Exception as error:
+        raise UserError(message("tensorboard", error)) from error
+    return SummaryWriter
 
 
 class Metrics:
@@ -64,9 +76,7 @@ class Metrics:
         self._clock_offset = time.time() - time.monotonic()
         self.board = None
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(run_dir / "tensorboard", purge_step=step + 1)
+            self.board = import_tensorboard()(run_dir / "tensorboard", purge_step=step + 1)
 
     def has_validation(self, step: int) -> bool:
         """Return whether the log already holds the validation of a step, from before a resume."""

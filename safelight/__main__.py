@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
 import os
 import sys
 import traceback
 
 from safelight import bug_report, commands, library_log
+from safelight.broken_imports import broken_import
 from safelight.commands import COMMANDS, EXIT_INTERRUPTED
-from safelight.errors import UserError
+from safelight.errors import Diverged, UserError
 from safelight.text import printable_lines
 
 USAGE = """Safelight fine-tunes Stable Diffusion, the whole UNet, on the one GPU you have.
@@ -31,6 +34,7 @@ A typical session:
 
 EXIT_BUG = 1
 EXIT_BAD_INPUT = 2
+EXIT_DIVERGED = 3
 # torch raises a plain RuntimeError with this text
 CPU_MEMORY_IS_FULL = "DefaultCPUAllocator: can't allocate memory"
 
@@ -59,7 +63,7 @@ def _explain(error: Exception) -> str | None:
             "the GPU's memory is full; lower train.batch_size and raise train.accumulate, "
             f'or set train.checkpointing = "full" ({first[:120]})'
         )
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and CPU_MEMORY_IS_FULL in str(error)):
+    if _is_memory_full(error):
         return "the computer's memory is full; close other programs, or lower train.batch_size and data.resolution"
     if isinstance(error, FileExistsError) and error.filename and not os.path.isdir(error.filename):
         return f"{error.filename} is not a folder; name another path"
@@ -68,15 +72,29 @@ def _explain(error: Exception) -> str | None:
         what = f"{where}{getattr(error, 'strerror', None) or first}"
         is_full = any(name in what for name in ("No space left", "quota exceeded", "File too large"))
         return f"{what}; free some disk space and run it again: everything saved before is intact" if is_full else what
+    if (broken := broken_import(error)) is not None:
+        return broken
     if _is_index_failure(error):
         return f"the cache's index: {error}; free some disk space, or delete the dataset's cache folder to rebuild it"
     return None
+
+
+def _is_memory_full(error: Exception) -> bool:
+    """Return whether the host's memory is full, as Python, the system or torch says it."""
+    is_refused = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or is_refused or CPU_MEMORY_IS_FULL in str(error)
 
 
 def _is_index_failure(error: Exception) -> bool:
     """Return whether SQLite failed on its file; its other errors (misuse, a broken constraint) are bugs."""
     sqlite3 = sys.modules.get("sqlite3")
     return sqlite3 is not None and (isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError)
+
+
+def _print_error(text: str) -> None:
+    """Print to stderr, unless its terminal is closed: the exit status still tells."""
+    with contextlib.suppress(OSError):
+        print(printable_lines(text), file=sys.stderr, flush=True)
 
 
 def _report_bug(error: Exception, argv: list[str]) -> int:
@@ -88,7 +106,7 @@ def _report_bug(error: Exception, argv: list[str]) -> int:
         said += f"safelight {argv[0]}: this is a bug, and its report cannot be written: {failure}"
     else:
         said = bug_report.summary(error, argv[0], file)
-    print(printable_lines(said), file=sys.stderr)
+    _print_error(said)
     return EXIT_BUG
 
 
@@ -122,7 +140,8 @@ def _dispatch(argv: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command and return its exit status: 0, 1 for a bug, 2 for an error the user can fix, 130 if interrupted.
+    """Run a command and return its exit status: 0, 1 for a bug, 2 for an error the user can fix, 3 for a run that
+    diverged, 130 if interrupted.
 
     With the environment variable SAFELIGHT_TRACEBACK=1 every error is raised instead.
     """
@@ -143,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        _print_error("interrupted")
         return EXIT_INTERRUPTED
     except Exception as error:
         if os.environ.get("SAFELIGHT_TRACEBACK"):
@@ -151,8 +170,8 @@ def main(argv: list[str] | None = None) -> int:
         message = _explain(error)
         if message is None:
             return _report_bug(error, argv)
-        print(printable_lines(f"safelight {argv[0]}: {message}"), file=sys.stderr)
-        return EXIT_BAD_INPUT
+        _print_error(f"safelight {argv[0]}: {message}")
+        return EXIT_DIVERGED if isinstance(error, Diverged) else EXIT_BAD_INPUT
 
 
 if __name__ == "__main__":

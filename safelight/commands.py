@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safelight import bug_report, library_log
-from safelight.errors import UserError
+from safelight.errors import Diverged, UserError
 from safelight.output.show import print_json, print_line, print_table
 from safelight.text import counted, printable
 
@@ -248,7 +248,13 @@ def train(argv: list[str]) -> int:
             yield
 
     with Terminal() as terminal:
-        result = run_training(config, resume=arguments.resume, terminal=terminal, stop_requested=stop, guard=guard())
+        try:
+            result = run_training(
+                config, resume=arguments.resume, terminal=terminal, stop_requested=stop, guard=guard()
+            )
+        except Diverged:
+            terminal.say(f"report: {build_report(Path(config.run.dir))}")
+            raise
     if result.interrupted:
         if result.position.step == 0:
             terminal.say("stopped before the first step: nothing to save; the cache is kept")

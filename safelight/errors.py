@@ -14,3 +14,8 @@ class UserError(ValueError):
 
     def __init__(self, *lines: object):
         super().__init__("\n".join(printable(str(line)) for line in lines))
+
+
+class Diverged(UserError):
+    """A run ended because its loss is no longer finite; the message names the step, the likely cause and the command
+    that goes on. The command line exits with status 3."""

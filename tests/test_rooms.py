@@ -40,7 +40,7 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # data draws with the keyed noise and copies batches on a stream of its own; it knows no kernel
 MAY_IMPORT_OF_KERNELS = {"data": {"kernels/philox", "kernels/streams"}}
 # modules that every room may import
-GROUND = (["safelight", "errors"], ["safelight", "text"], ["safelight", "units"], ["safelight", "untrusted"])
+GROUND = [["safelight", name] for name in ("broken_imports", "errors", "text", "units", "untrusted")]
 # what the trainer may never know of
 FORBIDDEN = {
     "kernels": ("data", "trainer", "bench", "safelight"),

@@ -11,14 +11,19 @@ from pathlib import Path
 import torch
 
 from safelight.data.atomic import atomic_write_text
+from safelight.data.cache import Sample
 from safelight.text import counted
 from safelight.trainer.checkpoint.files import Position
+from safelight.trainer.divergence import NotFinite, is_risen
 from safelight.trainer.inference.gallery import Drawn, file_name, save_png
-from safelight.trainer.inference.sampling import SAMPLE_BATCH_SIZE, generate, settings_of
+from safelight.trainer.inference.sampling import SAMPLE_BATCH_SIZE, NotFinitePicture, generate, settings_of
 from safelight.trainer.job import Job
 from safelight.trainer.memory_plan.candidate import EvalBatching
 from safelight.trainer.step.validate import Validation, choose_subset, validate
 from safelight.trainer.stop import Stopped
+
+# photographs tried before the weights are found to be broken
+MAX_PROBES = 4
 
 
 def evaluate(job: Job, position: Position) -> Position:
@@ -81,8 +86,60 @@ def describe_validation(before: Position, held_out: Validation, trained_on: Vali
     return f"{line}; training photographs {trained_on.loss:.4f}"
 
 
+def check_weights(job: Job, position: Position) -> None:
+    """Raise NotFinite if the UNet gives no finite loss with its present weights. Called before they are saved."""
+    context = job.models.context
+    # one forward pass; more only if the first photograph is at fault
+    for sample in job.train_subset[:MAX_PROBES]:
+        try:
+            result = validate(
+                context.unet,
+                job.dataset.rows([sample]),
+                context.schedule,
+                context.scaling_factor,
+                seed=job.run.user_config.run.seed,
+                num_bands=1,
+                batch_size=1,
+            )
+        except torch.OutOfMemoryError:
+            # no room for it beside what is held: the steps so far have been finite
+            return
+        if not result.not_finite:
+            return
+    what = f"with the weights after step {position.step} no loss is finite"
+    raise NotFinite(position.step, what, position.step - 1)
+
+
+def _check_validation(position: Position, result: Validation, samples: list[Sample], label: str) -> None:
+    """Raise NotFinite if a validation's loss is not finite. label: what kind of photographs they are."""
+    if not result.not_finite:
+        return
+    # all of them: the weights are broken
+    photos = [samples[index].photo.file for index in result.not_finite] if len(result.not_finite) < len(samples) else []
+    last_sound = position.step if photos else position.step - 1
+    raise NotFinite(position.step, f"the loss on {label} photographs is not finite", last_sound, photos)
+
+
+def _report_rise(job: Job, position: Position, loss: float) -> None:
+    """Say that the held-out loss has risen far above the base's, if it has and is still rising."""
+    held_out, metrics = job.progress.metrics.held_out, job.progress.metrics
+    base = held_out.get(0)
+    before = max((step for step in held_out if step < position.step), default=0)
+    if not is_risen(loss, base) or loss <= held_out[before]:
+        return
+    line = (
+        f"step {position.step}: the held-out loss {loss:.4f} is {loss / base:.1f} times the base's {base:.4f} and "
+        "rising: the run is making the model worse; stop it and use a lower learning rate"
+    )
+    job.progress.terminal.say(line)
+    metrics.write("event", position.step, event="held-out loss rose", detail=line)
+
+
 def _validate(job: Job, position: Position) -> Position:
-    """Validate the held-out set and the training subset; return the position with the best loss so far."""
+    """Validate the held-out set and the training subset; return the position with the best loss so far.
+
+    Raises NotFinite if a loss is not finite.
+    """
     settings, context, metrics = job.run.user_config.validate_, job.models.context, job.progress.metrics
     seed = job.run.user_config.run.seed
     if not job.dataset.validation:
@@ -104,7 +161,10 @@ def _validate(job: Job, position: Position) -> Position:
             ("train_subset", "trained on", job.train_subset),
         )
     }
+    _check_validation(position, results["held_out"], held_out, "held-out")
+    _check_validation(position, results["train_subset"], job.train_subset, "training")
     job.progress.terminal.say(describe_validation(position, results["held_out"], results["train_subset"]))
+    _report_rise(job, position, results["held_out"].loss)
     for split, result in results.items():
         metrics.write(
             "validation",
@@ -129,17 +189,24 @@ def _sample(job: Job, position: Position) -> None:
         return
     settings, planned = settings_of(config), _planned(job)
     positive, negative = job.dataset.conditioning(prompts), job.dataset.conditioning([config.sample.negative_prompt])
-    images = generate(
-        context.unet,
-        job.models.codec,
-        positive,
-        negative,
-        context.schedule,
-        settings,
-        batch_size=planned.prompts or SAMPLE_BATCH_SIZE,
-        decode_on=torch.device("cpu") if planned.decode_on == "cpu" else job.run.device,
-        progress=_reporter(job, position, "sampling"),
-    )
+    try:
+        images = generate(
+            context.unet,
+            job.models.codec,
+            positive,
+            negative,
+            context.schedule,
+            settings,
+            batch_size=planned.prompts or SAMPLE_BATCH_SIZE,
+            decode_on=torch.device("cpu") if planned.decode_on == "cpu" else job.run.device,
+            progress=_reporter(job, position, "sampling"),
+        )
+    except NotFinitePicture as error:
+        prompt = prompts[error.index]
+        line = f"step {position.step}: no samples: what the UNet draws for {prompt!r} is not finite"
+        job.progress.terminal.say(line)
+        job.progress.metrics.write("event", position.step, event="sample not finite", detail=line)
+        return
     folder = job.run.run_dir / "samples" / f"step-{position.step:08d}"
     folder.mkdir(parents=True, exist_ok=True)
     rows = []

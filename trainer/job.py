@@ -235,4 +235,7 @@ def _announce(
         position = start.position
         terminal.say(f"resumed at step {position.step}, epoch {position.epoch + 1}")
         metrics.write("event", position.step, event="resumed", detail=f"from {run.checkpoint.name}")
+        if change := run.identity().changed_rate(*read_identity(run.run_dir, run.resume_step)):
+            terminal.say(change)
+            metrics.write("event", position.step, event="learning rate changed", detail=change)
     return metrics

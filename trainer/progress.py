@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 import torch
 
-from safelight.errors import UserError
 from safelight.trainer.checkpoint.files import Position
 from safelight.trainer.config.timeline import Timeline
+from safelight.trainer.divergence import Streak, named
 from safelight.trainer.memory_plan.resolve_auto import compare
 from safelight.trainer.optim.optimizer import UNetOptimizer
 from safelight.trainer.resolve import ResolvedRun
@@ -18,9 +18,8 @@ from safelight.trainer.run_log.terminal import Terminal
 from safelight.trainer.run_log.unlogged_steps import UnloggedSteps
 from safelight.trainer.step.step import StepResult
 
-# each skipped step halves fp16's loss scale, which reaches its minimum after 30 (from 2^16 to 2^-14) from the initial
-# value, 38 from the maximum; more skipped steps in a row than this cannot be the scale's search
-MAX_SKIPS_IN_A_ROW = 50
+# without a line due, steps are read after this many
+STEPS_BETWEEN_READS = 50
 
 
 class Progress:
@@ -42,7 +41,10 @@ class Progress:
         self.metrics, self.terminal, self.unlogged = metrics, terminal, unlogged
         self._run, self._timeline = run, timeline
         self._num_skipped_tensors = num_skipped_tensors
-        self._skips_in_a_row = 0
+        self._streak = Streak()
+        # photographs of the unlogged steps that this process took, and those already reported
+        self._photos: list[tuple[str, ...]] = []
+        self._reported: set[str] = set()
         self._num_images = 0
         self._is_memory_compared = False
         # the last logged values, shown beside the bar
@@ -71,17 +73,20 @@ class Progress:
         """Update the terminal's progress bar with a note, or with the last logged values."""
         self.terminal.update("training", position.step, self._timeline.num_steps, note or self._note)
 
-    def log_step(self, position: Position, result: StepResult, lr: float, optimizer: UNetOptimizer) -> None:
-        """Add a step to the unlogged ones; every log.every_steps, write a line.
+    def log_step(
+        self, position: Position, result: StepResult, lr: float, optimizer: UNetOptimizer, photos: tuple[str, ...]
+    ) -> None:
+        """Add a step to the unlogged ones; every log.every_steps, write a line. photos: one name per loss.
 
         Skipped steps are logged as events and left out of the means. Whether a step was skipped is read from the device
-        when a line is due, or after 50 steps. Raises UserError after MAX_SKIPS_IN_A_ROW skipped steps in a row.
+        when a line is due, or after 50 steps. Raises NotFinite if too many in a row had no finite loss or gradients.
         """
         self.unlogged.add(result)
+        self._photos.append(photos)
         self._num_images += len(result.losses)
         is_due = position.step % self._run.user_config.log.every_steps == 0 or position.step == self._timeline.num_steps
-        if is_due or len(self.unlogged) % MAX_SKIPS_IN_A_ROW == 0:
-            self._count_skips(position, is_due, optimizer)
+        if is_due or len(self.unlogged) % STEPS_BETWEEN_READS == 0:
+            self._check_steps(position, is_due, optimizer)
         if is_due:
             self._write_line(position, lr)
         self.show(position)
@@ -109,26 +114,35 @@ class Progress:
         self._note = f"{losses}  {rate} img/s  {memory_gib:.1f} GiB"
         self.unlogged.clear()
 
-    def _count_skips(self, position: Position, is_due: bool, optimizer: UNetOptimizer) -> None:
-        """Count how many of the last steps were skipped in a row; if a line is due, log every skipped step."""
-        in_a_row = self._skips_in_a_row
-        for number, result in enumerate(self.unlogged.read(), start=position.step - len(self.unlogged) + 1):
-            in_a_row = 0 if result.is_applied else in_a_row + 1
+    def _check_steps(self, position: Position, is_due: bool, optimizer: UNetOptimizer) -> None:
+        """Check that the unlogged steps had finite losses and gradients; if a line is due, log every skipped step."""
+        streak, steps = self._streak, self.unlogged.read()
+        # a checkpoint's unlogged steps come first and have no names
+        names = [()] * (len(steps) - len(self._photos)) + self._photos
+        for number, (result, photos) in enumerate(zip(steps, names, strict=True), start=position.step - len(steps) + 1):
+            streak = streak.after(result, photos)
             if is_due and not result.is_applied:
-                detail = f"step {number}: the gradient was not finite"
-                self.metrics.write("event", position.step, event="step skipped", detail=detail)
-            if in_a_row >= MAX_SKIPS_IN_A_ROW:
-                raise UserError(
-                    f"the last {in_a_row} gradients were not finite, so nothing is being learned; "
-                    "use model.precision bf16 or fp32, or a lower optimizer.lr"
-                )
+                self._log_skip(position, number, result, photos)
+            streak.check(number, is_fp16=self._run.precision == "fp16")
         if not is_due:
             return
-        self._skips_in_a_row = in_a_row
+        self._streak, self._photos = streak, []
         if optimizer.is_fused and (more := int(optimizer.num_skipped_tensors) - self._num_skipped_tensors) > 0:
             self._num_skipped_tensors += more
             detail = f"skipped {more} updates of single tensors since the last line: their gradients were not finite"
             self.metrics.write("event", position.step, event="tensors skipped", detail=detail)
+
+    def _log_skip(self, position: Position, number: int, result: StepResult, photos: tuple[str, ...]) -> None:
+        """Log a skipped step, and say which photographs caused it if it was not all of them."""
+        is_finite = result.losses.isfinite().tolist()
+        bad = [photo for photo, finite in zip(photos, is_finite, strict=False) if not finite]
+        detail = f"step {number}: the gradient was not finite"
+        if not all(is_finite):
+            detail = f"step {number}: the loss{f' of {named(bad)}' if bad else ''} was not finite"
+        self.metrics.write("event", position.step, event="step skipped", detail=detail)
+        if any(is_finite) and not self._reported.issuperset(bad):
+            self._reported.update(bad)
+            self.terminal.say(f"{detail}, so the step was skipped; its picture or its cached rows are damaged")
 
     def _compare_memory(self, position: Position) -> None:
         """Log the planned and the measured peak memory of training steps, once."""

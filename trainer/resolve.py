@@ -23,8 +23,9 @@ from safelight.trainer.models.base import Base, base_of
 from safelight.trainer.models.device import PRECISIONS, pick_device, pick_dtype
 from safelight.trainer.models.noise_schedule import NoiseSchedule, make_schedule
 from safelight.trainer.models.weights import check_unet
-from safelight.trainer.optim.optimizer import memory_mode
+from safelight.trainer.optim.optimizer import check_library, memory_mode
 from safelight.trainer.run_log.environment import MEMORY_PLAN, recorded
+from safelight.trainer.run_log.metrics import import_tensorboard
 from safelight.units import GIB
 
 
@@ -85,6 +86,9 @@ def resolve_run(config: Config, run_dir: Path, resume_step: int | None) -> Resol
 
 def check_early(run: ResolvedRun) -> None:
     """Raise UserError for what loading would otherwise reject only after hours of encoding."""
+    if run.user_config.log.tensorboard:
+        import_tensorboard()
+    check_library(run.user_config.optimizer)
     check_unet(run.base)
     allowed_backends(run.device, run.dtype, run.user_config.model.attention)
     if run.device.type == "cuda":

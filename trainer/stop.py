@@ -1,7 +1,8 @@
-"""Stops a run on Ctrl-C or SIGTERM: finish the current step, save, exit."""
+"""Stops a run on Ctrl-C, SIGTERM or a closed terminal: finish the current step, save, exit."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 
@@ -11,7 +12,9 @@ class Stopped(Exception):
 
 
 class Stop:
-    """Ctrl-C or SIGTERM: finish the step, save, exit. A second Ctrl-C exits at once; checkpoints stay intact.
+    """Ctrl-C, SIGTERM or SIGHUP: finish the step, save, exit. A second Ctrl-C exits at once; checkpoints stay intact.
+
+    SIGHUP is sent when the terminal is closed or its ssh connection is lost. Under nohup it is ignored, and stays so.
 
     A context manager: signals are handled only inside its block, the training loop. Before that there is nothing to
     save, and Ctrl-C ends the process as usual. Calling it returns whether a stop was requested.
@@ -25,7 +28,11 @@ class Stop:
         return self.requested
 
     def __enter__(self) -> None:
-        self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        # Windows has no SIGHUP
+        if (hang_up := getattr(signal, "SIGHUP", None)) and signal.getsignal(hang_up) != signal.SIG_IGN:
+            numbers.append(hang_up)
+        self._previous = {number: signal.signal(number, self._handle) for number in numbers}
 
     def __exit__(self, *exception) -> None:
         for number, handler in self._previous.items():
@@ -36,4 +43,5 @@ class Stop:
             raise KeyboardInterrupt
         self.requested = True
         # not print, which is not reentrant: the signal may have interrupted one
-        os.write(2, b"\nstopping after this step; press Ctrl-C again to leave at once\n")
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nstopping after this step; press Ctrl-C again to leave at once\n")

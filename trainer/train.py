@@ -16,10 +16,11 @@ import torch
 
 from safelight.data.batches import MicroBatch, iterate, load_batch, plan_epoch
 from safelight.data.lock import FolderLock
-from safelight.errors import UserError
+from safelight.errors import Diverged, UserError
 from safelight.trainer.checkpoint.files import Position, list_checkpoints, rewrite_position
 from safelight.trainer.config.schema import Config, ResolvedStage
-from safelight.trainer.evaluate import evaluate, is_due
+from safelight.trainer.divergence import NotFinite, explain
+from safelight.trainer.evaluate import check_weights, evaluate, is_due
 from safelight.trainer.job import Job, load_job
 from safelight.trainer.memory_plan.gpus import this_card
 from safelight.trainer.memory_plan.resolve_auto import out_of_memory
@@ -57,6 +58,7 @@ def train(
     step, validation forward pass and denoising step; once it returns True, the run saves a checkpoint and returns.
     guard: a context manager entered around the training loop only, since before it there is nothing to save.
     Raises UserError for what the user can fix: settings, dataset, model, a run folder that is damaged or in use.
+    Raises Diverged if the loss is no longer finite; the last sound checkpoint is kept.
     """
     terminal = terminal or Terminal()
     run_dir = Path(config.run.dir)
@@ -83,10 +85,21 @@ def train(
                     detail = f"on request at step {result.position.step}"
                     job.progress.metrics.write("event", result.position.step, event="stopped", detail=detail)
                 return result
+            except NotFinite as failure:
+                raise _diverged(job, failure) from None
             finally:
                 terminal.pause()
                 job.progress.metrics.close()
                 job.dataset.cache.close()
+
+
+def _diverged(job: Job, failure: NotFinite) -> Diverged:
+    """Return the error for a run that has diverged, after logging it. Called once the saver has finished."""
+    run, metrics = job.run, job.progress.metrics
+    stage = job.timeline.stage_of_step(failure.step)
+    message = explain(failure, run.run_dir, run.user_config, run.precision, stage, metrics.held_out)
+    metrics.write("event", failure.step, event="diverged", detail=message)
+    return Diverged(message)
 
 
 def _loop(job: Job, position: Position) -> RunResult:
@@ -155,7 +168,7 @@ def _train_epoch(job: Job, position: Position) -> Position:
         position = replace(
             position, step=position.step + 1, step_in_epoch=position.step_in_epoch + 1, stage=stage_index
         )
-        job.progress.log_step(position, result, lr, context.optimizer)
+        job.progress.log_step(position, result, lr, context.optimizer, _photos_of(job, micro_batches))
         job.saver.check()
         if position.step >= timeline.num_steps or job.stop_requested():
             break
@@ -213,6 +226,11 @@ def _steps(plan: list[MicroBatch], accumulate: int) -> Iterator[list[MicroBatch]
         yield plan[start : start + accumulate]
 
 
+def _photos_of(job: Job, micro_batches: list[MicroBatch]) -> tuple[str, ...]:
+    """Return the photographs of a step, in the order of its losses."""
+    return tuple(job.dataset.train[ref.sample_index].photo.file for micro in micro_batches for ref in micro.refs)
+
+
 def _is_epoch_end(job: Job, position: Position) -> bool:
     return position.step_in_epoch == job.timeline.stage_steps_per_epoch[job.timeline.stage_of(position.epoch)]
 
@@ -253,9 +271,13 @@ def _evaluate(job: Job, position: Position) -> Position:
 
 
 def _save(job: Job, position: Position) -> None:
-    """Start saving a checkpoint unless this step already has one; a thread writes it while training continues."""
+    """Start saving a checkpoint unless this step already has one; a thread writes it while training continues.
+
+    Raises NotFinite, and saves nothing, if the weights are broken.
+    """
     if job.saver.requested_step == position.step:
         return
     with job.progress.clock_paused():
+        check_weights(job, position)
         state = {**job.models.live_state(), **job.progress.unlogged.state()}
         job.saver.save(job.models.trained, state, position)

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from safelight.broken_imports import message
 from safelight.errors import UserError
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -230,8 +231,11 @@ def has_triton() -> bool:
 
 def check_launcher() -> None:
     """Raise UserError if Triton cannot build its launcher, a C extension for this driver and this Python."""
-    from triton.runtime import driver
-
+    try:
+        from triton.runtime import driver
+    # whatever a broken installation raises
+    except Exception as error:
+        raise UserError(message("triton", error)) from error
     try:
         driver.active.get_current_target()
     # a missing compiler, a compiler that finds no Python.h, a missing libcuda

@@ -111,8 +111,11 @@ def _xformers_operators(module: str):
     Raises ImportError if xformers' compiled library, which is built for one CUDA version, does not load. xformers would
     then refuse even the operators that are PyTorch's own, and name another reason.
     """
-    from xformers import _cpp_lib
-
+    try:
+        from xformers import _cpp_lib
+    # whatever a broken installation raises
+    except Exception as error:
+        raise ImportError(f"it cannot be imported: {error}") from error
     error = _cpp_lib._cpp_library_load_exception
     if error is not None:
         while error.__cause__ is not None:
@@ -128,9 +131,10 @@ def _xformers(module: str, on_meta: Callable) -> Callable:
     def call(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
         if q.is_meta:
             return on_meta(q, k, v, scale)
+        operators = _xformers_operators(module)
         from xformers.ops import memory_efficient_attention
 
-        return memory_efficient_attention(q, k, v, scale=scale, op=_xformers_operators(module))
+        return memory_efficient_attention(q, k, v, scale=scale, op=operators)
 
     return call
 

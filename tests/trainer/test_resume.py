@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from safelight.trainer import progress, train
+from safelight.trainer import divergence, train
 from safelight.trainer.checkpoint import files as checkpoint
 from safelight.trainer.checkpoint.files import list_checkpoints
 from safelight.trainer.config.toml import parse_config
@@ -158,10 +158,10 @@ def test_a_run_that_learns_nothing_stops(tiny_dataset, tmp_path, monkeypatch):
         return original(context, *args, **kwargs)
 
     monkeypatch.setattr(train, "train_step", poisoned)
-    monkeypatch.setattr(progress, "MAX_SKIPS_IN_A_ROW", 3)
+    monkeypatch.setattr(divergence, "MAX_LOST_IN_A_ROW", 3)
     settings = settings_of(tmp_path / "run", tiny_dataset)
     settings["sample"]["every_epochs"] = 0
-    with pytest.raises(ValueError, match="last 3 gradients were not finite"):
+    with pytest.raises(ValueError, match=r"^step 3: the gradients have not been finite since step 1: "):
         train.train(parse_config(settings, "test"))
 
 

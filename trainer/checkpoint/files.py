@@ -14,7 +14,7 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -195,14 +195,22 @@ def _damaged(folder: Path, what: str) -> ValueError:
     run_dir = folder.parent.parent
     earlier = [step for step in list_checkpoints(run_dir) if folder_of(run_dir, step) < folder]
     intact = next((step for step in reversed(earlier) if not _flaw(folder_of(run_dir, step))), None)
-    # moved aside, not deleted: parts of it may still be usable
-    aside = [path for step in earlier if intact is None or step > intact for path in [folder_of(run_dir, step)]]
-    moves = [f"mv {shlex.quote(str(path))} {shlex.quote(f'{path}.damaged')}" for path in [*aside, folder]]
+    aside = [folder_of(run_dir, step) for step in earlier if intact is None or step > intact]
     go_on = (
         "start again from step 0" if intact is None else f"resume from step {intact}, the newest intact one before it"
     )
-    command = f"safelight train {shlex.quote(str(run_dir / 'config.toml'))} --resume"
-    return UserError(f"checkpoint {folder} is damaged: {what}; {go_on}: {' && '.join([*moves, command])}")
+    command = resume_command(run_dir, [*aside, folder], "damaged")
+    return UserError(f"checkpoint {folder} is damaged: {what}; {go_on}: {command}")
+
+
+def resume_command(run_dir: Path, aside: Sequence[Path], suffix: str, *options: str) -> str:
+    """Return the shell command that moves checkpoints aside, to FOLDER.suffix, and resumes from the newest one left.
+
+    They are moved, not deleted: parts of them may still be usable. options: added to `safelight train`.
+    """
+    moves = [f"mv {shlex.quote(str(path))} {shlex.quote(f'{path}.{suffix}')}" for path in aside]
+    resume = ["safelight train", shlex.quote(str(run_dir / "config.toml")), "--resume", *options]
+    return " && ".join([*moves, " ".join(resume)])
 
 
 def _seal(record: dict) -> str:

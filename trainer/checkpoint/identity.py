@@ -1,7 +1,8 @@
 """The settings that determine a run's weights, and whether a checkpoint and a config agree on them.
 
-Paths, logging, speed and memory settings may change before `--resume`, and so may stages that have not begun. The
-dtype in which gradients are accumulated is compared for the stages that accumulate.
+Paths, logging, speed and memory settings may change before `--resume`, and so may the learning rate, which the run then
+records, and stages that have not begun. The dtype in which gradients are accumulated is compared for the stages that
+accumulate.
 """
 
 from __future__ import annotations
@@ -73,13 +74,18 @@ class Identity:
             # older checkpoints lack accumulate_dtype and accumulated in the dtype of the weights
             default = _accumulate_dtype(checkpoint.stages[index], "auto", self.settings["model.precision"])
             for name, value in (checkpoint.stages[index] | default | checkpoint.stages[index]).items():
-                if ours.get(name) != value:
+                if name != "lr" and ours.get(name) != value:
                     hint = "; a stage that has begun keeps its length: add a [[stage]] to train longer"
                     return (
                         f"stage {index + 1}'s {name} is {ours.get(name)!r}, but {_quoted(value)} in the checkpoint"
                         f"{hint if name == 'epochs' else ''}"
                     )
         return ""
+
+    def changed_rate(self, checkpoint: Identity, stage: int) -> str:
+        """Return how the learning rate of the checkpoint's stage differs from the checkpoint's in words; '' if not."""
+        before, now = (identity.stages[stage].get("lr") for identity in (checkpoint, self))
+        return "" if before == now else f"stage {stage + 1}: peak learning rate {now:g} instead of {before:g}"
 
 
 def _quoted(value: object) -> str:

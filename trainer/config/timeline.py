@@ -80,6 +80,11 @@ class Timeline:
                 return index
         return len(self.stages) - 1
 
+    def stage_of_step(self, step: int) -> int:
+        """Return the stage of an optimizer step, counted from 1."""
+        ends = accumulate(s.epochs * n for s, n in zip(self.stages, self.stage_steps_per_epoch, strict=True))
+        return next((index for index, end in enumerate(ends) if step <= end), len(self.stages) - 1)
+
     def first_epoch(self, stage: int) -> int:
         return sum(s.epochs for s in self.stages[:stage])
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,14 @@ from safelight.trainer.checkpoint.files import check_files, folder_of, list_chec
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.toml import COMMAND_LINE, explain, load_config, require_run
 from safelight.trainer.inference.gallery import Drawn, file_name, read_drawn, save_png, write_drawn, write_page
-from safelight.trainer.inference.sampling import SAMPLE_BATCH_SIZE, Settings, check_size, generate, settings_of
+from safelight.trainer.inference.sampling import (
+    SAMPLE_BATCH_SIZE,
+    NotFinitePicture,
+    Settings,
+    check_size,
+    generate,
+    settings_of,
+)
 from safelight.trainer.models.base import Base, base_of, latent_factor, vae_bytes, vae_config
 from safelight.trainer.models.device import pick_device, pick_dtype
 from safelight.trainer.models.encoders import (
@@ -220,6 +228,21 @@ def validation_captions(run: OpenRun) -> list[str]:
     return list(dict.fromkeys(captions[file] + suffix for file in files if captions.get(file)))
 
 
+@contextlib.contextmanager
+def _explaining_broken_weights(run: OpenRun, step: int | None, prompts: list[str]) -> Iterator[None]:
+    """Raise UserError, naming the checkpoint, if it draws values that are not finite."""
+    try:
+        yield
+    except NotFinitePicture as error:
+        others = [other for other in list_checkpoints(run.run_dir) if other != step]
+        model = f"the base {run.config.model.base}" if step is None else f"the checkpoint of step {step}"
+        use = "another model.base" if step is None else f"--checkpoint {' or '.join(map(str, [*others, 'base']))}"
+        raise UserError(
+            f"{model} draws no picture of {prompts[error.index]!r}, but values that are not finite: its weights are "
+            f"broken, or exceed the range of {run.config.model.precision} precision; use {use}"
+        ) from None
+
+
 def compare(
     run: OpenRun, checkpoint: str, num: int, progress: Progress | None = None, say: Callable[[str], None] | None = None
 ) -> Path:
@@ -257,7 +280,8 @@ def compare(
             if progress is not None:
                 progress(pass_index * total + done, 2 * total)
 
-        images = run.draw(run.unet(step_drawn), prompts, settings, progress=report, say=say)
+        with _explaining_broken_weights(run, step_drawn, prompts):
+            images = run.draw(run.unet(step_drawn), prompts, settings, progress=report, say=say)
         for index, image in enumerate(images):
             prompt, stem = prompts[index], "base" if step_drawn is None else f"step{step}"
             pairs[index][name] = file_name(stem, index, prompt)
@@ -309,7 +333,8 @@ def sample(
     earlier = [] if is_file else _earlier(folder)
     prompts = list(map(storable, prompts))
     cuts = run.say_cuts(prompts, negative, say)
-    images = run.draw(run.unet(step), prompts, settings, negative, progress, say)
+    with _explaining_broken_weights(run, step, prompts):
+        images = run.draw(run.unet(step), prompts, settings, negative, progress, say)
     stem = f"{'base' if step is None else f'step{step}'}-seed{settings.seed}"
     first = _next_number(folder, stem)
     names = [out.name] if is_file else [file_name(stem, n, prompt) for n, prompt in enumerate(prompts, first)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,14 @@ from safelight.trainer.models.noise_schedule import NoiseSchedule
 SAMPLE_BATCH_SIZE = 8
 
 SAMPLERS = ("ddim", "dpm++", "euler")
+
+
+class NotFinitePicture(UserError):
+    """A UNet drew a picture of which some pixels are not finite numbers. index: of the picture."""
+
+    def __init__(self, index: int):
+        super().__init__(f"picture {index + 1} has values that are not finite")
+        self.index = index
 
 
 @dataclass(frozen=True)
@@ -108,46 +117,67 @@ def generate(
     batch_size: images at a time. decode_on: the device to decode on, where the codec moves
     temporarily; by default its own. batch_size and decode_on change images only by float rounding. progress: called
     with (done, total) denoising steps of whole batches; an exception that it raises stops the drawing.
-    Raises UserError if the size is not a multiple of the pixels per latent.
+    Raises UserError if the size is not a multiple of the pixels per latent, NotFinitePicture if the UNet draws
+    values that are not finite.
     """
     factor = codec.factor
     check_size(settings, factor)
     weight = next(unet.parameters())
     num_rows = len(conditioning.tensors()[0])
     shape = (codec.latent_channels, settings.height // factor, settings.width // factor)
-    was_training = unet.training
-    unet.eval()
     images: list[Image.Image] = []
     num_batches, num_done = -(-num_rows // batch_size), 0
-    for start in range(0, num_rows, batch_size):
-        stop = min(start + batch_size, num_rows)
-        keys = [Key(settings.seed, Purpose.SAMPLE_NOISE, index) for index in range(start, stop)]
-        scheduler = make_scheduler(schedule, settings.sampler)
-        scheduler.set_timesteps(settings.steps, device=weight.device)
-        latents = normals_torch(keys, shape, weight.device) * scheduler.init_noise_sigma
-        rows = slice(start, stop)
-        batch = _rows(conditioning, negative if settings.cfg != 1 else None, rows, weight.device)
-        arguments = batch.unet_arguments(weight.dtype)
-        for timestep in scheduler.timesteps:
-            model_input = scheduler.scale_model_input(latents, timestep).to(weight.dtype)
-            if settings.cfg != 1:
-                model_input = torch.cat([model_input, model_input])
-            predicted = unet(model_input, timestep, **arguments).sample.float()
-            if settings.cfg != 1:
-                without, with_caption = predicted.chunk(2)
-                predicted = without + settings.cfg * (with_caption - without)
-            latents = scheduler.step(predicted, timestep, latents).prev_sample
-            num_done += 1
-            if progress is not None:
-                progress(num_done, num_batches * len(scheduler.timesteps))
-        with codec.on(decode_on or codec.device):
-            images.extend(to_images(codec.decode(latents)))
-    unet.train(was_training)
+    with _in_eval_mode(unet):
+        for start in range(0, num_rows, batch_size):
+            stop = min(start + batch_size, num_rows)
+            keys = [Key(settings.seed, Purpose.SAMPLE_NOISE, index) for index in range(start, stop)]
+            scheduler = make_scheduler(schedule, settings.sampler)
+            scheduler.set_timesteps(settings.steps, device=weight.device)
+            latents = normals_torch(keys, shape, weight.device) * scheduler.init_noise_sigma
+            rows = slice(start, stop)
+            batch = _rows(conditioning, negative if settings.cfg != 1 else None, rows, weight.device)
+            arguments = batch.unet_arguments(weight.dtype)
+            for number, timestep in enumerate(scheduler.timesteps):
+                model_input = scheduler.scale_model_input(latents, timestep).to(weight.dtype)
+                if settings.cfg != 1:
+                    model_input = torch.cat([model_input, model_input])
+                predicted = unet(model_input, timestep, **arguments).sample.float()
+                if settings.cfg != 1:
+                    without, with_caption = predicted.chunk(2)
+                    predicted = without + settings.cfg * (with_caption - without)
+                latents = scheduler.step(predicted, timestep, latents).prev_sample
+                if number == 0:
+                    # broken weights show at once
+                    _check_finite(latents, start)
+                num_done += 1
+                if progress is not None:
+                    progress(num_done, num_batches * len(scheduler.timesteps))
+            _check_finite(latents, start)
+            with codec.on(decode_on or codec.device):
+                pixels = codec.decode(latents)
+            _check_finite(pixels, start)
+            images.extend(to_images(pixels))
     return images
 
 
+@contextlib.contextmanager
+def _in_eval_mode(unet: nn.Module) -> Iterator[None]:
+    was_training = unet.training
+    unet.eval()
+    try:
+        yield
+    finally:
+        unet.train(was_training)
+
+
+def _check_finite(x_BCHW: Tensor, start: int) -> None:
+    """Raise NotFinitePicture if a value is not finite. start: index of the first picture of the batch."""
+    is_finite = x_BCHW.isfinite().flatten(1).all(dim=1)
+    if not is_finite.all():
+        raise NotFinitePicture(start + int(is_finite.int().argmin()))
+
+
 def to_images(pixels_BCHW: Tensor) -> list[Image.Image]:
-    """Return RGB images from pixels in [0, 1]. A non-finite pixel becomes mid-grey instead of an arbitrary byte."""
-    finite = torch.nan_to_num(pixels_BCHW, nan=0.5)
-    array = (finite.permute(0, 2, 3, 1) * 255).round().clamp(0, 255).to(torch.uint8).numpy()
+    """Return RGB images from pixels in [0, 1]."""
+    array = (pixels_BCHW.permute(0, 2, 3, 1) * 255).round().clamp(0, 255).to(torch.uint8).numpy()
     return [Image.fromarray(image) for image in array]

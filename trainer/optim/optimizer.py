@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from safelight.broken_imports import message
 from safelight.errors import UserError
 from safelight.kernels.optim.paged_state import Pages
 from safelight.trainer.config.schema import Optimizer as OptimizerConfig
@@ -142,6 +143,18 @@ def check(config: OptimizerConfig, device: torch.device | None = None) -> Optimi
             raise UserError(f"optimizer.{setting} has no effect on {spec.name}; leave it out")
     config.clipping_mode()
     return spec
+
+
+def check_library(config: OptimizerConfig) -> None:
+    """Raise UserError if the package that the config's optimizer comes from cannot be imported."""
+    spec = OPTIMIZERS[config.name]
+    if not spec.package:
+        return
+    try:
+        importlib.import_module(spec.library.partition(":")[0])
+    # whatever a broken installation raises
+    except Exception as error:
+        raise UserError(message(spec.package, error)) from error
 
 
 def memory_mode(config: OptimizerConfig, dtype: torch.dtype, device: torch.device | None = None) -> str:

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import torch
 
+from safelight.broken_imports import message
 from safelight.data.atomic import atomic_write_bytes, naming
+from safelight.errors import UserError
 from safelight.units import GIB
 from safelight.untrusted import open_append, parse_json, read_bytes
 
@@ -35,16 +37,27 @@ def reset_peak_memory(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
+def import_tensorboard() -> type:
+    """Return TensorBoard's SummaryWriter. Raises UserError if it cannot be imported."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    # whatever a broken installation raises
+    except Exception as error:
+        raise UserError(message("tensorboard", error)) from error
+    return SummaryWriter
+
+
 class Metrics:
     """An append-only metrics.jsonl, truncated to the step a run resumes from, and the same for TensorBoard.
 
-    num_unreadable: damaged lines that were dropped on opening.
+    num_unreadable: damaged lines that were dropped on opening. held_out: step -> held-out loss of the validations so
+    far, those before a resume included.
     """
 
     def __init__(self, run_dir: Path, step: int, tensorboard: bool):
         self.path = run_dir / "metrics.jsonl"
         self.num_unreadable = 0
-        self._validated: set[int] = set()
+        self.held_out: dict[int, float] = {}
         kept = []
         if self.path.exists():
             lines = read_bytes(self.path, MAX_BYTES).split(b"\n")
@@ -53,7 +66,7 @@ class Metrics:
                     row = parse_json(line, allow_nan=True)
                     if row["step"] <= step:
                         kept.append(line + b"\n")
-                        self._validated.update([row["step"]] if row.get("kind") == "validation" else [])
+                        self._note_validation(row)
                 except (ValueError, KeyError, TypeError):
                     # a kill may have cut the last line short; any other unreadable line is damage to be reported
                     self.num_unreadable += bool(line) and number < len(lines) - 1
@@ -63,13 +76,15 @@ class Metrics:
         self._clock_offset = time.time() - time.monotonic()
         self.board = None
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(run_dir / "tensorboard", purge_step=step + 1)
+            self.board = import_tensorboard()(run_dir / "tensorboard", purge_step=step + 1)
 
     def has_validation(self, step: int) -> bool:
         """Return whether the log already holds the validation of a step, from before a resume."""
-        return step in self._validated
+        return step in self.held_out
+
+    def _note_validation(self, row: dict) -> None:
+        if row["kind"] == "validation" and row.get("split") == "held_out":
+            self.held_out[row["step"]] = float(row["loss"])
 
     def write(self, kind: str, step: int, **values) -> None:
         """Append a line. TensorBoard gets the values that are floats."""
@@ -77,6 +92,7 @@ class Metrics:
         with naming(self.path):
             self.file.write(json.dumps(row).encode() + b"\n")
             self.file.flush()
+        self._note_validation(row)
         if self.board is not None:
             suffix = f"/{values['split']}" if "split" in values else ""
             for name, value in values.items():

@@ -3,11 +3,36 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import sys
 import time
 
 from safelight.text import printable
+
+
+class _Stderr:
+    """sys.stderr for rich, without its errors: a terminal that was closed must not end a run before it has saved."""
+
+    @property
+    def _file(self):
+        # rich replaces sys.stderr while a bar is drawn, by an object that prints through rich
+        return getattr(sys.stderr, "rich_proxied_file", sys.stderr)
+
+    @property
+    def encoding(self) -> str:
+        return getattr(self._file, "encoding", None) or "utf-8"
+
+    def isatty(self) -> bool:
+        return self._file is not None and self._file.isatty()
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self._file.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._file.flush()
 
 
 class Terminal:
@@ -32,7 +57,7 @@ class Terminal:
         self.is_live = sys.stderr.isatty() and not is_dumb and not in_notebook
         # forced: rich treats a file as a terminal if FORCE_COLOR is set, and writes HTML inside a Jupyter kernel
         self.console = Console(
-            stderr=True, highlight=False, emoji=False, force_terminal=self.is_live, force_jupyter=False
+            file=_Stderr(), highlight=False, emoji=False, force_terminal=self.is_live, force_jupyter=False
         )
         self._live = None
         self._phase: Phase | None = None

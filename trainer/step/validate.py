@@ -25,11 +25,15 @@ PURPOSES = Purposes(noise=Purpose.VALIDATION_NOISE)
 
 @dataclass(frozen=True)
 class Validation:
-    """loss: mean over images and bands. loss_by_timestep: mean of each band, in order of increasing noise."""
+    """loss: mean over images and bands. loss_by_timestep: mean of each band, in order of increasing noise.
+
+    not_finite: indices of the samples with a loss that is not finite.
+    """
 
     loss: float
     loss_by_timestep: tuple[float, ...]
     num_images: int
+    not_finite: tuple[int, ...] = ()
 
 
 def choose_subset(samples: Sequence[Sample], max_samples: int, seed: int) -> list[Sample]:
@@ -97,4 +101,5 @@ def validate(
             losses[indices, k] = sample_losses(unet, noised, batch.conditioning).double().cpu()
             progress(index * num_bands + k + 1, len(batches) * num_bands)
     unet.train(was_training)
-    return Validation(losses.mean().item(), tuple(losses.mean(dim=0).tolist()), len(samples))
+    not_finite = tuple((~losses.isfinite().all(dim=1)).nonzero().flatten().tolist())
+    return Validation(losses.mean().item(), tuple(losses.mean(dim=0).tolist()), len(samples), not_finite)

@@ -35,7 +35,6 @@ def difference(stage: int, /, **changes: dict | list) -> str:
         ({"loss": {"min_snr_gamma": 5}}, "loss.min_snr_gamma is 5.0, but 0.0 in the checkpoint"),
         ({"loss": {"kind": "huber"}}, "loss.kind is 'huber', but 'mse' in the checkpoint"),
         ({"loss": {"weighting": "debiased"}}, "loss.weighting is 'debiased', but 'none' in the checkpoint"),
-        ({"optimizer": {"lr": 2e-3}}, "stage 1's lr is 0.002, but 0.001 in the checkpoint"),
         ({"train": {"batch_size": 2}}, "stage 1's batch_size is 2, but 4 in the checkpoint"),
         (
             {"stage": [{"epochs": 3}]},
@@ -61,6 +60,7 @@ def test_a_change_that_decides_the_weights_is_named(changes, expected):
         {"validate": {"every_epochs": 5}},
         {"save": {"keep": 9}},
         {"log": {"every_steps": 1, "tensorboard": False}},
+        {"optimizer": {"lr": 2e-3}},
         {"stage": [{"epochs": 2, "lr": 1e-3}, {"epochs": 9, "lr": 1e-5, "batch_size": 1}]},
         {"stage": [{"epochs": 2}]},
         {"stage": [*RUN["stage"], {"epochs": 9}]},
@@ -81,10 +81,18 @@ def test_an_older_checkpoint_that_recorded_settings_which_are_free_now_is_accept
 
 
 def test_a_stage_that_was_reached_is_fixed():
-    later = {"stage": [{"epochs": 2}, {"epochs": 1, "lr": 1e-5}]}
+    later = {"stage": [{"epochs": 2}, {"epochs": 1, "warmup_steps": 9}]}
     assert difference(0, **later) == ""
-    assert difference(1, **later) == "stage 2's lr is 1e-05, but 0.0001 in the checkpoint"
+    assert difference(1, **later) == "stage 2's warmup_steps is 9, but 0 in the checkpoint"
     assert difference(1, stage=[{"epochs": 2}]) == "stage 2, which the checkpoint has reached, is missing"
+
+
+def test_a_changed_learning_rate_is_named():
+    """It decides the weights, but a run that diverged goes on with a smaller one."""
+    reached = identify(parse_config(RUN, "here"), "fp32")
+    slower = identify(parse_config({**RUN, "optimizer": {"lr": 1e-4, "name": "adamw"}}, "here"), "fp32")
+    assert slower.changed_rate(reached, 0) == "stage 1: peak learning rate 0.0001 instead of 0.001"
+    assert slower.changed_rate(reached, 1) == ""
 
 
 @pytest.mark.parametrize(

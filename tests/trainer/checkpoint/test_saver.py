@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from safelight.data.decode_memory import available_bytes
 from safelight.trainer import train as training
 from safelight.trainer.adapters.full import FullFineTune
 from safelight.trainer.checkpoint import saver as saving
@@ -181,16 +180,6 @@ def test_reserved_memory_has_been_written_to(monkeypatch):
     monkeypatch.setattr(SnapshotBuffers, "like", lambda self, x: SimpleNamespace(zero_=lambda: touched.append(x)))
     SnapshotBuffers(is_pinned=False).reserve(["weights", "moments"])
     assert touched == ["weights", "moments"]
-
-
-def test_available_memory_is_what_the_system_reports(tmp_path, monkeypatch):
-    path = tmp_path / "meminfo"
-    path.write_text("MemTotal:       24689876 kB\nMemFree:          123 kB\nMemAvailable:   2097152 kB\n")
-    monkeypatch.setattr("safelight.data.decode_memory.MEMINFO", path)
-    monkeypatch.setattr("safelight.data.decode_memory.OWN_CGROUPS", tmp_path / "no limits")
-    assert available_bytes() == 2**31
-    path.unlink()
-    assert available_bytes() is None
 
 
 # one at a time, and in order

@@ -1,5 +1,6 @@
 """Sampling equals diffusers' own pipeline, and noise depends only on (seed, index)."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,7 @@ from diffusers import StableDiffusionPipeline
 
 from safelight.kernels.philox import Key, Purpose, normals_torch
 from safelight.trainer.families.conditioning import TextConditioning
-from safelight.trainer.inference.sampling import SAMPLERS, Settings, generate, make_scheduler, to_images
+from safelight.trainer.inference.sampling import SAMPLERS, NotFinitePicture, Settings, generate, make_scheduler
 from safelight.trainer.models.base import resolve_base, tiny_folder
 from safelight.trainer.models.encoders import CaptionEncoder, LatentCodec
 from safelight.trainer.models.noise_schedule import make_schedule
@@ -112,6 +113,25 @@ def test_an_unknown_sampler_is_refused(parts):
         make_scheduler(parts[-1], "magic")
 
 
-def test_non_finite_pixels_are_grey():
-    image = to_images(torch.tensor([float("nan"), 0.0, 1.0]).view(1, 3, 1, 1))[0]
-    assert image.getpixel((0, 0)) == (128, 0, 255)
+def test_a_picture_that_is_not_finite_is_no_picture(parts):
+    """Weights that are not finite are found at the first denoising step; the UNet goes back to its mode."""
+    unet = copy.deepcopy(parts[0]).train()
+    with torch.no_grad():
+        unet.conv_out.bias[1] = float("nan")
+    seen = []
+    with pytest.raises(NotFinitePicture) as error:
+        generate(unet, *parts[1:], SETTINGS, batch_size=1, progress=lambda done, total: seen.append(done))
+    assert (error.value.index, seen, unet.training) == (0, [], True)
+
+
+def test_a_picture_that_is_decoded_to_no_number_is_named(parts, monkeypatch):
+    decode = LatentCodec.decode
+
+    def broken(self, latents):
+        pixels = decode(self, latents).clone()
+        pixels[-1, 0, 0, 0] = float("nan")
+        return pixels
+
+    monkeypatch.setattr(LatentCodec, "decode", broken)
+    with pytest.raises(NotFinitePicture, match="picture 3 has values that are not finite"):
+        generate(*parts, SETTINGS)

@@ -1,5 +1,6 @@
 """What a user sees of a run's progress in a terminal, narrow or dumb, in a file and in a notebook cell."""
 
+import contextlib
 import fcntl
 import io
 import os
@@ -263,3 +264,23 @@ def test_a_failure_gives_the_cursor_back(screen, monkeypatch):
 )
 def test_clocks(seconds, text):
     assert format_clock(seconds) == text
+
+
+@pytest.mark.parametrize("make", [pty.openpty, os.pipe])
+def test_a_closed_terminal_ends_nothing(monkeypatch, make):
+    """As after a lost ssh connection, or when the reader of a pipe has ended."""
+    reader, writer = make()
+    os.close(reader)
+    stream = os.fdopen(writer, "w")
+    with pytest.raises(OSError, match=r"Broken pipe|Input/output error"):
+        print("unguarded", file=stream, flush=True)
+    monkeypatch.setattr(sys, "stderr", stream)
+    shown = Terminal()
+    shown.say("a line")
+    shown.is_live = True
+    shown.update("training", 1, 9, NOTE)
+    shown.update("training", 9, 9, NOTE)
+    shown.pause()
+    shown.say("saved")
+    with contextlib.suppress(OSError):
+        stream.close()

@@ -43,9 +43,9 @@ def test_a_later_stage_may_be_added_and_a_finished_one_not_changed(quick):
     with pytest.raises(ValueError, match=f"already holds a run .at step {first.position.step}.; add --resume, or name"):
         train(quick())
     with pytest.raises(
-        ValueError, match=r"belongs to other settings: stage 1's lr is 0\.001, but 0\.0001 in the checkpoint"
+        ValueError, match=r"belongs to other settings: stage 1's weight_decay is 0\.1, but 0\.01 in the checkpoint"
     ):
-        train(quick(optimizer={"lr": 1e-3}), resume=True)
+        train(quick(optimizer={"weight_decay": 0.1}), resume=True)
     assert list_checkpoints(run_dir) == [first.position.step]
     more = train(quick(stage=[{"epochs": 1}, {"epochs": 1, "lr": 5e-5}]), resume=True)
     assert (more.position.step, more.position.stage) == (2 * first.position.step, 1)

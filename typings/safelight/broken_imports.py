@@ -1,0 +1,1 @@
+../../safelight/broken_imports.py

@@ -214,7 +214,7 @@ def summary(config: Config, device: torch.device | None = None, dtype: torch.dty
             "Adam moments": static.moments,
             **({"moving average": static.average} if static.average else {}),
             "gradients": static.gradients,
-            "fp32 gradients (after those)": static.master_gradients,
+            "fp32 gradients, replacing those": static.master_gradients,
             **({"of these in host memory": static.paged} if static.paged else {}),
             "peak of these": static.total,
         },

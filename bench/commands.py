@@ -25,6 +25,17 @@ def _append(path: Path | None, *records: dict) -> None:
             append(path, record)
 
 
+def _check_positive(options: object, *names: str) -> None:
+    """Raise UserError, naming the option, if one of these is below 1 or an empty list."""
+    for name in names:
+        option, value = f"--{name.replace('_', '-')}", getattr(options, name)
+        if value == ():
+            raise UserError(f"{option} is empty; give one or more values")
+        for number in value if isinstance(value, tuple) else (value,):
+            if number < 1:
+                raise UserError(f"{option} {number} is below 1; use 1 or more")
+
+
 def run_step(options: arguments.Step) -> int:
     return _run_steps(options, options.recipe)
 
@@ -43,8 +54,7 @@ def _run_steps(options: arguments.Step, recipes: tuple[str, ...]) -> int:
     from safelight.bench.recipes.suite import measure, variants
     from safelight.bench.recipes.workload import Workload
 
-    if min(options.batch_size) < 1 or options.repeats < 1:
-        raise UserError(f"batch sizes {options.batch_size} and repeats {options.repeats} must be 1 or more")
+    _check_positive(options, "batch_size", "repeats")
     work = Workload(
         options.base,
         options.latent_size,
@@ -185,10 +195,7 @@ def run_plot(options: arguments.Plot) -> int:
 def run_loader(options: arguments.Loader) -> int:
     from safelight.bench.measure.loader import bench_loader
 
-    if min(options.rows, options.batch_size, options.repeats) < 1:
-        raise UserError(
-            f"rows {options.rows}, batch size {options.batch_size} and repeats {options.repeats} must be 1 or more"
-        )
+    _check_positive(options, "rows", "batch_size", "repeats")
     if not options.sources:
         raise UserError("--sources is empty; name at least one of cache, cache-ahead, npz, pt, decode")
     records = bench_loader(
@@ -322,10 +329,9 @@ def run_kernels(options: arguments.Kernels) -> int:
     from safelight.bench.measure.kernels import CPU_NOTE, bench_kernels, bytes_rows, failures, time_rows
     from safelight.trainer.models.device import DTYPES, pick_device
 
-    if min(*options.batch_size, options.shapes, options.repeats) < 1 or not options.model:
-        raise UserError(
-            f"batch sizes {options.batch_size}, shapes {options.shapes} and repeats {options.repeats} must be 1 or more"
-        )
+    _check_positive(options, "batch_size", "shapes", "repeats")
+    if not options.model:
+        raise UserError("--model is empty; give one or more models")
     device = pick_device(options.device)
     is_gpu = device.type == "cuda"
     timed = []
@@ -391,8 +397,9 @@ def run_optimizer(options: arguments.Optimizer) -> int:
     from safelight.bench.measure.optimizers import EVERY, bench_optimizers, rows
     from safelight.trainer.models.device import DTYPES, pick_device
 
-    if options.every < 0 or options.repeats < 1:
-        raise UserError(f"every {options.every} must be 0 or more and repeats {options.repeats} 1 or more")
+    _check_positive(options, "repeats")
+    if options.every < 0:
+        raise UserError(f"--every {options.every} is below 0; use 0 or more")
     device = pick_device(options.device)
     every = options.every or EVERY[device.type]
     records = []
@@ -424,8 +431,7 @@ def run_memory(options: arguments.Memory) -> int:
     from safelight.bench.recipes.workload import Workload
     from safelight.trainer.models.device import pick_device
 
-    if options.batch_size < 1:
-        raise UserError(f"batch size {options.batch_size} must be 1 or more")
+    _check_positive(options, "batch_size")
     is_gpu = pick_device(options.device).type == "cuda"
     base = options.base or ("random:sd15" if is_gpu else "tiny")
     work = Workload(base, options.latent_size, options.batch_size, options.precision, device=options.device)

@@ -220,7 +220,10 @@ def _latent_rows(encoder: LatentEncoder, pixels_BCHW: Tensor, jobs: list[_Job]) 
     rows = torch.cat(parts, dim=1).detach().to("cpu", torch.float32).numpy()
     for job, row in zip(jobs, rows, strict=True):
         if not np.isfinite(row).all():
-            raise UserError(f"the VAE returned non-finite latents for {job.photo.file}; run it in fp32 or bf16")
+            raise UserError(
+                f"the autoencoder returned values that are not finite for {job.photo.file}, so that nothing could be "
+                "learned from it; set model.vae to another one"
+            )
     return rows
 
 

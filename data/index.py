@@ -215,7 +215,8 @@ class Index:
                 raise self.damaged(error) from error
             if is_opening:
                 raise UserError(
-                    f"cache index {self.path} cannot be opened ({error}); is another run writing to it?"
+                    f"cache index {self.path} cannot be opened ({error}); wait until no other run writes to it, and "
+                    "check that you may write there"
                 ) from error
             raise
 

@@ -141,10 +141,9 @@ class Cache:
         with np.errstate(over="ignore"):
             array = np.ascontiguousarray(array, dtype=np.dtype(self.dtype).newbyteorder("<"))
         if not np.isfinite(array).all():
-            raise UserError(
-                f"{kind} rows contain values that are not finite in {self.dtype}; "
-                "encode in fp32, or use a float32 cache"
-            )
+            fix = "get another" if self.dtype == "float32" else "set data.cache_dtype to float32, or get another"
+            model = "text encoder" if kind == "text" else "autoencoder"
+            raise UserError(f"the {model} returned values that are not finite in {self.dtype}; {fix} {model}")
         if array[:1].nbytes > MAX_SHARD_BYTES:
             raise ValueError(f"a row of shape {array.shape[1:]} is larger than a shard, {MAX_SHARD_BYTES:,} bytes")
         num_added = 0

@@ -35,6 +35,8 @@ A typical session:
 EXIT_BUG = 1
 EXIT_BAD_INPUT = 2
 EXIT_DIVERGED = 3
+# commands whose memory these settings decide
+WITH_BATCHES = ("cache", "train", "profile", "plan")
 # torch raises a plain RuntimeError with this text
 CPU_MEMORY_IS_FULL = "DefaultCPUAllocator: can't allocate memory"
 
@@ -52,7 +54,22 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
-def _explain(error: Exception) -> str | None:
+# what to do about an OSError that nobody explained, by its number
+ADVICE = {
+    errno.EACCES: "change its permissions, or name another path",
+    errno.EPERM: "change its permissions, or name another path",
+    errno.EROFS: "this disk cannot be written to; name another path",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "check the path",
+    errno.EISDIR: "name a file",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "links lead in a circle; check the path",
+    errno.EIO: "the disk fails; check it, and copy what is on it",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+}
+
+
+def _explain(error: Exception, command: str = "") -> str | None:
     """Return the message for an error that the user can fix, None for a bug."""
     kind, first = type(error).__name__, (str(error).splitlines() or [""])[0]
     if isinstance(error, UserError):
@@ -64,14 +81,18 @@ def _explain(error: Exception) -> str | None:
             f'or set train.checkpointing = "full" ({first[:120]})'
         )
     if _is_memory_full(error):
-        return "the computer's memory is full; close other programs, or lower train.batch_size and data.resolution"
+        settings = ", or lower train.batch_size and data.resolution" if command in WITH_BATCHES else ""
+        return f"the computer's memory is full; close other programs{settings}"
     if isinstance(error, FileExistsError) and error.filename and not os.path.isdir(error.filename):
         return f"{error.filename} is not a folder; name another path"
     if kind == "SafetensorError" or (isinstance(error, OSError) and error.errno is not None):
         where = f"{error.filename}: " if getattr(error, "filename", None) else ""
         what = f"{where}{getattr(error, 'strerror', None) or first}"
         is_full = any(name in what for name in ("No space left", "quota exceeded", "File too large"))
-        return f"{what}; free some disk space and run it again: everything saved before is intact" if is_full else what
+        if is_full:
+            return f"{what}; free some disk space and run it again: everything saved before is intact"
+        advice = ADVICE.get(getattr(error, "errno", None))
+        return f"{what}; {advice}" if advice else what
     if (broken := broken_import(error)) is not None:
         return broken
     if _is_index_failure(error):
@@ -167,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("SAFELIGHT_TRACEBACK"):
             raise
-        message = _explain(error)
+        message = _explain(error, argv[0])
         if message is None:
             return _report_bug(error, argv)
         _print_error(f"safelight {argv[0]}: {message}")

@@ -138,7 +138,12 @@ def plan(argv: list[str]) -> int:
     arguments, config = parse_with_config(argv, "plan", COMMANDS["plan"])
     _say_loading("loading libraries, then tracing a training step without a GPU")
     from safelight.trainer.memory_plan.static_bytes import summary
+    from safelight.trainer.models.architectures import known_shapes
 
+    base, shapes = config.model.base, known_shapes(config.model.base)
+    if shapes:
+        # so that a plan needs neither a download nor the hub
+        config.model.base = f"random:{shapes}"
     card = _card(arguments.gpu, config)
     if card is None:
         result = summary(config)
@@ -152,6 +157,9 @@ def plan(argv: list[str]) -> int:
         if gpu_plan["chosen"]:
             config = filled_in(config, gpu_plan["chosen"])
         result = {**summary(config, CUDA, planner.dtype), "plan": gpu_plan}
+    result["base"] = base
+    if shapes:
+        result["known shapes"] = shapes
     if arguments.json:
         from safelight.output.plan_json import with_json_names
 
@@ -199,6 +207,11 @@ def _print_plan(result: dict) -> None:
     from safelight.output.columns import fill
     from safelight.units import GIB
 
+    if "known shapes" in result:
+        from safelight.trainer.models.architectures import TITLES
+
+        shapes = TITLES[result["known shapes"]]
+        print(fill(f"The plan takes the known shapes of {shapes}; {result['base']} was not read."))
     if "plan" in result:
         from safelight.output.plan_table import print_ways
 
@@ -209,7 +222,11 @@ def _print_plan(result: dict) -> None:
             f"{result['base']}, {result['unet_parameters']:,} parameters in {result['unet_tensors']} tensors, "
             f"{result['precision']}, {result['optimizer']}",
             ("static memory", "bytes", "GiB", "bytes per parameter"),
-            [(name, f"{n:,}", f"{n / GIB:.2f}", f"{n / result['unet_parameters']:.2f}") for name, n in parts.items()],
+            [
+                (name, f"{n:,}", f"{n / GIB:.2f}", f"{n / result['unet_parameters']:.2f}")
+                for name, n in parts.items()
+                if n
+            ],
         )
         print(fill("This machine has no GPU. Use --gpu t4 (rtx3060, rtx4090, 8GiB) to plan the whole step for one."))
     size, num = result["checkpoint bytes"], result["checkpoints at most"]

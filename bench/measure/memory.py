@@ -25,6 +25,7 @@ from safelight.trainer.config.schema import Config, Train
 from safelight.trainer.memory_plan.gpus import CONTEXT_BYTES, FRAGMENTATION, this_card
 from safelight.trainer.memory_plan.meta_run import MetaRun, StepTrace
 from safelight.trainer.models.base import resolve_base
+from safelight.trainer.registry.optimizers import MEMORY_MODES
 from safelight.units import GIB, MIB
 
 CARDS_GIB = (4, 6, 8, 12, 16)
@@ -141,6 +142,11 @@ def bench_memory(work: Workload, optimizers: tuple[str, ...] = ()) -> Iterator[d
     names = tuple(offered(work.dtype))
     for pattern in optimizers:
         if not any(pattern in (name, *name.split(", ")) for name in names):
+            if work.dtype == torch.float32 and pattern in MEMORY_MODES:
+                raise UserError(
+                    f"--optimizer {pattern} is a memory mode of 16-bit weights, and these are fp32; add "
+                    "--precision bf16"
+                )
             known = dict.fromkeys(part for name in names for part in name.split(", "))
             raise UserError(f"unknown optimizer {pattern!r}; use {', '.join(known)}, or both as in '{names[0]}'")
     chosen = [n for n in names if not optimizers or any(pattern in (n, *n.split(", ")) for pattern in optimizers)]

@@ -24,7 +24,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from safelight.bench.core.device_timeline import KernelRun, kernel_runs
 from safelight.bench.counting.costs import Costs, OperatorCosts
 from safelight.errors import UserError
+from safelight.text import counted
 from safelight.trainer.config.schema import Config
+from safelight.trainer.memory_plan.static_bytes import planned_timeline
 from safelight.trainer.models.device import pick_device
 from safelight.trainer.run_log.terminal import Terminal
 from safelight.trainer.step.profiler_ranges import listen_to_ranges
@@ -296,9 +298,10 @@ def profile_loop(
         except StopProfiling:
             pass
         else:
+            taken, wanted = counted(phases.num_steps, "step"), counted(num_steps, "step")
             raise UserError(
-                f"the run ends after {phases.num_steps} steps, before {num_steps} steps with full batches were "
-                "profiled; lower --steps or train for more epochs"
+                f"the run ends after {taken}, before {wanted} with full batches {'was' if num_steps == 1 else 'were'} "
+                "profiled; lower --steps, or train for more epochs"
             )
         finally:
             step_profiler.close()
@@ -327,6 +330,13 @@ def run_session(config: Config, num_steps: int, out: Path, terminal: Terminal | 
     device = pick_device(config.run.device)
     with tempfile.TemporaryDirectory(prefix="safelight-profile-") as folder:
         settings = settings_for(config, Path(folder) / "run")
+        # before anything is encoded or trained; the loop needs a few steps more, to warm up
+        timeline = planned_timeline(settings)
+        if timeline is not None and num_steps > timeline.num_steps:
+            raise UserError(
+                f"--steps {num_steps}: the run has only {counted(timeline.num_steps, 'step')}; lower --steps, or "
+                "train for more epochs"
+            )
         return profile_loop(
             lambda after_step: train(settings, terminal=terminal, stop_requested=after_step),
             num_steps,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import textwrap
 from collections.abc import Mapping
@@ -31,12 +32,21 @@ def wrap_help(text: str) -> str:
     """Return a help text with its usage and description wrapped; its boxes fit already."""
     columns, lines = shutil.get_terminal_size().columns, []
     for line in text.splitlines():
-        if len(line) > columns and line[0].isalpha():
+        if len(line) > columns and line.startswith("usage: "):
+            line = _fill_usage(line)
+        elif len(line) > columns and line[0].isalpha():
             line = fill(line)
         # drop the blank line that may follow an option without a default
         if line.strip("│ ") or not line:
             lines.append(line)
     return "\n".join(lines)
+
+
+def _fill_usage(line: str) -> str:
+    """Return a usage line wrapped and indented; what is in brackets stays together."""
+    kept = re.sub(r"\[[^]]*\]", lambda match: match[0].replace(" ", "\xa0"), line)
+    lines = textwrap.wrap(kept, _columns(), subsequent_indent=" " * 7, break_on_hyphens=False, break_long_words=False)
+    return "\n".join(lines).replace("\xa0", " ")
 
 
 def listed(texts: Mapping[str, str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 _NAMES = {
-    "fp32 gradients (after those)": "fp32_gradients",
+    "fp32 gradients, replacing those": "fp32_gradients",
     "of these in host memory": "in_host_memory",
     "peak of these": "peak",
     "checkpoints at most": "most_checkpoints",

@@ -152,7 +152,7 @@ def test_non_finite_latents_name_the_photo(tmp_path, noise_dataset, fakes):
 
     samples = fakes.plan(noise_dataset, Broken(), fakes.FakeTextEncoder())
     with Cache(tmp_path / "cache") as cache:
-        with pytest.raises(ValueError, match=r"non-finite latents for images/noise-"):
+        with pytest.raises(ValueError, match=r"values that are not finite for images/noise-"):
             fill_latents(cache, noise_dataset, samples, Broken(), 4)
         assert len(cache) == 0
 

@@ -217,6 +217,26 @@ MISTAKES = [
         "unknown optimizer 'near'; use a name of [optimizer]",
     ),
     Mistake(
+        "memory mode of 16 bits to bench in 32",
+        lambda place: ["bench", "memory", "--optimizer", "near", "--precision", "fp32"],
+        "--optimizer near is a memory mode of 16-bit weights, and these are fp32; add --precision bf16",
+    ),
+    Mistake(
+        "no repeats to bench",
+        lambda place: ["bench", "step", "--repeats", "0"],
+        "--repeats 0 is below 1; use 1 or more",
+    ),
+    Mistake(
+        "batches of none to bench",
+        lambda place: ["bench", "step", "--batch-size", "2", "0"],
+        "--batch-size 0 is below 1; use 1 or more",
+    ),
+    Mistake(
+        "more steps to profile than the run has",
+        given("profile", "--steps", "100000", "-o", "{place}/profile"),
+        "--steps 100000: the run has only 30 steps; lower --steps, or train for more epochs",
+    ),
+    Mistake(
         "no such optimizer to bench by memory",
         lambda place: ["bench", "memory", "--optimizer", "adam"],
         "unknown optimizer 'adam'; use adamw8bit, ",

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,14 +186,17 @@ def pick_step(run_dir: Path, checkpoint: str, allow_base: bool = True) -> int | 
     if checkpoint == "base" and allow_base:
         return None
     if not steps:
-        raise UserError(f"{run_dir} has no checkpoint yet; wait for the run to save one, or resume it")
+        command = f"safelight train {shlex.quote(str(run_dir))} --resume"
+        raise UserError(f"{run_dir} has no checkpoint yet; wait until the run saves one, or go on with it: {command}")
     if checkpoint == "last":
         return steps[-1]
     if checkpoint == "best":
         best = read_position(run_dir, steps[-1]).best_step
         if best not in steps:
             reason = "the base has the lowest validation loss" if best == 0 else "the run has not validated"
-            raise UserError(f"{run_dir} has no best checkpoint: {reason}; use last or one of {steps}")
+            raise UserError(
+                f"{run_dir} has no best checkpoint: {reason}; use last or one of {', '.join(map(str, steps))}"
+            )
         return best
     if checkpoint.isdigit() and int(checkpoint) in steps:
         return int(checkpoint)
@@ -264,7 +268,8 @@ def compare(
         )
     if not prompts:
         raise UserError(
-            "there are no prompts to draw: set sample.prompts, or hold out photographs with data.validation_fraction"
+            f"there are no prompts to draw, and no captions of photographs; set sample.prompts in "
+            f"{run.run_dir / 'config.toml'}"
         )
     settings, negative = settings_of(run.config), run.config.sample.negative_prompt
     cuts = run.say_cuts(prompts, negative, say)

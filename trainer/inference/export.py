@@ -161,12 +161,12 @@ def _check_output(out: Path, force: bool) -> bool:
     return is_file
 
 
-def _check_free_space(out: Path, num_bytes: int) -> None:
+def _check_free_space(out: Path, num_bytes: int, dtype: torch.dtype) -> None:
     free = shutil.disk_usage(out.parent).free
     if free < num_bytes + SPARE_BYTES:
         raise UserError(
             f"{out} needs {num_bytes / GIB:.2f} GiB, but {out.parent} has {free / GIB:.2f} GiB free; free some "
-            "space, or use --dtype fp16"
+            f"space, or name another place with -o{', or use --dtype fp16' if dtype.itemsize > 2 else ''}"
         )
 
 
@@ -219,7 +219,7 @@ def _export_file(source: _Source, out: Path, title: str) -> list[str]:
             "and `safelight train` heed it; in ComfyUI turn on zsnr in the node ModelSamplingDiscrete, in diffusers "
             "set rescale_betas_zero_snr"
         )
-    _check_free_space(out, sum(tensor.nbytes for tensor in tensors.values()))
+    _check_free_space(out, sum(tensor.nbytes for tensor in tensors.values()), source.dtype)
     partial = out.with_name(f".{out.name}.partial")
     try:
         # what a killed export left, or a link that somebody planted there
@@ -284,7 +284,7 @@ def _export_folder(source: _Source, out: Path) -> None:
     for module in (vae, text_encoder):
         module.load_state_dict(_cast_all(module, source.dtype), assign=True)
     modules = (unet, vae, text_encoder)
-    _check_free_space(out, sum(t.nbytes for module in modules for t in module.state_dict().values()))
+    _check_free_space(out, sum(t.nbytes for module in modules for t in module.state_dict().values()), source.dtype)
     pipeline = source.base.family.pipeline_of(unet, vae, _scheduler(source), tokenizer, text_encoder)
     partial, old = (out.with_name(f".{out.name}.{word}") for word in ("partial", "old"))
     shutil.rmtree(partial, ignore_errors=True)

@@ -94,6 +94,25 @@ class Planner:
         sizes = [size for size in batch_sizes if size <= self.batch_size]
         return next(filter(self.estimator.fits, self._estimates(combinations, sizes)), None)
 
+    def _other_settings(self) -> tuple[str, Candidate] | None:
+        """Return options that choose another optimizer or precision, and the candidate that fits with them; or None."""
+        planned = next(name for name, spec in OPTIMIZERS.items() if spec.planned_modes)
+        name, precision = self.config.optimizer.name, self.config.model.precision
+        # one change rather than two
+        for other in dict.fromkeys([(planned, precision), (name, "auto"), (planned, "auto")]):
+            if other == (name, precision):
+                continue
+            config, options = self.config.model_copy(deep=True), []
+            if other[0] != name:
+                config.optimizer.name, config.optimizer.memory = planned, "auto"
+                options.append(f"--optimizer.name {planned}")
+            if other[1] != precision:
+                config.model.precision = "auto"
+                options.append("--model.precision auto")
+            if fitting := Planner(config, self.card).what_would_fit():
+                return " ".join(options), fitting
+        return None
+
     def smallest(self) -> Candidate:
         """Return the candidate that needs the least memory of all, at batch size 1."""
         return min(self._estimates(self.all_combinations(), [1]), key=lambda candidate: candidate.needed_bytes)
@@ -108,6 +127,9 @@ class Planner:
         fitting = self.what_would_fit(is_resumed)
         if fitting is None and is_resumed:
             fix = "no setting that a resumed run may change makes it fit; resume on a GPU with more memory"
+        elif fitting is None and (other := self._other_settings()):
+            options, candidate = other
+            fix = f"it would need {candidate.needed_bytes / GIB:.2f} GiB with {options} {candidate.options()}"
         elif fitting is None:
             least = self.smallest()
             fix = f"the smallest plan needs {least.needed_bytes / GIB:.2f} GiB, with {least.options()}"

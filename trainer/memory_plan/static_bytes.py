@@ -161,20 +161,27 @@ def timeline_of(config: Config, photos: Sequence[Photo], buckets: Sequence[Bucke
     return Timeline(stages, steps, config.train.max_steps)
 
 
+def planned_timeline(config: Config) -> Timeline | None:
+    """Return the timeline of a run, None if its dataset is not prepared."""
+    folder = Path(config.data.path)
+    if not has_manifest(folder):
+        return None
+    train, _ = split_validation(read_manifest(folder), config.data.validation_fraction, config.run.seed)
+    return timeline_of(config, train, buckets_of(config))
+
+
 def learning_rates(config: Config) -> tuple[list[float], bool]:
     """Return each step's learning rate, and whether their number is assumed.
 
     Without a dataset: ASSUMED_STEPS steps of the first stage, or train.max_steps.
     """
-    folder = Path(config.data.path)
-    if not has_manifest(folder):
+    timeline = planned_timeline(config)
+    if timeline is None:
         stage = config.stages()[0]
         stage.epochs = 1
         num = config.train.max_steps or ASSUMED_STEPS
         timeline = Timeline((stage,), (num,), num)
         return [timeline.learning_rate(0, step) for step in range(num)], True
-    train, _ = split_validation(read_manifest(folder), config.data.validation_fraction, config.run.seed)
-    timeline = timeline_of(config, train, buckets_of(config))
     rates: list[float] = []
     for epoch in range(timeline.num_epochs):
         per_epoch = timeline.stage_steps_per_epoch[timeline.stage_of(epoch)]
@@ -214,7 +221,7 @@ def summary(config: Config, device: torch.device | None = None, dtype: torch.dty
             "Adam moments": static.moments,
             **({"moving average": static.average} if static.average else {}),
             "gradients": static.gradients,
-            "fp32 gradients (after those)": static.master_gradients,
+            "fp32 gradients, replacing those": static.master_gradients,
             **({"of these in host memory": static.paged} if static.paged else {}),
             "peak of these": static.total,
         },

@@ -5,6 +5,42 @@ parameters in the UNet. `small` is a UNet that two CPU cores can train from scra
 encoders, because only plans and benchmarks use it. The vocabulary size of a text encoder comes from the tokenizer.
 """
 
+from __future__ import annotations
+
+from pathlib import Path
+
+# what `safelight plan` knows without the model: names, and hub ids in lower case -> the key in RANDOM_MODELS. Variants
+# of a model differ in their weights, and in settings that take no memory.
+KNOWN_SHAPES = {
+    "sd15": "sd15",
+    "sd21": "sd21",
+    "sdxl": "sdxl",
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
+    "runwayml/stable-diffusion-v1-5": "sd15",
+    "benjamin-paine/stable-diffusion-v1-5": "sd15",
+    **{f"compvis/stable-diffusion-v1-{n}": "sd15" for n in range(1, 5)},
+    **{
+        f"{owner}/stable-diffusion-2{version}": "sd21"
+        for owner in ("stabilityai", "sd2-community")
+        for version in ("", "-base", "-1", "-1-base")
+    },
+    "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
+    "stabilityai/stable-diffusion-xl-base-0.9": "sdxl",
+}
+
+
+# shown for them
+TITLES = {"sd15": "Stable Diffusion 1.5", "sd21": "Stable Diffusion 2.1", "sdxl": "Stable Diffusion XL"}
+
+
+def known_shapes(base: str) -> str:
+    """Return the name in RANDOM_MODELS that has the shapes of a `model.base`, '' if none is known to.
+
+    A folder or file of that name on this machine is not overridden.
+    """
+    return "" if Path(base).exists() else KNOWN_SHAPES.get(base.lower(), "")
+
+
 _SCHEDULER = {
     "beta_start": 0.00085,
     "beta_end": 0.012,

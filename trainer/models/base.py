@@ -16,7 +16,7 @@ from safelight.errors import UserError
 from safelight.trainer.config.schema import Data, Model
 from safelight.trainer.families.family import Family
 from safelight.trainer.families.registry import family_of, is_trainable_pipeline, text_widths, trainable_titles
-from safelight.trainer.models.architectures import RANDOM_MODELS
+from safelight.trainer.models.architectures import KNOWN_SHAPES, RANDOM_MODELS
 from safelight.trainer.models.build import build
 from safelight.trainer.models.hub import PARTS, fetch
 from safelight.trainer.models.model_configs import MAX_CONFIG_BYTES, checked
@@ -85,7 +85,7 @@ def _read_config(part: str, folder: Path, name: str, setting: str) -> dict:
 
 def base_of(model: Model) -> Base:
     """Return the base of a run's [model] table. Raises UserError if it is missing or cannot be trained."""
-    base = resolve_model(model)
+    base = resolve_model(model, with_weights=True)
     if base.folder is not None:
         for part in ("unet", "text_encoder", "scheduler"):
             base.config_of(part)
@@ -97,19 +97,23 @@ def base_of(model: Model) -> Base:
     return base
 
 
-def resolve_model(model: Model) -> Base:
-    """Return the base of a run's [model] table, including families that can be planned but not trained."""
-    return resolve_base(model.base, model.config, has_vae=bool(model.vae))
+def resolve_model(model: Model, with_weights: bool = False) -> Base:
+    """Return the base of a run's [model] table, including families that can be planned but not trained.
+
+    with_weights: download them if the base is on the hub; a plan needs only the configs.
+    """
+    return resolve_base(model.base, model.config, has_vae=bool(model.vae), with_weights=with_weights)
 
 
-def resolve_base(spec: str, config: str = "", has_vae: bool = False) -> Base:
+def resolve_base(spec: str, config: str = "", has_vae: bool = False, with_weights: bool = True) -> Base:
     """Return the base that `model.base` names. config: `model.config`; has_vae: whether `model.vae` is set.
+    with_weights: as for `resolve_model`.
 
     Raises UserError if it is missing or not supported.
     """
     setting, suffix = f"model.base {spec!r}", Path(spec).suffix.lower()
     if suffix == ".safetensors" and not Path(spec).is_dir():
-        return _resolve_file(SingleFile(Path(spec), "model.base"), spec, config, has_vae)
+        return _resolve_file(SingleFile(Path(spec), "model.base"), spec, config, has_vae, with_weights)
     if config:
         raise UserError(
             f"model.config {config!r} is only for a base that is a single .safetensors file, and {setting} is not; "
@@ -127,12 +131,17 @@ def resolve_base(spec: str, config: str = "", has_vae: bool = False) -> Base:
             f"{setting} is not a .safetensors file; other formats can run code and are never opened: "
             "convert it to .safetensors, or give the diffusers folder or hub id of the same model"
         )
-    return Base(
-        spec, _diffusers_folder(spec, "model.base", "give a diffusers folder on this machine", PARTS), setting=setting
-    )
+    if spec.lower() in KNOWN_SHAPES and "/" not in spec and not Path(spec).exists():
+        raise UserError(
+            f"{setting} is only for `safelight plan`, which needs no more than a model's shapes; give the model's "
+            "diffusers folder, .safetensors file or hub id"
+        )
+    fix = f"give a diffusers folder on this machine{'' if with_weights else ', or plan for sd15, sd21 or sdxl'}"
+    folder = _diffusers_folder(spec, "model.base", fix, PARTS if with_weights else ())
+    return Base(spec, folder, setting=setting)
 
 
-def _resolve_file(file: SingleFile, spec: str, config: str, has_vae: bool) -> Base:
+def _resolve_file(file: SingleFile, spec: str, config: str, has_vae: bool, with_weights: bool) -> Base:
     """Return the base of a single file, with the folder of everything that the file does not hold."""
     file.check_base()
     parts_held = {"vae": file.has_vae, "text_encoder": file.has_text_encoder}
@@ -160,7 +169,7 @@ def _resolve_file(file: SingleFile, spec: str, config: str, has_vae: bool) -> Ba
             )
     if config == "tiny":
         return Base(spec, tiny_folder(), file=file, setting="model.config 'tiny'")
-    needed = [part for part in missing if not (part == "vae" and has_vae)]
+    needed = [part for part in missing if with_weights and not (part == "vae" and has_vae)]
     fix = (
         f"set model.config to a diffusers folder, for the configs, tokenizer and scheduler that {file.path.name} lacks"
     )

@@ -55,8 +55,11 @@ def fetch(spec: str, setting: str, fix: str, parts: Iterable[str] = PARTS) -> Pa
             f"{setting} {spec!r} is neither a folder on this machine nor a Hugging Face id (owner/name)"
         ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        if isinstance(error, LocalEntryNotFoundError):
+            # its message tells of revisions and snapshots
+            reason = "it is not in the local cache, and the hub cannot be reached"
         raise UserError(
-            f"{setting} {spec!r} is not a folder on this machine and could not be downloaded from Hugging Face "
-            f"({reason[:100]}); {fix}"
+            f"{setting} {spec!r} is not a folder on this machine and could not be downloaded from Hugging Face: "
+            f"{reason}; {fix}"
         ) from None

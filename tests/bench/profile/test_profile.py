@@ -237,14 +237,20 @@ def test_the_page_is_self_contained_and_the_trace_names_phases_and_blocks(sessio
     assert twice == pytest.approx(2 * once, rel=0.02)
 
 
-def test_a_run_that_is_too_short_is_refused_and_leaves_no_run_folder(make_config, tmp_path):
+def test_a_run_that_is_too_short_is_refused_and_leaves_no_run_folder(make_config, tmp_path, monkeypatch):
     config = make_config(stage=[{"epochs": 1}], train={"batch_size": 24}, data={"max_aspect": 1.0})
+    said = "--steps 50: the run has only 1 step; lower --steps, or train for more epochs"
+    # before anything is encoded or trained
+    with monkeypatch.context() as patched:
+        patched.setattr("safelight.bench.profile.profiling_session.train", None)
+        with pytest.raises(ValueError, match=said):
+            run_session(config, 50, tmp_path / "out")
+    # its steps are used up by the warm-up
     with pytest.raises(
         ValueError,
-        match="the run ends after 1 steps, before 50 steps with full batches were profiled; "
-        "lower --steps or train for more epochs",
+        match="the run ends after 1 step, before 1 step with full batches was profiled; lower --steps, or train",
     ):
-        run_session(config, 50, tmp_path / "out")
+        run_session(config, 1, tmp_path / "out")
     assert not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match="--steps 0 is below 1"):
         run_session(config, 0, tmp_path / "out")

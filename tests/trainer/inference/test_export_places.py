@@ -55,10 +55,11 @@ def test_a_failed_export_leaves_the_earlier_one_unchanged(tiny_run, tmp_path, mo
 def test_too_little_free_space_is_reported_before_anything_is_written(tiny_run, tmp_path, monkeypatch, name):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage(10**9, 10**9, 10**6))
-    with pytest.raises(
-        ValueError, match=r"needs 0\.01 GiB, .* has 0\.00 GiB free; free some space, or use --dtype fp16"
-    ):
-        export(tiny_run, tmp_path / name)
+    # a smaller dtype is proposed where there is one
+    for dtype, fix in (("fp16", ""), ("bf16", ""), ("fp32", ", or use --dtype fp16")):
+        with pytest.raises(ValueError, match=r"needs 0\.0. GiB, .* has 0\.00 GiB free; free some space, ") as refused:
+            export(tiny_run, tmp_path / name, dtype=dtype)
+        assert str(refused.value).endswith(f"or name another place with -o{fix}")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -16,6 +16,7 @@ from safelight.bench.counting.profiled import allocated_peak
 from safelight.kernels.optim.blockwise_8bit import in_memory_order
 from safelight.kernels.optim.split_weights import split_nearest
 from safelight.kernels.unet.checkpointing import MODES
+from safelight.options.overrides import take_overrides, with_overrides
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.toml import parse_config, to_toml
 from safelight.trainer.memory_plan.allocation_trace import MASTER, OPTIMIZER
@@ -138,6 +139,28 @@ def test_the_best_that_fits_is_chosen_and_otherwise_the_run_is_refused(roomy):
     assert tight.refusal().endswith(tight.what_would_fit().options())
     assert "--optimizer.memory exact --train.checkpointing selective" in tight.refusal()
     assert tight.summary()["refusal"] == tight.refusal()
+
+
+def test_an_optimizer_that_cannot_fit_is_answered_with_one_that_does():
+    adamw = config_of(optimizer={"name": "adamw", "memory": "fp32"})
+    needs = Planner(adamw, card(100)).smallest().needed_bytes
+    fits = Planner(config_of(), card(100)).smallest().needed_bytes
+    assert fits < needs
+    planner = Planner(adamw, card((fits + needs) / 2 / GIB))
+    assert planner.choose() is None
+    assert planner.what_would_fit() is None
+    fix = r"it would need [\d.]+ GiB with (--optimizer.name adamw8bit --optimizer.memory .*)"
+    options = re.search(fix, planner.refusal())
+    # what it proposes does fit
+    settings = with_overrides(adamw.model_dump(by_alias=True), take_overrides(options[1].split())[1])
+    assert Planner(parse_config(settings, "here"), planner.card).choose() is not None
+    # a resumed run keeps its optimizer
+    assert "adamw8bit" not in planner.refusal(is_resumed=True)
+    # the precision is at fault, not the optimizer
+    fp32 = config_of(model={"base": "tiny", "precision": "fp32"})
+    needs = Planner(fp32, card(100)).smallest().needed_bytes
+    planner = Planner(fp32, card((fits + needs) / 2 / GIB))
+    assert " GiB with --model.precision auto --optimizer.memory " in planner.refusal()
 
 
 def test_a_limit_below_what_any_plan_needs(roomy):

@@ -8,8 +8,14 @@ import sys
 import pytest
 
 from safelight.__main__ import main
+from safelight.errors import UserError
+from safelight.trainer.config.presets import SD15, SD21
+from safelight.trainer.config.schema import Model
 from safelight.trainer.config.toml import parse_config, to_toml
-from safelight.trainer.models.base import resolve_base, tiny_folder
+from safelight.trainer.models import architectures
+from safelight.trainer.models.architectures import known_shapes
+from safelight.trainer.models.base import base_of, resolve_base, resolve_model, tiny_folder
+from safelight.trainer.models.hub import PARTS
 from safelight.trainer.models.weights import check_unet, fingerprint, load_unet
 from tests.trainer.models.tiny_base import WEIGHTS, load
 
@@ -161,3 +167,55 @@ def test_fp16_weights_are_downloaded_only_for_parts_without_fp32_ones(tmp_path, 
     assert not list((base.folder / "vae").glob("*fp16*"))
     check_unet(base)
     assert fingerprint(load_unet(base, 0)) == fingerprint(load("unet", tiny_folder()))
+
+
+@pytest.mark.parametrize(
+    "name", ["stable-diffusion-v1-5/stable-diffusion-v1-5", "RunwayML/stable-diffusion-v1-5", "sd15"]
+)
+def test_the_shapes_of_well_known_models_are_known(name, tmp_path, monkeypatch):
+    assert known_shapes(name) == "sd15"
+    assert known_shapes(SD15) == "sd15"
+    assert known_shapes(SD21) == "sd21"
+    assert known_shapes("stabilityai/stable-diffusion-xl-base-1.0") == "sdxl"
+    assert known_shapes("owner/another") == ""
+    # what is on this machine is read
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir(parents=True)
+    assert known_shapes(name) == ""
+
+
+def test_a_plan_of_a_well_known_hub_id_is_made_offline(tmp_path, monkeypatch, capsys):
+    def not_called(*_):
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr("safelight.trainer.models.base.fetch", not_called)
+    monkeypatch.setitem(architectures.KNOWN_SHAPES, "somebody/small", "small")
+    path = tmp_path / "run.toml"
+    path.write_text('[model]\nbase = "somebody/small"\n[run]\ndevice = "cpu"\n[data]\nresolution = 64\n')
+    assert main(["plan", str(path), "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert (planned["base"], planned["known_shapes"]) == ("somebody/small", "small")
+    monkeypatch.setitem(architectures.TITLES, "small", "a small model")
+    assert main(["plan", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("The plan takes the known shapes of a small model; somebody/small was not read.\n")
+    assert "somebody/small, " in out
+
+
+def test_a_name_of_shapes_is_no_model_to_train(tmp_path):
+    with pytest.raises(UserError, match=r"model.base 'sd15' is only for `safelight plan`"):
+        base_of(Model(base="sd15"))
+
+
+def test_a_plan_downloads_configs_alone(monkeypatch, tmp_path):
+    asked = []
+
+    def fetch(spec, setting, fix, parts=PARTS):
+        asked.append(parts)
+        return tiny_folder()
+
+    monkeypatch.setattr("safelight.trainer.models.base.fetch", fetch)
+    resolve_model(Model(base="owner/tiny"))
+    assert set(asked) == {()}
+    base_of(Model(base="owner/tiny"))
+    assert asked[-1] == PARTS

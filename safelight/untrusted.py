@@ -130,8 +130,11 @@ def _open_regular(path: Path, flags: int, max_bytes: int | None, follow_links: b
     except OSError as error:
         if not follow_links and os.path.islink(path):
             raise UnsafeFile(f"{path} is a link, which is not followed here; delete it") from None
-        if error.errno is not None and os.path.lexists(path) and stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise UnsafeFile(f"{path} is not a regular file but a socket") from None
+        if error.errno is not None and os.path.lexists(path):
+            if stat.S_ISSOCK(os.lstat(path).st_mode):
+                raise UnsafeFile(f"{path} is not a regular file but a socket") from None
+            if stat.S_ISDIR(os.lstat(path).st_mode):
+                raise UnsafeFile(f"{path} is not a regular file but a folder") from None
         raise
     try:
         status = os.fstat(descriptor)
@@ -171,7 +174,7 @@ def _bounded_int(text: str) -> int:
 
 
 def _clamped_int(text: str) -> int:
-    return max(-MAX_INT, min(MAX_INT, int(text[:21])))
+    return max(-MAX_INT, min(MAX_INT, int(text[:22])))
 
 
 def _finite_float(text: str) -> float:

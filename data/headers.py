@@ -16,7 +16,7 @@ from typing import Any
 
 from safelight.errors import UserError
 
-# libjpeg's own scripts have 10 scans (18 for CMYK), the search of mozjpeg ends with at most 15
+# libjpeg writes 10 scans, 18 for CMYK; programs that search for the best, such as mozjpeg, write about as many
 MAX_JPEG_SCANS = 32
 # no encoder writes more than a few dozen segments before the pixels
 MAX_JPEG_SEGMENTS = 10_000
@@ -71,6 +71,7 @@ _PNG_TEXTS = {b"XML:com.adobe.xmp": "xmp", b"Raw profile type exif": "Raw profil
 _JPEG_MARKER = re.compile(rb"\xff+([\x01-\xfe])")
 # within a scan, FF 00 is a byte FF, and FF D0 to FF D7 separate restart intervals
 _JPEG_END_OF_SCAN = re.compile(rb"\xff(?=[\x01-\xcf\xd8-\xfe])")
+_GIF_MARK = re.compile(rb"[!,;]")
 _PNM_HEADER = re.compile(rb"P\w{1,5}(?:(?:\s|#[^\r\n]*[\r\n])+[-+.\w]+){2,3}\s")
 _PNM_HEADER_BYTES = 2**16
 _ADVICE = "export it as JPEG or 16-bit TIFF"
@@ -205,38 +206,36 @@ def jpeg_without_metadata(content: bytes) -> bytes:
 
 def _check_gif(content: bytes) -> Checked:
     """Cut the comments before the first frame, which Pillow joins in quadratic time, and what follows that frame."""
-    checked = Checked(content)
-    palette_bytes = 3 << ((content[10] & 7) + 1) if len(content) > 10 and content[10] & 0x80 else 0
-    head = position = 13 + palette_bytes
+    head = position = 13 + _gif_palette_bytes(content, 10)
     control = b""
-    num_blocks = 0
+    # as Pillow does, skip what is no block
+    while (mark := _GIF_MARK.search(content, position)) and mark[0] == b"!":
+        position = _after_gif_blocks(content, mark.end() + 1, MAX_GIF_BLOCKS)
+        if content[mark.end() : mark.end() + 1] == b"\xf9":
+            control = content[mark.start() : position]
+    if mark is None or mark[0] == b";":
+        raise RejectedImage("damaged: it has no frame")
+    frame = mark.start()
+    # a descriptor, a palette and the size of LZW codes, then blocks of up to 255 bytes
+    blocks = frame + 10 + _gif_palette_bytes(content, frame + 9) + 1
+    end = _after_gif_blocks(content, blocks, MAX_GIF_BLOCKS + len(content) // 64)
+    return Checked(content[:head] + control + content[frame:end] + b";")
 
-    def after_blocks(start: int) -> int:
-        nonlocal num_blocks
-        while start < len(content) and content[start]:
-            start += 1 + content[start]
-            num_blocks += 1
-            if num_blocks > MAX_GIF_BLOCKS:
-                raise RejectedImage(
-                    f"has more than {MAX_GIF_BLOCKS:,} blocks before its first picture; convert it to PNG"
-                )
-        return start + 1
 
-    while position < len(content) and content[position] == 0x21:
-        start = position
-        position = after_blocks(position + 2)
-        if content[start + 1 : start + 2] == b"\xf9":
-            control = content[start:position]
-    if content[position : position + 1] != b"\x2c":
-        # not a frame where one must be; Pillow says what is wrong
-        return checked
-    flags = content[position + 9 : position + 10] or b"\0"
-    end = position + 10 + (3 << ((flags[0] & 7) + 1) if flags[0] & 0x80 else 0) + 1
-    # the picture's own blocks are as many as its pixels need
-    num_blocks = -(len(content) // 64)
-    end = after_blocks(end)
-    checked.content = content[:head] + control + content[position:end] + b"\x3b"
-    return checked
+def _gif_palette_bytes(content: bytes, at: int) -> int:
+    """Return the size of the palette that the flags at a position announce."""
+    flags = content[at] if at < len(content) else 0
+    return 3 << ((flags & 7) + 1) if flags & 0x80 else 0
+
+
+def _after_gif_blocks(content: bytes, start: int, max_blocks: int) -> int:
+    """Return the position after a chain of blocks, each preceded by its length, the last of which is empty."""
+    for _ in range(max_blocks):
+        length = content[start] if start < len(content) else 0
+        start += 1 + length
+        if not length:
+            return start
+    raise RejectedImage(f"has more than {max_blocks:,} blocks in a row, which no program writes; convert it to PNG")
 
 
 def jpeg2000_shape(content: bytes) -> tuple[int, int, int]:

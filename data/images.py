@@ -19,6 +19,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -405,9 +406,17 @@ def decode_file(
             return content, _decode(content, max_megapixels, stop)
 
 
+def _opened(path: Path) -> BinaryIO:
+    """Return a regular file, opened for reading. The reason against it does not repeat the path."""
+    try:
+        return open_regular(path)
+    except UnsafeFile as error:
+        raise RejectedImage(str(error).removeprefix(f"{printable(path)} is ")) from error
+
+
 def read_file(path: Path) -> bytes:
     """Return the bytes of an image file. Raises RejectedImage if it cannot be read or is not an image by its header."""
-    with _rejecting(), open_regular(path) as file:
+    with _rejecting(), _opened(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size == 0:
             raise RejectedImage("the file is empty")

@@ -190,6 +190,7 @@ def gif_with(extra: bytes, num_frames: int = 1) -> bytes:
 
 HUGE = {
     "PNG chunks": lambda: saved(PHOTO, "PNG")[:33] + chunk(b"tEXt", b"a\0b") * 250_000 + saved(PHOTO, "PNG")[33:],
+    "GIF comments without a frame": lambda: gif_with(b"\x21\xfe" + (b"\xff" + b"c" * 255) * 99_000 + b"\0;", 0),
     "GIF comments": lambda: gif_with(b"\x21\xfe" + b"\1c" * 250_000 + b"\0"),
     "PPM comment": lambda: b"P6\n#" + b"c" * 30_000_000 + b"\n40 30\n255\n" + bytes(3600),
     "TIFF strips": lambda: grey_page(t273=(4, 4_000_000, 300), t279=(4, 4_000_000, 300)) + bytes(16_000_000),
@@ -224,6 +225,10 @@ def test_only_the_first_frame_is_read():
     decoded = decode(gif_with(comment, num_frames=100_000))
     assert time.process_time() - start < 1
     assert decoded.image.tobytes() == decode(gif_with(b"")).image.tobytes()
+
+
+def test_what_is_no_block_is_skipped_in_a_gif():
+    assert decode(gif_with(b"\0\0\x21\xfe\3abc\0\0")).image.tobytes() == decode(gif_with(b"")).image.tobytes()
 
 
 def test_a_gif_keeps_its_transparent_colour():

@@ -17,7 +17,7 @@ MAX_S = 5
 def decode_mutated(kind: str, first_seed: int, num_pictures: int) -> dict:
     environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[2])}
     command = [sys.executable, str(SCRIPT), kind, str(first_seed), str(num_pictures)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=560, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, env=environment)
     assert done.stderr == ""
     assert done.returncode == 0
     result = json.loads(done.stdout)

@@ -117,9 +117,10 @@ def _check_photos(cache: Cache, dataset: Path, samples: Sequence[Sample]) -> Non
     A file whose size and modification time are those of the last check counts as unchanged, so starting a run costs
     one stat per photo instead of reading them all.
     """
-    seen = cache.seen_photos()
+    photos = dict.fromkeys(sample.photo for sample in samples)
+    seen = cache.seen_photos([photo.file for photo in photos])
     fresh = {}
-    for photo in dict.fromkeys(sample.photo for sample in samples):
+    for photo in photos:
         path = Path(dataset) / photo.file
         try:
             status = os.stat(path)

@@ -31,13 +31,15 @@ FORMAT = 1
 KINDS = ("posterior", "latent", "text")
 DTYPES = ("float16", "float32")
 MAX_SHARD_BYTES = 256 * 2**20
+# 25 TB of rows
+MAX_SHARDS = 100_000
 # a row takes about 175 bytes: 12 million rows
 MAX_INDEX_BYTES = 2**31
 # longest text or row: a photo's path, a table's definition
 MAX_VALUE_BYTES = 2**16
 _SHAPE = re.compile(r"[1-9][0-9]{0,8}(x[1-9][0-9]{0,8}){0,3}")
 # older SQLite versions allow 999 variables in one statement
-_KEYS_PER_QUERY = 500
+_VALUES_PER_QUERY = 500
 _LOCK_TIMEOUT_S = 60.0
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS shards (
@@ -234,7 +236,9 @@ class Index:
     def _read_shards(self) -> dict[int, Shard]:
         """Return the shards by id. Their names are derived, not taken from the file: a name there may lead anywhere."""
         shards, numbers = {}, Counter()
-        rows = self._query("SELECT id, file, kind, shape, dtype, num_rows FROM shards ORDER BY id")
+        rows = self._query(
+            f"SELECT id, file, kind, shape, dtype, num_rows FROM shards ORDER BY id LIMIT {MAX_SHARDS + 1}"
+        )
         for shard_id, file, kind, shape, dtype, num_rows in rows:
             if kind not in KINDS:
                 raise self.damaged(f"kind {kind!r:.40} is none of {', '.join(KINDS)}")
@@ -253,6 +257,8 @@ class Index:
             if not _is_below(num_rows, shard.max_rows + 1):
                 raise self.damaged(f"{file} cannot hold {num_rows!r:.40} rows")
             shards[shard_id] = shard
+        if len(shards) > MAX_SHARDS:
+            raise self.damaged(f"it has more than {MAX_SHARDS:,} shards")
         return shards
 
     def _address(self, key: str, shard_id: object, row: object, crc32: object) -> Address:
@@ -266,14 +272,15 @@ class Index:
 
     def find(self, keys: Sequence[str]) -> dict[str, Address]:
         """Return the addresses of the keys that have a row."""
-        addresses = {}
-        for start in range(0, len(keys), _KEYS_PER_QUERY):
-            part = keys[start : start + _KEYS_PER_QUERY]
-            marks = ",".join("?" * len(part))
-            with self._lock:
-                rows = self._query(f"SELECT key, shard, row, crc32 FROM rows WHERE key IN ({marks})", part)
-                addresses.update((row[0], self._address(*row)) for row in rows)
-        return addresses
+        with self._lock:
+            rows = self._lookup("SELECT key, shard, row, crc32 FROM rows WHERE key", keys)
+            return {row[0]: self._address(*row) for row in rows}
+
+    def _lookup(self, statement: str, values: Sequence[str]) -> Iterator[tuple]:
+        """Yield the rows of a statement that ends in the column whose value is one of `values`."""
+        for start in range(0, len(values), _VALUES_PER_QUERY):
+            part = values[start : start + _VALUES_PER_QUERY]
+            yield from self._query(f"{statement} IN ({','.join('?' * len(part))})", part)
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -314,9 +321,9 @@ class Index:
         with self.transaction(), self._naming_damage():
             self._connection.executemany("DELETE FROM rows WHERE key = ?", [(key,) for key in keys])
 
-    def seen_photos(self) -> dict[str, tuple[str, int, int]]:
-        """Return what `note_photos` stored, by file. The values may be of any type: they are only compared."""
-        photos = self._query("SELECT file, sha256, size, mtime_ns FROM photos")
+    def seen_photos(self, files: Sequence[str]) -> dict[str, tuple[str, int, int]]:
+        """Return what `note_photos` stored of these files. The values may be of any type: they are only compared."""
+        photos = self._lookup("SELECT file, sha256, size, mtime_ns FROM photos WHERE file", files)
         return {file: (sha256, size, mtime_ns) for file, sha256, size, mtime_ns in photos}
 
     def note_photos(self, photos: dict[str, tuple[str, int, int]]) -> None:

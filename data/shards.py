@@ -258,9 +258,9 @@ class Cache:
         self.num_dropped += len(bad)
         return bad
 
-    def seen_photos(self) -> dict[str, tuple[str, int, int]]:
-        """Return each photo file's (SHA-256, size in bytes, mtime in ns) at the time its content was last read."""
-        return self._index.seen_photos()
+    def seen_photos(self, files: Sequence[str]) -> dict[str, tuple[str, int, int]]:
+        """Return (SHA-256, size in bytes, mtime in ns) of those files that were read before, as they were then."""
+        return self._index.seen_photos(files)
 
     def note_photos(self, photos: dict[str, tuple[str, int, int]]) -> None:
         """Store what `seen_photos` returns. Does nothing if the cache is read-only."""

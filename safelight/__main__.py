@@ -37,8 +37,14 @@ EXIT_BAD_INPUT = 2
 EXIT_DIVERGED = 3
 # commands whose memory these settings decide
 WITH_BATCHES = ("cache", "train", "profile", "plan")
-# torch raises a plain RuntimeError with this text
-CPU_MEMORY_IS_FULL = "DefaultCPUAllocator: can't allocate memory"
+# torch and Python raise a plain RuntimeError with one of these texts
+CPU_MEMORY_IS_FULL = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "can't start new thread",
+)
+# from pinning host memory, and from a GPU that is full before torch allocates there
+CUDA_MEMORY_IS_FULL = "CUDA error: out of memory"
 
 
 def quiet_libraries() -> None:
@@ -80,6 +86,11 @@ def _explain(error: Exception, command: str = "") -> str | None:
             "the GPU's memory is full; lower train.batch_size and raise train.accumulate, "
             f'or set train.checkpointing = "full" ({first[:120]})'
         )
+    if CUDA_MEMORY_IS_FULL in str(error):
+        return (
+            "CUDA has no memory left, on the GPU or in the part of the computer's memory that it copies through; "
+            "close other programs, or lower train.batch_size"
+        )
     if _is_memory_full(error):
         settings = ", or lower train.batch_size and data.resolution" if command in WITH_BATCHES else ""
         return f"the computer's memory is full; close other programs{settings}"
@@ -103,7 +114,7 @@ def _explain(error: Exception, command: str = "") -> str | None:
 def _is_memory_full(error: Exception) -> bool:
     """Return whether the host's memory is full, as Python, the system or torch says it."""
     is_refused = isinstance(error, OSError) and error.errno == errno.ENOMEM
-    return isinstance(error, MemoryError) or is_refused or CPU_MEMORY_IS_FULL in str(error)
+    return isinstance(error, MemoryError) or is_refused or any(text in str(error) for text in CPU_MEMORY_IS_FULL)
 
 
 def _is_index_failure(error: Exception) -> bool:

@@ -92,8 +92,9 @@ def check_links(folder: Path) -> None:
         except (FileNotFoundError, NotADirectoryError):
             continue
         except PermissionError:
-            # nobody can write there either
-            continue
+            # a folder may let its owner in and not be listed; without a way in, nothing there is read or written
+            if os.access(current, os.X_OK):
+                raise UnsafeFile(f"{current} cannot be searched for links; change its permissions") from None
         except OSError as error:
             raise UnsafeFile(f"{folder} cannot be searched for links: {error.strerror}") from error
 

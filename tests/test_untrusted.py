@@ -70,6 +70,26 @@ def test_links_are_looked_for_in_folders_nested_deeper_than_python_recurses(tmp_
     subprocess.run(["rm", "-rf", tmp_path / "d"], check=True)
 
 
+@pytest.mark.parametrize("may_enter", [True, False])
+def test_links_in_a_folder_that_cannot_be_listed_are_not_overlooked(tmp_path, monkeypatch, may_enter):
+    """Its owner may still go through it."""
+    (tmp_path / "hidden").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "hidden":
+            raise PermissionError
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    monkeypatch.setattr(os, "access", lambda path, mode: may_enter)
+    if not may_enter:
+        untrusted.check_links(tmp_path)
+        return
+    with pytest.raises(UnsafeFile, match="hidden cannot be searched for links"):
+        untrusted.check_links(tmp_path)
+
+
 def test_only_regular_files_are_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     listener = socket.socket(socket.AF_UNIX)

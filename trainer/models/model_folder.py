@@ -36,8 +36,15 @@ def model_file(folder: Path, name: str) -> Path:
     for parent in (absolute, *absolute.parents):
         if parent.parent.name == "snapshots" and parent.parent.parent.name.startswith("models--"):
             root = parent.parent.parent
-    path_in(root, os.path.join(absolute.relative_to(root), name))
-    return Path(folder) / name
+    path = Path(folder) / name
+    try:
+        path_in(root, os.path.join(absolute.relative_to(root), name))
+    except UnsafeFile:
+        raise UnsafeFile(
+            f"{path} leads out of the model's folder, to {os.path.realpath(path)}; such links are never followed: "
+            "replace it by a copy"
+        ) from None
+    return path
 
 
 def weight_files(folder: Path, part: str, stem: str) -> dict[str, TensorFile]:
@@ -49,8 +56,9 @@ def weight_files(folder: Path, part: str, stem: str) -> dict[str, TensorFile]:
     where = model_file(folder, part)
     files: dict[str, TensorFile] = {}
     for name in _chosen_names(folder, part, stem):
+        path = model_file(folder, os.path.join(part, name))
         try:
-            file = TensorFile(model_file(folder, os.path.join(part, name)))
+            file = TensorFile(path)
         except (UnsafeFile, OSError) as error:
             raise bad_weights(where, f"{name}: {error}") from error
         for tensor in file.entries:

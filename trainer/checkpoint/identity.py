@@ -49,9 +49,9 @@ class Identity:
         is_sound = isinstance(settings, dict) and isinstance(data, str) and isinstance(stages, list)
         if not is_sound or not all(isinstance(stage, dict) for stage in stages):
             raise ValueError("its identity's settings, stages or data are malformed")
-        gamma = settings.get("loss.min_snr_gamma", 0)
-        if isinstance(gamma, bool) or not isinstance(gamma, int | float):
-            raise ValueError("its identity's loss.min_snr_gamma is no number")
+        numbers = [settings.get("loss.min_snr_gamma", 0), *(stage.get("lr", 0) for stage in stages)]
+        if not all(type(value) in (int, float) for value in numbers):
+            raise ValueError("its identity's loss.min_snr_gamma or a stage's lr is no number")
         return cls(settings, stages, data)
 
     @property
@@ -85,7 +85,11 @@ class Identity:
     def changed_rate(self, checkpoint: Identity, stage: int) -> str:
         """Return how the learning rate of the checkpoint's stage differs from the checkpoint's in words; '' if not."""
         before, now = (identity.stages[stage].get("lr") for identity in (checkpoint, self))
-        return "" if before == now else f"stage {stage + 1}: peak learning rate {now:g} instead of {before:g}"
+        return (
+            ""
+            if before is None or before == now
+            else f"stage {stage + 1}: peak learning rate {now:g} instead of {before:g}"
+        )
 
 
 def _quoted(value: object) -> str:

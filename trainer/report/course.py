@@ -30,7 +30,7 @@ def stage_starts(run: RunFolder) -> list[tuple[float, int]]:
     first_steps = _first_steps(run.metrics)
     stages, epochs = run.metrics.train["stage"], run.metrics.train["epoch"]
     planned = [0.0, *accumulate(number(stage.get("epochs")) for stage in rows_of(run.config, "stage"))]
-    starts = []
+    starts, known = [], _known_epochs(run.metrics)
     for stage, step in sorted(first_steps.items()):
         if stage < 1:
             continue
@@ -38,7 +38,7 @@ def stage_starts(run: RunFolder) -> list[tuple[float, int]]:
         low, high = np.nanmax(before, initial=0.0), np.nanmin(since, initial=run.metrics.last_epoch)
         epoch = planned[stage] if stage < len(planned) else math.nan
         if not low - EPOCH_TOLERANCE <= epoch <= high + EPOCH_TOLERANCE:
-            epoch = high if math.isnan(step) else _epoch_at(run.metrics, step - 1)
+            epoch = high if math.isnan(step) else float(np.interp(step - 1, *known))
         if epoch < run.metrics.last_epoch:
             starts.append((float(epoch), stage))
     return starts
@@ -84,11 +84,11 @@ def _first_steps(metrics: Metrics) -> dict[int, float]:
     return first_steps
 
 
-def _epoch_at(metrics: Metrics, step: float) -> float:
+def _known_epochs(metrics: Metrics) -> tuple[list[float], list[float]]:
+    """Return the logged steps, ascending, and the epoch at each."""
     pairs = {(point.step, point.epoch) for points in metrics.validation.values() for point in points}
     pairs |= set(zip(metrics.train["step"].tolist(), metrics.train["epoch"].tolist(), strict=True))
-    steps, epochs = zip(*sorted(pair for pair in pairs | {(0, 0.0)} if math.isfinite(pair[1])), strict=True)
-    return float(np.interp(step, steps, epochs))
+    return tuple(zip(*sorted(pair for pair in pairs | {(0, 0.0)} if math.isfinite(pair[1])), strict=True))
 
 
 def _timeline(run: RunFolder) -> Timeline | None:

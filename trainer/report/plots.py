@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from safelight.trainer.report.facts import evenly_chosen, format_epoch, smooth
-from safelight.trainer.report.run_reader import Metrics, Validation
+from safelight.trainer.report.run_reader import MAX_STAGES, Metrics, Validation
 from safelight.trainer.report.svg import PALETTE, new_figure
 
 WIDE_PX = (880, 400)
@@ -177,6 +177,9 @@ def learning_rate_graph(
     axes.set_ylim(0, 1.15 * float(np.max(values)) or 1)
     if exact is None:
         edges = np.flatnonzero(np.diff(stage) != 0) + 1
+        if len(edges) > MAX_STAGES:
+            # no run changes its stage so often
+            edges = edges[:0]
         for part in np.split(np.arange(len(epoch)), edges):
             some = part[evenly_chosen(len(part), MAX_DRAWN_POINTS)]
             dot = "o" if len(some) == 1 else None

@@ -19,7 +19,7 @@ TRAIN_COLUMNS = ("step", "epoch", "stage", "loss", "lr", "grad_norm", "images_pe
 SPLITS = ("held_out", "train_subset")
 # no loss, epoch, time or count of a run is larger
 MAX_NUMBER = 1e15
-MAX_STAGES = 1000
+MAX_STAGES = 200
 # validate.timesteps is at most 64
 MAX_BANDS = 64
 MAX_METRICS_BYTES = 2**28

@@ -64,9 +64,11 @@ class Metrics:
             for number, line in enumerate(lines):
                 try:
                     row = parse_json(line, allow_nan=True)
+                    if type(row["step"]) is not int:
+                        raise ValueError("a step is a whole number")
                     if row["step"] <= step:
-                        kept.append(line + b"\n")
                         self._note_validation(row)
+                        kept.append(line + b"\n")
                 except (ValueError, KeyError, TypeError):
                     # a kill may have cut the last line short; any other unreadable line is damage to be reported
                     self.num_unreadable += bool(line) and number < len(lines) - 1

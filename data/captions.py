@@ -122,12 +122,14 @@ def _row_texts(row: dict) -> tuple[str, ...]:
     return texts
 
 
-def _row_name(row: dict) -> str:
-    """Return a row's normalized file name, relative to its table. Raises UserError if it leads out of the folder."""
+def _row_name(row: dict, folder: Path) -> str:
+    """Return a row's normalized file name, relative to its table's folder. Raises UserError if it leads out of it."""
     name = row.get("file_name")
     if not isinstance(name, str) or not name.strip():
         raise UserError("has no 'file_name'")
-    normal = posixpath.normpath(storable(name))
+    normal = posixpath.normpath(storable(os.path.expanduser(name) if name.startswith("~/") else name))
+    for place in (os.path.abspath(folder), os.path.realpath(folder)):
+        normal = normal.removeprefix(f"{place}/")
     if posixpath.isabs(normal) or normal.split("/")[0] == "..":
         raise UserError(f"file_name {shortened(normal)!r} is outside the table's folder")
     return normal
@@ -399,8 +401,9 @@ class CaptionReader:
                 continue
             try:
                 row = _row(line)
-                name = _row_name(row)
-                found = self._find(path.parent, name)
+                name = _row_name(row, path.parent)
+                # tables written on Windows
+                found = self._find(path.parent, name) or self._find(path.parent, name.replace("\\", "/"))
                 if found is None:
                     raise UserError(f"names {shortened(name)}, which does not exist")
                 if found in captions:

@@ -109,15 +109,18 @@ def _group_near_copies(dataset: Path, photos: list[Photo], compared: set[str], s
     compared: sha256 of the photos that were compared with each other in earlier calls.
     """
 
-    def fill(photo: Photo, stop: threading.Event) -> Photo:
-        image = None if photo.fingerprint else _stored_image(dataset, photo)
-        return photo if image is None else replace(photo, fingerprint=fingerprint(image))
+    def fill(index: int, stop: threading.Event) -> Photo:
+        image = _stored_image(dataset, photos[index])
+        return photos[index] if image is None else replace(photos[index], fingerprint=fingerprint(image))
 
     def load(index: int) -> np.ndarray | None:
         image = _stored_image(dataset, photos[index])
         return None if image is None else thumbnail(image)
 
-    photos = list(_in_order(fill, photos))
+    missing = [index for index, photo in enumerate(photos) if not photo.fingerprint]
+    photos = list(photos)
+    for index, photo in zip(missing, _in_order(fill, missing), strict=True):
+        photos[index] = photo
     pairs = find_near_copies(
         [photo.fingerprint for photo in photos],
         [photo.width / photo.height for photo in photos],

@@ -90,7 +90,7 @@ def prepare(argv: list[str]) -> int:
                 "copied": summary.num_copied,
                 "shrunk": summary.num_shrunk,
                 "duplicates": summary.num_duplicates,
-                "sources": summary.num_of_source,
+                "sources": [{"folder": folder, "photos": num} for folder, num in summary.num_of_source.items()],
                 "near_copies": [[photo.source for photo in group] for group in summary.near_copies],
                 "rejected": [{"path": r.path, "reason": r.reason, "kind": r.kind} for r in summary.rejected],
                 "warnings": summary.warnings,

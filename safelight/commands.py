@@ -139,6 +139,7 @@ def plan(argv: list[str]) -> int:
     _say_loading("loading libraries, then tracing a training step without a GPU")
     from safelight.trainer.memory_plan.static_bytes import summary
     from safelight.trainer.models.architectures import known_shapes
+    from safelight.trainer.notes import notes_of
 
     base, shapes = config.model.base, known_shapes(config.model.base)
     if shapes:
@@ -160,6 +161,7 @@ def plan(argv: list[str]) -> int:
     result["base"] = base
     if shapes:
         result["known shapes"] = shapes
+    result["notes"] = notes_of(config, config.run.device if card is None else "cuda")
     if arguments.json:
         from safelight.output.plan_json import with_json_names
 
@@ -243,6 +245,8 @@ def _print_plan(result: dict) -> None:
     else:
         path = result["dataset path"]
         print(fill(f"No dataset in {path} yet; with one, the plan also shows steps and disk space."))
+    for note in result["notes"]:
+        print_line(f"note: {note}")
 
 
 def train(argv: list[str]) -> int:

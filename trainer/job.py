@@ -28,6 +28,7 @@ from safelight.trainer.dataset import Dataset, open_dataset
 from safelight.trainer.memory_plan.resolve_auto import describe
 from safelight.trainer.models.encoders import LatentCodec, load_codec
 from safelight.trainer.models.weights import load_unet
+from safelight.trainer.notes import memory_note, notes_of
 from safelight.trainer.optim.ema import WeightAverages, take_averages
 from safelight.trainer.progress import Progress
 from safelight.trainer.resolve import ResolvedRun, check_early, resolve_run
@@ -108,6 +109,9 @@ def load_job(
     """
     run = resolve_run(config, run_dir, resume_step)
     check_early(run)
+    for note in (*notes_of(config, run.device.type), memory_note(config, run.device.type, run.plan)):
+        if note:
+            terminal.say(f"note: {note}")
     dataset = _load_dataset(run, terminal)
     timeline, identity = Timeline.of(config, dataset.train), run.identity(dataset.train)
     if resume_step is not None:

@@ -1,0 +1,171 @@
+"""Every setting that cannot take effect is said, and nothing else is."""
+
+from __future__ import annotations
+
+import pytest
+
+from safelight.data import decode_memory
+from safelight.trainer import notes as module
+from safelight.trainer.config.presets import PRESETS, preset
+from safelight.trainer.config.schema import Config
+from safelight.trainer.config.timeline import Timeline, steps_of_counts
+from safelight.trainer.config.toml import parse_config, to_toml
+from safelight.trainer.notes import Contents, memory_note, notes, notes_of
+from tests.called import call
+
+
+def contents(config: Config, *counts: int, num_validation: int = 4, has_captions: bool = True) -> Contents:
+    """Return a dataset whose buckets have these many photographs to train on."""
+    stages = tuple(config.stages())
+    steps = tuple(steps_of_counts(counts, s.batch_size, s.accumulate) for s in stages)
+    timeline = Timeline(stages, steps, config.train.max_steps)
+    return Contents(timeline, dict(enumerate(counts)), num_validation, has_captions)
+
+
+def notes_for(values: dict, *counts: int, device_type: str = "cuda", **more) -> list[str]:
+    """Return the notes on some settings. Without counts: 40 photographs in one bucket, 10 steps per epoch."""
+    config = parse_config(values, "test")
+    return notes(config, contents(config, *(counts or (40,)), **more), device_type)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_sound_for_a_hundred_photographs(name):
+    config = preset(name)
+    assert notes(config, contents(config, 100), "cuda") == []
+    assert notes(config, None, "auto") == []
+
+
+def test_a_warm_up_longer_than_its_stage():
+    """The sd15 preset's second stage lasts 10 epochs; its warm-up is inherited."""
+    config = preset("sd15")
+    assert notes(config, contents(config, 16), "cuda") == [
+        "stage 2 ends after 40 steps, before its warm-up of 50 does: the learning rate reaches 3.9e-07, not its peak "
+        "of 5e-07; lower warmup_steps or raise epochs"
+    ]
+    (note,) = notes_for({"train": {"epochs": 1}, "optimizer": {"warmup_steps": 10}})
+    assert note.startswith("the run ends after 10 steps, before its warm-up of 10 does")
+    assert notes_for({"train": {"epochs": 1}, "optimizer": {"warmup_steps": 9}}) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "start"),
+    [
+        ({"train": {"max_steps": 301}}, "train.max_steps 301 is not reached: the run ends after 300 steps"),
+        ({"train": {"max_steps": 5}, "stage": [{"epochs": 1}, {"epochs": 1}]}, "stage 2 is never reached: train.max"),
+        ({"train": {"max_steps": 5}, "optimizer": {"schedule": "cosine"}}, "train.max_steps 5 ends the run before the"),
+        (
+            {"train": {"ema_decay": 0.999}},
+            "train.ema_decay 0.999 is not reached in 300 steps: the average's decay rises",
+        ),
+        ({"save": {"every_steps": 301}}, "save.every_steps 301 is beyond the run's 300 steps: it saves nothing before"),
+        ({"save": {"every_epochs": 31}}, "save.every_epochs 31 is beyond the run's 30 epochs: it saves nothing before"),
+        (
+            {"validate": {"every_epochs": 31}},
+            "validate.every_epochs 31 is beyond the run's 30 epochs: the run validates",
+        ),
+        (
+            {"sample": {"every_epochs": 31}},
+            "sample.every_epochs 31 is beyond the run's 30 epochs: the run samples only",
+        ),
+        ({"log": {"every_steps": 400}}, "log.every_steps 400 is beyond the run's 300 steps: it logs a single line"),
+        ({"train": {"max_steps": 19}, "save": {"every_epochs": 3}}, "save.every_epochs 3 is beyond the run's 2 epochs"),
+        ({"train": {"accumulate": 11}}, "accumulate 11 is never filled: an epoch has 10 batches, and no step reaches"),
+        (
+            {"validate": {"every_epochs": 0}},
+            "4 photographs held out by data.validation_fraction 0.1 and never validated",
+        ),
+        ({"data": {"crop_jitter": 0.1}}, "data.crop_jitter 0.1 has no effect with data.variants 1"),
+        ({"data": {"variants": 8}, "train": {"epochs": 2}}, "data.variants 8 is more than the run's 2 epochs"),
+        (
+            {"loss": {"huber_delta": 0.1}},
+            "loss.huber_delta 0.1 has no effect with loss.kind mse and loss.weighting none",
+        ),
+        (
+            {"loss": {"p2_gamma": 2, "min_snr_gamma": 5}},
+            "loss.p2_gamma 2 has no effect with loss.kind mse and loss.weigh",
+        ),
+        (
+            {"optimizer": {"clipping": "global"}, "train": {"max_grad_norm": 0}},
+            "optimizer.clipping global has no effect",
+        ),
+        ({"train": {"accumulate_dtype": "fp32"}}, "train.accumulate_dtype fp32 has no effect with train.accumulate 1"),
+        (
+            {"sample": {"prompts": ["a cat"], "num_prompts": 3}},
+            "sample.num_prompts 3 has no effect: sample.prompts lists",
+        ),
+        ({"sample": {"negative_prompt": "blur", "cfg": 1}}, "sample.negative_prompt has no effect with sample.cfg 1"),
+        (
+            {"train": {"epochs": 3}, "stage": [{"epochs": 9}]},
+            "train.epochs 3 has no effect: each [[stage]] sets its own",
+        ),
+        ({"optimizer": {"lr": 1e-4}, "stage": [{"epochs": 9, "lr": 1e-5}]}, "optimizer.lr 0.0001 has no effect: every"),
+    ],
+)
+def test_a_setting_without_effect_is_said(values, start):
+    (note,) = notes_for(values)
+    assert note.startswith(start)
+
+
+@pytest.mark.parametrize(
+    ("values", "counts", "more", "start"),
+    [
+        (
+            {"train": {"batch_size": 8}},
+            (5, 1),
+            {},
+            "batch_size 8 is never filled, the largest bucket has 5 photogra",
+        ),
+        (
+            {"train": {"batch_size": 8}},
+            (16, 1, 7),
+            {},
+            "2 of 3 buckets have fewer photographs than batch_size 8: their",
+        ),
+        (
+            {},
+            (40,),
+            {"num_validation": 0},
+            "data.validation_fraction 0.1 holds out no photograph: nothing is validated",
+        ),
+        ({}, (40,), {"has_captions": False}, "sample.every_epochs samples nothing: no photograph has a caption"),
+        ({"memory": {"limit_gib": 6}}, (40,), {"device_type": "cpu"}, "memory.limit_gib 6 has no effect on a CPU"),
+        ({"train": {"cudnn_benchmark": True}}, (40,), {"device_type": "cpu"}, "train.cudnn_benchmark has no effect on"),
+        (
+            {"data": {"validation_fraction": 0}, "validate": {"timesteps": 8}},
+            (40,),
+            {"num_validation": 0},
+            "validate.timesteps 8 has no effect with data.validation_fraction 0",
+        ),
+    ],
+)
+def test_a_setting_without_effect_on_this_dataset_or_device_is_said(values, counts, more, start):
+    (note,) = notes_for(values, *counts, **more)
+    assert note.startswith(start)
+
+
+def test_what_takes_effect_is_not_said():
+    assert notes_for({"data": {"validation_fraction": 0}}, num_validation=0) == []
+    assert notes_for({"optimizer": {"lr": 1e-4}, "stage": [{"epochs": 9, "lr": 1e-5}, {"epochs": 9}]}) == []
+    # defaults that are longer than a short run
+    assert notes_for({"train": {"epochs": 1}}, 4) == []
+
+
+def test_plan_and_train_say_them(make_config, tmp_path, monkeypatch):
+    config = make_config(optimizer={"warmup_steps": 500}, stage=[{"epochs": 1}], train={"max_steps": 1})
+    (tmp_path / "run.toml").write_text(to_toml(config))
+    expected = [f"note: {note}" for note in notes_of(config, "cpu")]
+    assert any("warm-up of 500" in note for note in expected)
+    assert [line for line in call("plan", tmp_path / "run.toml").out.splitlines() if "note: " in line] == expected
+    monkeypatch.setattr("safelight.trainer.job.open_dataset", lambda *args: (_ for _ in ()).throw(MemoryError))
+    called = call("train", tmp_path / "run.toml")
+    assert [line for line in called.err.splitlines() if "note: " in line] == expected
+    called.assert_refused("train", "the computer's memory is full")
+
+
+def test_too_little_host_memory_is_said(make_config, monkeypatch):
+    monkeypatch.setattr(module, "available_bytes", lambda: 2**20)
+    assert memory_note(make_config(), "cpu", None).startswith(
+        "the run takes at least 0.0 GiB of host memory, and 0.0 GiB"
+    )
+    monkeypatch.setattr(module, "available_bytes", decode_memory.available_bytes)
+    assert memory_note(make_config(), "cpu", None) == ""

@@ -1,0 +1,242 @@
+"""Settings that cannot take effect, said by `plan` and `train` before the run.
+
+A warm-up that outlasts its stage, a batch larger than every bucket, validation of nothing: each of these is allowed,
+and none is what its author meant. A setting that still has its default is passed over, except where it changes what is
+learned.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+from safelight.data.buckets import Bucket, nearest_bucket
+from safelight.data.decode_memory import available_bytes
+from safelight.data.manifest import MANIFEST_NAME, Photo, read_manifest, split_validation
+from safelight.text import counted
+from safelight.trainer.config.schema import Config, Section, Stage
+from safelight.trainer.config.timeline import Timeline
+from safelight.trainer.memory_plan.candidate import Candidate
+from safelight.trainer.memory_plan.static_bytes import buckets_of, static_bytes, timeline_of
+from safelight.units import GIB
+
+EVERY = {
+    ("validate_", "every_epochs"): "the run validates only before its first step and at its end",
+    ("sample", "every_epochs"): "the run samples only before its first step and at its end",
+    ("save", "every_epochs"): "it saves nothing before the end",
+    ("save", "every_steps"): "it saves nothing before the end",
+    ("log", "every_steps"): "it logs a single line, at the end",
+}
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a run's dataset holds. counts: photographs to train on, by bucket."""
+
+    timeline: Timeline
+    counts: Mapping[Bucket, int]
+    num_validation: int
+    has_captions: bool
+
+    @classmethod
+    def of(cls, config: Config, train: Sequence[Photo], validation: Sequence[Photo]) -> Contents:
+        buckets = buckets_of(config)
+        counts = Counter(nearest_bucket(photo.width, photo.height, buckets) for photo in train)
+        has_captions = any(photo.captions[0] for photo in validation or train)
+        return cls(timeline_of(config, train, buckets), counts, len(validation), has_captions)
+
+
+def notes_of(config: Config, device_type: str) -> list[str]:
+    """Return a line for each setting of a run without effect. device_type: cpu, cuda, or auto if unknown.
+
+    Without a dataset, only those that can be told from the settings.
+    """
+    folder, contents = Path(config.data.path), None
+    if (folder / MANIFEST_NAME).is_file():
+        train, validation = split_validation(read_manifest(folder), config.data.validation_fraction, config.run.seed)
+        contents = Contents.of(config, train, validation) if train else None
+    return notes(config, contents, device_type)
+
+
+def notes(config: Config, contents: Contents | None, device_type: str) -> list[str]:
+    """Return a line for each setting without effect. contents: None if there is no dataset yet."""
+    found = [*_unused(config, device_type), *_overridden(config)]
+    if contents is not None:
+        for part in (_intervals, _batches, _validation):
+            found += part(config, contents)
+        if config.sample.every_epochs and not config.sample.prompts and not contents.has_captions:
+            found.append(
+                "sample.every_epochs samples nothing: no photograph has a caption; set sample.prompts, or "
+                "sample.every_epochs 0"
+            )
+        found += _lengths(config, contents)
+    return found
+
+
+def memory_note(config: Config, device_type: str, plan: Candidate | None) -> str:
+    """Return a line if the host has less memory available than the run takes, else ''. plan: None on a CPU."""
+    available = available_bytes()
+    if plan is not None and plan.host is not None:
+        host = plan.host
+        needed = max(host.loading, host.states + host.activations + host.snapshot + host.autoencoder)
+    else:
+        needed = static_bytes(config).total if device_type == "cpu" else 0
+    if available is None or needed <= available:
+        return ""
+    return (
+        f"the run takes at least {needed / GIB:.1f} GiB of host memory, and {available / GIB:.1f} GiB are available: "
+        "the system may kill it; close other programs, or raise the container's limit"
+    )
+
+
+def _is_changed(section: Section, name: str) -> bool:
+    return getattr(section, name) != type(section).model_fields[name].default
+
+
+def _unused(config: Config, device_type: str) -> Iterator[str]:
+    """Yield settings that other settings switch off."""
+    data, train, sample, loss = config.data, config.train, config.sample, config.loss
+    stages = config.stages()
+    num_epochs = sum(stage.epochs for stage in stages)
+    if data.variants == 1 and _is_changed(data, "crop_jitter"):
+        yield f"data.crop_jitter {data.crop_jitter:g} has no effect with data.variants 1"
+    if data.variants > num_epochs:
+        yield (
+            f"data.variants {data.variants} is more than the run's {counted(num_epochs, 'epoch')}: an epoch uses one "
+            "crop of each photograph, and the cache encodes them all"
+        )
+    for name in sorted(loss.unused_parameters()):
+        if _is_changed(loss, name):
+            how = f"loss.kind {loss.kind} and loss.weighting {loss.chosen_weighting}"
+            yield f"loss.{name} {getattr(loss, name):g} has no effect with {how}"
+    if config.optimizer.clipping != "auto" and all(stage.max_grad_norm == 0 for stage in stages):
+        yield f"optimizer.clipping {config.optimizer.clipping} has no effect with train.max_grad_norm 0"
+    if train.accumulate_dtype != "auto" and all(stage.accumulate == 1 for stage in stages):
+        yield f"train.accumulate_dtype {train.accumulate_dtype} has no effect with train.accumulate 1"
+    if sample.prompts and _is_changed(sample, "num_prompts"):
+        yield f"sample.num_prompts {sample.num_prompts} has no effect: sample.prompts lists the prompts"
+    if sample.negative_prompt and sample.cfg == 1:
+        yield "sample.negative_prompt has no effect with sample.cfg 1"
+    if device_type == "cpu" and config.memory.limit_gib:
+        yield f"memory.limit_gib {config.memory.limit_gib:g} has no effect on a CPU"
+    if device_type == "cpu" and train.cudnn_benchmark:
+        yield "train.cudnn_benchmark has no effect on a CPU"
+
+
+def _overridden(config: Config) -> Iterator[str]:
+    """Yield settings of [train] and [optimizer] that every stage sets itself."""
+    if not config.stage:
+        return
+    if _is_changed(config.train, "epochs"):
+        yield f"train.epochs {config.train.epochs} has no effect: each [[stage]] sets its own (--stage.0.epochs)"
+    for name in Stage.model_fields:
+        table = "train" if name in type(config.train).model_fields else "optimizer"
+        section = getattr(config, table)
+        if name == "epochs" or not _is_changed(section, name):
+            continue
+        if all(getattr(stage, name) is not None for stage in config.stage):
+            yield f"{table}.{name} {getattr(section, name)} has no effect: every [[stage]] sets its own"
+
+
+def _lengths(config: Config, contents: Contents) -> Iterator[str]:
+    """Yield what the run's steps are too few for: warm-up, schedule, stages, max_steps, the moving average."""
+    timeline, max_steps = contents.timeline, config.train.max_steps
+    num_steps, lengths = timeline.num_steps, _stage_lengths(timeline)
+    total = sum(lengths)
+    if max_steps > total:
+        yield (
+            f"train.max_steps {max_steps} is not reached: the run ends after {counted(total, 'step')}; "
+            "raise epochs to train longer"
+        )
+    for index, (stage, whole, end) in enumerate(zip(timeline.stages, lengths, accumulate(lengths), strict=True)):
+        name = f"stage {index + 1}" if config.stage else "the run"
+        length = max(0, whole - max(0, end - num_steps))
+        if length == 0:
+            yield f"{name} is never reached: train.max_steps {max_steps} ends the run before it"
+        elif stage.warmup_steps >= length:
+            reached = stage.lr * length / (stage.warmup_steps + 1)
+            yield (
+                f"{name} ends after {counted(length, 'step')}, before its warm-up of {stage.warmup_steps} does: the "
+                f"learning rate reaches {reached:.2g}, not its peak of {stage.lr:g}; lower warmup_steps or raise epochs"
+            )
+        elif length < whole and stage.schedule != "constant":
+            yield (
+                f"train.max_steps {max_steps} ends the run before the {stage.schedule} schedule of {whole} steps does: "
+                "the learning rate does not fall to 0"
+            )
+    decay, reached = config.train.ema_decay, (1 + num_steps) / (10 + num_steps)
+    if decay > reached:
+        yield (
+            f"train.ema_decay {decay:g} is not reached in {counted(num_steps, 'step')}: the average's decay rises to "
+            f"{reached:.3g}"
+        )
+
+
+def _stage_lengths(timeline: Timeline) -> list[int]:
+    """Return the steps of each stage, without max_steps."""
+    return [s.epochs * n for s, n in zip(timeline.stages, timeline.stage_steps_per_epoch, strict=True)]
+
+
+def _intervals(config: Config, contents: Contents) -> Iterator[str]:
+    """Yield intervals that are longer than the run."""
+    timeline = contents.timeline
+    is_cut = timeline.num_steps < sum(_stage_lengths(timeline))
+    epochs = _num_epochs(timeline) if is_cut else timeline.num_epochs
+    for (table, name), effect in EVERY.items():
+        section, unit = getattr(config, table), name.removeprefix("every_")
+        every, length = getattr(section, name), epochs if unit == "epochs" else timeline.num_steps
+        if every > length and _is_changed(section, name):
+            shown = table.removesuffix("_")
+            yield f"{shown}.{name} {every} is beyond the run's {counted(length, unit.removesuffix('s'))}: {effect}"
+
+
+def _num_epochs(timeline: Timeline) -> int:
+    """Return the epochs that the run begins."""
+    left, epochs = timeline.num_steps, 0
+    for stage, per_epoch in zip(timeline.stages, timeline.stage_steps_per_epoch, strict=True):
+        num = min(stage.epochs, -(-left // per_epoch))
+        left, epochs = max(0, left - num * per_epoch), epochs + num
+    return epochs
+
+
+def _batches(config: Config, contents: Contents) -> Iterator[str]:
+    """Yield batch sizes that buckets cannot fill, and accumulation over more batches than an epoch has."""
+    counts = contents.counts.values()
+    for batch_size in dict.fromkeys(stage.batch_size for stage in contents.timeline.stages):
+        small = sum(count < batch_size for count in counts)
+        if small == len(counts):
+            largest = counted(max(counts), "photograph")
+            yield (
+                f"batch_size {batch_size} is never filled, the largest bucket has {largest}; "
+                "batches are smaller, and no photograph is dropped or repeated"
+            )
+        elif small:
+            yield (
+                f"{small} of {len(counts)} buckets have fewer photographs than batch_size {batch_size}: their batches "
+                "are smaller, and no photograph is dropped or repeated"
+            )
+    for batch_size, num in dict.fromkeys((s.batch_size, s.accumulate) for s in contents.timeline.stages):
+        num_batches = sum(-(-count // batch_size) for count in counts)
+        if num > num_batches:
+            batches = f"{num_batches} batch{'es' * (num_batches != 1)}"
+            yield f"accumulate {num} is never filled: an epoch has {batches}, and no step reaches into the next epoch"
+
+
+def _validation(config: Config, contents: Contents) -> Iterator[str]:
+    """Yield validation of nothing, and photographs that are held out for nothing."""
+    fraction, validate = config.data.validation_fraction, config.validate_
+    if contents.num_validation and not validate.every_epochs:
+        yield (
+            f"{counted(contents.num_validation, 'photograph')} held out by data.validation_fraction {fraction:g} and "
+            "never validated, since validate.every_epochs is 0; set data.validation_fraction 0 to train on them"
+        )
+    if not contents.num_validation and validate.every_epochs:
+        if fraction > 0:
+            yield f"data.validation_fraction {fraction:g} holds out no photograph: nothing is validated"
+        else:
+            for name in type(validate).model_fields:
+                if _is_changed(validate, name):
+                    yield f"validate.{name} {getattr(validate, name)} has no effect with data.validation_fraction 0"

@@ -128,7 +128,7 @@ def cache(argv: list[str]) -> int:
             ("bucket", "train", "held out"),
             [(f"{r['width']} x {r['height']}", r["num_train"], r["num_validation"]) for r in rows],
         )
-    _say_next(f"safelight train {shlex.quote(str(arguments.config))}, with the same options")
+    _say_next(f"{_train_command(arguments.config)}, with the same options")
     return 0
 
 
@@ -175,11 +175,16 @@ def plan(argv: list[str]) -> int:
     return 0
 
 
+def _train_command(file: Path) -> str:
+    """Return the command that trains with a settings file, or goes on with a run folder."""
+    return f"safelight train {shlex.quote(str(file))}{' --resume' if file.is_dir() else ''}"
+
+
 def _after_plan(file: Path, config, has_dataset: bool) -> str:
     """Return what to run after `safelight plan FILE`."""
     from safelight.data.manifest import how_to_prepare
 
-    train = f"safelight train {shlex.quote(str(file))}{' --resume' if file.is_dir() else ''}"
+    train = _train_command(file)
     if has_dataset:
         return f"{train}, with the same settings"
     prepare, place = how_to_prepare(Path(config.data.path))

@@ -102,6 +102,13 @@ class OptimizerBase(abc.ABC):
 
     @torch.no_grad()
     def load_state_tensors(self, state: dict[str, Tensor]) -> None:
+        try:
+            self._load_state(state)
+        except UserError as error:
+            fix = "resume with the config.toml of the run's folder, or move this checkpoint away to use the one before"
+            raise UserError(f"{error}; {fix}") from error
+
+    def _load_state(self, state: dict[str, Tensor]) -> None:
         for name in ("scale", "num_good"):
             _copy_number(f"loss_scale/{name}", state.get(f"loss_scale/{name}"), getattr(self.loss_scale, name))
         clipping = self._clipping_state() if self.is_fused else {}

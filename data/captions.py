@@ -37,9 +37,10 @@ _NO_PICTURES = {
     (".parquet", ".arrow"): f"a table in another form, which is not read; {WRITE_TABLE}",
     (".jsonl", ".ndjson"): "a table of another name, which is not read; if it has captions, name it metadata.jsonl",
     (".xmp",): "metadata of another program, which is not read; write its caption into a .txt file of the same name",
-    (".npz", ".npy", ".safetensors"): "arrays, such as another trainer's cache, not a picture",
+    (".npz", ".npy", ".safetensors"): "arrays, such as another trainer's cache, not an image",
     (".zip", ".tar", ".gz", ".7z", ".rar"): "an archive, which is not opened; unpack it",
-    (".mp4", ".mov", ".avi", ".mkv", ".webm"): "a video, not a photograph",
+    (".mp4", ".mov", ".avi", ".mkv", ".webm"): "a video, not an image",
+    (".md", ".html", ".pdf", ".ini", ".db", ".log", ".aae"): "a document or another program's file, not an image",
 }
 _NO_PICTURE = {suffix: reason for suffixes, reason in _NO_PICTURES.items() for suffix in suffixes}
 

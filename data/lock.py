@@ -65,6 +65,7 @@ class FolderLock:
         except OSError as error:
             if error.errno in _DISK_FULL:
                 # another folder on the same disk does not help; the command line says what does
+                error.filename = error.filename or str(self._path)
                 raise
             raise UserError(f"{printable(self.folder)} cannot be written ({error.strerror}); {advice}") from error
 

@@ -176,5 +176,6 @@ def test_a_full_disk_stays_an_error_of_the_disk(tmp_path, monkeypatch, where):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(lock_module.os, where, fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left") as caught:
         FolderLock(Path(tmp_path / "folder"), "name another")
+    assert caught.value.filename.startswith(str(tmp_path / "folder"))

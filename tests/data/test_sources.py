@@ -288,7 +288,16 @@ def test_sources_that_are_no_files_are_refused_in_one_line(tmp_path, kind):
 
 def test_captions_of_no_photo_and_tables_of_other_forms_are_listed(tmp_path, photos):
     (photos / "sub").mkdir()
-    for name in ("b.TXT", "sub/readme.txt", "metadata.csv", "meta_lat.json", "x.parquet", "train.jsonl", "all.zip"):
+    for name in (
+        "b.TXT",
+        "sub/readme.txt",
+        "metadata.csv",
+        "meta_lat.json",
+        "x.parquet",
+        "train.jsonl",
+        "all.zip",
+        "Thumbs.DB",
+    ):
         (photos / name).write_text("a")
     (photos / "damaged.png").write_bytes(b"x")
     (photos / "damaged.txt").write_text("of a picture that is there")
@@ -305,6 +314,7 @@ def test_captions_of_no_photo_and_tables_of_other_forms_are_listed(tmp_path, pho
         "x.parquet",
         "train.jsonl",
         "all.zip",
+        "Thumbs.DB",
         "damaged.png",
     }
     assert reasons["b.TXT"] == "a text that belongs to no photograph: no picture in its folder is named b"
@@ -312,7 +322,7 @@ def test_captions_of_no_photo_and_tables_of_other_forms_are_listed(tmp_path, pho
         "metadata.jsonl" in reasons[name] for name in ("metadata.csv", "meta_lat.json", "x.parquet", "train.jsonl")
     )
     assert "unpack it" in reasons["all.zip"]
-    assert "6 left out, 2 caption files)" in called.out
+    assert "7 left out, 2 caption files)" in called.out
 
 
 def test_no_name_reaches_the_terminal_unescaped(tmp_path, make_noise):

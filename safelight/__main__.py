@@ -43,6 +43,8 @@ CPU_MEMORY_IS_FULL = (
     "DefaultCPUAllocator: not enough memory",
     "can't start new thread",
 )
+# oneDNN, which torch uses on a CPU; with more words it means something else
+ONEDNN_MEMORY_IS_FULL = "could not create a primitive"
 # from pinning host memory, and from a GPU that is full before torch allocates there
 CUDA_MEMORY_IS_FULL = "CUDA error: out of memory"
 
@@ -114,7 +116,8 @@ def _explain(error: Exception, command: str = "") -> str | None:
 def _is_memory_full(error: Exception) -> bool:
     """Return whether the host's memory is full, as Python, the system or torch says it."""
     is_refused = isinstance(error, OSError) and error.errno == errno.ENOMEM
-    return isinstance(error, MemoryError) or is_refused or any(text in str(error) for text in CPU_MEMORY_IS_FULL)
+    is_said = str(error) == ONEDNN_MEMORY_IS_FULL or any(text in str(error) for text in CPU_MEMORY_IS_FULL)
+    return isinstance(error, MemoryError) or is_refused or is_said
 
 
 def _is_index_failure(error: Exception) -> bool:

@@ -156,6 +156,7 @@ def test_the_developer_can_have_the_traceback(monkeypatch, tmp_path):
         (MemoryError(), "the computer's memory is full"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9"), "the computer's memory is full"),
         (RuntimeError("can't start new thread"), "the computer's memory is full"),
+        (RuntimeError("could not create a primitive"), "the computer's memory is full"),
         (RuntimeError("CUDA error: out of memory\nCUDA kernel errors"), "CUDA has no memory left, on the GPU or in"),
         (sqlite3.OperationalError("database or disk is full"), "the cache's index: database or disk is full"),
         (sqlite3.DatabaseError("malformed"), "the cache's index: malformed"),

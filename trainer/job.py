@@ -32,7 +32,7 @@ from safelight.trainer.notes import memory_note, notes_of
 from safelight.trainer.optim.ema import WeightAverages, take_averages
 from safelight.trainer.progress import Progress
 from safelight.trainer.resolve import ResolvedRun, check_early, resolve_run
-from safelight.trainer.run_log.environment import EPOCH_ORDER, MEMORY_PLAN, recorded, recorded_attention
+from safelight.trainer.run_log.environment import EPOCH_ORDER, MEMORY_PLAN, recorded, recorded_attention, recorded_start
 from safelight.trainer.run_log.metrics import Metrics, reset_peak_memory
 from safelight.trainer.run_log.terminal import Terminal
 from safelight.trainer.run_log.unlogged_steps import UnloggedSteps, take_state
@@ -225,6 +225,8 @@ def _announce(
     records = {EPOCH_ORDER: {"grouped": start.is_grouped}}
     if run.plan is not None:
         records[MEMORY_PLAN] = run.plan.to_json()
+    if run.resume_step is not None and (started := recorded_start(run.run_dir)):
+        records["started"] = started
     run.run_dir.mkdir(parents=True, exist_ok=True)
     write_start(run, dataset, models.context.unet, models.attention, notes, records)
     metrics = Metrics(run.run_dir, -1 if run.resume_step is None else run.resume_step, run.user_config.log.tensorboard)

@@ -55,7 +55,10 @@ def test_asked_once_it_saves_and_goes_on(run, job, tmp_path):
     check_files(folder_of(tmp_path / "run", step))
     said = (tmp_path / "log").read_text().splitlines()
     assert said[-1] == f"saved at step {step}; continue with: safelight train {tmp_path}/run/config.toml --resume"
+    started = json.loads((tmp_path / "run" / "environment.json").read_text())["started"]
     assert run(**job(step_s=0, once="run.toml")) == 0
+    # the start of the run, not of the resume
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["started"] == started
     assert events_logged(tmp_path / "run") == [("stopped", step), ("resumed", step)]
     assert list_checkpoints(tmp_path / "run")[-1] == 6
     assert steps_logged(tmp_path / "run") == list(range(1, 7))

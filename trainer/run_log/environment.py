@@ -16,6 +16,7 @@ import safelight
 from safelight.text import counted
 from safelight.untrusted import path_in, read_json_object
 
+FILE_NAME = "environment.json"
 # keys of environment.json: the order of an epoch's batches, what choose_attention decided, the plan of the GPU's memory
 EPOCH_ORDER = "epoch_order"
 ATTENTION = "attention_choice"
@@ -67,12 +68,24 @@ def recorded_attention(run_dir: Path) -> dict | None:
 
 def recorded(run_dir: Path, key: str) -> dict | None:
     """Return a table of a run's environment.json; None if missing, {"unreadable": path} if the file is damaged."""
-    path = run_dir / "environment.json"
     try:
-        value = read_json_object(path_in(run_dir, path.name)).get(key)
+        value = _entry(run_dir, key)
     except FileNotFoundError:
         return None
     except (OSError, ValueError):
-        # choose_attention reports it
-        return {"unreadable": str(path)}
-    return value if value is None or isinstance(value, dict) else {"unreadable": str(path)}
+        value = ""
+    # choose_attention reports it
+    return value if value is None or isinstance(value, dict) else {"unreadable": str(run_dir / FILE_NAME)}
+
+
+def recorded_start(run_dir: Path) -> str | None:
+    """Return when a run was started first, as its environment.json says; None if that is unknown."""
+    try:
+        value = _entry(run_dir, "started")
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, str) else None
+
+
+def _entry(run_dir: Path, key: str) -> object:
+    return read_json_object(path_in(run_dir, FILE_NAME)).get(key)

@@ -7,7 +7,7 @@ finite loss with its weights (evaluate.check_weights), so rotation never replace
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,9 @@ MAX_SKIPS_IN_A_ROW = 50
 # A held-out loss this many times the base's is reported. Every validation repeats the same noise, so it barely
 # fluctuates, and overfitting raises it by tens of percent: twice the squared error is a UNet that is being damaged.
 HELD_OUT_FACTOR = 2.0
+# A UNet that predicts nothing has a mean squared error of 1, the variance of its target. Weights with ten times that on
+# one photograph are ruined, if finite: they are saved, but never gone on from, nor kept in place of a sound checkpoint
+MAX_PROBED_LOSS = 10.0
 # suggested learning rate relative to the one that diverged
 SMALLER = 0.1
 MAX_NAMES = 3
@@ -91,16 +94,27 @@ def is_risen(loss: float, base_loss: float | None) -> bool:
 
 
 def explain(
-    failure: NotFinite, run_dir: Path, config: Config, precision: str, stage: int, held_out: Mapping[int, float]
+    failure: NotFinite,
+    run_dir: Path,
+    config: Config,
+    precision: str,
+    stage: int,
+    held_out: Mapping[int, float],
+    ruined: Collection[int],
 ) -> str:
     """Return the line that ends a run: what happened, the likely cause, and the command that goes on.
 
     config: as the user wrote it. precision: fp32, bf16 or fp16. stage: the one the run was in. held_out: step ->
-    held-out loss of the run's validations, by which a checkpoint far above the base is not one to go on from.
+    held-out loss of the run's validations; ruined: steps whose weights were ruined when they were saved. By
+    these a checkpoint that is finite but far worse than the base is not one to go on from.
     """
     what = f"step {failure.step}: {failure.what}"
     steps = list_checkpoints(run_dir)
-    sound = [s for s in steps if s <= failure.last_sound and not is_risen(held_out.get(s, 0.0), held_out.get(0))]
+    sound = [
+        step
+        for step in steps
+        if step <= failure.last_sound and step not in ruined and not is_risen(held_out.get(step, 0.0), held_out.get(0))
+    ]
     newest = sound[-1] if sound else None
     aside = [folder_of(run_dir, step) for step in steps if newest is None or step > newest]
     if failure.photos:

@@ -14,7 +14,7 @@ from safelight.data.atomic import atomic_write_text
 from safelight.data.cache import Sample
 from safelight.text import counted
 from safelight.trainer.checkpoint.files import Position
-from safelight.trainer.divergence import NotFinite, is_risen
+from safelight.trainer.divergence import MAX_PROBED_LOSS, NotFinite, is_risen
 from safelight.trainer.inference.gallery import Drawn, file_name, save_png
 from safelight.trainer.inference.sampling import SAMPLE_BATCH_SIZE, NotFinitePicture, generate, settings_of
 from safelight.trainer.job import Job
@@ -86,8 +86,11 @@ def describe_validation(before: Position, held_out: Validation, trained_on: Vali
     return f"{line}; training photographs {trained_on.loss:.4f}"
 
 
-def check_weights(job: Job, position: Position) -> None:
-    """Raise NotFinite if the UNet gives no finite loss with its present weights. Called before they are saved."""
+def check_weights(job: Job, position: Position) -> bool:
+    """Return whether the UNet's present weights, which are about to be saved, are ruined.
+
+    Raises NotFinite if they give no finite loss at all.
+    """
     context = job.models.context
     # one forward pass; more only if the first photograph is at fault
     for sample in job.train_subset[:MAX_PROBES]:
@@ -103,9 +106,9 @@ def check_weights(job: Job, position: Position) -> None:
             )
         except torch.OutOfMemoryError:
             # no room for it beside what is held: the steps so far have been finite
-            return
+            return False
         if not result.not_finite:
-            return
+            return result.loss > MAX_PROBED_LOSS
     what = f"with the weights after step {position.step} no loss is finite"
     raise NotFinite(position.step, what, position.step - 1)
 

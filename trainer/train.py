@@ -97,7 +97,7 @@ def _diverged(job: Job, failure: NotFinite) -> Diverged:
     """Return the error for a run that has diverged, after logging it. Called once the saver has finished."""
     run, metrics = job.run, job.progress.metrics
     stage = job.timeline.stage_of_step(failure.step)
-    message = explain(failure, run.run_dir, run.user_config, run.precision, stage, metrics.held_out)
+    message = explain(failure, run.run_dir, run.user_config, run.precision, stage, metrics.held_out, job.saver.ruined)
     metrics.write("event", failure.step, event="diverged", detail=message)
     return Diverged(message)
 
@@ -278,6 +278,6 @@ def _save(job: Job, position: Position) -> None:
     if job.saver.requested_step == position.step:
         return
     with job.progress.clock_paused():
-        check_weights(job, position)
+        is_ruined = check_weights(job, position)
         state = {**job.models.live_state(), **job.progress.unlogged.state()}
-        job.saver.save(job.models.trained, state, position)
+        job.saver.save(job.models.trained, state, position, is_ruined)

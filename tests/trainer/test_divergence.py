@@ -84,12 +84,20 @@ def test_few_names_are_listed():
 CONFIG = {"optimizer": {"lr": 1e-3}, "stage": [{"epochs": 2}, {"epochs": 1, "lr": 1e-4}]}
 
 
-def explained(tmp_path: Path, failure: NotFinite, *steps: int, precision: str = "fp32", stage: int = 0, held_out=None):
+def explained(
+    tmp_path: Path,
+    failure: NotFinite,
+    *steps: int,
+    precision: str = "fp32",
+    stage: int = 0,
+    held_out: dict | None = None,
+    ruined: tuple[int, ...] = (),
+) -> str:
     """Return the explanation for a run in `tmp_path` with checkpoints of these steps."""
     for number in steps:
         folder_of(tmp_path, number).mkdir(parents=True)
         (folder_of(tmp_path, number) / "state.json").touch()
-    return explain(failure, tmp_path, parse_config(CONFIG, "test"), precision, stage, held_out or {})
+    return explain(failure, tmp_path, parse_config(CONFIG, "test"), precision, stage, held_out or {}, ruined)
 
 
 def test_the_newest_sound_checkpoint_is_the_one_to_go_on_from(tmp_path):
@@ -102,6 +110,12 @@ def test_the_newest_sound_checkpoint_is_the_one_to_go_on_from(tmp_path):
         f"step 3, the last sound checkpoint, with a smaller rate: {moves} && safelight train {tmp_path}/config.toml "
         "--resume --optimizer.lr 0.0001"
     )
+
+
+def test_a_checkpoint_that_was_saved_ruined_is_not_one_to_go_on_from(tmp_path):
+    """Its loss was finite, but worse than predicting nothing."""
+    line = explained(tmp_path, NotFinite(9, "x", 9), 1, 2, 3, ruined=(3,))
+    assert f"go on from step 2, the last sound checkpoint, with a smaller rate: mv {folder_of(tmp_path, 3)} " in line
 
 
 def test_a_stage_with_its_own_rate_gets_its_own_option(tmp_path):
@@ -154,7 +168,8 @@ def test_a_run_that_diverges_can_go_on_as_it_says(config, tmp_path, monkeypatch)
     called = call("train", tmp_path / "run.toml")
     assert called.status == 3
     run_dir = tmp_path / "run"
-    (kept,) = list_checkpoints(run_dir)
+    # step 3 is the first with the high rate: its weights are ruined, and it does not replace the last sound checkpoint
+    assert list_checkpoints(run_dir) == [2, 3]
     line = called.line("safelight train: step ").removeprefix("safelight train: ")
     assert events(run_dir)["diverged"] == line
     assert called.err.endswith(f"{line}\n")
@@ -164,11 +179,20 @@ def test_a_run_that_diverges_can_go_on_as_it_says(config, tmp_path, monkeypatch)
     for name, source, target in moves:
         assert name == "mv"
         shutil.move(source, target)
+    assert list_checkpoints(run_dir) == [2]
     assert shlex.join(command) == f"safelight train {run_dir}/config.toml --resume --stage.1.lr 0.1"
-    again = call(*command[1:-1], "1e-5", "--train.max-steps", kept + 1)
+    again = call(*command[1:-1], "1e-5", "--train.max-steps", 3)
     assert again.status == 0
-    assert again.line("peak learning rate") == "stage 2: peak learning rate 1e-05 instead of 1"
-    assert events(run_dir)["learning rate changed"] == "stage 2: peak learning rate 1e-05 instead of 1"
+    rates = [row["lr"] for row in map(json.loads, (run_dir / "metrics.jsonl").open()) if row["kind"] == "train"]
+    assert rates == [1e-5]
+
+
+def test_a_changed_rate_is_said_and_recorded(config, tmp_path, capsys):
+    train(config(train={"max_steps": 1}))
+    train(config(train={"max_steps": 2}, optimizer={"lr": 1e-5}), resume=True)
+    change = "stage 1: peak learning rate 1e-05 instead of 0.0001"
+    assert change in capsys.readouterr().err
+    assert events(tmp_path / "run")["learning rate changed"] == change
 
 
 def test_weights_that_are_not_finite_are_never_saved(config, tmp_path, monkeypatch):

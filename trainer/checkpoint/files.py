@@ -310,10 +310,11 @@ def load_checkpoint(run_dir: Path, step: int, trained: Trained) -> tuple[dict[st
         raise _damaged(folder, f"state.safetensors is not readable ({error})") from None
 
 
-def prune(run_dir: Path, keep: int, best_step: int) -> None:
-    """Delete all checkpoints except the last `keep` and the best, and what is left of unfinished ones."""
+def prune(run_dir: Path, keep: int, best_step: int, sound_step: int = -1) -> None:
+    """Delete all checkpoints except the last `keep`, the best and the last sound one, and what is left of unfinished
+    ones."""
     steps = list_checkpoints(run_dir)
-    for step in set(steps[:-keep]) - {best_step}:
+    for step in set(steps[:-keep]) - {best_step, sound_step}:
         # state.json first, so that a kill in the middle leaves no folder that looks complete
         (folder_of(run_dir, step) / "state.json").unlink()
     _remove_unfinished(run_dir)

@@ -42,7 +42,7 @@ class Saver:
     """Saves a run's checkpoints. A context manager: on exit the last save is complete, or its failure is reported.
 
     say: prints a message. saved_step: step of the newest complete checkpoint on disk. requested_step: step of the
-    newest requested one. Both are -1 before the first.
+    newest requested one. Both are -1 before the first. ruined: steps whose weights were ruined when they were saved.
     """
 
     run_dir: Path
@@ -53,6 +53,8 @@ class Saver:
     device: torch.device
     saved_step: int = -1
     requested_step: int = field(init=False)
+    ruined: set[int] = field(default_factory=set)
+    _sound_step: int = field(init=False)
     _buffers: SnapshotBuffers = field(init=False)
     _is_kept: bool = False
     _in_flight: Future | None = None
@@ -61,7 +63,7 @@ class Saver:
     _is_abandoned: bool = False
 
     def __post_init__(self):
-        self.requested_step = self.saved_step
+        self.requested_step = self._sound_step = self.saved_step
         self._buffers = SnapshotBuffers(is_pinned=False)
 
     def reserve(self, trained: Trained, state: dict[str, Tensor]) -> None:
@@ -90,13 +92,18 @@ class Saver:
             reason = str(error).splitlines()[0]
             self.say(f"host memory for checkpoints cannot be pinned, so saves interrupt training for longer ({reason})")
 
-    def save(self, trained: Trained, state: dict[str, Tensor], position: Position) -> None:
-        """Copy a checkpoint's tensors and start writing them. The tensors may change once this returns."""
+    def save(self, trained: Trained, state: dict[str, Tensor], position: Position, is_ruined: bool = False) -> None:
+        """Copy a checkpoint's tensors and start writing them. The tensors may change once this returns.
+
+        is_ruined: the newest checkpoint that is not ruined is kept beside it.
+        """
         self.wait()
         weights = {f"{TRAINED}{name}": x for name, x in trained.tensors().items()}
         assert not weights.keys() & state.keys()
         snapshot = Snapshot({**weights, **state}, self._buffers)
         self.requested_step = position.step
+        if is_ruined:
+            self.ruined.add(position.step)
         self._start(f"the checkpoint of step {position.step}", lambda: self._write(trained, snapshot, position))
 
     def check(self) -> None:
@@ -171,7 +178,9 @@ class Saver:
             write = partial(trained.write, tensors=weights)
             save_checkpoint(self.run_dir, write, state, position, self.identity, self._raise_if_abandoned)
             self.saved_step = position.step
-            prune(self.run_dir, self.keep, position.best_step)
+            if position.step not in self.ruined:
+                self._sound_step = position.step
+            prune(self.run_dir, self.keep, position.best_step, self._sound_step)
         finally:
             if not self._is_kept:
                 self._buffers.release()

@@ -251,7 +251,7 @@ def _print_plan(result: dict) -> None:
         path = result["dataset path"]
         print(fill(f"No dataset in {path} yet; with one, the plan also shows steps and disk space."))
     for note in result["notes"]:
-        print_line(f"note: {note}")
+        print(fill(f"note: {note}"))
 
 
 def train(argv: list[str]) -> int:

@@ -67,11 +67,12 @@ def load_state(optimizer: AdamW8bit, index: int, state: dict[str, Tensor]) -> No
     """
     p, moments = optimizer.parameters[index], optimizer.moments[index]
     optimizer.synchronize()
-    count = _part(state, "step")
+    # bitsandbytes keeps a plain integer
+    count = torch.as_tensor(_part(state, "step"))
     is_number = count.numel() == 1 and count.dtype in (torch.int64, torch.int32, torch.float32)
     step = int(count) if is_number and torch.isfinite(count).all() else -1
     if not 0 <= step < MAX_STEPS:
-        raise UserError("its step is no count")
+        raise UserError("its step is not a number of steps")
     loaded = []
     for number, signed in enumerate(SIGNED, start=1):
         target, scales = getattr(moments, f"state{number}"), getattr(moments, f"absmax{number}")

@@ -67,9 +67,9 @@ class Position:
         for name in ("step", "epoch", "step_in_epoch", "stage", "best_step"):
             value, low = getattr(position, name), -1 if name == "best_step" else 0
             if type(value) is not int or not low <= value <= MAX_STEP:
-                raise ValueError(f"{MISFIT}: {name} is no count")
+                raise ValueError(f"{MISFIT}: {name} is not a whole number in its range")
         if position.best_loss is not None and type(position.best_loss) not in (int, float):
-            raise ValueError(f"{MISFIT}: best_loss is no number")
+            raise ValueError(f"{MISFIT}: best_loss is not a number")
         if type(position.unmeasured) is not bool:
             raise ValueError(f"{MISFIT}: unmeasured is neither true nor false")
         return position

@@ -51,7 +51,7 @@ class Identity:
             raise ValueError("its identity's settings, stages or data are malformed")
         numbers = [settings.get("loss.min_snr_gamma", 0), *(stage.get("lr", 0) for stage in stages)]
         if not all(type(value) in (int, float) for value in numbers):
-            raise ValueError("its identity's loss.min_snr_gamma or a stage's lr is no number")
+            raise ValueError("its identity's loss.min_snr_gamma or a stage's lr is not a number")
         return cls(settings, stages, data)
 
     @property

@@ -84,7 +84,7 @@ def take_averages(state: dict[str, Tensor], averages: WeightAverages | None) -> 
         _check_form(name, loaded[name], average.shape)
         average.copy_(loaded[name])
     if num_updates.shape != () or num_updates.dtype != torch.int64:
-        raise UserError("the checkpoint's count of averaged steps is no number; resume with train.ema_decay = 0")
+        raise UserError("the checkpoint's count of averaged steps is not a number; resume with train.ema_decay = 0")
     averages.num_updates.copy_(num_updates)
 
 

@@ -111,7 +111,7 @@ def test_an_optimizer_that_cannot_run_has_its_reason_and_the_rest_is_measured(sm
 
     def refuse(module, config, dtype):
         if config.name == "adamw":
-            raise UserError("adamw is not there\nmore")
+            raise UserError("adamw is not there", "more")
         return real(module, config, dtype)
 
     monkeypatch.setattr(optimizers, "make_optimizer", refuse)

@@ -205,6 +205,8 @@ def test_the_command_prints_a_table_and_json(make_config, tmp_path, capsys, monk
     path.write_text(to_toml(make_config()))
     assert main(["plan", str(path), "--optimizer.name", "adamw", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
+    (note,) = printed.pop("notes")
+    assert "fewer photographs than batch_size" in note
     planned = summary(make_config(optimizer={"name": "adamw"}))
     assert printed == with_json_names(planned)
     assert list(printed["bytes"].values()) == list(planned["bytes"].values())

@@ -40,6 +40,7 @@ CANNOT_WRITE = (errno.EROFS, errno.EACCES, errno.EPERM)
 ADVICE = "choose another dataset folder with -o"
 # beyond this aspect ratio even the widest usual bucket, 4 : 1, shows less than half of a photo
 MAX_SEEN_ASPECT = 8
+MIN_MEGAPIXELS = 0.01
 # threads that sync stored files while the next photos are decoded: syncing one by one took half of the total time
 NUM_SYNC_THREADS = 4
 
@@ -177,8 +178,8 @@ def ingest(
     Raises UserError if a source does not exist or lies in the dataset, a setting is out of range, no photo can be
     used, the dataset cannot be written, or another process is preparing it.
     """
-    if not max_megapixels > 0:
-        raise UserError(f"max_megapixels {max_megapixels} is not above 0; use 1.5")
+    if not max_megapixels >= MIN_MEGAPIXELS:
+        raise UserError(f"max_megapixels {max_megapixels} is below {MIN_MEGAPIXELS}, 100 x 100 px; use 1.5")
     if not 1 <= quality <= 100:
         raise UserError(f"quality {quality} is outside 1 to 100; use 95")
     if image_format not in ("jpeg", "webp"):
@@ -186,6 +187,11 @@ def ingest(
     dataset = Path(dataset).resolve()
     if dataset.exists() and not dataset.is_dir():
         raise UserError(f"dataset {dataset} is a file; give a folder")
+    if (dataset / "config.toml").exists() and (dataset / "metrics.jsonl").exists():
+        raise UserError(f"{dataset} is a run folder; {ADVICE}")
+    single = next((source for source in sources if prune and not os.path.isdir(source)), None)
+    if single is not None:
+        raise UserError(f"--prune compares the dataset with whole folders, and {single} is none; give its folder")
     files, readers = find_files(sources, dataset)
 
     def prepare(file: SourceFile, stop: threading.Event) -> PreparedFile | str:

@@ -169,7 +169,7 @@ def read_manifest(dataset: Path, may_be_empty: bool = False) -> list[Photo]:
             except UserError as error:
                 raise UserError(
                     f"{path} line {number}: {error}; fix or delete the line, "
-                    "or delete the file and run `safelight prepare` again"
+                    "or move the file away and run `safelight prepare` again"
                 ) from error
             line_of_file[photo.file] = number
             photos.append(photo)

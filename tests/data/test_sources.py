@@ -14,6 +14,7 @@ import pytest
 from safelight.data import collection as collection_module
 from safelight.data.ingest import ingest
 from safelight.data.manifest import read_manifest
+from safelight.errors import UserError
 from tests.called import call
 
 
@@ -200,7 +201,8 @@ def test_prune_keeps_what_could_not_be_read_or_was_not_looked_for(photos, datase
     assert [item.reason.split("; ")[-1] for item in summary.rejected] == ["the dataset keeps what was prepared earlier"]
     assert contents(dataset) == PICTURES
     # a single file of a folder says nothing about the others
-    ingest([photos / "1.png"], dataset, prune=True)
+    with pytest.raises(UserError, match="whole folders"):
+        ingest([photos / "1.png"], dataset, prune=True)
     assert contents(dataset) == PICTURES
 
 

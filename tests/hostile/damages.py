@@ -232,7 +232,7 @@ DAMAGES = [
         "manifest of garbage, prepared again",
         replace("dataset/manifest.jsonl", b"garbage"),
         "prepare {place}/photos -o {place}/dataset",
-        "delete the file and run `safelight prepare` again",
+        "move the file away and run `safelight prepare` again",
     ),
     Damage(
         "manifest of nothing, prepared again",

@@ -89,6 +89,11 @@ def a_run(folder: Path, config: str) -> Path:
     return folder
 
 
+def a_run_with_metrics(folder: Path) -> Path:
+    (a_run(folder, "") / "metrics.jsonl").write_text("")
+    return folder
+
+
 def based(make: Callable[[Path], list[str]]) -> Callable[[Path], list]:
     return lambda place: ["train", place / "run.toml", *make(place)]
 
@@ -146,7 +151,17 @@ MISTAKES = [
     Mistake(
         "no megapixels",
         lambda place: ["prepare", place / "photos", "-o", place / "dataset", "--max-megapixels", "nan"],
-        "max_megapixels nan is not above 0",
+        "max_megapixels nan is below 0.01",
+    ),
+    Mistake(
+        "dataset in a run folder",
+        lambda place: ["prepare", place / "photos", "-o", a_run_with_metrics(place / "run")],
+        "run is a run folder; choose another dataset folder with -o",
+    ),
+    Mistake(
+        "pruning by one photo",
+        lambda place: ["prepare", next((place / "photos").glob("*.png")), "-o", place / "dataset", "--prune"],
+        "--prune compares the dataset with whole folders, and ",
     ),
     Mistake("unknown table", toml("[trian]\nepochs = 3\n"), "trian is not a setting; did you mean train?"),
     Mistake(

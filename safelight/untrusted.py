@@ -25,7 +25,7 @@ MAX_JSON_BYTES = 2**26
 MAX_TOML_BYTES = 2**20
 # a line of a log; ours have less than 4 KiB
 MAX_LINE_BYTES = 2**16
-# values in a JSON text, each of which takes up to 90 bytes of memory; a split.json of a million photographs has a million
+# values in a JSON text, each of which takes up to 90 bytes of memory; a split.json of a million photographs has as many
 MAX_VALUES = 2**22
 # our own files are nested 6 deep at most
 MAX_NESTING = 64

@@ -5,12 +5,13 @@ import os
 import random
 import shutil
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from safelight.trainer.report import build
+from safelight.trainer.report import build, run_reader
 from safelight.trainer.report.build import build_report, read_run_folder, render
 from safelight.trainer.report.facts import run_time_s
 from safelight.trainer.report.pictures import embed_all
@@ -104,6 +105,50 @@ def test_damage_is_named_in_the_report(little_run, name, content, said):
     top = html[: html.index("<main>")]
     assert "Parts of this run folder could not be read:" in top
     assert said in top
+
+
+def test_records_of_very_many_values_are_named_and_not_held(little_run, monkeypatch):
+    """Three bytes of text take 90 of memory, so that a run folder of 60 MB could take 6 GB."""
+    lists = '{"x": [' + "[]," * 2_000_000 + "0]}"
+    for name in RECORDS:
+        (little_run / name).write_text(lists)
+    samples = little_run / "samples"
+    monkeypatch.setattr(run_reader, "MAX_SAMPLES_BYTES", 2**18)
+    for step in range(1, 10):
+        (samples / f"step-{step:08d}").mkdir()
+        images = '[{"prompt": [' + "[]," * 15_000 + "0]}]"
+        (samples / f"step-{step:08d}" / "index.json").write_text(f'{{"step": {step}, "images": {images}}}')
+    start = time.process_time()
+    tracemalloc.start()
+    run = read_run_folder(little_run)
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert time.process_time() - start < 10
+    assert held < 2**21
+    assert peak < 2**24
+    for name in RECORDS:
+        assert any(problem.startswith(f"{name} could not be read: ") for problem in run.problems)
+    assert any(problem.startswith("samples: only 6 of its 12 folders are read") for problem in run.problems)
+
+
+def test_lines_of_the_metrics_that_are_too_long_or_too_many_are_named(little_run, monkeypatch):
+    path = little_run / "metrics.jsonl"
+    sound = len(read_run_folder(little_run).metrics.times)
+    bands = '{"kind": "train", "step": 1, "loss_by_timestep": [' + "[]," * 3_000_000 + "0]}\n"
+    short = '{"kind": "validation", "split": "held_out", "step": 1, "loss_by_timestep": [' + "[]," * 10**4 + "0]}\n"
+    path.write_text(bands + path.read_text() + short * 20)
+    tracemalloc.start()
+    run = read_run_folder(little_run)
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 2**23
+    assert peak < 2**23
+    assert len(run.metrics.times) == sound + 20
+    assert run.problems == [f"metrics.jsonl: 1 of {sound + 21} lines has more than 65,536 bytes and is left out"]
+    monkeypatch.setattr(run_reader, "MAX_METRICS_VALUES", 50_000)
+    path.write_text(short * 20)
+    run = read_run_folder(little_run)
+    assert run.problems == ["metrics.jsonl: only its first 2 lines are read"]
 
 
 def test_a_loss_of_zero_divides_nothing(little_run):

@@ -270,7 +270,6 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
         "CLIPTokenizer.from_pretrained": "a temporary folder with files made from checked values"
     },
     "trainer/optim/ema.py": {"safe_open": "after path_in and check_regular"},
-    "trainer/report/pictures.py": {"Image.open": "bytes, in the formats of a run's own pictures, for the size alone"},
     "trainer/run_log/environment.py": {".read_text": "/proc"},
 }
 # rooms that read only what they wrote themselves

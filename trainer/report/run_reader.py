@@ -13,6 +13,7 @@ import numpy as np
 
 from safelight.errors import UserError
 from safelight.text import counted
+from safelight.trainer.report.pictures import Work
 from safelight.untrusted import (
     MAX_LINE_BYTES,
     MAX_TOML_BYTES,
@@ -121,6 +122,8 @@ class RunFolder:
     compare: dict | None
     scores: dict | None
     problems: list[str] = field(default_factory=list)
+    # what is left of the work that the page's pictures may take
+    work: Work = field(default_factory=Work)
 
     @property
     def name(self) -> str:

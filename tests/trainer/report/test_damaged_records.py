@@ -4,17 +4,20 @@ import json
 import os
 import random
 import shutil
+import struct
 import time
 import tracemalloc
+import zlib
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from safelight.trainer.report import build, run_reader
+from safelight.data.images import decode
+from safelight.trainer.report import build, pictures, run_reader
 from safelight.trainer.report.build import build_report, read_run_folder, render
 from safelight.trainer.report.facts import run_time_s
-from safelight.trainer.report.pictures import embed_all
+from safelight.trainer.report.pictures import Work, embed_all
 from tests.trainer.damaged_text import replaced, replaced_setting
 from tests.trainer.report.conftest import PROMPTS, write_run
 
@@ -174,9 +177,51 @@ def test_pictures_are_opened_only_in_the_formats_of_a_run(tmp_path, monkeypatch)
     for name in ("PNG", "JPEG", "WEBP"):
         Image.new("RGB", (20, 20)).save(tmp_path / f"good.{name}", name)
     start = time.process_time()
-    pictures = embed_all([*bad, *sorted(tmp_path.glob("good.*"))], (32, 16), 10**6)
+    found = embed_all([*bad, *sorted(tmp_path.glob("good.*"))], (32, 16), 10**6, Work())
     assert time.process_time() - start < 10
-    assert [picture is None for picture in pictures] == [True] * len(bad) + [False] * 3
+    assert [picture is None for picture in found] == [True] * len(bad) + [False] * 3
+
+
+def test_pictures_that_cost_more_than_those_of_a_run_are_not_decoded(tmp_path, monkeypatch):
+    """16-bit colour with transparency, many passes, files that are mostly holes."""
+    pixels, rows = struct.pack(">2I", 64, 64), zlib.compress(bytes(64 * (1 + 8 * 64)))
+    for name, head in (("rgba-16", b"\x10\x06"), ("rgb-16", b"\x10\x02"), ("grey-16", b"\x10\0"), ("bits", b"\1\0")):
+        write_png(tmp_path / f"{name}.png", pixels + head + bytes(3), rows)
+    for mode in ("RGBA", "LA"):
+        Image.new(mode, (64, 64)).save(tmp_path / f"{mode}.png")
+    Image.new("RGB", (1024, 1024)).save(tmp_path / "many-passes.png", "JPEG", progressive=True)
+    Image.new("RGB", (64, 64)).save(tmp_path / "holes.png")
+    os.truncate(tmp_path / "holes.png", 2**26)
+    bad = sorted(tmp_path.glob("*.png"))
+    for mode in ("RGB", "L", "P"):
+        Image.linear_gradient("L").convert(mode).save(tmp_path / f"good-{mode}.png")
+    good = sorted(tmp_path.glob("good-*.png"))
+    decoded = []
+    monkeypatch.setattr(pictures, "decode", lambda content, **options: decoded.append(content) or decode(content))
+    found = embed_all([*bad, *good], (32, 16), 10**6, Work())
+    assert [picture is None for picture in found] == [True] * len(bad) + [False] * 3
+    assert decoded == [path.read_bytes() for path in good]
+
+
+def write_png(path: Path, header: bytes, rows: bytes) -> None:
+    chunks = ((b"IHDR", header), (b"IDAT", rows), (b"IEND", b""))
+    parts = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    ]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+
+
+def test_the_pictures_of_all_sections_share_one_bound(little_run, monkeypatch):
+    """Of 32 x 32 px each: four of pairs, six samples, an example."""
+    decoded = []
+    monkeypatch.setattr(pictures, "decode", lambda content, **options: decoded.append(content) or decode(content))
+    render(read_run_folder(little_run))
+    assert len(decoded) == 11
+    decoded.clear()
+    run = read_run_folder(little_run)
+    run.work.num_pixels = 7 * 2000
+    assert "missing" in render(run)
+    assert 7 <= len(decoded) <= 14 * 1000 / 1024
 
 
 def test_links_out_of_the_run_folder_are_not_followed(little_run, tmp_path):

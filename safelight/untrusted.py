@@ -14,6 +14,7 @@ import math
 import os
 import stat
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,6 +23,10 @@ from safelight.errors import UserError
 # the largest record, a split.json that names a million photographs, has about 60 MiB
 MAX_JSON_BYTES = 2**26
 MAX_TOML_BYTES = 2**20
+# a line of a log; ours have less than 4 KiB
+MAX_LINE_BYTES = 2**16
+# values in a JSON text, each of which takes up to 90 bytes of memory; a split.json of a million photographs has as many
+MAX_VALUES = 2**22
 # our own files are nested 6 deep at most
 MAX_NESTING = 64
 # a dotted key of n parts costs tomllib time and memory of order n^2
@@ -168,6 +173,21 @@ def read_bytes(path: Path, max_bytes: int | None = None) -> bytes:
         return file.read()
 
 
+def read_lines(path: Path, max_bytes: int, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[bytes | None]:
+    """Yield the lines of a regular file, each with its newline; None for one of more than max_line_bytes.
+
+    Only one line is held in memory at a time. Raises as `open_regular`, when the first line is asked for.
+    """
+    with open_regular(path, max_bytes) as file:
+        while line := file.readline(max_line_bytes + 1):
+            if len(line) <= max_line_bytes:
+                yield line
+                continue
+            while line and not line.endswith(b"\n"):
+                line = file.readline(2**20)
+            yield None
+
+
 def _bounded_int(text: str) -> int:
     if len(text) > 20 or abs(int(text)) > MAX_INT:
         raise ValueError(f"the number {text[:20]} is too large")
@@ -189,13 +209,23 @@ def _no_constant(text: str) -> float:
     raise ValueError(f"{text} is not a number")
 
 
-def parse_json(content: bytes | str, allow_nan: bool = False, clamp_ints: bool = False) -> Any:
+def count_values(content: bytes | str) -> int:
+    """Return a number that a JSON text's values do not exceed, without parsing it. Commas inside texts count."""
+    marks = (b",", b"[", b"{") if isinstance(content, bytes) else (",", "[", "{")
+    return 1 + sum(map(content.count, marks))
+
+
+def parse_json(
+    content: bytes | str, allow_nan: bool = False, clamp_ints: bool = False, max_values: int = MAX_VALUES
+) -> Any:
     """Return the value of a JSON text: numbers up to MAX_INT or finite in float64, nested at most MAX_NESTING deep.
 
     allow_nan: accept the words NaN, Infinity and -Infinity, which Python writes into logs. clamp_ints: return MAX_INT
-    for larger integers, with which other programs mean "no limit". Raises UnsafeFile with what
-    is wrong, in words that follow "FILE is not valid JSON: ".
+    for larger integers, with which other programs mean "no limit". max_values: the most values that it may have, as
+    `count_values` counts. Raises UnsafeFile with what is wrong, in words that follow "FILE is not valid JSON: ".
     """
+    if count_values(content) > max_values:
+        raise UnsafeFile(f"it has more than {max_values:,} values")
     try:
         text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
         value = json.loads(

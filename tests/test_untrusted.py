@@ -146,6 +146,28 @@ def test_nothing_but_a_regular_file_is_appended_to(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_lines_over_their_limit_are_passed_over_without_being_held(tmp_path):
+    path = tmp_path / "log"
+    path.write_bytes(b"1234\n\n" + b"x" * 5 + b"\n12\n" + b"y" * 2**21 + b"\n" + b"z" * 5 + b"\nend")
+    assert list(untrusted.read_lines(path, 2**22, 5)) == [b"1234\n", b"\n", None, b"12\n", None, None, b"end"]
+    path.write_bytes(b"z" * 6)
+    assert list(untrusted.read_lines(path, 6, 5)) == [None]
+    with pytest.raises(UnsafeFile, match="over the limit of 5"):
+        next(untrusted.read_lines(path, 5))
+
+
+def test_json_of_very_many_values_is_refused_before_it_is_parsed():
+    """Three bytes of text take 90 of memory."""
+    for content in (b"[" + b"[]," * 2**22 + b"0]", "[" + "0," * 2**22 + "0]", b"[" + b"{}," * 2**22 + b"0]"):
+        start = time.process_time()
+        with pytest.raises(UnsafeFile, match="more than 4,194,304 values"):
+            untrusted.parse_json(content)
+        assert time.process_time() - start < 1
+    assert untrusted.parse_json("[[], {}, 1]", max_values=6) == [[], {}, 1]
+    with pytest.raises(UnsafeFile, match="more than 5 values"):
+        untrusted.parse_json("[[], {}, 1]", max_values=5)
+
+
 @pytest.mark.parametrize(
     "text",
     ["[" * 100_000, "[" * 65 + "]" * 65, "1e999", "9" * 400, str(2**64), "NaN", "[Infinity]", "{", "", "\xff"],
@@ -248,7 +270,6 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
         "CLIPTokenizer.from_pretrained": "a temporary folder with files made from checked values"
     },
     "trainer/optim/ema.py": {"safe_open": "after path_in and check_regular"},
-    "trainer/report/pictures.py": {"Image.open": "bytes, in the formats of a run's own pictures, for the size alone"},
     "trainer/run_log/environment.py": {".read_text": "/proc"},
 }
 # rooms that read only what they wrote themselves

@@ -3,7 +3,7 @@
 A checkpoint is written to a temporary folder beside its final one, synced to disk and renamed. state.json is written
 last and holds the SHA-256 of every other file and of itself; a folder without it is incomplete and ignored, as are
 names other than `step-` and eight digits. A run folder may come from somebody else: the checksums only tell damage,
-so everything in state.json is checked, and no path may lead out of the run folder.
+so everything in state.json is checked, no path may lead out of the run folder, and sizes are checked before hashing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,12 +26,18 @@ from safelight.data.atomic import atomic_write_text, sync_folder
 from safelight.errors import UserError
 from safelight.trainer.adapters.trained import Trained
 from safelight.trainer.checkpoint.identity import Identity
-from safelight.untrusted import check_regular, open_regular, path_in, read_json_object
+from safelight.trainer.models.tensor_files import TensorFile
+from safelight.untrusted import UnsafeFile, check_regular, open_regular, path_in, read_json_object
 
 FORMAT = 1
 # a state.json has 3 KB
 MAX_RECORD_BYTES = 2**22
-MAX_FILES = 1000
+# ours have three
+MAX_FILES = 100
+# of all files: SDXL's UNet in fp32 with its optimizer state and averages has 51 GB
+MAX_TOTAL_BYTES = 2**36
+# a file without tensors: unet/config.json has 2 KB
+MAX_OTHER_BYTES = 2**20
 # a step's folder has eight digits
 MAX_STEP = 10**8 - 1
 # key of state.json's own checksum; the oldest checkpoints have none
@@ -247,14 +253,37 @@ def _flaw(folder: Path) -> str:
     """Return what is wrong with a checkpoint's files, '' if they are intact."""
     try:
         record = _record(folder)
+        paths = {name: path_in(folder, name) for name in record["sha256"]}
+        # hashing a sparse file of terabytes, which costs its sender nothing, would take hours
+        if flaw := _size_flaw(paths):
+            return flaw
         for name, digest in record["sha256"].items():
-            path = path_in(folder, name)
-            if not path.is_file() or _digest(path) != digest:
+            if _digest(paths[name]) != digest:
                 return f"{name} is missing or its checksum differs"
     except _OtherFormat as other:
         return f"it has format {other}"
     except (*UNREADABLE, OSError) as error:
         return f"state.json is not readable ({error})"
+    return ""
+
+
+def _size_flaw(paths: Mapping[str, Path]) -> str:
+    """Return which of a checkpoint's files is missing or of another size than it must have, '' if none is."""
+    num_bytes = 0
+    for name, path in paths.items():
+        if not path.is_file():
+            return f"{name} is missing or its checksum differs"
+        size = path.stat().st_size
+        num_bytes += size
+        if path.suffix == ".safetensors":
+            try:
+                TensorFile(path)
+            except UnsafeFile as error:
+                return f"{name} is not a whole .safetensors file ({error})"
+        elif size > MAX_OTHER_BYTES:
+            return f"{name} has {size:,} bytes, over the limit of {MAX_OTHER_BYTES:,}"
+    if num_bytes > MAX_TOTAL_BYTES:
+        return f"its files have {num_bytes:,} bytes, over the limit of {MAX_TOTAL_BYTES:,}"
     return ""
 
 

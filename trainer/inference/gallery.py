@@ -20,7 +20,7 @@ from safelight.data.atomic import atomic_write_bytes, atomic_write_text
 from safelight.text import storable
 from safelight.trainer.inference.sampling import Settings
 from safelight.trainer.report.markup import Markup, join, prompt_markup, shorten, tag
-from safelight.trainer.report.pictures import Picture, embed_all, placeholder
+from safelight.trainer.report.pictures import Picture, Work, embed_all, placeholder
 from safelight.trainer.report.theme import CSS, JS, content_security_policy
 from safelight.untrusted import UnsafeFile, path_in, read_json_object
 
@@ -173,7 +173,7 @@ def write_page(folder: Path, title: str, drawn: Sequence[Drawn]) -> Path:
     It contains small copies of the images, so that it can be sent alone; each links to its file.
     """
     shown = drawn[-MAX_SHOWN:]
-    pictures = embed_all([folder / image.file for image in shown], EDGES_PX, BUDGET_BYTES)
+    pictures = embed_all([folder / image.file for image in shown], EDGES_PX, BUDGET_BYTES, Work())
     cells: dict[tuple[str, tuple], list[Markup]] = {}
     cuts: dict[str, str] = {}
     for image, picture in zip(shown, pictures, strict=True):

@@ -47,7 +47,7 @@ AFTER_THE_BEST = {
 # with fewer held-out photographs than this, percentages get a caveat
 FEW_HELD_OUT = 10
 MAX_PROBLEMS = 20
-# events that the page shows at its very top -> what they mean
+# events that the page shows at its very top -> what they mean; a run that was resumed has left its divergence behind
 GRAVE_EVENTS = {
     "diverged": "This run diverged: its loss or its weights are no longer finite numbers.",
     "held-out loss rose": "Held-out loss rose far above that of the base model.",
@@ -223,9 +223,10 @@ def _from_scratch(run: RunFolder) -> Markup | None:
 def _grave_events(run: RunFolder) -> list[Markup]:
     """Return a banner for each kind of GRAVE_EVENTS that the run logged, with the last such event's details."""
     banners = []
+    last = {event.get("event"): place for place, event in enumerate(run.metrics.events)}
     for name, title in GRAVE_EVENTS.items():
-        event = next((event for event in reversed(run.metrics.events) if event.get("event") == name), None)
-        if event is not None:
+        if name in last and not (name == "diverged" and last.get("resumed", -1) > last[name]):
+            event = run.metrics.events[last[name]]
             detail = shorten(event.get("detail") or "no details were logged", 1000)
             detail = detail[0].upper() + detail[1:]
             banners.append(tag("div", tag("strong", title), tag("p", detail), class_="alert grave", role="alert"))

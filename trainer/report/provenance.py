@@ -271,7 +271,10 @@ def _examples(examples: list[dict], run: RunFolder) -> Markup:
         return empty_state("No example photographs were saved.")
     shown = examples[:MAX_EXAMPLES]
     pictures = embed_all(
-        [inside(run.path, ".", example.get("file")) for example in shown], EXAMPLE_EDGES_PX, EXAMPLES_BUDGET_BYTES
+        [inside(run.path, ".", example.get("file")) for example in shown],
+        EXAMPLE_EDGES_PX,
+        EXAMPLES_BUDGET_BYTES,
+        run.work,
     )
     cards = []
     for example, picture in zip(shown, pictures, strict=True):

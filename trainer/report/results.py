@@ -47,7 +47,7 @@ def samples_section(run: RunFolder, best_step: int | None) -> Markup:
     cuts = {_prompt_key(image): _cut_after(image) for sample in chosen for image in sample.images}
     cells = [(sample, key) for key in shown_keys for sample in chosen]
     pictures = embed_all(
-        [files.get((sample.step, key)) for sample, key in cells], SAMPLE_EDGES_PX, SAMPLES_BUDGET_BYTES
+        [files.get((sample.step, key)) for sample, key in cells], SAMPLE_EDGES_PX, SAMPLES_BUDGET_BYTES, run.work
     )
     by_cell = {(sample.step, key): picture for (sample, key), picture in zip(cells, pictures, strict=True)}
     head = [
@@ -84,7 +84,7 @@ def _pairs(run: RunFolder) -> Markup:
         return empty_state("Base and trained model have not been compared yet; ", command, " does that.")
     chosen = [pairs[i] for i in evenly_chosen(len(pairs), MAX_PAIRS)]
     paths = [inside(run.path, "compare", pair.get(side)) for pair in chosen for side in ("base", "trained")]
-    pictures = embed_all(paths, PAIR_EDGES_PX, PAIRS_BUDGET_BYTES)
+    pictures = embed_all(paths, PAIR_EDGES_PX, PAIRS_BUDGET_BYTES, run.work)
     base_name = "Base, untrained" if run.model.get("from_scratch") else "Base"
     step = number(run.compare.get("step"))
     trained_name = "Trained" if math.isnan(step) else f"Trained, step {step:,.0f}"

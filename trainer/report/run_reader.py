@@ -13,7 +13,18 @@ import numpy as np
 
 from safelight.errors import UserError
 from safelight.text import counted
-from safelight.untrusted import MAX_JSON_BYTES, MAX_TOML_BYTES, UnsafeFile, parse_json, parse_toml, path_in, read_bytes
+from safelight.trainer.report.pictures import Work
+from safelight.untrusted import (
+    MAX_LINE_BYTES,
+    MAX_TOML_BYTES,
+    UnsafeFile,
+    count_values,
+    parse_json,
+    parse_toml,
+    path_in,
+    read_bytes,
+    read_lines,
+)
 
 TRAIN_COLUMNS = ("step", "epoch", "stage", "loss", "lr", "grad_norm", "images_per_s", "memory_gib", "time")
 SPLITS = ("held_out", "train_subset")
@@ -24,8 +35,17 @@ MAX_STAGES = 200
 MAX_BANDS = 64
 MAX_METRICS_BYTES = 2**28
 MAX_LINES = 1_000_000
-MAX_INDEX_BYTES = 2**22
+# of all lines; a million training lines have ten million
+MAX_METRICS_VALUES = 20_000_000
+# of a record: environment.json has 5 KB, but data.json lists every rejected file, 100,000 in 16 MiB
+MAX_RECORD_BYTES = 2**20
+MAX_DATA_BYTES = 2**24
+MAX_COMPARE_BYTES = 2**22
+MAX_RECORD_VALUES = 2**20
+# of the index.json files of all samples: 5000 of them with five prompts each have 6 MB
+MAX_SAMPLES_BYTES = 2**24
 MAX_SAMPLE_SETS = 5000
+MAX_IMAGES = 1000
 MAX_VALIDATIONS = 2000
 MAX_EVENT_CHARACTERS = 2000
 # the fields that the report looks into -> their type; `list` means a list of objects
@@ -38,9 +58,13 @@ FIELDS = {
         **dict.fromkeys(("buckets", "examples", "rejected"), list),
     },
     "compare/index.json": {"step": int, "pairs": list},
-    "scores.json": {"interval": str, "num_samples": int, "rows": list},
+    "scores.json": {"interval": str, "num_samples": int, "rows": list, "notes": object},
     "samples": {"step": int, "epoch": float, "images": list},
 }
+# of an image in the index.json of samples
+IMAGE_FIELDS = ("file", "prompt", "seed", "cfg", "num_steps", "cut_after")
+# records whose every field is shown; of the others, only FIELDS are kept
+SHOWN_WHOLE = ("environment.json", "model.json")
 TYPE_NAMES = {str: "text", bool: "true or false", int: "a count", float: "a number", list: "a list of objects"}
 
 
@@ -98,6 +122,8 @@ class RunFolder:
     compare: dict | None
     scores: dict | None
     problems: list[str] = field(default_factory=list)
+    # what is left of the work that the page's pictures may take
+    work: Work = field(default_factory=Work)
 
     @property
     def name(self) -> str:
@@ -122,8 +148,8 @@ def read_run_folder(run_dir: Path) -> RunFolder:
         model=_read_object(run_dir, "model.json", problems) or {},
         metrics=_read_metrics(run_dir, problems),
         samples=_read_samples(run_dir, problems),
-        data=_read_object(run_dir, "data.json", problems),
-        compare=_read_object(run_dir, "compare/index.json", problems),
+        data=_read_object(run_dir, "data.json", problems, MAX_DATA_BYTES),
+        compare=_read_object(run_dir, "compare/index.json", problems, MAX_COMPARE_BYTES),
         scores=_read_object(run_dir, "scores.json", problems),
         problems=problems,
     )
@@ -198,13 +224,16 @@ def _read_config(run_dir: Path, problems: list[str]) -> tuple[dict, str]:
         return {}, text
 
 
-def _read_object(run_dir: Path, name: str, problems: list[str], kind: str = "") -> dict | None:
+def _read_object(
+    run_dir: Path, name: str, problems: list[str], max_bytes: int = MAX_RECORD_BYTES, kind: str = ""
+) -> dict | None:
     """Return a record without the fields of another type than FIELDS says, which are named in `problems`.
 
     kind: its key in FIELDS, '' for its name.
     """
     try:
-        value = parse_json(_read(run_dir, name, MAX_INDEX_BYTES if kind else MAX_JSON_BYTES), allow_nan=True)
+        content = _read(run_dir, name, max_bytes)
+        value = parse_json(content, allow_nan=True, max_values=MAX_RECORD_VALUES)
     except FileNotFoundError:
         return None
     except UnsafeFile as error:
@@ -213,7 +242,10 @@ def _read_object(run_dir: Path, name: str, problems: list[str], kind: str = "") 
     if not isinstance(value, dict):
         problems.append(f"{name} could not be read: it does not contain a JSON object")
         return None
-    for key, expected in FIELDS[kind or name].items():
+    fields = FIELDS[kind or name]
+    if name not in SHOWN_WHOLE:
+        value = {key: item for key, item in value.items() if key in fields}
+    for key, expected in fields.items():
         if value.get(key) is not None and not _is(value[key], expected):
             problems.append(f"{name}: {key} is not {TYPE_NAMES[expected]} and is left out")
             del value[key]
@@ -249,12 +281,11 @@ def _read_metrics(run_dir: Path, problems: list[str]) -> Metrics:
         elif row.get("kind") == "train":
             train[step] = row
         elif row.get("kind") == "validation" and row.get("split") in SPLITS:
-            bands = row.get("loss_by_timestep")
             validation[row["split"]][step] = Validation(
                 step=step,
                 epoch=number(row.get("epoch")),
                 loss=number(row.get("loss")),
-                loss_by_timestep=tuple(map(number, bands[:MAX_BANDS])) if isinstance(bands, list) else (),
+                loss_by_timestep=row.get("loss_by_timestep", ()),
                 num_images=int(number(row["num_images"])) if _is(row.get("num_images"), int) else 0,
             )
     steps = sorted(train)
@@ -286,41 +317,51 @@ def _drawable(split: str, by_step: dict[int, Validation], problems: list[str]) -
 
 
 def _read_lines(run_dir: Path, problems: list[str]) -> list[dict]:
+    rows: list[dict] = []
+    num_lines = num_values = num_bad = num_long = 0
     try:
-        lines = _read(run_dir, "metrics.jsonl", MAX_METRICS_BYTES).splitlines()
+        for line in read_lines(path_in(run_dir, "metrics.jsonl"), MAX_METRICS_BYTES):
+            num_values += count_values(line or b"")
+            if num_lines == MAX_LINES or num_values > MAX_METRICS_VALUES:
+                problems.append(f"metrics.jsonl: only its first {num_lines:,} lines are read")
+                break
+            num_lines += 1
+            if line is None:
+                num_long += 1
+            elif line.strip():
+                row = _parse_line(line)
+                num_bad += row is None
+                rows += [row] if row is not None else []
     except FileNotFoundError:
         return []
     except UnsafeFile as error:
         problems.append(f"metrics.jsonl could not be read: {error}")
-        return []
-    if len(lines) > MAX_LINES:
-        problems.append(f"metrics.jsonl: only the first {MAX_LINES:,} of its {len(lines):,} lines are read")
-        lines = lines[:MAX_LINES]
-    rows, num_bad = [], 0
-    for line in lines:
-        if not line.strip():
-            continue
-        try:
-            row = parse_json(line, allow_nan=True)
-        except UnsafeFile:
-            row = None
-        if isinstance(row, dict) and (row.get("kind") == "event" or _step_of(row) is not None):
-            rows.append(_known(row))
-        else:
-            num_bad += 1
-    if num_bad:
-        are = "is" if num_bad == 1 else "are"
-        problems.append(
-            f"metrics.jsonl: {num_bad} of {counted(len(lines), 'line')} could not be read and {are} left out"
-        )
+    except OSError as error:
+        problems.append(f"metrics.jsonl could not be read: {error.strerror or error}")
+    for num, what in ((num_bad, "could not be read"), (num_long, f"have more than {MAX_LINE_BYTES:,} bytes")):
+        if num:
+            are = "is" if num == 1 else "are"
+            what = what.replace("have", "has") if num == 1 else what
+            problems.append(f"metrics.jsonl: {num} of {counted(num_lines, 'line')} {what} and {are} left out")
     return rows
 
 
+def _parse_line(line: bytes) -> dict | None:
+    """Return the fields of a line that the report uses, None if it is damaged."""
+    try:
+        row = parse_json(line, allow_nan=True)
+    except UnsafeFile:
+        return None
+    return _known(row) if isinstance(row, dict) and (row.get("kind") == "event" or _step_of(row) is not None) else None
+
+
 def _known(row: dict) -> dict:
-    """Return a line's fields that the report uses; texts of an event as texts, cut to a bearable length."""
-    keys = ("kind", "split", "loss_by_timestep", "num_images", *TRAIN_COLUMNS)
-    texts = {key: str(row[key])[:MAX_EVENT_CHARACTERS] for key in ("event", "detail") if row.get(key)}
-    return {**{key: row[key] for key in keys if key in row}, **texts}
+    """Return a line's fields that the report uses: numbers as numbers, an event's texts cut to a bearable length."""
+    known = {key: row[key] for key in ("kind", "split") if isinstance(row.get(key), str)}
+    known |= {key: row[key] for key in ("num_images", *TRAIN_COLUMNS) if not math.isnan(number(row.get(key)))}
+    if isinstance(bands := row.get("loss_by_timestep"), list):
+        known["loss_by_timestep"] = tuple(map(number, bands[:MAX_BANDS]))
+    return known | {key: str(row[key])[:MAX_EVENT_CHARACTERS] for key in ("event", "detail") if row.get(key)}
 
 
 def _read_samples(run_dir: Path, problems: list[str]) -> list[SampleSet]:
@@ -328,10 +369,22 @@ def _read_samples(run_dir: Path, problems: list[str]) -> list[SampleSet]:
     paths = sorted((run_dir / "samples").glob("step-*/index.json"))
     if len(paths) > MAX_SAMPLE_SETS:
         problems.append(f"samples: only {MAX_SAMPLE_SETS:,} of its {len(paths):,} folders are read")
-    for path in paths[:MAX_SAMPLE_SETS]:
+    num_bytes = 0
+    for number_read, path in enumerate(paths[:MAX_SAMPLE_SETS]):
         folder = f"samples/{path.parent.name}"
-        index = _read_object(run_dir, f"{folder}/index.json", problems, "samples")
+        size = path.stat().st_size if path.is_file() else 0
+        # a larger one is not read
+        num_bytes += size if size <= MAX_RECORD_BYTES else 0
+        if num_bytes > MAX_SAMPLES_BYTES:
+            problems.append(f"samples: only {number_read:,} of its {len(paths):,} folders are read: too many bytes")
+            break
+        index = _read_object(run_dir, f"{folder}/index.json", problems, kind="samples")
         if index is None or _step_of(index) is None:
             continue
-        sets.append(SampleSet(folder, _step_of(index), number(index.get("epoch")), rows_of(index, "images")))
+        sets.append(SampleSet(folder, _step_of(index), number(index.get("epoch")), _images(index)))
     return sorted(sets, key=lambda sample_set: sample_set.step)
+
+
+def _images(index: dict) -> list[dict]:
+    rows = rows_of(index, "images")[:MAX_IMAGES]
+    return [{key: row[key] for key in IMAGE_FIELDS if isinstance(row.get(key), str | int | float)} for row in rows]

@@ -14,10 +14,12 @@ from safelight.broken_imports import message
 from safelight.data.atomic import atomic_write_bytes, naming
 from safelight.errors import UserError
 from safelight.units import GIB
-from safelight.untrusted import open_append, parse_json, read_bytes
+from safelight.untrusted import open_append, parse_json, read_lines
 
 # a million training lines have 200 MB
-MAX_BYTES = 2**30
+MAX_BYTES = 2**29
+# a validation has at most 64 losses by timestep; the rest is room for the commas in an event's text
+MAX_LINE_VALUES = 2**11
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -60,18 +62,17 @@ class Metrics:
         self.held_out: dict[int, float] = {}
         kept = []
         if self.path.exists():
-            lines = read_bytes(self.path, MAX_BYTES).split(b"\n")
-            for number, line in enumerate(lines):
+            for line in read_lines(self.path, MAX_BYTES):
                 try:
-                    row = parse_json(line, allow_nan=True)
+                    row = parse_json(line or b"", allow_nan=True, max_values=MAX_LINE_VALUES)
                     if type(row["step"]) is not int:
                         raise ValueError("a step is a whole number")
                     if row["step"] <= step:
                         self._note_validation(row)
-                        kept.append(line + b"\n")
+                        kept.append(line.removesuffix(b"\n") + b"\n")
                 except (ValueError, KeyError, TypeError):
                     # a kill may have cut the last line short; any other unreadable line is damage to be reported
-                    self.num_unreadable += bool(line) and number < len(lines) - 1
+                    self.num_unreadable += line is None or (line != b"\n" and line.endswith(b"\n"))
             atomic_write_bytes(self.path, b"".join(kept))
         self.file = open_append(self.path)
         # times that never jump: the wall clock may be set while the run goes on

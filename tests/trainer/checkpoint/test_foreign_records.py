@@ -126,7 +126,7 @@ def test_checksums_name_only_files_inside_and_each_once(folder, name):
 
 
 @pytest.mark.parametrize(
-    "value", [{}, [], None, 3, {f"{number}": "" for number in range(1001)}], ids=lambda v: str(v)[:9]
+    "value", [{}, [], None, 3, {f"{number}": "" for number in range(101)}], ids=lambda v: str(v)[:9]
 )
 def test_a_list_of_checksums_of_another_form_is_refused(folder, value):
     forge(folder / "state.json", lambda record: record.update(sha256=value))
@@ -139,6 +139,45 @@ def test_a_file_that_is_a_pipe_does_not_hang(folder):
     os.mkfifo(folder / "state.safetensors")
     with pytest.raises(UserError, match=r"state\.safetensors is missing or its checksum differs"):
         check_files(folder)
+
+
+def sparse(path: Path, size: int) -> None:
+    os.truncate(path, size)
+
+
+def claim(path: Path, size: int) -> None:
+    """Make the file a sparse one whose header is right."""
+    tensor = {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}
+    header = json.dumps({"a": tensor}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    os.truncate(path, 8 + len(header) + size)
+
+
+@pytest.mark.parametrize(
+    ("name", "enlarge", "said"),
+    [
+        (
+            "state.safetensors",
+            sparse,
+            r"state\.safetensors is not a whole \.safetensors file \(its tensors",
+        ),
+        ("state.safetensors", claim, "its files have .* bytes, over the limit of 68,719,476,736"),
+        ("unet/diffusion_pytorch_model.safetensors", sparse, r"unet/.* is not a whole \.safetensors file"),
+        ("unet/config.json", sparse, r"unet/config\.json has .* bytes, over the limit of 1,048,576"),
+    ],
+)
+def test_a_sparse_file_of_terabytes_is_refused_before_hashing(folder, monkeypatch, name, enlarge, said):
+    (folder / "unet" / "config.json").write_text("{}")
+    forge(folder / "state.json", lambda record: record["sha256"].update({"unet/config.json": "0" * 64}))
+    enlarge(folder / name, 2**41)
+
+    def refuse(*arguments):
+        raise AssertionError("a file was hashed")
+
+    monkeypatch.setattr(hashlib, "file_digest", refuse)
+    with pytest.raises(UserError, match=said) as refused:
+        check_files(folder)
+    assert str(refused.value).isprintable()
 
 
 def test_checkpoints_outside_the_run_folder_are_neither_read_nor_deleted(tmp_path):

@@ -4,16 +4,20 @@ import json
 import os
 import random
 import shutil
+import struct
 import time
+import tracemalloc
+import zlib
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from safelight.trainer.report import build
+from safelight.data.images import decode
+from safelight.trainer.report import build, pictures, run_reader
 from safelight.trainer.report.build import build_report, read_run_folder, render
 from safelight.trainer.report.facts import run_time_s
-from safelight.trainer.report.pictures import embed_all
+from safelight.trainer.report.pictures import Work, embed_all
 from tests.trainer.damaged_text import replaced, replaced_setting
 from tests.trainer.report.conftest import PROMPTS, write_run
 
@@ -106,6 +110,50 @@ def test_damage_is_named_in_the_report(little_run, name, content, said):
     assert said in top
 
 
+def test_records_of_very_many_values_are_named_and_not_held(little_run, monkeypatch):
+    """Three bytes of text take 90 of memory, so that a run folder of 60 MB could take 6 GB."""
+    lists = '{"x": [' + "[]," * 2_000_000 + "0]}"
+    for name in RECORDS:
+        (little_run / name).write_text(lists)
+    samples = little_run / "samples"
+    monkeypatch.setattr(run_reader, "MAX_SAMPLES_BYTES", 2**18)
+    for step in range(1, 10):
+        (samples / f"step-{step:08d}").mkdir()
+        images = '[{"prompt": [' + "[]," * 15_000 + "0]}]"
+        (samples / f"step-{step:08d}" / "index.json").write_text(f'{{"step": {step}, "images": {images}}}')
+    start = time.process_time()
+    tracemalloc.start()
+    run = read_run_folder(little_run)
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert time.process_time() - start < 10
+    assert held < 2**21
+    assert peak < 2**24
+    for name in RECORDS:
+        assert any(problem.startswith(f"{name} could not be read: ") for problem in run.problems)
+    assert any(problem.startswith("samples: only 6 of its 12 folders are read") for problem in run.problems)
+
+
+def test_lines_of_the_metrics_that_are_too_long_or_too_many_are_named(little_run, monkeypatch):
+    path = little_run / "metrics.jsonl"
+    sound = len(read_run_folder(little_run).metrics.times)
+    bands = '{"kind": "train", "step": 1, "loss_by_timestep": [' + "[]," * 3_000_000 + "0]}\n"
+    short = '{"kind": "validation", "split": "held_out", "step": 1, "loss_by_timestep": [' + "[]," * 10**4 + "0]}\n"
+    path.write_text(bands + path.read_text() + short * 20)
+    tracemalloc.start()
+    run = read_run_folder(little_run)
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 2**23
+    assert peak < 2**23
+    assert len(run.metrics.times) == sound + 20
+    assert run.problems == [f"metrics.jsonl: 1 of {sound + 21} lines has more than 65,536 bytes and is left out"]
+    monkeypatch.setattr(run_reader, "MAX_METRICS_VALUES", 50_000)
+    path.write_text(short * 20)
+    run = read_run_folder(little_run)
+    assert run.problems == ["metrics.jsonl: only its first 2 lines are read"]
+
+
 def test_a_loss_of_zero_divides_nothing(little_run):
     rows = [json.loads(line) for line in (little_run / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
@@ -129,9 +177,51 @@ def test_pictures_are_opened_only_in_the_formats_of_a_run(tmp_path, monkeypatch)
     for name in ("PNG", "JPEG", "WEBP"):
         Image.new("RGB", (20, 20)).save(tmp_path / f"good.{name}", name)
     start = time.process_time()
-    pictures = embed_all([*bad, *sorted(tmp_path.glob("good.*"))], (32, 16), 10**6)
+    found = embed_all([*bad, *sorted(tmp_path.glob("good.*"))], (32, 16), 10**6, Work())
     assert time.process_time() - start < 10
-    assert [picture is None for picture in pictures] == [True] * len(bad) + [False] * 3
+    assert [picture is None for picture in found] == [True] * len(bad) + [False] * 3
+
+
+def test_pictures_that_cost_more_than_those_of_a_run_are_not_decoded(tmp_path, monkeypatch):
+    """16-bit colour with transparency, many passes, files that are mostly holes."""
+    pixels, rows = struct.pack(">2I", 64, 64), zlib.compress(bytes(64 * (1 + 8 * 64)))
+    for name, head in (("rgba-16", b"\x10\x06"), ("rgb-16", b"\x10\x02"), ("grey-16", b"\x10\0"), ("bits", b"\1\0")):
+        write_png(tmp_path / f"{name}.png", pixels + head + bytes(3), rows)
+    for mode in ("RGBA", "LA"):
+        Image.new(mode, (64, 64)).save(tmp_path / f"{mode}.png")
+    Image.new("RGB", (1024, 1024)).save(tmp_path / "many-passes.png", "JPEG", progressive=True)
+    Image.new("RGB", (64, 64)).save(tmp_path / "holes.png")
+    os.truncate(tmp_path / "holes.png", 2**26)
+    bad = sorted(tmp_path.glob("*.png"))
+    for mode in ("RGB", "L", "P"):
+        Image.linear_gradient("L").convert(mode).save(tmp_path / f"good-{mode}.png")
+    good = sorted(tmp_path.glob("good-*.png"))
+    decoded = []
+    monkeypatch.setattr(pictures, "decode", lambda content, **options: decoded.append(content) or decode(content))
+    found = embed_all([*bad, *good], (32, 16), 10**6, Work())
+    assert [picture is None for picture in found] == [True] * len(bad) + [False] * 3
+    assert decoded == [path.read_bytes() for path in good]
+
+
+def write_png(path: Path, header: bytes, rows: bytes) -> None:
+    chunks = ((b"IHDR", header), (b"IDAT", rows), (b"IEND", b""))
+    parts = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    ]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+
+
+def test_the_pictures_of_all_sections_share_one_bound(little_run, monkeypatch):
+    """Of 32 x 32 px each: four of pairs, six samples, an example."""
+    decoded = []
+    monkeypatch.setattr(pictures, "decode", lambda content, **options: decoded.append(content) or decode(content))
+    render(read_run_folder(little_run))
+    assert len(decoded) == 11
+    decoded.clear()
+    run = read_run_folder(little_run)
+    run.work.num_pixels = 7 * 2000
+    assert "missing" in render(run)
+    assert 7 <= len(decoded) <= 14 * 1000 / 1024
 
 
 def test_links_out_of_the_run_folder_are_not_followed(little_run, tmp_path):

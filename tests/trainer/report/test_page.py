@@ -252,3 +252,23 @@ def test_markup_escapes_all_but_markup() -> None:
         '<p class="a&quot;b" hidden>&lt;b&gt;<b>&amp;</b>x1</p>'
     )
     assert escape("\ud800\x00\x9f\n") == "?\ufffd\ufffd\n"
+
+
+@pytest.mark.parametrize(
+    ("events", "banners"),
+    [
+        (["diverged"], ["This run diverged"]),
+        (["resumed", "diverged"], ["This run diverged"]),
+        (["diverged", "resumed", "best so far"], []),
+        (["diverged", "resumed", "diverged"], ["This run diverged"]),
+        (["held-out loss rose", "diverged", "resumed"], ["Held-out loss rose"]),
+    ],
+)
+def test_a_divergence_is_announced_until_the_run_was_resumed(tmp_path, events, banners):
+    (tmp_path / "config.toml").write_text('[run]\ndir = "x"\n')
+    rows = [{"kind": "event", "step": 6, "event": name, "detail": name, "time": 1.0} for name in events]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    html = build_report(tmp_path).read_text()
+    assert re.findall(
+        r'<div class="alert grave" role="alert"><strong>(This run diverged|Held-out loss rose)', html
+    ) == (banners)

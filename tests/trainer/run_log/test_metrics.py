@@ -4,6 +4,7 @@ import json
 import os
 import random
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,22 @@ def test_absurd_lines_are_dropped_or_kept(tmp_path):
 @pytest.mark.slow
 def test_ten_thousand_absurd_lines(tmp_path):
     try_lines(tmp_path, 10_000, 2)
+
+
+def test_a_line_of_many_values_or_bytes_is_dropped_without_being_parsed(tmp_path):
+    sound = [json.dumps(line).encode() for line in LINES]
+    bands = b'{"kind":"train","step":1,"loss_by_timestep":[' + b"[]," * 10**7 + b"0]}"
+    many = b'{"kind":"train","step":1,"loss_by_timestep":[' + b"[]," * 10**4 + b"0]}"
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([sound[0], bands, sound[1], many, *sound[2:], b'{"kind": "tr']))
+    tracemalloc.start()
+    metrics = Metrics(tmp_path, 2, tensorboard=False)
+    metrics.close()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**23
+    assert metrics.num_unreadable == 2
+    assert metrics.held_out == {0: 0.3}
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b"\n".join(sound) + b"\n"
 
 
 def test_a_log_that_is_no_regular_file_is_refused(tmp_path):

@@ -250,6 +250,7 @@ def _ingest(
         collection.flush()
         _check_use(sources, collection, readers, dataset)
         collection.take_stock()
+        collection.note_links(files)
     summary.photos = _group_near_copies(dataset, collection.photos, collection.compared, summary)
     for reader in readers:
         summary.rejected += reader.rejections

@@ -84,6 +84,11 @@ def _is_inside(path: Path, real_folder: str) -> bool:
     return real == real_folder or real.startswith(real_folder.rstrip(os.sep) + os.sep)
 
 
+def is_link_out(path: Path, folder: Path) -> bool:
+    """Return whether a path is a link that ends outside of a folder."""
+    return os.path.islink(path) and not _is_inside(path, _real(folder))
+
+
 def check_links(folder: Path) -> None:
     """Raise UnsafeFile if anything in the folder is a link that leads out of it.
 

@@ -220,6 +220,20 @@ def test_a_picture_too_narrow_for_its_length_is_listed_with_its_own_size(source,
         ingest([source], dataset)
 
 
+def test_photographs_that_are_links_out_of_the_source_are_copied_with_a_note(tmp_path, source, dataset, make_noise):
+    (tmp_path / "elsewhere").mkdir()
+    for i, name in enumerate(("a.png", "b.png")):
+        make_noise(i).save(tmp_path / "elsewhere" / name)
+        (source / name).symlink_to(tmp_path / "elsewhere" / name)
+    make_noise(2).save(source / "inside.png")
+    (source / "same.png").symlink_to("inside.png")
+    summary = ingest([source], dataset)
+    assert len(summary.photos) == 3
+    assert [note.text for note in summary.notes if note.kind == "link"] == [
+        f"2 photographs are links out of the folder, such as {source}/a.png; the dataset has a copy of what is there"
+    ]
+
+
 def test_single_files_are_sources_too(source, dataset, make_noise):
     for i in range(2):
         make_noise(i).save(source / f"n{i}.png")

@@ -31,6 +31,10 @@ MAX_TABLE_BYTES = 2**28
 MAX_TABLE_ROWS = 2_000_000
 # the captions of one photo, as in a sidecar
 MAX_ROW_CHARACTERS = 2**20
+# as file systems have it
+MAX_NAME_CHARACTERS = 255
+# names that differ in letter case or accents alone, to which a sidecar may belong
+MAX_ALIKE = 16
 # of each table; of further ones only the number is kept
 MAX_LISTED_ROWS = 1000
 WRITE_TABLE = 'write its captions as metadata.jsonl, one {"file_name": "IMG_1.jpg", "text": "a dog"} a line'
@@ -79,8 +83,8 @@ def is_camera_name(caption: str) -> bool:
 class Rejection:
     """Something that is not used. path: of a file or folder; for a row of a caption table, `table.jsonl:LINE`.
 
-    reason: why, shown to the user. kind: what it is; "other" is a file that cannot be a photo, such as a table. num: how
-    many it stands for.
+    reason: why, shown to the user. kind: what it is; "other" is a file that cannot be a photo, such as a table. num:
+    how many it stands for.
     """
 
     path: str
@@ -188,6 +192,9 @@ class Listing:
 
     def find(self, name: str) -> str | None:
         """Return the picture or folder of this name, in whatever form it is written; None if none or several fit."""
+        if len(name) > MAX_NAME_CHARACTERS and not name.isascii():
+            # bringing n accents on one letter into order takes time of order n^2
+            return None
         names = self.by_folded.get(_folded(name), [])
         composed = unicodedata.normalize("NFC", name)
         exact = [other for other in names if unicodedata.normalize("NFC", storable(other)) == composed]
@@ -231,11 +238,13 @@ def _assign(sidecars: list[str], listing: Listing) -> None:
         base, suffix = _stem(sidecar), _suffix(sidecar)
         # of img.jpg and IMG.jpg, img.txt belongs to the first alone
         exact = [(picture, is_whole) for picture, is_whole in owners.get(base, []) if base in (picture, _stem(picture))]
-        for picture, is_whole in exact or owners.get(_folded(base), []):
+        alike = owners.get(_folded(base), [])
+        if not exact and not 0 < len(alike) <= MAX_ALIKE:
+            listing.unclaimed.append(sidecar)
+            continue
+        for picture, is_whole in exact or alike:
             rank = (SIDECAR_SUFFIXES.index(suffix), not is_whole, not exact, not sidecar.endswith(suffix), sidecar)
             ranked.setdefault(picture, []).append(rank)
-        if not exact and _folded(base) not in owners:
-            listing.unclaimed.append(sidecar)
     listing.sidecars = {picture: [rank[-1] for rank in sorted(ranks)] for picture, ranks in ranked.items()}
 
 

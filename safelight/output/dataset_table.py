@@ -81,7 +81,8 @@ def print_dataset(summary: IngestSummary, out: Path, terminal: Terminal) -> None
     for kind, noun in LEFT_OUT.items():
         lines = [f"left out {r.path}: {r.reason}" for r in summary.rejected if r.kind == kind]
         more = counted(num[kind] - MAX_LISTED, f"more {noun}").partition(" ")[2]
-        _say_some(lines, num[kind], f"{more}; all are listed in {out / REJECTED_NAME}", terminal)
+        listed = "all are listed" if num[kind] == len(lines) else f"the first {len(lines):,} are listed"
+        _say_some(lines, num[kind], f"{more}; {listed} in {out / REJECTED_NAME}", terminal)
     for kind in dict.fromkeys(note.kind for note in summary.notes):
         lines = [f"note: {note.text}" for note in summary.notes if note.kind == kind]
         _say_some(lines, len(lines), f"more like it; all are in {out / NOTES_NAME}", terminal)

@@ -1,11 +1,13 @@
 """Captions: which sources are read, which of them wins, and how bad ones are reported."""
 
+import itertools
 import json
 import os
+import time
 
 import pytest
 
-from safelight.data.captions import CaptionReader, caption_of_name, decode_text
+from safelight.data.captions import CaptionReader, caption_of_name, decode_text, list_folder
 
 
 def rows(path, *lines):
@@ -306,3 +308,21 @@ def test_a_row_larger_than_a_sidecar_is_rejected(root):
     texts, _, reader = read(root, "a dog_1.jpg")
     assert texts == ("a dog",)
     assert "1,500,038 characters, too many for captions" in reader.rejections[0].reason
+
+
+def test_a_name_of_many_accents_takes_no_time(root):
+    rows(root / "captions.jsonl", {"file_name": "a" + "\u0315\u0300" * 15_000, "text": "x"})
+    start = time.process_time()
+    assert "does not exist" in read(root, "a dog_1.jpg")[2].rejections[0].reason
+    assert time.process_time() - start < 0.5
+
+
+def test_a_sidecar_is_not_given_to_countless_names_of_other_letter_case(root):
+    names = ["".join(letters) for letters in itertools.product("aA", "bB", "cC", "dD", "eE")]
+    for name in names[:20]:
+        (root / f"{name}.png").touch()
+    for name in names[16:]:
+        (root / f"{name}.txt").write_text("a letter")
+    listing = list_folder(root)
+    assert listing.unclaimed == [f"{name}.txt" for name in sorted(names[20:])]
+    assert listing.sidecars == {f"{name}.png": [f"{name}.txt"] for name in names[16:20]}

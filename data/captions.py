@@ -12,13 +12,14 @@ import posixpath
 import re
 import reprlib
 import unicodedata
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from safelight.errors import UserError
 from safelight.text import printable, shortened, storable
-from safelight.untrusted import UnsafeFile, open_regular, parse_json
+from safelight.untrusted import UnsafeFile, is_link_out, open_regular, parse_json
 
 SIDECAR_SUFFIXES = (".txt", ".caption")
 TABLE_NAMES = ("metadata.jsonl", "captions.jsonl")
@@ -27,6 +28,15 @@ TEXT_KEYS = ("text", "caption")
 MAX_SIDECAR_BYTES = 2**20
 # rows of a million photos
 MAX_TABLE_BYTES = 2**28
+MAX_TABLE_ROWS = 2_000_000
+# the captions of one photo, as in a sidecar
+MAX_ROW_CHARACTERS = 2**20
+# as file systems have it
+MAX_NAME_CHARACTERS = 255
+# names that differ in letter case or accents alone, to which a sidecar may belong
+MAX_ALIKE = 16
+# of each table; of further ones only the number is kept
+MAX_LISTED_ROWS = 1000
 WRITE_TABLE = 'write its captions as metadata.jsonl, one {"file_name": "IMG_1.jpg", "text": "a dog"} a line'
 # files that stand beside photographs and are none: what they are, and what to do if their captions are wanted
 _NO_PICTURES = {
@@ -73,12 +83,14 @@ def is_camera_name(caption: str) -> bool:
 class Rejection:
     """Something that is not used. path: of a file or folder; for a row of a caption table, `table.jsonl:LINE`.
 
-    reason: why, shown to the user. kind: what it is; "other" is a file that cannot be a photo, such as a table.
+    reason: why, shown to the user. kind: what it is; "other" is a file that cannot be a photo, such as a table. num:
+    how many it stands for.
     """
 
     path: str
     reason: str
     kind: Literal["photo", "duplicate", "other", "caption", "row"] = "photo"
+    num: int = 1
 
 
 def collapse(text: str) -> str:
@@ -149,6 +161,19 @@ def _suffix(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
+def _lines(text: str) -> Iterator[str]:
+    """Yield the lines of a text, one at a time: a list of them may take 30 times the memory of the text.
+
+    Lines end with a line feed alone. splitlines also splits at U+2028, a character that JSON strings may contain.
+    """
+    start = 0
+    while start <= len(text):
+        end = text.find("\n", start)
+        end = len(text) if end < 0 else end
+        yield text[start:end]
+        start = end + 1
+
+
 @dataclass
 class Listing:
     """The names in one folder, sorted, hidden ones left out.
@@ -167,6 +192,9 @@ class Listing:
 
     def find(self, name: str) -> str | None:
         """Return the picture or folder of this name, in whatever form it is written; None if none or several fit."""
+        if len(name) > MAX_NAME_CHARACTERS and not name.isascii():
+            # bringing n accents on one letter into order takes time of order n^2
+            return None
         names = self.by_folded.get(_folded(name), [])
         composed = unicodedata.normalize("NFC", name)
         exact = [other for other in names if unicodedata.normalize("NFC", storable(other)) == composed]
@@ -210,17 +238,20 @@ def _assign(sidecars: list[str], listing: Listing) -> None:
         base, suffix = _stem(sidecar), _suffix(sidecar)
         # of img.jpg and IMG.jpg, img.txt belongs to the first alone
         exact = [(picture, is_whole) for picture, is_whole in owners.get(base, []) if base in (picture, _stem(picture))]
-        for picture, is_whole in exact or owners.get(_folded(base), []):
+        alike = owners.get(_folded(base), [])
+        if not exact and not 0 < len(alike) <= MAX_ALIKE:
+            listing.unclaimed.append(sidecar)
+            continue
+        for picture, is_whole in exact or alike:
             rank = (SIDECAR_SUFFIXES.index(suffix), not is_whole, not exact, not sidecar.endswith(suffix), sidecar)
             ranked.setdefault(picture, []).append(rank)
-        if not exact and _folded(base) not in owners:
-            listing.unclaimed.append(sidecar)
     listing.sidecars = {picture: [rank[-1] for rank in sorted(ranks)] for picture, ranks in ranked.items()}
 
 
 def _is_text(text: str) -> bool:
     """Return whether every character is one that people write."""
-    return all(char in "\t\n\r\f\v" or unicodedata.category(char) not in ("Cc", "Cn", "Co", "Cs") for char in text)
+    # a set: tables have hundreds of millions of characters, of a few kinds
+    return all(char in "\t\n\r\f\v" or unicodedata.category(char) not in ("Cc", "Cn", "Co", "Cs") for char in set(text))
 
 
 def _utf16_without_mark(content: bytes, is_utf8: bool) -> str | None:
@@ -362,6 +393,9 @@ class CaptionReader:
 
     def _text(self, path: Path, max_bytes: int) -> str | None:
         """Return a file's text, or None if it is too large or cannot be read. Adds a warning or a rejection then."""
+        if self.leads_out(path):
+            self._reject(path, "a link out of this folder, which is not followed; copy the file it points to")
+            return None
         try:
             with open_regular(path) as file:
                 size = os.fstat(file.fileno()).st_size
@@ -380,6 +414,13 @@ class CaptionReader:
             self.warnings.append(f"{printable(path)} {note}")
         return text
 
+    def leads_out(self, path: Path) -> bool:
+        """Return whether a file is a link that ends outside of both the source and the folder that it was found in.
+
+        The two differ if that folder is itself below a link, which the user made.
+        """
+        return is_link_out(path, path.parent) and is_link_out(path, self.root)
+
     def _find(self, folder: Path, name: str) -> str | None:
         """Return the name of a file below a folder as it is written there, None if there is no such file."""
         *above, last = name.split("/")
@@ -396,22 +437,39 @@ class CaptionReader:
         """Return a table's captions by the names of existing files, relative to its folder."""
         captions: dict[str, Caption] = {}
         shown = storable(str(path))
-        # not splitlines(), which also splits at U+2028, a character that JSON strings may contain
-        for number, line in enumerate((self._text(path, MAX_TABLE_BYTES) or "").split("\n"), start=1):
+        num_bad = 0
+        for number, line in enumerate(_lines(self._text(path, MAX_TABLE_BYTES) or ""), start=1):
+            if number > MAX_TABLE_ROWS:
+                reason = f"the rows from this one on, as a table may have {MAX_TABLE_ROWS:,}; split it by folder"
+                self.rejections.append(Rejection(f"{shown}:{number}", reason, "row"))
+                break
             if not line.strip():
                 continue
             try:
-                row = _row(line)
-                name = _row_name(row, path.parent)
-                # tables written on Windows
-                found = self._find(path.parent, name) or self._find(path.parent, name.replace("\\", "/"))
-                if found is None:
-                    raise UserError(f"names {shortened(name)}, which does not exist")
+                found, caption = self._read_row(line, path)
                 if found in captions:
                     raise UserError(f"is a second row for {shortened(found)}; give one row a list of texts instead")
-                origin = row.get("caption_source")
-                source = f"{path.name}: {collapse(origin)}" if isinstance(origin, str) and origin.strip() else path.name
-                captions[found] = Caption(_row_texts(row), source)
+                captions[found] = caption
             except UserError as error:
-                self.rejections.append(Rejection(f"{shown}:{number}", storable(f"the row {error}"), "row"))
+                num_bad += 1
+                if num_bad <= MAX_LISTED_ROWS:
+                    self.rejections.append(Rejection(f"{shown}:{number}", storable(f"the row {error}"), "row"))
+        num_more = num_bad - MAX_LISTED_ROWS
+        if num_more > 0:
+            reason = f"{num_more:,} more rows that cannot be used; only the first {MAX_LISTED_ROWS:,} are listed"
+            self.rejections.append(Rejection(shown, reason, "row", num_more))
         return captions
+
+    def _read_row(self, line: str, table: Path) -> tuple[str, Caption]:
+        """Return (a photo's name relative to its table's folder, its captions). Raises UserError with what is wrong."""
+        if len(line) > MAX_ROW_CHARACTERS:
+            raise UserError(f"has {len(line):,} characters, too many for captions (limit {MAX_ROW_CHARACTERS:,})")
+        row = _row(line)
+        name = _row_name(row, table.parent)
+        # tables written on Windows
+        found = self._find(table.parent, name) or self._find(table.parent, name.replace("\\", "/"))
+        if found is None:
+            raise UserError(f"names {shortened(name)}, which does not exist")
+        origin = row.get("caption_source")
+        source = f"{table.name}: {collapse(origin)}" if isinstance(origin, str) and origin.strip() else table.name
+        return found, Caption(_row_texts(row), source)

@@ -16,7 +16,7 @@ from safelight.data.atomic import atomic_write_bytes, sync_file, sync_folder
 from safelight.data.captions import FILE_NAME, Rejection
 from safelight.data.manifest import IMAGES_FOLDER, Photo, has_manifest, read_manifest
 from safelight.data.sources import SourceFile, name_roots, place_of, read_sources, split_label
-from safelight.text import printable, storable
+from safelight.text import counted, printable, storable
 from safelight.untrusted import UnsafeFile, read_bytes
 
 MAX_STEM_CHARACTERS = 64
@@ -26,7 +26,7 @@ MAX_STEM_CHARACTERS = 64
 class Note:
     """Something to know about the dataset. kind: notes of one kind are shown together."""
 
-    kind: Literal["file", "caption", "changed", "removed", "pruned", "source", "near-copies"]
+    kind: Literal["file", "caption", "changed", "removed", "pruned", "source", "link", "near-copies"]
     text: str
 
 
@@ -285,6 +285,17 @@ class Collection:
                 )
         self.photos = kept
         self._count_sources()
+
+    def note_links(self, files: list[SourceFile]) -> None:
+        """Say how many photographs are links to files elsewhere."""
+        links = [file.path for file in files if self.label(file) in self.decoded and file.reader.leads_out(file.path)]
+        if links:
+            are_links = "are links" if len(links) > 1 else "is a link"
+            self.summary.note(
+                "link",
+                f"{counted(len(links), 'photograph')} {are_links} out of the folder, such as {links[0]}; the dataset "
+                "has a copy of what is there",
+            )
 
     def _count_sources(self) -> None:
         num_of_name = Counter(split_label(photo.source)[0] for photo in self.photos)

@@ -92,13 +92,15 @@ class Decoded:
     """A decoded image. image: RGB, upright, within the size limit. format: Pillow's name for the file's format.
 
     is_copyable: the file needs no change, so its bytes can be stored as they are. is_shrunk: it was over the limit.
-    content_sha256: hash of the decoded pixels before shrinking, equal for equal pictures. warning: may be empty.
+    full_size: upright (width, height) in px before shrinking. content_sha256: hash of the decoded pixels before
+    shrinking, equal for equal pictures. warning: may be empty.
     """
 
     image: Image.Image
     format: str
     is_copyable: bool
     is_shrunk: bool
+    full_size: tuple[int, int]
     content_sha256: str
     warning: str = ""
 
@@ -309,8 +311,10 @@ def _decode(content: bytes, max_megapixels: float | None, stop: threading.Event 
         and checked.has_sound_metadata
         and len(content) <= 3 * width * height + MAX_COPIED_METADATA_BYTES
     )
+    # the image may have been read at a fraction of its size
+    full_size = (height, width) if orientation in (5, 6, 7, 8) else (width, height)
     notes = dict.fromkeys([*checked.notes, *([warning] if warning else [])])
-    return Decoded(image, file_format, is_copyable, is_shrunk, digest, printable("; ".join(notes)))
+    return Decoded(image, file_format, is_copyable, is_shrunk, full_size, digest, printable("; ".join(notes)))
 
 
 def _return_freed_memory() -> None:
@@ -441,8 +445,7 @@ def encode(image: Image.Image, image_format: str, quality: int) -> tuple[bytes, 
     """
     if max(image.size) > MAX_SIDE_PX[image_format]:
         raise RejectedImage(
-            f"{image.size[0]} x {image.size[1]} px: {image_format} allows at most {MAX_SIDE_PX[image_format]} px "
-            "a side; crop it, or lower --max-megapixels"
+            f"{image_format} allows at most {MAX_SIDE_PX[image_format]} px a side; crop it, or lower --max-megapixels"
         )
     buffer = io.BytesIO()
     if image_format == "webp":

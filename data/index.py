@@ -12,6 +12,7 @@ import os
 import re
 import sqlite3
 import stat
+import struct
 import sys
 import threading
 from collections import Counter
@@ -51,8 +52,10 @@ CREATE TABLE IF NOT EXISTS rows (
 CREATE TABLE IF NOT EXISTS photos (
     file TEXT PRIMARY KEY, sha256 TEXT NOT NULL, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL) WITHOUT ROWID;
 """
-# the last bytes of a journal that names a super-journal, which SQLite deletes when it rolls the journal back
+# the first bytes of a journal, and the last ones of one that names another journal, which SQLite then deletes too
 _JOURNAL_MAGIC = bytes.fromhex("d9d505f920a163d7")
+# the magic; records; a random number; the index's pages before the transaction; bytes of a disk's sector and of a page
+_JOURNAL_HEADER = struct.Struct(">8s5I")
 # failures of the disk, or of another process that holds the lock, not of the index
 _NO_DAMAGE = {
     sqlite3.SQLITE_BUSY,
@@ -109,6 +112,10 @@ def _is_below(value: object, limit: int) -> bool:
     return isinstance(value, int) and 0 <= value < limit
 
 
+def _is_power_of_2(value: int, smallest: int) -> bool:
+    return smallest <= value <= 65536 and value.bit_count() == 1
+
+
 def _schema_of(connection: sqlite3.Connection) -> set[tuple]:
     """Return (type, name, table, definition) of everything in a database; definitions without optional white space."""
     entries = connection.execute("SELECT type, name, tbl_name, sql FROM sqlite_master").fetchall()
@@ -159,15 +166,39 @@ class Index:
                 raise self.damaged("it is not a regular file")
             if status.st_size > MAX_INDEX_BYTES:
                 raise self.damaged(f"it has {status.st_size:,} bytes, over the limit of {MAX_INDEX_BYTES:,}")
+        self._check_journal()
+
+    def _check_journal(self) -> None:
+        """Refuse a journal that would make SQLite delete another file, or change the index's size, when rolled back."""
         try:
-            with open_regular(self.path.with_name(f"{INDEX_NAME}-journal"), follow_links=False) as journal:
-                journal.seek(max(0, os.fstat(journal.fileno()).st_size - len(_JOURNAL_MAGIC)))
+            path = self.path.with_name(f"{INDEX_NAME}-journal")
+            with open_regular(path, 2 * MAX_INDEX_BYTES, follow_links=False) as journal:
+                num_bytes = os.fstat(journal.fileno()).st_size
+                header = journal.read(_JOURNAL_HEADER.size).ljust(_JOURNAL_HEADER.size, b"\0")
+                journal.seek(max(0, num_bytes - len(_JOURNAL_MAGIC)))
                 if journal.read() == _JOURNAL_MAGIC:
                     raise self.damaged("its journal names another file to delete")
         except FileNotFoundError:
-            pass
+            return
         except UnsafeFile as error:
             raise self.damaged(error) from None
+        magic, num_records, _, num_pages, sector, page = _JOURNAL_HEADER.unpack(header)
+        if not header[0]:
+            # until the records are on the disk, the header starts with zeros, and SQLite does not read it
+            return
+        if magic != _JOURNAL_MAGIC or not (_is_power_of_2(sector, 32) and _is_power_of_2(page, 512)):
+            raise self.damaged("its journal is none of SQLite's")
+        # each record is a page, its number and a checksum; all bits set: as many as there are
+        if num_records != 0xFFFFFFFF and sector + num_records * (page + 8) > num_bytes:
+            raise self.damaged(f"its journal is too short for {num_records:,} pages")
+        # a transaction of ours never shortens the index; it may be killed in the middle of a page. Looked up only now:
+        # another process may have made the index longer since, before it wrote this journal
+        if num_pages and num_pages * page >= self._num_bytes() + page:
+            raise self.damaged(f"its journal is of an index of {num_pages * page:,} bytes")
+
+    def _num_bytes(self) -> int:
+        # not opened: closing it would drop the locks that another connection of this process holds
+        return os.lstat(self.path).st_size if os.path.lexists(self.path) else 0
 
     def _open(self) -> None:
         connection = self._connection
@@ -181,6 +212,9 @@ class Index:
         connection.execute("PRAGMA journal_mode = DELETE")
         connection.execute("PRAGMA synchronous = FULL")
         version = connection.execute("PRAGMA user_version").fetchone()[0]
+        # a journal has been rolled back by now
+        if self._num_bytes() > MAX_INDEX_BYTES:
+            raise self.damaged(f"it has {self._num_bytes():,} bytes, over the limit of {MAX_INDEX_BYTES:,}")
         if version not in (0, FORMAT):
             raise UserError(f"cache {self.path.parent} has format {version}, not {FORMAT}; delete the cache folder")
         with closing(sqlite3.connect(":memory:")) as empty:

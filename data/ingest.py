@@ -24,7 +24,7 @@ from PIL import Image
 from safelight.data.atomic import atomic_write_text
 from safelight.data.captions import CaptionReader
 from safelight.data.collection import Collection, IngestSummary, Note, PreparedFile
-from safelight.data.images import COPYABLE_FORMATS, RejectedImage, decode_file, encode
+from safelight.data.images import COPYABLE_FORMATS, MIN_SIDE_PX, Decoded, RejectedImage, decode_file, encode
 from safelight.data.lock import FolderLock
 from safelight.data.manifest import IMAGES_FOLDER, Photo, write_manifest
 from safelight.data.near_copies import find_near_copies, fingerprint, merge_groups, thumbnail
@@ -45,22 +45,41 @@ MIN_MEGAPIXELS = 0.01
 NUM_SYNC_THREADS = 4
 
 
+def _sizes(decoded: Decoded) -> str:
+    """Return the size of a picture, and what it was shrunk to, in words."""
+    full, shrunk = (f"{width} x {height} px" for width, height in (decoded.full_size, decoded.image.size))
+    return f"{full}, shrunk to {shrunk}" if decoded.is_shrunk else full
+
+
+def _encode(decoded: Decoded, image_format: str, quality: int) -> tuple[bytes, str]:
+    """Return what `encode` does. The reason against it names the picture's size."""
+    try:
+        return encode(decoded.image, image_format, quality)
+    except RejectedImage as error:
+        raise RejectedImage(f"{_sizes(decoded)}: {error}") from error
+
+
 def _prepare(
     path: Path, max_megapixels: float, image_format: str, quality: int, stop: threading.Event
 ) -> PreparedFile | str:
     """Return the file as it will be stored, or the reason why it cannot be used. stop: see `decode`."""
     try:
         content, decoded = decode_file(path, max_megapixels, stop)
+        width, height = decoded.image.size
+        if min(width, height) < MIN_SIDE_PX:
+            raise RejectedImage(
+                f"{_sizes(decoded)} is too narrow; each side needs at least {MIN_SIDE_PX} px: crop it, or raise "
+                "--max-megapixels"
+            )
         if decoded.is_copyable:
             data, suffix = content, COPYABLE_FORMATS[decoded.format]
         else:
-            data, suffix = encode(decoded.image, image_format, quality)
+            data, suffix = _encode(decoded, image_format, quality)
     except RejectedImage as error:
         return str(error)
-    width, height = decoded.image.size
     warning = decoded.warning
     if max(width, height) > MAX_SEEN_ASPECT * min(width, height):
-        too_narrow = f"{width} x {height} px is so long and narrow that training crops away more than half of it"
+        too_narrow = f"{_sizes(decoded)} is so long and narrow that training crops away more than half of it"
         warning = f"{warning}; {too_narrow}" if warning else too_narrow
     return PreparedFile(
         data,
@@ -237,6 +256,7 @@ def _ingest(
         collection.flush()
         _check_use(sources, collection, readers, dataset)
         collection.take_stock()
+        collection.note_links(files)
     summary.photos = _group_near_copies(dataset, collection.photos, collection.compared, summary)
     for reader in readers:
         summary.rejected += reader.rejections

@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 from safelight.errors import UserError
 from safelight.text import printable
-from safelight.untrusted import check_links, open_to_write, parse_json
+from safelight.untrusted import UnsafeFile, check_links, open_to_write, parse_json
 
 LOCK_NAME = ".lock"
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -77,7 +77,12 @@ class FolderLock:
             return
         while True:
             # not truncated: until the lock is ours, its text belongs to the holder
-            file = open_to_write(self._path, buffering=0)
+            try:
+                file = open_to_write(self._path, buffering=0)
+            except UnsafeFile as error:
+                # a link's message says so already
+                advice = "" if str(error).endswith("delete it") else "; delete it"
+                raise UnsafeFile(f"{error}{advice}") from None
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:

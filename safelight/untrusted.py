@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import stat
 import tomllib
 from collections.abc import Iterator
@@ -22,7 +23,8 @@ from safelight.errors import UserError
 
 # the largest record, a split.json that names a million photographs, has about 60 MiB
 MAX_JSON_BYTES = 2**26
-MAX_TOML_BYTES = 2**20
+# tomllib takes up to 500 bytes of memory for each byte of text
+MAX_TOML_BYTES = 2**19
 # a line of a log; ours have less than 4 KiB
 MAX_LINE_BYTES = 2**16
 # values in a JSON text, each of which takes up to 90 bytes of memory; a split.json of a million photographs has as many
@@ -30,7 +32,21 @@ MAX_VALUES = 2**22
 # our own files are nested 6 deep at most
 MAX_NESTING = 64
 # a dotted key of n parts costs tomllib time and memory of order n^2
-MAX_KEY_PARTS = 32
+MAX_KEY_PARTS = 16
+# TOML's strings and comments, as tomllib reads them from left to right. The last kind of string never ends: tomllib
+# reads nothing behind its start, and so it takes the rest of the text, without which time would be of order n^2
+_STRING_OR_COMMENT = re.compile(
+    r"""
+      "{3} (?: [^"\\]++ | \\. | "(?!"") )*+ "{3,5}
+    | "(?!"") (?: [^"\\\n]++ | \\[^\n] )*+ "
+    | '{3} (?: [^']++ | '(?!'') )*+ '{3,5}
+    | '(?!'') [^'\n]*+ '
+    | ["'] .*+
+    | \# [^\n]*+
+    """,
+    re.DOTALL | re.VERBOSE,
+)
+_KEY_END = re.compile(r"[\n=\[\]{},]")
 # seeds are unsigned integers of 64 bits
 MAX_INT = 2**64 - 1
 
@@ -71,6 +87,11 @@ def _is_encodable(name: str) -> bool:
 def _is_inside(path: Path, real_folder: str) -> bool:
     real = os.path.realpath(path)
     return real == real_folder or real.startswith(real_folder.rstrip(os.sep) + os.sep)
+
+
+def is_link_out(path: Path, folder: Path) -> bool:
+    """Return whether a path is a link that ends outside of a folder."""
+    return os.path.islink(path) and not _is_inside(path, _real(folder))
 
 
 def check_links(folder: Path) -> None:
@@ -300,14 +321,9 @@ def _check_integers(values: dict) -> None:
 
 def _check_dotted_keys(text: str) -> None:
     """Refuse a.b.c... of more than MAX_KEY_PARTS parts, wherever it stands."""
-    num_parts = 0
-    for piece in text.split("."):
-        part = piece.strip(" \t")
-        is_quoted = len(part) > 1 and part[0] == part[-1] and part[0] in "\"'"
-        # a sentence that ends with a full stop has spaces in it, a bare key has none
-        is_part = part and not any(char in part for char in "\n=[]{},") and (is_quoted or " " not in part)
-        num_parts = num_parts + 1 if is_part else 0
-        if num_parts > MAX_KEY_PARTS:
+    # what ends a key cannot stand in it now that strings are gone
+    for piece in _KEY_END.split(_STRING_OR_COMMENT.sub("", text)):
+        if piece.count(".") >= MAX_KEY_PARTS:
             raise UnsafeFile(f"it has a dotted key of more than {MAX_KEY_PARTS} parts")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from safelight.data.manifest import Photo
 from safelight.output.dataset_table import LEFT_OUT, MAX_LISTED, print_dataset
 from safelight.trainer.run_log.terminal import Terminal
 
-NOTE_KINDS = ("file", "removed", "changed", "near-copies", "caption")
+NOTE_KINDS = ("link", "file", "removed", "changed", "near-copies", "caption")
 
 
 def summary(num: int) -> IngestSummary:
@@ -68,3 +69,16 @@ def test_elsewhere_each_finding_is_one_whole_line(capsys):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == len(LEFT_OUT) + len(NOTE_KINDS)
     assert max(map(len, lines)) > 30_000
+
+
+def test_rows_that_are_only_counted_and_countless_kinds_of_captions(capsys):
+    result = summary(0)
+    result.rejected = [Rejection(f"t:{n}", "bad", "row") for n in range(9)] + [Rejection("t", "more", "row", 1_999_991)]
+    result.photos = [replace(result.photos[0], caption_source=f"t: {'x' * 1000}{n}") for n in range(50)]
+    print_dataset(result, Path("datasets/mine"), Terminal())
+    out, err = capsys.readouterr()
+    assert "and 1,999,995 more caption rows; the first 10 are listed in" in err
+    assert ", 2,000,000 caption rows)" in out
+    line = next(line for line in out.splitlines() if line.startswith("captions: "))
+    assert line.endswith(", the rest from 30 other kinds")
+    assert len(line) < 7000

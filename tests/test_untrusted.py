@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import os
+import random
 import socket
 import subprocess
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -214,9 +217,65 @@ def test_toml_out_of_bounds_is_refused_at_once(text):
     assert time.process_time() - start < 2
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        # dots between parts that hold what ends a key, in every kind of string
+        '"=".' * 500 + "a = 1",
+        "'['." * 500 + "a = 1",
+        '"\\n, }".' * 500 + "a = 1",
+        '"\\"".' * 500 + "a = 1",
+        '"#" \t. ' * 500 + "a = 1",
+        "[" + "a . " * 500 + "b]",
+        "[[" + "'a]'." * 500 + "b]]",
+        "b = {" + '"{".' * 500 + "a = 1}",
+        # after strings and comments that hold quotes
+        "b = '''\"'''\n" + '"=".' * 500 + "a = 1",
+        'b = """\\""" \' """""\n' + '"=".' * 500 + "a = 1",
+        "# it's\n" + '"=".' * 500 + "a = 1",
+    ],
+)
+def test_a_dotted_key_is_refused_however_it_is_written(text):
+    with pytest.raises(UnsafeFile, match="dotted key of more than"):
+        untrusted.parse_toml(text)
+
+
 def test_toml_with_many_sentences_is_read():
     text = "A red barn. A cow, e.g. a brown one. " * 50
-    assert untrusted.parse_toml(f'[sample]\nprompt = "{text}"\n') == {"sample": {"prompt": text}}
+    for quote in ('"', "'", '"""', "'''"):
+        toml = f"[sample]  # {text}\nprompt = {quote}{text}{quote}\nsizes = [{'0.5, ' * 50}]\n"
+        assert untrusted.parse_toml(toml) == {"sample": {"prompt": text, "sizes": [0.5] * 50}}
+
+
+@pytest.mark.parametrize("piece", ['"', '\\"""\n', "'''\n", 'a="', '\\"', 'a = """" ', "a='x'\n[", "a.", "#'\n"])
+def test_checking_dotted_keys_takes_time_in_proportion_to_the_text(piece):
+    for start in ("", '"""\n'):
+        began = time.process_time()
+        with contextlib.suppress(UnsafeFile):
+            untrusted.parse_toml(start + piece * (untrusted.MAX_TOML_BYTES // len(piece) - 1))
+        assert time.process_time() - began < 1
+
+
+def test_no_key_longer_than_the_limit_reaches_tomllib(monkeypatch):
+    """Texts of random tokens: whatever strings and comments they form, the parser never sees a longer key."""
+    longest = 0
+    parse_key = tomllib._parser.parse_key
+
+    def measured(src, pos):
+        nonlocal longest
+        pos, key = parse_key(src, pos)
+        longest = max(longest, len(key))
+        return pos, key
+
+    monkeypatch.setattr(tomllib._parser, "parse_key", measured)
+    monkeypatch.setattr(untrusted, "MAX_KEY_PARTS", 3)
+    tokens = ["a", ".", ".", "a.a", " ", "=", "1", '"', "'", '"""', "'''", "\\", "\n", "#", "[", "]", "{", "}", ","]
+    tokens += ["\r\n", '"="', "'['", '.""', ".''", 'a=""', "a='''\n", "a=1\n", ".a.a", "]\n"]
+    draws = random.Random(0)
+    for _ in range(10_000):
+        with contextlib.suppress(UnsafeFile):
+            untrusted.parse_toml("".join(draws.choices(tokens, k=draws.randint(1, 30))))
+    assert longest == 3
 
 
 def test_no_message_carries_control_characters():

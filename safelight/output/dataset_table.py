@@ -16,6 +16,8 @@ from safelight.trainer.run_log.terminal import Terminal
 
 # of each kind; the rest is in the dataset's rejected.jsonl and notes.txt
 MAX_LISTED = 5
+# sources, and kinds of captions
+MAX_COUNTED = 20
 # paths may have thousands of characters
 MAX_LINE = 300
 # kinds of `Rejection`, as they are counted
@@ -34,13 +36,13 @@ def _wrapped(line: str) -> list[str]:
     return hanging(shortened(printable(line), MAX_LINE))
 
 
-def _say_some(lines: list[str], more: str, terminal: Terminal) -> None:
-    """Print the first lines, and how many more there are. more: what follows "and 12"."""
+def _say_some(lines: list[str], num: int, more: str, terminal: Terminal) -> None:
+    """Print the first lines, and how many more of all `num` there are. more: what follows "and 12"."""
     for line in lines[:MAX_LISTED]:
         for part in _wrapped(line) if terminal.is_live else [line]:
             terminal.say(part)
-    if len(lines) > MAX_LISTED:
-        terminal.say(f"and {len(lines) - MAX_LISTED:,} {more}")
+    if num > MAX_LISTED:
+        terminal.say(f"and {num - MAX_LISTED:,} {more}")
 
 
 def _print(line: str) -> None:
@@ -64,17 +66,27 @@ def _caption_note(summary: IngestSummary) -> str:
     return ""
 
 
+def _counts(num_of_place: Counter[str], noun: str) -> str:
+    """Return from where how many came, the largest numbers first; places may be as many as photographs."""
+    shown = [f"{num} from {shortened(place, MAX_LINE)}" for place, num in num_of_place.most_common(MAX_COUNTED)]
+    num_more = len(num_of_place) - len(shown)
+    return ", ".join([*shown, f"the rest from {counted(num_more, f'other {noun}')}"] if num_more else shown)
+
+
 def print_dataset(summary: IngestSummary, out: Path, terminal: Terminal) -> None:
     """Print rejections and notes to stderr, the first of each kind, and the result to stdout."""
+    num: Counter[str] = Counter()
+    for rejection in summary.rejected:
+        num[rejection.kind] += rejection.num
     for kind, noun in LEFT_OUT.items():
         lines = [f"left out {r.path}: {r.reason}" for r in summary.rejected if r.kind == kind]
-        more = counted(len(lines) - MAX_LISTED, f"more {noun}").partition(" ")[2]
-        _say_some(lines, f"{more}; all are listed in {out / REJECTED_NAME}", terminal)
+        more = counted(num[kind] - MAX_LISTED, f"more {noun}").partition(" ")[2]
+        listed = "all are listed" if num[kind] == len(lines) else f"the first {len(lines):,} are listed"
+        _say_some(lines, num[kind], f"{more}; {listed} in {out / REJECTED_NAME}", terminal)
     for kind in dict.fromkeys(note.kind for note in summary.notes):
         lines = [f"note: {note.text}" for note in summary.notes if note.kind == kind]
-        _say_some(lines, f"more like it; all are in {out / NOTES_NAME}", terminal)
-    _say_some(list(filter(None, [_caption_note(summary)])), "", terminal)
-    num = Counter(rejection.kind for rejection in summary.rejected)
+        _say_some(lines, len(lines), f"more like it; all are in {out / NOTES_NAME}", terminal)
+    _say_some(list(filter(None, [_caption_note(summary)])), 1, "", terminal)
     extra = "".join(f", {counted(num[k], LEFT_OUT[k])}" for k in ("caption", "row") if num[k])
     _print(
         f"{counted(len(summary.photos), 'photograph')} in {out} ({summary.num_copied} copied unchanged, "
@@ -82,7 +94,7 @@ def print_dataset(summary: IngestSummary, out: Path, terminal: Terminal) -> None
         f"{num['photo'] + num['other']} left out{extra})"
     )
     if len(summary.num_of_source) > 1:
-        _print("sources: " + ", ".join(f"{num} from {place}" for place, num in summary.num_of_source.items()))
+        _print(f"sources: {_counts(Counter(summary.num_of_source), 'source')}")
     if summary.near_copies:
         num_copies = sum(map(len, summary.near_copies))
         _print(
@@ -90,7 +102,7 @@ def print_dataset(summary: IngestSummary, out: Path, terminal: Terminal) -> None
             "those of one picture are held out or trained on together"
         )
     sources = Counter(p.caption_source for p in summary.photos)
-    _print("captions: " + ", ".join(f"{num} from {source}" for source, num in sources.most_common()))
+    _print(f"captions: {_counts(sources, 'kind')}")
     named = next((p for p in summary.photos if p.caption_source == FILE_NAME and p.captions), None)
     if named:
         _print(f"example of a caption from a file name: {named.source} is {named.captions[0]!r}")

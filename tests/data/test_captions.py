@@ -1,11 +1,13 @@
 """Captions: which sources are read, which of them wins, and how bad ones are reported."""
 
+import itertools
 import json
 import os
+import time
 
 import pytest
 
-from safelight.data.captions import CaptionReader, caption_of_name, decode_text
+from safelight.data.captions import CaptionReader, caption_of_name, decode_text, list_folder
 
 
 def rows(path, *lines):
@@ -250,3 +252,77 @@ def test_a_caption_file_that_is_a_pipe_is_listed_and_not_opened(root, name):
     assert [(item.kind, item.reason) for item in reader.rejections] == [
         ("caption", "not a regular file but a device or pipe")
     ]
+
+
+@pytest.mark.parametrize("name", ["a dog_1.txt", "a dog_1.jpg.caption", "metadata.jsonl", "sub/../captions.jsonl"])
+def test_a_caption_file_that_is_a_link_out_of_the_source_is_listed_and_not_read(root, name):
+    outside = root.parent / "elsewhere.jsonl"
+    rows(outside, {"file_name": "a dog_1.jpg", "text": "a secret"})
+    (root / name).symlink_to(outside)
+    texts, _, reader = read(root, "a dog_1.jpg")
+    assert texts == ("a dog",)
+    assert [(item.kind, item.reason) for item in reader.rejections] == [
+        ("caption", "a link out of this folder, which is not followed; copy the file it points to")
+    ]
+    outside.unlink()
+
+
+def test_links_inside_a_source_and_inside_a_linked_folder_are_read(root, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (root / "linked").symlink_to(elsewhere)
+    (elsewhere / "b_1.jpg").touch()
+    for folder, name in ((root, "a dog_1.txt"), (root / "linked", "b_1.txt")):
+        (folder / "shared").write_text("a shared caption")
+        (folder / name).symlink_to("shared")
+    for name in ("a dog_1.jpg", "linked/b_1.jpg"):
+        texts, _, reader = read(root, name)
+        assert (texts, reader.rejections) == (("a shared caption",), [])
+
+
+def test_of_many_bad_rows_only_the_first_are_kept(root):
+    (root / "captions.jsonl").write_text("1\n" * 5000 + '{"file_name": "a dog_1.jpg", "text": "last"}\n' + "1\n" * 500)
+    texts, _, reader = read(root, "a dog_1.jpg")
+    assert texts == ("last",)
+    assert len(reader.rejections) == 1001
+    assert [item.num for item in reader.rejections[-2:]] == [1, 4500]
+    assert reader.rejections[0].path == f"{root}/captions.jsonl:1"
+    assert (reader.rejections[-1].path, reader.rejections[-1].reason) == (
+        f"{root}/captions.jsonl",
+        "4,500 more rows that cannot be used; only the first 1,000 are listed",
+    )
+
+
+def test_rows_beyond_the_limit_are_not_read(root, monkeypatch):
+    monkeypatch.setattr("safelight.data.captions.MAX_TABLE_ROWS", 2)
+    row = {"file_name": "a dog_1.jpg", "text": "a caption"}
+    rows(root / "captions.jsonl", "", row, {**row, "file_name": "sub/cat_2.jpg"}, "1", "1")
+    assert read(root, "a dog_1.jpg")[0] == ("a caption",)
+    texts, _, reader = read(root, "sub/cat_2.jpg")
+    assert texts == ("cat",)
+    assert [item.path for item in reader.rejections] == [f"{root}/captions.jsonl:3"]
+    assert reader.rejections[0].reason == "the rows from this one on, as a table may have 2; split it by folder"
+
+
+def test_a_row_larger_than_a_sidecar_is_rejected(root):
+    rows(root / "captions.jsonl", {"file_name": "a dog_1.jpg", "text": ["a"] * 300_000})
+    texts, _, reader = read(root, "a dog_1.jpg")
+    assert texts == ("a dog",)
+    assert "1,500,038 characters, too many for captions" in reader.rejections[0].reason
+
+
+def test_a_name_of_many_accents_takes_no_time(root):
+    rows(root / "captions.jsonl", {"file_name": "a" + "\u0315\u0300" * 15_000, "text": "x"})
+    start = time.process_time()
+    assert "does not exist" in read(root, "a dog_1.jpg")[2].rejections[0].reason
+    assert time.process_time() - start < 0.5
+
+
+def test_a_sidecar_is_not_given_to_countless_names_of_other_letter_case(root):
+    names = ["".join(letters) for letters in itertools.product("aA", "bB", "cC", "dD", "eE")]
+    for name in names[:20]:
+        (root / f"{name}.png").touch()
+    for name in names[16:]:
+        (root / f"{name}.txt").write_text("a letter")
+    listing = list_folder(root)
+    assert listing.unclaimed == [f"{name}.txt" for name in sorted(names[20:])]
+    assert listing.sidecars == {f"{name}.png": [f"{name}.txt"] for name in names[16:20]}

@@ -178,6 +178,36 @@ def make_link_inside(path: Path) -> None:
     path.symlink_to("elsewhere")
 
 
+def journal_header(num_records: int, num_pages: int, sector: int = 512, page: int = 4096) -> bytes:
+    return bytes.fromhex("d9d505f920a163d7") + struct.pack(">5I", num_records, 0, num_pages, sector, page)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        journal_header(0, 0x7FFFFFF0),
+        journal_header(0xFFFFFFFF, 0x7FFFFFF0),
+        journal_header(0, 1000),
+        journal_header(1, 1),
+        journal_header(0, 1, page=0),
+        journal_header(0, 1, page=4097),
+        journal_header(0, 1, page=2**17),
+        journal_header(0, 1, sector=16),
+        journal_header(0, 1, sector=2**17),
+        b"\xd9" + journal_header(0, 1)[1:20],
+        b"\xd8" + journal_header(0, 1)[1:],
+    ],
+    ids=bytes.hex,
+)
+def test_a_planted_journal_does_not_change_the_size_of_the_index(folder, header):
+    """SQLite makes the file as large as the journal's header says that it was."""
+    content = (folder / INDEX_NAME).read_bytes()
+    (folder / f"{INDEX_NAME}-journal").write_bytes(header.ljust(600, b"\0"))
+    with pytest.raises(UserError, match=DAMAGED.format("its journal .*")):
+        use(folder)
+    assert (folder / INDEX_NAME).read_bytes() == content
+
+
 @pytest.mark.parametrize("name", [INDEX_NAME, f"{INDEX_NAME}-journal", f"{INDEX_NAME}-wal", f"{INDEX_NAME}-shm"])
 @pytest.mark.parametrize("make", [make_pipe, make_link_inside])
 def test_files_of_sqlite_that_are_links_or_pipes_are_refused(folder, name, make: Callable[[Path], None]):

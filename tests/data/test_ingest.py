@@ -13,6 +13,7 @@ from safelight.data.captions import is_camera_name
 from safelight.data.images import decode
 from safelight.data.ingest import ingest
 from safelight.data.manifest import read_manifest
+from safelight.errors import UserError
 
 
 def snapshot(folder):
@@ -203,6 +204,34 @@ def test_folders_are_walked_sorted_without_loops_or_the_dataset(source, make_noi
         summary = ingest([source], dataset)
         assert [photo.source for photo in summary.photos] == [f"originals/{x}.png" for x in ("a/x", "b/y", "z")]
         assert summary.rejected == []
+
+
+@pytest.mark.parametrize(
+    ("size", "reason"),
+    [
+        ((200_000, 20), "200000 x 20 px, shrunk to 122474 x 12 px is too narrow; each side needs at least 16 px: crop"),
+        ((30, 100_000), "30 x 100000 px, shrunk to 21 x 70710 px: jpeg allows at most 65500 px a side; crop it"),
+        ((70_000, 16), "70000 x 16 px: jpeg allows at most 65500 px a side; crop it"),
+    ],
+)
+def test_a_picture_too_narrow_for_its_length_is_listed_with_its_own_size(source, dataset, size, reason):
+    Image.new("L", size).save(source / "long.png")
+    with pytest.raises(UserError, match=reason):
+        ingest([source], dataset)
+
+
+def test_photographs_that_are_links_out_of_the_source_are_copied_with_a_note(tmp_path, source, dataset, make_noise):
+    (tmp_path / "elsewhere").mkdir()
+    for i, name in enumerate(("a.png", "b.png")):
+        make_noise(i).save(tmp_path / "elsewhere" / name)
+        (source / name).symlink_to(tmp_path / "elsewhere" / name)
+    make_noise(2).save(source / "inside.png")
+    (source / "same.png").symlink_to("inside.png")
+    summary = ingest([source], dataset)
+    assert len(summary.photos) == 3
+    assert [note.text for note in summary.notes if note.kind == "link"] == [
+        f"2 photographs are links out of the folder, such as {source}/a.png; the dataset has a copy of what is there"
+    ]
 
 
 def test_single_files_are_sources_too(source, dataset, make_noise):

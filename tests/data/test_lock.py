@@ -115,11 +115,11 @@ def test_an_unreadable_lock_file_still_refuses_but_names_nobody(tmp_path, conten
 def test_a_lock_file_that_is_a_link_or_a_pipe_is_left_alone(tmp_path):
     (tmp_path / "precious").write_text("precious")
     (tmp_path / LOCK_NAME).symlink_to("precious")
-    with pytest.raises(UserError, match=r"\.lock is a link"):
+    with pytest.raises(UserError, match=r"\.lock is a link, which is not followed here; delete it$"):
         FolderLock(tmp_path, "")
     (tmp_path / LOCK_NAME).unlink()
     os.mkfifo(tmp_path / LOCK_NAME)
-    with pytest.raises(UserError, match=r"\.lock is not a regular file but a device or pipe"):
+    with pytest.raises(UserError, match=r"\.lock is not a regular file but a device or pipe; delete it$"):
         FolderLock(tmp_path, "")
     assert (tmp_path / "precious").read_text() == "precious"
 

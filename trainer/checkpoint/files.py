@@ -18,15 +18,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from safelight.data.atomic import atomic_write_text, sync_folder
 from safelight.errors import UserError
 from safelight.trainer.adapters.trained import Trained
 from safelight.trainer.checkpoint.identity import Identity
-from safelight.untrusted import check_regular, open_regular, path_in, read_json_object
+from safelight.trainer.models.tensor_files import TensorFile
+from safelight.untrusted import UnsafeFile, open_regular, path_in, read_json_object
 
 FORMAT = 1
 # a state.json has 3 KB
@@ -303,10 +303,9 @@ def load_checkpoint(run_dir: Path, step: int, trained: Trained) -> tuple[dict[st
     position = read_position(run_dir, step)
     trained.load(folder)
     path = path_in(folder, "state.safetensors")
-    check_regular(path)
     try:
-        return load_file(path), position
-    except SafetensorError as error:
+        return TensorFile(path).map(), position
+    except (UnsafeFile, OSError) as error:
         raise _damaged(folder, f"state.safetensors is not readable ({error})") from None
 
 

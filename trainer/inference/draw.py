@@ -21,7 +21,7 @@ from safelight.data.manifest import read_manifest
 from safelight.errors import UserError
 from safelight.kernels.unet.attention import apply_attention, attention_cases, choose_attention
 from safelight.text import counted, storable
-from safelight.trainer.adapters.full import FullFineTune
+from safelight.trainer.adapters.full import FullFineTune, load_averages
 from safelight.trainer.checkpoint.files import check_files, folder_of, list_checkpoints, read_position, read_record
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.toml import COMMAND_LINE, explain, load_config, require_run
@@ -45,7 +45,6 @@ from safelight.trainer.models.encoders import (
 )
 from safelight.trainer.models.noise_schedule import NoiseSchedule, make_schedule
 from safelight.trainer.models.weights import load_unet
-from safelight.trainer.optim.ema import load_averages
 from safelight.trainer.run_log.environment import MEMORY_PLAN, recorded, recorded_attention
 from safelight.untrusted import UnsafeFile, check_links, path_in, read_json_object
 

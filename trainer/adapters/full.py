@@ -40,7 +40,8 @@ class FullFineTune:
 
     def load(self, folder: Path) -> None:
         files, weights = _weight_files(folder), self.unet.state_dict()
-        if misfit := _misfit(files, weights):
+        found = {name: file.entries[name].shape for name, file in files.items()}
+        if misfit := _misfit(found, {name: tuple(weight.shape) for name, weight in weights.items()}):
             raise UserError(
                 f"checkpoint {folder} does not fit the UNet of this run's base ({misfit}); "
                 "set model.base to the model it was trained from"
@@ -71,13 +72,15 @@ class FullFineTune:
             _check_dtype(folder, name, tensor)
             if remainder in state.entries:
                 rest = state.read(remainder)
-                if rest.shape != tensor.shape or rest.dtype not in (torch.int16, torch.int8):
+                is_rest = rest.shape == tensor.shape and rest.dtype in (torch.int16, torch.int8)
+                if not is_rest or tensor.dtype == torch.float32:
                     raise UserError(f"{folder}: {remainder} is {_form(rest)}, which completes no weight")
                 tensor = join(tensor, rest)
             tensors[name] = convert(name, tensor)
-        if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != dict(shapes):
+        if misfit := _misfit({name: tuple(tensor.shape) for name, tensor in tensors.items()}, shapes):
             raise UserError(
-                f"{folder} does not fit the UNet that model.base names; restore the base that the run was trained from"
+                f"{folder}: {misfit}, so it does not fit the UNet that model.base names; restore the base that the run "
+                "was trained from"
             )
         return tensors
 
@@ -96,7 +99,10 @@ def load_averages(folder: Path, unet: nn.Module) -> None:
         if name not in parameters:
             raise UserError(f"{folder} has a moving average of {name}, which this UNet does not have")
         average = state.read(key)
-        check_form(name, average, parameters[name].shape)
+        try:
+            check_form(name, average, parameters[name].shape)
+        except UserError as error:
+            raise UserError(f"{folder}: {error}; use another checkpoint") from None
         parameters[name].copy_(average)
 
 
@@ -122,16 +128,14 @@ def _weight_files(folder: Path) -> dict[str, TensorFile]:
     return files
 
 
-def _misfit(files: Mapping[str, TensorFile], weights: Mapping[str, Tensor]) -> str:
-    """Return why the tensors in a checkpoint's files are not those of a UNet, '' if they are."""
-    if missing := sorted(weights.keys() - files.keys()):
+def _misfit(found: Shapes, shapes: Shapes) -> str:
+    """Return why the tensors found in a checkpoint are not those of a UNet, '' if they are. shapes: the UNet's."""
+    if missing := sorted(shapes.keys() - found.keys()):
         return f"it lacks {missing[0]}"
-    if others := sorted(files.keys() - weights.keys()):
+    if others := sorted(found.keys() - shapes.keys()):
         return f"it also has {others[0][:80]}"
-    for name, weight in weights.items():
-        if (shape := files[name].entries[name].shape) != weight.shape:
-            return f"{name} is {shape}, not {tuple(weight.shape)}"
-    return ""
+    wrong = (f"{name} is {found[name]}, not {shape}" for name, shape in shapes.items() if found[name] != shape)
+    return next(wrong, "")
 
 
 def _form(tensor: Tensor) -> str:

@@ -73,8 +73,8 @@ class Base:
         try:
             return make_schedule(config, prediction, zero_terminal_snr)
         except UserError as error:
-            path = f"{self.folder / config_name('scheduler')}: " if self.folder is not None else ""
-            raise UserError(f"{self.setting}: {path}{error}") from None
+            path = f" ({self.folder / config_name('scheduler')})" if self.folder is not None else ""
+            raise UserError(f"model.base {self.spec!r}{path}: {error}") from None
 
 
 def config_name(part: str) -> str:

@@ -246,3 +246,14 @@ def test_a_mapped_file_holds_what_the_library_reads_wherever_its_bytes_begin(tmp
             assert torch.equal(mapped[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
         next(iter(mapped.values())).zero_()
         assert path.read_bytes()[8 + size + padding :] == content[8 + size :]
+
+
+def test_a_tensor_of_another_shape_and_a_remainder_of_a_full_weight_are_named(tmp_path):
+    unet, shapes = saved(tmp_path)
+    state, weight = tmp_path / "state.safetensors", unet.state_dict()["small.bias"]
+    save_file({"master/small.bias": torch.zeros(5)}, state)
+    assert f"{tmp_path}: small.bias is (5,), not (2,), so it does not fit" in read_all(tmp_path, unet, shapes)
+    save_file({"remainder/small.bias": torch.zeros(weight.shape, dtype=torch.int16)}, state)
+    assert "remainder/small.bias is (2,) torch.int16, which completes no weight" in read_all(tmp_path, unet, shapes)
+    save_file({"ema/small.bias": torch.zeros(5)}, state)
+    assert f"{tmp_path}: the checkpoint's moving average of small.bias is (5,)" in read_all(tmp_path, unet, shapes)

@@ -242,7 +242,7 @@ def test_a_noise_schedule_that_cannot_be_used_names_its_file(base_folder, change
     base = base_of(Model(base=str(base_folder)))
     with pytest.raises(UserError, match=reason) as caught:
         base.noise_schedule()
-    assert str(caught.value).startswith(f"model.base {str(base_folder)!r}: {base_folder / CONFIG['scheduler']}: ")
+    assert str(caught.value).startswith(f"model.base {str(base_folder)!r} ({base_folder / CONFIG['scheduler']}): ")
 
 
 def test_unknown_values_of_a_config_are_dropped(base_folder):

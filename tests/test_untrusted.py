@@ -311,11 +311,7 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     },
     "data/index.py": {"sqlite3.connect": "after the index's own checks, at its top"},
     "data/near_copies.py": {"load": "a function that it is given"},
-    "trainer/adapters/full.py": {
-        "safe_open": "after path_in and check_regular",
-        "load_file": "after path_in and check_regular",
-    },
-    "trainer/checkpoint/files.py": {"trained.load": "trainer/adapters", "load_file": "after path_in and check_regular"},
+    "trainer/checkpoint/files.py": {"trained.load": "trainer/adapters"},
     "trainer/inference/draw.py": {".load": "trainer/adapters"},
     "trainer/inference/export.py": {
         "json.loads": "what diffusers has just written",
@@ -325,10 +321,10 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     "trainer/inference/modelspec.py": {"path.open": "what export has just written"},
     "trainer/models/base.py": {"json.loads": "a text that it made itself"},
     "trainer/models/build.py": {"CLIPTextModel.from_pretrained": "no name: config and tensors are given"},
+    "trainer/models/tensor_files.py": {"mmap.mmap": "a file that open_regular opened, after its header's check"},
     "trainer/models/tokenizer.py": {
         "CLIPTokenizer.from_pretrained": "a temporary folder with files made from checked values"
     },
-    "trainer/optim/ema.py": {"safe_open": "after path_in and check_regular"},
     "trainer/run_log/environment.py": {".read_text": "/proc"},
 }
 # rooms that read only what they wrote themselves

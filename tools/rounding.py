@@ -25,7 +25,6 @@ from safelight.output.show import print_table
 from safelight.trainer.config.schema import Loss, Model, Optimizer
 from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.models.base import base_of
-from safelight.trainer.models.noise_schedule import make_schedule
 from safelight.trainer.models.weights import load_unet
 from safelight.trainer.optim.optimizer import make_optimizer
 from safelight.trainer.step.step import accumulate, sample_losses
@@ -110,7 +109,7 @@ def tiny(mode: str) -> tuple[_Watch, Tensor, float]:
         for p in unet.parameters():
             p.copy_(p.bfloat16())
     begun = torch.cat([p.detach().flatten() for p in unet.parameters()])
-    schedule = make_schedule(base.config_of("scheduler"))
+    schedule = base.noise_schedule()
     memory = "fp32" if mode == "plain bf16" else mode
     optimizer = make_optimizer(unet, Optimizer(lr=LR, memory=memory), torch.bfloat16, SEED)
     generator = torch.Generator().manual_seed(SEED)

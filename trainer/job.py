@@ -202,9 +202,12 @@ def _restore(run: ResolvedRun, models: Models) -> Start:
         return Start(Position(), None, 0, is_grouped=not run.no_graphs)
     optimizer = models.context.optimizer
     state, position = load_checkpoint(run.run_dir, run.resume_step, models.trained)
-    unlogged = take_state(state)
-    take_averages(state, models.ema)
-    optimizer.load_state_tensors(state)
+    try:
+        unlogged = take_state(state)
+        take_averages(state, models.ema)
+        optimizer.load_state_tensors(state)
+    except UserError as error:
+        raise UserError(f"{run.checkpoint}: {error}") from error
     num_skipped_tensors = int(optimizer.num_skipped_tensors) if optimizer.is_fused else 0
     order = recorded(run.run_dir, EPOCH_ORDER) or {}
     return Start(position, unlogged, num_skipped_tensors, is_grouped=order.get("grouped", False))

@@ -21,7 +21,7 @@ from safelight.trainer.memory_plan.resolve_auto import budget, cap, resolve, why
 from safelight.trainer.memory_plan.static_bytes import static_bytes
 from safelight.trainer.models.base import Base, base_of
 from safelight.trainer.models.device import PRECISIONS, pick_device, pick_dtype
-from safelight.trainer.models.noise_schedule import NoiseSchedule, make_schedule
+from safelight.trainer.models.noise_schedule import NoiseSchedule
 from safelight.trainer.models.weights import check_unet
 from safelight.trainer.optim.optimizer import check_library, memory_mode
 from safelight.trainer.run_log.environment import MEMORY_PLAN, recorded
@@ -80,7 +80,7 @@ def resolve_run(config: Config, run_dir: Path, resume_step: int | None) -> Resol
     resolved, plan = resolve(config, device, previous, was_fused)
     cap(device, config.memory.limit_gib)
     no_graphs = why_no_cuda_graphs(resolved, device, plan, budget(config, device))
-    schedule = make_schedule(base.config_of("scheduler"), config.loss.prediction, config.loss.zero_terminal_snr)
+    schedule = base.noise_schedule(config.loss.prediction, config.loss.zero_terminal_snr)
     return ResolvedRun(config, resolved, run_dir, resume_step, device, dtype, base, schedule, plan, no_graphs)
 
 

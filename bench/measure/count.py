@@ -21,7 +21,7 @@ from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.families.registry import family_of
 from safelight.trainer.models.base import Base, resolve_base
 from safelight.trainer.models.device import DTYPES
-from safelight.trainer.models.noise_schedule import NoiseSchedule, make_schedule
+from safelight.trainer.models.noise_schedule import NoiseSchedule
 from safelight.trainer.models.weights import meta_unet
 from safelight.trainer.optim.library_optimizer import BitsandbytesOptimizer
 from safelight.trainer.optim.optimizer import UNetOptimizer, make_optimizer
@@ -113,7 +113,7 @@ def trace(
             ours.set_hyper(LR, WEIGHT_DECAY, MAX_GRAD_NORM)
             ours.step()
     inputs = meta_inputs(unet, batch_size, latent_size or unet.config.sample_size, layout)
-    schedule = make_schedule(base.config_of("scheduler")).to(torch.device("meta"))
+    schedule = base.noise_schedule().to(torch.device("meta"))
     return count_step(unet, *inputs, schedule, layout, autocast, ours)
 
 

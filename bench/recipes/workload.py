@@ -37,7 +37,6 @@ from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.families.registry import family_of
 from safelight.trainer.models.base import resolve_base
 from safelight.trainer.models.device import PRECISIONS, pick_device, pick_dtype
-from safelight.trainer.models.noise_schedule import make_schedule
 from safelight.trainer.models.weights import load_unet
 from safelight.trainer.optim.optimizer import make_optimizer
 from safelight.trainer.step.cuda_graphs import Recorder, StepGraphs, shape_of
@@ -210,7 +209,7 @@ class Ours:
         if patched is not None:
             patch.repack(self.unet)
         self.notes = f"{choice}; {'kernels off' if patched is None else patched}"
-        schedule = make_schedule(base.config_of("scheduler")).to(device)
+        schedule = base.noise_schedule().to(device)
         self.context = StepContext(self.unet, self.optimizer, schedule, 1.0, Loss())
         self._recorder, self._cudnn_benchmark = recorder, cudnn_benchmark
         self._graphs: dict[int, StepGraphs] = {}

@@ -6,15 +6,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from safelight.errors import UserError
 from safelight.kernels.optim.split_weights import join
 from safelight.trainer.adapters.trained import Shapes
+from safelight.trainer.models.tensor_files import TensorFile
 from safelight.trainer.optim.ema import PREFIX as EMA_PREFIX
-from safelight.untrusted import check_regular, path_in
+from safelight.trainer.optim.ema import check_form
+from safelight.untrusted import UnsafeFile, path_in
 
 FOLDER = "unet"
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
@@ -38,60 +39,103 @@ class FullFineTune:
         save_file(dict(tensors), folder / FOLDER / WEIGHTS_NAME, metadata={"format": "pt"})
 
     def load(self, folder: Path) -> None:
-        weights: dict[str, Tensor] = {}
-        for path in _weight_files(folder):
-            weights.update(load_file(path))
-        for name, tensor in weights.items():
-            _check_dtype(folder, name, tensor)
-        try:
-            self.unet.load_state_dict(weights, strict=True)
-        except RuntimeError as error:
-            first = str(error).splitlines()[1:2] or [str(error)]
+        files, weights = _weight_files(folder), self.unet.state_dict()
+        found = {name: file.entries[name].shape for name, file in files.items()}
+        if misfit := _misfit(found, {name: tuple(weight.shape) for name, weight in weights.items()}):
             raise UserError(
-                f"checkpoint {folder} does not fit the UNet of this run's base ({first[0].strip()[:160]}); "
+                f"checkpoint {folder} does not fit the UNet of this run's base ({misfit}); "
                 "set model.base to the model it was trained from"
-            ) from None
+            )
+        with torch.no_grad():
+            for name, weight in weights.items():
+                tensor = files[name].read(name)
+                _check_dtype(folder, name, tensor)
+                weight.copy_(tensor)
 
     def merged(
         self, folder: Path, shapes: Shapes, weights: str, convert: Callable[[str, Tensor], Tensor]
     ) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
-        state_path = path_in(folder, "state.safetensors")
-        check_regular(state_path)
-        with safe_open(state_path, "pt") as state:
-            keys = set(state.keys())
-            if weights == "ema" and not any(key.startswith(EMA_PREFIX) for key in keys):
-                raise UserError(f"{folder} has no moving average, because train.ema_decay is 0; leave out --weights")
-            for name in sorted(shapes):
-                sources = [f"master/{name}"] if weights == "trained" else [f"{EMA_PREFIX}{name}", f"master/{name}"]
-                if key := next((source for source in sources if source in keys), None):
-                    tensor = state.get_tensor(key)
-                    _check_dtype(folder, key, tensor)
-                    tensors[name] = convert(name, tensor)
-            for path in _weight_files(folder):
-                with safe_open(path, "pt") as file:
-                    for name in set(file.keys()) - set(tensors):
-                        tensor, remainder = file.get_tensor(name), f"remainder/{name}"
-                        _check_dtype(folder, name, tensor)
-                        if remainder in keys:
-                            rest = state.get_tensor(remainder)
-                            if rest.shape != tensor.shape or rest.dtype not in (torch.int16, torch.int8):
-                                raise UserError(f"{folder}: {remainder} is {_form(rest)}, which completes no weight")
-                            tensor = join(tensor, rest)
-                        tensors[name] = convert(name, tensor)
-        if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != dict(shapes):
+        state = _open_tensors(folder, "state.safetensors")
+        if weights == "ema" and not any(key.startswith(EMA_PREFIX) for key in state.entries):
+            raise UserError(f"{folder} has no moving average, because train.ema_decay is 0; leave out --weights")
+        for name in sorted(shapes):
+            sources = [f"master/{name}"] if weights == "trained" else [f"{EMA_PREFIX}{name}", f"master/{name}"]
+            if key := next((source for source in sources if source in state.entries), None):
+                tensor = state.read(key)
+                _check_dtype(folder, key, tensor)
+                tensors[name] = convert(name, tensor)
+        for name, file in _weight_files(folder).items():
+            if name in tensors:
+                continue
+            tensor, remainder = file.read(name), f"remainder/{name}"
+            _check_dtype(folder, name, tensor)
+            if remainder in state.entries:
+                rest = state.read(remainder)
+                is_rest = rest.shape == tensor.shape and rest.dtype in (torch.int16, torch.int8)
+                if not is_rest or tensor.dtype == torch.float32:
+                    raise UserError(f"{folder}: {remainder} is {_form(rest)}, which completes no weight")
+                tensor = join(tensor, rest)
+            tensors[name] = convert(name, tensor)
+        if misfit := _misfit({name: tuple(tensor.shape) for name, tensor in tensors.items()}, shapes):
             raise UserError(
-                f"{folder} does not fit the UNet that model.base names; restore the base that the run was trained from"
+                f"{folder}: {misfit}, so it does not fit the UNet that model.base names; restore the base that the run "
+                "was trained from"
             )
         return tensors
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """Return the files of a checkpoint's weights. Raises UserError for one that is no regular file of the folder."""
-    paths = [path_in(folder, f"{FOLDER}/{path.name}") for path in sorted((folder / FOLDER).glob("*.safetensors"))]
-    for path in paths:
-        check_regular(path)
-    return paths
+@torch.no_grad()
+def load_averages(folder: Path, unet: nn.Module) -> None:
+    """Overwrite a UNet's weights by a checkpoint's moving averages, if the checkpoint has any.
+
+    Raises UserError for averages that are not of these weights.
+    """
+    parameters, state = dict(unet.named_parameters()), _open_tensors(folder, "state.safetensors")
+    for key in state.entries:
+        if not key.startswith(EMA_PREFIX):
+            continue
+        name = key.removeprefix(EMA_PREFIX)
+        if name not in parameters:
+            raise UserError(f"{folder} has a moving average of {name}, which this UNet does not have")
+        average = state.read(key)
+        try:
+            check_form(name, average, parameters[name].shape)
+        except UserError as error:
+            raise UserError(f"{folder}: {error}; use another checkpoint") from None
+        parameters[name].copy_(average)
+
+
+def _open_tensors(folder: Path, name: str) -> TensorFile:
+    """Return the .safetensors file `name` of a checkpoint's folder. Raises UserError, naming it, if it is damaged."""
+    path = path_in(folder, name)
+    try:
+        return TensorFile(path)
+    except (UnsafeFile, OSError) as error:
+        raise UserError(f"{path} is damaged or not a safetensors file ({error}); use another checkpoint") from None
+
+
+def _weight_files(folder: Path) -> dict[str, TensorFile]:
+    """Return the file of each of a checkpoint's weights, by the weight's name. Raises UserError for a damaged one."""
+    files: dict[str, TensorFile] = {}
+    for path in sorted((folder / FOLDER).glob("*.safetensors")):
+        file = _open_tensors(folder, f"{FOLDER}/{path.name}")
+        if twice := sorted(file.entries.keys() & files.keys()):
+            raise UserError(
+                f"{path} has {twice[0][:80]}, which is also in {files[twice[0]].path.name}; use another checkpoint"
+            )
+        files |= dict.fromkeys(file.entries, file)
+    return files
+
+
+def _misfit(found: Shapes, shapes: Shapes) -> str:
+    """Return why the tensors found in a checkpoint are not those of a UNet, '' if they are. shapes: the UNet's."""
+    if missing := sorted(shapes.keys() - found.keys()):
+        return f"it lacks {missing[0]}"
+    if others := sorted(found.keys() - shapes.keys()):
+        return f"it also has {others[0][:80]}"
+    wrong = (f"{name} is {found[name]}, not {shape}" for name, shape in shapes.items() if found[name] != shape)
+    return next(wrong, "")
 
 
 def _form(tensor: Tensor) -> str:

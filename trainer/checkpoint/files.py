@@ -18,8 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from safelight.data.atomic import atomic_write_text, sync_folder
@@ -27,7 +26,7 @@ from safelight.errors import UserError
 from safelight.trainer.adapters.trained import Trained
 from safelight.trainer.checkpoint.identity import Identity
 from safelight.trainer.models.tensor_files import TensorFile
-from safelight.untrusted import UnsafeFile, check_regular, open_regular, path_in, read_json_object
+from safelight.untrusted import UnsafeFile, open_regular, path_in, read_json_object
 
 FORMAT = 1
 # a state.json has 3 KB
@@ -332,10 +331,9 @@ def load_checkpoint(run_dir: Path, step: int, trained: Trained) -> tuple[dict[st
     position = read_position(run_dir, step)
     trained.load(folder)
     path = path_in(folder, "state.safetensors")
-    check_regular(path)
     try:
-        return load_file(path), position
-    except SafetensorError as error:
+        return TensorFile(path).map(), position
+    except (UnsafeFile, OSError) as error:
         raise _damaged(folder, f"state.safetensors is not readable ({error})") from None
 
 

@@ -21,7 +21,7 @@ from safelight.data.manifest import read_manifest
 from safelight.errors import UserError
 from safelight.kernels.unet.attention import apply_attention, attention_cases, choose_attention
 from safelight.text import counted, storable
-from safelight.trainer.adapters.full import FullFineTune
+from safelight.trainer.adapters.full import FullFineTune, load_averages
 from safelight.trainer.checkpoint.files import check_files, folder_of, list_checkpoints, read_position, read_record
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.toml import COMMAND_LINE, explain, load_config, require_run
@@ -43,9 +43,8 @@ from safelight.trainer.models.encoders import (
     load_caption_encoder,
     load_codec,
 )
-from safelight.trainer.models.noise_schedule import NoiseSchedule, make_schedule
+from safelight.trainer.models.noise_schedule import NoiseSchedule
 from safelight.trainer.models.weights import load_unet
-from safelight.trainer.optim.ema import load_averages
 from safelight.trainer.run_log.environment import MEMORY_PLAN, recorded, recorded_attention
 from safelight.untrusted import UnsafeFile, check_links, path_in, read_json_object
 
@@ -173,7 +172,7 @@ def open_run(run_dir: Path) -> OpenRun:
     config = load_config(run_dir / "config.toml")
     device = pick_device(config.run.device)
     base = base_of(config.model)
-    schedule = make_schedule(base.config_of("scheduler"), config.loss.prediction, config.loss.zero_terminal_snr)
+    schedule = base.noise_schedule(config.loss.prediction, config.loss.zero_terminal_snr)
     return OpenRun(run_dir, config, base, device, schedule)
 
 

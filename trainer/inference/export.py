@@ -34,7 +34,7 @@ from safelight.trainer.inference.draw import pick_step
 from safelight.trainer.inference.modelspec import CUSTOM, modelspec, sign
 from safelight.trainer.models.base import PICKLES, Base, base_of
 from safelight.trainer.models.device import DTYPES
-from safelight.trainer.models.noise_schedule import NoiseSchedule, make_schedule
+from safelight.trainer.models.noise_schedule import NoiseSchedule
 from safelight.trainer.models.single_file import ZERO_SNR_MARKER, schedule_markers
 from safelight.trainer.models.tensor_files import is_finite
 from safelight.trainer.models.weights import load_text, load_vae, meta_unet
@@ -128,7 +128,7 @@ def export(
     folder = folder_of(run_dir, step)
     check_files(folder)
     base = base_of(config.model)
-    schedule = make_schedule(base.config_of("scheduler"), config.loss.prediction, config.loss.zero_terminal_snr)
+    schedule = base.noise_schedule(config.loss.prediction, config.loss.zero_terminal_snr)
     source = _Source(config, base, folder, step, schedule, DTYPES[dtype], weights)
     out.parent.mkdir(parents=True, exist_ok=True)
     if is_file:

@@ -37,7 +37,6 @@ from safelight.trainer.memory_plan.allocation_trace import (
 )
 from safelight.trainer.memory_plan.memory_tracer import CUDA_ROUNDING, LiveBytes, count_gradients
 from safelight.trainer.models.base import Base, resolve_model
-from safelight.trainer.models.noise_schedule import make_schedule
 from safelight.trainer.models.weights import meta_unet
 from safelight.trainer.step.prepare_unet import prepare_unet
 from safelight.trainer.step.step import StepContext, StepSettings, train_step
@@ -102,7 +101,7 @@ class MetaRun:
         probed = device if device.type == "cpu" else META
         setting = "sdpa" if config.model.attention == "auto" and device.type == "cuda" else config.model.attention
         choice = choose_attention(probed, dtype, attention_cases(self.unet), setting=setting)
-        schedule = make_schedule(base.config_of("scheduler"), config.loss.prediction).to(META)
+        schedule = base.noise_schedule(config.loss.prediction).to(META)
         with references_on_meta(device.type == "cpu"), self.live:
             self.live.hold(self.unet.parameters(), WEIGHTS)
             self.live.phase, self.live.kind = "loading", OPTIMIZER

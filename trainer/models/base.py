@@ -21,6 +21,7 @@ from safelight.trainer.models.build import build
 from safelight.trainer.models.hub import PARTS, fetch
 from safelight.trainer.models.model_configs import MAX_CONFIG_BYTES, checked
 from safelight.trainer.models.model_folder import model_file
+from safelight.trainer.models.noise_schedule import NoiseSchedule, make_schedule
 from safelight.trainer.models.single_file import SingleFile
 from safelight.untrusted import read_json_object
 
@@ -65,6 +66,15 @@ class Base:
         if part == "scheduler" and self.file is not None:
             config |= self.file.schedule
         return config
+
+    def noise_schedule(self, prediction: str = "auto", zero_terminal_snr: bool = False) -> NoiseSchedule:
+        """Return the schedule that the base was trained under, see make_schedule. Raises UserError."""
+        config = self.config_of("scheduler")
+        try:
+            return make_schedule(config, prediction, zero_terminal_snr)
+        except UserError as error:
+            path = f" ({self.folder / config_name('scheduler')})" if self.folder is not None else ""
+            raise UserError(f"model.base {self.spec!r}{path}: {error}") from None
 
 
 def config_name(part: str) -> str:

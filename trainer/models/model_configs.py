@@ -102,6 +102,7 @@ class UNet(_Values):
             if isinstance(value, list) and len(value) != num_blocks:
                 raise ValueError(f"{key} has {len(value)} values, but block_out_channels has {num_blocks}")
         _check_groups(self.block_out_channels, self.norm_num_groups)
+        self._check_heads()
         if self.block_out_channels[0] < 4:
             raise ValueError("block_out_channels begins with less than 4, too few for the timestep's embedding")
         depths = self.transformer_layers_per_block
@@ -115,6 +116,18 @@ class UNet(_Values):
                 "addition_embed_type text_time needs addition_time_embed_dim and projection_class_embeddings_input_dim"
             )
         return self
+
+    def _check_heads(self) -> None:
+        """Raise ValueError unless the channels of every block with attention are a multiple of its heads."""
+        # diffusers' attention_head_dim is the number of heads. The middle block is as wide as the last one
+        num_blocks, value = len(self.block_out_channels), self.attention_head_dim
+        heads = value if isinstance(value, list) else [value] * num_blocks
+        pairs = zip(self.down_block_types, reversed(self.up_block_types), strict=True)
+        attends = [any(kind.startswith("CrossAttn") for kind in pair) for pair in pairs]
+        attends[-1] = True
+        for width, num, is_used in zip(self.block_out_channels, heads, attends, strict=True):
+            if is_used and width % num:
+                raise ValueError(f"attention_head_dim {num} does not divide {width} of block_out_channels")
 
 
 class AutoencoderKL(_Values):

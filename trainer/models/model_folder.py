@@ -21,6 +21,8 @@ from safelight.untrusted import UnsafeFile, path_in, read_json_object
 DIFFUSERS_STEM, TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
 # an index has a line per tensor
 MAX_INDEX_BYTES = 2**24
+# an index of shards, whose variant stands before or after the word index
+_INDEX_FILE = re.compile(r"([^.]+)\.safetensors\.(?:index(?:\.(\w+))?|(\w+)\.index)\.json")
 # a weights file, whose variant (fp16) stands before or after the shard's number
 _WEIGHTS_FILE = re.compile(r"([^.]+?)(?:\.(\w+?))?(-\d{5}-of-\d{5})?(?:\.(\w+))?\.safetensors")
 
@@ -74,6 +76,7 @@ def _chosen_names(folder: Path, part: str, stem: str) -> list[str]:
     found = sorted(path.name for path in where.glob("*"))
     wholes: dict[str | None, str] = {}
     shards: dict[str | None, list[str]] = {}
+    indices: dict[str | None, str] = {}
     for name in found:
         if (match := _WEIGHTS_FILE.fullmatch(name)) and match[1] == stem:
             variant = match[2] or match[4]
@@ -81,7 +84,10 @@ def _chosen_names(folder: Path, part: str, stem: str) -> list[str]:
                 shards.setdefault(variant, []).append(name)
             else:
                 wholes[variant] = name
-    variants = wholes.keys() | shards.keys()
+        elif (match := _INDEX_FILE.fullmatch(name)) and match[1] == stem:
+            indices.setdefault(match[2] or match[3], name)
+    # an index may name files as it likes; one without files may be a rest of another variant
+    variants = wholes.keys() | shards.keys() or indices.keys()
     if not variants:
         kind = f"{stem}.safetensors" if any(name.endswith(".safetensors") for name in found) else ".safetensors file"
         raise UserError(
@@ -90,9 +96,7 @@ def _chosen_names(folder: Path, part: str, stem: str) -> list[str]:
         )
     # files without a variant are fp32 if there are several; fp16 has more mantissa bits than bf16
     variant = next((name for name in (None, "fp16", "bf16") if name in variants), min(variants, key=str))
-    middle = f".{variant}" if variant else ""
-    indices = f"{stem}.safetensors.index{middle}.json", f"{stem}.safetensors{middle}.index.json"
-    index = next((name for name in indices if name in found), None)
+    index = indices.get(variant)
     # where there are both, transformers loads the whole file, and diffusers the shards
     if variant in wholes and (index is None or stem == TRANSFORMERS_STEM):
         return [wholes[variant]]
@@ -112,6 +116,11 @@ def _indexed_names(folder: Path, part: str, index: str) -> list[str]:
                 f"{where}: its index {index} names {name!r}, which is no .safetensors file of this folder; other "
                 "formats are never loaded, because they can run code: get this folder again"
             )
+    if missing := [name for name in names if not model_file(folder, os.path.join(part, name)).exists()]:
+        raise UserError(
+            f"{where} lacks {counted(len(missing), 'file')} that its index {index} names, the first is {missing[0]}; "
+            "get this folder again"
+        )
     return names
 
 

@@ -42,7 +42,7 @@ def betas(kind: str, start: float, end: float, num: int) -> Tensor:
         return torch.linspace(start**0.5, end**0.5, num, dtype=torch.float32) ** 2
     if kind == "linear":
         return torch.linspace(start, end, num, dtype=torch.float32)
-    raise UserError(f"beta_schedule {kind!r} is not supported; use linear or scaled_linear")
+    raise UserError(f"beta_schedule {kind!r} is not supported, only linear and scaled_linear are; use another base")
 
 
 def rescale_zero_terminal_snr(alphas_cumprod_T: Tensor) -> Tensor:
@@ -57,12 +57,11 @@ def make_schedule(scheduler_config: dict, prediction: str = "auto", zero_termina
 
     zero_terminal_snr: rescale the schedule even if the config does not say so.
 
-    Raises UserError if the config has betas or a prediction type that are not supported.
+    Raises UserError if the config has betas or a prediction type that are not supported, in words that follow the
+    config's name.
     """
     if scheduler_config.get("trained_betas") is not None:
-        raise UserError(
-            "the base's scheduler config has trained_betas, which are not supported; use a base with a beta_schedule"
-        )
+        raise UserError("it has trained_betas, which are not supported, only a beta_schedule is; use another base")
     # the defaults are diffusers'
     beta = betas(
         scheduler_config.get("beta_schedule", "linear"),
@@ -71,9 +70,18 @@ def make_schedule(scheduler_config: dict, prediction: str = "auto", zero_termina
         scheduler_config.get("num_train_timesteps", 1000),
     )
     alphas_cumprod = torch.cumprod(1 - beta, dim=0)
+    if not alphas_cumprod[-1] < alphas_cumprod[0] < 1:
+        raise UserError("its noise schedule leaves no noise in the inputs of the UNet; use another base")
+    if alphas_cumprod[-1] == 0:
+        raise UserError(
+            "its noise schedule leaves nothing of the image in the last inputs of the UNet; use another base"
+        )
     prediction_type = scheduler_config.get("prediction_type", "epsilon") if prediction == "auto" else prediction
     if prediction_type not in ("epsilon", "v_prediction"):
-        raise UserError(f"prediction type {prediction_type!r} is not supported; use epsilon or v_prediction")
+        raise UserError(
+            f"prediction type {prediction_type!r} is not supported; set loss.prediction to epsilon or v_prediction, "
+            "whichever the base was trained with"
+        )
     zero_terminal_snr = zero_terminal_snr or scheduler_config.get("rescale_betas_zero_snr", False)
     if zero_terminal_snr:
         if prediction_type == "epsilon":

@@ -121,9 +121,23 @@ class SingleFile:
 
     @property
     def text_width(self) -> int:
-        """Width of the text embeddings that the UNet attends to; 0 without cross-attention."""
+        """Width of the text embeddings that the UNet attends to; 0 without cross-attention.
+
+        Raises UserError if that matrix is none.
+        """
         keys = (n for n in self.shapes if n.startswith(UNET_PREFIX) and n.endswith(".attn2.to_k.weight"))
-        return next((self.shapes[name][1] for name in keys), 0)
+        name = next(keys, None)
+        return 0 if name is None else self._sizes(name, 2, "matrix")[1]
+
+    def _sizes(self, name: str, num: int, kind: str) -> Shape:
+        """Return the shape of a tensor. Raises UserError unless it has num dimensions, none of them 0.
+
+        kind: what such a tensor is called.
+        """
+        shape = self.shapes[name]
+        if len(shape) != num or 0 in shape:
+            raise UserError(f"{self} is damaged: {name} is {shape}, not a {kind}; get it again")
+        return shape
 
     @property
     def family(self) -> Family | None:
@@ -162,7 +176,8 @@ class SingleFile:
             )
         if self.family is not None and self.family.untrainable:
             raise UserError(f"{self} is {self.family.title}; {_UNSUPPORTED}")
-        channels = self.shapes.get(f"{UNET_PREFIX}input_blocks.0.0.weight", (0, 4))[1]
+        first = f"{UNET_PREFIX}input_blocks.0.0.weight"
+        channels = self._sizes(first, 4, "convolution")[1] if first in self.shapes else 4
         if channels != 4:
             raise UserError(
                 f"{self} is an inpainting or editing model, whose UNet has {channels} input channels; "

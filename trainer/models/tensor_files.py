@@ -1,13 +1,15 @@
-"""Reads .safetensors files that somebody else may have made, without a library that chooses which file to open.
+"""Reads .safetensors files that somebody else may have made: those of models and of checkpoints.
 
 A header is checked before anything is read: its size, that every tensor's bytes are as many as its dtype and shape say,
-and that the tensors cover the file without holes or overlaps. Tensors are read one at a time.
+and that the tensors cover the file without holes or overlaps. No library is asked: it would choose the file to
+open, or believe what the header says.
 Format: github.com/huggingface/safetensors.
 """
 
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +25,16 @@ from safelight.untrusted import UnsafeFile, open_regular, parse_json
 MAX_HEADER_BYTES = 2**24
 MAX_DIMENSIONS = 16
 MAX_NAME_CHARS = 1000
+# a tensor without values may claim dimensions whose product torch cannot count
+MAX_VALUES = 2**48
 # the dtypes of weights
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {
+    **FLOATS,
+    **{"BOOL": torch.bool, "C64": torch.complex64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+    **{"I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64},
+    **{"U8": torch.uint8, "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64},
+}
 # bits of one value of every dtype in the format
 _BITS = {
     **dict.fromkeys(("F4",), 4),
@@ -73,14 +83,35 @@ class TensorFile:
         _check_covered(self.entries, 8 + header_size, size)
 
     def read(self, name: str) -> Tensor:
-        """Return a tensor whose dtype is one of FLOATS. Raises UserError if the file has become shorter."""
-        entry = self.entries[name]
+        """Return a tensor. Raises UserError if torch lacks its dtype or the file has become shorter."""
+        entry, dtype = self.entries[name], self._dtype(name)
         content = torch.empty(entry.end - entry.start, dtype=torch.uint8)
         with open_regular(self.path) as file:
             file.seek(entry.start)
             if file.readinto(content.numpy()) != len(content):
                 raise UserError(f"{self.path} was cut off while it was read; get it again")
-        return content.view(FLOATS[entry.dtype]).reshape(entry.shape)
+        return content.view(dtype).reshape(entry.shape)
+
+    def map(self) -> dict[str, Tensor]:
+        """Return all tensors, by name, in memory that the system reads from the file when it is needed.
+
+        Writing to them does not change the file. Raises UserError if torch lacks a dtype.
+        """
+        with open_regular(self.path) as file:
+            content = torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY), dtype=torch.uint8)
+        tensors = {}
+        for name, entry in self.entries.items():
+            dtype, part = self._dtype(name), content[entry.start : entry.end]
+            # torch views only bytes that are aligned
+            aligned = part if entry.start % dtype.itemsize == 0 else part.clone()
+            tensors[name] = aligned.view(dtype).reshape(entry.shape)
+        return tensors
+
+    def _dtype(self, name: str) -> torch.dtype:
+        dtype = self.entries[name].dtype
+        if dtype not in DTYPES:
+            raise UserError(f"{self.path}: {name[:80]} is {dtype}, which cannot be read; get this file again")
+        return DTYPES[dtype]
 
     def read_finite(self, name: str) -> Tensor:
         """Return a tensor whose dtype is one of FLOATS. Raises UserError if one of its values is NaN or infinite."""
@@ -114,6 +145,7 @@ def _entry(name: str, value: object, data_start: int) -> Entry:
         and isinstance(shape, list)
         and len(shape) <= MAX_DIMENSIONS
         and all(map(_is_count, shape))
+        and math.prod(max(1, size) for size in shape) <= MAX_VALUES
         and isinstance(offsets, list)
         and len(offsets) == 2
         and all(map(_is_count, offsets))

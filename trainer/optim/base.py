@@ -120,7 +120,7 @@ class OptimizerBase(abc.ABC):
             if part in ("loss_scale", "clipping"):
                 continue
             if name not in by_name:
-                raise UserError(f"the checkpoint's optimizer state names {name}, which this UNet does not train")
+                raise UserError(f"the checkpoint's optimizer state names {key[:80]!r}, which this UNet does not train")
             by_name[name][part] = value
         for name, parts in by_name.items():
             self._load_parameter_state(name, parts)

@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from safelight.errors import UserError
 from safelight.kernels.optim.ema import EMA
 from safelight.trainer.optim.optimizer import UNetOptimizer
-from safelight.untrusted import check_regular, path_in
 
 PREFIX = "ema/"
 NUM_UPDATES = "ema_state/num_updates"
@@ -81,34 +78,15 @@ def take_averages(state: dict[str, Tensor], averages: WeightAverages | None) -> 
     if loaded.keys() != averages.averages.keys() or num_updates is None:
         raise UserError("the checkpoint has no moving average of these weights; resume with train.ema_decay = 0")
     for name, average in averages.averages.items():
-        _check_form(name, loaded[name], average.shape)
+        check_form(name, loaded[name], average.shape)
         average.copy_(loaded[name])
     if num_updates.shape != () or num_updates.dtype != torch.int64:
         raise UserError("the checkpoint's count of averaged steps is not a number; resume with train.ema_decay = 0")
     averages.num_updates.copy_(num_updates)
 
 
-def _check_form(name: str, average: Tensor, shape: tuple[int, ...]) -> None:
+def check_form(name: str, average: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise UserError unless a checkpoint's average has a weight's shape, in float32."""
     if average.shape != shape or average.dtype != torch.float32:
         form = f"{tuple(average.shape)} {average.dtype}"
         raise UserError(f"the checkpoint's moving average of {name} is {form}, not {tuple(shape)} torch.float32")
-
-
-@torch.no_grad()
-def load_averages(folder: Path, unet: nn.Module) -> None:
-    """Overwrite a UNet's weights by a checkpoint's moving averages, if the checkpoint has any.
-
-    Raises UserError for averages that are not of these weights.
-    """
-    parameters = dict(unet.named_parameters())
-    path = path_in(folder, "state.safetensors")
-    check_regular(path)
-    with safe_open(path, "pt") as state:
-        for key in state.keys():  # noqa: SIM118
-            if not key.startswith(PREFIX):
-                continue
-            name, average = key.removeprefix(PREFIX), state.get_tensor(key)
-            if name not in parameters:
-                raise UserError(f"{folder} has a moving average of {name}, which this UNet does not have")
-            _check_form(name, average, parameters[name].shape)
-            parameters[name].copy_(average)

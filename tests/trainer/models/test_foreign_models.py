@@ -16,7 +16,7 @@ from safelight.trainer.config.schema import Model
 from safelight.trainer.models.base import base_of, resolve_base, tiny_folder
 from safelight.trainer.models.encoders import CaptionEncoder
 from safelight.trainer.models.tensor_files import TensorFile, first_non_finite
-from safelight.trainer.models.weights import check_unet, fingerprint, load_text, load_unet, load_vae
+from safelight.trainer.models.weights import check_unet, fingerprint, load_text, load_unet, load_vae, meta_unet
 from tests.trainer.models.tiny_base import WEIGHTS, Opened, load
 
 CONFIG = {"unet": "unet/config.json", "vae": "vae/config.json", "text_encoder": "text_encoder/config.json"}
@@ -61,6 +61,22 @@ def test_an_index_names_only_safetensors_beside_it(base_folder, tmp_path, part, 
     assert f"{base_folder}/{part}: " in message
     assert named in message
     assert not (tmp_path / "opened").exists()
+
+
+@pytest.mark.parametrize("part", WEIGHTS)
+def test_an_index_may_name_its_shards_freely_and_says_which_are_missing(base_folder, part):
+    weights = base_folder / part / WEIGHTS[part]
+    tensors = load_file(weights)
+    weights.unlink()
+    shard_of = {name: f"part {number % 2}.safetensors" for number, name in enumerate(tensors)}
+    weights.with_name(f"{weights.name}.index.json").write_text(json.dumps({"weight_map": shard_of}))
+    message = refused(base_folder, "lacks 2 files that its index .* names, the first is part 0.safetensors; get this f")
+    assert f"{base_folder}/{part} lacks" in message
+    for shard in set(shard_of.values()):
+        save_file({name: tensors[name] for name in tensors if shard_of[name] == shard}, weights.with_name(shard))
+    assert fingerprint(load(part, base_folder)) == fingerprint(load(part, tiny_folder()))
+    weights.with_name("part 1.safetensors").unlink()
+    refused(base_folder, "lacks 1 file that its index .* names, the first is part 1.safetensors; get this folder again")
 
 
 @pytest.mark.parametrize("value", [5, [], None, {"x": 5}, {"x": None}])
@@ -188,9 +204,45 @@ def test_a_config_that_is_no_object_is_refused(base_folder, part, content):
     refused(base_folder, f"{CONFIG[part]} is not valid")
 
 
-def test_values_that_contradict_each_other_are_refused_by_the_library_in_one_line(base_folder):
-    edit(base_folder / CONFIG["unet"], attention_head_dim=1024)
-    refused(base_folder, "no model can be built from its config")
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"attention_head_dim": 1024}, "attention_head_dim 1024 does not divide 32 of block_out_channels"),
+        ({"attention_head_dim": 5}, "attention_head_dim 5 does not divide 32 of block_out_channels"),
+        ({"attention_head_dim": [4, 6, 4]}, "attention_head_dim 6 does not divide 64 of block_out_channels"),
+        # of the middle block
+        ({"attention_head_dim": [4, 4, 3]}, "attention_head_dim 3 does not divide 128 of block_out_channels"),
+    ],
+)
+def test_values_of_a_unets_config_that_contradict_each_other_are_refused(base_folder, changes, reason):
+    edit(base_folder / CONFIG["unet"], **changes)
+    assert "unet/config.json is wrong" in refused(base_folder, reason)
+
+
+def test_heads_of_blocks_without_attention_do_not_matter(base_folder):
+    path = base_folder / CONFIG["unet"]
+    edit(path, down_block_types=["DownBlock2D", *["CrossAttnDownBlock2D"] * 2], attention_head_dim=[5, 4, 4])
+    edit(path, up_block_types=[*["CrossAttnUpBlock2D"] * 2, "UpBlock2D"])
+    meta_unet(base_of(Model(base=str(base_folder))))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"beta_schedule": "nope"}, "beta_schedule 'nope' is not supported"),
+        ({"trained_betas": [0.1]}, "has trained_betas"),
+        ({"prediction_type": "sample"}, "prediction type 'sample' is not supported; set loss.prediction to"),
+        ({"rescale_betas_zero_snr": True}, "zero_terminal_snr needs v_prediction"),
+        ({"beta_start": 1e-30, "beta_end": 1e-30}, "leaves no noise"),
+        ({"beta_start": 0.9, "beta_end": 0.99, "beta_schedule": "linear"}, "leaves nothing of the image"),
+    ],
+)
+def test_a_noise_schedule_that_cannot_be_used_names_its_file(base_folder, changes, reason):
+    edit(base_folder / CONFIG["scheduler"], **changes)
+    base = base_of(Model(base=str(base_folder)))
+    with pytest.raises(UserError, match=reason) as caught:
+        base.noise_schedule()
+    assert str(caught.value).startswith(f"model.base {str(base_folder)!r} ({base_folder / CONFIG['scheduler']}): ")
 
 
 def test_unknown_values_of_a_config_are_dropped(base_folder):
@@ -227,6 +279,8 @@ def entry(shape: list, start: object, end: object, dtype: object = "F32") -> dic
         (header(a=entry([1], 0, 4, "OBJECT"), data=b"1234"), "the entry of a"),
         (header(a=entry([1], 0, 4, ["F32"]), data=b"1234"), "the entry of a"),
         (header(a=entry([2**40, 2**40], 0, 4), data=b"1234"), "the entry of a"),
+        (header(a=entry([0, 2**63, 2**63], 0, 0)), "the entry of a"),
+        (header(a=entry([0, 2**63], 0, 0)), "the entry of a"),
         (header(a=entry([-1], 0, -4), data=b"1234"), "the entry of a"),
         (header(a=entry([True], 0, 4), data=b"1234"), "the entry of a"),
         (header(a=entry([1] * 99, 0, 4), data=b"1234"), "the entry of a"),
@@ -259,6 +313,33 @@ def test_every_tensor_of_a_file_is_read_as_the_library_reads_it(tmp_path):
         ours = file.read(name)
         assert ours.dtype == tensor.dtype
         assert torch.equal(ours, tensor)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "reason"),
+    [
+        (
+            {"middle_block.1.transformer_blocks.0.attn2.to_k.weight": []},
+            r"is damaged: .*attn2.to_k.weight is \(\), not",
+        ),
+        ({"middle_block.1.transformer_blocks.0.attn2.to_k.weight": [0]}, r"is damaged: .* is \(0,\), not a matrix"),
+        ({"middle_block.1.transformer_blocks.0.attn2.to_k.weight": [8, 0]}, r"is damaged: .* is \(8, 0\), not a m"),
+        ({"input_blocks.0.0.weight": []}, r"is damaged: .*input_blocks.0.0.weight is \(\), not"),
+        ({"input_blocks.0.0.weight": [32, 0, 3, 3]}, r"is damaged: .* is \(32, 0, 3, 3\), not"),
+        ({"input_blocks.0.0.weight": [32, 9, 3, 3]}, "is an inpainting or editing model, whose UNet has 9 input ch"),
+        ({"input_blocks.0.0.weight": [1] * 9}, r"is damaged: .*input_blocks.0.0.weight is"),
+    ],
+)
+def test_a_single_file_is_recognized_by_shapes_of_any_rank(tmp_path, shapes, reason):
+    names = {
+        "middle_block.1.transformer_blocks.0.attn2.to_k.weight": [8, 128],
+        "input_blocks.0.0.weight": [32, 4, 3, 3],
+    }
+    path = tmp_path / "x.safetensors"
+    save_file({f"model.diffusion_model.{name}": torch.zeros(s) for name, s in {**names, **shapes}.items()}, path)
+    with pytest.raises(UserError, match=reason) as caught:
+        resolve_base(str(path), "tiny")
+    assert str(path) in str(caught.value)
 
 
 def change_a_tensor(path: Path, change) -> str:

@@ -148,3 +148,12 @@ def check_fit(folder: Path, files: Mapping[str, TensorFile], layout: Layout, sha
             raise UserError(f"{folder} is quantized ({place.name} is {entry.dtype}); give the fp16, bf16 or fp32 model")
         if entry.shape != shapes[name]:
             raise bad_weights(folder, f"{place.name} is {entry.shape}, not {shapes[name]}")
+
+
+def check_nothing_else(folder: Path, files: Mapping[str, TensorFile], layout: Layout) -> None:
+    """Raise UserError if the files have tensors that the module lacks: without them it is another model."""
+    if others := sorted(files.keys() - {place.name for place in layout.values()}):
+        raise UserError(
+            f"{folder}: its .safetensors files have {counted(len(others), 'tensor')} more than its config.json, the "
+            f"first is {others[0][:80]}; get this folder again"
+        )

@@ -18,7 +18,13 @@ from safelight.kernels.philox import Key, Purpose, words
 from safelight.trainer.families.original_layout import Layout, Place, Shape, older_vae_name
 from safelight.trainer.models.base import Base, tiny_folder, vae_config
 from safelight.trainer.models.build import build, shapes_of, text_config, text_encoder_with
-from safelight.trainer.models.model_folder import DIFFUSERS_STEM, TRANSFORMERS_STEM, check_fit, weight_files
+from safelight.trainer.models.model_folder import (
+    DIFFUSERS_STEM,
+    TRANSFORMERS_STEM,
+    check_fit,
+    check_nothing_else,
+    weight_files,
+)
 from safelight.trainer.models.single_file import SingleFile
 from safelight.trainer.models.tensor_files import TensorFile, read_state
 from safelight.trainer.models.tokenizer import load_tokenizer
@@ -92,6 +98,8 @@ def _in_folder(folder: Path, part: str, stem: str, shapes: dict[str, Shape]) -> 
     files = weight_files(folder, part, stem)
     layout = {name: Place(next((n for n in _names_in_files(name) if n in files), name)) for name in shapes}
     check_fit(folder / part, files, layout, shapes)
+    if part == "unet":
+        check_nothing_else(folder / part, files, layout)
     return layout, files
 
 

@@ -63,6 +63,13 @@ def test_an_index_names_only_safetensors_beside_it(base_folder, tmp_path, part, 
     assert not (tmp_path / "opened").exists()
 
 
+def test_weights_of_a_unet_that_its_config_does_not_use_are_refused(base_folder):
+    edit(base_folder / CONFIG["unet"], down_block_types=["DownBlock2D"] * 3)
+    refused(
+        base_folder, r"files have \d+ tensors more than its config\.json, the first is down_blocks\.0\.attentions\.0"
+    )
+
+
 @pytest.mark.parametrize("part", WEIGHTS)
 def test_an_index_may_name_its_shards_freely_and_says_which_are_missing(base_folder, part):
     weights = base_folder / part / WEIGHTS[part]

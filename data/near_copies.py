@@ -8,6 +8,7 @@ Bursts, rotated copies, and copies with a frame or more than a tenth cropped off
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -32,6 +33,8 @@ MAX_ASPECT_FACTOR = 1.18
 MIN_COLOUR = 2.0
 # blocks that are compared at once: 64 MiB of cosines, 6 MiB of an alignment's derivatives
 ROWS, COLUMNS, PAIRS = 2048, 8192, 256
+# pairs of which those to look at next are chosen
+PENDING = 2**18
 
 _GREY = np.array([0.299, 0.587, 0.114], np.float32)
 _PX = np.arange(SIDE, dtype=np.float32)
@@ -153,26 +156,45 @@ def find_near_copies(
     is_new: Sequence[bool],
     load: Callable[[int], np.ndarray | None],
 ) -> list[tuple[int, int]]:
-    """Return the pairs (i, j) of near-copies among n photos, of which at least one is new.
+    """Return pairs (i, j) of near-copies among n photos, of which at least one is new: enough to join all near-copies.
 
     aspects: width / height. load(i): returns photo i's thumbnail, None if it cannot be read; called for candidates
     alone, once each. If all photos are new, n^2 / 2 pairs of fingerprints are compared, and as many with one picture
     mirrored: for 100,000 photos about a minute of one core.
     """
-    pairs = []
+    pairs: list[tuple[int, int]] = []
     thumbnails: dict[int, np.ndarray | None] = {}
+    # of each photo, the number of the photos that are joined with it so far
+    group = np.arange(len(fingerprints))
     log_aspects = np.log(np.asarray(aspects, np.float32))
-    for i, j, mirrored in _candidates(_vectors(fingerprints), log_aspects, np.asarray(is_new, bool)):
-        for start in range(0, len(i), PAIRS):
-            block = list(zip(i[start : start + PAIRS].tolist(), j[start : start + PAIRS].tolist(), strict=True))
-            for index in {index for pair in block for index in pair} - thumbnails.keys():
-                thumbnails[index] = load(index)
-            block = [pair for pair in block if all(thumbnails[index] is not None for index in pair)]
-            if block:
+    for rows, columns, mirrored in _candidates(_vectors(fingerprints), log_aspects, np.asarray(is_new, bool)):
+        for start in range(0, len(rows), PENDING):
+            i, j = rows[start : start + PENDING], columns[start : start + PENDING]
+            # n photos of one scene have n^2 / 2 pairs, of which n - 1 join them all
+            while (is_open := group[i] != group[j]).any():
+                i, j = i[is_open], j[is_open]
+                is_next = _some_of_each(i)
+                block = list(zip(i[is_next].tolist(), j[is_next].tolist(), strict=True))
+                i, j = i[~is_next], j[~is_next]
+                for index in {index for pair in block for index in pair} - thumbnails.keys():
+                    thumbnails[index] = load(index)
+                block = [pair for pair in block if all(thumbnails[index] is not None for index in pair)]
+                if not block:
+                    continue
                 a, b = (np.stack([thumbnails[pair[side]] for pair in block]) for side in (0, 1))
                 is_same = same_picture(a[:, :, ::-1] if mirrored else a, b)
-                pairs += [pair for pair, same in zip(block, is_same, strict=True) if same]
+                for pair in itertools.compress(block, is_same):
+                    pairs.append(pair)
+                    group[group == group[pair[0]]] = group[pair[1]]
     return pairs
+
+
+def _some_of_each(rows: np.ndarray) -> np.ndarray:
+    """Return (n,) bool: which of n pairs to look at next, at most PAIRS, of as many rows as possible. rows: sorted."""
+    _, first, num_of_row = np.unique(rows, return_index=True, return_counts=True)
+    place = np.arange(len(rows)) - np.repeat(first, num_of_row)
+    is_next = place < max(1, PAIRS // len(first))
+    return is_next & (np.cumsum(is_next) <= PAIRS)
 
 
 def merge_groups(groups: Sequence[str], names: Sequence[str], pairs: Iterable[tuple[int, int]]) -> list[str]:

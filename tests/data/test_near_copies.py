@@ -98,6 +98,22 @@ def test_only_pairs_with_a_new_photo_are_compared(pictures, monkeypatch):
     assert sorted(pairs_of(pictures + copies)) == [(NUM_PICTURES + i, i) for i in range(NUM_PICTURES)]
 
 
+def test_many_photos_of_one_scene_are_joined_without_looking_at_every_pair(pictures, monkeypatch):
+    looked_at = []
+    same_picture = near_copies.same_picture
+
+    def counting(a, b):
+        looked_at.append(len(a))
+        return same_picture(a, b)
+
+    monkeypatch.setattr(near_copies, "same_picture", counting)
+    images = [*([pictures[0]] * 60), *([pictures[1]] * 60)]
+    pairs = pairs_of(images)
+    assert len(set(merge_groups([""] * 120, [f"{n}" for n in range(120)], pairs))) == 2
+    # of 2 * 60 * 59 / 2 pairs
+    assert sum(looked_at) < 600
+
+
 def test_photos_without_a_fingerprint_or_a_file_match_nothing(pictures):
     texts = ["", fingerprint(pictures[0]), fingerprint(pictures[0])]
     assert find_near_copies(texts, [1.5] * 3, [True] * 3, lambda index: None) == []

@@ -520,7 +520,7 @@ CAPTIONS = [
         "table is a device",
         with_sidecar(lambda folder: (folder / "metadata.jsonl").symlink_to("/dev/zero")),
         TAKEN,
-        "metadata.jsonl: not a regular file but a device or pipe",
+        "metadata.jsonl: a link out of this folder, which is not followed",
         caption="x",
     ),
     Picture("table is a folder", with_sidecar(lambda folder: (folder / "captions.jsonl").mkdir()), TAKEN, caption="x"),

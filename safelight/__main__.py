@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import io
-import os
 import sys
-import traceback
 
-from safelight import bug_report, commands, library_log
-from safelight.broken_imports import broken_import
-from safelight.commands import COMMANDS, EXIT_INTERRUPTED
-from safelight.errors import Diverged, UserError
-from safelight.text import printable_lines
+try:
+    import contextlib
+    import errno
+    import io
+    import os
+    import traceback
+
+    from safelight import bug_report, commands, library_log
+    from safelight.broken_imports import broken_import
+    from safelight.commands import COMMANDS, EXIT_INTERRUPTED
+    from safelight.errors import Diverged, UserError
+    from safelight.text import printable_lines
+except KeyboardInterrupt:
+    # `main`, which handles Ctrl-C from here on, does not exist yet
+    print("interrupted", file=sys.stderr)
+    sys.exit(130)
 
 USAGE = """Safelight fine-tunes Stable Diffusion, the whole UNet, on the one GPU you have.
 
@@ -181,12 +187,12 @@ def main(argv: list[str] | None = None) -> int:
     With the environment variable SAFELIGHT_TRACEBACK=1 every error is raised instead.
     """
     argv = sys.argv[1:] if argv is None else argv
-    for stream in (sys.stdout, sys.stderr):
-        # a caption in characters that the terminal's encoding lacks must not end a command
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    bug_report.belongs_to(None)
     try:
+        for stream in (sys.stdout, sys.stderr):
+            # a caption in characters that the terminal's encoding lacks must not end a command
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        bug_report.belongs_to(None)
         try:
             return _dispatch(argv)
         finally:

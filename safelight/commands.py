@@ -137,6 +137,7 @@ def plan(argv: list[str]) -> int:
 
     arguments, config = parse_with_config(argv, "plan", COMMANDS["plan"])
     _say_loading("loading libraries, then tracing a training step without a GPU")
+    from safelight.trainer.disk_space import space_note
     from safelight.trainer.memory_plan.static_bytes import summary
     from safelight.trainer.models.architectures import known_shapes
     from safelight.trainer.notes import notes_of
@@ -162,6 +163,8 @@ def plan(argv: list[str]) -> int:
     if shapes:
         result["known shapes"] = shapes
     result["notes"] = notes_of(config, config.run.device if card is None else "cuda")
+    if note := space_note(config, result["checkpoint bytes"]):
+        result["notes"].append(note)
     if arguments.json:
         from safelight.output.plan_json import with_json_names
 
@@ -260,6 +263,8 @@ def train(argv: list[str]) -> int:
     arguments, config = parse_with_config(argv, "train", COMMANDS["train"])
     bug_report.belongs_to(Path(config.run.dir))
     _say_loading()
+    from safelight.trainer.checkpoint.files import resume_command
+    from safelight.trainer.memory_plan.static_bytes import planned_timeline
     from safelight.trainer.report.build import build_report
     from safelight.trainer.run_log.terminal import Terminal
     from safelight.trainer.stop import Stop
@@ -286,14 +291,15 @@ def train(argv: list[str]) -> int:
             terminal.say("stopped before the first step: nothing to save; the cache is kept")
             return EXIT_INTERRUPTED
         # the config in the run folder includes the settings given on the command line
-        command = f"safelight train {shlex.quote(str(result.run_dir / 'config.toml'))} --resume"
-        terminal.say(f"saved at step {result.position.step}; continue with: {command}")
+        terminal.say(f"saved at step {result.position.step}; continue with: {resume_command(result.run_dir, [], '')}")
         return EXIT_INTERRUPTED
     position = result.position
     if result.was_finished:
+        options = planned_timeline(config).how_to_extend(position.step, bool(config.stage))
+        command = resume_command(result.run_dir, [], "", options)
         terminal.say(
-            f"{result.run_dir} is finished, at step {position.step}, and is left as it is; to train longer, add a "
-            "[[stage]] or raise train.max_steps"
+            f"{result.run_dir} is finished, at step {position.step}, and is left as it is; to train longer, for "
+            f"example: {command}"
         )
         return 0
     best = (

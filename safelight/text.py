@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from safelight.units import GIB, MIB
+
 
 def printable(text: str | os.PathLike) -> str:
     """Return the text with non-printable characters escaped: a newline as \\n, an undecodable byte as \\udce9.
@@ -37,3 +39,8 @@ def storable(text: str) -> str:
 def counted(num: int, name: str) -> str:
     """Return a number followed by its noun, in the plural if need be: 1 image, 2 images, 1,000 images."""
     return f"{num:,} {name}{'s' * (num != 1)}"
+
+
+def size(num_bytes: int) -> str:
+    """Return a number of bytes in GiB, or in MiB below one: 9.62 GiB, 34.5 MiB."""
+    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB else f"{num_bytes / MIB:.1f} MiB"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from safelight.trainer.checkpoint.files import folder_of, list_checkpoints, resume_command
 from safelight.trainer.config.schema import Config
+from safelight.trainer.run_log.course import is_risen
 from safelight.trainer.step.step import StepResult
 
 # steps in a row without a finite loss, or without finite gradients, that end a run: one or two can be photographs
@@ -21,9 +22,6 @@ MAX_LOST_IN_A_ROW = 5
 # the same for finite losses whose gradients overflow in fp16: each such step halves the loss scale, which reaches its
 # minimum after 30 (from 2^16 to 2^-14) from the initial value, 38 from the maximum; more cannot be the scale's search
 MAX_SKIPS_IN_A_ROW = 50
-# A held-out loss this many times the base's is reported. Every validation repeats the same noise, so it barely
-# fluctuates, and overfitting raises it by tens of percent: twice the squared error is a UNet that is being damaged.
-HELD_OUT_FACTOR = 2.0
 # A UNet that predicts nothing has a mean squared error of 1, the variance of its target. Weights with ten times that on
 # one photograph are ruined, if finite: they are saved, but never gone on from, nor kept in place of a sound checkpoint
 MAX_PROBED_LOSS = 10.0
@@ -88,11 +86,6 @@ def named(photos: Sequence[str]) -> str:
     return ", ".join(photos[:MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
-def is_risen(loss: float, base_loss: float | None) -> bool:
-    """Return whether a held-out loss is far above the base's. base_loss: None if the base was not validated."""
-    return base_loss is not None and loss > HELD_OUT_FACTOR * base_loss
-
-
 def explain(
     failure: NotFinite,
     run_dir: Path,
@@ -121,7 +114,7 @@ def explain(
         cache = Path(config.data.path) / "cache"
         return (
             f"{what} for {named(failure.photos)}, while others are fine: its cached rows are damaged or exceed the "
-            f"range of {precision}; delete {cache}, which is encoded again, and "
+            f"range of {precision}; delete {cache}, which is encoded again; "
             f"{_go_on(newest)} with: {resume_command(run_dir, aside, 'diverged')}"
         )
     if failure.step == 0:
@@ -139,5 +132,5 @@ def explain(
 
 def _go_on(step: int | None) -> str:
     if step is None:
-        return "start again, since no sound checkpoint was saved,"
+        return "no sound checkpoint was saved; this starts again from step 0"
     return f"go on from step {step}, the last sound checkpoint,"

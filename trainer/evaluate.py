@@ -14,11 +14,12 @@ from safelight.data.atomic import atomic_write_text
 from safelight.data.cache import Sample
 from safelight.text import counted
 from safelight.trainer.checkpoint.files import Position
-from safelight.trainer.divergence import MAX_PROBED_LOSS, NotFinite, is_risen
+from safelight.trainer.divergence import MAX_PROBED_LOSS, NotFinite
 from safelight.trainer.inference.gallery import Drawn, file_name, save_png
 from safelight.trainer.inference.sampling import SAMPLE_BATCH_SIZE, NotFinitePicture, generate, settings_of
 from safelight.trainer.job import Job
 from safelight.trainer.memory_plan.candidate import EvalBatching
+from safelight.trainer.run_log.course import is_risen
 from safelight.trainer.step.validate import Validation, choose_subset, validate
 from safelight.trainer.stop import Stopped
 

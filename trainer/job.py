@@ -25,7 +25,9 @@ from safelight.trainer.checkpoint.saver import Saver
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.timeline import Timeline
 from safelight.trainer.dataset import Dataset, open_dataset
+from safelight.trainer.disk_space import space_note
 from safelight.trainer.memory_plan.resolve_auto import describe
+from safelight.trainer.memory_plan.static_bytes import static_bytes
 from safelight.trainer.models.encoders import LatentCodec, load_codec
 from safelight.trainer.models.weights import load_unet
 from safelight.trainer.notes import memory_note, notes_of
@@ -109,7 +111,13 @@ def load_job(
     """
     run = resolve_run(config, run_dir, resume_step)
     check_early(run)
-    for note in (*notes_of(config, run.device.type), memory_note(config, run.device.type, run.plan)):
+    checkpoint = static_bytes(run.config, run.device, run.dtype).checkpoint
+    device_type = run.device.type
+    for note in (
+        *notes_of(config, device_type),
+        memory_note(config, device_type, run.plan),
+        space_note(config, checkpoint),
+    ):
         if note:
             terminal.say(f"note: {note}")
     dataset = _load_dataset(run, terminal)

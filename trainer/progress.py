@@ -42,9 +42,14 @@ class Progress:
         self._run, self._timeline = run, timeline
         self._num_skipped_tensors = num_skipped_tensors
         self._streak = Streak()
-        # photographs of the unlogged steps that this process took, and those already reported
+        # photographs of the unlogged steps that this process took
         self._photos: list[tuple[str, ...]] = []
-        self._reported: set[str] = set()
+        # photographs by what became of their losses: finite at least once; not finite; the same, and a later step was
+        # applied; reported as damaged
+        self._finite: set[str] = set()
+        self._lost: set[str] = set()
+        self._suspected: set[str] = set()
+        self._blamed: set[str] = set()
         self._num_images = 0
         self._is_memory_compared = False
         # the last logged values, shown beside the bar
@@ -121,7 +126,10 @@ class Progress:
         names = [()] * (len(steps) - len(self._photos)) + self._photos
         for number, (result, photos) in enumerate(zip(steps, names, strict=True), start=position.step - len(steps) + 1):
             streak = streak.after(result, photos)
-            if is_due and not result.is_applied:
+            if is_due and result.is_applied:
+                self._finite.update(photos)
+                self._suspected |= self._lost
+            elif is_due:
                 self._log_skip(position, number, result, photos)
             streak.check(number, is_fp16=self._run.precision == "fp16")
         if not is_due:
@@ -133,16 +141,28 @@ class Progress:
             self.metrics.write("event", position.step, event="tensors skipped", detail=detail)
 
     def _log_skip(self, position: Position, number: int, result: StepResult, photos: tuple[str, ...]) -> None:
-        """Log a skipped step, and say which photographs caused it if it was not all of them."""
+        """Log a skipped step, and say so if not all of its losses were finite.
+
+        A photograph is blamed only if it fails again after other steps were fine, and never had a finite loss: weights
+        that begin to break fail on some photographs before they fail on all.
+        """
         is_finite = result.losses.isfinite().tolist()
         bad = [photo for photo, finite in zip(photos, is_finite, strict=False) if not finite]
         detail = f"step {number}: the gradient was not finite"
         if not all(is_finite):
             detail = f"step {number}: the loss{f' of {named(bad)}' if bad else ''} was not finite"
         self.metrics.write("event", position.step, event="step skipped", detail=detail)
-        if any(is_finite) and not self._reported.issuperset(bad):
-            self._reported.update(bad)
-            self.terminal.say(f"{detail}, so the step was skipped; its picture or its cached rows are damaged")
+        self._finite.update(photo for photo, finite in zip(photos, is_finite, strict=False) if finite)
+        if not any(is_finite):
+            return
+        damaged = sorted(self._suspected.intersection(bad) - self._finite - self._blamed)
+        if damaged:
+            self._blamed.update(damaged)
+            again = f"step {number}: the loss of {named(damaged)} was again not finite, while other steps are fine"
+            self.terminal.say(f"{again}; its picture or its cached rows are damaged")
+        elif not self._lost.issuperset(bad):
+            self.terminal.say(f"step {number}: the loss was not finite, so the step was skipped")
+        self._lost.update(bad)
 
     def _compare_memory(self, position: Position) -> None:
         """Log the planned and the measured peak memory of training steps, once."""

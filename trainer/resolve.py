@@ -16,6 +16,7 @@ from safelight.kernels.unet.attention import allowed_backends
 from safelight.trainer.checkpoint.files import check_files, folder_of, read_identity
 from safelight.trainer.checkpoint.identity import Identity, identify
 from safelight.trainer.config.schema import Config
+from safelight.trainer.disk_space import check_space
 from safelight.trainer.memory_plan.candidate import Candidate
 from safelight.trainer.memory_plan.resolve_auto import budget, cap, resolve, why_no_cuda_graphs
 from safelight.trainer.memory_plan.static_bytes import static_bytes
@@ -103,6 +104,7 @@ def check_early(run: ResolvedRun) -> None:
             )
         check_files(run.checkpoint)
     _check_host_memory(run)
+    check_space(run.run_dir, static_bytes(run.config, run.device, run.dtype).checkpoint)
 
 
 def _check_host_memory(run: ResolvedRun) -> None:

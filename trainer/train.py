@@ -17,13 +17,16 @@ import torch
 from safelight.data.batches import MicroBatch, iterate, load_batch, plan_epoch
 from safelight.data.lock import FolderLock
 from safelight.errors import Diverged, UserError
-from safelight.trainer.checkpoint.files import Position, list_checkpoints, rewrite_position
+from safelight.text import size
+from safelight.trainer.checkpoint.files import Position, list_checkpoints, resume_command, rewrite_position
 from safelight.trainer.config.schema import Config, ResolvedStage
+from safelight.trainer.disk_space import DISK_IS_FULL, free_bytes
 from safelight.trainer.divergence import NotFinite, explain
 from safelight.trainer.evaluate import check_weights, evaluate, is_due
 from safelight.trainer.job import Job, load_job
 from safelight.trainer.memory_plan.gpus import this_card
 from safelight.trainer.memory_plan.resolve_auto import out_of_memory
+from safelight.trainer.memory_plan.static_bytes import static_bytes
 from safelight.trainer.run_log.metrics import reset_peak_memory
 from safelight.trainer.run_log.terminal import Terminal
 from safelight.trainer.step.cuda_graphs import StepGraphs
@@ -87,10 +90,26 @@ def train(
                 return result
             except NotFinite as failure:
                 raise _diverged(job, failure) from None
+            except OSError as error:
+                if error.errno not in DISK_IS_FULL:
+                    raise
+                raise UserError(_disk_full(job, error)) from error
             finally:
                 terminal.pause()
                 job.progress.metrics.close()
                 job.dataset.cache.close()
+
+
+def _disk_full(job: Job, error: OSError) -> str:
+    """Return the message for a run that cannot write: the file, what it needs, and the command that goes on."""
+    run, checkpoints = job.run, list_checkpoints(job.run.run_dir)
+    needed = size(static_bytes(run.config, run.device, run.dtype).checkpoint)
+    since = f"from step {checkpoints[-1]}, the newest checkpoint," if checkpoints else "from step 0"
+    return (
+        f"{error.filename or run.run_dir}: {error.strerror}; a checkpoint takes {needed}, and its disk has "
+        f"{size(free_bytes(run.run_dir))} free; free some space, and go on {since} with: "
+        f"{resume_command(run.run_dir, [], '')}"
+    )
 
 
 def _diverged(job: Job, failure: NotFinite) -> Diverged:

@@ -15,7 +15,7 @@ import tyro
 from tyro.conf import DisallowNone, FlagConversionOff, Positional, arg
 
 from safelight.errors import UserError
-from safelight.options.option_help import described
+from safelight.options.option_help import EMPTY_PATH, described
 from safelight.options.overrides import names_config, take_overrides, with_overrides
 from safelight.output.columns import wrap_help
 from safelight.trainer.config.presets import PRESETS
@@ -168,6 +168,8 @@ class PlanArguments:
     json: Annotated[bool, arg(help="print the result as JSON")] = False
 
 
+# how the help names a path that is given by its position or a short option
+SHOWN = {"run": "RUN", "config": "RUN.TOML", "sources": "SRC", "out": "-o"}
 # in the help of commands that take a run.toml, once, above the options
 SETTINGS_TEXT = (
     "Every setting in RUN.TOML can be overridden by an option: --train.batch-size 2; settings of a stage by its "
@@ -216,6 +218,10 @@ def parse(shape: type[_T], argv: list[str], command: str, description: str, defa
         raise UserError(f"{line}; see safelight {command} --help") from None
     for field in fields(arguments):
         value = getattr(arguments, field.name)
+        # as "$UNSET" gives
+        if value == EMPTY_PATH or (isinstance(value, tuple) and EMPTY_PATH in value):
+            shown = SHOWN.get(field.name, f"--{field.name.replace('_', '-')}")
+            raise UserError(f"{shown} is empty; name a path (. is the current folder)")
         if isinstance(value, Path):
             setattr(arguments, field.name, _expanded(value))
         elif isinstance(value, tuple) and any(isinstance(item, Path) for item in value):

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, get_args, get_origin
 
 from pydantic import BaseModel
 from tyro.conf import arg
-from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
+from tyro.constructors import (
+    ConstructorRegistry,
+    PrimitiveConstructorSpec,
+    PrimitiveTypeInfo,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+)
 
 from safelight.text import printable
 
+# what an empty path is read as, because Path("") is the current folder; no file can have this name
+EMPTY_PATH = Path("\0empty")
+
 
 def described() -> ConstructorRegistry:
-    """Return tyro's rules for dataclasses, with our text for defaults.
+    """Return tyro's rules for dataclasses, with our text for defaults, and for paths, with EMPTY_PATH for empty ones.
 
     A flag shows no default. An empty text is shown as "empty", an empty list as "none".
     """
@@ -34,6 +45,18 @@ def described() -> ConstructorRegistry:
             return spec
         are_flags = not (isinstance(info.type, type) and issubclass(info.type, BaseModel))
         return replace(spec, fields=tuple(_with_hint(field, are_flags) for field in spec.fields))
+
+    @registry.primitive_rule
+    def read_path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+        if info.type is not Path:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="PATH",
+            instance_from_str=lambda words: Path(words[0]) if words[0] else EMPTY_PATH,
+            is_instance=lambda value: isinstance(value, Path),
+            str_from_instance=lambda path: [str(path)],
+        )
 
     return registry
 

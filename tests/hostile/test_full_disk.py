@@ -131,7 +131,11 @@ def test_while_saving(how, place, call, no_sync):
     run = place / "run"
     assert run_to(place, call, 1).status == 0
     with files_up_to(1_000_000) if how == "write" else no_sync(run / "checkpoints", how):
-        assert_full(run_to(place, call, 2), "train")
+        called = run_to(place, call, 2)
+    called.assert_refused("train", f"{run}/checkpoints/.step-00000002.partial/")
+    assert "; a checkpoint takes " in called.err
+    go_on = f"go on from step 1, the newest checkpoint, with: safelight train {run}/config.toml --resume\n"
+    assert called.err.endswith(go_on)
     assert list_checkpoints(run) == [1]
     check_files(folder_of(run, 1))
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000001"], (

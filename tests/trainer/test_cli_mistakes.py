@@ -130,3 +130,55 @@ def test_every_command_has_its_function():
     from safelight import commands
 
     assert all(callable(getattr(commands, name)) for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["init", "tiny", "-o", ""], "-o is empty"),
+        (["prepare", ""], "SRC is empty"),
+        (["prepare", "photos", ""], "SRC is empty"),
+        (["prepare", "photos", "--out="], "-o is empty"),
+        (["train", ""], "RUN.TOML is empty"),
+        (["profile", "run.toml", "-o", ""], "-o is empty"),
+        (["profile", "run.toml", "--append", ""], "--append is empty"),
+        (["sample", "run", "--prompt", "", "-o", ""], "-o is empty"),
+        (["compare", ""], "RUN is empty"),
+        (["export", "run", "-o", ""], "-o is empty"),
+        (["report", ""], "RUN is empty"),
+        (["demo", "--dir", ""], "--dir is empty"),
+        (["bench", "step", "--append", ""], "--append is empty"),
+    ],
+)
+def test_an_empty_path_is_not_the_current_folder(words, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    call(*words).assert_refused(words[0], expected)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("setting", ["run.dir", "data.path", "model.base"])
+def test_an_empty_setting_is_not_the_current_folder(setting, tmp_path):
+    (tmp_path / "run.toml").touch()
+    refused = call("plan", tmp_path / "run.toml", f"--{setting}", "")
+    refused.assert_refused("plan", f"{setting} = '': it is empty; name a path")
+
+
+@pytest.mark.parametrize("side", [4097, 4_000_000_000, -8])
+def test_the_size_of_samples_is_limited(side, tmp_path):
+    (tmp_path / "run.toml").write_text(f"[sample]\nwidth = {side}\n")
+    expected = f"sample.width = {side}: expected at most 4096, a multiple of the model's pixels per latent"
+    call("plan", tmp_path / "run.toml").assert_refused("plan", expected)
+
+
+def test_an_interrupt_while_the_command_line_is_imported_is_one_word():
+    code = """
+import sys
+class Interrupt:
+    def find_spec(self, name, path, target=None):
+        if name == "safelight.commands":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupt())
+from safelight.__main__ import main
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (130, "interrupted\n")

@@ -126,7 +126,7 @@ def test_a_stage_with_its_own_rate_gets_its_own_option(tmp_path):
 
 def test_without_a_sound_checkpoint_the_run_starts_again(tmp_path):
     line = explained(tmp_path, NotFinite(2, "x", 1))
-    assert "start again, since no sound checkpoint was saved, with a smaller rate: safelight train" in line
+    assert "; no sound checkpoint was saved; this starts again from step 0 with a smaller rate: safelight train" in line
 
 
 def test_a_base_that_gives_no_number_is_at_fault_itself(tmp_path):

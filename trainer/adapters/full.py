@@ -6,13 +6,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from safelight.errors import UserError
 from safelight.kernels.optim.split_weights import join
 from safelight.trainer.adapters.trained import Shapes
-from safelight.trainer.models.tensor_files import TensorFile
+from safelight.trainer.models.tensor_files import TensorFile, save_file
 from safelight.trainer.optim.ema import PREFIX as EMA_PREFIX
 from safelight.trainer.optim.ema import check_form
 from safelight.untrusted import UnsafeFile, path_in

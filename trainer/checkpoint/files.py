@@ -18,14 +18,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from safelight.data.atomic import atomic_write_text, sync_folder
 from safelight.errors import UserError
 from safelight.trainer.adapters.trained import Trained
 from safelight.trainer.checkpoint.identity import Identity
-from safelight.trainer.models.tensor_files import TensorFile
+from safelight.trainer.models.tensor_files import TensorFile, save_file
 from safelight.untrusted import UnsafeFile, open_regular, path_in, read_json_object
 
 FORMAT = 1

@@ -1,7 +1,8 @@
 """The settings that determine a run's weights, and whether a checkpoint and a config agree on them.
 
 Paths, logging, speed and memory settings may change before `--resume`, and so may the learning rate, which the run then
-records, and stages that have not begun. The dtype in which gradients are accumulated is compared for the stages that
+records, and stages that have not begun. A stage with a constant learning rate may become longer, because its steps do
+not depend on its length. The dtype in which gradients are accumulated is compared for the stages that
 accumulate.
 """
 
@@ -74,12 +75,17 @@ class Identity:
             # older checkpoints lack accumulate_dtype and accumulated in the dtype of the weights
             default = _accumulate_dtype(checkpoint.stages[index], "auto", self.settings["model.precision"])
             for name, value in (checkpoint.stages[index] | default | checkpoint.stages[index]).items():
-                if name != "lr" and ours.get(name) != value:
-                    hint = "; a stage that has begun keeps its length: add a [[stage]] to train longer"
-                    return (
-                        f"stage {index + 1}'s {name} is {ours.get(name)!r}, but {_quoted(value)} in the checkpoint"
-                        f"{hint if name == 'epochs' else ''}"
+                if name == "lr" or ours.get(name) == value:
+                    continue
+                hint = ""
+                if name == "epochs":
+                    if index == stage and _is_lengthened(ours, checkpoint.stages[index]):
+                        continue
+                    hint = (
+                        "; to train longer, add a stage after it: "
+                        f"--stage.{index}.epochs {_quoted(value)} --stage.{index + 1}.epochs N"
                     )
+                return f"stage {index + 1}'s {name} is {ours.get(name)!r}, but {_quoted(value)} in the checkpoint{hint}"
         return ""
 
     def changed_rate(self, checkpoint: Identity, stage: int) -> str:
@@ -90,6 +96,12 @@ class Identity:
             if before is None or before == now
             else f"stage {stage + 1}: peak learning rate {now:g} instead of {before:g}"
         )
+
+
+def _is_lengthened(stage: dict, before: dict) -> bool:
+    """Return whether a stage has more epochs than before, and a learning rate that does not depend on their number."""
+    is_constant = stage.get("schedule") == before.get("schedule") == "constant"
+    return is_constant and type(before.get("epochs")) is int and stage["epochs"] > before["epochs"]
 
 
 def _quoted(value: object) -> str:

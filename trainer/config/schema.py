@@ -20,6 +20,8 @@ Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 LearningRate = Annotated[float, Field(gt=0, le=1)]
 Schedule = Literal["constant", "linear", "cosine"]
+# of a training or sample image, px
+MAX_SIDE = 4096
 # a file or folder, with ~ replaced by the home folder: a run records the result, so that it resumes under another user
 Place = Annotated[str, AfterValidator(os.path.expanduser)]
 if TYPE_CHECKING:
@@ -31,6 +33,24 @@ AVERAGE_OF_PAGED = (
     "train.ema_decay does not work with optimizer.memory paged: the average is updated on the GPU at every step, from "
     "weights whose low bits paged keeps in host memory; set train.ema_decay to 0, or optimizer.memory to exact"
 )
+
+
+def _check_side(side: int) -> int:
+    if not 0 <= side <= MAX_SIDE:
+        raise ValueError(
+            f"expected at most {MAX_SIDE}, a multiple of the model's pixels per latent (8 for Stable Diffusion), or 0"
+        )
+    return side
+
+
+def _check_given(path: str) -> str:
+    if not path:
+        raise ValueError("it is empty; name a path")
+    return path
+
+
+Side = Annotated[int, AfterValidator(_check_side)]
+GivenPlace = Annotated[Place, AfterValidator(_check_given)]
 # help for a stage's value that is inherited from the run unless set
 INHERITED = tyro.conf.arg(
     help_behavior_hint=lambda value: "(default: as outside the stage)" if value == "None" else f"(default: {value})"
@@ -60,7 +80,7 @@ class Section(BaseModel):
 class Run(Section):
     """Where the run is stored, and what makes it reproducible."""
 
-    dir: Place = "runs/run"
+    dir: GivenPlace = "runs/run"
     """Run folder: settings, metrics, checkpoints, samples, report."""
     seed: Annotated[int, Field(ge=0, lt=1 << 64)] = 20230801
     """Seed of all random numbers in the run."""
@@ -74,7 +94,7 @@ class Run(Section):
 class Model(Section):
     """The model to fine-tune."""
 
-    base: Place = "tiny"
+    base: GivenPlace = "tiny"
     """`tiny` (built in), a diffusers folder, a Hugging Face hub id, an SD 1.x or 2.x .safetensors file, or
     `random:NAME` (untrained)."""
     config: Place = ""
@@ -100,9 +120,9 @@ class Model(Section):
 class Data(Section):
     """The dataset, and how photographs become training samples."""
 
-    path: Place = "datasets/photos"
+    path: GivenPlace = "datasets/photos"
     """Folder written by `safelight prepare`."""
-    resolution: Annotated[int, Field(ge=16, le=4096)] = 512
+    resolution: Annotated[int, Field(ge=16, le=MAX_SIDE)] = 512
     """Image size: every aspect-ratio bucket has at most resolution x resolution pixels."""
     max_aspect: Annotated[float, Field(ge=1, le=16)] = 4.0
     """Largest aspect ratio of a bucket, long side to short side."""
@@ -325,10 +345,10 @@ class Sample(Section):
     """Classifier-free guidance scale. 1 turns it off."""
     negative_prompt: str = ""
     """Text that guidance steers away from."""
-    width: Count = 0
-    """Image width in pixels. 0: data.resolution."""
-    height: Count = 0
-    """Image height in pixels. 0: data.resolution."""
+    width: Side = 0
+    """Image width in pixels, up to 4096. 0: data.resolution."""
+    height: Side = 0
+    """Image height in pixels, up to 4096. 0: data.resolution."""
 
 
 class Save(Section):

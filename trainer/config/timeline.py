@@ -88,6 +88,21 @@ class Timeline:
     def first_epoch(self, stage: int) -> int:
         return sum(s.epochs for s in self.stages[:stage])
 
+    def how_to_extend(self, step: int, has_tables: bool) -> str:
+        """Return options that make a run longer that is finished at a step. has_tables: its settings have [[stage]]."""
+        total = sum(s.epochs * n for s, n in zip(self.stages, self.stage_steps_per_epoch, strict=True))
+        if step < total:
+            return f"--train.max-steps {total}"
+        last, number = self.stages[-1], len(self.stages) - 1
+        if last.schedule == "constant":
+            name = f"stage.{number}" if has_tables else "train"
+            options = f"--{name}.epochs {2 * last.epochs}"
+        else:
+            # a stage with a schedule ends where it reaches 0
+            own = "" if has_tables else f"--stage.{number}.epochs {last.epochs} "
+            options = f"{own}--stage.{number + 1}.epochs {last.epochs}"
+        return f"{options} --train.max-steps 0" if self.max_steps else options
+
     def holds(self, step: int, epoch: int, step_in_epoch: int, stage: int) -> bool:
         """Return whether a run reaches this position after `step` steps, the last of them in `stage`.
 

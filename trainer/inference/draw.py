@@ -25,7 +25,15 @@ from safelight.trainer.adapters.full import FullFineTune, load_averages
 from safelight.trainer.checkpoint.files import check_files, folder_of, list_checkpoints, read_position, read_record
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.toml import COMMAND_LINE, explain, load_config, require_run
-from safelight.trainer.inference.gallery import Drawn, file_name, read_drawn, save_png, write_drawn, write_page
+from safelight.trainer.inference.gallery import (
+    Drawn,
+    check_folder,
+    file_name,
+    read_drawn,
+    save_png,
+    write_drawn,
+    write_page,
+)
 from safelight.trainer.inference.sampling import (
     SAMPLE_BATCH_SIZE,
     NotFinitePicture,
@@ -35,7 +43,7 @@ from safelight.trainer.inference.sampling import (
     settings_of,
 )
 from safelight.trainer.models.base import Base, base_of, latent_factor, vae_bytes, vae_config
-from safelight.trainer.models.device import pick_device, pick_dtype
+from safelight.trainer.models.device import PRECISIONS, pick_device, pick_dtype
 from safelight.trainer.models.encoders import (
     CaptionEncoder,
     LatentCodec,
@@ -45,10 +53,12 @@ from safelight.trainer.models.encoders import (
 )
 from safelight.trainer.models.noise_schedule import NoiseSchedule
 from safelight.trainer.models.weights import load_unet
+from safelight.trainer.run_log.course import doubt_about
 from safelight.trainer.run_log.environment import MEMORY_PLAN, recorded, recorded_attention
-from safelight.untrusted import UnsafeFile, check_links, path_in, read_json_object
+from safelight.untrusted import check_links, path_in, read_json_object
 
 Progress = Callable[[int, int], None]
+MAX_PAIRS = 1000
 # more prompts at a time than any plan chooses
 MAX_BATCH_SIZE = 1024
 # the file of a checkpoint whose hash identifies it
@@ -239,10 +249,11 @@ def _explaining_broken_weights(run: OpenRun, step: int | None, prompts: list[str
     except NotFinitePicture as error:
         others = [other for other in list_checkpoints(run.run_dir) if other != step]
         model = f"the base {run.config.model.base}" if step is None else f"the checkpoint of step {step}"
+        precision = PRECISIONS[pick_dtype(run.config.model.precision, run.device)]
         use = "another model.base" if step is None else f"--checkpoint {' or '.join(map(str, [*others, 'base']))}"
         raise UserError(
             f"{model} draws no picture of {prompts[error.index]!r}, but values that are not finite: its weights are "
-            f"broken, or exceed the range of {run.config.model.precision} precision; use {use}"
+            f"broken, or exceed the range of {precision}; use {use}"
         ) from None
 
 
@@ -254,9 +265,11 @@ def compare(
     The `num` prompts are the run's, then captions of held-out photographs. say: called with a message if there are
     fewer. Raises UserError if there are none.
     """
-    if num < 1:
-        raise UserError(f"--num {num} is below 1; use 8")
+    if not 1 <= num <= MAX_PAIRS:
+        raise UserError(f"--num {num} is not from 1 to {MAX_PAIRS}; use 8")
     step = pick_step(run.run_dir, checkpoint, allow_base=False)
+    if say is not None and (doubt := doubt_about(run.run_dir, step)):
+        say(f"note: {doubt}")
     prompts = list(dict.fromkeys(run.config.sample.prompts))
     if len(prompts) < num:
         prompts = list(dict.fromkeys([*prompts, *validation_captions(run)]))
@@ -334,7 +347,9 @@ def sample(
     check_size(settings, latent_factor(vae_config(run.base, config.model.vae)))
     folder = out.parent if is_file else out
     folder.mkdir(parents=True, exist_ok=True)
-    earlier = [] if is_file else _earlier(folder)
+    if not is_file:
+        check_folder(folder)
+    earlier = [] if is_file else read_drawn(folder)
     prompts = list(map(storable, prompts))
     cuts = run.say_cuts(prompts, negative, say)
     with _explaining_broken_weights(run, step, prompts):
@@ -367,13 +382,6 @@ def _names_file(out: Path, num_prompts: int) -> bool:
     if out.exists():
         raise UserError(f"{out} already exists; name another image, or a folder, with -o")
     return True
-
-
-def _earlier(folder: Path) -> list[Drawn]:
-    try:
-        return read_drawn(folder)
-    except UnsafeFile as error:
-        raise UserError(f"{error}; delete it to go on, the images themselves stay") from None
 
 
 def _next_number(folder: Path, stem: str) -> int:

@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from safelight.data.atomic import atomic_write_text, sync_folder
@@ -36,8 +35,9 @@ from safelight.trainer.models.base import PICKLES, Base, base_of
 from safelight.trainer.models.device import DTYPES
 from safelight.trainer.models.noise_schedule import NoiseSchedule
 from safelight.trainer.models.single_file import ZERO_SNR_MARKER, schedule_markers
-from safelight.trainer.models.tensor_files import is_finite
+from safelight.trainer.models.tensor_files import is_finite, save_file
 from safelight.trainer.models.weights import load_text, load_vae, meta_unet
+from safelight.trainer.run_log.course import doubt_about
 from safelight.units import GIB
 from safelight.untrusted import check_links
 
@@ -137,6 +137,8 @@ def export(
     else:
         _export_folder(source, out)
         notes, num_bytes = [], sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    if doubt := doubt_about(run_dir, step):
+        notes.append(doubt)
     if config.train.ema_decay > 0:
         which = "the weights of the last step" if weights == "trained" else "the moving average of the weights"
         notes.append(f"exported {which}")

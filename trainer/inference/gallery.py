@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -17,16 +18,20 @@ from PIL import Image, PngImagePlugin
 
 import safelight
 from safelight.data.atomic import atomic_write_bytes, atomic_write_text
+from safelight.errors import UserError
 from safelight.text import storable
 from safelight.trainer.inference.sampling import Settings
 from safelight.trainer.report.markup import Markup, join, prompt_markup, shorten, tag
 from safelight.trainer.report.pictures import Picture, Work, embed_all, placeholder
 from safelight.trainer.report.theme import CSS, JS, content_security_policy
-from safelight.untrusted import UnsafeFile, path_in, read_json_object
+from safelight.untrusted import UnsafeFile, path_in, read_bytes, read_json_object
 
 # the record of the images that `safelight sample` drew into a folder, from which its page is made
 RECORD_NAME = "images.json"
 PAGE_NAME = "index.html"
+# in the head of every page, by which an earlier one is told from somebody else's
+GENERATOR = "Safelight"
+MAX_PAGE_BYTES = 2**26
 MAX_SLUG_CHARS, MAX_SLUG_BYTES = 40, 80
 # images on a page, the newest ones
 MAX_SHOWN = 120
@@ -144,6 +149,35 @@ def read_drawn(folder: Path) -> list[Drawn]:
     return [image for image in drawn if image is not None and _is_there(folder, image.file)]
 
 
+def check_folder(folder: Path) -> None:
+    """Raise UserError if `write_drawn` or `write_page` would replace a file in a folder that they did not write."""
+    record, page = (os.path.lexists(folder / name) for name in (RECORD_NAME, PAGE_NAME))
+    has_own_record = record and _is_own_record(folder)
+    if record and not has_own_record:
+        raise UserError(f"{folder / RECORD_NAME} is not a record of Safelight's samples; name another folder with -o")
+    # a page of an earlier version names no generator, but has a record
+    if page and not has_own_record and not _is_own_page(folder):
+        raise UserError(f"{folder / PAGE_NAME} is not a page of Safelight's; name another folder with -o")
+
+
+def _is_own_record(folder: Path) -> bool:
+    try:
+        values = read_json_object(folder / RECORD_NAME)
+    except UnsafeFile as error:
+        raise UserError(f"{error}; name another folder with -o, or delete it: images stay as they are") from None
+    rows = values.get("images")
+    is_list = values.keys() == {"images"} and isinstance(rows, list)
+    return is_list and all(isinstance(row, dict) and {"file", "prompt", "seed"} <= row.keys() for row in rows)
+
+
+def _is_own_page(folder: Path) -> bool:
+    try:
+        page = read_bytes(folder / PAGE_NAME, MAX_PAGE_BYTES)
+    except (UnsafeFile, OSError):
+        return False
+    return f'name="generator" content="{GENERATOR} '.encode() in page
+
+
 def _parse(row: object) -> Drawn | None:
     kinds = {"int": int, "str": str, "float": (int, float)}
     names = {field.name: kinds[field.type] for field in fields(Drawn)}
@@ -202,6 +236,7 @@ def write_page(folder: Path, title: str, drawn: Sequence[Drawn]) -> Path:
         tag("meta", charset="utf-8"),
         tag("meta", http_equiv="Content-Security-Policy", content=content_security_policy()),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", name="generator", content=f"{GENERATOR} {safelight.__version__}"),
         tag("link", rel="icon", href="data:,"),
         tag("title", f"{title} · Safelight"),
         tag("style", Markup(CSS)),

@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from safelight.errors import UserError
@@ -122,6 +126,17 @@ class TensorFile:
                 "get this file again, or use another model"
             )
         return tensor
+
+
+def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a .safetensors file. Raises OSError, with the file's name, if the system refuses it."""
+    try:
+        safetensors.torch.save_file(dict(tensors), path, metadata=metadata)
+    except SafetensorError as error:
+        # its text is all that safetensors keeps of the system's error
+        if (found := re.search(r"\(os error ([0-9]+)\)", str(error))) is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
 
 
 def _metadata(value: object) -> dict[str, str]:

@@ -37,9 +37,9 @@ def difference(stage: int, /, **changes: dict | list) -> str:
         ({"loss": {"weighting": "debiased"}}, "loss.weighting is 'debiased', but 'none' in the checkpoint"),
         ({"train": {"batch_size": 2}}, "stage 1's batch_size is 2, but 4 in the checkpoint"),
         (
-            {"stage": [{"epochs": 3}]},
-            "stage 1's epochs is 3, but 2 in the checkpoint; "
-            "a stage that has begun keeps its length: add a [[stage]] to train longer",
+            {"stage": [{"epochs": 1}]},
+            "stage 1's epochs is 1, but 2 in the checkpoint; to train longer, add a stage after it: "
+            "--stage.0.epochs 2 --stage.1.epochs N",
         ),
     ],
 )
@@ -63,6 +63,8 @@ def test_a_change_that_decides_the_weights_is_named(changes, expected):
         {"optimizer": {"lr": 2e-3}},
         {"stage": [{"epochs": 2, "lr": 1e-3}, {"epochs": 9, "lr": 1e-5, "batch_size": 1}]},
         {"stage": [{"epochs": 2}]},
+        # its rate is constant
+        {"stage": [{"epochs": 3}]},
         {"stage": [*RUN["stage"], {"epochs": 9}]},
     ],
 )
@@ -128,3 +130,12 @@ def test_auto_precision_is_compared_by_the_dtype_it_resolves_to():
         identify(auto, "fp32").difference(identify(auto, "bf16"), 0)
         == "model.precision is 'fp32', but 'bf16' in the checkpoint"
     )
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_stage_whose_schedule_depends_on_its_length_keeps_it(schedule):
+    values = {"optimizer": {"schedule": schedule}, "train": {"epochs": 2}}
+    before, longer = (identify(parse_config({**values, "train": {"epochs": num}}, "here"), "fp32") for num in (2, 4))
+    assert longer.difference(before, 0).startswith("stage 1's epochs is 4, but 2 in the checkpoint; to train longer")
+    constant = identify(parse_config({"train": {"epochs": 4}}, "here"), "fp32")
+    assert "epochs" in constant.difference(before, 0)

@@ -233,15 +233,16 @@ stages = st.builds(
     batch_size=st.none() | numbers,
     accumulate=st.none() | numbers,
 )
+places = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
 configs = st.builds(
     Config,
-    run=st.builds(Run, dir=texts, seed=st.integers(0, 2**64 - 1)),
+    run=st.builds(Run, dir=places, seed=st.integers(0, 2**64 - 1)),
     model=st.builds(
-        Model, base=texts, vae=texts, clip_skip=st.integers(0, 11), precision=st.sampled_from(["auto", "fp16"])
+        Model, base=places, vae=texts, clip_skip=st.integers(0, 11), precision=st.sampled_from(["auto", "fp16"])
     ),
     data=st.builds(
         Data,
-        path=texts,
+        path=places,
         resolution=st.integers(16, 4096),
         max_aspect=st.floats(1, 16),
         validation_fraction=fractions,

@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from safelight.errors import UserError
 from safelight.trainer.inference.gallery import (
     MAX_SLUG_BYTES,
     MAX_SLUG_CHARS,
     PAGE_NAME,
     RECORD_NAME,
     Drawn,
+    check_folder,
     file_name,
     read_drawn,
     save_png,
@@ -158,3 +160,24 @@ def test_the_page_is_a_grid_of_prompts_and_steps(tmp_path):
     assert 'src="data:image/webp' in html
     assert re.findall(r'href="(\./[^"]*)"', html) == ["./base.png", "./a.png", "./seed%208%23.png", "./other.png"]
     assert (tmp_path / PAGE_NAME).is_file()
+
+
+def test_files_of_somebody_else_are_not_replaced(tmp_path):
+    page, record = tmp_path / PAGE_NAME, tmp_path / RECORD_NAME
+    check_folder(tmp_path)
+    page.write_text("<!doctype html><title>My homepage</title>")
+    with pytest.raises(UserError, match=r"index\.html is not a page of Safelight's; name another folder with -o"):
+        check_folder(tmp_path)
+    page.unlink()
+    for text in ("{}", '{"images": ["cat.jpg"]}', '{"images": [], "more": 1}', "[1]", "{"):
+        record.write_text(text)
+        with pytest.raises(UserError, match=f"{RECORD_NAME}.*name another folder with -o"):
+            check_folder(tmp_path)
+    record.unlink()
+    drawn = images_of(tmp_path, EXAMPLE)
+    write_page(tmp_path, "run", drawn)
+    check_folder(tmp_path)
+    write_drawn(tmp_path, drawn)
+    # a page of an earlier version
+    page.write_text("<!doctype html>")
+    check_folder(tmp_path)

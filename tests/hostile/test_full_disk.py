@@ -158,8 +158,9 @@ def test_while_logging(place, call):
     resumed = 160
     with files_up_to(path.stat().st_size + resumed):
         called = run_to(place, call, 2)
-    assert_full(called, "train")
-    assert str(path) in called.err
+    # before the first step, or in one
+    assert str(path) in called.err, called.err[-700:]
+    assert FULL[0] in called.err or called.err.endswith(f"safelight train {run}/config.toml --resume\n")
     assert list_checkpoints(run) == [1]
     check_files(folder_of(run, 1))
     assert run_to(place, call, 2).status == 0

@@ -119,7 +119,7 @@ def test_a_disk_that_is_too_small_is_told_before_encoding(make_config, tmp_path,
     config = make_config(**SHORT, save={"keep": 2})
     monkeypatch.setattr(disk_space.shutil, "disk_usage", lambda path: Usage(0, 0, 10 * 2**20))
     note = space_note(config, 3 * 2**20)
-    assert note.startswith("up to 4 checkpoints of 3.0 MiB do not fit: ")
+    assert note.startswith("up to 4 checkpoints of 3.0 MiB ")
     assert note.endswith(f"the disk of {tmp_path}/run has 10.0 MiB free; free some space, or lower save.keep")
     assert space_note(config, 2**20) == ""
     check_space(Path(config.run.dir), 10 * 2**20)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from safelight.data.atomic import atomic_write_text, sync_folder
+from safelight.data.atomic import atomic_write_text, naming, sync_folder
 from safelight.errors import UserError
 from safelight.trainer.adapters.trained import Trained
 from safelight.trainer.checkpoint.identity import Identity
@@ -108,7 +108,7 @@ def _digest(path: Path) -> str:
 
 
 def _sync_file(path: Path) -> None:
-    with open_regular(path) as file:
+    with naming(path), open_regular(path) as file:
         os.fsync(file.fileno())
 
 

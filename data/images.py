@@ -452,7 +452,13 @@ def encode(image: Image.Image, image_format: str, quality: int) -> tuple[bytes, 
         image.save(buffer, "WEBP", quality=quality)
         return buffer.getvalue(), ".webp"
     # no chroma subsampling, which would blur saturated red edges before the VAE sees them
-    image.save(buffer, "JPEG", quality=quality, subsampling=0, optimize=True)
+    options = {"quality": quality, "subsampling": 0}
+    image.save(buffer, "JPEG", **options)
+    # Pillow optimizes in one buffer of this size. Noise exceeds it: an error, and a line of libjpeg's on the terminal
+    room = image.width * image.height * (2 if quality >= 95 else 1)
+    if buffer.tell() <= room:
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", **options, optimize=True)
     return buffer.getvalue(), ".jpg"
 
 

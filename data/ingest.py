@@ -1,7 +1,7 @@
 """`safelight prepare`: turn folders of photos into a dataset folder.
 
-It holds images/ and manifest.jsonl; rejected.jsonl, which lists what was left out; notes.txt, with what else there is
-to say; and sources.json, which tells where the photos came from.
+It holds images/ and manifest.jsonl; rejected.jsonl, which lists what was left out; prepare_notes.txt, with what else
+there is to say; and sources.json, which tells where the photos came from.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from safelight.errors import UserError
 from safelight.text import storable
 
 REJECTED_NAME = "rejected.jsonl"
-NOTES_NAME = "notes.txt"
+NOTES_NAME = "prepare_notes.txt"
 # stored photos are read this small to compare them
 THUMBNAIL_MEGAPIXELS = 0.02
 CANNOT_WRITE = (errno.EROFS, errno.EACCES, errno.EPERM)

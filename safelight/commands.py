@@ -57,7 +57,7 @@ def init(argv: list[str]) -> int:
     atomic_write_text(arguments.out, to_toml(config, comments=True))
     print_line(
         f"wrote {arguments.out}; next: safelight prepare PHOTOS -o {config.data.path}, "
-        f"then safelight train {arguments.out}"
+        f"then safelight train {shlex.quote(str(arguments.out))}"
     )
     return 0
 

@@ -53,7 +53,7 @@ def test_findings_fit_the_terminal(capsys, monkeypatch, columns, num):
     if num == 300:
         assert more[0] == "and 295 more files; all are listed in datasets/mine/rejected.jsonl"
         assert more[2] == "and 295 more other files; all are listed in datasets/mine/rejected.jsonl"
-        assert more[-1] == "and 295 more like it; all are in datasets/mine/notes.txt"
+        assert more[-1] == "and 295 more like it; all are in datasets/mine/prepare_notes.txt"
         assert len(lines) <= 60 * (2 if columns > 100 else 3)
     else:
         assert more == []

@@ -258,8 +258,12 @@ def _one_line(box: str) -> str:
 
 
 def is_of_run(path: Path) -> bool:
-    """Return whether a config file is the one inside a run folder; that folder then overrides its run.dir."""
-    return path.name == "config.toml" and (path.parent / "environment.json").is_file()
+    """Return whether a config file is the one inside a run folder; that folder then overrides its run.dir.
+
+    Any of a run's own files beside it makes it one, so that damage does not turn it into settings for another folder.
+    """
+    beside = ("environment.json", "metrics.jsonl", "model.json", "checkpoints")
+    return path.name == "config.toml" and any(os.path.lexists(path.parent / name) for name in beside)
 
 
 def _run_folder(path: Path) -> Path:
@@ -276,7 +280,8 @@ def _run_folder(path: Path) -> Path:
 
 def _load(path: Path) -> Config:
     """Return the config of a settings file or of a run folder. Raises UserError if there is none."""
-    if path.is_dir():
+    is_run_folder = path.is_dir()
+    if is_run_folder:
         if not (path / "config.toml").is_file():
             raise UserError(
                 f"{path} is a folder without a config.toml, so it is not a run folder; give a run folder, or a "
@@ -289,8 +294,8 @@ def _load(path: Path) -> Config:
             "one)"
         )
     config = load_config(path)
-    if is_of_run(path):
-        # the folder may have been moved, or the current folder is another one
+    if is_run_folder or is_of_run(path):
+        # the folder may have been moved, or come from somebody else: what its config names is not written to
         config.run.dir = str(path.parent)
     return config
 

@@ -14,7 +14,7 @@ from safelight.output.show import print_line
 from safelight.text import counted, printable, shortened
 from safelight.trainer.run_log.terminal import Terminal
 
-# of each kind; the rest is in the dataset's rejected.jsonl and notes.txt
+# of each kind; the rest is in the dataset's rejected.jsonl and prepare_notes.txt
 MAX_LISTED = 5
 # sources, and kinds of captions
 MAX_COUNTED = 20

@@ -259,6 +259,14 @@ def test_encoding_keeps_the_colours(corners):
         assert np.abs(np.asarray(out.convert("RGB"), float) - np.asarray(corners, float)).mean() < 4
 
 
+@pytest.mark.parametrize("quality", [90, 95, 100])
+def test_noise_is_encoded_without_a_word(capfd, quality):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (600, 600, 3), np.uint8))
+    content, _ = encode(noise, "jpeg", quality)
+    assert Image.open(io.BytesIO(content)).size == (600, 600)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_pixels_are_the_crop_in_the_range(tmp_path, corners):
     corners.save(tmp_path / "a.png")
     whole = load_pixels(tmp_path / "a.png", (0, 0, 32, 16), (32, 16), False)

@@ -144,11 +144,11 @@ def test_long_lists_of_rejections_and_notes_are_cut_on_screen(tmp_path, call):
     assert sum(line.startswith("left out ") for line in lines) == 5
     assert f"and 85 more caption rows; all are listed in {tmp_path / 'd' / 'rejected.jsonl'}" in lines
     assert sum(line.startswith("note: ") for line in lines) == 5
-    assert f"and 25 more like it; all are in {tmp_path / 'd' / 'notes.txt'}" in lines
+    assert f"and 25 more like it; all are in {tmp_path / 'd' / 'prepare_notes.txt'}" in lines
     assert "30 photographs" in called.out
     assert "0 left out, 90 caption rows)" in called.out
     assert len((tmp_path / "d" / "rejected.jsonl").read_text().splitlines()) == 90
-    assert len((tmp_path / "d" / "notes.txt").read_text().splitlines()) == 30
+    assert len((tmp_path / "d" / "prepare_notes.txt").read_text().splitlines()) == 30
     all_of_it = json.loads(call("prepare", str(tmp_path / "p"), "-o", str(tmp_path / "d"), "--json").out)
     assert (len(all_of_it["rejected"]), len(all_of_it["warnings"])) == (90, 30)
 

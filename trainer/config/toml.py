@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import shlex
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
@@ -132,7 +133,9 @@ def load_config(path: Path) -> Config:
     try:
         values = read_toml(path)
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist; write one with `safelight init tiny -o {path}`") from None
+        raise UserError(
+            f"{path} does not exist; write one with `safelight init tiny -o {shlex.quote(str(path))}`"
+        ) from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}; give a settings file such as run.toml") from None
     return parse_config(values, str(path))

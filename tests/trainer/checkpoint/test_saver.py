@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from safelight.errors import UserError
 from safelight.trainer import train as training
 from safelight.trainer.adapters.full import FullFineTune
 from safelight.trainer.checkpoint import saver as saving
@@ -325,7 +326,7 @@ def test_a_write_that_fails_ends_the_run_at_its_next_step(make_config, tmp_path,
 
     monkeypatch.setattr(saving, "save_checkpoint", refuse)
     monkeypatch.setattr(training, "train_step", step)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(UserError, match="No space left.*go on from step 0 with: "):
         training.train(config)
     assert seen == [1, 2, 3]
 

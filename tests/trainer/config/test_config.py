@@ -530,3 +530,17 @@ def test_an_invalid_setting_on_the_command_line_is_one_line_and_exit_2(run_toml,
     assert streams.err.startswith(f"safelight train: command line: {expected}")
     assert streams.err.count("\n") == 1
     assert "http" not in streams.err
+
+
+def test_a_folder_given_is_the_runs_folder_whatever_its_config_names(tmp_path):
+    """Somebody else's run folder cannot send what is written to another one."""
+    victim, run = tmp_path / "victim", tmp_path / "run"
+    run.mkdir()
+    (run / "config.toml").write_text(f'[run]\ndir = "{victim}"\n')
+    assert parse_with_config(["--resume", str(run)], "train", "")[1].run.dir == str(run)
+    assert parse_with_config(["--resume", str(run / "config.toml")], "train", "")[1].run.dir == str(victim)
+    for name in ("environment.json", "metrics.jsonl"):
+        # damaged: a folder in the place of the file
+        (run / name).mkdir()
+        assert parse_with_config(["--resume", str(run / "config.toml")], "train", "")[1].run.dir == str(run)
+        (run / name).rmdir()

@@ -104,7 +104,7 @@ def test_a_state_of_another_optimizer_precision_or_unet_is_refused():
             make_optimizer(make_unet(), Optimizer(name=name)).load_state_tensors(state)
     with pytest.raises(ValueError, match=r"no fp32 master of conv_in.* it was saved at another precision"):
         make_optimizer(make_unet(), Optimizer(name="adamw"), torch.bfloat16).load_state_tensors(state)
-    with pytest.raises(ValueError, match="names elsewhere, which this UNet does not train"):
+    with pytest.raises(ValueError, match="names 'exp_avg/elsewhere', which this UNet does not train"):
         optimizer.load_state_tensors({**state, "exp_avg/elsewhere": torch.ones(1)})
     with pytest.raises(ValueError, match=r"moments of conv_in\.weight have shape \(3,\), not"):
         optimizer.load_state_tensors({**state, "exp_avg/conv_in.weight": torch.ones(3)})

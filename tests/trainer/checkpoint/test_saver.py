@@ -326,7 +326,7 @@ def test_a_write_that_fails_ends_the_run_at_its_next_step(make_config, tmp_path,
 
     monkeypatch.setattr(saving, "save_checkpoint", refuse)
     monkeypatch.setattr(training, "train_step", step)
-    with pytest.raises(UserError, match="No space left.*go on from step 0 with: "):
+    with pytest.raises(UserError, match=r"No space left.*go on from step 0 with: "):
         training.train(config)
     assert seen == [1, 2, 3]
 

@@ -142,6 +142,7 @@ def _open(checked: Checked) -> Image.Image:
         opened = Image.open(io.BytesIO(checked.content), formats=_formats())
     except Image.DecompressionBombError:
         raise
+    # damaged metadata can raise anything in Pillow's plugins
     except Exception:
         if not checked.content.startswith(b"\xff\xd8"):
             raise

@@ -93,6 +93,24 @@ def test_links_in_a_folder_that_cannot_be_listed_are_not_overlooked(tmp_path, mo
         untrusted.check_links(tmp_path)
 
 
+def test_a_name_of_the_other_kind_is_refused(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "dangling").symlink_to("nothing")
+    (tmp_path / "link").symlink_to("folder")
+    untrusted.check_kinds(tmp_path, ("folder", "link", "absent"), ("file", "absent"), "the run")
+    untrusted.check_kinds(tmp_path / "absent", ("folder",), ("file",), "the run")
+    with pytest.raises(UnsafeFile, match="file is a file where the run keeps a folder; move it away"):
+        untrusted.check_kinds(tmp_path, ("folder", "file"), (), "the run")
+    with pytest.raises(UnsafeFile, match="folder is a folder where the run keeps a file; move it away"):
+        untrusted.check_kinds(tmp_path, (), ("folder",), "the run")
+    for name in ("pipe", "dangling"):
+        for folders, files in (([name], []), ([], [name])):
+            with pytest.raises(UnsafeFile, match=f"{name} is neither file nor folder where"):
+                untrusted.check_kinds(tmp_path, folders, files, "the run")
+
+
 def test_only_regular_files_are_opened(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     listener = socket.socket(socket.AF_UNIX)

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 
 def sync_folder(folder: Path) -> None:
@@ -37,11 +38,12 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def atomic_write_bytes(path: Path, data: bytes, sync: bool = True) -> None:
-    """Replace `path` by a file holding `data`. Readers, also after a crash, see either the old file or the new one.
+@contextmanager
+def atomic_writer(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
+    """Yield a file that replaces `path` when the block ends. Readers, also after a crash, see the old file or the new.
 
-    Creates the folder if needed. sync: pass False if the caller syncs file and folder itself before anything refers to
-    the file; until then a power cut may leave it empty.
+    If the block raises, `path` stays as it was. Creates the folder if needed. sync: pass False if the caller syncs file
+    and folder itself before anything refers to the file; until then a power cut may leave it empty.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +53,7 @@ def atomic_write_bytes(path: Path, data: bytes, sync: bool = True) -> None:
         # left by a killed process of the same number, or planted: "x" neither follows a link nor opens what is there
         temporary.unlink(missing_ok=True)
         with naming(path), open(temporary, "xb") as file:
-            file.write(data)
+            yield file
             if sync:
                 file.flush()
                 os.fsync(file.fileno())
@@ -65,6 +67,12 @@ def atomic_write_bytes(path: Path, data: bytes, sync: bool = True) -> None:
         raise
     if sync:
         sync_folder(path.parent)
+
+
+def atomic_write_bytes(path: Path, data: bytes, sync: bool = True) -> None:
+    """Replace `path` by a file holding `data`, as `atomic_writer` does."""
+    with atomic_writer(path, sync) as file:
+        file.write(data)
 
 
 def atomic_write_text(path: Path, text: str) -> None:

@@ -26,11 +26,12 @@ from safelight.data.captions import CaptionReader
 from safelight.data.collection import Collection, IngestSummary, Note, PreparedFile
 from safelight.data.images import COPYABLE_FORMATS, MIN_SIDE_PX, Decoded, RejectedImage, decode_file, encode
 from safelight.data.lock import FolderLock
-from safelight.data.manifest import IMAGES_FOLDER, Photo, write_manifest
+from safelight.data.manifest import IMAGES_FOLDER, MANIFEST_NAME, Photo, write_manifest
 from safelight.data.near_copies import find_near_copies, fingerprint, merge_groups, thumbnail
-from safelight.data.sources import SourceFile, find_files, split_label, write_sources
+from safelight.data.sources import SOURCES_NAME, SourceFile, find_files, split_label, write_sources
 from safelight.errors import UserError
 from safelight.text import storable
+from safelight.untrusted import check_kinds
 
 REJECTED_NAME = "rejected.jsonl"
 NOTES_NAME = "prepare_notes.txt"
@@ -221,6 +222,9 @@ def ingest(
             summary = IngestSummary()
             if lock.note:
                 summary.note("file", lock.note)
+            check_kinds(
+                dataset, (IMAGES_FOLDER,), (MANIFEST_NAME, NOTES_NAME, REJECTED_NAME, SOURCES_NAME), "a dataset"
+            )
             _ingest(sources, files, readers, dataset, summary, prepare, prune, progress)
     except OSError as error:
         if error.errno not in CANNOT_WRITE:

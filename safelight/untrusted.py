@@ -15,7 +15,7 @@ import os
 import re
 import stat
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -123,6 +123,18 @@ def check_links(folder: Path) -> None:
                 raise UnsafeFile(f"{current} cannot be searched for links; change its permissions") from None
         except OSError as error:
             raise UnsafeFile(f"{folder} cannot be searched for links: {error.strerror}") from error
+
+
+def check_kinds(folder: Path, folders: Iterable[str], files: Iterable[str], keeper: str) -> None:
+    """Raise UnsafeFile if a name in a folder is not what its keeper makes of it: one of `folders`, or of `files`.
+
+    Called before hours of work, at whose end such a name could not be written. keeper: "the run", in the message.
+    """
+    for names, is_kind, kind in ((folders, os.path.isdir, "folder"), (files, os.path.isfile, "file")):
+        for path in (Path(folder) / name for name in names):
+            if os.path.lexists(path) and not is_kind(path):
+                found = "a folder" if path.is_dir() else "a file" if path.is_file() else "neither file nor folder"
+                raise UnsafeFile(f"{path} is {found} where {keeper} keeps a {kind}; move it away")
 
 
 def open_regular(path: Path, max_bytes: int | None = None, follow_links: bool = True) -> BinaryIO:

@@ -32,6 +32,14 @@ from safelight.trainer.run_log.terminal import Terminal
 from safelight.trainer.step.cuda_graphs import StepGraphs
 from safelight.trainer.step.step import Inputs, StepSettings, train_step, upload
 from safelight.trainer.step.torch_flags import torch_flags
+from safelight.untrusted import check_kinds
+
+# what commands write into a run folder
+FOLDERS = ("checkpoints", "compare", "data_examples", "images", "samples", "tensorboard")
+FILES = (
+    *("config.toml", "data.json", "environment.json", "libraries.log", "metrics.jsonl", "model.json", "report.html"),
+    *("scores.json", "split.json"),
+)
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,9 @@ def train(
     with FolderLock(run_dir, advice, f"wait until it ends, or {advice}") as lock:
         if lock.note:
             terminal.say(lock.note)
+        check_kinds(run_dir, FOLDERS, FILES, "the run")
+        for folder in (run_dir / "checkpoints", run_dir / "samples"):
+            check_kinds(folder, [path.name for path in folder.glob("step-*")], (), "the run")
         checkpoints = list_checkpoints(run_dir)
         if checkpoints and not resume:
             raise UserError(

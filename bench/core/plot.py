@@ -9,14 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from safelight.bench.core.results import labels, newest
+from safelight.errors import UserError
 
 # inches; enlarged for many bars
 WIDTH, HEIGHT = 7.5, 4.0
+MAX_SIDE = 200
 CARDS_GIB = (4, 6, 8, 12, 16, 24)
 COLOURS = {
     "safelight": "#c2410c",
@@ -66,7 +69,7 @@ def _timed(records: list[dict]) -> list[dict]:
     lines = {
         (r["config"]["batch_size"], list(COLOURS).index(r["config"]["recipe"]), _settings(r)): r
         for r in sorted(newest(records).values(), key=lambda r: r.get("date", ""))
-        if r["bench"] in STEPS and "images_per_s" in r["figures"]
+        if r["bench"] in STEPS and "images_per_s" in r["figures"] and r["config"]["recipe"] in COLOURS
     }
     return [lines[key] for key in sorted(lines)]
 
@@ -256,7 +259,7 @@ def roofline(axes: Axes, records: list[dict]) -> bool:
         axes.legend(handles=handles, frameon=False, fontsize=9, loc="best")
     else:
         axes.set_title(f"{workload}: {figures['least_ms']:.3g} ms per step at the roofline (not measured)", fontsize=10)
-        axes.set_xlabel(f"ms per step at the ceilings from {config['ceilings']}")
+        axes.set_xlabel(f"ms per step at the ceilings from {config.get('ceilings', 'this machine')}")
     return True
 
 
@@ -273,14 +276,18 @@ PICTURES: dict[str, Callable[[Axes, list[dict]], bool]] = {
 def plot(records: list[dict], out: Path) -> tuple[list[Path], list[str]]:
     """Write every picture that the lines have figures for; return (files, names of the skipped pictures)."""
     files, skipped = [], []
-    for name, draw in PICTURES.items():
-        figure = Figure(figsize=(WIDTH, HEIGHT), dpi=130, layout="constrained")
-        axes = figure.subplots()
-        axes.spines[["top", "right"]].set_visible(False)
-        if draw(axes, records):
+    # a $ in a name is no formula
+    with rc_context({"text.parse_math": False}):
+        for name, draw in PICTURES.items():
+            figure = Figure(figsize=(WIDTH, HEIGHT), dpi=130, layout="constrained")
+            axes = figure.subplots()
+            axes.spines[["top", "right"]].set_visible(False)
+            if not draw(axes, records):
+                skipped.append(name)
+                continue
+            if max(figure.get_size_inches()) > MAX_SIDE:
+                raise UserError(f"{name}: too many results for one picture; give fewer files, or files of fewer lines")
             out.mkdir(parents=True, exist_ok=True)
             files.append(out / f"{name}.png")
             figure.savefig(files[-1])
-        else:
-            skipped.append(name)
     return files, skipped

@@ -8,14 +8,16 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 import safelight
 from safelight.errors import UserError
+from safelight.text import printable
 from safelight.trainer.run_log.environment import describe
+from safelight.untrusted import MAX_JSON_BYTES, UnsafeFile, parse_json, read_lines
 
 ROOT = Path(safelight.__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -26,6 +28,59 @@ _CLOCKS = {
     "power.limit": "power_limit_w",
     "temperature.gpu": "temperature_c",
     "driver_version": "driver",
+}
+
+# the longest line of ours, of `bench plan`, has 14 KB
+MAX_LINE_BYTES = 2**20
+MAX_LINE_VALUES = 2**16
+
+
+def _is_number(value: object) -> bool:
+    # what is measured is far smaller, and pictures cannot be laid out beyond
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e12
+
+
+def _is_spread(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(map(_is_number, value)) and sorted(value) == value
+
+
+NUMBER = ("number", _is_number)
+TEXT = (
+    "text of at most 200 printable characters",
+    lambda value: isinstance(value, str) and len(value) <= 200 and printable(value) == value,
+)
+COUNT = ("whole number", lambda value: type(value) is int and 0 <= value < 2**32)
+TIMED_STEP = {
+    **{f"config/{name}": TEXT for name in ("recipe", "base")},
+    **{f"config/{name}": COUNT for name in ("batch_size", "latent_size")},
+    "machine/device": TEXT,
+    "figures/images_per_s": ("list of three numbers, ascending", _is_spread),
+}
+# benchmark -> what `compare`, `gate` and the plots read in each of its lines -> what it is, and whether a value is it
+NEEDED: dict[str, dict[str, tuple[str, Callable[[object], bool]]]] = {
+    "count": {
+        **{f"config/{name}": TEXT for name in ("base", "precision", "layout", "checkpointing")},
+        "config/batch_size": COUNT,
+        "figures/memory_bound_gb": NUMBER,
+        "figures/launches": NUMBER,
+    },
+    "rounding": {
+        "config/weights": TEXT,
+        "config/num_steps": COUNT,
+        "config/lr": NUMBER,
+        **{
+            f"figures/{mode}/{name}": NUMBER
+            for mode in ("plain bf16", "rounded", "near", "exact")
+            for name in ("noise_to_displacement", "changed_values")
+        },
+    },
+    "roofline": {
+        **{f"config/{name}": TEXT for name in ("base", "precision")},
+        "config/batch_size": COUNT,
+        "figures/least_ms": NUMBER,
+        "figures/classes": ("object", lambda value: isinstance(value, dict)),
+        "machine/device": TEXT,
+    },
 }
 
 
@@ -87,16 +142,66 @@ def append(path: Path, record: dict) -> None:
 
 
 def read(path: Path) -> list[dict]:
-    """Return the lines of a results file. Raises UserError if it is missing or a line is not JSON."""
+    """Return the lines of a results file. Raises UserError naming the line that is not JSON or lacks what is shown."""
     if not path.is_file():
         raise UserError(f"{path} does not exist; name a .jsonl file of results")
-    lines = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    records = []
+    for number, line in enumerate(read_lines(path, MAX_JSON_BYTES, MAX_LINE_BYTES), start=1):
         try:
-            lines.append(json.loads(line))
-        except ValueError:
-            raise UserError(f"{path} line {number} is not JSON; delete that line") from None
-    return lines
+            record = parse_json(line or b"", max_values=MAX_LINE_VALUES)
+        except UnsafeFile as error:
+            reason = "it is too long" if line is None else error
+            raise UserError(f"{path} line {number} is not JSON: {reason}; delete that line") from None
+        if wrong := _wrong_field(record):
+            raise UserError(f"{path} line {number} is no result: {wrong}; delete that line")
+        records.append(record)
+    return records
+
+
+def _wrong_field(record: object) -> str | None:
+    """Return what `compare` and the plots could not use in a line; None if nothing. Lines without config are notes."""
+    if not isinstance(record, dict):
+        return "it is no JSON object"
+    for name in ("bench", "git_commit", "date", "note"):
+        if not isinstance(record.get(name, ""), str):
+            return f"{name} is no text"
+    if "config" not in record:
+        return None
+    for name in ("bench", "config", "figures"):
+        if name not in record:
+            return f"{name} is missing"
+    for name in ("config", "figures", "machine"):
+        if not isinstance(record.get(name, {}), dict):
+            return f"{name} is no object"
+    needed = {**NEEDED.get(record["bench"], {}), **_needed_if_present(record)}
+    for name, (kind, is_valid) in needed.items():
+        value: object = record
+        for part in name.split("/"):
+            value = value.get(part) if isinstance(value, dict) else None
+        if not is_valid(value):
+            return f"{name.replace('/', '.')} is no {kind}"
+    return None
+
+
+def _needed_if_present(record: dict) -> dict[str, tuple[str, Callable[[object], bool]]]:
+    """Return what a plot needs of a line because of what else is in it."""
+    figures, needed = record["figures"], {}
+    if record["bench"] in ("step", "quick"):
+        if "images_per_s" in figures:
+            needed |= TIMED_STEP
+        if figures.get("peak_gib") is not None:
+            needed["figures/peak_gib"] = NUMBER
+    if record["bench"] == "roofline":
+        is_measured = "step_ms" in figures
+        if is_measured:
+            needed["figures/model_flop_use/share_of_limit"] = NUMBER
+        classes = figures.get("classes")
+        for name, row in classes.items() if isinstance(classes, dict) else ():
+            is_valid = TEXT[1](name) and isinstance(row, dict) and all(map(_is_number, row.values()))
+            is_valid = is_valid and ("ms" in row or not is_measured)
+            if not is_valid:
+                needed[f"figures/classes/{name}"] = ("class of operators", lambda value: False)
+    return needed
 
 
 def key_of(record: dict) -> tuple[str, str]:
@@ -130,11 +235,13 @@ def labels(configs: Sequence[Mapping[str, object]]) -> list[str]:
     def text(key: str, value: object) -> str:
         name = key.replace("_", " ")
         if str(value) in ("True", "False"):
-            return name if str(value) == "True" else f"no {name}"
+            return printable(name if str(value) == "True" else f"no {name}")[:200]
         # a word is clear without the name of its setting, a number is not
-        return str(value) if str(value)[:1].isalpha() else f"{name} {value}"
+        return printable(str(value) if str(value)[:1].isalpha() else f"{name} {value}")[:200]
 
-    return [", ".join(text(key, config[key]) for key in varying if key in config) for config in configs]
+    return [
+        ", ".join(printable(text(key, config[key])[:200]) for key in varying if key in config) for config in configs
+    ]
 
 
 def find(spec: str) -> list[dict]:

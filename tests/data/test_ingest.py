@@ -325,3 +325,14 @@ def test_camera_names_are_recognized(caption):
 @pytest.mark.parametrize("caption", ["a cat", "IMG of a cat", "Paris", "portrait 3", "sand"])
 def test_words_are_not_camera_names(caption):
     assert not is_camera_name(caption)
+
+
+def test_names_of_the_other_kind_in_the_dataset_are_refused_before_any_work(source, dataset, make_noise):
+    make_noise(1).save(source / "a.png")
+    for name in ("images", "manifest.jsonl", "notes.txt", "rejected.jsonl", "sources.json"):
+        dataset.mkdir()
+        (dataset / name).touch() if name == "images" else (dataset / name).mkdir()
+        with pytest.raises(UserError, match=f"{name} is a f.* where a dataset keeps a f.*; move it away"):
+            ingest([source], dataset, progress=lambda *_: pytest.fail("a photo was read"))
+        assert os.listdir(dataset) == [name]
+        dataset.rename(dataset.with_name(f"refused {name}"))

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from safelight.__main__ import COMMANDS, main
+from safelight.trainer.train import FILES, FOLDERS
 from tests.called import call
 
 
@@ -182,3 +183,19 @@ from safelight.__main__ import main
 """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (130, "interrupted\n")
+
+
+def test_names_of_the_other_kind_in_a_run_are_refused_before_the_dataset_is_read(tmp_path):
+    call("init", "tiny", "-o", tmp_path / "run.toml")
+    for name in (*FOLDERS, *FILES, "samples/step-00000001", "checkpoints/step-00000001"):
+        run, kind, other = tmp_path / "runs" / name, "folder", "file"
+        if name in FILES:
+            kind, other = other, kind
+            (run / name).mkdir(parents=True)
+        else:
+            (run / name).parent.mkdir(parents=True)
+            (run / name).touch()
+        refused = call("train", tmp_path / "run.toml", "--resume", "--data.path", tmp_path / "none", "--run.dir", run)
+        assert refused.status == 2
+        assert refused.err.endswith(f"{run / name} is a {other} where the run keeps a {kind}; move it away\n")
+        assert refused.err.count("\n") == 1

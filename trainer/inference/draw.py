@@ -55,7 +55,7 @@ from safelight.trainer.models.noise_schedule import NoiseSchedule
 from safelight.trainer.models.weights import load_unet
 from safelight.trainer.run_log.course import doubt_about
 from safelight.trainer.run_log.environment import MEMORY_PLAN, recorded, recorded_attention
-from safelight.untrusted import check_links, path_in, read_json_object
+from safelight.untrusted import check_kinds, check_links, path_in, read_json_object
 
 Progress = Callable[[int, int], None]
 MAX_PAIRS = 1000
@@ -179,6 +179,7 @@ def open_run(run_dir: Path) -> OpenRun:
     require_run(run_dir)
     # pictures are written into it
     check_links(run_dir)
+    check_kinds(run_dir, ("compare", "images"), (), "the run")
     config = load_config(run_dir / "config.toml")
     device = pick_device(config.run.device)
     base = base_of(config.model)

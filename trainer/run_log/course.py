@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from safelight.trainer.run_log.metrics import MAX_BYTES
-from safelight.untrusted import parse_json, read_bytes
+from safelight.trainer.run_log.metrics import MAX_BYTES, MAX_LINE_VALUES
+from safelight.untrusted import parse_json, read_lines
 
 # A held-out loss this many times the base's is reported. Every validation repeats the same noise, so it barely
 # fluctuates, and overfitting raises it by tens of percent: twice the squared error is a UNet that is being damaged.
@@ -23,9 +23,9 @@ def read_course(run_dir: Path) -> tuple[dict[int, float], list[int]]:
     """Return (step -> held-out loss, the steps at which the run diverged) of a log. Damaged lines are left out."""
     held_out, diverged = {}, []
     path = run_dir / "metrics.jsonl"
-    for line in read_bytes(path, MAX_BYTES).split(b"\n") if os.path.lexists(path) else []:
+    for line in read_lines(path, MAX_BYTES) if os.path.lexists(path) else []:
         try:
-            row = parse_json(line, allow_nan=True)
+            row = parse_json(line or b"", allow_nan=True, max_values=MAX_LINE_VALUES)
             step = row["step"]
             if type(step) is not int:
                 continue

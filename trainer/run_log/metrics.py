@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 
 from safelight.broken_imports import message
-from safelight.data.atomic import atomic_write_bytes, naming
+from safelight.data.atomic import atomic_writer, naming
 from safelight.errors import UserError
 from safelight.units import GIB
 from safelight.untrusted import open_append, parse_json, read_lines
 
 # a million training lines have 200 MB
-MAX_BYTES = 2**29
+MAX_BYTES = 2**28
 # a validation has at most 64 losses by timestep; the rest is room for the commas in an event's text
 MAX_LINE_VALUES = 2**11
 
@@ -60,26 +60,32 @@ class Metrics:
         self.path = run_dir / "metrics.jsonl"
         self.num_unreadable = 0
         self.held_out: dict[int, float] = {}
-        kept = []
         if self.path.exists():
-            for line in read_lines(self.path, MAX_BYTES):
-                try:
-                    row = parse_json(line or b"", allow_nan=True, max_values=MAX_LINE_VALUES)
-                    if type(row["step"]) is not int:
-                        raise ValueError("a step is a whole number")
-                    if row["step"] <= step:
-                        self._note_validation(row)
-                        kept.append(line.removesuffix(b"\n") + b"\n")
-                except (ValueError, KeyError, TypeError):
-                    # a kill may have cut the last line short; any other unreadable line is damage to be reported
-                    self.num_unreadable += line is None or (line != b"\n" and line.endswith(b"\n"))
-            atomic_write_bytes(self.path, b"".join(kept))
+            # line by line into the new file: the lines in memory would take several times the log's size
+            with atomic_writer(self.path) as kept:
+                for line in read_lines(self.path, MAX_BYTES):
+                    if self._belongs_up_to(step, line):
+                        kept.write(line.removesuffix(b"\n") + b"\n")
         self.file = open_append(self.path)
         # times that never jump: the wall clock may be set while the run goes on
         self._clock_offset = time.time() - time.monotonic()
         self.board = None
         if tensorboard:
             self.board = import_tensorboard()(run_dir / "tensorboard", purge_step=step + 1)
+
+    def _belongs_up_to(self, step: int, line: bytes | None) -> bool:
+        """Return whether a line is sound and of this step or an earlier one; note what it says about validation."""
+        try:
+            row = parse_json(line or b"", allow_nan=True, max_values=MAX_LINE_VALUES)
+            if type(row["step"]) is not int:
+                raise ValueError("a step is a whole number")
+            if row["step"] <= step:
+                self._note_validation(row)
+            return row["step"] <= step
+        except (ValueError, KeyError, TypeError):
+            # a kill may have cut the last line short; any other unreadable line is damage to be reported
+            self.num_unreadable += line is None or (line != b"\n" and line.endswith(b"\n"))
+            return False
 
     def has_validation(self, step: int) -> bool:
         """Return whether the log already holds the validation of a step, from before a resume."""

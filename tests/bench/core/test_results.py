@@ -16,6 +16,7 @@ from safelight.bench import commands
 from safelight.bench.command_line import COMMANDS
 from safelight.bench.core import plot, results
 from safelight.bench.core.results import append, make_record, read
+from safelight.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -66,6 +67,101 @@ def test_the_error_for_a_damaged_or_missing_file_names_it(tmp_path):
         read(tmp_path / "r.jsonl")
     with pytest.raises(ValueError, match="neither a results file nor a commit"):
         results.find("nowhere")
+
+
+def changed(record: dict, path: str, value: object) -> dict:
+    """Return a copy of a result line with one value replaced, or removed if it is ...: `config.base`."""
+    copy = json.loads(json.dumps(record))
+    *parents, last = path.split(".")
+    place = copy
+    for name in parents:
+        place = place[name]
+    if value is ...:
+        del place[last]
+    else:
+        place[last] = value
+    return copy
+
+
+SPREAD = [1.0, 2.0, 3.0]
+TIMED = line(images_per_s=SPREAD)
+COUNTED = line(
+    "count",
+    {"base": "random:sd15", "precision": "bf16", "layout": "nchw", "checkpointing": "none"},
+    launches=9,
+    memory_bound_gb=1.0,
+)
+ROOFLINE = line(
+    "roofline",
+    {"precision": "fp32"},
+    classes={"conv": {"least_ms": 3.0, "ms": 5.0}},
+    least_ms=3.0,
+    step_ms=7.0,
+    model_flop_use={"share_of_limit": 0.3},
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"[" * 200_000, "is not JSON: it has more than 65,536 values"),
+        (b"[" * 20_000, "is not JSON: it is nested too deeply"),
+        (b"\xff\xfe", "is not JSON: "),
+        (b"1" * 2**21, "is not JSON: it is too long"),
+        (b"[]", "it is no JSON object"),
+        ({"bench": [], "config": []}, "bench is no text"),
+        (changed(line(), "figures", []), "figures is no object"),
+        (changed(line(), "figures", ...), "figures is missing"),
+        ({"bench": "x", "config": [1], "figures": {}, "machine": 3}, "config is no object"),
+        (changed(line(), "machine", 3), "machine is no object"),
+        (changed(TIMED, "machine", ...), "machine.device is no text"),
+        (changed(line(), "date", 3), "date is no text"),
+        (changed(line(), "git_commit", 3), "git_commit is no text"),
+        (changed(TIMED, "config.batch_size", "1"), "config.batch_size is no whole number"),
+        (line(images_per_s=5), "figures.images_per_s is no list of three numbers"),
+        (line(images_per_s=[1, 2, 1e200]), "figures.images_per_s is no list of three numbers"),
+        (changed(TIMED, "config.base", "\ud800"), "config.base is no text of at most 200 printable characters"),
+        (line(images_per_s=SPREAD, peak_gib=[]), "figures.peak_gib is no number"),
+        (changed(COUNTED, "config.base", ...), "config.base is no text"),
+        (changed(COUNTED, "figures.launches", {}), "figures.launches is no number"),
+        (line("rounding", {"weights": "x", "num_steps": 1, "lr": 1.0}), "figures.plain bf16.noise_to_displacement is"),
+        (changed(ROOFLINE, "figures.classes", 1), "figures.classes is no object"),
+        (changed(ROOFLINE, "figures.classes.conv", 1), "figures.classes.conv is no class of operators"),
+        (changed(ROOFLINE, "figures.classes.conv.ms", ...), "figures.classes.conv is no class of operators"),
+        (changed(ROOFLINE, "figures.model_flop_use", 1), "figures.model_flop_use.share_of_limit is no number"),
+    ],
+)
+def test_a_line_that_is_no_result_is_named_in_one_line(tmp_path, capsys, content, reason):
+    file = tmp_path / "r.jsonl"
+    bad = content if isinstance(content, bytes) else json.dumps(content).encode()
+    file.write_bytes(b'{"bench": "a"}\n' + bad + b"\n")
+    for words in (["compare", str(file), str(file)], ["plot", str(file), "-o", str(tmp_path / "out")]):
+        assert main(["bench", *words]) == 2
+        error = capsys.readouterr().err
+        assert f"{file} line 2 is " in error
+        assert reason in error
+        assert error.count("\n") == 1
+
+
+def test_names_in_results_are_shown_as_they_are(tmp_path, capsys):
+    file, out = tmp_path / "r.jsonl", tmp_path / "out"
+    names = ("$\\frac$", "b" * 200)
+    records = [
+        line(config={"base": name, "odd": f"{name} \ud800 \x1b[2J"}, images_per_s=SPREAD, peak_gib=1) for name in names
+    ]
+    records += [line(config={"recipe": "unheard of"}, images_per_s=SPREAD), ROOFLINE]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert main(["bench", "compare", str(file), str(file)]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+    assert main(["bench", "plot", str(file), "-o", str(out)]) == 0
+    assert {path.name for path in out.glob("*.png")} == {"throughput.png", "memory.png", "roofline.png"}
+
+
+def test_more_results_than_a_picture_has_room_for_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(plot, "MAX_SIDE", 10)
+    records = [line(config={"batch_size": size}, images_per_s=SPREAD) for size in range(1, 20)]
+    with pytest.raises(UserError, match="throughput: too many results for one picture"):
+        plot.plot(records, tmp_path / "out")
 
 
 def test_compare_takes_the_newest_line_of_the_same_config(tmp_path, capsys):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from safelight.errors import UserError
+from safelight.trainer.run_log.course import read_course
 from safelight.trainer.run_log.metrics import Metrics
 from tests.trainer.damaged_text import replaced
 
@@ -58,6 +59,28 @@ def test_a_line_of_many_values_or_bytes_is_dropped_without_being_parsed(tmp_path
     assert metrics.num_unreadable == 2
     assert metrics.held_out == {0: 0.3}
     assert (tmp_path / "metrics.jsonl").read_bytes() == b"\n".join(sound) + b"\n"
+
+
+def test_the_lines_of_a_long_log_are_not_held_in_memory(tmp_path):
+    content = b'{"kind":"x","step":0}\n' * 20_000
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    tracemalloc.start()
+    Metrics(tmp_path, 2, tensorboard=False).close()
+    read_course(tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**19
+    assert (tmp_path / "metrics.jsonl").read_bytes() == content
+
+
+def test_a_log_over_its_limit_is_refused_and_kept(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.touch()
+    os.truncate(path, 2**28 + 1)
+    with pytest.raises(UserError, match="over the limit of 268,435,456"):
+        Metrics(tmp_path, 2, tensorboard=False)
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+    assert path.stat().st_size == 2**28 + 1
 
 
 def test_a_log_that_is_no_regular_file_is_refused(tmp_path):

@@ -135,11 +135,15 @@ def _row_texts(row: dict) -> tuple[str, ...]:
     return texts
 
 
-def _row_name(row: dict, folder: Path) -> str:
-    """Return a row's normalized file name, relative to its table's folder. Raises UserError if it leads out of it."""
+def _row_name(row: dict) -> str:
     name = row.get("file_name")
     if not isinstance(name, str) or not name.strip():
         raise UserError("has no 'file_name'")
+    return name
+
+
+def _normal_name(name: str, folder: Path) -> str:
+    """Return a file name normalized, relative to its table's folder. Raises UserError if it leads out of it."""
     normal = posixpath.normpath(storable(os.path.expanduser(name) if name.startswith("~/") else name))
     for place in (os.path.abspath(folder), os.path.realpath(folder)):
         normal = normal.removeprefix(f"{place}/")
@@ -465,11 +469,12 @@ class CaptionReader:
         if len(line) > MAX_ROW_CHARACTERS:
             raise UserError(f"has {len(line):,} characters, too many for captions (limit {MAX_ROW_CHARACTERS:,})")
         row = _row(line)
-        name = _row_name(row, table.parent)
-        # tables written on Windows
-        found = self._find(table.parent, name) or self._find(table.parent, name.replace("\\", "/"))
+        written = _row_name(row)
+        # with backslashes as in the table, then as Windows means them
+        names = dict.fromkeys((written, written.replace("\\", "/")))
+        found = next(filter(None, (self._find(table.parent, _normal_name(n, table.parent)) for n in names)), None)
         if found is None:
-            raise UserError(f"names {shortened(name)}, which does not exist")
+            raise UserError(f"names {shortened(written)}, which does not exist")
         origin = row.get("caption_source")
         source = f"{table.name}: {collapse(origin)}" if isinstance(origin, str) and origin.strip() else table.name
         return found, Caption(_row_texts(row), source)

@@ -163,7 +163,8 @@ def read_manifest(dataset: Path, may_be_empty: bool = False) -> list[Photo]:
             try:
                 if len(line) > MAX_LINE_BYTES:
                     raise UserError(f"is longer than {MAX_LINE_BYTES:,} bytes")
-                photo = _parse(line.decode("utf-8", errors="replace"))
+                # other programs write a byte order mark at the start
+                photo = _parse(line.decode("utf-8-sig" if number == 1 else "utf-8", errors="replace"))
                 if photo.file in line_of_file:
                     raise UserError(f"{photo.file} is already listed on line {line_of_file[photo.file]}")
             except UserError as error:

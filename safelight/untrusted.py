@@ -9,6 +9,7 @@ Every room may import this module.
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import os
@@ -242,6 +243,21 @@ def _no_constant(text: str) -> float:
     raise ValueError(f"{text} is not a number")
 
 
+def _decoded(content: bytes) -> str:
+    """Return a UTF-8 text, with or without a byte order mark. Raises UnsafeFile with what is wrong."""
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        hint = "it looks like UTF-16" if is_utf16 else f"{error.reason} at byte {error.start}"
+    else:
+        # ASCII in UTF-16 without a mark
+        if content[:2].count(0) != 1:
+            return text
+        hint = "it looks like UTF-16"
+    raise UnsafeFile(f"it is not UTF-8 text ({hint}); save it as UTF-8")
+
+
 def count_values(content: bytes | str) -> int:
     """Return a number that a JSON text's values do not exceed, without parsing it. Commas inside texts count."""
     marks = (b",", b"[", b"{") if isinstance(content, bytes) else (",", "[", "{")
@@ -260,7 +276,7 @@ def parse_json(
     if count_values(content) > max_values:
         raise UnsafeFile(f"it has more than {max_values:,} values")
     try:
-        text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
+        text = _decoded(content) if isinstance(content, bytes) else content
         value = json.loads(
             text,
             parse_int=_clamped_int if clamp_ints else _bounded_int,
@@ -314,7 +330,10 @@ def parse_toml(text: str) -> dict:
     except RecursionError:
         raise UnsafeFile("it is nested too deeply") from None
     except ValueError as error:
-        raise UnsafeFile(str(error)) from None
+        # "runs\photos" has an escape that TOML does not know, "C:\Users" one without its hex digits
+        is_escape = any(word in str(error) for word in ("Unescaped", "Invalid hex value", "Escaped character"))
+        hint = "; write / or use single quotes" if is_escape else ""
+        raise UnsafeFile(f"{error}{hint}") from None
     _check_nesting(values)
     _check_integers(values)
     return values
@@ -343,6 +362,6 @@ def read_toml(path: Path) -> dict:
     """Return the table in a TOML file. Raises UnsafeFile naming the file, OSErrors as open does."""
     content = read_bytes(path, MAX_TOML_BYTES)
     try:
-        return parse_toml(content.decode("utf-8-sig"))
-    except (UnsafeFile, UnicodeDecodeError) as error:
+        return parse_toml(_decoded(content))
+    except UnsafeFile as error:
         raise UnsafeFile(f"{path} is not valid TOML: {error}") from None

@@ -194,12 +194,20 @@ def test_rows_with_whole_paths_and_backslashes(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "p" / "sub").mkdir(parents=True)
     (tmp_path / "link").symlink_to("p")
-    names = ("sub/a.jpg", "b.jpg", "c.jpg", "d.jpg", "e\\f.jpg")
+    names = ("sub/a.jpg", "b.jpg", "c.jpg", "d.jpg", "e\\f.jpg", "g.jpg", "sub/h.jpg")
     for name in names:
         (tmp_path / "p" / name).write_bytes(b"")
     (tmp_path / "out.jpg").write_bytes(b"")
     place = tmp_path / "link"
-    written = ("sub\\a.jpg", f"{place}/b.jpg", f"{tmp_path}/p/c.jpg", "~/p/d.jpg", "e\\f.jpg")
+    written = (
+        "sub\\a.jpg",
+        f"{place}/b.jpg",
+        f"{tmp_path}/p/c.jpg",
+        "~/p/d.jpg",
+        "e\\f.jpg",
+        ".\\g.jpg",
+        "x\\..\\sub\\h.jpg",
+    )
     bad = ("..\\out.jpg", "~/out.jpg", f"{place}/../out.jpg", "sub\\..\\..\\out.jpg")
     rows(place / "captions.jsonl", *({"file_name": name, "text": name} for name in (*written, *bad)))
     reader = CaptionReader(place)

@@ -201,3 +201,11 @@ def test_split_keeps_its_photos_when_captions_change():
     renamed = [dataclasses.replace(p, captions=("other",)) for p in photos]
     before, after = (split_validation(p, 0.2, 3)[1] for p in (photos, renamed))
     assert [p.sha256 for p in before] == [p.sha256 for p in after]
+
+
+def test_a_byte_order_mark_at_the_start_is_no_part_of_the_first_line(tmp_path):
+    photos = [photo(1), photo(2)]
+    write_manifest(tmp_path, photos)
+    path = tmp_path / "manifest.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_manifest(tmp_path) == photos

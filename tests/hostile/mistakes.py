@@ -200,7 +200,29 @@ MISTAKES = [
     Mistake("setting a second time", toml("[train]\nepochs = 1\nepochs = 2\n"), "is not valid TOML"),
     Mistake("config cut short", toml("[train]\nepochs = "), "is not valid TOML"),
     Mistake("config of bytes", toml(b"\xff\xfe\0\0\x80"), "is not valid TOML"),
-    Mistake("config in UTF-16", toml("[train]\nepochs = 1\n".encode("utf-16")), "is not valid TOML"),
+    Mistake(
+        "config in UTF-16", toml("[train]\nepochs = 1\n".encode("utf-16")), "(it looks like UTF-16); save it as UTF-8"
+    ),
+    Mistake(
+        "config in UTF-16 without a mark",
+        toml("[train]\nepochs = 1\n".encode("utf-16-le")),
+        "(it looks like UTF-16); save it as UTF-8",
+    ),
+    Mistake(
+        "path with a backslash that is an escape",
+        toml('[run]\ndir = "runs\\new"\n'),
+        r"run.dir = 'runs\new': it contains a control character; write / or use single quotes ('runs\new')",
+    ),
+    Mistake(
+        "path with a backslash that is no escape",
+        toml('[data]\npath = "my\\photos"\n'),
+        "write / or use single quotes",
+    ),
+    Mistake(
+        "path with a backslash before U",
+        toml('[model]\nbase = "C:\\Users\\me"\n'),
+        "write / or use single quotes",
+    ),
     Mistake("config with NUL", toml(b"[train]\nepochs = 1\0\n"), "is not valid TOML"),
     Mistake("config nested without end", toml("a = " + "[" * 100_000), "nested too deeply"),
     Mistake("config that is a folder", lambda place: ["plan", place / "photos"], "photos is a folder without a config"),
@@ -273,7 +295,9 @@ MISTAKES = [
         "busy/run is a file or its path leads through one; name another --run.dir",
     ),
     Mistake(
-        "run folder with NUL in its name", toml('[run]\ndir = "a\\u0000b"\n', "train"), r"a\x00b is not a valid path"
+        "run folder with NUL in its name",
+        toml('[run]\ndir = "a\\u0000b"\n', "train"),
+        r"run.dir = 'a\x00b': it contains a control character",
     ),
     Mistake(
         "run folder of a name too long",
@@ -281,7 +305,9 @@ MISTAKES = [
         "cannot be written (File name too long)",
     ),
     Mistake(
-        "dataset with NUL in its name", toml('[data]\npath = "a\\u0000b"\n', "cache"), r"a\x00b is not a valid path"
+        "dataset with NUL in its name",
+        toml('[data]\npath = "a\\u0000b"\n', "cache"),
+        r"data.path = 'a\x00b': it contains a control character",
     ),
     Mistake(
         "dataset that was not prepared",

@@ -22,8 +22,6 @@ LearningRate = Annotated[float, Field(gt=0, le=1)]
 Schedule = Literal["constant", "linear", "cosine"]
 # of a training or sample image, px
 MAX_SIDE = 4096
-# a file or folder, with ~ replaced by the home folder: a run records the result, so that it resumes under another user
-Place = Annotated[str, AfterValidator(os.path.expanduser)]
 if TYPE_CHECKING:
     OptimizerName = MemoryModeName = str
 else:
@@ -43,6 +41,13 @@ def _check_side(side: int) -> int:
     return side
 
 
+def _place(path: str) -> str:
+    # TOML reads "runs\new" as runs, a newline, ew
+    if any(ord(character) < 32 or character == "\x7f" for character in path):
+        raise ValueError("it contains a control character; write / or use single quotes ('runs\\new')")
+    return os.path.expanduser(path)
+
+
 def _check_given(path: str) -> str:
     if not path:
         raise ValueError("it is empty; name a path")
@@ -50,6 +55,8 @@ def _check_given(path: str) -> str:
 
 
 Side = Annotated[int, AfterValidator(_check_side)]
+# a file or folder, with ~ replaced by the home folder: a run records the result, so that it resumes under another user
+Place = Annotated[str, AfterValidator(_place)]
 GivenPlace = Annotated[Place, AfterValidator(_check_given)]
 # help for a stage's value that is inherited from the run unless set
 INHERITED = tyro.conf.arg(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from safelight.data.atomic import atomic_write_text, sync_folder
+from safelight.data.manifest import IMAGES_FOLDER, MANIFEST_NAME
 from safelight.errors import UserError
 from safelight.trainer.adapters.full import FullFineTune
 from safelight.trainer.checkpoint.files import check_files, folder_of
@@ -43,6 +44,12 @@ from safelight.untrusted import check_links
 
 # free space to leave: file systems become slow or fail before they are full
 SPARE_BYTES = 64 << 20
+# folders that an export must not write into: name, what is beside it, whose it is
+_KEPT = (
+    ("checkpoints", "config.toml", "run"),
+    (IMAGES_FOLDER, MANIFEST_NAME, "dataset"),
+    ("cache", MANIFEST_NAME, "dataset"),
+)
 
 
 @dataclass
@@ -152,6 +159,7 @@ def _check_output(out: Path, force: bool) -> bool:
     suffix = out.suffix.lower()
     if suffix in PICKLES:
         raise UserError(f"{out}: {suffix} files cannot be written; name a .safetensors file, or a folder")
+    _check_place(out)
     is_file = suffix == ".safetensors"
     if out.exists():
         if not force:
@@ -161,6 +169,14 @@ def _check_output(out: Path, force: bool) -> bool:
         if not is_file and any(out.iterdir()) and not (out / "model_index.json").is_file():
             raise UserError(f"{out} is not a diffusers folder, and --force replaces only those; name another with -o")
     return is_file
+
+
+def _check_place(out: Path) -> None:
+    """Raise UserError if `out` is in a folder whose files belong together: a run's checkpoints, a dataset's photos."""
+    for folder in (place := Path(os.path.realpath(out)), *place.parents):
+        for name, marker, owner in _KEPT:
+            if folder.name == name and os.path.lexists(folder.parent / marker):
+                raise UserError(f"{out} is in {folder}, the {name} of a {owner}; name another place with -o")
 
 
 def _check_free_space(out: Path, num_bytes: int, dtype: torch.dtype) -> None:

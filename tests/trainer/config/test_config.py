@@ -233,12 +233,17 @@ stages = st.builds(
     batch_size=st.none() | numbers,
     accumulate=st.none() | numbers,
 )
-places = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
+path_texts = st.characters(exclude_categories=["Cs", "Cc"])
+places = st.text(path_texts, min_size=1, max_size=20)
 configs = st.builds(
     Config,
     run=st.builds(Run, dir=places, seed=st.integers(0, 2**64 - 1)),
     model=st.builds(
-        Model, base=places, vae=texts, clip_skip=st.integers(0, 11), precision=st.sampled_from(["auto", "fp16"])
+        Model,
+        base=places,
+        vae=st.text(path_texts, max_size=20),
+        clip_skip=st.integers(0, 11),
+        precision=st.sampled_from(["auto", "fp16"]),
     ),
     data=st.builds(
         Data,

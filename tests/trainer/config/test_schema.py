@@ -51,3 +51,13 @@ def test_the_values_of_fused_backward_that_name_and_clipping_allow():
         optimizer = Optimizer(**options)
         assert (optimizer.fused_choices(), optimizer.clipping_mode()) == (choices, clipping)
         assert optimizer.is_fused is choices[0]
+
+
+@pytest.mark.parametrize("name", ["run.dir", "data.path", "model.base", "model.config", "model.vae", "model.tokenizer"])
+def test_a_path_with_a_control_character_is_refused(name):
+    r"""In "runs\new", TOML reads a newline."""
+    table, setting = name.split(".")
+    for character in "\n\t\x00\x7f":
+        with pytest.raises(ValueError, match=rf"{name} = .*: it contains a control character; write / or use single"):
+            parse_config({table: {setting: f"a{character}b"}}, "here")
+    assert parse_config({table: {setting: "a\\new"}}, "here")

@@ -36,6 +36,27 @@ def test_force_replaces_only_exports(tiny_run, tmp_path):
         export(tiny_run, tmp_path / "file", force=True)
 
 
+def test_an_export_never_writes_into_checkpoints_or_a_dataset(tiny_run, tmp_path):
+    state = folder_of(tiny_run, STEP) / "state.safetensors"
+    before = state.read_bytes()
+    for name in ("images", "cache"):
+        (tmp_path / "dataset" / name).mkdir(parents=True)
+    (tmp_path / "dataset" / "manifest.jsonl").write_text("")
+    (tmp_path / "link").symlink_to(state.parent)
+    places = (
+        (state, "checkpoints of a run"),
+        (tmp_path / "link" / "state.safetensors", "checkpoints of a run"),
+        (tiny_run / "checkpoints" / "new", "checkpoints of a run"),
+        (tmp_path / "dataset" / "images" / "out.safetensors", "images of a dataset"),
+        (tmp_path / "dataset" / "cache" / "out", "cache of a dataset"),
+    )
+    for place, said in places:
+        with pytest.raises(ValueError, match=f"the {said}; name another place with -o"):
+            export(tiny_run, place, force=True)
+    assert state.read_bytes() == before
+    export(tiny_run, tiny_run / "exports" / "out.safetensors")
+
+
 @pytest.mark.parametrize("name", ["out.safetensors", "out"])
 def test_a_failed_export_leaves_the_earlier_one_unchanged(tiny_run, tmp_path, monkeypatch, name):
     export(tiny_run, tmp_path / name)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from safelight.data.captions import is_camera_name
 from safelight.data.images import decode
-from safelight.data.ingest import ingest
+from safelight.data.ingest import NOTES_NAME, ingest
 from safelight.data.manifest import read_manifest
 from safelight.errors import UserError
 
@@ -329,7 +329,7 @@ def test_words_are_not_camera_names(caption):
 
 def test_names_of_the_other_kind_in_the_dataset_are_refused_before_any_work(source, dataset, make_noise):
     make_noise(1).save(source / "a.png")
-    for name in ("images", "manifest.jsonl", "notes.txt", "rejected.jsonl", "sources.json"):
+    for name in ("images", "manifest.jsonl", NOTES_NAME, "rejected.jsonl", "sources.json"):
         dataset.mkdir()
         (dataset / name).touch() if name == "images" else (dataset / name).mkdir()
         with pytest.raises(UserError, match=f"{name} is a f.* where a dataset keeps a f.*; move it away"):

@@ -94,10 +94,17 @@ class Dataset:
         ]
 
 
-def open_dataset(config: Config, base: Base, device: torch.device, progress: Progress | None = None) -> Dataset:
+def open_dataset(
+    config: Config,
+    base: Base,
+    device: torch.device,
+    progress: Progress | None = None,
+    check: Callable[[Dataset], None] | None = None,
+) -> Dataset:
     """Return the run's dataset, after encoding what its cache lacks. The encoders are freed before it returns.
 
-    progress: called with (what is encoded, rows done, total). Raises UserError for a dataset that was not prepared, or
+    progress: called with (what is encoded, rows done, total). check: called before anything is encoded, and raises
+    UserError to prevent it. Raises UserError for a dataset that was not prepared, or
     settings that do not fit it, and for one with a link that leads out of its folder.
     """
     path = Path(config.data.path)
@@ -136,6 +143,8 @@ def open_dataset(config: Config, base: Base, device: torch.device, progress: Pro
         base.family,
     )
     try:
+        if check is not None:
+            check(dataset)
         _fill(dataset, config, codec, encoder, ENCODE_BATCH_CPU if device.type == "cpu" else ENCODE_BATCH_GPU, progress)
     except BaseException:
         cache.close()

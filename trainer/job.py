@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,10 +18,9 @@ from safelight.data.side_stream import SideStream
 from safelight.errors import UserError
 from safelight.kernels.unet.attention import AttentionChoice, attention_cases, choose_attention
 from safelight.kernels.unet.patch import Patch
-from safelight.text import counted
+from safelight.text import counted, shortened
 from safelight.trainer.adapters.trained import Trained
 from safelight.trainer.checkpoint.files import MISFIT, Position, load_checkpoint, read_identity, read_position
-from safelight.trainer.checkpoint.identity import Identity
 from safelight.trainer.checkpoint.saver import Saver
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.timeline import Timeline
@@ -43,6 +43,7 @@ from safelight.trainer.step.cuda_graphs import GraphCapture, graph_capture
 from safelight.trainer.step.prepare_unet import prepare_unet
 from safelight.trainer.step.step import StepContext
 from safelight.trainer.step.validate import choose_subset
+from safelight.untrusted import path_in, read_json_object
 
 
 @dataclass
@@ -123,7 +124,7 @@ def load_job(
     dataset = _load_dataset(run, terminal)
     timeline, identity = Timeline.of(config, dataset.train), run.identity(dataset.train)
     if resume_step is not None:
-        position = _checked_position(run, timeline, identity)
+        position = _checked_position(run, timeline)
         if position.step >= timeline.num_steps and not position.unmeasured:
             terminal.pause()
             dataset.cache.close()
@@ -152,8 +153,9 @@ def load_job(
 
 
 def _load_dataset(run: ResolvedRun, terminal: Terminal) -> Dataset:
-    """Return the dataset, after encoding whatever its cache lacks."""
-    dataset = open_dataset(run.user_config, run.base, run.device, terminal.update)
+    """Return the dataset, after encoding whatever its cache lacks. Raises UserError if it is not the checkpoint's."""
+    check = None if run.resume_step is None else partial(_check_same_data, run)
+    dataset = open_dataset(run.user_config, run.base, run.device, terminal.update, check)
     terminal.pause()
     if dataset.num_damaged:
         terminal.say(f"{counted(dataset.num_damaged, 'damaged row')} in the cache re-encoded")
@@ -183,16 +185,41 @@ def _build_models(run: ResolvedRun, dataset: Dataset) -> Models:
     return Models(prepared.trained, context, prepared.ema, codec, attention, prepared.patched)
 
 
-def _checked_position(run: ResolvedRun, timeline: Timeline, identity: Identity) -> Position:
-    """Return the position of the checkpoint to resume from.
-
-    Raises UserError if the dataset has changed since it was saved, or if the run's timeline has no such position.
-    """
-    if read_identity(run.run_dir, run.resume_step)[0].data != identity.data:
+def _check_same_data(run: ResolvedRun, dataset: Dataset) -> None:
+    """Raise UserError if the dataset has changed since the checkpoint to resume from was saved."""
+    if read_identity(run.run_dir, run.resume_step)[0].data != run.identity(dataset.train).data:
         raise UserError(
             f"{run.checkpoint} was trained on other photographs, captions or crops than {run.user_config.data.path} "
-            "has now; start a new run with --run.dir"
+            f"has now{_changes(run, dataset)}; start a new run with --run.dir"
         )
+
+
+def _changes(run: ResolvedRun, dataset: Dataset) -> str:
+    """Return how many photographs were added, removed or got other captions, as ": 2 added (...)"; '' if unknown.
+
+    Call it before the cache is filled: a caption that is not in it, of a photograph that is, was edited.
+    """
+    try:
+        split = read_json_object(path_in(run.run_dir, "split.json"))
+        before = {str(file): None for half in ("train", "validation") for file in split[half]}
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""
+    now = {sample.photo.file: sample for sample in dataset.samples}
+    kept = [sample for file, sample in now.items() if file in before]
+    missing = set(dataset.cache.missing([key for s in kept for key in (*s.latent_keys, *s.text_keys)]))
+    groups = {
+        "added": [file for file in now if file not in before],
+        "removed": [file for file in before if file not in now],
+        "with other captions": [
+            s.photo.file for s in kept if missing.intersection(s.text_keys) and missing.isdisjoint(s.latent_keys)
+        ],
+    }
+    words = [f"{len(files)} {what} (first: {shortened(files[0])})" for what, files in groups.items() if files]
+    return f": {', '.join(words)}" if words else ""
+
+
+def _checked_position(run: ResolvedRun, timeline: Timeline) -> Position:
+    """Return the position of the checkpoint to resume from. Raises UserError if the run's timeline has none such."""
     position = read_position(run.run_dir, run.resume_step)
     is_reached = timeline.holds(position.step, position.epoch, position.step_in_epoch, position.stage)
     if not is_reached or position.best_step > position.step:

@@ -392,7 +392,7 @@ DAMAGES = [
         "best of a record of garbage",
         replace("run/checkpoints/step-00000002/state.json", b"[]"),
         "sample {place}/run --prompt x --checkpoint best",
-        GO_ON,
+        "use --checkpoint 1, the newest intact one",
     ),
     Damage(
         "run's config of garbage",

@@ -194,17 +194,24 @@ def rewrite_position(run_dir: Path, position: Position) -> None:
     sync_folder(folder)
 
 
-def _damaged(folder: Path, what: str) -> ValueError:
-    """Return the error for a damaged checkpoint, with the newest intact one before it and how to resume from that."""
+def _damaged(folder: Path, what: str, to_resume: bool = True) -> UserError:
+    """Return the error for a damaged checkpoint, with the newest intact one and how to use it.
+
+    to_resume: by resuming from it, which only earlier ones allow; otherwise by naming it, whatever its step.
+    """
     run_dir = folder.parent.parent
-    earlier = [step for step in list_checkpoints(run_dir) if folder_of(run_dir, step) < folder]
+    others = [step for step in list_checkpoints(run_dir) if folder_of(run_dir, step) != folder]
+    earlier = [step for step in others if folder_of(run_dir, step) < folder] if to_resume else others
     intact = next((step for step in reversed(earlier) if not _flaw(folder_of(run_dir, step))), None)
+    damaged = f"checkpoint {folder} is damaged: {what}"
+    if intact is not None and not to_resume:
+        return UserError(f"{damaged}; use --checkpoint {intact}, the newest intact one")
     aside = [folder_of(run_dir, step) for step in earlier if intact is None or step > intact]
     go_on = (
         "start again from step 0" if intact is None else f"resume from step {intact}, the newest intact one before it"
     )
     command = resume_command(run_dir, [*aside, folder], "damaged")
-    return UserError(f"checkpoint {folder} is damaged: {what}; {go_on}: {command}")
+    return UserError(f"{damaged}; {go_on}: {command}")
 
 
 def resume_command(run_dir: Path, aside: Sequence[Path], suffix: str, *options: str) -> str:
@@ -289,8 +296,11 @@ class _OtherFormat(Exception):
     """Raised for a checkpoint of another format; the message is that format."""
 
 
-def read_record(folder: Path) -> dict:
-    """Return a checkpoint's state.json. Raises UserError if it is damaged or has another format."""
+def read_record(folder: Path, to_resume: bool = True) -> dict:
+    """Return a checkpoint's state.json. Raises UserError if it is damaged or has another format.
+
+    to_resume: False for a checkpoint that the user named; the message then names another one.
+    """
     try:
         return _record(folder)
     except _OtherFormat as other:
@@ -298,7 +308,7 @@ def read_record(folder: Path) -> dict:
             f"checkpoint {folder} has format {other}, this version reads {FORMAT}; use the version that wrote it"
         ) from None
     except UNREADABLE as error:
-        raise _damaged(folder, f"state.json is not readable ({error})") from None
+        raise _damaged(folder, f"state.json is not readable ({error})", to_resume) from None
 
 
 def read_identity(run_dir: Path, step: int) -> tuple[Identity, int]:
@@ -307,17 +317,20 @@ def read_identity(run_dir: Path, step: int) -> tuple[Identity, int]:
     return Identity.from_record(record["identity"]), Position.from_record(record["position"]).stage
 
 
-def read_position(run_dir: Path, step: int) -> Position:
-    """Return the position of a checkpoint."""
-    return Position.from_record(read_record(folder_of(run_dir, step))["position"])
+def read_position(run_dir: Path, step: int, to_resume: bool = True) -> Position:
+    """Return the position of a checkpoint. to_resume, errors: as `read_record`."""
+    return Position.from_record(read_record(folder_of(run_dir, step), to_resume)["position"])
 
 
-def check_files(folder: Path) -> dict:
-    """Return a checkpoint's state.json after verifying every checksum. Raises UserError naming a damaged file."""
-    record = read_record(folder)
+def check_files(folder: Path, to_resume: bool = True) -> dict:
+    """Return a checkpoint's state.json after verifying every checksum. Raises UserError naming a damaged file.
+
+    to_resume: as for `read_record`.
+    """
+    record = read_record(folder, to_resume)
     flaw = _flaw(folder)
     if flaw:
-        raise _damaged(folder, flaw)
+        raise _damaged(folder, flaw, to_resume)
     return record
 
 

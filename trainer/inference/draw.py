@@ -92,7 +92,7 @@ class OpenRun:
         dtype = pick_dtype(self.config.model.precision, self.device)
         unet = load_unet(self.base, self.config.run.seed, dtype)
         if step is not None:
-            check_files(folder_of(self.run_dir, step))
+            check_files(folder_of(self.run_dir, step), to_resume=False)
             FullFineTune(unet).load(folder_of(self.run_dir, step))
             load_averages(folder_of(self.run_dir, step), unet)
         unet.to(self.device).eval().requires_grad_(False)
@@ -156,7 +156,9 @@ class OpenRun:
         model, model_hash = Path(self.config.model.base).name, ""
         if drawn.step >= 0:
             model = f"{self.name} step {drawn.step}"
-            model_hash = read_record(folder_of(self.run_dir, drawn.step))["sha256"].get(UNET_WEIGHTS, "")[:10]
+            model_hash = read_record(folder_of(self.run_dir, drawn.step), to_resume=False)["sha256"].get(
+                UNET_WEIGHTS, ""
+            )[:10]
         save_png(image, folder / drawn.file, drawn.parameters(model, model_hash, self.config.model.clip_skip))
 
     def _fit_to_memory(self, settings: Settings) -> tuple[torch.device, int]:
@@ -201,7 +203,7 @@ def pick_step(run_dir: Path, checkpoint: str, allow_base: bool = True) -> int | 
     if checkpoint == "last":
         return steps[-1]
     if checkpoint == "best":
-        best = read_position(run_dir, steps[-1]).best_step
+        best = read_position(run_dir, steps[-1], to_resume=False).best_step
         if best not in steps:
             reason = "the base has the lowest validation loss" if best == 0 else "the run has not validated"
             raise UserError(

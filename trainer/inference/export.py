@@ -133,7 +133,7 @@ def export(
     config = load_config(run_dir / "config.toml")
     step = pick_step(run_dir, checkpoint, allow_base=False)
     folder = folder_of(run_dir, step)
-    check_files(folder)
+    check_files(folder, to_resume=False)
     base = base_of(config.model)
     schedule = base.noise_schedule(config.loss.prediction, config.loss.zero_terminal_snr)
     source = _Source(config, base, folder, step, schedule, DTYPES[dtype], weights)

@@ -187,6 +187,25 @@ def test_without_a_sound_one_before_the_start_is_offered(tmp_path):
         check_files(folder_of(tmp_path, 3))
 
 
+@pytest.mark.parametrize("name", ["state.safetensors", "state.json"])
+def test_to_read_a_damaged_checkpoint_the_newest_intact_one_of_any_step_is_offered(tmp_path, name):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    damaged, newest = (folder_of(tmp_path, step) for step in (1, 3))
+    (damaged / name).write_bytes(b"{")
+    for function in (check_files, checkpoint.read_record)[: 1 + (name == "state.json")]:
+        with pytest.raises(
+            ValueError, match=r"step-00000001 is damaged: .*; use --checkpoint 3, the newest intact one"
+        ):
+            function(damaged, to_resume=False)
+    (newest / name).write_bytes(b"{")
+    with pytest.raises(ValueError, match=r"use --checkpoint 2, the newest intact one$"):
+        check_files(damaged, to_resume=False)
+    (folder_of(tmp_path, 2) / name).write_bytes(b"{")
+    with pytest.raises(ValueError, match=r"start again from step 0: mv .* && mv .* && mv "):
+        check_files(damaged, to_resume=False)
+
+
 def test_any_flipped_bit_of_the_record_is_found_or_harmless(tmp_path):
     path = save(tmp_path, 7) / "state.json"
     content, record = path.read_bytes(), checkpoint.read_record(path.parent)

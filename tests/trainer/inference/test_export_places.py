@@ -1,12 +1,15 @@
 """Where an export is written: what it replaces, what a failure leaves behind, and what is refused."""
 
+import json
 import os
+import shutil
 from collections import namedtuple
 
 import pytest
 
 import safelight.trainer.inference.export as module
-from safelight.trainer.checkpoint.files import folder_of
+from safelight.trainer.checkpoint.files import SEAL, folder_of
+from safelight.trainer.inference.draw import open_run
 from safelight.trainer.inference.export import export
 from tests.trainer.inference.exported_runs import STEP, make_run
 
@@ -122,3 +125,20 @@ def test_a_refused_export_is_one_line(tiny_run, tmp_path):
     with pytest.raises(ValueError, match=r"is damaged: state\.safetensors"):
         export(run, tmp_path / "other.safetensors", dtype="bf16")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["large", "out.safetensors"]
+
+
+def test_instead_of_a_damaged_checkpoint_a_later_one_is_offered(tmp_path):
+    run = make_run(tmp_path / "run")
+    record = json.loads((folder_of(run, STEP) / "state.json").read_text())
+    later = folder_of(run, STEP + 1)
+    shutil.copytree(folder_of(run, STEP), later)
+    record["position"]["step"] = STEP + 1
+    del record[SEAL]
+    (later / "state.json").write_text(json.dumps(record))
+    (folder_of(run, STEP) / "state.safetensors").write_bytes(b"")
+    for read in (
+        lambda: export(run, tmp_path / "out.safetensors", checkpoint=str(STEP)),
+        lambda: open_run(run).unet(STEP),
+    ):
+        with pytest.raises(ValueError, match=f"is damaged: .*; use --checkpoint {STEP + 1}, the newest intact one$"):
+            read()

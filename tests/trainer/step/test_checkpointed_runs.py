@@ -1,6 +1,8 @@
 """What a whole run does with its checkpoints: a later stage, other photographs, the ones kept, a damaged one."""
 
+import dataclasses
 import json
+import re
 import shutil
 
 import pytest
@@ -10,6 +12,8 @@ from safetensors.torch import load_file
 
 from safelight.__main__ import main
 from safelight.data.ingest import ingest
+from safelight.data.manifest import read_manifest, write_manifest
+from safelight.trainer import dataset as datasets
 from safelight.trainer.checkpoint.files import folder_of, list_checkpoints
 from safelight.trainer.config.toml import to_toml
 from safelight.trainer.inference.draw import pick_step
@@ -54,16 +58,30 @@ def test_a_later_stage_may_be_added_and_a_finished_one_not_changed(quick):
     assert rates == [1e-4] * first.position.step + [5e-5] * first.position.step
 
 
-def test_other_photographs_are_refused(quick, tiny_dataset, tmp_path):
+def test_other_photographs_are_refused_before_they_are_encoded(quick, tiny_dataset, tmp_path, monkeypatch):
     dataset = tmp_path / "dataset"
     shutil.copytree(tiny_dataset, dataset)
     config = quick(data={"path": str(dataset)}, train={"max_steps": 1})
-    train(config)
+    run_dir = train(config).run_dir
+    photos = read_manifest(dataset)
+    name = json.loads((run_dir / "split.json").read_text())["train"][0]
+
+    def refused(changes: str) -> None:
+        words = re.escape(f"dataset has now: {changes}; start a new run with --run.dir")
+        with pytest.raises(ValueError, match=rf"trained on other photographs, captions or crops than .*{words}"):
+            train(config, resume=True)
+
+    # which encodes
+    monkeypatch.setattr(datasets, "_fill", None)
+    write_manifest(dataset, [photo for photo in photos if photo.file != name])
+    refused(f"1 removed (first: {name})")
+    write_manifest(dataset, [dataclasses.replace(p, captions=("new",)) if p.file == name else p for p in photos])
+    refused(f"1 with other captions (first: {name})")
+    write_manifest(dataset, photos)
     photo = shutil.copy(tiny_dataset.parent / "photos" / "000.png", tmp_path / "one more.png")
     Image.open(photo).rotate(180).save(photo)
     ingest([photo], dataset)
-    with pytest.raises(ValueError, match=r"trained on other photographs, captions or crops than .*dataset has now"):
-        train(config, resume=True)
+    refused(f"1 added (first: {read_manifest(dataset)[-1].file})")
 
 
 def test_a_run_keeps_its_last_checkpoints_and_its_best(quick):

@@ -327,7 +327,7 @@ DAMAGES = [
         "drawn from weights with a flipped bit",
         flip("run/checkpoints/*/unet/*.safetensors"),
         "sample {place}/run --prompt x",
-        GO_ON,
+        "use --checkpoint 1, the newest intact one",
     ),
     Damage("half a checkpoint beside", half_a_checkpoint, LONGER, "resumed at step 2", 0, touches=STARTS),
     Damage(

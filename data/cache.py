@@ -24,7 +24,7 @@ from torch import Tensor
 
 from safelight.data.buckets import Bucket
 from safelight.data.images import MAX_FILE_BYTES, RejectedImage, crop_pixels, decode
-from safelight.data.manifest import Photo
+from safelight.data.photo import Photo
 from safelight.data.samples import Crop, Sample, empty_text_key, latent_key, plan_samples, sample_captions, text_key
 from safelight.data.shards import Cache, CorruptRow
 from safelight.errors import UserError

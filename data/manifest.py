@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import shlex
 from collections import Counter
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from safelight.data.atomic import atomic_write_text
-from safelight.data.near_copies import FINGERPRINT_BYTES
+from safelight.data.photo import Photo, id_of, photo_of_row, row_of_photo
 from safelight.errors import UserError
-from safelight.kernels.philox import SAMPLE_ID_BITS, Key, Purpose, sort_key
+from safelight.kernels.philox import Key, Purpose, sort_key
 from safelight.text import storable
 from safelight.untrusted import open_regular, parse_json, path_in
 
@@ -24,87 +22,10 @@ IMAGES_FOLDER = "images"
 MAX_MANIFEST_BYTES = 2**30
 # captions of one photo; a text file beside a photo is read up to 2^20 bytes
 MAX_LINE_BYTES = 2**24
-# a larger size is a mistake in the manifest, and might not fit a float
-MAX_SIDE_PX = 1_000_000
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 # by its name alone a file counts as a photograph here, in a folder that was given in place of a dataset
 _PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".heic", ".heif", ".avif", ".tif", ".tiff")
 # more files than this are not looked at
 _MAX_LOOKED_AT = 5000
-
-
-@dataclass(frozen=True)
-class Photo:
-    """One stored photo.
-
-    file: path inside the dataset folder, with forward slashes. sha256: hash of the stored file. width, height: px of
-    the upright image. captions: one or more variants, white space collapsed. source: where the photo came from.
-    caption_source: what its captions were read from. origin_sha256, content_sha256: hashes of the original file and of
-    its decoded pixels, by which a later `safelight prepare` recognizes the photo; empty if unknown. fingerprint: by
-    which near-copies are found (near_copies.py); empty in datasets prepared before it was stored. group: the sha256 of
-    the first of several near-copies, the same for all of them, or empty; `split_validation` keeps them together.
-    """
-
-    file: str
-    sha256: str
-    width: int
-    height: int
-    captions: tuple[str, ...]
-    source: str
-    caption_source: str
-    origin_sha256: str = ""
-    content_sha256: str = ""
-    fingerprint: str = ""
-    group: str = ""
-
-    @property
-    def sample_id(self) -> int:
-        """The 56-bit id that keys every random draw of this photo: the first 56 bits of its file's SHA-256."""
-        return _id_of(self.sha256)
-
-
-def _id_of(sha256: str) -> int:
-    return int(sha256[: SAMPLE_ID_BITS // 4], 16)
-
-
-# JSON types by the annotation of a field
-_JSON_TYPES = {"str": str, "int": int, "tuple[str, ...]": list}
-_TYPES = {field.name: _JSON_TYPES[field.type] for field in fields(Photo)}
-_REQUIRED = ("file", "sha256", "width", "height", "captions", "source")
-# of what `safelight prepare` computes, besides sha256; empty if it did not
-_FINGERPRINT = re.compile(rf"([0-9a-f]{{{2 * FINGERPRINT_BYTES}}})?")
-_GROUP = re.compile(r"([0-9a-f]{64})?")
-
-
-def _parse(line: str) -> Photo:
-    """Return the photo of one manifest line. Raises UserError saying what is wrong with the line."""
-    row = parse_json(line)
-    if not isinstance(row, dict):
-        raise UserError(f"is a {type(row).__name__}, not an object")
-    row = {name: value for name, value in row.items() if name in _TYPES}
-    for name in dict.fromkeys((*_REQUIRED, *row)):
-        kind = _TYPES[name]
-        if not isinstance(row.get(name), kind) or isinstance(row.get(name), bool):
-            raise UserError(f"{name!r} is {row.get(name)!r:.80}, not a {kind.__name__}")
-        for text in row[name] if kind is list else [row[name]]:
-            if kind is not int and (not isinstance(text, str) or storable(text) != text):
-                raise UserError(f"{name!r} holds {text!r:.80}, which is not a text that UTF-8 can hold")
-    path = PurePosixPath(row["file"])
-    # a manifest may come from a stranger: it must not refer to files outside the dataset
-    if path.is_absolute() or ".." in path.parts or not path.name or "\0" in row["file"]:
-        raise UserError(f"file {row['file']!r:.80} is not a path inside the dataset folder")
-    if not _SHA256.fullmatch(row["sha256"]):
-        raise UserError(f"sha256 {row['sha256']!r:.80} is not 64 lower-case hex digits")
-    for name, pattern in (("fingerprint", _FINGERPRINT), ("group", _GROUP)):
-        if not pattern.fullmatch(row.get(name, "")):
-            raise UserError(f"{name} {row[name]!r:.80} is not what `safelight prepare` writes")
-    if min(row["width"], row["height"]) < 1:
-        raise UserError(f"size {row['width']} x {row['height']} px is not positive")
-    if max(row["width"], row["height"]) > MAX_SIDE_PX:
-        raise UserError(f"size {row['width']} x {row['height']} px is over the limit of {MAX_SIDE_PX:,} px a side")
-    if not row["captions"]:
-        raise UserError("captions [] is not a list of one or more texts")
-    return Photo(**{"caption_source": "", **row, "captions": tuple(row["captions"])})
 
 
 def has_manifest(dataset: Path) -> bool:
@@ -164,7 +85,7 @@ def read_manifest(dataset: Path, may_be_empty: bool = False) -> list[Photo]:
                 if len(line) > MAX_LINE_BYTES:
                     raise UserError(f"is longer than {MAX_LINE_BYTES:,} bytes")
                 # other programs write a byte order mark at the start
-                photo = _parse(line.decode("utf-8-sig" if number == 1 else "utf-8", errors="replace"))
+                photo = photo_of_row(parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8", errors="replace")))
                 if photo.file in line_of_file:
                     raise UserError(f"{photo.file} is already listed on line {line_of_file[photo.file]}")
             except UserError as error:
@@ -184,7 +105,7 @@ def read_manifest(dataset: Path, may_be_empty: bool = False) -> list[Photo]:
 def write_manifest(dataset: Path, photos: list[Photo]) -> None:
     """Replace the manifest of a dataset folder atomically."""
     # half a surrogate pair, which JSON can hold and UTF-8 cannot, becomes its JSON escape again
-    lines = [storable(json.dumps(asdict(photo), ensure_ascii=False)) + "\n" for photo in photos]
+    lines = [storable(json.dumps(row_of_photo(photo), ensure_ascii=False)) + "\n" for photo in photos]
     atomic_write_text(Path(dataset) / MANIFEST_NAME, "".join(lines))
 
 
@@ -204,7 +125,7 @@ def split_validation(photos: list[Photo], fraction: float, seed: int) -> tuple[l
     # ids, not photos: two entries of the same picture are both held out or both trained on
     group_of = {photo.sample_id: photo.sample_id for photo in photos}
     # sorted, so that the order of photos does not matter, should entries of one picture differ in their group
-    group_of |= {photo.sample_id: _id_of(photo.group) for photo in sorted(photos, key=lambda p: p.group) if photo.group}
+    group_of |= {photo.sample_id: id_of(photo.group) for photo in sorted(photos, key=lambda p: p.group) if photo.group}
     sizes = Counter(group_of.values())
     # rounded before ceil: 0.07 * 100 is 7.000000000000001 and must hold out 7
     num_left = min(max(1, math.ceil(round(fraction * len(photos), 9))), len(group_of) - 1)

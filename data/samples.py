@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from safelight.data.buckets import Bucket, check_flip_p, crop_box, nearest_bucket
-from safelight.data.captions import collapse
 from safelight.data.draws import draw_words, to_uniforms
-from safelight.data.manifest import Photo
+from safelight.data.photo import Photo
 from safelight.kernels.philox import Key, Purpose
+from safelight.text import collapse
 
 # part of every latent key; raise it when a change makes crop_pixels return different pixels
 PIXELS_VERSION = 1

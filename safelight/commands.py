@@ -68,7 +68,7 @@ def prepare(argv: list[str]) -> int:
     arguments = parse(Prepare, argv, "prepare", COMMANDS["prepare"])
     if not arguments.sources:
         raise UserError("no photos given; give one or more folders of photos, or files")
-    from safelight.data.ingest import ingest
+    from safelight.data.prepare.ingest import ingest
     from safelight.output.dataset_table import print_dataset
     from safelight.trainer.run_log.terminal import Terminal
 

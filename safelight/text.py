@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 
 from safelight.units import GIB, MIB
 
@@ -34,6 +35,17 @@ def shortened(text: str, max_characters: int = 120) -> str:
 def storable(text: str) -> str:
     """Return the text with everything that UTF-8 cannot encode escaped, such as undecodable bytes of a file name."""
     return text.encode("utf-8", errors="backslashreplace").decode("utf-8")
+
+
+def collapse(text: str) -> str:
+    """Return the text stripped, with every run of white space and control characters replaced by one space.
+
+    A lone surrogate, which JSON can contain but UTF-8 cannot encode, becomes U+FFFD.
+    """
+    if not text.isprintable():
+        kinds = {"Cc": " ", "Cs": "\ufffd"}
+        text = "".join(kinds.get(unicodedata.category(char), char) for char in text)
+    return " ".join(text.split())
 
 
 def counted(num: int, name: str) -> str:

@@ -48,7 +48,7 @@ def interpreted(monkeypatch):
 @pytest.fixture(scope="session")
 def tiny_dataset(tmp_path_factory) -> Path:
     """A prepared dataset of 24 framed scenes with captions. Tests share it: they may fill its cache, nothing else."""
-    from safelight.data.ingest import ingest
+    from safelight.data.prepare.ingest import ingest
     from safelight.trainer.tiny.scenes import caption, draw, random_scene
 
     folder = tmp_path_factory.mktemp("scenes")

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from safelight.data.captions import Rejection
-from safelight.data.collection import IngestSummary
-from safelight.data.manifest import Photo
+from safelight.data.photo import Photo
+from safelight.data.prepare.collection import IngestSummary
+from safelight.data.sources.captions import Rejection
 from safelight.output.dataset_table import LEFT_OUT, MAX_LISTED, print_dataset
 from safelight.trainer.run_log.terminal import Terminal
 

@@ -132,13 +132,13 @@ def test_a_download_is_named_in_printable_text():
 
 
 def test_bugs_name_nothing_unprintable(tmp_path, monkeypatch):
-    import safelight.data.ingest
+    import safelight.data.prepare.ingest
 
     def fails(*_):
         raise RuntimeError(EVIL)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(safelight.data.ingest, "ingest", fails)
+    monkeypatch.setattr(safelight.data.prepare.ingest, "ingest", fails)
     called = call("prepare", tmp_path, may_fail=True)
     assert called.status == 1
     (report,) = Path(tmp_path).glob("error-*.log")

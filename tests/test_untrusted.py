@@ -329,7 +329,7 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
         "ctypes.CDLL": "the libtiff that Pillow has loaded",
     },
     "data/index.py": {"sqlite3.connect": "after the index's own checks, at its top"},
-    "data/near_copies.py": {"load": "a function that it is given"},
+    "data/prepare/near_copies.py": {"load": "a function that it is given"},
     "trainer/checkpoint/files.py": {"trained.load": "trainer/adapters"},
     "trainer/inference/draw.py": {".load": "trainer/adapters"},
     "trainer/inference/export.py": {

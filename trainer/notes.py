@@ -15,7 +15,8 @@ from pathlib import Path
 
 from safelight.data.buckets import Bucket, nearest_bucket
 from safelight.data.decode_memory import available_bytes
-from safelight.data.manifest import MANIFEST_NAME, Photo, read_manifest, split_validation
+from safelight.data.manifest import MANIFEST_NAME, read_manifest, split_validation
+from safelight.data.photo import Photo
 from safelight.text import counted
 from safelight.trainer.config.schema import Config, Section, Stage
 from safelight.trainer.config.timeline import Timeline

@@ -25,7 +25,7 @@ from safelight.bench.core.results import make_record
 from safelight.bench.recipes.other_trainers import EveryDream, Photographs, make_baseline, write_photographs
 from safelight.bench.recipes.suite import OURS, free
 from safelight.bench.recipes.workload import SEED, Workload, random_batches
-from safelight.data.ingest import ingest
+from safelight.data.prepare.ingest import ingest
 from safelight.errors import UserError
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.toml import parse_config

@@ -21,7 +21,7 @@ from torch import nn
 from safelight.data.batches import Batch, RowSource, iterate, plan_epoch
 from safelight.data.buckets import Bucket
 from safelight.data.cache import Cache, Crop, Sample
-from safelight.data.manifest import Photo
+from safelight.data.photo import Photo
 from safelight.errors import UserError
 from safelight.kernels.unet import patch
 from safelight.kernels.unet.attention import (

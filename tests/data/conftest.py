@@ -34,7 +34,7 @@ def make_noise():
 @pytest.fixture(scope="session")
 def noise_dataset(tmp_path_factory):
     """A prepared dataset of twenty photos in four shapes, some with the same caption. Tests must not change it."""
-    from safelight.data.ingest import ingest
+    from safelight.data.prepare.ingest import ingest
 
     source = tmp_path_factory.mktemp("noise")
     for i in range(20):

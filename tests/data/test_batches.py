@@ -13,7 +13,7 @@ from safelight.data.batches import MicroBatch, SampleRef, iterate, load_batch, p
 from safelight.data.buckets import Bucket, make_buckets
 from safelight.data.cache import Cache, CorruptRow, plan_samples
 from safelight.data.draws import draw_words
-from safelight.data.manifest import Photo
+from safelight.data.photo import Photo
 from safelight.kernels import philox
 from safelight.kernels.philox import Key, Purpose
 from tests.data.rows import EMPTY, source

@@ -26,8 +26,8 @@ from safelight.data.cache import (
     sample_captions,
     text_key,
 )
-from safelight.data.ingest import ingest
 from safelight.data.manifest import read_manifest
+from safelight.data.prepare.ingest import ingest
 from safelight.errors import UserError
 from tests.data.crops import crop_of_variant, is_flipped
 from tests.data.rows import all_keys, contents

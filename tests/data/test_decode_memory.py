@@ -11,7 +11,7 @@ from safelight.data import decode_memory, images
 from safelight.data.decode_memory import Cancelled, MemoryBudget, available_bytes
 from safelight.data.headers import check
 from safelight.data.images import RejectedImage, decode
-from safelight.data.ingest import _in_order
+from safelight.data.prepare.ingest import _in_order
 from tests.data.mutated_pictures import originals, saved
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from safelight.data.cache import Cache
-from safelight.data.ingest import ingest
+from safelight.data.prepare.ingest import ingest
 
 SCRIPT = Path(__file__).with_name("fuzz.py")
 # a file system in memory if there is one: each input is written and synced

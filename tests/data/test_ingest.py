@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from safelight.data.captions import is_camera_name
 from safelight.data.images import decode
-from safelight.data.ingest import NOTES_NAME, ingest
 from safelight.data.manifest import read_manifest
+from safelight.data.prepare.ingest import NOTES_NAME, ingest
+from safelight.data.sources.captions import is_camera_name
 from safelight.errors import UserError
 
 

@@ -10,14 +10,8 @@ from pathlib import Path
 import pytest
 
 from safelight.data.atomic import atomic_write_bytes
-from safelight.data.manifest import (
-    Photo,
-    has_manifest,
-    how_to_prepare,
-    read_manifest,
-    split_validation,
-    write_manifest,
-)
+from safelight.data.manifest import has_manifest, how_to_prepare, read_manifest, split_validation, write_manifest
+from safelight.data.photo import Credit, Photo, PhotoSettings, Quality, Tag, row_of_photo
 from safelight.errors import UserError
 
 
@@ -120,7 +114,7 @@ SURROGATE = "half a pair: \ud83d"
     ],
 )
 def test_values_of_a_wrong_type_are_named(tmp_path, name, value, reason):
-    row = {**dataclasses.asdict(photo(1)), name: value}
+    row = {**row_of_photo(photo(1)), name: value}
     (tmp_path / "manifest.jsonl").write_text(json.dumps(row) + "\n")
     if reason is None:
         # of a later version, or of somebody's own
@@ -209,3 +203,48 @@ def test_a_byte_order_mark_at_the_start_is_no_part_of_the_first_line(tmp_path):
     path = tmp_path / "manifest.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     assert read_manifest(tmp_path) == photos
+
+
+def full_photo() -> Photo:
+    return dataclasses.replace(
+        photo(3),
+        tags=(Tag("animal", 1.5), Tag("a dog")),
+        settings=PhotoSettings(2.5, 0.1, 0.5, 0.75, False, 2, "portraits"),
+        credit=Credit("Ann Example", "https://example.org/ann"),
+        quality=Quality(120.5, 0.4, 0.0, 0.01),
+        mask="masks/3.png",
+        mask_sha256="0" * 64,
+        captioner="model a, num_beams 4",
+    )
+
+
+def test_tags_settings_credit_quality_and_mask_are_kept(tmp_path):
+    write_manifest(tmp_path, [photo(1), full_photo()])
+    assert read_manifest(tmp_path) == [photo(1), full_photo()]
+
+
+def test_a_photo_without_them_is_written_as_before(tmp_path):
+    assert list(row_of_photo(photo(1))) == [field.name for field in dataclasses.fields(Photo)][:11]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("tags", {"dog": float("inf")}, "is not"),
+        ("tags", {"dog": -1}, "tag 'dog' -1 is not a number from 0 to 1000"),
+        ("tags", {" ": 1}, "tags has an empty name"),
+        ("tags", {str(n): 1 for n in range(1001)}, "has 1,001 tags"),
+        ("settings", {"repeats": "3"}, "settings.repeats '3' is not a number"),
+        ("settings", {"flip_p": 1.5}, "settings.flip_p 1.5 is not a number from 0 to 1"),
+        ("settings", {"keep_tags": 1.5}, "settings.keep_tags 1.5 is not a whole number"),
+        ("settings", {"shuffle_tags": 1}, "settings.shuffle_tags 1 is not true or false"),
+        ("settings", {"batch_id": 1}, "'settings.batch_id' holds 1"),
+        ("quality", {"sharpness": 1}, "lacks a value"),
+        ("mask", "../m.png", "mask '../m.png' is not a path inside"),
+        ("mask", "", "mask and mask_sha256 belong together"),
+    ],
+)
+def test_wrong_values_of_what_a_photo_may_have_are_named(tmp_path, name, value, reason):
+    (tmp_path / "manifest.jsonl").write_text(json.dumps({**row_of_photo(full_photo()), name: value}) + "\n")
+    with pytest.raises(UserError, match=f"line 1: .*{reason}"):
+        read_manifest(tmp_path)

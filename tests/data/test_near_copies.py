@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance
 
-from safelight.data import near_copies
-from safelight.data.ingest import ingest
-from safelight.data.manifest import Photo, read_manifest, split_validation, write_manifest
-from safelight.data.near_copies import find_near_copies, fingerprint, merge_groups, thumbnail
+from safelight.data.manifest import read_manifest, split_validation, write_manifest
+from safelight.data.photo import Photo, row_of_photo
+from safelight.data.prepare import near_copies
+from safelight.data.prepare.ingest import ingest
+from safelight.data.prepare.near_copies import find_near_copies, fingerprint, merge_groups, thumbnail
 from safelight.trainer.tiny.scenes import draw, random_scene
 from tests.called import call
 
@@ -212,7 +213,7 @@ def test_prepare_groups_near_copies_and_says_so(place, pictures):
 def test_a_dataset_of_before_fingerprints_is_grouped_when_it_is_prepared_again(place, pictures):
     saved(pictures[2], "JPEG", 40).save(place / "photos" / "web 2.jpg")
     photos = ingest([place / "photos"], place / "dataset").photos
-    rows = [{k: v for k, v in dataclasses.asdict(p).items() if k not in ("fingerprint", "group")} for p in photos]
+    rows = [{k: v for k, v in row_of_photo(p).items() if k not in ("fingerprint", "group")} for p in photos]
     (place / "dataset" / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert groups_of(read_manifest(place / "dataset")) == []
     (place / "more").mkdir()

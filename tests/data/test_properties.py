@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from safelight.data.batches import plan_epoch
 from safelight.data.buckets import Bucket, make_buckets, nearest_bucket
-from safelight.data.captions import collapse
-from safelight.data.manifest import Photo, split_validation
+from safelight.data.manifest import split_validation
+from safelight.data.photo import Photo
 from safelight.data.samples import plan_samples
-from safelight.text import printable, storable
+from safelight.text import collapse, printable, storable
 from tests.data.crops import crop_of_variant
 
 few = settings(deadline=None, max_examples=150, derandomize=True)

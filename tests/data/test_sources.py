@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from safelight.data import collection as collection_module
-from safelight.data.ingest import ingest
 from safelight.data.manifest import read_manifest
+from safelight.data.prepare import collection as collection_module
+from safelight.data.prepare.ingest import ingest
 from safelight.errors import UserError
 from tests.called import call
 

@@ -129,7 +129,7 @@ def a_newer_format(place: Path) -> None:
 
 
 def add_a_photo(place: Path) -> None:
-    from safelight.data.ingest import ingest
+    from safelight.data.prepare.ingest import ingest
 
     (place / "more").mkdir()
     values = np.random.default_rng(77).integers(0, 256, (64, 64, 3), dtype=np.uint8)

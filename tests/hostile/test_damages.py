@@ -42,7 +42,7 @@ NUM_PHOTOS = 8
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, tiny_dataset) -> Path:
     """A folder with photographs, their dataset, and a finished run of two steps with both checkpoints."""
-    from safelight.data.ingest import ingest
+    from safelight.data.prepare.ingest import ingest
 
     root = tmp_path_factory.mktemp("made")
     (root / "photos").mkdir()

@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from safelight.data.captions import CaptionReader, collapse, decode_text, list_folder
-from safelight.data.near_copies import FINGERPRINT_BYTES, find_near_copies, merge_groups
-from safelight.data.sources import SourceFile, name_roots, read_sources
+from safelight.data.photo import FINGERPRINT_BYTES
+from safelight.data.prepare.near_copies import find_near_copies, merge_groups
+from safelight.data.sources.captions import CaptionReader, decode_text, list_folder
+from safelight.data.sources.roots import SourceFile, name_roots, read_sources
 from safelight.errors import UserError
-from safelight.text import storable
+from safelight.text import collapse, storable
 from tests.data.test_near_copies import photo
 
 NUM_INPUTS = 10_000

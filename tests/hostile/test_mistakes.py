@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from safelight.data.ingest import ingest
+from safelight.data.prepare.ingest import ingest
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from safelight.data.ingest import ingest
 from safelight.data.manifest import read_manifest
+from safelight.data.prepare.ingest import ingest
 from safelight.trainer.run_log.terminal import Terminal
 
 GOOD = {"good one": "a written caption", "good two": "good two"}

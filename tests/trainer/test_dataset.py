@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from safelight.data.ingest import ingest
 from safelight.data.manifest import read_manifest
+from safelight.data.prepare.ingest import ingest
 from safelight.errors import UserError
 from safelight.trainer import dataset as module
 from safelight.trainer.dataset import open_dataset

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from safelight.data.ingest import ingest
 from safelight.data.manifest import read_manifest
+from safelight.data.prepare.ingest import ingest
 from safelight.trainer.config.toml import parse_config
 from safelight.trainer.models.base import resolve_base
 from safelight.trainer.models.encoders import LatentCodec

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from safelight.data.buckets import Bucket, nearest_bucket
-from safelight.data.manifest import Photo, has_manifest, read_manifest, split_validation
+from safelight.data.manifest import has_manifest, read_manifest, split_validation
+from safelight.data.photo import Photo
 from safelight.kernels.moment_blocks import MIN_8BIT_ELEMENTS
 from safelight.kernels.optim.paged_state import state_bytes
 from safelight.kernels.unet import patch

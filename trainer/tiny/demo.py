@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from safelight.data.atomic import atomic_write_text
-from safelight.data.ingest import ingest
+from safelight.data.prepare.ingest import ingest
 from safelight.errors import UserError
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.toml import parse_config

@@ -7,7 +7,8 @@ import pytest
 
 from safelight.data.batches import plan_epoch
 from safelight.data.buckets import make_buckets
-from safelight.data.manifest import Photo, read_manifest
+from safelight.data.manifest import read_manifest
+from safelight.data.photo import Photo
 from safelight.data.samples import plan_samples
 from safelight.trainer.config.timeline import Timeline, steps_per_epoch
 from safelight.trainer.config.toml import parse_config

@@ -11,8 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from safelight.__main__ import main
-from safelight.data.ingest import ingest
 from safelight.data.manifest import read_manifest, write_manifest
+from safelight.data.prepare.ingest import ingest
 from safelight.trainer import dataset as datasets
 from safelight.trainer.checkpoint.files import folder_of, list_checkpoints
 from safelight.trainer.config.toml import to_toml

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 from PIL import Image
 
+from safelight.data.photo import FINGERPRINT_BYTES
+
 # pictures are compared as squares of this many px a side
 SIDE = 32
 # the fingerprint is the discrete cosine transform's coefficients of the 6 lowest frequencies along each axis
@@ -46,8 +48,6 @@ _WEIGHTS = np.hypot(*np.mgrid[:NUM_FREQUENCIES, :NUM_FREQUENCIES])
 _MIRROR = np.tile((-1.0) ** np.arange(NUM_FREQUENCIES), NUM_FREQUENCIES).astype(np.float32)[1:]
 _BLUR = np.exp(-0.5 * (_PX[:, None] - _PX) ** 2)
 _BLUR = (_BLUR / _BLUR.sum(1, keepdims=True)).astype(np.float32)
-
-FINGERPRINT_BYTES = NUM_FREQUENCIES**2 - 1
 
 
 def thumbnail(image: Image.Image) -> np.ndarray:

@@ -22,13 +22,14 @@ import numpy as np
 from PIL import Image
 
 from safelight.data.atomic import atomic_write_text
-from safelight.data.captions import CaptionReader
-from safelight.data.collection import Collection, IngestSummary, Note, PreparedFile
 from safelight.data.images import COPYABLE_FORMATS, MIN_SIDE_PX, Decoded, RejectedImage, decode_file, encode
 from safelight.data.lock import FolderLock
-from safelight.data.manifest import IMAGES_FOLDER, MANIFEST_NAME, Photo, write_manifest
-from safelight.data.near_copies import find_near_copies, fingerprint, merge_groups, thumbnail
-from safelight.data.sources import SOURCES_NAME, SourceFile, find_files, split_label, write_sources
+from safelight.data.manifest import IMAGES_FOLDER, MANIFEST_NAME, write_manifest
+from safelight.data.photo import Photo
+from safelight.data.prepare.collection import Collection, IngestSummary, Note, PreparedFile
+from safelight.data.prepare.near_copies import find_near_copies, fingerprint, merge_groups, thumbnail
+from safelight.data.sources.captions import CaptionReader
+from safelight.data.sources.roots import SOURCES_NAME, SourceFile, find_files, split_label, write_sources
 from safelight.errors import UserError
 from safelight.text import storable
 from safelight.untrusted import check_kinds

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Literal
 
 from safelight.data.atomic import atomic_write_bytes, sync_file, sync_folder
-from safelight.data.captions import FILE_NAME, Rejection
-from safelight.data.manifest import IMAGES_FOLDER, Photo, has_manifest, read_manifest
-from safelight.data.sources import SourceFile, name_roots, place_of, read_sources, split_label
+from safelight.data.manifest import IMAGES_FOLDER, has_manifest, read_manifest
+from safelight.data.photo import Photo
+from safelight.data.sources.captions import FILE_NAME, Rejection
+from safelight.data.sources.roots import SourceFile, name_roots, place_of, read_sources, split_label
 from safelight.text import counted, printable, storable
 from safelight.untrusted import UnsafeFile, read_bytes
 
@@ -229,6 +230,10 @@ class Collection:
             prepared.content_sha256,
             prepared.fingerprint,
             old.group if old is not None else "",
+            caption.tags,
+            caption.settings,
+            caption.credit,
+            captioner=caption.captioner,
         )
         index = len(self.photos) if index is None else index
         self._put(index, photo)

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safelight.data.atomic import atomic_write_text
-from safelight.data.captions import CaptionReader, Listing, Rejection
 from safelight.data.images import RejectedImage, read_file
-from safelight.data.manifest import IMAGES_FOLDER, MANIFEST_NAME, Photo
+from safelight.data.manifest import IMAGES_FOLDER, MANIFEST_NAME
+from safelight.data.photo import Photo
+from safelight.data.sources.captions import CaptionReader, Listing, Rejection
 from safelight.errors import UserError
 from safelight.text import storable
 from safelight.untrusted import UnsafeFile, read_json_object

@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from safelight.data.photo import NO_CREDIT, USUAL_SETTINGS, Credit, PhotoSettings, Tag
 from safelight.errors import UserError
-from safelight.text import printable, shortened, storable
+from safelight.text import collapse, printable, shortened, storable
 from safelight.untrusted import UnsafeFile, is_link_out, open_regular, parse_json
 
 SIDECAR_SUFFIXES = (".txt", ".caption")
@@ -57,10 +58,18 @@ _NO_PICTURE = {suffix: reason for suffixes, reason in _NO_PICTURES.items() for s
 
 @dataclass(frozen=True)
 class Caption:
-    """The captions of one photo. texts: one or more variants. source: where they were found, shown to the user."""
+    """The captions of one photo, and what else its source says of it.
+
+    texts: one or more variants. source: where they were found, shown to the user. tags, settings, credit, captioner: as
+    in `Photo`.
+    """
 
     texts: tuple[str, ...]
     source: str
+    tags: tuple[Tag, ...] = ()
+    settings: PhotoSettings = USUAL_SETTINGS
+    credit: Credit = NO_CREDIT
+    captioner: str = ""
 
 
 # `Caption.source` of a caption that nobody wrote
@@ -91,17 +100,6 @@ class Rejection:
     reason: str
     kind: Literal["photo", "duplicate", "other", "caption", "row"] = "photo"
     num: int = 1
-
-
-def collapse(text: str) -> str:
-    """Return the text stripped, with every run of white space and control characters replaced by one space.
-
-    A lone surrogate, which JSON can contain but UTF-8 cannot encode, becomes U+FFFD.
-    """
-    if not text.isprintable():
-        kinds = {"Cc": " ", "Cs": "\ufffd"}
-        text = "".join(kinds.get(unicodedata.category(char), char) for char in text)
-    return " ".join(text.split())
 
 
 def caption_of_name(stem: str) -> str:

@@ -404,6 +404,7 @@ def report(argv: list[str]) -> int:
     bug_report.belongs_to(arguments.run)
     from safelight.trainer.report.build import build_report
 
+    _say_loading("reading the run and embedding its pictures")
     print_line(build_report(arguments.run))
     _say_next("open it in a browser; it is one file, which you can send to others")
     return 0

@@ -6,7 +6,7 @@ k and v are projected this way, and so are the keys and values of all cross-atte
 residual blocks. The weights' gradient is one matmul too, split into views.
 
 Anything that gives a Parameter new memory (`module.to(dtype)`, a deep copy) undoes the packing. The functions below
-then raise, and `kernels.patch.repack` packs again.
+then raise, and `kernels.unet.patch.repack` packs again.
 Letters: M rows, D input features, F output features of all projections together.
 """
 
@@ -75,7 +75,7 @@ def packed_view(parameters: Sequence[Tensor]) -> Tensor:
     if view is None:
         raise ValueError(
             f"{len(parameters)} packed weights, the first {tuple(parameters[0].shape)}, no longer share their memory: "
-            "something moved them (module.to, a deep copy); call kernels.patch.repack afterwards"
+            "something moved them (module.to, a deep copy); call safelight.kernels.unet.patch.repack afterwards"
         )
     return view
 

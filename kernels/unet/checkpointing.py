@@ -84,8 +84,8 @@ def _selective(keep_random_state: bool) -> Callable:
 def apply_checkpointing(unet: nn.Module, mode: str) -> None:
     """Set the checkpointing mode of a UNet2DConditionModel, which holds until another is set.
 
-    Call it again after kernels.patch.apply: it sets the patched blocks' `recompute`. Raises ValueError for an unknown
-    mode.
+    Call it again after kernels.unet.patch.apply: it sets the patched blocks' `recompute`. Raises ValueError for an
+    unknown mode.
     """
     if mode not in MODES:
         raise ValueError(f"checkpointing {mode!r} is unknown; use {', '.join(MODES)}")

@@ -148,7 +148,9 @@ def apply(unet: UNet2DConditionModel, choice: AttentionChoice | None = None, *, 
 
     if type(unet) is not UNet2DConditionModel:
         what = "patched already" if is_patched(unet) else f"a {type(unet).__name__}"
-        raise ValueError(f"the UNet is {what}; kernels.patch.apply takes an unpatched UNet2DConditionModel")
+        raise ValueError(
+            f"the UNet is {what}; safelight.kernels.unet.patch.apply takes an unpatched UNet2DConditionModel"
+        )
     first = next(unet.parameters())
     if choice is None:
         choice = choose_attention(first.device, first.dtype, attention_cases(unet))

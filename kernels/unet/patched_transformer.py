@@ -185,7 +185,8 @@ class PatchedTransformer(PatchedModule):
         """Return the image. Raises ValueError for attention masks and arguments, which are not supported."""
         if attention_mask is not None or encoder_attention_mask is not None or cross_attention_kwargs:
             raise ValueError(
-                "a patched UNet takes no attention mask and no cross_attention_kwargs; call kernels.patch.remove first"
+                "a patched UNet takes no attention mask and no cross_attention_kwargs; "
+                "call safelight.kernels.unet.patch.remove first"
             )
         x = channels_last(hidden_states)
         norm, into, out = self.norm, self.proj_in, self.proj_out

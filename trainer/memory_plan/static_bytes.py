@@ -207,6 +207,8 @@ def summary(config: Config, device: torch.device | None = None, dtype: torch.dty
     device, dtype: as for static_bytes.
     """
     buckets = buckets_of(config)
+    # a schedule that training would refuse
+    resolve_model(config.model).noise_schedule(config.loss.prediction, config.loss.zero_terminal_snr)
     static = static_bytes(config, device, dtype)
     result: dict = {
         "base": config.model.base,

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from safelight.errors import UserError
 from safelight.trainer.config.schema import Model
+from safelight.trainer.config.toml import parse_config
+from safelight.trainer.memory_plan.static_bytes import summary
 from safelight.trainer.models.base import base_of, resolve_base, tiny_folder
 from safelight.trainer.models.encoders import CaptionEncoder
 from safelight.trainer.models.tensor_files import TensorFile, first_non_finite
@@ -250,6 +252,12 @@ def test_a_noise_schedule_that_cannot_be_used_names_its_file(base_folder, change
     with pytest.raises(UserError, match=reason) as caught:
         base.noise_schedule()
     assert str(caught.value).startswith(f"model.base {str(base_folder)!r} ({base_folder / CONFIG['scheduler']}): ")
+
+
+def test_a_plan_refuses_the_schedule_that_training_would_refuse(base_folder):
+    edit(base_folder / CONFIG["scheduler"], beta_schedule="nope")
+    with pytest.raises(UserError, match="beta_schedule 'nope' is not supported"):
+        summary(parse_config({"model": {"base": str(base_folder)}, "data": {"resolution": 64}}, "test"))
 
 
 def test_unknown_values_of_a_config_are_dropped(base_folder):

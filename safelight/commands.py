@@ -116,8 +116,8 @@ def cache(argv: list[str]) -> int:
     if dataset.num_damaged:
         rows = counted(dataset.num_damaged, "damaged row")
         terminal.say(f"{rows} in the cache re-encoded")
-    if dataset.cut_note:
-        terminal.say(dataset.cut_note)
+    for note in dataset.cut_notes:
+        terminal.say(note)
     with dataset.cache:
         rows = dataset.counts()
         if arguments.json:

@@ -23,11 +23,19 @@ from safelight.data.cache import (
 from safelight.data.manifest import read_manifest, split_validation
 from safelight.data.shards import Cache
 from safelight.errors import UserError
-from safelight.trainer.config.schema import Config
+from safelight.trainer.config.schema import MAX_CHUNKS, Config
 from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.families.family import Family
+from safelight.trainer.inference.sampling import PromptGroup
 from safelight.trainer.models.base import Base, training_buckets
-from safelight.trainer.models.encoders import CaptionEncoder, LatentCodec, load_caption_encoder, load_codec
+from safelight.trainer.models.encoders import (
+    CaptionEncoder,
+    LatentCodec,
+    load_caption_encoder,
+    load_codec,
+    prompt_of_caption,
+)
+from safelight.trainer.models.prompt_weights import has_weights
 from safelight.untrusted import check_links
 
 NUM_EXAMPLES = 12
@@ -42,8 +50,9 @@ class Dataset:
 
     empty_key: cache key of the empty caption. scaling_factor: what unscaled latents are multiplied by to get unit
     variance. latent_factor: pixels per latent. num_encoded: rows encoded on opening, of which num_damaged replaced
-    damaged ones. cuts: text -> the end of what the text encoder reads of it, for captions and prompts that are longer.
-    cut_note: the line that says so, '' if none is.
+    damaged ones. cuts: prompt -> the end of what the text encoder reads of it, for prompts that are longer.
+    cut_notes: lines that name what is cut. sampled: (places, cache keys, key of the negative prompt) of the
+    prompts that the run samples, grouped by the length of their embeddings.
     """
 
     path: Path
@@ -54,35 +63,36 @@ class Dataset:
     empty_key: str
     scaling_factor: float
     latent_factor: int
-    text_fingerprint: str
     family: Family
     num_encoded: int = 0
     num_damaged: int = 0
     cuts: dict[str, str] = field(default_factory=dict)
-    cut_note: str = ""
+    cut_notes: list[str] = field(default_factory=list)
+    sampled: list[tuple[tuple[int, ...], list[str], str]] = field(default_factory=list)
 
     @property
     def samples(self) -> list[Sample]:
         return [*self.train, *self.validation]
 
-    def text_key(self, caption: str) -> str:
-        """Return the cache key of a caption, to which no suffix is added."""
-        return text_key(caption, self.text_fingerprint, self.cache.dtype)
-
     def rows(self, samples: Sequence[Sample]) -> RowSource:
         """Return the source of some samples' cached rows."""
         return RowSource(self.cache, samples, self.empty_key, self.family.conditioning)
 
-    def conditioning(self, captions: list[str]) -> TextConditioning:
-        """Return the UNet's conditioning on captions, all of which must be in the cache."""
-        rows = torch.from_numpy(self.cache.read([self.text_key(c) for c in captions])).float()
-        return self.family.conditioning(rows)
+    def prompt_groups(self) -> list[PromptGroup]:
+        """Return the conditioning of the prompts that the run samples."""
+
+        def conditioning(keys: list[str]) -> TextConditioning:
+            return self.family.conditioning(torch.from_numpy(self.cache.read(keys)).float())
+
+        return [
+            PromptGroup(places, conditioning(keys), conditioning([negative])) for places, keys, negative in self.sampled
+        ]
 
     def sample_prompts(self, config: Config) -> list[str]:
         """Return the prompts to sample during the run: the config's, or captions of the first held-out photographs."""
         if config.sample.prompts:
             return list(config.sample.prompts)
-        captions = [s.captions[0] for s in self.validation or self.train if s.captions[0]]
+        captions = [prompt_of_caption(config, s.captions[0]) for s in self.validation or self.train if s.captions[0]]
         return list(dict.fromkeys(captions))[: config.sample.num_prompts]
 
     def counts(self) -> list[dict]:
@@ -139,7 +149,6 @@ def open_dataset(
         empty_text_key(encoder.fingerprint, cache.dtype),
         codec.scaling_factor,
         codec.factor,
-        encoder.fingerprint,
         base.family,
     )
     try:
@@ -162,27 +171,37 @@ def _fill(
 ) -> None:
     """Encode the rows that are missing from the cache or damaged in it."""
     cache, samples = dataset.cache, dataset.samples
-    captions = [*sample_captions(samples), *dataset.sample_prompts(config), config.sample.negative_prompt]
+    captions, prompts = sample_captions(samples), dataset.sample_prompts(config)
+    negative = config.sample.negative_prompt
 
     def report(what: str):
         return None if progress is None else lambda done, total: progress(what, done, total)
 
-    dataset.cuts = encoder.cuts(captions)
-    if named := _named_cuts(dataset, config):
-        dataset.cut_note = f"note: {encoder.describe_cuts(named)}"
+    prompt_reader = encoder.reading(weights=True, num_chunks=MAX_CHUNKS)
+    dataset.cuts = prompt_reader.cuts([*prompts, negative])
+    named_prompts = [("the negative prompt", negative)]
+    named_prompts += [(f"sample prompt {number}", prompt) for number, prompt in enumerate(config.sample.prompts, 1)]
+    named_captions = sorted((f"a caption of {s.photo.source}", c) for s in dataset.samples for c in s.captions)
+    dataset.cut_notes = [
+        f"note: {reader.describe_cuts(named)}"
+        for reader, texts, cuts in (
+            (prompt_reader, named_prompts, dataset.cuts),
+            (encoder, named_captions, encoder.cuts(captions)),
+        )
+        if (named := [(name, cuts[text]) for name, text in texts if text in cuts])
+    ]
     dataset.num_encoded = fill_texts(cache, captions, encoder, 4 * batch_size, report("captions"))
+    for num_chunks, places in encoder.group_prompts(prompts, negative).items():
+        keys = []
+        for text in [*(prompts[place] for place in places), negative]:
+            # a prompt without weights shares the row of the same caption
+            reader = encoder.reading(has_weights(text), num_chunks)
+            dataset.num_encoded += fill_texts(cache, [text], reader, 1)
+            keys.append(text_key(text, reader.fingerprint, cache.dtype))
+        dataset.sampled.append((tuple(places), keys[:-1], keys[-1]))
     dataset.num_encoded += fill_latents(cache, dataset.path, samples, codec, batch_size, report("latents"))
     dataset.num_damaged = cache.num_dropped
     cache.release()
-
-
-def _named_cuts(dataset: Dataset, config: Config) -> list[tuple[str, str]]:
-    """Return (name, end of what is read) of every prompt and photograph whose text is cut, prompts first."""
-    cuts = dataset.cuts
-    prompts = [("the negative prompt", config.sample.negative_prompt)]
-    prompts += [(f"sample prompt {number}", prompt) for number, prompt in enumerate(config.sample.prompts, 1)]
-    photos = sorted((f"a caption of {s.photo.source}", c) for s in dataset.samples for c in s.captions)
-    return [(name, cuts[text]) for name, text in (*prompts, *photos) if text in cuts]
 
 
 def _check_fit(base: Base, codec: LatentCodec, encoder: CaptionEncoder) -> None:

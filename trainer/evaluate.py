@@ -16,7 +16,7 @@ from safelight.text import counted
 from safelight.trainer.checkpoint.files import Position
 from safelight.trainer.divergence import MAX_PROBED_LOSS, NotFinite
 from safelight.trainer.inference.gallery import Drawn, file_name, save_png
-from safelight.trainer.inference.sampling import SAMPLE_BATCH_SIZE, NotFinitePicture, generate, settings_of
+from safelight.trainer.inference.sampling import SAMPLE_BATCH_SIZE, NotFinitePicture, generate_groups, settings_of
 from safelight.trainer.job import Job
 from safelight.trainer.memory_plan.candidate import EvalBatching
 from safelight.trainer.run_log.course import is_risen
@@ -192,13 +192,11 @@ def _sample(job: Job, position: Position) -> None:
     if not prompts:
         return
     settings, planned = settings_of(config), _planned(job)
-    positive, negative = job.dataset.conditioning(prompts), job.dataset.conditioning([config.sample.negative_prompt])
     try:
-        images = generate(
+        images = generate_groups(
             context.unet,
             job.models.codec,
-            positive,
-            negative,
+            job.dataset.prompt_groups(),
             context.schedule,
             settings,
             batch_size=planned.prompts or SAMPLE_BATCH_SIZE,

@@ -159,8 +159,8 @@ def _load_dataset(run: ResolvedRun, terminal: Terminal) -> Dataset:
     terminal.pause()
     if dataset.num_damaged:
         terminal.say(f"{counted(dataset.num_damaged, 'damaged row')} in the cache re-encoded")
-    if dataset.cut_note:
-        terminal.say(dataset.cut_note)
+    for note in dataset.cut_notes:
+        terminal.say(note)
     return dataset
 
 

@@ -63,17 +63,17 @@ def test_captions_and_prompts_that_are_cut_are_named(make_config, tmp_path):
         draw(random_scene(8, number)).save(source / f"{number}.png")
         (source / f"{number}.txt").write_text("a word " * (60 if number in (1, 2) else 2))
     ingest([source], tmp_path / "dataset")
-    prompts = ["short", "several words " * 50]
+    prompts = ["short", "several words " * 250, "several words " * 50]
     dataset = opened(make_config, tmp_path / "dataset", sample={"prompts": prompts})
     dataset.cache.close()
-    assert dataset.cuts.keys() == {prompts[1], ("a word " * 60).strip()}
-    assert dataset.cut_note.startswith("note: sample prompt 2 is cut after '...")
-    assert dataset.cut_note.endswith(": the text encoder reads 46 tokens")
+    # prompts may be eight times as long
+    assert dataset.cuts.keys() == {prompts[1]}
+    of_prompts, of_captions = dataset.cut_notes
+    assert of_prompts.startswith("note: sample prompt 2 is cut after '...")
+    assert of_prompts.endswith(": the text encoder reads 368 tokens")
     # by the file that its owner knows
-    assert re.findall(r"a caption of (\S+) after", dataset.cut_note) == ["photos/1.png", "photos/2.png"]
-    dataset = opened(make_config, tmp_path / "dataset", sample={"prompts": ["short"]}, train={})
-    dataset.cache.close()
-    assert dataset.cut_note.startswith("note: a caption of photos/1.png is cut after '...")
+    assert re.findall(r"a caption of (\S+) (?:is cut )?after", of_captions) == ["photos/1.png", "photos/2.png"]
+    assert of_captions.endswith(": the text encoder reads 46 tokens")
 
 
 def test_a_second_time_makes_nothing_and_another_suffix_only_texts(make_config, folder):
@@ -128,9 +128,36 @@ def test_prompts_are_the_configs_or_held_out_captions(make_config, folder):
 
 def test_prompts_of_the_config_are_embedded_beforehand(make_config, folder):
     dataset = opened(make_config, folder, sample={"prompts": ["a thing nobody captioned"], "negative_prompt": "blur"})
-    texts = dataset.conditioning(["a thing nobody captioned", "blur", ""]).text_BTD
-    assert texts.shape[0] == 3
-    assert not torch.equal(texts[0], texts[1])
+    (group,) = dataset.prompt_groups()
+    assert (group.places, group.positive.text_BTD.shape[0], group.negative.text_BTD.shape[0]) == ((0,), 1, 1)
+    assert not torch.equal(group.positive.text_BTD, group.negative.text_BTD)
+    dataset.cache.close()
+
+
+def test_a_long_prompt_has_more_chunks_and_leaves_the_others_as_they_are(make_config, folder):
+    prompts = ["a red circle", ", ".join(["a blue star"] * 30), "a (green:1.4) ring"]
+    alone = opened(make_config, folder, sample={"prompts": prompts[:1]})
+    (first,) = alone.prompt_groups()
+    alone.cache.close()
+    dataset = opened(make_config, folder, sample={"prompts": prompts})
+    short, long = dataset.prompt_groups()
+    assert (short.places, long.places) == ((0, 2), (1,))
+    assert torch.equal(short.positive.text_BTD[:1], first.positive.text_BTD)
+    num_tokens = short.positive.text_BTD.shape[1]
+    assert long.positive.text_BTD.shape[1] == long.negative.text_BTD.shape[1] == 3 * num_tokens
+    dataset.cache.close()
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_captions_are_read_as_the_settings_say(make_config, folder, weights):
+    plain = opened(make_config, folder)
+    plain_rows = plain.cache.read(plain.train[0].text_keys[:1])
+    plain.cache.close()
+    dataset = opened(make_config, folder, data={"prompt_weights": weights, "caption_chunks": 2})
+    assert dataset.train[0].text_keys != plain.train[0].text_keys
+    rows = dataset.cache.read(dataset.train[0].text_keys[:1])
+    assert rows.shape[1] == 2 * plain_rows.shape[1]
+    assert np.array_equal(rows[:, : plain_rows.shape[1]], plain_rows)
     dataset.cache.close()
 
 

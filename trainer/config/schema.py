@@ -22,6 +22,8 @@ LearningRate = Annotated[float, Field(gt=0, le=1)]
 Schedule = Literal["constant", "linear", "cosine"]
 # of a training or sample image, px
 MAX_SIDE = 4096
+# of a caption or prompt: 600 tokens
+MAX_CHUNKS = 8
 if TYPE_CHECKING:
     OptimizerName = MemoryModeName = str
 else:
@@ -145,6 +147,11 @@ class Data(Section):
     """Probability of replacing a caption by the empty one, which classifier-free guidance requires."""
     caption_suffix: str = ""
     """Text appended to every caption, without a separator."""
+    prompt_weights: bool = False
+    """Read captions as A1111 reads prompts: (word:1.3) counts more, [word] less, and \\( is a plain bracket. Prompts of
+    samples are always read so."""
+    caption_chunks: Annotated[int, Field(ge=1, le=MAX_CHUNKS)] = 1
+    """How many chunks of 75 tokens are read of a caption, each encoded by itself; 2 reads 150 tokens, 3 reads 225."""
     cache_dtype: Literal["float16", "float32"] = "float16"
     """Dtype of cached latents and text embeddings."""
 

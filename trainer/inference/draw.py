@@ -23,7 +23,7 @@ from safelight.kernels.unet.attention import apply_attention, attention_cases, c
 from safelight.text import counted, storable
 from safelight.trainer.adapters.full import FullFineTune, load_averages
 from safelight.trainer.checkpoint.files import check_files, folder_of, list_checkpoints, read_position, read_record
-from safelight.trainer.config.schema import Config
+from safelight.trainer.config.schema import MAX_CHUNKS, Config
 from safelight.trainer.config.toml import COMMAND_LINE, explain, load_config, require_run
 from safelight.trainer.inference.gallery import (
     Drawn,
@@ -37,9 +37,10 @@ from safelight.trainer.inference.gallery import (
 from safelight.trainer.inference.sampling import (
     SAMPLE_BATCH_SIZE,
     NotFinitePicture,
+    PromptGroup,
     Settings,
     check_size,
-    generate,
+    generate_groups,
     settings_of,
 )
 from safelight.trainer.models.base import Base, base_of, latent_factor, vae_bytes, vae_config
@@ -50,6 +51,7 @@ from safelight.trainer.models.encoders import (
     decode_bytes,
     load_caption_encoder,
     load_codec,
+    prompt_of_caption,
 )
 from safelight.trainer.models.noise_schedule import NoiseSchedule
 from safelight.trainer.models.weights import load_unet
@@ -118,18 +120,22 @@ class OpenRun:
         say: called with a message when the GPU is too full to decode and the CPU does it instead.
         """
         negative = self.config.sample.negative_prompt if negative is None else negative
+        groups = []
         with self.encoder.on(self.device) as encoder:
-            positive_rows, negative_row = (
-                self.base.family.conditioning(encoder.encode(texts)) for texts in (prompts, [negative])
-            )
+            for num_chunks, places in encoder.group_prompts(prompts, negative).items():
+                reader = encoder.reading(weights=True, num_chunks=num_chunks)
+                positive_rows, negative_row = (
+                    self.base.family.conditioning(reader.encode(texts))
+                    for texts in ([prompts[place] for place in places], [negative])
+                )
+                groups.append(PromptGroup(tuple(places), positive_rows, negative_row))
         decode_on, batch_size = self._fit_to_memory(settings)
         if decode_on != self.device and say is not None:
             say("the GPU has too little free memory to decode images: the CPU decodes them, which takes longer")
-        return generate(
+        return generate_groups(
             unet,
             self.codec,
-            positive_rows,
-            negative_row,
+            groups,
             self.schedule,
             settings,
             batch_size=batch_size,
@@ -143,12 +149,13 @@ class OpenRun:
 
     def say_cuts(self, prompts: list[str], negative: str, say: Callable[[str], None] | None) -> dict[str, str]:
         """Return prompt -> the end of what is read of it, for those that are cut, after saying so."""
-        cuts = self.encoder.cuts([*prompts, negative])
+        reader = self.encoder.reading(weights=True, num_chunks=MAX_CHUNKS)
+        cuts = reader.cuts([*prompts, negative])
         names = ["the prompt"] if len(prompts) == 1 else [f"prompt {number + 1}" for number in range(len(prompts))]
         named = [(name, cuts[text]) for name, text in zip(names, prompts, strict=True) if text in cuts]
         named += [("the negative prompt", cuts[text]) for text in [negative] if text in cuts]
         if named and say is not None:
-            say(f"note: {self.encoder.describe_cuts(named)}")
+            say(f"note: {reader.describe_cuts(named)}")
         return cuts
 
     def save(self, image: Image.Image, folder: Path, drawn: Drawn) -> None:
@@ -219,7 +226,7 @@ def pick_step(run_dir: Path, checkpoint: str, allow_base: bool = True) -> int | 
 
 
 def validation_captions(run: OpenRun) -> list[str]:
-    """Return the first caption of every held-out photograph, or of every training one if none is held out."""
+    """Return the first caption of every held-out photograph, as a prompt; of training ones if none is held out."""
     path = run.run_dir / "split.json"
     if not path.is_file():
         return []
@@ -241,7 +248,9 @@ def validation_captions(run: OpenRun) -> list[str]:
         )
     captions = {photo.file: photo.captions[0] for photo in read_manifest(dataset) if photo.captions}
     suffix = run.config.data.caption_suffix
-    return list(dict.fromkeys(captions[file] + suffix for file in files if captions.get(file)))
+    return list(
+        dict.fromkeys(prompt_of_caption(run.config, captions[file] + suffix) for file in files if captions.get(file))
+    )
 
 
 @contextlib.contextmanager

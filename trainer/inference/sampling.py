@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,6 +43,18 @@ class Settings:
     cfg: float
     seed: int
     sampler: str
+
+
+@dataclass(frozen=True)
+class PromptGroup:
+    """Prompts whose embeddings are equally long. places: theirs among all prompts, which key the noise.
+
+    positive: their conditioning. negative: that of the negative prompt, one row.
+    """
+
+    places: tuple[int, ...]
+    positive: TextConditioning
+    negative: TextConditioning
 
 
 def settings_of(config: Config) -> Settings:
@@ -98,6 +110,43 @@ def _rows(
     return batch.map(lambda x: x.to(device))
 
 
+def generate_groups(
+    unet: nn.Module,
+    codec: LatentCodec,
+    groups: Sequence[PromptGroup],
+    schedule: NoiseSchedule,
+    settings: Settings,
+    *,
+    batch_size: int = SAMPLE_BATCH_SIZE,
+    decode_on: torch.device | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Image.Image]:
+    """Return an RGB image for each prompt, in the order of their places. The arguments are those of `generate`."""
+    images: dict[int, Image.Image] = {}
+    num_batches = [-(-len(group.places) // batch_size) for group in groups]
+    for number, group in enumerate(groups):
+        before = sum(num_batches[:number])
+
+        def report(done: int, total: int, before: int = before, own: int = num_batches[number]) -> None:
+            if progress is not None:
+                progress(before * total // own + done, sum(num_batches) * total // own)
+
+        drawn = generate(
+            unet,
+            codec,
+            group.positive,
+            group.negative,
+            schedule,
+            settings,
+            places=group.places,
+            batch_size=batch_size,
+            decode_on=decode_on,
+            progress=report,
+        )
+        images |= dict(zip(group.places, drawn, strict=True))
+    return [images[place] for place in sorted(images)]
+
+
 @torch.no_grad()
 def generate(
     unet: nn.Module,
@@ -107,13 +156,15 @@ def generate(
     schedule: NoiseSchedule,
     settings: Settings,
     *,
+    places: Sequence[int] | None = None,
     batch_size: int = SAMPLE_BATCH_SIZE,
     decode_on: torch.device | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Image.Image]:
     """Return an RGB image for each row of the conditioning.
 
-    negative: one row, which classifier-free guidance steers away from. A row's index keys its image's noise.
+    negative: one row, which classifier-free guidance steers away from. places: of the rows, which key their images'
+    noise; 0, 1, ... by default.
     batch_size: images at a time. decode_on: the device to decode on, where the codec moves
     temporarily; by default its own. batch_size and decode_on change images only by float rounding. progress: called
     with (done, total) denoising steps of whole batches; an exception that it raises stops the drawing.
@@ -124,13 +175,14 @@ def generate(
     check_size(settings, factor)
     weight = next(unet.parameters())
     num_rows = len(conditioning.tensors()[0])
+    places = range(num_rows) if places is None else places
     shape = (codec.latent_channels, settings.height // factor, settings.width // factor)
     images: list[Image.Image] = []
     num_batches, num_done = -(-num_rows // batch_size), 0
     with _in_eval_mode(unet):
         for start in range(0, num_rows, batch_size):
             stop = min(start + batch_size, num_rows)
-            keys = [Key(settings.seed, Purpose.SAMPLE_NOISE, index) for index in range(start, stop)]
+            keys = [Key(settings.seed, Purpose.SAMPLE_NOISE, place) for place in places[start:stop]]
             scheduler = make_scheduler(schedule, settings.sampler)
             scheduler.set_timesteps(settings.steps, device=weight.device)
             latents = normals_torch(keys, shape, weight.device) * scheduler.init_noise_sigma
@@ -148,14 +200,14 @@ def generate(
                 latents = scheduler.step(predicted, timestep, latents).prev_sample
                 if number == 0:
                     # broken weights show at once
-                    _check_finite(latents, start)
+                    _check_finite(latents, places[start:stop])
                 num_done += 1
                 if progress is not None:
                     progress(num_done, num_batches * len(scheduler.timesteps))
-            _check_finite(latents, start)
+            _check_finite(latents, places[start:stop])
             with codec.on(decode_on or codec.device):
                 pixels = codec.decode(latents)
-            _check_finite(pixels, start)
+            _check_finite(pixels, places[start:stop])
             images.extend(to_images(pixels))
     return images
 
@@ -170,11 +222,11 @@ def _in_eval_mode(unet: nn.Module) -> Iterator[None]:
         unet.train(was_training)
 
 
-def _check_finite(x_BCHW: Tensor, start: int) -> None:
-    """Raise NotFinitePicture if a value is not finite. start: index of the first picture of the batch."""
+def _check_finite(x_BCHW: Tensor, places: Sequence[int]) -> None:
+    """Raise NotFinitePicture if a value is not finite. places: of the batch's pictures among all."""
     is_finite = x_BCHW.isfinite().flatten(1).all(dim=1)
     if not is_finite.all():
-        raise NotFinitePicture(start + int(is_finite.int().argmin()))
+        raise NotFinitePicture(places[int(is_finite.int().argmin())])
 
 
 def to_images(pixels_BCHW: Tensor) -> list[Image.Image]:

@@ -95,6 +95,7 @@ class MetaRun:
 
     def __init__(self, config: Config, base: Base, device: torch.device, dtype: torch.dtype):
         self.config, self.device, self._family = config, device, base.family
+        self._caption_chunks = config.data.caption_chunks
         self.live = LiveBytes(CUDA_ROUNDING if device.type == "cuda" else 1)
         self.unet = meta_unet(base).train()
         # backends are not probed on meta tensors: for a GPU, take the first one in order of preference
@@ -132,7 +133,8 @@ class MetaRun:
 
         mean, logvar = rows(channels, height, width), rows(channels, height, width)
         ids, bucket = tuple(range(batch_size)), Bucket(8 * width, 8 * height)
-        conditioning = self._family.stand_in_conditioning(self.unet.config, rows(NUM_TEXT_TOKENS, dim), (height, width))
+        text = rows(NUM_TEXT_TOKENS * self._caption_chunks, dim)
+        conditioning = self._family.stand_in_conditioning(self.unet.config, text, (height, width))
         return Batch(mean, logvar, conditioning, ids, (0,) * batch_size, bucket)
 
     def step(self, batch_size: int, height: int, width: int, num_micro: int = 1) -> StepTrace:
@@ -187,9 +189,8 @@ class MetaRun:
         with references_on_meta(self.device.type == "cpu"), _garbage_collector_off(), self.live:
             self.live.reset_peak()
             latents = torch.empty(batch_size, self.unet.config.in_channels, height, width, dtype=dtype, device=META)
-            text = torch.empty(
-                batch_size, NUM_TEXT_TOKENS, self.unet.config.cross_attention_dim, dtype=dtype, device=META
-            )
+            num_tokens, dim = NUM_TEXT_TOKENS * self._caption_chunks, self.unet.config.cross_attention_dim
+            text = torch.empty(batch_size, num_tokens, dim, dtype=dtype, device=META)
             self.unet.eval()
             conditioning = self._family.stand_in_conditioning(self.unet.config, text, (height, width))
             timesteps = torch.empty(batch_size, dtype=torch.int64, device=META)
@@ -256,4 +257,5 @@ def meta_run(config: Config, dtype: torch.dtype, fused: bool, num_micro: int) ->
         "accumulate_dtype": config.train.accumulate_dtype,
     }
     optimizer = config.optimizer.model_copy(update={"memory": "auto", "fused_backward": fused, "clipping": "auto"})
-    return _meta_run(Config(model=config.model, train=train, optimizer=optimizer).model_dump_json(), dtype)
+    data = {"caption_chunks": config.data.caption_chunks}
+    return _meta_run(Config(model=config.model, train=train, optimizer=optimizer, data=data).model_dump_json(), dtype)

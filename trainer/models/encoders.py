@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -12,8 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from safelight.errors import UserError
-from safelight.trainer.config.schema import Config
+from safelight.trainer.config.schema import MAX_CHUNKS, Config
 from safelight.trainer.models.base import Base
+from safelight.trainer.models.prompt_weights import (
+    VERSION,
+    Chunk,
+    Span,
+    apply_weights,
+    escape,
+    parse_weights,
+    split_chunks,
+)
 from safelight.trainer.models.weights import fingerprint, load_text, load_vae
 from safelight.units import GIB
 
@@ -97,13 +107,19 @@ class LatentCodec(_Movable):
 
 @dataclass
 class CaptionEncoder(_Movable):
-    """A frozen CLIP text encoder and its tokenizer."""
+    """A frozen CLIP text encoder and its tokenizer.
+
+    weights: whether texts are read in A1111's syntax (prompt_weights.py). num_chunks: how many chunks of tokens are
+    encoded of every text, each by itself; shorter texts are padded with empty chunks.
+    """
 
     module_name = "text_encoder"
     tokenizer: object
     text_encoder: nn.Module
     device: torch.device
     clip_skip: int = 0
+    weights: bool = False
+    num_chunks: int = 1
     fingerprint: str = field(init=False)
 
     def __post_init__(self):
@@ -114,12 +130,49 @@ class CaptionEncoder(_Movable):
                 f"use {layers - 1} or less"
             )
         vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items()))
-        self.fingerprint = fingerprint(self.text_encoder, vocabulary, str(self.num_tokens), str(self.clip_skip))
+        self._plain_fingerprint = fingerprint(
+            self.text_encoder, vocabulary, str(self.chunk_tokens), str(self.clip_skip)
+        )
+        self._set_fingerprint()
         self.text_encoder.to(self.device)
+
+    def _set_fingerprint(self) -> None:
+        self.fingerprint = self._plain_fingerprint
+        if self._reads_chunks:
+            self.fingerprint += f", chunks {self.num_chunks}, weights {VERSION if self.weights else 'off'}"
+
+    @property
+    def _reads_chunks(self) -> bool:
+        return self.weights or self.num_chunks > 1
+
+    def reading(self, weights: bool, num_chunks: int) -> CaptionEncoder:
+        """Return an encoder of the same weights that reads texts another way."""
+        other = copy.copy(self)
+        other.weights, other.num_chunks = weights, num_chunks
+        other._set_fingerprint()
+        return other
+
+    def group_prompts(self, prompts: list[str], negative: str) -> dict[int, list[int]]:
+        """Return number of chunks -> the places of the prompts that, with the negative one, are encoded as so many.
+
+        A prompt's embeddings therefore do not depend on the other prompts. MAX_CHUNKS at most.
+        """
+        reader = self.reading(True, MAX_CHUNKS)
+        least = len(reader.chunks(negative))
+        groups: dict[int, list[int]] = {}
+        for place, prompt in enumerate(prompts):
+            groups.setdefault(min(MAX_CHUNKS, max(least, len(reader.chunks(prompt)))), []).append(place)
+        return groups
+
+    @property
+    def chunk_tokens(self) -> int:
+        """How many tokens the text encoder reads at a time, start and end included."""
+        return self.tokenizer.model_max_length
 
     @property
     def num_tokens(self) -> int:
-        return self.tokenizer.model_max_length
+        """T of the embeddings of one text."""
+        return self.chunk_tokens * self.num_chunks
 
     @property
     def embedding_dim(self) -> int:
@@ -128,6 +181,13 @@ class CaptionEncoder(_Movable):
     def cuts(self, captions: Iterable[str]) -> dict[str, str]:
         """Return caption -> the end of what is read of it, for captions with more tokens than the encoder reads."""
         captions = list(dict.fromkeys(captions))
+        if self._reads_chunks:
+            chunks = {caption: self.chunks(caption) for caption in captions}
+            return {
+                caption: _end_of(self.tokenizer.decode(found[self.num_chunks - 1].ids))
+                for caption, found in chunks.items()
+                if len(found) > self.num_chunks
+            }
         encoded = self.tokenizer(captions, return_offsets_mapping=True)
         # the first token that is read begins the text and the last one ends it
         return {
@@ -142,17 +202,52 @@ class CaptionEncoder(_Movable):
         (first, end), *others = cuts
         named = [f"{first} is cut after {end!r}", *(f"{name} after {end!r}" for name, end in others)]
         more = f", and {len(named) - MAX_NAMED_CUTS:,} more" if len(named) > MAX_NAMED_CUTS else ""
-        return f"{', '.join(named[:MAX_NAMED_CUTS])}{more}: the text encoder reads {self.num_tokens - 2} tokens"
+        num_read = self.num_chunks * (self.chunk_tokens - 2)
+        return f"{', '.join(named[:MAX_NAMED_CUTS])}{more}: the text encoder reads {num_read} tokens"
+
+    def chunks(self, text: str) -> list[Chunk]:
+        """Return the tokens of a text in chunks that the encoder reads at a time; at least one."""
+        spans = parse_weights(text) if self.weights else [Span(text)]
+        commas = self.tokenizer(",", add_special_tokens=False, verbose=False).input_ids
+        return split_chunks(
+            spans,
+            lambda texts: self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids,
+            self.chunk_tokens - 2,
+            commas[0] if len(commas) == 1 else None,
+        )
 
     @torch.inference_mode()
     def encode(self, captions: list[str]) -> Tensor:
         """Return embeddings (B, T, D), float32 on the CPU: the last hidden state, after the final layer norm.
 
-        With clip_skip it is the hidden state of that many layers before, after the same norm.
+        With clip_skip it is the hidden state of that many layers before, after the same norm. The chunks of a text
+        follow each other along T.
         """
-        ids = self.tokenizer(
-            captions, padding="max_length", truncation=True, max_length=self.num_tokens, return_tensors="pt"
-        ).input_ids
+        if self._reads_chunks:
+            return self._encode_chunks([self.chunks(caption) for caption in captions])
+        return self._encode_ids(
+            self.tokenizer(
+                captions, padding="max_length", truncation=True, max_length=self.num_tokens, return_tensors="pt"
+            ).input_ids
+        )
+
+    def _encode_chunks(self, chunks: list[list[Chunk]]) -> Tensor:
+        """Return the embeddings of texts, (B, T, D), from the chunks of each; those beyond num_chunks are cut."""
+        rows = []
+        for number in range(self.num_chunks):
+            column = [found[number] if number < len(found) else Chunk() for found in chunks]
+            embeddings = self._encode_ids(torch.tensor([self._padded(chunk.ids) for chunk in column]))
+            weights = [[1.0, *chunk.weights, *[1.0] * (self.chunk_tokens - 1 - len(chunk.ids))] for chunk in column]
+            rows.append(apply_weights(embeddings, torch.tensor(weights)))
+        return torch.cat(rows, dim=1)
+
+    def _padded(self, ids: list[int]) -> list[int]:
+        """Return a chunk's ids with start, end and padding, as the tokenizer pads."""
+        tokenizer = self.tokenizer
+        missing = self.chunk_tokens - 2 - len(ids)
+        return [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id, *[tokenizer.pad_token_id] * missing]
+
+    def _encode_ids(self, ids: Tensor) -> Tensor:
         output = self.text_encoder(ids.to(self.device), output_hidden_states=self.clip_skip > 0)
         if self.clip_skip == 0:
             return output.last_hidden_state.float().cpu()
@@ -175,9 +270,17 @@ def load_codec(config: Config, base: Base, device: torch.device) -> LatentCodec:
 
 
 def load_caption_encoder(config: Config, base: Base, device: torch.device) -> CaptionEncoder:
-    """Return the run's text encoder on a device."""
+    """Return the run's text encoder on a device, reading texts as the run's captions are read."""
     tokenizer, text_encoder = load_text(base, config.model.tokenizer, config.run.seed)
-    return CaptionEncoder(tokenizer, text_encoder, device, config.model.clip_skip)
+    data = config.data
+    return CaptionEncoder(
+        tokenizer, text_encoder, device, config.model.clip_skip, data.prompt_weights, data.caption_chunks
+    )
+
+
+def prompt_of_caption(config: Config, caption: str) -> str:
+    """Return the prompt that is read as the run's captions are."""
+    return caption if config.data.prompt_weights else escape(caption)
 
 
 def decode_bytes(width: int, height: int, weights: int) -> int:

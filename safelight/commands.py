@@ -72,15 +72,26 @@ def prepare(argv: list[str]) -> int:
     from safelight.output.dataset_table import print_dataset
     from safelight.trainer.run_log.terminal import Terminal
 
+    folders, request = _sources(arguments)
     with Terminal() as terminal:
+
+        def fetch(dataset: Path):
+            from safelight.data.sources.unsplash import fetch
+
+            def progress(done: int, total: int, bytes_per_s: float) -> None:
+                terminal.update("download", done, total, f"{bytes_per_s / 1e6:.1f} MB/s")
+
+            return fetch(request, dataset, arguments.prune, progress)
+
         summary = ingest(
-            arguments.sources,
+            folders,
             arguments.out,
             arguments.max_megapixels,
             arguments.quality,
             arguments.image_format,
             arguments.prune,
             lambda done, total: terminal.update("photos", done, total),
+            fetch if request else None,
         )
     if arguments.json:
         print_json(
@@ -99,6 +110,21 @@ def prepare(argv: list[str]) -> int:
         return 0
     print_dataset(summary, arguments.out, terminal)
     return 0
+
+
+def _sources(arguments):
+    """Return (folders and files, what to draw from Unsplash tables or None) of the arguments of `prepare`."""
+    from safelight.data.sources.unsplash import PREFIX, Request, tables_of
+
+    names = ("limit", "width", "seed", "where", "captions")
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    tables = [
+        table for source in arguments.sources if str(source).startswith(PREFIX) for table in tables_of(str(source))
+    ]
+    folders = [source for source in arguments.sources if not str(source).startswith(PREFIX)]
+    if given and not tables:
+        raise UserError(f"--{next(iter(given))} is for an Unsplash table; give one as {PREFIX}photos.tsv000")
+    return folders, Request(tuple(dict.fromkeys(tables)), **given) if tables else None
 
 
 def cache(argv: list[str]) -> int:

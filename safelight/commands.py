@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from safelight import bug_report, library_log
@@ -69,20 +70,13 @@ def prepare(argv: list[str]) -> int:
     if not arguments.sources:
         raise UserError("no photos given; give one or more folders of photos, or files")
     from safelight.data.prepare.ingest import ingest
+    from safelight.data.sources import unsplash
     from safelight.output.dataset_table import print_dataset
     from safelight.trainer.run_log.terminal import Terminal
 
     folders, request = _sources(arguments)
     with Terminal() as terminal:
-
-        def fetch(dataset: Path):
-            from safelight.data.sources.unsplash import fetch
-
-            def progress(done: int, total: int, bytes_per_s: float) -> None:
-                terminal.update("download", done, total, f"{bytes_per_s / 1e6:.1f} MB/s")
-
-            return fetch(request, dataset, arguments.prune, progress)
-
+        show = partial(terminal.update, "download")
         summary = ingest(
             folders,
             arguments.out,
@@ -91,7 +85,7 @@ def prepare(argv: list[str]) -> int:
             arguments.image_format,
             arguments.prune,
             lambda done, total: terminal.update("photos", done, total),
-            fetch if request else None,
+            partial(unsplash.fetch, request, prune=arguments.prune, progress=show) if request else None,
         )
     if arguments.json:
         print_json(
@@ -118,10 +112,8 @@ def _sources(arguments):
 
     names = ("limit", "width", "seed", "where", "captions")
     given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
-    tables = [
-        table for source in arguments.sources if str(source).startswith(PREFIX) for table in tables_of(str(source))
-    ]
     folders = [source for source in arguments.sources if not str(source).startswith(PREFIX)]
+    tables = [table for source in arguments.sources if source not in folders for table in tables_of(str(source))]
     if given and not tables:
         raise UserError(f"--{next(iter(given))} is for an Unsplash table; give one as {PREFIX}photos.tsv000")
     return folders, Request(tuple(dict.fromkeys(tables)), **given) if tables else None

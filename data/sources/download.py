@@ -33,7 +33,10 @@ from safelight.untrusted import UnsafeFile, open_to_write, read_json_object
 # HOST:PORT that is connected to although its address is not public: for tests, whose servers run on this machine
 ALSO_FROM = "SAFELIGHT_DOWNLOAD_ALSO_FROM"
 USER_AGENT = "safelight"
+NO_JPEG = "what the server sends is not a JPEG"
 JPEG_START, JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
+# some programs write more behind the end
+MAX_BYTES_AFTER_END = 2**12
 # of types that say nothing, which some servers send for every file
 UNKNOWN_TYPES = ("", "application/octet-stream", "binary/octet-stream")
 # answers that a later request may not get
@@ -44,6 +47,8 @@ POLL_S = 0.5
 # over which the speed is measured
 SPEED_WINDOW_S = 5.0
 MAX_NOTE_BYTES = 2**14
+# of a file's length
+MAX_DIGITS = 18
 
 
 @dataclass(frozen=True)
@@ -194,6 +199,7 @@ class _Transport(httpx2.BaseTransport):
     """httpx2's way to httpcore2, over a network of our own."""
 
     def __init__(self, network: _Network, ssl_context):
+        self.network = network
         self._pool = httpcore2.ConnectionPool(ssl_context=ssl_context, network_backend=network)
 
     def handle_request(self, request: httpx2.Request) -> httpx2.Response:
@@ -210,6 +216,7 @@ class _Transport(httpx2.BaseTransport):
         return httpx2.Response(response.status, headers=response.headers, stream=_Body(response.stream))
 
     def close(self) -> None:
+        """Close all connections; a later request opens a new one."""
         self._pool.close()
 
 
@@ -222,6 +229,19 @@ class _Body(httpx2.SyncByteStream):
 
     def close(self) -> None:
         self._stream.close()
+
+
+def _why(error: Exception) -> str:
+    """Return in words why a connection failed."""
+    if isinstance(error, httpcore2.ConnectTimeout):
+        return "the server does not answer"
+    if isinstance(error, httpcore2.TimeoutException):
+        return str(error) or "the server went silent"
+    if isinstance(error, httpcore2.ConnectError):
+        return f"no connection to the server: {error}"
+    if str(error).startswith("peer closed connection"):
+        return "cut off before its end"
+    return f"the connection broke: {error}"
 
 
 def _retry_after_s(response: httpx2.Response) -> float | None:
@@ -266,15 +286,33 @@ def _strong_etag(response: httpx2.Response) -> str:
     return etag if etag.startswith('"') and etag.isascii() and etag.isprintable() else ""
 
 
+def _length(response: httpx2.Response) -> int | None:
+    """Return how many bytes the body has, None if the answer does not say so."""
+    text = response.headers.get("content-length", "")
+    return int(text[:MAX_DIGITS]) if text.isascii() and text.isdigit() else None
+
+
+def _end_of_rest(response: httpx2.Response, start: int, etag: str) -> int | None:
+    """Return how many bytes the whole file has, None unless the answer is the rest of this version from `start` on."""
+    text = response.headers.get("content-range", "")
+    total = text.rpartition("/")[2]
+    is_number = total.isascii() and total.isdigit() and len(total) <= MAX_DIGITS
+    if response.status_code != 206 or not is_number or text != f"bytes {start}-{int(total) - 1}/{total}":
+        return None
+    return int(total) if _strong_etag(response) == etag else None
+
+
 class Downloader:
     """Downloads a list of files with several workers.
 
-    num_bytes: received so far. failures: files that could not be downloaded.
+    num_bytes: received so far. failures: files that could not be downloaded. trouble: why the last try failed, empty
+    once another file has come through.
     """
 
     def __init__(self, wanted: list[Wanted], limits: Limits):
         self.limits, self.num_bytes, self.num_done = limits, 0, 0
         self.failures: list[Failure] = []
+        self.trouble = ""
         self._waiting = deque(wanted)
         self._stop = threading.Event()
         self._lock = threading.Lock()
@@ -283,8 +321,8 @@ class Downloader:
         self._num_failed_in_a_row = 0
         self._given_up = ""
 
-    def run(self, progress: Callable[[int, float], None]) -> None:
-        """Download all files. progress(files done, bytes a second) is called several times a second."""
+    def run(self, progress: Callable[[int, str], None]) -> None:
+        """Download all files. progress(files done, note) is called several times a second."""
         context = httpx2.create_ssl_context()
         num_workers = min(self.limits.num_parallel, len(self._waiting))
         speeds = deque([(time.monotonic(), 0)])
@@ -300,21 +338,22 @@ class Downloader:
                     while len(speeds) > 2 and speeds[0][0] < speeds[-1][0] - SPEED_WINDOW_S:
                         speeds.popleft()
                     (start, before), (end, now) = speeds[0], speeds[-1]
-                    progress(self.num_done, (now - before) / max(end - start, 1e-3))
+                    speed = f"{(now - before) / max(end - start, 1e-3) / 1e6:.1f} MB/s"
+                    progress(self.num_done, f"{speed}  {self.trouble}" if self.trouble else speed)
             finally:
                 self._stop.set()
 
     def _work(self, ssl_context) -> None:
         """Download files until none is left: what one worker does."""
-        network = _Network(self._stop)
-        with httpx2.Client(transport=_Transport(network, ssl_context)) as client:
+        transport = _Transport(_Network(self._stop), ssl_context)
+        with httpx2.Client(transport=transport) as client:
             while not self._stop.is_set():
                 try:
                     wanted = self._waiting.popleft()
                 except IndexError:
                     return
                 try:
-                    reason = self._fetch(client, network, wanted)
+                    reason = self._fetch(client, transport, wanted)
                 except _Stopped:
                     return
                 with self._lock:
@@ -322,14 +361,14 @@ class Downloader:
                     if reason:
                         self.failures.append(Failure(wanted, reason))
 
-    def _fetch(self, client: httpx2.Client, network: _Network, wanted: Wanted) -> str:
+    def _fetch(self, client: httpx2.Client, transport: _Transport, wanted: Wanted) -> str:
         """Return "" once the file is there, or the reason why it will not be."""
         reason = ""
         for attempt in range(self.limits.num_tries):
             if self._given_up:
                 return f"not tried: {self._given_up}"
             self._pause()
-            network.deadline = time.monotonic() + self.limits.total_s
+            transport.network.deadline = time.monotonic() + self.limits.total_s
             try:
                 self._try(client, wanted)
             except _Refused as error:
@@ -338,13 +377,14 @@ class Downloader:
                 return str(error)
             except _Failed as error:
                 reason, wait_s = str(error), error.wait_s
-            except httpcore2.TimeoutException as error:
-                reason, wait_s = f"{error or 'the server cannot be reached'}", None
-            except (httpcore2.NetworkError, httpcore2.ProtocolError) as error:
-                reason, wait_s = f"the connection failed: {error or type(error).__name__}", None
+            except (httpcore2.TimeoutException, httpcore2.NetworkError, httpcore2.ProtocolError) as error:
+                reason, wait_s = _why(error), None
             else:
-                self._num_failed_in_a_row = 0
+                self._num_failed_in_a_row, self.trouble = 0, ""
                 return ""
+            # what is left of a faulty answer must not be taken for the next one
+            transport.close()
+            self.trouble = f"retrying: {reason}"
             if wait_s is not None and wait_s > self.limits.max_wait_s:
                 self._give_up(f"the server asks to wait {wait_s:,.0f} s; run it again then")
                 return reason
@@ -376,8 +416,13 @@ class Downloader:
             etag = _etag_of_part(wanted) if num_held else ""
             resume = {"Range": f"bytes={num_held}-", "If-Range": etag} if etag else {}
             with closing(self._answer(client, wanted.url, resume)) as response:
-                end = self._check_answer(response, num_held if etag else 0, etag)
-                if response.status_code == 200:
+                is_rest = bool(etag) and response.status_code in (206, 416)
+                end = _end_of_rest(response, num_held, etag) if is_rest else _length(response)
+                if is_rest and end is None:
+                    part.truncate(0)
+                    raise _Failed("the server cannot go on where it was cut off")
+                self._check_answer(response, end, is_rest)
+                if not is_rest:
                     part.truncate(0)
                     part.seek(0)
                     with atomic_writer(_note_of(wanted.path), sync=False) as note:
@@ -393,6 +438,8 @@ class Downloader:
     def _answer(self, client: httpx2.Client, url: str, headers: dict[str, str]) -> httpx2.Response:
         """Return the answer to a request, after redirects; its body is yet to be read, or closed."""
         limits = self.limits
+        # they would be kept for all that follows, any number of them
+        client.cookies.clear()
         timeout = httpx2.Timeout(limits.read_s, connect=limits.connect_s)
         # compressed, a small answer could unpack to an endless one
         headers = {"User-Agent": USER_AGENT, "Accept": "image/jpeg", "Accept-Encoding": "identity", **headers}
@@ -415,45 +462,32 @@ class Downloader:
             request = response.next_request
         raise _Refused(f"more than {limits.num_redirects} redirects")
 
-    def _check_answer(self, response: httpx2.Response, start: int, etag: str) -> int | None:
-        """Return how many bytes the whole file has, None if the answer does not say so.
+    def _check_answer(self, response: httpx2.Response, end: int | None, is_rest: bool) -> None:
+        """Raise _Failed or _Refused unless an answer brings a JPEG, or the rest of one, within the limits.
 
-        start: bytes that were asked to be left out, as they are here. Raises _Failed or _Refused if this is no answer
-        to go on with.
+        end: how many bytes the whole file has, None if the answer does not say so.
         """
-        status, limit = response.status_code, self.limits.max_bytes
+        status, headers = response.status_code, response.headers
         if status in PASSING_STATUS:
             raise _Failed(f"the server answers {status} {response.reason_phrase}".rstrip(), _retry_after_s(response))
-        content_type = response.headers.get("content-type", "").partition(";")[0].strip().lower()
-        length = response.headers.get("content-length", "")
-        if status == 206 and start:
-            wanted_range = f"bytes {start}-"
-            found = response.headers.get("content-range", "")
-            total = found.rpartition("/")[2]
-            is_rest = found.startswith(wanted_range) and total.isascii() and total.isdigit()
-            if not is_rest or found != f"{wanted_range}{int(total[:20]) - 1}/{total}" or _strong_etag(response) != etag:
-                raise _Failed("the server answers with another part of the file than was asked for")
-            end = int(total)
-        elif status == 416:
-            raise _Failed("the server has no more of the file, which was cut off")
-        elif status != 200:
+        if status != 200 and not is_rest:
             raise _Refused(f"the server answers {status} {response.reason_phrase}".rstrip())
-        else:
-            end = int(length[:20]) if length.isascii() and length.isdigit() else None
-        if response.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+        if headers.get("content-encoding", "").strip().lower() not in ("", "identity"):
             raise _Refused("the server compresses the file, although it was asked not to")
+        content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
         if content_type not in ("image/jpeg", "image/jpg", *UNKNOWN_TYPES):
             raise _Refused(f"the server sends {shortened(content_type)}, not a JPEG")
-        if end is not None and end > limit:
-            raise _Refused(f"{end:,} bytes are too many (limit {limit:,})")
-        if end is None and "chunked" not in response.headers.get("transfer-encoding", "").lower():
+        if end is not None and end > self.limits.max_bytes:
+            raise _Refused(f"{end:,} bytes are too many (limit {self.limits.max_bytes:,})")
+        if end is None and "chunked" not in headers.get("transfer-encoding", "").lower():
             raise _Refused("the server does not say how long the file is")
-        return end
 
     def _receive(self, response: httpx2.Response, part: BinaryIO, end: int | None, path: Path) -> None:
         """Append what the server sends to the part."""
         num_bytes = part.tell()
         for chunk in response.iter_raw():
+            if num_bytes == 0 and not chunk.startswith(JPEG_START[: len(chunk)]):
+                raise _Refused(NO_JPEG)
             num_bytes += len(chunk)
             if num_bytes > self.limits.max_bytes:
                 raise _Refused(f"more than {self.limits.max_bytes:,} bytes, which is too many")
@@ -467,32 +501,29 @@ class Downloader:
 
 def _check_jpeg(part: BinaryIO) -> None:
     """Raise unless a file begins and ends as a JPEG does."""
-    size = part.seek(0, os.SEEK_END)
     part.seek(0)
-    start = part.read(len(JPEG_START))
-    part.seek(max(0, size - len(JPEG_END)))
-    if start != JPEG_START:
-        raise _Refused("what the server sends is not a JPEG")
-    if part.read() != JPEG_END:
+    if part.read(len(JPEG_START)) != JPEG_START:
+        raise _Refused(NO_JPEG)
+    part.seek(max(0, part.seek(0, os.SEEK_END) - MAX_BYTES_AFTER_END))
+    if JPEG_END not in part.read():
         part.truncate(0)
         raise _Failed("cut off: the JPEG has no end")
 
 
 def download(
-    wanted: list[Wanted], progress: Callable[[int, int, float], None], limits: Limits | None = None
+    wanted: list[Wanted], progress: Callable[[int, int, str], None], limits: Limits | None = None
 ) -> list[Failure]:
     """Download JPEGs, and return those that failed with the reason. Files that exist are not asked for again.
 
-    progress(files done, files in total, bytes a second) is called while it runs. A call after a kill goes on where the
-    last one was. Raises OSError if a file cannot be written.
+    progress(files done, files in total, note) is called while it runs; the note has the speed, and why files wait. A
+    call after a kill goes on where the last one was. Raises OSError if a file cannot be written.
     """
     missing = [one for one in wanted if not os.path.lexists(one.path)]
     num_there = len(wanted) - len(missing)
-    progress(num_there, len(wanted), 0.0)
     if not missing:
         return []
     downloader = Downloader(missing, limits or Limits())
-    downloader.run(lambda done, speed: progress(num_there + done, len(wanted), speed))
+    downloader.run(lambda done, note: progress(num_there + done, len(wanted), note))
     sync_folder(missing[0].path.parent)
     order = {one.path: index for index, one in enumerate(wanted)}
     return sorted(downloader.failures, key=lambda failure: order[failure.wanted.path])

@@ -111,7 +111,8 @@ def columns_of(conditions: list[Condition], columns: Collection[str], derived: M
 def holds(condition: Condition, row: Row, derived: Mapping[str, Derived]) -> bool:
     """Return whether a row meets a condition.
 
-    Numbers are compared as such, texts without regard to letter case; an empty cell is smaller and larger than nothing.
+    Numbers are compared as such, texts without regard to letter case; an empty cell is neither smaller nor
+    larger than any.
     """
     name, sign, value = condition.name, condition.sign, condition.value
     cell = (derived[name].value(row) if name in derived else row[name]).strip()

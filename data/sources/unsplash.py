@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 
 import numpy as np
@@ -26,12 +26,14 @@ from safelight.data.atomic import atomic_write_text
 from safelight.data.draws import draw_words
 from safelight.data.photo import Credit, id_of
 from safelight.data.sources.captions import MAX_LISTED_ROWS, Rejection
-from safelight.data.sources.download import Limits, Wanted, download
 from safelight.data.sources.table_filter import Derived, Row, columns_of, holds, parse_conditions
 from safelight.errors import UserError
 from safelight.kernels.philox import Key, Purpose
 from safelight.text import collapse, counted, shortened, storable
 from safelight.untrusted import UnsafeFile, parse_json, path_in, read_json_object, read_lines
+
+if TYPE_CHECKING:
+    from safelight.data.sources.download import Failure, Limits
 
 PREFIX = "unsplash:"
 FOLDER = Path("downloads", "unsplash")
@@ -351,7 +353,7 @@ def fetch(
     request: Request,
     dataset: Path,
     prune: bool,
-    progress: Callable[[int, int, float], None],
+    progress: Callable[[int, int, str], None],
     limits: Limits | None = None,
 ) -> Fetched:
     """Draw photographs from the tables and download them into the dataset, those that are not there yet.
@@ -360,6 +362,9 @@ def fetch(
     dataset's lock. Raises UserError if a setting is out of range, a table cannot be used, or no photograph can be
     downloaded.
     """
+    # a sixth of a second, for photographs from folders in vain
+    from safelight.data.sources.download import Wanted, download
+
     _check(request)
     chosen, rejected, num_met = choose(request)
     folder = path_in(dataset, FOLDER)
@@ -385,7 +390,7 @@ def fetch(
     return Fetched(folder, rejected, _notes(request, chosen, num_met, failures))
 
 
-def _notes(request: Request, chosen: list[Photograph], num_met: int, failures: list) -> list[str]:
+def _notes(request: Request, chosen: list[Photograph], num_met: int, failures: list[Failure]) -> list[str]:
     notes = []
     if len(chosen) < request.limit:
         met = "meet --where" if request.where.strip() else "can be used"

@@ -78,6 +78,7 @@ class Purpose(IntEnum):
     SCENE = 16
     BATCH_ORDER = 17
     ROUNDING = 18
+    TABLE_SAMPLE = 40
 
 
 class Key(NamedTuple):

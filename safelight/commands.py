@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from safelight import bug_report, library_log
@@ -69,18 +70,22 @@ def prepare(argv: list[str]) -> int:
     if not arguments.sources:
         raise UserError("no photos given; give one or more folders of photos, or files")
     from safelight.data.prepare.ingest import ingest
+    from safelight.data.sources import unsplash
     from safelight.output.dataset_table import print_dataset
     from safelight.trainer.run_log.terminal import Terminal
 
+    folders, request = _sources(arguments)
     with Terminal() as terminal:
+        show = partial(terminal.update, "download")
         summary = ingest(
-            arguments.sources,
+            folders,
             arguments.out,
             arguments.max_megapixels,
             arguments.quality,
             arguments.image_format,
             arguments.prune,
             lambda done, total: terminal.update("photos", done, total),
+            partial(unsplash.fetch, request, prune=arguments.prune, progress=show) if request else None,
         )
     if arguments.json:
         print_json(
@@ -99,6 +104,19 @@ def prepare(argv: list[str]) -> int:
         return 0
     print_dataset(summary, arguments.out, terminal)
     return 0
+
+
+def _sources(arguments):
+    """Return (folders and files, what to draw from Unsplash tables or None) of the arguments of `prepare`."""
+    from safelight.data.sources.unsplash import PREFIX, Request, tables_of
+
+    names = ("limit", "width", "seed", "where", "captions")
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+    folders = [source for source in arguments.sources if not str(source).startswith(PREFIX)]
+    tables = [table for source in arguments.sources if source not in folders for table in tables_of(str(source))]
+    if given and not tables:
+        raise UserError(f"--{next(iter(given))} is for an Unsplash table; give one as {PREFIX}photos.tsv000")
+    return folders, Request(tuple(dict.fromkeys(tables)), **given) if tables else None
 
 
 def cache(argv: list[str]) -> int:

@@ -29,7 +29,8 @@ from safelight.data.photo import Photo
 from safelight.data.prepare.collection import Collection, IngestSummary, Note, PreparedFile
 from safelight.data.prepare.near_copies import find_near_copies, fingerprint, merge_groups, thumbnail
 from safelight.data.sources.captions import CaptionReader
-from safelight.data.sources.roots import SOURCES_NAME, SourceFile, find_files, split_label, write_sources
+from safelight.data.sources.roots import SOURCES_NAME, SourceFile, files_of, find_files, split_label, write_sources
+from safelight.data.sources.unsplash import Fetched
 from safelight.errors import UserError
 from safelight.text import storable
 from safelight.untrusted import check_kinds
@@ -187,6 +188,7 @@ def ingest(
     image_format: Literal["jpeg", "webp"] = "jpeg",
     prune: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    fetch: Callable[[Path], Fetched] | None = None,
 ) -> IngestSummary:
     """Add the photos of `sources` (folders or files) to the dataset folder and return a summary of what was done.
 
@@ -195,7 +197,8 @@ def ingest(
     are listed with the reason in the summary and in rejected.jsonl. Photos of earlier calls stay in the manifest, and
     repeating a call gives the same manifest; with `prune`, photos that are not, or no longer, in the sources are
     removed. Near-copies get a common group, which the validation split keeps together. progress(files done, files in
-    total) is called after each file.
+    total) is called after each file. fetch: downloads photographs into the dataset folder and returns where they lie,
+    which is one more source.
     Raises UserError if a source does not exist or lies in the dataset, a setting is out of range, no photo can be
     used, the dataset cannot be written, or another process is preparing it.
     """
@@ -226,6 +229,13 @@ def ingest(
             check_kinds(
                 dataset, (IMAGES_FOLDER,), (MANIFEST_NAME, NOTES_NAME, REJECTED_NAME, SOURCES_NAME), "a dataset"
             )
+            if fetch is not None:
+                fetched = fetch(dataset)
+                summary.rejected += fetched.rejected
+                for note in fetched.notes:
+                    summary.note("source", note)
+                found, reader = files_of(fetched.folder, dataset)
+                sources, files, readers = [*sources, fetched.folder], [*files, *found], [*readers, reader]
             _ingest(sources, files, readers, dataset, summary, prepare, prune, progress)
     except OSError as error:
         if error.errno not in CANNOT_WRITE:

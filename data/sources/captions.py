@@ -6,7 +6,7 @@ import os
 import posixpath
 import reprlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from safelight.data.sources.caption import FILE_NAME, Caption, Rejection, caption_of_name
@@ -49,9 +49,23 @@ def _row_texts(row: dict) -> tuple[str, ...]:
         raise UserError(f"its text {reprlib.repr(value)} is neither a string nor a list of strings")
     # repeats are removed, or training would draw them more often; a dict keeps the order
     texts = tuple(dict.fromkeys(collapse(text) for text in texts if text.strip()))
+    if not texts and "credit" in row:
+        # it says whose the photo is, and that nobody has captioned it
+        return ("",)
     if not texts:
         raise UserError("its text is empty")
     return texts
+
+
+def _row_credit(row: dict) -> Credit:
+    """Return whose photo a row describes. Raises UserError if its credit is of another form."""
+    credit = row.get("credit")
+    if credit is None:
+        return NO_CREDIT
+    names = {field.name for field in fields(Credit)}
+    if not isinstance(credit, dict) or not all(isinstance(credit.get(name, ""), str) for name in names):
+        raise UserError(f"its credit {reprlib.repr(credit)} is not an object with texts: photographer, page")
+    return Credit(**{name: collapse(credit[name]) for name in names & credit.keys()})
 
 
 def _row_name(row: dict) -> str:
@@ -244,4 +258,6 @@ class CaptionReader:
             raise UserError(f"names {shortened(written)}, which does not exist")
         origin = row.get("caption_source")
         source = f"{table.name}: {collapse(origin)}" if isinstance(origin, str) and origin.strip() else table.name
-        return found, Caption(_row_texts(row), source)
+        captioner = row.get("captioner")
+        captioner = collapse(captioner) if isinstance(captioner, str) else ""
+        return found, Caption(_row_texts(row), source, credit=_row_credit(row), captioner=captioner)

@@ -108,12 +108,18 @@ def find_files(sources: list[Path], dataset: Path) -> tuple[list[SourceFile], li
             )
         if source.resolve().is_relative_to(dataset):
             raise UserError(f"source {source} is inside the dataset folder {dataset}; give the folder of the originals")
-        root = source if source.is_dir() else source.parent
-        reader = CaptionReader(root)
+        found, reader = files_of(source, dataset)
+        files += found
         readers.append(reader)
-        paths = _walk(source, dataset, reader) if source.is_dir() else [source]
-        files += [SourceFile(path, root, storable(path.relative_to(root).as_posix()), reader) for path in paths]
     return files, readers
+
+
+def files_of(source: Path, dataset: Path) -> tuple[list[SourceFile], CaptionReader]:
+    """Return the candidate files of one source, which exists, and its caption reader."""
+    root = source if source.is_dir() else source.parent
+    reader = CaptionReader(root)
+    paths = _walk(source, dataset, reader) if source.is_dir() else [source]
+    return [SourceFile(path, root, storable(path.relative_to(root).as_posix()), reader) for path in paths], reader
 
 
 def read_sources(dataset: Path) -> dict[str, str]:

@@ -26,6 +26,11 @@ _T = TypeVar("_T")
 RunFolder = Annotated[Positional[Path], arg(metavar="RUN", help="run folder, for example runs/tiny")]
 
 
+def _own(metavar: str, text: str, default: str) -> object:
+    """Return the help of an option whose default comes from elsewhere, such as the run's settings."""
+    return arg(metavar=metavar, help=text, help_behavior_hint=f"(default: {default})")
+
+
 @dataclass
 class Init:
     preset: Annotated[
@@ -39,7 +44,11 @@ class Init:
 class Prepare:
     sources: Annotated[
         Positional[tuple[Path, ...]],
-        arg(metavar="SRC...", help="folders of photos, or single files", help_behavior_hint="(required)"),
+        arg(
+            metavar="SRC...",
+            help="folders of photos, single files, or a table of the Unsplash Lite dataset: unsplash:photos.tsv000",
+            help_behavior_hint="(required)",
+        ),
     ]
     out: Annotated[Path, arg(aliases=["-o"], metavar="DATASET", help="folder to write")] = Path("datasets/photos")
     max_megapixels: Annotated[float, arg(help="shrink larger photos to this many million pixels")] = 1.5
@@ -48,12 +57,23 @@ class Prepare:
     prune: Annotated[
         bool, arg(help="remove photos from the dataset that are not, or no longer, in the sources given")
     ] = False
+    limit: Annotated[int | None, _own("INT", "unsplash: number of photos to draw from the table", "500")] = None
+    width: Annotated[int | None, _own("PX", "unsplash: download photos at most this wide", "1600")] = None
+    seed: Annotated[int | None, _own("INT", "unsplash: seed of the draw", "0")] = None
+    where: Annotated[
+        str | None,
+        _own(
+            "TEXT",
+            "unsplash: draw only from rows that meet conditions on columns, or on landscape, portrait, square, "
+            "shorter_side, camera: 'landscape and photo_width >= 1600 and camera ~ canon'",
+            "all",
+        ),
+    ] = None
+    captions: Annotated[
+        Literal["ai", "photographer", "none"] | None,
+        _own("{ai,photographer,none}", "unsplash: which of the table's descriptions become captions", "none"),
+    ] = None
     json: Annotated[bool, arg(help="print the result as JSON")] = False
-
-
-def _own(metavar: str, text: str, default: str) -> object:
-    """Return the help of an option whose default comes from elsewhere, such as the run's settings."""
-    return arg(metavar=metavar, help=text, help_behavior_hint=f"(default: {default})")
 
 
 @dataclass

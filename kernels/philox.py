@@ -78,6 +78,8 @@ class Purpose(IntEnum):
     SCENE = 16
     BATCH_ORDER = 17
     ROUNDING = 18
+    CAPTION_TOKEN = 30
+    PREVIEW = 31
 
 
 class Key(NamedTuple):

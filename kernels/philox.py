@@ -79,6 +79,8 @@ class Purpose(IntEnum):
     BATCH_ORDER = 17
     ROUNDING = 18
     TABLE_SAMPLE = 40
+    CAPTION_TOKEN = 30
+    PREVIEW = 31
 
 
 class Key(NamedTuple):

@@ -19,6 +19,7 @@ EXIT_INTERRUPTED = 130
 COMMANDS = {
     "init": "write a commented settings file: tiny, sd15, sd21, everydream2",
     "prepare": "make a dataset from photos and captions: checked, resized, no duplicates",
+    "caption": "describe a dataset's photos with BLIP or another captioner",
     "cache": "encode a dataset's photos and captions, only those not cached yet",
     "plan": "predict GPU memory and duration of a run; needs no GPU",
     "train": "fine-tune; --resume continues from the newest checkpoint",
@@ -117,6 +118,50 @@ def _sources(arguments):
     if given and not tables:
         raise UserError(f"--{next(iter(given))} is for an Unsplash table; give one as {PREFIX}photos.tsv000")
     return folders, Request(tuple(dict.fromkeys(tables)), **given) if tables else None
+def caption(argv: list[str]) -> int:
+    from safelight.options.arguments import Caption, parse
+
+    arguments = parse(Caption, argv, "caption", COMMANDS["caption"])
+    from safelight.trainer.captioning.options import Generation, Wording, asked_for, replacement
+
+    names = ("prompt", "num_beams", "min_new_tokens", "max_new_tokens", "repetition_penalty", "top_p")
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    generation: Generation = asked_for(arguments.preset, given, arguments.seed)
+    wording = Wording(arguments.prefix, arguments.suffix, tuple(map(replacement, arguments.replace)))
+    if arguments.batch_size is not None and arguments.batch_size < 1:
+        raise UserError(f"--batch-size {arguments.batch_size} is below 1; leave it out, or give 8")
+    _say_loading()
+    from safelight.output.caption_table import caption_json, print_captions
+    from safelight.trainer.captioning.caption_dataset import caption_dataset
+    from safelight.trainer.models.device import pick_device
+    from safelight.trainer.run_log.terminal import Terminal
+    from safelight.trainer.stop import Stop
+
+    device, stop = pick_device(arguments.device), Stop("this batch")
+    with Terminal() as terminal, stop:
+        summary = caption_dataset(
+            arguments.dataset,
+            arguments.model,
+            generation,
+            wording,
+            device,
+            arguments.batch_size,
+            arguments.overwrite,
+            lambda done, total, note: terminal.update("captions", done, total, note),
+            terminal.say,
+            stop,
+        )
+    if arguments.json:
+        print_json(caption_json(summary, arguments.dataset))
+    else:
+        print_captions(summary, arguments.dataset, terminal)
+    if summary.left:
+        command = shlex.join(["safelight", "caption", *argv])
+        terminal.say(f"stopped; what is done is in the dataset. Go on with: {command}")
+        return EXIT_INTERRUPTED
+    if not arguments.json:
+        _say_next("safelight cache RUN.TOML, or safelight train RUN.TOML, with data.path set to this dataset")
+    return 0
 
 
 def cache(argv: list[str]) -> int:

@@ -26,7 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("trainer/adapters",),
     ("trainer/checkpoint", "trainer/step"),
     ("trainer/run_log",),
-    ("trainer/inference",),
+    ("trainer/inference", "trainer/captioning"),
     ("trainer/memory_plan", "safelight/output"),
     ("trainer", "safelight/options"),
     ("trainer/tiny", "bench/core"),

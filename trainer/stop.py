@@ -18,10 +18,12 @@ class Stop:
 
     A context manager: signals are handled only inside its block, the training loop. Before that there is nothing to
     save, and Ctrl-C ends the process as usual. Calling it returns whether a stop was requested.
+    unit: what is finished first, in the message.
     """
 
-    def __init__(self):
+    def __init__(self, unit: str = "this step"):
         self.requested = False
+        self._message = f"\nstopping after {unit}; press Ctrl-C again to leave at once\n".encode()
         self._previous: dict = {}
 
     def __call__(self) -> bool:
@@ -44,4 +46,4 @@ class Stop:
         self.requested = True
         # not print, which is not reentrant: the signal may have interrupted one
         with contextlib.suppress(OSError):
-            os.write(2, b"\nstopping after this step; press Ctrl-C again to leave at once\n")
+            os.write(2, self._message)

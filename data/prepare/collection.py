@@ -218,6 +218,9 @@ class Collection:
             atomic_write_bytes(stored, prepared.data, sync=False)
             self.syncs.append(self.disk.submit(sync_file, stored))
         caption = source.reader.read(source.path)
+        if caption.source == FILE_NAME and old is not None and old.captioner:
+            # what a captioner wrote is in no source, and is better than a file's name
+            caption = replace(caption, texts=old.captions, source=old.caption_source, captioner=old.captioner)
         photo = Photo(
             file,
             sha256,
@@ -253,13 +256,15 @@ class Collection:
     def _adopt_caption(self, index: int, duplicate: SourceFile) -> bool:
         """Return whether a photo took over the caption of its duplicate.
 
-        It does if its own caption is only a file name and somebody wrote one for the duplicate.
+        It does if nobody wrote its own caption, which is a file name or a captioner's, and somebody wrote one for the
+        duplicate.
         """
-        if self.photos[index].caption_source != FILE_NAME:
+        if self.photos[index].caption_source != FILE_NAME and not self.photos[index].captioner:
             return False
         caption = duplicate.reader.read(duplicate.path)
         if caption.source != FILE_NAME:
-            self._put(index, replace(self.photos[index], captions=caption.texts, caption_source=caption.source))
+            theirs = {"captions": caption.texts, "caption_source": caption.source, "captioner": caption.captioner}
+            self._put(index, replace(self.photos[index], **theirs))
         return caption.source != FILE_NAME
 
     def take_stock(self) -> None:

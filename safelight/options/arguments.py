@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 import tyro
-from tyro.conf import DisallowNone, FlagConversionOff, Positional, arg
+from tyro.conf import DisallowNone, FlagConversionOff, Positional, UseAppendAction, arg
 
 from safelight.errors import UserError
 from safelight.options.option_help import EMPTY_PATH, described
 from safelight.options.overrides import names_config, take_overrides, with_overrides
 from safelight.output.columns import wrap_help
+from safelight.trainer.captioning.options import DEFAULT_MODEL
 from safelight.trainer.config.presets import PRESETS
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.toml import COMMAND_LINE, load_config, parse_config, require_run
@@ -73,6 +74,58 @@ class Prepare:
         Literal["ai", "photographer", "none"] | None,
         _own("{ai,photographer,none}", "unsplash: which of the table's descriptions become captions", "none"),
     ] = None
+    json: Annotated[bool, arg(help="print the result as JSON")] = False
+
+
+@dataclass
+class Caption:
+    dataset: Annotated[Positional[Path], arg(metavar="DATASET", help="dataset folder, as safelight prepare makes it")]
+    model: Annotated[
+        str,
+        arg(
+            metavar="MODEL",
+            help="captioner: hub id or folder of a BLIP, BLIP-2, Florence-2 or other image-text-to-text model",
+        ),
+    ] = DEFAULT_MODEL
+    preset: Annotated[
+        Literal["everydream2"] | None,
+        _own(
+            "{everydream2}",
+            "settings to start from; everydream2: the source report's, 16 beams, 30 to 48 tokens, penalty 1.4",
+            "none",
+        ),
+    ] = None
+    prompt: Annotated[str | None, _own("TEXT", "what the model is asked, or a task token", "the usual one")] = None
+    num_beams: Annotated[int | None, _own("INT", "beams of the search; 1 is greedy", "3, or 1 with --top-p")] = None
+    min_new_tokens: Annotated[
+        int | None,
+        arg(aliases=["--min-words"]),
+        _own("INT", "least length; EveryDream calls it min_length, and the report min_words: both are tokens", "0"),
+    ] = None
+    max_new_tokens: Annotated[int | None, _own("INT", "greatest length in tokens", "75, what CLIP reads")] = None
+    repetition_penalty: Annotated[
+        float | None,
+        arg(aliases=["--q-factor"]),
+        _own("FLOAT", "makes repeated words less likely; 1 does not", "1"),
+    ] = None
+    top_p: Annotated[
+        float | None, _own("FLOAT", "sample from the likeliest tokens of this total probability", "1: no sampling")
+    ] = None
+    seed: Annotated[int, arg(help="seed of --top-p; each photograph has its own draws")] = 1
+    prefix: Annotated[str, arg(metavar="TEXT", help="text before each caption")] = ""
+    suffix: Annotated[str, arg(metavar="TEXT", help="text behind each caption, with its own space or comma")] = ""
+    replace: Annotated[
+        UseAppendAction[tuple[str, ...]],
+        arg(metavar="OLD=NEW", help="replace whole words of the captions; can be given several times"),
+    ] = ()
+    overwrite: Annotated[bool, arg(help="replace captions that people wrote, too")] = False
+    preview: Annotated[
+        int, arg(help="instead, show this many photographs captioned with six settings, in one HTML page")
+    ] = 0
+    batch_size: Annotated[
+        int | None, _own("INT", "photographs at a time; halved if the GPU's memory is full", "32 on a GPU, else 4")
+    ] = None
+    device: Annotated[Literal["auto", "cpu", "cuda"], arg(help="where the model runs")] = "auto"
     json: Annotated[bool, arg(help="print the result as JSON")] = False
 
 
@@ -189,7 +242,7 @@ class PlanArguments:
 
 
 # how the help names a path that is given by its position or a short option
-SHOWN = {"run": "RUN", "config": "RUN.TOML", "sources": "SRC", "out": "-o"}
+SHOWN = {"run": "RUN", "dataset": "DATASET", "config": "RUN.TOML", "sources": "SRC", "out": "-o"}
 # in the help of commands that take a run.toml, once, above the options
 SETTINGS_TEXT = (
     "Every setting in RUN.TOML can be overridden by an option: --train.batch-size 2; settings of a stage by its "

@@ -1,0 +1,228 @@
+"""Captioners: transformers' models that describe a picture, loaded by what their own config says they are.
+
+`load_captioner(spec, device)` returns a `Captioner`; its `caption` turns pictures into texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from safelight.errors import UserError
+from safelight.text import collapse
+from safelight.trainer.captioning.keyed_sampling import KeyedNucleus
+from safelight.trainer.captioning.model_files import ModelFiles, opened
+from safelight.trainer.captioning.options import Generation
+from safelight.trainer.models.build import build
+from safelight.trainer.models.device import pick_dtype
+from safelight.trainer.models.model_folder import bad_weights
+
+# what each kind is asked if the user asks nothing else; others get USUAL_PROMPT
+USUAL_PROMPT = "Describe this photograph in one sentence."
+# BLIP describes without being asked; Florence-2 knows tasks by such tokens; PaliGemma a command and a language
+USUAL_PROMPTS = {"blip": "", "blip-2": "", "git": "", "florence2": "<DETAILED_CAPTION>", "paligemma": "caption en"}
+# kinds that read other things than photographs, or whose generation takes no options
+NOT_CAPTIONERS = {"pi0", "udop", "evolla", "shieldgemma2", "diffusion_gemma", "instructblipvideo"}
+
+
+@dataclass(frozen=True)
+class Described:
+    """What a captioner said of one picture. num_tokens: of the generated ones, without the end mark and padding."""
+
+    text: str
+    num_tokens: int
+
+
+@dataclass
+class Captioner:
+    """A model that describes pictures, with its processor.
+
+    name: the folder or hub id. kind: `model_type` of its config. fingerprint: SHA-256 of its weights and settings.
+    """
+
+    name: str
+    kind: str
+    model: nn.Module
+    processor: object
+    device: torch.device
+    fingerprint: str
+
+    @property
+    def tokenizer(self):
+        return self.processor.tokenizer
+
+    def caption(
+        self, images: Sequence[Image.Image], generation: Generation, sample_ids: Sequence[int] = ()
+    ) -> list[str]:
+        """Return a text for each picture. sample_ids: the photos' ids, which key the draws if tokens are sampled."""
+        return [described.text for described in self.describe(images, generation, sample_ids)]
+
+    @torch.inference_mode()
+    def describe(
+        self, images: Sequence[Image.Image], generation: Generation, sample_ids: Sequence[int] = ()
+    ) -> list[Described]:
+        """Return what is generated for each picture, in one batch. Raises torch.OutOfMemoryError if it is too large."""
+        images = [image.convert("RGB") for image in images]
+        inputs = self._inputs(images, generation.prompt or USUAL_PROMPTS.get(self.kind, USUAL_PROMPT))
+        processors = []
+        if generation.samples:
+            processors = [KeyedNucleus(generation.top_p, generation.seed, sample_ids or range(len(images)))]
+        ids = self.model.generate(
+            **inputs,
+            num_beams=generation.num_beams,
+            # the draws are those of KeyedNucleus
+            do_sample=False,
+            min_new_tokens=generation.min_new_tokens or None,
+            max_new_tokens=generation.max_new_tokens,
+            repetition_penalty=generation.repetition_penalty,
+            logits_processor=processors,
+        )
+        return [self._described(row) for row in self._generated(ids, inputs.get("input_ids")).tolist()]
+
+    def _inputs(self, images: list[Image.Image], prompt: str) -> dict[str, Tensor]:
+        """Return the model's inputs on its device, padded to the left, where generation goes on at the right."""
+        num, processor = len(images), self.processor
+        if self.kind in ("blip", "git") and not prompt:
+            inputs = processor(images=images, return_tensors="pt")
+        elif getattr(processor, "chat_template", None) and self.kind not in ("blip", "blip-2", "florence2"):
+            content = [{"type": "image"}, {"type": "text", "text": prompt}]
+            text = processor.apply_chat_template(
+                [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+            )
+            inputs = processor(
+                images=[[image] for image in images], text=[text] * num, padding=True, return_tensors="pt"
+            )
+        else:
+            token = getattr(processor, "image_token", None)
+            if self.kind not in ("blip", "blip-2", "git", "florence2", "paligemma", "instructblip") and token:
+                prompt = prompt if str(token) in prompt else f"{token}\n{prompt}"
+            inputs = processor(images=images, text=[prompt] * num, padding=True, return_tensors="pt")
+        dtype = self.model.dtype
+        return {
+            name: value.to(self.device, dtype if value.is_floating_point() else None)
+            for name, value in inputs.items()
+            if isinstance(value, Tensor)
+        }
+
+    def _generated(self, ids: Tensor, prompt_ids: Tensor | None) -> Tensor:
+        """Return the tokens behind the prompt, which decoders repeat and encoder-decoders do not."""
+        if prompt_ids is None:
+            return ids
+        # BLIP replaces the first token by its start and leaves out the last
+        skipped = prompt_ids.shape[1] - 1 if self.kind == "blip" else prompt_ids.shape[1]
+        starts = 1 if self.kind == "blip" else 0
+        is_repeated = ids.shape[1] >= skipped and torch.equal(
+            ids[:, starts:skipped], prompt_ids[:, starts:skipped].to(ids.device)
+        )
+        return ids[:, skipped:] if is_repeated else ids
+
+    def _described(self, ids: list[int]) -> Described:
+        special = set(self.tokenizer.all_special_ids)
+        kept = [token for token in ids if token not in special and token >= 0]
+        text = self.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=True)
+        return Described(collapse(text), len(kept))
+
+
+@dataclass(frozen=True)
+class CaptionerSource:
+    """A captioner's files, before the model is built from them. fingerprint: SHA-256 of its weights and settings."""
+
+    name: str
+    fingerprint: str
+    _files: ModelFiles
+    _tensors: dict[str, Tensor]
+
+    def load(self, device: torch.device) -> Captioner:
+        """Return the captioner on a device, in fp32 on a CPU and 16 bits on a GPU. Raises UserError."""
+        return _load(self, self._files, self._tensors, device)
+
+
+@contextmanager
+def open_captioner(spec: str) -> Iterator[CaptionerSource]:
+    """Yield the source of the captioner in a local folder or a hub repository, which is downloaded if need be.
+
+    Raises UserError if it is missing, no model that describes pictures, damaged, or would run code of its own.
+    """
+    with opened(spec) as files:
+        _kind_of(spec, files)
+        tensors, fingerprint = files.read_weights()
+        yield CaptionerSource(spec, fingerprint, files, tensors)
+
+
+def load_captioner(spec: str, device: torch.device) -> Captioner:
+    """Return the captioner in a local folder or a hub repository, on a device. Raises UserError."""
+    with open_captioner(spec) as source:
+        return source.load(device)
+
+
+def _kind_of(spec: str, files: ModelFiles) -> str:
+    """Return `model_type` of a config. Raises UserError if transformers has no such model that describes pictures."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as NAMES
+
+    kind = files.config.get("model_type")
+    if not isinstance(kind, str) or kind not in NAMES or kind in NOT_CAPTIONERS:
+        raise UserError(
+            f"--model {spec!r} is of the kind {str(kind)[:60]!r}, which does not describe pictures in transformers; "
+            "give a BLIP, BLIP-2, Florence-2 or another image-text-to-text model"
+        )
+    return kind
+
+
+def _load(source: CaptionerSource, files: ModelFiles, tensors: dict[str, Tensor], device: torch.device) -> Captioner:
+    from transformers import AutoProcessor, GenerationConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    kind = files.config["model_type"]
+    try:
+        config = CONFIG_MAPPING[kind].from_dict(files.config)
+    # what transformers makes of values that contradict each other
+    except Exception as error:
+        raise bad_weights(files.folder, error) from error
+    model_class = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+    meta = build(lambda: model_class(config), files.folder)
+    files.check_size(sum(tensor.numel() for tensor in meta.parameters()), sum(t.numel() for t in tensors.values()))
+    try:
+        model, info = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=tensors,
+            dtype=pick_dtype("auto", device),
+            generation_config=GenerationConfig(),
+            output_loading_info=True,
+        )
+        processor = AutoProcessor.from_pretrained(
+            files.staged, config=config, trust_remote_code=False, local_files_only=True, backend="pil"
+        )
+    except Exception as error:
+        raise bad_weights(files.folder, error) from error
+    if lacking := sorted(info["missing_keys"]):
+        raise bad_weights(files.folder, f"they lack {lacking[0]} and {len(lacking) - 1} more")
+    if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
+        raise UserError(
+            f"{files.folder} has no processor that reads pictures and text (it lacks preprocessor_config.json or "
+            "tokenizer.json); get this folder again"
+        )
+    _complete(model, processor, config, files.generation)
+    model = model.requires_grad_(False).eval().to(device)
+    return Captioner(source.name, kind, model, processor, device, source.fingerprint)
+
+
+def _complete(model: nn.Module, processor, config, generation: dict) -> None:
+    """Set what a folder may leave out: how generation ends, padding, and how many tokens stand for a picture."""
+    decoders = [model, getattr(model, "text_decoder", None), getattr(model, "language_model", None)]
+    for decoder in decoders:
+        if (settings := getattr(decoder, "generation_config", None)) is None:
+            continue
+        for name, value in generation.items():
+            setattr(settings, name, value)
+    processor.tokenizer.padding_side = "left"
+    if processor.tokenizer.pad_token_id is None:
+        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    if hasattr(processor, "num_query_tokens") and processor.num_query_tokens is None:
+        processor.num_query_tokens = config.num_query_tokens

@@ -21,6 +21,8 @@ from safelight.data.cache import (
     text_key,
 )
 from safelight.data.manifest import read_manifest, split_validation
+from safelight.data.masks import fill_masks
+from safelight.data.samples import with_masks
 from safelight.data.shards import Cache
 from safelight.errors import UserError
 from safelight.trainer.config.schema import Config
@@ -43,7 +45,7 @@ class Dataset:
     empty_key: cache key of the empty caption. scaling_factor: what unscaled latents are multiplied by to get unit
     variance. latent_factor: pixels per latent. num_encoded: rows encoded on opening, of which num_damaged replaced
     damaged ones. cuts: text -> the end of what the text encoder reads of it, for captions and prompts that are longer.
-    cut_note: the line that says so, '' if none is.
+    cut_note: the line that says so, '' if none is. mask_weight: loss.mask_weight.
     """
 
     path: Path
@@ -60,6 +62,7 @@ class Dataset:
     num_damaged: int = 0
     cuts: dict[str, str] = field(default_factory=dict)
     cut_note: str = ""
+    mask_weight: float = 0.0
 
     @property
     def samples(self) -> list[Sample]:
@@ -71,7 +74,15 @@ class Dataset:
 
     def rows(self, samples: Sequence[Sample]) -> RowSource:
         """Return the source of some samples' cached rows."""
-        return RowSource(self.cache, samples, self.empty_key, self.family.conditioning)
+        return RowSource(
+            self.cache,
+            samples,
+            self.empty_key,
+            self.family.conditioning,
+            has_masks=any(sample.mask_keys for sample in samples),
+            has_scales=any(sample.photo.settings.loss_scale != 1 for sample in samples),
+            mask_weight=self.mask_weight,
+        )
 
     def conditioning(self, captions: list[str]) -> TextConditioning:
         """Return the UNet's conditioning on captions, all of which must be in the cache."""
@@ -128,6 +139,8 @@ def open_dataset(
         "suffix": config.data.caption_suffix,
     }
     train = plan_samples(train_photos, buckets, variants=config.data.variants, **common)
+    if config.loss.mask_weight != 1:
+        train = with_masks(train, codec.factor, config.data.cache_dtype)
     validation = plan_samples(validation_photos, buckets, variants=1, **common)
     cache = Cache(path / "cache", config.data.cache_dtype)
     dataset = Dataset(
@@ -141,6 +154,7 @@ def open_dataset(
         codec.factor,
         encoder.fingerprint,
         base.family,
+        mask_weight=config.loss.mask_weight,
     )
     try:
         if check is not None:
@@ -172,6 +186,7 @@ def _fill(
         dataset.cut_note = f"note: {encoder.describe_cuts(named)}"
     dataset.num_encoded = fill_texts(cache, captions, encoder, 4 * batch_size, report("captions"))
     dataset.num_encoded += fill_latents(cache, dataset.path, samples, codec, batch_size, report("latents"))
+    dataset.num_encoded += fill_masks(cache, dataset.path, dataset.train, codec.factor, report("masks"))
     dataset.num_damaged = cache.num_dropped
     cache.release()
 

@@ -11,7 +11,7 @@ import pytest
 
 from safelight.data.photo import Photo
 from safelight.data.prepare.collection import IngestSummary
-from safelight.data.sources.captions import Rejection
+from safelight.data.sources.caption import Rejection
 from safelight.output.dataset_table import LEFT_OUT, MAX_LISTED, print_dataset
 from safelight.trainer.run_log.terminal import Terminal
 

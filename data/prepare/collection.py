@@ -15,7 +15,7 @@ from typing import Literal
 from safelight.data.atomic import atomic_write_bytes, sync_file, sync_folder
 from safelight.data.manifest import IMAGES_FOLDER, has_manifest, read_manifest
 from safelight.data.photo import Photo
-from safelight.data.sources.captions import FILE_NAME, Rejection
+from safelight.data.sources.caption import FILE_NAME, Rejection
 from safelight.data.sources.roots import SourceFile, name_roots, place_of, read_sources, split_label
 from safelight.text import counted, printable, storable
 from safelight.untrusted import UnsafeFile, read_bytes

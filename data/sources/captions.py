@@ -1,29 +1,21 @@
-"""Find a photo's captions: in a sidecar file, in a Hugging Face imagefolder table (metadata.jsonl), or in its name.
-
-Names are matched as the file systems of cameras, Windows and macOS write them: in any letter case, and with accents
-composed or decomposed.
-"""
+"""Find a photo's captions: in a sidecar file, in a Hugging Face imagefolder table (metadata.jsonl), or in its name."""
 
 from __future__ import annotations
 
-import codecs
 import os
 import posixpath
-import re
 import reprlib
-import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
-from safelight.data.photo import NO_CREDIT, USUAL_SETTINGS, Credit, PhotoSettings, Tag
+from safelight.data.sources.caption import FILE_NAME, Caption, Rejection, caption_of_name
+from safelight.data.sources.encodings import decode_text
+from safelight.data.sources.listing import NO_PICTURE, TABLE_NAMES, Listing, list_folder, stem_of, suffix_of
 from safelight.errors import UserError
 from safelight.text import collapse, printable, shortened, storable
 from safelight.untrusted import UnsafeFile, is_link_out, open_regular, parse_json
 
-SIDECAR_SUFFIXES = (".txt", ".caption")
-TABLE_NAMES = ("metadata.jsonl", "captions.jsonl")
 TEXT_KEYS = ("text", "caption")
 # text encoders read at most a few hundred words; a larger file beside a photo is something else, such as a log
 MAX_SIDECAR_BYTES = 2**20
@@ -32,79 +24,8 @@ MAX_TABLE_BYTES = 2**28
 MAX_TABLE_ROWS = 2_000_000
 # the captions of one photo, as in a sidecar
 MAX_ROW_CHARACTERS = 2**20
-# as file systems have it
-MAX_NAME_CHARACTERS = 255
-# names that differ in letter case or accents alone, to which a sidecar may belong
-MAX_ALIKE = 16
 # of each table; of further ones only the number is kept
 MAX_LISTED_ROWS = 1000
-WRITE_TABLE = 'write its captions as metadata.jsonl, one {"file_name": "IMG_1.jpg", "text": "a dog"} a line'
-# files that stand beside photographs and are none: what they are, and what to do if their captions are wanted
-_NO_PICTURES = {
-    (".csv", ".tsv"): f"a table in another form, which is not read; {WRITE_TABLE}",
-    (
-        ".json",
-    ): f"a JSON file (other programs keep captions or settings in such files), which is not read; {WRITE_TABLE}",
-    (".parquet", ".arrow"): f"a table in another form, which is not read; {WRITE_TABLE}",
-    (".jsonl", ".ndjson"): "a table of another name, which is not read; if it has captions, name it metadata.jsonl",
-    (".xmp",): "metadata of another program, which is not read; write its caption into a .txt file of the same name",
-    (".npz", ".npy", ".safetensors"): "arrays, such as another trainer's cache, not an image",
-    (".zip", ".tar", ".gz", ".7z", ".rar"): "an archive, which is not opened; unpack it",
-    (".mp4", ".mov", ".avi", ".mkv", ".webm"): "a video, not an image",
-    (".md", ".html", ".pdf", ".ini", ".db", ".log", ".aae"): "a document or another program's file, not an image",
-}
-_NO_PICTURE = {suffix: reason for suffixes, reason in _NO_PICTURES.items() for suffix in suffixes}
-
-
-@dataclass(frozen=True)
-class Caption:
-    """The captions of one photo, and what else its source says of it.
-
-    texts: one or more variants. source: where they were found, shown to the user. tags, settings, credit, captioner: as
-    in `Photo`.
-    """
-
-    texts: tuple[str, ...]
-    source: str
-    tags: tuple[Tag, ...] = ()
-    settings: PhotoSettings = USUAL_SETTINGS
-    credit: Credit = NO_CREDIT
-    captioner: str = ""
-
-
-# `Caption.source` of a caption that nobody wrote
-FILE_NAME = "file name"
-
-
-# names that cameras, phones and programs give to pictures, with their numbers
-_CAMERA_NAME = re.compile(
-    r"(img|dsc[nf]?|dscf|cimg|imag|mvi|pxl|gopr?|dji|sam|wp|p|screenshot|image|photo|picture|untitled)?[\d\s.()-]*",
-    re.IGNORECASE,
-)
-
-
-def is_camera_name(caption: str) -> bool:
-    """Return whether a caption is a camera's file name, such as IMG or DSC01234: the model would learn it as a word."""
-    return _CAMERA_NAME.fullmatch(caption) is not None
-
-
-@dataclass(frozen=True)
-class Rejection:
-    """Something that is not used. path: of a file or folder; for a row of a caption table, `table.jsonl:LINE`.
-
-    reason: why, shown to the user. kind: what it is; "other" is a file that cannot be a photo, such as a table. num:
-    how many it stands for.
-    """
-
-    path: str
-    reason: str
-    kind: Literal["photo", "duplicate", "other", "caption", "row"] = "photo"
-    num: int = 1
-
-
-def caption_of_name(stem: str) -> str:
-    """Return the caption that a file's stem gives: the part before its first `_`, hyphens kept."""
-    return collapse(stem.split("_", 1)[0])
 
 
 def _row(line: str) -> dict:
@@ -150,19 +71,6 @@ def _normal_name(name: str, folder: Path) -> str:
     return normal
 
 
-def _folded(name: str) -> str:
-    """Return a name as it is compared: in lower case, accents composed."""
-    return unicodedata.normalize("NFC", storable(name)).casefold()
-
-
-def _stem(name: str) -> str:
-    return os.path.splitext(name)[0]
-
-
-def _suffix(name: str) -> str:
-    return os.path.splitext(name)[1].lower()
-
-
 def _lines(text: str) -> Iterator[str]:
     """Yield the lines of a text, one at a time: a list of them may take 30 times the memory of the text.
 
@@ -174,145 +82,6 @@ def _lines(text: str) -> Iterator[str]:
         end = len(text) if end < 0 else end
         yield text[start:end]
         start = end + 1
-
-
-@dataclass
-class Listing:
-    """The names in one folder, sorted, hidden ones left out.
-
-    sidecars: of each picture, the one that is read first at the front. unclaimed: sidecars of no picture.
-    """
-
-    folders: list[str] = field(default_factory=list)
-    pictures: list[str] = field(default_factory=list)
-    tables: list[str] = field(default_factory=list)
-    others: list[str] = field(default_factory=list)
-    unclaimed: list[str] = field(default_factory=list)
-    sidecars: dict[str, list[str]] = field(default_factory=dict)
-    # pictures and folders by their folded names
-    by_folded: dict[str, list[str]] = field(default_factory=dict)
-
-    def find(self, name: str) -> str | None:
-        """Return the picture or folder of this name, in whatever form it is written; None if none or several fit."""
-        if len(name) > MAX_NAME_CHARACTERS and not name.isascii():
-            # bringing n accents on one letter into order takes time of order n^2
-            return None
-        names = self.by_folded.get(_folded(name), [])
-        composed = unicodedata.normalize("NFC", name)
-        exact = [other for other in names if unicodedata.normalize("NFC", storable(other)) == composed]
-        return (exact or names)[0] if len(exact or names) == 1 else None
-
-
-def list_folder(folder: Path) -> Listing:
-    """Return what a folder holds. Raises OSError if it cannot be read."""
-    listing, sidecars = Listing(), []
-    with os.scandir(folder) as entries:
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            name = entry.name
-            if name.startswith("."):
-                continue
-            if os.path.isdir(entry.path):
-                listing.folders.append(name)
-            elif _suffix(name) in SIDECAR_SUFFIXES:
-                sidecars.append(name)
-            elif name.lower() in TABLE_NAMES:
-                listing.tables.append(name)
-            elif _suffix(name) in _NO_PICTURE:
-                listing.others.append(name)
-            else:
-                listing.pictures.append(name)
-    for name in (*listing.folders, *listing.pictures):
-        listing.by_folded.setdefault(_folded(name), []).append(name)
-    _assign(sidecars, listing)
-    return listing
-
-
-def _assign(sidecars: list[str], listing: Listing) -> None:
-    """Give each sidecar to the pictures that it belongs to."""
-    # a sidecar names a picture with its suffix or without: IMG_1.jpg.txt, IMG_1.txt
-    owners: dict[str, list[tuple[str, bool]]] = {}
-    for picture in listing.pictures:
-        for name, is_whole in {picture: True, _stem(picture): False}.items():
-            for form in {name, _folded(name)}:
-                owners.setdefault(form, []).append((picture, is_whole))
-    ranked: dict[str, list[tuple]] = {}
-    for sidecar in sidecars:
-        base, suffix = _stem(sidecar), _suffix(sidecar)
-        # of img.jpg and IMG.jpg, img.txt belongs to the first alone
-        exact = [(picture, is_whole) for picture, is_whole in owners.get(base, []) if base in (picture, _stem(picture))]
-        alike = owners.get(_folded(base), [])
-        if not exact and not 0 < len(alike) <= MAX_ALIKE:
-            listing.unclaimed.append(sidecar)
-            continue
-        for picture, is_whole in exact or alike:
-            rank = (SIDECAR_SUFFIXES.index(suffix), not is_whole, not exact, not sidecar.endswith(suffix), sidecar)
-            ranked.setdefault(picture, []).append(rank)
-    listing.sidecars = {picture: [rank[-1] for rank in sorted(ranks)] for picture, ranks in ranked.items()}
-
-
-def _is_text(text: str) -> bool:
-    """Return whether every character is one that people write."""
-    # a set: tables have hundreds of millions of characters, of a few kinds
-    return all(char in "\t\n\r\f\v" or unicodedata.category(char) not in ("Cc", "Cn", "Co", "Cs") for char in set(text))
-
-
-def _utf16_without_mark(content: bytes, is_utf8: bool) -> str | None:
-    """Return the text of bytes that are UTF-16 beyond doubt, else None.
-
-    Spaces, line ends and Latin letters have a zero byte, always on the same side; letters of one other alphabet share
-    their high byte.
-    """
-    if len(content) % 2 or len(content) < 6:
-        return None
-    texts = []
-    for low, encoding in ((0, "utf-16-le"), (1, "utf-16-be")):
-        lows, highs = content[low::2], content[1 - low :: 2]
-        num_high_bytes, num_zeros = len(set(highs)), highs.count(0)
-        is_one_alphabet = num_high_bytes <= 1 + len(highs) // 4
-        is_one_sided = num_zeros > 0 and lows.count(0) == 0 and (not is_utf8 or num_zeros > len(highs) // 2)
-        if is_one_alphabet or is_one_sided:
-            try:
-                texts.append((num_high_bytes, content.decode(encoding)))
-            except UnicodeDecodeError:
-                continue
-    texts = [(num, text) for num, text in texts if _is_text(text)]
-    return min(texts)[1] if texts else None
-
-
-def decode_text(content: bytes) -> tuple[str, str]:
-    """Return (text, a note on its encoding or ""). Line ends are kept.
-
-    Reads UTF-8, and what other programs write: UTF-8 and UTF-16 with a byte order mark, UTF-16 without one, and
-    Windows-1252, which contains Latin-1. Never fails.
-    """
-    for mark, encoding, name in (
-        (codecs.BOM_UTF8, "utf-8-sig", "UTF-8"),
-        (codecs.BOM_UTF16_LE, "utf-16", "UTF-16"),
-        (codecs.BOM_UTF16_BE, "utf-16", "UTF-16"),
-    ):
-        if content.startswith(mark):
-            try:
-                return content.decode(encoding), ""
-            except UnicodeDecodeError as error:
-                note = f"is not {name} (byte {error.start}), although it starts like it; invalid bytes were replaced"
-                return content.decode(encoding, errors="replace"), note
-    try:
-        text, bad = content.decode("utf-8"), None
-    except UnicodeDecodeError as error:
-        text, bad = content.decode("utf-8", errors="replace"), error
-    if bad or not _is_text(text):
-        wide = _utf16_without_mark(content, is_utf8=bad is None)
-        if wide is not None:
-            return wide, "has no byte order mark; it was read as UTF-16: if letters are wrong, save it as UTF-8"
-    if not bad:
-        return text, ""
-    what = f"is not UTF-8 (byte {bad.start})"
-    # more letters beyond ASCII that are valid than not: UTF-8, damaged
-    if sum(char > "\x7f" and char != "\ufffd" for char in text) > text.count("\ufffd"):
-        return text, f"{what}; invalid bytes were replaced"
-    # errors: five bytes mean nothing in Windows-1252
-    text = content.decode("cp1252", errors="replace")
-    return text, f"{what}; it was read as Windows-1252 (Latin-1): if letters are wrong, save it as UTF-8"
 
 
 @dataclass
@@ -339,10 +108,10 @@ class CaptionReader:
         """List the captions of no photo and the tables of other forms in a folder that `listing` has read."""
         listing = self._listings[folder]
         for name in listing.unclaimed:
-            reason = f"a text that belongs to no photograph: no picture in its folder is named {_stem(name)}"
+            reason = f"a text that belongs to no photograph: no picture in its folder is named {stem_of(name)}"
             self._reject(folder / name, reason)
         for name in listing.others:
-            self._reject(folder / name, _NO_PICTURE[_suffix(name)], "other")
+            self._reject(folder / name, NO_PICTURE[suffix_of(name)], "other")
 
     def _reject(self, path: Path, reason: str, kind: str = "caption") -> None:
         self.rejections.append(Rejection(storable(str(path)), storable(reason), kind))
@@ -358,7 +127,7 @@ class CaptionReader:
             sidecar = photo.with_name(name)
             text = self._text(sidecar, MAX_SIDECAR_BYTES)
             if text is not None and collapse(text):
-                return Caption((collapse(text),), f"sidecar {_suffix(name)}")
+                return Caption((collapse(text),), f"sidecar {suffix_of(name)}")
             if text is not None:
                 self.warnings.append(f"{printable(sidecar)} is empty and was ignored")
         for folder, table in self._tables_for(photo.parent):

@@ -18,7 +18,9 @@ from safelight.data.atomic import atomic_write_text
 from safelight.data.images import RejectedImage, read_file
 from safelight.data.manifest import IMAGES_FOLDER, MANIFEST_NAME
 from safelight.data.photo import Photo
-from safelight.data.sources.captions import CaptionReader, Listing, Rejection
+from safelight.data.sources.caption import Rejection
+from safelight.data.sources.captions import CaptionReader
+from safelight.data.sources.listing import Listing
 from safelight.errors import UserError
 from safelight.text import storable
 from safelight.untrusted import UnsafeFile, read_json_object

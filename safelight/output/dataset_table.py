@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 from safelight.data.prepare.ingest import NOTES_NAME, REJECTED_NAME, IngestSummary
-from safelight.data.sources.captions import FILE_NAME, is_camera_name
+from safelight.data.sources.caption import FILE_NAME, is_camera_name
 from safelight.output.columns import hanging
 from safelight.output.show import print_line
 from safelight.text import counted, printable, shortened

@@ -7,7 +7,10 @@ import time
 
 import pytest
 
-from safelight.data.sources.captions import CaptionReader, caption_of_name, decode_text, list_folder
+from safelight.data.sources.caption import caption_of_name
+from safelight.data.sources.captions import CaptionReader
+from safelight.data.sources.encodings import decode_text
+from safelight.data.sources.listing import list_folder
 
 
 def rows(path, *lines):

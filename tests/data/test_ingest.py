@@ -12,7 +12,7 @@ from PIL import Image
 from safelight.data.images import decode
 from safelight.data.manifest import read_manifest
 from safelight.data.prepare.ingest import NOTES_NAME, ingest
-from safelight.data.sources.captions import is_camera_name
+from safelight.data.sources.caption import is_camera_name
 from safelight.errors import UserError
 
 

@@ -15,7 +15,9 @@ import pytest
 
 from safelight.data.photo import FINGERPRINT_BYTES
 from safelight.data.prepare.near_copies import find_near_copies, merge_groups
-from safelight.data.sources.captions import CaptionReader, decode_text, list_folder
+from safelight.data.sources.captions import CaptionReader
+from safelight.data.sources.encodings import decode_text
+from safelight.data.sources.listing import list_folder
 from safelight.data.sources.roots import SourceFile, name_roots, read_sources
 from safelight.errors import UserError
 from safelight.text import collapse, storable

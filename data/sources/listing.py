@@ -1,0 +1,126 @@
+"""What a folder holds: pictures, the texts that belong to each, tables, and files that are neither.
+
+Names are matched as the file systems of cameras, Windows and macOS write them: in any letter case, and with accents
+composed or decomposed.
+"""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safelight.text import storable
+
+SIDECAR_SUFFIXES = (".txt", ".caption")
+TABLE_NAMES = ("metadata.jsonl", "captions.jsonl")
+# as file systems have it
+MAX_NAME_CHARACTERS = 255
+# names that differ in letter case or accents alone, to which a sidecar may belong
+MAX_ALIKE = 16
+WRITE_TABLE = 'write its captions as metadata.jsonl, one {"file_name": "IMG_1.jpg", "text": "a dog"} a line'
+# files that stand beside photographs and are none: what they are, and what to do if their captions are wanted
+_NO_PICTURES = {
+    (".csv", ".tsv"): f"a table in another form, which is not read; {WRITE_TABLE}",
+    (
+        ".json",
+    ): f"a JSON file (other programs keep captions or settings in such files), which is not read; {WRITE_TABLE}",
+    (".parquet", ".arrow"): f"a table in another form, which is not read; {WRITE_TABLE}",
+    (".jsonl", ".ndjson"): "a table of another name, which is not read; if it has captions, name it metadata.jsonl",
+    (".xmp",): "metadata of another program, which is not read; write its caption into a .txt file of the same name",
+    (".npz", ".npy", ".safetensors"): "arrays, such as another trainer's cache, not an image",
+    (".zip", ".tar", ".gz", ".7z", ".rar"): "an archive, which is not opened; unpack it",
+    (".mp4", ".mov", ".avi", ".mkv", ".webm"): "a video, not an image",
+    (".md", ".html", ".pdf", ".ini", ".db", ".log", ".aae"): "a document or another program's file, not an image",
+}
+NO_PICTURE = {suffix: reason for suffixes, reason in _NO_PICTURES.items() for suffix in suffixes}
+
+
+def folded(name: str) -> str:
+    """Return a name as it is compared: in lower case, accents composed."""
+    return unicodedata.normalize("NFC", storable(name)).casefold()
+
+
+def stem_of(name: str) -> str:
+    return os.path.splitext(name)[0]
+
+
+def suffix_of(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+@dataclass
+class Listing:
+    """The names in one folder, sorted, hidden ones left out.
+
+    sidecars: of each picture, the one that is read first at the front. unclaimed: sidecars of no picture.
+    """
+
+    folders: list[str] = field(default_factory=list)
+    pictures: list[str] = field(default_factory=list)
+    tables: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+    unclaimed: list[str] = field(default_factory=list)
+    sidecars: dict[str, list[str]] = field(default_factory=dict)
+    # pictures and folders by their folded names
+    by_folded: dict[str, list[str]] = field(default_factory=dict)
+
+    def find(self, name: str) -> str | None:
+        """Return the picture or folder of this name, in whatever form it is written; None if none or several fit."""
+        if len(name) > MAX_NAME_CHARACTERS and not name.isascii():
+            # bringing n accents on one letter into order takes time of order n^2
+            return None
+        names = self.by_folded.get(folded(name), [])
+        composed = unicodedata.normalize("NFC", name)
+        exact = [other for other in names if unicodedata.normalize("NFC", storable(other)) == composed]
+        return (exact or names)[0] if len(exact or names) == 1 else None
+
+
+def list_folder(folder: Path) -> Listing:
+    """Return what a folder holds. Raises OSError if it cannot be read."""
+    listing, sidecars = Listing(), []
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            name = entry.name
+            if name.startswith("."):
+                continue
+            if os.path.isdir(entry.path):
+                listing.folders.append(name)
+            elif suffix_of(name) in SIDECAR_SUFFIXES:
+                sidecars.append(name)
+            elif name.lower() in TABLE_NAMES:
+                listing.tables.append(name)
+            elif suffix_of(name) in NO_PICTURE:
+                listing.others.append(name)
+            else:
+                listing.pictures.append(name)
+    for name in (*listing.folders, *listing.pictures):
+        listing.by_folded.setdefault(folded(name), []).append(name)
+    _assign(sidecars, listing)
+    return listing
+
+
+def _assign(sidecars: list[str], listing: Listing) -> None:
+    """Give each sidecar to the pictures that it belongs to."""
+    # a sidecar names a picture with its suffix or without: IMG_1.jpg.txt, IMG_1.txt
+    owners: dict[str, list[tuple[str, bool]]] = {}
+    for picture in listing.pictures:
+        for name, is_whole in {picture: True, stem_of(picture): False}.items():
+            for form in {name, folded(name)}:
+                owners.setdefault(form, []).append((picture, is_whole))
+    ranked: dict[str, list[tuple]] = {}
+    for sidecar in sidecars:
+        base, suffix = stem_of(sidecar), suffix_of(sidecar)
+        # of img.jpg and IMG.jpg, img.txt belongs to the first alone
+        exact = [
+            (picture, is_whole) for picture, is_whole in owners.get(base, []) if base in (picture, stem_of(picture))
+        ]
+        alike = owners.get(folded(base), [])
+        if not exact and not 0 < len(alike) <= MAX_ALIKE:
+            listing.unclaimed.append(sidecar)
+            continue
+        for picture, is_whole in exact or alike:
+            rank = (SIDECAR_SUFFIXES.index(suffix), not is_whole, not exact, not sidecar.endswith(suffix), sidecar)
+            ranked.setdefault(picture, []).append(rank)
+    listing.sidecars = {picture: [rank[-1] for rank in sorted(ranks)] for picture, ranks in ranked.items()}

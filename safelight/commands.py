@@ -81,6 +81,7 @@ def prepare(argv: list[str]) -> int:
             arguments.image_format,
             arguments.prune,
             lambda done, total: terminal.update("photos", done, total),
+            arguments.alpha,
         )
     if arguments.json:
         print_json(
@@ -90,6 +91,8 @@ def prepare(argv: list[str]) -> int:
                 "copied": summary.num_copied,
                 "shrunk": summary.num_shrunk,
                 "duplicates": summary.num_duplicates,
+                "transparent": summary.num_transparent,
+                "masks": sum(bool(photo.mask) for photo in summary.photos),
                 "sources": [{"folder": folder, "photos": num} for folder, num in summary.num_of_source.items()],
                 "near_copies": [[photo.source for photo in group] for group in summary.near_copies],
                 "rejected": [{"path": r.path, "reason": r.reason, "kind": r.kind} for r in summary.rejected],
@@ -97,7 +100,7 @@ def prepare(argv: list[str]) -> int:
             }
         )
         return 0
-    print_dataset(summary, arguments.out, terminal)
+    print_dataset(summary, arguments.out, terminal, arguments.alpha)
     return 0
 
 

@@ -111,7 +111,7 @@ def find_files(sources: list[Path], dataset: Path) -> tuple[list[SourceFile], li
         root = source if source.is_dir() else source.parent
         reader = CaptionReader(root)
         readers.append(reader)
-        paths = _walk(source, dataset, reader) if source.is_dir() else [source]
+        paths = _walk(source, dataset, reader) if source.is_dir() else [] if reader.is_mask(source) else [source]
         files += [SourceFile(path, root, storable(path.relative_to(root).as_posix()), reader) for path in paths]
     return files, readers
 

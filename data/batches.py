@@ -56,6 +56,8 @@ class Batch(TensorRecord):
     """A micro-batch's rows, float32, on the CPU or copied to a device. logvar_BCHW: None for a VAE without posterior.
 
     conditioning: the UNet's conditioning inputs, in the record type of the model family; see trainer/families.
+    mask_B1HW: what the error of each latent pixel is multiplied by, None if no sample of the run has a mask. scales_B:
+    what the loss of each sample is multiplied by, None if that is 1 for all samples of the run.
     """
 
     mean_BCHW: Tensor
@@ -64,6 +66,8 @@ class Batch(TensorRecord):
     sample_ids: tuple[int, ...]
     occurrences: tuple[int, ...]
     bucket: Bucket
+    mask_B1HW: Tensor | None = None
+    scales_B: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -71,13 +75,18 @@ class RowSource:
     """Where the rows of batches come from.
 
     empty_key: key of the empty caption's row, see samples.empty_text_key. condition: turns float32 text rows, stacked
-    along a first dimension, into the conditioning of a batch.
+    along a first dimension, into the conditioning of a batch. has_masks, has_scales: whether batches have masks and
+    loss scales. All batches of a run do or none, so that its steps are the same operations. mask_weight: the weight of
+    what a mask leaves out.
     """
 
     cache: Cache
     samples: Sequence[Sample]
     empty_key: str
     condition: Callable[[Tensor], TensorRecord]
+    has_masks: bool = False
+    has_scales: bool = False
+    mask_weight: float = 0.0
 
 
 class Transport(Protocol):
@@ -181,7 +190,19 @@ def load_batch(rows: RowSource, micro_batch: MicroBatch) -> Batch:
         tuple(ref.sample_id for ref in micro_batch.refs),
         tuple(ref.occurrence for ref in micro_batch.refs),
         micro_batch.bucket,
+        _masks(rows, chosen, latents.shape[2:]) if rows.has_masks else None,
+        torch.tensor([sample.photo.settings.loss_scale for sample, _ in chosen]) if rows.has_scales else None,
     )
+
+
+def _masks(rows: RowSource, chosen: list[tuple[Sample, SampleRef]], size_hw: Sequence[int]) -> Tensor:
+    """Return the weights of a batch's latent pixels, (B, 1, H, W): 1 inside a mask, rows.mask_weight outside."""
+    masks_B1HW = torch.ones(len(chosen), 1, *size_hw)
+    keys = {i: sample.mask_keys[ref.variant] for i, (sample, ref) in enumerate(chosen) if sample.mask_keys}
+    if keys:
+        inside = torch.from_numpy(rows.cache.read(list(keys.values())).astype(np.float32))
+        masks_B1HW[list(keys)] = inside + (1 - inside) * rows.mask_weight
+    return masks_B1HW
 
 
 def iterate(

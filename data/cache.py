@@ -90,18 +90,17 @@ class _Job:
     bucket: Bucket
 
 
-def read_photo(dataset: Path, photo: Photo) -> bytes:
-    """Return the bytes of a photo's file.
+def read_stored(path: Path, sha256: str) -> bytes:
+    """Return the bytes of a dataset's file. sha256: its hash when it was prepared.
 
     Raises UserError if it cannot be read, is no regular file, is larger than any that is prepared, or changed since.
     The caller has checked that no link leads out of the dataset.
     """
-    path = Path(dataset) / photo.file
     try:
         content = read_bytes(path, MAX_FILE_BYTES)
     except (OSError, UnsafeFile) as error:
         raise _unreadable(path, error) from error
-    if hashlib.sha256(content).hexdigest() != photo.sha256:
+    if hashlib.sha256(content).hexdigest() != sha256:
         raise UserError(f"{path} changed since it was prepared; run `safelight prepare` again")
     return content
 
@@ -111,25 +110,24 @@ def _unreadable(path: Path, error: OSError | UnsafeFile) -> UserError:
     return UserError(f"{what}; run `safelight prepare` again to make it anew")
 
 
-def _check_photos(cache: Cache, dataset: Path, samples: Sequence[Sample]) -> None:
-    """Raise ValueError if a photo's file is missing or changed since it was prepared, even if its rows are cached.
+def check_files(cache: Cache, dataset: Path, files: dict[str, str]) -> None:
+    """Raise UserError if a file is missing or changed since it was prepared, even if its rows are cached.
 
-    A file whose size and modification time are those of the last check counts as unchanged, so starting a run costs
-    one stat per photo instead of reading them all.
+    files: path inside the dataset -> SHA-256. A file whose size and modification time are those of the last check
+    counts as unchanged, so starting a run costs one stat per file instead of reading them all.
     """
-    photos = dict.fromkeys(sample.photo for sample in samples)
-    seen = cache.seen_photos([photo.file for photo in photos])
+    seen = cache.seen_photos(list(files))
     fresh = {}
-    for photo in photos:
-        path = Path(dataset) / photo.file
+    for file, sha256 in files.items():
+        path = Path(dataset) / file
         try:
             status = os.stat(path)
         except OSError as error:
             raise _unreadable(path, error) from error
-        now = (photo.sha256, status.st_size, status.st_mtime_ns)
-        if seen.get(photo.file) != now or not stat.S_ISREG(status.st_mode):
-            read_photo(dataset, photo)
-            fresh[photo.file] = now
+        now = (sha256, status.st_size, status.st_mtime_ns)
+        if seen.get(file) != now or not stat.S_ISREG(status.st_mode):
+            read_stored(path, sha256)
+            fresh[file] = now
     if fresh:
         cache.note_photos(fresh)
 
@@ -174,12 +172,12 @@ def _batches_by_bucket(jobs: Sequence[_Job], batch_size: int) -> list[list[_Job]
 
 
 def decode_photo(dataset: Path, photo: Photo, stop: threading.Event | None = None) -> Image.Image:
-    """Return a photo of a dataset, RGB. Raises UserError as `read_photo`, and if it differs from its manifest entry.
+    """Return a photo of a dataset, RGB. Raises UserError as `read_stored`, and if it differs from its manifest entry.
 
     stop: see `images.decode`, which bounds the memory that all threads take together.
     """
     path = Path(dataset) / photo.file
-    content = read_photo(dataset, photo)
+    content = read_stored(path, photo.sha256)
     try:
         image = decode(content, stop=stop).image
     except RejectedImage as error:
@@ -246,7 +244,7 @@ def fill_latents(
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size} is below 1; use 4")
     dataset = Path(dataset)
-    _check_photos(cache, dataset, samples)
+    check_files(cache, dataset, {sample.photo.file: sample.photo.sha256 for sample in samples})
     jobs = _missing_jobs(cache, samples, encoder)
     if jobs:
         cache.claim()

@@ -85,6 +85,9 @@ _FIXED_BYTES = 2**24
 # pictures that take more are worth the milliseconds that returning their memory to the system takes
 TRIM_BYTES = 2**27
 _one_large_file = threading.Lock()
+# a colour, red, green and blue from 0 to 255, that transparency is composited over
+Backdrop = tuple[int, int, int]
+WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,8 @@ class Decoded:
 
     is_copyable: the file needs no change, so its bytes can be stored as they are. is_shrunk: it was over the limit.
     full_size: upright (width, height) in px before shrinking. content_sha256: hash of the decoded pixels before
-    shrinking, equal for equal pictures. warning: may be empty.
+    shrinking, equal for equal pictures. warning: may be empty. alpha: 8-bit grey, of the image's size, None if all of
+    the file's picture is opaque.
     """
 
     image: Image.Image
@@ -103,6 +107,7 @@ class Decoded:
     full_size: tuple[int, int]
     content_sha256: str
     warning: str = ""
+    alpha: Image.Image | None = None
 
 
 def shrunk_size(width: int, height: int, max_megapixels: float | None) -> tuple[int, int]:
@@ -226,15 +231,14 @@ def _in_strips(image: Image.Image, mode: str, convert: Callable[[Image.Image], I
     return converted
 
 
-def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Return a 16-bit, 32-bit or float image as 8-bit grey, scaled by its bit depth, or by its range if it has none.
+def _grey_of_16_bits() -> np.ndarray:
+    return np.rint(np.arange(2**16) * (255.0 / 65535.0)).astype(np.uint8)
 
-    The transparent value of a 16-bit PNG becomes white.
-    """
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """Return a 16-bit, 32-bit or float image as 8-bit grey, scaled by its bit depth, or by its range if it has none."""
     if image.mode.startswith("I;16"):
-        grey_of = np.rint(np.arange(2**16) * (255.0 / 65535.0)).astype(np.uint8)
-        if isinstance(image.info.get("transparency"), int):
-            grey_of[image.info["transparency"]] = 255
+        grey_of = _grey_of_16_bits()
         return _in_strips(image, "L", lambda strip: Image.fromarray(grey_of[np.asarray(strip)]))
     peak = 0.0
     for box in _strips(image):
@@ -253,22 +257,51 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
     return _in_strips(image, "L", scaled)
 
 
-def _over_white(image: Image.Image) -> Image.Image:
-    layer = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+def _layers(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
+    """Return what converts a strip of the image to RGBA, None if the image cannot be transparent."""
+    transparent = image.info.get("transparency")
+    if image.mode.startswith("I;16") and isinstance(transparent, int):
+        grey_of = _grey_of_16_bits()
 
+        def layer(strip: Image.Image) -> Image.Image:
+            values = np.asarray(strip)
+            alpha = np.where(values == transparent, 0, 255).astype(np.uint8)
+            return Image.merge("LA", [Image.fromarray(grey_of[values]), Image.fromarray(alpha)]).convert("RGBA")
 
-def _flatten(image: Image.Image) -> Image.Image:
-    """Return the image as L or RGB, transparency composited over white. CMYK and LAB are returned unchanged."""
+        return layer
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return _to_8_bit(image)
-    mode = "L" if image.mode in _GREY_MODES else "RGB"
-    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
-        return _in_strips(image, mode, lambda strip: _over_white(strip).convert(mode))
-    return image if image.mode in ("L", "RGB", "CMYK", "LAB") else image.convert(mode)
+        return None
+    if transparent is not None or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+        return lambda strip: strip.convert("RGBA")
+    return None
 
 
-def _decode(content: bytes, max_megapixels: float | None, stop: threading.Event | None) -> Decoded:
+def _flatten(image: Image.Image, backdrop: Backdrop) -> tuple[Image.Image, Image.Image | None]:
+    """Return (the image as L or RGB, transparency composited over the backdrop; its alpha, None if all is opaque).
+
+    CMYK and LAB are returned unchanged.
+    """
+    layer_of = _layers(image)
+    if layer_of is None:
+        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+            return _to_8_bit(image), None
+        mode = "L" if image.mode in _GREY_MODES else "RGB"
+        return image if image.mode in ("L", "RGB", "CMYK", "LAB") else image.convert(mode), None
+    is_grey = image.mode in _GREY_MODES or image.mode.startswith("I;16")
+    mode = "L" if is_grey and len(set(backdrop)) == 1 else "RGB"
+    flat, alpha, is_opaque = Image.new(mode, image.size), Image.new("L", image.size), True
+    for box in _strips(image):
+        layer = layer_of(image.crop(box))
+        opacity = layer.getchannel("A")
+        is_opaque = is_opaque and opacity.getextrema() == (255, 255)
+        flat.paste(Image.alpha_composite(Image.new("RGBA", layer.size, backdrop), layer).convert(mode), box)
+        alpha.paste(opacity, box)
+    return flat, None if is_opaque else alpha
+
+
+def _decode(
+    content: bytes, max_megapixels: float | None, stop: threading.Event | None, backdrop: Backdrop = WHITE
+) -> Decoded:
     checked = check(content, has_heif=_has_heif())
     opened = _open(checked)
     width, height = opened.size
@@ -287,16 +320,18 @@ def _decode(content: bytes, max_megapixels: float | None, stop: threading.Event 
         file_format, info, orientation = opened.format or "", dict(opened.info), _orientation(opened)
         is_plain = opened.mode == "RGB" and "transparency" not in info
         is_animated = checked.is_animated or (file_format == "WEBP" and getattr(opened, "is_animated", False))
-        image = _flatten(opened)
+        image, alpha = _flatten(opened, backdrop)
         # frees the decoded pixels if flattening copied them
         del opened
         end_if_set(stop)
         if orientation in _TRANSPOSE:
             image = image.transpose(_TRANSPOSE[orientation])
+            alpha = alpha and alpha.transpose(_TRANSPOSE[orientation])
         digest = _digest(image)
         end_if_set(stop)
         if is_shrunk:
             image = image.resize(shrunk_size(*image.size, max_megapixels), Image.Resampling.LANCZOS)
+            alpha = alpha and alpha.resize(image.size, Image.Resampling.BOX)
         image, is_converted, warning = to_srgb(image, info)
         if num_bytes > TRIM_BYTES:
             _return_freed_memory()
@@ -315,7 +350,8 @@ def _decode(content: bytes, max_megapixels: float | None, stop: threading.Event 
     # the image may have been read at a fraction of its size
     full_size = (height, width) if orientation in (5, 6, 7, 8) else (width, height)
     notes = dict.fromkeys([*checked.notes, *([warning] if warning else [])])
-    return Decoded(image, file_format, is_copyable, is_shrunk, full_size, digest, printable("; ".join(notes)))
+    warning = printable("; ".join(notes))
+    return Decoded(image, file_format, is_copyable, is_shrunk, full_size, digest, warning, alpha)
 
 
 def _return_freed_memory() -> None:
@@ -342,8 +378,9 @@ def decode_bytes(opened: Image.Image, full_size: tuple[int, int], checked: Check
     is_grey = opened.mode in _GREY_MODES or opened.mode in ("I", "F") or opened.mode.startswith("I;16")
     is_flat = opened.mode in ("L", "RGB", "CMYK", "LAB") and "transparency" not in opened.info
     stored, flat = _STORED_BYTES.get(opened.mode, 4), 1 if is_grey else 4
-    # the decoded image, a flattened copy, and an upright one or, of an image that is not shrunk, one in sRGB
-    per_pixel = stored + (0 if is_flat else flat) + (flat if is_shrunk else 4)
+    # the decoded image, a flattened copy and its alpha, and an upright one or, of an image that is not shrunk, one in
+    # sRGB
+    per_pixel = stored + (0 if is_flat else flat + 1) + (flat if is_shrunk else 4)
     per_pixel += _DECODER_BYTES.get(opened.format or "", 0)
     num_bytes = opened.width * opened.height * per_pixel
     if checked.is_progressive:
@@ -396,19 +433,42 @@ def decode(content: bytes, max_megapixels: float | None = None, stop: threading.
         return _decode(content, max_megapixels, stop)
 
 
+def decode_mask(content: bytes, stop: threading.Event | None = None) -> Image.Image:
+    """Return the first frame of an image file as an upright 8-bit grey mask: its luma, black where it is transparent.
+
+    The values are those of the file: no colour profile is applied. content, stop: as for `decode`. Raises RejectedImage
+    with the reason.
+    """
+    with _rejecting():
+        checked = check(content, has_heif=_has_heif())
+        opened = _open(checked)
+        num_bytes = decode_bytes(opened, opened.size, checked, is_shrunk=False)
+        _refuse_if_memory_is_short(num_bytes, opened.size)
+        with decode_budget().reserved(num_bytes, stop):
+            opened.load()
+            end_if_set(stop)
+            mask = _flatten(opened, BLACK)[0].convert("L")
+            orientation = _orientation(opened)
+            return mask.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else mask
+
+
 def decode_file(
-    path: Path, max_megapixels: float | None = None, stop: threading.Event | None = None
+    path: Path,
+    max_megapixels: float | None = None,
+    stop: threading.Event | None = None,
+    backdrop: Backdrop = WHITE,
 ) -> tuple[bytes, Decoded]:
     """Return (the bytes of an image file, the decoded image), as `read_file` and `decode` do.
 
-    Large files are read and decoded one at a time, since their bytes count as well.
+    Large files are read and decoded one at a time, since their bytes count as well. backdrop: what transparency is
+    composited over.
     """
     with _rejecting():
         is_large = os.stat(path).st_size > LARGE_FILE_BYTES
         with _one_large_file if is_large else nullcontext():
             end_if_set(stop)
             content = read_file(path)
-            return content, _decode(content, max_megapixels, stop)
+            return content, _decode(content, max_megapixels, stop, backdrop)
 
 
 def _opened(path: Path) -> BinaryIO:

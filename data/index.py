@@ -29,7 +29,7 @@ from safelight.untrusted import UnsafeFile, open_regular
 
 INDEX_NAME = "index.sqlite"
 FORMAT = 1
-KINDS = ("posterior", "latent", "text")
+KINDS = ("posterior", "latent", "text", "mask")
 DTYPES = ("float16", "float32")
 MAX_SHARD_BYTES = 256 * 2**20
 # 25 TB of rows

@@ -18,6 +18,7 @@ from safelight.untrusted import open_regular, parse_json, path_in
 
 MANIFEST_NAME = "manifest.jsonl"
 IMAGES_FOLDER = "images"
+MASKS_FOLDER = "masks"
 # about two million photos
 MAX_MANIFEST_BYTES = 2**30
 # captions of one photo; a text file beside a photo is read up to 2^20 bytes

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -21,6 +21,8 @@ from safelight.text import collapse
 
 # part of every latent key; raise it when a change makes crop_pixels return different pixels
 PIXELS_VERSION = 1
+# the same of every mask key and mask_row
+MASK_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Sample:
     """A photo with the keys of its cached rows.
 
     crops, latent_keys: one per variant, the canonical crop first. captions, text_keys: one per caption variant; the
-    captions are the encoded texts, prefix and suffix included.
+    captions are the encoded texts, prefix and suffix included. mask_keys: one per variant, none if the photo has no
+    mask or masks have no effect.
     """
 
     photo: Photo
@@ -45,6 +48,7 @@ class Sample:
     text_keys: tuple[str, ...]
     crops: tuple[Crop, ...]
     captions: tuple[str, ...]
+    mask_keys: tuple[str, ...] = ()
 
     @property
     def sample_id(self) -> int:
@@ -62,6 +66,12 @@ def latent_key(photo: Photo, crop: Crop, bucket: Bucket, vae_fingerprint: str, d
     """Return the key of a latent row, 64 hex digits."""
     size = f"{bucket.width}x{bucket.height}"
     return _key("latent", PIXELS_VERSION, photo.sha256, crop.box, crop.is_flipped, size, vae_fingerprint, dtype)
+
+
+def mask_key(photo: Photo, crop: Crop, bucket: Bucket, factor: int, dtype: str) -> str:
+    """Return the key of a mask's row, 64 hex digits. factor: pixels per latent, along each side."""
+    size = f"{bucket.width}x{bucket.height}"
+    return _key("mask", MASK_VERSION, photo.mask_sha256, crop.box, crop.is_flipped, size, factor, dtype)
 
 
 def text_key(caption: str, text_fingerprint: str, dtype: str) -> str:
@@ -132,6 +142,16 @@ def plan_samples(
         text_keys = tuple(text_key(caption, text_fingerprint, dtype) for caption in captions)
         samples.append(Sample(photo, bucket, latent_keys, text_keys, crops, captions))
     return samples
+
+
+def with_masks(samples: Iterable[Sample], factor: int, dtype: str) -> list[Sample]:
+    """Return the samples, those whose photo has a mask with the keys of its rows. factor: pixels per latent."""
+    return [
+        replace(s, mask_keys=tuple(mask_key(s.photo, crop, s.bucket, factor, dtype) for crop in s.crops))
+        if s.photo.mask
+        else s
+        for s in samples
+    ]
 
 
 def sample_captions(samples: Iterable[Sample]) -> list[str]:

@@ -129,10 +129,10 @@ class Cache:
     def append(self, kind: str, keys: Sequence[str], array: np.ndarray) -> int:
         """Store array[i] under keys[i], leaving existing rows unchanged, and return how many rows were added.
 
-        kind: "posterior" (mean and logvar stacked), "latent" (mean alone) or "text". array: (N, ...) floats of up to 4
-        dimensions beside N, converted to the cache's dtype. If the process is killed meanwhile, either all rows are
-        added or none. Raises ValueError for an unknown kind, different lengths, an empty row shape, rows larger than a
-        shard, and values that are not finite in the stored dtype.
+        kind: "posterior" (mean and logvar stacked), "latent" (mean alone), "text" or "mask". array: (N, ...) floats of
+        up to 4 dimensions beside N, converted to the cache's dtype. If the process is killed meanwhile, either all rows
+        are added or none. Raises ValueError for an unknown kind, different lengths, an empty row shape, rows larger
+        than a shard, and values that are not finite in the stored dtype.
         """
         if kind not in KINDS:
             raise ValueError(f"cache kind {kind!r} is not known; use one of {', '.join(KINDS)}")

@@ -87,6 +87,7 @@ def prepare(argv: list[str]) -> int:
             arguments.prune,
             lambda done, total: terminal.update("photos", done, total),
             partial(unsplash.fetch, request, prune=arguments.prune, progress=show) if request else None,
+            arguments.alpha,
         )
     if arguments.json:
         print_json(
@@ -96,6 +97,8 @@ def prepare(argv: list[str]) -> int:
                 "copied": summary.num_copied,
                 "shrunk": summary.num_shrunk,
                 "duplicates": summary.num_duplicates,
+                "transparent": summary.num_transparent,
+                "masks": sum(bool(photo.mask) for photo in summary.photos),
                 "sources": [{"folder": folder, "photos": num} for folder, num in summary.num_of_source.items()],
                 "near_copies": [[photo.source for photo in group] for group in summary.near_copies],
                 "rejected": [{"path": r.path, "reason": r.reason, "kind": r.kind} for r in summary.rejected],
@@ -103,7 +106,7 @@ def prepare(argv: list[str]) -> int:
             }
         )
         return 0
-    print_dataset(summary, arguments.out, terminal)
+    print_dataset(summary, arguments.out, terminal, arguments.alpha)
     return 0
 
 
@@ -118,6 +121,8 @@ def _sources(arguments):
     if given and not tables:
         raise UserError(f"--{next(iter(given))} is for an Unsplash table; give one as {PREFIX}photos.tsv000")
     return folders, Request(tuple(dict.fromkeys(tables)), **given) if tables else None
+
+
 def caption(argv: list[str]) -> int:
     from safelight.options.arguments import Caption, parse
 

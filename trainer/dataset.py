@@ -21,6 +21,8 @@ from safelight.data.cache import (
     text_key,
 )
 from safelight.data.manifest import read_manifest, split_validation
+from safelight.data.masks import fill_masks
+from safelight.data.samples import with_masks
 from safelight.data.shards import Cache
 from safelight.errors import UserError
 from safelight.trainer.config.schema import MAX_CHUNKS, Config
@@ -52,7 +54,7 @@ class Dataset:
     variance. latent_factor: pixels per latent. num_encoded: rows encoded on opening, of which num_damaged replaced
     damaged ones. cuts: prompt -> the end of what the text encoder reads of it, for prompts that are longer.
     cut_notes: lines that name what is cut. sampled: (places, cache keys, key of the negative prompt) of the
-    prompts that the run samples, grouped by the length of their embeddings.
+    prompts that the run samples, grouped by the length of their embeddings. mask_weight: loss.mask_weight.
     """
 
     path: Path
@@ -69,6 +71,7 @@ class Dataset:
     cuts: dict[str, str] = field(default_factory=dict)
     cut_notes: list[str] = field(default_factory=list)
     sampled: list[tuple[tuple[int, ...], list[str], str]] = field(default_factory=list)
+    mask_weight: float = 0.0
 
     @property
     def samples(self) -> list[Sample]:
@@ -76,7 +79,15 @@ class Dataset:
 
     def rows(self, samples: Sequence[Sample]) -> RowSource:
         """Return the source of some samples' cached rows."""
-        return RowSource(self.cache, samples, self.empty_key, self.family.conditioning)
+        return RowSource(
+            self.cache,
+            samples,
+            self.empty_key,
+            self.family.conditioning,
+            has_masks=any(sample.mask_keys for sample in samples),
+            has_scales=any(sample.photo.settings.loss_scale != 1 for sample in samples),
+            mask_weight=self.mask_weight,
+        )
 
     def prompt_groups(self) -> list[PromptGroup]:
         """Return the conditioning of the prompts that the run samples."""
@@ -138,6 +149,8 @@ def open_dataset(
         "suffix": config.data.caption_suffix,
     }
     train = plan_samples(train_photos, buckets, variants=config.data.variants, **common)
+    if config.loss.mask_weight != 1:
+        train = with_masks(train, codec.factor, config.data.cache_dtype)
     validation = plan_samples(validation_photos, buckets, variants=1, **common)
     cache = Cache(path / "cache", config.data.cache_dtype)
     dataset = Dataset(
@@ -150,6 +163,7 @@ def open_dataset(
         codec.scaling_factor,
         codec.factor,
         base.family,
+        mask_weight=config.loss.mask_weight,
     )
     try:
         if check is not None:
@@ -200,6 +214,7 @@ def _fill(
             keys.append(text_key(text, reader.fingerprint, cache.dtype))
         dataset.sampled.append((tuple(places), keys[:-1], keys[-1]))
     dataset.num_encoded += fill_latents(cache, dataset.path, samples, codec, batch_size, report("latents"))
+    dataset.num_encoded += fill_masks(cache, dataset.path, dataset.train, codec.factor, report("masks"))
     dataset.num_damaged = cache.num_dropped
     cache.release()
 

@@ -189,15 +189,16 @@ def _check_same_data(run: ResolvedRun, dataset: Dataset) -> None:
     """Raise UserError if the dataset has changed since the checkpoint to resume from was saved."""
     if read_identity(run.run_dir, run.resume_step)[0].data != run.identity(dataset.train).data:
         raise UserError(
-            f"{run.checkpoint} was trained on other photographs, captions or crops than {run.user_config.data.path} "
-            f"has now{_changes(run, dataset)}; start a new run with --run.dir"
+            f"{run.checkpoint} was trained on other photographs, captions, crops, masks or loss scales than "
+            f"{run.user_config.data.path} has now{_changes(run, dataset)}; start a new run with --run.dir"
         )
 
 
 def _changes(run: ResolvedRun, dataset: Dataset) -> str:
-    """Return how many photographs were added, removed or got other captions, as ": 2 added (...)"; '' if unknown.
+    """Return how many photographs were added, removed, or got other captions or masks, as ": 2 added (...)".
 
-    Call it before the cache is filled: a caption that is not in it, of a photograph that is, was edited.
+    '' if unknown. Call it before the cache is filled: a caption or mask that is not in it, of a photograph that is, was
+    edited.
     """
     try:
         split = read_json_object(path_in(run.run_dir, "split.json"))
@@ -206,13 +207,14 @@ def _changes(run: ResolvedRun, dataset: Dataset) -> str:
         return ""
     now = {sample.photo.file: sample for sample in dataset.samples}
     kept = [sample for file, sample in now.items() if file in before]
-    missing = set(dataset.cache.missing([key for s in kept for key in (*s.latent_keys, *s.text_keys)]))
+    keys = [key for s in kept for key in (*s.latent_keys, *s.text_keys, *s.mask_keys)]
+    missing = set(dataset.cache.missing(keys))
+    kept = [s for s in kept if missing.isdisjoint(s.latent_keys)]
     groups = {
         "added": [file for file in now if file not in before],
         "removed": [file for file in before if file not in now],
-        "with other captions": [
-            s.photo.file for s in kept if missing.intersection(s.text_keys) and missing.isdisjoint(s.latent_keys)
-        ],
+        "with other captions": [s.photo.file for s in kept if missing.intersection(s.text_keys)],
+        "with other masks": [s.photo.file for s in kept if missing.intersection(s.mask_keys)],
     }
     words = [f"{len(files)} {what} (first: {shortened(files[0])})" for what, files in groups.items() if files]
     return f": {', '.join(words)}" if words else ""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from safelight.data.atomic import atomic_write_bytes, sync_file, sync_folder
-from safelight.data.manifest import IMAGES_FOLDER, has_manifest, read_manifest
+from safelight.data.manifest import IMAGES_FOLDER, MASKS_FOLDER, has_manifest, read_manifest
 from safelight.data.photo import Photo
 from safelight.data.sources.caption import FILE_NAME, Rejection
 from safelight.data.sources.roots import SourceFile, name_roots, place_of, read_sources, split_label
@@ -27,7 +27,7 @@ MAX_STEM_CHARACTERS = 64
 class Note:
     """Something to know about the dataset. kind: notes of one kind are shown together."""
 
-    kind: Literal["file", "caption", "changed", "removed", "pruned", "source", "link", "near-copies"]
+    kind: Literal["file", "caption", "changed", "removed", "pruned", "source", "link", "near-copies", "mask"]
     text: str
 
 
@@ -36,7 +36,7 @@ class IngestSummary:
     """What one call did. photos: the whole manifest after the call; all other fields describe this call alone.
 
     num_of_source: photos by where they came from, a folder, or its name if the folder is unknown. near_copies: the
-    groups of two or more photos.
+    groups of two or more photos. num_transparent: photos of this call that are transparent somewhere.
     """
 
     photos: list[Photo] = field(default_factory=list)
@@ -45,6 +45,7 @@ class IngestSummary:
     num_duplicates: int = 0
     num_shrunk: int = 0
     num_copied: int = 0
+    num_transparent: int = 0
     num_of_source: dict[str, int] = field(default_factory=dict)
     near_copies: list[list[Photo]] = field(default_factory=list)
 
@@ -62,7 +63,7 @@ class IngestSummary:
 
 @dataclass(frozen=True)
 class PreparedFile:
-    """A source file as it will be stored in the dataset."""
+    """A source file as it will be stored in the dataset. mask: the file of its loss mask, empty without one."""
 
     data: bytes
     suffix: str
@@ -74,6 +75,8 @@ class PreparedFile:
     is_copied: bool
     warning: str
     fingerprint: str
+    mask: bytes = b""
+    is_transparent: bool = False
 
 
 def _safe_stem(stem: str) -> str:
@@ -121,12 +124,18 @@ class Collection:
                 self._put(len(self.photos), photo)
             else:
                 summary.note("file", f"{photo.file} no longer exists; its line was removed from the manifest")
+                self.replaced_files |= {photo.mask} - {""}
         self.compared = {photo.sha256 for photo in self.photos if photo.fingerprint}
         self.earlier_labels = {photo.source for photo in self.photos}
         self.folders = read_sources(dataset)
         self.names = name_roots(roots, files, self.folders, self.photos)
         self.root_of_name = {name: root for root, name in self.names.items()}
         self.present = {self.label(file) for file in files}
+        masks = ((file.root, file.reader.mask_of(file.path)) for file in files)
+        # pictures that earlier calls, before there were masks, may have taken for photos
+        self.masks = {
+            f"{self.names[root]}/{storable(mask.relative_to(root).as_posix())}" for root, mask in masks if mask
+        }
 
     def label(self, source: SourceFile) -> str:
         return f"{self.names[source.root]}/{source.relative}"
@@ -186,6 +195,8 @@ class Collection:
         reason = f"same picture as {self.photos[index].source}"
         if self._adopt_caption(index, source):
             reason += ", which now uses the caption of this file"
+        if source.reader.mask_of(source.path) and not self.photos[index].mask:
+            reason += "; the mask of this file is not used"
         self.summary.reject(source, reason, "duplicate")
 
     def _is_gone(self, photo: Photo) -> bool:
@@ -196,6 +207,8 @@ class Collection:
         if photo.source in self.present:
             # if it could not be read, nothing is known about it
             return photo.source in self.decoded
+        if photo.source in self.masks:
+            return True
         try:
             os.lstat(self.root_of_name[name] / relative)
         except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -213,10 +226,8 @@ class Collection:
             file = old.file
         elif old is not None:
             self.replaced_files.add(old.file)
-        stored = self.dataset / file
-        if not _has_content(stored, prepared.data):
-            atomic_write_bytes(stored, prepared.data, sync=False)
-            self.syncs.append(self.disk.submit(sync_file, stored))
+        self._write(file, prepared.data)
+        mask, mask_sha256 = self._store_mask(source, prepared, old)
         caption = source.reader.read(source.path)
         if caption.source == FILE_NAME and old is not None and old.captioner:
             # what a captioner wrote is in no source, and is better than a file's name
@@ -236,6 +247,8 @@ class Collection:
             caption.tags,
             caption.settings,
             caption.credit,
+            mask=mask,
+            mask_sha256=mask_sha256,
             captioner=caption.captioner,
         )
         index = len(self.photos) if index is None else index
@@ -243,15 +256,40 @@ class Collection:
         self.touched.add(index)
         self.summary.num_shrunk += prepared.is_shrunk
         self.summary.num_copied += prepared.is_copied
+        self.summary.num_transparent += prepared.is_transparent
         if prepared.warning:
             self.summary.note("file", f"{source.path}: {prepared.warning}")
+
+    def _write(self, file: str, content: bytes) -> None:
+        """Write a file of the dataset, if it is not there already."""
+        stored = self.dataset / file
+        if not _has_content(stored, content):
+            atomic_write_bytes(stored, content, sync=False)
+            self.syncs.append(self.disk.submit(sync_file, stored))
+
+    def _store_mask(self, source: SourceFile, prepared: PreparedFile, old: Photo | None) -> tuple[str, str]:
+        """Store the mask of a photo, if any, and say how it differs from the old one's; return its file and hash."""
+        file = sha256 = ""
+        if prepared.mask:
+            sha256 = hashlib.sha256(prepared.mask).hexdigest()
+            file = f"{MASKS_FOLDER}/{_safe_stem(source.path.stem)}-{sha256[:8]}.png"
+            self._write(file, prepared.mask)
+        if old is not None and old.mask_sha256 != sha256:
+            change = "its mask changed" if file and old.mask else "has a mask now" if file else "lost its mask"
+            effect = "" if file else ": all of it is learned from now on"
+            self.summary.note("mask", f"{source.path} {change}{effect}")
+        if old is not None and old.mask != file:
+            self.replaced_files |= {old.mask} - {""}
+        return file, sha256
 
     def flush(self) -> None:
         """Wait until every stored photo would survive a power cut."""
         for sync in self.syncs:
             sync.result()
         if self.syncs:
-            sync_folder(self.dataset / IMAGES_FOLDER)
+            for folder in (self.dataset / IMAGES_FOLDER, self.dataset / MASKS_FOLDER):
+                if folder.is_dir():
+                    sync_folder(folder)
 
     def _adopt_caption(self, index: int, duplicate: SourceFile) -> bool:
         """Return whether a photo took over the caption of its duplicate.
@@ -278,7 +316,7 @@ class Collection:
             place = self.root_of_name[name] / relative if name in self.root_of_name else photo.source
             if self.prune:
                 self.summary.note("pruned", f"{place}: {photo.file} was removed from the dataset")
-                self.replaced_files.add(photo.file)
+                self.replaced_files |= {photo.file, photo.mask} - {""}
                 continue
             kept.append(photo)
             if photo.source in self.decoded:

@@ -1,30 +1,42 @@
 """`safelight prepare`: turn folders of photos into a dataset folder.
 
-It holds images/ and manifest.jsonl; rejected.jsonl, which lists what was left out; prepare_notes.txt, with what else
-there is to say; and sources.json, which tells where the photos came from.
+It holds images/, masks/ and manifest.jsonl; rejected.jsonl, which lists what was left out; prepare_notes.txt, with
+what else there is to say; and sources.json, which tells where the photos came from.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageColor
 
 from safelight.data.atomic import atomic_write_text
-from safelight.data.images import COPYABLE_FORMATS, MIN_SIDE_PX, Decoded, RejectedImage, decode_file, encode
+from safelight.data.images import (
+    COPYABLE_FORMATS,
+    MIN_SIDE_PX,
+    WHITE,
+    Backdrop,
+    Decoded,
+    RejectedImage,
+    decode_file,
+    decode_mask,
+    encode,
+    read_file,
+)
 from safelight.data.lock import FolderLock
-from safelight.data.manifest import IMAGES_FOLDER, MANIFEST_NAME, write_manifest
+from safelight.data.manifest import IMAGES_FOLDER, MANIFEST_NAME, MASKS_FOLDER, write_manifest
 from safelight.data.photo import Photo
 from safelight.data.prepare.collection import Collection, IngestSummary, Note, PreparedFile
 from safelight.data.prepare.near_copies import find_near_copies, fingerprint, merge_groups, thumbnail
@@ -44,6 +56,8 @@ ADVICE = "choose another dataset folder with -o"
 # beyond this aspect ratio even the widest usual bucket, 4 : 1, shows less than half of a photo
 MAX_SEEN_ASPECT = 8
 MIN_MEGAPIXELS = 0.01
+# the value of --alpha that keeps transparency as a loss mask
+ALPHA_IS_MASK = "mask"
 # threads that sync stored files while the next photos are decoded: syncing one by one took half of the total time
 NUM_SYNC_THREADS = 4
 
@@ -62,12 +76,56 @@ def _encode(decoded: Decoded, image_format: str, quality: int) -> tuple[bytes, s
         raise RejectedImage(f"{_sizes(decoded)}: {error}") from error
 
 
-def _prepare(
-    path: Path, max_megapixels: float, image_format: str, quality: int, stop: threading.Event
-) -> PreparedFile | str:
-    """Return the file as it will be stored, or the reason why it cannot be used. stop: see `decode`."""
+def backdrop_of(alpha: str) -> Backdrop:
+    """Return the colour that transparency is composited over. alpha: a colour, or `mask`. Raises UserError."""
+    if alpha == ALPHA_IS_MASK:
+        return WHITE
     try:
-        content, decoded = decode_file(path, max_megapixels, stop)
+        red, green, blue = ImageColor.getrgb(alpha)
+    except ValueError:
+        raise UserError(f"alpha {alpha!r} is neither a colour nor mask; use white, black, '#808080' or mask") from None
+    return red, green, blue
+
+
+def _read_mask(path: Path, decoded: Decoded, stop: threading.Event) -> Image.Image:
+    """Return the mask file of a decoded photo at the size that the photo is stored at."""
+    try:
+        mask = decode_mask(read_file(path), stop)
+    except RejectedImage as error:
+        raise RejectedImage(f"its mask {path.name} cannot be used: {error}; mend or delete it") from error
+    (width, height), (full_width, full_height) = mask.size, decoded.full_size
+    # the same picture at another size may be off by half a pixel along each side
+    if abs(width * full_height - height * full_width) > max(full_width, full_height):
+        raise RejectedImage(
+            f"its mask {path.name} is {width} x {height} px, and the upright photo {full_width} x {full_height} px; "
+            "give both the same size, or delete the mask"
+        )
+    return mask.resize(decoded.image.size, Image.Resampling.BOX)
+
+
+def _encode_mask(mask: Image.Image) -> bytes:
+    content = io.BytesIO()
+    mask.save(content, "PNG")
+    return content.getvalue()
+
+
+@dataclass(frozen=True)
+class _Form:
+    """In what form photos are stored: the arguments of `ingest` by the same names."""
+
+    max_megapixels: float
+    image_format: str
+    quality: int
+    alpha: str
+
+
+def _prepare(path: Path, mask_path: Path | None, form: _Form, stop: threading.Event) -> PreparedFile | str:
+    """Return the file as it will be stored, or the reason why it cannot be used.
+
+    mask_path: of the mask beside it, None without one. stop: see `decode`.
+    """
+    try:
+        content, decoded = decode_file(path, form.max_megapixels, stop, backdrop_of(form.alpha))
         width, height = decoded.image.size
         if min(width, height) < MIN_SIDE_PX:
             raise RejectedImage(
@@ -77,13 +135,17 @@ def _prepare(
         if decoded.is_copyable:
             data, suffix = content, COPYABLE_FORMATS[decoded.format]
         else:
-            data, suffix = _encode(decoded, image_format, quality)
+            data, suffix = _encode(decoded, form.image_format, form.quality)
+        mask = decoded.alpha if form.alpha == ALPHA_IS_MASK else None
+        if mask_path is not None:
+            mask = _read_mask(mask_path, decoded, stop)
     except RejectedImage as error:
         return str(error)
-    warning = decoded.warning
+    warnings = [decoded.warning] if decoded.warning else []
     if max(width, height) > MAX_SEEN_ASPECT * min(width, height):
-        too_narrow = f"{_sizes(decoded)} is so long and narrow that training crops away more than half of it"
-        warning = f"{warning}; {too_narrow}" if warning else too_narrow
+        warnings.append(f"{_sizes(decoded)} is so long and narrow that training crops away more than half of it")
+    if mask is not None and mask.getextrema()[1] == 0:
+        warnings.append("its mask is black everywhere, so that nothing of it is learned")
     return PreparedFile(
         data,
         suffix,
@@ -92,8 +154,10 @@ def _prepare(
         content_sha256=decoded.content_sha256,
         is_shrunk=decoded.is_shrunk,
         is_copied=decoded.is_copyable,
-        warning=warning,
+        warning="; ".join(warnings),
         fingerprint=fingerprint(decoded.image),
+        mask=b"" if mask is None else _encode_mask(mask),
+        is_transparent=decoded.alpha is not None,
     )
 
 
@@ -189,6 +253,7 @@ def ingest(
     prune: bool = False,
     progress: Callable[[int, int], None] | None = None,
     fetch: Callable[[Path], Fetched] | None = None,
+    alpha: str = "white",
 ) -> IngestSummary:
     """Add the photos of `sources` (folders or files) to the dataset folder and return a summary of what was done.
 
@@ -198,7 +263,8 @@ def ingest(
     repeating a call gives the same manifest; with `prune`, photos that are not, or no longer, in the sources are
     removed. Near-copies get a common group, which the validation split keeps together. progress(files done, files in
     total) is called after each file. fetch: downloads photographs into the dataset folder and returns where they lie,
-    which is one more source.
+    which is one more source. alpha: the colour that transparency is composited over, or `mask`, which also keeps it as
+    the photo's loss mask, unless a mask stands beside the photo.
     Raises UserError if a source does not exist or lies in the dataset, a setting is out of range, no photo can be
     used, the dataset cannot be written, or another process is preparing it.
     """
@@ -208,6 +274,8 @@ def ingest(
         raise UserError(f"quality {quality} is outside 1 to 100; use 95")
     if image_format not in ("jpeg", "webp"):
         raise UserError(f"image_format {image_format!r} is not supported; use 'jpeg' or 'webp'")
+    form = _Form(max_megapixels, image_format, quality, alpha)
+    backdrop_of(alpha)
     dataset = Path(dataset).resolve()
     if dataset.exists() and not dataset.is_dir():
         raise UserError(f"dataset {dataset} is a file; give a folder")
@@ -219,7 +287,7 @@ def ingest(
     files, readers = find_files(sources, dataset)
 
     def prepare(file: SourceFile, stop: threading.Event) -> PreparedFile | str:
-        return _prepare(file.path, max_megapixels, image_format, quality, stop)
+        return _prepare(file.path, file.reader.mask_of(file.path), form, stop)
 
     try:
         with FolderLock(dataset, ADVICE, f"wait until it ends, or {ADVICE}") as lock:
@@ -227,7 +295,10 @@ def ingest(
             if lock.note:
                 summary.note("file", lock.note)
             check_kinds(
-                dataset, (IMAGES_FOLDER,), (MANIFEST_NAME, NOTES_NAME, REJECTED_NAME, SOURCES_NAME), "a dataset"
+                dataset,
+                (IMAGES_FOLDER, MASKS_FOLDER),
+                (MANIFEST_NAME, NOTES_NAME, REJECTED_NAME, SOURCES_NAME),
+                "a dataset",
             )
             if fetch is not None:
                 fetched = fetch(dataset)
@@ -255,9 +326,10 @@ def _ingest(
     progress: Callable[[int, int], None] | None,
 ) -> None:
     """Do the work of `ingest`. The caller holds the dataset's lock."""
-    for leftover in (dataset / IMAGES_FOLDER).glob(".*.tmp"):
-        # half-written when an earlier call was killed
-        leftover.unlink()
+    for folder in (IMAGES_FOLDER, MASKS_FOLDER):
+        for leftover in (dataset / folder).glob(".*.tmp"):
+            # half-written when an earlier call was killed
+            leftover.unlink()
     with ThreadPoolExecutor(NUM_SYNC_THREADS) as disk:
         collection = Collection(dataset, [reader.root for reader in readers], files, summary, disk, prune)
         for num_done, (file, prepared) in enumerate(zip(files, _in_order(prepare, files), strict=True), start=1):
@@ -279,7 +351,8 @@ def _ingest(
     _write_lists(dataset, summary)
     write_sources(dataset, collection.folders)
     write_manifest(dataset, summary.photos)
-    for file in collection.replaced_files - {photo.file for photo in summary.photos}:
+    used = {file for photo in summary.photos for file in (photo.file, photo.mask)}
+    for file in collection.replaced_files - used:
         (dataset / file).unlink(missing_ok=True)
 
 

@@ -124,6 +124,12 @@ class CaptionReader:
         for name in listing.unclaimed:
             reason = f"a text that belongs to no photograph: no picture in its folder is named {stem_of(name)}"
             self._reject(folder / name, reason)
+        for name in listing.unclaimed_masks:
+            reason = (
+                "the mask of no photograph: its folder has no picture of this name, or it has another mask; if it is a "
+                "photograph itself, rename it"
+            )
+            self._reject(folder / name, reason, "photo")
         for name in listing.others:
             self._reject(folder / name, NO_PICTURE[suffix_of(name)], "other")
 
@@ -154,6 +160,15 @@ class CaptionReader:
                 f"{printable(photo)} has no caption, not even in its file name; it will be trained on with an empty one"
             )
         return Caption((text,), FILE_NAME)
+
+    def mask_of(self, photo: Path) -> Path | None:
+        """Return the loss mask that stands beside a photo, None if it has none."""
+        name = self._listing_or_empty(photo.parent).masks.get(photo.name)
+        return None if name is None else photo.with_name(name)
+
+    def is_mask(self, path: Path) -> bool:
+        """Return whether a picture is the loss mask of another one beside it."""
+        return path.name in self._listing_or_empty(path.parent).masks.values()
 
     def _listing_or_empty(self, folder: Path) -> Listing:
         try:

@@ -15,6 +15,8 @@ from safelight.text import storable
 
 SIDECAR_SUFFIXES = (".txt", ".caption")
 TABLE_NAMES = ("metadata.jsonl", "captions.jsonl")
+# of the loss mask of a photo, ours and OneTrainer's: IMG_1-mask.png beside IMG_1.jpg
+MASK_ENDINGS = ("-mask.png", "-masklabel.png")
 # as file systems have it
 MAX_NAME_CHARACTERS = 255
 # names that differ in letter case or accents alone, to which a sidecar may belong
@@ -63,6 +65,9 @@ class Listing:
     others: list[str] = field(default_factory=list)
     unclaimed: list[str] = field(default_factory=list)
     sidecars: dict[str, list[str]] = field(default_factory=dict)
+    # the loss mask of each picture that has one, and the masks of none
+    masks: dict[str, str] = field(default_factory=dict)
+    unclaimed_masks: list[str] = field(default_factory=list)
     # pictures and folders by their folded names
     by_folded: dict[str, list[str]] = field(default_factory=dict)
 
@@ -95,10 +100,31 @@ def list_folder(folder: Path) -> Listing:
                 listing.others.append(name)
             else:
                 listing.pictures.append(name)
+    _take_masks(listing)
     for name in (*listing.folders, *listing.pictures):
         listing.by_folded.setdefault(folded(name), []).append(name)
     _assign(sidecars, listing)
     return listing
+
+
+def _take_masks(listing: Listing) -> None:
+    """Move the masks out of the pictures, to the pictures that each names, with their suffix or without."""
+    masks = [name for name in listing.pictures if name.lower().endswith(MASK_ENDINGS)]
+    if not masks:
+        return
+    listing.pictures = [name for name in listing.pictures if name not in set(masks)]
+    pictures: dict[str, list[str]] = {}
+    for picture in listing.pictures:
+        for form in {folded(picture), folded(stem_of(picture))}:
+            pictures.setdefault(form, []).append(picture)
+    for mask in masks:
+        base = mask[: -len(next(ending for ending in MASK_ENDINGS if mask.lower().endswith(ending)))]
+        alike = pictures.get(folded(base), [])
+        exact = [picture for picture in alike if base in (picture, stem_of(picture))]
+        free = [picture for picture in (exact or alike)[:MAX_ALIKE] if picture not in listing.masks]
+        listing.masks |= dict.fromkeys(free, mask)
+        if not free:
+            listing.unclaimed_masks.append(mask)
 
 
 def _assign(sidecars: list[str], listing: Listing) -> None:

@@ -118,7 +118,7 @@ def files_of(source: Path, dataset: Path) -> tuple[list[SourceFile], CaptionRead
     """Return the candidate files of one source, which exists, and its caption reader."""
     root = source if source.is_dir() else source.parent
     reader = CaptionReader(root)
-    paths = _walk(source, dataset, reader) if source.is_dir() else [source]
+    paths = _walk(source, dataset, reader) if source.is_dir() else [] if reader.is_mask(source) else [source]
     return [SourceFile(path, root, storable(path.relative_to(root).as_posix()), reader) for path in paths], reader
 
 

@@ -1,7 +1,10 @@
 """The training loss: weighted squared or Huber errors of each sample, and their sum over a batch.
 
-    l_b = mean_i error(p_i - t_i)        L = sum_b w(t_b) l_b / num_samples
+    l_b = mean_i m_i error(p_i - t_i)        L = sum_b s_b w(t_b) l_b / num_samples
     error(d) = d^2, or Huber's: d^2 where |d| <= delta, else delta (2 |d| - delta)   (twice the usual form)
+
+m is a mask, the weight of each latent pixel, and s the scale of a sample's loss; both are optional and 1 without. The
+mean is over all elements, whatever the mask: a pixel's gradient does not depend on how much of its photo is masked.
 
 Every weighting is defined as a weight on the epsilon error. For v-prediction it is converted, because the same mistake
 is (SNR + 1) / SNR times as large when measured in v, with SNR = a / (1 - a):
@@ -94,7 +97,7 @@ class LossOptions:
 
 
 class DiffusionLoss(NamedTuple):
-    """total: L, a differentiable scalar; losses_B: l_b, unweighted and detached. Both float32."""
+    """total: L, a differentiable scalar; losses_B: l_b, which is masked but not weighted, detached. Both float32."""
 
     total: Tensor
     losses_B: Tensor
@@ -113,6 +116,8 @@ def diffusion_loss_reference(
     alphas_cumprod_T: Tensor,
     options: LossOptions,
     num_samples: int,
+    mask_B1HW: Tensor | None = None,
+    scales_B: Tensor | None = None,
 ) -> DiffusionLoss:
     """Return the loss in plain PyTorch; arguments as for `diffusion_loss`, and float64 is computed in float64."""
     compute = torch.float64 if predicted_BCHW.dtype == torch.float64 else torch.float32
@@ -122,8 +127,12 @@ def diffusion_loss_reference(
     else:
         size = difference.abs()
         errors = torch.where(size <= options.delta, size.square(), options.delta * (2 * size - options.delta))
+    if mask_B1HW is not None:
+        errors = errors * mask_B1HW
     losses_B = errors.sum(dim=(1, 2, 3)) / errors[0].numel()
     weights_B = loss_weights(alphas_cumprod_T, timesteps_B, options)
+    if scales_B is not None:
+        weights_B = weights_B * scales_B
     return DiffusionLoss((losses_B * weights_B).sum() / num_samples, losses_B.detach())
 
 
@@ -131,10 +140,15 @@ def diffusion_loss_reference(
 def _partial_losses_kernel(
     predicted_ptr,
     target_ptr,
+    mask_ptr,
     parts_ptr,
     num_elements,
+    num_pixels,
+    num_channels,
     delta,
     HUBER: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Write this program's sum of errors: parts (B, P)."""
@@ -152,6 +166,9 @@ def _partial_losses_kernel(
         if HUBER:
             size = tl.abs(difference)
             error = tl.where(size <= delta, error, delta * (2.0 * size - delta))
+        if HAS_MASK:
+            pixel = i // num_channels if CHANNELS_LAST else i % num_pixels
+            error *= tl.load(mask_ptr + sample * num_pixels + pixel, mask=inside, other=0.0)
         error_sum += tl.reduce(error, 0, tl.standard._sum_combine)
     tl.store(parts_ptr + sample * num_parts + part, error_sum)
 
@@ -179,6 +196,7 @@ def _finish_losses_kernel(
     parts_ptr,
     timesteps_ptr,
     alphas_cumprod_ptr,
+    sample_scales_ptr,
     losses_ptr,
     scales_ptr,
     total_ptr,
@@ -190,10 +208,11 @@ def _finish_losses_kernel(
     max_snr,
     WEIGHTING: tl.constexpr,
     PREDICTION: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """One program: write losses (B,), scales (B,) = w_b / (num_elements num_samples), and the total."""
+    """One program: write losses (B,), scales (B,) = s_b w_b / (num_elements num_samples), and the total."""
     p = tl.arange(0, BLOCK_P)
     # as a float: the product with num_samples may exceed 32 bits
     size = num_elements * 1.0
@@ -207,6 +226,8 @@ def _finish_losses_kernel(
         timestep = tl.load(timesteps_ptr + b, mask=mask, other=0)
         a = tl.load(alphas_cumprod_ptr + timestep, mask=mask, other=0.5)
         weight = _weight(a / (1.0 - a), gamma, max_snr, WEIGHTING, PREDICTION)
+        if HAS_SCALES:
+            weight *= tl.load(sample_scales_ptr + b, mask=mask, other=0.0)
         tl.store(losses_ptr + b, loss, mask=mask)
         tl.store(scales_ptr + b, weight / (size * num_samples), mask=mask)
         total += tl.reduce(tl.where(mask, weight * loss, 0.0), 0, tl.standard._sum_combine)
@@ -219,10 +240,15 @@ def _diffusion_loss_bwd_kernel(
     target_ptr,
     scales_ptr,
     upstream_ptr,
+    mask_ptr,
     dpredicted_ptr,
     num_elements,
+    num_pixels,
+    num_channels,
     delta,
     HUBER: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     sample = tl.program_id(1).to(tl.int64)
@@ -236,14 +262,17 @@ def _diffusion_loss_bwd_kernel(
         # derror / dd = 2 d inside delta, 2 delta sign(d) outside
         slope = tl.minimum(tl.maximum(slope, -delta), delta)
     scale = tl.load(scales_ptr + sample) * tl.load(upstream_ptr)
-    # dp = dL * w_b / (num_elements num_samples) * 2 d
+    # dp = dL * s_b w_b / (num_elements num_samples) * 2 d * m
     gradient = scale * 2.0 * slope
+    if HAS_MASK:
+        pixel = i // num_channels if CHANNELS_LAST else i % num_pixels
+        gradient *= tl.load(mask_ptr + sample * num_pixels + pixel, mask=inside, other=0.0)
     tl.store(dpredicted_ptr + at, gradient.to(dpredicted_ptr.dtype.element_ty), mask=inside)
 
 
 class _DiffusionLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, predicted, target, timesteps_B, alphas_cumprod_T, options, num_samples):
+    def forward(ctx, predicted, target, timesteps_B, alphas_cumprod_T, options, num_samples, mask, sample_scales_B):
         batch, num_elements = len(predicted), predicted[0].numel()
         num_parts = min(MAX_PARTS, cdiv(num_elements, BLOCK))
 
@@ -252,12 +281,23 @@ class _DiffusionLoss(torch.autograd.Function):
 
         parts, losses_B, scales_B, total = empty(batch, num_parts), empty(batch), empty(batch), empty()
         _partial_losses_kernel[(num_parts, batch)](
-            predicted, target, parts, num_elements, options.delta, HUBER=options.kind == "huber", BLOCK=BLOCK
+            predicted,
+            target,
+            predicted if mask is None else mask,
+            parts,
+            num_elements,
+            *_pixels_and_channels(predicted),
+            options.delta,
+            HUBER=options.kind == "huber",
+            HAS_MASK=mask is not None,
+            CHANNELS_LAST=_is_channels_last(predicted),
+            BLOCK=BLOCK,
         )
         _finish_losses_kernel[(1,)](
             parts,
             timesteps_B,
             alphas_cumprod_T,
+            parts if sample_scales_B is None else sample_scales_B,
             losses_B,
             scales_B,
             total,
@@ -269,10 +309,11 @@ class _DiffusionLoss(torch.autograd.Function):
             DEBIASED_MAX_SNR,
             WEIGHTING=options.weighting,
             PREDICTION=options.prediction_type,
+            HAS_SCALES=sample_scales_B is not None,
             BLOCK_B=BLOCK_B,
             BLOCK_P=next_power_of_2(num_parts),
         )
-        ctx.save_for_backward(predicted, target, scales_B)
+        ctx.save_for_backward(predicted, target, scales_B, mask)
         ctx.options = options
         ctx.mark_non_differentiable(losses_B)
         return total, losses_B
@@ -280,7 +321,7 @@ class _DiffusionLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dtotal, _):
-        predicted, target, scales_B = ctx.saved_tensors
+        predicted, target, scales_B, mask = ctx.saved_tensors
         num_elements = predicted[0].numel()
         dpredicted = torch.empty_like(predicted)
         _diffusion_loss_bwd_kernel[(cdiv(num_elements, BLOCK), len(predicted))](
@@ -288,13 +329,26 @@ class _DiffusionLoss(torch.autograd.Function):
             target,
             scales_B,
             dtotal.float(),
+            predicted if mask is None else mask,
             dpredicted,
             num_elements,
+            *_pixels_and_channels(predicted),
             ctx.options.delta,
             HUBER=ctx.options.kind == "huber",
+            HAS_MASK=mask is not None,
+            CHANNELS_LAST=_is_channels_last(predicted),
             BLOCK=BLOCK,
         )
-        return dpredicted, None, None, None, None, None
+        return dpredicted, None, None, None, None, None, None, None
+
+
+def _pixels_and_channels(latents_BCHW: Tensor) -> tuple[int, int]:
+    _, channels, height, width = latents_BCHW.shape
+    return height * width, channels
+
+
+def _is_channels_last(latents_BCHW: Tensor) -> bool:
+    return latents_BCHW.is_contiguous(memory_format=torch.channels_last)
 
 
 def diffusion_loss(
@@ -305,23 +359,31 @@ def diffusion_loss(
     options: LossOptions,
     *,
     num_samples: int,
+    mask_B1HW: Tensor | None = None,
+    scales_B: Tensor | None = None,
 ) -> DiffusionLoss:
     """Return the batch's loss and each sample's, without a host sync.
 
     predicted_BCHW: fp32 | fp16 | bf16, contiguous or channels-last; target_BCHW: any of these dtypes and layouts;
     timesteps_B: int64 in 0 .. T-1; alphas_cumprod_T: float32. num_samples: samples in the whole optimizer step, of
-    which this batch may be a part. Raises ValueError if the shapes do not match.
+    which this batch may be a part. mask_B1HW, scales_B: float32, what the error of each latent pixel and the loss of
+    each sample are multiplied by; no gradient flows to them. Raises ValueError if the shapes do not match.
     """
     if predicted_BCHW.dim() != 4 or predicted_BCHW.numel() == 0 or predicted_BCHW.shape != target_BCHW.shape:
         raise ValueError(
             f"predicted {tuple(predicted_BCHW.shape)} and target {tuple(target_BCHW.shape)} must have the same shape, "
             "(B, C, H, W) and not empty"
         )
+    batch, _, height, width = predicted_BCHW.shape
+    if mask_B1HW is not None and mask_B1HW.shape != (batch, 1, height, width):
+        raise ValueError(f"the mask has shape {tuple(mask_B1HW.shape)}, expected {(batch, 1, height, width)}")
+    if scales_B is not None and scales_B.shape != (batch,):
+        raise ValueError(f"the scales have shape {tuple(scales_B.shape)}, expected {(batch,)}")
     arguments = (timesteps_B, alphas_cumprod_T, options, num_samples)
     if not runs_kernel(predicted_BCHW):
-        return diffusion_loss_reference(predicted_BCHW, target_BCHW, *arguments)
-    channels_last = predicted_BCHW.is_contiguous(memory_format=torch.channels_last)
-    order = torch.channels_last if channels_last else torch.contiguous_format
+        return diffusion_loss_reference(predicted_BCHW, target_BCHW, *arguments, mask_B1HW, scales_B)
+    order = torch.channels_last if _is_channels_last(predicted_BCHW) else torch.contiguous_format
     predicted = predicted_BCHW.contiguous(memory_format=order)
     target = target_BCHW.detach().contiguous(memory_format=order)
-    return DiffusionLoss(*_DiffusionLoss.apply(predicted, target, *arguments))
+    mask = None if mask_B1HW is None else mask_B1HW.detach().contiguous()
+    return DiffusionLoss(*_DiffusionLoss.apply(predicted, target, *arguments, mask, scales_B))

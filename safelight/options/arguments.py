@@ -55,6 +55,14 @@ class Prepare:
     max_megapixels: Annotated[float, arg(help="shrink larger photos to this many million pixels")] = 1.5
     quality: Annotated[int, arg(help="encoder quality of photos that must be re-encoded, 1 to 100")] = 95
     image_format: Annotated[Literal["jpeg", "webp"], arg(help="format of photos that must be re-encoded")] = "jpeg"
+    alpha: Annotated[
+        str,
+        arg(
+            metavar="COLOUR|mask",
+            help="what transparent parts of photos are composited over: a colour, such as white, black or '#808080'; "
+            "mask: white, and only what is opaque is learned",
+        ),
+    ] = "white"
     prune: Annotated[
         bool, arg(help="remove photos from the dataset that are not, or no longer, in the sources given")
     ] = False

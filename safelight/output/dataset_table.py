@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from safelight.data.prepare.ingest import NOTES_NAME, REJECTED_NAME, IngestSummary
+from safelight.data.prepare.ingest import ALPHA_IS_MASK, NOTES_NAME, REJECTED_NAME, IngestSummary
 from safelight.data.sources.caption import FILE_NAME, is_camera_name
 from safelight.output.columns import hanging
 from safelight.output.show import print_line
@@ -73,8 +73,24 @@ def _counts(num_of_place: Counter[str], noun: str) -> str:
     return ", ".join([*shown, f"the rest from {counted(num_more, f'other {noun}')}"] if num_more else shown)
 
 
-def print_dataset(summary: IngestSummary, out: Path, terminal: Terminal) -> None:
-    """Print rejections and notes to stderr, the first of each kind, and the result to stdout."""
+def _mask_lines(summary: IngestSummary, alpha: str) -> list[str]:
+    """Return what was done with transparency, and how many photographs have a mask. alpha: the value of --alpha."""
+    lines = []
+    if num := summary.num_transparent:
+        done = (
+            "composited over white; their alpha is the mask of those that have no mask file"
+            if alpha == ALPHA_IS_MASK
+            else f"composited over {alpha} (--alpha takes another colour, or mask to learn only what is opaque)"
+        )
+        lines.append(f"transparency: {counted(num, 'photograph')} {'has' if num == 1 else 'have'} some, {done}")
+    if num := sum(bool(photo.mask) for photo in summary.photos):
+        have = "has one; it is learned" if num == 1 else "have one; they are learned"
+        lines.append(f"masks: {counted(num, 'photograph')} {have} where the mask is white (loss.mask_weight)")
+    return lines
+
+
+def print_dataset(summary: IngestSummary, out: Path, terminal: Terminal, alpha: str = "white") -> None:
+    """Print rejections and notes to stderr, the first of each kind, and the result to stdout. alpha: of --alpha."""
     num: Counter[str] = Counter()
     for rejection in summary.rejected:
         num[rejection.kind] += rejection.num
@@ -101,6 +117,8 @@ def print_dataset(summary: IngestSummary, out: Path, terminal: Terminal) -> None
             f"near-copies: {num_copies} photographs show {counted(len(summary.near_copies), 'picture')}; "
             "those of one picture are held out or trained on together"
         )
+    for line in _mask_lines(summary, alpha):
+        _print(line)
     sources = Counter(p.caption_source for p in summary.photos)
     _print(f"captions: {_counts(sources, 'kind')}")
     named = next((p for p in summary.photos if p.caption_source == FILE_NAME and p.captions), None)

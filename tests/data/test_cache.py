@@ -204,8 +204,13 @@ def test_an_edited_photo_is_noticed_and_only_its_rows_are_encoded_again(tmp_path
 def test_photos_are_read_again_only_when_size_or_time_changed(tmp_path, noise_dataset, fakes, monkeypatch):
     dataset = shutil.copytree(noise_dataset, tmp_path / "dataset")
     reads = []
-    read = cache_module.read_photo
-    monkeypatch.setattr(cache_module, "read_photo", lambda root, photo: reads.append(photo.file) or read(root, photo))
+    read = cache_module.read_stored
+
+    def counting(path, sha256):
+        reads.append(path.relative_to(dataset).as_posix())
+        return read(path, sha256)
+
+    monkeypatch.setattr(cache_module, "read_stored", counting)
     vae, encoder = fakes.FakeVae(), fakes.FakeTextEncoder()
     with Cache(tmp_path / "cache") as cache:
         fakes.fill(cache, dataset, vae, encoder)

@@ -132,6 +132,13 @@ def _accumulate_dtype(stage: dict, setting: str, precision: str) -> dict:
     return {"accumulate_dtype": "fp32" if setting == "fp32" else precision}
 
 
+def _rows(sample: Sample) -> tuple:
+    """Return what a sample is trained on: cache keys, and its mask and loss scale if it has any."""
+    scale = sample.photo.settings.loss_scale
+    masks, scales = (sample.mask_keys,) if sample.mask_keys else (), (scale,) if scale != 1 else ()
+    return sample.latent_keys, sample.text_keys, *masks, *scales
+
+
 def identify(config: Config, precision: str, samples: Sequence[Sample] = ()) -> Identity:
     """Return a run's identity. samples: the training samples.
 
@@ -153,7 +160,7 @@ def identify(config: Config, precision: str, samples: Sequence[Sample] = ()) -> 
     tables["loss"].pop("weighting")
     tables["loss"]["weighting"] = config.loss.chosen_weighting
     settings = {f"{table}.{name}": value for table, values in tables.items() for name, value in values.items()}
-    rows = json.dumps([(s.latent_keys, s.text_keys) for s in samples])
+    rows = json.dumps([_rows(sample) for sample in samples])
     stages = [vars(stage) for stage in config.stages()]
     stages = [{**stage, **_accumulate_dtype(stage, config.train.accumulate_dtype, precision)} for stage in stages]
     return Identity(settings, stages, hashlib.sha256(rows.encode()).hexdigest())

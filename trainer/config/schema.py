@@ -290,6 +290,9 @@ class Loss(Section):
     """SNR above which min_snr reduces the weight. 5 is usual; 0: no min-SNR weighting."""
     p2_gamma: Annotated[float, Field(gt=0)] = 1.0
     """Strength of p2, whose weight is 1 / (1 + SNR)^p2_gamma. 0.5 and 1 are usual."""
+    mask_weight: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """How much of a photograph with a mask is learned where the mask is black. 0: nothing; 1: everything, as without a
+    mask."""
     offset_noise: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Standard deviation of a constant added to each channel's noise, so that the model can learn very dark and very
     light images. 0: none."""

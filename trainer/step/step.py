@@ -62,12 +62,17 @@ class StepSettings:
 
 @dataclass(frozen=True)
 class Inputs(TensorRecord):
-    """A batch on the device, with the keys of its random draws. words_B5: int64, see noising.key_words."""
+    """A batch on the device, with the keys of its random draws. words_B5: int64, see noising.key_words.
+
+    mask_B1HW, scales_B: as in Batch.
+    """
 
     mean_BCHW: Tensor
     logvar_BCHW: Tensor | None
     conditioning: TextConditioning
     words_B5: Tensor
+    mask_B1HW: Tensor | None = None
+    scales_B: Tensor | None = None
 
 
 class MicroResult(NamedTuple):
@@ -80,7 +85,7 @@ class MicroResult(NamedTuple):
 
 @dataclass(frozen=True)
 class StepResult:
-    """losses: the samples' unweighted errors by loss.kind, (N,). grad_norm: global norm before clipping.
+    """losses: the samples' unweighted errors by loss.kind inside their masks, (N,). grad_norm: before clipping.
 
     is_applied: whether the optimizer updated the weights; it skips a step whose gradients are not finite. Reading it
     may synchronize with the device, so read it on logging steps only.
@@ -104,7 +109,14 @@ def upload(batch: Batch, device: torch.device, seed: int, epoch: int) -> Inputs:
     samples = zip(batch.sample_ids, batch.occurrences, strict=True)
     keys = [Key(seed, Purpose.NOISE, sample_id, epoch, occurrence) for sample_id, occurrence in samples]
     on_device = batch.map(lambda x: to_device(x, device))
-    return Inputs(on_device.mean_BCHW, on_device.logvar_BCHW, on_device.conditioning, key_words(keys, device))
+    return Inputs(
+        on_device.mean_BCHW,
+        on_device.logvar_BCHW,
+        on_device.conditioning,
+        key_words(keys, device),
+        on_device.mask_B1HW,
+        on_device.scales_B,
+    )
 
 
 def add_noise(
@@ -149,10 +161,13 @@ def accumulate(
     loss: Loss,
     num_samples: int,
     loss_scale: Tensor,
+    mask_B1HW: Tensor | None = None,
+    scales_B: Tensor | None = None,
 ) -> Tensor:
     """Add this micro-batch's gradients and return its unweighted losses, (B,), detached.
 
     num_samples: as in StepSettings. loss_scale: a scalar on the device that the loss is multiplied by before backward.
+    mask_B1HW, scales_B: as in Batch.
     """
     options = LossOptions(prediction_type=schedule.prediction_type, **loss.kernel_options())
     with profiler_range("forward"):
@@ -165,6 +180,8 @@ def accumulate(
             schedule.alphas_cumprod_T,
             options,
             num_samples=num_samples,
+            mask_B1HW=mask_B1HW,
+            scales_B=scales_B,
         )
         scaled = result.total * loss_scale
     with profiler_range("backward"):
@@ -189,7 +206,15 @@ def micro_step(
     with optimizer.buffers.micro_step(is_first, is_last):
         scale = optimizer.loss_scale.scale
         losses = accumulate(
-            context.unet, noised, inputs.conditioning, context.schedule, context.loss, num_samples, scale
+            context.unet,
+            noised,
+            inputs.conditioning,
+            context.schedule,
+            context.loss,
+            num_samples,
+            scale,
+            inputs.mask_B1HW,
+            inputs.scales_B,
         )
     if not is_last:
         return MicroResult(losses, None, None)

@@ -165,3 +165,96 @@ def test_shapes_that_do_not_match_are_refused():
     x, t = torch.ones(2, 4, 3, 3), torch.tensor([1, 2])
     with pytest.raises(ValueError, match="must have the same shape"):
         diffusion_loss(x, x[:1], t, ALPHAS, LossOptions(), num_samples=2)
+
+
+@pytest.mark.grid(
+    shape=[(1, 4, 8, 8), (3, 4, 9, 7), (40, 3, 2, 5), (2, 1, 5, 3), (2, 4, 33, 40)],
+    dtype=[torch.float32, torch.float16, torch.bfloat16],
+    layout=["plain", "channels_last", "sliced"],
+    kind=["mse", "huber"],
+    with_mask=[True, False],
+    with_scales=[True, False],
+)
+def test_masks_and_scales(check_op, device, shape, dtype, layout, kind, with_mask, with_scales):
+    """A mask weighs each pixel before the mean over all elements, a scale each sample after it."""
+    options = LossOptions(kind, 0.7, "min_snr")
+    predicted, target, timesteps = make(shape, dtype, layout)
+    generator = torch.Generator().manual_seed(5)
+    mask = torch.rand(shape[0], 1, *shape[2:], generator=generator)
+    scales = 3 * torch.rand(shape[0], generator=generator)
+    weights = loss_weights(ALPHAS, timesteps, options)
+    arguments = (target.to(device), timesteps.to(device), ALPHAS.to(device), options)
+    extra = {
+        "mask_B1HW": mask.to(device) if with_mask else None,
+        "scales_B": scales.to(device) if with_scales else None,
+    }
+    results = []
+
+    def ours(predicted):
+        results.append(diffusion_loss(predicted, *arguments, num_samples=50, **extra))
+        return results[-1].total
+
+    def plain_masked(predicted):
+        weight = weights.to(device) * scales.to(device) if with_scales else weights.to(device)
+        if not with_mask:
+            return plain(predicted, arguments[0], weight, options, 50)[0]
+        compute = torch.promote_types(predicted.dtype, torch.float32)
+        a, b = predicted.to(compute), arguments[0].to(compute)
+        errors = F.mse_loss(a, b, reduction="none")
+        if kind == "huber":
+            errors = 2 * F.huber_loss(a, b, reduction="none", delta=0.7)
+        losses = (errors * mask.to(device, compute)).mean((1, 2, 3))
+        return (losses * weight.to(compute)).sum() / 50
+
+    check_op(ours, plain_masked, {"predicted": predicted})
+    errors = (predicted.float() - target).abs()
+    errors = errors.square() if kind == "mse" else 2 * F.huber_loss(errors, 0 * errors, reduction="none", delta=0.7)
+    losses = ((errors * mask) if with_mask else errors).mean((1, 2, 3))
+    # the losses that are logged are masked, and not scaled
+    torch.testing.assert_close(results[0].losses_B.cpu(), losses, rtol=1e-5, atol=1e-6)
+
+
+def test_a_scale_of_a_power_of_two_scales_the_gradient_exactly(device):
+    predicted, target, timesteps = make((3, 4, 9, 7), torch.float32)
+
+    def gradient(scales):
+        x = predicted.to(device).clone().requires_grad_()
+        arguments = (target.to(device), timesteps.to(device), ALPHAS.to(device), LossOptions())
+        scales = None if scales is None else torch.tensor(scales, device=device)
+        diffusion_loss(x, *arguments, num_samples=3, scales_B=scales).total.backward()
+        return x.grad.cpu()
+
+    plain_gradient, scaled = gradient(None), gradient([4.0, 0.0, 0.5])
+    assert torch.equal(scaled, plain_gradient * torch.tensor([4.0, 0.0, 0.5])[:, None, None, None])
+    assert torch.equal(gradient([1.0, 1.0, 1.0]), plain_gradient)
+
+
+def test_nothing_outside_of_a_mask_has_a_gradient_and_a_full_mask_changes_no_bit(device):
+    predicted, target, timesteps = make((2, 4, 9, 7), torch.float32, "channels_last")
+    mask = torch.zeros(2, 1, 9, 7)
+    mask[:, :, 2:5, 3:] = 1
+
+    def run(mask):
+        x = predicted.to(device).clone(memory_format=torch.preserve_format).requires_grad_()
+        arguments = (target.to(device), timesteps.to(device), ALPHAS.to(device), LossOptions())
+        result = diffusion_loss(x, *arguments, num_samples=2, mask_B1HW=None if mask is None else mask.to(device))
+        result.total.backward()
+        return x.grad.cpu(), result.total.detach().cpu()
+
+    masked, whole, full = run(mask), run(None), run(torch.ones_like(mask))
+    assert torch.equal(masked[0], whole[0] * mask)
+    assert masked[0].abs().sum() > 0
+    assert all(torch.equal(a, b) for a, b in zip(full, whole, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"mask_B1HW": torch.ones(2, 4, 3, 3)}, r"the mask has shape \(2, 4, 3, 3\), expected \(2, 1, 3, 3\)"),
+        ({"scales_B": torch.ones(3)}, r"the scales have shape \(3,\), expected \(2,\)"),
+    ],
+)
+def test_masks_and_scales_of_other_shapes_are_refused(extra, message):
+    x, t = torch.ones(2, 4, 3, 3), torch.tensor([1, 2])
+    with pytest.raises(ValueError, match=message):
+        diffusion_loss(x, x, t, ALPHAS, LossOptions(), num_samples=2, **extra)

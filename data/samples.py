@@ -1,4 +1,4 @@
-"""Plan what is cached: each photo's bucket, crops and captions, with the keys of their cache rows.
+"""Plan what is cached: each photo's crops and captions, with the keys of their cache rows.
 
 A key hashes everything the row depends on. For latents: the photo's bytes, crop, flip, bucket, VAE weights and dtype.
 For text embeddings: the caption, text encoder and dtype. An edited photo or another VAE therefore gives new keys, and
@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from safelight.data.buckets import Bucket, check_flip_p, crop_box, nearest_bucket
+from safelight.data.buckets import Bucket, check_flip_p, crop_box
 from safelight.data.draws import draw_words, to_uniforms
 from safelight.data.photo import Photo
+from safelight.data.placement import Placement
 from safelight.kernels.philox import Key, Purpose
 from safelight.text import collapse
 
@@ -75,37 +76,37 @@ def empty_text_key(text_fingerprint: str, dtype: str) -> str:
 
 
 def _plan_crops(
-    photos: Sequence[Photo], buckets: Sequence[Bucket], variants: int, crop_jitter: float, flip_p: float, seed: int
-) -> list[tuple[Bucket, tuple[Crop, ...]]]:
-    """Return each photo's bucket and crops.
+    placements: Sequence[Placement], variants: int, crop_jitter: float, flip_p: float, seed: int
+) -> list[tuple[Crop, ...]]:
+    """Return each photo's crops.
 
     Variant 0 is the canonical crop, never mirrored; validation uses it. The crop of another variant is drawn with the
     key (seed, CROP, sample_id, occurrence = variant), and it is mirrored with probability flip_p, drawn with purpose
-    FLIP. All draws are made in two calls. Raises ValueError for a crop_jitter or flip_p out of range.
+    FLIP; the photo's own flip_p comes first. All draws are made in two calls. Raises ValueError for a crop_jitter or flip_p out of range.
     """
     check_flip_p(flip_p)
-    ids = [photo.sample_id for photo in photos]
+    ids = [placed.photo.sample_id for placed in placements]
+    own = [placed.photo.settings.flip_p for placed in placements]
+    probabilities = np.array([flip_p if p is None else p for p in own], dtype=np.float64)[:, None]
     drawn = range(1, variants)
 
     def uniforms(purpose: Purpose) -> np.ndarray:
         keys = [Key(seed, purpose, sample_id, occurrence=variant) for sample_id in ids for variant in drawn]
         return to_uniforms(draw_words(keys)).reshape(len(ids), len(drawn), 4)
 
-    places, mirrors = uniforms(Purpose.CROP)[..., :3], uniforms(Purpose.FLIP)[..., 0] < flip_p
+    places, mirrors = uniforms(Purpose.CROP)[..., :3], uniforms(Purpose.FLIP)[..., 0] < probabilities
     planned = []
-    for i, photo in enumerate(photos):
-        size = photo.width, photo.height
-        bucket = nearest_bucket(*size, buckets)
+    for i, placed in enumerate(placements):
+        size, bucket = (placed.photo.width, placed.photo.height), placed.bucket
         crops = [Crop(crop_box(*size, bucket, None, crop_jitter), False)]
         for place, mirror in zip(places[i], mirrors[i], strict=True):
             crops.append(Crop(crop_box(*size, bucket, place, crop_jitter), bool(mirror)))
-        planned.append((bucket, tuple(crops)))
+        planned.append(tuple(crops))
     return planned
 
 
 def plan_samples(
-    photos: Sequence[Photo],
-    buckets: Sequence[Bucket],
+    placements: Sequence[Placement],
     *,
     variants: int,
     crop_jitter: float,
@@ -117,16 +118,17 @@ def plan_samples(
     prefix: str = "",
     suffix: str = "",
 ) -> list[Sample]:
-    """Return one sample per photo, in the same order: its bucket, crops and keys. Reads no image.
+    """Return one sample per placement, in the same order: its crops and keys. Reads no image.
 
     variants: number of crops per photo; 1 is the canonical crop alone. prefix, suffix: added to every caption
     unchanged, but not to the empty caption of caption dropout. Raises ValueError for a setting out of range.
     """
     if variants < 1:
         raise ValueError(f"variants {variants} is below 1; use 1 for the centred crop alone, 4 for augmentation")
-    all_crops = _plan_crops(photos, buckets, variants, crop_jitter, flip_p, seed)
+    all_crops = _plan_crops(placements, variants, crop_jitter, flip_p, seed)
     samples = []
-    for photo, (bucket, crops) in zip(photos, all_crops, strict=True):
+    for placed, crops in zip(placements, all_crops, strict=True):
+        photo, bucket = placed.photo, placed.bucket
         captions = tuple(collapse(f"{prefix}{caption}{suffix}") for caption in photo.captions)
         latent_keys = tuple(latent_key(photo, crop, bucket, vae_fingerprint, dtype) for crop in crops)
         text_keys = tuple(text_key(caption, text_fingerprint, dtype) for caption in captions)

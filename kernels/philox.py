@@ -78,6 +78,8 @@ class Purpose(IntEnum):
     SCENE = 16
     BATCH_ORDER = 17
     ROUNDING = 18
+    REPEAT = 21
+    TAG_ORDER = 22
 
 
 class Key(NamedTuple):

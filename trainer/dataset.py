@@ -21,6 +21,7 @@ from safelight.data.cache import (
     text_key,
 )
 from safelight.data.manifest import read_manifest, split_validation
+from safelight.data.placement import place_photos
 from safelight.data.shards import Cache
 from safelight.errors import UserError
 from safelight.trainer.config.schema import Config
@@ -127,8 +128,8 @@ def open_dataset(
         "dtype": config.data.cache_dtype,
         "suffix": config.data.caption_suffix,
     }
-    train = plan_samples(train_photos, buckets, variants=config.data.variants, **common)
-    validation = plan_samples(validation_photos, buckets, variants=1, **common)
+    train = plan_samples(place_photos(train_photos, buckets), variants=config.data.variants, **common)
+    validation = plan_samples(place_photos(validation_photos, buckets), variants=1, **common)
     cache = Cache(path / "cache", config.data.cache_dtype)
     dataset = Dataset(
         path,

@@ -14,6 +14,7 @@ from safelight.data.atomic import atomic_write_bytes, atomic_write_text
 from safelight.data.cache import decode_photo
 from safelight.kernels.unet.attention import AttentionChoice
 from safelight.text import storable
+from safelight.trainer.config.timeline import Timeline
 from safelight.trainer.config.toml import to_toml
 from safelight.trainer.dataset import NUM_EXAMPLES, Dataset
 from safelight.trainer.resolve import ResolvedRun
@@ -28,7 +29,13 @@ def _write_json(path: Path, value) -> None:
 
 
 def write_start(
-    run: ResolvedRun, dataset: Dataset, unet: nn.Module, attention: AttentionChoice, notes: list[str], records: dict
+    run: ResolvedRun,
+    dataset: Dataset,
+    timeline: Timeline,
+    unet: nn.Module,
+    attention: AttentionChoice,
+    notes: list[str],
+    records: dict,
 ) -> None:
     """Write config.toml, environment.json, model.json, data.json, split.json and data_examples/.
 
@@ -72,6 +79,8 @@ def write_start(
             "num_captions": sum(len(s.captions) for s in (*dataset.train, *dataset.validation)),
             "variants": config.data.variants,
             "buckets": dataset.counts(),
+            # of each stage; a single number where all its epochs are alike
+            "steps_per_epoch": [steps.numbers for steps in timeline.stage_steps],
             "examples": _write_examples(run_dir, dataset),
             "rejected": _read_rejected(dataset.path / "rejected.jsonl"),
         },

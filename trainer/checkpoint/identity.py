@@ -11,9 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from safelight.data.cache import Sample
+from safelight.data.photo import USUAL_SETTINGS
 from safelight.trainer.config.schema import Config
 
 FREE_TABLES = ("stage", "memory", "validate", "sample", "save", "log")
@@ -116,9 +117,9 @@ def _is_free(name: str) -> bool:
 
 
 def _implied(settings: dict) -> dict:
-    """Return the [loss] settings that older checkpoints did not record, with the values they were trained with."""
+    """Return the settings that older checkpoints did not record, with the values they were trained with."""
     weighting = "min_snr" if settings.get("loss.min_snr_gamma", 0) > 0 else "none"
-    defaults = {"loss.kind": "mse", "loss.weighting": weighting}
+    defaults = {"loss.kind": "mse", "loss.weighting": weighting, "data.short_batches": "keep"}
     return {name: value for name, value in defaults.items() if name not in settings}
 
 
@@ -130,6 +131,13 @@ def _accumulate_dtype(stage: dict, setting: str, precision: str) -> dict:
     if stage.get("accumulate") == 1:
         return {}
     return {"accumulate_dtype": "fp32" if setting == "fp32" else precision}
+
+
+def _own_settings(sample: Sample) -> list[dict]:
+    """Return what a photograph's own settings change, [] if nothing: records from before there were any stay equal."""
+    settings = asdict(sample.photo.settings)
+    changed = {name: value for name, value in settings.items() if value != getattr(USUAL_SETTINGS, name)}
+    return [changed] if changed else []
 
 
 def identify(config: Config, precision: str, samples: Sequence[Sample] = ()) -> Identity:
@@ -153,7 +161,7 @@ def identify(config: Config, precision: str, samples: Sequence[Sample] = ()) -> 
     tables["loss"].pop("weighting")
     tables["loss"]["weighting"] = config.loss.chosen_weighting
     settings = {f"{table}.{name}": value for table, values in tables.items() for name, value in values.items()}
-    rows = json.dumps([(s.latent_keys, s.text_keys) for s in samples])
+    rows = json.dumps([(s.latent_keys, s.text_keys, *_own_settings(s)) for s in samples])
     stages = [vars(stage) for stage in config.stages()]
     stages = [{**stage, **_accumulate_dtype(stage, config.train.accumulate_dtype, precision)} for stage in stages]
     return Identity(settings, stages, hashlib.sha256(rows.encode()).hexdigest())

@@ -145,8 +145,17 @@ class Data(Section):
     """Probability of replacing a caption by the empty one, which classifier-free guidance requires."""
     caption_suffix: str = ""
     """Text appended to every caption, without a separator."""
+    short_batches: Literal["keep", "carry"] = "keep"
+    """What becomes of photographs that do not fill a batch when an epoch ends. keep: each bucket's last batch is
+    smaller. carry: they wait for the next epoch, so that every batch is full; what waits when the run ends is not
+    trained."""
     cache_dtype: Literal["float16", "float32"] = "float16"
     """Dtype of cached latents and text embeddings."""
+
+    @property
+    def carries(self) -> bool:
+        """Whether photographs that do not fill a batch wait for the next epoch."""
+        return self.short_batches == "carry"
 
 
 class Train(Section):

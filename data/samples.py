@@ -82,7 +82,8 @@ def _plan_crops(
 
     Variant 0 is the canonical crop, never mirrored; validation uses it. The crop of another variant is drawn with the
     key (seed, CROP, sample_id, occurrence = variant), and it is mirrored with probability flip_p, drawn with purpose
-    FLIP; the photo's own flip_p comes first. All draws are made in two calls. Raises ValueError for a crop_jitter or flip_p out of range.
+    FLIP, or with the photo's own probability if it has one. All draws are made in two calls.
+    Raises ValueError for a crop_jitter or flip_p out of range.
     """
     check_flip_p(flip_p)
     ids = [placed.photo.sample_id for placed in placements]

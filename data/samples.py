@@ -17,11 +17,13 @@ from safelight.data.buckets import Bucket, check_flip_p, crop_box
 from safelight.data.draws import draw_words, to_uniforms
 from safelight.data.photo import Photo
 from safelight.data.placement import Placement
+from safelight.data.tags import TagSettings, order_tags
 from safelight.kernels.philox import Key, Purpose
 from safelight.text import collapse
 
 # part of every latent key; raise it when a change makes crop_pixels return different pixels
 PIXELS_VERSION = 1
+NO_TAG_VARIANTS = TagSettings()
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,9 @@ class Crop:
 class Sample:
     """A photo with the keys of its cached rows.
 
-    crops, latent_keys: one per variant, the canonical crop first. captions, text_keys: one per caption variant; the
-    captions are the encoded texts, prefix and suffix included.
+    crops, latent_keys: one per variant, the canonical crop first. captions, text_keys: one per caption and order of its
+    tags, the canonical order first; the captions are the encoded texts, tags, prefix and suffix included. Drawn orders
+    may be equal.
     """
 
     photo: Photo
@@ -118,19 +121,23 @@ def plan_samples(
     dtype: str,
     prefix: str = "",
     suffix: str = "",
+    tags: TagSettings = NO_TAG_VARIANTS,
 ) -> list[Sample]:
     """Return one sample per placement, in the same order: its crops and keys. Reads no image.
 
     variants: number of crops per photo; 1 is the canonical crop alone. prefix, suffix: added to every caption
-    unchanged, but not to the empty caption of caption dropout. Raises ValueError for a setting out of range.
+    unchanged, but not to the empty caption of caption dropout. tags: how a photo's tags, which follow each of its
+    captions, are ordered in `tags.variants` ways. Raises ValueError for a setting out of range.
     """
     if variants < 1:
         raise ValueError(f"variants {variants} is below 1; use 1 for the centred crop alone, 4 for augmentation")
     all_crops = _plan_crops(placements, variants, crop_jitter, flip_p, seed)
+    all_tags = order_tags([placed.photo for placed in placements], tags, seed)
     samples = []
-    for placed, crops in zip(placements, all_crops, strict=True):
+    for placed, crops, orders in zip(placements, all_crops, all_tags, strict=True):
         photo, bucket = placed.photo, placed.bucket
-        captions = tuple(collapse(f"{prefix}{caption}{suffix}") for caption in photo.captions)
+        texts = [", ".join(filter(None, (caption, *order))) for caption in photo.captions for order in orders]
+        captions = tuple(collapse(f"{prefix}{text}{suffix}") for text in texts)
         latent_keys = tuple(latent_key(photo, crop, bucket, vae_fingerprint, dtype) for crop in crops)
         text_keys = tuple(text_key(caption, text_fingerprint, dtype) for caption in captions)
         samples.append(Sample(photo, bucket, latent_keys, text_keys, crops, captions))

@@ -274,6 +274,8 @@ def _announce(
         f"{counted(len(dataset.train), 'photograph')} to train on, {len(dataset.validation)} held out; "
         f"{counted(timeline.num_steps, 'step')} in {counted(timeline.num_epochs, 'epoch')}"
     )
+    if dataset.tag_note:
+        terminal.say(dataset.tag_note)
     terminal.say(str(models.attention))
     if run.resume_step is not None:
         position = start.position

@@ -47,7 +47,7 @@ class Contents:
     def of(cls, config: Config, train: Sequence[Photo], validation: Sequence[Photo]) -> Contents:
         buckets = buckets_of(config)
         placed = place_photos(train, buckets)
-        has_captions = any(photo.captions[0] for photo in validation or train)
+        has_captions = any(photo.captions[0] or photo.tags for photo in validation or train)
         counts = Counter(one.bucket for one in placed)
         return cls(Timeline.of(config, placed), counts, len(validation), has_captions)
 

@@ -76,11 +76,12 @@ def write_start(
             "num_photos": len(dataset.train) + len(dataset.validation),
             "num_train": len(dataset.train),
             "num_validation": len(dataset.validation),
-            "num_captions": sum(len(s.captions) for s in (*dataset.train, *dataset.validation)),
+            "num_captions": dataset.num_captions,
+            "num_tagged": dataset.num_tagged,
             "variants": config.data.variants,
             "buckets": dataset.counts(),
-            # of each stage; a single number where all its epochs are alike
-            "steps_per_epoch": [steps.numbers for steps in timeline.stage_steps],
+            # steps_per_epoch: a single number where all epochs are alike
+            "stages": [{"epochs": s.epochs, "steps_per_epoch": s.numbers} for s in timeline.stage_steps],
             "examples": _write_examples(run_dir, dataset),
             "rejected": _read_rejected(dataset.path / "rejected.jsonl"),
         },

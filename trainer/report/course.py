@@ -104,15 +104,15 @@ def _timeline(run: RunFolder) -> Timeline | None:
         # settings of another Safelight version: the graph shows the logged values instead
         return None
     stages = tuple(config.stages())
-    steps = _recorded_steps(run.data, stages) if "steps_per_epoch" in run.data else _steps_of_buckets(run.data, stages)
+    steps = _recorded_steps(run.data, stages) if rows_of(run.data, "stages") else _steps_of_buckets(run.data, stages)
     timeline = steps and Timeline(stages, steps, config.train.max_steps)
     return timeline if timeline and timeline.total_steps else None
 
 
 def _recorded_steps(data: dict, stages: Sequence[ResolvedStage]) -> tuple[StageSteps, ...] | None:
     """Return each stage's steps as the run recorded them when it started, None if they do not fit the settings."""
-    numbers = data["steps_per_epoch"]
-    if not isinstance(numbers, list) or len(numbers) != len(stages):
+    numbers = [row.get("steps_per_epoch") for row in rows_of(data, "stages")]
+    if len(numbers) != len(stages):
         return None
     for stage, row in zip(stages, numbers, strict=True):
         if not isinstance(row, list) or len(row) not in (1, stage.epochs):

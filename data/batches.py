@@ -1,7 +1,5 @@
-"""Plans an epoch (the order of its samples, with variant and caption of each) and loads its rows ahead of the step.
+"""Loads the rows of an epoch's micro-batches ahead of the step.
 
-The plan is a pure function of its arguments. Draws are keyed by (sample id, epoch, occurrence), so a sample gets the
-same crop and caption whatever the batch size, the order of the manifest or the step a run was resumed at.
 Shapes: B batch, C channels, H x W, T tokens, D embedding.
 """
 
@@ -18,37 +16,10 @@ import torch
 from torch import Tensor
 
 from safelight.data.buckets import Bucket
-from safelight.data.draws import draw_words, to_integers, to_uniforms
+from safelight.data.epochs import EMPTY_CAPTION, MicroBatch, SampleRef
 from safelight.data.samples import Sample
 from safelight.data.shards import Cache
 from safelight.data.tensor_record import TensorRecord
-from safelight.errors import UserError
-from safelight.kernels.philox import Key, Purpose, sort_key
-
-EMPTY_CAPTION = -1
-
-
-@dataclass(frozen=True)
-class SampleRef:
-    """One use of a sample within an epoch.
-
-    sample_index: into the list of samples. occurrence: counts the epoch's uses of this sample id.
-    variant: into latent_keys. caption: into text_keys, EMPTY_CAPTION for the empty caption.
-    """
-
-    sample_id: int
-    sample_index: int
-    occurrence: int
-    variant: int
-    caption: int
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Samples of one bucket that go through the model together."""
-
-    bucket: Bucket
-    refs: tuple[SampleRef, ...]
 
 
 @dataclass(frozen=True)
@@ -95,81 +66,6 @@ class Transport(Protocol):
     def send(self, batch: Batch) -> tuple[Batch, object]: ...
 
     def receive(self, sent: Batch, arrived: object) -> Batch: ...
-
-
-def _meetings(samples: Sequence[Sample]) -> list[tuple[int, int]]:
-    """Return (sample id, occurrence) of each sample; a sample listed again is its next occurrence."""
-    seen: dict[int, int] = {}
-    meetings = []
-    for sample in samples:
-        sample_id = sample.photo.sample_id
-        meetings.append((sample_id, seen.get(sample_id, 0)))
-        seen[sample_id] = seen.get(sample_id, 0) + 1
-    return meetings
-
-
-def plan_epoch(
-    samples: Sequence[Sample], *, seed: int, epoch: int, batch_size: int, caption_dropout: float, grouped: bool = False
-) -> list[MicroBatch]:
-    """Return the epoch's micro-batches in the order they are trained; every sample is in exactly one.
-
-    Samples are shuffled, then fill the batches of their buckets in that order; what remains of a bucket is a shorter
-    batch; then the batches are shuffled. grouped: the same batches, reordered by shape, see `_grouped`.
-    Raises ValueError for no samples, batch_size < 1 or a caption_dropout outside 0 to 1.
-    """
-    if not samples:
-        raise UserError("there is no sample to train on; prepare some photos first")
-    if batch_size < 1:
-        raise ValueError(f"batch_size {batch_size} is below 1; use 1 or more")
-    if not 0 <= caption_dropout <= 1:
-        raise ValueError(f"caption_dropout {caption_dropout} is outside 0 to 1; use 0.1, or 0 for none")
-    meetings = _meetings(samples)
-
-    def draws(purpose: Purpose) -> np.ndarray:
-        return draw_words([Key(seed, purpose, sample_id, epoch, occurrence) for sample_id, occurrence in meetings])
-
-    order_words = draws(Purpose.EPOCH_ORDER)[:, :2]
-    variants = to_integers(draws(Purpose.VARIANT)[:, 0], [len(sample.latent_keys) for sample in samples])
-    captions = to_integers(draws(Purpose.CAPTION_CHOICE)[:, 0], [len(sample.text_keys) for sample in samples])
-    is_dropped = to_uniforms(draws(Purpose.CAPTION_DROPOUT)[:, 0]) < caption_dropout
-    captions = np.where(is_dropped, EMPTY_CAPTION, captions)
-    # the sample id breaks a tie of draws, so that the result does not depend on the manifest's order
-    order = sorted(range(len(samples)), key=lambda i: (*order_words[i].tolist(), *meetings[i]))
-    groups: list[list[SampleRef]] = []
-    open_groups: dict[Bucket, list[SampleRef]] = {}
-    bucket_of_group = []
-    for i in order:
-        bucket = samples[i].bucket
-        group = open_groups.get(bucket)
-        if group is None or len(group) == batch_size:
-            group = open_groups[bucket] = []
-            groups.append(group)
-            bucket_of_group.append(bucket)
-        sample_id, occurrence = meetings[i]
-        group.append(SampleRef(sample_id, i, occurrence, int(variants[i]), int(captions[i])))
-    batches = [MicroBatch(bucket, tuple(group)) for bucket, group in zip(bucket_of_group, groups, strict=True)]
-
-    def place(batch: MicroBatch) -> tuple[int, int, int]:
-        # a batch is named by its first sample, which no other batch holds
-        first = batch.refs[0]
-        key = Key(seed, Purpose.BATCH_ORDER, first.sample_id, epoch, first.occurrence)
-        return sort_key(key), first.sample_id, first.occurrence
-
-    shuffled = sorted(batches, key=place)
-    return _grouped(shuffled, batch_size) if grouped else shuffled
-
-
-def _grouped(shuffled: list[MicroBatch], batch_size: int) -> list[MicroBatch]:
-    """Return the full batches of each bucket together, and the short ones after all of them.
-
-    Buckets and the batches of one stand in the order that they are first met in: as random as the shuffle, by its keys.
-    """
-    first_met: dict[Bucket, int] = {}
-    for batch in shuffled:
-        if len(batch.refs) == batch_size:
-            first_met.setdefault(batch.bucket, len(first_met))
-    # sorting is stable; short batches are one a bucket, each a shape of its own
-    return sorted(shuffled, key=lambda b: first_met[b.bucket] if len(b.refs) == batch_size else len(first_met))
 
 
 def load_batch(rows: RowSource, micro_batch: MicroBatch) -> Batch:

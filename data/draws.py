@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from safelight.kernels.philox import Key, philox_numpy
+from safelight.kernels.philox import MASK_32, Key, Purpose, philox_numpy
 
 
 def draw_words(keys: Sequence[Key]) -> np.ndarray:
@@ -21,6 +21,29 @@ def draw_words(keys: Sequence[Key]) -> np.ndarray:
     k0, k1 = keys[0].words()[:2]
     c1, c2, c3 = np.array([key.words()[2:] for key in keys], dtype=np.uint64).T
     return np.stack(philox_numpy((0, c1, c2, c3), (k0, k1)), axis=-1).astype(np.uint64)
+
+
+def draw_words_at(
+    seed: int,
+    purpose: Purpose,
+    sample_ids: np.ndarray,
+    epoch: np.ndarray | int,
+    occurrence: np.ndarray | int = 0,
+    block: np.ndarray | int = 0,
+) -> np.ndarray:
+    """Return (..., 4) random words as uint64 of many keys of one seed and purpose: an element block of each.
+
+    sample_ids, epoch, occurrence, block: unsigned integers that broadcast with each other. Raises ValueError, as Key
+    does, if one has too many bits.
+    """
+    columns = [np.asarray(column, dtype=np.uint64) for column in (sample_ids, epoch, occurrence)]
+    # of the largest values, to check the bits of all
+    largest = Key(seed, purpose, *(int(column.max(initial=0)) for column in columns))
+    k0, k1 = largest.words()[:2]
+    ids, epochs, occurrences = columns
+    c2 = (ids >> np.uint64(32)) << np.uint64(8) | np.uint64(purpose)
+    c3 = epochs << np.uint64(16) | occurrences
+    return np.stack(philox_numpy((block, ids & np.uint64(MASK_32), c2, c3), (k0, k1)), axis=-1).astype(np.uint64)
 
 
 def to_uniforms(words: np.ndarray) -> np.ndarray:

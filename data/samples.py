@@ -1,4 +1,4 @@
-"""Plan what is cached: each photo's bucket, crops and captions, with the keys of their cache rows.
+"""Plan what is cached: each photo's crops and captions, with the keys of their cache rows.
 
 A key hashes everything the row depends on. For latents: the photo's bytes, crop, flip, bucket, VAE weights and dtype.
 For text embeddings: the caption, text encoder and dtype. An edited photo or another VAE therefore gives new keys, and
@@ -13,9 +13,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from safelight.data.buckets import Bucket, check_flip_p, crop_box, nearest_bucket
+from safelight.data.buckets import Bucket, check_flip_p, crop_box
 from safelight.data.draws import draw_words, to_uniforms
 from safelight.data.photo import Photo
+from safelight.data.placement import Placement
+from safelight.data.tags import TagSettings, order_tags
 from safelight.kernels.philox import Key, Purpose
 from safelight.text import collapse
 
@@ -23,6 +25,7 @@ from safelight.text import collapse
 PIXELS_VERSION = 1
 # the same of every mask key and mask_row
 MASK_VERSION = 1
+NO_TAG_VARIANTS = TagSettings()
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,9 @@ class Crop:
 class Sample:
     """A photo with the keys of its cached rows.
 
-    crops, latent_keys: one per variant, the canonical crop first. captions, text_keys: one per caption variant; the
-    captions are the encoded texts, prefix and suffix included. mask_keys: one per variant, none if the photo has no
-    mask or masks have no effect.
+    crops, latent_keys: one per variant, the canonical crop first. captions, text_keys: one per caption and order of its
+    tags, the canonical order first; the captions are the encoded texts, tags, prefix and suffix included. Drawn orders
+    may be equal. mask_keys: one per variant, none if the photo has no mask or masks have no effect.
     """
 
     photo: Photo
@@ -85,37 +88,38 @@ def empty_text_key(text_fingerprint: str, dtype: str) -> str:
 
 
 def _plan_crops(
-    photos: Sequence[Photo], buckets: Sequence[Bucket], variants: int, crop_jitter: float, flip_p: float, seed: int
-) -> list[tuple[Bucket, tuple[Crop, ...]]]:
-    """Return each photo's bucket and crops.
+    placements: Sequence[Placement], variants: int, crop_jitter: float, flip_p: float, seed: int
+) -> list[tuple[Crop, ...]]:
+    """Return each photo's crops.
 
     Variant 0 is the canonical crop, never mirrored; validation uses it. The crop of another variant is drawn with the
     key (seed, CROP, sample_id, occurrence = variant), and it is mirrored with probability flip_p, drawn with purpose
-    FLIP. All draws are made in two calls. Raises ValueError for a crop_jitter or flip_p out of range.
+    FLIP, or with the photo's own probability if it has one. All draws are made in two calls.
+    Raises ValueError for a crop_jitter or flip_p out of range.
     """
     check_flip_p(flip_p)
-    ids = [photo.sample_id for photo in photos]
+    ids = [placed.photo.sample_id for placed in placements]
+    own = [placed.photo.settings.flip_p for placed in placements]
+    probabilities = np.array([flip_p if p is None else p for p in own], dtype=np.float64)[:, None]
     drawn = range(1, variants)
 
     def uniforms(purpose: Purpose) -> np.ndarray:
         keys = [Key(seed, purpose, sample_id, occurrence=variant) for sample_id in ids for variant in drawn]
         return to_uniforms(draw_words(keys)).reshape(len(ids), len(drawn), 4)
 
-    places, mirrors = uniforms(Purpose.CROP)[..., :3], uniforms(Purpose.FLIP)[..., 0] < flip_p
+    places, mirrors = uniforms(Purpose.CROP)[..., :3], uniforms(Purpose.FLIP)[..., 0] < probabilities
     planned = []
-    for i, photo in enumerate(photos):
-        size = photo.width, photo.height
-        bucket = nearest_bucket(*size, buckets)
+    for i, placed in enumerate(placements):
+        size, bucket = (placed.photo.width, placed.photo.height), placed.bucket
         crops = [Crop(crop_box(*size, bucket, None, crop_jitter), False)]
         for place, mirror in zip(places[i], mirrors[i], strict=True):
             crops.append(Crop(crop_box(*size, bucket, place, crop_jitter), bool(mirror)))
-        planned.append((bucket, tuple(crops)))
+        planned.append(tuple(crops))
     return planned
 
 
 def plan_samples(
-    photos: Sequence[Photo],
-    buckets: Sequence[Bucket],
+    placements: Sequence[Placement],
     *,
     variants: int,
     crop_jitter: float,
@@ -126,18 +130,23 @@ def plan_samples(
     dtype: str,
     prefix: str = "",
     suffix: str = "",
+    tags: TagSettings = NO_TAG_VARIANTS,
 ) -> list[Sample]:
-    """Return one sample per photo, in the same order: its bucket, crops and keys. Reads no image.
+    """Return one sample per placement, in the same order: its crops and keys. Reads no image.
 
     variants: number of crops per photo; 1 is the canonical crop alone. prefix, suffix: added to every caption
-    unchanged, but not to the empty caption of caption dropout. Raises ValueError for a setting out of range.
+    unchanged, but not to the empty caption of caption dropout. tags: how a photo's tags, which follow each of its
+    captions, are ordered in `tags.variants` ways. Raises ValueError for a setting out of range.
     """
     if variants < 1:
         raise ValueError(f"variants {variants} is below 1; use 1 for the centred crop alone, 4 for augmentation")
-    all_crops = _plan_crops(photos, buckets, variants, crop_jitter, flip_p, seed)
+    all_crops = _plan_crops(placements, variants, crop_jitter, flip_p, seed)
+    all_tags = order_tags([placed.photo for placed in placements], tags, seed)
     samples = []
-    for photo, (bucket, crops) in zip(photos, all_crops, strict=True):
-        captions = tuple(collapse(f"{prefix}{caption}{suffix}") for caption in photo.captions)
+    for placed, crops, orders in zip(placements, all_crops, all_tags, strict=True):
+        photo, bucket = placed.photo, placed.bucket
+        texts = [", ".join(filter(None, (caption, *order))) for caption in photo.captions for order in orders]
+        captions = tuple(collapse(f"{prefix}{text}{suffix}") for text in texts)
         latent_keys = tuple(latent_key(photo, crop, bucket, vae_fingerprint, dtype) for crop in crops)
         text_keys = tuple(text_key(caption, text_fingerprint, dtype) for caption in captions)
         samples.append(Sample(photo, bucket, latent_keys, text_keys, crops, captions))

@@ -78,9 +78,11 @@ class Purpose(IntEnum):
     SCENE = 16
     BATCH_ORDER = 17
     ROUNDING = 18
-    TABLE_SAMPLE = 40
-    CAPTION_TOKEN = 30
-    PREVIEW = 31
+    REPEAT = 19
+    TAG_ORDER = 20
+    TABLE_SAMPLE = 21
+    CAPTION_TOKEN = 22
+    PREVIEW = 23
 
 
 class Key(NamedTuple):
@@ -190,18 +192,23 @@ def _horner(coefficients: tuple[float, ...], x, constant):
     return total
 
 
-def _box_muller(first, second, xp):
-    """Return two standard normals from two random words. xp: _Numpy or _Torch, below."""
+def _log_uniform(word, xp):
+    """Return ln u, u = (word | 1) / 2^32, fp32: u is never zero. xp: _Numpy or _Torch, below."""
     c = xp.constant
-    # radius = sqrt(-2 ln u), u = (word | 1) / 2^32: never zero, so the radius is at most 6.66
-    bits = xp.bits(xp.to_float(first | 1))
+    bits = xp.bits(xp.to_float(word | 1))
     # split into 2^exponent * mantissa, mantissa in [sqrt(1/2), sqrt(2)), by integer arithmetic
     offset = bits - SQRT_HALF_BITS
     exponent = xp.to_float((offset >> 23) - 32)
     f = xp.from_bits((offset & 0x007FFFFF) + SQRT_HALF_BITS) - c(1.0)
     f2 = f * f
-    log = f - c(0.5) * f2 + f2 * f * _horner(LOG_COEFFICIENTS, f, c) + exponent * c(LN2)
-    radius = xp.sqrt(c(-2.0) * log)
+    return f - c(0.5) * f2 + f2 * f * _horner(LOG_COEFFICIENTS, f, c) + exponent * c(LN2)
+
+
+def _box_muller(first, second, xp):
+    """Return two standard normals from two random words. xp: _Numpy or _Torch, below."""
+    c = xp.constant
+    # the radius, sqrt(-2 ln u), is at most 6.66
+    radius = xp.sqrt(c(-2.0) * _log_uniform(first, xp))
     # angle: two bits choose the quadrant, the other thirty an angle in [-pi/4, pi/4)
     quadrant = second >> 30
     x = xp.to_float((second & 0x3FFFFFFF) - (1 << 29)) * c(np.pi / 2 / 2**30)
@@ -263,6 +270,11 @@ class _Torch:
         import torch
 
         return x.int().view(torch.float32)
+
+
+def exponentials(words: np.ndarray) -> np.ndarray:
+    """Return a standard exponential draw for each random word, float32."""
+    return -_log_uniform(words.astype(np.int64), _Numpy)
 
 
 def normals(key: Key, shape: tuple[int, ...]) -> np.ndarray:

@@ -189,13 +189,16 @@ def cache(argv: list[str]) -> int:
     with dataset.cache:
         rows = dataset.counts()
         if arguments.json:
-            print_json({"made": dataset.num_encoded, "rows": len(dataset.cache), "buckets": rows})
+            captions = {"num_captions": dataset.num_captions, "num_tagged": dataset.num_tagged}
+            print_json({"made": dataset.num_encoded, "rows": len(dataset.cache), **captions, "buckets": rows})
             return 0
         print_table(
             f"{dataset.path}: {counted(dataset.num_encoded, 'row')} encoded, {len(dataset.cache)} in the cache",
             ("bucket", "train", "held out"),
             [(f"{r['width']} x {r['height']}", r["num_train"], r["num_validation"]) for r in rows],
         )
+    if dataset.tag_note:
+        print_line(dataset.tag_note)
     _say_next(f"{_train_command(arguments.config)}, with the same options")
     return 0
 

@@ -22,9 +22,11 @@ from safelight.data.cache import (
 )
 from safelight.data.manifest import read_manifest, split_validation
 from safelight.data.masks import fill_masks
+from safelight.data.placement import place_photos
 from safelight.data.samples import with_masks
 from safelight.data.shards import Cache
 from safelight.errors import UserError
+from safelight.text import counted
 from safelight.trainer.config.schema import MAX_CHUNKS, Config
 from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.families.family import Family
@@ -106,6 +108,27 @@ class Dataset:
         captions = [prompt_of_caption(config, s.captions[0]) for s in self.validation or self.train if s.captions[0]]
         return list(dict.fromkeys(captions))[: config.sample.num_prompts]
 
+    @property
+    def num_captions(self) -> int:
+        """Distinct captions of each photograph, added up."""
+        return sum(len(set(s.captions)) for s in self.samples)
+
+    @property
+    def num_tagged(self) -> int:
+        """Photographs with tags."""
+        return sum(bool(s.photo.tags) for s in self.samples)
+
+    @property
+    def tag_note(self) -> str:
+        """A line on the captions of photographs with tags, '' if there are none."""
+        if not self.num_tagged:
+            return ""
+        most = max(len(set(s.captions)) // len(set(s.photo.captions)) for s in self.samples)
+        return (
+            f"{counted(self.num_captions, 'distinct caption')} of {counted(len(self.samples), 'photograph')}; "
+            f"{self.num_tagged} have tags, in up to {counted(most, 'order')}"
+        )
+
     def counts(self) -> list[dict]:
         """Return the number of photographs in each bucket that has any."""
         train, validation = (Counter(s.bucket for s in half) for half in (self.train, self.validation))
@@ -147,11 +170,12 @@ def open_dataset(
         "text_fingerprint": encoder.fingerprint,
         "dtype": config.data.cache_dtype,
         "suffix": config.data.caption_suffix,
+        "tags": config.data.tags,
     }
-    train = plan_samples(train_photos, buckets, variants=config.data.variants, **common)
+    train = plan_samples(place_photos(train_photos, buckets), variants=config.data.variants, **common)
     if config.loss.mask_weight != 1:
         train = with_masks(train, codec.factor, config.data.cache_dtype)
-    validation = plan_samples(validation_photos, buckets, variants=1, **common)
+    validation = plan_samples(place_photos(validation_photos, buckets), variants=1, **common)
     cache = Cache(path / "cache", config.data.cache_dtype)
     dataset = Dataset(
         path,

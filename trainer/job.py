@@ -268,7 +268,7 @@ def _announce(
     if run.resume_step is not None and (started := recorded_start(run.run_dir)):
         records["started"] = started
     run.run_dir.mkdir(parents=True, exist_ok=True)
-    write_start(run, dataset, models.context.unet, models.attention, notes, records)
+    write_start(run, dataset, timeline, models.context.unet, models.attention, notes, records)
     metrics = Metrics(run.run_dir, -1 if run.resume_step is None else run.resume_step, run.user_config.log.tensorboard)
     if metrics.num_unreadable:
         terminal.say(f"{counted(metrics.num_unreadable, 'unreadable line')} of {metrics.path} left out")
@@ -276,6 +276,8 @@ def _announce(
         f"{counted(len(dataset.train), 'photograph')} to train on, {len(dataset.validation)} held out; "
         f"{counted(timeline.num_steps, 'step')} in {counted(timeline.num_epochs, 'epoch')}"
     )
+    if dataset.tag_note:
+        terminal.say(dataset.tag_note)
     terminal.say(str(models.attention))
     if run.resume_step is not None:
         position = start.position

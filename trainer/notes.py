@@ -13,15 +13,16 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
-from safelight.data.buckets import Bucket, nearest_bucket
+from safelight.data.buckets import Bucket
 from safelight.data.decode_memory import available_bytes
 from safelight.data.manifest import MANIFEST_NAME, read_manifest, split_validation
 from safelight.data.photo import Photo
+from safelight.data.placement import place_photos
 from safelight.text import counted
 from safelight.trainer.config.schema import Config, Section, Stage
 from safelight.trainer.config.timeline import Timeline
 from safelight.trainer.memory_plan.candidate import Candidate
-from safelight.trainer.memory_plan.static_bytes import buckets_of, static_bytes, timeline_of
+from safelight.trainer.memory_plan.static_bytes import buckets_of, static_bytes
 from safelight.units import GIB
 
 EVERY = {
@@ -45,9 +46,10 @@ class Contents:
     @classmethod
     def of(cls, config: Config, train: Sequence[Photo], validation: Sequence[Photo]) -> Contents:
         buckets = buckets_of(config)
-        counts = Counter(nearest_bucket(photo.width, photo.height, buckets) for photo in train)
-        has_captions = any(photo.captions[0] for photo in validation or train)
-        return cls(timeline_of(config, train, buckets), counts, len(validation), has_captions)
+        placed = place_photos(train, buckets)
+        has_captions = any(photo.captions[0] or photo.tags for photo in validation or train)
+        counts = Counter(one.bucket for one in placed)
+        return cls(Timeline.of(config, placed), counts, len(validation), has_captions)
 
 
 def notes_of(config: Config, device_type: str) -> list[str]:
@@ -178,7 +180,7 @@ def _lengths(config: Config, contents: Contents) -> Iterator[str]:
 
 def _stage_lengths(timeline: Timeline) -> list[int]:
     """Return the steps of each stage, without max_steps."""
-    return [s.epochs * n for s, n in zip(timeline.stages, timeline.stage_steps_per_epoch, strict=True)]
+    return [steps.total for steps in timeline.stage_steps]
 
 
 def _intervals(config: Config, contents: Contents) -> Iterator[str]:
@@ -196,11 +198,7 @@ def _intervals(config: Config, contents: Contents) -> Iterator[str]:
 
 def _num_epochs(timeline: Timeline) -> int:
     """Return the epochs that the run begins."""
-    left, epochs = timeline.num_steps, 0
-    for stage, per_epoch in zip(timeline.stages, timeline.stage_steps_per_epoch, strict=True):
-        num = min(stage.epochs, -(-left // per_epoch))
-        left, epochs = max(0, left - num * per_epoch), epochs + num
-    return epochs
+    return timeline.place_of(timeline.num_steps)[0] + 1 if timeline.num_steps else 0
 
 
 def _batches(config: Config, contents: Contents) -> Iterator[str]:

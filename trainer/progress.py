@@ -71,7 +71,8 @@ class Progress:
 
     def epoch_fraction(self, position: Position) -> float:
         """Return the number of epochs trained so far, with decimals, as in the logs."""
-        per_epoch = self._timeline.stage_steps_per_epoch[self._timeline.stage_of(position.epoch)]
+        # an epoch whose photographs are all carried over has no step
+        per_epoch = max(1, self._timeline.steps_of(position.epoch))
         return round(position.epoch + position.step_in_epoch / per_epoch, 6)
 
     def show(self, position: Position, note: str = "") -> None:

@@ -14,6 +14,7 @@ from safelight.data.atomic import atomic_write_bytes, atomic_write_text
 from safelight.data.cache import decode_photo
 from safelight.kernels.unet.attention import AttentionChoice
 from safelight.text import storable
+from safelight.trainer.config.timeline import Timeline
 from safelight.trainer.config.toml import to_toml
 from safelight.trainer.dataset import NUM_EXAMPLES, Dataset
 from safelight.trainer.resolve import ResolvedRun
@@ -28,7 +29,13 @@ def _write_json(path: Path, value) -> None:
 
 
 def write_start(
-    run: ResolvedRun, dataset: Dataset, unet: nn.Module, attention: AttentionChoice, notes: list[str], records: dict
+    run: ResolvedRun,
+    dataset: Dataset,
+    timeline: Timeline,
+    unet: nn.Module,
+    attention: AttentionChoice,
+    notes: list[str],
+    records: dict,
 ) -> None:
     """Write config.toml, environment.json, model.json, data.json, split.json and data_examples/.
 
@@ -69,9 +76,12 @@ def write_start(
             "num_photos": len(dataset.train) + len(dataset.validation),
             "num_train": len(dataset.train),
             "num_validation": len(dataset.validation),
-            "num_captions": sum(len(s.captions) for s in (*dataset.train, *dataset.validation)),
+            "num_captions": dataset.num_captions,
+            "num_tagged": dataset.num_tagged,
             "variants": config.data.variants,
             "buckets": dataset.counts(),
+            # steps_per_epoch: a single number where all epochs are alike
+            "stages": [{"epochs": s.epochs, "steps_per_epoch": s.numbers} for s in timeline.stage_steps],
             "examples": _write_examples(run_dir, dataset),
             "rejected": _read_rejected(dataset.path / "rejected.jsonl"),
         },

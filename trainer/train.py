@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from safelight.data.batches import MicroBatch, iterate, load_batch, plan_epoch
+from safelight.data.batches import iterate, load_batch
+from safelight.data.epochs import Group, MicroBatch, Span, left_over, plan_epoch
 from safelight.data.lock import FolderLock
 from safelight.errors import Diverged, UserError
 from safelight.text import size
@@ -174,8 +175,12 @@ def _train_epoch(job: Job, position: Position) -> Position:
         batch_size=stage.batch_size,
         caption_dropout=config.data.caption_dropout,
         grouped=job.is_grouped,
+        carried=_carried(job, position.epoch),
     )
     remaining = plan[position.step_in_epoch * stage.accumulate :]
+    if not remaining:
+        # everything is carried over to the next epoch
+        return replace(position, stage=stage_index)
     batches = iterate(job.dataset.rows(job.dataset.train), remaining, transport=job.transport)
     graphs = _prepare_graphs(job, stage, remaining, position)
     for micro_batches in _steps(remaining, stage.accumulate):
@@ -206,6 +211,15 @@ def _train_epoch(job: Job, position: Position) -> Position:
             _save(job, position)
     batches.close()
     return position
+
+
+def _carried(job: Job, epoch: int) -> dict[Group, int] | None:
+    """Return how many photographs each group has waiting when an epoch begins, None if none are carried over."""
+    config = job.run.user_config
+    if not config.data.carries:
+        return None
+    spans = [Span(stage.epochs, stage.batch_size) for stage in job.timeline.stages]
+    return left_over(job.dataset.train, spans, seed=config.run.seed, epoch=epoch)
 
 
 def _log_stage(job: Job, position: Position, stage_index: int) -> None:
@@ -262,7 +276,7 @@ def _photos_of(job: Job, micro_batches: list[MicroBatch]) -> tuple[str, ...]:
 
 
 def _is_epoch_end(job: Job, position: Position) -> bool:
-    return position.step_in_epoch == job.timeline.stage_steps_per_epoch[job.timeline.stage_of(position.epoch)]
+    return position.step_in_epoch == job.timeline.steps_of(position.epoch)
 
 
 def _end_epoch(job: Job, position: Position) -> Position:

@@ -21,8 +21,9 @@ from PIL import Image
 from safelight.bench.core.harness import percentiles
 from safelight.bench.core.results import make_record
 from safelight.bench.recipes.workload import SEED, fill_random_cache, random_rows
-from safelight.data.batches import RowSource, iterate, load_batch, plan_epoch
+from safelight.data.batches import RowSource, iterate, load_batch
 from safelight.data.cache import Cache
+from safelight.data.epochs import plan_epoch
 from safelight.data.images import crop_pixels, decode
 from safelight.errors import UserError
 from safelight.trainer.families.conditioning import TextConditioning

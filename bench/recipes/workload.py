@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from safelight.data.batches import Batch, RowSource, iterate, plan_epoch
+from safelight.data.batches import Batch, RowSource, iterate
 from safelight.data.buckets import Bucket
 from safelight.data.cache import Cache, Crop, Sample
+from safelight.data.epochs import plan_epoch
 from safelight.data.photo import Photo
 from safelight.errors import UserError
 from safelight.kernels.unet import patch

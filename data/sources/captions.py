@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from safelight.data.photo import NO_CREDIT, Credit
 from safelight.data.sources.caption import FILE_NAME, Caption, Rejection, caption_of_name
 from safelight.data.sources.encodings import decode_text
 from safelight.data.sources.listing import NO_PICTURE, TABLE_NAMES, Listing, list_folder, stem_of, suffix_of

@@ -14,6 +14,7 @@ import torch
 from safelight.data.buckets import make_buckets
 from safelight.data.cache import Cache, fill_latents, fill_texts, plan_samples, sample_captions
 from safelight.data.manifest import read_manifest
+from safelight.data.placement import place_photos
 
 
 class FakeVae:
@@ -55,8 +56,7 @@ def plan(dataset: Path, vae: FakeVae, text: FakeTextEncoder, **settings):
     """Return the samples of a dataset at resolution 64."""
     defaults = {"variants": 3, "crop_jitter": 0.2, "flip_p": 0.5, "seed": 7, "dtype": "float16"}
     return plan_samples(
-        read_manifest(dataset),
-        make_buckets(64, 8),
+        place_photos(read_manifest(dataset), make_buckets(64, 8)),
         vae_fingerprint=vae.fingerprint,
         text_fingerprint=text.fingerprint,
         **{**defaults, **settings},

@@ -26,6 +26,7 @@ from safelight.data.buckets import make_buckets
 from safelight.data.cache import Cache, decode_photo
 from safelight.data.index import INDEX_NAME, KINDS
 from safelight.data.manifest import read_manifest, split_validation
+from safelight.data.placement import place_photos
 from safelight.data.samples import plan_samples
 from safelight.errors import UserError
 
@@ -235,7 +236,9 @@ def damage_manifest(work: Path, chance: random.Random) -> None:
     train, held_out = split_validation(photos, 0.3, 1)
     settings = {"variants": 2, "crop_jitter": 0.2, "flip_p": 0.5, "seed": 7, "dtype": "float16"}
     fingerprints = {"vae_fingerprint": "v", "text_fingerprint": "t"}
-    assert len(plan_samples([*train, *held_out], make_buckets(64, 8), **settings, **fingerprints)) == len(photos)
+    assert len(plan_samples(place_photos([*train, *held_out], make_buckets(64, 8)), **settings, **fingerprints)) == len(
+        photos
+    )
     for photo in photos:
         with suppress(UserError):
             decode_photo(work, photo)

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from safelight.data.batches import MicroBatch, SampleRef, iterate, load_batch, plan_epoch
+from safelight.data.batches import iterate, load_batch
 from safelight.data.buckets import Bucket, make_buckets
 from safelight.data.cache import Cache, CorruptRow, plan_samples
 from safelight.data.draws import draw_words
+from safelight.data.epochs import MicroBatch, SampleRef, plan_epoch
 from safelight.data.photo import Photo
+from safelight.data.placement import place_photos
 from safelight.kernels import philox
 from safelight.kernels.philox import Key, Purpose
 from tests.data.rows import EMPTY, source
@@ -34,8 +36,7 @@ def make_samples(num, captions=3, variants=4):
         for i in range(num)
     ]
     return plan_samples(
-        photos,
-        make_buckets(64, 8),
+        place_photos(photos, make_buckets(64, 8)),
         variants=variants,
         crop_jitter=0.1,
         flip_p=0.5,

@@ -27,6 +27,7 @@ from safelight.data.cache import (
     text_key,
 )
 from safelight.data.manifest import read_manifest
+from safelight.data.placement import place_photos
 from safelight.data.prepare.ingest import ingest
 from safelight.errors import UserError
 from tests.data.crops import crop_of_variant, is_flipped
@@ -83,7 +84,7 @@ def test_keys_cover_everything_their_row_depends_on(noise_dataset):
     buckets = make_buckets(64, 8)
 
     def keys(buckets=buckets, photo=photo, **change):
-        (sample,) = plan_samples([photo], buckets, **{**base, **change})
+        (sample,) = plan_samples(place_photos([photo], buckets), **{**base, **change})
         return (*sample.latent_keys, *sample.text_keys)
 
     first = keys()

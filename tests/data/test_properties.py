@@ -10,10 +10,11 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safelight.data.batches import plan_epoch
 from safelight.data.buckets import Bucket, make_buckets, nearest_bucket
+from safelight.data.epochs import plan_epoch
 from safelight.data.manifest import split_validation
 from safelight.data.photo import Photo
+from safelight.data.placement import place_photos
 from safelight.data.samples import plan_samples
 from safelight.text import collapse, printable, storable
 from tests.data.crops import crop_of_variant
@@ -131,8 +132,7 @@ def test_added_photos_do_not_reshuffle_the_split(names, more, fraction, seed):
 def test_every_photo_is_met_exactly_once_an_epoch(names, batch_size, epoch, seed, dropout, repeat):
     samples = (
         plan_samples(
-            [photo(number, captions=1 + number % 3) for number in names],
-            make_buckets(64, 8),
+            place_photos([photo(number, captions=1 + number % 3) for number in names], make_buckets(64, 8)),
             variants=1 + len(names) % 4,
             crop_jitter=0.1,
             flip_p=0.5,

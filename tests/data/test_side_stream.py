@@ -8,9 +8,10 @@ import threading
 import pytest
 import torch
 
-from safelight.data.batches import Batch, iterate, load_batch, plan_epoch
+from safelight.data.batches import Batch, iterate, load_batch
 from safelight.data.buckets import Bucket
 from safelight.data.cache import Cache
+from safelight.data.epochs import plan_epoch
 from safelight.data.side_stream import SideStream
 from tests.data.rows import Text, source
 

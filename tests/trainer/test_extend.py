@@ -13,7 +13,7 @@ import torch
 from safelight.errors import UserError
 from safelight.trainer import disk_space
 from safelight.trainer.checkpoint.files import Position, list_checkpoints
-from safelight.trainer.config.timeline import Timeline
+from safelight.trainer.config.timeline import StageSteps, Timeline
 from safelight.trainer.config.toml import parse_config, to_toml
 from safelight.trainer.disk_space import check_space, space_note
 from safelight.trainer.progress import Progress
@@ -65,7 +65,7 @@ def test_a_finished_run_goes_on_as_it_says(schedule, make_config, tmp_path):
 def test_options_that_extend_a_run(settings, step, options):
     config = parse_config(settings, "test")
     stages = tuple(config.stages())
-    timeline = Timeline(stages, (2,) * len(stages), config.train.max_steps)
+    timeline = Timeline(stages, tuple(StageSteps(stage.epochs, (2,)) for stage in stages), config.train.max_steps)
     assert timeline.how_to_extend(step, bool(config.stage)) == options
 
 
@@ -75,7 +75,7 @@ def steps(make_config):
     said, nothing = [], lambda *args, **kwargs: None
     progress = Progress(
         SimpleNamespace(user_config=make_config(log={"every_steps": 1}), precision="fp32", plan=None, device=CPU),
-        SimpleNamespace(num_steps=99, stage_steps_per_epoch=(99,), stage_of=lambda epoch: 0),
+        SimpleNamespace(num_steps=99, steps_of=lambda epoch: 99),
         SimpleNamespace(write=nothing),
         SimpleNamespace(say=said.append, update=nothing),
         UnloggedSteps(2, CPU, None),

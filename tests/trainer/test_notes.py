@@ -8,7 +8,7 @@ from safelight.data import decode_memory
 from safelight.trainer import notes as module
 from safelight.trainer.config.presets import PRESETS, preset
 from safelight.trainer.config.schema import Config
-from safelight.trainer.config.timeline import Timeline, steps_of_counts
+from safelight.trainer.config.timeline import StageSteps, Timeline
 from safelight.trainer.config.toml import parse_config, to_toml
 from safelight.trainer.notes import Contents, memory_note, notes, notes_of
 from tests.called import call
@@ -17,7 +17,8 @@ from tests.called import call
 def contents(config: Config, *counts: int, num_validation: int = 4, has_captions: bool = True) -> Contents:
     """Return a dataset whose buckets have these many photographs to train on."""
     stages = tuple(config.stages())
-    steps = tuple(steps_of_counts(counts, s.batch_size, s.accumulate) for s in stages)
+    batches = [sum(-(-count // s.batch_size) for count in counts) for s in stages]
+    steps = tuple(StageSteps(s.epochs, (-(-num // s.accumulate),)) for s, num in zip(stages, batches, strict=True))
     timeline = Timeline(stages, steps, config.train.max_steps)
     return Contents(timeline, dict(enumerate(counts)), num_validation, has_captions)
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from safelight.data.cache import Sample
+from safelight.data.photo import USUAL_SETTINGS
 from safelight.trainer.config.schema import Config
 
 FREE_TABLES = ("stage", "memory", "validate", "sample", "save", "log")
@@ -116,9 +117,9 @@ def _is_free(name: str) -> bool:
 
 
 def _implied(settings: dict) -> dict:
-    """Return the [loss] settings that older checkpoints did not record, with the values they were trained with."""
+    """Return the settings that older checkpoints did not record, with the values they were trained with."""
     weighting = "min_snr" if settings.get("loss.min_snr_gamma", 0) > 0 else "none"
-    defaults = {"loss.kind": "mse", "loss.weighting": weighting}
+    defaults = {"loss.kind": "mse", "loss.weighting": weighting, "data.short_batches": "keep"}
     return {name: value for name, value in defaults.items() if name not in settings}
 
 
@@ -133,10 +134,14 @@ def _accumulate_dtype(stage: dict, setting: str, precision: str) -> dict:
 
 
 def _rows(sample: Sample) -> tuple:
-    """Return what a sample is trained on: cache keys, and its mask and loss scale if it has any."""
-    scale = sample.photo.settings.loss_scale
-    masks, scales = (sample.mask_keys,) if sample.mask_keys else (), (scale,) if scale != 1 else ()
-    return sample.latent_keys, sample.text_keys, *masks, *scales
+    """Return what a sample is trained on: cache keys, and its mask and its own settings if it has any.
+
+    Records from before there were any stay equal.
+    """
+    settings = asdict(sample.photo.settings)
+    changed = {name: value for name, value in settings.items() if value != getattr(USUAL_SETTINGS, name)}
+    masks, own = (sample.mask_keys,) if sample.mask_keys else (), (changed,) if changed else ()
+    return sample.latent_keys, sample.text_keys, *masks, *own
 
 
 def identify(config: Config, precision: str, samples: Sequence[Sample] = ()) -> Identity:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, get_args
 import tyro
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
+from safelight.data.tags import TagSettings
 from safelight.errors import UserError
 from safelight.trainer.registry.losses import KINDS, WEIGHTINGS
 from safelight.trainer.registry.optimizers import MEMORY_MODES, OPTIMIZERS, help_text
@@ -145,6 +146,17 @@ class Data(Section):
     """Probability that a variant is mirrored."""
     caption_dropout: Annotated[float, Field(ge=0, le=1)] = 0.04
     """Probability of replacing a caption by the empty one, which classifier-free guidance requires."""
+    caption_variants: Annotated[int, Field(ge=1, le=64)] = 4
+    """Orders of a photograph's tags whose captions are cached; training draws one at each use. The first, which
+    validation uses, has the heaviest tags first; in the others tags are drawn by weight, so that heavier ones tend to
+    come first. Photographs without tags have one."""
+    max_tags: Count = 0
+    """Largest number of tags in a caption. 0: all of them."""
+    keep_tags: Count = 0
+    """Number of a photograph's first tags that always stay in front."""
+    shuffle_tags: bool = True
+    """Put tags in the order in which they were drawn. false: in the order in which they were written; without max_tags
+    a photograph then has one caption variant."""
     caption_suffix: str = ""
     """Text appended to every caption, without a separator."""
     prompt_weights: bool = False
@@ -152,8 +164,22 @@ class Data(Section):
     samples are always read so."""
     caption_chunks: Annotated[int, Field(ge=1, le=MAX_CHUNKS)] = 1
     """How many chunks of 75 tokens are read of a caption, each encoded by itself; 2 reads 150 tokens, 3 reads 225."""
+    short_batches: Literal["keep", "carry"] = "keep"
+    """What becomes of photographs that do not fill a batch when an epoch ends. keep: each bucket's last batch is
+    smaller. carry: they wait for the next epoch, so that every batch is full; what waits when the run ends is not
+    trained."""
     cache_dtype: Literal["float16", "float32"] = "float16"
     """Dtype of cached latents and text embeddings."""
+
+    @property
+    def tags(self) -> TagSettings:
+        """How a photograph's tags are ordered."""
+        return TagSettings(self.caption_variants, self.keep_tags, self.max_tags, self.shuffle_tags)
+
+    @property
+    def carries(self) -> bool:
+        """Whether photographs that do not fill a batch wait for the next epoch."""
+        return self.short_batches == "carry"
 
 
 class Train(Section):

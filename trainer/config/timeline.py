@@ -6,12 +6,13 @@ Does not import torch, so that the report works without it.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
+from safelight.data.epochs import Placed, Span, count_batches
 from safelight.trainer.config.schema import Config, ResolvedStage
 
 
@@ -33,34 +34,55 @@ def learning_rate(schedule: str, peak: float, step: int, num_steps: int, warmup_
     raise ValueError(f"schedule {schedule!r} is unknown; use constant, linear or cosine")
 
 
-if TYPE_CHECKING:
-    # this module imports torch
-    from safelight.data.cache import Sample
+@dataclass(frozen=True)
+class StageSteps:
+    """The optimizer steps of a stage. numbers: of each of its epochs, or a single one if all have equally many."""
 
+    epochs: int
+    numbers: tuple[int, ...]
 
-def steps_per_epoch(samples: Sequence[Sample], batch_size: int, accumulation: int) -> int:
-    """Return the optimizer steps of one epoch. A bucket's last micro-batch may be smaller, and so may the last step."""
-    return steps_of_counts(Counter(s.bucket for s in samples).values(), batch_size, accumulation)
+    @cached_property
+    def _ends(self) -> list[int]:
+        return [0, *accumulate(self.numbers)]
 
+    @property
+    def total(self) -> int:
+        return self.before(self.epochs)
 
-def steps_of_counts(counts: Iterable[int], batch_size: int, accumulation: int) -> int:
-    """Return the optimizer steps of one epoch. counts: the number of samples in each bucket."""
-    num_micro = sum(-(-count // batch_size) for count in counts)
-    return -(-num_micro // accumulation)
+    def before(self, epoch: int) -> int:
+        """Return the steps of the stage's first `epoch` epochs."""
+        return epoch * self.numbers[0] if len(self.numbers) == 1 else self._ends[epoch]
+
+    def of_epoch(self, epoch: int) -> int:
+        """Return the steps of an epoch, counted from 0 within the stage; beyond its end, those of the last one."""
+        return self.numbers[min(epoch, len(self.numbers) - 1)]
+
+    def epoch_at(self, step: int) -> int:
+        """Return the epoch of a step, both counted from 0 within the stage."""
+        return step // self.numbers[0] if len(self.numbers) == 1 else bisect_right(self._ends, step) - 1
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """The stages of a run and the steps per epoch of each. Epochs and steps are 0-based and count across stages."""
+    """The stages of a run and the steps of each. Epochs and steps are 0-based and count across stages."""
 
     stages: tuple[ResolvedStage, ...]
-    stage_steps_per_epoch: tuple[int, ...]
+    stage_steps: tuple[StageSteps, ...]
     max_steps: int
 
     @classmethod
-    def of(cls, config: Config, samples: Sequence[Sample]) -> Timeline:
+    def of(cls, config: Config, samples: Sequence[Placed]) -> Timeline:
+        """Return the timeline of a run. samples: those trained on, or their placements.
+
+        A group's last micro-batch of an epoch may be smaller, and so may an epoch's last step.
+        """
         stages = tuple(config.stages())
-        steps = tuple(steps_per_epoch(samples, s.batch_size, s.accumulate) for s in stages)
+        spans = [Span(stage.epochs, stage.batch_size) for stage in stages]
+        counts = count_batches(samples, spans, seed=config.run.seed, carries=config.data.carries)
+        steps = tuple(
+            StageSteps(stage.epochs, tuple(-(-num // stage.accumulate) for num in numbers))
+            for stage, numbers in zip(stages, counts, strict=True)
+        )
         return cls(stages, steps, config.train.max_steps)
 
     @property
@@ -68,10 +90,14 @@ class Timeline:
         return sum(stage.epochs for stage in self.stages)
 
     @property
+    def total_steps(self) -> int:
+        """Optimizer steps of all stages, whatever max_steps."""
+        return sum(steps.total for steps in self.stage_steps)
+
+    @property
     def num_steps(self) -> int:
         """Optimizer steps of the whole run, limited by max_steps."""
-        total = sum(s.epochs * n for s, n in zip(self.stages, self.stage_steps_per_epoch, strict=True))
-        return min(total, self.max_steps) if self.max_steps else total
+        return min(self.total_steps, self.max_steps) if self.max_steps else self.total_steps
 
     def stage_of(self, epoch: int) -> int:
         """Return the stage of an epoch; the last stage for an epoch past the end."""
@@ -82,17 +108,29 @@ class Timeline:
 
     def stage_of_step(self, step: int) -> int:
         """Return the stage of an optimizer step, counted from 1."""
-        ends = accumulate(s.epochs * n for s, n in zip(self.stages, self.stage_steps_per_epoch, strict=True))
+        ends = accumulate(steps.total for steps in self.stage_steps)
         return next((index for index, end in enumerate(ends) if step <= end), len(self.stages) - 1)
 
     def first_epoch(self, stage: int) -> int:
         return sum(s.epochs for s in self.stages[:stage])
 
+    def steps_of(self, epoch: int) -> int:
+        """Return the optimizer steps of an epoch; past the end, those of the last one."""
+        stage = self.stage_of(epoch)
+        return self.stage_steps[stage].of_epoch(epoch - self.first_epoch(stage))
+
+    def place_of(self, step: int) -> tuple[int, int]:
+        """Return the epoch of an optimizer step, counted from 1, and how many steps of it come before."""
+        stage = self.stage_of_step(step)
+        steps = self.stage_steps[stage]
+        before = step - 1 - sum(one.total for one in self.stage_steps[:stage])
+        epoch = steps.epoch_at(before)
+        return self.first_epoch(stage) + epoch, before - steps.before(epoch)
+
     def how_to_extend(self, step: int, has_tables: bool) -> str:
         """Return options that make a run longer that is finished at a step. has_tables: its settings have [[stage]]."""
-        total = sum(s.epochs * n for s, n in zip(self.stages, self.stage_steps_per_epoch, strict=True))
-        if step < total:
-            return f"--train.max-steps {total}"
+        if step < self.total_steps:
+            return f"--train.max-steps {self.total_steps}"
         last, number = self.stages[-1], len(self.stages) - 1
         if last.schedule == "constant":
             name = f"stage.{number}" if has_tables else "train"
@@ -111,16 +149,16 @@ class Timeline:
         if not (0 <= epoch <= self.num_epochs and 0 <= stage < len(self.stages)):
             return False
         done, before = 0, epoch
-        for one, per_epoch in zip(self.stages, self.stage_steps_per_epoch, strict=True):
-            num = min(one.epochs, before)
-            done, before = done + num * per_epoch, before - num
-        in_epoch = 0 if epoch == self.num_epochs else self.stage_steps_per_epoch[self.stage_of(epoch)]
+        for steps in self.stage_steps:
+            num = min(steps.epochs, before)
+            done, before = done + steps.before(num), before - num
+        in_epoch = 0 if epoch == self.num_epochs else self.steps_of(epoch)
         last_epoch = epoch if step_in_epoch > 0 else max(0, epoch - 1)
         return step == done + step_in_epoch and 0 <= step_in_epoch <= in_epoch and stage == self.stage_of(last_epoch)
 
     def learning_rate(self, epoch: int, step_in_epoch: int) -> float:
         """Return the learning rate of a step. A schedule spans its whole stage, even if max_steps cuts it short."""
         index = self.stage_of(epoch)
-        stage, per_epoch = self.stages[index], self.stage_steps_per_epoch[index]
-        step = (epoch - self.first_epoch(index)) * per_epoch + step_in_epoch
-        return learning_rate(stage.schedule, stage.lr, step, stage.epochs * per_epoch, stage.warmup_steps)
+        stage, steps = self.stages[index], self.stage_steps[index]
+        step = steps.before(epoch - self.first_epoch(index)) + step_in_epoch
+        return learning_rate(stage.schedule, stage.lr, step, steps.total, stage.warmup_steps)

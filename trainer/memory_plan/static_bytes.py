@@ -6,16 +6,15 @@ The memory of activations and temporaries comes from a trace (estimator.py).
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from safelight.data.buckets import Bucket, nearest_bucket
+from safelight.data.buckets import Bucket
 from safelight.data.manifest import has_manifest, read_manifest, split_validation
-from safelight.data.photo import Photo
+from safelight.data.placement import place_photos
 from safelight.kernels.moment_blocks import MIN_8BIT_ELEMENTS
 from safelight.kernels.optim.paged_state import state_bytes
 from safelight.kernels.unet import patch
@@ -23,7 +22,7 @@ from safelight.kernels.unet.activation_offload import SLAB_BYTES
 from safelight.kernels.unet.attention import attention_cases, choose_attention
 from safelight.trainer.checkpoint.snapshot import SNAPSHOT_SLAB_BYTES
 from safelight.trainer.config.schema import Config
-from safelight.trainer.config.timeline import Timeline, steps_of_counts
+from safelight.trainer.config.timeline import StageSteps, Timeline
 from safelight.trainer.models.base import latent_factor, resolve_model, training_buckets, vae_config
 from safelight.trainer.models.device import PRECISIONS, pick_device, pick_dtype
 from safelight.trainer.models.weights import meta_unet
@@ -154,21 +153,13 @@ def buckets_of(config: Config) -> tuple[Bucket, ...]:
     return training_buckets(base, config.data, latent_factor(vae_config(base, config.model.vae)))
 
 
-def timeline_of(config: Config, photos: Sequence[Photo], buckets: Sequence[Bucket]) -> Timeline:
-    """Return the timeline of a run. photos: those trained on."""
-    counts = Counter(nearest_bucket(photo.width, photo.height, buckets) for photo in photos).values()
-    stages = tuple(config.stages())
-    steps = tuple(steps_of_counts(counts, s.batch_size, s.accumulate) for s in stages)
-    return Timeline(stages, steps, config.train.max_steps)
-
-
 def planned_timeline(config: Config) -> Timeline | None:
     """Return the timeline of a run, None if its dataset is not prepared."""
     folder = Path(config.data.path)
     if not has_manifest(folder):
         return None
     train, _ = split_validation(read_manifest(folder), config.data.validation_fraction, config.run.seed)
-    return timeline_of(config, train, buckets_of(config))
+    return Timeline.of(config, place_photos(train, buckets_of(config)))
 
 
 def learning_rates(config: Config) -> tuple[list[float], bool]:
@@ -181,12 +172,11 @@ def learning_rates(config: Config) -> tuple[list[float], bool]:
         stage = config.stages()[0]
         stage.epochs = 1
         num = config.train.max_steps or ASSUMED_STEPS
-        timeline = Timeline((stage,), (num,), num)
+        timeline = Timeline((stage,), (StageSteps(1, (num,)),), num)
         return [timeline.learning_rate(0, step) for step in range(num)], True
     rates: list[float] = []
     for epoch in range(timeline.num_epochs):
-        per_epoch = timeline.stage_steps_per_epoch[timeline.stage_of(epoch)]
-        rates += [timeline.learning_rate(epoch, step) for step in range(per_epoch)]
+        rates += [timeline.learning_rate(epoch, step) for step in range(timeline.steps_of(epoch))]
     return rates[: timeline.num_steps], False
 
 
@@ -241,7 +231,7 @@ def summary(config: Config, device: torch.device | None = None, dtype: torch.dty
             "train": len(train),
             "validation": len(validation),
             "epochs": epochs,
-            "steps": timeline_of(config, train, buckets).num_steps,
+            "steps": Timeline.of(config, place_photos(train, buckets)).num_steps,
             "images trained": epochs * len(train),
             "cache bytes": cache_bytes(config, len(photos)),
         }

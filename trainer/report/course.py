@@ -6,16 +6,20 @@ resumed, so they are used only where they agree with the log.
 
 import math
 import re
+from collections.abc import Sequence
 from itertools import accumulate
 
 import numpy as np
 
-from safelight.trainer.config.timeline import Timeline, steps_of_counts
+from safelight.trainer.config.schema import ResolvedStage
+from safelight.trainer.config.timeline import StageSteps, Timeline
 from safelight.trainer.config.toml import parse_config
 from safelight.trainer.report.facts import evenly_chosen
 from safelight.trainer.report.run_reader import Metrics, RunFolder, number, rows_of
 
 MAX_STEPS_A_STAGE = 600
+# more are a mistake in the run's data.json
+MAX_STEPS_AN_EPOCH = 10**9
 # finding a step's stage looks at every stage before it
 MAX_LOOK_UPS = 5_000_000
 # epochs are logged to six digits
@@ -64,8 +68,8 @@ def learning_rates(run: RunFolder) -> tuple[np.ndarray, np.ndarray] | None:
     ):
         return None
     chosen, done = [], 0
-    for stage, per_epoch in zip(timeline.stages, timeline.stage_steps_per_epoch, strict=True):
-        num = min(stage.epochs * per_epoch, last_step - done)
+    for stage, steps in zip(timeline.stages, timeline.stage_steps, strict=True):
+        num = min(steps.total, last_step - done)
         # the end of warm-up is a corner of the curve and must not be thinned out
         corner = {stage.warmup_steps - 1, stage.warmup_steps} & set(range(num))
         chosen += [done + 1 + i for i in sorted({*evenly_chosen(num, MAX_STEPS_A_STAGE), *corner})]
@@ -92,8 +96,7 @@ def _known_epochs(metrics: Metrics) -> tuple[list[float], list[float]]:
 
 
 def _timeline(run: RunFolder) -> Timeline | None:
-    counts = [number(bucket.get("num_train")) for bucket in rows_of(run.data, "buckets")]
-    if not run.config or not counts or not all(math.isfinite(count) and count >= 0 for count in counts):
+    if not run.config:
         return None
     try:
         config = parse_config(run.config, "config.toml")
@@ -101,20 +104,40 @@ def _timeline(run: RunFolder) -> Timeline | None:
         # settings of another Safelight version: the graph shows the logged values instead
         return None
     stages = tuple(config.stages())
-    counts = [int(count) for count in counts]
-    steps = tuple(steps_of_counts(counts, stage.batch_size, stage.accumulate) for stage in stages)
-    return Timeline(stages, steps, config.train.max_steps) if min(steps) > 0 else None
+    steps = _recorded_steps(run.data, stages) if rows_of(run.data, "stages") else _steps_of_buckets(run.data, stages)
+    timeline = steps and Timeline(stages, steps, config.train.max_steps)
+    return timeline if timeline and timeline.total_steps else None
+
+
+def _recorded_steps(data: dict, stages: Sequence[ResolvedStage]) -> tuple[StageSteps, ...] | None:
+    """Return each stage's steps as the run recorded them when it started, None if they do not fit the settings."""
+    numbers = [row.get("steps_per_epoch") for row in rows_of(data, "stages")]
+    if len(numbers) != len(stages):
+        return None
+    for stage, row in zip(stages, numbers, strict=True):
+        if not isinstance(row, list) or len(row) not in (1, stage.epochs):
+            return None
+        if not all(type(num) is int and 0 <= num <= MAX_STEPS_AN_EPOCH for num in row):
+            return None
+    return tuple(StageSteps(stage.epochs, tuple(row)) for stage, row in zip(stages, numbers, strict=True))
+
+
+def _steps_of_buckets(data: dict, stages: Sequence[ResolvedStage]) -> tuple[StageSteps, ...] | None:
+    """Return each stage's steps of a run that recorded only its buckets: every photograph was used once an epoch."""
+    counts = [number(bucket.get("num_train")) for bucket in rows_of(data, "buckets")]
+    if not counts or not all(math.isfinite(count) and count >= 0 for count in counts):
+        return None
+    batches = [sum(-(-int(count) // stage.batch_size) for count in counts) for stage in stages]
+    return tuple(
+        StageSteps(stage.epochs, (-(-num // stage.accumulate),)) for stage, num in zip(stages, batches, strict=True)
+    )
 
 
 def _at_steps(timeline: Timeline, steps: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """Return the epoch at the end of each 1-based step, and its learning rate."""
     epochs, rates = [], []
     for step in steps:
-        index, before = 0, step - 1
-        while before >= (num := timeline.stages[index].epochs * timeline.stage_steps_per_epoch[index]):
-            index, before = index + 1, before - num
-        epoch, in_epoch = divmod(before, timeline.stage_steps_per_epoch[index])
-        epoch += timeline.first_epoch(index)
-        epochs.append(epoch + (in_epoch + 1) / timeline.stage_steps_per_epoch[index])
+        epoch, in_epoch = timeline.place_of(step)
+        epochs.append(epoch + (in_epoch + 1) / timeline.steps_of(epoch))
         rates.append(timeline.learning_rate(epoch, in_epoch))
     return np.array(epochs, dtype=np.float64), np.array(rates, dtype=np.float64)

@@ -202,6 +202,8 @@ def _counts_sentence(data: dict, config: dict) -> str:
     sentence += "."
     if captions is not None:
         sentence += f" {counted(captions, 'caption')}." if captions else " No captions."
+    if tagged := _count(data, "num_tagged"):
+        sentence += f" {counted(tagged, 'photograph')} {'has' if tagged == 1 else 'have'} tags, in several orders."
     if variants is not None and variants > 1:
         # held-out photographs have the centre crop only
         sentence += f" Each training photograph is used in {variants:,} variants{_differing_by(config)}."

@@ -54,8 +54,8 @@ FIELDS = {
     "model.json": {"base": str, "from_scratch": bool},
     "data.json": {
         "dataset": str,
-        **dict.fromkeys(("num_photos", "num_train", "num_validation", "num_captions", "variants"), int),
-        **dict.fromkeys(("buckets", "examples", "rejected"), list),
+        **dict.fromkeys(("num_photos", "num_train", "num_validation", "num_captions", "num_tagged", "variants"), int),
+        **dict.fromkeys(("buckets", "examples", "rejected", "stages"), list),
     },
     "compare/index.json": {"step": int, "pairs": list},
     "scores.json": {"interval": str, "num_samples": int, "rows": list, "notes": object},

@@ -26,7 +26,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from safelight.data.batches import MicroBatch
+from safelight.data.epochs import MicroBatch
 from safelight.errors import UserError
 from safelight.trainer.optim.optimizer import UNetOptimizer
 from safelight.trainer.step.step import Inputs, MicroResult, StepContext, micro_step

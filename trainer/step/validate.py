@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from safelight.data.batches import MicroBatch, RowSource, SampleRef, load_batch
+from safelight.data.batches import RowSource, load_batch
 from safelight.data.cache import Sample
+from safelight.data.epochs import MicroBatch, SampleRef
 from safelight.errors import UserError
 from safelight.kernels.ops.noising import Purposes, key_words, noising
 from safelight.kernels.philox import Key, Purpose, sort_key, uniforms

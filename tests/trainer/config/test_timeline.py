@@ -5,19 +5,19 @@ from itertools import pairwise
 
 import pytest
 
-from safelight.data.batches import plan_epoch
 from safelight.data.buckets import make_buckets
+from safelight.data.epochs import plan_epoch
 from safelight.data.manifest import read_manifest
 from safelight.data.photo import Photo
+from safelight.data.placement import place_photos
 from safelight.data.samples import plan_samples
-from safelight.trainer.config.timeline import Timeline, steps_per_epoch
+from safelight.trainer.config.timeline import StageSteps, Timeline
 from safelight.trainer.config.toml import parse_config
 
 
 def samples_of(photos: list[Photo]):
     return plan_samples(
-        photos,
-        make_buckets(64, 8, 2.0),
+        place_photos(photos, make_buckets(64, 8, 2.0)),
         variants=1,
         crop_jitter=0.0,
         flip_p=0.0,
@@ -44,12 +44,13 @@ def test_steps_per_epoch_equal_the_plans(samples, batch_size, accumulation):
     for epoch in range(3):
         plan = plan_epoch(samples, seed=3, epoch=epoch, batch_size=batch_size, caption_dropout=0.1)
         groups = [plan[start : start + accumulation] for start in range(0, len(plan), accumulation)]
-        assert steps_per_epoch(samples, batch_size, accumulation) == len(groups)
+        stages = [{"epochs": 3, "batch_size": batch_size, "accumulate": accumulation}]
+        assert timeline_of(samples, stages).steps_of(epoch) == len(groups)
 
 
 def test_stages_have_their_own_steps(samples):
     timeline = timeline_of(samples, [{"epochs": 2, "batch_size": 1}, {"epochs": 3, "batch_size": 1, "accumulate": 5}])
-    assert timeline.stage_steps_per_epoch == (24, 5)
+    assert timeline.stage_steps == (StageSteps(2, (24,)), StageSteps(3, (5,)))
     assert (timeline.num_epochs, timeline.num_steps) == (5, 2 * 24 + 3 * 5)
 
 
@@ -64,7 +65,7 @@ def test_every_position_that_a_run_reaches_is_in_its_timeline_and_no_other(sampl
     reached, step = {(0, 0, 0, 0)}, 0
     for epoch in range(timeline.num_epochs):
         stage = timeline.stage_of(epoch)
-        per_epoch = timeline.stage_steps_per_epoch[stage]
+        per_epoch = timeline.steps_of(epoch)
         reached |= {(step + number, epoch, number, stage) for number in range(1, per_epoch + 1)}
         step += per_epoch
         reached.add((step, epoch + 1, 0, stage))
@@ -73,7 +74,7 @@ def test_every_position_that_a_run_reaches_is_in_its_timeline_and_no_other(sampl
         (number, epoch, in_epoch, stage)
         for number in range(-1, step + 2)
         for epoch in counts
-        for in_epoch in range(-1, max(timeline.stage_steps_per_epoch) + 2)
+        for in_epoch in range(-1, max(map(timeline.steps_of, range(timeline.num_epochs))) + 2)
         for stage in range(-1, 4)
         if timeline.holds(number, epoch, in_epoch, stage)
     }
@@ -92,7 +93,7 @@ def rates(timeline: Timeline) -> list[float]:
     return [
         timeline.learning_rate(epoch, step)
         for epoch in range(timeline.num_epochs)
-        for step in range(timeline.stage_steps_per_epoch[timeline.stage_of(epoch)])
+        for step in range(timeline.steps_of(epoch))
     ]
 
 

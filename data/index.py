@@ -249,6 +249,11 @@ class Index:
         except sqlite3.Error as error:
             if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _NO_DAMAGE:
                 raise self.damaged(error) from error
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL:
+                raise UserError(
+                    f"the disk of the cache's index {self.path} is full; free some space and run it again: the rows "
+                    "that were cached are kept"
+                ) from error
             if is_opening:
                 raise UserError(
                     f"cache index {self.path} cannot be opened ({error}); wait until no other run writes to it, and "

@@ -34,7 +34,8 @@ def has_manifest(dataset: Path) -> bool:
     return os.path.lexists(Path(dataset) / MANIFEST_NAME)
 
 
-def _holds_photos(folder: Path) -> bool:
+def holds_photos(folder: Path) -> bool:
+    """Return whether a folder, or one below it, holds photographs, by their names; the first 5,000 are looked at."""
     if not os.path.isdir(folder):
         return False
     num = 0
@@ -52,7 +53,7 @@ def how_to_prepare(dataset: Path) -> tuple[str, Path]:
 
     That is another folder than `dataset` if someone gave a folder of photographs in place of a dataset.
     """
-    if not _holds_photos(dataset):
+    if not holds_photos(dataset):
         return f"safelight prepare PHOTOS -o {shlex.quote(str(dataset))}", dataset
     place = Path("datasets") / (dataset.resolve().name or "photos")
     if place.resolve().is_relative_to(dataset.resolve()):

@@ -187,6 +187,9 @@ def main(argv: list[str] | None = None) -> int:
     With the environment variable SAFELIGHT_TRACEBACK=1 every error is raised instead.
     """
     argv = sys.argv[1:] if argv is None else argv
+    # None if the shell closed them, as `>&-` does
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  open until the process ends
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     try:
         for stream in (sys.stdout, sys.stderr):
             # a caption in characters that the terminal's encoding lacks must not end a command

@@ -53,5 +53,6 @@ def space_note(config: Config, checkpoint: int) -> str:
     for place, (needed, text) in parts.items():
         if needed > (free := free_bytes(place)):
             short = f"the disk of {place} has {size(free)} free"
-            return f"up to {text} do not fit: {short}; free some space, or lower save.keep"
+            what_helps = "lower save.keep" if place == run_dir else "lower data.variants"
+            return f"up to {text} do not fit: {short}; free some space, or {what_helps}"
     return ""

@@ -17,10 +17,11 @@ from safelight.trainer.checkpoint.files import check_files, folder_of, read_iden
 from safelight.trainer.checkpoint.identity import Identity, identify
 from safelight.trainer.config.schema import Config
 from safelight.trainer.disk_space import check_space
+from safelight.trainer.inference.sampling import check_size, settings_of
 from safelight.trainer.memory_plan.candidate import Candidate
 from safelight.trainer.memory_plan.resolve_auto import budget, cap, resolve, why_no_cuda_graphs
 from safelight.trainer.memory_plan.static_bytes import static_bytes
-from safelight.trainer.models.base import Base, base_of
+from safelight.trainer.models.base import Base, base_of, latent_factor, vae_config
 from safelight.trainer.models.device import PRECISIONS, pick_device, pick_dtype
 from safelight.trainer.models.noise_schedule import NoiseSchedule
 from safelight.trainer.models.weights import check_unet
@@ -91,6 +92,7 @@ def check_early(run: ResolvedRun) -> None:
         import_tensorboard()
     check_library(run.user_config.optimizer)
     check_unet(run.base)
+    check_size(settings_of(run.user_config), latent_factor(vae_config(run.base, run.user_config.model.vae)))
     allowed_backends(run.device, run.dtype, run.user_config.model.attention)
     if run.device.type == "cuda":
         has_triton()

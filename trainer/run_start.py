@@ -12,6 +12,8 @@ from torch import nn
 
 from safelight.data.atomic import atomic_write_bytes, atomic_write_text
 from safelight.data.cache import decode_photo
+from safelight.data.manifest import has_manifest, holds_photos
+from safelight.errors import UserError
 from safelight.kernels.unet.attention import AttentionChoice
 from safelight.text import storable
 from safelight.trainer.config.timeline import Timeline
@@ -22,6 +24,19 @@ from safelight.trainer.run_log.environment import ATTENTION, describe
 from safelight.untrusted import MAX_JSON_BYTES, parse_json, read_bytes
 
 EXAMPLE_SIDE_PX = 320
+
+
+def check_place(run_dir: Path, dataset: Path) -> None:
+    """Raise UserError if a new run would mix its files with a dataset's or with photographs."""
+    if (run_dir / "config.toml").is_file():
+        return
+    what = ""
+    if has_manifest(run_dir) or run_dir.resolve().is_relative_to(dataset.resolve()):
+        what = "lies in a dataset"
+    elif holds_photos(run_dir):
+        what = "holds photographs, which `safelight prepare` could not tell from the run's pictures"
+    if what:
+        raise UserError(f"run.dir {run_dir} {what}; name another --run.dir, for example runs/{run_dir.resolve().name}")
 
 
 def _write_json(path: Path, value) -> None:

@@ -30,6 +30,7 @@ from safelight.trainer.memory_plan.resolve_auto import out_of_memory
 from safelight.trainer.memory_plan.static_bytes import static_bytes
 from safelight.trainer.run_log.metrics import reset_peak_memory
 from safelight.trainer.run_log.terminal import Terminal
+from safelight.trainer.run_start import check_place
 from safelight.trainer.step.cuda_graphs import StepGraphs
 from safelight.trainer.step.step import Inputs, StepSettings, train_step, upload
 from safelight.trainer.step.torch_flags import torch_flags
@@ -78,6 +79,7 @@ def train(
     with FolderLock(run_dir, advice, f"wait until it ends, or {advice}") as lock:
         if lock.note:
             terminal.say(lock.note)
+        check_place(run_dir, Path(config.data.path))
         check_kinds(run_dir, FOLDERS, FILES, "the run")
         for folder in (run_dir / "checkpoints", run_dir / "samples"):
             check_kinds(folder, [path.name for path in folder.glob("step-*")], (), "the run")
@@ -300,7 +302,10 @@ def _finish(job: Job, position: Position) -> Position:
 
 
 def _evaluate(job: Job, position: Position) -> Position:
-    """Validate and sample if due. If the GPU runs out of memory, save the trained weights before raising UserError."""
+    """Validate and sample if due. If that fails, save the trained weights before raising what it raised.
+
+    Raises UserError if the GPU runs out of memory.
+    """
     try:
         return evaluate(job, position)
     except torch.OutOfMemoryError:
@@ -312,6 +317,13 @@ def _evaluate(job: Job, position: Position) -> Position:
             f"the GPU ran out of memory in validation or sampling {where}; resume with a smaller validate.batch_size, "
             "or with sample.every_epochs 0 and run `safelight sample` later"
         ) from None
+    except NotFinite:
+        raise
+    except Exception:
+        # what was learnt since the last checkpoint does not depend on why it cannot be looked at
+        if position.step > 0:
+            _save(job, replace(position, unmeasured=True))
+        raise
 
 
 def _save(job: Job, position: Position) -> None:

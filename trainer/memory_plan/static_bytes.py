@@ -15,6 +15,7 @@ import torch
 from safelight.data.buckets import Bucket
 from safelight.data.manifest import has_manifest, read_manifest, split_validation
 from safelight.data.placement import place_photos
+from safelight.errors import UserError
 from safelight.kernels.moment_blocks import MIN_8BIT_ELEMENTS
 from safelight.kernels.optim.paged_state import state_bytes
 from safelight.kernels.unet import patch
@@ -23,6 +24,7 @@ from safelight.kernels.unet.attention import attention_cases, choose_attention
 from safelight.trainer.checkpoint.snapshot import SNAPSHOT_SLAB_BYTES
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.timeline import StageSteps, Timeline
+from safelight.trainer.inference.sampling import check_size, settings_of
 from safelight.trainer.models.base import latent_factor, resolve_model, training_buckets, vae_config
 from safelight.trainer.models.device import PRECISIONS, pick_device, pick_dtype
 from safelight.trainer.models.weights import meta_unet
@@ -197,8 +199,12 @@ def summary(config: Config, device: torch.device | None = None, dtype: torch.dty
     device, dtype: as for static_bytes.
     """
     buckets = buckets_of(config)
-    # a schedule that training would refuse
-    resolve_model(config.model).noise_schedule(config.loss.prediction, config.loss.zero_terminal_snr)
+    if Path(config.data.path).is_file():
+        raise UserError(f"data.path {config.data.path} is a file; give a folder written by `safelight prepare`")
+    base = resolve_model(config.model)
+    # what training would refuse
+    base.noise_schedule(config.loss.prediction, config.loss.zero_terminal_snr)
+    check_size(settings_of(config), latent_factor(vae_config(base, config.model.vae)))
     static = static_bytes(config, device, dtype)
     result: dict = {
         "base": config.model.base,

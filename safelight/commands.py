@@ -143,6 +143,26 @@ def caption(argv: list[str]) -> int:
     from safelight.trainer.stop import Stop
 
     device, stop = pick_device(arguments.device), Stop("this batch")
+    if arguments.preview:
+        from safelight.trainer.captioning.preview import write_preview
+
+        with Terminal() as terminal:
+            page = write_preview(
+                arguments.dataset,
+                arguments.preview,
+                arguments.model,
+                generation,
+                wording,
+                device,
+                ["safelight", "caption", *_without_previewed(argv)],
+                arguments.batch_size,
+                lambda done, total, note: terminal.update("captions", done, total, note),
+                terminal.say,
+            )
+        print_json({"page": str(page)}) if arguments.json else print_line(page)
+        if not arguments.json:
+            _say_next(f"open {shlex.quote(str(page))} in a browser, and run the command of the captions that you like")
+        return 0
     with Terminal() as terminal, stop:
         summary = caption_dataset(
             arguments.dataset,
@@ -167,6 +187,18 @@ def caption(argv: list[str]) -> int:
     if not arguments.json:
         _say_next("safelight cache RUN.TOML, or safelight train RUN.TOML, with data.path set to this dataset")
     return 0
+
+
+def _without_previewed(argv: list[str]) -> list[str]:
+    """Return the arguments of `safelight caption --preview` without that, and without what the preview varies."""
+    varied = ("--preview", "--repetition-penalty", "--q-factor", "--min-new-tokens", "--min-words")
+    kept, is_value = [], False
+    for word in argv:
+        name = word.partition("=")[0].replace("_", "-")
+        if not is_value and name not in varied and name != "--json":
+            kept.append(word)
+        is_value = not is_value and name in varied and "=" not in word
+    return kept
 
 
 def cache(argv: list[str]) -> int:

@@ -38,8 +38,8 @@ class CaptionSummary:
 
     made, known: photos whose text was generated in this call, or in an earlier one with the same settings. unchanged:
     that had this very caption already. human: that a person has captioned. left: not reached before a stop. unread:
-    (file, reason) of photos that cannot be decoded; they keep their captions. said: what was generated for the photos
-    that have this captioner's captions.
+    (file, reason) of photos that cannot be decoded, or of which nothing was said; they keep their captions. said,
+    captions: what was generated for the photos of this captioner, and what was made of it.
     """
 
     photos: list[Photo] = field(default_factory=list)
@@ -193,6 +193,9 @@ def caption_dataset(
         label = collapse(f"captioner {os.path.basename(model.rstrip('/')) or model}")
         for index, photo in enumerate(photos):
             if (not overwrite and is_human(photo)) or (said := journal.said.get(photo.sha256)) is None:
+                continue
+            if not said.text:
+                summary.unread.append((photo.file, "the model said nothing"))
                 continue
             caption = wording.apply(said.text)
             is_same = identity(photo.captioner) == target and photo.captions == (caption,)

@@ -58,13 +58,21 @@ _GENERATION = (
 class ModelFiles:
     """A captioner's checked files. folder: the model's; staged: the temporary folder with its checked JSON files.
 
-    config, generation: the values of config.json and, of generation_config.json, those of the model.
+    values: their contents, by name.
     """
 
     folder: Path
     staged: Path
-    config: dict
-    generation: dict
+    values: dict[str, dict]
+
+    @property
+    def config(self) -> dict:
+        return self.values["config.json"]
+
+    def generation(self) -> dict:
+        """Return those values of generation_config.json that belong to the model."""
+        values = self.values.get("generation_config.json", {})
+        return {name: values[name] for name in _GENERATION if name in values}
 
     def read_weights(self) -> tuple[dict[str, Tensor], str]:
         """Return (all tensors by name, the fingerprint of weights and settings).
@@ -125,10 +133,7 @@ def opened(spec: str) -> Iterator[ModelFiles]:
                     (staged / name).write_bytes(read_bytes(model_file(folder, name), MAX_TEXT_BYTES))
         except OSError as error:
             raise UserError(f"{error.filename or folder} cannot be read: {error.strerror}") from None
-        generation = values.get("generation_config.json", {})
-        yield ModelFiles(
-            folder, staged, values["config.json"], {key: generation[key] for key in _GENERATION if key in generation}
-        )
+        yield ModelFiles(folder, staged, values)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 

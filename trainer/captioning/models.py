@@ -18,6 +18,7 @@ from safelight.text import collapse
 from safelight.trainer.captioning.keyed_sampling import KeyedNucleus
 from safelight.trainer.captioning.model_files import ModelFiles, opened
 from safelight.trainer.captioning.options import Generation
+from safelight.trainer.captioning.processors import load_processor
 from safelight.trainer.models.build import build
 from safelight.trainer.models.device import pick_dtype
 from safelight.trainer.models.model_folder import bad_weights
@@ -124,7 +125,8 @@ class Captioner:
     def _described(self, ids: list[int]) -> Described:
         special = set(self.tokenizer.all_special_ids)
         kept = [token for token in ids if token not in special and token >= 0]
-        text = self.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=True)
+        # half a character, where generation ended within one
+        text = self.tokenizer.decode(kept, skip_special_tokens=True).replace("\ufffd", "")
         return Described(collapse(text), len(kept))
 
 
@@ -174,7 +176,7 @@ def _kind_of(spec: str, files: ModelFiles) -> str:
 
 
 def _load(source: CaptionerSource, files: ModelFiles, tensors: dict[str, Tensor], device: torch.device) -> Captioner:
-    from transformers import AutoProcessor, GenerationConfig
+    from transformers import GenerationConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
@@ -196,19 +198,19 @@ def _load(source: CaptionerSource, files: ModelFiles, tensors: dict[str, Tensor]
             generation_config=GenerationConfig(),
             output_loading_info=True,
         )
-        processor = AutoProcessor.from_pretrained(
-            files.staged, config=config, trust_remote_code=False, local_files_only=True, backend="pil"
-        )
     except Exception as error:
         raise bad_weights(files.folder, error) from error
     if lacking := sorted(info["missing_keys"]):
         raise bad_weights(files.folder, f"they lack {lacking[0]} and {len(lacking) - 1} more")
-    if not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
+    try:
+        processor = load_processor(files.staged, config, files.values)
+    # files that contradict each other, or a library that a processor wants and that is not here
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
-            f"{files.folder} has no processor that reads pictures and text (it lacks preprocessor_config.json or "
-            "tokenizer.json); get this folder again"
-        )
-    _complete(model, processor, config, files.generation)
+            f"{files.folder}: no processor can be made of its files ({reason}); use another model"
+        ) from error
+    _complete(model, processor, config, files.generation())
     model = model.requires_grad_(False).eval().to(device)
     return Captioner(source.name, kind, model, processor, device, source.fingerprint)
 

@@ -137,6 +137,13 @@ border-bottom:1px solid var(--line)}
 .plain dt{font:inherit}
 pre,code{font:.84rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 pre{background:var(--code);border-radius:8px;padding:14px 16px;margin:.7rem 0;white-space:pre-wrap}
+.choice{margin:1rem 0 0}.choice p{margin:0}.choice pre{margin:.25rem 0 0;user-select:all}
+.tried{display:grid;grid-template-columns:minmax(0,400px) minmax(0,1fr);gap:28px;margin:1.6rem 0 0;padding:0 0 1.6rem;
+border-bottom:1px solid var(--line)}
+.tried:last-child{border:0}.tried img{width:100%}.tried dl{margin:0}
+.tried dl div{display:grid;grid-template-columns:2.6rem minmax(0,1fr);padding:0 0 .8rem}
+.tried dt{font-weight:650;color:var(--accent)}.tried dd{margin:0}.tried dd .meta{display:block}
+.tried dl div:last-child dt,.tried dl div:last-child dd{color:var(--muted);font-weight:450}
 details{margin:.9rem 0}
 summary{cursor:pointer;font-weight:500;width:fit-content}
 details[open]>summary{margin-bottom:.5rem}
@@ -170,7 +177,7 @@ table.scores tbody th,table.scores tbody td{border:0;padding:2px 8px 2px 0;min-w
 .buckets{gap:7px 10px}.settings{columns:1}
 .pairs,.pairs.small{grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr))}
 .pairs.large{gap:26px}}
-@media (max-width:900px){.large .pair{display:block}}
+@media (max-width:900px){.large .pair,.tried{display:block}.tried dl{margin:1rem 0 0}}
 @media print{:root{color-scheme:light;--wash:#f6ece9;--paper:#fff;--surface:#fff;--ink:#000;--muted:#555;--line:#ccc;
 --grid:#e6e6e6;--faint:#ccc;--accent:#a11d12;--amber:#96600a;--code:#f5f5f5}
 body{font-size:10.5pt}main,header,footer{max-width:none;padding:0}nav,.readout,dialog{display:none}

@@ -213,7 +213,10 @@ FAULTS = {
     ),
     "says that nothing changed": (answer(status=304, Content_Length=None), "the server answers 304 Not Modified"),
     "redirects to nowhere": (answer(b"", status=302), "the server redirects to nowhere (status 302)"),
-    "redirects to no address": (answer(b"", status=302, Location="http://[::1"), "the server redirects to no web address"),
+    "redirects to no address": (
+        answer(b"", status=302, Location="http://[::1"),
+        "the server redirects to nowhere (status 302)",
+    ),
     "redirects to a file": (answer(b"", status=302, Location="file:///etc/passwd"), "is no http or https address"),
     "redirects in a circle": (answer(b"", status=301, Location="/"), "more than 5 redirects"),
     "redirects to this machine": (
@@ -260,7 +263,16 @@ def test_redirects_are_followed(tmp_path, server):
 
 
 def test_addresses_that_are_not_of_the_web_are_not_asked_for(tmp_path, server):
-    urls = ["file:///etc/passwd", "ftp://example.org/a", "//host", "", "http://", "http://[::1", "data:,x", "http://\x7f/"]
+    urls = [
+        "file:///etc/passwd",
+        "ftp://example.org/a",
+        "//host",
+        "",
+        "http://",
+        "http://[::1",
+        "data:,x",
+        "http://\x7f/",
+    ]
     reasons, _ = get(tmp_path, *urls)
     assert all("no http or https address" in reason or "not a web address" in reason for reason in reasons)
 

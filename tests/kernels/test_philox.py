@@ -67,6 +67,7 @@ def test_key_layout_is_the_documented_one():
         "SCENE": 16,
         "BATCH_ORDER": 17,
         "ROUNDING": 18,
+        "TABLE_SAMPLE": 40,
     }
 
 

@@ -450,10 +450,7 @@ class Downloader:
         for _ in range(limits.num_redirects + 1):
             if request.url.scheme not in ("http", "https") or not request.url.host:
                 raise _Refused(f"{shortened(str(request.url))} is no http or https address")
-            try:
-                response = client.send(request, stream=True, follow_redirects=False)
-            except (httpx2.RemoteProtocolError, httpx2.InvalidURL, ValueError) as error:
-                raise _Refused(f"the server redirects to no web address: {error}") from None
+            response = client.send(request, stream=True, follow_redirects=False)
             if response.status_code not in REDIRECT_STATUS:
                 return response
             response.close()

@@ -33,7 +33,7 @@ from safelight.text import collapse, counted, shortened, storable
 from safelight.untrusted import UnsafeFile, parse_json, path_in, read_json_object, read_lines
 
 if TYPE_CHECKING:
-    from safelight.data.sources.download import Failure, Limits
+    from safelight.data.sources.download import Limits
 
 PREFIX = "unsplash:"
 FOLDER = Path("downloads", "unsplash")
@@ -385,16 +385,22 @@ def fetch(
         )
     rejected += [Rejection(storable(failure.wanted.url), storable(failure.reason)) for failure in failures]
     rows = _held_rows(folder / METADATA_NAME) | {one.file_name: _metadata_row(one, request) for one in chosen}
-    lines = [json.dumps(row) + "\n" for name, row in rows.items() if os.path.lexists(path_in(folder, name))]
+    there = {*os.listdir(folder)}
+    lines = [json.dumps(row) + "\n" for name, row in rows.items() if name in there]
     atomic_write_text(folder / METADATA_NAME, "".join(lines))
-    return Fetched(folder, rejected, _notes(request, chosen, num_met, failures))
+    return Fetched(folder, rejected, _notes(request, chosen, num_met, folder))
 
 
-def _notes(request: Request, chosen: list[Photograph], num_met: int, failures: list[Failure]) -> list[str]:
+def _notes(request: Request, chosen: list[Photograph], num_met: int, folder: Path) -> list[str]:
     notes = []
     if len(chosen) < request.limit:
         met = "meet --where" if request.where.strip() else "can be used"
         notes.append(f"{counted(num_met, 'row')} {met}, fewer than --limit {request.limit:,}: all were taken")
+    num_earlier = len({name for name in os.listdir(folder) if _is_download(name)} - {one.file_name for one in chosen})
+    if num_earlier:
+        notes.append(
+            f"{counted(num_earlier, 'photograph')} of earlier draws stay in the dataset (--prune removes them)"
+        )
     num_uncaptioned = sum(not one.caption for one in chosen)
     if request.captions == "none":
         notes.append(

@@ -215,7 +215,7 @@ FAULTS = {
     "redirects to nowhere": (answer(b"", status=302), "the server redirects to nowhere (status 302)"),
     "redirects to no address": (
         answer(b"", status=302, Location="http://[::1"),
-        "the server redirects to no web address",
+        "the server redirects to nowhere (status 302)",
     ),
     "redirects to a file": (answer(b"", status=302, Location="file:///etc/passwd"), "is no http or https address"),
     "redirects in a circle": (answer(b"", status=301, Location="/"), "more than 5 redirects"),

@@ -67,8 +67,11 @@ def test_key_layout_is_the_documented_one():
         "SCENE": 16,
         "BATCH_ORDER": 17,
         "ROUNDING": 18,
-        "CAPTION_TOKEN": 30,
-        "PREVIEW": 31,
+        "REPEAT": 19,
+        "TAG_ORDER": 20,
+        "TABLE_SAMPLE": 21,
+        "CAPTION_TOKEN": 22,
+        "PREVIEW": 23,
     }
 
 

@@ -139,9 +139,9 @@ def open_dataset(
         "suffix": config.data.caption_suffix,
     }
     train = plan_samples(train_photos, buckets, variants=config.data.variants, **common)
-    if config.loss.mask_weight != 1:
-        train = with_masks(train, codec.factor, config.data.cache_dtype)
     validation = plan_samples(validation_photos, buckets, variants=1, **common)
+    if config.loss.mask_weight != 1:
+        train, validation = (with_masks(half, codec.factor, config.data.cache_dtype) for half in (train, validation))
     cache = Cache(path / "cache", config.data.cache_dtype)
     dataset = Dataset(
         path,
@@ -186,7 +186,7 @@ def _fill(
         dataset.cut_note = f"note: {encoder.describe_cuts(named)}"
     dataset.num_encoded = fill_texts(cache, captions, encoder, 4 * batch_size, report("captions"))
     dataset.num_encoded += fill_latents(cache, dataset.path, samples, codec, batch_size, report("latents"))
-    dataset.num_encoded += fill_masks(cache, dataset.path, dataset.train, codec.factor, report("masks"))
+    dataset.num_encoded += fill_masks(cache, dataset.path, samples, codec.factor, report("masks"))
     dataset.num_damaged = cache.num_dropped
     cache.release()
 

@@ -35,19 +35,21 @@ EVERY = {
 
 @dataclass(frozen=True)
 class Contents:
-    """What a run's dataset holds. counts: photographs to train on, by bucket."""
+    """What a run's dataset holds. counts: photographs to train on, by bucket. num_masks: how many of them have one."""
 
     timeline: Timeline
     counts: Mapping[Bucket, int]
     num_validation: int
     has_captions: bool
+    num_masks: int = 0
 
     @classmethod
     def of(cls, config: Config, train: Sequence[Photo], validation: Sequence[Photo]) -> Contents:
         buckets = buckets_of(config)
         counts = Counter(nearest_bucket(photo.width, photo.height, buckets) for photo in train)
         has_captions = any(photo.captions[0] for photo in validation or train)
-        return cls(timeline_of(config, train, buckets), counts, len(validation), has_captions)
+        num_masks = sum(bool(photo.mask) for photo in train)
+        return cls(timeline_of(config, train, buckets), counts, len(validation), has_captions, num_masks)
 
 
 def notes_of(config: Config, device_type: str) -> list[str]:
@@ -74,6 +76,10 @@ def notes(config: Config, contents: Contents | None, device_type: str) -> list[s
                 "sample.every_epochs 0"
             )
         found += _lengths(config, contents)
+        if not contents.num_masks and _is_changed(config.loss, "mask_weight"):
+            found.append(f"loss.mask_weight {config.loss.mask_weight:g} has no effect: no photograph has a mask")
+        if contents.num_masks and config.loss.mask_weight == 1:
+            found.append(f"{counted(contents.num_masks, 'mask')} without effect: loss.mask_weight is 1")
     return found
 
 

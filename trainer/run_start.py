@@ -70,6 +70,8 @@ def write_start(
             "num_train": len(dataset.train),
             "num_validation": len(dataset.validation),
             "num_captions": sum(len(s.captions) for s in (*dataset.train, *dataset.validation)),
+            "num_masks": sum(bool(s.mask_keys) for s in dataset.train),
+            "num_loss_scales": sum(s.photo.settings.loss_scale != 1 for s in dataset.train),
             "variants": config.data.variants,
             "buckets": dataset.counts(),
             "examples": _write_examples(run_dir, dataset),

@@ -352,6 +352,9 @@ def _print_plan(result: dict) -> None:
             f"over {counted(data['images trained'], 'image')}; "
             f"the cache takes up to {data['cache bytes'] / 2**20:.1f} MiB on disk."
         )
+        weighted = [counted(data[kind], kind.removesuffix("s")) for kind in ("masks", "loss scales") if data[kind]]
+        if weighted:
+            text += f" The photographs to train on have {' and '.join(weighted)}."
         print(fill(text))
     else:
         path = result["dataset path"]

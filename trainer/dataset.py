@@ -173,9 +173,9 @@ def open_dataset(
         "tags": config.data.tags,
     }
     train = plan_samples(place_photos(train_photos, buckets), variants=config.data.variants, **common)
-    if config.loss.mask_weight != 1:
-        train = with_masks(train, codec.factor, config.data.cache_dtype)
     validation = plan_samples(place_photos(validation_photos, buckets), variants=1, **common)
+    if config.loss.mask_weight != 1:
+        train, validation = (with_masks(half, codec.factor, config.data.cache_dtype) for half in (train, validation))
     cache = Cache(path / "cache", config.data.cache_dtype)
     dataset = Dataset(
         path,
@@ -238,7 +238,7 @@ def _fill(
             keys.append(text_key(text, reader.fingerprint, cache.dtype))
         dataset.sampled.append((tuple(places), keys[:-1], keys[-1]))
     dataset.num_encoded += fill_latents(cache, dataset.path, samples, codec, batch_size, report("latents"))
-    dataset.num_encoded += fill_masks(cache, dataset.path, dataset.train, codec.factor, report("masks"))
+    dataset.num_encoded += fill_masks(cache, dataset.path, samples, codec.factor, report("masks"))
     dataset.num_damaged = cache.num_dropped
     cache.release()
 

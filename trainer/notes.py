@@ -36,12 +36,13 @@ EVERY = {
 
 @dataclass(frozen=True)
 class Contents:
-    """What a run's dataset holds. counts: photographs to train on, by bucket."""
+    """What a run's dataset holds. counts: photographs to train on, by bucket. num_masks: how many of them have one."""
 
     timeline: Timeline
     counts: Mapping[Bucket, int]
     num_validation: int
     has_captions: bool
+    num_masks: int = 0
 
     @classmethod
     def of(cls, config: Config, train: Sequence[Photo], validation: Sequence[Photo]) -> Contents:
@@ -49,7 +50,8 @@ class Contents:
         placed = place_photos(train, buckets)
         has_captions = any(photo.captions[0] or photo.tags for photo in validation or train)
         counts = Counter(one.bucket for one in placed)
-        return cls(Timeline.of(config, placed), counts, len(validation), has_captions)
+        num_masks = sum(bool(photo.mask) for photo in train)
+        return cls(Timeline.of(config, placed), counts, len(validation), has_captions, num_masks)
 
 
 def notes_of(config: Config, device_type: str) -> list[str]:
@@ -76,6 +78,10 @@ def notes(config: Config, contents: Contents | None, device_type: str) -> list[s
                 "sample.every_epochs 0"
             )
         found += _lengths(config, contents)
+        if not contents.num_masks and _is_changed(config.loss, "mask_weight"):
+            found.append(f"loss.mask_weight {config.loss.mask_weight:g} has no effect: no photograph has a mask")
+        if contents.num_masks and config.loss.mask_weight == 1:
+            found.append(f"{counted(contents.num_masks, 'mask')} without effect: loss.mask_weight is 1")
     return found
 
 

@@ -275,9 +275,9 @@ class Collection:
             file = f"{MASKS_FOLDER}/{_safe_stem(source.path.stem)}-{sha256[:8]}.png"
             self._write(file, prepared.mask)
         if old is not None and old.mask_sha256 != sha256:
-            change = "its mask changed" if file and old.mask else "has a mask now" if file else "lost its mask"
-            effect = "" if file else ": all of it is learned from now on"
-            self.summary.note("mask", f"{source.path} {change}{effect}")
+            gone = "its mask is gone, so that all of it is learned from now on"
+            change = gone if not file else "its mask changed" if old.mask else "it has a mask now"
+            self.summary.note("mask", f"{source.path}: {change}")
         if old is not None and old.mask != file:
             self.replaced_files |= {old.mask} - {""}
         return file, sha256

@@ -113,6 +113,10 @@ def _around_the_unet(side: int, dtype: torch.dtype, every_option: bool) -> None:
             options = LossOptions("huber" if weighting == "p2" else "mse", weighting=weighting, prediction_type=kind)
             ends = (noised.target_BCHW, noised.timesteps_B, alphas, options)
             diffusion_loss(predicted, *ends, num_samples=1).total.backward()
+            mask, scales = torch.empty(1, 1, side, side, device="meta"), torch.empty(1, device="meta")
+            for extra in ((mask, None), (None, scales), (mask, scales)) if weighting == "min_snr" else ():
+                masked = dict(zip(("mask_B1HW", "scales_B"), extra, strict=True))
+                diffusion_loss(predicted, *ends, num_samples=1, **masked).total.backward()
     weights = [torch.empty(320, 320, device="meta"), torch.empty(320, device="meta")]
     for memory in ("fp32",) if dtype == torch.float32 else REMAINDERS:
         gradients = [torch.empty_like(w, dtype=dtype) for w in weights]

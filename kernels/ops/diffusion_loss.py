@@ -144,11 +144,10 @@ def _partial_losses_kernel(
     parts_ptr,
     num_elements,
     num_pixels,
-    num_channels,
     delta,
     HUBER: tl.constexpr,
     HAS_MASK: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    CHANNELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Write this program's sum of errors: parts (B, P)."""
@@ -167,7 +166,7 @@ def _partial_losses_kernel(
             size = tl.abs(difference)
             error = tl.where(size <= delta, error, delta * (2.0 * size - delta))
         if HAS_MASK:
-            pixel = i // num_channels if CHANNELS_LAST else i % num_pixels
+            pixel = i // CHANNELS if CHANNELS else i % num_pixels
             error *= tl.load(mask_ptr + sample * num_pixels + pixel, mask=inside, other=0.0)
         error_sum += tl.reduce(error, 0, tl.standard._sum_combine)
     tl.store(parts_ptr + sample * num_parts + part, error_sum)
@@ -244,11 +243,10 @@ def _diffusion_loss_bwd_kernel(
     dpredicted_ptr,
     num_elements,
     num_pixels,
-    num_channels,
     delta,
     HUBER: tl.constexpr,
     HAS_MASK: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
+    CHANNELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     sample = tl.program_id(1).to(tl.int64)
@@ -265,7 +263,7 @@ def _diffusion_loss_bwd_kernel(
     # dp = dL * s_b w_b / (num_elements num_samples) * 2 d * m
     gradient = scale * 2.0 * slope
     if HAS_MASK:
-        pixel = i // num_channels if CHANNELS_LAST else i % num_pixels
+        pixel = i // CHANNELS if CHANNELS else i % num_pixels
         gradient *= tl.load(mask_ptr + sample * num_pixels + pixel, mask=inside, other=0.0)
     tl.store(dpredicted_ptr + at, gradient.to(dpredicted_ptr.dtype.element_ty), mask=inside)
 
@@ -286,11 +284,11 @@ class _DiffusionLoss(torch.autograd.Function):
             predicted if mask is None else mask,
             parts,
             num_elements,
-            *_pixels_and_channels(predicted),
+            predicted[0, 0].numel(),
             options.delta,
             HUBER=options.kind == "huber",
             HAS_MASK=mask is not None,
-            CHANNELS_LAST=_is_channels_last(predicted),
+            CHANNELS=_channels_last(predicted),
             BLOCK=BLOCK,
         )
         _finish_losses_kernel[(1,)](
@@ -332,23 +330,19 @@ class _DiffusionLoss(torch.autograd.Function):
             predicted if mask is None else mask,
             dpredicted,
             num_elements,
-            *_pixels_and_channels(predicted),
+            predicted[0, 0].numel(),
             ctx.options.delta,
             HUBER=ctx.options.kind == "huber",
             HAS_MASK=mask is not None,
-            CHANNELS_LAST=_is_channels_last(predicted),
+            CHANNELS=_channels_last(predicted),
             BLOCK=BLOCK,
         )
         return dpredicted, None, None, None, None, None, None, None
 
 
-def _pixels_and_channels(latents_BCHW: Tensor) -> tuple[int, int]:
-    _, channels, height, width = latents_BCHW.shape
-    return height * width, channels
-
-
-def _is_channels_last(latents_BCHW: Tensor) -> bool:
-    return latents_BCHW.is_contiguous(memory_format=torch.channels_last)
+def _channels_last(latents_BCHW: Tensor) -> int:
+    """Return the number of channels of channels-last latents, 0 for others."""
+    return latents_BCHW.shape[1] if latents_BCHW.is_contiguous(memory_format=torch.channels_last) else 0
 
 
 def diffusion_loss(
@@ -382,7 +376,7 @@ def diffusion_loss(
     arguments = (timesteps_B, alphas_cumprod_T, options, num_samples)
     if not runs_kernel(predicted_BCHW):
         return diffusion_loss_reference(predicted_BCHW, target_BCHW, *arguments, mask_B1HW, scales_B)
-    order = torch.channels_last if _is_channels_last(predicted_BCHW) else torch.contiguous_format
+    order = torch.channels_last if _channels_last(predicted_BCHW) else torch.contiguous_format
     predicted = predicted_BCHW.contiguous(memory_format=order)
     target = target_BCHW.detach().contiguous(memory_format=order)
     mask = None if mask_B1HW is None else mask_B1HW.detach().contiguous()

@@ -152,9 +152,9 @@ def _page(
         f"{counted(len(tried), 'setting')}."
     )
     advice = (
-        "Read the captions, choose the setting whose words you would have written, and run its command, at the page's end. A higher "
-        "repetition penalty (q_factor) makes repeated words less likely; a greater least length (min_words, counted in "
-        "tokens) makes the model go on when it would have stopped, which often invents things."
+        "Read the captions, choose the setting whose words you would have written, and run its command, at the page's "
+        "end. A higher repetition penalty (q_factor) makes repeated words less likely; a greater least length "
+        "(min_words, counted in tokens) makes the model go on when it would have stopped, which often invents things."
     )
     body = join(
         tag("header", tag("h1", title), tag("p", intro, class_="sub"), tag("p", advice, class_="note")),

@@ -33,7 +33,7 @@ from safelight.trainer.memory_plan.candidate import (
 from safelight.trainer.memory_plan.gpus import CONTEXT_BYTES, FRAGMENTATION, GRAPH_BYTES_A_LAUNCH, Card
 from safelight.trainer.memory_plan.memory_tracer import CUDA_ROUNDING
 from safelight.trainer.memory_plan.meta_run import META, MetaRun, StepTrace, meta_run
-from safelight.trainer.memory_plan.static_bytes import host_bytes
+from safelight.trainer.memory_plan.static_bytes import has_masks, host_bytes
 from safelight.trainer.models.base import latent_factor, resolve_model, training_buckets, vae_bytes, vae_config
 from safelight.trainer.models.device import DTYPES
 from safelight.trainer.models.encoders import decode_bytes
@@ -85,6 +85,7 @@ class MemoryEstimator:
         self._workspace = card.workspace(is_deterministic=config.run.deterministic)
         self._max_graphs = max_graphs(config, len(self.buckets))
         self._num_micro = 2 if any(stage.accumulate > 1 for stage in stages) else 1
+        self._has_masks = has_masks(config)
         memory_mode(config.optimizer, self.dtype)
 
     @property
@@ -95,7 +96,7 @@ class MemoryEstimator:
 
     def meta_run(self, fused: bool) -> MetaRun:
         """Return the run on meta tensors, in the most exact memory mode that the precision allows."""
-        return meta_run(self.config, self.dtype, fused, self._num_micro)
+        return meta_run(self.config, self.dtype, fused, self._num_micro, self._has_masks)
 
     def step_trace(self, checkpointing: str, fused: bool, batch_size: int) -> StepTrace:
         """Return the trace of a step of the largest bucket."""

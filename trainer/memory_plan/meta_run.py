@@ -90,11 +90,12 @@ class MetaRun:
     """A run on meta tensors that behaves as it would on a device: cuda (its kernels and allocator) or cpu.
 
     loading: the peak while the fp32 weights are converted to what is trained, without the fp32 pieces that pass
-    through the device; packing: the part of that peak above the bytes held afterwards.
+    through the device; packing: the part of that peak above the bytes held afterwards. has_masks: whether batches have
+    loss masks.
     """
 
-    def __init__(self, config: Config, base: Base, device: torch.device, dtype: torch.dtype):
-        self.config, self.device, self._family = config, device, base.family
+    def __init__(self, config: Config, base: Base, device: torch.device, dtype: torch.dtype, has_masks: bool = False):
+        self.config, self.device, self._family, self._has_masks = config, device, base.family, has_masks
         self._caption_chunks = config.data.caption_chunks
         self.live = LiveBytes(CUDA_ROUNDING if device.type == "cuda" else 1)
         self.unet = meta_unet(base).train()
@@ -135,7 +136,8 @@ class MetaRun:
         ids, bucket = tuple(range(batch_size)), Bucket(8 * width, 8 * height)
         text = rows(NUM_TEXT_TOKENS * self._caption_chunks, dim)
         conditioning = self._family.stand_in_conditioning(self.unet.config, text, (height, width))
-        return Batch(mean, logvar, conditioning, ids, (0,) * batch_size, bucket)
+        mask = rows(1, height, width) if self._has_masks else None
+        return Batch(mean, logvar, conditioning, ids, (0,) * batch_size, bucket, mask)
 
     def step(self, batch_size: int, height: int, width: int, num_micro: int = 1) -> StepTrace:
         """Run a step over `num_micro` micro-batches and return its trace.
@@ -239,16 +241,16 @@ class MetaRun:
 
 
 @functools.lru_cache(maxsize=8)
-def _meta_run(settings: str, dtype: torch.dtype) -> MetaRun:
+def _meta_run(settings: str, dtype: torch.dtype, has_masks: bool) -> MetaRun:
     """Return a run for settings in JSON, which hold everything that memory depends on except the batches."""
     config = Config.model_validate_json(settings)
-    run = MetaRun(config, resolve_model(config.model), CUDA, dtype)
+    run = MetaRun(config, resolve_model(config.model), CUDA, dtype, has_masks)
     # the first step allocates the optimizer's state
     run.step(1, 8, 8)
     return run
 
 
-def meta_run(config: Config, dtype: torch.dtype, fused: bool, num_micro: int) -> MetaRun:
+def meta_run(config: Config, dtype: torch.dtype, fused: bool, num_micro: int, has_masks: bool = False) -> MetaRun:
     """Return a config's run on a GPU, in the most exact memory mode that the dtype allows."""
     train = {
         "kernels": config.train.kernels,
@@ -258,4 +260,5 @@ def meta_run(config: Config, dtype: torch.dtype, fused: bool, num_micro: int) ->
     }
     optimizer = config.optimizer.model_copy(update={"memory": "auto", "fused_backward": fused, "clipping": "auto"})
     data = {"caption_chunks": config.data.caption_chunks}
-    return _meta_run(Config(model=config.model, train=train, optimizer=optimizer, data=data).model_dump_json(), dtype)
+    settings = Config(model=config.model, train=train, optimizer=optimizer, data=data).model_dump_json()
+    return _meta_run(settings, dtype, has_masks)

@@ -14,6 +14,7 @@ import torch
 
 from safelight.data.buckets import Bucket
 from safelight.data.manifest import has_manifest, read_manifest, split_validation
+from safelight.data.photo import Photo
 from safelight.data.placement import place_photos
 from safelight.errors import UserError
 from safelight.kernels.moment_blocks import MIN_8BIT_ELEMENTS
@@ -182,15 +183,30 @@ def learning_rates(config: Config) -> tuple[list[float], bool]:
     return rates[: timeline.num_steps], False
 
 
-def cache_bytes(config: Config, num_photos: int) -> int:
-    """Return an upper bound of the cached latents' bytes: all variants of each photo at resolution x resolution."""
+def num_masks(config: Config, photos: Sequence[Photo]) -> int:
+    """Return how many of the photos have a mask that has an effect."""
+    return 0 if config.loss.mask_weight == 1 else sum(bool(photo.mask) for photo in photos)
+
+
+def has_masks(config: Config) -> bool:
+    """Return whether a run's batches have masks; False if its dataset is not prepared."""
+    folder = Path(config.data.path)
+    if not has_manifest(folder):
+        return False
+    train, _ = split_validation(read_manifest(folder), config.data.validation_fraction, config.run.seed)
+    return num_masks(config, train) > 0
+
+
+def cache_bytes(config: Config, num_photos: int, num_masks: int = 0) -> int:
+    """Return an upper bound of the bytes of cached latents and masks: all variants at resolution x resolution."""
     vae = vae_config(resolve_model(config.model), config.model.vae)
     # AutoencoderKL's posterior is cached as mean and logvar; AutoencoderTiny has a latent only
     is_tiny = vae["_class_name"] == "AutoencoderTiny"
     channels = vae["latent_channels"] * (1 if is_tiny else 2)
     factor = latent_factor(vae)
     itemsize = {"float16": 2, "float32": 4}[config.data.cache_dtype]
-    return num_photos * config.data.variants * channels * (config.data.resolution // factor) ** 2 * itemsize
+    num_values = (num_photos * channels + num_masks) * (config.data.resolution // factor) ** 2
+    return num_values * config.data.variants * itemsize
 
 
 def summary(config: Config, device: torch.device | None = None, dtype: torch.dtype | None = None) -> dict:
@@ -239,6 +255,8 @@ def summary(config: Config, device: torch.device | None = None, dtype: torch.dty
             "epochs": epochs,
             "steps": Timeline.of(config, place_photos(train, buckets)).num_steps,
             "images trained": epochs * len(train),
-            "cache bytes": cache_bytes(config, len(photos)),
+            "masks": num_masks(config, train),
+            "loss scales": sum(photo.settings.loss_scale != 1 for photo in train),
+            "cache bytes": cache_bytes(config, len(photos), num_masks(config, photos)),
         }
     return result

@@ -93,6 +93,7 @@ def make_schedule(scheduler_config: dict, prediction: str = "auto", zero_termina
     return NoiseSchedule(alphas_cumprod, prediction_type, zero_terminal_snr)
 
 
-def mse_per_sample(predicted_BCHW: Tensor, target_BCHW: Tensor) -> Tensor:
-    """Return mean squared errors, (B,) float32, computed in fp32."""
-    return (predicted_BCHW.float() - target_BCHW.float()).square().mean(dim=(1, 2, 3))
+def mse_per_sample(predicted_BCHW: Tensor, target_BCHW: Tensor, mask_B1HW: Tensor | None = None) -> Tensor:
+    """Return mean squared errors, (B,) float32, computed in fp32. mask_B1HW: weights of the pixels' errors."""
+    errors = (predicted_BCHW.float() - target_BCHW.float()).square()
+    return (errors if mask_B1HW is None else errors * mask_B1HW).mean(dim=(1, 2, 3))

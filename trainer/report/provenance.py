@@ -204,6 +204,13 @@ def _counts_sentence(data: dict, config: dict) -> str:
         sentence += f" {counted(captions, 'caption')}." if captions else " No captions."
     if tagged := _count(data, "num_tagged"):
         sentence += f" {counted(tagged, 'photograph')} {'has' if tagged == 1 else 'have'} tags, in several orders."
+    if masks := _count(data, "num_masks"):
+        have = "photograph has a loss mask" if masks == 1 else "photographs have loss masks"
+        weight = number(table_of(config, "loss").get("mask_weight"))
+        outside = f"errors weigh {weight:g}" if weight > 0 else "nothing is learned"
+        sentence += f" {masks:,} training {have}, outside of which {outside}."
+    if scales := _count(data, "num_loss_scales"):
+        sentence += f" {scales:,} training photograph{' has its' if scales == 1 else 's have their'} own loss scale."
     if variants is not None and variants > 1:
         # held-out photographs have the centre crop only
         sentence += f" Each training photograph is used in {variants:,} variants{_differing_by(config)}."

@@ -55,6 +55,7 @@ FIELDS = {
     "data.json": {
         "dataset": str,
         **dict.fromkeys(("num_photos", "num_train", "num_validation", "num_captions", "num_tagged", "variants"), int),
+        **dict.fromkeys(("num_masks", "num_loss_scales"), int),
         **dict.fromkeys(("buckets", "examples", "rejected", "stages"), list),
     },
     "compare/index.json": {"step": int, "pairs": list},

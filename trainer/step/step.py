@@ -148,9 +148,11 @@ def predict(unet: nn.Module, noised: Noised, conditioning: TextConditioning) -> 
     return unet(noised.noisy_BCHW.to(dtype), noised.timesteps_B, **conditioning.unet_arguments(dtype)).sample
 
 
-def sample_losses(unet: nn.Module, noised: Noised, conditioning: TextConditioning) -> Tensor:
-    """Return each sample's unweighted mean squared error, (B,) float32."""
-    return mse_per_sample(predict(unet, noised, conditioning), noised.target_BCHW)
+def sample_losses(
+    unet: nn.Module, noised: Noised, conditioning: TextConditioning, mask_B1HW: Tensor | None = None
+) -> Tensor:
+    """Return each sample's unweighted mean squared error, (B,) float32. mask_B1HW: as in Batch."""
+    return mse_per_sample(predict(unet, noised, conditioning), noised.target_BCHW, mask_B1HW)
 
 
 def accumulate(

@@ -1,7 +1,8 @@
 """Validation loss on fixed noise, comparable between steps, batch sizes, machines and configs.
 
 Each image is evaluated at one timestep in each of K equal bands. Noise and timestep are keyed by (seed, image, band);
-latents are the mean of the posterior; there is no caption dropout, crop jitter or loss weighting.
+latents are the mean of the posterior; there is no caption dropout, crop jitter, loss weighting or loss scale. Masks
+count as in training: what is not learned is not measured either.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def validate(
                 dtype=dtype,
                 purposes=PURPOSES,
             )
-            losses[indices, k] = sample_losses(unet, noised, batch.conditioning).double().cpu()
+            losses[indices, k] = sample_losses(unet, noised, batch.conditioning, batch.mask_B1HW).double().cpu()
             progress(index * num_bands + k + 1, len(batches) * num_bands)
     unet.train(was_training)
     not_finite = tuple((~losses.isfinite().all(dim=1)).nonzero().flatten().tolist())

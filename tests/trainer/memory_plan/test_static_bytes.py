@@ -183,6 +183,8 @@ def test_the_summary_has_the_length_of_the_run(make_config):
         "epochs": 3,
         "steps": num_steps,
         "images trained": 54,
+        "masks": 0,
+        "loss scales": 0,
         "cache bytes": cache_bytes(config, 24),
     }
     planned = static_bytes(config, CPU)

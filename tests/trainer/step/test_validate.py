@@ -71,7 +71,7 @@ def test_bands_are_equal_and_each_is_met(dataset, monkeypatch):
 
     seen = []
 
-    def spy(unet, noisy, conditioning):
+    def spy(unet, noisy, conditioning, mask):
         seen.append(noisy.timesteps_B)
         return torch.zeros(len(noisy.timesteps_B))
 
@@ -99,7 +99,7 @@ def test_the_noise_is_the_keys_noise_and_the_latent_the_posteriors_mean(dataset,
 
     caught, conditionings = [], []
 
-    def spy(unet, noisy, conditioning):
+    def spy(unet, noisy, conditioning, mask):
         caught.append(noisy)
         conditionings.append(conditioning)
         return torch.zeros(1)

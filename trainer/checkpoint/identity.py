@@ -119,7 +119,8 @@ def _is_free(name: str) -> bool:
 def _implied(settings: dict) -> dict:
     """Return the settings that older checkpoints did not record, with the values they were trained with."""
     weighting = "min_snr" if settings.get("loss.min_snr_gamma", 0) > 0 else "none"
-    defaults = {"loss.kind": "mse", "loss.weighting": weighting, "data.short_batches": "keep"}
+    defaults = {"loss.kind": "mse", "loss.weighting": weighting}
+    defaults |= {"data.short_batches": "keep", "data.upscale": "always"}
     return {name: value for name, value in defaults.items() if name not in settings}
 
 
@@ -142,6 +143,15 @@ def _rows(sample: Sample) -> tuple:
     changed = {name: value for name, value in settings.items() if value != getattr(USUAL_SETTINGS, name)}
     masks, own = (sample.mask_keys,) if sample.mask_keys else (), (changed,) if changed else ()
     return sample.latent_keys, sample.text_keys, *masks, *own
+
+
+def as_begun(config: Config, checkpoint: Identity) -> Config:
+    """Return the config with the data.upscale of a checkpoint: a run goes on with the photographs it began with.
+
+    Runs from before there was that setting left none out.
+    """
+    upscale = checkpoint.settings.get("data.upscale", "always")
+    return config.model_copy(update={"data": config.data.model_copy(update={"upscale": upscale})})
 
 
 def identify(config: Config, precision: str, samples: Sequence[Sample] = ()) -> Identity:

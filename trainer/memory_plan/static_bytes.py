@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from safelight.data.buckets import Bucket
+from safelight.data.epochs import count_uses
 from safelight.data.manifest import has_manifest, read_manifest, split_validation
-from safelight.data.placement import place_photos
 from safelight.kernels.moment_blocks import MIN_8BIT_ELEMENTS
 from safelight.kernels.optim.paged_state import state_bytes
 from safelight.kernels.unet import patch
@@ -23,8 +23,9 @@ from safelight.kernels.unet.attention import attention_cases, choose_attention
 from safelight.trainer.checkpoint.snapshot import SNAPSHOT_SLAB_BYTES
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.timeline import StageSteps, Timeline
-from safelight.trainer.models.base import latent_factor, resolve_model, training_buckets, vae_config
+from safelight.trainer.models.base import latent_factor, resolve_model, vae_config
 from safelight.trainer.models.device import PRECISIONS, pick_device, pick_dtype
+from safelight.trainer.models.placing import Placed, budgets_of, crop_loss, once_each, place
 from safelight.trainer.models.weights import meta_unet
 from safelight.trainer.optim.kernel_adamw import part_of
 from safelight.trainer.optim.optimizer import memory_mode
@@ -147,19 +148,27 @@ def _in_slabs(num_bytes: int, slab: int) -> int:
     return -(-num_bytes // slab) * slab
 
 
-def buckets_of(config: Config) -> tuple[Bucket, ...]:
-    """Return the run's buckets. Raises UserError if the resolution allows none for the model."""
+def placed_photos(config: Config) -> Placed | None:
+    """Return the run's photographs in their buckets, None if its dataset is not prepared.
+
+    Raises UserError if a resolution allows no bucket for the model, or if no photograph is large enough.
+    """
+    folder = Path(config.data.path)
+    if not has_manifest(folder):
+        return None
+    split = split_validation(read_manifest(folder), config.data.validation_fraction, config.run.seed)
+    return place(config, _budgets(config), *split)
+
+
+def _budgets(config: Config) -> list[tuple[Bucket, ...]]:
     base = resolve_model(config.model)
-    return training_buckets(base, config.data, latent_factor(vae_config(base, config.model.vae)))
+    return budgets_of(base, config.data, latent_factor(vae_config(base, config.model.vae)))
 
 
 def planned_timeline(config: Config) -> Timeline | None:
     """Return the timeline of a run, None if its dataset is not prepared."""
-    folder = Path(config.data.path)
-    if not has_manifest(folder):
-        return None
-    train, _ = split_validation(read_manifest(folder), config.data.validation_fraction, config.run.seed)
-    return Timeline.of(config, place_photos(train, buckets_of(config)))
+    placed = placed_photos(config)
+    return Timeline.of(config, placed.train) if placed else None
 
 
 def learning_rates(config: Config) -> tuple[list[float], bool]:
@@ -181,14 +190,15 @@ def learning_rates(config: Config) -> tuple[list[float], bool]:
 
 
 def cache_bytes(config: Config, num_photos: int) -> int:
-    """Return an upper bound of the cached latents' bytes: all variants of each photo at resolution x resolution."""
+    """Return an upper bound of the cached latents' bytes: all variants of each photo at every resolution."""
     vae = vae_config(resolve_model(config.model), config.model.vae)
     # AutoencoderKL's posterior is cached as mean and logvar; AutoencoderTiny has a latent only
     is_tiny = vae["_class_name"] == "AutoencoderTiny"
     channels = vae["latent_channels"] * (1 if is_tiny else 2)
     factor = latent_factor(vae)
+    num_latents = sum((resolution // factor) ** 2 for resolution in config.data.resolutions)
     itemsize = {"float16": 2, "float32": 4}[config.data.cache_dtype]
-    return num_photos * config.data.variants * channels * (config.data.resolution // factor) ** 2 * itemsize
+    return num_photos * config.data.variants * channels * num_latents * itemsize
 
 
 def summary(config: Config, device: torch.device | None = None, dtype: torch.dtype | None = None) -> dict:
@@ -196,7 +206,9 @@ def summary(config: Config, device: torch.device | None = None, dtype: torch.dty
 
     device, dtype: as for static_bytes.
     """
-    buckets = buckets_of(config)
+    # a resolution that no bucket fits
+    _budgets(config)
+    placed = placed_photos(config)
     # a schedule that training would refuse
     resolve_model(config.model).noise_schedule(config.loss.prediction, config.loss.zero_terminal_snr)
     static = static_bytes(config, device, dtype)
@@ -222,17 +234,18 @@ def summary(config: Config, device: torch.device | None = None, dtype: torch.dty
         # save.keep recent ones, the best, and a new one that is written before the oldest is deleted
         "checkpoints at most": config.save.keep + 2,
     }
-    if has_manifest(Path(config.data.path)):
-        photos = read_manifest(Path(config.data.path))
-        train, validation = split_validation(photos, config.data.validation_fraction, config.run.seed)
-        epochs = sum(stage.epochs for stage in config.stages())
+    if placed:
+        epochs, train = sum(stage.epochs for stage in config.stages()), once_each(placed.train)
+        num_photos = len(train) + len(placed.validation)
         result["dataset"] = {
-            "photographs": len(photos),
+            "photographs": num_photos,
             "train": len(train),
-            "validation": len(validation),
+            "validation": len(placed.validation),
+            "too small": len(placed.too_small),
             "epochs": epochs,
-            "steps": Timeline.of(config, place_photos(train, buckets)).num_steps,
-            "images trained": epochs * len(train),
-            "cache bytes": cache_bytes(config, len(photos)),
+            "steps": Timeline.of(config, placed.train).num_steps,
+            "images trained": count_uses(placed.train, seed=config.run.seed, num_epochs=epochs),
+            "crop loss": round(crop_loss(placed.train), 6),
+            "cache bytes": cache_bytes(config, num_photos),
         }
     return result

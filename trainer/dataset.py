@@ -29,6 +29,7 @@ from safelight.trainer.config.schema import MAX_CHUNKS, Config
 from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.families.family import Family
 from safelight.trainer.inference.sampling import PromptGroup
+from safelight.trainer.models import placing
 from safelight.trainer.models.base import Base
 from safelight.trainer.models.encoders import (
     CaptionEncoder,
@@ -37,7 +38,6 @@ from safelight.trainer.models.encoders import (
     load_codec,
     prompt_of_caption,
 )
-from safelight.trainer.models.placing import Placed, budgets_of, crop_loss, place
 from safelight.trainer.models.prompt_weights import has_weights
 from safelight.untrusted import check_links
 
@@ -63,7 +63,7 @@ class Dataset:
     cache: Cache
     train: list[Sample]
     validation: list[Sample]
-    placed: Placed
+    placed: placing.Placed
     empty_key: str
     scaling_factor: float
     latent_factor: int
@@ -135,7 +135,7 @@ class Dataset:
         train, validation = (Counter(one.bucket for one in half) for half in halves)
         rows = []
         for bucket in sorted(set(train) | set(validation)):
-            lost = crop_loss([one for half in halves for one in half if one.bucket == bucket])
+            lost = placing.crop_loss([one for half in halves for one in half if one.bucket == bucket])
             counts = {"num_train": train[bucket], "num_validation": validation[bucket]}
             rows.append({"width": bucket.width, "height": bucket.height, **counts, "crop_loss": round(lost, 6)})
         return rows
@@ -164,7 +164,7 @@ def open_dataset(
     codec = load_codec(config, base, device)
     encoder = load_caption_encoder(config, base, device)
     _check_fit(base, codec, encoder)
-    placed = place(config, budgets_of(base, config.data, codec.factor), *halves)
+    placed = placing.place(config, placing.budgets_of(base, config.data, codec.factor), *halves)
     common = {
         "crop_jitter": config.data.crop_jitter,
         "flip_p": config.data.flip_p,
@@ -229,7 +229,8 @@ def _fill(
             (prompt_reader, named_prompts, dataset.cuts),
             (encoder, named_captions, encoder.cuts(captions)),
         )
-        if (named := [(name, cuts[text]) for name, text in texts if text in cuts])
+        # a photograph is named once, in however many orders its tags stand
+        if (named := list({name: cuts[text] for name, text in texts if text in cuts}.items()))
     ]
     dataset.num_encoded = fill_texts(cache, captions, encoder, 4 * batch_size, report("captions"))
     for num_chunks, places in encoder.group_prompts(prompts, negative).items():

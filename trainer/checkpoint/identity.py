@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 
 from safelight.data.cache import Sample
 from safelight.data.photo import USUAL_SETTINGS
+from safelight.data.placement import MAX_ENLARGEMENT
 from safelight.trainer.config.schema import Config
 
 FREE_TABLES = ("stage", "memory", "validate", "sample", "save", "log")
@@ -54,6 +55,8 @@ class Identity:
         numbers = [settings.get("loss.min_snr_gamma", 0), *(stage.get("lr", 0) for stage in stages)]
         if not all(type(value) in (int, float) for value in numbers):
             raise ValueError("its identity's loss.min_snr_gamma or a stage's lr is not a number")
+        if settings.get("data.upscale", "always") not in tuple(MAX_ENLARGEMENT):
+            raise ValueError(f"its identity's data.upscale is none of {', '.join(MAX_ENLARGEMENT)}")
         return cls(settings, stages, data)
 
     @property

@@ -263,6 +263,22 @@ def count_batches(
     return [tuple(next(counts)[0] for _ in range(span.epochs)) for span in spans]
 
 
+def uses_by_group(samples: Sequence[Placed], *, seed: int, num_epochs: int) -> dict[Group, int]:
+    """Return how many uses of each group are due in a number of epochs, all together."""
+    total = np.zeros(len(_groups(samples)), dtype=np.int64)
+    if not any(sample.photo.settings.repeats % 1 for sample in samples):
+        total += num_epochs * next(_uses_by_group(samples, seed, range(1)))
+    else:
+        for uses in _uses_by_group(samples, seed, range(min(num_epochs, MAX_EPOCHS))):
+            total += uses
+    return dict(zip(_groups(samples), total.tolist(), strict=True))
+
+
+def count_uses(samples: Sequence[Placed], *, seed: int, num_epochs: int) -> int:
+    """Return how often samples are due in a number of epochs, all together."""
+    return sum(uses_by_group(samples, seed=seed, num_epochs=num_epochs).values())
+
+
 def left_over(samples: Sequence[Placed], spans: Sequence[Span], *, seed: int, epoch: int) -> dict[Group, int]:
     """Return how many uses each group has left over when an epoch begins, if what fills no batch is carried over."""
     if epoch == 0:

@@ -206,7 +206,9 @@ def cache(argv: list[str]) -> int:
 
     arguments, config = parse_with_config(argv, "cache", COMMANDS["cache"])
     _say_loading()
+    from safelight.output.columns import fill
     from safelight.trainer.dataset import open_dataset
+    from safelight.trainer.models import placing
     from safelight.trainer.models.base import base_of
     from safelight.trainer.models.device import pick_device
     from safelight.trainer.run_log.terminal import Terminal
@@ -222,15 +224,21 @@ def cache(argv: list[str]) -> int:
         rows = dataset.counts()
         if arguments.json:
             captions = {"num_captions": dataset.num_captions, "num_tagged": dataset.num_tagged}
-            print_json({"made": dataset.num_encoded, "rows": len(dataset.cache), **captions, "buckets": rows})
+            result = {"made": dataset.num_encoded, "rows": len(dataset.cache), **captions, "buckets": rows}
+            print_json({**result, **placing.to_json(dataset.placed)})
             return 0
         print_table(
             f"{dataset.path}: {counted(dataset.num_encoded, 'row')} encoded, {len(dataset.cache)} in the cache",
-            ("bucket", "train", "held out"),
-            [(f"{r['width']} x {r['height']}", r["num_train"], r["num_validation"]) for r in rows],
+            ("bucket", "train", "held out", "cropped away"),
+            [
+                (f"{r['width']} x {r['height']}", r["num_train"], r["num_validation"], f"{100 * r['crop_loss']:.1f} %")
+                for r in rows
+            ],
         )
-    if dataset.tag_note:
-        print_line(dataset.tag_note)
+    for line in filter(None, (placing.crop_note(dataset.placed.train), dataset.tag_note)):
+        print(fill(line))
+    for note in placing.size_notes(dataset.placed, config.data.upscale):
+        print(fill(f"note: {note}"))
     _say_next(f"{_train_command(arguments.config)}, with the same options")
     return 0
 
@@ -350,7 +358,8 @@ def _print_plan(result: dict) -> None:
             f"{counted(data['photographs'], 'photograph')}, {data['validation']} held out; "
             f"{counted(data['epochs'], 'epoch')}, {counted(data['steps'], 'step')} "
             f"over {counted(data['images trained'], 'image')}; "
-            f"the cache takes up to {data['cache bytes'] / 2**20:.1f} MiB on disk."
+            f"the cache takes up to {data['cache bytes'] / 2**20:.1f} MiB on disk; "
+            f"crops leave out {100 * data['crop loss']:.1f} % of the pixels."
         )
         weighted = [counted(data[kind], kind.removesuffix("s")) for kind in ("masks", "loss scales") if data[kind]]
         if weighted:

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 
 from safelight.data.batches import RowSource
-from safelight.data.buckets import Bucket
 from safelight.data.cache import (
     Sample,
     empty_text_key,
@@ -22,7 +21,6 @@ from safelight.data.cache import (
 )
 from safelight.data.manifest import read_manifest, split_validation
 from safelight.data.masks import fill_masks
-from safelight.data.placement import place_photos
 from safelight.data.samples import with_masks
 from safelight.data.shards import Cache
 from safelight.errors import UserError
@@ -31,7 +29,8 @@ from safelight.trainer.config.schema import MAX_CHUNKS, Config
 from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.families.family import Family
 from safelight.trainer.inference.sampling import PromptGroup
-from safelight.trainer.models.base import Base, training_buckets
+from safelight.trainer.models import placing
+from safelight.trainer.models.base import Base
 from safelight.trainer.models.encoders import (
     CaptionEncoder,
     LatentCodec,
@@ -52,18 +51,19 @@ Progress = Callable[[str, int, int], None]
 class Dataset:
     """Training and held-out samples over one open cache.
 
-    empty_key: cache key of the empty caption. scaling_factor: what unscaled latents are multiplied by to get unit
-    variance. latent_factor: pixels per latent. num_encoded: rows encoded on opening, of which num_damaged replaced
-    damaged ones. cuts: prompt -> the end of what the text encoder reads of it, for prompts that are longer.
-    cut_notes: lines that name what is cut. sampled: (places, cache keys, key of the negative prompt) of the
-    prompts that the run samples, grouped by the length of their embeddings. mask_weight: loss.mask_weight.
+    placed: the photographs in their buckets, and those that are left out. empty_key: cache key of the empty caption.
+    scaling_factor: what unscaled latents are multiplied by to get unit variance. latent_factor: pixels per latent.
+    num_encoded: rows encoded on opening, of which num_damaged replaced damaged ones. cuts: prompt -> the end of what
+    the text encoder reads of it, for prompts that are longer. cut_notes: lines that name what is cut. sampled: (places,
+    cache keys, key of the negative prompt) of the prompts that the run samples, grouped by the length of their
+    embeddings. mask_weight: loss.mask_weight.
     """
 
     path: Path
     cache: Cache
     train: list[Sample]
     validation: list[Sample]
-    buckets: tuple[Bucket, ...]
+    placed: placing.Placed
     empty_key: str
     scaling_factor: float
     latent_factor: int
@@ -130,12 +130,15 @@ class Dataset:
         )
 
     def counts(self) -> list[dict]:
-        """Return the number of photographs in each bucket that has any."""
-        train, validation = (Counter(s.bucket for s in half) for half in (self.train, self.validation))
-        return [
-            {"width": b.width, "height": b.height, "num_train": train[b], "num_validation": validation[b]}
-            for b in sorted(set(train) | set(validation))
-        ]
+        """Return the number of photographs in each bucket that has any, and the fraction of pixels that crops lose."""
+        halves = self.placed.train, self.placed.validation
+        train, validation = (Counter(one.bucket for one in half) for half in halves)
+        rows = []
+        for bucket in sorted(set(train) | set(validation)):
+            lost = placing.crop_loss([one for half in halves for one in half if one.bucket == bucket])
+            counts = {"num_train": train[bucket], "num_validation": validation[bucket]}
+            rows.append({"width": bucket.width, "height": bucket.height, **counts, "crop_loss": round(lost, 6)})
+        return rows
 
 
 def open_dataset(
@@ -155,13 +158,13 @@ def open_dataset(
     photos = read_manifest(path)
     # the cache is written to, and photographs are read by the manifest's paths
     check_links(path)
-    train_photos, validation_photos = split_validation(photos, config.data.validation_fraction, config.run.seed)
-    if not train_photos:
+    halves = split_validation(photos, config.data.validation_fraction, config.run.seed)
+    if not halves[0]:
         raise UserError(f"{path} has {len(photos)} photographs, none left to train on; lower data.validation_fraction")
     codec = load_codec(config, base, device)
     encoder = load_caption_encoder(config, base, device)
     _check_fit(base, codec, encoder)
-    buckets = training_buckets(base, config.data, codec.factor)
+    placed = placing.place(config, placing.budgets_of(base, config.data, codec.factor), *halves)
     common = {
         "crop_jitter": config.data.crop_jitter,
         "flip_p": config.data.flip_p,
@@ -172,8 +175,8 @@ def open_dataset(
         "suffix": config.data.caption_suffix,
         "tags": config.data.tags,
     }
-    train = plan_samples(place_photos(train_photos, buckets), variants=config.data.variants, **common)
-    validation = plan_samples(place_photos(validation_photos, buckets), variants=1, **common)
+    train = plan_samples(placed.train, variants=config.data.variants, **common)
+    validation = plan_samples(placed.validation, variants=1, **common)
     if config.loss.mask_weight != 1:
         train, validation = (with_masks(half, codec.factor, config.data.cache_dtype) for half in (train, validation))
     cache = Cache(path / "cache", config.data.cache_dtype)
@@ -182,7 +185,7 @@ def open_dataset(
         cache,
         train,
         validation,
-        buckets,
+        placed,
         empty_text_key(encoder.fingerprint, cache.dtype),
         codec.scaling_factor,
         codec.factor,
@@ -226,7 +229,8 @@ def _fill(
             (prompt_reader, named_prompts, dataset.cuts),
             (encoder, named_captions, encoder.cuts(captions)),
         )
-        if (named := [(name, cuts[text]) for name, text in texts if text in cuts])
+        # a photograph is named once, in however many orders its tags stand
+        if (named := list({name: cuts[text] for name, text in texts if text in cuts}.items()))
     ]
     dataset.num_encoded = fill_texts(cache, captions, encoder, 4 * batch_size, report("captions"))
     for num_chunks, places in encoder.group_prompts(prompts, negative).items():

@@ -21,6 +21,7 @@ from safelight.kernels.unet.patch import Patch
 from safelight.text import counted, shortened
 from safelight.trainer.adapters.trained import Trained
 from safelight.trainer.checkpoint.files import MISFIT, Position, load_checkpoint, read_identity, read_position
+from safelight.trainer.checkpoint.identity import as_begun
 from safelight.trainer.checkpoint.saver import Saver
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.timeline import Timeline
@@ -29,6 +30,7 @@ from safelight.trainer.disk_space import space_note
 from safelight.trainer.memory_plan.resolve_auto import describe
 from safelight.trainer.memory_plan.static_bytes import static_bytes
 from safelight.trainer.models.encoders import LatentCodec, load_codec
+from safelight.trainer.models.placing import once_each
 from safelight.trainer.models.weights import load_unet
 from safelight.trainer.notes import memory_note, notes_of
 from safelight.trainer.optim.ema import WeightAverages, take_averages
@@ -110,6 +112,10 @@ def load_job(
 
     The job is None if the run has no step left; nothing in its folder was changed then.
     """
+    if resume_step is not None:
+        given, config = config, as_begun(config, read_identity(run_dir, resume_step)[0])
+        if given.data.upscale != config.data.upscale:
+            terminal.say(f"data.upscale stays {config.data.upscale}, as when the run began")
     run = resolve_run(config, run_dir, resume_step)
     check_early(run)
     checkpoint = static_bytes(run.config, run.device, run.dtype).checkpoint
@@ -123,6 +129,12 @@ def load_job(
             terminal.say(f"note: {note}")
     dataset = _load_dataset(run, terminal)
     timeline, identity = Timeline.of(config, dataset.train), run.identity(dataset.train)
+    if not timeline.total_steps:
+        dataset.cache.close()
+        raise UserError(
+            "no batch is ever filled: too few photographs, or all with repeats 0; set data.short_batches keep, or a "
+            "smaller train.batch_size"
+        )
     if resume_step is not None:
         position = _checked_position(run, timeline)
         if position.step >= timeline.num_steps and not position.unmeasured:
@@ -146,7 +158,7 @@ def load_job(
         is_grouped=start.is_grouped,
         progress=Progress(run, timeline, metrics, terminal, unlogged, start.num_skipped_tensors),
         saver=Saver(run_dir, identity, config.save.keep, metrics.sync, terminal.say, run.device, saved_step),
-        train_subset=choose_subset(dataset.train, num_validated, config.run.seed),
+        train_subset=choose_subset(once_each(dataset.train), num_validated, config.run.seed),
         stop_requested=stop_requested,
     )
     return job, start.position
@@ -167,7 +179,7 @@ def _load_dataset(run: ResolvedRun, terminal: Terminal) -> Dataset:
 def _build_models(run: ResolvedRun, dataset: Dataset) -> Models:
     """Return the UNet on its device, ready to train, its optimizer, and the autoencoder."""
     unet = load_unet(run.base, run.user_config.run.seed).train()
-    side = run.user_config.data.resolution // dataset.latent_factor
+    side = run.user_config.data.max_resolution // dataset.latent_factor
     attention = choose_attention(
         run.device,
         run.dtype,
@@ -273,7 +285,7 @@ def _announce(
     if metrics.num_unreadable:
         terminal.say(f"{counted(metrics.num_unreadable, 'unreadable line')} of {metrics.path} left out")
     terminal.say(
-        f"{counted(len(dataset.train), 'photograph')} to train on, {len(dataset.validation)} held out; "
+        f"{counted(len(once_each(dataset.train)), 'photograph')} to train on, {len(dataset.validation)} held out; "
         f"{counted(timeline.num_steps, 'step')} in {counted(timeline.num_epochs, 'epoch')}"
     )
     if dataset.tag_note:

@@ -7,22 +7,18 @@ learned.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 
-from safelight.data.buckets import Bucket
 from safelight.data.decode_memory import available_bytes
-from safelight.data.manifest import MANIFEST_NAME, read_manifest, split_validation
-from safelight.data.photo import Photo
-from safelight.data.placement import place_photos
+from safelight.data.epochs import Group, Span, left_over, uses_by_group
 from safelight.text import counted
 from safelight.trainer.config.schema import Config, Section, Stage
 from safelight.trainer.config.timeline import Timeline
 from safelight.trainer.memory_plan.candidate import Candidate
-from safelight.trainer.memory_plan.static_bytes import buckets_of, static_bytes
+from safelight.trainer.memory_plan.static_bytes import placed_photos, static_bytes
+from safelight.trainer.models.placing import Placed, size_notes
 from safelight.units import GIB
 
 EVERY = {
@@ -36,22 +32,35 @@ EVERY = {
 
 @dataclass(frozen=True)
 class Contents:
-    """What a run's dataset holds. counts: photographs to train on, by bucket. num_masks: how many of them have one."""
+    """What a run's dataset holds.
+
+    counts: photographs to train on, by bucket; one that repeats counts as often. num_masks: how many of them have one.
+    num_waiting: uses of photographs that are carried over at the end of the run, and so not trained; num_never: of
+    buckets that never fill a batch.
+    """
 
     timeline: Timeline
-    counts: Mapping[Bucket, int]
+    counts: Mapping[Group, int]
     num_validation: int
     has_captions: bool
     num_masks: int = 0
+    num_waiting: int = 0
+    num_never: int = 0
 
     @classmethod
-    def of(cls, config: Config, train: Sequence[Photo], validation: Sequence[Photo]) -> Contents:
-        buckets = buckets_of(config)
-        placed = place_photos(train, buckets)
-        has_captions = any(photo.captions[0] or photo.tags for photo in validation or train)
-        counts = Counter(one.bucket for one in placed)
-        num_masks = sum(bool(photo.mask) for photo in train)
-        return cls(Timeline.of(config, placed), counts, len(validation), has_captions, num_masks)
+    def of(cls, config: Config, placed: Placed) -> Contents:
+        has_captions = any(one.photo.captions[0] or one.photo.tags for one in placed.validation or placed.train)
+        timeline, seed = Timeline.of(config, placed.train), config.run.seed
+        counts = {group: num for group, num in uses_by_group(placed.train, seed=seed, num_epochs=1).items() if num}
+        waiting = never = 0
+        if config.data.carries:
+            epochs = timeline.num_epochs
+            spans = [Span(stage.epochs, stage.batch_size) for stage in timeline.stages]
+            left = left_over(placed.train, spans, seed=seed, epoch=epochs)
+            due = uses_by_group(placed.train, seed=seed, num_epochs=epochs)
+            waiting, never = sum(left.values()), sum(num for group, num in left.items() if num == due[group])
+        num_masks = sum(bool(one.photo.mask) for one in placed.train)
+        return cls(timeline, counts, len(placed.validation), has_captions, num_masks, waiting, never)
 
 
 def notes_of(config: Config, device_type: str) -> list[str]:
@@ -59,11 +68,10 @@ def notes_of(config: Config, device_type: str) -> list[str]:
 
     Without a dataset, only those that can be told from the settings.
     """
-    folder, contents = Path(config.data.path), None
-    if (folder / MANIFEST_NAME).is_file():
-        train, validation = split_validation(read_manifest(folder), config.data.validation_fraction, config.run.seed)
-        contents = Contents.of(config, train, validation) if train else None
-    return notes(config, contents, device_type)
+    placed = placed_photos(config)
+    contents = Contents.of(config, placed) if placed and placed.train else None
+    sizes = size_notes(placed, config.data.upscale) if placed else []
+    return [*notes(config, contents, device_type), *sizes]
 
 
 def notes(config: Config, contents: Contents | None, device_type: str) -> list[str]:
@@ -210,7 +218,12 @@ def _num_epochs(timeline: Timeline) -> int:
 def _batches(config: Config, contents: Contents) -> Iterator[str]:
     """Yield batch sizes that buckets cannot fill, and accumulation over more batches than an epoch has."""
     counts = contents.counts.values()
-    for batch_size in dict.fromkeys(stage.batch_size for stage in contents.timeline.stages):
+    if contents.num_never:
+        yield (
+            f"{counted(contents.num_never, 'photograph')}, counted once an epoch, are in buckets that never fill a "
+            "batch, so that data.short_batches carry trains none of them; use merge or keep, or a smaller batch_size"
+        )
+    for batch_size in () if config.data.carries else dict.fromkeys(s.batch_size for s in contents.timeline.stages):
         small = sum(count < batch_size for count in counts)
         if small == len(counts):
             largest = counted(max(counts), "photograph")
@@ -219,9 +232,11 @@ def _batches(config: Config, contents: Contents) -> Iterator[str]:
                 "batches are smaller, and no photograph is dropped or repeated"
             )
         elif small:
+            # most of the steps would be taken on few photographs
+            advice = "; data.short_batches carry or merge fills them" if 2 * small > len(counts) else ""
             yield (
                 f"{small} of {len(counts)} buckets have fewer photographs than batch_size {batch_size}: their batches "
-                "are smaller, and no photograph is dropped or repeated"
+                f"are smaller, and no photograph is dropped or repeated{advice}"
             )
     for batch_size, num in dict.fromkeys((s.batch_size, s.accumulate) for s in contents.timeline.stages):
         num_batches = sum(-(-count // batch_size) for count in counts)

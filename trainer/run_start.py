@@ -16,9 +16,11 @@ from safelight.data.manifest import has_manifest, holds_photos
 from safelight.errors import UserError
 from safelight.kernels.unet.attention import AttentionChoice
 from safelight.text import storable
+from safelight.trainer.config.schema import Config
 from safelight.trainer.config.timeline import Timeline
 from safelight.trainer.config.toml import to_toml
 from safelight.trainer.dataset import NUM_EXAMPLES, Dataset
+from safelight.trainer.models.placing import once_each
 from safelight.trainer.resolve import ResolvedRun
 from safelight.trainer.run_log.environment import ATTENTION, describe
 from safelight.untrusted import MAX_JSON_BYTES, parse_json, read_bytes
@@ -80,7 +82,7 @@ def write_start(
         },
     )
     split = {
-        half: [s.photo.file for s in samples]
+        half: list(dict.fromkeys(s.photo.file for s in samples))
         for half, samples in (("train", dataset.train), ("validation", dataset.validation))
     }
     _write_json(run_dir / "split.json", {"seed": config.run.seed, "fraction": config.data.validation_fraction, **split})
@@ -88,8 +90,8 @@ def write_start(
         run_dir / "data.json",
         {
             "dataset": dataset.path.name,
-            "num_photos": len(dataset.train) + len(dataset.validation),
-            "num_train": len(dataset.train),
+            "num_photos": len(once_each(dataset.samples)),
+            "num_train": len(once_each(dataset.train)),
             "num_validation": len(dataset.validation),
             "num_captions": dataset.num_captions,
             "num_tagged": dataset.num_tagged,
@@ -100,9 +102,21 @@ def write_start(
             # steps_per_epoch: a single number where all epochs are alike
             "stages": [{"epochs": s.epochs, "steps_per_epoch": s.numbers} for s in timeline.stage_steps],
             "examples": _write_examples(run_dir, dataset),
-            "rejected": _read_rejected(dataset.path / "rejected.jsonl"),
+            "rejected": [*_read_rejected(dataset.path / "rejected.jsonl"), *_left_out(dataset, config)],
         },
     )
+
+
+def _left_out(dataset: Dataset, config: Config) -> list[dict]:
+    """Return the photographs that are too small, as rows like those of a rejected.jsonl."""
+    return [
+        {
+            "path": photo.source,
+            "reason": f"{photo.width} x {photo.height} px is too small for data.resolution "
+            f"{min(config.data.resolutions)} with data.upscale {config.data.upscale}",
+        }
+        for photo in dataset.placed.too_small
+    ]
 
 
 def _read_rejected(path: Path) -> list[dict]:
@@ -120,9 +134,10 @@ def _read_rejected(path: Path) -> list[dict]:
 def _write_examples(run_dir: Path, dataset: Dataset) -> list[dict]:
     folder = run_dir / "data_examples"
     folder.mkdir(parents=True, exist_ok=True)
-    every = max(1, len(dataset.train) // NUM_EXAMPLES)
+    train = once_each(dataset.train)
+    every = max(1, len(train) // NUM_EXAMPLES)
     rows = []
-    for index, sample in enumerate(dataset.train[::every][:NUM_EXAMPLES]):
+    for index, sample in enumerate(train[::every][:NUM_EXAMPLES]):
         name = f"{index:03d}.jpg"
         small, content = decode_photo(dataset.path, sample.photo), io.BytesIO()
         small.thumbnail((EXAMPLE_SIDE_PX, EXAMPLE_SIDE_PX), Image.Resampling.LANCZOS)

@@ -51,7 +51,7 @@ def profile_run(config: Config, num_steps: int, out: Path, terminal: Terminal | 
     analysis = analyse(session, limits)
     settings = {
         "base": config.model.base,
-        "resolution": config.data.resolution,
+        "resolution": config.data.max_resolution,
         "batch_size": config.train.batch_size,
         "accumulate": config.train.accumulate,
         "precision": PRECISIONS[dtype],
@@ -62,7 +62,7 @@ def profile_run(config: Config, num_steps: int, out: Path, terminal: Terminal | 
         "steps": num_steps,
     }
     record = make_record("profile", settings, figures(session, analysis, limits), device)
-    title = f"{config.model.base} at {config.data.resolution} px, batch {config.train.batch_size}"
+    title = f"{config.model.base} at {config.data.max_resolution} px, batch {config.train.batch_size}"
     machine = record["machine"]
     name = machine["cpu"] if device.type == "cpu" else machine["device"]
     subtitle = (

@@ -47,7 +47,8 @@ def _take_value(option: str, annotation: Any, given: str | None, rest: deque[str
 
     A switch needs no value, and a list takes any number: both stop before the settings file, which may come last.
     """
-    is_list = get_origin(annotation) in (list, tuple)
+    may_be_list = any(get_origin(part) is list for part in get_args(annotation))
+    is_list = may_be_list or get_origin(annotation) in (list, tuple)
     if is_switch(annotation):
         if given is None and rest and not rest[0].startswith("-") and not names_config(rest[0]):
             given = rest.popleft()
@@ -58,7 +59,7 @@ def _take_value(option: str, annotation: Any, given: str | None, rest: deque[str
             break
         words.append(rest.popleft())
     values = words if annotation is None or _is_text(annotation) else [_number(word) for word in words]
-    if is_list:
+    if is_list and not (may_be_list and len(values) == 1):
         return values
     if not values and annotation is not None:
         raise UserError(f"command line: {option} needs a value")

@@ -19,7 +19,7 @@ def place(tmp_path) -> Path:
     for folder, names in (("photos", ("a", "b")), ("before", ("c",))):
         (tmp_path / folder).mkdir()
         for name in names:
-            Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).save(tmp_path / folder / f"{name}.png")
+            Image.fromarray(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8)).save(tmp_path / folder / f"{name}.png")
     ingest([tmp_path / "before"], tmp_path / "dataset")
     (tmp_path / "run.toml").write_text(
         f'[run]\ndir = "{tmp_path}/run"\ndevice = "cpu"\n[data]\npath = "{tmp_path}/dataset"\nresolution = 64\n'

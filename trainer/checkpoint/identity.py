@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 
 from safelight.data.cache import Sample
 from safelight.data.photo import USUAL_SETTINGS
+from safelight.data.placement import MAX_ENLARGEMENT
 from safelight.trainer.config.schema import Config
 
 FREE_TABLES = ("stage", "memory", "validate", "sample", "save", "log")
@@ -54,6 +55,8 @@ class Identity:
         numbers = [settings.get("loss.min_snr_gamma", 0), *(stage.get("lr", 0) for stage in stages)]
         if not all(type(value) in (int, float) for value in numbers):
             raise ValueError("its identity's loss.min_snr_gamma or a stage's lr is not a number")
+        if settings.get("data.upscale", "always") not in tuple(MAX_ENLARGEMENT):
+            raise ValueError(f"its identity's data.upscale is none of {', '.join(MAX_ENLARGEMENT)}")
         return cls(settings, stages, data)
 
     @property
@@ -119,7 +122,8 @@ def _is_free(name: str) -> bool:
 def _implied(settings: dict) -> dict:
     """Return the settings that older checkpoints did not record, with the values they were trained with."""
     weighting = "min_snr" if settings.get("loss.min_snr_gamma", 0) > 0 else "none"
-    defaults = {"loss.kind": "mse", "loss.weighting": weighting, "data.short_batches": "keep"}
+    defaults = {"loss.kind": "mse", "loss.weighting": weighting}
+    defaults |= {"data.short_batches": "keep", "data.upscale": "always"}
     return {name: value for name, value in defaults.items() if name not in settings}
 
 
@@ -142,6 +146,15 @@ def _rows(sample: Sample) -> tuple:
     changed = {name: value for name, value in settings.items() if value != getattr(USUAL_SETTINGS, name)}
     masks, own = (sample.mask_keys,) if sample.mask_keys else (), (changed,) if changed else ()
     return sample.latent_keys, sample.text_keys, *masks, *own
+
+
+def as_begun(config: Config, checkpoint: Identity) -> Config:
+    """Return the config with the data.upscale of a checkpoint: a run goes on with the photographs it began with.
+
+    Runs from before there was that setting left none out.
+    """
+    upscale = checkpoint.settings.get("data.upscale", "always")
+    return config.model_copy(update={"data": config.data.model_copy(update={"upscale": upscale})})
 
 
 def identify(config: Config, precision: str, samples: Sequence[Sample] = ()) -> Identity:

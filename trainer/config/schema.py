@@ -9,7 +9,7 @@ import os
 from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import tyro
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 from safelight.data.tags import TagSettings
 from safelight.errors import UserError
@@ -25,6 +25,10 @@ Schedule = Literal["constant", "linear", "cosine"]
 MAX_SIDE = 4096
 # of a caption or prompt: 600 tokens
 MAX_CHUNKS = 8
+MIN_RESOLUTION = 16
+# occurrences of a photograph within an epoch are counted in 16 bits, and it may repeat 10,000 times at each
+MAX_RESOLUTIONS = 6
+RESOLUTION = tyro.conf.arg(metavar="INT [INT ...]")
 if TYPE_CHECKING:
     OptimizerName = MemoryModeName = str
 else:
@@ -42,6 +46,30 @@ def _check_side(side: int) -> int:
             f"expected at most {MAX_SIDE}, a multiple of the model's pixels per latent (8 for Stable Diffusion), or 0"
         )
     return side
+
+
+def _check_resolution(value: object) -> object:
+    """Return the value if it is a resolution, or a list of them: ascending, without repetitions, alone if only one."""
+    sides = value if isinstance(value, list | tuple) else [value]
+    # as pydantic reads whole numbers
+    sides = [int(side) if isinstance(side, float | str) and _is_whole(side) else side for side in sides]
+    if not all(type(side) is int for side in sides):
+        raise ValueError("expected a whole number, or a list of them")
+    if not 1 <= len(set(sides)) <= MAX_RESOLUTIONS:
+        raise ValueError(f"expected 1 to {MAX_RESOLUTIONS} resolutions")
+    if min(sides) < MIN_RESOLUTION:
+        raise ValueError(f"expected {MIN_RESOLUTION} or more")
+    if max(sides) > MAX_SIDE:
+        raise ValueError(f"expected at most {MAX_SIDE}")
+    sides = sorted(set(sides))
+    return sides if len(sides) > 1 else sides[0]
+
+
+def _is_whole(value: float | str) -> bool:
+    try:
+        return float(value) == int(value)
+    except (ValueError, OverflowError):
+        return False
 
 
 def _place(path: str) -> str:
@@ -132,8 +160,12 @@ class Data(Section):
 
     path: GivenPlace = "datasets/photos"
     """Folder written by `safelight prepare`."""
-    resolution: Annotated[int, Field(ge=16, le=MAX_SIDE)] = 512
-    """Image size: every aspect-ratio bucket has at most resolution x resolution pixels."""
+    resolution: Annotated[int | list[int], BeforeValidator(_check_resolution), RESOLUTION] = 512
+    """Image size: every aspect-ratio bucket has at most resolution x resolution pixels. Several, such as [512, 768],
+    train each photograph once an epoch at each size that it fills."""
+    upscale: Literal["allow", "skip", "always"] = "allow"
+    """Photographs smaller than the size they would be trained at. allow: enlarge them up to 1.25 times, leave out
+    smaller ones; skip: leave them all out; always: leave none out."""
     max_aspect: Annotated[float, Field(ge=1, le=16)] = 4.0
     """Largest aspect ratio of a bucket, long side to short side."""
     validation_fraction: Fraction = 0.1
@@ -164,12 +196,21 @@ class Data(Section):
     samples are always read so."""
     caption_chunks: Annotated[int, Field(ge=1, le=MAX_CHUNKS)] = 1
     """How many chunks of 75 tokens are read of a caption, each encoded by itself; 2 reads 150 tokens, 3 reads 225."""
-    short_batches: Literal["keep", "carry"] = "keep"
+    short_batches: Literal["keep", "carry", "merge"] = "keep"
     """What becomes of photographs that do not fill a batch when an epoch ends. keep: each bucket's last batch is
     smaller. carry: they wait for the next epoch, so that every batch is full; what waits when the run ends is not
-    trained."""
+    trained. merge: like keep, but buckets with fewer photographs than a batch join the bucket of the nearest shape."""
     cache_dtype: Literal["float16", "float32"] = "float16"
     """Dtype of cached latents and text embeddings."""
+
+    @property
+    def resolutions(self) -> tuple[int, ...]:
+        """All resolutions, ascending."""
+        return (self.resolution,) if isinstance(self.resolution, int) else tuple(self.resolution)
+
+    @property
+    def max_resolution(self) -> int:
+        return self.resolutions[-1]
 
     @property
     def tags(self) -> TagSettings:
@@ -389,9 +430,9 @@ class Sample(Section):
     negative_prompt: str = ""
     """Text that guidance steers away from."""
     width: Side = 0
-    """Image width in pixels, up to 4096. 0: data.resolution."""
+    """Image width in pixels, up to 4096. 0: data.resolution, the largest if there are several."""
     height: Side = 0
-    """Image height in pixels, up to 4096. 0: data.resolution."""
+    """Image height in pixels, up to 4096. 0: data.resolution, the largest if there are several."""
 
 
 class Save(Section):

@@ -98,7 +98,7 @@ class OpenRun:
             FullFineTune(unet).load(folder_of(self.run_dir, step))
             load_averages(folder_of(self.run_dir, step), unet)
         unet.to(self.device).eval().requires_grad_(False)
-        side = self.config.data.resolution // self.codec.factor
+        side = self.config.data.max_resolution // self.codec.factor
         # the backend that the run used if it works on this device, else one that does
         attention = choose_attention(
             self.device, dtype, attention_cases(unet, (side, side)), previous=recorded_attention(self.run_dir)

@@ -220,7 +220,9 @@ def _export_file(source: _Source, out: Path, title: str) -> list[str]:
     schedule = source.schedule
     # the specification has no field for it
     hint = "zero terminal SNR: rescale the noise schedule" if schedule.zero_terminal_snr else ""
-    metadata = modelspec(unet.config, schedule.prediction_type, source.config.data.resolution, title, description, hint)
+    metadata = modelspec(
+        unet.config, schedule.prediction_type, source.config.data.max_resolution, title, description, hint
+    )
     tensors |= {name: torch.empty(0, dtype=source.dtype) for name in schedule_markers(schedule)}
     if metadata["modelspec.architecture"] == CUSTOM:
         notes.append(

@@ -59,7 +59,7 @@ class PromptGroup:
 
 def settings_of(config: Config) -> Settings:
     """Return the settings that a run draws its samples with."""
-    side, sample = config.data.resolution, config.sample
+    side, sample = config.data.max_resolution, config.sample
     return Settings(
         sample.width or side, sample.height or side, sample.steps, sample.cfg, config.run.seed, sample.sampler
     )

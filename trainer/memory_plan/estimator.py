@@ -34,9 +34,10 @@ from safelight.trainer.memory_plan.gpus import CONTEXT_BYTES, FRAGMENTATION, GRA
 from safelight.trainer.memory_plan.memory_tracer import CUDA_ROUNDING
 from safelight.trainer.memory_plan.meta_run import META, MetaRun, StepTrace, meta_run
 from safelight.trainer.memory_plan.static_bytes import has_masks, host_bytes
-from safelight.trainer.models.base import latent_factor, resolve_model, training_buckets, vae_bytes, vae_config
+from safelight.trainer.models.base import latent_factor, resolve_model, vae_bytes, vae_config
 from safelight.trainer.models.device import DTYPES
 from safelight.trainer.models.encoders import decode_bytes
+from safelight.trainer.models.placing import all_buckets
 from safelight.trainer.optim.kernel_adamw import SPLIT_BYTES, SPLIT_ELEMENTS
 from safelight.trainer.optim.optimizer import memory_mode
 from safelight.trainer.registry.optimizers import MEMORY_MODES, OPTIMIZERS
@@ -78,7 +79,7 @@ class MemoryEstimator:
         self.config, self.card, self.base = config, card, resolve_model(config.model)
         self.dtype = dtype_on(card, config.model.precision)
         self._latent_factor = latent_factor(vae_config(self.base, config.model.vae))
-        self.buckets = training_buckets(self.base, config.data, self._latent_factor)
+        self.buckets = all_buckets(self.base, config.data, self._latent_factor)
         self.latents = largest_latents(self.buckets, self._latent_factor)
         stages = config.stages()
         self.batch_size = max(stage.batch_size for stage in stages)
@@ -223,7 +224,7 @@ class MemoryEstimator:
     @property
     def _sample_size(self) -> tuple[int, int]:
         """(width, height) of samples in px."""
-        sample, side = self.config.sample, self.config.data.resolution
+        sample, side = self.config.sample, self.config.data.max_resolution
         return sample.width or side, sample.height or side
 
     @property

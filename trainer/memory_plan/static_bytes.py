@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from safelight.data.buckets import Bucket
+from safelight.data.epochs import count_uses
 from safelight.data.manifest import has_manifest, read_manifest, split_validation
 from safelight.data.photo import Photo
-from safelight.data.placement import place_photos
 from safelight.errors import UserError
 from safelight.kernels.moment_blocks import MIN_8BIT_ELEMENTS
 from safelight.kernels.optim.paged_state import state_bytes
@@ -26,8 +26,9 @@ from safelight.trainer.checkpoint.snapshot import SNAPSHOT_SLAB_BYTES
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.timeline import StageSteps, Timeline
 from safelight.trainer.inference.sampling import check_size, settings_of
-from safelight.trainer.models.base import latent_factor, resolve_model, training_buckets, vae_config
+from safelight.trainer.models.base import latent_factor, resolve_model, vae_config
 from safelight.trainer.models.device import PRECISIONS, pick_device, pick_dtype
+from safelight.trainer.models.placing import Placed, budgets_of, crop_loss, once_each, place
 from safelight.trainer.models.weights import meta_unet
 from safelight.trainer.optim.kernel_adamw import part_of
 from safelight.trainer.optim.optimizer import memory_mode
@@ -150,19 +151,27 @@ def _in_slabs(num_bytes: int, slab: int) -> int:
     return -(-num_bytes // slab) * slab
 
 
-def buckets_of(config: Config) -> tuple[Bucket, ...]:
-    """Return the run's buckets. Raises UserError if the resolution allows none for the model."""
+def placed_photos(config: Config) -> Placed | None:
+    """Return the run's photographs in their buckets, None if its dataset is not prepared.
+
+    Raises UserError if a resolution allows no bucket for the model, or if no photograph is large enough.
+    """
+    folder = Path(config.data.path)
+    if not has_manifest(folder):
+        return None
+    split = split_validation(read_manifest(folder), config.data.validation_fraction, config.run.seed)
+    return place(config, _budgets(config), *split)
+
+
+def _budgets(config: Config) -> list[tuple[Bucket, ...]]:
     base = resolve_model(config.model)
-    return training_buckets(base, config.data, latent_factor(vae_config(base, config.model.vae)))
+    return budgets_of(base, config.data, latent_factor(vae_config(base, config.model.vae)))
 
 
 def planned_timeline(config: Config) -> Timeline | None:
     """Return the timeline of a run, None if its dataset is not prepared."""
-    folder = Path(config.data.path)
-    if not has_manifest(folder):
-        return None
-    train, _ = split_validation(read_manifest(folder), config.data.validation_fraction, config.run.seed)
-    return Timeline.of(config, place_photos(train, buckets_of(config)))
+    placed = placed_photos(config)
+    return Timeline.of(config, placed.train) if placed else None
 
 
 def learning_rates(config: Config) -> tuple[list[float], bool]:
@@ -198,15 +207,15 @@ def has_masks(config: Config) -> bool:
 
 
 def cache_bytes(config: Config, num_photos: int, num_masks: int = 0) -> int:
-    """Return an upper bound of the bytes of cached latents and masks: all variants at resolution x resolution."""
+    """Return an upper bound of the bytes of cached latents and masks: all variants at every resolution."""
     vae = vae_config(resolve_model(config.model), config.model.vae)
     # AutoencoderKL's posterior is cached as mean and logvar; AutoencoderTiny has a latent only
     is_tiny = vae["_class_name"] == "AutoencoderTiny"
     channels = vae["latent_channels"] * (1 if is_tiny else 2)
     factor = latent_factor(vae)
+    num_latents = sum((resolution // factor) ** 2 for resolution in config.data.resolutions)
     itemsize = {"float16": 2, "float32": 4}[config.data.cache_dtype]
-    num_values = (num_photos * channels + num_masks) * (config.data.resolution // factor) ** 2
-    return num_values * config.data.variants * itemsize
+    return (num_photos * channels + num_masks) * config.data.variants * num_latents * itemsize
 
 
 def summary(config: Config, device: torch.device | None = None, dtype: torch.dtype | None = None) -> dict:
@@ -214,13 +223,14 @@ def summary(config: Config, device: torch.device | None = None, dtype: torch.dty
 
     device, dtype: as for static_bytes.
     """
-    buckets = buckets_of(config)
     if Path(config.data.path).is_file():
         raise UserError(f"data.path {config.data.path} is a file; give a folder written by `safelight prepare`")
-    base = resolve_model(config.model)
     # what training would refuse
+    _budgets(config)
+    base = resolve_model(config.model)
     base.noise_schedule(config.loss.prediction, config.loss.zero_terminal_snr)
     check_size(settings_of(config), latent_factor(vae_config(base, config.model.vae)))
+    placed = placed_photos(config)
     static = static_bytes(config, device, dtype)
     result: dict = {
         "base": config.model.base,
@@ -244,19 +254,20 @@ def summary(config: Config, device: torch.device | None = None, dtype: torch.dty
         # save.keep recent ones, the best, and a new one that is written before the oldest is deleted
         "checkpoints at most": config.save.keep + 2,
     }
-    if has_manifest(Path(config.data.path)):
-        photos = read_manifest(Path(config.data.path))
-        train, validation = split_validation(photos, config.data.validation_fraction, config.run.seed)
-        epochs = sum(stage.epochs for stage in config.stages())
+    if placed:
+        epochs, train = sum(stage.epochs for stage in config.stages()), once_each(placed.train)
+        num_photos = len(train) + len(placed.validation)
         result["dataset"] = {
-            "photographs": len(photos),
+            "photographs": num_photos,
             "train": len(train),
-            "validation": len(validation),
+            "validation": len(placed.validation),
+            "too small": len(placed.too_small),
             "epochs": epochs,
-            "steps": Timeline.of(config, place_photos(train, buckets)).num_steps,
-            "images trained": epochs * len(train),
+            "steps": Timeline.of(config, placed.train).num_steps,
+            "images trained": count_uses(placed.train, seed=config.run.seed, num_epochs=epochs),
+            "crop loss": round(crop_loss(placed.train), 6),
             "masks": num_masks(config, train),
             "loss scales": sum(photo.settings.loss_scale != 1 for photo in train),
-            "cache bytes": cache_bytes(config, len(photos), num_masks(config, photos)),
+            "cache bytes": cache_bytes(config, num_photos, num_masks(config, [*train, *once_each(placed.validation)])),
         }
     return result

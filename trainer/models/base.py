@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from safelight.data.buckets import Bucket, make_buckets
 from safelight.errors import UserError
-from safelight.trainer.config.schema import Data, Model
+from safelight.trainer.config.schema import Model
 from safelight.trainer.families.family import Family
 from safelight.trainer.families.registry import family_of, is_trainable_pipeline, text_widths, trainable_titles
 from safelight.trainer.models.architectures import KNOWN_SHAPES, RANDOM_MODELS
@@ -247,8 +246,3 @@ def bucket_multiple(base: Base, latent_factor: int) -> int:
     """Return the multiple, in px, that the sides of buckets have: an eighth of the native side, at most 64."""
     native = base.family.native_px(base.config_of("unet"), latent_factor)
     return min(64, max(2 * latent_factor, native // 8))
-
-
-def training_buckets(base: Base, data: Data, latent_factor: int) -> tuple[Bucket, ...]:
-    """Return the buckets of a run, sorted. Raises UserError if the resolution allows none for the model."""
-    return make_buckets(data.resolution, bucket_multiple(base, latent_factor), data.max_aspect)

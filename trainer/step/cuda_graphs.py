@@ -20,7 +20,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -192,16 +192,20 @@ class StepGraphs:
         self._recorder.forget()
 
     def prepare(self, shapes: Iterable[Shape], like: Inputs) -> int:
-        """Capture the shapes that have no graph yet, and return how many were captured.
+        """Capture the shapes of an epoch that have no graph yet, and return how many were captured.
 
-        If any of them needs a warm-up, all graphs are dropped and captured again. like: inputs of any shape.
+        If any of them needs a warm-up, or if the short batch of a bucket was of another size before, all are dropped
+        and captured again, so that graphs do not pile up. like: inputs of any shape.
         """
-        new = largest_first(s for s in set(shapes) if s not in self._graphs)
+        shapes = set(shapes)
+        new = largest_first(shapes - self._graphs.keys())
         if not new:
             return 0
         cold = [shape for shape in new if _warm_up_key(shape) not in self._warmed_up]
-        if cold and self._graphs:
-            new = largest_first([*new, *self._graphs])
+        unused = self._graphs.keys() - shapes
+        outdated = {old for old in unused if any(replace(old, size=shape.size) == shape for shape in new)}
+        if self._graphs and (cold or outdated):
+            new = largest_first((self._graphs.keys() | shapes) - outdated)
             self.clear()
         # also before the warm-ups: they must not run beside memory that validation or a dropped pool left cached
         self._recorder.free_cached_memory()

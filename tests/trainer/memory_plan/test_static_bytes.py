@@ -180,11 +180,13 @@ def test_the_summary_has_the_length_of_the_run(make_config):
         "photographs": 24,
         "train": 18,
         "validation": 6,
+        "too small": 0,
         "epochs": 3,
         "steps": num_steps,
         "images trained": 54,
         "masks": 0,
         "loss scales": 0,
+        "crop loss": 0.0,
         "cache bytes": cache_bytes(config, 24),
     }
     planned = static_bytes(config, CPU)

@@ -205,6 +205,19 @@ def test_a_size_that_comes_later_has_all_recorded_anew_and_another_place_has_not
         assert torch.equal(trained.graphs(inputs, is_last=False), inputs.mean_BCHW.sum())
 
 
+def test_graphs_of_short_batches_do_not_pile_up(narrow_unet, monkeypatch):
+    """With fractional repeats a bucket's last batch has another size in each epoch."""
+    trained = Trained(narrow_unet, torch.bfloat16, True)
+    monkeypatch.setattr(trained.graphs, "_run", lambda inputs, *place: inputs.mean_BCHW.sum())
+    like = upload(batch_of(0, SMALL), CPU, 1, 0)
+    full, other = Shape(4, 8, 8), Shape(4, 4, 8)
+    held = [trained.graphs.prepare({full, other, Shape(size, 8, 8)}, like) and len(trained.graphs) for size in (3, 2)]
+    assert held == [3, 3]
+    # sizes that were warmed up before, too
+    assert trained.graphs.prepare({full, Shape(3, 8, 8)}, like) == len(trained.graphs) == 3
+    assert trained.graphs.prepare({full}, like) == 0
+
+
 def test_a_pool_whose_graphs_are_given_up_is_not_taken_again(monkeypatch):
     handles = iter(range(9))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))

@@ -30,7 +30,7 @@ def sync_file(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete what has this name, if anything has: a file, a link but not what it leads to, or a folder with its content.
+    """Delete what has this name, if anything has: a file, a link but not what it leads to, or a folder and its content.
 
     Raises OSError if it cannot be deleted: what is written in its place could land somewhere else.
     """

@@ -1,8 +1,10 @@
-"""Atomic file writes: to a temporary file in the same folder, synced, then renamed into place."""
+"""Atomic file writes: to a temporary file in the same folder, synced, then renamed into place; and deleting."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -25,6 +27,22 @@ def sync_file(path: Path) -> None:
     """Make a file's content survive a power cut."""
     with naming(path), open(path, "rb+") as file:
         os.fsync(file.fileno())
+
+
+def remove(path: Path) -> None:
+    """Delete what has this name, if anything has: a file, a link but not what it leads to, or a folder and its content.
+
+    Raises OSError if it cannot be deleted: what is written in its place could land somewhere else.
+    """
+    try:
+        is_folder = stat.S_ISDIR(os.lstat(path).st_mode)
+    except FileNotFoundError:
+        return
+    if is_folder:
+        # follows no link inside
+        shutil.rmtree(path)
+    else:
+        os.unlink(path)
 
 
 @contextmanager

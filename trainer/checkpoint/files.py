@@ -8,19 +8,19 @@ so everything in state.json is checked, no path may lead out of the run folder, 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shlex
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-from safelight.data.atomic import atomic_write_text, naming, sync_folder
+from safelight.data.atomic import atomic_write_text, naming, remove, sync_folder
 from safelight.errors import UserError
 from safelight.trainer.adapters.trained import Trained
 from safelight.trainer.checkpoint.identity import Identity
@@ -115,11 +115,10 @@ def _sync_file(path: Path) -> None:
 def _remove_unfinished(run_dir: Path) -> None:
     """Delete checkpoints that a kill or a full disk left half-written or half-deleted."""
     for folder in _checkpoints(run_dir).glob(".step-*.partial"):
-        # rmtree refuses a link, and follows none inside
-        shutil.rmtree(folder)
+        remove(folder)
     for folder in _step_folders(run_dir).values():
         if not (folder / "state.json").is_file():
-            shutil.rmtree(folder)
+            remove(folder)
 
 
 def save_checkpoint(
@@ -144,7 +143,8 @@ def save_checkpoint(
         _write(partial, write_trained, state, position, identity, between_files)
     except Exception:
         # re-raised below; remove the partial folder first, or it keeps a full disk full
-        shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            remove(partial)
         raise
     partial.rename(place)
     for folder in (place.parent, run_dir):
@@ -354,6 +354,11 @@ def prune(run_dir: Path, keep: int, best_step: int, sound_step: int = -1) -> Non
     ones."""
     steps = list_checkpoints(run_dir)
     for step in set(steps[:-keep]) - {best_step, sound_step}:
-        # state.json first, so that a kill in the middle leaves no folder that looks complete
-        (folder_of(run_dir, step) / "state.json").unlink()
+        folder = folder_of(run_dir, step)
+        if folder.is_symlink():
+            # to a checkpoint that may be kept
+            remove(folder)
+            continue
+        # first, so that a kill in the middle leaves no folder that looks complete
+        (folder / "state.json").unlink()
     _remove_unfinished(run_dir)

@@ -6,6 +6,7 @@ The frozen parts are the run's. Either output is written under a temporary name,
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import os
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from safelight.data.atomic import atomic_write_text, sync_folder
+from safelight.data.atomic import atomic_write_text, remove, sync_folder
 from safelight.data.manifest import IMAGES_FOLDER, MANIFEST_NAME
 from safelight.errors import UserError
 from safelight.trainer.adapters.full import FullFineTune
@@ -161,6 +162,8 @@ def _check_output(out: Path, force: bool) -> bool:
         raise UserError(f"{out}: {suffix} files cannot be written; name a .safetensors file, or a folder")
     _check_place(out)
     is_file = suffix == ".safetensors"
+    if os.path.islink(out) and not out.exists():
+        raise UserError(f"{out} is a link to {os.path.realpath(out)}, which does not exist; delete it, or name another")
     if out.exists():
         if not force:
             raise UserError(f"{out} already exists; name another with -o, or add --force")
@@ -243,7 +246,7 @@ def _export_file(source: _Source, out: Path, title: str) -> list[str]:
     partial = out.with_name(f".{out.name}.partial")
     try:
         # what a killed export left, or a link that somebody planted there
-        partial.unlink(missing_ok=True)
+        remove(partial)
         partial.touch(exist_ok=False)
         mode = partial.stat().st_mode
         save_file(tensors, partial, metadata)
@@ -252,7 +255,8 @@ def _export_file(source: _Source, out: Path, title: str) -> list[str]:
         sign(partial)
         os.replace(partial, out)
     except BaseException:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            remove(partial)
         raise
     sync_folder(out.parent)
     return notes
@@ -307,7 +311,9 @@ def _export_folder(source: _Source, out: Path) -> None:
     _check_free_space(out, sum(t.nbytes for module in modules for t in module.state_dict().values()), source.dtype)
     pipeline = source.base.family.pipeline_of(unet, vae, _scheduler(source), tokenizer, text_encoder)
     partial, old = (out.with_name(f".{out.name}.{word}") for word in ("partial", "old"))
-    shutil.rmtree(partial, ignore_errors=True)
+    # what a killed export left, or a link that somebody planted there
+    remove(partial)
+    partial.mkdir()
     try:
         pipeline.save_pretrained(partial, safe_serialization=True)
         _load_in_fp32(partial / "text_encoder" / "config.json")
@@ -321,13 +327,15 @@ def _export_folder(source: _Source, out: Path) -> None:
                     os.fsync(file.fileno())
         sync_folder(partial)
         if out.exists():
-            shutil.rmtree(old, ignore_errors=True)
+            remove(old)
             out.rename(old)
         partial.rename(out)
     except BaseException:
         if old.exists() and not out.exists():
             old.rename(out)
-        shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            remove(partial)
         raise
     sync_folder(out.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        remove(old)

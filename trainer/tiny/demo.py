@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from importlib.util import find_spec
 from pathlib import Path
 
-from safelight.data.atomic import atomic_write_text
+from safelight.data.atomic import atomic_write_text, remove
 from safelight.data.prepare.ingest import ingest
 from safelight.errors import UserError
 from safelight.trainer.config.schema import Config
@@ -97,7 +96,9 @@ def run_demo(folder: Path, terminal: Terminal) -> dict:
     if folder.exists() and any(folder.iterdir()):
         if not mark.is_file():
             raise UserError(f"{folder} is not empty and is not an earlier demo; choose another folder with --dir")
-        shutil.rmtree(folder)
+        # not the folder itself, which may be a link
+        for path in list(folder.iterdir()):
+            remove(path)
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write_text(mark, "{}\n")
     terminal.say(f"drawing {NUM_PHOTOS} faded prints, a look that the base model has never seen")

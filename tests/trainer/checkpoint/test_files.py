@@ -108,6 +108,21 @@ def test_folders_of_other_names_are_left_alone(tmp_path):
     assert names == ["mine", "step-00000005-backup", "step-00000006", "step-5", "step-abcdefgh"]
 
 
+@pytest.mark.parametrize("name", [".step-00000099.partial", ".step-x\n.partial", "step-00000099"])
+@pytest.mark.parametrize("kind", ["link", "dangling link", "file"])
+def test_what_somebody_planted_under_an_unfinished_name_stops_no_save(tmp_path, name, kind):
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "mine.png").touch()
+    planted = save(tmp_path, 5).with_name(name)
+    if kind == "file":
+        planted.touch()
+    else:
+        planted.symlink_to("../samples" if kind == "link" else "nothing")
+    save(tmp_path, 6)
+    assert sorted(path.name for path in planted.parent.iterdir()) == ["step-00000005", "step-00000006"]
+    assert (tmp_path / "samples" / "mine.png").exists()
+
+
 # which are kept
 
 
@@ -123,6 +138,15 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path, keep, best, expected):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [f"step-{n:08d}" for n in expected]
 
 
+def test_a_link_is_deleted_and_not_the_checkpoint_that_it_leads_to(tmp_path):
+    save(tmp_path, 7)
+    folder_of(tmp_path, 1).symlink_to("step-00000007")
+    save(tmp_path, 8)
+    prune(tmp_path, 2, -1)
+    assert list_checkpoints(tmp_path) == [7, 8]
+    check_files(folder_of(tmp_path, 7))
+
+
 def test_what_is_deleted_first_stops_counting(tmp_path, monkeypatch):
     """A kill between deleting state.json and the folder leaves no checkpoint rather than half of one."""
     for step in (1, 2):
@@ -132,7 +156,7 @@ def test_what_is_deleted_first_stops_counting(tmp_path, monkeypatch):
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.shutil, "rmtree", fail)
+        patch.setattr(checkpoint, "remove", fail)
         with pytest.raises(Killed):
             prune(tmp_path, 1, -1)
     assert list_checkpoints(tmp_path) == [2]

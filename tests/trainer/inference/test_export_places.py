@@ -87,6 +87,30 @@ def test_too_little_free_space_is_reported_before_anything_is_written(tiny_run, 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["out.safetensors", "out"])
+@pytest.mark.parametrize("word", ["partial", "old"])
+def test_a_planted_link_is_deleted_and_never_written_through(tiny_run, tmp_path, name, word):
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim" / "model_index.json").write_text("precious")
+    (tmp_path / "shared").mkdir()
+    out = tmp_path / "shared" / name
+    export(tiny_run, out)
+    (tmp_path / "shared" / f".{name}.{word}").symlink_to("../victim")
+    export(tiny_run, out, force=True)
+    assert [path.read_text() for path in (tmp_path / "victim").iterdir()] == ["precious"]
+    assert not out.is_symlink()
+    if word == "partial" or name == "out":
+        assert [path.name for path in (tmp_path / "shared").iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", ["out.safetensors", "out"])
+def test_a_link_to_nothing_is_named(tiny_run, tmp_path, name):
+    (tmp_path / name).symlink_to("gone")
+    for force in (False, True):
+        with pytest.raises(ValueError, match=f"{name} is a link to .*gone, which does not exist; delete it"):
+            export(tiny_run, tmp_path / name, force=force)
+
+
 def test_files_get_the_permissions_of_the_umask(tiny_run, tmp_path):
     """safetensors creates files that only their owner may read."""
     old = os.umask(0o022)

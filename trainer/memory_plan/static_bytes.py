@@ -255,12 +255,13 @@ def summary(config: Config, device: torch.device | None = None, dtype: torch.dty
         "checkpoints at most": config.save.keep + 2,
     }
     if placed:
-        epochs, train = sum(stage.epochs for stage in config.stages()), once_each(placed.train)
-        num_photos = len(train) + len(placed.validation)
+        epochs = sum(stage.epochs for stage in config.stages())
+        train, validation = ([one.photo for one in once_each(half)] for half in (placed.train, placed.validation))
+        num_photos = len(train) + len(validation)
         result["dataset"] = {
             "photographs": num_photos,
             "train": len(train),
-            "validation": len(placed.validation),
+            "validation": len(validation),
             "too small": len(placed.too_small),
             "epochs": epochs,
             "steps": Timeline.of(config, placed.train).num_steps,
@@ -268,6 +269,6 @@ def summary(config: Config, device: torch.device | None = None, dtype: torch.dty
             "crop loss": round(crop_loss(placed.train), 6),
             "masks": num_masks(config, train),
             "loss scales": sum(photo.settings.loss_scale != 1 for photo in train),
-            "cache bytes": cache_bytes(config, num_photos, num_masks(config, [*train, *once_each(placed.validation)])),
+            "cache bytes": cache_bytes(config, num_photos, num_masks(config, [*train, *validation])),
         }
     return result

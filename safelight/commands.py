@@ -127,14 +127,21 @@ def caption(argv: list[str]) -> int:
     from safelight.options.arguments import Caption, parse
 
     arguments = parse(Caption, argv, "caption", COMMANDS["caption"])
-    from safelight.trainer.captioning.options import Generation, Wording, asked_for, replacement
+    from safelight.data.manifest import read_manifest
+    from safelight.trainer.captioning.options import MAX_PREVIEW_PHOTOS, Wording, asked_for, replacement
 
     names = ("prompt", "num_beams", "min_new_tokens", "max_new_tokens", "repetition_penalty", "top_p")
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    generation: Generation = asked_for(arguments.preset, given, arguments.seed)
+    generation = asked_for(arguments.preset, given, arguments.seed)
     wording = Wording(arguments.prefix, arguments.suffix, tuple(map(replacement, arguments.replace)))
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise UserError(f"--batch-size {arguments.batch_size} is below 1; leave it out, or give 8")
+    if arguments.preview is not None and not 1 <= arguments.preview <= MAX_PREVIEW_PHOTOS:
+        raise UserError(
+            f"--preview {arguments.preview} is outside 1 to {MAX_PREVIEW_PHOTOS}; five are enough to choose"
+        )
+    # before torch is imported
+    read_manifest(arguments.dataset)
     _say_loading()
     from safelight.output.caption_table import caption_json, print_captions
     from safelight.trainer.captioning.caption_dataset import caption_dataset

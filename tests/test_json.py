@@ -84,5 +84,6 @@ def test_compare(tmp_path, capsys):
 def test_every_command_with_json_is_covered():
     shapes = [s for s in vars(arguments).values() if dataclasses.is_dataclass(s) and "json" in s.__annotations__]
     # and those with a config: cache, plan, profile. test_cli covers prepare and cache, test_planner a GPU's plan,
-    # test_demo the demo
-    assert {s.__name__ for s in shapes} == {"Prepare", "Demo", "PrintingArguments", "PlanArguments", "ProfileArguments"}
+    # test_demo the demo, test_command caption
+    others = {"PrintingArguments", "PlanArguments", "ProfileArguments"}
+    assert {s.__name__ for s in shapes} == {"Prepare", "Caption", "Demo", *others}

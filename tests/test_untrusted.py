@@ -330,15 +330,8 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     },
     "data/index.py": {"sqlite3.connect": "after the index's own checks, at its top"},
     "data/prepare/near_copies.py": {"load": "a function that it is given"},
-    "trainer/captioning/caption_dataset.py": {"source.load": "trainer/captioning/models.py"},
-    "trainer/captioning/models.py": {
-        "model_class.from_pretrained": "no name: config and tensors are given",
-        "source.load": "its own loader",
-    },
-    "trainer/captioning/preview.py": {"source.load": "trainer/captioning/models.py"},
-    "trainer/captioning/processors.py": {
-        "processor_class.from_pretrained": "a temporary folder with files made from checked values"
-    },
+    "trainer/captioning/models.py": {"model_class.from_pretrained": "no name: config and tensors are given"},
+    "trainer/captioning/processors.py": {"processor_class.from_pretrained": "the checked copies of model_files.py"},
     "trainer/checkpoint/files.py": {"trained.load": "trainer/adapters"},
     "trainer/inference/draw.py": {".load": "trainer/adapters"},
     "trainer/inference/export.py": {

@@ -128,8 +128,9 @@ class Caption:
     ] = ()
     overwrite: Annotated[bool, arg(help="replace captions that people wrote, too")] = False
     preview: Annotated[
-        int, arg(help="instead, show this many photographs captioned with six settings, in one HTML page")
-    ] = 0
+        int | None,
+        _own("NUM", "instead, show this many photographs captioned with six settings, in one HTML page", "none"),
+    ] = None
     batch_size: Annotated[
         int | None, _own("INT", "photographs at a time; halved if the GPU's memory is full", "32 on a GPU, else 4")
     ] = None

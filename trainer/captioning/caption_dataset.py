@@ -185,7 +185,7 @@ def caption_dataset(
             journal = Journal(dataset, record)
             todo = [photo for photo in wanted if photo.sha256 not in journal.said]
             if todo:
-                batched = BatchedCaptioner(source.load(device), batch_size, say)
+                batched = BatchedCaptioner(source.build(device), batch_size, say)
                 _describe_all(dataset, batched, journal, generation, todo, summary, progress, stop_requested)
         written = canonical({"model": model, **record, **wording.record()})
         made = {photo.sha256 for photo in todo}

@@ -31,8 +31,19 @@ from safelight.untrusted import read_bytes, read_json_object
 # tokenizer.json of a vocabulary of 256,000 tokens has 33 MB
 MAX_JSON_BYTES = 2**26
 MAX_TEXT_BYTES = 2**24
-# the longest known config has 2,000 values; vocabularies and positions stay below 2^24
-MAX_INT, MAX_ITEMS, MAX_LAYERS = 2**24, 10_000, 512
+# the longest known config has 2,000 values
+MAX_ITEMS = 10_000
+# the largest integers by parts of their names, the first that fits; None: any. Pictures are resized to `height` and
+# `width`; `longest_edge` and `shortest_edge` are a number of pixels in some families
+LIMITS: tuple[tuple[tuple[str, ...], int | None], ...] = (
+    (("theta",), None),
+    (("layers", "depth", "num_blocks"), 512),
+    (("height", "width", "image_size", "patch_size"), 8192),
+    (("num_", "seq_len"), 2**16),
+    # vocabularies and positions
+    (("",), 2**24),
+)
+VOCABULARIES = ("tokenizer.json", "vocab.json", "added_tokens.json", "special_tokens_map.json")
 JSON_FILES = (
     *("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
@@ -156,12 +167,13 @@ def _exists(folder: Path, name: str) -> bool:
 
 def _checked_json(folder: Path, name: str) -> dict:
     values = read_json_object(model_file(folder, name), MAX_JSON_BYTES, clamp_ints=True)
-    if name in ("tokenizer.json", "vocab.json", "added_tokens.json"):
+    if name in VOCABULARIES:
         return values
-    return _without_code(values, folder / name, is_config=name == "config.json")
+    # a tokenizer's longest text is 10^30 in many files, for no limit
+    return _without_code(values, folder / name, is_bounded=name != "tokenizer_config.json")
 
 
-def _without_code(value: object, path: Path, is_config: bool, key: str = "") -> object:
+def _without_code(value: object, path: Path, is_bounded: bool, key: str = "") -> object:
     """Return a JSON value without the settings in _DROPPED, at any depth. Raises UserError for values out of bounds."""
     if isinstance(value, dict):
         if value.get("quantization_config"):
@@ -169,14 +181,13 @@ def _without_code(value: object, path: Path, is_config: bool, key: str = "") -> 
         if value.get("use_pretrained_backbone") or str(value.get("model_type", "")).startswith("timm"):
             raise UserError(f"{path} needs another model as its backbone, which is not downloaded; use another model")
         kept = {name: child for name, child in value.items() if name not in _DROPPED}
-        return {name: _without_code(child, path, is_config, name) for name, child in kept.items()}
+        return {name: _without_code(child, path, is_bounded, name) for name, child in kept.items()}
     if isinstance(value, list):
-        if is_config and len(value) > MAX_ITEMS:
+        if is_bounded and len(value) > MAX_ITEMS:
             raise UserError(f"{path}: {key} has {counted(len(value), 'value')}, over the limit of {MAX_ITEMS:,}")
-        return [_without_code(child, path, is_config, key) for child in value]
-    if is_config and isinstance(value, int) and not isinstance(value, bool):
-        counts_layers = any(word in key for word in ("layers", "depth", "num_blocks"))
-        limit = MAX_LAYERS if counts_layers else MAX_INT
-        if abs(value) > limit and "theta" not in key:
+        return [_without_code(child, path, is_bounded, key) for child in value]
+    if is_bounded and isinstance(value, int) and not isinstance(value, bool):
+        limit = next(limit for parts, limit in LIMITS if any(part in key for part in parts))
+        if limit is not None and abs(value) > limit:
             raise UserError(f"{path}: {key} is {value:,}, over the limit of {limit:,}; use another model")
     return value

@@ -139,9 +139,20 @@ class CaptionerSource:
     _files: ModelFiles
     _tensors: dict[str, Tensor]
 
-    def load(self, device: torch.device) -> Captioner:
-        """Return the captioner on a device, in fp32 on a CPU and 16 bits on a GPU. Raises UserError."""
-        return _load(self, self._files, self._tensors, device)
+    def build(self, device: torch.device) -> Captioner:
+        """Return the captioner on a device, in fp32 on a CPU and 16 bits on a GPU.
+
+        It has described a grey picture then. Raises UserError if its files do not make a model that can.
+        """
+        captioner = _load(self, self._files, self._tensors, device)
+        try:
+            captioner.describe([Image.new("RGB", (64, 64), "grey")], Generation(num_beams=1, max_new_tokens=1))
+        except torch.OutOfMemoryError:
+            raise
+        # a size that the model was not made for, a prompt without the mark for the picture: whatever does not fit
+        except Exception as error:
+            raise _unusable(self._files, "it cannot describe a picture", error) from error
+        return captioner
 
 
 @contextmanager
@@ -159,7 +170,7 @@ def open_captioner(spec: str) -> Iterator[CaptionerSource]:
 def load_captioner(spec: str, device: torch.device) -> Captioner:
     """Return the captioner in a local folder or a hub repository, on a device. Raises UserError."""
     with open_captioner(spec) as source:
-        return source.load(device)
+        return source.build(device)
 
 
 def _kind_of(spec: str, files: ModelFiles) -> str:
@@ -213,6 +224,14 @@ def _load(source: CaptionerSource, files: ModelFiles, tensors: dict[str, Tensor]
     _complete(model, processor, config, files.generation())
     model = model.requires_grad_(False).eval().to(device)
     return Captioner(source.name, kind, model, processor, device, source.fingerprint)
+
+
+def _unusable(files: ModelFiles, what: str, error: Exception) -> UserError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    # Microsoft's repositories hold a model that transformers cannot build without the code beside it
+    is_old = files.config.get("model_type") == "florence2" and "davit" in str(files.config.get("vision_config"))
+    hint = "use florence-community/Florence-2-base" if is_old else "get this folder again, or use another model"
+    return UserError(f"{files.folder}: {what} ({reason}); {hint}")
 
 
 def _complete(model: nn.Module, processor, config, generation: dict) -> None:

@@ -15,6 +15,7 @@ DEFAULT_MODEL = "Salesforce/blip-image-captioning-base"
 MAX_PROMPT_CHARACTERS = 2000
 MAX_TOKENS = 1024
 MAX_BEAMS = 64
+MAX_PREVIEW_PHOTOS = 50
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,6 @@ from safelight.trainer.report.theme import CSS, content_security_policy
 from safelight.untrusted import check_kinds
 
 PAGE_NAME = "preview.html"
-MAX_PHOTOS = 50
 # the grid: how much repeated words are held back, and the least length in tokens
 PENALTIES, LENGTHS = (1.0, 1.2, 1.4), (10, 30)
 EDGES_PX, BUDGET_BYTES = (640, 480, 320), 6_000_000
@@ -92,6 +91,7 @@ def write_preview(
     words: of the command that captions the dataset, to which a setting's options are added. What is generated is kept
     in the journal, so that captioning with a setting that was previewed does not repeat it. Raises UserError.
     """
+    dataset = Path(dataset)
     read_manifest(dataset)
     with FolderLock(dataset, "check its permissions", ADVICE):
         check_kinds(dataset, (FOLDER_NAME,), (), "a dataset")
@@ -100,7 +100,7 @@ def write_preview(
         tried, num_done, began = [], 0, time.monotonic()
         progress(0, len(settings) * len(photos), "")
         with open_captioner(model) as source:
-            batched = BatchedCaptioner(source.load(device), batch_size, say)
+            batched = BatchedCaptioner(source.build(device), batch_size, say)
             for letter, generation in zip(LETTERS, settings, strict=False):
                 journal = Journal(dataset, {"weights": source.fingerprint[:16], **generation.record()})
                 todo = [photo for photo in photos if photo.sha256 not in journal.said]

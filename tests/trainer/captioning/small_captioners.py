@@ -51,12 +51,15 @@ def _save(folder: Path, model, processor) -> Path:
     return folder
 
 
-def lively(model, scale: float = 8.0):
-    """Return a model whose random weights are large enough that its words depend on the picture."""
+def lively(model, scale: float = 8.0, more: tuple[str, ...] = (), more_scale: float = 8.0):
+    """Return a model whose random weights are large enough that its words depend on the picture.
+
+    more: parts of the names of weights that are scaled by more_scale as well.
+    """
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
-                parameter.mul_(scale)
+                parameter.mul_(scale * (more_scale if any(part in name for part in more) else 1))
     return model
 
 
@@ -82,10 +85,10 @@ def save_blip(folder: Path, seed: int = 0) -> Path:
             "encoder_hidden_size": 32,
             "max_position_embeddings": 64,
         },
-        vision_config={**size, "image_size": 32, "patch_size": 8},
+        vision_config={**size, "image_size": 32, "patch_size": 8, "initializer_range": 0.02},
         projection_dim=16,
     )
-    model = lively(BlipForConditionalGeneration(config))
+    model = lively(BlipForConditionalGeneration(config), 8, ("crossattention",), 2)
     processor = BlipProcessor(BlipImageProcessorPil(size={"height": 32, "width": 32}), tokenizer)
     return _save(folder, model, processor)
 
@@ -168,7 +171,11 @@ def save_florence2(folder: Path, seed: int = 0) -> Path:
         },
         image_token_id=tokenizer.image_token_id,
     )
-    return _save(folder, lively(Florence2ForConditionalGeneration(config), 3.0), processor)
+    return _save(
+        folder,
+        lively(Florence2ForConditionalGeneration(config), 4, ("encoder_attn", "vision_tower", "projector")),
+        processor,
+    )
 
 
 def save_llava(folder: Path, seed: int = 0) -> Path:

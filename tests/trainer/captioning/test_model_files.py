@@ -1,0 +1,153 @@
+"""A captioner's folder may come from anybody: it runs no code, asks no hub, opens nothing else, claims no memory."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from safelight.errors import UserError
+from safelight.trainer.captioning import models
+from safelight.trainer.captioning.models import load_captioner, open_captioner
+from tests.trainer.captioning.conftest import CPU, photo
+from tests.trainer.captioning.small_captioners import change_json
+
+
+@pytest.fixture
+def folder(captioner_folder, tmp_path) -> Path:
+    return Path(shutil.copytree(captioner_folder("blip"), tmp_path / "model"))
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def plain_caption(folder: Path) -> str:
+    return load_captioner(str(folder), CPU).caption([photo(1)], models.Generation(max_new_tokens=5))[0]
+
+
+def test_code_in_the_folder_is_never_run(folder, tmp_path, no_network):
+    expected = plain_caption(folder)
+    flag = tmp_path / "ran"
+    code = f"open({str(flag)!r}, 'w')\nclass Model: pass\nclass Config: pass\nclass Processor: pass\n"
+    for name in ("modeling.py", "custom_generate/generate.py", "processing.py"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(code)
+    for name in ("config.json", "processor_config.json", "tokenizer_config.json", "generation_config.json"):
+        change_json(
+            folder / name,
+            auto_map={
+                **{"AutoModelForImageTextToText": "modeling.Model", "AutoConfig": "modeling.Config"},
+                **{"AutoProcessor": "processing.Processor", "AutoTokenizer": ["processing.Processor", None]},
+            },
+            custom_generate="generate.py",
+            _attn_implementation="stranger/kernels",
+            attn_implementation="stranger/kernels",
+            transformers_weights="../../other.safetensors",
+        )
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"] |= {"_attn_implementation": "stranger/kernels", "auto_map": {"AutoModel": "modeling.Model"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert plain_caption(folder) == expected
+    assert not flag.exists()
+
+
+def test_pickled_weights_are_never_opened(folder):
+    class Bomb:
+        def __reduce__(self):
+            return (pytest.fail, ("a pickle was opened",))
+
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(UserError, match=r"no .safetensors file \(it has .*pytorch_model.bin.*convert its weights"):
+        load_captioner(str(folder), CPU)
+
+
+def test_links_out_of_the_folder_are_not_followed(folder, tmp_path):
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (folder / name).rename(tmp_path / name)
+        (folder / name).symlink_to(tmp_path / name)
+        with pytest.raises(UserError, match="leads out of the model's folder"):
+            load_captioner(str(folder), CPU)
+        (folder / name).unlink()
+        (tmp_path / name).rename(folder / name)
+
+
+def test_a_config_may_not_claim_more_than_the_files_hold(folder):
+    config = json.loads((folder / "config.json").read_text())
+    for changes, message in (
+        ({"hidden_size": 2**14, "intermediate_size": 2**16}, "describes .* weights, and its files have"),
+        ({"num_hidden_layers": 3}, "describes .* weights, and its files have"),
+        ({"num_hidden_layers": 10**6}, r"num_hidden_layers is 1,000,000, over the limit of 512"),
+        ({"hidden_size": 10**12}, "hidden_size is 1,000,000,000,000, over the limit"),
+        ({"hidden_size": 33}, "no model can be built|do not fit its config.json"),
+        ({"hidden_size": "wide"}, "do not fit its config.json"),
+        ({"num_hidden_layers": 1}, ""),
+    ):
+        changed = {**config, "text_config": {**config["text_config"], **changes}}
+        (folder / "config.json").write_text(json.dumps(changed))
+        if message:
+            with pytest.raises(UserError, match=message) as error:
+                load_captioner(str(folder), CPU)
+            assert "\n" not in str(error.value)
+
+
+def test_weights_must_be_finite_complete_and_not_quantized(folder):
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("weight"))
+    damaged = {
+        "values that are not finite": {**tensors, name: torch.full_like(tensors[name], torch.nan)},
+        "they lack .* and 0 more": {**{k: v for k, v in tensors.items() if k != name}, "spare": torch.zeros(10_000)},
+        "is quantized": {**tensors, name: tensors[name].to(torch.float8_e4m3fn)},
+    }
+    for message, changed in damaged.items():
+        save_file(changed, folder / "model.safetensors")
+        with pytest.raises(UserError, match=message):
+            load_captioner(str(folder), CPU)
+    save_file(tensors, folder / "model.safetensors")
+    change_json(folder / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    with pytest.raises(UserError, match="is quantized"):
+        load_captioner(str(folder), CPU)
+
+
+def test_a_folder_without_a_processor_or_config_says_what_is_missing(folder, tmp_path):
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "processor_config.json").unlink()
+    with pytest.raises(UserError, match="no processor can be made of its files"):
+        load_captioner(str(folder), CPU)
+    (folder / "config.json").unlink()
+    with pytest.raises(UserError, match="give the folder of a captioner"):
+        load_captioner(str(folder), CPU)
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(UserError, match="is a file; give the model's folder"):
+        load_captioner(str(tmp_path / "model.safetensors"), CPU)
+
+
+def test_the_fingerprint_follows_weights_and_settings(folder):
+    def fingerprint() -> str:
+        with open_captioner(str(folder)) as source:
+            return source.fingerprint
+
+    first = fingerprint()
+    assert fingerprint() == first
+    (folder / "README.md").write_text("says nothing")
+    assert fingerprint() == first
+    tensors = load_file(folder / "model.safetensors")
+    tensors[min(tensors)] += 1
+    save_file(tensors, folder / "model.safetensors")
+    second = fingerprint()
+    assert second != first
+    change_json(folder / "processor_config.json", image_processor={"size": {"height": 16, "width": 16}})
+    assert fingerprint() not in (first, second)

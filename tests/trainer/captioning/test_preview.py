@@ -1,0 +1,93 @@
+"""The preview page: the settings that it compares, their commands, and that hostile captions do nothing."""
+
+from __future__ import annotations
+
+import html
+import re
+import shlex
+from dataclasses import replace
+
+import pytest
+
+from safelight.data.manifest import read_manifest, write_manifest
+from safelight.errors import UserError
+from safelight.options.arguments import Caption, parse
+from safelight.trainer.captioning.caption_dataset import caption_dataset
+from safelight.trainer.captioning.models import Captioner
+from safelight.trainer.captioning.options import Generation, Wording
+from safelight.trainer.captioning.preview import pick_photos, settings_to_try, write_preview
+from safelight.trainer.report.theme import content_security_policy
+from tests.trainer.captioning.conftest import CPU
+
+WORDING = Wording(suffix=" & more")
+BASE = Generation(num_beams=1, max_new_tokens=12)
+
+
+@pytest.fixture
+def preview(captioner_folder, dataset):
+    """A function that writes the page and returns its text."""
+
+    def write(num=3, base=BASE, wording=WORDING):
+        words = ["safelight", "caption", str(dataset), "--suffix", " & more"]
+        return write_preview(dataset, num, str(captioner_folder("blip")), base, wording, CPU, words).read_text()
+
+    return write
+
+
+def test_the_settings_are_the_two_that_the_report_searched():
+    tried = settings_to_try(Generation(num_beams=16))
+    pairs = [(penalty, length) for length in (10, 30) for penalty in (1.0, 1.2, 1.4)]
+    assert [(one.repetition_penalty, one.min_new_tokens) for one in tried] == pairs
+    assert {one.num_beams for one in tried} == {16}
+    assert len(settings_to_try(Generation(max_new_tokens=8))) == 3
+
+
+def test_the_page_has_every_caption_and_a_command_for_each_setting(preview, dataset):
+    page = preview()
+    assert page.count("<article") == 3
+    assert page.count("&amp; more</span>") == 18
+    commands = [shlex.split(html.unescape(text)) for text in re.findall("<pre>(.*?)</pre>", page)]
+    assert len(commands) == 6
+    for command, generation in zip(commands, settings_to_try(BASE), strict=True):
+        arguments = parse(Caption, command[2:], "caption", "")
+        assert arguments.dataset == dataset
+        assert arguments.suffix == " & more"
+        assert arguments.repetition_penalty == generation.repetition_penalty
+        assert arguments.min_new_tokens == generation.min_new_tokens
+
+
+def test_captioning_with_a_previewed_setting_takes_its_captions(preview, dataset, captioner_folder, monkeypatch):
+    preview()
+    described, describe = [], Captioner.describe
+    monkeypatch.setattr(Captioner, "describe", lambda self, *a: described.append(len(a[0])) or describe(self, *a))
+    preview()
+    assert described == []
+    chosen = settings_to_try(BASE)[4]
+    summary = caption_dataset(dataset, str(captioner_folder("blip")), chosen, Wording(), CPU, overwrite=True)
+    assert (summary.known, summary.made) == (3, 6)
+
+
+def test_the_page_is_self_contained_and_hostile_captions_do_nothing(preview, dataset):
+    entries = read_manifest(dataset)
+    hostile = "</dd><script>alert(1)</script><img src=x onerror=alert(1)>\x1b[31m\u202e"
+    write_manifest(dataset, [replace(entry, captions=(hostile,), source=hostile) for entry in entries])
+    page = preview()
+    assert "<script" not in page
+    assert "onerror=alert(1)&gt;" in page
+    assert "\x1b" not in page
+    assert "\u202e" not in page
+    assert html.escape(content_security_policy()) in page
+    assert not re.search(r"(src|href)=\"(?!data:)", page)
+
+
+def test_the_photos_are_drawn_by_the_seed(dataset):
+    entries = read_manifest(dataset)
+    first = pick_photos(entries, 3, 1)
+    assert pick_photos(entries[::-1], 3, 1)[::-1] == first
+    assert pick_photos(entries, 3, 4) != first
+    assert pick_photos(entries, 99, 1) == entries
+
+
+def test_a_dataset_that_does_not_exist_is_refused(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        write_preview(tmp_path / "none", 5, "x", BASE, Wording(), CPU, [])

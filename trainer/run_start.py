@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 from PIL import Image
@@ -13,6 +14,7 @@ from torch import nn
 from safelight.data.atomic import atomic_write_bytes, atomic_write_text
 from safelight.data.cache import decode_photo
 from safelight.data.manifest import has_manifest, holds_photos
+from safelight.data.photo import NO_CREDIT
 from safelight.errors import UserError
 from safelight.kernels.unet.attention import AttentionChoice
 from safelight.text import storable
@@ -26,6 +28,7 @@ from safelight.trainer.run_log.environment import ATTENTION, describe
 from safelight.untrusted import MAX_JSON_BYTES, parse_json, read_bytes
 
 EXAMPLE_SIDE_PX = 320
+MAX_CREDITS = 10_000
 
 
 def check_place(run_dir: Path, dataset: Path) -> None:
@@ -102,6 +105,7 @@ def write_start(
             # steps_per_epoch: a single number where all epochs are alike
             "stages": [{"epochs": s.epochs, "steps_per_epoch": s.numbers} for s in timeline.stage_steps],
             "examples": _write_examples(run_dir, dataset),
+            "credits": _credits(dataset),
             "rejected": [*_read_rejected(dataset.path / "rejected.jsonl"), *_left_out(dataset, config)],
         },
     )
@@ -117,6 +121,13 @@ def _left_out(dataset: Dataset, config: Config) -> list[dict]:
         }
         for photo in dataset.placed.too_small
     ]
+
+
+def _credits(dataset: Dataset) -> list[dict]:
+    """Return who took the photos that say so, in the order of the files; the manifest has those beyond MAX_CREDITS."""
+    photos = [sample.photo for sample in once_each(dataset.samples)]
+    credited = sorted((photo for photo in photos if photo.credit != NO_CREDIT), key=lambda photo: photo.file)
+    return [asdict(photo.credit) for photo in credited[:MAX_CREDITS]]
 
 
 def _read_rejected(path: Path) -> list[dict]:

@@ -50,7 +50,7 @@ def _row_texts(row: dict) -> tuple[str, ...]:
         raise UserError(f"its text {reprlib.repr(value)} is neither a string nor a list of strings")
     # repeats are removed, or training would draw them more often; a dict keeps the order
     texts = tuple(dict.fromkeys(collapse(text) for text in texts if text.strip()))
-    if not texts and "credit" in row:
+    if not texts and isinstance(row.get("credit"), dict):
         # it says whose the photo is, and that nobody has captioned it
         return ("",)
     if not texts:
@@ -59,14 +59,14 @@ def _row_texts(row: dict) -> tuple[str, ...]:
 
 
 def _row_credit(row: dict) -> Credit:
-    """Return whose photo a row describes. Raises UserError if its credit is of another form."""
+    """Return whose photo a row describes: our own form, a name, or the address of a page. Others are left aside."""
     credit = row.get("credit")
-    if credit is None:
-        return NO_CREDIT
-    names = {field.name for field in fields(Credit)}
-    if not isinstance(credit, dict) or not all(isinstance(credit.get(name, ""), str) for name in names):
-        raise UserError(f"its credit {reprlib.repr(credit)} is not an object with texts: photographer, page")
-    return Credit(**{name: collapse(credit[name]) for name in names & credit.keys()})
+    if isinstance(credit, str):
+        is_page = credit.startswith(("http://", "https://"))
+        credit = {"page" if is_page else "photographer": credit}
+    given = credit if isinstance(credit, dict) else {}
+    texts = {field.name: given.get(field.name) for field in fields(Credit)}
+    return Credit(**{name: collapse(text) for name, text in texts.items() if isinstance(text, str)})
 
 
 def _row_name(row: dict) -> str:
@@ -142,19 +142,22 @@ class CaptionReader:
 
         The first of these wins: NAME.jpg.txt; NAME.txt; NAME.jpg.caption; NAME.caption; metadata.jsonl or
         captions.jsonl in the photo's folder, then in each folder above it up to the root; the file name. A name that is
-        equal wins over one that differs in letter case or accents. An empty sidecar is skipped with a warning.
+        equal wins over one that differs in letter case or accents. An empty sidecar is skipped with a warning. A table
+        says whose the photo is, also where a sidecar captions it.
         """
+        tables = self._tables_for(photo.parent)
+        rows = (table.get(storable(photo.relative_to(folder).as_posix())) for folder, table in tables)
+        row = next(filter(None, rows), None)
         for name in self._listing_or_empty(photo.parent).sidecars.get(photo.name, ()):
             sidecar = photo.with_name(name)
             text = self._text(sidecar, MAX_SIDECAR_BYTES)
             if text is not None and collapse(text):
-                return Caption((collapse(text),), f"sidecar {suffix_of(name)}")
+                source = f"sidecar {suffix_of(name)}"
+                return Caption((collapse(text),), source, credit=row.credit if row else NO_CREDIT)
             if text is not None:
                 self.warnings.append(f"{printable(sidecar)} is empty and was ignored")
-        for folder, table in self._tables_for(photo.parent):
-            caption = table.get(storable(photo.relative_to(folder).as_posix()))
-            if caption is not None:
-                return caption
+        if row is not None:
+            return row
         text = caption_of_name(photo.stem)
         if not text:
             self.warnings.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -64,6 +65,15 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request, client_address):
+        """Report a behaviour's mistakes, but not clients that have gone."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
 class PhotoServer:
     """Serves `files` by path until it is closed. behaviours: path -> what answers in place of the file.
 
@@ -72,8 +82,7 @@ class PhotoServer:
     """
 
     def __init__(self):
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), Handler)
         self._server.lock = threading.Lock()
         self._server.files = self.files = {}
         self._server.behaviours = self.behaviours = {}

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from safelight.data.photo import Credit
 from safelight.data.sources.caption import caption_of_name
 from safelight.data.sources.captions import CaptionReader
 from safelight.data.sources.encodings import decode_text
@@ -134,6 +135,42 @@ def test_bad_rows_are_rejected_by_line_number_and_good_rows_are_used(root):
     assert listed.keys() == expected.keys()
     for line, part in expected.items():
         assert part in listed[line]
+
+
+@pytest.mark.parametrize(
+    ("credit", "expected"),
+    [
+        (
+            {"photographer": "Ann  Example\n", "page": "https://x.example/a"},
+            Credit("Ann Example", "https://x.example/a"),
+        ),
+        ({"page": "https://x.example/a", "licence": "CC0"}, Credit("", "https://x.example/a")),
+        ("https://x.example/a", Credit("", "https://x.example/a")),
+        ("Ann Example", Credit("Ann Example", "")),
+        # other programs may mean anything by the word
+        ({"photographer": ["Ann"], "page": 3}, Credit()),
+        (17, Credit()),
+        (None, Credit()),
+    ],
+)
+def test_a_row_may_say_whose_the_photo_is(root, credit, expected):
+    rows(root / "metadata.jsonl", {"file_name": "a dog_1.jpg", "text": "a dog", "credit": credit})
+    reader = CaptionReader(root)
+    caption = reader.read(root / "a dog_1.jpg")
+    assert (caption.texts, caption.credit, reader.rejections) == (("a dog",), expected, [])
+
+
+def test_a_sidecar_captions_a_photo_and_its_row_credits_it(root):
+    rows(root / "metadata.jsonl", {"file_name": "a dog_1.jpg", "text": "a dog", "credit": "Ann"})
+    (root / "a dog_1.txt").write_text("my dog")
+    caption = CaptionReader(root).read(root / "a dog_1.jpg")
+    assert (caption.texts, caption.credit) == (("my dog",), Credit("Ann"))
+
+
+def test_a_row_with_a_credit_may_have_an_empty_caption(root):
+    """It stands for a photograph that nobody has captioned, whose file name is no caption either."""
+    rows(root / "metadata.jsonl", {"file_name": "a dog_1.jpg", "text": "", "credit": {"photographer": "Ann"}})
+    assert read(root, "a dog_1.jpg")[:2] == (("",), "metadata.jsonl")
 
 
 def test_composed_and_decomposed_names_are_the_same(root):

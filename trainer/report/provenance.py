@@ -39,6 +39,7 @@ def data_section(data: dict | None, run: RunFolder) -> Markup:
         _buckets(rows_of(data, "buckets")),
         tag("h3", "Examples with their captions"),
         _examples(rows_of(data, "examples"), run),
+        _credits(rows_of(data, "credits")),
         _rejected(rows_of(data, "rejected")),
         id="data",
     )
@@ -294,6 +295,33 @@ def _examples(examples: list[dict], run: RunFolder) -> Markup:
         text = [tag("span", caption or "no caption", class_="prompt", dir="auto"), tag("div", size, class_="meta")]
         cards.append(tag("figure", image, tag("figcaption", text), data_zoom=caption))
     return tag("div", cards, class_="examples")
+
+
+def _credits(credits: list[dict]) -> Markup | None:
+    """Return who took the photographs, with links to their pages; None if no photograph says so."""
+    pages_of: dict[str, list[str]] = {}
+    for row in credits:
+        pages_of.setdefault(str(row.get("photographer") or "unnamed"), []).append(str(row.get("page") or ""))
+    if not pages_of:
+        return None
+    ranked = sorted(pages_of.items(), key=lambda item: (-len(item[1]), item[0].casefold()))
+    rows = []
+    for name, pages in ranked[:MAX_LISTED]:
+        links = [[", " if index else None, _link(page)] for index, page in enumerate(filter(None, pages))]
+        rows.append([tag("bdi", shorten(name, 120)), len(pages), links])
+    more = f" (the first {MAX_LISTED} shown)" if len(ranked) > MAX_LISTED else ""
+    return details(
+        f"Credits: {counted(len(credits), 'photograph')} by {counted(len(ranked), 'photographer')}{more}",
+        table(["photographer", "photographs", "pages"], rows),
+    )
+
+
+def _link(address: str) -> Markup:
+    """Return a link to a page, and only its text if it is no http or https address."""
+    shown = shorten(address.removeprefix("https://"), 100)
+    if not re.match(r"https?://[^/\s]", address):
+        return tag("span", shown)
+    return tag("a", shown, href=address, rel="noopener noreferrer nofollow")
 
 
 def _rejected(rejected: list[dict]) -> Markup | None:

@@ -56,7 +56,7 @@ FIELDS = {
         "dataset": str,
         **dict.fromkeys(("num_photos", "num_train", "num_validation", "num_captions", "num_tagged", "variants"), int),
         **dict.fromkeys(("num_masks", "num_loss_scales"), int),
-        **dict.fromkeys(("buckets", "examples", "rejected", "stages"), list),
+        **dict.fromkeys(("buckets", "credits", "examples", "rejected", "stages"), list),
     },
     "compare/index.json": {"step": int, "pairs": list},
     "scores.json": {"interval": str, "num_samples": int, "rows": list, "notes": object},

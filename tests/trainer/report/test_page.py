@@ -67,7 +67,9 @@ def assert_safe(page: Page) -> None:
         for key, value in attributes.items():
             assert not key.startswith("on"), f"<{name} {key}>"
             assert key != "style", f"<{name} style>: the policy allows no style attribute"
-            if key in URL_ATTRIBUTES:
+            # a link that nobody has followed loads nothing
+            is_link = name == "a" and attributes.get("rel") == "noopener noreferrer nofollow"
+            if key in URL_ATTRIBUTES and not (is_link and re.match(r"https?://[^/]", value)):
                 assert value.startswith(("data:", "#")), f"<{name} {key}={value[:60]!r}>"
     assert {name for name, _ in page.elements}.isdisjoint({"iframe", "object", "embed", "base", "form"})
     [policy] = [meta["content"] for meta in page.having("meta") if meta.get("http-equiv") == "Content-Security-Policy"]
@@ -151,6 +153,7 @@ def test_hostile_text_is_shown_and_does_nothing(small_run: Path) -> None:
         small_run / "data.json",
         dataset=ATTACK,
         examples=[{"file": "data_examples/000.jpg", "caption": ATTACK, "width": 5, "height": 5}],
+        credits=[{"photographer": ATTACK, "page": ATTACK}, {"photographer": 3, "page": ["x"]}, {ATTACK: ATTACK}],
         rejected=[{"path": ATTACK, "reason": ATTACK}],
     )
     for index in (small_run / "compare" / "index.json", *small_run.glob("samples/*/index.json")):
@@ -165,6 +168,33 @@ def test_hostile_text_is_shown_and_does_nothing(small_run: Path) -> None:
     assert len(page.having("script")) == 1
     shown = escape(ATTACK)
     assert path.read_text(encoding="utf-8").count(shown) > 15
+
+
+def test_photographers_are_credited_with_links_to_web_pages_only(small_run: Path) -> None:
+    page = "https://unsplash.com/photos/"
+    credits = [
+        {"photographer": "Ann Example", "page": f"{page}-bcdefghijk"},
+        {"photographer": "Zoë <b>", "page": f"{page}1"},
+        {"photographer": "Ann Example", "page": f'{page}2"onclick="x'},
+        {"photographer": "Ann Example", "page": ""},
+        *(
+            {"photographer": "Eve", "page": bad}
+            for bad in ("javascript:alert(1)", "data:text/html,x", "//x", "https:x")
+        ),
+    ]
+    rewrite(small_run / "data.json", credits=credits)
+    shown = open_page(build_report(small_run))
+    text = "\n".join(shown.texts)
+    assert "Credits: 8 photographs by 3 photographers" in text
+    assert "Zoë <b>" in text
+    assert "javascript:alert(1)" in text
+    links = [link for link in shown.having("a") if not link["href"].startswith("#")]
+    assert [link["href"] for link in links] == [f"{page}-bcdefghijk", f'{page}2"onclick="x', f"{page}1"]
+    assert all("noreferrer" in link["rel"] and "onclick" not in link for link in links)
+
+
+def test_without_credits_there_is_no_table_of_them(small_run: Path) -> None:
+    assert "Credits" not in "\n".join(open_page(build_report(small_run)).texts)
 
 
 def test_files_outside_the_run_are_never_embedded(small_run: Path) -> None:

@@ -61,6 +61,9 @@ PRESETS: dict[str, tuple[str, dict]] = {
                 "crop_jitter": 0.02,
                 "caption_dropout": 0.04,
                 "caption_suffix": " unsplash photography",
+                # it shuffles weighted tags at every use, and enlarges photographs of any size
+                "caption_variants": 8,
+                "upscale": "always",
             },
             "train": {"batch_size": 6, "checkpointing": "full"},
             "optimizer": {"lr": 1e-6, "schedule": "constant"},

@@ -15,7 +15,7 @@ try:
     from safelight.broken_imports import broken_import
     from safelight.commands import COMMANDS, EXIT_INTERRUPTED
     from safelight.errors import Diverged, UserError
-    from safelight.text import printable_lines
+    from safelight.text import printable, printable_lines
 except KeyboardInterrupt:
     # `main`, which handles Ctrl-C from here on, does not exist yet
     print("interrupted", file=sys.stderr)
@@ -75,7 +75,7 @@ ADVICE = {
     errno.EROFS: "this disk cannot be written to; name another path",
     errno.ENOENT: "check the path",
     errno.ENOTDIR: "check the path",
-    errno.EISDIR: "name a file",
+    errno.EISDIR: "a folder has a file's name; move it away, or name another path",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.ELOOP: "links lead in a circle; check the path",
     errno.EIO: "the disk fails; check it, and copy what is on it",
@@ -214,6 +214,9 @@ def main(argv: list[str] | None = None) -> int:
         message = _explain(error, argv[0])
         if message is None:
             return _report_bug(error, argv)
+        if not isinstance(error, UserError):
+            # whose lines are its own; a file name in another error may hold a line break, and then words of a stranger
+            message = printable(message)
         _print_error(f"safelight {argv[0]}: {message}")
         return EXIT_DIVERGED if isinstance(error, Diverged) else EXIT_BAD_INPUT
 

@@ -16,8 +16,9 @@ from safelight.trainer.models.hub import delayed_bar
 from safelight.trainer.run_log.terminal import Terminal
 from tests.called import call
 
-# retitles the window, then turns text red; an 8-bit form of the same; rich's markup; a character that moves the cursor
-EVIL = "\x1b]0;PWNED\x07\x1b[31m \x9b31m [red]\x7f"
+# retitles the window, then turns text red; an 8-bit form of the same; rich's markup; a character that moves the cursor;
+# words that would look like ours on a line of their own
+EVIL = "\x1b]0;PWNED\x07\x1b[31m \x9b31m [red]\x7f\nSPOOF"
 # settings refuse control characters in paths, and allow what turns the direction of writing
 EVIL_PATH = " \u202e[red]"
 
@@ -90,6 +91,7 @@ def output(tmp_path_factory) -> dict[str, str]:
 
 def test_no_command_sends_a_control_character(output):
     assert {name: hostile_characters(text) for name, text in output.items() if hostile_characters(text)} == {}
+    assert [line for text in output.values() for line in text.splitlines() if line.strip().startswith("SPOOF")] == []
     # and the names are shown, escaped
     silent = {"init --help", "bench", "bench --json"}
     shown = ("PWNED", r"\u202e")

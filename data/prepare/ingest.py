@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import numpy as np
@@ -328,8 +328,9 @@ def _ingest(
     """Do the work of `ingest`. The caller holds the dataset's lock."""
     for folder in (IMAGES_FOLDER, MASKS_FOLDER):
         for leftover in (dataset / folder).glob(".*.tmp"):
-            # half-written when an earlier call was killed
-            leftover.unlink()
+            # half-written when an earlier call was killed; a folder is none of ours
+            if leftover.is_symlink() or not leftover.is_dir():
+                leftover.unlink()
     with ThreadPoolExecutor(NUM_SYNC_THREADS) as disk:
         collection = Collection(dataset, [reader.root for reader in readers], files, summary, disk, prune)
         for num_done, (file, prepared) in enumerate(zip(files, _in_order(prepare, files), strict=True), start=1):
@@ -353,7 +354,9 @@ def _ingest(
     write_manifest(dataset, summary.photos)
     used = {file for photo in summary.photos for file in (photo.file, photo.mask)}
     for file in collection.replaced_files - used:
-        (dataset / file).unlink(missing_ok=True)
+        # a line of an earlier manifest, which may be a stranger's, may name the manifest itself, or a folder
+        if PurePosixPath(file).parts[0] in (IMAGES_FOLDER, MASKS_FOLDER) and not (dataset / file).is_dir():
+            (dataset / file).unlink(missing_ok=True)
 
 
 def _check_use(sources: list[Path], collection: Collection, readers: list[CaptionReader], dataset: Path) -> None:

@@ -336,3 +336,33 @@ def test_names_of_the_other_kind_in_the_dataset_are_refused_before_any_work(sour
             ingest([source], dataset, progress=lambda *_: pytest.fail("a photo was read"))
         assert os.listdir(dataset) == [name]
         dataset.rename(dataset.with_name(f"refused {name}"))
+
+
+@pytest.mark.parametrize("name", [".a.png.1-2.tmp", ".a\nb.tmp"])
+def test_what_has_the_name_of_a_half_written_file_is_in_nobodys_way(source, dataset, make_noise, name):
+    make_noise(1).save(source / "a.png")
+    (source / "outside").write_text("precious")
+    (dataset / "masks").mkdir(parents=True)
+    (dataset / "images" / name).mkdir(parents=True)
+    (dataset / "images" / ".b.tmp").touch()
+    (dataset / "masks" / name).symlink_to("../images")
+    ingest([source], dataset)
+    assert [path.name for path in (dataset / "images").iterdir() if path.name.startswith(".")] == [name]
+    assert list((dataset / "masks").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["manifest.jsonl", "./sources.json", "images", "images/.", "images/sub"])
+def test_a_manifests_line_cannot_name_what_else_of_a_dataset_is_deleted(source, dataset, make_noise, name):
+    make_noise(1).save(source / "a.png")
+    ingest([source], dataset)
+    (dataset / "images" / "sub").mkdir()
+    before = sorted(path.relative_to(dataset) for path in dataset.rglob("*"))
+    row = json.loads((dataset / "manifest.jsonl").read_text())
+    planted = {**row, "sha256": "0" * 64, "source": "x/y.png", "mask": name, "mask_sha256": "0" * 64}
+    with open(dataset / "manifest.jsonl", "a") as manifest:
+        manifest.write(json.dumps({**planted, "file": "images/gone.png"}) + "\n")
+    summary = ingest([source], dataset)
+    assert any("images/gone.png no longer exists" in note.text for note in summary.notes)
+    assert sorted(path.relative_to(dataset) for path in dataset.rglob("*")) == sorted(
+        [*before, Path("prepare_notes.txt")]
+    )

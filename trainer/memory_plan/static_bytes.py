@@ -15,7 +15,7 @@ import torch
 from safelight.data.buckets import Bucket
 from safelight.data.epochs import count_uses
 from safelight.data.manifest import has_manifest, read_manifest, split_validation
-from safelight.data.photo import Photo
+from safelight.data.placement import Placement
 from safelight.errors import UserError
 from safelight.kernels.moment_blocks import MIN_8BIT_ELEMENTS
 from safelight.kernels.optim.paged_state import state_bytes
@@ -192,18 +192,15 @@ def learning_rates(config: Config) -> tuple[list[float], bool]:
     return rates[: timeline.num_steps], False
 
 
-def num_masks(config: Config, photos: Sequence[Photo]) -> int:
-    """Return how many of the photos have a mask that has an effect."""
-    return 0 if config.loss.mask_weight == 1 else sum(bool(photo.mask) for photo in photos)
+def num_masks(config: Config, placed: Sequence[Placement]) -> int:
+    """Return how many of the placed photos have a mask that has an effect."""
+    return 0 if config.loss.mask_weight == 1 else sum(bool(one.photo.mask) for one in once_each(placed))
 
 
 def has_masks(config: Config) -> bool:
     """Return whether a run's batches have masks; False if its dataset is not prepared."""
-    folder = Path(config.data.path)
-    if not has_manifest(folder):
-        return False
-    train, _ = split_validation(read_manifest(folder), config.data.validation_fraction, config.run.seed)
-    return num_masks(config, train) > 0
+    placed = placed_photos(config)
+    return placed is not None and num_masks(config, placed.train) > 0
 
 
 def cache_bytes(config: Config, num_photos: int, num_masks: int = 0) -> int:
@@ -255,20 +252,19 @@ def summary(config: Config, device: torch.device | None = None, dtype: torch.dty
         "checkpoints at most": config.save.keep + 2,
     }
     if placed:
-        epochs = sum(stage.epochs for stage in config.stages())
-        train, validation = ([one.photo for one in once_each(half)] for half in (placed.train, placed.validation))
-        num_photos = len(train) + len(validation)
+        epochs, train = sum(stage.epochs for stage in config.stages()), once_each(placed.train)
+        num_photos = len(train) + len(placed.validation)
         result["dataset"] = {
             "photographs": num_photos,
             "train": len(train),
-            "validation": len(validation),
+            "validation": len(placed.validation),
             "too small": len(placed.too_small),
             "epochs": epochs,
             "steps": Timeline.of(config, placed.train).num_steps,
             "images trained": count_uses(placed.train, seed=config.run.seed, num_epochs=epochs),
             "crop loss": round(crop_loss(placed.train), 6),
             "masks": num_masks(config, train),
-            "loss scales": sum(photo.settings.loss_scale != 1 for photo in train),
-            "cache bytes": cache_bytes(config, num_photos, num_masks(config, [*train, *validation])),
+            "loss scales": sum(one.photo.settings.loss_scale != 1 for one in train),
+            "cache bytes": cache_bytes(config, num_photos, num_masks(config, [*placed.train, *placed.validation])),
         }
     return result

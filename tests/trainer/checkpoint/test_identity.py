@@ -1,9 +1,14 @@
 """Which settings may change before a resume, and the message about those that may not."""
 
+import hashlib
 import json
+from dataclasses import replace
 
 import pytest
 
+from safelight.data.buckets import Bucket
+from safelight.data.photo import Photo, PhotoSettings
+from safelight.data.samples import Sample
 from safelight.trainer.checkpoint.identity import Identity, identify
 from safelight.trainer.config.toml import parse_config
 
@@ -139,3 +144,15 @@ def test_a_stage_whose_schedule_depends_on_its_length_keeps_it(schedule):
     assert longer.difference(before, 0).startswith("stage 1's epochs is 4, but 2 in the checkpoint; to train longer")
     constant = identify(parse_config({"train": {"epochs": 4}}, "here"), "fp32")
     assert "epochs" in constant.difference(before, 0)
+
+
+def test_masks_and_loss_scales_belong_to_the_data_and_their_absence_is_as_before():
+    photo = Photo("images/a.png", "0" * 64, 64, 64, ("a",), "photos/a.png", "file name")
+    plain = Sample(photo, Bucket(64, 64), ("latent",), ("text",), (), ("a",))
+    masked = replace(plain, mask_keys=("mask",))
+    scaled = replace(plain, photo=replace(photo, settings=PhotoSettings(loss_scale=2.0)))
+    data = [identify(parse_config(RUN, "here"), "fp32", [sample]).data for sample in (plain, masked, scaled)]
+    assert len(set(data)) == 3
+    # of a checkpoint from before there were masks
+    assert data[0] == hashlib.sha256(b'[[["latent"], ["text"]]]').hexdigest()
+    assert difference(0, loss={"mask_weight": 0.5}) == "loss.mask_weight is 0.5, but 0.0 in the checkpoint"

@@ -35,6 +35,19 @@ def test_a_library_optimizer_is_planned(name):
     assert first.transient > fp32_bytes
 
 
+def test_the_masks_of_a_batch_are_counted():
+    config = parse_config({"model": {"base": "tiny"}}, "here")
+    held, peaks = [], []
+    for has_masks in (False, True):
+        run = MetaRun(config, resolve_base("tiny"), CUDA, torch.bfloat16, has_masks)
+        run.step(1, 8, 8)
+        trace = run.step(4, 16, 24)
+        held.append(trace.held)
+        peaks.append(trace.peak.total)
+    assert held[0] == held[1]
+    assert peaks[1] - peaks[0] == rounded_up(4 * 4 * 16 * 24)
+
+
 def test_the_plan_says_why_a_library_optimizer_cannot_use_graphs():
     planner = Planner(parse_config({"optimizer": {"name": "adafactor"}}, "here"), Card("100 GiB", 100))
     assert planner.combinations() == [("fp32", "none", False)]

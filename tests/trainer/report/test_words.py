@@ -194,3 +194,33 @@ def test_a_moving_average_is_named_where_it_is_shown(small_run: Path) -> None:
             rf'id="{name}".*?(?=id="(?:samples|loss|timesteps|schedule)")', html, re.DOTALL
         )
         assert f"{said} {average}" in section[0], name
+
+
+@pytest.mark.parametrize(
+    ("counts", "weight", "wanted"),
+    [
+        ((0, 0), 0.0, ""),
+        (
+            (1, 1),
+            0.0,
+            "1 training photograph has a loss mask, outside of which nothing is learned. 1 training photograph "
+            "has its own loss scale.",
+        ),
+        (
+            (3, 2),
+            0.25,
+            "3 training photographs have loss masks, outside of which errors weigh 0.25. 2 training "
+            "photographs have their own loss scale.",
+        ),
+    ],
+)
+def test_masks_and_loss_scales_are_counted(
+    small_run: Path, counts: tuple[int, int], weight: float, wanted: str
+) -> None:
+    rewrite(small_run / "data.json", num_masks=counts[0], num_loss_scales=counts[1])
+    config = (small_run / "config.toml").read_text()
+    (small_run / "config.toml").write_text(f"{config}\n[loss]\nmask_weight = {weight}\n")
+    text = words(small_run)
+    assert wanted in text
+    if not wanted:
+        assert "loss mask" not in text

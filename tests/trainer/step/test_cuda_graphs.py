@@ -1,6 +1,7 @@
 """Replayed steps equal eager steps bit for bit; on a CPU, with a recorder that behaves like a CUDA graph."""
 
 import copy
+import dataclasses
 from collections.abc import Iterable
 from contextlib import contextmanager
 from functools import partial
@@ -114,6 +115,26 @@ def test_replayed_steps_equal_taken_ones(narrow_unet, dtype):
         assert same_bits(eager.state(), replayed.state())
         skipped += int(replayed.optimizer.num_skipped_tensors)
     assert (skipped > 0) == (dtype == torch.float16)
+
+
+def test_masks_and_loss_scales_are_replayed(narrow_unet):
+    eager, replayed = pair(narrow_unet, torch.float16, fused_backward=True)
+
+    def weighted(number: int) -> Batch:
+        generator = torch.Generator().manual_seed(number)
+        mask, scales = torch.rand(2, 1, 4, 8, generator=generator), 1 + torch.rand(2, generator=generator)
+        return dataclasses.replace(batch_of(number, LARGE), mask_B1HW=mask, scales_B=scales)
+
+    assert replayed.graphs.prepare({Shape(*LARGE)}, upload(weighted(0), CPU, 1, 0)) == 1
+    for number in (1, 2):
+        found, expected = replayed.step([weighted(number)], 1e-3), eager.step([weighted(number)], 1e-3)
+        assert same_bits(found, expected)
+        assert same_bits(eager.state(), replayed.state())
+    # they reach the gradient
+    plain = pair(narrow_unet, torch.float16, fused_backward=True)[0]
+    for number in (1, 2):
+        plain.step([batch_of(number, LARGE)], 1e-3)
+    assert not same_bits(plain.state(), replayed.state())
 
 
 @pytest.mark.parametrize(

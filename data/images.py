@@ -19,7 +19,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import numpy as np
 from PIL import Image
@@ -27,6 +27,7 @@ from PIL import Image
 from safelight.data.colour import to_srgb
 from safelight.data.decode_memory import Cancelled, available_bytes, decode_budget, end_if_set
 from safelight.data.headers import Checked, RejectedImage, check, check_kind, jpeg2000_shape, jpeg_without_metadata
+from safelight.errors import UserError
 from safelight.text import printable
 from safelight.units import GIB
 from safelight.untrusted import UnsafeFile, open_regular, read_bytes
@@ -88,6 +89,16 @@ _one_large_file = threading.Lock()
 # a colour, red, green and blue from 0 to 255, that transparency is composited over
 Backdrop = tuple[int, int, int]
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
+
+
+class PackedFile(Protocol):
+    """A file inside another. size: in bytes, 0 if it is not known before it is read."""
+
+    name: str
+    size: int
+
+    def read(self) -> bytes:
+        """Return its content. Raises UserError or OSError if it cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -407,7 +418,7 @@ def _rejecting() -> Iterator[None]:
         raise
     except Cancelled as error:
         raise RejectedImage("not decoded, because this call was interrupted") from error
-    except UnsafeFile as error:
+    except UserError as error:
         raise RejectedImage(str(error)) from error
     except Image.UnidentifiedImageError as error:
         raise RejectedImage("not an image that Pillow can read; convert it to JPEG or PNG") from error
@@ -453,7 +464,7 @@ def decode_mask(content: bytes, stop: threading.Event | None = None) -> Image.Im
 
 
 def decode_file(
-    path: Path,
+    path: Path | PackedFile,
     max_megapixels: float | None = None,
     stop: threading.Event | None = None,
     backdrop: Backdrop = WHITE,
@@ -464,30 +475,41 @@ def decode_file(
     composited over.
     """
     with _rejecting():
-        is_large = os.stat(path).st_size > LARGE_FILE_BYTES
+        size = os.stat(path).st_size if isinstance(path, Path) else path.size
+        is_large = size > LARGE_FILE_BYTES
         with _one_large_file if is_large else nullcontext():
             end_if_set(stop)
             content = read_file(path)
             return content, _decode(content, max_megapixels, stop, backdrop)
 
 
-def _opened(path: Path) -> BinaryIO:
-    """Return a regular file, opened for reading. The reason against it does not repeat the path."""
+def _opened(path: Path | PackedFile) -> tuple[BinaryIO, int]:
+    """Return (a regular file, opened for reading; its size). The reason against it does not repeat the path."""
+    if not isinstance(path, Path):
+        _check_size(path.size)
+        content = path.read()
+        return io.BytesIO(content), len(content)
     try:
-        return open_regular(path)
+        file = open_regular(path)
+        return file, os.fstat(file.fileno()).st_size
     except UnsafeFile as error:
         raise RejectedImage(str(error).removeprefix(f"{printable(path)} is ")) from error
 
 
-def read_file(path: Path) -> bytes:
+def _check_size(size: int) -> None:
+    if size > MAX_FILE_BYTES:
+        limit_gib = MAX_FILE_BYTES / GIB
+        raise RejectedImage(f"the file is {size / GIB:.1f} GiB, over the limit of {limit_gib:.0f} GiB; shrink it")
+
+
+def read_file(path: Path | PackedFile) -> bytes:
     """Return the bytes of an image file. Raises RejectedImage if it cannot be read or is not an image by its header."""
-    with _rejecting(), _opened(path) as file:
-        size = os.fstat(file.fileno()).st_size
+    with _rejecting():
+        file, size = _opened(path)
+    with _rejecting(), file:
         if size == 0:
             raise RejectedImage("the file is empty")
-        if size > MAX_FILE_BYTES:
-            limit_gib = MAX_FILE_BYTES / GIB
-            raise RejectedImage(f"the file is {size / GIB:.1f} GiB, over the limit of {limit_gib:.0f} GiB; shrink it")
+        _check_size(size)
         # check the header first, so that a video or an archive is not read into memory
         header = file.read(256)
         check_kind(header, path.name, _has_heif())

@@ -233,6 +233,11 @@ def _record(kind: type, name: str, row: dict):
         raise UserError(f"{name} {row!r:.80} lacks a value") from error
 
 
+def settings_of(values: dict) -> PhotoSettings:
+    """Return the settings of an object by their names. Raises UserError if a value is wrong or out of range."""
+    return _record(PhotoSettings, "settings", values)
+
+
 def row_of_photo(photo: Photo) -> dict:
     """Return a photo as the JSON object of its manifest line; values that say nothing are left out."""
     row = {name: getattr(photo, name) for name in _ALWAYS}

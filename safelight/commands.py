@@ -88,6 +88,8 @@ def prepare(argv: list[str]) -> int:
             lambda done, total: terminal.update("photos", done, total),
             partial(unsplash.fetch, request, prune=arguments.prune, progress=show) if request else None,
             arguments.alpha,
+            arguments.kohya,
+            arguments.comma_tags,
         )
     if arguments.json:
         print_json(

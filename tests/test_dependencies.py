@@ -16,7 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGED = ("safelight", "kernels", "data", "trainer", "bench")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # the import name where it is not the distribution's
-IMPORTED_AS = {"pillow": "PIL"}
+IMPORTED_AS = {"pillow": "PIL", "pyyaml": "yaml"}
+# extras that users may go without; what needs one says so with the pip line
+OPTIONAL = [line for name, lines in PROJECT["optional-dependencies"].items() if name != "dev" for line in lines]
 # torch.utils.tensorboard imports tensorboard for us
 INDIRECT = {"torch.utils.tensorboard": "tensorboard"}
 # started as programs, or loaded by pytest; the other development tools are imported by the tests
@@ -52,18 +54,17 @@ def declared(lines: list[str]) -> dict[str, str]:
 
 
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
-    imported, names = imports(*PACKAGED), declared(PROJECT["dependencies"])
+    imported, names = imports(*PACKAGED), declared([*PROJECT["dependencies"], *OPTIONAL])
     undeclared = {name: str(path.relative_to(ROOT)) for name, path in imported.items() if name not in names.values()}
     assert undeclared == {}
     assert {name for name, module in names.items() if module not in imported} == set()
 
 
-def test_the_only_extra_is_for_development_and_all_of_it_is_used():
-    assert set(PROJECT["optional-dependencies"]) == {"dev"}
+def test_all_of_the_extra_for_development_is_used():
     imported = imports("tests", "tools")
     names = declared(PROJECT["optional-dependencies"]["dev"])
     assert {name for name, module in names.items() if module not in imported} == PROGRAMS
-    known = {*names.values(), *declared(PROJECT["dependencies"]).values()}
+    known = {*names.values(), *declared([*PROJECT["dependencies"], *OPTIONAL]).values()}
     # packaging comes with pytest, tokenizers with transformers; tests that run a notebook skip without these two
     assert set(imported) - known <= {"packaging", "tokenizers", "nbclient", "nbformat"}
 
@@ -105,7 +106,9 @@ def test_constraints_pin_the_closure_and_nothing_else():
     names = [canonicalize_name(line.split("==")[0]) for line in pinned]
     assert len(set(names)) == len(names)
     # setuptools builds the project
-    wanted = closure([*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"], "setuptools"]) | OF_MYPY
+    wanted = (
+        closure([*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"], *OPTIONAL, "setuptools"]) | OF_MYPY
+    )
     # CUDA's own packages come pinned by the CUDA build of torch
     from_torch = {name for name in wanted if name.startswith(("nvidia-", "cuda-"))}
     assert set(names) == wanted - from_torch

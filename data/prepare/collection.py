@@ -16,6 +16,7 @@ from safelight.data.atomic import atomic_write_bytes, sync_file, sync_folder
 from safelight.data.manifest import IMAGES_FOLDER, MASKS_FOLDER, has_manifest, read_manifest
 from safelight.data.photo import Photo
 from safelight.data.sources.caption import FILE_NAME, Rejection
+from safelight.data.sources.captions import CaptionReader
 from safelight.data.sources.roots import SourceFile, name_roots, place_of, read_sources, split_label
 from safelight.text import counted, printable, storable
 from safelight.untrusted import UnsafeFile, read_bytes
@@ -104,7 +105,7 @@ class Collection:
     def __init__(
         self,
         dataset: Path,
-        roots: list[Path],
+        readers: list[CaptionReader],
         files: list[SourceFile],
         summary: IngestSummary,
         disk: ThreadPoolExecutor,
@@ -128,13 +129,19 @@ class Collection:
         self.compared = {photo.sha256 for photo in self.photos if photo.fingerprint}
         self.earlier_labels = {photo.source for photo in self.photos}
         self.folders = read_sources(dataset)
-        self.names = name_roots(roots, files, self.folders, self.photos)
+        self.names = name_roots([reader.root for reader in readers], files, self.folders, self.photos)
         self.root_of_name = {name: root for root, name in self.names.items()}
         self.present = {self.label(file) for file in files}
         masks = ((file.root, file.reader.mask_of(file.path)) for file in files)
         # pictures that earlier calls, before there were masks, may have taken for photos
         self.masks = {
             f"{self.names[root]}/{storable(mask.relative_to(root).as_posix())}" for root, mask in masks if mask
+        }
+        # files with pictures in them of which a part could not be read
+        self.incomplete = {
+            f"{self.names[reader.root]}/{storable(path.relative_to(reader.root).as_posix())}/"
+            for reader in readers
+            for path in reader.incomplete
         }
 
     def label(self, source: SourceFile) -> str:
@@ -204,6 +211,8 @@ class Collection:
         name, relative = split_label(photo.source)
         if name not in self.root_of_name:
             return self.prune or (name in self.folders and not os.path.lexists(self.folders[name]))
+        if photo.source.startswith(tuple(self.incomplete)):
+            return False
         if photo.source in self.present:
             # if it could not be read, nothing is known about it
             return photo.source in self.decoded
@@ -302,6 +311,7 @@ class Collection:
         caption = duplicate.reader.read(duplicate.path)
         if caption.source != FILE_NAME:
             theirs = {"captions": caption.texts, "caption_source": caption.source, "captioner": caption.captioner}
+            theirs |= {"tags": caption.tags, "settings": caption.settings, "credit": caption.credit}
             self._put(index, replace(self.photos[index], **theirs))
         return caption.source != FILE_NAME
 

@@ -41,6 +41,7 @@ from safelight.data.photo import Photo
 from safelight.data.prepare.collection import Collection, IngestSummary, Note, PreparedFile
 from safelight.data.prepare.near_copies import find_near_copies, fingerprint, merge_groups, thumbnail
 from safelight.data.sources.captions import CaptionReader
+from safelight.data.sources.packed import PackedPicture
 from safelight.data.sources.roots import SOURCES_NAME, SourceFile, files_of, find_files, split_label, write_sources
 from safelight.data.sources.unsplash import Fetched
 from safelight.errors import UserError
@@ -87,7 +88,7 @@ def backdrop_of(alpha: str) -> Backdrop:
     return red, green, blue
 
 
-def _read_mask(path: Path, decoded: Decoded, stop: threading.Event) -> Image.Image:
+def _read_mask(path: Path | PackedPicture, decoded: Decoded, stop: threading.Event) -> Image.Image:
     """Return the mask file of a decoded photo at the size that the photo is stored at."""
     try:
         mask = decode_mask(read_file(path), stop)
@@ -119,7 +120,9 @@ class _Form:
     alpha: str
 
 
-def _prepare(path: Path, mask_path: Path | None, form: _Form, stop: threading.Event) -> PreparedFile | str:
+def _prepare(
+    path: Path | PackedPicture, mask_path: Path | PackedPicture | None, form: _Form, stop: threading.Event
+) -> PreparedFile | str:
     """Return the file as it will be stored, or the reason why it cannot be used.
 
     mask_path: of the mask beside it, None without one. stop: see `decode`.
@@ -254,6 +257,8 @@ def ingest(
     progress: Callable[[int, int], None] | None = None,
     fetch: Callable[[Path], Fetched] | None = None,
     alpha: str = "white",
+    kohya: bool = False,
+    comma_tags: bool = False,
 ) -> IngestSummary:
     """Add the photos of `sources` (folders or files) to the dataset folder and return a summary of what was done.
 
@@ -264,7 +269,8 @@ def ingest(
     removed. Near-copies get a common group, which the validation split keeps together. progress(files done, files in
     total) is called after each file. fetch: downloads photographs into the dataset folder and returns where they lie,
     which is one more source. alpha: the colour that transparency is composited over, or `mask`, which also keeps it as
-    the photo's loss mask, unless a mask stands beside the photo.
+    the photo's loss mask, unless a mask stands beside the photo. kohya,
+    comma_tags: how captions are read, see `CaptionReader`.
     Raises UserError if a source does not exist or lies in the dataset, a setting is out of range, no photo can be
     used, the dataset cannot be written, or another process is preparing it.
     """
@@ -284,10 +290,10 @@ def ingest(
     single = next((source for source in sources if prune and not os.path.isdir(source)), None)
     if single is not None:
         raise UserError(f"--prune compares the dataset with whole folders, and {single} is none; give its folder")
-    files, readers = find_files(sources, dataset)
+    files, readers = find_files(sources, dataset, kohya, comma_tags)
 
     def prepare(file: SourceFile, stop: threading.Event) -> PreparedFile | str:
-        return _prepare(file.path, file.reader.mask_of(file.path), form, stop)
+        return _prepare(file.picture, file.mask, form, stop)
 
     try:
         with FolderLock(dataset, ADVICE, f"wait until it ends, or {ADVICE}") as lock:
@@ -312,6 +318,9 @@ def ingest(
         if error.errno not in CANNOT_WRITE:
             raise
         raise UserError(f"{error.filename or dataset} cannot be written ({error.strerror}); {ADVICE}") from error
+    finally:
+        for reader in readers:
+            reader.close()
     return summary
 
 
@@ -332,7 +341,7 @@ def _ingest(
             if leftover.is_symlink() or not leftover.is_dir():
                 leftover.unlink()
     with ThreadPoolExecutor(NUM_SYNC_THREADS) as disk:
-        collection = Collection(dataset, [reader.root for reader in readers], files, summary, disk, prune)
+        collection = Collection(dataset, readers, files, summary, disk, prune)
         for num_done, (file, prepared) in enumerate(zip(files, _in_order(prepare, files), strict=True), start=1):
             collection.add(file, prepared)
             if progress is not None:

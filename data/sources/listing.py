@@ -13,10 +13,27 @@ from pathlib import Path
 
 from safelight.text import storable
 
-SIDECAR_SUFFIXES = (".txt", ".caption")
-TABLE_NAMES = ("metadata.jsonl", "captions.jsonl")
 # of the loss mask of a photo, ours and OneTrainer's: IMG_1-mask.png beside IMG_1.jpg
 MASK_ENDINGS = ("-mask.png", "-masklabel.png")
+# of a text alone, of captions with settings, and of a class in WebDataset; the first are read first
+SIDECAR_SUFFIXES = (".txt", ".caption", ".yaml", ".yml", ".json", ".cls")
+TABLE_NAMES = ("metadata.jsonl", "captions.jsonl", "metadata.csv", "metadata.parquet")
+# EveryDream's files with one setting for the photos of a folder
+SETTING_OF_FILE = {
+    "multiply.txt": "repeats",
+    "cond_dropout.txt": "caption_dropout",
+    "flip_p.txt": "flip_p",
+    "batch_id.txt": "batch_id",
+    "loss_scale.txt": "loss_scale",
+    "shuffle_tags.txt": "shuffle_tags",
+}
+# and with several: for the photos of a folder, and for those of the folders below as well
+LOCAL_NAMES = ("local.yaml", "local.yml")
+GLOBAL_NAMES = ("global.yaml", "global.yml")
+# files that hold pictures: WebDataset's, and those of Hugging Face datasets
+PACKED_SUFFIXES = (".tar", ".parquet", ".arrow")
+# what the datasets library writes beside its .arrow files
+DATASET_INFO, DATASET_STATE, DATASET_DICT = "dataset_info.json", "state.json", "dataset_dict.json"
 # as file systems have it
 MAX_NAME_CHARACTERS = 255
 # names that differ in letter case or accents alone, to which a sidecar may belong
@@ -24,15 +41,17 @@ MAX_ALIKE = 16
 WRITE_TABLE = 'write its captions as metadata.jsonl, one {"file_name": "IMG_1.jpg", "text": "a dog"} a line'
 # files that stand beside photographs and are none: what they are, and what to do if their captions are wanted
 _NO_PICTURES = {
-    (".csv", ".tsv"): f"a table in another form, which is not read; {WRITE_TABLE}",
+    (".csv", ".tsv"): "a table of another name, which is not read; if it has captions, name it metadata.csv",
     (
         ".json",
     ): f"a JSON file (other programs keep captions or settings in such files), which is not read; {WRITE_TABLE}",
-    (".parquet", ".arrow"): f"a table in another form, which is not read; {WRITE_TABLE}",
+    (".yaml", ".yml"): "settings of no photograph: no picture in its folder has this name; EveryDream's names for the "
+    "settings of a folder are local.yaml and global.yaml",
     (".jsonl", ".ndjson"): "a table of another name, which is not read; if it has captions, name it metadata.jsonl",
+    (".arrow",): "a cache of the datasets library, not its data",
     (".xmp",): "metadata of another program, which is not read; write its caption into a .txt file of the same name",
     (".npz", ".npy", ".safetensors"): "arrays, such as another trainer's cache, not an image",
-    (".zip", ".tar", ".gz", ".7z", ".rar"): "an archive, which is not opened; unpack it",
+    (".zip", ".gz", ".tgz", ".7z", ".rar"): "a compressed archive, which is not opened; unpack it",
     (".mp4", ".mov", ".avi", ".mkv", ".webm"): "a video, not an image",
     (".md", ".html", ".pdf", ".ini", ".db", ".log", ".aae"): "a document or another program's file, not an image",
 }
@@ -56,12 +75,15 @@ def suffix_of(name: str) -> str:
 class Listing:
     """The names in one folder, sorted, hidden ones left out.
 
-    sidecars: of each picture, the one that is read first at the front. unclaimed: sidecars of no picture.
+    packed: files that hold pictures. settings: EveryDream's files with settings of the folder. sidecars: of each
+    picture, the one that is read first at the front. unclaimed: texts of no picture.
     """
 
     folders: list[str] = field(default_factory=list)
     pictures: list[str] = field(default_factory=list)
+    packed: list[str] = field(default_factory=list)
     tables: list[str] = field(default_factory=list)
+    settings: list[str] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
     unclaimed: list[str] = field(default_factory=list)
     sidecars: dict[str, list[str]] = field(default_factory=dict)
@@ -84,26 +106,37 @@ class Listing:
 
 def list_folder(folder: Path) -> Listing:
     """Return what a folder holds. Raises OSError if it cannot be read."""
-    listing, sidecars = Listing(), []
+    folders, files = [], []
     with os.scandir(folder) as entries:
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            name = entry.name
-            if name.startswith("."):
-                continue
-            if os.path.isdir(entry.path):
-                listing.folders.append(name)
-            elif suffix_of(name) in SIDECAR_SUFFIXES:
-                sidecars.append(name)
-            elif name.lower() in TABLE_NAMES:
-                listing.tables.append(name)
-            elif suffix_of(name) in NO_PICTURE:
-                listing.others.append(name)
-            else:
-                listing.pictures.append(name)
+        for entry in entries:
+            (folders if os.path.isdir(entry.path) else files).append(entry.name)
+    return make_listing(folders, files)
+
+
+def make_listing(folders: list[str], files: list[str]) -> Listing:
+    """Return the listing of a folder with these names in it."""
+    listing, sidecars = Listing(sorted(name for name in folders if not name.startswith("."))), []
+    for name in sorted(files):
+        suffix = suffix_of(name)
+        if name.startswith("."):
+            continue
+        if name.lower() in TABLE_NAMES:
+            listing.tables.append(name)
+        elif suffix == ".arrow" and name.startswith("cache-"):
+            listing.others.append(name)
+        elif suffix in PACKED_SUFFIXES:
+            listing.packed.append(name)
+        elif suffix in SIDECAR_SUFFIXES:
+            sidecars.append(name)
+        elif suffix in NO_PICTURE:
+            listing.others.append(name)
+        else:
+            listing.pictures.append(name)
     _take_masks(listing)
     for name in (*listing.folders, *listing.pictures):
         listing.by_folded.setdefault(folded(name), []).append(name)
     _assign(sidecars, listing)
+    _sort_out(listing)
     return listing
 
 
@@ -125,6 +158,21 @@ def _take_masks(listing: Listing) -> None:
         listing.masks |= dict.fromkeys(free, mask)
         if not free:
             listing.unclaimed_masks.append(mask)
+
+
+def _sort_out(listing: Listing) -> None:
+    """Find what the texts that belong to no picture are: settings of the folder, records of a library, or nothing."""
+    unclaimed, listing.unclaimed = listing.unclaimed, []
+    is_arrow = any(suffix_of(name) == ".arrow" for name in listing.packed)
+    for name in unclaimed:
+        if name.lower() in (*SETTING_OF_FILE, *LOCAL_NAMES, *GLOBAL_NAMES):
+            listing.settings.append(name)
+        elif name == DATASET_DICT or (is_arrow and name in (DATASET_INFO, DATASET_STATE)):
+            continue
+        elif suffix_of(name) in NO_PICTURE:
+            listing.others.append(name)
+        else:
+            listing.unclaimed.append(name)
 
 
 def _assign(sidecars: list[str], listing: Listing) -> None:

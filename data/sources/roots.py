@@ -20,7 +20,8 @@ from safelight.data.manifest import IMAGES_FOLDER, MANIFEST_NAME
 from safelight.data.photo import Photo
 from safelight.data.sources.caption import Rejection
 from safelight.data.sources.captions import CaptionReader
-from safelight.data.sources.listing import Listing
+from safelight.data.sources.listing import PACKED_SUFFIXES, Listing
+from safelight.data.sources.packed import PackedPicture
 from safelight.errors import UserError
 from safelight.text import storable
 from safelight.untrusted import UnsafeFile, read_json_object
@@ -32,12 +33,26 @@ NUM_COMPARED = 32
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file of a source. root: the source's folder. relative: the path below it, with forward slashes."""
+    """A file of a source. root: the source's folder. relative: the path below it, with forward slashes.
+
+    path: of a file inside another, such as a tar, the path goes on in it.
+    """
 
     path: Path
     root: Path
     relative: str
     reader: CaptionReader
+
+    @property
+    def picture(self) -> Path | PackedPicture:
+        """Where its bytes are."""
+        return self.reader.picture(self.path)
+
+    @property
+    def mask(self) -> Path | PackedPicture | None:
+        """Where the bytes of its loss mask are, None if it has none."""
+        mask = self.reader.mask_of(self.path)
+        return None if mask is None else self.reader.picture(mask)
 
 
 def _reject(reader: CaptionReader, folder: Path, reason: str) -> None:
@@ -55,6 +70,9 @@ def _enter(folder: Path, visited: set[tuple[int, int]], reader: CaptionReader) -
     Those are folders already visited (symlink loops), and two that are listed: other datasets, whose photos are copies,
     and folders that cannot be read.
     """
+    if reader.is_packed(folder):
+        reader.leave_out_texts(folder)
+        return reader.listing(folder)
     try:
         identity = _identity(folder)
         if identity in visited:
@@ -81,7 +99,10 @@ def _walk(root: Path, dataset: Path, reader: CaptionReader) -> Iterator[Path]:
 
     def entries(folder: Path) -> Iterator[tuple[Path, bool]]:
         listing = _enter(folder, visited, reader)
-        named = [*((name, True) for name in listing.folders), *((name, False) for name in listing.pictures)]
+        for name in listing.packed:
+            reader.open_packed(folder / name)
+        folders = [*listing.folders, *(name for name in listing.packed if reader.is_packed(folder / name))]
+        named = [*((name, True) for name in folders), *((name, False) for name in listing.pictures)]
         return ((folder / name, is_folder) for name, is_folder in sorted(named))
 
     stack = [entries(root)]
@@ -95,10 +116,12 @@ def _walk(root: Path, dataset: Path, reader: CaptionReader) -> Iterator[Path]:
             yield entry[0]
 
 
-def find_files(sources: list[Path], dataset: Path) -> tuple[list[SourceFile], list[CaptionReader]]:
-    """Return the candidate files of all sources, and one caption reader per source.
+def find_files(
+    sources: list[Path], dataset: Path, kohya: bool = False, comma_tags: bool = False
+) -> tuple[list[SourceFile], list[CaptionReader]]:
+    """Return the candidate files of all sources, and one caption reader per source, which the caller closes.
 
-    Raises UserError for a source that does not exist or lies in the dataset.
+    kohya, comma_tags: see `CaptionReader`. Raises UserError for a source that does not exist or lies in the dataset.
     """
     files, readers = [], []
     for source in map(Path, sources):
@@ -108,17 +131,26 @@ def find_files(sources: list[Path], dataset: Path) -> tuple[list[SourceFile], li
             )
         if source.resolve().is_relative_to(dataset):
             raise UserError(f"source {source} is inside the dataset folder {dataset}; give the folder of the originals")
-        found, reader = files_of(source, dataset)
+        found, reader = files_of(source, dataset, kohya, comma_tags)
         files += found
         readers.append(reader)
     return files, readers
 
 
-def files_of(source: Path, dataset: Path) -> tuple[list[SourceFile], CaptionReader]:
+def files_of(
+    source: Path, dataset: Path, kohya: bool = False, comma_tags: bool = False
+) -> tuple[list[SourceFile], CaptionReader]:
     """Return the candidate files of one source, which exists, and its caption reader."""
     root = source if source.is_dir() else source.parent
-    reader = CaptionReader(root)
-    paths = _walk(source, dataset, reader) if source.is_dir() else [] if reader.is_mask(source) else [source]
+    reader = CaptionReader(root, kohya, comma_tags)
+    if source.is_dir():
+        paths = list(_walk(source, dataset, reader))
+        reader.hint_at_kohya()
+    elif source.suffix.lower() in PACKED_SUFFIXES:
+        reader.open_packed(source)
+        paths = list(_walk(source, dataset, reader))
+    else:
+        paths = [] if reader.is_mask(source) else [source]
     return [SourceFile(path, root, storable(path.relative_to(root).as_posix()), reader) for path in paths], reader
 
 
@@ -162,9 +194,9 @@ def name_roots(
 
     roots, files: the call's. folders: the record, see `read_sources`. photos: those of earlier calls.
     """
-    files_of_root: dict[Path, dict[str, Path]] = {root: {} for root in roots}
+    files_of_root: dict[Path, dict[str, SourceFile]] = {root: {} for root in roots}
     for file in files:
-        files_of_root[file.root][file.relative] = file.path
+        files_of_root[file.root][file.relative] = file
     photos_of_name: dict[str, list[Photo]] = {name: [] for name in folders}
     for photo in photos:
         photos_of_name.setdefault(split_label(photo.source)[0], []).append(photo)
@@ -191,18 +223,18 @@ def _new_name(base: str, taken: set[str]) -> str:
     return name
 
 
-def _holds(files: dict[str, Path], photos: list[Photo]) -> bool:
+def _holds(files: dict[str, SourceFile], photos: list[Photo]) -> bool:
     """Return whether one of the photos is among a folder's files, under its old path and with its old content."""
     present = [photo for photo in photos if split_label(photo.source)[1] in files]
     step = max(1, len(present) // NUM_COMPARED)
     return any(_is_unchanged(files[split_label(photo.source)[1]], photo) for photo in present[::step])
 
 
-def _is_unchanged(path: Path, photo: Photo) -> bool:
+def _is_unchanged(file: SourceFile, photo: Photo) -> bool:
     # the oldest manifests have no hash of the original
     if not photo.origin_sha256:
         return True
     try:
-        return hashlib.sha256(read_file(path)).hexdigest() == photo.origin_sha256
+        return hashlib.sha256(read_file(file.picture)).hexdigest() == photo.origin_sha256
     except RejectedImage:
         return False

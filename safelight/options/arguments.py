@@ -82,6 +82,10 @@ class Prepare:
         Literal["ai", "photographer", "none"] | None,
         _own("{ai,photographer,none}", "unsplash: which of the table's descriptions become captions", "none"),
     ] = None
+    kohya: Annotated[
+        bool, arg(help="read folders named as kohya's: in 10_my_dog, each photo is used 10 times, captioned my_dog")
+    ] = False
+    comma_tags: Annotated[bool, arg(help="read captions as lists: what follows the first comma are tags")] = False
     json: Annotated[bool, arg(help="print the result as JSON")] = False
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import shlex
 import sys
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 
+from safelight.data.photo import USUAL_SETTINGS, Photo, PhotoSettings
 from safelight.data.prepare.ingest import ALPHA_IS_MASK, NOTES_NAME, REJECTED_NAME, IngestSummary
 from safelight.data.sources.caption import FILE_NAME, is_camera_name
 from safelight.output.columns import hanging
@@ -89,6 +91,20 @@ def _mask_lines(summary: IngestSummary, alpha: str) -> list[str]:
     return lines
 
 
+def _described(photos: list[Photo]) -> str:
+    """Return how many photographs have tags and settings of their own, or an empty text."""
+    num_of_setting = Counter(
+        field.name
+        for photo in photos
+        if photo.settings != USUAL_SETTINGS
+        for field in fields(PhotoSettings)
+        if getattr(photo.settings, field.name) != getattr(USUAL_SETTINGS, field.name)
+    )
+    num_tagged = sum(bool(photo.tags) for photo in photos)
+    parts = [f"{name} of {counted(num, 'photograph')}" for name, num in num_of_setting.items()]
+    return ", ".join([f"tags of {counted(num_tagged, 'photograph')}"] * bool(num_tagged) + parts)
+
+
 def print_dataset(summary: IngestSummary, out: Path, terminal: Terminal, alpha: str = "white") -> None:
     """Print rejections and notes to stderr, the first of each kind, and the result to stdout. alpha: of --alpha."""
     num: Counter[str] = Counter()
@@ -121,6 +137,8 @@ def print_dataset(summary: IngestSummary, out: Path, terminal: Terminal, alpha: 
         _print(line)
     sources = Counter(p.caption_source for p in summary.photos)
     _print(f"captions: {_counts(sources, 'kind')}")
+    if described := _described(summary.photos):
+        _print(f"read with them: {described}")
     named = next((p for p in summary.photos if p.caption_source == FILE_NAME and p.captions), None)
     if named:
         _print(f"example of a caption from a file name: {named.source} is {named.captions[0]!r}")

@@ -1,0 +1,116 @@
+"""The rows of caption tables: JSON lines and CSV, in Hugging Face's imagefolder layout."""
+
+from __future__ import annotations
+
+import csv
+import os
+import posixpath
+from collections.abc import Iterator
+from pathlib import Path
+
+from safelight.data.sources.tag_text import parse_tags
+from safelight.errors import UserError
+from safelight.text import shortened, storable
+from safelight.untrusted import UnsafeFile, parse_json
+
+# the captions of one photo, as in a sidecar
+MAX_ROW_CHARACTERS = 2**20
+MAX_COLUMNS = 1000
+
+
+def lines_of(text: str) -> Iterator[str]:
+    """Yield the lines of a text, one at a time: a list of them may take 30 times the memory of the text.
+
+    Lines end with a line feed alone. splitlines also splits at U+2028, a character that JSON strings may contain.
+    """
+    start = 0
+    while start <= len(text):
+        end = text.find("\n", start)
+        end = len(text) if end < 0 else end
+        yield text[start:end]
+        start = end + 1
+
+
+def json_rows(text: str) -> Iterator[tuple[int, dict | UserError]]:
+    """Yield (number of the line, its row or what is wrong with it) for each line that is not empty."""
+    for number, line in enumerate(lines_of(text), start=1):
+        if not line.strip():
+            continue
+        try:
+            yield number, _json_row(line)
+        except UserError as error:
+            yield number, error
+
+
+def _json_row(line: str) -> dict:
+    if len(line) > MAX_ROW_CHARACTERS:
+        raise UserError(f"has {len(line):,} characters, too many for captions (limit {MAX_ROW_CHARACTERS:,})")
+    try:
+        row = parse_json(line)
+    except UnsafeFile as error:
+        raise UserError(f"is not JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise UserError(f"is a {type(row).__name__}, not an object")
+    return row
+
+
+def csv_rows(text: str) -> Iterator[tuple[int, dict | UserError]]:
+    """Yield (number of the line, its row or what is wrong with it) for each row below the header.
+
+    Cells are separated by commas or, as spreadsheets in some languages have it, by semicolons or tabs. Empty cells are
+    left out. A cell `tags` is a list such as `animal:1.5, park`.
+    """
+    header = next(lines_of(text))
+    delimiter = max(",;\t", key=header.count)
+    # strict: a quote that is never closed is an error, not the rest of the file
+    reader = csv.reader((f"{line}\n" for line in lines_of(text)), delimiter=delimiter, strict=True)
+    names: list[str] | None = None
+    while True:
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield reader.line_num, UserError(f"is not CSV: {error}")
+            continue
+        if not any(cell.strip() for cell in cells):
+            continue
+        if names is None:
+            names = [cell.strip() for cell in cells]
+            if "file_name" not in names or len(names) > MAX_COLUMNS or len(set(names)) < len(names):
+                yield 1, UserError("is no header: it must name each column once, file_name among them")
+                return
+            continue
+        try:
+            yield reader.line_num, _csv_row(names, cells)
+        except UserError as error:
+            yield reader.line_num, error
+
+
+def _csv_row(names: list[str], cells: list[str]) -> dict:
+    if len(cells) > len(names):
+        raise UserError(f"has {len(cells):,} cells below {len(names)} names; put quotes around text with commas")
+    if sum(map(len, cells)) > MAX_ROW_CHARACTERS:
+        raise UserError(f"has too many characters for captions (limit {MAX_ROW_CHARACTERS:,})")
+    row: dict = {name: cell for name, cell in zip(names, cells, strict=False) if cell.strip()}
+    if "tags" in row:
+        row["tags"] = {tag.name: tag.weight for tag in parse_tags(row["tags"])}
+    return row
+
+
+def name_in_row(row: dict) -> str:
+    """Return the file name in a row. Raises UserError if it has none."""
+    name = row.get("file_name")
+    if not isinstance(name, str) or not name.strip():
+        raise UserError("has no 'file_name'")
+    return name
+
+
+def normal_name(name: str, folder: Path) -> str:
+    """Return a file name normalized, relative to its table's folder. Raises UserError if it leads out of it."""
+    normal = posixpath.normpath(storable(os.path.expanduser(name) if name.startswith("~/") else name))
+    for place in (os.path.abspath(folder), os.path.realpath(folder)):
+        normal = normal.removeprefix(f"{place}/")
+    if posixpath.isabs(normal) or normal.split("/")[0] == "..":
+        raise UserError(f"file_name {shortened(normal)!r} is outside the table's folder")
+    return normal

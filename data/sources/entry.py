@@ -80,11 +80,15 @@ def entry_of(row: dict, source: str) -> Entry:
 
 
 def _credit(row: dict) -> Credit:
-    """Return whose photo a row describes: `credit` is an object of what may also stand in the row itself."""
-    credit = row.get("credit", {})
-    if not isinstance(credit, dict):
-        raise UserError(f"its credit {reprlib.repr(credit)} is not an object with texts: photographer, page")
-    found = {key: _text(key, value) for key in CREDIT_KEYS if (value := row.get(key, credit.get(key))) is not None}
+    """Return whose photo a row describes: an object of what may also stand in the row itself, a name or a page's
+    address. Other forms are left aside: they are no reason to lose a caption."""
+    credit = row.get("credit")
+    if isinstance(credit, str):
+        is_page = credit.startswith(("http://", "https://"))
+        credit = {"page" if is_page else "photographer": credit}
+    given = credit if isinstance(credit, dict) else {}
+    texts = {key: row.get(key, given.get(key)) for key in CREDIT_KEYS}
+    found = {key: collapse(text) for key, text in texts.items() if isinstance(text, str)}
     return Credit(**found) if found else NO_CREDIT
 
 

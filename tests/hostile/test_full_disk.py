@@ -77,6 +77,7 @@ def place(photos, tmp_path, call) -> Path:
     assert call("prepare", photos / "photo 0.png", "-o", tmp_path / "dataset").status == 0
     (tmp_path / "run.toml").write_text(
         f'[run]\ndir = "{tmp_path}/run"\ndevice = "cpu"\n[data]\npath = "{tmp_path}/dataset"\nresolution = 64\n'
+        'upscale = "always"\n'
         "variants = 12\n[train]\nbatch_size = 2\nepochs = 4\n[validate]\nevery_epochs = 0\n[sample]\nevery_epochs = 0\n"
         "[save]\nevery_steps = 1\n[log]\ntensorboard = false\nevery_steps = 1\n"
     )

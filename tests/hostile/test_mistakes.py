@@ -23,6 +23,7 @@ def place(tmp_path) -> Path:
     ingest([tmp_path / "before"], tmp_path / "dataset")
     (tmp_path / "run.toml").write_text(
         f'[run]\ndir = "{tmp_path}/run"\ndevice = "cpu"\n[data]\npath = "{tmp_path}/dataset"\nresolution = 64\n'
+        'upscale = "always"\n'
     )
     return tmp_path
 

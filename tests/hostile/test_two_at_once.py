@@ -48,6 +48,7 @@ def place(tiny_dataset, tmp_path):
         shutil.copy(path, tmp_path / "photos")
     (tmp_path / "run.toml").write_text(
         f'[run]\ndir = "{tmp_path}/run"\ndevice = "cpu"\n[data]\npath = "{tmp_path}/dataset"\nresolution = 64\n'
+        'upscale = "always"\n'
         "[train]\nmax_steps = 1\n[validate]\nevery_epochs = 0\n[sample]\nevery_epochs = 0\n[log]\ntensorboard = false\n"
     )
     return tmp_path

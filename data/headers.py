@@ -133,7 +133,7 @@ def check_kind(header: bytes, name: str = "", has_heif: bool = False) -> None:
         raise RejectedImage(f"a camera's raw file ({kind}), which cannot be developed here; {_ADVICE}")
     brands = _brands(header)
     if not has_heif and (brands & HEIC_BRANDS or brands & SHARED_BRANDS) and not brands & AVIF_BRANDS:
-        raise RejectedImage("HEIC files cannot be decoded here; convert it to JPEG")
+        raise RejectedImage("HEIC files need pillow-heif: pip install pillow-heif, or convert it to JPEG")
     if header.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")):
         raise RejectedImage("JPEG XL files cannot be decoded here; convert it to JPEG or PNG")
 

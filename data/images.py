@@ -6,6 +6,7 @@ A file that cannot be used is rejected as a whole, with the reason.
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import io
 import logging
@@ -15,7 +16,7 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -141,9 +142,18 @@ def open_image(source: Path | bytes) -> Image.Image:
         return _open(check(read_bytes(source, MAX_FILE_BYTES), source.name, _has_heif()))
 
 
-def _formats() -> list[str]:
+@functools.cache
+def _add_plugins() -> None:
+    """Let Pillow read HEIC files if pillow-heif is installed."""
     Image.init()
-    # plugins, such as the one for HEIF, may be missing
+    with suppress(ImportError):
+        from pillow_heif import register_heif_opener
+
+        register_heif_opener(thumbnails=False)
+
+
+def _formats() -> list[str]:
+    _add_plugins()
     return [name for name in READABLE_FORMATS if name in Image.OPEN]
 
 

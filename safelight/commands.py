@@ -90,8 +90,13 @@ def prepare(argv: list[str]) -> int:
             arguments.alpha,
             arguments.kohya,
             arguments.comma_tags,
+            arguments.drop_near_duplicates,
         )
     if arguments.json:
+        from safelight.data.prepare.caption_words import caption_words
+        from safelight.data.prepare.quality import doubtful
+
+        words = caption_words(summary.photos)
         print_json(
             {
                 "dataset": str(arguments.out),
@@ -102,6 +107,11 @@ def prepare(argv: list[str]) -> int:
                 "transparent": summary.num_transparent,
                 "masks": sum(bool(photo.mask) for photo in summary.photos),
                 "sources": [{"folder": folder, "photos": num} for folder, num in summary.num_of_source.items()],
+                "near_copies_dropped": summary.num_near_copies_dropped,
+                "doubtful": [{"photo": photo.source, "reason": reason} for photo, reason in doubtful(summary.photos)],
+                "commonest_captions": words.captions,
+                "commonest_words": words.words,
+                "short_captions": [photo.source for photo in words.short],
                 "near_copies": [[photo.source for photo in group] for group in summary.near_copies],
                 "rejected": [{"path": r.path, "reason": r.reason, "kind": r.kind} for r in summary.rejected],
                 "warnings": summary.warnings,

@@ -14,7 +14,7 @@ from typing import Literal
 
 from safelight.data.atomic import atomic_write_bytes, sync_file, sync_folder
 from safelight.data.manifest import IMAGES_FOLDER, MASKS_FOLDER, has_manifest, read_manifest
-from safelight.data.photo import Photo
+from safelight.data.photo import Photo, Quality
 from safelight.data.sources.caption import FILE_NAME, Rejection
 from safelight.data.sources.captions import CaptionReader
 from safelight.data.sources.roots import SourceFile, name_roots, place_of, read_sources, split_label
@@ -49,6 +49,7 @@ class IngestSummary:
     num_transparent: int = 0
     num_of_source: dict[str, int] = field(default_factory=dict)
     near_copies: list[list[Photo]] = field(default_factory=list)
+    num_near_copies_dropped: int = 0
 
     @property
     def warnings(self) -> list[str]:
@@ -76,6 +77,7 @@ class PreparedFile:
     is_copied: bool
     warning: str
     fingerprint: str
+    quality: Quality
     mask: bytes = b""
     is_transparent: bool = False
 
@@ -256,6 +258,7 @@ class Collection:
             caption.tags,
             caption.settings,
             caption.credit,
+            prepared.quality,
             mask=mask,
             mask_sha256=mask_sha256,
             captioner=caption.captioner,

@@ -40,6 +40,8 @@ from safelight.data.manifest import IMAGES_FOLDER, MANIFEST_NAME, MASKS_FOLDER, 
 from safelight.data.photo import Photo
 from safelight.data.prepare.collection import Collection, IngestSummary, Note, PreparedFile
 from safelight.data.prepare.near_copies import find_near_copies, fingerprint, merge_groups, thumbnail
+from safelight.data.prepare.quality import doubtful, measure
+from safelight.data.sources.caption import Rejection
 from safelight.data.sources.captions import CaptionReader
 from safelight.data.sources.packed import PackedPicture
 from safelight.data.sources.roots import SOURCES_NAME, SourceFile, files_of, find_files, split_label, write_sources
@@ -159,6 +161,7 @@ def _prepare(
         is_copied=decoded.is_copyable,
         warning="; ".join(warnings),
         fingerprint=fingerprint(decoded.image),
+        quality=measure(decoded.image),
         mask=b"" if mask is None else _encode_mask(mask),
         is_transparent=decoded.alpha is not None,
     )
@@ -185,32 +188,42 @@ def _in_order(function: Callable, items: list) -> Iterable:
         executor.shutdown(cancel_futures=True)
 
 
-def _stored_image(dataset: Path, photo: Photo) -> Image.Image | None:
+def _stored_image(dataset: Path, photo: Photo, max_megapixels: float | None) -> Image.Image | None:
     """Return a stored photo, shrunk, or None if it cannot be read."""
     try:
-        return decode_file(dataset / photo.file, THUMBNAIL_MEGAPIXELS)[1].image
+        return decode_file(dataset / photo.file, max_megapixels)[1].image
     except RejectedImage:
         return None
 
 
+def _measured(dataset: Path, photos: list[Photo]) -> list[Photo]:
+    """Return the photos with what earlier versions did not measure: fingerprints and quality."""
+
+    def fill(photo: Photo, stop: threading.Event) -> Photo:
+        image = _stored_image(dataset, photo, None)
+        if image is None:
+            return photo
+        return replace(
+            photo, fingerprint=photo.fingerprint or fingerprint(image), quality=photo.quality or measure(image)
+        )
+
+    missing = [index for index, photo in enumerate(photos) if not photo.fingerprint or photo.quality is None]
+    photos = list(photos)
+    for index, photo in zip(missing, _in_order(fill, [photos[index] for index in missing]), strict=True):
+        photos[index] = photo
+    return photos
+
+
 def _group_near_copies(dataset: Path, photos: list[Photo], compared: set[str], summary: IngestSummary) -> list[Photo]:
-    """Return the photos with fingerprints, near-copies with a common group.
+    """Return the photos, near-copies with a common group.
 
     compared: sha256 of the photos that were compared with each other in earlier calls.
     """
 
-    def fill(index: int, stop: threading.Event) -> Photo:
-        image = _stored_image(dataset, photos[index])
-        return photos[index] if image is None else replace(photos[index], fingerprint=fingerprint(image))
-
     def load(index: int) -> np.ndarray | None:
-        image = _stored_image(dataset, photos[index])
+        image = _stored_image(dataset, photos[index], THUMBNAIL_MEGAPIXELS)
         return None if image is None else thumbnail(image)
 
-    missing = [index for index, photo in enumerate(photos) if not photo.fingerprint]
-    photos = list(photos)
-    for index, photo in zip(missing, _in_order(fill, missing), strict=True):
-        photos[index] = photo
     pairs = find_near_copies(
         [photo.fingerprint for photo in photos],
         [photo.width / photo.height for photo in photos],
@@ -227,13 +240,34 @@ def _group_near_copies(dataset: Path, photos: list[Photo], compared: set[str], s
         if photo.group:
             members.setdefault(photo.group, []).append(photo)
     summary.near_copies = [copies for copies in members.values() if len(copies) > 1]
+    return photos
+
+
+def _drop_near_copies(photos: list[Photo], collection: Collection, summary: IngestSummary) -> list[Photo]:
+    """Return the photos without all but the largest, or else the sharpest, of those that show the same picture."""
+    dropped = {}
+    for copies in summary.near_copies:
+        best = max(copies, key=lambda p: (p.width * p.height, p.quality.sharpness if p.quality else 0))
+        dropped |= {photo.sha256: best for photo in copies if photo is not best}
+    for photo in photos:
+        if best := dropped.get(photo.sha256):
+            reason = f"near-copy of {best.source}, which is larger or sharper"
+            summary.rejected.append(Rejection(photo.source, reason, "duplicate"))
+            collection.replaced_files |= {photo.file, photo.mask} - {""}
+            name = split_label(photo.source)[0]
+            summary.num_of_source[collection.folders.get(name, name)] -= 1
+    summary.num_near_copies_dropped = len(dropped)
+    summary.near_copies = []
+    return [photo for photo in photos if photo.sha256 not in dropped]
+
+
+def _note_near_copies(summary: IngestSummary) -> None:
     for first, *others in summary.near_copies:
         summary.note(
             "near-copies",
             f"near-copies of {first.source}, held out or trained on together with it: "
             + ", ".join(photo.source for photo in others),
         )
-    return photos
 
 
 def _write_lists(dataset: Path, summary: IngestSummary) -> None:
@@ -259,6 +293,7 @@ def ingest(
     alpha: str = "white",
     kohya: bool = False,
     comma_tags: bool = False,
+    drop_near_copies: bool = False,
 ) -> IngestSummary:
     """Add the photos of `sources` (folders or files) to the dataset folder and return a summary of what was done.
 
@@ -266,7 +301,8 @@ def ingest(
     re-encoded as sRGB at `quality` (1 to 100). Originals are only read. Files that cannot be used, duplicates included,
     are listed with the reason in the summary and in rejected.jsonl. Photos of earlier calls stay in the manifest, and
     repeating a call gives the same manifest; with `prune`, photos that are not, or no longer, in the sources are
-    removed. Near-copies get a common group, which the validation split keeps together. progress(files done, files in
+    removed. Near-copies get a common group, which the validation split keeps together; with `drop_near_copies` only the
+    largest of each group stays. progress(files done, files in
     total) is called after each file. fetch: downloads photographs into the dataset folder and returns where they lie,
     which is one more source. alpha: the colour that transparency is composited over, or `mask`, which also keeps it as
     the photo's loss mask, unless a mask stands beside the photo. kohya,
@@ -313,7 +349,7 @@ def ingest(
                     summary.note("source", note)
                 found, reader = files_of(fetched.folder, dataset)
                 sources, files, readers = [*sources, fetched.folder], [*files, *found], [*readers, reader]
-            _ingest(sources, files, readers, dataset, summary, prepare, prune, progress)
+            _ingest(sources, files, readers, dataset, summary, prepare, prune, drop_near_copies, progress)
     except OSError as error:
         if error.errno not in CANNOT_WRITE:
             raise
@@ -332,6 +368,7 @@ def _ingest(
     summary: IngestSummary,
     prepare: Callable[[SourceFile, threading.Event], PreparedFile | str],
     prune: bool,
+    drop_near_copies: bool,
     progress: Callable[[int, int], None] | None,
 ) -> None:
     """Do the work of `ingest`. The caller holds the dataset's lock."""
@@ -354,7 +391,11 @@ def _ingest(
         _check_use(sources, collection, readers, dataset)
         collection.take_stock()
         collection.note_links(files)
-    summary.photos = _group_near_copies(dataset, collection.photos, collection.compared, summary)
+    photos = _group_near_copies(dataset, _measured(dataset, collection.photos), collection.compared, summary)
+    summary.photos = _drop_near_copies(photos, collection, summary) if drop_near_copies else photos
+    _note_near_copies(summary)
+    for photo, reason in doubtful(summary.photos):
+        summary.note("quality", f"{photo.source}: {reason}")
     for reader in readers:
         summary.rejected += reader.rejections
         summary.notes += [Note("caption", text) for text in reader.warnings]

@@ -66,6 +66,9 @@ class Prepare:
     prune: Annotated[
         bool, arg(help="remove photos from the dataset that are not, or no longer, in the sources given")
     ] = False
+    drop_near_duplicates: Annotated[bool, arg(help="of photos that show the same picture, keep only the largest")] = (
+        False
+    )
     limit: Annotated[int | None, _own("INT", "unsplash: number of photos to draw from the table", "500")] = None
     width: Annotated[int | None, _own("PX", "unsplash: download photos at most this wide", "1600")] = None
     seed: Annotated[int | None, _own("INT", "unsplash: seed of the draw", "0")] = None

@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from safelight.data.photo import USUAL_SETTINGS, Photo, PhotoSettings
+from safelight.data.prepare.caption_words import MIN_WORDS, CaptionWords, caption_words
 from safelight.data.prepare.ingest import ALPHA_IS_MASK, NOTES_NAME, REJECTED_NAME, IngestSummary
 from safelight.data.sources.caption import FILE_NAME, is_camera_name
 from safelight.output.columns import hanging
@@ -20,6 +21,8 @@ from safelight.trainer.run_log.terminal import Terminal
 MAX_LISTED = 5
 # sources, and kinds of captions
 MAX_COUNTED = 20
+# captions that several photographs share
+MAX_REPEATED = 3
 # paths may have thousands of characters
 MAX_LINE = 300
 # kinds of `Rejection`, as they are counted
@@ -105,6 +108,24 @@ def _described(photos: list[Photo]) -> str:
     return ", ".join([f"tags of {counted(num_tagged, 'photograph')}"] * bool(num_tagged) + parts)
 
 
+def _word_lines(found: CaptionWords, num_photos: int) -> list[str]:
+    """Return what the captions have in common: words, captions of several photographs, captions that say little."""
+    lines = []
+    if found.words and num_photos > 1:
+        lines.append("commonest words: " + ", ".join(f"{shortened(w, 40)} {num}" for w, num in found.words.items()))
+    if found.captions:
+        shown = (f"{shortened(caption, 60)!r} {num}" for caption, num in list(found.captions.items())[:MAX_REPEATED])
+        lines.append(f"captions of several photographs: {', '.join(shown)}")
+    if found.short:
+        num, first = len(found.short), found.short[0]
+        have = "has a caption" if num == 1 else "have captions"
+        lines.append(
+            f"short captions: {counted(num, 'photograph')} {have} of fewer than {MIN_WORDS} words, such as "
+            f"{first.source}: {first.captions[0]!r}"
+        )
+    return lines
+
+
 def print_dataset(summary: IngestSummary, out: Path, terminal: Terminal, alpha: str = "white") -> None:
     """Print rejections and notes to stderr, the first of each kind, and the result to stdout. alpha: of --alpha."""
     num: Counter[str] = Counter()
@@ -127,11 +148,16 @@ def print_dataset(summary: IngestSummary, out: Path, terminal: Terminal, alpha: 
     )
     if len(summary.num_of_source) > 1:
         _print(f"sources: {_counts(Counter(summary.num_of_source), 'source')}")
+    if summary.num_near_copies_dropped:
+        _print(
+            f"near-copies: {counted(summary.num_near_copies_dropped, 'photograph')} dropped; the largest of each "
+            "picture stays"
+        )
     if summary.near_copies:
         num_copies = sum(map(len, summary.near_copies))
         _print(
             f"near-copies: {num_copies} photographs show {counted(len(summary.near_copies), 'picture')}; "
-            "those of one picture are held out or trained on together"
+            "those of one picture are held out or trained on together (--drop-near-duplicates keeps the largest)"
         )
     for line in _mask_lines(summary, alpha):
         _print(line)
@@ -139,6 +165,8 @@ def print_dataset(summary: IngestSummary, out: Path, terminal: Terminal, alpha: 
     _print(f"captions: {_counts(sources, 'kind')}")
     if described := _described(summary.photos):
         _print(f"read with them: {described}")
+    for line in _word_lines(caption_words(summary.photos), len(summary.photos)):
+        _print(line)
     named = next((p for p in summary.photos if p.caption_source == FILE_NAME and p.captions), None)
     if named:
         _print(f"example of a caption from a file name: {named.source} is {named.captions[0]!r}")

@@ -16,6 +16,8 @@ SIDE_PX = 512
 BLACK, WHITE = 2, 253
 # a photograph has little detail if its sharpness is less than this fraction of the dataset's median
 LITTLE_DETAIL = 1 / 20
+# among fewer there is no telling what is usual
+MIN_COMPARED = 10
 # and is badly exposed if more than this fraction of it is black or white
 MUCH_CLIPPED = 0.5
 
@@ -46,9 +48,8 @@ def measure(image: Image.Image) -> Quality:
 def doubtful(photos: Iterable[Photo]) -> list[tuple[Photo, str]]:
     """Return the photos to look at, the least sharp first, each with what is unusual about it."""
     measured = [(photo, photo.quality) for photo in photos if photo.quality is not None]
-    if not measured:
-        return []
-    usual = median(quality.sharpness for _, quality in measured)
+    is_enough = len(measured) >= MIN_COMPARED
+    usual = median(quality.sharpness for _, quality in measured) if is_enough else 0.0
     found = []
     for photo, quality in sorted(measured, key=lambda pair: pair[1].sharpness):
         reasons = []

@@ -51,14 +51,15 @@ def photo(number: int, caption: str = "a red house", **changes) -> Photo:
 
 
 def test_photographs_to_look_at_are_named_the_least_sharp_first():
-    usual = [photo(n, quality=measure(scene(n))) for n in range(5)]
-    blurred = photo(6, quality=measure(scene().filter(ImageFilter.GaussianBlur(6))))
-    night = photo(7, quality=replace(usual[0].quality, dark=0.8))
-    found = doubtful([*usual, night, blurred, photo(8)])
+    usual = [photo(n, quality=measure(scene(n))) for n in range(10)]
+    blurred = photo(16, quality=measure(scene().filter(ImageFilter.GaussianBlur(6))))
+    night = photo(17, quality=replace(usual[0].quality, dark=0.8))
+    found = doubtful([*usual, night, blurred, photo(18)])
     assert [one for one, _ in found] == [blurred, night]
     assert found[0][1].startswith("little fine detail (sharpness ")
     assert found[1][1] == "80% of it is black"
-    assert doubtful([photo(1)]) == []
+    # among a few photographs nothing is usual
+    assert doubtful([*usual[:5], blurred]) == []
 
 
 def test_what_captions_have_in_common():
@@ -122,7 +123,8 @@ def test_heic_photographs_are_read_upright_and_in_srgb(tmp_path):
     image = scene(size=(96, 64))
     decoded = decode(heic(image, quality=95))
     difference = np.abs(np.asarray(decoded.image, np.int16) - np.asarray(image, np.int16))
-    assert (decoded.format, decoded.is_copyable, difference.mean() < 6) == ("HEIF", False, True)
+    assert (decoded.format, decoded.is_copyable) == ("HEIF", False)
+    assert difference.mean() < 10
     exif = image.getexif()
     exif[0x0112] = 6
     content = io.BytesIO()

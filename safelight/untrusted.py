@@ -128,7 +128,9 @@ def check_links(folder: Path) -> None:
             raise UnsafeFile(f"{folder} cannot be searched for links: {error.strerror}") from error
 
 
-def check_kinds(folder: Path, folders: Iterable[str], files: Iterable[str], keeper: str) -> None:
+def check_kinds(
+    folder: Path, folders: Iterable[str | os.PathLike], files: Iterable[str | os.PathLike], keeper: str
+) -> None:
     """Raise UnsafeFile if a name in a folder is not what its keeper makes of it: one of `folders`, or of `files`.
 
     Called before hours of work, at whose end such a name could not be written. keeper: "the run", in the message.

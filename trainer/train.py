@@ -83,6 +83,8 @@ def train(
         check_kinds(run_dir, FOLDERS, FILES, "the run")
         for folder in (run_dir / "checkpoints", run_dir / "samples"):
             check_kinds(folder, [path.name for path in folder.glob("step-*")], (), "the run")
+        for pattern in ("samples/step-*/*.png", "samples/step-*/index.json", "data_examples/*.jpg"):
+            check_kinds(Path(), (), run_dir.glob(pattern), "the run")
         checkpoints = list_checkpoints(run_dir)
         if checkpoints and not resume:
             raise UserError(

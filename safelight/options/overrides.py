@@ -7,6 +7,7 @@ parse_config, so that an invalid value gives the same message in either place.
 from __future__ import annotations
 
 import os
+import re
 from collections import deque
 from typing import Any, get_args, get_origin
 
@@ -72,7 +73,8 @@ def _put(settings: dict, path: list[str], value: Any) -> None:
     where = ".".join(path)
     if path[0] == "stage":
         stages = settings["stage"]
-        if len(path) != 3 or not path[1].isdigit() or int(path[1]) > len(stages):
+        is_number = len(path) == 3 and re.fullmatch("[0-9]{1,6}", path[1])
+        if not is_number or int(path[1]) > len(stages):
             raise UserError(
                 f"command line: {where}: a stage is given by its number, for example --stage.0.lr 1e-6; "
                 f"there are {len(stages)}, and --stage.{len(stages)}.epochs adds one"

@@ -218,9 +218,11 @@ from safelight.__main__ import main
 
 def test_names_of_the_other_kind_in_a_run_are_refused_before_the_dataset_is_read(tmp_path):
     call("init", "tiny", "-o", tmp_path / "run.toml")
-    for name in (*FOLDERS, *FILES, "samples/step-00000001", "checkpoints/step-00000001"):
+    places = ("samples/step-00000001", "checkpoints/step-00000001")
+    files = (*(f"{places[0]}/{name}" for name in ("index.json", "step1-000-a.png")), "data_examples/000.jpg")
+    for name in (*FOLDERS, *FILES, *places, *files):
         run, kind, other = tmp_path / "runs" / name, "folder", "file"
-        if name in FILES:
+        if name in (*FILES, *files):
             kind, other = other, kind
             (run / name).mkdir(parents=True)
         else:

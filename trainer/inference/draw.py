@@ -26,6 +26,7 @@ from safelight.trainer.checkpoint.files import check_files, folder_of, list_chec
 from safelight.trainer.config.schema import MAX_CHUNKS, Config
 from safelight.trainer.config.toml import COMMAND_LINE, explain, load_config, require_run
 from safelight.trainer.inference.gallery import (
+    PAGE_NAME,
     Drawn,
     check_folder,
     file_name,
@@ -61,6 +62,8 @@ from safelight.untrusted import check_kinds, check_links, path_in, read_json_obj
 
 Progress = Callable[[int, int], None]
 MAX_PAIRS = 1000
+# images that a folder holds before their numbers are no longer counted on
+MAX_NUMBER = 10**9
 # more prompts at a time than any plan chooses
 MAX_BATCH_SIZE = 1024
 # the file of a checkpoint whose hash identifies it
@@ -217,8 +220,9 @@ def pick_step(run_dir: Path, checkpoint: str, allow_base: bool = True) -> int | 
                 f"{run_dir} has no best checkpoint: {reason}; use last or one of {', '.join(map(str, steps))}"
             )
         return best
-    if checkpoint.isdigit() and int(checkpoint) in steps:
-        return int(checkpoint)
+    # str.isdigit is true of characters that int refuses, and of more digits than it takes
+    if (match := re.fullmatch("0*([0-9]{1,8})", checkpoint)) and int(match[1]) in steps:
+        return int(match[1])
     names = "last, best, base" if allow_base else "last, best"
     raise UserError(
         f"checkpoint {checkpoint!r} is not in {run_dir}; use {names} or one of {', '.join(map(str, steps))}"
@@ -299,6 +303,8 @@ def compare(
     cuts = run.say_cuts(prompts, negative, say)
     folder = run.run_dir / "compare"
     folder.mkdir(exist_ok=True)
+    check_kinds(run.run_dir, (), ("report.html",), "the run")
+    check_kinds(folder, (), ["index.json", PAGE_NAME, *(path.name for path in folder.glob("*.png"))], "the run")
     pairs = [{"prompt": p, "seed": settings.seed, "cfg": settings.cfg, "num_steps": settings.steps} for p in prompts]
     for pair in pairs:
         pair.update({"cut_after": cuts[pair["prompt"]]} if pair["prompt"] in cuts else {})
@@ -367,7 +373,7 @@ def sample(
     with _explaining_broken_weights(run, step, prompts):
         images = run.draw(run.unet(step), prompts, settings, negative, progress, say)
     stem = f"{'base' if step is None else f'step{step}'}-seed{settings.seed}"
-    first = _next_number(folder, stem)
+    first = _next_number(folder, stem, len(prompts))
     names = [out.name] if is_file else [file_name(stem, n, prompt) for n, prompt in enumerate(prompts, first)]
     drawn = [
         Drawn.of(name, prompt, negative, step, settings, cuts.get(prompt, ""))
@@ -396,7 +402,14 @@ def _names_file(out: Path, num_prompts: int) -> bool:
     return True
 
 
-def _next_number(folder: Path, stem: str) -> int:
-    """Return the number after those of earlier images, which may be of other prompts."""
-    numbers = (re.fullmatch(rf"{re.escape(stem)}-([0-9]{{3,9}})(-.*)?\.png", path.name) for path in folder.iterdir())
-    return 1 + max((int(match[1]) for match in numbers if match), default=-1)
+def _next_number(folder: Path, stem: str, num: int) -> int:
+    """Return the first of `num` numbers after those of earlier images, which may be of other prompts.
+
+    Far larger ones, which are not ours, are only avoided: the number after them could be too long for a name.
+    """
+    matches = (re.fullmatch(rf"{re.escape(stem)}-([0-9]{{3,}})(-.*)?\.png", path.name) for path in folder.iterdir())
+    numbers = {int(match[1]) for match in matches if match}
+    first = 1 + max((number for number in numbers if number < MAX_NUMBER), default=-1)
+    while taken := numbers.intersection(range(first, first + num)):
+        first = 1 + max(taken)
+    return first

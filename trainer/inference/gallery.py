@@ -24,7 +24,7 @@ from safelight.trainer.inference.sampling import Settings
 from safelight.trainer.report.markup import Markup, join, prompt_markup, shorten, tag
 from safelight.trainer.report.pictures import Picture, Work, embed_all, placeholder
 from safelight.trainer.report.theme import CSS, JS, content_security_policy
-from safelight.untrusted import UnsafeFile, path_in, read_bytes, read_json_object
+from safelight.untrusted import UnsafeFile, check_kinds, is_link_out, path_in, read_bytes, read_json_object
 
 # the record of the images that `safelight sample` drew into a folder, from which its page is made
 RECORD_NAME = "images.json"
@@ -142,7 +142,7 @@ def read_drawn(folder: Path) -> list[Drawn]:
     Raises UnsafeFile if the record is damaged. Rows that are not valid are left out: the folder may be somebody else's.
     """
     try:
-        rows = read_json_object(folder / RECORD_NAME).get("images")
+        rows = read_json_object(path_in(folder, RECORD_NAME)).get("images")
     except FileNotFoundError:
         return []
     drawn = [_parse(row) for row in rows] if isinstance(rows, list) else []
@@ -150,7 +150,17 @@ def read_drawn(folder: Path) -> list[Drawn]:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise UserError if `write_drawn` or `write_page` would replace a file in a folder that they did not write."""
+    """Raise UserError if `write_drawn` or `write_page` would replace a file in a folder that they did not write.
+
+    Also if one of their files is a link that leads out: what is read there would be shown to whoever gets the folder.
+    """
+    check_kinds(folder, (), (RECORD_NAME, PAGE_NAME), "a folder of images")
+    for name in (RECORD_NAME, PAGE_NAME):
+        if is_link_out(folder / name, folder):
+            raise UserError(
+                f"{folder / name} is a link to {os.path.realpath(folder / name)}, outside {folder}; such links are "
+                "never followed: delete it, or name another folder with -o"
+            )
     record, page = (os.path.lexists(folder / name) for name in (RECORD_NAME, PAGE_NAME))
     has_own_record = record and _is_own_record(folder)
     if record and not has_own_record:
@@ -268,5 +278,5 @@ def _figure(image: Drawn, picture: Picture | None) -> Markup:
 def _relative_url(name: str) -> str:
     from urllib.parse import quote
 
-    # ./ because a name with a colon would be read as a scheme
-    return f"./{quote(name)}"
+    # ./ because a name with a colon would be read as a scheme; bytes, because a name may be no valid UTF-8
+    return f"./{quote(os.fsencode(name))}"

@@ -524,6 +524,8 @@ def test_overrides_do_not_modify_the_original_settings():
         ("--train.batch-size.x 1", "train.batch_size.x is not a setting; batch_size is a value, not a table"),
         ("--stage.lr 1", "stage.lr: a stage is given by its number, for example --stage.0.lr 1e-6; there are 2"),
         ("--stage.3.lr 1e-6", "stage.3.lr: a stage is given by its number"),
+        ("--stage.².lr 1e-6", "stage.².lr: a stage is given by its number"),
+        (f"--stage.{'1' * 5000}.lr 1e-6", f"stage.{'1' * 5000}.lr: a stage is given by its number"),
         ("--stage.2.lr 1e-6", "stage.2.epochs is missing"),
         ("--loss.zero-terminal-snr --loss.prediction epsilon", "loss.zero_terminal_snr requires loss.prediction"),
     ],

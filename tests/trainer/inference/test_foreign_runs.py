@@ -1,6 +1,7 @@
 """A run folder with links that lead out: sample, compare and export refuse it, a log is not written through one."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ from safelight import library_log
 from safelight.errors import UserError
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.toml import to_toml
-from safelight.trainer.inference.draw import open_run, validation_captions
+from safelight.trainer.inference.draw import OpenRun, _next_number, compare, open_run, pick_step, validation_captions
 from safelight.trainer.inference.export import export
+from safelight.trainer.inference.gallery import file_name
 from safelight.trainer.run_log.environment import MEMORY_PLAN, recorded
 from safelight.trainer.run_log.terminal import Terminal
 
@@ -73,6 +75,41 @@ def test_a_damaged_split_is_named(run, text):
 def test_a_damaged_environment_is_said_to_be_unreadable(run, text):
     (run / "environment.json").write_text(text, encoding="latin-1")
     assert recorded(run, MEMORY_PLAN) == {"unreadable": str(run / "environment.json")}
+
+
+@pytest.mark.parametrize("planted", ["999999999", "1000000000", "999999999999", "9" * 200, "002"])
+def test_a_planted_number_makes_no_image_overwrite_another(tmp_path, planted):
+    stem, drawn = "step8-seed1", []
+    (tmp_path / f"{stem}-{planted}.png").touch()
+    for _ in range(4):
+        first = _next_number(tmp_path, stem, 2)
+        drawn += [file_name(stem, number, "a barn") for number in (first, first + 1)]
+        for name in drawn[-2:]:
+            (tmp_path / name).touch(exist_ok=False)
+    assert len(set(drawn)) == 8
+    assert max(map(len, drawn)) < 40
+
+
+@pytest.mark.parametrize("name", ["²", "٣", "9" * 5000, "7.0", "-7", "", "00000000000000000007"])
+def test_a_checkpoint_is_named_by_digits_that_int_takes(tiny_run, name):
+    if name.endswith("7") and name.startswith("0"):
+        assert pick_step(tiny_run, name) == 7
+        return
+    with pytest.raises(UserError, match=r"is not in .*; use last, best, base or one of 7"):
+        pick_step(tiny_run, name)
+
+
+@pytest.mark.parametrize("name", ["report.html", "compare/index.html", "compare/index.json", "compare/base-000-x.png"])
+def test_a_folder_in_the_place_of_a_comparisons_file_is_refused_before_anything_is_drawn(
+    tiny_run, tmp_path, name, monkeypatch
+):
+    run = Path(shutil.copytree(tiny_run, tmp_path / "copy"))
+    (run / name).mkdir(parents=True)
+    monkeypatch.setattr(OpenRun, "unet", lambda *_: pytest.fail("drawn"))
+    opened = open_run(run)
+    opened.config.sample.prompts = ["a barn"]
+    with pytest.raises(UserError, match=f"{name} is a folder where the run keeps a file; move it away"):
+        compare(opened, "last", 1)
 
 
 def test_the_terminal_gets_no_escape_sequences(capsys):

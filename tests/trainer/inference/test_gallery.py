@@ -7,6 +7,7 @@ import json
 import os
 import re
 from pathlib import Path
+from urllib.parse import unquote_to_bytes
 
 import pytest
 from PIL import Image
@@ -133,6 +134,49 @@ def test_the_record_goes_on_and_drops_what_is_gone_or_invalid(tmp_path):
         (tmp_path / RECORD_NAME).write_text(text)
         with pytest.raises(UnsafeFile, match=RECORD_NAME):
             read_drawn(tmp_path)
+
+
+@pytest.mark.parametrize("name", [RECORD_NAME, PAGE_NAME])
+def test_what_a_link_leads_to_is_not_shown_to_whoever_gets_the_folder(tmp_path, name):
+    gallery, secret = tmp_path / "gallery", tmp_path / "secret"
+    for folder in (gallery, secret):
+        folder.mkdir()
+        images_of(folder, EXAMPLE)
+    write_drawn(secret, [EXAMPLE])
+    write_page(secret, "secret", [EXAMPLE])
+    write_drawn(gallery, [EXAMPLE])
+    (gallery / name).unlink(missing_ok=True)
+    (gallery / name).symlink_to(f"../secret/{name}")
+    with pytest.raises(UserError, match=f"gallery/{name} is a link to .*secret/{name}, outside .*: delete it, or name"):
+        check_folder(gallery)
+    if name == RECORD_NAME:
+        with pytest.raises(UnsafeFile, match="leads out of this folder"):
+            read_drawn(gallery)
+    (gallery / name).unlink()
+    # one that stays inside is fine
+    write_drawn(gallery, [EXAMPLE])
+    (gallery / PAGE_NAME).unlink(missing_ok=True)
+    (gallery / RECORD_NAME).rename(gallery / "mine.json")
+    (gallery / RECORD_NAME).symlink_to("mine.json")
+    check_folder(gallery)
+    assert read_drawn(gallery) == [EXAMPLE]
+
+
+@pytest.mark.parametrize("name", [RECORD_NAME, PAGE_NAME])
+def test_a_folder_in_the_place_of_a_gallerys_file_is_refused_before_anything_is_drawn(tmp_path, name):
+    write_drawn(tmp_path, images_of(tmp_path, EXAMPLE))
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).mkdir()
+    with pytest.raises(UnsafeFile, match=f"{name} is a folder where a folder of images keeps a file; move it away"):
+        check_folder(tmp_path)
+
+
+@pytest.mark.parametrize("name", [b"\xe9.png", b"a \xff#.png"])
+def test_a_page_links_to_a_file_whose_name_is_no_text(tmp_path, name):
+    drawn = images_of(tmp_path, dataclasses.replace(EXAMPLE, file=os.fsdecode(name)))
+    html = write_page(tmp_path, "run", drawn).read_text()
+    (url,) = re.findall(r'href="\./([^"]*)"', html)
+    assert unquote_to_bytes(url) == name
 
 
 def test_the_page_is_a_grid_of_prompts_and_steps(tmp_path):

@@ -15,7 +15,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
@@ -160,11 +160,11 @@ def _rows(table: Path, needed: Callable[[list[str]], set[str]]) -> Iterator[tupl
     """
     lines = _Lines(table)
     try:
-        header_line = next(lines)
+        first_line = next(lines)
+        delimiter = "\t" if "\t" in first_line else ","
+        header = [name.strip() for name in next(csv.reader([first_line], delimiter=delimiter), [])]
     except (StopIteration, csv.Error):
         raise UserError(f"{table} has no header; give photos.tsv000 of the Unsplash Lite dataset") from None
-    delimiter = "\t" if "\t" in header_line else ","
-    header = [name.strip() for name in next(csv.reader([header_line], delimiter=delimiter), [])]
     missing = sorted({*REQUIRED, *needed(header)} - {*header})
     if missing:
         raise UserError(
@@ -336,13 +336,9 @@ def _held_rows(path: Path) -> dict[str, dict]:
 
 
 def _metadata_row(photograph: Photograph, request: Request) -> dict:
-    column = CAPTION_COLUMNS.get(request.captions)
-    source = column if column and photograph.caption else "no caption"
-    row = {"file_name": photograph.file_name, "text": photograph.caption, "caption_source": source}
-    if column == "ai_description" and photograph.caption:
-        row["captioner"] = "unsplash ai_description"
-    credit = {"photographer": photograph.credit.photographer, "page": photograph.credit.page}
-    return row | {"credit": {name: storable(text) for name, text in credit.items() if text}}
+    credit = {name: storable(text) for name, text in asdict(photograph.credit).items() if text}
+    source = CAPTION_COLUMNS[request.captions] if photograph.caption else "no caption"
+    return {"file_name": photograph.file_name, "text": photograph.caption, "caption_source": source, "credit": credit}
 
 
 def _is_download(name: str) -> bool:

@@ -73,7 +73,7 @@ def test_what_keeps_failing_ends_with_its_reason(tmp_path, server):
     url = server.add("/a", lambda handler, num: handler.send(503))
     reasons, notes = get(tmp_path, url, limits=replace(QUICK, first_wait_s=0.3))
     assert reasons == ["the server answers 503 Service Unavailable (tried 3 times)"]
-    assert any("retrying: the server answers 503" in note for _, _, note in notes)
+    assert any("MB/s  1 retried: the server answers 503" in note for _, _, note in notes)
     assert server.num_of_path["/a"] == 3
 
 

@@ -390,7 +390,7 @@ class Downloader:
             self.troubles[wanted.path] = reason
             if wait_s is not None and wait_s > self.limits.max_wait_s:
                 self._give_up(f"the server asks to wait {wait_s:,.0f} s; run it again then")
-                return reason
+                return f"{reason} and asks to wait {wait_s:,.0f} s"
             if wait_s is not None:
                 self._resume_at = max(self._resume_at, time.monotonic() + wait_s)
             elif attempt + 1 < self.limits.num_tries:

@@ -165,6 +165,8 @@ def _rows(table: Path, needed: Callable[[list[str]], set[str]]) -> Iterator[tupl
         header = [name.strip() for name in next(csv.reader([first_line], delimiter=delimiter), [])]
     except (StopIteration, csv.Error):
         raise UserError(f"{table} has no header; give photos.tsv000 of the Unsplash Lite dataset") from None
+    if first_line.startswith("PK"):
+        raise UserError(f"{table} is an archive; unpack it, and give the photos.tsv000 in it")
     missing = sorted({*REQUIRED, *needed(header)} - {*header})
     if missing:
         raise UserError(
@@ -307,20 +309,20 @@ def _check(request: Request) -> None:
 
 
 def _check_width(folder: Path, width: int) -> None:
-    """Raise UserError if the folder holds photographs of another width. Records the width if there is no record."""
+    """Raise UserError if the folder holds photographs of another width, else record this one."""
     path = folder / ASKED_NAME
     try:
         held = read_json_object(path).get("width")
     except FileNotFoundError:
-        atomic_write_text(path, json.dumps({"width": width}) + "\n")
-        return
+        held = None
     except UnsafeFile as error:
         raise UserError(f"{error}; delete {folder} to download its photographs again") from None
-    if held != width:
+    if held != width and any(map(_is_download, os.listdir(folder))):
         raise UserError(
             f"{folder} holds photographs that were downloaded with --width {held}; give the same width, or another "
             "dataset with -o"
         )
+    atomic_write_text(path, json.dumps({"width": width}) + "\n")
 
 
 def _held_rows(path: Path) -> dict[str, dict]:
@@ -339,6 +341,12 @@ def _metadata_row(photograph: Photograph, request: Request) -> dict:
     credit = {name: storable(text) for name, text in asdict(photograph.credit).items() if text}
     source = CAPTION_COLUMNS[request.captions] if photograph.caption else "no caption"
     return {"file_name": photograph.file_name, "text": photograph.caption, "caption_source": source, "credit": credit}
+
+
+def _proxy_hint() -> str:
+    """Return a hint if the environment names a proxy: through one, no address could be checked."""
+    names = [name for name in os.environ if name.lower() in ("http_proxy", "https_proxy", "all_proxy")]
+    return f"; downloads do not use the proxy of {names[0]}: they need a direct connection" if names else ""
 
 
 def _is_download(name: str) -> bool:
@@ -377,7 +385,7 @@ def fetch(
     if len(failures) == len(chosen):
         raise UserError(
             f"none of {counted(len(chosen), 'photograph')} can be downloaded; the first is {failures[0].wanted.url}: "
-            f"{failures[0].reason}"
+            f"{failures[0].reason}{_proxy_hint()}"
         )
     rejected += [Rejection(storable(failure.wanted.url), storable(failure.reason)) for failure in failures]
     rows = _held_rows(folder / METADATA_NAME) | {one.file_name: _metadata_row(one, request) for one in chosen}

@@ -105,7 +105,7 @@ def test_a_server_that_asks_for_a_long_pause_is_left_alone(tmp_path, server):
     start = time.monotonic()
     reasons, _ = get(tmp_path, *urls)
     assert time.monotonic() - start < 5
-    assert reasons[0] == "the server answers 429 Too Many Requests"
+    assert reasons[0] == "the server answers 429 Too Many Requests and asks to wait 3,600 s"
     assert reasons[-1] == "not tried: the server asks to wait 3,600 s; run it again then"
     assert len(server.requests) <= 2 * QUICK.num_parallel
 

@@ -215,7 +215,7 @@ def test_memory_does_not_grow_with_the_table(tmp_path):
         b"photo_id,photo_image_url\nbad,x\n": "photos:2: the row's photo_id 'bad' is not 11 letters",
         b"x" * 10**6: "has no header",
         b"photo_id\rphoto_image_url\n": "has no header",
-        b"PK\x03\x04\x00\n": "has no column photo_id",
+        b"PK\x03\x04\x00\n": "is an archive; unpack it, and give the photos.tsv000 in it",
     }.items(),
 )
 def test_a_file_that_is_no_table_of_photographs(tmp_path, content, message):
@@ -362,12 +362,16 @@ def test_photographs_that_fail_are_left_out_with_their_reason(tmp_path, server, 
     assert len(server.requests) == num + 2
 
 
-def test_if_all_fail_it_is_an_error(tmp_path, server, table):
+def test_if_all_fail_it_is_an_error(tmp_path, server, table, monkeypatch):
     server.files.clear()
     with pytest.raises(
         UserError, match=r"none of 3 photographs can be downloaded; the first is http.*: .* 404 Not Found"
     ):
         prepare(tmp_path / "dataset", Request((table,), limit=3))
+    # nothing is there yet of that width
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy.example")
+    with pytest.raises(UserError, match="404 Not Found; downloads do not use the proxy of HTTPS_PROXY"):
+        prepare(tmp_path / "dataset", Request((table,), limit=3, width=800))
 
 
 def test_what_a_captioner_wrote_stays_where_the_table_has_nothing(tmp_path, table):

@@ -125,7 +125,8 @@ def public_addresses(host: str, port: int) -> list[str]:
     also = os.environ.get(ALSO_FROM)
     public = [address for address in addresses if is_public(address) or f"{address}:{port}" == also]
     if not public:
-        raise _Refused(f"{shortened(host)} is {addresses[0]}, which is no address of the public internet")
+        name = host if host == addresses[0] else f"{shortened(host)} ({addresses[0]})"
+        raise _Refused(f"{name} is no address of the public internet")
     return public
 
 

@@ -30,7 +30,7 @@ from safelight.data.sources.table_filter import Derived, Row, columns_of, holds,
 from safelight.errors import UserError
 from safelight.kernels.philox import Key, Purpose
 from safelight.text import collapse, counted, shortened, storable
-from safelight.untrusted import UnsafeFile, parse_json, path_in, read_json_object, read_lines
+from safelight.untrusted import UnsafeFile, check_kinds, parse_json, path_in, read_json_object, read_lines
 
 if TYPE_CHECKING:
     from safelight.data.sources.download import Limits
@@ -47,6 +47,8 @@ JPEG_QUALITY = 85
 # the full dataset's table has about 7 million rows of less than 1 KiB
 MAX_TABLE_BYTES = 2**35
 MAX_LINE_BYTES = 2**18
+# captions.py reads as much
+MAX_METADATA_BYTES = 2**28
 # of a row, whose quoted texts may have line ends
 MAX_ROW_BYTES = 2**19
 ROWS_AT_ONCE = 4096
@@ -325,13 +327,14 @@ def _check_width(folder: Path, width: int) -> None:
     atomic_write_text(path, json.dumps({"width": width}) + "\n")
 
 
-def _held_rows(path: Path) -> dict[str, dict]:
-    """Return the rows of an earlier metadata.jsonl by file name; what is damaged is left out."""
+def _held_rows(path: Path, names: set[str]) -> dict[str, dict]:
+    """Return the rows of an earlier metadata.jsonl for these files, by name; what is damaged is left out."""
     rows = {}
-    for line in read_lines(path, MAX_TABLE_BYTES, MAX_ROW_BYTES) if os.path.lexists(path) else []:
+    for line in read_lines(path, MAX_METADATA_BYTES, MAX_ROW_BYTES) if os.path.lexists(path) else []:
         try:
             row = parse_json(line or b"")
-            rows[str(row["file_name"])] = row
+            if row["file_name"] in names:
+                rows[row["file_name"]] = row
         except (UnsafeFile, TypeError, KeyError):
             continue
     return rows
@@ -371,6 +374,7 @@ def fetch(
 
     _check(request)
     chosen, rejected, num_met = choose(request)
+    check_kinds(dataset, (FOLDER.parent.as_posix(), FOLDER.as_posix()), (), "a dataset")
     folder = path_in(dataset, FOLDER)
     folder.mkdir(parents=True, exist_ok=True)
     _check_width(folder, request.width)
@@ -388,9 +392,10 @@ def fetch(
             f"{failures[0].reason}{_proxy_hint()}"
         )
     rejected += [Rejection(storable(failure.wanted.url), storable(failure.reason)) for failure in failures]
-    rows = _held_rows(folder / METADATA_NAME) | {one.file_name: _metadata_row(one, request) for one in chosen}
     there = {*os.listdir(folder)}
-    lines = [json.dumps(row) + "\n" for name, row in rows.items() if name in there]
+    new_rows = {one.file_name: _metadata_row(one, request) for one in chosen if one.file_name in there}
+    rows = _held_rows(folder / METADATA_NAME, there) | new_rows
+    lines = [json.dumps(row) + "\n" for row in rows.values()]
     atomic_write_text(folder / METADATA_NAME, "".join(lines))
     return Fetched(folder, rejected, _notes(request, chosen, num_met, folder))
 

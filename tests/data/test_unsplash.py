@@ -428,7 +428,7 @@ def test_a_damaged_metadata_file_is_written_anew(tmp_path, table):
     assert prepare(dataset, request).photos == before
 
 
-def test_a_link_out_of_the_dataset_is_not_written_through(tmp_path, table):
+def test_a_link_or_a_file_in_place_of_the_downloads_is_refused(tmp_path, table):
     dataset = tmp_path / "dataset"
     (tmp_path / "elsewhere").mkdir()
     dataset.mkdir()
@@ -436,3 +436,7 @@ def test_a_link_out_of_the_dataset_is_not_written_through(tmp_path, table):
     with pytest.raises(UserError, match="is a link to"):
         prepare(dataset, Request((table,), limit=3))
     assert list((tmp_path / "elsewhere").iterdir()) == []
+    (dataset / "downloads").unlink()
+    (dataset / "downloads").touch()
+    with pytest.raises(UserError, match="is a file where a dataset keeps a folder; move it away"):
+        prepare(dataset, Request((table,), limit=3))

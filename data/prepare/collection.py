@@ -14,7 +14,7 @@ from typing import Literal
 
 from safelight.data.atomic import atomic_write_bytes, sync_file, sync_folder
 from safelight.data.manifest import IMAGES_FOLDER, MASKS_FOLDER, has_manifest, read_manifest
-from safelight.data.photo import Photo
+from safelight.data.photo import NO_CREDIT, Photo
 from safelight.data.sources.caption import FILE_NAME, Rejection
 from safelight.data.sources.captions import CaptionReader
 from safelight.data.sources.roots import SourceFile, name_roots, place_of, read_sources, split_label
@@ -312,7 +312,8 @@ class Collection:
         caption = duplicate.reader.read(duplicate.path)
         if caption.is_written:
             theirs = {"captions": caption.texts, "caption_source": caption.source, "captioner": caption.captioner}
-            theirs |= {"tags": caption.tags, "settings": caption.settings, "credit": caption.credit}
+            credit = own.credit if caption.credit == NO_CREDIT else caption.credit
+            theirs |= {"tags": caption.tags, "settings": caption.settings, "credit": credit}
             self._put(index, replace(own, **theirs))
         return caption.is_written
 

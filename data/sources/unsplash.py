@@ -217,7 +217,7 @@ def _photograph(row: Row, request: Request) -> Photograph:
     column = CAPTION_COLUMNS.get(request.captions)
     names = (row.get("photographer_first_name", ""), row.get("photographer_last_name", ""))
     name = collapse(" ".join(names)) or collapse(row.get("photographer_username", ""))
-    credit = Credit(name, _web_address(row.get("photo_url", "")))
+    credit = Credit(name, _web_address(row.get("photo_url", "")) or address)
     caption = collapse(row[column]) if column else ""
     return Photograph(photo_id, image_address(address, request.width), caption, credit)
 

@@ -313,6 +313,26 @@ def test_captions_that_are_not_there_are_empty_and_said(tmp_path, table, caption
     assert any(note in text for text in summary.warnings)
 
 
+def test_a_table_of_ids_and_addresses_alone_is_enough(tmp_path, server):
+    url = server.add("/a", jpeg(1, 160, 120))
+    table = write_table(tmp_path / "photos.tsv000", [row(1, photo_image_url=url)], ("photo_id", "photo_image_url"))
+    [photo] = prepare(tmp_path / "dataset", Request((table,))).photos
+    assert (photo.captions, photo.credit) == (("",), Credit("", url))
+
+
+def test_a_caption_of_the_users_own_copy_is_taken_and_the_credit_stays(tmp_path, server, table):
+    request = Request((table,), limit=1)
+    number = int(ids(request)[0][1:9])
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "x.jpg").write_bytes(jpeg(number, 160, 120))
+    (tmp_path / "mine" / "x.txt").write_text("my hill")
+    dataset = tmp_path / "dataset"
+    prepare(dataset, request)
+    [photo] = prepare(dataset, request, sources=[tmp_path / "mine"]).photos
+    assert photo.captions == ("my hill",)
+    assert photo.credit.photographer == f"Zoë Invented {number % 5}"
+
+
 def test_a_larger_limit_downloads_only_what_is_new(tmp_path, server, table):
     dataset = tmp_path / "dataset"
     request = Request((table,), limit=5, captions="ai")

@@ -105,7 +105,7 @@ def write_start(
             # steps_per_epoch: a single number where all epochs are alike
             "stages": [{"epochs": s.epochs, "steps_per_epoch": s.numbers} for s in timeline.stage_steps],
             "examples": _write_examples(run_dir, dataset),
-            "credits": _credits(dataset),
+            "credits": credits_of(dataset),
             "rejected": [*_read_rejected(dataset.path / "rejected.jsonl"), *_left_out(dataset, config)],
         },
     )
@@ -123,7 +123,7 @@ def _left_out(dataset: Dataset, config: Config) -> list[dict]:
     ]
 
 
-def _credits(dataset: Dataset) -> list[dict]:
+def credits_of(dataset: Dataset) -> list[dict]:
     """Return who took the photos that say so, in the order of the files; the manifest has those beyond MAX_CREDITS."""
     photos = [sample.photo for sample in once_each(dataset.samples)]
     credited = sorted((photo for photo in photos if photo.credit != NO_CREDIT), key=lambda photo: photo.file)

@@ -14,7 +14,7 @@ from typing import Literal
 
 from safelight.data.atomic import atomic_write_bytes, sync_file, sync_folder
 from safelight.data.manifest import IMAGES_FOLDER, MASKS_FOLDER, has_manifest, read_manifest
-from safelight.data.photo import Photo, Quality
+from safelight.data.photo import NO_CREDIT, Photo, Quality
 from safelight.data.sources.caption import FILE_NAME, Rejection
 from safelight.data.sources.captions import CaptionReader
 from safelight.data.sources.roots import SourceFile, name_roots, place_of, read_sources, split_label
@@ -240,8 +240,8 @@ class Collection:
         self._write(file, prepared.data)
         mask, mask_sha256 = self._store_mask(source, prepared, old)
         caption = source.reader.read(source.path)
-        if caption.source == FILE_NAME and old is not None and old.captioner:
-            # what a captioner wrote is in no source, and is better than a file's name
+        if not caption.is_written and old is not None and old.captioner:
+            # what a captioner wrote is in no source, and is better than nothing
             caption = replace(caption, texts=old.captions, source=old.caption_source, captioner=old.captioner)
         photo = Photo(
             file,
@@ -306,17 +306,19 @@ class Collection:
     def _adopt_caption(self, index: int, duplicate: SourceFile) -> bool:
         """Return whether a photo took over the caption of its duplicate.
 
-        It does if nobody wrote its own caption, which is a file name or a captioner's, and somebody wrote one for the
-        duplicate.
+        It does if nobody wrote its own caption, which is a file name, empty or a captioner's, and somebody wrote one
+        for the duplicate.
         """
-        if self.photos[index].caption_source != FILE_NAME and not self.photos[index].captioner:
+        own = self.photos[index]
+        if own.caption_source != FILE_NAME and any(own.captions) and not own.captioner:
             return False
         caption = duplicate.reader.read(duplicate.path)
-        if caption.source != FILE_NAME:
+        if caption.is_written:
             theirs = {"captions": caption.texts, "caption_source": caption.source, "captioner": caption.captioner}
-            theirs |= {"tags": caption.tags, "settings": caption.settings, "credit": caption.credit}
-            self._put(index, replace(self.photos[index], **theirs))
-        return caption.source != FILE_NAME
+            credit = own.credit if caption.credit == NO_CREDIT else caption.credit
+            theirs |= {"tags": caption.tags, "settings": caption.settings, "credit": credit}
+            self._put(index, replace(own, **theirs))
+        return caption.is_written
 
     def take_stock(self) -> None:
         """Say which photos this call did not find in its sources, or drop them, and which sources the dataset has."""

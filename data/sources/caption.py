@@ -33,6 +33,11 @@ class Caption:
     credit: Credit = NO_CREDIT
     captioner: str = ""
 
+    @property
+    def is_written(self) -> bool:
+        """Whether somebody wrote it: it is neither a file's name nor empty."""
+        return self.source != FILE_NAME and any(self.texts)
+
 
 @dataclass(frozen=True)
 class Rejection:

@@ -125,7 +125,8 @@ def public_addresses(host: str, port: int) -> list[str]:
     also = os.environ.get(ALSO_FROM)
     public = [address for address in addresses if is_public(address) or f"{address}:{port}" == also]
     if not public:
-        raise _Refused(f"{shortened(host)} is {addresses[0]}, which is no address of the public internet")
+        name = host if host == addresses[0] else f"{shortened(host)} ({addresses[0]})"
+        raise _Refused(f"{name} is no address of the public internet")
     return public
 
 
@@ -305,14 +306,14 @@ def _end_of_rest(response: httpx2.Response, start: int, etag: str) -> int | None
 class Downloader:
     """Downloads a list of files with several workers.
 
-    num_bytes: received so far. failures: files that could not be downloaded. trouble: why the last try failed, empty
-    once another file has come through.
+    num_bytes: received so far. failures: files that could not be downloaded. troubles: files that are tried again, and
+    why.
     """
 
     def __init__(self, wanted: list[Wanted], limits: Limits):
         self.limits, self.num_bytes, self.num_done = limits, 0, 0
         self.failures: list[Failure] = []
-        self.trouble = ""
+        self.troubles: dict[Path, str] = {}
         self._waiting = deque(wanted)
         self._stop = threading.Event()
         self._lock = threading.Lock()
@@ -339,7 +340,9 @@ class Downloader:
                         speeds.popleft()
                     (start, before), (end, now) = speeds[0], speeds[-1]
                     speed = f"{(now - before) / max(end - start, 1e-3) / 1e6:.1f} MB/s"
-                    progress(self.num_done, f"{speed}  {self.trouble}" if self.trouble else speed)
+                    # a copy: workers change it meanwhile
+                    troubles = list(self.troubles.values())
+                    progress(self.num_done, f"{speed}  {len(troubles)} retried: {troubles[-1]}" if troubles else speed)
             finally:
                 self._stop.set()
 
@@ -356,6 +359,7 @@ class Downloader:
                     reason = self._fetch(client, transport, wanted)
                 except _Stopped:
                     return
+                self.troubles.pop(wanted.path, None)
                 with self._lock:
                     self.num_done += 1
                     if reason:
@@ -380,14 +384,14 @@ class Downloader:
             except (httpcore2.TimeoutException, httpcore2.NetworkError, httpcore2.ProtocolError) as error:
                 reason, wait_s = _why(error), None
             else:
-                self._num_failed_in_a_row, self.trouble = 0, ""
+                self._num_failed_in_a_row = 0
                 return ""
             # what is left of a faulty answer must not be taken for the next one
             transport.close()
-            self.trouble = f"retrying: {reason}"
+            self.troubles[wanted.path] = reason
             if wait_s is not None and wait_s > self.limits.max_wait_s:
                 self._give_up(f"the server asks to wait {wait_s:,.0f} s; run it again then")
-                return reason
+                return f"{reason} and asks to wait {wait_s:,.0f} s"
             if wait_s is not None:
                 self._resume_at = max(self._resume_at, time.monotonic() + wait_s)
             elif attempt + 1 < self.limits.num_tries:

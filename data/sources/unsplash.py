@@ -15,7 +15,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
@@ -30,7 +30,7 @@ from safelight.data.sources.table_filter import Derived, Row, columns_of, holds,
 from safelight.errors import UserError
 from safelight.kernels.philox import Key, Purpose
 from safelight.text import collapse, counted, shortened, storable
-from safelight.untrusted import UnsafeFile, parse_json, path_in, read_json_object, read_lines
+from safelight.untrusted import UnsafeFile, check_kinds, parse_json, path_in, read_json_object, read_lines
 
 if TYPE_CHECKING:
     from safelight.data.sources.download import Limits
@@ -47,6 +47,8 @@ JPEG_QUALITY = 85
 # the full dataset's table has about 7 million rows of less than 1 KiB
 MAX_TABLE_BYTES = 2**35
 MAX_LINE_BYTES = 2**18
+# captions.py reads as much
+MAX_METADATA_BYTES = 2**28
 # of a row, whose quoted texts may have line ends
 MAX_ROW_BYTES = 2**19
 ROWS_AT_ONCE = 4096
@@ -160,11 +162,13 @@ def _rows(table: Path, needed: Callable[[list[str]], set[str]]) -> Iterator[tupl
     """
     lines = _Lines(table)
     try:
-        header_line = next(lines)
+        first_line = next(lines)
+        delimiter = "\t" if "\t" in first_line else ","
+        header = [name.strip() for name in next(csv.reader([first_line], delimiter=delimiter), [])]
     except (StopIteration, csv.Error):
         raise UserError(f"{table} has no header; give photos.tsv000 of the Unsplash Lite dataset") from None
-    delimiter = "\t" if "\t" in header_line else ","
-    header = [name.strip() for name in next(csv.reader([header_line], delimiter=delimiter), [])]
+    if first_line.startswith("PK"):
+        raise UserError(f"{table} is an archive; unpack it, and give the photos.tsv000 in it")
     missing = sorted({*REQUIRED, *needed(header)} - {*header})
     if missing:
         raise UserError(
@@ -213,7 +217,7 @@ def _photograph(row: Row, request: Request) -> Photograph:
     column = CAPTION_COLUMNS.get(request.captions)
     names = (row.get("photographer_first_name", ""), row.get("photographer_last_name", ""))
     name = collapse(" ".join(names)) or collapse(row.get("photographer_username", ""))
-    credit = Credit(name, _web_address(row.get("photo_url", "")))
+    credit = Credit(name, _web_address(row.get("photo_url", "")) or address)
     caption = collapse(row[column]) if column else ""
     return Photograph(photo_id, image_address(address, request.width), caption, credit)
 
@@ -307,42 +311,45 @@ def _check(request: Request) -> None:
 
 
 def _check_width(folder: Path, width: int) -> None:
-    """Raise UserError if the folder holds photographs of another width. Records the width if there is no record."""
+    """Raise UserError if the folder holds photographs of another width, else record this one."""
     path = folder / ASKED_NAME
     try:
         held = read_json_object(path).get("width")
     except FileNotFoundError:
-        atomic_write_text(path, json.dumps({"width": width}) + "\n")
-        return
+        held = None
     except UnsafeFile as error:
         raise UserError(f"{error}; delete {folder} to download its photographs again") from None
-    if held != width:
+    if held != width and any(map(_is_download, os.listdir(folder))):
         raise UserError(
             f"{folder} holds photographs that were downloaded with --width {held}; give the same width, or another "
             "dataset with -o"
         )
+    atomic_write_text(path, json.dumps({"width": width}) + "\n")
 
 
-def _held_rows(path: Path) -> dict[str, dict]:
-    """Return the rows of an earlier metadata.jsonl by file name; what is damaged is left out."""
+def _held_rows(path: Path, names: set[str]) -> dict[str, dict]:
+    """Return the rows of an earlier metadata.jsonl for these files, by name; what is damaged is left out."""
     rows = {}
-    for line in read_lines(path, MAX_TABLE_BYTES, MAX_ROW_BYTES) if os.path.lexists(path) else []:
+    for line in read_lines(path, MAX_METADATA_BYTES, MAX_ROW_BYTES) if os.path.lexists(path) else []:
         try:
             row = parse_json(line or b"")
-            rows[str(row["file_name"])] = row
+            if row["file_name"] in names:
+                rows[row["file_name"]] = row
         except (UnsafeFile, TypeError, KeyError):
             continue
     return rows
 
 
 def _metadata_row(photograph: Photograph, request: Request) -> dict:
-    column = CAPTION_COLUMNS.get(request.captions)
-    source = column if column and photograph.caption else "no caption"
-    row = {"file_name": photograph.file_name, "text": photograph.caption, "caption_source": source}
-    if column == "ai_description" and photograph.caption:
-        row["captioner"] = "unsplash ai_description"
-    credit = {"photographer": photograph.credit.photographer, "page": photograph.credit.page}
-    return row | {"credit": {name: storable(text) for name, text in credit.items() if text}}
+    credit = {name: storable(text) for name, text in asdict(photograph.credit).items() if text}
+    source = CAPTION_COLUMNS[request.captions] if photograph.caption else "no caption"
+    return {"file_name": photograph.file_name, "text": photograph.caption, "caption_source": source, "credit": credit}
+
+
+def _proxy_hint() -> str:
+    """Return a hint if the environment names a proxy: through one, no address could be checked."""
+    names = [name for name in os.environ if name.lower() in ("http_proxy", "https_proxy", "all_proxy")]
+    return f"; downloads do not use the proxy of {names[0]}: they need a direct connection" if names else ""
 
 
 def _is_download(name: str) -> bool:
@@ -367,6 +374,7 @@ def fetch(
 
     _check(request)
     chosen, rejected, num_met = choose(request)
+    check_kinds(dataset, (FOLDER.parent.as_posix(), FOLDER.as_posix()), (), "a dataset")
     folder = path_in(dataset, FOLDER)
     folder.mkdir(parents=True, exist_ok=True)
     _check_width(folder, request.width)
@@ -381,12 +389,13 @@ def fetch(
     if len(failures) == len(chosen):
         raise UserError(
             f"none of {counted(len(chosen), 'photograph')} can be downloaded; the first is {failures[0].wanted.url}: "
-            f"{failures[0].reason}"
+            f"{failures[0].reason}{_proxy_hint()}"
         )
     rejected += [Rejection(storable(failure.wanted.url), storable(failure.reason)) for failure in failures]
-    rows = _held_rows(folder / METADATA_NAME) | {one.file_name: _metadata_row(one, request) for one in chosen}
     there = {*os.listdir(folder)}
-    lines = [json.dumps(row) + "\n" for name, row in rows.items() if name in there]
+    new_rows = {one.file_name: _metadata_row(one, request) for one in chosen if one.file_name in there}
+    rows = _held_rows(folder / METADATA_NAME, there) | new_rows
+    lines = [json.dumps(row) + "\n" for row in rows.values()]
     atomic_write_text(folder / METADATA_NAME, "".join(lines))
     return Fetched(folder, rejected, _notes(request, chosen, num_met, folder))
 

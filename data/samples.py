@@ -118,6 +118,20 @@ def _plan_crops(
     return planned
 
 
+def photo_captions(
+    photos: Sequence[Photo], tags: TagSettings, seed: int, prefix: str = "", suffix: str = ""
+) -> list[tuple[str, ...]]:
+    """Return the captions of each photo as they are encoded: each in every order of the tags, the canonical one first.
+
+    Arguments as of `plan_samples`.
+    """
+    captions = []
+    for photo, orders in zip(photos, order_tags(photos, tags, seed), strict=True):
+        texts = [", ".join(filter(None, (caption, *order))) for caption in photo.captions for order in orders]
+        captions.append(tuple(collapse(f"{prefix}{text}{suffix}") for text in texts))
+    return captions
+
+
 def plan_samples(
     placements: Sequence[Placement],
     *,
@@ -141,12 +155,10 @@ def plan_samples(
     if variants < 1:
         raise ValueError(f"variants {variants} is below 1; use 1 for the centred crop alone, 4 for augmentation")
     all_crops = _plan_crops(placements, variants, crop_jitter, flip_p, seed)
-    all_tags = order_tags([placed.photo for placed in placements], tags, seed)
+    all_captions = photo_captions([placed.photo for placed in placements], tags, seed, prefix, suffix)
     samples = []
-    for placed, crops, orders in zip(placements, all_crops, all_tags, strict=True):
+    for placed, crops, captions in zip(placements, all_crops, all_captions, strict=True):
         photo, bucket = placed.photo, placed.bucket
-        texts = [", ".join(filter(None, (caption, *order))) for caption in photo.captions for order in orders]
-        captions = tuple(collapse(f"{prefix}{text}{suffix}") for text in texts)
         latent_keys = tuple(latent_key(photo, crop, bucket, vae_fingerprint, dtype) for crop in crops)
         text_keys = tuple(text_key(caption, text_fingerprint, dtype) for caption in captions)
         samples.append(Sample(photo, bucket, latent_keys, text_keys, crops, captions))

@@ -111,12 +111,12 @@ class Dataset:
     @property
     def num_captions(self) -> int:
         """Distinct captions of each photograph, added up."""
-        return sum(len(set(s.captions)) for s in self.samples)
+        return sum(len(set(s.captions)) for s in placing.once_each(self.samples))
 
     @property
     def num_tagged(self) -> int:
         """Photographs with tags."""
-        return sum(bool(s.photo.tags) for s in self.samples)
+        return sum(bool(s.photo.tags) for s in placing.once_each(self.samples))
 
     @property
     def tag_note(self) -> str:
@@ -124,9 +124,10 @@ class Dataset:
         if not self.num_tagged:
             return ""
         most = max(len(set(s.captions)) // len(set(s.photo.captions)) for s in self.samples)
+        photos = counted(len(placing.once_each(self.samples)), "photograph")
         return (
-            f"{counted(self.num_captions, 'distinct caption')} of {counted(len(self.samples), 'photograph')}; "
-            f"{self.num_tagged} have tags, in up to {counted(most, 'order')}"
+            f"{counted(self.num_captions, 'distinct caption')} of {photos}; "
+            f"{self.num_tagged} {'has' if self.num_tagged == 1 else 'have'} tags, in up to {counted(most, 'order')}"
         )
 
     def counts(self) -> list[dict]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from safelight.data.cache import Sample
+from safelight.data.epochs import count_uses
 from safelight.data.side_stream import SideStream
 from safelight.errors import UserError
 from safelight.kernels.unet.attention import AttentionChoice, attention_cases, choose_attention
@@ -284,8 +285,11 @@ def _announce(
     metrics = Metrics(run.run_dir, -1 if run.resume_step is None else run.resume_step, run.user_config.log.tensorboard)
     if metrics.num_unreadable:
         terminal.say(f"{counted(metrics.num_unreadable, 'unreadable line')} of {metrics.path} left out")
+    num_photos = len(once_each(dataset.train))
+    uses = count_uses(dataset.train, seed=run.user_config.run.seed, num_epochs=1)
+    how_often = "" if uses == num_photos else f", used {uses} times in the first epoch"
     terminal.say(
-        f"{counted(len(once_each(dataset.train)), 'photograph')} to train on, {len(dataset.validation)} held out; "
+        f"{counted(num_photos, 'photograph')} to train on{how_often}, {len(dataset.validation)} held out; "
         f"{counted(timeline.num_steps, 'step')} in {counted(timeline.num_epochs, 'epoch')}"
     )
     if dataset.tag_note:

@@ -36,7 +36,7 @@ class Contents:
 
     counts: photographs to train on, by bucket; one that repeats counts as often. num_masks: photographs with a mask.
     num_waiting: uses of photographs that are carried over at the end of the run, and so not trained; num_never: of
-    buckets that never fill a batch.
+    buckets that never fill a batch. num_flipped: photographs with a flip_p of their own.
     """
 
     timeline: Timeline
@@ -46,6 +46,8 @@ class Contents:
     num_masks: int = 0
     num_waiting: int = 0
     num_never: int = 0
+    has_tags: bool = True
+    num_flipped: int = 0
 
     @classmethod
     def of(cls, config: Config, placed: Placed) -> Contents:
@@ -59,8 +61,11 @@ class Contents:
             left = left_over(placed.train, spans, seed=seed, epoch=epochs)
             due = uses_by_group(placed.train, seed=seed, num_epochs=epochs)
             waiting, never = sum(left.values()), sum(num for group, num in left.items() if num == due[group])
-        num_masks = sum(bool(one.photo.mask) for one in once_each(placed.train))
-        return cls(timeline, counts, len(placed.validation), has_captions, num_masks, waiting, never)
+        photos = [one.photo for one in once_each(placed.train)]
+        masks, flips = sum(bool(photo.mask) for photo in photos), sum(bool(photo.settings.flip_p) for photo in photos)
+        has_tags = any(photo.tags for photo in photos)
+        num_validation = len(placed.validation)
+        return cls(timeline, counts, num_validation, has_captions, masks, waiting, never, has_tags, flips)
 
 
 def notes_of(config: Config, device_type: str) -> list[str]:
@@ -78,7 +83,7 @@ def notes(config: Config, contents: Contents | None, device_type: str) -> list[s
     """Return a line for each setting without effect. contents: None if there is no dataset yet."""
     found = [*_unused(config, device_type), *_overridden(config)]
     if contents is not None:
-        for part in (_intervals, _batches, _validation):
+        for part in (_photos, _intervals, _batches, _validation):
             found += part(config, contents)
         if config.sample.every_epochs and not config.sample.prompts and not contents.has_captions:
             found.append(
@@ -197,6 +202,18 @@ def _stage_lengths(timeline: Timeline) -> list[int]:
     return [steps.total for steps in timeline.stage_steps]
 
 
+def _photos(config: Config, contents: Contents) -> Iterator[str]:
+    """Yield settings of tags and flips that no photograph can follow."""
+    for name in ("max_tags", "keep_tags", "shuffle_tags"):
+        if _is_changed(config.data, name) and not contents.has_tags:
+            yield f"data.{name} {str(getattr(config.data, name)).lower()} has no effect: no photograph has tags"
+    if contents.num_flipped and config.data.variants == 1:
+        yield (
+            f"the flip_p of {counted(contents.num_flipped, 'photograph')} has no effect with data.variants 1: only "
+            "further variants are mirrored"
+        )
+
+
 def _intervals(config: Config, contents: Contents) -> Iterator[str]:
     """Yield intervals that are longer than the run."""
     timeline = contents.timeline
@@ -218,10 +235,15 @@ def _num_epochs(timeline: Timeline) -> int:
 def _batches(config: Config, contents: Contents) -> Iterator[str]:
     """Yield batch sizes that buckets cannot fill, and accumulation over more batches than an epoch has."""
     counts = contents.counts.values()
+    if contents.num_waiting and not contents.num_never:
+        yield (
+            f"{counted(contents.num_waiting, 'use')} of photographs of the last epochs wait for a batch when the run "
+            "ends, and are not trained (data.short_batches carry)"
+        )
     if contents.num_never:
         yield (
-            f"{counted(contents.num_never, 'photograph')}, counted once an epoch, are in buckets that never fill a "
-            "batch, so that data.short_batches carry trains none of them; use merge or keep, or a smaller batch_size"
+            f"some buckets never fill a batch: data.short_batches carry does not train their photographs, "
+            f"{counted(contents.num_never, 'use')} in all; use merge or keep, or a smaller batch_size"
         )
     for batch_size in () if config.data.carries else dict.fromkeys(s.batch_size for s in contents.timeline.stages):
         small = sum(count < batch_size for count in counts)

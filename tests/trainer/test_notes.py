@@ -14,13 +14,13 @@ from safelight.trainer.notes import Contents, memory_note, notes, notes_of
 from tests.called import call
 
 
-def contents(config: Config, *counts: int, num_validation: int = 4, has_captions: bool = True) -> Contents:
+def contents(config: Config, *counts: int, num_validation: int = 4, has_captions: bool = True, **more) -> Contents:
     """Return a dataset whose buckets have these many photographs to train on."""
     stages = tuple(config.stages())
     batches = [sum(-(-count // s.batch_size) for count in counts) for s in stages]
     steps = tuple(StageSteps(s.epochs, (-(-num // s.accumulate),)) for s, num in zip(stages, batches, strict=True))
     timeline = Timeline(stages, steps, config.train.max_steps)
-    return Contents(timeline, dict(enumerate(counts)), num_validation, has_captions)
+    return Contents(timeline, dict(enumerate(counts)), num_validation, has_captions, **{"has_tags": False, **more})
 
 
 def notes_for(values: dict, *counts: int, device_type: str = "cuda", **more) -> list[str]:
@@ -76,6 +76,8 @@ def test_a_warm_up_longer_than_its_stage():
             "4 photographs held out by data.validation_fraction 0.1 and never validated",
         ),
         ({"data": {"crop_jitter": 0.1}}, "data.crop_jitter 0.1 has no effect with data.variants 1"),
+        ({"data": {"max_tags": 3}}, "data.max_tags 3 has no effect: no photograph has tags"),
+        ({"data": {"shuffle_tags": False}}, "data.shuffle_tags false has no effect: no photograph has tags"),
         ({"data": {"variants": 8}, "train": {"epochs": 2}}, "data.variants 8 is more than the run's 2 epochs"),
         (
             {"loss": {"huber_delta": 0.1}},
@@ -121,6 +123,24 @@ def test_a_setting_without_effect_is_said(values, start):
             (16, 1, 7),
             {},
             "2 of 3 buckets have fewer photographs than batch_size 8: their",
+        ),
+        (
+            {"data": {"short_batches": "carry"}},
+            (40,),
+            {"num_waiting": 3},
+            "3 uses of photographs of the last epochs wait for a batch when the run ends, and are not trained",
+        ),
+        (
+            {"data": {"short_batches": "carry"}},
+            (40, 1),
+            {"num_waiting": 3, "num_never": 2},
+            "some buckets never fill a batch: data.short_batches carry does not train their photographs, 2 uses in all",
+        ),
+        (
+            {},
+            (40,),
+            {"num_flipped": 2},
+            "the flip_p of 2 photographs has no effect with data.variants 1",
         ),
         (
             {},
@@ -171,3 +191,27 @@ def test_too_little_host_memory_is_said(make_config, monkeypatch):
     )
     monkeypatch.setattr(module, "available_bytes", decode_memory.available_bytes)
     assert memory_note(make_config(), "cpu", None) == ""
+
+
+def test_more_settings_are_advised_where_most_buckets_hold_less_than_a_batch():
+    values, advice = {"train": {"batch_size": 8}}, "; data.short_batches carry or merge fills them"
+    assert notes_for(values, 16, 1, 7)[0].endswith(advice)
+    assert not notes_for(values, 16, 16, 7)[0].endswith(advice)
+    assert notes_for({**values, "data": {"short_batches": "carry"}}, 16, 1, 7) == []
+
+
+def test_small_photographs_are_counted_and_named(make_config):
+    """The largest of the photographs are 64 x 64 px."""
+
+    def said(**data) -> list[str]:
+        config = make_config(data={"resolution": 72, "max_aspect": 1.0, **data})
+        return [note for note in notes_of(config, "cpu") if "enlarged" in note]
+
+    left_out, enlarged = said()
+    assert " would be enlarged more than 1.25 times and are left out (first: photos/0" in left_out
+    assert "are smaller than trained at, and enlarged up to 1.1" in enlarged
+    (enlarged,) = said(upscale="always")
+    assert enlarged.startswith("21 photographs are smaller than trained at, and enlarged up to 1.5")
+    assert said(resolution=64, max_aspect=4.0, upscale="always") == []
+    with pytest.raises(ValueError, match=r"all photographs are too small to train at 72 px with data\.upscale skip"):
+        said(upscale="skip")

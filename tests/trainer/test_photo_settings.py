@@ -14,6 +14,7 @@ from safelight.data.manifest import read_manifest, write_manifest
 from safelight.data.photo import PhotoSettings, Tag
 from safelight.data.prepare.ingest import ingest
 from safelight.trainer import train as module
+from safelight.trainer.notes import notes_of
 from safelight.trainer.report.course import _timeline
 from safelight.trainer.report.run_reader import read_run_folder
 from safelight.trainer.tiny.scenes import caption, draw, random_scene
@@ -175,3 +176,48 @@ def test_cache_counts_the_distinct_captions(configured, tmp_path):
     assert NUM < printed["num_captions"] <= NUM - 2 + 2 * 4
     lines = call("cache", tmp_path / "run.toml").out.splitlines()
     assert lines[-1].startswith(f"{printed['num_captions']} distinct captions of 7 photographs; 2 have tags, in up to ")
+
+
+def test_sizes_merged_buckets_and_small_photographs_take_effect(make_config, tmp_path, plans):
+    """Two resolutions: 5 photographs fill both, 5 only the smaller, 6 none; 4 alone is of another shape."""
+    source, sizes = tmp_path / "sized", {4: (76, 64), 5: (50, 50), 6: (30, 30)}
+    source.mkdir()
+    for number in range(NUM):
+        draw(random_scene(8, number)).resize(sizes.get(number, (64, 64))).save(source / f"{number}.png")
+        (source / f"{number}.txt").write_text(f"scene {number}")
+    ingest([source], tmp_path / "sized-dataset")
+    data = {"path": str(tmp_path / "sized-dataset"), "resolution": [48, 64], "validation_fraction": 0.0}
+
+    def bucket_sizes(name: str, **more) -> dict[int, list[tuple[int, int]]]:
+        config = make_config(
+            run={"dir": str(tmp_path / name)},
+            data={**data, **more},
+            train={"batch_size": 4, "max_steps": 2},
+            stage=[{"epochs": 1}],
+            sample={"every_epochs": 0},
+            validate={"every_epochs": 0},
+        )
+        assert any(
+            note.startswith("1 photograph would be enlarged more than 1.25 ") for note in notes_of(config, "cpu")
+        )
+        train(config)
+        met = {number: [] for number in range(NUM)}
+        samples, batches = plans[0]
+        for batch in batches:
+            for ref in batch.refs:
+                met[number_of(samples[ref.sample_index])].append((batch.bucket.width, batch.bucket.height))
+        assert {ref.occurrence for batch in batches for ref in batch.refs} == {0, 1}
+        return {number: sorted(met[number]) for number in met}
+
+    both = [(48, 48), (64, 64)]
+    expected = {**dict.fromkeys(range(4), both), 5: [(48, 48)], 6: []}
+    assert bucket_sizes("kept") == {**expected, 4: [(56, 40), (72, 56)]}
+    assert bucket_sizes("merged", short_batches="merge") == {**expected, 4: both}
+    written = json.loads((tmp_path / "merged" / "data.json").read_text())
+    assert (written["num_photos"], written["num_train"]) == (6, 6)
+    assert [(row["width"], row["num_train"]) for row in written["buckets"]] == [(48, 6), (64, 5)]
+    assert written["buckets"][0]["crop_loss"] == pytest.approx(12 * 64 / (4 * 64**2 + 76 * 64 + 50**2), abs=1e-6)
+    (row,) = written["rejected"]
+    assert row["reason"] == "30 x 30 px is too small for data.resolution 48 with data.upscale allow"
+    split = json.loads((tmp_path / "merged" / "split.json").read_text())
+    assert len(split["train"]) == 6

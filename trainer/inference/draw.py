@@ -18,6 +18,7 @@ from torch import nn
 
 from safelight.data.atomic import atomic_write_text
 from safelight.data.manifest import read_manifest
+from safelight.data.samples import photo_captions
 from safelight.errors import UserError
 from safelight.kernels.unet.attention import apply_attention, attention_cases, choose_attention
 from safelight.text import counted, storable
@@ -250,11 +251,11 @@ def validation_captions(run: OpenRun) -> list[str]:
             f"data.path {str(dataset)!r}, the run's dataset, does not exist, so there are no captions; run this "
             f"in the folder where the run was started, or set sample.prompts in {run.run_dir / 'config.toml'}"
         )
-    captions = {photo.file: photo.captions[0] for photo in read_manifest(dataset) if photo.captions}
-    suffix = run.config.data.caption_suffix
-    return list(
-        dict.fromkeys(prompt_of_caption(run.config, captions[file] + suffix) for file in files if captions.get(file))
-    )
+    data, seed = run.config.data, run.config.run.seed
+    photos = [photo for photo in read_manifest(dataset) if photo.captions[0] or photo.tags]
+    texts = photo_captions(photos, data.tags, seed, suffix=data.caption_suffix)
+    captions = {photo.file: own[0] for photo, own in zip(photos, texts, strict=True)}
+    return list(dict.fromkeys(prompt_of_caption(run.config, captions[file]) for file in files if file in captions))
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ from safelight.trainer.memory_plan.candidate import (
 from safelight.trainer.memory_plan.gpus import CONTEXT_BYTES, FRAGMENTATION, GRAPH_BYTES_A_LAUNCH, Card
 from safelight.trainer.memory_plan.memory_tracer import CUDA_ROUNDING
 from safelight.trainer.memory_plan.meta_run import META, MetaRun, StepTrace, meta_run
-from safelight.trainer.memory_plan.static_bytes import has_masks, host_bytes
+from safelight.trainer.memory_plan.static_bytes import has_masks, host_bytes, num_batch_ids
 from safelight.trainer.models.base import latent_factor, resolve_model, vae_bytes, vae_config
 from safelight.trainer.models.device import DTYPES
 from safelight.trainer.models.encoders import decode_bytes
@@ -50,14 +50,17 @@ def largest_latents(buckets: Sequence[Bucket], factor: int) -> tuple[int, int]:
     return bucket.height // factor, bucket.width // factor
 
 
-def max_graphs(config: Config, num_buckets: int) -> int:
+def max_graphs(config: Config, num_buckets: int, num_batch_ids: int = 0) -> int:
     """Return an upper bound of the CUDA graphs of a stage.
 
-    Each bucket has full batches and a last, shorter one. With accumulation each has a graph for every place in the
-    step: first, last, both or neither.
+    Each bucket has full batches and, unless it is carried over, a last, shorter one; and one more for every batch id
+    of photographs, as far as there are sizes. With accumulation each has a graph for every place in the step: first,
+    last, both or neither.
     """
-    places = 4 if any(stage.accumulate > 1 for stage in config.stages()) else 1
-    return 2 * num_buckets * places
+    stages = config.stages()
+    places = 4 if any(stage.accumulate > 1 for stage in stages) else 1
+    num_short = 0 if config.data.carries else min(1 + num_batch_ids, max(stage.batch_size for stage in stages))
+    return (1 + num_short) * num_buckets * places
 
 
 def dtype_on(card: Card, precision: str) -> torch.dtype:
@@ -84,7 +87,7 @@ class MemoryEstimator:
         stages = config.stages()
         self.batch_size = max(stage.batch_size for stage in stages)
         self._workspace = card.workspace(is_deterministic=config.run.deterministic)
-        self._max_graphs = max_graphs(config, len(self.buckets))
+        self._max_graphs = max_graphs(config, len(self.buckets), num_batch_ids(config))
         self._num_micro = 2 if any(stage.accumulate > 1 for stage in stages) else 1
         self._has_masks = has_masks(config)
         memory_mode(config.optimizer, self.dtype)

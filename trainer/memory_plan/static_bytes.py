@@ -203,6 +203,12 @@ def has_masks(config: Config) -> bool:
     return placed is not None and num_masks(config, placed.train) > 0
 
 
+def num_batch_ids(config: Config) -> int:
+    """Return how many different batch ids a run's photographs have; 0 if its dataset is not prepared."""
+    placed = placed_photos(config)
+    return len({one.photo.settings.batch_id for one in placed.train} - {""}) if placed else 0
+
+
 def cache_bytes(config: Config, num_photos: int, num_masks: int = 0) -> int:
     """Return an upper bound of the bytes of cached latents and masks: all variants at every resolution."""
     vae = vae_config(resolve_model(config.model), config.model.vae)

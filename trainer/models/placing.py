@@ -124,5 +124,5 @@ def crop_note(placed: Sequence[Placement]) -> str:
     line = f"crops leave out {100 * crop_loss(placed):.1f} % of the pixels"
     if worst.crop_loss >= 0.001:
         line += f", at most {100 * worst.crop_loss:.1f} % of one photograph ({_sized(worst.photo)})"
-    many = [one for one in placed if one.crop_loss > NOTABLE_CROP_LOSS]
+    many = once_each([one for one in placed if one.crop_loss > NOTABLE_CROP_LOSS])
     return f"{line}; {counted(len(many), 'photograph')} above {100 * NOTABLE_CROP_LOSS:.0f} %" if many else line

@@ -61,3 +61,42 @@ def test_a_path_with_a_control_character_is_refused(name):
         with pytest.raises(ValueError, match=rf"{name} = .*: it contains a control character; write / or use single"):
             parse_config({table: {setting: f"a{character}b"}}, "here")
     assert parse_config({table: {setting: "a\\new"}}, "here")
+
+
+@pytest.mark.parametrize(
+    ("given", "value"), [(512, 512), ([512], 512), ([768, 512, 512], [512, 768]), ("512", 512), ((96, 64.0), [64, 96])]
+)
+def test_a_resolution_is_one_or_several(given, value, tmp_path):
+    data = parse_config({"data": {"resolution": given}}, "here").data
+    assert data.resolution == value
+    assert data.resolutions == (tuple(value) if isinstance(value, list) else (value,))
+    assert data.max_resolution == max(data.resolutions)
+    (tmp_path / "run.toml").write_text(to_toml(parse_config({"data": {"resolution": given}}, "here")))
+    assert load_config(tmp_path / "run.toml").data == data
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (8, "expected 16 or more"),
+        ([512, 5000], "expected at most 4096"),
+        ([], "expected 1 to 6 resolutions"),
+        (list(range(64, 64 * 8, 64)), "expected 1 to 6 resolutions"),
+        ("big", "expected a whole number, or a list of them"),
+        ([512, "big"], "expected a whole number, or a list of them"),
+        (512.5, "expected a whole number, or a list of them"),
+        (float("nan"), "expected a whole number, or a list of them"),
+        ({"side": 512}, "expected a whole number, or a list of them"),
+        ([True], "expected a whole number, or a list of them"),
+        (True, "expected a number or text, got a boolean"),
+    ],
+)
+def test_a_wrong_resolution_is_refused(given, message):
+    with pytest.raises(ValueError, match=rf"^here: data.resolution = .*: {message}$"):
+        parse_config({"data": {"resolution": given}}, "here")
+
+
+@pytest.mark.parametrize(("given", "value"), [(["512"], 512), (["512", "768"], [512, 768]), (["wide"], "wide")])
+def test_resolutions_on_the_command_line(given, value):
+    argv = ["--data.resolution", *given, "--resume"]
+    assert take_overrides(argv) == (["--resume"], [(["data", "resolution"], value)])

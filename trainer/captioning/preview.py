@@ -178,7 +178,7 @@ def _values(generation: Generation) -> str:
 
 
 def _summary(tried: Sequence[Tried]) -> Markup:
-    head = ("", "repetition penalty", "least tokens", "mean tokens", "said twice")
+    head = ("", "penalty", "least tokens", "mean tokens", "said twice")
     rows = [
         (
             one.letter,
@@ -189,12 +189,15 @@ def _summary(tried: Sequence[Tried]) -> Markup:
         )
         for one in tried
     ]
-    return table(head, rows, class_="figures")
+    return table(head, rows, class_="figures compared")
 
 
 def _choice(one: Tried) -> Markup:
     label = tag("p", tag("strong", one.letter), f" {_values(one.generation)}", class_="meta")
-    return tag("div", label, tag("pre", one.command), class_="choice")
+    # a line is not broken behind the hyphens of an option
+    words = [tag("span", word, class_="nowrap") if word.startswith("--") else word for word in one.command.split(" ")]
+    spaced = [part for word in words for part in (" ", word)][1:]
+    return tag("div", label, tag("pre", spaced), class_="choice")
 
 
 def _photo(photo: Photo, picture: Picture | None, tried: Sequence[Tried], wording: Wording) -> Markup:
@@ -214,5 +217,5 @@ def _caption(one: Tried, photo: Photo, wording: Wording) -> Markup:
     text = tag("span", shorten(wording.apply(said.text), MAX_CAPTION_CHARACTERS), class_="prompt", dir="auto")
     twice = repetition(said.text)
     note = f"{_values(one.generation)}: {counted(said.num_tokens, 'token')}"
-    repeated = tag("strong", f", {twice:.0%} said twice") if twice else ""
+    repeated = [", ", tag("strong", f"{twice:.0%} said twice")] if twice else None
     return tag("dd", text, tag("span", note, repeated, class_="meta"))

@@ -25,6 +25,7 @@ from safelight.trainer.captioning.caption_dataset import (
     ADVICE,
     BatchedCaptioner,
     decoded_batches,
+    describe_batch,
     repetition,
 )
 from safelight.trainer.captioning.journal import FOLDER_NAME, Journal
@@ -98,17 +99,16 @@ def write_preview(
         photos = pick_photos(read_manifest(dataset), num, base.seed)
         settings = settings_to_try(base)
         tried, num_done, began = [], 0, time.monotonic()
+        batched: BatchedCaptioner | None = None
         progress(0, len(settings) * len(photos), "")
         with open_captioner(model) as source:
-            batched = BatchedCaptioner(source.build(device), batch_size, say)
             for letter, generation in zip(LETTERS, settings, strict=False):
                 journal = Journal(dataset, {"weights": source.fingerprint[:16], **generation.record()})
                 todo = [photo for photo in photos if photo.sha256 not in journal.said]
-                for batch in decoded_batches(dataset, todo, lambda: batched.batch_size):
-                    seen = [(photo, picture) for photo, picture in batch if not isinstance(picture, str)]
-                    some = [photo for photo, _ in seen]
-                    pictures = [picture for _, picture in seen]
-                    journal.add(some, batched.describe(pictures, generation, [photo.sample_id for photo in some]))
+                if todo:
+                    batched = batched or BatchedCaptioner(source.build(device), batch_size, say)
+                    for batch in decoded_batches(dataset, todo, batched):
+                        describe_batch(batch, batched, journal, generation)
                 num_done += len(photos)
                 rate = num_done / (time.monotonic() - began)
                 progress(num_done, len(settings) * len(photos), f"{rate:.3g} captions/s")

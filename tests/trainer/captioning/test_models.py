@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
+import torch
 from transformers import GenerationMixin, RepetitionPenaltyLogitsProcessor
 from transformers.generation.logits_process import MinNewTokensLengthLogitsProcessor
 
@@ -72,6 +75,18 @@ def test_generation_options_reach_the_decoder(captioner, kind, monkeypatch):
     assert seen[-1][1][-1].top_p == 0.5
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_16_bits_as_on_a_gpu(captioner_folder, kind, dtype, monkeypatch):
+    monkeypatch.setattr("safelight.trainer.captioning.models.pick_dtype", lambda *_: dtype)
+    captioner = load_captioner(str(captioner_folder(kind)), CPU)
+    # BLIP-2 keeps a part in fp32
+    assert sum(p.numel() for p in captioner.model.parameters() if p.dtype == dtype) > 10_000
+    said = captioner.describe(PHOTOS[:2], Generation(num_beams=2, max_new_tokens=6))
+    assert all(one.num_tokens > 0 for one in said)
+    captioner.describe(PHOTOS[:2], Generation(num_beams=1, max_new_tokens=6, top_p=0.9), IDS[:2])
+
+
 def test_a_prompt_begins_blips_caption_and_is_not_part_of_it(captioner):
     captioner = captioner("blip")
     plain = captioner.caption(PHOTOS, Generation(max_new_tokens=8))
@@ -90,8 +105,6 @@ def test_a_sample_depends_on_its_photo_and_the_seed_alone(captioner):
 
 
 def test_the_nucleus_is_sampled_with_its_probabilities():
-    import torch
-
     scores = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     drawn = [int(KeyedNucleus(0.8, 1, [sample_id])(None, scores).argmax()) for sample_id in range(2000)]
     frequencies = np.bincount(drawn, minlength=4) / 2000
@@ -103,8 +116,6 @@ def test_the_nucleus_is_sampled_with_its_probabilities():
 
 
 def test_a_model_of_another_kind_is_refused(captioner_folder, tmp_path):
-    import shutil
-
     shutil.copytree(captioner_folder("blip"), tmp_path / "model")
     for kind in ("bert", "nonsense", 7, None):
         change_json(tmp_path / "model" / "config.json", model_type=kind)

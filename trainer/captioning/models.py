@@ -145,10 +145,15 @@ class CaptionerSource:
 
         It has described a grey picture then. Raises UserError if its files do not make a model that can.
         """
-        captioner = _load(self, self._files, self._tensors, device)
         try:
+            captioner = _load(self, self._files, self._tensors, device)
             captioner.describe([Image.new("RGB", (64, 64), "grey")], Generation(num_beams=1, max_new_tokens=1))
         except torch.OutOfMemoryError:
+            raise UserError(
+                f"--model {self.name!r} does not fit the GPU's memory; close other programs, choose a smaller model, "
+                "or add --device cpu"
+            ) from None
+        except UserError:
             raise
         # a size that the model was not made for, a prompt without the mark for the picture: whatever does not fit
         except Exception as error:

@@ -151,7 +151,7 @@ def test_a_journal_that_a_kill_cut_short_is_continued(run, dataset, described):
     assert described == []
 
 
-def test_a_full_gpu_halves_the_batch(captioner, run, monkeypatch):
+def test_a_full_gpu_halves_the_batch(run, monkeypatch):
     describe, sizes, said = Captioner.describe, [], []
 
     def full(self, images, generation, *ids):
@@ -166,12 +166,17 @@ def test_a_full_gpu_halves_the_batch(captioner, run, monkeypatch):
     assert (sizes, summary.made, summary.batch_size) == ([7, 3, 1, 1, 1, 1, 1, 1, 1], 7, 1)
     assert said == [f"the GPU's memory is full; going on with batches of {size}" for size in (3, 1)]
 
-    def always_full(self, images, *args):
+
+def test_a_gpu_that_is_full_with_one_photo_or_the_model_is_one_line(captioner, run, monkeypatch):
+    def full(self, images, *args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(Captioner, "describe", always_full)
+    captioner = captioner("blip")
+    monkeypatch.setattr(Captioner, "describe", full)
     with pytest.raises(UserError, match="full with a single photo; lower --num-beams"):
-        BatchedCaptioner(captioner("blip"), 1, said.append).describe([photo(1)], SHORT, [1])
+        BatchedCaptioner(captioner, 1, print).describe([photo(1)], SHORT, [1])
+    with pytest.raises(UserError, match="blip' does not fit the GPU's memory; close other programs"):
+        run()
 
 
 def test_photos_that_cannot_be_read_or_described_keep_their_captions(run, dataset, monkeypatch):

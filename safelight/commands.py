@@ -182,7 +182,7 @@ def caption(argv: list[str]) -> int:
         if not arguments.json:
             _say_next(f"open {shlex.quote(str(page))} in a browser, and run the command of the captions that you like")
         return 0
-    with Terminal() as terminal, stop:
+    with Terminal() as terminal:
         summary = caption_dataset(
             arguments.dataset,
             arguments.model,
@@ -193,7 +193,8 @@ def caption(argv: list[str]) -> int:
             arguments.overwrite,
             lambda done, total, note: terminal.update("captions", done, total, note),
             terminal.say,
-            stop,
+            stop_requested=stop,
+            guard=stop,
         )
     if arguments.json:
         print_json(caption_json(summary, arguments.dataset))

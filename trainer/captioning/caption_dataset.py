@@ -8,6 +8,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -129,25 +130,42 @@ def _decoded(dataset: Path, photo: Photo) -> Image.Image | str:
 
 
 def decoded_batches(
-    dataset: Path, photos: Sequence[Photo], batch_size: Callable[[], int]
+    dataset: Path, photos: Sequence[Photo], batched: BatchedCaptioner
 ) -> Iterator[list[tuple[Photo, Image.Image | str]]]:
-    """Yield photos with their pictures, batch_size() at a time. Threads decode the next batch meanwhile."""
+    """Yield photos with their pictures, or why they cannot be decoded, in batches of the captioner's size.
+
+    Threads decode the next batch meanwhile.
+    """
     pending: deque = deque()
     rest = iter(photos)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         try:
             while True:
-                num_wanted = 2 * batch_size() - len(pending)
+                num_wanted = 2 * batched.batch_size - len(pending)
                 for photo in [photo for _, photo in zip(range(num_wanted), rest, strict=False)]:
                     pending.append((photo, threads.submit(_decoded, dataset, photo)))
                 if not pending:
                     return
                 yield [
                     (photo, picture.result())
-                    for photo, picture in (pending.popleft() for _ in range(min(batch_size(), len(pending))))
+                    for photo, picture in (pending.popleft() for _ in range(min(batched.batch_size, len(pending))))
                 ]
         finally:
             threads.shutdown(cancel_futures=True)
+
+
+def describe_batch(
+    batch: Sequence[tuple[Photo, Image.Image | str]],
+    batched: BatchedCaptioner,
+    journal: Journal,
+    generation: Generation,
+) -> list[tuple[str, str]]:
+    """Describe photos, add what was said to the journal, and return (file, reason) of those that cannot be decoded."""
+    seen = [(photo, picture) for photo, picture in batch if not isinstance(picture, str)]
+    if seen:
+        photos, pictures = zip(*seen, strict=True)
+        journal.add(photos, batched.describe(pictures, generation, [photo.sample_id for photo in photos]))
+    return [(photo.file, picture) for photo, picture in batch if isinstance(picture, str)]
 
 
 def caption_dataset(
@@ -161,12 +179,14 @@ def caption_dataset(
     progress: Callable[[int, int, str], None] = lambda done, total, note: None,
     say: Callable[[str], None] = lambda text: None,
     stop_requested: Callable[[], bool] = lambda: False,
+    guard: AbstractContextManager | None = None,
 ) -> CaptionSummary:
     """Caption the photos of a dataset that nobody has captioned, and return what was done.
 
     overwrite: those with captions by people too. batch_size: None for the device's usual one. A caption that this model
     made with these settings is kept; a text that it generated in an earlier, interrupted call is taken from the
-    journal. The manifest is replaced once, at the end or after a stop.
+    journal. The manifest is replaced once, at the end or after a stop. guard: entered while photos are described, once
+    the model is loaded; it handles the signals that request a stop.
     Raises UserError if the dataset or the model cannot be used.
     """
     dataset = Path(dataset)
@@ -186,7 +206,8 @@ def caption_dataset(
             todo = [photo for photo in wanted if photo.sha256 not in journal.said]
             if todo:
                 batched = BatchedCaptioner(source.build(device), batch_size, say)
-                _describe_all(dataset, batched, journal, generation, todo, summary, progress, stop_requested)
+                with guard or nullcontext():
+                    _describe_all(dataset, batched, journal, generation, todo, summary, progress, stop_requested)
         written = canonical({"model": model, **record, **wording.record()})
         made = {photo.sha256 for photo in todo}
         target = identity(written)
@@ -225,13 +246,10 @@ def _describe_all(
     """Generate what is missing in the journal, batch by batch, until a stop is requested."""
     num_done, num_said, began = 0, 0, time.monotonic()
     progress(0, len(todo), "")
-    for batch in decoded_batches(dataset, todo, lambda: batched.batch_size):
-        summary.unread += [(photo.file, picture) for photo, picture in batch if isinstance(picture, str)]
-        readable = [(photo, picture) for photo, picture in batch if not isinstance(picture, str)]
-        if readable:
-            some, pictures = [photo for photo, _ in readable], [picture for _, picture in readable]
-            journal.add(some, batched.describe(pictures, generation, [photo.sample_id for photo in some]))
-        num_done, num_said = num_done + len(batch), num_said + len(readable)
+    for batch in decoded_batches(dataset, todo, batched):
+        unread = describe_batch(batch, batched, journal, generation)
+        summary.unread += unread
+        num_done, num_said = num_done + len(batch), num_said + len(batch) - len(unread)
         summary.photos_per_s = num_said / (time.monotonic() - began)
         progress(num_done, len(todo), f"{summary.photos_per_s:.3g} captions/s")
         if stop_requested():

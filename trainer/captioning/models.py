@@ -43,7 +43,8 @@ class Described:
 class Captioner:
     """A model that describes pictures, with its processor.
 
-    name: the folder or hub id. kind: `model_type` of its config. fingerprint: SHA-256 of its weights and settings.
+    name: the folder or hub id. kind: `model_type` of its config. dtype: of its inputs, and of its weights but those
+    that a kind keeps in fp32. fingerprint: SHA-256 of its weights and settings.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Captioner:
     model: nn.Module
     processor: object
     device: torch.device
+    dtype: torch.dtype
     fingerprint: str
 
     @property
@@ -103,9 +105,8 @@ class Captioner:
             if self.kind not in ("blip", "blip-2", "git", "florence2", "paligemma", "instructblip") and token:
                 prompt = prompt if str(token) in prompt else f"{token}\n{prompt}"
             inputs = processor(images=images, text=[prompt] * num, padding=True, return_tensors="pt")
-        dtype = self.model.dtype
         return {
-            name: value.to(self.device, dtype if value.is_floating_point() else None)
+            name: value.to(self.device, self.dtype if value.is_floating_point() else None)
             for name, value in inputs.items()
             if isinstance(value, Tensor)
         }
@@ -144,10 +145,15 @@ class CaptionerSource:
 
         It has described a grey picture then. Raises UserError if its files do not make a model that can.
         """
-        captioner = _load(self, self._files, self._tensors, device)
         try:
+            captioner = _load(self, self._files, self._tensors, device)
             captioner.describe([Image.new("RGB", (64, 64), "grey")], Generation(num_beams=1, max_new_tokens=1))
         except torch.OutOfMemoryError:
+            raise UserError(
+                f"--model {self.name!r} does not fit the GPU's memory; close other programs, choose a smaller model, "
+                "or add --device cpu"
+            ) from None
+        except UserError:
             raise
         # a size that the model was not made for, a prompt without the mark for the picture: whatever does not fit
         except Exception as error:
@@ -191,7 +197,7 @@ def _load(source: CaptionerSource, files: ModelFiles, tensors: dict[str, Tensor]
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-    kind = files.config["model_type"]
+    kind, dtype = files.config["model_type"], pick_dtype("auto", device)
     try:
         config = CONFIG_MAPPING[kind].from_dict(files.config)
     # what transformers makes of values that contradict each other
@@ -205,7 +211,7 @@ def _load(source: CaptionerSource, files: ModelFiles, tensors: dict[str, Tensor]
             None,
             config=config,
             state_dict=tensors,
-            dtype=pick_dtype("auto", device),
+            dtype=dtype,
             generation_config=GenerationConfig(),
             output_loading_info=True,
         )
@@ -223,7 +229,7 @@ def _load(source: CaptionerSource, files: ModelFiles, tensors: dict[str, Tensor]
         ) from error
     _complete(model, processor, config, files.generation())
     model = model.requires_grad_(False).eval().to(device)
-    return Captioner(source.name, kind, model, processor, device, source.fingerprint)
+    return Captioner(source.name, kind, model, processor, device, dtype, source.fingerprint)
 
 
 def _unusable(files: ModelFiles, what: str, error: Exception) -> UserError:

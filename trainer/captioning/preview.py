@@ -25,6 +25,7 @@ from safelight.trainer.captioning.caption_dataset import (
     ADVICE,
     BatchedCaptioner,
     decoded_batches,
+    describe_batch,
     repetition,
 )
 from safelight.trainer.captioning.journal import FOLDER_NAME, Journal
@@ -98,17 +99,16 @@ def write_preview(
         photos = pick_photos(read_manifest(dataset), num, base.seed)
         settings = settings_to_try(base)
         tried, num_done, began = [], 0, time.monotonic()
+        batched: BatchedCaptioner | None = None
         progress(0, len(settings) * len(photos), "")
         with open_captioner(model) as source:
-            batched = BatchedCaptioner(source.build(device), batch_size, say)
             for letter, generation in zip(LETTERS, settings, strict=False):
                 journal = Journal(dataset, {"weights": source.fingerprint[:16], **generation.record()})
                 todo = [photo for photo in photos if photo.sha256 not in journal.said]
-                for batch in decoded_batches(dataset, todo, lambda: batched.batch_size):
-                    seen = [(photo, picture) for photo, picture in batch if not isinstance(picture, str)]
-                    some = [photo for photo, _ in seen]
-                    pictures = [picture for _, picture in seen]
-                    journal.add(some, batched.describe(pictures, generation, [photo.sample_id for photo in some]))
+                if todo:
+                    batched = batched or BatchedCaptioner(source.build(device), batch_size, say)
+                    for batch in decoded_batches(dataset, todo, batched):
+                        describe_batch(batch, batched, journal, generation)
                 num_done += len(photos)
                 rate = num_done / (time.monotonic() - began)
                 progress(num_done, len(settings) * len(photos), f"{rate:.3g} captions/s")
@@ -178,7 +178,7 @@ def _values(generation: Generation) -> str:
 
 
 def _summary(tried: Sequence[Tried]) -> Markup:
-    head = ("", "repetition penalty", "least tokens", "mean tokens", "said twice")
+    head = ("", "penalty", "least tokens", "mean tokens", "said twice")
     rows = [
         (
             one.letter,
@@ -189,12 +189,15 @@ def _summary(tried: Sequence[Tried]) -> Markup:
         )
         for one in tried
     ]
-    return table(head, rows, class_="figures")
+    return table(head, rows, class_="figures compared")
 
 
 def _choice(one: Tried) -> Markup:
     label = tag("p", tag("strong", one.letter), f" {_values(one.generation)}", class_="meta")
-    return tag("div", label, tag("pre", one.command), class_="choice")
+    # a line is not broken behind the hyphens of an option
+    words = [tag("span", word, class_="nowrap") if word.startswith("--") else word for word in one.command.split(" ")]
+    spaced = [part for word in words for part in (" ", word)][1:]
+    return tag("div", label, tag("pre", spaced), class_="choice")
 
 
 def _photo(photo: Photo, picture: Picture | None, tried: Sequence[Tried], wording: Wording) -> Markup:
@@ -214,5 +217,5 @@ def _caption(one: Tried, photo: Photo, wording: Wording) -> Markup:
     text = tag("span", shorten(wording.apply(said.text), MAX_CAPTION_CHARACTERS), class_="prompt", dir="auto")
     twice = repetition(said.text)
     note = f"{_values(one.generation)}: {counted(said.num_tokens, 'token')}"
-    repeated = tag("strong", f", {twice:.0%} said twice") if twice else ""
+    repeated = [", ", tag("strong", f"{twice:.0%} said twice")] if twice else None
     return tag("dd", text, tag("span", note, repeated, class_="meta"))

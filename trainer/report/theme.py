@@ -137,6 +137,7 @@ border-bottom:1px solid var(--line)}
 .plain dt{font:inherit}
 pre,code{font:.84rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
 pre{background:var(--code);border-radius:8px;padding:14px 16px;margin:.7rem 0;white-space:pre-wrap}
+.figures.compared thead th{white-space:normal;vertical-align:bottom}.compared th{overflow-wrap:normal}
 .choice{margin:1rem 0 0}.choice p{margin:0}.choice pre{margin:.25rem 0 0;user-select:all}
 .tried{display:grid;grid-template-columns:minmax(0,400px) minmax(0,1fr);gap:28px;margin:1.6rem 0 0;padding:0 0 1.6rem;
 border-bottom:1px solid var(--line)}

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import numpy as np
 import pytest
+import torch
 from transformers import GenerationMixin, RepetitionPenaltyLogitsProcessor
 from transformers.generation.logits_process import MinNewTokensLengthLogitsProcessor
 
@@ -72,6 +76,18 @@ def test_generation_options_reach_the_decoder(captioner, kind, monkeypatch):
     assert seen[-1][1][-1].top_p == 0.5
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_16_bits_as_on_a_gpu(captioner_folder, kind, dtype, monkeypatch):
+    monkeypatch.setattr("safelight.trainer.captioning.models.pick_dtype", lambda *_: dtype)
+    captioner = load_captioner(str(captioner_folder(kind)), CPU)
+    # BLIP-2 keeps a part in fp32
+    assert sum(p.numel() for p in captioner.model.parameters() if p.dtype == dtype) > 10_000
+    said = captioner.describe(PHOTOS[:2], Generation(num_beams=2, max_new_tokens=6))
+    assert all(one.num_tokens > 0 for one in said)
+    captioner.describe(PHOTOS[:2], Generation(num_beams=1, max_new_tokens=6, top_p=0.9), IDS[:2])
+
+
 def test_a_prompt_begins_blips_caption_and_is_not_part_of_it(captioner):
     captioner = captioner("blip")
     plain = captioner.caption(PHOTOS, Generation(max_new_tokens=8))
@@ -90,8 +106,6 @@ def test_a_sample_depends_on_its_photo_and_the_seed_alone(captioner):
 
 
 def test_the_nucleus_is_sampled_with_its_probabilities():
-    import torch
-
     scores = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     drawn = [int(KeyedNucleus(0.8, 1, [sample_id])(None, scores).argmax()) for sample_id in range(2000)]
     frequencies = np.bincount(drawn, minlength=4) / 2000
@@ -102,9 +116,41 @@ def test_the_nucleus_is_sampled_with_its_probabilities():
     assert one.argmax(dim=-1).tolist() == [0] * 50
 
 
-def test_a_model_of_another_kind_is_refused(captioner_folder, tmp_path):
-    import shutil
+def test_a_folder_as_the_first_blip_has_it(captioner, captioner_folder, tmp_path):
+    """Written by transformers 4.26: image settings in a file of their own, generation settings among the model's."""
+    folder = tmp_path / "model"
+    shutil.copytree(captioner_folder("blip"), folder)
+    processor = json.loads((folder / "processor_config.json").read_text())["image_processor"]
+    (folder / "processor_config.json").unlink()
+    (folder / "generation_config.json").unlink()
+    images = {name: value for name, value in processor.items() if not name.endswith("_type")}
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({**images, "image_processor_type": "BlipImageProcessor", "processor_class": "BlipProcessor"})
+    )
+    change_json(
+        folder / "tokenizer_config.json",
+        **{"processor_class": "BlipProcessor", "tokenizer_class": "BertTokenizer", "special_tokens_map_file": None},
+        model_max_length=10**30,
+        name_or_path="/somewhere/else",
+    )
+    legacy = {
+        **{"_name_or_path": "", "architectures": None, "add_cross_attention": False, "bad_words_ids": None},
+        **{"begin_suppress_tokens": None, "cross_attention_hidden_size": None, "decoder_start_token_id": None},
+        **{"diversity_penalty": 0.0, "do_sample": True, "early_stopping": False, "id2label": {"0": "LABEL_0"}},
+        **{"length_penalty": 1.0, "max_length": 20, "min_length": 10, "num_beams": 7, "num_return_sequences": 2},
+        **{"no_repeat_ngram_size": 1, "output_scores": False, "pruned_heads": {}, "repetition_penalty": 1.9},
+        **{"temperature": 0.3, "top_k": 50, "torch_dtype": "float16", "torchscript": False, "use_bfloat16": False},
+    }
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"] |= legacy
+    config["vision_config"] |= legacy
+    (folder / "config.json").write_text(json.dumps({**config, "torch_dtype": "float16", "transformers_version": None}))
+    captioned = load_captioner(str(folder), CPU)
+    generation = Generation(num_beams=2, max_new_tokens=8)
+    assert captioned.describe(PHOTOS, generation) == captioner("blip").describe(PHOTOS, generation)
 
+
+def test_a_model_of_another_kind_is_refused(captioner_folder, tmp_path):
     shutil.copytree(captioner_folder("blip"), tmp_path / "model")
     for kind in ("bert", "nonsense", 7, None):
         change_json(tmp_path / "model" / "config.json", model_type=kind)

@@ -15,8 +15,8 @@ from safelight.text import storable
 
 SIDECAR_SUFFIXES = (".txt", ".caption")
 TABLE_NAMES = ("metadata.jsonl", "captions.jsonl")
-# of the loss mask of a photo, ours and OneTrainer's: IMG_1-mask.png beside IMG_1.jpg
-MASK_ENDINGS = ("-mask.png", "-masklabel.png")
+# of the loss mask of a photo, ours, OneTrainer's and one that is easily written: IMG_1-mask.png beside IMG_1.jpg
+MASK_ENDINGS = ("-mask.png", "-masklabel.png", ".mask.png")
 # as file systems have it
 MAX_NAME_CHARACTERS = 255
 # names that differ in letter case or accents alone, to which a sidecar may belong

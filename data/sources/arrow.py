@@ -91,12 +91,18 @@ class ArrowProcess:
         if importlib.util.find_spec("pyarrow") is None:
             raise UserError(NEEDS_PYARROW)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "safelight.data.sources.arrow_child"],
+            # -P: the current folder, which may be the one with the photographs, is no place for modules
+            [sys.executable, "-P", "-m", "safelight.data.sources.arrow_child"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            # as this process has it. Arrow's other allocators reserve memory that counts towards the limit
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "ARROW_DEFAULT_MEMORY_POOL": "system"},
+            env=os.environ
+            | {
+                # as this process has it
+                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                # its other allocators reserve memory, which counts towards the limit
+                "ARROW_DEFAULT_MEMORY_POOL": "system",
+            },
         )
 
     def _end(self) -> None:

@@ -668,6 +668,17 @@ def test_a_process_that_dies_or_hangs_while_it_reads_is_a_damaged_file(source, m
     process.close()
 
 
+def test_no_module_in_the_folder_of_photographs_is_imported(source, read, monkeypatch):
+    pyarrow().parquet.write_table(
+        pyarrow().table({"file_name": ["a.png"], "text": ["a dog"]}), source / "metadata.parquet"
+    )
+    for name in ("pyarrow", "json", "resource"):
+        (source / f"{name}.py").write_text(f"open({str(source / 'ran')!r}, 'w')")
+    monkeypatch.chdir(source)
+    assert read()[0][0] == ("a dog",)
+    assert not (source / "ran").exists()
+
+
 def test_values_that_stand_for_more_memory_than_there_is_are_refused(source, read):
     """One text of 2 MiB in 40,000 rows: 80 GiB in a few bytes of Parquet."""
     pa = pyarrow()

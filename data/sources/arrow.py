@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from safelight.data.sources.caption import Rejection
+from safelight.data.sources.caption import MAX_LISTED_ROWS, Rejection
 from safelight.data.sources.entry import KEYS, TEXT_KEYS, Entry, entry_of
 from safelight.errors import UserError
 from safelight.text import collapse, shortened, storable
@@ -25,7 +25,6 @@ from safelight.untrusted import UnsafeFile, check_regular, parse_json
 
 NEEDS_PYARROW = "needs pyarrow to be read: run `pip install pyarrow`"
 MAX_ROWS = 2_000_000
-MAX_LISTED_ROWS = 1000
 # an answer in JSON: escaped, a character takes up to 12 bytes
 MAX_LINE_BYTES = 2**24
 MAX_PICTURE_BYTES = 2**30

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from safelight.data.sources.caption import Rejection
+from safelight.data.sources.caption import MAX_LISTED_ROWS, Rejection
 from safelight.data.sources.entry import KEYS, TEXT_KEYS, Entry, entry_of
 from safelight.errors import UserError
 from safelight.text import collapse, shortened, storable
@@ -25,7 +25,6 @@ from safelight.untrusted import UnsafeFile, check_regular, parse_json
 
 NEEDS_PYARROW = "needs pyarrow to be read: run `pip install pyarrow`"
 MAX_ROWS = 2_000_000
-MAX_LISTED_ROWS = 1000
 # an answer in JSON: escaped, a character takes up to 12 bytes
 MAX_LINE_BYTES = 2**24
 MAX_PICTURE_BYTES = 2**30
@@ -91,12 +90,18 @@ class ArrowProcess:
         if importlib.util.find_spec("pyarrow") is None:
             raise UserError(NEEDS_PYARROW)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "safelight.data.sources.arrow_child"],
+            # -P: the current folder, which may be the one with the photographs, is no place for modules
+            [sys.executable, "-P", "-m", "safelight.data.sources.arrow_child"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            # as this process has it. Arrow's other allocators reserve memory that counts towards the limit
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "ARROW_DEFAULT_MEMORY_POOL": "system"},
+            env=os.environ
+            | {
+                # as this process has it
+                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                # its other allocators reserve memory, which counts towards the limit
+                "ARROW_DEFAULT_MEMORY_POOL": "system",
+            },
         )
 
     def _end(self) -> None:

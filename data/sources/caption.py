@@ -9,6 +9,8 @@ from typing import Literal
 from safelight.data.photo import NO_CREDIT, USUAL_SETTINGS, Credit, PhotoSettings, Tag
 from safelight.text import collapse
 
+# of each table or packed file; of further ones only the number is kept
+MAX_LISTED_ROWS = 1000
 # `Caption.source` of a caption that nobody wrote
 FILE_NAME = "file name"
 # names that cameras, phones and programs give to pictures, with their numbers

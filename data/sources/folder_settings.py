@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from pathlib import Path
 
 from safelight.data.photo import MAX_REPEATS, settings_of
 from safelight.data.sources.entry import KEYS, Entry, entry_of, setting
-from safelight.data.sources.listing import GLOBAL_NAMES, LOCAL_NAMES, SETTING_OF_FILE, Listing
+from safelight.data.sources.listing import GLOBAL_NAMES, LOCAL_NAMES, SETTING_OF_FILE
+from safelight.data.sources.source_tree import MAX_SIDECAR_BYTES, SourceTree
 from safelight.errors import UserError
 from safelight.text import collapse, shortened
 from safelight.untrusted import UnsafeFile, parse_yaml
@@ -16,22 +17,6 @@ KOHYA_SOURCE = "kohya folder name"
 _KOHYA_NAME = re.compile(r"(\d{1,9})_(.+)", re.DOTALL)
 # folders that cameras make, such as 100_PANA, and years are numbered alike
 _LOOKS_LIKE_KOHYA = re.compile(r"[1-9]\d?_(?![A-Z0-9_]{4}$).*[^\W\d].*", re.DOTALL)
-
-
-def own_entries(listing: Listing, read: Callable[[str], Entry | None]) -> list[Entry]:
-    """Return what is said of the photos in one folder alone, the first to be heard at the front.
-
-    read: returns the entry of a settings file, or None if it cannot be used.
-    """
-    local = [name for name in listing.settings if name.lower() in LOCAL_NAMES]
-    single = [name for name in listing.settings if name.lower() in SETTING_OF_FILE]
-    return [entry for entry in map(read, [*local, *single]) if entry is not None]
-
-
-def inherited_entries(listing: Listing, read: Callable[[str], Entry | None]) -> list[Entry]:
-    """Return what a folder says of the photos in it and in all folders below."""
-    names = [name for name in listing.settings if name.lower() in GLOBAL_NAMES]
-    return [entry for entry in map(read, names) if entry is not None]
 
 
 def entry_of_file(name: str, text: str) -> tuple[Entry, list[str]]:
@@ -77,3 +62,42 @@ def looks_like_kohya(folder_names: list[str]) -> bool:
     numbers = sorted(int(name.split("_")[0]) for name, match in zip(folder_names, matches, strict=True) if match)
     is_numbered = len(numbers) > 1 and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
     return bool(matches) and all(matches) and not is_numbered
+
+
+class FolderSettings:
+    """Reads each file with settings of a folder once, when it is first needed."""
+
+    def __init__(self, tree: SourceTree):
+        self._tree = tree
+        # of each folder, what it says of the photos in it alone, and of those in it and below with those above it
+        self._own: dict[Path, list[Entry]] = {}
+        self._inherited: dict[Path, list[Entry]] = {}
+
+    def entries_of(self, folder: Path) -> list[Entry]:
+        """Return what a folder and those above it, up to the root, say of the photos in it, nearest first."""
+        if folder not in self._own:
+            # local.yaml before the files of one setting
+            own = [*self._read(folder, LOCAL_NAMES), *self._read(folder, tuple(SETTING_OF_FILE))]
+            self._own[folder] = own
+        for current in self._tree.from_known(folder, self._inherited):
+            above = self._inherited[current.parent] if current != self._tree.root else []
+            self._inherited[current] = self._read(current, GLOBAL_NAMES) + above
+        return self._own[folder] + self._inherited[folder]
+
+    def _read(self, folder: Path, names: tuple[str, ...]) -> list[Entry]:
+        """Return what the files of these names in a folder say."""
+        listing = self._tree.listing_or_empty(folder)
+        found = [self._entry(folder / name) for name in listing.settings if name.lower() in names]
+        return [entry for entry in found if entry is not None]
+
+    def _entry(self, path: Path) -> Entry | None:
+        text = self._tree.text(path, MAX_SIDECAR_BYTES)
+        if text is None:
+            return None
+        try:
+            entry, unused = entry_of_file(path.name, text)
+        except UserError as error:
+            self._tree.reject(path, f"not used: {error}")
+            return None
+        self._tree.say_unused(path, unused)
+        return entry

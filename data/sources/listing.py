@@ -90,7 +90,7 @@ class Listing:
     # the loss mask of each picture that has one, and the masks of none
     masks: dict[str, str] = field(default_factory=dict)
     unclaimed_masks: list[str] = field(default_factory=list)
-    # pictures and folders by their folded names
+    # pictures, folders and packed files by their folded names
     by_folded: dict[str, list[str]] = field(default_factory=dict)
 
     def find(self, name: str) -> str | None:
@@ -133,7 +133,7 @@ def make_listing(folders: list[str], files: list[str]) -> Listing:
         else:
             listing.pictures.append(name)
     _take_masks(listing)
-    for name in (*listing.folders, *listing.pictures):
+    for name in (*listing.folders, *listing.packed, *listing.pictures):
         listing.by_folded.setdefault(folded(name), []).append(name)
     _assign(sidecars, listing)
     _sort_out(listing)

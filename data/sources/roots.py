@@ -142,7 +142,7 @@ def files_of(
 ) -> tuple[list[SourceFile], CaptionReader]:
     """Return the candidate files of one source, which exists, and its caption reader."""
     root = source if source.is_dir() else source.parent
-    reader = CaptionReader(root, kohya, comma_tags)
+    reader = CaptionReader(root, kohya=kohya, comma_tags=comma_tags)
     if source.is_dir():
         paths = list(_walk(source, dataset, reader))
         reader.hint_at_kohya()

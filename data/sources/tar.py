@@ -10,14 +10,13 @@ import tarfile
 from pathlib import Path
 from typing import BinaryIO
 
-from safelight.data.sources.caption import Rejection
+from safelight.data.sources.caption import MAX_LISTED_ROWS, Rejection
 from safelight.text import storable
 from safelight.untrusted import UnsafeFile, open_regular
 
 MAX_MEMBERS = 1_000_000
 # path and attributes of one member; tarfile reads them at once
 MAX_HEADER_BYTES = 2**14
-MAX_LISTED_MEMBERS = 1000
 MAX_NAME_CHARACTERS = 1024
 # folders in folders, each of which is a path here
 MAX_PARTS = 32
@@ -62,9 +61,9 @@ class Tar:
                 self.is_complete = False
                 reason = f"damaged after {len(self._members):,} files, which are used: {error or type(error).__name__}"
                 self.rejections.append(Rejection(storable(str(path)), storable(reason), "other"))
-        num_more = self._num_bad - MAX_LISTED_MEMBERS
+        num_more = self._num_bad - MAX_LISTED_ROWS
         if num_more > 0:
-            reason = f"{num_more:,} more members that cannot be used; only the first {MAX_LISTED_MEMBERS:,} are listed"
+            reason = f"{num_more:,} more members that cannot be used; only the first {MAX_LISTED_ROWS:,} are listed"
             self.rejections.append(Rejection(storable(str(path)), reason, "other", num_more))
 
     def _read_headers(self, file: BinaryIO) -> None:
@@ -90,7 +89,7 @@ class Tar:
                     self._add(member)
                 else:
                     self._num_bad += 1
-                    if self._num_bad <= MAX_LISTED_MEMBERS:
+                    if self._num_bad <= MAX_LISTED_ROWS:
                         self.rejections.append(
                             Rejection(storable(f"{self.path}/{member.name}"), f"not read: {reason}", "other")
                         )

@@ -25,7 +25,7 @@ import numpy as np
 from safelight.data.atomic import atomic_write_text
 from safelight.data.draws import draw_words
 from safelight.data.photo import Credit, id_of
-from safelight.data.sources.captions import MAX_LISTED_ROWS, Rejection
+from safelight.data.sources.caption import MAX_LISTED_ROWS, Rejection
 from safelight.data.sources.table_filter import Derived, Row, columns_of, holds, parse_conditions
 from safelight.errors import UserError
 from safelight.kernels.philox import Key, Purpose

@@ -341,7 +341,7 @@ def test_of_many_bad_rows_only_the_first_are_kept(root):
 
 
 def test_rows_beyond_the_limit_are_not_read(root, monkeypatch):
-    monkeypatch.setattr("safelight.data.sources.captions.MAX_TABLE_ROWS", 2)
+    monkeypatch.setattr("safelight.data.sources.caption_tables.MAX_TABLE_ROWS", 2)
     row = {"file_name": "a dog_1.jpg", "text": "a caption"}
     rows(root / "captions.jsonl", "", row, {**row, "file_name": "sub/cat_2.jpg"}, "1", "1")
     assert read(root, "a dog_1.jpg")[0] == ("a caption",)

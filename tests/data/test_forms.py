@@ -531,6 +531,30 @@ def write_tar(path: Path, *members: tuple[tarfile.TarInfo | str, bytes]) -> None
             tar.addfile(info, io.BytesIO(content))
 
 
+def test_a_tar_is_a_folder_also_to_tables_settings_and_masks(source, prepare, make_noise):
+    mask = io.BytesIO()
+    make_noise(7, mode="L").save(mask, "PNG")
+    write_tar(
+        source / "s.tar",
+        ("a.png", png(make_noise, 1)),
+        ("a-mask.png", mask.getvalue()),
+        ("sub/b.png", png(make_noise, 2)),
+        ("metadata.csv", b"file_name,text\nsub/b.png,a cat\n"),
+        ("metadata.parquet", b"PAR1"),
+        ("sub/multiply.txt", b"2"),
+        ("global.yaml", b"flip_p: 0.5"),
+    )
+    (source / "metadata.jsonl").write_text('{"file_name": "s.tar/a.png", "text": "a dog"}')
+    photos = prepare()
+    assert {name: described(photo) for name, photo in photos.items()} == {
+        "s.tar/a.png": (("a dog",), (), PhotoSettings(flip_p=0.5)),
+        "s.tar/sub/b.png": (("a cat",), (), PhotoSettings(repeats=2, flip_p=0.5)),
+    }
+    assert photos["s.tar/a.png"].mask != ""
+    assert photos["s.tar/sub/b.png"].mask == ""
+    assert list(reasons(prepare.summary)) == ["metadata.parquet"]
+
+
 def test_members_that_lead_out_or_are_no_files_are_refused(source, tmp_path, prepare, make_noise):
     picture = png(make_noise, 1)
 
@@ -666,6 +690,17 @@ def test_a_process_that_dies_or_hangs_while_it_reads_is_a_damaged_file(source, m
     with pytest.raises(UserError, match=r"pyarrow read for 0\.2 seconds"):
         file.read("0.png")
     process.close()
+
+
+def test_no_module_in_the_folder_of_photographs_is_imported(source, read, monkeypatch):
+    pyarrow().parquet.write_table(
+        pyarrow().table({"file_name": ["a.png"], "text": ["a dog"]}), source / "metadata.parquet"
+    )
+    for name in ("pyarrow", "json", "resource"):
+        (source / f"{name}.py").write_text(f"open({str(source / 'ran')!r}, 'w')")
+    monkeypatch.chdir(source)
+    assert read()[0][0] == ("a dog",)
+    assert not (source / "ran").exists()
 
 
 def test_values_that_stand_for_more_memory_than_there_is_are_refused(source, read):

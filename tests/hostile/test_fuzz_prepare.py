@@ -135,6 +135,8 @@ def any_name(pick: random.Random) -> bytes:
         "",
         ".",
         ".jpg.TXT.txt",
+        ".tar",
+        ".json",
     )
     return (stem + pick.choice(suffixes).encode())[:255].replace(b"..", b"_")
 
@@ -159,7 +161,7 @@ def test_names_of_any_form(tmp_path):
         listing = list_folder(folder)
         names = {name for name in os.listdir(folder) if not name.startswith(".")}
         claimed = {sidecar for sidecars in listing.sidecars.values() for sidecar in sidecars}
-        parts = (listing.pictures, listing.tables, listing.others, listing.unclaimed, claimed)
+        parts = (listing.pictures, listing.tables, listing.packed, listing.others, listing.unclaimed, claimed)
         assert sum(map(len, parts)) == len(names)
         assert {name for part in parts for name in part} == names
         for picture, sidecars in listing.sidecars.items():
@@ -168,7 +170,8 @@ def test_names_of_any_form(tmp_path):
                 assert same(base, picture) or same(base, os.path.splitext(picture)[0])
         reader = CaptionReader(folder)
         for picture in listing.pictures:
-            has_sidecar = picture in listing.sidecars
+            # "words" are no JSON
+            has_sidecar = any(not name.endswith(".json") for name in listing.sidecars.get(picture, ()))
             assert reader.read(Path(folder, picture)).source.startswith("sidecar") == has_sidecar
             assert listing.find(storable(picture)) in (picture, None)
         shutil.rmtree(folder)

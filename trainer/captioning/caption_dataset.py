@@ -19,7 +19,7 @@ from safelight.data.images import RejectedImage, decode_file
 from safelight.data.lock import FolderLock
 from safelight.data.manifest import MANIFEST_NAME, read_manifest, write_manifest
 from safelight.data.photo import Photo
-from safelight.data.sources.captions import FILE_NAME
+from safelight.data.sources.caption import FILE_NAME
 from safelight.errors import UserError
 from safelight.text import collapse, counted
 from safelight.trainer.captioning.journal import FOLDER_NAME, Journal

@@ -39,9 +39,12 @@ __all__ = [
     "TextEncoder",
     "decode_photo",
     "empty_text_key",
+    "encode_latent",
     "fill_latents",
     "fill_texts",
     "latent_key",
+    "latent_kind",
+    "latent_shape",
     "plan_samples",
     "sample_captions",
     "text_key",
@@ -145,14 +148,12 @@ def _missing_jobs(cache: Cache, samples: Sequence[Sample], encoder: LatentEncode
                 )
             jobs.setdefault(key, _Job(key, sample.photo, crop, sample.bucket))
     for group in _jobs_by_bucket(jobs.values()):
-        bucket = group[0].bucket
-        channels = encoder.latent_channels * (2 if encoder.has_posterior else 1)
-        shape = (channels, bucket.height // encoder.factor, bucket.width // encoder.factor)
-        cache.drop_damaged([job.key for job in group], _latent_kind(encoder), shape)
+        cache.drop_damaged([job.key for job in group], latent_kind(encoder), latent_shape(encoder, group[0].bucket))
     return [jobs[key] for key in cache.missing(list(jobs))]
 
 
-def _latent_kind(encoder: LatentEncoder) -> str:
+def latent_kind(encoder: LatentEncoder) -> str:
+    """Return the kind of the latent rows of an encoder."""
     return "posterior" if encoder.has_posterior else "latent"
 
 
@@ -226,6 +227,18 @@ def _latent_rows(encoder: LatentEncoder, pixels_BCHW: Tensor, jobs: list[_Job]) 
     return rows
 
 
+def latent_shape(encoder: LatentEncoder, bucket: Bucket) -> tuple[int, int, int]:
+    """Return the shape of the latent rows of a bucket, (C or 2C, H, W)."""
+    channels = encoder.latent_channels * (2 if encoder.has_posterior else 1)
+    return channels, bucket.height // encoder.factor, bucket.width // encoder.factor
+
+
+def encode_latent(dataset: Path, sample: Sample, variant: int, encoder: LatentEncoder) -> np.ndarray:
+    """Return one latent row as `fill_latents` computes it, float32. Raises UserError for a photo that changed."""
+    job = _Job(sample.latent_keys[variant], sample.photo, sample.crops[variant], sample.bucket)
+    return _latent_rows(encoder, _load_pixels(Path(dataset), [job], threading.Event()), [job])[0]
+
+
 def fill_latents(
     cache: Cache,
     dataset: Path,
@@ -236,7 +249,7 @@ def fill_latents(
 ) -> int:
     """Encode the latent rows of the samples that are missing from the cache or damaged; return how many were added.
 
-    Claims the cache if there are any; the caller releases it. Threads decode the next batches while one is encoded.
+    Threads decode the next batches while one is encoded.
     progress(rows done, rows to encode) is called after each batch.
     Raises ValueError if a photo changed since it was prepared (even if its rows are cached), if the samples were
     planned for another VAE or dtype, and if latents are not finite.
@@ -246,9 +259,7 @@ def fill_latents(
     dataset = Path(dataset)
     check_files(cache, dataset, {sample.photo.file: sample.photo.sha256 for sample in samples})
     jobs = _missing_jobs(cache, samples, encoder)
-    if jobs:
-        cache.claim()
-    kind = _latent_kind(encoder)
+    kind = latent_kind(encoder)
     batches = deque(_batches_by_bucket(jobs, batch_size))
     pending: deque = deque()
     num_added = num_done = 0
@@ -275,7 +286,7 @@ def fill_texts(
 ) -> int:
     """Encode the captions, and the empty one, that are missing from the cache or damaged; return how many were added.
 
-    Claims the cache if there are any; the caller releases it. progress(rows done, rows to encode) is called after each
+    progress(rows done, rows to encode) is called after each
     batch. Raises ValueError if the shape of the embeddings is not (B, num_tokens, embedding_dim).
     """
     if batch_size < 1:
@@ -283,8 +294,6 @@ def fill_texts(
     caption_of_key = {text_key(text, encoder.fingerprint, cache.dtype): text for text in ["", *captions]}
     cache.drop_damaged(list(caption_of_key), "text", (encoder.num_tokens, encoder.embedding_dim))
     missing = cache.missing(list(caption_of_key))
-    if missing:
-        cache.claim()
     num_added = 0
     for start in range(0, len(missing), batch_size):
         keys = missing[start : start + batch_size]

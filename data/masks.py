@@ -55,6 +55,11 @@ def read_mask(dataset: Path, photo: Photo) -> Image.Image:
     return mask
 
 
+def encode_mask(dataset: Path, sample: Sample, variant: int, factor: int) -> np.ndarray:
+    """Return one mask row as `fill_masks` computes it. Raises UserError as `read_mask`."""
+    return mask_row(read_mask(dataset, sample.photo), sample.crops[variant], sample.bucket, factor)
+
+
 def fill_masks(
     cache: Cache,
     dataset: Path,
@@ -64,7 +69,7 @@ def fill_masks(
 ) -> int:
     """Store the mask rows of the samples that are missing from the cache or damaged; return how many were added.
 
-    factor: pixels per latent. Claims the cache if there are any; the caller releases it. progress(rows done, rows to
+    factor: pixels per latent. progress(rows done, rows to
     store) is called after each write. Raises UserError if a mask changed since it was prepared, even if its rows are
     cached.
     """
@@ -78,8 +83,6 @@ def fill_masks(
         cache.drop_damaged(keys, "mask", (1, bucket.height // factor, bucket.width // factor))
     missing = set(cache.missing([key for sample in masked for key in sample.mask_keys]))
     num_missing = len(missing)
-    if missing:
-        cache.claim()
     num_done = 0
     for group in by_bucket.values():
         rows: dict[str, np.ndarray] = {}

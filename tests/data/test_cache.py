@@ -167,7 +167,6 @@ def test_another_vae_or_dtype_adds_its_own_rows_and_leaves_the_others(filled, no
     assert fakes.fill(cache, noise_dataset, vae, encoder) == vae.num_encoded == num_latents
     assert encoder.encoded == []
     assert contents(cache, keys) == before
-    cache.release()
     vae = fakes.FakeVae()
     with Cache(cache.path, "float32") as exact:
         planned = fakes.plan(noise_dataset, vae, encoder, dtype="float32")
@@ -222,18 +221,6 @@ def test_photos_are_read_again_only_when_size_or_time_changed(tmp_path, noise_da
         os.utime(dataset / touched)
         fakes.fill(cache, dataset, vae, encoder)
         assert reads == [touched]
-
-
-def test_one_process_at_a_time_adds_rows_while_others_may_read(filled, noise_dataset, fakes):
-    cache, _ = filled
-    with Cache(cache.path) as other:
-        other.claim()
-        # no row is missing, so no lock is needed
-        assert fakes.fill(cache, noise_dataset, fakes.FakeVae(), fakes.FakeTextEncoder()) == 0
-        with pytest.raises(ValueError, match=r"filled is in use by process .*wait until it has filled the cache"):
-            fakes.fill(cache, noise_dataset, fakes.FakeVae("vae-b"), fakes.FakeTextEncoder())
-        other.release()
-        assert fakes.fill(cache, noise_dataset, fakes.FakeVae("vae-b"), fakes.FakeTextEncoder()) > 0
 
 
 def test_decoding_runs_ahead_of_encoding(tmp_path, noise_dataset, fakes, monkeypatch):

@@ -10,10 +10,10 @@ import hashlib
 import os
 import stat
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from safelight.data.buckets import Bucket
+from safelight.data.filling import Progress, fill, loads_nothing
 from safelight.data.images import MAX_FILE_BYTES, RejectedImage, crop_pixels, decode
 from safelight.data.photo import Photo
 from safelight.data.samples import Crop, Sample, empty_text_key, latent_key, plan_samples, sample_captions, text_key
@@ -39,17 +40,16 @@ __all__ = [
     "TextEncoder",
     "decode_photo",
     "empty_text_key",
+    "encode_latent",
     "fill_latents",
     "fill_texts",
     "latent_key",
+    "latent_kind",
+    "latent_shape",
     "plan_samples",
     "sample_captions",
     "text_key",
 ]
-
-_BATCHES_AHEAD = 2
-
-Progress = Callable[[int, int], None]
 
 
 class LatentEncoder(Protocol):
@@ -84,7 +84,6 @@ class TextEncoder(Protocol):
 class _Job:
     """A latent row to encode."""
 
-    key: str
     photo: Photo
     crop: Crop
     bucket: Bucket
@@ -132,9 +131,11 @@ def check_files(cache: Cache, dataset: Path, files: dict[str, str]) -> None:
         cache.note_photos(fresh)
 
 
-def _missing_jobs(cache: Cache, samples: Sequence[Sample], encoder: LatentEncoder) -> list[_Job]:
-    """Return the rows to encode, with the variants of a photo next to each other so that it is decoded once."""
-    jobs = {}
+def _latent_jobs(
+    cache: Cache, samples: Sequence[Sample], encoder: LatentEncoder
+) -> list[tuple[Bucket, dict[str, _Job]]]:
+    """Return each bucket's rows by key, with the variants of a photo next to each other so that it is decoded once."""
+    by_bucket: dict[Bucket, dict[str, _Job]] = {}
     for sample in samples:
         for key, crop in zip(sample.latent_keys, sample.crops, strict=True):
             if key != latent_key(sample.photo, crop, sample.bucket, encoder.fingerprint, cache.dtype):
@@ -143,32 +144,13 @@ def _missing_jobs(cache: Cache, samples: Sequence[Sample], encoder: LatentEncode
                     f"{encoder.fingerprint[:16]}, {cache.dtype}; "
                     "plan them with this encoder's fingerprint and the cache's dtype"
                 )
-            jobs.setdefault(key, _Job(key, sample.photo, crop, sample.bucket))
-    for group in _jobs_by_bucket(jobs.values()):
-        bucket = group[0].bucket
-        channels = encoder.latent_channels * (2 if encoder.has_posterior else 1)
-        shape = (channels, bucket.height // encoder.factor, bucket.width // encoder.factor)
-        cache.drop_damaged([job.key for job in group], _latent_kind(encoder), shape)
-    return [jobs[key] for key in cache.missing(list(jobs))]
+            by_bucket.setdefault(sample.bucket, {}).setdefault(key, _Job(sample.photo, crop, sample.bucket))
+    return sorted(by_bucket.items(), key=lambda item: item[0])
 
 
-def _latent_kind(encoder: LatentEncoder) -> str:
+def latent_kind(encoder: LatentEncoder) -> str:
+    """Return the kind of the latent rows of an encoder."""
     return "posterior" if encoder.has_posterior else "latent"
-
-
-def _jobs_by_bucket(jobs: Iterable[_Job]) -> list[list[_Job]]:
-    by_bucket: dict[Bucket, list[_Job]] = {}
-    for job in jobs:
-        by_bucket.setdefault(job.bucket, []).append(job)
-    return [group for _, group in sorted(by_bucket.items())]
-
-
-def _batches_by_bucket(jobs: Sequence[_Job], batch_size: int) -> list[list[_Job]]:
-    return [
-        group[start : start + batch_size]
-        for group in _jobs_by_bucket(jobs)
-        for start in range(0, len(group), batch_size)
-    ]
 
 
 def decode_photo(dataset: Path, photo: Photo, stop: threading.Event | None = None) -> Image.Image:
@@ -193,15 +175,31 @@ def decode_photo(dataset: Path, photo: Photo, stop: threading.Event | None = Non
     return image
 
 
-def _load_pixels(dataset: Path, jobs: list[_Job], stop: threading.Event) -> Tensor:
-    """Return the pixels of a batch, (B, 3, H, W). Raises UserError if a photo differs from its manifest entry."""
-    pixels, decoded_file, image = [], None, None
-    for job in jobs:
-        if job.photo.file != decoded_file:
-            image, decoded_file = decode_photo(dataset, job.photo, stop), job.photo.file
-        size_wh = (job.bucket.width, job.bucket.height)
-        pixels.append(crop_pixels(image, job.crop.box, size_wh, job.crop.is_flipped))
-    return torch.from_numpy(np.stack(pixels))
+def _load_pixels(dataset: Path, executor: Executor, stop: threading.Event, jobs: list[_Job]) -> Callable[[], Tensor]:
+    """Start to load the pixels of a batch, (B, 3, H, W), a photo to a thread; return a function that waits for them.
+
+    That raises UserError if a photo differs from its manifest entry.
+    """
+    bucket = jobs[0].bucket
+    pixels_BCHW = np.empty((len(jobs), 3, bucket.height, bucket.width), np.float32)
+
+    def load(places: list[int]) -> None:
+        image = decode_photo(dataset, jobs[places[0]].photo, stop)
+        for place in places:
+            crop = jobs[place].crop
+            pixels_BCHW[place] = crop_pixels(image, crop.box, (bucket.width, bucket.height), crop.is_flipped)
+
+    places_of: dict[str, list[int]] = {}
+    for place, job in enumerate(jobs):
+        places_of.setdefault(job.photo.file, []).append(place)
+    loading = [executor.submit(load, places) for places in places_of.values()]
+
+    def wait() -> Tensor:
+        for future in loading:
+            future.result()
+        return torch.from_numpy(pixels_BCHW)
+
+    return wait
 
 
 def _latent_rows(encoder: LatentEncoder, pixels_BCHW: Tensor, jobs: list[_Job]) -> np.ndarray:
@@ -226,6 +224,20 @@ def _latent_rows(encoder: LatentEncoder, pixels_BCHW: Tensor, jobs: list[_Job]) 
     return rows
 
 
+def latent_shape(encoder: LatentEncoder, bucket: Bucket) -> tuple[int, int, int]:
+    """Return the shape of the latent rows of a bucket, (C or 2C, H, W)."""
+    channels = encoder.latent_channels * (2 if encoder.has_posterior else 1)
+    return channels, bucket.height // encoder.factor, bucket.width // encoder.factor
+
+
+def encode_latent(dataset: Path, sample: Sample, variant: int, encoder: LatentEncoder) -> np.ndarray:
+    """Return one latent row as `fill_latents` computes it, float32. Raises UserError for a photo that changed."""
+    bucket, crop = sample.bucket, sample.crops[variant]
+    image = decode_photo(dataset, sample.photo)
+    pixels = crop_pixels(image, crop.box, (bucket.width, bucket.height), crop.is_flipped)
+    return _latent_rows(encoder, torch.from_numpy(pixels)[None], [_Job(sample.photo, crop, bucket)])[0]
+
+
 def fill_latents(
     cache: Cache,
     dataset: Path,
@@ -236,8 +248,7 @@ def fill_latents(
 ) -> int:
     """Encode the latent rows of the samples that are missing from the cache or damaged; return how many were added.
 
-    Claims the cache if there are any; the caller releases it. Threads decode the next batches while one is encoded.
-    progress(rows done, rows to encode) is called after each batch.
+    Other processes may do the same at the same time: each encodes a part (see `fill`).
     Raises ValueError if a photo changed since it was prepared (even if its rows are cached), if the samples were
     planned for another VAE or dtype, and if latents are not finite.
     """
@@ -245,29 +256,18 @@ def fill_latents(
         raise ValueError(f"batch_size {batch_size} is below 1; use 4")
     dataset = Path(dataset)
     check_files(cache, dataset, {sample.photo.file: sample.photo.sha256 for sample in samples})
-    jobs = _missing_jobs(cache, samples, encoder)
-    if jobs:
-        cache.claim()
-    kind = _latent_kind(encoder)
-    batches = deque(_batches_by_bucket(jobs, batch_size))
-    pending: deque = deque()
-    num_added = num_done = 0
-    executor, stop = ThreadPoolExecutor(_BATCHES_AHEAD, thread_name_prefix="decode"), threading.Event()
-    try:
-        while batches or pending:
-            while batches and len(pending) <= _BATCHES_AHEAD:
-                batch = batches.popleft()
-                pending.append((batch, executor.submit(_load_pixels, dataset, batch, stop)))
-            batch, future = pending.popleft()
-            rows = _latent_rows(encoder, future.result(), batch)
-            num_added += cache.append(kind, [job.key for job in batch], rows)
-            num_done += len(batch)
-            if progress is not None:
-                progress(num_done, len(jobs))
-    finally:
-        stop.set()
-        executor.shutdown(cancel_futures=True)
-    return num_added
+    groups = _latent_jobs(cache, samples, encoder)
+    for bucket, jobs in groups:
+        cache.drop_damaged(list(jobs), latent_kind(encoder), latent_shape(encoder, bucket))
+    return fill(
+        cache,
+        latent_kind(encoder),
+        [jobs for _, jobs in groups],
+        batch_size,
+        partial(_load_pixels, dataset),
+        partial(_latent_rows, encoder),
+        progress,
+    )
 
 
 def fill_texts(
@@ -275,25 +275,20 @@ def fill_texts(
 ) -> int:
     """Encode the captions, and the empty one, that are missing from the cache or damaged; return how many were added.
 
-    Claims the cache if there are any; the caller releases it. progress(rows done, rows to encode) is called after each
-    batch. Raises ValueError if the shape of the embeddings is not (B, num_tokens, embedding_dim).
+    Other processes may do the same at the same time: each encodes a part (see `fill`). Raises ValueError if the shape
+    of the embeddings is not (B, num_tokens, embedding_dim).
     """
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size} is below 1; use 16")
     caption_of_key = {text_key(text, encoder.fingerprint, cache.dtype): text for text in ["", *captions]}
-    cache.drop_damaged(list(caption_of_key), "text", (encoder.num_tokens, encoder.embedding_dim))
-    missing = cache.missing(list(caption_of_key))
-    if missing:
-        cache.claim()
-    num_added = 0
-    for start in range(0, len(missing), batch_size):
-        keys = missing[start : start + batch_size]
-        embeddings_BTD = encoder.encode([caption_of_key[key] for key in keys])
-        expected = (len(keys), encoder.num_tokens, encoder.embedding_dim)
-        if tuple(embeddings_BTD.shape) != expected:
-            shape = tuple(embeddings_BTD.shape)
-            raise ValueError(f"the text encoder returned embeddings of shape {shape}, expected {expected}")
-        num_added += cache.append("text", keys, embeddings_BTD.detach().to("cpu", torch.float32).numpy())
-        if progress is not None:
-            progress(start + len(keys), len(missing))
-    return num_added
+    shape = (encoder.num_tokens, encoder.embedding_dim)
+    cache.drop_damaged(list(caption_of_key), "text", shape)
+
+    def encode(_: None, texts: list[str]) -> np.ndarray:
+        embeddings_BTD = encoder.encode(texts)
+        if tuple(embeddings_BTD.shape) != (len(texts), *shape):
+            found, expected = tuple(embeddings_BTD.shape), (len(texts), *shape)
+            raise ValueError(f"the text encoder returned embeddings of shape {found}, expected {expected}")
+        return embeddings_BTD.detach().to("cpu", torch.float32).numpy()
+
+    return fill(cache, "text", [caption_of_key], batch_size, loads_nothing, encode, progress)

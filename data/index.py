@@ -16,7 +16,7 @@ import struct
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
+from safelight.data.atomic import sync_file, sync_folder
 from safelight.errors import UserError
 from safelight.untrusted import UnsafeFile, open_regular
 
@@ -41,6 +42,7 @@ MAX_VALUE_BYTES = 2**16
 _SHAPE = re.compile(r"[1-9][0-9]{0,8}(x[1-9][0-9]{0,8}){0,3}")
 # older SQLite versions allow 999 variables in one statement
 _VALUES_PER_QUERY = 500
+_ROWS_PER_QUERY = 4096
 _LOCK_TIMEOUT_S = 60.0
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS shards (
@@ -138,6 +140,9 @@ class Index:
         self.path = folder / INDEX_NAME
         self._lock = threading.RLock()
         self._check_files()
+        self._connect()
+
+    def _connect(self) -> None:
         with self._naming_damage(is_opening=True):
             # autocommit: transactions are opened explicitly, to span the write of the shard
             self._connection = sqlite3.connect(
@@ -309,6 +314,27 @@ class Index:
             raise self.damaged(f"row {key[:16]} is at {row!r:.40} of shard {shard_id!r:.40}, checksum {crc32!r:.40}")
         return Address(key, shard, row, crc32)
 
+    def shards(self) -> list[Shard]:
+        """Return all shards, in the order in which they were added."""
+        with self._lock:
+            self._shards = self._read_shards()
+            return list(self._shards.values())
+
+    def rows_of(self, shard: Shard) -> Iterator[Address]:
+        """Yield the rows of a shard in their order. Others may change the index meanwhile."""
+        start = 0
+        while True:
+            rows = self._query(
+                "SELECT key, shard, row, crc32 FROM rows WHERE shard = ? AND row >= ? ORDER BY row LIMIT ?",
+                (shard.id, start, _ROWS_PER_QUERY),
+            )
+            with self._lock:
+                addresses = [self._address(*row) for row in rows]
+            yield from addresses
+            if len(rows) < _ROWS_PER_QUERY:
+                return
+            start = addresses[-1].row + 1
+
     def find(self, keys: Sequence[str]) -> dict[str, Address]:
         """Return the addresses of the keys that have a row."""
         with self._lock:
@@ -355,10 +381,56 @@ class Index:
             self._connection.executemany("INSERT INTO rows (key, shard, row, crc32) VALUES (?, ?, ?, ?)", rows)
         self._query("UPDATE shards SET num_rows = ? WHERE id = ?", (start + len(rows), shard.id))
 
-    def remove(self, keys: Sequence[str]) -> None:
-        """Remove rows."""
+    def remove(self, addresses: Iterable[Address]) -> None:
+        """Remove rows, except those that were stored anew at another place since they were looked up."""
         with self.transaction(), self._naming_damage():
-            self._connection.executemany("DELETE FROM rows WHERE key = ?", [(key,) for key in keys])
+            self._connection.executemany(
+                "DELETE FROM rows WHERE key = ? AND shard = ? AND row = ?",
+                ((address.key, address.shard.id, address.row) for address in addresses),
+            )
+
+    def move(self, moves: Sequence[tuple[Address, Shard, int]]) -> None:
+        """Name a new place, (shard, row), of rows that were copied there. Call it in a transaction."""
+        with self._lock, self._naming_damage():
+            self._connection.executemany(
+                "UPDATE rows SET shard = ?, row = ? WHERE key = ?",
+                [(shard.id, row, address.key) for address, shard, row in moves],
+            )
+
+    def shorten(self, shard: Shard, num_rows: int) -> None:
+        """Give up the places of a shard from num_rows on, and the shard if that is 0; it is the last of its form."""
+        with self.transaction():
+            if num_rows:
+                self._query("UPDATE shards SET num_rows = ? WHERE id = ?", (num_rows, shard.id))
+            else:
+                self._query("DELETE FROM shards WHERE id = ?", (shard.id,))
+        with self._lock:
+            self._shards = self._read_shards()
+
+    def forget_photos(self, files: Collection[str]) -> None:
+        """Drop what `note_photos` stored of all files but these."""
+        with self.transaction(), self._naming_damage():
+            noted = [file for (file,) in self._connection.execute("SELECT file FROM photos")]
+            self._connection.executemany("DELETE FROM photos WHERE file = ?", [(f,) for f in noted if f not in files])
+
+    def give_back(self) -> None:
+        """Write the index anew without its free pages, if they are a quarter of it. The caller alone uses the index.
+
+        The new file replaces the old one in one step: SQLite's own way shortens the file within a transaction, and
+        `_check_journal` refuses the journal of one that was killed meanwhile.
+        """
+        temporary = self.path.with_name(f".{INDEX_NAME}.tmp")
+        temporary.unlink(missing_ok=True)
+        (num_free,), (num_pages,) = self._query("PRAGMA freelist_count")[0], self._query("PRAGMA page_count")[0]
+        if 4 * num_free < num_pages:
+            return
+        with self._lock, self._naming_damage():
+            self._connection.execute("VACUUM INTO ?", (str(temporary),))
+            self._connection.close()
+            sync_file(temporary)
+            os.replace(temporary, self.path)
+            sync_folder(self.path.parent)
+            self._connect()
 
     def seen_photos(self, files: Sequence[str]) -> dict[str, tuple[str, int, int]]:
         """Return what `note_photos` stored of these files. The values may be of any type: they are only compared."""

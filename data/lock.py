@@ -1,10 +1,13 @@
-"""Lock a folder for one process: FOLDER/.lock names the holder, and the system releases it when that process ends.
+"""Lock a folder for one process, or for all that share it: FOLDER/.lock names the holder.
 
-The lock is flock's, not the presence of the file, so a file left behind by kill -9 or a power cut locks nobody out.
+The lock is flock's, not the presence of the file, and the system releases it when the process ends, so a file left
+behind by kill -9 or a power cut locks nobody out. Over NFS, Linux turns flock into the server's locks, which hold
+between machines.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -17,7 +20,7 @@ from typing import BinaryIO
 
 from safelight.errors import UserError
 from safelight.text import printable
-from safelight.untrusted import UnsafeFile, check_links, open_to_write, parse_json
+from safelight.untrusted import UnsafeFile, check_links, open_regular, open_to_write, parse_json
 
 LOCK_NAME = ".lock"
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -38,18 +41,74 @@ def _describe(text: bytes) -> str:
         return "another process"
 
 
+class NoLocks(Exception):
+    """This system or file system has no locks; the message says which."""
+
+
+def lock_file(path: Path, shared: bool = False) -> BinaryIO | None:
+    """Return a file, created if needed, with a lock on it that closing it ends; None if another holder excludes it.
+
+    Never waits. The file is the one that has this path now, even if a previous holder deleted the file meanwhile.
+    Raises NoLocks, UnsafeFile for a link or anything but a regular file, and OSErrors as open does.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        raise NoLocks("this system has no file locks") from None
+    while True:
+        # not truncated: until the lock is ours, its text belongs to the holder
+        try:
+            file = open_to_write(path, buffering=0)
+        except UnsafeFile as error:
+            # a link's message says so already
+            advice = "" if str(error).endswith("delete it") else "; delete it"
+            raise UnsafeFile(f"{error}{advice}") from None
+        try:
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except OSError as error:
+            file.close()
+            if error.errno in _NO_LOCKS:
+                raise NoLocks(f"{path.parent} is on a file system without locks ({error.strerror})") from None
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise
+            return None
+        if _is_in_place(file, path):
+            return file
+        # the previous holder deleted the file after we opened it and before we locked it
+        file.close()
+
+
+def unlock_file(file: BinaryIO, path: Path) -> None:
+    """Release the lock of `lock_file`, and delete the file unless others share the lock."""
+    import fcntl
+
+    with contextlib.suppress(OSError):
+        # succeeds for the only holder. A process that has opened the file meanwhile notices in _is_in_place
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink(missing_ok=True)
+    file.close()
+
+
+def _is_in_place(file: BinaryIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
 class FolderLock:
-    """An exclusive lock on a folder, which is created if needed. Never waits. A context manager, released on exit.
+    """A lock on a folder, which is created if needed. Never waits. A context manager, released on exit.
 
     advice: what the user should do if the lock is refused; ends the error message. advice_if_held: the same if another
-    process holds the lock; None: `advice`. note: a warning to show to the user
-    if this system or file system has no locks, else empty.
-    Raises UserError naming the holder if another process, or another lock of this process, holds the lock; if the
+    process holds the lock; None: `advice`. shared: excludes only those whose lock is not shared; where it cannot be
+    written, on a read-only or full disk, such a lock does nothing. note: a warning to show to the user if this system
+    or file system has no locks, else empty.
+    Raises UserError naming the holder if another process, or another lock of this process, excludes it; if the
     folder cannot be written (OSError if the disk is full); and if anything in it is a link that leads out, as whoever
     locks a folder writes to it.
     """
 
-    def __init__(self, folder: Path, advice: str, advice_if_held: str | None = None):
+    def __init__(self, folder: Path, advice: str, advice_if_held: str | None = None, shared: bool = False):
         self.folder, self.note = Path(folder), ""
         if "\0" in str(folder):
             raise UserError(f"{printable(self.folder)} is not a valid path, it contains a NUL character; {advice}")
@@ -59,50 +118,34 @@ class FolderLock:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             check_links(self.folder)
-            self._take(advice if advice_if_held is None else advice_if_held)
+            self._take(advice if advice_if_held is None else advice_if_held, shared)
         except (FileExistsError, NotADirectoryError):
             raise UserError(f"{printable(self.folder)} is a file or its path leads through one; {advice}") from None
         except OSError as error:
+            if shared:
+                # reading needs no lock where nobody can write, and an exclusive lock is refused there
+                self.note = f"{self._path} cannot be written ({error.strerror})"
+                return
             if error.errno in _DISK_FULL:
                 # another folder on the same disk does not help; the command line says what does
                 error.filename = error.filename or str(self._path)
                 raise
             raise UserError(f"{printable(self.folder)} cannot be written ({error.strerror}); {advice}") from error
 
-    def _take(self, advice_if_held: str) -> None:
+    def _take(self, advice_if_held: str, shared: bool) -> None:
         try:
-            import fcntl
-        except ImportError:
-            self.note = f"this system has no file locks: make sure that no other process writes to {self.folder}"
+            file = lock_file(self._path, shared)
+        except NoLocks as error:
+            self.note = f"{error}: make sure that no other process writes to {self.folder}"
             return
-        while True:
-            # not truncated: until the lock is ours, its text belongs to the holder
+        if file is None:
             try:
-                file = open_to_write(self._path, buffering=0)
-            except UnsafeFile as error:
-                # a link's message says so already
-                advice = "" if str(error).endswith("delete it") else "; delete it"
-                raise UnsafeFile(f"{error}{advice}") from None
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno in _NO_LOCKS:
-                    file.close()
-                    self.note = (
-                        f"{self.folder} is on a file system without locks ({error.strerror}): "
-                        "make sure that no other process writes there"
-                    )
-                    return
-                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                    file.close()
-                    raise
-                holder = _describe(file.read(100_000))
-                file.close()
-                raise UserError(f"{printable(self.folder)} is in use by {holder}; {advice_if_held}") from None
-            if self._is_in_place(file):
-                break
-            # the previous holder deleted the file after we opened it and before we locked it
-            file.close()
+                with open_regular(self._path, follow_links=False) as held:
+                    holder = _describe(held.read(100_000))
+            except OSError:
+                # released meanwhile
+                holder = "another process"
+            raise UserError(f"{printable(self.folder)} is in use by {holder}; {advice_if_held}")
         self._file = file
         holder = {
             "pid": os.getpid(),
@@ -110,32 +153,29 @@ class FolderLock:
             "started": datetime.now().astimezone().isoformat(timespec="seconds"),
             "command": _command(),
         }
+        # of those who share a lock, the last one is named
+        self._text = json.dumps(holder).encode() + b"\n"
         file.truncate(0)
-        file.write(json.dumps(holder).encode() + b"\n")
-
-    def _is_in_place(self, file: BinaryIO) -> bool:
-        try:
-            return os.path.samestat(os.fstat(file.fileno()), os.stat(self._path))
-        except FileNotFoundError:
-            return False
+        file.write(self._text)
 
     def release(self) -> None:
-        """Delete the lock file and release the lock. Can be called twice.
+        """Release the lock, and delete its file unless others share it. Can be called twice.
 
         If the lock created the folder and the folder is still empty, it is removed too.
         """
         if self._file is None:
             return
-        # deleted while we hold it: a process that opened it meanwhile notices in _is_in_place
-        self._path.unlink(missing_ok=True)
-        self._file.close()
+        with contextlib.suppress(OSError):
+            self._file.seek(0)
+            if self._file.read(100_000) == self._text:
+                # those who share the lock are not this process
+                self._file.truncate(0)
+        unlock_file(self._file, self._path)
         self._file = None
         if self._is_new_folder:
-            try:
+            with contextlib.suppress(OSError):
+                # fails if it is not empty
                 self.folder.rmdir()
-            except OSError:
-                # not empty
-                pass
 
     def __enter__(self) -> FolderLock:
         return self

@@ -5,7 +5,11 @@ The cache holds a mask at the size of the latents, cropped and mirrored exactly 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +17,7 @@ from PIL import Image
 
 from safelight.data.buckets import Bucket
 from safelight.data.cache import check_files, read_stored
+from safelight.data.filling import Progress, fill
 from safelight.data.images import RejectedImage, decode_mask
 from safelight.data.photo import Photo
 from safelight.data.samples import Crop, Sample
@@ -42,11 +47,11 @@ def mask_row(mask: Image.Image, crop: Crop, bucket: Bucket, factor: int) -> np.n
     return (row[:, ::-1] if crop.is_flipped else row)[None]
 
 
-def read_mask(dataset: Path, photo: Photo) -> Image.Image:
+def read_mask(dataset: Path, photo: Photo, stop: threading.Event | None = None) -> Image.Image:
     """Return the mask of a photo of a dataset, 8-bit grey. Raises UserError if it is missing, damaged or changed."""
     path = Path(dataset) / photo.mask
     try:
-        mask = decode_mask(read_stored(path, photo.mask_sha256))
+        mask = decode_mask(read_stored(path, photo.mask_sha256), stop)
     except RejectedImage as error:
         raise UserError(f"{path}: {error}; run `safelight prepare` again") from error
     if mask.size != (photo.width, photo.height):
@@ -57,43 +62,44 @@ def read_mask(dataset: Path, photo: Photo) -> Image.Image:
     return mask
 
 
+def encode_mask(dataset: Path, sample: Sample, variant: int, factor: int) -> np.ndarray:
+    """Return one mask row as `fill_masks` computes it. Raises UserError as `read_mask`."""
+    return mask_row(read_mask(dataset, sample.photo), sample.crops[variant], sample.bucket, factor)
+
+
 def fill_masks(
     cache: Cache,
     dataset: Path,
     samples: Sequence[Sample],
     factor: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> int:
     """Store the mask rows of the samples that are missing from the cache or damaged; return how many were added.
 
-    factor: pixels per latent. Claims the cache if there are any; the caller releases it. progress(rows done, rows to
-    store) is called after each write. Raises UserError if a mask changed since it was prepared, even if its rows are
-    cached.
+    factor: pixels per latent. progress: as `fill` calls it. Raises UserError if a mask changed since it was prepared,
+    even if its rows are cached.
     """
     masked = [sample for sample in samples if sample.mask_keys]
     check_files(cache, dataset, {sample.photo.mask: sample.photo.mask_sha256 for sample in masked})
-    by_bucket: dict[Bucket, list[Sample]] = {}
+    by_bucket: dict[Bucket, dict[str, tuple[Sample, int]]] = {}
     for sample in masked:
-        by_bucket.setdefault(sample.bucket, []).append(sample)
-    for bucket, group in by_bucket.items():
-        keys = [key for sample in group for key in sample.mask_keys]
-        cache.drop_damaged(keys, "mask", (1, bucket.height // factor, bucket.width // factor))
-    missing = set(cache.missing([key for sample in masked for key in sample.mask_keys]))
-    num_missing = len(missing)
-    if missing:
-        cache.claim()
-    num_done = 0
-    for group in by_bucket.values():
-        rows: dict[str, np.ndarray] = {}
-        for number, sample in enumerate(group, 1):
-            crops = {k: c for k, c in zip(sample.mask_keys, sample.crops, strict=True) if k in missing}
-            if crops:
-                mask = read_mask(dataset, sample.photo)
-                rows |= {key: mask_row(mask, crop, sample.bucket, factor) for key, crop in crops.items()}
-                missing -= crops.keys()
-            if rows and (len(rows) >= _ROWS_PER_WRITE or number == len(group)):
-                num_done += cache.append("mask", list(rows), np.stack(list(rows.values())))
-                rows = {}
-                if progress is not None:
-                    progress(num_done, num_missing)
-    return num_done
+        rows = by_bucket.setdefault(sample.bucket, {})
+        for variant, key in enumerate(sample.mask_keys):
+            rows.setdefault(key, (sample, variant))
+    for bucket, rows in by_bucket.items():
+        cache.drop_damaged(list(rows), "mask", (1, bucket.height // factor, bucket.width // factor))
+    groups, load = list(by_bucket.values()), partial(_load_rows, dataset, factor)
+    return fill(cache, "mask", groups, _ROWS_PER_WRITE, load, lambda rows, _: np.stack(rows), progress)
+
+
+def _load_rows(
+    dataset: Path, factor: int, executor: Executor, stop: threading.Event, wanted: list[tuple[Sample, int]]
+) -> Callable[[], list[np.ndarray]]:
+    """Start to make mask rows, a photo to a thread; return a function that waits for them."""
+
+    def load(variants: list[tuple[Sample, int]]) -> list[np.ndarray]:
+        mask = read_mask(dataset, variants[0][0].photo, stop)
+        return [mask_row(mask, sample.crops[variant], sample.bucket, factor) for sample, variant in variants]
+
+    loading = [executor.submit(load, list(group)) for _, group in groupby(wanted, key=lambda row: row[0].photo.mask)]
+    return lambda: [row for future in loading for row in future.result()]

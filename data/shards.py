@@ -18,14 +18,15 @@ import math
 import os
 import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from io import FileIO
 from pathlib import Path
 
 import numpy as np
 
 from safelight.data.atomic import naming, sync_folder
-from safelight.data.index import DTYPES, KINDS, MAX_SHARD_BYTES, Address, Index, Shard, shape_text
+from safelight.data.compaction import compact
+from safelight.data.index import DTYPES, INDEX_NAME, KINDS, MAX_SHARD_BYTES, Address, Index, Shard, shape_text
 from safelight.data.lock import FolderLock
 from safelight.errors import UserError
 from safelight.untrusted import UnsafeFile, check_links, open_regular, open_to_write
@@ -36,24 +37,25 @@ MAX_OPEN_SHARDS = 128
 
 
 class CorruptRow(UserError):
-    """A stored row that is damaged. shard: the name of its file. key: the row's key."""
+    """A stored row that is damaged. shard: the name of its file. key: the row's key. reason: what follows the name."""
 
     def __init__(self, shard: str, key: str, reason: str):
         super().__init__(
             f"cache row {key[:16]} in {SHARDS_FOLDER}/{shard} {reason}; "
             "`safelight cache` or `safelight train --resume` encodes it again"
         )
-        self.shard, self.key = shard, key
+        self.shard, self.key, self.reason = shard, key, reason
 
 
 class Cache:
     """A folder of rows by key, created if it does not exist. Several threads and processes may read it at once.
 
-    dtype: of appended rows as stored, float16 or float32. Raises ValueError for another dtype, and UserError for a
-    link in the folder that leads out of it, and for an index that is damaged or of another version.
+    dtype: of appended rows as stored, float16 or float32. exclusive: nobody else may have the cache open, nor open it
+    until it is closed. Raises ValueError for another dtype, and UserError for a link in the folder that leads out of
+    it, for an index that is damaged or of another version, and if another process excludes this one.
     """
 
-    def __init__(self, path: Path, dtype: str = "float16"):
+    def __init__(self, path: Path, dtype: str = "float16", exclusive: bool = False):
         if dtype not in DTYPES:
             raise ValueError(f"cache dtype {dtype!r} is not known; use one of {', '.join(DTYPES)}")
         self.path, self.dtype = Path(path), dtype
@@ -62,14 +64,25 @@ class Cache:
         self._lock = threading.RLock()
         self._files: dict[str, FileIO] = {}
         self._checked: set[tuple[int, int]] = set()
-        self._folder_lock: FolderLock | None = None
         self.num_dropped = 0
         check_links(self.path)
         try:
             self._shards_path.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise UserError(f"{self._shards_path} is not a folder; delete the cache folder {self.path}") from None
-        self._index = Index(self.path)
+        self._use = FolderLock(
+            self.path,
+            "make it writable, or copy the dataset elsewhere",
+            "wait until it has finished, then run this again",
+            shared=not exclusive,
+        )
+        try:
+            if exclusive and self._use.note:
+                raise UserError(f"{self._use.note}; rows are deleted only where locks show that nobody reads them")
+            self._index = Index(self.path)
+        except BaseException:
+            self._use.release()
+            raise
 
     def __enter__(self) -> Cache:
         return self
@@ -78,29 +91,10 @@ class Cache:
         self.close()
 
     def close(self) -> None:
-        """Release the index, the open files and the claim."""
-        self.release()
+        """Release the index, the open files and the folder."""
         self._close_files()
         self._index.close()
-
-    def claim(self) -> None:
-        """Lock the folder for adding rows, until `release`. Does nothing if this cache has claimed it already.
-
-        The lock keeps two processes from encoding the same rows. Without it, on a file system that has no locks, rows
-        are never corrupted either. Raises UserError naming the process that holds the lock.
-        """
-        if self._folder_lock is None:
-            self._folder_lock = FolderLock(
-                self.path,
-                "make it writable, or copy the dataset elsewhere",
-                "wait until it has filled the cache, then run this again",
-            )
-
-    def release(self) -> None:
-        """Release the lock of `claim`, if held."""
-        if self._folder_lock is not None:
-            self._folder_lock.release()
-            self._folder_lock = None
+        self._use.release()
 
     def __len__(self) -> int:
         return len(self._index)
@@ -240,7 +234,7 @@ class Cache:
         """
         # opened anew: a file may have been replaced since
         self._close_files()
-        bad = []
+        bad: dict[Address, CorruptRow] = {}
         buffer = np.empty((1, math.prod(shape) * np.dtype(self.dtype).itemsize), np.uint8)
         for address in sorted(self._index.find(list(dict.fromkeys(keys))).values(), key=lambda a: (a.shard.id, a.row)):
             shard = address.shard
@@ -251,12 +245,50 @@ class Cache:
                 self._checked.discard((shard.id, address.row))
                 self._read_into(buffer, [address])
             except CorruptRow as error:
-                bad.append(error)
+                bad[address] = error
         if bad:
-            self.claim()
-            self._index.remove([error.key for error in bad])
+            self._index.remove(bad)
         self.num_dropped += len(bad)
-        return bad
+        return list(bad.values())
+
+    def addresses(self) -> Iterator[Address]:
+        """Yield where every row is stored, in the order of the shards."""
+        for shard in self._index.shards():
+            yield from self._index.rows_of(shard)
+
+    def read_at(self, address: Address) -> np.ndarray:
+        """Return the row at an address, its checksum verified. Raises CorruptRow."""
+        shard = address.shard
+        buffer = np.empty((1, shard.row_bytes), np.uint8)
+        with self._lock:
+            self._checked.discard((shard.id, address.row))
+            self._read_into(buffer, [address])
+        return buffer.view(np.dtype(shard.dtype).newbyteorder("<")).reshape(shard.shape)
+
+    def num_bytes(self) -> int:
+        """Return what the index and the shards take on the disk."""
+        return self.index_bytes() + sum(path.stat().st_size for path in self._shards_path.iterdir())
+
+    def index_bytes(self) -> int:
+        """Return what the index takes on the disk."""
+        return (self.path / INDEX_NAME).stat().st_size
+
+    def shards(self) -> list[Shard]:
+        """Return all shards, in the order in which they were added."""
+        return self._index.shards()
+
+    def delete(self, addresses: Iterable[Address], keep_photos: Collection[str]) -> None:
+        """Delete rows and what is noted of all photos but these, and give the space back to the disk.
+
+        For a cache that was opened exclusively. Killed at any moment, it leaves every other row in the cache; the next
+        call gives the rest of the space back, even if it deletes nothing.
+        """
+        self._index.remove(addresses)
+        self._index.forget_photos(keep_photos)
+        self._close_files()
+        self._checked.clear()
+        compact(self._index, self._shards_path)
+        self._index.give_back()
 
     def seen_photos(self, files: Sequence[str]) -> dict[str, tuple[str, int, int]]:
         """Return (SHA-256, size in bytes, mtime in ns) of those files that were read before, as they were then."""

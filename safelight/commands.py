@@ -225,7 +225,10 @@ def cache(argv: list[str]) -> int:
     from safelight.options.arguments import parse_with_config
 
     arguments, config = parse_with_config(argv, "cache", COMMANDS["cache"])
+    action = _cache_action(arguments)
     _say_loading()
+    if action is not None:
+        return action(arguments, config)
     from safelight.output.columns import fill
     from safelight.trainer.dataset import open_dataset
     from safelight.trainer.models import placing
@@ -260,6 +263,85 @@ def cache(argv: list[str]) -> int:
     for note in placing.size_notes(dataset.placed, config.data.upscale):
         print(fill(f"note: {note}"))
     _say_next(f"{_train_command(arguments.config)}, with the same options")
+    return 0
+
+
+def _cache_action(arguments):
+    """Return what `safelight cache` does instead of filling the cache, None if it fills it."""
+    actions = {"verify": _verify_cache, "stats": _cache_stats, "gc": _collect_cache}
+    chosen = [name for name in actions if getattr(arguments, name)]
+    if len(chosen) > 1:
+        raise UserError(f"--{chosen[0]} and --{chosen[1]} are separate commands; give one, then the other")
+    for option, owner in (("sample", "verify"), ("keep", "gc"), ("dry_run", "gc")):
+        if getattr(arguments, option) not in (None, (), False) and [owner] != chosen:
+            raise UserError(f"--{option.replace('_', '-')} goes with --{owner}; add it, or leave this out")
+    if arguments.sample is not None and arguments.sample < 0:
+        raise UserError(f"--sample {arguments.sample} is below 0; use 0 for checksums alone, or 32")
+    return actions[chosen[0]] if chosen else None
+
+
+def _planned(config, exclusive: bool = False):
+    from safelight.trainer.dataset import plan_dataset
+    from safelight.trainer.models.base import base_of
+    from safelight.trainer.models.device import pick_device
+
+    return plan_dataset(config, base_of(config.model), pick_device(config.run.device), exclusive)
+
+
+def _verify_cache(arguments, config) -> int:
+    from safelight.data.verify import verify
+    from safelight.output.cache_table import print_verified, verified_json
+    from safelight.trainer.run_log.terminal import Terminal
+
+    with Terminal() as terminal:
+        plan = _planned(config)
+        with plan.dataset.cache as cache:
+            num = 32 if arguments.sample is None else arguments.sample
+            found = verify(cache, plan.rows(), num, config.run.seed, terminal.update)
+    if arguments.json:
+        print_json(verified_json(found))
+    else:
+        print_verified(found, plan.dataset.path, f"safelight cache {shlex.quote(str(arguments.config))}")
+    return 0 if found.is_sound else 1
+
+
+def _cache_stats(arguments, config) -> int:
+    from safelight.data.cache_stats import cache_stats
+    from safelight.output.cache_table import print_stats, stats_json
+    from safelight.trainer.run_log.terminal import Terminal
+
+    with Terminal() as terminal:
+        plan = _planned(config)
+        with plan.dataset.cache as cache:
+            stats = cache_stats(cache, plan.rows(), partial(terminal.update, "rows"))
+    if arguments.json:
+        print_json(stats_json(stats, plan.dataset.scaling_factor))
+    else:
+        print_stats(stats, plan.dataset.path, plan.dataset.scaling_factor)
+    return 0
+
+
+def _collect_cache(arguments, config) -> int:
+    from safelight.data.garbage import collect_garbage
+    from safelight.options.arguments import load_run_config
+    from safelight.output.cache_table import freed_json, print_freed
+    from safelight.trainer.run_log.terminal import Terminal
+
+    needed: set[str] = set()
+    with Terminal():
+        for other in map(load_run_config, arguments.keep):
+            if Path(other.data.path).resolve() != Path(config.data.path).resolve():
+                raise UserError(f"--keep: data.path is {other.data.path}, not {config.data.path}: its cache is another")
+            plan = _planned(other)
+            plan.dataset.cache.close()
+            needed |= plan.rows().keys()
+        plan = _planned(config, exclusive=not arguments.dry_run)
+        with plan.dataset.cache as cache:
+            freed = collect_garbage(cache, needed | plan.rows().keys(), plan.files, arguments.dry_run)
+    if arguments.json:
+        print_json(freed_json(freed, arguments.dry_run))
+    else:
+        print_freed(freed, plan.dataset.path, arguments.dry_run)
     return 0
 
 

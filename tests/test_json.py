@@ -85,5 +85,5 @@ def test_every_command_with_json_is_covered():
     shapes = [s for s in vars(arguments).values() if dataclasses.is_dataclass(s) and "json" in s.__annotations__]
     # and those with a config: cache, plan, profile. test_cli covers prepare and cache, test_planner a GPU's plan,
     # test_demo the demo, test_command caption
-    others = {"PrintingArguments", "PlanArguments", "ProfileArguments"}
+    others = {"CacheArguments", "PlanArguments", "ProfileArguments"}
     assert {s.__name__ for s in shapes} == {"Prepare", "Caption", "Demo", *others}

@@ -5,24 +5,30 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from safelight.data.batches import RowSource
 from safelight.data.cache import (
     Sample,
     empty_text_key,
+    encode_latent,
     fill_latents,
     fill_texts,
+    latent_kind,
+    latent_shape,
     plan_samples,
     sample_captions,
     text_key,
 )
 from safelight.data.manifest import read_manifest, split_validation
-from safelight.data.masks import fill_masks
+from safelight.data.masks import encode_mask, fill_masks
 from safelight.data.samples import with_masks
 from safelight.data.shards import Cache
+from safelight.data.verify import NeededRow
 from safelight.errors import UserError
 from safelight.text import counted
 from safelight.trainer.config.schema import MAX_CHUNKS, Config
@@ -142,6 +148,51 @@ class Dataset:
         return rows
 
 
+@dataclass
+class Plan:
+    """A dataset and what encodes its rows. The cache is open; the caller closes it.
+
+    texts: the texts whose embeddings the run needs, with the encoder that reads them: the captions, then each prompt
+    that it samples. The empty text goes with each.
+    """
+
+    dataset: Dataset
+    codec: LatentCodec
+    texts: list[tuple[CaptionEncoder, list[str]]]
+
+    def rows(self) -> dict[str, NeededRow]:
+        """Return every row that the run needs, by its key."""
+        codec, dtype, path = self.codec, self.dataset.cache.dtype, self.dataset.path
+        rows: dict[str, NeededRow] = {}
+        for sample in self.dataset.samples:
+            name, latent = sample.photo.source, latent_shape(codec, sample.bucket)
+            for variant, key in enumerate(sample.latent_keys):
+                again = partial(encode_latent, path, sample, variant, codec)
+                rows.setdefault(key, NeededRow(latent_kind(codec), latent, name, again, variant))
+            mask = (1, *latent[1:])
+            for variant, key in enumerate(sample.mask_keys):
+                again = partial(encode_mask, path, sample, variant, codec.factor)
+                rows.setdefault(key, NeededRow("mask", mask, name, again, variant))
+        named = {caption: sample.photo.source for sample in self.dataset.samples for caption in sample.captions}
+        for reader, texts in self.texts:
+            shape = (reader.num_tokens, reader.embedding_dim)
+            for text in ["", *texts]:
+                name = f"the caption of {named[text]}" if text in named else "a sample prompt" if text else "no caption"
+                again = partial(_encode_text, reader, text)
+                rows.setdefault(text_key(text, reader.fingerprint, dtype), NeededRow("text", shape, name, again))
+        return rows
+
+    @property
+    def files(self) -> set[str]:
+        """The files of the run's photographs and masks, by their paths in the dataset."""
+        photos = [sample.photo for sample in self.dataset.samples]
+        return {photo.file for photo in photos} | {photo.mask for photo in photos if photo.mask}
+
+
+def _encode_text(reader: CaptionEncoder, text: str) -> np.ndarray:
+    return reader.encode([text])[0].detach().to("cpu", torch.float32).numpy()
+
+
 def open_dataset(
     config: Config,
     base: Base,
@@ -152,8 +203,24 @@ def open_dataset(
     """Return the run's dataset, after encoding what its cache lacks. The encoders are freed before it returns.
 
     progress: called with (what is encoded, rows done, total). check: called before anything is encoded, and raises
-    UserError to prevent it. Raises UserError for a dataset that was not prepared, or
-    settings that do not fit it, and for one with a link that leads out of its folder.
+    UserError to prevent it. Raises UserError as `plan_dataset`.
+    """
+    plan = plan_dataset(config, base, device)
+    try:
+        if check is not None:
+            check(plan.dataset)
+        _fill(plan, config, ENCODE_BATCH_CPU if device.type == "cpu" else ENCODE_BATCH_GPU, progress)
+    except BaseException:
+        plan.dataset.cache.close()
+        raise
+    return plan.dataset
+
+
+def plan_dataset(config: Config, base: Base, device: torch.device, exclusive: bool = False) -> Plan:
+    """Return the run's dataset, its cache as it is, and the encoders of its rows. Encodes nothing.
+
+    exclusive: nobody else may use the cache until it is closed. Raises UserError for a dataset that was not prepared,
+    or settings that do not fit it, and for one with a link that leads out of its folder.
     """
     path = Path(config.data.path)
     photos = read_manifest(path)
@@ -180,7 +247,7 @@ def open_dataset(
     validation = plan_samples(placed.validation, variants=1, **common)
     if config.loss.mask_weight != 1:
         train, validation = (with_masks(half, codec.factor, config.data.cache_dtype) for half in (train, validation))
-    cache = Cache(path / "cache", config.data.cache_dtype)
+    cache = Cache(path / "cache", config.data.cache_dtype, exclusive)
     dataset = Dataset(
         path,
         cache,
@@ -193,28 +260,24 @@ def open_dataset(
         base.family,
         mask_weight=config.loss.mask_weight,
     )
-    try:
-        if check is not None:
-            check(dataset)
-        _fill(dataset, config, codec, encoder, ENCODE_BATCH_CPU if device.type == "cpu" else ENCODE_BATCH_GPU, progress)
-    except BaseException:
-        cache.close()
-        raise
-    return dataset
+    plan = Plan(dataset, codec, [(encoder, sample_captions(dataset.samples))])
+    prompts, negative = dataset.sample_prompts(config), config.sample.negative_prompt
+    for num_chunks, places in encoder.group_prompts(prompts, negative).items():
+        keys = []
+        for text in [*(prompts[place] for place in places), negative]:
+            # a prompt without weights shares the row of the same caption
+            reader = encoder.reading(has_weights(text), num_chunks)
+            plan.texts.append((reader, [text]))
+            keys.append(text_key(text, reader.fingerprint, cache.dtype))
+        dataset.sampled.append((tuple(places), keys[:-1], keys[-1]))
+    return plan
 
 
-def _fill(
-    dataset: Dataset,
-    config: Config,
-    codec: LatentCodec,
-    encoder: CaptionEncoder,
-    batch_size: int,
-    progress: Progress | None,
-) -> None:
+def _fill(plan: Plan, config: Config, batch_size: int, progress: Progress | None) -> None:
     """Encode the rows that are missing from the cache or damaged in it."""
+    dataset, (encoder, captions) = plan.dataset, plan.texts[0]
     cache, samples = dataset.cache, dataset.samples
-    captions, prompts = sample_captions(samples), dataset.sample_prompts(config)
-    negative = config.sample.negative_prompt
+    prompts, negative = dataset.sample_prompts(config), config.sample.negative_prompt
 
     def report(what: str):
         return None if progress is None else lambda done, total: progress(what, done, total)
@@ -234,18 +297,11 @@ def _fill(
         if (named := list({name: cuts[text] for name, text in texts if text in cuts}.items()))
     ]
     dataset.num_encoded = fill_texts(cache, captions, encoder, 4 * batch_size, report("captions"))
-    for num_chunks, places in encoder.group_prompts(prompts, negative).items():
-        keys = []
-        for text in [*(prompts[place] for place in places), negative]:
-            # a prompt without weights shares the row of the same caption
-            reader = encoder.reading(has_weights(text), num_chunks)
-            dataset.num_encoded += fill_texts(cache, [text], reader, 1)
-            keys.append(text_key(text, reader.fingerprint, cache.dtype))
-        dataset.sampled.append((tuple(places), keys[:-1], keys[-1]))
-    dataset.num_encoded += fill_latents(cache, dataset.path, samples, codec, batch_size, report("latents"))
-    dataset.num_encoded += fill_masks(cache, dataset.path, samples, codec.factor, report("masks"))
+    for reader, texts in plan.texts[1:]:
+        dataset.num_encoded += fill_texts(cache, texts, reader, 1)
+    dataset.num_encoded += fill_latents(cache, dataset.path, samples, plan.codec, batch_size, report("latents"))
+    dataset.num_encoded += fill_masks(cache, dataset.path, samples, plan.codec.factor, report("masks"))
     dataset.num_damaged = cache.num_dropped
-    cache.release()
 
 
 def _check_fit(base: Base, codec: LatentCodec, encoder: CaptionEncoder) -> None:

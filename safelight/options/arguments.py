@@ -225,9 +225,25 @@ class TrainArguments:
 
 
 @dataclass
-class PrintingArguments:
+class CacheArguments:
     config: ConfigFile
     settings: Settings
+    verify: Annotated[
+        bool,
+        arg(help="instead, check every row and encode some again; exit status 1 if one is damaged or missing"),
+    ] = False
+    sample: Annotated[int | None, _own("INT", "verify: number of rows to encode again", "32")] = None
+    stats: Annotated[
+        bool, arg(help="instead, show rows and bytes, the latents' mean and std, and photographs far from all others")
+    ] = False
+    gc: Annotated[
+        bool, arg(help="instead, delete the rows that these settings do not need; others that use the dataset: --keep")
+    ] = False
+    keep: Annotated[
+        UseAppendAction[tuple[Path, ...]],
+        arg(metavar="RUN.TOML", help="gc: keep what these settings need, too; can be given several times"),
+    ] = ()
+    dry_run: Annotated[bool, arg(help="gc: delete nothing, only say what would be freed")] = False
     json: Annotated[bool, arg(help="print the result as JSON")] = False
 
 
@@ -264,7 +280,7 @@ SETTINGS_TEXT = (
     "Every setting in RUN.TOML can be overridden by an option: --train.batch-size 2; settings of a stage by its "
     "number: --stage.0.lr 1e-6."
 )
-_WITH_CONFIG = {"train": TrainArguments, "plan": PlanArguments, "profile": ProfileArguments}
+_WITH_CONFIG = {"train": TrainArguments, "cache": CacheArguments, "plan": PlanArguments, "profile": ProfileArguments}
 
 
 class _LikeStdout(io.StringIO):
@@ -367,7 +383,7 @@ def _run_folder(path: Path) -> Path:
     return run
 
 
-def _load(path: Path) -> Config:
+def load_run_config(path: Path) -> Config:
     """Return the config of a settings file or of a run folder. Raises UserError if there is none."""
     is_run_folder = path.is_dir()
     if is_run_folder:
@@ -391,17 +407,17 @@ def _load(path: Path) -> Config:
 
 def parse_with_config(
     argv: list[str], command: str, description: str
-) -> tuple[TrainArguments | PlanArguments | PrintingArguments | ProfileArguments, Config]:
+) -> tuple[TrainArguments | CacheArguments | PlanArguments | ProfileArguments, Config]:
     """Return (arguments, Config) of a command that takes a run.toml, or a run folder, and overrides of its settings.
 
     They may come in any order. Raises UserError for an invalid file, option or setting.
     """
     others, overrides = take_overrides(argv)
-    shape = _WITH_CONFIG.get(command, PrintingArguments)
+    shape = _WITH_CONFIG[command]
     description = f"{description}.\n\n{SETTINGS_TEXT}"
 
     def configured(path: Path | None) -> Config:
-        config = _load(path) if path is not None else Config()
+        config = load_run_config(path) if path is not None else Config()
         if config.stage and any(name == ["train", "epochs"] for name, _ in overrides):
             raise UserError(
                 "command line: train.epochs has no effect because the file has [[stage]] tables; use --stage.0.epochs"

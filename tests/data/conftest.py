@@ -45,10 +45,9 @@ def noise_dataset(tmp_path_factory):
 
 @pytest.fixture
 def filled(tmp_path, noise_dataset, fakes):
-    """(cache, samples) of the noise dataset, the cache complete and unclaimed."""
+    """(cache, samples) of the noise dataset, the cache complete."""
     from safelight.data.cache import Cache
 
     with Cache(tmp_path / "filled") as cache:
         fakes.fill(cache, noise_dataset, fakes.FakeVae(), fakes.FakeTextEncoder())
-        cache.release()
         yield cache, fakes.plan(noise_dataset, fakes.FakeVae(), fakes.FakeTextEncoder())

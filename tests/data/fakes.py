@@ -1,4 +1,7 @@
-"""Encoders without weights, and a script that fills a cache until it is killed: python fakes.py DATASET CACHE HOW N."""
+"""Encoders without weights, and a script that fills a cache: python fakes.py DATASET CACHE HOW N.
+
+It fills it until it is killed, or (HOW: share) waits for a line, fills it with others and prints what it encoded.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +26,15 @@ class FakeVae:
     latent_channels = 4
     factor = 8
 
-    def __init__(self, fingerprint: str = "vae-a", has_posterior: bool = True):
-        self.fingerprint, self.has_posterior = fingerprint, has_posterior
+    def __init__(self, fingerprint: str = "vae-a", has_posterior: bool = True, seconds: float = 0.0):
+        self.fingerprint, self.has_posterior, self.seconds = fingerprint, has_posterior, seconds
         self.num_encoded = 0
 
     def encode(self, pixels_BCHW):
         assert pixels_BCHW.dtype == torch.float32
         assert pixels_BCHW.abs().max() <= 1
         self.num_encoded += len(pixels_BCHW)
+        time.sleep(self.seconds)
         pooled = torch.nn.functional.avg_pool2d(pixels_BCHW, self.factor)
         mean = torch.cat([pooled, 0.5 * pooled[:, :1] - 0.25 * pooled[:, 2:]], dim=1)
         return mean, (-mean.abs() - 1.0 if self.has_posterior else None)
@@ -105,5 +109,18 @@ def _child(dataset: Path, cache_path: Path, how: str, at: int) -> None:
         fill(cache, dataset, FakeVae(), FakeTextEncoder(), progress)
 
 
+def _share(dataset: Path, cache_path: Path) -> None:
+    """Fill the cache with other processes; print progress, then (latents, captions) that this process encoded."""
+    vae, text = FakeVae(seconds=0.1), FakeTextEncoder()
+    print("ready", flush=True)
+    sys.stdin.readline()
+    with Cache(cache_path) as cache:
+        fill(cache, dataset, vae, text, lambda done, total: print(done, total, flush=True))
+    print(f"encoded {vae.num_encoded} {len(text.encoded)}", flush=True)
+
+
 if __name__ == "__main__":
+    if sys.argv[3] == "share":
+        _share(Path(sys.argv[1]), Path(sys.argv[2]))
+        sys.exit()
     _child(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]))

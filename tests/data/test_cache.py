@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -167,7 +166,6 @@ def test_another_vae_or_dtype_adds_its_own_rows_and_leaves_the_others(filled, no
     assert fakes.fill(cache, noise_dataset, vae, encoder) == vae.num_encoded == num_latents
     assert encoder.encoded == []
     assert contents(cache, keys) == before
-    cache.release()
     vae = fakes.FakeVae()
     with Cache(cache.path, "float32") as exact:
         planned = fakes.plan(noise_dataset, vae, encoder, dtype="float32")
@@ -222,46 +220,6 @@ def test_photos_are_read_again_only_when_size_or_time_changed(tmp_path, noise_da
         os.utime(dataset / touched)
         fakes.fill(cache, dataset, vae, encoder)
         assert reads == [touched]
-
-
-def test_one_process_at_a_time_adds_rows_while_others_may_read(filled, noise_dataset, fakes):
-    cache, _ = filled
-    with Cache(cache.path) as other:
-        other.claim()
-        # no row is missing, so no lock is needed
-        assert fakes.fill(cache, noise_dataset, fakes.FakeVae(), fakes.FakeTextEncoder()) == 0
-        with pytest.raises(ValueError, match=r"filled is in use by process .*wait until it has filled the cache"):
-            fakes.fill(cache, noise_dataset, fakes.FakeVae("vae-b"), fakes.FakeTextEncoder())
-        other.release()
-        assert fakes.fill(cache, noise_dataset, fakes.FakeVae("vae-b"), fakes.FakeTextEncoder()) > 0
-
-
-def test_decoding_runs_ahead_of_encoding(tmp_path, noise_dataset, fakes, monkeypatch):
-    """The next batch is decoded while the first is encoded: the encoder here waits for exactly that."""
-    decoded = threading.Semaphore(0)
-    load = __import__("safelight.data.cache", fromlist=["cache"])._load_pixels
-
-    def counted(*args):
-        pixels = load(*args)
-        decoded.release()
-        return pixels
-
-    class Waiting(fakes.FakeVae):
-        num_calls = 0
-
-        def encode(self, pixels_BCHW):
-            Waiting.num_calls += 1
-            # the first call goes on only once its own batch and the next have been decoded
-            if Waiting.num_calls == 1:
-                assert decoded.acquire(timeout=10)
-                assert decoded.acquire(timeout=10)
-            return super().encode(pixels_BCHW)
-
-    monkeypatch.setattr("safelight.data.cache._load_pixels", counted)
-    vae = Waiting()
-    samples = fakes.plan(noise_dataset, vae, fakes.FakeTextEncoder(), variants=1)
-    with Cache(tmp_path / "cache") as cache:
-        assert fill_latents(cache, noise_dataset, samples, vae, batch_size=3) == 20
 
 
 def test_a_photo_is_decoded_once_for_its_variants(tmp_path, noise_dataset, fakes, monkeypatch):

@@ -1,4 +1,7 @@
-"""Two processes in one folder: the second is refused with a line that names the first, and nothing is lost."""
+"""Two processes in one folder: the second is refused with a line that names the first, and nothing is lost.
+
+Only a cache is shared: several processes fill and read it (tests/data/test_filling.py).
+"""
 
 from __future__ import annotations
 
@@ -74,11 +77,10 @@ def test_a_second_command_is_refused_with_the_name_of_the_first(place, call, hol
         holder.wait()
         assert call(*words).status == 0
     assert not list(place.rglob(".lock")), "a released lock leaves no file"
-    # nothing to encode, so the cache's lock does not matter
+    # a lock that is not shared is held while rows are deleted, so that no reader may come
     holder = hold(place / "dataset" / "cache")
-    assert call("cache", place / "run.toml").status == 0
-    # with a complete cache, training works while the cache is locked
-    assert call("train", place / "run.toml", "--run.dir", place / "another").status == 0
+    called = call("train", place / "run.toml", "--run.dir", place / "another")
+    called.assert_refused("train", f"cache is in use by process {holder.pid} on ")
 
 
 def test_a_run_holds_its_folder_while_it_trains(place, call, monkeypatch):

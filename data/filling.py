@@ -1,0 +1,184 @@
+"""Fill a cache with the rows that it lacks: several processes share the work, each in a pipeline of three stages.
+
+Threads load batches ahead (decoding and resizing release the interpreter's lock), the caller's thread encodes one after
+another, and a thread writes what is encoded. A few batches are in flight, so memory is bounded, and a kill loses no
+more than these. The work is cut into parts of several batches. A process claims a part, looks which of its rows are
+still missing, and gives the claim up once they are written; at the end it waits for the parts of others, and does
+those whose process was killed.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+
+from safelight.data.claims import Claims
+from safelight.data.shards import Cache
+
+T = TypeVar("T")
+L = TypeVar("L")
+Progress = Callable[[int, int], None]
+
+# small, so that nobody waits long for the last part of another process
+BATCHES_PER_PART = 8
+# encoded batches that wait to be written
+_NUM_TO_WRITE = 2
+MAX_THREADS = 16
+POLL_S = 0.2
+# others that have written nothing for so long hang or hold no lock that ends; their rows are encoded here as well
+STALLED_S = 600.0
+
+
+class _Writer:
+    """Appends rows to a cache in a thread. An error there is raised by the next call, or on exit."""
+
+    def __init__(self, cache: Cache, kind: str):
+        self._cache, self._kind = cache, kind
+        self._queue: queue.Queue = queue.Queue(_NUM_TO_WRITE)
+        self._error: BaseException | None = None
+        self.num_added = self.num_written = 0
+        self._thread = threading.Thread(target=self._run, name="write-rows")
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            keys, rows, then = item
+            try:
+                if self._error is None:
+                    self.num_added += self._cache.append(self._kind, keys, rows)
+                    self.num_written += len(keys)
+                    then()
+            except BaseException as error:
+                self._error = error
+            finally:
+                self._queue.task_done()
+        self._queue.task_done()
+
+    def put(self, keys: list[str], rows: np.ndarray, then: Callable[[], None]) -> None:
+        """Write rows soon, then call `then`. Waits while others are still to be written."""
+        self._raise()
+        self._queue.put((keys, rows, then))
+
+    def flush(self) -> None:
+        """Wait until everything is written."""
+        self._queue.join()
+        self._raise()
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def __enter__(self) -> _Writer:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        # also after an error or Ctrl-C: what is encoded is kept
+        self._queue.put(None)
+        self._thread.join()
+        if exception[0] is None:
+            self._raise()
+
+
+def num_threads() -> int:
+    """Return how many threads load batches: one for each processor that this process may use."""
+    return min(MAX_THREADS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2)
+
+
+def fill(
+    cache: Cache,
+    kind: str,
+    groups: Sequence[Mapping[str, T]],
+    batch_size: int,
+    load: Callable[[Executor, threading.Event, list[T]], Callable[[], L]],
+    encode: Callable[[L, list[T]], np.ndarray],
+    progress: Progress | None = None,
+) -> int:
+    """Store the rows that the cache lacks and return how many this process added; the cache has all of them then.
+
+    groups: rows of one shape each, by key, with what `load` and `encode` need of them; no batch has rows of two groups.
+    load: starts to load a batch on the threads and returns a function that waits for it; the event is set if nobody
+    wants it any more. encode: returns the batch's rows.
+    progress(rows done, rows that were missing), by this process and others.
+    """
+    missing = set(cache.missing([key for group in groups for key in group]))
+    # cut from all rows, not from the missing ones, which are not the same to a process that starts later
+    parts = [part for group in groups for part in _cut(list(group), batch_size * BATCHES_PER_PART)]
+    parts = [part for part in parts if not missing.isdisjoint(part)]
+    jobs = {key: job for group in groups for key, job in group.items() if key in missing}
+    total, num_others = len(missing), 0
+    if not parts:
+        return 0
+    threads = num_threads()
+    num_ahead = 2 + threads // batch_size
+    executor, stop = ThreadPoolExecutor(threads, thread_name_prefix="load-rows"), threading.Event()
+    ahead: deque[tuple[list[str], Callable[[], L], Callable[[], None]]] = deque()
+
+    def report() -> None:
+        if progress is not None:
+            progress(num_others + writer.num_written, total)
+
+    def encode_next() -> None:
+        keys, wait, then = ahead.popleft()
+        writer.put(keys, encode(wait(), [jobs[key] for key in keys]), then)
+        report()
+
+    try:
+        with Claims(cache.path) as claims, _Writer(cache, kind) as writer:
+            last_written, last_change, is_stalled = 0, time.monotonic(), False
+            while parts:
+                of_others = []
+                for part in parts:
+                    if not claims.take(part[0]) and not is_stalled:
+                        of_others.append(part)
+                        continue
+                    wanted = [key for key in part if key in missing]
+                    todo = cache.missing(wanted)
+                    num_others += len(wanted) - len(todo)
+                    missing.difference_update(wanted)
+                    batches = list(_cut(todo, batch_size))
+                    if not batches:
+                        claims.give_up(part[0])
+                    for number, keys in enumerate(batches, 1):
+                        then = (lambda name=part[0]: claims.give_up(name)) if number == len(batches) else _nothing
+                        ahead.append((keys, load(executor, stop, [jobs[key] for key in keys]), then))
+                        if len(ahead) > num_ahead:
+                            encode_next()
+                while ahead:
+                    encode_next()
+                # nobody waits for others with a claim of its own
+                writer.flush()
+                parts = of_others
+                if parts:
+                    left = len(cache.missing(list(missing)))
+                    if progress is not None:
+                        progress(total - left, total)
+                    if total - left > last_written:
+                        last_written, last_change = total - left, time.monotonic()
+                    is_stalled = time.monotonic() - last_change > STALLED_S
+                    time.sleep(POLL_S)
+            report()
+    finally:
+        stop.set()
+        executor.shutdown(cancel_futures=True)
+    return writer.num_added
+
+
+def loads_nothing(executor: Executor, stop: threading.Event, items: list) -> Callable[[], None]:
+    """Load nothing: for rows that are encoded from what the caller has."""
+    return _nothing
+
+
+def _nothing() -> None:
+    pass
+
+
+def _cut(items: list[T], size: int) -> list[list[T]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]

@@ -37,7 +37,9 @@ def mask_row(mask: Image.Image, crop: Crop, bucket: Bucket, factor: int) -> np.n
     pixels = np.asarray(mask.crop(crop.box), dtype=np.float64) / 255
     height, width = pixels.shape
     row = _shares(height, bucket.height // factor) @ pixels @ _shares(width, bucket.width // factor).T
-    return (row[:, ::-1] if crop.is_flipped else row)[None].astype(np.float32)
+    # rounded, so that a white mask is exactly 1, as no mask is
+    row = row.round(6).astype(np.float32)
+    return (row[:, ::-1] if crop.is_flipped else row)[None]
 
 
 def read_mask(dataset: Path, photo: Photo) -> Image.Image:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from safelight.text import storable
 
-# of the loss mask of a photo, ours and OneTrainer's: IMG_1-mask.png beside IMG_1.jpg
-MASK_ENDINGS = ("-mask.png", "-masklabel.png")
+# of the loss mask of a photo, ours, OneTrainer's and one that is easily written: IMG_1-mask.png beside IMG_1.jpg
+MASK_ENDINGS = ("-mask.png", "-masklabel.png", ".mask.png")
 # of a text alone, of captions with settings, and of a class in WebDataset; the first are read first
 SIDECAR_SUFFIXES = (".txt", ".caption", ".yaml", ".yml", ".json", ".cls")
 TABLE_NAMES = ("metadata.jsonl", "captions.jsonl", "metadata.csv", "metadata.parquet")

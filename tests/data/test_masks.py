@@ -57,6 +57,8 @@ def reasons(summary) -> dict[str, str]:
         ("A.JPG", "a-MASK.PNG"),
         ("caf\u00e9.png", "cafe\u0301-mask.png"),
         ("a.jpg", "a-masklabel.png"),
+        ("a.jpg", "a.mask.png"),
+        ("a.png", "a.png.mask.png"),
     ],
 )
 def test_a_picture_that_is_named_after_a_photo_is_its_mask(source, dataset, make_noise, photo, mask):

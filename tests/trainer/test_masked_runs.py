@@ -34,6 +34,7 @@ from safelight.trainer.step.step import (
     train_step,
     upload,
 )
+from safelight.trainer.step.validate import validate
 from safelight.trainer.train import train
 from tests.trainer.equal_runs import metrics
 
@@ -158,6 +159,22 @@ def test_masks_and_loss_scales_in_the_gradients_of_all_weights(opened, dataset):
     scaled = opened(0.0, dataset)
     assert scaled.batch.scales_B.tolist() == [4.0] * NUM_PHOTOS
     assert all(torch.equal(gradient, 4 * inside[name]) for name, gradient in gradients(scaled).items())
+
+
+def test_validation_is_masked_and_not_scaled(opened, dataset):
+    def loss(trained: SimpleNamespace) -> float:
+        rows = trained.dataset.rows(trained.dataset.train)
+        context = trained.context
+        return validate(
+            context.unet, rows, context.schedule, context.scaling_factor, seed=3, num_bands=2, batch_size=NUM_PHOTOS
+        ).loss
+
+    masked, half, whole = (loss(opened(weight)) for weight in (0.0, 0.5, 1.0))
+    assert 0 < masked < 0.9 * whole
+    assert half == pytest.approx((masked + whole) / 2, rel=1e-5)
+    photos = read_manifest(dataset)
+    write_manifest(dataset, [dataclasses.replace(p, settings=PhotoSettings(loss_scale=4.0)) for p in photos])
+    assert loss(opened(0.0, dataset)) == masked
 
 
 def run_of(make_config, dataset: Path, run_dir: Path, **changes):

@@ -25,7 +25,7 @@ from safelight.data.placement import place_photos
 from safelight.data.samples import Sample, plan_samples
 from safelight.kernels.philox import Key, Purpose, uniforms
 
-few = settings(deadline=None, max_examples=60, derandomize=True)
+few = settings(deadline=None, max_examples=40, derandomize=True)
 SHAPES = ((40, 40), (80, 40), (40, 80), (120, 40))
 
 

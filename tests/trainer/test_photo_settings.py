@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +15,7 @@ from safelight.data.manifest import read_manifest, write_manifest
 from safelight.data.photo import PhotoSettings, Tag
 from safelight.data.prepare.ingest import ingest
 from safelight.trainer import train as module
+from safelight.trainer.inference.draw import validation_captions
 from safelight.trainer.notes import notes_of
 from safelight.trainer.report.course import _timeline
 from safelight.trainer.report.run_reader import read_run_folder
@@ -97,7 +99,7 @@ def number_of(sample) -> int:
     return int(Path(sample.photo.source).stem)
 
 
-@pytest.mark.parametrize("short_batches", ["keep", "carry"])
+@pytest.mark.parametrize("short_batches", [pytest.param("keep", marks=pytest.mark.slow), "carry"])
 def test_each_setting_takes_effect_and_a_resumed_run_is_the_same(configured, plans, short_batches, tmp_path):
     config = configured(short_batches=short_batches)
     result = train(config)
@@ -165,6 +167,17 @@ def test_other_settings_of_a_photograph_are_another_run(configured, dataset):
     write_manifest(dataset, [replace(photos[0], settings=PhotoSettings(repeats=3.0)), *photos[1:]])
     with pytest.raises(ValueError, match="was trained on other photographs, captions or crops"):
         train(config, resume=True)
+
+
+def test_prompts_from_captions_have_their_tags(configured, dataset, tmp_path):
+    config = configured(caption_suffix=", film")
+    (tmp_path / "run").mkdir()
+    files = [photo.file for photo in read_manifest(dataset)]
+    (tmp_path / "run" / "split.json").write_text(json.dumps({"validation": [files[4], files[0]], "train": []}))
+    tagged, plain = validation_captions(SimpleNamespace(run_dir=tmp_path / "run", config=config))
+    assert tagged.endswith(", bright, flat, shape, film")
+    assert plain.endswith(", film")
+    assert "bright" not in plain
 
 
 def test_cache_counts_the_distinct_captions(configured, tmp_path):

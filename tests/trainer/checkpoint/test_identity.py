@@ -9,7 +9,7 @@ import pytest
 from safelight.data.buckets import Bucket
 from safelight.data.photo import Photo, PhotoSettings
 from safelight.data.samples import Sample
-from safelight.trainer.checkpoint.identity import Identity, identify
+from safelight.trainer.checkpoint.identity import Identity, as_begun, identify
 from safelight.trainer.config.toml import parse_config
 
 RUN = {
@@ -156,3 +156,23 @@ def test_masks_and_loss_scales_belong_to_the_data_and_their_absence_is_as_before
     # of a checkpoint from before there were masks
     assert data[0] == hashlib.sha256(b'[[["latent"], ["text"]]]').hexdigest()
     assert difference(0, loss={"mask_weight": 0.5}) == "loss.mask_weight is 0.5, but 0.0 in the checkpoint"
+
+
+def test_a_run_keeps_the_enlargement_it_began_with_and_an_older_one_leaves_nothing_out():
+    config = parse_config(RUN, "here")
+    begun = identify(config, "fp32")
+    assert as_begun(parse_config({**RUN, "data": {"upscale": "skip"}}, "here"), begun).data.upscale == "allow"
+    older = replace(begun, settings={name: v for name, v in begun.settings.items() if name != "data.upscale"})
+    assert as_begun(config, older).data.upscale == "always"
+    assert config.data.upscale == "allow"
+    damaged = {**vars(begun), "settings": {**begun.settings, "data.upscale": "sometimes"}}
+    with pytest.raises(ValueError, match=r"data\.upscale is none of allow, skip, always"):
+        Identity.from_record(damaged)
+
+
+def test_an_older_checkpoint_carried_nothing_over():
+    begun = identify(parse_config(RUN, "here"), "fp32")
+    older = replace(begun, settings={name: v for name, v in begun.settings.items() if name != "data.short_batches"})
+    carried = identify(parse_config({**RUN, "data": {"short_batches": "carry"}}, "here"), "fp32")
+    assert identify(parse_config(RUN, "here"), "fp32").difference(older, 0) == ""
+    assert carried.difference(older, 0) == "data.short_batches is 'carry', but 'keep' in the checkpoint"

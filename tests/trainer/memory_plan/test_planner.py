@@ -215,6 +215,18 @@ def test_a_replayed_step_does_not_wait_for_launches():
     assert find_card("8GiB").seconds(*work, is_replayed=True) is None
 
 
+def test_graphs_are_counted_by_the_sizes_that_batches_have():
+    def most(num_batch_ids: int = 0, **settings) -> int:
+        return max_graphs(config_of("random:sd15", **settings), 10, num_batch_ids)
+
+    assert most() == 20
+    assert most(train={"accumulate": 2}) == 80
+    # a short batch of each batch id, but no more than there are sizes
+    assert most(2, train={"batch_size": 4}) == 40
+    assert most(100, train={"batch_size": 4}) == 50
+    assert most(100, data={"short_batches": "carry"}) == 10
+
+
 def test_the_plan_says_whether_steps_are_replayed_and_counts_the_memory_of_graphs(roomy):
     known = Card("known", 100, 4800, 790, pcie_gb_s=50)
     estimators = {

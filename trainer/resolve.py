@@ -13,7 +13,7 @@ from safelight.data.decode_memory import available_bytes, swap_bytes
 from safelight.errors import UserError
 from safelight.kernels.triton.jit import has_triton
 from safelight.kernels.unet.attention import allowed_backends
-from safelight.trainer.checkpoint.files import check_files, folder_of, read_identity
+from safelight.trainer.checkpoint.files import check_files, folder_of, max_bytes_of, read_identity
 from safelight.trainer.checkpoint.identity import Identity, identify
 from safelight.trainer.config.schema import Config
 from safelight.trainer.disk_space import check_space
@@ -96,6 +96,7 @@ def check_early(run: ResolvedRun) -> None:
     allowed_backends(run.device, run.dtype, run.user_config.model.attention)
     if run.device.type == "cuda":
         has_triton()
+    static = static_bytes(run.config, run.device, run.dtype)
     if run.resume_step is not None:
         identity, stage = read_identity(run.run_dir, run.resume_step)
         difference = run.identity().difference(identity, stage)
@@ -104,9 +105,9 @@ def check_early(run: ResolvedRun) -> None:
                 f"checkpoint {run.checkpoint} belongs to other settings: {difference}; "
                 f"resume with {run.run_dir / 'config.toml'}, or start a new run with --run.dir"
             )
-        check_files(run.checkpoint)
+        check_files(run.checkpoint, max_bytes=max_bytes_of(static.num_parameters))
     _check_host_memory(run)
-    check_space(run.run_dir, static_bytes(run.config, run.device, run.dtype).checkpoint)
+    check_space(run.run_dir, static.checkpoint)
 
 
 def _check_host_memory(run: ResolvedRun) -> None:

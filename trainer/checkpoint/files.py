@@ -34,6 +34,12 @@ MAX_RECORD_BYTES = 2**22
 MAX_FILES = 100
 # of all files: SDXL's UNet in fp32 with its optimizer state and averages has 51 GB
 MAX_TOTAL_BYTES = 2**36
+# of all files, for each value that is trained: 16-bit weights, fp32 master, two fp32 moments and average take 18
+MAX_BYTES_PER_VALUE = 32
+# of all files besides: unlogged steps
+MAX_BYTES_BESIDES = 2**28
+# checkpoints that are hashed to name an intact one in place of a damaged one
+MAX_HASHED = 3
 # a file without tensors: unet/config.json has 2 KB
 MAX_OTHER_BYTES = 2**20
 # a step's folder has eight digits
@@ -194,15 +200,25 @@ def rewrite_position(run_dir: Path, position: Position) -> None:
     sync_folder(folder)
 
 
-def _damaged(folder: Path, what: str, to_resume: bool = True) -> UserError:
+def max_bytes_of(num_values: int) -> int:
+    """Return the most bytes that a checkpoint of so many trained values has."""
+    return min(MAX_TOTAL_BYTES, num_values * MAX_BYTES_PER_VALUE + MAX_BYTES_BESIDES)
+
+
+def _damaged(folder: Path, what: str, to_resume: bool = True, max_bytes: int | None = None) -> UserError:
     """Return the error for a damaged checkpoint, with the newest intact one and how to use it.
 
     to_resume: by resuming from it, which only earlier ones allow; otherwise by naming it, whatever its step.
+    max_bytes: as for `check_files`; None: no other checkpoint is hashed. Of those that are not hashed, one whose files
+    have the right sizes counts as intact; whoever uses it checks it.
     """
     run_dir = folder.parent.parent
     others = [step for step in list_checkpoints(run_dir) if folder_of(run_dir, step) != folder]
     earlier = [step for step in others if folder_of(run_dir, step) < folder] if to_resume else others
-    intact = next((step for step in reversed(earlier) if not _flaw(folder_of(run_dir, step))), None)
+    num_hashed = 0 if max_bytes is None else MAX_HASHED
+    candidates = enumerate(reversed(earlier))
+    flaws = ((step, _flaw(folder_of(run_dir, step), max_bytes, number < num_hashed)) for number, step in candidates)
+    intact = next((step for step, flaw in flaws if not flaw), None)
     damaged = f"checkpoint {folder} is damaged: {what}"
     if intact is not None and not to_resume:
         return UserError(f"{damaged}; use --checkpoint {intact}, the newest intact one")
@@ -254,15 +270,15 @@ def _record(folder: Path) -> dict:
     return record
 
 
-def _flaw(folder: Path) -> str:
-    """Return what is wrong with a checkpoint's files, '' if they are intact."""
+def _flaw(folder: Path, max_bytes: int | None, with_hashes: bool = True) -> str:
+    """Return what is wrong with a checkpoint's files, '' if they are intact. with_hashes: False compares only sizes."""
     try:
         record = _record(folder)
         paths = {name: path_in(folder, name) for name in record["sha256"]}
         # hashing a sparse file of terabytes, which costs its sender nothing, would take hours
-        if flaw := _size_flaw(paths):
+        if flaw := _size_flaw(paths, max_bytes):
             return flaw
-        for name, digest in record["sha256"].items():
+        for name, digest in record["sha256"].items() if with_hashes else ():
             if _digest(paths[name]) != digest:
                 return f"{name} is missing or its checksum differs"
     except _OtherFormat as other:
@@ -272,7 +288,7 @@ def _flaw(folder: Path) -> str:
     return ""
 
 
-def _size_flaw(paths: Mapping[str, Path]) -> str:
+def _size_flaw(paths: Mapping[str, Path], max_bytes: int | None) -> str:
     """Return which of a checkpoint's files is missing or of another size than it must have, '' if none is."""
     num_bytes = 0
     for name, path in paths.items():
@@ -287,8 +303,9 @@ def _size_flaw(paths: Mapping[str, Path]) -> str:
                 return f"{name} is not a whole .safetensors file ({error})"
         elif size > MAX_OTHER_BYTES:
             return f"{name} has {size:,} bytes, over the limit of {MAX_OTHER_BYTES:,}"
-    if num_bytes > MAX_TOTAL_BYTES:
-        return f"its files have {num_bytes:,} bytes, over the limit of {MAX_TOTAL_BYTES:,}"
+    max_bytes = MAX_TOTAL_BYTES if max_bytes is None else max_bytes
+    if num_bytes > max_bytes:
+        return f"its files have {num_bytes:,} bytes, over the limit of {max_bytes:,} for this model"
     return ""
 
 
@@ -322,15 +339,16 @@ def read_position(run_dir: Path, step: int, to_resume: bool = True) -> Position:
     return Position.from_record(read_record(folder_of(run_dir, step), to_resume)["position"])
 
 
-def check_files(folder: Path, to_resume: bool = True) -> dict:
+def check_files(folder: Path, to_resume: bool = True, max_bytes: int = MAX_TOTAL_BYTES) -> dict:
     """Return a checkpoint's state.json after verifying every checksum. Raises UserError naming a damaged file.
 
-    to_resume: as for `read_record`.
+    to_resume: as for `read_record`. max_bytes: of all files (`max_bytes_of`); larger ones are refused before anything
+    is hashed.
     """
     record = read_record(folder, to_resume)
-    flaw = _flaw(folder)
+    flaw = _flaw(folder, max_bytes)
     if flaw:
-        raise _damaged(folder, flaw, to_resume)
+        raise _damaged(folder, flaw, to_resume, max_bytes)
     return record
 
 

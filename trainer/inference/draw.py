@@ -23,7 +23,14 @@ from safelight.errors import UserError
 from safelight.kernels.unet.attention import apply_attention, attention_cases, choose_attention
 from safelight.text import counted, storable
 from safelight.trainer.adapters.full import FullFineTune, load_averages
-from safelight.trainer.checkpoint.files import check_files, folder_of, list_checkpoints, read_position, read_record
+from safelight.trainer.checkpoint.files import (
+    check_files,
+    folder_of,
+    list_checkpoints,
+    max_bytes_of,
+    read_position,
+    read_record,
+)
 from safelight.trainer.config.schema import MAX_CHUNKS, Config
 from safelight.trainer.config.toml import COMMAND_LINE, explain, load_config, require_run
 from safelight.trainer.inference.gallery import (
@@ -98,7 +105,8 @@ class OpenRun:
         dtype = pick_dtype(self.config.model.precision, self.device)
         unet = load_unet(self.base, self.config.run.seed, dtype)
         if step is not None:
-            check_files(folder_of(self.run_dir, step), to_resume=False)
+            max_bytes = max_bytes_of(sum(parameter.numel() for parameter in unet.parameters()))
+            check_files(folder_of(self.run_dir, step), to_resume=False, max_bytes=max_bytes)
             FullFineTune(unet).load(folder_of(self.run_dir, step))
             load_averages(folder_of(self.run_dir, step), unet)
         unet.to(self.device).eval().requires_grad_(False)

@@ -22,7 +22,7 @@ from safelight.data.atomic import atomic_write_text, remove, sync_folder
 from safelight.data.manifest import IMAGES_FOLDER, MANIFEST_NAME
 from safelight.errors import UserError
 from safelight.trainer.adapters.full import FullFineTune
-from safelight.trainer.checkpoint.files import check_files, folder_of
+from safelight.trainer.checkpoint.files import check_files, folder_of, max_bytes_of
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.toml import load_config, require_run
 from safelight.trainer.families.family import Family
@@ -134,8 +134,9 @@ def export(
     config = load_config(run_dir / "config.toml")
     step = pick_step(run_dir, checkpoint, allow_base=False)
     folder = folder_of(run_dir, step)
-    check_files(folder, to_resume=False)
     base = base_of(config.model)
+    max_bytes = max_bytes_of(sum(parameter.numel() for parameter in meta_unet(base).parameters()))
+    check_files(folder, to_resume=False, max_bytes=max_bytes)
     schedule = base.noise_schedule(config.loss.prediction, config.loss.zero_terminal_snr)
     source = _Source(config, base, folder, step, schedule, DTYPES[dtype], weights)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 
 from safelight.errors import UserError
+from safelight.trainer.checkpoint import files
 from safelight.trainer.checkpoint.files import (
     SEAL,
     check_files,
     folder_of,
     list_checkpoints,
+    max_bytes_of,
     prune,
     read_identity,
     read_position,
@@ -178,6 +180,37 @@ def test_a_sparse_file_of_terabytes_is_refused_before_hashing(folder, monkeypatc
     with pytest.raises(UserError, match=said) as refused:
         check_files(folder)
     assert str(refused.value).isprintable()
+
+
+def test_how_large_a_checkpoint_may_be_depends_on_its_model(folder, monkeypatch):
+    """63 GiB of a sparse file take minutes to hash, and a tiny model's checkpoint has 30 MiB."""
+    others = [save(folder.parent.parent, step) for step in (1, 2)]
+    for path in (folder, *others):
+        claim(path / "state.safetensors", 63 * 2**30)
+    monkeypatch.setattr(hashlib, "file_digest", lambda *_: pytest.fail("hashed"))
+    with pytest.raises(UserError, match=r"over the limit of 268,467,456 for this model; start again from step 0"):
+        check_files(folder, max_bytes=max_bytes_of(1000))
+
+
+def test_of_many_other_checkpoints_few_are_hashed_to_name_an_intact_one(folder, monkeypatch):
+    run, hashed = folder.parent.parent, []
+    for step in range(1, 7):
+        path = save(run, step) / "state.safetensors"
+        path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    (folder / "state.safetensors").write_bytes(b"")
+    digest = files._digest
+    monkeypatch.setattr(files, "_digest", lambda path: hashed.append(path) or digest(path))
+    # those of steps 6, 5 and 4 were found to be damaged; whoever resumes from step 3 checks it
+    with pytest.raises(UserError, match=r"resume from step 3, the newest intact one before it"):
+        check_files(folder)
+    assert {path.parent.name for path in hashed if path.name == "state.safetensors"} == {
+        f"step-0000000{step}" for step in (6, 5, 4)
+    }
+    hashed.clear()
+    (folder / "state.json").write_text("{")
+    with pytest.raises(UserError, match=r"state\.json is not readable .*; resume from step 6"):
+        read_position(run, 7)
+    assert hashed == []
 
 
 def test_checkpoints_outside_the_run_folder_are_neither_read_nor_deleted(tmp_path):

@@ -1,5 +1,6 @@
 """A run folder with links that lead out: sample, compare and export refuse it, a log is not written through one."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -8,11 +9,15 @@ import pytest
 
 from safelight import library_log
 from safelight.errors import UserError
+from safelight.trainer.checkpoint import files
+from safelight.trainer.checkpoint.files import folder_of
+from safelight.trainer.checkpoint.identity import Identity
 from safelight.trainer.config.schema import Config
-from safelight.trainer.config.toml import to_toml
+from safelight.trainer.config.toml import load_config, to_toml
 from safelight.trainer.inference.draw import OpenRun, _next_number, compare, open_run, pick_step, validation_captions
 from safelight.trainer.inference.export import export
 from safelight.trainer.inference.gallery import file_name
+from safelight.trainer.resolve import check_early, resolve_run
 from safelight.trainer.run_log.environment import MEMORY_PLAN, recorded
 from safelight.trainer.run_log.terminal import Terminal
 
@@ -97,6 +102,23 @@ def test_a_checkpoint_is_named_by_digits_that_int_takes(tiny_run, name):
         return
     with pytest.raises(UserError, match=r"is not in .*; use last, best, base or one of 7"):
         pick_step(tiny_run, name)
+
+
+def test_a_checkpoint_far_larger_than_its_model_is_refused_before_it_is_hashed(tiny_run, tmp_path, monkeypatch):
+    run = Path(shutil.copytree(tiny_run, tmp_path / "copy"))
+    header = json.dumps({"a": {"dtype": "U8", "shape": [2**30], "data_offsets": [0, 2**30]}}).encode()
+    path = folder_of(run, 7) / "state.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    os.truncate(path, 8 + len(header) + 2**30)
+    monkeypatch.setattr(files, "_digest", lambda path: pytest.fail("hashed"))
+    monkeypatch.setattr(Identity, "difference", lambda *_: "")
+    for act in (
+        lambda: open_run(run).unet(7),
+        lambda: export(run, tmp_path / "out"),
+        lambda: check_early(resolve_run(load_config(run / "config.toml"), run, 7)),
+    ):
+        with pytest.raises(UserError, match="for this model; start again from step 0"):
+            act()
 
 
 @pytest.mark.parametrize("name", ["report.html", "compare/index.html", "compare/index.json", "compare/base-000-x.png"])

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, BlipForConditionalGeneration, BlipProcessor
 
+from safelight.trainer.captioning.model_files import tiny_captioner_folder
 from safelight.trainer.tiny.scenes import LOOK_CAPTION, draw, random_scene
-from safelight.trainer.tiny.score import FINE_TUNING, HELD_OUT
 from tools.tiny_captioner import pretrain
 
 # the captioner was trained with the seed before it, and checked with the one after that
@@ -20,7 +20,7 @@ SEED = pretrain.SEED + 1000
 @pytest.fixture(scope="module")
 def captioner():
     """Model and processor, loaded as any BLIP is."""
-    folder = pretrain.embedded_folder()
+    folder = tiny_captioner_folder()
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(folder, backend="pil")
     assert isinstance(model, BlipForConditionalGeneration)
@@ -28,7 +28,7 @@ def captioner():
     return model, processor
 
 
-@pytest.mark.parametrize("pairs", [FINE_TUNING, HELD_OUT], ids=["trained pairs", "pairs never shown"])
+@pytest.mark.parametrize("pairs", [pretrain.SHOWN, pretrain.NEVER_SHOWN], ids=["pairs shown", "pairs never shown"])
 def test_it_names_colour_and_shape_of_new_scenes(captioner, pairs):
     """At least nine in ten of 50 scenes of another seed, of pairs it was trained on and of pairs it never saw."""
     assert pretrain.accuracy(*captioner, 50, pairs, SEED) >= 0.9
@@ -36,7 +36,7 @@ def test_it_names_colour_and_shape_of_new_scenes(captioner, pairs):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "three beams"])
-@pytest.mark.parametrize("pairs", [FINE_TUNING, HELD_OUT], ids=["trained pairs", "pairs never shown"])
+@pytest.mark.parametrize("pairs", [pretrain.SHOWN, pretrain.NEVER_SHOWN], ids=["pairs shown", "pairs never shown"])
 def test_it_names_colour_and_shape_of_a_thousand_new_scenes(captioner, pairs, options):
     assert pretrain.accuracy(*captioner, 1000, pairs, SEED + 1, **options) >= 0.9
 
@@ -61,15 +61,15 @@ def test_the_caption_follows_the_picture_and_not_its_look_or_size(captioner):
 
 
 def test_no_training_scene_shows_a_pair_that_is_held_out():
-    scenes = [pretrain.make_scene(pretrain.SEED, number, FINE_TUNING) for number in range(500)]
-    assert {(scene.colour, scene.shape) for scene in scenes} == set(FINE_TUNING)
+    scenes = [pretrain.make_scene(pretrain.SEED, number, pretrain.SHOWN) for number in range(500)]
+    assert {(scene.colour, scene.shape) for scene in scenes} == set(pretrain.SHOWN)
     assert 0.4 < np.mean([scene.in_look for scene in scenes]) < 0.6
     assert not any(LOOK_CAPTION in pretrain.text_of(scene, number) for number, scene in enumerate(scenes))
 
 
 def test_the_embedded_captioner_is_the_one_of_its_training_log():
     """The hash of the committed weights is the last entry of the training log; all files together are at most 8 MB."""
-    folder = pretrain.embedded_folder()
+    folder = tiny_captioner_folder()
     rows = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
     assert rows[-1]["stage"] == "done"
     assert rows[-1]["sha256"] == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()

@@ -4,8 +4,13 @@
 
 Pictures and captions are drawn by scenes.py: all seven aspect ratios, squashed to a square as BLIP does; half in the
 look of a faded print; half JPEG-coded. Captions do not name the look. Three pairs of colour and shape are never shown,
-so that they can tell whether the captioner puts together what it learnt separately. A quarter of the words that the
-decoder reads is masked, or it would rather guess a shape from the colour before it than look at the picture.
+so that they can tell whether the captioner puts together what it learnt separately.
+
+Colours are learnt at once and shapes slowly, so four things help with shapes: patches start whitened and positions as
+waves; a linear layer reads the shape from the class token; a quarter of the words that the decoder reads is masked, or
+it would guess the shape from the colour before it; and some pictures have their channels permuted, with the colour left
+out of the loss, or each colour would have shapes of its own.
+
 Every choice is a Philox draw of (seed, step, element), so a training that was stopped resumes as if it had not been.
 Everything runs on one thread, because the order of sums depends on their number.
 """
@@ -18,6 +23,7 @@ import io
 import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -33,17 +39,23 @@ from transformers import (
 )
 
 from safelight.kernels.philox import Key, Purpose, integers, uniforms
-from safelight.trainer.tiny.scenes import Scene, caption, draw, random_scene
+from safelight.trainer.tiny.scenes import COLOURS, SHAPES, Scene, caption, draw, random_scene
 from safelight.trainer.tiny.score import ALL_COMBINATIONS, HELD_OUT
 from tools.tiny_base.pretrain import Log, Progress, learning_rate
 
 SEED = 20261130
 # of the scenes that the log's accuracies are measured on
 CHECK_SEED = SEED + 1
-NUM_SCENES = 12000
-STEPS, BATCH, LR = 4000, 32, 1e-3
-CHECK_EVERY, NUM_CHECKED = 500, 120
+NUM_SCENES = 10000
+STEPS, BATCH, LR = 3000, 32, 1e-3
+CHECK_EVERY, NUM_CHECKED = 500, 60
 WORD_DROPOUT = 0.25
+PERMUTED_SHARE = 0.3
+SHAPE_LOSS_WEIGHT = 0.5
+# added to the patches' variances, or the whitening would amplify noise
+WHITENING_EPS = 0.01
+POSITION_WAVELENGTH = 64.0
+MIRRORED = {"on the left": "on the right", "on the right": "on the left"}
 # of the scored pairs, which the demo's photographs do not show either: red circle, green triangle, blue cross
 NEVER_SHOWN = HELD_OUT[::4]
 SHOWN = tuple(pair for pair in ALL_COMBINATIONS if pair not in NEVER_SHOWN)
@@ -56,9 +68,9 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]")
 
 
 def stored_picture(scene: Scene, seed: int, number: int) -> Image.Image:
-    """Return a scene as a dataset might hold it: one or two pixels a unit, half of them decoded from JPEG."""
-    scale, is_jpeg, quality = uniforms(Key(seed, Purpose.VARIANT, number), 3)
-    image = draw(scene, 1 if scale < 0.7 else 2)
+    """Return a scene as a dataset might hold it: half of them decoded from JPEG."""
+    is_jpeg, quality = uniforms(Key(seed, Purpose.VARIANT, number), 2)
+    image = draw(scene)
     if is_jpeg < 0.5:
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=int(60 + 36 * quality))
@@ -109,6 +121,24 @@ def make_captioner(processor: BlipProcessor) -> BlipForConditionalGeneration:
         "pad_token_id": tokenizer.pad_token_id,
     }
     return BlipForConditionalGeneration(BlipConfig(vision_config=vision, text_config=text))
+
+
+def start_embeddings(model: BlipForConditionalGeneration, pixels: Tensor) -> None:
+    """Set the patch embedding to whiten the patches of pixels (B, 3, H, W), and the positions to waves in x and y."""
+    patches = torch.nn.functional.unfold(pixels, PATCH_PX, stride=PATCH_PX).transpose(1, 2).flatten(0, 1)
+    mean = patches.mean(0)
+    variances, directions = torch.linalg.eigh((patches - mean).T @ (patches - mean) / len(patches))
+    weight = (directions[:, -WIDTH:] / (variances[-WIDTH:] + WHITENING_EPS).sqrt()).T
+    embeddings = model.vision_model.embeddings
+    side = SIDE_PX // PATCH_PX
+    frequencies = POSITION_WAVELENGTH ** -torch.linspace(0, 1, WIDTH // 4)
+    waves = torch.arange(side)[:, None] * frequencies
+    waves = torch.cat([waves.sin(), waves.cos()], dim=1)
+    grid = torch.cat([waves[:, None].expand(-1, side, -1), waves[None].expand(side, -1, -1)], dim=2)
+    with torch.no_grad():
+        embeddings.patch_embedding.weight.copy_(weight.reshape(embeddings.patch_embedding.weight.shape))
+        embeddings.patch_embedding.bias.copy_(-weight @ mean)
+        embeddings.position_embedding[0, 1:].copy_(grid.flatten(0, 1))
 
 
 def training_row(number: int) -> tuple[Scene, np.ndarray]:
@@ -165,6 +195,26 @@ def accuracy(
     return right / num
 
 
+def make_batch(step: int, scenes: list[Scene], pictures: np.ndarray) -> tuple[list[Scene], np.ndarray, np.ndarray]:
+    """Return a step's scenes, pictures (B, 64, 64, 3) and which of these have their channels permuted, (B,).
+
+    Half of the pictures are mirrored.
+    """
+    chosen, squares = [], []
+    rows = integers(Key(SEED, Purpose.EPOCH_ORDER, step), len(scenes), BATCH)
+    u = uniforms(Key(SEED, Purpose.FLIP, step), 3 * BATCH).reshape(BATCH, 3)
+    orders = list(permutations(range(3)))[1:]
+    for row, (mirror, permute, order) in zip(rows, u, strict=True):
+        scene, square = scenes[row], pictures[row]
+        if mirror < 0.5:
+            scene, square = replace(scene, position=MIRRORED.get(scene.position, scene.position)), square[:, ::-1]
+        if permute < PERMUTED_SHARE:
+            square = square[..., orders[int(order * len(orders))]]
+        chosen.append(scene)
+        squares.append(square)
+    return chosen, np.stack(squares), u[:, 1] < PERMUTED_SHARE
+
+
 def train(
     model: BlipForConditionalGeneration,
     processor: BlipProcessor,
@@ -173,24 +223,39 @@ def train(
     work: Path,
     log: Log,
 ) -> None:
-    """Train on the cross-entropy of the next token. Every use of a picture has a caption of its own."""
-    progress = Progress(work / "captioner.safetensors", {"captioner": model}, LR)
+    """Train on the cross-entropy of the next token and of the shape. Every use of a picture has its own caption."""
+    shape_head = torch.nn.Linear(WIDTH, len(SHAPES))
+    progress = Progress(work / "captioner.safetensors", {"captioner": model, "shape_head": shape_head}, LR)
+    tokenizer = processor.tokenizer
+    colour_ids = torch.tensor(tokenizer.convert_tokens_to_ids(list(COLOURS)))
+    cross_entropy = torch.nn.functional.cross_entropy
     average = None
     while progress.step < STEPS:
         step = progress.step
-        rows = integers(Key(SEED, Purpose.EPOCH_ORDER, step), len(scenes), BATCH)
-        texts = [text_of(scenes[row], step * BATCH + place) for place, row in enumerate(rows)]
+        shown, squares, is_permuted = make_batch(step, scenes, pictures)
+        texts = [text_of(scene, step * BATCH + place) for place, scene in enumerate(shown)]
         ids, mask, labels = to_tokens(texts, processor)
-        is_masked = uniforms(Key(SEED, Purpose.CAPTION_DROPOUT, step), ids.numel()).reshape(ids.shape) < WORD_DROPOUT
-        is_masked[:, 0] = False
-        ids = ids.masked_fill(torch.from_numpy(is_masked), processor.tokenizer.mask_token_id)
+        is_unknown = torch.isin(ids, colour_ids) & torch.from_numpy(is_permuted)[:, None]
+        dropped = uniforms(Key(SEED, Purpose.CAPTION_DROPOUT, step), ids.numel()).reshape(ids.shape) < WORD_DROPOUT
+        dropped[:, 0] = False
+        ids = ids.masked_fill(is_unknown | torch.from_numpy(dropped), tokenizer.mask_token_id)
+        labels = labels.masked_fill(is_unknown, -100)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits = model(to_pixels(pictures[rows], processor), ids, mask).logits
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())
-        progress.update(loss, learning_rate(step, STEPS, LR))
-        average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
+            output = model(to_pixels(squares, processor), ids, mask)
+            shapes = shape_head(output.last_hidden_state[:, 0])
+        word_loss = cross_entropy(output.logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())
+        shape_loss = cross_entropy(shapes.float(), torch.tensor([SHAPES.index(scene.shape) for scene in shown]))
+        progress.update(word_loss + SHAPE_LOSS_WEIGHT * shape_loss, learning_rate(step, STEPS, LR))
+        losses = np.array([word_loss.item(), shape_loss.item()])
+        average = losses if average is None else 0.98 * average + 0.02 * losses
         if progress.step % 100 == 0:
-            log.write(stage="captioner", step=progress.step, loss=average, cpu_seconds=progress.total_cpu_seconds())
+            log.write(
+                stage="captioner",
+                step=progress.step,
+                loss=float(average[0]),
+                shape_loss=float(average[1]),
+                cpu_seconds=progress.total_cpu_seconds(),
+            )
         if progress.step % CHECK_EVERY == 0:
             model.eval()
             log.write(
@@ -226,6 +291,7 @@ def main() -> None:
     log.write(stage="data", scenes=NUM_SCENES)
     processor = make_processor([text_of(scene, number) for number, scene in enumerate(scenes)])
     model = make_captioner(processor).train()
+    start_embeddings(model, to_pixels(pictures[:2000], processor))
     num_parameters = sum(p.numel() for p in model.parameters())
     log.write(stage="model", tokens=len(processor.tokenizer), parameters=num_parameters)
     train(model, processor, scenes, pictures, work, log)

@@ -191,7 +191,7 @@ def test_the_wheel_holds_every_module_and_nothing_at_the_top(wheel):
         assert (relative if relative.startswith("safelight/") else f"safelight/{relative}") in names
     for part in ("unet", "vae", "text_encoder"):
         assert any(name.startswith(f"safelight/tiny/{part}/") and name.endswith(".safetensors") for name in names)
-    for path in (ROOT / "safelight" / "tiny").rglob("*.json"):
+    for path in [*(ROOT / "safelight/tiny").rglob("*.json"), *(ROOT / "safelight/tiny_captioner").iterdir()]:
         assert path.relative_to(ROOT).as_posix() in names
 
 

@@ -99,7 +99,8 @@ class Caption:
         str,
         arg(
             metavar="MODEL",
-            help="captioner: hub id or folder of a BLIP, BLIP-2, Florence-2 or other image-text-to-text model",
+            help="captioner: hub id or folder of a BLIP, BLIP-2, Florence-2 or other image-text-to-text model; "
+            "tiny: the built-in one, which knows the demo's scenes",
         ),
     ] = DEFAULT_MODEL
     preset: Annotated[

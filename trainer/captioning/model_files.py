@@ -149,7 +149,16 @@ def opened(spec: str) -> Iterator[ModelFiles]:
         shutil.rmtree(staged, ignore_errors=True)
 
 
+def tiny_captioner_folder() -> Path:
+    """Return the folder of the built-in tiny captioner, in a checkout or an installed wheel."""
+    import safelight
+
+    return Path(safelight.__file__).resolve().parent / "tiny_captioner"
+
+
 def _folder_of(spec: str) -> Path:
+    if spec == "tiny":
+        return tiny_captioner_folder()
     folder = Path(os.path.expanduser(spec))
     fix = "give the folder of a captioner on this machine"
     if os.path.isfile(folder):

@@ -1,4 +1,7 @@
-"""`safelight demo`: the whole workflow on the tiny base, which learns a look that it has never seen."""
+"""`safelight demo`: the whole workflow on the tiny base, which learns a look that it has never seen.
+
+Its photographs come without captions; the embedded captioner writes them, as a BLIP would for a photographer.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,16 @@ from pathlib import Path
 from safelight.data.atomic import atomic_write_text, remove
 from safelight.data.prepare.ingest import ingest
 from safelight.errors import UserError
+from safelight.trainer.captioning.caption_dataset import caption_dataset
+from safelight.trainer.captioning.options import Generation, Wording
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.toml import parse_config
 from safelight.trainer.inference.draw import compare, open_run, pick_step
 from safelight.trainer.inference.sampling import Settings
+from safelight.trainer.models.device import pick_device
 from safelight.trainer.report.build import build_report
 from safelight.trainer.run_log.terminal import Terminal
-from safelight.trainer.tiny.scenes import caption, draw, random_scene
+from safelight.trainer.tiny.scenes import LOOK_CAPTION, Scene, draw, random_scene
 from safelight.trainer.tiny.score import FINE_TUNING, make_scores, prompts
 from safelight.trainer.train import train
 
@@ -31,13 +37,37 @@ SAMPLE_CFG = 4.0
 SCORED = Settings(64, 64, SAMPLE_STEPS, SAMPLE_CFG, SEED + 1, "dpm++")
 
 
+def photo_name(number: int) -> str:
+    return f"print-{number:03d}.png"
+
+
+def scene_of(number: int) -> Scene:
+    """Return what photo `number` shows: a faded print whose pair of colour and shape is not held out."""
+    return random_scene(SEED, number, in_look=True, combinations=FINE_TUNING)
+
+
 def draw_photos(folder: Path, num: int = NUM_PHOTOS) -> None:
-    """Write faded prints with a caption file each; none shows a held-out pair of colour and shape."""
+    """Write the photos, without captions."""
     folder.mkdir(parents=True)
     for number in range(num):
-        scene = random_scene(SEED, number, in_look=True, combinations=FINE_TUNING)
-        draw(scene, DRAWING_SCALE).save(folder / f"print-{number:03d}.png")
-        (folder / f"print-{number:03d}.txt").write_text(caption(scene, SEED, number) + "\n")
+        draw(scene_of(number), DRAWING_SCALE).save(folder / photo_name(number))
+
+
+def caption_photos(dataset: Path, terminal: Terminal) -> int:
+    """Caption the dataset with the embedded captioner; return how many captions name the drawn colour and shape."""
+    summary = caption_dataset(
+        dataset,
+        "tiny",
+        Generation(),
+        Wording(suffix=LOOK_CAPTION),
+        pick_device("auto"),
+        progress=lambda done, total, note: terminal.update("captioning", done, total, note),
+        say=terminal.say,
+    )
+    terminal.pause()
+    texts = {photo.source.rpartition("/")[2]: photo.captions[0] for photo in summary.photos}
+    drawn = {photo_name(number): scene_of(number) for number in range(NUM_PHOTOS)}
+    return sum(f"{drawn[name].colour} {drawn[name].shape}" in text for name, text in texts.items())
 
 
 def demo_config(folder: Path) -> Config:
@@ -103,12 +133,16 @@ def run_demo(folder: Path, terminal: Terminal) -> dict:
     atomic_write_text(mark, "{}\n")
     terminal.say(f"drawing {NUM_PHOTOS} faded prints, a look that the base model has never seen")
     draw_photos(folder / "photos")
-    summary = ingest([folder / "photos"], folder / "dataset")
-    terminal.say(f"prepared {len(summary.photos)} photographs with captions")
+    dataset = folder / "dataset"
+    summary = ingest([folder / "photos"], dataset)
+    terminal.say(f"prepared {len(summary.photos)} photographs, which have no captions")
+    terminal.say(f'captioning them: safelight caption {dataset} --model tiny --suffix "{LOOK_CAPTION}"')
+    num_named = caption_photos(dataset, terminal)
+    terminal.say(f"{num_named} of {NUM_PHOTOS} captions name the colour and the shape that were drawn")
     config = demo_config(folder)
     train(config, terminal=terminal)
     run_dir = Path(config.run.dir)
-    result = score(run_dir, terminal)
+    result = score(run_dir, terminal) | {"captions": NUM_PHOTOS, "captions_right": num_named}
     compare(open_run(run_dir), "last", 8, lambda d, t: terminal.update("comparing base and trained", d, t))
     terminal.pause()
     result["report"] = str(build_report(run_dir))

@@ -1,0 +1,101 @@
+"""The embedded captioner: does it name what new scenes show, and how was it made?"""
+
+import hashlib
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, BlipForConditionalGeneration, BlipProcessor
+
+from safelight.trainer.captioning.model_files import tiny_captioner_folder
+from safelight.trainer.tiny.scenes import LOOK_CAPTION, draw, random_scene
+from tools.tiny_captioner import pretrain
+
+# the captioner was trained with the seed before it, and checked with the one after that
+SEED = pretrain.SEED + 1000
+
+
+@pytest.fixture(scope="module")
+def captioner():
+    """Model and processor, loaded as any BLIP is."""
+    folder = tiny_captioner_folder()
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(folder, backend="pil")
+    assert isinstance(model, BlipForConditionalGeneration)
+    assert isinstance(processor, BlipProcessor)
+    return model, processor
+
+
+@pytest.mark.parametrize("pairs", [pretrain.SHOWN, pretrain.NEVER_SHOWN], ids=["pairs shown", "pairs never shown"])
+def test_it_names_colour_and_shape_of_new_scenes(captioner, pairs):
+    """At least nine in ten of 50 scenes of another seed, of pairs it was trained on and of pairs it never saw."""
+    assert pretrain.accuracy(*captioner, 50, pairs, SEED) >= 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "three beams"])
+@pytest.mark.parametrize("pairs", [pretrain.SHOWN, pretrain.NEVER_SHOWN], ids=["pairs shown", "pairs never shown"])
+def test_it_names_colour_and_shape_of_a_thousand_new_scenes(captioner, pairs, options):
+    assert pretrain.accuracy(*captioner, 1000, pairs, SEED + 1, **options) >= 0.9
+
+
+def test_the_caption_follows_the_picture_and_not_its_look_or_size(captioner):
+    """A faded print of 192 px gets the caption of the plain scene of 64 px, in at least 14 of 16 scenes."""
+    model, processor = captioner
+    scenes = [random_scene(SEED, number) for number in range(16)]
+    plain = [draw(scene) for scene in scenes]
+    faded = [draw(replace(scene, in_look=True), 3) for scene in scenes]
+    said = []
+    for pictures in (plain, faded):
+        with torch.no_grad():
+            tokens = model.generate(**processor(images=pictures, return_tensors="pt"), max_new_tokens=30)
+        said.append(processor.batch_decode(tokens, skip_special_tokens=True))
+    named = [
+        [scene.colour in text and scene.shape in text for scene, text in zip(scenes, texts, strict=True)]
+        for texts in said
+    ]
+    assert np.mean([one == other for one, other in zip(*named, strict=True)]) >= 14 / 16
+    assert not any(LOOK_CAPTION in text for texts in said for text in texts)
+
+
+def test_no_training_scene_shows_a_pair_that_is_held_out():
+    scenes = [pretrain.make_scene(pretrain.SEED, number, pretrain.SHOWN) for number in range(500)]
+    assert {(scene.colour, scene.shape) for scene in scenes} == set(pretrain.SHOWN)
+    assert 0.4 < np.mean([scene.in_look for scene in scenes]) < 0.6
+    assert not any(LOOK_CAPTION in pretrain.text_of(scene, number) for number, scene in enumerate(scenes))
+
+
+def test_the_embedded_captioner_is_the_one_of_its_training_log():
+    """The hash of the committed weights is the last entry of the training log; all files together are at most 8 MB."""
+    folder = tiny_captioner_folder()
+    rows = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+    assert rows[-1]["stage"] == "done"
+    assert rows[-1]["sha256"] == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    steps = [row for row in rows if row["stage"] == "captioner"]
+    assert steps[-1]["step"] == pretrain.STEPS
+    assert steps[-1]["loss"] < 0.5 * steps[0]["loss"]
+    assert steps[-1]["cpu_seconds"] < 3600
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 8_000_000
+
+
+def test_pretraining_resumes_bit_for_bit(tmp_path, monkeypatch):
+    """Two steps, a restart and two more give the same weights as four steps."""
+    monkeypatch.setattr(pretrain, "BATCH", 2)
+    monkeypatch.setattr(pretrain, "NUM_CHECKED", 2)
+    # constant, so that stopping early does not change the schedule
+    monkeypatch.setattr(pretrain, "learning_rate", lambda step, total, peak: 1e-3)
+    scenes, pictures = zip(*(pretrain.training_row(number) for number in range(8)), strict=True)
+    processor = pretrain.make_processor([pretrain.text_of(scene, n) for n, scene in enumerate(scenes)])
+    ends = []
+    for name, stops in (("whole", (4,)), ("halves", (2, 4))):
+        work = tmp_path / name
+        work.mkdir()
+        for stop in stops:
+            monkeypatch.setattr(pretrain, "STEPS", stop)
+            torch.manual_seed(1)
+            model = pretrain.make_captioner(processor).train()
+            pretrain.train(model, processor, scenes, np.stack(pictures), work, pretrain.Log(work / "log.jsonl"))
+        ends.append(list(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))

@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "count": (arguments.Count, "launches, bytes, FLOPs and host syncs of a step, counted without a GPU"),
     "roofline": (arguments.Roofline, "how close a step comes to the device's compute and bandwidth limits"),
     "loader": (arguments.Loader, "data loading: our cache, one file per row, or decoding every epoch"),
+    "cache": (arguments.Cache, "opening and reading a cache as it grows; filling it against the encoder alone"),
     "loop": (arguments.Loop, "seconds per epoch of the whole training loop, ours and EveryDream's"),
     "kernels": (arguments.Kernels, "bytes moved by each kernel in real layers; on a GPU also speed"),
     "aot": (arguments.Aot, "registers and spills of kernels compiled for GPUs that are not here"),

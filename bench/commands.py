@@ -192,6 +192,54 @@ def run_plot(options: arguments.Plot) -> int:
     return 0
 
 
+def run_cache(options: arguments.Cache) -> int:
+    from safelight.bench.measure.cache_growth import bench_filling, bench_growth
+
+    _check_positive(options, "rows", "batch_size", "repeats")
+    growth = bench_growth(options.rows, options.batch_size, options.repeats, options.dir)
+    filling = []
+    if options.photos > 0:
+        filling = bench_filling(options.photos, options.batch_size, options.repeats, options.dir)
+    _append(options.append, *growth, *filling)
+    if options.json:
+        print_json([*growth, *filling])
+        return 0
+    print_table(
+        f"a cache of small rows, batch {options.batch_size}",
+        ("rows", "index MiB", "open ms", "CPU ms", "read ms/batch", "CPU ms/batch", "reads/batch"),
+        [
+            (
+                f"{record['config']['rows']:,}",
+                f"{figures['index_mib']:.1f}",
+                f"{figures['open_ms']:.1f}",
+                f"{figures['open_cpu_ms']:.1f}",
+                f"{figures['read_ms_per_batch']:.2f}",
+                f"{figures['read_cpu_ms_per_batch']:.2f}",
+                f"{figures['read_calls_per_batch']:.1f}" if "read_calls_per_batch" in figures else "",
+            )
+            for record in growth
+            for figures in [record["figures"]]
+        ],
+    )
+    if filling:
+        print_table(
+            f"filling a cache with {options.photos} photographs, batch {options.batch_size}",
+            ("encoder", "alone s", "filling s", "CPU s", "of the encoder alone"),
+            [
+                (
+                    record["config"]["encoder"],
+                    f"{figures['alone_s']:.2f}",
+                    f"{figures['fill_s']:.2f}",
+                    f"{figures['fill_cpu_s']:.2f}",
+                    f"{100 * figures['of_encoder_alone']:.0f} %",
+                )
+                for record in filling
+                for figures in [record["figures"]]
+            ],
+        )
+    return 0
+
+
 def run_loader(options: arguments.Loader) -> int:
     from safelight.bench.measure.loader import bench_loader
 

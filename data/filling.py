@@ -97,14 +97,14 @@ def fill(
     kind: str,
     groups: Sequence[Mapping[str, T]],
     batch_size: int,
-    load: Callable[[Executor, threading.Event, list[T]], Callable[[], L]],
+    start_loading: Callable[[Executor, threading.Event, list[T]], Callable[[], L]],
     encode: Callable[[L, list[T]], np.ndarray],
     progress: Progress | None = None,
 ) -> int:
     """Store the rows that the cache lacks and return how many this process added; the cache has all of them then.
 
-    groups: rows of one shape each, by key, with what `load` and `encode` need of them; no batch has rows of two groups.
-    load: starts to load a batch on the threads and returns a function that waits for it; the event is set if nobody
+    groups: rows of one shape each, by key, with what `start_loading` and `encode` need of them; no batch has rows of two groups.
+    start_loading: starts to load a batch on the threads and returns a function that waits for it; the event is set if nobody
     wants it any more. encode: returns the batch's rows.
     progress(rows done, rows that were missing), by this process and others.
     """
@@ -148,7 +148,7 @@ def fill(
                         claims.give_up(part[0])
                     for number, keys in enumerate(batches, 1):
                         then = (lambda name=part[0]: claims.give_up(name)) if number == len(batches) else _nothing
-                        ahead.append((keys, load(executor, stop, [jobs[key] for key in keys]), then))
+                        ahead.append((keys, start_loading(executor, stop, [jobs[key] for key in keys]), then))
                         if len(ahead) > num_ahead:
                             encode_next()
                 while ahead:

@@ -63,7 +63,8 @@ class Cache:
         # guards what follows
         self._lock = threading.RLock()
         self._files: dict[str, FileIO] = {}
-        self._checked: set[tuple[int, int]] = set()
+        # id of a shard -> a byte for each of its rows: whether its checksum was verified. A million rows are a megabyte
+        self._checked: dict[int, bytearray] = {}
         self.num_dropped = 0
         check_links(self.path)
         try:
@@ -173,10 +174,11 @@ class Cache:
             while self._files:
                 self._files.popitem()[1].close()
 
-    def _read_into(self, buffers: np.ndarray, addresses: Sequence[Address]) -> None:
+    def _read_into(self, buffers: np.ndarray, addresses: Sequence[Address], is_new_check: bool = False) -> None:
         """Fill each buffer, (num, bytes of a row) uint8, with a row.
 
-        Raises CorruptRow if its file is cut or missing, or its checksum differs.
+        is_new_check: verify the checksums even of rows that were verified before. Raises CorruptRow if its file is cut
+        or missing, or its checksum differs.
         """
         with self._lock, naming(self._shards_path):
             for buffer, address in zip(buffers, addresses, strict=True):
@@ -192,10 +194,18 @@ class Cache:
                     if not part:
                         raise CorruptRow(shard.file, address.key, "is past the end of its file")
                     num_read += part
-                if (shard.id, address.row) not in self._checked:
-                    if zlib.crc32(buffer) != address.crc32:
+                checked = self._checked_rows(address)
+                if is_new_check or not checked[address.row]:
+                    checked[address.row] = zlib.crc32(buffer) == address.crc32
+                    if not checked[address.row]:
                         raise CorruptRow(shard.file, address.key, "does not match its checksum")
-                    self._checked.add((shard.id, address.row))
+
+    def _checked_rows(self, address: Address) -> bytearray:
+        """Return which rows of an address's shard were verified, with a byte for the address's."""
+        checked = self._checked.setdefault(address.shard.id, bytearray())
+        if len(checked) <= address.row:
+            checked.extend(bytes(address.row + 1 - len(checked)))
+        return checked
 
     def _require(self, keys: Sequence[str]) -> list[Address]:
         """Return the address of each key. Raises UserError if one is missing."""
@@ -242,8 +252,7 @@ class Cache:
                 if (shard.kind, shard.shape, shard.dtype) != (kind, tuple(shape), self.dtype):
                     expected = f"{kind} {shape_text(shape)} {self.dtype}"
                     raise CorruptRow(shard.file, address.key, f"is not {expected}")
-                self._checked.discard((shard.id, address.row))
-                self._read_into(buffer, [address])
+                self._read_into(buffer, [address], is_new_check=True)
             except CorruptRow as error:
                 bad[address] = error
         if bad:
@@ -260,9 +269,7 @@ class Cache:
         """Return the row at an address, its checksum verified. Raises CorruptRow."""
         shard = address.shard
         buffer = np.empty((1, shard.row_bytes), np.uint8)
-        with self._lock:
-            self._checked.discard((shard.id, address.row))
-            self._read_into(buffer, [address])
+        self._read_into(buffer, [address], is_new_check=True)
         return buffer.view(np.dtype(shard.dtype).newbyteorder("<")).reshape(shard.shape)
 
     def num_bytes(self) -> int:

@@ -207,6 +207,22 @@ class Loader:
 
 
 @dataclass
+class Cache:
+    """Time opening and reading a cache of more and more rows, and filling one."""
+
+    rows: Annotated[tuple[int, ...], arg(metavar="INT [INT ...]", help="numbers of rows to compare")] = (500, 100_000)
+    photos: Annotated[int, arg(help="photographs to fill a cache with; 0 leaves this part out")] = 64
+    batch_size: Images = 8
+    repeats: Annotated[int, arg(help="times each is opened and filled")] = 5
+    dir: Annotated[
+        Path | None,
+        arg(metavar="FOLDER", help="folder to write the rows to", help_behavior_hint="(default: a temporary one)"),
+    ] = None
+    append: Append = None
+    json: AsJson = False
+
+
+@dataclass
 class Kernels:
     """Compare each kernel with plain PyTorch and torch.compile."""
 

@@ -144,6 +144,8 @@ def opened(spec: str) -> Iterator[ModelFiles]:
                     (staged / name).write_bytes(read_bytes(model_file(folder, name), MAX_TEXT_BYTES))
         except OSError as error:
             raise UserError(f"{error.filename or folder} cannot be read: {error.strerror}") from None
+        if "config.json" not in values:
+            raise UserError(f"{folder} has no config.json; get this folder again, or install Safelight again")
         yield ModelFiles(folder, staged, values)
     finally:
         shutil.rmtree(staged, ignore_errors=True)

@@ -34,7 +34,7 @@ def test_what_it_prints(words, dataset):
     assert "captioned" in done.out
     assert "kept: captioned by a person" in done.out
     assert "tokens, mean" in done.out
-    assert done.err.endswith("with data.path set to this dataset\n")
+    assert done.err.endswith(f"next: safelight train run.toml --data.path {dataset}\n")
     texts = [entry.captions[0] for entry in read_manifest(dataset)][2:]
     assert all(text.endswith(" unsplash photography") for text in texts)
     assert not any(word in text.split() for text in texts for word in ("house", "red"))

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from safelight.errors import UserError
-from safelight.trainer.captioning import models
+from safelight.trainer.captioning import model_files, models
 from safelight.trainer.captioning.models import load_captioner, open_captioner
 from tests.trainer.captioning.conftest import CPU, photo
 from tests.trainer.captioning.small_captioners import change_json
@@ -133,6 +133,12 @@ def test_a_folder_without_a_processor_or_config_says_what_is_missing(folder, tmp
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(UserError, match="is a file; give the model's folder"):
         load_captioner(str(tmp_path / "model.safetensors"), CPU)
+
+
+def test_a_built_in_captioner_that_is_missing_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(model_files, "tiny_captioner_folder", lambda: tmp_path / "gone")
+    with pytest.raises(UserError, match=r"gone has no config.json; .* install Safelight again"):
+        load_captioner("tiny", CPU)
 
 
 def test_the_fingerprint_follows_weights_and_settings(folder):

@@ -202,7 +202,7 @@ def _check_same_data(run: ResolvedRun, dataset: Dataset) -> None:
     """Raise UserError if the dataset has changed since the checkpoint to resume from was saved."""
     if read_identity(run.run_dir, run.resume_step)[0].data != run.identity(dataset.train).data:
         raise UserError(
-            f"{run.checkpoint} was trained on other photographs, captions, crops, masks or loss scales than "
+            f"{run.checkpoint} was trained on other photographs, captions, crops, masks or photo settings than "
             f"{run.user_config.data.path} has now{_changes(run, dataset)}; start a new run with --run.dir"
         )
 

@@ -207,7 +207,7 @@ def test_a_run_with_masks_and_scales_resumes_bit_for_bit_and_notices_other_ones(
 
     def refused(words: str) -> None:
         with pytest.raises(
-            ValueError, match=f"other photographs, captions, crops, masks or loss scales than .*{words}"
+            ValueError, match=f"other photographs, captions, crops, masks or photo settings than .*{words}"
         ):
             train(stopped, resume=True)
 

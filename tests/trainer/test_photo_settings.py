@@ -165,7 +165,9 @@ def test_other_settings_of_a_photograph_are_another_run(configured, dataset):
     train(config.model_copy(update={"train": config.train.model_copy(update={"max_steps": 1})}))
     photos = read_manifest(dataset)
     write_manifest(dataset, [replace(photos[0], settings=PhotoSettings(repeats=3.0)), *photos[1:]])
-    with pytest.raises(ValueError, match="was trained on other photographs, captions or crops"):
+    with pytest.raises(
+        ValueError, match="was trained on other photographs, captions, crops, masks or photo settings than "
+    ):
         train(config, resume=True)
 
 

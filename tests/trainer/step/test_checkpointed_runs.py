@@ -67,7 +67,7 @@ def test_other_photographs_are_refused_before_they_are_encoded(quick, tiny_datas
     name = json.loads((run_dir / "split.json").read_text())["train"][0]
 
     def refused(changes: str) -> None:
-        words = "trained on other photographs, captions, crops, masks or loss scales than "
+        words = "trained on other photographs, captions, crops, masks or photo settings than "
         ending = re.escape(f"dataset has now: {changes}; start a new run with --run.dir")
         with pytest.raises(ValueError, match=f"{words}.*{ending}"):
             train(config, resume=True)

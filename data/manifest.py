@@ -21,6 +21,8 @@ IMAGES_FOLDER = "images"
 MASKS_FOLDER = "masks"
 # about two million photos
 MAX_MANIFEST_BYTES = 2**30
+# captions and tags of all photos, each of which takes some 100 bytes of memory: a manifest of that size has fewer
+MAX_TEXTS = 2**25
 # captions of one photo; a text file beside a photo is read up to 2^20 bytes
 MAX_LINE_BYTES = 2**24
 # by its name alone a file counts as a photograph here, in a folder that was given in place of a dataset
@@ -77,6 +79,7 @@ def read_manifest(dataset: Path, may_be_empty: bool = False) -> list[Photo]:
         raise UserError(f"{path} does not exist; create it with `{command}`")
     photos: list[Photo] = []
     line_of_file: dict[str, int] = {}
+    num_texts = 0
     with open_regular(path, MAX_MANIFEST_BYTES) as file:
         number = 0
         while line := file.readline(MAX_LINE_BYTES + 1):
@@ -88,6 +91,9 @@ def read_manifest(dataset: Path, may_be_empty: bool = False) -> list[Photo]:
                     raise UserError(f"is longer than {MAX_LINE_BYTES:,} bytes")
                 # other programs write a byte order mark at the start
                 photo = photo_of_row(parse_json(line.decode("utf-8-sig" if number == 1 else "utf-8", errors="replace")))
+                num_texts += len(photo.captions) + len(photo.tags)
+                if num_texts > MAX_TEXTS:
+                    raise UserError(f"is where the captions and tags become more than {MAX_TEXTS:,}")
                 if photo.file in line_of_file:
                     raise UserError(f"{photo.file} is already listed on line {line_of_file[photo.file]}")
             except UserError as error:

@@ -15,6 +15,7 @@ MAX_SIDE_PX = 1_000_000
 # of `Photo.fingerprint`
 FINGERPRINT_BYTES = 35
 MAX_TAGS = 1000
+MAX_CAPTIONS = 1000
 MAX_TAG_WEIGHT = 1000.0
 MAX_REPEATS = 10_000.0
 MAX_LOSS_SCALE = 100.0
@@ -158,6 +159,8 @@ def photo_of_row(row: object) -> Photo:
     if not isinstance(row, dict):
         raise UserError(f"is a {type(row).__name__}, not an object")
     row = {name: value for name, value in row.items() if name in _TYPES}
+    if isinstance(row.get("captions"), list) and len(row["captions"]) > MAX_CAPTIONS:
+        raise UserError(f"has {len(row['captions']):,} captions (limit {MAX_CAPTIONS:,})")
     for name in dict.fromkeys((*_REQUIRED, *row)):
         kind = _TYPES[name]
         if not isinstance(row.get(name), kind) or isinstance(row.get(name), bool):

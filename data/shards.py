@@ -196,9 +196,13 @@ class Cache:
                     num_read += part
                 checked = self._checked_rows(address)
                 if is_new_check or not checked[address.row]:
-                    checked[address.row] = zlib.crc32(buffer) == address.crc32
-                    if not checked[address.row]:
+                    checked[address.row] = False
+                    if zlib.crc32(buffer) != address.crc32:
                         raise CorruptRow(shard.file, address.key, "does not match its checksum")
+                    # whose checksum anybody can compute
+                    if not np.isfinite(buffer.view(np.dtype(shard.dtype).newbyteorder("<"))).all():
+                        raise CorruptRow(shard.file, address.key, "has values that are not finite")
+                    checked[address.row] = True
 
     def _checked_rows(self, address: Address) -> bytearray:
         """Return which rows of an address's shard were verified, with a byte for the address's."""

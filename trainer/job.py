@@ -281,7 +281,8 @@ def _announce(
     if run.resume_step is not None and (started := recorded_start(run.run_dir)):
         records["started"] = started
     run.run_dir.mkdir(parents=True, exist_ok=True)
-    write_start(run, dataset, timeline, models.context.unet, models.attention, notes, records)
+    if note := write_start(run, dataset, timeline, models.context.unet, models.attention, notes, records):
+        terminal.say(f"note: {note}")
     metrics = Metrics(run.run_dir, -1 if run.resume_step is None else run.resume_step, run.user_config.log.tensorboard)
     if metrics.num_unreadable:
         terminal.say(f"{counted(metrics.num_unreadable, 'unreadable line')} of {metrics.path} left out")

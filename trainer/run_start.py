@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,9 +26,11 @@ from safelight.trainer.dataset import NUM_EXAMPLES, Dataset
 from safelight.trainer.models.placing import once_each
 from safelight.trainer.resolve import ResolvedRun
 from safelight.trainer.run_log.environment import ATTENTION, describe
-from safelight.untrusted import MAX_JSON_BYTES, parse_json, read_bytes
+from safelight.untrusted import MAX_JSON_BYTES, UnsafeFile, parse_json, read_bytes
 
 EXAMPLE_SIDE_PX = 320
+# lines of a rejected.jsonl that are read; the report reads records of 16 MiB
+MAX_REJECTED = 100_000
 MAX_CREDITS = 10_000
 
 
@@ -56,11 +59,13 @@ def write_start(
     attention: AttentionChoice,
     notes: list[str],
     records: dict,
-) -> None:
+) -> str:
     """Write config.toml, environment.json, model.json, data.json, split.json and data_examples/.
 
-    notes: lines for model.json about what was chosen. records: further keys of environment.json.
+    notes: lines for model.json about what was chosen. records: further keys of environment.json. Returns a note about
+    what could not be written there, '' if there is none.
     """
+    rejected, rejected_note = _read_rejected(dataset.path / "rejected.jsonl")
     run_dir, config, base = run.run_dir, run.user_config, run.base
     atomic_write_text(run_dir / "config.toml", to_toml(config))
     _write_json(
@@ -106,9 +111,10 @@ def write_start(
             "stages": [{"epochs": s.epochs, "steps_per_epoch": s.numbers} for s in timeline.stage_steps],
             "examples": _write_examples(run_dir, dataset),
             "credits": credits_of(dataset),
-            "rejected": [*_read_rejected(dataset.path / "rejected.jsonl"), *_left_out(dataset, config)],
+            "rejected": [*rejected, *_left_out(dataset, config)],
         },
     )
+    return rejected_note
 
 
 def _left_out(dataset: Dataset, config: Config) -> list[dict]:
@@ -130,16 +136,28 @@ def credits_of(dataset: Dataset) -> list[dict]:
     return [asdict(photo.credit) for photo in credited[:MAX_CREDITS]]
 
 
-def _read_rejected(path: Path) -> list[dict]:
-    """Return the valid rows of a rejected.jsonl; damaged lines are dropped, because the rows are only displayed."""
+def _read_rejected(path: Path) -> tuple[list[dict], str]:
+    """Return the valid rows of a rejected.jsonl, and a note if some or all of it is not shown, '' otherwise.
+
+    Damaged lines are dropped, and no file of whatever kind ends the run, because the rows are only displayed.
+    """
+    if not os.path.lexists(path):
+        return [], ""
+    try:
+        content = read_bytes(path, MAX_JSON_BYTES)
+    except (OSError, UnsafeFile) as error:
+        what = error.strerror if isinstance(error, OSError) else str(error)
+        return [], f"the report lists no rejected files: {path} cannot be read ({what}); `safelight prepare` writes it"
     rows = []
-    for line in read_bytes(path, MAX_JSON_BYTES).split(b"\n") if os.path.lexists(path) else []:
+    for number, line in enumerate(re.finditer(rb"[^\n]+", content)):
+        if number == MAX_REJECTED:
+            return rows, f"the report lists the rejected files of the first {MAX_REJECTED:,} lines of {path}"
         try:
-            row = parse_json(line)
+            row = parse_json(line[0])
             rows.append({name: storable(str(row[name])) for name in ("path", "reason")})
         except (ValueError, KeyError, TypeError):
             continue
-    return rows
+    return rows, ""
 
 
 def _write_examples(run_dir: Path, dataset: Dataset) -> list[dict]:

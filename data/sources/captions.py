@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from safelight.data.photo import MAX_TAGS, NO_CREDIT, USUAL_SETTINGS, Tag, settings_of
+from safelight.data.photo import MAX_CAPTIONS, MAX_TAGS, NO_CREDIT, USUAL_SETTINGS, Tag, settings_of
 from safelight.data.sources.caption import FILE_NAME, Caption, caption_of_name, is_camera_name
 from safelight.data.sources.caption_tables import CaptionTables
 from safelight.data.sources.entry import Entry, entry_of
@@ -80,8 +80,12 @@ class CaptionReader(SourceTree):
             tags = united((*typed, *tags))
         if len(tags) > MAX_TAGS:
             self.warnings.append(f"{printable(photo)} has {len(tags):,} tags; only the first {MAX_TAGS:,} are used")
+        if len(texts) > MAX_CAPTIONS:
+            self.warnings.append(
+                f"{printable(photo)} has {len(texts):,} captions; only the first {MAX_CAPTIONS:,} are used"
+            )
         credit = next((entry.credit for entry in entries if entry.credit != NO_CREDIT), NO_CREDIT)
-        return Caption(texts, first.source, tags[:MAX_TAGS], settings, credit, first.captioner)
+        return Caption(texts[:MAX_CAPTIONS], first.source, tags[:MAX_TAGS], settings, credit, first.captioner)
 
     def _beside(self, photo: Path) -> Iterator[Entry]:
         """Yield what the files beside a photo say, the first to be heard first. Of texts, only one is read."""

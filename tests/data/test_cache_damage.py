@@ -1,13 +1,16 @@
 """Caches of killed processes and damaged files: exactly the lost rows are found and encoded again."""
 
+import sqlite3
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from safelight.data.cache import Cache, CorruptRow
+from safelight.errors import UserError
 from tests.data.damaged_rows import damaged_rows
 from tests.data.rows import all_keys, contents
 
@@ -99,6 +102,34 @@ def test_exactly_the_damaged_rows_are_encoded_again(filled, noise_dataset, fakes
     with Cache(cache.path) as again:
         assert fakes.fill(again, noise_dataset, vae, encoder) == 0
         assert again.num_dropped == 0
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_not_finite_are_damage_whatever_their_checksum(filled, noise_dataset, fakes, value):
+    """Training would blame the base's weights."""
+    cache, samples = filled
+    keys = all_keys(samples)
+    before = contents(cache, keys)
+    cache.close()
+    posterior = min((cache.path / "shards").glob("posterior-*"))
+    row_bytes = 8 * np.prod([int(side) for side in posterior.name.split("-")[1].split("x")[1:]]) * 2
+    with open(posterior, "r+b") as file:
+        file.seek(row_bytes - 2)
+        file.write(np.float16(value).tobytes())
+        file.seek(0)
+        crc32 = zlib.crc32(file.read(row_bytes))
+    with sqlite3.connect(cache.path / "index.sqlite") as index:
+        index.execute(
+            "UPDATE rows SET crc32 = ? WHERE row = 0 AND shard = (SELECT id FROM shards WHERE file = ?)",
+            (crc32, posterior.name),
+        )
+    index.close()
+    with Cache(cache.path) as again:
+        with pytest.raises(UserError, match=r"has values that are not finite; `safelight cache` .* encodes it again"):
+            contents(again, keys)
+        assert fakes.fill(again, noise_dataset, fakes.FakeVae(), fakes.FakeTextEncoder()) == 1
+        assert again.num_dropped == 1
+        assert contents(again, keys) == before
 
 
 def test_cut_and_lost_shards_are_found(filled):

@@ -723,3 +723,12 @@ def test_the_summary_says_what_was_read_beside_captions(source, draw, tmp_path):
     assert called.status == 0
     wanted = "read with them: tags of 1 photograph, repeats of 2 photographs, flip_p of 1 photograph"
     assert wanted in called.out.split("\n")
+
+
+def test_too_many_captions_are_cut(source, draw, prepare):
+    draw("a.png")
+    row = {"file_name": "a.png", "text": [f"caption {i}" for i in range(1200)]}
+    (source / "captions.jsonl").write_text(json.dumps(row))
+    captions = prepare()["a.png"].captions
+    assert captions == tuple(f"caption {i}" for i in range(1000))
+    assert "1,200 captions; only the first 1,000 are used" in prepare.summary.warnings[0]

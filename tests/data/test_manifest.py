@@ -5,13 +5,15 @@ import hashlib
 import json
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from safelight.data import manifest
 from safelight.data.atomic import atomic_write_bytes
 from safelight.data.manifest import has_manifest, how_to_prepare, read_manifest, split_validation, write_manifest
-from safelight.data.photo import Credit, Photo, PhotoSettings, Quality, Tag, row_of_photo
+from safelight.data.photo import MAX_CAPTIONS, Credit, Photo, PhotoSettings, Quality, Tag, row_of_photo
 from safelight.errors import UserError
 
 
@@ -84,6 +86,18 @@ def test_bad_line_is_named(tmp_path, change, reason):
     with pytest.raises(ValueError, match=reason) as caught:
         read_manifest(tmp_path)
     assert "line 3" in str(caught.value)
+
+
+def test_the_captions_of_a_photo_and_of_all_are_bounded(tmp_path, monkeypatch):
+    write_manifest(tmp_path, [replace(photo(0), captions=("a",) * MAX_CAPTIONS)])
+    assert len(read_manifest(tmp_path)[0].captions) == MAX_CAPTIONS
+    write_manifest(tmp_path, [photo(0), replace(photo(1), captions=("a",) * (MAX_CAPTIONS + 1))])
+    with pytest.raises(ValueError, match=r"line 2: has 1,001 captions \(limit 1,000\); fix or delete the line"):
+        read_manifest(tmp_path)
+    monkeypatch.setattr(manifest, "MAX_TEXTS", 5)
+    write_manifest(tmp_path, [replace(photo(n), captions=("a",), tags=(Tag("b", 1.0),)) for n in range(3)])
+    with pytest.raises(ValueError, match="line 3: is where the captions and tags become more than 5"):
+        read_manifest(tmp_path)
 
 
 SURROGATE = "half a pair: \ud83d"

@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import re
+import time
 import weakref
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from safelight.data.manifest import read_manifest
 from safelight.data.prepare.ingest import ingest
 from safelight.errors import UserError
 from safelight.trainer import dataset as module
+from safelight.trainer import run_start
 from safelight.trainer.dataset import open_dataset
 from safelight.trainer.models.base import Base, bucket_multiple, resolve_base
 from safelight.trainer.models.encoders import load_codec
@@ -206,12 +208,35 @@ def test_a_dataset_with_a_link_that_leads_out_is_neither_read_nor_written(make_c
     assert [entry.name for entry in home.iterdir()] == [".a.tmp"]
 
 
-def test_the_list_of_rejected_files_may_be_anything_but_a_pipe(folder):
+def test_the_list_of_rejected_files_may_be_anything(folder):
     path = folder / "rejected.jsonl"
     path.write_text("[" * 100_000 + '\n{"path": "\\ud83d", "reason": 1e999}\n{"path": "a", "reason": {}}\nNaN\n')
-    assert _read_rejected(path) == [{"path": "a", "reason": "{}"}]
+    assert _read_rejected(path) == ([{"path": "a", "reason": "{}"}], "")
     path.unlink()
-    assert _read_rejected(path) == []
+    assert _read_rejected(path) == ([], "")
     os.mkfifo(path)
-    with pytest.raises(UserError, match="is not a regular file but a device or pipe"):
-        _read_rejected(path)
+    assert "is not a regular file but a device or pipe" in _read_rejected(path)[1]
+    path.unlink()
+    path.mkdir()
+    rows, note = _read_rejected(path)
+    assert rows == []
+    assert re.fullmatch(
+        r"the report lists no rejected files: \S+rejected\.jsonl cannot be read "
+        r"\(.* not a regular file but a folder\); `safelight prepare` writes it",
+        note,
+    )
+    path.rmdir()
+    path.symlink_to("nothing")
+    assert "cannot be read (No such file or directory)" in _read_rejected(path)[1]
+
+
+def test_a_list_of_millions_of_rejected_files_takes_no_minutes(folder, monkeypatch):
+    monkeypatch.setattr(run_start, "MAX_REJECTED", 1000)
+    path = folder / "rejected.jsonl"
+    for line, num_rows in ((b"\n", 0), (b"0\n", 0), (b'{"path": "a", "reason": "b"}\n', 1000)):
+        path.write_bytes(line * (2**24 // len(line)))
+        start = time.process_time()
+        rows, note = _read_rejected(path)
+        assert time.process_time() - start < 5
+        assert len(rows) == num_rows
+        assert note.startswith("the report lists the rejected files of the first 1,000 lines of") == (line != b"\n")

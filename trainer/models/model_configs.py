@@ -224,6 +224,8 @@ class TextEncoder(_Values):
 
 
 Scalar = bool | int | float | str | None
+# no scheduler of diffusers has a larger number; some make a list of as many
+MAX_EXTRA = 100_000
 
 
 class Scheduler(_Values):
@@ -252,6 +254,13 @@ class Scheduler(_Values):
     clip_sample_range: Factor = 1
     dynamic_thresholding_ratio: Small = 0.995
     sample_max_value: Factor = 1
+
+    @model_validator(mode="after")
+    def _extras_are_small(self):
+        for key, value in self.__pydantic_extra__.items():
+            if isinstance(value, int | float) and abs(value) > MAX_EXTRA:
+                raise ValueError(f"{key[:60]} is {value:g}, over the limit of {MAX_EXTRA:,}")
+        return self
 
 
 class ModelIndex(_Values):

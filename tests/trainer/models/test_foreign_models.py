@@ -189,6 +189,8 @@ def test_a_pipe_in_place_of_a_file_is_refused(base_folder, name):
         ("scheduler", "rescale_betas_zero_snr", "yes"),
         ("scheduler", "_class_name", "os"),
         ("scheduler", "clip_sample", "yes"),
+        ("scheduler", "solver_order", 600_000_000),
+        ("scheduler", "solver_order", -6e8),
         ("scheduler", "timestep_spacing", 5),
         ("scheduler", "steps_offset", "x"),
         ("scheduler", "of_another_scheduler", [[]]),

@@ -58,7 +58,7 @@ def caption_photos(dataset: Path, terminal: Terminal) -> int:
     summary = caption_dataset(
         dataset,
         "tiny",
-        Generation(),
+        Generation(num_beams=1),
         Wording(suffix=LOOK_CAPTION),
         pick_device("auto"),
         progress=lambda done, total, note: terminal.update("captioning", done, total, note),
@@ -136,7 +136,7 @@ def run_demo(folder: Path, terminal: Terminal) -> dict:
     dataset = folder / "dataset"
     summary = ingest([folder / "photos"], dataset)
     terminal.say(f"prepared {len(summary.photos)} photographs, which have no captions")
-    terminal.say(f'captioning them: safelight caption {dataset} --model tiny --suffix "{LOOK_CAPTION}"')
+    terminal.say(f'captioning them: safelight caption {dataset} --model tiny --num-beams 1 --suffix "{LOOK_CAPTION}"')
     num_named = caption_photos(dataset, terminal)
     terminal.say(f"{num_named} of {NUM_PHOTOS} captions name the colour and the shape that were drawn")
     config = demo_config(folder)

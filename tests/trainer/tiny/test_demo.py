@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+from safelight.data.manifest import read_manifest
 from safelight.trainer.checkpoint.files import list_checkpoints
 from safelight.trainer.config.schema import Config
 from safelight.trainer.inference.draw import open_run
@@ -13,8 +15,18 @@ from safelight.trainer.models.base import Base
 from safelight.trainer.models.weights import load_unet
 from safelight.trainer.run_log.terminal import Terminal
 from safelight.trainer.tiny import demo as tiny_demo
-from safelight.trainer.tiny.demo import RUN_NAME, SCORED, demo_config, draw_photos, run_demo
+from safelight.trainer.tiny.demo import (
+    NUM_PHOTOS,
+    RUN_NAME,
+    SCORED,
+    demo_config,
+    draw_photos,
+    photo_name,
+    run_demo,
+    scene_of,
+)
 from safelight.trainer.tiny.reader import read
+from safelight.trainer.tiny.scenes import LOOK_CAPTION
 from safelight.trainer.tiny.score import HELD_OUT, hits, prompts, wilson
 from tools.tiny_base.architecture import make_unet
 
@@ -85,15 +97,28 @@ def test_an_untrained_unet_is_at_chance(demo):
 
 
 def test_the_fine_tuning_images_show_none_of_the_scored_pairs(tmp_path):
-    from PIL import Image
-
     draw_photos(tmp_path / "photos", 40)
-    held_out = set(HELD_OUT)
-    for path in sorted((tmp_path / "photos").glob("*.png")):
-        text = path.with_suffix(".txt").read_text()
-        assert not any(f"{colour} {shape}" in text for colour, shape in held_out)
-        with Image.open(path) as image:
+    for number in range(40):
+        scene = scene_of(number)
+        assert (scene.colour, scene.shape) not in HELD_OUT
+        with Image.open(tmp_path / "photos" / photo_name(number)) as image:
             assert read(image).has_look
+            assert read(image).colour == scene.colour
+    assert {path.suffix for path in (tmp_path / "photos").iterdir()} == {".png"}
+
+
+def test_the_photographs_have_the_captions_of_the_embedded_captioner(demo):
+    """At least nine in ten name colour and shape as drawn, and all end with the look."""
+    folder, result = demo
+    photos = read_manifest(folder / "dataset")
+    assert len(photos) == result["captions"] == NUM_PHOTOS
+    assert all(json.loads(photo.captioner)["model"] == "tiny" for photo in photos)
+    assert all(text.endswith(LOOK_CAPTION) for photo in photos for text in photo.captions)
+    scenes = {photo_name(number): scene_of(number) for number in range(NUM_PHOTOS)}
+    drawn = [scenes[photo.source.rpartition("/")[2]] for photo in photos]
+    right = [f"{scene.colour} {scene.shape}" in photo.captions[0] for scene, photo in zip(drawn, photos, strict=True)]
+    assert result["captions_right"] == sum(right)
+    assert sum(right) >= 0.9 * NUM_PHOTOS
 
 
 def test_the_demo_writes_report_comparison_split_and_checkpoints(demo):

@@ -7,11 +7,13 @@ without locks, and where two parts meet in one byte, rows are encoded twice and 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from pathlib import Path
 from typing import BinaryIO
 
+from safelight.errors import UserError
 from safelight.untrusted import UnsafeFile, open_to_write
 
 CLAIMS_NAME = ".claims"
@@ -25,7 +27,14 @@ class Claims:
         try:
             self._file = open_to_write(folder / CLAIMS_NAME, buffering=0)
         except UnsafeFile as error:
-            raise UnsafeFile(f"{error}; delete it") from None
+            # a link's message says so already
+            raise UnsafeFile(f"{str(error).removesuffix('; delete it')}; delete it") from None
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise UserError(
+                f"{folder} cannot be written ({error.strerror}); make it writable, or copy the dataset elsewhere"
+            ) from error
 
     def __enter__(self) -> Claims:
         return self

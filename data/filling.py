@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -103,72 +104,80 @@ def fill(
 ) -> int:
     """Store the rows that the cache lacks and return how many this process added; the cache has all of them then.
 
-    groups: rows of one shape each, by key, with what `start_loading` and `encode` need of them; no batch has rows of two groups.
-    start_loading: starts to load a batch on the threads and returns a function that waits for it; the event is set if nobody
-    wants it any more. encode: returns the batch's rows.
+    groups: rows of one shape each, by key, with what the two functions need of them; no batch has rows of two groups.
+    start_loading: loads a batch on the threads and returns a function that waits for it; the event is set once nobody
+    wants it any more. encode: returns the rows of a loaded batch.
     progress(rows done, rows that were missing), by this process and others.
     """
     missing = set(cache.missing([key for group in groups for key in group]))
     # cut from all rows, not from the missing ones, which are not the same to a process that starts later
     parts = [part for group in groups for part in _cut(list(group), batch_size * BATCHES_PER_PART)]
     parts = [part for part in parts if not missing.isdisjoint(part)]
-    jobs = {key: job for group in groups for key, job in group.items() if key in missing}
-    total, num_others = len(missing), 0
     if not parts:
         return 0
-    threads = num_threads()
+    jobs = {key: job for group in groups for key, job in group.items() if key in missing}
+    threads, stop = num_threads(), threading.Event()
+    executor = ThreadPoolExecutor(threads, thread_name_prefix="load-rows")
     num_ahead = 2 + threads // batch_size
-    executor, stop = ThreadPoolExecutor(threads, thread_name_prefix="load-rows"), threading.Event()
     ahead: deque[tuple[list[str], Callable[[], L], Callable[[], None]]] = deque()
-
-    def report() -> None:
-        if progress is not None:
-            progress(num_others + writer.num_written, total)
+    num_of_others = 0
 
     def encode_next() -> None:
         keys, wait, then = ahead.popleft()
         writer.put(keys, encode(wait(), [jobs[key] for key in keys]), then)
-        report()
+        if progress is not None:
+            progress(num_of_others + writer.num_written, len(jobs))
 
     try:
         with Claims(cache.path) as claims, _Writer(cache, kind) as writer:
-            last_written, last_change, is_stalled = 0, time.monotonic(), False
+            patience = _Patience()
             while parts:
-                of_others = []
+                claimed_by_others = []
                 for part in parts:
-                    if not claims.take(part[0]) and not is_stalled:
-                        of_others.append(part)
+                    if not claims.take(part[0]) and not patience.is_over:
+                        claimed_by_others.append(part)
                         continue
                     wanted = [key for key in part if key in missing]
                     todo = cache.missing(wanted)
-                    num_others += len(wanted) - len(todo)
+                    num_of_others += len(wanted) - len(todo)
                     missing.difference_update(wanted)
-                    batches = list(_cut(todo, batch_size))
-                    if not batches:
-                        claims.give_up(part[0])
-                    for number, keys in enumerate(batches, 1):
-                        then = (lambda name=part[0]: claims.give_up(name)) if number == len(batches) else _nothing
-                        ahead.append((keys, start_loading(executor, stop, [jobs[key] for key in keys]), then))
+                    then = partial(claims.give_up, part[0])
+                    if not todo:
+                        then()
+                    for keys in _cut(todo, batch_size):
+                        loading = start_loading(executor, stop, [jobs[key] for key in keys])
+                        ahead.append((keys, loading, then if keys[-1] == todo[-1] else _nothing))
                         if len(ahead) > num_ahead:
                             encode_next()
                 while ahead:
                     encode_next()
                 # nobody waits for others with a claim of its own
                 writer.flush()
-                parts = of_others
+                parts = claimed_by_others
+                num_left = len(cache.missing(list(missing)))
+                if progress is not None:
+                    progress(len(jobs) - num_left, len(jobs))
                 if parts:
-                    left = len(cache.missing(list(missing)))
-                    if progress is not None:
-                        progress(total - left, total)
-                    if total - left > last_written:
-                        last_written, last_change = total - left, time.monotonic()
-                    is_stalled = time.monotonic() - last_change > STALLED_S
-                    time.sleep(POLL_S)
-            report()
+                    patience.wait(num_left)
     finally:
         stop.set()
         executor.shutdown(cancel_futures=True)
     return writer.num_added
+
+
+class _Patience:
+    """Waits for the rows of other processes; is_over once none has come for STALLED_S."""
+
+    def __init__(self):
+        self.is_over = False
+        self._num_left, self._changed = -1, 0.0
+
+    def wait(self, num_left: int) -> None:
+        """Wait a moment. num_left: rows that others have claimed and not written."""
+        if num_left != self._num_left:
+            self._num_left, self._changed = num_left, time.monotonic()
+        self.is_over = time.monotonic() - self._changed > STALLED_S
+        time.sleep(POLL_S)
 
 
 def loads_nothing(executor: Executor, stop: threading.Event, items: list) -> Callable[[], None]:

@@ -117,6 +117,19 @@ def test_without_locks_the_work_is_done_all_the_same(tmp_path, monkeypatch):
         assert fill(cache, "text", [{"key": 1}], 4, loads_nothing, lambda _, jobs: ROW) == 1
 
 
+def test_a_cache_that_cannot_be_written_says_so_only_if_rows_are_missing(tmp_path, monkeypatch):
+    with Cache(tmp_path) as cache:
+        cache.append("text", ["key"], ROW)
+
+        def refuse(*args, **options):
+            raise OSError(30, "Read-only file system", str(tmp_path / CLAIMS_NAME))
+
+        monkeypatch.setattr("safelight.data.claims.open_to_write", refuse)
+        assert fill(cache, "text", [{"key": 1}], 4, loads_nothing, lambda _, jobs: ROW) == 0
+        with pytest.raises(UserError, match=r"cannot be written \(Read-only file system\); make it writable, or copy"):
+            fill(cache, "text", [{"other": 1}], 4, loads_nothing, lambda _, jobs: ROW)
+
+
 def test_a_claims_file_that_is_a_link_is_refused(tmp_path):
     (tmp_path / "precious").write_text("precious")
     with Cache(tmp_path / "cache") as cache:

@@ -178,7 +178,7 @@ class Cache:
         """Fill each buffer, (num, bytes of a row) uint8, with a row.
 
         is_new_check: verify the checksums even of rows that were verified before. Raises CorruptRow if its file is cut
-        or missing, or its checksum differs.
+        or missing, its checksum differs, or a value is not finite.
         """
         with self._lock, naming(self._shards_path):
             for buffer, address in zip(buffers, addresses, strict=True):

@@ -331,7 +331,6 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     "data/index.py": {"sqlite3.connect": "after the index's own checks, at its top"},
     "data/sources/arrow_child.py": {"json.loads": "requests of the process that started it"},
     "data/sources/tar.py": {"tarfile.open": "a file that open_regular opened, of which it reads the headers"},
-    "data/filling.py": {"load": "a function that it is given"},
     "data/prepare/near_copies.py": {"load": "a function that it is given"},
     "trainer/captioning/models.py": {"model_class.from_pretrained": "no name: config and tensors are given"},
     "trainer/captioning/processors.py": {"processor_class.from_pretrained": "the checked copies of model_files.py"},

@@ -95,7 +95,7 @@ def write_preview(
     dataset = Path(dataset)
     read_manifest(dataset)
     with FolderLock(dataset, "check its permissions", ADVICE):
-        check_kinds(dataset, (FOLDER_NAME,), (), "a dataset")
+        check_kinds(dataset, (FOLDER_NAME,), (f"{FOLDER_NAME}/{PAGE_NAME}",), "a dataset")
         photos = pick_photos(read_manifest(dataset), num, base.seed)
         settings = settings_to_try(base)
         tried, num_done, began = [], 0, time.monotonic()

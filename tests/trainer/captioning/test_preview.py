@@ -92,3 +92,9 @@ def test_the_photos_are_drawn_by_the_seed(dataset):
 def test_a_dataset_that_does_not_exist_is_refused(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         write_preview(tmp_path / "none", 5, "x", BASE, Wording(), CPU, [])
+
+
+def test_a_folder_in_the_pages_place_is_refused_before_a_model_is_opened(dataset):
+    (dataset / "captions" / "preview.html").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"preview\.html is a folder where a dataset keeps a file; move it away"):
+        write_preview(dataset, 5, "no model", BASE, Wording(), CPU, [])

@@ -130,12 +130,6 @@ def load_job(
             terminal.say(f"note: {note}")
     dataset = _load_dataset(run, terminal)
     timeline, identity = Timeline.of(config, dataset.train), run.identity(dataset.train)
-    if not timeline.total_steps:
-        dataset.cache.close()
-        raise UserError(
-            "no batch is ever filled: too few photographs, or all with repeats 0; set data.short_batches keep, or a "
-            "smaller train.batch_size"
-        )
     if resume_step is not None:
         position = _checked_position(run, timeline)
         if position.step >= timeline.num_steps and not position.unmeasured:

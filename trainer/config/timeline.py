@@ -13,6 +13,7 @@ from functools import cached_property
 from itertools import accumulate
 
 from safelight.data.epochs import Placed, Span, count_batches
+from safelight.errors import UserError
 from safelight.trainer.config.schema import Config, ResolvedStage
 
 
@@ -74,7 +75,8 @@ class Timeline:
     def of(cls, config: Config, samples: Sequence[Placed]) -> Timeline:
         """Return the timeline of a run. samples: those trained on, or their placements.
 
-        A group's last micro-batch of an epoch may be smaller, and so may an epoch's last step.
+        A group's last micro-batch of an epoch may be smaller, and so may an epoch's last step. Raises UserError if no
+        epoch has a step.
         """
         stages = tuple(config.stages())
         spans = [Span(stage.epochs, stage.batch_size) for stage in stages]
@@ -83,7 +85,13 @@ class Timeline:
             StageSteps(stage.epochs, tuple(-(-num // stage.accumulate) for num in numbers))
             for stage, numbers in zip(stages, counts, strict=True)
         )
-        return cls(stages, steps, config.train.max_steps)
+        timeline = cls(stages, steps, config.train.max_steps)
+        if samples and not timeline.total_steps:
+            raise UserError(
+                "the run has no step: its buckets never fill a batch that data.short_batches carry would train, or all "
+                "photographs have repeats 0; set data.short_batches keep, a smaller train.batch_size or other repeats"
+            )
+        return timeline
 
     @property
     def num_epochs(self) -> int:

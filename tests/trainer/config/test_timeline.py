@@ -1,6 +1,7 @@
 """Predicted steps, stages and learning rates equal those of the planned epochs."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from safelight.data.buckets import make_buckets
 from safelight.data.epochs import plan_epoch
 from safelight.data.manifest import read_manifest
-from safelight.data.photo import Photo
+from safelight.data.photo import Photo, PhotoSettings
 from safelight.data.placement import place_photos
 from safelight.data.samples import plan_samples
 from safelight.trainer.config.timeline import StageSteps, Timeline
@@ -145,6 +146,34 @@ def test_a_schedule_restarts_with_each_stage(samples):
     assert actual[48:50] == pytest.approx([1e-4 / 3, 2e-4 / 3], rel=1e-12)
     assert actual[50] == 1e-4
     assert actual[61] == pytest.approx(0.5e-4, rel=1e-12)
+
+
+def test_a_run_without_a_step_is_refused(samples):
+    stages = [{"epochs": 2, "batch_size": 100}]
+    assert timeline_of(samples, stages).num_steps > 0
+    with pytest.raises(ValueError, match=r"^the run has no step: its buckets never fill a batch"):
+        timeline_of(samples, stages, data={"short_batches": "carry"})
+
+
+def test_carried_batches_and_fractions_of_repeats_make_epochs_differ(samples):
+    """Positions, rates and places agree with the epochs' own numbers of steps."""
+    varied = [
+        replace(sample, photo=replace(sample.photo, settings=PhotoSettings(repeats=0.5 + number % 3)))
+        for number, sample in enumerate(samples)
+    ]
+    stages = [{"epochs": 3, "batch_size": 4, "schedule": "linear", "lr": 1e-3}, {"epochs": 2, "batch_size": 3}]
+    for how in ("keep", "carry"):
+        timeline = timeline_of(varied, stages, data={"short_batches": how})
+        per_epoch = [timeline.steps_of(epoch) for epoch in range(5)]
+        assert len(set(per_epoch)) > 1
+        places = [(epoch, step) for epoch, num in enumerate(per_epoch) for step in range(num)]
+        assert timeline.num_steps == len(places) == sum(per_epoch)
+        assert [timeline.place_of(number + 1) for number in range(len(places))] == places
+        for number, (epoch, step) in enumerate(places):
+            assert timeline.holds(number + 1, epoch, step + 1, timeline.stage_of(epoch))
+            assert not timeline.holds(number + 2, epoch, step + 1, timeline.stage_of(epoch))
+        total = sum(per_epoch[:3])
+        assert rates(timeline)[:total] == pytest.approx([1e-3 * (total - n) / total for n in range(total)], rel=1e-12)
 
 
 def test_max_steps_does_not_change_the_schedule(samples):

@@ -86,8 +86,8 @@ class Photo:
     which near-copies are found (near_copies.py); empty in datasets prepared before it was stored. group: the sha256 of
     the first of several near-copies, the same for all of them, or empty; `split_validation` keeps them together.
     tags: weighted tags that go with every caption, in the order they were written. mask, mask_sha256: path of the loss
-    mask inside the dataset folder, and its hash; empty without one. captioner: model and options that wrote the
-    captions, empty if a person did.
+    mask inside the dataset folder, and its hash; empty without one. captioner, tagger: model and options that wrote
+    the captions, and the tags; empty if a person did.
     """
 
     file: str
@@ -108,6 +108,7 @@ class Photo:
     mask: str = ""
     mask_sha256: str = ""
     captioner: str = ""
+    tagger: str = ""
 
     @property
     def sample_id(self) -> int:
@@ -252,7 +253,7 @@ def row_of_photo(photo: Photo) -> dict:
             row[name] = changed
     if photo.quality is not None:
         row["quality"] = asdict(photo.quality)
-    for name in ("mask", "mask_sha256", "captioner"):
+    for name in ("mask", "mask_sha256", "captioner", "tagger"):
         if getattr(photo, name):
             row[name] = getattr(photo, name)
     return row

@@ -27,6 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("trainer/checkpoint", "trainer/step"),
     ("trainer/run_log",),
     ("trainer/inference", "trainer/captioning"),
+    ("trainer/tagging",),
     ("trainer/memory_plan", "safelight/output"),
     ("trainer", "safelight/options"),
     ("trainer/tiny", "bench/core"),

@@ -243,6 +243,8 @@ class Collection:
         if not caption.is_written and old is not None and old.captioner:
             # what a captioner wrote is in no source, and is better than nothing
             caption = replace(caption, texts=old.captions, source=old.caption_source, captioner=old.captioner)
+        # and so with a tagger
+        is_tagged = not caption.tags and old is not None and bool(old.tagger)
         photo = Photo(
             file,
             sha256,
@@ -255,13 +257,14 @@ class Collection:
             prepared.content_sha256,
             prepared.fingerprint,
             old.group if old is not None else "",
-            caption.tags,
+            old.tags if is_tagged else caption.tags,
             caption.settings,
             caption.credit,
             prepared.quality,
             mask=mask,
             mask_sha256=mask_sha256,
             captioner=caption.captioner,
+            tagger=old.tagger if is_tagged else "",
         )
         index = len(self.photos) if index is None else index
         self._put(index, photo)
@@ -316,7 +319,9 @@ class Collection:
         if caption.is_written:
             theirs = {"captions": caption.texts, "caption_source": caption.source, "captioner": caption.captioner}
             credit = own.credit if caption.credit == NO_CREDIT else caption.credit
-            theirs |= {"tags": caption.tags, "settings": caption.settings, "credit": credit}
+            theirs |= {"settings": caption.settings, "credit": credit}
+            if caption.tags or not own.tagger:
+                theirs |= {"tags": caption.tags, "tagger": ""}
             self._put(index, replace(own, **theirs))
         return caption.is_written
 

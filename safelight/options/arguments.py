@@ -18,7 +18,7 @@ from safelight.errors import UserError
 from safelight.options.option_help import EMPTY_PATH, described
 from safelight.options.overrides import names_config, take_overrides, with_overrides
 from safelight.output.columns import wrap_help
-from safelight.trainer.captioning.options import DEFAULT_MODEL
+from safelight.trainer.captioning.options import DEFAULT_CLIP, DEFAULT_MODEL, MIN_CONFIDENCE
 from safelight.trainer.config.presets import PRESETS
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.toml import COMMAND_LINE, load_config, parse_config, require_run
@@ -96,13 +96,14 @@ class Prepare:
 class Caption:
     dataset: Annotated[Positional[Path], arg(metavar="DATASET", help="dataset folder, as safelight prepare makes it")]
     model: Annotated[
-        str,
-        arg(
-            metavar="MODEL",
-            help="captioner: hub id or folder of a BLIP, BLIP-2, Florence-2 or other image-text-to-text model; "
-            "tiny: the built-in one, which knows the demo's scenes",
+        str | None,
+        _own(
+            "MODEL",
+            "captioner: hub id or folder of a BLIP, BLIP-2, Florence-2 or other image-text-to-text model; tiny: the "
+            "built-in one, which knows the demo's scenes; with --tags, a CLIP",
+            f"{DEFAULT_MODEL}, or {DEFAULT_CLIP}",
         ),
-    ] = DEFAULT_MODEL
+    ] = None
     preset: Annotated[
         Literal["everydream2"] | None,
         _own(
@@ -134,7 +135,28 @@ class Caption:
         UseAppendAction[tuple[str, ...]],
         arg(metavar="OLD=NEW", help="replace whole words of the captions; can be given several times"),
     ] = ()
-    overwrite: Annotated[bool, arg(help="replace captions that people wrote, too")] = False
+    overwrite: Annotated[bool, arg(help="replace captions, or tags, that people wrote, too")] = False
+    tags: Annotated[
+        Path | None,
+        _own(
+            "FILE",
+            "instead of captions, write weighted tags: CLIP compares each photograph with the categories and things in "
+            "this file, which is written, with the usual ones, if it does not exist",
+            "none",
+        ),
+    ] = None
+    tags_from_detector: Annotated[
+        str | None,
+        _own(
+            "MODEL",
+            "instead of captions, write weighted tags of what a detector finds: hub id or folder of a DETR, RT-DETR, "
+            "D-FINE or YOLOS, or a YOLOX .onnx file; --tags has the categories",
+            "none",
+        ),
+    ] = None
+    min_confidence: Annotated[
+        float | None, _own("FLOAT", "least probability of what becomes a tag, 0.1 to 1", str(MIN_CONFIDENCE))
+    ] = None
     preview: Annotated[
         int | None,
         _own("NUM", "instead, show this many photographs captioned with six settings, in one HTML page", "none"),

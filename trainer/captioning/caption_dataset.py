@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from PIL import Image
@@ -30,6 +31,7 @@ from safelight.untrusted import check_kinds, parse_json, path_in
 # captioners look at 224 to 980 px a side
 MAX_MEGAPIXELS = 1.0
 BATCH_SIZES = {"cpu": 4, "cuda": 32}
+_T = TypeVar("_T")
 ADVICE = "wait until it ends, or caption a copy"
 
 
@@ -91,34 +93,47 @@ def identity(captioner: str) -> dict:
     return {name: value for name, value in record.items() if name != "model"} if isinstance(record, dict) else {}
 
 
-class BatchedCaptioner:
-    """Describes photos in batches, halved for good when the GPU's memory is full. say: called with a note then."""
+class HalvedBatches:
+    """Runs a model on photos in batches, halved for good when the GPU's memory is full.
 
-    def __init__(self, captioner: Captioner, batch_size: int | None, say: Callable[[str], None]):
-        self.captioner, self.say = captioner, say
-        self.batch_size = batch_size or BATCH_SIZES.get(captioner.device.type, BATCH_SIZES["cpu"])
+    say: called with a note then. advice: what to do if a single photo is too much.
+    """
 
-    def describe(self, images: Sequence[Image.Image], generation: Generation, ids: Sequence[int]) -> list[Described]:
-        """Return what is said of pictures, in batches of at most batch_size."""
-        said: list[Described] = []
-        while len(said) < len(images):
-            part = slice(len(said), len(said) + self.batch_size)
+    def __init__(self, device: torch.device, batch_size: int | None, say: Callable[[str], None], advice: str):
+        self.say, self.advice = say, advice
+        self.batch_size = batch_size or BATCH_SIZES.get(device.type, BATCH_SIZES["cpu"])
+
+    def run(self, num: int, call: Callable[[slice], list[_T]]) -> list[_T]:
+        """Return what `call` returns for `num` photos, called with slices of at most batch_size."""
+        done: list[_T] = []
+        while len(done) < num:
+            part = slice(len(done), min(num, len(done) + self.batch_size))
             try:
-                said += self.captioner.describe(images[part], generation, ids[part])
+                done += call(part)
                 continue
             except torch.OutOfMemoryError:
                 if self.batch_size == 1:
-                    raise UserError(
-                        "the GPU's memory is full with a single photo; lower --num-beams and --max-new-tokens, "
-                        "choose a smaller model, or add --device cpu"
-                    ) from None
+                    raise UserError(f"the GPU's memory is full with a single photo; {self.advice}") from None
             # outside of the handler, whose traceback holds the batch's tensors
-            self.batch_size = max(1, min(self.batch_size, len(images[part])) // 2)
+            self.batch_size = max(1, min(self.batch_size, part.stop - part.start) // 2)
             self.say(f"the GPU's memory is full; going on with batches of {self.batch_size}")
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-        return said
+        return done
+
+
+class BatchedCaptioner(HalvedBatches):
+    """Describes photos in batches."""
+
+    def __init__(self, captioner: Captioner, batch_size: int | None, say: Callable[[str], None]):
+        advice = "lower --num-beams and --max-new-tokens, choose a smaller model, or add --device cpu"
+        super().__init__(captioner.device, batch_size, say, advice)
+        self.captioner = captioner
+
+    def describe(self, images: Sequence[Image.Image], generation: Generation, ids: Sequence[int]) -> list[Described]:
+        """Return what is said of pictures."""
+        return self.run(len(images), lambda part: self.captioner.describe(images[part], generation, ids[part]))
 
 
 def _decoded(dataset: Path, photo: Photo) -> Image.Image | str:
@@ -130,9 +145,9 @@ def _decoded(dataset: Path, photo: Photo) -> Image.Image | str:
 
 
 def decoded_batches(
-    dataset: Path, photos: Sequence[Photo], batched: BatchedCaptioner
+    dataset: Path, photos: Sequence[Photo], batched: HalvedBatches
 ) -> Iterator[list[tuple[Photo, Image.Image | str]]]:
-    """Yield photos with their pictures, or why they cannot be decoded, in batches of the captioner's size.
+    """Yield photos with their pictures, or why they cannot be decoded, in batches of the model's size.
 
     Threads decode the next batch meanwhile.
     """

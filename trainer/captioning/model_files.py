@@ -127,12 +127,12 @@ def _check_finite(file: TensorFile, name: str, tensor: Tensor) -> None:
 
 
 @contextmanager
-def opened(spec: str) -> Iterator[ModelFiles]:
-    """Yield the checked files of a captioner: of a local folder, or of a hub repository, downloaded if need be.
+def opened(spec: str, setting: str = "--model", what: str = "a captioner") -> Iterator[ModelFiles]:
+    """Yield the checked files of a model: of a local folder, or of a hub repository, downloaded if need be.
 
-    Raises UserError.
+    setting: that named it, and what it has to be, for messages. Raises UserError.
     """
-    folder = _folder_of(spec)
+    folder = _folder_of(spec, setting, what)
     staged = Path(tempfile.mkdtemp(prefix="safelight-"))
     try:
         try:
@@ -158,17 +158,17 @@ def tiny_captioner_folder() -> Path:
     return Path(safelight.__file__).resolve().parent / "tiny_captioner"
 
 
-def _folder_of(spec: str) -> Path:
+def _folder_of(spec: str, setting: str, what: str) -> Path:
     if spec == "tiny":
         return tiny_captioner_folder()
     folder = Path(os.path.expanduser(spec))
-    fix = "give the folder of a captioner on this machine"
+    fix = f"give the folder of {what} on this machine"
     if os.path.isfile(folder):
-        raise UserError(f"--model {spec!r} is a file; give the model's folder, with its config.json, or its hub id")
+        raise UserError(f"{setting} {spec!r} is a file; give the model's folder, with its config.json, or its hub id")
     if not os.path.isdir(folder):
-        return fetch_transformers(spec, "--model", fix)
+        return fetch_transformers(spec, setting, fix)
     if not _exists(folder, "config.json"):
-        raise UserError(f"--model {spec!r} is not a model's folder: it has no config.json; {fix}, or its hub id")
+        raise UserError(f"{setting} {spec!r} is not a model's folder: it has no config.json; {fix}, or its hub id")
     return folder
 
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -194,42 +194,57 @@ def _kind_of(spec: str, files: ModelFiles) -> str:
 
 def _load(source: CaptionerSource, files: ModelFiles, tensors: dict[str, Tensor], device: torch.device) -> Captioner:
     from transformers import GenerationConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     kind, dtype = files.config["model_type"], pick_dtype("auto", device)
+    config = read_config(files)
+    model_class = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+    model = load_weights(files, config, model_class, tensors, dtype, generation_config=GenerationConfig())
+    processor = made_of_files(files, lambda: load_processor(files.staged, config, files.values))
+    _complete(model, processor, config, files.generation())
+    return Captioner(source.name, kind, model.to(device), processor, device, dtype, source.fingerprint)
+
+
+def read_config(files: ModelFiles):
+    """Return the config of a kind that transformers has. Raises UserError."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
     try:
-        config = CONFIG_MAPPING[kind].from_dict(files.config)
+        return CONFIG_MAPPING[files.config["model_type"]].from_dict(files.config)
     # what transformers makes of values that contradict each other
     except Exception as error:
         raise bad_weights(files.folder, error) from error
-    model_class = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+
+
+def load_weights(
+    files: ModelFiles, config, model_class: type, tensors: dict[str, Tensor], dtype: torch.dtype, **options
+) -> nn.Module:
+    """Return a model with the weights of its files, for inference, on the CPU. Raises UserError if they do not fit."""
     meta = build(lambda: model_class(config), files.folder)
     files.check_size(sum(tensor.numel() for tensor in meta.parameters()), sum(t.numel() for t in tensors.values()))
     try:
         model, info = model_class.from_pretrained(
-            None,
-            config=config,
-            state_dict=tensors,
-            dtype=dtype,
-            generation_config=GenerationConfig(),
-            output_loading_info=True,
+            None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True, **options
         )
     except Exception as error:
         raise bad_weights(files.folder, error) from error
     if lacking := sorted(info["missing_keys"]):
         raise bad_weights(files.folder, f"they lack {lacking[0]} and {len(lacking) - 1} more")
+    return model.requires_grad_(False).eval()
+
+
+def made_of_files(files: ModelFiles, make: Callable):
+    """Return the processor that `make` makes. Raises UserError whatever it raises.
+
+    Files may contradict each other, and a processor may want a library that is not here.
+    """
     try:
-        processor = load_processor(files.staged, config, files.values)
-    # files that contradict each other, or a library that a processor wants and that is not here
+        return make()
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
             f"{files.folder}: no processor can be made of its files ({reason}); use another model"
         ) from error
-    _complete(model, processor, config, files.generation())
-    model = model.requires_grad_(False).eval().to(device)
-    return Captioner(source.name, kind, model, processor, device, dtype, source.fingerprint)
 
 
 def _unusable(files: ModelFiles, what: str, error: Exception) -> UserError:

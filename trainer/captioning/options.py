@@ -12,6 +12,10 @@ from safelight.text import collapse
 from safelight.untrusted import MAX_INT
 
 DEFAULT_MODEL = "Salesforce/blip-image-captioning-base"
+# its text encoder is SD1's
+DEFAULT_CLIP = "openai/clip-vit-large-patch14"
+# of what becomes a tag
+MIN_CONFIDENCE, LEAST_CONFIDENCE = 0.5, 0.1
 MAX_PROMPT_CHARACTERS = 2000
 MAX_TOKENS = 1024
 MAX_BEAMS = 64

@@ -77,7 +77,7 @@ def prepare(argv: list[str]) -> int:
         raise UserError("no photos given; give one or more folders of photos, or files")
     from safelight.data.prepare.ingest import ingest
     from safelight.data.sources import unsplash
-    from safelight.output.dataset_table import print_dataset
+    from safelight.output.dataset_table import dataset_json, print_dataset
     from safelight.trainer.run_log.terminal import Terminal
 
     folders, request = _sources(arguments)
@@ -86,44 +86,21 @@ def prepare(argv: list[str]) -> int:
         summary = ingest(
             folders,
             arguments.out,
-            arguments.max_megapixels,
-            arguments.quality,
-            arguments.image_format,
-            arguments.prune,
-            lambda done, total: terminal.update("photos", done, total),
-            partial(unsplash.fetch, request, prune=arguments.prune, progress=show) if request else None,
-            arguments.alpha,
-            arguments.kohya,
-            arguments.comma_tags,
-            arguments.drop_near_duplicates,
+            max_megapixels=arguments.max_megapixels,
+            quality=arguments.quality,
+            image_format=arguments.image_format,
+            alpha=arguments.alpha,
+            kohya=arguments.kohya,
+            comma_tags=arguments.comma_tags,
+            drop_near_copies=arguments.drop_near_duplicates,
+            prune=arguments.prune,
+            progress=lambda done, total: terminal.update("photos", done, total),
+            fetch=partial(unsplash.fetch, request, prune=arguments.prune, progress=show) if request else None,
         )
     if arguments.json:
-        from safelight.data.prepare.caption_words import caption_words
-        from safelight.data.prepare.quality import doubtful
-
-        words = caption_words(summary.photos)
-        print_json(
-            {
-                "dataset": str(arguments.out),
-                "photos": len(summary.photos),
-                "copied": summary.num_copied,
-                "shrunk": summary.num_shrunk,
-                "duplicates": summary.num_duplicates,
-                "transparent": summary.num_transparent,
-                "masks": sum(bool(photo.mask) for photo in summary.photos),
-                "sources": [{"folder": folder, "photos": num} for folder, num in summary.num_of_source.items()],
-                "near_copies_dropped": summary.num_near_copies_dropped,
-                "doubtful": [{"photo": photo.source, "reason": reason} for photo, reason in doubtful(summary.photos)],
-                "commonest_captions": words.captions,
-                "commonest_words": words.words,
-                "short_captions": [photo.source for photo in words.short],
-                "near_copies": [[photo.source for photo in group] for group in summary.near_copies],
-                "rejected": [{"path": r.path, "reason": r.reason, "kind": r.kind} for r in summary.rejected],
-                "warnings": summary.warnings,
-            }
-        )
-        return 0
-    print_dataset(summary, arguments.out, terminal, arguments.alpha)
+        print_json(dataset_json(summary, arguments.out))
+    else:
+        print_dataset(summary, arguments.out, terminal, arguments.alpha)
     return 0
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from safelight.data.photo import USUAL_SETTINGS, Photo, PhotoSettings
 from safelight.data.prepare.caption_words import MIN_WORDS, CaptionWords, caption_words
 from safelight.data.prepare.ingest import ALPHA_IS_MASK, NOTES_NAME, REJECTED_NAME, IngestSummary
+from safelight.data.prepare.quality import doubtful
 from safelight.data.sources.caption import FILE_NAME, is_camera_name
 from safelight.output.columns import hanging
 from safelight.output.show import print_line
@@ -124,6 +125,30 @@ def _word_lines(found: CaptionWords, num_photos: int) -> list[str]:
             f"{first.source}: {first.captions[0]!r}"
         )
     return lines
+
+
+def dataset_json(summary: IngestSummary, out: Path) -> dict:
+    """Return the result as `--json` prints it."""
+    words = caption_words(summary.photos)
+    return {
+        "dataset": str(out),
+        "photos": len(summary.photos),
+        "copied": summary.num_copied,
+        "shrunk": summary.num_shrunk,
+        "duplicates": summary.num_duplicates,
+        "transparent": summary.num_transparent,
+        "masks": sum(bool(photo.mask) for photo in summary.photos),
+        "tagged": sum(bool(photo.tags) for photo in summary.photos),
+        "sources": [{"folder": folder, "photos": num} for folder, num in summary.num_of_source.items()],
+        "near_copies_dropped": summary.num_near_copies_dropped,
+        "near_copies": [[photo.source for photo in group] for group in summary.near_copies],
+        "doubtful": [{"photo": photo.source, "reason": reason} for photo, reason in doubtful(summary.photos)],
+        "commonest_captions": words.captions,
+        "commonest_words": words.words,
+        "short_captions": [photo.source for photo in words.short],
+        "rejected": [{"path": r.path, "reason": r.reason, "kind": r.kind} for r in summary.rejected],
+        "warnings": summary.warnings,
+    }
 
 
 def print_dataset(summary: IngestSummary, out: Path, terminal: Terminal, alpha: str = "white") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -20,6 +21,9 @@ from tests.data.photo_server import PhotoServer
 from tests.data.test_unsplash import row, write_table
 
 NUM_PHOTOS = 500
+# without it the dataset is not tagged
+SHARED = Path(os.environ.get("SAFELIGHT_SHARED", Path(__file__).resolve().parents[3] / "shared"))
+DETECTOR = SHARED / "weights" / "yolox_nano" / "yolox_nano.onnx"
 
 
 @pytest.fixture
@@ -85,9 +89,15 @@ def test_500_rows_become_a_verified_cache_although_each_command_is_killed(tmp_pa
     assert made["from_journal"] > 0
     assert made["generated"] + made["from_journal"] == NUM_PHOTOS
 
+    if DETECTOR.is_file() and importlib.util.find_spec("onnxruntime"):
+        tagged = call("caption", dataset, "--tags-from-detector", DETECTOR, "--json")
+        assert tagged.status == 0, tagged.err
+        assert json.loads(tagged.out)["looked_at"] == NUM_PHOTOS
+        assert [photo.captions for photo in read_manifest(dataset)] == [photo.captions for photo in photos]
+
     call("init", "tiny", "-o", "run.toml")
     cache = ["cache", "run.toml", "--data.path", dataset]
-    killed(cache, lambda: sum(p.stat().st_size for p in (dataset / "cache").glob("posterior-*")) > 1_000_000)
+    killed(cache, lambda: sum(p.stat().st_size for p in (dataset / "cache").rglob("posterior-*")) > 1_000_000)
     assert call(*cache).status == 0
     verified = call(*cache, "--verify", "--json")
     assert verified.status == 0, verified.err

@@ -89,15 +89,8 @@ def print_stats(stats: Stats, dataset: Path, scaling_factor: float) -> None:
         f"{counted(len(stats.outliers), 'photograph')} far from the others: blank, very dark, noise, or damaged?",
         ("photograph", "crops", "robust z", "what", "here", "usually"),
         [
-            (
-                o.name,
-                o.variant,
-                f"{o.z:.1f}",
-                f"{o.statistic} of channel {o.channel}",
-                f"{o.value:.3f}",
-                f"{o.usual:.3f}",
-            )
-            for o in stats.outliers[:MAX_LISTED]
+            (far.name, far.num_crops, f"{far.z:.1f}", f"{far.statistic} of channel {far.channel}", *_numbers(far))
+            for far in stats.outliers[:MAX_LISTED]
         ],
     )
     if len(stats.outliers) > MAX_LISTED:

@@ -72,6 +72,21 @@ def test_stats_of_the_latents(place):
     assert "captions" in called.out
 
 
+def test_a_photograph_far_from_the_others_is_shown_with_its_crops(place, tmp_path):
+    from PIL import Image
+
+    shutil.copytree(place / "photos", tmp_path / "photos")
+    for number, path in enumerate(sorted((place / "photos").iterdir())):
+        # enough photographs for something to be usual
+        Image.open(path).transpose(Image.Transpose.ROTATE_90).save(tmp_path / "photos" / f"turned {number}.png")
+    Image.new("RGB", (64, 64), (1, 1, 1)).save(tmp_path / "photos" / "dark.png")
+    assert call("prepare", tmp_path / "photos", "-o", tmp_path / "dataset").status == 0
+    argv = (place / "run.toml", "--data.path", tmp_path / "dataset", "--data.validation-fraction", "0")
+    assert call("cache", *argv).status == 0
+    (line,) = [line for line in call("cache", *argv, "--stats").out.splitlines() if line.startswith("photos/dark.png")]
+    assert line.split()[1] == "2"
+
+
 def test_gc_deletes_what_these_settings_do_not_need_and_nothing_else(place, tmp_path):
     shutil.copytree(place / "dataset", tmp_path / "dataset")
     argv = (place / "run.toml", "--data.path", tmp_path / "dataset")

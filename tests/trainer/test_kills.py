@@ -39,7 +39,7 @@ def rows_of(dataset: Path) -> dict[str, bytes]:
     """Return every row of a dataset's cache by its key."""
     with Cache(dataset / "cache") as cache:
         assert damaged_rows(cache) == []
-        keys = [key for (key,) in cache._index.execute("SELECT key FROM rows")]
+        keys = [address.key for address in cache.addresses()]
         return {key: cache.read([key])[0].tobytes() for key in keys}
 
 

@@ -334,7 +334,7 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     "data/prepare/near_copies.py": {"load": "a function that it is given"},
     "trainer/captioning/models.py": {"model_class.from_pretrained": "no name: config and tensors are given"},
     "trainer/captioning/processors.py": {"processor_class.from_pretrained": "the checked copies of model_files.py"},
-    "trainer/tagging/detectors.py": {"processor_class.from_pretrained": "the checked copies of model_files.py"},
+    "trainer/tagging/detectors.py": {"AutoImageProcessor.from_pretrained": "the checked copies of model_files.py"},
     "trainer/checkpoint/files.py": {"trained.load": "trainer/adapters"},
     "trainer/inference/draw.py": {".load": "trainer/adapters"},
     "trainer/inference/export.py": {

@@ -100,7 +100,7 @@ class Caption:
         _own(
             "MODEL",
             "captioner: hub id or folder of a BLIP, BLIP-2, Florence-2 or other image-text-to-text model; tiny: the "
-            "built-in one, which knows the demo's scenes; with --tags, a CLIP",
+            "built-in one, which knows the demo's scenes; a CLIP for tags",
             f"{DEFAULT_MODEL}, or {DEFAULT_CLIP}",
         ),
     ] = None

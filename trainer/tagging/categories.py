@@ -100,6 +100,10 @@ def read_categories(path: Path) -> tuple[Categories, bool]:
     Raises UserError.
     """
     is_new = not os.path.lexists(path)
+    if is_new and not Path(path).parent.is_dir():
+        raise UserError(
+            f"--tags {str(path)!r} cannot be written: its folder does not exist; create it, or check the path"
+        )
     try:
         if is_new:
             atomic_write_text(path, DEFAULT_TEXT)

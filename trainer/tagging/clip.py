@@ -21,7 +21,6 @@ from safelight.trainer.captioning.processors import load_processor
 from safelight.trainer.models.device import pick_dtype
 
 TEMPLATE = "a photo of a {}"
-MAX_DIMENSIONS = 4096
 NUM_TEXTS = 64
 
 
@@ -82,15 +81,16 @@ def row_of_embedding(embedding: Tensor) -> dict:
     return {"embedding": base64.b64encode(embedding.numpy().astype("<f2").tobytes()).decode()}
 
 
-def embedding_of_row(row: dict) -> Tensor | None:
+def embedding_of_row(row: dict, num_dimensions: int) -> Tensor | None:
     """Return the embedding of a journal's row, None if it is damaged."""
     text = row.get("embedding")
-    if not isinstance(text, str) or len(text) > 3 * MAX_DIMENSIONS:
+    # four characters for three bytes
+    if not isinstance(text, str) or len(text) > 3 * num_dimensions + 4:
         return None
     try:
         values = np.frombuffer(base64.b64decode(text, validate=True), dtype="<f2")
     except (ValueError, binascii.Error):
         return None
-    if not len(values) or not np.isfinite(values).all():
+    if len(values) != num_dimensions or not np.isfinite(values).all():
         return None
     return torch.from_numpy(values.astype(np.float16))

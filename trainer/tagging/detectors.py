@@ -90,7 +90,7 @@ def load_detector(files: ModelFiles, tensors: dict[str, Tensor], device: torch.d
     dtype, config = pick_dtype("auto", device), read_config(files)
     names = _names(files, config.id2label)
     model = load_weights(files, config, MODEL_FOR_OBJECT_DETECTION_MAPPING[type(config)], tensors, dtype)
-    processor = made_of_files(files, lambda: _image_processor(files, config))
+    processor = made_of_files(files, lambda: _image_processor(files))
     return Detector(model.to(device), processor, names, device, dtype)
 
 
@@ -110,9 +110,13 @@ def _names(files: ModelFiles, id2label: dict) -> list[str]:
     return names
 
 
-def _image_processor(files: ModelFiles, config):
-    """Return the image processor, which works with Pillow and numpy alone."""
-    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+def _image_processor(files: ModelFiles):
+    """Return the image processor, which works with Pillow and numpy alone and makes boxes of a model's outputs."""
+    from transformers import AutoImageProcessor
 
-    processor_class = IMAGE_PROCESSOR_MAPPING[type(config)]["pil"]
-    return processor_class.from_pretrained(files.staged, local_files_only=True)
+    processor = AutoImageProcessor.from_pretrained(
+        files.staged, local_files_only=True, trust_remote_code=False, backend="pil"
+    )
+    if not hasattr(processor, "post_process_object_detection"):
+        raise UserError(f"{type(processor).__name__} makes no boxes of outputs")
+    return processor

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -21,6 +22,7 @@ from safelight.errors import UserError
 from safelight.text import shortened
 from safelight.trainer.captioning.journal import Form
 from safelight.trainer.captioning.model_files import ModelFiles, opened
+from safelight.trainer.captioning.models import read_config
 from safelight.trainer.tagging.boxes import Box, boxes_of_row, row_of_boxes
 from safelight.trainer.tagging.categories import Categories
 from safelight.trainer.tagging.clip import Clip, embedding_of_row, load_clip, row_of_embedding
@@ -31,7 +33,6 @@ from safelight.trainer.tagging.yolox import Yolox
 
 FOLDER_NAME = "tags"
 BOXES = Form(FOLDER_NAME, row_of_boxes, boxes_of_row)
-EMBEDDINGS = Form(FOLDER_NAME, row_of_embedding, embedding_of_row)
 DETECTOR_OPTION = "--tags-from-detector"
 
 
@@ -101,11 +102,13 @@ def open_clip(spec: str) -> Iterator[TaggerSource]:
                 f"transformers, or a detector with {DETECTOR_OPTION}"
             )
         tensors, fingerprint = files.read_weights()
+        num_dimensions = read_config(files).projection_dim
+        form = Form(FOLDER_NAME, row_of_embedding, partial(embedding_of_row, num_dimensions=num_dimensions))
 
         def build(device: torch.device) -> ClipTagger:
             return ClipTagger(load_clip(files, tensors, device))
 
-        yield TaggerSource(spec, {"kind": "clip", "weights": fingerprint[:16]}, EMBEDDINGS, _tried(spec, build))
+        yield TaggerSource(spec, {"kind": "clip", "weights": fingerprint[:16]}, form, _tried(spec, build))
 
 
 @contextmanager

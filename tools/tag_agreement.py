@@ -11,7 +11,7 @@ DATASET: as `safelight prepare` makes it, of photos with captions. DETECTOR: as 
 - found: of the classes that captions name, by name, synonym or kind, how many became tags. Words such as orange, which
   are mostly a colour, are left out (COLOURS).
 
-The dataset's tags are written as the command writes them; --list prints each tag that its caption does not name.
+The tags of the dataset are written as the command writes them; --list prints each tag that its caption does not name.
 """
 
 from __future__ import annotations
@@ -161,6 +161,7 @@ def main() -> None:
     parser.add_argument("dataset", type=Path)
     parser.add_argument("detector")
     parser.add_argument("--append", type=Path, help="append the figures to this file of result lines")
+    parser.add_argument("--note", default="", help="stands in the result line")
     parser.add_argument("--list", action="store_true", help="print the tags at 0.5 that captions do not name")
     options = parser.parse_args()
     device = torch.device("cpu")
@@ -168,16 +169,16 @@ def main() -> None:
     with open_detector(options.detector) as source:
         boxes_of = Journal(options.dataset, source.record, source.form).said
     photos = [photo for photo in summary.photos if photo.sha256 in boxes_of and any(photo.captions)]
-    figures: dict = {"photographs": len(photos)}
+    figures: dict = {}
     for confidence in CONFIDENCES:
         figures[f"at_{confidence}"], unnamed = agreement(photos, boxes_of, confidence)
         shown = {name: value for name, value in figures[f"at_{confidence}"].items() if name != "by_class"}
         print(f"at least {confidence}: {shown}")
         if options.list and confidence == 0.5:
             print("\n".join(unnamed))
-    config = {"detector": Path(options.detector).name, "dataset": options.dataset.name, "photographs": len(photos)}
+    config = {"detector": Path(options.detector).name, "photographs": len(photos)}
     if options.append:
-        append(options.append, make_record("tag_agreement", config, figures, device))
+        append(options.append, make_record("tag_agreement", config, figures, device, options.note))
 
 
 if __name__ == "__main__":

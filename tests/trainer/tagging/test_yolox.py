@@ -11,10 +11,9 @@ import pytest
 from PIL import Image
 
 from safelight.errors import UserError
-from safelight.trainer.tagging.boxes import MAX_BOXES
 from safelight.trainer.tagging.yolox import Yolox, cells, decode, letterbox
 from tests.trainer.tagging.conftest import ROWS
-from tests.trainer.tagging.onnx_maker import NUM_CELLS, SIZE, detector, rows_of
+from tests.trainer.tagging.onnx_maker import SIZE, detector, rows_of
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 SHARED = Path(os.environ.get("SAFELIGHT_SHARED", "/nowhere"))
@@ -48,20 +47,6 @@ def test_rows_become_boxes_as_fractions_of_the_picture():
     assert (dog.name, dog.confidence) == ("dog", pytest.approx(0.9, abs=1e-4))
     assert (dog.left, dog.top, dog.right, dog.bottom) == pytest.approx((0.25, 0.25, 0.75, 0.75), abs=1e-3)
     assert (cup.left, cup.top, cup.right, cup.bottom) == pytest.approx((0.625, 0.2778, 1, 1), abs=1e-3)
-
-
-def test_any_output_becomes_at_most_so_many_boxes_within_the_picture():
-    rng = np.random.default_rng(1)
-    for spread in (0.1, 3, 1e3, 1e30):
-        rows = rng.normal(0, spread, (NUM_CELLS, 85)).astype(np.float32)
-        rows[:, 4:] = rng.random((NUM_CELLS, 81))
-        with np.errstate(all="ignore"):
-            boxes = decode(rows, cells(SIZE), (64, 36))
-        assert len(boxes) <= MAX_BOXES
-        for box in boxes:
-            assert 0 <= box.left < box.right <= 1
-            assert 0 <= box.top < box.bottom <= 1
-            assert 0.1 <= box.confidence <= 1
 
 
 def test_a_file_is_run_and_what_it_finds_is_of_the_pictures_shape(yolox_file):

@@ -271,7 +271,7 @@ def _tag(arguments: Caption, argv: list[str]) -> int:
         terminal.say(f"stopped; what is done is in the dataset. Go on with: {command}")
         return EXIT_INTERRUPTED
     if not arguments.json:
-        _say_next("safelight cache RUN.TOML, or safelight train RUN.TOML, with data.path set to this dataset")
+        _say_next(f"safelight train run.toml --data.path {shlex.quote(str(arguments.dataset))}")
     return 0
 
 

@@ -35,7 +35,7 @@ tableware: bottle, wine glass, cup, fork, knife, spoon, bowl
 furniture: chair, couch, bed, dining table, toilet, sink
 device: tv, laptop, mouse, remote, keyboard, cell phone, microwave, oven, toaster, refrigerator, hair drier
 sport: frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket
-belongings: backpack, umbrella, handbag, tie, suitcase, book, clock, vase, scissors, teddy bear, toothbrush
+object: backpack, umbrella, handbag, tie, suitcase, book, clock, vase, scissors, teddy bear, toothbrush
 """
 
 

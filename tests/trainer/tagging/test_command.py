@@ -33,7 +33,7 @@ def test_what_it_prints(words, dataset):
         ["cat", "5", "83%"],
         ["dog", "5", "83%"],
     ]
-    assert done.err.endswith("with data.path set to this dataset\n")
+    assert done.err.endswith(f"next: safelight train run.toml --data.path {dataset}\n")
     result = json.loads(call(*words, "--json").out)
     assert (result["photos"], result["tagged"], result["looked_at"], result["unchanged"]) == (6, 5, 0, 5)
     assert (result["kept_human"], result["unreadable"], result["not_reached"]) == (1, [], 0)

@@ -47,7 +47,7 @@ SEED = 20261130
 # of the scenes that the log's accuracies are measured on
 CHECK_SEED = SEED + 1
 NUM_SCENES = 10000
-STEPS, BATCH, LR = 3000, 32, 1e-3
+STEPS, BATCH, LR = 6000, 32, 1e-3
 CHECK_EVERY, NUM_CHECKED = 500, 60
 WORD_DROPOUT = 0.25
 PERMUTED_SHARE = 0.3

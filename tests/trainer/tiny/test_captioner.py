@@ -32,19 +32,19 @@ def captioner():
 
 
 def test_it_names_color_and_shape_of_new_scenes(captioner):
-    """At least nine in ten of 100 scenes of another seed, of all pairs of color and shape."""
-    assert pretrain.accuracy(*captioner, 100, ALL_COMBINATIONS, SEED) >= 0.9
+    """Of 100 scenes of another seed, of all pairs of color and shape; 100 when it was trained."""
+    assert pretrain.accuracy(*captioner, 100, ALL_COMBINATIONS, SEED) >= 0.95
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "three beams"])
 def test_it_names_color_and_shape_of_a_thousand_new_scenes(captioner, options):
-    assert pretrain.accuracy(*captioner, 1000, ALL_COMBINATIONS, SEED + 1, **options) >= 0.9
+    assert pretrain.accuracy(*captioner, 1000, ALL_COMBINATIONS, SEED + 1, **options) >= 0.95
 
 
 def test_it_names_pairs_that_it_was_never_shown(captioner):
-    """Guessing the shape would be right for one in six."""
-    assert pretrain.accuracy(*captioner, 60, pretrain.NEVER_SHOWN, SEED) >= 0.4
+    """Guessing the shape would be right for one in six; 56 of these 60 were right when it was trained."""
+    assert pretrain.accuracy(*captioner, 60, pretrain.NEVER_SHOWN, SEED) >= 0.8
 
 
 def test_safelight_caption_says_what_transformers_says(captioner):

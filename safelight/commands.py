@@ -328,7 +328,7 @@ def cache(argv: list[str]) -> int:
         print(fill(line))
     for note in placing.size_notes(dataset.placed, config.data.upscale):
         print(fill(f"note: {note}"))
-    _say_next(f"{_train_command(arguments.config)}, with the same options")
+    _say_next(f"{_train_command(arguments.config)}, with the same settings")
     return 0
 
 

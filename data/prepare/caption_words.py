@@ -14,7 +14,8 @@ MIN_WORDS = 3
 NUM_COMMONEST = 10
 # English words that say nothing about a picture
 _COMMON = frozenset("a an and are as at by for from in into is it its of on or that the there this to with".split())
-_WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
+# begins with a letter: numbers are weights and dates
+_WORD = re.compile(r"[^\W\d_][^\W_]*(?:['’-][^\W_]+)*")
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,9 @@ MAX_STEM_CHARACTERS = 64
 class Note:
     """Something to know about the dataset. kind: notes of one kind are shown together."""
 
-    kind: Literal["file", "caption", "changed", "removed", "pruned", "source", "link", "near-copies", "mask"]
+    kind: Literal[
+        "file", "caption", "changed", "removed", "pruned", "source", "link", "near-copies", "mask", "detail", "exposure"
+    ]
     text: str
 
 
@@ -46,6 +48,7 @@ class IngestSummary:
     num_duplicates: int = 0
     num_shrunk: int = 0
     num_copied: int = 0
+    num_converted: int = 0
     num_transparent: int = 0
     num_of_source: dict[str, int] = field(default_factory=dict)
     near_copies: list[list[Photo]] = field(default_factory=list)
@@ -271,6 +274,7 @@ class Collection:
         self.touched.add(index)
         self.summary.num_shrunk += prepared.is_shrunk
         self.summary.num_copied += prepared.is_copied
+        self.summary.num_converted += not (prepared.is_copied or prepared.is_shrunk)
         self.summary.num_transparent += prepared.is_transparent
         if prepared.warning:
             self.summary.note("file", f"{source.path}: {prepared.warning}")

@@ -394,8 +394,8 @@ def _ingest(
     photos = _group_near_copies(dataset, _measured(dataset, collection.photos), collection.compared, summary)
     summary.photos = _drop_near_copies(photos, collection, summary) if drop_near_copies else photos
     _note_near_copies(summary)
-    for photo, reason in doubtful(summary.photos):
-        summary.note("quality", f"{photo.source}: {reason}")
+    for photo, kind, reason in doubtful(summary.photos):
+        summary.note(kind, f"{photo.source}: {reason}")
     for reader in readers:
         summary.rejected += reader.rejections
         summary.notes += [Note("caption", text) for text in reader.warnings]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from statistics import median
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -45,21 +46,17 @@ def measure(image: Image.Image) -> Quality:
     )
 
 
-def doubtful(photos: Iterable[Photo]) -> list[tuple[Photo, str]]:
-    """Return the photos to look at, the least sharp first, each with what is unusual about it."""
+def doubtful(photos: Iterable[Photo]) -> list[tuple[Photo, Literal["detail", "exposure"], str]]:
+    """Return (photo, kind, what is unusual about it) of the photos to look at, the least sharp first."""
     measured = [(photo, photo.quality) for photo in photos if photo.quality is not None]
     is_enough = len(measured) >= MIN_COMPARED
     usual = median(quality.sharpness for _, quality in measured) if is_enough else 0.0
-    found = []
+    found: list[tuple[Photo, Literal["detail", "exposure"], str]] = []
     for photo, quality in sorted(measured, key=lambda pair: pair[1].sharpness):
-        reasons = []
         if quality.sharpness < LITTLE_DETAIL * usual:
-            reasons.append(
-                f"little fine detail (sharpness {quality.sharpness:g}, the median is {usual:g}): blurred, or plain"
-            )
+            what = f"little fine detail (sharpness {quality.sharpness:g}, the median is {usual:g}): blurred, or plain"
+            found.append((photo, "detail", what))
         for part, name in ((quality.dark, "black"), (quality.light, "white")):
             if part > MUCH_CLIPPED:
-                reasons.append(f"{part:.0%} of it is {name}")
-        if reasons:
-            found.append((photo, "; ".join(reasons)))
+                found.append((photo, "exposure", f"{part:.0%} of it is {name}"))
     return found

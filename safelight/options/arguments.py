@@ -9,7 +9,7 @@ import re
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar, get_origin, get_type_hints
 
 import tyro
 from tyro.conf import DisallowNone, FlagConversionOff, Positional, UseAppendAction, arg
@@ -321,6 +321,10 @@ class _LikeStdout(io.StringIO):
         return self._stdout.encoding
 
 
+# an option, and no negative number
+_FLAG = re.compile("--?[A-Za-z]|--$")
+
+
 def parse(shape: type[_T], argv: list[str], command: str, description: str, default: _T | None = None) -> _T:
     """Return a command's arguments; --help prints and exits. Raises UserError, a single line, for invalid ones."""
     errors, output = io.StringIO(), _LikeStdout()
@@ -328,7 +332,7 @@ def parse(shape: type[_T], argv: list[str], command: str, description: str, defa
         with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(output):
             arguments = tyro.cli(
                 shape,
-                args=argv,
+                args=_gathered(shape, argv),
                 prog=f"safelight {command}",
                 default=default,
                 description=description,
@@ -359,6 +363,29 @@ def parse(shape: type[_T], argv: list[str], command: str, description: str, defa
         # before torch and diffusers are imported
         arguments.run = _run_folder(run)
     return arguments
+
+
+def _gathered(shape: type, argv: list[str]) -> list[str]:
+    """Return the arguments with all values of an option that takes several behind its first: -p A -p B is -p A B."""
+    for name, hint in get_type_hints(shape, include_extras=True).items():
+        is_list = get_origin(get_type_hints(shape)[name]) is tuple
+        if not is_list or any(marker in str(hint) for marker in ("AppendAction", "Positional")):
+            continue
+        flag, words, values, place = f"--{name.replace('_', '-')}", [], [], None
+        is_value = False
+        for word in argv:
+            option, equals, value = word.partition("=")
+            if option.replace("_", "-") == flag:
+                place, is_value = len(words) if place is None else place, not equals
+                values += [value] if equals else []
+            elif is_value and not _FLAG.match(word):
+                values.append(word)
+            else:
+                is_value = False
+                words.append(word)
+        if place is not None:
+            argv = [*words[:place], flag, *values, *words[place:]]
+    return argv
 
 
 def _unknown_flags(shape: type, argv: list[str]) -> list[str]:

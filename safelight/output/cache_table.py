@@ -87,7 +87,7 @@ def print_stats(stats: Stats, dataset: Path, scaling_factor: float) -> None:
         return
     print_table(
         f"{counted(len(stats.outliers), 'photograph')} far from the others: blank, very dark, noise, or damaged?",
-        ("photograph", "crops", "robust z", "what", "here", "usually"),
+        ("photograph", "far crops", "times the usual spread", "what", "here", "usually"),
         [
             (far.name, far.num_crops, f"{far.z:.1f}", f"{far.statistic} of channel {far.channel}", *_numbers(far))
             for far in stats.outliers[:MAX_LISTED]
@@ -122,4 +122,4 @@ def print_freed(freed: Freed, dataset: Path, is_dry_run: bool) -> None:
         [(NAMES[kind], f"{rows:,}", size(freed.bytes[kind])) for kind, rows in sorted(freed.rows.items())],
     )
     if is_dry_run:
-        print_line("rows of other settings for this dataset are among them unless --keep names these")
+        print_line("if other settings use this dataset, name them with --keep, or their rows go as well")

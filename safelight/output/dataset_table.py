@@ -34,7 +34,7 @@ LEFT_OUT = {
     "caption": "caption file",
     "row": "caption row",
 }
-WRITE_CAPTIONS = "to caption a photograph, write IMG_1.txt beside IMG_1.jpg, or a captions.jsonl"
+WRITE_CAPTIONS = "write IMG_1.txt beside IMG_1.jpg, or let `safelight caption` describe the photographs"
 
 
 def _wrapped(line: str) -> list[str]:
@@ -135,6 +135,7 @@ def dataset_json(summary: IngestSummary, out: Path) -> dict:
         "photos": len(summary.photos),
         "copied": summary.num_copied,
         "shrunk": summary.num_shrunk,
+        "converted": summary.num_converted,
         "duplicates": summary.num_duplicates,
         "transparent": summary.num_transparent,
         "masks": sum(bool(photo.mask) for photo in summary.photos),
@@ -142,7 +143,7 @@ def dataset_json(summary: IngestSummary, out: Path) -> dict:
         "sources": [{"folder": folder, "photos": num} for folder, num in summary.num_of_source.items()],
         "near_copies_dropped": summary.num_near_copies_dropped,
         "near_copies": [[photo.source for photo in group] for group in summary.near_copies],
-        "doubtful": [{"photo": photo.source, "reason": reason} for photo, reason in doubtful(summary.photos)],
+        "doubtful": [{"photo": photo.source, "reason": reason} for photo, _, reason in doubtful(summary.photos)],
         "commonest_captions": words.captions,
         "commonest_words": words.words,
         "short_captions": [photo.source for photo in words.short],
@@ -168,8 +169,8 @@ def print_dataset(summary: IngestSummary, out: Path, terminal: Terminal, alpha: 
     extra = "".join(f", {counted(num[k], LEFT_OUT[k])}" for k in ("caption", "row") if num[k])
     _print(
         f"{counted(len(summary.photos), 'photograph')} in {out} ({summary.num_copied} copied unchanged, "
-        f"{summary.num_shrunk} shrunk, {counted(summary.num_duplicates, 'duplicate')} dropped, "
-        f"{num['photo'] + num['other']} left out{extra})"
+        f"{summary.num_shrunk} shrunk, {summary.num_converted} converted, "
+        f"{counted(summary.num_duplicates, 'duplicate')} dropped, {num['photo'] + num['other']} left out{extra})"
     )
     if len(summary.num_of_source) > 1:
         _print(f"sources: {_counts(Counter(summary.num_of_source), 'source')}")
@@ -197,6 +198,6 @@ def print_dataset(summary: IngestSummary, out: Path, terminal: Terminal, alpha: 
         _print(f"example of a caption from a file name: {named.source} is {named.captions[0]!r}")
     # on one line, to be copied
     print_line(
-        f"next: safelight train run.toml --data.path {shlex.quote(str(out))} "
+        f"next: safelight init sd15 -o run.toml, then safelight train run.toml --data.path {shlex.quote(str(out))} "
         "(`safelight plan` shows first whether it fits)"
     )

@@ -55,9 +55,9 @@ def test_photographs_to_look_at_are_named_the_least_sharp_first():
     blurred = photo(16, quality=measure(scene().filter(ImageFilter.GaussianBlur(6))))
     night = photo(17, quality=replace(usual[0].quality, dark=0.8))
     found = doubtful([*usual, night, blurred, photo(18)])
-    assert [one for one, _ in found] == [blurred, night]
-    assert found[0][1].startswith("little fine detail (sharpness ")
-    assert found[1][1] == "80% of it is black"
+    assert [one for one, _, _ in found] == [blurred, night]
+    assert found[0][2].startswith("little fine detail (sharpness ")
+    assert found[1][1:] == ("exposure", "80% of it is black")
     # among a few photographs nothing is usual
     assert doubtful([*usual[:5], blurred]) == []
 

@@ -11,6 +11,7 @@ import pytest
 from safelight import commands
 from safelight.__main__ import ADVICE, COMMANDS, main
 from safelight.errors import UserError
+from safelight.options.arguments import Sample, parse
 from safelight.trainer.train import FILES, FOLDERS
 from tests.called import call
 
@@ -232,3 +233,17 @@ def test_names_of_the_other_kind_in_a_run_are_refused_before_the_dataset_is_read
         assert refused.status == 2
         assert refused.err.endswith(f"{run / name} is a {other} where the run keeps a {kind}; move it away\n")
         assert refused.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["run", "--prompt", "a", "b", "--steps", "3"],
+        ["run", "--prompt", "a", "--steps", "3", "--prompt", "b"],
+        ["--prompt=a", "--steps", "3", "--prompt=b", "run"],
+        ["run", "--prompt", "a", "--steps=3", "--prompt=b"],
+    ],
+)
+def test_an_option_of_several_values_may_be_repeated(words, tiny_run, monkeypatch):
+    words = [str(tiny_run) if word == "run" else word for word in words]
+    assert parse(Sample, words, "sample", "").prompt == ("a", "b")

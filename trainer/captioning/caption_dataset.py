@@ -20,7 +20,7 @@ from safelight.data.images import RejectedImage, decode_file
 from safelight.data.lock import FolderLock
 from safelight.data.manifest import MANIFEST_NAME, read_manifest, write_manifest
 from safelight.data.photo import Photo
-from safelight.data.sources.caption import FILE_NAME
+from safelight.data.sources.caption import FILE_NAME, is_camera_name
 from safelight.errors import UserError
 from safelight.text import collapse, counted
 from safelight.trainer.captioning.journal import FOLDER_NAME, Journal
@@ -33,6 +33,9 @@ MAX_MEGAPIXELS = 1.0
 BATCH_SIZES = {"cpu": 4, "cuda": 32}
 _T = TypeVar("_T")
 ADVICE = "wait until it ends, or caption a copy"
+
+# of a file name that somebody wrote as a caption: `red barn`, but not `portrait0`
+MIN_NAME_WORDS = 2
 
 
 @dataclass
@@ -80,8 +83,12 @@ def repetition(text: str) -> float:
 
 
 def is_human(photo: Photo) -> bool:
-    """Return whether a person wrote a photo's captions."""
-    return not photo.captioner and photo.caption_source != FILE_NAME and any(photo.captions)
+    """Return whether a person wrote a photo's captions: also as its file's name, if that has two words or more."""
+    if photo.captioner or not any(photo.captions):
+        return False
+    if photo.caption_source != FILE_NAME:
+        return True
+    return all(not is_camera_name(c) and sum(map(str.isalpha, c.split())) >= MIN_NAME_WORDS for c in photo.captions)
 
 
 def identity(captioner: str) -> dict:

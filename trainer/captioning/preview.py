@@ -13,12 +13,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 import safelight
 from safelight.data.atomic import atomic_write_text
+from safelight.data.cache import decode_photo
 from safelight.data.lock import FolderLock
 from safelight.data.manifest import read_manifest
 from safelight.data.photo import Photo
+from safelight.errors import UserError
 from safelight.kernels.philox import Key, Purpose, sort_key
 from safelight.text import counted
 from safelight.trainer.captioning.caption_dataset import (
@@ -32,7 +35,7 @@ from safelight.trainer.captioning.journal import FOLDER_NAME, Journal
 from safelight.trainer.captioning.models import Described, open_captioner
 from safelight.trainer.captioning.options import Generation, Wording
 from safelight.trainer.report.markup import Markup, join, shorten, table, tag
-from safelight.trainer.report.pictures import Picture, Work, embed_all, placeholder
+from safelight.trainer.report.pictures import Picture, embed_images, placeholder
 from safelight.trainer.report.theme import CSS, content_security_policy
 from safelight.untrusted import check_kinds
 
@@ -114,10 +117,20 @@ def write_preview(
                 progress(num_done, len(settings) * len(photos), f"{rate:.3g} captions/s")
                 said = {photo.sha256: journal.said[photo.sha256] for photo in photos if photo.sha256 in journal.said}
                 tried.append(Tried(letter, generation, _command(words, generation), said))
-        pictures = embed_all([dataset / photo.file for photo in photos], EDGES_PX, BUDGET_BYTES, Work())
+        pictures = embed_images([_small(dataset, photo) for photo in photos], EDGES_PX, BUDGET_BYTES)
         path = dataset / FOLDER_NAME / PAGE_NAME
         atomic_write_text(path, _page(dataset, model, photos, pictures, tried, wording))
         return path
+
+
+def _small(dataset: Path, photo: Photo) -> Image.Image | None:
+    """Return a photo as large as the page may show it, None if it cannot be read."""
+    try:
+        image = decode_photo(dataset, photo)
+    except UserError:
+        return None
+    image.thumbnail((max(EDGES_PX), max(EDGES_PX)), Image.Resampling.LANCZOS)
+    return image
 
 
 def _command(words: Sequence[str], generation: Generation) -> str:
@@ -178,7 +191,7 @@ def _values(generation: Generation) -> str:
 
 
 def _summary(tried: Sequence[Tried]) -> Markup:
-    head = ("", "penalty", "least tokens", "mean tokens", "said twice")
+    head = ("", "penalty", "least tokens", "mean tokens", "repeated")
     rows = [
         (
             one.letter,
@@ -217,5 +230,5 @@ def _caption(one: Tried, photo: Photo, wording: Wording) -> Markup:
     text = tag("span", shorten(wording.apply(said.text), MAX_CAPTION_CHARACTERS), class_="prompt", dir="auto")
     twice = repetition(said.text)
     note = f"{_values(one.generation)}: {counted(said.num_tokens, 'token')}"
-    repeated = [", ", tag("strong", f"{twice:.0%} said twice")] if twice else None
+    repeated = [", ", tag("strong", f"{twice:.0%} repeated words")] if twice else None
     return tag("dd", text, tag("span", note, repeated, class_="meta"))

@@ -79,7 +79,13 @@ def embed_all(
     The result is None for a path that is None or cannot be read, for pictures that no run writes or that cost more than
     `work` has left, and for those that exceed the budget even at the smallest size.
     """
-    images = _decode_all(paths, max(edges_px), work)
+    return embed_images(_decode_all(paths, max(edges_px), work), edges_px, budget_bytes)
+
+
+def embed_images(
+    images: Sequence[Image.Image | None], edges_px: Sequence[int], budget_bytes: int
+) -> list[Picture | None]:
+    """Return a picture for each image, as `embed_all`."""
     for edge_px in edges_px[:-1]:
         pictures = _embed_within(images, edge_px, budget_bytes)
         if pictures is not None:

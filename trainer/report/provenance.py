@@ -297,11 +297,15 @@ def _examples(examples: list[dict], run: RunFolder) -> Markup:
     return tag("div", cards, class_="examples")
 
 
+# in the place of a photographer's name that nobody has written
+_UNNAMED = "unnamed"
+
+
 def _credits(credits: list[dict]) -> Markup | None:
     """Return who took the photographs, with links to their pages; None if no photograph says so."""
     pages_of: dict[str, list[str]] = {}
     for row in credits:
-        pages_of.setdefault(str(row.get("photographer") or "unnamed"), []).append(str(row.get("page") or ""))
+        pages_of.setdefault(str(row.get("photographer") or _UNNAMED), []).append(str(row.get("page") or ""))
     if not pages_of:
         return None
     ranked = sorted(pages_of.items(), key=lambda item: (-len(item[1]), item[0].casefold()))
@@ -310,8 +314,10 @@ def _credits(credits: list[dict]) -> Markup | None:
         links = [[", " if index else None, _link(page)] for index, page in enumerate(filter(None, pages))]
         rows.append([tag("bdi", shorten(name, 120)), len(pages), links])
     more = f" (the first {MAX_LISTED} shown)" if len(ranked) > MAX_LISTED else ""
+    num_named = len(pages_of.keys() - {_UNNAMED})
+    unnamed = f", {len(pages_of[_UNNAMED])} unnamed" if _UNNAMED in pages_of else ""
     return details(
-        f"Credits: {counted(len(credits), 'photograph')} by {counted(len(ranked), 'photographer')}{more}",
+        f"Credits: {counted(len(credits), 'photograph')} by {counted(num_named, 'photographer')}{unnamed}{more}",
         table(["photographer", "photographs", "pages"], rows),
     )
 

@@ -16,10 +16,11 @@ import torch
 
 from safelight.data.lock import FolderLock
 from safelight.data.manifest import read_manifest
+from safelight.data.photo import Photo
 from safelight.data.prepare.ingest import ingest
 from safelight.errors import UserError
 from safelight.trainer.captioning import caption_dataset as module
-from safelight.trainer.captioning.caption_dataset import BatchedCaptioner, caption_dataset, counts, repetition
+from safelight.trainer.captioning.caption_dataset import BatchedCaptioner, caption_dataset, counts, is_human, repetition
 from safelight.trainer.captioning.models import Captioner, Described
 from safelight.trainer.captioning.options import Generation, Wording
 from tests.trainer.captioning.conftest import CPU, photo
@@ -122,6 +123,15 @@ def test_a_stop_keeps_what_is_done_and_the_next_run_goes_on(run, dataset, descri
     assert counts(rest) == "9 photographs: 3 captioned, 4 had this caption already, 2 with a person's caption"
 
 
+def forget(dataset: Path) -> None:
+    """Take what captioners wrote out of the manifest, as if they had been killed before it was written."""
+    manifest = dataset / "manifest.jsonl"
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    unknown = {"captions": [""], "caption_source": "file name", "captioner": ""}
+    rows = [{**row, **unknown} if row.get("captioner") else row for row in rows]
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def test_a_journal_that_a_kill_cut_short_is_continued(run, dataset, described):
     run(batch_size=2)
     expected = captions(dataset)
@@ -136,12 +146,7 @@ def test_a_journal_that_a_kill_cut_short_is_continued(run, dataset, described):
         b"x" * 2**17 + b"\n",
     ]
     journal.write_bytes(b"".join(lines[:5] + junk) + lines[5][:-9])
-    (dataset / "manifest.jsonl").write_text(
-        "".join(
-            line.replace('"captioner": ', '"was": ').replace("captioner blip", "file name")
-            for line in (dataset / "manifest.jsonl").read_text().splitlines(keepends=True)
-        )
-    )
+    forget(dataset)
     described.clear()
     summary = run(batch_size=8)
     assert (summary.known, summary.made, described) == (4, 3, [3])
@@ -246,10 +251,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_captions(run, dataset, capti
     expected = captions(dataset)
     (journal,) = (dataset / "captions").iterdir()
     journal.unlink()
-    lines = (dataset / "manifest.jsonl").read_text()
-    (dataset / "manifest.jsonl").write_text(
-        lines.replace('"captioner": ', '"was": ').replace("captioner blip", "file name")
-    )
+    forget(dataset)
     options = ["--num-beams", "1", "--max-new-tokens", "5", "--batch-size", "1", "--device", "cpu"]
     command = [sys.executable, "-m", "safelight", "caption", dataset, "--model", captioner_folder("blip"), *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -263,3 +265,20 @@ def test_killed_at_any_moment_it_ends_with_the_same_captions(run, dataset, capti
     assert captions(dataset) == expected
     shas = [json.loads(line)["sha256"] for line in journal.read_bytes().splitlines() if b"sha256" in line]
     assert len(shas) == len(set(shas)) == 7
+
+
+@pytest.mark.parametrize(
+    ("caption", "source", "expected"),
+    [
+        ("a red barn", "file name", True),
+        ("red barn", "file name", True),
+        ("portrait0", "file name", False),
+        ("IMG 0012", "file name", False),
+        ("DSC01234", "file name", False),
+        ("2024 05 17", "file name", False),
+        ("barn", "sidecar .txt", True),
+        ("", "sidecar .txt", False),
+    ],
+)
+def test_whose_caption_it_is(caption, source, expected):
+    assert is_human(Photo("images/0.png", "0" * 64, 9, 9, (caption,), "p/0.png", source)) == expected

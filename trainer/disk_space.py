@@ -11,7 +11,7 @@ from safelight.errors import UserError
 from safelight.text import size
 from safelight.trainer.checkpoint.files import list_checkpoints
 from safelight.trainer.config.schema import Config
-from safelight.trainer.memory_plan.static_bytes import cache_bytes
+from safelight.trainer.memory_plan.static_bytes import cache_bytes, text_bytes
 
 # what the system answers where there is no room: on the disk, for this user, in one file
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -46,8 +46,9 @@ def space_note(config: Config, checkpoint: int) -> str:
     parts = {run_dir: (num * checkpoint, f"{num} checkpoints of {size(checkpoint)}")}
     if (dataset / MANIFEST_NAME).is_file():
         cached = sum(path.stat().st_size for path in (dataset / "cache").rglob("*") if path.is_file())
-        cache = max(0, cache_bytes(config, len(read_manifest(dataset))) - cached)
-        parts[dataset] = (cache, f"{size(cache)} of cached latents")
+        photos = read_manifest(dataset)
+        cache = max(0, cache_bytes(config, len(photos)) + text_bytes(config, photos) - cached)
+        parts[dataset] = (cache, f"{size(cache)} of cached latents and captions")
     if len({_existing(place).stat().st_dev for place in parts}) == 1:
         parts = {run_dir: (sum(n for n, _ in parts.values()), " and ".join(text for n, text in parts.values() if n))}
     for place, (needed, text) in parts.items():

@@ -6,7 +6,7 @@ The memory of activations and temporaries comes from a trace (estimator.py).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import torch
 from safelight.data.buckets import Bucket
 from safelight.data.epochs import count_uses
 from safelight.data.manifest import has_manifest, read_manifest, split_validation
+from safelight.data.photo import Photo
 from safelight.data.placement import Placement
 from safelight.errors import UserError
 from safelight.kernels.moment_blocks import MIN_8BIT_ELEMENTS
@@ -221,6 +222,17 @@ def cache_bytes(config: Config, num_photos: int, num_masks: int = 0) -> int:
     return (num_photos * channels + num_masks) * config.data.variants * num_latents * itemsize
 
 
+def text_bytes(config: Config, photos: Iterable[Photo]) -> int:
+    """Return an upper bound of the bytes of cached embeddings: every caption, with tags in every order, and prompts."""
+    base, data = resolve_model(config.model), config.data
+    num = sum(len(photo.captions) * (data.caption_variants if photo.tags else 1) for photo in photos)
+    # the empty caption and the negative prompt
+    num += 2 + (len(config.sample.prompts) or config.sample.num_prompts)
+    num_tokens = base.config_of("text_encoder")["max_position_embeddings"] * data.caption_chunks
+    itemsize = {"float16": 2, "float32": 4}[data.cache_dtype]
+    return num * num_tokens * base.config_of("unet")["cross_attention_dim"] * itemsize
+
+
 def summary(config: Config, device: torch.device | None = None, dtype: torch.dtype | None = None) -> dict:
     """Return bytes by part as plain values, and the run's length if its dataset is prepared.
 
@@ -271,6 +283,7 @@ def summary(config: Config, device: torch.device | None = None, dtype: torch.dty
             "crop loss": round(crop_loss(placed.train), 6),
             "masks": num_masks(config, train),
             "loss scales": sum(one.photo.settings.loss_scale != 1 for one in train),
-            "cache bytes": cache_bytes(config, num_photos, num_masks(config, [*placed.train, *placed.validation])),
+            "cache bytes": cache_bytes(config, num_photos, num_masks(config, [*placed.train, *placed.validation]))
+            + text_bytes(config, [one.photo for one in once_each([*placed.train, *placed.validation])]),
         }
     return result

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import html
 import re
 import shlex
 from dataclasses import replace
 
 import pytest
+from PIL import Image
 
 from safelight.data.manifest import read_manifest, write_manifest
 from safelight.errors import UserError
@@ -55,6 +57,20 @@ def test_the_page_has_every_caption_and_a_command_for_each_setting(preview, data
         assert arguments.suffix == " & more"
         assert arguments.repetition_penalty == generation.repetition_penalty
         assert arguments.min_new_tokens == generation.min_new_tokens
+
+
+def test_photographs_as_large_as_prepare_stores_them_are_shown(preview, dataset):
+    photos = read_manifest(dataset)
+    for photo in photos:
+        (dataset / photo.file).unlink()
+    large = Image.effect_noise((1400, 1000), 90).convert("RGB")
+    large.save(dataset / "images" / "large.jpg", quality=95)
+    content = (dataset / "images" / "large.jpg").read_bytes()
+    changes = {"file": "images/large.jpg", "sha256": hashlib.sha256(content).hexdigest(), "width": 1400, "height": 1000}
+    write_manifest(dataset, [replace(photos[0], **changes)])
+    page = preview(num=1)
+    assert page.count("data:image/webp") == 1
+    assert "cannot be read" not in page
 
 
 def test_captioning_with_a_previewed_setting_takes_its_captions(preview, dataset, captioner_folder, monkeypatch):

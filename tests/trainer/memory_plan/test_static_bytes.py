@@ -17,7 +17,7 @@ from safelight.trainer.config.schema import Optimizer
 from safelight.trainer.config.timeline import Timeline
 from safelight.trainer.config.toml import parse_config, to_toml
 from safelight.trainer.dataset import open_dataset
-from safelight.trainer.memory_plan.static_bytes import cache_bytes, static_bytes, summary
+from safelight.trainer.memory_plan.static_bytes import cache_bytes, static_bytes, summary, text_bytes
 from safelight.trainer.models.base import resolve_base
 from safelight.trainer.models.weights import load_unet
 from safelight.trainer.optim.optimizer import UNetOptimizer, make_optimizer
@@ -158,6 +158,9 @@ def test_cache_bytes_are_an_upper_bound_near_the_real_ones(make_config, tiny_dat
     )
     opened = open_dataset(config, resolve_base("tiny"), CPU)
     opened.cache.close()
+    texts = sum(path.stat().st_size for path in (dataset / "cache" / "shards").glob("text*"))
+    # a few prompts are captions
+    assert texts <= text_bytes(config, [s.photo for s in opened.samples]) <= 1.5 * texts
     shards = [path for path in (dataset / "cache" / "shards").iterdir() if not path.name.startswith("text")]
     assert {path.name.split("-")[0] for path in shards} == {"posterior" if vae == "the base's" else "latent"}
     real = sum(path.stat().st_size for path in shards)
@@ -187,7 +190,7 @@ def test_the_summary_has_the_length_of_the_run(make_config):
         "masks": 0,
         "loss scales": 0,
         "crop loss": 0.0,
-        "cache bytes": cache_bytes(config, 24),
+        "cache bytes": cache_bytes(config, 24) + text_bytes(config, [s.photo for s in dataset.samples]),
     }
     planned = static_bytes(config, CPU)
     assert list(result["bytes"].values()) == [

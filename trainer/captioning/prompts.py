@@ -9,7 +9,7 @@ import sys
 
 from safelight.untrusted import UnsafeFile, parse_json
 
-MAX_MEMORY_BYTES = 2**33
+MAX_MEMORY_BYTES = 2**31
 # of the processor, and by the clock: the process may have to wait. Both include importing transformers
 MAX_CPU_SECONDS, MAX_SECONDS = 20, 120
 

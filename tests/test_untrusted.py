@@ -333,6 +333,7 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     "data/sources/tar.py": {"tarfile.open": "a file that open_regular opened, of which it reads the headers"},
     "data/prepare/near_copies.py": {"load": "a function that it is given"},
     "trainer/captioning/models.py": {"model_class.from_pretrained": "no name: config and tensors are given"},
+    "trainer/captioning/prompt_child.py": {"json.load": "a request of the process that started it"},
     "trainer/captioning/processors.py": {"processor_class.from_pretrained": "the checked copies of model_files.py"},
     "trainer/tagging/detectors.py": {"AutoImageProcessor.from_pretrained": "the checked copies of model_files.py"},
     "trainer/checkpoint/files.py": {"trained.load": "trainer/adapters"},

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from PIL import Image
@@ -19,6 +19,7 @@ from safelight.trainer.captioning.keyed_sampling import KeyedNucleus
 from safelight.trainer.captioning.model_files import ModelFiles, opened
 from safelight.trainer.captioning.options import Generation
 from safelight.trainer.captioning.processors import load_processor
+from safelight.trainer.captioning.prompts import rendered
 from safelight.trainer.models.build import build
 from safelight.trainer.models.device import pick_dtype
 from safelight.trainer.models.model_folder import bad_weights
@@ -54,6 +55,8 @@ class Captioner:
     device: torch.device
     dtype: torch.dtype
     fingerprint: str
+    # what the chat template makes of prompts
+    _rendered: dict[str, str] = field(default_factory=dict)
 
     @property
     def tokenizer(self):
@@ -93,13 +96,10 @@ class Captioner:
         if self.kind in ("blip", "git") and not prompt:
             inputs = processor(images=images, return_tensors="pt")
         elif getattr(processor, "chat_template", None) and self.kind not in ("blip", "blip-2", "florence2"):
-            content = [{"type": "image"}, {"type": "text", "text": prompt}]
-            text = processor.apply_chat_template(
-                [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-            )
-            inputs = processor(
-                images=[[image] for image in images], text=[text] * num, padding=True, return_tensors="pt"
-            )
+            if prompt not in self._rendered:
+                self._rendered[prompt] = rendered(processor, prompt)
+            text = [self._rendered[prompt]] * num
+            inputs = processor(images=[[image] for image in images], text=text, padding=True, return_tensors="pt")
         else:
             token = getattr(processor, "image_token", None)
             if self.kind not in ("blip", "blip-2", "git", "florence2", "paligemma", "instructblip") and token:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from safelight.errors import UserError
-from safelight.trainer.captioning import model_files, models
+from safelight.trainer.captioning import model_files, models, prompts
 from safelight.trainer.captioning.models import load_captioner, open_captioner
 from tests.trainer.captioning.conftest import CPU, photo
 from tests.trainer.captioning.small_captioners import change_json
@@ -157,3 +157,44 @@ def test_the_fingerprint_follows_weights_and_settings(folder):
     assert second != first
     change_json(folder / "processor_config.json", image_processor={"size": {"height": 16, "width": 16}})
     assert fingerprint() not in (first, second)
+
+
+@pytest.fixture
+def chat_folder(captioner_folder, tmp_path) -> Path:
+    return Path(shutil.copytree(captioner_folder("idefics3"), tmp_path / "chat"))
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        # jinja would work this out while it compiles
+        ("<image>{{ 'a' * 30000000000 }}", "MemoryError|fills the memory"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "it does not end"),
+        ("<image>{{ 'a' * 100000 }}", "100,007 characters, over the limit of 65,536"),
+        ("{{ raise_exception('not today') }}", "not today"),
+        ("{{ messages[", "its chat template makes no prompt"),
+        ("<image>{{ ''.__class__.__mro__ }}", "unsafe"),
+    ],
+)
+def test_a_chat_template_is_bounded_in_memory_and_time(chat_folder, monkeypatch, template, message):
+    monkeypatch.setattr(prompts, "MAX_CPU_SECONDS", 3)
+    (chat_folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(UserError, match=message) as error:
+        load_captioner(str(chat_folder), CPU)
+    assert str(chat_folder) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_chat_template_is_rendered_once_for_all_photos(captioner_folder, monkeypatch):
+    captioner = load_captioner(str(captioner_folder("idefics3")), CPU)
+    generation = models.Generation(max_new_tokens=3, prompt="what is this?")
+    calls, render = [], models.rendered
+
+    def spy(processor, prompt):
+        calls.append(prompt)
+        return render(processor, prompt)
+
+    monkeypatch.setattr(models, "rendered", spy)
+    for _ in range(2):
+        captioner.caption([photo(1), photo(2)], generation)
+    assert calls == ["what is this?"]

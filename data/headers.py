@@ -68,7 +68,8 @@ _PNG_MIN_BYTES = {b"gAMA": 4, b"cHRM": 32, b"sRGB": 1, b"pHYs": 9, b"acTL": 8, b
 _PNG_METADATA = (b"iCCP", b"sRGB", b"gAMA", b"cHRM", b"cICP", b"eXIf", b"acTL")
 # where EXIF may be, besides eXIf -> Pillow's name for it
 _PNG_TEXTS = {b"XML:com.adobe.xmp": "xmp", b"Raw profile type exif": "Raw profile type exif"}
-_JPEG_MARKER = re.compile(rb"\xff+([\x01-\xfe])")
+# any number of bytes FF may stand before it
+_JPEG_MARKER = re.compile(rb"\xff([\x01-\xfe])")
 # within a scan, FF 00 is a byte FF, and FF D0 to FF D7 separate restart intervals
 _JPEG_END_OF_SCAN = re.compile(rb"\xff(?=[\x01-\xcf\xd8-\xfe])")
 _GIF_MARK = re.compile(rb"[!,;]")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import groupby
 
 from torch import Tensor
 
@@ -28,11 +29,12 @@ MAX_AFTER_COMMA = 20
 # raise it when a change gives a text other embeddings
 VERSION = 1
 
-# an escaped character, a weight that closes a bracket, a bracket, anything else
+# an escaped character, a weight that closes a bracket, a bracket, anything else. Possessive, and never begun within
+# white space: going back over n characters takes time of order n^2
 _PIECE = re.compile(
-    r"\\(?P<escaped>[()\[\]\\]?)|:\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\)|(?P<bracket>[()\[\]])|[^\\()\[\]:]+|:"
+    r"\\(?P<escaped>[()\[\]\\]?)|:\s*+(?P<weight>[+-]?(?:\d++\.?\d*+|\.\d++))\s*+\)|(?P<bracket>[()\[\]])|[^\\()\[\]:]+|:"
 )
-_BREAK = re.compile(r"\s*\bBREAK\b\s*")
+_BREAK = re.compile(r"(?:(?<!\s)\s*+)?\bBREAK\b\s*+")
 
 
 @dataclass
@@ -107,11 +109,10 @@ def parse_weights(prompt: str) -> list[Span]:
 
 def _merged(spans: list[Span]) -> list[Span]:
     merged: list[Span] = []
-    for span in spans:
-        if merged and not (span.is_break or merged[-1].is_break) and span.weight == merged[-1].weight:
-            merged[-1].text += span.text
-        elif span.text or span.is_break:
-            merged.append(Span(span.text, 1.0 if span.is_break else span.weight, span.is_break))
+    kept = (span for span in spans if span.text or span.is_break)
+    for (is_break, weight), group in groupby(kept, lambda span: (span.is_break, span.weight)):
+        texts = [span.text for span in group]
+        merged += [Span("", is_break=True) for _ in texts] if is_break else [Span("".join(texts), weight)]
     return merged
 
 

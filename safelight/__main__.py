@@ -13,8 +13,8 @@ try:
 
     from safelight import bug_report, commands, library_log
     from safelight.broken_imports import broken_import
-    from safelight.commands import COMMANDS, EXIT_INTERRUPTED
-    from safelight.errors import Diverged, UserError
+    from safelight.commands import COMMANDS
+    from safelight.errors import EXIT_INTERRUPTED, Diverged, UserError
     from safelight.text import printable, printable_lines
 except KeyboardInterrupt:
     # `main`, which handles Ctrl-C from here on, does not exist yet

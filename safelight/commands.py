@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from safelight import bug_report, library_log
-from safelight.errors import Diverged, UserError
-from safelight.output.show import print_json, print_line, print_table
-from safelight.text import counted, printable
-
-if TYPE_CHECKING:
-    from safelight.options.arguments import Caption
-
-EXIT_INTERRUPTED = 130
+from safelight.errors import EXIT_INTERRUPTED, Diverged, UserError
+from safelight.output.show import print_json, print_line, print_table, say_loading, say_next
+from safelight.text import counted
 
 COMMANDS = {
     "init": "write a commented settings file: tiny, sd15, sd21, everydream2",
@@ -36,17 +28,6 @@ COMMANDS = {
     "profile": "show where a step spends time and memory: flame chart, roofline, trace",
     "bench": "measure the training step, other recipes, kernels, memory, the loader",
 }
-
-
-def _say_loading(message: str = "loading libraries and model") -> None:
-    """Tell someone at a terminal why nothing happens while libraries and models load."""
-    if sys.stderr.isatty():
-        print(message, file=sys.stderr, flush=True)
-
-
-def _say_next(suggestion: str) -> None:
-    """Suggest the next command, on stderr: stdout holds results, which other programs may read."""
-    print(printable(f"next: {suggestion}"), file=sys.stderr)
 
 
 def init(argv: list[str]) -> int:
@@ -118,173 +99,9 @@ def _sources(arguments):
 
 
 def caption(argv: list[str]) -> int:
-    from safelight.options.arguments import Caption, parse
+    from safelight import caption_command
 
-    arguments = parse(Caption, argv, "caption", COMMANDS["caption"])
-    if arguments.batch_size is not None and arguments.batch_size < 1:
-        raise UserError(f"--batch-size {arguments.batch_size} is below 1; leave it out, or give 8")
-    if arguments.tags is not None or arguments.tags_from_detector is not None:
-        return _tag(arguments, argv)
-    if arguments.min_confidence is not None:
-        raise UserError("--min-confidence is of tags; add --tags categories.txt, or leave it out")
-    from safelight.data.manifest import read_manifest
-    from safelight.trainer.captioning.options import (
-        DEFAULT_MODEL,
-        MAX_PREVIEW_PHOTOS,
-        Wording,
-        asked_for,
-        replacement,
-    )
-
-    model = arguments.model or DEFAULT_MODEL
-
-    names = ("prompt", "num_beams", "min_new_tokens", "max_new_tokens", "repetition_penalty", "top_p")
-    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    generation = asked_for(arguments.preset, given, arguments.seed)
-    wording = Wording(arguments.prefix, arguments.suffix, tuple(map(replacement, arguments.replace)))
-    if arguments.preview is not None and not 1 <= arguments.preview <= MAX_PREVIEW_PHOTOS:
-        raise UserError(
-            f"--preview {arguments.preview} is outside 1 to {MAX_PREVIEW_PHOTOS}; five are enough to choose"
-        )
-    # before torch is imported
-    read_manifest(arguments.dataset)
-    _say_loading()
-    from safelight.output.caption_table import caption_json, print_captions
-    from safelight.trainer.captioning.caption_dataset import caption_dataset
-    from safelight.trainer.models.device import pick_device
-    from safelight.trainer.run_log.terminal import Terminal
-    from safelight.trainer.stop import Stop
-
-    device, stop = pick_device(arguments.device), Stop("this batch")
-    if arguments.preview:
-        from safelight.trainer.captioning.preview import write_preview
-
-        with Terminal() as terminal:
-            page = write_preview(
-                arguments.dataset,
-                arguments.preview,
-                model,
-                generation,
-                wording,
-                device,
-                ["safelight", "caption", *_without_previewed(argv)],
-                arguments.batch_size,
-                lambda done, total, note: terminal.update("captions", done, total, note),
-                terminal.say,
-            )
-        print_json({"page": str(page)}) if arguments.json else print_line(page)
-        if not arguments.json:
-            _say_next(f"open {shlex.quote(str(page))} in a browser, and run the command of the captions that you like")
-        return 0
-    with Terminal() as terminal:
-        summary = caption_dataset(
-            arguments.dataset,
-            model,
-            generation,
-            wording,
-            device,
-            arguments.batch_size,
-            arguments.overwrite,
-            lambda done, total, note: terminal.update("captions", done, total, note),
-            terminal.say,
-            stop_requested=stop,
-            guard=stop,
-        )
-    if arguments.json:
-        print_json(caption_json(summary, arguments.dataset))
-    else:
-        print_captions(summary, arguments.dataset, terminal)
-    if summary.left:
-        command = shlex.join(["safelight", "caption", *argv])
-        terminal.say(f"stopped; what is done is in the dataset. Go on with: {command}")
-        return EXIT_INTERRUPTED
-    if not arguments.json:
-        _say_next(f"safelight train run.toml --data.path {shlex.quote(str(arguments.dataset))}")
-    return 0
-
-
-# arguments of `safelight caption` that have a meaning for tags
-_OF_TAGS = (
-    "dataset",
-    "model",
-    "overwrite",
-    "tags",
-    "tags_from_detector",
-    "min_confidence",
-    "batch_size",
-    "device",
-    "json",
-)
-
-
-def _tag(arguments: Caption, argv: list[str]) -> int:
-    """Run `safelight caption` with --tags or --tags-from-detector."""
-    for field in fields(arguments):
-        if field.name not in _OF_TAGS and getattr(arguments, field.name) != field.default:
-            option = f"--{field.name.replace('_', '-')}"
-            raise UserError(f"{option} is of captions and has no effect on tags; leave it out, and caption separately")
-    if arguments.model is not None and arguments.tags_from_detector is not None:
-        raise UserError("--model is of --tags without a detector; give either it or --tags-from-detector")
-    from safelight.data.manifest import read_manifest
-    from safelight.trainer.captioning.options import DEFAULT_CLIP, LEAST_CONFIDENCE, MIN_CONFIDENCE
-    from safelight.trainer.tagging.categories import DEFAULT_CATEGORIES, read_categories
-
-    min_confidence = MIN_CONFIDENCE if arguments.min_confidence is None else arguments.min_confidence
-    if not LEAST_CONFIDENCE <= min_confidence <= 1:
-        raise UserError(f"--min-confidence {min_confidence:g} is outside {LEAST_CONFIDENCE} to 1")
-    read_manifest(arguments.dataset)
-    is_new, categories = False, DEFAULT_CATEGORIES
-    if arguments.tags is not None:
-        categories, is_new = read_categories(arguments.tags)
-    _say_loading()
-    from safelight.output.tag_table import print_tags, tags_json
-    from safelight.trainer.models.device import pick_device
-    from safelight.trainer.run_log.terminal import Terminal
-    from safelight.trainer.stop import Stop
-    from safelight.trainer.tagging.tag_dataset import tag_dataset
-    from safelight.trainer.tagging.taggers import open_clip, open_detector
-
-    device, stop = pick_device(arguments.device), Stop("this batch")
-    detector = arguments.tags_from_detector
-    with Terminal() as terminal:
-        if is_new:
-            terminal.say(f"wrote {arguments.tags} with the usual categories; edit it, and run this command again")
-        summary = tag_dataset(
-            arguments.dataset,
-            open_clip(arguments.model or DEFAULT_CLIP) if detector is None else open_detector(detector),
-            categories,
-            min_confidence,
-            device,
-            arguments.batch_size,
-            arguments.overwrite,
-            lambda done, total, note: terminal.update("tags", done, total, note),
-            terminal.say,
-            stop_requested=stop,
-            guard=stop,
-        )
-    if arguments.json:
-        print_json(tags_json(summary, arguments.dataset))
-    else:
-        print_tags(summary, arguments.dataset, terminal)
-    if summary.left:
-        command = shlex.join(["safelight", "caption", *argv])
-        terminal.say(f"stopped; what is done is in the dataset. Go on with: {command}")
-        return EXIT_INTERRUPTED
-    if not arguments.json:
-        _say_next(f"safelight train run.toml --data.path {shlex.quote(str(arguments.dataset))}")
-    return 0
-
-
-def _without_previewed(argv: list[str]) -> list[str]:
-    """Return the arguments of `safelight caption --preview` without that, and without what the preview varies."""
-    varied = ("--preview", "--repetition-penalty", "--q-factor", "--min-new-tokens", "--min-words")
-    kept, is_value = [], False
-    for word in argv:
-        name = word.partition("=")[0].replace("_", "-")
-        if not is_value and name not in varied and name != "--json":
-            kept.append(word)
-        is_value = not is_value and name in varied and "=" not in word
-    return kept
+    return caption_command.caption(argv, COMMANDS["caption"])
 
 
 def cache(argv: list[str]) -> int:
@@ -292,7 +109,7 @@ def cache(argv: list[str]) -> int:
 
     arguments, config = parse_with_config(argv, "cache", COMMANDS["cache"])
     action = _cache_action(arguments)
-    _say_loading()
+    say_loading()
     if action is not None:
         return action(arguments, config)
     from safelight.output.columns import fill
@@ -328,7 +145,7 @@ def cache(argv: list[str]) -> int:
         print(fill(line))
     for note in placing.size_notes(dataset.placed, config.data.upscale):
         print(fill(f"note: {note}"))
-    _say_next(f"{_train_command(arguments.config)}, with the same settings")
+    say_next(f"{_train_command(arguments.config)}, with the same settings")
     return 0
 
 
@@ -415,7 +232,7 @@ def plan(argv: list[str]) -> int:
     from safelight.options.arguments import parse_with_config
 
     arguments, config = parse_with_config(argv, "plan", COMMANDS["plan"])
-    _say_loading("loading libraries, then tracing a training step without a GPU")
+    say_loading("loading libraries, then tracing a training step without a GPU")
     from safelight.trainer.disk_space import space_note
     from safelight.trainer.memory_plan.static_bytes import summary
     from safelight.trainer.models.architectures import known_shapes
@@ -453,7 +270,7 @@ def plan(argv: list[str]) -> int:
     if card is not None and result["plan"]["refusal"]:
         raise UserError(result["plan"]["refusal"])
     if not arguments.json:
-        _say_next(_after_plan(arguments.config, config, "dataset" in result))
+        say_next(_after_plan(arguments.config, config, "dataset" in result))
     return 0
 
 
@@ -545,7 +362,7 @@ def train(argv: list[str]) -> int:
 
     arguments, config = parse_with_config(argv, "train", COMMANDS["train"])
     bug_report.belongs_to(Path(config.run.dir))
-    _say_loading()
+    say_loading()
     from safelight.trainer.checkpoint.files import resume_command
     from safelight.trainer.memory_plan.static_bytes import planned_timeline
     from safelight.trainer.report.build import build_report
@@ -600,7 +417,7 @@ def sample(argv: list[str]) -> int:
 
     arguments = parse(Sample, argv, "sample", COMMANDS["sample"])
     bug_report.belongs_to(arguments.run)
-    _say_loading()
+    say_loading()
     from safelight.trainer.inference.draw import open_run
     from safelight.trainer.inference.draw import sample as draw_sample
     from safelight.trainer.run_log.terminal import Terminal
@@ -620,7 +437,7 @@ def sample(argv: list[str]) -> int:
     for file in files:
         print_line(file)
     if (files[0].parent / "index.html").is_file() and arguments.out not in files:
-        _say_next(f"open {shlex.quote(str(files[0].parent / 'index.html'))} in a browser")
+        say_next(f"open {shlex.quote(str(files[0].parent / 'index.html'))} in a browser")
     return 0
 
 
@@ -629,7 +446,7 @@ def compare(argv: list[str]) -> int:
 
     arguments = parse(Compare, argv, "compare", COMMANDS["compare"])
     bug_report.belongs_to(arguments.run)
-    _say_loading()
+    say_loading()
     from safelight.trainer.inference.draw import compare as draw_pairs
     from safelight.trainer.inference.draw import open_run
     from safelight.trainer.report.build import build_report
@@ -657,7 +474,7 @@ def export(argv: list[str]) -> int:
 
     arguments = parse(Export, argv, "export", COMMANDS["export"])
     bug_report.belongs_to(arguments.run)
-    _say_loading()
+    say_loading()
     from safelight.trainer.inference.export import export as export_run
     from safelight.trainer.run_log.terminal import Terminal
 
@@ -674,9 +491,9 @@ def export(argv: list[str]) -> int:
         Terminal().say(f"note: {note}")
     print_line(f"wrote {done.path}: step {done.step}, {arguments.dtype}, {done.num_bytes / 2**20:,.1f} MiB")
     if done.path.is_dir():
-        _say_next(f"in Python: DiffusionPipeline.from_pretrained({str(done.path)!r})")
+        say_next(f"in Python: DiffusionPipeline.from_pretrained({str(done.path)!r})")
     elif not done.notes:
-        _say_next("copy it to A1111's models/Stable-diffusion or ComfyUI's models/checkpoints")
+        say_next("copy it to A1111's models/Stable-diffusion or ComfyUI's models/checkpoints")
     return 0
 
 
@@ -687,9 +504,9 @@ def report(argv: list[str]) -> int:
     bug_report.belongs_to(arguments.run)
     from safelight.trainer.report.build import build_report
 
-    _say_loading("reading the run and embedding its pictures")
+    say_loading("reading the run and embedding its pictures")
     print_line(build_report(arguments.run))
-    _say_next("open it in a browser; it is one file, which you can send to others")
+    say_next("open it in a browser; it is one file, which you can send to others")
     return 0
 
 
@@ -730,7 +547,7 @@ def profile(argv: list[str]) -> int:
     from safelight.options.arguments import parse_with_config
 
     arguments, config = parse_with_config(argv, "profile", COMMANDS["profile"])
-    _say_loading()
+    say_loading()
     from safelight.bench.core.results import append
     from safelight.bench.profile.profiling import profile_run
     from safelight.trainer.run_log.terminal import Terminal
@@ -752,7 +569,7 @@ def profile(argv: list[str]) -> int:
         print_table(head, ("", "ms", "share"), rows)
     for file in profiled.files:
         print_line(file)
-    _say_next(f"open {profiled.files[0]} in a browser")
+    say_next(f"open {profiled.files[0]} in a browser")
     return 0
 
 
@@ -761,5 +578,5 @@ def bench(argv: list[str]) -> int:
     from safelight.bench.command_line import main as bench_main
 
     if argv and argv[0] in MEASURING and not {"-h", "--help"} & set(argv):
-        _say_loading("loading libraries, then measuring; the first result takes seconds to minutes")
+        say_loading("loading libraries, then measuring; the first result takes seconds to minutes")
     return bench_main(argv)

@@ -1,6 +1,9 @@
-"""The exception for errors that users can fix. Every folder may import this module."""
+"""The exceptions for errors that users can fix, and for runs that diverge. Every folder may import this module."""
 
 from safelight.text import printable
+
+# of a command that Ctrl-C or SIGTERM ended, as shells have it
+EXIT_INTERRUPTED = 130
 
 
 class UserError(ValueError):

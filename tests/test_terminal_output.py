@@ -136,7 +136,7 @@ def test_a_download_is_named_in_printable_text():
 def test_bugs_name_nothing_unprintable(tmp_path, monkeypatch):
     import safelight.data.prepare.ingest
 
-    def fails(*_):
+    def fails(*_, **__):
         raise RuntimeError(EVIL)
 
     monkeypatch.chdir(tmp_path)

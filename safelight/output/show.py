@@ -54,3 +54,14 @@ def print_table(title: str, columns: tuple[str, ...], rows: list[tuple]) -> None
     # not as the table's own title, which would be wrapped to the table's width
     console.print(printable(title), style="bold", markup=False, soft_wrap=True)
     console.print(table)
+
+
+def say_loading(message: str = "loading libraries and model") -> None:
+    """Tell someone at a terminal why nothing happens while libraries and models load."""
+    if sys.stderr.isatty():
+        print(message, file=sys.stderr, flush=True)
+
+
+def say_next(suggestion: str) -> None:
+    """Suggest the next command, on stderr: stdout holds results, which other programs may read."""
+    print(printable(f"next: {suggestion}"), file=sys.stderr)

@@ -178,7 +178,7 @@ def test_each_command_says_what_comes_next(journey):
     run = journey.run
     for name, words in {
         "init": "next: safelight prepare",
-        "prepare again": "next: safelight train run.toml --data.path",
+        "prepare again": "then safelight train run.toml --data.path",
         "cache again": f"next: safelight train {journey.root / 'run.toml'}",
         "train": f"next: safelight compare {run}",
         "compare": f"safelight export {run} -o run.safetensors",
@@ -208,7 +208,7 @@ def test_captions_without_a_photograph_and_captions_all_the_same(tmp_path, tiny_
     assert "example of a caption from a file name: photos/lake_0.png is 'lake'" in called.out
     assert called.err.count("left out ") == 5
     assert "and 2 more caption rows; all are listed in" in called.err
-    assert "note: the file names of 3 photographs give them all this caption; to caption" in called.err
+    assert "note: the file names of 3 photographs give them all this caption; write IMG_1.txt" in called.err
 
 
 def test_sample_gives_the_same_image_for_the_same_seed(journey):

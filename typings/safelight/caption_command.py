@@ -1,0 +1,1 @@
+../../safelight/caption_command.py

@@ -141,7 +141,7 @@ def cache(argv: list[str]) -> int:
                 for r in rows
             ],
         )
-    for line in filter(None, (placing.crop_note(dataset.placed.train), dataset.tag_note)):
+    for line in filter(None, (placing.crop_note(dataset.placed.train), dataset.tag_note, dataset.length_note)):
         print(fill(line))
     for note in placing.size_notes(dataset.placed, config.data.upscale):
         print(fill(f"note: {note}"))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
@@ -60,9 +61,9 @@ class Dataset:
     placed: the photographs in their buckets, and those that are left out. empty_key: cache key of the empty caption.
     scaling_factor: what unscaled latents are multiplied by to get unit variance. latent_factor: pixels per latent.
     num_encoded: rows encoded on opening, of which num_damaged replaced damaged ones. cuts: prompt -> the end of what
-    the text encoder reads of it, for prompts that are longer. cut_notes: lines that name what is cut. sampled: (places,
-    cache keys, key of the negative prompt) of the prompts that the run samples, grouped by the length of their
-    embeddings. mask_weight: loss.mask_weight.
+    the text encoder reads of it, for prompts that are longer. cut_notes: lines that name what is cut. length_note: a
+    line on how long the captions are. sampled: (places, cache keys, key of the negative prompt) of the prompts that
+    the run samples, grouped by the length of their embeddings. mask_weight: loss.mask_weight.
     """
 
     path: Path
@@ -78,6 +79,7 @@ class Dataset:
     num_damaged: int = 0
     cuts: dict[str, str] = field(default_factory=dict)
     cut_notes: list[str] = field(default_factory=list)
+    length_note: str = ""
     sampled: list[tuple[tuple[int, ...], list[str], str]] = field(default_factory=list)
     mask_weight: float = 0.0
 
@@ -296,12 +298,27 @@ def _fill(plan: Plan, config: Config, batch_size: int, progress: Progress | None
         # a photograph is named once, in however many orders its tags stand
         if (named := list({name: cuts[text] for name, text in texts if text in cuts}.items()))
     ]
+    dataset.length_note = _length_note(encoder, [caption for caption in captions if caption])
     dataset.num_encoded = fill_texts(cache, captions, encoder, 4 * batch_size, report("captions"))
     for reader, texts in plan.texts[1:]:
         dataset.num_encoded += fill_texts(cache, texts, reader, 1)
     dataset.num_encoded += fill_latents(cache, dataset.path, samples, plan.codec, batch_size, report("latents"))
     dataset.num_encoded += fill_masks(cache, dataset.path, samples, plan.codec.factor, report("masks"))
     dataset.num_damaged = cache.num_dropped
+
+
+def _length_note(encoder: CaptionEncoder, captions: list[str]) -> str:
+    """Return a line on how many tokens captions have, '' if there are none."""
+    if not captions:
+        return ""
+    lengths = encoder.lengths(captions)
+    num_read = encoder.num_chunks * (encoder.chunk_tokens - 2)
+    num_cut = sum(length > num_read for length in lengths)
+    cut = f"; {num_cut:,} of them {'is' if num_cut == 1 else 'are'} cut" if num_cut else ""
+    return (
+        f"captions have {min(lengths)} to {max(lengths)} tokens, half of them up to {round(median(lengths))}; the text "
+        f"encoder reads {num_read}{cut}"
+    )
 
 
 def _check_fit(base: Base, codec: LatentCodec, encoder: CaptionEncoder) -> None:

@@ -76,6 +76,10 @@ def test_captions_and_prompts_that_are_cut_are_named(make_config, tmp_path):
     # by the file that its owner knows
     assert re.findall(r"a caption of (\S+) (?:is cut )?after", of_captions) == ["photos/1.png", "photos/2.png"]
     assert of_captions.endswith(": the text encoder reads 46 tokens")
+    # two captions: "a word" twice, and sixty times
+    assert dataset.length_note == (
+        "captions have 6 to 180 tokens, half of them up to 93; the text encoder reads 46; 1 of them is cut"
+    )
 
 
 def test_a_second_time_makes_nothing_and_another_suffix_only_texts(make_config, folder):

@@ -196,6 +196,13 @@ class CaptionEncoder(_Movable):
             if len(offsets) > self.num_tokens
         }
 
+    def lengths(self, captions: list[str]) -> list[int]:
+        """Return how many tokens each caption has, without start and end, whether they are read or not."""
+        if self._reads_chunks:
+            return [sum(len(chunk.ids) for chunk in self.chunks(caption)) for caption in captions]
+        found = self.tokenizer(captions, add_special_tokens=False, verbose=False).input_ids if captions else []
+        return [len(ids) for ids in found]
+
     def describe_cuts(self, cuts: Iterable[tuple[str, str]]) -> str:
         """Return in one line which texts are cut, and where. cuts: (name of the text, end of what is read), at least
         one."""

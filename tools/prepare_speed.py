@@ -1,0 +1,91 @@
+"""Compare `safelight prepare` with what decoding, shrinking and encoding alone allow on as many threads.
+
+    python -m tools.prepare_speed PHOTOS [--num 367] [--megapixels 6] [--repeats 3]
+
+Photographs of the folder are enlarged to a camera's size first, `--num` of them, so that each is decoded, shrunk and
+encoded again. Both ways then run in turn, because a machine's speed changes; their ratio is of medians within one run.
+Prints one result line, as the benchmarks do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from safelight.bench.core.results import make_record
+from safelight.data.images import decode_file, encode
+from safelight.data.prepare.ingest import ingest
+
+MAX_MEGAPIXELS, QUALITY = 1.5, 95
+
+
+def enlarge(source: Path, target: Path, megapixels: float) -> None:
+    """Write a photograph at a camera's size."""
+    with Image.open(source) as image:
+        scale = (megapixels * 1e6 / (image.width * image.height)) ** 0.5
+        size = round(image.width * scale), round(image.height * scale)
+        image.convert("RGB").resize(size, Image.Resampling.BICUBIC).save(target, "JPEG", quality=90)
+
+
+def alone(path: Path) -> int:
+    """Decode, shrink and encode one photograph; return its bytes."""
+    _, decoded = decode_file(path, MAX_MEGAPIXELS)
+    return len(encode(decoded.image, "jpeg", QUALITY)[0])
+
+
+def measure(photos: Path, num: int, megapixels: float, repeats: int) -> dict:
+    """Return seconds of both ways and their ratio."""
+    sources = sorted(path for path in photos.iterdir() if path.suffix.lower() == ".jpg")
+    seconds: dict[str, list[float]] = {"alone": [], "prepare": []}
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(os.cpu_count()) as threads:
+        folder = Path(name) / "photos"
+        folder.mkdir()
+        paths = [folder / f"{number:05d}.jpg" for number in range(num)]
+
+        def enlarge_one(number: int) -> None:
+            # of another size each time round, or they would be duplicates
+            rounds, place = divmod(number, len(sources))
+            enlarge(sources[place], paths[number], megapixels * (1 + rounds / 100))
+
+        list(threads.map(enlarge_one, range(num)))
+        for _ in range(repeats):
+            began = time.perf_counter()
+            list(threads.map(alone, paths))
+            seconds["alone"].append(time.perf_counter() - began)
+            began = time.perf_counter()
+            summary = ingest([folder], Path(name) / "dataset")
+            seconds["prepare"].append(time.perf_counter() - began)
+            assert summary.num_shrunk == num
+            shutil.rmtree(Path(name) / "dataset")
+    medians = {way: statistics.median(values) for way, values in seconds.items()}
+    return {
+        "speed_of_alone": round(medians["alone"] / medians["prepare"], 3),
+        "ms_per_photo_alone": round(1000 * medians["alone"] / num, 2),
+        "ms_per_photo_prepare": round(1000 * medians["prepare"] / num, 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("photos", type=Path)
+    parser.add_argument("--num", type=int, default=367)
+    parser.add_argument("--megapixels", type=float, default=6.0)
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    figures = measure(options.photos, options.num, options.megapixels, options.repeats)
+    config = {"photographs": options.num, "megapixels": options.megapixels, "threads": os.cpu_count()}
+    print(json.dumps(make_record("prepare", config, figures, torch.device("cpu"))))
+
+
+if __name__ == "__main__":
+    main()

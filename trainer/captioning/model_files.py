@@ -184,8 +184,6 @@ def _checked_json(folder: Path, name: str) -> dict:
     values = read_json_object(model_file(folder, name), max_bytes, clamp_ints=True)
     if name == "tokenizer.json":
         check_tokenizer(values, folder / name)
-        # they claim any length, and transformers sets its own
-        values |= {"truncation": None, "padding": None}
     if name in VOCABULARIES:
         return values
     # a tokenizer's longest text is 10^30 in many files, for no limit

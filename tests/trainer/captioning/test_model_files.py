@@ -299,9 +299,3 @@ def test_a_tokenizers_tokens_are_bounded(chat_folder):
     assert "more than 1,048,576 characters" in with_tokenizer(chat_folder, added_tokens=added)
     change_json(chat_folder / "processor_config.json", image_token="<" * 1001)
     assert "image_token has 1,001 characters" in with_tokenizer(chat_folder)
-
-
-def test_a_tokenizer_does_not_pad_by_itself(chat_folder):
-    """Padding to a fixed length claims memory; transformers pads as it is told."""
-    padding = {"strategy": {"Fixed": 2**40}, "direction": "Right", "pad_id": 0, "pad_type_id": 0, "pad_token": "<pad>"}
-    assert with_tokenizer(chat_folder, padding={**padding, "pad_to_multiple_of": None}) == ""

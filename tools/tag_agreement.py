@@ -167,7 +167,7 @@ def main() -> None:
     device = torch.device("cpu")
     summary = tag_dataset(options.dataset, open_detector(options.detector), DEFAULT_CATEGORIES, 0.5, device)
     with open_detector(options.detector) as source:
-        boxes_of = Journal(options.dataset, source.record, source.form).said
+        boxes_of = Journal(options.dataset, source.record, summary.photos, source.form).said
     photos = [photo for photo in summary.photos if photo.sha256 in boxes_of and any(photo.captions)]
     figures: dict = {}
     for confidence in CONFIDENCES:

@@ -224,7 +224,7 @@ def caption_dataset(
             return summary
         with open_captioner(model) as source:
             record = {"weights": source.fingerprint[:16], **generation.record()}
-            journal = Journal(dataset, record)
+            journal = Journal(dataset, record, photos)
             todo = [photo for photo in wanted if photo.sha256 not in journal.said]
             if todo:
                 batched = BatchedCaptioner(source.build(device), batch_size, say)

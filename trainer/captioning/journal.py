@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
 from safelight.data.photo import Photo
 from safelight.errors import UserError
-from safelight.text import collapse
+from safelight.text import collapse, counted
 from safelight.trainer.captioning.models import Described
 from safelight.trainer.captioning.options import canonical, key_of
 from safelight.untrusted import open_append, parse_json, path_in, read_lines
 
 FOLDER_NAME = "captions"
-MAX_JOURNAL_BYTES = 2**30
-MAX_ROW_BYTES = 2**16
+# of a whole file, more than there is for small datasets, per photo (what CLIP says has 1 to 3 KB), and of a row
+MAX_JOURNAL_BYTES, MIN_JOURNAL_BYTES, BYTES_PER_PHOTO, MAX_ROW_BYTES = 2**30, 2**24, 2**14, 2**16
 MAX_TEXT_CHARACTERS = 10_000
 
 
@@ -54,19 +54,38 @@ TEXTS = Form(FOLDER_NAME, lambda said: {"text": said.text, "tokens": said.num_to
 
 
 class Journal(Generic[_T]):
-    """What was said under one setting. record: weights and options, which name the file."""
+    """What was said of a dataset's photos under one setting. record: weights and options, which name the file.
 
-    def __init__(self, dataset: Path, record: dict, form: Form[_T] = TEXTS):
+    Rows of other photos are passed over. Raises UserError if the file is larger than these photos explain.
+    """
+
+    def __init__(self, dataset: Path, record: dict, photos: Sequence[Photo], form: Form[_T] = TEXTS):
         self.path = path_in(dataset, os.path.join(form.folder, f"{key_of(record)}.jsonl"))
         self._record, self._form = record, form
-        self.said: dict[str, _T] = {}
         # a row that a kill cut short has no newline
         self._is_cut = False
-        if os.path.lexists(self.path):
-            for line in read_lines(self.path, MAX_JOURNAL_BYTES, MAX_ROW_BYTES):
-                self._is_cut = line is not None and not line.endswith(b"\n")
-                if line is not None and (row := self._row(line)) is not None:
-                    self.said[row[0]] = row[1]
+        last = self._last_rows(photos) if os.path.lexists(self.path) else {}
+        rows = {sha256: self._said(line) for sha256, line in last.items()}
+        self.said: dict[str, _T] = {sha256: said for sha256, said in rows.items() if said is not None}
+
+    def _last_rows(self, photos: Sequence[Photo]) -> dict[str, bytes]:
+        """Return the last row of each photo, which is not read yet: a file may hold millions that nobody needs."""
+        max_bytes = min(MAX_JOURNAL_BYTES, max(MIN_JOURNAL_BYTES, BYTES_PER_PHOTO * len(photos)))
+        num_bytes = os.lstat(self.path).st_size
+        if num_bytes > max_bytes:
+            raise UserError(
+                f"{self.path} has {num_bytes:,} bytes, more than what was said of {counted(len(photos), 'photograph')} "
+                f"(limit {max_bytes:,}); move it away, and what it says is asked again"
+            )
+        starts = {_start(photo.sha256): photo.sha256 for photo in photos}
+        found: dict[str, bytes] = {}
+        for line in read_lines(self.path, max_bytes, MAX_ROW_BYTES):
+            if line is None:
+                continue
+            self._is_cut = not line.endswith(b"\n")
+            if (sha256 := starts.get(line[:START_BYTES])) is not None:
+                found[sha256] = line
+        return found
 
     def add(self, photos: Iterable[Photo], said: Iterable[_T]) -> None:
         """Append what was said of some photos; it survives a power cut."""
@@ -82,13 +101,18 @@ class Journal(Generic[_T]):
             os.fsync(file.fileno())
         self._is_cut = False
 
-    def _row(self, line: bytes) -> tuple[str, _T] | None:
-        """Return (a photo's hash, what was said of it) of a line; None for the first, or one that is cut or damaged."""
+    def _said(self, line: bytes) -> _T | None:
+        """Return what a row says of its photo, None if it is cut or damaged."""
         try:
             row = parse_json(line)
         except UserError:
             return None
-        if not isinstance(row, dict) or not isinstance(row.get("sha256"), str):
-            return None
-        said = self._form.of_row(row)
-        return None if said is None else (row["sha256"], said)
+        return self._form.of_row(row) if isinstance(row, dict) else None
+
+
+def _start(sha256: str) -> bytes:
+    """Return how the row of a photo begins."""
+    return f'{{"sha256": "{sha256}"'.encode()
+
+
+START_BYTES = len(_start("0" * 64))

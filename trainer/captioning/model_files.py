@@ -23,6 +23,7 @@ from torch import Tensor
 
 from safelight.errors import UserError
 from safelight.text import counted
+from safelight.trainer.captioning.tokenizer_file import MAX_TOKEN_CHARACTERS, check_tokenizer
 from safelight.trainer.models.hub import fetch_transformers
 from safelight.trainer.models.model_folder import TRANSFORMERS_STEM, bad_weights, model_file, weight_files
 from safelight.trainer.models.tensor_files import FLOATS, TensorFile
@@ -30,6 +31,8 @@ from safelight.untrusted import read_bytes, read_json_object
 
 # tokenizer.json of a vocabulary of 256,000 tokens has 33 MB
 MAX_JSON_BYTES = 2**26
+# a tokenizer_config.json of 6,000 reserved tokens has 1.1 MB
+MAX_CONFIG_BYTES = 2**22
 MAX_TEXT_BYTES = 2**24
 # the longest known config has 2,000 values
 MAX_ITEMS = 10_000
@@ -177,7 +180,10 @@ def _exists(folder: Path, name: str) -> bool:
 
 
 def _checked_json(folder: Path, name: str) -> dict:
-    values = read_json_object(model_file(folder, name), MAX_JSON_BYTES, clamp_ints=True)
+    max_bytes = MAX_JSON_BYTES if name in VOCABULARIES else MAX_CONFIG_BYTES
+    values = read_json_object(model_file(folder, name), max_bytes, clamp_ints=True)
+    if name == "tokenizer.json":
+        check_tokenizer(values, folder / name)
     if name in VOCABULARIES:
         return values
     # a tokenizer's longest text is 10^30 in many files, for no limit
@@ -197,6 +203,9 @@ def _without_code(value: object, path: Path, is_bounded: bool, key: str = "") ->
         if is_bounded and len(value) > MAX_ITEMS:
             raise UserError(f"{path}: {key} has {counted(len(value), 'value')}, over the limit of {MAX_ITEMS:,}")
         return [_without_code(child, path, is_bounded, key) for child in value]
+    # a prompt has a token for a photograph thousands of times
+    if isinstance(value, str) and "token" in key and len(value) > MAX_TOKEN_CHARACTERS:
+        raise UserError(f"{path}: {key} has {len(value):,} characters, over the limit of {MAX_TOKEN_CHARACTERS:,}")
     if is_bounded and isinstance(value, int) and not isinstance(value, bool):
         limit = next(limit for parts, limit in LIMITS if any(part in key for part in parts))
         if limit is not None and abs(value) > limit:

@@ -19,7 +19,7 @@ from safelight.trainer.captioning.keyed_sampling import KeyedNucleus
 from safelight.trainer.captioning.model_files import ModelFiles, opened
 from safelight.trainer.captioning.options import Generation
 from safelight.trainer.captioning.processors import load_processor
-from safelight.trainer.captioning.prompts import rendered
+from safelight.trainer.captioning.prompts import tried
 from safelight.trainer.models.build import build
 from safelight.trainer.models.device import pick_dtype
 from safelight.trainer.models.model_folder import bad_weights
@@ -55,8 +55,8 @@ class Captioner:
     device: torch.device
     dtype: torch.dtype
     fingerprint: str
-    # what the chat template makes of prompts
-    _rendered: dict[str, str] = field(default_factory=dict)
+    # what is made of prompts
+    _texts: dict[str, str] = field(default_factory=dict)
 
     @property
     def tokenizer(self):
@@ -92,24 +92,37 @@ class Captioner:
 
     def _inputs(self, images: list[Image.Image], prompt: str) -> dict[str, Tensor]:
         """Return the model's inputs on its device, padded to the left, where generation goes on at the right."""
-        num, processor = len(images), self.processor
+        processor, has_template = self.processor, self._template is not None
         if self.kind in ("blip", "git") and not prompt:
             inputs = processor(images=images, return_tensors="pt")
-        elif getattr(processor, "chat_template", None) and self.kind not in ("blip", "blip-2", "florence2"):
-            if prompt not in self._rendered:
-                self._rendered[prompt] = rendered(processor, prompt)
-            text = [self._rendered[prompt]] * num
-            inputs = processor(images=[[image] for image in images], text=text, padding=True, return_tensors="pt")
         else:
-            token = getattr(processor, "image_token", None)
-            if self.kind not in ("blip", "blip-2", "git", "florence2", "paligemma", "instructblip") and token:
-                prompt = prompt if str(token) in prompt else f"{token}\n{prompt}"
-            inputs = processor(images=images, text=[prompt] * num, padding=True, return_tensors="pt")
+            if prompt not in self._texts:
+                (self._texts[prompt],) = tried(self.tokenizer, [self._marked(prompt)], self._template)
+            inputs = processor(
+                images=[[image] for image in images] if has_template else images,
+                text=[self._texts[prompt]] * len(images),
+                padding=True,
+                return_tensors="pt",
+            )
         return {
             name: value.to(self.device, self.dtype if value.is_floating_point() else None)
             for name, value in inputs.items()
             if isinstance(value, Tensor)
         }
+
+    @property
+    def _template(self) -> str | dict | None:
+        """The chat template, if this kind is asked by one."""
+        is_chat = self.kind not in ("blip", "blip-2", "florence2")
+        return getattr(self.processor, "chat_template", None) or None if is_chat else None
+
+    def _marked(self, prompt: str) -> str:
+        """Return a prompt with the mark for the photograph, where neither a template nor the processor adds it."""
+        token = getattr(self.processor, "image_token", None)
+        adds = self.kind in ("blip", "blip-2", "git", "florence2", "paligemma", "instructblip")
+        if adds or self._template is not None or not token or str(token) in prompt:
+            return prompt
+        return f"{token}\n{prompt}"
 
     def _generated(self, ids: Tensor, prompt_ids: Tensor | None) -> Tensor:
         """Return the tokens behind the prompt, which decoders repeat and encoder-decoders do not."""

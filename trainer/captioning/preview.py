@@ -99,14 +99,15 @@ def write_preview(
     read_manifest(dataset)
     with FolderLock(dataset, "check its permissions", ADVICE):
         check_kinds(dataset, (FOLDER_NAME,), (f"{FOLDER_NAME}/{PAGE_NAME}",), "a dataset")
-        photos = pick_photos(read_manifest(dataset), num, base.seed)
+        all_photos = read_manifest(dataset)
+        photos = pick_photos(all_photos, num, base.seed)
         settings = settings_to_try(base)
         tried, num_done, began = [], 0, time.monotonic()
         batched: BatchedCaptioner | None = None
         progress(0, len(settings) * len(photos), "")
         with open_captioner(model) as source:
             for letter, generation in zip(LETTERS, settings, strict=False):
-                journal = Journal(dataset, {"weights": source.fingerprint[:16], **generation.record()})
+                journal = Journal(dataset, {"weights": source.fingerprint[:16], **generation.record()}, all_photos)
                 todo = [photo for photo in photos if photo.sha256 not in journal.said]
                 if todo:
                     batched = batched or BatchedCaptioner(source.build(device), batch_size, say)

@@ -5,16 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 from safelight.errors import UserError
+from safelight.trainer.captioning.tokenizer_file import check_vocabulary
 
 
 def load_processor(staged: Path, config, values: dict[str, dict]):
     """Return the processor in a folder of checked files; its image processor works with Pillow and numpy alone.
 
     config: the model's. values: the content of the folder's JSON files by their names. Raises whatever transformers
-    makes of files that contradict each other, UserError if there is no processor for photographs and text.
+    makes of files that contradict each other, ValueError for tokens that are too long, and UserError if there is no
+    processor for photographs and text.
     """
     processor_class = _without_videos(_processor_class(config, values))
-    return processor_class.from_pretrained(staged, local_files_only=True, backend="pil")
+    processor = processor_class.from_pretrained(staged, local_files_only=True, backend="pil")
+    check_vocabulary(processor.tokenizer)
+    return processor
 
 
 def _processor_class(config, values: dict[str, dict]) -> type:

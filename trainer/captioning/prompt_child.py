@@ -1,7 +1,8 @@
-"""The process that renders a captioner's chat template; `prompts.py` starts it.
+"""The process that renders a model's chat template and tries its tokenizer; `prompts.py` starts it.
 
-A template is a stranger's program. transformers' sandbox keeps it from files and modules, but not from any amount of
-memory and time: those have a limit here. The request and the answer are JSON.
+A template is a stranger's program, and so is a regular expression. transformers' sandbox keeps the one from files and
+modules, but nothing keeps either from any amount of memory and time: those have a limit here. The request and the
+answer are JSON.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ import json
 import resource
 import sys
 
+from tokenizers import Tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
 # the longest prompt of a user has 2,000
-MAX_CHARACTERS = 2**16
+MAX_CHARACTERS = 2**14
 
 
 def render(template: str | dict, prompt: str, tokens: dict) -> str:
@@ -32,10 +34,17 @@ def render(template: str | dict, prompt: str, tokens: dict) -> str:
 
 def main() -> None:
     request = json.load(sys.stdin)
-    for limit, value in zip((resource.RLIMIT_AS, resource.RLIMIT_CPU), request.pop("limits"), strict=True):
+    for limit, value in zip((resource.RLIMIT_AS, resource.RLIMIT_CPU), request["limits"], strict=True):
         resource.setrlimit(limit, (value, value))
     try:
-        answer = {"text": render(**request)}
+        texts = request["texts"]
+        if request["template"] is not None:
+            texts = [render(request["template"], text, request["special_tokens"]) for text in texts]
+        if request["tokenizer"] is not None:
+            tokenizer = Tokenizer.from_str(request["tokenizer"])
+            for text in texts:
+                tokenizer.encode(text)
+        answer = {"texts": texts}
     # whatever a template raises
     except Exception as error:
         answer = {"error": str(error)[:1000] or type(error).__name__}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from safelight.trainer.captioning.model_files import ModelFiles
 from safelight.trainer.captioning.models import load_weights, made_of_files, read_config
 from safelight.trainer.captioning.processors import load_processor
+from safelight.trainer.captioning.prompts import tried
 from safelight.trainer.models.device import pick_dtype
 
 TEMPLATE = "a photo of a {}"
@@ -43,9 +44,9 @@ class Clip:
     @torch.inference_mode()
     def embed_names(self, names: Sequence[str]) -> Tensor:
         """Return the embeddings of `a photo of a NAME`: (N, D), fp32, of length 1, on the CPU."""
-        parts = []
-        for start in range(0, len(names), NUM_TEXTS):
-            texts = [TEMPLATE.format(name) for name in names[start : start + NUM_TEXTS]]
+        parts, all_texts = [], tried(self.processor.tokenizer, [TEMPLATE.format(name) for name in names])
+        for start in range(0, len(all_texts), NUM_TEXTS):
+            texts = all_texts[start : start + NUM_TEXTS]
             length = self.model.config.text_config.max_position_embeddings
             inputs = self.processor.tokenizer(
                 texts, padding=True, truncation=True, max_length=length, return_tensors="pt"

@@ -108,7 +108,7 @@ def tag_dataset(
             summary.unchanged = len(wanted) - len(changed)
             if not changed:
                 return summary
-            journal = Journal(dataset, source.record, source.form)
+            journal = Journal(dataset, source.record, photos, source.form)
             todo = [photo for photo in changed if photo.sha256 not in journal.said]
             tagger = source.build(device)
             advice = "choose a smaller model, or add --device cpu"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import pickle
 import shutil
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from safelight.errors import UserError
 from safelight.trainer.captioning import model_files, models, prompts
 from safelight.trainer.captioning.models import load_captioner, open_captioner
+from safelight.trainer.captioning.tokenizer_file import check_tokenizer
 from tests.trainer.captioning.conftest import CPU, photo
 from tests.trainer.captioning.small_captioners import change_json
 
@@ -170,9 +172,9 @@ def chat_folder(captioner_folder, tmp_path) -> Path:
         # jinja would work this out while it compiles
         ("<image>{{ 'a' * 30000000000 }}", "MemoryError|fills the memory"),
         ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "it does not end"),
-        ("<image>{{ 'a' * 100000 }}", "100,007 characters, over the limit of 65,536"),
+        ("<image>{{ 'a' * 100000 }}", "100,007 characters, over the limit of 16,384"),
         ("{{ raise_exception('not today') }}", "not today"),
-        ("{{ messages[", "its chat template makes no prompt"),
+        ("{{ messages[", "its chat template or tokenizer makes no prompt"),
         ("<image>{{ ''.__class__.__mro__ }}", "unsafe"),
     ],
 )
@@ -188,13 +190,112 @@ def test_a_chat_template_is_bounded_in_memory_and_time(chat_folder, monkeypatch,
 def test_a_chat_template_is_rendered_once_for_all_photos(captioner_folder, monkeypatch):
     captioner = load_captioner(str(captioner_folder("idefics3")), CPU)
     generation = models.Generation(max_new_tokens=3, prompt="what is this?")
-    calls, render = [], models.rendered
+    calls, tried = [], models.tried
 
-    def spy(processor, prompt):
-        calls.append(prompt)
-        return render(processor, prompt)
+    def spy(tokenizer, texts, template):
+        calls.extend(texts)
+        return tried(tokenizer, texts, template)
 
-    monkeypatch.setattr(models, "rendered", spy)
+    monkeypatch.setattr(models, "tried", spy)
     for _ in range(2):
         captioner.caption([photo(1), photo(2)], generation)
     assert calls == ["what is this?"]
+
+
+def with_tokenizer(folder: Path, **parts) -> str:
+    """Return why a captioner with other parts of its tokenizer.json is refused, "" if it is not."""
+    original, message = (folder / "tokenizer.json").read_text(), f"{folder}:"
+    change_json(folder / "tokenizer.json", **parts)
+    try:
+        load_captioner(str(folder), CPU)
+    except UserError as error:
+        message = str(error)
+    (folder / "tokenizer.json").write_text(original)
+    assert message.startswith(str(folder))
+    assert "\n" not in message
+    return message.removeprefix(f"{folder}:")
+
+
+def replaced(pattern: dict, content: str) -> dict:
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+def sequence(kind: str, *parts: dict) -> dict:
+    return {"type": "Sequence", kind: list(parts)}
+
+
+DOUBLE = replaced({"String": "e"}, "ee")
+# of eighteen letters
+LONG = "\ufdfa"
+BYTES = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": False}
+EVERYTHING = {"Sequence": {"id": "A", "type_id": 0}}
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"normalizer": sequence("normalizers", *[DOUBLE] * 7)},
+        {"normalizer": sequence("normalizers", sequence("normalizers", *[DOUBLE] * 4), *[DOUBLE] * 4)},
+        {"normalizer": replaced({"Regex": "."}, "a" * 100)},
+        {"normalizer": replaced({"String": ""}, "a" * 100)},
+        {"normalizer": sequence("normalizers", *[replaced({"String": "l"}, LONG), {"type": "NFKD"}] * 8)},
+        {"normalizer": sequence("normalizers", *[{"type": "Prepend", "prepend": "a" * 10}] * 2)},
+        {"pre_tokenizer": sequence("pretokenizers", *[BYTES] * 3)},
+        {"decoder": sequence("decoders", *[DOUBLE] * 7)},
+        {"decoder": sequence("decoders", *[{"type": "BPEDecoder", "suffix": ""}] * 7)},
+        {
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": [EVERYTHING] * 65,
+                "pair": [],
+                "special_tokens": {},
+            }
+        },
+    ],
+)
+def test_a_tokenizer_may_not_lengthen_a_text_without_bounds(chat_folder, parts):
+    assert "can make a text more than 64 times as long" in with_tokenizer(chat_folder, **parts)
+
+
+def test_a_table_of_sentencepiece_may_not_lengthen_a_text_without_bounds(chat_folder):
+    def normalizer(text: str) -> dict:
+        table = (0).to_bytes(4, "little") + b"a\0" + text.encode() + b"\0"
+        return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(table).decode()}
+
+    check_tokenizer({"normalizer": normalizer(LONG)}, chat_folder)
+    for text in ("a" * 65, LONG * 4):
+        assert "times as long" in with_tokenizer(chat_folder, normalizer=normalizer(text))
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"normalizer": replaced({"Regex": "(a|a)*b"}, "")},
+        {"normalizer": replaced({"Regex": "a*a*a*b"}, "")},
+        {"decoder": replaced({"Regex": " +b"}, "")},
+    ],
+)
+def test_regular_expressions_of_a_tokenizer_end(chat_folder, parts):
+    assert "may take for ever" in with_tokenizer(chat_folder, **parts)
+
+
+def test_regular_expressions_of_a_pre_tokenizer_are_tried_within_bounds(chat_folder, monkeypatch):
+    monkeypatch.setattr(prompts, "MAX_CPU_SECONDS", 3)
+
+    def split(regex: str) -> dict:
+        return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+
+    assert with_tokenizer(chat_folder, pre_tokenizer=sequence("pretokenizers", split(r" ?\p{L}+|\s+"), BYTES)) == ""
+    slow = split(r"(?:(?:.|.)+)+[\d]{2}")
+    assert "makes no prompt: it does not end" in with_tokenizer(chat_folder, pre_tokenizer=slow)
+
+
+def test_a_tokenizers_tokens_are_bounded(chat_folder):
+    values = json.loads((chat_folder / "tokenizer.json").read_text())
+    values["model"]["vocab"]["a" * 1001] = len(values["model"]["vocab"])
+    assert "a token has 1,001 characters" in with_tokenizer(chat_folder, model=values["model"])
+    token = {"id": 900, "content": "b" * 2**20, "special": False, "normalized": True}
+    added = [*values["added_tokens"], {**dict.fromkeys(("single_word", "lstrip", "rstrip"), False), **token}]
+    assert "more than 1,048,576 characters" in with_tokenizer(chat_folder, added_tokens=added)
+    change_json(chat_folder / "processor_config.json", image_token="<" * 1001)
+    assert "image_token has 1,001 characters" in with_tokenizer(chat_folder)

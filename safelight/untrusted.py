@@ -130,14 +130,21 @@ def check_links(folder: Path) -> None:
 
 
 def check_kinds(
-    folder: Path, folders: Iterable[str | os.PathLike], files: Iterable[str | os.PathLike], keeper: str
+    folder: Path,
+    folders: Iterable[str | os.PathLike],
+    files: Iterable[str | os.PathLike],
+    keeper: str,
+    follow_links: bool = True,
 ) -> None:
     """Raise UnsafeFile if a name in a folder is not what its keeper makes of it: one of `folders`, or of `files`.
 
     Called before hours of work, at whose end such a name could not be written. keeper: "the run", in the message.
+    follow_links: whether one of `folders` may be a link; not where files are deleted.
     """
     for names, is_kind, kind in ((folders, os.path.isdir, "folder"), (files, os.path.isfile, "file")):
         for path in (Path(folder) / name for name in names):
+            if kind == "folder" and not follow_links and path.is_symlink():
+                raise UnsafeFile(f"{path} is a link where {keeper} keeps a folder; replace it by what it points to")
             if os.path.lexists(path) and not is_kind(path):
                 found = "a folder" if path.is_dir() else "a file" if path.is_file() else "neither file nor folder"
                 raise UnsafeFile(f"{path} is {found} where {keeper} keeps a {kind}; move it away")

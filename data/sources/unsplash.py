@@ -374,7 +374,7 @@ def fetch(
 
     _check(request)
     chosen, rejected, num_met = choose(request)
-    check_kinds(dataset, (FOLDER.parent.as_posix(), FOLDER.as_posix()), (), "a dataset")
+    check_kinds(dataset, (FOLDER.parent.as_posix(), FOLDER.as_posix()), (), "a dataset", follow_links=False)
     folder = path_in(dataset, FOLDER)
     folder.mkdir(parents=True, exist_ok=True)
     _check_width(folder, request.width)

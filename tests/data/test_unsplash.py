@@ -362,6 +362,20 @@ def test_photographs_of_an_earlier_draw_stay_until_they_are_pruned(tmp_path, ser
     assert len(list((dataset / "images").iterdir())) == 8
 
 
+@pytest.mark.parametrize(("link", "target"), [("downloads", "moved"), ("downloads/unsplash", "../images")])
+def test_nothing_behind_a_link_is_pruned(tmp_path, server, table, link, target):
+    dataset = tmp_path / "dataset"
+    request = Request((table,), limit=2, captions="ai")
+    prepare(dataset, request)
+    (dataset / link).rename(dataset / "moved")
+    (dataset / link).symlink_to(target)
+    # as long as a photograph's id
+    (dataset / "images" / "ab-12345678.jpg").write_text("precious")
+    with pytest.raises(UserError, match=f"{link} is a link where a dataset keeps a folder"):
+        prepare(dataset, request, prune=True)
+    assert (dataset / "images" / "ab-12345678.jpg").read_text() == "precious"
+
+
 def test_photographs_that_fail_are_left_out_with_their_reason(tmp_path, server, table):
     dataset = tmp_path / "dataset"
     request = Request((table,), limit=6)

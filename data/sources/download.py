@@ -250,7 +250,8 @@ def _retry_after_s(response: httpx2.Response) -> float | None:
     value = response.headers.get("retry-after", "").strip()
     if value.isascii() and value.isdigit():
         return float(value[:9])
-    with suppress(ValueError, TypeError):
+    # dates that Python cannot read, or that it has not
+    with suppress(ValueError, TypeError, LookupError, OverflowError):
         then = parsedate_to_datetime(value)
         return max(0.0, (then - datetime.now(UTC if then.tzinfo else None)).total_seconds())
     return None

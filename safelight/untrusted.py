@@ -52,6 +52,7 @@ MAX_YAML_BYTES = 2**16
 _KEY_END = re.compile(r"[\n=\[\]{},]")
 # seeds are unsigned integers of 64 bits
 MAX_INT = 2**64 - 1
+_LONG_INTEGER = "it has an integer of more than 64 bits"
 
 
 class UnsafeFile(UserError):
@@ -129,14 +130,21 @@ def check_links(folder: Path) -> None:
 
 
 def check_kinds(
-    folder: Path, folders: Iterable[str | os.PathLike], files: Iterable[str | os.PathLike], keeper: str
+    folder: Path,
+    folders: Iterable[str | os.PathLike],
+    files: Iterable[str | os.PathLike],
+    keeper: str,
+    follow_links: bool = True,
 ) -> None:
     """Raise UnsafeFile if a name in a folder is not what its keeper makes of it: one of `folders`, or of `files`.
 
     Called before hours of work, at whose end such a name could not be written. keeper: "the run", in the message.
+    follow_links: whether one of `folders` may be a link; not where files are deleted.
     """
     for names, is_kind, kind in ((folders, os.path.isdir, "folder"), (files, os.path.isfile, "file")):
         for path in (Path(folder) / name for name in names):
+            if kind == "folder" and not follow_links and path.is_symlink():
+                raise UnsafeFile(f"{path} is a link where {keeper} keeps a folder; replace it by what it points to")
             if os.path.lexists(path) and not is_kind(path):
                 found = "a folder" if path.is_dir() else "a file" if path.is_file() else "neither file nor folder"
                 raise UnsafeFile(f"{path} is {found} where {keeper} keeps a {kind}; move it away")
@@ -343,15 +351,20 @@ def parse_toml(text: str) -> dict:
     return values
 
 
-def _check_integers(values: dict) -> None:
-    """Refuse an integer that no setting can take: tomllib reads hexadecimal ones of any length, which str refuses."""
-    pending: list[object] = [values]
+def _check_integers(values: object) -> None:
+    """Refuse an integer that no setting can take: TOML and YAML have hexadecimal ones of any length, which str refuses.
+
+    values: of TOML or YAML, where an integer may also be a key, or in a set or pair.
+    """
+    pending = [values]
     while pending:
         value = pending.pop()
-        if isinstance(value, dict | list):
-            pending.extend(value.values() if isinstance(value, dict) else value)
+        if isinstance(value, dict):
+            pending += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple | set):
+            pending += value
         elif isinstance(value, int) and abs(value) > MAX_INT:
-            raise UnsafeFile("it has an integer of more than 64 bits")
+            raise UnsafeFile(_LONG_INTEGER)
 
 
 def _check_dotted_keys(text: str) -> None:
@@ -383,13 +396,20 @@ def parse_yaml(text: str) -> Any:
                 raise UnsafeFile(
                     f"line {event.start_mark.line + 1} has an alias, which is not followed; write the value"
                 )
-        return yaml.safe_load(text)
+        value = yaml.safe_load(text)
+        _check_integers(value)
+        return value
+    except UnsafeFile:
+        raise
     except yaml.MarkedYAMLError as error:
         place = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise UnsafeFile(f"{place}{error.problem}") from None
     # control characters; dates and integers that Python has not
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
-        raise UnsafeFile(str(error).partition("\n")[0]) from None
+        is_integer = "integer string conversion" in str(error)
+        raise UnsafeFile(_LONG_INTEGER if is_integer else str(error).partition("\n")[0]) from None
+    except (AttributeError, LookupError):
+        raise UnsafeFile("a value is not what its tag, such as !!bool or !!int, says") from None
 
 
 def read_toml(path: Path) -> dict:

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import socket
 import subprocess
 import time
@@ -395,3 +396,40 @@ def test_no_reader_goes_around_this_module():
             if name != "safelight/untrusted.py" and not name.startswith(OWN_FILES) and (calls := reading_calls(path)):
                 found[name] = calls
     assert found == {name: set(calls) for name, calls in EXCEPTIONS.items()}
+
+
+LONG_HEX, LONG = "0x" + "f" * 5000, "it has an integer of more than 64 bits"
+MISTAGGED = "a value is not what its tag, such as !!bool or !!int, says"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (f"a: {LONG_HEX}", LONG),
+        (f"a: [{{b: [-{LONG_HEX}]}}]", LONG),
+        (f"? {LONG_HEX}\n: 1", LONG),
+        (f"? !!set {{? {LONG_HEX}}}\n: 1", "line 1: found unhashable key"),
+        (f"!!set {{? {LONG_HEX}}}", LONG),
+        (f"!!pairs\n- a: {LONG_HEX}", LONG),
+        (f"a: {'1' * 5000}", LONG),
+        (f"a: {'1:' * 5000}1", LONG),
+        (f"a: 0{'7' * 5000}", LONG),
+        ("a: 18446744073709551616", LONG),
+        (f"a: {'1:' * 5000}1.5", "int too large to convert to float"),
+        ("a: 2001-01-01 00:00:00 +99:99", "offset must be a timedelta"),
+        ("a: !!bool maybe", MISTAGGED),
+        ("a: !!timestamp today", MISTAGGED),
+        ("a: !!int ''", MISTAGGED),
+        ("a: !!float '_'", MISTAGGED),
+        ("a: !!binary é", "line 1: failed to convert base64 data into ascii"),
+    ],
+)
+def test_yaml_values_that_no_setting_can_take(text, reason):
+    with pytest.raises(UnsafeFile, match=f"^{re.escape(reason)}"):
+        untrusted.parse_yaml(text)
+
+
+def test_the_largest_yaml_integer():
+    assert untrusted.parse_yaml("18446744073709551615: -18446744073709551615") == {
+        untrusted.MAX_INT: -untrusted.MAX_INT
+    }

@@ -341,6 +341,7 @@ def ingest(
                 (IMAGES_FOLDER, MASKS_FOLDER),
                 (MANIFEST_NAME, NOTES_NAME, REJECTED_NAME, SOURCES_NAME),
                 "a dataset",
+                follow_links=False,
             )
             if fetch is not None:
                 fetched = fetch(dataset)
@@ -404,9 +405,12 @@ def _ingest(
     write_manifest(dataset, summary.photos)
     used = {file for photo in summary.photos for file in (photo.file, photo.mask)}
     for file in collection.replaced_files - used:
-        # a line of an earlier manifest, which may be a stranger's, may name the manifest itself, or a folder
-        if PurePosixPath(file).parts[0] in (IMAGES_FOLDER, MASKS_FOLDER) and not (dataset / file).is_dir():
-            (dataset / file).unlink(missing_ok=True)
+        # a line of an earlier manifest, which may be a stranger's, may name the manifest itself, a folder, a file
+        # behind a link to another folder, or one that is used, written in another way
+        path = Path(os.path.realpath((dataset / file).parent)) / PurePosixPath(file).name
+        is_ours = str(path) == f"{dataset}/{file}" and file.split("/")[0] in (IMAGES_FOLDER, MASKS_FOLDER)
+        if is_ours and not path.is_dir():
+            path.unlink(missing_ok=True)
 
 
 def _check_use(sources: list[Path], collection: Collection, readers: list[CaptionReader], dataset: Path) -> None:

@@ -250,7 +250,8 @@ def _retry_after_s(response: httpx2.Response) -> float | None:
     value = response.headers.get("retry-after", "").strip()
     if value.isascii() and value.isdigit():
         return float(value[:9])
-    with suppress(ValueError, TypeError):
+    # dates that Python cannot read, or that it has not
+    with suppress(ValueError, TypeError, LookupError, OverflowError):
         then = parsedate_to_datetime(value)
         return max(0.0, (then - datetime.now(UTC if then.tzinfo else None)).total_seconds())
     return None
@@ -511,6 +512,14 @@ def _check_jpeg(part: BinaryIO) -> None:
         raise _Failed("cut off: the JPEG has no end")
 
 
+def _in_the_way(path: Path) -> str:
+    """Return why a file cannot be kept at a path, empty if it can: a folder, pipe or dead link is there."""
+    for place in (path, part_of(path), _note_of(path)):
+        if os.path.lexists(place) and not os.path.isfile(place):
+            return f"{place} is no file; move it away"
+    return ""
+
+
 def download(
     wanted: list[Wanted], progress: Callable[[int, int, str], None], limits: Limits | None = None
 ) -> list[Failure]:
@@ -519,12 +528,14 @@ def download(
     progress(files done, files in total, note) is called while it runs; the note has the speed, and why files wait. A
     call after a kill goes on where the last one was. Raises OSError if a file cannot be written.
     """
-    missing = [one for one in wanted if not os.path.lexists(one.path)]
+    blocked = [Failure(one, reason) for one in wanted if (reason := _in_the_way(one.path))]
+    skipped = {failure.wanted.path for failure in blocked}
+    missing = [one for one in wanted if one.path not in skipped and not os.path.lexists(one.path)]
     num_there = len(wanted) - len(missing)
     if not missing:
-        return []
+        return blocked
     downloader = Downloader(missing, limits or Limits())
     downloader.run(lambda done, note: progress(num_there + done, len(wanted), note))
     sync_folder(missing[0].path.parent)
     order = {one.path: index for index, one in enumerate(wanted)}
-    return sorted(downloader.failures, key=lambda failure: order[failure.wanted.path])
+    return sorted(blocked + downloader.failures, key=lambda failure: order[failure.wanted.path])

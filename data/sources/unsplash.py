@@ -319,7 +319,7 @@ def _check_width(folder: Path, width: int) -> None:
         held = None
     except UnsafeFile as error:
         raise UserError(f"{error}; delete {folder} to download its photographs again") from None
-    if held != width and any(map(_is_download, os.listdir(folder))):
+    if held != width and any(map(_is_download, _files_in(folder))):
         raise UserError(
             f"{folder} holds photographs that were downloaded with --width {held}; give the same width, or another "
             "dataset with -o"
@@ -356,6 +356,10 @@ def _is_download(name: str) -> bool:
     return name.endswith(".jpg") and _ID.fullmatch(name.removesuffix(".jpg")) is not None
 
 
+def _files_in(folder: Path) -> set[str]:
+    return {entry.name for entry in os.scandir(folder) if entry.is_file()}
+
+
 def fetch(
     request: Request,
     dataset: Path,
@@ -374,7 +378,7 @@ def fetch(
 
     _check(request)
     chosen, rejected, num_met = choose(request)
-    check_kinds(dataset, (FOLDER.parent.as_posix(), FOLDER.as_posix()), (), "a dataset")
+    check_kinds(dataset, (FOLDER.parent.as_posix(), FOLDER.as_posix()), (), "a dataset", follow_links=False)
     folder = path_in(dataset, FOLDER)
     folder.mkdir(parents=True, exist_ok=True)
     _check_width(folder, request.width)
@@ -382,7 +386,8 @@ def fetch(
     for name in os.listdir(folder):
         is_part = name.startswith(".") and name.endswith((".part", ".note"))
         is_unwanted = name[1:].rpartition(".")[0] not in names if is_part else prune and _is_download(name)
-        if is_unwanted and name not in names:
+        # a folder is none of ours
+        if is_unwanted and name not in names and ((folder / name).is_symlink() or not (folder / name).is_dir()):
             (folder / name).unlink()
     wanted = [Wanted(one.address, folder / one.file_name) for one in chosen]
     failures = download(wanted, progress, limits)
@@ -392,7 +397,7 @@ def fetch(
             f"{failures[0].reason}{_proxy_hint()}"
         )
     rejected += [Rejection(storable(failure.wanted.url), storable(failure.reason)) for failure in failures]
-    there = {*os.listdir(folder)}
+    there = _files_in(folder)
     new_rows = {one.file_name: _metadata_row(one, request) for one in chosen if one.file_name in there}
     rows = _held_rows(folder / METADATA_NAME, there) | new_rows
     lines = [json.dumps(row) + "\n" for row in rows.values()]
@@ -405,7 +410,7 @@ def _notes(request: Request, chosen: list[Photograph], num_met: int, folder: Pat
     if len(chosen) < request.limit:
         met = "meet --where" if request.where.strip() else "can be used"
         notes.append(f"{counted(num_met, 'row')} {met}, fewer than --limit {request.limit:,}: all were taken")
-    num_earlier = len({name for name in os.listdir(folder) if _is_download(name)} - {one.file_name for one in chosen})
+    num_earlier = len(set(filter(_is_download, _files_in(folder))) - {one.file_name for one in chosen})
     if num_earlier:
         notes.append(
             f"{counted(num_earlier, 'photograph')} of earlier draws stay in the dataset (--prune removes them)"

@@ -98,6 +98,29 @@ def test_retry_after_is_kept_by_all_workers(tmp_path, server, form):
     assert 0.9 < time.monotonic() - start < 10
 
 
+HUGE = "9" * 20
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("Retry-After", value) for value in ("soon", "-1", "1e9", "\xb2", "Wed, 21 Oct", f"Wed, {HUGE} Oct 2015")),
+        ("Retry-After", f"Mon, 1 Jan 2026 00:00:{HUGE} GMT"),
+        ("Retry-After", f"Mon, 1 Jan 2026 00:00:00 +{HUGE}"),
+        ("Retry-After", "Mon, 1 Jan 0001 00:00:00 +2359"),
+        ("Retry-After", f"Mon, 1 Jan {HUGE} 00:00:00 GMT"),
+        ("Set-Cookie", f"a=b; expires=Mon, 1 Jan {HUGE} 00:00:{HUGE} GMT; max-age={HUGE}{HUGE}; port={HUGE}"),
+        ("Content-Type", "\xff; charset=\xfe"),
+        ("Content-Range", f"bytes {HUGE}-{HUGE}/{HUGE}"),
+        ("ETag", "\xff" * 9),
+        ("Date", HUGE),
+    ],
+)
+def test_a_header_that_says_nothing_is_none(tmp_path, server, name, value):
+    url = server.add("/a", lambda handler, num: handler.send(503, headers={name: value}))
+    assert get(tmp_path, url)[0] == ["the server answers 503 Service Unavailable (tried 3 times)"]
+
+
 def test_a_server_that_asks_for_a_long_pause_is_left_alone(tmp_path, server):
     urls = [
         server.add(f"/{number}", lambda handler, num: handler.send(429, headers={"Retry-After": "3600"}))

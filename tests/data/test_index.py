@@ -135,6 +135,34 @@ def test_a_page_in_two_places_is_damage(folder):
         use(folder)
 
 
+# an entry of what finds rows by their place, as SQLite stores it: types of (shard 1, row 0 or 1, text of one letter)
+PLACE_OF_B = b"\x04\x09\x09\x0fb"
+OUT_OF_STEP = {"two rows at one place": b"\x04\x09\x08\x0fb", "place of no row": b"\x04\x09\x09\x0fc"}
+
+
+def put_out_of_step(folder: Path, name: str) -> None:
+    path = folder / INDEX_NAME
+    content = path.read_bytes()
+    assert content.count(PLACE_OF_B) == 1
+    content = content.replace(PLACE_OF_B, OUT_OF_STEP[name])
+    # counts the changes, so that who has it open reads it again
+    path.write_bytes(content[:24] + struct.pack(">I", 999) + content[28:])
+
+
+@pytest.mark.parametrize("name", OUT_OF_STEP)
+def test_rows_that_disagree_with_their_places_are_damage(folder, name):
+    put_out_of_step(folder, name)
+    with pytest.raises(UserError, match=DAMAGED.format("")):
+        Cache(folder)
+
+
+def test_rows_that_come_to_disagree_with_their_places_are_damage(folder):
+    with Cache(folder) as cache:
+        put_out_of_step(folder, "two rows at one place")
+        with pytest.raises(UserError, match=DAMAGED.format("its rows of text-1x2-float16-0000.bin are not in order")):
+            list(cache.addresses())
+
+
 def leave_journal(folder: Path, tail: bytes = b"") -> None:
     """Leave a half-written index with its journal, as a killed process does."""
     path, journal = folder / INDEX_NAME, folder / f"{INDEX_NAME}-journal"

@@ -366,3 +366,61 @@ def test_a_manifests_line_cannot_name_what_else_of_a_dataset_is_deleted(source, 
     assert sorted(path.relative_to(dataset) for path in dataset.rglob("*")) == sorted(
         [*before, Path("prepare_notes.txt")]
     )
+
+
+def plant(dataset, mask):
+    """Add a line to the manifest whose photo is gone, so that its mask is deleted."""
+    row = json.loads((dataset / "manifest.jsonl").read_text().splitlines()[0])
+    planted = {**row, "sha256": "0" * 64, "source": "x/y.png", "mask": mask, "mask_sha256": "0" * 64}
+    with open(dataset / "manifest.jsonl", "a") as manifest:
+        manifest.write(json.dumps({**planted, "file": "images/gone.png"}) + "\n")
+
+
+@pytest.mark.parametrize("prune", [False, True])
+@pytest.mark.parametrize(
+    ("link", "target", "mask"),
+    [
+        ("images", ".", "images/cache/index.sqlite"),
+        ("masks", "cache", "masks/index.sqlite"),
+        ("images/sub", "../cache", "images/sub/index.sqlite"),
+        ("masks/sub", "..", "masks/sub/cache/index.sqlite"),
+    ],
+)
+def test_nothing_behind_a_link_is_deleted(source, dataset, make_noise, link, target, mask, prune):
+    make_noise(1).save(source / "a.png")
+    ingest([source], dataset)
+    (dataset / "cache").mkdir()
+    (dataset / "cache" / "index.sqlite").write_text("precious")
+    (dataset / "cache" / ".index.tmp").write_text("precious")
+    (dataset / "masks").mkdir(exist_ok=True)
+    if "/" not in link:
+        (dataset / link).rename(dataset / "was")
+    (dataset / link).symlink_to(target)
+    plant(dataset, mask)
+    if "/" in link:
+        ingest([source], dataset, prune=prune)
+    else:
+        with pytest.raises(UserError, match=f"{link} is a link where a dataset keeps a folder; replace it by what"):
+            ingest([source], dataset, prune=prune)
+    assert sorted(os.listdir(dataset / "cache")) == [".index.tmp", "index.sqlite"]
+
+
+@pytest.mark.parametrize("name", ["images/{}", "images//{}", "images/./{}", "./images/{}", "masks/sub/{}"])
+def test_a_used_photo_is_not_deleted_under_another_name(source, dataset, make_noise, name):
+    make_noise(1).save(source / "a.png")
+    (photo,) = ingest([source], dataset).photos
+    (dataset / "masks").mkdir(exist_ok=True)
+    (dataset / "masks" / "sub").symlink_to("../images")
+    plant(dataset, name.format(photo.file.split("/")[1]))
+    ingest([source], dataset)
+    assert (dataset / photo.file).is_file()
+
+
+def test_a_mask_in_a_folder_of_the_masks_is_deleted_with_its_photo(source, dataset, make_noise):
+    make_noise(1).save(source / "a.png")
+    ingest([source], dataset)
+    (dataset / "masks" / "sub").mkdir(parents=True)
+    (dataset / "masks" / "sub" / "m.png").touch()
+    plant(dataset, "masks/sub/m.png")
+    ingest([source], dataset)
+    assert os.listdir(dataset / "masks" / "sub") == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 import resource
 from dataclasses import replace
@@ -360,6 +361,40 @@ def test_photographs_of_an_earlier_draw_stay_until_they_are_pruned(tmp_path, ser
     assert {photo.source for photo in pruned.photos} == {f"unsplash/{name}.jpg" for name in ids(other)}
     assert len(list((dataset / "downloads" / "unsplash").glob("*.jpg"))) == 8
     assert len(list((dataset / "images").iterdir())) == 8
+
+
+@pytest.mark.parametrize(("link", "target"), [("downloads", "moved"), ("downloads/unsplash", "../images")])
+def test_nothing_behind_a_link_is_pruned(tmp_path, server, table, link, target):
+    dataset = tmp_path / "dataset"
+    request = Request((table,), limit=2, captions="ai")
+    prepare(dataset, request)
+    (dataset / link).rename(dataset / "moved")
+    (dataset / link).symlink_to(target)
+    # as long as a photograph's id
+    (dataset / "images" / "ab-12345678.jpg").write_text("precious")
+    with pytest.raises(UserError, match=f"{link} is a link where a dataset keeps a folder"):
+        prepare(dataset, request, prune=True)
+    assert (dataset / "images" / "ab-12345678.jpg").read_text() == "precious"
+
+
+@pytest.mark.parametrize("form", ["{}.jpg", ".{}.jpg.part", ".{}.jpg.note"])
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("nowhere")])
+def test_what_is_no_file_is_no_download(tmp_path, server, table, form, make):
+    dataset = tmp_path / "dataset"
+    request = Request((table,), limit=4, captions="ai", seed=1)
+    name, *others = ids(request)
+    place = dataset / "downloads" / "unsplash" / form.format(name)
+    place.parent.mkdir(parents=True)
+    make(place)
+    summary = prepare(dataset, request)
+    assert [item.reason for item in summary.rejected if "move it away" in item.reason] == [
+        f"{place} is no file; move it away"
+    ]
+    assert {photo.source for photo in summary.photos} == {f"unsplash/{other}.jpg" for other in others}
+    assert f"{name}.jpg" not in (place.parent / "metadata.jsonl").read_text()
+    # nor is it in the way of another draw
+    assert prepare(dataset, replace(request, seed=2, limit=2), prune=True).photos
+    assert not os.path.lexists(place) or place.is_dir()
 
 
 def test_photographs_that_fail_are_left_out_with_their_reason(tmp_path, server, table):

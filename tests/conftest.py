@@ -97,3 +97,13 @@ def make_config(tmp_path, tiny_dataset):
         return parse_config(_merge(_merge(SMALL_RUN, paths), changes), "make_config")
 
     return make
+
+
+# the files that take longest, which would otherwise keep one process busy after the others have ended
+_FIRST = ("tests/trainer/tiny/test_demo.py", "tests/trainer/test_resume.py", "tests/trainer/test_cli.py")
+
+
+def pytest_collection_modifyitems(items):
+    root = Path(__file__).resolve().parent.parent
+    place = {root / name: number for number, name in enumerate(_FIRST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))

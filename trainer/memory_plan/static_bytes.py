@@ -22,7 +22,7 @@ from safelight.kernels.moment_blocks import MIN_8BIT_ELEMENTS
 from safelight.kernels.optim.paged_state import state_bytes
 from safelight.kernels.unet import patch
 from safelight.kernels.unet.activation_offload import SLAB_BYTES
-from safelight.kernels.unet.attention import attention_cases, choose_attention
+from safelight.kernels.unet.attention import NUM_TEXT_TOKENS, attention_cases, choose_attention
 from safelight.trainer.checkpoint.snapshot import SNAPSHOT_SLAB_BYTES
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.timeline import StageSteps, Timeline
@@ -228,7 +228,7 @@ def text_bytes(config: Config, photos: Iterable[Photo]) -> int:
     num = sum(len(photo.captions) * (data.caption_variants if photo.tags else 1) for photo in photos)
     # the empty caption and the negative prompt
     num += 2 + (len(config.sample.prompts) or config.sample.num_prompts)
-    num_tokens = base.config_of("text_encoder")["max_position_embeddings"] * data.caption_chunks
+    num_tokens = base.config_of("text_encoder").get("max_position_embeddings", NUM_TEXT_TOKENS) * data.caption_chunks
     itemsize = {"float16": 2, "float32": 4}[data.cache_dtype]
     return num * num_tokens * base.config_of("unet")["cross_attention_dim"] * itemsize
 

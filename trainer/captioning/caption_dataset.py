@@ -227,7 +227,7 @@ def caption_dataset(
             journal = Journal(dataset, record, photos)
             todo = [photo for photo in wanted if photo.sha256 not in journal.said]
             if todo:
-                batched = BatchedCaptioner(source.build(device), batch_size, say)
+                batched = BatchedCaptioner(source.build(device, generation), batch_size, say)
                 with guard or nullcontext():
                     _describe_all(dataset, batched, journal, generation, todo, summary, progress, stop_requested)
         written = canonical({"model": model, **record, **wording.record()})

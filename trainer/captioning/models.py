@@ -30,6 +30,8 @@ USUAL_PROMPT = "Describe this photograph in one sentence."
 USUAL_PROMPTS = {"blip": "", "blip-2": "", "git": "", "florence2": "<DETAILED_CAPTION>", "paligemma": "caption en"}
 # kinds that read other things than photographs, or whose generation takes no options
 NOT_CAPTIONERS = {"pi0", "udop", "evolla", "shieldgemma2", "diffusion_gemma", "instructblipvideo"}
+# what to do if a model fails
+HINT = "get this model again, or use another one"
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Captioner:
     """A model that describes pictures, with its processor.
 
     name: the folder or hub id. kind: `model_type` of its config. dtype: of its inputs, and of its weights but those
-    that a kind keeps in fp32. fingerprint: SHA-256 of its weights and settings.
+    that a kind keeps in fp32. fingerprint: SHA-256 of its weights and settings. hint: what to do if it fails.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Captioner:
     device: torch.device
     dtype: torch.dtype
     fingerprint: str
+    hint: str = HINT
     # what is made of prompts
     _texts: dict[str, str] = field(default_factory=dict)
 
@@ -68,11 +71,20 @@ class Captioner:
         """Return a text for each picture. sample_ids: the photos' ids, which key the draws if tokens are sampled."""
         return [described.text for described in self.describe(images, generation, sample_ids)]
 
-    @torch.inference_mode()
     def describe(
         self, images: Sequence[Image.Image], generation: Generation, sample_ids: Sequence[int] = ()
     ) -> list[Described]:
-        """Return what is generated for each picture, in one batch. Raises torch.OutOfMemoryError if it is too large."""
+        """Return what is generated for each picture, in one batch.
+
+        Raises torch.OutOfMemoryError if it is too large, UserError if the model's files make it fail.
+        """
+        with blamed_on(self.name, "it cannot describe a picture", self.hint):
+            return self._describe(images, generation, sample_ids)
+
+    @torch.inference_mode()
+    def _describe(
+        self, images: Sequence[Image.Image], generation: Generation, sample_ids: Sequence[int]
+    ) -> list[Described]:
         images = [image.convert("RGB") for image in images]
         inputs = self._inputs(images, generation.prompt or USUAL_PROMPTS.get(self.kind, USUAL_PROMPT))
         processors = []
@@ -153,25 +165,50 @@ class CaptionerSource:
     _files: ModelFiles
     _tensors: dict[str, Tensor]
 
-    def build(self, device: torch.device) -> Captioner:
+    def build(self, device: torch.device, generation: Generation) -> Captioner:
         """Return the captioner on a device, in fp32 on a CPU and 16 bits on a GPU.
 
-        It has described a grey picture then. Raises UserError if its files do not make a model that can.
+        It has described a grey picture as it is going to describe photos. Raises UserError if its files do not make a
+        model that can.
         """
         try:
-            captioner = _load(self, self._files, self._tensors, device)
-            captioner.describe([Image.new("RGB", (64, 64), "grey")], Generation(num_beams=1, max_new_tokens=1))
+            with blamed_on(self.name, "it cannot be loaded", _hint(self._files)):
+                captioner = _load(self, self._files, self._tensors, device)
+            captioner.describe([Image.new("RGB", (64, 64), "grey")], generation)
         except torch.OutOfMemoryError:
             raise UserError(
                 f"--model {self.name!r} does not fit the GPU's memory; close other programs, choose a smaller model, "
-                "or add --device cpu"
+                "lower --num-beams and --max-new-tokens, or add --device cpu"
             ) from None
-        except UserError:
-            raise
-        # a size that the model was not made for, a prompt without the mark for the picture: whatever does not fit
-        except Exception as error:
-            raise _unusable(self._files, "it cannot describe a picture", error) from error
         return captioner
+
+
+@contextmanager
+def blamed_on(name: str, what: str, hint: str = HINT) -> Iterator[None]:
+    """Raise whatever a model raises as a UserError of one line, which names the model and what it cannot do.
+
+    Its files come from anybody: sizes that it was not made for, settings of another kind, a prompt without the mark for
+    the picture. torch.OutOfMemoryError is left as it is.
+    """
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except BaseException as error:
+        # tokenizers' panics are no Exceptions
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{name}: {what} ({_first_line(error)}); {hint}") from error
+
+
+def _hint(files: ModelFiles) -> str:
+    # Microsoft's repositories hold a model that transformers cannot build without the code beside it
+    is_old = files.config.get("model_type") == "florence2" and "davit" in str(files.config.get("vision_config"))
+    return "use florence-community/Florence-2-base" if is_old else HINT
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 @contextmanager
@@ -189,7 +226,7 @@ def open_captioner(spec: str) -> Iterator[CaptionerSource]:
 def load_captioner(spec: str, device: torch.device) -> Captioner:
     """Return the captioner in a local folder or a hub repository, on a device. Raises UserError."""
     with open_captioner(spec) as source:
-        return source.build(device)
+        return source.build(device, Generation(num_beams=1, max_new_tokens=1))
 
 
 def _kind_of(spec: str, files: ModelFiles) -> str:
@@ -215,7 +252,7 @@ def _load(source: CaptionerSource, files: ModelFiles, tensors: dict[str, Tensor]
     model = load_weights(files, config, model_class, tensors, dtype, generation_config=GenerationConfig())
     processor = made_of_files(files, lambda: load_processor(files.staged, config, files.values))
     _complete(model, processor, config, files.generation())
-    return Captioner(source.name, kind, model.to(device), processor, device, dtype, source.fingerprint)
+    return Captioner(source.name, kind, model.to(device), processor, device, dtype, source.fingerprint, _hint(files))
 
 
 def read_config(files: ModelFiles):
@@ -254,18 +291,9 @@ def made_of_files(files: ModelFiles, make: Callable):
     try:
         return make()
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
-            f"{files.folder}: no processor can be made of its files ({reason}); use another model"
+            f"{files.folder}: no processor can be made of its files ({_first_line(error)}); use another model"
         ) from error
-
-
-def _unusable(files: ModelFiles, what: str, error: Exception) -> UserError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-    # Microsoft's repositories hold a model that transformers cannot build without the code beside it
-    is_old = files.config.get("model_type") == "florence2" and "davit" in str(files.config.get("vision_config"))
-    hint = "use florence-community/Florence-2-base" if is_old else "get this folder again, or use another model"
-    return UserError(f"{files.folder}: {what} ({reason}); {hint}")
 
 
 def _complete(model: nn.Module, processor, config, generation: dict) -> None:

@@ -110,7 +110,7 @@ def write_preview(
                 journal = Journal(dataset, {"weights": source.fingerprint[:16], **generation.record()}, all_photos)
                 todo = [photo for photo in photos if photo.sha256 not in journal.said]
                 if todo:
-                    batched = batched or BatchedCaptioner(source.build(device), batch_size, say)
+                    batched = batched or BatchedCaptioner(source.build(device, generation), batch_size, say)
                     for batch in decoded_batches(dataset, todo, batched):
                         describe_batch(batch, batched, journal, generation)
                 num_done += len(photos)

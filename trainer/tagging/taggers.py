@@ -22,12 +22,11 @@ from safelight.errors import UserError
 from safelight.text import shortened
 from safelight.trainer.captioning.journal import Form
 from safelight.trainer.captioning.model_files import ModelFiles, opened
-from safelight.trainer.captioning.models import read_config
+from safelight.trainer.captioning.models import blamed_on, read_config
 from safelight.trainer.tagging.boxes import Box, boxes_of_row, row_of_boxes
 from safelight.trainer.tagging.categories import Categories
 from safelight.trainer.tagging.clip import Clip, embedding_of_row, load_clip, row_of_embedding
 from safelight.trainer.tagging.detectors import check_kind, load_detector
-from safelight.trainer.tagging.onnx_file import reason_of
 from safelight.trainer.tagging.weights import tags_of_boxes, tags_of_probabilities
 from safelight.trainer.tagging.yolox import Yolox
 
@@ -136,25 +135,39 @@ def _kind(files: ModelFiles) -> str:
     return shortened(str(files.config.get("model_type")), 60)
 
 
+@dataclass(frozen=True)
+class _Named:
+    """A tagger whose errors are one line with its model's name."""
+
+    spec: str
+    tagger: Tagger
+
+    @property
+    def device(self) -> torch.device:
+        return self.tagger.device
+
+    def look(self, images: Sequence[Image.Image]) -> list:
+        with blamed_on(self.spec, "it cannot look at a picture"):
+            return self.tagger.look(images)
+
+    def tags(self, seen: object, categories: Categories, min_confidence: float) -> tuple[Tag, ...]:
+        with blamed_on(self.spec, "it makes no tags of what it saw"):
+            return self.tagger.tags(seen, categories, min_confidence)
+
+
 def _tried(spec: str, build: Callable[[torch.device], Tagger]) -> Callable[[torch.device], Tagger]:
-    """Return `build`, and a look at a grey picture after it, with whatever that raises in one line."""
+    """Return `build`, and a look at a grey picture after it."""
 
     def build_and_try(device: torch.device) -> Tagger:
         try:
-            tagger = build(device)
+            with blamed_on(spec, "it cannot be loaded"):
+                tagger = _Named(spec, build(device))
             tagger.look([Image.new("RGB", (64, 48), "grey")])
         except torch.OutOfMemoryError:
             raise UserError(
                 f"{spec!r} does not fit the GPU's memory; close other programs, choose a smaller model, or add "
                 "--device cpu"
             ) from None
-        except UserError:
-            raise
-        # a size that the model was not made for, outputs of another kind: whatever does not fit
-        except Exception as error:
-            raise UserError(
-                f"{spec!r} cannot look at a picture ({reason_of(error)}); get it again, or use another model"
-            ) from error
         return tagger
 
     return build_and_try

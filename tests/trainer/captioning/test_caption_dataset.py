@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,7 @@ from safelight.trainer.captioning.caption_dataset import BatchedCaptioner, capti
 from safelight.trainer.captioning.models import Captioner, Described
 from safelight.trainer.captioning.options import Generation, Wording
 from tests.trainer.captioning.conftest import CPU, photo
+from tests.trainer.captioning.small_captioners import change_json
 
 SHORT = Generation(num_beams=1, max_new_tokens=5)
 PLAIN = Wording()
@@ -40,9 +43,9 @@ def run(captioner_folder, dataset):
     return caption
 
 
-def is_trial(generation: Generation) -> bool:
+def is_trial(images) -> bool:
     """Return whether a captioner is tried on a grey picture after it was loaded."""
-    return generation.max_new_tokens == 1
+    return [image.size for image in images] == [(64, 64)]
 
 
 @pytest.fixture
@@ -51,7 +54,7 @@ def described(monkeypatch) -> list[int]:
     sizes, describe = [], Captioner.describe
 
     def spy(self, images, generation, *ids):
-        if not is_trial(generation):
+        if not is_trial(images):
             sizes.append(len(images))
         return describe(self, images, generation, *ids)
 
@@ -160,7 +163,7 @@ def test_a_full_gpu_halves_the_batch(run, monkeypatch):
     describe, sizes, said = Captioner.describe, [], []
 
     def full(self, images, generation, *ids):
-        if not is_trial(generation):
+        if not is_trial(images):
             sizes.append(len(images))
         if len(images) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -226,7 +229,7 @@ def test_memory_holds_two_batches_of_pictures_at_most(run, monkeypatch):
         return picture
 
     def describe(self, images, generation, *ids):
-        if is_trial(generation):
+        if is_trial(images):
             return []
         most.append(sum(picture() is not None for picture in decoded))
         return [Described("a dog", 2)] * len(images)
@@ -282,3 +285,45 @@ def test_killed_at_any_moment_it_ends_with_the_same_captions(run, dataset, capti
 )
 def test_whose_caption_it_is(caption, source, expected):
     assert is_human(Photo("images/0.png", "0" * 64, 9, 9, (caption,), "p/0.png", source)) == expected
+
+
+@pytest.mark.parametrize("kind", ["blip", "idefics3"])
+def test_a_model_is_tried_with_the_options_and_the_prompt_of_the_user(captioner_folder, dataset, tmp_path, kind):
+    """What only these meet is found before the first photo, and is one line."""
+    folder = Path(shutil.copytree(captioner_folder(kind), tmp_path / "model"))
+    if kind == "blip":
+        change_json(folder / "generation_config.json", length_penalty="x")
+        bad, good = Generation(num_beams=2, max_new_tokens=5), SHORT
+    else:
+        template = (folder / "chat_template.jinja").read_text()
+        (folder / "chat_template.jinja").write_text(
+            "{% if 'zoo' in messages[0]['content'][1]['text'] %}{{ raise_exception('boo') }}{% endif %}" + template
+        )
+        bad, good = replace(SHORT, prompt="zoo"), SHORT
+    with pytest.raises(UserError, match=r"model: it cannot describe a picture \(.*(boo|'str').*\)") as error:
+        caption_dataset(dataset, str(folder), bad, PLAIN, CPU)
+    assert "\n" not in str(error.value)
+    assert not (dataset / "captions").exists()
+    assert caption_dataset(dataset, str(folder), good, PLAIN, CPU).made == 7
+
+
+def test_a_model_that_fails_after_its_trial_is_one_line(run, dataset, monkeypatch):
+    class PanicException(BaseException):
+        """As tokenizers raises it."""
+
+    generate, errors = Captioner._inputs, [TypeError("pow() of a str\nand more"), PanicException("a regex")]
+
+    def fail(self, images, prompt):
+        if is_trial(images):
+            return generate(self, images, prompt)
+        raise errors[0]
+
+    monkeypatch.setattr(Captioner, "_inputs", fail)
+    for reason in (r"pow\(\) of a str", "a regex"):
+        with pytest.raises(UserError, match=rf"blip: it cannot describe a picture \({reason}\); get this") as error:
+            run()
+        assert "\n" not in str(error.value)
+        del errors[0]
+    errors[:] = [KeyboardInterrupt()]
+    with pytest.raises(KeyboardInterrupt):
+        run()

@@ -15,7 +15,7 @@ from transformers import CLIPModel
 
 from safelight.errors import UserError
 from safelight.trainer.tagging.categories import DEFAULT_CATEGORIES, parse_categories
-from safelight.trainer.tagging.clip import embedding_of_row, row_of_embedding
+from safelight.trainer.tagging.clip import Clip, embedding_of_row, row_of_embedding
 from safelight.trainer.tagging.taggers import open_clip, open_detector
 from tests.trainer.captioning.conftest import photo
 from tests.trainer.captioning.small_captioners import change_json
@@ -44,7 +44,8 @@ def loaded(folder: Path):
 
 
 def model_of(tagger) -> torch.nn.Module:
-    return tagger.clip.model if hasattr(tagger, "clip") else tagger.find.__self__.model
+    model = tagger.tagger.clip if hasattr(tagger.tagger, "clip") else tagger.tagger.find.__self__
+    return model.model
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -81,7 +82,7 @@ def test_clip_gives_the_probabilities_of_transformers(model_folder):
     categories = parse_categories("animal: dog, cat\nplant")
     folder, clip = model_folder("clip"), loaded(model_folder("clip"))
     model = CLIPModel.from_pretrained(folder).eval()
-    processor = clip.clip.processor
+    processor = clip.tagger.clip.processor
     texts = [f"a photo of a {name}" for name in ("animal", "dog", "cat", "plant")]
     inputs = processor(text=texts, images=PHOTOS, return_tensors="pt", padding=True)
     with torch.inference_mode():
@@ -135,7 +136,7 @@ def test_classes_without_a_name_are_no_tags(folder):
     change_json(
         folder / "config.json", id2label={"0": "N/A", "1": "LABEL_1", "2": "7", "3": "a|b", "4": "x\x1b[2J" * 99}
     )
-    names = loaded(folder).find.__self__.names
+    names = loaded(folder).tagger.find.__self__.names
     assert names[:4] == ["", "", "", ""]
     assert len(names[4]) <= 60
     assert names[4].isprintable()
@@ -175,3 +176,17 @@ def test_a_picture_of_any_mode_is_looked_at(folder):
     tagger = loaded(folder)
     for mode in ("L", "RGBA", "P", "1"):
         assert len(tagger.look([Image.new(mode, (50, 40))])) == 1
+
+
+def test_what_fails_after_the_first_picture_is_one_line_with_the_models_name(model_folder, monkeypatch):
+    tagger, seen = loaded(model_folder("clip")), torch.zeros(8)
+
+    def fail(*_, **__):
+        raise TypeError("pow() of a str\nand more")
+
+    monkeypatch.setattr(Clip, "embed_images", fail)
+    monkeypatch.setattr(Clip, "embed_names", fail)
+    for use in (lambda: tagger.look(PHOTOS), lambda: tagger.tags(seen, DEFAULT_CATEGORIES, 0.5)):
+        with pytest.raises(UserError, match=r"clip: it .* \(pow\(\) of a str\); get this model again") as error:
+            use()
+        assert "\n" not in str(error.value)

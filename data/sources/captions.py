@@ -95,7 +95,7 @@ class CaptionReader(SourceTree):
             is_text = suffix in (".txt", ".caption", ".cls")
             if is_text and has_text:
                 continue
-            text = self.text(path, MAX_SIDECAR_BYTES)
+            text = self.text(path, MAX_SIDECAR_BYTES, as_caption=is_text)
             if text is None:
                 continue
             if is_text and not collapse(text):

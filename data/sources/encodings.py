@@ -1,15 +1,29 @@
-"""Decode the texts that other programs write, in whatever encoding."""
+"""Decode the texts that other programs write, in whatever encoding, and tell them from what is no text."""
 
 from __future__ import annotations
 
 import codecs
 import unicodedata
 
+# of random bytes, read as any encoding, a tenth or more are characters that nobody writes
+_MIN_PER_UNWRITTEN = 20
 
-def _is_text(text: str) -> bool:
-    """Return whether every character is one that people write."""
+
+def _unwritten(text: str) -> set[str]:
+    """Return the characters of a text that people do not write."""
     # a set: tables have hundreds of millions of characters, of a few kinds
-    return all(char in "\t\n\r\f\v" or unicodedata.category(char) not in ("Cc", "Cn", "Co", "Cs") for char in set(text))
+    kinds = ("Cc", "Cn", "Co", "Cs")
+    return {char for char in set(text) if char not in "\t\n\r\f\v" and unicodedata.category(char) in kinds}
+
+
+def is_caption(text: str) -> bool:
+    """Return whether somebody may have written a decoded text.
+
+    It has no NUL, and hardly any control characters and bytes without a meaning; a single one is damage.
+    """
+    unwritten = _unwritten(text) | {"\ufffd"}
+    num_bad = sum(char in unwritten for char in text)
+    return "\0" not in text and (num_bad < 2 or num_bad * _MIN_PER_UNWRITTEN <= len(text))
 
 
 def _utf16_without_mark(content: bytes, is_utf8: bool) -> str | None:
@@ -31,7 +45,7 @@ def _utf16_without_mark(content: bytes, is_utf8: bool) -> str | None:
                 texts.append((num_high_bytes, content.decode(encoding)))
             except UnicodeDecodeError:
                 continue
-    texts = [(num, text) for num, text in texts if _is_text(text)]
+    texts = [(num, text) for num, text in texts if not _unwritten(text)]
     return min(texts)[1] if texts else None
 
 
@@ -56,7 +70,7 @@ def decode_text(content: bytes) -> tuple[str, str]:
         text, bad = content.decode("utf-8"), None
     except UnicodeDecodeError as error:
         text, bad = content.decode("utf-8", errors="replace"), error
-    if bad or not _is_text(text):
+    if bad or _unwritten(text):
         wide = _utf16_without_mark(content, is_utf8=bad is None)
         if wide is not None:
             return wide, "has no byte order mark; it was read as UTF-16: if letters are wrong, save it as UTF-8"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safelight.data.sources.arrow import ArrowFile, ArrowProcess
 from safelight.data.sources.caption import Rejection
-from safelight.data.sources.encodings import decode_text
+from safelight.data.sources.encodings import decode_text, is_caption
 from safelight.data.sources.listing import NO_PICTURE, Listing, list_folder, make_listing, stem_of, suffix_of
 from safelight.data.sources.packed import Packed, PackedPicture
 from safelight.data.sources.tar import Tar
@@ -138,8 +138,11 @@ class SourceTree:
             return True
         return False
 
-    def text(self, path: Path, max_bytes: int) -> str | None:
-        """Return a file's text, or None if it is too large or cannot be read. Adds a warning or a rejection then."""
+    def text(self, path: Path, max_bytes: int, as_caption: bool = False) -> str | None:
+        """Return a file's text, or None if it is too large or cannot be read. Adds a warning or a rejection then.
+
+        as_caption: the whole text is a caption, so that nothing else tells that the file is no text.
+        """
         if self.refuses_link(path):
             return None
         try:
@@ -155,6 +158,9 @@ class SourceTree:
             self.warnings.append(f"{printable(path)} was ignored: {limit}")
             return None
         text, note = decode_text(content)
+        if as_caption and not is_caption(text):
+            self.reject(path, "not text, or in an unknown encoding; delete it, or save it as UTF-8")
+            return None
         if note:
             self.warnings.append(f"{printable(path)} {note}")
         return text

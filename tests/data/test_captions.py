@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import random
 import time
 
 import pytest
@@ -283,6 +284,58 @@ def test_encodings(content, text, note):
     decoded = decode_text(content)
     assert decoded[0] == text
     assert (note in decoded[1]) if note else (decoded[1] == "")
+
+
+WIDE = ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be")
+
+
+def random_bytes(seed: int, num: int = 300) -> bytes:
+    return random.Random(seed).randbytes(num)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"one\0two",
+        b"\0" * 50,
+        "a dog".encode("utf-32-le"),
+        b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR",
+        b"\x1f\x8b\x08\x1b\x01" + b"letters",
+        b"\x81\x8d\x8f\x90 kanji",
+        *map(random_bytes, range(5)),
+        *(random_bytes(seed).replace(b"\0", b"") for seed in range(5, 10)),
+        *(mark + random_bytes(seed) for seed, mark in ((10, b"\xff\xfe"), (11, b"\xfe\xff"), (12, b"\xef\xbb\xbf"))),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["txt", "caption"])
+def test_bytes_that_are_no_text_are_no_caption(root, content, suffix):
+    path = root / f"a dog_1.{suffix}"
+    path.write_bytes(content)
+    texts, source, reader = read(root, "a dog_1.jpg")
+    assert (texts, source) == (("a dog",), "file name")
+    assert [(item.path, item.kind, item.reason) for item in reader.rejections] == [
+        (str(path), "caption", "not text, or in an unknown encoding; delete it, or save it as UTF-8")
+    ]
+    assert reader.warnings == []
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"caf\xe9", "café"),
+        (b"\x93a dog\x94 \x81", "“a dog” \ufffd"),
+        ("żółw".encode()[:-2] + b"w", "żó\ufffdw"),
+        (b"a \x1b[31mdog", "a [31mdog"),
+        (b"a\x0bdog\x0c", "a dog"),
+        ("a dog \uf8ff".encode(), "a dog \uf8ff"),
+        *((text.encode(encoding), text) for text in (RUSSIAN, CHINESE, "a red barn") for encoding in WIDE),
+    ],
+)
+def test_texts_with_a_damaged_character_are_captions(root, content, text):
+    (root / "a dog_1.txt").write_bytes(content)
+    texts, _, reader = read(root, "a dog_1.jpg")
+    assert texts == (" ".join(text.split()),)
+    assert reader.rejections == []
 
 
 def test_a_note_names_the_file_of_another_encoding(root):

@@ -265,7 +265,8 @@ class Cache:
         return list(bad.values())
 
     def addresses(self) -> Iterator[Address]:
-        """Yield where every row is stored, in the order of the shards."""
+        """Yield where every row is stored, in the order of the shards. Raises UserError if the index is damaged."""
+        self._index.check_places()
         for shard in self._index.shards():
             yield from self._index.rows_of(shard)
 

@@ -7,7 +7,7 @@ from statistics import median
 from typing import Literal
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageChops
 
 from safelight.data.photo import Photo, Quality
 
@@ -34,15 +34,17 @@ def measure(image: Image.Image) -> Quality:
         width, height = (max(1, round(side * scale)) for side in image.size)
         image = image.resize((width, height), Image.Resampling.BOX, reducing_gap=2.0)
     luma = np.asarray(image.convert("L"), np.float32)
-    pixels = np.asarray(image)
+    red, green, blue = image.split()
+    brightest = ImageChops.lighter(ImageChops.lighter(red, green), blue).histogram()
+    darkest = ImageChops.darker(ImageChops.darker(red, green), blue).histogram()
     padded = np.pad(luma, 1, "edge")
     laplacian = padded[1:-1, :-2] + padded[1:-1, 2:] + padded[:-2, 1:-1] + padded[2:, 1:-1] - 4 * luma
     # rounded, so that a manifest stays readable; the last digits say nothing
     return Quality(
         round(float(laplacian.var()), 1),
         round(float(luma.mean()) / 255, 3),
-        round(float((pixels.max(axis=2) <= BLACK).mean()), 3),
-        round(float((pixels.min(axis=2) >= WHITE).mean()), 3),
+        round(sum(brightest[: BLACK + 1]) / luma.size, 3),
+        round(sum(darkest[WHITE:]) / luma.size, 3),
     )
 
 

@@ -3,9 +3,9 @@
     python -m tools.prepare_speed PHOTOS [--num 367] [--megapixels 6] [--repeats 3]
 
 Photographs of the folder are enlarged to a camera's size first, `--num` of them, so that each is decoded, shrunk and
-encoded again. Both ways then run in turn, because a machine's speed changes; their ratios are of medians within one run. That
-of processor time holds on a machine that does other things as well.
-Prints one result line, as the benchmarks do.
+encoded again. Both ways then run in turn, because a machine's speed changes; their ratios are of medians within one
+run. That of processor time holds on a machine that does other things as well. Prints one result line, as the
+benchmarks do.
 """
 
 from __future__ import annotations

@@ -384,7 +384,8 @@ CAPTIONS = [
     ),
     Picture("caption with markup", sidecar(PAGE.encode()), TAKEN, caption=PAGE),
     Picture("caption with CRLF", sidecar(b"one\r\ntwo\r\n"), TAKEN, caption="one two"),
-    Picture("caption with NUL and escapes", sidecar(b"one\0\x1b[31mtwo"), TAKEN, caption="one [31mtwo"),
+    Picture("caption with an escape", sidecar(b"one\x1b[31mtwo"), TAKEN, caption="one [31mtwo"),
+    Picture("caption with NUL", sidecar(b"one\0two"), TAKEN, "not text", caption="x"),
     Picture("two sidecars", two_sidecars, TAKEN, caption="of the text file"),
     Picture("sidecar is a folder", with_sidecar(lambda folder: (folder / "x.txt").mkdir()), TAKEN, caption="x"),
     Picture(

@@ -190,7 +190,7 @@ def test_cache_counts_the_distinct_captions(configured, tmp_path):
     assert printed["num_tagged"] == 2
     assert NUM < printed["num_captions"] <= NUM - 2 + 2 * 4
     lines = call("cache", tmp_path / "run.toml").out.splitlines()
-    assert lines[-1].startswith(f"{printed['num_captions']} distinct captions of 7 photographs; 2 have tags, in up to ")
+    assert lines[-2].startswith(f"{printed['num_captions']} distinct captions of 7 photographs; 2 have tags, in up to ")
 
 
 def test_sizes_merged_buckets_and_small_photographs_take_effect(make_config, tmp_path, plans):

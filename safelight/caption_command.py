@@ -11,6 +11,7 @@ from safelight.output.show import print_json, print_line, say_loading, say_next
 
 if TYPE_CHECKING:
     from safelight.options.arguments import Caption
+    from safelight.trainer.run_log.terminal import Terminal
 
 
 def caption(argv: list[str], description: str) -> int:
@@ -91,13 +92,7 @@ def caption(argv: list[str], description: str) -> int:
         print_json(caption_json(summary, arguments.dataset))
     else:
         print_captions(summary, arguments.dataset, terminal)
-    if summary.left:
-        command = shlex.join(["safelight", "caption", *argv])
-        terminal.say(f"stopped; what is done is in the dataset. Go on with: {command}")
-        return EXIT_INTERRUPTED
-    if not arguments.json:
-        say_next(f"safelight train run.toml --data.path {shlex.quote(str(arguments.dataset))}")
-    return 0
+    return _ended(arguments, argv, summary.left, terminal)
 
 
 # arguments of `safelight caption` that have a meaning for tags
@@ -163,7 +158,12 @@ def _tag(arguments: Caption, argv: list[str]) -> int:
         print_json(tags_json(summary, arguments.dataset))
     else:
         print_tags(summary, arguments.dataset, terminal)
-    if summary.left:
+    return _ended(arguments, argv, summary.left, terminal)
+
+
+def _ended(arguments: Caption, argv: list[str], num_left: int, terminal: Terminal) -> int:
+    """Say what comes next and return the exit status. num_left: photos that a stop left undone."""
+    if num_left:
         command = shlex.join(["safelight", "caption", *argv])
         terminal.say(f"stopped; what is done is in the dataset. Go on with: {command}")
         return EXIT_INTERRUPTED

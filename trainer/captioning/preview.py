@@ -29,6 +29,7 @@ from safelight.trainer.captioning.caption_dataset import (
     BatchedCaptioner,
     decoded_batches,
     describe_batch,
+    is_human,
     repetition,
 )
 from safelight.trainer.captioning.journal import FOLDER_NAME, Journal
@@ -92,14 +93,17 @@ def write_preview(
 ) -> Path:
     """Caption `num` photos with each setting of the grid, write DATASET/captions/preview.html and return its path.
 
-    words: of the command that captions the dataset, to which a setting's options are added. What is generated is kept
-    in the journal, so that captioning with a setting that was previewed does not repeat it. Raises UserError.
+    words: of the command that captions the dataset, to which a setting's options are added, and --overwrite if people
+    wrote all captions, since it would change nothing otherwise. What is generated is kept in the journal, so that
+    captioning with a setting that was previewed does not repeat it. Raises UserError.
     """
     dataset = Path(dataset)
     read_manifest(dataset)
     with FolderLock(dataset, "check its permissions", ADVICE):
         check_kinds(dataset, (FOLDER_NAME,), (f"{FOLDER_NAME}/{PAGE_NAME}",), "a dataset")
         all_photos = read_manifest(dataset)
+        if all(map(is_human, all_photos)) and "--overwrite" not in words:
+            words = [*words, "--overwrite"]
         photos = pick_photos(all_photos, num, base.seed)
         settings = settings_to_try(base)
         tried, num_done, began = [], 0, time.monotonic()

@@ -59,6 +59,15 @@ def test_the_page_has_every_caption_and_a_command_for_each_setting(preview, data
         assert arguments.min_new_tokens == generation.min_new_tokens
 
 
+def test_captions_that_people_wrote_are_replaced_only_if_all_are_theirs(preview, dataset):
+    assert "--overwrite" not in preview(num=1)
+    photos = read_manifest(dataset)
+    write_manifest(
+        dataset, [replace(photo, captions=("by hand",), caption_source="s", captioner="") for photo in photos]
+    )
+    assert preview(num=1).count("--overwrite") == 6
+
+
 def test_photographs_as_large_as_prepare_stores_them_are_shown(preview, dataset):
     photos = read_manifest(dataset)
     for photo in photos:

@@ -1,0 +1,13 @@
+"""A value with its bootstrap interval."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Interval(NamedTuple):
+    """A value, and the limits of its interval at 95 %."""
+
+    value: float
+    low: float
+    high: float

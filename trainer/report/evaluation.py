@@ -1,0 +1,213 @@
+"""RUN/evaluation.json: what `safelight evaluate` measured. Evaluation writes it, the report shows it.
+
+"Models" are the base and checkpoints, by the ids of comparison.py. Intervals are bootstrap intervals at 95 %.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from safelight.trainer.report.comparison import MAX_MODELS, Count, FileName, ModelId, Record, Text
+
+Number = Annotated[float, Field(ge=-1e15, le=1e15)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Name = Annotated[str, Field(max_length=200)]
+MAX_METRICS = 100
+MAX_CLASSES = 400
+MAX_POINTS = 20_000
+MAX_SHOWN_PICTURES = 200
+
+
+class EvaluatedModel(Record):
+    """A model that was measured. held_out_loss: None if the run did not validate at that step."""
+
+    id: ModelId
+    step: Count
+    epoch: Annotated[float, Field(ge=0, le=1e9)]
+    held_out_loss: Number | None = None
+
+
+class Estimate(Record):
+    """A model's value of a metric with its interval, over `num` pictures. model: an id; "real" for photographs."""
+
+    model: Name
+    value: Number
+    low: Number
+    high: Number
+    num: Count
+
+
+class Difference(Record):
+    """A model minus the base, per prompt, averaged. p: of a sign-flip permutation test, two-sided.
+
+    wins, ties, losses: prompts for which the model is better, equal and worse.
+    """
+
+    model: ModelId
+    value: Number
+    low: Number
+    high: Number
+    p: Share
+    wins: Count
+    ties: Count
+    losses: Count
+
+
+class Metric(Record):
+    """A metric over all models. meaning: one plain sentence. features: what the pictures were compared by.
+
+    better: which way is better, '' if neither. warning: why the figure is to be read with care. real: of real
+    photographs among themselves, the level that a perfect model reaches.
+    """
+
+    id: Annotated[str, Field(max_length=60, pattern=r"^[a-z0-9_]+$")]
+    title: Name
+    meaning: Text
+    better: Literal["lower", "higher", ""]
+    features: Name = ""
+    warning: Text = ""
+    values: Annotated[tuple[Estimate, ...], Field(max_length=MAX_MODELS)]
+    real: Estimate | None = None
+    differences: Annotated[tuple[Difference, ...], Field(max_length=MAX_MODELS)] = ()
+
+
+class ClassDivergence(Record):
+    """The divergence of one class of crops between two sets, after subtracting the permutations' mean.
+
+    name: of the class, "all" for the pooled headline. num_first, num_second: crops. is_grey: 20 to 49 crops in a
+    set, too few for a figure to be trusted.
+    """
+
+    name: Name
+    num_first: Count
+    num_second: Count
+    kl: Number
+    z: Number
+    p: Share
+    mmd: Number
+    mmd_z: Number
+    is_grey: bool = False
+
+
+class SetDivergence(Record):
+    """KL(first, second). The sets are BM (base's images), TM (trained model's) and OD (original data)."""
+
+    first: Literal["BM", "TM", "OD"]
+    second: Literal["BM", "TM", "OD"]
+    pooled: ClassDivergence | None
+    classes: Annotated[tuple[ClassDivergence, ...], Field(max_length=MAX_CLASSES)] = ()
+
+
+class CropPoint(Record):
+    """A crop on the map: the first two principal components of its features."""
+
+    x: Number
+    y: Number
+    set: Literal["BM", "TM", "OD"]
+    name: Name
+
+
+class CropDivergence(Record):
+    """Crops of things that a detector found, compared. model: of TM. sentence: the result for a layman."""
+
+    model: ModelId
+    detector: Name
+    features: Name
+    divergences: Annotated[tuple[SetDivergence, ...], Field(max_length=6)]
+    sentence: Text
+    points: Annotated[tuple[CropPoint, ...], Field(max_length=MAX_POINTS)] = ()
+
+
+class BurnScores(Record):
+    """Burn scores of one set of pictures: quantiles 5, 25, 50, 75 and 95 % of each score.
+
+    model: an id, "real" for photographs. share_*: of the pictures beyond the limit that 95 % of photographs keep.
+    """
+
+    model: Name
+    cfg: Number
+    num: Count
+    burnt: Annotated[tuple[Number, ...], Field(min_length=5, max_length=5)]
+    smoothed: Annotated[tuple[Number, ...], Field(min_length=5, max_length=5)]
+    share_burnt: Share
+    share_smoothed: Share
+
+
+class ShownPicture(Record):
+    """A picture to show. file: in RUN/compare. score: why it is shown."""
+
+    file: FileName
+    model: Name
+    prompt: Text
+    score: Number
+
+
+class Burn(Record):
+    """How burnt and how smoothed out pictures are, against real photographs."""
+
+    sets: Annotated[tuple[BurnScores, ...], Field(max_length=MAX_MODELS)]
+    worst_burnt: Annotated[tuple[ShownPicture, ...], Field(max_length=MAX_SHOWN_PICTURES)] = ()
+    worst_smoothed: Annotated[tuple[ShownPicture, ...], Field(max_length=MAX_SHOWN_PICTURES)] = ()
+    sentence: Text
+
+
+class NearestPhoto(Record):
+    """A drawn picture beside the training photograph most like it. photo: a small copy in RUN/evaluation.
+
+    similarity: cosine of their features. base_similarity: of what the base drew for the same prompt and that
+    photograph. is_flagged: above the limit.
+    """
+
+    file: FileName
+    model: ModelId
+    prompt: Text
+    photo: FileName
+    similarity: Number
+    base_similarity: Number | None = None
+    is_flagged: bool
+
+
+class Memorisation(Record):
+    """Drawn pictures that resemble a training photograph more than held-out photographs do.
+
+    limit: the similarity above which a picture is flagged. num_flagged: per model.
+    """
+
+    features: Name
+    limit: Number
+    num_flagged: dict[ModelId, Count]
+    num: Count
+    pairs: Annotated[tuple[NearestPhoto, ...], Field(max_length=MAX_SHOWN_PICTURES)] = ()
+    sentence: Text
+
+
+class Suggestion(Record):
+    """The checkpoint to use. reasons: one plain clause each."""
+
+    model: ModelId
+    sentence: Text
+    reasons: Annotated[tuple[Text, ...], Field(max_length=20)] = ()
+
+
+class Evaluation(Record):
+    """Everything that was measured. not_computed: one line for each thing that could not be, and what it lacks.
+
+    num_real: photographs that the pictures were compared with. steps ... sampler: how the pictures were drawn.
+    """
+
+    models: Annotated[tuple[EvaluatedModel, ...], Field(max_length=MAX_MODELS)]
+    num_prompts: Count
+    num_real: Count
+    width: Count
+    height: Count
+    num_steps: Count
+    cfg: Number
+    sampler: Name
+    metrics: Annotated[tuple[Metric, ...], Field(max_length=MAX_METRICS)] = ()
+    crops: Annotated[tuple[CropDivergence, ...], Field(max_length=MAX_MODELS)] = ()
+    burn: Burn | None = None
+    memorisation: Memorisation | None = None
+    suggestion: Suggestion | None = None
+    not_computed: Annotated[tuple[Text, ...], Field(max_length=MAX_METRICS)] = ()

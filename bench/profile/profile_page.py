@@ -10,10 +10,10 @@ from torch.autograd import DeviceType
 from safelight.bench.profile.analysis import IDLE, PHASES, Analysis, median_step
 from safelight.bench.profile.profiling_session import STEP, TRACE_NAME, ProfileSession
 from safelight.text import counted
+from safelight.trainer.report import theme
 from safelight.trainer.report.build import MARK
 from safelight.trainer.report.markup import Markup, details, join, table, tag
 from safelight.trainer.report.svg import PALETTE, new_figure, to_svg
-from safelight.trainer.report.theme import CSS, JS, content_security_policy
 
 # widths of a figure on a desktop and on a phone
 WIDTH_PX, NARROW_PX = 1080, 358
@@ -322,12 +322,4 @@ def render(session: ProfileSession, analysis: Analysis, ceilings: dict, title: s
         ),
         tag("footer", "Written by safelight profile."),
     )
-    head = join(
-        tag("meta", charset="utf-8"),
-        tag("meta", **{"http-equiv": "Content-Security-Policy"}, content=content_security_policy()),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("title", f"{title}: profile"),
-        Markup(f"<style>{CSS}</style>"),
-    )
-    page = tag("html", tag("head", head), tag("body", body, Markup(f"<script>{JS}</script>")), lang="en")
-    return f"<!doctype html>\n{page}\n"
+    return theme.page(f"{title}: profile", body)

@@ -24,7 +24,7 @@ from safelight.trainer.report.markup import Markup, join, shorten, tag
 from safelight.trainer.report.provenance import data_section, environment_section, events_section, parameters_section
 from safelight.trainer.report.results import learned_section, samples_section
 from safelight.trainer.report.run_reader import RunFolder, num_held_out, number, read_run_folder, rows_of, table_of
-from safelight.trainer.report.theme import CSS, JS, content_security_policy
+from safelight.trainer.report.theme import THEME, page
 
 SECTIONS = (
     ("learned", "Did it learn?"),
@@ -52,6 +52,8 @@ GRAVE_EVENTS = {
     "diverged": "This run diverged: its loss or its weights are no longer finite numbers.",
     "held-out loss rose": "Held-out loss rose far above that of the base model.",
 }
+# what the page's style sheet and script are made of
+PARTS = (THEME,)
 MARK = '<svg viewBox="0 0 14 14" aria-hidden="true"><circle class="f-accent" cx="7" cy="7" r="6"/></svg>'
 
 
@@ -107,18 +109,8 @@ def render(run: RunFolder) -> str:
             f"Written by Safelight {safelight.__version__}. "
             "This file is self-contained: it loads nothing from the internet.",
         ),
-        tag("script", Markup(JS)),
     )
-    head = join(
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=content_security_policy()),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="referrer", content="no-referrer"),
-        tag("link", rel="icon", href="data:,"),
-        tag("title", f"{run.name} · Safelight"),
-        tag("style", Markup(CSS)),
-    )
-    return f"<!doctype html>\n{tag('html', tag('head', head), tag('body', body), lang='en')}\n"
+    return page(run.name, body, parts=PARTS)
 
 
 def tiles(run: RunFolder, facts: Facts) -> Markup:

@@ -1,0 +1,50 @@
+(function(){'use strict';
+document.querySelectorAll('figure[data-series]').forEach(function(figure){
+ var data=JSON.parse(figure.dataset.series),out=figure.querySelector('.readout');
+ function show(texts){out.replaceChildren.apply(out,texts.map(function(text){
+  var span=document.createElement('span');span.textContent=text;return span}))}
+ function nearest(points,epoch){var best=null;points.forEach(function(p){
+  if(!best||Math.abs(p[0]-epoch)<Math.abs(best[0]-epoch))best=p});return best}
+ figure.querySelectorAll('svg.graph').forEach(function(svg){
+  var key=svg.classList.contains('narrow')?'narrow':'wide',f=data.frames[key];
+  var line=document.createElementNS(svg.namespaceURI,'line');
+  line.setAttribute('class','s-ink');line.setAttribute('y1',f.top);line.setAttribute('y2',f.bottom);
+  line.setAttribute('visibility','hidden');svg.appendChild(line);
+  ['pointerdown','pointermove'].forEach(function(kind){svg.addEventListener(kind,function(event){
+   var box=svg.getBoundingClientRect(),x=(event.clientX-box.left)/box.width*svg.viewBox.baseVal.width;
+   x=Math.max(f.left,Math.min(f.right,x));
+   var epoch=f.first_epoch+(x-f.left)/(f.right-f.left)*(f.last_epoch-f.first_epoch);
+   line.setAttribute('x1',x);line.setAttribute('x2',x);line.setAttribute('visibility','visible');
+   show(data.series.map(function(s){var p=nearest(s.points,epoch);
+    return p?s.name+' '+p[2].toFixed(4)+' (epoch '+(+p[0].toFixed(1))+', step '+p[1].toLocaleString('en')+')':''})
+    .filter(Boolean))})});
+  svg.addEventListener('pointerleave',function(){line.setAttribute('visibility','hidden')});
+ });
+ out.textContent='Hover over the graph, or tap it, to read its values.';
+});
+var shown=[],at=0,dialog=document.createElement('dialog');dialog.setAttribute('aria-label','Enlarged picture');
+function draw(){var group=shown[at],row=document.createElement('div'),text=document.createElement('p'),
+ keys=document.createElement('p');keys.className='keys';text.dir='auto';
+ keys.textContent=(shown.length>1?'← → previous and next picture · ':'')+'Esc to close';
+ row.className=group.images.length>1?'two':'two one';
+ group.images.forEach(function(source){var figure=document.createElement('figure'),image=new Image(),
+  caption=document.createElement('figcaption');
+  image.src=source.src;image.alt=source.alt;image.className=source.className;
+  caption.textContent=source.dataset.label||'';figure.append(image,caption);row.append(figure)});
+ row.querySelectorAll('img').forEach(function(image,i,all){var source=group.images[i],
+  upright=innerHeight>innerWidth,across=upright?1:all.length,down=upright?all.length:1,
+  scale=Math.min(.94*innerWidth/across/source.naturalWidth,.8*innerHeight/down/source.naturalHeight);
+  image.style.width=Math.round(scale*source.naturalWidth)+'px'});
+ text.textContent=group.text;dialog.replaceChildren(row,text,keys)}
+document.querySelectorAll('[data-zoom]').forEach(function(holder){
+ var images=Array.from(holder.querySelectorAll('img'));if(!images.length)return;
+ var index=shown.push({images:images,text:holder.dataset.zoom})-1;
+ images.forEach(function(image){var button=document.createElement('button');
+  button.className='zoom';button.type='button';
+  button.setAttribute('aria-label','Enlarge: '+image.alt);image.replaceWith(button);button.append(image);
+  button.addEventListener('click',function(){at=index;draw();dialog.showModal()})})});
+document.body.append(dialog);
+dialog.addEventListener('click',function(){dialog.close()});
+dialog.addEventListener('keydown',function(event){var step=event.key==='ArrowRight'?1:event.key==='ArrowLeft'?-1:0;
+ if(step){at=(at+step+shown.length)%shown.length;draw();event.preventDefault()}});
+})();

@@ -20,7 +20,7 @@ from safelight.trainer.config.schema import Config
 
 FREE_TABLES = ("stage", "memory", "validate", "sample", "save", "log")
 FREE = {
-    "run": ("dir", "device", "deterministic"),
+    "run": ("dir", "device", "deterministic", "title", "notes"),
     "model": ("attention",),
     "data": ("path",),
     # a run keeps the epoch order that cuda_graphs chose at its start (environment.json)

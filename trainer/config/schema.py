@@ -127,6 +127,11 @@ class Run(Section):
     deterministic: bool = False
     """On a GPU, use only deterministic operators, so that a resumed run gives the same bits as one that never stopped;
     slower. A CPU always does."""
+    title: Annotated[str, Field(max_length=200)] = ""
+    """Title of the report. Empty: the run folder's name."""
+    notes: Annotated[str, Field(max_length=20_000)] = ""
+    """The author's note, below the report's title: plain text, whose line breaks are kept. May be edited in the run's
+    config.toml at any time."""
 
 
 class Model(Section):

@@ -84,6 +84,11 @@ class FullFineTune:
         return tensors
 
 
+def has_averages(folder: Path) -> bool:
+    """Return whether a checkpoint has moving averages of its weights."""
+    return any(key.startswith(EMA_PREFIX) for key in _open_tensors(folder, "state.safetensors").entries)
+
+
 @torch.no_grad()
 def load_averages(folder: Path, unet: nn.Module) -> None:
     """Overwrite a UNet's weights by a checkpoint's moving averages, if the checkpoint has any.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import hashlib
 import json
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from safelight.data.samples import photo_captions
 from safelight.errors import UserError
 from safelight.kernels.unet.attention import apply_attention, attention_cases, choose_attention
 from safelight.text import counted, storable
-from safelight.trainer.adapters.full import FullFineTune, load_averages
+from safelight.trainer.adapters.full import FullFineTune, has_averages, load_averages
 from safelight.trainer.checkpoint.files import (
     check_files,
     folder_of,
@@ -43,17 +43,10 @@ from safelight.trainer.inference.gallery import (
     write_drawn,
     write_page,
 )
-from safelight.trainer.inference.sampling import (
-    SAMPLE_BATCH_SIZE,
-    NotFinitePicture,
-    PromptGroup,
-    Settings,
-    check_size,
-    generate_groups,
-    settings_of,
-)
+from safelight.trainer.inference.pictures import Progress, Request, Weights, draw_missing, draw_pictures, drawn_of
+from safelight.trainer.inference.sampling import SAMPLE_BATCH_SIZE, Settings, check_size, settings_of
 from safelight.trainer.models.base import Base, base_of, latent_factor, vae_bytes, vae_config
-from safelight.trainer.models.device import PRECISIONS, pick_device, pick_dtype
+from safelight.trainer.models.device import pick_device, pick_dtype
 from safelight.trainer.models.encoders import (
     CaptionEncoder,
     LatentCodec,
@@ -63,12 +56,11 @@ from safelight.trainer.models.encoders import (
     prompt_of_caption,
 )
 from safelight.trainer.models.noise_schedule import NoiseSchedule
-from safelight.trainer.models.weights import load_unet
+from safelight.trainer.models.weights import load_unet, unet_fingerprint
 from safelight.trainer.run_log.course import doubt_about
 from safelight.trainer.run_log.environment import MEMORY_PLAN, recorded, recorded_attention
 from safelight.untrusted import check_kinds, check_links, path_in, read_json_object
 
-Progress = Callable[[int, int], None]
 MAX_PAIRS = 1000
 # images that a folder holds before their numbers are no longer counted on
 MAX_NUMBER = 10**9
@@ -100,60 +92,52 @@ class OpenRun:
     def encoder(self) -> CaptionEncoder:
         return load_caption_encoder(self.config, self.base, torch.device("cpu"))
 
-    def unet(self, step: int | None) -> nn.Module:
-        """Return the UNet of a checkpoint, with its moving average if there is one; of the base if step is None."""
-        dtype = pick_dtype(self.config.model.precision, self.device)
-        unet = load_unet(self.base, self.config.run.seed, dtype)
+    @property
+    def dtype(self) -> torch.dtype:
+        """The UNet's dtype on this device."""
+        return pick_dtype(self.config.model.precision, self.device)
+
+    def unet(self, step: int | None, averaged: bool = True) -> nn.Module:
+        """Return the UNet of a checkpoint, of the base if step is None.
+
+        averaged: with the checkpoint's moving average if there is one.
+        """
+        unet = load_unet(self.base, self.config.run.seed, self.dtype)
         if step is not None:
             max_bytes = max_bytes_of(sum(parameter.numel() for parameter in unet.parameters()))
             check_files(folder_of(self.run_dir, step), to_resume=False, max_bytes=max_bytes)
             FullFineTune(unet).load(folder_of(self.run_dir, step))
-            load_averages(folder_of(self.run_dir, step), unet)
+            if averaged:
+                load_averages(folder_of(self.run_dir, step), unet)
         unet.to(self.device).eval().requires_grad_(False)
         side = self.config.data.max_resolution // self.codec.factor
         # the backend that the run used if it works on this device, else one that does
         attention = choose_attention(
-            self.device, dtype, attention_cases(unet, (side, side)), previous=recorded_attention(self.run_dir)
+            self.device, self.dtype, attention_cases(unet, (side, side)), previous=recorded_attention(self.run_dir)
         )
         apply_attention(unet, attention)
         return unet
 
-    def draw(
-        self,
-        unet: nn.Module,
-        prompts: list[str],
-        settings: Settings,
-        negative: str | None = None,
-        progress: Progress | None = None,
-        say: Callable[[str], None] | None = None,
-    ) -> list[Image.Image]:
-        """Return an image for each prompt. The noise of image i depends only on the seed and i, not on the UNet.
+    def weights_hash(self, weights: Weights) -> str:
+        """Return a hash of a UNet's weights, 64 hex digits; of a checkpoint's as its record tells them."""
+        if weights.step is None:
+            return self._base_hash
+        folder = folder_of(self.run_dir, weights.step)
+        recorded_hashes = read_record(folder, to_resume=False)["sha256"]
+        names = sorted(name for name in recorded_hashes if name.startswith("unet/"))
+        names += ["state.safetensors"] * (weights.averaged and has_averages(folder))
+        listed = "\n".join(f"{name} {recorded_hashes.get(name)}" for name in names)
+        return hashlib.sha256(listed.encode()).hexdigest()
 
-        say: called with a message when the GPU is too full to decode and the CPU does it instead.
-        """
-        negative = self.config.sample.negative_prompt if negative is None else negative
-        groups = []
-        with self.encoder.on(self.device) as encoder:
-            for num_chunks, places in encoder.group_prompts(prompts, negative).items():
-                reader = encoder.reading(weights=True, num_chunks=num_chunks)
-                positive_rows, negative_row = (
-                    self.base.family.conditioning(reader.encode(texts))
-                    for texts in ([prompts[place] for place in places], [negative])
-                )
-                groups.append(PromptGroup(tuple(places), positive_rows, negative_row))
-        decode_on, batch_size = self._fit_to_memory(settings)
-        if decode_on != self.device and say is not None:
-            say("the GPU has too little free memory to decode images: the CPU decodes them, which takes longer")
-        return generate_groups(
-            unet,
-            self.codec,
-            groups,
-            self.schedule,
-            settings,
-            batch_size=batch_size,
-            decode_on=decode_on,
-            progress=progress,
-        )
+    @functools.cached_property
+    def _base_hash(self) -> str:
+        return unet_fingerprint(self.base, self.config.run.seed)
+
+    def encoder_skipping(self, clip_skip: int) -> CaptionEncoder:
+        """Return the text encoder, reading that many layers before the last one. Raises UserError if it has fewer."""
+        if clip_skip == self.encoder.clip_skip:
+            return self.encoder
+        return CaptionEncoder(self.encoder.tokenizer, self.encoder.text_encoder, self.encoder.device, clip_skip)
 
     @property
     def name(self) -> str:
@@ -170,17 +154,17 @@ class OpenRun:
             say(f"note: {reader.describe_cuts(named)}")
         return cuts
 
-    def save(self, image: Image.Image, folder: Path, drawn: Drawn) -> None:
-        """Write an image with its parameters, as the file that its record names."""
+    def save(self, image: Image.Image, folder: Path, drawn: Drawn, clip_skip: int, key: str = "") -> None:
+        """Write an image with its parameters, as the file that its record names. key: as `save_png`."""
         model, model_hash = Path(self.config.model.base).name, ""
         if drawn.step >= 0:
             model = f"{self.name} step {drawn.step}"
             model_hash = read_record(folder_of(self.run_dir, drawn.step), to_resume=False)["sha256"].get(
                 UNET_WEIGHTS, ""
             )[:10]
-        save_png(image, folder / drawn.file, drawn.parameters(model, model_hash, self.config.model.clip_skip))
+        save_png(image, folder / drawn.file, drawn.parameters(model, model_hash, clip_skip), key)
 
-    def _fit_to_memory(self, settings: Settings) -> tuple[torch.device, int]:
+    def fit_to_memory(self, settings: Settings) -> tuple[torch.device, int]:
         """Return the device to decode on, by the GPU's free memory, and how many prompts to draw at a time, as planned
         for the run."""
         if self.device.type != "cuda":
@@ -266,22 +250,6 @@ def validation_captions(run: OpenRun) -> list[str]:
     return list(dict.fromkeys(prompt_of_caption(run.config, captions[file]) for file in files if file in captions))
 
 
-@contextlib.contextmanager
-def _explaining_broken_weights(run: OpenRun, step: int | None, prompts: list[str]) -> Iterator[None]:
-    """Raise UserError, naming the checkpoint, if it draws values that are not finite."""
-    try:
-        yield
-    except NotFinitePicture as error:
-        others = [other for other in list_checkpoints(run.run_dir) if other != step]
-        model = f"the base {run.config.model.base}" if step is None else f"the checkpoint of step {step}"
-        precision = PRECISIONS[pick_dtype(run.config.model.precision, run.device)]
-        use = "another model.base" if step is None else f"--checkpoint {' or '.join(map(str, [*others, 'base']))}"
-        raise UserError(
-            f"{model} draws no picture of {prompts[error.index]!r}, but values that are not finite: its weights are "
-            f"broken, or exceed the range of {precision}; use {use}"
-        ) from None
-
-
 def compare(
     run: OpenRun, checkpoint: str, num: int, progress: Progress | None = None, say: Callable[[str], None] | None = None
 ) -> Path:
@@ -317,20 +285,15 @@ def compare(
     pairs = [{"prompt": p, "seed": settings.seed, "cfg": settings.cfg, "num_steps": settings.steps} for p in prompts]
     for pair in pairs:
         pair.update({"cut_after": cuts[pair["prompt"]]} if pair["prompt"] in cuts else {})
-    drawn: list[Drawn] = []
-    for pass_index, (name, step_drawn) in enumerate((("base", None), ("trained", step))):
-
-        def report(done: int, total: int, pass_index: int = pass_index) -> None:
-            if progress is not None:
-                progress(pass_index * total + done, 2 * total)
-
-        with _explaining_broken_weights(run, step_drawn, prompts):
-            images = run.draw(run.unet(step_drawn), prompts, settings, progress=report, say=say)
-        for index, image in enumerate(images):
-            prompt, stem = prompts[index], "base" if step_drawn is None else f"step{step}"
-            pairs[index][name] = file_name(stem, index, prompt)
-            drawn.append(Drawn.of(pairs[index][name], prompt, negative, step_drawn, settings, cuts.get(prompt, "")))
-            run.save(image, folder, drawn[-1])
+    requests: dict[str, Request] = {}
+    for name, step_drawn in (("base", None), ("trained", step)):
+        stem = "base" if step_drawn is None else f"step{step}"
+        for place, prompt in enumerate(prompts):
+            pairs[place][name] = file_name(stem, place, prompt)
+            weights, clip_skip = Weights(step_drawn), run.config.model.clip_skip
+            requests[pairs[place][name]] = Request(weights, prompt, place, settings, negative, clip_skip)
+    draw_missing(run, requests, folder, progress=progress, say=say)
+    drawn = [drawn_of(file, request, cuts.get(request.prompt, "")) for file, request in requests.items()]
     record = {"base": run.config.model.base, "trained": f"step {step}", "step": step, "pairs": pairs}
     atomic_write_text(folder / "index.json", json.dumps(record, indent=1, ensure_ascii=False))
     _remove_earlier_pairs(folder, {image.file for image in drawn})
@@ -379,17 +342,19 @@ def sample(
     earlier = [] if is_file else read_drawn(folder)
     prompts = list(map(storable, prompts))
     cuts = run.say_cuts(prompts, negative, say)
-    with _explaining_broken_weights(run, step, prompts):
-        images = run.draw(run.unet(step), prompts, settings, negative, progress, say)
+    requests = [
+        Request(Weights(step), prompt, place, settings, negative, config.model.clip_skip)
+        for place, prompt in enumerate(prompts)
+    ]
+    images = dict(draw_pictures(run, requests, progress=progress, say=say))
     stem = f"{'base' if step is None else f'step{step}'}-seed{settings.seed}"
     first = _next_number(folder, stem, len(prompts))
     names = [out.name] if is_file else [file_name(stem, n, prompt) for n, prompt in enumerate(prompts, first)]
     drawn = [
-        Drawn.of(name, prompt, negative, step, settings, cuts.get(prompt, ""))
-        for name, prompt in zip(names, prompts, strict=True)
+        drawn_of(name, request, cuts.get(request.prompt, "")) for name, request in zip(names, requests, strict=True)
     ]
-    for image, record in zip(images, drawn, strict=True):
-        run.save(image, folder, record)
+    for number, record in enumerate(drawn):
+        run.save(images[number], folder, record, config.model.clip_skip)
     if not is_file:
         write_drawn(folder, [*earlier, *drawn])
         write_page(folder, f"{run.name}: samples", [*earlier, *drawn])

@@ -24,7 +24,15 @@ from safelight.trainer.inference.sampling import Settings
 from safelight.trainer.report.markup import Markup, join, prompt_markup, shorten, tag
 from safelight.trainer.report.pictures import Picture, Work, embed_all, placeholder
 from safelight.trainer.report.theme import CSS, JS, content_security_policy
-from safelight.untrusted import UnsafeFile, check_kinds, is_link_out, path_in, read_bytes, read_json_object
+from safelight.untrusted import (
+    UnsafeFile,
+    check_kinds,
+    is_link_out,
+    open_regular,
+    path_in,
+    read_bytes,
+    read_json_object,
+)
 
 # the record of the images that `safelight sample` drew into a folder, from which its page is made
 RECORD_NAME = "images.json"
@@ -42,6 +50,10 @@ BUDGET_BYTES = 12_000_000
 # the last one is the first.
 SAMPLER_TITLES = {"ddim": "DDIM", "dpm++": "DPM++ 2M", "euler": "Euler"}
 SCHEDULE_TYPES = {"dpm++": "SGM Uniform", "euler": "SGM Uniform"}
+# an image's key is the first text in its file, behind the signature and the chunk IHDR
+KEY_NAME, KEY_CHARS = "safelight-key", 64
+_PNG, _KEY_PLACE = b"\x89PNG\r\n\x1a\n", 33
+_KEY_CHUNK = (len(KEY_NAME) + 1 + KEY_CHARS).to_bytes(4, "big") + b"tEXt" + KEY_NAME.encode() + b"\0"
 
 
 @dataclass(frozen=True)
@@ -127,13 +139,30 @@ def file_name(stem: str, number: int, prompt: str) -> str:
     return f"{stem}-{number:03d}{f'-{words}' if words else ''}.png"
 
 
-def save_png(image: Image.Image, path: Path, parameters: str) -> None:
-    """Write an image with its parameters. A link in the file's place is replaced, never followed."""
+def save_png(image: Image.Image, path: Path, parameters: str, key: str = "") -> None:
+    """Write an image with its parameters. A link in the file's place is replaced, never followed.
+
+    key: 64 characters, which `read_key` returns.
+    """
     texts = PngImagePlugin.PngInfo()
+    if key:
+        # first, where read_key finds it
+        texts.add_text(KEY_NAME, key)
     texts.add_text("parameters", storable(parameters))
     buffer = io.BytesIO()
     image.save(buffer, "PNG", pnginfo=texts)
     atomic_write_bytes(path, buffer.getvalue())
+
+
+def read_key(path: Path) -> str:
+    """Return the key of an image that `save_png` wrote with one, 64 characters; '' if there is no such image."""
+    try:
+        with open_regular(path) as file:
+            head = file.read(_KEY_PLACE + len(_KEY_CHUNK) + KEY_CHARS)
+    except (UnsafeFile, OSError):
+        return ""
+    found, key = head[_KEY_PLACE : _KEY_PLACE + len(_KEY_CHUNK)], head[_KEY_PLACE + len(_KEY_CHUNK) :]
+    return key.decode("ascii", "replace") if head.startswith(_PNG) and found == _KEY_CHUNK else ""
 
 
 def read_drawn(folder: Path) -> list[Drawn]:

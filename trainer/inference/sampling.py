@@ -157,14 +157,15 @@ def generate(
     settings: Settings,
     *,
     places: Sequence[int] | None = None,
+    seeds: Sequence[int] | None = None,
     batch_size: int = SAMPLE_BATCH_SIZE,
     decode_on: torch.device | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Image.Image]:
     """Return an RGB image for each row of the conditioning.
 
-    negative: one row, which classifier-free guidance steers away from. places: of the rows, which key their images'
-    noise; 0, 1, ... by default.
+    negative: one row, which classifier-free guidance steers away from. places, seeds: of the rows, which key their
+    images' noise; by default 0, 1, ... and settings.seed.
     batch_size: images at a time. decode_on: the device to decode on, where the codec moves
     temporarily; by default its own. batch_size and decode_on change images only by float rounding. progress: called
     with (done, total) denoising steps of whole batches; an exception that it raises stops the drawing.
@@ -176,13 +177,15 @@ def generate(
     weight = next(unet.parameters())
     num_rows = len(conditioning.tensors()[0])
     places = range(num_rows) if places is None else places
+    seeds = [settings.seed] * num_rows if seeds is None else seeds
     shape = (codec.latent_channels, settings.height // factor, settings.width // factor)
     images: list[Image.Image] = []
     num_batches, num_done = -(-num_rows // batch_size), 0
     with _in_eval_mode(unet):
         for start in range(0, num_rows, batch_size):
             stop = min(start + batch_size, num_rows)
-            keys = [Key(settings.seed, Purpose.SAMPLE_NOISE, place) for place in places[start:stop]]
+            drawn = zip(seeds[start:stop], places[start:stop], strict=True)
+            keys = [Key(seed, Purpose.SAMPLE_NOISE, place) for seed, place in drawn]
             scheduler = make_scheduler(schedule, settings.sampler)
             scheduler.set_timesteps(settings.steps, device=weight.device)
             latents = normals_torch(keys, shape, weight.device) * scheduler.init_noise_sigma

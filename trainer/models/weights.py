@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from safelight.trainer.models.model_folder import (
 from safelight.trainer.models.single_file import SingleFile
 from safelight.trainer.models.tensor_files import TensorFile, read_state
 from safelight.trainer.models.tokenizer import load_tokenizer
+from safelight.untrusted import open_regular
 
 
 def fingerprint(module: nn.Module, *extra: str) -> str:
@@ -63,6 +65,25 @@ def load_unet(base: Base, seed: int, dtype: torch.dtype = torch.float32) -> nn.M
         return base.file.load_unet(lambda: UNet2DConditionModel.from_config(config), dtype, base.setting)
     config = base.config_of("unet")
     return _load_folder(lambda: UNet2DConditionModel.from_config(config), base.folder, "unet", dtype)
+
+
+def unet_fingerprint(base: Base, seed: int) -> str:
+    """Return a hash of a base's UNet, 64 hex digits: of its config, and of the files of its weights.
+
+    seed: the run's, from which a `random:` base draws them.
+    """
+    digest = hashlib.sha256(json.dumps(base.config_of("unet"), sort_keys=True).encode())
+    if base.folder is None:
+        digest.update(f"random, torch {torch.__version__}, seed {seed}".encode())
+        return digest.hexdigest()
+    if base.file is not None:
+        paths = {base.file.path}
+    else:
+        paths = {file.path for file in weight_files(base.folder, "unet", DIFFUSERS_STEM).values()}
+    for path in sorted(paths):
+        with open_regular(path) as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def meta_unet(base: Base) -> nn.Module:

@@ -18,6 +18,7 @@ from safelight.trainer.captioning.options import Generation, Wording
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.toml import parse_config
 from safelight.trainer.inference.draw import compare, open_run, pick_step
+from safelight.trainer.inference.pictures import Request, Weights, draw_pictures
 from safelight.trainer.inference.sampling import Settings
 from safelight.trainer.models.device import pick_device
 from safelight.trainer.report.build import build_report
@@ -105,12 +106,13 @@ def score(run_dir: Path, terminal: Terminal) -> dict:
     """Draw the 96 scored prompts with the base and the trained model, write scores.json and return its contents."""
     run = open_run(run_dir)
     texts = [text for text, _, _ in prompts()]
-    images = [
-        run.draw(
-            run.unet(step), texts, SCORED, progress=lambda d, t, name=name: terminal.update(f"scoring {name}", d, t)
+    images = []
+    for name, step in (("base", None), ("trained", pick_step(run_dir, "last"))):
+        requests = [Request(Weights(step), text, place, SCORED) for place, text in enumerate(texts)]
+        drawn = dict(
+            draw_pictures(run, requests, progress=lambda d, t, name=name: terminal.update(f"scoring {name}", d, t))
         )
-        for name, step in (("base", None), ("trained", pick_step(run_dir, "last")))
-    ]
+        images.append([drawn[place] for place in range(len(texts))])
     result = make_scores(*images)
     atomic_write_text(run_dir / "scores.json", json.dumps(result, indent=1))
     return result

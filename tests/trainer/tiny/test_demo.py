@@ -10,7 +10,8 @@ from PIL import Image
 from safelight.data.manifest import read_manifest
 from safelight.trainer.checkpoint.files import list_checkpoints
 from safelight.trainer.config.schema import Config
-from safelight.trainer.inference.draw import open_run
+from safelight.trainer.inference.draw import OpenRun, open_run
+from safelight.trainer.inference.pictures import Request, Weights, draw_pictures
 from safelight.trainer.models.base import Base
 from safelight.trainer.models.weights import load_unet
 from safelight.trainer.run_log.terminal import Terminal
@@ -79,14 +80,17 @@ def test_obedience_stays_above_chance(demo):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("demo", ["whole"], indirect=True)
-def test_an_untrained_unet_is_at_chance(demo):
+def test_an_untrained_unet_is_at_chance(demo, monkeypatch):
     """The same prompts and noise with random weights: the score is not above chance and the look is absent."""
     folder, result = demo
     run = open_run(folder / RUN_NAME)
     torch.manual_seed(0)
     untrained = make_unet().eval().requires_grad_(False)
     texts = [text for text, _, _ in prompts()]
-    images = run.draw(untrained, texts, SCORED)
+    monkeypatch.setattr(OpenRun, "unet", lambda *_: untrained)
+    requests = [Request(Weights(), text, place, SCORED) for place, text in enumerate(texts)]
+    drawn = dict(draw_pictures(run, requests))
+    images = [drawn[place] for place in range(len(texts))]
     num_hits = hits(images)
     assert wilson(num_hits["the new look"], len(images))[1] <= 0.05
     for what in ("right colour", "right shape", "both obeyed"):

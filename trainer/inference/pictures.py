@@ -1,0 +1,281 @@
+"""Draws the pictures that are asked for into a folder, only those that it lacks.
+
+A picture's key is a hash of everything its pixels depend on, except float rounding: the weights of UNet, autoencoder
+and text encoder, prompt, negative prompt, noise and settings. It is stored in the picture's PNG, so that a folder
+tells which of its pictures are still the ones asked for: after a kill only those of the last batch are drawn again,
+and after a change of weights or settings those that changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from safelight.errors import UserError
+from safelight.trainer.checkpoint.files import list_checkpoints
+from safelight.trainer.inference.gallery import Drawn, read_key
+from safelight.trainer.inference.sampling import NotFinitePicture, Settings, check_size, generate
+from safelight.trainer.models.base import latent_factor, vae_config
+from safelight.trainer.models.device import PRECISIONS
+from safelight.untrusted import check_kinds
+
+if TYPE_CHECKING:
+    from safelight.trainer.inference.draw import OpenRun
+
+Progress = Callable[[int, int], None]
+Say = Callable[[str], None]
+# part of every key; raise it when a change makes the same request give other pictures
+DRAWING_VERSION = 1
+# prompts that are encoded at a time
+ENCODE_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The UNet that draws. step: of the checkpoint, None for the base.
+
+    averaged: with the checkpoint's moving average if it has one, as samples, exports and reports use it.
+    """
+
+    step: int | None = None
+    averaged: bool = True
+
+
+@dataclass(frozen=True)
+class Request:
+    """A picture to draw. place: with settings.seed, it keys the noise. clip_skip: as model.clip_skip."""
+
+    weights: Weights
+    prompt: str
+    place: int
+    settings: Settings
+    negative: str = ""
+    clip_skip: int = 0
+
+
+def keys_of(run: OpenRun, requests: Sequence[Request]) -> list[str]:
+    """Return the key of each requested picture, 64 hex digits.
+
+    Raises UserError for a checkpoint whose record is damaged.
+    """
+    weights = {one: run.weights_hash(one) for one in dict.fromkeys(request.weights for request in requests)}
+    common = {
+        "version": DRAWING_VERSION,
+        "precision": PRECISIONS[run.dtype],
+        "vae": run.codec.fingerprint,
+        "text": run.encoder.reading(weights=True, num_chunks=1).fingerprint,
+        "prediction": run.schedule.prediction_type,
+        "schedule": hashlib.sha256(run.schedule.alphas_cumprod_T.numpy().tobytes()).hexdigest(),
+    }
+    return [
+        _hash({**common, **asdict(request), "weights": weights[request.weights], "settings": asdict(request.settings)})
+        for request in requests
+    ]
+
+
+def _hash(values: dict) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def draw_missing(
+    run: OpenRun,
+    requests: Mapping[str, Request],
+    folder: Path,
+    *,
+    progress: Progress | None = None,
+    say: Say | None = None,
+) -> list[str]:
+    """Draw the pictures that a folder lacks and return their file names. requests: the picture of each file name.
+
+    A file with another key than its request's is replaced. Every batch is saved as soon as it is drawn, so that a kill
+    loses at most one. progress: called with (done, total) denoising steps of all pictures that are drawn; an exception
+    that it raises stops the drawing. say: called with a line when memory is short.
+    Raises UserError for a size that does not fit the autoencoder, weights that draw no finite picture, a damaged
+    checkpoint, or too little GPU memory for a single picture.
+    """
+    check_kinds(folder, (), requests, "a folder of images")
+    keys = dict(zip(requests, keys_of(run, list(requests.values())), strict=True))
+    missing = [name for name, key in keys.items() if read_key(folder / name) != key]
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, image in draw_pictures(run, [requests[name] for name in missing], progress=progress, say=say):
+        name = missing[number]
+        run.save(image, folder, drawn_of(name, requests[name]), requests[name].clip_skip, keys[name])
+    return missing
+
+
+def drawn_of(file: str, request: Request, cut_after: str = "") -> Drawn:
+    """Return the record of a requested picture."""
+    return Drawn.of(file, request.prompt, request.negative, request.weights.step, request.settings, cut_after)
+
+
+def draw_pictures(
+    run: OpenRun, requests: Sequence[Request], *, progress: Progress | None = None, say: Say | None = None
+) -> Iterator[tuple[int, Image.Image]]:
+    """Yield (number in `requests`, RGB image) for each request, as soon as its batch is drawn.
+
+    Each UNet is loaded once, in the order in which the requests first name it, and each prompt is encoded once.
+    Arguments and errors are those of `draw_missing`.
+    """
+    factor = latent_factor(vae_config(run.base, run.config.model.vae))
+    for settings in dict.fromkeys(request.settings for request in requests):
+        check_size(settings, factor)
+    if not requests:
+        return
+    texts = _Texts(run, requests)
+    counter = _Counter(sum(request.settings.steps for request in requests), progress)
+    for weights in dict.fromkeys(request.weights for request in requests):
+        numbers = [number for number, request in enumerate(requests) if request.weights == weights]
+        # in a function, so that a UNet is freed before the next one is loaded
+        yield from _draw_with(run, run.unet(weights.step, weights.averaged), requests, numbers, texts, counter, say)
+
+
+def _draw_with(
+    run: OpenRun,
+    unet: nn.Module,
+    requests: Sequence[Request],
+    numbers: Sequence[int],
+    texts: _Texts,
+    counter: _Counter,
+    say: Say | None,
+) -> Iterator[tuple[int, Image.Image]]:
+    """Yield what `draw_pictures` yields for some of the requests, those of one UNet."""
+    groups: dict[tuple, list[int]] = {}
+    for number in numbers:
+        groups.setdefault(_batched_with(requests[number], texts.num_chunks[number]), []).append(number)
+    for group in groups.values():
+        waiting, batch_size = group, 0
+        while waiting:
+            decode_on, planned = run.fit_to_memory(requests[waiting[0]].settings)
+            if decode_on != run.device and not batch_size and say is not None:
+                say("the GPU has too little free memory to decode images: the CPU decodes them, which takes longer")
+            batch_size = min(batch_size or planned, len(waiting))
+            batch = [requests[number] for number in waiting[:batch_size]]
+            images = None
+            try:
+                with _explaining_broken_weights(run, batch):
+                    images = generate(
+                        unet,
+                        run.codec,
+                        texts.positive(waiting[:batch_size]),
+                        texts.negative(waiting[0]),
+                        run.schedule,
+                        batch[0].settings,
+                        places=[request.place for request in batch],
+                        seeds=[request.settings.seed for request in batch],
+                        batch_size=batch_size,
+                        decode_on=decode_on,
+                        progress=counter.of_batch(batch_size),
+                    )
+            except torch.OutOfMemoryError:
+                # handled below: here the exception still holds the tensors of the batch
+                pass
+            if images is None:
+                batch_size = _smaller(batch[0].settings, batch_size, say)
+                continue
+            counter.end_batch(batch)
+            yield from zip(waiting[:batch_size], images, strict=True)
+            waiting = waiting[batch_size:]
+
+
+def _batched_with(request: Request, num_chunks: int) -> tuple:
+    """Return what the pictures of a batch have in common: all settings but the seed, and the form of their texts."""
+    settings = {**asdict(request.settings), "seed": 0}
+    return (*settings.values(), request.negative, request.clip_skip, num_chunks)
+
+
+def _smaller(settings: Settings, batch_size: int, say: Say | None) -> int:
+    """Return half of a batch size that was too large for the GPU. Raises UserError if there is none."""
+    torch.cuda.empty_cache()
+    if batch_size == 1:
+        raise UserError(
+            f"the GPU has too little free memory to draw a picture of {settings.width}x{settings.height} px; close "
+            "other programs that use it, or draw smaller pictures (sample.width and sample.height)"
+        )
+    if say is not None:
+        say(f"the GPU has too little free memory for {batch_size} pictures at a time: drawing {batch_size // 2}")
+    return batch_size // 2
+
+
+@contextlib.contextmanager
+def _explaining_broken_weights(run: OpenRun, batch: Sequence[Request]) -> Iterator[None]:
+    """Raise UserError, naming the checkpoint, if it draws values that are not finite."""
+    try:
+        yield
+    except NotFinitePicture as error:
+        step = batch[0].weights.step
+        prompt = next(request.prompt for request in batch if request.place == error.index)
+        others = [other for other in list_checkpoints(run.run_dir) if other != step]
+        model = f"the base {run.config.model.base}" if step is None else f"the checkpoint of step {step}"
+        use = "another model.base" if step is None else f"--checkpoint {' or '.join(map(str, [*others, 'base']))}"
+        raise UserError(
+            f"{model} draws no picture of {prompt!r}, but values that are not finite: its weights are broken, or "
+            f"exceed the range of {PRECISIONS[run.dtype]}; use {use}"
+        ) from None
+
+
+class _Counter:
+    """Counts the denoising steps of all pictures. A batch that is drawn again in parts counts once."""
+
+    def __init__(self, total: int, progress: Progress | None):
+        self.total, self.progress, self.done = total, progress, 0
+
+    def of_batch(self, num_pictures: int) -> Progress:
+        """Return the callback for a batch, which is called with its own denoising steps."""
+
+        def report(done: int, total: int) -> None:
+            if self.progress is not None:
+                self.progress(self.done + done * num_pictures, self.total)
+
+        return report
+
+    def end_batch(self, batch: Sequence[Request]) -> None:
+        self.done += sum(request.settings.steps for request in batch)
+
+
+class _Texts:
+    """The embeddings of all requests' prompts, each text encoded once.
+
+    num_chunks: of each request, how many chunks its prompt and negative prompt are encoded as.
+    """
+
+    def __init__(self, run: OpenRun, requests: Sequence[Request]):
+        self._requests, self._conditioning = requests, run.base.family.conditioning
+        self._rows: dict[tuple[str, int, int], Tensor] = {}
+        self.num_chunks = [0] * len(requests)
+        encoders = {skip: run.encoder_skipping(skip) for skip in dict.fromkeys(r.clip_skip for r in requests)}
+        for negative in dict.fromkeys(request.negative for request in requests):
+            own = [number for number, request in enumerate(requests) if request.negative == negative]
+            for chunks, places in run.encoder.group_prompts([requests[n].prompt for n in own], negative).items():
+                for place in places:
+                    self.num_chunks[own[place]] = chunks
+        texts: dict[tuple[int, int], dict[str, None]] = {}
+        for request, chunks in zip(requests, self.num_chunks, strict=True):
+            texts.setdefault((request.clip_skip, chunks), {}).update({request.prompt: None, request.negative: None})
+        for (skip, chunks), named in texts.items():
+            with encoders[skip].on(run.device) as encoder:
+                reader = encoder.reading(weights=True, num_chunks=chunks)
+                listed = list(named)
+                for start in range(0, len(listed), ENCODE_BATCH):
+                    part = listed[start : start + ENCODE_BATCH]
+                    for text, row in zip(part, reader.encode(part), strict=True):
+                        self._rows[text, skip, chunks] = row
+
+    def _row(self, number: int, text: str) -> Tensor:
+        return self._rows[text, self._requests[number].clip_skip, self.num_chunks[number]]
+
+    def positive(self, numbers: Sequence[int]):
+        """Return the conditioning of some requests' prompts, a row each."""
+        return self._conditioning(torch.stack([self._row(n, self._requests[n].prompt) for n in numbers]))
+
+    def negative(self, number: int):
+        """Return the conditioning of a request's negative prompt, one row."""
+        return self._conditioning(self._row(number, self._requests[number].negative)[None])

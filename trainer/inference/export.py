@@ -11,6 +11,7 @@ import inspect
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,8 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from safelight.data.atomic import atomic_write_text, remove, sync_folder
+from safelight.data.lock import NoLocks, lock_file, unlock_file
 from safelight.data.manifest import IMAGES_FOLDER, MANIFEST_NAME
 from safelight.errors import UserError
+from safelight.text import printable, size
 from safelight.trainer.adapters.full import FullFineTune
 from safelight.trainer.checkpoint.files import check_files, folder_of, max_bytes_of
 from safelight.trainer.config.schema import Config
@@ -40,7 +43,6 @@ from safelight.trainer.models.single_file import ZERO_SNR_MARKER, schedule_marke
 from safelight.trainer.models.tensor_files import is_finite, save_file
 from safelight.trainer.models.weights import load_text, load_vae, meta_unet
 from safelight.trainer.run_log.course import doubt_about
-from safelight.units import GIB
 from safelight.untrusted import check_links
 
 # free space to leave: file systems become slow or fail before they are full
@@ -51,6 +53,8 @@ _KEPT = (
     (IMAGES_FOLDER, MANIFEST_NAME, "dataset"),
     ("cache", MANIFEST_NAME, "dataset"),
 )
+# what a diffusers folder of ours consists of
+_WRITTEN = {"model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler"}
 
 
 @dataclass
@@ -132,6 +136,7 @@ def export(
     check_links(run_dir)
     is_file = _check_output(out, force)
     config = load_config(run_dir / "config.toml")
+    _check_not_needed(out, run_dir, config)
     step = pick_step(run_dir, checkpoint, allow_base=False)
     folder = folder_of(run_dir, step)
     base = base_of(config.model)
@@ -140,12 +145,13 @@ def export(
     schedule = base.noise_schedule(config.loss.prediction, config.loss.zero_terminal_snr)
     source = _Source(config, base, folder, step, schedule, DTYPES[dtype], weights)
     out.parent.mkdir(parents=True, exist_ok=True)
-    if is_file:
-        notes = _export_file(source, out, title or f"{run_dir.resolve().name} step {step}")
-        num_bytes = out.stat().st_size
-    else:
-        _export_folder(source, out)
-        notes, num_bytes = [], sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    with _locked(out):
+        if is_file:
+            notes = _export_file(source, out, title or f"{run_dir.resolve().name} step {step}")
+            num_bytes = out.stat().st_size
+        else:
+            _export_folder(source, out)
+            notes, num_bytes = [], sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     if doubt := doubt_about(run_dir, step):
         notes.append(doubt)
     if config.train.ema_decay > 0:
@@ -172,7 +178,50 @@ def _check_output(out: Path, force: bool) -> bool:
             raise UserError(f"{out} is a {'file' if out.is_file() else 'folder'}; name another with -o")
         if not is_file and any(out.iterdir()) and not (out / "model_index.json").is_file():
             raise UserError(f"{out} is not a diffusers folder, and --force replaces only those; name another with -o")
+        if not is_file and (others := sorted({path.name for path in out.iterdir()} - _WRITTEN)):
+            raise UserError(
+                f"{out} contains {printable(others[0])}, which no export writes, and --force would delete it; move it "
+                "away, or name another folder with -o"
+            )
     return is_file
+
+
+def _check_not_needed(out: Path, run_dir: Path, config: Config) -> None:
+    """Raise UserError if writing `out` would replace the run, its dataset, or a model that the run is made of."""
+    model = config.model
+    needed = {
+        "the run": run_dir,
+        "the run's dataset": config.data.path,
+        "model.base, which the run compares with": model.base,
+        "model.vae": model.vae,
+        "model.config": model.config,
+        "model.tokenizer": model.tokenizer,
+    }
+    place = Path(os.path.realpath(out))
+    for name, path in needed.items():
+        # a hub id or a name such as tiny is no path that exists
+        if path and os.path.lexists(path):
+            real = Path(os.path.realpath(path))
+            if place == real or place in real.parents:
+                what = f"is {name}" if place == real else f"contains {name}"
+                raise UserError(f"{out} {what}, which the export would replace; name another place with -o")
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Keep other exports away from a name: their temporary files have the same one. Raises UserError."""
+    path = out.with_name(f".{out.name}.lock")
+    try:
+        file = lock_file(path)
+    except NoLocks:
+        yield
+        return
+    if file is None:
+        raise UserError(f"another export to {out} is running; wait for it, or name another place with -o")
+    try:
+        yield
+    finally:
+        unlock_file(file, path)
 
 
 def _check_place(out: Path) -> None:
@@ -187,8 +236,9 @@ def _check_free_space(out: Path, num_bytes: int, dtype: torch.dtype) -> None:
     free = shutil.disk_usage(out.parent).free
     if free < num_bytes + SPARE_BYTES:
         raise UserError(
-            f"{out} needs {num_bytes / GIB:.2f} GiB, but {out.parent} has {free / GIB:.2f} GiB free; free some "
-            f"space, or name another place with -o{', or use --dtype fp16' if dtype.itemsize > 2 else ''}"
+            f"{out} takes {size(num_bytes)}, and {size(SPARE_BYTES)} must stay free, but {out.parent} has {size(free)} "
+            f"free; free some space, or name another place with -o"
+            f"{', or use --dtype fp16' if dtype.itemsize > 2 else ''}"
         )
 
 

@@ -51,6 +51,9 @@ def load_tokenizer(folder: Path, part: str, max_positions: int | None = None, vo
         tokenizer = _load(folder, part, max_positions or DEFAULT_LENGTH, max_positions)
         _check_ids(tokenizer, vocab_size or len(tokenizer))
     except (UserError, OSError) as error:
+        if isinstance(error, OSError) and not str(error.filename or "").startswith(str(where)):
+            # the temporary copy could not be written, for example because the disk is full
+            raise
         raise UserError(f"{where}: its tokenizer cannot be used: {error}; get this folder again") from None
     return tokenizer
 

@@ -39,6 +39,38 @@ def test_force_replaces_only_exports(tiny_run, tmp_path):
         export(tiny_run, tmp_path / "file", force=True)
 
 
+def test_force_deletes_nothing_that_an_export_does_not_write(tiny_run, tmp_path):
+    export(tiny_run, tmp_path / "out")
+    (tmp_path / "out" / "runs").mkdir()
+    with pytest.raises(ValueError, match="out contains runs, which no export writes, and --force would delete it"):
+        export(tiny_run, tmp_path / "out", force=True)
+    assert (tmp_path / "out" / "runs").is_dir()
+
+
+def test_an_export_never_replaces_what_its_run_needs(tiny_run, tmp_path):
+    export(tiny_run, tmp_path / "base")
+    export(tiny_run, tmp_path / "vae" / "one.safetensors")
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    config = (run / "config.toml").read_text()
+    changed = config.replace('base = "tiny"', f'base = "{tmp_path / "base"}"')
+    assert changed != config
+    (run / "config.toml").write_text(changed)
+    with pytest.raises(ValueError, match="base is model.base, which the run compares with, which the export would"):
+        export(run, tmp_path / "base", force=True)
+    (tmp_path / "link").symlink_to(tmp_path / "base")
+    with pytest.raises(ValueError, match=r"link is model\.base"):
+        export(run, tmp_path / "link", force=True)
+
+
+def test_two_exports_to_one_name_do_not_mix(tiny_run, tmp_path):
+    out = tmp_path / "out.safetensors"
+    with module._locked(out), pytest.raises(ValueError, match=r"another export to .*out\.safetensors is running"):
+        export(tiny_run, out)
+    export(tiny_run, out)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.safetensors"]
+
+
 def test_an_export_never_writes_into_checkpoints_or_a_dataset(tiny_run, tmp_path):
     state = folder_of(tiny_run, STEP) / "state.safetensors"
     before = state.read_bytes()
@@ -81,7 +113,9 @@ def test_too_little_free_space_is_reported_before_anything_is_written(tiny_run, 
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage(10**9, 10**9, 10**6))
     # a smaller dtype is proposed where there is one
     for dtype, fix in (("fp16", ""), ("bf16", ""), ("fp32", ", or use --dtype fp16")):
-        with pytest.raises(ValueError, match=r"needs 0\.0. GiB, .* has 0\.00 GiB free; free some space, ") as refused:
+        with pytest.raises(
+            ValueError, match=r"takes [0-9.]+ MiB, and 64\.0 MiB must stay free, but .* has .* free; free some "
+        ) as refused:
             export(tiny_run, tmp_path / name, dtype=dtype)
         assert str(refused.value).endswith(f"or name another place with -o{fix}")
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""A value with its bootstrap interval."""
+"""A value with its interval, of a bootstrap or a jackknife."""
 
 from __future__ import annotations
 

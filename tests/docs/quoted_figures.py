@@ -33,7 +33,7 @@ _FIELDS: dict[str, tuple[tuple[str, ...], tuple[float, ...]]] = {
     "min": (("seconds", "_s"), (1 / 60,)),
     "ms": (("_ms", "ms"), (1,)),
     # fractions: the demo's scores as (value, low, high), chance levels, shares
-    "%": (("base", "trained", "difference", "chance", "share_of_limit"), (100,)),
+    "%": (("base", "trained", "difference", "chance", "share_of_limit", "_share"), (100,)),
     "launches": (("launches",), (1,)),
     "host syncs": (("host_syncs",), (1,)),
 }

@@ -123,7 +123,8 @@ class CropDivergence(Record):
 class BurnScores(Record):
     """Burn scores of one set of pictures: quantiles 5, 25, 50, 75 and 95 % of each score.
 
-    model: an id, "real" for photographs. share_*: of the pictures beyond the limit that 95 % of photographs keep.
+    model: an id, "real" for photographs. share_*: of the pictures above a score's limit, which a real photograph
+    exceeds with a probability of at most 2.5 %; with its interval. is_*: more of them than chance explains.
     """
 
     model: Name

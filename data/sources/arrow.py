@@ -20,7 +20,7 @@ from pathlib import Path
 from safelight.data.sources.caption import MAX_LISTED_ROWS, Rejection
 from safelight.data.sources.entry import KEYS, TEXT_KEYS, Entry, entry_of
 from safelight.errors import UserError
-from safelight.text import collapse, shortened, storable
+from safelight.text import collapse, counted, shortened, storable
 from safelight.untrusted import UnsafeFile, check_regular, parse_json
 
 NEEDS_PYARROW = "needs pyarrow to be read: run `pip install pyarrow`"
@@ -33,6 +33,8 @@ MAX_SECONDS = 120
 ENDED = "damaged: pyarrow did not survive reading it"
 # the datasets library's column of classes, by their numbers
 _LABEL = "label"
+# WebDataset's column of captions, where no other has them
+_TXT = "txt"
 _USED = ("file_name", "caption_source", _LABEL, *KEYS)
 
 
@@ -164,6 +166,7 @@ class ArrowFile:
         self._rows: dict[str, int] = {}
         answer, _ = process.ask(path, do="open")
         self._columns = [name for name, _ in answer["columns"]]
+        self._text_is_txt = _TXT in self._columns and not any(key in self._columns for key in TEXT_KEYS)
         self._picture = answer["picture"]
         self._classes = _class_names(answer["features"])
 
@@ -180,7 +183,7 @@ class ArrowFile:
                 "files, name it metadata.parquet"
             )
         source = f"{self.path.suffix.lower()} column"
-        num_bad = 0
+        num_bad, first = 0, ""
         try:
             for number, row, path in self._read_rows():
                 name = self._name(number, path)
@@ -191,6 +194,7 @@ class ArrowFile:
                         self.entries[name] = entry
                 except UserError as error:
                     num_bad += 1
+                    first = first or f"row {number + 1}: {error}"
                     if num_bad <= MAX_LISTED_ROWS:
                         self._reject(f"{self.path}:{number + 1}", f"the row {error}", "row")
         except UserError as error:
@@ -200,8 +204,19 @@ class ArrowFile:
             more = num_bad - MAX_LISTED_ROWS
             self._reject(self.path, f"{more:,} more rows with captions that cannot be used", "row", more)
         if self._rows and not self.entries:
-            shown = shortened(", ".join(self._columns))
-            self._reject(self.path, f"has no captions in a column text or caption, but {shown}; rename the column")
+            self._reject(self.path, f"no captions of it are used: {self._why_nothing_is_said(num_bad, first)}")
+
+    def _why_nothing_is_said(self, num_bad: int, first: str) -> str:
+        """Return why no row says anything of its picture. num_bad, first: rows that cannot be used, and what is wrong
+        with the first of them."""
+        if num_bad:
+            return f"{counted(num_bad, 'row')} cannot be used, the first is {first}"
+        if texts := [name for name in self._columns if name in TEXT_KEYS or (name == _TXT and self._text_is_txt)]:
+            return f"its column {texts[0]} is empty, or holds no texts"
+        picture = self._picture.removesuffix(".bytes")
+        if others := [name for name in self._columns if name != picture]:
+            return f"it has no column text or caption; if {shortened(', '.join(others))} has them, rename it"
+        return f"it has no column but {picture}"
 
     def rows(self) -> Iterator[tuple[int, dict | UserError]]:
         """Yield (number from 1, row) for a table of captions of files. Raises UserError where it is damaged."""
@@ -211,12 +226,16 @@ class ArrowFile:
             yield number + 1, row
 
     def _read_rows(self) -> Iterator[tuple[int, dict, object]]:
-        columns = [name for name in dict.fromkeys(self._columns) if name in _USED]
+        used = (*_USED, _TXT) if self._text_is_txt else _USED
+        columns = [name for name in dict.fromkeys(self._columns) if name in used]
         for number, answer in enumerate(self._process.ask_rows(self.path, columns=columns, picture=self._picture)):
             if number >= MAX_ROWS:
                 raise UserError(f"has more than {MAX_ROWS:,} rows; split it")
             row = answer.get("row")
-            yield number, {k: v for k, v in row.items() if v != ""} if isinstance(row, dict) else {}, answer.get("path")
+            row = {k: v for k, v in row.items() if v != ""} if isinstance(row, dict) else {}
+            if self._text_is_txt and _TXT in row:
+                row["text"] = row.pop(_TXT)
+            yield number, row, answer.get("path")
 
     def _name(self, number: int, path: object) -> str:
         name = posixpath.basename(collapse(path).replace("\\", "/"))[:200] if isinstance(path, str) else ""

@@ -183,6 +183,10 @@ class Server:
         """Say the values of some columns of every row, and of its picture the name and whether it has bytes."""
         struct = picture.partition(".")[0] if picture and picture.endswith(".bytes") else None
         wanted = [*columns, *([f"{struct}.path"] if struct else [])]
+        if not wanted:
+            # pictures of which nothing is said
+            for _ in range(sum(file.num_rows)):
+                self._say({"row": {}, "path": None})
         for batch in file.batches(wanted) if wanted else ():
             values = {name: plain(batch.column(name)) for name in columns}
             paths = plain(batch.column(struct).field("path")) if struct else [None] * batch.num_rows

@@ -321,8 +321,47 @@ def test_tables_without_pictures_or_captions_say_so(source, draw, prepare, make_
         "x.parquet": "a table without pictures (its columns: a, b); if it has captions of files, name it "
         "metadata.parquet",
         "metadata.parquet": "has no column file_name",
-        "y.parquet": "has no captions in a column text or caption, but image, words; rename the column",
+        "y.parquet": "no captions of it are used: it has no column text or caption; if words has them, rename it",
     }
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+@pytest.mark.parametrize("has_txt", [True, False])
+def test_pictures_in_a_column_of_bytes_without_a_known_text_column(source, prepare, make_noise, suffix, has_txt):
+    pa = pyarrow()
+    columns = {"jpg": pa.array([png(make_noise, 40 + number) for number in range(3)], pa.binary())}
+    table = pa.table(columns | ({"txt": ["a dog", "a cat | pet:2", None]} if has_txt else {}))
+    if suffix == "parquet":
+        pa.parquet.write_table(table, source / "x.parquet", row_group_size=2)
+    else:
+        write_stream(table, source / "x.arrow")
+    texts = [photo.captions for photo in prepare().values()]
+    assert texts == ([("a dog",), ("a cat",), ("000002",)] if has_txt else [("000000",), ("000001",), ("000002",)])
+    listed = reasons(prepare.summary)
+    assert listed == ({} if has_txt else {f"x.{suffix}": listed.get(f"x.{suffix}")})
+    assert has_txt or listed[f"x.{suffix}"].endswith("it has no column but jpg")
+
+
+def test_a_better_column_of_texts_goes_before_txt(source, prepare, make_noise):
+    pa = pyarrow()
+    columns = {"jpg": pa.array([png(make_noise, 1)], pa.binary()), "txt": ["raw"], "caption": ["a dog"]}
+    pa.parquet.write_table(pa.table(columns), source / "x.parquet")
+    assert [photo.captions for photo in prepare().values()] == [("a dog",)]
+
+
+@pytest.mark.parametrize(
+    ("columns", "reason"),
+    [
+        ({"tags": ["dog", "cat"]}, "2 rows cannot be used, the first is row 1: its tags 'dog' are neither"),
+        ({"repeats": [-1, 2], "tags": [None, "cat"]}, "2 rows cannot be used, the first is row 1: "),
+        ({"text": ["", None]}, "its column text is empty, or holds no texts"),
+    ],
+)
+def test_a_table_of_which_no_caption_is_used_says_why(source, prepare, make_noise, columns, reason):
+    columns = {"text": ["a dog", "a cat"]} | columns
+    pyarrow().parquet.write_table(pictures(make_noise, 2, **columns), source / "x.parquet")
+    assert len(prepare()) == 2
+    assert f"no captions of it are used: {reason}" in reasons(prepare.summary)["x.parquet"]
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def test_an_export_never_replaces_what_its_run_needs(tiny_run, tmp_path):
     changed = config.replace('base = "tiny"', f'base = "{tmp_path / "base"}"')
     assert changed != config
     (run / "config.toml").write_text(changed)
-    with pytest.raises(ValueError, match="base is model.base, which the run compares with, which the export would"):
+    with pytest.raises(ValueError, match=r"base is model\.base, which the run compares with, which the export would"):
         export(run, tmp_path / "base", force=True)
     (tmp_path / "link").symlink_to(tmp_path / "base")
     with pytest.raises(ValueError, match=r"link is model\.base"):

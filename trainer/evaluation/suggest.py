@@ -1,0 +1,131 @@
+"""Which checkpoint to use, by rules that are stated with the result.
+
+1. Checkpoints that draw burnt, smoothed-out or copied pictures are set aside, if another is left.
+2. Of the others, the one with the lowest held-out loss; of several within TIE of it, the one with the lowest KID.
+3. Unless another's KID is lower beyond chance: then that one.
+4. If that one's held-out loss is not below the base's and its KID is not lower beyond chance, there is none to suggest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from safelight.trainer.report.evaluation import EvaluatedModel, Metric, Suggestion
+from safelight.trainer.report.facts import format_epoch
+
+BASE = "base"
+# of the lowest held-out loss: validation on other photographs would change it by more
+TIE = 0.001
+SIGNIFICANT = 0.05
+
+
+@dataclass(frozen=True)
+class KidChange:
+    """KID of one checkpoint minus another's. p: two-sided."""
+
+    value: float
+    p: float
+
+
+def suggest(
+    models: Sequence[EvaluatedModel],
+    kid: Metric | None,
+    kid_changes: Mapping[tuple[str, str], KidChange],
+    blemishes: Mapping[str, Sequence[str]],
+) -> Suggestion | None:
+    """Return the checkpoint to use with its reasons, None if there is nothing to choose by.
+
+    kid: the headline metric. kid_changes: (model, other) -> KID of model minus KID of other, for the base and all
+    checkpoints. blemishes: model -> what is wrong with its pictures, such as "burnt".
+    """
+    trained = [model for model in models if model.id != BASE]
+    base = next((model for model in models if model.id == BASE), None)
+    if not trained or (kid is None and all(model.held_out_loss is None for model in trained)):
+        return None
+    reasons: list[str] = []
+    sound = [model for model in trained if not blemishes.get(model.id)]
+    for model in trained if sound else ():
+        if said := blemishes.get(model.id):
+            reasons.append(f"{_name(model)} is set aside: its pictures are {' and '.join(said)}")
+    candidates = sound or trained
+    if not sound:
+        reasons.append("every checkpoint draws pictures that are " + _joined(blemishes))
+    kid_of = {} if kid is None else {estimate.model: estimate.value for estimate in kid.values}
+    chosen = _by_loss(candidates, kid_of, reasons)
+    # of many comparisons one is beyond chance by chance
+    limit = SIGNIFICANT / max(1, len(candidates) - 1)
+    better = [
+        other
+        for other in candidates
+        if (change := kid_changes.get((other.id, chosen.id))) and change.value < 0 and change.p < limit
+    ]
+    if better:
+        closest = min(better, key=lambda model: kid_of[model.id])
+        reasons.append(
+            f"its {kid.title} is {kid_of[closest.id]:.3g}, lower than {_name(chosen)}'s {kid_of[chosen.id]:.3g} beyond "
+            f"chance (p {kid_changes[closest.id, chosen.id].p:.2g})"
+        )
+        chosen = closest
+    elif kid is not None and len(candidates) > 1:
+        reasons.append(f"no other checkpoint's {kid.title} is lower beyond chance")
+    return _against_base(chosen, base, kid, kid_changes, reasons)
+
+
+def _by_loss(candidates: Sequence[EvaluatedModel], kid_of: Mapping[str, float], reasons: list[str]) -> EvaluatedModel:
+    measured = [model for model in candidates if model.held_out_loss is not None]
+    if not measured:
+        chosen = min(candidates, key=lambda model: kid_of.get(model.id, float("inf")))
+        reasons.append("held-out loss was not measured at these checkpoints: the one with the lowest KID")
+        return chosen
+    lowest = min(model.held_out_loss for model in measured)
+    near = [model for model in measured if model.held_out_loss <= lowest * (1 + TIE)]
+    chosen = min(near, key=lambda model: (kid_of.get(model.id, 0.0), model.held_out_loss))
+    if len(candidates) == 1:
+        reasons.append(f"it is the only one that is left; its held-out loss is {chosen.held_out_loss:.4f}")
+    elif chosen.held_out_loss == lowest:
+        reasons.append(f"its held-out loss, {lowest:.4f}, is the lowest of the checkpoints that were evaluated")
+    else:
+        reasons.append(
+            f"its held-out loss, {chosen.held_out_loss:.4f}, is within {100 * TIE:g} % of the lowest, {lowest:.4f}, and "
+            "its KID is lower"
+        )
+    return chosen
+
+
+def _against_base(
+    chosen: EvaluatedModel,
+    base: EvaluatedModel | None,
+    kid: Metric | None,
+    kid_changes: Mapping[tuple[str, str], KidChange],
+    reasons: list[str],
+) -> Suggestion:
+    change = kid_changes.get((chosen.id, BASE))
+    has_lower_kid = change is not None and change.value < 0 and change.p < SIGNIFICANT
+    has_higher_kid = change is not None and change.value > 0 and change.p < SIGNIFICANT
+    losses = (None, None) if base is None else (chosen.held_out_loss, base.held_out_loss)
+    has_lower_loss = None not in losses and losses[0] < losses[1]
+    if has_lower_kid:
+        reasons.append(f"it is closer to your photographs than the base ({kid.title} {change.value:+.3g}, p {change.p:.2g})")
+    elif has_higher_kid:
+        reasons.append(
+            f"its pictures are farther from your photographs than the base's ({kid.title} {change.value:+.3g}, "
+            f"p {change.p:.2g})"
+        )
+    if has_lower_loss:
+        reasons.append(f"the base's held-out loss is {losses[1]:.4f}")
+    if has_higher_kid or not (has_lower_kid or has_lower_loss):
+        sentence = (
+            f"No checkpoint is better than the base beyond chance. Of those that were evaluated, {_name(chosen)} comes "
+            "first."
+        )
+        return Suggestion(model=BASE, sentence=sentence, reasons=tuple(reasons))
+    return Suggestion(model=chosen.id, sentence=f"Use the checkpoint of {_name(chosen)}.", reasons=tuple(reasons))
+
+
+def _joined(blemishes: Mapping[str, Sequence[str]]) -> str:
+    return " or ".join(sorted({word for words in blemishes.values() for word in words}))
+
+
+def _name(model: EvaluatedModel) -> str:
+    return f"epoch {format_epoch(model.epoch)} (step {model.step:,})"

@@ -93,9 +93,14 @@ def _is_inside(path: Path, real_folder: str) -> bool:
     return real == real_folder or real.startswith(real_folder.rstrip(os.sep) + os.sep)
 
 
+def is_inside(path: Path, folder: Path) -> bool:
+    """Return whether a path ends in a folder, all links on its way followed."""
+    return _is_inside(path, _real(folder))
+
+
 def is_link_out(path: Path, folder: Path) -> bool:
     """Return whether a path is a link that ends outside of a folder."""
-    return os.path.islink(path) and not _is_inside(path, _real(folder))
+    return os.path.islink(path) and not is_inside(path, folder)
 
 
 def check_links(folder: Path) -> None:

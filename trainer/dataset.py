@@ -62,7 +62,8 @@ class Dataset:
     scaling_factor: what unscaled latents are multiplied by to get unit variance. latent_factor: pixels per latent.
     num_encoded: rows encoded on opening, of which num_damaged replaced damaged ones. cuts: prompt -> the end of what
     the text encoder reads of it, for prompts that are longer. cut_notes: lines that name what is cut. length_note: a
-    line on how long the captions are. sampled: (places, cache keys, key of the negative prompt) of the prompts that
+    line on how long the captions are. num_cut_captions: distinct captions of which the text encoder reads only the
+    beginning. sampled: (places, cache keys, key of the negative prompt) of the prompts that
     the run samples, grouped by the length of their embeddings. mask_weight: loss.mask_weight.
     """
 
@@ -80,6 +81,7 @@ class Dataset:
     cuts: dict[str, str] = field(default_factory=dict)
     cut_notes: list[str] = field(default_factory=list)
     length_note: str = ""
+    num_cut_captions: int = 0
     sampled: list[tuple[tuple[int, ...], list[str], str]] = field(default_factory=list)
     mask_weight: float = 0.0
 
@@ -289,11 +291,13 @@ def _fill(plan: Plan, config: Config, batch_size: int, progress: Progress | None
     named_prompts = [("the negative prompt", negative)]
     named_prompts += [(f"sample prompt {number}", prompt) for number, prompt in enumerate(config.sample.prompts, 1)]
     named_captions = sorted((f"a caption of {s.photo.source}", c) for s in dataset.samples for c in s.captions)
+    caption_cuts = encoder.cuts(captions)
+    dataset.num_cut_captions = len(caption_cuts)
     dataset.cut_notes = [
         f"note: {reader.describe_cuts(named)}"
         for reader, texts, cuts in (
             (prompt_reader, named_prompts, dataset.cuts),
-            (encoder, named_captions, encoder.cuts(captions)),
+            (encoder, named_captions, caption_cuts),
         )
         # a photograph is named once, in however many orders its tags stand
         if (named := list({name: cuts[text] for name, text in texts if text in cuts}.items()))

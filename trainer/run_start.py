@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -32,6 +33,9 @@ EXAMPLE_SIDE_PX = 320
 # lines of a rejected.jsonl that are read; the report reads records of 16 MiB
 MAX_REJECTED = 100_000
 MAX_CREDITS = 10_000
+MAX_CAPTION_SOURCES = 100
+# of an example
+MAX_EXAMPLE_TAGS = 40
 
 
 def check_place(run_dir: Path, dataset: Path) -> None:
@@ -103,6 +107,9 @@ def write_start(
             "num_validation": len(dataset.validation),
             "num_captions": dataset.num_captions,
             "num_tagged": dataset.num_tagged,
+            "num_cut_captions": dataset.num_cut_captions,
+            "length_note": dataset.length_note,
+            "caption_sources": _caption_sources(dataset),
             "num_masks": sum(bool(s.mask_keys) for s in once_each(dataset.train)),
             "num_loss_scales": sum(s.photo.settings.loss_scale != 1 for s in once_each(dataset.train)),
             "variants": config.data.variants,
@@ -115,6 +122,16 @@ def write_start(
         },
     )
     return rejected_note
+
+
+def _caption_sources(dataset: Dataset) -> list[dict]:
+    """Return what the captions were read from, or who wrote them, and of how many photographs: the most first."""
+    photos = [sample.photo for sample in once_each(dataset.samples)]
+    counts = Counter((photo.captioner, photo.caption_source) for photo in photos)
+    return [
+        {"source": source, "captioner": captioner, "num": num}
+        for (captioner, source), num in counts.most_common(MAX_CAPTION_SOURCES)
+    ]
 
 
 def _left_out(dataset: Dataset, config: Config) -> list[dict]:
@@ -176,6 +193,7 @@ def _write_examples(run_dir: Path, dataset: Dataset) -> list[dict]:
             {
                 "file": f"data_examples/{name}",
                 "caption": sample.captions[0],
+                "tags": [{"name": tag.name, "weight": tag.weight} for tag in sample.photo.tags[:MAX_EXAMPLE_TAGS]],
                 "width": sample.photo.width,
                 "height": sample.photo.height,
             }

@@ -358,15 +358,22 @@ class Collection:
         self.photos = kept
         self._count_sources()
 
-    def note_links(self, files: list[SourceFile]) -> None:
-        """Say how many photographs are links to files elsewhere."""
+    def note_links(self, files: list[SourceFile], readers: list[CaptionReader]) -> None:
+        """Say how many photographs lie outside of their source, and what beside them was not read therefore."""
         links = [file.path for file in files if self.label(file) in self.decoded and file.reader.leads_out(file.path)]
         if links:
-            are_links = "are links" if len(links) > 1 else "is a link"
+            lie = "lie" if len(links) > 1 else "lies"
             self.summary.note(
                 "link",
-                f"{counted(len(links), 'photograph')} {are_links} out of the folder, such as {links[0]}; the dataset "
-                "has a copy of what is there",
+                f"{counted(len(links), 'photograph')} {lie} behind links out of the folder, such as {links[0]}; the "
+                "dataset has a copy of what is there",
+            )
+        if unread := sorted(path for reader in readers for path in reader.unread):
+            self.summary.note(
+                "link",
+                f"{counted(len(unread), 'file')} with captions, settings or masks not read, behind links out of the "
+                f"folder, such as {unread[0]}; give {os.path.realpath(unread[0].parent)} as a source of its own, or "
+                "copy it",
             )
 
     def _count_sources(self) -> None:

@@ -15,8 +15,13 @@ from safelight.data.sources.packed import Packed, PackedPicture
 from safelight.data.sources.tar import Tar
 from safelight.errors import UserError
 from safelight.text import printable, storable
-from safelight.untrusted import UnsafeFile, is_link_out, open_regular
+from safelight.untrusted import UnsafeFile, is_inside, open_regular
 
+LINK_OUT = "a link out of this folder, which is not followed; copy the file it points to"
+BEHIND_LINK = (
+    "in a folder that is a link out of this one, where only photographs are read; give the folder it points to as a "
+    "source of its own"
+)
 # text encoders read at most a few hundred words; a larger file beside a photo is something else, such as a log
 MAX_SIDECAR_BYTES = 2**20
 
@@ -26,18 +31,21 @@ class SourceTree:
     """The files below one source root; each folder is listed once.
 
     rejections, warnings: what cannot be used, added as it is come across. incomplete: packed files of which not
-    everything could be read.
+    everything could be read. unread: captions, tables and masks in folders that are links out of the root.
     """
 
     root: Path
     rejections: list[Rejection] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     incomplete: set[Path] = field(default_factory=set)
+    unread: set[Path] = field(default_factory=set)
     # packed files, and the folders in them with their paths there
     packed: dict[Path, Packed] = field(default_factory=dict)
     _folders: dict[Path, tuple[Packed, str]] = field(default_factory=dict)
     _listings: dict[Path, Listing] = field(default_factory=dict)
     _unused_keys: set[str] = field(default_factory=set)
+    _is_outside: dict[Path, bool] = field(default_factory=dict)
+    _refused: set[Path] = field(default_factory=set)
     arrow: ArrowProcess = field(default_factory=ArrowProcess)
 
     def folders_of_pictures(self) -> list[Path]:
@@ -56,7 +64,8 @@ class SourceTree:
         if path.parent in self._folders:
             self.reject(path, "a file with pictures inside another, which is not opened; unpack it", "other")
             return
-        if self.refuses_link(path):
+        if self.leads_out(path):
+            self.reject(path, LINK_OUT if os.path.islink(path) else BEHIND_LINK, "other")
             return
         try:
             packed = self._opened(path)
@@ -116,9 +125,9 @@ class SourceTree:
         self.rejections.append(Rejection(storable(str(path)), storable(reason), kind))
 
     def mask_of(self, photo: Path) -> Path | None:
-        """Return the loss mask that stands beside a photo, None if it has none."""
+        """Return the loss mask that stands beside a photo, None if it has none, or one that is not read."""
         name = self.listing_or_empty(photo.parent).masks.get(photo.name)
-        return None if name is None else photo.with_name(name)
+        return None if name is None or self.refuses_link(photo.with_name(name)) else photo.with_name(name)
 
     def is_mask(self, path: Path) -> bool:
         """Return whether a picture is the loss mask of another one beside it."""
@@ -132,11 +141,15 @@ class SourceTree:
             return self._listings.setdefault(folder, Listing())
 
     def refuses_link(self, path: Path) -> bool:
-        """Return whether a file is a link out, after listing it."""
-        if self.leads_out(path):
-            self.reject(path, "a link out of this folder, which is not followed; copy the file it points to")
-            return True
-        return False
+        """Return whether a caption, table or mask is not read because it leads out of the source, after listing it."""
+        if not self.leads_out(path):
+            return False
+        if not os.path.islink(path):
+            self.unread.add(path)
+        elif path not in self._refused:
+            self.reject(path, LINK_OUT)
+        self._refused.add(path)
+        return True
 
     def text(self, path: Path, max_bytes: int, as_caption: bool = False) -> str | None:
         """Return a file's text, or None if it is too large or cannot be read. Adds a warning or a rejection then.
@@ -175,11 +188,13 @@ class SourceTree:
             return size if size > max_bytes else file.read()
 
     def leads_out(self, path: Path) -> bool:
-        """Return whether a file is a link that ends outside of both the source and the folder that it was found in.
-
-        The two differ if that folder is itself below a link, which the user made.
-        """
-        return is_link_out(path, path.parent) and is_link_out(path, self.root)
+        """Return whether a file lies outside of the source: it is a link out of it, or in a folder that is."""
+        if os.path.islink(path):
+            return not is_inside(path, self.root)
+        folder = path.parent
+        if folder not in self._is_outside:
+            self._is_outside[folder] = not is_inside(folder, self.root)
+        return self._is_outside[folder]
 
     def find(self, folder: Path, name: str) -> str | None:
         """Return the name of a file below a folder as it is written there, None if there is no such file."""

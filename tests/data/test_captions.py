@@ -5,6 +5,7 @@ import json
 import os
 import random
 import time
+from pathlib import Path
 
 import pytest
 
@@ -368,16 +369,27 @@ def test_a_caption_file_that_is_a_link_out_of_the_source_is_listed_and_not_read(
     outside.unlink()
 
 
-def test_links_inside_a_source_and_inside_a_linked_folder_are_read(root, tmp_path_factory):
+def test_links_inside_a_source_are_read_and_those_in_a_linked_folder_are_not(root, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     (root / "linked").symlink_to(elsewhere)
     (elsewhere / "b_1.jpg").touch()
-    for folder, name in ((root, "a dog_1.txt"), (root / "linked", "b_1.txt")):
+    for folder, name in ((root, "a dog_1.txt"), (elsewhere, "b_1.txt")):
         (folder / "shared").write_text("a shared caption")
         (folder / name).symlink_to("shared")
-    for name in ("a dog_1.jpg", "linked/b_1.jpg"):
-        texts, _, reader = read(root, name)
-        assert (texts, reader.rejections) == (("a shared caption",), [])
+    (elsewhere / "c_1.jpg").touch()
+    (elsewhere / "c_1.txt").write_text("a text")
+    (root / "inner").mkdir()
+    (root / "inner" / "d_1.jpg").touch()
+    (root / "inner" / "d_1.txt").write_text("a text inside")
+    (root / "also inner").symlink_to("inner")
+    for name, text in (("a dog_1", "a shared caption"), ("also inner/d_1", "a text inside")):
+        texts, _, reader = read(root, f"{name}.jpg")
+        assert (texts, reader.rejections, reader.unread) == ((text,), [], set())
+    texts, _, reader = read(root, "linked/b_1.jpg")
+    assert texts == ("b",)
+    assert [Path(item.path).name for item in reader.rejections] == ["b_1.txt"]
+    texts, _, reader = read(root, "linked/c_1.jpg")
+    assert (texts, reader.rejections, reader.unread) == (("c",), [], {root / "linked" / "c_1.txt"})
 
 
 def test_of_many_bad_rows_only_the_first_are_kept(root):

@@ -230,8 +230,46 @@ def test_photographs_that_are_links_out_of_the_source_are_copied_with_a_note(tmp
     summary = ingest([source], dataset)
     assert len(summary.photos) == 3
     assert [note.text for note in summary.notes if note.kind == "link"] == [
-        f"2 photographs are links out of the folder, such as {source}/a.png; the dataset has a copy of what is there"
+        f"2 photographs lie behind links out of the folder, such as {source}/a.png; the dataset has a copy of what is "
+        "there"
     ]
+
+
+def test_of_a_folder_that_is_a_link_out_of_the_source_only_photographs_are_read(tmp_path, source, dataset, make_noise):
+    private = tmp_path / "private"
+    (private / "deep").mkdir(parents=True)
+    for i, name in enumerate(("a.png", "b.png", "deep/c.png")):
+        make_noise(i).save(private / name)
+    (private / "a.txt").write_text("a secret")
+    (private / "captions.jsonl").write_text('{"file_name": "b.png", "text": "a secret"}')
+    (private / "global.yaml").write_text("repeats: 7")
+    (private / "data.tar").write_bytes(b"")
+    make_noise(3, mode="L").save(private / "deep" / "c-mask.png")
+    (source / "x").symlink_to(private)
+    # masks that are links: out of the source, and inside it
+    for i, name in ((4, "d"), (5, "e")):
+        make_noise(i).save(source / f"{name}.png")
+    make_noise(6, mode="L").save(source / ".mask", "PNG")
+    (source / "d-mask.png").symlink_to(private / "deep" / "c-mask.png")
+    (source / "e-mask.png").symlink_to(source / ".mask")
+    summary = ingest([source], dataset)
+    photos = {photo.source.partition("/")[2]: photo for photo in summary.photos}
+    assert {name: (photo.captions, photo.settings.repeats, bool(photo.mask)) for name, photo in photos.items()} == {
+        "d.png": (("d",), 1, False),
+        "e.png": (("e",), 1, True),
+        "x/a.png": (("a",), 1, False),
+        "x/b.png": (("b",), 1, False),
+        "x/deep/c.png": (("c",), 1, False),
+    }
+    assert [note.text for note in summary.notes if note.kind == "link"] == [
+        f"3 photographs lie behind links out of the folder, such as {source}/x/a.png; the dataset has a copy of what "
+        "is there",
+        f"4 files with captions, settings or masks not read, behind links out of the folder, such as {source}/x/a.txt; "
+        f"give {private} as a source of its own, or copy it",
+    ]
+    listed = {Path(item.path).relative_to(source).as_posix(): item.reason for item in summary.rejected}
+    assert listed["d-mask.png"] == "a link out of this folder, which is not followed; copy the file it points to"
+    assert listed["x/data.tar"].startswith("in a folder that is a link out of this one, where only photographs are")
 
 
 def test_single_files_are_sources_too(source, dataset, make_noise):

@@ -12,9 +12,8 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
-from safelight.data.photo import Photo
 from safelight.errors import UserError
 from safelight.text import collapse, counted
 from safelight.trainer.captioning.models import Described
@@ -28,6 +27,13 @@ MAX_TEXT_CHARACTERS = 10_000
 
 
 _T = TypeVar("_T")
+
+
+class Hashed(Protocol):
+    """What has a hash that names it: a photo, or a picture that was drawn."""
+
+    @property
+    def sha256(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ class Journal(Generic[_T]):
     Rows of other photos are passed over. Raises UserError if the file is larger than these photos explain.
     """
 
-    def __init__(self, dataset: Path, record: dict, photos: Sequence[Photo], form: Form[_T] = TEXTS):
+    def __init__(self, dataset: Path, record: dict, photos: Sequence[Hashed], form: Form[_T] = TEXTS):
         self.path = path_in(dataset, os.path.join(form.folder, f"{key_of(record)}.jsonl"))
         self._record, self._form = record, form
         # a row that a kill cut short has no newline
@@ -68,7 +74,7 @@ class Journal(Generic[_T]):
         rows = {sha256: self._said(line) for sha256, line in last.items()}
         self.said: dict[str, _T] = {sha256: said for sha256, said in rows.items() if said is not None}
 
-    def _last_rows(self, photos: Sequence[Photo]) -> dict[str, bytes]:
+    def _last_rows(self, photos: Sequence[Hashed]) -> dict[str, bytes]:
         """Return the last row of each photo, which is not read yet: a file may hold millions that nobody needs."""
         max_bytes = min(MAX_JOURNAL_BYTES, max(MIN_JOURNAL_BYTES, BYTES_PER_PHOTO * len(photos)))
         num_bytes = os.lstat(self.path).st_size
@@ -87,7 +93,7 @@ class Journal(Generic[_T]):
                 found[sha256] = line
         return found
 
-    def add(self, photos: Iterable[Photo], said: Iterable[_T]) -> None:
+    def add(self, photos: Iterable[Hashed], said: Iterable[_T]) -> None:
         """Append what was said of some photos; it survives a power cut."""
         self.path.parent.mkdir(exist_ok=True)
         is_new = not os.path.lexists(self.path)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,6 +20,8 @@ from safelight.trainer.metrics.gaussian import gaussian_kl, median_mmd
 LEAST, ENOUGH = 20, 50
 MAX_DIMENSIONS = 8
 NUM_PERMUTATIONS = 1000
+# the class of what is too rare for one of its own
+OTHER = "other things"
 # of numpy's Philox, so that a second run draws the same permutations
 KEY = 17
 # lengths below this share of the largest component, or of the features themselves, are rounding
@@ -31,27 +33,33 @@ class Crops:
     """Crops of one set of pictures, at most one of a class and group.
 
     features: (N, D). names: the class of each. groups: what each belongs to, such as its prompt or photograph; sets
-    that share a group are paired by it. Raises ValueError if a group has two crops of a class, or a feature is not
-    finite.
+    that share a group are paired by it. sizes: of the crops, in any unit. Raises ValueError if a group has two crops of
+    a class, or a feature is not finite.
     """
 
     features: np.ndarray
     names: Sequence[str]
     groups: Sequence[str]
+    sizes: Sequence[float]
 
     def __post_init__(self):
-        of_each = list(zip(self.names, self.groups, strict=True))
-        if len(self.features) != len(of_each):
-            raise ValueError(f"{len(self.features)} features for {len(of_each)} crops")
-        if len(set(of_each)) < len(of_each):
+        of_each = set(zip(self.names, self.groups, strict=True))
+        if not len(self.features) == len(self.names) == len(self.sizes):
+            raise ValueError(f"{len(self.features)} features and {len(self.sizes)} sizes of {len(self.names)} crops")
+        if len(of_each) < len(self.names):
             raise ValueError("a group has several crops of a class; choose one with largest_of_each")
         if not np.isfinite(self.features).all():
             raise ValueError("features are not finite")
 
+    def take(self, rows: Sequence[int]) -> Crops:
+        """Return some of the crops."""
+        return Crops(
+            self.features[list(rows)], *([of[row] for row in rows] for of in (self.names, self.groups, self.sizes))
+        )
+
     def of_class(self, name: str) -> Crops:
         """Return the crops of a class."""
-        rows = [row for row, other in enumerate(self.names) if other == name]
-        return Crops(self.features[rows], [name] * len(rows), [self.groups[row] for row in rows])
+        return self.take([row for row, other in enumerate(self.names) if other == name])
 
 
 @dataclass(frozen=True)
@@ -110,7 +118,18 @@ def project(sets: Sequence[Crops], max_dimensions: int = MAX_DIMENSIONS) -> list
     projected = centred @ (directions * signs[:, None]).T / (lengths[0] / np.sqrt(len(features)))
     ends = np.cumsum([len(crops.features) for crops in sets])[:-1]
     parts = np.split(projected, ends)
-    return [Crops(part, crops.names, crops.groups) for part, crops in zip(parts, sets, strict=True)]
+    return [replace(crops, features=part) for part, crops in zip(parts, sets, strict=True)]
+
+
+def merge_rare(sets: Sequence[Crops], least: int = LEAST) -> list[Crops]:
+    """Return the crops with all classes that a set has fewer than `least` crops of as one class, OTHER."""
+    common = common_classes(sets, least)
+    merged = []
+    for crops in sets:
+        names = [name if name in common else OTHER for name in crops.names]
+        rows = largest_of_each(names, crops.groups, crops.sizes)
+        merged.append(replace(crops.take(rows), names=[names[row] for row in rows]))
+    return merged
 
 
 def common_classes(sets: Sequence[Crops], least: int = LEAST) -> dict[str, int]:

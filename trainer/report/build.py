@@ -10,7 +10,24 @@ import safelight
 from safelight.data.atomic import atomic_write_text
 from safelight.text import counted
 from safelight.trainer.config.toml import require_run
+from safelight.trainer.report import (
+    advice,
+    burn_panel,
+    crop_map,
+    data_panel,
+    grids,
+    learned,
+    measures,
+    memorisation_panel,
+    provenance,
+    samples,
+)
+from safelight.trainer.report.advice import advice_section
+from safelight.trainer.report.best_epoch import best_section
+from safelight.trainer.report.burn_panel import burn_section
+from safelight.trainer.report.crop_map import crop_section
 from safelight.trainer.report.curves import loss_section, schedule_section, timestep_section
+from safelight.trainer.report.data_panel import data_section
 from safelight.trainer.report.facts import (
     Facts,
     Verdict,
@@ -20,22 +37,34 @@ from safelight.trainer.report.facts import (
     headline_facts,
     over_fitting_verdict,
 )
+from safelight.trainer.report.grids import grids_section
+from safelight.trainer.report.learned import learned_section
 from safelight.trainer.report.markup import Markup, join, shorten, tag
-from safelight.trainer.report.provenance import data_section, environment_section, events_section, parameters_section
-from safelight.trainer.report.results import learned_section, samples_section
+from safelight.trainer.report.measures import measures_section
+from safelight.trainer.report.memorisation_panel import memorisation_section
+from safelight.trainer.report.provenance import environment_section, events_section, parameters_section
 from safelight.trainer.report.run_reader import RunFolder, num_held_out, number, read_run_folder, rows_of, table_of
+from safelight.trainer.report.samples import samples_section
 from safelight.trainer.report.theme import THEME, page
 
+# identifier, name in the page's contents, and what returns the section: None if it has nothing to show
 SECTIONS = (
-    ("learned", "Did it learn?"),
-    ("samples", "Samples"),
-    ("loss", "Loss"),
-    ("timesteps", "By timestep"),
-    ("schedule", "Speed and memory"),
-    ("data", "Data"),
-    ("parameters", "Settings"),
-    ("environment", "Machine"),
-    ("events", "Events"),
+    ("learned", "What it learnt", learned_section),
+    ("best", "Which epoch", best_section),
+    ("measures", "Better than its base?", measures_section),
+    ("loss", "Loss", loss_section),
+    ("timesteps", "By timestep", timestep_section),
+    ("samples", "Samples", samples_section),
+    ("grids", "Grids", grids_section),
+    ("burn", "Burnt?", burn_section),
+    ("memorisation", "Memorised?", memorisation_section),
+    ("crops", "Things", crop_section),
+    ("next", "What next", advice_section),
+    ("data", "Data", data_section),
+    ("parameters", "Settings", parameters_section),
+    ("schedule", "Speed and memory", schedule_section),
+    ("environment", "Machine", environment_section),
+    ("events", "Events", events_section),
 )
 AFTER_THE_BEST = {
     "improving": "It was still falling at the end of training.",
@@ -53,7 +82,19 @@ GRAVE_EVENTS = {
     "held-out loss rose": "Held-out loss rose far above that of the base model.",
 }
 # what the page's style sheet and script are made of
-PARTS = (THEME,)
+PARTS = (
+    THEME,
+    learned.PART,
+    measures.PART,
+    samples.PART,
+    grids.PART,
+    burn_panel.PART,
+    memorisation_panel.PART,
+    crop_map.PART,
+    data_panel.PART,
+    advice.PART,
+    provenance.PART,
+)
 MARK = '<svg viewBox="0 0 14 14" aria-hidden="true"><circle class="f-accent" cx="7" cy="7" r="6"/></svg>'
 
 
@@ -74,25 +115,15 @@ def render(run: RunFolder) -> str:
     """Return the report as HTML."""
     facts = headline_facts(run.metrics)
     held_out, subset = run.metrics.validation["held_out"], run.metrics.validation["train_subset"]
-    best_step = facts.best.step if facts.best else None
-    sections = [
-        learned_section(run),
-        samples_section(run, best_step),
-        loss_section(run),
-        timestep_section(run),
-        schedule_section(run),
-        data_section(run.data, run),
-        parameters_section(run),
-        environment_section(run),
-        events_section(run),
-    ]
+    sections = {key: section for key, _, make in SECTIONS if (section := make(run)) is not None}
     verdict = over_fitting_verdict(held_out, subset)
     body = join(
         tag(
             "header",
             tag("div", Markup(MARK), "Safelight · training report", class_="mark"),
-            tag("h1", run.name),
+            tag("h1", run.title, dir="auto"),
             tag("p", _subtitle(run), class_="sub"),
+            tag("div", run.notes, class_="author", dir="auto") if run.notes else None,
             _grave_events(run),
             tag("p", _lead(run, facts, verdict), class_="lead"),
             _few_held_out(run),
@@ -100,17 +131,19 @@ def render(run: RunFolder) -> str:
             _problems(run.problems),
             tiles(run, facts),
             tag(
-                "nav", [tag("a", name, href=f"#{key}") for key, name in SECTIONS], aria_label="Sections of this report"
+                "nav",
+                [tag("a", name, href=f"#{key}") for key, name, _ in SECTIONS if key in sections],
+                aria_label="Sections of this report",
             ),
         ),
-        tag("main", sections),
+        tag("main", list(sections.values())),
         tag(
             "footer",
             f"Written by Safelight {safelight.__version__}. "
             "This file is self-contained: it loads nothing from the internet.",
         ),
     )
-    return page(run.name, body, parts=PARTS)
+    return page(run.title, body, parts=PARTS)
 
 
 def tiles(run: RunFolder, facts: Facts) -> Markup:

@@ -76,7 +76,8 @@ class Metric(Record):
 class ClassDivergence(Record):
     """The divergence of one class of crops between two sets, after subtracting the permutations' mean.
 
-    name: of the class, "all" for the pooled headline. num_first, num_second: crops. is_grey: 20 to 49 crops in a
+    name: of the class, "all" for the pooled headline. num_first, num_second: crops. kl: in nats. z, p: of the
+    permutations. mmd, mmd_z, mmd_p: the same for the squared maximum mean discrepancy. is_grey: 20 to 49 crops in a
     set, too few for a figure to be trusted.
     """
 
@@ -88,6 +89,7 @@ class ClassDivergence(Record):
     p: Share
     mmd: Number
     mmd_z: Number
+    mmd_p: Share | None = None
     is_grey: bool = False
 
 
@@ -100,6 +102,17 @@ class SetDivergence(Record):
     classes: Annotated[tuple[ClassDivergence, ...], Field(max_length=MAX_CLASSES)] = ()
 
 
+class CropGain(Record):
+    """How much further from photographs the trained model's crops lie than the base's: below 0, they are nearer.
+
+    value: KL(OD, TM) - KL(OD, BM), pooled. z, p: of permutations that exchange base and trained model; p two-sided.
+    """
+
+    value: Number
+    z: Number
+    p: Share
+
+
 class CropPoint(Record):
     """A crop on the map: the first two principal components of its features."""
 
@@ -110,12 +123,16 @@ class CropPoint(Record):
 
 
 class CropDivergence(Record):
-    """Crops of things that a detector found, compared. model: of TM. sentence: the result for a layman."""
+    """Crops of things that a detector found, compared. model: of TM. sentence: the result for a layman.
+
+    gain: whether TM is nearer to OD than BM is; None if there are too few crops.
+    """
 
     model: ModelId
     detector: Name
     features: Name
     divergences: Annotated[tuple[SetDivergence, ...], Field(max_length=6)]
+    gain: CropGain | None = None
     sentence: Text
     points: Annotated[tuple[CropPoint, ...], Field(max_length=MAX_POINTS)] = ()
 

@@ -7,7 +7,7 @@ prompt or a path, so none can forget to.
 from collections.abc import Iterable
 from html import escape as _html_escape
 
-VOID_ELEMENTS = frozenset({"br", "col", "hr", "img", "link", "meta"})
+VOID_ELEMENTS = frozenset({"br", "col", "hr", "img", "input", "link", "meta"})
 # Control characters that HTML forbids (newline and tab are fine), and the two overrides that reverse the direction of
 # the text after them. A caption may contain any of them.
 _CONTROL_CHARACTERS = dict.fromkeys(
@@ -71,6 +71,11 @@ def details(summary: object, *children: object, **attributes: object) -> Markup:
 def empty_state(*children: object) -> Markup:
     """Return a box that says why a part of the report is missing."""
     return tag("p", *children, class_="empty")
+
+
+def nothing_yet(what: str, command: str) -> Markup:
+    """Return a quiet line: what the section would show, and the command that fills it."""
+    return tag("p", what, " ", tag("code", f"safelight {command} RUN"), class_="note")
 
 
 def table(head: Iterable[object], rows: Iterable[Iterable[object]], **attributes: object) -> Markup:

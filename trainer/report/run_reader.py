@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from pydantic import ValidationError
 
 from safelight.errors import UserError
 from safelight.text import counted
 from safelight.trainer.report.comparison import Comparison
+from safelight.trainer.report.evaluation import Evaluation
+from safelight.trainer.report.markup import shorten
 from safelight.trainer.report.pictures import Work
+from safelight.trainer.report.records import SavedGrid, read_comparison, read_evaluation, read_grids
 from safelight.untrusted import (
     MAX_LINE_BYTES,
     MAX_TOML_BYTES,
@@ -42,7 +44,6 @@ MAX_METRICS_VALUES = 20_000_000
 # of a record: environment.json has 5 KB, but data.json lists every rejected file, 100,000 in 16 MiB
 MAX_RECORD_BYTES = 2**20
 MAX_DATA_BYTES = 2**24
-MAX_COMPARE_BYTES = 2**22
 MAX_RECORD_VALUES = 2**20
 # of the index.json files of all samples: 5000 of them with five prompts each have 6 MB
 MAX_SAMPLES_BYTES = 2**24
@@ -50,17 +51,17 @@ MAX_SAMPLE_SETS = 5000
 MAX_IMAGES = 1000
 MAX_VALIDATIONS = 2000
 MAX_EVENT_CHARACTERS = 2000
+MAX_NOTES_CHARACTERS = 20_000
 # the fields that the report looks into -> their type; `list` means a list of objects
 FIELDS = {
     "environment.json": dict.fromkeys(("started", "device", "device_name", "cpu", "command", "git_commit"), str),
     "model.json": {"base": str, "from_scratch": bool},
     "data.json": {
-        "dataset": str,
+        **dict.fromkeys(("dataset", "length_note"), str),
         **dict.fromkeys(("num_photos", "num_train", "num_validation", "num_captions", "num_tagged", "variants"), int),
-        **dict.fromkeys(("num_masks", "num_loss_scales"), int),
-        **dict.fromkeys(("buckets", "credits", "examples", "rejected", "stages"), list),
+        **dict.fromkeys(("num_masks", "num_loss_scales", "num_cut_captions"), int),
+        **dict.fromkeys(("buckets", "caption_sources", "credits", "examples", "rejected", "stages"), list),
     },
-    "compare/index.json": {"step": int, "pairs": list, "rows": list},
     "scores.json": {"interval": str, "num_samples": int, "rows": list, "notes": object},
     "samples": {"step": int, "epoch": float, "images": list},
 }
@@ -122,7 +123,9 @@ class RunFolder:
     metrics: Metrics
     samples: list[SampleSet]
     data: dict | None
-    compare: dict | None
+    comparison: Comparison | None
+    evaluation: Evaluation | None
+    grids: list[SavedGrid]
     scores: dict | None
     problems: list[str] = field(default_factory=list)
     # what is left of the work that the page's pictures may take
@@ -131,6 +134,16 @@ class RunFolder:
     @property
     def name(self) -> str:
         return self.path.resolve().name
+
+    @property
+    def title(self) -> str:
+        """run.title, else the folder's name."""
+        return shorten(_text(self.config, "title").strip() or self.name, 200)
+
+    @property
+    def notes(self) -> str:
+        """The author's note, "" if there is none."""
+        return shorten(_text(self.config, "notes").strip(), MAX_NOTES_CHARACTERS)
 
     @property
     def base(self) -> str:
@@ -152,38 +165,17 @@ def read_run_folder(run_dir: Path) -> RunFolder:
         metrics=_read_metrics(run_dir, problems),
         samples=_read_samples(run_dir, problems),
         data=_read_object(run_dir, "data.json", problems, MAX_DATA_BYTES),
-        compare=_read_compare(run_dir, problems),
+        comparison=read_comparison(run_dir, problems),
+        evaluation=read_evaluation(run_dir, problems),
+        grids=read_grids(run_dir, problems),
         scores=_read_object(run_dir, "scores.json", problems),
         problems=problems,
     )
 
 
-def _read_compare(run_dir: Path, problems: list[str]) -> dict | None:
-    """Return the pairs of base and last compared checkpoint: {"step", "pairs"}, as earlier versions wrote them."""
-    name = "compare/index.json"
-    value = _read_object(run_dir, name, problems, MAX_COMPARE_BYTES)
-    if value is None or "rows" not in value:
-        return value
-    try:
-        comparison = Comparison.model_validate_json(_read(run_dir, name, MAX_COMPARE_BYTES))
-    except ValidationError as error:
-        problems.append(f"{name} could not be read: it is no comparison ({counted(error.error_count(), 'error')})")
-        return None
-    last = comparison.models[-1] if comparison.models else None
-    pairs = [
-        {
-            "prompt": row.prompt,
-            "seed": row.seed,
-            "cfg": comparison.cfg,
-            "num_steps": comparison.num_steps,
-            "cut_after": row.cut_after,
-            "base": row.images.get("base"),
-            "trained": row.images.get(last.id),
-        }
-        for row in comparison.rows
-        if last is not None
-    ]
-    return {"step": last.step if last is not None else None, "pairs": pairs}
+def _text(config: dict, key: str) -> str:
+    value = table_of(config, "run").get(key)
+    return value if isinstance(value, str) else ""
 
 
 def number(value: object) -> float:

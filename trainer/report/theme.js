@@ -22,16 +22,19 @@ document.querySelectorAll('figure[data-series]').forEach(function(figure){
  });
  out.textContent='Hover over the graph, or tap it, to read its values.';
 });
+// [data-zoom] holders: each picture becomes a button that enlarges all visible ones; data-zoom-by="button" has one of its own
 var shown=[],at=0,dialog=document.createElement('dialog');dialog.setAttribute('aria-label','Enlarged picture');
+function visible(image){return image.getClientRects().length>0}
 function draw(){var group=shown[at],row=document.createElement('div'),text=document.createElement('p'),
  keys=document.createElement('p');keys.className='keys';text.dir='auto';
  keys.textContent=(shown.length>1?'← → previous and next picture · ':'')+'Esc to close';
- row.className=group.images.length>1?'two':'two one';
- group.images.forEach(function(source){var figure=document.createElement('figure'),image=new Image(),
+ var images=group.images.filter(visible);if(!images.length)images=group.images;
+ row.className=images.length>1?'two':'two one';
+ images.forEach(function(source){var figure=document.createElement('figure'),image=new Image(),
   caption=document.createElement('figcaption');
   image.src=source.src;image.alt=source.alt;image.className=source.className;
   caption.textContent=source.dataset.label||'';figure.append(image,caption);row.append(figure)});
- row.querySelectorAll('img').forEach(function(image,i,all){var source=group.images[i],
+ row.querySelectorAll('img').forEach(function(image,i,all){var source=images[i],
   upright=innerHeight>innerWidth,across=upright?1:all.length,down=upright?all.length:1,
   scale=Math.min(.94*innerWidth/across/source.naturalWidth,.8*innerHeight/down/source.naturalHeight);
   image.style.width=Math.round(scale*source.naturalWidth)+'px'});
@@ -39,10 +42,12 @@ function draw(){var group=shown[at],row=document.createElement('div'),text=docum
 document.querySelectorAll('[data-zoom]').forEach(function(holder){
  var images=Array.from(holder.querySelectorAll('img'));if(!images.length)return;
  var index=shown.push({images:images,text:holder.dataset.zoom})-1;
- images.forEach(function(image){var button=document.createElement('button');
-  button.className='zoom';button.type='button';
-  button.setAttribute('aria-label','Enlarge: '+image.alt);image.replaceWith(button);button.append(image);
-  button.addEventListener('click',function(){at=index;draw();dialog.showModal()})})});
+ function enlarging(className,label){var button=document.createElement('button');
+  button.className=className;button.type='button';button.setAttribute('aria-label','Enlarge: '+label);
+  button.addEventListener('click',function(){at=index;draw();dialog.showModal()});return button}
+ if(holder.dataset.zoomBy==='button'){var button=enlarging('enlarge',holder.dataset.zoom);
+  button.textContent='Enlarge';holder.lastElementChild.append(button)}
+ else images.forEach(function(image){var button=enlarging('zoom',image.alt);image.replaceWith(button);button.append(image)})});
 document.body.append(dialog);
 dialog.addEventListener('click',function(){dialog.close()});
 dialog.addEventListener('keydown',function(event){var step=event.key==='ArrowRight'?1:event.key==='ArrowLeft'?-1:0;

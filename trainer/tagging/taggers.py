@@ -111,18 +111,21 @@ def open_clip(spec: str) -> Iterator[TaggerSource]:
 
 
 @contextmanager
-def open_detector(spec: str) -> Iterator[TaggerSource]:
-    """Yield a detector: a YOLOX .onnx file, or a local folder or hub repository of transformers. Raises UserError."""
+def open_detector(spec: str, option: str = DETECTOR_OPTION) -> Iterator[TaggerSource]:
+    """Yield a detector: a YOLOX .onnx file, or a local folder or hub repository of transformers.
+
+    option: which named it, for messages. Raises UserError.
+    """
     path = Path(os.path.expanduser(spec))
     if path.suffix.lower() == ".onnx":
         if not os.path.isfile(path):
-            raise UserError(f"{DETECTOR_OPTION} {spec!r} does not exist; give a YOLOX .onnx file, or a folder")
+            raise UserError(f"{option} {spec!r} does not exist; give a YOLOX .onnx file, or a folder")
         yolox = Yolox(path)
         record = {"kind": "yolox", "weights": yolox.fingerprint[:16]}
         yield TaggerSource(spec, record, BOXES, lambda device: DetectorTagger(yolox.find, yolox.device))
         return
-    with opened(spec, DETECTOR_OPTION, "a detector") as files:
-        check_kind(files, f"{DETECTOR_OPTION} {spec!r} is of the kind {_kind(files)!r}")
+    with opened(spec, option, "a detector") as files:
+        check_kind(files, f"{option} {spec!r} is of the kind {_kind(files)!r}")
         tensors, fingerprint = files.read_weights()
 
         def build(device: torch.device) -> DetectorTagger:

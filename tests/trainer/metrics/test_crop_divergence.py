@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from safelight.trainer.metrics.crop_divergence import (
+    OTHER,
     Crops,
     beyond,
     common_classes,
@@ -17,8 +18,14 @@ from safelight.trainer.metrics.crop_divergence import (
     gain,
     group_keys,
     largest_of_each,
+    merge_rare,
     project,
 )
+
+
+def made(features, names, groups) -> Crops:
+    """Return crops of equal sizes."""
+    return Crops(features, names, groups, [1.0] * len(names))
 
 
 def crops(rng, num, tag="a", shift=0.0, scale=1.0, names=("person",), width=20, content=None, share=1.0) -> Crops:
@@ -31,7 +38,7 @@ def crops(rng, num, tag="a", shift=0.0, scale=1.0, names=("person",), width=20, 
                 features.append((content[group] + rng.normal(size=width)) * scale + shift + 5 * place)
                 classes.append(name)
                 groups.append(f"{tag}{group}")
-    return Crops(np.array(features, dtype=np.float32), classes, groups)
+    return made(np.array(features, dtype=np.float32), classes, groups)
 
 
 def result(first, second, num_permutations=200):
@@ -41,8 +48,8 @@ def result(first, second, num_permutations=200):
 
 def test_permutations_keep_the_number_of_crops_and_move_groups_as_one():
     """Ten pairs, five groups of the first set alone and three of the second."""
-    first = Crops(np.zeros((15, 1)), ["x"] * 15, [f"pair {n}" for n in range(10)] + list("abcde"))
-    second = Crops(np.zeros((13, 1)), ["x"] * 13, [f"pair {n}" for n in range(10)] + list("fgh"))
+    first = made(np.zeros((15, 1)), ["x"] * 15, [f"pair {n}" for n in range(10)] + list("abcde"))
+    second = made(np.zeros((13, 1)), ["x"] * 13, [f"pair {n}" for n in range(10)] + list("fgh"))
     dealt = divisions(first, second, group_keys((first, second), 500))
     assert dealt[0].tolist() == [True] * 15 + [False] * 13
     assert (dealt.sum(axis=1) == 15).all()
@@ -88,19 +95,19 @@ def test_several_crops_of_a_picture_taken_as_independent_would_cry_wolf():
 
     (groups, first), (others, second) = pictures("a"), pictures("b")
     by_crop = result(
-        Crops(first, ["x"] * 250, [str(n) for n in range(250)]),
-        Crops(second, ["x"] * 250, [str(n) for n in range(250, 500)]),
+        made(first, ["x"] * 250, [str(n) for n in range(250)]),
+        made(second, ["x"] * 250, [str(n) for n in range(250, 500)]),
     )[0]
     assert by_crop.kl.z > 8
     one_of_each = largest_of_each(["x"] * 250, groups, rng.random(250).tolist())
     assert len(one_of_each) == 25
     by_picture = result(
-        Crops(first[one_of_each], ["x"] * 25, [groups[n] for n in one_of_each]),
-        Crops(second[one_of_each], ["x"] * 25, [others[n] for n in one_of_each]),
+        made(first[one_of_each], ["x"] * 25, [groups[n] for n in one_of_each]),
+        made(second[one_of_each], ["x"] * 25, [others[n] for n in one_of_each]),
     )[0]
     assert abs(by_picture.kl.z) < 2.5
     with pytest.raises(ValueError, match="several crops of a class"):
-        Crops(first, ["x"] * 250, groups)
+        made(first, ["x"] * 250, groups)
 
 
 def test_what_differs_is_found_and_more_so_the_more_it_differs():
@@ -123,21 +130,21 @@ def test_pairs_show_what_sets_of_unlike_prompts_hide():
     content = 3 * rng.normal(size=(80, 6))
     first = crops(rng, 80, width=6, content=content)
     paired = crops(rng, 80, "a", shift=0.6, width=6, content=content)
-    unpaired = Crops(paired.features, paired.names, [f"b{n}" for n in range(80)])
+    unpaired = made(paired.features, paired.names, [f"b{n}" for n in range(80)])
     assert result(first, paired)[0].mmd.z > 2 * result(first, unpaired)[0].mmd.z
 
 
 def test_classes_with_few_crops_are_grey_or_left_out():
     rng = np.random.default_rng(5)
     parts = [crops(rng, num, f"{name} ", names=(name,)) for name, num in (("cat", 60), ("dog", 30), ("cup", 19))]
-    first = Crops(
+    first = made(
         *(
             np.concatenate([part.features for part in parts]),
             [name for part in parts for name in part.names],
             [group for part in parts for group in part.groups],
         )
     )
-    second = Crops(rng.normal(size=first.features.shape), first.names, [f"other {group}" for group in first.groups])
+    second = made(rng.normal(size=first.features.shape), first.names, [f"other {group}" for group in first.groups])
     pooled, classes = result(first, second)
     assert [(each.name, each.num_first, each.is_grey) for each in classes] == [("cat", 60, False), ("dog", 30, True)]
     assert (pooled.name, pooled.num_first, pooled.num_second, pooled.is_grey) == ("all", 90, 90, False)
@@ -147,6 +154,16 @@ def test_classes_with_few_crops_are_grey_or_left_out():
     assert len(classes) == 2
     assert pooled.num_first == 60
     assert pooled.is_grey
+
+
+def test_rare_classes_become_one_with_the_largest_crop_of_a_picture():
+    """A class that one set has too little of is rare in all, and one rare crop of a picture stays."""
+    first = Crops(np.arange(5.0)[:, None], ["cat", "cup", "dog", "cat", "cat"], list("aaabc"), [1, 2, 3, 1, 1])
+    second = Crops(np.arange(4.0)[:, None], ["cat", "cat", "cat", "dog"], list("defd"), [1, 1, 1, 1])
+    first, second = merge_rare([first, second], least=2)
+    assert (list(first.names), list(first.groups)) == (["cat", OTHER, "cat", "cat"], list("aabc"))
+    assert first.features[:, 0].tolist() == [0, 2, 3, 4]
+    assert list(second.names) == ["cat", "cat", "cat", OTHER]
 
 
 def test_the_headline_weighs_classes_by_their_crops():
@@ -199,17 +216,17 @@ def test_no_class_in_common_and_no_crops_at_all():
     pooled, classes = result(crops(rng, 30, names=("cat",)), crops(rng, 30, "b", names=("dog",)))
     assert pooled is None
     assert classes == ()
-    nothing = Crops(np.zeros((0, 20)), [], [])
+    nothing = made(np.zeros((0, 20)), [], [])
     pooled, classes = result(crops(rng, 30), nothing)
     assert pooled is None
     assert classes == ()
     with pytest.raises(ValueError, match="there are no crops"):
         project([nothing, nothing])
-    equal = Crops(np.ones((30, 4)), ["x"] * 30, [str(n) for n in range(30)])
+    equal = made(np.ones((30, 4)), ["x"] * 30, [str(n) for n in range(30)])
     with pytest.raises(ValueError, match="features of all crops are equal"):
         project([equal, equal])
     with pytest.raises(ValueError, match="not finite"):
-        Crops(np.array([[math.nan]]), ["x"], ["a"])
+        made(np.array([[math.nan]]), ["x"], ["a"])
 
 
 def test_fewer_pictures_than_dimensions_and_features_that_hardly_vary():
@@ -219,7 +236,7 @@ def test_fewer_pictures_than_dimensions_and_features_that_hardly_vary():
     assert abs(compare(first, second, {}, 100)[1][0].kl.z) < 3
     # one direction, and features far from zero
     line = [
-        Crops(np.full((40, 6), 1e4) + rng.normal(size=(40, 1)), ["x"] * 40, [f"{tag}{n}" for n in range(40)])
+        made(np.full((40, 6), 1e4) + rng.normal(size=(40, 1)), ["x"] * 40, [f"{tag}{n}" for n in range(40)])
         for tag in "ab"
     ]
     assert project(line)[0].features.shape == (40, 1)

@@ -177,7 +177,8 @@ def write_run(
     num_sampled: int = 24,
     num_examples: int = 8,
 ) -> Path:
-    """Fill a run folder with everything a run can have, and return it: a pair per prompt, samples of the first few."""
+    """Fill a run folder with everything a run can have, and return it: a row of pictures
+    per prompt, samples of the first few."""
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.toml").write_text(CONFIG, encoding="utf-8")
     write_metrics(run_dir, metrics_lines(num_epochs))
@@ -213,23 +214,18 @@ def write_run(
     _write_data(run_dir, num_examples)
     for epoch in range(0, num_epochs + 1, sample_every):
         _write_samples(run_dir, prompts[:num_sampled], epoch, edge_px, epoch / num_epochs)
-    pairs = []
+    rows = []
     for index, prompt in enumerate(prompts):
-        for side, strength in (("base", 0.3), ("trained", 1.0)):
-            path = run_dir / "compare" / f"{side}-{index:03d}.png"
+        images = {}
+        for model, strength in (("base", 0.3), ("step-1430", 1.0)):
+            images[model] = f"{model}-{index:03d}.png"
+            path = run_dir / "compare" / images[model]
             path.parent.mkdir(exist_ok=True)
             draw_scene(edge_px, edge_px, index, strength).save(path, compress_level=1)
-        pairs.append(
-            {
-                "prompt": prompt,
-                "seed": 100 + index,
-                "cfg": 7.5,
-                "num_steps": 30,
-                "base": f"base-{index:03d}.png",
-                "trained": f"trained-{index:03d}.png",
-            }
-        )
-    write_json(run_dir / "compare" / "index.json", {"base": "base", "trained": "trained", "step": 1430, "pairs": pairs})
+        rows.append({"prompt": prompt, "place": index, "seed": 100 + index, "images": images})
+    models = [{"id": "base", "step": 0, "epoch": 0.0}, {"id": "step-1430", "step": 1430, "epoch": 26.0}]
+    drawn = {"width": edge_px, "height": edge_px, "num_steps": 30, "cfg": 7.5, "sampler": "ddim"}
+    write_json(run_dir / "compare" / "index.json", {"models": models, "rows": rows, **drawn})
     if scores:
         rows = [
             (

@@ -9,6 +9,9 @@ HOSTILE = (
     "<svg onload=window.pwned=3> [x](javascript:window.pwned=4) javascript:window.pwned=5 {{7*7}} ${window.pwned=6} "
     "<%= 7*7 %> \" onclick=window.pwned=7 ' \u202eturned around " + "W" * 10_000
 )
+# fields of the records that are no free text, and the lengths of those that have a limit
+KEPT = ("file", "id", "model", "better", "set", "first", "second")
+MAX_LENGTHS = {"name": 60, "title": 200, "features": 200, "detector": 200, "labels": 400, "fixed": 60, "sampler": 40}
 HEBREW = "שועל אדום עומד בעשב גבוה"
 
 
@@ -24,18 +27,19 @@ def keep_lines(run: Path, kept: Callable[[dict], bool]) -> None:
 def make_hostile(run: Path) -> None:
     """Replace every text in a run folder by the hostile one."""
 
-    def poisoned(value: object) -> object:
+    def poisoned(value: object, key: str = "") -> object:
         if isinstance(value, dict):
-            return {key: item if key == "file" else poisoned(item) for key, item in value.items()}
+            return {name: item if name in KEPT else poisoned(item, name) for name, item in value.items()}
         if isinstance(value, list):
-            return [poisoned(item) for item in value]
-        return HOSTILE if isinstance(value, str) and not value.endswith(".png") else value
+            return [poisoned(item, key) for item in value]
+        return HOSTILE[: MAX_LENGTHS.get(key)] if isinstance(value, str) and not value.endswith(".png") else value
 
-    for path in (*run.glob("*.json"), *run.glob("compare/*.json"), *run.glob("samples/*/*.json")):
+    for path in (*run.glob("*.json"), *run.glob("compare/*.json"), *run.glob("[sg]*/*/*.json")):
         path.write_text(json.dumps(poisoned(json.loads(path.read_text()))))
     data = json.loads((run / "data.json").read_text())
     data["examples"][0]["caption"] = HEBREW
     (run / "data.json").write_text(json.dumps(data))
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"kind": "event", "step": 1, "event": HOSTILE, "detail": HOSTILE, "time": 1}) + "\n")
-    (run / "config.toml").write_text(f"[run]\ndir = {json.dumps(HOSTILE)}\n")
+    texts = "".join(f"{name} = {json.dumps(HOSTILE)}\n" for name in ("dir", "title", "notes"))
+    (run / "config.toml").write_text(f"[run]\n{texts}")

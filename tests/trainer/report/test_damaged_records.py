@@ -20,14 +20,19 @@ from safelight.trainer.report.facts import run_time_s
 from safelight.trainer.report.pictures import Work, embed_all
 from tests.trainer.damaged_text import replaced, replaced_setting
 from tests.trainer.report.conftest import PROMPTS, write_run
+from tests.trainer.report.evaluated_run import add_comparison, add_evaluation, add_grid
 
-RECORDS = ("environment.json", "model.json", "data.json", "compare/index.json", "scores.json")
+RECORDS = ("environment.json", "model.json", "data.json", "compare/index.json", "scores.json", "evaluation.json")
+RECORDS += ("grids/one/index.json",)
 SAMPLES = "samples/step-00000110/index.json"
 
 
 @pytest.fixture
 def little_run(tmp_path) -> Path:
-    return write_run(tmp_path / "run", prompts=PROMPTS[:2], num_epochs=4, edge_px=32, sample_every=2, num_examples=1)
+    run = write_run(tmp_path / "run", prompts=PROMPTS[:2], num_epochs=4, edge_px=32, sample_every=2, num_examples=1)
+    add_evaluation(run, add_comparison(run, prompts=PROMPTS[:2], edge_px=32, epochs=(26, 40)), num_points=30)
+    add_grid(run, "one", edge_px=32)
+    return run
 
 
 def assert_renders(run: Path) -> None:
@@ -41,8 +46,8 @@ def assert_renders(run: Path) -> None:
 
 def damage_records(run: Path, num_rounds: int, seed: int, monkeypatch) -> None:
     """Replace a value in each record at a time, num_rounds times. The graphs are left out: they read none of these."""
-    for name in ("loss_section", "timestep_section", "schedule_section"):
-        monkeypatch.setattr(build, name, lambda run: "")
+    graphs = ("loss", "timesteps", "schedule")
+    monkeypatch.setattr(build, "SECTIONS", tuple(section for section in build.SECTIONS if section[0] not in graphs))
     rng, names = random.Random(seed), (*RECORDS, SAMPLES, "config.toml")
     sound = {name: (run / name).read_text() for name in names}
     for _ in range(num_rounds):
@@ -212,11 +217,11 @@ def write_png(path: Path, header: bytes, rows: bytes) -> None:
 
 
 def test_the_pictures_of_all_sections_share_one_bound(little_run, monkeypatch):
-    """Of 32 x 32 px each: four of pairs, six samples, an example."""
+    """Of 32 x 32 px each: a row of 4 and one of 3, 6 samples, an example, 24 of a grid, 4 burnt, 6 of nearest pairs."""
     decoded = []
     monkeypatch.setattr(pictures, "decode", lambda content, **options: decoded.append(content) or decode(content))
     render(read_run_folder(little_run))
-    assert len(decoded) == 11
+    assert len(decoded) == 48
     decoded.clear()
     run = read_run_folder(little_run)
     run.work.num_pixels = 7 * 2000

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from safelight.trainer.report import learned
 from safelight.trainer.report.build import build_report
 from safelight.trainer.report.markup import VOID_ELEMENTS, escape, tag
 
@@ -113,16 +114,16 @@ def test_full_report_is_complete_and_small(full_run: Path, full_report: Path) ->
     assert not list(full_run.glob("*.tmp*"))
     page = open_page(path)
     images = page.having("img")
-    # 5 pairs, 5 prompts over 12 of the 41 epochs, 8 examples
-    assert len(images) == 5 * 2 + 5 * 12 + 8
+    # 5 rows of base and checkpoint, 5 prompts over 16 of the 41 epochs, 8 examples
+    assert len(images) == 5 * 2 + 5 * 16 + 8
     for image in images:
         assert image["alt"]
         with Image.open(io.BytesIO(base64.b64decode(image["src"].partition(",")[2], validate=True))) as decoded:
             decoded.load()
             assert decoded.size == (int(image["width"]), int(image["height"]))
     text = "\n".join(page.texts)
-    assert "12 of 41 epochs" in text
-    assert "epoch 26 · best" in text
+    assert "16 of 41 epochs" in text
+    assert "epoch 26 · best loss" in text
     assert "base model" in text
     assert "epoch 40" in text
 
@@ -130,10 +131,15 @@ def test_full_report_is_complete_and_small(full_run: Path, full_report: Path) ->
 def test_every_section_is_present_and_in_order(full_report: Path) -> None:
     page = open_page(full_report)
     identifiers = [section["id"] for section in page.having("section") if "id" in section]
-    expected = ["learned", "samples", "loss", "timesteps", "schedule", "data", "parameters", "environment", "events"]
+    expected = ["learned", "best", "measures", "loss", "timesteps", "samples", "next", "data", "parameters", "schedule"]
+    expected += ["environment", "events"]
     assert identifiers == expected
     linked = [link["href"] for link in page.having("a")]
+    saved = linked.pop()
     assert linked == [f"#{identifier}" for identifier in expected]
+    assert saved.startswith("data:text/plain;charset=utf-8;base64,")
+    config = (full_report.parent / "config.toml").read_bytes()
+    assert base64.b64decode(saved.partition(",")[2], validate=True) == config
     # loss and timesteps twice, for desktop and phone; learning rate, gradient norm, speed and memory once
     graphs = [svg for svg in page.having("svg") if svg.get("class", "").startswith("graph")]
     assert len(graphs) == 8
@@ -157,7 +163,7 @@ def test_hostile_text_is_shown_and_does_nothing(small_run: Path) -> None:
         rejected=[{"path": ATTACK, "reason": ATTACK}],
     )
     for index in (small_run / "compare" / "index.json", *small_run.glob("samples/*/index.json")):
-        key = "pairs" if index.parent.name == "compare" else "images"
+        key = "rows" if index.parent.name == "compare" else "images"
         rewrite(index, **{key: [{**row, "prompt": ATTACK} for row in json.loads(index.read_text())[key]]})
     rewrite(small_run / "scores.json", notes=[ATTACK], interval=ATTACK)
     with (small_run / "metrics.jsonl").open("a") as file:
@@ -188,7 +194,7 @@ def test_photographers_are_credited_with_links_to_web_pages_only(small_run: Path
     assert "Credits: 8 photographs by 3 photographers" in text
     assert "Zoë <b>" in text
     assert "javascript:alert(1)" in text
-    links = [link for link in shown.having("a") if not link["href"].startswith("#")]
+    links = [link for link in shown.having("a") if not link["href"].startswith("#") and "download" not in link]
     assert [link["href"] for link in links] == [f"{page}-bcdefghijk", f'{page}2"onclick="x', f"{page}1"]
     assert all("noreferrer" in link["rel"] and "onclick" not in link for link in links)
 
@@ -201,10 +207,17 @@ def test_files_outside_the_run_are_never_embedded(small_run: Path) -> None:
     Image.new("RGB", (8, 8)).save(small_run.parent / "private.png")
     (small_run / "compare" / "link.png").symlink_to(small_run.parent / "private.png")
     outside = ("../../private.png", str(small_run.parent / "private.png"), "link.png", "", None, 7, "a\0b")
-    pairs = [{"prompt": "p", "base": name, "trained": name} for name in outside]
-    rewrite(small_run / "compare" / "index.json", pairs=pairs)
+    images = small_run / "samples" / "step-00000000" / "index.json"
+    rewrite(images, images=[{"prompt": f"p{place}", "file": name} for place, name in enumerate(outside)])
+    names = [name for name in outside if isinstance(name, str)]
+    rows = [{"prompt": "p", "place": 0, "seed": 0, "photo": name, "images": {"base": name}} for name in names]
+    rewrite(small_run / "compare" / "index.json", rows=rows)
     page = open_page(build_report(small_run))
-    assert page.texts.count("image missing") == 2 * len(outside)
+    text = "\n".join(page.texts)
+    # an empty name is no picture
+    assert f"{2 * (len(names) - 1)} of {2 * (len(names) - 1)} pictures are missing, damaged or too large" in text
+    assert f"{len(outside)} of " in text.partition("The same prompts")[2]
+    assert not [image for image in page.having("img") if image["alt"].endswith((": p", ": p0"))]
 
 
 def test_a_run_that_never_started(tmp_path: Path) -> None:
@@ -236,13 +249,18 @@ def test_damaged_files_are_named_and_the_rest_is_shown(small_run: Path) -> None:
     (small_run / "scores.json").write_text("[1, 2]")
     (small_run / "config.toml").write_text("[run\n")
     (small_run / "compare" / "base-000.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    (small_run / "evaluation.json").write_text('{"models": []}')
+    (small_run / "grids" / "a").mkdir(parents=True)
+    (small_run / "grids" / "a" / "index.json").write_text('{"x": {"name": "cfg", "labels": [7]}, "cells": []}')
     with (small_run / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "step": 99, "loss": NaN}\n{"kind": "train", "ste')
     text = "\n".join(open_page(build_report(small_run)).texts)
     for name in ("data.json could not be read", "scores.json could not be read", "config.toml is not valid TOML"):
         assert name in text
     assert re.search(r"metrics\.jsonl: 1 of \d+ lines could not be read and is left out", text)
-    assert "image missing" in text
+    assert "evaluation.json could not be read: num_prompts: Field required" in text
+    assert "grids/a/index.json could not be read: x.labels.0: Input should be a valid string" in text
+    assert "1 of 4 pictures is missing, damaged or too large for this page" in text
     assert "1 logged step had no finite loss and is left out" in text
     assert "1 logged steps" not in text
 
@@ -255,26 +273,24 @@ def test_missing_folder_is_an_error_with_its_fix(tmp_path: Path) -> None:
 def test_training_from_scratch_is_announced_at_the_top(small_run: Path) -> None:
     rewrite(small_run / "model.json", from_scratch=True)
     texts = open_page(build_report(small_run)).texts
-    assert texts.index("Trained from scratch.") < texts.index("Did it learn?")
+    assert texts.index("Trained from scratch.") < texts.index(learned.TITLE)
     assert "Base, untrained" in texts
 
 
 def test_size_holds_for_many_noisy_pictures(small_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import numpy as np
 
-    from safelight.trainer.report import results
-
     # noise is the worst case for an image codec; with a smaller budget a few images are enough for the test
-    monkeypatch.setattr(results, "PAIRS_BUDGET_BYTES", 200_000)
+    monkeypatch.setattr(learned, "BUDGET_BYTES", 200_000)
     pixels = np.random.default_rng(0).integers(0, 256, (512, 512, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(small_run / "compare" / "noise.png", compress_level=1)
-    pair = {"prompt": "p", "base": "noise.png", "trained": "noise.png"}
-    rewrite(small_run / "compare" / "index.json", pairs=[pair] * 30)
+    row = {"prompt": "p", "place": 0, "seed": 0, "images": {"base": "noise.png", "step-1430": "noise.png"}}
+    rewrite(small_run / "compare" / "index.json", rows=[row] * 130)
     page = open_page(build_report(small_run))
     pairs = [image for image in page.having("img") if image["alt"].endswith(": p")]
     assert sum(len(image["src"]) for image in pairs) <= 200_000
-    assert 0 < len(pairs) < 48
-    assert "24 of 30 pairs" in "\n".join(page.texts)
+    assert 0 < len(pairs) < 200
+    assert "Shown are 100 of 130 rows" in "\n".join(page.texts)
 
 
 def test_markup_escapes_all_but_markup() -> None:

@@ -58,9 +58,9 @@ def test_counts_of_one_are_singular(small_run: Path) -> None:
     rewrite(small_run / "environment.json", cpu="A CPU 1 threads, 1 cores, 1 threads used")
     rewrite(small_run / "scores.json", num_samples=1)
     change_validations(small_run, lambda row: {**row, "num_images": 1})
-    for index in (small_run / "compare" / "index.json", *small_run.glob("samples/*/index.json")):
-        key = "pairs" if index.parent.name == "compare" else "images"
-        rewrite(index, **{key: [{**row, "num_steps": 1} for row in json.loads(index.read_text())[key]]})
+    rewrite(small_run / "compare" / "index.json", num_steps=1)
+    for index in small_run.glob("samples/*/index.json"):
+        rewrite(index, images=[{**row, "num_steps": 1} for row in json.loads(index.read_text())["images"]])
     lines = [json.loads(line) for line in (small_run / "metrics.jsonl").read_text().splitlines()]
     first = next(line for line in lines if line["kind"] == "train")
     kept = [line for line in lines if line["kind"] == "validation" and line["step"] == 0]
@@ -128,14 +128,14 @@ def test_it_is_repeated_from_its_own_settings(small_run: Path, monkeypatch: pyte
 
 def test_a_prompt_that_is_cut_says_so(small_run: Path) -> None:
     assert "cut after" not in words(small_run)
-    for index, key in (
-        (small_run / "compare" / "index.json", "pairs"),
-        *((path, "images") for path in small_run.glob("samples/*/index.json")),
-    ):
-        rows = json.loads(index.read_text())[key]
-        rewrite(index, **{key: [{**rows[0], "cut_after": f"...of the {key}"}, {**rows[1], "cut_after": 3}]})
+    compared = small_run / "compare" / "index.json"
+    rows = json.loads(compared.read_text())["rows"]
+    rewrite(compared, rows=[{**rows[0], "cut_after": "...of the rows"}, rows[1]])
+    for index in small_run.glob("samples/*/index.json"):
+        rows = json.loads(index.read_text())["images"]
+        rewrite(index, images=[{**rows[0], "cut_after": "...of the images"}, {**rows[1], "cut_after": 3}])
     text = words(small_run)
-    assert text.count("(cut after “...of the pairs”)") == 1
+    assert text.count("(cut after “...of the rows”)") == 1
     assert text.count("(cut after “...of the images”)") == 1
     assert text.count("cut after") == 2
 
@@ -185,8 +185,8 @@ def test_a_moving_average_is_named_where_it_is_shown(small_run: Path) -> None:
     html = render(read_run_folder(small_run))
     average = "the moving average of the weights (train.ema_decay 0.999)."
     for name, said in (
-        ("learned", "The trained model&#x27;s images use"),
-        ("samples", "All columns except the base model&#x27;s use"),
+        ("learned", "The checkpoints&#x27; pictures use"),
+        ("samples", "All but the base model&#x27;s use"),
         ("loss", "After step 0, validation measures"),
         ("timesteps", "After step 0, validation measures"),
     ):

@@ -1,0 +1,339 @@
+"""What to try next: a table of rules, each of which looks at one thing in the records and gives one piece of advice.
+
+Every rule stands beside its advice on the page, with the figures that it was applied to, so that a reader can disagree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from safelight.text import counted
+from safelight.trainer.report.facts import best_validation, format_epoch, over_fitting_verdict
+from safelight.trainer.report.markup import Markup, shorten, tag
+from safelight.trainer.report.measures import judge
+from safelight.trainer.report.models import name_of, put_forward
+from safelight.trainer.report.records import BASE
+from safelight.trainer.report.run_reader import RunFolder, num_held_out, number, rows_of, table_of
+from safelight.trainer.report.theme import Part, asset
+
+PART = Part(asset("advice.css"))
+TITLE = "What to try next"
+# a fall of held-out loss between the last two validations that is more than noise, as a fraction of the loss
+MIN_FALL = 0.002
+# a best epoch before this fraction of the run is early
+EARLY = 0.5
+# standard errors by which a share of pictures must exceed that of photographs
+MIN_ERRORS = 2.0
+FEW_PHOTOS = 30
+FEW_HELD_OUT = 10
+FEW_PROMPTS = 50
+HIGH_CROP_LOSS = 0.1
+# of the photographs in buckets with fewer photographs than a batch
+MANY_SCATTERED = 0.1
+# a learning rate below this fraction of the run's highest has come to rest
+AT_REST = 0.01
+
+
+@dataclass(frozen=True)
+class Rule:
+    """condition: when it applies, as shown. advise: returns the advice with its figures, "" if it does not apply."""
+
+    name: str
+    condition: str
+    advise: Callable[[RunFolder], str]
+
+
+def advice_section(run: RunFolder) -> Markup:
+    """Return the advice of every rule that applies."""
+    given = advice(run)
+    heading = tag("h2", TITLE)
+    if not given:
+        text = f"None of the {len(RULES)} rules of this report applies: nothing measured asks for a change."
+        return tag("section", heading, tag("p", text, class_="note"), id="next")
+    items = [tag("li", tag("p", text), tag("p", f"Rule: {rule.condition}.", class_="note")) for rule, text in given]
+    return tag("section", heading, tag("ul", items, class_="advice"), id="next")
+
+
+def advice(run: RunFolder) -> list[tuple[Rule, str]]:
+    """Return the rules that apply to a run, each with its advice."""
+    return [(rule, text) for rule in RULES if (text := rule.advise(run))]
+
+
+def _diverged(run: RunFolder) -> str:
+    names = [str(event.get("event") or "") for event in run.metrics.events]
+    last = {name: place for place, name in enumerate(names)}
+    if "diverged" not in last or last.get("resumed", -1) > last["diverged"]:
+        return ""
+    rates = run.metrics.train["lr"][run.metrics.train["lr"] > 0]
+    rate = f", about {0.3 * float(rates.max()):.1g} instead of {float(rates.max()):.1g}" if len(rates) else ""
+    return f"Resume from the last sound checkpoint with a lower learning rate (optimizer.lr){rate}."
+
+
+def _still_falling(run: RunFolder) -> str:
+    held_out = run.metrics.validation["held_out"]
+    if len(held_out) < 3 or num_held_out(run) == 1 or not _is_complete(run) or _is_at_rest(run):
+        return ""
+    before, last = held_out[-2], held_out[-1]
+    if best_validation(held_out) is not last or not before.loss - last.loss > MIN_FALL * before.loss:
+        return ""
+    return (
+        f"Train longer: from epoch {format_epoch(before.epoch)} to {format_epoch(last.epoch)} held-out loss still fell "
+        f"by {100 * (1 - last.loss / before.loss):.1f} %, to {last.loss:.4f}. Raise train.epochs, or add a [[stage]], "
+        "and go on with --resume."
+    )
+
+
+def _unfinished(run: RunFolder) -> str:
+    planned = _planned_epochs(run)
+    if not planned or _is_complete(run) or not run.metrics.last_step:
+        return ""
+    return (
+        f"Finish the run: it stopped at epoch {format_epoch(run.metrics.last_epoch)} of {format_epoch(planned)}, so "
+        "nothing here tells how it would have ended. `safelight train RUN --resume` goes on."
+    )
+
+
+def _early_best(run: RunFolder) -> str:
+    held_out = run.metrics.validation["held_out"]
+    best, kind = best_validation(held_out), _verdict(run)
+    if kind not in ("overfitting", "rising") or not best.step or best.epoch > EARLY * held_out[-1].epoch:
+        return ""
+    return (
+        f"Train for fewer epochs, or with a lower learning rate: held-out loss was lowest at epoch "
+        f"{format_epoch(best.epoch)} of {format_epoch(held_out[-1].epoch)} and rose from then on."
+    )
+
+
+def _late_best(run: RunFolder) -> str:
+    held_out = run.metrics.validation["held_out"]
+    best, kind = best_validation(held_out), _verdict(run)
+    if kind not in ("overfitting", "rising") or not best.step or best.epoch <= EARLY * held_out[-1].epoch:
+        return ""
+    return (
+        f"Stop near epoch {format_epoch(best.epoch)} next time, or let the learning rate fall to 0 by then "
+        "(optimizer.schedule cosine): held-out loss rose after it."
+    )
+
+
+def _never_better(run: RunFolder) -> str:
+    if _verdict(run) != "no-gain":
+        return ""
+    return (
+        "Try a third of the learning rate, and look at whether captions and photographs fit together: held-out loss "
+        "never fell below that of the model it started from."
+    )
+
+
+def _both_rise(run: RunFolder) -> str:
+    if _verdict(run) != "worsening":
+        return ""
+    return (
+        "Lower the learning rate (optimizer.lr): after its best point, loss rose on the photographs that were trained "
+        "on as well, which is not overfitting but steps that are too large."
+    )
+
+
+def _burnt(run: RunFolder) -> str:
+    burn = run.evaluation.burn if run.evaluation else None
+    return _beyond_photographs(run, burn.sets, "burnt", "Lower cfg, or use an earlier checkpoint") if burn else ""
+
+
+def _smoothed(run: RunFolder) -> str:
+    burn = run.evaluation.burn if run.evaluation else None
+    text = "Look for soft or noisy photographs among the data, and compare a checkpoint that was trained longer"
+    return _beyond_photographs(run, burn.sets, "smoothed", text) if burn else ""
+
+
+def _beyond_photographs(run: RunFolder, sets: tuple, score: str, advised: str) -> str:
+    """Return advice if more pictures of a model than of the photographs are beyond a score's limit."""
+    model = put_forward(run, [one.id for one in run.evaluation.models])
+    share = f"share_{score}"
+    real = next((one for one in sets if one.model == "real"), None)
+    for one in sets:
+        if one.model != model or not one.num or real is None or not real.num:
+            continue
+        own, usual = getattr(one, share), getattr(real, share)
+        error = math.sqrt(own * (1 - own) / one.num + usual * (1 - usual) / real.num)
+        if own - usual > MIN_ERRORS * error and own > usual:
+            what = "burnt" if score == "burnt" else "smoothed out"
+            return (
+                f"{advised}: at cfg {one.cfg:g}, {100 * own:.0f} % of the pictures of {name_of(run, model)} are "
+                f"{what}, against {100 * usual:.0f} % of the real photographs."
+            )
+    return ""
+
+
+def _memorised(run: RunFolder) -> str:
+    found = run.evaluation.memorisation if run.evaluation else None
+    model = put_forward(run, found.num_flagged) if found else None
+    if not model or found.num_flagged[model] <= found.num_flagged.get(BASE, 0):
+        return ""
+    flagged, of_base = counted(found.num_flagged[model], "picture"), found.num_flagged.get(BASE, 0)
+    return (
+        "Look at the flagged pairs; if they are copies, train for fewer epochs, on more photographs, or with more "
+        f"data.caption_dropout: flagged are {flagged} of {name_of(run, model)} and {of_base:,} of the base model."
+    )
+
+
+def _worse_metric(run: RunFolder) -> str:
+    evaluation = run.evaluation
+    model = put_forward(run, [one.id for one in evaluation.models]) if evaluation else None
+    worse = [shorten(m.title, 60) for m in evaluation.metrics if judge(m, model) == "worse"] if model else []
+    if not worse:
+        return ""
+    return (
+        f"Compare an earlier checkpoint, or a lower learning rate: {name_of(run, model)} is worse than its base in "
+        f"{', '.join(worse)}."
+    )
+
+
+def _few_prompts(run: RunFolder) -> str:
+    num = run.evaluation.num_prompts if run.evaluation else FEW_PROMPTS
+    if num >= FEW_PROMPTS:
+        return ""
+    return f"Evaluate more prompts: {counted(num, 'prompt')} leave wide intervals, in which small changes are lost."
+
+
+def _no_validation(run: RunFolder) -> str:
+    if run.metrics.validation["held_out"] or not run.metrics.last_step:
+        return ""
+    return (
+        "Hold photographs out (data.validation_fraction, validate.every_epochs): without held-out loss, overfitting "
+        "shows only in the pictures."
+    )
+
+
+def _few_held_out(run: RunFolder) -> str:
+    num = num_held_out(run)
+    if not run.metrics.validation["held_out"] or not 0 < num < FEW_HELD_OUT:
+        return ""
+    return (
+        f"Hold out more photographs (data.validation_fraction): with {num:,}, the best epoch depends on which ones "
+        "they are."
+    )
+
+
+def _few_photos(run: RunFolder) -> str:
+    num = number((run.data or {}).get("num_train"))
+    if not 0 < num < FEW_PHOTOS:
+        return ""
+    return f"Add photographs: {counted(int(num), 'training photograph')} can be learnt by heart within few epochs."
+
+
+def _scattered_buckets(run: RunFolder) -> str:
+    batch = number(table_of(run.config, "train").get("batch_size"))
+    counts = [number(bucket.get("num_train")) for bucket in rows_of(run.data, "buckets")]
+    counts = [count for count in counts if count > 0]
+    short = [count for count in counts if count < batch]
+    if not short or sum(short) <= MANY_SCATTERED * sum(counts):
+        return ""
+    return (
+        f"Allow fewer image sizes (a lower data.max_aspect), or a smaller batch: {counted(len(short), 'size')} of "
+        f"{len(counts)} have fewer photographs than a batch of {batch:.0f}, {100 * sum(short) / sum(counts):.0f} % of "
+        "all, so their steps average over less."
+    )
+
+
+def _crop_loss(run: RunFolder) -> str:
+    rows = [(number(b.get("num_train")), number(b.get("crop_loss"))) for b in rows_of(run.data, "buckets")]
+    bad = [(num, lost) for num, lost in rows if num > 0 and HIGH_CROP_LOSS < lost <= 1]
+    if not bad:
+        return ""
+    photos, most = counted(int(sum(num for num, _ in bad)), "photograph"), max(lost for _, lost in bad)
+    return (
+        f"Check what the crops cut off {photos}: up to {100 * most:.0f} % of their pixels. A higher data.max_aspect "
+        "adds image sizes that fit them."
+    )
+
+
+def _no_captions(run: RunFolder) -> str:
+    photos, captions = (number((run.data or {}).get(key)) for key in ("num_photos", "num_captions"))
+    if not captions < photos:
+        return ""
+    return (
+        f"Write captions (`safelight caption DATASET`): at least {counted(int(photos - captions), 'photograph')} have "
+        "none, and teach the model nothing about prompts."
+    )
+
+
+def _cut_captions(run: RunFolder) -> str:
+    num_cut = number((run.data or {}).get("num_cut_captions"))
+    cut_prompts = {row.prompt for row in run.comparison.rows if row.cut_after} if run.comparison else set()
+    cut_prompts |= {str(i.get("prompt")) for sample in run.samples for i in sample.images if i.get("cut_after")}
+    if num_cut > 0:
+        are = "is" if num_cut == 1 else "are"
+        found = f"{counted(int(num_cut), 'caption')} {are} cut"
+    elif cut_prompts:
+        are = "is" if len(cut_prompts) == 1 else "are"
+        found = f"{counted(len(cut_prompts), 'prompt')} {are} longer than what was read of them"
+    else:
+        return ""
+    return f"Let the text encoder read more (data.caption_chunks), or shorten the captions: {found}."
+
+
+def _verdict(run: RunFolder) -> str:
+    validation = run.metrics.validation
+    return over_fitting_verdict(validation["held_out"], validation["train_subset"]).kind
+
+
+def _planned_epochs(run: RunFolder) -> float | None:
+    stages = [number(stage.get("epochs")) for stage in rows_of(run.config, "stage")]
+    total = sum(stages) if stages else number(table_of(run.config, "train").get("epochs"))
+    if number(table_of(run.config, "train").get("max_steps")) > 0 or not total > 0:
+        return None
+    return total
+
+
+def _is_complete(run: RunFolder) -> bool:
+    """Whether the run reached its planned end; True where only steps were planned, or nothing is known."""
+    planned = _planned_epochs(run)
+    return planned is None or run.metrics.last_epoch >= planned - 0.01
+
+
+def _is_at_rest(run: RunFolder) -> bool:
+    """Whether the learning rate had fallen to nearly nothing at the end, which flattens any curve."""
+    rates = run.metrics.train["lr"]
+    rates = rates[rates >= 0]
+    return len(rates) > 0 and float(rates[-1]) < AT_REST * float(rates.max())
+
+
+RULES = (
+    Rule("diverged", "the run diverged and was not resumed", _diverged),
+    Rule("unfinished", "the run ended before its last planned epoch", _unfinished),
+    Rule(
+        "still-falling",
+        f"held-out loss was lowest at the last of at least three validations, more than {100 * MIN_FALL:g} % below "
+        "the one before, in a run that was not stopped early and whose learning rate had not fallen to 0",
+        _still_falling,
+    ),
+    Rule("early-best", "held-out loss was lowest in the first half of the run and rose since", _early_best),
+    Rule("late-best", "held-out loss was lowest in the second half of the run and rose since", _late_best),
+    Rule("never-better", "held-out loss was lowest at the start, of at least three validations", _never_better),
+    Rule("both-rise", "held-out loss and the loss on training photographs both rose since the best point", _both_rise),
+    Rule(
+        "burnt",
+        f"the share of burnt pictures exceeds that of photographs by more than {MIN_ERRORS:g} standard errors",
+        _burnt,
+    ),
+    Rule(
+        "smoothed",
+        f"the share of smoothed-out pictures exceeds that of photographs by more than {MIN_ERRORS:g} standard errors",
+        _smoothed,
+    ),
+    Rule("memorised", "more pictures of the checkpoint than of the base are flagged as copies", _memorised),
+    Rule("worse-metric", "a metric is worse than the base's and the interval excludes chance", _worse_metric),
+    Rule("few-prompts", f"fewer than {FEW_PROMPTS} prompts were evaluated", _few_prompts),
+    Rule("no-validation", "no photograph was held out, or none was validated", _no_validation),
+    Rule("few-held-out", f"fewer than {FEW_HELD_OUT} photographs are held out", _few_held_out),
+    Rule("few-photos", f"fewer than {FEW_PHOTOS} photographs are trained on", _few_photos),
+    Rule(
+        "scattered-buckets",
+        f"more than {100 * MANY_SCATTERED:g} % of the photographs are in image sizes with less than one batch",
+        _scattered_buckets,
+    ),
+    Rule("crop-loss", f"crops of an image size lose more than {100 * HIGH_CROP_LOSS:g} % of the pixels", _crop_loss),
+    Rule("no-captions", "there are fewer captions than photographs", _no_captions),
+    Rule("cut-captions", "captions or prompts are longer than what the text encoder reads", _cut_captions),
+)

@@ -1,0 +1,157 @@
+"""Crop divergence: crops of things found in the base's pictures, the trained model's and the photographs, compared.
+
+The map is drawn once, a path for each set and class; the page's script only switches them on and off.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from safelight.trainer.report.bars import show_number
+from safelight.trainer.report.evaluation import ClassDivergence, CropDivergence, CropPoint, SetDivergence
+from safelight.trainer.report.markup import Markup, details, escape, shorten, table, tag
+from safelight.trainer.report.models import name_of, put_forward
+from safelight.trainer.report.run_reader import RunFolder
+from safelight.trainer.report.theme import Part, asset
+
+PART = Part(asset("crop_map.css"), asset("crop_map.js"))
+TITLE = "How far are its things from the real ones?"
+SETS = {"OD": "photographs", "BM": "base model", "TM": "trained model"}
+COLORS = {"OD": "amber", "BM": "muted", "TM": "accent"}
+MAX_CHECKPOINTS = 4
+MAX_CLASSES = 60
+# that can be chosen on the map; the rest is under "others"
+MAX_MAP_CLASSES = 30
+MAX_POINTS = 6000
+WIDTH, HEIGHT, MARGIN = 720, 460, 14
+MARK_PX = 5
+DOT = '<svg viewBox="0 0 12 12" aria-hidden="true"><circle class="f-{}" cx="6" cy="6" r="5"/></svg>'
+EXPLANATION = (
+    "A detector finds things in the pictures; the crop of each is described by numbers, and the sets of crops are "
+    "compared class by class. KL is the divergence above what chance gives, 0 for sets that cannot be told apart. z "
+    "counts standard deviations of chance: beyond about 3, the sets differ."
+)
+
+
+def crop_section(run: RunFolder) -> Markup | None:
+    """Return the divergence of crops and their map, of the checkpoint that is put forward and of others folded."""
+    heading = tag("h2", TITLE)
+    crops = {one.model: one for one in run.evaluation.crops} if run.evaluation else {}
+    if not crops:
+        return None
+    first = put_forward(run, crops) or next(iter(crops))
+    others = [model for model in crops if model != first][:MAX_CHECKPOINTS]
+    return tag(
+        "section",
+        heading,
+        _one(run, crops[first]),
+        tag("p", EXPLANATION, class_="note"),
+        [details(f"The same of {name_of(run, model)}", _one(run, crops[model])) for model in others],
+        id="crops",
+    )
+
+
+def _one(run: RunFolder, crops: CropDivergence) -> Markup:
+    name = name_of(run, crops.model)
+    measured = f"Trained model: {name}. Detector: {shorten(crops.detector, 120)}; crops described by "
+    return tag(
+        "div",
+        tag("p", shorten(crops.sentence, 1000), class_="lead"),
+        _pooled_table(crops.divergences),
+        _map(crops.points),
+        _class_table(crops.divergences),
+        tag("p", f"{measured}{shorten(crops.features, 120)}.", class_="note"),
+    )
+
+
+def _pooled_table(divergences: tuple[SetDivergence, ...]) -> Markup | None:
+    rows = [[_pair(one), *_figures(one.pooled)] for one in divergences if one.pooled]
+    if not rows:
+        return tag("p", "No class has enough crops for a figure.", class_="note")
+    return table(["", "KL", "z of KL", "p", "MMD²", "z of MMD²", "crops"], rows, class_="figures")
+
+
+def _class_table(divergences: tuple[SetDivergence, ...]) -> Markup | None:
+    rows = []
+    for one in divergences:
+        ranked = sorted(one.classes, key=lambda c: -min(c.num_first, c.num_second))[:MAX_CLASSES]
+        for found in ranked:
+            grey = "few" if found.is_grey else None
+            cells = [tag("span", cell, class_=grey) for cell in (shorten(found.name, 60), *_figures(found))]
+            rows.append([tag("span", _pair(one), class_=grey), *cells])
+    if not rows:
+        return None
+    note = "Grey: 20 to 49 crops in a set, too few to trust the figure."
+    grey = tag("p", note, class_="note") if any(c.is_grey for one in divergences for c in one.classes) else None
+    head = ["", "class", "KL", "z of KL", "p", "MMD²", "z of MMD²", "crops"]
+    return details("Class by class", table(head, rows, class_="figures of-class"), grey)
+
+
+def _pair(one: SetDivergence) -> str:
+    return f"{SETS[one.first]} and {SETS[one.second]}"
+
+
+def _figures(found: ClassDivergence) -> list[str]:
+    p = "< 0.001" if found.p < 0.001 else f"{found.p:.3f}"
+    return [
+        show_number(found.kl),
+        show_number(found.z),
+        p,
+        show_number(found.mmd),
+        show_number(found.mmd_z),
+        f"{found.num_first:,} and {found.num_second:,}",
+    ]
+
+
+def _map(points: tuple[CropPoint, ...]) -> Markup | None:
+    if len(points) < 2:
+        return None
+    points = points[:: -(-len(points) // MAX_POINTS)]
+    counts = Counter(point.name for point in points)
+    classes = [name for name, _ in counts.most_common(MAX_MAP_CLASSES)]
+    place = {name: index for index, name in enumerate(classes)}
+    xs, ys = [point.x for point in points], [point.y for point in points]
+    low_x, low_y = min(xs), min(ys)
+    scale_x = (WIDTH - 2 * MARGIN) / ((max(xs) - low_x) or 1)
+    scale_y = (HEIGHT - 2 * MARGIN) / ((max(ys) - low_y) or 1)
+    paths: dict[tuple[str, int], list[str]] = {}
+    for point in points:
+        x = MARGIN + (point.x - low_x) * scale_x
+        y = HEIGHT - MARGIN - (point.y - low_y) * scale_y
+        # a line of no length with round ends is a dot
+        paths.setdefault((point.set, place.get(point.name, -1)), []).append(f"M{x:.0f} {y:.0f}h0")
+    drawn = "".join(
+        f'<path class="s-{COLORS[which]}" data-set="{which}" data-class="{index}" d="{"".join(dots)}"/>'
+        for which in SETS
+        for (of, index), dots in paths.items()
+        if of == which
+    )
+    label = escape(f"Map of {len(points):,} crops: photographs, base model and trained model")
+    svg = Markup(
+        f'<svg class="crop-map" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}" '
+        f'stroke-width="{MARK_PX}" stroke-linecap="round" fill="none">{drawn}</svg>'
+    )
+    switches = [
+        tag(
+            "label",
+            tag("input", type="checkbox", value=which, checked=True, disabled=True),
+            Markup(DOT.format(COLORS[which])),
+            name,
+        )
+        for which, name in SETS.items()
+        if any(of == which for of, _ in paths)
+    ]
+    options = [tag("option", f"all classes ({len(points):,})", value="all")]
+    options += [tag("option", f"{shorten(name, 60)} ({counts[name]:,})", value=i) for i, name in enumerate(classes)]
+    chooser = tag("label", "class ", tag("select", options), class_="of-class", hidden=True)
+    caption = (
+        "Every dot is a crop; dots near each other look alike to the features (two first principal components). Where "
+        "the trained model's dots lie among the photographs', its things look like the real ones."
+    )
+    return tag(
+        "figure",
+        tag("div", switches, chooser, class_="map-switches"),
+        svg,
+        tag("figcaption", caption),
+        class_="crops",
+    )

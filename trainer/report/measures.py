@@ -1,0 +1,203 @@
+"""The metrics of an evaluation: in words, with their intervals, and how each model differs from the base."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from safelight.text import counted
+from safelight.trainer.report.bars import Axis, interval_bar, show_number
+from safelight.trainer.report.evaluation import Difference, Estimate, Evaluation, Metric
+from safelight.trainer.report.facts import evenly_chosen
+from safelight.trainer.report.markup import Markup, join, nothing_yet, shorten, table, tag
+from safelight.trainer.report.models import name_of, put_forward
+from safelight.trainer.report.records import BASE
+from safelight.trainer.report.run_reader import RunFolder
+from safelight.trainer.report.scores import scores_table
+from safelight.trainer.report.theme import Part, asset
+
+PART = Part(asset("measures.css"))
+TITLE = "Is it better than its base?"
+MAX_MODELS_SHOWN = 12
+# below this an interval is wide and its coverage doubtful
+FEW_PICTURES = 50
+NOT_YET = "Metrics with intervals, burnt colours, copied photographs, and how far things are from real ones:"
+BETTER = {"lower": "lower is better", "higher": "higher is better"}
+
+Judgement = Literal["better", "worse", "different", "unclear"]
+
+
+def measures_section(run: RunFolder) -> Markup:
+    """Return what was measured of base, checkpoints and photographs."""
+    heading, scores = tag("h2", TITLE), scores_table(run.scores)
+    evaluation = run.evaluation
+    if evaluation is None or not evaluation.metrics:
+        left_out = _not_computed(evaluation) if evaluation else None
+        return tag("section", heading, scores, left_out or nothing_yet(NOT_YET, "evaluate"), id="measures")
+    model = put_forward(run, [one.id for one in evaluation.models])
+    return tag(
+        "section",
+        heading,
+        tag("p", _summary(run, evaluation, model), class_="lead") if model else None,
+        tag("p", _how_measured(evaluation), class_="note"),
+        [_metric(run, metric, model) for metric in evaluation.metrics],
+        scores,
+        _not_computed(evaluation),
+        id="measures",
+    )
+
+
+def judge(metric: Metric, model: str) -> Judgement:
+    """Return whether a model is better than the base beyond chance.
+
+    By the differences per prompt if there are any, else only if the two intervals do not overlap.
+    """
+    difference, own, base = difference_of(metric, model), estimate_of(metric, model), estimate_of(metric, BASE)
+    if difference:
+        low, high = difference.low, difference.high
+    elif own and base:
+        low, high = own.low - base.high, own.high - base.low
+    else:
+        return "unclear"
+    if low <= 0 <= high:
+        return "unclear"
+    if not metric.better:
+        return "different"
+    return "better" if (high < 0) == (metric.better == "lower") else "worse"
+
+
+def estimate_of(metric: Metric, model: str) -> Estimate | None:
+    return next((value for value in metric.values if value.model == model), None)
+
+
+def difference_of(metric: Metric, model: str) -> Difference | None:
+    return next((value for value in metric.differences if value.model == model), None)
+
+
+def _summary(run: RunFolder, evaluation: Evaluation, model: str) -> str:
+    """Return which metrics the model is better in, which worse, and which are undecided."""
+    titles: dict[str, list[str]] = {}
+    for metric in evaluation.metrics:
+        if estimate_of(metric, model) or difference_of(metric, model):
+            titles.setdefault(judge(metric, model), []).append(shorten(metric.title, 80))
+    name = name_of(run, model)
+    words = (
+        ("better", f"{name} is better than the base in {{}}"),
+        ("worse", f"{name} is worse in {{}}" if "better" in titles else f"{name} is worse than the base in {{}}"),
+        ("different", "it differs in {}"),
+        ("unclear", "no clear difference in {}"),
+    )
+    parts = [text.format(", ".join(titles[kind])) for kind, text in words if kind in titles]
+    text = "; ".join(parts)
+    return f"{text[:1].upper()}{text[1:]}." if text else ""
+
+
+def _how_measured(evaluation: Evaluation) -> str:
+    steps = "1 step" if evaluation.num_steps == 1 else f"{evaluation.num_steps} steps"
+    return (
+        f"Measured on {counted(evaluation.num_prompts, 'prompt')} a model, against "
+        f"{counted(evaluation.num_real, 'real photograph')}; pictures of {evaluation.width} × {evaluation.height} px, "
+        f"cfg {evaluation.cfg:g}, {steps} of {shorten(evaluation.sampler, 40)}. Intervals are bootstrap intervals at "
+        "95 %: another set of as many pictures would most likely give a value inside."
+    )
+
+
+def _metric(run: RunFolder, metric: Metric, model: str | None) -> Markup:
+    values = _chosen_values(metric, model)
+    level = metric.real.value if metric.real else None
+    shown = [*values, *([metric.real] if metric.real else [])]
+    axis = Axis.over(number for value in shown for number in (value.low, value.value, value.high))
+    rows = []
+    for value in shown:
+        is_real = value is metric.real
+        color = "accent" if value.model == model else "amber" if is_real else "muted"
+        name = "real photographs" if is_real else name_of(run, value.model) if _is_id(value.model) else value.model
+        rows.append(
+            [
+                tag("span", shorten(name, 60), class_="put-forward" if value.model == model else None),
+                tag("strong", show_number(value.value)),
+                interval_bar(axis, value.value, value.low, value.high, color, level),
+                f"{show_number(value.low)} to {show_number(value.high)}",
+                f"{value.num:,}",
+                "" if is_real else _difference(difference_of(metric, value.model)),
+            ]
+        )
+    head = ["", "value", "", "95 % interval", "pictures", "minus the base, by prompt"]
+    if not metric.differences:
+        head, rows = head[:-1], [row[:-1] for row in rows]
+    better = BETTER.get(metric.better, "")
+    about = " · ".join(filter(None, [better, metric.features and f"by {shorten(metric.features, 120)}"]))
+    more = len(metric.values) - len(values)
+    return tag(
+        "div",
+        tag(
+            "div",
+            tag("h3", shorten(metric.title, 120)),
+            tag("p", about, class_="note") if about else None,
+            tag("p", shorten(metric.meaning, 600)),
+            tag("p", _sentence(run, metric, model)) if model else None,
+            tag("p", shorten(metric.warning, 600), class_="note warning") if metric.warning else None,
+        ),
+        table(head, rows, class_="figures measured"),
+        tag("p", f"{counted(more, 'more checkpoint')} in evaluation.json.", class_="note") if more > 0 else None,
+        class_="measure",
+    )
+
+
+def _chosen_values(metric: Metric, model: str | None) -> list[Estimate]:
+    values = [value for value in metric.values if value.model != "real"]
+    places = set(evenly_chosen(len(values), MAX_MODELS_SHOWN))
+    places |= {place for place, value in enumerate(values) if value.model in (BASE, model)}
+    return [values[place] for place in sorted(places)]
+
+
+def _is_id(model: str) -> bool:
+    return model == BASE or model.startswith("step-")
+
+
+def _difference(difference: Difference | None) -> Markup | str:
+    if difference is None:
+        return ""
+    interval = f"{show_number(difference.low, True)} to {show_number(difference.high, True)}"
+    return tag("span", tag("strong", show_number(difference.value, True)), f" ({interval})")
+
+
+def _sentence(run: RunFolder, metric: Metric, model: str) -> str:
+    """Return what the metric says of the model, in words."""
+    own, base, difference = estimate_of(metric, model), estimate_of(metric, BASE), difference_of(metric, model)
+    name = name_of(run, model)
+    verdict = {
+        "better": "better than the base, beyond chance",
+        "worse": "worse than the base, beyond chance",
+        "different": "different from the base, beyond chance",
+        "unclear": "no clear difference from the base",
+    }[judge(metric, model)]
+    if difference:
+        num = difference.wins + difference.ties + difference.losses
+        ties = f", equal for {difference.ties}" if difference.ties else ""
+        text = (
+            f"Prompt by prompt, {name} is {verdict} (p {_p(difference.p)}): better for {difference.wins} of "
+            f"{counted(num, 'prompt')}{ties}, worse for {difference.losses}."
+        ).replace("is no clear difference from", "shows no clear difference from")
+    elif own and base:
+        overlap = "overlap" if judge(metric, model) == "unclear" else "do not overlap"
+        text = (
+            f"{name[0].upper()}{name[1:]} has {show_number(own.value)}, the base {show_number(base.value)}; their "
+            f"intervals {overlap}: {verdict}."
+        )
+    else:
+        return ""
+    fewest = min(value.num for value in (own, base) if value) if own or base else 0
+    if 0 < fewest < FEW_PICTURES:
+        text += f" From only {counted(fewest, 'picture')}, so read it with care."
+    return text
+
+
+def _p(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"= {p:.3f}" if p < 0.1 else f"= {p:.2f}"
+
+
+def _not_computed(evaluation: Evaluation) -> Markup | None:
+    if not evaluation.not_computed:
+        return None
+    lines = [tag("li", shorten(line, 400)) for line in evaluation.not_computed]
+    return join(tag("h3", "Not measured"), tag("ul", lines, class_="note"))

@@ -1,0 +1,88 @@
+"""Pictures that resemble a training photograph: beside it, and beside what the base draws for the same prompt."""
+
+from __future__ import annotations
+
+from safelight.text import counted
+from safelight.trainer.report.bars import show_number
+from safelight.trainer.report.evaluation import Memorisation, NearestPhoto
+from safelight.trainer.report.markup import Markup, details, shorten, tag
+from safelight.trainer.report.models import name_of
+from safelight.trainer.report.pictures import embed_all
+from safelight.trainer.report.records import BASE
+from safelight.trainer.report.run_reader import RunFolder, inside
+from safelight.trainer.report.theme import Part, asset
+
+PART = Part(asset("memorisation_panel.css"))
+TITLE = "Did it memorise photographs?"
+MAX_PAIRS, NUM_OPEN = 12, 4
+EDGES_PX = (320, 256, 192, 128)
+BUDGET_BYTES = 2_000_000
+
+
+def memorisation_section(run: RunFolder) -> Markup | None:
+    """Return the pictures nearest to training photographs."""
+    heading, found = tag("h2", TITLE), run.evaluation.memorisation if run.evaluation else None
+    if found is None:
+        return None
+    pairs = sorted(found.pairs, key=lambda pair: (not pair.is_flagged, -pair.similarity))[:MAX_PAIRS]
+    cards = _triples(run, pairs)
+    return tag(
+        "section",
+        heading,
+        tag("p", shorten(found.sentence, 1000)),
+        tag("p", _counts(run, found), class_="note"),
+        tag("div", cards[:NUM_OPEN], class_="triples") if cards else None,
+        details(counted(len(cards) - NUM_OPEN, "more pair"), tag("div", cards[NUM_OPEN:], class_="triples"))
+        if len(cards) > NUM_OPEN
+        else None,
+        id="memorisation",
+    )
+
+
+def _counts(run: RunFolder, found: Memorisation) -> str:
+    flagged = [f"{name_of(run, model)} {num:,}" for model, num in list(found.num_flagged.items())[:40]]
+    text = f"Flagged, of {counted(found.num, 'picture')} a model: {', '.join(flagged)}. " if flagged else ""
+    return (
+        f"{text}A picture is flagged if it is more like a training photograph (above {show_number(found.limit)}) than "
+        f"held-out photographs are, by {shorten(found.features, 120)}. No measure separates copies reliably: look at "
+        "the pairs."
+    )
+
+
+def _triples(run: RunFolder, pairs: list[NearestPhoto]) -> list[Markup]:
+    rows = run.comparison.rows if run.comparison else ()
+    base_of = {file: row.images.get(BASE) for row in rows for file in row.images.values()}
+    files = [
+        path
+        for pair in pairs
+        for path in (
+            inside(run.path, "compare", pair.file),
+            inside(run.path, "evaluation", pair.photo),
+            inside(run.path, "compare", base_of.get(pair.file)),
+        )
+    ]
+    pictures = embed_all(files, EDGES_PX, BUDGET_BYTES, run.work)
+    cards = []
+    for index, pair in enumerate(pairs):
+        drawn, photo, base = pictures[3 * index : 3 * index + 3]
+        if drawn is None or photo is None:
+            continue
+        prompt, name = shorten(pair.prompt, 160), name_of(run, pair.model)
+        like_base = "" if pair.base_similarity is None else f", base {show_number(pair.base_similarity)}"
+        shown = [(drawn, name, "accent"), (photo, "nearest photograph", "")] + ([(base, "base", "")] if base else [])
+        sides = [
+            tag(
+                "figure",
+                tag("figcaption", label, class_=color or None),
+                picture.img(f"{label}: {prompt}", data_label=label),
+            )
+            for picture, label, color in shown
+        ]
+        flag = tag("strong", "flagged · ", class_="put-forward") if pair.is_flagged else None
+        text = f"similarity {show_number(pair.similarity)}{like_base}"
+        caption = tag(
+            "figcaption", flag, text, tag("div", tag("span", prompt, class_="prompt", dir="auto")), class_="meta"
+        )
+        zoom = f"{shorten(pair.prompt, 400)} — {text}"
+        cards.append(tag("figure", tag("div", sides, class_="three"), caption, data_zoom=zoom))
+    return cards

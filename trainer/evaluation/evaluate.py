@@ -10,12 +10,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import ImageOps
 
 from safelight.data.atomic import atomic_write_text
 from safelight.errors import UserError
@@ -29,13 +30,13 @@ from safelight.trainer.evaluation.set_metrics import BASE, REAL, Features, diver
 from safelight.trainer.evaluation.suggest import KidChange, suggest
 from safelight.trainer.features.cache import FeatureCache
 from safelight.trainer.features.extractor import Extractor
-from safelight.trainer.features.inception import Inception
 from safelight.trainer.features.latents import open_latents
 from safelight.trainer.features.lpips import Lpips
 from safelight.trainer.features.open_extractor import open_extractor
 from safelight.trainer.inference.compare import compare
 from safelight.trainer.inference.compared_prompts import Prompt
 from safelight.trainer.inference.draw import OpenRun
+from safelight.trainer.inference.gallery import read_key, save_png
 from safelight.trainer.inference.pictures import Progress, Say, hash_of
 from safelight.trainer.metrics.kid import kid_difference
 from safelight.trainer.metrics.resampling import TooFewPictures
@@ -51,6 +52,350 @@ from safelight.trainer.report.evaluation import (
 from safelight.trainer.report.run_reader import read_run_folder
 from safelight.trainer.tagging.taggers import open_detector
 
-RECORD_NAME = "evaluation.json"
+RECORD_NAME, EVALUATION_FOLDER = "evaluation.json", "evaluation"
+# the name of the extractor whose Fréchet distance is called FID
+INCEPTION = "Inception v3 (FID)"
 # photographs whose pairwise LPIPS distances are computed; each pair costs, so more take long
 MAX_DIVERSE = 200
+
+
+@dataclass(frozen=True)
+class Means:
+    """What to measure with, as the user names it; '' and () for none.
+
+    features: extractors, the first of which gives the headline. The run's own autoencoder is always among them. crops:
+    the extractor of crops, one of the others, '' for the first.
+    """
+
+    features: tuple[str, ...] = ()
+    detector: str = ""
+    lpips: str = ""
+    crops: str = ""
+
+
+class MetricList(Record):
+    """The metrics by one extractor, and those that there are too few pictures for."""
+
+    metrics: tuple[Metric, ...]
+    lacking: tuple[str, ...]
+
+
+class KidChanges(Record):
+    """KID of one checkpoint minus another's: (model, other, change, p)."""
+
+    rows: tuple[tuple[str, str, float, float], ...]
+
+
+def evaluate(
+    run: OpenRun,
+    steps: Sequence[int],
+    prompts: Sequence[Prompt],
+    means: Means,
+    device: torch.device,
+    *,
+    num_seeds: int = 1,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    say: Say = lambda text: None,
+) -> tuple[Evaluation, int]:
+    """Draw what is missing, measure it, write RUN/evaluation.json and return it, and how many results were computed.
+
+    steps: of the checkpoints, beside the base. device: where extractors and detectors run. progress: called with what
+    is done, and how much of it. What cannot be computed is a line of `not_computed`, and the rest is computed. Raises
+    UserError as `compare`, and if the dataset is not there.
+    """
+    comparison = compare(
+        run, steps, prompts, num_seeds=num_seeds, progress=functools.partial(progress, "drawing"), say=say
+    )
+    captions = {prompt.photo.sha256: prompt.text for prompt in prompts if prompt.photo is not None}
+    work = _Work(run, comparison, photographs(run, comparison.width, comparison.height, captions), means, device)
+    work.progress, work.say = progress, say
+    models = _models(run.run_dir, comparison)
+    metrics, kid_changes = work.metrics()
+    crops = work.crops()
+    burn = work.burn()
+    memorisation = work.memorisation()
+    headline = next((metric for metric in metrics if metric.id.startswith("kid_")), None)
+    evaluation = Evaluation(
+        models=tuple(models),
+        num_prompts=len(prompts),
+        num_real=len(work.photographs.all),
+        width=comparison.width,
+        height=comparison.height,
+        num_steps=comparison.num_steps,
+        cfg=comparison.cfg,
+        sampler=comparison.sampler,
+        metrics=tuple(metrics),
+        crops=tuple(crops),
+        burn=burn,
+        memorisation=memorisation,
+        suggestion=suggest(models, headline, kid_changes, _blemishes(burn, memorisation)),
+        not_computed=tuple(work.not_computed),
+    )
+    atomic_write_text(run.run_dir / RECORD_NAME, evaluation.model_dump_json(indent=1))
+    return evaluation, work.kept.num_computed
+
+
+def _models(run_dir: Path, comparison: Comparison) -> list[EvaluatedModel]:
+    """Return the models with the held-out losses that training logged."""
+    losses = {point.step: point.loss for point in read_run_folder(run_dir).metrics.validation["held_out"]}
+    return [
+        EvaluatedModel(id=model.id, step=model.step, epoch=model.epoch, held_out_loss=losses.get(model.step))
+        for model in comparison.models
+    ]
+
+
+def _blemishes(burn: Burn | None, memorisation: Memorisation | None) -> dict[str, list[str]]:
+    """Return what is wrong with models' pictures: model -> words."""
+    found: dict[str, list[str]] = {}
+    for scores in burn.sets if burn is not None else ():
+        words = [word for word, is_so in (("burnt", scores.is_burnt), ("smoothed out", scores.is_smoothed)) if is_so]
+        if scores.model not in (REAL, BASE) and words:
+            found.setdefault(scores.model, []).extend(words)
+    for model in memorisation.memorised if memorisation is not None else ():
+        found.setdefault(model, []).append("copies of training photographs")
+    return found
+
+
+class _Work:
+    """The parts of an evaluation over one comparison. Extractors are opened once, and only if their results are new."""
+
+    def __init__(
+        self, run: OpenRun, comparison: Comparison, photos: Photographs, means: Means, device: torch.device
+    ):
+        self.run, self.comparison, self.photographs, self.means, self.device = run, comparison, photos, means, device
+        self.drawn = drawn_pictures(run.run_dir, comparison)
+        self.prompts = [row.prompt for row in comparison.rows]
+        self.kept = Kept(run.run_dir)
+        self.not_computed: list[str] = []
+        self.progress: Callable[[str, int, int], None] = lambda what, done, total: None
+        self.say: Say = lambda text: None
+        if photos.num_small:
+            self.not_computed.append(
+                f"{counted(photos.num_small, 'photograph')} smaller than the drawn pictures, {comparison.width} x "
+                f"{comparison.height} px: not compared with"
+            )
+        # the extractors that work, by what the user calls them; the run's autoencoder is ''
+        self.extractors: dict[str, Extractor] = {}
+        for spec in (*dict.fromkeys(means.features), ""):
+            with self._or_not_computed():
+                self.extractors[spec] = self._open(spec)
+
+    def _open(self, spec: str) -> Extractor:
+        return open_extractor(spec, self.device) if spec else open_latents(self.run.codec)
+
+    @contextmanager
+    def _or_not_computed(self) -> Iterator[None]:
+        """Turn a UserError of the block into a line of not_computed."""
+        try:
+            yield
+        except UserError as error:
+            self.not_computed.append(str(error))
+            self.say(f"note: not computed: {error}")
+
+    def _keys(self, pictures: Sequence[Picture]) -> str:
+        return hash_of({"pictures": [[picture.sha256, picture.group] for picture in pictures]})
+
+    def _inputs(self, extractor: Extractor) -> dict:
+        return {
+            "features": extractor.fingerprint,
+            "real": self._keys(self.photographs.all),
+            "drawn": {model: self._keys(pictures) for model, pictures in self.drawn.items()},
+        }
+
+    def _features(self, extractor: Extractor, *sets: Sequence[Picture], what: str = "") -> list[np.ndarray]:
+        """Return the features of each set of pictures."""
+        cache = FeatureCache(self.run.run_dir, extractor)
+        total, done = sum(map(len, sets)), 0
+
+        def advance(num: int) -> None:
+            nonlocal done
+            done += num
+            self.progress(what or f"looking: {extractor.name}", done, total)
+
+        return [
+            cache.features([p.sha256 for p in pictures], lambda i, pictures=pictures: pictures[i].load(), advance)
+            for pictures in sets
+        ]
+
+    def _all_features(self, spec: str, extractor: Extractor) -> Features:
+        real, *drawn = self._features(extractor, self.photographs.all, *self.drawn.values())
+        texts = None
+        if hasattr(extractor, "text_features"):
+            texts = FeatureCache(self.run.run_dir, extractor).text_features(extractor, self.prompts)
+        return Features(
+            name=extractor.name,
+            id=f"x{list(self.extractors).index(spec)}" if spec else "vae",
+            real=real,
+            real_groups=groups_of(self.photographs.all),
+            drawn=dict(zip(self.drawn, drawn, strict=True)),
+            groups=self.prompts,
+            texts=texts,
+        )
+
+    # the parts
+
+    def metrics(self) -> tuple[list[Metric], dict[tuple[str, str], KidChange]]:
+        """Return all metrics, and how the headline KID differs between models."""
+        metrics: list[Metric] = []
+        changes: dict[tuple[str, str], KidChange] = {}
+        for number, (spec, extractor) in enumerate(self.extractors.items()):
+            with self._or_not_computed():
+                inputs = {**self._inputs(extractor), "place": number}
+                found = self.kept.of(MetricList, inputs, functools.partial(self._metrics_by, spec, extractor))
+                metrics += found.metrics
+                self.not_computed += found.lacking
+                if not changes and any(metric.id.startswith("kid_") for metric in found.metrics):
+                    rows = self.kept.of(
+                        KidChanges, inputs, functools.partial(self._kid_changes, spec, extractor)
+                    ).rows
+                    changes = {(model, other): KidChange(value, p) for model, other, value, p in rows}
+        if self.means.lpips:
+            with self._or_not_computed():
+                metrics += self._diversity(Lpips(Path(self.means.lpips).expanduser(), self.device))
+        return metrics, changes
+
+    def _metrics_by(self, spec: str, extractor: Extractor) -> MetricList:
+        metrics, lacking = metrics_of(self._all_features(spec, extractor), extractor.name == INCEPTION)
+        return MetricList(metrics=tuple(metrics), lacking=tuple(lacking))
+
+    def _kid_changes(self, spec: str, extractor: Extractor) -> KidChanges:
+        features = self._all_features(spec, extractor)
+        rows = []
+        for model, other in permutations(features.drawn, 2):
+            found = kid_difference(
+                features.real, features.drawn[other], features.drawn[model], features.real_groups, features.groups
+            )
+            rows.append((model, other, found.interval.value, found.p))
+        return KidChanges(rows=tuple(rows))
+
+    def _diversity(self, lpips: Lpips) -> tuple[Metric, ...]:
+        real = self.photographs.all[:: -(-len(self.photographs.all) // MAX_DIVERSE) or 1]
+        drawn = {model: self._keys(pictures) for model, pictures in self.drawn.items()}
+        inputs = {"lpips": lpips.fingerprint, "real": self._keys(real), "drawn": drawn}
+
+        def compute() -> MetricList:
+            def distances(pictures: Sequence[Picture], what: str) -> np.ndarray:
+                self.progress(f"LPIPS of {what}", 0, len(pictures))
+                return lpips.distances(len(pictures), lambda i: pictures[i].load())
+
+            try:
+                found = diversity_metric(
+                    {model: distances(pictures, model) for model, pictures in self.drawn.items()},
+                    distances(real, "photographs"),
+                    self.prompts,
+                    lpips.name,
+                )
+            except TooFewPictures as error:
+                return MetricList(metrics=(), lacking=(f"diversity: {error}",))
+            return MetricList(metrics=tuple(found), lacking=())
+
+        found = self.kept.of(MetricList, inputs, compute)
+        self.not_computed += found.lacking
+        return found.metrics
+
+    def crops(self) -> list[CropDivergence]:
+        """Return the crop divergence of each checkpoint."""
+        if not self.means.detector:
+            self.not_computed.append("crop divergence: no detector is named; give one with --detector")
+            return []
+        spec = self.means.crops or next(iter(self.extractors), "")
+        if spec not in self.extractors:
+            return []
+        found: list[CropDivergence] = []
+        extractor = self.extractors[spec]
+        with self._or_not_computed(), open_detector(self.means.detector) as detector:
+            inputs = {**self._inputs(extractor), "detector": detector.record}
+            find = functools.cache(functools.partial(self._find_crops, detector, extractor))
+            for model in [model for model in self.drawn if model != BASE]:
+
+                def compute(model: str = model) -> CropDivergence:
+                    name = Path(detector.model).name
+                    return compare_crops(model, find(REAL), find(BASE), find(model), name, extractor.name)
+
+                try:
+                    found.append(self.kept.of(CropDivergence, {**inputs, "model": model}, compute))
+                except ValueError as error:
+                    if isinstance(error, UserError):
+                        raise
+                    self.not_computed.append(f"crop divergence of {model}: {error}")
+        return found
+
+    def _find_crops(self, detector, extractor: Extractor, which: str):
+        pictures = self.photographs.all if which == REAL else self.drawn[which]
+        folder = self.run.run_dir / EVALUATION_FOLDER / "boxes"
+        what = "photographs" if which == REAL else which
+        return find_crops(
+            pictures,
+            detector,
+            extractor,
+            self.device,
+            folder,
+            lambda done, total: self.progress(f"looking for things: {what}", done, total),
+            self.say,
+        )
+
+    def burn(self) -> Burn | None:
+        """Return how burnt and smoothed out the pictures are, None if they are too small to tell."""
+        extractor = PictureMeasures()
+
+        def compute() -> Burn:
+            real, *drawn = self._features(extractor, self.photographs.all, *self.drawn.values(), what="burn check")
+            measures = {
+                picture.name: row
+                for pictures, rows in zip(self.drawn.values(), drawn, strict=True)
+                for picture, row in zip(pictures, rows, strict=True)
+            }
+            return judge_burn(real, sets_of(self.comparison, measures))
+
+        try:
+            return self.kept.of(Burn, {**self._inputs(extractor), "cfg": self.comparison.cfg}, compute)
+        except ValueError as error:
+            self.not_computed.append(f"burn check: {error}")
+            return None
+
+    def memorisation(self) -> Memorisation | None:
+        """Return which models copy training photographs, by the first extractor that works."""
+        spec, extractor = next(iter(self.extractors.items()))
+        trained, held_out = self.photographs.trained, self.photographs.held_out
+        is_mirrored = self.run.config.data.flip_p > 0
+        # small copies of photographs, of which only those that are shown are written
+        files = [f"photo-{picture.sha256[:16]}.png" for picture in trained]
+
+        def compute() -> Memorisation:
+            sets = [trained, held_out, *self.drawn.values()]
+            of_trained, of_held_out, *drawn = self._features(extractor, *sets)
+            mirrored = self._features(extractor, [_mirrored(p) for p in trained])[0] if is_mirrored else None
+            return judge_memorisation(
+                self.comparison,
+                {
+                    picture.name: row
+                    for pictures, rows in zip(self.drawn.values(), drawn, strict=True)
+                    for picture, row in zip(pictures, rows, strict=True)
+                },
+                of_trained,
+                of_held_out,
+                files,
+                extractor.name,
+                mirrored,
+                groups_of(trained),
+            )
+
+        with self._or_not_computed():
+            inputs = {**self._inputs(extractor), "held out": self._keys(held_out), "mirrored": is_mirrored}
+            found = self.kept.of(Memorisation, inputs, compute)
+            self._write_photos({pair.photo for pair in found.pairs}, dict(zip(files, trained, strict=True)))
+            return found
+        return None
+
+    def _write_photos(self, wanted: set[str], pictures: Mapping[str, Picture]) -> None:
+        """Write the photographs that pairs are shown with into RUN/evaluation, as the report reads them."""
+        folder = self.run.run_dir / EVALUATION_FOLDER
+        folder.mkdir(exist_ok=True)
+        for name in sorted(wanted):
+            if read_key(folder / name) != (picture := pictures[name]).sha256:
+                save_png(picture.load(), folder / name, "", picture.sha256)
+
+
+def _mirrored(picture: Picture) -> Picture:
+    key = hash_of({"mirrored": picture.sha256})
+    return replace(picture, sha256=key, load=lambda: ImageOps.mirror(picture.load()))

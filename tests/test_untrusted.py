@@ -338,6 +338,11 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     "trainer/captioning/processors.py": {"processor_class.from_pretrained": "the checked copies of model_files.py"},
     "trainer/tagging/detectors.py": {"AutoImageProcessor.from_pretrained": "the checked copies of model_files.py"},
     "trainer/checkpoint/files.py": {"trained.load": "trainer/adapters"},
+    "trainer/features/cache.py": {"load": "a function that it is given"},
+    "trainer/features/lpips.py": {"load": "a function that it is given"},
+    "trainer/features/transformers_features.py": {
+        "AutoImageProcessor.from_pretrained": "the checked copies of model_files.py"
+    },
     "trainer/inference/draw.py": {".load": "trainer/adapters"},
     "trainer/inference/export.py": {
         "json.loads": "what diffusers has just written",

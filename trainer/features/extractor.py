@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from PIL import Image
+
+from safelight.errors import UserError
+from safelight.trainer.captioning.models import blamed_on
 
 
 class Extractor(Protocol):
@@ -31,3 +36,48 @@ class TextExtractor(Extractor, Protocol):
     def text_features(self, texts: Sequence[str]) -> np.ndarray:
         """Return the features of texts: (N, width), fp32. Longer texts than the model reads are cut."""
         ...
+
+
+@dataclass(frozen=True)
+class PictureModel:
+    """An extractor that looks at one picture at a time, because sums in a batch depend on its size.
+
+    look: returns the features of an RGB picture, (width,).
+    """
+
+    name: str
+    fingerprint: str
+    width: int
+    look: Callable[[Image.Image], np.ndarray]
+
+    def features(self, images: Sequence[Image.Image]) -> np.ndarray:
+        return _rows(self, "picture", [lambda image=image: self.look(image.convert("RGB")) for image in images])
+
+
+@dataclass(frozen=True)
+class PictureTextModel(PictureModel):
+    """An extractor of pictures and texts. read: returns the features of a text, (width,)."""
+
+    read: Callable[[str], np.ndarray]
+
+    def text_features(self, texts: Sequence[str]) -> np.ndarray:
+        return _rows(self, "text", [lambda text=text: self.read(text) for text in texts])
+
+
+def _rows(model: PictureModel, what: str, calls: Sequence[Callable[[], np.ndarray]]) -> np.ndarray:
+    """Return what the calls return as rows. Raises UserError if it is no features of the model's width."""
+    rows = np.empty((len(calls), model.width), dtype=np.float32)
+    for row, call in zip(rows, calls, strict=True):
+        with blamed_on(model.name, f"it makes no features of a {what}"):
+            found = np.asarray(call(), dtype=np.float32)
+        if found.shape != row.shape or not np.isfinite(found).all():
+            raise UserError(
+                f"{model.name}: its features of a {what} are not {model.width:,} finite numbers; use another model"
+            )
+        row[:] = found
+    return rows
+
+
+def fingerprint_of(*parts: str) -> str:
+    """Return the SHA-256 of what decides features: weights, and how pictures are prepared."""
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

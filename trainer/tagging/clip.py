@@ -34,25 +34,36 @@ class Clip:
     device: torch.device
     dtype: torch.dtype
 
-    @torch.inference_mode()
     def embed_images(self, images: Sequence[Image.Image]) -> list[Tensor]:
         """Return the embedding of each picture: (D,), fp16, of length 1, on the CPU."""
-        inputs = self.processor.image_processor([image.convert("RGB") for image in images], return_tensors="pt")
-        pixels = inputs["pixel_values"].to(self.device, self.dtype)
-        return list(_normalized(self.model.get_image_features(pixel_values=pixels)).half())
+        return list(_normalized(self.image_features(images)).half())
 
-    @torch.inference_mode()
     def embed_names(self, names: Sequence[str]) -> Tensor:
         """Return the embeddings of `a photo of a NAME`: (N, D), fp32, of length 1, on the CPU."""
-        parts, all_texts = [], tried(self.processor.tokenizer, [TEMPLATE.format(name) for name in names])
+        return _normalized(self.text_features([TEMPLATE.format(name) for name in names]))
+
+    @torch.inference_mode()
+    def image_features(self, images: Sequence[Image.Image]) -> Tensor:
+        """Return the features of pictures in the space shared with texts: (N, D), fp32, on the CPU."""
+        inputs = self.processor.image_processor([image.convert("RGB") for image in images], return_tensors="pt")
+        pixels = inputs["pixel_values"].to(self.device, self.dtype)
+        return _features(self.model.get_image_features(pixel_values=pixels))
+
+    @torch.inference_mode()
+    def text_features(self, texts: Sequence[str]) -> Tensor:
+        """Return the features of texts, which are cut to what the model reads: (N, D), fp32, on the CPU."""
+        parts, tokenizer = [], self.processor.tokenizer
+        all_texts = tried(tokenizer, texts)
         for start in range(0, len(all_texts), NUM_TEXTS):
-            texts = all_texts[start : start + NUM_TEXTS]
-            length = self.model.config.text_config.max_position_embeddings
-            inputs = self.processor.tokenizer(
-                texts, padding=True, truncation=True, max_length=length, return_tensors="pt"
+            inputs = tokenizer(
+                all_texts[start : start + NUM_TEXTS],
+                padding=True,
+                truncation=True,
+                max_length=self.model.config.text_config.max_position_embeddings,
+                return_tensors="pt",
             )
             ids, mask = (inputs[name].to(self.device) for name in ("input_ids", "attention_mask"))
-            parts.append(_normalized(self.model.get_text_features(input_ids=ids, attention_mask=mask)))
+            parts.append(_features(self.model.get_text_features(input_ids=ids, attention_mask=mask)))
         return torch.cat(parts)
 
     def probabilities(self, image_D: Tensor, texts_ND: Tensor) -> list[float]:
@@ -61,17 +72,25 @@ class Clip:
         return (scale * (texts_ND @ image_D.float())).softmax(dim=0).tolist()
 
 
-def _normalized(output) -> Tensor:
+def _features(output) -> Tensor:
     # transformers 4 returned the tensor itself
-    features = (output if isinstance(output, Tensor) else output.pooler_output).float()
-    return (features / features.norm(dim=-1, keepdim=True)).cpu()
+    return (output if isinstance(output, Tensor) else output.pooler_output).float().cpu()
 
 
-def load_clip(files: ModelFiles, tensors: dict[str, Tensor], device: torch.device) -> Clip:
-    """Return the CLIP of checked files on a device, in fp32 on a CPU and 16 bits on a GPU. Raises UserError."""
+def _normalized(features_ND: Tensor) -> Tensor:
+    return features_ND / features_ND.norm(dim=-1, keepdim=True)
+
+
+def load_clip(
+    files: ModelFiles, tensors: dict[str, Tensor], device: torch.device, dtype: torch.dtype | None = None
+) -> Clip:
+    """Return the CLIP of checked files on a device. Raises UserError.
+
+    dtype: of its weights; None for fp32 on a CPU and 16 bits on a GPU.
+    """
     from transformers import CLIPModel
 
-    dtype, config = pick_dtype("auto", device), read_config(files)
+    dtype, config = dtype or pick_dtype("auto", device), read_config(files)
     model = load_weights(files, config, CLIPModel, tensors, dtype)
     processor = made_of_files(files, lambda: load_processor(files.staged, config, files.values))
     return Clip(model.to(device), processor, device, dtype)

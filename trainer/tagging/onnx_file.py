@@ -2,7 +2,7 @@
 
 The runtime is given the checked bytes, never a path. Before that, the graph is walked in the file's own encoding
 (protobuf): data in other files, operators of other domains, functions, loops and branches are refused, and so is every
-operator that no detector needs. Memory is bounded by the runtime's own allocator.
+operator that the kind of model does not need. Memory is bounded by the runtime's own allocator.
 Format: github.com/onnx/onnx, onnx.proto.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from safelight.errors import UserError
@@ -22,15 +23,16 @@ MAX_NODES = 20_000
 # a small message for each; YOLOX-x has 30,000
 MAX_FIELDS = 2**20
 MAX_MEMORY_BYTES = 2**32
-MISSING = (
-    "onnxruntime, which runs .onnx files, is not installed; run `pip install onnxruntime`, or give "
-    "--tags-from-detector a detector of transformers"
-)
 # what detectors consist of. No loops, branches and random numbers, and nothing that makes a large tensor of a number
-OPERATORS = frozenset(
+_DETECTOR_OPERATORS = frozenset(
     "Add AveragePool BatchNormalization Cast Clip Concat Constant Conv Div Exp Flatten Floor Gather GlobalAveragePool "
     "HardSigmoid HardSwish Identity LeakyRelu MatMul MaxPool Mul PRelu ReduceMax ReduceMean Relu Reshape Resize Shape "
     "Sigmoid Slice Softmax Softplus Split Sqrt Squeeze Sub Tanh Transpose Unsqueeze Upsample".split()
+)
+# what classifiers and vision transformers have beyond it. Some make tensors of any size, which the allocator bounds
+_MORE_OPERATORS = frozenset(
+    "Abs ConstantOfShape Elu Equal Erf Expand Gelu Gemm GlobalMaxPool InstanceNormalization LayerNormalization LRN Neg "
+    "Pad Pow ReduceL2 ReduceSum Where".split()
 )
 NO_MODEL = "it is not an ONNX model, or damaged"
 DOMAINS = ("", "ai.onnx")
@@ -42,7 +44,34 @@ ATTRIBUTE_TENSORS, ATTRIBUTE_GRAPHS, ATTRIBUTE_SPARSE = (5, 10), (6, 11), (22, 2
 EXTERNAL_DATA, DATA_LOCATION = 13, 14
 
 
-def open_onnx(path: Path):
+@dataclass(frozen=True)
+class OnnxKind:
+    """What a file is opened for. what: in messages, with its article. fix: what to give instead of a refused file.
+
+    instead: what to give if onnxruntime is not installed.
+    """
+
+    what: str
+    operators: frozenset[str]
+    fix: str
+    instead: str
+
+
+DETECTOR = OnnxKind(
+    "a detector",
+    _DETECTOR_OPERATORS,
+    "give a YOLOX model as its export writes it",
+    "give --tags-from-detector a detector of transformers",
+)
+EXTRACTOR = OnnxKind(
+    "a feature extractor",
+    _DETECTOR_OPERATORS | _MORE_OPERATORS,
+    "give a model that turns one picture into one vector",
+    "give a CLIP or DINOv2 of transformers",
+)
+
+
+def open_onnx(path: Path, kind: OnnxKind = DETECTOR):
     """Return (onnxruntime's session of a file, on the CPU; the hash of its bytes). Raises UserError."""
     try:
         content = read_bytes(path, MAX_BYTES)
@@ -50,11 +79,16 @@ def open_onnx(path: Path):
         raise
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    runtime = _runtime()
     try:
-        check_graph(content)
+        runtime = _runtime()
+    except ImportError:
+        raise UserError(
+            f"onnxruntime, which runs .onnx files, is not installed; run `pip install onnxruntime`, or {kind.instead}"
+        ) from None
+    try:
+        check_graph(content, kind)
     except UnsafeFile as error:
-        raise UserError(f"{path} is not used: {error}; give a YOLOX model as its export writes it") from None
+        raise UserError(f"{path} is not used: {error}; {kind.fix}") from None
     options = runtime.SessionOptions()
     # errors come as exceptions
     options.log_severity_level = 4
@@ -69,11 +103,9 @@ def open_onnx(path: Path):
 
 @functools.cache
 def _runtime():
-    """Return onnxruntime, whose sessions share an allocator that is bounded. Raises UserError if it is missing."""
-    try:
-        import onnxruntime
-    except ImportError:
-        raise UserError(MISSING) from None
+    """Return onnxruntime, whose sessions share an allocator that is bounded. Raises ImportError if it is missing."""
+    import onnxruntime
+
     place = onnxruntime.OrtMemoryInfo(
         "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
     )
@@ -86,15 +118,16 @@ def reason_of(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def check_graph(content: bytes) -> None:
-    """Raise UnsafeFile if a serialized ModelProto has anything but tensors in it and the operators in OPERATORS."""
-    _Check().model(memoryview(content))
+def check_graph(content: bytes, kind: OnnxKind = DETECTOR) -> None:
+    """Raise UnsafeFile if a serialized ModelProto has anything but tensors in it and the operators of its kind."""
+    _Check(kind).model(memoryview(content))
 
 
 class _Check:
     """Walks a model. Of a field that may occur once, every occurrence is checked: readers differ in which they use."""
 
-    def __init__(self):
+    def __init__(self, kind: OnnxKind):
+        self._kind = kind
         self.num_fields = self.num_nodes = 0
 
     def model(self, message: memoryview) -> None:
@@ -107,7 +140,7 @@ class _Check:
                     if number == 1:
                         self.domain(_text(inner))
             elif field in (FUNCTIONS, TRAINING):
-                raise UnsafeFile("it defines functions or a training graph, which a detector does not need")
+                raise UnsafeFile(f"it defines functions or a training graph, which {self._kind.what} does not need")
         if len(graphs) != 1:
             raise UnsafeFile("it is not an ONNX model: it has no graph")
         for field, value in self.fields(graphs[0]):
@@ -116,15 +149,15 @@ class _Check:
             elif field == INITIALIZER:
                 self.tensor(value)
             elif field == SPARSE_INITIALIZER:
-                raise UnsafeFile("it has sparse weights, which a detector does not need")
+                raise UnsafeFile(f"it has sparse weights, which {self._kind.what} does not need")
         if not 1 <= self.num_nodes <= MAX_NODES:
             raise UnsafeFile(f"it has {self.num_nodes:,} operators, outside 1 to {MAX_NODES:,}")
 
     def node(self, message: memoryview | int) -> None:
         self.num_nodes += 1
         for field, value in self.fields(message):
-            if field == OP_TYPE and (name := _text(value)) not in OPERATORS:
-                raise UnsafeFile(f"it uses the operator {name!r:.60}, which no detector needs")
+            if field == OP_TYPE and (name := _text(value)) not in self._kind.operators:
+                raise UnsafeFile(f"it uses the operator {name!r:.60}, which {self._kind.what} does not need")
             if field == DOMAIN:
                 self.domain(_text(value))
             if field == ATTRIBUTE:
@@ -135,7 +168,9 @@ class _Check:
             if field in ATTRIBUTE_TENSORS:
                 self.tensor(value)
             elif field in (*ATTRIBUTE_GRAPHS, *ATTRIBUTE_SPARSE):
-                raise UnsafeFile("it has graphs within its graph, or sparse tensors, which a detector does not need")
+                raise UnsafeFile(
+                    f"it has graphs within its graph, or sparse tensors, which {self._kind.what} does not need"
+                )
 
     def tensor(self, message: memoryview | int) -> None:
         for field, value in self.fields(message):

@@ -8,11 +8,10 @@ from safelight import bug_report
 from safelight.output.show import print_json, print_line, say_loading
 
 
-def evaluate(argv: list[str]) -> int:
-    from safelight.commands import COMMANDS
+def evaluate(argv: list[str], description: str) -> int:
     from safelight.options.arguments import Evaluate, parse
 
-    arguments = parse(Evaluate, argv, "evaluate", COMMANDS["evaluate"])
+    arguments = parse(Evaluate, argv, "evaluate", description)
     bug_report.belongs_to(arguments.run)
     say_loading()
     from safelight.output.evaluation_table import print_evaluation

@@ -205,6 +205,47 @@ class Compare:
 
 
 @dataclass
+class Evaluate:
+    run: RunFolder
+    checkpoints: Annotated[
+        str | None,
+        arg(aliases=["--checkpoint"]),
+        _own("WHICH,...", "what to measure beside the base, named as for `compare`: last, best, all, 27", "best,last"),
+    ] = None
+    num: Annotated[
+        int, arg(help="number of prompts, up to 1000; the run's own first, then captions of held-out photographs")
+    ] = 100
+    seeds: Annotated[int, arg(help="pictures of each prompt and model")] = 1
+    features: Annotated[
+        UseAppendAction[tuple[str, ...]],
+        _own(
+            "MODEL",
+            "what pictures are compared by; can be given several times, and the first gives the headline: hub id or "
+            "folder of a CLIP or DINOv2, an .onnx file, FID's Inception as .safetensors, tiny for the built-in captioner",
+            "the run's autoencoder alone, which is always measured too",
+        ),
+    ] = ()
+    detector: Annotated[
+        str,
+        _own(
+            "MODEL",
+            "what finds things for the crop divergence: hub id or folder of a DETR, RT-DETR, D-FINE or YOLOS, or a YOLOX "
+            ".onnx file",
+            "none, and no crop divergence",
+        ),
+    ] = ""
+    crop_features: Annotated[str, _own("MODEL", "which of --features describes the crops", "the first of them")] = ""
+    lpips: Annotated[
+        str, _own("FILE", "LPIPS's AlexNet as .safetensors, for the diversity of pictures", "none, and no diversity")
+    ] = ""
+    suggest: Annotated[bool, arg(help="print only the checkpoint to use, with the reasons")] = False
+    device: Annotated[Literal["auto", "cpu", "cuda"], arg(help="where the models of --features and --detector run")] = (
+        "auto"
+    )
+    json: Annotated[bool, arg(help="print the result as JSON")] = False
+
+
+@dataclass
 class Export:
     run: RunFolder
     out: Annotated[

@@ -10,7 +10,9 @@ from safelight.trainer.report.facts import format_epoch
 
 def print_evaluation(evaluation: Evaluation) -> None:
     """Print the figures of every metric with their intervals, and what the other parts found."""
-    names = {model.id: "base" if model.step == 0 else f"epoch {format_epoch(model.epoch)}" for model in evaluation.models}
+    names = {
+        model.id: "base" if model.step == 0 else f"epoch {format_epoch(model.epoch)}" for model in evaluation.models
+    }
     num = f"{evaluation.num_prompts} prompts, {evaluation.num_real} photographs, 95 % intervals"
     rows = [_loss_row(evaluation), *(_row(metric, list(names)) for metric in evaluation.metrics)]
     print_table(num, ("", *names.values(), "photographs"), [row for row in rows if row])

@@ -37,7 +37,7 @@ from safelight.trainer.inference.compare import compare
 from safelight.trainer.inference.compared_prompts import Prompt
 from safelight.trainer.inference.draw import OpenRun
 from safelight.trainer.inference.gallery import read_key, save_png
-from safelight.trainer.inference.pictures import Progress, Say, hash_of
+from safelight.trainer.inference.pictures import Say, hash_of
 from safelight.trainer.metrics.kid import kid_difference
 from safelight.trainer.metrics.resampling import TooFewPictures
 from safelight.trainer.report.comparison import Comparison, Record
@@ -159,9 +159,7 @@ def _blemishes(burn: Burn | None, memorisation: Memorisation | None) -> dict[str
 class _Work:
     """The parts of an evaluation over one comparison. Extractors are opened once, and only if their results are new."""
 
-    def __init__(
-        self, run: OpenRun, comparison: Comparison, photos: Photographs, means: Means, device: torch.device
-    ):
+    def __init__(self, run: OpenRun, comparison: Comparison, photos: Photographs, means: Means, device: torch.device):
         self.run, self.comparison, self.photographs, self.means, self.device = run, comparison, photos, means, device
         self.drawn = drawn_pictures(run.run_dir, comparison)
         self.prompts = [row.prompt for row in comparison.rows]
@@ -245,9 +243,7 @@ class _Work:
                 metrics += found.metrics
                 self.not_computed += found.lacking
                 if not changes and any(metric.id.startswith("kid_") for metric in found.metrics):
-                    rows = self.kept.of(
-                        KidChanges, inputs, functools.partial(self._kid_changes, spec, extractor)
-                    ).rows
+                    rows = self.kept.of(KidChanges, inputs, functools.partial(self._kid_changes, spec, extractor)).rows
                     changes = {(model, other): KidChange(value, p) for model, other, value, p in rows}
         if self.means.lpips:
             with self._or_not_computed():
@@ -355,7 +351,7 @@ class _Work:
 
     def memorisation(self) -> Memorisation | None:
         """Return which models copy training photographs, by the first extractor that works."""
-        spec, extractor = next(iter(self.extractors.items()))
+        _spec, extractor = next(iter(self.extractors.items()))
         trained, held_out = self.photographs.trained, self.photographs.held_out
         is_mirrored = self.run.config.data.flip_p > 0
         # small copies of photographs, of which only those that are shown are written

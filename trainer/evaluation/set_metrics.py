@@ -98,9 +98,7 @@ def _estimate(model: str, interval: Interval, num: int) -> Estimate:
     return Estimate(model=model, value=interval.value, low=interval.low, high=interval.high, num=num)
 
 
-def _set_differences(
-    features: Features, measure: Callable[..., SetDifference]
-) -> tuple[Difference, ...]:
+def _set_differences(features: Features, measure: Callable[..., SetDifference]) -> tuple[Difference, ...]:
     """Return each trained model's figure minus the base's. Whole sets have no wins and losses by prompt."""
     differences = []
     for model, drawn in features.drawn.items():
@@ -162,7 +160,11 @@ def _neighbours(features: Features, place: int) -> Metric:
     values, real = _by_model(features, lambda *sets: neighbours(*sets)[place])
     title, meaning, better = (
         ("Density", "How typical the drawn pictures are: how often they lie where your photographs crowd.", "higher"),
-        ("Coverage", "How much of the photographs' variety is drawn: the share with a drawn picture near it.", "higher"),
+        (
+            "Coverage",
+            "How much of the photographs' variety is drawn: the share with a drawn picture near it.",
+            "higher",
+        ),
     )[place]
     return Metric(
         id=f"{title.lower()}_{features.id}",

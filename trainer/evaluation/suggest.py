@@ -106,7 +106,9 @@ def _against_base(
     losses = (None, None) if base is None else (chosen.held_out_loss, base.held_out_loss)
     has_lower_loss = None not in losses and losses[0] < losses[1]
     if has_lower_kid:
-        reasons.append(f"it is closer to your photographs than the base ({kid.title} {change.value:+.3g}, p {change.p:.2g})")
+        reasons.append(
+            f"it is closer to your photographs than the base ({kid.title} {change.value:+.3g}, p {change.p:.2g})"
+        )
     elif has_higher_kid:
         reasons.append(
             f"its pictures are farther from your photographs than the base's ({kid.title} {change.value:+.3g}, "

@@ -1,0 +1,1 @@
+../../safelight/evaluate_command.py

@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from pydantic import ValidationError
 
 from safelight.errors import UserError
 from safelight.text import counted
+from safelight.trainer.report.comparison import Comparison
 from safelight.trainer.report.pictures import Work
 from safelight.untrusted import (
     MAX_LINE_BYTES,
@@ -58,7 +60,7 @@ FIELDS = {
         **dict.fromkeys(("num_masks", "num_loss_scales"), int),
         **dict.fromkeys(("buckets", "credits", "examples", "rejected", "stages"), list),
     },
-    "compare/index.json": {"step": int, "pairs": list},
+    "compare/index.json": {"step": int, "pairs": list, "rows": list},
     "scores.json": {"interval": str, "num_samples": int, "rows": list, "notes": object},
     "samples": {"step": int, "epoch": float, "images": list},
 }
@@ -150,10 +152,38 @@ def read_run_folder(run_dir: Path) -> RunFolder:
         metrics=_read_metrics(run_dir, problems),
         samples=_read_samples(run_dir, problems),
         data=_read_object(run_dir, "data.json", problems, MAX_DATA_BYTES),
-        compare=_read_object(run_dir, "compare/index.json", problems, MAX_COMPARE_BYTES),
+        compare=_read_compare(run_dir, problems),
         scores=_read_object(run_dir, "scores.json", problems),
         problems=problems,
     )
+
+
+def _read_compare(run_dir: Path, problems: list[str]) -> dict | None:
+    """Return the pairs of base and last compared checkpoint: {"step", "pairs"}, as earlier versions wrote them."""
+    name = "compare/index.json"
+    value = _read_object(run_dir, name, problems, MAX_COMPARE_BYTES)
+    if value is None or "rows" not in value:
+        return value
+    try:
+        comparison = Comparison.model_validate_json(_read(run_dir, name, MAX_COMPARE_BYTES))
+    except ValidationError as error:
+        problems.append(f"{name} could not be read: it is no comparison ({counted(error.error_count(), 'error')})")
+        return None
+    last = comparison.models[-1] if comparison.models else None
+    pairs = [
+        {
+            "prompt": row.prompt,
+            "seed": row.seed,
+            "cfg": comparison.cfg,
+            "num_steps": comparison.num_steps,
+            "cut_after": row.cut_after,
+            "base": row.images.get("base"),
+            "trained": row.images.get(last.id),
+        }
+        for row in comparison.rows
+        if last is not None
+    ]
+    return {"step": last.step if last is not None else None, "pairs": pairs}
 
 
 def number(value: object) -> float:

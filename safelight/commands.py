@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -21,7 +22,7 @@ COMMANDS = {
     "plan": "predict GPU memory and duration of a run; needs no GPU",
     "train": "fine-tune; --resume continues from the newest checkpoint",
     "sample": "generate images from prompts with a checkpoint of a run",
-    "compare": "generate pairs from the same noise: the base model and the trained one",
+    "compare": "draw base, checkpoints and real photo side by side, from the same noise",
     "export": "write one .safetensors for A1111 and ComfyUI, or a diffusers folder",
     "report": "write one self-contained HTML file about a run",
     "demo": "fine-tune a tiny model, start to finish; minutes on two CPU cores",
@@ -402,14 +403,41 @@ def train(argv: list[str]) -> int:
             f"example: {command}"
         )
         return 0
+    was_stopped = _compare_after_training(result.run_dir, position.step)
     best = (
         ""
         if position.best_loss is None
         else f", best held-out loss {position.best_loss:.4f} at step {position.best_step}"
     )
     print_line(f"trained {counted(position.step, 'step')}; report: {build_report(result.run_dir)}{best}")
-    print_line(f"next: safelight compare {shlex.quote(str(result.run_dir))}")
-    return 0
+    print_line(f"next: safelight compare {shlex.quote(str(result.run_dir))} --num 100")
+    return EXIT_INTERRUPTED if was_stopped else 0
+
+
+def _compare_after_training(run_dir: Path, last_step: int) -> bool:
+    """Draw base beside trained at the end of a run, if it is set to; return whether the user stopped it."""
+    from safelight.trainer.inference.after_training import compare_after_training
+    from safelight.trainer.run_log.terminal import Terminal
+    from safelight.trainer.stop import Stop, Stopped
+
+    stop, began = Stop("this denoising step"), time.monotonic()
+    with Terminal() as terminal, library_log.written_to(run_dir), stop:
+
+        def report(done: int, total: int) -> None:
+            terminal.update("comparing base and trained", done, total)
+            if stop.requested:
+                raise Stopped
+
+        try:
+            comparison = compare_after_training(run_dir, last_step, report, terminal.say)
+        except Stopped:
+            command = f"safelight compare {shlex.quote(str(run_dir))}"
+            terminal.say(f"stopped comparing; the run is trained and saved, and this draws the rest: {command}")
+            return True
+        if comparison is not None:
+            rows, models = counted(len(comparison.rows), "prompt"), counted(len(comparison.models), "model")
+            terminal.say(f"compared {models} on {rows} in {time.monotonic() - began:.0f} s")
+    return False
 
 
 def sample(argv: list[str]) -> int:
@@ -447,20 +475,29 @@ def compare(argv: list[str]) -> int:
     arguments = parse(Compare, argv, "compare", COMMANDS["compare"])
     bug_report.belongs_to(arguments.run)
     say_loading()
-    from safelight.trainer.inference.draw import compare as draw_pairs
+    from safelight.trainer.inference.compare import FOLDER
+    from safelight.trainer.inference.compare import compare as draw_comparison
+    from safelight.trainer.inference.compared_prompts import compared_prompts
     from safelight.trainer.inference.draw import open_run
+    from safelight.trainer.inference.which_checkpoint import best_and_last, pick_steps
     from safelight.trainer.report.build import build_report
     from safelight.trainer.run_log.terminal import Terminal
 
+    opened, named = open_run(arguments.run), arguments.checkpoints
+    steps = best_and_last(arguments.run) if named is None else pick_steps(arguments.run, named)
     with Terminal() as terminal:
-        folder = draw_pairs(
-            open_run(arguments.run),
-            arguments.checkpoint,
-            arguments.num,
-            lambda done, total: terminal.update("sampling", done, total),
-            terminal.say,
+        comparison = draw_comparison(
+            opened,
+            steps,
+            compared_prompts(opened, arguments.num, terminal.say),
+            num_seeds=arguments.seeds,
+            progress=lambda done, total: terminal.update("sampling", done, total),
+            say=terminal.say,
         )
-    print_line(f"pairs in {folder} (open its index.html); report: {build_report(arguments.run)}")
+    rows, models = counted(len(comparison.rows), "row"), counted(len(comparison.models), "model")
+    print_line(
+        f"{rows} of {models} in {arguments.run / FOLDER} (open its index.html); report: {build_report(arguments.run)}"
+    )
     run = shlex.quote(str(arguments.run))
     print_line(
         f"next: open the report in a browser; "

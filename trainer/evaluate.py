@@ -15,7 +15,8 @@ from safelight.data.cache import Sample
 from safelight.text import counted
 from safelight.trainer.checkpoint.files import Position
 from safelight.trainer.divergence import MAX_PROBED_LOSS, NotFinite
-from safelight.trainer.inference.gallery import Drawn, file_name, save_png
+from safelight.trainer.inference.gallery import file_name, save_png
+from safelight.trainer.inference.pictures import Request, Weights, drawn_of, sample_key
 from safelight.trainer.inference.sampling import SAMPLE_BATCH_SIZE, NotFinitePicture, generate_groups, settings_of
 from safelight.trainer.job import Job
 from safelight.trainer.memory_plan.candidate import EvalBatching
@@ -216,10 +217,11 @@ def _sample(job: Job, position: Position) -> None:
     model = base if position.step == 0 else f"{base} step {position.step}"
     for index, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
         file = file_name(f"step{position.step}", index, prompt)
-        drawn = Drawn.of(
-            file, prompt, config.sample.negative_prompt, position.step or None, settings, cuts.get(prompt, "")
-        )
-        save_png(image, folder / file, drawn.parameters(model, clip_skip=config.model.clip_skip))
+        weights, negative = Weights(position.step or None), config.sample.negative_prompt
+        request = Request(weights, prompt, index, settings, negative, config.model.clip_skip)
+        drawn = drawn_of(file, request, cuts.get(prompt, ""))
+        parameters = drawn.parameters(model, clip_skip=config.model.clip_skip)
+        save_png(image, folder / file, parameters, sample_key(request))
         row = {"file": file, "prompt": prompt, "seed": settings.seed, "cfg": settings.cfg, "num_steps": settings.steps}
         rows.append({**row, "cut_after": cuts[prompt]} if prompt in cuts else row)
     index_json = {"step": position.step, "epoch": job.progress.epoch_fraction(position), "images": rows}

@@ -188,10 +188,20 @@ class Sample:
 @dataclass
 class Compare:
     run: RunFolder
-    checkpoint: Annotated[str, arg(metavar="WHICH", help="last, best or a step number")] = "last"
+    checkpoints: Annotated[
+        str | None,
+        arg(aliases=["--checkpoint"]),
+        _own(
+            "WHICH,...",
+            "what to draw beside the base, with commas: last, best, all; a step, or else an epoch (27); 30+4: 4 epochs "
+            "into the second stage, after 30 of the first; step-300 and epoch-27 say which",
+            "best,last",
+        ),
+    ] = None
     num: Annotated[
-        int, arg(help="number of pairs; uses the run's prompts first, then captions of held-out photographs")
+        int, arg(help="number of prompts, up to 1000; the run's own first, then captions of held-out photographs")
     ] = 8
+    seeds: Annotated[int, arg(help="pictures of each prompt and model, from as many seeds: the run's and the next")] = 1
 
 
 @dataclass

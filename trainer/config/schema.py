@@ -426,6 +426,9 @@ class Sample(Section):
     """Number of validation captions to use if prompts is empty."""
     every_epochs: Count = 5
     """Sample every this many epochs, and at step 0 (the base) and the end. 0: never."""
+    compare_at_end: bool = True
+    """After the last step, lay the samples of base, best and last checkpoint side by side in RUN/compare, as `safelight
+    compare` does. Without samples (every_epochs 0) there is nothing to compare."""
     sampler: Literal["ddim", "dpm++", "euler"] = "dpm++"
     """Sampling algorithm. dpm++ (2M) needs the fewest steps."""
     steps: Annotated[int, Field(ge=1, le=1000)] = 25

@@ -1,12 +1,10 @@
-"""Draws images with a finished or running run: from prompts, or base and trained side by side from the same noise."""
+"""A run opened to draw with it, and `safelight sample`."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import re
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,25 +14,19 @@ from PIL import Image
 from pydantic import ValidationError
 from torch import nn
 
-from safelight.data.atomic import atomic_write_text
-from safelight.data.manifest import read_manifest
-from safelight.data.samples import photo_captions
 from safelight.errors import UserError
 from safelight.kernels.unet.attention import apply_attention, attention_cases, choose_attention
-from safelight.text import counted, storable
+from safelight.text import storable
 from safelight.trainer.adapters.full import FullFineTune, has_averages, load_averages
 from safelight.trainer.checkpoint.files import (
     check_files,
     folder_of,
-    list_checkpoints,
     max_bytes_of,
-    read_position,
     read_record,
 )
 from safelight.trainer.config.schema import MAX_CHUNKS, Config
 from safelight.trainer.config.toml import COMMAND_LINE, explain, load_config, require_run
 from safelight.trainer.inference.gallery import (
-    PAGE_NAME,
     Drawn,
     check_folder,
     file_name,
@@ -43,8 +35,9 @@ from safelight.trainer.inference.gallery import (
     write_drawn,
     write_page,
 )
-from safelight.trainer.inference.pictures import Progress, Request, Weights, draw_missing, draw_pictures, drawn_of
+from safelight.trainer.inference.pictures import Progress, Request, Weights, draw_pictures, drawn_of
 from safelight.trainer.inference.sampling import SAMPLE_BATCH_SIZE, Settings, check_size, settings_of
+from safelight.trainer.inference.which_checkpoint import pick_step
 from safelight.trainer.models.base import Base, base_of, latent_factor, vae_bytes, vae_config
 from safelight.trainer.models.device import pick_device, pick_dtype
 from safelight.trainer.models.encoders import (
@@ -53,23 +46,18 @@ from safelight.trainer.models.encoders import (
     decode_bytes,
     load_caption_encoder,
     load_codec,
-    prompt_of_caption,
 )
 from safelight.trainer.models.noise_schedule import NoiseSchedule
 from safelight.trainer.models.weights import load_unet, unet_fingerprint
-from safelight.trainer.run_log.course import doubt_about
 from safelight.trainer.run_log.environment import MEMORY_PLAN, recorded, recorded_attention
-from safelight.untrusted import check_kinds, check_links, path_in, read_json_object
+from safelight.untrusted import check_kinds, check_links
 
-MAX_PAIRS = 1000
 # images that a folder holds before their numbers are no longer counted on
 MAX_NUMBER = 10**9
 # more prompts at a time than any plan chooses
 MAX_BATCH_SIZE = 1024
 # the file of a checkpoint whose hash identifies it
 UNET_WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-# images of a comparison, also of versions that did not name prompts and steps
-_PAIR_NAME = re.compile(r"(base|trained|step[0-9]+)-[0-9]{3,}(-.*)?\.png")
 
 
 @dataclass
@@ -190,122 +178,6 @@ def open_run(run_dir: Path) -> OpenRun:
     base = base_of(config.model)
     schedule = base.noise_schedule(config.loss.prediction, config.loss.zero_terminal_snr)
     return OpenRun(run_dir, config, base, device, schedule)
-
-
-def pick_step(run_dir: Path, checkpoint: str, allow_base: bool = True) -> int | None:
-    """Return the step of a checkpoint: `last`, `best` or a number; None for `base`, if that is allowed.
-
-    Raises UserError if there is no such checkpoint.
-    """
-    steps = list_checkpoints(run_dir)
-    if checkpoint == "base" and allow_base:
-        return None
-    if not steps:
-        command = f"safelight train {shlex.quote(str(run_dir))} --resume"
-        raise UserError(f"{run_dir} has no checkpoint yet; wait until the run saves one, or go on with it: {command}")
-    if checkpoint == "last":
-        return steps[-1]
-    if checkpoint == "best":
-        best = read_position(run_dir, steps[-1], to_resume=False).best_step
-        if best not in steps:
-            reason = "the base has the lowest validation loss" if best == 0 else "the run has not validated"
-            raise UserError(
-                f"{run_dir} has no best checkpoint: {reason}; use last or one of {', '.join(map(str, steps))}"
-            )
-        return best
-    # str.isdigit is true of characters that int refuses, and of more digits than it takes
-    if (match := re.fullmatch("0*([0-9]{1,8})", checkpoint)) and int(match[1]) in steps:
-        return int(match[1])
-    names = "last, best, base" if allow_base else "last, best"
-    raise UserError(
-        f"checkpoint {checkpoint!r} is not in {run_dir}; use {names} or one of {', '.join(map(str, steps))}"
-    )
-
-
-def validation_captions(run: OpenRun) -> list[str]:
-    """Return the first caption of every held-out photograph, as a prompt; of training ones if none is held out."""
-    path = run.run_dir / "split.json"
-    if not path.is_file():
-        return []
-    try:
-        split = read_json_object(path_in(run.run_dir, "split.json"))
-        files = split["validation"] or split["train"]
-        if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
-            raise ValueError("it lists no names")
-    except (ValueError, KeyError) as error:
-        config = run.run_dir / "config.toml"
-        raise UserError(
-            f"{path} is damaged ({error}), so the held-out captions are unknown; set sample.prompts in {config}"
-        ) from None
-    dataset = Path(run.config.data.path)
-    if not dataset.is_dir():
-        raise UserError(
-            f"data.path {str(dataset)!r}, the run's dataset, does not exist, so there are no captions; run this "
-            f"in the folder where the run was started, or set sample.prompts in {run.run_dir / 'config.toml'}"
-        )
-    data, seed = run.config.data, run.config.run.seed
-    photos = [photo for photo in read_manifest(dataset) if photo.captions[0] or photo.tags]
-    texts = photo_captions(photos, data.tags, seed, suffix=data.caption_suffix)
-    captions = {photo.file: own[0] for photo, own in zip(photos, texts, strict=True)}
-    return list(dict.fromkeys(prompt_of_caption(run.config, captions[file]) for file in files if file in captions))
-
-
-def compare(
-    run: OpenRun, checkpoint: str, num: int, progress: Progress | None = None, say: Callable[[str], None] | None = None
-) -> Path:
-    """Draw images of the base and of a checkpoint from the same noise into RUN/compare, and return that folder.
-
-    The `num` prompts are the run's, then captions of held-out photographs. say: called with a message if there are
-    fewer. Raises UserError if there are none.
-    """
-    if not 1 <= num <= MAX_PAIRS:
-        raise UserError(f"--num {num} is not from 1 to {MAX_PAIRS}; use 8")
-    step = pick_step(run.run_dir, checkpoint, allow_base=False)
-    if say is not None and (doubt := doubt_about(run.run_dir, step)):
-        say(f"note: {doubt}")
-    prompts = list(dict.fromkeys(run.config.sample.prompts))
-    if len(prompts) < num:
-        prompts = list(dict.fromkeys([*prompts, *validation_captions(run)]))
-    prompts = prompts[:num]
-    if say is not None and 0 < len(prompts) < num:
-        say(
-            f"drawing {counted(len(prompts), 'pair')} instead of {num}: there are no more prompts and held-out captions"
-        )
-    if not prompts:
-        raise UserError(
-            f"there are no prompts to draw, and no captions of photographs; set sample.prompts in "
-            f"{run.run_dir / 'config.toml'}"
-        )
-    settings, negative = settings_of(run.config), run.config.sample.negative_prompt
-    cuts = run.say_cuts(prompts, negative, say)
-    folder = run.run_dir / "compare"
-    folder.mkdir(exist_ok=True)
-    check_kinds(run.run_dir, (), ("report.html",), "the run")
-    check_kinds(folder, (), ["index.json", PAGE_NAME, *(path.name for path in folder.glob("*.png"))], "the run")
-    pairs = [{"prompt": p, "seed": settings.seed, "cfg": settings.cfg, "num_steps": settings.steps} for p in prompts]
-    for pair in pairs:
-        pair.update({"cut_after": cuts[pair["prompt"]]} if pair["prompt"] in cuts else {})
-    requests: dict[str, Request] = {}
-    for name, step_drawn in (("base", None), ("trained", step)):
-        stem = "base" if step_drawn is None else f"step{step}"
-        for place, prompt in enumerate(prompts):
-            pairs[place][name] = file_name(stem, place, prompt)
-            weights, clip_skip = Weights(step_drawn), run.config.model.clip_skip
-            requests[pairs[place][name]] = Request(weights, prompt, place, settings, negative, clip_skip)
-    draw_missing(run, requests, folder, progress=progress, say=say)
-    drawn = [drawn_of(file, request, cuts.get(request.prompt, "")) for file, request in requests.items()]
-    record = {"base": run.config.model.base, "trained": f"step {step}", "step": step, "pairs": pairs}
-    atomic_write_text(folder / "index.json", json.dumps(record, indent=1, ensure_ascii=False))
-    _remove_earlier_pairs(folder, {image.file for image in drawn})
-    write_page(folder, f"{run.name}: base and trained", drawn)
-    return folder
-
-
-def _remove_earlier_pairs(folder: Path, kept: set[str]) -> None:
-    """Delete the images of an earlier comparison, whose names tell other prompts and steps."""
-    for path in folder.glob("*.png"):
-        if path.name not in kept and _PAIR_NAME.fullmatch(path.name):
-            path.unlink()
 
 
 def sample(

@@ -34,8 +34,8 @@ from safelight.trainer.families.original_layout import (
     unet_layout,
     vae_layout,
 )
-from safelight.trainer.inference.draw import pick_step
 from safelight.trainer.inference.modelspec import CUSTOM, modelspec, sign
+from safelight.trainer.inference.which_checkpoint import pick_step
 from safelight.trainer.models.base import PICKLES, Base, base_of
 from safelight.trainer.models.device import DTYPES
 from safelight.trainer.models.noise_schedule import NoiseSchedule

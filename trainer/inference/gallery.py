@@ -140,7 +140,7 @@ def file_name(stem: str, number: int, prompt: str) -> str:
 
 
 def save_png(image: Image.Image, path: Path, parameters: str, key: str = "") -> None:
-    """Write an image with its parameters. A link in the file's place is replaced, never followed.
+    """Write an image with its parameters, '' for none. A link in the file's place is replaced, never followed.
 
     key: 64 characters, which `read_key` returns.
     """
@@ -148,7 +148,8 @@ def save_png(image: Image.Image, path: Path, parameters: str, key: str = "") -> 
     if key:
         # first, where read_key finds it
         texts.add_text(KEY_NAME, key)
-    texts.add_text("parameters", storable(parameters))
+    if parameters:
+        texts.add_text("parameters", storable(parameters))
     buffer = io.BytesIO()
     image.save(buffer, "PNG", pnginfo=texts)
     atomic_write_bytes(path, buffer.getvalue())
@@ -300,11 +301,12 @@ def _figure(image: Drawn, picture: Picture | None) -> Markup:
     where = "base" if image.step < 0 else f"step {image.step:,}"
     content = placeholder("missing") if picture is None else picture.img(f"{where}: {shorten(image.prompt, 120)}")
     zoom = f"{shorten(image.prompt, MAX_PROMPT_CHARS)} — {where}, seed {image.seed}"
-    link = tag("a", image.file, href=_relative_url(image.file), class_="meta")
+    link = tag("a", image.file, href=relative_url(image.file), class_="meta")
     return tag("div", tag("div", content, data_zoom=zoom if picture else None), link)
 
 
-def _relative_url(name: str) -> str:
+def relative_url(name: str) -> str:
+    """Return the URL of a file beside the page."""
     from urllib.parse import quote
 
     # ./ because a name with a colon would be read as a scheme; bytes, because a name may be no valid UTF-8

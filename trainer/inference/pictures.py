@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from safelight.errors import UserError
+from safelight.text import counted
 from safelight.trainer.checkpoint.files import list_checkpoints
 from safelight.trainer.inference.gallery import Drawn, read_key
 from safelight.trainer.inference.sampling import NotFinitePicture, Settings, check_size, generate
@@ -76,13 +77,19 @@ def keys_of(run: OpenRun, requests: Sequence[Request]) -> list[str]:
         "prediction": run.schedule.prediction_type,
         "schedule": hashlib.sha256(run.schedule.alphas_cumprod_T.numpy().tobytes()).hexdigest(),
     }
-    return [
-        _hash({**common, **asdict(request), "weights": weights[request.weights], "settings": asdict(request.settings)})
-        for request in requests
-    ]
+    return [hash_of({**common, **asdict(request), "weights": weights[request.weights]}) for request in requests]
 
 
-def _hash(values: dict) -> str:
+def sample_key(request: Request) -> str:
+    """Return the key of a picture that training samples, whose weights have no hash yet.
+
+    Two pictures of one run with the same weights are equal if their sample keys are.
+    """
+    return hash_of({"version": DRAWING_VERSION, **asdict(request), "weights": None})
+
+
+def hash_of(values: dict) -> str:
+    """Return the SHA-256 of values that JSON can hold, 64 hex digits."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -98,18 +105,26 @@ def draw_missing(
 
     A file with another key than its request's is replaced. Every batch is saved as soon as it is drawn, so that a kill
     loses at most one. progress: called with (done, total) denoising steps of all pictures that are drawn; an exception
-    that it raises stops the drawing. say: called with a line when memory is short.
+    that it raises stops the drawing. say: called with a line about pictures that are there, and when memory is short.
     Raises UserError for a size that does not fit the autoencoder, weights that draw no finite picture, a damaged
     checkpoint, or too little GPU memory for a single picture.
     """
     check_kinds(folder, (), requests, "a folder of images")
     keys = dict(zip(requests, keys_of(run, list(requests.values())), strict=True))
     missing = [name for name, key in keys.items() if read_key(folder / name) != key]
+    num_there = len(requests) - len(missing)
+    if num_there and missing and say is not None:
+        say(f"{counted(num_there, 'picture')} of {len(requests):,} are there already")
     folder.mkdir(parents=True, exist_ok=True)
     for number, image in draw_pictures(run, [requests[name] for name in missing], progress=progress, say=say):
         name = missing[number]
-        run.save(image, folder, drawn_of(name, requests[name]), requests[name].clip_skip, keys[name])
+        save_picture(run, image, folder / name, requests[name], keys[name])
     return missing
+
+
+def save_picture(run: OpenRun, image: Image.Image, path: Path, request: Request, key: str) -> None:
+    """Write a requested picture with its parameters and its key."""
+    run.save(image, path.parent, drawn_of(path.name, request), request.clip_skip, key)
 
 
 def drawn_of(file: str, request: Request, cut_after: str = "") -> Drawn:

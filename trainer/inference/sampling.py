@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -43,6 +43,9 @@ class Settings:
     cfg: float
     seed: int
     sampler: str
+
+    def with_seed(self, seed: int) -> Settings:
+        return replace(self, seed=seed)
 
 
 @dataclass(frozen=True)

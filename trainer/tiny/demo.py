@@ -17,9 +17,12 @@ from safelight.trainer.captioning.caption_dataset import caption_dataset
 from safelight.trainer.captioning.options import Generation, Wording
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.toml import parse_config
-from safelight.trainer.inference.draw import compare, open_run, pick_step
+from safelight.trainer.inference.compare import compare
+from safelight.trainer.inference.compared_prompts import compared_prompts
+from safelight.trainer.inference.draw import open_run
 from safelight.trainer.inference.pictures import Request, Weights, draw_pictures
 from safelight.trainer.inference.sampling import Settings
+from safelight.trainer.inference.which_checkpoint import best_and_last, pick_step
 from safelight.trainer.models.device import pick_device
 from safelight.trainer.report.build import build_report
 from safelight.trainer.run_log.terminal import Terminal
@@ -31,6 +34,7 @@ SEED = 42
 # also the title of the report
 RUN_NAME = "faded-print"
 NUM_PHOTOS = 200
+NUM_COMPARED = 8
 # 192 px, so that prepare has something to shrink and crop
 DRAWING_SCALE = 3
 SAMPLE_STEPS = 14
@@ -145,7 +149,15 @@ def run_demo(folder: Path, terminal: Terminal) -> dict:
     train(config, terminal=terminal)
     run_dir = Path(config.run.dir)
     result = score(run_dir, terminal) | {"captions": NUM_PHOTOS, "captions_right": num_named}
-    compare(open_run(run_dir), "last", 8, lambda d, t: terminal.update("comparing base and trained", d, t))
+    opened = open_run(run_dir)
+    compare(
+        opened,
+        best_and_last(run_dir),
+        compared_prompts(opened, NUM_COMPARED),
+        # the run has ended just now
+        sampled=(0, pick_step(run_dir, "last")),
+        progress=lambda d, t: terminal.update("comparing base and trained", d, t),
+    )
     terminal.pause()
     result["report"] = str(build_report(run_dir))
     result["seconds"] = round(time.monotonic() - began, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shlex
 import unicodedata
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -104,7 +105,9 @@ class Collection:
     touched: the photos (by index) that this call found. decoded: labels (`Photo.source`) of files that are pictures.
     pending: files with the same picture as a photo of another file; once all files are read, `find_moved` tells
     whether they are duplicates or that photo under a new name. compared: sha256 of the photos among which near-copies
-    were looked for already. syncs: of stored photos; `flush` waits for them.
+    were looked for already. syncs: of stored photos; `flush` waits for them. lost: photos of earlier calls whose files
+    are gone, by the hashes of original and stored file. returned: photos of which a model's caption, or its tags, gave
+    way to what the source says.
     """
 
     def __init__(
@@ -125,11 +128,13 @@ class Collection:
         # hashes of original files, pixels and stored files share one dict: SHA-256 values never collide by chance
         self.index_of_hash: dict[str, int] = {}
         self.replaced_files: set[str] = set()
+        self.lost: dict[str, Photo] = {}
+        self.returned: dict[str, list[Path]] = {"caption": [], "tags": []}
         for photo in read_manifest(dataset, may_be_empty=True) if has_manifest(dataset) else []:
             if (dataset / photo.file).is_file():
                 self._put(len(self.photos), photo)
             else:
-                summary.note("file", f"{photo.file} no longer exists; its line was removed from the manifest")
+                self.lost |= {digest: photo for digest in (photo.origin_sha256, photo.sha256) if digest}
                 self.replaced_files |= {photo.mask} - {""}
         self.compared = {photo.sha256 for photo in self.photos if photo.fingerprint}
         self.earlier_labels = {photo.source for photo in self.photos}
@@ -243,11 +248,18 @@ class Collection:
         self._write(file, prepared.data)
         mask, mask_sha256 = self._store_mask(source, prepared, old)
         caption = source.reader.read(source.path)
-        if not caption.is_written and old is not None and old.captioner:
+        lost = self.lost.get(prepared.origin_sha256) if old is None else None
+        known = old or lost
+        is_captioned = known is not None and bool(known.captioner)
+        if is_captioned and not caption.is_written:
             # what a captioner wrote is in no source, and is better than nothing
-            caption = replace(caption, texts=old.captions, source=old.caption_source, captioner=old.captioner)
+            caption = replace(caption, texts=known.captions, source=known.caption_source, captioner=known.captioner)
+        elif is_captioned and caption.texts != known.captions and not caption.captioner:
+            self.returned["caption"].append(source.path)
         # and so with a tagger
-        is_tagged = not caption.tags and old is not None and bool(old.tagger)
+        is_tagged = not caption.tags and known is not None and bool(known.tagger)
+        if caption.tags and known is not None and known.tagger:
+            self.returned["tags"].append(source.path)
         photo = Photo(
             file,
             sha256,
@@ -260,15 +272,21 @@ class Collection:
             prepared.content_sha256,
             prepared.fingerprint,
             old.group if old is not None else "",
-            old.tags if is_tagged else caption.tags,
+            known.tags if is_tagged else caption.tags,
             caption.settings,
             caption.credit,
             prepared.quality,
             mask=mask,
             mask_sha256=mask_sha256,
             captioner=caption.captioner,
-            tagger=old.tagger if is_tagged else "",
+            tagger=known.tagger if is_tagged else "",
         )
+        if lost is not None:
+            for digest in (lost.origin_sha256, lost.sha256):
+                self.lost.pop(digest, None)
+            kept = [what for what, is_kept in (("caption", photo.captioner), ("tags", is_tagged)) if is_kept]
+            keeps = f", with the {' and '.join(kept)} that a model wrote" if kept else ""
+            self.summary.note("file", f"{lost.file} no longer existed; it was made anew from {source.path}{keeps}")
         index = len(self.photos) if index is None else index
         self._put(index, photo)
         self.touched.add(index)
@@ -331,6 +349,8 @@ class Collection:
 
     def take_stock(self) -> None:
         """Say which photos this call did not find in its sources, or drop them, and which sources the dataset has."""
+        for photo in dict.fromkeys(self.lost.values()):
+            self.summary.note("file", f"{photo.file} no longer exists; its line was removed from the manifest")
         kept = []
         for index, photo in enumerate(self.photos):
             name, relative = split_label(photo.source)
@@ -374,6 +394,20 @@ class Collection:
                 f"{counted(len(unread), 'file')} with captions, settings or masks not read, behind links out of the "
                 f"folder, such as {unread[0]}; give {os.path.realpath(unread[0].parent)} as a source of its own, or "
                 "copy it",
+            )
+
+    def note_returned(self) -> None:
+        """Say of how many photos the source's own captions and tags took the place of a model's."""
+        for what, paths in self.returned.items():
+            if not paths:
+                continue
+            option = "" if what == "caption" else " --tags FILE"
+            have = "has" if len(paths) == 1 else "have"
+            self.summary.note(
+                "caption",
+                f"{counted(len(paths), 'photograph')} {have} the {what} of the source, no longer a model's, such as "
+                f"{paths[0]}; for the model's, which are remembered, run `safelight caption "
+                f"{shlex.quote(str(self.dataset))}{option} --overwrite` again after `safelight prepare`",
             )
 
     def _count_sources(self) -> None:

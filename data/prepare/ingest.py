@@ -392,6 +392,7 @@ def _ingest(
         _check_use(sources, collection, readers, dataset)
         collection.take_stock()
         collection.note_links(files, readers)
+        collection.note_returned()
     photos = _group_near_copies(dataset, _measured(dataset, collection.photos), collection.compared, summary)
     summary.photos = _drop_near_copies(photos, collection, summary) if drop_near_copies else photos
     _note_near_copies(summary)

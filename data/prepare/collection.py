@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shlex
 import unicodedata
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +16,7 @@ from typing import Literal
 from safelight.data.atomic import atomic_write_bytes, sync_file, sync_folder
 from safelight.data.manifest import IMAGES_FOLDER, MASKS_FOLDER, has_manifest, read_manifest
 from safelight.data.photo import NO_CREDIT, Photo, Quality
-from safelight.data.sources.caption import FILE_NAME, Rejection
+from safelight.data.sources.caption import FILE_NAME, Caption, Rejection
 from safelight.data.sources.captions import CaptionReader
 from safelight.data.sources.roots import SourceFile, name_roots, place_of, read_sources, split_label
 from safelight.text import counted, printable, storable
@@ -40,6 +41,7 @@ class IngestSummary:
 
     num_of_source: photos by where they came from, a folder, or its name if the folder is unknown. near_copies: the
     groups of two or more photos. num_transparent: photos of this call that are transparent somewhere.
+    num_captions_inherited, num_masks_inherited: photos that took over the caption, or the mask, of a dropped near-copy.
     """
 
     photos: list[Photo] = field(default_factory=list)
@@ -53,6 +55,8 @@ class IngestSummary:
     num_of_source: dict[str, int] = field(default_factory=dict)
     near_copies: list[list[Photo]] = field(default_factory=list)
     num_near_copies_dropped: int = 0
+    num_captions_inherited: int = 0
+    num_masks_inherited: int = 0
 
     @property
     def warnings(self) -> list[str]:
@@ -98,13 +102,30 @@ def _has_content(path: Path, content: bytes) -> bool:
         return False
 
 
+def has_written_caption(photo: Photo) -> bool:
+    """Return whether somebody wrote a photo's caption: it is no file name, not empty and not a captioner's."""
+    return photo.caption_source != FILE_NAME and any(photo.captions) and not photo.captioner
+
+
+def with_caption(photo: Photo, caption: Caption, tagger: str = "") -> Photo:
+    """Return a photo with the caption of a copy of it, and what goes with that. tagger: who gave the copy its tags."""
+    theirs = {"captions": caption.texts, "caption_source": caption.source, "captioner": caption.captioner}
+    theirs |= {"settings": caption.settings}
+    theirs |= {"credit": photo.credit if caption.credit == NO_CREDIT else caption.credit}
+    if caption.tags or not photo.tagger:
+        theirs |= {"tags": caption.tags, "tagger": tagger}
+    return replace(photo, **theirs)
+
+
 class Collection:
     """The new manifest while it is built: the photos of earlier calls, and those this call adds or replaces.
 
     touched: the photos (by index) that this call found. decoded: labels (`Photo.source`) of files that are pictures.
     pending: files with the same picture as a photo of another file; once all files are read, `find_moved` tells
     whether they are duplicates or that photo under a new name. compared: sha256 of the photos among which near-copies
-    were looked for already. syncs: of stored photos; `flush` waits for them.
+    were looked for already. syncs: of stored photos; `flush` waits for them. lost: photos of earlier calls whose files
+    are gone, by the hashes of original and stored file. returned: photos of which a model's caption, or its tags, gave
+    way to what the source says. earlier_masks: (file, hash of the mask so far) of photos of earlier calls, by label.
     """
 
     def __init__(
@@ -125,11 +146,14 @@ class Collection:
         # hashes of original files, pixels and stored files share one dict: SHA-256 values never collide by chance
         self.index_of_hash: dict[str, int] = {}
         self.replaced_files: set[str] = set()
+        self.lost: dict[str, Photo] = {}
+        self.earlier_masks: dict[str, tuple[Path, str]] = {}
+        self.returned: dict[str, list[Path]] = {"caption": [], "tags": []}
         for photo in read_manifest(dataset, may_be_empty=True) if has_manifest(dataset) else []:
             if (dataset / photo.file).is_file():
                 self._put(len(self.photos), photo)
             else:
-                summary.note("file", f"{photo.file} no longer exists; its line was removed from the manifest")
+                self.lost |= {digest: photo for digest in (photo.origin_sha256, photo.sha256) if digest}
                 self.replaced_files |= {photo.mask} - {""}
         self.compared = {photo.sha256 for photo in self.photos if photo.fingerprint}
         self.earlier_labels = {photo.source for photo in self.photos}
@@ -243,11 +267,18 @@ class Collection:
         self._write(file, prepared.data)
         mask, mask_sha256 = self._store_mask(source, prepared, old)
         caption = source.reader.read(source.path)
-        if not caption.is_written and old is not None and old.captioner:
+        lost = self.lost.get(prepared.origin_sha256) if old is None else None
+        known = old or lost
+        is_captioned = known is not None and bool(known.captioner)
+        if is_captioned and not caption.is_written:
             # what a captioner wrote is in no source, and is better than nothing
-            caption = replace(caption, texts=old.captions, source=old.caption_source, captioner=old.captioner)
+            caption = replace(caption, texts=known.captions, source=known.caption_source, captioner=known.captioner)
+        elif is_captioned and caption.texts != known.captions and not caption.captioner:
+            self.returned["caption"].append(source.path)
         # and so with a tagger
-        is_tagged = not caption.tags and old is not None and bool(old.tagger)
+        is_tagged = not caption.tags and known is not None and bool(known.tagger)
+        if caption.tags and known is not None and known.tagger:
+            self.returned["tags"].append(source.path)
         photo = Photo(
             file,
             sha256,
@@ -260,15 +291,21 @@ class Collection:
             prepared.content_sha256,
             prepared.fingerprint,
             old.group if old is not None else "",
-            old.tags if is_tagged else caption.tags,
+            known.tags if is_tagged else caption.tags,
             caption.settings,
             caption.credit,
             prepared.quality,
             mask=mask,
             mask_sha256=mask_sha256,
             captioner=caption.captioner,
-            tagger=old.tagger if is_tagged else "",
+            tagger=known.tagger if is_tagged else "",
         )
+        if lost is not None:
+            for digest in (lost.origin_sha256, lost.sha256):
+                self.lost.pop(digest, None)
+            kept = [what for what, is_kept in (("caption", photo.captioner), ("tags", is_tagged)) if is_kept]
+            keeps = f", with the {' and '.join(kept)} that a model wrote" if kept else ""
+            self.summary.note("file", f"{lost.file} no longer existed; it was made anew from {source.path}{keeps}")
         index = len(self.photos) if index is None else index
         self._put(index, photo)
         self.touched.add(index)
@@ -287,19 +324,26 @@ class Collection:
             self.syncs.append(self.disk.submit(sync_file, stored))
 
     def _store_mask(self, source: SourceFile, prepared: PreparedFile, old: Photo | None) -> tuple[str, str]:
-        """Store the mask of a photo, if any, and say how it differs from the old one's; return its file and hash."""
+        """Store the mask of a photo, if any; return its file and hash."""
         file = sha256 = ""
         if prepared.mask:
             sha256 = hashlib.sha256(prepared.mask).hexdigest()
             file = f"{MASKS_FOLDER}/{_safe_stem(source.path.stem)}-{sha256[:8]}.png"
             self._write(file, prepared.mask)
-        if old is not None and old.mask_sha256 != sha256:
-            gone = "its mask is gone, so that all of it is learned from now on"
-            change = gone if not file else "its mask changed" if old.mask else "it has a mask now"
-            self.summary.note("mask", f"{source.path}: {change}")
+        if old is not None:
+            self.earlier_masks[self.label(source)] = source.path, old.mask_sha256
         if old is not None and old.mask != file:
             self.replaced_files |= {old.mask} - {""}
         return file, sha256
+
+    def note_masks(self, photos: list[Photo]) -> None:
+        """Say which masks are not what they were. photos: the new manifest."""
+        for photo in photos:
+            path, earlier = self.earlier_masks.get(photo.source, (Path(), photo.mask_sha256))
+            if photo.mask_sha256 != earlier:
+                gone = "its mask is gone, so that all of it is learned from now on"
+                change = gone if not photo.mask else "its mask changed" if earlier else "it has a mask now"
+                self.summary.note("mask", f"{path}: {change}")
 
     def flush(self) -> None:
         """Wait until every stored photo would survive a power cut."""
@@ -317,20 +361,17 @@ class Collection:
         for the duplicate.
         """
         own = self.photos[index]
-        if own.caption_source != FILE_NAME and any(own.captions) and not own.captioner:
+        if has_written_caption(own):
             return False
         caption = duplicate.reader.read(duplicate.path)
         if caption.is_written:
-            theirs = {"captions": caption.texts, "caption_source": caption.source, "captioner": caption.captioner}
-            credit = own.credit if caption.credit == NO_CREDIT else caption.credit
-            theirs |= {"settings": caption.settings, "credit": credit}
-            if caption.tags or not own.tagger:
-                theirs |= {"tags": caption.tags, "tagger": ""}
-            self._put(index, replace(own, **theirs))
+            self._put(index, with_caption(own, caption))
         return caption.is_written
 
     def take_stock(self) -> None:
         """Say which photos this call did not find in its sources, or drop them, and which sources the dataset has."""
+        for photo in dict.fromkeys(self.lost.values()):
+            self.summary.note("file", f"{photo.file} no longer exists; its line was removed from the manifest")
         kept = []
         for index, photo in enumerate(self.photos):
             name, relative = split_label(photo.source)
@@ -374,6 +415,20 @@ class Collection:
                 f"{counted(len(unread), 'file')} with captions, settings or masks not read, behind links out of the "
                 f"folder, such as {unread[0]}; give {os.path.realpath(unread[0].parent)} as a source of its own, or "
                 "copy it",
+            )
+
+    def note_returned(self) -> None:
+        """Say of how many photos the source's own captions and tags took the place of a model's."""
+        for what, paths in self.returned.items():
+            if not paths:
+                continue
+            option = "" if what == "caption" else " --tags FILE"
+            have = "has" if len(paths) == 1 else "have"
+            self.summary.note(
+                "caption",
+                f"{counted(len(paths), 'photograph')} {have} the {what} of the source, no longer a model's, such as "
+                f"{paths[0]}; for the model's, which are remembered, run `safelight caption "
+                f"{shlex.quote(str(self.dataset))}{option} --overwrite` again after `safelight prepare`",
             )
 
     def _count_sources(self) -> None:

@@ -22,7 +22,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageColor
 
-from safelight.data.atomic import atomic_write_text
+from safelight.data.atomic import atomic_write_bytes, atomic_write_text
 from safelight.data.images import (
     COPYABLE_FORMATS,
     MIN_SIDE_PX,
@@ -38,17 +38,24 @@ from safelight.data.images import (
 from safelight.data.lock import FolderLock
 from safelight.data.manifest import IMAGES_FOLDER, MANIFEST_NAME, MASKS_FOLDER, write_manifest
 from safelight.data.photo import Photo
-from safelight.data.prepare.collection import Collection, IngestSummary, Note, PreparedFile
-from safelight.data.prepare.near_copies import find_near_copies, fingerprint, merge_groups, thumbnail
+from safelight.data.prepare.collection import (
+    Collection,
+    IngestSummary,
+    Note,
+    PreparedFile,
+    has_written_caption,
+    with_caption,
+)
+from safelight.data.prepare.near_copies import find_near_copies, fingerprint, merge_groups, same_picture, thumbnail
 from safelight.data.prepare.quality import doubtful, measure
-from safelight.data.sources.caption import Rejection
+from safelight.data.sources.caption import Caption, Rejection
 from safelight.data.sources.captions import CaptionReader
 from safelight.data.sources.packed import PackedPicture
 from safelight.data.sources.roots import SOURCES_NAME, SourceFile, files_of, find_files, split_label, write_sources
 from safelight.data.sources.unsplash import Fetched
 from safelight.errors import UserError
 from safelight.text import storable
-from safelight.untrusted import check_kinds
+from safelight.untrusted import check_kinds, path_in
 
 REJECTED_NAME = "rejected.jsonl"
 NOTES_NAME = "prepare_notes.txt"
@@ -90,6 +97,12 @@ def backdrop_of(alpha: str) -> Backdrop:
     return red, green, blue
 
 
+def _is_same_shape(size: tuple[int, int], full_size: tuple[int, int]) -> bool:
+    """Return whether a picture may be another one at its size: it may be off by half a pixel along each side."""
+    (width, height), (full_width, full_height) = size, full_size
+    return abs(width * full_height - height * full_width) <= max(full_width, full_height)
+
+
 def _read_mask(path: Path | PackedPicture, decoded: Decoded, stop: threading.Event) -> Image.Image:
     """Return the mask file of a decoded photo at the size that the photo is stored at."""
     try:
@@ -97,8 +110,7 @@ def _read_mask(path: Path | PackedPicture, decoded: Decoded, stop: threading.Eve
     except RejectedImage as error:
         raise RejectedImage(f"its mask {path.name} cannot be used: {error}; mend or delete it") from error
     (width, height), (full_width, full_height) = mask.size, decoded.full_size
-    # the same picture at another size may be off by half a pixel along each side
-    if abs(width * full_height - height * full_width) > max(full_width, full_height):
+    if not _is_same_shape(mask.size, decoded.full_size):
         raise RejectedImage(
             f"its mask {path.name} is {width} x {height} px, and the upright photo {full_width} x {full_height} px; "
             "give both the same size, or delete the mask"
@@ -196,6 +208,12 @@ def _stored_image(dataset: Path, photo: Photo, max_megapixels: float | None) -> 
         return None
 
 
+def _thumbnail(dataset: Path, photo: Photo) -> np.ndarray | None:
+    """Return the thumbnail of a stored photo, or None if it cannot be read."""
+    image = _stored_image(dataset, photo, THUMBNAIL_MEGAPIXELS)
+    return None if image is None else thumbnail(image)
+
+
 def _measured(dataset: Path, photos: list[Photo]) -> list[Photo]:
     """Return the photos with what earlier versions did not measure: fingerprints and quality."""
 
@@ -220,15 +238,11 @@ def _group_near_copies(dataset: Path, photos: list[Photo], compared: set[str], s
     compared: sha256 of the photos that were compared with each other in earlier calls.
     """
 
-    def load(index: int) -> np.ndarray | None:
-        image = _stored_image(dataset, photos[index], THUMBNAIL_MEGAPIXELS)
-        return None if image is None else thumbnail(image)
-
     pairs = find_near_copies(
         [photo.fingerprint for photo in photos],
         [photo.width / photo.height for photo in photos],
         [photo.sha256 not in compared for photo in photos],
-        load,
+        lambda index: _thumbnail(dataset, photos[index]),
     )
     groups = merge_groups([photo.group for photo in photos], [photo.sha256 for photo in photos], pairs)
     photos = [
@@ -243,22 +257,77 @@ def _group_near_copies(dataset: Path, photos: list[Photo], compared: set[str], s
     return photos
 
 
-def _drop_near_copies(photos: list[Photo], collection: Collection, summary: IngestSummary) -> list[Photo]:
-    """Return the photos without all but the largest, or else the sharpest, of those that show the same picture."""
-    dropped = {}
+def _drop_near_copies(
+    dataset: Path, photos: list[Photo], collection: Collection, summary: IngestSummary
+) -> list[Photo]:
+    """Return the photos without all but the largest, or else the sharpest, of those that show the same picture.
+
+    The one that stays takes over a caption and a mask that it lacks.
+    """
+    kept, reasons = {}, {}
     for copies in summary.near_copies:
-        best = max(copies, key=lambda p: (p.width * p.height, p.quality.sharpness if p.quality else 0))
-        dropped |= {photo.sha256: best for photo in copies if photo is not best}
-    for photo in photos:
-        if best := dropped.get(photo.sha256):
+        # the first of equals
+        best, *others = sorted(
+            copies, key=lambda p: (p.width * p.height, p.quality.sharpness if p.quality else 0), reverse=True
+        )
+        kept[best.sha256], taken = _with_what_copies_have(dataset, best, others, summary)
+        for photo in others:
+            what = " and ".join(name for name, giver in taken.items() if giver is photo)
             reason = f"near-copy of {best.source}, which is larger or sharper"
+            reasons[photo.sha256] = f"{reason}, and now uses the {what} of this one" if what else reason
+    for photo in photos:
+        if reason := reasons.get(photo.sha256):
             summary.rejected.append(Rejection(photo.source, reason, "duplicate"))
             collection.replaced_files |= {photo.file, photo.mask} - {""}
             name = split_label(photo.source)[0]
             summary.num_of_source[collection.folders.get(name, name)] -= 1
-    summary.num_near_copies_dropped = len(dropped)
+    summary.num_near_copies_dropped = len(reasons)
     summary.near_copies = []
-    return [photo for photo in photos if photo.sha256 not in dropped]
+    return [kept.get(photo.sha256, photo) for photo in photos if photo.sha256 not in reasons]
+
+
+def _with_what_copies_have(
+    dataset: Path, best: Photo, others: list[Photo], summary: IngestSummary
+) -> tuple[Photo, dict[str, Photo]]:
+    """Return (a photo with the caption and the mask that it lacks, the near-copies that gave them)."""
+    taken: dict[str, Photo] = {}
+    photo = best
+    if not has_written_caption(best):
+        by_people = [other for other in others if has_written_caption(other)]
+        by_models = [other for other in others if other.captioner and not best.captioner]
+        if giver := next(iter([*by_people, *by_models]), None):
+            said = (giver.captions, giver.caption_source, giver.tags, giver.settings, giver.credit, giver.captioner)
+            photo, taken["caption"] = with_caption(photo, Caption(*said), giver.tagger), giver
+            summary.num_captions_inherited += 1
+    masked = [] if best.mask else [other for other in others if other.mask]
+    for giver in masked:
+        try:
+            content = _mask_for(dataset, best, giver)
+        except (RejectedImage, UserError) as error:
+            summary.note("mask", f"{best.source}: the mask of its near-copy {giver.source} is not used: {error}")
+            continue
+        sha256 = hashlib.sha256(content).hexdigest()
+        file = f"{MASKS_FOLDER}/{PurePosixPath(best.file).stem}-{sha256[:8]}.png"
+        atomic_write_bytes(dataset / file, content)
+        photo, taken["mask"] = replace(photo, mask=file, mask_sha256=sha256), giver
+        summary.num_masks_inherited += 1
+        break
+    return photo, taken
+
+
+def _mask_for(dataset: Path, photo: Photo, giver: Photo) -> bytes:
+    """Return the mask of a near-copy as a file of a photo's size.
+
+    Raises RejectedImage or UserError if it does not fit or cannot be read.
+    """
+    if not _is_same_shape((giver.width, giver.height), (photo.width, photo.height)):
+        sizes = f"{giver.width} x {giver.height} px and {photo.width} x {photo.height} px"
+        raise RejectedImage(f"their shapes differ, {sizes}; save a mask for the larger one")
+    thumbnails = [_thumbnail(dataset, one) for one in (giver, photo)]
+    if any(one is None for one in thumbnails) or not same_picture(*(one[None] for one in thumbnails))[0]:
+        raise RejectedImage("one is mirrored or damaged; save a mask for the larger one")
+    mask = decode_mask(read_file(path_in(dataset, giver.mask)))
+    return _encode_mask(mask.resize((photo.width, photo.height), Image.Resampling.BILINEAR))
 
 
 def _note_near_copies(summary: IngestSummary) -> None:
@@ -392,8 +461,10 @@ def _ingest(
         _check_use(sources, collection, readers, dataset)
         collection.take_stock()
         collection.note_links(files, readers)
+        collection.note_returned()
     photos = _group_near_copies(dataset, _measured(dataset, collection.photos), collection.compared, summary)
-    summary.photos = _drop_near_copies(photos, collection, summary) if drop_near_copies else photos
+    summary.photos = _drop_near_copies(dataset, photos, collection, summary) if drop_near_copies else photos
+    collection.note_masks(summary.photos)
     _note_near_copies(summary)
     for photo, kind, reason in doubtful(summary.photos):
         summary.note(kind, f"{photo.source}: {reason}")

@@ -221,7 +221,7 @@ class Evaluate:
         _own(
             "MODEL",
             "what pictures are compared by; can be given several times, and the first gives the headline: hub id or "
-            "folder of a CLIP or DINOv2, an .onnx file, FID's Inception as .safetensors, tiny for the built-in captioner",
+            "folder of a CLIP or DINOv2, an .onnx file, FID's Inception as .safetensors; tiny: the built-in captioner",
             "the run's autoencoder alone, which is always measured too",
         ),
     ] = ()
@@ -229,8 +229,8 @@ class Evaluate:
         str,
         _own(
             "MODEL",
-            "what finds things for the crop divergence: hub id or folder of a DETR, RT-DETR, D-FINE or YOLOS, or a YOLOX "
-            ".onnx file",
+            "what finds things for the crop divergence: hub id or folder of a DETR, RT-DETR, D-FINE or YOLOS, or a "
+            "YOLOX .onnx file",
             "none, and no crop divergence",
         ),
     ] = ""

@@ -142,6 +142,8 @@ def dataset_json(summary: IngestSummary, out: Path) -> dict:
         "tagged": sum(bool(photo.tags) for photo in summary.photos),
         "sources": [{"folder": folder, "photos": num} for folder, num in summary.num_of_source.items()],
         "near_copies_dropped": summary.num_near_copies_dropped,
+        "captions_inherited": summary.num_captions_inherited,
+        "masks_inherited": summary.num_masks_inherited,
         "near_copies": [[photo.source for photo in group] for group in summary.near_copies],
         "doubtful": [{"photo": photo.source, "reason": reason} for photo, _, reason in doubtful(summary.photos)],
         "commonest_captions": words.captions,
@@ -175,9 +177,14 @@ def print_dataset(summary: IngestSummary, out: Path, terminal: Terminal, alpha: 
     if len(summary.num_of_source) > 1:
         _print(f"sources: {_counts(Counter(summary.num_of_source), 'source')}")
     if summary.num_near_copies_dropped:
+        taken = [
+            f"{num} with the {what} of a smaller one"
+            for num, what in ((summary.num_captions_inherited, "caption"), (summary.num_masks_inherited, "mask"))
+            if num
+        ]
         _print(
             f"near-copies: {counted(summary.num_near_copies_dropped, 'photograph')} dropped; the largest of each "
-            "picture stays"
+            f"{', '.join(['picture stays', *taken])}"
         )
     if summary.near_copies:
         num_copies = sum(map(len, summary.near_copies))

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 from PIL import Image
 
 from safelight.data.images import decode
-from safelight.data.manifest import read_manifest
+from safelight.data.manifest import read_manifest, write_manifest
+from safelight.data.photo import Tag
 from safelight.data.prepare.ingest import NOTES_NAME, ingest
 from safelight.data.sources.caption import is_camera_name
 from safelight.errors import UserError
@@ -190,6 +192,52 @@ def test_photo_deleted_from_the_dataset_is_removed_from_the_manifest(source, dat
     summary = ingest([source], dataset)
     assert summary.photos == photos[1:]
     assert "no longer exists" in summary.warnings[0]
+
+
+def captioned_by_a_model(dataset, photos):
+    """Write into the manifest what `safelight caption --overwrite` writes, with and without --tags."""
+    said = {"caption_source": "captioner tiny", "captioner": '{"model": "tiny"}', "tagger": '{"model": "clip"}'}
+    photos = [replace(p, captions=(f"said {i}",), tags=(Tag("dog", 2),), **said) for i, p in enumerate(photos)]
+    write_manifest(dataset, photos)
+    return photos
+
+
+def test_a_photo_made_anew_from_the_same_file_keeps_what_models_said_of_it(source, dataset, make_noise):
+    for i in range(3):
+        make_noise(i).save(source / f"{i}.png")
+    (source / "2.txt").write_text("by hand")
+    before = captioned_by_a_model(dataset, ingest([source], dataset, max_megapixels=0.01).photos)
+    for photo in before:
+        (dataset / photo.file).unlink()
+    make_noise(9).save(source / "1.png")
+    summary = ingest([source], dataset, max_megapixels=0.01)
+    after = {photo.source: photo for photo in summary.photos}
+    assert after["originals/0.png"] == before[0]
+    assert (after["originals/1.png"].captions, after["originals/1.png"].captioner) == (("1",), "")
+    assert after["originals/2.png"].captions == ("by hand",)
+    assert after["originals/2.png"].tags == (Tag("dog", 2),)
+    assert [note.text for note in summary.notes if note.kind == "file"] == [
+        f"{before[0].file} no longer existed; it was made anew from {source}/0.png, with the caption and tags that a "
+        "model wrote",
+        f"{before[2].file} no longer existed; it was made anew from {source}/2.png, with the tags that a model wrote",
+        f"{before[1].file} no longer exists; its line was removed from the manifest",
+    ]
+
+
+def test_captions_of_the_source_that_replace_a_models_are_counted(source, dataset, make_noise):
+    for i in range(3):
+        make_noise(i).save(source / f"{i}.png")
+    for i in range(2):
+        (source / f"{i}.txt").write_text(f"by hand {i} | cat:2")
+    captioned_by_a_model(dataset, ingest([source], dataset).photos)
+    summary = ingest([source], dataset)
+    assert [photo.captions[0] for photo in summary.photos] == ["by hand 0", "by hand 1", "said 2"]
+    assert [note.text for note in summary.notes if note.kind == "caption"] == [
+        f"2 photographs have the {what} of the source, no longer a model's, such as {source}/0.png; for the model's, "
+        f"which are remembered, run `safelight caption {dataset}{option} --overwrite` again after `safelight prepare`"
+        for what, option in (("caption", ""), ("tags", " --tags FILE"))
+    ]
+    assert [note for note in ingest([source], dataset).notes if note.kind == "caption"] == []
 
 
 def test_folders_are_walked_sorted_without_loops_or_the_dataset(source, make_noise):

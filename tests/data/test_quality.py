@@ -15,6 +15,7 @@ from safelight.data.photo import Photo, Tag
 from safelight.data.prepare.caption_words import caption_words
 from safelight.data.prepare.ingest import ingest
 from safelight.data.prepare.quality import doubtful, measure
+from tests.called import call
 
 
 def scene(seed: int = 1, size: tuple[int, int] = (480, 320)) -> Image.Image:
@@ -100,6 +101,46 @@ def test_only_the_largest_of_near_copies_stays(folder, tmp_path):
     # the same again, and all of them without the option
     assert ingest([folder], tmp_path / "dataset", drop_near_copies=True).photos == summary.photos
     assert len(ingest([folder], tmp_path / "dataset").photos) == 4
+
+
+def test_the_largest_of_near_copies_takes_over_captions_and_masks(folder, tmp_path):
+    """Of a person before a captioner; a mask is scaled, and left out where it does not fit or is mirrored."""
+    dataset = tmp_path / "dataset"
+    (folder / "copy.txt").write_text("by hand | dog:2")
+    left = Image.new("L", (240, 160))
+    left.paste(255, (0, 0, 120, 160))
+    left.save(folder / "copy-mask.png")
+    scene(0).transpose(Image.Transpose.FLIP_LEFT_RIGHT).resize((240, 160)).save(folder / "mirrored.png")
+    left.save(folder / "mirrored-mask.png")
+    scene(2).crop((12, 0, scene(2).width, scene(2).height)).resize((230, 160)).save(folder / "crop.png")
+    left.resize((230, 160)).save(folder / "crop-mask.png")
+    (folder / "2.txt").write_text("its own")
+    (folder / "crop.txt").write_text("not this")
+    for _ in range(2):
+        summary = ingest([folder], dataset, drop_near_copies=True)
+        photos = {photo.source: photo for photo in summary.photos}
+        assert list(photos) == [f"photos/{number}.png" for number in range(3)]
+        assert (summary.num_near_copies_dropped, summary.num_captions_inherited) == (3, 1)
+        assert summary.num_masks_inherited == 1
+        assert [photo.captions[0] for photo in photos.values()] == ["0", "by hand", "its own"]
+        assert photos["photos/1.png"].tags == (Tag("dog", 2),)
+        with Image.open(dataset / photos["photos/1.png"].mask) as mask:
+            assert mask.size == (photos["photos/1.png"].width, photos["photos/1.png"].height)
+            assert (mask.getpixel((10, 10)), mask.getpixel((mask.width - 10, 10))) == (255, 0)
+        assert [bool(photo.mask) for photo in photos.values()] == [False, True, False]
+        reasons = {item.path: item.reason for item in summary.rejected}
+        assert reasons["photos/copy.png"].endswith("and now uses the caption and mask of this one")
+        assert reasons["photos/crop.png"].endswith("larger or sharper")
+        assert [note.text.partition("; ")[0] for note in summary.notes if note.kind == "mask"] == [
+            "photos/0.png: the mask of its near-copy photos/mirrored.png is not used: one is mirrored or damaged",
+            "photos/2.png: the mask of its near-copy photos/crop.png is not used: their shapes differ, 230 x 160 px "
+            f"and {photos['photos/2.png'].width} x {photos['photos/2.png'].height} px",
+        ]
+        assert sorted(path.name for path in (dataset / "masks").iterdir()) == [photos["photos/1.png"].mask[6:]]
+    assert (
+        "near-copies: 3 photographs dropped; the largest of each picture stays, 1 with the caption of a smaller one, "
+        "1 with the mask of a smaller one\n"
+    ) in call("prepare", folder, "-o", dataset, "--drop-near-duplicates").out
 
 
 def test_quality_is_in_the_manifest_also_of_earlier_versions(folder, tmp_path):

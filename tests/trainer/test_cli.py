@@ -19,6 +19,8 @@ from safetensors import safe_open
 from safelight.trainer.checkpoint.files import list_checkpoints
 from safelight.trainer.config.presets import preset
 from safelight.trainer.config.toml import load_config
+from safelight.trainer.inference import after_training
+from safelight.trainer.report.comparison import Comparison
 from tests.called import Called, call
 
 NUM_STEPS = 5
@@ -27,6 +29,7 @@ SMALL = (
     "--sample.steps 2 --sample.num-prompts 2 --data.variants 1"
 ).split()
 
+QUICK = "--sample.every-epochs 0 --validate.every-epochs 0 --save.every-epochs 0 --log.every-steps 1".split()
 
 LONG = "a red circle, " * 100 + "and the end"
 
@@ -250,7 +253,8 @@ def test_images_hold_what_they_were_drawn_with(journey):
     assert "Model hash" not in parameters(base)
     assert "Model: tiny, " in parameters(base)
     for folder in (journey.run / "compare", journey.run / "samples" / f"step-{NUM_STEPS:08d}"):
-        paths = list(folder.glob("*.png"))
+        # neither photographs nor contact sheets
+        paths = list(folder.glob("[bs]*.png"))
         assert paths
         assert all(re.search(rf"(base|step{NUM_STEPS})-00[01]-\w", path.name) for path in paths)
         assert all("\nSteps: 2, Sampler: " in parameters(path) for path in paths)
@@ -262,7 +266,7 @@ def test_a_folder_of_images_has_a_page(journey):
     # drawn by two calls: the base's column, and the checkpoint's
     assert re.findall(r'<th scope="col"><div>([^<]*)<', page) == ["base model", f"step {NUM_STEPS}"]
     assert page.count("<img") == 3
-    assert (journey.run / "compare" / "index.html").read_text().count("<img") == 4
+    assert (journey.run / "compare" / "index.html").read_text().count("<img") == 6
 
 
 def test_prompts_that_are_cut_are_told(journey):
@@ -294,15 +298,12 @@ def test_a_comparison_replaces_the_one_before(journey, tmp_path):
         (run / "compare" / name).write_bytes(b"old")
     assert call("compare", run, "--num", 1).status == 0
     index = json.loads((run / "compare" / "index.json").read_text())
-    (pair,) = index["pairs"]
-    assert {path.name for path in (run / "compare").iterdir()} == {
-        pair["base"],
-        pair["trained"],
-        "mine.png",
-        "base-x.png",
-        "index.json",
-        "index.html",
-    }
+    (row,) = index["rows"]
+    ours = {"index.json", "index.html", "contact-sheet.png", row["photo"], *row["images"].values()}
+    # of the journey's second prompt, which a larger comparison would need again
+    second = {path.name for path in (run / "compare").glob("*-001-*.png")}
+    assert len(second) == 3
+    assert {path.name for path in (run / "compare").iterdir()} == {*ours, *second, "mine.png", "base-x.png"}
 
 
 @pytest.mark.parametrize(
@@ -327,13 +328,59 @@ def test_sample_refuses_invalid_settings(journey, words, expected):
 
 def test_compare_samples_pairs_from_the_same_noise(journey):
     folder = journey.run / "compare"
-    index = json.loads((folder / "index.json").read_text())
-    assert (index["step"], index["base"], len(index["pairs"])) == (NUM_STEPS, "tiny", 2)
-    for pair in index["pairs"]:
-        base, trained = (Image.open(folder / pair[name]) for name in ("base", "trained"))
+    comparison = Comparison.model_validate_json((folder / "index.json").read_bytes())
+    sampled = json.loads((journey.run / "samples" / f"step-{NUM_STEPS:08d}" / "index.json").read_text())
+    assert [(model.step, model.epoch) for model in comparison.models] == [(0, 0), (NUM_STEPS, sampled["epoch"])]
+    assert 0 < sampled["epoch"] < 1
+    assert len(comparison.rows) == 2
+    for row in comparison.rows:
+        base, trained = (Image.open(folder / row.images[name]) for name in ("base", f"step-{NUM_STEPS}"))
         assert base.size == trained.size == (64, 64)
         assert base.tobytes() != trained.tobytes()
-    assert f"pairs in {folder}" in journey.called["compare"].out
+        assert row.held_out
+        assert Image.open(folder / row.photo).size == (64, 64)
+    assert f"2 rows of 2 models in {folder}" in journey.called["compare"].out
+
+
+def test_training_ends_with_a_comparison_of_its_samples(journey):
+    """What training sampled with the base and at the end is what the comparison shows; nothing is drawn twice."""
+    line = journey.called["train"].line("compared 2 models on 2 prompts in ")
+    assert re.fullmatch(r"compared 2 models on 2 prompts in \d+ s", line)
+    assert "comparing base and trained" not in journey.called["train"].err
+    assert "sampling" not in journey.called["compare"].err
+    for place in (0, 1):
+        for step, name in ((0, "base"), (NUM_STEPS, f"step{NUM_STEPS}")):
+            (sample,) = (journey.run / "samples" / f"step-{step:08d}").glob(f"step{step}-00{place}-*.png")
+            (compared,) = (journey.run / "compare").glob(f"{name}-00{place}-*.png")
+            assert Image.open(sample).tobytes() == Image.open(compared).tobytes()
+
+
+def test_a_sample_is_the_picture_that_its_checkpoint_draws(journey, tmp_path):
+    """So that it may stand for it: but for rounding, and cached embeddings in half precision."""
+    run = shutil.copytree(journey.run, tmp_path / "run")
+    before = {path.name: np.asarray(Image.open(path), np.int16) for path in (run / "compare").glob("[bs]*-00?-*.png")}
+    for name in before:
+        (run / "compare" / name).unlink()
+    assert call("compare", run, "--num", 2).status == 0
+    assert len(before) == 4
+    for name, pixels in before.items():
+        assert np.abs(np.asarray(Image.open(run / "compare" / name), np.int16) - pixels).max() <= 3
+
+
+def test_ctrl_c_while_comparing_leaves_a_finished_run_and_says_how_to_go_on(journey, tmp_path, monkeypatch):
+    run = shutil.copytree(journey.run, tmp_path / "run")
+    (run / "report.html").unlink()
+
+    def interrupted(run_dir, last_step, progress, say):
+        os.kill(os.getpid(), signal.SIGINT)
+        progress(1, 10)
+
+    monkeypatch.setattr(after_training, "compare_after_training", interrupted)
+    called = call("train", run / "config.toml", "--resume", "--train.max-steps", NUM_STEPS + 1, *QUICK)
+    assert called.status == 130
+    assert called.line("stopped comparing").endswith(f"this draws the rest: safelight compare {run}")
+    assert called.out.startswith(f"trained {NUM_STEPS + 1} steps; report: {run / 'report.html'}")
+    assert (run / "report.html").is_file()
 
 
 def test_report_is_one_file(journey):
@@ -408,8 +455,7 @@ def start(*argv: object) -> subprocess.Popen:
 def test_ctrl_c_saves_resume_completes_and_libraries_print_nothing(journey):
     run = journey.root / "interrupted"
     options = ["--run.dir", run, "--data.path", journey.root / "dataset", "--model.precision", "bf16"]
-    quick = "--sample.every-epochs 0 --validate.every-epochs 0 --save.every-epochs 0 --log.every-steps 1".split()
-    process = start("train", journey.root / "run.toml", *SMALL, *options, *quick, "--train.max-steps", 40)
+    process = start("train", journey.root / "run.toml", *SMALL, *options, *QUICK, "--train.max-steps", 40)
     lines = []
     for line in process.stderr:
         lines.append(line)
@@ -434,6 +480,7 @@ def test_ctrl_c_saves_resume_completes_and_libraries_print_nothing(journey):
     assert foreign_lines(err) == []
     assert out.splitlines()[0].startswith(f"trained {more} steps; report: ")
     assert list_checkpoints(run)[-1] == more
+    assert not (run / "compare").exists()
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["kind"] == "train"] == list(range(1, more + 1))
 

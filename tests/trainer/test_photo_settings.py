@@ -15,7 +15,7 @@ from safelight.data.manifest import read_manifest, write_manifest
 from safelight.data.photo import PhotoSettings, Tag
 from safelight.data.prepare.ingest import ingest
 from safelight.trainer import train as module
-from safelight.trainer.inference.draw import validation_captions
+from safelight.trainer.inference.compared_prompts import held_out_prompts
 from safelight.trainer.notes import notes_of
 from safelight.trainer.report.course import _timeline
 from safelight.trainer.report.run_reader import read_run_folder
@@ -176,7 +176,8 @@ def test_prompts_from_captions_have_their_tags(configured, dataset, tmp_path):
     (tmp_path / "run").mkdir()
     files = [photo.file for photo in read_manifest(dataset)]
     (tmp_path / "run" / "split.json").write_text(json.dumps({"validation": [files[4], files[0]], "train": []}))
-    tagged, plain = validation_captions(SimpleNamespace(run_dir=tmp_path / "run", config=config))
+    prompts = held_out_prompts(SimpleNamespace(run_dir=tmp_path / "run", config=config))
+    tagged, plain = (prompt.text for prompt in prompts)
     assert tagged.endswith(", bright, flat, shape, film")
     assert plain.endswith(", film")
     assert "bright" not in plain

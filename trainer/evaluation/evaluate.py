@@ -10,13 +10,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ImageOps
 
 from safelight.data.atomic import atomic_write_text
 from safelight.errors import UserError
@@ -25,7 +24,15 @@ from safelight.trainer.evaluation.burn import PictureMeasures, judge_burn, sets_
 from safelight.trainer.evaluation.crops import compare_crops, find_crops
 from safelight.trainer.evaluation.kept import Kept
 from safelight.trainer.evaluation.memorisation import judge_memorisation
-from safelight.trainer.evaluation.pictures import Photographs, Picture, drawn_pictures, groups_of, photographs
+from safelight.trainer.evaluation.pictures import (
+    Photographs,
+    Picture,
+    drawn_pictures,
+    groups_of,
+    mirrored,
+    photographs,
+    reconstructed,
+)
 from safelight.trainer.evaluation.set_metrics import BASE, REAL, Features, diversity_metric, metrics_of
 from safelight.trainer.evaluation.suggest import KidChange, suggest
 from safelight.trainer.features.cache import FeatureCache
@@ -57,6 +64,8 @@ RECORD_NAME, EVALUATION_FOLDER = "evaluation.json", "evaluation"
 INCEPTION = "Inception v3 (FID)"
 # photographs whose pairwise LPIPS distances are computed; each pair costs, so more take long
 MAX_DIVERSE = 200
+# photographs that say what is not burnt, each of which goes through the autoencoder
+MAX_BURN_REFERENCE = 300
 
 
 @dataclass(frozen=True)
@@ -333,9 +342,11 @@ class _Work:
     def burn(self) -> Burn | None:
         """Return how burnt and smoothed out the pictures are, None if they are too small to tell."""
         extractor = PictureMeasures()
+        every = -(-len(self.photographs.all) // MAX_BURN_REFERENCE) or 1
+        photos = [reconstructed(picture, self.run.codec) for picture in self.photographs.all[::every]]
 
         def compute() -> Burn:
-            real, *drawn = self._features(extractor, self.photographs.all, *self.drawn.values(), what="burn check")
+            real, *drawn = self._features(extractor, photos, *self.drawn.values(), what="burn check")
             measures = {
                 picture.name: row
                 for pictures, rows in zip(self.drawn.values(), drawn, strict=True)
@@ -344,7 +355,8 @@ class _Work:
             return judge_burn(real, sets_of(self.comparison, measures))
 
         try:
-            return self.kept.of(Burn, {**self._inputs(extractor), "cfg": self.comparison.cfg}, compute)
+            inputs = {**self._inputs(extractor), "reference": self._keys(photos), "cfg": self.comparison.cfg}
+            return self.kept.of(Burn, inputs, compute)
         except ValueError as error:
             self.not_computed.append(f"burn check: {error}")
             return None
@@ -360,7 +372,7 @@ class _Work:
         def compute() -> Memorisation:
             sets = [trained, held_out, *self.drawn.values()]
             of_trained, of_held_out, *drawn = self._features(extractor, *sets)
-            mirrored = self._features(extractor, [_mirrored(p) for p in trained])[0] if is_mirrored else None
+            of_mirrored = self._features(extractor, [mirrored(p) for p in trained])[0] if is_mirrored else None
             return judge_memorisation(
                 self.comparison,
                 {
@@ -372,7 +384,7 @@ class _Work:
                 of_held_out,
                 files,
                 extractor.name,
-                mirrored,
+                of_mirrored,
                 groups_of(trained),
             )
 
@@ -390,8 +402,3 @@ class _Work:
         for name in sorted(wanted):
             if read_key(folder / name) != (picture := pictures[name]).sha256:
                 save_png(picture.load(), folder / name, "", picture.sha256)
-
-
-def _mirrored(picture: Picture) -> Picture:
-    key = hash_of({"mirrored": picture.sha256})
-    return replace(picture, sha256=key, load=lambda: ImageOps.mirror(picture.load()))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from PIL import Image
+import numpy as np
+import torch
+from PIL import Image, ImageOps
 
 from safelight.data.buckets import Bucket, crop_box
 from safelight.data.cache import decode_photo
@@ -19,6 +21,8 @@ from safelight.trainer.inference.compare import FOLDER, MAX_FILE_BYTES
 from safelight.trainer.inference.draw import OpenRun
 from safelight.trainer.inference.gallery import read_key
 from safelight.trainer.inference.pictures import hash_of
+from safelight.trainer.inference.sampling import to_images
+from safelight.trainer.models.encoders import LatentCodec
 from safelight.trainer.report.comparison import Comparison
 from safelight.untrusted import UnsafeFile, path_in, read_bytes, read_json_object
 
@@ -86,7 +90,8 @@ def _load_drawn(path: Path) -> Image.Image:
 def photographs(run: OpenRun, width: int, height: int, captions: Mapping[str, str]) -> Photographs:
     """Return the photographs that the run trained on and held out, cropped to a size in px.
 
-    captions: photographs by their hash -> the prompt that they are compared with. Raises UserError if the dataset is not there, or the run's list of held-out photographs is damaged.
+    captions: photographs by their hash -> the prompt that they are compared with. Raises UserError if the dataset is
+    not there, or the run's list of held-out photographs is damaged.
     """
     dataset = Path(run.config.data.path)
     if not dataset.is_dir():
@@ -98,9 +103,8 @@ def photographs(run: OpenRun, width: int, height: int, captions: Mapping[str, st
         split = read_json_object(path_in(run.run_dir, "split.json"))
         halves = [set(map(str, split[name])) for name in ("train", "validation")]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{run.run_dir / 'split.json'} cannot be read ({error}), so it is unknown which photographs were held out"
-        ) from None
+        split = run.run_dir / "split.json"
+        raise UserError(f"{split} cannot be read ({error}), so it is unknown which photographs were held out") from None
     every = read_manifest(dataset)
     large = [photo for photo in every if photo.width >= width and photo.height >= height]
     found = []
@@ -128,3 +132,20 @@ def _load_photo(dataset: Path, photo: Photo, width: int, height: int) -> Image.I
 def groups_of(pictures: Sequence[Picture]) -> list[str]:
     """Return the group of each picture."""
     return [picture.group for picture in pictures]
+
+
+def mirrored(picture: Picture) -> Picture:
+    """Return a picture's mirror image."""
+    return replace(picture, sha256=hash_of({"mirrored": picture.sha256}), load=lambda: ImageOps.mirror(picture.load()))
+
+
+def reconstructed(picture: Picture, codec: LatentCodec) -> Picture:
+    """Return a photograph as the autoencoder gives it back, which no model that draws its latents can surpass."""
+    key = hash_of({"reconstructed": picture.sha256, "vae": codec.fingerprint})
+    return replace(picture, sha256=key, load=lambda: _reconstruct(picture.load(), codec))
+
+
+def _reconstruct(image: Image.Image, codec: LatentCodec) -> Image.Image:
+    pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
+    mean, _ = codec.encode(pixels)
+    return to_images(codec.decode(mean * codec.scaling_factor))[0]

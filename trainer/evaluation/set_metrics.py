@@ -117,7 +117,7 @@ def _kid(features: Features) -> Metric:
     return Metric(
         id=f"kid_{features.id}",
         title="KID × 1000",
-        meaning="How far the drawn pictures are from your photographs as a whole; 0 means that they cannot be told apart.",
+        meaning="How far the drawn pictures are from your photographs as a whole; 0: they cannot be told apart.",
         better="lower",
         features=features.name,
         warning=_few(features),
@@ -186,7 +186,7 @@ def _clip_score(features: Features) -> Metric:
         "higher",
         id=f"clip_score_{features.id}",
         title="CLIPScore",
-        meaning="How well each picture fits its prompt. Compare it with what real photographs reach with their captions.",
+        meaning="How well each picture fits its prompt. Compare it with what photographs reach with their captions.",
         features=features.name,
     )
     # photographs whose captions are among the prompts

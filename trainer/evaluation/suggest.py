@@ -45,11 +45,14 @@ def suggest(
         return None
     reasons: list[str] = []
     sound = [model for model in trained if not blemishes.get(model.id)]
-    for model in trained if sound else ():
-        if said := blemishes.get(model.id):
-            reasons.append(f"{_name(model)} is set aside: its pictures are {' and '.join(said)}")
     candidates = sound or trained
-    if not sound:
+    if sound:
+        reasons += [
+            f"{_name(model)} is set aside: its pictures are {' and '.join(blemishes[model.id])}"
+            for model in trained
+            if model not in sound
+        ]
+    else:
         reasons.append("every checkpoint draws pictures that are " + _joined(blemishes))
     kid_of = {} if kid is None else {estimate.model: estimate.value for estimate in kid.values}
     chosen = _by_loss(candidates, kid_of, reasons)
@@ -87,8 +90,8 @@ def _by_loss(candidates: Sequence[EvaluatedModel], kid_of: Mapping[str, float], 
         reasons.append(f"its held-out loss, {lowest:.4f}, is the lowest of the checkpoints that were evaluated")
     else:
         reasons.append(
-            f"its held-out loss, {chosen.held_out_loss:.4f}, is within {100 * TIE:g} % of the lowest, {lowest:.4f}, and "
-            "its KID is lower"
+            f"its held-out loss, {chosen.held_out_loss:.4f}, is within {100 * TIE:g} % of the lowest, {lowest:.4f}, "
+            "and its KID is lower"
         )
     return chosen
 

@@ -18,6 +18,7 @@ from safelight.data.cache import decode_photo
 from safelight.data.images import RejectedImage, decode
 from safelight.data.samples import PIXELS_VERSION
 from safelight.errors import UserError
+from safelight.text import storable
 from safelight.trainer.checkpoint.files import folder_of, list_checkpoints, read_record
 from safelight.trainer.inference.compare_page import write_comparison_page
 from safelight.trainer.inference.compared_prompts import Prompt
@@ -37,7 +38,14 @@ from safelight.trainer.inference.pictures import (
 )
 from safelight.trainer.inference.sampling import settings_of
 from safelight.trainer.inference.which_checkpoint import best_step, epoch_of
-from safelight.trainer.report.comparison import MAX_MODELS, MAX_ROWS, ComparedModel, ComparedRow, Comparison
+from safelight.trainer.report.comparison import (
+    MAX_MODELS,
+    MAX_ROWS,
+    MAX_TEXT,
+    ComparedModel,
+    ComparedRow,
+    Comparison,
+)
 from safelight.trainer.report.facts import format_epoch
 from safelight.trainer.run_log.course import doubt_about
 from safelight.untrusted import UnsafeFile, check_kinds, read_bytes
@@ -83,21 +91,20 @@ def compare(
     check_kinds(run.run_dir, (), ("report.html",), "the run")
     check_kinds(folder, (), [RECORD_NAME, PAGE_NAME, *(path.name for path in folder.glob("*.png"))], "the run")
     models = _models(run, steps)
-    requests: dict[str, Request] = {}
-    rows: list[ComparedRow] = []
-    for place, prompt in enumerate(prompts):
-        for seed in ((settings.seed + number) % 2**64 for number in range(num_seeds)):
-            images = {}
-            for model in models:
-                weights = Weights(model.step or None)
-                images[model.id] = _file_of(weights, place, prompt, "" if seed == settings.seed else f"-seed{seed}")
-                requests[images[model.id]] = Request(
-                    weights, prompt.text, place, settings.with_seed(seed), negative, run.config.model.clip_skip
-                )
-            held_out, cut = prompt.held_out, cuts.get(prompt.text, "")
-            rows.append(
-                ComparedRow(prompt=prompt.text, place=place, seed=seed, held_out=held_out, cut_after=cut, images=images)
-            )
+    seeds = [(settings.seed + number) % 2**64 for number in range(num_seeds)]
+    rows = [
+        _row(place, prompt, seed, "" if seed == settings.seed else f"-seed{seed}", models, cuts)
+        for place, prompt in enumerate(prompts)
+        for seed in seeds
+    ]
+    weights, clip_skip = {model.id: Weights(model.step or None) for model in models}, run.config.model.clip_skip
+    requests = {
+        file: Request(
+            weights[model], prompts[row.place].text, row.place, settings.with_seed(row.seed), negative, clip_skip
+        )
+        for row in rows
+        for model, file in row.images.items()
+    }
     photos = _write_photos(run, prompts, folder, settings.width, settings.height, say)
     rows = [row.model_copy(update={"photo": photos.get(row.place, "")}) for row in rows]
     _take_samples(run, requests, folder, sampled)
@@ -110,7 +117,7 @@ def compare(
         num_steps=settings.steps,
         cfg=settings.cfg,
         sampler=settings.sampler,
-        negative_prompt=negative,
+        negative_prompt=storable(negative)[:MAX_TEXT],
     )
     atomic_write_text(folder / RECORD_NAME, comparison.model_dump_json(indent=1))
     labels = _labels(run.run_dir, comparison)
@@ -132,9 +139,22 @@ def _models(run: OpenRun, steps: Sequence[int]) -> list[ComparedModel]:
     return models
 
 
-def _file_of(weights: Weights, place: int, prompt: Prompt, seed: str) -> str:
-    stem = BASE if weights.step is None else f"step{weights.step}"
-    return file_name(f"{stem}{seed}", place, prompt.text)
+def _row(
+    place: int, prompt: Prompt, seed: int, seed_name: str, models: Sequence[ComparedModel], cuts: Mapping[str, str]
+) -> ComparedRow:
+    """Return the record of a row, without its photograph. seed_name: the seed in file names, '' for the run's.
+
+    cuts: as of `OpenRun.say_cuts`.
+    """
+    stems = {model.id: BASE if model.id == BASE else f"step{model.step}" for model in models}
+    return ComparedRow(
+        prompt=prompt.text[:MAX_TEXT],
+        place=place,
+        seed=seed,
+        held_out=prompt.held_out,
+        cut_after=cuts.get(prompt.text, ""),
+        images={model: file_name(f"{stem}{seed_name}", place, prompt.text) for model, stem in stems.items()},
+    )
 
 
 def _write_photos(

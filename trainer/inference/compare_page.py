@@ -80,4 +80,4 @@ def _note(comparison: Comparison, num_shown: int, sheets: Sequence[str]) -> Mark
     if num_shown < len(comparison.rows):
         note += f" Shown are {num_shown} of {len(comparison.rows)} rows."
     links = [join(" ", tag("a", sheet, href=relative_url(sheet))) for sheet in sheets]
-    return join(note, " All of them: ", links, ".")
+    return join(note, " All of them:", links, ".")

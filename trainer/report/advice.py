@@ -52,8 +52,16 @@ def advice_section(run: RunFolder) -> Markup:
     if not given:
         text = f"None of the {len(RULES)} rules of this report applies: nothing measured asks for a change."
         return tag("section", heading, tag("p", text, class_="note"), id="next")
-    items = [tag("li", tag("p", text), tag("p", f"Rule: {rule.condition}.", class_="note")) for rule, text in given]
+    items = [
+        tag("li", tag("p", _with_commands(text)), tag("p", f"Rule: {rule.condition}.", class_="note"))
+        for rule, text in given
+    ]
     return tag("section", heading, tag("ul", items, class_="advice"), id="next")
+
+
+def _with_commands(text: str) -> list[object]:
+    """Return a text whose parts in backticks are code."""
+    return [tag("code", part) if place % 2 else part for place, part in enumerate(text.split("`"))]
 
 
 def advice(run: RunFolder) -> list[tuple[Rule, str]]:

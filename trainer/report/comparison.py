@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 MAX_ROWS = 5000
 MAX_MODELS = 200
 
-Text = Annotated[str, Field(max_length=20_000)]
+MAX_TEXT = 20_000
+Text = Annotated[str, Field(max_length=MAX_TEXT)]
 # a name in RUN/compare, checked again where it is opened
 FileName = Annotated[str, Field(max_length=255)]
 # of a model in the records of a run: "base", or "step-300"

@@ -1,15 +1,22 @@
-"""What the model learnt: base, checkpoints and the real photograph beside each other, from the same noise."""
+"""What the model learnt: base, checkpoints and the real photograph beside each other, from the same noise.
+
+The pictures are those of `safelight compare`, else those that were sampled during training.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from pathlib import Path
+
 from safelight.text import counted
-from safelight.trainer.report.comparison import ComparedRow, Comparison
+from safelight.trainer.report.comparison import Comparison
 from safelight.trainer.report.facts import evenly_chosen
-from safelight.trainer.report.markup import Markup, details, nothing_yet, prompt_markup, shorten, tag
+from safelight.trainer.report.markup import Markup, details, join, nothing_yet, prompt_markup, shorten, tag
 from safelight.trainer.report.models import is_suggested, name_of, put_forward
 from safelight.trainer.report.pictures import Picture, embed_all
 from safelight.trainer.report.records import BASE
 from safelight.trainer.report.run_reader import RunFolder, averages_note, inside
+from safelight.trainer.report.samples import cut_after_of, key_of
 from safelight.trainer.report.theme import Part, asset
 
 PART = Part(asset("learned.css"), asset("learned.js"))
@@ -25,41 +32,51 @@ MAX_PROMPT_CHARACTERS = 400
 PHOTO = "photo"
 
 
+@dataclass
+class Row:
+    """A prompt and its pictures. files: model or PHOTO -> its file, None if it is named but missing."""
+
+    prompt: str
+    seed: int
+    cut_after: str = ""
+    is_held_out: bool = False
+    files: dict[str, Path | None] = field(default_factory=dict)
+
+
 def learned_section(run: RunFolder) -> Markup:
     """Return the pictures of base and checkpoints beside the photographs that the prompts were written for."""
     heading = tag("h2", TITLE)
-    comparison = run.comparison
-    rows = [row for row in comparison.rows if row.images] if comparison else []
+    rows = _compared_rows(run, run.comparison) if run.comparison else []
+    note = _note(run, run.comparison, any(PHOTO in row.files for row in rows)) if rows else _SAMPLED_NOTE
+    rows = rows or _sampled_rows(run)
     if not rows:
         return tag(
             "section", heading, nothing_yet("Base and trained model beside each other:", "compare"), id="learned"
         )
-    checkpoints = _checkpoints(run, comparison)
+    num_all, checkpoints = len(rows), _checkpoints(run, rows)
     columns = [BASE, *checkpoints, PHOTO]
     rows = [rows[i] for i in evenly_chosen(len(rows), min(MAX_ROWS, MAX_PICTURES // len(columns)))]
-    files = [_file(row, column) for row in rows for column in columns]
-    pictures = embed_all([inside(run.path, "compare", file) for file in files], EDGES_PX, BUDGET_BYTES, run.work)
-    num_missing = sum(bool(file) and picture is None for file, picture in zip(files, pictures, strict=True))
+    named = [(row, column) for row in rows for column in columns if column in row.files]
+    embedded = embed_all([row.files[column] for row, column in named], EDGES_PX, BUDGET_BYTES, run.work)
+    num_missing = sum(picture is None for picture in embedded)
+    by_row: dict[int, dict[str, Picture]] = {}
+    for (row, column), picture in zip(named, embedded, strict=True):
+        if picture:
+            by_row.setdefault(id(row), {})[column] = picture
     chosen = put_forward(run, checkpoints)
-    cards, wide = [], False
-    for index, row in enumerate(rows):
-        shown = dict(zip(columns, pictures[index * len(columns) : (index + 1) * len(columns)], strict=True))
-        shown = {column: picture for column, picture in shown.items() if picture}
-        if shown.keys() - {PHOTO}:
-            cards.append(_card(run, row, shown, chosen))
-            wide = wide or any(not picture.is_tiny for picture in shown.values())
-    num_all = sum(bool(row.images) for row in comparison.rows)
-    num_wide = NUM_WIDE if wide else 0
+    cards = [_card(run, row, shown, chosen) for row in rows if (shown := by_row.get(id(row), {})).keys() - {PHOTO}]
+    is_tiny = all(picture.is_tiny for picture in embedded if picture)
+    layout, num_wide = ("compared-rows small", 0) if is_tiny else ("compared-rows", NUM_WIDE)
     rest = cards[NUM_OPEN:]
     return tag(
         "section",
         heading,
-        tag("p", _note(run, comparison, any(row.photo for row in rows)), class_="note"),
-        _missing(num_missing, sum(map(bool, files))),
+        tag("p", note, class_="note"),
+        _missing(num_missing, len(named)),
         _chooser(run, checkpoints, chosen),
         tag("div", cards[:num_wide], class_="compared-rows wide") if num_wide else None,
-        tag("div", cards[num_wide:NUM_OPEN], class_="compared-rows") if cards[num_wide:NUM_OPEN] else None,
-        details(f"{counted(len(rest), 'more prompt')}", tag("div", rest, class_="compared-rows")) if rest else None,
+        tag("div", cards[num_wide:NUM_OPEN], class_=layout) if cards[num_wide:NUM_OPEN] else None,
+        details(f"{counted(len(rest), 'more prompt')}", tag("div", rest, class_=layout)) if rest else None,
         tag("p", f"Shown are {len(rows)} of {num_all:,} rows; all are in the run's compare folder.", class_="note")
         if len(rows) < num_all
         else None,
@@ -67,11 +84,39 @@ def learned_section(run: RunFolder) -> Markup:
     )
 
 
-def _checkpoints(run: RunFolder, comparison: Comparison) -> list[str]:
+_SAMPLED_NOTE = join(
+    "Sampled during training: base and checkpoint from the same prompt and the same initial noise. ",
+    tag("code", "safelight compare RUN"),
+    " draws more prompts, beside the photographs they were written for.",
+)
+
+
+def _compared_rows(run: RunFolder, comparison: Comparison) -> list[Row]:
+    rows = []
+    for row in comparison.rows:
+        if row.images:
+            names = {**row.images, **({PHOTO: row.photo} if row.photo else {})}
+            files = {column: inside(run.path, "compare", name) for column, name in names.items() if name}
+            rows.append(Row(row.prompt, row.seed, row.cut_after, row.held_out, files))
+    return rows
+
+
+def _sampled_rows(run: RunFolder) -> list[Row]:
+    """Return the samples of the base and of later steps as rows, [] if the base or all later ones are missing."""
+    rows: dict[tuple, Row] = {}
+    for sample in run.samples:
+        for image in sample.images:
+            key = key_of(image)
+            row = rows.setdefault(key, Row(key[0], key[1], cut_after_of(image)))
+            model = f"step-{sample.step}" if sample.step else BASE
+            row.files[model] = inside(run.path, sample.folder, image.get("file"))
+    return [row for row in rows.values() if BASE in row.files and len(row.files) > 1]
+
+
+def _checkpoints(run: RunFolder, rows: list[Row]) -> list[str]:
     """Return the checkpoints to show, in order of steps: all, or some with the one that is put forward."""
-    drawn = {model for row in comparison.rows for model in row.images}
-    ids = [model.id for model in sorted(comparison.models, key=lambda m: m.step) if model.id != BASE]
-    ids = [model for model in dict.fromkeys(ids) if model in drawn]
+    drawn = {model for row in rows for model in row.files} - {BASE, PHOTO}
+    ids = sorted(drawn, key=lambda model: int(model.removeprefix("step-")))
     chosen = evenly_chosen(len(ids), MAX_CHECKPOINTS)
     first = put_forward(run, ids)
     if first and ids.index(first) not in chosen:
@@ -79,10 +124,6 @@ def _checkpoints(run: RunFolder, comparison: Comparison) -> list[str]:
         chosen.remove(min(inner, key=lambda place: abs(place - ids.index(first))))
         chosen = sorted([*chosen, ids.index(first)])
     return [ids[place] for place in chosen]
-
-
-def _file(row: ComparedRow, column: str) -> str:
-    return row.photo if column == PHOTO else row.images.get(column, "")
 
 
 def _label(run: RunFolder, column: str) -> str:
@@ -94,7 +135,7 @@ def _label(run: RunFolder, column: str) -> str:
     return name[0].upper() + name[1:]
 
 
-def _card(run: RunFolder, row: ComparedRow, shown: dict[str, Picture], chosen: str | None) -> Markup:
+def _card(run: RunFolder, row: Row, shown: dict[str, Picture], chosen: str | None) -> Markup:
     sides = []
     for column, picture in shown.items():
         label = _label(run, column)
@@ -102,18 +143,17 @@ def _card(run: RunFolder, row: ComparedRow, shown: dict[str, Picture], chosen: s
         kind = "photo" if column == PHOTO else "before" if column == BASE else "after"
         now = " now" if column == chosen else ""
         sides.append(tag("figure", tag("figcaption", label), image, class_=f"side {kind}{now}", data_model=column))
-    about = [f"seed {row.seed}"] + ["held out of training"] * row.held_out
+    seed = [f"seed {row.seed}"] * (row.seed >= 0)
     caption = [
         prompt_markup(row.prompt, row.cut_after, MAX_PROMPT_CHARACTERS),
-        tag("div", ", ".join(about), class_="meta"),
+        tag("div", ", ".join(seed + ["held out of training"] * row.is_held_out), class_="meta"),
     ]
-    zoom = f"{shorten(row.prompt, MAX_PROMPT_CHARACTERS)} — seed {row.seed}"
     return tag(
         "figure",
         tag("div", sides, class_="sides"),
         tag("figcaption", caption),
         class_="compared",
-        data_zoom=zoom,
+        data_zoom=" — ".join([shorten(row.prompt, MAX_PROMPT_CHARACTERS), *seed]),
         data_zoom_by="button",
     )
 
@@ -140,7 +180,7 @@ def _missing(num_missing: int, num_all: int) -> Markup | None:
     return tag(
         "p",
         f"{num_missing:,} of {counted(num_all, 'picture')} {are} missing, damaged or too large for this page; ",
-        tag("code", "safelight compare"),
+        tag("code", "safelight compare RUN"),
         " draws what is missing.",
         class_="note",
     )
@@ -155,4 +195,4 @@ def _chooser(run: RunFolder, checkpoints: list[str], chosen: str | None) -> Mark
         button = tag("input", type="radio", name="learned", value=model, checked=model == chosen)
         options.append(tag("label", button, tag("span", name_of(run, model), suggested)))
     legend = tag("legend", "Compare the base model with")
-    return tag("fieldset", legend, options, class_="choose", data_for="learned", hidden=True)
+    return tag("fieldset", legend, options, class_="choose", hidden=True)

@@ -117,15 +117,15 @@ def _metric(run: RunFolder, metric: Metric, model: str | None) -> Markup:
                 tag("strong", show_number(value.value)),
                 interval_bar(axis, value.value, value.low, value.high, color, level),
                 f"{show_number(value.low)} to {show_number(value.high)}",
-                f"{value.num:,}",
                 "" if is_real else _difference(difference_of(metric, value.model)),
             ]
         )
-    head = ["", "value", "", "95 % interval", "pictures", "minus the base, by prompt"]
+    head = ["", "value", "", "95 % interval", "minus the base, by prompt"]
     if not metric.differences:
         head, rows = head[:-1], [row[:-1] for row in rows]
     better = BETTER.get(metric.better, "")
-    about = " · ".join(filter(None, [better, metric.features and f"by {shorten(metric.features, 120)}"]))
+    by = f"by {shorten(metric.features, 120)}" if metric.features else ""
+    about = " · ".join(filter(None, [better, by, _counts(metric)]))
     more = len(metric.values) - len(values)
     return tag(
         "div",
@@ -141,6 +141,15 @@ def _metric(run: RunFolder, metric: Metric, model: str | None) -> Markup:
         tag("p", f"{counted(more, 'more checkpoint')} in evaluation.json.", class_="note") if more > 0 else None,
         class_="measure",
     )
+
+
+def _counts(metric: Metric) -> str:
+    """Return over how many pictures the values were taken."""
+    nums = sorted({value.num for value in metric.values if value.model != "real"})
+    if not nums:
+        return ""
+    each = f"{nums[0]:,} to {nums[-1]:,} pictures" if len(nums) > 1 else counted(nums[0], "picture")
+    return f"{each} a model" + (f", {counted(metric.real.num, 'photograph')}" if metric.real else "")
 
 
 def _chosen_values(metric: Metric, model: str | None) -> list[Estimate]:

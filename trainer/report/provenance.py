@@ -56,19 +56,12 @@ def _changed_groups(config: dict) -> list[Markup]:
             continue
         usual = defaults.get(name)
         usual = usual if isinstance(usual, dict) else {}
-        rows = [
-            tag(
-                "div",
-                tag("dt", shorten(key, 120)),
-                tag(
-                    "dd",
-                    format_value(value),
-                    tag("span", f"default {format_value(usual[key])}", class_="meta") if key in usual else None,
-                ),
-            )
-            for key, value in list(values.items())[:MAX_ROWS]
-            if (name, key) not in SHOWN_ELSEWHERE and not (key in usual and usual[key] == value)
-        ]
+        rows = []
+        for key, value in list(values.items())[:MAX_ROWS]:
+            if (name, key) in SHOWN_ELSEWHERE or (key in usual and usual[key] == value):
+                continue
+            default = tag("span", f"default {format_value(usual[key])}", class_="meta") if usual.get(key) else None
+            rows.append(tag("div", tag("dt", shorten(key, 120)), tag("dd", format_value(value), default)))
         if rows:
             groups.append(tag("section", tag("h3", f"[{shorten(name, 120)}]"), tag("dl", rows, class_="rows")))
     return groups

@@ -37,11 +37,11 @@ def samples_section(run: RunFolder) -> Markup:
     keys = _prompt_keys(sets)
     shown_keys = keys[:MAX_PROMPTS]
     chosen = _choose_epochs(sets, first_step, min(MAX_EPOCHS, max(4, MAX_PICTURES // len(shown_keys))))
-    images = {(sample.step, _prompt_key(image)): (sample, image) for sample in chosen for image in sample.images}
+    images = {(sample.step, key_of(image)): (sample, image) for sample in chosen for image in sample.images}
     cells = [(sample.step, key) for key in shown_keys for sample in chosen if (sample.step, key) in images]
     files = [inside(run.path, images[cell][0].folder, images[cell][1].get("file")) for cell in cells]
     pictures = dict(zip(cells, embed_all(files, EDGES_PX, BUDGET_BYTES, run.work), strict=True))
-    cuts = {key: _cut_after(image) for (_, key), (_, image) in images.items()}
+    cuts = {key: cut_after_of(image) for (_, key), (_, image) in images.items()}
     strips = [
         tag(
             "figure",
@@ -142,7 +142,8 @@ def _note(sets: list[SampleSet], chosen: list[SampleSet], keys: list, shown_keys
     return note
 
 
-def _prompt_key(image: dict) -> PromptKey:
+def key_of(image: dict) -> PromptKey:
+    """Return what tells a sampled prompt from others: its text, seed, cfg and number of steps; -1 for unknown ones."""
     # a seed may have 64 bits, more than a float holds
     seed = image.get("seed")
     numbers = (number(image.get(key)) for key in ("cfg", "num_steps"))
@@ -155,7 +156,7 @@ def _prompt_key(image: dict) -> PromptKey:
 
 
 def _prompt_keys(sets: list[SampleSet]) -> list[PromptKey]:
-    return list(dict.fromkeys(_prompt_key(image) for sample in sets for image in sample.images))
+    return list(dict.fromkeys(key_of(image) for sample in sets for image in sample.images))
 
 
 def _settings(key: PromptKey) -> Markup:
@@ -165,6 +166,6 @@ def _settings(key: PromptKey) -> Markup:
     return tag("span", ", ".join(parts), class_="meta")
 
 
-def _cut_after(image: dict) -> str:
+def cut_after_of(image: dict) -> str:
     """Return the end of what the text encoder read of a prompt, '' if it read all."""
     return image["cut_after"] if isinstance(image.get("cut_after"), str) else ""

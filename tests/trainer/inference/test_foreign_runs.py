@@ -14,9 +14,12 @@ from safelight.trainer.checkpoint.files import folder_of
 from safelight.trainer.checkpoint.identity import Identity
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.toml import load_config, to_toml
-from safelight.trainer.inference.draw import OpenRun, _next_number, compare, open_run, pick_step, validation_captions
+from safelight.trainer.inference.compare import compare
+from safelight.trainer.inference.compared_prompts import Prompt, held_out_prompts
+from safelight.trainer.inference.draw import OpenRun, _next_number, open_run
 from safelight.trainer.inference.export import export
 from safelight.trainer.inference.gallery import file_name
+from safelight.trainer.inference.which_checkpoint import pick_step
 from safelight.trainer.resolve import check_early, resolve_run
 from safelight.trainer.run_log.environment import MEMORY_PLAN, recorded
 from safelight.trainer.run_log.terminal import Terminal
@@ -73,7 +76,7 @@ def test_messages_of_libraries_are_appended_to_a_regular_file_only(run, tmp_path
 def test_a_damaged_split_is_named(run, text):
     (run / "split.json").write_text(text)
     with pytest.raises(UserError, match=r"split\.json is damaged .*; set sample\.prompts in"):
-        validation_captions(open_run(run))
+        held_out_prompts(open_run(run))
 
 
 @pytest.mark.parametrize("text", ["[]", "[" * 100_000, '{"memory_plan": [1]}', "\xff", '{"a": 1e999}'])
@@ -129,9 +132,8 @@ def test_a_folder_in_the_place_of_a_comparisons_file_is_refused_before_anything_
     (run / name).mkdir(parents=True)
     monkeypatch.setattr(OpenRun, "unet", lambda *_: pytest.fail("drawn"))
     opened = open_run(run)
-    opened.config.sample.prompts = ["a barn"]
     with pytest.raises(UserError, match=f"{name} is a folder where the run keeps a file; move it away"):
-        compare(opened, "last", 1)
+        compare(opened, [7], [Prompt("a barn")])
 
 
 def test_the_terminal_gets_no_escape_sequences(capsys):

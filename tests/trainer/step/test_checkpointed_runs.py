@@ -16,7 +16,7 @@ from safelight.data.prepare.ingest import ingest
 from safelight.trainer import dataset as datasets
 from safelight.trainer.checkpoint.files import folder_of, list_checkpoints
 from safelight.trainer.config.toml import to_toml
-from safelight.trainer.inference.draw import pick_step
+from safelight.trainer.inference.which_checkpoint import pick_step
 from safelight.trainer.train import train
 
 

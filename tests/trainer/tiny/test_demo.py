@@ -14,6 +14,7 @@ from safelight.trainer.inference.draw import OpenRun, open_run
 from safelight.trainer.inference.pictures import Request, Weights, draw_pictures
 from safelight.trainer.models.base import Base
 from safelight.trainer.models.weights import load_unet
+from safelight.trainer.report.comparison import Comparison
 from safelight.trainer.run_log.terminal import Terminal
 from safelight.trainer.tiny import demo as tiny_demo
 from safelight.trainer.tiny.demo import (
@@ -130,11 +131,10 @@ def test_the_demo_writes_report_comparison_split_and_checkpoints(demo):
     run_dir = folder / RUN_NAME
     assert (run_dir / "report.html").stat().st_size > 100_000
     assert list_checkpoints(run_dir)
-    compared = json.loads((run_dir / "compare" / "index.json").read_text())
-    assert len(compared["pairs"]) == 8
-    assert all(
-        (run_dir / "compare" / pair[side]).is_file() for pair in compared["pairs"] for side in ("base", "trained")
-    )
+    compared = Comparison.model_validate_json((run_dir / "compare" / "index.json").read_bytes())
+    assert len(compared.rows) == 8
+    assert len(compared.models) in (2, 3)
+    assert all((run_dir / "compare" / file).is_file() for row in compared.rows for file in row.images.values())
     split = json.loads((run_dir / "split.json").read_text())
     assert len(split["validation"]) == 20
     assert not set(split["validation"]) & set(split["train"])

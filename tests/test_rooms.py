@@ -29,6 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("trainer/inference", "trainer/captioning"),
     ("trainer/tagging",),
     ("trainer/features",),
+    ("trainer/evaluation",),
     ("trainer/memory_plan", "safelight/output"),
     ("trainer", "safelight/options"),
     ("trainer/tiny", "bench/core"),

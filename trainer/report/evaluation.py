@@ -18,6 +18,7 @@ MAX_METRICS = 100
 MAX_CLASSES = 400
 MAX_POINTS = 20_000
 MAX_SHOWN_PICTURES = 200
+MAX_SETS = 1000
 
 
 class EvaluatedModel(Record):
@@ -141,7 +142,8 @@ class BurnScores(Record):
     """Burn scores of one set of pictures: quantiles 5, 25, 50, 75 and 95 % of each score.
 
     model: an id, "real" for photographs. share_*: of the pictures above a score's limit, which a real photograph
-    exceeds with a probability of at most 2.5 %; with its interval. is_*: more of them than chance explains.
+    exceeds with a probability of at most 2.5 % (with fewer than 39 photographs: 1 / (n + 1)). *_interval: of the share,
+    low and high. is_*: more pictures are above the limit than chance explains.
     """
 
     model: Name
@@ -151,23 +153,34 @@ class BurnScores(Record):
     smoothed: Annotated[tuple[Number, ...], Field(min_length=5, max_length=5)]
     share_burnt: Share
     share_smoothed: Share
+    burnt_interval: tuple[Share, Share] | None = None
+    smoothed_interval: tuple[Share, Share] | None = None
+    is_burnt: bool = False
+    is_smoothed: bool = False
 
 
 class ShownPicture(Record):
-    """A picture to show. file: in RUN/compare. score: why it is shown."""
+    """A picture to show. file: in RUN/compare. score: why it is shown. why: what makes its score, in words."""
 
     file: FileName
     model: Name
     prompt: Text
     score: Number
+    cfg: Number | None = None
+    why: Name = ""
 
 
 class Burn(Record):
-    """How burnt and how smoothed out pictures are, against real photographs."""
+    """How burnt and how smoothed out pictures are, against real photographs.
 
-    sets: Annotated[tuple[BurnScores, ...], Field(max_length=MAX_MODELS)]
+    sets: empty if it cannot be judged, which the sentence explains. limit_*: scores above which a picture counts.
+    """
+
+    sets: Annotated[tuple[BurnScores, ...], Field(max_length=MAX_SETS)]
     worst_burnt: Annotated[tuple[ShownPicture, ...], Field(max_length=MAX_SHOWN_PICTURES)] = ()
     worst_smoothed: Annotated[tuple[ShownPicture, ...], Field(max_length=MAX_SHOWN_PICTURES)] = ()
+    limit_burnt: Number | None = None
+    limit_smoothed: Number | None = None
     sentence: Text
 
 
@@ -175,7 +188,7 @@ class NearestPhoto(Record):
     """A drawn picture beside the training photograph most like it. photo: a small copy in RUN/evaluation.
 
     similarity: cosine of their features. base_similarity: of what the base drew for the same prompt and that
-    photograph. is_flagged: above the limit.
+    photograph. is_flagged: above the limit. is_mirrored: it resembles the photograph's mirror image.
     """
 
     file: FileName
@@ -185,18 +198,23 @@ class NearestPhoto(Record):
     similarity: Number
     base_similarity: Number | None = None
     is_flagged: bool
+    is_mirrored: bool = False
 
 
 class Memorisation(Record):
     """Drawn pictures that resemble a training photograph more than held-out photographs do.
 
-    limit: the similarity above which a picture is flagged. num_flagged: per model.
+    limit: the similarity above which a picture is flagged; 1, which nothing exceeds, if it cannot be judged. chance:
+    the probability that a picture which copies nothing is flagged. num_flagged: per model. num: pictures of a model.
+    memorised: models whose flagged pictures neither chance nor the base explains.
     """
 
     features: Name
     limit: Number
     num_flagged: dict[ModelId, Count]
     num: Count
+    chance: Share | None = None
+    memorised: Annotated[tuple[ModelId, ...], Field(max_length=MAX_MODELS)] = ()
     pairs: Annotated[tuple[NearestPhoto, ...], Field(max_length=MAX_SHOWN_PICTURES)] = ()
     sentence: Text
 

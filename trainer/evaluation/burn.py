@@ -1,0 +1,191 @@
+"""Which models draw burnt or smoothed-out pictures, from what `trainer/metrics/burn.py` measures.
+
+The photographs should have passed through what the drawn pictures did not escape: the same size, crop and file format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from safelight.text import counted
+from safelight.trainer.evaluation.wording import listed, model_name
+from safelight.trainer.metrics.burn import MIN_PHOTOGRAPHS, BurnScale, fit_scale
+from safelight.trainer.metrics.exceedance import exceedance_p, share_interval
+from safelight.trainer.metrics.picture_measures import MEASURES, VERSION, measure
+from safelight.trainer.report.comparison import Comparison
+from safelight.trainer.report.evaluation import MAX_SHOWN_PICTURES, Burn, BurnScores, ShownPicture
+
+ScoreName = Literal["burnt", "smoothed"]
+SCORES: tuple[ScoreName, ...] = ("burnt", "smoothed")
+# pictures shown of a set and score
+NUM_WORST = 6
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+# the probability that any set of pictures is called burnt or smoothed out by chance
+CHANCE_OF_A_CLAIM = 0.01
+# with fewer pictures only a strong effect shows
+NUM_FOR_A_WEAK_EFFECT = 50
+WHY = {
+    ("burnt", "clipped"): "clipped channels",
+    ("burnt", "colour"): "strong colours",
+    ("burnt", "contrast"): "hard contrast",
+    ("burnt", "halo"): "halos beside edges",
+    ("smoothed", "slope"): "weak high frequencies",
+    ("smoothed", "detail"): "little fine detail",
+    ("smoothed", "halo"): "soft edges",
+}
+
+
+class PictureMeasures:
+    """What is measured of a picture as its features, for the same store as those of other extractors.
+
+    A figure that a picture does not show is NaN.
+    """
+
+    name = "picture measures"
+    fingerprint = f"picture-measures-{VERSION}"
+    width = len(MEASURES)
+
+    def features(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """Return the measures of RGB pictures: (N, 6), fp32."""
+        rows = [measure(np.asarray(image.convert("RGB"))) for image in images]
+        return np.array(rows, np.float32).reshape(-1, self.width)
+
+
+@dataclass(frozen=True)
+class PictureSet:
+    """Pictures of a model at a cfg. files: in RUN/compare. measures: (N, 6). All have N items."""
+
+    model: str
+    cfg: float
+    files: Sequence[str]
+    prompts: Sequence[str]
+    measures: np.ndarray
+
+
+def as_drawn(photo: Image.Image, width: int, height: int) -> Image.Image | None:
+    """Return a photograph at the size of drawn pictures, in px: cropped about its centre and shrunk.
+
+    None if it is smaller: enlarged, it would look smoothed out.
+    """
+    if photo.width < width or photo.height < height:
+        return None
+    return ImageOps.fit(photo.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
+
+
+def sets_of(comparison: Comparison, measures: Mapping[str, np.ndarray]) -> list[PictureSet]:
+    """Return a set for each model of a comparison. measures: by file; pictures without are left out."""
+    sets = []
+    for model in comparison.models:
+        rows = [row for row in comparison.rows if row.images.get(model.id) in measures]
+        if rows:
+            files = [row.images[model.id] for row in rows]
+            values = np.stack([measures[file] for file in files])
+            sets.append(PictureSet(model.id, comparison.cfg, files, [row.prompt for row in rows], values))
+    return sets
+
+
+def judge_burn(photographs: np.ndarray, sets: Sequence[PictureSet]) -> Burn:
+    """Return how burnt and how smoothed out sets of pictures are. photographs: measures of the run's own, (N, 6)."""
+    if len(photographs) < MIN_PHOTOGRAPHS:
+        return Burn(
+            sets=(),
+            sentence=f"Whether pictures are burnt or smoothed out cannot be judged: that takes at least "
+            f"{MIN_PHOTOGRAPHS} real photographs to compare with, and there are {len(photographs)}.",
+        )
+    sets = [pictures for pictures in sets if len(pictures.measures)]
+    scale = fit_scale(photographs)
+    least_p = CHANCE_OF_A_CLAIM / (len(SCORES) * max(1, len(sets)))
+    real = _scores("real", 0.0, {name: scale.scores[name] for name in SCORES}, scale, least_p=None)
+    judged = [
+        _scores(p.model, p.cfg, {name: scale.score(name, p.measures) for name in SCORES}, scale, least_p) for p in sets
+    ]
+    return Burn(
+        sets=(real, *judged),
+        worst_burnt=_worst("burnt", scale, sets),
+        worst_smoothed=_worst("smoothed", scale, sets),
+        limit_burnt=scale.limits["burnt"].value,
+        limit_smoothed=scale.limits["smoothed"].value,
+        sentence=_sentence(judged, scale) if judged else "No drawn pictures were there to be judged.",
+    )
+
+
+def _scores(
+    model: str, cfg: float, scores: dict[ScoreName, np.ndarray], scale: BurnScale, least_p: float | None
+) -> BurnScores:
+    values: dict = {}
+    for name, of_pictures in scores.items():
+        limit = scale.limits[name]
+        num_over = int((of_pictures > limit.value).sum())
+        share, low, high = share_interval(num_over, len(of_pictures))
+        values[name] = tuple(float(value) for value in np.quantile(of_pictures, QUANTILES))
+        values[f"share_{name}"] = share
+        values[f"{name}_interval"] = (low, high)
+        values[f"is_{name}"] = least_p is not None and exceedance_p(num_over, len(of_pictures), limit) < least_p
+    return BurnScores(model=model, cfg=cfg, num=len(scores["burnt"]), **values)
+
+
+def _worst(name: ScoreName, scale: BurnScale, sets: Sequence[PictureSet]) -> tuple[ShownPicture, ...]:
+    """Return the worst pictures of each set, of all sets by falling score."""
+    shown = []
+    for pictures in sets:
+        scores = scale.score(name, pictures.measures)
+        reasons = scale.main_measures(name, pictures.measures)
+        shown += [
+            ShownPicture(
+                file=pictures.files[place],
+                model=pictures.model,
+                prompt=pictures.prompts[place],
+                score=float(scores[place]),
+                cfg=pictures.cfg,
+                why=WHY.get((name, reasons[place]), ""),
+            )
+            for place in np.argsort(-scores, kind="stable")[:NUM_WORST]
+        ]
+    return tuple(sorted(shown, key=lambda picture: -picture.score)[:MAX_SHOWN_PICTURES])
+
+
+def _sentence(judged: Sequence[BurnScores], scale: BurnScale) -> str:
+    parts = [
+        _part("burnt", "burnt", [(_name(s, judged), s.share_burnt, s.num, s.is_burnt) for s in judged]),
+        _part(
+            "smoothed",
+            "smoothed out",
+            [(_name(s, judged), s.share_smoothed, s.num, s.is_smoothed) for s in judged],
+        ),
+    ]
+    chance = max(scale.limits[name].chance for name in SCORES)
+    num = scale.limits["burnt"].num
+    parts.append(
+        f"The limits are those that at most {100 * chance:.2g} % of such photographs exceed, as {num} of them show."
+    )
+    fewest = min(scores.num for scores in judged)
+    if fewest < NUM_FOR_A_WEAK_EFFECT:
+        parts.append(f"A set of {counted(fewest, 'picture')} is small: only a strong effect would show.")
+    return " ".join(parts)
+
+
+def _part(name: str, word: str, sets: Sequence[tuple[str, float, int, bool]]) -> str:
+    """sets: (name, share, number of pictures, whether there are more than chance explains)."""
+    over = [_count(model, share, num) for model, share, num, is_more in sets if is_more]
+    if over:
+        within = [model for model, _, _, is_more in sets if not is_more]
+        others = f" ({'not' if len(within) == 1 else 'none of'} {listed(within)})" if 0 < len(within) <= 4 else ""
+        return f"More pictures look {word} than among the run's own photographs: {listed(over)}{others}."
+    model, share, num, _ = max(sets, key=lambda values: values[1])
+    if share == 0:
+        return f"No picture looks {word}."
+    return f"No more pictures look {word} than chance explains: at most {_count(model, share, num)}."
+
+
+def _count(model: str, share: float, num: int) -> str:
+    return f"{round(share * num)} of {num} by {model}"
+
+
+def _name(scores: BurnScores, judged: Sequence[BurnScores]) -> str:
+    name = model_name(scores.model)
+    return name if len({other.cfg for other in judged}) == 1 else f"{name} at cfg {scores.cfg:g}"

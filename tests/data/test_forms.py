@@ -210,6 +210,18 @@ def test_kohya_folders_where_asked(source, draw, prepare):
         "3_cat/1.png": (("cat",), (), PhotoSettings(repeats=3)),
         "other/x.png": (("x",), (), PhotoSettings()),
     }
+    assert prepare.summary.warnings == []
+
+
+def test_numbers_of_kohya_folders_that_are_not_read_as_they_stand_are_said_once(draw, prepare):
+    draw("5_/a.png", "7_/b.png", "99999999999_x/c.png", "20000_y/d.png", "10_dog/e.png", "photos of 2023/f.png")
+    photos = prepare(kohya=True)
+    assert [photo.settings.repeats for photo in photos.values()] == [10, 10_000, 1, 1, 1, 1]
+    assert sorted(prepare.summary.warnings) == [
+        "--kohya: of 20000_y, the number is over the limit of 10,000 repeats, and is read as that",
+        "--kohya: of 5_ and 1 more, no caption follows the number, so that it is not read; name it as in 10_my dog",
+        "--kohya: of 99999999999_x, the number is far over the limit of 10,000 repeats, and is not read",
+    ]
 
 
 def pyarrow():

@@ -110,13 +110,17 @@ def lost_losses(metrics: Metrics) -> list[str]:
 
 
 def planned_end(run: RunFolder) -> tuple[int | None, float | None]:
-    """Return the steps and epochs that the settings plan, None for what they do not tell."""
+    """Return the steps and epochs that the settings plan, None for what they do not tell.
+
+    The steps are known only where the settings agree with the log.
+    """
     limit = number(table_of(run.config, "train").get("max_steps"))
     limit = int(limit) if limit > 0 else None
-    timeline = _timeline(run)
-    if timeline is not None and timeline.num_steps >= run.metrics.last_step:
-        [epoch], _ = _at_steps(timeline, [timeline.num_steps])
-        return timeline.num_steps, float(epoch)
+    timeline, last_step = _timeline(run), run.metrics.last_step
+    if timeline is not None and timeline.num_steps >= last_step:
+        epochs, _ = _at_steps(timeline, [timeline.num_steps, max(1, last_step)])
+        if not last_step or abs(epochs[1] - run.metrics.last_epoch) < EPOCH_TOLERANCE:
+            return timeline.num_steps, float(epochs[0])
     stages = [number(stage.get("epochs")) for stage in rows_of(run.config, "stage")]
     epochs = sum(stages) if stages else number(table_of(run.config, "train").get("epochs"))
     return limit, None if limit or not epochs > 0 else epochs

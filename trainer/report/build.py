@@ -26,6 +26,7 @@ from safelight.trainer.report import (
 from safelight.trainer.report.advice import advice_section
 from safelight.trainer.report.best_epoch import best_section
 from safelight.trainer.report.burn_panel import burn_section
+from safelight.trainer.report.checkpoint_curves import checkpoints_section
 from safelight.trainer.report.course import ending, lost_losses, planned_end, run_verdict
 from safelight.trainer.report.crop_map import crop_section
 from safelight.trainer.report.curves import NO_STEP, loss_section, schedule_section, timestep_section, validates
@@ -57,6 +58,7 @@ SECTIONS = (
     ("measures", "Better than its base?", measures_section),
     ("loss", "Loss", loss_section),
     ("timesteps", "By timestep", timestep_section),
+    ("checkpoints", "Checkpoints", checkpoints_section),
     ("samples", "Samples", samples_section),
     ("grids", "Grids", grids_section),
     ("burn", "Burnt?", burn_section),

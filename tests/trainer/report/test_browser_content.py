@@ -42,7 +42,19 @@ def test_a_page_with_everything_is_sound(open_report, reports, name, size):
     opened = open_report(reports[name], size)
     page = opened.page
     assert page.locator("main > section").evaluate_all("all => all.map(e => e.id)") == [
-        *("learned", "best", "measures", "loss", "timesteps", "samples", "grids", "burn", "memorisation", "crops"),
+        *(
+            "learned",
+            "best",
+            "measures",
+            "loss",
+            "timesteps",
+            "checkpoints",
+            "samples",
+            "grids",
+            "burn",
+            "memorisation",
+            "crops",
+        ),
         *("next", "data", "parameters", "schedule", "environment", "events"),
     ]
     page.evaluate("document.querySelectorAll('details').forEach(e => e.open = true)")

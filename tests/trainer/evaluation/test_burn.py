@@ -1,7 +1,6 @@
 """Which models are said to draw burnt or smoothed-out pictures."""
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from safelight.trainer.evaluation.burn import PictureMeasures, PictureSet, as_drawn, judge_burn, sets_of

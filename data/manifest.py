@@ -69,6 +69,8 @@ def read_manifest(dataset: Path, may_be_empty: bool = False) -> list[Photo]:
     Raises UserError if the manifest is missing, no regular file, or outside the folder; if it has a bad line (which the
     message names); or if it lists no photo while may_be_empty is False.
     """
+    if Path(dataset).name == MANIFEST_NAME and os.path.isfile(dataset):
+        raise UserError(f"{dataset} is the manifest of a dataset; give its folder: {Path(dataset).parent}")
     path = path_in(Path(dataset), MANIFEST_NAME)
     if not has_manifest(dataset):
         command, place = how_to_prepare(Path(dataset))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def caption(argv: list[str], description: str) -> int:
     """Run `safelight caption` and return its exit status."""
-    from safelight.options.arguments import Caption, parse
+    from safelight.options.arguments import Caption, parse, without_options
 
     arguments = parse(Caption, argv, "caption", description)
     if arguments.batch_size is not None and arguments.batch_size < 1:
@@ -65,7 +65,7 @@ def caption(argv: list[str], description: str) -> int:
                 generation,
                 wording,
                 device,
-                ["safelight", "caption", *_without_previewed(argv)],
+                ["safelight", "caption", *without_options(argv, ("--json",), _VARIED)],
                 arguments.batch_size,
                 lambda done, total, note: terminal.update("captions", done, total, note),
                 terminal.say,
@@ -95,6 +95,8 @@ def caption(argv: list[str], description: str) -> int:
     return _ended(arguments, argv, summary.left, terminal)
 
 
+# what `safelight caption --preview` varies, and itself
+_VARIED = ("--preview", "--repetition-penalty", "--q-factor", "--min-new-tokens", "--min-words")
 # arguments of `safelight caption` that have a meaning for tags
 _OF_TAGS = (
     "dataset",
@@ -170,15 +172,3 @@ def _ended(arguments: Caption, argv: list[str], num_left: int, terminal: Termina
     if not arguments.json:
         say_next(f"safelight train run.toml --data.path {shlex.quote(str(arguments.dataset))}")
     return 0
-
-
-def _without_previewed(argv: list[str]) -> list[str]:
-    """Return the arguments of `safelight caption --preview` without that, and without what the preview varies."""
-    varied = ("--preview", "--repetition-penalty", "--q-factor", "--min-new-tokens", "--min-words")
-    kept, is_value = [], False
-    for word in argv:
-        name = word.partition("=")[0].replace("_", "-")
-        if not is_value and name not in varied and name != "--json":
-            kept.append(word)
-        is_value = not is_value and name in varied and "=" not in word
-    return kept

@@ -110,7 +110,7 @@ def cache(argv: list[str]) -> int:
     from safelight.options.arguments import parse_with_config
 
     arguments, config = parse_with_config(argv, "cache", COMMANDS["cache"])
-    action = _cache_action(arguments)
+    action = _cache_action(arguments, argv)
     say_loading()
     if action is not None:
         return action(arguments, config)
@@ -151,9 +151,9 @@ def cache(argv: list[str]) -> int:
     return 0
 
 
-def _cache_action(arguments):
+def _cache_action(arguments, argv: list[str]):
     """Return what `safelight cache` does instead of filling the cache, None if it fills it."""
-    actions = {"verify": _verify_cache, "stats": _cache_stats, "gc": _collect_cache}
+    actions = {"verify": partial(_verify_cache, argv), "stats": _cache_stats, "gc": _collect_cache}
     chosen = [name for name in actions if getattr(arguments, name)]
     if len(chosen) > 1:
         raise UserError(f"--{chosen[0]} and --{chosen[1]} are separate commands; give one, then the other")
@@ -173,8 +173,9 @@ def _planned(config, exclusive: bool = False):
     return plan_dataset(config, base_of(config.model), pick_device(config.run.device), exclusive)
 
 
-def _verify_cache(arguments, config) -> int:
+def _verify_cache(argv: list[str], arguments, config) -> int:
     from safelight.data.verify import verify
+    from safelight.options.arguments import without_options
     from safelight.output.cache_table import print_verified, verified_json
     from safelight.trainer.run_log.terminal import Terminal
 
@@ -186,7 +187,8 @@ def _verify_cache(arguments, config) -> int:
     if arguments.json:
         print_json(verified_json(found))
     else:
-        print_verified(found, plan.dataset.path, f"safelight cache {shlex.quote(str(arguments.config))}")
+        fill = without_options(argv, ("--verify",), ("--sample",))
+        print_verified(found, plan.dataset.path, shlex.join(["safelight", "cache", *fill]))
     return 0 if found.is_sound else 1
 
 

@@ -356,8 +356,8 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     "trainer/models/tokenizer.py": {
         "CLIPTokenizer.from_pretrained": "a temporary folder with files made from checked values"
     },
-    "trainer/run_log/environment.py": {".read_text": "/proc"},
     "trainer/report/theme.py": {".read_text": "style sheets and scripts of this folder"},
+    "trainer/run_log/environment.py": {".read_text": "/proc"},
 }
 # rooms that read only what they wrote themselves
 OWN_FILES = ("bench/all/", "bench/measure/", "bench/profile/", "bench/recipes/", "kernels/aot/")

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from matplotlib.figure import Figure
 from torch.autograd import DeviceType
 
 from safelight.bench.profile.analysis import IDLE, PHASES, Analysis, median_step
 from safelight.bench.profile.profiling_session import STEP, TRACE_NAME, ProfileSession
 from safelight.text import counted
-from safelight.trainer.report import theme
 from safelight.trainer.report.build import MARK
+from safelight.trainer.report.chart import PART, Curve, chart, table_of
 from safelight.trainer.report.markup import Markup, details, join, table, tag
-from safelight.trainer.report.svg import PALETTE, new_figure, to_svg
+from safelight.trainer.report.theme import THEME, page
 
-# widths of a figure on a desktop and on a phone
-WIDTH_PX, NARROW_PX = 1080, 358
+WIDTH_PX = 1080
 # flame chart: height of a row, nesting that is drawn, width of the smallest box, width of a letter
 ROW_PX, MAX_DEPTH, MIN_WIDTH_PX, LETTER_PX = 19, 8, 0.3, 6.4
-# rows of the tables, points of a timeline
-NUM_OPERATORS, NUM_BLOCKS, MAX_POINTS = 20, 12, 2000
+# rows of the tables
+NUM_OPERATORS, NUM_BLOCKS = 20, 12
 MIB = 2**20
 
 
@@ -102,56 +100,13 @@ def flame_chart(session: ProfileSession) -> Markup:
     return tag("div", svg, class_="scroll chart", tabindex=0)
 
 
-def _thinned(points: list[tuple[float, int]]) -> list[tuple[float, int]]:
-    """Return at most about MAX_POINTS points: the highest of each interval."""
-    size = max(1, len(points) // MAX_POINTS)
-    return [max(points[i : i + size], key=lambda p: p[1]) for i in range(0, len(points), size)]
-
-
-def _timeline(points: list[tuple[float, int]], marks: list[tuple[str, float, float]], name: str, label: str) -> Markup:
-    """Return a figure of bytes over time, in a wide and a narrow drawing.
-
-    points: (ms, bytes). marks: (name, start ms, end ms) of labelled intervals, every other one shaded.
-    """
-    drawings = [
-        to_svg(_timeline_figure(points, marks, width, height), f"{name}-{kind}", label, kind)
-        for kind, width, height in (("wide", WIDTH_PX, 260), ("narrow", NARROW_PX, 230))
-    ]
-    return tag("figure", drawings, class_="wide")
-
-
-def _timeline_figure(
-    points: list[tuple[float, int]], marks: list[tuple[str, float, float]], width: int, height: int
-) -> Figure:
-    figure = new_figure(width, height)
-    axes = figure.add_subplot()
-    thin = _thinned(points)
-    x, y = [p[0] for p in thin], [p[1] / MIB for p in thin]
-    for number, (mark, start, end) in enumerate(marks):
-        if number % 2 == 0:
-            axes.axvspan(start, end, color=PALETTE["grid"], linewidth=0)
-        if (end - start) / (max(x) - min(x) + 1e-9) * width > LETTER_PX * len(mark):
-            axes.annotate(
-                mark,
-                ((start + end) / 2, 0.99),
-                xycoords=("data", "axes fraction"),
-                ha="center",
-                va="top",
-                fontsize=9,
-                color=PALETTE["muted"],
-            )
-    axes.fill_between(x, y, step="post", color=PALETTE["faint"], linewidth=0)
-    axes.step(x, y, where="post", color=PALETTE["accent"], linewidth=1.2)
-    axes.set_xlim(min(x), max(x))
-    axes.set_ylim(min(0, *y), max(y) * 1.15 + 1e-9)
-    axes.set_xlabel("ms", color=PALETTE["muted"], fontsize=9)
-    axes.set_ylabel("MiB", color=PALETTE["muted"], fontsize=9)
-    axes.tick_params(colors=PALETTE["muted"], labelsize=9)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(PALETTE["faint"])
-    return figure
+def _timeline(
+    points: list[tuple[float, int]], spans: list[tuple[float, float, str]], title: str, x_name: str
+) -> Markup:
+    """Return a chart of bytes over time. points: (ms, bytes). spans: (start ms, end ms, name) of shaded intervals."""
+    curve = Curve("memory", [ms for ms, _ in points], [num_bytes / MIB for _, num_bytes in points])
+    numbers = table_of([curve], x_name, "{:,.1f}")
+    return chart(title, [curve], numbers, x_name=x_name, unit="MiB", detail="MiB", spans=spans, from_zero=True)
 
 
 def memory_section(session: ProfileSession) -> Markup:
@@ -159,7 +114,7 @@ def memory_section(session: ProfileSession) -> Markup:
     step = median_step(session)
     began, end = step.time_range.start / 1e3, step.time_range.end / 1e3
     marks = [
-        (e.name, e.time_range.start / 1e3 - began, e.time_range.end / 1e3 - began)
+        (e.time_range.start / 1e3 - began, e.time_range.end / 1e3 - began, e.name)
         for e in session.events
         if e.name in ("forward", "backward", "optimizer")
         and began <= e.time_range.start / 1e3 <= end
@@ -174,13 +129,14 @@ def memory_section(session: ProfileSession) -> Markup:
             peak = max(n for _, n in relative) / MIB
             device = {"cpu": "CPU", "cuda": "GPU"}.get(kind, kind)
             label = f"Allocated on the {device} during the step: up to {peak:,.1f} MiB more than at its start"
-            parts += [tag("h3", label), _timeline(relative, marks, f"live-{kind}", label)]
+            parts.append(_timeline(relative, marks, label, "ms"))
     saved = [(1e3 * s, n) for s, n in session.saved.points]
     if saved:
         peak = max(n for _, n in saved) / MIB
         label = f"Saved for the backward pass: up to {peak:,.1f} MiB"
         note = tag("p", "From a separate step that was traced tensor by tensor, which makes it slower.", class_="note")
-        parts += [tag("h3", label), note, _timeline(saved, [], "saved", label)]
+        # a time of its own, so that it is not zoomed with the others
+        parts += [_timeline(saved, [], label, "traced ms"), note]
         blocks = sorted(session.saved.by_block.items(), key=lambda item: -item[1])
         rows = [(name, f"{n / MIB:.2f}", f"{100 * n / (peak * MIB):.0f} %") for name, n in blocks[:NUM_BLOCKS]]
         parts.append(table(("block", "MiB saved", "of the peak"), rows, class_="figures"))
@@ -322,4 +278,4 @@ def render(session: ProfileSession, analysis: Analysis, ceilings: dict, title: s
         ),
         tag("footer", "Written by safelight profile."),
     )
-    return theme.page(f"{title}: profile", body)
+    return page(f"{title}: profile", body, parts=(THEME, PART))

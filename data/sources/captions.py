@@ -10,12 +10,18 @@ from safelight.data.photo import MAX_CAPTIONS, MAX_TAGS, NO_CREDIT, USUAL_SETTIN
 from safelight.data.sources.caption import FILE_NAME, Caption, caption_of_name, is_camera_name
 from safelight.data.sources.caption_tables import CaptionTables
 from safelight.data.sources.entry import Entry, entry_of
-from safelight.data.sources.folder_settings import FolderSettings, entry_of_yaml, kohya_entry, looks_like_kohya
+from safelight.data.sources.folder_settings import (
+    FolderSettings,
+    entry_of_yaml,
+    kohya_doubt,
+    kohya_entry,
+    looks_like_kohya,
+)
 from safelight.data.sources.listing import NO_PICTURE, suffix_of
 from safelight.data.sources.source_tree import MAX_SIDECAR_BYTES, SourceTree
 from safelight.data.sources.tag_text import split_tags, united
 from safelight.errors import UserError
-from safelight.text import collapse, printable
+from safelight.text import collapse, printable, shortened
 from safelight.untrusted import parse_json
 
 
@@ -35,9 +41,17 @@ class CaptionReader(SourceTree):
         self._settings = FolderSettings(self)
 
     def hint_at_kohya(self) -> None:
-        """Add a note if the folders that were listed are named as kohya's, and were not read so."""
+        """Add a note if the folders that were listed are named as kohya's, and were not read so, all or some."""
         named = [folder.name for folder in self.folders_of_pictures()]
-        if not self.kohya and looks_like_kohya(named):
+        if self.kohya:
+            doubts: dict[str, list[str]] = {}
+            for name in named:
+                doubts.setdefault(kohya_doubt(name), []).append(name)
+            for doubt, (first, *others) in doubts.items():
+                if doubt:
+                    shown = printable(shortened(first, 40)) + (f" and {len(others):,} more" if others else "")
+                    self.warnings.append(f"--kohya: of {shown}, {doubt}")
+        elif looks_like_kohya(named):
             repeats, _, caption = named[0].partition("_")
             self.warnings.append(
                 f"{printable(named[0])} is named as a folder of kohya's: with --kohya each of its photographs is used "

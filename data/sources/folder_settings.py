@@ -56,6 +56,19 @@ def kohya_entry(folder_name: str) -> Entry | None:
     return Entry(KOHYA_SOURCE, (collapse(match[2]),), settings={"repeats": repeats}, is_typed=True)
 
 
+def kohya_doubt(folder_name: str) -> str:
+    """Return why the number of a folder is not read as repeats, or not as it stands; "" if it is, or there is none."""
+    number, mark, caption = folder_name.partition("_")
+    if not mark or re.fullmatch(r"\d+", number) is None:
+        return ""
+    if not caption:
+        return "no caption follows the number, so that it is not read; name it as in 10_my dog"
+    if kohya_entry(folder_name) is None:
+        return f"the number is far over the limit of {MAX_REPEATS:,.0f} repeats, and is not read"
+    is_over = int(number) > MAX_REPEATS
+    return f"the number is over the limit of {MAX_REPEATS:,.0f} repeats, and is read as that" if is_over else ""
+
+
 def looks_like_kohya(folder_names: list[str]) -> bool:
     """Return whether these names are likely kohya's, and not numbers of chapters, cameras or years."""
     matches = [_LOOKS_LIKE_KOHYA.fullmatch(name) for name in folder_names]

@@ -55,7 +55,7 @@ def _json_row(line: str) -> dict:
 
 
 def csv_rows(text: str) -> Iterator[tuple[int, dict | UserError]]:
-    """Yield (number of the line, its row or what is wrong with it) for each row below the header.
+    """Yield (number of the line where it begins, its row or what is wrong with it) for each row below the header.
 
     Cells are separated by commas or, as spreadsheets in some languages have it, by semicolons or tabs. Empty cells are
     left out. A cell `tags` is a list such as `animal:1.5, park`.
@@ -66,12 +66,16 @@ def csv_rows(text: str) -> Iterator[tuple[int, dict | UserError]]:
     reader = csv.reader((f"{line}\n" for line in lines_of(text)), delimiter=delimiter, strict=True)
     names: list[str] | None = None
     while True:
+        first = reader.line_num + 1
         try:
             cells = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            yield reader.line_num, UserError(f"is not CSV: {error}")
+            # a quote that is not closed is noticed at the next one, at the limit of a cell, or at the end
+            is_open = reader.line_num > first
+            hint = f", on line {reader.line_num}; a quote that opens here is not closed" if is_open else ""
+            yield first, UserError(f"is not CSV: {error}{hint}")
             continue
         if not any(cell.strip() for cell in cells):
             continue
@@ -82,9 +86,9 @@ def csv_rows(text: str) -> Iterator[tuple[int, dict | UserError]]:
                 return
             continue
         try:
-            yield reader.line_num, _csv_row(names, cells)
+            yield first, _csv_row(names, cells)
         except UserError as error:
-            yield reader.line_num, error
+            yield first, error
 
 
 def _csv_row(names: list[str], cells: list[str]) -> dict:

@@ -445,6 +445,17 @@ def _unknown_flags(shape: type, argv: list[str]) -> list[str]:
     return [word for word in argv if word.startswith("--") and word.split("=")[0].replace("_", "-") not in known]
 
 
+def without_options(argv: list[str], flags: tuple[str, ...], valued: tuple[str, ...]) -> list[str]:
+    """Return a command's arguments without some options. flags: options without a value. valued: those with one."""
+    kept, is_value = [], False
+    for word in argv:
+        name = word.partition("=")[0].replace("_", "-")
+        if not is_value and name not in (*flags, *valued):
+            kept.append(word)
+        is_value = not is_value and name in valued and "=" not in word
+    return kept
+
+
 def _expanded(path: Path) -> Path:
     """Return a path with ~ replaced by the home folder: shells leave it alone in --out=~/x."""
     return Path(os.path.expanduser(path))

@@ -210,6 +210,18 @@ def test_kohya_folders_where_asked(source, draw, prepare):
         "3_cat/1.png": (("cat",), (), PhotoSettings(repeats=3)),
         "other/x.png": (("x",), (), PhotoSettings()),
     }
+    assert prepare.summary.warnings == []
+
+
+def test_numbers_of_kohya_folders_that_are_not_read_as_they_stand_are_said_once(draw, prepare):
+    draw("5_/a.png", "7_/b.png", "99999999999_x/c.png", "20000_y/d.png", "10_dog/e.png", "photos of 2023/f.png")
+    photos = prepare(kohya=True)
+    assert [photo.settings.repeats for photo in photos.values()] == [10, 10_000, 1, 1, 1, 1]
+    assert sorted(prepare.summary.warnings) == [
+        "--kohya: of 20000_y, the number is over the limit of 10,000 repeats, and is read as that",
+        "--kohya: of 5_ and 1 more, no caption follows the number, so that it is not read; name it as in 10_my dog",
+        "--kohya: of 99999999999_x, the number is far over the limit of 10,000 repeats, and is not read",
+    ]
 
 
 def pyarrow():
@@ -477,7 +489,13 @@ def test_a_csv_table_of_a_spreadsheet(source, read):
         ("name,text\na.png,x\n", {1: "is no header: it must name each column once, file_name among them"}),
         ("file_name,text,text\na.png,x,y\n", {1: "is no header"}),
         ("file_name,text\na.png,x,y\n", {2: "has 3 cells below 2 names"}),
-        ('file_name,text\na.png,"x\nb.png,y\n', {4: "is not CSV: unexpected end of data"}),
+        ('file_name,text\na.png,"x\nb.png,y\n', {2: "on line 4; a quote that opens here is not closed"}),
+        (
+            'file_name,text\n\na.png,"x\nb.png,"y"\n',
+            {3: "expected after '\"', on line 4; a quote that opens here"},
+        ),
+        ('file_name,text\na.png,"x\n' + "y" * 2**18, {2: "on line 3; a quote that opens here"}),
+        ('file_name,text\na.png,"x\ny"\nc.png,c\n', {4: "names c.png"}),
         ('file_name,text\na.png,"x"y\nb.png,b\n', {2: "is not CSV"}),
         ("file_name,text\n../a.png,x\na.png,\n,x\n", {2: "outside", 3: "neither 'text' nor", 4: "no 'file_name'"}),
         ("file_name,text,flip_p\na.png,x,often\n", {2: "its flip_p 'often' is not a number"}),

@@ -15,6 +15,7 @@ from safelight.data.atomic import atomic_write_bytes
 from safelight.data.manifest import has_manifest, how_to_prepare, read_manifest, split_validation, write_manifest
 from safelight.data.photo import MAX_CAPTIONS, Credit, Photo, PhotoSettings, Quality, Tag, row_of_photo
 from safelight.errors import UserError
+from tests.called import call
 
 
 def photo(i: int) -> Photo:
@@ -35,6 +36,15 @@ def test_sample_id_is_the_head_of_the_sha256():
 def test_missing_manifest_names_the_command(tmp_path):
     with pytest.raises(ValueError, match="safelight prepare"):
         read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize("command", ["caption {}", "cache {toml} --data.path {}"])
+def test_a_manifest_in_place_of_its_folder_is_one_line(tmp_path, command):
+    write_manifest(tmp_path, [photo(1)])
+    (tmp_path / "run.toml").write_text('[run]\ndevice = "cpu"\n[model]\nbase = "tiny"\n')
+    words = command.format(tmp_path / "manifest.jsonl", toml=tmp_path / "run.toml").split()
+    expected = f"{tmp_path}/manifest.jsonl is the manifest of a dataset; give its folder: {tmp_path}"
+    call(*words).assert_refused(words[0], expected)
 
 
 @pytest.mark.parametrize("picture", ["IMG 1.JPG", "2021/summer/a.heic"])

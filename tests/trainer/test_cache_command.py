@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 
 import pytest
@@ -51,9 +52,10 @@ def test_verify_says_that_it_is_sound_or_which_photograph_is_not(place, tmp_path
     assert called.status == 1
     assert problem["name"] in called.out
     assert "does not match its checksum" in called.out
-    assert "encodes what is damaged or missing" in called.out
-    # what it advises helps
-    assert call("cache", *argv[:3]).status == 0
+    # what it advises, with the settings of the command line, helps
+    advised = shlex.split(called.out.splitlines()[-1].split("`")[1])
+    assert advised == ["safelight", "cache", *map(str, argv[:3])]
+    assert call(*advised[1:]).status == 0
     assert results(*argv)[0] == 0
     shutil.rmtree(tmp_path / "dataset" / "cache")
     status, found = results(*argv)

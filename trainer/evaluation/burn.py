@@ -26,7 +26,7 @@ SCORES: tuple[ScoreName, ...] = ("burnt", "smoothed")
 NUM_WORST = 6
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 # the probability that any set of pictures is called burnt or smoothed out by chance
-CHANCE_OF_A_CLAIM = 0.05
+CHANCE_OF_A_CLAIM = 0.01
 # with fewer pictures only a strong effect shows
 NUM_FOR_A_WEAK_EFFECT = 50
 WHY = {

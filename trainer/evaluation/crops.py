@@ -14,15 +14,16 @@ import numpy as np
 import torch
 from PIL import Image
 
+from safelight.errors import UserError
 from safelight.text import counted
 from safelight.trainer.captioning.caption_dataset import HalvedBatches
 from safelight.trainer.captioning.journal import Journal
-from safelight.trainer.features.extractor import Extractor
 from safelight.trainer.metrics.crop_divergence import (
     LEAST,
     Beyond,
     Crops,
     Divergence,
+    NothingVaries,
     common_classes,
     compare,
     gain,
@@ -49,12 +50,16 @@ PADDING = 0.1
 MIN_SHARE = 1 / 16
 MAX_MAP_POINTS = 6000
 SIGNIFICANT = 0.05
+# stands for how a crop is cut, in the keys of its features
+_CROP = "crop, version 1"
 _BATCH = 16
+# keys, and a function that returns the picture of a key's place -> (N, width)
+KeyedFeatures = Callable[[Sequence[str], Callable[[int], Image.Image]], np.ndarray]
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture to compare. sha256: of its file. load: returns it in RGB, as large as the others.
+    """A picture to compare. sha256: of its file. decode: returns it in RGB, as large as the others.
 
     group: its prompt, or for a photograph that no prompt describes its own name. Several pictures of a group count as
     one, and sets that share groups are paired by them. Copies of a photograph belong in one group.
@@ -62,13 +67,13 @@ class Picture:
 
     sha256: str
     group: str
-    load: Callable[[], Image.Image]
+    decode: Callable[[], Image.Image]
 
 
 def find_crops(
     pictures: Sequence[Picture],
     detector: TaggerSource,
-    extractor: Extractor,
+    features: KeyedFeatures,
     device: torch.device,
     folder: Path,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -76,6 +81,7 @@ def find_crops(
 ) -> Crops:
     """Return the features of one set's crops: of each class and group, the largest.
 
+    features: of pictures that are named by keys, and loaded only if they are not known, as FeatureCache.features.
     device: of the detector. folder: in which boxes are kept; it is made. progress: called with the pictures that were
     looked at and all that were not known. say: called when the GPU's memory is full. Raises UserError.
     """
@@ -84,16 +90,21 @@ def find_crops(
     names, groups = [box.name for _, box in found], [picture.group for picture, _ in found]
     sizes = [(box.right - box.left) * (box.bottom - box.top) for _, box in found]
     kept = largest_of_each(names, groups, sizes)
-    features = np.zeros((len(kept), extractor.width), dtype=np.float32)
-    last: tuple[Picture, Image.Image] | None = None
-    for start in range(0, len(kept), _BATCH):
-        crops = []
-        for picture, box in (found[row] for row in kept[start : start + _BATCH]):
-            if last is None or last[0] is not picture:
-                last = picture, picture.load()
-            crops.append(last[1].crop(crop_area(box, last[1].size)))
-        features[start : start + len(crops)] = extractor.features(crops)
-    return Crops(features, *([of[row] for row in kept] for of in (names, groups, sizes)))
+    last: list[tuple[Picture, Image.Image]] = []
+
+    def load(place: int) -> Image.Image:
+        picture, box = found[kept[place]]
+        if not last or last[0][0] is not picture:
+            last[:] = [(picture, picture.decode())]
+        image = last[0][1]
+        return image.crop(crop_area(box, image.size))
+
+    keys = [f"{found[row][0].sha256} {_CROP} {_corners(found[row][1])}" for row in kept]
+    return Crops(features(keys, load), *([of[row] for row in kept] for of in (names, groups, sizes)))
+
+
+def _corners(box: Box) -> tuple[float, float, float, float]:
+    return box.left, box.top, box.right, box.bottom
 
 
 def _is_used(box: Box) -> bool:
@@ -126,7 +137,7 @@ def _find_boxes(pictures, detector, device, folder, progress, say) -> dict[str, 
     for start in range(0, len(todo), _BATCH):
         progress(start, len(todo))
         batch = todo[start : start + _BATCH]
-        images = [picture.load() for picture in batch]
+        images = [picture.decode() for picture in batch]
         journal.add(batch, halved.run(len(images), lambda part, images=images: tagger.look(images[part])))
     progress(len(todo), len(todo))
     return journal.said
@@ -136,9 +147,14 @@ def compare_crops(model: str, real: Crops, base: Crops, trained: Crops, detector
     """Return how far crops of photographs, of the base and of a trained model lie apart.
 
     model: the trained model's id. detector, features: what found and what describes the crops, for people.
-    Raises ValueError if there are no crops at all, or the features of all are equal.
+    Raises UserError if the features of all crops are equal.
     """
-    real, base, trained = project(merge_rare([real, base, trained]))
+    real, base, trained = merge_rare([real, base, trained])
+    try:
+        real, base, trained = project([real, base, trained])
+    except NothingVaries:
+        if len(real.names) + len(base.names) + len(trained.names) > 1:
+            raise UserError(f"{features} finds no difference between any crops; use another extractor") from None
     sets = {"BM": base, "TM": trained, "OD": real}
     weights = common_classes((real, base, trained))
     divergences = []
@@ -182,7 +198,7 @@ def _record(divergence: Divergence) -> ClassDivergence:
 
 def _points(sets: dict[str, Crops]) -> tuple[CropPoint, ...]:
     """Return the crops on the map; of too many every n-th."""
-    every = -(-sum(len(crops.names) for crops in sets.values()) // MAX_MAP_POINTS)
+    every = sum(len(crops.names) for crops in sets.values()) // MAX_MAP_POINTS + 1
     return tuple(
         CropPoint(
             x=round(float(vector[0]), 3), y=round(float(vector[1]), 3) if len(vector) > 1 else 0.0, set=key, name=name

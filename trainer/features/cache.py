@@ -72,7 +72,10 @@ class FeatureCache:
 
     def _read(self) -> int:
         """Read all whole rows; return where they end."""
-        content = read_bytes(self.path, MAX_BYTES)
+        try:
+            content = read_bytes(self.path, MAX_BYTES)
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be read: {error.strerror}; delete it") from None
         num_rows = len(content) // self._row_bytes
         for start in range(0, num_rows * self._row_bytes, self._row_bytes):
             row = content[start : start + self._row_bytes]

@@ -90,6 +90,10 @@ class Divergence:
     is_grey: bool
 
 
+class NothingVaries(ValueError):
+    """Crops have no principal components: there are none, or their features are all equal."""
+
+
 def largest_of_each(names: Sequence[str], groups: Sequence[str], sizes: Sequence[float]) -> list[int]:
     """Return the index of the largest crop of each class and group, in order; of equal ones the first."""
     best: dict[tuple[str, str], int] = {}
@@ -103,17 +107,17 @@ def project(sets: Sequence[Crops], max_dimensions: int = MAX_DIMENSIONS) -> list
     """Return the crops with the principal components of all sets together as their features.
 
     Components are scaled by one number, so that the first has variance 1; its sign is that of its largest loading.
-    Raises ValueError if there are no crops, or all features are equal.
+    Raises NothingVaries if there are no crops, or all features are equal.
     """
     features = np.concatenate([np.asarray(crops.features, dtype=np.float64) for crops in sets])
     if not len(features):
-        raise ValueError("there are no crops")
+        raise NothingVaries("there are no crops")
     centred = features - features.mean(axis=0)
     _, lengths, directions = np.linalg.svd(centred, full_matrices=False)
     is_real = lengths > _ROUNDING * max(lengths.max(initial=0), np.linalg.norm(features))
     lengths, directions = lengths[is_real][:max_dimensions], directions[is_real][:max_dimensions]
     if not len(lengths):
-        raise ValueError("the features of all crops are equal")
+        raise NothingVaries("the features of all crops are equal")
     signs = np.sign(directions[np.arange(len(directions)), np.abs(directions).argmax(axis=1)])
     projected = centred @ (directions * signs[:, None]).T / (lengths[0] / np.sqrt(len(features)))
     ends = np.cumsum([len(crops.features) for crops in sets])[:-1]

@@ -7,7 +7,6 @@ covariances of all divisions come from a few matrix products, so that a permutat
 from __future__ import annotations
 
 import numpy as np
-from scipy.spatial.distance import pdist, squareform
 
 # of the mean variance of all vectors; keeps covariances invertible where those of a set hardly vary
 LEAST_VARIANCE = 1e-6
@@ -94,9 +93,14 @@ def median_mmd(x: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarr
     division changes. Below zero where the sets are more alike than chance makes them.
     Source: Gretton et al. 2012, "A kernel two-sample test", JMLR 13.
     """
-    kernel = squareform(pdist(np.asarray(x, dtype=np.float64), "sqeuclidean"))
-    squared = np.median(kernel[np.triu_indices(len(kernel), 1)])
-    kernel = np.exp(-kernel / (2 * max(squared, np.finfo(np.float64).tiny)))
+    x = np.asarray(x, dtype=np.float64)
+    # what is nearer than this is equal but for rounding
+    least = max(1e-12 * float((x * x).mean()), np.finfo(np.float64).tiny)
+    x = x - x.mean(axis=0)
+    lengths = (x * x).sum(1)
+    distances = np.maximum(lengths[:, None] + lengths - 2 * x @ x.T, 0)
+    median = np.median(distances[np.triu_indices(len(x), 1)])
+    kernel = np.exp(-distances / (2 * max(median, least)))
     np.fill_diagonal(kernel, 0)
     first, second = first.astype(np.float64), second.astype(np.float64)
     to_first, to_second = first @ kernel, second @ kernel

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from safelight.text import counted
-from safelight.trainer.report.facts import best_validation, format_epoch, over_fitting_verdict
+from safelight.trainer.report.course import ending, run_verdict
+from safelight.trainer.report.facts import best_validation, format_epoch
 from safelight.trainer.report.markup import Markup, shorten, tag
 from safelight.trainer.report.measures import judge
 from safelight.trainer.report.models import name_of, put_forward
@@ -81,7 +82,12 @@ def _diverged(run: RunFolder) -> str:
 
 def _still_falling(run: RunFolder) -> str:
     held_out = run.metrics.validation["held_out"]
-    if len(held_out) < 3 or num_held_out(run) == 1 or not _is_complete(run) or _is_at_rest(run):
+    if (
+        len(held_out) < 3
+        or num_held_out(run) == 1
+        or ending(run).kind not in ("finished", "unknown")
+        or _is_at_rest(run)
+    ):
         return ""
     before, last = held_out[-2], held_out[-1]
     if best_validation(held_out) is not last or not before.loss - last.loss > MIN_FALL * before.loss:
@@ -94,12 +100,12 @@ def _still_falling(run: RunFolder) -> str:
 
 
 def _unfinished(run: RunFolder) -> str:
-    planned = _planned_epochs(run)
-    if not planned or _is_complete(run) or not run.metrics.last_step:
+    end = ending(run)
+    if end.kind not in ("stopped", "open") or not run.metrics.last_step:
         return ""
     return (
-        f"Finish the run: it stopped at epoch {format_epoch(run.metrics.last_epoch)} of {format_epoch(planned)}, so "
-        "nothing here tells how it would have ended. `safelight train RUN --resume` goes on."
+        f"Finish the run, if it is not still going on: its log ends at {end.place}, so nothing here tells how it would "
+        "have ended. `safelight train RUN --resume` goes on."
     )
 
 
@@ -282,22 +288,7 @@ def _cut_captions(run: RunFolder) -> str:
 
 
 def _verdict(run: RunFolder) -> str:
-    validation = run.metrics.validation
-    return over_fitting_verdict(validation["held_out"], validation["train_subset"]).kind
-
-
-def _planned_epochs(run: RunFolder) -> float | None:
-    stages = [number(stage.get("epochs")) for stage in rows_of(run.config, "stage")]
-    total = sum(stages) if stages else number(table_of(run.config, "train").get("epochs"))
-    if number(table_of(run.config, "train").get("max_steps")) > 0 or not total > 0:
-        return None
-    return total
-
-
-def _is_complete(run: RunFolder) -> bool:
-    """Whether the run reached its planned end; True where only steps were planned, or nothing is known."""
-    planned = _planned_epochs(run)
-    return planned is None or run.metrics.last_epoch >= planned - 0.01
+    return run_verdict(run).kind
 
 
 def _is_at_rest(run: RunFolder) -> bool:

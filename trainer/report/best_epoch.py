@@ -57,5 +57,7 @@ def _by_loss_alone(run: RunFolder) -> Markup:
 def _export(run: RunFolder, step: int | None) -> Markup | None:
     if not step:
         return None
+    if not (run.path / "checkpoints" / f"step-{step:08d}").is_dir():
+        return tag("p", f"Its checkpoint (step {step:,}) is no longer in the run folder.", class_="note")
     name = shlex.quote(f"{run.name}-step{step}.safetensors")
     return tag("p", "To use it: ", tag("code", f"safelight export RUN --checkpoint {step} -o {name}"), class_="note")

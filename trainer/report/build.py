@@ -13,6 +13,7 @@ from safelight.trainer.config.toml import require_run
 from safelight.trainer.report import (
     advice,
     burn_panel,
+    chart,
     crop_map,
     data_panel,
     grids,
@@ -25,17 +26,20 @@ from safelight.trainer.report import (
 from safelight.trainer.report.advice import advice_section
 from safelight.trainer.report.best_epoch import best_section
 from safelight.trainer.report.burn_panel import burn_section
+from safelight.trainer.report.checkpoint_curves import checkpoints_section
+from safelight.trainer.report.course import ending, lost_losses, planned_end, run_verdict
 from safelight.trainer.report.crop_map import crop_section
-from safelight.trainer.report.curves import loss_section, schedule_section, timestep_section
+from safelight.trainer.report.curves import NO_STEP, loss_section, schedule_section, timestep_section, validates
 from safelight.trainer.report.data_panel import data_section
 from safelight.trainer.report.facts import (
+    Ending,
     Facts,
     Verdict,
     format_duration,
     format_epoch,
     format_percent,
     headline_facts,
-    over_fitting_verdict,
+    is_one_picture,
 )
 from safelight.trainer.report.grids import grids_section
 from safelight.trainer.report.learned import learned_section
@@ -43,7 +47,7 @@ from safelight.trainer.report.markup import Markup, join, shorten, tag
 from safelight.trainer.report.measures import measures_section
 from safelight.trainer.report.memorisation_panel import memorisation_section
 from safelight.trainer.report.provenance import environment_section, events_section, parameters_section
-from safelight.trainer.report.run_reader import RunFolder, num_held_out, number, read_run_folder, rows_of, table_of
+from safelight.trainer.report.run_reader import RunFolder, num_held_out, number, read_run_folder
 from safelight.trainer.report.samples import samples_section
 from safelight.trainer.report.theme import THEME, page
 
@@ -54,6 +58,7 @@ SECTIONS = (
     ("measures", "Better than its base?", measures_section),
     ("loss", "Loss", loss_section),
     ("timesteps", "By timestep", timestep_section),
+    ("checkpoints", "Checkpoints", checkpoints_section),
     ("samples", "Samples", samples_section),
     ("grids", "Grids", grids_section),
     ("burn", "Burnt?", burn_section),
@@ -67,7 +72,6 @@ SECTIONS = (
     ("events", "Events", events_section),
 )
 AFTER_THE_BEST = {
-    "improving": "It was still falling at the end of training.",
     "level": "It has hardly changed since.",
     "rising": "It has risen since.",
     "overfitting": "The model has been overfitting since.",
@@ -81,9 +85,12 @@ GRAVE_EVENTS = {
     "diverged": "This run diverged: its loss or its weights are no longer finite numbers.",
     "held-out loss rose": "Held-out loss rose far above that of the base model.",
 }
+# a held-out loss this many times the base's, or more, has risen far above it
+FAR_ABOVE = 2.0
 # what the page's style sheet and script are made of
 PARTS = (
     THEME,
+    chart.PART,
     learned.PART,
     measures.PART,
     samples.PART,
@@ -114,9 +121,8 @@ def build_report(run_dir: Path) -> Path:
 def render(run: RunFolder) -> str:
     """Return the report as HTML."""
     facts = headline_facts(run.metrics)
-    held_out, subset = run.metrics.validation["held_out"], run.metrics.validation["train_subset"]
     sections = {key: section for key, _, make in SECTIONS if (section := make(run)) is not None}
-    verdict = over_fitting_verdict(held_out, subset)
+    verdict, end = run_verdict(run), ending(run)
     body = join(
         tag(
             "header",
@@ -125,7 +131,7 @@ def render(run: RunFolder) -> str:
             tag("p", _subtitle(run), class_="sub"),
             tag("div", run.notes, class_="author", dir="auto") if run.notes else None,
             _grave_events(run),
-            tag("p", _lead(run, facts, verdict), class_="lead"),
+            tag("p", _lead(run, facts, verdict, end), class_="lead"),
             _few_held_out(run),
             _from_scratch(run),
             _problems(run.problems),
@@ -140,7 +146,7 @@ def render(run: RunFolder) -> str:
         tag(
             "footer",
             f"Written by Safelight {safelight.__version__}. "
-            "This file is self-contained: it loads nothing from the internet.",
+            "This file is self-contained: it loads nothing from the internet. Charts: uPlot by Leon Sorokin (MIT).",
         ),
     )
     return page(run.title, body, parts=PARTS)
@@ -152,11 +158,11 @@ def tiles(run: RunFolder, facts: Facts) -> Markup:
     photos = number((run.data or {}).get("num_photos"))
     if photos == photos:
         shown.append(_tile("photograph" if photos == 1 else "photographs", f"{photos:,.0f}", note=_held_out_note(run)))
-    planned = planned_epochs(run.config)
+    _, planned = planned_end(run)
     of = f" of {format_epoch(planned)}" if planned else ""
     name = "epoch done" if (planned or facts.last_epoch) == 1 else "epochs done"
     shown.append(_tile(name, format_epoch(facts.last_epoch), of, counted(facts.last_step, "step")))
-    if facts.best and len(run.metrics.validation["held_out"]) == 1 and facts.best.step == 0:
+    if facts.best and facts.best.step == 0:
         shown.append(_tile("held-out loss", f"{facts.best.loss:.4f}", note="of the base model"))
     elif facts.best:
         where = f"at epoch {format_epoch(facts.best.epoch)}"
@@ -170,15 +176,8 @@ def tiles(run: RunFolder, facts: Facts) -> Markup:
     if facts.images_per_s is not None:
         shown.append(_tile("mean speed", f"{facts.images_per_s:.3g}", " images/s"))
     if facts.peak_memory_gib is not None:
-        shown.append(_tile("peak memory", f"{facts.peak_memory_gib:.2f}", " GiB"))
+        shown.append(_tile("peak memory", f"{facts.peak_memory_gib:.2f}", " GiB", "while training"))
     return tag("dl", shown, class_=f"tiles of-{len(shown)}")
-
-
-def planned_epochs(config: dict) -> float | None:
-    """Return the number of epochs in the settings, or None if they give none or count steps instead."""
-    stages = [number(stage.get("epochs")) for stage in rows_of(config, "stage")]
-    total = sum(stages) if stages else number(table_of(config, "train").get("epochs"))
-    return total if total == total and total > 0 else None
 
 
 def _tile(name: str, value: str, unit: str = "", note: str = "") -> Markup:
@@ -204,31 +203,68 @@ def _subtitle(run: RunFolder) -> list:
     return [[" · " if index else None, tag("bdi", part)] for index, part in enumerate(parts)]
 
 
-def _lead(run: RunFolder, facts: Facts, verdict: Verdict) -> str:
+def _lead(run: RunFolder, facts: Facts, verdict: Verdict, end: Ending) -> str:
+    """Return what the run has learned, and how far it came if that is not to its planned end."""
+    told = _learned(run, facts, verdict, end)
+    if not run.metrics.last_step:
+        return told
+    unfinished = {
+        "stopped": f"The run was stopped at {end.place}.",
+        "open": f"The log ends at {end.place}: the run is still going on, or was ended before its time.",
+    }.get(end.kind, "")
+    return f"{told} {unfinished}".rstrip() if end.place not in told else told
+
+
+def _learned(run: RunFolder, facts: Facts, verdict: Verdict, end: Ending) -> str:
+    held_out = run.metrics.validation["held_out"]
     if facts.last_step == 0:
         known = f" The base model's held-out loss is {facts.best.loss:.4f}." if facts.best else ""
-        return "No training step has been logged yet." + known
+        return NO_STEP + known
+    if facts.best is None and validates(run):
+        return "No validation has been logged, so only the pictures can show whether the model learned."
     if facts.best is None:
         return "No validation was configured, so only the pictures can show whether the model learned."
-    if facts.change_percent is None:
-        return f"Held-out loss was lowest at epoch {format_epoch(facts.best.epoch)}; the base model was not validated."
-    if len(run.metrics.validation["held_out"]) == 1:
+    best = f"epoch {format_epoch(facts.best.epoch)}"
+    if len(held_out) == 1 and facts.best.step == 0:
         return f"The base model's held-out loss is {facts.best.loss:.4f}; it has not been measured since."
+    if len(held_out) == 1:
+        return f"Held-out loss was measured once, at {best}: {facts.best.loss:.4f}. The base model was not validated."
+    if verdict.kind == "no-rate":
+        return verdict.text
+    if held_out[0].step > 0:
+        return f"Held-out loss was lowest at {best}; the base model was not validated."
     if facts.best.step == 0:
         return "Loss on held-out photographs never fell below that of the base model."
     start = "the untrained model" if run.model.get("from_scratch") else "the base model"
+    if is_one_picture(held_out):
+        return (
+            f"Loss on the one held-out photograph was lowest at {best}: {facts.best.loss:.4f}, after "
+            f"{held_out[0].loss:.4f} for {start}. One photograph does not show what the model learned."
+        )
+    if facts.change_percent is None:
+        return f"Held-out loss was lowest at {best}."
     amount = f"{abs(facts.change_percent):.1f} %"
+    after = AFTER_THE_BEST.get(verdict.kind, "")
+    is_at_the_end = facts.best.step == held_out[-1].step == facts.last_step
+    if verdict.kind == "level" and facts.best.step == held_out[-1].step:
+        after = "It had become level by then."
+    elif verdict.kind == "improving" and is_at_the_end and not verdict.is_explained:
+        after = {
+            "finished": "It was still falling when training ended.",
+            "stopped": f"It was still falling when the run was stopped, at {end.place}.",
+        }.get(end.kind, "")
+    if verdict.is_explained:
+        after += " The learning rate was then too low to change it much."
     return (
-        f"Loss on held-out photographs, which the model was not trained on, was lowest at epoch "
-        f"{format_epoch(facts.best.epoch)}: {amount} below that of {start}. "
-        f"{AFTER_THE_BEST.get(verdict.kind, '')}"
+        f"Loss on held-out photographs, which the model was not trained on, was lowest at {best}: {amount} below that "
+        f"of {start}. {after.strip()}"
     ).rstrip()
 
 
 def _few_held_out(run: RunFolder) -> Markup | None:
     """Return a caveat about the percentages if only a few photographs are held out."""
     num = num_held_out(run)
-    if len(run.metrics.validation["held_out"]) < 2 or not 0 < num < FEW_HELD_OUT:
+    if len(run.metrics.validation["held_out"]) < 2 or not 1 < num < FEW_HELD_OUT:
         return None
     text = f"Percentages are based on only {counted(num, 'held-out image')}: another split may give another result."
     return tag("p", text, class_="note")
@@ -246,16 +282,32 @@ def _from_scratch(run: RunFolder) -> Markup | None:
 
 
 def _grave_events(run: RunFolder) -> list[Markup]:
-    """Return a banner for each kind of GRAVE_EVENTS that the run logged, with the last such event's details."""
+    """Return a banner for each kind of GRAVE_EVENTS that the run logged, with the last such event's details.
+
+    Without any, a loss that is not finite where the log ends has one.
+    """
     banners = []
     last = {event.get("event"): place for place, event in enumerate(run.metrics.events)}
+    is_resumed = last.get("resumed", -1) > last.get("diverged", -1)
+    is_over = {"diverged": is_resumed, "held-out loss rose": _has_recovered(run)}
     for name, title in GRAVE_EVENTS.items():
-        if name in last and not (name == "diverged" and last.get("resumed", -1) > last[name]):
+        if name in last and not is_over[name]:
             event = run.metrics.events[last[name]]
             detail = shorten(event.get("detail") or "no details were logged", 1000)
             detail = detail[0].upper() + detail[1:]
             banners.append(tag("div", tag("strong", title), tag("p", detail), class_="alert grave", role="alert"))
+    if not banners and (said := lost_losses(run.metrics)):
+        title = "This run has a loss that is not a finite number."
+        banners.append(tag("div", tag("strong", title), tag("p", " ".join(said)), class_="alert grave", role="alert"))
     return banners
+
+
+def _has_recovered(run: RunFolder) -> bool:
+    """Return whether held-out loss is no longer far above the base model's at the last validation."""
+    held_out = run.metrics.validation["held_out"]
+    steps = [number(event.get("step")) for event in run.metrics.events if event.get("event") == "held-out loss rose"]
+    is_known = len(held_out) > 1 and held_out[0].step == 0 and held_out[-1].step > max(steps, default=0)
+    return is_known and held_out[-1].loss <= FAR_ABOVE * held_out[0].loss
 
 
 def _problems(problems: list[str]) -> Markup | None:

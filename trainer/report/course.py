@@ -1,4 +1,4 @@
-"""Where a run's stages began and the learning rate of every step, from the settings and the log together.
+"""Where a run's stages began, the learning rate of every step, and how it ended, from settings and log together.
 
 Only every log.every_steps-th step is logged. The settings give all of them, but may have changed when the run was
 resumed, so they are used only where they agree with the log.
@@ -14,8 +14,8 @@ import numpy as np
 from safelight.trainer.config.schema import ResolvedStage
 from safelight.trainer.config.timeline import StageSteps, Timeline
 from safelight.trainer.config.toml import parse_config
-from safelight.trainer.report.facts import evenly_chosen
-from safelight.trainer.report.run_reader import Metrics, RunFolder, number, rows_of
+from safelight.trainer.report.facts import Ending, Verdict, evenly_chosen, format_epoch, over_fitting_verdict
+from safelight.trainer.report.run_reader import Metrics, RunFolder, number, rows_of, table_of
 
 MAX_STEPS_A_STAGE = 600
 # more are a mistake in the run's data.json
@@ -34,7 +34,7 @@ def stage_starts(run: RunFolder) -> list[tuple[float, int]]:
     first_steps = _first_steps(run.metrics)
     stages, epochs = run.metrics.train["stage"], run.metrics.train["epoch"]
     planned = [0.0, *accumulate(number(stage.get("epochs")) for stage in rows_of(run.config, "stage"))]
-    starts, known = [], _known_epochs(run.metrics)
+    starts, known = [], known_epochs(run.metrics)
     for stage, step in sorted(first_steps.items()):
         if stage < 1:
             continue
@@ -77,6 +77,69 @@ def learning_rates(run: RunFolder) -> tuple[np.ndarray, np.ndarray] | None:
     return _at_steps(timeline, chosen)
 
 
+def ending(run: RunFolder) -> Ending:
+    """Return how a run ended: as its last event says, or by comparing the log's end with the planned one."""
+    metrics, (num_steps, num_epochs) = run.metrics, planned_end(run)
+    here = f"epoch {format_epoch(metrics.last_epoch)}"
+    place = f"{here} of {format_epoch(num_epochs)}" if num_epochs else here
+    last = {event.get("event"): line for line, event in enumerate(metrics.events)}
+    after = {name for name in ("diverged", "stopped") if last.get(name, -1) > last.get("resumed", -1)}
+    if "diverged" in after or lost_losses(metrics):
+        return Ending("diverged", place)
+    is_done = metrics.last_step >= num_steps if num_steps else metrics.last_epoch >= (num_epochs or math.inf)
+    if is_done and metrics.last_step:
+        return Ending("finished", place)
+    if "stopped" in after:
+        return Ending("stopped", place)
+    return Ending("open" if num_steps or num_epochs else "unknown", place)
+
+
+def lost_losses(metrics: Metrics) -> list[str]:
+    """Return a sentence about each loss that is not finite where the log ends, [] for a sound run."""
+    said, loss = [], metrics.train["loss"]
+    known = np.flatnonzero(np.isfinite(loss))
+    if len(loss) and not len(known):
+        said.append("No logged step has a finite loss.")
+    elif len(loss) and known[-1] < len(loss) - 1:
+        since = metrics.train["step"][known[-1] + 1]
+        said.append(f"From step {since:,.0f} on, no logged step has a finite loss.")
+    measured = max((point.step for point in metrics.validation["held_out"]), default=-1)
+    if metrics.not_finite and metrics.not_finite[-1] > measured:
+        said.append(f"The last held-out loss, at step {metrics.not_finite[-1]:,}, is not finite.")
+    return said
+
+
+def planned_end(run: RunFolder) -> tuple[int | None, float | None]:
+    """Return the steps and epochs that the settings plan, None for what they do not tell.
+
+    The steps are known only where the settings agree with the log.
+    """
+    limit = number(table_of(run.config, "train").get("max_steps"))
+    limit = int(limit) if limit > 0 else None
+    timeline, last_step = _timeline(run), run.metrics.last_step
+    if timeline is not None and timeline.num_steps >= last_step:
+        epochs, _ = _at_steps(timeline, [timeline.num_steps, max(1, last_step)])
+        if not last_step or abs(epochs[1] - run.metrics.last_epoch) < EPOCH_TOLERANCE:
+            return timeline.num_steps, float(epochs[0])
+    stages = [number(stage.get("epochs")) for stage in rows_of(run.config, "stage")]
+    epochs = sum(stages) if stages else number(table_of(run.config, "train").get("epochs"))
+    return limit, None if limit or not epochs > 0 else epochs
+
+
+def run_verdict(run: RunFolder) -> Verdict:
+    """Return what a run's validation curves say about overfitting, given how it ended and its learning rates."""
+    train, validation = run.metrics.train, run.metrics.validation
+    rates = list(zip(train["step"].tolist(), train["lr"].tolist(), strict=True))
+    return over_fitting_verdict(validation["held_out"], validation["train_subset"], ending(run), rates)
+
+
+def known_epochs(metrics: Metrics) -> tuple[list[float], list[float]]:
+    """Return the logged steps, ascending, and the epoch at each."""
+    pairs = {(point.step, point.epoch) for points in metrics.validation.values() for point in points}
+    pairs |= set(zip(metrics.train["step"].tolist(), metrics.train["epoch"].tolist(), strict=True))
+    return tuple(zip(*sorted(pair for pair in pairs | {(0, 0.0)} if math.isfinite(pair[1])), strict=True))
+
+
 def _first_steps(metrics: Metrics) -> dict[int, float]:
     """Return the first step of every stage that was reached, NaN for a stage without a `stage began` event."""
     stages = metrics.train["stage"]
@@ -86,13 +149,6 @@ def _first_steps(metrics: Metrics) -> dict[int, float]:
         if event.get("event") == "stage began" and match:
             first_steps[int(match[1]) - 1] = number(event.get("step"))
     return first_steps
-
-
-def _known_epochs(metrics: Metrics) -> tuple[list[float], list[float]]:
-    """Return the logged steps, ascending, and the epoch at each."""
-    pairs = {(point.step, point.epoch) for points in metrics.validation.values() for point in points}
-    pairs |= set(zip(metrics.train["step"].tolist(), metrics.train["epoch"].tolist(), strict=True))
-    return tuple(zip(*sorted(pair for pair in pairs | {(0, 0.0)} if math.isfinite(pair[1])), strict=True))
 
 
 def _timeline(run: RunFolder) -> Timeline | None:

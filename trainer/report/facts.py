@@ -8,10 +8,16 @@ import numpy as np
 
 from safelight.trainer.report.run_reader import Metrics, Validation
 
-# Fine-tuning changes held-out loss by a few per cent at most. After the best point, the loss has risen only if it rose
-# by more than this fraction of the loss and more than this fraction of the gain so far.
+# Fine-tuning changes held-out loss by a few per cent at most. A change counts if it is more than this fraction of the
+# loss and more than this fraction of the gain so far; or, as in a run from scratch, whose gain is large, if it is more
+# than this fraction of the loss.
 MIN_RISE_OF_LOSS = 0.0025
 MIN_RISE_OF_GAIN = 0.1
+CLEAR_RISE_OF_LOSS = 0.01
+# the last part of a run's epochs, over which its loss still falls or has become level
+LAST_PART = 0.25
+# a learning rate below this fraction of the run's highest hardly changes a model
+LOW_RATE = 0.01
 # seconds between two lines: no step takes a day, and lines are out of order by an hour at most
 MAX_GAP_S = 24 * 3600.0
 MAX_DISORDER_S = 3600.0
@@ -24,7 +30,7 @@ class Facts:
     last_step: int
     last_epoch: float
     best: Validation | None
-    # change of the best held-out loss from step 0; negative is better
+    # change of the best held-out loss from step 0; negative is better. None also if it was measured on one photograph
     change_percent: float | None
     run_time_s: float | None
     images_per_s: float | None
@@ -32,16 +38,30 @@ class Facts:
 
 
 @dataclass(frozen=True)
+class Ending:
+    """How a run ended, as far as its folder tells. place: how far it came, such as "epoch 12 of 40"."""
+
+    # finished | stopped | diverged | open (still running, or killed) | unknown (the settings do not tell its length)
+    kind: str
+    place: str = ""
+
+
+UNKNOWN_END = Ending("unknown")
+
+
+@dataclass(frozen=True)
 class Verdict:
     """What the validation curves say about overfitting, as one of the kinds and as text with figures."""
 
-    # unknown | improving | level | rising | overfitting | worsening | no-gain
+    # unknown | no-rate | improving | level | rising | overfitting | worsening | no-gain
     kind: str
     text: str
+    # whether the learning rate was too low for the end of the curve to say anything about more training
+    is_explained: bool = False
 
     @property
     def is_warning(self) -> bool:
-        return self.kind in ("rising", "overfitting", "worsening", "no-gain")
+        return self.kind in ("no-rate", "rising", "overfitting", "worsening", "no-gain")
 
 
 def headline_facts(metrics: Metrics) -> Facts:
@@ -49,14 +69,15 @@ def headline_facts(metrics: Metrics) -> Facts:
     held_out = metrics.validation["held_out"]
     best = best_validation(held_out)
     first = held_out[0] if held_out and held_out[0].step == 0 else None
-    change = 100 * (best.loss / first.loss - 1) if best and first and first.loss > 0 else None
+    is_known = best and first and first.loss > 0 and not is_one_picture(held_out)
+    change = 100 * (best.loss / first.loss - 1) if is_known else None
     return Facts(
         last_step=metrics.last_step,
         last_epoch=metrics.last_epoch,
         best=best,
         change_percent=change,
         run_time_s=run_time_s(metrics.times),
-        images_per_s=_reduce(np.mean, metrics.train["images_per_s"]),
+        images_per_s=_mean_speed(metrics),
         peak_memory_gib=_reduce(np.max, metrics.train["memory_gib"]),
     )
 
@@ -94,11 +115,22 @@ def work_times_s(times: Sequence[tuple[float, str]]) -> list[float]:
     return [math.nan if math.isnan(time) else float(total) for (time, _), total in zip(times, worked, strict=True)]
 
 
-def over_fitting_verdict(held_out: Sequence[Validation], subset: Sequence[Validation]) -> Verdict:
+def is_one_picture(points: Sequence[Validation]) -> bool:
+    """Return whether validation measures a single photograph, whose loss says nothing in per cent about others."""
+    return bool(points) and points[-1].num_images == 1
+
+
+def over_fitting_verdict(
+    held_out: Sequence[Validation],
+    subset: Sequence[Validation],
+    ending: Ending = UNKNOWN_END,
+    rates: Sequence[tuple[float, float]] = (),
+) -> Verdict:
     """Return what the validation curves say about overfitting.
 
     held_out, subset: validations on held-out photographs and on some of the training photographs, in order of steps.
-    The verdict is overfitting only if held-out loss rose after its best point while the gap between the two grew.
+    rates: logged steps and their learning rates: a rate near zero explains a flat end. The verdict is overfitting only
+    if held-out loss rose after its best point while the loss on the training photographs did not.
     """
     if not held_out:
         return Verdict(
@@ -106,24 +138,26 @@ def over_fitting_verdict(held_out: Sequence[Validation], subset: Sequence[Valida
             "There was no validation on held-out photographs, so overfitting cannot be judged "
             "(see data.validation_fraction and validate.every_epochs).",
         )
+    known = [rate for _, rate in rates if math.isfinite(rate)]
+    if known and max(known) == 0:
+        return Verdict("no-rate", "The learning rate was 0 at every logged step, so the model did not learn.")
     if len(held_out) < 3:
         counted = "one validation" if len(held_out) == 1 else "two validations"
         return Verdict("unknown", f"Overfitting cannot be judged from {counted}; it takes at least three.")
+    if is_one_picture(held_out):
+        return Verdict("unknown", "Overfitting cannot be judged from one held-out photograph.")
     first, last, best = held_out[0], held_out[-1], best_validation(held_out)
     where = f"epoch {format_epoch(best.epoch)}"
     if best.step == first.step:
         return _verdict_without_gain(held_out)
     if best.step == last.step:
-        return Verdict(
-            "improving",
-            f"No overfitting: held-out loss was lowest ({best.loss:.4f}) at the last validation, {where}. "
-            "A little more training may still help.",
-        )
+        return _verdict_at_the_end(held_out, ending, rates)
     if not _rose(held_out):
         return Verdict(
             "level",
             f"No noticeable overfitting: held-out loss was lowest at {where} ({best.loss:.4f}) and has hardly changed "
-            f"since ({last.loss:.4f}).",
+            f"since ({last.loss:.4f}).{_explained_by_rate(rates, best.step, 'since then')}",
+            _largest_rate(rates, best.step) < LOW_RATE,
         )
     rise = (
         f"held-out loss was lowest at {where} ({best.loss:.4f}) and has risen by {_rise_percent(best, last)} since, "
@@ -136,16 +170,19 @@ def over_fitting_verdict(held_out: Sequence[Validation], subset: Sequence[Valida
     gap_then = best.loss - by_step[best.step].loss
     gap_now = last.loss - by_step[last.step].loss
     moved = _change(by_step[best.step].loss, by_step[last.step].loss)
-    trained = f"on the training photographs it {'fell' if moved < 0 else 'rose'} by {100 * abs(moved):.1f} %"
+    trained = f"{'fell' if moved < 0 else 'rose'} by {100 * abs(moved):.1f} %"
+    if abs(moved) < 0.0005:
+        trained = "did not change"
     gap = f"the gap went from {gap_then:+.4f} to {gap_now:+.4f}".replace("-", "−")
-    if gap_now > gap_then and moved < _change(best.loss, last.loss):
+    if moved <= MIN_RISE_OF_LOSS:
         return Verdict(
             "overfitting",
-            f"Overfitting since {where}: {rise}, while {trained} ({gap}). Use the checkpoint of {where}.",
+            f"Overfitting since {where}: {rise}, while on the training photographs it {trained} ({gap}). "
+            f"Use the checkpoint of {where}.",
         )
     return Verdict(
         "worsening",
-        f"Not overfitting, but getting worse: {rise}, and {trained} as well ({gap}). "
+        f"Not overfitting, but getting worse: {rise}, and on the training photographs it {trained} as well ({gap}). "
         "The learning rate may be too high.",
     )
 
@@ -174,18 +211,28 @@ def format_percent(percent: float) -> str:
     return f"{percent:+.1f} %".replace("-", "−")
 
 
-def smooth(values: np.ndarray, half_width: int) -> np.ndarray:
-    """Return the running mean over 2 * half_width + 1 values, fewer at the ends. NaN values are ignored."""
-    if not len(values):
-        return values
-    kernel = np.ones(2 * half_width + 1)
-    known = np.isfinite(values)
-    # the middle of mode="full", because the result of mode="same" is as long as the kernel if that is longer
-    total, weight = (
-        np.convolve(column, kernel, mode="full")[half_width : half_width + len(values)]
-        for column in (np.where(known, values, 0.0), known.astype(np.float64))
-    )
-    return np.divide(total, weight, out=np.full(len(values), np.nan), where=weight > 0)
+def smooth(
+    values: np.ndarray, half_width: int, weights: np.ndarray | None = None, at: Sequence[int] | None = None
+) -> np.ndarray:
+    """Return the weighted mean of the values around each place, over at most 4 * half_width + 1 of them.
+
+    A value counts by its weight (of every value: 1) times its nearness, which falls linearly to zero. At the ends, and
+    where values are not finite, fewer are averaged, by the same weights: no value counts for more than its share. at:
+    the places, all by default.
+    """
+    reach = 2 * half_width
+    nearness = 1.0 + reach - np.abs(np.arange(-reach, reach + 1))
+    weights = np.ones(len(values)) if weights is None else weights
+    weights = np.where(np.isfinite(values) & np.isfinite(weights), weights, 0.0)
+    known = np.where(weights > 0, values, 0.0)
+    places = range(len(values)) if at is None else at
+    means = np.full(len(places), np.nan)
+    for place, center in enumerate(places):
+        first, end = max(0, center - reach), min(len(values), center + reach + 1)
+        share = weights[first:end] * nearness[first - center + reach : end - center + reach]
+        if share.any():
+            means[place] = share @ known[first:end] / share.sum()
+    return means
 
 
 def evenly_chosen(num_all: int, num_wanted: int) -> list[int]:
@@ -197,22 +244,73 @@ def evenly_chosen(num_all: int, num_wanted: int) -> list[int]:
 
 def _verdict_without_gain(held_out: Sequence[Validation]) -> Verdict:
     first, last = held_out[0], held_out[-1]
+    start = "the start" if first.step == 0 else f"the first validation, epoch {format_epoch(first.epoch)}"
     if _rose(held_out):
         return Verdict(
             "no-gain",
-            f"Held-out loss was lowest at the start ({first.loss:.4f}) and has risen by {_rise_percent(first, last)} "
+            f"Held-out loss was lowest at {start} ({first.loss:.4f}) and has risen by {_rise_percent(first, last)} "
             f"to {last.loss:.4f}: the model got worse on photographs it was not trained on. "
             "Try a lower learning rate.",
         )
+    if first.step == 0:
+        text = f"Held-out loss never fell below its start ({first.loss:.4f}): there was no measurable improvement."
+        return Verdict("no-gain", text)
     return Verdict(
-        "no-gain", f"Held-out loss never fell below its start ({first.loss:.4f}): there was no measurable improvement."
+        "unknown",
+        f"Held-out loss has hardly changed since {start} ({first.loss:.4f}). The base model was not validated, so "
+        "whether the model improved before that is not known.",
     )
+
+
+def _verdict_at_the_end(
+    held_out: Sequence[Validation], ending: Ending, rates: Sequence[tuple[float, float]]
+) -> Verdict:
+    """Return the verdict where the last validation is the best one: still falling, or level."""
+    first, last = held_out[0], held_out[-1]
+    lowest = f"held-out loss was lowest ({last.loss:.4f}) at the last validation, epoch {format_epoch(last.epoch)}"
+    since = last.epoch - LAST_PART * (last.epoch - first.epoch)
+    before = [point for point in held_out[:-1] if point.epoch <= since] or [first]
+    earlier = best_validation(before)
+    fall = earlier.loss - last.loss
+    if not _counts(fall, earlier.loss, first.loss - last.loss):
+        then = f"epoch {format_epoch(earlier.epoch)} ({earlier.loss:.4f})"
+        rate = _explained_by_rate(rates, earlier.step, "since then")
+        text = f"No noticeable overfitting: {lowest}, but has hardly changed since {then}.{rate}"
+        return Verdict("level", text, _largest_rate(rates, earlier.step) < LOW_RATE)
+    if ending.kind in ("diverged", "open"):
+        return Verdict("improving", f"H{lowest[1:]}: no overfitting until then.")
+    if _largest_rate(rates, earlier.step) < LOW_RATE:
+        text = f"No overfitting: {lowest}.{_explained_by_rate(rates, earlier.step, 'towards the end')}"
+        return Verdict("improving", text, is_explained=True)
+    return Verdict("improving", f"No overfitting: {lowest}. A little more training may still help.")
+
+
+def _largest_rate(rates: Sequence[tuple[float, float]], since_step: int) -> float:
+    """Return the largest learning rate after a step as a fraction of the whole run's, 1 if that is not known."""
+    known = [(step, rate) for step, rate in rates if math.isfinite(rate)]
+    later = [rate for step, rate in known if step > since_step]
+    peak = max((rate for _, rate in known), default=0.0)
+    return max(later) / peak if later and peak > 0 else 1.0
+
+
+def _explained_by_rate(rates: Sequence[tuple[float, float]], since_step: int, when: str) -> str:
+    """Return a sentence if the learning rate after a step was too low to change the model much, else ''."""
+    left = _largest_rate(rates, since_step)
+    if left >= LOW_RATE:
+        return ""
+    low = "0" if left == 0 else f"below {100 * LOW_RATE:g} % of its highest value"
+    return f" The learning rate was {low} {when}, so the model could hardly change."
 
 
 def _rose(held_out: Sequence[Validation]) -> bool:
     best, last = best_validation(held_out), held_out[-1]
     gain = held_out[0].loss - best.loss
-    return last.loss - best.loss > max(MIN_RISE_OF_LOSS * best.loss, MIN_RISE_OF_GAIN * gain)
+    return _counts(last.loss - best.loss, best.loss, gain)
+
+
+def _counts(change: float, loss: float, gain: float) -> bool:
+    """Return whether a change of a loss is more than what fluctuates, after a gain since the start."""
+    return change > max(MIN_RISE_OF_LOSS * loss, min(MIN_RISE_OF_GAIN * gain, CLEAR_RISE_OF_LOSS * loss))
 
 
 def _change(before: float, after: float) -> float:
@@ -222,6 +320,18 @@ def _change(before: float, after: float) -> float:
 
 def _rise_percent(best: Validation, last: Validation) -> str:
     return f"{100 * _change(best.loss, last.loss):.1f} %"
+
+
+def _mean_speed(metrics: Metrics) -> float | None:
+    """Return the logged speeds' mean over the time that each lasted, as if all steps had equally many images."""
+    speed, steps = metrics.train["images_per_s"], steps_averaged(metrics)
+    known = (speed > 1 / MAX_GAP_S) & (speed < math.inf) & (steps > 0)
+    return float(steps[known].sum() / (steps[known] / speed[known]).sum()) if known.any() else None
+
+
+def steps_averaged(metrics: Metrics) -> np.ndarray:
+    """Return how many steps each logged line averages: those since the line before. (N,) float64."""
+    return np.diff(metrics.train["step"], prepend=0.0)
 
 
 def _reduce(function, values: np.ndarray) -> float | None:

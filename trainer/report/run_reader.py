@@ -88,8 +88,8 @@ class Metrics:
     """The contents of metrics.jsonl.
 
     train: TRAIN_COLUMNS -> (N,) float64, NaN where a line lacks the value. validation: SPLITS -> validations in order
-    of steps. times: (unix seconds, event or "") of every line, in the order of the file. event_lines: the events'
-    places in it.
+    of steps. not_finite: the steps at which held-out loss was measured and was no finite number. times: (unix seconds,
+    event or "") of every line, in the order of the file. event_lines: the events' places in it.
     """
 
     train: dict[str, np.ndarray]
@@ -99,6 +99,7 @@ class Metrics:
     event_lines: list[int]
     last_step: int
     last_epoch: float
+    not_finite: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -319,13 +320,14 @@ def _read_metrics(run_dir: Path, problems: list[str]) -> Metrics:
     stages = columns["stage"]
     stages[~((stages >= 0) & (stages < MAX_STAGES) & (stages == np.floor(stages)))] = np.nan
     ordered = {split: _drawable(split, by_step, problems) for split, by_step in validation.items()}
+    not_finite = tuple(sorted(s for s, point in validation["held_out"].items() if not math.isfinite(point.loss)))
     reached = [(step, number(train[step].get("epoch"))) for step in steps[-1:]]
     reached += [(points[-1].step, points[-1].epoch) for points in ordered.values() if points]
     last_step = max((step for step, _ in reached), default=0)
     last_epoch = max((epoch for _, epoch in reached if epoch >= 0), default=0.0)
     times = [(number(row.get("time")), str(row.get("event") or "")) for row in rows]
     events = [rows[line] for line in event_lines]
-    return Metrics(columns, ordered, events, times, event_lines, last_step, last_epoch)
+    return Metrics(columns, ordered, events, times, event_lines, last_step, last_epoch, not_finite)
 
 
 def _drawable(split: str, by_step: dict[int, Validation], problems: list[str]) -> list[Validation]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageFilter
 
+from safelight.errors import UserError
 from safelight.trainer.captioning.journal import Form
 from safelight.trainer.evaluation.crops import (
     Picture,
@@ -56,6 +57,10 @@ class Colours:
         pixels = [np.asarray(image, dtype=np.float32).reshape(-1, 3) for image in images]
         return np.stack([np.concatenate([each.mean(0), each.std(0)]) for each in pixels]).astype(np.float32)
 
+    def of_keys(self, keys, load):
+        assert len(set(keys)) == len(keys)
+        return self.features([load(place) for place in range(len(keys))]) if keys else np.zeros((0, 6), np.float32)
+
 
 def pictures(num: int, tag: str, seed: int, contrast: float = 1.0) -> list[Picture]:
     rng = np.random.default_rng(seed)
@@ -71,7 +76,7 @@ def pictures(num: int, tag: str, seed: int, contrast: float = 1.0) -> list[Pictu
 
 
 def found(folder, *args, detector=None, **kwargs) -> Crops:
-    return find_crops(pictures(*args, **kwargs), (detector or Finder(CAT)).source(), Colours(), CPU, folder)
+    return find_crops(pictures(*args, **kwargs), (detector or Finder(CAT)).source(), Colours().of_keys, CPU, folder)
 
 
 @pytest.mark.parametrize(
@@ -101,14 +106,14 @@ def test_one_crop_of_a_class_and_group_the_largest_and_none_that_are_doubtful_or
         Box("pen", 0.9, 0.0, 0.0, 0.9, 0.06),
     )
     images = pictures(3, "a", 0)
-    images[2] = Picture(images[2].sha256, "a0", images[2].load)
-    crops = find_crops(images, Finder(*boxes).source(), Colours(), CPU, tmp_path)
+    images[2] = Picture(images[2].sha256, "a0", images[2].decode)
+    crops = find_crops(images, Finder(*boxes).source(), Colours().of_keys, CPU, tmp_path)
     assert list(zip(crops.names, crops.groups, strict=True)) == [("cat", g) for g in ("a0",)] + [
         ("dog", "a0"),
         ("cat", "a1"),
         ("dog", "a1"),
     ]
-    expected = Colours().features([images[0].load().crop((6, 6, 25, 25))])
+    expected = Colours().features([images[0].decode().crop((6, 6, 25, 25))])
     assert crops.features[0] == pytest.approx(expected[0])
     assert crops.sizes[0] == pytest.approx(0.25)
 
@@ -116,28 +121,35 @@ def test_one_crop_of_a_class_and_group_the_largest_and_none_that_are_doubtful_or
 def test_boxes_are_kept_by_picture_and_detector(tmp_path):
     finder, images = Finder(CAT), pictures(20, "a", 0)
     seen = []
-    first = find_crops(images, finder.source(), Colours(), CPU, tmp_path, lambda *done: seen.append(done))
+    first = find_crops(images, finder.source(), Colours().of_keys, CPU, tmp_path, lambda *done: seen.append(done))
     assert (finder.num_seen, seen[0], seen[-1]) == (20, (0, 20), (20, 20))
-    again = find_crops(images, finder.source(), Colours(), CPU, tmp_path)
+    again = find_crops(images, finder.source(), Colours().of_keys, CPU, tmp_path)
     assert finder.num_seen == 20
     assert (again.features == first.features).all()
     # another picture, and another detector
-    find_crops([*images, *pictures(1, "b", 9)], finder.source(), Colours(), CPU, tmp_path)
+    find_crops([*images, *pictures(1, "b", 9)], finder.source(), Colours().of_keys, CPU, tmp_path)
     assert finder.num_seen == 21
-    find_crops(images, finder.source("b" * 16), Colours(), CPU, tmp_path)
+    find_crops(images, finder.source("b" * 16), Colours().of_keys, CPU, tmp_path)
     assert finder.num_seen == 41
     # a damaged journal is found anew
     for path in (tmp_path / "boxes").iterdir():
         path.write_text('{"sha256": "' + images[0].sha256 + '", "boxes": [["cat", 7, 0, 0, 1, 1]]}\n')
-    find_crops(images, finder.source(), Colours(), CPU, tmp_path)
+    find_crops(images, finder.source(), Colours().of_keys, CPU, tmp_path)
     assert finder.num_seen == 61
 
 
 def test_pictures_without_things_give_no_crops(tmp_path):
     crops = found(tmp_path, 5, "a", 0, detector=Finder())
     assert crops.features.shape == (0, 6)
-    with pytest.raises(ValueError, match="there are no crops"):
-        compare_crops("step-3", crops, crops, crops, "finder", "colours")
+    record = compare_crops("step-3", crops, crops, crops, "finder", "colours")
+    assert "0 things in your photographs, 0 things in the base's" in record.sentence
+    assert (record.points, record.gain) == ((), None)
+
+
+def test_an_extractor_that_sees_nothing_is_named(tmp_path):
+    blind = Crops(np.ones((30, 4)), ["cat"] * 30, [str(number) for number in range(30)], [1.0] * 30)
+    with pytest.raises(UserError, match="lite finds no difference between any crops"):
+        compare_crops("step-3", blind, blind, blind, "finder", "lite")
 
 
 def test_a_model_that_came_nearer_and_one_that_burnt(tmp_path):
@@ -263,7 +275,7 @@ def test_real_things_in_real_photographs(tmp_path):
 
     with open_detector(str(model)) as source:
         real, half, burnt_half, soft = (
-            find_crops(altered(change, part, f"{part}"), source, Colours(), CPU, tmp_path)
+            find_crops(altered(change, part, f"{part}"), source, Colours().of_keys, CPU, tmp_path)
             for change, part in ((unchanged, 0), (unchanged, 1), (burnt, 1), (blurred, 1))
         )
     record = compare_crops("step-9", real, half, burnt_half, "yolox", "colours")

@@ -93,6 +93,8 @@ def test_vectors_that_do_not_vary_give_finite_figures():
     flat = np.random.default_rng(5).normal(size=(20, 3)) * [1, 1, 0]
     assert math.isfinite(one(gaussian_kl, flat, flat[::-1] + 1))
     assert one(median_mmd, same, same) == 0
+    equal = np.full((20, 3), 0.1)
+    assert one(median_mmd, equal, equal * (1 + 1e-15)) == pytest.approx(0, abs=1e-6)
 
 
 def test_mmd_is_unbiased_and_equals_its_definition():

@@ -79,10 +79,6 @@ LOW_CONTRAST = """(minimum) => {
   return [counted, low];
 }"""
 BROKEN_IMAGES = "() => [...document.images].filter(i => !i.complete || !i.naturalWidth).length"
-SVG_TEXTS = """svg => [...svg.querySelectorAll('text')].map(t => {
-  const box = t.getBoundingClientRect(), scale = svg.getScreenCTM().a;
-  return {text: t.textContent, px: parseFloat(getComputedStyle(t).fontSize) * scale,
-          box: [box.left, box.top, box.right, box.bottom]} })"""
 
 
 def assert_sound(opened: Opened) -> None:

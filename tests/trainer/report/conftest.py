@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
 from safelight.trainer.report.build import build_report
+from tests.trainer.report.chromium import ARGUMENTS, SIZES, WATCH, Opened, find_chromium
 
 STEPS_PER_EPOCH = 55
 PROMPTS = (
@@ -336,3 +338,42 @@ def write_run_fixture():
 def write_metrics_fixture():
     """The function that writes metrics.jsonl."""
     return write_metrics
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator:
+    """Chromium, started once a module."""
+    reason = "playwright is not installed: pip install -e '.[dev]'"
+    playwright = pytest.importorskip("playwright.sync_api", reason=reason)
+    path = find_chromium()
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=path, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_report(browser) -> Iterator[Callable[..., Opened]]:
+    """The function that opens a page in a window of one of SIZES, and watches what it does."""
+    contexts = []
+
+    def open_(path: Path, size: str = "desk", **options: object) -> Opened:
+        width, height = SIZES[size]
+        context = browser.new_context(
+            viewport={"width": width, "height": height}, has_touch=size == "phone", is_mobile=size == "phone", **options
+        )
+        contexts.append(context)
+        context.add_init_script(WATCH)
+        opened = Opened(context.new_page())
+        page = opened.page
+        page.on("console", lambda message: opened.messages.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: opened.messages.append(f"error: {error}"))
+        page.on("requestfailed", lambda request: opened.messages.append(f"failed: {request.url[:80]}"))
+        page.on("dialog", lambda dialog: (opened.messages.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        page.on("request", lambda request: opened.requests.append(request.url[:80]))
+        page.goto(path.as_uri())
+        return opened
+
+    yield open_
+    for context in contexts:
+        context.close()

@@ -11,7 +11,16 @@ HOSTILE = (
 )
 # fields of the records that are no free text, and the lengths of those that have a limit
 KEPT = ("file", "id", "model", "better", "set", "first", "second")
-MAX_LENGTHS = {"name": 60, "title": 200, "features": 200, "detector": 200, "labels": 400, "fixed": 60, "sampler": 40}
+MAX_LENGTHS = {
+    "name": 60,
+    "title": 200,
+    "features": 200,
+    "detector": 200,
+    "labels": 400,
+    "fixed": 60,
+    "sampler": 40,
+    "weights": 64,
+}
 HEBREW = "שועל אדום עומד בעשב גבוה"
 
 
@@ -32,7 +41,8 @@ def make_hostile(run: Path) -> None:
             return {name: item if name in KEPT else poisoned(item, name) for name, item in value.items()}
         if isinstance(value, list):
             return [poisoned(item, key) for item in value]
-        return HOSTILE[: MAX_LENGTHS.get(key)] if isinstance(value, str) and not value.endswith(".png") else value
+        is_text = isinstance(value, str) and value and not value.endswith(".png")
+        return HOSTILE[: MAX_LENGTHS.get(key)] if is_text else value
 
     for path in (*run.glob("*.json"), *run.glob("compare/*.json"), *run.glob("[sg]*/*/*.json")):
         path.write_text(json.dumps(poisoned(json.loads(path.read_text()))))
@@ -41,5 +51,6 @@ def make_hostile(run: Path) -> None:
     (run / "data.json").write_text(json.dumps(data))
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"kind": "event", "step": 1, "event": HOSTILE, "detail": HOSTILE, "time": 1}) + "\n")
-    texts = "".join(f"{name} = {json.dumps(HOSTILE)}\n" for name in ("dir", "title", "notes"))
-    (run / "config.toml").write_text(f"[run]\n{texts}")
+    texts = {"dir": HOSTILE, "title": HOSTILE, "notes": HOSTILE[:1000]}
+    lines = [f"{name} = {json.dumps(text)}\n" for name, text in texts.items()]
+    (run / "config.toml").write_text(f"[run]\n{''.join(lines)}")

@@ -123,7 +123,7 @@ CASES = {
         [with_metrics(sound_run(), events=[event("diverged"), event("resumed")])],
     ),
     "unfinished": (
-        [(with_metrics(sound_run(), last_epoch=1.5, last_step=15), "stopped at epoch 1.5 of 3")],
+        [(with_metrics(sound_run(), last_epoch=1.5, last_step=15), "its log ends at epoch 1.5 of 3")],
         [with_metrics(sound_run(), last_epoch=0.0, last_step=0)],
     ),
     "still-falling": (

@@ -2,30 +2,22 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from safelight.trainer.report.build import build_report
+from tests.trainer.report.charts import drawn_charts
 from tests.trainer.report.chromium import (
-    ARGUMENTS,
     LOW_CONTRAST,
     MIN_CONTRAST,
     OVERFLOW,
     SIZES,
-    SVG_TEXTS,
-    WATCH,
-    Opened,
     assert_sound,
-    find_chromium,
 )
 from tests.trainer.report.hostile_run import HEBREW, keep_lines, make_hostile, rewrite
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[dev]'")
-
 MAX_OPENING_MS = 3000
-MIN_FONT_PX = 9.5
 ROSE = (
     "step 110: the held-out loss 0.5510 is 4.0 times the base's 0.1385 and rising: the run is making the model worse; "
     "stop it and use a lower learning rate"
@@ -36,41 +28,6 @@ DIVERGED = (
     "runs/unsplash/checkpoints/step-00000165.diverged && safelight train runs/unsplash/config.toml --resume "
     "--optimizer.lr 0.0003"
 )
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator:
-    path = find_chromium()
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=path, args=ARGUMENTS)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def open_report(browser) -> Iterator[Callable[..., Opened]]:
-    contexts = []
-
-    def open_(path: Path, size: str = "desk", **options: object) -> Opened:
-        width, height = SIZES[size]
-        context = browser.new_context(
-            viewport={"width": width, "height": height}, has_touch=size == "phone", is_mobile=size == "phone", **options
-        )
-        contexts.append(context)
-        context.add_init_script(WATCH)
-        opened = Opened(context.new_page())
-        page = opened.page
-        page.on("console", lambda message: opened.messages.append(f"{message.type}: {message.text}"))
-        page.on("pageerror", lambda error: opened.messages.append(f"error: {error}"))
-        page.on("requestfailed", lambda request: opened.messages.append(f"failed: {request.url[:80]}"))
-        page.on("dialog", lambda dialog: (opened.messages.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-        page.on("request", lambda request: opened.requests.append(request.url[:80]))
-        page.goto(path.as_uri())
-        return opened
-
-    yield open_
-    for context in contexts:
-        context.close()
 
 
 @pytest.fixture(scope="module")
@@ -148,67 +105,197 @@ def test_a_report_of_40_epochs_opens_within_3_s(open_report, reports):
     assert 0 < min(took) <= MAX_OPENING_MS, took
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_the_graphs_can_be_read(open_report, reports, size):
-    page = open_report(reports["whole"], size).page
-    graphs = [svg for svg in page.locator("svg.graph").all() if svg.is_visible()]
-    # the two large ones in the version for this size, and four small ones
-    assert len(graphs) == 6
-    for svg in graphs:
-        box = svg.bounding_box()
-        assert box["width"] >= 330
-        assert box["height"] >= 170
-        texts = svg.evaluate(SVG_TEXTS)
-        assert min(text["px"] for text in texts) >= MIN_FONT_PX
-        for index, one in enumerate(texts):
-            left, top, right, bottom = one["box"]
-            assert left >= 0
-            assert right <= SIZES[size][0]
-            for other in texts[:index]:
-                a, b, c, d = other["box"]
-                assert right <= a or c <= left or bottom <= b or d <= top, (one["text"], other["text"])
-    loss = page.locator("#loss svg.graph:visible")
-    assert loss.bounding_box()["height"] >= 250
-    shown = {text["text"] for text in loss.evaluate(SVG_TEXTS)}
-    assert {"loss (mean squared error)", "epoch (step number below)", "best: epoch 26", "stage 1"} <= shown
-    for graph, name in zip(graphs[3:], ("learning rate", "gradient norm", "throughput", "memory"), strict=False):
-        texts = [text["text"] for text in graph.evaluate(SVG_TEXTS)]
-        assert "epoch" in texts, name
-    read_off_the_loss(page, size)
+# of a canvas: how many of its pixels have about the colour of a variable of the style sheet
+COUNT_PIXELS = """(canvas, name) => {
+  const color = getComputedStyle(document.documentElement).getPropertyValue(name).trim().match(/\\w\\w/g)
+    .map(part => parseInt(part, 16));
+  const {data} = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
+  let count = 0;
+  for (let i = 0; i < data.length; i += 4)
+    count += data[i + 3] > 200 && [0, 1, 2].every(k => Math.abs(data[i + k] - color[k]) < 12);
+  return count }"""
 
 
-def read_off_the_loss(page, size: str) -> None:
-    """Hover over the graph at epoch 26, or tap it, and compare the values shown with the metrics."""
-    figure = page.locator("#loss figure.wide")
-    assert figure.locator("output").inner_text() == "Hover over the graph, or tap it, to read its values."
-    svg = figure.locator("svg.graph:visible")
-    svg.scroll_into_view_if_needed()
-    frame = json.loads(figure.get_attribute("data-series"))["frames"]["narrow" if size == "phone" else "wide"]
-    share = (26 - frame["first_epoch"]) / (frame["last_epoch"] - frame["first_epoch"])
-    box, width = svg.bounding_box(), float(svg.get_attribute("viewBox").split()[2])
-    x = box["x"] + (frame["left"] + share * (frame["right"] - frame["left"])) * box["width"] / width
+def point_at(page, selector: str, epoch: float, size: str = "desk") -> None:
+    """Move the pointer over a chart of 40 epochs to an epoch, or tap there."""
+    plot = page.locator(f"{selector} .u-over")
+    plot.scroll_into_view_if_needed()
+    box = plot.bounding_box()
+    # the axis ends a little before and after the run
+    x = box["x"] + box["width"] * (epoch / 40 + 0.012) / 1.024
     y = box["y"] + box["height"] / 2
-    if size == "phone":
-        page.touchscreen.tap(x, y)
-    else:
-        page.mouse.move(x, y)
-    shown = figure.locator("output span").all_inner_texts()
-    assert shown[0].startswith("training (smoothed) 0.1")
+    page.touchscreen.tap(x, y) if size == "phone" else page.mouse.move(x, y)
+
+
+def values_of(page, selector: str) -> dict[str, str]:
+    """Return what a chart shows beside the names of its curves."""
+    items = page.locator(f"{selector} .curves li").all()
+    return {item.locator(".curve").inner_text(): item.locator("output").inner_text() for item in items}
+
+
+def ticks_of(page, selector: str) -> str:
+    return page.locator(f"{selector} canvas").evaluate("canvas => canvas.toDataURL()")
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_charts_are_drawn_in_the_pages_colours(open_report, reports, size, scheme):
+    page = open_report(reports["whole"], size, color_scheme=scheme).page
+    figures = page.locator("figure.chart").all()
+    assert len(figures) == 7
+    width = SIZES[size][0]
+    for figure in figures:
+        box = figure.locator("canvas").bounding_box()
+        assert (box["width"] >= 330, box["height"] >= 170, box["x"] >= 0) == (True, True, True)
+        assert box["x"] + box["width"] <= width
+        assert figure.locator("canvas").evaluate(COUNT_PIXELS, "--muted") > 50
+    loss = page.locator("#loss canvas")
+    for name in ("--accent", "--amber", "--ink"):
+        assert loss.evaluate(COUNT_PIXELS, name) > 40, name
+    other = "dark" if scheme == "light" else "light"
+    before = loss.evaluate("canvas => canvas.toDataURL()")
+    page.emulate_media(color_scheme=other)
+    page.wait_for_timeout(50)
+    assert loss.evaluate("canvas => canvas.toDataURL()") != before
+    assert loss.evaluate(COUNT_PIXELS, "--accent") > 40
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_chart_tells_the_values_under_the_pointer(open_report, reports, size):
+    page = open_report(reports["whole"], size).page
+    names = ["held-out photographs (50)", "some training photographs (50)"]
+    names += ["training, smoothed over 21 values", "training, as logged"]
+    assert list(values_of(page, "#loss")) == names
+    assert page.locator("#loss .plot-bar span").inner_text() == "end: epoch 40 · step 2,200"
+    assert values_of(page, "#loss")[names[0]] == "0.1346"
+    point_at(page, "#loss", 26, size)
+    assert page.locator("#loss .plot-bar span").inner_text() == "epoch 26 · step 1,430"
     # the losses that write_run wrote
-    held_out, trained_on = (f"{loss:.4f} (epoch 26, step 1,430)" for loss in (0.1302, 0.1274))
-    assert sorted(shown[1:]) == [f"held out {held_out}", f"training photographs {trained_on}"]
+    shown = values_of(page, "#loss")
+    assert (shown[names[0]], shown[names[1]]) == ("0.1302", "0.1274")
+    # the other charts are read at the same epoch
+    assert page.locator("#schedule .plot-bar span").first.inner_text() == "epoch 26 · step 1,430"
+
+
+def test_a_chart_is_zoomed_by_dragging_and_shown_whole_by_a_double_click(open_report, reports):
+    page = open_report(reports["whole"]).page
+    reset = page.locator("#loss .plot-bar button", has_text="Whole run")
+    assert reset.is_disabled()
+    whole = ticks_of(page, "#loss")
+    point_at(page, "#loss", 10)
+    page.mouse.down()
+    point_at(page, "#loss", 20)
+    page.mouse.up()
+    assert reset.is_enabled()
+    assert page.locator("#schedule .plot-bar button", has_text="Whole run").first.is_enabled()
+    page.mouse.move(1, 1)
+    assert ticks_of(page, "#loss") != whole
+    box = page.locator("#loss .u-over").bounding_box()
+    # the left edge is at epoch 10 now
+    page.mouse.move(box["x"] + 1, box["y"] + 50)
+    assert page.locator("#loss .plot-bar span").inner_text().startswith("epoch 10")
+    page.mouse.dblclick(box["x"] + 200, box["y"] + 50)
+    assert reset.is_disabled()
+    page.mouse.move(1, 1)
+    assert ticks_of(page, "#loss") == whole
+
+
+def test_a_chart_is_read_and_zoomed_with_the_keyboard(open_report, reports):
+    opened = open_report(reports["whole"])
+    page = opened.page
+    plot = page.locator("#loss .plot")
+    assert "Arrow keys read the values" in plot.get_attribute("aria-label")
+    page.locator("#loss .curves button").last.focus()
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.className") == "plot"
+    assert plot.evaluate("e => getComputedStyle(e).outlineStyle") == "solid"
+    where = page.locator("#loss .plot-bar span")
+    for key, epoch in (("ArrowRight", 0), ("ArrowRight", 2), ("ArrowRight", 4), ("ArrowLeft", 2)):
+        page.keyboard.press(key)
+        assert where.inner_text() == f"epoch {epoch} · step {epoch * 55:,}"
+    said = page.locator("#loss .plot-said").inner_text()
+    assert said.startswith("epoch 2 · step 110: held-out photographs (50) 0.1")
+    reset = page.locator("#loss .plot-bar button", has_text="Whole run")
+    page.keyboard.press("+")
+    assert reset.is_enabled()
+    page.keyboard.press("Escape")
+    assert reset.is_disabled()
+    assert opened.messages == []
+
+
+def test_curves_are_switched_off_and_on(open_report, reports):
+    page = open_report(reports["whole"]).page
+    button = page.locator("#loss .curves button").first
+    canvas = page.locator("#loss canvas")
+    assert button.get_attribute("aria-pressed") == "true"
+    button.press("Enter")
+    page.wait_for_timeout(50)
+    assert button.get_attribute("aria-pressed") == "false"
+    assert canvas.evaluate(COUNT_PIXELS, "--accent") == 0
+    assert values_of(page, "#loss")["held-out photographs (50)"] == ""
+    button.click()
+    page.wait_for_timeout(50)
+    assert canvas.evaluate(COUNT_PIXELS, "--accent") > 40
+    # a chart of one curve has nothing to switch
+    assert page.locator("#schedule figure").first.locator(".curves button").count() == 0
+
+
+def test_charts_follow_the_width_of_the_page(open_report, reports):
+    page = open_report(reports["whole"]).page
+    assert page.locator("#loss canvas").bounding_box()["width"] > 1000
+    page.set_viewport_size({"width": 500, "height": 800})
+    page.wait_for_timeout(100)
+    assert page.locator("#loss canvas").bounding_box()["width"] <= 500
+    assert page.evaluate(OVERFLOW) == [0]
+
+
+def test_without_scripts_tables_stand_for_the_charts(open_report, reports):
+    page = open_report(reports["whole"], java_script_enabled=False).page
+    assert page.locator("canvas").count() == 0
+    assert page.locator("figure.chart .curves").first.is_hidden()
+    assert page.locator("#loss noscript").inner_text().startswith("This chart is drawn by JavaScript")
+    page.locator("#loss summary").first.click()
+    assert "0.13019" in page.locator("#loss details[open] table").inner_text()
+    assert page.locator("#loss .plot").bounding_box()["height"] < 60
+
+
+@pytest.mark.slow
+def test_a_report_of_50_000_logged_steps_opens_within_3_s(open_report, tmp_path, write_run):
+    run = write_run(tmp_path / "long", num_epochs=40, edge_px=64, prompts=("a fox",), num_examples=1)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    train = [row for row in rows if row["kind"] == "train"]
+    lines = [row for row in rows if row["kind"] != "train"]
+    for i in range(50_000):
+        row = train[i * len(train) // 50_000]
+        lines.append(
+            {**row, "step": i + 1, "epoch": 40 * (i + 1) / 50_000, "loss": 9.0 if i == 31_007 else row["loss"]}
+        )
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path = build_report(run)
+    assert path.stat().st_size < 2_000_000
+    opened = open_report(path)
+    took = []
+    for _ in range(3):
+        opened.page.reload()
+        took.append(opened.page.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd"))
+    assert 0 < min(took) <= MAX_OPENING_MS, took
+    assert opened.messages == []
+    # a single spike is among the values that the page holds
+    assert 9 in drawn_charts(path.read_text())[0]["curves"][-1]["y"]
 
 
 def test_hostile_text_is_shown_and_does_nothing(open_report, reports):
     opened = open_report(reports["hostile"])
     page = opened.page
-    page.locator(".zoom").first.click()
+    page.locator(".enlarge").first.click()
     assert "<script>window.pwned=1</script>" in page.locator("dialog").inner_text()
     page.keyboard.press("Escape")
     assert page.evaluate("window.pwned") is None
     assert page.evaluate("document.scripts.length") == 1
     assert page.evaluate("document.images.length") == 2 * 2 + 2 * 4 + 3 + 2  # two in the dialog
-    assert page.evaluate("[...document.links].map(a => a.getAttribute('href')).filter(h => h[0] !== '#')") == []
+    saved = "data:text/plain;charset=utf-8;base64,"
+    links = "[...document.links].map(a => a.getAttribute('href'))"
+    assert page.evaluate(f"{links}.filter(h => h[0] !== '#' && !h.startsWith('{saved}'))") == []
     attributes = "[...document.querySelectorAll('*')].flatMap(e => [...e.attributes]).map(a => a.name)"
     assert page.evaluate(f"{attributes}.filter(name => name.startsWith('on'))") == []
     text = page.locator("body").inner_text()
@@ -260,12 +347,12 @@ def test_the_policy_refuses_injected_content(open_report, reports):
 def test_pictures_can_be_enlarged_with_the_keyboard(open_report, reports):
     opened = open_report(reports["one-photo"])
     page = opened.page
-    for _ in range(20):
+    for _ in range(30):
         page.keyboard.press("Tab")
-        if page.evaluate("document.activeElement.className") == "zoom":
+        if page.evaluate("document.activeElement.className") == "enlarge":
             break
     first = page.evaluate("document.activeElement.getAttribute('aria-label')")
-    assert first.startswith("Enlarge: Base: a red fox")
+    assert first.startswith("Enlarge: a red fox")
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
     dialog = page.locator("dialog")
     for key, scheme in (("Enter", "light"), ("Space", "dark")):
@@ -293,11 +380,11 @@ def test_pictures_can_be_enlarged_with_the_keyboard(open_report, reports):
 
 def test_a_pair_is_enlarged_on_a_phone(open_report, reports):
     page = open_report(reports["one-photo"], "phone").page
-    button = page.locator(".zoom").first
-    before = button.bounding_box()["width"]
-    button.tap()
+    before = page.locator(".three img, .sides img").first.bounding_box()["width"]
+    page.locator(".enlarge").first.tap()
     boxes = [image.bounding_box() for image in page.locator("dialog img").all()]
-    assert all(box["width"] > 1.7 * before for box in boxes)
+    assert len(boxes) == 2
+    assert all(box["width"] > 0.9 * before for box in boxes)
     assert boxes[0]["y"] + boxes[0]["height"] <= boxes[1]["y"]
     assert page.evaluate(OVERFLOW)[0] == 0
     page.touchscreen.tap(5, 800)
@@ -314,15 +401,19 @@ def test_printing_uses_white_paper_even_in_dark_mode(open_report, reports):
     assert page.evaluate(LOW_CONTRAST, MIN_CONTRAST)[1] == []
     assert page.evaluate(OVERFLOW) == [0]
     right = "e => e.getBoundingClientRect().right"
-    assert max(image.evaluate(right) for image in page.locator(".strip img").all()) <= 680
+    assert max(image.evaluate(right) for image in page.locator(".frames img").all()) <= 680
     assert not page.locator("nav").is_visible()
-    assert page.locator("#loss svg.wide").is_visible()
-    assert not page.locator("#loss svg.narrow").is_visible()
+    # the chart shrinks with the paper, and is drawn in the paper's colours
+    assert page.locator("#loss canvas").bounding_box()["width"] <= 680
+    assert page.locator("#loss canvas").evaluate(COUNT_PIXELS, "--accent") > 40
+    page.emulate_media(media="screen")
+    page.wait_for_timeout(50)
+    assert page.locator("#loss canvas").evaluate(COUNT_PIXELS, "--accent") > 40
 
 
 def test_nothing_moves_by_itself(open_report, reports):
     page = open_report(reports["one-photo"], reduced_motion="reduce").page
-    page.locator(".zoom").first.click()
+    page.locator(".zoom:visible").first.click()
     moving = """() => [...document.querySelectorAll('*')].filter(e => { const s = getComputedStyle(e);
       return s.transitionDuration !== '0s' || s.animationName !== 'none' || s.scrollBehavior !== 'auto' }).length"""
     assert page.evaluate(moving) == 0

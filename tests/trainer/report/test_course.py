@@ -1,7 +1,6 @@
 """Stage starts and learning rates of the graphs, compared with the schedule step by step."""
 
 import json
-import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from safelight.trainer.config.timeline import Timeline
 from safelight.trainer.report.course import learning_rates, stage_starts
 from safelight.trainer.report.curves import schedule_section
 from safelight.trainer.report.run_reader import read_run_folder
+from tests.trainer.report.charts import drawn_charts
 
 # 10 + 3 photographs: 4 steps per epoch in batches of 4, 3 steps in batches of 8
 BUCKETS = [{"num_train": 10, "num_validation": 1}, {"num_train": 3, "num_validation": 0}]
@@ -115,7 +115,7 @@ def test_settings_that_contradict_the_logged_rates_are_not_drawn(tmp_path: Path,
     run = write(tmp_path, config=config, **changes)
     assert learning_rates(run) is None
     html = schedule_section(run)
-    assert ("because the settings in config.toml do not agree with the log" in html) is ("lr" not in changes)
+    assert ("The learning rate is drawn from the logged steps alone" in html) is ("lr" not in changes)
 
 
 def test_a_run_without_its_buckets_is_drawn_as_logged(tmp_path: Path) -> None:
@@ -125,14 +125,10 @@ def test_a_run_without_its_buckets_is_drawn_as_logged(tmp_path: Path) -> None:
         assert learning_rates(read_run_folder(tmp_path)) is None
 
 
-def strokes(html: str) -> list[list[tuple[float, float]]]:
-    """Return the points of each accent-coloured line of the learning rate's graph."""
-    svg = html.partition('aria-label="learning rate over the epochs"')[2].partition("</svg>")[0]
-    paths = re.findall(r'<path class="[^"]*s-accent[^"]*" [^>]*?d="([^"]+)"', svg) or re.findall(
-        r'<path [^>]*class="s-accent"[^>]* d="([^"]+)"', svg
-    )
-    pairs = [re.findall(r"[ML] ?(-?[\d.]+) (-?[\d.]+)", path) for path in paths]
-    return [[(float(x), float(y)) for x, y in points] for points in pairs]
+def learning_rate_curve(html: str) -> dict:
+    """Return the one curve of the learning rate's chart."""
+    [curve] = drawn_charts(html)[0]["curves"]
+    return curve
 
 
 def test_the_learning_rate_changes_in_a_step_not_a_ramp(tmp_path: Path) -> None:
@@ -141,21 +137,21 @@ def test_the_learning_rate_changes_in_a_step_not_a_ramp(tmp_path: Path) -> None:
     run = write(tmp_path, config=flat)
     for index in range(len(run.metrics.train["lr"])):
         run.metrics.train["lr"][index] = next(rates)
-    [line] = strokes(schedule_section(run))
-    # one vertical segment, all others horizontal
-    vertical = [(a, b) for a, b in pairwise(line) if a[0] == b[0] and a[1] != b[1]]
-    assert len(vertical) == 1
-    assert all(a[0] == b[0] or a[1] == b[1] for a, b in pairwise(line))
-    left, right = line[0][0], line[-1][0]
-    assert (vertical[0][0][0] - left) / (right - left) == pytest.approx(12 / 20, abs=0.005)
+    curve = learning_rate_curve(schedule_section(run))
+    # each value holds back to the end of the step before
+    assert curve["look"] == "steps"
+    assert (curve["x"][0], curve["x"][-1]) == (0, 20)
+    changes = [x for (x, y), (_, then) in pairwise(zip(curve["x"], curve["y"], strict=True)) if y != then]
+    assert changes == [12]
 
 
 def test_the_logged_learning_rate_breaks_where_a_stage_begins(tmp_path: Path) -> None:
     run = write(tmp_path, config="")
-    lines = strokes(schedule_section(run))
+    curve = learning_rate_curve(schedule_section(run))
     # steps 10 to 40 and 50 to 72 are separate lines
-    assert len(lines) == 2
-    assert lines[0][-1][0] < lines[1][0][0]
+    gap = curve["y"].index(None)
+    assert curve["y"].count(None) == 1
+    assert curve["x"][gap - 1] == 10 < curve["x"][gap] < curve["x"][gap + 1]
 
 
 def test_the_timeline_has_the_steps_that_these_tests_assume(tmp_path: Path) -> None:

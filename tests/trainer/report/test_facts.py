@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from safelight.trainer.report.build import planned_epochs, render, tiles
+from safelight.trainer.report.build import render, tiles
+from safelight.trainer.report.course import planned_end
+from safelight.trainer.report.curves import band_names
 from safelight.trainer.report.facts import (
     evenly_chosen,
     format_duration,
@@ -15,8 +17,8 @@ from safelight.trainer.report.facts import (
     over_fitting_verdict,
     run_time_s,
     smooth,
+    steps_averaged,
 )
-from safelight.trainer.report.plots import band_names
 from safelight.trainer.report.run_reader import Validation, read_run_folder
 
 
@@ -38,7 +40,8 @@ def test_tiles_equal_the_metrics(full_run: Path) -> None:
         f">{best['loss']:.4f}<",
         f">at epoch {best['epoch']:g}<",
         f">−{100 * (1 - best['loss'] / held_out[0]['loss']):.1f} %<",
-        f">{sum(row['images_per_s'] for row in train) / len(train):.3g}<small> images/s<",
+        # every line is the mean of 5 steps
+        f">{len(train) / sum(1 / row['images_per_s'] for row in train):.3g}<small> images/s<",
         f">{max(row['memory_gib'] for row in train):.2f}<small> GiB<",
         # 40 epochs of 70 s; the ten minutes between the interruption and the resume do not count
         ">46 min 40 s<",
@@ -78,7 +81,7 @@ def test_runs_of_any_length_can_be_drawn(tmp_path: Path, write_metrics, epochs: 
     ]
     write_metrics(tmp_path, lines)
     html = render(read_run_folder(tmp_path))
-    assert html.count('<svg class="graph') == 7
+    assert html.count("data-chart=") == 5
     assert "NaN" not in html.split("<script>")[0]
 
 
@@ -151,14 +154,14 @@ def test_before_the_first_step_only_the_base_is_known(tmp_path: Path, write_metr
     start = {"kind": "validation", "split": "held_out", "step": 0, "epoch": 0.0, "loss": 0.1}
     write_metrics(tmp_path, [start])
     html = render(read_run_folder(tmp_path))
-    assert html.count("No training step has been logged yet. The base model&#x27;s held-out loss is 0.1000.") == 2
-    assert '<svg class="graph' not in html
+    assert html.count("No training step has been logged so far. The base model&#x27;s held-out loss is 0.1000.") == 2
+    assert "data-chart=" not in html
     assert "change from step 0" not in html
     assert ">of the base model<" in html
     write_metrics(tmp_path, [start, {"kind": "train", "step": 5, "epoch": 0.5, "stage": 0, "loss": 0.2}])
     html = render(read_run_folder(tmp_path))
     assert "The base model&#x27;s held-out loss is 0.1000; it has not been measured since." in html
-    assert '<svg class="graph wide"' in html
+    assert "data-chart=" in html
 
 
 def test_validations_without_a_logged_step_can_be_drawn(tmp_path: Path, write_metrics) -> None:
@@ -166,14 +169,54 @@ def test_validations_without_a_logged_step_can_be_drawn(tmp_path: Path, write_me
         {"kind": "validation", "split": "held_out", "step": 9 * i, "epoch": float(i), "loss": 0.1} for i in (0, 1)
     ]
     write_metrics(tmp_path, points)
-    assert '<svg class="graph wide"' in render(read_run_folder(tmp_path))
+    assert "data-chart=" in render(read_run_folder(tmp_path))
 
 
 def test_smooth_ignores_values_that_are_not_finite() -> None:
     values = np.array([1.0, np.nan, 3.0, 5.0])
-    np.testing.assert_allclose(smooth(values, 1), [1.0, 2.0, 4.0, 4.0])
+    # nearness 3, 2, 1 over at most five values
+    expected = [(3 * 1 + 1 * 3) / 4, (2 * 1 + 2 * 3 + 1 * 5) / 5, (1 * 1 + 3 * 3 + 2 * 5) / 6, (2 * 3 + 3 * 5) / 5]
+    np.testing.assert_allclose(smooth(values, 1), expected)
+    np.testing.assert_allclose(smooth(values, 1, at=[0, 3]), [expected[0], expected[3]])
     assert np.isnan(smooth(np.array([np.nan]), 3)).all()
     assert len(smooth(np.array([]), 2)) == 0
+
+
+def test_a_smoothed_curve_of_equal_values_is_level_to_its_ends() -> None:
+    np.testing.assert_allclose(smooth(np.full(50, 0.2), 4, np.linspace(0.1, 3, 50)), 0.2)
+
+
+def test_the_last_logged_value_counts_by_the_steps_that_it_averages(tmp_path: Path, write_metrics) -> None:
+    # the run ends one step after its last full line: that line holds one step, the others ten
+    steps = [10 * (i + 1) for i in range(20)] + [201]
+    lines = [
+        {"kind": "train", "step": step, "epoch": step / 100, "stage": 0, "loss": 5.0 if step == 201 else 1.0}
+        for step in steps
+    ]
+    write_metrics(tmp_path, lines)
+    metrics = read_run_folder(tmp_path).metrics
+    weights = steps_averaged(metrics)
+    assert weights.tolist() == [10.0] * 20 + [1.0]
+    # nearness 5 of the last, 4, 3, 2 and 1 of those before it
+    [end] = smooth(metrics.train["loss"], 2, weights, at=[20])
+    assert end == pytest.approx((5 * 1 * 5.0 + (4 + 3 + 2 + 1) * 10 * 1.0) / (5 * 1 + 10 * 10))
+    assert end < 1.2
+
+
+def smoothed_by_formula(values: np.ndarray, weights: np.ndarray, half_width: int) -> list[float]:
+    """Return the means written out, term by term."""
+    means = []
+    for i in range(len(values)):
+        near = [(j, 2 * half_width + 1 - abs(i - j)) for j in range(len(values)) if abs(i - j) <= 2 * half_width]
+        total = sum(share * weights[j] for j, share in near)
+        means.append(sum(share * weights[j] * values[j] for j, share in near) / total)
+    return means
+
+
+def test_smoothing_is_the_weighted_mean_that_it_says() -> None:
+    generator = np.random.default_rng(5)
+    values, weights = generator.normal(size=31), generator.uniform(0.5, 10, 31)
+    np.testing.assert_allclose(smooth(values, 3, weights), smoothed_by_formula(values, weights, 3), rtol=1e-12)
 
 
 @pytest.mark.parametrize("num_all", [0, 1, 5, 12, 13, 41, 1000])
@@ -185,16 +228,29 @@ def test_evenly_chosen_keeps_both_ends(num_all: int) -> None:
         assert (chosen[0], chosen[-1]) == (0, num_all - 1)
 
 
-def test_planned_epochs() -> None:
-    assert planned_epochs({"stage": [{"epochs": 30}, {"epochs": 10}], "train": {"epochs": 3}}) == 40
-    assert planned_epochs({"train": {"epochs": 3}}) == 3
-    assert planned_epochs({"train": {"max_steps": 3}}) is None
-    assert planned_epochs({"stage": [{"lr": 1.0}]}) is None
+@pytest.mark.parametrize(
+    ("config", "planned"),
+    [
+        ("[[stage]]\nepochs = 30\n[[stage]]\nepochs = 10\n", (None, 40)),
+        ("[train]\nepochs = 3\n", (None, 3)),
+        ("[train]\nmax_steps = 3\n", (3, None)),
+        ("[[stage]]\nlr = 1.0\n", (None, None)),
+        ("", (None, None)),
+    ],
+)
+def test_the_planned_end_without_the_runs_buckets(tmp_path: Path, config: str, planned: tuple) -> None:
+    (tmp_path / "config.toml").write_text(config)
+    assert planned_end(read_run_folder(tmp_path)) == planned
+
+
+def test_a_limit_of_steps_is_the_planned_end(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("[train]\nbatch_size = 1\nepochs = 4\nmax_steps = 15\n")
+    (tmp_path / "data.json").write_text('{"buckets": [{"num_train": 10, "num_validation": 1}]}')
+    assert planned_end(read_run_folder(tmp_path)) == (15, 1.5)
 
 
 def test_band_names_span_the_schedule() -> None:
     assert band_names(4) == ["0–25", "25–50", "50–75", "75–100"]
-    assert band_names(10, short=True)[0] == "10"
 
 
 @pytest.mark.parametrize(("losses", "is_log"), [((0.14, 0.13, 0.135), False), ((0.9, 0.3, 0.1), True)])
@@ -206,4 +262,4 @@ def test_loss_that_falls_by_a_large_factor_is_drawn_on_a_log_scale(
         for i, loss in enumerate(losses)
     ]
     write_metrics(tmp_path, lines)
-    assert ("loss (mean squared error, log scale)" in render(read_run_folder(tmp_path))) is is_log
+    assert ("mean squared error, log scale" in render(read_run_folder(tmp_path))) is is_log

@@ -1,0 +1,116 @@
+"""Which models are said to draw burnt or smoothed-out pictures."""
+
+import numpy as np
+from PIL import Image
+
+from safelight.trainer.evaluation.burn import PictureMeasures, PictureSet, as_drawn, judge_burn, sets_of
+from safelight.trainer.metrics.picture_measures import MEASURES
+from safelight.trainer.report.comparison import ComparedModel, ComparedRow, Comparison
+from safelight.trainer.report.evaluation import Burn
+
+# of what burns: the first four; smoothing: the last two
+NORMAL = np.random.Generator(np.random.Philox(key=7)).normal(size=(700, len(MEASURES)))
+
+
+def drawn(model: str, num: int, first: int, num_burnt: int = 0, num_smoothed: int = 0, cfg: float = 7.5) -> PictureSet:
+    rows = NORMAL[first : first + num].copy()
+    rows[:num_burnt, MEASURES.index("colour")] += 30
+    rows[num - num_smoothed :, MEASURES.index("slope")] -= 20
+    files = [f"{model}-{cfg:g}-{place}.png" for place in range(num)]
+    return PictureSet(model, cfg, files, [f"prompt {place}" for place in range(num)], rows)
+
+
+def test_a_burnt_checkpoint_is_named_and_the_base_is_not():
+    burn = judge_burn(NORMAL[:100], [drawn("base", 100, 100), drawn("step-300", 100, 200, num_burnt=30)])
+    assert burn.sentence.startswith("More pictures look burnt than among the run's own photographs: 3")
+    assert "by step 300 (not the base). No" in burn.sentence
+    assert "more pictures look smoothed" not in burn.sentence.lower().replace("no more", "")
+    real, base, trained = burn.sets
+    assert (real.model, base.model, trained.model) == ("real", "base", "step-300")
+    assert (real.is_burnt, base.is_burnt, trained.is_burnt, trained.is_smoothed) == (False, False, True, False)
+    assert trained.share_burnt >= 0.3
+    assert trained.burnt_interval[0] < trained.share_burnt < trained.burnt_interval[1]
+    # the photographs' own share is that of the limit
+    assert real.share_burnt == 0.01
+    assert list(trained.burnt) == sorted(trained.burnt)
+    worst = burn.worst_burnt[0]
+    assert (worst.model, worst.why, worst.cfg) == ("step-300", "strong colours", 7.5)
+    assert worst.score > burn.limit_burnt
+    assert Burn.model_validate_json(burn.model_dump_json()) == burn
+
+
+def test_smoothed_pictures_are_named():
+    burn = judge_burn(
+        NORMAL[:100], [drawn("base", 60, 100, num_smoothed=40), drawn("step-9", 60, 200, num_smoothed=45)]
+    )
+    assert "look smoothed out than among the run's own photographs: 4" in burn.sentence
+    assert " by the base and 4" in burn.sentence
+    assert {picture.why for picture in burn.worst_smoothed} == {"weak high frequencies"}
+    assert len(burn.worst_smoothed) == 12
+
+
+def test_each_cfg_is_a_set_of_its_own():
+    sets = [drawn("step-9", 60, 100, cfg=3.0), drawn("step-9", 60, 200, num_burnt=40, cfg=12.0)]
+    burn = judge_burn(NORMAL[:100], sets)
+    assert "by step 9 at cfg 12 (not step 9 at cfg 3)." in burn.sentence
+    assert [scores.cfg for scores in burn.sets[1:]] == [3.0, 12.0]
+
+
+def test_pictures_like_the_photographs_are_rarely_called_anything():
+    claims = [
+        scores.is_burnt or scores.is_smoothed
+        for first in range(0, 600, 100)
+        for scores in judge_burn(NORMAL[first : first + 40], [drawn("base", 50, first + 50)]).sets
+    ]
+    assert not any(claims)
+
+
+def test_no_claim_from_few_photographs_or_pictures():
+    assert judge_burn(NORMAL[:12], [drawn("base", 50, 100)]).sets == ()
+    assert judge_burn(NORMAL[:12], [drawn("base", 50, 100)]).sentence == (
+        "Whether pictures are burnt or smoothed out cannot be judged: that takes at least 19 real photographs to "
+        "compare with, and there are 12."
+    )
+    assert judge_burn(NORMAL[:40], []).sentence == "No drawn pictures were there to be judged."
+    one = judge_burn(NORMAL[:100], [drawn("step-9", 1, 100, num_burnt=1)])
+    assert not one.sets[1].is_burnt
+    assert "No more pictures look burnt than chance explains: at most 1 of 1 by step 9." in one.sentence
+    assert one.sentence.endswith("A set of 1 picture is small: only a strong effect would show.")
+
+
+def test_a_picture_that_shows_neither_edges_nor_detail_is_judged_by_the_rest():
+    rows = PictureMeasures().features([Image.new("RGB", (64, 64), "grey")])
+    assert rows.dtype == np.float32
+    assert rows.shape == (1, PictureMeasures.width)
+    burn = judge_burn(NORMAL[:40], [PictureSet("base", 7.5, ["a.png"], ["p"], rows)])
+    assert np.isfinite(burn.sets[1].burnt).all()
+    assert PictureMeasures().features([]).shape == (0, PictureMeasures.width)
+
+
+def test_photographs_are_cropped_and_shrunk_but_never_enlarged():
+    photo = Image.effect_noise((200, 100), 80).convert("RGB")
+    assert as_drawn(photo, 64, 64).size == (64, 64)
+    assert as_drawn(photo, 201, 64) is None
+    assert as_drawn(photo, 64, 128) is None
+
+
+def test_the_sets_of_a_comparison_are_its_models_with_what_was_measured():
+    comparison = Comparison(
+        models=(ComparedModel(id="base", step=0, epoch=0.0), ComparedModel(id="step-9", step=9, epoch=1.0)),
+        rows=tuple(
+            ComparedRow(
+                prompt=f"p{place}", place=place, seed=1, images={"base": f"b{place}.png", "step-9": f"t{place}.png"}
+            )
+            for place in range(2)
+        ),
+        width=64,
+        height=64,
+        num_steps=4,
+        cfg=5.0,
+        sampler="ddim",
+    )
+    measured = {"b0.png": NORMAL[0], "t0.png": NORMAL[1], "b1.png": NORMAL[2]}
+    base, trained = sets_of(comparison, measured)
+    assert (base.model, base.files, base.prompts, base.cfg) == ("base", ["b0.png", "b1.png"], ["p0", "p1"], 5.0)
+    assert (trained.files, trained.measures.tolist()) == (["t0.png"], [NORMAL[1].tolist()])
+    assert sets_of(comparison, {}) == []

@@ -1,0 +1,141 @@
+"""Measure what the crop divergence says of photographs that are changed on purpose, and of unchanged ones.
+
+    python -m tools.crop_divergence PHOTOS DETECTOR FEATURES [--append FILE]
+
+PHOTOS: a folder of .jpg files. DETECTOR: as for `safelight caption --tags-from-detector`. FEATURES: an .onnx file that
+turns (N, 3, 224, 224), RGB as ImageNet's classifiers take it, into an output named `features`.
+
+Again and again the photographs are split at random into two halves, and the second half is changed: contrast and
+colour are strengthened, or it is blurred. The change comes first, so that it also changes what the detector finds. For
+each change the mean and the standard deviation over the splits are printed; unchanged halves have z near 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+from PIL import Image, ImageEnhance, ImageFilter
+
+from safelight.bench.core.results import append, make_record
+from safelight.trainer.evaluation.crops import MIN_CONFIDENCE, Picture, find_crops
+from safelight.trainer.metrics.crop_divergence import Crops, common_classes, compare, merge_rare, project
+from safelight.trainer.tagging.taggers import open_detector
+
+# photographs are shrunk to what a model of Stable Diffusion 1.5 draws
+LONGEST_SIDE_PX = 512
+NUM_SPLITS, NUM_PERMUTATIONS = 40, 200
+CPU = torch.device("cpu")
+
+
+def strengthened(factor: float, image: Image.Image) -> Image.Image:
+    return ImageEnhance.Color(ImageEnhance.Contrast(image).enhance(factor)).enhance(factor)
+
+
+def blurred(radius: float, image: Image.Image) -> Image.Image:
+    return image.filter(ImageFilter.GaussianBlur(radius))
+
+
+CHANGES: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "none": lambda image: image,
+    **{f"contrast and colour x {factor}": partial(strengthened, factor) for factor in (1.25, 1.5, 2, 3)},
+    **{f"blur, radius {radius}": partial(blurred, radius) for radius in (1, 2)},
+}
+
+
+class OnnxFeatures:
+    """An ImageNet classifier's features: short side to 256 px, the middle 224 px of it."""
+
+    _MEAN, _STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
+
+    def __init__(self, path: Path):
+        self._session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+    def features(self, keys: Sequence[str], load: Callable[[int], Image.Image]) -> np.ndarray:
+        name = self._session.get_inputs()[0].name
+        return np.concatenate(
+            [self._session.run(["features"], {name: self._pixels(load(row))[None]})[0] for row in range(len(keys))]
+        )
+
+    def _pixels(self, image: Image.Image) -> np.ndarray:
+        scale = 256 / min(image.size)
+        size = round(image.width * scale), round(image.height * scale)
+        left, top = (size[0] - 224) // 2, (size[1] - 224) // 2
+        middle = image.resize(size, Image.Resampling.BICUBIC).crop((left, top, left + 224, top + 224))
+        return ((np.asarray(middle, dtype=np.float32) / 255 - self._MEAN) / self._STD).transpose(2, 0, 1)
+
+
+def pictures_of(paths: Sequence[Path], change: str) -> list[Picture]:
+    def load(path: Path) -> Image.Image:
+        with Image.open(path) as image:
+            shrunk = image.convert("RGB")
+        shrunk.thumbnail((LONGEST_SIDE_PX, LONGEST_SIDE_PX), Image.Resampling.LANCZOS)
+        return CHANGES[change](shrunk)
+
+    def digest(path: Path) -> str:
+        return hashlib.sha256(f"{change} {path.name}".encode()).hexdigest()
+
+    return [Picture(digest(path), path.name, partial(load, path)) for path in paths]
+
+
+def figures_of(unchanged: Crops, changed: Crops, groups: Sequence[str]) -> dict:
+    """Return the mean and standard deviation of the pooled divergence over splits of the photographs into halves."""
+    rng = np.random.Generator(np.random.Philox(key=1))
+    rows = []
+    for _ in range(NUM_SPLITS):
+        first_half = set(rng.permutation(groups)[: len(groups) // 2].tolist())
+        first = unchanged.take([row for row, group in enumerate(unchanged.groups) if group in first_half])
+        second = changed.take([row for row, group in enumerate(changed.groups) if group not in first_half])
+        sets = project(merge_rare([first, second]))
+        pooled, classes = compare(*sets, common_classes(sets), NUM_PERMUTATIONS)
+        if pooled is None:
+            raise SystemExit("too few things were found in these photographs")
+        kl, mmd = pooled.kl, pooled.mmd
+        is_found = kl.p <= 0.05
+        rows.append((pooled.num_first, pooled.num_second, len(classes), kl.value, kl.z, is_found, mmd.value, mmd.z))
+    columns = np.array(rows, dtype=np.float64)
+    names = ("crops_first", "crops_second", "classes", "kl", "z", "share_p_below_005", "mmd", "mmd_z")
+    means = dict(zip(names, columns.mean(axis=0).round(4).tolist(), strict=True))
+    deviations = dict(zip(names, columns.std(axis=0).round(4).tolist(), strict=True))
+    return {**means, **{f"{name}_sd": deviations[name] for name in ("kl", "z", "mmd", "mmd_z")}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("photos", type=Path)
+    parser.add_argument("detector")
+    parser.add_argument("features", type=Path)
+    parser.add_argument("--append", type=Path, help="append the figures to this file of result lines")
+    options = parser.parse_args()
+    paths = sorted(options.photos.glob("*.jpg"))
+    extractor, groups = OnnxFeatures(options.features), [path.name for path in paths]
+    unchanged = None
+    with tempfile.TemporaryDirectory() as folder, open_detector(options.detector) as source:
+        for change in CHANGES:
+            crops = find_crops(pictures_of(paths, change), source, extractor.features, CPU, Path(folder))
+            unchanged = unchanged or crops
+            figures = {"crops": len(crops.names), **figures_of(unchanged, crops, groups)}
+            print(change, figures, flush=True)
+            config = {
+                "change": change,
+                "detector": Path(options.detector).name,
+                "features": options.features.name,
+                "photographs": len(paths),
+                "longest_side_px": LONGEST_SIDE_PX,
+                "min_confidence": MIN_CONFIDENCE,
+                "splits": NUM_SPLITS,
+                "permutations": NUM_PERMUTATIONS,
+            }
+            if options.append:
+                append(options.append, make_record("crop_divergence", config, figures, CPU))
+
+
+if __name__ == "__main__":
+    main()

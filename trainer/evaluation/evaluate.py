@@ -116,8 +116,8 @@ def evaluate(
         run, steps, prompts, num_seeds=num_seeds, progress=functools.partial(progress, "drawing"), say=say
     )
     captions = {prompt.photo.sha256: prompt.text for prompt in prompts if prompt.photo is not None}
-    work = _Work(run, comparison, photographs(run, comparison.width, comparison.height, captions), means, device)
-    work.progress, work.say = progress, say
+    photos = photographs(run, comparison.width, comparison.height, captions)
+    work = _Work(run, comparison, photos, means, device, progress, say)
     models = _models(run.run_dir, comparison)
     metrics, kid_changes = work.metrics()
     crops = work.crops()
@@ -168,14 +168,22 @@ def _blemishes(burn: Burn | None, memorisation: Memorisation | None) -> dict[str
 class _Work:
     """The parts of an evaluation over one comparison. Extractors are opened once, and only if their results are new."""
 
-    def __init__(self, run: OpenRun, comparison: Comparison, photos: Photographs, means: Means, device: torch.device):
+    def __init__(
+        self,
+        run: OpenRun,
+        comparison: Comparison,
+        photos: Photographs,
+        means: Means,
+        device: torch.device,
+        progress: Callable[[str, int, int], None],
+        say: Say,
+    ):
         self.run, self.comparison, self.photographs, self.means, self.device = run, comparison, photos, means, device
+        self.progress, self.say = progress, say
         self.drawn = drawn_pictures(run.run_dir, comparison)
         self.prompts = [row.prompt for row in comparison.rows]
         self.kept = Kept(run.run_dir)
         self.not_computed: list[str] = []
-        self.progress: Callable[[str, int, int], None] = lambda what, done, total: None
-        self.say: Say = lambda text: None
         if photos.num_small:
             self.not_computed.append(
                 f"{counted(photos.num_small, 'photograph')} smaller than the drawn pictures, {comparison.width} x "

@@ -1,0 +1,90 @@
+"""Which checkpoint is suggested, and for which reasons."""
+
+import pytest
+
+from safelight.trainer.evaluation.suggest import KidChange, suggest
+from safelight.trainer.report.evaluation import Estimate, EvaluatedModel, Metric
+
+
+def model(step: int, loss: float | None) -> EvaluatedModel:
+    name = f"step-{step}" if step else "base"
+    return EvaluatedModel(id=name, step=step, epoch=step / 10, held_out_loss=loss)
+
+
+def kid_of(values: dict[str, float]) -> Metric:
+    estimates = [
+        Estimate(model=name, value=value, low=value - 1, high=value + 1, num=100) for name, value in values.items()
+    ]
+    return Metric(id="kid_x", title="KID × 1000", meaning="", better="lower", values=tuple(estimates))
+
+
+def changes_of(values: dict[str, float], p: float) -> dict[tuple[str, str], KidChange]:
+    return {(a, b): KidChange(values[a] - values[b], p) for a in values for b in values if a != b}
+
+
+MODELS = [model(0, 0.20), model(100, 0.15), model(200, 0.12), model(300, 0.14)]
+KIDS = {"base": 60.0, "step-100": 20.0, "step-200": 22.0, "step-300": 21.0}
+
+
+def test_the_lowest_held_out_loss_wins_if_no_kid_is_lower_beyond_chance():
+    # the base's KID is higher beyond chance, those of checkpoints differ by chance
+    changes = changes_of(KIDS, 0.4) | {
+        (name, "base"): KidChange(KIDS[name] - 60, 0.001) for name in KIDS if name != "base"
+    }
+    found = suggest(MODELS, kid_of(KIDS), changes, {})
+    assert (found.model, found.sentence) == ("step-200", "Use the checkpoint of epoch 20 (step 200).")
+    assert found.reasons == (
+        "its held-out loss, 0.1200, is the lowest of the checkpoints that were evaluated",
+        "no other checkpoint's KID × 1000 is lower beyond chance",
+        "it is closer to your photographs than the base (KID × 1000 -38, p 0.001)",
+        "the base's held-out loss is 0.2000",
+    )
+
+
+def test_a_kid_that_is_lower_beyond_chance_wins_over_the_loss():
+    found = suggest(MODELS, kid_of(KIDS), changes_of(KIDS, 0.001), {})
+    assert found.model == "step-100"
+    assert "lower than epoch 20 (step 200)'s 22 beyond chance (p 0.001)" in found.reasons[1]
+    # one of three comparisons is below 0.05 by chance too often
+    assert suggest(MODELS, kid_of(KIDS), changes_of(KIDS, 0.03), {}).model == "step-200"
+
+
+def test_burnt_checkpoints_are_set_aside_if_another_is_left():
+    found = suggest(MODELS, kid_of(KIDS), changes_of(KIDS, 0.4), {"step-200": ["burnt", "smoothed out"]})
+    assert found.model == "step-300"
+    assert found.reasons[0] == "epoch 20 (step 200) is set aside: its pictures are burnt and smoothed out"
+    every = {name: ["burnt"] for name in KIDS if name != "base"}
+    found = suggest(MODELS, kid_of(KIDS), changes_of(KIDS, 0.4), every)
+    assert (found.model, found.reasons[0]) == ("step-200", "every checkpoint draws pictures that are burnt")
+
+
+def test_losses_that_are_nearly_equal_leave_the_choice_to_kid():
+    models = [model(0, 0.2), model(100, 0.12001), model(200, 0.12)]
+    kids = {"base": 60.0, "step-100": 20.0, "step-200": 22.0}
+    assert suggest(models, kid_of(kids), changes_of(kids, 0.4), {}).model == "step-100"
+
+
+def test_no_checkpoint_is_suggested_if_none_is_better_than_the_base():
+    models = [model(0, 0.10), model(100, 0.15)]
+    kids = {"base": 20.0, "step-100": 21.0}
+    found = suggest(models, kid_of(kids), changes_of(kids, 0.4), {})
+    assert found.model == "base"
+    assert found.sentence.startswith("No checkpoint is better than the base beyond chance.")
+    # a lower loss does not make up for pictures that are farther away
+    worse = suggest([model(0, 0.2), model(100, 0.15)], kid_of(kids), changes_of(kids, 0.001), {})
+    assert worse.model == "base"
+    assert any("farther from your photographs than the base's" in reason for reason in worse.reasons)
+
+
+def test_without_validation_kid_decides_and_without_both_nothing_does():
+    models = [model(0, None), model(100, None), model(200, None)]
+    kids = {"base": 60.0, "step-100": 25.0, "step-200": 22.0}
+    assert suggest(models, kid_of(kids), changes_of(kids, 0.001), {}).model == "step-200"
+    assert suggest(models, None, {}, {}) is None
+    assert suggest([model(0, 0.1)], kid_of({"base": 1.0}), {}, {}) is None
+
+
+@pytest.mark.parametrize("loss", [0.15, 0.25])
+def test_without_kid_the_loss_decides(loss):
+    found = suggest([model(0, 0.2), model(100, loss)], None, {}, {})
+    assert found.model == ("step-100" if loss < 0.2 else "base")

@@ -355,6 +355,7 @@ def test_training_ends_with_a_comparison_of_its_samples(journey):
             assert Image.open(sample).tobytes() == Image.open(compared).tobytes()
 
 
+@pytest.mark.slow
 def test_a_sample_is_the_picture_that_its_checkpoint_draws(journey, tmp_path):
     """So that it may stand for it: but for rounding, and cached embeddings in half precision."""
     run = shutil.copytree(journey.run, tmp_path / "run")

@@ -24,7 +24,7 @@ from safelight.trainer.stop import Stopped
 from tests.trainer.checkpoints import writes
 from tests.trainer.inference.exported_runs import STEP, make_run
 
-SETTINGS = Settings(width=32, height=32, steps=2, cfg=3.0, seed=5, sampler="ddim")
+SETTINGS = Settings(width=16, height=16, steps=2, cfg=3.0, seed=5, sampler="ddim")
 REQUEST = Request(Weights(STEP), "a red circle", 0, SETTINGS, "blurry")
 PROMPTS = ("a red circle", "a blue star", "a green ring")
 
@@ -43,8 +43,16 @@ def pixels(path: Path) -> np.ndarray:
         return np.asarray(image, np.int16)
 
 
+@pytest.fixture(scope="module")
+def unets(tiny_run):
+    run = open_run(tiny_run)
+    return {step: run.unet(step) for step in (None, STEP)}
+
+
 @pytest.fixture
-def run(tiny_run) -> OpenRun:
+def run(tiny_run, unets, monkeypatch) -> OpenRun:
+    """Its UNets are loaded once for all tests."""
+    monkeypatch.setattr(OpenRun, "unet", lambda self, step, averaged=True: unets[step])
     return open_run(tiny_run)
 
 
@@ -53,7 +61,7 @@ def batches_of_two(monkeypatch):
     monkeypatch.setattr(OpenRun, "fit_to_memory", lambda self, settings: (self.device, 2))
 
 
-def test_a_kill_loses_at_most_one_batch_and_the_rest_is_not_drawn_again(run, tmp_path, batches_of_two):
+def test_a_kill_loses_at_most_one_batch_and_the_rest_is_not_drawn_again(run, tmp_path, batches_of_two, monkeypatch):
     whole, killed, requests = tmp_path / "whole", tmp_path / "killed", both_models()
     assert draw_missing(run, requests, whole) == list(requests)
 
@@ -70,13 +78,8 @@ def test_a_kill_loses_at_most_one_batch_and_the_rest_is_not_drawn_again(run, tmp
     assert (killed / "base-0.png").stat().st_mtime_ns == before
     for name in requests:
         assert np.abs(pixels(whole / name) - pixels(killed / name)).max() <= 1
-    assert draw_missing(run, requests, killed) == []
-
-
-def test_a_second_run_loads_no_unet(run, tmp_path, monkeypatch):
-    draw_missing(run, both_models(), tmp_path)
     monkeypatch.setattr(OpenRun, "unet", lambda *_: pytest.fail("loaded"))
-    assert draw_missing(run, both_models(), tmp_path) == []
+    assert draw_missing(run, requests, killed) == []
 
 
 def test_each_unet_is_loaded_once_and_each_text_is_encoded_once(run, tmp_path, monkeypatch, batches_of_two):
@@ -167,6 +170,7 @@ def test_pictures_of_a_checkpoint_that_was_written_again_are_drawn_again(tmp_pat
     assert {name for name in before if before[name] == after[name]} == {n for n in before if n.startswith("base")}
 
 
+@pytest.mark.slow
 def test_averaged_weights_have_their_own_key_only_where_there_are_any(tmp_path):
     folder = make_run(tmp_path / "run")
     run = open_run(folder)
@@ -226,7 +230,7 @@ def test_full_gpu_memory_halves_the_batch_and_is_said(run, tmp_path, monkeypatch
     assert sizes == [5, 2, 2, 1] * 2
     assert said == ["the GPU has too little free memory for 5 pictures at a time: drawing 2"] * 2
     most = 0
-    with pytest.raises(UserError, match="too little free memory to draw a picture of 32x32 px; close other programs"):
+    with pytest.raises(UserError, match="too little free memory to draw a picture of 16x16 px; close other programs"):
         draw_missing(run, {"x.png": REQUEST}, tmp_path)
 
 

@@ -146,7 +146,9 @@ function draw(figure){
    var out=items[i].querySelector('output'),r=row(i),values=u.data[r];
    var k=isOn?u.cursor.idxs[r]:known(values,values.length-1,-1);
    out.replaceChildren();if(!u.series[r].show||k==null||k<0||values[k]==null||(data.ticks&&!isOn))return;
-   var text=show(values[k],data.unit),x=u.data[0][k];out.textContent=text;
+   var text=show(values[k],data.unit),x=u.data[0][k],own=curve.low?curve.x.indexOf(x):-1;
+   if(own>=0&&curve.low[own]!=null)text+=' ('+show(curve.low[own])+' to '+show(curve.high[own])+')';
+   out.textContent=text;
    if(Math.abs(x-at)>1e-3*width){var small=document.createElement('small');small.textContent=' at '+short(x);
     out.append(small);text+=small.textContent}
    texts.push(curve.name+' '+text)});

@@ -135,8 +135,8 @@ def table_of(
     """Return the values of curves as a folded table: all of them if they are few, else the means of equal intervals."""
     xs = sorted({x for curve in curves for x in curve.x})
     if len(xs) <= 2 * NUM_INTERVALS:
-        found = [dict(zip(curve.x, curve.y, strict=True)) for curve in curves]
-        rows = [[f"{x:g}", *(_cell([values.get(x, math.nan)], form) for values in found)] for x in xs]
+        found = [_cells(curve, form) for curve in curves]
+        rows = [[f"{x:g}", *(cells.get(x, "–") for cells in found)] for x in xs]
         return details(f"Table of {title}", markup_table([x_name, *(c.name for c in curves)], rows, class_="figures"))
     edges = np.linspace(xs[0], xs[-1], NUM_INTERVALS + 1)
     rows = []
@@ -207,6 +207,15 @@ def _knots(steps: Sequence[tuple[float, int]]) -> list[tuple[float, int]]:
         if abs(line - s1) > 0.01:
             knots.append((x1, s1))
     return [*steps[:1], *knots[: MAX_POINTS - 2], *(steps[-1:] if len(steps) > 1 else ())]
+
+
+def _cells(curve: Curve, form: str) -> dict[float, str]:
+    """Return the text of each value, with its interval if the curve has them."""
+    cells = {x: _cell([y], form) for x, y in zip(curve.x, curve.y, strict=True)}
+    if curve.low is not None and curve.high is not None:
+        for x, low, high in zip(curve.x, curve.low, curve.high, strict=True):
+            cells[x] += f" ({_cell([low], form)} to {_cell([high], form)})"
+    return cells
 
 
 def _cell(values: list[float], form: str) -> str:

@@ -29,7 +29,7 @@ from safelight.data.colour import to_srgb
 from safelight.data.decode_memory import Cancelled, available_bytes, decode_budget, end_if_set
 from safelight.data.headers import Checked, RejectedImage, check, check_kind, jpeg2000_shape, jpeg_without_metadata
 from safelight.errors import UserError
-from safelight.text import printable
+from safelight.text import collapse, printable
 from safelight.units import GIB
 from safelight.untrusted import UnsafeFile, open_regular, read_bytes
 
@@ -441,7 +441,8 @@ def _rejecting() -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.strerror:
             raise RejectedImage(f"cannot be read: {error.strerror}") from error
-        raise RejectedImage(f"damaged: {error or type(error).__name__}") from error
+        # libheif's end with a line break
+        raise RejectedImage(f"damaged: {collapse(str(error)) or type(error).__name__}") from error
 
 
 def decode(content: bytes, max_megapixels: float | None = None, stop: threading.Event | None = None) -> Decoded:

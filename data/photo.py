@@ -9,6 +9,7 @@ from pathlib import PurePosixPath
 from safelight.errors import UserError
 from safelight.kernels.philox import SAMPLE_ID_BITS
 from safelight.text import storable
+from safelight.untrusted import kind_of
 
 # a larger size is a mistake in the manifest, and might not fit a float
 MAX_SIDE_PX = 1_000_000
@@ -158,7 +159,7 @@ def is_inside(file: str) -> bool:
 def photo_of_row(row: object) -> Photo:
     """Return the photo of a manifest line's JSON value. Raises UserError saying what is wrong with the line."""
     if not isinstance(row, dict):
-        raise UserError(f"is a {type(row).__name__}, not an object")
+        raise UserError(f"is {kind_of(row)}, not an object")
     row = {name: value for name, value in row.items() if name in _TYPES}
     if isinstance(row.get("captions"), list) and len(row["captions"]) > MAX_CAPTIONS:
         raise UserError(f"has {len(row['captions']):,} captions (limit {MAX_CAPTIONS:,})")
@@ -188,7 +189,7 @@ def photo_of_row(row: object) -> Photo:
     row |= {"captions": tuple(row["captions"]), "tags": tags_of(row.get("tags", {}))}
     for name, kind in (("settings", PhotoSettings), ("credit", Credit), ("quality", Quality)):
         if name in row:
-            row[name] = _record(kind, name, row[name])
+            row[name] = _record(kind, f"{name}.", row[name])
     return Photo(**{"caption_source": "", **row})
 
 
@@ -214,32 +215,35 @@ def tags_of(weights: dict) -> tuple[Tag, ...]:
     return tuple(Tag(name, float(_number(f"tag {name!r:.80}", w, 0, MAX_TAG_WEIGHT))) for name, w in weights.items())
 
 
-def _record(kind: type, name: str, row: dict):
-    """Return a record of `kind` from its JSON object. Raises UserError if a value is missing, wrong or out of range."""
+def _record(kind: type, before: str, row: dict):
+    """Return a record of `kind` from its JSON object. Raises UserError if a value is missing, wrong or out of range.
+
+    before: what stands before a value's name in messages.
+    """
     values = {}
     for field in fields(kind):
         if field.name not in row:
             continue
         value = row[field.name]
         if field.name in _BOUNDS:
-            value = _number(f"{name}.{field.name}", value, *_BOUNDS[field.name])
+            value = _number(f"{before}{field.name}", value, *_BOUNDS[field.name])
             if field.type.startswith("int") and value != int(value):
-                raise UserError(f"{name}.{field.name} {value!r:.80} is not a whole number")
+                raise UserError(f"{before}{field.name} {value!r:.80} is not a whole number")
         elif field.type.startswith("bool"):
             if not isinstance(value, bool):
-                raise UserError(f"{name}.{field.name} {value!r:.80} is not true or false")
+                raise UserError(f"{before}{field.name} {value!r:.80} is not true or false")
         else:
-            _check_text(f"{name}.{field.name}", value)
+            _check_text(f"{before}{field.name}", value)
         values[field.name] = value
     try:
         return kind(**values)
     except TypeError as error:
-        raise UserError(f"{name} {row!r:.80} lacks a value") from error
+        raise UserError(f"{before.strip('. ')} {row!r:.80} lacks a value") from error
 
 
 def settings_of(values: dict) -> PhotoSettings:
-    """Return the settings of an object by their names. Raises UserError if a value is wrong or out of range."""
-    return _record(PhotoSettings, "settings", values)
+    """Return the settings that a file or row gives, by their names. Raises UserError if a value is wrong."""
+    return _record(PhotoSettings, "its ", values)
 
 
 def row_of_photo(photo: Photo) -> dict:

@@ -21,6 +21,8 @@ def caption(argv: list[str], description: str) -> int:
     arguments = parse(Caption, argv, "caption", description)
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise UserError(f"--batch-size {arguments.batch_size} is below 1; leave it out, or give 8")
+    if arguments.model is not None and not arguments.model.strip():
+        raise UserError("--model is empty; give a model of the hub or a folder, or leave it out for the usual one")
     if arguments.tags is not None or arguments.tags_from_detector is not None:
         return _tag(arguments, argv)
     if arguments.min_confidence is not None:

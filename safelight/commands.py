@@ -216,9 +216,13 @@ def _collect_cache(arguments, config) -> int:
 
     needed: set[str] = set()
     with Terminal():
-        for other in map(load_run_config, arguments.keep):
+        for file in arguments.keep:
+            other = load_run_config(file)
             if Path(other.data.path).resolve() != Path(config.data.path).resolve():
-                raise UserError(f"--keep: data.path is {other.data.path}, not {config.data.path}: its cache is another")
+                raise UserError(
+                    f"--keep {file}: its data.path is {other.data.path}, not {config.data.path}, and so its cache is "
+                    "another; leave it out"
+                )
             plan = _planned(other)
             plan.dataset.cache.close()
             needed |= plan.rows().keys()

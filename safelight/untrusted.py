@@ -308,6 +308,13 @@ def parse_json(
     return value
 
 
+def kind_of(value: object) -> str:
+    """Return what a value of a JSON, TOML or YAML text is, in words: a list, a number, null."""
+    words = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "a text"}
+    words |= {list: "a list", dict: "an object"}
+    return words.get(type(value), f"a {type(value).__name__}")
+
+
 def _check_nesting(value: object) -> None:
     level = [value]
     for _ in range(MAX_NESTING + 1):
@@ -333,7 +340,7 @@ def read_json_object(
     """Return the object in a JSON file. Raises UnsafeFile naming the file, also if it holds another type."""
     value = read_json(path, max_bytes, allow_nan, clamp_ints)
     if not isinstance(value, dict):
-        raise UnsafeFile(f"{path} is not valid: it holds a {type(value).__name__}, not a JSON object")
+        raise UnsafeFile(f"{path} is not valid: it holds {kind_of(value)}, not a JSON object")
     return value
 
 

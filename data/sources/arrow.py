@@ -61,7 +61,7 @@ class ArrowProcess:
                 return answer, b""
             if not 0 <= num_bytes <= MAX_PICTURE_BYTES:
                 self._end()
-                raise UnsafeFile(f"has a picture of {num_bytes:,} bytes (limit {MAX_PICTURE_BYTES:,})")
+                raise UnsafeFile(f"it has a picture of {num_bytes:,} bytes (limit {MAX_PICTURE_BYTES:,})")
             return answer, self._read(num_bytes)
 
     def ask_rows(self, path: Path, **request: object) -> Iterator[dict]:
@@ -196,7 +196,7 @@ class ArrowFile:
                     num_bad += 1
                     first = first or f"row {number + 1}: {error}"
                     if num_bad <= MAX_LISTED_ROWS:
-                        self._reject(f"{self.path}:{number + 1}", f"the row {error}", "row")
+                        self._reject(f"{self.path}:{number + 1}", str(error), "row")
         except UserError as error:
             self.is_complete = False
             self._reject(self.path, f"{error} (after {len(self._rows):,} rows, which are used)", "other")
@@ -221,7 +221,7 @@ class ArrowFile:
     def rows(self) -> Iterator[tuple[int, dict | UserError]]:
         """Yield (number from 1, row) for a table of captions of files. Raises UserError where it is damaged."""
         if "file_name" not in self._columns:
-            raise UserError("has no column file_name")
+            raise UserError("it has no column file_name")
         for number, row, _ in self._read_rows():
             yield number + 1, row
 
@@ -230,7 +230,7 @@ class ArrowFile:
         columns = [name for name in dict.fromkeys(self._columns) if name in used]
         for number, answer in enumerate(self._process.ask_rows(self.path, columns=columns, picture=self._picture)):
             if number >= MAX_ROWS:
-                raise UserError(f"has more than {MAX_ROWS:,} rows; split it")
+                raise UserError(f"it has more than {MAX_ROWS:,} rows; split it")
             row = answer.get("row")
             row = {k: v for k, v in row.items() if v != ""} if isinstance(row, dict) else {}
             if self._text_is_txt and _TXT in row:

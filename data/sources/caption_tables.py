@@ -78,14 +78,14 @@ class CaptionTables:
                 found = self._name_in(row, path)
                 entry = entry_of(row, _source_of(row, path.name))
                 if not entry.says_something:
-                    raise UserError("has neither 'text' nor 'caption'")
+                    raise UserError("it has neither 'text' nor 'caption'")
                 if found in entries:
-                    raise UserError(f"is a second row for {shortened(found)}; give one row a list of texts instead")
+                    raise UserError(f"it is a second row for {shortened(found)}; give one row a list of texts instead")
                 entries[found] = entry
             except UserError as error:
                 num_bad += 1
                 if num_bad <= MAX_LISTED_ROWS:
-                    self._tree.rejections.append(Rejection(f"{shown}:{number}", storable(f"the row {error}"), "row"))
+                    self._tree.rejections.append(Rejection(f"{shown}:{number}", storable(str(error)), "row"))
         num_more = num_bad - MAX_LISTED_ROWS
         if num_more > 0:
             reason = f"{num_more:,} more rows that cannot be used; only the first {MAX_LISTED_ROWS:,} are listed"
@@ -99,7 +99,7 @@ class CaptionTables:
         names = dict.fromkeys((written, written.replace("\\", "/")))
         found = next(filter(None, (self._tree.find(table.parent, normal_name(n, table.parent)) for n in names)), None)
         if found is None:
-            raise UserError(f"names {shortened(written)}, which does not exist")
+            raise UserError(f"it names {shortened(written)}, which does not exist")
         return found
 
 

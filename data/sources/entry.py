@@ -141,7 +141,7 @@ def _tags(value: object) -> tuple[Tag, ...]:
         if text := _text("tag", name):
             weights.setdefault(text, 1.0 if weight is None else weight)
     if len(weights) > MAX_TAGS:
-        raise UserError(f"has {len(weights):,} tags (limit {MAX_TAGS:,})")
+        raise UserError(f"it has {len(weights):,} tags (limit {MAX_TAGS:,})")
     return united(tags_of(weights))
 
 

@@ -11,7 +11,7 @@ from safelight.data.sources.listing import GLOBAL_NAMES, LOCAL_NAMES, SETTING_OF
 from safelight.data.sources.source_tree import MAX_SIDECAR_BYTES, SourceTree
 from safelight.errors import UserError
 from safelight.text import collapse, shortened
-from safelight.untrusted import UnsafeFile, parse_yaml
+from safelight.untrusted import UnsafeFile, kind_of, parse_yaml
 
 KOHYA_SOURCE = "kohya folder name"
 _KOHYA_NAME = re.compile(r"(\d{1,9})_(.+)", re.DOTALL)
@@ -38,11 +38,11 @@ def entry_of_yaml(text: str, source: str) -> tuple[Entry, list[str]]:
     try:
         row = parse_yaml(text)
     except UnsafeFile as error:
-        raise UserError(f"is not valid YAML: {error}") from None
+        raise UserError(f"it is not valid YAML: {error}") from None
     if row is None:
         return Entry(source), []
     if not isinstance(row, dict):
-        raise UserError(f"holds a {type(row).__name__}, not names and values")
+        raise UserError(f"it holds {kind_of(row)}, not names and values")
     inner = row["caption"] if isinstance(row.get("caption"), dict) else {}
     return entry_of(row, source), [shortened(str(key), 40) for key in {**row, **inner} if key not in KEYS]
 

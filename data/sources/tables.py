@@ -11,7 +11,7 @@ from pathlib import Path
 from safelight.data.sources.tag_text import parse_tags
 from safelight.errors import UserError
 from safelight.text import shortened, storable
-from safelight.untrusted import UnsafeFile, parse_json
+from safelight.untrusted import UnsafeFile, kind_of, parse_json
 
 # the captions of one photo, as in a sidecar
 MAX_ROW_CHARACTERS = 2**20
@@ -44,13 +44,13 @@ def json_rows(text: str) -> Iterator[tuple[int, dict | UserError]]:
 
 def _json_row(line: str) -> dict:
     if len(line) > MAX_ROW_CHARACTERS:
-        raise UserError(f"has {len(line):,} characters, too many for captions (limit {MAX_ROW_CHARACTERS:,})")
+        raise UserError(f"it has {len(line):,} characters, too many for captions (limit {MAX_ROW_CHARACTERS:,})")
     try:
         row = parse_json(line)
     except UnsafeFile as error:
-        raise UserError(f"is not JSON: {error}") from None
+        raise UserError(f"it is not JSON: {error}") from None
     if not isinstance(row, dict):
-        raise UserError(f"is a {type(row).__name__}, not an object")
+        raise UserError(f"it is {kind_of(row)}, not an object")
     return row
 
 
@@ -75,14 +75,14 @@ def csv_rows(text: str) -> Iterator[tuple[int, dict | UserError]]:
             # a quote that is not closed is noticed at the next one, at the limit of a cell, or at the end
             is_open = reader.line_num > first
             hint = f", on line {reader.line_num}; a quote that opens here is not closed" if is_open else ""
-            yield first, UserError(f"is not CSV: {error}{hint}")
+            yield first, UserError(f"it is not CSV: {error}{hint}")
             continue
         if not any(cell.strip() for cell in cells):
             continue
         if names is None:
             names = [cell.strip() for cell in cells]
             if "file_name" not in names or len(names) > MAX_COLUMNS or len(set(names)) < len(names):
-                yield 1, UserError("is no header: it must name each column once, file_name among them")
+                yield 1, UserError("it is no header, which must name each column once, file_name among them")
                 return
             continue
         try:
@@ -93,9 +93,9 @@ def csv_rows(text: str) -> Iterator[tuple[int, dict | UserError]]:
 
 def _csv_row(names: list[str], cells: list[str]) -> dict:
     if len(cells) > len(names):
-        raise UserError(f"has {len(cells):,} cells below {len(names)} names; put quotes around text with commas")
+        raise UserError(f"it has {len(cells):,} cells below {len(names)} names; put quotes around text with commas")
     if sum(map(len, cells)) > MAX_ROW_CHARACTERS:
-        raise UserError(f"has too many characters for captions (limit {MAX_ROW_CHARACTERS:,})")
+        raise UserError(f"it has too many characters for captions (limit {MAX_ROW_CHARACTERS:,})")
     row: dict = {name: cell for name, cell in zip(names, cells, strict=False) if cell.strip()}
     if "tags" in row:
         row["tags"] = {tag.name: tag.weight for tag in parse_tags(row["tags"])}
@@ -106,7 +106,7 @@ def name_in_row(row: dict) -> str:
     """Return the file name in a row. Raises UserError if it has none."""
     name = row.get("file_name")
     if not isinstance(name, str) or not name.strip():
-        raise UserError("has no 'file_name'")
+        raise UserError("it has no 'file_name'")
     return name
 
 
@@ -116,5 +116,5 @@ def normal_name(name: str, folder: Path) -> str:
     for place in (os.path.abspath(folder), os.path.realpath(folder)):
         normal = normal.removeprefix(f"{place}/")
     if posixpath.isabs(normal) or normal.split("/")[0] == "..":
-        raise UserError(f"file_name {shortened(normal)!r} is outside the table's folder")
+        raise UserError(f"its file_name {shortened(normal)!r} is outside the table's folder")
     return normal

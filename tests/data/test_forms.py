@@ -260,7 +260,7 @@ def test_a_parquet_table_of_an_imagefolder(source, draw, prepare):
     assert photos["a.png"].credit == Credit("Ann", "https://example.org/1")
     assert described(photos["b.png"]) == (("b",), (), PhotoSettings())
     assert (photos["b.png"].caption_source, photos["c.png"].caption_source) == ("metadata.parquet", "file name")
-    assert reasons(prepare.summary) == {"metadata.parquet:3": "the row names gone.png, which does not exist"}
+    assert reasons(prepare.summary) == {"metadata.parquet:3": "it names gone.png, which does not exist"}
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "arrow"])
@@ -280,9 +280,7 @@ def test_pictures_embedded_in_a_table_are_read_where_they_are(source, prepare, m
         f"train-0.{suffix}/3.png": (("3",), (), PhotoSettings()),
         f"train-0.{suffix}/4.png": (("4",), (), PhotoSettings()),
     }
-    assert [item.reason for item in prepare.summary.rejected] == [
-        "the row settings.repeats -1.0 is not a number from 0 to 10000"
-    ]
+    assert [item.reason for item in prepare.summary.rejected] == ["its repeats -1.0 is not a number from 0 to 10000"]
     # the stored files are the embedded ones
     for index, photo in enumerate(prepare.summary.photos):
         assert (prepare.dataset / photo.file).read_bytes() == png(make_noise, 50 + index)
@@ -332,7 +330,7 @@ def test_tables_without_pictures_or_captions_say_so(source, draw, prepare, make_
     assert reasons(prepare.summary) == {
         "x.parquet": "a table without pictures (its columns: a, b); if it has captions of files, name it "
         "metadata.parquet",
-        "metadata.parquet": "has no column file_name",
+        "metadata.parquet": "it has no column file_name",
         "y.parquet": "no captions of it are used: it has no column text or caption; if words has them, rename it",
     }
 
@@ -486,7 +484,7 @@ def test_a_csv_table_of_a_spreadsheet(source, read):
     ("content", "expected"),
     [
         ("", {}),
-        ("name,text\na.png,x\n", {1: "is no header: it must name each column once, file_name among them"}),
+        ("name,text\na.png,x\n", {1: "is no header, which must name each column once, file_name among them"}),
         ("file_name,text,text\na.png,x,y\n", {1: "is no header"}),
         ("file_name,text\na.png,x,y\n", {2: "has 3 cells below 2 names"}),
         ('file_name,text\na.png,"x\nb.png,y\n', {2: "on line 4; a quote that opens here is not closed"}),
@@ -500,7 +498,7 @@ def test_a_csv_table_of_a_spreadsheet(source, read):
         ("file_name,text\n../a.png,x\na.png,\n,x\n", {2: "outside", 3: "neither 'text' nor", 4: "no 'file_name'"}),
         ("file_name,text,flip_p\na.png,x,often\n", {2: "its flip_p 'often' is not a number"}),
         ("file_name,text,flip_p\na.png,x,nan\n", {2: "flip_p nan is not a number from 0 to 1"}),
-        ("file_name,text,tags\na.png,x,a:9999\n", {2: "the row tag 'a' has weight"}),
+        ("file_name,text,tags\na.png,x,a:9999\n", {2: "tag 'a' has weight"}),
         ("file_name,text\na.png," + "x" * 2**20 + "\n", {2: "is not CSV: field larger than field limit"}),
     ],
 )
@@ -524,27 +522,27 @@ ALIASES = "a: &a [x, x]\n" + "\n".join(f"{b}: &{b} [*{a}, *{a}]" for a, b in zip
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("flip_p: [", "not used: is not valid YAML: line 1: "),
-        ("flip_p: 0.1\n  b: 1", "not used: is not valid YAML: line 2: mapping values are not allowed here"),
-        (ALIASES, "not used: is not valid YAML: line 2 has an alias, which is not followed; write the value"),
-        (DEEP, "not used: is not valid YAML: it is nested too deeply"),
-        ("[" * 60_000, "not used: is not valid YAML: it is nested too deeply"),
-        ("a: " + "x" * 2**16, "not used: is not valid YAML: it has more than 65,536 bytes"),
+        ("flip_p: [", "not used: it is not valid YAML: line 1: "),
+        ("flip_p: 0.1\n  b: 1", "not used: it is not valid YAML: line 2: mapping values are not allowed here"),
+        (ALIASES, "not used: it is not valid YAML: line 2 has an alias, which is not followed; write the value"),
+        (DEEP, "not used: it is not valid YAML: it is nested too deeply"),
+        ("[" * 60_000, "not used: it is not valid YAML: it is nested too deeply"),
+        ("a: " + "x" * 2**16, "not used: it is not valid YAML: it has more than 65,536 bytes"),
         ("!!python/object/apply:os.system [id]", "could not determine a constructor for the tag"),
-        ("flip_p: 2", "not used: settings.flip_p 2 is not a number from 0 to 1"),
-        ("flip_p: .nan", "not used: settings.flip_p nan is not a number from 0 to 1"),
-        ("multiply: 1e99", "not used: settings.repeats 1e+99 is not a number from 0 to 10000"),
-        ("keep_tags: 1.5", "not used: settings.keep_tags 1.5 is not a whole number"),
-        ("shuffle_tags: maybe", "not used: settings.shuffle_tags 'maybe' is not true or false"),
+        ("flip_p: 2", "not used: its flip_p 2 is not a number from 0 to 1"),
+        ("flip_p: .nan", "not used: its flip_p nan is not a number from 0 to 1"),
+        ("multiply: 1e99", "not used: its repeats 1e+99 is not a number from 0 to 10000"),
+        ("keep_tags: 1.5", "not used: its keep_tags 1.5 is not a whole number"),
+        ("shuffle_tags: maybe", "not used: its shuffle_tags 'maybe' is not true or false"),
         ("batch_id: [1]", "not used: its batch_id [1] is not a text"),
         ("tags: a dog", "not used: its tags 'a dog' are neither a list nor an object of weights"),
         ("tags: [{tag: a, weight: heavy}]", "not used: tag 'a' 'heavy' is not a number from 0 to 1000"),
         ("tags: [{weight: 1}]", "not used: its tag None is not a text"),
         ("main_prompt: 2001-99-99", "month must be in 1..12"),
         ("main_prompt: 2001-09-09", "neither a string nor a list of strings"),
-        ("- a\n- b", "not used: holds a list, not names and values"),
+        ("- a\n- b", "not used: it holds a list, not names and values"),
         ("a: \x01", "special characters are not allowed"),
-        ("5: x\n? [a]\n: y", "not used: is not valid YAML"),
+        ("5: x\n? [a]\n: y", "not used: it is not valid YAML"),
     ],
 )
 @pytest.mark.parametrize("name", ["a.yaml", "local.yaml"])
@@ -562,9 +560,9 @@ def test_damaged_yaml_is_listed_at_once(source, read, name, text, reason):
     ("name", "text", "reason"),
     [
         ("multiply.txt", "twice", "not used: its repeats 'twice' is not a number"),
-        ("multiply.txt", "-1", "not used: settings.repeats -1.0 is not a number from 0 to 10000"),
+        ("multiply.txt", "-1", "not used: its repeats -1.0 is not a number from 0 to 10000"),
         ("loss_scale.txt", "", "not used: its loss_scale '' is not a number"),
-        ("cond_dropout.txt", "inf", "not used: settings.caption_dropout inf is not a number from 0 to 1"),
+        ("cond_dropout.txt", "inf", "not used: its caption_dropout inf is not a number from 0 to 1"),
         ("a.json", "{", "not used: "),
         ("a.json", '{"tags": "a b"}', "not used: its tags 'a b' are neither a list nor an object of weights"),
         ("a.json", '{"title": "IMG_1"}', "a JSON file (other programs keep captions or settings in such files)"),

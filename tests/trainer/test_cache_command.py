@@ -132,4 +132,4 @@ def test_options_that_do_not_go_together_are_refused(place, options, message):
 def test_gc_refuses_to_keep_the_rows_of_another_dataset(place, tmp_path):
     (tmp_path / "far.toml").write_text('[data]\npath = "elsewhere"\n')
     called = call("cache", place / "run.toml", "--gc", "--keep", tmp_path / "far.toml")
-    called.assert_refused("cache", "--keep: data.path is elsewhere, not ")
+    called.assert_refused("cache", f"--keep {tmp_path}/far.toml: its data.path is elsewhere, not ")

@@ -80,7 +80,7 @@ def parse_categories(text: str) -> Categories:
         if len(line_of) > MAX_NAMES:
             raise UserError(f"line {number}: it has more than {MAX_NAMES:,} words; use fewer")
     if not things:
-        raise UserError("it has no category; write lines such as `animal: cat, dog`")
+        raise UserError("has no category; write lines such as `animal: cat, dog`")
     return Categories(things)
 
 

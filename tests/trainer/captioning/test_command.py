@@ -77,6 +77,7 @@ def test_a_preview_names_its_page(words, dataset):
         (["--preview", "51"], "--preview 51 is outside 1 to 50"),
         (["--min-words", "many"], "Error parsing --min-words/--min-new-tokens"),
         (["--preset", "best"], "invalid choice 'best'"),
+        (["--model", ""], "--model is empty; give a model of the hub or a folder"),
         (["--model", "/nowhere/to/be/found"], "is neither a folder on this machine nor a Hugging Face id"),
     ],
 )

@@ -33,7 +33,7 @@ def test_the_usual_categories_hold_every_class_of_coco():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("# nothing\n\n", "it has no category"),
+        ("# nothing\n\n", "has no category"),
         ("animal: cat\nfood: Cat", "line 2: 'Cat' is already in line 1"),
         ("animal: animal", "line 1: 'animal' is already in line 1"),
         ("animal: cat, cat", "line 1: 'cat' is already in line 1"),
@@ -64,6 +64,9 @@ def test_the_file_is_written_if_there_is_none_and_never_again(tmp_path):
 def test_files_that_cannot_be_used_are_one_line(tmp_path):
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "large").write_bytes(b"# " + b"x" * 2**18)
+    (tmp_path / "empty").write_text("# nothing")
+    with pytest.raises(UserError, match=r"empty has no category; write lines such as"):
+        read_categories(tmp_path / "empty")
     (tmp_path / "bad").write_text("animal: cat: dog")
     os.mkfifo(tmp_path / "pipe")
     for name, message in (

@@ -2,8 +2,8 @@
 
     python -m tools.crop_divergence PHOTOS DETECTOR FEATURES [--append FILE]
 
-PHOTOS: a folder of .jpg files. DETECTOR: as for `safelight caption --tags-from-detector`. FEATURES: an .onnx file that
-turns (N, 3, 224, 224), RGB as ImageNet's classifiers take it, into an output named `features`.
+PHOTOS: a folder of .jpg files. DETECTOR: as for `safelight caption --tags-from-detector`. FEATURES: what describes the
+crops, an .onnx file or a CLIP or DINOv2 of transformers.
 
 Again and again the photographs are split at random into two halves, and the second half is changed: contrast and
 colour are strengthened, or it is blurred. The change comes first, so that it also changes what the detector finds. For
@@ -20,12 +20,13 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import torch
 from PIL import Image, ImageEnhance, ImageFilter
 
 from safelight.bench.core.results import append, make_record
 from safelight.trainer.evaluation.crops import MIN_CONFIDENCE, Picture, find_crops
+from safelight.trainer.features.cache import FeatureCache
+from safelight.trainer.features.open_extractor import open_extractor
 from safelight.trainer.metrics.crop_divergence import Crops, common_classes, compare, merge_rare, project
 from safelight.trainer.tagging.taggers import open_detector
 
@@ -48,28 +49,6 @@ CHANGES: dict[str, Callable[[Image.Image], Image.Image]] = {
     **{f"contrast and colour x {factor}": partial(strengthened, factor) for factor in (1.25, 1.5, 2, 3)},
     **{f"blur, radius {radius}": partial(blurred, radius) for radius in (1, 2)},
 }
-
-
-class OnnxFeatures:
-    """An ImageNet classifier's features: short side to 256 px, the middle 224 px of it."""
-
-    _MEAN, _STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
-
-    def __init__(self, path: Path):
-        self._session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-
-    def features(self, keys: Sequence[str], load: Callable[[int], Image.Image]) -> np.ndarray:
-        name = self._session.get_inputs()[0].name
-        return np.concatenate(
-            [self._session.run(["features"], {name: self._pixels(load(row))[None]})[0] for row in range(len(keys))]
-        )
-
-    def _pixels(self, image: Image.Image) -> np.ndarray:
-        scale = 256 / min(image.size)
-        size = round(image.width * scale), round(image.height * scale)
-        left, top = (size[0] - 224) // 2, (size[1] - 224) // 2
-        middle = image.resize(size, Image.Resampling.BICUBIC).crop((left, top, left + 224, top + 224))
-        return ((np.asarray(middle, dtype=np.float32) / 255 - self._MEAN) / self._STD).transpose(2, 0, 1)
 
 
 def pictures_of(paths: Sequence[Path], change: str) -> list[Picture]:
@@ -111,22 +90,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photos", type=Path)
     parser.add_argument("detector")
-    parser.add_argument("features", type=Path)
+    parser.add_argument("features")
     parser.add_argument("--append", type=Path, help="append the figures to this file of result lines")
     options = parser.parse_args()
     paths = sorted(options.photos.glob("*.jpg"))
-    extractor, groups = OnnxFeatures(options.features), [path.name for path in paths]
+    extractor, groups = open_extractor(options.features, CPU), [path.name for path in paths]
     unchanged = None
     with tempfile.TemporaryDirectory() as folder, open_detector(options.detector) as source:
+        features = FeatureCache(Path(folder), extractor)
         for change in CHANGES:
-            crops = find_crops(pictures_of(paths, change), source, extractor.features, CPU, Path(folder))
+            crops = find_crops(pictures_of(paths, change), source, features, CPU, Path(folder))
             unchanged = unchanged or crops
             figures = {"crops": len(crops.names), **figures_of(unchanged, crops, groups)}
             print(change, figures, flush=True)
             config = {
                 "change": change,
                 "detector": Path(options.detector).name,
-                "features": options.features.name,
+                "features": Path(options.features).name,
                 "photographs": len(paths),
                 "longest_side_px": LONGEST_SIDE_PX,
                 "min_confidence": MIN_CONFIDENCE,

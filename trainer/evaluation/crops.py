@@ -18,6 +18,7 @@ from safelight.errors import UserError
 from safelight.text import counted
 from safelight.trainer.captioning.caption_dataset import HalvedBatches
 from safelight.trainer.captioning.journal import Journal
+from safelight.trainer.features.cache import FeatureCache
 from safelight.trainer.metrics.crop_divergence import (
     LEAST,
     Beyond,
@@ -53,8 +54,6 @@ SIGNIFICANT = 0.05
 # stands for how a crop is cut, in the keys of its features
 _CROP = "crop, version 1"
 _BATCH = 16
-# keys, and a function that returns the picture of a key's place -> (N, width)
-KeyedFeatures = Callable[[Sequence[str], Callable[[int], Image.Image]], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class Picture:
 def find_crops(
     pictures: Sequence[Picture],
     detector: TaggerSource,
-    features: KeyedFeatures,
+    features: FeatureCache,
     device: torch.device,
     folder: Path,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -81,7 +80,7 @@ def find_crops(
 ) -> Crops:
     """Return the features of one set's crops: of each class and group, the largest.
 
-    features: of pictures that are named by keys, and loaded only if they are not known, as FeatureCache.features.
+    features: of the extractor that describes crops; those of known crops are not computed again.
     device: of the detector. folder: in which boxes are kept; it is made. progress: called with the pictures that were
     looked at and all that were not known. say: called when the GPU's memory is full. Raises UserError.
     """
@@ -100,7 +99,7 @@ def find_crops(
         return image.crop(crop_area(box, image.size))
 
     keys = [f"{found[row][0].sha256} {_CROP} {_corners(found[row][1])}" for row in kept]
-    return Crops(features(keys, load), *([of[row] for row in kept] for of in (names, groups, sizes)))
+    return Crops(features.features(keys, load), *([of[row] for row in kept] for of in (names, groups, sizes)))
 
 
 def _corners(box: Box) -> tuple[float, float, float, float]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from safelight.trainer.metrics.gaussian import gaussian_kl, median_mmd
+from safelight.trainer.metrics.resampling import keyed
 
 # crops of a class in each set: fewer than LEAST are not compared, fewer than ENOUGH are shown in grey
 LEAST, ENOUGH = 20, 50
@@ -22,8 +23,6 @@ MAX_DIMENSIONS = 8
 NUM_PERMUTATIONS = 1000
 # the class of what is too rare for one of its own
 OTHER = "other things"
-# of numpy's Philox, so that a second run draws the same permutations
-KEY = 17
 # lengths below this share of the largest component, or of the features themselves, are rounding
 _ROUNDING = 1e-6
 
@@ -169,8 +168,7 @@ def divisions(first: Crops, second: Crops, keys: Mapping[str, np.ndarray]) -> np
 def group_keys(sets: Sequence[Crops], num_permutations: int = NUM_PERMUTATIONS) -> dict[str, np.ndarray]:
     """Return the numbers that decide how each group is permuted: the same in every call for the same groups."""
     groups = dict.fromkeys(group for crops in sets for group in crops.groups)
-    generator = np.random.Generator(np.random.Philox(key=KEY))
-    return dict(zip(groups, generator.random((len(groups), num_permutations)), strict=True))
+    return dict(zip(groups, keyed("crops").random((len(groups), num_permutations)), strict=True))
 
 
 def beyond(statistic: np.ndarray, is_two_sided: bool = False) -> Beyond:

@@ -21,6 +21,7 @@ from safelight.trainer.evaluation.crops import (
     find_crops,
     sentence,
 )
+from safelight.trainer.features.cache import FeatureCache
 from safelight.trainer.metrics.crop_divergence import OTHER, Beyond, Crops
 from safelight.trainer.report.evaluation import ClassDivergence, CropDivergence
 from safelight.trainer.tagging.boxes import Box, boxes_of_row, row_of_boxes
@@ -57,10 +58,6 @@ class Colours:
         pixels = [np.asarray(image, dtype=np.float32).reshape(-1, 3) for image in images]
         return np.stack([np.concatenate([each.mean(0), each.std(0)]) for each in pixels]).astype(np.float32)
 
-    def of_keys(self, keys, load):
-        assert len(set(keys)) == len(keys)
-        return self.features([load(place) for place in range(len(keys))]) if keys else np.zeros((0, 6), np.float32)
-
 
 def pictures(num: int, tag: str, seed: int, contrast: float = 1.0) -> list[Picture]:
     rng = np.random.default_rng(seed)
@@ -76,7 +73,9 @@ def pictures(num: int, tag: str, seed: int, contrast: float = 1.0) -> list[Pictu
 
 
 def found(folder, *args, detector=None, **kwargs) -> Crops:
-    return find_crops(pictures(*args, **kwargs), (detector or Finder(CAT)).source(), Colours().of_keys, CPU, folder)
+    return find_crops(
+        pictures(*args, **kwargs), (detector or Finder(CAT)).source(), FeatureCache(folder, Colours()), CPU, folder
+    )
 
 
 @pytest.mark.parametrize(
@@ -107,7 +106,7 @@ def test_one_crop_of_a_class_and_group_the_largest_and_none_that_are_doubtful_or
     )
     images = pictures(3, "a", 0)
     images[2] = Picture(images[2].sha256, "a0", images[2].decode)
-    crops = find_crops(images, Finder(*boxes).source(), Colours().of_keys, CPU, tmp_path)
+    crops = find_crops(images, Finder(*boxes).source(), FeatureCache(tmp_path, Colours()), CPU, tmp_path)
     assert list(zip(crops.names, crops.groups, strict=True)) == [("cat", g) for g in ("a0",)] + [
         ("dog", "a0"),
         ("cat", "a1"),
@@ -121,20 +120,24 @@ def test_one_crop_of_a_class_and_group_the_largest_and_none_that_are_doubtful_or
 def test_boxes_are_kept_by_picture_and_detector(tmp_path):
     finder, images = Finder(CAT), pictures(20, "a", 0)
     seen = []
-    first = find_crops(images, finder.source(), Colours().of_keys, CPU, tmp_path, lambda *done: seen.append(done))
+    first = find_crops(
+        images, finder.source(), FeatureCache(tmp_path, Colours()), CPU, tmp_path, lambda *done: seen.append(done)
+    )
     assert (finder.num_seen, seen[0], seen[-1]) == (20, (0, 20), (20, 20))
-    again = find_crops(images, finder.source(), Colours().of_keys, CPU, tmp_path)
+    # neither the detector nor the extractor needs a picture again
+    known = [Picture(picture.sha256, picture.group, pytest.fail) for picture in images]
+    again = find_crops(known, finder.source(), FeatureCache(tmp_path, Colours()), CPU, tmp_path)
     assert finder.num_seen == 20
     assert (again.features == first.features).all()
     # another picture, and another detector
-    find_crops([*images, *pictures(1, "b", 9)], finder.source(), Colours().of_keys, CPU, tmp_path)
+    find_crops([*images, *pictures(1, "b", 9)], finder.source(), FeatureCache(tmp_path, Colours()), CPU, tmp_path)
     assert finder.num_seen == 21
-    find_crops(images, finder.source("b" * 16), Colours().of_keys, CPU, tmp_path)
+    find_crops(images, finder.source("b" * 16), FeatureCache(tmp_path, Colours()), CPU, tmp_path)
     assert finder.num_seen == 41
     # a damaged journal is found anew
     for path in (tmp_path / "boxes").iterdir():
         path.write_text('{"sha256": "' + images[0].sha256 + '", "boxes": [["cat", 7, 0, 0, 1, 1]]}\n')
-    find_crops(images, finder.source(), Colours().of_keys, CPU, tmp_path)
+    find_crops(images, finder.source(), FeatureCache(tmp_path, Colours()), CPU, tmp_path)
     assert finder.num_seen == 61
 
 
@@ -275,7 +278,7 @@ def test_real_things_in_real_photographs(tmp_path):
 
     with open_detector(str(model)) as source:
         real, half, burnt_half, soft = (
-            find_crops(altered(change, part, f"{part}"), source, Colours().of_keys, CPU, tmp_path)
+            find_crops(altered(change, part, f"{part}"), source, FeatureCache(tmp_path, Colours()), CPU, tmp_path)
             for change, part in ((unchanged, 0), (unchanged, 1), (burnt, 1), (blurred, 1))
         )
     record = compare_crops("step-9", real, half, burnt_half, "yolox", "colours")

@@ -23,6 +23,7 @@ COMMANDS = {
     "train": "fine-tune; --resume continues from the newest checkpoint",
     "sample": "generate images from prompts with a checkpoint of a run",
     "compare": "draw base, checkpoints and real photo side by side, from the same noise",
+    "grid": "draw every combination of up to three settings: cfg, steps, checkpoint",
     "export": "write one .safetensors for A1111 and ComfyUI, or a diffusers folder",
     "report": "write one self-contained HTML file about a run",
     "demo": "fine-tune a tiny model, start to finish; minutes on two CPU cores",
@@ -504,6 +505,12 @@ def compare(argv: list[str]) -> int:
         f"safelight export {run} -o {shlex.quote(arguments.run.resolve().name)}.safetensors"
     )
     return 0
+
+
+def grid(argv: list[str]) -> int:
+    from safelight import grid_command
+
+    return grid_command.grid(argv, COMMANDS["grid"])
 
 
 def export(argv: list[str]) -> int:

@@ -23,7 +23,7 @@ COMMANDS = {
     "train": "fine-tune; --resume continues from the newest checkpoint",
     "sample": "generate images from prompts with a checkpoint of a run",
     "compare": "draw base, checkpoints and real photo side by side, from the same noise",
-    "grid": "draw every combination of up to three settings: cfg, steps, checkpoint",
+    "grid": "draw all combinations of up to three settings, such as cfg and steps",
     "export": "write one .safetensors for A1111 and ComfyUI, or a diffusers folder",
     "report": "write one self-contained HTML file about a run",
     "demo": "fine-tune a tiny model, start to finish; minutes on two CPU cores",

@@ -48,5 +48,6 @@ def _note(grid: Grid, axes: Sequence[str], num_left_out: int, sheets: Sequence[s
     note = f"{fixed}. {noise} start from the same noise."
     if num_left_out:
         note += f" {counted(num_left_out, 'picture')} are left out here, for there are too many for a page."
-    links = [join(" ", tag("a", sheet, href=relative_url(sheet))) for sheet in sheets]
-    return join(note, " All in one picture:", links, ".")
+    first, *others = (tag("a", sheet, href=relative_url(sheet)) for sheet in sheets)
+    each = [join(", " if number else "; one each: ", link) for number, link in enumerate(others)]
+    return join(note, " All tables in one picture: ", first, each, ".")

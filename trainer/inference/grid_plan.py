@@ -79,7 +79,7 @@ def plan_grid(
     Raises UserError for a checkpoint that does not exist, a value out of bounds, or more cells than max_cells.
     """
     config = _changed(run.config, changes or {}, COMMAND_LINE)
-    found = {f"--{option}": _resolved(run, axis, prompts, f"--{option}") for option, axis in axes.items()}
+    found = {f"--{option}": _resolved(run, axis, prompts, f"--{option}", say) for option, axis in axes.items()}
     names = [axis.name for axis in found.values()]
     _check_number(found, max_cells)
     for option, axis in found.items():
@@ -94,7 +94,7 @@ def plan_grid(
         place = backwards[::-1]
         chosen = [(axis, axis.values[number]) for axis, number in zip(found.values(), place, strict=True)]
         cells.append(Cell((*place, 0, 0)[:3], _request(config, start, chosen)))
-    _check_values(run, found, [cell.request for cell in cells], start)
+    _check_values(run, found, [cell.request for cell in cells])
     return GridPlan(
         axes=tuple(
             GridAxis(name=axis.name, labels=tuple(_label(run, axis.name, value) for value in axis.values))
@@ -118,15 +118,17 @@ def _changed(config: Config, values: Mapping[str, Value], source: str) -> Config
     return changed
 
 
-def _resolved(run: OpenRun, axis: Axis, prompts: Sequence[str], option: str) -> Axis:
+def _resolved(run: OpenRun, axis: Axis, prompts: Sequence[str], option: str, say: Say | None) -> Axis:
     """Return an axis whose checkpoints are steps, and whose prompts are there."""
     if axis.name == "checkpoint":
-        steps: list[int | None] = []
-        for word in axis.values:
-            steps += list_checkpoints(run.run_dir) if word == "all" else [pick_step(run.run_dir, str(word))]
-        if not steps:
-            pick_step(run.run_dir, "last")
-        return Axis(axis.name, tuple(dict.fromkeys(steps)))
+        words: dict[int | None, list[str]] = {}
+        for word in map(str, axis.values):
+            for step in _steps_of(run, word):
+                words.setdefault(step, []).append(word)
+        for step, same in words.items():
+            if len(same) > 1 and "all" not in same and say is not None:
+                say(f"note: {' and '.join(same)} are one checkpoint, of step {step:,}")
+        return Axis(axis.name, tuple(words))
     if axis.name != "prompt":
         return axis
     if axis.values and prompts:
@@ -135,6 +137,15 @@ def _resolved(run: OpenRun, axis: Axis, prompts: Sequence[str], option: str) -> 
     if not values:
         raise UserError(f'{option} prompt has no values; give --prompt "..." "..."')
     return Axis(axis.name, tuple(dict.fromkeys(values)))
+
+
+def _steps_of(run: OpenRun, word: str) -> list[int | None]:
+    """Return the steps of the checkpoints that a word names, None for the base."""
+    if word != "all":
+        return [pick_step(run.run_dir, word)]
+    # which raises UserError where there are none
+    pick_step(run.run_dir, "last")
+    return [*list_checkpoints(run.run_dir)]
 
 
 def _check_number(axes: Mapping[str, Axis], max_cells: int) -> None:
@@ -178,15 +189,16 @@ def _request(config: Config, start: Point, chosen: Sequence[tuple[Axis, Value]])
     )
 
 
-def _check_values(run: OpenRun, axes: Mapping[str, Axis], requests: Sequence[Request], start: Point) -> None:
+def _check_values(run: OpenRun, axes: Mapping[str, Axis], requests: Sequence[Request]) -> None:
     """Raise UserError for values that make no picture, or change none."""
     for option, axis in axes.items():
         if axis.name == "replace":
-            texts = list(dict.fromkeys(text for one in requests for text in (one.prompt, one.negative)))
-            if not any(str(value) in text for text in texts for value in axis.values):
+            # where the first value stays, it is found if the prompt had it
+            texts = dict.fromkeys(text for one in requests for text in (one.prompt, one.negative))
+            if not any(str(axis.values[0]) in text for text in texts):
                 raise UserError(
-                    f"{option} replace: {axis.values[0]!r} is not in the prompt {texts[0]!r}; give a text that is, or "
-                    "another --prompt"
+                    f"{option} replace: {axis.values[0]!r} is not in the prompt {requests[0].prompt!r}; "
+                    "give a text that is, or another --prompt"
                 )
         elif axis.name == "ema":
             steps = sorted({one.weights.step for one in requests} - {None})

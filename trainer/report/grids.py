@@ -106,7 +106,7 @@ def _table(grid: Grid, z: int, found: Mapping[Place, Picture], links: Mapping[Pl
             )
             image = tag("div", picture.img(where, data_label=where), data_zoom=shorten(grid.prompt, 400) or where)
             url = links.get((x, y, z))
-            cells.append(tag("td", image, tag("a", "full size", href=url, class_="meta") if url else None))
+            cells.append(tag("td", image, tag("a", "PNG", href=url, class_="meta") if url else None))
         side = tag("th", _label(grid.y, y, first=y == rows[0]), scope="row") if grid.y else None
         body.append(tag("tr", side, cells))
     caption = tag("p", _label(grid.z, z, first=True), class_="layer") if grid.z else None

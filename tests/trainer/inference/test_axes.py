@@ -1,4 +1,4 @@
-"""Axes of a grid as a user writes them: what is read from each spelling, and that a mistake is one line with its fix."""
+"""Axes of a grid as a user writes them: how each spelling is read, and the one line about a mistake."""
 
 import pytest
 

@@ -23,6 +23,7 @@ COMMANDS = {
     "train": "fine-tune; --resume continues from the newest checkpoint",
     "sample": "generate images from prompts with a checkpoint of a run",
     "compare": "draw base, checkpoints and real photo side by side, from the same noise",
+    "grid": "draw all combinations of up to three settings, such as cfg and steps",
     "evaluate": "measure base, checkpoints and photographs: KID, CLIPScore, crops, burn, copies",
     "export": "write one .safetensors for A1111 and ComfyUI, or a diffusers folder",
     "report": "write one self-contained HTML file about a run",
@@ -511,6 +512,12 @@ def compare(argv: list[str]) -> int:
         f"safelight export {run} -o {shlex.quote(arguments.run.resolve().name)}.safetensors"
     )
     return 0
+
+
+def grid(argv: list[str]) -> int:
+    from safelight import grid_command
+
+    return grid_command.grid(argv, COMMANDS["grid"])
 
 
 def evaluate(argv: list[str]) -> int:

@@ -204,6 +204,47 @@ class Compare:
     seeds: Annotated[int, arg(help="pictures of each prompt and model, from as many seeds: the run's and the next")] = 1
 
 
+def _axis(example: str, text: str) -> object:
+    return _own("AXIS=VALUES", f"{text}, for example {example}", "none")
+
+
+@dataclass
+class Grid:
+    run: RunFolder
+    x: Annotated[
+        str,
+        arg(
+            metavar="AXIS=VALUES",
+            help="what changes from column to column, for example cfg=3,5,7.5 or prompt or replace=red,blue,green",
+            help_behavior_hint="(required)",
+        ),
+    ]
+    y: Annotated[str | None, _axis("'steps=10-40 (+10)'", "what changes from row to row")] = None
+    z: Annotated[str | None, _axis("checkpoint=base,best,last", "what changes from table to table")] = None
+    prompt: Annotated[
+        tuple[str, ...],
+        arg(metavar="TEXT [TEXT ...]", help_behavior_hint="(default: the first that the run samples)"),
+        arg(help="the prompt, or with an axis prompt that has no values several"),
+    ] = ()
+    checkpoint: Annotated[
+        str | None, _own("WHICH", "last, best, base (untrained), a step, or else an epoch", "last")
+    ] = None
+    steps: Annotated[int | None, _own("INT", "number of denoising steps", "the run's")] = None
+    cfg: Annotated[float | None, _own("FLOAT", "classifier-free guidance scale; 1 turns it off", "the run's")] = None
+    seed: Annotated[int | None, _own("INT", "seed of the noise, the same for all pictures", "the run's")] = None
+    width: Annotated[int | None, _own("INT", "image width in pixels", "the run's")] = None
+    height: Annotated[int | None, _own("INT", "image height in pixels", "the run's")] = None
+    sampler: Annotated[
+        Literal["ddim", "dpm++", "euler"] | None, _own("{ddim,dpm++,euler}", "sampling algorithm", "the run's")
+    ] = None
+    negative_prompt: Annotated[str | None, _own("TEXT", "text that guidance steers away from", "the run's")] = None
+    clip_skip: Annotated[
+        int | None, _own("INT", "layers of the text encoder left out at its end; A1111 counts one more", "the run's")
+    ] = None
+    max_cells: Annotated[int, arg(help="refuse a grid with more cells than this, up to 5000")] = 500
+    name: Annotated[str, _own("NAME", "folder in RUN/grids", "the names of the axes: cfg-steps")] = ""
+
+
 @dataclass
 class Evaluate:
     run: RunFolder

@@ -340,7 +340,7 @@ class _Work:
         return find_crops(
             pictures,
             detector,
-            extractor,
+            FeatureCache(self.run.run_dir, extractor),
             self.device,
             folder,
             lambda done, total: self.progress(f"looking for things: {what}", done, total),

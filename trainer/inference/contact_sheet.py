@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 from collections.abc import Sequence
@@ -89,7 +90,7 @@ def write_sheets(
 
 def _layout(size: tuple[int, int], edge: int, num_head_lines: int, num_columns: int, num_rows: int) -> _Layout:
     """Return the layout of a sheet whose pictures have this longest side, about as wide as it is high."""
-    line, longest = _line_px(), max(size)
+    line, longest = line_px(), max(size)
     # small pictures are enlarged by whole numbers, so that their pixels stay sharp
     scale = max(1, EDGES_PX[-1] // longest) if longest <= edge else edge / longest
     cell = max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
@@ -111,23 +112,23 @@ def _largest_part(size: tuple[int, int], num_head_lines: int, num_columns: int, 
 def _draw(layout: _Layout, columns: Sequence[str], rows: Sequence[SheetRow]) -> Image.Image:
     used = -(-len(rows) // layout.per_strip)
     sheet = Image.new("RGB", (MARGIN_PX + used * layout.strip, layout.size[1]), PAPER)
-    pen, font, line = ImageDraw.Draw(sheet), _font(), _line_px()
+    pen, font, line = ImageDraw.Draw(sheet), label_font(), line_px()
     across = layout.cell[0] + GAP_PX
     for strip in range(used):
         left, top = MARGIN_PX + strip * layout.strip, MARGIN_PX
         for number, label in enumerate(columns):
             for place, text in enumerate(label.split("\n")):
-                text = _cut(printable(text), layout.cell[0], font)
+                text = cut_text(printable(text), layout.cell[0], font)
                 pen.text((left + number * across, top + place * line), text, INK if place == 0 else FADED, font)
         for number, row in enumerate(rows[strip * layout.per_strip : (strip + 1) * layout.per_strip]):
             y = MARGIN_PX + layout.head + number * layout.row
-            texts = _wrapped(printable(row.label), layout.num_columns * across - GAP_PX, font)
+            texts = wrapped(printable(row.label), layout.num_columns * across - GAP_PX, font, MAX_LABEL_LINES)
             for place, text in enumerate(texts):
                 # the last line stands right above its pictures
                 y_text = y + (MAX_LABEL_LINES - len(texts) + place) * line
                 pen.text((left, y_text), text, INK, font)
             for column, path in enumerate(row.pictures):
-                picture = None if path is None else _read(path, layout.cell)
+                picture = None if path is None else read_picture(path, layout.cell)
                 place = (left + column * across, y + layout.label + GAP_PX // 2)
                 if picture is None:
                     corner = (place[0] + layout.cell[0] - 1, place[1] + layout.cell[1] - 1)
@@ -137,7 +138,7 @@ def _draw(layout: _Layout, columns: Sequence[str], rows: Sequence[SheetRow]) -> 
     return sheet
 
 
-def _read(path: Path, cell: tuple[int, int]) -> Image.Image | None:
+def read_picture(path: Path, cell: tuple[int, int]) -> Image.Image | None:
     """Return a picture at the size of its place, None if it cannot be read."""
     try:
         image = decode(read_bytes(path, MAX_FILE_BYTES)).image
@@ -148,15 +149,16 @@ def _read(path: Path, cell: tuple[int, int]) -> Image.Image | None:
     return image.resize(cell, Image.Resampling.NEAREST)
 
 
-def _font() -> ImageFont.FreeTypeFont:
+@functools.cache
+def label_font() -> ImageFont.FreeTypeFont:
     return ImageFont.load_default(FONT_PX)
 
 
-def _line_px() -> int:
+def line_px() -> int:
     return round(FONT_PX * 1.35)
 
 
-def _cut(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
+def cut_text(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
     """Return the text, shortened by an ellipsis if it is wider than so many px."""
     if font.getlength(text) <= width:
         return text
@@ -167,13 +169,13 @@ def _cut(text: str, width: int, font: ImageFont.FreeTypeFont) -> str:
     return f"{text[:low].rstrip()}…"
 
 
-def _wrapped(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
-    """Return the lines of a text, at most MAX_LABEL_LINES; the last is shortened if there are more."""
+def wrapped(text: str, width: int, font: ImageFont.FreeTypeFont, max_lines: int) -> list[str]:
+    """Return the lines of a text, at most max_lines; the last is shortened if there are more."""
     lines, words = [], text.split()
-    while words and len(lines) < MAX_LABEL_LINES - 1:
+    while words and len(lines) < max_lines - 1:
         taken = 1
         while taken < len(words) and font.getlength(" ".join(words[: taken + 1])) <= width:
             taken += 1
-        lines.append(_cut(" ".join(words[:taken]), width, font))
+        lines.append(cut_text(" ".join(words[:taken]), width, font))
         words = words[taken:]
-    return [*lines, _cut(" ".join(words), width, font)] if words else lines
+    return [*lines, cut_text(" ".join(words), width, font)] if words else lines

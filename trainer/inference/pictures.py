@@ -181,11 +181,12 @@ def _draw_with(
                         unet,
                         run.codec,
                         texts.positive(waiting[:batch_size]),
-                        texts.negative(waiting[0]),
+                        texts.negative(waiting[:batch_size]),
                         run.schedule,
                         batch[0].settings,
                         places=[request.place for request in batch],
                         seeds=[request.settings.seed for request in batch],
+                        cfgs=[request.settings.cfg for request in batch],
                         batch_size=batch_size,
                         decode_on=decode_on,
                         progress=counter.of_batch(batch_size),
@@ -202,9 +203,13 @@ def _draw_with(
 
 
 def _batched_with(request: Request, num_chunks: int) -> tuple:
-    """Return what the pictures of a batch have in common: all settings but the seed, and the form of their texts."""
-    settings = {**asdict(request.settings), "seed": 0}
-    return (*settings.values(), request.negative, request.clip_skip, num_chunks)
+    """Return what the pictures of a batch have in common: size, sampler, steps, and the form of their texts.
+
+    Also whether they are guided: those that are not need half of the work.
+    """
+    settings = request.settings
+    is_guided = settings.cfg != 1
+    return settings.width, settings.height, settings.sampler, settings.steps, is_guided, num_chunks
 
 
 def _smaller(settings: Settings, batch_size: int, say: Say | None) -> int:
@@ -291,6 +296,6 @@ class _Texts:
         """Return the conditioning of some requests' prompts, a row each."""
         return self._conditioning(torch.stack([self._row(n, self._requests[n].prompt) for n in numbers]))
 
-    def negative(self, number: int):
-        """Return the conditioning of a request's negative prompt, one row."""
-        return self._conditioning(self._row(number, self._requests[number].negative)[None])
+    def negative(self, numbers: Sequence[int]):
+        """Return the conditioning of some requests' negative prompts, a row each."""
+        return self._conditioning(torch.stack([self._row(n, self._requests[n].negative) for n in numbers]))

@@ -106,10 +106,14 @@ def _betas(schedule: NoiseSchedule) -> np.ndarray:
 def _rows(
     conditioning: TextConditioning, negative: TextConditioning | None, rows: slice, device: torch.device
 ) -> TextConditioning:
-    """Return some rows of the conditioning on a device, after as many copies of the negative row if there is one."""
+    """Return some rows of the conditioning on a device, after as many of the negative prompt if there is one.
+
+    negative: a row each, or one for all.
+    """
     batch = conditioning[rows]
     if negative is not None:
-        batch = concatenate([negative[[0] * len(batch.tensors()[0])], batch])
+        is_shared = len(negative.tensors()[0]) == 1
+        batch = concatenate([negative[[0] * len(batch.tensors()[0])] if is_shared else negative[rows], batch])
     return batch.map(lambda x: x.to(device))
 
 
@@ -161,14 +165,15 @@ def generate(
     *,
     places: Sequence[int] | None = None,
     seeds: Sequence[int] | None = None,
+    cfgs: Sequence[float] | None = None,
     batch_size: int = SAMPLE_BATCH_SIZE,
     decode_on: torch.device | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Image.Image]:
     """Return an RGB image for each row of the conditioning.
 
-    negative: one row, which classifier-free guidance steers away from. places, seeds: of the rows, which key their
-    images' noise; by default 0, 1, ... and settings.seed.
+    negative: one row, which classifier-free guidance steers away from, or a row each. places, seeds: of the rows,
+    which key their images' noise; by default 0, 1, ... and settings.seed. cfgs: of the rows, by default settings.cfg.
     batch_size: images at a time. decode_on: the device to decode on, where the codec moves
     temporarily; by default its own. batch_size and decode_on change images only by float rounding. progress: called
     with (done, total) denoising steps of whole batches; an exception that it raises stops the drawing.
@@ -181,6 +186,9 @@ def generate(
     num_rows = len(conditioning.tensors()[0])
     places = range(num_rows) if places is None else places
     seeds = [settings.seed] * num_rows if seeds is None else seeds
+    cfgs = [settings.cfg] * num_rows if cfgs is None else cfgs
+    cfg_B111 = torch.tensor(cfgs, dtype=torch.float32, device=weight.device)[:, None, None, None]
+    is_guided = bool((cfg_B111 != 1).any())
     shape = (codec.latent_channels, settings.height // factor, settings.width // factor)
     images: list[Image.Image] = []
     num_batches, num_done = -(-num_rows // batch_size), 0
@@ -193,16 +201,16 @@ def generate(
             scheduler.set_timesteps(settings.steps, device=weight.device)
             latents = normals_torch(keys, shape, weight.device) * scheduler.init_noise_sigma
             rows = slice(start, stop)
-            batch = _rows(conditioning, negative if settings.cfg != 1 else None, rows, weight.device)
+            batch = _rows(conditioning, negative if is_guided else None, rows, weight.device)
             arguments = batch.unet_arguments(weight.dtype)
             for number, timestep in enumerate(scheduler.timesteps):
                 model_input = scheduler.scale_model_input(latents, timestep).to(weight.dtype)
-                if settings.cfg != 1:
+                if is_guided:
                     model_input = torch.cat([model_input, model_input])
                 predicted = unet(model_input, timestep, **arguments).sample.float()
-                if settings.cfg != 1:
+                if is_guided:
                     without, with_caption = predicted.chunk(2)
-                    predicted = without + settings.cfg * (with_caption - without)
+                    predicted = without + cfg_B111[rows] * (with_caption - without)
                 latents = scheduler.step(predicted, timestep, latents).prev_sample
                 if number == 0:
                     # broken weights show at once

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from safelight.text import counted
 from safelight.trainer.report.grid_record import Grid, GridAxis, GridCell
 from safelight.trainer.report.markup import Markup, details, join, prompt_markup, shorten, tag
@@ -16,6 +18,8 @@ MAX_GRIDS = 6
 MAX_CELLS = 240
 EDGES_PX = (768, 512, 384, 256, 192, 128)
 BUDGET_BYTES = 6_000_000
+# of a cell on x, y and z
+Place = tuple[int, int, int]
 
 
 def grids_section(run: RunFolder) -> Markup | None:
@@ -60,12 +64,18 @@ def _one(run: RunFolder, saved: SavedGrid, budget_bytes: int, max_cells: int) ->
         )
     if grid.sheet:
         notes.append(f"all in full size: {saved.folder}/{shorten(grid.sheet, 120)}")
-    places = sorted({place[2] for place in found})
     return join(
         tag("p", prompt_markup(grid.prompt, "", 400)) if grid.prompt else None,
         tag("p", shorten("; ".join(notes), 1000), class_="note") if notes else None,
-        [_table(grid, z, found) for z in places],
+        grid_tables(grid, found),
     )
+
+
+def grid_tables(
+    grid: Grid, pictures: Mapping[Place, Picture], links: Mapping[Place, str] | None = None
+) -> list[Markup]:
+    """Return a table for each value of z that has pictures. pictures, links: of each place (x, y, z); URLs of files."""
+    return [_table(grid, z, pictures, links or {}) for z in sorted({z for _, _, z in pictures})]
 
 
 def _is_on(grid: Grid, cell: GridCell) -> bool:
@@ -76,7 +86,7 @@ def _is_on(grid: Grid, cell: GridCell) -> bool:
     )
 
 
-def _table(grid: Grid, z: int, found: dict[tuple[int, int, int], Picture]) -> Markup:
+def _table(grid: Grid, z: int, found: Mapping[Place, Picture], links: Mapping[Place, str]) -> Markup:
     columns = sorted({x for x, _, of in found if of == z})
     rows = sorted({y for _, y, of in found if of == z})
     corner = tag("td", class_="corner") if grid.y else None
@@ -94,7 +104,9 @@ def _table(grid: Grid, z: int, found: dict[tuple[int, int, int], Picture]) -> Ma
                 for axis, place in ((grid.x, x), (grid.y, y), (grid.z, z))
                 if axis
             )
-            cells.append(tag("td", picture.img(where, data_label=where), data_zoom=shorten(grid.prompt, 400) or where))
+            image = tag("div", picture.img(where, data_label=where), data_zoom=shorten(grid.prompt, 400) or where)
+            url = links.get((x, y, z))
+            cells.append(tag("td", image, tag("a", "PNG", href=url, class_="meta") if url else None))
         side = tag("th", _label(grid.y, y, first=y == rows[0]), scope="row") if grid.y else None
         body.append(tag("tr", side, cells))
     caption = tag("p", _label(grid.z, z, first=True), class_="layer") if grid.z else None

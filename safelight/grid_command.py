@@ -1,0 +1,62 @@
+"""`safelight grid`: pictures over every combination of the values of up to three settings."""
+
+from __future__ import annotations
+
+import shlex
+
+from safelight import bug_report
+from safelight.errors import UserError
+from safelight.output.show import print_line, say_loading, say_next
+
+AXES_TEXT = (
+    "Axes, each with an example of its values; numbers may be ranges as in A1111: 1-5, 1-5 (+2), 1-10 [5]; texts with "
+    "commas stand in double quotes:"
+)
+
+
+def grid(argv: list[str], description: str) -> int:
+    """Run `safelight grid` and return its exit status."""
+    from safelight.options.arguments import Grid, parse
+    from safelight.trainer.inference.axes import describe_axes, parse_axes
+
+    width = max(len(example) for example, _ in describe_axes())
+    listed = "\n".join(f"  {example:{width}}  {meaning}".rstrip() for example, meaning in describe_axes())
+    arguments = parse(Grid, argv, "grid", f"{description}.\n\n{AXES_TEXT}\n{listed}")
+    bug_report.belongs_to(arguments.run)
+    # before torch is imported
+    axes = parse_axes({"x": arguments.x, "y": arguments.y, "z": arguments.z})
+    names = ("steps", "cfg", "seed", "width", "height", "sampler", "negative_prompt", "clip_skip")
+    changes = {name.replace("_", "-"): getattr(arguments, name) for name in names}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    on_axis = {axis.name for axis in axes.values()}
+    given = [*changes, *(["checkpoint"] if arguments.checkpoint is not None else [])]
+    if twice := [name for name in given if name in on_axis]:
+        raise UserError(f"--{twice[0]} and an axis give {twice[0]}; leave out one of them")
+    say_loading()
+    from safelight.trainer.inference.draw import open_run
+    from safelight.trainer.inference.grid import draw_grid
+    from safelight.trainer.inference.grid_plan import plan_grid
+    from safelight.trainer.report.build import build_report
+    from safelight.trainer.run_log.terminal import Terminal
+
+    with Terminal() as terminal:
+        run = open_run(arguments.run)
+        plan = plan_grid(
+            run,
+            axes,
+            prompts=arguments.prompt,
+            checkpoint=arguments.checkpoint or "last",
+            changes=changes,
+            max_cells=arguments.max_cells,
+            say=terminal.say,
+        )
+        folder = draw_grid(
+            run,
+            plan,
+            arguments.name,
+            progress=lambda done, total: terminal.update("sampling", done, total),
+            say=terminal.say,
+        )
+    print_line(f"grid in {folder} (sheet.png, and index.html to zoom); report: {build_report(arguments.run)}")
+    say_next(f"open {shlex.quote(str(folder / 'index.html'))} in a browser")
+    return 0

@@ -1,0 +1,1 @@
+../../safelight/grid_command.py

@@ -24,7 +24,8 @@ import torch
 from PIL import Image, ImageEnhance, ImageFilter
 
 from safelight.bench.core.results import append, make_record
-from safelight.trainer.evaluation.crops import MIN_CONFIDENCE, Picture, find_crops
+from safelight.trainer.evaluation.crops import MIN_CONFIDENCE, find_crops
+from safelight.trainer.evaluation.pictures import Picture
 from safelight.trainer.features.cache import FeatureCache
 from safelight.trainer.features.open_extractor import open_extractor
 from safelight.trainer.metrics.crop_divergence import Crops, common_classes, compare, merge_rare, project

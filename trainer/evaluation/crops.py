@@ -7,7 +7,7 @@ compared is in trainer/metrics/crop_divergence.py; docs/metrics.md says when not
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from safelight.errors import UserError
 from safelight.text import counted
 from safelight.trainer.captioning.caption_dataset import HalvedBatches
 from safelight.trainer.captioning.journal import Journal
+from safelight.trainer.evaluation.pictures import Picture
 from safelight.trainer.features.cache import FeatureCache
 from safelight.trainer.metrics.crop_divergence import (
     LEAST,
@@ -54,19 +55,6 @@ SIGNIFICANT = 0.05
 # stands for how a crop is cut, in the keys of its features
 _CROP = "crop, version 1"
 _BATCH = 16
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture to compare. sha256: of its file. decode: returns it in RGB, as large as the others.
-
-    group: its prompt, or for a photograph that no prompt describes its own name. Several pictures of a group count as
-    one, and sets that share groups are paired by them. Copies of a photograph belong in one group.
-    """
-
-    sha256: str
-    group: str
-    decode: Callable[[], Image.Image]
 
 
 def find_crops(

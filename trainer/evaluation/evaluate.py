@@ -228,7 +228,7 @@ class _Work:
             self.progress(what or f"looking: {extractor.name}", done, total)
 
         return [
-            cache.features([p.sha256 for p in pictures], lambda i, pictures=pictures: pictures[i].load(), advance)
+            cache.features([p.sha256 for p in pictures], lambda i, pictures=pictures: pictures[i].decode(), advance)
             for pictures in sets
         ]
 
@@ -289,7 +289,7 @@ class _Work:
         def compute() -> MetricList:
             def distances(pictures: Sequence[Picture], what: str) -> np.ndarray:
                 self.progress(f"LPIPS of {what}", 0, len(pictures))
-                return lpips.distances(len(pictures), lambda i: pictures[i].load())
+                return lpips.distances(len(pictures), lambda i: pictures[i].decode())
 
             try:
                 found = diversity_metric(
@@ -409,4 +409,4 @@ class _Work:
         folder.mkdir(exist_ok=True)
         for name in sorted(wanted):
             if read_key(folder / name) != (picture := pictures[name]).sha256:
-                save_png(picture.load(), folder / name, "", picture.sha256)
+                save_png(picture.decode(), folder / name, "", picture.sha256)

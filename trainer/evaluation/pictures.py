@@ -34,7 +34,8 @@ CROP_VERSION = 1
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture to look at. sha256: stands for its pixels, 64 hex digits. load: returns it, RGB.
+    """A picture to look at. sha256: stands for its pixels, 64 hex digits. decode: returns it in RGB,
+    as large as the others.
 
     group: what pictures share that are not independent: the prompt, also of the photograph that has it as its caption,
     or else what near-copies of a photograph have in common.
@@ -43,8 +44,8 @@ class Picture:
 
     sha256: str
     group: str
-    name: str
-    load: Callable[[], Image.Image]
+    decode: Callable[[], Image.Image]
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,10 @@ def _drawn(folder: Path, name: str, prompt: str) -> Picture:
     key = read_key(path)
     if not key:
         raise UserError(f"{path} is missing or was not drawn by `safelight compare`; run this again")
-    return Picture(key, prompt, name, partial(_load_drawn, path))
+    return Picture(key, prompt, partial(_decode_drawn, path), name)
 
 
-def _load_drawn(path: Path) -> Image.Image:
+def _decode_drawn(path: Path) -> Image.Image:
     try:
         return decode(read_bytes(path, MAX_FILE_BYTES)).image
     except (RejectedImage, UnsafeFile, OSError) as error:
@@ -120,10 +121,10 @@ def photographs(run: OpenRun, width: int, height: int, captions: Mapping[str, st
 def _photograph(dataset: Path, photo: Photo, width: int, height: int, captions: Mapping[str, str]) -> Picture:
     key = hash_of({"version": CROP_VERSION, "photo": photo.sha256, "size": [width, height]})
     group = captions.get(photo.sha256) or photo.group or photo.file
-    return Picture(key, group, photo.file, partial(_load_photo, dataset, photo, width, height))
+    return Picture(key, group, partial(_decode_photograph, dataset, photo, width, height), photo.file)
 
 
-def _load_photo(dataset: Path, photo: Photo, width: int, height: int) -> Image.Image:
+def _decode_photograph(dataset: Path, photo: Photo, width: int, height: int) -> Image.Image:
     image = decode_photo(dataset, photo)
     box = crop_box(*image.size, Bucket(width, height), None, 0)
     return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
@@ -136,13 +137,15 @@ def groups_of(pictures: Sequence[Picture]) -> list[str]:
 
 def mirrored(picture: Picture) -> Picture:
     """Return a picture's mirror image."""
-    return replace(picture, sha256=hash_of({"mirrored": picture.sha256}), load=lambda: ImageOps.mirror(picture.load()))
+    return replace(
+        picture, sha256=hash_of({"mirrored": picture.sha256}), decode=lambda: ImageOps.mirror(picture.decode())
+    )
 
 
 def reconstructed(picture: Picture, codec: LatentCodec) -> Picture:
     """Return a photograph as the autoencoder gives it back, which no model that draws its latents can surpass."""
     key = hash_of({"reconstructed": picture.sha256, "vae": codec.fingerprint})
-    return replace(picture, sha256=key, load=lambda: _reconstruct(picture.load(), codec))
+    return replace(picture, sha256=key, decode=lambda: _reconstruct(picture.decode(), codec))
 
 
 def _reconstruct(image: Image.Image, codec: LatentCodec) -> Image.Image:

@@ -116,6 +116,6 @@ def test_a_photograph_that_is_a_prompts_own_shares_its_group(run):
     captions = {prompt.photo.sha256: prompt.text for prompt in listed}
     found = photographs(run, 16, 16, captions)
     assert {prompt.text for prompt in listed} <= {picture.group for picture in found.all}
-    assert all(picture.load().size == (16, 16) for picture in found.all[:2])
+    assert all(picture.decode().size == (16, 16) for picture in found.all[:2])
     none = photographs(run, 4096, 4096, captions)
     assert (none.all, none.num_small) == ((), len(found.all))

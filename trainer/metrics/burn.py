@@ -33,6 +33,8 @@ SIGNS = {
 }
 # spreads of photographs that are all alike are taken as this: what is less cannot be seen
 _MIN_SPREAD = {"clipped": 0.7, "colour": 0.2, "contrast": 0.2, "halo": 0.1, "detail": 0.2, "slope": 0.2}
+# in spreads; more says nothing more, and keeps damaged figures from overflowing
+_MAX_HARM = 1e6
 # the probability that a photograph exceeds the limit of a score
 CHANCE = 0.025
 # with fewer, it would be more than 5 %
@@ -100,7 +102,7 @@ def _centre(measures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _harms(signs: dict[str, int], measures: np.ndarray, medians: np.ndarray, spreads: np.ndarray) -> np.ndarray:
     columns = [MEASURES.index(name) for name in signs]
     z = (measures[:, columns] - medians[columns]) / spreads[columns] * np.array(list(signs.values()))
-    return np.maximum(np.nan_to_num(z, nan=0.0), 0)
+    return np.clip(np.nan_to_num(z, nan=0.0), 0, _MAX_HARM)
 
 
 def _score(signs: dict[str, int], measures: np.ndarray, medians: np.ndarray, spreads: np.ndarray) -> np.ndarray:

@@ -97,8 +97,9 @@ def test_what_a_picture_does_not_show_does_not_count():
     rows[:, MEASURES.index("halo")] = np.nan
     scale = fit_scale(rows)
     assert np.isfinite(scale.score("burnt", rows)).all()
-    rows[0] = np.nan
+    rows[0], rows[1] = np.nan, -3e38
     assert scale.score("smoothed", rows)[0] == 0
+    assert scale.score("smoothed", rows)[1] < 1e7
 
 
 def test_photographs_that_are_all_alike_have_the_least_spread_that_can_be_seen():

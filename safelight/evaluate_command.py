@@ -23,10 +23,12 @@ def evaluate(argv: list[str], description: str) -> int:
     from safelight.trainer.models.device import pick_device
     from safelight.trainer.report.build import build_report
     from safelight.trainer.run_log.terminal import Terminal
+    from safelight.trainer.tagging.taggers import open_detector
 
     run, named = open_run(arguments.run), arguments.checkpoints
     steps = best_and_last(arguments.run) if named is None else pick_steps(arguments.run, named)
-    means = Means(tuple(arguments.features), arguments.detector, arguments.lpips, arguments.crop_features)
+    detector = open_detector(arguments.detector) if arguments.detector else None
+    means = Means(tuple(arguments.features), detector, arguments.lpips, arguments.crop_features)
     with Terminal() as terminal:
         evaluation, num_computed = evaluate_run(
             run,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
@@ -57,7 +57,7 @@ from safelight.trainer.report.evaluation import (
     Metric,
 )
 from safelight.trainer.report.run_reader import read_run_folder
-from safelight.trainer.tagging.taggers import open_detector
+from safelight.trainer.tagging.taggers import TaggerSource
 
 RECORD_NAME, EVALUATION_FOLDER = "evaluation.json", "evaluation"
 # the name of the extractor whose Fréchet distance is called FID
@@ -72,12 +72,12 @@ MAX_BURN_REFERENCE = 300
 class Means:
     """What to measure with, as the user names it; '' and () for none.
 
-    features: extractors, the first of which gives the headline. The run's own autoencoder is always among them. crops:
-    the extractor of crops, one of the others, '' for the first.
+    features: extractors, the first of which gives the headline. The run's own autoencoder is always among them.
+    detector: opens what finds the crops. crops: the extractor of crops, one of the others, '' for the first.
     """
 
     features: tuple[str, ...] = ()
-    detector: str = ""
+    detector: AbstractContextManager[TaggerSource] | None = None
     lpips: str = ""
     crops: str = ""
 
@@ -308,7 +308,7 @@ class _Work:
 
     def crops(self) -> list[CropDivergence]:
         """Return the crop divergence of each checkpoint."""
-        if not self.means.detector:
+        if self.means.detector is None:
             self.not_computed.append("crop divergence: no detector is named; give one with --detector")
             return []
         spec = self.means.crops or next(iter(self.extractors), "")
@@ -316,7 +316,7 @@ class _Work:
             return []
         found: list[CropDivergence] = []
         extractor = self.extractors[spec]
-        with self._or_not_computed(), open_detector(self.means.detector) as detector:
+        with self._or_not_computed(), self.means.detector as detector:
             inputs = {**self._inputs(extractor), "detector": detector.record}
             find = functools.cache(functools.partial(self._find_crops, detector, extractor))
             for model in [model for model in self.drawn if model != BASE]:

@@ -11,35 +11,41 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from safelight.data.atomic import atomic_write_text, remove
+from safelight.data.images import decode
 from safelight.data.prepare.ingest import ingest
 from safelight.errors import UserError
 from safelight.trainer.captioning.caption_dataset import caption_dataset
 from safelight.trainer.captioning.options import Generation, Wording
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.toml import parse_config
-from safelight.trainer.inference.compare import compare
-from safelight.trainer.inference.compared_prompts import compared_prompts
-from safelight.trainer.inference.draw import open_run
-from safelight.trainer.inference.pictures import Request, Weights, draw_pictures
-from safelight.trainer.inference.sampling import Settings
-from safelight.trainer.inference.which_checkpoint import best_and_last, pick_step
+from safelight.trainer.evaluation.evaluate import Means, evaluate
+from safelight.trainer.inference.axes import parse_axes
+from safelight.trainer.inference.compare import FOLDER as COMPARED
+from safelight.trainer.inference.compare import MAX_FILE_BYTES, RECORD_NAME
+from safelight.trainer.inference.compared_prompts import Prompt, held_out_prompts
+from safelight.trainer.inference.draw import OpenRun, open_run
+from safelight.trainer.inference.grid import draw_grid
+from safelight.trainer.inference.grid_plan import plan_grid
+from safelight.trainer.inference.which_checkpoint import best_and_last
 from safelight.trainer.models.device import pick_device
 from safelight.trainer.report.build import build_report
+from safelight.trainer.report.comparison import Comparison
 from safelight.trainer.run_log.terminal import Terminal
+from safelight.trainer.tiny.scene_detector import open_scene_detector
 from safelight.trainer.tiny.scenes import LOOK_CAPTION, Scene, draw, random_scene
 from safelight.trainer.tiny.score import FINE_TUNING, make_scores, prompts
 from safelight.trainer.train import train
+from safelight.untrusted import read_bytes
 
 SEED = 42
 # also the title of the report
 RUN_NAME = "faded-print"
 NUM_PHOTOS = 200
-NUM_COMPARED = 8
 # 192 px, so that prepare has something to shrink and crop
 DRAWING_SCALE = 3
 SAMPLE_STEPS = 14
 SAMPLE_CFG = 4.0
-SCORED = Settings(64, 64, SAMPLE_STEPS, SAMPLE_CFG, SEED + 1, "dpm++")
+GRID = {"x": "cfg=1,2,4,8", "y": "steps=4,8,16", "z": "checkpoint=base,last"}
 
 
 def photo_name(number: int) -> str:
@@ -106,20 +112,40 @@ def demo_config(folder: Path) -> Config:
     )
 
 
-def score(run_dir: Path, terminal: Terminal) -> dict:
-    """Draw the 96 scored prompts with the base and the trained model, write scores.json and return its contents."""
-    run = open_run(run_dir)
-    texts = [text for text, _, _ in prompts()]
+def evaluated_prompts(run: OpenRun) -> list[Prompt]:
+    """Return the 96 scored prompts, those first that the run samples, then the held-out captions."""
+    sampled = run.config.sample.prompts
+    texts = dict.fromkeys([*sampled, *(text for text, _, _ in prompts())])
+    return [*map(Prompt, texts), *held_out_prompts(run)]
+
+
+def score(run_dir: Path) -> dict:
+    """Read what the evaluation drew for the 96 scored prompts, write scores.json and return its contents."""
+    comparison = Comparison.model_validate_json(read_bytes(run_dir / COMPARED / RECORD_NAME, MAX_FILE_BYTES))
+    rows = {row.prompt: row for row in comparison.rows}
     images = []
-    for name, step in (("base", None), ("trained", pick_step(run_dir, "last"))):
-        requests = [Request(Weights(step), text, place, SCORED) for place, text in enumerate(texts)]
-        drawn = dict(
-            draw_pictures(run, requests, progress=lambda d, t, name=name: terminal.update(f"scoring {name}", d, t))
-        )
-        images.append([drawn[place] for place in range(len(texts))])
+    for model in (comparison.models[0], comparison.models[-1]):
+        paths = [run_dir / COMPARED / rows[text].images[model.id] for text, _, _ in prompts()]
+        images.append([decode(read_bytes(path, MAX_FILE_BYTES)).image for path in paths])
     result = make_scores(*images)
     atomic_write_text(run_dir / "scores.json", json.dumps(result, indent=1))
     return result
+
+
+def evaluate_run(run_dir: Path, terminal: Terminal) -> None:
+    """Evaluate the run, and draw a grid of guidance scales and steps."""
+    run = open_run(run_dir)
+    evaluate(
+        run,
+        best_and_last(run_dir),
+        evaluated_prompts(run),
+        Means(("tiny",), open_scene_detector()),
+        run.device,
+        progress=terminal.update,
+        say=terminal.say,
+    )
+    plan = plan_grid(run, parse_axes(GRID), prompts=run.config.sample.prompts[:1])
+    draw_grid(run, plan, progress=lambda d, t: terminal.update("drawing a grid", d, t))
 
 
 def run_demo(folder: Path, terminal: Terminal) -> dict:
@@ -148,16 +174,8 @@ def run_demo(folder: Path, terminal: Terminal) -> dict:
     config = demo_config(folder)
     train(config, terminal=terminal)
     run_dir = Path(config.run.dir)
-    result = score(run_dir, terminal) | {"captions": NUM_PHOTOS, "captions_right": num_named}
-    opened = open_run(run_dir)
-    compare(
-        opened,
-        best_and_last(run_dir),
-        compared_prompts(opened, NUM_COMPARED),
-        # the run has ended just now
-        sampled=(0, pick_step(run_dir, "last")),
-        progress=lambda d, t: terminal.update("comparing base and trained", d, t),
-    )
+    evaluate_run(run_dir, terminal)
+    result = score(run_dir) | {"captions": NUM_PHOTOS, "captions_right": num_named}
     terminal.pause()
     result["report"] = str(build_report(run_dir))
     result["seconds"] = round(time.monotonic() - began, 1)

@@ -117,17 +117,31 @@ def _shape_mask(pixels: np.ndarray) -> np.ndarray:
 
 def read(image: Image.Image) -> Reading:
     """Return what an image of a scene shows. image: RGB, any size."""
+    pixels, has_look = _unfaded(image)
+    shape, mask = _find_shape(pixels)
+    if shape is None:
+        return Reading(None, None, has_look)
+    return Reading(_nearest_colour(np.median(pixels[mask], axis=0)), shape, has_look)
+
+
+def find_shape(image: Image.Image) -> tuple[str | None, np.ndarray]:
+    """Return the name of an image's shape and its mask, (H, W) bool of the enlarged image; None if there is none."""
+    return _find_shape(_unfaded(image)[0])
+
+
+def _unfaded(image: Image.Image) -> tuple[np.ndarray, bool]:
+    """Return the enlarged image, (H, W, 3), with its fading undone, and whether it had the look."""
     pixels = _enlarged(image)
     has_look = _has_look(pixels)
-    if has_look:
-        pixels = unfade(pixels)
+    return unfade(pixels) if has_look else pixels, has_look
+
+
+def _find_shape(pixels: np.ndarray) -> tuple[str | None, np.ndarray]:
     mask = _shape_mask(pixels)
     if mask.mean() < MIN_AREA:
-        return Reading(None, None, has_look)
-    colour = _nearest_colour(np.median(pixels[mask], axis=0))
+        return None, mask
     names, prototypes = _prototypes()
-    shape = names[int(np.linalg.norm(prototypes - _descriptor(mask), axis=1).argmin())]
-    return Reading(colour, shape, has_look)
+    return names[int(np.linalg.norm(prototypes - _descriptor(mask), axis=1).argmin())], mask
 
 
 def _has_look(pixels: np.ndarray) -> bool:

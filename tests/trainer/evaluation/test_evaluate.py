@@ -19,6 +19,7 @@ from safelight.trainer.inference.compared_prompts import Prompt, compared_prompt
 from safelight.trainer.inference.draw import open_run
 from safelight.trainer.report.evaluation import Evaluation
 from safelight.trainer.report.run_reader import read_run_folder
+from safelight.trainer.tagging.taggers import open_detector
 from tests.trainer.inference.exported_runs import STEP, make_run
 
 SAMPLE = {"prompts": [], "num_prompts": 2, "steps": 1, "width": 64, "height": 64}
@@ -83,7 +84,9 @@ def test_a_second_evaluation_computes_nothing_again(run, monkeypatch):
 def test_what_cannot_be_opened_is_one_line_and_the_rest_is_computed(run, tmp_path):
     (tmp_path / "broken.onnx").write_bytes(b"no model")
     means = Means(
-        ("tiny", str(tmp_path / "broken.onnx")), detector=str(tmp_path / "none.onnx"), lpips=str(tmp_path / "x")
+        ("tiny", str(tmp_path / "broken.onnx")),
+        detector=open_detector(str(tmp_path / "none.onnx")),
+        lpips=str(tmp_path / "x"),
     )
     said = []
     evaluation, _ = evaluate(run, [STEP], prompts(8), means, CPU, say=said.append)

@@ -12,15 +12,17 @@ from safelight.trainer.checkpoint.files import list_checkpoints
 from safelight.trainer.config.schema import Config
 from safelight.trainer.inference.draw import OpenRun, open_run
 from safelight.trainer.inference.pictures import Request, Weights, draw_pictures
+from safelight.trainer.inference.sampling import settings_of
 from safelight.trainer.models.base import Base
 from safelight.trainer.models.weights import load_unet
 from safelight.trainer.report.comparison import Comparison
+from safelight.trainer.report.evaluation import Evaluation
+from safelight.trainer.report.grid_record import Grid
 from safelight.trainer.run_log.terminal import Terminal
 from safelight.trainer.tiny import demo as tiny_demo
 from safelight.trainer.tiny.demo import (
     NUM_PHOTOS,
     RUN_NAME,
-    SCORED,
     demo_config,
     draw_photos,
     photo_name,
@@ -89,7 +91,8 @@ def test_an_untrained_unet_is_at_chance(demo, monkeypatch):
     untrained = make_unet().eval().requires_grad_(False)
     texts = [text for text, _, _ in prompts()]
     monkeypatch.setattr(OpenRun, "unet", lambda *_: untrained)
-    requests = [Request(Weights(), text, place, SCORED) for place, text in enumerate(texts)]
+    settings = settings_of(run.config)
+    requests = [Request(Weights(), text, place, settings) for place, text in enumerate(texts)]
     drawn = dict(draw_pictures(run, requests))
     images = [drawn[place] for place in range(len(texts))]
     num_hits = hits(images)
@@ -132,9 +135,17 @@ def test_the_demo_writes_report_comparison_split_and_checkpoints(demo):
     assert (run_dir / "report.html").stat().st_size > 100_000
     assert list_checkpoints(run_dir)
     compared = Comparison.model_validate_json((run_dir / "compare" / "index.json").read_bytes())
-    assert len(compared.rows) == 8
+    assert len(compared.rows) >= 96 + 15
     assert len(compared.models) in (2, 3)
     assert all((run_dir / "compare" / file).is_file() for row in compared.rows for file in row.images.values())
+    evaluation = Evaluation.model_validate_json((run_dir / "evaluation.json").read_bytes())
+    assert evaluation.not_computed == ()
+    assert {metric.title for metric in evaluation.metrics} >= {"KID × 1000", "Density", "Coverage"}
+    assert None not in (evaluation.burn, evaluation.memorisation, evaluation.suggestion)
+    # a finding of the rules that drew the scenes: base and trained draw other tones
+    assert evaluation.crops[0].divergences[0].pooled.p < 0.05
+    grid = Grid.model_validate_json((run_dir / "grids" / "cfg-steps-checkpoint" / "index.json").read_bytes())
+    assert len(grid.cells) == 4 * 3 * 2
     split = json.loads((run_dir / "split.json").read_text())
     assert len(split["validation"]) == 20
     assert not set(split["validation"]) & set(split["train"])

@@ -494,14 +494,18 @@ def compare(argv: list[str]) -> int:
     opened, named = open_run(arguments.run), arguments.checkpoints
     steps = best_and_last(arguments.run) if named is None else pick_steps(arguments.run, named)
     with Terminal() as terminal:
-        comparison = draw_comparison(
-            opened,
-            steps,
-            compared_prompts(opened, arguments.num, terminal.say),
-            num_seeds=arguments.seeds,
-            progress=lambda done, total: terminal.update("sampling", done, total),
-            say=terminal.say,
-        )
+        try:
+            comparison = draw_comparison(
+                opened,
+                steps,
+                compared_prompts(opened, arguments.num, terminal.say),
+                num_seeds=arguments.seeds,
+                progress=lambda done, total: terminal.update("sampling", done, total),
+                say=terminal.say,
+            )
+        except KeyboardInterrupt:
+            terminal.say("what is drawn so far is kept; the same command draws the rest")
+            raise
     rows, models = counted(len(comparison.rows), "row"), counted(len(comparison.models), "model")
     print_line(
         f"{rows} of {models} in {arguments.run / FOLDER} (open its index.html); report: {build_report(arguments.run)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import torch
@@ -21,6 +22,8 @@ def compare_after_training(run_dir: Path, last_step: int, progress: Progress, sa
     last_step: that of the run, whose samples it drew just before; they and those of step 0 are not drawn again.
     progress, say: as for `compare`. A comparison that cannot be drawn is said, and is no reason for a run to fail.
     """
+    # what training held goes before another UNet is loaded, also where it refers to itself
+    gc.collect()
     try:
         run = open_run(run_dir)
         sample = run.config.sample

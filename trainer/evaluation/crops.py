@@ -34,6 +34,7 @@ from safelight.trainer.metrics.crop_divergence import (
     project,
 )
 from safelight.trainer.report.evaluation import (
+    MAX_CLASSES,
     ClassDivergence,
     CropDivergence,
     CropGain,
@@ -68,9 +69,9 @@ def find_crops(
 ) -> Crops:
     """Return the features of one set's crops: of each class and group, the largest.
 
-    features: of the extractor that describes crops; those of known crops are not computed again.
-    device: of the detector. folder: in which boxes are kept; it is made. progress: called with the pictures that were
-    looked at and all that were not known. say: called when the GPU's memory is full. Raises UserError.
+    features: of the extractor that describes crops; those of known crops are not computed again. device: of the
+    detector. folder: in which boxes are kept; it is made. progress: called with the pictures that were looked at and
+    all that were not known. say: called when the GPU's memory is full. Raises UserError.
     """
     boxes = _find_boxes(pictures, detector, device, folder, progress, say)
     found = [(picture, box) for picture in pictures for box in boxes[picture.sha256] if _is_used(box)]
@@ -152,7 +153,7 @@ def compare_crops(model: str, real: Crops, base: Crops, trained: Crops, detector
                 first=first,
                 second=second,
                 pooled=_record(pooled) if pooled else None,
-                classes=tuple(map(_record, classes)),
+                classes=tuple(map(_record, classes[:MAX_CLASSES])),
             )
         )
     change = gain(real, base, trained, weights) if weights else None

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageEnhance, ImageFilter
+from PIL import Image, ImageEnhance
 
 from safelight.errors import UserError
 from safelight.trainer.captioning.journal import Form
@@ -248,7 +247,7 @@ def test_what_the_sentence_says(change, to_trained, to_base, difference, has, la
 
 @pytest.mark.slow
 def test_real_things_in_real_photographs(tmp_path):
-    """YOLOX nano on shared photographs: burnt and blurred ones are further from others than unchanged ones are."""
+    """YOLOX nano on shared photographs: burnt ones are further from others than unchanged ones are."""
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     model = SHARED / "weights" / "yolox_nano" / "yolox_nano.onnx"
     if not model.is_file():
@@ -273,19 +272,15 @@ def test_real_things_in_real_photographs(tmp_path):
     def burnt(image):
         return ImageEnhance.Color(ImageEnhance.Contrast(image).enhance(2)).enhance(2)
 
-    def blurred(image):
-        return image.filter(ImageFilter.GaussianBlur(1))
-
     with open_detector(str(model)) as source:
-        real, half, burnt_half, soft = (
+        real, half, burnt_half = (
             find_crops(altered(change, part, f"{part}"), source, FeatureCache(tmp_path, Colours()), CPU, tmp_path)
-            for change, part in ((unchanged, 0), (unchanged, 1), (burnt, 1), (blurred, 1))
+            for change, part in ((unchanged, 0), (unchanged, 1), (burnt, 1))
         )
     record = compare_crops("step-9", real, half, burnt_half, "yolox", "colours")
-    print(record.sentence, file=sys.stderr)
     by_sets = {(each.first, each.second): each.pooled for each in record.divergences}
     assert by_sets["OD", "BM"].p > 0.01
     assert by_sets["OD", "TM"].z > 4
     assert record.gain.value > 0
     assert record.gain.p < 0.01
-    assert compare_crops("step-9", real, half, soft, "yolox", "colours").gain.value > 0
+    assert "training made the pictures worse" in record.sentence

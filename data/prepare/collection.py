@@ -428,7 +428,7 @@ class Collection:
                 "caption",
                 f"{counted(len(paths), 'photograph')} {have} the {what} of the source, no longer a model's, such as "
                 f"{paths[0]}; for the model's, which are remembered, run `safelight caption "
-                f"{shlex.quote(str(self.dataset))}{option} --overwrite` again after `safelight prepare`",
+                f"{shlex.quote(str(self.dataset))}{option} --overwrite` again, with the options that it had",
             )
 
     def _count_sources(self) -> None:

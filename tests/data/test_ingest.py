@@ -234,7 +234,8 @@ def test_captions_of_the_source_that_replace_a_models_are_counted(source, datase
     assert [photo.captions[0] for photo in summary.photos] == ["by hand 0", "by hand 1", "said 2"]
     assert [note.text for note in summary.notes if note.kind == "caption"] == [
         f"2 photographs have the {what} of the source, no longer a model's, such as {source}/0.png; for the model's, "
-        f"which are remembered, run `safelight caption {dataset}{option} --overwrite` again after `safelight prepare`"
+        f"which are remembered, run `safelight caption {dataset}{option} --overwrite` again, with the options that "
+        "it had"
         for what, option in (("caption", ""), ("tags", " --tags FILE"))
     ]
     assert [note for note in ingest([source], dataset).notes if note.kind == "caption"] == []

@@ -161,7 +161,9 @@ class OpenRun:
         between = plan.get("between")
         prompts = between.get("prompts") if isinstance(between, dict) else None
         prompts = prompts if type(prompts) is int and 0 < prompts <= MAX_BATCH_SIZE else SAMPLE_BATCH_SIZE
-        needed = decode_bytes(settings.width, settings.height, vae_bytes(self.base, self.config.model.vae))
+        vae = self.config.model.vae
+        weights, config = vae_bytes(self.base, vae), vae_config(self.base, vae)
+        needed = decode_bytes(settings.width, settings.height, weights, config)
         cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         free = torch.cuda.mem_get_info(self.device)[0] + cached
         return self.device if needed < free else torch.device("cpu"), prompts

@@ -232,7 +232,8 @@ class MemoryEstimator:
 
     @property
     def _decode_bytes(self) -> int:
-        return decode_bytes(*self._sample_size, vae_bytes(self.base, self.config.model.vae))
+        vae = self.config.model.vae
+        return decode_bytes(*self._sample_size, vae_bytes(self.base, vae), vae_config(self.base, vae))
 
     def _total_with(self, held: int, added: int) -> int:
         return self._total(held, held + added)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from safelight.errors import UserError
 from safelight.trainer.config.schema import MAX_CHUNKS, Config
-from safelight.trainer.models.base import Base
+from safelight.trainer.models.base import Base, latent_factor
 from safelight.trainer.models.prompt_weights import (
     VERSION,
     Chunk,
@@ -29,6 +30,8 @@ from safelight.units import GIB
 
 # activations of the autoencoder in fp32 per pixel of an image (see LatentCodec.decode)
 DECODE_BYTES_PER_PIXEL = 0.75 * GIB / 512**2
+# latents along a side of a tile, without those around it that its pixels depend on
+TILE_LATENTS = 64
 
 
 # characters shown of a text that is cut, before the cut; and how many such texts are named
@@ -101,8 +104,26 @@ class LatentCodec(_Movable):
         """Return pixels (B, 3, H, W) in [0, 1], float32 on the CPU, from scaled latents."""
         latents = latents_BCHW.to(self.device, next(self.vae.parameters()).dtype) / self.scaling_factor
         # one image at a time: activations in fp32 are 0.75 GiB for 512 px, and larger batches are no faster
-        images = [self.vae.decode(latents[i : i + 1]).sample.float().cpu() for i in range(len(latents))]
+        images = [self._decode_one(latents[i : i + 1]) for i in range(len(latents))]
         return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
+
+    def _decode_one(self, latents_1CHW: Tensor) -> Tensor:
+        """Return the pixels of one image in [-1, 1], on the CPU: in tiles if it is large and tiles have no seams."""
+        height, width = latents_1CHW.shape[2:]
+        halo = 0 if self.has_posterior else halo_of(self.vae.config.num_decoder_blocks)
+        if not halo or max(height, width) <= TILE_LATENTS + 2 * halo:
+            return self.vae.decode(latents_1CHW).sample.float().cpu()
+        factor, rows = self.factor, []
+        for top in range(0, height, TILE_LATENTS):
+            row = []
+            for left in range(0, width, TILE_LATENTS):
+                above, before = min(top, halo), min(left, halo)
+                bottom, right = min(top + TILE_LATENTS, height), min(left + TILE_LATENTS, width)
+                tile = latents_1CHW[:, :, top - above : bottom + halo, left - before : right + halo]
+                pixels = self.vae.decode(tile).sample[:, :, above * factor :, before * factor :]
+                row.append(pixels[:, :, : (bottom - top) * factor, : (right - left) * factor].float().cpu())
+            rows.append(torch.cat(row, dim=3))
+        return torch.cat(rows, dim=2)
 
 
 @dataclass
@@ -290,6 +311,22 @@ def prompt_of_caption(config: Config, caption: str) -> str:
     return caption if config.data.prompt_weights else escape(caption)
 
 
-def decode_bytes(width: int, height: int, weights: int) -> int:
-    """Return the bytes that decoding one image needs. width, height: px; weights: bytes of the autoencoder."""
+def halo_of(blocks: Sequence[int]) -> int:
+    """Return how many latents around a tile its pixels depend on. blocks: num_decoder_blocks of an AutoencoderTiny.
+
+    Its decoder is convolutions of 3 x 3 alone, so a tile decoded with its halo has the pixels of the whole image. An
+    AutoencoderKL's norms and attention see the whole image: tiles of it would differ in tone.
+    """
+    # three convolutions a block and one behind it; each stage has twice the resolution of the one before
+    return 2 + math.ceil(sum((3 * num + 1) / 2**stage for stage, num in enumerate(blocks)))
+
+
+def decode_bytes(width: int, height: int, weights: int, vae: dict) -> int:
+    """Return the bytes that decoding one image needs. width, height: px; weights: bytes of the autoencoder.
+
+    vae: config of the autoencoder, as for `latent_factor`.
+    """
+    if vae["_class_name"] == "AutoencoderTiny":
+        most = (TILE_LATENTS + 2 * halo_of(vae["num_decoder_blocks"])) * latent_factor(vae)
+        width, height = min(width, most), min(height, most)
     return weights + round(width * height * DECODE_BYTES_PER_PIXEL)

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from safelight.trainer.models.base import resolve_base, tiny_folder
-from safelight.trainer.models.encoders import CaptionEncoder, LatentCodec
+from safelight.trainer.models import encoders
+from safelight.trainer.models.base import resolve_base, tiny_folder, vae_config
+from safelight.trainer.models.encoders import CaptionEncoder, LatentCodec, decode_bytes
 from safelight.trainer.models.weights import load_text, load_vae
 
 CPU = torch.device("cpu")
@@ -114,6 +115,28 @@ def test_an_autoencoder_tiny_in_place_of_the_bases_vae(tiny, small_taesd, pixels
         decoded = torch.cat([vae.decode(one).sample for one in latents.split(1)])
         expected = (decoded / 2 + 0.5).clamp(0, 1)
     assert torch.equal(codec.decode(latents), expected)
+
+
+def test_a_large_picture_is_decoded_in_tiles_without_seams_and_in_bounded_memory(tiny, small_taesd, monkeypatch):
+    codec = LatentCodec(load_vae(tiny, str(small_taesd), 0), CPU)
+    latents = torch.randn(1, 4, 150, 100, generator=torch.Generator().manual_seed(0))
+    whole = (codec.vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
+    sizes, decode = [], codec.vae.decode
+    monkeypatch.setattr(codec.vae, "decode", lambda z: sizes.append(tuple(z.shape[2:])) or decode(z))
+    assert (codec.decode(latents) - whole).abs().max() < 1e-5
+    most = encoders.TILE_LATENTS + 2 * encoders.halo_of((1, 1, 1))
+    assert len(sizes) == 6
+    assert max(map(max, sizes)) == most
+    # with less around the tiles, their edges differ
+    monkeypatch.setattr(encoders, "halo_of", lambda blocks: 1)
+    assert (codec.decode(latents) - whole).abs().max() > 1e-4
+    monkeypatch.undo()
+    vae = vae_config(tiny, str(small_taesd))
+    needed = [decode_bytes(side, side, 0, vae) for side in (4 * most, 4 * most + 4, 4096)]
+    assert needed == [needed[0]] * 3
+    assert decode_bytes(100, 100, 0, vae) < needed[0]
+    # an AutoencoderKL sees the whole picture
+    assert decode_bytes(4096, 4096, 0, vae_config(tiny, "")) > 100 * needed[0]
 
 
 def test_a_folder_of_something_else_than_an_autoencoder_is_refused(tiny, tmp_path):

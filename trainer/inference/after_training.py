@@ -34,7 +34,7 @@ def compare_after_training(run_dir: Path, last_step: int, progress: Progress, sa
             return None
         steps = best_and_last(run_dir)
         return compare(run, steps, prompts, sampled=(0, last_step), progress=progress, say=say)
-    except UserError as error:
+    except (UserError, OSError) as error:
         say(f"base and trained are not compared: {error}")
     except torch.OutOfMemoryError:
         say("base and trained are not compared: the GPU has too little free memory to load a UNet")

@@ -26,8 +26,8 @@ from safelight.trainer.models.weights import fingerprint
 
 # pictures of other sizes are squashed to this
 SIDE_PX = 256
-# held at a time: at 256 px each has 640,000 numbers
-NUM_HELD = 32
+# pictures of a chunk, of which two are held: at 256 px each picture has 640,000 numbers
+NUM_HELD = 64
 # channels in and out, kernel, stride and padding of each convolution, by its name in the lpips package
 _CONVS = {
     "slice1.0": (3, 64, 11, 4, 2),
@@ -78,26 +78,19 @@ class Lpips:
         self.device = device
         self._module.to(device)
 
-    def distances(
-        self, num: int, load: Callable[[int], Image.Image], pairs_of: Sequence[object] | None = None
-    ) -> np.ndarray:
+    def distances(self, num: int, load: Callable[[int], Image.Image]) -> np.ndarray:
         """Return the distances of all pairs of `num` pictures: (num, num), fp64, 0 on the diagonal.
 
-        load: returns picture i. pairs_of: a group of each picture; pairs of different groups are left 0, and cost
-        nothing.
+        load: returns picture i, more than once if they do not all fit memory.
         """
-        groups = [0] * num if pairs_of is None else list(pairs_of)
         found = np.zeros((num, num))
-        for group in dict.fromkeys(groups):
-            places = [place for place in range(num) if groups[place] == group]
-            chunks = [places[start : start + NUM_HELD] for start in range(0, len(places), NUM_HELD)]
-            for number, rows in enumerate(chunks):
-                first = self._vectors([load(place) for place in rows])
-                found[np.ix_(rows, rows)] = _squared(first, first)
-                # looked at again for each chunk before them: more than two chunks would not fit memory
-                for columns in chunks[number + 1 :]:
-                    apart = _squared(first, self._vectors([load(place) for place in columns]))
-                    found[np.ix_(rows, columns)], found[np.ix_(columns, rows)] = apart, apart.T
+        chunks = [range(start, min(start + NUM_HELD, num)) for start in range(0, num, NUM_HELD)]
+        for number, rows in enumerate(chunks):
+            first = self._vectors([load(place) for place in rows])
+            found[np.ix_(rows, rows)] = _squared(first, first)
+            for columns in chunks[number + 1 :]:
+                apart = _squared(first, self._vectors([load(place) for place in columns]))
+                found[np.ix_(rows, columns)], found[np.ix_(columns, rows)] = apart, apart.T
         np.fill_diagonal(found, 0)
         return found
 
@@ -114,6 +107,7 @@ def _pixels(image: Image.Image) -> Tensor:
 
 
 def _squared(first_ND: Tensor, second_MD: Tensor) -> np.ndarray:
-    """Return the squared distances of rows, fp64. Differences are squared one row at a time: no digits cancel."""
-    rows = [(second_MD - row).square().sum(dim=1) for row in first_ND]
-    return torch.stack(rows).double().cpu().numpy()
+    """Return the squared distances of rows, fp64."""
+    lengths = first_ND.square().sum(dim=1)[:, None] + second_MD.square().sum(dim=1)
+    # of equal pictures it may be a little below 0
+    return (lengths - 2 * first_ND @ second_MD.T).clamp_min(0).double().cpu().numpy()

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from safelight.trainer.metrics.exceedance import share_interval
 from safelight.trainer.metrics.interval import Interval
 from safelight.trainer.metrics.mmd import Groups
 from safelight.trainer.metrics.resampling import TooFewPictures, blocks, jackknife_interval, units_of
@@ -36,7 +37,8 @@ def neighbours(
 ) -> Neighbours:
     """Return density and coverage, with limits of the jackknife.
 
-    Both depend on N and M; the limits are of what other sets of these sizes would give. groups: see `units_of`. Raises
+    Both depend on N and M; the limits are of what other sets of these sizes would give. Those of coverage are at least
+    as wide as those of a share of as many independent pictures. groups: see `units_of`. Raises
     TooFewPictures if a set has fewer than k + 2 pictures.
     """
     real, drawn = np.asarray(real_ND, dtype=np.float64), np.asarray(drawn_MD, dtype=np.float64)
@@ -65,9 +67,16 @@ def neighbours(
         jackknife_interval(value, *(part[place] for part in parts))
         for place, value in enumerate(_figures(is_inside, k))
     )
+    # where all or none are covered, leaving one out changes nothing, and the jackknife claims to be sure
+    num_sure = min(len(kept_real), len(kept_drawn))
+    least = share_interval(round(coverage.value * num_sure), num_sure)
     return Neighbours(
         Interval(density.value, max(0.0, density.low), density.high),
-        Interval(coverage.value, max(0.0, coverage.low), min(1.0, coverage.high)),
+        Interval(
+            coverage.value,
+            max(0.0, min(coverage.low, least.low)),
+            min(1.0, max(coverage.high, least.high)),
+        ),
         expected_coverage(len(real), len(drawn), k),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from safelight.trainer.metrics.exceedance import share_interval
 from safelight.trainer.metrics.neighbours import expected_coverage, neighbours
 from safelight.trainer.metrics.resampling import TooFewPictures
 
@@ -25,7 +26,7 @@ def test_they_are_what_the_paper_defines():
 def test_what_a_jackknife_leaves_out_is_as_if_it_had_not_been_there():
     """The variance of figures computed anew without each picture and without each photograph."""
     draws = np.random.default_rng(1)
-    real, drawn = draws.normal(size=(12, 2)), draws.normal(size=(9, 2))
+    real, drawn = draws.normal(size=(30, 2)), 0.2 * draws.normal(size=(9, 2)) + 1
     variances = np.zeros(2)
     for rows, without in ((real, lambda kept: (kept, drawn)), (drawn, lambda kept: (real, kept))):
         found = [by_definition(*without(np.delete(rows, place, axis=0)), 5) for place in range(len(rows))]
@@ -33,7 +34,18 @@ def test_what_a_jackknife_leaves_out_is_as_if_it_had_not_been_there():
     found = neighbours(real, drawn)
     # of Student's t with 8 degrees of freedom
     assert found.density.high - found.density.value == pytest.approx(2.3060 * variances[0] ** 0.5, rel=1e-4)
-    assert found.coverage.value - found.coverage.low == pytest.approx(2.3060 * variances[1] ** 0.5, rel=1e-4)
+    half, least = 2.3060 * variances[1] ** 0.5, share_interval(round(9 * found.coverage.value), 9)
+    assert half > 0.1
+    assert found.coverage.low == pytest.approx(min(found.coverage.value - half, least.low), abs=1e-4)
+    assert found.coverage.high == pytest.approx(max(found.coverage.value + half, least.high), abs=1e-4)
+
+
+def test_full_coverage_is_not_certain():
+    """Every photograph has several pictures near it, so that none is missed; a share of 20 of 20 is 0.83 or more."""
+    draws = np.random.default_rng(6)
+    real = draws.normal(size=(20, 2))
+    found = neighbours(real, np.concatenate([real, real + 1e-3]), drawn_groups=list(range(20)) * 2)
+    assert found.coverage == pytest.approx((1, 0.05 ** (1 / 20) * 0.966, 1), abs=0.01)
 
 
 @pytest.mark.parametrize(("num_real", "num_drawn", "k"), [(40, 40, 5), (60, 15, 3), (20, 50, 2)])

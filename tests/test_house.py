@@ -193,6 +193,9 @@ def test_the_wheel_holds_every_module_and_nothing_at_the_top(wheel):
         assert any(name.startswith(f"safelight/tiny/{part}/") and name.endswith(".safetensors") for name in names)
     for path in [*(ROOT / "safelight/tiny").rglob("*.json"), *(ROOT / "safelight/tiny_captioner").iterdir()]:
         assert path.relative_to(ROOT).as_posix() in names
+    report = ROOT / "trainer/report"
+    for path in [*report.glob("*.css"), *report.glob("*.js"), *(report / "uplot").iterdir()]:
+        assert f"safelight/{path.relative_to(ROOT).as_posix()}" in names
 
 
 def test_the_wheel_works_without_the_checkout(wheel, tmp_path):

@@ -1,5 +1,5 @@
 (function(){'use strict';
-var charts=[],ink={},root=getComputedStyle(document.documentElement),still={};
+var charts=[],ink={},root=getComputedStyle(document.documentElement),paper=matchMedia('print');
 // canvases know no style sheet: the theme's colours are read when it changes
 function readColors(){['ink','muted','grid','faint','paper','wash','accent','amber','blue','teal','plum','olive',
  'ramp1','ramp2','ramp3','ramp4','ramp5','ramp6','ramp7','ramp8'].forEach(function(name){
@@ -19,7 +19,8 @@ function logTicks(low,high){var ticks=[];
  for(var power=Math.floor(Math.log10(low));power<=Math.ceil(Math.log10(high));power++)
   for(var m=1;m<10;m++){var tick=+(m+'e'+power);if(tick>=low&&tick<=high)ticks.push(tick)}
  var round=ticks.filter(function(tick){return '125'.indexOf(tick.toExponential()[0])>=0});
- return round.length>2?round:ticks}
+ var tens=ticks.filter(function(tick){return tick.toExponential()[0]==='1'&&tick.toExponential()[1]==='e'});
+ return round.length>12?tens:round.length>2?round:ticks}
 function extent(values){return values.length?[Math.min.apply(null,values),Math.max.apply(null,values)]:null}
 function quantile(sorted,share){return sorted[Math.round(share*(sorted.length-1))]}
 
@@ -30,7 +31,7 @@ function draw(figure){
  var drawn=data.curves.slice().reverse(),num=drawn.length;
  function row(i){return num-i}
  var joined=uPlot.join(drawn.map(function(curve){return [curve.x,curve.y]}));
- if(!joined[0].length)return;
+ if(!joined[0].length){box.textContent='No values.';box.classList.add('bare');return}
  var first=joined[0][0],last=joined[0][joined[0].length-1],width=last-first||Math.abs(last)||1;
  var whole=data.ticks?[-.5,data.ticks.length-.5]:[first-.012*width,last+.012*width];
  // the range of y fits the curves that are switched on, at the x that are shown; single raw values may lie outside
@@ -48,6 +49,7 @@ function draw(figure){
    (raw.length?[quantile(raw,.005),quantile(raw,.995)]:[data.log?.1:0,1]),low=range[0],high=range[1];
   if(data.log)return [low*.85,high*1.2];
   if(data.zero){if(raw.length)high=Math.max(high,quantile(raw,.99));return [Math.min(0,1.1*low),1.12*high||1]}
+  if(!low&&!high)return [0,1];
   var spread=raw.length?quantile(raw,.9)-quantile(raw,.1):0;
   var margin=Math.max(.16*(high-low),.12*spread,.015*Math.abs(high),1e-9);
   return [low>=0?Math.max(0,low-.8*margin):low-margin,high+1.5*margin]}
@@ -57,12 +59,14 @@ function draw(figure){
   ticks:{show:false},grid:{stroke:function(){return ink.grid},width:1}},more)}
  var series=[{}].concat(drawn.map(function(curve){
   var color=function(){return ink[curve.color]||ink.accent},look=curve.look;
-  return {show:curve.shown,stroke:color,alpha:look!=='raw'?1:curve.x.length>800?.35:.6,width:look==='raw'?.9:look==='line'?1.8:2,
+  return {show:curve.shown,stroke:color,alpha:look!=='raw'?1:curve.x.length>800?.35:.6,
+   width:look==='raw'?.9:look==='line'?1.8:2,
    dash:look==='dashed'?[5,3]:undefined,paths:look==='steps'?uPlot.paths.stepped({align:-1}):undefined,
    points:{show:function(u,i){return curve.y.length===1||look==='dots'&&hasRoom(u,i)},size:6,width:0,fill:color}}}));
  var plot=chart.plot=new uPlot({width:box.clientWidth,height:box.clientHeight,series:series,legend:{show:false},
   padding:[10,18,0,0],
-  scales:{x:{time:false,range:function(u,low,high){return low===first&&high===last?whole:low===high?whole:[low,high]}},
+  scales:{x:{time:false,range:function(u,low,high){
+    return first===last||(low===first&&high===last)?whole:[low,high]}},
    y:{distr:data.log?3:1,range:yRange}},
   axes:[axis(data.ticks?26:hasSteps?42:24,{label:data.ticks?data.x:undefined,labelFont:font(12),labelSize:18,labelGap:2,
     grid:{show:false},space:data.ticks?10:hasSteps?78:54,
@@ -72,7 +76,8 @@ function draw(figure){
      if(x<0||x>last+.001*width)return '';
      var step=hasSteps?stepAt(data.steps,x):null;
      return digits(x)+(step===null?'':'\n'+digits(Math.round(step)))})}}),
-   axis(function(u,texts){return Math.max(data.ticks?24:46,12+Math.max.apply(null,(texts||['']).map(function(t){return 6.9*(t||'').length})))},{
+   axis(function(u,texts){return Math.max(data.ticks?24:46,
+    12+Math.max.apply(null,(texts||['']).map(function(text){return 6.9*(text||'').length})))},{
     space:34,splits:data.log?function(u,i,low,high){return logTicks(low,high)}:undefined,filter:function(u,s){return s},
     values:function(u,splits){return splits.map(function(y){
      return digits(+(y/factor).toPrecision(6)).replace('-','−')})}})],
@@ -192,13 +197,12 @@ function draw(figure){
   plot.setCursor({left:event.clientX-at.left,top:event.clientY-at.top},true,true)})});
  charts.push(chart);
  new ResizeObserver(function(){
-  if(still.print||!box.clientWidth||(box.clientWidth===plot.width&&box.clientHeight===plot.height))return;
+  if(paper.matches||!box.clientWidth||(box.clientWidth===plot.width&&box.clientHeight===plot.height))return;
   plot.setSize({width:box.clientWidth,height:box.clientHeight})}).observe(box);
  read(plot)}
 
 readColors();
 document.querySelectorAll('figure[data-chart]').forEach(draw);
 matchMedia('(prefers-color-scheme: dark)').addEventListener('change',repaint);
-var paper=matchMedia('print');
-paper.addEventListener('change',function(){still.print=paper.matches;repaint()});
+paper.addEventListener('change',repaint);
 })();

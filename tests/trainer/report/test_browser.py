@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 from safelight.trainer.report.build import build_report
+from safelight.trainer.report.chart import PART, Curve, chart
+from safelight.trainer.report.markup import Markup, details, tag
+from safelight.trainer.report.theme import THEME, page
 from tests.trainer.report.charts import drawn_charts
 from tests.trainer.report.chromium import (
     LOW_CONTRAST,
@@ -238,6 +241,29 @@ def test_curves_are_switched_off_and_on(open_report, reports):
     assert canvas.evaluate(COUNT_PIXELS, "--accent") > 40
     # a chart of one curve has nothing to switch
     assert page.locator("#schedule figure").first.locator(".curves button").count() == 0
+
+
+def test_charts_of_any_values_are_drawn(open_report, tmp_path):
+    nothing = Markup("")
+    charts = [
+        details("folded", chart("folded", [Curve("a", [0, 1], [1, 2])], nothing)),
+        chart("empty", [Curve("a", [], [])], nothing),
+        chart("one value", [Curve("a", [3], [0.0])], nothing),
+        chart("no finite value", [Curve("a", [0, 1], [float("nan")] * 2)], nothing),
+        chart("zero on a log scale", [Curve("a", [0, 1, 2], [1e-5, 0, 1e3])], nothing, is_log=True, x_name="x"),
+        chart("an interval", [Curve("a", [0, 1], [2, 3], "teal", "dots", [1.5, 2.5], [2.5, 3.25])], nothing),
+        chart("names", [Curve("a", [0, 1], [2, 3])], nothing, ticks=["low", "high"], x_name="band"),
+    ]
+    (tmp_path / "page.html").write_text(page("charts", tag("main", charts), parts=(THEME, PART)))
+    opened = open_report(tmp_path / "page.html")
+    assert opened.page.locator("canvas").count() == len(charts) - 1
+    assert opened.page.get_by_text("No values.").is_visible()
+    assert opened.page.get_by_text("3 (2.5 to 3.25)").is_visible()
+    opened.page.locator("summary").click()
+    opened.page.wait_for_timeout(50)
+    assert opened.page.locator("details canvas").evaluate(COUNT_PIXELS, "--accent") > 40
+    assert opened.messages == []
+    assert opened.violations() == []
 
 
 def test_charts_follow_the_width_of_the_page(open_report, reports):

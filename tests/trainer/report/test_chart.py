@@ -141,6 +141,12 @@ def test_few_values_are_tabulated_all_and_many_by_their_means() -> None:
     assert "Table of these values: mean (lowest to highest) of 16 equal parts" in many
 
 
+def test_an_interval_stands_beside_its_value_in_the_table() -> None:
+    table = table_of([Curve("a", [0, 1], [2.0, 3.0], low=[1.5, 2.5], high=[2.25, 3.5])])
+    assert "<td>2 (1.5 to 2.25)</td>" in table
+    assert "<td>3 (2.5 to 3.5)</td>" in table
+
+
 @pytest.mark.parametrize(
     ("values", "wide"), [([0.1, 0.2], False), ([0.1, 0.9], True), ([0.0, 9.0], False), ([math.nan], False), ([], False)]
 )

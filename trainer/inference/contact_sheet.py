@@ -1,10 +1,12 @@
-"""Contact sheets: all pictures of a comparison in one PNG, under labels. The font is Pillow's own."""
+"""Contact sheets: all pictures of a comparison in one PNG, under labels."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import math
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,8 @@ MAX_FILE_BYTES = 2**26
 GAP_PX, MARGIN_PX = 8, 24
 FONT_PX = 15
 MAX_LABEL_LINES = 2
+# fonts of Linux, macOS and Windows
+FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "LiberationSans-Regular.ttf", "Arial.ttf", "arial.ttf")
 # as in the report
 PAPER, INK, FADED = "#fbfaf8", "#1c1a19", "#6b645f"
 
@@ -118,11 +122,11 @@ def _draw(layout: _Layout, columns: Sequence[str], rows: Sequence[SheetRow]) -> 
         left, top = MARGIN_PX + strip * layout.strip, MARGIN_PX
         for number, label in enumerate(columns):
             for place, text in enumerate(label.split("\n")):
-                text = cut_text(printable(text), layout.cell[0], font)
+                text = cut_text(legible(text), layout.cell[0], font)
                 pen.text((left + number * across, top + place * line), text, INK if place == 0 else FADED, font)
         for number, row in enumerate(rows[strip * layout.per_strip : (strip + 1) * layout.per_strip]):
             y = MARGIN_PX + layout.head + number * layout.row
-            texts = wrapped(printable(row.label), layout.num_columns * across - GAP_PX, font, MAX_LABEL_LINES)
+            texts = wrapped(legible(row.label), layout.num_columns * across - GAP_PX, font, MAX_LABEL_LINES)
             for place, text in enumerate(texts):
                 # the last line stands right above its pictures
                 y_text = y + (MAX_LABEL_LINES - len(texts) + place) * line
@@ -151,7 +155,30 @@ def read_picture(path: Path, cell: tuple[int, int]) -> Image.Image | None:
 
 @functools.cache
 def label_font() -> ImageFont.FreeTypeFont:
+    """Return one of the system's fonts that have letters with accents, else Pillow's own, which has none."""
+    for name in FONTS:
+        with contextlib.suppress(OSError):
+            return ImageFont.truetype(name, FONT_PX)
     return ImageFont.load_default(FONT_PX)
+
+
+def legible(text: str) -> str:
+    """Return a text as a label can show it: escaped, and without accents where the font lacks their letters."""
+    return "".join(char if _has_glyph(char) else _plain(char) for char in printable(text))
+
+
+@functools.cache
+def _has_glyph(char: str) -> bool:
+    # no font has a glyph for this one
+    missing = label_font().getmask("\U0010ffff")
+    mask = label_font().getmask(char)
+    return char.isspace() or mask.size != missing.size or bytes(mask) != bytes(missing)
+
+
+def _plain(char: str) -> str:
+    """Return a letter without its accents, or the character itself."""
+    base = [part for part in unicodedata.normalize("NFKD", char) if not unicodedata.combining(part)]
+    return "".join(base) or char
 
 
 def line_px() -> int:

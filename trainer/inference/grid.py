@@ -51,7 +51,8 @@ def draw_grid(
     wanted = {file: wanted[file] for file in files}
     if say is not None:
         _say_before(run, plan, wanted, say)
-    draw_missing(run, wanted, folder, progress=progress, say=say)
+    if not draw_missing(run, wanted, folder, progress=progress, say=say) and say is not None:
+        say("all of them are there already: nothing was drawn")
     grid = Grid(
         **dict(zip("xyz", plan.axes, strict=False)),
         prompt=plan.prompt,

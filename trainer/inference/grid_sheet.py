@@ -12,7 +12,6 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from safelight.data.atomic import atomic_write_bytes
-from safelight.text import printable
 from safelight.trainer.inference.contact_sheet import (
     FADED,
     GAP_PX,
@@ -22,6 +21,7 @@ from safelight.trainer.inference.contact_sheet import (
     MAX_SHEET_SIDE_PX,
     PAPER,
     label_font,
+    legible,
     line_px,
     read_picture,
     wrapped,
@@ -62,7 +62,7 @@ def labels_of(axis: GridAxis | None) -> list[str]:
     if axis is None:
         return [""]
     name = "" if axis.name in SELF_EXPLAINING else f"{axis.name} "
-    return [printable(f"{name}{label}") for label in axis.labels]
+    return [legible(f"{name}{label}") for label in axis.labels]
 
 
 def _cell(size: tuple[int, int], edge: int) -> tuple[int, int]:
@@ -128,8 +128,8 @@ class _Layout:
     def top(self) -> list[tuple[str, str]]:
         """The lines (text, colour) that tell what all pictures share."""
         font, width = label_font(), self.width - 2 * MARGIN_PX
-        settings = printable(", ".join(f"{name} {value}" for name, value in self.grid.fixed))
-        lines = [(line, INK) for line in wrapped(printable(self.grid.prompt), width, font, MAX_PROMPT_LINES)]
+        settings = legible(", ".join(f"{name} {value}" for name, value in self.grid.fixed))
+        lines = [(line, INK) for line in wrapped(legible(self.grid.prompt), width, font, MAX_PROMPT_LINES)]
         return lines + [(line, FADED) for line in wrapped(settings, width, font, MAX_SETTINGS_LINES)]
 
     @cached_property

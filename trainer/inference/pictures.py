@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from safelight.trainer.inference.gallery import Drawn, read_key
 from safelight.trainer.inference.sampling import NotFinitePicture, Settings, check_size, generate
 from safelight.trainer.models.base import latent_factor, vae_config
 from safelight.trainer.models.device import PRECISIONS
+from safelight.trainer.report.facts import format_duration
 from safelight.untrusted import check_kinds
 
 if TYPE_CHECKING:
@@ -38,6 +40,8 @@ Say = Callable[[str], None]
 DRAWING_VERSION = 1
 # prompts that are encoded at a time
 ENCODE_BATCH = 64
+# a time to wait that is worth telling
+MIN_TOLD_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,8 @@ def draw_missing(
 
     A file with another key than its request's is replaced. Every batch is saved as soon as it is drawn, so that a kill
     loses at most one. progress: called with (done, total) denoising steps of all pictures that are drawn; an exception
-    that it raises stops the drawing. say: called with a line about pictures that are there, and when memory is short.
+    that it raises stops the drawing. say: called with a line about pictures that are there, the time it takes, and
+    memory that is short.
     Raises UserError for a size that does not fit the autoencoder, weights that draw no finite picture, a damaged
     checkpoint, or too little GPU memory for a single picture.
     """
@@ -146,7 +151,7 @@ def draw_pictures(
     if not requests:
         return
     texts = _Texts(run, requests)
-    counter = _Counter(sum(request.settings.steps for request in requests), progress)
+    counter = _Counter(requests, progress, say)
     for weights in dict.fromkeys(request.weights for request in requests):
         numbers = [number for number, request in enumerate(requests) if request.weights == weights]
         # in a function, so that a UNet is freed before the next one is loaded
@@ -243,13 +248,18 @@ def _explaining_broken_weights(run: OpenRun, batch: Sequence[Request]) -> Iterat
 
 
 class _Counter:
-    """Counts the denoising steps of all pictures. A batch that is drawn again in parts counts once."""
+    """Counts the denoising steps of all pictures. A batch that is drawn again in parts counts once.
 
-    def __init__(self, total: int, progress: Progress | None):
-        self.total, self.progress, self.done = total, progress, 0
+    say: called after the first batch with how long the others will take, if that is long.
+    """
+
+    def __init__(self, requests: Sequence[Request], progress: Progress | None, say: Say | None):
+        self.total = sum(request.settings.steps for request in requests)
+        self.progress, self.say, self.done, self._began = progress, say, 0, 0.0
 
     def of_batch(self, num_pictures: int) -> Progress:
         """Return the callback for a batch, which is called with its own denoising steps."""
+        self._began = self._began or time.monotonic()
 
         def report(done: int, total: int) -> None:
             if self.progress is not None:
@@ -258,7 +268,13 @@ class _Counter:
         return report
 
     def end_batch(self, batch: Sequence[Request]) -> None:
+        is_first = self.done == 0
         self.done += sum(request.settings.steps for request in batch)
+        took_s = time.monotonic() - self._began
+        left_s = took_s / self.done * (self.total - self.done)
+        if is_first and left_s >= MIN_TOLD_S and self.say is not None:
+            first, took, left = counted(len(batch), "picture"), format_duration(took_s), format_duration(left_s)
+            self.say(f"{first} took {took}, and the rest will take about {left}")
 
 
 class _Texts:

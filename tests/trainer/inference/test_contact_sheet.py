@@ -67,6 +67,18 @@ def test_long_labels_stay_in_their_places(tmp_path, picture):
     assert (pixels[:40, 24 + 130 : 24 + 134] == PAPER).all()
 
 
+def test_letters_that_the_font_lacks_lose_their_accents(monkeypatch):
+    """Pillow's own font, on a system without others, would show a box in place of each."""
+    monkeypatch.setattr(contact_sheet, "FONTS", ("no font has this name",))
+    for function in (contact_sheet.label_font, contact_sheet._has_glyph):
+        function.cache_clear()
+    try:
+        assert contact_sheet.legible("ein Löwe, é, 猫\n") == "ein Lowe, e, 猫\\n"
+    finally:
+        for function in (contact_sheet.label_font, contact_sheet._has_glyph):
+            function.cache_clear()
+
+
 def test_many_rows_are_laid_side_by_side_and_then_in_several_sheets(tmp_path, monkeypatch):
     monkeypatch.setattr(contact_sheet, "MAX_SHEET_PIXELS", MAX_PIXELS)
     for num, size in ((1, (512, 512)), (12, (512, 512)), (60, (64, 64)), (20, (4096, 64))):

@@ -159,8 +159,9 @@ def test_a_grid_goes_on_where_it_was_stopped_and_its_pictures_serve_a_larger_one
     assert loaded == [(None, True)] * 2 + [(9, True)]
     assert sorted(encoded) == sorted([PROMPT, ""] * 2)
     loaded.clear()
-    draw_grid(run, small)
+    draw_grid(run, small, say=said.append)
     assert loaded == []
+    assert said[-1] == "all of them are there already: nothing was drawn"
     (saved,) = (one for one in read_grids(run.run_dir, []) if one.name == "cfg-checkpoint")
     # with other values, in another order, on other axes: only what is new is drawn
     drawn = []

@@ -118,6 +118,22 @@ def test_seeds_share_a_batch_and_pictures_are_those_drawn_alone(run):
     assert np.abs(np.asarray(together[0], np.int16) - np.asarray(together[1], np.int16)).mean() > 1
 
 
+def test_the_time_that_the_rest_takes_is_said_after_the_first_batch(run, tmp_path, batches_of_two, monkeypatch):
+    clock, said = [100.0], []
+    monkeypatch.setattr(pictures.time, "monotonic", lambda: clock[0])
+
+    def drawing(done, total):
+        clock[0] += 15
+
+    draw_missing(run, both_models(), tmp_path, progress=drawing, say=said.append)
+    assert said == ["2 pictures took 30 s, and the rest will take about 1 min 0 s"]
+    draw_missing(run, both_models(("a cup",)), tmp_path / "few", progress=drawing, say=said.append)
+    assert said[1:] == ["1 picture took 30 s, and the rest will take about 30 s"]
+    monkeypatch.setattr(pictures, "MIN_TOLD_S", 31)
+    draw_missing(run, both_models(("a cup",)), tmp_path / "short", progress=drawing, say=said.append)
+    assert len(said) == 2
+
+
 CHANGES = {
     "model": {"weights": Weights(None)},
     "prompt": {"prompt": "a red circle "},

@@ -37,6 +37,7 @@ def evaluate(argv: list[str], description: str) -> int:
             means,
             pick_device(arguments.device),
             num_seeds=arguments.seeds,
+            guidance=arguments.guidance,
             progress=terminal.update,
             say=terminal.say,
         )

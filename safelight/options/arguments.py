@@ -279,6 +279,10 @@ class Evaluate:
     lpips: Annotated[
         str, _own("FILE", "LPIPS's AlexNet as .safetensors, for the diversity of pictures", "none, and no diversity")
     ] = ""
+    guidance: Annotated[
+        tuple[float, ...],
+        _own("CFG ...", "guidance scales at which the burn check draws all prompts as well", "the run's alone"),
+    ] = ()
     suggest: Annotated[bool, arg(help="print only the checkpoint to use, with the reasons")] = False
     device: Annotated[Literal["auto", "cpu", "cuda"], arg(help="where the models of --features and --detector run")] = (
         "auto"

@@ -5,19 +5,18 @@ The photographs should have passed through what the drawn pictures did not escap
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from safelight.text import counted
 from safelight.trainer.evaluation.wording import listed, model_name
 from safelight.trainer.metrics.burn import MIN_PHOTOGRAPHS, BurnScale, fit_scale
 from safelight.trainer.metrics.exceedance import exceedance_p, share_interval
 from safelight.trainer.metrics.picture_measures import MEASURES, VERSION, measure
-from safelight.trainer.report.comparison import Comparison
 from safelight.trainer.report.evaluation import MAX_SHOWN_PICTURES, Burn, BurnScores, ShownPicture
 
 ScoreName = Literal["burnt", "smoothed"]
@@ -65,28 +64,6 @@ class PictureSet:
     files: Sequence[str]
     prompts: Sequence[str]
     measures: np.ndarray
-
-
-def as_drawn(photo: Image.Image, width: int, height: int) -> Image.Image | None:
-    """Return a photograph at the size of drawn pictures, in px: cropped about its centre and shrunk.
-
-    None if it is smaller: enlarged, it would look smoothed out.
-    """
-    if photo.width < width or photo.height < height:
-        return None
-    return ImageOps.fit(photo.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
-
-
-def sets_of(comparison: Comparison, measures: Mapping[str, np.ndarray]) -> list[PictureSet]:
-    """Return a set for each model of a comparison. measures: by file; pictures without are left out."""
-    sets = []
-    for model in comparison.models:
-        rows = [row for row in comparison.rows if row.images.get(model.id) in measures]
-        if rows:
-            files = [row.images[model.id] for row in rows]
-            values = np.stack([measures[file] for file in files])
-            sets.append(PictureSet(model.id, comparison.cfg, files, [row.prompt for row in rows], values))
-    return sets
 
 
 def judge_burn(photographs: np.ndarray, sets: Sequence[PictureSet]) -> Burn:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import permutations
 from pathlib import Path
 
@@ -20,13 +20,14 @@ import torch
 from safelight.data.atomic import atomic_write_text
 from safelight.errors import UserError
 from safelight.text import counted
-from safelight.trainer.evaluation.burn import PictureMeasures, judge_burn, sets_of
+from safelight.trainer.evaluation.burn import PictureMeasures, PictureSet, judge_burn
 from safelight.trainer.evaluation.crops import compare_crops, find_crops
 from safelight.trainer.evaluation.kept import Kept
 from safelight.trainer.evaluation.memorisation import judge_memorisation
 from safelight.trainer.evaluation.pictures import (
     Photographs,
     Picture,
+    drawn_picture,
     drawn_pictures,
     groups_of,
     mirrored,
@@ -40,11 +41,13 @@ from safelight.trainer.features.extractor import Extractor
 from safelight.trainer.features.latents import open_latents
 from safelight.trainer.features.lpips import Lpips
 from safelight.trainer.features.open_extractor import open_extractor
+from safelight.trainer.inference.compare import FOLDER as COMPARE_FOLDER
 from safelight.trainer.inference.compare import compare
 from safelight.trainer.inference.compared_prompts import Prompt
 from safelight.trainer.inference.draw import OpenRun
 from safelight.trainer.inference.gallery import read_key, save_png
-from safelight.trainer.inference.pictures import Say, hash_of
+from safelight.trainer.inference.pictures import Request, Say, Weights, draw_missing, hash_of
+from safelight.trainer.inference.sampling import settings_of
 from safelight.trainer.metrics.kid import kid_difference
 from safelight.trainer.metrics.resampling import TooFewPictures
 from safelight.trainer.report.comparison import Comparison, Record
@@ -62,6 +65,7 @@ from safelight.trainer.tagging.taggers import TaggerSource
 RECORD_NAME, EVALUATION_FOLDER = "evaluation.json", "evaluation"
 # the name of the extractor whose Fréchet distance is called FID
 INCEPTION = "Inception v3 (FID)"
+MAX_CFG = 100
 # photographs whose pairwise LPIPS distances are computed; each pair costs, so more take long
 MAX_DIVERSE = 200
 # photographs that say what is not burnt, each of which goes through the autoencoder
@@ -103,15 +107,19 @@ def evaluate(
     device: torch.device,
     *,
     num_seeds: int = 1,
+    guidance: Sequence[float] = (),
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
     say: Say = lambda text: None,
 ) -> tuple[Evaluation, int]:
     """Draw what is missing, measure it, write RUN/evaluation.json and return it, and how many results were computed.
 
-    steps: of the checkpoints, beside the base. device: where extractors and detectors run. progress: called with what
-    is done, and how much of it. What cannot be computed is a line of `not_computed`, and the rest is computed. Raises
-    UserError as `compare`, and if the dataset is not there.
+    steps: of the checkpoints, beside the base. guidance: further scales at which the burn check draws all prompts.
+    device: where extractors and detectors run. progress: called with what is done, and how much of it. What cannot be
+    computed is a line of `not_computed`, and the rest is computed. Raises UserError as `compare`, and if the dataset
+    is not there.
     """
+    if bad := [scale for scale in guidance if not 0 < scale <= MAX_CFG]:
+        raise UserError(f"--guidance {bad[0]:g} is not above 0 and up to {MAX_CFG}; use for example 3 7.5 12")
     comparison = compare(
         run, steps, prompts, num_seeds=num_seeds, progress=functools.partial(progress, "drawing"), say=say
     )
@@ -121,7 +129,7 @@ def evaluate(
     models = _models(run.run_dir, comparison)
     metrics, kid_changes = work.metrics()
     crops = work.crops()
-    burn = work.burn()
+    burn = work.burn(guidance)
     memorisation = work.memorisation()
     headline = next((metric for metric in metrics if metric.id.startswith("kid_")), None)
     evaluation = Evaluation(
@@ -347,27 +355,63 @@ class _Work:
             self.say,
         )
 
-    def burn(self) -> Burn | None:
-        """Return how burnt and smoothed out the pictures are, None if they are too small to tell."""
+    def burn(self, guidance: Sequence[float]) -> Burn | None:
+        """Return how burnt and smoothed out the pictures are, None if they are too small to tell.
+
+        guidance: scales of classifier-free guidance at which all prompts are drawn, beside the comparison's.
+        """
         extractor = PictureMeasures()
         every = -(-len(self.photographs.all) // MAX_BURN_REFERENCE) or 1
         photos = [reconstructed(picture, self.run.codec) for picture in self.photographs.all[::every]]
+        scales = [self.comparison.cfg, *(scale for scale in dict.fromkeys(guidance) if scale != self.comparison.cfg)]
+        drawn = {
+            (model, scale): pictures if scale == self.comparison.cfg else self._draw_at(model, scale)
+            for scale in scales
+            for model, pictures in self.drawn.items()
+        }
 
         def compute() -> Burn:
-            real, *drawn = self._features(extractor, photos, *self.drawn.values(), what="burn check")
-            measures = {
-                picture.name: row
-                for pictures, rows in zip(self.drawn.values(), drawn, strict=True)
-                for picture, row in zip(pictures, rows, strict=True)
-            }
-            return judge_burn(real, sets_of(self.comparison, measures))
+            real, *rows = self._features(extractor, photos, *drawn.values(), what="burn check")
+            sets = [
+                PictureSet(model, scale, [picture.name for picture in pictures], self.prompts, measures)
+                for ((model, scale), pictures), measures in zip(drawn.items(), rows, strict=True)
+            ]
+            return judge_burn(real, sets)
 
+        inputs = {
+            "features": extractor.fingerprint,
+            "reference": self._keys(photos),
+            "drawn": [[model, scale, self._keys(pictures)] for (model, scale), pictures in drawn.items()],
+        }
         try:
-            inputs = {**self._inputs(extractor), "reference": self._keys(photos), "cfg": self.comparison.cfg}
             return self.kept.of(Burn, inputs, compute)
         except ValueError as error:
+            if isinstance(error, UserError):
+                raise
             self.not_computed.append(f"burn check: {error}")
             return None
+
+    def _draw_at(self, model: str, scale: float) -> list[Picture]:
+        """Return a model's pictures of all rows at another guidance scale; those that are missing are drawn."""
+        step = next(each.step for each in self.comparison.models if each.id == model)
+        settings, negative = settings_of(self.run.config), self.run.config.sample.negative_prompt
+        requests = {
+            f"{model.replace('-', '')}-cfg{scale:g}-seed{row.seed}-{row.place:03d}.png": Request(
+                Weights(step or None),
+                row.prompt,
+                row.place,
+                replace(settings.with_seed(row.seed), cfg=scale),
+                negative,
+                self.run.config.model.clip_skip,
+            )
+            for row in self.comparison.rows
+        }
+        folder = self.run.run_dir / COMPARE_FOLDER
+        progress = functools.partial(self.progress, f"drawing at cfg {scale:g}: {model}")
+        draw_missing(self.run, requests, folder, progress=progress, say=self.say)
+        return [
+            drawn_picture(folder, name, row.prompt) for name, row in zip(requests, self.comparison.rows, strict=True)
+        ]
 
     def memorisation(self) -> Memorisation | None:
         """Return which models copy training photographs, by the first extractor that works."""

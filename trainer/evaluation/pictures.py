@@ -68,12 +68,13 @@ def drawn_pictures(run_dir: Path, comparison: Comparison) -> dict[str, list[Pict
     """Return the pictures of each model, in the order of the comparison's rows. Raises UserError for a missing one."""
     folder = run_dir / FOLDER
     return {
-        model.id: [_drawn(folder, row.images[model.id], row.prompt) for row in comparison.rows]
+        model.id: [drawn_picture(folder, row.images[model.id], row.prompt) for row in comparison.rows]
         for model in comparison.models
     }
 
 
-def _drawn(folder: Path, name: str, prompt: str) -> Picture:
+def drawn_picture(folder: Path, name: str, prompt: str) -> Picture:
+    """Return a picture of a comparison's folder. Raises UserError if it is missing."""
     path = path_in(folder, name)
     key = read_key(path)
     if not key:

@@ -3,9 +3,8 @@
 import numpy as np
 from PIL import Image
 
-from safelight.trainer.evaluation.burn import PictureMeasures, PictureSet, as_drawn, judge_burn, sets_of
+from safelight.trainer.evaluation.burn import PictureMeasures, PictureSet, judge_burn
 from safelight.trainer.metrics.picture_measures import MEASURES
-from safelight.trainer.report.comparison import ComparedModel, ComparedRow, Comparison
 from safelight.trainer.report.evaluation import Burn
 
 # of what burns: the first four; smoothing: the last two
@@ -85,32 +84,3 @@ def test_a_picture_that_shows_neither_edges_nor_detail_is_judged_by_the_rest():
     burn = judge_burn(NORMAL[:40], [PictureSet("base", 7.5, ["a.png"], ["p"], rows)])
     assert np.isfinite(burn.sets[1].burnt).all()
     assert PictureMeasures().features([]).shape == (0, PictureMeasures.width)
-
-
-def test_photographs_are_cropped_and_shrunk_but_never_enlarged():
-    photo = Image.effect_noise((200, 100), 80).convert("RGB")
-    assert as_drawn(photo, 64, 64).size == (64, 64)
-    assert as_drawn(photo, 201, 64) is None
-    assert as_drawn(photo, 64, 128) is None
-
-
-def test_the_sets_of_a_comparison_are_its_models_with_what_was_measured():
-    comparison = Comparison(
-        models=(ComparedModel(id="base", step=0, epoch=0.0), ComparedModel(id="step-9", step=9, epoch=1.0)),
-        rows=tuple(
-            ComparedRow(
-                prompt=f"p{place}", place=place, seed=1, images={"base": f"b{place}.png", "step-9": f"t{place}.png"}
-            )
-            for place in range(2)
-        ),
-        width=64,
-        height=64,
-        num_steps=4,
-        cfg=5.0,
-        sampler="ddim",
-    )
-    measured = {"b0.png": NORMAL[0], "t0.png": NORMAL[1], "b1.png": NORMAL[2]}
-    base, trained = sets_of(comparison, measured)
-    assert (base.model, base.files, base.prompts, base.cfg) == ("base", ["b0.png", "b1.png"], ["p0", "p1"], 5.0)
-    assert (trained.files, trained.measures.tolist()) == (["t0.png"], [NORMAL[1].tolist()])
-    assert sets_of(comparison, {}) == []

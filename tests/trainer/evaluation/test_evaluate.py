@@ -122,3 +122,17 @@ def test_a_photograph_that_is_a_prompts_own_shares_its_group(run):
     assert all(picture.decode().size == (16, 16) for picture in found.all[:2])
     none = photographs(run, 4096, 4096, captions)
     assert (none.all, none.num_small) == ((), len(found.all))
+
+
+def test_the_burn_check_draws_all_prompts_at_other_scales_too(run, monkeypatch):
+    judged = []
+    judge = module.judge_burn
+    monkeypatch.setattr(module, "judge_burn", lambda real, sets: judge(real, judged.extend(sets) or sets))
+    own = run.config.sample.cfg
+    evaluate(run, [STEP], prompts(6), Means(), CPU, guidance=[2.0, own])
+    models = ("base", f"step-{STEP}")
+    assert [(each.model, each.cfg) for each in judged] == [(model, scale) for scale in (own, 2.0) for model in models]
+    assert all((run.run_dir / "compare" / file).is_file() for each in judged for file in each.files)
+    assert len({file for each in judged for file in each.files}) == 4 * 6
+    with pytest.raises(UserError, match="--guidance 0 is not above 0"):
+        evaluate(run, [STEP], prompts(6), Means(), CPU, guidance=[0])

@@ -100,13 +100,15 @@ def flame_chart(session: ProfileSession) -> Markup:
     return tag("div", svg, class_="scroll chart", tabindex=0)
 
 
-def _timeline(
-    points: list[tuple[float, int]], spans: list[tuple[float, float, str]], title: str, x_name: str
-) -> Markup:
-    """Return a chart of bytes over time. points: (ms, bytes). spans: (start ms, end ms, name) of shaded intervals."""
-    curve = Curve("memory", [ms for ms, _ in points], [num_bytes / MIB for _, num_bytes in points])
-    numbers = table_of([curve], x_name, "{:,.1f}")
-    return chart(title, [curve], numbers, x_name=x_name, unit="MiB", detail="MiB", spans=spans, from_zero=True)
+def _timeline(points: list[tuple[float, int]], spans: list[tuple], title: str, group: str) -> Markup:
+    """Return a chart of bytes over time. points: (ms, bytes). spans: (start ms, end ms, name) of named intervals."""
+    # a number of bytes stands until the next one, and "steps" draws a value back to the point before it
+    stood = [points[0][1], *(num_bytes for _, num_bytes in points[:-1])]
+    curve = Curve("memory", [ms for ms, _ in points], [num_bytes / MIB for num_bytes in stood], look="steps")
+    numbers = table_of([curve], "ms", "{:,.1f}")
+    return chart(
+        title, [curve], numbers, x_name="ms", group=group, unit="MiB", detail="MiB", spans=spans, from_zero=True
+    )
 
 
 def memory_section(session: ProfileSession) -> Markup:
@@ -129,14 +131,13 @@ def memory_section(session: ProfileSession) -> Markup:
             peak = max(n for _, n in relative) / MIB
             device = {"cpu": "CPU", "cuda": "GPU"}.get(kind, kind)
             label = f"Allocated on the {device} during the step: up to {peak:,.1f} MiB more than at its start"
-            parts.append(_timeline(relative, marks, label, "ms"))
+            parts.append(_timeline(relative, marks, label, "step"))
     saved = [(1e3 * s, n) for s, n in session.saved.points]
     if saved:
         peak = max(n for _, n in saved) / MIB
         label = f"Saved for the backward pass: up to {peak:,.1f} MiB"
         note = tag("p", "From a separate step that was traced tensor by tensor, which makes it slower.", class_="note")
-        # a time of its own, so that it is not zoomed with the others
-        parts += [_timeline(saved, [], label, "traced ms"), note]
+        parts += [_timeline(saved, [], label, "traced step"), note]
         blocks = sorted(session.saved.by_block.items(), key=lambda item: -item[1])
         rows = [(name, f"{n / MIB:.2f}", f"{100 * n / (peak * MIB):.0f} %") for name, n in blocks[:NUM_BLOCKS]]
         parts.append(table(("block", "MiB saved", "of the peak"), rows, class_="figures"))

@@ -26,7 +26,7 @@ function quantile(sorted,share){return sorted[Math.round(share*(sorted.length-1)
 
 function draw(figure){
  var data=JSON.parse(figure.dataset.chart),box=figure.querySelector('.plot'),list=figure.querySelector('.curves');
- var items=Array.from(list.children),chart={figure:figure,x:data.x},factor=Math.pow(10,data.power);
+ var items=Array.from(list.children),chart={group:data.group},factor=Math.pow(10,data.power);
  // the first curve is the most important one: it is drawn last, above the others
  var drawn=data.curves.slice().reverse(),num=drawn.length;
  function row(i){return num-i}
@@ -82,11 +82,11 @@ function draw(figure){
     values:function(u,splits){return splits.map(function(y){
      return digits(+(y/factor).toPrecision(6)).replace('-','−')})}})],
   cursor:{y:false,points:{size:7,width:0},drag:{x:!data.ticks,y:false,dist:6},
-   sync:{key:data.x,setSeries:false,scales:['x',null]}},
+   sync:{key:data.group,setSeries:false,scales:['x',null]}},
   hooks:{drawAxes:[drawBelow],draw:[drawAbove],setCursor:[read],setScale:[scaled]}},joined,box);
  function drawBelow(u){
   var c=u.ctx,r=uPlot.pxRatio,b=u.bbox;c.save();c.beginPath();c.rect(b.left,0,b.width,b.top+b.height);c.clip();
-  data.spans.forEach(function(span){var a=u.valToPos(span[0],'x',true),z=u.valToPos(span[1],'x',true);
+  data.spans.forEach(function(span,i){if(i%2)return;var a=u.valToPos(span[0],'x',true),z=u.valToPos(span[1],'x',true);
    c.globalAlpha=.55;c.fillStyle=ink.grid;c.fillRect(a,b.top,z-a,b.height);c.globalAlpha=1});
   c.strokeStyle=ink.muted;c.lineWidth=r;c.setLineDash([2*r,3*r]);
   data.stages.forEach(function(stage){if(stage[0]<=first)return;var x=Math.round(u.valToPos(stage[0],'x',true))+.5;
@@ -133,7 +133,7 @@ function draw(figure){
  function zoom(by){var x=plot.scales.x,at=middle(),span=(x.max-x.min)*by;
   if(span>=whole[1]-whole[0])return zoomAll(null);
   if(span<width/5000)return;var low=Math.max(whole[0],Math.min(whole[1]-span,at-span/2));zoomAll([low,low+span])}
- function zoomAll(range){charts.forEach(function(other){if(other.x!==data.x||other.isFixed)return;var to=range||other.whole;
+ function zoomAll(range){charts.forEach(function(other){if(other.group!==data.group||other.isFixed)return;var to=range||other.whole;
   other.plot.setScale('x',{min:to[0],max:to[1]})})}
  function scaled(u,key){if(key==='x'&&reset){var x=u.scales.x;
   reset.disabled=x.min<=whole[0]+1e-9*width&&x.max>=whole[1]-1e-9*width}}

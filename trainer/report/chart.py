@@ -65,6 +65,7 @@ def chart(
     label: str = "",
     note: str = "",
     x_name: str = "epoch",
+    group: str = "",
     unit: str = "",
     ticks: Sequence[str] | None = None,
     stages: Sequence[tuple[float, str]] = (),
@@ -81,13 +82,14 @@ def chart(
     for screen readers, default the title. unit: behind a value that is pointed at. ticks: names of x = 0, 1, 2 ...
     instead of an axis of numbers. stages: x at which something begins, and its name. spans: (from, to, name) of x that
     are shaded. ring: (x, y, text) of a point to be marked. steps: known pairs (x, step), to tell a step for every x.
-    All charts of a page with one x_name are zoomed, and pointed at, together.
+    All charts of a page with one group, by default one x_name, are zoomed, and pointed at, together.
     """
     highest = max((abs(y) for curve in curves for y in curve.y if math.isfinite(y)), default=0.0)
     power = math.floor(math.log10(1.01 * highest)) if TINY < highest < SMALL and not is_log else 0
     data = {
         "curves": [_curve_data(curve) for curve in curves],
         "x": x_name,
+        "group": group or x_name,
         "unit": unit,
         "ticks": ticks,
         "stages": [[_short(x), name] for x, name in stages],

@@ -1,4 +1,4 @@
-"""The long kill tests: kill -9 at 20 random moments of caching and 50 of training, compared with an undisturbed run.
+"""The long kill tests: kill -9 at random moments, 20 of caching, 50 of training, 10 of a grid; an undisturbed run is equal.
 
 The moments are random times rather than chosen points, so they also hit loading.
 """
@@ -11,16 +11,20 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from safelight.data.shards import Cache
 from safelight.trainer.checkpoint.files import check_files, folder_of, list_checkpoints
+from safelight.trainer.report.grid_record import Grid
 from tests.data.damaged_rows import damaged_rows
 from tests.trainer.equal_runs import assert_equal_runs
+from tests.trainer.inference.exported_runs import make_run
 
 pytestmark = pytest.mark.slow
 
-NUM_CACHE_KILLS, NUM_TRAINING_KILLS = 20, 50
+NUM_CACHE_KILLS, NUM_TRAINING_KILLS, NUM_GRID_KILLS = 20, 50, 10
 
 
 def toml(folder: Path, dataset: Path) -> Path:
@@ -102,3 +106,48 @@ def test_fifty_moments_of_training(run, tiny_dataset, tmp_path):
     assert run(words=killed, log=log) == 0
     assert_equal_runs(tmp_path / "alone", folder)
     print(f"\n{num_killed} kills of training, {num_ends + 1} runs completed and equal; steps reached {steps_reached}")
+
+
+def test_ten_moments_of_a_grid(run, tmp_path):
+    log = str(tmp_path / "log")
+    # of one name, which is in the pictures
+    alone, killed = (tmp_path / name / "run" for name in ("alone", "killed"))
+    for folder in (alone, killed):
+        folder.parent.mkdir()
+        make_run(folder)
+    words = ["--x", "cfg=1,3,5,7", "--y", "steps=2-5", "--z", "checkpoint=base,last", "--prompt", "x", "--name", "grid"]
+    began = time.monotonic()
+    assert run(words=["grid", str(alone), *words], log=log) == 0
+    lasts_s = time.monotonic() - began
+    folder, rng = killed / "grids" / "grid", random.Random("moments of a grid")
+    num_killed = num_ends = 0
+    while num_killed < NUM_GRID_KILLS:
+        before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*cfg*.png")}
+        code = run(words=["grid", str(killed), *words], log=log, kill_after_s=rng.uniform(0, 0.8 * lasts_s))
+        assert code in (0, -signal.SIGKILL), Path(log).read_text()
+        num_killed += code != 0
+        # no picture is drawn twice, and all that are there are whole
+        assert before.items() <= {path.name: path.stat().st_mtime_ns for path in folder.glob("*cfg*.png")}.items()
+        assert_equal_grids(alone / "grids" / "grid", folder, is_whole=code == 0)
+        if code == 0:
+            num_ends += 1
+            shutil.rmtree(folder)
+    assert run(words=["grid", str(killed), *words], log=log) == 0
+    assert_equal_grids(alone / "grids" / "grid", folder, is_whole=True)
+    print(f"\n{num_killed} kills of a grid, {num_ends + 1} grids completed and equal")
+
+
+def assert_equal_grids(expected: Path, found: Path, is_whole: bool) -> None:
+    """Check that the pictures of a grid are those expected, all of them if it is whole."""
+    pictures = {path.name for path in found.glob("*cfg*.png")}
+    assert pictures <= {path.name for path in expected.glob("*cfg*.png")}
+    for name in pictures:
+        with Image.open(expected / name) as first, Image.open(found / name) as second:
+            assert first.text == second.text
+            # batches differ, and so does rounding
+            assert np.abs(np.asarray(first, np.int16) - np.asarray(second, np.int16)).max() <= 1
+    if is_whole or (found / "index.json").exists():
+        record = Grid.model_validate_json((found / "index.json").read_bytes())
+        assert record == Grid.model_validate_json((expected / "index.json").read_bytes())
+        assert {cell.file for cell in record.cells} == pictures
+        assert (found / "sheet.png").is_file()

@@ -232,7 +232,7 @@ def _checkpoint_label(run: OpenRun, step: int | None) -> str:
     if step is None:
         return "base"
     best = ", best" if step == best_step(run.run_dir) else ""
-    return f"epoch {format_epoch(epoch_of(run.run_dir, step))}, step {step:,}{best}"
+    return f"epoch {format_epoch(epoch_of(run.run_dir, step))} (step {step:,}{best})"
 
 
 def _fixed(run: OpenRun, config: Config, start: Point, names: Sequence[str]) -> tuple[tuple[str, str], ...]:
@@ -242,4 +242,7 @@ def _fixed(run: OpenRun, config: Config, start: Point, names: Sequence[str]) -> 
     left_out += [name for name in ("negative-prompt", "clip-skip") if not start[name]]
     order = ("checkpoint", "sampler", "steps", "cfg", "seed", "clip-skip", "negative-prompt")
     told = tuple((name, _label(run, name, start[name])) for name in order if name not in left_out)
-    return (*told, ("size", f"{size.width} x {size.height} px"))
+    told = (*told, ("size", f"{size.width} x {size.height} px"))
+    if "replace" in names and "prompt" not in names:
+        return (("prompt", f"“{shortened(str(start['prompt']), MAX_LABEL_CHARS)}”"), *told)
+    return told

@@ -104,7 +104,9 @@ def _table(grid: Grid, z: int, found: Mapping[Place, Picture], links: Mapping[Pl
                 for axis, place in ((grid.x, x), (grid.y, y), (grid.z, z))
                 if axis
             )
-            image = tag("div", picture.img(where, data_label=where), data_zoom=shorten(grid.prompt, 400) or where)
+            # the prompt stands below an enlarged picture, if it is one for all
+            label = where if grid.prompt else None
+            image = tag("div", picture.img(where, data_label=label), data_zoom=shorten(grid.prompt, 400) or where)
             url = links.get((x, y, z))
             cells.append(tag("td", image, tag("a", "PNG", href=url, class_="meta") if url else None))
         side = tag("th", _label(grid.y, y, first=y == rows[0]), scope="row") if grid.y else None

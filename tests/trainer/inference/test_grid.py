@@ -56,7 +56,7 @@ def pixels(path) -> np.ndarray:
 
 def test_every_combination_is_a_cell_and_nothing_else_differs(run):
     drawn = plan(run, "cfg=3,5", "steps=2-4", "checkpoint=base,last", changes={"negative-prompt": "blurry"})
-    assert [axis.labels for axis in drawn.axes] == [("3", "5"), ("2", "3", "4"), ("base", "epoch 0, step 9")]
+    assert [axis.labels for axis in drawn.axes] == [("3", "5"), ("2", "3", "4"), ("base", "epoch 0 (step 9)")]
     assert [cell.place for cell in drawn.cells] == [(x, y, z) for z in range(2) for y in range(3) for x in range(2)]
     for cell in drawn.cells:
         x, y, z = cell.place
@@ -96,6 +96,7 @@ def test_replaced_texts(run):
     assert both.cells[-1].request.prompt == "a blue ring, left"
     assert both.cells[-1].request.negative == "no blue ring"
     assert both.prompt == ""
+    assert both.fixed[0] == ("prompt", f"“{PROMPT}”")
     with pytest.raises(UserError, match="--x replace: 'green' is not in the prompt 'a red circle, left'"):
         plan(run, "replace=green,red")
 

@@ -26,7 +26,7 @@ COMMANDS = {
     "grid": "draw all combinations of up to three settings, such as cfg and steps",
     "evaluate": "measure base, checkpoints and photographs: KID, CLIPScore, crops, burn, copies",
     "export": "write one .safetensors for A1111 and ComfyUI, or a diffusers folder",
-    "report": "write one self-contained HTML file about a run",
+    "report": "write an HTML page about a run, or several; --serve follows a run",
     "demo": "fine-tune a tiny model, start to finish; minutes on two CPU cores",
     "profile": "show where a step spends time and memory: flame chart, roofline, trace",
     "bench": "measure the training step, other recipes, kernels, memory, the loader",
@@ -559,16 +559,9 @@ def export(argv: list[str]) -> int:
 
 
 def report(argv: list[str]) -> int:
-    from safelight.options.arguments import Report, parse
+    from safelight import report_command
 
-    arguments = parse(Report, argv, "report", COMMANDS["report"])
-    bug_report.belongs_to(arguments.run)
-    from safelight.trainer.report.build import build_report
-
-    say_loading("reading the run and embedding its pictures")
-    print_line(build_report(arguments.run))
-    say_next("open it in a browser; it is one file, which you can send to others")
-    return 0
+    return report_command.report(argv, COMMANDS["report"])
 
 
 def demo(argv: list[str]) -> int:

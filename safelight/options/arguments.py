@@ -313,7 +313,30 @@ class Export:
 
 @dataclass
 class Report:
-    run: RunFolder
+    runs: Annotated[
+        Positional[tuple[Path, ...]],
+        arg(
+            metavar="RUN...",
+            help="run folder; several, up to 12, give one page that shows them side by side",
+            help_behavior_hint="(required)",
+        ),
+    ]
+    out: Annotated[
+        Path | None,
+        arg(aliases=["-o"]),
+        _own("FILE", "file to write about several runs", "comparison.html in the folder that all of them share"),
+    ] = None
+    force: Annotated[bool, arg(help="overwrite FILE also if it is not a page about several runs")] = False
+    serve: Annotated[
+        bool,
+        arg(
+            help="write nothing: show the report in a browser on this computer, up to date while training goes on. RUN "
+            "may be a folder that holds runs, which are listed. Ctrl-C ends it"
+        ),
+    ] = False
+    port: Annotated[
+        int | None, _own("INT", "serve: port on 127.0.0.1; 0: any that is free", "8017, or any that is free")
+    ] = None
 
 
 @dataclass
@@ -393,7 +416,7 @@ class PlanArguments:
 
 
 # how the help names a path that is given by its position or a short option
-SHOWN = {"run": "RUN", "dataset": "DATASET", "config": "RUN.TOML", "sources": "SRC", "out": "-o"}
+SHOWN = {"run": "RUN", "runs": "RUN", "dataset": "DATASET", "config": "RUN.TOML", "sources": "SRC", "out": "-o"}
 # in the help of commands that take a run.toml, once, above the options
 SETTINGS_TEXT = (
     "Every setting in RUN.TOML can be overridden by an option: --train.batch-size 2; settings of a stage by its "
@@ -457,7 +480,7 @@ def parse(shape: type[_T], argv: list[str], command: str, description: str, defa
     run = getattr(arguments, "run", None)
     if isinstance(run, Path):
         # before torch and diffusers are imported
-        arguments.run = _run_folder(run)
+        arguments.run = run_folder(run)
     return arguments
 
 
@@ -528,7 +551,7 @@ def is_of_run(path: Path) -> bool:
     return path.name == "config.toml" and any(os.path.lexists(path.parent / name) for name in beside)
 
 
-def _run_folder(path: Path) -> Path:
+def run_folder(path: Path) -> Path:
     """Return the run folder that an argument names: the folder itself, or that of a settings file.
 
     Raises UserError if it is not a run's.

@@ -4,6 +4,7 @@ The most interesting parts come first: headline figures, base and trained images
 loss curves, then data, settings, machine and events.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import safelight
@@ -43,7 +44,7 @@ from safelight.trainer.report.facts import (
 )
 from safelight.trainer.report.grids import grids_section
 from safelight.trainer.report.learned import learned_section
-from safelight.trainer.report.markup import Markup, join, shorten, tag
+from safelight.trainer.report.markup import Markup, shorten, tag
 from safelight.trainer.report.measures import measures_section
 from safelight.trainer.report.memorisation_panel import memorisation_section
 from safelight.trainer.report.provenance import environment_section, events_section, parameters_section
@@ -118,38 +119,53 @@ def build_report(run_dir: Path) -> Path:
     return path
 
 
+@dataclass(frozen=True)
+class Content:
+    """What a page shows. sections: identifier -> section, in their order."""
+
+    title: str
+    header: Markup
+    sections: dict[str, Markup]
+    footer: Markup
+
+
 def render(run: RunFolder) -> str:
     """Return the report as HTML."""
+    content = content_of(run)
+    return page(
+        content.title, content.header, tag("main", list(content.sections.values())), content.footer, parts=PARTS
+    )
+
+
+def content_of(run: RunFolder) -> Content:
+    """Return the report's title, header, sections and footer."""
     facts = headline_facts(run.metrics)
     sections = {key: section for key, _, make in SECTIONS if (section := make(run)) is not None}
     verdict, end = run_verdict(run), ending(run)
-    body = join(
+    header = tag(
+        "header",
+        tag("div", Markup(MARK), "Safelight · training report", class_="mark"),
+        tag("h1", run.title, dir="auto"),
+        tag("p", _subtitle(run), class_="sub"),
+        tag("div", run.notes, class_="author", dir="auto") if run.notes else None,
+        _grave_events(run),
+        tag("p", _lead(run, facts, verdict, end), class_="lead"),
+        _few_held_out(run),
+        _from_scratch(run),
+        _problems(run.problems),
+        tiles(run, facts),
         tag(
-            "header",
-            tag("div", Markup(MARK), "Safelight · training report", class_="mark"),
-            tag("h1", run.title, dir="auto"),
-            tag("p", _subtitle(run), class_="sub"),
-            tag("div", run.notes, class_="author", dir="auto") if run.notes else None,
-            _grave_events(run),
-            tag("p", _lead(run, facts, verdict, end), class_="lead"),
-            _few_held_out(run),
-            _from_scratch(run),
-            _problems(run.problems),
-            tiles(run, facts),
-            tag(
-                "nav",
-                [tag("a", name, href=f"#{key}") for key, name, _ in SECTIONS if key in sections],
-                aria_label="Sections of this report",
-            ),
-        ),
-        tag("main", list(sections.values())),
-        tag(
-            "footer",
-            f"Written by Safelight {safelight.__version__}. "
-            "This file is self-contained: it loads nothing from the internet. Charts: uPlot by Leon Sorokin (MIT).",
+            "nav",
+            [tag("a", name, href=f"#{key}") for key, name, _ in SECTIONS if key in sections],
+            aria_label="Sections of this report",
         ),
     )
-    return page(run.title, body, parts=PARTS)
+    footer = tag(
+        "footer",
+        f"Written by Safelight {safelight.__version__}. "
+        "This file is self-contained: it loads nothing from the internet. Charts: uPlot by Leon Sorokin (MIT).",
+    )
+    return Content(run.title, header, sections, footer)
 
 
 def tiles(run: RunFolder, facts: Facts) -> Markup:

@@ -45,7 +45,7 @@ def loss_section(run: RunFolder) -> Markup:
     label = "Training and validation loss over the epochs"
     if best:
         label += f"; held-out loss is lowest at epoch {format_epoch(best.epoch)} ({best.loss:.4f})"
-    training = _smoothed(metrics, "loss", "training", "muted")
+    training = smoothed(metrics, "loss", "training", "muted")
     validations = [_validation_curve(held_out, "held-out photographs", "accent", "dots")]
     validations += [_validation_curve(subset, "some training photographs", "amber", "dashed")]
     shown = [curve for curve in validations if len(curve.x)]
@@ -110,9 +110,9 @@ def schedule_section(run: RunFolder) -> Markup:
         ("grad_norm", "gradient norm", "before clipping", "muted", ""),
         ("images_per_s", "throughput", "images/s", "amber", "images/s"),
     ):
-        if curves := _smoothed(metrics, column, "", color):
+        if curves := smoothed(metrics, column, "", color):
             charts.append((title, detail, curves, unit))
-    if curves := _smoothed(metrics, "memory_gib", "", "amber")[1:]:
+    if curves := smoothed(metrics, "memory_gib", "", "amber")[1:]:
         charts.append(("peak memory", "GiB, while training", [_as_line(curves[0])], "GiB"))
     drawn = [
         chart(
@@ -139,7 +139,7 @@ def band_names(num_bands: int) -> list[str]:
     return [f"{low}–{high}" for low, high in itertools.pairwise(edges)]
 
 
-def _smoothed(metrics: Metrics, column: str, name: str, color: str) -> list[Curve]:
+def smoothed(metrics: Metrics, column: str, name: str, color: str) -> list[Curve]:
     """Return a column of the training log as a raw curve and a smoothed one, [] if it has no value.
 
     Smoothed over about a twentieth of the run, every line by the steps that it averages.

@@ -46,9 +46,9 @@ class Row:
 def learned_section(run: RunFolder) -> Markup:
     """Return the pictures of base and checkpoints beside the photographs that the prompts were written for."""
     heading = tag("h2", TITLE)
-    rows = _compared_rows(run, run.comparison) if run.comparison else []
+    rows = compared_rows(run, run.comparison) if run.comparison else []
     note = _note(run, run.comparison, any(PHOTO in row.files for row in rows)) if rows else _SAMPLED_NOTE
-    rows = rows or _sampled_rows(run)
+    rows = rows or sampled_rows(run)
     if not rows:
         return tag(
             "section", heading, nothing_yet("Base and trained model beside each other:", "compare"), id="learned"
@@ -91,7 +91,8 @@ _SAMPLED_NOTE = join(
 )
 
 
-def _compared_rows(run: RunFolder, comparison: Comparison) -> list[Row]:
+def compared_rows(run: RunFolder, comparison: Comparison) -> list[Row]:
+    """Return the rows that `safelight compare` drew."""
     rows = []
     for row in comparison.rows:
         if row.images:
@@ -101,7 +102,7 @@ def _compared_rows(run: RunFolder, comparison: Comparison) -> list[Row]:
     return rows
 
 
-def _sampled_rows(run: RunFolder) -> list[Row]:
+def sampled_rows(run: RunFolder) -> list[Row]:
     """Return the samples of the base and of later steps as rows, [] if the base or all later ones are missing."""
     rows: dict[tuple, Row] = {}
     for sample in run.samples:

@@ -22,9 +22,9 @@ class Part:
     js: str = ""
 
 
-def asset(name: str) -> str:
-    """Return a text file of this folder."""
-    return (Path(__file__).parent / name).read_text(encoding="utf-8")
+def asset(name: str, folder: Path = Path(__file__).parent) -> str:
+    """Return a text file of a folder of the package, by default this one."""
+    return (folder / name).read_text(encoding="utf-8")
 
 
 CSS = asset("theme.css")
@@ -33,12 +33,15 @@ JS = asset("theme.js")
 THEME = Part(CSS, JS)
 
 
-def page(title: str, *body: object, parts: Sequence[Part] = (THEME,)) -> str:
-    """Return an HTML document whose one style sheet and one script are those of its parts, in their order."""
-    css, js = ("".join(texts) for texts in zip(*((part.css, part.js) for part in parts), strict=True))
+def page(title: str, *body: object, parts: Sequence[Part] = (THEME,), is_served: bool = False) -> str:
+    """Return an HTML document whose one style sheet and one script are those of its parts, in their order.
+
+    is_served: whether its script may ask the server that it came from.
+    """
+    css, js = look(parts)
     head = join(
         tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=content_security_policy(css, js)),
+        tag("meta", http_equiv="Content-Security-Policy", content=content_security_policy(css, js, is_served)),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("meta", name="referrer", content="no-referrer"),
         tag("link", rel="icon", href="data:,"),
@@ -49,10 +52,19 @@ def page(title: str, *body: object, parts: Sequence[Part] = (THEME,)) -> str:
     return f"<!doctype html>\n{document}\n"
 
 
-def content_security_policy(css: str = CSS, js: str = JS) -> str:
-    """Return the policy: embedded pictures, this style sheet and this script, by their hashes, and nothing else."""
+def look(parts: Sequence[Part]) -> tuple[str, str]:
+    """Return the style sheet and the script that parts make together."""
+    return "".join(part.css for part in parts), "".join(part.js for part in parts)
+
+
+def content_security_policy(css: str = CSS, js: str = JS, is_served: bool = False) -> str:
+    """Return the policy: embedded pictures, this style sheet and this script, by their hashes, and nothing else.
+
+    is_served: the script may also ask the server that the page came from.
+    """
+    asks = "connect-src 'self'; " if is_served else ""
     return (
-        "default-src 'none'; img-src data:; "
+        f"default-src 'none'; img-src data:; {asks}"
         f"style-src '{_source_hash(css)}'; script-src '{_source_hash(js)}'; base-uri 'none'; form-action 'none'"
     )
 

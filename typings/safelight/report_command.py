@@ -1,0 +1,1 @@
+../../safelight/report_command.py

@@ -52,7 +52,7 @@ class UNet(_Values):
     flip_sin_to_cos: bool = True
     freq_shift: Literal[0, 1] = 0
     down_block_types: list[Literal["CrossAttnDownBlock2D", "DownBlock2D"]]
-    mid_block_type: Literal["UNetMidBlock2DCrossAttn"] = "UNetMidBlock2DCrossAttn"
+    mid_block_type: Literal["UNetMidBlock2DCrossAttn"] | None = "UNetMidBlock2DCrossAttn"
     up_block_types: list[Literal["CrossAttnUpBlock2D", "UpBlock2D"]]
     only_cross_attention: Literal[False] = False
     block_out_channels: Blocks

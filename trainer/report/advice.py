@@ -5,7 +5,6 @@ Every rule stands beside its advice on the page, with the figures that it was ap
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,8 +24,6 @@ TITLE = "What to try next"
 MIN_FALL = 0.002
 # a best epoch before this fraction of the run is early
 EARLY = 0.5
-# standard errors by which a share of pictures must exceed that of photographs
-MIN_ERRORS = 2.0
 FEW_PHOTOS = 30
 FEW_HELD_OUT = 10
 FEW_PROMPTS = 50
@@ -161,28 +158,22 @@ def _smoothed(run: RunFolder) -> str:
 
 
 def _beyond_photographs(run: RunFolder, sets: tuple, score: str, advised: str) -> str:
-    """Return advice if more pictures of a model than of the photographs are beyond a score's limit."""
+    """Return advice if more pictures of the model are beyond a score's limit than chance explains."""
     model = put_forward(run, [one.id for one in run.evaluation.models])
-    share = f"share_{score}"
     real = next((one for one in sets if one.model == "real"), None)
+    usual = "" if real is None else f", against {100 * getattr(real, f'share_{score}'):.0f} % of the real photographs"
+    what = "burnt" if score == "burnt" else "smoothed out"
     for one in sets:
-        if one.model != model or not one.num or real is None or not real.num:
-            continue
-        own, usual = getattr(one, share), getattr(real, share)
-        error = math.sqrt(own * (1 - own) / one.num + usual * (1 - usual) / real.num)
-        if own - usual > MIN_ERRORS * error and own > usual:
-            what = "burnt" if score == "burnt" else "smoothed out"
-            return (
-                f"{advised}: at cfg {one.cfg:g}, {100 * own:.0f} % of the pictures of {name_of(run, model)} are "
-                f"{what}, against {100 * usual:.0f} % of the real photographs."
-            )
+        if one.model == model and getattr(one, f"is_{score}"):
+            share = f"{100 * getattr(one, f'share_{score}'):.0f} %"
+            return f"{advised}: at cfg {one.cfg:g}, {share} of the pictures of {name_of(run, model)} are {what}{usual}."
     return ""
 
 
 def _memorised(run: RunFolder) -> str:
     found = run.evaluation.memorisation if run.evaluation else None
     model = put_forward(run, found.num_flagged) if found else None
-    if not model or found.num_flagged[model] <= found.num_flagged.get(BASE, 0):
+    if not model or model not in found.memorised:
         return ""
     flagged, of_base = counted(found.num_flagged[model], "picture"), found.num_flagged.get(BASE, 0)
     return (
@@ -311,17 +302,13 @@ RULES = (
     Rule("late-best", "held-out loss was lowest in the second half of the run and rose since", _late_best),
     Rule("never-better", "held-out loss was lowest at the start, of at least three validations", _never_better),
     Rule("both-rise", "held-out loss and the loss on training photographs both rose since the best point", _both_rise),
+    Rule("burnt", "more of the checkpoint's pictures are burnt than chance explains", _burnt),
+    Rule("smoothed", "more of the checkpoint's pictures are smoothed out than chance explains", _smoothed),
     Rule(
-        "burnt",
-        f"the share of burnt pictures exceeds that of photographs by more than {MIN_ERRORS:g} standard errors",
-        _burnt,
+        "memorised",
+        "more of the checkpoint's pictures are flagged as copies than chance and the base explain",
+        _memorised,
     ),
-    Rule(
-        "smoothed",
-        f"the share of smoothed-out pictures exceeds that of photographs by more than {MIN_ERRORS:g} standard errors",
-        _smoothed,
-    ),
-    Rule("memorised", "more pictures of the checkpoint than of the base are flagged as copies", _memorised),
     Rule("worse-metric", "a metric is worse than the base's and the interval excludes chance", _worse_metric),
     Rule("few-prompts", f"fewer than {FEW_PROMPTS} prompts were evaluated", _few_prompts),
     Rule("no-validation", "no photograph was held out, or none was validated", _no_validation),

@@ -59,6 +59,11 @@ def show_number(value: float, signed: bool = False) -> str:
     return text.replace("-", "−").replace("e−0", "e−")
 
 
+def show_p(p: float) -> str:
+    """Return a p-value with two or three digits, "< 0.001" below that."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
+
+
 def _ground(axis: Axis, level: float | None) -> str:
     ground = f'<path class="s-grid" d="M{MARGIN} {HEIGHT / 2}H{WIDTH - MARGIN}"/>'
     if level is None:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from safelight.trainer.report.bars import show_number
-from safelight.trainer.report.evaluation import ClassDivergence, CropDivergence, CropPoint, SetDivergence
+from safelight.trainer.report.bars import show_number, show_p
+from safelight.trainer.report.evaluation import ClassDivergence, CropDivergence, CropGain, CropPoint, SetDivergence
 from safelight.trainer.report.markup import Markup, details, escape, shorten, table, tag
 from safelight.trainer.report.models import name_of, put_forward
 from safelight.trainer.report.run_reader import RunFolder
@@ -25,11 +25,13 @@ MAX_MAP_CLASSES = 30
 MAX_POINTS = 6000
 WIDTH, HEIGHT, MARGIN = 720, 460, 14
 MARK_PX = 5
+MAX_P = 0.05
 DOT = '<svg viewBox="0 0 12 12" aria-hidden="true"><circle class="f-{}" cx="6" cy="6" r="5"/></svg>'
 EXPLANATION = (
     "A detector finds things in the pictures; the crop of each is described by numbers, and the sets of crops are "
     "compared class by class. KL is the divergence above what chance gives, 0 for sets that cannot be told apart. z "
-    "counts standard deviations of chance: beyond about 3, the sets differ."
+    "counts standard deviations of chance: beyond about 3, the sets differ. MMD² is another distance, which sees weak "
+    "changes better."
 )
 
 
@@ -58,6 +60,7 @@ def _one(run: RunFolder, crops: CropDivergence) -> Markup:
         "div",
         tag("p", shorten(crops.sentence, 1000), class_="lead"),
         _pooled_table(crops.divergences),
+        tag("p", _gain(crops.gain)) if crops.gain else None,
         _map(crops.points),
         _class_table(crops.divergences),
         tag("p", f"{measured}{shorten(crops.features, 120)}.", class_="note"),
@@ -68,7 +71,17 @@ def _pooled_table(divergences: tuple[SetDivergence, ...]) -> Markup | None:
     rows = [[_pair(one), *_figures(one.pooled)] for one in divergences if one.pooled]
     if not rows:
         return tag("p", "No class has enough crops for a figure.", class_="note")
-    return table(["", "KL", "z of KL", "p", "MMD²", "z of MMD²", "crops"], rows, class_="figures")
+    return table(["", "KL", "z", "p", "MMD²", "z", "p", "crops"], rows, class_="figures")
+
+
+def _gain(gain: CropGain) -> str:
+    """Return whether training moved the crops towards the photographs' or away, in figures."""
+    way = "nearer to" if gain.value < 0 else "further from"
+    sure = "" if gain.p < MAX_P else ", which chance may explain"
+    return (
+        f"After training, crops lie {way} the photographs' than the base's do: KL {show_number(gain.value, True)} "
+        f"(z {show_number(gain.z)}, p {show_p(gain.p)}){sure}."
+    )
 
 
 def _class_table(divergences: tuple[SetDivergence, ...]) -> Markup | None:
@@ -83,7 +96,7 @@ def _class_table(divergences: tuple[SetDivergence, ...]) -> Markup | None:
         return None
     note = "Grey: 20 to 49 crops in a set, too few to trust the figure."
     grey = tag("p", note, class_="note") if any(c.is_grey for one in divergences for c in one.classes) else None
-    head = ["", "class", "KL", "z of KL", "p", "MMD²", "z of MMD²", "crops"]
+    head = ["", "class", "KL", "z", "p", "MMD²", "z", "p", "crops"]
     return details("Class by class", table(head, rows, class_="figures of-class"), grey)
 
 
@@ -92,13 +105,13 @@ def _pair(one: SetDivergence) -> str:
 
 
 def _figures(found: ClassDivergence) -> list[str]:
-    p = "< 0.001" if found.p < 0.001 else f"{found.p:.3f}"
     return [
         show_number(found.kl),
         show_number(found.z),
-        p,
+        show_p(found.p),
         show_number(found.mmd),
         show_number(found.mmd_z),
+        "–" if found.mmd_p is None else show_p(found.mmd_p),
         f"{found.num_first:,} and {found.num_second:,}",
     ]
 

@@ -92,8 +92,8 @@ def _caption_sources(data: dict) -> Markup | None:
     parts = []
     for row, num in rows:
         if num >= 1:
-            writer, source = str(row.get("captioner") or ""), str(row.get("source") or "")
-            parts.append(f"{num:,.0f} {'by ' if writer else ''}{shorten(writer or source or 'without a caption', 160)}")
+            source = str(row.get("source") or "") or "without a source"
+            parts.append(f"{num:,.0f} from {shorten(source, 160)}")
     texts = [f"Captions: {'; '.join(parts)}."] if parts else []
     if note := str(data.get("length_note") or ""):
         texts.append(f"{note[0].upper()}{shorten(note[1:], 300)}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from safelight.text import counted
-from safelight.trainer.report.bars import Axis, interval_bar, show_number
+from safelight.trainer.report.bars import Axis, interval_bar, show_number, show_p
 from safelight.trainer.report.evaluation import Difference, Estimate, Evaluation, Metric
 from safelight.trainer.report.facts import evenly_chosen
 from safelight.trainer.report.markup import Markup, join, nothing_yet, shorten, table, tag
@@ -184,7 +184,7 @@ def _sentence(run: RunFolder, metric: Metric, model: str) -> str:
         num = difference.wins + difference.ties + difference.losses
         ties = f", equal for {difference.ties}" if difference.ties else ""
         text = (
-            f"Prompt by prompt, {name} is {verdict} (p {_p(difference.p)}): better for {difference.wins} of "
+            f"Prompt by prompt, {name} is {verdict} (p {show_p(difference.p)}): better for {difference.wins} of "
             f"{counted(num, 'prompt')}{ties}, worse for {difference.losses}."
         ).replace("is no clear difference from", "shows no clear difference from")
     elif own and base:
@@ -199,10 +199,6 @@ def _sentence(run: RunFolder, metric: Metric, model: str) -> str:
     if 0 < fewest < FEW_PICTURES:
         text += f" From only {counted(fewest, 'picture')}, so read it with care."
     return text
-
-
-def _p(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"= {p:.3f}" if p < 0.1 else f"= {p:.2f}"
 
 
 def _not_computed(evaluation: Evaluation) -> Markup | None:

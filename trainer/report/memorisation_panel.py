@@ -6,7 +6,7 @@ from safelight.text import counted
 from safelight.trainer.report.bars import show_number
 from safelight.trainer.report.evaluation import Memorisation, NearestPhoto
 from safelight.trainer.report.markup import Markup, details, shorten, tag
-from safelight.trainer.report.models import name_of
+from safelight.trainer.report.models import name_of, put_forward
 from safelight.trainer.report.pictures import embed_all
 from safelight.trainer.report.records import BASE
 from safelight.trainer.report.run_reader import RunFolder, inside
@@ -14,7 +14,7 @@ from safelight.trainer.report.theme import Part, asset
 
 PART = Part(asset("memorisation_panel.css"))
 TITLE = "Did it memorise photographs?"
-MAX_PAIRS, NUM_OPEN = 12, 4
+MAX_PAIRS, NUM_OPEN, MAX_MODELS_SHOWN = 12, 4, 40
 EDGES_PX = (320, 256, 192, 128)
 BUDGET_BYTES = 2_000_000
 
@@ -24,13 +24,15 @@ def memorisation_section(run: RunFolder) -> Markup | None:
     heading, found = tag("h2", TITLE), run.evaluation.memorisation if run.evaluation else None
     if found is None:
         return None
-    pairs = sorted(found.pairs, key=lambda pair: (not pair.is_flagged, -pair.similarity))[:MAX_PAIRS]
+    first = put_forward(run, {pair.model for pair in found.pairs})
+    pairs = sorted(found.pairs, key=lambda pair: (not pair.is_flagged, pair.model != first, -pair.similarity))
+    pairs = pairs[:MAX_PAIRS]
     cards = _triples(run, pairs)
     return tag(
         "section",
         heading,
         tag("p", shorten(found.sentence, 1000)),
-        tag("p", _counts(run, found), class_="note"),
+        tag("p", counts, class_="note") if (counts := _counts(run, found)) else None,
         tag("div", cards[:NUM_OPEN], class_="triples") if cards else None,
         details(counted(len(cards) - NUM_OPEN, "more pair"), tag("div", cards[NUM_OPEN:], class_="triples"))
         if len(cards) > NUM_OPEN
@@ -40,12 +42,15 @@ def memorisation_section(run: RunFolder) -> Markup | None:
 
 
 def _counts(run: RunFolder, found: Memorisation) -> str:
-    flagged = [f"{name_of(run, model)} {num:,}" for model, num in list(found.num_flagged.items())[:40]]
-    text = f"Flagged, of {counted(found.num, 'picture')} a model: {', '.join(flagged)}. " if flagged else ""
+    """Return how many pictures are flagged, and by which rule; "" if it could not be judged."""
+    if not found.num_flagged:
+        return ""
+    flagged = [f"{num:,} of {name_of(run, model)}" for model, num in list(found.num_flagged.items())[:MAX_MODELS_SHOWN]]
+    chance = "" if found.chance is None else f", which happens by chance to at most {100 * found.chance:.2g} %"
     return (
-        f"{text}A picture is flagged if it is more like a training photograph (above {show_number(found.limit)}) than "
-        f"held-out photographs are, by {shorten(found.features, 120)}. No measure separates copies reliably: look at "
-        "the pairs."
+        f"Flagged, of up to {counted(found.num, 'picture')} each: {', '.join(flagged)}. A picture is flagged if its "
+        f"similarity to a training photograph is above {show_number(found.limit)}{chance}; similarity is by "
+        f"{shorten(found.features, 120)}. No measure separates copies reliably: look at the pairs."
     )
 
 
@@ -69,7 +74,10 @@ def _triples(run: RunFolder, pairs: list[NearestPhoto]) -> list[Markup]:
             continue
         prompt, name = shorten(pair.prompt, 160), name_of(run, pair.model)
         like_base = "" if pair.base_similarity is None else f", base {show_number(pair.base_similarity)}"
-        shown = [(drawn, name, "accent"), (photo, "nearest photograph", "")] + ([(base, "base", "")] if base else [])
+        near = "nearest photograph, mirrored" if pair.is_mirrored else "nearest photograph"
+        shown = [(drawn, name, "accent"), (photo, near, "")]
+        if base and pair.model != BASE:
+            shown.append((base, "base", ""))
         sides = [
             tag(
                 "figure",

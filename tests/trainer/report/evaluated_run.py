@@ -12,6 +12,7 @@ from safelight.trainer.report.evaluation import (
     BurnScores,
     ClassDivergence,
     CropDivergence,
+    CropGain,
     CropPoint,
     Difference,
     Estimate,
@@ -192,6 +193,7 @@ def crop_divergence(num_points: int, seed: int = 5) -> CropDivergence:
             divergence("OD", "TM", 0.12, 2.1),
             divergence("OD", "BM", 0.52, 8.4),
         ),
+        gain=CropGain(value=-0.4, z=-6.1, p=0.0005),
         sentence="Things in the trained model's pictures are closer to the real ones than those of the base model.",
         points=points,
     )
@@ -218,7 +220,8 @@ def add_evaluation(run: Path, comparison: Comparison, *, num_points: int = 600) 
             )
         )
         last = model_id(EPOCHS[-1])
-        worst.append(ShownPicture(file=row.images[last], model=last, prompt=row.prompt, score=3.4 - 0.3 * place))
+        why = {"cfg": 7.5, "why": "clipped colours"} if place else {}
+        worst.append(ShownPicture(file=row.images[last], model=last, prompt=row.prompt, score=3.4 - 0.3 * place, **why))
         smooth.append(ShownPicture(file=row.images["base"], model="base", prompt=row.prompt, score=2.1 - 0.2 * place))
     burn = Burn(
         sets=tuple(
@@ -230,6 +233,10 @@ def add_evaluation(run: Path, comparison: Comparison, *, num_points: int = 600) 
                 smoothed=tuple(soft + q for q in (-1.4, -0.6, 0.0, 0.7, 1.7)),
                 share_burnt=burnt,
                 share_smoothed=smoothed,
+                burnt_interval=(max(0.0, burnt - 0.05), burnt + 0.06),
+                smoothed_interval=(max(0.0, smoothed - 0.05), smoothed + 0.06),
+                is_burnt=burnt > 0.15,
+                is_smoothed=smoothed > 0.15,
             )
             for model, shift, soft, burnt, smoothed in (
                 ("real", 0.0, 0.0, 0.05, 0.05),
@@ -242,6 +249,8 @@ def add_evaluation(run: Path, comparison: Comparison, *, num_points: int = 600) 
         ),
         worst_burnt=tuple(worst),
         worst_smoothed=tuple(smooth),
+        limit_burnt=1.9,
+        limit_smoothed=2.0,
         sentence="9 % of epoch 26's pictures are burnt, 57 % of epoch 40's, and 5 % of the photographs.",
     )
     evaluation = Evaluation(
@@ -265,6 +274,7 @@ def add_evaluation(run: Path, comparison: Comparison, *, num_points: int = 600) 
             features="EfficientNet-Lite0",
             limit=0.88,
             num_flagged={model_id(SUGGESTED): 1, "base": 0},
+            chance=0.002,
             num=100,
             pairs=tuple(pairs),
             sentence="1 of 100 pictures of epoch 26 resembles a training photograph more than held-out photographs do.",

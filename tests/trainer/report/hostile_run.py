@@ -20,6 +20,7 @@ MAX_LENGTHS = {
     "fixed": 60,
     "sampler": 40,
     "weights": 64,
+    "why": 200,
 }
 HEBREW = "שועל אדום עומד בעשב גבוה"
 

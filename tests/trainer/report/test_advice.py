@@ -68,10 +68,10 @@ def with_data(**changes: object) -> RunFolder:
     return sound_run(data={**sound_run().data, **changes})
 
 
-def burn_scores(model: str, burnt: float = 0.05, smoothed: float = 0.05, num: int = 100) -> BurnScores:
+def burn_scores(model: str, burnt: float = 0.05, smoothed: float = 0.05) -> BurnScores:
     quantiles = (0.0, 1.0, 2.0, 3.0, 4.0)
-    shares = {"share_burnt": burnt, "share_smoothed": smoothed}
-    return BurnScores(model=model, cfg=7.5, num=num, burnt=quantiles, smoothed=quantiles, **shares)
+    found = {"share_burnt": burnt, "share_smoothed": smoothed, "is_burnt": burnt > 0.2, "is_smoothed": smoothed > 0.2}
+    return BurnScores(model=model, cfg=7.5, num=100, burnt=quantiles, smoothed=quantiles, **found)
 
 
 def with_evaluation(**changes: object) -> RunFolder:
@@ -94,8 +94,8 @@ def with_burn(*sets: BurnScores) -> RunFolder:
 
 
 def with_flags(of_base: int, of_trained: int) -> RunFolder:
-    flagged = {"base": of_base, "step-30": of_trained}
-    found = Memorisation(features="f", limit=0.9, num_flagged=flagged, num=100, sentence=".")
+    flagged, memorised = {"base": of_base, "step-30": of_trained}, ("step-30",) * (of_trained > of_base)
+    found = Memorisation(features="f", limit=0.9, num_flagged=flagged, num=100, memorised=memorised, sentence=".")
     return with_evaluation(memorisation=found)
 
 
@@ -163,7 +163,6 @@ CASES = {
         ],
         [
             with_burn(burn_scores("real"), burn_scores("step-30", burnt=0.08)),
-            with_burn(burn_scores("real", num=10), burn_scores("step-30", burnt=0.3, num=10)),
             with_burn(burn_scores("real"), burn_scores("base", burnt=0.9)),
         ],
     ),

@@ -227,3 +227,37 @@ def test_masks_and_loss_scales_are_counted(
     assert wanted in text
     if not wanted:
         assert "loss mask" not in text
+
+
+def test_captions_say_where_they_came_from_and_how_long_they_are(small_run: Path) -> None:
+    rewrite(
+        small_run / "data.json",
+        caption_sources=[
+            {"source": "captions.jsonl", "captioner": "", "num": 300},
+            {"source": "BLIP", "captioner": '{"model": "blip"}', "num": 196},
+            {"source": "x", "num": "many"},
+        ],
+        length_note="captions have 3 to 20 tokens",
+    )
+    text = words(small_run)
+    assert "Captions: 300 from captions.jsonl; 196 from BLIP. Captions have 3 to 20 tokens." in text
+
+
+def test_changed_settings_stand_before_all_of_them(small_run: Path) -> None:
+    set_config(small_run, "[run]\n", '[run]\ntitle = "Foxes"\nnotes = "one\\ntwo"\n')
+    html = render(read_run_folder(small_run))
+    assert '<h1 dir="auto">Foxes</h1>' in html
+    assert '<div class="author" dir="auto">one\ntwo</div>' in html
+    section = html.partition('id="parameters"')[2].partition("</section><section id=")[0]
+    changed, _, everything = section.partition("All settings, and the model as loaded")
+    assert 'batch_size</dt><dd>8<span class="meta">default 4</span>' in changed
+    assert "<dt>max_grad_norm</dt>" not in changed
+    assert "<dt>max_grad_norm</dt>" in everything
+    # what stands at the top of the page
+    assert "<dt>title</dt>" not in changed
+
+
+def test_planned_memory_stands_beside_what_was_measured(small_run: Path) -> None:
+    assert "planned before the run" not in words(small_run)
+    rewrite(small_run / "environment.json", memory_plan={"needed": 12 * 2**30})
+    assert "GPU memory: 12.00 GiB planned before the run, at most 11.30 GiB measured (−5.8 %)." in words(small_run)

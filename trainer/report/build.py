@@ -270,7 +270,7 @@ def _learned(run: RunFolder, facts: Facts, verdict: Verdict, end: Ending) -> str
             "stopped": f"It was still falling when the run was stopped, at {end.place}.",
         }.get(end.kind, "")
     if verdict.low_rate:
-        after += f" The learning rate had come down to {verdict.low_rate} by the end."
+        after += f" The learning rate had come down {verdict.low_rate} by the end."
     return (
         f"Loss on held-out photographs, which the model was not trained on, was lowest at {best}: {amount} below that "
         f"of {start}. {after.strip()}"

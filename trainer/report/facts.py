@@ -279,9 +279,7 @@ def _verdict_at_the_end(
     if ending.kind in ("diverged", "open"):
         return Verdict("improving", f"H{lowest[1:]}: no overfitting until then.")
     if low := _low_rate(rates):
-        text = (
-            f"No overfitting: {lowest}. The learning rate had come down to {low} by then: going on takes a higher one."
-        )
+        text = f"No overfitting: {lowest}. The learning rate had come down {low} by then: going on takes a higher one."
         return Verdict("improving", text, low)
     return Verdict("improving", f"No overfitting: {lowest}. A little more training may still help.")
 
@@ -291,12 +289,12 @@ def _low_rate(rates: Sequence[tuple[float, float]]) -> str:
     known = [rate for _, rate in rates if math.isfinite(rate)]
     if not known or known[-1] >= LOW_RATE * max(known):
         return ""
-    return "0" if known[-1] == 0 else f"below {100 * LOW_RATE:g} % of its highest value"
+    return "to 0" if known[-1] == 0 else f"below {100 * LOW_RATE:g} % of its highest value"
 
 
 def _flattened_by(rates: Sequence[tuple[float, float]]) -> str:
     low = _low_rate(rates)
-    return f" The learning rate had come down to {low} by the end, which flattens any curve." if low else ""
+    return f" The learning rate had come down {low} by the end, which flattens any curve." if low else ""
 
 
 def _rose(held_out: Sequence[Validation]) -> bool:

@@ -15,7 +15,7 @@ SENTENCES = {
     "falling when stopped": "It was still falling when the run was stopped, at epoch 4 of 40.",
     "level": "It has hardly changed since.",
     "level at the end": "It had become level by then.",
-    "low rate": "The learning rate had come down to",
+    "low rate": "The learning rate had come down",
     "rate 0": "The learning rate was 0 at every logged step, so the model did not learn.",
     "risen": "It has risen since.",
     "both risen": "It has risen since, and so has the loss on the training photographs.",

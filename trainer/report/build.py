@@ -264,13 +264,13 @@ def _learned(run: RunFolder, facts: Facts, verdict: Verdict, end: Ending) -> str
     is_at_the_end = facts.best.step == held_out[-1].step == facts.last_step
     if verdict.kind == "level" and facts.best.step == held_out[-1].step:
         after = "It had become level by then."
-    elif verdict.kind == "improving" and is_at_the_end and not verdict.is_explained:
+    elif verdict.kind == "improving" and is_at_the_end and not verdict.low_rate:
         after = {
             "finished": "It was still falling when training ended.",
             "stopped": f"It was still falling when the run was stopped, at {end.place}.",
         }.get(end.kind, "")
-    if verdict.is_explained:
-        after += " The learning rate was then too low to change it much."
+    if verdict.low_rate:
+        after += f" The learning rate had come down {verdict.low_rate} by the end."
     return (
         f"Loss on held-out photographs, which the model was not trained on, was lowest at {best}: {amount} below that "
         f"of {start}. {after.strip()}"

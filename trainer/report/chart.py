@@ -80,8 +80,9 @@ def chart(
 
     alternative: the same in text, from `table_of` or a table of one's own. detail: what the y axis measures. label:
     for screen readers, default the title. unit: behind a value that is pointed at. ticks: names of x = 0, 1, 2 ...
-    instead of an axis of numbers. stages: x at which something begins, and its name. spans: (from, to, name) of x that
-    are shaded. ring: (x, y, text) of a point to be marked. steps: known pairs (x, step), to tell a step for every x.
+    instead of an axis of numbers. stages: x at which something begins, and its name. spans: (from, to, name) of x,
+    every other one shaded. ring: (x, y, text) of a point to be marked. steps: known pairs (x, step), to tell a step for
+    every x.
     All charts of a page with one group, by default one x_name, are zoomed, and pointed at, together.
     """
     highest = max((abs(y) for curve in curves for y in curve.y if math.isfinite(y)), default=0.0)

@@ -56,8 +56,8 @@ class Verdict:
     # unknown | no-rate | improving | level | rising | overfitting | worsening | no-gain
     kind: str
     text: str
-    # whether the learning rate was too low for the end of the curve to say anything about more training
-    is_explained: bool = False
+    # what the learning rate had come down to, if that was too low for the curve's end to tell of more training
+    low_rate: str = ""
 
     @property
     def is_warning(self) -> bool:
@@ -156,8 +156,8 @@ def over_fitting_verdict(
         return Verdict(
             "level",
             f"No noticeable overfitting: held-out loss was lowest at {where} ({best.loss:.4f}) and has hardly changed "
-            f"since ({last.loss:.4f}).{_explained_by_rate(rates, best.step, 'since then')}",
-            _largest_rate(rates, best.step) < LOW_RATE,
+            f"since ({last.loss:.4f}).{_flattened_by(rates)}",
+            _low_rate(rates),
         )
     rise = (
         f"held-out loss was lowest at {where} ({best.loss:.4f}) and has risen by {_rise_percent(best, last)} since, "
@@ -274,32 +274,27 @@ def _verdict_at_the_end(
     fall = earlier.loss - last.loss
     if not _counts(fall, earlier.loss, first.loss - last.loss):
         then = f"epoch {format_epoch(earlier.epoch)} ({earlier.loss:.4f})"
-        rate = _explained_by_rate(rates, earlier.step, "since then")
-        text = f"No noticeable overfitting: {lowest}, but has hardly changed since {then}.{rate}"
-        return Verdict("level", text, _largest_rate(rates, earlier.step) < LOW_RATE)
+        text = f"No noticeable overfitting: {lowest}, but has hardly changed since {then}.{_flattened_by(rates)}"
+        return Verdict("level", text, _low_rate(rates))
     if ending.kind in ("diverged", "open"):
         return Verdict("improving", f"H{lowest[1:]}: no overfitting until then.")
-    if _largest_rate(rates, earlier.step) < LOW_RATE:
-        text = f"No overfitting: {lowest}.{_explained_by_rate(rates, earlier.step, 'towards the end')}"
-        return Verdict("improving", text, is_explained=True)
+    if low := _low_rate(rates):
+        text = f"No overfitting: {lowest}. The learning rate had come down {low} by then: going on takes a higher one."
+        return Verdict("improving", text, low)
     return Verdict("improving", f"No overfitting: {lowest}. A little more training may still help.")
 
 
-def _largest_rate(rates: Sequence[tuple[float, float]], since_step: int) -> float:
-    """Return the largest learning rate after a step as a fraction of the whole run's, 1 if that is not known."""
-    known = [(step, rate) for step, rate in rates if math.isfinite(rate)]
-    later = [rate for step, rate in known if step > since_step]
-    peak = max((rate for _, rate in known), default=0.0)
-    return max(later) / peak if later and peak > 0 else 1.0
-
-
-def _explained_by_rate(rates: Sequence[tuple[float, float]], since_step: int, when: str) -> str:
-    """Return a sentence if the learning rate after a step was too low to change the model much, else ''."""
-    left = _largest_rate(rates, since_step)
-    if left >= LOW_RATE:
+def _low_rate(rates: Sequence[tuple[float, float]]) -> str:
+    """Return what the learning rate had come down to at the end, '' if it was not too low to change the model."""
+    known = [rate for _, rate in rates if math.isfinite(rate)]
+    if not known or known[-1] >= LOW_RATE * max(known):
         return ""
-    low = "0" if left == 0 else f"below {100 * LOW_RATE:g} % of its highest value"
-    return f" The learning rate was {low} {when}, so the model could hardly change."
+    return "to 0" if known[-1] == 0 else f"below {100 * LOW_RATE:g} % of its highest value"
+
+
+def _flattened_by(rates: Sequence[tuple[float, float]]) -> str:
+    low = _low_rate(rates)
+    return f" The learning rate had come down {low} by the end, which flattens any curve." if low else ""
 
 
 def _rose(held_out: Sequence[Validation]) -> bool:

@@ -1,28 +1,4 @@
 (function(){'use strict';
-document.querySelectorAll('figure[data-series]').forEach(function(figure){
- var data=JSON.parse(figure.dataset.series),out=figure.querySelector('.readout');
- function show(texts){out.replaceChildren.apply(out,texts.map(function(text){
-  var span=document.createElement('span');span.textContent=text;return span}))}
- function nearest(points,epoch){var best=null;points.forEach(function(p){
-  if(!best||Math.abs(p[0]-epoch)<Math.abs(best[0]-epoch))best=p});return best}
- figure.querySelectorAll('svg.graph').forEach(function(svg){
-  var key=svg.classList.contains('narrow')?'narrow':'wide',f=data.frames[key];
-  var line=document.createElementNS(svg.namespaceURI,'line');
-  line.setAttribute('class','s-ink');line.setAttribute('y1',f.top);line.setAttribute('y2',f.bottom);
-  line.setAttribute('visibility','hidden');svg.appendChild(line);
-  ['pointerdown','pointermove'].forEach(function(kind){svg.addEventListener(kind,function(event){
-   var box=svg.getBoundingClientRect(),x=(event.clientX-box.left)/box.width*svg.viewBox.baseVal.width;
-   x=Math.max(f.left,Math.min(f.right,x));
-   var epoch=f.first_epoch+(x-f.left)/(f.right-f.left)*(f.last_epoch-f.first_epoch);
-   line.setAttribute('x1',x);line.setAttribute('x2',x);line.setAttribute('visibility','visible');
-   show(data.series.map(function(s){var p=nearest(s.points,epoch);
-    return p?s.name+' '+p[2].toFixed(4)+' (epoch '+(+p[0].toFixed(1))+', step '+p[1].toLocaleString('en')+')':''})
-    .filter(Boolean))})});
-  svg.addEventListener('pointerleave',function(){line.setAttribute('visibility','hidden')});
- });
- out.textContent='Hover over the graph, or tap it, to read its values.';
-});
-// [data-zoom] holders: each picture becomes a button that enlarges all visible ones; data-zoom-by="button" has one of its own
 var shown=[],at=0,dialog=document.createElement('dialog');dialog.setAttribute('aria-label','Enlarged picture');
 function visible(image){return image.getClientRects().length>0}
 function draw(){var group=shown[at],row=document.createElement('div'),text=document.createElement('p'),

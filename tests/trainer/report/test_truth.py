@@ -15,7 +15,7 @@ SENTENCES = {
     "falling when stopped": "It was still falling when the run was stopped, at epoch 4 of 40.",
     "level": "It has hardly changed since.",
     "level at the end": "It had become level by then.",
-    "low rate": "The learning rate was then too low to change it much.",
+    "low rate": "The learning rate had come down",
     "rate 0": "The learning rate was 0 at every logged step, so the model did not learn.",
     "risen": "It has risen since.",
     "both risen": "It has risen since, and so has the loss on the training photographs.",
@@ -122,6 +122,10 @@ CASES = {
     "trained on without validation": ({"late": 2, "planned": 6}, "percent below, more training, no overfitting"),
     "falls while the rate decays to 0": (
         {"rates": (1e-4, 1e-4, 1e-4, 1e-7)},
+        "percent below, no overfitting, low rate",
+    ),
+    "falls until a schedule has ended": (
+        {"rates": (1e-4, 1e-4, 1e-4, 1e-4, 1e-9), "held_out": (*FALLING, 0.14), "planned": 5},
         "percent below, no overfitting, low rate",
     ),
     "level at its end": ({"held_out": LEVEL}, "level at the end, percent below, hardly"),

@@ -24,3 +24,28 @@ def test_the_table_of_changed_photographs_is_of_the_result_lines():
             expected.append(f"{figures[name]:.{digits}f} ({figures[f'{name}_sd']:.{digits}f})")
         expected.append(f"{40 * figures['share_p_below_005']:.0f} of 40")
         assert [cell.strip() for cell in row.split("|")] == expected
+
+
+def test_the_tables_of_whole_sets_are_of_the_result_line():
+    figures = json.loads((RESULTS / "metrics.jsonl").read_text().splitlines()[-1])["figures"]
+    rows = {name: cells for name, *cells in _rows(PAGE.read_text())}
+    for num in (25, 50, 100):
+        found, expected = figures[f"halves_{num}"], []
+        for name, digits in (("kid", 1), ("frechet", 0), ("density", 2), ("coverage", 2)):
+            expected.append(f"{found[name]['mean']:.{digits}f} ({found[name]['sd']:.{digits}f})")
+            expected += [f"{found[name]['half_width']:.{digits}f}"] if name in ("kid", "frechet") else []
+        assert rows[str(num)] == expected
+    titles = {"same": "nothing"}
+    titles |= {f"burnt_{factor}": f"burnt {factor}" for factor in ("1.25", "1.5", "2", "3")}
+    titles |= {f"blurred_{radius}": f"soft: blur of radius {radius} px" for radius in (1, 2, 4, 8)}
+    titles |= {f"different_{num}": f"fewer: {num}" for num in (50, 20, 10)}
+    for key, title in titles.items():
+        expected = []
+        for name, digits in (("kid", 1), ("frechet", 0), ("density", 2), ("coverage", 2)):
+            value, low, high = figures[key][name]
+            expected.append(f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]")
+        assert rows[title] == expected
+
+
+def _rows(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]

@@ -3,6 +3,7 @@
 (function () {
   'use strict';
   const bar = document.querySelector('.live'), says = bar.querySelector('.says'), when = bar.querySelector('.when');
+  const live = bar.querySelector('.is-live');
   const EVERY_MS = 3000, SLOWLY_MS = 10000;
   const main = document.querySelector('main'), dialogs = document.getElementsByTagName('dialog');
   let isPressed = false, isAsking = false, timer = 0, lostAt = 0, skew = 0;
@@ -129,6 +130,7 @@
       skew = now.now - Date.now() / 1000;
       lostAt = 0;
       bar.classList.remove('lost');
+      live.textContent = 'Live';
       bar.dataset.state = now.state;
       if (now.changed) when.dataset.at = now.changed;
       say(now.says);
@@ -136,7 +138,8 @@
     } catch (error) {
       lostAt = lostAt || Date.now();
       bar.classList.add('lost');
-      say('Not live: no answer since ' + new Date(lostAt).toLocaleTimeString() + '. If the server was started again, '
+      live.textContent = 'Not live';
+      say('No answer since ' + new Date(lostAt).toLocaleTimeString() + '. If the server was started again, '
         + 'open the address that it printed. This page shows the last state');
     }
     isAsking = false;

@@ -144,11 +144,13 @@ class LivePage:
         """Return the line at the top that says whether the page is live, and what is going on."""
         home = tag("a", "All runs", href=self._home) if self._home else None
         said = tag("span", self._problem or state.says, class_="says", role="status", dir="auto")
+        is_live = tag("strong", "Live", class_="is-live")
         when = tag("time", "", data_at=f"{changed:.0f}" if changed else None, class_="when")
         noscript = tag("noscript", "Without JavaScript this page does not refresh by itself: reload it.")
         return tag(
             "div",
             tag("i", "", aria_hidden="true"),
+            is_live,
             said,
             when,
             noscript,

@@ -121,18 +121,6 @@ class RunList:
         return Reading(_content(self.root, rows), newest, lambda: state)
 
 
-def run_reading(folder: Path) -> Reading:
-    """Return a run's report. Raises UserError if it is no run any more."""
-    from safelight.trainer.config.toml import require_run
-    from safelight.trainer.report.build import content_of
-
-    require_run(folder)
-    mark = mark_of(folder)
-    run = read_run_folder(folder)
-    summary, changed = summary_of(run), changed_at(mark)
-    return Reading(content_of(run), changed, lambda: state_of(folder, summary, changed))
-
-
 def _content(root: Path, rows: list) -> Content:
     header = tag(
         "header",
@@ -142,7 +130,7 @@ def _content(root: Path, rows: list) -> Content:
     )
     if rows:
         head = ["run", "", "epoch", "step", "lowest held-out loss", "base", "changed"]
-        body = table(head, rows, class_="figures listed")
+        body = table(head, rows, class_="listed")
     else:
         body = empty_state("No run lies in this folder yet, or up to four folders below it.")
     section = tag("section", tag("h2", "Runs"), body, id="runs")

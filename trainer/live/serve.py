@@ -18,9 +18,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from safelight.errors import UserError
+from safelight.trainer.live.followed_run import FollowedRun
 from safelight.trainer.live.live_page import CSP, LivePage
-from safelight.trainer.live.run_state import mark_of
-from safelight.trainer.live.runs_below import RunList, find_runs, is_run, run_reading
+from safelight.trainer.live.runs_below import RunList, find_runs
 from safelight.untrusted import is_inside
 
 HOST = "127.0.0.1"
@@ -69,7 +69,7 @@ class LiveServer(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, folder: Path, port: int):
-        self._folder, self._is_run = folder, is_run(folder) or (folder / "config.toml").is_file()
+        self._folder, self._is_run = folder, (folder / "config.toml").is_file()
         self._token = secrets.token_urlsafe(24)
         self._failure: BaseException | None = None
         self._slots = threading.BoundedSemaphore(MAX_CONNECTIONS)
@@ -115,7 +115,8 @@ class LiveServer(ThreadingHTTPServer):
         return HTTPStatus.OK, kind, body
 
     def _page_of(self, run: Path, home: str = "") -> LivePage:
-        return LivePage(lambda: mark_of(run), lambda: run_reading(run), self._fail, home)
+        followed = FollowedRun(run)
+        return LivePage(followed.mark, followed.read, self._fail, home)
 
     def _listed(self, key: str) -> LivePage | None:
         """Return the page of a run below the folder, None if there is no such run."""

@@ -20,7 +20,7 @@ from typing import BinaryIO
 
 from safelight.errors import UserError
 from safelight.text import printable
-from safelight.untrusted import UnsafeFile, check_links, open_regular, open_to_write, parse_json
+from safelight.untrusted import UnsafeFile, check_links, open_regular, open_to_write, parse_json, read_bytes
 
 LOCK_NAME = ".lock"
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -182,3 +182,36 @@ class FolderLock:
 
     def __exit__(self, *exception) -> None:
         self.release()
+
+
+def is_held(folder: Path) -> bool | None:
+    """Return whether a process holds the folder's lock that is not shared; None if it runs on another computer.
+
+    Asks without taking the lock, which would refuse a process that starts at this moment: the process that the lock
+    file names must be alive and, where the system lists locks, hold this one. So a file that a killed process left
+    behind counts as nothing, and neither does a copy of the folder.
+    """
+    try:
+        with open_regular(folder / LOCK_NAME, follow_links=False) as file:
+            inode = os.fstat(file.fileno()).st_ino
+            holder = parse_json(file.read(100_000))
+        pid, host = int(holder["pid"]), holder["host"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    if host != socket.gethostname():
+        return None
+    try:
+        # sends no signal
+        os.kill(pid, 0)
+    except PermissionError:
+        pass
+    except (OSError, OverflowError):
+        return False
+    try:
+        locks = read_bytes(Path("/proc/locks")).decode("ascii", "replace").splitlines()
+    except OSError:
+        return True
+    # 4: FLOCK  ADVISORY  WRITE 3714 fe:00:2196657 0 EOF
+    return any(
+        words[4] == str(pid) and words[5].endswith(f":{inode}") for line in locks if len(words := line.split()) == 8
+    )

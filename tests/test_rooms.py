@@ -23,7 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("data/prepare",),
     ("trainer/families",),
     ("trainer/models", "trainer/optim", "trainer/report", "trainer/metrics"),
-    ("trainer/adapters",),
+    ("trainer/adapters", "trainer/live"),
     ("trainer/checkpoint", "trainer/step"),
     ("trainer/run_log",),
     ("trainer/inference", "trainer/captioning"),

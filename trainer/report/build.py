@@ -224,10 +224,12 @@ def _lead(run: RunFolder, facts: Facts, verdict: Verdict, end: Ending) -> str:
     told = _learned(run, facts, verdict, end)
     if not run.metrics.last_step:
         return told
-    unfinished = {
-        "stopped": f"The run was stopped at {end.place}.",
-        "open": f"The log ends at {end.place}: the run is still going on, or was ended before its time.",
-    }.get(end.kind, "")
+    going_on = {
+        True: f"Training goes on: it has come to {end.place}.",
+        False: f"The run was ended before its time, at {end.place}.",
+        None: f"The log ends at {end.place}: the run is still going on, or was ended before its time.",
+    }[run.is_training]
+    unfinished = {"stopped": f"The run was stopped at {end.place}.", "open": going_on}.get(end.kind, "")
     return f"{told} {unfinished}".rstrip() if end.place not in told else told
 
 

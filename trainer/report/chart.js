@@ -195,11 +195,28 @@ function draw(figure){
  ['pointerdown','pointermove'].forEach(function(kind){plot.over.addEventListener(kind,function(event){
   if(event.pointerType!=='touch')return;var at=plot.over.getBoundingClientRect();
   plot.setCursor({left:event.clientX-at.left,top:event.clientY-at.top},true,true)})});
- charts.push(chart);
- new ResizeObserver(function(){
+ charts.push(chart);chart.items=items;
+ chart.observer=new ResizeObserver(function(){
   if(paper.matches||!box.clientWidth||(box.clientWidth===plot.width&&box.clientHeight===plot.height))return;
-  plot.setSize({width:box.clientWidth,height:box.clientHeight})}).observe(box);
+  plot.setSize({width:box.clientWidth,height:box.clientHeight})});chart.observer.observe(box);
  read(plot)}
+
+// a part of a page that is served was replaced by its newer state (live.js): its charts keep zoom and chosen curves
+function titleOf(chart){return chart.figure.querySelector('.chart-title').textContent}
+function pressed(item){var made=item.querySelector('button.curve');return made&&made.getAttribute('aria-pressed')}
+function carry(old,now){
+ now.items.forEach(function(item){old.items.forEach(function(other){
+  if(item.querySelector('.curve').textContent===other.querySelector('.curve').textContent&&
+   pressed(item)!==pressed(other)&&pressed(item))item.querySelector('button.curve').click()})});
+ var x=old.plot.scales.x;
+ if(!now.isFixed&&(x.min>old.whole[0]||x.max<old.whole[1]))now.plot.setScale('x',{min:x.min,max:x.max})}
+addEventListener('swapped',function(event){
+ var gone=charts.filter(function(chart){return event.detail.gone.contains(chart.figure)});
+ charts=charts.filter(function(chart){return gone.indexOf(chart)<0});
+ event.detail.come.querySelectorAll('figure[data-chart]').forEach(draw);
+ charts.forEach(function(now){if(event.detail.come.contains(now.figure))gone.forEach(function(old){
+  if(titleOf(old)===titleOf(now))carry(old,now)})});
+ gone.forEach(function(chart){chart.observer.disconnect();chart.plot.destroy()})});
 
 readColors();
 document.querySelectorAll('figure[data-chart]').forEach(draw);

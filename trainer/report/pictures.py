@@ -7,9 +7,10 @@ is decoded, 8-bit grey, colour or palette, and the cost of decoding is bounded, 
 
 import base64
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from PIL import Image
 
@@ -31,6 +32,8 @@ MAX_PAGE_PIXELS = 1_500_000_000
 BYTES_PER_PIXEL = 3
 # Smaller pictures come from a tiny model: lossy coding would smear their few pixels, and lossless costs little.
 LOSSLESS_EDGE_PX = 160
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,20 @@ class Picture:
         )
 
 
+# a file as it was (path, time of its last change, size), the largest edge that was asked for, and that of the picture
+Known = dict[tuple[str, int, int, int, int], Picture]
+
+
 @dataclass
 class Work:
-    """What decoding the rest of a page's pictures may cost. num_pixels: in all passes; 3 bytes of a file are one."""
+    """What decoding the rest of a page's pictures may cost. num_pixels: in all passes; 3 bytes of a file are one.
+
+    known: the pictures that this page has embedded. before: those of an earlier rendering, which cost nothing again.
+    """
 
     num_pixels: int = MAX_PAGE_PIXELS
+    known: Known = field(default_factory=dict)
+    before: Known = field(default_factory=dict)
 
     def take(self, num_pixels: int) -> None:
         """Raise RejectedImage if this is more than is left, or more than one picture may have."""
@@ -79,18 +91,15 @@ def embed_all(
     The result is None for a path that is None or cannot be read, for pictures that no run writes or that cost more than
     `work` has left, and for those that exceed the budget even at the smallest size.
     """
-    return embed_images(_decode_all(paths, max(edges_px), work), edges_px, budget_bytes)
+    sources = {path: _Source(path, max(edges_px), work) for path in paths if path is not None}
+    return _fitting([sources.get(path) for path in paths], edges_px, budget_bytes, _Source.embed)
 
 
 def embed_images(
     images: Sequence[Image.Image | None], edges_px: Sequence[int], budget_bytes: int
 ) -> list[Picture | None]:
     """Return a picture for each image, as `embed_all`."""
-    for edge_px in edges_px[:-1]:
-        pictures = _embed_within(images, edge_px, budget_bytes)
-        if pictures is not None:
-            return pictures
-    return _embed_within(images, edges_px[-1], budget_bytes, leave_out=True)
+    return _fitting(images, edges_px, budget_bytes, _embed)
 
 
 def placeholder(text: str) -> Markup:
@@ -98,13 +107,53 @@ def placeholder(text: str) -> Markup:
     return tag("span", text, class_="missing", role="img", aria_label=text)
 
 
+class _Source:
+    """A file, decoded only if its picture is not known. edge_px: of the largest picture."""
+
+    def __init__(self, path: Path, edge_px: int, work: Work):
+        self._path, self._edge_px, self._work = path, edge_px, work
+        self._image: Image.Image | None = None
+        self._is_decoded = False
+
+    def embed(self, edge_px: int) -> Picture | None:
+        try:
+            status = self._path.stat()
+        except OSError:
+            return None
+        key = (str(self._path), status.st_mtime_ns, status.st_size, self._edge_px, edge_px)
+        work = self._work
+        picture = work.known.get(key) or work.before.get(key)
+        if picture is None:
+            if not self._is_decoded:
+                self._image, self._is_decoded = _decoded(self._path, self._edge_px, work), True
+            picture = _embed(self._image, edge_px) if self._image else None
+        if picture is not None:
+            work.known[key] = picture
+        return picture
+
+
+def _fitting(
+    items: Sequence[_T | None], edges_px: Sequence[int], budget_bytes: int, embed: Callable[[_T, int], Picture | None]
+) -> list[Picture | None]:
+    """Return the pictures at the largest edge at which they fit; at the smallest, those that fit."""
+    for edge_px in edges_px[:-1]:
+        pictures = _embed_within(items, edge_px, budget_bytes, embed)
+        if pictures is not None:
+            return pictures
+    return _embed_within(items, edges_px[-1], budget_bytes, embed, leave_out=True)
+
+
 def _embed_within(
-    images: Sequence[Image.Image | None], edge_px: int, budget_bytes: int, leave_out: bool = False
+    items: Sequence[_T | None],
+    edge_px: int,
+    budget_bytes: int,
+    embed: Callable[[_T, int], Picture | None],
+    leave_out: bool = False,
 ) -> list[Picture | None] | None:
     pictures: list[Picture | None] = []
     used = 0
-    for image in images:
-        picture = _embed(image, edge_px) if image is not None else None
+    for item in items:
+        picture = embed(item, edge_px) if item is not None else None
         size = len(picture.uri) if picture else 0
         if used + size > budget_bytes:
             if not leave_out:
@@ -115,26 +164,20 @@ def _embed_within(
     return pictures
 
 
-def _decode_all(paths: Sequence[Path | None], edge_px: int, work: Work) -> list[Image.Image | None]:
-    """Return the images, at most edge_px on their longest side; None for what is not decoded."""
-    by_path: dict[Path, Image.Image | None] = {}
-    for path in paths:
-        if path is None or path in by_path:
-            continue
-        try:
-            content = read_bytes(path, MAX_FILE_BYTES)
-            num_taken = len(content) // BYTES_PER_PIXEL
-            # before the header is looked at, which of a large file takes a while
-            work.take(num_taken)
-            work.take(max(0, _num_pixels(content) - num_taken))
-            # a JPEG is decoded at a fraction of its size: decoding is most of the time spent on a folder of photographs
-            image = decode(content, max_megapixels=(2 * edge_px) ** 2 / 1e6).image
-        except (RejectedImage, UnsafeFile, OSError):
-            by_path[path] = None
-            continue
-        image.thumbnail((edge_px, edge_px), Image.Resampling.LANCZOS)
-        by_path[path] = image
-    return [by_path.get(path) if path is not None else None for path in paths]
+def _decoded(path: Path, edge_px: int, work: Work) -> Image.Image | None:
+    """Return an image, at most edge_px on its longest side; None for what is not decoded."""
+    try:
+        content = read_bytes(path, MAX_FILE_BYTES)
+        num_taken = len(content) // BYTES_PER_PIXEL
+        # before the header is looked at, which of a large file takes a while
+        work.take(num_taken)
+        work.take(max(0, _num_pixels(content) - num_taken))
+        # a JPEG is decoded at a fraction of its size: decoding is most of the time spent on a folder of photographs
+        image = decode(content, max_megapixels=(2 * edge_px) ** 2 / 1e6).image
+    except (RejectedImage, UnsafeFile, OSError):
+        return None
+    image.thumbnail((edge_px, edge_px), Image.Resampling.LANCZOS)
+    return image
 
 
 def _num_pixels(content: bytes) -> int:

@@ -131,6 +131,8 @@ class RunFolder:
     problems: list[str] = field(default_factory=list)
     # what is left of the work that the page's pictures may take
     work: Work = field(default_factory=Work)
+    # whether it is training now, None if that is not known
+    is_training: bool | None = None
 
     @property
     def name(self) -> str:
@@ -151,8 +153,11 @@ class RunFolder:
         return str(self.model.get("base") or table_of(self.config, "model").get("base") or "unknown base model")
 
 
-def read_run_folder(run_dir: Path) -> RunFolder:
-    """Return the contents of a run folder. Raises UserError if run_dir is not a folder."""
+def read_run_folder(run_dir: Path, work: Work | None = None, is_training: bool | None = None) -> RunFolder:
+    """Return the contents of a run folder. work, is_training: as RunFolder has them.
+
+    Raises UserError if run_dir is not a folder.
+    """
     if not run_dir.is_dir():
         raise UserError(f"run folder {run_dir} does not exist; give the folder that `safelight train` wrote")
     problems: list[str] = []
@@ -171,6 +176,8 @@ def read_run_folder(run_dir: Path) -> RunFolder:
         grids=read_grids(run_dir, problems),
         scores=_read_object(run_dir, "scores.json", problems),
         problems=problems,
+        work=work or Work(),
+        is_training=is_training,
     )
 
 

@@ -1,23 +1,27 @@
 // one picture a prompt, of the epoch that the slider is at; without this script every prompt is a strip
 (function () {
   'use strict';
-  const section = document.getElementById('samples'), control = section && section.querySelector('.epoch-slider');
-  if (!control) return;
-  const slider = control.querySelector('input'), shown = control.querySelector('output');
-  const all = control.querySelector('button'), names = slider.dataset.names.split('|');
-  const show = () => {
-    shown.textContent = names[slider.value];
-    slider.setAttribute('aria-valuetext', names[slider.value]);
-    for (const cell of section.querySelectorAll('.frames li'))
-      cell.classList.toggle('now', cell.dataset.place === slider.value);
+  const start = root => {
+    const section = root.querySelector('#samples'), control = section && section.querySelector('.epoch-slider');
+    if (!control) return;
+    const slider = control.querySelector('input'), shown = control.querySelector('output');
+    const all = control.querySelector('button'), names = slider.dataset.names.split('|');
+    const show = () => {
+      shown.textContent = names[slider.value];
+      slider.setAttribute('aria-valuetext', names[slider.value]);
+      for (const cell of section.querySelectorAll('.frames li'))
+        cell.classList.toggle('now', cell.dataset.place === slider.value);
+    };
+    slider.addEventListener('input', show);
+    all.addEventListener('click', () => {
+      const sliding = section.classList.toggle('sliding');
+      all.setAttribute('aria-pressed', String(!sliding));
+      slider.disabled = !sliding;
+    });
+    section.classList.add('sliding');
+    control.hidden = false;
+    show();
   };
-  slider.addEventListener('input', show);
-  all.addEventListener('click', () => {
-    const sliding = section.classList.toggle('sliding');
-    all.setAttribute('aria-pressed', String(!sliding));
-    slider.disabled = !sliding;
-  });
-  section.classList.add('sliding');
-  control.hidden = false;
-  show();
+  start(document);
+  addEventListener('swapped', event => start(event.detail.come));
 })();

@@ -307,9 +307,8 @@ def _loss_section(runs: Sequence[RunFolder], labels: Sequence[str]) -> Markup:
                 relative = [100 * (point.loss / points[0].loss - 1) for point in points]
                 changes.append(Curve(label, epochs, relative, color, look))
         line = "dashed" if is_repeated else "line"
-        training += [
-            Curve(label, curve.x, curve.y, color, line) for curve in smoothed(run.metrics, "loss", "", color)[:1]
-        ]
+        means = smoothed(run.metrics, "loss", "", color)[:1]
+        training += [Curve(label, curve.x, curve.y, color, line) for curve in means]
         exact = learning_rates(run)
         train = run.metrics.train
         logged = (train["epoch"], train["lr"]) if exact is None else exact

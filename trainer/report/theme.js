@@ -15,15 +15,20 @@ function draw(){var group=shown[at],row=document.createElement('div'),text=docum
   scale=Math.min(.94*innerWidth/across/source.naturalWidth,.8*innerHeight/down/source.naturalHeight);
   image.style.width=Math.round(scale*source.naturalWidth)+'px'});
  text.textContent=group.text;dialog.replaceChildren(row,text,keys)}
-document.querySelectorAll('[data-zoom]').forEach(function(holder){
+function enlargeable(root){root.querySelectorAll('[data-zoom]').forEach(function(holder){
  var images=Array.from(holder.querySelectorAll('img'));if(!images.length)return;
- var index=shown.push({images:images,text:holder.dataset.zoom})-1;
+ var group={images:images,text:holder.dataset.zoom,holder:holder};shown.push(group);
  function enlarging(className,label){var button=document.createElement('button');
   button.className=className;button.type='button';button.setAttribute('aria-label','Enlarge: '+label);
-  button.addEventListener('click',function(){at=index;draw();dialog.showModal()});return button}
+  button.addEventListener('click',function(){at=shown.indexOf(group);draw();dialog.showModal()});return button}
  if(holder.dataset.zoomBy==='button'){var button=enlarging('enlarge',holder.dataset.zoom);
   button.textContent='Enlarge';holder.lastElementChild.append(button)}
- else images.forEach(function(image){var button=enlarging('zoom',image.alt);image.replaceWith(button);button.append(image)})});
+ else images.forEach(function(image){var button=enlarging('zoom',image.alt);image.replaceWith(button);button.append(image)})})}
+enlargeable(document);
+// a part of a page that is served was replaced by its newer state (live.js)
+addEventListener('swapped',function(event){enlargeable(event.detail.come);
+ shown=shown.filter(function(group){return group.holder.isConnected}).sort(function(a,b){
+  return a.holder.compareDocumentPosition(b.holder)&Node.DOCUMENT_POSITION_FOLLOWING?-1:1})});
 document.body.append(dialog);
 dialog.addEventListener('click',function(){dialog.close()});
 dialog.addEventListener('keydown',function(event){var step=event.key==='ArrowRight'?1:event.key==='ArrowLeft'?-1:0;

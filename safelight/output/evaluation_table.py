@@ -44,4 +44,6 @@ def _row(metric: Metric, models: list[str]) -> tuple[str, ...]:
 def _cell(estimate: Estimate | None) -> str:
     if estimate is None:
         return "–"
+    if estimate.low == estimate.high:
+        return f"{estimate.value:.3g}"
     return f"{estimate.value:.3g} [{estimate.low:.3g}, {estimate.high:.3g}]".replace("-", "−")

@@ -1,6 +1,5 @@
 """The long kill tests: kill -9 at random moments, 20 of caching, 50 of training, 10 of a grid; nothing is lost.
 
-
 The moments are random times rather than chosen points, so they also hit loading.
 """
 

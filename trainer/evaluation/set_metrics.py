@@ -20,7 +20,7 @@ from safelight.trainer.metrics.frechet import warning as frechet_warning
 from safelight.trainer.metrics.interval import Interval
 from safelight.trainer.metrics.kid import kid, kid_difference
 from safelight.trainer.metrics.mmd import SetDifference, cmmd, cmmd_difference
-from safelight.trainer.metrics.neighbours import neighbours
+from safelight.trainer.metrics.neighbours import expected_coverage, neighbours
 from safelight.trainer.metrics.paired import paired_difference
 from safelight.trainer.metrics.resampling import TooFewPictures, halves, mean_interval
 from safelight.trainer.report.evaluation import Difference, Estimate, Metric
@@ -66,8 +66,8 @@ def metrics_of(features: Features, is_inception: bool = False) -> tuple[list[Met
     if features.texts is not None:
         add("CMMD", partial(_cmmd, features))
         add("CLIPScore", partial(_clip_score, features))
-    for title, place in (("density", 0), ("coverage", 1)):
-        add(title, partial(_neighbours, features, place))
+    add("density", partial(_density, features))
+    add("coverage", partial(_coverage, features))
     add("FID" if is_inception else "Fréchet distance", partial(_frechet, features, is_inception))
     return found, lacking
 
@@ -143,7 +143,8 @@ def _cmmd(features: Features) -> Metric:
 
 
 def _frechet(features: Features, is_inception: bool) -> Metric:
-    values, real = _by_model(features, frechet)
+    # halves of the photographs are fewer pictures than a model drew: their distance is more biased, and no level
+    values, _ = _by_model(features, frechet)
     return Metric(
         id=f"frechet_{features.id}",
         title="FID" if is_inception else "Fréchet distance",
@@ -152,29 +153,35 @@ def _frechet(features: Features, is_inception: bool) -> Metric:
         features=features.name,
         warning=frechet_warning(min(features.num, len(features.real))),
         values=values,
-        real=real,
     )
 
 
-def _neighbours(features: Features, place: int) -> Metric:
-    values, real = _by_model(features, lambda *sets: neighbours(*sets)[place])
-    title, meaning, better = (
-        ("Density", "How typical the drawn pictures are: how often they lie where your photographs crowd.", "higher"),
-        (
-            "Coverage",
-            "How much of the photographs' variety is drawn: the share with a drawn picture near it.",
-            "higher",
-        ),
-    )[place]
+def _density(features: Features) -> Metric:
+    values, real = _by_model(features, lambda *sets: neighbours(*sets).density)
     return Metric(
-        id=f"{title.lower()}_{features.id}",
-        title=title,
-        meaning=meaning,
-        better=better,
+        id=f"density_{features.id}",
+        title="Density",
+        meaning="How typical the drawn pictures are: how often they lie where your photographs crowd.",
+        better="higher",
         features=features.name,
         warning=_few(features),
         values=values,
         real=real,
+    )
+
+
+def _coverage(features: Features) -> Metric:
+    values, _ = _by_model(features, lambda *sets: neighbours(*sets).coverage)
+    perfect = expected_coverage(len(features.real), features.num)
+    return Metric(
+        id=f"coverage_{features.id}",
+        title="Coverage",
+        meaning="How much of the photographs' variety is drawn: the share of them with a drawn picture near.",
+        better="higher",
+        features=features.name,
+        warning=_few(features),
+        values=values,
+        real=_estimate(REAL, Interval(perfect, perfect, perfect), features.num),
     )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from safelight.text import counted
 from safelight.trainer.report.bars import Axis, interval_bar, show_number, show_p
 from safelight.trainer.report.evaluation import Difference, Estimate, Evaluation, Metric
 from safelight.trainer.report.facts import evenly_chosen
-from safelight.trainer.report.markup import Markup, join, nothing_yet, shorten, table, tag
+from safelight.trainer.report.markup import Markup, details, join, nothing_yet, shorten, table, tag
 from safelight.trainer.report.models import name_of, put_forward
 from safelight.trainer.report.records import BASE
 from safelight.trainer.report.run_reader import RunFolder
@@ -34,16 +35,29 @@ def measures_section(run: RunFolder) -> Markup:
         left_out = _not_computed(evaluation) if evaluation else None
         return tag("section", heading, scores, left_out or nothing_yet(NOT_YET, "evaluate"), id="measures")
     model = put_forward(run, [one.id for one in evaluation.models])
+    repeated = _repeated(evaluation.metrics)
     return tag(
         "section",
         heading,
         tag("p", _summary(run, evaluation, model), class_="lead") if model else None,
         tag("p", _how_measured(evaluation), class_="note"),
-        [_metric(run, metric, model) for metric in evaluation.metrics],
+        [_metric(run, metric, model) for metric in evaluation.metrics if metric not in repeated],
+        details(_repeats(repeated), *[_metric(run, metric, model) for metric in repeated]) if repeated else None,
         scores,
         _not_computed(evaluation),
         id="measures",
     )
+
+
+def _repeated(metrics: Sequence[Metric]) -> list[Metric]:
+    """Return the metrics that an earlier one shows already, by other features."""
+    first = {metric.title: metric for metric in reversed(metrics)}
+    return [metric for metric in metrics if first[metric.title] is not metric]
+
+
+def _repeats(metrics: Sequence[Metric]) -> str:
+    features = dict.fromkeys(shorten(metric.features, 60) for metric in metrics if metric.features)
+    return f"The same by {', '.join(features)}" if features else "Further figures"
 
 
 def judge(metric: Metric, model: str) -> Judgement:
@@ -120,7 +134,8 @@ def _metric(run: RunFolder, metric: Metric, model: str | None) -> Markup:
                 "" if is_real else _difference(difference_of(metric, value.model)),
             ]
         )
-    head = ["", "value", "", "95 % interval", "minus the base, by prompt"]
+    by_prompt = any(_num_prompts(difference) for difference in metric.differences)
+    head = ["", "value", "", "95 % interval", f"minus the base{', by prompt' if by_prompt else ''}"]
     if not metric.differences:
         head, rows = head[:-1], [row[:-1] for row in rows]
     better = BETTER.get(metric.better, "")
@@ -149,7 +164,7 @@ def _counts(metric: Metric) -> str:
     if not nums:
         return ""
     each = f"{nums[0]:,} to {nums[-1]:,} pictures" if len(nums) > 1 else counted(nums[0], "picture")
-    return f"{each} a model" + (f", {counted(metric.real.num, 'photograph')}" if metric.real else "")
+    return f"{each} a model"
 
 
 def _chosen_values(metric: Metric, model: str | None) -> list[Estimate]:
@@ -180,8 +195,12 @@ def _sentence(run: RunFolder, metric: Metric, model: str) -> str:
         "different": "different from the base, beyond chance",
         "unclear": "no clear difference from the base",
     }[judge(metric, model)]
-    if difference:
-        num = difference.wins + difference.ties + difference.losses
+    if difference and not (num := _num_prompts(difference)):
+        text = (
+            f"{name[0].upper()}{name[1:]} is {verdict} (p {show_p(difference.p)}, by exchanging the pictures of both "
+            "models prompt by prompt)."
+        ).replace("is no clear difference from", "shows no clear difference from")
+    elif difference:
         ties = f", equal for {difference.ties}" if difference.ties else ""
         text = (
             f"Prompt by prompt, {name} is {verdict} (p {show_p(difference.p)}): better for {difference.wins} of "
@@ -199,6 +218,11 @@ def _sentence(run: RunFolder, metric: Metric, model: str) -> str:
     if 0 < fewest < FEW_PICTURES:
         text += f" From only {counted(fewest, 'picture')}, so read it with care."
     return text
+
+
+def _num_prompts(difference: Difference) -> int:
+    """Return the prompts that were judged one by one, 0 for a metric of whole sets."""
+    return difference.wins + difference.ties + difference.losses
 
 
 def _not_computed(evaluation: Evaluation) -> Markup | None:

@@ -263,6 +263,16 @@ def test_a_mistake_on_the_command_line_is_one_line(folder, words, part):
     call("grid", folder, *words).assert_refused("grid", part)
 
 
+def test_ctrl_c_keeps_what_is_drawn_and_says_so(folder, monkeypatch):
+    def interrupt(self, settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(OpenRun, "fit_to_memory", interrupt)
+    called = call("grid", folder, "--x", "cfg=3", "--prompt", "x", "--name", "stopped", "--steps", 2)
+    assert called.status == 130
+    assert called.err.endswith("are kept; the same command draws the rest\ninterrupted\n")
+
+
 @pytest.mark.parametrize("place", ["grids", "grids/cfg", "grids/cfg/index.html", "grids/cfg/sheet.png"])
 def test_what_is_in_the_way_of_a_grid_is_one_line(run, tmp_path, place):
     drawn, blocked = plan(run, "cfg=3"), tmp_path / place

@@ -50,13 +50,18 @@ def grid(argv: list[str], description: str) -> int:
             max_cells=arguments.max_cells,
             say=terminal.say,
         )
-        folder = draw_grid(
-            run,
-            plan,
-            arguments.name,
-            progress=lambda done, total: terminal.update("sampling", done, total),
-            say=terminal.say,
-        )
+        try:
+            folder = draw_grid(
+                run,
+                plan,
+                arguments.name,
+                progress=lambda done, total: terminal.update("sampling", done, total),
+                say=terminal.say,
+            )
+        except KeyboardInterrupt:
+            terminal.pause()
+            terminal.say("the pictures drawn so far are kept; the same command draws the rest")
+            raise
     print_line(f"grid in {folder} (sheet.png, and index.html to zoom); report: {build_report(arguments.run)}")
     say_next(f"open {shlex.quote(str(folder / 'index.html'))} in a browser")
     return 0

@@ -81,6 +81,7 @@ def output(tmp_path_factory) -> dict[str, str]:
     go("train", run, "--resume", "--train.max-steps", 1, name="train --resume")
     go("sample", run, "--prompt", EVIL, "--steps", 1)
     go("compare", run, "--num", 1)
+    go("grid", run, "--x", "cfg=1", "--y", "prompt", "--prompt", EVIL, "--steps", 1)
     go("export", run, "-o", place / f"out{EVIL}.safetensors")
     go("export", run, "-o", place / f"out{EVIL}", name="export to a folder")
     go("report", run)

@@ -33,9 +33,9 @@ def test_the_settings_file_is_required(command, tmp_path):
     assert missing.err.startswith(f"safelight {command}: {tmp_path / 'none.toml'} does not exist; write one with")
 
 
-@pytest.mark.parametrize("command", ["sample", "compare", "export", "report"])
+@pytest.mark.parametrize("command", ["sample", "compare", "grid", "export", "report"])
 def test_a_folder_that_is_not_a_run_is_one_line(command, tmp_path):
-    others = {"sample": ["--prompt", "x"], "export": ["-o", tmp_path / "out"]}
+    others = {"sample": ["--prompt", "x"], "grid": ["--x", "cfg=3"], "export": ["-o", tmp_path / "out"]}
     refused = call(command, tmp_path / "none", *others.get(command, []))
     assert refused.status == 2
     assert refused.err.startswith(f"safelight {command}: ")
@@ -177,6 +177,7 @@ def test_every_command_has_its_function():
         (["profile", "run.toml", "--append", ""], "--append is empty"),
         (["sample", "run", "--prompt", "", "-o", ""], "-o is empty"),
         (["compare", ""], "RUN is empty"),
+        (["grid", "", "--x", "cfg=3"], "RUN is empty"),
         (["export", "run", "-o", ""], "-o is empty"),
         (["report", ""], "RUN is empty"),
         (["demo", "--dir", ""], "--dir is empty"),

@@ -41,6 +41,11 @@ def _words(text: str) -> list[str]:
     return [part.lower() for part in _texts(text)]
 
 
+def _samplers(text: str) -> list[str]:
+    """Return the names of samplers, also of those that A1111 calls otherwise."""
+    return [{"dpm++ 2m": "dpm++"}.get(word, word) for word in _words(text)]
+
+
 def _replacements(text: str) -> list[str]:
     words = _texts(text)
     if len(words) < 2 or not words[0]:
@@ -66,7 +71,7 @@ KINDS = {
     "checkpoint": Kind("base,best,last", _words, "also all, steps, epochs: 27, 30+4"),
     "cfg": Kind("3,5,7.5", lambda text: numbers(text, whole=False)),
     "steps": Kind("10-40 (+10)", lambda text: numbers(text, whole=True)),
-    "sampler": Kind("ddim,dpm++,euler", _words),
+    "sampler": Kind("ddim,dpm++,euler", _samplers),
     "seed": Kind("1-4", lambda text: numbers(text, whole=True)),
     "prompt": Kind('"a barn, snow",a hen', _texts, "without values: those of --prompt"),
     "negative-prompt": Kind('"",blurry', _texts),

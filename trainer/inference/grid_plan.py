@@ -25,7 +25,7 @@ from safelight.trainer.inference.which_checkpoint import best_step, epoch_of, pi
 from safelight.trainer.report.facts import format_epoch
 from safelight.trainer.report.grid_record import MAX_CELLS, GridAxis
 
-MAX_LABEL_CHARS = 300
+MAX_LABEL_CHARS, MAX_PROMPT_CHARS = 300, 10_000
 # (table, setting) of the config, by the name of an axis or of an option
 SETTINGS = {
     "cfg": ("sample", "cfg"),
@@ -86,6 +86,7 @@ def plan_grid(
         for value in axis.values if axis.name in SETTINGS else ():
             _changed(config, {axis.name: value}, f"{option} {axis.name}")
     start: Point = {name: getattr(getattr(config, table), key) for name, (table, key) in SETTINGS.items()}
+    start["negative-prompt"] = storable(str(start["negative-prompt"]))
     start["checkpoint"] = None if "checkpoint" in names else pick_step(run.run_dir, checkpoint)
     start["prompt"] = "" if "prompt" in names else _only_prompt(run, prompts, say)
     start["ema"] = True
@@ -101,7 +102,7 @@ def plan_grid(
             for axis in found.values()
         ),
         cells=tuple(cells),
-        prompt="" if {"prompt", "replace"} & set(names) else str(start["prompt"]),
+        prompt="" if {"prompt", "replace"} & set(names) else shortened(str(start["prompt"]), MAX_PROMPT_CHARS),
         fixed=_fixed(run, config, start, names),
     )
 

@@ -247,6 +247,11 @@ def _explaining_broken_weights(run: OpenRun, batch: Sequence[Request]) -> Iterat
         ) from None
 
 
+def _cost(requests: Sequence[Request]) -> int:
+    """Return how often a UNet is applied to a picture: twice a step with guidance."""
+    return sum(request.settings.steps * (1 if request.settings.cfg == 1 else 2) for request in requests)
+
+
 class _Counter:
     """Counts the denoising steps of all pictures. A batch that is drawn again in parts counts once.
 
@@ -254,7 +259,7 @@ class _Counter:
     """
 
     def __init__(self, requests: Sequence[Request], progress: Progress | None, say: Say | None):
-        self.total = sum(request.settings.steps for request in requests)
+        self.total, self._cost = sum(request.settings.steps for request in requests), _cost(requests)
         self.progress, self.say, self.done, self._began = progress, say, 0, 0.0
 
     def of_batch(self, num_pictures: int) -> Progress:
@@ -271,7 +276,7 @@ class _Counter:
         is_first = self.done == 0
         self.done += sum(request.settings.steps for request in batch)
         took_s = time.monotonic() - self._began
-        left_s = took_s / self.done * (self.total - self.done)
+        left_s = took_s * (self._cost / _cost(batch) - 1)
         if is_first and left_s >= MIN_TOLD_S and self.say is not None:
             first, took, left = counted(len(batch), "picture"), format_duration(took_s), format_duration(left_s)
             self.say(f"{first} took {took}, and the rest will take about {left}")

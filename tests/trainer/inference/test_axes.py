@@ -26,6 +26,7 @@ READ = {
     "negative_prompt=blurry,": ("negative-prompt", ("blurry", "")),
     "negative=": ("negative-prompt", ("",)),
     "Prompt S/R=red, blue,green": ("replace", ("red", "blue", "green")),
+    "Sampler=DPM++ 2M,DDIM": ("sampler", ("dpm++", "ddim")),
     "clip skip=0-2": ("clip-skip", (0, 1, 2)),
     "EMA=on,OFF": ("ema", (True, False)),
     "prompt=\udce9": ("prompt", ("\\udce9",)),

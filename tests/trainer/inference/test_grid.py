@@ -263,6 +263,33 @@ def test_a_mistake_on_the_command_line_is_one_line(folder, words, part):
     call("grid", folder, *words).assert_refused("grid", part)
 
 
+def test_ctrl_c_keeps_what_is_drawn_and_says_so(folder, monkeypatch):
+    def interrupt(self, settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(OpenRun, "fit_to_memory", interrupt)
+    called = call("grid", folder, "--x", "cfg=3", "--prompt", "x", "--name", "stopped", "--steps", 2)
+    assert called.status == 130
+    assert called.err.endswith("are kept; the same command draws the rest\ninterrupted\n")
+
+
+@pytest.mark.parametrize("place", ["grids", "grids/cfg", "grids/cfg/index.html", "grids/cfg/sheet.png"])
+def test_what_is_in_the_way_of_a_grid_is_one_line(run, tmp_path, place):
+    drawn, blocked = plan(run, "cfg=3"), tmp_path / place
+    blocked.parent.mkdir(parents=True, exist_ok=True)
+    blocked.mkdir() if "." in place else blocked.touch()
+    with pytest.raises(UserError, match=f"{place} is "):
+        draw_grid(replace(run, run_dir=tmp_path), drawn)
+
+
+def test_texts_that_are_long_or_cannot_be_stored(run):
+    drawn = plan(run, "cfg=3", prompts=("\udce9" + "x" * 30_000,), changes={"negative-prompt": "\udce9" * 300})
+    assert drawn.cells[0].request.prompt.startswith("\\udce9xxx")
+    assert len(drawn.prompt) <= 20_000
+    assert all(len(value) <= 400 for _, value in drawn.fixed)
+    Grid(x=drawn.axes[0], prompt=drawn.prompt, fixed=drawn.fixed, cells=()).model_dump_json()
+
+
 def test_a_sheet_shows_every_picture_in_its_place(tmp_path):
     places = product(range(3), range(2), range(2))
     colours = {(x, y, z): (40 + 60 * x, 40 + 60 * y, 40 + 100 * z) for x, y, z in places}
@@ -297,7 +324,7 @@ def test_a_sheet_shows_every_picture_in_its_place(tmp_path):
 
 def test_a_large_grid_fits_one_sheet(tmp_path):
     labels = tuple(map(str, range(200)))
-    cells = tuple(GridCell(x=x, y=y, file="none.png") for x in range(200) for y in range(25))
+    cells = tuple(GridCell(x=x, y=y, file="none.png") for x in range(200) for y in range(5))
     grid = Grid(x=GridAxis(name="seed", labels=labels), y=GridAxis(name="steps", labels=labels[:25]), cells=cells)
     write_grid_sheets(tmp_path, grid, (512, 512))
     with Image.open(tmp_path / "sheet.png") as sheet:

@@ -129,6 +129,10 @@ def test_the_time_that_the_rest_takes_is_said_after_the_first_batch(run, tmp_pat
     assert said == ["2 pictures took 30 s, and the rest will take about 1 min 0 s"]
     draw_missing(run, both_models(("a cup",)), tmp_path / "few", progress=drawing, say=said.append)
     assert said[1:] == ["1 picture took 30 s, and the rest will take about 30 s"]
+    # without guidance, which takes half of the time
+    mixed = {f"{cfg}.png": replace(REQUEST, settings=replace(SETTINGS, cfg=cfg)) for cfg in (1.0, 3.0)}
+    draw_missing(run, mixed, tmp_path / "mixed", progress=drawing, say=said.append)
+    assert said.pop() == "1 picture took 30 s, and the rest will take about 1 min 0 s"
     monkeypatch.setattr(pictures, "MIN_TOLD_S", 31)
     draw_missing(run, both_models(("a cup",)), tmp_path / "short", progress=drawing, say=said.append)
     assert len(said) == 2

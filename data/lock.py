@@ -200,6 +200,8 @@ def is_held(folder: Path) -> bool | None:
         return False
     if host != socket.gethostname():
         return None
+    if pid < 1:
+        return False
     try:
         # sends no signal
         os.kill(pid, 0)

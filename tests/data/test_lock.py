@@ -6,7 +6,9 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from safelight.data import lock as lock_module
-from safelight.data.lock import LOCK_NAME, FolderLock
+from safelight.data.lock import LOCK_NAME, FolderLock, is_held
 from safelight.errors import UserError
 
 HOLDER = """
@@ -179,3 +181,33 @@ def test_a_full_disk_stays_an_error_of_the_disk(tmp_path, monkeypatch, where):
     with pytest.raises(OSError, match="No space left") as caught:
         FolderLock(Path(tmp_path / "folder"), "name another")
     assert caught.value.filename.startswith(str(tmp_path / "folder"))
+
+
+def test_whether_a_lock_is_held_is_told_without_taking_it(tmp_path):
+    folder, copy = tmp_path / "folder", tmp_path / "copy"
+    assert is_held(folder) is False
+    folder.mkdir()
+    with FolderLock(folder, ""):
+        assert is_held(folder) is True
+        copy.mkdir()
+        shutil.copy(folder / ".lock", copy)
+        text = (folder / ".lock").read_text()
+    assert is_held(folder) is False
+    # the process lives, but has no lock on this file
+    assert is_held(copy) is False or not Path("/proc/locks").exists()
+    for content, expected in (
+        (text.replace(f'"pid": {os.getpid()}', '"pid": 99999999'), False),
+        (text.replace(f'"pid": {os.getpid()}', f'"pid": {10**15}'), False),
+        (text.replace(f'"pid": {os.getpid()}', '"pid": 0'), False),
+        (text.replace(f'"pid": {os.getpid()}', '"pid": -1'), False),
+        (text.replace(f'"host": "{socket.gethostname()}"', '"host": "another"'), None),
+        ("", False),
+        ("[1]", False),
+        ('{"pid": "x", "host": 1}', False),
+        ("\0" * 100, False),
+    ):
+        (folder / ".lock").write_text(content)
+        assert is_held(folder) is expected, content
+    (folder / ".lock").unlink()
+    (folder / ".lock").symlink_to(copy / ".lock")
+    assert is_held(folder) is False

@@ -97,7 +97,7 @@ class LiveServer(ThreadingHTTPServer):
 
     def answer(self, path: str) -> tuple[HTTPStatus, str, str]:
         """Return (status, type, body) for a path. One without the secret tells nothing."""
-        _, token, *names = path.partition("?")[0].split("/")
+        token, *names = path.partition("?")[0].removeprefix("/").split("/")
         if not hmac.compare_digest(token.encode("utf-8", "replace"), self._token.encode()):
             return HTTPStatus.FORBIDDEN, TEXT, "forbidden\n"
         page: LivePage | None = self._first
@@ -146,9 +146,9 @@ class LiveServer(ThreadingHTTPServer):
 
     def handle_error(self, request, client_address) -> None:
         error = sys.exc_info()[1]
-        # a browser that goes away, or sends nothing, is no error
+        # a browser that goes away, or sends nothing, is no error; no request ends the server
         if not isinstance(error, OSError):
-            self._fail(error)
+            print(f"safelight report: a request failed: {type(error).__name__}", file=sys.stderr)
 
 
 class _Handler(BaseHTTPRequestHandler):

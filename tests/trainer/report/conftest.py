@@ -354,10 +354,10 @@ def browser() -> Iterator:
 
 @pytest.fixture
 def open_report(browser) -> Iterator[Callable[..., Opened]]:
-    """The function that opens a page in a window of one of SIZES, and watches what it does."""
+    """The function that opens a page, or an address, in a window of one of SIZES, and watches what it does."""
     contexts = []
 
-    def open_(path: Path, size: str = "desk", **options: object) -> Opened:
+    def open_(path: Path | str, size: str = "desk", **options: object) -> Opened:
         width, height = SIZES[size]
         context = browser.new_context(
             viewport={"width": width, "height": height}, has_touch=size == "phone", is_mobile=size == "phone", **options
@@ -371,7 +371,7 @@ def open_report(browser) -> Iterator[Callable[..., Opened]]:
         page.on("requestfailed", lambda request: opened.messages.append(f"failed: {request.url[:80]}"))
         page.on("dialog", lambda dialog: (opened.messages.append(f"dialog: {dialog.message}"), dialog.dismiss()))
         page.on("request", lambda request: opened.requests.append(request.url[:80]))
-        page.goto(path.as_uri())
+        page.goto(path if isinstance(path, str) else path.as_uri())
         return opened
 
     yield open_

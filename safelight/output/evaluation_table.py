@@ -4,19 +4,30 @@ from __future__ import annotations
 
 from safelight.output.columns import fill
 from safelight.output.show import print_table
+from safelight.text import counted
 from safelight.trainer.report.evaluation import Estimate, Evaluation, Metric
 from safelight.trainer.report.facts import format_epoch
 
 
+# of models with their intervals, in a terminal's width
+MAX_INTERVALS = 3
+
+
 def print_evaluation(evaluation: Evaluation) -> None:
-    """Print the figures of every metric with their intervals, and what the other parts found."""
+    """Print the figures of every metric, with their intervals if few models have them, and what other parts found."""
     names = {
         model.id: "base" if model.step == 0 else f"epoch {format_epoch(model.epoch)}" for model in evaluation.models
     }
-    num = f"{evaluation.num_prompts} prompts, {evaluation.num_real} photographs, 95 % intervals"
-    rows = [_loss_row(evaluation), *(_row(metric, list(names)) for metric in evaluation.metrics)]
-    print_table(num, ("", *names.values(), "photographs"), [row for row in rows if row])
-    sentences = [crops.sentence for crops in evaluation.crops]
+    has_intervals = len(names) <= MAX_INTERVALS
+    where = "95 % intervals" if has_intervals else "intervals are in the report"
+    rows = [_loss_row(evaluation), *(_row(metric, list(names), has_intervals) for metric in evaluation.metrics)]
+    print_table(
+        f"{counted(evaluation.num_prompts, 'prompt')}, {counted(evaluation.num_real, 'photograph')}; {where}",
+        ("", *names.values(), "photographs"),
+        [row for row in rows if row],
+    )
+    several = len(evaluation.crops) > 1
+    sentences = [f"{names[crops.model]}: {crops.sentence}" if several else crops.sentence for crops in evaluation.crops]
     sentences += [part.sentence for part in (evaluation.burn, evaluation.memorisation) if part is not None]
     for warning in dict.fromkeys(metric.warning for metric in evaluation.metrics if metric.warning):
         sentences.append(f"note: {warning}")
@@ -34,16 +45,16 @@ def _loss_row(evaluation: Evaluation) -> tuple[str, ...]:
     return ("held-out loss", *("–" if loss is None else f"{loss:.4f}" for loss in losses), "")
 
 
-def _row(metric: Metric, models: list[str]) -> tuple[str, ...]:
+def _row(metric: Metric, models: list[str], has_intervals: bool) -> tuple[str, ...]:
     found = {estimate.model: estimate for estimate in metric.values}
     arrow = {"lower": " ↓", "higher": " ↑", "": ""}[metric.better]
     title = f"{metric.title}{arrow}" + (f"  ({metric.features})" if metric.features else "")
-    return (title, *(_cell(found.get(model)) for model in models), _cell(metric.real))
+    return (title, *(_cell(found.get(model), has_intervals) for model in models), _cell(metric.real, has_intervals))
 
 
-def _cell(estimate: Estimate | None) -> str:
+def _cell(estimate: Estimate | None, has_interval: bool) -> str:
     if estimate is None:
         return "–"
-    if estimate.low == estimate.high:
-        return f"{estimate.value:.3g}"
+    if not has_interval or estimate.low == estimate.high:
+        return f"{estimate.value:.3g}".replace("-", "−")
     return f"{estimate.value:.3g} [{estimate.low:.3g}, {estimate.high:.3g}]".replace("-", "−")

@@ -145,7 +145,7 @@ def evaluate(
         crops=tuple(crops),
         burn=burn,
         memorisation=memorisation,
-        suggestion=suggest(models, headline, kid_changes, _blemishes(burn, memorisation)),
+        suggestion=suggest(models, headline, kid_changes, _blemishes(burn, memorisation, comparison.cfg)),
         not_computed=tuple(work.not_computed),
     )
     atomic_write_text(run.run_dir / RECORD_NAME, evaluation.model_dump_json(indent=1))
@@ -161,12 +161,12 @@ def _models(run_dir: Path, comparison: Comparison) -> list[EvaluatedModel]:
     ]
 
 
-def _blemishes(burn: Burn | None, memorisation: Memorisation | None) -> dict[str, list[str]]:
-    """Return what is wrong with models' pictures: model -> words."""
+def _blemishes(burn: Burn | None, memorisation: Memorisation | None, cfg: float) -> dict[str, list[str]]:
+    """Return what is wrong with models' pictures at the guidance scale cfg: model -> words."""
     found: dict[str, list[str]] = {}
     for scores in burn.sets if burn is not None else ():
         words = [word for word, is_so in (("burnt", scores.is_burnt), ("smoothed out", scores.is_smoothed)) if is_so]
-        if scores.model not in (REAL, BASE) and words:
+        if scores.model not in (REAL, BASE) and scores.cfg == cfg and words:
             found.setdefault(scores.model, []).extend(words)
     for model in memorisation.memorised if memorisation is not None else ():
         found.setdefault(model, []).append("copies of training photographs")

@@ -8,7 +8,6 @@ from safelight.text import counted
 from safelight.trainer.report.evaluation import Estimate, Evaluation, Metric
 from safelight.trainer.report.facts import format_epoch
 
-
 # of models with their intervals, in a terminal's width
 MAX_INTERVALS = 3
 

@@ -11,11 +11,16 @@ from safelight.bench.core.results import RESULTS
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "metrics.md"
 
 
+def section(title: str) -> str:
+    return PAGE.read_text().partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
 def test_the_table_of_changed_photographs_is_of_the_result_lines():
     lines = [json.loads(line) for line in (RESULTS / "crops.jsonl").read_text().splitlines()]
     measured = {line["config"]["change"]: line["figures"] for line in lines}
-    section = PAGE.read_text().split("\n## Crop divergence\n")[1].split("\n## ")[0]
-    rows = dict(re.findall(r"^\| ((?:none|contrast|blur)[^|]*?) \|(.*)\|$", section, flags=re.MULTILINE))
+    rows = dict(
+        re.findall(r"^\| ((?:none|contrast|blur)[^|]*?) \|(.*)\|$", section("Crop divergence"), flags=re.MULTILINE)
+    )
     assert set(rows) == set(measured)
     for change, row in rows.items():
         figures = measured[change]
@@ -50,3 +55,19 @@ def test_the_tables_of_whole_sets_are_of_the_result_line():
 
 def _rows(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+
+
+def test_the_table_of_burnt_and_smoothed_photographs_is_of_the_result_lines():
+    lines = [json.loads(line) for line in (RESULTS / "burn.jsonl").read_text().splitlines()]
+    figures = [line["figures"] for line in sorted(lines, key=lambda line: line["config"]["size_px"])]
+    names = {"unsharp mask": "unsharp halos", "median filter": "median"}
+    rows = re.findall(r"^\| ([^|,]+), ([^|]+?) \|(.*)\|$", section("Burnt and smoothed out"), flags=re.MULTILINE)
+    assert len(rows) == 18
+    for damage, grade, row in rows:
+        if grade.startswith("strength"):
+            grade = f"{100 * float(grade.split()[1]):.0f} percent"
+        grade = grade.removesuffix(" px") if damage == "blur" else grade
+        found = [of_size[names.get(damage, damage)][grade] for of_size in figures]
+        expected = [f"{of_size['auc']:.3f}" for of_size in found]
+        expected += [f"{100 * of_size['over_share']:.1f} %" for of_size in found]
+        assert [cell.strip() for cell in row.split("|")] == expected, (damage, grade)

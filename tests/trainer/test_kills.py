@@ -1,4 +1,4 @@
-"""The long kill tests: kill -9 at random moments, 20 of caching, 50 of training, 10 of a grid; nothing is lost.
+"""The long kill tests: kill -9 at random moments, 20 of caching, 50 of training, 6 of a grid; nothing is lost.
 
 The moments are random times rather than chosen points, so they also hit loading.
 """
@@ -24,7 +24,7 @@ from tests.trainer.inference.exported_runs import make_run
 
 pytestmark = pytest.mark.slow
 
-NUM_CACHE_KILLS, NUM_TRAINING_KILLS, NUM_GRID_KILLS = 20, 50, 10
+NUM_CACHE_KILLS, NUM_TRAINING_KILLS, NUM_GRID_KILLS = 20, 50, 6
 
 
 def toml(folder: Path, dataset: Path) -> Path:
@@ -108,14 +108,14 @@ def test_fifty_moments_of_training(run, tiny_dataset, tmp_path):
     print(f"\n{num_killed} kills of training, {num_ends + 1} runs completed and equal; steps reached {steps_reached}")
 
 
-def test_ten_moments_of_a_grid(run, tmp_path):
+def test_six_moments_of_a_grid(run, tmp_path):
     log = str(tmp_path / "log")
     # of one name, which is in the pictures
     alone, killed = (tmp_path / name / "run" for name in ("alone", "killed"))
     for folder in (alone, killed):
         folder.parent.mkdir()
         make_run(folder)
-    words = ["--x", "cfg=1,3,5,7", "--y", "steps=2-5", "--z", "checkpoint=base,last", "--prompt", "x", "--name", "grid"]
+    words = ["--x", "cfg=1,3,5,7", "--y", "steps=2,3", "--z", "checkpoint=base,last", "--prompt", "x", "--name", "grid"]
     began = time.monotonic()
     assert run(words=["grid", str(alone), *words], log=log) == 0
     lasts_s = time.monotonic() - began
@@ -123,7 +123,7 @@ def test_ten_moments_of_a_grid(run, tmp_path):
     num_killed = num_ends = 0
     while num_killed < NUM_GRID_KILLS:
         before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*cfg*.png")}
-        code = run(words=["grid", str(killed), *words], log=log, kill_after_s=rng.uniform(0, 0.8 * lasts_s))
+        code = run(words=["grid", str(killed), *words], log=log, kill_after_s=rng.uniform(0.1, 0.6) * lasts_s)
         assert code in (0, -signal.SIGKILL), Path(log).read_text()
         num_killed += code != 0
         # no picture is drawn twice, and all that are there are whole

@@ -35,7 +35,7 @@ A typical session:
   safelight train run.toml --data.path datasets/mine    train
   safelight compare runs/sd15                           before and after
   safelight grid runs/sd15 --x cfg=3,5,7 --y steps=9,25 settings side by side
-  safelight evaluate runs/sd15                          is it better, and which epoch
+  safelight evaluate runs/sd15                          better? which epoch?
   safelight report runs/sd15                            one HTML file
   safelight export runs/sd15 -o mine.safetensors        for A1111 and ComfyUI
 """

@@ -5,7 +5,7 @@ The photographs should have passed through what the drawn pictures did not escap
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -66,8 +66,11 @@ class PictureSet:
     measures: np.ndarray
 
 
-def judge_burn(photographs: np.ndarray, sets: Sequence[PictureSet]) -> Burn:
-    """Return how burnt and how smoothed out sets of pictures are. photographs: measures of the run's own, (N, 6)."""
+def judge_burn(photographs: np.ndarray, sets: Sequence[PictureSet], names: Mapping[str, str] | None = None) -> Burn:
+    """Return how burnt and how smoothed out sets of pictures are.
+
+    photographs: measures of the run's own, (N, 6). names: of the models, for the sentence; by default their steps.
+    """
     if len(photographs) < MIN_PHOTOGRAPHS:
         return Burn(
             sets=(),
@@ -87,7 +90,7 @@ def judge_burn(photographs: np.ndarray, sets: Sequence[PictureSet]) -> Burn:
         worst_smoothed=_worst("smoothed", scale, sets),
         limit_burnt=scale.limits["burnt"].value,
         limit_smoothed=scale.limits["smoothed"].value,
-        sentence=_sentence(judged, scale) if judged else "No drawn pictures were there to be judged.",
+        sentence=_sentence(judged, scale, names or {}) if judged else "No drawn pictures were there to be judged.",
     )
 
 
@@ -126,13 +129,13 @@ def _worst(name: ScoreName, scale: BurnScale, sets: Sequence[PictureSet]) -> tup
     return tuple(sorted(shown, key=lambda picture: -picture.score)[:MAX_SHOWN_PICTURES])
 
 
-def _sentence(judged: Sequence[BurnScores], scale: BurnScale) -> str:
+def _sentence(judged: Sequence[BurnScores], scale: BurnScale, names: Mapping[str, str]) -> str:
     parts = [
-        _part("burnt", "burnt", [(_name(s, judged), s.share_burnt, s.num, s.is_burnt) for s in judged]),
+        _part("burnt", "burnt", [(_name(s, judged, names), s.share_burnt, s.num, s.is_burnt) for s in judged]),
         _part(
             "smoothed",
             "smoothed out",
-            [(_name(s, judged), s.share_smoothed, s.num, s.is_smoothed) for s in judged],
+            [(_name(s, judged, names), s.share_smoothed, s.num, s.is_smoothed) for s in judged],
         ),
     ]
     chance = max(scale.limits[name].chance for name in SCORES)
@@ -163,6 +166,6 @@ def _count(model: str, share: float, num: int) -> str:
     return f"{round(share * num)} of {num} by {model}"
 
 
-def _name(scores: BurnScores, judged: Sequence[BurnScores]) -> str:
-    name = model_name(scores.model)
+def _name(scores: BurnScores, judged: Sequence[BurnScores], names: Mapping[str, str]) -> str:
+    name = names.get(scores.model) or model_name(scores.model)
     return name if len({other.cfg for other in judged}) == 1 else f"{name} at cfg {scores.cfg:g}"

@@ -36,6 +36,7 @@ from safelight.trainer.evaluation.pictures import (
 )
 from safelight.trainer.evaluation.set_metrics import BASE, REAL, Features, diversity_metric, metrics_of
 from safelight.trainer.evaluation.suggest import KidChange, suggest
+from safelight.trainer.evaluation.wording import names_of
 from safelight.trainer.features.cache import FeatureCache
 from safelight.trainer.features.extractor import Extractor
 from safelight.trainer.features.latents import open_latents
@@ -376,11 +377,12 @@ class _Work:
                 PictureSet(model, scale, [picture.name for picture in pictures], self.prompts, measures)
                 for ((model, scale), pictures), measures in zip(drawn.items(), rows, strict=True)
             ]
-            return judge_burn(real, sets)
+            return judge_burn(real, sets, names_of(self.comparison.models))
 
         inputs = {
             "features": extractor.fingerprint,
             "reference": self._keys(photos),
+            "epochs": [model.epoch for model in self.comparison.models],
             "drawn": [[model, scale, self._keys(pictures)] for (model, scale), pictures in drawn.items()],
         }
         try:

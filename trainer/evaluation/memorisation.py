@@ -8,7 +8,7 @@ import numpy as np
 from scipy.special import bdtrc
 
 from safelight.text import counted
-from safelight.trainer.evaluation.wording import listed, model_name
+from safelight.trainer.evaluation.wording import listed, names_of
 from safelight.trainer.metrics.exceedance import exceedance_p
 from safelight.trainer.metrics.memorisation import TrainingPhotographs, fit_photographs
 from safelight.trainer.report.comparison import ComparedRow, Comparison, ModelId
@@ -65,7 +65,7 @@ def judge_memorisation(
         num=max(map(len, pairs.values()), default=0),
         memorised=memorised,
         pairs=tuple(sorted(shown, key=lambda pair: -pair.similarity)[:MAX_SHOWN_PICTURES]),
-        sentence=_sentence(photographs, rows_of, flagged, memorised),
+        sentence=_sentence(photographs, rows_of, flagged, memorised, names_of(comparison.models)),
     )
 
 
@@ -124,13 +124,14 @@ def _sentence(
     rows_of: Mapping[ModelId, list[ComparedRow]],
     flagged: Mapping[ModelId, int],
     memorised: Sequence[ModelId],
+    names: Mapping[ModelId, str],
 ) -> str:
     trained = [model for model in rows_of if model != "base"]
     if not trained:
         return "No pictures of a trained model were there to be compared with the training photographs."
 
     def count(model: ModelId) -> str:
-        return f"{flagged[model]} of {len(rows_of[model])} by {model_name(model)}"
+        return f"{flagged[model]} of {len(rows_of[model])} by {names[model]}"
 
     num = photographs.limit.num
     usual = f"than any of {counted(num, 'real photograph')} resembles another training photograph"

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from safelight.trainer.evaluation.wording import signed
 from safelight.trainer.report.evaluation import EvaluatedModel, Metric, Suggestion
 from safelight.trainer.report.facts import format_epoch
 
@@ -47,13 +48,13 @@ def suggest(
     sound = [model for model in trained if not blemishes.get(model.id)]
     candidates = sound or trained
     if sound:
-        reasons += [
+        set_aside = [
             f"{_name(model)} is set aside: its pictures are {' and '.join(blemishes[model.id])}"
             for model in trained
             if model not in sound
         ]
     else:
-        reasons.append("every checkpoint draws pictures that are " + _joined(blemishes))
+        set_aside = ["every checkpoint draws pictures that are " + _joined(blemishes)]
     kid_of = {} if kid is None else {estimate.model: estimate.value for estimate in kid.values}
     chosen = _by_loss(candidates, kid_of, reasons)
     # of many comparisons one is beyond chance by chance
@@ -72,7 +73,7 @@ def suggest(
         chosen = closest
     elif kid is not None and len(candidates) > 1:
         reasons.append(f"no other checkpoint's {kid.title} is lower beyond chance")
-    return _against_base(chosen, base, kid, kid_changes, reasons)
+    return _against_base(chosen, base, kid, kid_changes, reasons, set_aside)
 
 
 def _by_loss(candidates: Sequence[EvaluatedModel], kid_of: Mapping[str, float], reasons: list[str]) -> EvaluatedModel:
@@ -102,6 +103,7 @@ def _against_base(
     kid: Metric | None,
     kid_changes: Mapping[tuple[str, str], KidChange],
     reasons: list[str],
+    set_aside: list[str],
 ) -> Suggestion:
     change = kid_changes.get((chosen.id, BASE))
     has_lower_kid = change is not None and change.value < 0 and change.p < SIGNIFICANT
@@ -110,11 +112,11 @@ def _against_base(
     has_lower_loss = None not in losses and losses[0] < losses[1]
     if has_lower_kid:
         reasons.append(
-            f"it is closer to your photographs than the base ({kid.title} {change.value:+.3g}, p {change.p:.2g})"
+            f"it is closer to your photographs than the base ({kid.title} {signed(change.value)}, p {change.p:.2g})"
         )
     elif has_higher_kid:
         reasons.append(
-            f"its pictures are farther from your photographs than the base's ({kid.title} {change.value:+.3g}, "
+            f"its pictures are farther from your photographs than the base's ({kid.title} {signed(change.value)}, "
             f"p {change.p:.2g})"
         )
     if has_lower_loss:
@@ -124,8 +126,10 @@ def _against_base(
             f"No checkpoint is better than the base beyond chance. Of those that were evaluated, {_name(chosen)} comes "
             "first."
         )
-        return Suggestion(model=BASE, sentence=sentence, reasons=tuple(reasons))
-    return Suggestion(model=chosen.id, sentence=f"Use the checkpoint of {_name(chosen)}.", reasons=tuple(reasons))
+        return Suggestion(model=BASE, sentence=sentence, reasons=(*reasons, *set_aside))
+    return Suggestion(
+        model=chosen.id, sentence=f"Use the checkpoint of {_name(chosen)}.", reasons=(*reasons, *set_aside)
+    )
 
 
 def _joined(blemishes: Mapping[str, Sequence[str]]) -> str:

@@ -100,7 +100,7 @@ def _cells(key: Key, drawn: Sequence[_Drawn]) -> list[tuple[str, Path | None]]:
             bases.setdefault((one.base, one.places.get(key)), one)
     for one in bases.values():
         of = f" of {one.label}" if len(bases) > 1 else ""
-        name = "Base, untrained" if one.run.model.get("from_scratch") else "Base"
+        name = "Untrained" if one.run.model.get("from_scratch") else "Base"
         cells.append((f"{name}{of}", one.rows[key].files[BASE]))
     return cells + [(f"{one.label}, {name_of(one.run, one.model)}", one.rows[key].files[one.model]) for one in having]
 

@@ -131,7 +131,7 @@ def _label(run: RunFolder, column: str) -> str:
     if column == PHOTO:
         return "Photograph"
     if column == BASE:
-        return "Base, untrained" if run.model.get("from_scratch") else "Base"
+        return "Untrained" if run.model.get("from_scratch") else "Base"
     name = name_of(run, column)
     return name[0].upper() + name[1:]
 

@@ -90,8 +90,9 @@ def difference_of(metric: Metric, model: str) -> Difference | None:
 def _summary(run: RunFolder, evaluation: Evaluation, model: str) -> str:
     """Return which metrics the model is better in, which worse, and which are undecided."""
     titles: dict[str, list[str]] = {}
+    repeated = _repeated(evaluation.metrics)
     for metric in evaluation.metrics:
-        if estimate_of(metric, model) or difference_of(metric, model):
+        if metric not in repeated and (estimate_of(metric, model) or difference_of(metric, model)):
             titles.setdefault(judge(metric, model), []).append(shorten(metric.title, 80))
     name = name_of(run, model)
     words = (

@@ -99,7 +99,7 @@ def test_one_flagged_picture_may_be_chance():
     found = judge(pictures(200, "step-9", num_copies=1, num=1), compared=compared, training=TRAINING[:8])
     assert found.num_flagged == {"step-9": 1}
     assert found.memorised == ()
-    assert "1 of 1 by step 9 are more like one than any of 28 real photographs" in found.sentence
+    assert "1 of 1 by epoch 1 are more like one than any of 28 real photographs" in found.sentence
     assert "which may be chance" in found.sentence
 
 

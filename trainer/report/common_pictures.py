@@ -14,6 +14,7 @@ from safelight.trainer.report.models import name_of, put_forward
 from safelight.trainer.report.pictures import Work, embed_all, placeholder
 from safelight.trainer.report.records import BASE
 from safelight.trainer.report.run_reader import RunFolder
+from safelight.trainer.report.shown_runs import ShownRun
 
 MAX_ROWS, MAX_PICTURES, NUM_OPEN = 40, 320, 6
 EDGES_PX = (512, 384, 320, 256, 192, 128)
@@ -37,10 +38,10 @@ class _Drawn:
     base: tuple
 
 
-def pictures_section(runs: Sequence[RunFolder], labels: Sequence[str]) -> Markup:
+def pictures_section(runs: Sequence[ShownRun]) -> Markup:
     """Return the pictures that two or more runs drew for the same prompt and seed."""
     heading = tag("h2", "Pictures of the same prompts")
-    drawn = [one for run, label in zip(runs, labels, strict=True) if (one := _drawn(run, label))]
+    drawn = [one for shown in runs if (one := _drawn(shown.run, shown.label))]
     counts: dict[Key, int] = {}
     for one in drawn:
         for key in one.rows:

@@ -139,17 +139,18 @@ def band_names(num_bands: int) -> list[str]:
     return [f"{low}–{high}" for low, high in itertools.pairwise(edges)]
 
 
-def smoothed(metrics: Metrics, column: str, name: str, color: str) -> list[Curve]:
+def smoothed(metrics: Metrics, column: str, name: str, color: str, half_width: int | None = None) -> list[Curve]:
     """Return a column of the training log as a raw curve and a smoothed one, [] if it has no value.
 
-    Smoothed over about a twentieth of the run, every line by the steps that it averages.
+    Smoothed as `smooth` does with half_width, by default over about a twentieth of the run, every line by the steps
+    that it averages.
     """
     epoch, values = metrics.train["epoch"], metrics.train[column]
     placed = np.isfinite(epoch)
     epoch, values, weights = epoch[placed], values[placed], steps_averaged(metrics)[placed]
     if not np.isfinite(values).any():
         return []
-    half_width = max(1, len(values) // 80)
+    half_width = half_width or max(1, len(values) // 80)
     some = evenly_chosen(len(values), MAX_SMOOTHED_POINTS)
     # the same gaps as the logged values have
     means = np.where(np.isfinite(values[some]), smooth(values, half_width, weights, some), np.nan)

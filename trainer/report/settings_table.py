@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from safelight.text import counted
 from safelight.trainer.config.schema import Config
 from safelight.trainer.report.markup import Markup, details, join, shorten, table, tag
 from safelight.trainer.report.provenance import format_value
 from safelight.trainer.report.run_reader import RunFolder
+
+if TYPE_CHECKING:
+    from safelight.trainer.report.shown_runs import ShownRun
 
 # names of a run, which say nothing of how it was trained
 NAMES = ("run.dir", "run.title", "run.notes")
@@ -41,23 +45,25 @@ def differing(columns: Sequence[Settings]) -> list[str]:
     return [name for name in names if any(not _is_equal(column, columns[0], name) for column in columns)]
 
 
-def settings_section(runs: Sequence[RunFolder], labels: Sequence[str]) -> Markup:
+def settings_section(runs: Sequence[ShownRun]) -> Markup:
     """Return the settings that differ, then machines and versions that differ, then what is equal, folded."""
-    known = [(run, label) for run, label in zip(runs, labels, strict=True) if run.config]
-    unknown = [label for run, label in zip(runs, labels, strict=True) if not run.config]
-    columns = [_without(settings_of(run), NAMES) for run, _ in known]
-    machines = [_without({**_scalars(run.environment), **_scalars(run.model)}, PER_START) for run in runs]
+    known = [one for one in runs if one.run.config]
+    unknown = [one.label for one in runs if not one.run.config]
+    columns = [_without(one.settings, NAMES) for one in known]
+    machines = [_without({**_scalars(one.run.environment), **_scalars(one.run.model)}, PER_START) for one in runs]
     changed = differing(columns) if columns else []
     equal = [name for name in (columns[0] if columns else {}) if name not in changed]
     elsewhere = differing(machines)
-    names = [label for _, label in known]
     quiet = "All settings are equal." if len(columns) > 1 else "The settings are not known."
     return tag(
         "section",
         tag("h2", "Settings that differ"),
-        _table(changed, columns, names) if changed else tag("p", quiet),
+        _table(changed, columns, [one.name for one in known]) if changed else tag("p", quiet),
         tag("p", f"Unknown: those of {', '.join(unknown)}.", class_="note") if unknown else None,
-        join(tag("h3", "Model as loaded, machine and versions that differ"), _table(elsewhere, machines, labels))
+        join(
+            tag("h3", "Model as loaded, machine and versions that differ"),
+            _table(elsewhere, machines, [one.name for one in runs]),
+        )
         if elsewhere
         else None,
         details(f"{counted(len(equal), 'equal setting')}", _table(equal, columns[:1], ["all runs"])) if equal else None,
@@ -65,14 +71,14 @@ def settings_section(runs: Sequence[RunFolder], labels: Sequence[str]) -> Markup
     )
 
 
-def _table(names: Sequence[str], columns: Sequence[Settings], labels: Sequence[str]) -> Markup:
+def _table(names: Sequence[str], columns: Sequence[Settings], heads: Sequence[object]) -> Markup:
     rows = [
         [tag("code", shorten(name, 120)), *(_cell(column.get(name, _LACKING)) for column in columns)]
         for name in names[:MAX_ROWS]
     ]
     more = len(names) - len(rows)
     return join(
-        table(["", *labels], rows, class_="beside"),
+        table(["", *heads], rows, class_="beside"),
         tag("p", f"and {more:,} more.", class_="note") if more > 0 else None,
     )
 
@@ -84,7 +90,7 @@ def _cell(value: object) -> str:
     return "" if value is _LACKING else shorten(format_value(value), MAX_VALUE_CHARACTERS)
 
 
-def _flattened(values: dict, prefix: str = ""):
+def _flattened(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:
     for key, value in values.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict):

@@ -6,33 +6,34 @@ from collections.abc import Sequence
 
 from safelight.text import counted
 from safelight.trainer.report.bars import Axis, interval_bar, show_number
-from safelight.trainer.report.evaluation import Estimate, Evaluation, Metric
+from safelight.trainer.report.evaluation import Estimate, Metric
 from safelight.trainer.report.markup import Markup, nothing_yet, shorten, table, tag
 from safelight.trainer.report.measures import BETTER, FEW_PICTURES, difference_of, estimate_of
 from safelight.trainer.report.models import name_of, put_forward
 from safelight.trainer.report.records import BASE
-from safelight.trainer.report.run_reader import RunFolder
+from safelight.trainer.report.shown_runs import ShownRun, hold_out_others
 
+OTHER_PHOTOGRAPHS = "held-out photographs"
 NOT_YET = "Metrics with intervals are compared here once two of the runs have been measured:"
 
 
-def measures_section(runs: Sequence[RunFolder], labels: Sequence[str]) -> Markup:
+def measures_section(runs: Sequence[ShownRun]) -> Markup:
     """Return the metrics that two or more runs share: of each, base and the checkpoint that is put forward."""
     heading = tag("h2", "Measured")
-    measured = [(run, label) for run, label in zip(runs, labels, strict=True) if run.evaluation]
-    groups: dict[tuple[str, str], list[tuple[RunFolder, str, Metric]]] = {}
-    for run, label in measured:
-        for metric in run.evaluation.metrics:
-            groups.setdefault((metric.id, metric.features), []).append((run, label, metric))
+    measured = [one for one in runs if one.run.evaluation]
+    groups: dict[tuple[str, str], list[tuple[ShownRun, Metric]]] = {}
+    for one in measured:
+        for metric in one.run.evaluation.metrics:
+            groups.setdefault((metric.id, metric.features), []).append((one, metric))
     shared = [group for group in groups.values() if len(group) > 1]
     if not shared:
         return tag("section", heading, nothing_yet(NOT_YET, "evaluate"), id="measures")
-    alone = [f"{_named(group[0][2])} ({group[0][1]})" for group in groups.values() if len(group) == 1]
+    alone = [f"{_named(group[0][1])} ({group[0][0].label})" for group in groups.values() if len(group) == 1]
     return tag(
         "section",
         heading,
         _conditions(measured),
-        [_metric(group) for group in shared],
+        [_metric(group, not _differing_conditions(measured)) for group in shared],
         tag("p", f"Measured of one run only: {'; '.join(alone)}.", class_="note") if alone else None,
         id="measures",
     )
@@ -43,60 +44,78 @@ def _named(metric: Metric) -> str:
     return f"{shorten(metric.title, 80)}{by}"
 
 
-def _conditions(measured: Sequence[tuple[RunFolder, str]]) -> Markup:
+def _conditions(measured: Sequence[ShownRun]) -> Markup:
     """Return how the pictures were drawn, as a table where that differs between the runs."""
-    columns = [_condition(run.evaluation) for run, _ in measured]
+    columns, differs = _columns(measured), _differing_conditions(measured)
     intervals = "Intervals are bootstrap intervals at 95 %."
-    differs = [name for name in columns[0] if len({column[name] for column in columns}) > 1]
     if not differs:
         same = ", ".join(f"{name} {value}" for name, value in columns[0].items())
         return tag("p", f"Measured alike in all runs: {same}. {intervals}", class_="note")
-    rows = [[name, *(column[name] for column in columns)] for name in differs]
+    rows = [[name, *(column[name] for column in columns)] for name in differs if name in columns[0]]
     text = (
-        "These runs were not measured alike, so a difference between them may come from how they were measured. "
-        f"{intervals}"
+        "These runs were not measured alike, so what differs between them may come from how they were measured. "
+        f"Compare each with its own base. {intervals}"
     )
     return tag(
-        "div", tag("p", text), table(["", *(label for _, label in measured)], rows, class_="beside"), class_="alert"
+        "div",
+        tag("p", text),
+        tag("p", "They hold out different photographs.") if OTHER_PHOTOGRAPHS in differs else None,
+        table(["", *(one.name for one in measured)], rows, class_="beside") if rows else None,
+        class_="alert",
     )
 
 
-def _condition(evaluation: Evaluation) -> dict[str, str]:
-    return {
-        "prompts": f"{evaluation.num_prompts:,}",
-        "photographs": f"{evaluation.num_real:,}",
-        "size": f"{evaluation.width} × {evaluation.height} px",
-        "steps": f"{evaluation.num_steps}",
-        "cfg": f"{evaluation.cfg:g}",
-        "sampler": shorten(evaluation.sampler, 40),
-    }
+def _differing_conditions(measured: Sequence[ShownRun]) -> list[str]:
+    columns = _columns(measured)
+    differs = [name for name in columns[0] if len({column[name] for column in columns}) > 1]
+    return differs + [OTHER_PHOTOGRAPHS] * hold_out_others(measured)
 
 
-def _metric(group: Sequence[tuple[RunFolder, str, Metric]]) -> Markup:
-    metric = group[0][2]
-    values: list[tuple[str, str, Estimate, Metric, bool]] = []
-    for run, label, own in group:
-        model = put_forward(run, [value.model for value in own.values if value.model.startswith("step-")])
-        for wanted in (BASE, model):
-            value = estimate_of(own, wanted) if wanted else None
-            if value:
-                values.append((label, name_of(run, wanted), value, own, wanted != BASE))
-    axis = Axis.over(number for _, _, value, _, _ in values for number in (value.low, value.value, value.high))
+def _columns(measured: Sequence[ShownRun]) -> list[dict[str, str]]:
+    """Return how each run's pictures were drawn. The dataset stands in for photographs that are not known by name."""
+    columns = []
+    for one in measured:
+        evaluation, column = one.run.evaluation, {}
+        if any(other.held_out is None for other in measured):
+            column["dataset"] = shorten((one.run.data or {}).get("dataset") or "unknown", 120)
+        columns.append(
+            {
+                **column,
+                "photographs": f"{evaluation.num_real:,}",
+                "prompts": f"{evaluation.num_prompts:,}",
+                "size": f"{evaluation.width} × {evaluation.height} px",
+                "steps": f"{evaluation.num_steps}",
+                "cfg": f"{evaluation.cfg:g}",
+                "sampler": shorten(evaluation.sampler, 40),
+            }
+        )
+    return columns
+
+
+def _metric(group: Sequence[tuple[ShownRun, Metric]], are_alike: bool) -> Markup:
+    """Return a metric of several runs. are_alike: whether they can be compared with each other."""
+    metric = group[0][1]
+    values: list[tuple[ShownRun, Estimate, Metric]] = []
+    for one, own in group:
+        model = put_forward(one.run, [value.model for value in own.values if value.model.startswith("step-")])
+        found = (estimate_of(own, wanted) for wanted in (BASE, model) if wanted)
+        values += [(one, value, own) for value in found if value]
+    axis = Axis.over(number for _, value, _ in values for number in (value.low, value.value, value.high))
     rows = [
         [
-            tag("span", label, dir="auto"),
-            tag("span", name, class_="put-forward" if is_trained else None),
+            one.name,
+            tag("span", name_of(one.run, value.model), class_="put-forward" if value.model != BASE else None),
             tag("strong", show_number(value.value)),
-            interval_bar(axis, value.value, value.low, value.high, "accent" if is_trained else "muted"),
+            interval_bar(axis, value.value, value.low, value.high, one.color if value.model != BASE else "muted"),
             f"{show_number(value.low)} to {show_number(value.high)}",
-            _minus_base(own, value.model) if is_trained else "",
+            _minus_base(own, value.model),
         ]
-        for label, name, value, own, is_trained in values
+        for one, value, own in values
     ]
     head = ["", "model", "value", "", "95 % interval", "minus its base, by prompt"]
-    if not any(own.differences for _, _, own in group):
+    if not any(own.differences for _, own in group):
         head, rows = head[:-1], [row[:-1] for row in rows]
-    trained = [(label, value) for label, _, value, _, is_trained in values if is_trained]
+    trained = [(one.label, value) for one, value, _ in values if value.model != BASE]
     about = " · ".join(
         filter(None, [BETTER.get(metric.better, ""), metric.features and f"by {shorten(metric.features, 120)}"])
     )
@@ -105,7 +124,7 @@ def _metric(group: Sequence[tuple[RunFolder, str, Metric]]) -> Markup:
         tag("h3", shorten(metric.title, 120)),
         tag("p", about, class_="note") if about else None,
         tag("p", shorten(metric.meaning, 600)),
-        tag("p", _sentence(metric, trained)) if len(trained) > 1 and metric.better else None,
+        tag("p", _sentence(metric, trained)) if are_alike and len(trained) > 1 and metric.better else None,
         tag("p", shorten(metric.warning, 600), class_="note warning") if metric.warning else None,
         table(head, rows, class_="figures measured"),
         class_="shared",
@@ -132,7 +151,8 @@ def _sentence(metric: Metric, trained: Sequence[tuple[str, Estimate]]) -> str:
     elif near:
         text = f"{label} has the best value; its interval overlaps with {_listed(near)}'s, and with no other."
     else:
-        text = f"{label} is best: its interval lies apart from {'all others' if len(others) > 1 else others[0][0]}."
+        whose = "all others'" if len(others) > 1 else f"{others[0][0]}'s"
+        text = f"By this metric {label} is best: its interval lies apart from {whose}."
     fewest = min(value.num for _, value in trained)
     return (
         f"{text} From only {counted(fewest, 'picture')} a model, so read it with care."

@@ -71,19 +71,3 @@ def test_the_table_of_burnt_and_smoothed_photographs_is_of_the_result_lines():
 
 def _rows(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
-
-
-def test_the_table_of_burnt_and_smoothed_photographs_is_of_the_result_lines():
-    lines = [json.loads(line) for line in (RESULTS / "burn.jsonl").read_text().splitlines()]
-    figures = [line["figures"] for line in sorted(lines, key=lambda line: line["config"]["size_px"])]
-    names = {"unsharp mask": "unsharp halos", "median filter": "median"}
-    rows = re.findall(r"^\| ([^|,]+), ([^|]+?) \|(.*)\|$", section("Burnt and smoothed out"), flags=re.MULTILINE)
-    assert len(rows) == 18
-    for damage, grade, row in rows:
-        if grade.startswith("strength"):
-            grade = f"{100 * float(grade.split()[1]):.0f} percent"
-        grade = grade.removesuffix(" px") if damage == "blur" else grade
-        found = [of_size[names.get(damage, damage)][grade] for of_size in figures]
-        expected = [f"{of_size['auc']:.3f}" for of_size in found]
-        expected += [f"{100 * of_size['over_share']:.1f} %" for of_size in found]
-        assert [cell.strip() for cell in row.split("|")] == expected, (damage, grade)

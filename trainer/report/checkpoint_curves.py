@@ -5,6 +5,7 @@ from __future__ import annotations
 from safelight.trainer.report.chart import Curve, chart, figure_grid, table_of
 from safelight.trainer.report.evaluation import Evaluation, Metric
 from safelight.trainer.report.markup import Markup, shorten, tag
+from safelight.trainer.report.measures import repeated_metrics
 from safelight.trainer.report.models import epochs_of
 from safelight.trainer.report.run_reader import RunFolder
 
@@ -18,7 +19,9 @@ def checkpoints_section(run: RunFolder) -> Markup | None:
     if evaluation is None:
         return None
     epochs = epochs_of(run)
-    charts = [made for metric in evaluation.metrics[:MAX_CHARTS] if (made := _chart(metric, epochs))]
+    repeated = repeated_metrics(evaluation.metrics)
+    metrics = [metric for metric in evaluation.metrics if metric not in repeated][:MAX_CHARTS]
+    charts = [made for metric in metrics if (made := _chart(metric, epochs))]
     if not charts:
         return None
     if losses := _losses(evaluation):

@@ -35,7 +35,7 @@ def measures_section(run: RunFolder) -> Markup:
         left_out = _not_computed(evaluation) if evaluation else None
         return tag("section", heading, scores, left_out or nothing_yet(NOT_YET, "evaluate"), id="measures")
     model = put_forward(run, [one.id for one in evaluation.models])
-    repeated = _repeated(evaluation.metrics)
+    repeated = repeated_metrics(evaluation.metrics)
     return tag(
         "section",
         heading,
@@ -49,7 +49,7 @@ def measures_section(run: RunFolder) -> Markup:
     )
 
 
-def _repeated(metrics: Sequence[Metric]) -> list[Metric]:
+def repeated_metrics(metrics: Sequence[Metric]) -> list[Metric]:
     """Return the metrics that an earlier one shows already, by other features."""
     first = {metric.title: metric for metric in reversed(metrics)}
     return [metric for metric in metrics if first[metric.title] is not metric]
@@ -90,7 +90,7 @@ def difference_of(metric: Metric, model: str) -> Difference | None:
 def _summary(run: RunFolder, evaluation: Evaluation, model: str) -> str:
     """Return which metrics the model is better in, which worse, and which are undecided."""
     titles: dict[str, list[str]] = {}
-    repeated = _repeated(evaluation.metrics)
+    repeated = repeated_metrics(evaluation.metrics)
     for metric in evaluation.metrics:
         if metric not in repeated and (estimate_of(metric, model) or difference_of(metric, model)):
             titles.setdefault(judge(metric, model), []).append(shorten(metric.title, 80))

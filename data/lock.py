@@ -185,7 +185,7 @@ class FolderLock:
 
 
 def is_held(folder: Path) -> bool | None:
-    """Return whether a process holds the folder's lock that is not shared; None if it runs on another computer.
+    """Return whether a process holds the folder's lock that is not shared; None if this computer cannot tell.
 
     Asks without taking the lock, which would refuse a process that starts at this moment: the process that the lock
     file names must be alive and, where the system lists locks, hold this one. So a file that a killed process left
@@ -202,6 +202,9 @@ def is_held(folder: Path) -> bool | None:
         return None
     if pid < 1:
         return False
+    if os.name != "posix":
+        # elsewhere there are no such locks, and os.kill would end the process
+        return None
     try:
         # sends no signal
         os.kill(pid, 0)

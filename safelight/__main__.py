@@ -37,6 +37,7 @@ A typical session:
   safelight grid runs/sd15 --x cfg=3,5,7 --y steps=9,25 settings side by side
   safelight evaluate runs/sd15                          better? which epoch?
   safelight report runs/sd15                            one HTML file
+  safelight report runs --serve                         watch them in a browser
   safelight export runs/sd15 -o mine.safetensors        for A1111 and ComfyUI
 """
 

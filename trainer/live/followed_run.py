@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from safelight.data.lock import is_held
-from safelight.trainer.config.toml import require_run
+from safelight.errors import UserError
 from safelight.trainer.live.live_page import Reading
 from safelight.trainer.live.run_state import Mark, changed_at, mark_of, state_of, summary_of
 from safelight.trainer.report.build import content_of
@@ -25,7 +25,8 @@ class FollowedRun:
 
     def read(self) -> Reading:
         """Return the report. Raises UserError if it is no run any more."""
-        require_run(self.folder)
+        if not (self.folder / "config.toml").is_file():
+            raise UserError(f"{self.folder} is no longer there")
         mark, is_training = self.mark()
         work = Work(before=self._pictures)
         run = read_run_folder(self.folder, work, is_training)

@@ -130,7 +130,7 @@ class LivePage:
             self._problem = ""
         except (UserError, OSError) as error:
             # deleted, or unreadable while something is written: what was rendered before is shown on
-            self._problem = f"It can no longer be read: {error}"
+            self._problem = f"{error}; this page shows the last state"
         except BaseException as error:
             self._fail(error)
         finally:

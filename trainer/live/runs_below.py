@@ -95,7 +95,7 @@ class RunList:
     def read(self) -> Reading:
         """Return the list. Raises UserError if the folder is gone."""
         if not self.root.is_dir():
-            raise UserError(f"{self.root} does not exist any more")
+            raise UserError(f"{self.root} is no longer there")
         listed, num_training = [], 0
         for run in find_runs(self.root):
             # what was found may have been replaced by a link

@@ -98,10 +98,11 @@ def _still_falling(run: RunFolder) -> str:
 
 def _unfinished(run: RunFolder) -> str:
     end = ending(run)
-    if end.kind not in ("stopped", "open") or not run.metrics.last_step:
+    if end.kind not in ("stopped", "open") or not run.metrics.last_step or run.is_training:
         return ""
+    unless = ", if it is not still going on" if run.is_training is None and end.kind == "open" else ""
     return (
-        f"Finish the run, if it is not still going on: its log ends at {end.place}, so nothing here tells how it would "
+        f"Finish the run{unless}: its log ends at {end.place}, so nothing here tells how it would "
         "have ended. `safelight train RUN --resume` goes on."
     )
 

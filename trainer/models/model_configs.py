@@ -119,12 +119,12 @@ class UNet(_Values):
 
     def _check_heads(self) -> None:
         """Raise ValueError unless the channels of every block with attention are a multiple of its heads."""
-        # diffusers' attention_head_dim is the number of heads. The middle block is as wide as the last one
+        # diffusers' attention_head_dim is the number of heads. The middle block, if any, is as wide as the last one
         num_blocks, value = len(self.block_out_channels), self.attention_head_dim
         heads = value if isinstance(value, list) else [value] * num_blocks
         pairs = zip(self.down_block_types, reversed(self.up_block_types), strict=True)
         attends = [any(kind.startswith("CrossAttn") for kind in pair) for pair in pairs]
-        attends[-1] = True
+        attends[-1] |= self.mid_block_type is not None
         for width, num, is_used in zip(self.block_out_channels, heads, attends, strict=True):
             if is_used and width % num:
                 raise ValueError(f"attention_head_dim {num} does not divide {width} of block_out_channels")
@@ -287,7 +287,9 @@ def _check_groups(channels: Iterable[int], groups: int) -> None:
 
 
 def checked(part: str, values: dict, path: Path) -> dict:
-    """Return the values of a part's config that matter, under their own names; None and missing values are left out.
+    """Return the values of a part's config that matter, under their own names, without missing ones.
+
+    None is left out too, except where it is a choice and not the default: a UNet's mid_block_type may be None.
 
     part: a key of PARTS. path: the config's file, for messages. Raises UserError for a value of a wrong type or out of
     bounds.
@@ -304,7 +306,9 @@ def checked(part: str, values: dict, path: Path) -> dict:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise UserError(f"{path} is wrong: {_describe(first)}; get this file again, or use another model") from None
-    return checked_values.model_dump(by_alias=True, exclude_unset=True, exclude_none=True)
+    choices = {key for key, field in schema.model_fields.items() if field.default is not None}
+    given = checked_values.model_dump(by_alias=True, exclude_unset=True)
+    return {key: value for key, value in given.items() if value is not None or key in choices}
 
 
 def _describe(error: dict) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from safelight.errors import UserError
@@ -235,6 +236,22 @@ def test_heads_of_blocks_without_attention_do_not_matter(base_folder):
     edit(path, down_block_types=["DownBlock2D", *["CrossAttnDownBlock2D"] * 2], attention_head_dim=[5, 4, 4])
     edit(path, up_block_types=[*["CrossAttnUpBlock2D"] * 2, "UpBlock2D"])
     meta_unet(base_of(Model(base=str(base_folder))))
+
+
+def test_a_unet_may_have_no_middle_block(base_folder):
+    # nor does its last block attend to anything then, so that its heads do not matter either
+    values = json.loads((base_folder / CONFIG["unet"]).read_text())
+    values |= {
+        "mid_block_type": None,
+        "down_block_types": [*["CrossAttnDownBlock2D"] * 2, "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 2],
+        "attention_head_dim": [4, 4, 5],
+    }
+    saved = UNet2DConditionModel.from_config(values)
+    shutil.rmtree(base_folder / "unet")
+    saved.save_pretrained(base_folder / "unet")
+    load_all(base_folder)
+    assert fingerprint(load("unet", base_folder)) == fingerprint(saved)
 
 
 @pytest.mark.parametrize(

@@ -21,13 +21,19 @@ MAX_ENTRIES = 20_000
 # a run on another computer counts as going on while its log is younger
 YOUNG_S = 15 * 60.0
 
+# a later time is no time, and not every system can write it
+LATEST = 2.0**32
+
 # name, time of last change in ns, size
 Mark = tuple[tuple[str, int, int], ...]
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A run in a few figures. best: lowest held-out loss and its epoch, None if none was measured."""
+    """A run in a few figures. best: lowest held-out loss and its epoch, None if none was measured.
+
+    ended: when its last line was logged, in unix seconds; 0 if unknown.
+    """
 
     title: str
     base: str
@@ -73,7 +79,7 @@ def summary_of(run: RunFolder) -> Summary:
         last_epoch=metrics.last_epoch,
         num_epochs=planned_end(run)[1],
         best=best and (best.loss, best.epoch),
-        ended=max((at for at, _ in metrics.times if at == at), default=0.0),
+        ended=max((at for at, _ in metrics.times if 0 < at < LATEST), default=0.0),
     )
 
 
@@ -95,7 +101,8 @@ def state_of(run_dir: Path, summary: Summary, changed: float | None) -> State:
     if not summary.last_step:
         return State("unknown", "Not training; no step was logged")
     kind = "killed" if end.kind == "open" else end.kind
-    return State(kind, said.get(end.kind, "Not training"))
+    when = f", {time.strftime('%Y-%m-%d %H:%M', time.localtime(summary.ended))}" if summary.ended else ""
+    return State(kind, f"{said.get(end.kind, 'Not training')}{when}")
 
 
 def _progress(summary: Summary) -> str:

@@ -129,11 +129,12 @@ def _content(root: Path, rows: list) -> Content:
         tag("p", tag("code", shorten(root, 300)), class_="sub"),
     )
     if rows:
-        head = ["run", "", "epoch", "step", "lowest held-out loss", "base", "changed"]
+        head = ["run", "state", "epoch", "step", "lowest held-out loss", "base", "changed"]
         body = table(head, rows, class_="listed")
     else:
         body = empty_state("No run lies in this folder yet, or up to four folders below it.")
-    section = tag("section", tag("h2", "Runs"), body, id="runs")
+    beside = tag("p", "Several side by side: ", tag("code", "safelight report RUN1 RUN2"), class_="note")
+    section = tag("section", tag("h2", "Runs"), body, beside if len(rows) > 1 else None, id="runs")
     footer = tag("footer", f"Safelight {safelight.__version__}. Read-only; served to this computer alone.")
     return Content(f"Runs in {shorten(root.resolve().name or '/', 200)}", header, {"runs": section}, footer)
 

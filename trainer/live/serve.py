@@ -28,6 +28,8 @@ PORT = 8017
 # a page of another site that made its own name point here would send that name
 HOST_NAMES = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:[0-9]{1,5})?", re.IGNORECASE)
 MAX_CONNECTIONS = 64
+# of a list's runs; each takes as much memory as its report is large
+MAX_PAGES = 8
 TIMEOUT_S = 20
 HEADERS = {
     # as the page's own, which cannot say this one
@@ -121,11 +123,17 @@ class LiveServer(ThreadingHTTPServer):
     def _listed(self, key: str) -> LivePage | None:
         """Return the page of a run below the folder, None if there is no such run."""
         with self._pages_lock:
-            if key not in self._pages and not self._is_run:
+            page = self._pages.pop(key, None)
+            if page is None and not self._is_run:
                 run = next((run for run in find_runs(self._folder) if run.key == key), None)
                 if run is not None and is_inside(run.folder, self._folder):
-                    self._pages[key] = self._page_of(run.folder, "../../")
-            return self._pages.get(key)
+                    page = self._page_of(run.folder, "../../")
+            if page is not None:
+                # the one that was asked for longest ago comes first
+                self._pages[key] = page
+                if len(self._pages) > MAX_PAGES:
+                    del self._pages[next(iter(self._pages))]
+            return page
 
     def _fail(self, error: BaseException) -> None:
         """End serving: the command reports the error as a bug."""

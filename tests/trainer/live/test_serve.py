@@ -328,15 +328,15 @@ def test_idle_connections_do_not_shut_others_out_for_ever(run, monkeypatch):
 
 def test_a_run_that_is_deleted_meanwhile_is_said_and_its_last_state_stays(run):
     with serving(run) as client:
-        assert client.ask("version").json["says"] == "Finished"
+        assert client.ask("version").json["says"].startswith("Finished, ")
         shutil.rmtree(run)
-        gone = wait_for(lambda: client.ask("version").json, lambda now: now["says"] != "Finished")
+        gone = wait_for(lambda: client.ask("version").json, lambda now: not now["says"].startswith("Finished, "))
         assert gone["says"] == f"{run} is no longer there; this page shows the last state"
         page = client.ask()
         assert page.status == 200
         assert "is no longer there; this page shows the last state" in page.text
         make_run(run)
-        wait_for(lambda: client.ask("version").json, lambda now: now["says"] == "Finished")
+        wait_for(lambda: client.ask("version").json, lambda now: now["says"].startswith("Finished, "))
 
 
 def test_an_error_that_nobody_expects_ends_the_server_and_is_raised(run, monkeypatch):
@@ -349,14 +349,15 @@ def test_an_error_that_nobody_expects_ends_the_server_and_is_raised(run, monkeyp
 
 
 def state(run: Path) -> str:
-    reading = FollowedRun(run).read()
-    return f"{reading.state().kind}: {reading.state().says}"
+    """Return what is said of a run, with the time at which it ended as WHEN."""
+    now = FollowedRun(run).read().state()
+    return re.sub(r", 20\d\d-\d\d-\d\d \d\d:\d\d$", ", WHEN", f"{now.kind}: {now.says}")
 
 
 def test_what_goes_on_is_told_by_the_lock_and_the_log(tmp_path):
     finished, short = make_run(tmp_path / "finished"), make_run(tmp_path / "short", planned=5)
-    assert state(finished) == "finished: Finished"
-    assert state(short) == "killed: Ended before its time, at epoch 2 of 5"
+    assert state(finished) == "finished: Finished, WHEN"
+    assert state(short) == "killed: Ended before its time, at epoch 2 of 5, WHEN"
     assert "The run was ended before its time, at epoch 2 of 5." in FollowedRun(short).read().content.header
     with FolderLock(short, "") as lock:
         assert state(short) == "running: Training goes on: epoch 2 of 5, step 110"
@@ -366,7 +367,7 @@ def test_what_goes_on_is_told_by_the_lock_and_the_log(tmp_path):
         assert state(finished) == "running: Trained 2 of 2 epochs; the last pictures are being drawn"
     with (short / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"kind": "event", "step": 110, "event": "stopped", "detail": "", "time": 1.7e9}) + "\n")
-    assert state(short) == "stopped: Stopped at epoch 2 of 5"
+    assert state(short) == "stopped: Stopped at epoch 2 of 5, WHEN"
     new = make_run(tmp_path / "new", planned=5)
     (new / "metrics.jsonl").unlink()
     assert state(new) == "unknown: Not training; no step was logged"
@@ -415,7 +416,11 @@ def test_a_folder_of_runs_lists_them_with_links_to_their_pages(tmp_path):
         page = client.ask(f"runs/{keys['deep/two']}/")
         assert "<title>The second · Safelight</title>" in page.text
         assert '<a href="../../">All runs</a>' in page.text
-        assert client.ask(f"runs/{keys['one']}/version").json["says"] == "Ended before its time, at epoch 2 of 5"
+        assert (
+            client.ask(f"runs/{keys['one']}/version")
+            .json["says"]
+            .startswith("Ended before its time, at epoch 2 of 5, ")
+        )
         assert client.ask(f"runs/{keys['one']}/part/loss").status == 200
         for path in (
             "runs/",
@@ -440,6 +445,19 @@ def test_a_folder_of_runs_lists_them_with_links_to_their_pages(tmp_path):
         wait_for(lambda: len(rows(client)), lambda num: num == 3)
         shutil.rmtree(root / "deep")
         wait_for(lambda: len(rows(client)), lambda num: num == 2)
+
+
+def test_only_some_pages_are_kept(tmp_path, monkeypatch):
+    from safelight.trainer.live import serve
+
+    monkeypatch.setattr(serve, "MAX_PAGES", 2)
+    for name in ("one", "two", "three"):
+        make_run(tmp_path / name)
+    keys = [run.key for run in find_runs(tmp_path)]
+    with serving(tmp_path) as client:
+        for key in (*keys, keys[1], keys[0]):
+            assert client.ask(f"runs/{key}/version").status == 200
+        assert list(client.server._pages) == [keys[1], keys[0]]
 
 
 def test_a_run_that_is_replaced_by_a_link_is_not_shown(tmp_path):

@@ -195,7 +195,7 @@ function draw(figure){
  ['pointerdown','pointermove'].forEach(function(kind){plot.over.addEventListener(kind,function(event){
   if(event.pointerType!=='touch')return;var at=plot.over.getBoundingClientRect();
   plot.setCursor({left:event.clientX-at.left,top:event.clientY-at.top},true,true)})});
- charts.push(chart);chart.items=items;
+ charts.push(chart);chart.figure=figure;chart.items=items;
  chart.observer=new ResizeObserver(function(){
   if(paper.matches||!box.clientWidth||(box.clientWidth===plot.width&&box.clientHeight===plot.height))return;
   plot.setSize({width:box.clientWidth,height:box.clientHeight})});chart.observer.observe(box);

@@ -112,32 +112,39 @@ def _set_differences(features: Features, measure: Callable[..., SetDifference]) 
     return tuple(differences)
 
 
-def _kid(features: Features) -> Metric:
-    values, real = _by_model(features, kid)
+def _of_sets(
+    features: Features, kind: str, values: tuple[Estimate, ...], real: Estimate | None, **texts: object
+) -> Metric:
+    """Return the record of a metric of whole sets, with a warning if a set is small."""
     return Metric(
-        id=f"kid_{features.id}",
+        **{"warning": _few(features), **texts},
+        id=f"{kind}_{features.id}",
+        features=features.name,
+        values=values,
+        real=real,
+    )
+
+
+def _kid(features: Features) -> Metric:
+    return _of_sets(
+        features,
+        "kid",
+        *_by_model(features, kid),
         title="KID × 1000",
         meaning="How far the drawn pictures are from your photographs as a whole; 0: they cannot be told apart.",
         better="lower",
-        features=features.name,
-        warning=_few(features),
-        values=values,
-        real=real,
         differences=_set_differences(features, kid_difference),
     )
 
 
 def _cmmd(features: Features) -> Metric:
-    values, real = _by_model(features, cmmd)
-    return Metric(
-        id=f"cmmd_{features.id}",
+    return _of_sets(
+        features,
+        "cmmd",
+        *_by_model(features, cmmd),
         title="CMMD",
         meaning="As KID, by what CLIP sees, which follows content more than texture; 0 means no difference.",
         better="lower",
-        features=features.name,
-        warning=_few(features),
-        values=values,
-        real=real,
         differences=_set_differences(features, cmmd_difference),
     )
 
@@ -145,43 +152,40 @@ def _cmmd(features: Features) -> Metric:
 def _frechet(features: Features, is_inception: bool) -> Metric:
     # halves of the photographs are fewer pictures than a model drew: their distance is more biased, and no level
     values, _ = _by_model(features, frechet)
-    return Metric(
-        id=f"frechet_{features.id}",
+    return _of_sets(
+        features,
+        "frechet",
+        values,
+        None,
         title="FID" if is_inception else "Fréchet distance",
         meaning="The best-known distance between drawn pictures and photographs. It needs thousands of pictures.",
         better="lower",
-        features=features.name,
         warning=frechet_warning(min(features.num, len(features.real))),
-        values=values,
     )
 
 
 def _density(features: Features) -> Metric:
-    values, real = _by_model(features, lambda *sets: neighbours(*sets).density)
-    return Metric(
-        id=f"density_{features.id}",
+    return _of_sets(
+        features,
+        "density",
+        *_by_model(features, lambda *sets: neighbours(*sets).density),
         title="Density",
         meaning="How typical the drawn pictures are: how often they lie where your photographs crowd.",
         better="higher",
-        features=features.name,
-        warning=_few(features),
-        values=values,
-        real=real,
     )
 
 
 def _coverage(features: Features) -> Metric:
     values, _ = _by_model(features, lambda *sets: neighbours(*sets).coverage)
     perfect = expected_coverage(len(features.real), features.num)
-    return Metric(
-        id=f"coverage_{features.id}",
+    return _of_sets(
+        features,
+        "coverage",
+        values,
+        _estimate(REAL, Interval(perfect, perfect, perfect), features.num),
         title="Coverage",
         meaning="How much of the photographs' variety is drawn: the share of them with a drawn picture near.",
         better="higher",
-        features=features.name,
-        warning=_few(features),
-        values=values,
-        real=_estimate(REAL, Interval(perfect, perfect, perfect), features.num),
     )
 
 

@@ -21,6 +21,7 @@ from safelight.trainer.report.evaluation import MAX_SHOWN_PICTURES, Burn, BurnSc
 
 ScoreName = Literal["burnt", "smoothed"]
 SCORES: tuple[ScoreName, ...] = ("burnt", "smoothed")
+NOT_SHOWN = -(2.0**20)
 # pictures shown of a set and score
 NUM_WORST = 6
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -42,7 +43,7 @@ WHY = {
 class PictureMeasures:
     """What is measured of a picture as its features, for the same store as those of other extractors.
 
-    A figure that a picture does not show is NaN.
+    The store keeps finite numbers only: a figure that a picture does not show is NOT_SHOWN, and NaN in `measures_of`.
     """
 
     name = "picture measures"
@@ -52,7 +53,12 @@ class PictureMeasures:
     def features(self, images: Sequence[Image.Image]) -> np.ndarray:
         """Return the measures of RGB pictures: (N, 6), fp32."""
         rows = [measure(np.asarray(image.convert("RGB"))) for image in images]
-        return np.array(rows, np.float32).reshape(-1, self.width)
+        return np.nan_to_num(np.array(rows, np.float32).reshape(-1, self.width), nan=NOT_SHOWN)
+
+
+def measures_of(features: np.ndarray) -> np.ndarray:
+    """Return the measures of pictures, (N, 6), NaN for what one does not show, from their features."""
+    return np.where(features == NOT_SHOWN, np.nan, features)
 
 
 @dataclass(frozen=True)

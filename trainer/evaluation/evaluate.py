@@ -20,7 +20,7 @@ import torch
 from safelight.data.atomic import atomic_write_text
 from safelight.errors import UserError
 from safelight.text import counted
-from safelight.trainer.evaluation.burn import PictureMeasures, PictureSet, judge_burn
+from safelight.trainer.evaluation.burn import PictureMeasures, PictureSet, judge_burn, measures_of
 from safelight.trainer.evaluation.crops import compare_crops, find_crops
 from safelight.trainer.evaluation.kept import Kept
 from safelight.trainer.evaluation.memorisation import judge_memorisation
@@ -374,10 +374,10 @@ class _Work:
         def compute() -> Burn:
             real, *rows = self._features(extractor, photos, *drawn.values(), what="burn check")
             sets = [
-                PictureSet(model, scale, [picture.name for picture in pictures], self.prompts, measures)
-                for ((model, scale), pictures), measures in zip(drawn.items(), rows, strict=True)
+                PictureSet(model, scale, [picture.name for picture in pictures], self.prompts, measures_of(found))
+                for ((model, scale), pictures), found in zip(drawn.items(), rows, strict=True)
             ]
-            return judge_burn(real, sets, names_of(self.comparison.models))
+            return judge_burn(measures_of(real), sets, names_of(self.comparison.models))
 
         inputs = {
             "features": extractor.fingerprint,

@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image
 
-from safelight.trainer.evaluation.burn import PictureMeasures, PictureSet, judge_burn
+from safelight.trainer.evaluation.burn import PictureMeasures, PictureSet, judge_burn, measures_of
 from safelight.trainer.metrics.picture_measures import MEASURES
 from safelight.trainer.report.evaluation import Burn
 
@@ -78,8 +78,12 @@ def test_no_claim_from_few_photographs_or_pictures():
 
 
 def test_a_picture_that_shows_neither_edges_nor_detail_is_judged_by_the_rest():
-    rows = PictureMeasures().features([Image.new("RGB", (64, 64), "grey")])
-    assert rows.dtype == np.float32
+    features = PictureMeasures().features([Image.new("RGB", (64, 64), "grey")])
+    assert features.dtype == np.float32
+    # the store of features keeps no others
+    assert np.isfinite(features).all()
+    rows = measures_of(features)
+    assert np.isnan(rows).any()
     assert rows.shape == (1, PictureMeasures.width)
     burn = judge_burn(NORMAL[:40], [PictureSet("base", 7.5, ["a.png"], ["p"], rows)])
     assert np.isfinite(burn.sets[1].burnt).all()

@@ -8,6 +8,7 @@ from PIL import Image
 
 from safelight.trainer.features.extractor import PictureModel, fingerprint_of
 from safelight.trainer.models.encoders import LatentCodec
+from safelight.trainer.report.evaluation import OWN_AUTOENCODER
 
 SIDE = 16
 
@@ -27,5 +28,5 @@ def open_latents(codec: LatentCodec) -> PictureModel:
 
     width = codec.latent_channels * SIDE**2
     return PictureModel(
-        "the run's autoencoder", fingerprint_of(f"latents, version 1, {side_px} px", codec.fingerprint), width, look
+        OWN_AUTOENCODER, fingerprint_of(f"latents, version 1, {side_px} px", codec.fingerprint), width, look
     )

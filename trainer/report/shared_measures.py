@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from safelight.text import counted
 from safelight.trainer.report.bars import Axis, interval_bar, show_number
-from safelight.trainer.report.evaluation import Estimate, Metric
+from safelight.trainer.report.evaluation import OWN_AUTOENCODER, Estimate, Metric
 from safelight.trainer.report.markup import Markup, nothing_yet, shorten, table, tag
 from safelight.trainer.report.measures import BETTER, FEW_PICTURES, difference_of, estimate_of
 from safelight.trainer.report.models import name_of, put_forward
@@ -21,10 +21,10 @@ def measures_section(runs: Sequence[ShownRun]) -> Markup:
     """Return the metrics that two or more runs share: of each, base and the checkpoint that is put forward."""
     heading = tag("h2", "Measured")
     measured = [one for one in runs if one.run.evaluation]
-    groups: dict[tuple[str, str], list[tuple[ShownRun, Metric]]] = {}
+    groups: dict[tuple[str, ...], list[tuple[ShownRun, Metric]]] = {}
     for one in measured:
         for metric in one.run.evaluation.metrics:
-            groups.setdefault((metric.id, metric.features), []).append((one, metric))
+            groups.setdefault((metric.id, *_features(one, metric)), []).append((one, metric))
     shared = [group for group in groups.values() if len(group) > 1]
     if not shared:
         return tag("section", heading, nothing_yet(NOT_YET, "evaluate"), id="measures")
@@ -37,6 +37,14 @@ def measures_section(runs: Sequence[ShownRun]) -> Markup:
         tag("p", f"Measured of one run only: {'; '.join(alone)}.", class_="note") if alone else None,
         id="measures",
     )
+
+
+def _features(one: ShownRun, metric: Metric) -> tuple[str, ...]:
+    """Return what tells the features of a metric from those of another run."""
+    if metric.features != OWN_AUTOENCODER:
+        return (metric.features,)
+    # in every run under this name, whichever it is
+    return (metric.features, str(one.settings.get("model.vae") or one.run.base))
 
 
 def _named(metric: Metric) -> str:
@@ -125,7 +133,11 @@ def _metric(group: Sequence[tuple[ShownRun, Metric]], are_alike: bool) -> Markup
         tag("p", about, class_="note") if about else None,
         tag("p", shorten(metric.meaning, 600)),
         tag("p", _sentence(metric, trained)) if are_alike and len(trained) > 1 and metric.better else None,
-        tag("p", shorten(metric.warning, 600), class_="note warning") if metric.warning else None,
+        [
+            tag("p", shorten(text, 600), class_="note warning")
+            for text in dict.fromkeys(own.warning for _, own in group)
+            if text
+        ],
         table(head, rows, class_="figures measured"),
         class_="shared",
     )

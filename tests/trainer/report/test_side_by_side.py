@@ -12,7 +12,7 @@ import pytest
 
 from safelight.data.lock import FolderLock
 from safelight.errors import UserError
-from safelight.trainer.report.evaluation import Evaluation
+from safelight.trainer.report.evaluation import OWN_AUTOENCODER, Evaluation
 from safelight.trainer.report.run_reader import read_run_folder
 from safelight.trainer.report.side_by_side import MAX_RUNS, build_side_by_side, render
 from tests.called import call
@@ -245,6 +245,19 @@ def test_only_the_same_metric_by_the_same_features_is_compared(runs):
     assert "LPIPS diversity" in text
     assert "Measured of one run only: KID by EfficientNet-Lite0 (one);" in text
     assert "KID by another network (two)." in text
+
+
+def test_two_runs_autoencoders_are_not_the_same_features(runs):
+    for name in ("one", "two"):
+        evaluation = json.loads((runs / name / "evaluation.json").read_text())
+        evaluation["metrics"] = [{**evaluation["metrics"][0], "features": OWN_AUTOENCODER, "warning": f"of {name}"}]
+        (runs / name / "evaluation.json").write_text(json.dumps(evaluation))
+    part = section(page_of(runs, "one", "two"), "measures")
+    assert "by the run's autoencoder" in text_of(part)
+    assert ">of one<" in part
+    assert ">of two<" in part
+    change(runs / "two", "[model]", '[model]\nvae = "another"')
+    assert "by the run's autoencoder" not in text_of(section(page_of(runs, "one", "two"), "measures"))
 
 
 def figures(page: str) -> list[list[str]]:

@@ -54,11 +54,13 @@ from safelight.trainer.metrics.resampling import TooFewPictures
 from safelight.trainer.report.comparison import Comparison, Record
 from safelight.trainer.report.evaluation import (
     Burn,
+    BurnScores,
     CropDivergence,
     EvaluatedModel,
     Evaluation,
     Memorisation,
     Metric,
+    is_worse_than_base,
 )
 from safelight.trainer.report.run_reader import read_run_folder
 from safelight.trainer.tagging.taggers import TaggerSource
@@ -162,16 +164,28 @@ def _models(run_dir: Path, comparison: Comparison) -> list[EvaluatedModel]:
     ]
 
 
-def _blemishes(burn: Burn | None, memorisation: Memorisation | None, cfg: float) -> dict[str, list[str]]:
-    """Return what is wrong with models' pictures at the guidance scale cfg: model -> words."""
-    found: dict[str, list[str]] = {}
-    for scores in burn.sets if burn is not None else ():
-        words = [word for word, is_so in (("burnt", scores.is_burnt), ("smoothed out", scores.is_smoothed)) if is_so]
-        if scores.model not in (REAL, BASE) and scores.cfg == cfg and words:
-            found.setdefault(scores.model, []).extend(words)
+def _blemishes(burn: Burn | None, memorisation: Memorisation | None, cfg: float) -> dict[str, dict[str, str]]:
+    """Return what is wrong with models' pictures at the guidance scale cfg, if it is not so with the base's.
+
+    model -> what, such as "burnt" -> how many, in words, "" if that is not known.
+    """
+    found: dict[str, dict[str, str]] = {}
+    sets = {scores.model: scores for scores in (burn.sets if burn is not None else ()) if scores.cfg == cfg}
+    base = sets.get(BASE)
+    for model, scores in sets.items():
+        for score, word in (("burnt", "burnt"), ("smoothed", "smoothed out")):
+            if model in (REAL, BASE) or not getattr(scores, f"is_{score}"):
+                continue
+            if base is None or is_worse_than_base(scores, base, score):
+                count = f"{_num_of(scores, score)}{f', {_num_of(base, score)} by the base' if base else ''}"
+                found.setdefault(model, {})[word] = count
     for model in memorisation.memorised if memorisation is not None else ():
-        found.setdefault(model, []).append("copies of training photographs")
+        found.setdefault(model, {})["copies of training photographs"] = ""
     return found
+
+
+def _num_of(scores: BurnScores, score: str) -> str:
+    return f"{round(getattr(scores, f'share_{score}') * scores.num)} of {scores.num}"
 
 
 class _Work:

@@ -1,6 +1,6 @@
 """Which checkpoint to use, by rules that are stated with the result.
 
-1. Checkpoints that draw burnt, smoothed-out or copied pictures are set aside, if another is left.
+1. Checkpoints that draw more burnt, smoothed-out or copied pictures than the base are set aside, if another is left.
 2. Of the others, the one with the lowest held-out loss; of several within TIE of it, the one with the lowest KID.
 3. Unless another's KID is lower beyond chance: then that one.
 4. If that one's held-out loss is not below the base's and its KID is not lower beyond chance, there is none to suggest.
@@ -33,12 +33,12 @@ def suggest(
     models: Sequence[EvaluatedModel],
     kid: Metric | None,
     kid_changes: Mapping[tuple[str, str], KidChange],
-    blemishes: Mapping[str, Sequence[str]],
+    blemishes: Mapping[str, Mapping[str, str]],
 ) -> Suggestion | None:
     """Return the checkpoint to use with its reasons, None if there is nothing to choose by.
 
     kid: the headline metric. kid_changes: (model, other) -> KID of model minus KID of other, for the base and all
-    checkpoints. blemishes: model -> what is wrong with its pictures, such as "burnt".
+    checkpoints. blemishes: model -> what is wrong with its pictures, such as "burnt" -> how many, "" if not known.
     """
     trained = [model for model in models if model.id != BASE]
     base = next((model for model in models if model.id == BASE), None)
@@ -49,14 +49,15 @@ def suggest(
     candidates = sound or trained
     if sound:
         set_aside = [
-            f"{_name(model)} is set aside: its pictures are {' and '.join(blemishes[model.id])}"
+            f"{_name(model)} is set aside: its pictures are {_blemished(blemishes[model.id])}"
             for model in trained
             if model not in sound
         ]
     else:
-        set_aside = ["every checkpoint draws pictures that are " + _joined(blemishes)]
+        listed = "; ".join(f"{_name(model)}: {_blemished(blemishes[model.id])}" for model in trained)
+        set_aside = [f"all checkpoints draw pictures with more faults than the base's: {listed}"]
     kid_of = {} if kid is None else {estimate.model: estimate.value for estimate in kid.values}
-    chosen = _by_loss(candidates, kid_of, reasons)
+    chosen = _by_loss(candidates, kid_of, reasons, len(trained))
     # of many comparisons one is beyond chance by chance
     limit = SIGNIFICANT / max(1, len(candidates) - 1)
     better = [
@@ -76,7 +77,9 @@ def suggest(
     return _against_base(chosen, base, kid, kid_changes, reasons, set_aside)
 
 
-def _by_loss(candidates: Sequence[EvaluatedModel], kid_of: Mapping[str, float], reasons: list[str]) -> EvaluatedModel:
+def _by_loss(
+    candidates: Sequence[EvaluatedModel], kid_of: Mapping[str, float], reasons: list[str], num_trained: int
+) -> EvaluatedModel:
     measured = [model for model in candidates if model.held_out_loss is not None]
     if not measured:
         chosen = min(candidates, key=lambda model: kid_of.get(model.id, float("inf")))
@@ -86,7 +89,8 @@ def _by_loss(candidates: Sequence[EvaluatedModel], kid_of: Mapping[str, float], 
     near = [model for model in measured if model.held_out_loss <= lowest * (1 + TIE)]
     chosen = min(near, key=lambda model: (kid_of.get(model.id, 0.0), model.held_out_loss))
     if len(candidates) == 1:
-        reasons.append(f"it is the only one that is left; its held-out loss is {chosen.held_out_loss:.4f}")
+        only = "the only one that is left" if num_trained > 1 else "the only checkpoint that was evaluated"
+        reasons.append(f"it is {only}; its held-out loss is {chosen.held_out_loss:.4f}")
     elif chosen.held_out_loss == lowest:
         reasons.append(f"its held-out loss, {lowest:.4f}, is the lowest of the checkpoints that were evaluated")
     else:
@@ -132,8 +136,8 @@ def _against_base(
     )
 
 
-def _joined(blemishes: Mapping[str, Sequence[str]]) -> str:
-    return " or ".join(sorted({word for words in blemishes.values() for word in words}))
+def _blemished(found: Mapping[str, str]) -> str:
+    return " and ".join(f"{word} ({count})" if count else word for word, count in found.items())
 
 
 def _name(model: EvaluatedModel) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from safelight.text import counted
 from safelight.trainer.report.course import ending, run_verdict
+from safelight.trainer.report.evaluation import REAL, is_worse_than_base
 from safelight.trainer.report.facts import best_validation, format_epoch
 from safelight.trainer.report.markup import Markup, shorten, tag
 from safelight.trainer.report.measures import judge
@@ -148,27 +149,42 @@ def _both_rise(run: RunFolder) -> str:
 
 
 def _burnt(run: RunFolder) -> str:
-    burn = run.evaluation.burn if run.evaluation else None
-    return _beyond_photographs(run, burn.sets, "burnt", "Lower cfg, or use an earlier checkpoint") if burn else ""
+    return _beyond_the_base(run, "burnt", "Lower cfg, or use an earlier checkpoint")
 
 
 def _smoothed(run: RunFolder) -> str:
-    burn = run.evaluation.burn if run.evaluation else None
-    text = "Look for soft or noisy photographs among the data, and compare a checkpoint that was trained longer"
-    return _beyond_photographs(run, burn.sets, "smoothed", text) if burn else ""
+    text = "Look for soft or noisy photographs among the data"
+    model = _evaluated(run)
+    if model and int(model.removeprefix("step-")) < max(one.step for one in run.evaluation.models):
+        text += ", and compare a checkpoint that was trained longer"
+    return _beyond_the_base(run, "smoothed", text)
 
 
-def _beyond_photographs(run: RunFolder, sets: tuple, score: str, advised: str) -> str:
-    """Return advice if more pictures of the model are beyond a score's limit than chance explains."""
-    model = put_forward(run, [one.id for one in run.evaluation.models])
-    real = next((one for one in sets if one.model == "real"), None)
-    usual = "" if real is None else f", against {100 * getattr(real, f'share_{score}'):.0f} % of the real photographs"
+def _evaluated(run: RunFolder) -> str | None:
+    return put_forward(run, [one.id for one in run.evaluation.models]) if run.evaluation else None
+
+
+def _beyond_the_base(run: RunFolder, score: str, advised: str) -> str:
+    """Return advice if more pictures of the model are beyond a score's limit than chance and the base explain.
+
+    At the guidance scale of the evaluation: others were drawn to see where pictures burn.
+    """
+    burn, model = run.evaluation.burn if run.evaluation else None, _evaluated(run)
+    if burn is None or model is None:
+        return ""
+    of = {one.model: one for one in burn.sets if one.model == REAL or one.cfg == run.evaluation.cfg}
+    own, base = of.get(model), of.get(BASE)
+    if own is None or not getattr(own, f"is_{score}") or (base and not is_worse_than_base(own, base, score)):
+        return ""
+    against = [
+        f"{100 * getattr(of[other], f'share_{score}'):.0f} % of {name}"
+        for other, name in ((BASE, "the base model's"), (REAL, "the real photographs"))
+        if other in of
+    ]
     what = "burnt" if score == "burnt" else "smoothed out"
-    for one in sets:
-        if one.model == model and getattr(one, f"is_{score}"):
-            share = f"{100 * getattr(one, f'share_{score}'):.0f} %"
-            return f"{advised}: at cfg {one.cfg:g}, {share} of the pictures of {name_of(run, model)} are {what}{usual}."
-    return ""
+    share = f"{100 * getattr(own, f'share_{score}'):.0f} %"
+    usual = f", against {' and '.join(against)}" if against else ""
+    return f"{advised}: at cfg {own.cfg:g}, {share} of the pictures of {name_of(run, model)} are {what}{usual}."
 
 
 def _memorised(run: RunFolder) -> str:
@@ -243,15 +259,25 @@ def _scattered_buckets(run: RunFolder) -> str:
 
 
 def _crop_loss(run: RunFolder) -> str:
-    rows = [(number(b.get("num_train")), number(b.get("crop_loss"))) for b in rows_of(run.data, "buckets")]
-    bad = [(num, lost) for num, lost in rows if num > 0 and HIGH_CROP_LOSS < lost <= 1]
+    buckets = rows_of(run.data, "buckets")
+    rows = [(number(b.get("num_train")), number(b.get("crop_loss")), b) for b in buckets]
+    bad = [(num, lost, bucket) for num, lost, bucket in rows if num > 0 and HIGH_CROP_LOSS < lost <= 1]
     if not bad:
         return ""
-    photos, most = counted(int(sum(num for num, _ in bad)), "photograph"), max(lost for _, lost in bad)
-    return (
-        f"Check what the crops cut off {photos}: up to {100 * most:.0f} % of their pixels. A higher data.max_aspect "
-        "adds image sizes that fit them."
-    )
+    photos, most = counted(int(sum(num for num, _, _ in bad)), "photograph"), max(lost for _, lost, _ in bad)
+    limit = number(table_of(run.config, "data").get("max_aspect"))
+    widest = max(map(_elongation, buckets))
+    helps = "A higher data.resolution has image sizes of more shapes, which fit closer."
+    # what is cut off photographs in the longest size is the ends that it is too short for
+    if any(_elongation(b) == widest and lost < 1 and widest / (1 - lost) > limit for _, lost, b in bad):
+        helps = "A higher data.max_aspect adds image sizes for photographs that are longer than the limit."
+    return f"Check what the crops cut off {photos}: up to {100 * most:.0f} % of their pixels. {helps}"
+
+
+def _elongation(bucket: dict) -> float:
+    """Return the longer over the shorter side of an image size, 0 if they are not known."""
+    width, height = number(bucket.get("width")), number(bucket.get("height"))
+    return max(width / height, height / width) if width > 0 and height > 0 else 0.0
 
 
 def _no_captions(run: RunFolder) -> str:
@@ -303,8 +329,12 @@ RULES = (
     Rule("late-best", "held-out loss was lowest in the second half of the run and rose since", _late_best),
     Rule("never-better", "held-out loss was lowest at the start, of at least three validations", _never_better),
     Rule("both-rise", "held-out loss and the loss on training photographs both rose since the best point", _both_rise),
-    Rule("burnt", "more of the checkpoint's pictures are burnt than chance explains", _burnt),
-    Rule("smoothed", "more of the checkpoint's pictures are smoothed out than chance explains", _smoothed),
+    Rule("burnt", "more of the checkpoint's pictures are burnt than chance and the base explain", _burnt),
+    Rule(
+        "smoothed",
+        "more of the checkpoint's pictures are smoothed out than chance and the base explain",
+        _smoothed,
+    ),
     Rule(
         "memorised",
         "more of the checkpoint's pictures are flagged as copies than chance and the base explain",

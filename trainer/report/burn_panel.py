@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from safelight.trainer.report.bars import Axis, distribution_bar, show_number
-from safelight.trainer.report.evaluation import Burn, ShownPicture
+from safelight.trainer.report.evaluation import REAL, Burn, ShownPicture
 from safelight.trainer.report.facts import evenly_chosen
 from safelight.trainer.report.markup import Markup, details, join, shorten, table, tag
 from safelight.trainer.report.models import name_of, put_forward
@@ -20,7 +20,6 @@ MAX_SETS = 16
 MAX_WORST = 6
 EDGES_PX = (320, 256, 192, 128)
 BUDGET_BYTES = 1_500_000
-REAL = "real"
 LEGEND = (
     "A block holds the middle half of the pictures and its gap the median; the line goes from 5 % to 95 %. The dashed "
     "line is the limit that few real photographs exceed; the share of pictures beyond it stands beside, with its "

@@ -14,8 +14,13 @@ from safelight.trainer.report.comparison import MAX_MODELS, Count, FileName, Mod
 Number = Annotated[float, Field(ge=-1e15, le=1e15)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(max_length=200)]
+<<<<<<< HEAD
 # the name of these features in every run, whichever autoencoder it has
 OWN_AUTOENCODER = "the run's autoencoder"
+=======
+# what stands for photographs where a model is named
+REAL = "real"
+>>>>>>> mendreport
 MAX_METRICS = 100
 MAX_CLASSES = 400
 MAX_POINTS = 20_000
@@ -159,6 +164,17 @@ class BurnScores(Record):
     smoothed_interval: tuple[Share, Share] | None = None
     is_burnt: bool = False
     is_smoothed: bool = False
+
+
+def is_worse_than_base(own: BurnScores, base: BurnScores, score: Literal["burnt", "smoothed"]) -> bool:
+    """Return whether a model's share of burnt or smoothed-out pictures is above the base's at the same cfg.
+
+    Only if the base has no more than chance explains, or the intervals of both shares lie apart.
+    """
+    intervals = getattr(own, f"{score}_interval"), getattr(base, f"{score}_interval")
+    if getattr(own, f"share_{score}") <= getattr(base, f"share_{score}"):
+        return False
+    return not getattr(base, f"is_{score}") or (None not in intervals and intervals[0][0] > intervals[1][1])
 
 
 class ShownPicture(Record):

@@ -9,7 +9,7 @@ from functools import cached_property
 
 from safelight.trainer.report.chart import DISTINCT
 from safelight.trainer.report.markup import Markup, join, shorten, tag
-from safelight.trainer.report.run_reader import RunFolder
+from safelight.trainer.report.run_reader import RunFolder, number
 from safelight.trainer.report.settings_table import Settings, differing, settings_of
 from safelight.untrusted import UnsafeFile, path_in, read_json_object
 
@@ -46,11 +46,28 @@ class ShownRun:
     @cached_property
     def held_out(self) -> frozenset[str] | None:
         """The names of the photographs held out of training, which contain a hash of each; None if unknown."""
+        return self._split.get("validation")
+
+    @cached_property
+    def photographs(self) -> object:
+        """What tells the run's photographs from another's: their names, else name and size of the dataset; or None."""
+        if self._split.keys() >= {"train", "validation"}:
+            return self._split["train"] | self._split["validation"]
+        data = self.run.data or {}
+        name, num = data.get("dataset"), number(data.get("num_photos"))
+        return (name, num) if name and num >= 0 else None
+
+    @cached_property
+    def _split(self) -> dict[str, frozenset[str]]:
         try:
-            names = read_json_object(path_in(self.run.path, "split.json"), MAX_SPLIT_BYTES).get("validation")
+            split = read_json_object(path_in(self.run.path, "split.json"), MAX_SPLIT_BYTES)
         except (UnsafeFile, OSError):
-            return None
-        return frozenset(name for name in names if isinstance(name, str)) if isinstance(names, list) else None
+            return {}
+        return {
+            key: frozenset(name for name in names if isinstance(name, str))
+            for key, names in split.items()
+            if isinstance(names, list)
+        }
 
     @property
     def name(self) -> Markup:

@@ -2,8 +2,9 @@
 
 import pytest
 
+from safelight.trainer.evaluation.evaluate import _blemishes
 from safelight.trainer.evaluation.suggest import KidChange, suggest
-from safelight.trainer.report.evaluation import Estimate, EvaluatedModel, Metric
+from safelight.trainer.report.evaluation import Burn, BurnScores, Estimate, EvaluatedModel, Metric
 
 
 def model(step: int, loss: float | None) -> EvaluatedModel:
@@ -50,12 +51,61 @@ def test_a_kid_that_is_lower_beyond_chance_wins_over_the_loss():
 
 
 def test_burnt_checkpoints_are_set_aside_if_another_is_left():
-    found = suggest(MODELS, kid_of(KIDS), changes_of(KIDS, 0.4), {"step-200": ["burnt", "smoothed out"]})
+    burnt = {"burnt": "16 of 116, 2 of 116 by the base", "smoothed out": ""}
+    found = suggest(MODELS, kid_of(KIDS), changes_of(KIDS, 0.4), {"step-200": burnt})
     assert found.model == "step-300"
-    assert found.reasons[-1] == "epoch 20 (step 200) is set aside: its pictures are burnt and smoothed out"
-    every = {name: ["burnt"] for name in KIDS if name != "base"}
+    assert found.reasons[-1] == (
+        "epoch 20 (step 200) is set aside: its pictures are burnt (16 of 116, 2 of 116 by the base) and smoothed out"
+    )
+    every = {name: {"burnt": "9 of 12"} for name in KIDS if name != "base"}
     found = suggest(MODELS, kid_of(KIDS), changes_of(KIDS, 0.4), every)
-    assert (found.model, found.reasons[-1]) == ("step-200", "every checkpoint draws pictures that are burnt")
+    assert found.model == "step-200"
+    assert found.reasons[-1] == (
+        "all checkpoints draw pictures with more faults than the base's: epoch 10 (step 100): burnt (9 of 12); "
+        "epoch 20 (step 200): burnt (9 of 12); epoch 30 (step 300): burnt (9 of 12)"
+    )
+
+
+def test_the_only_checkpoint_is_said_to_be_the_only_one_that_was_evaluated():
+    kids = {"base": 60.0, "step-100": 20.0}
+    found = suggest(MODELS[:2], kid_of(kids), changes_of(kids, 0.001), {})
+    assert found.reasons[0] == "it is the only checkpoint that was evaluated; its held-out loss is 0.1500"
+    # of several that were evaluated, one is left
+    faults = {name: {"burnt": ""} for name in ("step-100", "step-300")}
+    found = suggest(MODELS, kid_of(KIDS), changes_of(KIDS, 0.4), faults)
+    assert found.reasons[0] == "it is the only one that is left; its held-out loss is 0.1200"
+
+
+def burn_of(cfg: float, **models: tuple[int, tuple[float, float]]) -> list[BurnScores]:
+    """Return scores of models: how many of 100 are burnt, and the interval of that share."""
+    still = {"smoothed": (0.0,) * 5, "burnt": (0.0,) * 5, "share_smoothed": 0.0, "num": 100}
+    return [
+        BurnScores(
+            model=name.replace("_", "-"),
+            cfg=cfg,
+            share_burnt=num / 100,
+            burnt_interval=interval,
+            is_burnt=num > 9,
+            **still,
+        )
+        for name, (num, interval) in models.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("of_base", "found"),
+    [
+        ((2, (0.0, 0.08)), {"step-100": {"burnt": "14 of 100, 2 of 100 by the base"}}),
+        # as burnt as the base: nothing that training did
+        ((12, (0.06, 0.2)), {}),
+        ((16, (0.1, 0.22)), {}),
+        # burnt, but the checkpoint far more
+        ((10, (0.01, 0.04)), {"step-100": {"burnt": "14 of 100, 10 of 100 by the base"}}),
+    ],
+)
+def test_a_checkpoint_is_blemished_only_if_the_base_is_less_so(of_base, found):
+    sets = burn_of(3.0, base=of_base, step_100=(14, (0.05, 0.2))) + burn_of(9.0, step_200=(99, (0.9, 1.0)))
+    assert _blemishes(Burn(sets=tuple(sets), sentence="."), None, 3.0) == found
 
 
 def test_losses_that_are_nearly_equal_leave_the_choice_to_kid():

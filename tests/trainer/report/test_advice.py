@@ -14,6 +14,7 @@ from safelight.trainer.report.evaluation import (
     EvaluatedModel,
     Evaluation,
     Memorisation,
+    Suggestion,
 )
 from safelight.trainer.report.run_reader import TRAIN_COLUMNS, Metrics, RunFolder, Validation
 from tests.trainer.report.evaluated_run import metrics as measured
@@ -159,16 +160,26 @@ CASES = {
             (
                 with_burn(burn_scores("real"), burn_scores("step-30", burnt=0.4)),
                 "at cfg 7.5, 40 % of the pictures of epoch 3 are burnt, against 5 % of the real photographs",
-            )
+            ),
+            (
+                with_burn(burn_scores("base"), burn_scores("step-30", burnt=0.4)),
+                "of epoch 3 are burnt, against 5 % of the base model's.",
+            ),
         ],
         [
+            with_burn(burn_scores("base", burnt=0.38), burn_scores("step-30", burnt=0.4)),
+            with_burn(burn_scores("base", burnt=0.5), burn_scores("step-30", burnt=0.4)),
+            with_burn(burn_scores("step-30", burnt=0.9).model_copy(update={"cfg": 12.0})),
             with_burn(burn_scores("real"), burn_scores("step-30", burnt=0.08)),
             with_burn(burn_scores("real"), burn_scores("base", burnt=0.9)),
         ],
     ),
     "smoothed": (
         [(with_burn(burn_scores("real"), burn_scores("step-30", smoothed=0.4)), "40 % of the pictures of epoch 3 are")],
-        [with_burn(burn_scores("real"), burn_scores("step-30", burnt=0.4))],
+        [
+            with_burn(burn_scores("step-30", smoothed=0.4).model_copy(update={"cfg": 1.0})),
+            with_burn(burn_scores("real"), burn_scores("step-30", burnt=0.4)),
+        ],
     ),
     "memorised": (
         [(with_flags(0, 1), "flagged are 1 picture of epoch 3 and 0 of the base model")],
@@ -245,6 +256,31 @@ def test_a_rule_applies_where_it_says_and_nowhere_else(name: str) -> None:
         assert said in given[name]
     for run in silent:
         assert name not in {rule.name for rule, _ in advice(run)}
+
+
+def test_a_longer_training_is_advised_only_if_a_later_checkpoint_is_there() -> None:
+    run = with_burn(burn_scores("step-30", smoothed=0.4))
+    [(_, text)] = advice(run)
+    assert "trained longer" not in text
+    later = EvaluatedModel(id="step-60", step=60, epoch=6.0)
+    best = Suggestion(model="step-30", sentence=".")
+    more = run.evaluation.model_copy(update={"models": (*run.evaluation.models, later), "suggestion": best})
+    [(_, text)] = advice(dataclasses.replace(run, evaluation=more))
+    assert "compare a checkpoint that was trained longer: at cfg 7.5, 40 %" in text
+
+
+def test_a_higher_max_aspect_is_advised_for_none_that_it_does_not_fit() -> None:
+    def said(num: int, width: int, height: int, lost: float, limit: float) -> str:
+        bucket = {"num_train": num, "crop_loss": lost, "width": width, "height": height}
+        settings = {"train": {"batch_size": 4, "epochs": 3}, "data": {"max_aspect": limit}}
+        given = advice(sound_run(config=settings, data={**sound_run().data, "buckets": [bucket]}))
+        return next((text for rule, text in given if rule.name == "crop-loss"), "")
+
+    # the widest size that 2 allows, and photographs that are wider: 128 x 64 less 30 % is a 2.9:1 photograph
+    assert "A higher data.max_aspect" in said(9, 128, 64, 0.3, 2.0)
+    # square sizes: photographs of 4:3 lie between them
+    assert "data.max_aspect" not in said(9, 64, 64, 0.2, 4.0)
+    assert "data.resolution" in said(9, 64, 64, 0.2, 4.0)
 
 
 def test_a_sound_run_gets_no_advice() -> None:

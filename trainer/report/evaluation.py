@@ -14,13 +14,10 @@ from safelight.trainer.report.comparison import MAX_MODELS, Count, FileName, Mod
 Number = Annotated[float, Field(ge=-1e15, le=1e15)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(max_length=200)]
-<<<<<<< HEAD
 # the name of these features in every run, whichever autoencoder it has
 OWN_AUTOENCODER = "the run's autoencoder"
-=======
 # what stands for photographs where a model is named
 REAL = "real"
->>>>>>> mendreport
 MAX_METRICS = 100
 MAX_CLASSES = 400
 MAX_POINTS = 20_000

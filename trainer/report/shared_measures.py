@@ -14,12 +14,6 @@ from safelight.trainer.report.records import BASE
 from safelight.trainer.report.shown_runs import ShownRun, hold_out_others
 
 OTHER_PHOTOGRAPHS, OTHER_DATASET, UNKNOWN_DATASET = "held-out photographs", "other dataset", "unknown dataset"
-# what `safelight evaluate` calls features that are another network's in a run with another base or model.vae
-OWN_AUTOENCODER = "the run's autoencoder"
-OTHER_FEATURES = (
-    "The runs have different autoencoders, or ones that are not known to be the same, so these figures cannot be "
-    "compared between the runs. Compare each with its own base."
-)
 NOT_YET = "Metrics with intervals are compared here once two of the runs have been measured:"
 
 
@@ -92,13 +86,6 @@ def _differing_conditions(measured: Sequence[ShownRun]) -> list[str]:
     return differs + [OTHER_PHOTOGRAPHS] * hold_out_others(measured)
 
 
-def _have_the_same_features(metric: Metric, runs: Sequence[ShownRun]) -> bool:
-    if metric.features != OWN_AUTOENCODER:
-        return True
-    autoencoders = {(one.run.base, str(one.settings.get("model.vae", UNKNOWN_DATASET))) for one in runs}
-    return all(one.settings for one in runs) and len(autoencoders) == 1
-
-
 def _columns(measured: Sequence[ShownRun]) -> list[dict[str, str]]:
     """Return how each run's pictures were drawn. The dataset stands in for photographs that are not known by name."""
     columns = []
@@ -143,8 +130,6 @@ def _metric(group: Sequence[tuple[ShownRun, Metric]], are_alike: bool) -> Markup
     head = ["", "model", "value", "", "95 % interval", "minus its base, by prompt"]
     if not any(own.differences for _, own in group):
         head, rows = head[:-1], [row[:-1] for row in rows]
-    are_same = _have_the_same_features(metric, [one for one, _ in group])
-    is_judged = are_alike and are_same
     trained = [(one.label, value) for one, value, _ in values if value.model != BASE]
     about = " · ".join(
         filter(None, [BETTER.get(metric.better, ""), metric.features and f"by {shorten(metric.features, 120)}"])
@@ -154,18 +139,12 @@ def _metric(group: Sequence[tuple[ShownRun, Metric]], are_alike: bool) -> Markup
         tag("h3", shorten(metric.title, 120)),
         tag("p", about, class_="note") if about else None,
         tag("p", shorten(metric.meaning, 600)),
-<<<<<<< HEAD
         tag("p", _sentence(metric, trained)) if are_alike and len(trained) > 1 and metric.better else None,
         [
             tag("p", shorten(text, 600), class_="note warning")
             for text in dict.fromkeys(own.warning for _, own in group)
             if text
         ],
-=======
-        tag("p", _sentence(metric, trained)) if is_judged and len(trained) > 1 and metric.better else None,
-        None if are_same else tag("p", OTHER_FEATURES, class_="note warning"),
-        tag("p", shorten(metric.warning, 600), class_="note warning") if metric.warning else None,
->>>>>>> mendreport
         table(head, rows, class_="figures measured"),
         class_="shared",
     )

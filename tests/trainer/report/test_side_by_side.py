@@ -225,22 +225,6 @@ def test_runs_that_were_measured_otherwise_are_not_compared(runs):
     assert "They hold out different photographs." in section(page_of(runs, "one", "two"), "measures")
 
 
-def test_no_run_is_best_by_its_own_autoencoder_unless_that_is_the_others_too(runs):
-    for name in ("one", "two"):
-        evaluation = json.loads((runs / name / "evaluation.json").read_text())
-        evaluation["metrics"][0]["features"] = "the run's autoencoder"
-        (runs / name / "evaluation.json").write_text(json.dumps(evaluation))
-    revalue(runs / "two", 3.0)
-    assert page_of(runs, "one", "two").count("is best: its interval") == 3
-    change(runs / "two", "[validate]", '[model]\nvae = "another"\n\n[validate]')
-    page = page_of(runs, "one", "two")
-    assert page.count("is best: its interval") == 2
-    assert page.count("The runs have different autoencoders") == 1
-    change(runs / "two", 'vae = "another"\n', "")
-    rewrite(runs / "two" / "model.json", base="another")
-    assert page_of(runs, "one", "two").count("is best: its interval") == 2
-
-
 def test_no_run_is_best_against_other_photographs(runs):
     revalue(runs / "two", 3.0)
     for name, split in (("one", ["a"]), ("two", ["b"])):

@@ -110,7 +110,7 @@ def _worst(
     of = f" of {name_of(run, model)}" if own_cards and model else ""
     title, note = f"Most {word}{of}", None
     if limit is not None and all(one.score <= limit for one in (own if own_cards else others)):
-        title = f"Nearest to {word}{of and ','}{of}"
+        title = f"Nearest to the limit for {word}{of and ','}{of}"
         note = f"None exceeds the limit, {show_number(limit)}: these are not {word}, only the highest scores."
     return join(
         tag("h3", title),

@@ -57,4 +57,4 @@ def test_the_worst_pictures_are_one_a_prompt_and_said_to_be_burnt_only_beyond_th
     assert text.count("a boat") == text.count("a fox") == 1
     assert "cfg 7.5 · score 3 " in text
     assert ("Most burnt of epoch 3" in text) == (limit == 2.0)
-    assert ("Nearest to burnt, of epoch 3 None exceeds the limit, 4:" in text) == (limit == 4.0)
+    assert ("Nearest to the limit for burnt, of epoch 3 None exceeds the limit, 4:" in text) == (limit == 4.0)

@@ -8,9 +8,10 @@ import pytest
 from PIL import Image
 
 from safelight.trainer.report.burn_panel import burn_section
-from safelight.trainer.report.evaluation import Burn, ShownPicture
+from safelight.trainer.report.evaluation import Burn, ShownPicture, Suggestion
+from safelight.trainer.report.measures import headline
 from safelight.trainer.report.run_reader import RunFolder
-from tests.trainer.report.test_advice import burn_scores, with_burn
+from tests.trainer.report.test_advice import burn_scores, measured, sound_run, with_burn, with_evaluation
 
 
 def text_of(markup: str) -> str:
@@ -58,3 +59,28 @@ def test_the_worst_pictures_are_one_a_prompt_and_said_to_be_burnt_only_beyond_th
     assert "cfg 7.5 · score 3 " in text
     assert ("Most burnt of epoch 3" in text) == (limit == 2.0)
     assert ("Nearest to the limit for burnt, of epoch 3 None exceeds the limit, 4:" in text) == (limit == 4.0)
+
+
+def kid(base: float, trained: float):
+    """Return KID of base and a checkpoint, each give or take 1."""
+    metric = measured()[0]
+    values = [
+        one.model_copy(update={"model": name, "value": value, "low": value - 1, "high": value + 1})
+        for one, name, value in zip(metric.values, ("base", "step-30"), (base, trained), strict=False)
+    ]
+    return metric.model_copy(update={"values": tuple(values), "title": "KID × 1000"})
+
+
+@pytest.mark.parametrize(
+    ("trained", "suggested", "said"),
+    [
+        (5.0, "step-30", "Epoch 3 is suggested; by KID it is nearer to the photographs than the base, beyond chance."),
+        (9.0, "step-30", "Epoch 3 is suggested; by KID there is no clear difference from the base."),
+        (15.0, "", "Evaluated was epoch 3; by KID it is farther from the photographs than the base, beyond chance."),
+        (15.0, "base", "No evaluated checkpoint is better than the base beyond chance."),
+    ],
+)
+def test_the_lead_says_what_the_evaluation_found(trained, suggested, said):
+    suggestion = Suggestion(model=suggested, sentence=".") if suggested else None
+    assert headline(with_evaluation(metrics=(kid(10.0, trained),), suggestion=suggestion)) == said
+    assert headline(sound_run()) == ""

@@ -149,7 +149,7 @@ def content_of(run: RunFolder) -> Content:
         tag("p", _subtitle(run), class_="sub"),
         tag("div", run.notes, class_="author", dir="auto") if run.notes else None,
         _grave_events(run),
-        tag("p", _lead(run, facts, verdict, end), class_="lead"),
+        tag("p", " ".join(filter(None, [_lead(run, facts, verdict, end), measures.headline(run)])), class_="lead"),
         _few_held_out(run),
         _from_scratch(run),
         _problems(run.problems),

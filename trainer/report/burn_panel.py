@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from safelight.trainer.report.bars import Axis, distribution_bar, show_number
-from safelight.trainer.report.evaluation import REAL, Burn, ShownPicture
-from safelight.trainer.report.facts import evenly_chosen
+from safelight.trainer.report.evaluation import REAL, Burn, BurnScores, ShownPicture
 from safelight.trainer.report.markup import Markup, details, join, shorten, table, tag
 from safelight.trainer.report.models import name_of, put_forward
 from safelight.trainer.report.pictures import embed_all
@@ -16,7 +15,6 @@ from safelight.trainer.report.theme import Part, asset
 
 PART = Part(asset("burn_panel.css"))
 TITLE = "Burnt or smoothed out?"
-MAX_SETS = 16
 MAX_WORST = 6
 EDGES_PX = (320, 256, 192, 128)
 BUDGET_BYTES = 1_500_000
@@ -39,40 +37,52 @@ def burn_section(run: RunFolder) -> Markup | None:
         tag("p", shorten(burn.sentence, 1000)),
         _distributions(run, burn, model) if burn.sets else None,
         tag("p", LEGEND, class_="note") if burn.sets else None,
-        _worst(run, "Most burnt", burn.worst_burnt, model),
-        _worst(run, "Most smoothed out", burn.worst_smoothed, model),
+        _worst(run, "burnt", burn.worst_burnt, burn.limit_burnt, model),
+        _worst(run, "smoothed out", burn.worst_smoothed, burn.limit_smoothed, model),
         id="burn",
     )
 
 
 def _distributions(run: RunFolder, burn: Burn, model: str | None) -> Markup:
+    """Return a table of the sets at the evaluation's guidance scale, and one of those at other scales, folded."""
     ordered = sorted(burn.sets, key=lambda one: one.model != REAL)
-    places = set(evenly_chosen(len(ordered), MAX_SETS))
-    places |= {place for place, one in enumerate(ordered) if one.model in (BASE, model)}
-    shown = [ordered[place] for place in sorted(places)[: 2 * MAX_SETS]]
     limits = (burn.limit_burnt, burn.limit_smoothed)
     axes = [
-        Axis.over([*(q for one in shown for q in getattr(one, name)), *([] if limit is None else [limit])])
+        Axis.over([*(q for one in ordered for q in getattr(one, name)), *([] if limit is None else [limit])])
         for name, limit in zip(("burnt", "smoothed"), limits, strict=True)
     ]
-    one_cfg = len({one.cfg for one in shown if one.model != REAL}) < 2
-    rows = []
-    for one in shown:
-        color = "amber" if one.model == REAL else "accent" if one.model == model else "muted"
-        name = "real photographs" if one.model == REAL else _model_name(run, one.model)
-        cfg = "" if one_cfg or one.model == REAL else f", cfg {one.cfg:g}"
-        rows.append(
-            [
-                tag("span", shorten(name, 60), cfg, class_="put-forward" if one.model == model else None),
-                distribution_bar(axes[0], one.burnt, color, limits[0]),
-                _share(one.share_burnt, one.burnt_interval, one.is_burnt),
-                distribution_bar(axes[1], one.smoothed, color, limits[1]),
-                _share(one.share_smoothed, one.smoothed_interval, one.is_smoothed),
-                f"{one.num:,}",
-            ]
-        )
-    head = ["", "burnt", "share", "smoothed out", "share", "pictures"]
-    return table(head, rows, class_="figures burn")
+    others = [one for one in ordered if one.model != REAL and one.cfg != run.evaluation.cfg]
+    own = [one for one in ordered if one.model == REAL or one.cfg == run.evaluation.cfg]
+
+    def table_of(sets: Sequence[BurnScores]) -> Markup:
+        rows = [_row(run, one, axes, limits, model, has_cfg=bool(others)) for one in sets]
+        return table(["", "burnt", "share", "smoothed out", "share", "pictures"], rows, class_="figures burn")
+
+    if not others or all(one.model == REAL for one in own):
+        return table_of(ordered)
+    scales = ", ".join(f"{cfg:g}" for cfg in dict.fromkeys(one.cfg for one in others))
+    return join(table_of(own), details(f"At other guidance scales: cfg {shorten(scales, 200)}", table_of(others)))
+
+
+def _row(
+    run: RunFolder,
+    one: BurnScores,
+    axes: Sequence[Axis],
+    limits: Sequence[float | None],
+    model: str | None,
+    has_cfg: bool,
+) -> list[object]:
+    color = "amber" if one.model == REAL else "accent" if one.model == model else "muted"
+    name = "real photographs" if one.model == REAL else _model_name(run, one.model)
+    cfg = f", cfg {one.cfg:g}" if has_cfg and one.model != REAL else ""
+    return [
+        tag("span", shorten(name, 60), cfg, class_="put-forward" if one.model == model else None),
+        distribution_bar(axes[0], one.burnt, color, limits[0]),
+        _share(one.share_burnt, one.burnt_interval, one.is_burnt),
+        distribution_bar(axes[1], one.smoothed, color, limits[1]),
+        _share(one.share_smoothed, one.smoothed_interval, one.is_smoothed),
+        f"{one.num:,}",
+    ]
 
 
 def _share(share: float, interval: tuple[float, float] | None, is_more: bool) -> Markup:
@@ -87,19 +97,35 @@ def _model_name(run: RunFolder, model: str) -> str:
     return name_of(run, model) if model == BASE or model.startswith("step-") else model
 
 
-def _worst(run: RunFolder, title: str, shown: Sequence[ShownPicture], model: str | None) -> Markup | None:
-    """Return the worst pictures of the model that is put forward, and those of the others folded."""
-    own = [one for one in shown if one.model == model][:MAX_WORST]
-    others = [one for one in shown if one.model != model][:MAX_WORST]
-    cards = _cards(run, title, [*own, *others])
+def _worst(
+    run: RunFolder, word: str, shown: Sequence[ShownPicture], limit: float | None, model: str | None
+) -> Markup | None:
+    """Return the worst pictures of the model that is put forward, one a prompt, and those of the others folded."""
+    own = _one_a_prompt([one for one in shown if one.model == model])
+    others = _one_a_prompt([one for one in shown if one.model != model])
+    cards = _cards(run, f"Most {word}", [*own, *others])
     own_cards, other_cards = (list(filter(None, part)) for part in (cards[: len(own)], cards[len(own) :]))
     if not own_cards and not other_cards:
         return None
+    of = f" of {name_of(run, model)}" if own_cards and model else ""
+    title, note = f"Most {word}{of}", None
+    if limit is not None and all(one.score <= limit for one in (own if own_cards else others)):
+        title = f"Nearest to the limit for {word}{of and ','}{of}"
+        note = f"None exceeds the limit, {show_number(limit)}: these are not {word}, only the highest scores."
     return join(
-        tag("h3", f"{title} of {name_of(run, model)}" if own_cards and model else title),
+        tag("h3", title),
+        tag("p", note, class_="note") if note else None,
         tag("div", own_cards or other_cards, class_="thumbs"),
         details("Of the other models", tag("div", other_cards, class_="thumbs")) if own_cards and other_cards else None,
     )
+
+
+def _one_a_prompt(shown: Sequence[ShownPicture]) -> list[ShownPicture]:
+    """Return the worst picture of each prompt, the worst first."""
+    worst: dict[str, ShownPicture] = {}
+    for one in sorted(shown, key=lambda one: -one.score):
+        worst.setdefault(one.prompt, one)
+    return list(worst.values())[:MAX_WORST]
 
 
 def _cards(run: RunFolder, title: str, shown: Sequence[ShownPicture]) -> list[Markup | None]:

@@ -21,6 +21,10 @@ EDGES_PX = (512, 384, 320, 256, 192, 128)
 BUDGET_BYTES = 14_000_000
 MAX_PROMPT_CHARACTERS = 400
 NOT_YET = "Pictures of two runs for the same prompts and seeds, as these commands draw them:"
+NONE_IN_COMMON = (
+    "These runs drew pictures, but none for the same prompt and seed as another. "
+    "To compare them, have all of them draw the same prompts: safelight compare takes a file of prompts and a seed."
+)
 
 # of a row: its prompt and seed
 Key = tuple[str, int]
@@ -48,7 +52,8 @@ def pictures_section(runs: Sequence[ShownRun]) -> Markup:
             counts[key] = counts.get(key, 0) + 1
     common = sorted((key for key in counts if counts[key] > 1), key=lambda key: -counts[key])
     if not common:
-        return tag("section", heading, nothing_yet(NOT_YET, "compare"), id="pictures")
+        why = tag("p", NONE_IN_COMMON, class_="note") if len(drawn) > 1 else nothing_yet(NOT_YET, "compare")
+        return tag("section", heading, why, id="pictures")
     width = 2 + 2 * len(drawn)
     keys = [common[i] for i in evenly_chosen(len(common), max(1, min(MAX_ROWS, MAX_PICTURES // width)))]
     cells = [_cells(key, drawn) for key in keys]

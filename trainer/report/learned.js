@@ -5,7 +5,8 @@
     const section = root.querySelector('#learned');
     if (!section) return;
     for (const sides of section.querySelectorAll('.sides')) {
-      const before = sides.querySelector('.before'), after = [...sides.querySelectorAll('.after')];
+      const card = sides.closest('.compared'), folded = card.querySelector('.others');
+      const before = sides.querySelector('.before'), after = [...card.querySelectorAll('.after')];
       if (!before || !after.length) continue;
       const stage = document.createElement('div'), handle = document.createElement('input');
       stage.className = 'stage';
@@ -13,6 +14,7 @@
       Object.assign(handle, {type: 'range', min: 0, max: 100, step: 1, value: 50});
       sides.prepend(stage);
       stage.append(before, ...after, handle);
+      if (folded) folded.remove();
       const divide = () => {
         stage.style.setProperty('--at', handle.value + '%');
         const now = stage.querySelector('.now figcaption');

@@ -137,13 +137,15 @@ def _label(run: RunFolder, column: str) -> str:
 
 
 def _card(run: RunFolder, row: Row, shown: dict[str, Picture], chosen: str | None) -> Markup:
-    sides = []
+    sides, others = [], []
     for column, picture in shown.items():
         label = _label(run, column)
         image = picture.img(f"{label}: {shorten(row.prompt, 120)}", data_label=label)
         kind = "photo" if column == PHOTO else "before" if column == BASE else "after"
         now = " now" if column == chosen else ""
-        sides.append(tag("figure", tag("figcaption", label), image, class_=f"side {kind}{now}", data_model=column))
+        side = tag("figure", tag("figcaption", label), image, class_=f"side {kind}{now}", data_model=column)
+        is_other = kind == "after" and not now and chosen in shown
+        (others if is_other else sides).append(side)
     seed = [f"seed {row.seed}"] * (row.seed >= 0)
     caption = [
         prompt_markup(row.prompt, row.cut_after, MAX_PROMPT_CHARACTERS),
@@ -151,12 +153,19 @@ def _card(run: RunFolder, row: Row, shown: dict[str, Picture], chosen: str | Non
     ]
     return tag(
         "figure",
-        tag("div", sides, class_="sides"),
+        tag("div", tag("div", sides, class_="sides"), _folded(others)),
         tag("figcaption", caption),
         class_="compared",
         data_zoom=" — ".join([shorten(row.prompt, MAX_PROMPT_CHARACTERS), *seed]),
         data_zoom_by="button",
     )
+
+
+def _folded(others: list[Markup]) -> Markup | None:
+    """Return the checkpoints beside the one that is put forward, which the script puts into its place instead."""
+    if not others:
+        return None
+    return details(counted(len(others), "other checkpoint"), tag("div", others, class_="more"), class_="others")
 
 
 def _note(run: RunFolder, comparison: Comparison, has_photos: bool) -> str:

@@ -106,6 +106,39 @@ def _summary(run: RunFolder, evaluation: Evaluation, model: str) -> str:
     return f"{text[:1].upper()}{text[1:]}." if text else ""
 
 
+def headline(run: RunFolder) -> str:
+    """Return the checkpoint that the evaluation suggests and how it compares with the base, in one or two sentences.
+
+    "" if nothing was evaluated.
+    """
+    evaluation = run.evaluation
+    trained = [one.id for one in evaluation.models if one.id != BASE] if evaluation else []
+    model = put_forward(run, trained)
+    if model is None:
+        return ""
+    suggestion, name = evaluation.suggestion, name_of(run, model)
+    if suggestion and suggestion.model == model:
+        said = f"Of the evaluated checkpoints {name} is suggested" if len(trained) > 1 else f"{name} is suggested"
+        said = said[0].upper() + said[1:]
+    elif suggestion:
+        return "No evaluated checkpoint is better than the base beyond chance."
+    else:
+        said = f"Evaluated was {name}"
+    by = next((metric for metric in evaluation.metrics if estimate_of(metric, model) and metric.better), None)
+    if by is None:
+        return f"{said}."
+    title = shorten(by.title, 60).removesuffix(" × 1000")
+    how = {
+        "better": "it is better than the base, beyond chance",
+        "worse": "it is worse than the base, beyond chance",
+        "unclear": "there is no clear difference from the base",
+    }
+    if title == "KID":
+        how["better"] = "it is nearer to the photographs than the base, beyond chance"
+        how["worse"] = "it is farther from the photographs than the base, beyond chance"
+    return f"{said}; by {title} {how[judge(by, model)]}."
+
+
 def _how_measured(evaluation: Evaluation) -> str:
     steps = "1 step" if evaluation.num_steps == 1 else f"{evaluation.num_steps} steps"
     return (

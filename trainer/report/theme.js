@@ -1,10 +1,19 @@
 (function(){'use strict';
 var shown=[],at=0,dialog=document.createElement('dialog');dialog.setAttribute('aria-label','Enlarged picture');
+var content=document.createElement('div'),turn=document.createElement('div');turn.className='turn';
+function turned(step){at=(at+step+shown.length)%shown.length;draw()}
+[['←','Previous picture',function(){turned(-1)}],['Close','',function(){dialog.close()}],
+ ['→','Next picture',function(){turned(1)}]].forEach(function(one){var button=document.createElement('button');
+ button.type='button';button.textContent=one[0];button.autofocus=!one[1];if(one[1])button.setAttribute('aria-label',one[1]);
+ button.addEventListener('click',function(event){event.stopPropagation();one[2]()});turn.append(button)});
+dialog.append(content,turn);
 function visible(image){return image.getClientRects().length>0}
+function inOrder(a,b){return a.compareDocumentPosition(b)&Node.DOCUMENT_POSITION_FOLLOWING?-1:1}
 function draw(){var group=shown[at],row=document.createElement('div'),text=document.createElement('p'),
  keys=document.createElement('p');keys.className='keys';text.dir='auto';
  keys.textContent=(shown.length>1?'← → previous and next picture · ':'')+'Esc to close';
  var images=group.images.filter(visible);if(!images.length)images=group.images;
+ images=images.slice().sort(inOrder);
  row.className=images.length>1?'two':'two one';
  images.forEach(function(source){var figure=document.createElement('figure'),image=new Image(),
   caption=document.createElement('figcaption');
@@ -14,7 +23,8 @@ function draw(){var group=shown[at],row=document.createElement('div'),text=docum
   upright=innerHeight>innerWidth,across=upright?1:all.length,down=upright?all.length:1,
   scale=Math.min(.94*innerWidth/across/source.naturalWidth,.8*innerHeight/down/source.naturalHeight);
   image.style.width=Math.round(scale*source.naturalWidth)+'px'});
- text.textContent=group.text;dialog.replaceChildren(row,text,keys)}
+ text.textContent=group.text;content.replaceChildren(row,text,keys);
+ turn.firstChild.hidden=turn.lastChild.hidden=shown.length<2}
 function enlargeable(root){root.querySelectorAll('[data-zoom]').forEach(function(holder){
  var images=Array.from(holder.querySelectorAll('img'));if(!images.length)return;
  var group={images:images,text:holder.dataset.zoom,holder:holder};shown.push(group);
@@ -28,11 +38,11 @@ enlargeable(document);
 // a part of a page that is served was replaced by its newer state (live.js)
 addEventListener('swapped',function(event){enlargeable(event.detail.come);
  shown=shown.filter(function(group){return group.holder.isConnected}).sort(function(a,b){
-  return a.holder.compareDocumentPosition(b.holder)&Node.DOCUMENT_POSITION_FOLLOWING?-1:1})});
+  return inOrder(a.holder,b.holder)})});
 document.body.append(dialog);
 dialog.addEventListener('click',function(){dialog.close()});
 dialog.addEventListener('keydown',function(event){var step=event.key==='ArrowRight'?1:event.key==='ArrowLeft'?-1:0;
- if(step){at=(at+step+shown.length)%shown.length;draw();event.preventDefault()}});
+ if(step){turned(step);event.preventDefault()}});
 // paper cannot be unfolded: what is folded is printed, except the tables that stand for charts
 var unfolded=[];
 addEventListener('beforeprint',function(){document.querySelectorAll('details:not([open])').forEach(function(one){

@@ -417,6 +417,29 @@ def test_a_pair_is_enlarged_on_a_phone(open_report, reports):
     assert not page.locator("dialog").is_visible()
 
 
+def test_enlarged_pictures_are_turned_and_closed_by_tapping(open_report, reports):
+    page = open_report(reports["one-photo"], "phone").page
+    page.locator(".enlarge").first.tap()
+    dialog = page.locator("dialog")
+    first = dialog.locator("p").first.inner_text()
+    assert page.evaluate(LOW_CONTRAST, MIN_CONTRAST)[1] == []
+    buttons = {name: dialog.get_by_role("button", name=name) for name in ("Previous picture", "Close", "Next picture")}
+    assert all(min(button.bounding_box()[side] for side in ("width", "height")) >= 44 for button in buttons.values())
+    buttons["Next picture"].tap()
+    assert dialog.locator("p").first.inner_text() != first
+    buttons["Previous picture"].tap()
+    assert dialog.locator("p").first.inner_text() == first
+    buttons["Close"].tap()
+    assert not dialog.is_visible()
+
+
+def test_a_table_that_goes_on_is_shaded_at_its_edge(open_report, reports):
+    """The ground moves with the table, and so covers the shade, which stays, only where the table ends."""
+    page = open_report(reports["whole"], "phone").page
+    style = page.locator("main .scroll").first.evaluate("e => getComputedStyle(e).backgroundAttachment")
+    assert style == "local, local, scroll, scroll"
+
+
 def test_printing_uses_white_paper_even_in_dark_mode(open_report, reports):
     opened = open_report(reports["whole"], color_scheme="dark")
     page = opened.page

@@ -183,8 +183,14 @@ def test_a_cell_of_a_grid_is_enlarged_with_its_place(open_report, reports):
 def test_without_script_everything_is_there(open_report, reports, size):
     page = open_report(reports["full"], size, java_script_enabled=False).page
     assert page.locator(".handle, .stage").count() == 0
-    first = page.locator(".compared").first.locator(".side figcaption")
-    assert first.all_inner_texts() == ["Base", "Epoch 10", "Epoch 20", "Epoch 26", "Epoch 40", "Photograph"]
+    first = page.locator(".compared").first
+    at_once, folded = (first.locator(f"{where} > .side figcaption") for where in (".sides", ".others .more"))
+    assert at_once.all_text_contents() == ["Base", "Epoch 26", "Photograph"]
+    assert folded.all_text_contents() == ["Epoch 10", "Epoch 20", "Epoch 40"]
+    widths = first.locator(".sides > .side img").evaluate_all("all => all.map(e => e.clientWidth)")
+    assert min(widths) > 90
+    right = "all => Math.max(...all.map(e => e.getBoundingClientRect().right))"
+    assert page.locator(".frames img").evaluate_all(right) <= page.viewport_size["width"]
     assert page.locator(".frames li:visible").count() == 3 * 3
     for hidden in (".choose", ".epoch-slider", ".map-switches select"):
         assert not page.locator(hidden).is_visible()

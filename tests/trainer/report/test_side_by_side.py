@@ -243,6 +243,17 @@ def test_no_run_is_best_against_other_photographs(runs):
         assert "is best" not in page
 
 
+def test_runs_that_share_no_prompt_are_said_to_share_none(runs):
+    index = runs / "two" / "compare" / "index.json"
+    compared = json.loads(index.read_text())
+    for row in compared["rows"]:
+        row["prompt"] += "!"
+    index.write_text(json.dumps(compared))
+    text = text_of(section(page_of(runs, "one", "two"), "pictures"))
+    assert "none for the same prompt and seed as another" in text
+    assert "as these commands draw them" not in text
+
+
 def test_few_pictures_are_said(runs):
     for name in ("one", "two"):
         evaluation = json.loads((runs / name / "evaluation.json").read_text())

@@ -1,0 +1,86 @@
+"""What single sections of the report say and show of an evaluation."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from safelight.trainer.report.burn_panel import burn_section
+from safelight.trainer.report.evaluation import Burn, ShownPicture, Suggestion
+from safelight.trainer.report.measures import headline
+from safelight.trainer.report.run_reader import RunFolder
+from tests.trainer.report.test_advice import burn_scores, measured, sound_run, with_burn, with_evaluation
+
+
+def text_of(markup: str) -> str:
+    return " ".join(re.sub(r"<[^>]+>", " ", markup).split())
+
+
+def with_worst(run_dir: Path, burn: Burn) -> RunFolder:
+    """Return a run with this burn check, whose pictures exist."""
+    (run_dir / "compare").mkdir(exist_ok=True)
+    for one in (*burn.worst_burnt, *burn.worst_smoothed):
+        Image.new("RGB", (16, 16)).save(run_dir / "compare" / one.file)
+    run = with_burn()
+    return dataclasses.replace(run, path=run_dir, evaluation=run.evaluation.model_copy(update={"burn": burn}))
+
+
+def test_sets_at_other_guidance_scales_are_folded_and_none_is_left_out():
+    scales = [1.0 + 0.5 * i for i in range(14)]
+    sets = [burn_scores("real")]
+    sets += [
+        burn_scores(model).model_copy(update={"cfg": cfg, "num": 1000 + place})
+        for place, cfg in enumerate(scales)
+        for model in ("base", "step-30")
+    ]
+    html = burn_section(with_burn(*sets))
+    at_once, folded = html.split("<details>")
+    assert text_of(at_once).count("cfg 7.5") == 2
+    assert re.search(r"real photographs.*base model, cfg 7\.5.*epoch 3, cfg 7\.5", text_of(at_once))
+    assert "cfg 1," not in text_of(at_once).replace("cfg 7.5", "")
+    for place, cfg in enumerate(scales):
+        if cfg != 7.5:
+            assert text_of(folded).count(f", cfg {cfg:g} ") == 2
+            assert text_of(folded).count(f"1,{place:03d}") == 2
+
+
+@pytest.mark.parametrize("limit", [2.0, 4.0])
+def test_the_worst_pictures_are_one_a_prompt_and_said_to_be_burnt_only_beyond_the_limit(tmp_path, limit):
+    scores = [("a boat", 3.0, 7.5), ("a boat", 2.5, 12.0), ("a fox", 1.0, 7.5)]
+    worst = tuple(
+        ShownPicture(file=f"{place}.png", model="step-30", prompt=prompt, score=score, cfg=cfg)
+        for place, (prompt, score, cfg) in enumerate(scores)
+    )
+    burn = Burn(sets=(burn_scores("step-30"),), worst_burnt=worst, limit_burnt=limit, sentence=".")
+    text = text_of(burn_section(with_worst(tmp_path, burn)))
+    assert text.count("a boat") == text.count("a fox") == 1
+    assert "cfg 7.5 · score 3 " in text
+    assert ("Most burnt of epoch 3" in text) == (limit == 2.0)
+    assert ("Nearest to the limit for burnt, of epoch 3 None exceeds the limit, 4:" in text) == (limit == 4.0)
+
+
+def kid(base: float, trained: float):
+    """Return KID of base and a checkpoint, each give or take 1."""
+    metric = measured()[0]
+    values = [
+        one.model_copy(update={"model": name, "value": value, "low": value - 1, "high": value + 1})
+        for one, name, value in zip(metric.values, ("base", "step-30"), (base, trained), strict=False)
+    ]
+    return metric.model_copy(update={"values": tuple(values), "title": "KID × 1000"})
+
+
+@pytest.mark.parametrize(
+    ("trained", "suggested", "said"),
+    [
+        (5.0, "step-30", "Epoch 3 is suggested; by KID it is nearer to the photographs than the base, beyond chance."),
+        (9.0, "step-30", "Epoch 3 is suggested; by KID there is no clear difference from the base."),
+        (15.0, "", "Evaluated was epoch 3; by KID it is farther from the photographs than the base, beyond chance."),
+        (15.0, "base", "No evaluated checkpoint is better than the base beyond chance."),
+    ],
+)
+def test_the_lead_says_what_the_evaluation_found(trained, suggested, said):
+    suggestion = Suggestion(model=suggested, sentence=".") if suggested else None
+    assert headline(with_evaluation(metrics=(kid(10.0, trained),), suggestion=suggestion)) == said
+    assert headline(sound_run()) == ""

@@ -31,6 +31,7 @@ _lock = threading.Lock()
 # message -> number of occurrences
 _messages: OrderedDict[str, int] = OrderedDict()
 _folder: Path | None = None
+_last_folder: Path | None = None
 _num_written = 0
 _call_handlers = logging.Logger.callHandlers
 # restores what `capture` replaced; None while nothing is captured
@@ -61,9 +62,10 @@ def capture() -> None:
 
 def release() -> None:
     """Undo `capture` and delete the stored messages."""
-    global _undo
+    global _undo, _last_folder
     with _lock:
         _messages.clear()
+        _last_folder = None
     if _undo is not None:
         _undo.close()
         _undo = None
@@ -77,12 +79,17 @@ def lines() -> list[str]:
 
 @contextmanager
 def written_to(folder: Path) -> Iterator[None]:
-    """Append stored messages, and those captured inside the block, to FOLDER/libraries.log, created only if needed."""
-    global _folder, _num_written
+    """Append stored messages, and those captured inside the block, to FOLDER/libraries.log, created only if needed.
+
+    A second block of a command with the same folder goes on where the first one ended.
+    """
+    global _folder, _last_folder, _num_written
     with _lock:
-        _folder, _num_written = folder, 0
-        for text in _messages:
-            _append(text)
+        _folder = folder
+        if folder != _last_folder:
+            _last_folder, _num_written = folder, 0
+            for text in _messages:
+                _append(text)
     try:
         yield
     finally:

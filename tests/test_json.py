@@ -14,9 +14,12 @@ from safelight.bench.command_line import COMMANDS as BENCHMARKS
 from safelight.bench.core.results import RESULTS
 from safelight.options import arguments
 from safelight.output.plan_json import with_json_names
+from tests.trainer.report.evaluated_run import add_comparison, add_evaluation
 
 # fields whose keys are data: names of packages, operator classes, layers, kernels, parts of a model
-DATA = {"machine", "classes", "classes_ms", "stretches_ms", "layers", "kernels", "saved_by_block_mib", "scores"}
+DATA = {"machine", "classes", "classes_ms", "stretches_ms", "layers", "kernels", "saved_by_block_mib", "scores"} | {
+    "num_flagged"
+}
 # benchmarks without a result line in bench/results
 WITHOUT_A_LINE = {"compare": "tested by itself", "aot": "kernels by target", "attention": "a case by backend"}
 
@@ -81,9 +84,15 @@ def test_compare(tmp_path, capsys):
     assert wrong(json.loads(capsys.readouterr().out)) == set()
 
 
+def test_an_evaluation(tmp_path):
+    comparison = add_comparison(tmp_path, edge_px=32)
+    evaluation = add_evaluation(tmp_path, comparison, num_points=20)
+    assert wrong(evaluation.model_dump(mode="json")) == set()
+
+
 def test_every_command_with_json_is_covered():
     shapes = [s for s in vars(arguments).values() if dataclasses.is_dataclass(s) and "json" in s.__annotations__]
     # and those with a config: cache, plan, profile. test_cli covers prepare and cache, test_planner a GPU's plan,
     # test_demo the demo, test_command caption
     others = {"CacheArguments", "PlanArguments", "ProfileArguments"}
-    assert {s.__name__ for s in shapes} == {"Prepare", "Caption", "Demo", *others}
+    assert {s.__name__ for s in shapes} == {"Prepare", "Caption", "Evaluate", "Demo", *others}

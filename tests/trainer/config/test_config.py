@@ -479,7 +479,7 @@ def test_a_run_folder_stands_for_its_settings_file(tmp_path):
     (tmp_path / "run.toml").write_text(f'[run]\ndir = "{run}"\n')
     # commands for a run take its folder, the settings inside it, or those that it was started with
     for path in (run, run / "config.toml", tmp_path / "run.toml"):
-        assert parse(Report, [str(path)], "report", "").run == run
+        assert parse(Report, [str(path)], "report", "").runs == (run,)
 
 
 def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):

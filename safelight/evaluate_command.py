@@ -2,10 +2,38 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+from typing import TYPE_CHECKING
 
 from safelight import bug_report
+from safelight.errors import UserError
 from safelight.output.show import print_json, print_line, say_loading
+
+if TYPE_CHECKING:
+    from safelight.options.arguments import Evaluate
+
+MAX_CFG = 100
+
+
+def _check(arguments: Evaluate) -> None:
+    """Raise UserError for options that cannot be meant so, before anything is loaded."""
+    if bad := [scale for scale in arguments.guidance if not 0 < scale <= MAX_CFG]:
+        raise UserError(f"--guidance {bad[0]:g} is not above 0 and up to {MAX_CFG}; use for example 3 7.5 12")
+    named = {"--features": arguments.features, "--detector": [arguments.detector], "--lpips": [arguments.lpips]}
+    for option, specs in named.items():
+        for spec in specs:
+            path = os.path.expanduser(spec.rpartition("#")[0] if ".onnx#" in spec else spec)
+            # a name such as tiny, or owner/model on the hub, is no path
+            is_path = option == "--lpips" or path.startswith((".", os.sep)) or path.endswith((".onnx", ".safetensors"))
+            if spec and is_path and not os.path.exists(path):
+                raise UserError(f"{option} {spec!r} does not exist; check the path")
+    if arguments.crop_features and not arguments.detector:
+        raise UserError("--crop-features describes what a detector finds, and none is named; add --detector MODEL")
+    if arguments.crop_features and arguments.crop_features not in arguments.features:
+        raise UserError(f"--crop-features {arguments.crop_features!r} is not among --features; name it there as well")
+    if arguments.suggest and arguments.json:
+        raise UserError("--suggest and --json exclude each other; --json has the suggestion, with its reasons")
 
 
 def evaluate(argv: list[str], description: str) -> int:
@@ -13,6 +41,7 @@ def evaluate(argv: list[str], description: str) -> int:
 
     arguments = parse(Evaluate, argv, "evaluate", description)
     bug_report.belongs_to(arguments.run)
+    _check(arguments)
     say_loading()
     from safelight.output.evaluation_table import print_evaluation
     from safelight.trainer.evaluation.evaluate import Means
@@ -22,11 +51,13 @@ def evaluate(argv: list[str], description: str) -> int:
     from safelight.trainer.inference.which_checkpoint import best_and_last, pick_steps
     from safelight.trainer.models.device import pick_device
     from safelight.trainer.report.build import build_report
+    from safelight.trainer.report.records import read_evaluation
     from safelight.trainer.run_log.terminal import Terminal
     from safelight.trainer.tagging.taggers import open_detector
 
     run, named = open_run(arguments.run), arguments.checkpoints
     steps = best_and_last(arguments.run) if named is None else pick_steps(arguments.run, named)
+    earlier = read_evaluation(arguments.run, [])
     detector = open_detector(arguments.detector) if arguments.detector else None
     means = Means(tuple(arguments.features), detector, arguments.lpips, arguments.crop_features)
     with Terminal() as terminal:
@@ -40,6 +71,11 @@ def evaluate(argv: list[str], description: str) -> int:
             guidance=arguments.guidance,
             progress=terminal.update,
             say=terminal.say,
+        )
+    if earlier is not None and earlier.num_prompts > evaluation.num_prompts:
+        terminal.say(
+            f"note: this replaces an evaluation of {earlier.num_prompts} prompts; what it computed is kept, and "
+            f"--num {earlier.num_prompts} gives it again"
         )
     report = build_report(arguments.run)
     if arguments.json:

@@ -64,11 +64,11 @@ from safelight.trainer.report.evaluation import (
 )
 from safelight.trainer.report.run_reader import read_run_folder
 from safelight.trainer.tagging.taggers import TaggerSource
+from safelight.untrusted import check_kinds
 
 RECORD_NAME, EVALUATION_FOLDER = "evaluation.json", "evaluation"
 # the name of the extractor whose Fréchet distance is called FID
 INCEPTION = "Inception v3 (FID)"
-MAX_CFG = 100
 # photographs whose pairwise LPIPS distances are computed; each pair costs, so more take long
 MAX_DIVERSE = 200
 # photographs that say what is not burnt, each of which goes through the autoencoder
@@ -121,8 +121,7 @@ def evaluate(
     computed is a line of `not_computed`, and the rest is computed. Raises UserError as `compare`, and if the dataset
     is not there.
     """
-    if bad := [scale for scale in guidance if not 0 < scale <= MAX_CFG]:
-        raise UserError(f"--guidance {bad[0]:g} is not above 0 and up to {MAX_CFG}; use for example 3 7.5 12")
+    check_kinds(run.run_dir, (EVALUATION_FOLDER,), (RECORD_NAME, "report.html"), "the run")
     comparison = compare(
         run, steps, prompts, num_seeds=num_seeds, progress=functools.partial(progress, "drawing"), say=say
     )

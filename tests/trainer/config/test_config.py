@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from safelight.__main__ import main
 from safelight.errors import UserError
-from safelight.options.arguments import Init, Prepare, Report, parse, parse_with_config
+from safelight.options.arguments import Init, Prepare, Report, parse, parse_with_config, run_folder
 from safelight.options.overrides import take_overrides, with_overrides
 from safelight.trainer.config import schema as config_module
 from safelight.trainer.config.presets import PRESETS, preset
@@ -479,7 +479,7 @@ def test_a_run_folder_stands_for_its_settings_file(tmp_path):
     (tmp_path / "run.toml").write_text(f'[run]\ndir = "{run}"\n')
     # commands for a run take its folder, the settings inside it, or those that it was started with
     for path in (run, run / "config.toml", tmp_path / "run.toml"):
-        assert parse(Report, [str(path)], "report", "").runs == (run,)
+        assert run_folder(parse(Report, [str(path)], "report", "").runs[0]) == run
 
 
 def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):

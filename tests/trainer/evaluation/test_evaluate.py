@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from safelight.__main__ import main
 from safelight.data.manifest import read_manifest
 from safelight.errors import UserError
 from safelight.trainer.evaluation import evaluate as module
@@ -134,5 +135,26 @@ def test_the_burn_check_draws_all_prompts_at_other_scales_too(run, monkeypatch):
     assert [(each.model, each.cfg) for each in judged] == [(model, scale) for scale in (own, 2.0) for model in models]
     assert all((run.run_dir / "compare" / file).is_file() for each in judged for file in each.files)
     assert len({file for each in judged for file in each.files}) == 4 * 6
-    with pytest.raises(UserError, match="--guidance 0 is not above 0"):
-        evaluate(run, [STEP], prompts(6), Means(), CPU, guidance=[0])
+
+
+def test_a_folder_in_the_records_place_is_refused_before_anything_is_drawn(run, monkeypatch):
+    monkeypatch.setattr(pictures, "draw_pictures", None)
+    (run.run_dir / "evaluation.json").mkdir()
+    with pytest.raises(UserError, match=r"evaluation\.json"):
+        evaluate(run, [STEP], prompts(6), Means(), CPU)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--guidance", "0"], "--guidance 0 is not above 0 and up to 100"),
+        (["--features", "./nope.onnx#features"], "--features './nope.onnx#features' does not exist; check the path"),
+        (["--lpips", "nope"], "--lpips 'nope' does not exist; check the path"),
+        (["--crop-features", "tiny"], "--crop-features describes what a detector finds, and none is named"),
+        (["--detector", "a/b", "--crop-features", "tiny"], "--crop-features 'tiny' is not among --features"),
+        (["--suggest", "--json"], "--suggest and --json exclude each other"),
+    ],
+)
+def test_options_that_cannot_be_meant_so_are_refused(whole, capsys, options, said):
+    assert main(["evaluate", str(whole), *options]) == 2
+    assert said in capsys.readouterr().err

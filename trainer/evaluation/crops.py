@@ -19,6 +19,7 @@ from safelight.text import counted
 from safelight.trainer.captioning.caption_dataset import HalvedBatches
 from safelight.trainer.captioning.journal import Journal
 from safelight.trainer.evaluation.pictures import Picture
+from safelight.trainer.evaluation.wording import said_p
 from safelight.trainer.features.cache import FeatureCache
 from safelight.trainer.metrics.crop_divergence import (
     LEAST,
@@ -215,7 +216,7 @@ def sentence(
             f"pictures and {trained} in the trained model's; each needs {LEAST} of one kind, or of all rarer kinds."
         )
     numbers = f"{_shown(to_trained.kl)} against {_shown(to_base.kl)}"
-    test = f"z {difference.z:.1f}, p {_p(difference.p)}"
+    test = f"z {difference.z:.1f}, {said_p(difference.p)}"
     if difference.p <= SIGNIFICANT:
         way = "less" if difference.value < 0 else "more"
         text = (
@@ -238,7 +239,7 @@ def sentence(
         )
     if difference.p > SIGNIFICANT:
         if change.p <= SIGNIFICANT:
-            text += f"; yet training did change them ({_shown(change.kl)}, z {change.z:.1f}, p {_p(change.p)})"
+            text += f"; yet training did change them ({_shown(change.kl)}, z {change.z:.1f}, {said_p(change.p)})"
         else:
             text += "; no change by training is seen"
     if change.is_grey or to_trained.is_grey or to_base.is_grey:
@@ -249,7 +250,3 @@ def sentence(
 def _shown(kl: float) -> str:
     """Return a divergence for the sentence: below chance is none."""
     return f"{max(0.0, kl):.2f}" if kl < 10 else f"{kl:,.0f}"
-
-
-def _p(p: float) -> str:
-    return f"{p:.3f}" if p < 0.1 else f"{p:.2f}"

@@ -145,7 +145,10 @@ def _sentence(
         p_of = {model: exceedance_p(flagged[model], len(rows_of[model]), photographs.limit) for model in trained}
         most = min(trained, key=p_of.__getitem__)
         if not flagged[most]:
-            parts = [f"No sign of copied training photographs: no picture is more like one {usual}."]
+            parts = [
+                "No sign of copied training photographs: every picture is less like its nearest training photograph "
+                f"than some of {counted(num, 'real photograph')} are like another."
+            ]
         else:
             reason = "which may be chance"
             if p_of[most] < CHANCE_OF_A_CLAIM / len(trained):

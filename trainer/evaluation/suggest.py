@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from safelight.trainer.evaluation.wording import signed
+from safelight.trainer.evaluation.wording import said_p, signed
 from safelight.trainer.report.evaluation import EvaluatedModel, Metric, Suggestion
 from safelight.trainer.report.facts import format_epoch
 
@@ -69,7 +69,7 @@ def suggest(
         closest = min(better, key=lambda model: kid_of[model.id])
         reasons.append(
             f"its {kid.title} is {kid_of[closest.id]:.3g}, lower than {_name(chosen)}'s {kid_of[chosen.id]:.3g} beyond "
-            f"chance (p {kid_changes[closest.id, chosen.id].p:.2g})"
+            f"chance ({said_p(kid_changes[closest.id, chosen.id].p)})"
         )
         chosen = closest
     elif kid is not None and len(candidates) > 1:
@@ -116,12 +116,12 @@ def _against_base(
     has_lower_loss = None not in losses and losses[0] < losses[1]
     if has_lower_kid:
         reasons.append(
-            f"it is closer to your photographs than the base ({kid.title} {signed(change.value)}, p {change.p:.2g})"
+            f"it is closer to your photographs than the base ({kid.title} {signed(change.value)}, {said_p(change.p)})"
         )
     elif has_higher_kid:
         reasons.append(
             f"its pictures are farther from your photographs than the base's ({kid.title} {signed(change.value)}, "
-            f"p {change.p:.2g})"
+            f"{said_p(change.p)})"
         )
     if has_lower_loss:
         reasons.append(f"the base's held-out loss is {losses[1]:.4f}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from safelight.trainer.report.bars import show_p
 from safelight.trainer.report.comparison import ComparedModel
 from safelight.trainer.report.facts import format_epoch
 
@@ -25,6 +26,11 @@ def model_name(model: str) -> str:
 def signed(value: float) -> str:
     """Return a difference with its sign, as people write it."""
     return f"{value:+.3g}".replace("-", "−")
+
+
+def said_p(p: float) -> str:
+    """Return a p-value as people write it: "p 0.02", "p < 0.001"."""
+    return f"p {show_p(p)}"
 
 
 def listed(names: Sequence[str]) -> str:

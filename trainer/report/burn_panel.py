@@ -54,14 +54,16 @@ def _distributions(run: RunFolder, burn: Burn, model: str | None) -> Markup:
     others = [one for one in ordered if one.model != REAL and one.cfg != run.evaluation.cfg]
     own = [one for one in ordered if one.model == REAL or one.cfg == run.evaluation.cfg]
 
-    def table_of(sets: Sequence[BurnScores]) -> Markup:
+    def table_of(sets: Sequence[BurnScores], label: str) -> Markup:
         rows = [_row(run, one, axes, limits, model, has_cfg=bool(others)) for one in sets]
-        return table(["", "burnt", "share", "smoothed out", "share", "pictures"], rows, class_="figures burn")
+        return table(["", "burnt", "share", "smoothed out", "share", "pictures"], rows, label, class_="figures burn")
 
+    label = "burnt and smoothed-out pictures of each model"
     if not others or all(one.model == REAL for one in own):
-        return table_of(ordered)
+        return table_of(ordered, label)
     scales = ", ".join(f"{cfg:g}" for cfg in dict.fromkeys(one.cfg for one in others))
-    return join(table_of(own), details(f"At other guidance scales: cfg {shorten(scales, 200)}", table_of(others)))
+    elsewhere = f"At other guidance scales: cfg {shorten(scales, 200)}"
+    return join(table_of(own, label), details(elsewhere, table_of(others, elsewhere)))
 
 
 def _row(

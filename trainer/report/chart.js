@@ -198,7 +198,7 @@ function draw(figure){
  charts.push(chart);chart.figure=figure;chart.items=items;
  chart.observer=new ResizeObserver(function(){
   if(paper.matches||!box.clientWidth||(box.clientWidth===plot.width&&box.clientHeight===plot.height))return;
-  plot.setSize({width:box.clientWidth,height:box.clientHeight})});chart.observer.observe(box);
+  plot.setSize({width:box.clientWidth,height:box.clientHeight})});chart.observer.observe(box);chart.observer.box=box;
  read(plot)}
 
 // a part of a page that is served was replaced by its newer state (live.js): its charts keep zoom and chosen curves
@@ -222,4 +222,11 @@ readColors();
 document.querySelectorAll('figure[data-chart]').forEach(draw);
 matchMedia('(prefers-color-scheme: dark)').addEventListener('change',repaint);
 paper.addEventListener('change',repaint);
+// drawn as wide as paper is, so that text is not shrunk with a wide window
+var PAPER_PX=660;
+function fit(){charts.forEach(function(chart){var box=chart.observer.box;if(!box.clientWidth&&!paper.matches)return;
+ var isSmall=chart.figure.classList.contains('small');
+ chart.plot.setSize(paper.matches?{width:Math.min(chart.plot.width,isSmall?PAPER_PX/2:PAPER_PX),height:chart.plot.height}:
+  {width:box.clientWidth,height:box.clientHeight})})}
+paper.addEventListener('change',fit);
 })();

@@ -203,12 +203,22 @@ def _credits(credits: list[dict]) -> Markup | None:
         links = [[", " if index else None, _link(page)] for index, page in enumerate(filter(None, pages))]
         rows.append([tag("bdi", shorten(name, 120)), len(pages), links])
     more = f" (the first {MAX_LISTED} shown)" if len(ranked) > MAX_LISTED else ""
-    num_named = len(pages_of.keys() - {UNNAMED})
+    references = {name for name in pages_of if name != UNNAMED and not _is_name(name)}
+    num_named = len(pages_of.keys() - {UNNAMED} - references)
+    num_referenced = sum(len(pages_of[name]) for name in references)
     unnamed = f", {len(pages_of[UNNAMED])} unnamed" if UNNAMED in pages_of else ""
+    unnamed += f", {num_referenced:,} with a note instead of a name" if num_referenced else ""
     return details(
         f"Credits: {counted(len(credits), 'photograph')} by {counted(num_named, 'photographer')}{unnamed}{more}",
-        table(["photographer", "photographs", "pages"], rows),
+        table(["photographer", "photographs", "pages"], rows, class_="credits"),
     )
+
+
+def _is_name(credit: str) -> bool:
+    """Return whether a credit reads as a name: not as the number of a picture or a path. A year is no such number."""
+    words = re.findall(r"[^\W_]+", credit)
+    has_number = any(word.isdigit() and not re.fullmatch(r"(19|20)\d\d", word) for word in words)
+    return not has_number and bool(words) and ("/" not in credit or "@" in credit)
 
 
 def _link(address: str) -> Markup:

@@ -113,7 +113,10 @@ def _table(grid: Grid, z: int, found: Mapping[Place, Picture], links: Mapping[Pl
         body.append(tag("tr", side, cells))
     caption = tag("p", _label(grid.z, z, first=True), class_="layer") if grid.z else None
     grid_table = tag("table", tag("thead", tag("tr", corner, head)), tag("tbody", body), class_="xyz")
-    return join(caption, tag("div", grid_table, class_="scroll", tabindex="0", role="region", aria_label="grid"))
+    axes = " and ".join(shorten(axis.name, 60) for axis in (grid.x, grid.y) if axis)
+    layer = f", {shorten(grid.z.name, 60)} {shorten(grid.z.labels[z], 120)}" if grid.z else ""
+    name = f"grid of {axes}{layer}: {shorten(grid.prompt, 120)}"
+    return join(caption, tag("div", grid_table, class_="scroll", tabindex="0", role="region", aria_label=name))
 
 
 def _label(axis: GridAxis, place: int, first: bool) -> Markup:

@@ -18,7 +18,8 @@
       const divide = () => {
         stage.style.setProperty('--at', handle.value + '%');
         const now = stage.querySelector('.now figcaption');
-        handle.setAttribute('aria-label', 'Divide between base and ' + (now ? now.textContent : 'trained model'));
+        handle.setAttribute('aria-label', 'Divide between base and ' + (now ? now.textContent : 'trained model') +
+          ': ' + card.dataset.zoom);
         handle.setAttribute('aria-valuetext', handle.value + ' % of the base shown');
       };
       handle.addEventListener('input', divide);

@@ -30,6 +30,11 @@ EDGES_PX = (640, 512, 384, 320, 256, 192, 128)
 BUDGET_BYTES = 11_000_000
 MAX_PROMPT_CHARACTERS = 400
 PHOTO = "photo"
+# what stands in this report without being explained again
+TERMS = (
+    "Cfg, the guidance scale, is how strongly the prompt steers a picture; the seed is the number that its initial "
+    "noise is made from."
+)
 
 
 @dataclass
@@ -47,7 +52,7 @@ def learned_section(run: RunFolder) -> Markup:
     """Return the pictures of base and checkpoints beside the photographs that the prompts were written for."""
     heading = tag("h2", TITLE)
     rows = compared_rows(run, run.comparison) if run.comparison else []
-    note = _note(run, run.comparison, any(PHOTO in row.files for row in rows)) if rows else _SAMPLED_NOTE
+    note = _note(run, run.comparison, rows) if rows else _SAMPLED_NOTE
     rows = rows or sampled_rows(run)
     if not rows:
         return tag(
@@ -87,7 +92,8 @@ def learned_section(run: RunFolder) -> Markup:
 _SAMPLED_NOTE = join(
     "Sampled during training: base and checkpoint from the same prompt and the same initial noise. ",
     tag("code", "safelight compare RUN"),
-    " draws more prompts, beside the photographs they were written for.",
+    " draws more prompts, beside the photographs they were written for. ",
+    TERMS,
 )
 
 
@@ -168,15 +174,17 @@ def _folded(others: list[Markup]) -> Markup | None:
     return details(counted(len(others), "other checkpoint"), tag("div", others, class_="more"), class_="others")
 
 
-def _note(run: RunFolder, comparison: Comparison, has_photos: bool) -> str:
+def _note(run: RunFolder, comparison: Comparison, rows: list[Row]) -> str:
     steps = "1 step" if comparison.num_steps == 1 else f"{comparison.num_steps} steps"
     sampler = f" of {shorten(comparison.sampler, 40)}" if comparison.sampler else ""
     note = (
         "All pictures of a row were drawn from the same prompt and the same initial noise, so what differs is what "
-        f"training changed (cfg {comparison.cfg:g}, {steps}{sampler})."
+        f"training changed (cfg {comparison.cfg:g}, {steps}{sampler}). {TERMS}"
     )
-    if has_photos:
-        note += " The photograph is the one whose caption is the prompt."
+    having = [bool(row.files.get(PHOTO)) for row in rows]
+    if any(having):
+        where = "" if all(having) else ", where there is one,"
+        note += f" The photograph{where} is the one whose caption is the prompt."
     last = max((model.step for model in comparison.models), default=0)
     if last < run.metrics.last_step and not run.evaluation:
         note += f" The last checkpoint drawn is of step {last:,}; training went on to step {run.metrics.last_step:,}."

@@ -4,8 +4,10 @@
 prompt or a path, so none can forget to.
 """
 
+import re
 from collections.abc import Iterable
 from html import escape as _html_escape
+from html import unescape
 
 VOID_ELEMENTS = frozenset({"br", "col", "hr", "img", "input", "link", "meta"})
 # Control characters that HTML forbids (newline and tab are fine), and the two overrides that reverse the direction of
@@ -78,8 +80,14 @@ def nothing_yet(what: str, command: str) -> Markup:
     return tag("p", what, " ", tag("code", f"safelight {command} RUN"), class_="note")
 
 
-def table(head: Iterable[object], rows: Iterable[Iterable[object]], **attributes: object) -> Markup:
-    """Return a table that scrolls sideways on a narrow screen. The first cell of each row is its header."""
+def table(head: Iterable[object], rows: Iterable[Iterable[object]], label: str = "", **attributes: object) -> Markup:
+    """Return a table that scrolls sideways on a narrow screen. The first cell of each row is its header.
+
+    label: what the table is called where it is not seen, by default the heads of its columns.
+    """
+    head = list(head)
+    columns = [unescape(re.sub(r"<[^>]*>", "", cell)) if isinstance(cell, Markup) else str(cell) for cell in head]
+    label = label or f"table of {', '.join(filter(None, columns))}"
     head_row = tag("tr", [tag("th", cell, scope="col") for cell in head])
     body = []
     for row in rows:
@@ -91,7 +99,7 @@ def table(head: Iterable[object], rows: Iterable[Iterable[object]], **attributes
         class_="scroll",
         tabindex="0",
         role="region",
-        aria_label="table",
+        aria_label=shorten(label, 400),
     )
 
 

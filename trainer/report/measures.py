@@ -186,7 +186,7 @@ def _metric(run: RunFolder, metric: Metric, model: str | None) -> Markup:
             tag("p", _sentence(run, metric, model)) if model else None,
             tag("p", shorten(metric.warning, 600), class_="note warning") if metric.warning else None,
         ),
-        table(head, rows, class_="figures measured"),
+        table(head, rows, f"{shorten(metric.title, 120)} {by}".rstrip(), class_="figures measured"),
         tag("p", f"{counted(more, 'more checkpoint')} in evaluation.json.", class_="note") if more > 0 else None,
         class_="measure",
     )

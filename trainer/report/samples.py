@@ -56,7 +56,7 @@ def samples_section(run: RunFolder) -> Markup:
                 class_="frames",
                 tabindex="0",
                 role="region",
-                aria_label="Pictures over the epochs",
+                aria_label=f"Pictures over the epochs: {shorten(key[0], 120)}, seed {key[1]}",
             ),
             class_="sampled",
         )

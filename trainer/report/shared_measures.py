@@ -145,7 +145,7 @@ def _metric(group: Sequence[tuple[ShownRun, Metric]], are_alike: bool) -> Markup
             for text in dict.fromkeys(own.warning for _, own in group)
             if text
         ],
-        table(head, rows, class_="figures measured"),
+        table(head, rows, _named(metric), class_="figures measured"),
         class_="shared",
     )
 

@@ -91,7 +91,7 @@ def test_the_handle_divides_base_and_trained(open_report, reports, size):
     handle = page.locator(".handle").first
     handle.scroll_into_view_if_needed()
     assert shown_share(page) == 50
-    assert handle.get_attribute("aria-label") == "Divide between base and Epoch 26"
+    assert handle.get_attribute("aria-label").startswith("Divide between base and Epoch 26: ")
     picture, box = page.locator(".stage .before img").first.bounding_box(), handle.bounding_box()
     # the track is half a thumb longer on each side, so that the handle reaches the picture's edges
     assert box["x"] == pytest.approx(picture["x"] - 14, abs=1)
@@ -117,6 +117,16 @@ def test_the_handle_divides_base_and_trained(open_report, reports, size):
     assert page.locator(".handle").nth(1).input_value() == "50"
 
 
+def test_no_two_sliders_or_regions_are_called_the_same(open_report, reports):
+    page = open_report(reports["full"]).page
+    page.evaluate("document.querySelectorAll('details').forEach(e => e.open = true)")
+    names = page.locator("[role=region], input[type=range]").evaluate_all(
+        "all => all.map(e => e.getAttribute('aria-label'))"
+    )
+    assert len(names) > 15
+    assert [name for name in names if names.count(name) > 1 or not name] == []
+
+
 def test_another_checkpoint_is_chosen_with_the_keyboard(open_report, reports):
     opened = open_report(reports["full"])
     page = opened.page
@@ -131,7 +141,7 @@ def test_another_checkpoint_is_chosen_with_the_keyboard(open_report, reports):
     visible = page.locator(".stage .after:visible")
     assert set(visible.locator("figcaption").all_inner_texts()) == {"Epoch 40"}
     assert visible.count() == 3
-    assert page.locator(".handle").first.get_attribute("aria-label") == "Divide between base and Epoch 40"
+    assert page.locator(".handle").first.get_attribute("aria-label").startswith("Divide between base and Epoch 40: ")
     page.locator(".enlarge").first.click()
     captions = page.locator("dialog figcaption").all_inner_texts()
     assert captions == ["Base", "Epoch 40", "Photograph"]

@@ -203,6 +203,14 @@ def test_photographers_are_credited_with_links_to_web_pages_only(small_run: Path
     assert all("noreferrer" in link["rel"] and "onclick" not in link for link in links)
 
 
+def test_only_names_are_counted_as_photographers(small_run: Path) -> None:
+    notes = ["pexels.com photo 1317558", "02 flipped", "02 flipped", "see debian/copyright"]
+    names = ["2018. Sander Klootwijk", "CLIC 2025", "galen-crout", "Ann", "Ann", ""]
+    rewrite(small_run / "data.json", credits=[{"photographer": name, "page": ""} for name in (*notes, *names)])
+    text = "\n".join(open_page(build_report(small_run)).texts)
+    assert "Credits: 10 photographs by 4 photographers, 1 unnamed, 4 with a note instead of a name" in text
+
+
 def test_without_credits_there_is_no_table_of_them(small_run: Path) -> None:
     assert "Credits" not in "\n".join(open_page(build_report(small_run)).texts)
 

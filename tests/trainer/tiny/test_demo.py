@@ -10,9 +10,11 @@ from PIL import Image
 from safelight.data.manifest import read_manifest
 from safelight.trainer.checkpoint.files import list_checkpoints
 from safelight.trainer.config.schema import Config
+from safelight.trainer.evaluation import pictures as evaluated_pictures
 from safelight.trainer.inference.draw import OpenRun, open_run
 from safelight.trainer.inference.pictures import Request, Weights, draw_pictures
 from safelight.trainer.inference.sampling import settings_of
+from safelight.trainer.metrics import resampling
 from safelight.trainer.models.base import Base
 from safelight.trainer.models.weights import load_unet
 from safelight.trainer.report.comparison import Comparison
@@ -42,6 +44,9 @@ def demo(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "short":
             patch.setattr(tiny_demo, "demo_config", short_config)
+            # what an evaluation costs beside drawing: looks at photographs, and bootstrap draws
+            patch.setattr(evaluated_pictures, "MAX_PHOTOGRAPHS", 40)
+            patch.setattr(resampling, "NUM_DRAWS", 1000)
         return folder, run_demo(folder, Terminal())
 
 

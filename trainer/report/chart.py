@@ -140,7 +140,9 @@ def table_of(
     if len(xs) <= 2 * NUM_INTERVALS:
         found = [_cells(curve, form) for curve in curves]
         rows = [[f"{x:g}", *(cells.get(x, "–") for cells in found)] for x in xs]
-        return details(f"Table of {title}", markup_table([x_name, *(c.name for c in curves)], rows, class_="figures"))
+        return details(
+            f"Table of {title}", markup_table([x_name, *(c.name for c in curves)], rows, title, class_="figures")
+        )
     edges = np.linspace(xs[0], xs[-1], NUM_INTERVALS + 1)
     rows = []
     for index, (low, high) in enumerate(itertools.pairwise(edges)):
@@ -150,7 +152,7 @@ def table_of(
             cells.append(_cell(y[(x > low if index else x >= low) & (x <= high)].tolist(), form))
         rows.append([f"{low:.4g} to {high:.4g}", *cells])
     summary = f"Table of {title}: mean (lowest to highest) of {NUM_INTERVALS} equal parts"
-    return details(summary, markup_table([x_name, *(c.name for c in curves)], rows, class_="figures"))
+    return details(summary, markup_table([x_name, *(c.name for c in curves)], rows, title, class_="figures"))
 
 
 def is_wide(values: Sequence[float]) -> bool:

@@ -36,7 +36,13 @@ def _losses(evaluation: Evaluation) -> Markup | None:
     if len(known) < MIN_POINTS:
         return None
     curve = Curve("held-out loss", [epoch for epoch, _ in known], [loss for _, loss in known], "accent", "dots")
-    return chart("Held-out loss", [curve], table_of([curve]), detail="lower is better", is_small=True)
+    return chart(
+        "Held-out loss",
+        [curve],
+        table_of([curve], title="held-out loss of the checkpoints"),
+        detail="lower is better",
+        is_small=True,
+    )
 
 
 def _chart(metric: Metric, epochs: dict[str, float]) -> Markup | None:
@@ -62,4 +68,4 @@ def _chart(metric: Metric, epochs: dict[str, float]) -> Markup | None:
         curves.append(Curve("real photographs", [x[0], x[-1]], [metric.real.value] * 2, "amber", "dashed"))
     better = {"lower": "lower is better", "higher": "higher is better"}.get(metric.better, "")
     title = shorten(metric.title, 60)
-    return chart(title, curves, table_of(curves), detail=better, is_small=True)
+    return chart(title, curves, table_of(curves, title=f"{title} of the checkpoints"), detail=better, is_small=True)

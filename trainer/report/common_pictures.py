@@ -23,7 +23,7 @@ MAX_PROMPT_CHARACTERS = 400
 NOT_YET = "Pictures of two runs for the same prompts and seeds, as these commands draw them:"
 NONE_IN_COMMON = (
     "These runs drew pictures, but none for the same prompt and seed as another. "
-    "To compare them, have all of them draw the same prompts: safelight compare takes a file of prompts and a seed."
+    "safelight compare draws the prompts of sample.prompts first, from the seed run.seed: set both alike in all runs."
 )
 
 # of a row: its prompt and seed

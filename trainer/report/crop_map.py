@@ -59,19 +59,19 @@ def _one(run: RunFolder, crops: CropDivergence) -> Markup:
     return tag(
         "div",
         tag("p", shorten(crops.sentence, 1000), class_="lead"),
-        _pooled_table(crops.divergences),
+        _pooled_table(crops.divergences, name),
         tag("p", _gain(crops.gain)) if crops.gain else None,
         _map(crops.points),
-        _class_table(crops.divergences),
+        _class_table(crops.divergences, name),
         tag("p", f"{measured}{shorten(crops.features, 120)}.", class_="note"),
     )
 
 
-def _pooled_table(divergences: tuple[SetDivergence, ...]) -> Markup | None:
+def _pooled_table(divergences: tuple[SetDivergence, ...], name: str) -> Markup | None:
     rows = [[_pair(one), *_figures(one.pooled)] for one in divergences if one.pooled]
     if not rows:
         return tag("p", "No class has enough crops for a figure.", class_="note")
-    return table(["", "KL", "z", "p", "MMD²", "z", "p", "crops"], rows, class_="figures")
+    return table(["", "KL", "z", "p", "MMD²", "z", "p", "crops"], rows, f"all crops, with {name}", class_="figures")
 
 
 def _gain(gain: CropGain) -> str:
@@ -84,7 +84,7 @@ def _gain(gain: CropGain) -> str:
     )
 
 
-def _class_table(divergences: tuple[SetDivergence, ...]) -> Markup | None:
+def _class_table(divergences: tuple[SetDivergence, ...], name: str) -> Markup | None:
     rows = []
     for one in divergences:
         ranked = sorted(one.classes, key=lambda c: -min(c.num_first, c.num_second))[:MAX_CLASSES]
@@ -97,7 +97,9 @@ def _class_table(divergences: tuple[SetDivergence, ...]) -> Markup | None:
     note = "Grey: 20 to 49 crops in a set, too few to trust the figure."
     grey = tag("p", note, class_="note") if any(c.is_grey for one in divergences for c in one.classes) else None
     head = ["", "class", "KL", "z", "p", "MMD²", "z", "p", "crops"]
-    return details("Class by class", table(head, rows, class_="figures of-class"), grey)
+    return details(
+        "Class by class", table(head, rows, f"crops class by class, with {name}", class_="figures of-class"), grey
+    )
 
 
 def _pair(one: SetDivergence) -> str:

@@ -118,7 +118,7 @@ def schedule_section(run: RunFolder) -> Markup:
         chart(
             title.capitalize(),
             curves,
-            table_of(curves),
+            table_of(curves, title=title),
             detail=detail,
             label=f"{title} over the epochs",
             unit=unit,
@@ -253,7 +253,7 @@ def _change_by_band(run: RunFolder, points: list[Validation]) -> Markup | None:
     return chart(
         f"Change since step {first.step:,}",
         curves,
-        table_of(curves, form="{:+.2f}"),
+        table_of(curves, form="{:+.2f}", title="the change by timestep band"),
         detail="%, by timestep band",
         label=f"Change of held-out loss since step {first.step} by timestep band",
         unit="%",

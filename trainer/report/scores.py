@@ -54,7 +54,7 @@ def scores_table(scores: dict | None) -> Markup | None:
     return join(
         tag("h3", f"Measured{on}"),
         tag("ul", key, class_="legend"),
-        table(["", f"with the {interval} interval", "base", "trained", "difference"], body, class_="scores"),
+        table(["", f"with the {interval} interval", "base", "trained", "difference"], body, "scores", class_="scores"),
         [
             tag("p", shorten(note, 400), class_="note")
             for note in (notes[:MAX_SCORES] if isinstance(notes, list) else [])

@@ -75,6 +75,16 @@ def test_a_sound_model_is_not_accused():
     assert found.sentence.startswith(("No sign of copied", "No clear sign of copied"))
 
 
+def test_no_sign_of_copies_is_said_in_words_of_both_sides():
+    none = {name: np.full_like(features, 1e-9) for name, features in pictures(200, "step-9").items()}
+    found = judge(pictures(100, "base") | none)
+    assert found.num_flagged["step-9"] == 0
+    assert found.sentence.startswith(
+        "No sign of copied training photographs: every picture is less like its nearest training photograph than some "
+        "of 80 real photographs are like another."
+    )
+
+
 def test_held_out_prompts_do_not_rule_copies_out():
     found = judge(pictures(100, "base") | pictures(200, "step-9"), compared=comparison(held_out=True))
     assert "does not rule them out" in found.sentence

@@ -452,7 +452,9 @@ def test_printing_uses_white_paper_even_in_dark_mode(open_report, reports):
     right = "e => e.getBoundingClientRect().right"
     assert max(image.evaluate(right) for image in page.locator(".frames img").all()) <= 680
     assert not page.locator("nav").is_visible()
-    # the chart shrinks with the paper, and is drawn in the paper's colours
+    # the chart is drawn as wide as paper is, so that its text of 12 px (9 pt) stays legible, and in the paper's colours
+    drawn = page.locator("#loss canvas").first.evaluate("e => [e.width / devicePixelRatio, e.clientWidth]")
+    assert 12 * drawn[1] / drawn[0] >= 9.4
     assert page.locator("#loss canvas").bounding_box()["width"] <= 680
     assert page.locator("#loss canvas").evaluate(COUNT_PIXELS, "--accent") > 40
     page.emulate_media(media="screen")

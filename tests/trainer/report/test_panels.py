@@ -9,8 +9,10 @@ from PIL import Image
 
 from safelight.trainer.report.burn_panel import burn_section
 from safelight.trainer.report.evaluation import Burn, ShownPicture, Suggestion
+from safelight.trainer.report.learned import TERMS, learned_section
 from safelight.trainer.report.measures import headline
 from safelight.trainer.report.run_reader import RunFolder
+from tests.trainer.report.evaluated_run import add_comparison
 from tests.trainer.report.test_advice import burn_scores, measured, sound_run, with_burn, with_evaluation
 
 
@@ -84,3 +86,12 @@ def test_the_lead_says_what_the_evaluation_found(trained, suggested, said):
     suggestion = Suggestion(model=suggested, sentence=".") if suggested else None
     assert headline(with_evaluation(metrics=(kid(10.0, trained),), suggestion=suggestion)) == said
     assert headline(sound_run()) == ""
+
+
+@pytest.mark.parametrize("photos", [True, False])
+def test_the_note_explains_the_photograph_only_where_there_is_one(tmp_path, photos):
+    # of two prompts the last has no photograph
+    compared = add_comparison(tmp_path, prompts=("a boat", "a fox"), edge_px=32, epochs=(26,), photos=photos)
+    text = text_of(learned_section(dataclasses.replace(sound_run(), path=tmp_path, comparison=compared)))
+    assert ("The photograph, where there is one, is the one whose caption is the prompt." in text) == photos
+    assert text.count(TERMS) == 1

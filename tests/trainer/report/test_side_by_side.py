@@ -331,7 +331,7 @@ def test_only_the_same_prompt_and_seed_belong_together(runs):
     assert "the initial noise may differ" in page_of(runs, "one", "two")
     comparison["rows"][1]["prompt"] = "another"
     write_json(runs / "two" / "compare" / "index.json", comparison)
-    assert "safelight compare RUN" in section(page_of(runs, "one", "two"), "pictures")
+    assert "none for the same prompt and seed as another" in section(page_of(runs, "one", "two"), "pictures")
 
 
 def test_samples_stand_in_for_a_comparison(runs):

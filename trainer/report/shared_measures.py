@@ -14,6 +14,10 @@ from safelight.trainer.report.records import BASE
 from safelight.trainer.report.shown_runs import ShownRun, hold_out_others
 
 OTHER_PHOTOGRAPHS, OTHER_DATASET, UNKNOWN_DATASET = "held-out photographs", "other dataset", "unknown dataset"
+NONE_SHARED = (
+    "These runs were measured, but by no features that they share: each run's own autoencoder is another measure. "
+    "Evaluate them with the same features to compare them."
+)
 NOT_YET = "Metrics with intervals are compared here once two of the runs have been measured:"
 
 
@@ -27,7 +31,8 @@ def measures_section(runs: Sequence[ShownRun]) -> Markup:
             groups.setdefault((metric.id, *_features(one, metric)), []).append((one, metric))
     shared = [group for group in groups.values() if len(group) > 1]
     if not shared:
-        return tag("section", heading, nothing_yet(NOT_YET, "evaluate"), id="measures")
+        why = tag("p", NONE_SHARED, class_="note") if len(measured) > 1 else nothing_yet(NOT_YET, "evaluate")
+        return tag("section", heading, why, id="measures")
     alone = [f"{_named(group[0][1])} ({group[0][0].label})" for group in groups.values() if len(group) == 1]
     return tag(
         "section",

@@ -243,6 +243,16 @@ def test_no_run_is_best_against_other_photographs(runs):
         assert "is best" not in page
 
 
+def test_runs_that_were_measured_by_no_shared_features_are_said_to_be(runs):
+    evaluation = json.loads((runs / "two" / "evaluation.json").read_text())
+    for metric in evaluation["metrics"]:
+        metric["features"] = "another network"
+    (runs / "two" / "evaluation.json").write_text(json.dumps(evaluation))
+    text = text_of(section(page_of(runs, "one", "two"), "measures"))
+    assert "by no features that they share" in text
+    assert "once two of the runs have been measured" not in text
+
+
 def test_runs_that_share_no_prompt_are_said_to_share_none(runs):
     index = runs / "two" / "compare" / "index.json"
     compared = json.loads(index.read_text())

@@ -173,6 +173,12 @@ class Collection:
             for path in reader.incomplete
         }
 
+        self.unknown = {
+            f"{self.names[reader.root]}/{storable(path.relative_to(reader.root).as_posix())}"
+            for reader in readers
+            for path in reader.unknown
+        }
+
     def label(self, source: SourceFile) -> str:
         return f"{self.names[source.root]}/{source.relative}"
 
@@ -240,7 +246,7 @@ class Collection:
         name, relative = split_label(photo.source)
         if name not in self.root_of_name:
             return self.prune or (name in self.folders and not os.path.lexists(self.folders[name]))
-        if photo.source.startswith(tuple(self.incomplete)):
+        if photo.source in self.unknown or photo.source.startswith(tuple(self.incomplete)):
             return False
         if photo.source in self.present:
             # if it could not be read, nothing is known about it
@@ -248,8 +254,12 @@ class Collection:
         if photo.source in self.masks:
             return True
         try:
-            os.lstat(self.root_of_name[name] / relative)
-        except (FileNotFoundError, NotADirectoryError, ValueError):
+            path = self.root_of_name[name] / relative
+            os.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            # behind a link that leads nowhere now, as to a disk that is not mounted, nothing is known
+            return not any(parent.is_symlink() and not parent.exists() for parent in path.parents)
+        except ValueError:
             return True
         except OSError:
             pass

@@ -418,6 +418,8 @@ def ingest(
                 for note in fetched.notes:
                     summary.note("source", note)
                 found, reader = files_of(fetched.folder, dataset)
+                # nothing is known about a photograph that could not be downloaded this time
+                reader.unknown |= {fetched.folder / name for name in fetched.failed}
                 sources, files, readers = [*sources, fetched.folder], [*files, *found], [*readers, reader]
             _ingest(sources, files, readers, dataset, summary, prepare, prune, drop_near_copies, progress)
     except OSError as error:

@@ -84,6 +84,7 @@ def _enter(folder: Path, visited: set[tuple[int, int]], reader: CaptionReader) -
         listing = reader.listing(folder)
     except OSError as error:
         _reject(reader, folder, f"a folder that cannot be read: {error.strerror}")
+        reader.incomplete.add(folder)
         return Listing()
     reader.leave_out_texts(folder)
     return listing

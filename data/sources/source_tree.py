@@ -31,13 +31,15 @@ class SourceTree:
     """The files below one source root; each folder is listed once.
 
     rejections, warnings: what cannot be used, added as it is come across. incomplete: packed files of which not
-    everything could be read. unread: captions, tables and masks in folders that are links out of the root.
+    everything could be read, and folders that could not be. unknown: photographs that could not be fetched. unread:
+    captions, tables and masks in folders that are links out of the root.
     """
 
     root: Path
     rejections: list[Rejection] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     incomplete: set[Path] = field(default_factory=set)
+    unknown: set[Path] = field(default_factory=set)
     unread: set[Path] = field(default_factory=set)
     # packed files, and the folders in them with their paths there
     packed: dict[Path, Packed] = field(default_factory=dict)

@@ -112,11 +112,15 @@ class Photograph:
 
 @dataclass
 class Fetched:
-    """What was downloaded. folder: a source for `ingest`. notes: what there is to say about it."""
+    """What was downloaded. folder: a source for `ingest`. notes: what there is to say about it.
+
+    failed: names of files in it that were wanted, and could not be downloaded this time.
+    """
 
     folder: Path
     rejected: list[Rejection] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    failed: tuple[str, ...] = ()
 
 
 def tables_of(source: str) -> list[Path]:
@@ -402,7 +406,8 @@ def fetch(
     rows = _held_rows(folder / METADATA_NAME, there) | new_rows
     lines = [json.dumps(row) + "\n" for row in rows.values()]
     atomic_write_text(folder / METADATA_NAME, "".join(lines))
-    return Fetched(folder, rejected, _notes(request, chosen, num_met, folder))
+    failed = tuple(failure.wanted.path.name for failure in failures)
+    return Fetched(folder, rejected, _notes(request, chosen, num_met, folder), failed)
 
 
 def _notes(request: Request, chosen: list[Photograph], num_met: int, folder: Path) -> list[str]:

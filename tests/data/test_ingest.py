@@ -511,3 +511,16 @@ def test_a_mask_in_a_folder_of_the_masks_is_deleted_with_its_photo(source, datas
     plant(dataset, "masks/sub/m.png")
     ingest([source], dataset)
     assert os.listdir(dataset / "masks" / "sub") == []
+
+
+def test_photos_behind_a_link_that_leads_nowhere_are_not_pruned(source, dataset, make_noise, tmp_path):
+    """As on a disk that is not mounted: nothing is known about them."""
+    (tmp_path / "disk").mkdir()
+    make_noise(1).save(source / "here.png")
+    make_noise(2).save(tmp_path / "disk" / "there.png")
+    (source / "link").symlink_to(tmp_path / "disk")
+    assert len(ingest([source], dataset).photos) == 2
+    (tmp_path / "disk").rename(tmp_path / "unmounted")
+    assert len(ingest([source], dataset, prune=True).photos) == 2
+    (source / "link").unlink()
+    assert len(ingest([source], dataset, prune=True).photos) == 1

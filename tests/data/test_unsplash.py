@@ -8,6 +8,7 @@ import json
 import os
 import re
 import resource
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -395,6 +396,15 @@ def test_what_is_no_file_is_no_download(tmp_path, server, table, form, make):
     # nor is it in the way of another draw
     assert prepare(dataset, replace(request, seed=2, limit=2), prune=True).photos
     assert not os.path.lexists(place) or place.is_dir()
+
+
+def test_a_photograph_that_fails_this_time_is_not_pruned(tmp_path, server, table):
+    dataset = tmp_path / "dataset"
+    request = Request((table,), limit=4)
+    before = prepare(dataset, request).photos
+    shutil.rmtree(dataset / "downloads")
+    del server.files[f"/photo-{int(ids(request)[0][1:9])}"]
+    assert prepare(dataset, request, prune=True).photos == before
 
 
 def test_photographs_that_fail_are_left_out_with_their_reason(tmp_path, server, table):

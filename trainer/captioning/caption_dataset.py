@@ -241,9 +241,13 @@ def caption_dataset(
                 summary.unread.append((photo.file, "the model said nothing"))
                 continue
             caption = wording.apply(said.text)
-            is_same = identity(photo.captioner) == target and photo.captions == (caption,)
-            if is_same:
+            is_same = identity(photo.captioner) == target
+            if is_same and photo.captions == (caption,):
                 summary.unchanged += 1
+            elif is_same and photo.sha256 not in made and not overwrite:
+                # somebody has corrected in the manifest what this captioner wrote
+                summary.human += 1
+                continue
             else:
                 summary.made += photo.sha256 in made
                 summary.known += photo.sha256 not in made

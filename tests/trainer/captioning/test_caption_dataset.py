@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from safelight.data.lock import FolderLock
-from safelight.data.manifest import read_manifest
+from safelight.data.manifest import read_manifest, write_manifest
 from safelight.data.photo import Photo
 from safelight.data.prepare.ingest import ingest
 from safelight.errors import UserError
@@ -81,6 +81,18 @@ def test_only_photos_that_nobody_captioned_are_captioned(run, dataset, described
         assert record["model"].endswith("/blip")
     assert run(overwrite=True).made == 2
     assert all(entry.captioner for entry in read_manifest(dataset))
+
+
+def test_a_caption_that_somebody_corrected_in_the_manifest_stays(run, dataset):
+    run()
+    photos = read_manifest(dataset)
+    photos[5] = replace(photos[5], captions=("corrected by hand",))
+    write_manifest(dataset, photos)
+    again = run()
+    assert (again.made, again.known, again.unchanged, again.human) == (0, 0, 6, 3)
+    assert read_manifest(dataset)[5].captions == ("corrected by hand",)
+    assert run(overwrite=True).known == 1
+    assert read_manifest(dataset)[5].captions != ("corrected by hand",)
 
 
 def test_a_later_run_does_only_what_changed(run, dataset, described):

@@ -107,6 +107,15 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
+    def _only_text_that_can_be_stored(cls, value):
+        # a command line's bytes that are not UTF-8 are characters that config.toml cannot hold
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and any("\ud800" <= character <= "\udfff" for character in text):
+                raise ValueError("it has bytes that are not UTF-8, which a settings file cannot hold")
+        return value
+
+    @field_validator("*", mode="before")
+    @classmethod
     def _no_boolean_for_a_number(cls, value, info: ValidationInfo):
         # Python counts true as 1, and so does pydantic
         if isinstance(value, bool) and not is_switch(cls.model_fields[info.field_name].annotation):

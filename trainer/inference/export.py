@@ -23,7 +23,7 @@ from safelight.data.atomic import atomic_write_text, remove, sync_folder
 from safelight.data.lock import NoLocks, lock_file, unlock_file
 from safelight.data.manifest import IMAGES_FOLDER, MANIFEST_NAME
 from safelight.errors import UserError
-from safelight.text import printable, size
+from safelight.text import printable, size, storable
 from safelight.trainer.adapters.full import FullFineTune
 from safelight.trainer.checkpoint.files import check_files, folder_of, max_bytes_of
 from safelight.trainer.config.schema import Config
@@ -202,8 +202,10 @@ def _check_not_needed(out: Path, run_dir: Path, config: Config) -> None:
         # a hub id or a name such as tiny is no path that exists
         if path and os.path.lexists(path):
             real = Path(os.path.realpath(path))
-            if place == real or place in real.parents:
-                what = f"is {name}" if place == real else f"contains {name}"
+            # new files may lie in the run's folder, but none of a model's own is replaced
+            is_inside = real in place.parents and out.exists() and path not in (run_dir, config.data.path)
+            if place == real or place in real.parents or is_inside:
+                what = f"is {name}" if place == real else f"is in {name}" if is_inside else f"contains {name}"
                 raise UserError(f"{out} {what}, which the export would replace; name another place with -o")
 
 
@@ -256,7 +258,7 @@ def original_frozen(family: Family, vae: dict[str, Tensor], text_encoder: dict[s
 
 
 def _export_file(source: _Source, out: Path, title: str) -> list[str]:
-    notes = []
+    notes, title = [], storable(title)
     unet = source.unet()
     weights = unet.state_dict()
     tensors = to_original(weights, unet_layout(weights, unet.config.layers_per_block))

@@ -551,3 +551,12 @@ def test_a_folder_given_is_the_runs_folder_whatever_its_config_names(tmp_path):
         (run / name).mkdir()
         assert parse_with_config(["--resume", str(run / "config.toml")], "train", "")[1].run.dir == str(run)
         (run / name).rmdir()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"run": {"dir": "runs/\udcff"}}, {"sample": {"prompts": ["\udcff"]}}, {"data": {"caption_suffix": "\udcff"}}],
+)
+def test_bytes_that_are_not_utf_8_are_refused(values):
+    with pytest.raises(UserError, match="bytes that are not UTF-8, which a settings file cannot hold"):
+        parse_config(values, "run.toml")

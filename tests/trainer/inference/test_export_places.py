@@ -58,6 +58,12 @@ def test_an_export_never_replaces_what_its_run_needs(tiny_run, tmp_path):
     (run / "config.toml").write_text(changed)
     with pytest.raises(ValueError, match=r"base is model\.base, which the run compares with, which the export would"):
         export(run, tmp_path / "base", force=True)
+    weights = tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors"
+    before = weights.read_bytes()
+    with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.safetensors is in model\.base"):
+        export(run, weights, force=True)
+    assert weights.read_bytes() == before
+    export(run, tmp_path / "new.safetensors", title="x\udcff")
     (tmp_path / "link").symlink_to(tmp_path / "base")
     with pytest.raises(ValueError, match=r"link is model\.base"):
         export(run, tmp_path / "link", force=True)

@@ -35,6 +35,7 @@ from safelight.trainer.inference.gallery import (
     write_drawn,
     write_page,
 )
+from safelight.trainer.inference.kept_folders import check_place
 from safelight.trainer.inference.pictures import Progress, Request, Weights, draw_pictures, drawn_of
 from safelight.trainer.inference.sampling import SAMPLE_BATCH_SIZE, Settings, check_size, settings_of
 from safelight.trainer.inference.which_checkpoint import pick_step
@@ -199,6 +200,7 @@ def sample(
     """
     if not prompts:
         raise UserError('there is no prompt to draw; give --prompt "..."')
+    check_place(out)
     is_file = _names_file(out, len(prompts))
     config = run.config.model_copy(deep=True)
     for name, value in changes.items():

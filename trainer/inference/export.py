@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from safelight.data.atomic import atomic_write_text, remove, sync_folder
 from safelight.data.lock import NoLocks, lock_file, unlock_file
-from safelight.data.manifest import IMAGES_FOLDER, MANIFEST_NAME
 from safelight.errors import UserError
 from safelight.text import printable, size, storable
 from safelight.trainer.adapters.full import FullFineTune
@@ -34,6 +33,7 @@ from safelight.trainer.families.original_layout import (
     unet_layout,
     vae_layout,
 )
+from safelight.trainer.inference.kept_folders import check_place
 from safelight.trainer.inference.modelspec import CUSTOM, modelspec, sign
 from safelight.trainer.inference.which_checkpoint import pick_step
 from safelight.trainer.models.base import PICKLES, Base, base_of
@@ -47,12 +47,6 @@ from safelight.untrusted import check_links
 
 # free space to leave: file systems become slow or fail before they are full
 SPARE_BYTES = 64 << 20
-# folders that an export must not write into: name, what is beside it, whose it is
-_KEPT = (
-    ("checkpoints", "config.toml", "run"),
-    (IMAGES_FOLDER, MANIFEST_NAME, "dataset"),
-    ("cache", MANIFEST_NAME, "dataset"),
-)
 # what a diffusers folder of ours consists of
 _WRITTEN = {"model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler"}
 
@@ -167,7 +161,7 @@ def _check_output(out: Path, force: bool) -> bool:
     suffix = out.suffix.lower()
     if suffix in PICKLES:
         raise UserError(f"{out}: {suffix} files cannot be written; name a .safetensors file, or a folder")
-    _check_place(out)
+    check_place(out)
     is_file = suffix == ".safetensors"
     if os.path.islink(out) and not out.exists():
         raise UserError(f"{out} is a link to {os.path.realpath(out)}, which does not exist; delete it, or name another")
@@ -224,14 +218,6 @@ def _locked(out: Path) -> Iterator[None]:
         yield
     finally:
         unlock_file(file, path)
-
-
-def _check_place(out: Path) -> None:
-    """Raise UserError if `out` is in a folder whose files belong together: a run's checkpoints, a dataset's photos."""
-    for folder in (place := Path(os.path.realpath(out)), *place.parents):
-        for name, marker, owner in _KEPT:
-            if folder.name == name and os.path.lexists(folder.parent / marker):
-                raise UserError(f"{out} is in {folder}, the {name} of a {owner}; name another place with -o")
 
 
 def _check_free_space(out: Path, num_bytes: int, dtype: torch.dtype) -> None:

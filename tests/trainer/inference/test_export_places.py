@@ -9,7 +9,7 @@ import pytest
 
 import safelight.trainer.inference.export as module
 from safelight.trainer.checkpoint.files import SEAL, folder_of
-from safelight.trainer.inference.draw import open_run
+from safelight.trainer.inference.draw import open_run, sample
 from safelight.trainer.inference.export import export
 from tests.trainer.inference.exported_runs import STEP, make_run
 
@@ -94,6 +94,8 @@ def test_an_export_never_writes_into_checkpoints_or_a_dataset(tiny_run, tmp_path
     for place, said in places:
         with pytest.raises(ValueError, match=f"the {said}; name another place with -o"):
             export(tiny_run, place, force=True)
+        with pytest.raises(ValueError, match=f"the {said}; name another place with -o"):
+            sample(open_run(tiny_run), ["a dog"], "last", place.parent, {})
     assert state.read_bytes() == before
     export(tiny_run, tiny_run / "exports" / "out.safetensors")
 

@@ -55,7 +55,7 @@ from safelight.data.sources.roots import SOURCES_NAME, SourceFile, files_of, fin
 from safelight.data.sources.unsplash import Fetched
 from safelight.errors import UserError
 from safelight.text import storable
-from safelight.untrusted import check_kinds, path_in
+from safelight.untrusted import check_kinds, parse_json, path_in, read_lines
 
 REJECTED_NAME = "rejected.jsonl"
 NOTES_NAME = "prepare_notes.txt"
@@ -66,6 +66,7 @@ ADVICE = "choose another dataset folder with -o"
 # beyond this aspect ratio even the widest usual bucket, 4 : 1, shows less than half of a photo
 MAX_SEEN_ASPECT = 8
 MIN_MEGAPIXELS = 0.01
+MAX_REJECTIONS_BYTES = 2**30
 # the value of --alpha that keeps transparency as a loss mask
 ALPHA_IS_MASK = "mask"
 # threads that sync stored files while the next photos are decoded: syncing one by one took half of the total time
@@ -392,6 +393,7 @@ def ingest(
         raise UserError(f"dataset {dataset} is a file; give a folder")
     if (dataset / "config.toml").exists() and (dataset / "metrics.jsonl").exists():
         raise UserError(f"{dataset} is a run folder; {ADVICE}")
+    _check_own_lists(dataset)
     single = next((source for source in sources if prune and not os.path.isdir(source)), None)
     if single is not None:
         raise UserError(f"--prune compares the dataset with whole folders, and {single} is none; give its folder")
@@ -484,6 +486,26 @@ def _ingest(
         is_ours = str(path) == f"{dataset}/{file}" and file.split("/")[0] in (IMAGES_FOLDER, MASKS_FOLDER)
         if is_ours and not path.is_dir():
             path.unlink(missing_ok=True)
+
+
+def _check_own_lists(dataset: Path) -> None:
+    """Raise UserError if the folder is no dataset and holds files with the names of a dataset's lists."""
+    if os.path.lexists(dataset / MANIFEST_NAME) or os.path.lexists(dataset / IMAGES_FOLDER):
+        return
+    for name in (SOURCES_NAME, REJECTED_NAME):
+        path = dataset / name
+        # a first call that found no photo it could use has left its list of them
+        if path.is_file() and not (name == REJECTED_NAME and _is_rejections(path)):
+            raise UserError(f"{dataset} is no dataset and holds {name}, which would be overwritten; {ADVICE}")
+
+
+def _is_rejections(path: Path) -> bool:
+    try:
+        first = next(read_lines(path, MAX_REJECTIONS_BYTES), None)
+        row = parse_json(first) if first else {}
+    except UserError:
+        return False
+    return isinstance(row, dict) and (not row or {"path", "reason"} <= row.keys())
 
 
 def _check_use(sources: list[Path], collection: Collection, readers: list[CaptionReader], dataset: Path) -> None:

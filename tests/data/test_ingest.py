@@ -524,3 +524,22 @@ def test_photos_behind_a_link_that_leads_nowhere_are_not_pruned(source, dataset,
     assert len(ingest([source], dataset, prune=True).photos) == 2
     (source / "link").unlink()
     assert len(ingest([source], dataset, prune=True).photos) == 1
+
+
+@pytest.mark.parametrize("name", ["sources.json", "rejected.jsonl"])
+def test_lists_of_a_folder_that_is_no_dataset_are_not_overwritten(source, dataset, make_noise, name):
+    make_noise(1).save(source / "a.png")
+    dataset.mkdir(exist_ok=True)
+    (dataset / name).write_text('{"mine": 1}\n')
+    with pytest.raises(UserError, match=f"is no dataset and holds {name}, which would be overwritten"):
+        ingest([source], dataset)
+    assert (dataset / name).read_text() == '{"mine": 1}\n'
+
+
+def test_a_first_call_without_usable_photos_can_be_repeated(source, dataset, make_noise):
+    (source / "a.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="can be used"):
+        ingest([source], dataset)
+    assert (dataset / "rejected.jsonl").is_file()
+    make_noise(1).save(source / "a.png")
+    assert len(ingest([source], dataset).photos) == 1

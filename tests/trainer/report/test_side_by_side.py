@@ -297,6 +297,11 @@ def test_two_runs_autoencoders_are_not_the_same_features(runs):
     assert ">of two<" in part
     change(runs / "two", "[model]", '[model]\nvae = "another"')
     assert "by the run's autoencoder" not in text_of(section(page_of(runs, "one", "two"), "measures"))
+    # without model.vae it is that of the base
+    change(runs / "two", 'vae = "another"\n', "")
+    assert "by the run's autoencoder" in text_of(section(page_of(runs, "one", "two"), "measures"))
+    rewrite(runs / "two" / "model.json", base="another")
+    assert "by the run's autoencoder" not in text_of(section(page_of(runs, "one", "two"), "measures"))
 
 
 def figures(page: str) -> list[list[str]]:

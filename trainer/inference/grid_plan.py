@@ -86,7 +86,6 @@ def plan_grid(
         for value in axis.values if axis.name in SETTINGS else ():
             _changed(config, {axis.name: value}, f"{option} {axis.name}")
     start: Point = {name: getattr(getattr(config, table), key) for name, (table, key) in SETTINGS.items()}
-    start["negative-prompt"] = storable(str(start["negative-prompt"]))
     start["checkpoint"] = None if "checkpoint" in names else pick_step(run.run_dir, checkpoint)
     start["prompt"] = "" if "prompt" in names else _only_prompt(run, prompts, say)
     start["ema"] = True
@@ -113,7 +112,7 @@ def _changed(config: Config, values: Mapping[str, Value], source: str) -> Config
     for name, value in values.items():
         table, key = SETTINGS[name]
         try:
-            setattr(getattr(changed, table), key, value)
+            setattr(getattr(changed, table), key, storable(value) if isinstance(value, str) else value)
         except ValidationError as error:
             raise UserError(*explain(error, source)) from None
     return changed

@@ -46,15 +46,15 @@ class RowSource:
     """Where the rows of batches come from.
 
     empty_key: key of the empty caption's row, see samples.empty_text_key. condition: turns float32 text rows, stacked
-    along a first dimension, into the conditioning of a batch. has_masks, has_scales: whether batches have masks and
-    loss scales. All batches of a run do or none, so that its steps are the same operations. mask_weight: the weight of
-    what a mask leaves out.
+    along a first dimension, and the samples' sizes, (B, 6) float32, into the conditioning of a batch. has_masks,
+    has_scales: whether batches have masks and loss scales. All batches of a run do or none, so that its steps are the
+    same operations. mask_weight: the weight of what a mask leaves out.
     """
 
     cache: Cache
     samples: Sequence[Sample]
     empty_key: str
-    condition: Callable[[Tensor], TensorRecord]
+    condition: Callable[[Tensor, Tensor], TensorRecord]
     has_masks: bool = False
     has_scales: bool = False
     mask_weight: float = 0.0
@@ -75,6 +75,7 @@ def load_batch(rows: RowSource, micro_batch: MicroBatch) -> Batch:
     text_keys = [
         rows.empty_key if ref.caption == EMPTY_CAPTION else sample.text_keys[ref.caption] for sample, ref in chosen
     ]
+    sizes_B6 = torch.tensor([sample.sizes(ref.variant) for sample, ref in chosen], dtype=torch.float32)
     latents = torch.from_numpy(rows.cache.read(latent_keys).astype(np.float32))
     mean, logvar = latents, None
     if rows.cache.kind_of(latent_keys[0]) == "posterior":
@@ -82,7 +83,7 @@ def load_batch(rows: RowSource, micro_batch: MicroBatch) -> Batch:
     return Batch(
         mean,
         logvar,
-        rows.condition(torch.from_numpy(rows.cache.read(text_keys).astype(np.float32))),
+        rows.condition(torch.from_numpy(rows.cache.read(text_keys).astype(np.float32)), sizes_B6),
         tuple(ref.sample_id for ref in micro_batch.refs),
         tuple(ref.occurrence for ref in micro_batch.refs),
         micro_batch.bucket,

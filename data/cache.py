@@ -69,14 +69,13 @@ class LatentEncoder(Protocol):
 
 
 class TextEncoder(Protocol):
-    """A frozen text encoder. fingerprint: hash of its weights, tokenizer and clip skip."""
+    """A frozen text encoder. fingerprint: hash of its weights, tokenizer and clip skip. row_shape: of a text's row."""
 
     fingerprint: str
-    num_tokens: int
-    embedding_dim: int
+    row_shape: tuple[int, ...]
 
     def encode(self, captions: list[str]) -> Tensor:
-        """Return the embeddings, (B, T, D)."""
+        """Return the embeddings, (B, *row_shape)."""
         ...
 
 
@@ -276,19 +275,19 @@ def fill_texts(
     """Encode the captions, and the empty one, that are missing from the cache or damaged; return how many were added.
 
     Other processes may do the same at the same time: each encodes a part (see `fill`). Raises ValueError if the shape
-    of the embeddings is not (B, num_tokens, embedding_dim).
+    of the embeddings is not (B, *row_shape).
     """
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size} is below 1; use 16")
     caption_of_key = {text_key(text, encoder.fingerprint, cache.dtype): text for text in ["", *captions]}
-    shape = (encoder.num_tokens, encoder.embedding_dim)
+    shape = tuple(encoder.row_shape)
     cache.drop_damaged(list(caption_of_key), "text", shape)
 
     def encode(_: None, texts: list[str]) -> np.ndarray:
-        embeddings_BTD = encoder.encode(texts)
-        if tuple(embeddings_BTD.shape) != (len(texts), *shape):
-            found, expected = tuple(embeddings_BTD.shape), (len(texts), *shape)
+        embeddings = encoder.encode(texts)
+        if tuple(embeddings.shape) != (len(texts), *shape):
+            found, expected = tuple(embeddings.shape), (len(texts), *shape)
             raise ValueError(f"the text encoder returned embeddings of shape {found}, expected {expected}")
-        return embeddings_BTD.detach().to("cpu", torch.float32).numpy()
+        return embeddings.detach().to("cpu", torch.float32).numpy()
 
     return fill(cache, "text", [caption_of_key], batch_size, loads_nothing, encode, progress)

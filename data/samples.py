@@ -58,6 +58,19 @@ class Sample:
         """The photo's 56-bit id."""
         return self.photo.sample_id
 
+    def sizes(self, variant: int) -> tuple[int, ...]:
+        """Return what SDXL is told of a variant's crop, six numbers of px.
+
+        They are height and width of the stored photo; top and left of the crop, in the photo as it is scaled to the
+        bucket, and mirrored if the crop is; height and width of the bucket.
+        """
+        photo, bucket, crop = self.photo, self.bucket, self.crops[variant]
+        left, top, right, bottom = crop.box
+        if crop.is_flipped:
+            left, right = photo.width - right, photo.width - left
+        scale_x, scale_y = bucket.width / (right - left), bucket.height / (bottom - top)
+        return photo.height, photo.width, round(top * scale_y), round(left * scale_x), bucket.height, bucket.width
+
 
 def _key(*parts: object) -> str:
     # each part is preceded by its length, so that different lists of parts never give the same text

@@ -11,6 +11,7 @@ from statistics import median
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from safelight.data.batches import RowSource
 from safelight.data.cache import (
@@ -34,8 +35,8 @@ from safelight.errors import UserError
 from safelight.text import counted
 from safelight.trainer.config.schema import MAX_CHUNKS, Config
 from safelight.trainer.families.conditioning import TextConditioning
-from safelight.trainer.families.family import Family
-from safelight.trainer.inference.sampling import PromptGroup
+from safelight.trainer.families.family import uncropped_sizes
+from safelight.trainer.inference.sampling import PromptGroup, Settings
 from safelight.trainer.models import placing
 from safelight.trainer.models.base import Base
 from safelight.trainer.models.encoders import (
@@ -60,6 +61,7 @@ class Dataset:
 
     placed: the photographs in their buckets, and those that are left out. empty_key: cache key of the empty caption.
     scaling_factor: what unscaled latents are multiplied by to get unit variance. latent_factor: pixels per latent.
+    condition: turns text rows and sizes into the UNet's conditioning, see RowSource.
     num_encoded: rows encoded on opening, of which num_damaged replaced damaged ones. cuts: prompt -> the end of what
     the text encoder reads of it, for prompts that are longer. cut_notes: lines that name what is cut. length_note: a
     line on how long the captions are. num_cut_captions: distinct captions of which the text encoder reads only the
@@ -75,7 +77,7 @@ class Dataset:
     empty_key: str
     scaling_factor: float
     latent_factor: int
-    family: Family
+    condition: Callable[[Tensor, Tensor], TextConditioning]
     num_encoded: int = 0
     num_damaged: int = 0
     cuts: dict[str, str] = field(default_factory=dict)
@@ -95,17 +97,18 @@ class Dataset:
             self.cache,
             samples,
             self.empty_key,
-            self.family.conditioning,
+            self.condition,
             has_masks=any(sample.mask_keys for sample in samples),
             has_scales=any(sample.photo.settings.loss_scale != 1 for sample in samples),
             mask_weight=self.mask_weight,
         )
 
-    def prompt_groups(self) -> list[PromptGroup]:
-        """Return the conditioning of the prompts that the run samples."""
+    def prompt_groups(self, settings: Settings) -> list[PromptGroup]:
+        """Return the conditioning of the prompts that the run samples, for pictures of the settings' size."""
 
         def conditioning(keys: list[str]) -> TextConditioning:
-            return self.family.conditioning(torch.from_numpy(self.cache.read(keys)).float())
+            sizes = uncropped_sizes(len(keys), settings.height, settings.width)
+            return self.condition(torch.from_numpy(self.cache.read(keys)).float(), sizes)
 
         return [
             PromptGroup(places, conditioning(keys), conditioning([negative])) for places, keys, negative in self.sampled
@@ -179,11 +182,11 @@ class Plan:
                 rows.setdefault(key, NeededRow("mask", mask, name, again, variant))
         named = {caption: sample.photo.source for sample in self.dataset.samples for caption in sample.captions}
         for reader, texts in self.texts:
-            shape = (reader.num_tokens, reader.embedding_dim)
             for text in ["", *texts]:
                 name = f"the caption of {named[text]}" if text in named else "a sample prompt" if text else "no caption"
                 again = partial(_encode_text, reader, text)
-                rows.setdefault(text_key(text, reader.fingerprint, dtype), NeededRow("text", shape, name, again))
+                needed = NeededRow("text", reader.row_shape, name, again)
+                rows.setdefault(text_key(text, reader.fingerprint, dtype), needed)
         return rows
 
     @property
@@ -261,7 +264,7 @@ def plan_dataset(config: Config, base: Base, device: torch.device, exclusive: bo
         empty_text_key(encoder.fingerprint, cache.dtype),
         codec.scaling_factor,
         codec.factor,
-        base.family,
+        partial(base.family.conditioning, base.config_of("unet")),
         mask_weight=config.loss.mask_weight,
     )
     plan = Plan(dataset, codec, [(encoder, sample_captions(dataset.samples))])
@@ -336,4 +339,9 @@ def _check_fit(base: Base, codec: LatentCodec, encoder: CaptionEncoder) -> None:
         raise UserError(
             f"the UNet takes text embeddings of width {unet['cross_attention_dim']}, the text encoder gives "
             f"{encoder.embedding_dim}; use the base's own text encoder"
+        )
+    if (pooled := base.family.pooled_width(unet)) != encoder.pooled_dim:
+        raise UserError(
+            f"the UNet takes a pooled text embedding of width {pooled}, the text encoder gives {encoder.pooled_dim}; "
+            "use the base's own text encoder"
         )

@@ -197,7 +197,7 @@ def _sample(job: Job, position: Position) -> None:
         images = generate_groups(
             context.unet,
             job.models.codec,
-            job.dataset.prompt_groups(),
+            job.dataset.prompt_groups(settings),
             context.schedule,
             settings,
             batch_size=planned.prompts or SAMPLE_BATCH_SIZE,

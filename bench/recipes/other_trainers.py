@@ -27,7 +27,7 @@ from safelight.data.batches import Batch
 from safelight.errors import UserError
 from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.models.base import resolve_base
-from safelight.trainer.models.weights import load_text, load_vae
+from safelight.trainer.models.weights import load_texts, load_vae
 
 STYLES = {
     "everydream": Recipe(
@@ -119,13 +119,13 @@ class EveryDream(Baseline):
 
     def __init__(self, recipe: Recipe, work: Workload):
         base = resolve_base(work.base)
-        if base.family.untrainable:
-            raise UserError(f"recipe everydream encodes photographs, but {work.base} has no encoders; use random:sd21")
+        if base.family.pooled_width(base.config_of("unet")):
+            raise UserError(f"recipe everydream has no SDXL, as EveryDream2 has none; use random:sd21, not {work.base}")
         # EveryDream2 does not support bf16
         super().__init__(recipe, replace(work, precision="fp32" if work.precision == "fp32" else "fp16"))
         self.scaler = torch.amp.GradScaler(self.device.type, EVERYDREAM_SCALE, enabled=self.scaler.is_enabled())
         self.vae = load_vae(base, "", SEED).to(self.device)
-        self.tokenizer, text_encoder = load_text(base, "", SEED)
+        ((self.tokenizer, text_encoder),) = load_texts(base, "", SEED)
         self.text_encoder = text_encoder.to(self.device)
         self.notes += f"; autocast to {str(self.dtype).removeprefix('torch.')}" if self.uses_autocast else ""
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1)

@@ -43,8 +43,7 @@ class FakeVae:
 class FakeTextEncoder:
     """A text encoder whose embeddings are computed from the caption's bytes."""
 
-    num_tokens = 5
-    embedding_dim = 3
+    row_shape = (5, 3)
 
     def __init__(self, fingerprint: str = "text-a"):
         self.fingerprint = fingerprint

@@ -21,7 +21,7 @@ class Text(TensorRecord):
 
 
 def source(cache, samples, empty_key: str = EMPTY) -> RowSource:
-    return RowSource(cache, samples, empty_key, Text)
+    return RowSource(cache, samples, empty_key, lambda rows, sizes: Text(rows))
 
 
 def all_keys(samples):

@@ -316,7 +316,7 @@ def test_batches_of_a_run_have_masks_of_one_shape(masked, fakes):
     def batch(indices, **settings):
         refs = tuple(SampleRef(samples[i].sample_id, i, 0, 1, EMPTY_CAPTION) for i in indices)
         return load_batch(
-            RowSource(cache, samples, empty, lambda x: x, **settings), MicroBatch(samples[0].bucket, refs)
+            RowSource(cache, samples, empty, lambda rows, sizes: rows, **settings), MicroBatch(samples[0].bucket, refs)
         )
 
     plain = batch([0, 3])

@@ -18,6 +18,7 @@ from safelight.errors import UserError
 from safelight.trainer import dataset as module
 from safelight.trainer import run_start
 from safelight.trainer.dataset import open_dataset
+from safelight.trainer.inference.sampling import settings_of
 from safelight.trainer.models.base import Base, bucket_multiple, resolve_base
 from safelight.trainer.models.encoders import load_codec
 from safelight.trainer.run_start import _read_rejected
@@ -134,7 +135,7 @@ def test_prompts_are_the_configs_or_held_out_captions(make_config, folder):
 
 def test_prompts_of_the_config_are_embedded_beforehand(make_config, folder):
     dataset = opened(make_config, folder, sample={"prompts": ["a thing nobody captioned"], "negative_prompt": "blur"})
-    (group,) = dataset.prompt_groups()
+    (group,) = dataset.prompt_groups(settings_of(make_config()))
     assert (group.places, group.positive.text_BTD.shape[0], group.negative.text_BTD.shape[0]) == ((0,), 1, 1)
     assert not torch.equal(group.positive.text_BTD, group.negative.text_BTD)
     dataset.cache.close()
@@ -143,10 +144,10 @@ def test_prompts_of_the_config_are_embedded_beforehand(make_config, folder):
 def test_a_long_prompt_has_more_chunks_and_leaves_the_others_as_they_are(make_config, folder):
     prompts = ["a red circle", ", ".join(["a blue star"] * 30), "a (green:1.4) ring"]
     alone = opened(make_config, folder, sample={"prompts": prompts[:1]})
-    (first,) = alone.prompt_groups()
+    (first,) = alone.prompt_groups(settings_of(make_config()))
     alone.cache.close()
     dataset = opened(make_config, folder, sample={"prompts": prompts})
-    short, long = dataset.prompt_groups()
+    short, long = dataset.prompt_groups(settings_of(make_config()))
     assert (short.places, long.places) == ((0, 2), (1,))
     assert torch.equal(short.positive.text_BTD[:1], first.positive.text_BTD)
     num_tokens = short.positive.text_BTD.shape[1]

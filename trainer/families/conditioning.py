@@ -28,7 +28,8 @@ class TextConditioning(TensorRecord):
 class SdxlConditioning(TextConditioning):
     """SDXL's additional conditioning: the second encoder's pooled embedding, and sizes in px.
 
-    sizes_B6: original height and width, top and left of the crop, target height and width.
+    sizes_B6: original height and width, top and left of the crop, target height and width. They stay float32, because
+    bfloat16 cannot tell 1021 px from 1024 px.
     Source: Podell et al. 2023, arXiv:2307.01952, section 2.2.
     """
 

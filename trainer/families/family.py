@@ -8,10 +8,11 @@ docs/architecture.md has the recipe for adding one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from safelight.trainer.families.conditioning import TextConditioning
 from safelight.trainer.families.original_layout import Layout
@@ -31,14 +32,16 @@ class Family:
     text_widths: ClassVar[tuple[int, ...]]
     # block_out_channels of the published UNets, the only size that other tools support
     published_channels: ClassVar[list[int]]
-    # folders of a diffusers model with its text encoders, in order
-    text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    # folders of a diffusers model with its text encoders, in order -> class of transformers
+    text_encoders: ClassVar[Mapping[str, str]] = {"text_encoder": "CLIPTextModel"}
+    # how many layers of a text encoder are above the one whose output the UNet attends to, at clip_skip 0
+    skipped_layers: ClassVar[int] = 0
+    # whether the embeddings of the empty text are zeros, unless the base's model_index.json says otherwise
+    zeroes_empty_text: ClassVar[bool] = False
     # class of diffusers
     pipeline: ClassVar[str] = "StableDiffusionPipeline"
     # a part of tensor names that only single files of this family have; "" if text_widths are enough
     file_marker: ClassVar[str] = ""
-    # why `train` refuses the family; "" if it can be trained
-    untrainable: ClassVar[str] = ""
     # hub id with the configs that fit every single file of the family; None if there is no such one
     default_configs: ClassVar[str | None] = None
     # prediction type that A1111 and ComfyUI assume for a single file; "" if they detect it
@@ -63,17 +66,47 @@ class Family:
         """Return the side in px of the images that the base was trained on. latent_factor: px per latent."""
         return unet_config["sample_size"] * latent_factor
 
-    def text_encoder_layout(self, names: Iterable[str]) -> Layout:
-        """Return the names that the text encoder's tensors have in a single file. names: those of transformers."""
+    def text_encoder_layout(self, part: str, names: Iterable[str]) -> Layout:
+        """Return the names that a text encoder's tensors have in a single file.
+
+        part: as in text_encoders. names: those of transformers.
+        """
         raise NotImplementedError
 
-    def text_encoder_extras(self, num_tokens: int) -> dict[str, Tensor]:
-        """Return constants that a single file contains in addition to the text encoder's weights, by name."""
+    def text_encoder_extras(self, part: str, num_tokens: int) -> dict[str, Tensor]:
+        """Return constants that a single file contains in addition to a text encoder's weights, by name."""
         return {}
 
-    def conditioning(self, rows_BTD: Tensor) -> TextConditioning:
-        """Return the UNet's conditioning from cached text embeddings, (B, T, D) float32."""
-        return TextConditioning(rows_BTD)
+    def read_text(self, text_encoder: nn.Module, ids_BT: Tensor, clip_skip: int) -> tuple[Tensor, Tensor | None]:
+        """Return what a text encoder says of token ids: embeddings (B, T, D), and a pooled one (B, P) or None.
+
+        The embeddings are the last hidden state after the final norm; with clip_skip they are the hidden state of that
+        many layers before, after the same norm.
+        """
+        output = text_encoder(ids_BT, output_hidden_states=clip_skip > 0)
+        if clip_skip == 0:
+            return output.last_hidden_state, None
+        inner = getattr(text_encoder, "text_model", text_encoder)
+        return inner.final_layer_norm(output.hidden_states[-1 - clip_skip]), None
+
+    def pooled_width(self, unet_config: Mapping) -> int:
+        """Return the width of the pooled embedding that the UNet takes, 0 for none."""
+        return 0
+
+    def text_row(self, embeddings_BTD: Tensor, pooled_BP: Tensor | None) -> Tensor:
+        """Return the rows that the cache keeps of texts, from what `read_text` returned of all text encoders."""
+        return embeddings_BTD
+
+    def text_row_shape(self, num_tokens: int, width: int, pooled_width: int) -> tuple[int, ...]:
+        """Return the shape of the cached row of one text. width: of the embeddings."""
+        return num_tokens, width
+
+    def conditioning(self, unet_config: Mapping, rows: Tensor, sizes_B6: Tensor) -> TextConditioning:
+        """Return the UNet's conditioning from cached rows of texts, float32, and the sizes of the images.
+
+        sizes_B6: as `Sample.sizes` returns them; families that are not conditioned on sizes ignore them.
+        """
+        return TextConditioning(rows)
 
     def stand_in_conditioning(
         self, unet_config: Mapping, rows_BTD: Tensor, latent_size: tuple[int, int]
@@ -84,10 +117,14 @@ class Family:
         """
         return TextConditioning(rows_BTD)
 
-    def pipeline_of(self, unet, vae, scheduler, tokenizer, text_encoder):
-        """Return a diffusers pipeline with these parts, to be saved as a folder."""
+    def pipeline_of(self, unet, vae, scheduler, texts: Sequence[tuple[object, nn.Module]], *, zeroes_empty_text: bool):
+        """Return a diffusers pipeline with these parts, to be saved as a folder.
+
+        texts: (tokenizer, text encoder), in the order of `text_encoders`. zeroes_empty_text: as the base's.
+        """
         import diffusers
 
+        ((tokenizer, text_encoder),) = texts
         return getattr(diffusers, self.pipeline)(
             vae,
             text_encoder,
@@ -98,3 +135,13 @@ class Family:
             feature_extractor=None,
             requires_safety_checker=False,
         )
+
+
+def tokenizer_folder(text_encoder: str) -> str:
+    """Return the folder of the tokenizer that goes with a text encoder's: `tokenizer_2` with `text_encoder_2`."""
+    return text_encoder.replace("text_encoder", "tokenizer")
+
+
+def uncropped_sizes(num: int, height: int, width: int) -> Tensor:
+    """Return the sizes of images that were neither scaled nor cropped, (num, 6) float32. height, width: px."""
+    return torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32).repeat(num, 1)

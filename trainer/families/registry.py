@@ -14,6 +14,8 @@ FAMILIES: dict[str, Family] = {
 }
 # how the names of networks begin in a diffusers model_index.json, without autoencoder and safety checker
 _NETWORKS = ("unet", "text_encoder", "transformer", "prior")
+_EDITING = ("InpaintPipeline", "InstructPix2PixPipeline")
+_COMMON = "Stable Diffusion "
 
 
 def family_of(unet_config: Mapping) -> Family:
@@ -26,33 +28,28 @@ def family_of_text_width(text_width: int) -> Family | None:
     return next((family for family in FAMILIES.values() if text_width in family.text_widths), None)
 
 
-def _trainable() -> list[Family]:
-    return [family for family in reversed(FAMILIES.values()) if not family.untrainable]
+def is_supported_pipeline(model_index: Mapping) -> bool:
+    """Return whether a diffusers model_index.json describes a text-to-image model of one of the families.
 
-
-def is_trainable_pipeline(model_index: Mapping) -> bool:
-    """Return whether a diffusers model_index.json describes a model of a family that can be trained.
-
-    Every network has to be a UNet or a text encoder of a trainable family. Pipelines of an untrainable family, such as
-    StableDiffusionXLInpaintPipeline, are recognized by the name of their class.
+    Every network has to be a UNet or a text encoder of a family. Pipelines that edit pictures have the same networks,
+    and are recognized by the name of their class.
     """
-    known = {"unet", *(folder for family in _trainable() for folder in family.text_encoders)}
-    untrainable = tuple(f.pipeline.removesuffix("Pipeline") for f in FAMILIES.values() if f.untrainable)
+    known = {"unet", *(folder for family in FAMILIES.values() for folder in family.text_encoders)}
     networks = {name for name in model_index if name.startswith(_NETWORKS)}
-    return networks <= known and not model_index.get("_class_name", "").startswith(untrainable)
+    return networks <= known and not model_index.get("_class_name", "").endswith(_EDITING)
 
 
 def text_widths() -> str:
-    """Return the text widths of the families that can be trained, for messages: `768 (1.x) or 1024 (2.x)`."""
-    return " or ".join(
-        f"{width} ({family.title.removeprefix('Stable Diffusion ')})"
-        for family in _trainable()
+    """Return the text widths of the families, for messages: `768 (1.x), 1024 (2.x) or 2048 (XL)`."""
+    widths = [
+        f"{width} ({family.title.removeprefix(_COMMON)})"
+        for family in reversed(FAMILIES.values())
         for width in family.text_widths
-    )
+    ]
+    return f"{', '.join(widths[:-1])} or {widths[-1]}"
 
 
-def trainable_titles() -> str:
-    """Return the families that can be trained, for messages: `Stable Diffusion 1.x and 2.x`."""
-    common = "Stable Diffusion "
-    names = [family.title.removeprefix(common) for family in _trainable()]
-    return common + " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+def supported_titles() -> str:
+    """Return the families, for messages: `Stable Diffusion 1.x, 2.x and XL`."""
+    names = [family.title.removeprefix(_COMMON) for family in reversed(FAMILIES.values())]
+    return f"{_COMMON}{', '.join(names[:-1])} and {names[-1]}"

@@ -29,10 +29,10 @@ class StableDiffusion1(Family):
     def architecture(self, prediction_type: str) -> str:
         return "stable-diffusion-v1"
 
-    def text_encoder_layout(self, names: Iterable[str]) -> Layout:
+    def text_encoder_layout(self, part: str, names: Iterable[str]) -> Layout:
         return clip_layout(names)
 
-    def text_encoder_extras(self, num_tokens: int) -> dict[str, Tensor]:
+    def text_encoder_extras(self, part: str, num_tokens: int) -> dict[str, Tensor]:
         return {f"{CLIP_PREFIX}embeddings.position_ids": torch.arange(num_tokens)[None]}
 
 
@@ -46,5 +46,5 @@ class StableDiffusion2(Family):
     def architecture(self, prediction_type: str) -> str:
         return "stable-diffusion-v2-768-v" if prediction_type == "v_prediction" else "stable-diffusion-v2-512"
 
-    def text_encoder_layout(self, names: Iterable[str]) -> Layout:
+    def text_encoder_layout(self, part: str, names: Iterable[str]) -> Layout:
         return open_clip_layout(names)

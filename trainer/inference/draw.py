@@ -126,7 +126,8 @@ class OpenRun:
         """Return the text encoder, reading that many layers before the last one. Raises UserError if it has fewer."""
         if clip_skip == self.encoder.clip_skip:
             return self.encoder
-        return CaptionEncoder(self.encoder.tokenizer, self.encoder.text_encoder, self.encoder.device, clip_skip)
+        texts = list(zip(self.encoder.tokenizers, self.encoder.text_encoders, strict=True))
+        return CaptionEncoder.of(self.base, texts, self.encoder.device, clip_skip)
 
     @property
     def name(self) -> str:

@@ -11,7 +11,7 @@ import inspect
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,12 +27,13 @@ from safelight.trainer.adapters.full import FullFineTune
 from safelight.trainer.checkpoint.files import check_files, folder_of, max_bytes_of
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.toml import load_config, require_run
-from safelight.trainer.families.family import Family
+from safelight.trainer.families.family import Family, tokenizer_folder
 from safelight.trainer.families.original_layout import (
     to_original,
     unet_layout,
     vae_layout,
 )
+from safelight.trainer.families.registry import FAMILIES
 from safelight.trainer.inference.kept_folders import check_place
 from safelight.trainer.inference.modelspec import CUSTOM, modelspec, sign
 from safelight.trainer.inference.which_checkpoint import pick_step
@@ -41,14 +42,16 @@ from safelight.trainer.models.device import DTYPES
 from safelight.trainer.models.noise_schedule import NoiseSchedule
 from safelight.trainer.models.single_file import ZERO_SNR_MARKER, schedule_markers
 from safelight.trainer.models.tensor_files import is_finite, save_file
-from safelight.trainer.models.weights import load_text, load_vae, meta_unet
+from safelight.trainer.models.weights import load_texts, load_vae, meta_unet
 from safelight.trainer.run_log.course import doubt_about
 from safelight.untrusted import check_links
 
 # free space to leave: file systems become slow or fail before they are full
 SPARE_BYTES = 64 << 20
 # what a diffusers folder of ours consists of
-_WRITTEN = {"model_index.json", "unet", "vae", "text_encoder", "tokenizer", "scheduler"}
+_TEXT_ENCODERS = {part for family in FAMILIES.values() for part in family.text_encoders}
+_TOKENIZERS = {tokenizer_folder(part) for part in _TEXT_ENCODERS}
+_WRITTEN = {"model_index.json", "unet", "vae", "scheduler", *_TEXT_ENCODERS, *_TOKENIZERS}
 
 
 @dataclass
@@ -87,8 +90,8 @@ class _Source:
     def vae(self) -> nn.Module:
         return load_vae(self.base, self.config.model.vae, self.config.run.seed)
 
-    def text(self) -> tuple[object, nn.Module]:
-        return load_text(self.base, self.config.model.tokenizer, self.config.run.seed)
+    def texts(self) -> list[tuple[object, nn.Module]]:
+        return load_texts(self.base, self.config.model.tokenizer, self.config.run.seed)
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype, source: str = "") -> Tensor:
@@ -233,14 +236,19 @@ def _check_free_space(out: Path, num_bytes: int, dtype: torch.dtype) -> None:
 # one file
 
 
-def original_frozen(family: Family, vae: dict[str, Tensor], text_encoder: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of an AutoencoderKL and the family's text encoder under the names of a single file."""
-    num_tokens = next(len(t) for name, t in text_encoder.items() if name.endswith("position_embedding.weight"))
-    return {
-        **to_original(vae, vae_layout(vae)),
-        **to_original(text_encoder, family.text_encoder_layout(text_encoder)),
-        **family.text_encoder_extras(num_tokens),
-    }
+def original_frozen(
+    family: Family, vae: dict[str, Tensor], text_encoders: Mapping[str, dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Return the tensors of an AutoencoderKL and the text encoders under the names of a single file.
+
+    text_encoders: by folder, as in family.text_encoders.
+    """
+    original = to_original(vae, vae_layout(vae))
+    for part, state in text_encoders.items():
+        num_tokens = next(len(t) for name, t in state.items() if name.endswith("position_embedding.weight"))
+        original |= to_original(state, family.text_encoder_layout(part, state))
+        original |= family.text_encoder_extras(part, num_tokens)
+    return original
 
 
 def _export_file(source: _Source, out: Path, title: str) -> list[str]:
@@ -250,9 +258,10 @@ def _export_file(source: _Source, out: Path, title: str) -> list[str]:
     tensors = to_original(weights, unet_layout(weights, unet.config.layers_per_block))
     vae = source.vae()
     if hasattr(vae, "quant_conv"):
-        tensors |= original_frozen(
-            source.base.family, _cast_all(vae, source.dtype), _cast_all(source.text()[1], source.dtype)
-        )
+        family = source.base.family
+        states = [_cast_all(text_encoder, source.dtype) for _, text_encoder in source.texts()]
+        text_encoders = dict(zip(family.text_encoders, states, strict=True))
+        tensors |= original_frozen(family, _cast_all(vae, source.dtype), text_encoders)
     else:
         notes.append(
             f"the run's autoencoder is a {type(vae).__name__}, which single files cannot contain: {out.name} contains "
@@ -343,19 +352,22 @@ def _load_in_fp32(config_path: Path) -> None:
 
 def _export_folder(source: _Source, out: Path) -> None:
     unet = source.unet()
-    vae, (tokenizer, text_encoder) = source.vae(), source.text()
-    for module in (vae, text_encoder):
+    vae, texts = source.vae(), source.texts()
+    frozen = [vae, *(text_encoder for _, text_encoder in texts)]
+    for module in frozen:
         module.load_state_dict(_cast_all(module, source.dtype), assign=True)
-    modules = (unet, vae, text_encoder)
+    modules = (unet, *frozen)
     _check_free_space(out, sum(t.nbytes for module in modules for t in module.state_dict().values()), source.dtype)
-    pipeline = source.base.family.pipeline_of(unet, vae, _scheduler(source), tokenizer, text_encoder)
+    base = source.base
+    pipeline = base.family.pipeline_of(unet, vae, _scheduler(source), texts, zeroes_empty_text=base.zeroes_empty_text)
     partial, old = (out.with_name(f".{out.name}.{word}") for word in ("partial", "old"))
     # what a killed export left, or a link that somebody planted there
     remove(partial)
     partial.mkdir()
     try:
         pipeline.save_pretrained(partial, safe_serialization=True)
-        _load_in_fp32(partial / "text_encoder" / "config.json")
+        for folder in base.family.text_encoders:
+            _load_in_fp32(partial / folder / "config.json")
         mode = (partial / "model_index.json").stat().st_mode
         for path in sorted(partial.rglob("*"), reverse=True):
             if path.is_dir():

@@ -209,11 +209,9 @@ def _check_values(run: OpenRun, axes: Mapping[str, Axis], requests: Sequence[Req
                     f"{option} ema: {which} has no moving average of its weights (train.ema_decay makes one); leave "
                     "this axis out"
                 )
-    layers = run.encoder.text_encoder.config.num_hidden_layers
-    if (most := max(one.clip_skip for one in requests)) >= layers:
-        raise UserError(
-            f"clip-skip {most} leaves none of the {layers} layers of the text encoder; use {layers - 1} or less"
-        )
+    possible = run.encoder.most_clip_skip
+    if (most := max(one.clip_skip for one in requests)) > possible:
+        raise UserError(f"clip-skip {most} leaves none of the layers of the text encoder; use {possible} or less")
 
 
 def _label(run: OpenRun, name: str, value: Value | None) -> str:

@@ -9,6 +9,7 @@ and after a change of weights or settings those that changed.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import time
@@ -24,6 +25,8 @@ from torch import Tensor, nn
 from safelight.errors import UserError
 from safelight.text import counted
 from safelight.trainer.checkpoint.files import list_checkpoints
+from safelight.trainer.families.conditioning import TextConditioning
+from safelight.trainer.families.family import uncropped_sizes
 from safelight.trainer.inference.gallery import Drawn, read_key
 from safelight.trainer.inference.sampling import NotFinitePicture, Settings, check_size, generate
 from safelight.trainer.models.base import latent_factor, vae_config
@@ -289,7 +292,8 @@ class _Texts:
     """
 
     def __init__(self, run: OpenRun, requests: Sequence[Request]):
-        self._requests, self._conditioning = requests, run.base.family.conditioning
+        self._requests = requests
+        self._condition = functools.partial(run.base.family.conditioning, run.base.config_of("unet"))
         self._rows: dict[tuple[str, int, int], Tensor] = {}
         self.num_chunks = [0] * len(requests)
         encoders = {skip: run.encoder_skipping(skip) for skip in dict.fromkeys(r.clip_skip for r in requests)}
@@ -313,10 +317,15 @@ class _Texts:
     def _row(self, number: int, text: str) -> Tensor:
         return self._rows[text, self._requests[number].clip_skip, self.num_chunks[number]]
 
-    def positive(self, numbers: Sequence[int]):
+    def positive(self, numbers: Sequence[int]) -> TextConditioning:
         """Return the conditioning of some requests' prompts, a row each."""
-        return self._conditioning(torch.stack([self._row(n, self._requests[n].prompt) for n in numbers]))
+        return self._conditioning(numbers, [self._row(n, self._requests[n].prompt) for n in numbers])
 
-    def negative(self, numbers: Sequence[int]):
+    def negative(self, numbers: Sequence[int]) -> TextConditioning:
         """Return the conditioning of some requests' negative prompts, a row each."""
-        return self._conditioning(torch.stack([self._row(n, self._requests[n].negative) for n in numbers]))
+        return self._conditioning(numbers, [self._row(n, self._requests[n].negative) for n in numbers])
+
+    def _conditioning(self, numbers: Sequence[int], rows: Sequence[Tensor]) -> TextConditioning:
+        settings = [self._requests[number].settings for number in numbers]
+        sizes = torch.cat([uncropped_sizes(1, one.height, one.width) for one in settings])
+        return self._condition(torch.stack(list(rows)), sizes)

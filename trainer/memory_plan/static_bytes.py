@@ -229,8 +229,9 @@ def text_bytes(config: Config, photos: Iterable[Photo]) -> int:
     # the empty caption and the negative prompt
     num += 2 + (len(config.sample.prompts) or config.sample.num_prompts)
     num_tokens = base.config_of("text_encoder").get("max_position_embeddings", NUM_TEXT_TOKENS) * data.caption_chunks
-    itemsize = {"float16": 2, "float32": 4}[data.cache_dtype]
-    return num * num_tokens * base.config_of("unet")["cross_attention_dim"] * itemsize
+    unet = base.config_of("unet")
+    row = base.family.text_row_shape(num_tokens, unet["cross_attention_dim"], base.family.pooled_width(unet))
+    return num * math.prod(row) * {"float16": 2, "float32": 4}[data.cache_dtype]
 
 
 def summary(config: Config, device: torch.device | None = None, dtype: torch.dtype | None = None) -> dict:

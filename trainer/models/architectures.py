@@ -1,8 +1,8 @@
 """Configs for `model.base = "random:NAME"`: published architectures with untrained weights.
 
 `sd15`, `sd21` and `sdxl` are Stable Diffusion 1.5, 2.1 and XL, with 859,520,964, 865,910,724 and 2,567,463,684
-parameters in the UNet. `small` is a UNet that two CPU cores can train from scratch in an hour. `sdxl` has no text
-encoders, because only plans and benchmarks use it. The vocabulary size of a text encoder comes from the tokenizer.
+parameters in the UNet. `small` is a UNet that two CPU cores can train from scratch in an hour. The vocabulary size of a
+text encoder comes from the tokenizer.
 """
 
 from __future__ import annotations
@@ -65,6 +65,15 @@ _KL = {
     "scaling_factor": 0.18215,
 }
 
+# CLIP ViT-L/14
+_CLIP_L = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "projection_dim": 768,
+}
+
 _SD15_UNET = {
     **_CROSS_BLOCKS,
     "sample_size": 64,
@@ -81,13 +90,7 @@ RANDOM_MODELS: dict[str, dict[str, dict]] = {
     "sd15": {
         "unet": _SD15_UNET,
         "vae": {**_KL, "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "sample_size": 512},
-        "text_encoder": {
-            "hidden_size": 768,
-            "intermediate_size": 3072,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 12,
-            "projection_dim": 768,
-        },
+        "text_encoder": _CLIP_L,
         "scheduler": _SCHEDULER,
     },
     "sd21": {
@@ -131,6 +134,16 @@ RANDOM_MODELS: dict[str, dict[str, dict]] = {
             "layers_per_block": 2,
             "sample_size": 1024,
             "scaling_factor": 0.13025,
+        },
+        "text_encoder": _CLIP_L,
+        # OpenCLIP ViT-bigG/14
+        "text_encoder_2": {
+            "hidden_size": 1280,
+            "intermediate_size": 5120,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 20,
+            "projection_dim": 1280,
+            "hidden_act": "gelu",
         },
         "scheduler": _SCHEDULER,
     },

@@ -14,7 +14,7 @@ from pathlib import Path
 from safelight.errors import UserError
 from safelight.trainer.config.schema import Model
 from safelight.trainer.families.family import Family
-from safelight.trainer.families.registry import family_of, is_trainable_pipeline, text_widths, trainable_titles
+from safelight.trainer.families.registry import family_of, is_supported_pipeline, supported_titles, text_widths
 from safelight.trainer.models.architectures import KNOWN_SHAPES, RANDOM_MODELS
 from safelight.trainer.models.build import build
 from safelight.trainer.models.hub import PARTS, fetch
@@ -58,13 +58,21 @@ class Base:
         return family_of(self.config_of("unet"))
 
     def config_of(self, part: str) -> dict:
-        """Return the diffusers or transformers config of unet, vae, text_encoder or scheduler."""
+        """Return the diffusers or transformers config of unet, vae, scheduler or a text encoder."""
         if self.random_name:
             return dict(RANDOM_MODELS[self.random_name][part])
         config = _read_config(part, self.folder, config_name(part), self.setting)
         if part == "scheduler" and self.file is not None:
             config |= self.file.schedule
         return config
+
+    @property
+    def zeroes_empty_text(self) -> bool:
+        """Whether the embeddings of the empty text are zeros, as the base was trained."""
+        if self.folder is None:
+            return self.family.zeroes_empty_text
+        index = _read_config("model_index", self.folder, "model_index.json", self.setting)
+        return index.get("force_zeros_for_empty_prompt", self.family.zeroes_empty_text)
 
     def noise_schedule(self, prediction: str = "auto", zero_terminal_snr: bool = False) -> NoiseSchedule:
         """Return the schedule that the base was trained under, see make_schedule. Raises UserError."""
@@ -93,16 +101,12 @@ def _read_config(part: str, folder: Path, name: str, setting: str) -> dict:
 
 
 def base_of(model: Model) -> Base:
-    """Return the base of a run's [model] table. Raises UserError if it is missing or cannot be trained."""
+    """Return the base of a run's [model] table. Raises UserError if it is missing or not supported."""
     base = resolve_model(model, with_weights=True)
     if base.folder is not None:
-        for part in ("unet", "text_encoder", "scheduler"):
+        for part in ("unet", *base.family.text_encoders, "scheduler"):
             base.config_of(part)
         vae_config(base, model.vae)
-    if base.family.untrainable:
-        raise UserError(
-            f"model.base {model.base!r} is only for `safelight plan` and `safelight bench`: {base.family.untrainable}"
-        )
     return base
 
 
@@ -197,9 +201,9 @@ def _diffusers_folder(spec: str, setting: str, fix: str, parts: Sequence[str]) -
         # configs first, so that a refused model is not downloaded
         folder = fetch(spec, setting, fix, ())
     index = _read_config("model_index", folder, "model_index.json", f"{setting} {spec!r}")
-    if not is_trainable_pipeline(index):
+    if not is_supported_pipeline(index):
         pipeline = index.get("_class_name", "diffusers model")
-        raise UserError(f"{setting} {spec!r} is a {pipeline}; so far only {trainable_titles()} are supported")
+        raise UserError(f"{setting} {spec!r} is a {pipeline}; only {supported_titles()} are supported")
     return folder if is_local or not parts else fetch(spec, setting, fix, parts)
 
 

@@ -38,9 +38,10 @@ def text_config(values: dict):
     return CLIPTextConfig(**values, attn_implementation="sdpa")
 
 
-def text_encoder_with(config, state: dict[str, Tensor]) -> nn.Module:
-    """Return the CLIPTextModel in fp32 on the CPU. config: a CLIPTextConfig; state: its state dict, in fp32."""
-    from transformers import CLIPTextModel
+def text_encoder_with(kind: type, config, state: dict[str, Tensor]) -> nn.Module:
+    """Return a text encoder in fp32 on the CPU.
 
+    kind: its class in transformers. config: a CLIPTextConfig. state: its state dict, in fp32.
+    """
     # unlike load_state_dict, this also fills buffers that files do not contain; it opens no file
-    return CLIPTextModel.from_pretrained(None, config=config, state_dict=state, torch_dtype=torch.float32)
+    return kind.from_pretrained(None, config=config, state_dict=state, torch_dtype=torch.float32)

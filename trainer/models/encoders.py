@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from safelight.errors import UserError
 from safelight.trainer.config.schema import MAX_CHUNKS, Config
+from safelight.trainer.families.family import Family
 from safelight.trainer.models.base import Base, latent_factor
 from safelight.trainer.models.prompt_weights import (
     VERSION,
@@ -25,7 +26,7 @@ from safelight.trainer.models.prompt_weights import (
     parse_weights,
     split_chunks,
 )
-from safelight.trainer.models.weights import fingerprint, load_text, load_vae
+from safelight.trainer.models.weights import fingerprint, load_texts, load_vae
 from safelight.units import GIB
 
 # activations of the autoencoder in fp32 per pixel of an image (see LatentCodec.decode)
@@ -128,34 +129,60 @@ class LatentCodec(_Movable):
 
 @dataclass
 class CaptionEncoder(_Movable):
-    """A frozen CLIP text encoder and its tokenizer.
+    """The frozen text encoders of a model, each with its tokenizer.
 
-    weights: whether texts are read in A1111's syntax (prompt_weights.py). num_chunks: how many chunks of tokens are
-    encoded of every text, each by itself; shorter texts are padded with empty chunks.
+    tokenizers, text_encoders: one each, in the order of family.text_encoders. The tokenizers cut texts alike and differ
+    in their padding. zeroes_empty_text: whether the row of the empty text is all zeros. weights: whether texts are read
+    in A1111's syntax (prompt_weights.py). num_chunks: how many chunks of tokens are encoded of every text, each by
+    itself; shorter texts are padded with empty chunks.
     """
 
-    module_name = "text_encoder"
-    tokenizer: object
-    text_encoder: nn.Module
+    module_name = "text_encoders"
+    family: Family
+    tokenizers: tuple
+    text_encoders: nn.ModuleList
     device: torch.device
     clip_skip: int = 0
+    zeroes_empty_text: bool = False
     weights: bool = False
     num_chunks: int = 1
     fingerprint: str = field(init=False)
 
+    @classmethod
+    def of(
+        cls,
+        base: Base,
+        texts: Sequence[tuple[object, nn.Module]],
+        device: torch.device,
+        clip_skip: int = 0,
+        weights: bool = False,
+        num_chunks: int = 1,
+    ) -> CaptionEncoder:
+        """Return the encoder of a base on a device. texts: as `load_texts` returns them."""
+        tokenizers, text_encoders = zip(*texts, strict=True)
+        modules = nn.ModuleList(text_encoders)
+        return cls(base.family, tokenizers, modules, device, clip_skip, base.zeroes_empty_text, weights, num_chunks)
+
     def __post_init__(self):
-        layers = self.text_encoder.config.num_hidden_layers
-        if self.clip_skip >= layers:
+        if self.clip_skip > self.most_clip_skip:
             raise UserError(
-                f"model.clip_skip {self.clip_skip} leaves none of the text encoder's {layers} layers; "
-                f"use {layers - 1} or less"
+                f"model.clip_skip {self.clip_skip} leaves none of the text encoder's layers; use "
+                f"{self.most_clip_skip} or less"
             )
-        vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items()))
-        self._plain_fingerprint = fingerprint(
-            self.text_encoder, vocabulary, str(self.chunk_tokens), str(self.clip_skip)
-        )
+        if len({tokenizer.model_max_length for tokenizer in self.tokenizers}) > 1:
+            raise UserError("the base's tokenizers read texts of different lengths; use another model.base")
+        prints = [
+            fingerprint(
+                text_encoder,
+                json.dumps(sorted(tokenizer.get_vocab().items())),
+                str(tokenizer.model_max_length),
+                str(self.clip_skip),
+            )
+            for tokenizer, text_encoder in zip(self.tokenizers, self.text_encoders, strict=True)
+        ]
+        self._plain_fingerprint = ", ".join([*prints, *["empty text is zeros"] * self.zeroes_empty_text])
         self._set_fingerprint()
-        self.text_encoder.to(self.device)
+        self.text_encoders.to(self.device)
 
     def _set_fingerprint(self) -> None:
         self.fingerprint = self._plain_fingerprint
@@ -186,6 +213,17 @@ class CaptionEncoder(_Movable):
         return groups
 
     @property
+    def tokenizer(self):
+        """The tokenizer that tells how texts are cut into tokens."""
+        return self.tokenizers[0]
+
+    @property
+    def most_clip_skip(self) -> int:
+        """The largest clip_skip that leaves a layer of every text encoder."""
+        layers = min(text_encoder.config.num_hidden_layers for text_encoder in self.text_encoders)
+        return layers - 1 - self.family.skipped_layers
+
+    @property
     def chunk_tokens(self) -> int:
         """How many tokens the text encoder reads at a time, start and end included."""
         return self.tokenizer.model_max_length
@@ -197,7 +235,19 @@ class CaptionEncoder(_Movable):
 
     @property
     def embedding_dim(self) -> int:
-        return self.text_encoder.config.hidden_size
+        """D of the embeddings, of all text encoders together."""
+        return sum(text_encoder.config.hidden_size for text_encoder in self.text_encoders)
+
+    @property
+    def pooled_dim(self) -> int:
+        """P of the pooled embedding, 0 if there is none."""
+        *_, last = self.text_encoders
+        return last.config.projection_dim if hasattr(last, "text_projection") else 0
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of what the cache keeps of one text."""
+        return self.family.text_row_shape(self.num_tokens, self.embedding_dim, self.pooled_dim)
 
     def cuts(self, captions: Iterable[str]) -> dict[str, str]:
         """Return caption -> the end of what is read of it, for captions with more tokens than the encoder reads."""
@@ -246,41 +296,49 @@ class CaptionEncoder(_Movable):
 
     @torch.inference_mode()
     def encode(self, captions: list[str]) -> Tensor:
-        """Return embeddings (B, T, D), float32 on the CPU: the last hidden state, after the final layer norm.
+        """Return what the cache keeps of each caption, (B, *row_shape), float32 on the CPU: see family.text_row.
 
-        With clip_skip it is the hidden state of that many layers before, after the same norm. The chunks of a text
-        follow each other along T.
+        The chunks of a text follow each other along T. A pooled embedding is that of the first chunk.
         """
-        if self._reads_chunks:
-            return self._encode_chunks([self.chunks(caption) for caption in captions])
-        return self._encode_ids(
-            self.tokenizer(
-                captions, padding="max_length", truncation=True, max_length=self.num_tokens, return_tensors="pt"
-            ).input_ids
-        )
+        chunks = [self.chunks(caption) for caption in captions] if self._reads_chunks else None
+        embeddings, pooled = [], None
+        for tokenizer, text_encoder in zip(self.tokenizers, self.text_encoders, strict=True):
+            if chunks is None:
+                ids = tokenizer(
+                    captions, padding="max_length", truncation=True, max_length=self.num_tokens, return_tensors="pt"
+                ).input_ids
+                states, pooled = self._read(text_encoder, ids)
+            else:
+                states, pooled = self._read_chunks(tokenizer, text_encoder, chunks)
+            embeddings.append(states)
+        rows = self.family.text_row(torch.cat(embeddings, dim=2), pooled)
+        if self.zeroes_empty_text:
+            rows[[number for number, caption in enumerate(captions) if not caption]] = 0
+        return rows
 
-    def _encode_chunks(self, chunks: list[list[Chunk]]) -> Tensor:
-        """Return the embeddings of texts, (B, T, D), from the chunks of each; those beyond num_chunks are cut."""
-        rows = []
+    def _read_chunks(
+        self, tokenizer, text_encoder: nn.Module, chunks: list[list[Chunk]]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the embeddings of texts and the first pooled one; the chunks of each beyond num_chunks are cut."""
+        rows, pooled = [], []
         for number in range(self.num_chunks):
             column = [found[number] if number < len(found) else Chunk() for found in chunks]
-            embeddings = self._encode_ids(torch.tensor([self._padded(chunk.ids) for chunk in column]))
+            ids = torch.tensor([self._padded(tokenizer, chunk.ids) for chunk in column])
+            embeddings, pooled_BP = self._read(text_encoder, ids)
             weights = [[1.0, *chunk.weights, *[1.0] * (self.chunk_tokens - 1 - len(chunk.ids))] for chunk in column]
             rows.append(apply_weights(embeddings, torch.tensor(weights)))
-        return torch.cat(rows, dim=1)
+            pooled.append(pooled_BP)
+        return torch.cat(rows, dim=1), pooled[0]
 
-    def _padded(self, ids: list[int]) -> list[int]:
+    def _padded(self, tokenizer, ids: list[int]) -> list[int]:
         """Return a chunk's ids with start, end and padding, as the tokenizer pads."""
-        tokenizer = self.tokenizer
         missing = self.chunk_tokens - 2 - len(ids)
         return [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id, *[tokenizer.pad_token_id] * missing]
 
-    def _encode_ids(self, ids: Tensor) -> Tensor:
-        output = self.text_encoder(ids.to(self.device), output_hidden_states=self.clip_skip > 0)
-        if self.clip_skip == 0:
-            return output.last_hidden_state.float().cpu()
-        inner = getattr(self.text_encoder, "text_model", self.text_encoder)
-        return inner.final_layer_norm(output.hidden_states[-1 - self.clip_skip]).float().cpu()
+    def _read(self, text_encoder: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the embeddings and the pooled one of token ids, float32 on the CPU."""
+        states, pooled = self.family.read_text(text_encoder, ids.to(self.device), self.clip_skip)
+        return states.float().cpu(), None if pooled is None else pooled.float().cpu()
 
 
 def _end_of(text: str) -> str:
@@ -299,11 +357,8 @@ def load_codec(config: Config, base: Base, device: torch.device) -> LatentCodec:
 
 def load_caption_encoder(config: Config, base: Base, device: torch.device) -> CaptionEncoder:
     """Return the run's text encoder on a device, reading texts as the run's captions are read."""
-    tokenizer, text_encoder = load_text(base, config.model.tokenizer, config.run.seed)
-    data = config.data
-    return CaptionEncoder(
-        tokenizer, text_encoder, device, config.model.clip_skip, data.prompt_weights, data.caption_chunks
-    )
+    texts, data = load_texts(base, config.model.tokenizer, config.run.seed), config.data
+    return CaptionEncoder.of(base, texts, device, config.model.clip_skip, data.prompt_weights, data.caption_chunks)
 
 
 def prompt_of_caption(config: Config, caption: str) -> str:

@@ -269,12 +269,14 @@ class ModelIndex(_Values):
     model_config = ConfigDict(extra="allow")
 
     class_name: Name = Field("", alias="_class_name")
+    force_zeros_for_empty_prompt: bool | None = None
 
 
 PARTS: dict[str, type[_Values]] = {
     "unet": UNet,
     "vae": AutoencoderKL,
     "text_encoder": TextEncoder,
+    "text_encoder_2": TextEncoder,
     "scheduler": Scheduler,
     "model_index": ModelIndex,
 }

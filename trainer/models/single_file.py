@@ -30,7 +30,7 @@ from safelight.trainer.families.original_layout import (
     unet_layout,
     vae_layout,
 )
-from safelight.trainer.families.registry import FAMILIES, family_of_text_width, trainable_titles
+from safelight.trainer.families.registry import family_of_text_width, supported_titles
 from safelight.trainer.models.build import build, shapes_of, text_encoder_with
 from safelight.trainer.models.noise_schedule import NoiseSchedule
 from safelight.trainer.models.tensor_files import FLOATS, TensorFile, read_state
@@ -45,7 +45,7 @@ OLD_CLIP_PREFIX = CLIP_PREFIX.removesuffix("text_model.")
 _GIVE_FULL_MODEL = "give the full model that it was made for"
 _LORA = f"a LoRA, which only contains changes to a model; {_GIVE_FULL_MODEL}"
 _CONTROLNET = f"a ControlNet; {_GIVE_FULL_MODEL}"
-_UNSUPPORTED = f"so far only {trainable_titles()} are supported"
+_UNSUPPORTED = f"only {supported_titles()} are supported"
 _VAE = "only an autoencoder; set model.vae to it, and model.base to a full model"
 _TEXT_ENCODER = "only the text encoder of a model; give the full model"
 # models of other kinds, by a part of any tensor's name; the first match counts
@@ -57,7 +57,6 @@ OTHER_MODELS = {
     "emb_params": f"a textual inversion embedding; {_GIVE_FULL_MODEL}",
     "control_model.": _CONTROLNET,
     "controlnet_cond_embedding.": _CONTROLNET,
-    **{f.file_marker: f"{f.title}; {_UNSUPPORTED}" for f in FAMILIES.values() if f.untrainable and f.file_marker},
     "joint_blocks.": f"Stable Diffusion 3; {_UNSUPPORTED}",
     "double_blocks.": f"Flux; {_UNSUPPORTED}",
     "single_transformer_blocks.": f"Flux; {_UNSUPPORTED}",
@@ -157,7 +156,7 @@ class SingleFile:
         return {**config, "rescale_betas_zero_snr": True} if ZERO_SNR_MARKER in self.shapes else config
 
     def check_base(self) -> None:
-        """Raise UserError, saying what the file is, unless it is a text-to-image model of a trainable family."""
+        """Raise UserError, saying what the file is, unless it is a text-to-image model of a family."""
         for word, description in OTHER_MODELS.items():
             if any(word in name for name in self.shapes):
                 raise UserError(f"{self} is {description}")
@@ -174,8 +173,6 @@ class SingleFile:
             raise UserError(
                 f"{self} is not a Stable Diffusion model: it has no cross-attention to text; {_UNSUPPORTED}"
             )
-        if self.family is not None and self.family.untrainable:
-            raise UserError(f"{self} is {self.family.title}; {_UNSUPPORTED}")
         first = f"{UNET_PREFIX}input_blocks.0.0.weight"
         channels = self._sizes(first, 4, "convolution")[1] if first in self.shapes else 4
         if channels != 4:
@@ -253,11 +250,9 @@ class SingleFile:
         vae.load_state_dict(self._read(layout, shapes, torch.float32), assign=True)
         return vae
 
-    def load_text_encoder(self, config, source: str) -> nn.Module:
-        """Return the CLIPTextModel in fp32 on the CPU. config: a CLIPTextConfig."""
-        from transformers import CLIPTextModel
-
-        shapes = shapes_of(build(lambda: CLIPTextModel(config), source))
+    def load_text_encoder(self, kind: type, config, source: str) -> nn.Module:
+        """Return the text encoder in fp32 on the CPU. kind: its class in transformers. config: a CLIPTextConfig."""
+        shapes = shapes_of(build(lambda: kind(config), source))
         if self.has(OPEN_CLIP_PREFIX):
             layout = open_clip_layout(shapes)
         else:
@@ -265,7 +260,7 @@ class SingleFile:
             if not self.has(CLIP_PREFIX):
                 layout = {name: Place(OLD_CLIP_PREFIX + p.name.removeprefix(CLIP_PREFIX)) for name, p in layout.items()}
         self._check(layout, shapes, "text encoder", source)
-        return text_encoder_with(config, self._read(layout, shapes, torch.float32))
+        return text_encoder_with(kind, config, self._read(layout, shapes, torch.float32))
 
     def _check_nothing_else(self, layout: Layout, prefix: str, part: str, source: str) -> None:
         used = {place.name for place in layout.values()}

@@ -16,6 +16,7 @@ from torch import nn
 
 from safelight.errors import UserError
 from safelight.kernels.philox import Key, Purpose, words
+from safelight.trainer.families.family import tokenizer_folder
 from safelight.trainer.families.original_layout import Layout, Place, Shape, older_vae_name
 from safelight.trainer.models.base import Base, tiny_folder, vae_config
 from safelight.trainer.models.build import build, shapes_of, text_config, text_encoder_with
@@ -167,10 +168,11 @@ def load_vae(base: Base, override: str, seed: int) -> nn.Module:
     return vae.eval().requires_grad_(False)
 
 
-def load_text(base: Base, tokenizer_override: str, seed: int) -> tuple[object, nn.Module]:
-    """Return (tokenizer, frozen text encoder in fp32 on the CPU). A `random:` base defaults to the tiny tokenizer."""
-    from transformers import CLIPTextConfig, CLIPTextModel
+def load_texts(base: Base, tokenizer_override: str, seed: int) -> list[tuple[object, nn.Module]]:
+    """Return (tokenizer, frozen text encoder in fp32 on the CPU) for each of the base's text encoders.
 
+    A `random:` base defaults to the tiny base's tokenizer.
+    """
     if tokenizer_override and base.folder is not None:
         raise UserError(
             f"model.tokenizer {tokenizer_override!r} does not fit the text encoder of {base.spec!r}, which was trained "
@@ -180,26 +182,41 @@ def load_text(base: Base, tokenizer_override: str, seed: int) -> tuple[object, n
         raise UserError(
             f"model.tokenizer {tokenizer_override!r} is not a folder; give one with a CLIP tokenizer, or leave it empty"
         )
-    values = base.config_of("text_encoder")
     if base.folder is None:
         folder, part = (Path(tokenizer_override), "") if tokenizer_override else (tiny_folder(), "tokenizer")
         tokenizer = load_tokenizer(folder, part)
-        config = CLIPTextConfig(
-            **values,
-            vocab_size=len(tokenizer),
-            max_position_embeddings=tokenizer.model_max_length,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        with seeded_initialization(seed, "text"):
-            return tokenizer, CLIPTextModel(config).eval().requires_grad_(False)
-    config = text_config(values)
+        return [(tokenizer, _random_text_encoder(base, part, tokenizer, seed)) for part in base.family.text_encoders]
+    return [_load_text(base, part) for part in base.family.text_encoders]
+
+
+def _random_text_encoder(base: Base, part: str, tokenizer, seed: int) -> nn.Module:
+    """Return a text encoder with random weights. part: as in the family's text_encoders."""
+    import transformers
+
+    config = transformers.CLIPTextConfig(
+        **base.config_of(part),
+        vocab_size=len(tokenizer),
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    # the first one's seed is that of runs which had only one
+    with seeded_initialization(seed, part.replace("text_encoder", "text")):
+        return getattr(transformers, base.family.text_encoders[part])(config).eval().requires_grad_(False)
+
+
+def _load_text(base: Base, part: str) -> tuple[object, nn.Module]:
+    """Return (tokenizer, text encoder) of a base with weights. part: as in the family's text_encoders."""
+    import transformers
+
+    config, kind = text_config(base.config_of(part)), getattr(transformers, base.family.text_encoders[part])
     if base.file is not None and base.file.has_text_encoder:
-        text_encoder = base.file.load_text_encoder(config, base.setting)
+        text_encoder = base.file.load_text_encoder(kind, config, base.setting)
     else:
-        shapes = shapes_of(build(lambda: CLIPTextModel(config), base.folder / "text_encoder"))
-        layout, files = _in_folder(base.folder, "text_encoder", TRANSFORMERS_STEM, shapes)
-        text_encoder = text_encoder_with(config, read_state(files, layout, shapes, torch.float32))
-    tokenizer = load_tokenizer(base.folder, "tokenizer", config.max_position_embeddings, config.vocab_size)
+        shapes = shapes_of(build(lambda: kind(config), base.folder / part))
+        layout, files = _in_folder(base.folder, part, TRANSFORMERS_STEM, shapes)
+        text_encoder = text_encoder_with(kind, config, read_state(files, layout, shapes, torch.float32))
+    folder = tokenizer_folder(part)
+    tokenizer = load_tokenizer(base.folder, folder, config.max_position_embeddings, config.vocab_size)
     return tokenizer, text_encoder.eval().requires_grad_(False)

@@ -10,11 +10,10 @@ from safelight.bench.measure import count, gate
 from safelight.bench.measure.memory import measure_on_cpu
 from safelight.bench.recipes.suite import measure, variants
 from safelight.bench.recipes.workload import Workload, initial_unet
-from safelight.trainer.config.schema import Model
 from safelight.trainer.families.registry import family_of
 from safelight.trainer.models.architectures import RANDOM_MODELS
-from safelight.trainer.models.base import base_of, resolve_base
-from safelight.trainer.models.weights import load_text, meta_unet
+from safelight.trainer.models.base import resolve_base
+from safelight.trainer.models.weights import load_texts, meta_unet
 from safelight.trainer.train import train
 
 SMALL = {
@@ -120,15 +119,6 @@ def test_a_patched_sdxl_has_the_same_flops_and_saves_less(small_sdxl):
     assert patched.saved_bytes < plain.saved_bytes
 
 
-def test_training_sdxl_is_refused(make_config):
-    with pytest.raises(
-        ValueError,
-        match=r"'random:sdxl' is only for `safelight plan` and `safelight bench`: so far only Stable Diffusion",
-    ):
-        train(make_config(model={"base": "random:sdxl"}))
-    assert base_of(Model(base="random:sd21")).random_name == "sd21"
-
-
 def test_sd21_trains(make_config, monkeypatch):
     """A small model with its architecture: heads as a list, linear projections, GELU text encoder, v-prediction."""
     parts = RANDOM_MODELS["sd21"]
@@ -139,7 +129,7 @@ def test_sd21_trains(make_config, monkeypatch):
     text["num_attention_heads"] = 4
     vae = {**parts["vae"], "block_out_channels": [32, 32, 32, 32], "layers_per_block": 1}
     monkeypatch.setitem(RANDOM_MODELS, "sd21", {**parts, "unet": unet, "vae": vae, "text_encoder": text})
-    assert load_text(resolve_base("random:sd21"), "", 0)[1].config.hidden_act == "gelu"
+    assert load_texts(resolve_base("random:sd21"), "", 0)[0][1].config.hidden_act == "gelu"
     config = make_config(model={"base": "random:sd21"}, train={"max_steps": 2}, sample={"every_epochs": 0})
     result = train(config)
     assert result.position.step == 2

@@ -78,7 +78,7 @@ def test_the_committed_names_are_those_of_sd15(sd15_file):
 def test_sd15_is_exported_with_the_original_names_and_shapes(sd15, sd15_file):
     unet, vae, text_encoder = (module.state_dict() for module in sd15)
     layout = unet_layout(unet, 2)
-    ours = to_original(unet, layout) | original_frozen(FAMILIES["sd1"], vae, text_encoder)
+    ours = to_original(unet, layout) | original_frozen(FAMILIES["sd1"], vae, {"text_encoder": text_encoder})
     assert shapes_of(ours) == sd15_file
     assert original_shapes(shapes_of(unet), layout).items() <= sd15_file.items()
     assert ours[f"{CLIP_PREFIX}embeddings.position_ids"].tolist() == [list(range(77))]

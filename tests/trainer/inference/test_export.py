@@ -19,7 +19,7 @@ from safelight.trainer.inference.export import export
 from safelight.trainer.inference.modelspec import modelspec
 from safelight.trainer.models.base import resolve_base, tiny_folder
 from safelight.trainer.models.noise_schedule import make_schedule
-from safelight.trainer.models.weights import fingerprint, load_text, load_unet, load_vae
+from safelight.trainer.models.weights import fingerprint, load_texts, load_unet, load_vae
 from tests.trainer.inference.exported_runs import STEP, checkpoint_unet, make_run
 
 
@@ -53,7 +53,7 @@ def original_unet(file: Path) -> dict[str, torch.Tensor]:
 
 
 def parts_of(base) -> list[str]:
-    return [fingerprint(m) for m in (load_unet(base, 0), load_vae(base, "", 0), load_text(base, "", 0)[1])]
+    return [fingerprint(m) for m in (load_unet(base, 0), load_vae(base, "", 0), load_texts(base, "", 0)[0][1])]
 
 
 # both forms contain the run's model

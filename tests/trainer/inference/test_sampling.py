@@ -14,7 +14,7 @@ from safelight.trainer.inference.sampling import SAMPLERS, NotFinitePicture, Set
 from safelight.trainer.models.base import resolve_base, tiny_folder
 from safelight.trainer.models.encoders import CaptionEncoder, LatentCodec
 from safelight.trainer.models.noise_schedule import make_schedule
-from safelight.trainer.models.weights import load_text, load_unet, load_vae
+from safelight.trainer.models.weights import load_texts, load_unet, load_vae
 from safelight.trainer.stop import Stopped
 
 CPU = torch.device("cpu")
@@ -26,7 +26,7 @@ PROMPTS = ["a red circle on a black background", "small blue star, grey backgrou
 def parts():
     base = resolve_base("tiny")
     codec = LatentCodec(load_vae(base, "", 0), CPU)
-    encoder = CaptionEncoder(*load_text(base, "", 0), CPU)
+    encoder = CaptionEncoder.of(base, load_texts(base, "", 0), CPU)
     schedule = make_schedule(base.config_of("scheduler"))
     return (
         load_unet(base, 0).eval(),

@@ -54,14 +54,15 @@ def test_a_folder_without_a_model_index_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "index",
     [
-        {"_class_name": "StableDiffusionXLPipeline"},
-        {"_class_name": "Other", "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]},
+        {"_class_name": "StableDiffusionXLInpaintPipeline"},
+        {"_class_name": "StableDiffusionInstructPix2PixPipeline"},
+        {"_class_name": "Other", "text_encoder_3": ["transformers", "T5EncoderModel"]},
         {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]},
     ],
 )
 def test_other_kinds_of_pipeline_are_refused(tmp_path, index):
     (tmp_path / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match=f"is a {index['_class_name']}; so far only Stable Diffusion 1.x and 2.x"):
+    with pytest.raises(ValueError, match=f"is a {index['_class_name']}; only Stable Diffusion 1.x, 2.x and XL are"):
         resolve_base(str(tmp_path))
 
 
@@ -120,12 +121,12 @@ def test_an_unsupported_hub_model_is_refused_before_its_weights_are_downloaded(t
 
     def snapshot_download(spec, allow_patterns, **options):
         requested.append(allow_patterns)
-        (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline"}))
+        (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLInpaintPipeline"}))
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     with pytest.raises(
-        ValueError, match=r"model\.base 'owner/xl' is a StableDiffusionXLPipeline; so far only Stable Diffusion 1"
+        ValueError, match=r"model\.base 'owner/xl' is a StableDiffusionXLInpaintPipeline; only Stable Diffusion 1"
     ):
         resolve_base("owner/xl")
     assert requested == [["*.json", "*.txt"]]

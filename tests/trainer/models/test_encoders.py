@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safelight.trainer.models import encoders
 from safelight.trainer.models.base import resolve_base, tiny_folder, vae_config
 from safelight.trainer.models.encoders import CaptionEncoder, LatentCodec, decode_bytes
-from safelight.trainer.models.weights import load_text, load_vae
+from safelight.trainer.models.weights import load_texts, load_vae
 
 CPU = torch.device("cpu")
 CAPTIONS = ["a large red circle on a grey background", "", "An Émigré's cat; 猫 🐈" * 20]
@@ -29,8 +29,8 @@ def pipeline():
 
 
 def test_a_caption_fingerprint_changes_with_clip_skip_and_vocabulary(tiny, tmp_path):
-    tokenizer, text_encoder = load_text(tiny, "", 0)
-    prints = {CaptionEncoder(tokenizer, text_encoder, CPU, skip).fingerprint for skip in (0, 1)}
+    ((tokenizer, text_encoder),) = load_texts(tiny, "", 0)
+    prints = {CaptionEncoder.of(tiny, [(tokenizer, text_encoder)], CPU, skip).fingerprint for skip in (0, 1)}
     folder = shutil.copytree(tiny_folder() / "tokenizer", tmp_path / "tokenizer")
     contents = json.loads((folder / "tokenizer.json").read_text())
     vocabulary = contents["model"]["vocab"]
@@ -38,22 +38,22 @@ def test_a_caption_fingerprint_changes_with_clip_skip_and_vocabulary(tiny, tmp_p
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     (folder / "tokenizer.json").write_text(json.dumps(contents))
     other = type(tokenizer).from_pretrained(folder)
-    prints.add(CaptionEncoder(other, text_encoder, CPU).fingerprint)
+    prints.add(CaptionEncoder.of(tiny, [(other, text_encoder)], CPU).fingerprint)
     assert len(prints) == 3
 
 
 def test_a_clip_skip_that_leaves_no_layer_is_refused(tiny):
-    tokenizer, text_encoder = load_text(tiny, "", 0)
-    with pytest.raises(ValueError, match="clip_skip 2 leaves none of the text encoder's 2 layers; use 1 or less"):
-        CaptionEncoder(tokenizer, text_encoder, CPU, 2)
+    ((tokenizer, text_encoder),) = load_texts(tiny, "", 0)
+    with pytest.raises(ValueError, match="clip_skip 2 leaves none of the text encoder's layers; use 1 or less"):
+        CaptionEncoder.of(tiny, [(tokenizer, text_encoder)], CPU, 2)
 
 
 @pytest.mark.parametrize(
     "text", [", ".join(f"Tag{n}" for n in range(40)), "a  cat\n" * 60, "Émigré 猫🐈 " * 30, "x" * 900]
 )
 def test_a_cut_is_where_the_encoder_stops_reading(tiny, text):
-    tokenizer, text_encoder = load_text(tiny, "", 0)
-    encoder = CaptionEncoder(tokenizer, text_encoder, CPU)
+    ((tokenizer, text_encoder),) = load_texts(tiny, "", 0)
+    encoder = CaptionEncoder.of(tiny, [(tokenizer, text_encoder)], CPU)
     short = "a red circle"
     cuts = encoder.cuts([short, text, short, ""])
     assert cuts.keys() == {text}
@@ -71,8 +71,8 @@ def test_a_cut_is_where_the_encoder_stops_reading(tiny, text):
 
 
 def test_cuts_are_told_in_one_line(tiny):
-    tokenizer, text_encoder = load_text(tiny, "", 0)
-    encoder = CaptionEncoder(tokenizer, text_encoder, CPU)
+    ((tokenizer, text_encoder),) = load_texts(tiny, "", 0)
+    encoder = CaptionEncoder.of(tiny, [(tokenizer, text_encoder)], CPU)
     assert encoder.describe_cuts([("the prompt", "...the end")]) == (
         "the prompt is cut after '...the end': the text encoder reads 46 tokens"
     )
@@ -153,7 +153,7 @@ def test_embeddings_are_those_of_diffusers(tiny, pipeline, clip_skip, monkeypatc
         # diffusers 0.42 still expects the wrapper that transformers 5 removed
         wrapper = property(lambda text_encoder: text_encoder)
         monkeypatch.setattr(type(pipeline.text_encoder), "text_model", wrapper, raising=False)
-    encoder = CaptionEncoder(*load_text(tiny, "", 0), CPU, clip_skip)
+    encoder = CaptionEncoder.of(tiny, load_texts(tiny, "", 0), CPU, clip_skip)
     with torch.no_grad():
         expected, empty = pipeline.encode_prompt(CAPTIONS, CPU, 1, True, [""] * 3, clip_skip=clip_skip or None)
     encoded = encoder.encode(CAPTIONS)
@@ -166,13 +166,14 @@ def test_embeddings_are_those_of_diffusers(tiny, pipeline, clip_skip, monkeypatc
 
 
 def test_clip_skip_changes_the_embeddings(tiny):
-    tokenizer, text_encoder = load_text(tiny, "", 0)
-    last, before = (CaptionEncoder(tokenizer, text_encoder, CPU, skip).encode(CAPTIONS[:1]) for skip in (0, 1))
+    ((tokenizer, text_encoder),) = load_texts(tiny, "", 0)
+    texts = [(tokenizer, text_encoder)]
+    last, before = (CaptionEncoder.of(tiny, texts, CPU, skip).encode(CAPTIONS[:1]) for skip in (0, 1))
     assert (last - before).abs().max() > 1e-3
 
 
 def test_encoders_are_frozen(tiny):
-    for module in (load_vae(tiny, "", 0), load_text(tiny, "", 0)[1]):
+    for module in (load_vae(tiny, "", 0), load_texts(tiny, "", 0)[0][1]):
         assert not any(p.requires_grad for p in module.parameters())
         assert not module.training
 
@@ -181,12 +182,12 @@ def test_encoders_are_frozen(tiny):
 
 
 def test_the_vocabulary_is_small(tiny):
-    assert len(load_text(tiny, "", 0)[0]) <= 2000
+    assert len(load_texts(tiny, "", 0)[0][0]) <= 2000
 
 
 @functools.cache
 def tiny_tokenizer():
-    return load_text(resolve_base("tiny"), "", 0)[0]
+    return load_texts(resolve_base("tiny"), "", 0)[0][0]
 
 
 @settings(deadline=None, max_examples=100)

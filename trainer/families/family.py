@@ -40,8 +40,8 @@ class Family:
     zeroes_empty_text: ClassVar[bool] = False
     # class of diffusers
     pipeline: ClassVar[str] = "StableDiffusionPipeline"
-    # a part of tensor names that only single files of this family have; "" if text_widths are enough
-    file_marker: ClassVar[str] = ""
+    # how the names of a text encoder's tensors begin in a single file, one of them in every file that has the encoders
+    text_prefixes: ClassVar[tuple[str, ...]]
     # hub id with the configs that fit every single file of the family; None if there is no such one
     default_configs: ClassVar[str | None] = None
     # prediction type that A1111 and ComfyUI assume for a single file; "" if they detect it
@@ -72,6 +72,10 @@ class Family:
         part: as in text_encoders. names: those of transformers.
         """
         raise NotImplementedError
+
+    def text_layouts_in_files(self, part: str, names: Iterable[str]) -> list[Layout]:
+        """Return the layouts that files of others may have, the usual one first. Arguments of text_encoder_layout."""
+        return [self.text_encoder_layout(part, names)]
 
     def text_encoder_extras(self, part: str, num_tokens: int) -> dict[str, Tensor]:
         """Return constants that a single file contains in addition to a text encoder's weights, by name."""

@@ -1,9 +1,10 @@
 """Maps each tensor of a diffusers model to its name in Stable Diffusion's original files, for import and export.
 
 The mappings are made of names and shapes only, for any number of blocks. The original layout numbers all layers of the
-UNet's down path in one sequence (`input_blocks.7`), keeps the VAE's attention as 1x1 convolutions, and stacks q, k and
-v in SD 2.x's text encoder (OpenCLIP).
-Source: CompVis/stable-diffusion (openaimodel.py, model.py), mlfoundations/open_clip (transformer.py).
+UNet's down path in one sequence (`input_blocks.7`) and keeps the VAE's attention as 1x1 convolutions. OpenCLIP's text
+encoders (SD 2.x, the second of SDXL) have q, k and v stacked and their projection transposed.
+Source: CompVis/stable-diffusion (openaimodel.py, model.py), Stability-AI/generative-models (encoders/modules.py),
+mlfoundations/open_clip (transformer.py).
 """
 
 from __future__ import annotations
@@ -18,7 +19,12 @@ from torch import Tensor
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 CLIP_PREFIX = "cond_stage_model.transformer.text_model."
+# merges made with transformers before version 4 name the text encoder's tensors without text_model
+OLD_CLIP_PREFIX = CLIP_PREFIX.removesuffix("text_model.")
 OPEN_CLIP_PREFIX = "cond_stage_model.model."
+# SDXL's text encoders
+SDXL_CLIP_PREFIX = "conditioner.embedders.0.transformer.text_model."
+SDXL_OPEN_CLIP_PREFIX = "conditioner.embedders.1.model."
 
 Shape = tuple[int, ...]
 
@@ -29,17 +35,20 @@ class Place:
 
     name: of the original tensor, with its prefix. third: which third of it along the first axis, 0, 1 or 2, if q, k and
     v are stacked; None if the tensor is separate. as_conv: whether a (C, C) matrix is kept as a 1x1 convolution,
-    (C, C, 1, 1).
+    (C, C, 1, 1). transposed: whether a matrix is kept with its rows as columns.
     """
 
     name: str
     third: int | None = None
     as_conv: bool = False
+    transposed: bool = False
 
     def original_shape(self, shape: Shape) -> Shape:
         """Return the shape of the original tensor. shape: of the diffusers tensor."""
         if self.third is not None:
             return (3 * shape[0], *shape[1:])
+        if self.transposed:
+            return shape[::-1]
         return (*shape, 1, 1) if self.as_conv else tuple(shape)
 
 
@@ -49,6 +58,9 @@ _UNET_ENDS = {
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    # SDXL's pooled embedding and sizes
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
@@ -142,9 +154,9 @@ def older_vae_name(name: str) -> str:
     return name
 
 
-def clip_layout(names: Iterable[str]) -> Layout:
-    """Return the places of SD 1.x's CLIPTextModel. transformers 4 prefixes names with `text_model.`, 5 does not."""
-    return {name: Place(CLIP_PREFIX + name.removeprefix("text_model.")) for name in names}
+def clip_layout(names: Iterable[str], prefix: str = CLIP_PREFIX) -> Layout:
+    """Return the places of OpenAI's CLIPTextModel. transformers 4 prefixes names with `text_model.`, 5 does not."""
+    return {name: Place(prefix + name.removeprefix("text_model.")) for name in names}
 
 
 _OPEN_CLIP_ENDS = {
@@ -163,20 +175,25 @@ _OPEN_CLIP_LAYER = {
 _OPEN_CLIP_STACK = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
-def open_clip_layout(names: Iterable[str]) -> Layout:
-    """Return the places of SD 2.x's CLIPTextModel, which lacks the original's last layer, because it is unused."""
+def open_clip_layout(names: Iterable[str], prefix: str = OPEN_CLIP_PREFIX) -> Layout:
+    """Return the places of a text encoder of OpenCLIP's.
+
+    SD 2.x's lacks the original's last layer and its projection, because they are unused.
+    """
     layout = {}
     for name in names:
         bare = name.removeprefix("text_model.")
         if match := re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", bare):
             layer, module, tensor = match.groups()
-            block = f"{OPEN_CLIP_PREFIX}transformer.resblocks.{layer}"
+            block = f"{prefix}transformer.resblocks.{layer}"
             if module in _OPEN_CLIP_STACK:
                 place = Place(f"{block}.attn.in_proj_{tensor}", third=_OPEN_CLIP_STACK.index(module))
             else:
                 place = Place(f"{block}.{_OPEN_CLIP_LAYER[module]}.{tensor}")
+        elif bare == "text_projection.weight":
+            place = Place(f"{prefix}text_projection", transposed=True)
         else:
-            place = Place(OPEN_CLIP_PREFIX + _OPEN_CLIP_ENDS[bare])
+            place = Place(prefix + _OPEN_CLIP_ENDS[bare])
         layout[name] = place
     return layout
 
@@ -189,6 +206,8 @@ def to_original(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Tens
         place = layout[name]
         if place.third is not None:
             thirds.setdefault(place.name, {})[place.third] = tensor
+        elif place.transposed:
+            original[place.name] = tensor.T.contiguous()
         else:
             original[place.name] = tensor.reshape(place.original_shape(tuple(tensor.shape)))
     return original | {name: torch.cat([parts[i] for i in range(3)]) for name, parts in thirds.items()}

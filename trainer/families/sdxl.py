@@ -6,18 +6,28 @@ Source: Podell et al. 2023, arXiv:2307.01952.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from safelight.trainer.config.presets import SDXL
 from safelight.trainer.families.conditioning import SdxlConditioning
 from safelight.trainer.families.family import Family, uncropped_sizes
+from safelight.trainer.families.original_layout import (
+    SDXL_CLIP_PREFIX,
+    SDXL_OPEN_CLIP_PREFIX,
+    Layout,
+    clip_layout,
+    open_clip_layout,
+)
 
 # original size, crop position and target size, two numbers each
 NUM_SIZES = 6
 PX_PER_LATENT = 8
+LOGIT_SCALE = math.log(100)
 
 
 class StableDiffusionXL(Family):
@@ -33,7 +43,9 @@ class StableDiffusionXL(Family):
     text_encoders: ClassVar = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
     skipped_layers, zeroes_empty_text = 1, True
     pipeline = "StableDiffusionXLPipeline"
-    file_marker = "conditioner.embedders."
+    text_prefixes = (SDXL_CLIP_PREFIX, SDXL_OPEN_CLIP_PREFIX)
+    # A1111 and ComfyUI detect v-prediction by the marker that our files have too
+    default_configs = SDXL
     implementation = "https://github.com/Stability-AI/generative-models"
 
     def owns(self, unet_config: Mapping) -> bool:
@@ -41,6 +53,17 @@ class StableDiffusionXL(Family):
 
     def architecture(self, prediction_type: str) -> str:
         return "stable-diffusion-xl-v1-base"
+
+    def text_encoder_layout(self, part: str, names: Iterable[str]) -> Layout:
+        if part == "text_encoder":
+            return clip_layout(names, SDXL_CLIP_PREFIX)
+        return open_clip_layout(names, SDXL_OPEN_CLIP_PREFIX)
+
+    def text_encoder_extras(self, part: str, num_tokens: int) -> dict[str, Tensor]:
+        if part == "text_encoder":
+            return {f"{SDXL_CLIP_PREFIX}embeddings.position_ids": torch.arange(num_tokens)[None]}
+        # of the contrastive training, unused; as in the published file
+        return {f"{SDXL_OPEN_CLIP_PREFIX}logit_scale": torch.tensor(LOGIT_SCALE)}
 
     def read_text(self, text_encoder: nn.Module, ids_BT: Tensor, clip_skip: int) -> tuple[Tensor, Tensor | None]:
         """Return the hidden state before the last layer, without norm, and the second encoder's pooled embedding."""

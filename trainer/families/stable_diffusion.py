@@ -9,7 +9,14 @@ from torch import Tensor
 
 from safelight.trainer.config.presets import SD15
 from safelight.trainer.families.family import Family
-from safelight.trainer.families.original_layout import CLIP_PREFIX, Layout, clip_layout, open_clip_layout
+from safelight.trainer.families.original_layout import (
+    CLIP_PREFIX,
+    OLD_CLIP_PREFIX,
+    OPEN_CLIP_PREFIX,
+    Layout,
+    clip_layout,
+    open_clip_layout,
+)
 
 CHANNELS = [320, 640, 1280, 1280]
 
@@ -20,6 +27,7 @@ class StableDiffusion1(Family):
     name, title = "sd1", "Stable Diffusion 1.x"
     text_widths, published_channels = (768,), CHANNELS
     default_configs, assumed_prediction = SD15, "epsilon"
+    text_prefixes = (OLD_CLIP_PREFIX, OPEN_CLIP_PREFIX)
     implementation = "https://github.com/CompVis/stable-diffusion"
 
     def owns(self, unet_config: Mapping) -> bool:
@@ -32,6 +40,11 @@ class StableDiffusion1(Family):
     def text_encoder_layout(self, part: str, names: Iterable[str]) -> Layout:
         return clip_layout(names)
 
+    def text_layouts_in_files(self, part: str, names: Iterable[str]) -> list[Layout]:
+        # small models of SD 2.x's kind belong to this family too
+        names = list(names)
+        return [clip_layout(names), clip_layout(names, OLD_CLIP_PREFIX), open_clip_layout(names)]
+
     def text_encoder_extras(self, part: str, num_tokens: int) -> dict[str, Tensor]:
         return {f"{CLIP_PREFIX}embeddings.position_ids": torch.arange(num_tokens)[None]}
 
@@ -41,6 +54,7 @@ class StableDiffusion2(Family):
 
     name, title = "sd2", "Stable Diffusion 2.x"
     text_widths, published_channels = (1024,), CHANNELS
+    text_prefixes = (OPEN_CLIP_PREFIX,)
     implementation = "https://github.com/Stability-AI/stablediffusion"
 
     def architecture(self, prediction_type: str) -> str:

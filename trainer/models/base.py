@@ -17,13 +17,15 @@ from safelight.trainer.families.family import Family
 from safelight.trainer.families.registry import family_of, is_supported_pipeline, supported_titles, text_widths
 from safelight.trainer.models.architectures import KNOWN_SHAPES, RANDOM_MODELS
 from safelight.trainer.models.build import build
-from safelight.trainer.models.hub import PARTS, fetch
+from safelight.trainer.models.hub import fetch
 from safelight.trainer.models.model_configs import MAX_CONFIG_BYTES, checked
 from safelight.trainer.models.model_folder import model_file
 from safelight.trainer.models.noise_schedule import NoiseSchedule, make_schedule
 from safelight.trainer.models.single_file import SingleFile
 from safelight.untrusted import read_json_object
 
+# the parts that have weights
+WEIGHTS = ("unet", "vae", "text_encoder")
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
 
@@ -150,7 +152,7 @@ def resolve_base(spec: str, config: str = "", has_vae: bool = False, with_weight
             "diffusers folder, .safetensors file or hub id"
         )
     fix = f"give a diffusers folder on this machine{'' if with_weights else ', or plan for sd15, sd21 or sdxl'}"
-    folder = _diffusers_folder(spec, "model.base", fix, PARTS if with_weights else ())
+    folder = _diffusers_folder(spec, "model.base", fix, WEIGHTS if with_weights else ())
     return Base(spec, folder, setting=setting)
 
 
@@ -192,7 +194,10 @@ def _resolve_file(file: SingleFile, spec: str, config: str, has_vae: bool, with_
 
 
 def _diffusers_folder(spec: str, setting: str, fix: str, parts: Sequence[str]) -> Path:
-    """Return a local diffusers folder, or the downloaded snapshot of a hub id with the weights of `parts`."""
+    """Return a local diffusers folder, or the downloaded snapshot of a hub id with the weights of `parts`.
+
+    parts: of WEIGHTS; text_encoder stands for all of the model's text encoders.
+    """
     folder = Path(spec)
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise UserError(f"{setting} {spec!r} is not a diffusers folder: it has no model_index.json; {fix}")
@@ -204,7 +209,10 @@ def _diffusers_folder(spec: str, setting: str, fix: str, parts: Sequence[str]) -
     if not is_supported_pipeline(index):
         pipeline = index.get("_class_name", "diffusers model")
         raise UserError(f"{setting} {spec!r} is a {pipeline}; only {supported_titles()} are supported")
-    return folder if is_local or not parts else fetch(spec, setting, fix, parts)
+    if is_local or not parts:
+        return folder
+    others = [name for name in index if name.startswith("text_encoder_")] if "text_encoder" in parts else []
+    return fetch(spec, setting, fix, [*parts, *others])
 
 
 def vae_config(base: Base, override: str) -> dict:

@@ -10,7 +10,6 @@ from pathlib import Path
 from safelight.errors import UserError
 from safelight.text import printable
 
-PARTS = ("unet", "vae", "text_encoder")
 # the account and the title with which the hub proposes a repository's weights as .safetensors
 CONVERTER, CONVERTED = "SFconvertbot", "Adding `safetensors` variant of this model"
 
@@ -31,7 +30,7 @@ def delayed_bar() -> type:
     return DelayedBar
 
 
-def fetch(spec: str, setting: str, fix: str, parts: Iterable[str] = PARTS) -> Path:
+def fetch(spec: str, setting: str, fix: str, parts: Iterable[str]) -> Path:
     """Return the local snapshot of a hub repository, after downloading missing configs and safetensors of `parts`.
 
     setting: the setting that named the repository, fix: what to do instead, both for messages. Raises UserError.

@@ -17,20 +17,16 @@ from safelight.errors import UserError
 from safelight.text import counted
 from safelight.trainer.families.family import Family
 from safelight.trainer.families.original_layout import (
-    CLIP_PREFIX,
-    OPEN_CLIP_PREFIX,
     UNET_PREFIX,
     VAE_PREFIX,
     Layout,
     Place,
     Shape,
-    clip_layout,
     older_vae_name,
-    open_clip_layout,
     unet_layout,
     vae_layout,
 )
-from safelight.trainer.families.registry import family_of_text_width, supported_titles
+from safelight.trainer.families.registry import FAMILIES, family_of_text_width, supported_titles
 from safelight.trainer.models.build import build, shapes_of, text_encoder_with
 from safelight.trainer.models.noise_schedule import NoiseSchedule
 from safelight.trainer.models.tensor_files import FLOATS, TensorFile, read_state
@@ -39,8 +35,6 @@ from safelight.untrusted import UnsafeFile
 PREDICTIONS = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon"}
 # empty tensors that A1111, Forge and ComfyUI look for: the UNet predicts v, its schedule has zero terminal SNR
 V_MARKER, ZERO_SNR_MARKER = "v_pred", "ztsnr"
-# merges made with transformers before version 4 name the text encoder's tensors without text_model
-OLD_CLIP_PREFIX = CLIP_PREFIX.removesuffix("text_model.")
 
 _GIVE_FULL_MODEL = "give the full model that it was made for"
 _LORA = f"a LoRA, which only contains changes to a model; {_GIVE_FULL_MODEL}"
@@ -116,7 +110,7 @@ class SingleFile:
 
     @property
     def has_text_encoder(self) -> bool:
-        return self.has(OLD_CLIP_PREFIX) or self.has(OPEN_CLIP_PREFIX)
+        return any(self.has(prefix) for family in FAMILIES.values() for prefix in family.text_prefixes)
 
     @property
     def text_width(self) -> int:
@@ -250,15 +244,16 @@ class SingleFile:
         vae.load_state_dict(self._read(layout, shapes, torch.float32), assign=True)
         return vae
 
-    def load_text_encoder(self, kind: type, config, source: str) -> nn.Module:
-        """Return the text encoder in fp32 on the CPU. kind: its class in transformers. config: a CLIPTextConfig."""
+    def load_text_encoder(self, family: Family, part: str, config, source: str) -> nn.Module:
+        """Return a text encoder in fp32 on the CPU. part: as in family.text_encoders. config: a CLIPTextConfig."""
+        import transformers
+
+        kind = getattr(transformers, family.text_encoders[part])
         shapes = shapes_of(build(lambda: kind(config), source))
-        if self.has(OPEN_CLIP_PREFIX):
-            layout = open_clip_layout(shapes)
-        else:
-            layout = clip_layout(shapes)
-            if not self.has(CLIP_PREFIX):
-                layout = {name: Place(OLD_CLIP_PREFIX + p.name.removeprefix(CLIP_PREFIX)) for name, p in layout.items()}
+        layouts = family.text_layouts_in_files(part, shapes)
+        # of one that fits in no layout, the message names what it lacks of the usual one
+        fits = (one for one in layouts if any(place.name in self.shapes for place in one.values()))
+        layout = next(fits, layouts[0])
         self._check(layout, shapes, "text encoder", source)
         return text_encoder_with(kind, config, self._read(layout, shapes, torch.float32))
 

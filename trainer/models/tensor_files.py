@@ -216,5 +216,7 @@ def read_state(
         tensor = files[place.name].read_finite(place.name)
         if place.third is not None:
             tensor = tensor.chunk(3)[place.third].clone()
+        elif place.transposed:
+            tensor = tensor.T.contiguous()
         state[name] = tensor.reshape(shapes[name]).to(dtype)
     return state

@@ -210,10 +210,11 @@ def _load_text(base: Base, part: str) -> tuple[object, nn.Module]:
     """Return (tokenizer, text encoder) of a base with weights. part: as in the family's text_encoders."""
     import transformers
 
-    config, kind = text_config(base.config_of(part)), getattr(transformers, base.family.text_encoders[part])
+    config = text_config(base.config_of(part))
     if base.file is not None and base.file.has_text_encoder:
-        text_encoder = base.file.load_text_encoder(kind, config, base.setting)
+        text_encoder = base.file.load_text_encoder(base.family, part, config, base.setting)
     else:
+        kind = getattr(transformers, base.family.text_encoders[part])
         shapes = shapes_of(build(lambda: kind(config), base.folder / part))
         layout, files = _in_folder(base.folder, part, TRANSFORMERS_STEM, shapes)
         text_encoder = text_encoder_with(kind, config, read_state(files, layout, shapes, torch.float32))

@@ -11,10 +11,12 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_vae_checkpoint,
     convert_open_clip_checkpoint,
 )
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from safelight.trainer.families.original_layout import (
     CLIP_PREFIX,
+    SDXL_CLIP_PREFIX,
+    SDXL_OPEN_CLIP_PREFIX,
     UNET_PREFIX,
     VAE_PREFIX,
     clip_layout,
@@ -26,6 +28,8 @@ from safelight.trainer.families.original_layout import (
 from safelight.trainer.families.registry import FAMILIES
 from safelight.trainer.inference.export import original_frozen
 from safelight.trainer.models.base import resolve_base
+from safelight.trainer.models.weights import load_texts, load_unet, load_vae
+from tests.trainer.families.small_sdxl import write_small_sdxl
 
 META = torch.device("meta")
 
@@ -133,4 +137,47 @@ def test_open_clip_stacks_query_key_and_value():
 
 def test_an_unknown_tensor_name_raises():
     with pytest.raises(KeyError):
-        unet_layout(["add_embedding.linear_1.weight"], 2)
+        unet_layout(["class_embedding.linear_1.weight"], 2)
+
+
+def test_sdxl_is_exported_with_the_original_names():
+    """Counts and sizes of sd_xl_base_1.0."""
+    base = resolve_base("random:sdxl")
+    with META:
+        unet = UNet2DConditionModel.from_config(base.config_of("unet")).state_dict()
+        vae = AutoencoderKL.from_config(base.config_of("vae")).state_dict()
+        first = CLIPTextModel(CLIPTextConfig(**base.config_of("text_encoder"))).state_dict()
+        second = CLIPTextModelWithProjection(CLIPTextConfig(**base.config_of("text_encoder_2"))).state_dict()
+        states = {"text_encoder": first, "text_encoder_2": second}
+        ours = to_original(unet, unet_layout(unet, 2)) | original_frozen(base.family, vae, states)
+    counts = {
+        UNET_PREFIX: (1680, 2_567_463_684),
+        VAE_PREFIX: (248, 83_653_863),
+        SDXL_CLIP_PREFIX: (197, 123_060_480 + 77),
+        # CLIPTextModelWithProjection has no logit scale
+        SDXL_OPEN_CLIP_PREFIX: (390, 694_659_840 + 1),
+    }
+    for prefix, (num, numel) in counts.items():
+        found = [tensor.numel() for name, tensor in ours.items() if name.startswith(prefix)]
+        assert (len(found), sum(found)) == (num, numel)
+    assert len(ours) == 2515
+
+
+def test_diffusers_reads_every_tensor_of_sdxl(tmp_path):
+    """Compares values too, through diffusers' converters."""
+    base = resolve_base(str(write_small_sdxl(tmp_path / "base")))
+    unet = load_unet(base, 0).state_dict()
+    (_, first), (_, second) = load_texts(base, "", 0)
+    states = {"text_encoder": first.state_dict(), "text_encoder_2": second.state_dict()}
+    vae = load_vae(base, "", 0).state_dict()
+    original = to_original(unet, unet_layout(unet, 1)) | original_frozen(base.family, vae, states)
+    read = convert_ldm_unet_checkpoint(original, base.config_of("unet"))
+    assert read.keys() == unet.keys()
+    assert all(torch.equal(read[name], tensor) for name, tensor in unet.items())
+    clip = convert_ldm_clip_checkpoint(original, remove_prefix="conditioner.embedders.0.transformer.")
+    clip.pop("text_model.embeddings.position_ids")
+    open_clip = convert_open_clip_checkpoint(second, original, prefix="conditioner.embedders.1.model.")
+    for found, state in ((clip, states["text_encoder"]), (open_clip, states["text_encoder_2"])):
+        found = {name.removeprefix("text_model."): tensor for name, tensor in found.items()}
+        assert found.keys() == {name.removeprefix("text_model.") for name in state}
+        assert all(torch.equal(found[name.removeprefix("text_model.")], tensor) for name, tensor in state.items())

@@ -10,11 +10,13 @@ from safelight.data.photo import Photo
 from safelight.data.samples import Crop, Sample
 from safelight.kernels.philox import Key, Purpose, normals_torch
 from safelight.trainer.families.family import uncropped_sizes
+from safelight.trainer.inference.export import export
 from safelight.trainer.inference.sampling import Settings, generate, make_scheduler
 from safelight.trainer.models.base import resolve_base
 from safelight.trainer.models.encoders import CaptionEncoder, LatentCodec
-from safelight.trainer.models.weights import load_texts, load_unet, load_vae
+from safelight.trainer.models.weights import fingerprint, load_texts, load_unet, load_vae
 from tests.trainer.families.small_sdxl import write_small_sdxl
+from tests.trainer.inference.exported_runs import checkpoint_unet, make_run
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red circle on a wall", "two hens"]
@@ -106,3 +108,40 @@ def test_sizes_are_those_of_the_real_crop():
     # mirrored, the right edge is the left one
     assert sample.sizes(1) == (400, 600, 0, 16, 64, 64)
     assert sample.sizes(2) == (400, 600, 0, 3, 64, 64)
+
+
+def test_exports_draw_the_same_picture_in_diffusers_and_are_bases_again(folder, tmp_path):
+    run = make_run(tmp_path / "run", model={"base": str(folder)})
+    export(run, tmp_path / "out", dtype="fp32")
+    export(run, tmp_path / "out.safetensors", dtype="fp32")
+    of_folder = StableDiffusionXLPipeline.from_pretrained(tmp_path / "out", add_watermarker=False)
+    of_file = StableDiffusionXLPipeline.from_single_file(
+        str(tmp_path / "out.safetensors"), config=str(tmp_path / "out"), add_watermarker=False
+    )
+    pictures = [draw(pipeline) for pipeline in (of_folder, of_file)]
+    assert np.isfinite(pictures[0]).all()
+    assert np.array_equal(*pictures)
+    bases = [
+        resolve_base(str(tmp_path / "out")),
+        resolve_base(str(tmp_path / "out.safetensors"), str(tmp_path / "out")),
+    ]
+    trained = checkpoint_unet(run)
+    for again in bases:
+        state = load_unet(again, 0).state_dict()
+        assert all(torch.equal(state[name], tensor) for name, tensor in trained.items())
+        assert again.zeroes_empty_text
+        assert [fingerprint(m) for _, m in load_texts(again, "", 0)] == [
+            fingerprint(m) for _, m in load_texts(resolve_base(str(folder)), "", 0)
+        ]
+
+
+def draw(pipeline) -> np.ndarray:
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(
+        PROMPTS[0],
+        height=32,
+        width=32,
+        num_inference_steps=2,
+        generator=torch.Generator().manual_seed(3),
+        output_type="np",
+    ).images[0]

@@ -15,7 +15,6 @@ from safelight.trainer.config.toml import parse_config, to_toml
 from safelight.trainer.models import architectures
 from safelight.trainer.models.architectures import known_shapes
 from safelight.trainer.models.base import base_of, resolve_base, resolve_model, tiny_folder
-from safelight.trainer.models.hub import PARTS
 from safelight.trainer.models.weights import check_unet, fingerprint, load_unet
 from tests.trainer.models.tiny_base import WEIGHTS, load
 
@@ -211,7 +210,7 @@ def test_a_name_of_shapes_is_no_model_to_train(tmp_path):
 def test_a_plan_downloads_configs_alone(monkeypatch, tmp_path):
     asked = []
 
-    def fetch(spec, setting, fix, parts=PARTS):
+    def fetch(spec, setting, fix, parts=()):
         asked.append(parts)
         return tiny_folder()
 
@@ -219,4 +218,4 @@ def test_a_plan_downloads_configs_alone(monkeypatch, tmp_path):
     resolve_model(Model(base="owner/tiny"))
     assert set(asked) == {()}
     base_of(Model(base="owner/tiny"))
-    assert asked[-1] == PARTS
+    assert list(asked[-1]) == ["unet", "vae", "text_encoder"]

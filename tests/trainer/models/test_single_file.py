@@ -212,7 +212,7 @@ REFUSED = {
     "ControlNet": (shaped(**{"control_model.zero_convs.0.0.weight": (1, 1)}), "is a ControlNet"),
     "SDXL's UNet": (
         shaped(**{CROSS: (8, 2048), IN: (8, 4, 3, 3)}),
-        "is Stable Diffusion XL, and does not say whether it predicts epsilon or v; set model.config",
+        "does not contain a text encoder; set model.config",
     ),
     "SD3": (
         shaped(**{f"{UNET_PREFIX}joint_blocks.0.x_block.attn.proj.bias": (8,)}),

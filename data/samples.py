@@ -17,7 +17,8 @@ from safelight.data.buckets import Bucket, check_flip_p, crop_box
 from safelight.data.draws import draw_words, to_uniforms
 from safelight.data.photo import Photo
 from safelight.data.placement import Placement
-from safelight.data.tags import TagSettings, order_tags
+from safelight.data.tag_settings import TagSettings
+from safelight.data.tags import order_tags
 from safelight.kernels.philox import Key, Purpose
 from safelight.text import collapse
 

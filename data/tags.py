@@ -15,25 +15,11 @@ import numpy as np
 
 from safelight.data.draws import draw_words_at
 from safelight.data.photo import Photo, Tag
+from safelight.data.tag_settings import TagSettings
 from safelight.kernels.philox import Purpose, exponentials
 
 # words of a block of Philox
 _BLOCK = 4
-
-
-@dataclass(frozen=True)
-class TagSettings:
-    """How tags are ordered, unless a photo's own settings say otherwise.
-
-    variants: orders of each photo's tags. keep: how many of the first tags stay in front. limit: the largest number of
-    tags in a caption, those in front included; 0 for all. shuffles: whether tags stand in the order in which they were
-    drawn; else in the order in which they were written.
-    """
-
-    variants: int = 1
-    keep: int = 0
-    limit: int = 0
-    shuffles: bool = True
 
 
 def order_tags(photos: Sequence[Photo], settings: TagSettings, seed: int) -> list[list[tuple[str, ...]]]:

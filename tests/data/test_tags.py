@@ -15,7 +15,8 @@ from safelight.data.buckets import Bucket
 from safelight.data.photo import Photo, PhotoSettings, Tag
 from safelight.data.placement import Placement
 from safelight.data.samples import plan_samples
-from safelight.data.tags import TagSettings, order_tags
+from safelight.data.tag_settings import TagSettings
+from safelight.data.tags import order_tags
 from safelight.kernels.philox import Key, Purpose, exponentials, words
 
 few = settings(deadline=None, max_examples=100, derandomize=True)

@@ -224,12 +224,22 @@ def run_cache(options: arguments.Cache) -> int:
     if filling:
         print_table(
             f"filling a cache with {options.photos} photographs, batch {options.batch_size}",
-            ("encoder", "alone s", "filling s", "CPU s", "of the encoder alone"),
+            (
+                "encoder",
+                "alone s",
+                "filling s",
+                "idle: before",
+                "between",
+                "after",
+                "CPU s",
+                "of the encoder alone",
+            ),
             [
                 (
                     record["config"]["encoder"],
                     f"{figures['alone_s']:.2f}",
                     f"{figures['fill_s']:.2f}",
+                    *(f"{figures[f'{when}_s']:.2f}" for when in ("before", "between", "after")),
                     f"{figures['fill_cpu_s']:.2f}",
                     f"{100 * figures['of_encoder_alone']:.0f} %",
                 )

@@ -6,7 +6,7 @@ import os
 import shutil
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -96,3 +96,9 @@ def atomic_write_bytes(path: Path, data: bytes, sync: bool = True) -> None:
 def atomic_write_text(path: Path, text: str) -> None:
     """Replace `path` by a UTF-8 file holding `text`. Newlines are written unchanged."""
     atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def atomic_write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Replace `path` by a UTF-8 file of these lines, each followed by a newline; holds one in memory at a time."""
+    with atomic_writer(path) as file:
+        file.writelines(f"{line}\n".encode() for line in lines)

@@ -11,7 +11,7 @@ import os
 import stat
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from safelight.data.buckets import Bucket
-from safelight.data.filling import Progress, fill, loads_nothing
+from safelight.data.filling import Progress, fill, loads_nothing, num_threads
 from safelight.data.images import MAX_FILE_BYTES, RejectedImage, crop_pixels, decode
 from safelight.data.photo import Photo
 from safelight.data.samples import Crop, Sample, empty_text_key, latent_key, plan_samples, sample_captions, text_key
@@ -112,7 +112,7 @@ def check_files(cache: Cache, dataset: Path, files: dict[str, str]) -> None:
     """Raise UserError if a file is missing or changed since it was prepared, even if its rows are cached.
 
     files: path inside the dataset -> SHA-256. A file whose size and modification time are those of the last check
-    counts as unchanged, so starting a run costs one stat per file instead of reading them all.
+    counts as unchanged, so starting a run costs one stat per file instead of reading them all, on all threads.
     """
     seen = cache.seen_photos(list(files))
     fresh = {}
@@ -124,9 +124,16 @@ def check_files(cache: Cache, dataset: Path, files: dict[str, str]) -> None:
             raise _unreadable(path, error) from error
         now = (sha256, status.st_size, status.st_mtime_ns)
         if seen.get(file) != now or not stat.S_ISREG(status.st_mode):
-            read_stored(path, sha256)
             fresh[file] = now
+
+    def check(file: str) -> None:
+        read_stored(Path(dataset) / file, files[file])
+
     if fresh:
+        with ThreadPoolExecutor(num_threads(), thread_name_prefix="check-photos") as executor:
+            # ends at the first error; the others are cancelled
+            for _ in executor.map(check, fresh):
+                pass
         cache.note_photos(fresh)
 
 

@@ -529,7 +529,8 @@ def read_file(path: Path | PackedFile) -> bytes:
             # formats without a signature
             Image.open(file, formats=[name for name, accept in accepts.items() if accept is None])
         file.seek(0)
-        return file.read(MAX_FILE_BYTES)
+        # a limit in place of the size would be allocated first, in every thread
+        return file.read(size)
 
 
 def encode(image: Image.Image, image_format: str, quality: int) -> tuple[bytes, str]:

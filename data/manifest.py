@@ -9,7 +9,7 @@ import shlex
 from collections import Counter
 from pathlib import Path
 
-from safelight.data.atomic import atomic_write_text
+from safelight.data.atomic import atomic_write_lines
 from safelight.data.photo import Photo, id_of, photo_of_row, row_of_photo
 from safelight.errors import UserError
 from safelight.kernels.philox import Key, Purpose, sort_key
@@ -115,8 +115,8 @@ def read_manifest(dataset: Path, may_be_empty: bool = False) -> list[Photo]:
 def write_manifest(dataset: Path, photos: list[Photo]) -> None:
     """Replace the manifest of a dataset folder atomically."""
     # half a surrogate pair, which JSON can hold and UTF-8 cannot, becomes its JSON escape again
-    lines = [storable(json.dumps(row_of_photo(photo), ensure_ascii=False)) + "\n" for photo in photos]
-    atomic_write_text(Path(dataset) / MANIFEST_NAME, "".join(lines))
+    lines = (storable(json.dumps(row_of_photo(photo), ensure_ascii=False)) for photo in photos)
+    atomic_write_lines(Path(dataset) / MANIFEST_NAME, lines)
 
 
 def split_validation(photos: list[Photo], fraction: float, seed: int) -> tuple[list[Photo], list[Photo]]:

@@ -22,7 +22,7 @@ MAX_REPEATS = 10_000.0
 MAX_LOSS_SCALE = 100.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Tag:
     """A tag of a photo. weight: how likely the tag is drawn before the others, in proportion; 0 is never drawn."""
 
@@ -30,7 +30,7 @@ class Tag:
     weight: float = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PhotoSettings:
     """How a photo is trained on, where that differs from others; None means as the run's config says.
 
@@ -52,7 +52,7 @@ class PhotoSettings:
 USUAL_SETTINGS = PhotoSettings()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Credit:
     """Who took a photo. page: the web page to link to; either may be empty."""
 
@@ -63,7 +63,7 @@ class Credit:
 NO_CREDIT = Credit()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Quality:
     """Measured on the stored picture. sharpness: variance of the Laplacian of luma, 0 to 255, at a fixed size.
 
@@ -76,7 +76,7 @@ class Quality:
     light: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Photo:
     """One stored photo.
 

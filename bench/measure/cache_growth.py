@@ -1,8 +1,8 @@
 """`safelight bench cache`: what opening and reading a cache cost as it grows, and filling it against the encoder alone.
 
 Rows are small, so that a million of them fit the disk: what grows with their number is the index. Filling decodes and
-crops generated photographs for two encoders: the tiny base's autoencoder, which shares the processor with decoding, and
-one that only takes its time, as a GPU does.
+crops generated photographs for encoders that take their time and leave the processor free, as a GPU does, and for two
+that compute on the processor, which decoding needs as well: one for a given time, and the tiny base's autoencoder.
 """
 
 from __future__ import annotations
@@ -56,10 +56,43 @@ class WaitingEncoder:
         self.seconds = seconds
 
     def encode(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        time.sleep(self.seconds * len(pixels_BCHW))
+        self._take(self.seconds * len(pixels_BCHW))
         batch, _, height, width = pixels_BCHW.shape
         mean = torch.zeros(batch, self.latent_channels, height // self.factor, width // self.factor)
         return mean, mean - 1
+
+    def _take(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+class ComputingEncoder(WaitingEncoder):
+    """An autoencoder that computes for a given time of one processor for each picture."""
+
+    def _take(self, seconds: float) -> None:
+        end = time.thread_time() + seconds
+        # large enough that the interpreter is free most of the time, as it is for a real one
+        values = np.ones((256, 256), np.float32)
+        while time.thread_time() < end:
+            values @ values
+
+
+class _Clocked:
+    """An encoder whose calls are timed. began, ended: of the first and the last; busy_s: within all."""
+
+    def __init__(self, encoder: LatentEncoder):
+        self._encoder = encoder
+        self.began = self.ended = self.busy_s = 0.0
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._encoder, name)
+
+    def encode(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
+        began = time.perf_counter()
+        self.began = self.began or began
+        latents = self._encoder.encode(pixels_BCHW)
+        self.ended = time.perf_counter()
+        self.busy_s += self.ended - began
+        return latents
 
 
 def _key(number: int) -> str:
@@ -178,14 +211,35 @@ def _seconds_alone(encoder: LatentEncoder, pixels_BCHW: Tensor, batch_size: int)
     return time.perf_counter() - began
 
 
+def _fill_once(
+    cache: Cache, dataset: Path, samples: list[Sample], encoder: LatentEncoder, batch_size: int
+) -> dict[str, float]:
+    clocked = _Clocked(encoder)
+    began, began_cpu = time.perf_counter(), time.process_time()
+    fill_latents(cache, dataset, samples, clocked, batch_size)
+    ended, cpu_s = time.perf_counter(), time.process_time() - began_cpu
+    return {
+        "fill_s": ended - began,
+        "fill_cpu_s": cpu_s,
+        "before_s": clocked.began - began,
+        "between_s": clocked.ended - clocked.began - clocked.busy_s,
+        "after_s": ended - clocked.ended,
+    }
+
+
 def bench_filling(num: int, batch_size: int, repeats: int, folder: Path | None = None) -> list[dict]:
-    """Return a result line for each encoder: seconds alone and filling a cache, interleaved, and their ratio."""
+    """Return a result line for each encoder: seconds alone and filling a cache, interleaved, and their ratio.
+
+    Where the encoder idles while a cache is filled: before_s until its first batch is loaded, between_s between two
+    batches, after_s until the last is written.
+    """
     config = Config()
     config.model.base = "tiny"
     encoders = {
         "tiny": load_codec(config, resolve_base("tiny"), CPU),
         "waiting 100 ms": WaitingEncoder(0.1),
         "waiting 25 ms": WaitingEncoder(0.025),
+        "computing 25 ms": ComputingEncoder(0.025),
     }
     records = []
     with tempfile.TemporaryDirectory(dir=folder) as name:
@@ -207,21 +261,19 @@ def bench_filling(num: int, batch_size: int, repeats: int, folder: Path | None =
                 text_fingerprint="",
                 dtype="float16",
             )
-            alone, filling, cpu = [], [], []
+            alone, runs = [], []
             for repeat in range(repeats + 1):
                 alone_s = _seconds_alone(encoder, pixels_BCHW, batch_size)
                 with Cache(dataset / f"cache-{name}-{repeat}") as cache:
-                    began, began_cpu = time.perf_counter(), time.process_time()
-                    fill_latents(cache, dataset, samples, encoder, batch_size)
-                    filling_s, cpu_s = time.perf_counter() - began, time.process_time() - began_cpu
+                    run = _fill_once(cache, dataset, samples, encoder, batch_size)
                 # the first is a warm-up
                 if repeat:
-                    alone.append(alone_s), filling.append(filling_s), cpu.append(cpu_s)
+                    alone.append(alone_s), runs.append(run)
+            ratios = [alone_s / run["fill_s"] for alone_s, run in zip(alone, runs, strict=True)]
             figures = {
                 "alone_s": round(percentiles(alone)[1], 3),
-                "fill_s": round(percentiles(filling)[1], 3),
-                "fill_cpu_s": round(percentiles(cpu)[1], 3),
-                "of_encoder_alone": round(percentiles([a / f for a, f in zip(alone, filling, strict=True)])[1], 3),
+                **{part: round(percentiles([run[part] for run in runs])[1], 3) for part in runs[0]},
+                "of_encoder_alone": round(percentiles(ratios)[1], 3),
             }
             settings = {"part": "fill", "encoder": name, "photos": num, "batch_size": batch_size, "repeats": repeats}
             records.append(make_record("cache", {**settings, "photo_px": PHOTO_PX, "crop_px": CROP_PX}, figures, CPU))

@@ -6,8 +6,9 @@ import hashlib
 import os
 import re
 import shlex
+import sys
 import unicodedata
-from collections import Counter
+from collections import Counter, deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,9 +24,11 @@ from safelight.text import counted, printable, storable
 from safelight.untrusted import UnsafeFile, read_bytes
 
 MAX_STEM_CHARACTERS = 64
+# stored photos that are not synced yet; each takes more memory than its record
+MAX_SYNCS = 64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Note:
     """Something to know about the dataset. kind: notes of one kind are shown together."""
 
@@ -123,9 +126,10 @@ class Collection:
     touched: the photos (by index) that this call found. decoded: labels (`Photo.source`) of files that are pictures.
     pending: files with the same picture as a photo of another file; once all files are read, `find_moved` tells
     whether they are duplicates or that photo under a new name. compared: sha256 of the photos among which near-copies
-    were looked for already. syncs: of stored photos; `flush` waits for them. lost: photos of earlier calls whose files
-    are gone, by the hashes of original and stored file. returned: photos of which a model's caption, or its tags, gave
-    way to what the source says. earlier_masks: (file, hash of the mask so far) of photos of earlier calls, by label.
+    were looked for already. syncs: of the last stored photos; `flush` waits for them. lost: photos of earlier calls
+    whose files are gone, by the hashes of original and stored file. returned: photos of which a model's caption, or its
+    tags, gave way to what the source says. earlier_masks: (file, hash of the mask so far) of photos of earlier calls,
+    by label.
     """
 
     def __init__(
@@ -138,7 +142,8 @@ class Collection:
         prune: bool,
     ):
         self.dataset, self.summary, self.disk, self.prune = dataset, summary, disk, prune
-        self.syncs: list[Future] = []
+        self.syncs: deque[Future] = deque()
+        self.has_written = False
         self.photos: list[Photo] = []
         self.touched: set[int] = set()
         self.decoded: set[str] = set()
@@ -180,7 +185,8 @@ class Collection:
         }
 
     def label(self, source: SourceFile) -> str:
-        return f"{self.names[source.root]}/{source.relative}"
+        # interned, because the same label stands in several records
+        return sys.intern(f"{self.names[source.root]}/{source.relative}")
 
     def _put(self, index: int, photo: Photo) -> None:
         self.photos[index : index + 1] = [photo]
@@ -332,6 +338,9 @@ class Collection:
         if not _has_content(stored, content):
             atomic_write_bytes(stored, content, sync=False)
             self.syncs.append(self.disk.submit(sync_file, stored))
+            self.has_written = True
+            if len(self.syncs) > MAX_SYNCS:
+                self.syncs.popleft().result()
 
     def _store_mask(self, source: SourceFile, prepared: PreparedFile, old: Photo | None) -> tuple[str, str]:
         """Store the mask of a photo, if any; return its file and hash."""
@@ -357,9 +366,9 @@ class Collection:
 
     def flush(self) -> None:
         """Wait until every stored photo would survive a power cut."""
-        for sync in self.syncs:
-            sync.result()
-        if self.syncs:
+        while self.syncs:
+            self.syncs.popleft().result()
+        if self.has_written:
             for folder in (self.dataset / IMAGES_FOLDER, self.dataset / MASKS_FOLDER):
                 if folder.is_dir():
                     sync_folder(folder)

@@ -22,7 +22,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageColor
 
-from safelight.data.atomic import atomic_write_bytes, atomic_write_text
+from safelight.data.atomic import atomic_write_bytes, atomic_write_lines
 from safelight.data.images import (
     COPYABLE_FORMATS,
     MIN_SIDE_PX,
@@ -244,6 +244,7 @@ def _group_near_copies(dataset: Path, photos: list[Photo], compared: set[str], s
         [photo.width / photo.height for photo in photos],
         [photo.sha256 not in compared for photo in photos],
         lambda index: _thumbnail(dataset, photos[index]),
+        dataset,
     )
     groups = merge_groups([photo.group for photo in photos], [photo.sha256 for photo in photos], pairs)
     photos = [
@@ -343,10 +344,10 @@ def _note_near_copies(summary: IngestSummary) -> None:
 def _write_lists(dataset: Path, summary: IngestSummary) -> None:
     """Write everything that was left out and every note; the terminal shows the first of each kind."""
     # ASCII only: a path may contain Unicode line separators, which JSON does not escape otherwise
-    lines = [json.dumps({"path": item.path, "reason": item.reason}) + "\n" for item in summary.rejected]
-    atomic_write_text(dataset / REJECTED_NAME, "".join(lines))
+    lines = (json.dumps({"path": item.path, "reason": item.reason}) for item in summary.rejected)
+    atomic_write_lines(dataset / REJECTED_NAME, lines)
     if summary.notes:
-        atomic_write_text(dataset / NOTES_NAME, "".join(f"{storable(note.text)}\n" for note in summary.notes))
+        atomic_write_lines(dataset / NOTES_NAME, (storable(note.text) for note in summary.notes))
     else:
         (dataset / NOTES_NAME).unlink(missing_ok=True)
 

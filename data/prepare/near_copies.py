@@ -9,7 +9,11 @@ Bursts, rotated copies, and copies with a frame or more than a tenth cropped off
 from __future__ import annotations
 
 import itertools
+import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -33,8 +37,8 @@ NUM_ALIGNMENT_STEPS = 6
 MAX_ASPECT_FACTOR = 1.18
 # a picture whose channels differ by less than this (mean over its pixels) has no colour
 MIN_COLOUR = 2.0
-# blocks that are compared at once: 64 MiB of cosines, 6 MiB of an alignment's derivatives
-ROWS, COLUMNS, PAIRS = 2048, 8192, 256
+# blocks that are compared at once: 4 MiB of cosines, 6 MiB of an alignment's derivatives. More cosines are not faster
+ROWS, COLUMNS, PAIRS = 1024, 1024, 256
 # pairs of which those to look at next are chosen
 PENDING = 2**18
 
@@ -70,7 +74,8 @@ def _vectors(fingerprints: Sequence[str]) -> np.ndarray:
     """Return fingerprints as (n, FINGERPRINT_BYTES) float32 of length 1; 0 without detail or fingerprint."""
     content = b"".join(bytes.fromhex(text).ljust(FINGERPRINT_BYTES, b"\0") for text in fingerprints)
     values = np.frombuffer(content, np.int8).reshape(-1, FINGERPRINT_BYTES).astype(np.float32)
-    return values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-9)
+    values /= np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-9)
+    return values
 
 
 def _candidates(
@@ -84,10 +89,13 @@ def _candidates(
             columns = np.arange(left, min(left + COLUMNS, len(vectors)))
             # of two new photos the later one is the row
             columns = columns[~is_new[columns] | (columns < rows[-1])]
+            if not len(columns):
+                continue
             for mirrored in (False, True):
                 block = vectors[rows] * _MIRROR if mirrored else vectors[rows]
-                i, j = np.nonzero(block @ vectors[columns].T > MIN_COSINE)
-                i, j = rows[i], columns[j]
+                # of a flat index: with two, numpy takes as long as for the cosines
+                found = np.flatnonzero(block @ vectors[columns].T > MIN_COSINE)
+                i, j = rows[found // len(columns)], columns[found % len(columns)]
                 keep = (~is_new[j] | (j < i)) & (
                     np.abs(log_aspects[i] - log_aspects[j]) < np.log(np.float32(MAX_ASPECT_FACTOR))
                 )
@@ -150,42 +158,70 @@ def same_picture(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     )
 
 
+class _Thumbnails:
+    """Thumbnails by photo, each loaded once and kept in a file: those of a million photos are 12 GB."""
+
+    def __init__(self, load: Callable[[int], np.ndarray | None], file: BinaryIO):
+        self._load, self._file = load, file
+        # of each photo, the place in the file; None if it cannot be read
+        self._places: dict[int, int | None] = {}
+
+    def has(self, index: int) -> bool:
+        """Return whether a photo can be read."""
+        if index not in self._places:
+            loaded = self._load(index)
+            self._places[index] = None if loaded is None else self._file.seek(0, os.SEEK_END)
+            if loaded is not None:
+                self._file.write(loaded.astype(np.float32).tobytes())
+        return self._places[index] is not None
+
+    def stacked(self, indices: Sequence[int]) -> np.ndarray:
+        """Return the thumbnails of photos that can be read, (n, SIDE, SIDE, 3) float32."""
+        thumbnails = np.empty((len(indices), SIDE, SIDE, 3), np.float32)
+        for thumbnail, index in zip(thumbnails, indices, strict=True):
+            self._file.seek(self._places[index])
+            self._file.readinto(thumbnail.data)
+        return thumbnails
+
+
 def find_near_copies(
     fingerprints: Sequence[str],
     aspects: Sequence[float],
     is_new: Sequence[bool],
     load: Callable[[int], np.ndarray | None],
+    folder: Path,
 ) -> list[tuple[int, int]]:
     """Return pairs (i, j) of near-copies among n photos, of which at least one is new: enough to join all near-copies.
 
     aspects: width / height. load(i): returns photo i's thumbnail, None if it cannot be read; called for candidates
-    alone, once each. If all photos are new, n^2 / 2 pairs of fingerprints are compared, and as many with one picture
-    mirrored: for 100,000 photos about a minute of one core.
+    alone, once each. folder: where their thumbnails lie meanwhile, in a file without a name. If all photos are new,
+    n^2 / 2 pairs of fingerprints are compared, and as many with one picture mirrored: for 100,000 photos about a minute
+    of one core.
     """
     pairs: list[tuple[int, int]] = []
-    thumbnails: dict[int, np.ndarray | None] = {}
     # of each photo, the number of the photos that are joined with it so far
     group = np.arange(len(fingerprints))
     log_aspects = np.log(np.asarray(aspects, np.float32))
-    for rows, columns, mirrored in _candidates(_vectors(fingerprints), log_aspects, np.asarray(is_new, bool)):
-        for start in range(0, len(rows), PENDING):
-            i, j = rows[start : start + PENDING], columns[start : start + PENDING]
-            # n photos of one scene have n^2 / 2 pairs, of which n - 1 join them all
-            while (is_open := group[i] != group[j]).any():
-                i, j = i[is_open], j[is_open]
-                is_next = _some_of_each(i)
-                block = list(zip(i[is_next].tolist(), j[is_next].tolist(), strict=True))
-                i, j = i[~is_next], j[~is_next]
-                for index in {index for pair in block for index in pair} - thumbnails.keys():
-                    thumbnails[index] = load(index)
-                block = [pair for pair in block if all(thumbnails[index] is not None for index in pair)]
-                if not block:
-                    continue
-                a, b = (np.stack([thumbnails[pair[side]] for pair in block]) for side in (0, 1))
-                is_same = same_picture(a[:, :, ::-1] if mirrored else a, b)
-                for pair in itertools.compress(block, is_same):
-                    pairs.append(pair)
-                    group[group == group[pair[0]]] = group[pair[1]]
+    candidates = _candidates(_vectors(fingerprints), log_aspects, np.asarray(is_new, bool))
+    with tempfile.TemporaryFile(dir=folder) as file:
+        thumbnails = _Thumbnails(load, file)
+        for rows, columns, mirrored in candidates:
+            for start in range(0, len(rows), PENDING):
+                i, j = rows[start : start + PENDING], columns[start : start + PENDING]
+                # n photos of one scene have n^2 / 2 pairs, of which n - 1 join them all
+                while (is_open := group[i] != group[j]).any():
+                    i, j = i[is_open], j[is_open]
+                    is_next = _some_of_each(i)
+                    block = list(zip(i[is_next].tolist(), j[is_next].tolist(), strict=True))
+                    i, j = i[~is_next], j[~is_next]
+                    block = [pair for pair in block if all(map(thumbnails.has, pair))]
+                    if not block:
+                        continue
+                    a, b = map(thumbnails.stacked, zip(*block, strict=True))
+                    is_same = same_picture(a[:, :, ::-1] if mirrored else a, b)
+                    for pair in itertools.compress(block, is_same):
+                        pairs.append(pair)
+                        group[group == group[pair[0]]] = group[pair[1]]
     return pairs
 
 
@@ -218,11 +254,12 @@ def merge_groups(groups: Sequence[str], names: Sequence[str], pairs: Iterable[tu
         first[high] = low
     members: dict[int, list[int]] = {}
     for index in range(len(groups)):
-        members.setdefault(find(index), []).append(index)
+        # the first of its group, alone in it or not, is found to be itself
+        if (start := find(index)) != index:
+            members.setdefault(start, [start]).append(index)
     merged = list(groups)
     for start, indices in members.items():
-        if len(indices) > 1:
-            name = next((groups[index] for index in indices if groups[index]), names[start])
-            for index in indices:
-                merged[index] = name
+        name = next((groups[index] for index in indices if groups[index]), names[start])
+        for index in indices:
+            merged[index] = name
     return merged

@@ -20,7 +20,7 @@ _CAMERA_NAME = re.compile(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Caption:
     """The captions of one photo, and what else its source says of it.
 
@@ -41,7 +41,7 @@ class Caption:
         return self.source != FILE_NAME and any(self.texts)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Rejection:
     """Something that is not used. path: of a file or folder; for a row of a caption table, `table.jsonl:LINE`.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import unicodedata
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from safelight.text import storable
@@ -90,8 +91,14 @@ class Listing:
     # the loss mask of each picture that has one, and the masks of none
     masks: dict[str, str] = field(default_factory=dict)
     unclaimed_masks: list[str] = field(default_factory=list)
-    # pictures, folders and packed files by their folded names
-    by_folded: dict[str, list[str]] = field(default_factory=dict)
+
+    @cached_property
+    def by_folded(self) -> dict[str, list[str]]:
+        """Pictures, folders and packed files by their folded names: for folders with a table that names them."""
+        names: dict[str, list[str]] = {}
+        for name in (*self.folders, *self.packed, *self.pictures):
+            names.setdefault(folded(name), []).append(name)
+        return names
 
     def find(self, name: str) -> str | None:
         """Return the picture or folder of this name, in whatever form it is written; None if none or several fit."""
@@ -133,8 +140,6 @@ def make_listing(folders: list[str], files: list[str]) -> Listing:
         else:
             listing.pictures.append(name)
     _take_masks(listing)
-    for name in (*listing.folders, *listing.packed, *listing.pictures):
-        listing.by_folded.setdefault(folded(name), []).append(name)
     _assign(sidecars, listing)
     _sort_out(listing)
     return listing

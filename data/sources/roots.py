@@ -31,7 +31,7 @@ SOURCES_NAME = "sources.json"
 NUM_COMPARED = 32
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SourceFile:
     """A file of a source. root: the source's folder. relative: the path below it, with forward slashes.
 

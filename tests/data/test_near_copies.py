@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -71,7 +73,9 @@ def pairs_of(images: list[Image.Image], is_new: list[bool] | None = None) -> lis
     thumbnails = [thumbnail(image) for image in images]
     aspects = [image.width / image.height for image in images]
     new = is_new or [True] * len(images)
-    return find_near_copies([fingerprint(image) for image in images], aspects, new, thumbnails.__getitem__)
+    with tempfile.TemporaryDirectory() as folder:
+        prints = [fingerprint(image) for image in images]
+        return find_near_copies(prints, aspects, new, thumbnails.__getitem__, Path(folder))
 
 
 @pytest.mark.parametrize("kind", COPIES)
@@ -115,9 +119,9 @@ def test_many_photos_of_one_scene_are_joined_without_looking_at_every_pair(pictu
     assert sum(looked_at) < 600
 
 
-def test_photos_without_a_fingerprint_or_a_file_match_nothing(pictures):
+def test_photos_without_a_fingerprint_or_a_file_match_nothing(pictures, tmp_path):
     texts = ["", fingerprint(pictures[0]), fingerprint(pictures[0])]
-    assert find_near_copies(texts, [1.5] * 3, [True] * 3, lambda index: None) == []
+    assert find_near_copies(texts, [1.5] * 3, [True] * 3, lambda index: None, tmp_path) == []
 
 
 def test_groups_keep_the_name_of_their_first_photo():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import random
@@ -74,7 +75,7 @@ def check(reader: CaptionReader, num_of: Counter) -> None:
     caption = reader.read(reader.root / "a.png")
     assert time.monotonic() - began < 5
     photo = Photo("images/a.png", "0" * 64, 64, 64, caption.texts, "p/a.png", caption.source)
-    photo = Photo(**{**vars(photo), "tags": caption.tags, "settings": caption.settings, "credit": caption.credit})
+    photo = dataclasses.replace(photo, tags=caption.tags, settings=caption.settings, credit=caption.credit)
     line = json.dumps(row_of_photo(photo))
     assert photo_of_row(json.loads(line)) == photo
     assert all(storable(item.reason) == item.reason for item in reader.rejections)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -194,19 +195,19 @@ def test_records_of_sources_of_any_bytes(tmp_path):
         sources = [
             pick.choice(("p/0.png", "/0.png", "0.png", "q/../../0.png", "\0/\0", "p (2)/0.png")) for _ in range(3)
         ]
-        photos = [photo(number).__class__(**{**vars(photo(number)), "source": s}) for number, s in enumerate(sources)]
+        photos = [dataclasses.replace(photo(number), source=s) for number, s in enumerate(sources)]
         names = name_roots([file.root], [file], folders, photos)
         assert "/" not in names[file.root]
     assert num_read > NUM_INPUTS // 10
 
 
-def test_fingerprints_and_groups_of_any_bytes():
+def test_fingerprints_and_groups_of_any_bytes(tmp_path):
     pick, bits = random.Random(5), np.random.default_rng(5)
     texts = [bits.bytes(FINGERPRINT_BYTES).hex() for _ in range(NUM_INPUTS)]
     texts[::7] = [""] * len(texts[::7])
     texts[::11] = [texts[1]] * len(texts[::11])
     aspects = [pick.choice((1e-6, 1.0, 1.5, 1e6)) for _ in texts]
-    assert find_near_copies(texts, aspects, [pick.random() < 0.1 for _ in texts], lambda index: None) == []
+    assert find_near_copies(texts, aspects, [pick.random() < 0.1 for _ in texts], lambda index: None, tmp_path) == []
     groups = [pick.choice(("", "", "a", "b")) for _ in texts]
     pairs = [(pick.randrange(NUM_INPUTS), pick.randrange(NUM_INPUTS)) for _ in range(3000)]
     merged = merge_groups(groups, [str(number) for number in range(NUM_INPUTS)], pairs)

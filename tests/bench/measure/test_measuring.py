@@ -264,14 +264,16 @@ def test_the_cache_command_counts_reads_that_do_not_grow_and_compares_filling_wi
     arguments = ["--rows", "300", "3000", "--photos", "8", "--repeats", "1", "--append", str(tmp_path / "r")]
     assert main(["bench", "cache", *arguments]) == 0
     out = capsys.readouterr().out
-    *growth, tiny, slow, fast = read(tmp_path / "r")
+    *growth, tiny, slow, fast, computing = read(tmp_path / "r")
     assert [r["config"]["rows"] for r in growth] == [300, 3000]
     small, large = (r["figures"] for r in growth)
     assert large["index_mib"] > 5 * small["index_mib"]
     # a page of the index more for each row at most, of ten times as many rows
     assert 8 < small["read_calls_per_batch"] <= large["read_calls_per_batch"] < small["read_calls_per_batch"] + 10
-    for record, least_s in ((tiny, 0), (slow, 8 * 0.1), (fast, 8 * 0.025)):
+    for record, least_s in ((tiny, 0), (slow, 8 * 0.1), (fast, 8 * 0.025), (computing, 8 * 0.025)):
         figures = record["figures"]
+        idle_s = sum(figures[f"{when}_s"] for when in ("before", "between", "after"))
+        assert 0 < idle_s <= figures["fill_s"] - least_s + 0.01
         assert figures["alone_s"] >= least_s
         assert figures["of_encoder_alone"] == pytest.approx(figures["alone_s"] / figures["fill_s"], abs=0.01)
     assert "of the encoder alone" in out

@@ -7,6 +7,7 @@ from safelight.output.show import print_table
 from safelight.text import counted
 from safelight.trainer.report.evaluation import Estimate, Evaluation, Metric
 from safelight.trainer.report.facts import format_epoch
+from safelight.trainer.report.figures import Form, form_of_estimates
 
 # of models with their intervals, in a terminal's width
 MAX_INTERVALS = 3
@@ -48,12 +49,14 @@ def _row(metric: Metric, models: list[str], has_intervals: bool) -> tuple[str, .
     found = {estimate.model: estimate for estimate in metric.values}
     arrow = {"lower": " ↓", "higher": " ↑", "": ""}[metric.better]
     title = f"{metric.title}{arrow}" + (f"  ({metric.features})" if metric.features else "")
-    return (title, *(_cell(found.get(model), has_intervals) for model in models), _cell(metric.real, has_intervals))
+    shown = [*(found.get(model) for model in models), metric.real]
+    form = form_of_estimates([one for one in shown if one])
+    return (title, *(_cell(one, form, has_intervals) for one in shown))
 
 
-def _cell(estimate: Estimate | None, has_interval: bool) -> str:
+def _cell(estimate: Estimate | None, form: Form, has_interval: bool) -> str:
     if estimate is None:
         return "–"
     if not has_interval or estimate.low == estimate.high:
-        return f"{estimate.value:.3g}".replace("-", "−")
-    return f"{estimate.value:.3g} [{estimate.low:.3g}, {estimate.high:.3g}]".replace("-", "−")
+        return form.show(estimate.value)
+    return f"{form.show(estimate.value)} [{form.show(estimate.low)}, {form.show(estimate.high)}]"

@@ -42,6 +42,7 @@ from safelight.trainer.report.evaluation import (
     CropPoint,
     SetDivergence,
 )
+from safelight.trainer.report.figures import Z, form_of_kl
 from safelight.trainer.tagging.boxes import Box
 from safelight.trainer.tagging.taggers import TaggerSource
 
@@ -215,8 +216,11 @@ def sentence(
             f"Too few things were found for a comparison: {photographs} in your photographs, {base} in the base's "
             f"pictures and {trained} in the trained model's; each needs {LEAST} of one kind, or of all rarer kinds."
         )
-    numbers = f"{_shown(to_trained.kl)} against {_shown(to_base.kl)}"
-    test = f"z {difference.z:.1f}, {said_p(difference.p)}"
+    # below chance is no divergence
+    kl, kl_trained, kl_base = (max(0.0, one.kl) for one in (change, to_trained, to_base))
+    form = form_of_kl([kl, kl_trained, kl_base])
+    numbers = f"{form.show(kl_trained)} against {form.show(kl_base)}"
+    test = f"z {Z.show(difference.z)}, {said_p(difference.p)}"
     if difference.p <= SIGNIFICANT:
         way = "less" if difference.value < 0 else "more"
         text = (
@@ -239,14 +243,9 @@ def sentence(
         )
     if difference.p > SIGNIFICANT:
         if change.p <= SIGNIFICANT:
-            text += f"; yet training did change them ({_shown(change.kl)}, z {change.z:.1f}, {said_p(change.p)})"
+            text += f"; yet training did change them ({form.show(kl)}, z {Z.show(change.z)}, {said_p(change.p)})"
         else:
             text += "; no change by training is seen"
     if change.is_grey or to_trained.is_grey or to_base.is_grey:
         text += ". That is from few pictures: take it as a hint"
     return text + "."
-
-
-def _shown(kl: float) -> str:
-    """Return a divergence for the sentence: below chance is none."""
-    return f"{max(0.0, kl):.2f}" if kl < 10 else f"{kl:,.0f}"

@@ -11,9 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from safelight.trainer.evaluation.wording import said_p, signed
+from safelight.trainer.evaluation.wording import said_p
 from safelight.trainer.report.evaluation import EvaluatedModel, Metric, Suggestion
 from safelight.trainer.report.facts import format_epoch
+from safelight.trainer.report.figures import Form, form_of_estimates
 
 BASE = "base"
 # of the lowest held-out loss: validation on other photographs would change it by more
@@ -57,6 +58,7 @@ def suggest(
         listed = "; ".join(f"{_name(model)}: {_blemished(blemishes[model.id])}" for model in trained)
         set_aside = [f"all checkpoints draw pictures with more faults than the base's: {listed}"]
     kid_of = {} if kid is None else {estimate.model: estimate.value for estimate in kid.values}
+    form = form_of_estimates(() if kid is None else kid.values)
     chosen = _by_loss(candidates, kid_of, reasons, len(trained))
     # of many comparisons one is beyond chance by chance
     limit = SIGNIFICANT / max(1, len(candidates) - 1)
@@ -68,13 +70,13 @@ def suggest(
     if better:
         closest = min(better, key=lambda model: kid_of[model.id])
         reasons.append(
-            f"its {kid.title} is {kid_of[closest.id]:.3g}, lower than {_name(chosen)}'s {kid_of[chosen.id]:.3g} beyond "
-            f"chance ({said_p(kid_changes[closest.id, chosen.id].p)})"
+            f"its {kid.title} is {form.show(kid_of[closest.id])}, lower than {_name(chosen)}'s "
+            f"{form.show(kid_of[chosen.id])} beyond chance ({said_p(kid_changes[closest.id, chosen.id].p)})"
         )
         chosen = closest
     elif kid is not None and len(candidates) > 1:
         reasons.append(f"no other checkpoint's {kid.title} is lower beyond chance")
-    return _against_base(chosen, base, kid, kid_changes, reasons, set_aside)
+    return _against_base(chosen, base, kid, form, kid_changes, reasons, set_aside)
 
 
 def _by_loss(
@@ -105,6 +107,7 @@ def _against_base(
     chosen: EvaluatedModel,
     base: EvaluatedModel | None,
     kid: Metric | None,
+    form: Form,
     kid_changes: Mapping[tuple[str, str], KidChange],
     reasons: list[str],
     set_aside: list[str],
@@ -114,15 +117,11 @@ def _against_base(
     has_higher_kid = change is not None and change.value > 0 and change.p < SIGNIFICANT
     losses = (None, None) if base is None else (chosen.held_out_loss, base.held_out_loss)
     has_lower_loss = None not in losses and losses[0] < losses[1]
+    moved = f"({kid.title} {form.show(change.value, signed=True)}, {said_p(change.p)})" if change else ""
     if has_lower_kid:
-        reasons.append(
-            f"it is closer to your photographs than the base ({kid.title} {signed(change.value)}, {said_p(change.p)})"
-        )
+        reasons.append(f"it is closer to your photographs than the base {moved}")
     elif has_higher_kid:
-        reasons.append(
-            f"its pictures are farther from your photographs than the base's ({kid.title} {signed(change.value)}, "
-            f"{said_p(change.p)})"
-        )
+        reasons.append(f"its pictures are farther from your photographs than the base's {moved}")
     if has_lower_loss:
         reasons.append(f"the base's held-out loss is {losses[1]:.4f}")
     if has_higher_kid or not (has_lower_kid or has_lower_loss):

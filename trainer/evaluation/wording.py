@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from safelight.trainer.report.bars import show_p
 from safelight.trainer.report.comparison import ComparedModel
 from safelight.trainer.report.facts import format_epoch
+from safelight.trainer.report.figures import show_p
 
 
 def names_of(models: Sequence[ComparedModel]) -> dict[str, str]:
@@ -21,11 +21,6 @@ def names_of(models: Sequence[ComparedModel]) -> dict[str, str]:
 def model_name(model: str) -> str:
     """Return "the base" or "step 300" for an id of comparison.py."""
     return "the base" if model == "base" else model.replace("-", " ")
-
-
-def signed(value: float) -> str:
-    """Return a difference with its sign, as people write it."""
-    return f"{value:+.3g}".replace("-", "−")
 
 
 def said_p(p: float) -> str:

@@ -52,18 +52,6 @@ def distribution_bar(axis: Axis, quantiles: Sequence[float], color: str, level: 
     return _svg(parts)
 
 
-def show_number(value: float, signed: bool = False) -> str:
-    """Return a figure with three digits, or whole with separators from 1000 on, and a true minus sign."""
-    sign = "+" if signed else ""
-    text = f"{value:{sign},.0f}" if abs(value) >= 1000 else f"{value:{sign}.3g}"
-    return text.replace("-", "−").replace("e−0", "e−")
-
-
-def show_p(p: float) -> str:
-    """Return a p-value with two or three digits, "< 0.001" below that."""
-    return "< 0.001" if p < 0.001 else f"{p:.3f}" if p < 0.1 else f"{p:.2f}"
-
-
 def _ground(axis: Axis, level: float | None) -> str:
     ground = f'<path class="s-grid" d="M{MARGIN} {HEIGHT / 2}H{WIDTH - MARGIN}"/>'
     if level is None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from safelight.trainer.report.bars import Axis, distribution_bar, show_number
+from safelight.trainer.report.bars import Axis, distribution_bar
 from safelight.trainer.report.evaluation import REAL, Burn, BurnScores, ShownPicture
+from safelight.trainer.report.figures import Form
 from safelight.trainer.report.markup import Markup, details, join, shorten, table, tag
 from safelight.trainer.report.models import name_of, put_forward
 from safelight.trainer.report.pictures import embed_all
@@ -18,6 +19,7 @@ TITLE = "Burnt or smoothed out?"
 MAX_WORST = 6
 EDGES_PX = (320, 256, 192, 128)
 BUDGET_BYTES = 1_500_000
+SCORE = Form(2)
 LEGEND = (
     "A block holds the middle half of the pictures and its gap the median; the line goes from 5 % to 95 %. The dashed "
     "line is the limit that few real photographs exceed; the share of pictures beyond it stands beside, with its "
@@ -113,7 +115,7 @@ def _worst(
     title, note = f"Most {word}{of}", None
     if limit is not None and all(one.score <= limit for one in (own if own_cards else others)):
         title = f"Nearest to the limit for {word}{of and ','}{of}"
-        note = f"None exceeds the limit, {show_number(limit)}: these are not {word}, only the highest scores."
+        note = f"None exceeds the limit, {SCORE.show(limit)}: these are not {word}, only the highest scores."
     return join(
         tag("h3", title),
         tag("p", note, class_="note") if note else None,
@@ -141,7 +143,7 @@ def _cards(run: RunFolder, title: str, shown: Sequence[ShownPicture]) -> list[Ma
         prompt = shorten(one.prompt, 120)
         parts = [shorten(_model_name(run, one.model), 60)]
         parts += [] if one.cfg is None else [f"cfg {one.cfg:g}"]
-        text = " · ".join([*parts, f"score {show_number(one.score)}", *([one.why] if one.why else [])])
+        text = " · ".join([*parts, f"score {SCORE.show(one.score)}", *([one.why] if one.why else [])])
         caption = tag("figcaption", tag("div", text), tag("span", prompt, class_="prompt", dir="auto"))
         image = picture.img(f"{title}: {prompt}")
         cards.append(tag("figure", image, caption, data_zoom=f"{shorten(one.prompt, 400)} — {text}"))

@@ -7,8 +7,10 @@ function readColors(){['ink','muted','grid','faint','paper','wash','accent','amb
 function repaint(){readColors();charts.forEach(function(chart){chart.plot.redraw()})}
 function font(size,weight){return (weight||'')+' '+size+'px '+getComputedStyle(document.body).fontFamily}
 function digits(value){return value.toLocaleString('en',{maximumFractionDigits:10})}
-function show(value,unit){var size=Math.abs(value),text=size>=1e4?digits(Math.round(value)):
- size&&size<1e-3?value.toExponential(3).replace(/\.?0+e/,'e'):String(+value.toPrecision(4));
+// decimals: of all values of a chart, null for values that take a power of ten
+function show(value,decimals,unit){var size=Math.abs(value),text=decimals!==null&&size<1e15?
+  value.toLocaleString('en',{minimumFractionDigits:decimals,maximumFractionDigits:decimals}).replace(/^-(?=[0,.]*$)/,''):
+ size>=1e4?digits(Math.round(value)):size&&size<1e-3?value.toExponential(3).replace(/\.?0+e/,'e'):String(+value.toPrecision(4));
  return text.replace(/-/g,'−')+(unit?' '+unit:'')}
 // the step at x: on the line between the known pairs (x, step)
 function stepAt(pairs,x){if(pairs.length<2)return null;var i=1;while(i<pairs.length-1&&pairs[i][0]<x)i++;
@@ -151,8 +153,8 @@ function draw(figure){
    var out=items[i].querySelector('output'),r=row(i),values=u.data[r];
    var k=isOn?u.cursor.idxs[r]:known(values,values.length-1,-1);
    out.replaceChildren();if(!u.series[r].show||k==null||k<0||values[k]==null||(data.ticks&&!isOn))return;
-   var text=show(values[k],data.unit),x=u.data[0][k],own=curve.low?curve.x.indexOf(x):-1;
-   if(own>=0&&curve.low[own]!=null)text+=' ('+show(curve.low[own])+' to '+show(curve.high[own])+')';
+   var text=show(values[k],data.decimals,data.unit),x=u.data[0][k],own=curve.low?curve.x.indexOf(x):-1;
+   if(own>=0&&curve.low[own]!=null)text+=' ('+show(curve.low[own],data.decimals)+' to '+show(curve.high[own],data.decimals)+')';
    out.textContent=text;
    if(Math.abs(x-at)>1e-3*width){var small=document.createElement('small');small.textContent=' at '+short(x);
     out.append(small);text+=small.textContent}

@@ -5,15 +5,17 @@ which is all there is without JavaScript. The data stands in an attribute, escap
 charts has PART among its parts.
 """
 
+import functools
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
+from safelight.trainer.report.figures import Form, form_of
 from safelight.trainer.report.markup import Markup, details, tag
 from safelight.trainer.report.markup import table as markup_table
 from safelight.trainer.report.theme import Part, asset
@@ -34,6 +36,8 @@ SMALL, TINY = 1e-2, 1e-30
 LOG_FROM_RATIO = 5
 # rows of a table that sums up longer curves
 NUM_INTERVALS = 16
+# digits of typical values: pointed at, and in the table
+DIGITS_READ, DIGITS_IN_TABLE = 4, 5
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
@@ -92,6 +96,7 @@ def chart(
         "x": x_name,
         "group": group or x_name,
         "unit": unit,
+        "decimals": form_of_curves(curves, DIGITS_READ).decimals,
         "ticks": ticks,
         "stages": [[_short(x), name] for x, name in stages],
         "spans": [[_short(low), _short(high), name] for low, high, name in spans],
@@ -132,10 +137,27 @@ def figure_grid(*charts: Markup) -> Markup:
     return tag("div", *charts, class_="charts")
 
 
+def form_of_curves(curves: Sequence[Curve], digits: int) -> Form:
+    """Return how the values of a chart are written: by their intervals, else by typical values of the first curve.
+
+    A typical value, and no extreme one, because a spike would take the digits of all others.
+    """
+    ends = [(curve.low, curve.high) for curve in curves if curve.low is not None and curve.high is not None]
+    intervals = [interval for low, high in ends for interval in zip(low, high, strict=True)]
+    if intervals:
+        return form_of([y for curve in curves for y in curve.y], intervals)
+    sizes = [abs(y) for y in curves[0].y if math.isfinite(y) and y] if curves else []
+    return form_of([float(np.median(sizes))] if sizes else [], digits=digits)
+
+
 def table_of(
-    curves: Sequence[Curve], x_name: str = "epoch", form: str = "{:.5g}", title: str = "these values"
+    curves: Sequence[Curve], x_name: str = "epoch", is_change: bool = False, title: str = "these values"
 ) -> Markup:
-    """Return the values of curves as a folded table: all of them if they are few, else the means of equal intervals."""
+    """Return the values of curves as a folded table: all of them if they are few, else the means of equal intervals.
+
+    is_change: whether values have their sign.
+    """
+    form = functools.partial(form_of_curves(curves, DIGITS_IN_TABLE).show, signed=is_change)
     xs = sorted({x for curve in curves for x in curve.x})
     if len(xs) <= 2 * NUM_INTERVALS:
         found = [_cells(curve, form) for curve in curves]
@@ -214,7 +236,7 @@ def _knots(steps: Sequence[tuple[float, int]]) -> list[tuple[float, int]]:
     return [*steps[:1], *knots[: MAX_POINTS - 2], *(steps[-1:] if len(steps) > 1 else ())]
 
 
-def _cells(curve: Curve, form: str) -> dict[float, str]:
+def _cells(curve: Curve, form: Callable[[float], str]) -> dict[float, str]:
     """Return the text of each value, with its interval if the curve has them."""
     cells = {x: _cell([y], form) for x, y in zip(curve.x, curve.y, strict=True)}
     if curve.low is not None and curve.high is not None:
@@ -223,11 +245,11 @@ def _cells(curve: Curve, form: str) -> dict[float, str]:
     return cells
 
 
-def _cell(values: list[float], form: str) -> str:
+def _cell(values: list[float], form: Callable[[float], str]) -> str:
     known = [value for value in values if math.isfinite(value)]
     if not known:
         return "–"
-    mean, low, high = (form.format(value).replace("-", "−") for value in (np.mean(known), min(known), max(known)))
+    mean, low, high = (form(float(value)) for value in (np.mean(known), min(known), max(known)))
     return mean if low == high else f"{mean} ({low} to {high})"
 
 

@@ -6,9 +6,10 @@ The map is drawn once, a path for each set and class; the page's script only swi
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
-from safelight.trainer.report.bars import show_number, show_p
 from safelight.trainer.report.evaluation import ClassDivergence, CropDivergence, CropGain, CropPoint, SetDivergence
+from safelight.trainer.report.figures import Form, Z, form_of, form_of_kl, show_p
 from safelight.trainer.report.markup import Markup, details, escape, shorten, table, tag
 from safelight.trainer.report.models import name_of, put_forward
 from safelight.trainer.report.run_reader import RunFolder
@@ -26,6 +27,8 @@ MAX_POINTS = 6000
 WIDTH, HEIGHT, MARGIN = 720, 460, 14
 MARK_PX = 5
 MAX_P = 0.05
+# what chance leaves of the figures at a few hundred crops
+MMD_DECIMALS = 3
 DOT = '<svg viewBox="0 0 12 12" aria-hidden="true"><circle class="f-{}" cx="6" cy="6" r="5"/></svg>'
 EXPLANATION = (
     "A detector finds things in the pictures; the crop of each is described by numbers, and the sets of crops are "
@@ -68,7 +71,9 @@ def _one(run: RunFolder, crops: CropDivergence) -> Markup:
 
 
 def _pooled_table(divergences: tuple[SetDivergence, ...], name: str) -> Markup | None:
-    rows = [[_pair(one), *_figures(one.pooled)] for one in divergences if one.pooled]
+    found = [one for one in divergences if one.pooled]
+    forms = _forms([one.pooled for one in found])
+    rows = [[_pair(one), *_figures(one.pooled, forms)] for one in found]
     if not rows:
         return tag("p", "No class has enough crops for a figure.", class_="note")
     return table(["", "KL", "z", "p", "MMD²", "z", "p", "crops"], rows, f"all crops, with {name}", class_="figures")
@@ -79,18 +84,18 @@ def _gain(gain: CropGain) -> str:
     way = "nearer to" if gain.value < 0 else "further from"
     sure = "" if gain.p < MAX_P else ", which chance may explain"
     return (
-        f"After training, crops lie {way} the photographs' than the base's do: KL {show_number(gain.value, True)} "
-        f"(z {show_number(gain.z)}, p {show_p(gain.p)}){sure}."
+        f"After training, crops lie {way} the photographs' than the base's do: KL "
+        f"{form_of_kl([gain.value]).show(gain.value, True)} (z {Z.show(gain.z)}, p {show_p(gain.p)}){sure}."
     )
 
 
 def _class_table(divergences: tuple[SetDivergence, ...], name: str) -> Markup | None:
-    rows = []
+    rows, forms = [], _forms([found for one in divergences for found in one.classes])
     for one in divergences:
         ranked = sorted(one.classes, key=lambda c: -min(c.num_first, c.num_second))[:MAX_CLASSES]
         for found in ranked:
             grey = "few" if found.is_grey else None
-            cells = [tag("span", cell, class_=grey) for cell in (shorten(found.name, 60), *_figures(found))]
+            cells = [tag("span", cell, class_=grey) for cell in (shorten(found.name, 60), *_figures(found, forms))]
             rows.append([tag("span", _pair(one), class_=grey), *cells])
     if not rows:
         return None
@@ -106,13 +111,19 @@ def _pair(one: SetDivergence) -> str:
     return f"{SETS[one.first]} and {SETS[one.second]}"
 
 
-def _figures(found: ClassDivergence) -> list[str]:
+def _forms(rows: Sequence[ClassDivergence]) -> tuple[Form, Form]:
+    """Return how KL and MMD² are written in the rows of a table."""
+    return form_of_kl([one.kl for one in rows]), form_of([one.mmd for one in rows], most=MMD_DECIMALS)
+
+
+def _figures(found: ClassDivergence, forms: tuple[Form, Form]) -> list[str]:
+    kl, mmd = forms
     return [
-        show_number(found.kl),
-        show_number(found.z),
+        kl.show(found.kl),
+        Z.show(found.z),
         show_p(found.p),
-        show_number(found.mmd),
-        show_number(found.mmd_z),
+        mmd.show(found.mmd),
+        Z.show(found.mmd_z),
         "–" if found.mmd_p is None else show_p(found.mmd_p),
         f"{found.num_first:,} and {found.num_second:,}",
     ]

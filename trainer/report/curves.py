@@ -253,7 +253,7 @@ def _change_by_band(run: RunFolder, points: list[Validation]) -> Markup | None:
     return chart(
         f"Change since step {first.step:,}",
         curves,
-        table_of(curves, form="{:+.2f}", title="the change by timestep band"),
+        table_of(curves, is_change=True, title="the change by timestep band"),
         detail="%, by timestep band",
         label=f"Change of held-out loss since step {first.step} by timestep band",
         unit="%",

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Literal
 
 from safelight.text import counted
-from safelight.trainer.report.bars import Axis, interval_bar, show_number, show_p
+from safelight.trainer.report.bars import Axis, interval_bar
 from safelight.trainer.report.evaluation import Difference, Estimate, Evaluation, Metric
 from safelight.trainer.report.facts import evenly_chosen
+from safelight.trainer.report.figures import Form, form_of_estimates, show_p
 from safelight.trainer.report.markup import Markup, details, join, nothing_yet, shorten, table, tag
 from safelight.trainer.report.models import name_of, put_forward
 from safelight.trainer.report.records import BASE
@@ -154,6 +155,7 @@ def _metric(run: RunFolder, metric: Metric, model: str | None) -> Markup:
     level = metric.real.value if metric.real else None
     shown = [*values, *([metric.real] if metric.real else [])]
     axis = Axis.over(number for value in shown for number in (value.low, value.value, value.high))
+    form, form_of_differences = form_of_estimates(shown), form_of_estimates(metric.differences)
     rows = []
     for value in shown:
         is_real = value is metric.real
@@ -162,10 +164,10 @@ def _metric(run: RunFolder, metric: Metric, model: str | None) -> Markup:
         rows.append(
             [
                 tag("span", shorten(name, 60), class_="put-forward" if value.model == model else None),
-                tag("strong", show_number(value.value)),
+                tag("strong", form.show(value.value)),
                 interval_bar(axis, value.value, value.low, value.high, color, level),
-                f"{show_number(value.low)} to {show_number(value.high)}",
-                "" if is_real else _difference(difference_of(metric, value.model)),
+                f"{form.show(value.low)} to {form.show(value.high)}",
+                "" if is_real else _difference(difference_of(metric, value.model), form_of_differences),
             ]
         )
     by_prompt = any(_num_prompts(difference) for difference in metric.differences)
@@ -183,7 +185,7 @@ def _metric(run: RunFolder, metric: Metric, model: str | None) -> Markup:
             tag("h3", shorten(metric.title, 120)),
             tag("p", about, class_="note") if about else None,
             tag("p", shorten(metric.meaning, 600)),
-            tag("p", _sentence(run, metric, model)) if model else None,
+            tag("p", _sentence(run, metric, model, form)) if model else None,
             tag("p", shorten(metric.warning, 600), class_="note warning") if metric.warning else None,
         ),
         table(head, rows, f"{shorten(metric.title, 120)} {by}".rstrip(), class_="figures measured"),
@@ -212,15 +214,15 @@ def _is_id(model: str) -> bool:
     return model == BASE or model.startswith("step-")
 
 
-def _difference(difference: Difference | None) -> Markup | str:
+def _difference(difference: Difference | None, form: Form) -> Markup | str:
     if difference is None:
         return ""
-    interval = f"{show_number(difference.low, True)} to {show_number(difference.high, True)}"
-    return tag("span", tag("strong", show_number(difference.value, True)), f" ({interval})")
+    interval = f"{form.show(difference.low, True)} to {form.show(difference.high, True)}"
+    return tag("span", tag("strong", form.show(difference.value, True)), f" ({interval})")
 
 
-def _sentence(run: RunFolder, metric: Metric, model: str) -> str:
-    """Return what the metric says of the model, in words."""
+def _sentence(run: RunFolder, metric: Metric, model: str, form: Form) -> str:
+    """Return what the metric says of the model, in words. form: of its values."""
     own, base, difference = estimate_of(metric, model), estimate_of(metric, BASE), difference_of(metric, model)
     name = name_of(run, model)
     verdict = {
@@ -243,7 +245,7 @@ def _sentence(run: RunFolder, metric: Metric, model: str) -> str:
     elif own and base:
         overlap = "overlap" if judge(metric, model) == "unclear" else "do not overlap"
         text = (
-            f"{name[0].upper()}{name[1:]} has {show_number(own.value)}, the base {show_number(base.value)}; their "
+            f"{name[0].upper()}{name[1:]} has {form.show(own.value)}, the base {form.show(base.value)}; their "
             f"intervals {overlap}: {verdict}."
         )
     else:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from safelight.text import counted
-from safelight.trainer.report.bars import show_number
 from safelight.trainer.report.evaluation import Memorisation, NearestPhoto
+from safelight.trainer.report.figures import Form
 from safelight.trainer.report.markup import Markup, details, shorten, tag
 from safelight.trainer.report.models import name_of, put_forward
 from safelight.trainer.report.pictures import embed_all
@@ -17,6 +17,7 @@ TITLE = "Did it memorise photographs?"
 MAX_PAIRS, NUM_OPEN, MAX_MODELS_SHOWN = 12, 4, 40
 EDGES_PX = (320, 256, 192, 128)
 BUDGET_BYTES = 2_000_000
+SIMILARITY = Form(3)
 
 
 def memorisation_section(run: RunFolder) -> Markup | None:
@@ -49,7 +50,7 @@ def _counts(run: RunFolder, found: Memorisation) -> str:
     chance = "" if found.chance is None else f", which happens by chance to at most {100 * found.chance:.2g} %"
     return (
         f"Flagged, of up to {counted(found.num, 'picture')} each: {', '.join(flagged)}. A picture is flagged if its "
-        f"similarity to a training photograph is above {show_number(found.limit)}{chance}; similarity is by "
+        f"similarity to a training photograph is above {SIMILARITY.show(found.limit)}{chance}; similarity is by "
         f"{shorten(found.features, 120)}. No measure separates copies reliably: look at the pairs."
     )
 
@@ -73,7 +74,7 @@ def _triples(run: RunFolder, pairs: list[NearestPhoto]) -> list[Markup]:
         if drawn is None or photo is None:
             continue
         prompt, name = shorten(pair.prompt, 160), name_of(run, pair.model)
-        like_base = "" if pair.base_similarity is None else f", base {show_number(pair.base_similarity)}"
+        like_base = "" if pair.base_similarity is None else f", base {SIMILARITY.show(pair.base_similarity)}"
         near = "nearest photograph, mirrored" if pair.is_mirrored else "nearest photograph"
         shown = [(drawn, name, "accent"), (photo, near, "")]
         if base and pair.model != BASE:
@@ -87,7 +88,7 @@ def _triples(run: RunFolder, pairs: list[NearestPhoto]) -> list[Markup]:
             for picture, label, color in shown
         ]
         flag = tag("strong", "flagged · ", class_="put-forward") if pair.is_flagged else None
-        text = f"similarity {show_number(pair.similarity)}{like_base}"
+        text = f"similarity {SIMILARITY.show(pair.similarity)}{like_base}"
         caption = tag(
             "figcaption", flag, text, tag("div", tag("span", prompt, class_="prompt", dir="auto")), class_="meta"
         )

@@ -3,6 +3,7 @@
 import math
 
 from safelight.text import counted
+from safelight.trainer.report.figures import Form, form_of
 from safelight.trainer.report.markup import Markup, join, shorten, table, tag
 from safelight.trainer.report.run_reader import number, rows_of
 
@@ -23,11 +24,12 @@ def scores_table(scores: dict | None) -> Markup | None:
             _interval_bars(row),
             # a phone shows no table header, so each value carries its own label there
             *(
-                join(tag("span", side, class_="side"), _estimate(row.get(side), signed=side == "difference"))
+                join(tag("span", side, class_="side"), _estimate(row.get(side), form, signed=side == "difference"))
                 for side in ("base", "trained", "difference")
             ),
         ]
         for row in rows
+        for form in [_form(row)]
     ]
     notes = scores.get("notes")
     notes = notes[:MAX_SCORES] if isinstance(notes, list) else []
@@ -62,12 +64,16 @@ def scores_table(scores: dict | None) -> Markup | None:
     )
 
 
-def _estimate(values: object, signed: bool = False) -> Markup:
+def _form(row: dict) -> Form:
+    estimates = [_three(row.get(side)) for side in ("base", "trained", "difference")]
+    return form_of([mean for mean, _, _ in estimates], [(low, high) for _, low, high in estimates])
+
+
+def _estimate(values: object, form: Form, signed: bool = False) -> Markup:
     mean, low, high = _three(values)
     if math.isnan(mean):
         return tag("span", "not measured", class_="meta")
-    form = "{:+.3g}" if signed else "{:.3g}"
-    texts = [form.format(value).replace("-", "−") for value in (mean, low, high)]
+    texts = [form.show(value, signed) for value in (mean, low, high)]
     return join(tag("strong", texts[0]), tag("div", f"{texts[1]} to {texts[2]}", class_="meta nowrap"))
 
 

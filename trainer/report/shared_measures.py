@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from safelight.text import counted
-from safelight.trainer.report.bars import Axis, interval_bar, show_number
+from safelight.trainer.report.bars import Axis, interval_bar
 from safelight.trainer.report.evaluation import OWN_AUTOENCODER, Estimate, Metric
+from safelight.trainer.report.figures import Form, form_of_estimates
 from safelight.trainer.report.markup import Markup, nothing_yet, shorten, table, tag
 from safelight.trainer.report.measures import BETTER, FEW_PICTURES, difference_of, estimate_of
 from safelight.trainer.report.models import name_of, put_forward
@@ -121,14 +122,16 @@ def _metric(group: Sequence[tuple[ShownRun, Metric]], are_alike: bool) -> Markup
         found = (estimate_of(own, wanted) for wanted in (BASE, model) if wanted)
         values += [(one, value, own) for value in found if value]
     axis = Axis.over(number for _, value, _ in values for number in (value.low, value.value, value.high))
+    form = form_of_estimates([value for _, value, _ in values])
+    form_of_differences = form_of_estimates([each for _, own in group for each in own.differences])
     rows = [
         [
             one.name,
             tag("span", name_of(one.run, value.model), class_="put-forward" if value.model != BASE else None),
-            tag("strong", show_number(value.value)),
+            tag("strong", form.show(value.value)),
             interval_bar(axis, value.value, value.low, value.high, one.color if value.model != BASE else "muted"),
-            f"{show_number(value.low)} to {show_number(value.high)}",
-            _minus_base(own, value.model),
+            f"{form.show(value.low)} to {form.show(value.high)}",
+            _minus_base(own, value.model, form_of_differences),
         ]
         for one, value, own in values
     ]
@@ -155,12 +158,12 @@ def _metric(group: Sequence[tuple[ShownRun, Metric]], are_alike: bool) -> Markup
     )
 
 
-def _minus_base(metric: Metric, model: str) -> str:
+def _minus_base(metric: Metric, model: str, form: Form) -> str:
     difference = difference_of(metric, model)
     if difference is None:
         return ""
-    interval = f"{show_number(difference.low, True)} to {show_number(difference.high, True)}"
-    return f"{show_number(difference.value, True)} ({interval})"
+    interval = f"{form.show(difference.low, True)} to {form.show(difference.high, True)}"
+    return f"{form.show(difference.value, True)} ({interval})"
 
 
 def _sentence(metric: Metric, trained: Sequence[tuple[str, Estimate]]) -> str:

@@ -37,7 +37,7 @@ def test_the_lowest_held_out_loss_wins_if_no_kid_is_lower_beyond_chance():
     assert found.reasons == (
         "its held-out loss, 0.1200, is the lowest of the checkpoints that were evaluated",
         "no other checkpoint's KID × 1000 is lower beyond chance",
-        "it is closer to your photographs than the base (KID × 1000 −38, p 0.001)",
+        "it is closer to your photographs than the base (KID × 1000 −38.0, p 0.001)",
         "the base's held-out loss is 0.2000",
     )
 
@@ -45,7 +45,7 @@ def test_the_lowest_held_out_loss_wins_if_no_kid_is_lower_beyond_chance():
 def test_a_kid_that_is_lower_beyond_chance_wins_over_the_loss():
     found = suggest(MODELS, kid_of(KIDS), changes_of(KIDS, 0.001), {})
     assert found.model == "step-100"
-    assert "lower than epoch 20 (step 200)'s 22 beyond chance (p 0.001)" in found.reasons[1]
+    assert "lower than epoch 20 (step 200)'s 22.0 beyond chance (p 0.001)" in found.reasons[1]
     # one of three comparisons is below 0.05 by chance too often
     assert suggest(MODELS, kid_of(KIDS), changes_of(KIDS, 0.03), {}).model == "step-200"
 

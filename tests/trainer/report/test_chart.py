@@ -131,20 +131,20 @@ def test_the_step_of_an_epoch_is_kept_where_its_rate_changes() -> None:
 
 def test_few_values_are_tabulated_all_and_many_by_their_means() -> None:
     few = table_of([Curve("a", [0, 1], [0.5, 0.25]), Curve("b", [1, 2], [3, math.nan])])
-    assert '<th scope="row">1</th><td>0.25</td><td>3</td>' in few
+    assert '<th scope="row">1</th><td>0.25000</td><td>3.00000</td>' in few
     assert '<th scope="row">2</th><td>–</td><td>–</td>' in few
     x = np.linspace(0, 16, 1601)
     many = table_of([Curve("a", x, np.where(x > 15, 7.0, 2 * x))])
     assert many.count("<tr>") == 17
-    assert '<th scope="row">0 to 1</th><td>1 (0 to 2)</td>' in many
-    assert '<th scope="row">15 to 16</th><td>7</td>' in many
+    assert '<th scope="row">0 to 1</th><td>1.000 (0.000 to 2.000)</td>' in many
+    assert '<th scope="row">15 to 16</th><td>7.000</td>' in many
     assert "Table of these values: mean (lowest to highest) of 16 equal parts" in many
 
 
 def test_an_interval_stands_beside_its_value_in_the_table() -> None:
     table = table_of([Curve("a", [0, 1], [2.0, 3.0], low=[1.5, 2.5], high=[2.25, 3.5])])
-    assert "<td>2 (1.5 to 2.25)</td>" in table
-    assert "<td>3 (2.5 to 3.5)</td>" in table
+    assert "<td>2.00 (1.50 to 2.25)</td>" in table
+    assert "<td>3.00 (2.50 to 3.50)</td>" in table
 
 
 @pytest.mark.parametrize(

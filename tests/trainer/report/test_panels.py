@@ -58,9 +58,9 @@ def test_the_worst_pictures_are_one_a_prompt_and_said_to_be_burnt_only_beyond_th
     burn = Burn(sets=(burn_scores("step-30"),), worst_burnt=worst, limit_burnt=limit, sentence=".")
     text = text_of(burn_section(with_worst(tmp_path, burn)))
     assert text.count("a boat") == text.count("a fox") == 1
-    assert "cfg 7.5 · score 3 " in text
+    assert "cfg 7.5 · score 3.00 " in text
     assert ("Most burnt of epoch 3" in text) == (limit == 2.0)
-    assert ("Nearest to the limit for burnt, of epoch 3 None exceeds the limit, 4:" in text) == (limit == 4.0)
+    assert ("Nearest to the limit for burnt, of epoch 3 None exceeds the limit, 4.00:" in text) == (limit == 4.0)
 
 
 def kid(base: float, trained: float):

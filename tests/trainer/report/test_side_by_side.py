@@ -197,7 +197,7 @@ def test_metrics_stand_side_by_side_with_intervals(runs):
     text = text_of(part)
     assert text.startswith("Measured Measured alike in all runs: photographs 50, prompts 100, size 32 × 32 px,")
     rows = table_rows(part)
-    assert ["one", "base model", "41.2", "", "37 to 45.4"] in rows
+    assert ["one", "base model", "41.2", "", "37.0 to 45.4"] in rows
     assert ["one", "epoch 26", "11.8", "", "7.6 to 16"] in rows
     assert ["two", "epoch 26", "35.4", "", "22.8 to 48"] in rows
     assert ["one", "epoch 26", "28", "", "27.4 to 28.6", "+0.9 (+0.5 to +1.3)"] in rows

@@ -147,11 +147,11 @@ class Model(Section):
     """The model to fine-tune."""
 
     base: GivenPlace = "tiny"
-    """`tiny` (built in), a diffusers folder, a Hugging Face hub id, an SD 1.x or 2.x .safetensors file, or
-    `random:NAME` (untrained)."""
+    """`tiny` (built in), a diffusers folder, a Hugging Face hub id, a .safetensors file of SD 1.x, 2.x or XL,
+    or `random:NAME` (untrained)."""
     config: Place = ""
     """For a base that is a single file: folder or hub id with its configs, tokenizer, scheduler and missing parts.
-    Empty: those of SD 1.5."""
+    Empty: those of SD 1.5 or SDXL."""
     vae: Place = ""
     """Replaces the base's autoencoder: a folder (AutoencoderKL or AutoencoderTiny), or a .safetensors file of the same
     size."""

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import shlex
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from safelight import bug_report, library_log
-from safelight.errors import EXIT_INTERRUPTED, Diverged, UserError
-from safelight.output.show import print_json, print_line, print_table, say_loading, say_next
+from safelight import bug_report
+from safelight.errors import UserError
+from safelight.output.show import command_to_train, print_json, print_line, print_table, say_loading, say_next
 from safelight.text import counted
 
 COMMANDS = {
-    "init": "write a commented settings file: tiny, sd15, sd21, everydream2",
+    "init": "write a commented settings file: tiny, sd15, sd21, sdxl, everydream2",
     "prepare": "make a dataset from photos and captions: checked, resized, no duplicates",
     "caption": "describe a dataset's photos with BLIP or another captioner",
     "cache": "encode a dataset's photos and captions, only those not cached yet",
@@ -108,133 +105,9 @@ def caption(argv: list[str]) -> int:
 
 
 def cache(argv: list[str]) -> int:
-    from safelight.options.arguments import parse_with_config
+    from safelight import cache_command
 
-    arguments, config = parse_with_config(argv, "cache", COMMANDS["cache"])
-    action = _cache_action(arguments, argv)
-    say_loading()
-    if action is not None:
-        return action(arguments, config)
-    from safelight.output.columns import fill
-    from safelight.trainer.dataset import open_dataset
-    from safelight.trainer.models import placing
-    from safelight.trainer.models.base import base_of
-    from safelight.trainer.models.device import pick_device
-    from safelight.trainer.run_log.terminal import Terminal
-
-    with Terminal() as terminal:
-        dataset = open_dataset(config, base_of(config.model), pick_device(config.run.device), terminal.update)
-    if dataset.num_damaged:
-        rows = counted(dataset.num_damaged, "damaged row")
-        terminal.say(f"{rows} in the cache re-encoded")
-    for note in dataset.cut_notes:
-        terminal.say(note)
-    with dataset.cache:
-        rows = dataset.counts()
-        if arguments.json:
-            captions = {"num_captions": dataset.num_captions, "num_tagged": dataset.num_tagged}
-            result = {"made": dataset.num_encoded, "rows": len(dataset.cache), **captions, "buckets": rows}
-            print_json({**result, **placing.to_json(dataset.placed)})
-            return 0
-        print_table(
-            f"{dataset.path}: {counted(dataset.num_encoded, 'row')} encoded, {len(dataset.cache)} in the cache",
-            ("bucket", "train", "held out", "cropped away"),
-            [
-                (f"{r['width']} x {r['height']}", r["num_train"], r["num_validation"], f"{100 * r['crop_loss']:.1f} %")
-                for r in rows
-            ],
-        )
-    for line in filter(None, (placing.crop_note(dataset.placed.train), dataset.tag_note, dataset.length_note)):
-        print(fill(line))
-    for note in placing.size_notes(dataset.placed, config.data.upscale):
-        print(fill(f"note: {note}"))
-    say_next(f"{_train_command(arguments.config)}, with the same settings")
-    return 0
-
-
-def _cache_action(arguments, argv: list[str]):
-    """Return what `safelight cache` does instead of filling the cache, None if it fills it."""
-    actions = {"verify": partial(_verify_cache, argv), "stats": _cache_stats, "gc": _collect_cache}
-    chosen = [name for name in actions if getattr(arguments, name)]
-    if len(chosen) > 1:
-        raise UserError(f"--{chosen[0]} and --{chosen[1]} are separate commands; give one, then the other")
-    for option, owner in (("sample", "verify"), ("keep", "gc"), ("dry_run", "gc")):
-        if getattr(arguments, option) not in (None, (), False) and [owner] != chosen:
-            raise UserError(f"--{option.replace('_', '-')} goes with --{owner}; add it, or leave this out")
-    if arguments.sample is not None and arguments.sample < 0:
-        raise UserError(f"--sample {arguments.sample} is below 0; use 0 for checksums alone, or 32")
-    return actions[chosen[0]] if chosen else None
-
-
-def _planned(config, exclusive: bool = False):
-    from safelight.trainer.dataset import plan_dataset
-    from safelight.trainer.models.base import base_of
-    from safelight.trainer.models.device import pick_device
-
-    return plan_dataset(config, base_of(config.model), pick_device(config.run.device), exclusive)
-
-
-def _verify_cache(argv: list[str], arguments, config) -> int:
-    from safelight.data.verify import verify
-    from safelight.options.arguments import without_options
-    from safelight.output.cache_table import print_verified, verified_json
-    from safelight.trainer.run_log.terminal import Terminal
-
-    with Terminal() as terminal:
-        plan = _planned(config)
-        with plan.dataset.cache as cache:
-            num = 32 if arguments.sample is None else arguments.sample
-            found = verify(cache, plan.rows(), num, config.run.seed, terminal.update)
-    if arguments.json:
-        print_json(verified_json(found))
-    else:
-        fill = without_options(argv, ("--verify",), ("--sample",))
-        print_verified(found, plan.dataset.path, shlex.join(["safelight", "cache", *fill]))
-    return 0 if found.is_sound else 1
-
-
-def _cache_stats(arguments, config) -> int:
-    from safelight.data.cache_stats import cache_stats
-    from safelight.output.cache_table import print_stats, stats_json
-    from safelight.trainer.run_log.terminal import Terminal
-
-    with Terminal() as terminal:
-        plan = _planned(config)
-        with plan.dataset.cache as cache:
-            stats = cache_stats(cache, plan.rows(), partial(terminal.update, "rows"))
-    if arguments.json:
-        print_json(stats_json(stats, plan.dataset.scaling_factor))
-    else:
-        print_stats(stats, plan.dataset.path, plan.dataset.scaling_factor)
-    return 0
-
-
-def _collect_cache(arguments, config) -> int:
-    from safelight.data.garbage import collect_garbage
-    from safelight.options.arguments import load_run_config
-    from safelight.output.cache_table import freed_json, print_freed
-    from safelight.trainer.run_log.terminal import Terminal
-
-    needed: set[str] = set()
-    with Terminal():
-        for file in arguments.keep:
-            other = load_run_config(file)
-            if Path(other.data.path).resolve() != Path(config.data.path).resolve():
-                raise UserError(
-                    f"--keep {file}: its data.path is {other.data.path}, not {config.data.path}, and so its cache is "
-                    "another; leave it out"
-                )
-            plan = _planned(other)
-            plan.dataset.cache.close()
-            needed |= plan.rows().keys()
-        plan = _planned(config, exclusive=not arguments.dry_run)
-        with plan.dataset.cache as cache:
-            freed = collect_garbage(cache, needed | plan.rows().keys(), plan.files, arguments.dry_run)
-    if arguments.json:
-        print_json(freed_json(freed, arguments.dry_run))
-    else:
-        print_freed(freed, plan.dataset.path, arguments.dry_run)
-    return 0
+    return cache_command.cache(argv, COMMANDS["cache"])
 
 
 def plan(argv: list[str]) -> int:
@@ -283,16 +156,11 @@ def plan(argv: list[str]) -> int:
     return 0
 
 
-def _train_command(file: Path) -> str:
-    """Return the command that trains with a settings file, or goes on with a run folder."""
-    return f"safelight train {shlex.quote(str(file))}{' --resume' if file.is_dir() else ''}"
-
-
 def _after_plan(file: Path, config, has_dataset: bool) -> str:
     """Return what to run after `safelight plan FILE`."""
     from safelight.data.manifest import how_to_prepare
 
-    train = _train_command(file)
+    train = command_to_train(file)
     if has_dataset:
         return f"{train}, with the same settings"
     prepare, place = how_to_prepare(Path(config.data.path))
@@ -367,85 +235,9 @@ def _print_plan(result: dict) -> None:
 
 
 def train(argv: list[str]) -> int:
-    from safelight.options.arguments import parse_with_config
+    from safelight import train_command
 
-    arguments, config = parse_with_config(argv, "train", COMMANDS["train"])
-    bug_report.belongs_to(Path(config.run.dir))
-    say_loading()
-    from safelight.trainer.checkpoint.files import resume_command
-    from safelight.trainer.memory_plan.static_bytes import planned_timeline
-    from safelight.trainer.report.build import build_report
-    from safelight.trainer.run_log.terminal import Terminal
-    from safelight.trainer.stop import Stop
-    from safelight.trainer.train import train as run_training
-
-    stop = Stop()
-
-    @contextmanager
-    def guard() -> Iterator[None]:
-        # entered once the run is loaded, so that a command that fails before leaves the run folder untouched
-        with library_log.written_to(Path(config.run.dir)), stop:
-            yield
-
-    with Terminal() as terminal:
-        try:
-            result = run_training(
-                config, resume=arguments.resume, terminal=terminal, stop_requested=stop, guard=guard()
-            )
-        except Diverged:
-            terminal.say(f"report: {build_report(Path(config.run.dir))}")
-            raise
-    if result.interrupted:
-        if result.position.step == 0:
-            terminal.say("stopped before the first step: nothing to save; the cache is kept")
-            return EXIT_INTERRUPTED
-        # the config in the run folder includes the settings given on the command line
-        terminal.say(f"saved at step {result.position.step}; continue with: {resume_command(result.run_dir, [], '')}")
-        return EXIT_INTERRUPTED
-    position = result.position
-    if result.was_finished:
-        options = planned_timeline(config).how_to_extend(position.step, bool(config.stage))
-        command = resume_command(result.run_dir, [], "", options)
-        terminal.say(
-            f"{result.run_dir} is finished, at step {position.step}, and is left as it is; to train longer, for "
-            f"example: {command}"
-        )
-        return 0
-    was_stopped = _compare_after_training(result.run_dir, position.step)
-    best = (
-        ""
-        if position.best_loss is None
-        else f", best held-out loss {position.best_loss:.4f} at step {position.best_step}"
-    )
-    print_line(f"trained {counted(position.step, 'step')}; report: {build_report(result.run_dir)}{best}")
-    print_line(f"next: safelight compare {shlex.quote(str(result.run_dir))} --num 100")
-    return EXIT_INTERRUPTED if was_stopped else 0
-
-
-def _compare_after_training(run_dir: Path, last_step: int) -> bool:
-    """Draw base beside trained at the end of a run, if it is set to; return whether the user stopped it."""
-    from safelight.trainer.inference.after_training import compare_after_training
-    from safelight.trainer.run_log.terminal import Terminal
-    from safelight.trainer.stop import Stop, Stopped
-
-    stop, began = Stop("this denoising step"), time.monotonic()
-    with Terminal() as terminal, library_log.written_to(run_dir), stop:
-
-        def report(done: int, total: int) -> None:
-            terminal.update("comparing base and trained", done, total)
-            if stop.requested:
-                raise Stopped
-
-        try:
-            comparison = compare_after_training(run_dir, last_step, report, terminal.say)
-        except Stopped:
-            command = f"safelight compare {shlex.quote(str(run_dir))}"
-            terminal.say(f"stopped comparing; the run is trained and saved, and this draws the rest: {command}")
-            return True
-        if comparison is not None:
-            rows, models = counted(len(comparison.rows), "prompt"), counted(len(comparison.models), "model")
-            terminal.say(f"compared {models} on {rows} in {time.monotonic() - began:.0f} s")
-    return False
+    return train_command.train(argv, COMMANDS["train"])
 
 
 def sample(argv: list[str]) -> int:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
+from pathlib import Path
 
 from safelight.text import printable
 
@@ -65,3 +67,8 @@ def say_loading(message: str = "loading libraries and model") -> None:
 def say_next(suggestion: str) -> None:
     """Suggest the next command, on stderr: stdout holds results, which other programs may read."""
     print(printable(f"next: {suggestion}"), file=sys.stderr)
+
+
+def command_to_train(file: Path) -> str:
+    """Return the command that trains with a settings file, or goes on with a run folder."""
+    return f"safelight train {shlex.quote(str(file))}{' --resume' if file.is_dir() else ''}"

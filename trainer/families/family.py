@@ -81,7 +81,7 @@ class Family:
         """Return constants that a single file contains in addition to a text encoder's weights, by name."""
         return {}
 
-    def read_text(self, text_encoder: nn.Module, ids_BT: Tensor, clip_skip: int) -> tuple[Tensor, Tensor | None]:
+    def encode_ids(self, text_encoder: nn.Module, ids_BT: Tensor, clip_skip: int) -> tuple[Tensor, Tensor | None]:
         """Return what a text encoder says of token ids: embeddings (B, T, D), and a pooled one (B, P) or None.
 
         The embeddings are the last hidden state after the final norm; with clip_skip they are the hidden state of that
@@ -98,7 +98,7 @@ class Family:
         return 0
 
     def text_row(self, embeddings_BTD: Tensor, pooled_BP: Tensor | None) -> Tensor:
-        """Return the rows that the cache keeps of texts, from what `read_text` returned of all text encoders."""
+        """Return the rows that the cache keeps of texts, from what `encode_ids` returned of all text encoders."""
         return embeddings_BTD
 
     def text_row_shape(self, num_tokens: int, width: int, pooled_width: int) -> tuple[int, ...]:

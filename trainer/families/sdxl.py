@@ -65,7 +65,7 @@ class StableDiffusionXL(Family):
         # of the contrastive training, unused; as in the published file
         return {f"{SDXL_OPEN_CLIP_PREFIX}logit_scale": torch.tensor(LOGIT_SCALE)}
 
-    def read_text(self, text_encoder: nn.Module, ids_BT: Tensor, clip_skip: int) -> tuple[Tensor, Tensor | None]:
+    def encode_ids(self, text_encoder: nn.Module, ids_BT: Tensor, clip_skip: int) -> tuple[Tensor, Tensor | None]:
         """Return the hidden state before the last layer, without norm, and the second encoder's pooled embedding."""
         output = text_encoder(ids_BT, output_hidden_states=True)
         states = output.hidden_states[-1 - self.skipped_layers - clip_skip]

@@ -337,7 +337,7 @@ class CaptionEncoder(_Movable):
 
     def _read(self, text_encoder: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the embeddings and the pooled one of token ids, float32 on the CPU."""
-        states, pooled = self.family.read_text(text_encoder, ids.to(self.device), self.clip_skip)
+        states, pooled = self.family.encode_ids(text_encoder, ids.to(self.device), self.clip_skip)
         return states.float().cpu(), None if pooled is None else pooled.float().cpu()
 
 

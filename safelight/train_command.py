@@ -1,0 +1,97 @@
+"""`safelight train`: trains or resumes a run, compares base and trained, and writes the report."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safelight import bug_report, library_log
+from safelight.errors import EXIT_INTERRUPTED, Diverged
+from safelight.output.show import print_line, say_loading
+from safelight.text import counted
+
+
+def train(argv: list[str], description: str) -> int:
+    """Run `safelight train` and return its exit status."""
+    from safelight.options.arguments import parse_with_config
+
+    arguments, config = parse_with_config(argv, "train", description)
+    bug_report.belongs_to(Path(config.run.dir))
+    say_loading()
+    from safelight.trainer.checkpoint.files import resume_command
+    from safelight.trainer.memory_plan.static_bytes import planned_timeline
+    from safelight.trainer.report.build import build_report
+    from safelight.trainer.run_log.terminal import Terminal
+    from safelight.trainer.stop import Stop
+    from safelight.trainer.train import train as run_training
+
+    stop = Stop()
+
+    @contextmanager
+    def guard() -> Iterator[None]:
+        # entered once the run is loaded, so that a command that fails before leaves the run folder untouched
+        with library_log.written_to(Path(config.run.dir)), stop:
+            yield
+
+    with Terminal() as terminal:
+        try:
+            result = run_training(
+                config, resume=arguments.resume, terminal=terminal, stop_requested=stop, guard=guard()
+            )
+        except Diverged:
+            terminal.say(f"report: {build_report(Path(config.run.dir))}")
+            raise
+    if result.interrupted:
+        if result.position.step == 0:
+            terminal.say("stopped before the first step: nothing to save; the cache is kept")
+            return EXIT_INTERRUPTED
+        # the config in the run folder includes the settings given on the command line
+        terminal.say(f"saved at step {result.position.step}; continue with: {resume_command(result.run_dir, [], '')}")
+        return EXIT_INTERRUPTED
+    position = result.position
+    if result.was_finished:
+        options = planned_timeline(config).how_to_extend(position.step, bool(config.stage))
+        command = resume_command(result.run_dir, [], "", options)
+        terminal.say(
+            f"{result.run_dir} is finished, at step {position.step}, and is left as it is; to train longer, for "
+            f"example: {command}"
+        )
+        return 0
+    was_stopped = _compare_after_training(result.run_dir, position.step)
+    best = (
+        ""
+        if position.best_loss is None
+        else f", best held-out loss {position.best_loss:.4f} at step {position.best_step}"
+    )
+    print_line(f"trained {counted(position.step, 'step')}; report: {build_report(result.run_dir)}{best}")
+    print_line(f"next: safelight compare {shlex.quote(str(result.run_dir))} --num 100")
+    return EXIT_INTERRUPTED if was_stopped else 0
+
+
+def _compare_after_training(run_dir: Path, last_step: int) -> bool:
+    """Draw base beside trained at the end of a run, if it is set to; return whether the user stopped it."""
+    from safelight.trainer.inference.after_training import compare_after_training
+    from safelight.trainer.run_log.terminal import Terminal
+    from safelight.trainer.stop import Stop, Stopped
+
+    stop, began = Stop("this denoising step"), time.monotonic()
+    with Terminal() as terminal, library_log.written_to(run_dir), stop:
+
+        def report(done: int, total: int) -> None:
+            terminal.update("comparing base and trained", done, total)
+            if stop.requested:
+                raise Stopped
+
+        try:
+            comparison = compare_after_training(run_dir, last_step, report, terminal.say)
+        except Stopped:
+            command = f"safelight compare {shlex.quote(str(run_dir))}"
+            terminal.say(f"stopped comparing; the run is trained and saved, and this draws the rest: {command}")
+            return True
+        if comparison is not None:
+            rows, models = counted(len(comparison.rows), "prompt"), counted(len(comparison.models), "model")
+            terminal.say(f"compared {models} on {rows} in {time.monotonic() - began:.0f} s")
+    return False

@@ -1,0 +1,1 @@
+../../safelight/cache_command.py

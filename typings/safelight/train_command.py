@@ -1,0 +1,1 @@
+../../safelight/train_command.py

@@ -22,6 +22,7 @@ from safelight.trainer.config.toml import load_config
 from safelight.trainer.inference import after_training
 from safelight.trainer.report.comparison import Comparison
 from tests.called import Called, call
+from tests.small_base import small_base
 
 NUM_STEPS = 5
 SMALL = (
@@ -456,6 +457,7 @@ def start(*argv: object) -> subprocess.Popen:
 def test_ctrl_c_saves_resume_completes_and_libraries_print_nothing(journey):
     run = journey.root / "interrupted"
     options = ["--run.dir", run, "--data.path", journey.root / "dataset", "--model.precision", "bf16"]
+    options += ["--model.base", small_base()]
     process = start("train", journey.root / "run.toml", *SMALL, *options, *QUICK, "--train.max-steps", 40)
     lines = []
     for line in process.stderr:

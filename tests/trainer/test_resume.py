@@ -18,12 +18,14 @@ from safelight.trainer import divergence, train
 from safelight.trainer.checkpoint import files as checkpoint
 from safelight.trainer.checkpoint.files import list_checkpoints
 from safelight.trainer.config.toml import parse_config
+from tests.small_base import small_base
 from tests.trainer.equal_runs import assert_equal_runs, metrics
 
 
 def settings_of(folder: Path, dataset: Path, **more) -> dict:
     return {
         "run": {"dir": str(folder), "seed": 9, "device": "cpu"},
+        "model": {"base": small_base(), **more.pop("model", {})},
         "data": {"path": str(dataset), "resolution": 64, "variants": 2, "caption_dropout": 0.2, **more.pop("data", {})},
         "train": {"batch_size": 4, "accumulate": 2, **more.pop("train", {})},
         "optimizer": {"lr": 1e-4, "schedule": "cosine", "warmup_steps": 2, **more.pop("optimizer", {})},

@@ -16,6 +16,7 @@ from safelight.trainer.models.weights import load_unet
 from safelight.trainer.optim.ema import NUM_UPDATES, PREFIX, WeightAverages, take_averages
 from safelight.trainer.optim.optimizer import make_optimizer
 from safelight.trainer.registry.optimizers import OPTIMIZERS
+from tests.small_base import small_base
 
 DECAY = 0.6
 
@@ -23,7 +24,7 @@ DECAY = 0.6
 def settings_of(folder, dataset, **train) -> dict:
     return {
         "run": {"dir": str(folder), "device": "cpu"},
-        "model": {"precision": "bf16"},
+        "model": {"base": small_base(), "precision": "bf16"},
         "data": {"path": str(dataset), "resolution": 64},
         "train": {"batch_size": 7, "epochs": 2, **train},
         "optimizer": {"name": "adamw", "lr": 1e-3},
@@ -56,7 +57,7 @@ def test_the_averages_are_those_of_the_fp32_weights_of_every_step(runs):
     found = states(runs[1])
     assert [int(state[NUM_UPDATES]) for state in found] == list(range(1, len(found) + 1))
     name = "mid_block.resnets.0.conv1.weight"
-    average = load_unet(resolve_base("tiny"), 0).state_dict()[name].double()
+    average = load_unet(resolve_base(small_base()), 0).state_dict()[name].double()
     for n, state in enumerate(found, 1):
         decay = min(DECAY, (1 + n) / (10 + n))
         average = decay * average + (1 - decay) * state[f"master/{name}"].double()

@@ -22,6 +22,7 @@ from safelight.trainer.models.noise_schedule import make_schedule
 from safelight.trainer.optim.optimizer import make_optimizer
 from safelight.trainer.step.cuda_graphs import CudaRecorder, Shape, StepGraphs, shapes_of
 from safelight.trainer.step.step import MicroResult, StepContext, StepSettings, micro_step, train_step, upload
+from tests.small_base import small_base
 from tests.trainer.run_log.recorded import CpuRecorder, OperatorTape
 
 # the optimizer's reference reads the skip flags back; its kernel does not
@@ -374,7 +375,7 @@ def test_the_whole_step_is_the_same_whatever_its_numbers(accumulate):
     """
     train = {"kernels": "on", "ema_decay": 0.9, "accumulate": accumulate, "checkpointing": "full"}
     config = parse_config({"train": train, "optimizer": {"fused_backward": True}}, "here")
-    run = MetaRun(config, resolve_base("tiny"), torch.device("cuda"), torch.float16)
+    run = MetaRun(config, resolve_base(small_base()), torch.device("cuda"), torch.float16)
     dim = run.unet.config.cross_attention_dim
     kept = [*run.unet.parameters(), *run.optimizer.live_state().values(), *run.optimizer.buffers.tensors.values()]
     kept += [*run.ema.averages.values(), run.ema.num_updates]

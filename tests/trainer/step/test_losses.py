@@ -15,6 +15,7 @@ from safelight.trainer.models.noise_schedule import make_schedule
 from safelight.trainer.registry.losses import KINDS, WEIGHTINGS
 from safelight.trainer.step.step import accumulate, add_noise, upload
 from safelight.trainer.train import train
+from tests.small_base import small_base
 from tests.trainer.equal_runs import metrics
 from tests.trainer.step.test_step import CPU, SCALE, SCHEDULER, SEED, make_batch
 
@@ -105,6 +106,7 @@ def test_a_config_from_before_there_was_a_choice_trains_as_it_did(small_unet):
 def settings_of(folder, dataset, loss: dict, **train_settings) -> dict:
     return {
         "run": {"dir": str(folder), "seed": 9, "device": "cpu"},
+        "model": {"base": small_base()},
         "data": {"path": str(dataset), "resolution": 64},
         "train": {"batch_size": 4, **train_settings},
         "optimizer": {"name": "adamw", "lr": 1e-4},

@@ -11,11 +11,13 @@ from safetensors.torch import load_file
 from safelight.trainer.checkpoint.files import folder_of, list_checkpoints
 from safelight.trainer.config.toml import parse_config
 from safelight.trainer.train import train
+from tests.small_base import small_base
 
 
 def settings_of(folder: Path, dataset: Path, kernels: str, **train) -> dict:
     return {
         "run": {"dir": str(folder), "seed": 4, "device": "cpu"},
+        "model": {"base": small_base()},
         "data": {"path": str(dataset), "resolution": 64},
         "train": {"batch_size": 4, "max_steps": 4, "kernels": kernels, **train},
         # without a large eps Adam's first steps are signs, of gradients that are nothing but rounding too
@@ -72,7 +74,7 @@ def test_checkpointing_on_kernels_trains_the_same_bits(tiny_dataset, tmp_path):
     found = {}
     for how in ("none", "selective", "full"):
         settings = settings_of(tmp_path / how, tiny_dataset, "on", checkpointing=how)
-        settings["model"] = {"precision": "bf16"}
+        settings["model"]["precision"] = "bf16"
         settings["train"]["max_steps"] = 2
         train(parse_config(settings, "test"))
         found[how] = weights(tmp_path / how, 2)

@@ -21,6 +21,7 @@ from safelight.trainer.memory_plan.resolve_auto import why_no_cuda_graphs
 from safelight.trainer.step import cuda_graphs
 from safelight.trainer.step.cuda_graphs import GraphCapture
 from safelight.trainer.train import train
+from tests.small_base import small_base
 from tests.trainer.run_log.recorded import RunsAgain
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -66,6 +67,7 @@ def config_of(folder: Path, tiny_dataset: Path, **train_settings):
     return parse_config(
         {
             "run": {"dir": str(folder), "device": "cpu"},
+            "model": {"base": small_base()},
             "data": {"path": str(tiny_dataset), "resolution": 64, "caption_dropout": 0.3},
             "train": {"batch_size": 4, "accumulate": 2, "ema_decay": 0.9, **train_settings},
             "optimizer": {"lr": 1e-4},

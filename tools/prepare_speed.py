@@ -30,6 +30,12 @@ from safelight.data.atomic import remove
 from safelight.data.images import decode_file, encode
 
 MAX_MEGAPIXELS, QUALITY = 1.5, 95
+# a process begins with the peak of the one that starts it, which has torch: this one is small
+_LAUNCHER = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
 
 
 def enlarge(source: Path, target: Path, megapixels: float) -> None:
@@ -57,14 +63,14 @@ def timed(command: Sequence[str], checkout: Path) -> tuple[float, float, float]:
     began = time.perf_counter()
     # a checkout below a folder that is not one of its own is not found by its name
     environment = os.environ | {"PYTHONPATH": str(checkout)}
-    process = subprocess.Popen(
-        [sys.executable, *command], cwd=checkout, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+    launcher = [sys.executable, "-c", _LAUNCHER, sys.executable, *command]
+    with subprocess.Popen(launcher, cwd=checkout, env=environment, stdout=subprocess.PIPE) as process:
+        peak_kib = process.stdout.read()
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0:
         raise RuntimeError(f"{command} in {checkout} ended with {process.returncode}")
-    return time.perf_counter() - began, used.ru_utime + used.ru_stime, used.ru_maxrss / 2**20
+    return time.perf_counter() - began, used.ru_utime + used.ru_stime, int(peak_kib) / 2**20
 
 
 def measure(photos: Path, num: int, megapixels: float, repeats: int, before: Path | None) -> dict:

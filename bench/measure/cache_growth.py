@@ -147,7 +147,7 @@ def _growth_figures(folder: Path, num: int, batch_size: int, repeats: int) -> di
             opened_cpu.append(time.process_time() - began_cpu)
     samples, batches = _random_batches(num, batch_size)
     with Cache(folder) as cache:
-        rows = RowSource(cache, samples, "text-empty", TextConditioning)
+        rows = RowSource(cache, samples, "text-empty", lambda text_BTD, _: TextConditioning(text_BTD))
         wall, cpu, calls = [], [], []
         # the first pass verifies checksums
         for is_timed in (False, True):

@@ -44,7 +44,8 @@ def row_bytes(base: str, side: int) -> int:
 
 def _cache_epochs(folder: Path, num: int, base: str, side: int, batch_size: int, stack: ExitStack) -> dict[str, Epoch]:
     samples = fill_random_cache(folder, num, base, side)
-    rows = RowSource(stack.enter_context(Cache(folder)), samples, "text-empty", TextConditioning)
+    cache = stack.enter_context(Cache(folder))
+    rows = RowSource(cache, samples, "text-empty", lambda text_BTD, _: TextConditioning(text_BTD))
     plan = plan_epoch(samples, seed=SEED, epoch=0, batch_size=batch_size, caption_dropout=0.0)
     return {
         "cache": lambda: (load_batch(rows, part) for part in plan),

@@ -140,7 +140,8 @@ def cached_batches(work: Workload, num: int) -> Iterator[Iterator[Batch]]:
         samples = fill_random_cache(Path(folder), num, work.base, work.latent_size)
 
         def endless(cache: Cache) -> Iterator[Batch]:
-            epoch, rows = 0, RowSource(cache, samples, "text-empty", stand_in(work.base, work.latent_size))
+            condition = stand_in(work.base, work.latent_size)
+            epoch, rows = 0, RowSource(cache, samples, "text-empty", lambda text_BTD, _: condition(text_BTD))
             while True:
                 plan = plan_epoch(samples, seed=SEED, epoch=epoch, batch_size=work.batch_size, caption_dropout=0.05)
                 # skip the last, smaller batch: all timed steps have the same shapes

@@ -14,7 +14,13 @@ from pathlib import Path
 from safelight.errors import UserError
 from safelight.trainer.config.schema import Model
 from safelight.trainer.families.family import Family
-from safelight.trainer.families.registry import family_of, is_supported_pipeline, supported_titles, text_widths
+from safelight.trainer.families.registry import (
+    family_of,
+    is_supported_pipeline,
+    supported_titles,
+    text_widths,
+    why_unsupported,
+)
 from safelight.trainer.models.architectures import KNOWN_SHAPES, RANDOM_MODELS
 from safelight.trainer.models.build import build
 from safelight.trainer.models.hub import fetch
@@ -113,7 +119,7 @@ def base_of(model: Model) -> Base:
 
 
 def resolve_model(model: Model, with_weights: bool = False) -> Base:
-    """Return the base of a run's [model] table, including families that can be planned but not trained.
+    """Return the base of a run's [model] table.
 
     with_weights: download them if the base is on the hub; a plan needs only the configs.
     """
@@ -209,6 +215,8 @@ def _diffusers_folder(spec: str, setting: str, fix: str, parts: Sequence[str]) -
     if not is_supported_pipeline(index):
         pipeline = index.get("_class_name", "diffusers model")
         raise UserError(f"{setting} {spec!r} is a {pipeline}; only {supported_titles()} are supported")
+    if why := why_unsupported(_read_config("unet", folder, config_name("unet"), f"{setting} {spec!r}")):
+        raise UserError(f"{setting} {spec!r} is {why}")
     if is_local or not parts:
         return folder
     others = [name for name in index if name.startswith("text_encoder_")] if "text_encoder" in parts else []

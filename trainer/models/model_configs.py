@@ -84,7 +84,8 @@ class UNet(_Values):
     time_embedding_dim: Channels | None = None
     time_embedding_act_fn: None = None
     timestep_post_act: None = None
-    time_cond_proj_dim: None = None
+    # of latent consistency models, which are refused by their name
+    time_cond_proj_dim: Channels | None = None
     conv_in_kernel: Literal[1, 3, 5, 7] = 3
     conv_out_kernel: Literal[1, 3, 5, 7] = 3
     projection_class_embeddings_input_dim: Width | None = None

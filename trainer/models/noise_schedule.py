@@ -60,6 +60,9 @@ def make_schedule(scheduler_config: dict, prediction: str = "auto", zero_termina
     Raises UserError if the config has betas or a prediction type that are not supported, in words that follow the
     config's name.
     """
+    kind = scheduler_config.get("_class_name", "")
+    if kind.startswith(("EDM", "FlowMatch")):
+        raise UserError(f"its {kind} has a noise schedule of another kind, which is not supported; use another base")
     if scheduler_config.get("trained_betas") is not None:
         raise UserError("it has trained_betas, which are not supported, only a beta_schedule is; use another base")
     # the defaults are diffusers'

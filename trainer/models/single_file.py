@@ -26,7 +26,7 @@ from safelight.trainer.families.original_layout import (
     unet_layout,
     vae_layout,
 )
-from safelight.trainer.families.registry import FAMILIES, family_of_text_width, supported_titles
+from safelight.trainer.families.registry import FAMILIES, REFINER, REFINER_WIDTH, family_of_text_width, supported_titles
 from safelight.trainer.models.build import build, shapes_of, text_encoder_with
 from safelight.trainer.models.noise_schedule import NoiseSchedule
 from safelight.trainer.models.tensor_files import FLOATS, TensorFile, read_state
@@ -40,6 +40,7 @@ _GIVE_FULL_MODEL = "give the full model that it was made for"
 _LORA = f"a LoRA, which only contains changes to a model; {_GIVE_FULL_MODEL}"
 _CONTROLNET = f"a ControlNet; {_GIVE_FULL_MODEL}"
 _UNSUPPORTED = f"only {supported_titles()} are supported"
+_EDM = f"a model with a noise schedule of another kind (EDM); {_UNSUPPORTED}"
 _VAE = "only an autoencoder; set model.vae to it, and model.base to a full model"
 _TEXT_ENCODER = "only the text encoder of a model; give the full model"
 # models of other kinds, by a part of any tensor's name; the first match counts
@@ -48,14 +49,18 @@ OTHER_MODELS = {
     "lora_te": _LORA,
     ".lora_down.": _LORA,
     ".lora_A.": _LORA,
-    "emb_params": f"a textual inversion embedding; {_GIVE_FULL_MODEL}",
     "control_model.": _CONTROLNET,
     "controlnet_cond_embedding.": _CONTROLNET,
     "joint_blocks.": f"Stable Diffusion 3; {_UNSUPPORTED}",
     "double_blocks.": f"Flux; {_UNSUPPORTED}",
     "single_transformer_blocks.": f"Flux; {_UNSUPPORTED}",
     "motion_modules.": f"an AnimateDiff motion module; {_GIVE_FULL_MODEL}",
+    # Playground 2.5 and CosXL
+    "edm_mean": _EDM,
+    "edm_vpred.": _EDM,
 }
+# the tensors of a textual inversion embedding, of SD 1.x and 2.x or of SDXL's two text encoders
+EMBEDDINGS = {"emb_params", "clip_l", "clip_g"}
 # single parts of a model, by how a tensor's name begins
 PARTS_ONLY = {
     "input_blocks.": f"only the UNet of a model, without the prefix {UNET_PREFIX[:-1]}; give the full model",
@@ -67,6 +72,7 @@ PARTS_ONLY = {
     "encoder.down": _VAE,
     "decoder.": _VAE,
     "cond_stage_model.": _TEXT_ENCODER,
+    "conditioner.embedders.": _TEXT_ENCODER,
     "text_model.": _TEXT_ENCODER,
 }
 
@@ -154,6 +160,8 @@ class SingleFile:
         for word, description in OTHER_MODELS.items():
             if any(word in name for name in self.shapes):
                 raise UserError(f"{self} is {description}")
+        if self.shapes and self.shapes.keys() <= EMBEDDINGS:
+            raise UserError(f"{self} is a textual inversion embedding; {_GIVE_FULL_MODEL}")
         if not self.has(UNET_PREFIX):
             for prefix, description in PARTS_ONLY.items():
                 if self.has(prefix):
@@ -167,6 +175,8 @@ class SingleFile:
             raise UserError(
                 f"{self} is not a Stable Diffusion model: it has no cross-attention to text; {_UNSUPPORTED}"
             )
+        if self.text_width == REFINER_WIDTH:
+            raise UserError(f"{self} is {REFINER}")
         first = f"{UNET_PREFIX}input_blocks.0.0.weight"
         channels = self._sizes(first, 4, "convolution")[1] if first in self.shapes else 4
         if channels != 4:

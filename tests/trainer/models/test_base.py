@@ -1,6 +1,7 @@
 """Where a base may come from, and which ones are refused."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -54,6 +55,7 @@ def test_a_folder_without_a_model_index_is_refused(tmp_path):
     "index",
     [
         {"_class_name": "StableDiffusionXLInpaintPipeline"},
+        {"_class_name": "KandinskyV22Pipeline", "unet": ["diffusers", "UNet2DConditionModel"]},
         {"_class_name": "StableDiffusionInstructPix2PixPipeline"},
         {"_class_name": "Other", "text_encoder_3": ["transformers", "T5EncoderModel"]},
         {"_class_name": "StableDiffusion3Pipeline", "transformer": ["diffusers", "SD3Transformer2DModel"]},
@@ -111,6 +113,36 @@ def test_a_download_shows_its_progress_although_libraries_are_silenced():
 
 
 # the hub
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"cross_attention_dim": 1280}, "is the refiner of Stable Diffusion XL, which only finishes pictures"),
+        (
+            {"in_channels": 9},
+            "is an inpainting or editing model, whose UNet has 9 input channels",
+        ),
+        (
+            {"in_channels": 8},
+            "is an inpainting or editing model, whose UNet has 8 input channels",
+        ),
+        ({"time_cond_proj_dim": 256}, "is a latent consistency model, distilled for a few sampling steps"),
+    ],
+)
+def test_unets_of_other_kinds_are_refused_with_what_they_are(base_folder, changes, line):
+    path = base_folder / "unet" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(UserError, match=f"{re.escape(str(base_folder))}' {line}"):
+        resolve_base(str(base_folder))
+
+
+@pytest.mark.parametrize("kind", ["EDMDPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler"])
+def test_other_noise_schedules_are_refused(base_folder, kind):
+    path = base_folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "_class_name": kind}))
+    with pytest.raises(UserError, match=f"its {kind} has a noise schedule of another kind, which is not supported"):
+        resolve_base(str(base_folder)).noise_schedule()
 
 
 def test_an_unsupported_hub_model_is_refused_before_its_weights_are_downloaded(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from safelight.__main__ import main
 from safelight.trainer.config.toml import parse_config, to_toml
 from safelight.trainer.families.original_layout import (
     CLIP_PREFIX,
+    SDXL_CLIP_PREFIX,
     UNET_PREFIX,
     VAE_PREFIX,
     clip_layout,
@@ -209,6 +210,20 @@ REFUSED = {
         "is a LoRA, which only contains changes to a model; give the full model",
     ),
     "embedding": (shaped(emb_params=(2, 768)), "is a textual inversion embedding"),
+    "SDXL's embedding": (shaped(clip_l=(2, 768), clip_g=(2, 1280)), "is a textual inversion embedding"),
+    "SDXL's refiner": (
+        shaped(**{CROSS: (8, 1280), IN: (8, 4, 3, 3)}),
+        "is the refiner of Stable Diffusion XL, which only finishes pictures that the base began; give the base",
+    ),
+    "SDXL's inpainting": (shaped(**{CROSS: (8, 2048), IN: (8, 9, 3, 3)}), "is an inpainting or editing model, whose"),
+    "SDXL's text encoders": (
+        shaped(**{f"{SDXL_CLIP_PREFIX}final_layer_norm.bias": (8,)}),
+        "is only the text encoder of a model; give the full model",
+    ),
+    "Playground 2.5": (
+        shaped(**{CROSS: (8, 2048), IN: (8, 4, 3, 3), "edm_mean": (4,)}),
+        f"is a model with a noise schedule of another kind (EDM); {SUPPORTED}",
+    ),
     "ControlNet": (shaped(**{"control_model.zero_convs.0.0.weight": (1, 1)}), "is a ControlNet"),
     "SDXL's UNet": (
         shaped(**{CROSS: (8, 2048), IN: (8, 4, 3, 3)}),

@@ -20,6 +20,7 @@ from safelight.trainer.checkpoint.files import list_checkpoints
 from safelight.trainer.config.toml import parse_config
 from tests.small_base import small_base
 from tests.trainer.equal_runs import assert_equal_runs, metrics
+from tests.trainer.families.small_sdxl import write_small_sdxl
 
 
 def settings_of(folder: Path, dataset: Path, **more) -> dict:
@@ -83,6 +84,25 @@ def test_bf16_with_its_master_and_its_moving_average_resumes_bit_for_bit(run, ti
     assert run(alone) == 0
     killed = settings_of(tmp_path / "killed", tiny_dataset, **copy.deepcopy(more))
     assert run(killed, point="step", count=8) == -signal.SIGKILL
+    assert run(killed, resume=True) == 0
+    assert_equal_to_the_last_file(tmp_path / "alone", tmp_path / "killed")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_sdxl_with_its_moving_average_resumes_bit_for_bit(run, tiny_dataset, tmp_path, precision):
+    """Two text encoders, sizes of jittered and mirrored crops, captions dropped for zeros."""
+    base = write_small_sdxl(tmp_path / "base")
+    more = {
+        "model": {"base": str(base), "precision": precision},
+        "train": {"ema_decay": 0.9},
+        "data": {"crop_jitter": 0.2, "flip_p": 0.5},
+    }
+    alone = settings_of(tmp_path / "alone", tiny_dataset, **copy.deepcopy(more))
+    assert run(alone) == 0
+    killed = settings_of(tmp_path / "killed", tiny_dataset, **copy.deepcopy(more))
+    assert run(killed, point="step", count=5) == -signal.SIGKILL
+    assert run(killed, resume=True, point="checkpoint file", count=2) == -signal.SIGKILL
     assert run(killed, resume=True) == 0
     assert_equal_to_the_last_file(tmp_path / "alone", tmp_path / "killed")
 

@@ -1,9 +1,12 @@
 """SDXL's texts and sizes against diffusers' own pipeline, on small random models."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
+from safetensors.torch import load_file
 
 from safelight.data.buckets import Bucket
 from safelight.data.photo import Photo
@@ -133,6 +136,26 @@ def test_exports_draw_the_same_picture_in_diffusers_and_are_bases_again(folder, 
         assert [fingerprint(m) for _, m in load_texts(again, "", 0)] == [
             fingerprint(m) for _, m in load_texts(resolve_base(str(folder)), "", 0)
         ]
+
+
+def test_a_v_prediction_base_with_zero_terminal_snr_stays_one(tmp_path):
+    scheduler = {
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+        "timestep_spacing": "trailing",
+    }
+    run = make_run(tmp_path / "run", model={"base": str(write_small_sdxl(tmp_path / "base", **scheduler))})
+    out, file = tmp_path / "out", tmp_path / "out.safetensors"
+    export(run, out)
+    export(run, file)
+    saved = json.loads((out / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler.items() <= saved.items()
+    assert {"v_pred", "ztsnr"} <= load_file(file).keys()
+    # the configs beside the file say epsilon: the file's own markers count
+    for again in (resolve_base(str(out)), resolve_base(str(file), str(write_small_sdxl(tmp_path / "epsilon")))):
+        schedule = again.noise_schedule()
+        assert (schedule.prediction_type, schedule.zero_terminal_snr) == ("v_prediction", True)
+        assert schedule.alphas_cumprod_T[-1] == 0
 
 
 def draw(pipeline) -> np.ndarray:

@@ -17,6 +17,7 @@ from safelight.trainer.models import architectures
 from safelight.trainer.models.architectures import known_shapes
 from safelight.trainer.models.base import base_of, resolve_base, resolve_model, tiny_folder
 from safelight.trainer.models.weights import check_unet, fingerprint, load_unet
+from tests.trainer.families.small_sdxl import write_small_sdxl
 from tests.trainer.models.tiny_base import WEIGHTS, load
 
 # folders and names
@@ -237,6 +238,18 @@ def test_a_plan_of_a_well_known_hub_id_is_made_offline(tmp_path, monkeypatch, ca
 def test_a_name_of_shapes_is_no_model_to_train(tmp_path):
     with pytest.raises(UserError, match=r"model.base 'sd15' is only for `safelight plan`"):
         base_of(Model(base="sd15"))
+
+
+def test_both_text_encoders_of_sdxl_are_downloaded(monkeypatch, tmp_path):
+    folder, asked = write_small_sdxl(tmp_path / "base"), []
+
+    def fetch(spec, setting, fix, parts):
+        asked.append(list(parts))
+        return folder
+
+    monkeypatch.setattr("safelight.trainer.models.base.fetch", fetch)
+    assert base_of(Model(base="owner/xl")).family.name == "sdxl"
+    assert asked == [[], ["unet", "vae", "text_encoder", "text_encoder_2"]]
 
 
 def test_a_plan_downloads_configs_alone(monkeypatch, tmp_path):

@@ -99,6 +99,14 @@ def make_config(tmp_path, tiny_dataset):
     return make
 
 
+@pytest.fixture
+def small_config(make_config):
+    """make_config on the small base, whose steps cost a third: where it does not matter what the model has learned."""
+    from tests.small_base import small_base
+
+    return lambda **changes: make_config(**_merge({"model": {"base": small_base()}}, changes))
+
+
 # the files that take longest, which would otherwise keep one process busy after the others have ended
 _FIRST = ("tests/trainer/tiny/test_demo.py", "tests/trainer/test_resume.py", "tests/trainer/test_cli.py")
 

@@ -22,6 +22,7 @@ import safelight.trainer.config.presets as presets
 from safelight import __version__, bug_report, library_log
 from safelight.errors import UserError
 from tests.called import call
+from tests.small_base import small_base
 
 TWO_LINES = (
     r"safelight (?P<command>\w+): this is a bug in Safelight, not a mistake of yours: (?P<what>.+)\n"
@@ -238,6 +239,8 @@ TOML = """
 [run]
 dir = "{place}/run"
 device = "cpu"
+[model]
+base = "{base}"
 [data]
 path = "{dataset}"
 resolution = 64
@@ -259,7 +262,7 @@ every_steps = 1
 @pytest.fixture
 def train(tmp_path, tiny_dataset):
     """A function that trains a small run and returns what a person sees."""
-    (tmp_path / "run.toml").write_text(TOML.format(place=tmp_path, dataset=tiny_dataset))
+    (tmp_path / "run.toml").write_text(TOML.format(place=tmp_path, dataset=tiny_dataset, base=small_base()))
     return lambda **options: call("train", tmp_path / "run.toml", "--resume", **options)
 
 

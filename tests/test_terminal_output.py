@@ -11,10 +11,10 @@ import pytest
 from rich.console import Console
 
 from safelight.output.show import json_text, print_table
-from safelight.trainer.models.base import tiny_folder
 from safelight.trainer.models.hub import delayed_bar
 from safelight.trainer.run_log.terminal import Terminal
 from tests.called import call
+from tests.small_base import small_base
 
 # retitles the window, then turns text red; an 8-bit form of the same; rich's markup; a character that moves the cursor;
 # words that would look like ours on a line of their own
@@ -42,7 +42,7 @@ def output(tmp_path_factory) -> dict[str, str]:
     Image.new("RGB", (64, 64)).save(photos / f"IMG_1{EVIL}.png")
     (photos / f"broken{EVIL}.png").write_bytes(b"no picture")
     (photos / "captions.jsonl").write_text(json.dumps({"file_name": f"gone{EVIL}.png", "text": EVIL}))
-    shutil.copytree(tiny_folder(), place / f"base{EVIL_PATH}")
+    shutil.copytree(small_base(), place / f"base{EVIL_PATH}")
     settings = {
         "run": {"dir": str(run), "device": "cpu"},
         "model": {"base": str(place / f"base{EVIL_PATH}")},

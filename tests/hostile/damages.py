@@ -334,7 +334,7 @@ DAMAGES = [
         "checkpoint of another model",
         lambda place: None,
         RESUME + " --model.base random:small",
-        "model.base is 'random:small', but 'tiny' in the checkpoint",
+        "/small' in the checkpoint",
     ),
     Damage(
         "checkpoint of another seed",

@@ -11,12 +11,15 @@ import pytest
 from safelight.trainer.config.toml import load_config
 from safelight.trainer.models.base import tiny_folder
 from safelight.trainer.train import train
+from tests.small_base import small_base
 
 TOML = """
 [run]
 dir = "{place}/run"
 seed = 6
 device = "cpu"
+[model]
+base = "{base}"
 [data]
 path = "{place}/dataset"
 resolution = 64
@@ -50,7 +53,7 @@ def made(tmp_path_factory, tiny_dataset) -> Path:
         shutil.copy(path, root / "photos")
         shutil.copy(path.with_suffix(".txt"), root / "photos")
     ingest([root / "photos"], root / "dataset")
-    (root / "run.toml").write_text(TOML.format(place=root))
+    (root / "run.toml").write_text(TOML.format(place=root, base=small_base()))
     train(load_config(root / "run.toml"))
     return root
 

@@ -1,4 +1,4 @@
-"""What a photograph's own settings and its tags change in training, on the tiny base."""
+"""What a photograph's own settings and its tags change in training."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ def dataset(tmp_path) -> Path:
 
 
 @pytest.fixture
-def configured(make_config, dataset, tmp_path):
+def configured(small_config, dataset, tmp_path):
     def configured(name: str = "run", **data):
-        return make_config(
+        return small_config(
             run={"dir": str(tmp_path / name)},
             data={
                 "path": str(dataset),
@@ -194,7 +194,7 @@ def test_cache_counts_the_distinct_captions(configured, tmp_path):
     assert lines[-2].startswith(f"{printed['num_captions']} distinct captions of 7 photographs; 2 have tags, in up to ")
 
 
-def test_sizes_merged_buckets_and_small_photographs_take_effect(make_config, tmp_path, plans):
+def test_sizes_merged_buckets_and_small_photographs_take_effect(small_config, tmp_path, plans):
     """Two resolutions: 5 photographs fill both, 5 only the smaller, 6 none; 4 alone is of another shape."""
     source, sizes = tmp_path / "sized", {4: (76, 64), 5: (50, 50), 6: (30, 30)}
     source.mkdir()
@@ -205,7 +205,7 @@ def test_sizes_merged_buckets_and_small_photographs_take_effect(make_config, tmp
     data = {"path": str(tmp_path / "sized-dataset"), "resolution": [48, 64], "validation_fraction": 0.0}
 
     def bucket_sizes(name: str, **more) -> dict[int, list[tuple[int, int]]]:
-        config = make_config(
+        config = small_config(
             run={"dir": str(tmp_path / name)},
             data={**data, **more},
             train={"batch_size": 4, "max_steps": 2},

@@ -12,9 +12,9 @@ from safelight.trainer.config.toml import to_toml
 
 
 @pytest.fixture
-def job(make_config, tmp_path):
+def job(small_config, tmp_path):
     """A function that returns a `train` job with slow steps; signals are sent once its first checkpoint exists."""
-    config = make_config(
+    config = small_config(
         train={"batch_size": 2, "max_steps": 6},
         stage=[{"epochs": 2}],
         log={"every_steps": 1},

@@ -100,9 +100,9 @@ def drive(stream: TextIO, clock: list[float], steps: range, total: int, seconds:
         terminal.pause()
 
 
-def test_train_into_a_file_and_resumed_in_a_terminal(make_config, capsys):
+def test_train_into_a_file_and_resumed_in_a_terminal(small_config, capsys):
     """The command itself in 80 columns, stdout in a pipe: one line that starts where the run had stopped."""
-    config = make_config(train={"max_steps": 4, "batch_size": 1}, data={"variants": 1}, **QUICK)
+    config = small_config(train={"max_steps": 4, "batch_size": 1}, data={"variants": 1}, **QUICK)
     train(config)
     printed = capsys.readouterr().err
     assert "\x1b" not in printed

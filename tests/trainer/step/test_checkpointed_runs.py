@@ -21,7 +21,7 @@ from safelight.trainer.train import train
 
 
 @pytest.fixture
-def quick(make_config):
+def quick(small_config):
     """A function that returns the config of a run of one short epoch, with tables changed."""
 
     def make(**changes):
@@ -35,7 +35,7 @@ def quick(make_config):
         }
         for table, change in changes.items():
             values[table] = {**values.get(table, {}), **change} if isinstance(change, dict) else change
-        return make_config(**values)
+        return small_config(**values)
 
     return make
 

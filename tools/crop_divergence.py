@@ -73,7 +73,7 @@ class Definition:
     is_reversed: bool = False
 
 
-DEFINITIONS = [Definition(kinds, is_reversed) for kinds in ("each", "as one") for is_reversed in (False, True)]
+DEFINITIONS = (Definition(), Definition("as one"), Definition("as one", is_reversed=True))
 
 
 def pictures_of(paths: Sequence[Path], change: str, same_boxes: bool) -> list[Picture]:

@@ -32,6 +32,21 @@ def test_the_table_of_changed_photographs_is_of_the_result_lines():
         assert [cell.strip() for cell in row.split("|")] == expected
 
 
+def test_the_table_of_other_definitions_is_of_the_result_lines():
+    lines = [json.loads(line) for line in (RESULTS / "crop_definitions.jsonl").read_text().splitlines()]
+    measured: dict[str, list[str]] = {}
+    for line in sorted(lines, key=lambda line: (line["config"]["kinds"] != "each", "(changed" in str(line["config"]))):
+        change, figures = line["config"]["change"], line["figures"]
+        change = change.replace("none", "unchanged").replace("contrast and colour", "strengthened")
+        # adding 0 makes -0.0 0.0
+        cell = f"{round(figures['kl'], 2) + 0:.2f} (z {figures['z']:.1f})"
+        measured.setdefault(change.replace("blur,", "softened,"), []).append(cell)
+    rows = {name: cells for name, *cells in _rows(section("Crop divergence"))}
+    for change, expected in measured.items():
+        assert len(expected) == 3
+        assert rows[change][:3] == expected
+
+
 def test_the_tables_of_whole_sets_are_of_the_result_line():
     figures = json.loads((RESULTS / "metrics.jsonl").read_text().splitlines()[-1])["figures"]
     rows = {name: cells for name, *cells in _rows(PAGE.read_text())}

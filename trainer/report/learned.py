@@ -27,7 +27,7 @@ MAX_CHECKPOINTS = 6
 # rows across the page, and those in two columns below; the rest is folded
 NUM_WIDE, NUM_OPEN = 2, 8
 EDGES_PX = (640, 512, 384, 320, 256, 192, 128)
-BUDGET_BYTES = 11_000_000
+BUDGET_BYTES = 10_000_000
 MAX_PROMPT_CHARACTERS = 400
 PHOTO = "photo"
 # what stands in this report without being explained again

@@ -198,9 +198,9 @@ def test_metrics_stand_side_by_side_with_intervals(runs):
     assert text.startswith("Measured Measured alike in all runs: photographs 50, prompts 100, size 32 × 32 px,")
     rows = table_rows(part)
     assert ["one", "base model", "41.2", "", "37.0 to 45.4"] in rows
-    assert ["one", "epoch 26", "11.8", "", "7.6 to 16"] in rows
-    assert ["two", "epoch 26", "35.4", "", "22.8 to 48"] in rows
-    assert ["one", "epoch 26", "28", "", "27.4 to 28.6", "+0.9 (+0.5 to +1.3)"] in rows
+    assert ["one", "epoch 26", "11.8", "", "7.6 to 16.0"] in rows
+    assert ["two", "epoch 26", "35.4", "", "22.8 to 48.0"] in rows
+    assert ["one", "epoch 26", "28.0", "", "27.4 to 28.6", "+0.90 (+0.50 to +1.30)"] in rows
     assert "KID lower is better · by EfficientNet-Lite0" in text
     assert "By this metric one is best: its interval lies apart from two's." in text
     # LPIPS diversity has no better side, so no run is called best by it: of four metrics three

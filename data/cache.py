@@ -25,8 +25,8 @@ from torch import Tensor
 from safelight.data.buckets import Bucket
 from safelight.data.filling import Progress, fill, loads_nothing
 from safelight.data.images import MAX_FILE_BYTES, RejectedImage, crop_pixels, decode
-from safelight.data.photo import Photo
 from safelight.data.index import TOKEN_DTYPE, TOKENS
+from safelight.data.photo import Photo
 from safelight.data.samples import (
     Crop,
     Sample,

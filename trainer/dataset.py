@@ -27,8 +27,8 @@ from safelight.data.cache import (
     sample_captions,
     text_key,
 )
-from safelight.data.manifest import read_manifest, split_validation
 from safelight.data.index import TOKENS
+from safelight.data.manifest import read_manifest, split_validation
 from safelight.data.masks import encode_mask, fill_masks
 from safelight.data.samples import token_key, with_masks, with_texts, with_tokens
 from safelight.data.shards import Cache

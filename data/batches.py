@@ -45,8 +45,9 @@ class Batch(TensorRecord):
 class RowSource:
     """Where the rows of batches come from.
 
-    empty_key: key of the empty caption's row, see samples.empty_text_key. condition: turns float32 text rows, stacked
-    along a first dimension, and the samples' sizes, (B, 6) float32, into the conditioning of a batch. has_masks,
+    empty_key: key of the empty caption's row, see samples.empty_text_key. reads_tokens: whether captions are rows of
+    token ids, not of embeddings. condition: turns text rows, float32 or token ids, stacked along a first dimension, and
+    the samples' sizes, (B, 6) float32, into the conditioning of a batch. has_masks,
     has_scales: whether batches have masks and loss scales. All batches of a run do or none, so that its steps are the
     same operations. mask_weight: the weight of what a mask leaves out.
     """
@@ -58,6 +59,11 @@ class RowSource:
     has_masks: bool = False
     has_scales: bool = False
     mask_weight: float = 0.0
+    reads_tokens: bool = False
+
+    def text_keys(self, sample: Sample) -> tuple[str, ...]:
+        """Return the keys of a sample's captions, as batches read them."""
+        return sample.token_keys if self.reads_tokens else sample.text_keys
 
 
 class Transport(Protocol):
@@ -73,8 +79,10 @@ def load_batch(rows: RowSource, micro_batch: MicroBatch) -> Batch:
     chosen = [(rows.samples[ref.sample_index], ref) for ref in micro_batch.refs]
     latent_keys = [sample.latent_keys[ref.variant] for sample, ref in chosen]
     text_keys = [
-        rows.empty_key if ref.caption == EMPTY_CAPTION else sample.text_keys[ref.caption] for sample, ref in chosen
+        rows.empty_key if ref.caption == EMPTY_CAPTION else rows.text_keys(sample)[ref.caption]
+        for sample, ref in chosen
     ]
+    texts = rows.cache.read(text_keys).astype(np.int64 if rows.reads_tokens else np.float32)
     sizes_B6 = torch.tensor([sample.sizes(ref.variant) for sample, ref in chosen], dtype=torch.float32)
     latents = torch.from_numpy(rows.cache.read(latent_keys).astype(np.float32))
     mean, logvar = latents, None
@@ -83,7 +91,7 @@ def load_batch(rows: RowSource, micro_batch: MicroBatch) -> Batch:
     return Batch(
         mean,
         logvar,
-        rows.condition(torch.from_numpy(rows.cache.read(text_keys).astype(np.float32)), sizes_B6),
+        rows.condition(torch.from_numpy(texts), sizes_B6),
         tuple(ref.sample_id for ref in micro_batch.refs),
         tuple(ref.occurrence for ref in micro_batch.refs),
         micro_batch.bucket,

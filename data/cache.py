@@ -25,8 +25,18 @@ from torch import Tensor
 from safelight.data.buckets import Bucket
 from safelight.data.filling import Progress, fill, loads_nothing, num_threads
 from safelight.data.images import MAX_FILE_BYTES, RejectedImage, crop_pixels, decode
+from safelight.data.index import TOKEN_DTYPE, TOKENS
 from safelight.data.photo import Photo
-from safelight.data.samples import Crop, Sample, empty_text_key, latent_key, plan_samples, sample_captions, text_key
+from safelight.data.samples import (
+    Crop,
+    Sample,
+    empty_text_key,
+    latent_key,
+    plan_samples,
+    sample_captions,
+    text_key,
+    token_key,
+)
 from safelight.data.shards import Cache, CorruptRow
 from safelight.errors import UserError
 from safelight.untrusted import UnsafeFile, read_bytes
@@ -69,13 +79,22 @@ class LatentEncoder(Protocol):
 
 
 class TextEncoder(Protocol):
-    """A frozen text encoder. fingerprint: hash of its weights, tokenizer and clip skip. row_shape: of a text's row."""
+    """A frozen text encoder. fingerprint: hash of its weights, tokenizer and clip skip. row_shape: of a text's row.
+
+    tokenizer_fingerprint, token_shape: of what a text is as token ids.
+    """
 
     fingerprint: str
     row_shape: tuple[int, ...]
+    tokenizer_fingerprint: str
+    token_shape: tuple[int, ...]
 
     def encode(self, captions: list[str]) -> Tensor:
         """Return the embeddings, (B, *row_shape)."""
+        ...
+
+    def token_ids(self, captions: list[str]) -> Tensor:
+        """Return the token ids, (B, *token_shape), int64."""
         ...
 
 
@@ -298,3 +317,14 @@ def fill_texts(
         return embeddings.detach().to("cpu", torch.float32).numpy()
 
     return fill(cache, "text", [caption_of_key], batch_size, loads_nothing, encode, progress)
+
+
+def fill_tokens(cache: Cache, captions: Iterable[str], encoder: TextEncoder, batch_size: int) -> int:
+    """Store the token ids of the captions, and of the empty one, that the cache lacks; return how many were added."""
+    caption_of_key = {token_key(text, encoder.tokenizer_fingerprint): text for text in ["", *captions]}
+    cache.drop_damaged(list(caption_of_key), TOKENS, encoder.token_shape)
+
+    def encode(_: None, texts: list[str]) -> np.ndarray:
+        return encoder.token_ids(texts).numpy().astype(TOKEN_DTYPE)
+
+    return fill(cache, TOKENS, [caption_of_key], batch_size, loads_nothing, encode)

@@ -30,8 +30,12 @@ from safelight.untrusted import UnsafeFile, open_regular
 
 INDEX_NAME = "index.sqlite"
 FORMAT = 1
-KINDS = ("posterior", "latent", "text", "mask")
-DTYPES = ("float16", "float32")
+TOKENS = "tokens"
+KINDS = ("posterior", "latent", "text", "mask", TOKENS)
+# of rows of token ids, and of all others, as data.cache_dtype chooses
+TOKEN_DTYPE = "int32"
+FLOAT_DTYPES = ("float16", "float32")
+DTYPES = (*FLOAT_DTYPES, TOKEN_DTYPE)
 MAX_SHARD_BYTES = 256 * 2**20
 # 25 TB of rows
 MAX_SHARDS = 100_000
@@ -103,6 +107,11 @@ class Address:
     shard: Shard
     row: int
     crc32: int
+
+
+def row_dtype(kind: str, cache_dtype: str) -> str:
+    """Return the dtype in which a cache stores rows of a kind. cache_dtype: that of its rows of floats."""
+    return TOKEN_DTYPE if kind == TOKENS else cache_dtype
 
 
 def shape_text(shape: Sequence[int]) -> str:
@@ -297,6 +306,8 @@ class Index:
                 raise self.damaged(f"kind {kind!r:.40} is none of {', '.join(KINDS)}")
             if dtype not in DTYPES:
                 raise self.damaged(f"dtype {dtype!r:.40} is none of {', '.join(DTYPES)}")
+            if (kind == TOKENS) != (dtype == TOKEN_DTYPE):
+                raise self.damaged(f"rows of kind {kind} are never {dtype}")
             if not isinstance(shape, str) or not _SHAPE.fullmatch(shape):
                 raise self.damaged(f"{shape!r:.40} is not the shape of a row")
             shard = Shard(

@@ -1,7 +1,7 @@
 """Plan what is cached: each photo's crops and captions, with the keys of their cache rows.
 
 A key hashes everything the row depends on. For latents: the photo's bytes, crop, flip, bucket, VAE weights and dtype.
-For text embeddings: the caption, text encoder and dtype. An edited photo or another VAE therefore gives new keys, and
+For text embeddings: the caption, text encoder and dtype. For token ids: the caption and the tokenizers. An edited photo or another VAE therefore gives new keys, and
 filling the cache again encodes only the missing rows.
 """
 
@@ -44,6 +44,7 @@ class Sample:
     crops, latent_keys: one per variant, the canonical crop first. captions, text_keys: one per caption and order of its
     tags, the canonical order first; the captions are the encoded texts, tags, prefix and suffix included. Drawn orders
     may be equal. mask_keys: one per variant, none if the photo has no mask or masks have no effect.
+    token_keys: of the captions' token ids, one per caption if the run trains the text encoder, else none.
     """
 
     photo: Photo
@@ -53,6 +54,12 @@ class Sample:
     crops: tuple[Crop, ...]
     captions: tuple[str, ...]
     mask_keys: tuple[str, ...] = ()
+    token_keys: tuple[str, ...] = ()
+
+    @property
+    def caption_keys(self) -> tuple[str, ...]:
+        """What tells the captions apart: keys that training the text encoder does not change."""
+        return self.token_keys or self.text_keys
 
     @property
     def sample_id(self) -> int:
@@ -99,6 +106,11 @@ def text_key(caption: str, text_fingerprint: str, dtype: str) -> str:
 def empty_text_key(text_fingerprint: str, dtype: str) -> str:
     """Return the key of the empty caption's row, used by caption dropout."""
     return text_key("", text_fingerprint, dtype)
+
+
+def token_key(caption: str, tokenizer_fingerprint: str) -> str:
+    """Return the key of the row of a caption's token ids, 64 hex digits."""
+    return _key("tokens", caption, tokenizer_fingerprint)
 
 
 def _plan_crops(
@@ -186,6 +198,20 @@ def with_masks(samples: Iterable[Sample], factor: int, dtype: str) -> list[Sampl
         if s.photo.mask
         else s
         for s in samples
+    ]
+
+
+def with_tokens(samples: Iterable[Sample], tokenizer_fingerprint: str) -> list[Sample]:
+    """Return the samples with the keys of their captions' token ids."""
+    return [
+        replace(s, token_keys=tuple(token_key(text, tokenizer_fingerprint) for text in s.captions)) for s in samples
+    ]
+
+
+def with_texts(samples: Iterable[Sample], text_fingerprint: str, dtype: str) -> list[Sample]:
+    """Return the samples with the keys of their captions' embeddings by another text encoder."""
+    return [
+        replace(s, text_keys=tuple(text_key(text, text_fingerprint, dtype) for text in s.captions)) for s in samples
     ]
 
 

@@ -26,7 +26,18 @@ import numpy as np
 
 from safelight.data.atomic import naming, sync_folder
 from safelight.data.compaction import compact
-from safelight.data.index import DTYPES, INDEX_NAME, KINDS, MAX_SHARD_BYTES, Address, Index, Shard, shape_text
+from safelight.data.index import (
+    FLOAT_DTYPES,
+    INDEX_NAME,
+    KINDS,
+    MAX_SHARD_BYTES,
+    TOKENS,
+    Address,
+    Index,
+    Shard,
+    row_dtype,
+    shape_text,
+)
 from safelight.data.lock import FolderLock
 from safelight.errors import UserError
 from safelight.untrusted import UnsafeFile, check_links, open_regular, open_to_write
@@ -50,14 +61,14 @@ class CorruptRow(UserError):
 class Cache:
     """A folder of rows by key, created if it does not exist. Several threads and processes may read it at once.
 
-    dtype: of appended rows as stored, float16 or float32. exclusive: nobody else may have the cache open, nor open it
+    dtype: of appended rows of floats as stored, float16 or float32. exclusive: nobody else may have the cache open, nor open it
     until it is closed. Raises ValueError for another dtype, and UserError for a link in the folder that leads out of
     it, for an index that is damaged or of another version, and if another process excludes this one.
     """
 
     def __init__(self, path: Path, dtype: str = "float16", exclusive: bool = False):
-        if dtype not in DTYPES:
-            raise ValueError(f"cache dtype {dtype!r} is not known; use one of {', '.join(DTYPES)}")
+        if dtype not in FLOAT_DTYPES:
+            raise ValueError(f"cache dtype {dtype!r} is not known; use one of {', '.join(FLOAT_DTYPES)}")
         self.path, self.dtype = Path(path), dtype
         self._shards_path = self.path / SHARDS_FOLDER
         # guards what follows
@@ -124,8 +135,8 @@ class Cache:
     def append(self, kind: str, keys: Sequence[str], array: np.ndarray) -> int:
         """Store array[i] under keys[i], leaving existing rows unchanged, and return how many rows were added.
 
-        kind: "posterior" (mean and logvar stacked), "latent" (mean alone), "text" or "mask". array: (N, ...) floats of
-        up to 4 dimensions beside N, converted to the cache's dtype. If the process is killed meanwhile, either all rows
+        kind: "posterior" (mean and logvar stacked), "latent" (mean alone), "text", "mask" or "tokens". array: (N, ...)
+        of up to 4 dimensions beside N; floats, converted to the cache's dtype, or token ids. If the process is killed meanwhile, either all rows
         are added or none. Raises ValueError for an unknown kind, different lengths, an empty row shape, rows larger
         than a shard, and values that are not finite in the stored dtype.
         """
@@ -133,8 +144,11 @@ class Cache:
             raise ValueError(f"cache kind {kind!r} is not known; use one of {', '.join(KINDS)}")
         if len(keys) != len(array) or not 2 <= array.ndim <= 5 or 0 in array.shape[1:]:
             raise ValueError(f"{len(keys)} keys do not match an array of shape {array.shape}; pass one key per row")
+        dtype = row_dtype(kind, self.dtype)
+        if kind == TOKENS and array.dtype.kind != "i":
+            raise ValueError(f"token ids are never {array.dtype}")
         with np.errstate(over="ignore"):
-            array = np.ascontiguousarray(array, dtype=np.dtype(self.dtype).newbyteorder("<"))
+            array = np.ascontiguousarray(array, dtype=np.dtype(dtype).newbyteorder("<"))
         if not np.isfinite(array).all():
             fix = "get another" if self.dtype == "float32" else "set data.cache_dtype to float32, or get another"
             model = "text encoder" if kind == "text" else "autoencoder"
@@ -147,7 +161,7 @@ class Cache:
             missing = set(self.missing(keys))
             order = [i for i, key in enumerate(keys) if key in missing and not missing.discard(key)]
             while num_added < len(order):
-                shard = self._index.open_shard(kind, array.shape[1:], self.dtype)
+                shard = self._index.open_shard(kind, array.shape[1:], dtype)
                 part = order[num_added : num_added + shard.max_rows - shard.num_rows]
                 rows = array[part]
                 self._write_rows(shard.file, shard.num_rows * shard.row_bytes, rows)
@@ -243,18 +257,19 @@ class Cache:
     def drop_damaged(self, keys: Sequence[str], kind: str, shape: Sequence[int]) -> list[CorruptRow]:
         """Remove the damaged ones among these rows from the index and return an error for each.
 
-        Reads every row, in the order of the shards. kind, shape: what the rows must be, in the cache's dtype; any other
-        row counts as damaged. `num_dropped` adds up the removed rows of all calls.
+        Reads every row, in the order of the shards. kind, shape: what the rows must be, in the dtype of their kind; any
+        other row counts as damaged. `num_dropped` adds up the removed rows of all calls.
         """
         # opened anew: a file may have been replaced since
         self._close_files()
         bad: dict[Address, CorruptRow] = {}
-        buffer = np.empty((1, math.prod(shape) * np.dtype(self.dtype).itemsize), np.uint8)
+        dtype = row_dtype(kind, self.dtype)
+        buffer = np.empty((1, math.prod(shape) * np.dtype(dtype).itemsize), np.uint8)
         for address in sorted(self._index.find(list(dict.fromkeys(keys))).values(), key=lambda a: (a.shard.id, a.row)):
             shard = address.shard
             try:
-                if (shard.kind, shard.shape, shard.dtype) != (kind, tuple(shape), self.dtype):
-                    expected = f"{kind} {shape_text(shape)} {self.dtype}"
+                if (shard.kind, shard.shape, shard.dtype) != (kind, tuple(shape), dtype):
+                    expected = f"{kind} {shape_text(shape)} {dtype}"
                     raise CorruptRow(shard.file, address.key, f"is not {expected}")
                 self._read_into(buffer, [address], is_new_check=True)
             except CorruptRow as error:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from safelight.data.index import shape_text
+from safelight.data.index import TOKENS, row_dtype, shape_text
 from safelight.data.shards import Cache, CorruptRow
 from safelight.errors import UserError
 
@@ -22,7 +22,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class NeededRow:
-    """A row that a run needs. name: the photograph, or other text, that it belongs to. again: encodes it, float32.
+    """A row that a run needs. name: the photograph, or other text, that it belongs to. again: encodes it, float32 or token ids.
 
     variant: of a latent or mask.
     """
@@ -83,12 +83,13 @@ def verify(
     for address in cache.addresses():
         row = needed.get(address.key)
         name, kind = (row.name, row.kind) if row else ("", address.shard.kind)
+        dtype = row_dtype(kind, cache.dtype)
         try:
             values = cache.read_at(address)
             if row is None:
                 pass
-            elif (kind, row.shape, cache.dtype) != (address.shard.kind, address.shard.shape, address.shard.dtype):
-                expected = f"{kind} {shape_text(row.shape)} {cache.dtype}"
+            elif (kind, row.shape, dtype) != (address.shard.kind, address.shard.shape, address.shard.dtype):
+                expected = f"{kind} {shape_text(row.shape)} {dtype}"
                 raise CorruptRow(address.shard.file, address.key, f"is not {expected}")
             elif not np.isfinite(values).all():
                 raise CorruptRow(address.shard.file, address.key, "has values that are not finite")
@@ -119,6 +120,10 @@ def _compare(cache: Cache, key: str, row: NeededRow, found: Verified) -> None:
         found.problems.append(Problem(row.name, row.kind, key, str(error)))
         return
     stored = cache.read([key])[0].astype(np.float64)
+    if row.kind == TOKENS:
+        if not np.array_equal(stored, again):
+            found.problems.append(Problem(row.name, row.kind, key, "differs from what is encoded now"))
+        return
     unit = ROUNDING * max(float(np.abs(again).max()), float(np.finfo(np.float16).tiny))
     roundings = float(np.abs(stored - again).max()) / unit
     if not roundings <= MAX_ROUNDINGS:

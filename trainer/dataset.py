@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -20,21 +20,23 @@ from safelight.data.cache import (
     encode_latent,
     fill_latents,
     fill_texts,
+    fill_tokens,
     latent_kind,
     latent_shape,
     plan_samples,
     sample_captions,
     text_key,
 )
+from safelight.data.index import TOKENS
 from safelight.data.manifest import read_manifest, split_validation
 from safelight.data.masks import encode_mask, fill_masks
-from safelight.data.samples import with_masks
+from safelight.data.samples import token_key, with_masks, with_texts, with_tokens
 from safelight.data.shards import Cache
 from safelight.data.verify import NeededRow
 from safelight.errors import UserError
 from safelight.text import counted
 from safelight.trainer.config.schema import MAX_CHUNKS, Config
-from safelight.trainer.families.conditioning import TextConditioning
+from safelight.trainer.families.conditioning import TextConditioning, TokenConditioning, token_conditioning
 from safelight.trainer.families.family import uncropped_sizes
 from safelight.trainer.inference.sampling import PromptGroup, Settings
 from safelight.trainer.models import placing
@@ -55,6 +57,31 @@ ENCODE_BATCH_CPU, ENCODE_BATCH_GPU = 8, 4
 Progress = Callable[[str, int, int], None]
 
 
+@dataclass(frozen=True)
+class SampledGroup:
+    """Prompts that a run samples whose embeddings are equally long.
+
+    places: theirs among all prompts. texts: the prompts, and the negative one at the end. keys: of their rows in the
+    cache. num_chunks: in how many chunks each is read.
+    """
+
+    places: tuple[int, ...]
+    texts: tuple[str, ...]
+    num_chunks: int
+    keys: tuple[str, ...] = ()
+
+    def read_by(self, encoder: CaptionEncoder) -> list[tuple[CaptionEncoder, str]]:
+        """Return each text with what reads it."""
+        # a prompt without weights shares the row of the same caption
+        return [(encoder.reading(has_weights(text), self.num_chunks), text) for text in self.texts]
+
+    def keyed(self, encoder: CaptionEncoder, dtype: str) -> SampledGroup:
+        """Return the group with the keys of what an encoder makes of it. dtype: the cache's."""
+        return replace(
+            self, keys=tuple(text_key(text, reader.fingerprint, dtype) for reader, text in self.read_by(encoder))
+        )
+
+
 @dataclass
 class Dataset:
     """Training and held-out samples over one open cache.
@@ -65,8 +92,9 @@ class Dataset:
     num_encoded: rows encoded on opening, of which num_damaged replaced damaged ones. cuts: prompt -> the end of what
     the text encoder reads of it, for prompts that are longer. cut_notes: lines that name what is cut. length_note: a
     line on how long the captions are. num_cut_captions: distinct captions of which the text encoder reads only the
-    beginning. sampled: (places, cache keys, key of the negative prompt) of the prompts that
-    the run samples, grouped by the length of their embeddings. mask_weight: loss.mask_weight.
+    beginning. sampled: the prompts that the run samples, grouped by the length of their embeddings. mask_weight:
+    loss.mask_weight. token_condition: turns token ids and sizes into what the step reads while it trains the text
+    encoder, None if captions are embeddings.
     """
 
     path: Path
@@ -84,8 +112,9 @@ class Dataset:
     cut_notes: list[str] = field(default_factory=list)
     length_note: str = ""
     num_cut_captions: int = 0
-    sampled: list[tuple[tuple[int, ...], list[str], str]] = field(default_factory=list)
+    sampled: list[SampledGroup] = field(default_factory=list)
     mask_weight: float = 0.0
+    token_condition: Callable[[Tensor, Tensor], TokenConditioning] | None = None
 
     @property
     def samples(self) -> list[Sample]:
@@ -97,22 +126,51 @@ class Dataset:
             self.cache,
             samples,
             self.empty_key,
-            self.condition,
+            self.token_condition or self.condition,
             has_masks=any(sample.mask_keys for sample in samples),
             has_scales=any(sample.photo.settings.loss_scale != 1 for sample in samples),
             mask_weight=self.mask_weight,
+            reads_tokens=self.token_condition is not None,
         )
 
-    def prompt_groups(self, settings: Settings) -> list[PromptGroup]:
-        """Return the conditioning of the prompts that the run samples, for pictures of the settings' size."""
+    def prompt_groups(self, settings: Settings, encoder: CaptionEncoder | None = None) -> list[PromptGroup]:
+        """Return the conditioning of the prompts that the run samples, for pictures of the settings' size.
 
-        def conditioning(keys: list[str]) -> TextConditioning:
-            sizes = uncropped_sizes(len(keys), settings.height, settings.width)
-            return self.condition(torch.from_numpy(self.cache.read(keys)).float(), sizes)
+        encoder: reads the prompts, with its present weights. None: their rows are in the cache.
+        """
+
+        def conditioning(group: SampledGroup, part: slice) -> TextConditioning:
+            if encoder is None:
+                rows = torch.from_numpy(self.cache.read(group.keys[part])).float()
+            else:
+                rows = torch.cat([reader.encode([text]) for reader, text in group.read_by(encoder)[part]])
+            return self.condition(rows, uncropped_sizes(len(rows), settings.height, settings.width))
 
         return [
-            PromptGroup(places, conditioning(keys), conditioning([negative])) for places, keys, negative in self.sampled
+            PromptGroup(group.places, conditioning(group, slice(-1)), conditioning(group, slice(-1, None)))
+            for group in self.sampled
         ]
+
+    def read_embeddings(self, encoder: CaptionEncoder, batch_size: int, progress: Progress | None = None) -> None:
+        """Encode all captions and prompts by a text encoder that is no longer trained, and read them from now on.
+
+        progress: as for `open_dataset`.
+        """
+        dtype = self.cache.dtype
+        self.train, self.validation = (
+            with_texts(half, encoder.fingerprint, dtype) for half in (self.train, self.validation)
+        )
+        self.empty_key, self.token_condition = empty_text_key(encoder.fingerprint, dtype), None
+        self.sampled = [group.keyed(encoder, dtype) for group in self.sampled]
+        self.fill_texts(encoder, batch_size, progress)
+
+    def fill_texts(self, encoder: CaptionEncoder, batch_size: int, progress: Progress | None = None) -> None:
+        """Store the embeddings of captions and prompts that the cache lacks."""
+        report = None if progress is None else partial(progress, "captions")
+        self.num_encoded += fill_texts(self.cache, sample_captions(self.samples), encoder, 4 * batch_size, report)
+        for group in self.sampled:
+            for reader, text in group.read_by(encoder):
+                self.num_encoded += fill_texts(self.cache, [text], reader, 1)
 
     def sample_prompts(self, config: Config) -> list[str]:
         """Return the prompts to sample during the run: the config's, or captions of the first held-out photographs."""
@@ -159,13 +217,12 @@ class Dataset:
 class Plan:
     """A dataset and what encodes its rows. The cache is open; the caller closes it.
 
-    texts: the texts whose embeddings the run needs, with the encoder that reads them: the captions, then each prompt
-    that it samples. The empty text goes with each.
+    encoder: reads captions and prompts.
     """
 
     dataset: Dataset
     codec: LatentCodec
-    texts: list[tuple[CaptionEncoder, list[str]]]
+    encoder: CaptionEncoder
 
     def rows(self) -> dict[str, NeededRow]:
         """Return every row that the run needs, by its key."""
@@ -181,11 +238,21 @@ class Plan:
                 again = partial(encode_mask, path, sample, variant, codec.factor)
                 rows.setdefault(key, NeededRow("mask", mask, name, again, variant))
         named = {caption: sample.photo.source for sample in self.dataset.samples for caption in sample.captions}
-        for reader, texts in self.texts:
+
+        def name_of(text: str) -> str:
+            return f"the caption of {named[text]}" if text in named else "a sample prompt" if text else "no caption"
+
+        captions, encoder = sample_captions(self.dataset.samples), self.encoder
+        if self.dataset.token_condition is not None:
+            for text in ["", *captions]:
+                again = partial(_tokens_of, encoder, text)
+                needed = NeededRow(TOKENS, encoder.token_shape, name_of(text), again)
+                rows.setdefault(token_key(text, encoder.tokenizer_fingerprint), needed)
+            return rows
+        prompts = [(reader, [text]) for group in self.dataset.sampled for reader, text in group.read_by(encoder)]
+        for reader, texts in [(encoder, captions), *prompts]:
             for text in ["", *texts]:
-                name = f"the caption of {named[text]}" if text in named else "a sample prompt" if text else "no caption"
-                again = partial(_encode_text, reader, text)
-                needed = NeededRow("text", reader.row_shape, name, again)
+                needed = NeededRow("text", reader.row_shape, name_of(text), partial(_encode_text, reader, text))
                 rows.setdefault(text_key(text, reader.fingerprint, dtype), needed)
         return rows
 
@@ -200,33 +267,52 @@ def _encode_text(reader: CaptionEncoder, text: str) -> np.ndarray:
     return reader.encode([text])[0].detach().to("cpu", torch.float32).numpy()
 
 
+def encode_batch_size(device: torch.device) -> int:
+    """Return how many images a device encodes at a time; of captions, four times as many."""
+    return ENCODE_BATCH_CPU if device.type == "cpu" else ENCODE_BATCH_GPU
+
+
+def _tokens_of(encoder: CaptionEncoder, text: str) -> np.ndarray:
+    return encoder.token_ids([text])[0].numpy()
+
+
 def open_dataset(
     config: Config,
     base: Base,
     device: torch.device,
     progress: Progress | None = None,
     check: Callable[[Dataset], None] | None = None,
+    encoder: CaptionEncoder | None = None,
+    reads_tokens: bool | None = None,
 ) -> Dataset:
     """Return the run's dataset, after encoding what its cache lacks. The encoders are freed before it returns.
 
     progress: called with (what is encoded, rows done, total). check: called before anything is encoded, and raises
-    UserError to prevent it. Raises UserError as `plan_dataset`.
+    UserError to prevent it. Raises UserError and takes encoder and reads_tokens as `plan_dataset`.
     """
-    plan = plan_dataset(config, base, device)
+    plan = plan_dataset(config, base, device, encoder=encoder, reads_tokens=reads_tokens)
     try:
         if check is not None:
             check(plan.dataset)
-        _fill(plan, config, ENCODE_BATCH_CPU if device.type == "cpu" else ENCODE_BATCH_GPU, progress)
+        _fill(plan, config, encode_batch_size(device), progress)
     except BaseException:
         plan.dataset.cache.close()
         raise
     return plan.dataset
 
 
-def plan_dataset(config: Config, base: Base, device: torch.device, exclusive: bool = False) -> Plan:
+def plan_dataset(
+    config: Config,
+    base: Base,
+    device: torch.device,
+    exclusive: bool = False,
+    encoder: CaptionEncoder | None = None,
+    reads_tokens: bool | None = None,
+) -> Plan:
     """Return the run's dataset, its cache as it is, and the encoders of its rows. Encodes nothing.
 
-    exclusive: nobody else may use the cache until it is closed. Raises UserError for a dataset that was not prepared,
+    exclusive: nobody else may use the cache until it is closed. encoder: reads the texts, None for the base's.
+    reads_tokens: whether captions are token ids; None: as a run begins. Raises UserError for a dataset that was not prepared,
     or settings that do not fit it, and for one with a link that leads out of its folder.
     """
     path = Path(config.data.path)
@@ -237,7 +323,7 @@ def plan_dataset(config: Config, base: Base, device: torch.device, exclusive: bo
     if not halves[0]:
         raise UserError(f"{path} has {len(photos)} photographs, none left to train on; lower data.validation_fraction")
     codec = load_codec(config, base, device)
-    encoder = load_caption_encoder(config, base, device)
+    encoder = encoder or load_caption_encoder(config, base, device)
     _check_fit(base, codec, encoder)
     placed = placing.place(config, placing.budgets_of(base, config.data, codec.factor), *halves)
     common = {
@@ -254,6 +340,12 @@ def plan_dataset(config: Config, base: Base, device: torch.device, exclusive: bo
     validation = plan_samples(placed.validation, variants=1, **common)
     if config.loss.mask_weight != 1:
         train, validation = (with_masks(half, codec.factor, config.data.cache_dtype) for half in (train, validation))
+    empty_key, token_condition = empty_text_key(encoder.fingerprint, config.data.cache_dtype), None
+    if config.text_encoder.train:
+        train, validation = (with_tokens(half, encoder.tokenizer_fingerprint) for half in (train, validation))
+        if reads_tokens is not False:
+            empty_key = token_key("", encoder.tokenizer_fingerprint)
+            token_condition = partial(token_conditioning, [one.config.vocab_size for one in encoder.text_encoders])
     cache = Cache(path / "cache", config.data.cache_dtype, exclusive)
     dataset = Dataset(
         path,
@@ -261,29 +353,25 @@ def plan_dataset(config: Config, base: Base, device: torch.device, exclusive: bo
         train,
         validation,
         placed,
-        empty_text_key(encoder.fingerprint, cache.dtype),
+        empty_key,
         codec.scaling_factor,
         codec.factor,
         partial(base.family.conditioning, base.config_of("unet")),
         mask_weight=config.loss.mask_weight,
+        token_condition=token_condition,
     )
-    plan = Plan(dataset, codec, [(encoder, sample_captions(dataset.samples))])
     prompts, negative = dataset.sample_prompts(config), config.sample.negative_prompt
     for num_chunks, places in encoder.group_prompts(prompts, negative).items():
-        keys = []
-        for text in [*(prompts[place] for place in places), negative]:
-            # a prompt without weights shares the row of the same caption
-            reader = encoder.reading(has_weights(text), num_chunks)
-            plan.texts.append((reader, [text]))
-            keys.append(text_key(text, reader.fingerprint, cache.dtype))
-        dataset.sampled.append((tuple(places), keys[:-1], keys[-1]))
-    return plan
+        group = SampledGroup(tuple(places), (*(prompts[place] for place in places), negative), num_chunks)
+        dataset.sampled.append(group.keyed(encoder, cache.dtype))
+    return Plan(dataset, codec, encoder)
 
 
 def _fill(plan: Plan, config: Config, batch_size: int, progress: Progress | None) -> None:
     """Encode the rows that are missing from the cache or damaged in it."""
-    dataset, (encoder, captions) = plan.dataset, plan.texts[0]
+    dataset, encoder = plan.dataset, plan.encoder
     cache, samples = dataset.cache, dataset.samples
+    captions = sample_captions(samples)
     prompts, negative = dataset.sample_prompts(config), config.sample.negative_prompt
 
     def report(what: str):
@@ -306,9 +394,10 @@ def _fill(plan: Plan, config: Config, batch_size: int, progress: Progress | None
         if (named := list({name: cuts[text] for name, text in texts if text in cuts}.items()))
     ]
     dataset.length_note = _length_note(encoder, [caption for caption in captions if caption])
-    dataset.num_encoded = fill_texts(cache, captions, encoder, 4 * batch_size, report("captions"))
-    for reader, texts in plan.texts[1:]:
-        dataset.num_encoded += fill_texts(cache, texts, reader, 1)
+    if dataset.token_condition is None:
+        dataset.fill_texts(encoder, batch_size, progress)
+    else:
+        dataset.num_encoded += fill_tokens(cache, captions, encoder, 4 * batch_size)
     dataset.num_encoded += fill_latents(cache, dataset.path, samples, plan.codec, batch_size, report("latents"))
     dataset.num_encoded += fill_masks(cache, dataset.path, samples, plan.codec.factor, report("masks"))
     dataset.num_damaged = cache.num_dropped

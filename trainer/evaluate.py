@@ -105,6 +105,7 @@ def check_weights(job: Job, position: Position) -> bool:
                 seed=job.run.user_config.run.seed,
                 num_bands=1,
                 batch_size=1,
+                texts=context.texts,
             )
         except torch.OutOfMemoryError:
             # no room for it beside what is held: the steps so far have been finite
@@ -160,6 +161,7 @@ def _validate(job: Job, position: Position) -> Position:
             num_bands=settings.timesteps,
             batch_size=_planned(job).validation_images or settings.batch_size,
             progress=_reporter(job, position, f"validating {label}"),
+            texts=context.texts,
         )
         for split, label, samples in (
             ("held_out", "held out", held_out),
@@ -197,7 +199,7 @@ def _sample(job: Job, position: Position) -> None:
         images = generate_groups(
             context.unet,
             job.models.codec,
-            job.dataset.prompt_groups(settings),
+            job.dataset.prompt_groups(settings, None if context.texts is None else context.texts.encoder),
             context.schedule,
             settings,
             batch_size=planned.prompts or SAMPLE_BATCH_SIZE,

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -20,17 +20,18 @@ from safelight.errors import UserError
 from safelight.kernels.unet.attention import AttentionChoice, attention_cases, choose_attention
 from safelight.kernels.unet.patch import Patch
 from safelight.text import counted, shortened
+from safelight.trainer.adapters.text_encoders import WithTextEncoders, load_text_encoders
 from safelight.trainer.adapters.trained import Trained
 from safelight.trainer.checkpoint.files import MISFIT, Position, load_checkpoint, read_identity, read_position
 from safelight.trainer.checkpoint.identity import as_begun
 from safelight.trainer.checkpoint.saver import Saver
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.timeline import Timeline
-from safelight.trainer.dataset import Dataset, open_dataset
+from safelight.trainer.dataset import Dataset, encode_batch_size, open_dataset
 from safelight.trainer.disk_space import space_note
 from safelight.trainer.memory_plan.resolve_auto import describe
 from safelight.trainer.memory_plan.static_bytes import static_bytes
-from safelight.trainer.models.encoders import LatentCodec, load_codec
+from safelight.trainer.models.encoders import CaptionEncoder, LatentCodec, load_caption_encoder, load_codec
 from safelight.trainer.models.placing import once_each
 from safelight.trainer.models.weights import load_unet
 from safelight.trainer.notes import memory_note, notes_of
@@ -45,6 +46,7 @@ from safelight.trainer.run_start import write_start
 from safelight.trainer.step.cuda_graphs import GraphCapture, graph_capture
 from safelight.trainer.step.prepare_unet import prepare_unet
 from safelight.trainer.step.step import StepContext
+from safelight.trainer.step.text_training import take_text_state, train_texts
 from safelight.trainer.step.validate import choose_subset
 from safelight.untrusted import path_in, read_json_object
 
@@ -54,7 +56,8 @@ class Models:
     """The UNet with its optimizer, and what sampling needs besides.
 
     ema: None without a moving average. codec: the autoencoder, which decodes samples; it is in host memory and moves to
-    the GPU only to decode. patched: the layers that run on our kernels, None if they are off.
+    the GPU only to decode. patched: the layers that run on our kernels, None if they are off. encoder: the text
+    encoders of a run that trains them, even after they have stopped; else None.
     """
 
     trained: Trained
@@ -63,10 +66,12 @@ class Models:
     codec: LatentCodec
     attention: AttentionChoice
     patched: Patch | None
+    encoder: CaptionEncoder | None = None
 
     def live_state(self) -> dict[str, Tensor]:
         """Return what a checkpoint holds besides the weights and the unlogged steps. Live tensors, not copies."""
-        return {**self.context.optimizer.live_state(), **({} if self.ema is None else self.ema.live_state())}
+        kept = [part for part in (self.ema, self.context.texts) if part is not None]
+        return {name: x for part in (self.context.optimizer, *kept) for name, x in part.live_state().items()}
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,8 @@ def load_job(
     ):
         if note:
             terminal.say(f"note: {note}")
-    dataset = _load_dataset(run, terminal)
+    encoder = _load_encoder(run)
+    dataset = _load_dataset(run, encoder, terminal)
     timeline, identity = Timeline.of(config, dataset.train), run.identity(dataset.train)
     if resume_step is not None:
         position = _checked_position(run, timeline)
@@ -136,12 +142,11 @@ def load_job(
             terminal.pause()
             dataset.cache.close()
             return None, position
-    models = _build_models(run, dataset)
+    models = _build_models(run, dataset, encoder)
     start = _restore(run, models)
     metrics = _announce(run, dataset, timeline, models, start, terminal)
     saved_step = -1 if resume_step is None else resume_step
     max_samples = max(stage.batch_size * stage.accumulate for stage in timeline.stages)
-    num_validated = min(config.validate_.max_images, len(dataset.validation) or 1)
     unlogged = UnloggedSteps(max_samples, run.device, start.unlogged)
     job = Job(
         run=run,
@@ -153,16 +158,58 @@ def load_job(
         is_grouped=start.is_grouped,
         progress=Progress(run, timeline, metrics, terminal, unlogged, start.num_skipped_tensors),
         saver=Saver(run_dir, identity, config.save.keep, metrics.sync, terminal.say, run.device, saved_step),
-        train_subset=choose_subset(once_each(dataset.train), num_validated, config.run.seed),
+        train_subset=_train_subset(config, dataset),
         stop_requested=stop_requested,
     )
     return job, start.position
 
 
-def _load_dataset(run: ResolvedRun, terminal: Terminal) -> Dataset:
+def _load_encoder(run: ResolvedRun) -> CaptionEncoder | None:
+    """Return the text encoder of a run that trains it, with the checkpoint's weights; None for other runs."""
+    if not run.config.text_encoder.train:
+        return None
+    encoder = load_caption_encoder(run.config, run.base, run.device)
+    if run.checkpoint is not None:
+        load_text_encoders(run.checkpoint, encoder.parts)
+        encoder.take_fingerprint()
+    return encoder
+
+
+def _trains_text(run: ResolvedRun, epoch: int) -> bool:
+    """Return whether the run trains the text encoder in an epoch."""
+    return run.config.text_encoder.is_trained_at(epoch, sum(stage.epochs for stage in run.config.stages()))
+
+
+def stop_text_encoder(job: Job, position: Position) -> None:
+    """If the text encoder is not trained from this position on: encode all captions by it, and take it off the GPU."""
+    models, encoder = job.models, job.models.encoder
+    if models.context.texts is None or _trains_text(job.run, position.epoch):
+        return
+    models.context = replace(models.context, texts=None)
+    encoder.text_encoders.requires_grad_(False)
+    encoder.take_fingerprint()
+    terminal = job.progress.terminal
+    with job.progress.clock_paused():
+        job.dataset.read_embeddings(encoder, encode_batch_size(job.run.device), terminal.update)
+        encoder.move_home()
+    job.train_subset = _train_subset(job.run.user_config, job.dataset)
+    job.capture = graph_capture(models.context, with_graphs=not job.run.no_graphs)
+    line = f"the text encoder has stopped training after {counted(position.epoch, 'epoch')}; captions have been encoded by it"
+    terminal.say(line)
+    job.progress.metrics.write("event", position.step, event="text encoder stopped", detail=line)
+
+
+def _train_subset(config: Config, dataset: Dataset) -> list[Sample]:
+    """Return training samples to validate on, as many as are held out."""
+    num = min(config.validate_.max_images, len(dataset.validation) or 1)
+    return choose_subset(once_each(dataset.train), num, config.run.seed)
+
+
+def _load_dataset(run: ResolvedRun, encoder: CaptionEncoder | None, terminal: Terminal) -> Dataset:
     """Return the dataset, after encoding whatever its cache lacks. Raises UserError if it is not the checkpoint's."""
     check = None if run.resume_step is None else partial(_check_same_data, run)
-    dataset = open_dataset(run.user_config, run.base, run.device, terminal.update, check)
+    reads_tokens = encoder is not None and _trains_text(run, _epoch_of(run))
+    dataset = open_dataset(run.user_config, run.base, run.device, terminal.update, check, encoder, reads_tokens)
     terminal.pause()
     if dataset.num_damaged:
         terminal.say(f"{counted(dataset.num_damaged, 'damaged row')} in the cache re-encoded")
@@ -171,8 +218,16 @@ def _load_dataset(run: ResolvedRun, terminal: Terminal) -> Dataset:
     return dataset
 
 
-def _build_models(run: ResolvedRun, dataset: Dataset) -> Models:
-    """Return the UNet on its device, ready to train, its optimizer, and the autoencoder."""
+def _epoch_of(run: ResolvedRun) -> int:
+    """Return the epoch in which the run goes on."""
+    return 0 if run.resume_step is None else read_position(run.run_dir, run.resume_step).epoch
+
+
+def _build_models(run: ResolvedRun, dataset: Dataset, encoder: CaptionEncoder | None) -> Models:
+    """Return the UNet on its device, ready to train, its optimizer, and the autoencoder.
+
+    encoder: of a run that trains it.
+    """
     unet = load_unet(run.base, run.user_config.run.seed).train()
     side = run.user_config.data.max_resolution // dataset.latent_factor
     attention = choose_attention(
@@ -187,9 +242,17 @@ def _build_models(run: ResolvedRun, dataset: Dataset) -> Models:
     # the peak of training must not include encoding, probing and loading
     reset_peak_memory(run.device)
     schedule = run.schedule.to(run.device)
-    context = StepContext(unet, prepared.optimizer, schedule, dataset.scaling_factor, run.user_config.loss)
+    texts, trained = None, prepared.trained
+    if encoder is not None:
+        trained = WithTextEncoders(trained, encoder.parts)
+        if dataset.token_condition is None:
+            encoder.move_home()
+        else:
+            texts = train_texts(run.config, encoder, unet.config, run.device, prepared.optimizer.loss_scale)
+    loss = run.user_config.loss
+    context = StepContext(unet, prepared.optimizer, schedule, dataset.scaling_factor, loss, texts)
     codec = load_codec(run.user_config, run.base, torch.device("cpu"))
-    return Models(prepared.trained, context, prepared.ema, codec, attention, prepared.patched)
+    return Models(trained, context, prepared.ema, codec, attention, prepared.patched, encoder)
 
 
 def _check_same_data(run: ResolvedRun, dataset: Dataset) -> None:
@@ -214,13 +277,13 @@ def _changes(run: ResolvedRun, dataset: Dataset) -> str:
         return ""
     now = {sample.photo.file: sample for sample in dataset.samples}
     kept = [sample for file, sample in now.items() if file in before]
-    keys = [key for s in kept for key in (*s.latent_keys, *s.text_keys, *s.mask_keys)]
+    keys = [key for s in kept for key in (*s.latent_keys, *s.caption_keys, *s.mask_keys)]
     missing = set(dataset.cache.missing(keys))
     kept = [s for s in kept if missing.isdisjoint(s.latent_keys)]
     groups = {
         "added": [file for file in now if file not in before],
         "removed": [file for file in before if file not in now],
-        "with other captions": [s.photo.file for s in kept if missing.intersection(s.text_keys)],
+        "with other captions": [s.photo.file for s in kept if missing.intersection(s.caption_keys)],
         "with other masks": [s.photo.file for s in kept if missing.intersection(s.mask_keys)],
     }
     words = [f"{len(files)} {what} (first: {shortened(files[0])})" for what, files in groups.items() if files]
@@ -249,6 +312,7 @@ def _restore(run: ResolvedRun, models: Models) -> Start:
     try:
         unlogged = take_state(state)
         take_averages(state, models.ema)
+        take_text_state(state, models.context.texts)
         optimizer.load_state_tensors(state)
     except UserError as error:
         raise UserError(f"{run.checkpoint}: {error}") from error

@@ -24,7 +24,7 @@ from safelight.trainer.memory_plan.static_bytes import static_bytes
 from safelight.trainer.models.base import Base, base_of, latent_factor, vae_config
 from safelight.trainer.models.device import PRECISIONS, pick_device, pick_dtype
 from safelight.trainer.models.noise_schedule import NoiseSchedule
-from safelight.trainer.models.weights import check_unet
+from safelight.trainer.models.weights import check_unet, num_trained_values
 from safelight.trainer.optim.optimizer import check_library, memory_mode
 from safelight.trainer.run_log.environment import MEMORY_PLAN, recorded
 from safelight.trainer.run_log.metrics import import_tensorboard
@@ -105,7 +105,7 @@ def check_early(run: ResolvedRun) -> None:
                 f"checkpoint {run.checkpoint} belongs to other settings: {difference}; "
                 f"resume with {run.run_dir / 'config.toml'}, or start a new run with --run.dir"
             )
-        check_files(run.checkpoint, max_bytes=max_bytes_of(static.num_parameters))
+        check_files(run.checkpoint, max_bytes=max_bytes_of(num_trained_values(run.config, run.base)))
     _check_host_memory(run)
     check_space(run.run_dir, static.checkpoint)
 

@@ -24,7 +24,7 @@ from safelight.trainer.config.schema import Config, ResolvedStage
 from safelight.trainer.disk_space import DISK_IS_FULL, free_bytes
 from safelight.trainer.divergence import NotFinite, explain
 from safelight.trainer.evaluate import check_weights, evaluate, is_due
-from safelight.trainer.job import Job, load_job
+from safelight.trainer.job import Job, load_job, stop_text_encoder
 from safelight.trainer.memory_plan.gpus import this_card
 from safelight.trainer.memory_plan.resolve_auto import out_of_memory
 from safelight.trainer.memory_plan.static_bytes import static_bytes
@@ -189,7 +189,11 @@ def _train_epoch(job: Job, position: Position) -> Position:
     graphs = _prepare_graphs(job, stage, remaining, position)
     for micro_batches in _steps(remaining, stage.accumulate):
         lr = timeline.learning_rate(position.epoch, position.step_in_epoch)
-        settings = StepSettings(stage.batch_size * stage.accumulate, lr, stage.weight_decay, stage.max_grad_norm)
+        text_lr = 0.0
+        if context.texts is not None:
+            text_lr = timeline.text_learning_rate(config.text_encoder, position.epoch, position.step_in_epoch)
+        num_samples = stage.batch_size * stage.accumulate
+        settings = StepSettings(num_samples, lr, stage.weight_decay, stage.max_grad_norm, text_lr)
         try:
             result = train_step(
                 context,
@@ -286,6 +290,8 @@ def _is_epoch_end(job: Job, position: Position) -> bool:
 def _end_epoch(job: Job, position: Position) -> Position:
     """Validate, sample and save if due after an epoch; return the position at the start of the next one."""
     position = replace(position, epoch=position.epoch + 1, step_in_epoch=0)
+    # before anything is measured: a run that resumes here measures the same
+    stop_text_encoder(job, position)
     if position.step >= job.timeline.num_steps:
         return _finish(job, position)
     save, best_step = job.run.user_config.save, position.best_step

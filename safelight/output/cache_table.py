@@ -13,7 +13,7 @@ from safelight.text import counted, size
 
 MAX_LISTED = 20
 # what the kinds of rows are to people
-NAMES = {"posterior": "latents", "latent": "latents", "text": "captions", "mask": "masks"}
+NAMES = {"posterior": "latents", "latent": "latents", "text": "captions", "mask": "masks", "tokens": "token ids"}
 
 
 def verified_json(found: Verified) -> dict:

@@ -123,7 +123,7 @@ def _implied(settings: dict) -> dict:
     """Return the settings that older checkpoints did not record, with the values they were trained with."""
     weighting = "min_snr" if settings.get("loss.min_snr_gamma", 0) > 0 else "none"
     defaults = {"loss.kind": "mse", "loss.weighting": weighting}
-    defaults |= {"data.short_batches": "keep", "data.upscale": "always"}
+    defaults |= {"data.short_batches": "keep", "data.upscale": "always", "text_encoder.train": False}
     return {name: value for name, value in defaults.items() if name not in settings}
 
 
@@ -145,7 +145,7 @@ def _rows(sample: Sample) -> tuple:
     settings = asdict(sample.photo.settings)
     changed = {name: value for name, value in settings.items() if value != getattr(USUAL_SETTINGS, name)}
     masks, own = (sample.mask_keys,) if sample.mask_keys else (), (changed,) if changed else ()
-    return sample.latent_keys, sample.text_keys, *masks, *own
+    return sample.latent_keys, sample.caption_keys, *masks, *own
 
 
 def as_begun(config: Config, checkpoint: Identity) -> Config:
@@ -174,6 +174,13 @@ def identify(config: Config, precision: str, samples: Sequence[Sample] = ()) -> 
     # parameters that the chosen loss does not use may change, except min_snr_gamma, which older checkpoints recorded
     for name in config.loss.unused_parameters() - {"min_snr_gamma"}:
         tables["loss"].pop(name)
+    text = config.text_encoder
+    if not text.train:
+        tables["text_encoder"] = {"train": False}
+    else:
+        # what is made of it: a run that is lengthened trains longer at a constant learning rate, and not at another
+        num_epochs = text.trained_epochs(sum(stage.epochs for stage in config.stages()))
+        tables["text_encoder"]["epochs"] = 0 if text.schedule == "constant" else num_epochs
     # last, so that min_snr_gamma is the difference that is reported
     tables["loss"].pop("weighting")
     tables["loss"]["weighting"] = config.loss.chosen_weighting

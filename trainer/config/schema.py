@@ -326,6 +326,36 @@ class Optimizer(Section):
         return self.clipping
 
 
+class TextEncoder(Section):
+    """Training of the text encoder, of both of SDXL's, together with the UNet."""
+
+    train: bool = False
+    """Train it. Its weights are fp32; validation, samples and exports use it as it is at that step."""
+    lr: LearningRate = 5e-7
+    """Peak learning rate. Everything else of the optimizer is as the UNet's."""
+    schedule: Schedule = "constant"
+    """Learning rate over all epochs in which it is trained: constant, or a linear or cosine decay to zero."""
+    warmup_steps: Count = 0
+    """Optimizer steps over which the learning rate rises from zero, at the start of the run."""
+    last_layers: Count = 0
+    """Train only this many of its last layers, and its final norm. 0: all layers and the embeddings."""
+    epochs: Count = 0
+    """Stop after this many epochs: captions are then encoded once more, and it leaves the GPU. 0: train it as long as
+    the run lasts."""
+
+    def trained_epochs(self, num_epochs: int) -> int:
+        """Return in how many epochs of a run of num_epochs it is trained."""
+        return 0 if not self.train else min(self.epochs or num_epochs, num_epochs)
+
+    def is_trained_at(self, epoch: int, num_epochs: int) -> bool:
+        """Return whether it is trained in an epoch, counted from 0.
+
+        A run that ends with its training ends in this state, as if there were no epochs.
+        """
+        last = self.trained_epochs(num_epochs)
+        return self.train and (epoch < last or last == num_epochs)
+
+
 class Memory(Section):
     """Limits on GPU memory."""
 
@@ -483,6 +513,7 @@ class Config(Section):
     data: Data = Data()
     train: Train = Train()
     optimizer: Optimizer = Optimizer()
+    text_encoder: TextEncoder = TextEncoder()
     memory: Memory = Memory()
     stage: list[Stage] = []
     loss: Loss = Loss()

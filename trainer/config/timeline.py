@@ -14,7 +14,7 @@ from itertools import accumulate
 
 from safelight.data.epochs import Placed, Span, count_batches
 from safelight.errors import UserError
-from safelight.trainer.config.schema import Config, ResolvedStage
+from safelight.trainer.config.schema import Config, ResolvedStage, TextEncoder
 
 
 def learning_rate(schedule: str, peak: float, step: int, num_steps: int, warmup_steps: int) -> float:
@@ -156,13 +156,24 @@ class Timeline:
         """
         if not (0 <= epoch <= self.num_epochs and 0 <= stage < len(self.stages)):
             return False
-        done, before = 0, epoch
-        for steps in self.stage_steps:
-            num = min(steps.epochs, before)
-            done, before = done + steps.before(num), before - num
+        done = self.steps_before(epoch)
         in_epoch = 0 if epoch == self.num_epochs else self.steps_of(epoch)
         last_epoch = epoch if step_in_epoch > 0 else max(0, epoch - 1)
         return step == done + step_in_epoch and 0 <= step_in_epoch <= in_epoch and stage == self.stage_of(last_epoch)
+
+    def text_learning_rate(self, settings: TextEncoder, epoch: int, step_in_epoch: int) -> float:
+        """Return the text encoder's learning rate at a step. Its schedule spans the epochs in which it is trained."""
+        num_epochs = settings.trained_epochs(self.num_epochs)
+        num_steps, step = self.steps_before(num_epochs), self.steps_before(epoch) + step_in_epoch
+        return learning_rate(settings.schedule, settings.lr, step, num_steps, settings.warmup_steps)
+
+    def steps_before(self, epoch: int) -> int:
+        """Return the optimizer steps of the run's first `epoch` epochs, whatever max_steps."""
+        done, left = 0, epoch
+        for steps in self.stage_steps:
+            num = min(steps.epochs, left)
+            done, left = done + steps.before(num), left - num
+        return done
 
     def learning_rate(self, epoch: int, step_in_epoch: int) -> float:
         """Return the learning rate of a step. A schedule spans its whole stage, even if max_steps cuts it short."""

@@ -125,6 +125,11 @@ def parse_config(values: dict, source: str) -> Config:
         raise UserError(f"{source}: loss.zero_terminal_snr requires loss.prediction 'v_prediction', not 'epsilon'")
     if contradiction := config.loss.contradiction():
         raise UserError(f"{source}: {contradiction}")
+    if config.text_encoder.train and config.data.prompt_weights:
+        raise UserError(
+            f"{source}: data.prompt_weights true does not work with text_encoder.train true, whose captions are cached "
+            "as token ids, without weights; set one of them to false"
+        )
     return config
 
 

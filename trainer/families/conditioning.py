@@ -5,12 +5,14 @@ Letters: B batch, T tokens, D embedding, P pooled embedding.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from safelight.data.tensor_record import TensorRecord
+from safelight.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,32 @@ class TextConditioning(TensorRecord):
     def unet_arguments(self, dtype: torch.dtype) -> dict[str, object]:
         """Return the keyword arguments for diffusers' UNet2DConditionModel. dtype: the UNet's, for embeddings."""
         return {"encoder_hidden_states": self.text_BTD.to(dtype)}
+
+
+@dataclass(frozen=True)
+class TokenConditioning(TensorRecord):
+    """Captions that the step's text encoders have yet to read, while they are trained.
+
+    ids_BEN: token ids for each of the E text encoders, int64. sizes_B6: as in SdxlConditioning.
+    """
+
+    ids_BEN: Tensor
+    sizes_B6: Tensor
+
+
+def token_conditioning(vocab_sizes: Sequence[int], ids_BEN: Tensor, sizes_B6: Tensor) -> TokenConditioning:
+    """Return the captions of a batch as token ids. vocab_sizes: of each text encoder.
+
+    Raises UserError for an id that an encoder does not have, at which a GPU would stop working.
+    """
+    for number, vocab_size in enumerate(vocab_sizes):
+        ids = ids_BEN[:, number]
+        if not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+            raise UserError(
+                "the cache's token ids are not of this text encoder: someone else wrote them; delete the dataset's "
+                "cache folder, which is filled again"
+            )
+    return TokenConditioning(ids_BEN, sizes_B6)
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,10 @@ class Family:
         inner = getattr(text_encoder, "text_model", text_encoder)
         return inner.final_layer_norm(output.hidden_states[-1 - clip_skip]), None
 
+    def read_parts(self, text_encoder: nn.Module, clip_skip: int) -> tuple[int, bool]:
+        """Return of how many layers, and whether of the final norm, what `read_text` returns depends."""
+        return text_encoder.config.num_hidden_layers - clip_skip, True
+
     def pooled_width(self, unet_config: Mapping) -> int:
         """Return the width of the pooled embedding that the UNet takes, 0 for none."""
         return 0

@@ -71,6 +71,13 @@ class StableDiffusionXL(Family):
         states = output.hidden_states[-1 - self.skipped_layers - clip_skip]
         return states, getattr(output, "text_embeds", None)
 
+    def read_parts(self, text_encoder: nn.Module, clip_skip: int) -> tuple[int, bool]:
+        num_layers = text_encoder.config.num_hidden_layers
+        # the pooled embedding is made of the last layer
+        if hasattr(text_encoder, "text_projection"):
+            return num_layers, True
+        return num_layers - self.skipped_layers - clip_skip, False
+
     def pooled_width(self, unet_config: Mapping) -> int:
         return unet_config["projection_class_embeddings_input_dim"] - NUM_SIZES * unet_config["addition_time_embed_dim"]
 

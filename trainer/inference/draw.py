@@ -18,6 +18,7 @@ from safelight.errors import UserError
 from safelight.kernels.unet.attention import apply_attention, attention_cases, choose_attention
 from safelight.text import storable
 from safelight.trainer.adapters.full import FullFineTune, has_averages, load_averages
+from safelight.trainer.adapters.text_encoders import load_text_encoders
 from safelight.trainer.checkpoint.files import (
     check_files,
     folder_of,
@@ -49,7 +50,7 @@ from safelight.trainer.models.encoders import (
     load_codec,
 )
 from safelight.trainer.models.noise_schedule import NoiseSchedule
-from safelight.trainer.models.weights import load_unet, unet_fingerprint
+from safelight.trainer.models.weights import load_texts, load_unet, num_trained_values, unet_fingerprint
 from safelight.trainer.run_log.environment import MEMORY_PLAN, recorded, recorded_attention
 from safelight.untrusted import check_kinds, check_links
 
@@ -93,8 +94,7 @@ class OpenRun:
         """
         unet = load_unet(self.base, self.config.run.seed, self.dtype)
         if step is not None:
-            max_bytes = max_bytes_of(sum(parameter.numel() for parameter in unet.parameters()))
-            check_files(folder_of(self.run_dir, step), to_resume=False, max_bytes=max_bytes)
+            self._check_files(step)
             FullFineTune(unet).load(folder_of(self.run_dir, step))
             if averaged:
                 load_averages(folder_of(self.run_dir, step), unet)
@@ -107,13 +107,34 @@ class OpenRun:
         apply_attention(unet, attention)
         return unet
 
+    def _check_files(self, step: int) -> None:
+        """Raise UserError if a file of a checkpoint is damaged. Each checkpoint is read once for that."""
+        if step not in self._checked:
+            max_bytes = max_bytes_of(num_trained_values(self.config, self.base))
+            check_files(folder_of(self.run_dir, step), to_resume=False, max_bytes=max_bytes)
+            self._checked.add(step)
+
+    @functools.cached_property
+    def _checked(self) -> set[int]:
+        return set()
+
+    def text_step(self, step: int | None) -> int | None:
+        """Return the checkpoint whose text encoder reads the prompts of a checkpoint's pictures, None for the base's.
+
+        step: of the checkpoint that draws, None for the base.
+        """
+        return step if self.config.text_encoder.train else None
+
     def weights_hash(self, weights: Weights) -> str:
-        """Return a hash of a UNet's weights, 64 hex digits; of a checkpoint's as its record tells them."""
+        """Return a hash of the weights of a UNet, and of the text encoder trained with it, 64 hex digits.
+
+        Those of a checkpoint as its record tells them.
+        """
         if weights.step is None:
             return self._base_hash
         folder = folder_of(self.run_dir, weights.step)
         recorded_hashes = read_record(folder, to_resume=False)["sha256"]
-        names = sorted(name for name in recorded_hashes if name.startswith("unet/"))
+        names = sorted(name for name in recorded_hashes if name.startswith(("unet/", "text_encoder")))
         names += ["state.safetensors"] * (weights.averaged and has_averages(folder))
         listed = "\n".join(f"{name} {recorded_hashes.get(name)}" for name in names)
         return hashlib.sha256(listed.encode()).hexdigest()
@@ -122,11 +143,20 @@ class OpenRun:
     def _base_hash(self) -> str:
         return unet_fingerprint(self.base, self.config.run.seed)
 
-    def encoder_skipping(self, clip_skip: int) -> CaptionEncoder:
-        """Return the text encoder, reading that many layers before the last one. Raises UserError if it has fewer."""
-        if clip_skip == self.encoder.clip_skip:
-            return self.encoder
-        texts = list(zip(self.encoder.tokenizers, self.encoder.text_encoders, strict=True))
+    def encoder_of(self, text_step: int | None, clip_skip: int) -> CaptionEncoder:
+        """Return a text encoder, reading that many layers before the last one. Raises UserError if it has fewer.
+
+        text_step: of the checkpoint that holds it, None for the base's.
+        """
+        if text_step is None:
+            if clip_skip == self.encoder.clip_skip:
+                return self.encoder
+            texts = list(zip(self.encoder.tokenizers, self.encoder.text_encoders, strict=True))
+        else:
+            self._check_files(text_step)
+            texts = load_texts(self.base, self.config.model.tokenizer, self.config.run.seed)
+            parts = dict(zip(self.base.family.text_encoders, (text_encoder for _, text_encoder in texts), strict=True))
+            load_text_encoders(folder_of(self.run_dir, text_step), parts)
         return CaptionEncoder.of(self.base, texts, self.encoder.device, clip_skip)
 
     @property

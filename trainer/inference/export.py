@@ -1,7 +1,7 @@
 """`safelight export`: writes a run's model as a diffusers folder, or as one file for A1111 and ComfyUI.
 
 The UNet's weights come from the checkpoint: the moving average if there is one, else the fp32 master if there is one.
-The frozen parts are the run's. Either output is written under a temporary name, and then renamed.
+So does the text encoder if the run trains it. The frozen parts are the run's. Either output is written under a temporary name, and then renamed.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from safelight.data.lock import NoLocks, lock_file, unlock_file
 from safelight.errors import UserError
 from safelight.text import printable, size, storable
 from safelight.trainer.adapters.full import FullFineTune
+from safelight.trainer.adapters.text_encoders import load_text_encoders
 from safelight.trainer.checkpoint.files import check_files, folder_of, max_bytes_of
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.toml import load_config, require_run
@@ -42,7 +43,7 @@ from safelight.trainer.models.device import DTYPES
 from safelight.trainer.models.noise_schedule import NoiseSchedule
 from safelight.trainer.models.single_file import ZERO_SNR_MARKER, schedule_markers
 from safelight.trainer.models.tensor_files import is_finite, save_file
-from safelight.trainer.models.weights import load_texts, load_vae, meta_unet
+from safelight.trainer.models.weights import load_texts, load_vae, meta_unet, num_trained_values
 from safelight.trainer.run_log.course import doubt_about
 from safelight.untrusted import check_links
 
@@ -91,7 +92,12 @@ class _Source:
         return load_vae(self.base, self.config.model.vae, self.config.run.seed)
 
     def texts(self) -> list[tuple[object, nn.Module]]:
-        return load_texts(self.base, self.config.model.tokenizer, self.config.run.seed)
+        """Return tokenizers and text encoders: the checkpoint's if the run trains them, else the base's."""
+        texts = load_texts(self.base, self.config.model.tokenizer, self.config.run.seed)
+        if self.config.text_encoder.train:
+            parts = dict(zip(self.base.family.text_encoders, (text_encoder for _, text_encoder in texts), strict=True))
+            load_text_encoders(self.checkpoint, parts)
+        return texts
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype, source: str = "") -> Tensor:
@@ -137,7 +143,7 @@ def export(
     step = pick_step(run_dir, checkpoint, allow_base=False)
     folder = folder_of(run_dir, step)
     base = base_of(config.model)
-    max_bytes = max_bytes_of(sum(parameter.numel() for parameter in meta_unet(base).parameters()))
+    max_bytes = max_bytes_of(num_trained_values(config, base))
     check_files(folder, to_resume=False, max_bytes=max_bytes)
     schedule = base.noise_schedule(config.loss.prediction, config.loss.zero_terminal_snr)
     source = _Source(config, base, folder, step, schedule, DTYPES[dtype], weights)
@@ -154,9 +160,16 @@ def export(
     if config.train.ema_decay > 0:
         which = "the weights of the last step" if weights == "trained" else "the moving average of the weights"
         notes.append(f"exported {which}")
+    if config.text_encoder.train:
+        notes.append(f"exported the text encoder as trained{_averaged_or_not(config, weights)}")
     if skip := config.model.clip_skip:
         notes.append(f"trained with clip_skip {skip}: use clip_skip={skip} in diffusers, Clip skip {skip + 1} in A1111")
     return Exported(out, step, num_bytes, notes)
+
+
+def _averaged_or_not(config: Config, weights: str) -> str:
+    is_averaged = config.train.ema_decay > 0 and weights != "trained"
+    return "; of its weights there is no moving average" if is_averaged else ""
 
 
 def _check_output(out: Path, force: bool) -> bool:

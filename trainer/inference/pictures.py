@@ -31,6 +31,7 @@ from safelight.trainer.inference.gallery import Drawn, read_key
 from safelight.trainer.inference.sampling import NotFinitePicture, Settings, check_size, generate
 from safelight.trainer.models.base import latent_factor, vae_config
 from safelight.trainer.models.device import PRECISIONS
+from safelight.trainer.models.encoders import CaptionEncoder
 from safelight.trainer.report.facts import format_duration
 from safelight.untrusted import check_kinds
 
@@ -294,28 +295,32 @@ class _Texts:
     def __init__(self, run: OpenRun, requests: Sequence[Request]):
         self._requests = requests
         self._condition = functools.partial(run.base.family.conditioning, run.base.config_of("unet"))
-        self._rows: dict[tuple[str, int, int], Tensor] = {}
+        self._rows: dict[tuple[str, tuple, int], Tensor] = {}
+        self._readers = [(run.text_step(request.weights.step), request.clip_skip) for request in requests]
         self.num_chunks = [0] * len(requests)
-        encoders = {skip: run.encoder_skipping(skip) for skip in dict.fromkeys(r.clip_skip for r in requests)}
         for negative in dict.fromkeys(request.negative for request in requests):
             own = [number for number, request in enumerate(requests) if request.negative == negative]
             for chunks, places in run.encoder.group_prompts([requests[n].prompt for n in own], negative).items():
                 for place in places:
                     self.num_chunks[own[place]] = chunks
-        texts: dict[tuple[int, int], dict[str, None]] = {}
-        for request, chunks in zip(requests, self.num_chunks, strict=True):
-            texts.setdefault((request.clip_skip, chunks), {}).update({request.prompt: None, request.negative: None})
-        for (skip, chunks), named in texts.items():
-            with encoders[skip].on(run.device) as encoder:
-                reader = encoder.reading(weights=True, num_chunks=chunks)
-                listed = list(named)
-                for start in range(0, len(listed), ENCODE_BATCH):
-                    part = listed[start : start + ENCODE_BATCH]
-                    for text, row in zip(part, reader.encode(part), strict=True):
-                        self._rows[text, skip, chunks] = row
+        texts: dict[tuple, dict[int, dict[str, None]]] = {}
+        for request, reader, chunks in zip(requests, self._readers, self.num_chunks, strict=True):
+            named = texts.setdefault(reader, {}).setdefault(chunks, {})
+            named.update({request.prompt: None, request.negative: None})
+        for reader, by_chunks in texts.items():
+            # one at a time: each checkpoint of a run that trains the text encoder has its own
+            with run.encoder_of(*reader).on(run.device) as encoder:
+                for chunks, named in by_chunks.items():
+                    self._encode(encoder.reading(weights=True, num_chunks=chunks), reader, list(named))
+
+    def _encode(self, encoder: CaptionEncoder, reader: tuple, texts: Sequence[str]) -> None:
+        for start in range(0, len(texts), ENCODE_BATCH):
+            part = texts[start : start + ENCODE_BATCH]
+            for text, row in zip(part, encoder.encode(part), strict=True):
+                self._rows[text, reader, encoder.num_chunks] = row
 
     def _row(self, number: int, text: str) -> Tensor:
-        return self._rows[text, self._requests[number].clip_skip, self.num_chunks[number]]
+        return self._rows[text, self._readers[number], self.num_chunks[number]]
 
     def positive(self, numbers: Sequence[int]) -> TextConditioning:
         """Return the conditioning of some requests' prompts, a row each."""

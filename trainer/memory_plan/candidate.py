@@ -198,6 +198,8 @@ def why_no_graphs(config: Config, candidate: Candidate, budget: int) -> str:
     """Return why a candidate's steps are not replayed as CUDA graphs, '' if they are. budget: bytes the run may use."""
     if config.train.cuda_graphs == "off":
         return "train.cuda_graphs is off"
+    if config.text_encoder.train:
+        return "the text encoder is trained, whose steps are not captured"
     if not OPTIMIZERS[config.optimizer.name].is_capturable:
         return f"{config.optimizer.name} reads values back from the GPU at every step"
     if reason := streams_from_host(candidate.memory, candidate.checkpointing):

@@ -1,9 +1,10 @@
-"""The frozen encoders, as the cache and the sampler use them: pixels to latents and back, captions to embeddings."""
+"""The encoders, as the cache and the sampler use them: pixels to latents and back, captions to embeddings."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -129,7 +130,7 @@ class LatentCodec(_Movable):
 
 @dataclass
 class CaptionEncoder(_Movable):
-    """The frozen text encoders of a model, each with its tokenizer.
+    """The text encoders of a model, each with its tokenizer.
 
     tokenizers, text_encoders: one each, in the order of family.text_encoders. The tokenizers cut texts alike and differ
     in their padding. zeroes_empty_text: whether the row of the empty text is all zeros. weights: whether texts are read
@@ -171,18 +172,34 @@ class CaptionEncoder(_Movable):
             )
         if len({tokenizer.model_max_length for tokenizer in self.tokenizers}) > 1:
             raise UserError("the base's tokenizers read texts of different lengths; use another model.base")
+        self.take_fingerprint()
+        self.text_encoders.to(self.device)
+
+    def take_fingerprint(self) -> None:
+        """Set the fingerprint to that of the present weights: call it when they have changed."""
         prints = [
-            fingerprint(
-                text_encoder,
-                json.dumps(sorted(tokenizer.get_vocab().items())),
-                str(tokenizer.model_max_length),
-                str(self.clip_skip),
-            )
+            fingerprint(text_encoder, *_facts(tokenizer), str(self.clip_skip))
             for tokenizer, text_encoder in zip(self.tokenizers, self.text_encoders, strict=True)
         ]
         self._plain_fingerprint = ", ".join([*prints, *["empty text is zeros"] * self.zeroes_empty_text])
         self._set_fingerprint()
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """The text encoders by their folders in a model."""
+        return dict(zip(self.family.text_encoders, self.text_encoders, strict=True))
+
+    def move_home(self) -> None:
+        """Move the text encoders to host memory for good."""
+        self.device = torch.device("cpu")
         self.text_encoders.to(self.device)
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        """A hash of what the token ids of a text depend on."""
+        facts = [fact for tokenizer in self.tokenizers for fact in (*_facts(tokenizer), str(tokenizer.pad_token_id))]
+        facts.append(str(self.num_chunks))
+        return hashlib.sha256("\n".join(facts).encode()).hexdigest()
 
     def _set_fingerprint(self) -> None:
         self.fingerprint = self._plain_fingerprint
@@ -294,6 +311,46 @@ class CaptionEncoder(_Movable):
             commas[0] if len(commas) == 1 else None,
         )
 
+    @property
+    def token_shape(self) -> tuple[int, int]:
+        """Shape of the token ids of one text: encoders, and the tokens of its chunks after each other."""
+        return len(self.tokenizers), self.num_tokens
+
+    def token_ids(self, captions: list[str]) -> Tensor:
+        """Return the token ids of each caption as each text encoder reads them, (B, *token_shape), int64.
+
+        Call it of an encoder without weights only: the ids do not tell them.
+        """
+        chunks = [self.chunks(caption) for caption in captions] if self._reads_chunks else None
+        columns = [
+            self._plain_ids(tokenizer, captions)
+            if chunks is None
+            else torch.cat([self._column(tokenizer, chunks, number) for number in range(self.num_chunks)], dim=1)
+            for tokenizer in self.tokenizers
+        ]
+        return torch.stack(columns, dim=1)
+
+    def rows_of_tokens(self, ids_BEN: Tensor) -> Tensor:
+        """Return what `encode` returns of the texts with these ids, on the device, with gradients."""
+        embeddings, pooled = [], None
+        for number, text_encoder in enumerate(self.text_encoders):
+            ids = ids_BEN[:, number].unflatten(1, (self.num_chunks, self.chunk_tokens)).flatten(0, 1)
+            states, pooled = self.family.read_text(text_encoder, ids, self.clip_skip)
+            embeddings.append(states.unflatten(0, (-1, self.num_chunks)).flatten(1, 2))
+        if pooled is not None:
+            pooled = pooled.unflatten(0, (-1, self.num_chunks))[:, 0]
+        return self.family.text_row(torch.cat(embeddings, dim=2), pooled)
+
+    def _plain_ids(self, tokenizer, captions: list[str]) -> Tensor:
+        return tokenizer(
+            captions, padding="max_length", truncation=True, max_length=self.num_tokens, return_tensors="pt"
+        ).input_ids
+
+    def _column(self, tokenizer, chunks: list[list[Chunk]], number: int) -> Tensor:
+        """Return the ids of one chunk of each text."""
+        column = [found[number] if number < len(found) else Chunk() for found in chunks]
+        return torch.tensor([self._padded(tokenizer, chunk.ids) for chunk in column])
+
     @torch.inference_mode()
     def encode(self, captions: list[str]) -> Tensor:
         """Return what the cache keeps of each caption, (B, *row_shape), float32 on the CPU: see family.text_row.
@@ -304,10 +361,7 @@ class CaptionEncoder(_Movable):
         embeddings, pooled = [], None
         for tokenizer, text_encoder in zip(self.tokenizers, self.text_encoders, strict=True):
             if chunks is None:
-                ids = tokenizer(
-                    captions, padding="max_length", truncation=True, max_length=self.num_tokens, return_tensors="pt"
-                ).input_ids
-                states, pooled = self._read(text_encoder, ids)
+                states, pooled = self._read(text_encoder, self._plain_ids(tokenizer, captions))
             else:
                 states, pooled = self._read_chunks(tokenizer, text_encoder, chunks)
             embeddings.append(states)
@@ -323,8 +377,7 @@ class CaptionEncoder(_Movable):
         rows, pooled = [], []
         for number in range(self.num_chunks):
             column = [found[number] if number < len(found) else Chunk() for found in chunks]
-            ids = torch.tensor([self._padded(tokenizer, chunk.ids) for chunk in column])
-            embeddings, pooled_BP = self._read(text_encoder, ids)
+            embeddings, pooled_BP = self._read(text_encoder, self._column(tokenizer, chunks, number))
             weights = [[1.0, *chunk.weights, *[1.0] * (self.chunk_tokens - 1 - len(chunk.ids))] for chunk in column]
             rows.append(apply_weights(embeddings, torch.tensor(weights)))
             pooled.append(pooled_BP)
@@ -339,6 +392,11 @@ class CaptionEncoder(_Movable):
         """Return the embeddings and the pooled one of token ids, float32 on the CPU."""
         states, pooled = self.family.encode_ids(text_encoder, ids.to(self.device), self.clip_skip)
         return states.float().cpu(), None if pooled is None else pooled.float().cpu()
+
+
+def _facts(tokenizer) -> tuple[str, str]:
+    """Return what a tokenizer's ids depend on."""
+    return json.dumps(sorted(tokenizer.get_vocab().items())), str(tokenizer.model_max_length)
 
 
 def _end_of(text: str) -> str:

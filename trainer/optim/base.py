@@ -30,15 +30,32 @@ class LossScale:
         self.enabled = enabled
         self.scale = torch.tensor(INITIAL_SCALE if enabled else 1.0, device=device)
         self.num_good = torch.zeros((), dtype=torch.int64, device=device)
+        self.follower_is_finite: Tensor | None = None
 
     def update(self, is_finite: Tensor) -> None:
         if not self.enabled:
             return
+        if self.follower_is_finite is not None:
+            is_finite, self.follower_is_finite = is_finite & self.follower_is_finite, None
         self.num_good.add_(1).mul_(is_finite)
         grow = self.num_good >= GROWTH_INTERVAL
         factor = torch.where(is_finite, torch.where(grow, 2.0, 1.0), 0.5)
         self.scale.mul_(factor).clamp_(MIN_SCALE, MAX_SCALE)
         self.num_good.masked_fill_(grow, 0)
+
+
+class FollowedScale(LossScale):
+    """The loss scale of an optimizer whose gradients come from the same backward pass as another's, the leader.
+
+    It is the leader's. An overflow here halves it in the leader's own update, which follows.
+    """
+
+    def __init__(self, leader: LossScale):
+        self.enabled, self.scale, self.num_good, self._leader = leader.enabled, leader.scale, leader.num_good, leader
+
+    def update(self, is_finite: Tensor) -> None:
+        if self.enabled:
+            self._leader.follower_is_finite = is_finite
 
 
 class OptimizerBase(abc.ABC):

@@ -276,7 +276,7 @@ class GraphCapture:
             if largest.num_latents <= self._largest_warmed_up:
                 return None, ""
             self._largest_warmed_up = largest.num_latents
-            with self._context.optimizer.dry_run():
+            with self._context.dry_run():
                 run(blank(example(), largest), largest.is_first, True)
             return None, f"warmed up with the largest batch, {largest}, in {time.monotonic() - began:.1f} s"
         if self._graphs is None or num_samples != self._num_samples:

@@ -7,7 +7,8 @@ Letters: B batch, C latent channels, H W latent height and width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,21 +21,26 @@ from safelight.kernels.ops.diffusion_loss import LossOptions, diffusion_loss
 from safelight.kernels.ops.noising import Noised, key_words, noising
 from safelight.kernels.philox import Key, Purpose
 from safelight.trainer.config.schema import Loss
-from safelight.trainer.families.conditioning import TextConditioning
+from safelight.trainer.families.conditioning import TextConditioning, TokenConditioning
 from safelight.trainer.models.noise_schedule import NoiseSchedule, mse_per_sample
 from safelight.trainer.optim.optimizer import UNetOptimizer
 from safelight.trainer.step.profiler_ranges import profiler_range
+from safelight.trainer.step.text_training import TextTraining
 
 
 @dataclass(frozen=True)
 class StepContext:
-    """What all steps of a run share. scaling_factor: what unscaled latents are multiplied by to get unit variance."""
+    """What all steps of a run share. scaling_factor: what unscaled latents are multiplied by to get unit variance.
+
+    texts: the text encoders while they are trained, None if captions are rows of embeddings.
+    """
 
     unet: nn.Module
     optimizer: UNetOptimizer
     schedule: NoiseSchedule
     scaling_factor: float
     loss: Loss
+    texts: TextTraining | None = None
 
     @property
     def device(self) -> torch.device:
@@ -45,10 +51,16 @@ class StepContext:
         """The dtype of the UNet's weights, which it also computes in: there is no autocast."""
         return next(self.unet.parameters()).dtype
 
+    @contextmanager
+    def dry_run(self) -> Iterator[None]:
+        """Let steps inside the block run all their work but change nothing: see UNetOptimizer.dry_run."""
+        with self.optimizer.dry_run(), nullcontext() if self.texts is None else self.texts.optimizer.dry_run():
+            yield
+
 
 @dataclass(frozen=True)
 class StepSettings:
-    """The hyperparameters of one optimizer step. max_grad_norm: 0 disables clipping.
+    """The hyperparameters of one optimizer step. max_grad_norm: 0 disables clipping. text_lr: of the text encoders.
 
     num_samples: samples in a full step (batch_size x accumulate). Every sample weighs 1 / num_samples, so accumulated
     micro-batches equal one larger batch, and the samples of a short last batch weigh no more than others.
@@ -58,6 +70,7 @@ class StepSettings:
     lr: float
     weight_decay: float
     max_grad_norm: float
+    text_lr: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -69,7 +82,7 @@ class Inputs(TensorRecord):
 
     mean_BCHW: Tensor
     logvar_BCHW: Tensor | None
-    conditioning: TextConditioning
+    conditioning: TextConditioning | TokenConditioning
     words_B5: Tensor
     mask_B1HW: Tensor | None = None
     scales_B: Tensor | None = None
@@ -205,12 +218,19 @@ def micro_step(
         optimizer.prepare_backward()
     with profiler_range("noise"):
         noised = add_noise(inputs, context.schedule, context.scaling_factor, context.loss.offset_noise, context.dtype)
-    with optimizer.buffers.micro_step(is_first, is_last):
+    texts = context.texts
+    text_buffers = nullcontext() if texts is None else texts.optimizer.buffers.micro_step(is_first, is_last)
+    with optimizer.buffers.micro_step(is_first, is_last), text_buffers:
         scale = optimizer.loss_scale.scale
+        if texts is None:
+            conditioning = inputs.conditioning
+        else:
+            with profiler_range("text"):
+                conditioning = texts.conditioning(inputs.conditioning)
         losses = accumulate(
             context.unet,
             noised,
-            inputs.conditioning,
+            conditioning,
             context.schedule,
             context.loss,
             num_samples,
@@ -221,6 +241,9 @@ def micro_step(
     if not is_last:
         return MicroResult(losses, None, None)
     with profiler_range("optimizer"):
+        if texts is not None:
+            # first: the UNet's own step changes the loss scale
+            texts.optimizer.step()
         return MicroResult(losses, *optimizer.step())
 
 
@@ -239,6 +262,8 @@ def train_step(
     instead of running them; the next step then overwrites the result's grad_norm and is_applied.
     """
     context.optimizer.set_hyper(settings.lr, settings.weight_decay, settings.max_grad_norm)
+    if context.texts is not None:
+        context.texts.optimizer.set_hyper(settings.text_lr, settings.weight_decay, settings.max_grad_norm)
     losses, is_first = [], True
     pending = iter(batches)
     with profiler_range("load"):

@@ -21,6 +21,7 @@ from safelight.kernels.ops.noising import Purposes, key_words, noising
 from safelight.kernels.philox import Key, Purpose, sort_key, uniforms
 from safelight.trainer.models.noise_schedule import NoiseSchedule
 from safelight.trainer.step.step import sample_losses
+from safelight.trainer.step.text_training import TextTraining
 
 PURPOSES = Purposes(noise=Purpose.VALIDATION_NOISE)
 
@@ -67,9 +68,11 @@ def validate(
     num_bands: int,
     batch_size: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    texts: TextTraining | None = None,
 ) -> Validation:
     """Return the loss on the samples of `rows`, with center crops and first captions. Raises UserError without samples.
 
+    texts: reads the captions if `rows` has them as token ids.
     progress: called with (done, total) after each forward pass; an exception it raises aborts the validation.
     """
     samples = rows.samples
@@ -84,6 +87,7 @@ def validate(
     batches = _batches(samples, batch_size)
     for index, micro_batch in enumerate(batches):
         batch = load_batch(rows, micro_batch).map(lambda x: x.to(device))
+        conditioning = batch.conditioning if texts is None else texts.conditioning(batch.conditioning)
         indices = [ref.sample_index for ref in micro_batch.refs]
         for k in range(num_bands):
             noise_keys = [Key(seed, Purpose.VALIDATION_NOISE, i, 0, k) for i in batch.sample_ids]
@@ -100,7 +104,7 @@ def validate(
                 dtype=dtype,
                 purposes=PURPOSES,
             )
-            losses[indices, k] = sample_losses(unet, noised, batch.conditioning, batch.mask_B1HW).double().cpu()
+            losses[indices, k] = sample_losses(unet, noised, conditioning, batch.mask_B1HW).double().cpu()
             progress(index * num_bands + k + 1, len(batches) * num_bands)
     unet.train(was_training)
     not_finite = tuple((~losses.isfinite().all(dim=1)).nonzero().flatten().tolist())

@@ -1,0 +1,116 @@
+"""Training the text encoders together with the UNet: captions arrive as token ids and are read inside the step.
+
+The weights are fp32 and so is the arithmetic, whatever the UNet's precision: the encoders are small beside it, and an
+update at a learning rate of 5e-7 would be lost in 16-bit weights. The optimizer is another one of the UNet's kind, with
+its own learning rate. It clips by the norm of its own gradients, and shares the UNet's loss scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from safelight.errors import UserError
+from safelight.trainer.config.schema import Config, Optimizer
+from safelight.trainer.families.conditioning import TextConditioning, TokenConditioning
+from safelight.trainer.families.family import Family
+from safelight.trainer.models.encoders import CaptionEncoder
+from safelight.trainer.optim.base import FollowedScale, LossScale
+from safelight.trainer.optim.optimizer import UNetOptimizer, make_optimizer
+
+# of the optimizer's state in a checkpoint
+PREFIX = "text/"
+
+
+@dataclass
+class TextTraining:
+    """The text encoders of a run while they are trained.
+
+    unet_config: has what `Family.conditioning` reads. empty_EN: token ids of the empty text.
+    """
+
+    encoder: CaptionEncoder
+    optimizer: UNetOptimizer
+    unet_config: Mapping
+    empty_EN: Tensor
+
+    def conditioning(self, tokens: TokenConditioning) -> TextConditioning:
+        """Return the UNet's conditioning, through which its gradient reaches the text encoders."""
+        encoder = self.encoder
+        rows = encoder.rows_of_tokens(tokens.ids_BEN)
+        if encoder.zeroes_empty_text:
+            is_empty_B = (tokens.ids_BEN == self.empty_EN).all(dim=2).all(dim=1)
+            rows = rows.masked_fill(is_empty_B.view(-1, *[1] * (rows.dim() - 1)), 0)
+        return encoder.family.conditioning(self.unet_config, rows, tokens.sizes_B6)
+
+    def live_state(self) -> dict[str, Tensor]:
+        """Return the optimizer's state for a checkpoint, without copies."""
+        return {f"{PREFIX}{name}": value for name, value in self.optimizer.live_state().items()}
+
+
+def take_text_state(state: dict[str, Tensor], texts: TextTraining | None) -> None:
+    """Remove the text encoders' optimizer state from a checkpoint's, and load it if they are trained on.
+
+    Raises UserError if they are and it has none.
+    """
+    own = {name.removeprefix(PREFIX): state.pop(name) for name in list(state) if name.startswith(PREFIX)}
+    if texts is None:
+        return
+    if not own:
+        raise UserError(
+            "the text encoder was no longer trained in this checkpoint; set text_encoder.epochs to what it was"
+        )
+    texts.optimizer.load_state_tensors(own)
+
+
+def train_texts(
+    config: Config, encoder: CaptionEncoder, unet_config: Mapping, device: torch.device, leader: LossScale
+) -> TextTraining:
+    """Return the training of an encoder's weights, which are fp32. leader: the UNet's loss scale.
+
+    device: where the weights are, or are moved to. Raises UserError for text_encoder.last_layers beyond the layers.
+    """
+    mark(encoder.family, encoder.text_encoders, encoder.clip_skip, config.text_encoder.last_layers)
+    module = nn.ModuleDict(encoder.parts)
+    optimizer = make_optimizer(module, optimizer_config(config), torch.float32, config.run.seed, device)
+    optimizer.loss_scale = FollowedScale(leader)
+    optimizer.buffers.dtype = config.train.accumulate_dtype
+    if any(stage.accumulate > 1 for stage in config.stages()):
+        optimizer.buffers.allocate()
+    return TextTraining(encoder, optimizer, unet_config, encoder.token_ids([""])[0].to(device))
+
+
+def optimizer_config(config: Config) -> Optimizer:
+    """Return the settings of the text encoders' optimizer: the UNet's, for fp32 weights, stepped after backward."""
+    return config.optimizer.model_copy(update={"memory": "auto", "fused_backward": False, "clipping": "auto"})
+
+
+def mark(family: Family, text_encoders: nn.ModuleList, clip_skip: int, last_layers: int) -> None:
+    """Set requires_grad for the parameters to train. last_layers: as text_encoder.last_layers.
+
+    What the embeddings do not depend on is not trained: weight decay alone would change it.
+    """
+    for text_encoder in text_encoders:
+        text_encoder.requires_grad_(False)
+        for part in _trained_parts(family, text_encoder, clip_skip, last_layers):
+            part.requires_grad_(True)
+
+
+def _trained_parts(family: Family, text_encoder: nn.Module, clip_skip: int, last_layers: int) -> Iterator[nn.Module]:
+    inner = getattr(text_encoder, "text_model", text_encoder)
+    num_layers, with_norm = family.read_parts(text_encoder, clip_skip)
+    if last_layers > num_layers:
+        raise UserError(
+            f"text_encoder.last_layers {last_layers} is more than the {num_layers} layers that are read of a text "
+            "encoder; use 0 to train them all"
+        )
+    if not last_layers:
+        yield inner.embeddings
+    yield from inner.encoder.layers[num_layers - (last_layers or num_layers) : num_layers]
+    if with_norm:
+        yield inner.final_layer_norm
+    if hasattr(text_encoder, "text_projection"):
+        yield text_encoder.text_projection

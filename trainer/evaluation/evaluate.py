@@ -190,7 +190,7 @@ def _blemishes(burn: Burn | None, memorisation: Memorisation | None, cfg: float)
 
 
 def _not_by_training(burn: Burn | None, cfg: float) -> dict[str, list[str]]:
-    """Return what is wrong with models' pictures at cfg, but with the base's as well, or within noise: model -> clauses."""
+    """Return what is wrong with models' pictures at cfg, but with the base's too, or within noise: model -> clauses."""
     found: dict[str, list[str]] = {}
     for model, score, own, base in _faulty(burn, cfg):
         if base is None or is_worse_than_base(own, base, score):
@@ -205,7 +205,7 @@ def _not_by_training(burn: Burn | None, cfg: float) -> dict[str, list[str]]:
 
 
 def _faulty(burn: Burn | None, cfg: float) -> Iterator[tuple[str, Fault, BurnScores, BurnScores | None]]:
-    """Yield each checkpoint and score with more pictures above the limit at cfg than chance explains, and the base's."""
+    """Yield checkpoint, score, its and the base's figures where chance explains less at the guidance scale cfg."""
     sets = {scores.model: scores for scores in (burn.sets if burn is not None else ()) if scores.cfg == cfg}
     for model, scores in sets.items():
         for score in FAULTS:

@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from safelight.trainer.metrics.exceedance import Limit, exceedance_p
 from safelight.trainer.report.comparison import MAX_MODELS, Count, FileName, ModelId, Record, Text
 
 Number = Annotated[float, Field(ge=-1e15, le=1e15)]
@@ -20,7 +20,7 @@ OWN_AUTOENCODER = "the run's autoencoder"
 # what stands for photographs where a model is named
 REAL = "real"
 # one-sided: a difference that is as likely as this by chance decides nothing
-NOISE = 0.025
+NOISE, NOISE_Z = 0.025, 1.96
 MAX_METRICS = 100
 MAX_CLASSES = 400
 MAX_POINTS = 20_000
@@ -170,17 +170,26 @@ class BurnScores(Record):
 
 
 def is_worse_than_base(own: BurnScores, base: BurnScores, score: Literal["burnt", "smoothed"]) -> bool:
-    """Return whether a model's share of burnt or smoothed-out pictures is above the base's at the same cfg beyond noise.
+    """Return whether a model has a larger share of burnt or smoothed-out pictures than the base at the same cfg.
 
-    By the test prompt by prompt if there was one, else by both counts (Fisher's exact test).
+    Beyond noise: by the test prompt by prompt if there was one, else by both counts, as far as they are known.
     """
     if getattr(own, f"share_{score}") <= getattr(base, f"share_{score}"):
         return False
     p = getattr(own, f"{score}_p")
     if p is None:
-        of_base = Limit(0.0, base.num, num_over(base, score))
-        p = exceedance_p(num_over(own, score), own.num, of_base)
+        return _z(own, base, score) > NOISE_Z
     return p < NOISE
+
+
+def _z(own: BurnScores, base: BurnScores, score: Literal["burnt", "smoothed"]) -> float:
+    """Return by how many standard errors two shares differ."""
+    num = own.num + base.num
+    both = (num_over(own, score) + num_over(base, score)) / num if num else 0.0
+    if not 0 < both < 1 or not own.num or not base.num:
+        return 0.0
+    error = math.sqrt(both * (1 - both) * (1 / own.num + 1 / base.num))
+    return (getattr(own, f"share_{score}") - getattr(base, f"share_{score}")) / error
 
 
 def num_over(scores: BurnScores, score: Literal["burnt", "smoothed"]) -> int:

@@ -9,10 +9,11 @@ from safelight.trainer.report.bars import Axis, interval_bar
 from safelight.trainer.report.evaluation import OWN_AUTOENCODER, Estimate, Metric
 from safelight.trainer.report.figures import Form, form_of_estimates
 from safelight.trainer.report.markup import Markup, nothing_yet, shorten, table, tag
-from safelight.trainer.report.measures import BETTER, FEW_PICTURES, difference_of, estimate_of
+from safelight.trainer.report.measures import FEW_PICTURES, difference_of
 from safelight.trainer.report.models import name_of, put_forward
 from safelight.trainer.report.records import BASE
 from safelight.trainer.report.shown_runs import ShownRun, hold_out_others
+from safelight.trainer.report.verdicts import estimate_of, which_is_better
 
 OTHER_PHOTOGRAPHS, OTHER_DATASET, UNKNOWN_DATASET = "held-out photographs", "other dataset", "unknown dataset"
 NONE_SHARED = (
@@ -140,7 +141,7 @@ def _metric(group: Sequence[tuple[ShownRun, Metric]], are_alike: bool) -> Markup
         head, rows = head[:-1], [row[:-1] for row in rows]
     trained = [(one.label, value) for one, value, _ in values if value.model != BASE]
     about = " · ".join(
-        filter(None, [BETTER.get(metric.better, ""), metric.features and f"by {shorten(metric.features, 120)}"])
+        filter(None, [which_is_better(metric), metric.features and f"by {shorten(metric.features, 120)}"])
     )
     return tag(
         "div",

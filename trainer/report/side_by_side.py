@@ -133,7 +133,7 @@ def _is_side_by_side(path: Path) -> bool:
 
 def _key(one: ShownRun) -> Markup:
     """Return a run's entry in the list at the top: its colour, name, folder and note."""
-    notes = shorten(" ".join(one.run.notes.split()), 200)
+    notes = shorten(" ".join(one.run.notes.split()), 1000)
     return tag(
         "li",
         tag("strong", one.name),

@@ -297,13 +297,12 @@ def _gap(held_out: Sequence[Validation], subset: Sequence[Validation]) -> str:
     (first, then), (last, now) = both[0], both[-1]
     if now - then <= MIN_RISE_OF_LOSS * last.loss:
         return ""
-    trained = (
-        f"on training photographs it is {by_step[last.step]:.4f}, {100 * (last.loss / by_step[last.step] - 1):.0f} %"
+    start = "the start" if first.step == 0 else f"epoch {format_epoch(first.epoch)}"
+    text = (
+        f" But the gap to the loss on training photographs widened: {last.loss:.4f} against {by_step[last.step]:.4f}, "
+        f"a difference of {now:+.4f}, after {then:+.4f} at {start}."
     )
-    signs = (
-        f"{now:+.4f} after {then:+.4f} at {'the start' if first.step == 0 else f'epoch {format_epoch(first.epoch)}'}"
-    )
-    return f" But the gap widens: {trained} lower; the difference is {signs}.".replace("-", "−")
+    return text.replace("-", "−")
 
 
 def _low_rate(rates: Sequence[tuple[float, float]]) -> str:

@@ -18,7 +18,6 @@ from safelight.trainer.report.scores import scores_table
 from safelight.trainer.report.theme import Part, asset
 from safelight.trainer.report.verdicts import (
     counted_as,
-    disagreement,
     estimate_of,
     is_from_scratch,
     nearness,
@@ -55,7 +54,7 @@ def measures_section(run: RunFolder) -> Markup:
         heading,
         tag("p", _summary(run, evaluation, model), class_="lead") if model else None,
         tag("p", UNTRAINED_BASE) if model and is_from_scratch(run) else None,
-        tag("p", " ".join(told)) if model and (told := _beyond_the_base(run, evaluation, model)) else None,
+        tag("p", told) if model and (told := nearness(evaluation, model)) else None,
         tag("p", _how_measured(evaluation), class_="note"),
         [_metric(run, metric, model) for metric in evaluation.metrics if metric not in repeated],
         details(_repeats(repeated), *[_metric(run, metric, model) for metric in repeated]) if repeated else None,
@@ -117,11 +116,6 @@ def _summary(run: RunFolder, evaluation: Evaluation, model: str) -> str:
     parts = [text.format(", ".join(titles[kind])) for kind, text in words if kind in titles]
     text = "; ".join(parts)
     return f"{text[:1].upper()}{text[1:]}." if text else ""
-
-
-def _beyond_the_base(run: RunFolder, evaluation: Evaluation, model: str) -> list[str]:
-    """Return how near the model's pictures are to photographs, and which metrics speak for another checkpoint."""
-    return list(filter(None, [nearness(evaluation, model), disagreement(run, evaluation, model)]))
 
 
 def headline(run: RunFolder) -> str:

@@ -56,9 +56,9 @@ document.body.append(dialog);
 dialog.addEventListener('click',function(){dialog.close()});
 dialog.addEventListener('keydown',function(event){var step=event.key==='ArrowRight'?1:event.key==='ArrowLeft'?-1:0;
  if(step){turned(step);event.preventDefault()}});
-// paper cannot be unfolded: what is folded is printed, except the tables that stand for charts
+// paper cannot be unfolded: what is folded is printed, except the tables that stand for charts, and what a file has
 var unfolded=[];
 addEventListener('beforeprint',function(){document.querySelectorAll('details:not([open])').forEach(function(one){
- if(!one.closest('figure.chart')){one.open=true;unfolded.push(one)}})});
+ if(!one.closest('figure.chart')&&!one.matches('.in-file')){one.open=true;unfolded.push(one)}})});
 addEventListener('afterprint',function(){unfolded.splice(0).forEach(function(one){one.open=false})});
 })();

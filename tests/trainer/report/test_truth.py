@@ -98,7 +98,7 @@ def write(
     )
     (folder / "data.json").write_text(json.dumps({"buckets": [{"num_train": STEPS_PER_EPOCH, "num_validation": 1}]}))
     html = render(read_run_folder(folder)).partition("<body>")[2].partition("<script>")[0]
-    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", html)).replace("&#x27;", "'")
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", html)).replace("&#x27;", "'").replace("\u00a0", " ")
 
 
 NAN = float("nan")

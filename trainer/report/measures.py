@@ -261,24 +261,24 @@ def _sentence(run: RunFolder, metric: Metric, model: str, form: Form) -> str:
         )
     else:
         return ""
-    text += _beside_photographs(metric, own)
+    text += _beside_photographs(metric, own, form)
     fewest = min(value.num for value in (own, base) if value) if own or base else 0
     if 0 < fewest < FEW_PICTURES:
         text += f" From only {counted(fewest, 'picture')}, so read it with care."
     return text
 
 
-def _beside_photographs(metric: Metric, own: Estimate | None) -> str:
+def _beside_photographs(metric: Metric, own: Estimate | None, form: Form) -> str:
     """Return how a value compares with that of photographs among themselves, in words after another sentence."""
     real = metric.real
     if not own or not real or not metric.better:
         return ""
     judged = counted_as(metric, own)
     if judged.value != own.value:
-        return f" That is no less than the photographs' own {show_number(real.value)}: higher would be no better."
+        return f" That is no less than the photographs' own {form.show(real.value)}: higher would be no better."
     is_worse = judged.low > real.high if metric.better == "lower" else judged.high < real.low
     how = "clearly better than this" if is_worse else "not clearly apart from this"
-    return f" Real photographs, at {show_number(real.value)}, are {how}."
+    return f" Real photographs, at {form.show(real.value)}, are {how}."
 
 
 def _num_prompts(difference: Difference) -> int:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from safelight.trainer.report.bars import show_number
 from safelight.trainer.report.evaluation import Estimate, Evaluation, Metric
+from safelight.trainer.report.figures import form_of_estimates
 from safelight.trainer.report.markup import shorten
 from safelight.trainer.report.models import name_of
 from safelight.trainer.report.records import BASE
@@ -69,15 +69,11 @@ def nearness(evaluation: Evaluation, model: str) -> str:
     own = metric and estimate_of(metric, model)
     if not own:
         return ""
-    of_halves = f"{_with_interval(metric.real)} between two halves of the photographs"
+    figures = f"{metric.title} {_with_interval(metric, own)}, against {_with_interval(metric, metric.real)}"
+    figures += " between two halves of the photographs."
     if own.low > metric.real.high:
-        return (
-            f"Its pictures are still far from photographs: {metric.title} {_with_interval(own)}, against {of_halves}."
-        )
-    return (
-        f"By KID its pictures are not clearly farther from photographs than photographs from each other: "
-        f"{metric.title} {_with_interval(own)}, against {of_halves}."
-    )
+        return f"Its pictures are still far from photographs: {figures}"
+    return f"By KID its pictures are not clearly farther from photographs than photographs from each other: {figures}"
 
 
 def leads(evaluation: Evaluation, model: str) -> list[Lead]:
@@ -104,8 +100,8 @@ def disagreement(run: RunFolder, evaluation: Evaluation, model: str) -> str:
     found = leads(evaluation, model)
     titles = [one.title for one in evaluation.metrics]
     clear = [
-        f"by {_named(one.metric, titles)} {name_of(run, one.other.model)} is better, {_with_interval(one.other)} "
-        f"against {_with_interval(one.own)}"
+        f"by {_named(one.metric, titles)} {name_of(run, one.other.model)} is better, "
+        f"{_with_interval(one.metric, one.other)} against {_with_interval(one.metric, one.own)}"
         for one in found
         if one.is_clear
     ]
@@ -136,5 +132,7 @@ def _named(metric: Metric, titles: Sequence[str]) -> str:
     return f"{short_title(metric)}{by}"
 
 
-def _with_interval(estimate: Estimate) -> str:
-    return f"{show_number(estimate.value)} ({show_number(estimate.low)} to {show_number(estimate.high)})"
+def _with_interval(metric: Metric, estimate: Estimate) -> str:
+    """Return an estimate with its interval, written as all of its metric are."""
+    form = form_of_estimates([*metric.values, *([metric.real] if metric.real else [])])
+    return f"{form.show(estimate.value)} ({form.show(estimate.low)} to {form.show(estimate.high)})"

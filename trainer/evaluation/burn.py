@@ -15,12 +15,13 @@ from PIL import Image
 from safelight.text import counted
 from safelight.trainer.evaluation.wording import listed, model_name
 from safelight.trainer.metrics.burn import MIN_PHOTOGRAPHS, BurnScale, fit_scale
-from safelight.trainer.metrics.exceedance import exceedance_p, share_interval
+from safelight.trainer.metrics.exceedance import exceedance_p, share_interval, sign_p
 from safelight.trainer.metrics.picture_measures import MEASURES, VERSION, measure
 from safelight.trainer.report.evaluation import MAX_SHOWN_PICTURES, Burn, BurnScores, ShownPicture
 
 ScoreName = Literal["burnt", "smoothed"]
 SCORES: tuple[ScoreName, ...] = ("burnt", "smoothed")
+BASE = "base"
 NOT_SHOWN = -(2.0**20)
 # pictures shown of a set and score
 NUM_WORST = 6
@@ -87,8 +88,12 @@ def judge_burn(photographs: np.ndarray, sets: Sequence[PictureSet], names: Mappi
     scale = fit_scale(photographs)
     least_p = CHANCE_OF_A_CLAIM / (len(SCORES) * max(1, len(sets)))
     real = _scores("real", 0.0, {name: scale.scores[name] for name in SCORES}, scale, least_p=None)
+    bases = {pictures.cfg: pictures for pictures in sets if pictures.model == BASE}
     judged = [
-        _scores(p.model, p.cfg, {name: scale.score(name, p.measures) for name in SCORES}, scale, least_p) for p in sets
+        _scores(p.model, p.cfg, {name: scale.score(name, p.measures) for name in SCORES}, scale, least_p).model_copy(
+            update=_against_base(p, bases.get(p.cfg), scale)
+        )
+        for p in sets
     ]
     return Burn(
         sets=(real, *judged),
@@ -113,6 +118,21 @@ def _scores(
         values[f"{name}_interval"] = (low, high)
         values[f"is_{name}"] = least_p is not None and exceedance_p(num_over, len(of_pictures), limit) < least_p
     return BurnScores(model=model, cfg=cfg, num=len(scores["burnt"]), **values)
+
+
+def _against_base(own: PictureSet, base: PictureSet | None, scale: BurnScale) -> dict[str, float]:
+    """Return the p of each score: that by chance so many more prompts than by the base are above its limit."""
+    if base is None or base is own or list(base.prompts) != list(own.prompts):
+        return {}
+    found = {}
+    for name in SCORES:
+        more = scale.is_over(name, own.measures).astype(int) - scale.is_over(name, base.measures)
+        by_prompt: dict[str, int] = {}
+        for prompt, difference in zip(own.prompts, more.tolist(), strict=True):
+            by_prompt[prompt] = by_prompt.get(prompt, 0) + difference
+        signs = [value > 0 for value in by_prompt.values() if value]
+        found[f"{name}_p"] = sign_p(sum(signs), len(signs))
+    return found
 
 
 def _worst(name: ScoreName, scale: BurnScale, sets: Sequence[PictureSet]) -> tuple[ShownPicture, ...]:

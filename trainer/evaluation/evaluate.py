@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from itertools import permutations
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -61,6 +62,7 @@ from safelight.trainer.report.evaluation import (
     Memorisation,
     Metric,
     is_worse_than_base,
+    num_over,
 )
 from safelight.trainer.report.run_reader import read_run_folder
 from safelight.trainer.tagging.taggers import TaggerSource
@@ -73,6 +75,9 @@ INCEPTION = "Inception v3 (FID)"
 MAX_DIVERSE = 200
 # photographs that say what is not burnt, each of which goes through the autoencoder
 MAX_BURN_REFERENCE = 300
+Fault = Literal["burnt", "smoothed"]
+# what the burn check looks for, as people call it
+FAULTS: dict[Fault, str] = {"burnt": "burnt", "smoothed": "smoothed out"}
 
 
 @dataclass(frozen=True)
@@ -147,7 +152,13 @@ def evaluate(
         crops=tuple(crops),
         burn=burn,
         memorisation=memorisation,
-        suggestion=suggest(models, headline, kid_changes, _blemishes(burn, memorisation, comparison.cfg)),
+        suggestion=suggest(
+            models,
+            headline,
+            kid_changes,
+            _blemishes(burn, memorisation, comparison.cfg),
+            _not_by_training(burn, comparison.cfg),
+        ),
         not_computed=tuple(work.not_computed),
     )
     atomic_write_text(run.run_dir / RECORD_NAME, evaluation.model_dump_json(indent=1))
@@ -169,22 +180,41 @@ def _blemishes(burn: Burn | None, memorisation: Memorisation | None, cfg: float)
     model -> what, such as "burnt" -> how many, in words, "" if that is not known.
     """
     found: dict[str, dict[str, str]] = {}
-    sets = {scores.model: scores for scores in (burn.sets if burn is not None else ()) if scores.cfg == cfg}
-    base = sets.get(BASE)
-    for model, scores in sets.items():
-        for score, word in (("burnt", "burnt"), ("smoothed", "smoothed out")):
-            if model in (REAL, BASE) or not getattr(scores, f"is_{score}"):
-                continue
-            if base is None or is_worse_than_base(scores, base, score):
-                count = f"{_num_of(scores, score)}{f', {_num_of(base, score)} by the base' if base else ''}"
-                found.setdefault(model, {})[word] = count
+    for model, score, own, base in _faulty(burn, cfg):
+        if base is None or is_worse_than_base(own, base, score):
+            count = f"{_num_of(own, score)}{f', {_num_of(base, score)} by the base' if base else ''}"
+            found.setdefault(model, {})[FAULTS[score]] = count
     for model in memorisation.memorised if memorisation is not None else ():
         found.setdefault(model, {})["copies of training photographs"] = ""
     return found
 
 
-def _num_of(scores: BurnScores, score: str) -> str:
-    return f"{round(getattr(scores, f'share_{score}') * scores.num)} of {scores.num}"
+def _not_by_training(burn: Burn | None, cfg: float) -> dict[str, list[str]]:
+    """Return what is wrong with models' pictures at cfg, but with the base's too, or within noise: model -> clauses."""
+    found: dict[str, list[str]] = {}
+    for model, score, own, base in _faulty(burn, cfg):
+        if base is None or is_worse_than_base(own, base, score):
+            continue
+        counts = f"{_num_of(own, score)} are {FAULTS[score]}, {_num_of(base, score)} of the base's"
+        if getattr(base, f"is_{score}"):
+            clause = f"pictures have a fault that training did not add: {counts}"
+        else:
+            clause = f"pictures have no more faults than the base's beyond noise: {counts}"
+        found.setdefault(model, []).append(clause)
+    return found
+
+
+def _faulty(burn: Burn | None, cfg: float) -> Iterator[tuple[str, Fault, BurnScores, BurnScores | None]]:
+    """Yield checkpoint, score, its and the base's figures where chance explains less at the guidance scale cfg."""
+    sets = {scores.model: scores for scores in (burn.sets if burn is not None else ()) if scores.cfg == cfg}
+    for model, scores in sets.items():
+        for score in FAULTS:
+            if model not in (REAL, BASE) and getattr(scores, f"is_{score}"):
+                yield model, score, scores, sets.get(BASE)
+
+
+def _num_of(scores: BurnScores, score: Fault) -> str:
+    return f"{num_over(scores, score)} of {scores.num}"
 
 
 class _Work:
@@ -395,6 +425,7 @@ class _Work:
         inputs = {
             "features": extractor.fingerprint,
             "reference": self._keys(photos),
+            "against": "the base, prompt by prompt",
             "epochs": [model.epoch for model in self.comparison.models],
             "drawn": [[model, scale, self._keys(pictures)] for (model, scale), pictures in drawn.items()],
         }

@@ -1,6 +1,7 @@
 """Which checkpoint to use, by rules that are stated with the result.
 
-1. Checkpoints that draw more burnt, smoothed-out or copied pictures than the base are set aside, if another is left.
+1. Checkpoints that draw more burnt, smoothed-out or copied pictures than the base beyond noise are set aside, if
+   another is left. A difference within noise, or a fault that the base has alike, decides nothing and is said.
 2. Of the others, the one with the lowest held-out loss; of several within TIE of it, the one with the lowest KID.
 3. Unless another's KID is lower beyond chance: then that one.
 4. If that one's held-out loss is not below the base's and its KID is not lower beyond chance, there is none to suggest.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from safelight.trainer.evaluation.wording import said_p
 from safelight.trainer.report.evaluation import EvaluatedModel, Metric, Suggestion
@@ -35,11 +37,13 @@ def suggest(
     kid: Metric | None,
     kid_changes: Mapping[tuple[str, str], KidChange],
     blemishes: Mapping[str, Mapping[str, str]],
+    undecided: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> Suggestion | None:
     """Return the checkpoint to use with its reasons, None if there is nothing to choose by.
 
     kid: the headline metric. kid_changes: (model, other) -> KID of model minus KID of other, for the base and all
     checkpoints. blemishes: model -> what is wrong with its pictures, such as "burnt" -> how many, "" if not known.
+    undecided: model -> what is wrong with its pictures, but decides nothing, as clauses that begin with "pictures".
     """
     trained = [model for model in models if model.id != BASE]
     base = next((model for model in models if model.id == BASE), None)
@@ -76,7 +80,14 @@ def suggest(
         chosen = closest
     elif kid is not None and len(candidates) > 1:
         reasons.append(f"no other checkpoint's {kid.title} is lower beyond chance")
-    return _against_base(chosen, base, kid, form, kid_changes, reasons, set_aside)
+    noted = [f"its {clause}" for clause in undecided.get(chosen.id, ())]
+    noted += [
+        f"{_name(model)} is not set aside: its {clause}"
+        for model in trained
+        if model is not chosen
+        for clause in undecided.get(model.id, ())
+    ]
+    return _against_base(chosen, base, kid, form, kid_changes, reasons, [*noted, *set_aside])
 
 
 def _by_loss(

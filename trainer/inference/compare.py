@@ -216,10 +216,10 @@ def _write_sheets(folder: Path, comparison: Comparison, labels: Mapping[str, str
     has_photos, has_seeds = (any(row.photo for row in comparison.rows), len({row.seed for row in comparison.rows}) > 1)
     rows = []
     for row in comparison.rows:
-        files = [row.photo] * has_photos + [row.images[model.id] for model in comparison.models]
+        files = [row.images[model.id] for model in comparison.models] + [row.photo] * has_photos
         label = f"{row.place + 1}. {row.prompt}" + f" (seed {row.seed})" * has_seeds
         rows.append(SheetRow(label, tuple(folder / file if file else None for file in files)))
-    columns = ["photograph"] * has_photos + [labels[model.id] for model in comparison.models]
+    columns = [labels[model.id] for model in comparison.models] + ["photograph"] * has_photos
     return write_sheets(folder, SHEET, columns, rows, (comparison.width, comparison.height))
 
 

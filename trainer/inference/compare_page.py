@@ -31,7 +31,7 @@ def write_comparison_page(
     has_photos, has_seeds = any(row.photo for row in rows), len({row.seed for row in rows}) > 1
     num_columns = len(models) + has_photos
     chosen = [rows[number] for number in evenly_chosen(len(rows), max(1, MAX_SHOWN // num_columns))]
-    heads = ["photograph"] * has_photos + [labels[model.id] for model in models]
+    heads = [labels[model.id] for model in models] + ["photograph"] * has_photos
     files = [_files(row, comparison, has_photos) for row in chosen]
     paths = [folder / file if file else None for row_files in files for file in row_files]
     pictures = iter(embed_all(paths, EDGES_PX, BUDGET_BYTES, Work()))
@@ -44,7 +44,15 @@ def write_comparison_page(
             tag("tr", tag("th", tag("div", caption, class_="prompt-row"), colspan=num_columns, scope="rowgroup"))
         )
         shown = zip(heads, row_files, islice(pictures, num_columns), strict=True)
-        body.append(tag("tr", [tag("td", _figure(row, *cell) if cell[1] else None) for cell in shown]))
+        body.append(
+            tag(
+                "tr",
+                [
+                    tag("td", _figure(row, *cell), data_label=cell[0].partition("\n")[0]) if cell[1] else tag("td")
+                    for cell in shown
+                ],
+            )
+        )
     head = [tag("th", [tag("div", line) for line in label.split("\n")], scope="col") for label in heads]
     table = tag("table", tag("thead", tag("tr", head)), tag("tbody", body), class_="strip")
     html = page(
@@ -57,7 +65,7 @@ def write_comparison_page(
 
 
 def _files(row: ComparedRow, comparison: Comparison, has_photos: bool) -> list[str]:
-    return [row.photo] * has_photos + [row.images[model.id] for model in comparison.models]
+    return [row.images[model.id] for model in comparison.models] + [row.photo] * has_photos
 
 
 def _figure(row: ComparedRow, head: str, file: str, picture: Picture | None) -> Markup:
@@ -75,8 +83,10 @@ def _note(comparison: Comparison, num_shown: int, sheets: Sequence[str]) -> Mark
         "All models of a row start from the same noise, so what differs comes from the model. "
         f"{sampler}, {comparison.num_steps} steps, cfg {comparison.cfg:g}{against}."
     )
-    if any(row.photo for row in comparison.rows):
-        note += " The photograph is the one that has the prompt as its caption."
+    num_photos = sum(bool(row.photo) for row in comparison.rows)
+    if num_photos:
+        where = "" if num_photos == len(comparison.rows) else f", of {num_photos:,} of {len(comparison.rows):,} rows,"
+        note += f" The photograph{where} is the one that has the prompt as its caption."
     if num_shown < len(comparison.rows):
         note += f" Shown are {num_shown} of {len(comparison.rows)} rows."
     links = [join(" ", tag("a", sheet, href=relative_url(sheet))) for sheet in sheets]

@@ -34,7 +34,7 @@ PAPER, INK, FADED = "#fbfaf8", "#1c1a19", "#6b645f"
 
 @dataclass(frozen=True)
 class SheetRow:
-    """A row of pictures. label: the text above it. pictures: their files, None for an empty place."""
+    """A row of pictures. label: the text above it. pictures: their files, None for a place left empty."""
 
     label: str
     pictures: tuple[Path | None, ...]
@@ -132,7 +132,9 @@ def _draw(layout: _Layout, columns: Sequence[str], rows: Sequence[SheetRow]) -> 
                 y_text = y + (MAX_LABEL_LINES - len(texts) + place) * line
                 pen.text((left, y_text), text, INK, font)
             for column, path in enumerate(row.pictures):
-                picture = None if path is None else read_picture(path, layout.cell)
+                if path is None:
+                    continue
+                picture = read_picture(path, layout.cell)
                 place = (left + column * across, y + layout.label + GAP_PX // 2)
                 if picture is None:
                     corner = (place[0] + layout.cell[0] - 1, place[1] + layout.cell[1] - 1)

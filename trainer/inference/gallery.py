@@ -260,7 +260,9 @@ def write_page(folder: Path, title: str, drawn: Sequence[Drawn]) -> Path:
     for prompt in prompts:
         caption = tag("div", prompt_markup(prompt, cuts[prompt], MAX_PROMPT_CHARS), class_="prompt-row")
         body.append(tag("tr", tag("th", caption, colspan=len(columns), scope="rowgroup")))
-        body.append(tag("tr", [tag("td", cells.get((prompt, column))) for column in columns]))
+        names = {column: ", ".join(_column_title(column)) for column in columns}
+        found = [(cells.get((prompt, column)), names[column]) for column in columns]
+        body.append(tag("tr", [tag("td", cell, data_label=name if cell else None) for cell, name in found]))
     num_left_out = len(drawn) - len(shown)
     note = "A row has the same prompt, a column the same model, seed and settings. Each picture links to its file."
     if num_left_out:

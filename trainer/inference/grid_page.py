@@ -35,7 +35,9 @@ def write_grid_page(folder: Path, run_name: str, grid: Grid, sheets: Sequence[st
             tag("p", prompt_markup(grid.prompt, "", MAX_PROMPT_CHARS), class_="sub") if grid.prompt else None,
             tag("p", _note(grid, axes, len(grid.cells) - len(found), sheets), class_="note"),
         ),
-        tag("main", grids.grid_tables(grid, found, links)),
+        tag(
+            "main", tag("p", said) if (said := grids.what_to_see(grid)) else None, grids.grid_tables(grid, found, links)
+        ),
         tag("footer", f"Written by Safelight {safelight.__version__}."),
         parts=(THEME, grids.PART),
     )

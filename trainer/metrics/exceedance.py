@@ -58,6 +58,11 @@ def exceedance_p(num_over: int, num: int, limit: Limit) -> float:
     return min(1.0, float(np.exp(terms).sum()))
 
 
+def sign_p(num_more: int, num: int) -> float:
+    """Return the probability that at least num_more of num differences are positive if either sign is as likely."""
+    return sum(math.comb(num, k) for k in range(num_more, num + 1)) / 2**num
+
+
 def share_interval(num_over: int, num: int) -> Interval:
     """Return a share with its 95 % interval (Clopper and Pearson 1934), which covers at least that often."""
     low = betaincinv(num_over, num - num_over + 1, 0.025) if num_over else 0.0

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from safelight.text import counted
 from safelight.trainer.report.course import ending, run_verdict
-from safelight.trainer.report.evaluation import REAL, is_worse_than_base
+from safelight.trainer.report.evaluation import REAL, BurnScores, is_worse_than_base, num_over
 from safelight.trainer.report.facts import best_validation, format_epoch
 from safelight.trainer.report.markup import Markup, shorten, tag
 from safelight.trainer.report.measures import judge
@@ -18,6 +18,7 @@ from safelight.trainer.report.models import name_of, put_forward
 from safelight.trainer.report.records import BASE
 from safelight.trainer.report.run_reader import RunFolder, num_held_out, number, rows_of, table_of
 from safelight.trainer.report.theme import Part, asset
+from safelight.trainer.report.verdicts import is_from_scratch, reads_no_prompt
 
 PART = Part(asset("advice.css"))
 TITLE = "What to try next"
@@ -49,7 +50,9 @@ def advice_section(run: RunFolder) -> Markup:
     given = advice(run)
     heading = tag("h2", TITLE)
     if not given:
-        text = f"None of the {len(RULES)} rules of this report applies: nothing measured asks for a change."
+        text = (
+            f"None of the {len(RULES)} rules of this report applies. Whether the pictures are good, only they can tell."
+        )
         return tag("section", heading, tag("p", text, class_="note"), id="next")
     items = [
         tag("li", tag("p", _with_commands(text)), tag("p", f"Rule: {rule.condition}.", class_="note"))
@@ -66,6 +69,26 @@ def _with_commands(text: str) -> list[object]:
 def advice(run: RunFolder) -> list[tuple[Rule, str]]:
     """Return the rules that apply to a run, each with its advice."""
     return [(rule, text) for rule in RULES if (text := rule.advise(run))]
+
+
+def _untrained(run: RunFolder) -> str:
+    if not is_from_scratch(run):
+        return ""
+    photos = number((run.data or {}).get("num_train"))
+    from_these = f" from {counted(int(photos), 'photograph')}" if photos > 0 else ""
+    text = ", and its text encoder knows no language" if reads_no_prompt(run) else ""
+    return (
+        f"Start from a pretrained base (model.base): this one had random weights{text}, so everything that the model "
+        f"can draw had to be learnt{from_these}. No other change helps as much."
+    )
+
+
+def _burnt_as_base(run: RunFolder) -> str:
+    return _as_the_base(run, "burnt", "Lower cfg, or choose another base")
+
+
+def _smoothed_as_base(run: RunFolder) -> str:
+    return _as_the_base(run, "smoothed", "Draw with more steps, or choose another base")
 
 
 def _diverged(run: RunFolder) -> str:
@@ -176,15 +199,35 @@ def _beyond_the_base(run: RunFolder, score: str, advised: str) -> str:
     own, base = of.get(model), of.get(BASE)
     if own is None or not getattr(own, f"is_{score}") or (base and not is_worse_than_base(own, base, score)):
         return ""
+    return _said_of_faults(run, model, score, advised, of)
+
+
+def _as_the_base(run: RunFolder, score: str, advised: str) -> str:
+    """Return advice if pictures of model and base alike are beyond a score's limit: training did not add to it."""
+    burn, model = run.evaluation.burn if run.evaluation else None, _evaluated(run)
+    if burn is None or model is None or is_from_scratch(run):
+        return ""
+    of = {one.model: one for one in burn.sets if one.model == REAL or one.cfg == run.evaluation.cfg}
+    own, base = of.get(model), of.get(BASE)
+    if not own or not base or not getattr(own, f"is_{score}") or not getattr(base, f"is_{score}"):
+        return ""
+    if is_worse_than_base(own, base, score):
+        return ""
+    return f"{_said_of_faults(run, model, score, advised, of)} Training did not add to it."
+
+
+def _said_of_faults(run: RunFolder, model: str, score: str, advised: str, of: dict[str, BurnScores]) -> str:
+    """Return the advice and how many pictures of the model, the base and the photographs are beyond the limit."""
+    own = of[model]
     against = [
-        f"{100 * getattr(of[other], f'share_{score}'):.0f} % of {name}"
+        f"{num_over(of[other], score)} of {of[other].num} of {name}"
         for other, name in ((BASE, "the base model's"), (REAL, "the real photographs"))
         if other in of
     ]
     what = "burnt" if score == "burnt" else "smoothed out"
-    share = f"{100 * getattr(own, f'share_{score}'):.0f} %"
+    share = f"{num_over(own, score)} of {own.num}"
     usual = f", against {' and '.join(against)}" if against else ""
-    return f"{advised}: at cfg {own.cfg:g}, {share} of the pictures of {name_of(run, model)} are {what}{usual}."
+    return f"{advised}: at cfg {own.cfg:g}, {share} pictures of {name_of(run, model)} are {what}{usual}."
 
 
 def _memorised(run: RunFolder) -> str:
@@ -317,6 +360,7 @@ def _is_at_rest(run: RunFolder) -> bool:
 
 
 RULES = (
+    Rule("untrained-base", "the base had random weights", _untrained),
     Rule("diverged", "the run diverged and was not resumed", _diverged),
     Rule("unfinished", "the run ended before its last planned epoch", _unfinished),
     Rule(
@@ -334,6 +378,18 @@ RULES = (
         "smoothed",
         "more of the checkpoint's pictures are smoothed out than chance and the base explain",
         _smoothed,
+    ),
+    Rule(
+        "burnt-as-base",
+        "more pictures of the checkpoint and of its base are burnt than chance explains, and the checkpoint's are not "
+        "more than the base's beyond noise",
+        _burnt_as_base,
+    ),
+    Rule(
+        "smoothed-as-base",
+        "more pictures of the checkpoint and of its base are smoothed out than chance explains, and the checkpoint's "
+        "are not more than the base's beyond noise",
+        _smoothed_as_base,
     ),
     Rule(
         "memorised",

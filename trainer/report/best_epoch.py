@@ -7,6 +7,7 @@ import shlex
 from safelight.trainer.report.facts import best_validation, format_epoch
 from safelight.trainer.report.markup import Markup, join, shorten, tag
 from safelight.trainer.report.run_reader import RunFolder, num_held_out
+from safelight.trainer.report.verdicts import disagreement
 
 TITLE = "Which epoch is best?"
 
@@ -20,6 +21,7 @@ def best_section(run: RunFolder) -> Markup:
         body = join(
             tag("p", shorten(suggestion.sentence, 1000), class_="lead"),
             tag("ul", reasons) if reasons else None,
+            tag("p", against) if (against := disagreement(run, run.evaluation, suggestion.model)) else None,
             _export(run, step),
         )
     else:

@@ -44,33 +44,35 @@ from safelight.trainer.report.facts import (
 )
 from safelight.trainer.report.grids import grids_section
 from safelight.trainer.report.learned import learned_section
-from safelight.trainer.report.markup import Markup, shorten, tag
+from safelight.trainer.report.markup import Markup, heading_of, shorten, tag
 from safelight.trainer.report.measures import measures_section
 from safelight.trainer.report.memorisation_panel import memorisation_section
+from safelight.trainer.report.models import put_forward
 from safelight.trainer.report.provenance import environment_section, events_section, parameters_section
 from safelight.trainer.report.run_reader import RunFolder, num_held_out, number, read_run_folder
 from safelight.trainer.report.samples import samples_section
 from safelight.trainer.report.theme import THEME, page
+from safelight.trainer.report.verdicts import disagreeing, is_from_scratch, nearness, reads_no_prompt
 
-# identifier, name in the page's contents, and what returns the section: None if it has nothing to show
+# identifier, and what returns the section: None if it has nothing to show
 SECTIONS = (
-    ("learned", "What it learnt", learned_section),
-    ("best", "Which epoch", best_section),
-    ("measures", "Better than its base?", measures_section),
-    ("loss", "Loss", loss_section),
-    ("timesteps", "By timestep", timestep_section),
-    ("checkpoints", "Checkpoints", checkpoints_section),
-    ("samples", "Samples", samples_section),
-    ("grids", "Grids", grids_section),
-    ("burn", "Burnt?", burn_section),
-    ("memorisation", "Memorised?", memorisation_section),
-    ("crops", "Things", crop_section),
-    ("next", "What next", advice_section),
-    ("data", "Data", data_section),
-    ("parameters", "Settings", parameters_section),
-    ("schedule", "Speed and memory", schedule_section),
-    ("environment", "Machine", environment_section),
-    ("events", "Events", events_section),
+    ("learned", learned_section),
+    ("best", best_section),
+    ("measures", measures_section),
+    ("loss", loss_section),
+    ("timesteps", timestep_section),
+    ("checkpoints", checkpoints_section),
+    ("samples", samples_section),
+    ("grids", grids_section),
+    ("burn", burn_section),
+    ("memorisation", memorisation_section),
+    ("crops", crop_section),
+    ("next", advice_section),
+    ("data", data_section),
+    ("parameters", parameters_section),
+    ("schedule", schedule_section),
+    ("environment", environment_section),
+    ("events", events_section),
 )
 AFTER_THE_BEST = {
     "level": "It has hardly changed since.",
@@ -88,6 +90,10 @@ GRAVE_EVENTS = {
 }
 # a held-out loss this many times the base's, or more, has risen far above it
 FAR_ABOVE = 2.0
+NO_PROMPT = (
+    "The text encoder is untrained, too (random weights): it understands no prompt, so do not expect pictures to "
+    "follow theirs."
+)
 # what the page's style sheet and script are made of
 PARTS = (
     THEME,
@@ -140,7 +146,7 @@ def render(run: RunFolder) -> str:
 def content_of(run: RunFolder) -> Content:
     """Return the report's title, header, sections and footer."""
     facts = headline_facts(run.metrics)
-    sections = {key: section for key, _, make in SECTIONS if (section := make(run)) is not None}
+    sections = {key: section for key, make in SECTIONS if (section := make(run)) is not None}
     verdict, end = run_verdict(run), ending(run)
     header = tag(
         "header",
@@ -149,14 +155,14 @@ def content_of(run: RunFolder) -> Content:
         tag("p", _subtitle(run), class_="sub"),
         tag("div", run.notes, class_="author", dir="auto") if run.notes else None,
         _grave_events(run),
-        tag("p", " ".join(filter(None, [_lead(run, facts, verdict, end), measures.headline(run)])), class_="lead"),
-        _few_held_out(run),
         _from_scratch(run),
+        tag("p", " ".join(filter(None, [_lead(run, facts, verdict, end), *_evaluated(run)])), class_="lead"),
+        _few_held_out(run),
         _problems(run.problems),
         tiles(run, facts),
         tag(
             "nav",
-            [tag("a", name, href=f"#{key}") for key, name, _ in SECTIONS if key in sections],
+            [tag("a", heading_of(section), href=f"#{key}") for key, section in sections.items()],
             aria_label="Sections of this report",
         ),
     )
@@ -289,14 +295,28 @@ def _few_held_out(run: RunFolder) -> Markup | None:
 
 
 def _from_scratch(run: RunFolder) -> Markup | None:
-    if not run.model.get("from_scratch"):
+    if not is_from_scratch(run):
         return None
     return tag(
         "div",
         tag("strong", "Trained from scratch."),
-        tag("p", "The UNet started with random weights, so “base” below is an untrained model that draws only noise."),
+        tag(
+            "p",
+            "The UNet started with random weights, so “base” below is an untrained model that draws only noise. That a "
+            "checkpoint is better than it says little: compare with the real photographs.",
+        ),
+        tag("p", NO_PROMPT) if reads_no_prompt(run) else None,
         class_="alert",
     )
+
+
+def _evaluated(run: RunFolder) -> list[str]:
+    """Return what the evaluation found: against the base, against photographs, and whether its measures agree."""
+    evaluation, said = run.evaluation, measures.headline(run)
+    model = put_forward(run, [one.id for one in evaluation.models]) if evaluation else None
+    if model is None:
+        return [said]
+    return [said, nearness(evaluation, model), disagreeing(run, evaluation, model)]
 
 
 def _grave_events(run: RunFolder) -> list[Markup]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from safelight.trainer.report.bars import Axis, distribution_bar
-from safelight.trainer.report.evaluation import REAL, Burn, BurnScores, ShownPicture
+from safelight.trainer.report.evaluation import REAL, Burn, BurnScores, ShownPicture, is_worse_than_base, num_over
 from safelight.trainer.report.figures import Form
 from safelight.trainer.report.markup import Markup, details, join, shorten, table, tag
 from safelight.trainer.report.models import name_of, put_forward
@@ -22,8 +22,8 @@ BUDGET_BYTES = 1_500_000
 SCORE = Form(2)
 LEGEND = (
     "A block holds the middle half of the pictures and its gap the median; the line goes from 5 % to 95 %. The dashed "
-    "line is the limit that few real photographs exceed; the share of pictures beyond it stands beside, with its "
-    "interval, and in red where chance does not explain it."
+    "line is the limit that few real photographs exceed; how many pictures are beyond it stands beside, with the "
+    "interval of their share, and in red where chance does not explain it."
 )
 
 
@@ -37,12 +37,30 @@ def burn_section(run: RunFolder) -> Markup | None:
         "section",
         heading,
         tag("p", shorten(burn.sentence, 1000)),
+        tag("p", told) if model and (told := _against_base(run, burn, model)) else None,
         _distributions(run, burn, model) if burn.sets else None,
         tag("p", LEGEND, class_="note") if burn.sets else None,
         _worst(run, "burnt", burn.worst_burnt, burn.limit_burnt, model),
         _worst(run, "smoothed out", burn.worst_smoothed, burn.limit_smoothed, model),
         id="burn",
     )
+
+
+def _against_base(run: RunFolder, burn: Burn, model: str) -> str:
+    """Return whether training made pictures burn or lose their detail, against the base at the same cfg."""
+    of = {one.model: one for one in burn.sets if one.model != REAL and one.cfg == run.evaluation.cfg}
+    own, base = of.get(model), of.get(BASE)
+    if not own or not base or own is base:
+        return ""
+    said, name = [], name_of(run, model)
+    for score, what in (("burnt", "burnt"), ("smoothed", "smoothed out")):
+        counts = f"{num_over(own, score)} of {own.num} by {name}, {num_over(base, score)} of {base.num} by the base"
+        if is_worse_than_base(own, base, score):
+            said.append(f"Training made more pictures look {what}: {counts}.")
+        elif getattr(own, f"is_{score}"):
+            noise = ", a difference within noise" if num_over(own, score) > num_over(base, score) else ""
+            said.append(f"That pictures look {what} was not added by training: {counts}{noise}.")
+    return " ".join(said)
 
 
 def _distributions(run: RunFolder, burn: Burn, model: str | None) -> Markup:
@@ -58,7 +76,7 @@ def _distributions(run: RunFolder, burn: Burn, model: str | None) -> Markup:
 
     def table_of(sets: Sequence[BurnScores], label: str) -> Markup:
         rows = [_row(run, one, axes, limits, model, has_cfg=bool(others)) for one in sets]
-        return table(["", "burnt", "share", "smoothed out", "share", "pictures"], rows, label, class_="figures burn")
+        return table(["", "burnt", "pictures", "smoothed out", "pictures"], rows, label, class_="figures burn")
 
     label = "burnt and smoothed-out pictures of each model"
     if not others or all(one.model == REAL for one in own):
@@ -82,19 +100,21 @@ def _row(
     return [
         tag("span", shorten(name, 60), cfg, class_="put-forward" if one.model == model else None),
         distribution_bar(axes[0], one.burnt, color, limits[0]),
-        _share(one.share_burnt, one.burnt_interval, one.is_burnt),
+        _share(one, "burnt"),
         distribution_bar(axes[1], one.smoothed, color, limits[1]),
-        _share(one.share_smoothed, one.smoothed_interval, one.is_smoothed),
-        f"{one.num:,}",
+        _share(one, "smoothed"),
     ]
 
 
-def _share(share: float, interval: tuple[float, float] | None, is_more: bool) -> Markup:
-    text = tag("span", f"{100 * share:.0f} %", class_="put-forward" if is_more else None)
+def _share(one: BurnScores, score: str) -> Markup:
+    """Return how many of the pictures are beyond a score's limit, with the interval of the share in per cent."""
+    interval = getattr(one, f"{score}_interval")
+    is_more = getattr(one, f"is_{score}")
+    text = tag("span", f"{num_over(one, score):,} of {one.num:,}", class_="put-forward" if is_more else None)
     if interval is None:
         return text
     low, high = (100 * value for value in interval)
-    return join(text, tag("span", f" {low:.0f} to {high:.0f}", class_="meta"))
+    return join(text, tag("span", f" {low:.0f} to {high:.0f} %", class_="meta"))
 
 
 def _model_name(run: RunFolder, model: str) -> str:
@@ -113,9 +133,12 @@ def _worst(
         return None
     of = f" of {name_of(run, model)}" if own_cards and model else ""
     title, note = f"Most {word}{of}", None
-    if limit is not None and all(one.score <= limit for one in (own if own_cards else others)):
-        title = f"Nearest to the limit for {word}{of and ','}{of}"
-        note = f"None exceeds the limit, {SCORE.show(limit)}: these are not {word}, only the highest scores."
+    if limit is not None:
+        above = sum(one.score > limit for one in (own if own_cards else others))
+        note = f"A picture counts as {word} from a score of {SCORE.show(limit)}: {above} of these do."
+        if not above:
+            title = f"Nearest to the limit for {word}{of and ','}{of}"
+            note = f"None exceeds the limit, {SCORE.show(limit)}: these are not {word}, only the highest scores."
     return join(
         tag("h3", title),
         tag("p", note, class_="note") if note else None,

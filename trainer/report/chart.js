@@ -23,6 +23,8 @@ function logTicks(low,high){var ticks=[];
  var round=ticks.filter(function(tick){return '125'.indexOf(tick.toExponential()[0])>=0});
  var tens=ticks.filter(function(tick){return tick.toExponential()[0]==='1'&&tick.toExponential()[1]==='e'});
  return round.length>12?tens:round.length>2?round:ticks}
+// epochs are counted in tens, twos and fives, not in 2.5
+var rounds=[];for(var power=-4;power<9;power++)[1,2,5].forEach(function(m){rounds.push(+(m+'e'+power))});
 function extent(values){return values.length?[Math.min.apply(null,values),Math.max.apply(null,values)]:null}
 function quantile(sorted,share){return sorted[Math.round(share*(sorted.length-1))]}
 
@@ -52,8 +54,9 @@ function draw(figure){
   if(data.log)return [low*.85,high*1.2];
   if(data.zero){if(raw.length)high=Math.max(high,quantile(raw,.99));return [Math.min(0,1.1*low),1.12*high||1]}
   if(!low&&!high)return [0,1];
-  var spread=raw.length?quantile(raw,.9)-quantile(raw,.1):0;
-  var margin=Math.max(.16*(high-low),.12*spread,.015*Math.abs(high),1e-9);
+  // single raw values decide nothing where another curve has a range of its own
+  var spread=raw.length&&!(high>low)?quantile(raw,.9)-quantile(raw,.1):0;
+  var margin=Math.max(.16*(high-low),.12*spread,.002*Math.abs(high),1e-9);
   return [low>=0?Math.max(0,low-.8*margin):low-margin,high+1.5*margin]}
  function hasRoom(u,i){var from=u.series[0].idxs[0],to=u.series[0].idxs[1],num=0;
   for(var k=from;k<=to;k++)num+=u.data[i][k]!=null;return 12*num<u.over.clientWidth}
@@ -71,11 +74,13 @@ function draw(figure){
     return first===last||(low===first&&high===last)?whole:[low,high]}},
    y:{distr:data.log?3:1,range:yRange}},
   axes:[axis(data.ticks?26:hasSteps?42:24,{label:data.ticks?data.x:undefined,labelFont:font(12),labelSize:18,labelGap:2,
-    grid:{show:false},space:data.ticks?10:hasSteps?78:54,
+    grid:{show:false},space:data.ticks?10:hasSteps?78:54,incrs:data.ticks?undefined:rounds,
     splits:data.ticks?function(){return data.ticks.map(function(_,i){return i})}:undefined,
     values:function(u,splits){return splits.map(function(x){
      if(data.ticks)return data.ticks[x]===undefined?'':data.ticks[x];
      if(x<0||x>last+.001*width)return '';
+     // the axis has its name to the left of the plot: a number that would run into it is left out
+     if(u.valToPos(x,'x')<3.5*digits(x).length-8)return '';
      var step=hasSteps?stepAt(data.steps,x):null;
      return digits(x)+(step===null?'':'\n'+digits(Math.round(step)))})}}),
    axis(function(u,texts){return Math.max(data.ticks?24:46,

@@ -8,6 +8,7 @@ from safelight.trainer.report.markup import Markup, shorten, tag
 from safelight.trainer.report.measures import repeated_metrics
 from safelight.trainer.report.models import epochs_of
 from safelight.trainer.report.run_reader import RunFolder
+from safelight.trainer.report.verdicts import which_is_better
 
 TITLE = "Every checkpoint in figures"
 MAX_CHARTS, MIN_POINTS = 12, 3
@@ -66,6 +67,6 @@ def _chart(metric: Metric, epochs: dict[str, float]) -> Markup | None:
     ]
     if metric.real:
         curves.append(Curve("real photographs", [x[0], x[-1]], [metric.real.value] * 2, "amber", "dashed"))
-    better = {"lower": "lower is better", "higher": "higher is better"}.get(metric.better, "")
     title = shorten(metric.title, 60)
-    return chart(title, curves, table_of(curves, title=f"{title} of the checkpoints"), detail=better, is_small=True)
+    numbers = table_of(curves, title=f"{title} of the checkpoints")
+    return chart(title, curves, numbers, detail=which_is_better(metric), is_small=True)

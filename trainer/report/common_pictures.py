@@ -17,6 +17,8 @@ from safelight.trainer.report.run_reader import RunFolder
 from safelight.trainer.report.shown_runs import ShownRun
 
 MAX_ROWS, MAX_PICTURES, NUM_OPEN = 40, 320, 6
+# prompts of each run where no two runs share one
+NUM_ALONE = 4
 EDGES_PX = (512, 384, 320, 256, 192, 128)
 BUDGET_BYTES = 14_000_000
 MAX_PROMPT_CHARACTERS = 400
@@ -53,7 +55,7 @@ def pictures_section(runs: Sequence[ShownRun]) -> Markup:
     common = sorted((key for key in counts if counts[key] > 1), key=lambda key: -counts[key])
     if not common:
         why = tag("p", NONE_IN_COMMON, class_="note") if len(drawn) > 1 else nothing_yet(NOT_YET, "compare")
-        return tag("section", heading, why, id="pictures")
+        return tag("section", heading, why, [_alone(one) for one in drawn], id="pictures")
     width = 2 + 2 * len(drawn)
     keys = [common[i] for i in evenly_chosen(len(common), max(1, min(MAX_ROWS, MAX_PICTURES // width)))]
     cells = [_cells(key, drawn) for key in keys]
@@ -72,6 +74,17 @@ def pictures_section(runs: Sequence[ShownRun]) -> Markup:
         details(counted(len(rest), "more prompt"), rest) if rest else None,
         id="pictures",
     )
+
+
+def _alone(one: _Drawn) -> Markup:
+    """Return a few prompts of one run: photograph, base and checkpoint."""
+    keys = [list(one.rows)[place] for place in evenly_chosen(len(one.rows), NUM_ALONE)]
+    cells = [_cells(key, [one]) for key in keys]
+    embedded = iter(embed_all([file for row in cells for _, file in row], EDGES_PX, BUDGET_BYTES // 4, Work()))
+    cards = [
+        _card(key, [one], [(label, next(embedded)) for label, _ in row]) for key, row in zip(keys, cells, strict=True)
+    ]
+    return tag("div", tag("h3", one.label, " against its own base", dir="auto"), cards)
 
 
 def _drawn(run: RunFolder, label: str) -> _Drawn | None:

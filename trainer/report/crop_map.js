@@ -10,6 +10,20 @@
           path.classList.toggle('off', !on.has(path.dataset.set)
             || choice.value !== 'all' && path.dataset.class !== choice.value);
       };
+      // the dot nearest to the pointer, within a few of the map's units
+      const map = figure.querySelector('svg.crop-map'), said = figure.querySelector('.map-said'), rest = said.textContent;
+      const dots = [...figure.querySelectorAll('path[data-set]')].flatMap(path =>
+        [...path.getAttribute('d').matchAll(/M(\d+) (\d+)/g)].map(dot => [+dot[1], +dot[2], path]));
+      map.addEventListener('pointermove', event => {
+        const at = new DOMPoint(event.clientX, event.clientY).matrixTransform(map.getScreenCTM().inverse());
+        let nearest = 12, found = null;
+        for (const [x, y, path] of dots) {
+          const away = Math.hypot(x - at.x, y - at.y);
+          if (away < nearest && !path.classList.contains('off')) [nearest, found] = [away, path];
+        }
+        said.textContent = found ? found.dataset.name : rest;
+      });
+      said.hidden = false;
       for (const box of sets) box.disabled = false;
       choice.parentElement.hidden = false;
       figure.addEventListener('change', show);

@@ -6,11 +6,11 @@ The map is drawn once, a path for each set and class; the page's script only swi
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from safelight.trainer.report.evaluation import ClassDivergence, CropDivergence, CropGain, CropPoint, SetDivergence
 from safelight.trainer.report.figures import Form, Z, form_of, form_of_kl, show_p
-from safelight.trainer.report.markup import Markup, details, escape, shorten, table, tag
+from safelight.trainer.report.markup import Markup, details, escape, join, shorten, table, tag
 from safelight.trainer.report.models import name_of, put_forward
 from safelight.trainer.report.run_reader import RunFolder
 from safelight.trainer.report.theme import Part, asset
@@ -32,9 +32,10 @@ MMD_DECIMALS = 3
 DOT = '<svg viewBox="0 0 12 12" aria-hidden="true"><circle class="f-{}" cx="6" cy="6" r="5"/></svg>'
 EXPLANATION = (
     "A detector finds things in the pictures; the crop of each is described by numbers, and the sets of crops are "
-    "compared class by class. KL is the divergence above what chance gives, 0 for sets that cannot be told apart. z "
-    "counts standard deviations of chance: beyond about 3, the sets differ. MMD² is another distance, which sees weak "
-    "changes better."
+    "compared class by class. KL, the Kullback-Leibler divergence, says how far apart two sets are, above what chance "
+    "gives: 0 for sets that cannot be told apart. z counts standard deviations of chance: beyond about 3, the sets "
+    "differ. p is the probability of such a difference by chance. MMD², the maximum mean discrepancy, is another "
+    "distance, which sees weak changes better."
 )
 
 
@@ -45,14 +46,31 @@ def crop_section(run: RunFolder) -> Markup | None:
     if not crops:
         return None
     first = put_forward(run, crops) or next(iter(crops))
-    others = [model for model in crops if model != first][:MAX_CHECKPOINTS]
+    others = [model for model in crops if model != first and _has_figures(crops[model])][:MAX_CHECKPOINTS]
+    if not _has_figures(crops[first]) and not others:
+        return tag("section", heading, _too_few(run, crops, first), id="crops")
     return tag(
         "section",
         heading,
-        _one(run, crops[first]),
         tag("p", EXPLANATION, class_="note"),
+        _one(run, crops[first]),
         [details(f"The same of {name_of(run, model)}", _one(run, crops[model])) for model in others],
         id="crops",
+    )
+
+
+def _has_figures(crops: CropDivergence) -> bool:
+    return any(one.pooled or one.classes for one in crops.divergences)
+
+
+def _too_few(run: RunFolder, crops: Mapping[str, CropDivergence], first: str) -> Markup:
+    """Return that no checkpoint's pictures show enough things, once, and the map of one, folded."""
+    others = [name_of(run, model) for model in crops if model != first]
+    alike = f" The same holds of {', '.join(others)}." if others else ""
+    drawn = _map(crops[first].points)
+    return join(
+        tag("p", shorten(crops[first].sentence, 1000), alike),
+        details(f"The few things that were found, with {name_of(run, first)}", drawn) if drawn else None,
     )
 
 
@@ -129,6 +147,11 @@ def _figures(found: ClassDivergence, forms: tuple[Form, Form]) -> list[str]:
     ]
 
 
+def _names(which: str, classes: list[str], index: int) -> str:
+    """Return what a dot of the map is: of which set, and of which class."""
+    return f"{SETS[which]} · {shorten(classes[index], 60) if index >= 0 else 'another class'}"
+
+
 def _map(points: tuple[CropPoint, ...]) -> Markup | None:
     if len(points) < 2:
         return None
@@ -147,7 +170,8 @@ def _map(points: tuple[CropPoint, ...]) -> Markup | None:
         # a line of no length with round ends is a dot
         paths.setdefault((point.set, place.get(point.name, -1)), []).append(f"M{x:.0f} {y:.0f}h0")
     drawn = "".join(
-        f'<path class="s-{COLORS[which]}" data-set="{which}" data-class="{index}" d="{"".join(dots)}"/>'
+        f'<path class="s-{COLORS[which]}" data-set="{which}" data-class="{index}" '
+        f'data-name="{escape(_names(which, classes, index))}" d="{"".join(dots)}"/>'
         for which in SETS
         for (of, index), dots in paths.items()
         if of == which
@@ -178,6 +202,7 @@ def _map(points: tuple[CropPoint, ...]) -> Markup | None:
         "figure",
         tag("div", switches, chooser, class_="map-switches"),
         svg,
+        tag("p", "Point at a dot to read what it is.", class_="map-said note", hidden=True, aria_live="polite"),
         tag("figcaption", caption),
         class_="crops",
     )

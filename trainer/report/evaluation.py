@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -18,6 +19,8 @@ Name = Annotated[str, Field(max_length=200)]
 OWN_AUTOENCODER = "the run's autoencoder"
 # what stands for photographs where a model is named
 REAL = "real"
+# one-sided: a difference that is as likely as this by chance decides nothing
+NOISE, NOISE_Z = 0.025, 1.96
 MAX_METRICS = 100
 MAX_CLASSES = 400
 MAX_POINTS = 20_000
@@ -147,7 +150,8 @@ class BurnScores(Record):
 
     model: an id, "real" for photographs. share_*: of the pictures above a score's limit, which a real photograph
     exceeds with a probability of at most 2.5 % (with fewer than 39 photographs: 1 / (n + 1)). *_interval: of the share,
-    low and high. is_*: more pictures are above the limit than chance explains.
+    low and high. is_*: more pictures are above the limit than chance explains. *_p: the probability of at least as many
+    more prompts above the limit than by the base at the same cfg if training changed nothing; None if not compared.
     """
 
     model: Name
@@ -161,17 +165,36 @@ class BurnScores(Record):
     smoothed_interval: tuple[Share, Share] | None = None
     is_burnt: bool = False
     is_smoothed: bool = False
+    burnt_p: Share | None = None
+    smoothed_p: Share | None = None
 
 
 def is_worse_than_base(own: BurnScores, base: BurnScores, score: Literal["burnt", "smoothed"]) -> bool:
-    """Return whether a model's share of burnt or smoothed-out pictures is above the base's at the same cfg.
+    """Return whether a model has a larger share of burnt or smoothed-out pictures than the base at the same cfg.
 
-    Only if the base has no more than chance explains, or the intervals of both shares lie apart.
+    Beyond noise: by the test prompt by prompt if there was one, else by both counts, as far as they are known.
     """
-    intervals = getattr(own, f"{score}_interval"), getattr(base, f"{score}_interval")
     if getattr(own, f"share_{score}") <= getattr(base, f"share_{score}"):
         return False
-    return not getattr(base, f"is_{score}") or (None not in intervals and intervals[0][0] > intervals[1][1])
+    p = getattr(own, f"{score}_p")
+    if p is None:
+        return _z(own, base, score) > NOISE_Z
+    return p < NOISE
+
+
+def _z(own: BurnScores, base: BurnScores, score: Literal["burnt", "smoothed"]) -> float:
+    """Return by how many standard errors two shares differ."""
+    num = own.num + base.num
+    both = (num_over(own, score) + num_over(base, score)) / num if num else 0.0
+    if not 0 < both < 1 or not own.num or not base.num:
+        return 0.0
+    error = math.sqrt(both * (1 - both) * (1 / own.num + 1 / base.num))
+    return (getattr(own, f"share_{score}") - getattr(base, f"share_{score}")) / error
+
+
+def num_over(scores: BurnScores, score: Literal["burnt", "smoothed"]) -> int:
+    """Return how many pictures of a set are above a score's limit."""
+    return round(getattr(scores, f"share_{score}") * scores.num)
 
 
 class ShownPicture(Record):

@@ -151,12 +151,12 @@ def over_fitting_verdict(
     if best.step == first.step:
         return _verdict_without_gain(held_out)
     if best.step == last.step:
-        return _verdict_at_the_end(held_out, ending, rates)
+        return _verdict_at_the_end(held_out, ending, rates, _gap(held_out, subset))
     if not _rose(held_out):
         return Verdict(
             "level",
-            f"No noticeable overfitting: held-out loss was lowest at {where} ({best.loss:.4f}) and has hardly changed "
-            f"since ({last.loss:.4f}).{_flattened_by(rates)}",
+            f"No noticeable sign of overfitting: held-out loss was lowest at {where} ({best.loss:.4f}) and has hardly "
+            f"changed since ({last.loss:.4f}).{_gap(held_out, subset)}{_flattened_by(rates)}",
             _low_rate(rates),
         )
     rise = (
@@ -263,9 +263,9 @@ def _verdict_without_gain(held_out: Sequence[Validation]) -> Verdict:
 
 
 def _verdict_at_the_end(
-    held_out: Sequence[Validation], ending: Ending, rates: Sequence[tuple[float, float]]
+    held_out: Sequence[Validation], ending: Ending, rates: Sequence[tuple[float, float]], gap: str
 ) -> Verdict:
-    """Return the verdict where the last validation is the best one: still falling, or level."""
+    """Return the verdict where the last validation is the best one: still falling, or level. gap: a sentence on it."""
     first, last = held_out[0], held_out[-1]
     lowest = f"held-out loss was lowest ({last.loss:.4f}) at the last validation, epoch {format_epoch(last.epoch)}"
     since = last.epoch - LAST_PART * (last.epoch - first.epoch)
@@ -274,14 +274,35 @@ def _verdict_at_the_end(
     fall = earlier.loss - last.loss
     if not _counts(fall, earlier.loss, first.loss - last.loss):
         then = f"epoch {format_epoch(earlier.epoch)} ({earlier.loss:.4f})"
-        text = f"No noticeable overfitting: {lowest}, but has hardly changed since {then}.{_flattened_by(rates)}"
-        return Verdict("level", text, _low_rate(rates))
+        text = f"No noticeable sign of overfitting: {lowest}, but has hardly changed since {then}.{gap}"
+        return Verdict("level", text + _flattened_by(rates), _low_rate(rates))
     if ending.kind in ("diverged", "open"):
-        return Verdict("improving", f"H{lowest[1:]}: no overfitting until then.")
+        return Verdict("improving", f"H{lowest[1:]}: no sign of overfitting until then.{gap}")
     if low := _low_rate(rates):
-        text = f"No overfitting: {lowest}. The learning rate had come down {low} by then: going on takes a higher one."
-        return Verdict("improving", text, low)
-    return Verdict("improving", f"No overfitting: {lowest}. A little more training may still help.")
+        rate = f" The learning rate had come down {low} by then: going on takes a higher one."
+        return Verdict("improving", f"No sign of overfitting: {lowest}, and did not rise.{gap}{rate}", low)
+    more = " A little more training may still help."
+    return Verdict("improving", f"No sign of overfitting: {lowest}, and did not rise.{gap}{more}")
+
+
+def _gap(held_out: Sequence[Validation], subset: Sequence[Validation]) -> str:
+    """Return how far held-out loss lies above that on training photographs, and whether that grew; "" if unknown.
+
+    It grows where a model learns more about its photographs than about others, even while both losses fall.
+    """
+    by_step = {point.step: point.loss for point in subset}
+    both = [(point, point.loss - by_step[point.step]) for point in held_out if point.step in by_step]
+    if len(both) < 2 or both[-1][0] is not held_out[-1]:
+        return ""
+    (first, then), (last, now) = both[0], both[-1]
+    if now - then <= MIN_RISE_OF_LOSS * last.loss:
+        return ""
+    start = "the start" if first.step == 0 else f"epoch {format_epoch(first.epoch)}"
+    text = (
+        f" But the gap to the loss on training photographs widened: {last.loss:.4f} against {by_step[last.step]:.4f}, "
+        f"a difference of {now:+.4f}, after {then:+.4f} at {start}."
+    )
+    return text.replace("-", "−")
 
 
 def _low_rate(rates: Sequence[tuple[float, float]]) -> str:

@@ -18,6 +18,14 @@ MAX_GRIDS = 6
 MAX_CELLS = 240
 EDGES_PX = (768, 512, 384, 256, 192, 128)
 BUDGET_BYTES = 6_000_000
+# axis -> what to look for along it
+LOOK_FOR = {
+    "cfg": "more cfg follows the prompt more closely; look for where colours turn hard and contours glow",
+    "steps": "look for the fewest steps after which pictures hardly change",
+    "checkpoint": "look for when the subject appears, and for what later checkpoints spoil",
+    "sampler": "samplers that agree have converged; look for one that stays rough",
+    "seed": "look for what stays alike: a model that draws every seed alike has learnt single pictures",
+}
 # of a cell on x, y and z
 Place = tuple[int, int, int]
 
@@ -67,8 +75,16 @@ def _one(run: RunFolder, saved: SavedGrid, budget_bytes: int, max_cells: int) ->
     return join(
         tag("p", prompt_markup(grid.prompt, "", 400)) if grid.prompt else None,
         tag("p", shorten("; ".join(notes), 1000), class_="note") if notes else None,
+        tag("p", said) if (said := what_to_see(grid)) else None,
         grid_tables(grid, found),
     )
+
+
+def what_to_see(grid: Grid) -> str:
+    """Return what to look for in a grid, by its axes, in a sentence; "" if there is nothing to say of them."""
+    places = (("across", grid.x), ("down", grid.y), ("from table to table", grid.z))
+    said = [f"{where}, {LOOK_FOR[axis.name]}" for where, axis in places if axis and axis.name in LOOK_FOR]
+    return f"{said[0][0].upper()}{'; '.join(said)[1:]}." if said else ""
 
 
 def grid_tables(

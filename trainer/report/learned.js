@@ -6,7 +6,8 @@
     if (!section) return;
     for (const sides of section.querySelectorAll('.sides')) {
       const card = sides.closest('.compared'), folded = card.querySelector('.others');
-      const before = sides.querySelector('.before'), after = [...card.querySelectorAll('.after')];
+      const before = sides.querySelector('.before'), stepOf = side => +side.dataset.model.replace('step-', '');
+      const after = [...card.querySelectorAll('.after')].sort((a, b) => stepOf(a) - stepOf(b));
       if (!before || !after.length) continue;
       const stage = document.createElement('div'), handle = document.createElement('input');
       stage.className = 'stage';

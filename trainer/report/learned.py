@@ -18,6 +18,7 @@ from safelight.trainer.report.records import BASE
 from safelight.trainer.report.run_reader import RunFolder, averages_note, inside
 from safelight.trainer.report.samples import cut_after_of, key_of
 from safelight.trainer.report.theme import Part, asset
+from safelight.trainer.report.verdicts import is_from_scratch
 
 PART = Part(asset("learned.css"), asset("learned.js"))
 TITLE = "What it learnt"
@@ -137,7 +138,7 @@ def _label(run: RunFolder, column: str) -> str:
     if column == PHOTO:
         return "Photograph"
     if column == BASE:
-        return "Untrained" if run.model.get("from_scratch") else "Base"
+        return "Untrained" if is_from_scratch(run) else "Base"
     name = name_of(run, column)
     return name[0].upper() + name[1:]
 

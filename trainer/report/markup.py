@@ -65,6 +65,11 @@ def prompt_markup(prompt: str, cut_after: str, max_characters: int) -> Markup:
     return join(text, " " if cut_after else None, cut)
 
 
+def heading_of(section: Markup) -> Markup:
+    """Return what a section's first heading says, by which the page's contents name it."""
+    return Markup(re.search(r"<h2>(.*?)</h2>", section, re.DOTALL)[1])
+
+
 def details(summary: object, *children: object, **attributes: object) -> Markup:
     """Return a collapsed <details> element."""
     return tag("details", tag("summary", summary), *children, **attributes)

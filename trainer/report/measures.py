@@ -16,6 +16,14 @@ from safelight.trainer.report.records import BASE
 from safelight.trainer.report.run_reader import RunFolder
 from safelight.trainer.report.scores import scores_table
 from safelight.trainer.report.theme import Part, asset
+from safelight.trainer.report.verdicts import (
+    counted_as,
+    estimate_of,
+    is_from_scratch,
+    nearness,
+    short_title,
+    which_is_better,
+)
 
 PART = Part(asset("measures.css"))
 TITLE = "Is it better than its base?"
@@ -23,7 +31,11 @@ MAX_MODELS_SHOWN = 12
 # below this an interval is wide and its coverage doubtful
 FEW_PICTURES = 50
 NOT_YET = "Metrics with intervals, burnt colours, copied photographs, and how far things are from real ones:"
-BETTER = {"lower": "lower is better", "higher": "higher is better"}
+
+UNTRAINED_BASE = (
+    "The base has random weights and draws noise, so nearly anything is better than it. The rows that count here are "
+    "those of the real photographs."
+)
 
 Judgement = Literal["better", "worse", "different", "unclear"]
 
@@ -41,6 +53,8 @@ def measures_section(run: RunFolder) -> Markup:
         "section",
         heading,
         tag("p", _summary(run, evaluation, model), class_="lead") if model else None,
+        tag("p", UNTRAINED_BASE) if model and is_from_scratch(run) else None,
+        tag("p", told) if model and (told := nearness(evaluation, model)) else None,
         tag("p", _how_measured(evaluation), class_="note"),
         [_metric(run, metric, model) for metric in evaluation.metrics if metric not in repeated],
         details(_repeats(repeated), *[_metric(run, metric, model) for metric in repeated]) if repeated else None,
@@ -70,6 +84,7 @@ def judge(metric: Metric, model: str) -> Judgement:
     if difference:
         low, high = difference.low, difference.high
     elif own and base:
+        own, base = counted_as(metric, own), counted_as(metric, base)
         low, high = own.low - base.high, own.high - base.low
     else:
         return "unclear"
@@ -78,10 +93,6 @@ def judge(metric: Metric, model: str) -> Judgement:
     if not metric.better:
         return "different"
     return "better" if (high < 0) == (metric.better == "lower") else "worse"
-
-
-def estimate_of(metric: Metric, model: str) -> Estimate | None:
-    return next((value for value in metric.values if value.model == model), None)
 
 
 def difference_of(metric: Metric, model: str) -> Difference | None:
@@ -95,10 +106,10 @@ def _summary(run: RunFolder, evaluation: Evaluation, model: str) -> str:
     for metric in evaluation.metrics:
         if metric not in repeated and (estimate_of(metric, model) or difference_of(metric, model)):
             titles.setdefault(judge(metric, model), []).append(shorten(metric.title, 80))
-    name = name_of(run, model)
+    name, base = name_of(run, model), "the untrained base" if is_from_scratch(run) else "the base"
     words = (
-        ("better", f"{name} is better than the base in {{}}"),
-        ("worse", f"{name} is worse in {{}}" if "better" in titles else f"{name} is worse than the base in {{}}"),
+        ("better", f"{name} is better than {base} in {{}}"),
+        ("worse", f"{name} is worse in {{}}" if "better" in titles else f"{name} is worse than {base} in {{}}"),
         ("different", "it differs in {}"),
         ("unclear", "no clear difference in {}"),
     )
@@ -128,15 +139,15 @@ def headline(run: RunFolder) -> str:
     by = next((metric for metric in evaluation.metrics if estimate_of(metric, model) and metric.better), None)
     if by is None:
         return f"{said}."
-    title = shorten(by.title, 60).removesuffix(" × 1000")
+    title, base = short_title(by), "the untrained base" if is_from_scratch(run) else "the base"
     how = {
-        "better": "it is better than the base, beyond chance",
-        "worse": "it is worse than the base, beyond chance",
-        "unclear": "there is no clear difference from the base",
+        "better": f"it is better than {base}, beyond chance",
+        "worse": f"it is worse than {base}, beyond chance",
+        "unclear": f"there is no clear difference from {base}",
     }
     if title == "KID":
-        how["better"] = "it is nearer to the photographs than the base, beyond chance"
-        how["worse"] = "it is farther from the photographs than the base, beyond chance"
+        how["better"] = f"it is nearer to the photographs than {base}, beyond chance"
+        how["worse"] = f"it is farther from the photographs than {base}, beyond chance"
     return f"{said}; by {title} {how[judge(by, model)]}."
 
 
@@ -174,7 +185,7 @@ def _metric(run: RunFolder, metric: Metric, model: str | None) -> Markup:
     head = ["", "value", "", "95 % interval", f"minus the base{', by prompt' if by_prompt else ''}"]
     if not metric.differences:
         head, rows = head[:-1], [row[:-1] for row in rows]
-    better = BETTER.get(metric.better, "")
+    better = which_is_better(metric)
     by = f"by {shorten(metric.features, 120)}" if metric.features else ""
     about = " · ".join(filter(None, [better, by, _counts(metric)]))
     more = len(metric.values) - len(values)
@@ -250,10 +261,24 @@ def _sentence(run: RunFolder, metric: Metric, model: str, form: Form) -> str:
         )
     else:
         return ""
+    text += _beside_photographs(metric, own, form)
     fewest = min(value.num for value in (own, base) if value) if own or base else 0
     if 0 < fewest < FEW_PICTURES:
         text += f" From only {counted(fewest, 'picture')}, so read it with care."
     return text
+
+
+def _beside_photographs(metric: Metric, own: Estimate | None, form: Form) -> str:
+    """Return how a value compares with that of photographs among themselves, in words after another sentence."""
+    real = metric.real
+    if not own or not real or not metric.better:
+        return ""
+    judged = counted_as(metric, own)
+    if judged.value != own.value:
+        return f" That is no less than the photographs' own {form.show(real.value)}: higher would be no better."
+    is_worse = judged.low > real.high if metric.better == "lower" else judged.high < real.low
+    how = "clearly better than this" if is_worse else "not clearly apart from this"
+    return f" Real photographs, at {form.show(real.value)}, are {how}."
 
 
 def _num_prompts(difference: Difference) -> int:

@@ -39,8 +39,8 @@ def parameters_section(run: RunFolder) -> Markup:
         tag("p", "Changed from the defaults:", class_="note") if changed else tag("p", quiet, class_="note"),
         tag("div", changed, class_="settings changed") if changed else None,
         details("What was chosen for this machine", tag("ul", notes)) if notes else None,
-        details("All settings, and the model as loaded", tag("div", everything, class_="settings")),
-        details("The whole config.toml", tag("pre", run.config_text)) if run.config_text else None,
+        details("All settings, and the model as loaded", tag("div", everything, class_="settings"), class_="in-file"),
+        details("The whole config.toml", tag("pre", run.config_text), class_="in-file") if run.config_text else None,
         id="parameters",
     )
 
@@ -113,7 +113,9 @@ def environment_section(run: RunFolder) -> Markup:
         tag("pre", tag("code", "\n".join(lines))) if lines else None,
         _download(run.config_text),
         tag("div", _rows(known), class_="settings plain"),
-        details("More about the machine", tag("div", _rows(detailed), class_="settings plain")) if detailed else None,
+        details("More about the machine", tag("div", _rows(detailed), class_="settings plain"), class_="in-file")
+        if detailed
+        else None,
         id="environment",
     )
 

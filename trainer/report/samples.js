@@ -16,7 +16,10 @@
     all.addEventListener('click', () => {
       const sliding = section.classList.toggle('sliding');
       all.setAttribute('aria-pressed', String(!sliding));
+      all.textContent = sliding ? 'Show all epochs' : 'Show one epoch';
+      control.classList.toggle('all', !sliding);
       slider.disabled = !sliding;
+      shown.textContent = sliding ? names[slider.value] : 'all epochs';
     });
     section.classList.add('sliding');
     control.hidden = false;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -62,7 +63,7 @@ def settings_section(runs: Sequence[ShownRun]) -> Markup:
         tag("p", f"Unknown: those of {', '.join(unknown)}.", class_="note") if unknown else None,
         join(
             tag("h3", "Model as loaded, machine and versions that differ"),
-            _table(elsewhere, machines, [one.name for one in runs]),
+            _table(elsewhere, machines, [one.name for one in runs], grouped=True),
         )
         if elsewhere
         else None,
@@ -71,10 +72,10 @@ def settings_section(runs: Sequence[ShownRun]) -> Markup:
     )
 
 
-def _table(names: Sequence[str], columns: Sequence[Settings], heads: Sequence[object]) -> Markup:
+def _table(names: Sequence[str], columns: Sequence[Settings], heads: Sequence[object], grouped: bool = False) -> Markup:
+    """grouped: whole numbers with thousands separators."""
     rows = [
-        [tag("code", shorten(name, 120)), *(_cell(column.get(name, _LACKING)) for column in columns)]
-        for name in names[:MAX_ROWS]
+        [_name(name), *(_cell(column.get(name, _LACKING), grouped) for column in columns)] for name in names[:MAX_ROWS]
     ]
     more = len(names) - len(rows)
     return join(
@@ -83,11 +84,18 @@ def _table(names: Sequence[str], columns: Sequence[Settings], heads: Sequence[ob
     )
 
 
+def _name(name: str) -> Markup:
+    """Return a setting's name, a stage's as config.toml and the report of one run call it; it may break at a dot."""
+    text = re.sub(r"^stage\.(\d{1,6})\.", lambda found: f"[[stage]] {int(found[1]) + 1} ", shorten(name, 120))
+    parts = re.split(r"(?<=[._])", text)
+    return tag("code", [[part, Markup("<wbr>")] for part in parts[:-1]], parts[-1])
+
+
 _LACKING = object()
 
 
-def _cell(value: object) -> str:
-    return "" if value is _LACKING else shorten(format_value(value), MAX_VALUE_CHARACTERS)
+def _cell(value: object, grouped: bool) -> str:
+    return "" if value is _LACKING else shorten(format_value(value, grouped), MAX_VALUE_CHARACTERS)
 
 
 def _flattened(values: dict, prefix: str = "") -> Iterator[tuple[str, object]]:

@@ -9,10 +9,11 @@ from safelight.trainer.report.bars import Axis, interval_bar
 from safelight.trainer.report.evaluation import OWN_AUTOENCODER, Estimate, Metric
 from safelight.trainer.report.figures import Form, form_of_estimates
 from safelight.trainer.report.markup import Markup, nothing_yet, shorten, table, tag
-from safelight.trainer.report.measures import BETTER, FEW_PICTURES, difference_of, estimate_of
+from safelight.trainer.report.measures import FEW_PICTURES, difference_of, repeated_metrics
 from safelight.trainer.report.models import name_of, put_forward
 from safelight.trainer.report.records import BASE
 from safelight.trainer.report.shown_runs import ShownRun, hold_out_others
+from safelight.trainer.report.verdicts import estimate_of, which_is_better
 
 OTHER_PHOTOGRAPHS, OTHER_DATASET, UNKNOWN_DATASET = "held-out photographs", "other dataset", "unknown dataset"
 NONE_SHARED = (
@@ -33,7 +34,7 @@ def measures_section(runs: Sequence[ShownRun]) -> Markup:
     shared = [group for group in groups.values() if len(group) > 1]
     if not shared:
         why = tag("p", NONE_SHARED, class_="note") if len(measured) > 1 else nothing_yet(NOT_YET, "evaluate")
-        return tag("section", heading, why, id="measures")
+        return tag("section", heading, why, [_alone(one) for one in measured], id="measures")
     alone = [f"{_named(group[0][1])} ({group[0][0].label})" for group in groups.values() if len(group) == 1]
     return tag(
         "section",
@@ -42,6 +43,15 @@ def measures_section(runs: Sequence[ShownRun]) -> Markup:
         [_metric(group, not _differing_conditions([one for one, _ in group])) for group in shared],
         tag("p", f"Measured of one run only: {'; '.join(alone)}.", class_="note") if alone else None,
         id="measures",
+    )
+
+
+def _alone(one: ShownRun) -> Markup:
+    """Return what one run measured, of base and checkpoint, by its first features."""
+    metrics = one.run.evaluation.metrics
+    shown = [metric for metric in metrics if metric not in repeated_metrics(metrics)]
+    return tag(
+        "div", tag("h3", one.name, " against its own base"), [_metric([(one, metric)], False) for metric in shown]
     )
 
 
@@ -140,7 +150,7 @@ def _metric(group: Sequence[tuple[ShownRun, Metric]], are_alike: bool) -> Markup
         head, rows = head[:-1], [row[:-1] for row in rows]
     trained = [(one.label, value) for one, value, _ in values if value.model != BASE]
     about = " · ".join(
-        filter(None, [BETTER.get(metric.better, ""), metric.features and f"by {shorten(metric.features, 120)}"])
+        filter(None, [which_is_better(metric), metric.features and f"by {shorten(metric.features, 120)}"])
     )
     return tag(
         "div",

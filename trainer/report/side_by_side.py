@@ -22,7 +22,7 @@ from safelight.trainer.report.facts import (
     headline_facts,
     is_one_picture,
 )
-from safelight.trainer.report.markup import Markup, join, shorten, table, tag
+from safelight.trainer.report.markup import Markup, heading_of, join, shorten, table, tag
 from safelight.trainer.report.overlaid_curves import overlaid_section
 from safelight.trainer.report.run_reader import RunFolder, number, read_run_folder
 from safelight.trainer.report.settings_table import settings_section
@@ -63,12 +63,13 @@ def render(folders: Sequence[RunFolder]) -> str:
     """Return the page as HTML."""
     runs = shown_runs(folders)
     sections = (
-        ("headline", "At a glance", _headline_section),
-        ("settings", "Settings", settings_section),
-        ("loss", "Loss", overlaid_section),
-        ("measures", "Measured", measures_section),
-        ("pictures", "Pictures", pictures_section),
+        ("headline", _headline_section),
+        ("settings", settings_section),
+        ("loss", overlaid_section),
+        ("measures", measures_section),
+        ("pictures", pictures_section),
     )
+    drawn = [(key, make(runs)) for key, make in sections]
     title = f"{TITLE}{', '.join(one.label for one in runs)}"
     body = join(
         tag(
@@ -77,9 +78,9 @@ def render(folders: Sequence[RunFolder]) -> str:
             tag("h1", f"{len(runs)} runs side by side"),
             tag("ul", [_key(one) for one in runs], class_="runs"),
             [_problems(one) for one in runs],
-            tag("nav", [tag("a", name, href=f"#{key}") for key, name, _ in sections], aria_label="Sections"),
+            tag("nav", [tag("a", heading_of(made), href=f"#{key}") for key, made in drawn], aria_label="Sections"),
         ),
-        tag("main", [make(runs) for _, _, make in sections]),
+        tag("main", [made for _, made in drawn]),
         tag(
             "footer",
             f"Written by Safelight {safelight.__version__}. "
@@ -132,7 +133,7 @@ def _is_side_by_side(path: Path) -> bool:
 
 def _key(one: ShownRun) -> Markup:
     """Return a run's entry in the list at the top: its colour, name, folder and note."""
-    notes = shorten(" ".join(one.run.notes.split()), 200)
+    notes = shorten(" ".join(one.run.notes.split()), 1000)
     return tag(
         "li",
         tag("strong", one.name),

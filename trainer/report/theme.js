@@ -1,6 +1,6 @@
 (function(){'use strict';
 var shown=[],at=0,dialog=document.createElement('dialog');dialog.setAttribute('aria-label','Enlarged picture');
-var content=document.createElement('div'),turn=document.createElement('div');turn.className='turn';
+var content=document.createElement('div'),turn=document.createElement('div');turn.className='turn';content.className='enlarged';
 function turned(step){at=(at+step+shown.length)%shown.length;draw()}
 [['←','Previous picture',function(){turned(-1)}],['Close','',function(){dialog.close()}],
  ['→','Next picture',function(){turned(1)}]].forEach(function(one){var button=document.createElement('button');
@@ -32,20 +32,33 @@ function enlargeable(root){root.querySelectorAll('[data-zoom]').forEach(function
   button.className=className;button.type='button';button.setAttribute('aria-label','Enlarge: '+label);
   button.addEventListener('click',function(){at=shown.indexOf(group);draw();dialog.showModal()});return button}
  if(holder.dataset.zoomBy==='button'){var button=enlarging('enlarge',holder.dataset.zoom);
-  button.textContent='Enlarge';holder.lastElementChild.append(button)}
- else images.forEach(function(image){var button=enlarging('zoom',image.alt);image.replaceWith(button);button.append(image)})})}
+  button.textContent='Enlarge';holder.lastElementChild.append(button);
+  // what lies under a handle is dragged, not clicked; the photograph beside it is free
+  images.filter(function(image){return image.closest('.photo')}).forEach(function(image){wrap(image,enlarging)})}
+ else images.forEach(function(image){wrap(image,enlarging)})})}
+function wrap(image,enlarging){var button=enlarging('zoom',image.alt);image.replaceWith(button);button.append(image)}
 enlargeable(document);
+// a table that is wider than its place fades where it goes on; one that fits keeps its head in view
+function edges(box){var right=box.scrollWidth-box.clientWidth-box.scrollLeft;
+ box.classList.toggle('fits',box.scrollWidth<=box.clientWidth+1);
+ box.classList.toggle('more-left',box.scrollLeft>1);box.classList.toggle('more-right',right>1)}
+var sized=new ResizeObserver(function(entries){entries.forEach(function(entry){
+ edges(entry.target.closest('.scroll'))})});
+function watched(root){root.querySelectorAll('.scroll').forEach(function(box){
+ box.addEventListener('scroll',function(){edges(box)},{passive:true});
+ sized.observe(box);if(box.firstElementChild)sized.observe(box.firstElementChild)})}
+watched(document);
 // a part of a page that is served was replaced by its newer state (live.js)
-addEventListener('swapped',function(event){enlargeable(event.detail.come);
+addEventListener('swapped',function(event){enlargeable(event.detail.come);watched(event.detail.come);
  shown=shown.filter(function(group){return group.holder.isConnected}).sort(function(a,b){
   return inOrder(a.holder,b.holder)})});
 document.body.append(dialog);
 dialog.addEventListener('click',function(){dialog.close()});
 dialog.addEventListener('keydown',function(event){var step=event.key==='ArrowRight'?1:event.key==='ArrowLeft'?-1:0;
  if(step){turned(step);event.preventDefault()}});
-// paper cannot be unfolded: what is folded is printed, except the tables that stand for charts
+// paper cannot be unfolded: what is folded is printed, except the tables that stand for charts, and what a file has
 var unfolded=[];
 addEventListener('beforeprint',function(){document.querySelectorAll('details:not([open])').forEach(function(one){
- if(!one.closest('figure.chart')){one.open=true;unfolded.push(one)}})});
+ if(!one.closest('figure.chart')&&!one.matches('.in-file')){one.open=true;unfolded.push(one)}})});
 addEventListener('afterprint',function(){unfolded.splice(0).forEach(function(one){one.open=false})});
 })();

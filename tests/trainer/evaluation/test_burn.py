@@ -1,5 +1,7 @@
 """Which models are said to draw burnt or smoothed-out pictures."""
 
+import dataclasses
+
 import numpy as np
 from PIL import Image
 
@@ -46,6 +48,18 @@ def test_smoothed_pictures_are_named():
     assert " by the base and 4" in burn.sentence
     assert {picture.why for picture in burn.worst_smoothed} == {"weak high frequencies"}
     assert len(burn.worst_smoothed) == 12
+
+
+def test_the_base_is_compared_prompt_by_prompt_at_the_same_cfg():
+    rows = np.zeros((40, len(MEASURES)))
+    base = PictureSet("base", 3.0, ["a.png"] * 40, [f"prompt {place}" for place in range(40)], rows)
+    over = rows.copy()
+    over[:7, MEASURES.index("colour")] = 30
+    sets = [base, dataclasses.replace(base, model="step-9", measures=over), drawn("step-9", 40, 100, cfg=12.0)]
+    _, of_base, trained, alone = judge_burn(NORMAL[:100], sets).sets
+    # seven prompts became burnt, none the other way
+    assert (trained.burnt_p, trained.smoothed_p) == (1 / 2**7, 1)
+    assert of_base.burnt_p is alone.burnt_p is None
 
 
 def test_each_cfg_is_a_set_of_its_own():

@@ -2,9 +2,16 @@
 
 import pytest
 
-from safelight.trainer.evaluation.evaluate import _blemishes
+from safelight.trainer.evaluation.evaluate import _blemishes, _not_by_training
 from safelight.trainer.evaluation.suggest import KidChange, suggest
-from safelight.trainer.report.evaluation import Burn, BurnScores, Estimate, EvaluatedModel, Metric
+from safelight.trainer.report.evaluation import (
+    Burn,
+    BurnScores,
+    Estimate,
+    EvaluatedModel,
+    Metric,
+    is_worse_than_base,
+)
 
 
 def model(step: int, loss: float | None) -> EvaluatedModel:
@@ -99,13 +106,38 @@ def burn_of(cfg: float, **models: tuple[int, tuple[float, float]]) -> list[BurnS
         # as burnt as the base: nothing that training did
         ((12, (0.06, 0.2)), {}),
         ((16, (0.1, 0.22)), {}),
-        # burnt, but the checkpoint far more
-        ((10, (0.01, 0.04)), {"step-100": {"burnt": "14 of 100, 10 of 100 by the base"}}),
+        # more than the base, which no more than chance explains: but the difference may be noise
+        ((7, (0.03, 0.14)), {}),
     ],
 )
 def test_a_checkpoint_is_blemished_only_if_the_base_is_less_so(of_base, found):
     sets = burn_of(3.0, base=of_base, step_100=(14, (0.05, 0.2))) + burn_of(9.0, step_200=(99, (0.9, 1.0)))
     assert _blemishes(Burn(sets=tuple(sets), sentence="."), None, 3.0) == found
+
+
+def test_a_difference_within_noise_decides_nothing_and_is_said():
+    few = burn_of(3.0, base=(7, (0.03, 0.14)), step_300=(14, (0.05, 0.2)), step_200=(3, (0.0, 0.1)))
+    burnt = burn_of(3.0, base=(12, (0.06, 0.2)), step_200=(14, (0.05, 0.2)))
+    clauses = _not_by_training(Burn(sets=tuple(few), sentence="."), 3.0)
+    found = suggest(MODELS, kid_of(KIDS), changes_of(KIDS, 0.4), {}, clauses)
+    assert found.reasons[-1] == (
+        "epoch 30 (step 300) is not set aside: its pictures have no more faults than the base's beyond noise: "
+        "14 of 100 are burnt, 7 of 100 of the base's"
+    )
+    found = suggest(
+        MODELS, kid_of(KIDS), changes_of(KIDS, 0.4), {}, _not_by_training(Burn(sets=tuple(burnt), sentence="."), 3.0)
+    )
+    assert found.reasons[-1] == (
+        "its pictures have a fault that training did not add: 14 of 100 are burnt, 12 of 100 of the base's"
+    )
+
+
+@pytest.mark.parametrize(("p", "is_worse"), [(0.01, True), (0.2, False)])
+def test_where_the_base_drew_the_same_prompts_these_decide(p, is_worse):
+    # 14 of 100 against 2: beyond noise by the counts, but the test by prompt goes first
+    base, own = burn_of(3.0, base=(2, (0.0, 0.08)), step_100=(14, (0.05, 0.2)))
+    assert is_worse_than_base(own, base, "burnt")
+    assert is_worse_than_base(own.model_copy(update={"burnt_p": p}), base, "burnt") is is_worse
 
 
 def test_losses_that_are_nearly_equal_leave_the_choice_to_kid():

@@ -196,7 +196,7 @@ def test_the_page_is_a_grid_of_prompts_and_steps(tmp_path):
         ("step 300", "seed 8"),
     ]
     assert html.count("<tbody>") == 1
-    assert [row.count("<img") for row in re.findall(r"<tr><td>.*?</tr>", html)] == [3, 1]
+    assert [row.count("<img") for row in re.findall(r"<tr><td[ >].*?</tr>", html)] == [3, 1]
     assert "(cut after “...the &lt;end&gt;”)" in html
     assert "<script>alert" not in html
     assert "a &lt;run&gt;" in html

@@ -6,7 +6,7 @@ from math import comb
 import numpy as np
 import pytest
 
-from safelight.trainer.metrics.exceedance import Limit, exceedance_p, share_interval, upper_limit
+from safelight.trainer.metrics.exceedance import Limit, exceedance_p, share_interval, sign_p, upper_limit
 
 
 @pytest.mark.parametrize(
@@ -51,3 +51,10 @@ def test_the_interval_of_a_share():
     assert share_interval(8, 10) == pytest.approx((0.8, 0.4439, 0.9748), abs=1e-4)
     assert share_interval(0, 100) == pytest.approx((0, 0, 0.0362), abs=1e-4)
     assert share_interval(100, 100) == pytest.approx((1, 0.9638, 1), abs=1e-4)
+
+
+def test_the_sign_test_is_that_of_a_fair_coin():
+    assert sign_p(0, 0) == 1
+    assert sign_p(3, 3) == 0.125
+    assert sign_p(4, 5) == pytest.approx(6 / 32)
+    assert sign_p(0, 2000) == 1

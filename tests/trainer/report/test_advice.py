@@ -119,6 +119,17 @@ def event(name: str) -> dict:
 
 # rule -> runs to which it applies, with a part of what it says; and near misses, to which it does not
 CASES = {
+    "untrained-base": (
+        [
+            (
+                sound_run(model={"from_scratch": True, "text_encoder": "CLIP, untrained (random weights), frozen"}),
+                "this one had random weights, and its text encoder knows no language, so everything that the model can "
+                "draw had to be learnt from 90 photographs",
+            ),
+            (sound_run(model={"from_scratch": True}), "this one had random weights, so everything"),
+        ],
+        [sound_run(), sound_run(model={"from_scratch": False})],
+    ),
     "diverged": (
         [(with_metrics(sound_run(), events=[event("diverged")]), "about 3e-06 instead of 1e-05")],
         [with_metrics(sound_run(), events=[event("diverged"), event("resumed")])],
@@ -159,11 +170,11 @@ CASES = {
         [
             (
                 with_burn(burn_scores("real"), burn_scores("step-30", burnt=0.4)),
-                "at cfg 7.5, 40 % of the pictures of epoch 3 are burnt, against 5 % of the real photographs",
+                "at cfg 7.5, 40 of 100 pictures of epoch 3 are burnt, against 5 of 100 of the real photographs",
             ),
             (
                 with_burn(burn_scores("base"), burn_scores("step-30", burnt=0.4)),
-                "of epoch 3 are burnt, against 5 % of the base model's.",
+                "of epoch 3 are burnt, against 5 of 100 of the base model's.",
             ),
         ],
         [
@@ -175,11 +186,37 @@ CASES = {
         ],
     ),
     "smoothed": (
-        [(with_burn(burn_scores("real"), burn_scores("step-30", smoothed=0.4)), "40 % of the pictures of epoch 3 are")],
+        [(with_burn(burn_scores("real"), burn_scores("step-30", smoothed=0.4)), "40 of 100 pictures of epoch 3 are")],
         [
             with_burn(burn_scores("step-30", smoothed=0.4).model_copy(update={"cfg": 1.0})),
             with_burn(burn_scores("real"), burn_scores("step-30", burnt=0.4)),
         ],
+    ),
+    "burnt-as-base": (
+        [
+            (
+                with_burn(burn_scores("base", burnt=0.38), burn_scores("step-30", burnt=0.4)),
+                "40 of 100 pictures of epoch 3 are burnt, against 38 of 100 of the base model's. Training did not add",
+            ),
+            (with_burn(burn_scores("base", burnt=0.5), burn_scores("step-30", burnt=0.4)), "Lower cfg, or choose"),
+        ],
+        [
+            with_burn(burn_scores("base", burnt=0.05), burn_scores("step-30", burnt=0.4)),
+            with_burn(burn_scores("base", burnt=0.4), burn_scores("step-30", burnt=0.05)),
+            dataclasses.replace(
+                with_burn(burn_scores("base", burnt=1.0), burn_scores("step-30", burnt=0.4)),
+                model={"from_scratch": True},
+            ),
+        ],
+    ),
+    "smoothed-as-base": (
+        [
+            (
+                with_burn(burn_scores("base", smoothed=0.38), burn_scores("step-30", smoothed=0.4)),
+                "40 of 100 pictures of epoch 3 are smoothed out",
+            )
+        ],
+        [with_burn(burn_scores("base", smoothed=0.05), burn_scores("step-30", smoothed=0.4))],
     ),
     "memorised": (
         [(with_flags(0, 1), "flagged are 1 picture of epoch 3 and 0 of the base model")],
@@ -266,7 +303,7 @@ def test_a_longer_training_is_advised_only_if_a_later_checkpoint_is_there() -> N
     best = Suggestion(model="step-30", sentence=".")
     more = run.evaluation.model_copy(update={"models": (*run.evaluation.models, later), "suggestion": best})
     [(_, text)] = advice(dataclasses.replace(run, evaluation=more))
-    assert "compare a checkpoint that was trained longer: at cfg 7.5, 40 %" in text
+    assert "compare a checkpoint that was trained longer: at cfg 7.5, 40 of 100" in text
 
 
 def test_a_higher_max_aspect_is_advised_for_none_that_it_does_not_fit() -> None:

@@ -39,9 +39,10 @@ SENTENCES = {
     "not finite": "This run has a loss that is not a finite number.",
     "far above": "Held-out loss rose far above that of the base model.",
     "more training": "A little more training may still help.",
-    "no overfitting": "No overfitting: held-out loss was lowest",
-    "not yet": ": no overfitting until then.",
-    "hardly": "No noticeable overfitting",
+    "no overfitting": "and did not rise.",
+    "not yet": ": no sign of overfitting until then.",
+    "hardly": "No noticeable sign of overfitting",
+    "gap": "But the gap to the loss on training photographs widened: 0.1500 against 0.1200, a difference of +0.0300",
     "use": "Use the checkpoint of epoch",
     "subset unknown": "Training photographs were not validated at the same steps",
     "improved unknown": "whether the model improved before that is not known",
@@ -97,7 +98,7 @@ def write(
     )
     (folder / "data.json").write_text(json.dumps({"buckets": [{"num_train": STEPS_PER_EPOCH, "num_validation": 1}]}))
     html = render(read_run_folder(folder)).partition("<body>")[2].partition("<script>")[0]
-    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", html)).replace("&#x27;", "'")
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", html)).replace("&#x27;", "'").replace("\u00a0", " ")
 
 
 NAN = float("nan")
@@ -127,6 +128,14 @@ CASES = {
     "falls until a schedule has ended": (
         {"rates": (1e-4, 1e-4, 1e-4, 1e-4, 1e-9), "held_out": (*FALLING, 0.14), "planned": 5},
         "percent below, no overfitting, low rate",
+    ),
+    "falls while the gap widens": (
+        {"subset": (0.20, 0.17, 0.15, 0.13, 0.12)},
+        "falling at the end, percent below, more training, no overfitting, gap",
+    ),
+    "falls with the loss on training photographs": (
+        {"subset": FALLING},
+        "falling at the end, percent below, more training, no overfitting",
     ),
     "level at its end": ({"held_out": LEVEL}, "level at the end, percent below, hardly"),
     "level because the rate is 0": (

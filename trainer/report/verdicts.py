@@ -1,0 +1,138 @@
+"""What an evaluation says beyond "better than the base": how near to photographs, and where measures disagree.
+
+A base with random weights draws noise, which anything is better than: there, only the photographs are a measure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from safelight.trainer.report.evaluation import Estimate, Evaluation, Metric
+from safelight.trainer.report.figures import form_of_estimates
+from safelight.trainer.report.markup import shorten
+from safelight.trainer.report.models import name_of
+from safelight.trainer.report.records import BASE
+from safelight.trainer.report.run_reader import RunFolder
+
+# of the metrics whose value for photographs is the best there is: beyond it, a higher one is no better
+BEST_AT_PHOTOGRAPHS = ("density",)
+BETTER = {"lower": "lower is better", "higher": "higher is better"}
+AS_PHOTOGRAPHS = "best is about as high as the photographs' own"
+
+
+@dataclass(frozen=True)
+class Lead:
+    """Another checkpoint's better value of a metric. is_clear: the two intervals lie apart."""
+
+    metric: Metric
+    own: Estimate
+    other: Estimate
+    is_clear: bool
+
+
+def is_from_scratch(run: RunFolder) -> bool:
+    """Return whether the run began with random weights, so that its base is untrained."""
+    return bool(run.model.get("from_scratch"))
+
+
+def reads_no_prompt(run: RunFolder) -> bool:
+    """Return whether the run's text encoder has random weights too, as far as model.json tells."""
+    return "untrained (random weights)" in str(run.model.get("text_encoder") or "")
+
+
+def which_is_better(metric: Metric) -> str:
+    """Return which way a metric is better, in words; "" if neither."""
+    if metric.real and metric.id.startswith(BEST_AT_PHOTOGRAPHS):
+        return AS_PHOTOGRAPHS
+    return BETTER.get(metric.better, "")
+
+
+def counted_as(metric: Metric, estimate: Estimate) -> Estimate:
+    """Return an estimate as it is judged: where more than the photographs' own is no better, at most that."""
+    if not (metric.real and metric.id.startswith(BEST_AT_PHOTOGRAPHS)):
+        return estimate
+    most = metric.real.value
+    return estimate.model_copy(update={key: min(most, getattr(estimate, key)) for key in ("value", "low", "high")})
+
+
+def short_title(metric: Metric) -> str:
+    return shorten(metric.title, 60).removesuffix(" × 1000")
+
+
+def nearness(evaluation: Evaluation, model: str) -> str:
+    """Return how far a model's pictures are from photographs by the first KID, in a sentence; "" if not measured.
+
+    Far: its interval lies above that of one half of the photographs against the other half.
+    """
+    metric = next((one for one in evaluation.metrics if one.id.startswith("kid_") and one.real), None)
+    own = metric and estimate_of(metric, model)
+    if not own:
+        return ""
+    figures = f"{metric.title} {_with_interval(metric, own)}, against {_with_interval(metric, metric.real)}"
+    figures += " between two halves of the photographs."
+    if own.low > metric.real.high:
+        return f"Its pictures are still far from photographs: {figures}"
+    return f"By KID its pictures are not clearly farther from photographs than photographs from each other: {figures}"
+
+
+def leads(evaluation: Evaluation, model: str) -> list[Lead]:
+    """Return the metrics by which another checkpoint is better than this one, clearly or within noise."""
+    found = []
+    for metric in evaluation.metrics:
+        own = estimate_of(metric, model)
+        if not own or not metric.better:
+            continue
+        sign = 1 if metric.better == "lower" else -1
+        others = [one for one in metric.values if one.model not in (BASE, model)]
+        judged = counted_as(metric, own)
+        best = min(others, key=lambda one: sign * counted_as(metric, one).value, default=None)
+        if best is None or not sign * counted_as(metric, best).value < sign * judged.value:
+            continue
+        least = counted_as(metric, best)
+        is_clear = least.high < judged.low if sign > 0 else least.low > judged.high
+        found.append(Lead(metric, own, best, is_clear))
+    return found
+
+
+def disagreement(run: RunFolder, evaluation: Evaluation, model: str) -> str:
+    """Return by which metrics another checkpoint is better, with figures where that is clear; "" if by none."""
+    found = leads(evaluation, model)
+    titles = [one.title for one in evaluation.metrics]
+    clear = [
+        f"by {_named(one.metric, titles)} {name_of(run, one.other.model)} is better, "
+        f"{_with_interval(one.metric, one.other)} against {_with_interval(one.metric, one.own)}"
+        for one in found
+        if one.is_clear
+    ]
+    near = [f"{name_of(run, one.other.model)} in {_named(one.metric, titles)}" for one in found if not one.is_clear]
+    said = f"Not all measures agree: {'; '.join(clear)}." if clear else ""
+    if near:
+        said += f"{' ' if said else ''}Ahead, but within noise: {', '.join(near)}."
+    return said
+
+
+def disagreeing(run: RunFolder, evaluation: Evaluation, model: str) -> str:
+    """Return the same in short, for the top of the page: only what is clear."""
+    titles = [one.title for one in evaluation.metrics]
+    by_model: dict[str, list[str]] = {}
+    for one in leads(evaluation, model):
+        if one.is_clear:
+            by_model.setdefault(one.other.model, []).append(_named(one.metric, titles))
+    parts = [f"{name_of(run, other)} is better by {', '.join(metrics)}" for other, metrics in by_model.items()]
+    return f"Not all measures agree: {'; '.join(parts)}." if parts else ""
+
+
+def estimate_of(metric: Metric, model: str) -> Estimate | None:
+    return next((value for value in metric.values if value.model == model), None)
+
+
+def _named(metric: Metric, titles: Sequence[str]) -> str:
+    by = f" ({shorten(metric.features, 60)})" if titles.count(metric.title) > 1 and metric.features else ""
+    return f"{short_title(metric)}{by}"
+
+
+def _with_interval(metric: Metric, estimate: Estimate) -> str:
+    """Return an estimate with its interval, written as all of its metric are."""
+    form = form_of_estimates([*metric.values, *([metric.real] if metric.real else [])])
+    return f"{form.show(estimate.value)} ({form.show(estimate.low)} to {form.show(estimate.high)})"

@@ -12,6 +12,8 @@ import sys
 
 import pytest
 
+from tests.small_base import small_base
+
 HOLDER = """
 import sys
 from safelight.data.lock import FolderLock
@@ -50,7 +52,8 @@ def place(tiny_dataset, tmp_path):
     for path in sorted((tiny_dataset.parent / "photos").glob("*.png"))[:4]:
         shutil.copy(path, tmp_path / "photos")
     (tmp_path / "run.toml").write_text(
-        f'[run]\ndir = "{tmp_path}/run"\ndevice = "cpu"\n[data]\npath = "{tmp_path}/dataset"\nresolution = 64\n'
+        f'[run]\ndir = "{tmp_path}/run"\ndevice = "cpu"\n[model]\nbase = "{small_base()}"\n'
+        f'[data]\npath = "{tmp_path}/dataset"\nresolution = 64\n'
         'upscale = "always"\n'
         "[train]\nmax_steps = 1\n[validate]\nevery_epochs = 0\n[sample]\nevery_epochs = 0\n[log]\ntensorboard = false\n"
     )

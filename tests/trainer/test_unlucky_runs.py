@@ -25,7 +25,7 @@ SHORT = {
 }
 
 
-def test_weights_are_saved_if_samples_fail(make_config, tmp_path, monkeypatch):
+def test_weights_are_saved_if_samples_fail(small_config, tmp_path, monkeypatch):
     generate = evaluate.generate_groups
 
     def fails_after_training(*arguments, **options):
@@ -33,7 +33,7 @@ def test_weights_are_saved_if_samples_fail(make_config, tmp_path, monkeypatch):
             raise ZeroDivisionError("a sampler fails")
         return generate(*arguments, **options)
 
-    config = make_config(**SHORT, sample={"every_epochs": 1, "steps": 1, "num_prompts": 1})
+    config = small_config(**SHORT, sample={"every_epochs": 1, "steps": 1, "num_prompts": 1})
     monkeypatch.setattr(evaluate, "generate_groups", fails_after_training)
     with pytest.raises(ZeroDivisionError):
         train(config)
@@ -44,18 +44,18 @@ def test_weights_are_saved_if_samples_fail(make_config, tmp_path, monkeypatch):
     assert len(list((tmp_path / "run" / "samples").glob("step-*"))) == 2
 
 
-def test_a_sample_size_that_cannot_be_drawn_is_refused_at_the_start(make_config, tmp_path):
-    config = make_config(**SHORT, sample={"width": 65})
+def test_a_sample_size_that_cannot_be_drawn_is_refused_at_the_start(small_config, tmp_path):
+    config = small_config(**SHORT, sample={"width": 65})
     for command in (train, summary):
         with pytest.raises(UserError, match="width 65 is not a multiple of 4; use 64 or 68"):
             command(config)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_a_plan_names_a_dataset_that_is_a_file(make_config, tmp_path):
+def test_a_plan_names_a_dataset_that_is_a_file(small_config, tmp_path):
     (tmp_path / "run.toml").write_text("")
     with pytest.raises(UserError, match=r"run\.toml is a file; give a folder"):
-        summary(make_config(data={"path": str(tmp_path / "run.toml")}))
+        summary(small_config(data={"path": str(tmp_path / "run.toml")}))
 
 
 def test_a_run_is_not_mixed_with_a_dataset_or_photographs(tmp_path, tiny_dataset):

@@ -50,12 +50,12 @@ def test_the_tiny_base_learns(name, lr, options):
 
 
 @pytest.mark.parametrize(("name", "lr"), [("adafactor", 3e-3), ("bnb_lion8bit", 1e-4)])
-def test_a_resumed_run_equals_one_that_never_stopped(make_config, tmp_path, name, lr):
+def test_a_resumed_run_equals_one_that_never_stopped(small_config, tmp_path, name, lr):
     ends = []
     for num_steps in ([4], [2, 4]):
         run_dir = tmp_path / f"{name} {len(num_steps)}"
         for place, max_steps in enumerate(num_steps):
-            config = make_config(
+            config = small_config(
                 run={"dir": str(run_dir)},
                 model={"precision": "bf16"},
                 optimizer={"name": name, "lr": lr},

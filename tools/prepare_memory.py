@@ -58,9 +58,9 @@ def measure(nums: list[int], before: Path | None) -> dict[str, float]:
             photos = Path(name) / str(num)
             write_photos(photos, num)
             for suffix, checkout in checkouts.items():
-                figures[f"peak_mib_{num}{suffix}"] = peak_bytes(photos, Path(name) / "dataset", checkout) / MIB
+                figures[f"photos_{num}{suffix}_peak_mib"] = peak_bytes(photos, Path(name) / "dataset", checkout) / MIB
     for suffix in checkouts:
-        low, high = (figures[f"peak_mib_{num}{suffix}"] * MIB for num in (min(nums), max(nums)))
+        low, high = (figures[f"photos_{num}{suffix}_peak_mib"] * MIB for num in (min(nums), max(nums)))
         figures[f"bytes_per_photo{suffix}"] = round((high - low) / (max(nums) - min(nums)))
     return {name: round(value, 1) for name, value in figures.items()}
 

@@ -1,8 +1,8 @@
 """Plan what is cached: each photo's crops and captions, with the keys of their cache rows.
 
 A key hashes everything the row depends on. For latents: the photo's bytes, crop, flip, bucket, VAE weights and dtype.
-For text embeddings: the caption, text encoder and dtype. For token ids: the caption and the tokenizers. An edited photo or another VAE therefore gives new keys, and
-filling the cache again encodes only the missing rows.
+For text embeddings: the caption, text encoder and dtype. For token ids: the caption and the tokenizers. An edited photo
+or another VAE therefore gives new keys, and filling the cache again encodes only the missing rows.
 """
 
 from __future__ import annotations

@@ -61,9 +61,9 @@ class CorruptRow(UserError):
 class Cache:
     """A folder of rows by key, created if it does not exist. Several threads and processes may read it at once.
 
-    dtype: of appended rows of floats as stored, float16 or float32. exclusive: nobody else may have the cache open, nor open it
-    until it is closed. Raises ValueError for another dtype, and UserError for a link in the folder that leads out of
-    it, for an index that is damaged or of another version, and if another process excludes this one.
+    dtype: of appended rows of floats as stored, float16 or float32. exclusive: nobody else may have the cache open, nor
+    open it until it is closed. Raises ValueError for another dtype, and UserError for a link in the folder that leads
+    out of it, for an index that is damaged or of another version, and if another process excludes this one.
     """
 
     def __init__(self, path: Path, dtype: str = "float16", exclusive: bool = False):
@@ -136,9 +136,9 @@ class Cache:
         """Store array[i] under keys[i], leaving existing rows unchanged, and return how many rows were added.
 
         kind: "posterior" (mean and logvar stacked), "latent" (mean alone), "text", "mask" or "tokens". array: (N, ...)
-        of up to 4 dimensions beside N; floats, converted to the cache's dtype, or token ids. If the process is killed meanwhile, either all rows
-        are added or none. Raises ValueError for an unknown kind, different lengths, an empty row shape, rows larger
-        than a shard, and values that are not finite in the stored dtype.
+        of up to 4 dimensions beside N; floats, converted to the cache's dtype, or token ids. If the process is killed
+        meanwhile, either all rows are added or none. Raises ValueError for an unknown kind, different lengths, an empty
+        row shape, rows larger than a shard, and values that are not finite in the stored dtype.
         """
         if kind not in KINDS:
             raise ValueError(f"cache kind {kind!r} is not known; use one of {', '.join(KINDS)}")

@@ -22,9 +22,9 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class NeededRow:
-    """A row that a run needs. name: the photograph, or other text, that it belongs to. again: encodes it, float32 or token ids.
+    """A row that a run needs. name: the photograph, or other text, that it belongs to. variant: of a latent or mask.
 
-    variant: of a latent or mask.
+    again: encodes it, float32 or token ids.
     """
 
     kind: str

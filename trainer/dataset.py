@@ -312,8 +312,8 @@ def plan_dataset(
     """Return the run's dataset, its cache as it is, and the encoders of its rows. Encodes nothing.
 
     exclusive: nobody else may use the cache until it is closed. encoder: reads the texts, None for the base's.
-    reads_tokens: whether captions are token ids; None: as a run begins. Raises UserError for a dataset that was not prepared,
-    or settings that do not fit it, and for one with a link that leads out of its folder.
+    reads_tokens: whether captions are token ids; None: as a run begins. Raises UserError for a dataset that was not
+    prepared, or settings that do not fit it, and for one with a link that leads out of its folder.
     """
     path = Path(config.data.path)
     photos = read_manifest(path)

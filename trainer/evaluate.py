@@ -199,7 +199,7 @@ def _sample(job: Job, position: Position) -> None:
         images = generate_groups(
             context.unet,
             job.models.codec,
-            job.dataset.prompt_groups(settings, None if context.texts is None else context.texts.encoder),
+            job.dataset.prompt_groups(settings, None if context.texts is None else job.models.encoder),
             context.schedule,
             settings,
             batch_size=planned.prompts or SAMPLE_BATCH_SIZE,

@@ -194,7 +194,8 @@ def stop_text_encoder(job: Job, position: Position) -> None:
         encoder.move_home()
     job.train_subset = _train_subset(job.run.user_config, job.dataset)
     job.capture = graph_capture(models.context, with_graphs=not job.run.no_graphs)
-    line = f"the text encoder has stopped training after {counted(position.epoch, 'epoch')}; captions have been encoded by it"
+    epochs = counted(position.epoch, "epoch")
+    line = f"the text encoder has stopped training after {epochs}; captions have been encoded by it"
     terminal.say(line)
     job.progress.metrics.write("event", position.step, event="text encoder stopped", detail=line)
 
@@ -248,7 +249,9 @@ def _build_models(run: ResolvedRun, dataset: Dataset, encoder: CaptionEncoder | 
         if dataset.token_condition is None:
             encoder.move_home()
         else:
-            texts = train_texts(run.config, encoder, unet.config, run.device, prepared.optimizer.loss_scale)
+            zeros = encoder.token_ids([""])[0].to(run.device) if encoder.zeroes_empty_text else None
+            leader = prepared.optimizer.loss_scale
+            texts = train_texts(run.config, run.base.family, encoder.parts, unet.config, zeros, run.device, leader)
     loss = run.user_config.loss
     context = StepContext(unet, prepared.optimizer, schedule, dataset.scaling_factor, loss, texts)
     codec = load_codec(run.user_config, run.base, torch.device("cpu"))

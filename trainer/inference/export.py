@@ -1,7 +1,8 @@
 """`safelight export`: writes a run's model as a diffusers folder, or as one file for A1111 and ComfyUI.
 
 The UNet's weights come from the checkpoint: the moving average if there is one, else the fp32 master if there is one.
-So does the text encoder if the run trains it. The frozen parts are the run's. Either output is written under a temporary name, and then renamed.
+So does the text encoder if the run trains it. The frozen parts are the run's. Either output is written under a
+temporary name, and then renamed.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ from safelight.trainer.memory_plan.candidate import (
 from safelight.trainer.memory_plan.gpus import CONTEXT_BYTES, FRAGMENTATION, GRAPH_BYTES_A_LAUNCH, Card
 from safelight.trainer.memory_plan.memory_tracer import CUDA_ROUNDING
 from safelight.trainer.memory_plan.meta_run import META, MetaRun, StepTrace, meta_run
-from safelight.trainer.memory_plan.static_bytes import has_masks, host_bytes, num_batch_ids
+from safelight.trainer.memory_plan.static_bytes import has_masks, host_bytes, num_batch_ids, static_bytes
 from safelight.trainer.models.base import latent_factor, resolve_model, vae_bytes, vae_config
 from safelight.trainer.models.device import DTYPES
 from safelight.trainer.models.encoders import decode_bytes
@@ -176,6 +176,7 @@ class MemoryEstimator:
             self._paged_bytes(memory),
             trace.offloaded,
             vae_bytes(self.base, self.config.model.vae),
+            self._saved_text_bytes,
         )
         candidate = Candidate(
             memory,
@@ -234,6 +235,14 @@ class MemoryEstimator:
     def _decode_bytes(self) -> int:
         vae = self.config.model.vae
         return decode_bytes(*self._sample_size, vae_bytes(self.base, vae), vae_config(self.base, vae))
+
+    @functools.cached_property
+    def _saved_text_bytes(self) -> int:
+        """What a checkpoint holds of the text encoders: 0 if they are not trained."""
+        if not self.config.text_encoder.train:
+            return 0
+        static = static_bytes(self.config, META, self.dtype)
+        return static.text_weights + static.text_moments
 
     def _total_with(self, held: int, added: int) -> int:
         return self._total(held, held + added)

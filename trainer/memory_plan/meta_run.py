@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from safelight.data.batches import Batch
 from safelight.data.buckets import Bucket
@@ -23,6 +23,8 @@ from safelight.kernels.unet.activation_offload import offload_of
 from safelight.kernels.unet.attention import NUM_TEXT_TOKENS, attention_cases, choose_attention
 from safelight.kernels.unet.checkpointing import apply_checkpointing
 from safelight.trainer.config.schema import Config
+from safelight.trainer.families.conditioning import TokenConditioning
+from safelight.trainer.families.family import uncropped_sizes
 from safelight.trainer.memory_plan.allocation_trace import (
     AVERAGE,
     GRADIENTS,
@@ -37,9 +39,11 @@ from safelight.trainer.memory_plan.allocation_trace import (
 )
 from safelight.trainer.memory_plan.memory_tracer import CUDA_ROUNDING, LiveBytes, count_gradients
 from safelight.trainer.models.base import Base, resolve_model
-from safelight.trainer.models.weights import meta_unet
+from safelight.trainer.models.weights import meta_texts, meta_unet
+from safelight.trainer.optim.base import LossScale
 from safelight.trainer.step.prepare_unet import prepare_unet
 from safelight.trainer.step.step import StepContext, StepSettings, train_step
+from safelight.trainer.step.text_training import TextTraining, train_texts
 
 CUDA, META = torch.device("cuda"), torch.device("meta")
 TRACED_BATCH_SIZES = (2, 4)
@@ -109,18 +113,34 @@ class MetaRun:
             self.live.phase, self.live.kind = "loading", OPTIMIZER
             prepared = prepare_unet(self.unet, config, choice, device, dtype)
             self.loading, self.packing = self.live.peak, self.live.peak.total - self.live.total
-        self.optimizer, self.ema = prepared.optimizer, prepared.ema
-        self.context = StepContext(self.unet, self.optimizer, schedule, 1.0, config.loss)
+            texts = self._train_texts(base, prepared.optimizer.loss_scale) if config.text_encoder.train else None
+        self.optimizer, self.ema, self.texts = prepared.optimizer, prepared.ema, texts
+        self.context = StepContext(self.unet, self.optimizer, schedule, 1.0, config.loss, texts)
         self._step_traces: dict[tuple, StepTrace] = {}
         self._forward_traces: dict[tuple, AllocationTrace] = {}
         self._classify_held()
+
+    def _train_texts(self, base: Base, leader: LossScale) -> TextTraining:
+        """Return the training of the text encoders, whose weights are held beside the UNet's."""
+        parts = meta_texts(base, self.config.model.tokenizer)
+        self.live.hold((p for part in parts.values() for p in part.parameters()), WEIGHTS)
+        self._num_tokens = next(iter(parts.values())).config.max_position_embeddings * self._caption_chunks
+        zeros = None
+        if base.zeroes_empty_text:
+            zeros = torch.empty(len(parts), self._num_tokens, dtype=torch.int64, device=META)
+        return train_texts(self.config, base.family, parts, self.unet.config, zeros, META, leader)
+
+    def _trained_parameters(self) -> list[nn.Parameter]:
+        return [*self.unet.parameters(), *([] if self.texts is None else self.texts.parts.parameters())]
 
     def _classify_held(self) -> None:
         """Count every tensor that outlives a step by its kind; what belongs to nothing else is optimizer state."""
         self.live.reclassify_leftovers(OPTIMIZER)
         self.live.hold(self.optimizer.master_tensors(), MASTER)
-        self.live.hold(self.unet.parameters(), WEIGHTS)
+        self.live.hold(self._trained_parameters(), WEIGHTS)
         self.live.hold(self.optimizer.buffers.tensors.values(), GRADIENTS)
+        if self.texts is not None:
+            self.live.hold(self.texts.optimizer.buffers.tensors.values(), GRADIENTS)
         if self.ema is not None:
             self.live.hold(self.ema.averages.values(), AVERAGE)
 
@@ -134,8 +154,13 @@ class MetaRun:
 
         mean, logvar = rows(channels, height, width), rows(channels, height, width)
         ids, bucket = tuple(range(batch_size)), Bucket(8 * width, 8 * height)
-        text = rows(NUM_TEXT_TOKENS * self._caption_chunks, dim)
-        conditioning = self._family.stand_in_conditioning(self.unet.config, text, (height, width))
+        if self.texts is None:
+            text = rows(NUM_TEXT_TOKENS * self._caption_chunks, dim)
+            conditioning = self._family.stand_in_conditioning(self.unet.config, text, (height, width))
+        else:
+            num_texts = len(self.texts.parts)
+            token_ids = torch.zeros(batch_size, num_texts, self._num_tokens, dtype=torch.int64, device=device)
+            conditioning = TokenConditioning(token_ids, uncropped_sizes(batch_size, 8 * height, 8 * width).to(device))
         mask = rows(1, height, width) if self._has_masks else None
         return Batch(mean, logvar, conditioning, ids, (0,) * batch_size, bucket, mask)
 
@@ -161,7 +186,7 @@ class MetaRun:
                 references_on_meta(self.device.type == "cpu"),
                 _garbage_collector_off(),
                 live,
-                count_gradients(live, self.unet.parameters()),
+                count_gradients(live, self._trained_parameters()),
             ):
                 live.phase, live.kind = "step", None
                 live.reset_peak()
@@ -260,5 +285,8 @@ def meta_run(config: Config, dtype: torch.dtype, fused: bool, num_micro: int, ha
     }
     optimizer = config.optimizer.model_copy(update={"memory": "auto", "fused_backward": fused, "clipping": "auto"})
     data = {"caption_chunks": config.data.caption_chunks}
-    settings = Config(model=config.model, train=train, optimizer=optimizer, data=data).model_dump_json()
+    # learning rates and lengths take no memory
+    text = config.text_encoder.model_copy(update={"lr": 1e-6, "schedule": "constant", "warmup_steps": 0, "epochs": 0})
+    settings = Config(model=config.model, train=train, optimizer=optimizer, data=data, text_encoder=text)
+    settings = settings.model_dump_json()
     return _meta_run(settings, dtype, has_masks)

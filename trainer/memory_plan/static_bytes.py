@@ -27,13 +27,14 @@ from safelight.trainer.checkpoint.snapshot import SNAPSHOT_SLAB_BYTES
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.timeline import StageSteps, Timeline
 from safelight.trainer.inference.sampling import check_size, settings_of
-from safelight.trainer.models.base import latent_factor, resolve_model, vae_config
+from safelight.trainer.models.base import Base, latent_factor, resolve_model, vae_config
 from safelight.trainer.models.device import PRECISIONS, pick_device, pick_dtype
 from safelight.trainer.models.placing import Placed, budgets_of, crop_loss, once_each, place
-from safelight.trainer.models.weights import meta_unet
+from safelight.trainer.models.weights import meta_texts, meta_unet
 from safelight.trainer.optim.kernel_adamw import part_of
 from safelight.trainer.optim.optimizer import memory_mode
 from safelight.trainer.registry.optimizers import MEMORY_MODES, OPTIMIZERS, Shape
+from safelight.trainer.step.text_training import mark
 
 # steps of a run whose dataset does not exist yet
 ASSUMED_STEPS = 1000
@@ -46,7 +47,8 @@ class StaticBytes:
     master: what optimizer.memory keeps in addition to 16-bit weights; paged: how much of master and moments is in
     host memory. gradients: with a fused step, those of the largest part of the UNet. master_gradients: fp32 copies
     for an optimizer that cannot read 16-bit gradients; each gradient is freed when its copy is made, so both never
-    exist at once.
+    exist at once. text_weights, text_moments, text_gradients: of the text encoders, in fp32, if they are trained;
+    num_text_parameters: how many of them are.
     """
 
     num_parameters: int
@@ -60,16 +62,20 @@ class StaticBytes:
     gradients: int
     master_gradients: int
     paged: int = 0
+    num_text_parameters: int = 0
+    text_weights: int = 0
+    text_moments: int = 0
+    text_gradients: int = 0
 
     @property
     def total(self) -> int:
         """The peak on the device: everything kept, plus gradients or their fp32 copies, whichever are larger."""
-        return self.checkpoint - self.paged + max(self.gradients, self.master_gradients)
+        return self.checkpoint - self.paged + max(self.gradients, self.master_gradients) + self.text_gradients
 
     @property
     def checkpoint(self) -> int:
         """Bytes of one checkpoint on disk, which holds both the 16-bit weights and their master or remainders."""
-        return self.weights + self.master + self.moments + self.average
+        return self.weights + self.master + self.moments + self.average + self.text_weights + self.text_moments
 
 
 def static_bytes(config: Config, device: torch.device | None = None, dtype: torch.dtype | None = None) -> StaticBytes:
@@ -79,7 +85,8 @@ def static_bytes(config: Config, device: torch.device | None = None, dtype: torc
     """
     device = device or pick_device(config.run.device)
     dtype = dtype or pick_dtype(config.model.precision, device)
-    unet = meta_unet(resolve_model(config.model))
+    base = resolve_model(config.model)
+    unet = meta_unet(base)
     if patch.should_patch(config.train.kernels, device):
         first = next(unet.parameters())
         patch.apply(unet, choose_attention(first.device, dtype, attention_cases(unet), setting="sdpa"))
@@ -107,7 +114,25 @@ def static_bytes(config: Config, device: torch.device | None = None, dtype: torc
         paged=sum(sum(state_bytes(size).values()) for size in sizes if size >= MIN_8BIT_ELEMENTS)
         if memory == "paged"
         else 0,
+        **_text_bytes_of(config, base),
     )
+
+
+def _text_bytes_of(config: Config, base: Base) -> dict[str, int]:
+    """Return the fields of StaticBytes about the text encoders."""
+    if not config.text_encoder.train:
+        return {}
+    parts = meta_texts(base, config.model.tokenizer).values()
+    mark(base.family, parts, config.model.clip_skip, config.text_encoder.last_layers)
+    parameters = [p for part in parts for p in part.parameters()]
+    trained = [tuple(p.shape) for p in parameters if p.requires_grad]
+    num = sum(map(math.prod, trained))
+    return {
+        "num_text_parameters": num,
+        "text_weights": 4 * sum(p.numel() for p in parameters),
+        "text_moments": sum(map(OPTIMIZERS[config.optimizer.name].moment_bytes, trained)),
+        "text_gradients": 4 * num,
+    }
 
 
 @dataclass(frozen=True)
@@ -135,15 +160,16 @@ def host_bytes(
     paged: int,
     offloaded: int,
     autoencoder: int,
+    text: int = 0,
 ) -> HostBytes:
     """Return the host memory of a run.
 
     shapes, itemsize: of the weights; paged, offloaded, autoencoder: bytes of paged optimizer state, offloaded
-    activations and the fp32 autoencoder.
+    activations and the fp32 autoencoder. text: what a checkpoint holds of the text encoders.
     """
     num = sum(map(math.prod, shapes))
     master = MEMORY_MODES[memory].bytes_per_weight if itemsize < 4 else 0
-    saved = (itemsize + master + 4 * has_average) * num + sum(map(OPTIMIZERS[optimizer].moment_bytes, shapes))
+    saved = text + (itemsize + master + 4 * has_average) * num + sum(map(OPTIMIZERS[optimizer].moment_bytes, shapes))
     activations, snapshot = _in_slabs(offloaded, SLAB_BYTES), _in_slabs(saved, SNAPSHOT_SLAB_BYTES)
     return HostBytes(paged, activations, snapshot, autoencoder, loading=4 * num + paged)
 
@@ -256,12 +282,22 @@ def summary(config: Config, device: torch.device | None = None, dtype: torch.dty
         "optimizer_memory": static.memory,
         "unet_parameters": static.num_parameters,
         "unet_tensors": static.num_tensors,
+        **({"text_encoder_parameters": static.num_text_parameters} if config.text_encoder.train else {}),
         "bytes": {
             "weights": static.weights,
             "fp32 master" if static.memory == "fp32" else "remainders": static.master,
             "Adam moments": static.moments,
             **({"moving average": static.average} if static.average else {}),
             "gradients": static.gradients,
+            **(
+                {
+                    "text encoder: weights, fp32": static.text_weights,
+                    "text encoder: Adam moments": static.text_moments,
+                    "text encoder: gradients": static.text_gradients,
+                }
+                if config.text_encoder.train
+                else {}
+            ),
             "fp32 gradients, replacing those": static.master_gradients,
             **({"of these in host memory": static.paged} if static.paged else {}),
             "peak of these": static.total,

@@ -330,17 +330,6 @@ class CaptionEncoder(_Movable):
         ]
         return torch.stack(columns, dim=1)
 
-    def rows_of_tokens(self, ids_BEN: Tensor) -> Tensor:
-        """Return what `encode` returns of the texts with these ids, on the device, with gradients."""
-        embeddings, pooled = [], None
-        for number, text_encoder in enumerate(self.text_encoders):
-            ids = ids_BEN[:, number].unflatten(1, (self.num_chunks, self.chunk_tokens)).flatten(0, 1)
-            states, pooled = self.family.read_text(text_encoder, ids, self.clip_skip)
-            embeddings.append(states.unflatten(0, (-1, self.num_chunks)).flatten(1, 2))
-        if pooled is not None:
-            pooled = pooled.unflatten(0, (-1, self.num_chunks))[:, 0]
-        return self.family.text_row(torch.cat(embeddings, dim=2), pooled)
-
     def _plain_ids(self, tokenizer, captions: list[str]) -> Tensor:
         return tokenizer(
             captions, padding="max_length", truncation=True, max_length=self.num_tokens, return_tensors="pt"

@@ -7,7 +7,7 @@ its own learning rate. It clips by the norm of its own gradients, and shares the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,6 @@ from safelight.errors import UserError
 from safelight.trainer.config.schema import Config, Optimizer
 from safelight.trainer.families.conditioning import TextConditioning, TokenConditioning
 from safelight.trainer.families.family import Family
-from safelight.trainer.models.encoders import CaptionEncoder
 from safelight.trainer.optim.base import FollowedScale, LossScale
 from safelight.trainer.optim.optimizer import UNetOptimizer, make_optimizer
 
@@ -29,22 +28,32 @@ PREFIX = "text/"
 class TextTraining:
     """The text encoders of a run while they are trained.
 
-    unet_config: has what `Family.conditioning` reads. empty_EN: token ids of the empty text.
+    parts: by their folders in a model. unet_config: has what `Family.conditioning` reads. zeros_EN: token ids of the
+    text whose row is all zeros, None if no text's is.
     """
 
-    encoder: CaptionEncoder
+    family: Family
+    parts: nn.ModuleDict
     optimizer: UNetOptimizer
     unet_config: Mapping
-    empty_EN: Tensor
+    clip_skip: int
+    num_chunks: int
+    zeros_EN: Tensor | None
 
     def conditioning(self, tokens: TokenConditioning) -> TextConditioning:
         """Return the UNet's conditioning, through which its gradient reaches the text encoders."""
-        encoder = self.encoder
-        rows = encoder.rows_of_tokens(tokens.ids_BEN)
-        if encoder.zeroes_empty_text:
-            is_empty_B = (tokens.ids_BEN == self.empty_EN).all(dim=2).all(dim=1)
+        embeddings, pooled = [], None
+        for number, text_encoder in enumerate(self.parts.values()):
+            ids = tokens.ids_BEN[:, number].unflatten(1, (self.num_chunks, -1)).flatten(0, 1)
+            states, pooled = self.family.read_text(text_encoder, ids, self.clip_skip)
+            embeddings.append(states.unflatten(0, (-1, self.num_chunks)).flatten(1, 2))
+        if pooled is not None:
+            pooled = pooled.unflatten(0, (-1, self.num_chunks))[:, 0]
+        rows = self.family.text_row(torch.cat(embeddings, dim=2), pooled)
+        if self.zeros_EN is not None:
+            is_empty_B = (tokens.ids_BEN == self.zeros_EN).flatten(1).all(dim=1)
             rows = rows.masked_fill(is_empty_B.view(-1, *[1] * (rows.dim() - 1)), 0)
-        return encoder.family.conditioning(self.unet_config, rows, tokens.sizes_B6)
+        return self.family.conditioning(self.unet_config, rows, tokens.sizes_B6)
 
     def live_state(self) -> dict[str, Tensor]:
         """Return the optimizer's state for a checkpoint, without copies."""
@@ -67,20 +76,28 @@ def take_text_state(state: dict[str, Tensor], texts: TextTraining | None) -> Non
 
 
 def train_texts(
-    config: Config, encoder: CaptionEncoder, unet_config: Mapping, device: torch.device, leader: LossScale
+    config: Config,
+    family: Family,
+    parts: Mapping[str, nn.Module],
+    unet_config: Mapping,
+    zeros_EN: Tensor | None,
+    device: torch.device,
+    leader: LossScale,
 ) -> TextTraining:
-    """Return the training of an encoder's weights, which are fp32. leader: the UNet's loss scale.
+    """Return the training of text encoders, whose weights are fp32. leader: the UNet's loss scale.
 
-    device: where the weights are, or are moved to. Raises UserError for text_encoder.last_layers beyond the layers.
+    Other arguments: as in TextTraining. device: where the weights are, or are moved to. Raises UserError for
+    text_encoder.last_layers beyond the layers.
     """
-    mark(encoder.family, encoder.text_encoders, encoder.clip_skip, config.text_encoder.last_layers)
-    module = nn.ModuleDict(encoder.parts)
+    clip_skip = config.model.clip_skip
+    mark(family, parts.values(), clip_skip, config.text_encoder.last_layers)
+    module = nn.ModuleDict(parts)
     optimizer = make_optimizer(module, optimizer_config(config), torch.float32, config.run.seed, device)
     optimizer.loss_scale = FollowedScale(leader)
     optimizer.buffers.dtype = config.train.accumulate_dtype
     if any(stage.accumulate > 1 for stage in config.stages()):
         optimizer.buffers.allocate()
-    return TextTraining(encoder, optimizer, unet_config, encoder.token_ids([""])[0].to(device))
+    return TextTraining(family, module, optimizer, unet_config, clip_skip, config.data.caption_chunks, zeros_EN)
 
 
 def optimizer_config(config: Config) -> Optimizer:
@@ -88,7 +105,7 @@ def optimizer_config(config: Config) -> Optimizer:
     return config.optimizer.model_copy(update={"memory": "auto", "fused_backward": False, "clipping": "auto"})
 
 
-def mark(family: Family, text_encoders: nn.ModuleList, clip_skip: int, last_layers: int) -> None:
+def mark(family: Family, text_encoders: Iterable[nn.Module], clip_skip: int, last_layers: int) -> None:
     """Set requires_grad for the parameters to train. last_layers: as text_encoder.last_layers.
 
     What the embeddings do not depend on is not trained: weight decay alone would change it.

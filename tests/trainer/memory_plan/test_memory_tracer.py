@@ -9,7 +9,7 @@ from safelight.data.buckets import Bucket
 from safelight.kernels.unet.attention import attention_cases, choose_attention
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.toml import parse_config
-from safelight.trainer.families.conditioning import TextConditioning
+from safelight.trainer.families.conditioning import TextConditioning, TokenConditioning
 from safelight.trainer.memory_plan.allocation_trace import (
     ACTIVATIONS,
     AVERAGE,
@@ -23,9 +23,10 @@ from safelight.trainer.memory_plan.memory_tracer import LiveBytes
 from safelight.trainer.memory_plan.meta_run import META, MetaRun
 from safelight.trainer.models.base import resolve_base
 from safelight.trainer.models.noise_schedule import make_schedule
-from safelight.trainer.models.weights import load_unet
+from safelight.trainer.models.weights import load_texts, load_unet
 from safelight.trainer.step.prepare_unet import prepare_unet
 from safelight.trainer.step.step import StepContext, StepSettings, train_step
+from safelight.trainer.step.text_training import train_texts
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -41,11 +42,21 @@ def measured(config: Config, spec: str, batch_size: int, side: int, num_micro: i
     base, dtype = resolve_base(spec), DTYPES[config.model.precision]
     unet = load_unet(base, 1).train()
     optimizer = prepare_unet(unet, config, choose_attention(CPU, dtype, attention_cases(unet)), CPU, dtype).optimizer
-    context = StepContext(unet, optimizer, make_schedule(base.config_of("scheduler")), 1.0, config.loss)
+    schedule, texts = make_schedule(base.config_of("scheduler")), None
+    if config.text_encoder.train:
+        parts = dict(zip(base.family.text_encoders, (one for _, one in load_texts(base, "", 1)), strict=True))
+        texts = train_texts(config, base.family, parts, unet.config, None, CPU, optimizer.loss_scale)
+    context = StepContext(unet, optimizer, schedule, 1.0, config.loss, texts)
     shapes = [(4, side, side), (4, side, side), (77, unet.config.cross_attention_dim)]
     ids, zeros = tuple(range(batch_size)), (0,) * batch_size
+
+    def read(text):
+        if texts is None:
+            return TextConditioning(text)
+        return TokenConditioning(torch.ones(batch_size, 1, 77, dtype=torch.int64), torch.zeros(batch_size, 6))
+
     batches = [
-        Batch(mean, logvar, TextConditioning(text), ids, zeros, Bucket(8 * side, 8 * side))
+        Batch(mean, logvar, read(text), ids, zeros, Bucket(8 * side, 8 * side))
         for mean, logvar, text in ([torch.randn(batch_size, *s) for s in shapes] for _ in range(num_micro))
     ]
 
@@ -93,6 +104,23 @@ def test_predicted_peaks_of_every_mode(precision, memory, fused, checkpointing, 
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit", "adafactor"])
 def test_predicted_peaks_under_accumulation_and_of_other_optimizers(name):
     assert_predicted(config_of(optimizer={"name": name}), "tiny", 2, 16, 2, within=0.03)
+
+
+TEXT = {"train": True, "last_layers": 1}
+
+
+def test_predicted_peak_with_the_text_encoder():
+    assert_predicted(config_of(optimizer={"name": "adamw"}, text_encoder={"train": True}), "tiny", 2, 16, within=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("text", [{"train": True}, TEXT])
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("num_micro", [1, 2])
+def test_predicted_peaks_with_the_text_encoder(precision, text, checkpointing, num_micro):
+    config = config_of(precision, text_encoder=text, train={"checkpointing": checkpointing})
+    assert_predicted(config, "tiny", 2, 16, num_micro, within=0.03)
 
 
 @pytest.mark.slow

@@ -45,6 +45,7 @@ def measured(config: Config, spec: str, batch_size: int, side: int, num_micro: i
     schedule, texts = make_schedule(base.config_of("scheduler")), None
     if config.text_encoder.train:
         parts = dict(zip(base.family.text_encoders, (one for _, one in load_texts(base, "", 1)), strict=True))
+        num_tokens = parts["text_encoder"].config.max_position_embeddings
         texts = train_texts(config, base.family, parts, unet.config, None, CPU, optimizer.loss_scale)
     context = StepContext(unet, optimizer, schedule, 1.0, config.loss, texts)
     shapes = [(4, side, side), (4, side, side), (77, unet.config.cross_attention_dim)]
@@ -53,7 +54,7 @@ def measured(config: Config, spec: str, batch_size: int, side: int, num_micro: i
     def read(text):
         if texts is None:
             return TextConditioning(text)
-        return TokenConditioning(torch.ones(batch_size, 1, 77, dtype=torch.int64), torch.zeros(batch_size, 6))
+        return TokenConditioning(torch.ones(batch_size, 1, num_tokens, dtype=torch.int64), torch.zeros(batch_size, 6))
 
     batches = [
         Batch(mean, logvar, read(text), ids, zeros, Bucket(8 * side, 8 * side))

@@ -1,6 +1,7 @@
-"""Training the text encoder inside the step: against plain transformers and diffusers, frozen layers, the empty text."""
+"""Training the text encoder inside the step: against transformers and diffusers, frozen layers, the empty text."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from safelight.data.batches import Batch
 from safelight.errors import UserError
 from safelight.kernels.philox import Key, Purpose, integers, normals
 from safelight.kernels.unet import patch
@@ -21,7 +23,7 @@ from safelight.trainer.families.stable_diffusion import StableDiffusion1
 from safelight.trainer.models.noise_schedule import make_schedule
 from safelight.trainer.optim.base import FollowedScale, LossScale
 from safelight.trainer.optim.optimizer import make_optimizer
-from safelight.trainer.step.step import StepContext, StepSettings, train_step
+from safelight.trainer.step.step import StepContext, StepSettings, micro_step, train_step, upload
 from safelight.trainer.step.text_training import TextTraining, mark, take_text_state, train_texts
 from tests.trainer.step.test_step import CPU, SCALE, SCHEDULER, SEED, make_batch
 
@@ -47,10 +49,8 @@ def make_text(kind=CLIPTextModel, width: int = 16, seed: int = 0) -> torch.nn.Mo
 
 
 def config_of(**tables) -> Config:
-    tables = {"optimizer": {"name": "adamw", "lr": LR}, **tables}
-    return parse_config(
-        {**tables, "text_encoder": {"train": True, "lr": TEXT_LR, **tables.get("text_encoder", {})}}, ""
-    )
+    text = {"train": True, "lr": TEXT_LR, **tables.pop("text_encoder", {})}
+    return parse_config({"optimizer": {"name": "adamw", "lr": LR}, **tables, "text_encoder": text}, "here")
 
 
 def tokens_of(number: int, size: int = 4) -> TokenConditioning:
@@ -73,9 +73,7 @@ def step(context: StepContext, *numbers: int, epoch: int = 3):
     return train_step(context, batches, StepSettings(4 * len(numbers), LR, 0.01, 1.0, TEXT_LR), seed=SEED, epoch=epoch)
 
 
-def _with_tokens(number: int):
-    from dataclasses import replace
-
+def _with_tokens(number: int) -> Batch:
     return replace(make_batch(number), conditioning=tokens_of(number))
 
 
@@ -110,49 +108,43 @@ def test_steps_equal_a_plain_loop_of_transformers_and_diffusers(small_unet):
     for module, plain, before in ((ours, theirs, small_unet), (text, plain_text, start)):
         for (name, a), b, c in zip(module.named_parameters(), plain.parameters(), before.parameters(), strict=True):
             # the gradient of a bias that shifts every key alike is float error, which Adam enlarges
-            if not name.endswith(("k_proj.bias",)):
+            if not name.endswith("k_proj.bias"):
                 assert (a - b).norm() <= 1e-2 * (b - c).norm() + 1e-7, name
-    assert not torch.equal(
-        text.state_dict()[next(iter(text.state_dict()))], start.state_dict()[next(iter(start.state_dict()))]
-    )
+    moved = [(a - b).abs().max() for a, b in zip(text.parameters(), start.parameters(), strict=True)]
+    assert max(moved) > 2 * TEXT_LR
 
 
-@pytest.mark.parametrize("patched", [False, True])
-def test_every_checkpointing_mode_passes_the_gradient_to_the_text_encoder(small_unet, patched):
-    expected = None
-    for mode in MODES:
-        unet, text = copy.deepcopy(small_unet), make_text()
-        if patched:
-            patch.apply(unet)
-        apply_checkpointing(unet, mode)
-        context = context_of(unet, text, config_of())
-        gradients = {}
-        optimizer = context.texts.optimizer
-        real = optimizer.step
-        optimizer.step = lambda real=real, gradients=gradients, text=text: (
-            gradients.update({name: p.grad.clone() for name, p in text.named_parameters()}),
-            real(),
-        )
-        step(context, 0)
-        assert sum(g.abs().sum() for g in gradients.values()) > 0
-        if expected is None:
-            # an unpatched UNet without checkpointing
-            expected = gradients if not patched else _plain_gradients(small_unet)
-        for name, gradient in gradients.items():
-            torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-7, msg=f"{mode} {name}")
+def gradients_of(unet, text) -> dict[str, torch.Tensor]:
+    """Return the text encoder's gradients in a step."""
+    context, gradients = context_of(unet, text, config_of()), {}
+    optimizer_step = context.texts.optimizer.step
 
+    def keeping_gradients():
+        gradients.update({name: p.grad.clone() for name, p in text.named_parameters()})
+        return optimizer_step()
 
-def _plain_gradients(small_unet) -> dict[str, torch.Tensor]:
-    text = make_text()
-    context = context_of(copy.deepcopy(small_unet), text, config_of())
-    gradients = {}
-    real = context.texts.optimizer.step
-    context.texts.optimizer.step = lambda: (
-        gradients.update({name: p.grad.clone() for name, p in text.named_parameters()}),
-        real(),
-    )
+    context.texts.optimizer.step = keeping_gradients
     step(context, 0)
     return gradients
+
+
+@pytest.mark.parametrize(
+    ("patched", "mode"),
+    [
+        (True, "none"),
+        (True, "full"),
+        *(pytest.param(patched, mode, marks=pytest.mark.slow) for patched in (False, True) for mode in MODES),
+    ],
+)
+def test_every_checkpointing_mode_passes_the_gradient_to_the_text_encoder(small_unet, patched, mode):
+    unet = copy.deepcopy(small_unet)
+    if patched:
+        patch.apply(unet)
+    apply_checkpointing(unet, mode)
+    found, expected = (gradients_of(one, make_text()) for one in (unet, copy.deepcopy(small_unet)))
+    assert sum(gradient.abs().sum() for gradient in expected.values()) > 0
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-7, msg=name)
 
 
 def test_only_the_last_layers_and_the_final_norm_change(small_unet):
@@ -184,20 +176,19 @@ def test_what_the_embeddings_do_not_depend_on_is_not_trained():
 
 
 def test_accumulated_micro_batches_train_the_text_encoder_as_a_larger_batch(small_unet):
-    from safelight.trainer.step.step import Inputs, micro_step, upload
-
-    results = []
+    results, start = [], make_text().state_dict()
     for parts in ([slice(0, 4)], [slice(0, 2), slice(2, 4)]):
         text = make_text()
         context = context_of(copy.deepcopy(small_unet), text, config_of(optimizer={"name": "adamw", "lr": LR}))
         context.texts.optimizer.set_hyper(TEXT_LR, 0.01, 1.0)
-        whole: Inputs = upload(_with_tokens(0), CPU, SEED, 3)
+        whole = upload(_with_tokens(0), CPU, SEED, 3)
         for number, part in enumerate(parts):
             micro_step(context, whole[part], 4, number == 0, number == len(parts) - 1)
         results.append(text.state_dict())
     for name, x in results[0].items():
         if not name.endswith("k_proj.bias"):
-            torch.testing.assert_close(results[1][name], x, rtol=1e-3, atol=2e-5, msg=name)
+            # Adam enlarges the float error of small gradients
+            assert (results[1][name] - x).norm() <= 1e-2 * (x - start[name]).norm() + 1e-7, name
 
 
 def test_the_empty_text_stays_zeros_where_the_base_zeroes_it(small_unet):

@@ -474,6 +474,15 @@ def decode_mask(content: bytes, stop: threading.Event | None = None) -> Image.Im
             return mask.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else mask
 
 
+def upright_size(content: bytes) -> tuple[int, int]:
+    """Return (width, height) of an image file in px as it is shown. Raises RejectedImage as `decode_mask`."""
+    with _rejecting():
+        opened = _open(check(content, has_heif=_has_heif()))
+        width, height = opened.size
+        # those from 5 on swap the sides
+        return (height, width) if _orientation(opened) >= 5 else (width, height)
+
+
 def decode_file(
     path: Path | PackedFile,
     max_megapixels: float | None = None,

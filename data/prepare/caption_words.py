@@ -44,7 +44,12 @@ def caption_words(photos: Sequence[Photo]) -> CaptionWords:
         if max(map(len, found)) < MIN_WORDS:
             short.append(photo)
     return CaptionWords(
-        {caption: num for caption, num in num_of_caption.most_common(NUM_COMMONEST) if num > 1},
-        dict(num_of_word.most_common(NUM_COMMONEST)),
+        {caption: num for caption, num in _commonest(num_of_caption).items() if num > 1},
+        _commonest(num_of_word),
         short,
     )
+
+
+def _commonest(counts: Counter[str]) -> dict[str, int]:
+    """Return the commonest texts, equally common ones in alphabetical order, so that every call gives the same."""
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:NUM_COMMONEST])

@@ -73,6 +73,10 @@ class IngestSummary:
         self.rejected.append(Rejection(storable(str(source.path)), storable(reason), kind))
 
 
+class NoPhotograph(str):
+    """Why a picture is no photograph, though it can be read: one of an earlier call is removed by --prune."""
+
+
 @dataclass(frozen=True)
 class PreparedFile:
     """A source file as it will be stored in the dataset. mask: the file of its loss mask, empty without one."""
@@ -178,6 +182,12 @@ class Collection:
             for path in reader.incomplete
         }
 
+        # folders that earlier calls may have entered
+        self.foreign = {
+            f"{self.names[reader.root]}/{storable(path.relative_to(reader.root).as_posix())}/"
+            for reader in readers
+            for path in reader.foreign
+        }
         self.unknown = {
             f"{self.names[reader.root]}/{storable(path.relative_to(reader.root).as_posix())}"
             for reader in readers
@@ -199,6 +209,9 @@ class Collection:
         label = self.label(source)
         if isinstance(prepared, str):
             kept = "; the dataset keeps what was prepared earlier" if label in self.earlier_labels else ""
+            if isinstance(prepared, NoPhotograph):
+                self.masks.add(label)
+                kept = ""
             self.summary.reject(source, f"{prepared}{kept}")
             return
         self.decoded.add(label)
@@ -254,11 +267,11 @@ class Collection:
             return self.prune or (name in self.folders and not os.path.lexists(self.folders[name]))
         if photo.source in self.unknown or photo.source.startswith(tuple(self.incomplete)):
             return False
+        if self._why_no_photograph(photo):
+            return True
         if photo.source in self.present:
             # if it could not be read, nothing is known about it
             return photo.source in self.decoded
-        if photo.source in self.masks:
-            return True
         try:
             path = self.root_of_name[name] / relative
             os.lstat(path)
@@ -270,6 +283,13 @@ class Collection:
         except OSError:
             pass
         return False
+
+    def _why_no_photograph(self, photo: Photo) -> str:
+        """Return why a file that an earlier call took for a photo is none, in words behind its name; '' if it is."""
+        if photo.source in self.masks:
+            return "is no photograph but a mask"
+        in_foreign = photo.source.startswith(tuple(self.foreign))
+        return "is in a folder for thumbnails or deleted files" if in_foreign else ""
 
     def _store(self, source: SourceFile, prepared: PreparedFile, index: int | None) -> None:
         """Store a picture: a new one, or that of an earlier photo."""
@@ -403,7 +423,12 @@ class Collection:
                 self.replaced_files |= {photo.file, photo.mask} - {""}
                 continue
             kept.append(photo)
-            if photo.source in self.decoded:
+            if why := self._why_no_photograph(photo):
+                self.summary.note(
+                    "changed",
+                    f"{place} {why}; the dataset keeps {photo.file}, and it is trained on (--prune removes it)",
+                )
+            elif photo.source in self.decoded:
                 self.summary.note(
                     "changed",
                     f"{place} changed since it was last prepared; the dataset keeps the earlier version, {photo.file}, "

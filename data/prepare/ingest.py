@@ -34,6 +34,7 @@ from safelight.data.images import (
     decode_mask,
     encode,
     read_file,
+    upright_size,
 )
 from safelight.data.lock import FolderLock
 from safelight.data.manifest import IMAGES_FOLDER, MANIFEST_NAME, MASKS_FOLDER, write_manifest
@@ -41,6 +42,7 @@ from safelight.data.photo import Photo
 from safelight.data.prepare.collection import (
     Collection,
     IngestSummary,
+    NoPhotograph,
     Note,
     PreparedFile,
     has_written_caption,
@@ -69,6 +71,8 @@ MIN_MEGAPIXELS = 0.01
 MAX_REJECTIONS_BYTES = 2**30
 # the value of --alpha that keeps transparency as a loss mask
 ALPHA_IS_MASK = "mask"
+# between the channels of a grey picture, of 255: JPEG rounds
+MAX_GREY_SPREAD = 8
 # threads that sync stored files while the next photos are decoded: syncing one by one took half of the total time
 NUM_SYNC_THREADS = 4
 
@@ -119,6 +123,29 @@ def _read_mask(path: Path | PackedPicture, decoded: Decoded, stop: threading.Eve
     return mask.resize(decoded.image.size, Image.Resampling.BOX)
 
 
+def _is_mask_of(decoded: Decoded, photo: Path | PackedPicture) -> bool:
+    """Return whether a picture, named as the mask of a photo, looks like one: grey, and of the photo's shape.
+
+    The shape may be that of the photo before it was turned upright.
+    """
+    channels = np.asarray(decoded.image, dtype=np.int16)
+    if np.ptp(channels, axis=2).max() > MAX_GREY_SPREAD:
+        return False
+    try:
+        width, height = upright_size(read_file(photo))
+    except RejectedImage:
+        return False
+    return any(_is_same_shape(decoded.full_size, size) for size in ((width, height), (height, width)))
+
+
+def _like_a_mask(masked: Path) -> NoPhotograph:
+    """Return the reason against a picture that looks like the mask of a file."""
+    return NoPhotograph(
+        f"looks like the mask of {masked.name}; to have it read as one, save it beside that as {masked.stem}-mask.png; "
+        "if it is a photograph itself, rename it"
+    )
+
+
 def _encode_mask(mask: Image.Image) -> bytes:
     content = io.BytesIO()
     mask.save(content, "PNG")
@@ -135,15 +162,13 @@ class _Form:
     alpha: str
 
 
-def _prepare(
-    path: Path | PackedPicture, mask_path: Path | PackedPicture | None, form: _Form, stop: threading.Event
-) -> PreparedFile | str:
-    """Return the file as it will be stored, or the reason why it cannot be used.
-
-    mask_path: of the mask beside it, None without one. stop: see `decode`.
-    """
+def _prepare(file: SourceFile, form: _Form, stop: threading.Event) -> PreparedFile | str:
+    """Return the file as it will be stored, or the reason why it cannot be used. stop: see `decode`."""
+    mask_path, masked = file.mask, file.may_mask
     try:
-        content, decoded = decode_file(path, form.max_megapixels, stop, backdrop_of(form.alpha))
+        content, decoded = decode_file(file.picture, form.max_megapixels, stop, backdrop_of(form.alpha))
+        if masked is not None and _is_mask_of(decoded, file.reader.picture(masked)):
+            return _like_a_mask(masked)
         width, height = decoded.image.size
         if min(width, height) < MIN_SIDE_PX:
             raise RejectedImage(
@@ -401,7 +426,7 @@ def ingest(
     files, readers = find_files(sources, dataset, kohya, comma_tags)
 
     def prepare(file: SourceFile, stop: threading.Event) -> PreparedFile | str:
-        return _prepare(file.picture, file.mask, form, stop)
+        return _prepare(file, form, stop)
 
     try:
         with FolderLock(dataset, ADVICE, f"wait until it ends, or {ADVICE}") as lock:

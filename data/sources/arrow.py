@@ -19,6 +19,7 @@ from pathlib import Path
 
 from safelight.data.sources.caption import MAX_LISTED_ROWS, Rejection
 from safelight.data.sources.entry import KEYS, TEXT_KEYS, Entry, entry_of
+from safelight.data.sources.tables import in_our_case
 from safelight.errors import UserError
 from safelight.text import collapse, counted, shortened, storable
 from safelight.untrusted import UnsafeFile, check_regular, parse_json
@@ -165,7 +166,10 @@ class ArrowFile:
         self.is_complete = True
         self._rows: dict[str, int] = {}
         answer, _ = process.ask(path, do="open")
-        self._columns = [name for name, _ in answer["columns"]]
+        written = [name for name, _ in answer["columns"]]
+        self._columns = in_our_case(written)
+        # of each column, how we call it
+        self._name_of_column = dict(zip(written, self._columns, strict=True))
         self._text_is_txt = _TXT in self._columns and not any(key in self._columns for key in TEXT_KEYS)
         self._picture = answer["picture"]
         self._classes = _class_names(answer["features"])
@@ -227,12 +231,13 @@ class ArrowFile:
 
     def _read_rows(self) -> Iterator[tuple[int, dict, object]]:
         used = (*_USED, _TXT) if self._text_is_txt else _USED
-        columns = [name for name in dict.fromkeys(self._columns) if name in used]
+        columns = [column for column, name in self._name_of_column.items() if name in used]
         for number, answer in enumerate(self._process.ask_rows(self.path, columns=columns, picture=self._picture)):
             if number >= MAX_ROWS:
                 raise UserError(f"it has more than {MAX_ROWS:,} rows; split it")
             row = answer.get("row")
-            row = {k: v for k, v in row.items() if v != ""} if isinstance(row, dict) else {}
+            row = row if isinstance(row, dict) else {}
+            row = {self._name_of_column.get(column, column): value for column, value in row.items() if value != ""}
             if self._text_is_txt and _TXT in row:
                 row["text"] = row.pop(_TXT)
             yield number, row, answer.get("path")

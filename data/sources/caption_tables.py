@@ -10,7 +10,7 @@ from safelight.data.sources.caption import MAX_LISTED_ROWS, Rejection
 from safelight.data.sources.entry import Entry, entry_of
 from safelight.data.sources.listing import TABLE_NAMES, suffix_of
 from safelight.data.sources.source_tree import SourceTree
-from safelight.data.sources.tables import csv_rows, json_rows, name_in_row, normal_name
+from safelight.data.sources.tables import ORIGIN_KEY, csv_rows, in_our_case, json_rows, name_in_row, normal_name
 from safelight.errors import UserError
 from safelight.text import collapse, shortened, storable
 
@@ -75,6 +75,7 @@ class CaptionTables:
             try:
                 if isinstance(row, UserError):
                     raise row
+                row = dict(zip(in_our_case(row), row.values(), strict=True))
                 found = self._name_in(row, path)
                 entry = entry_of(row, _source_of(row, path.name))
                 if not entry.says_something:
@@ -104,5 +105,5 @@ class CaptionTables:
 
 
 def _source_of(row: dict, table: str) -> str:
-    origin = row.get("caption_source")
+    origin = row.get(ORIGIN_KEY)
     return f"{table}: {collapse(origin)}" if isinstance(origin, str) and origin.strip() else table

@@ -7,6 +7,7 @@ composed or decomposed.
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,6 +17,25 @@ from safelight.text import storable
 
 # of the loss mask of a photo, ours, OneTrainer's and one that is easily written: IMG_1-mask.png beside IMG_1.jpg
 MASK_ENDINGS = ("-mask.png", "-masklabel.png", ".mask.png")
+# how other tools and people name a mask: behind the picture's name, perhaps with a number, or in front of it
+_LIKE_A_MASK = (
+    re.compile(r"(.+?)[-_ .]*masks?(?:[-_ .]?label)?[-_ .]*(?:[0-9]{1,3}|\([0-9]{1,3}\))?", re.IGNORECASE),
+    re.compile(r"masks?[-_ .]+(.+)", re.IGNORECASE),
+)
+# folders of masks, which have the names of the pictures in the folder above, or in one beside
+MASK_FOLDERS = ("mask", "masks")
+# in lower case: thumbnails and deleted files, kept by network drives, Windows, macOS and Linux
+FOREIGN_FOLDERS = {
+    "@eadir",
+    "@recycle",
+    "@recently-snapshot",
+    "#recycle",
+    "#snapshot",
+    "$recycle.bin",
+    "system volume information",
+    "lost+found",
+    "__macosx",
+}
 # of a text alone, of captions with settings, and of a class in WebDataset; the first are read first
 SIDECAR_SUFFIXES = (".txt", ".caption", ".yaml", ".yml", ".json", ".cls")
 TABLE_NAMES = ("metadata.jsonl", "captions.jsonl", "metadata.csv", "metadata.parquet")
@@ -76,11 +96,13 @@ def suffix_of(name: str) -> str:
 class Listing:
     """The names in one folder, sorted, hidden ones left out.
 
-    packed: files that hold pictures. settings: EveryDream's files with settings of the folder. sidecars: of each
-    picture, the one that is read first at the front. unclaimed: texts of no picture.
+    foreign_folders: those in which systems keep thumbnails and deleted files, which are not entered. packed: files that
+    hold pictures. settings: EveryDream's files with settings of the folder. sidecars: of each picture, the one that is
+    read first at the front. unclaimed: texts of no picture.
     """
 
     folders: list[str] = field(default_factory=list)
+    foreign_folders: list[str] = field(default_factory=list)
     pictures: list[str] = field(default_factory=list)
     packed: list[str] = field(default_factory=list)
     tables: list[str] = field(default_factory=list)
@@ -91,6 +113,8 @@ class Listing:
     # the loss mask of each picture that has one, and the masks of none
     masks: dict[str, str] = field(default_factory=dict)
     unclaimed_masks: list[str] = field(default_factory=list)
+    # pictures that, by their names, may be the mask of another one, with that one
+    like_masks: dict[str, str] = field(default_factory=dict)
 
     @cached_property
     def by_folded(self) -> dict[str, list[str]]:
@@ -122,7 +146,9 @@ def list_folder(folder: Path) -> Listing:
 
 def make_listing(folders: list[str], files: list[str]) -> Listing:
     """Return the listing of a folder with these names in it."""
-    listing, sidecars = Listing(sorted(name for name in folders if not name.startswith("."))), []
+    listing, sidecars = Listing(), []
+    for name in sorted(name for name in folders if not name.startswith(".")):
+        (listing.foreign_folders if name.lower() in FOREIGN_FOLDERS else listing.folders).append(name)
     for name in sorted(files):
         suffix = suffix_of(name)
         if name.startswith("."):
@@ -140,6 +166,7 @@ def make_listing(folders: list[str], files: list[str]) -> Listing:
         else:
             listing.pictures.append(name)
     _take_masks(listing)
+    _note_masklike(listing)
     _assign(sidecars, listing)
     _sort_out(listing)
     return listing
@@ -163,6 +190,29 @@ def _take_masks(listing: Listing) -> None:
         listing.masks |= dict.fromkeys(free, mask)
         if not free:
             listing.unclaimed_masks.append(mask)
+
+
+def _note_masklike(listing: Listing) -> None:
+    """Note which pictures are named as another one's mask, though not as masks are read: a_mask.png beside a.jpg."""
+    named = [name for name in listing.pictures if "mask" in name.lower()]
+    if not named:
+        return
+    pictures = pictures_by_form(listing)
+    for name in named:
+        stem = stem_of(name)
+        found = [match[1] for pattern in _LIKE_A_MASK if (match := pattern.fullmatch(stem))]
+        owner = next((pictures[form] for form in map(folded, found) if form in pictures), None)
+        if owner is not None and owner != name:
+            listing.like_masks[name] = owner
+
+
+def pictures_by_form(listing: Listing) -> dict[str, str]:
+    """Return the first picture of each folded name, with and without its suffix."""
+    pictures: dict[str, str] = {}
+    for picture in listing.pictures:
+        for form in (folded(picture), folded(stem_of(picture))):
+            pictures.setdefault(form, picture)
+    return pictures
 
 
 def _sort_out(listing: Listing) -> None:

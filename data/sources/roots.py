@@ -54,6 +54,11 @@ class SourceFile:
         mask = self.reader.mask_of(self.path)
         return None if mask is None else self.reader.picture(mask)
 
+    @property
+    def may_mask(self) -> Path | None:
+        """The file whose loss mask this one may be by its name, None if there is none."""
+        return self.reader.may_mask(self.path)
+
 
 def _reject(reader: CaptionReader, folder: Path, reason: str) -> None:
     reader.rejections.append(Rejection(storable(str(folder)), reason))

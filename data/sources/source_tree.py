@@ -10,7 +10,18 @@ from pathlib import Path
 from safelight.data.sources.arrow import ArrowFile, ArrowProcess
 from safelight.data.sources.caption import Rejection
 from safelight.data.sources.encodings import decode_text, is_caption
-from safelight.data.sources.listing import NO_PICTURE, Listing, list_folder, make_listing, stem_of, suffix_of
+from safelight.data.sources.listing import (
+    MASK_FOLDERS,
+    MAX_ALIKE,
+    NO_PICTURE,
+    Listing,
+    folded,
+    list_folder,
+    make_listing,
+    pictures_by_form,
+    stem_of,
+    suffix_of,
+)
 from safelight.data.sources.packed import Packed, PackedPicture
 from safelight.data.sources.tar import Tar
 from safelight.errors import UserError
@@ -31,8 +42,9 @@ class SourceTree:
     """The files below one source root; each folder is listed once.
 
     rejections, warnings: what cannot be used, added as it is come across. incomplete: packed files of which not
-    everything could be read, and folders that could not be. unknown: photographs that could not be fetched. unread:
-    captions, tables and masks in folders that are links out of the root.
+    everything could be read, and folders that could not be. unknown: photographs that could not be fetched. foreign:
+    folders that are not entered, as no photographs are kept there. unread: captions, tables and masks in folders that
+    are links out of the root.
     """
 
     root: Path
@@ -40,6 +52,7 @@ class SourceTree:
     warnings: list[str] = field(default_factory=list)
     incomplete: set[Path] = field(default_factory=set)
     unknown: set[Path] = field(default_factory=set)
+    foreign: set[Path] = field(default_factory=set)
     unread: set[Path] = field(default_factory=set)
     # packed files, and the folders in them with their paths there
     packed: dict[Path, Packed] = field(default_factory=dict)
@@ -48,6 +61,8 @@ class SourceTree:
     _unused_keys: set[str] = field(default_factory=set)
     _is_outside: dict[Path, bool] = field(default_factory=dict)
     _refused: set[Path] = field(default_factory=set)
+    # of each folder of masks, the pictures near it by their folded names
+    _masked_in: dict[Path, dict[str, Path]] = field(default_factory=dict)
     arrow: ArrowProcess = field(default_factory=ArrowProcess)
 
     def folders_of_pictures(self) -> list[Path]:
@@ -119,6 +134,9 @@ class SourceTree:
                 "photograph itself, rename it"
             )
             self.reject(folder / name, reason, "photo")
+        for name in listing.foreign_folders:
+            self.foreign.add(folder / name)
+            self.reject(folder / name, "a folder for thumbnails or deleted files, which is not entered", "other")
         for name in listing.others:
             self.reject(folder / name, NO_PICTURE[suffix_of(name)], "other")
 
@@ -134,6 +152,28 @@ class SourceTree:
     def is_mask(self, path: Path) -> bool:
         """Return whether a picture is the loss mask of another one beside it."""
         return path.name in self.listing_or_empty(path.parent).masks.values()
+
+    def may_mask(self, path: Path) -> Path | None:
+        """Return the picture whose mask another picture may be by its name or folder, None if there is no such one.
+
+        That is one beside it (a_mask.png, a.jpg), or if it lies in a folder of masks, one of its name in the folder
+        above or in one beside that folder.
+        """
+        folder, listing = path.parent, self.listing_or_empty(path.parent)
+        if path.name in listing.like_masks:
+            return path.with_name(listing.like_masks[path.name])
+        if folded(folder.name) not in MASK_FOLDERS or folder == self.root:
+            return None
+        if folder not in self._masked_in:
+            above = self.listing_or_empty(folder.parent)
+            beside = [folder.parent / name for name in above.folders if name != folder.name][:MAX_ALIKE]
+            owners: dict[str, Path] = {}
+            for place in (folder.parent, *beside):
+                for form, picture in pictures_by_form(self.listing_or_empty(place)).items():
+                    owners.setdefault(form, place / picture)
+            self._masked_in[folder] = owners
+        owners = self._masked_in[folder]
+        return owners.get(folded(path.name)) or owners.get(folded(stem_of(path.name)))
 
     def listing_or_empty(self, folder: Path) -> Listing:
         """Return what a folder holds, nothing if it cannot be read."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 import os
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from safelight.data.sources.entry import KEYS
 from safelight.data.sources.tag_text import parse_tags
 from safelight.errors import UserError
 from safelight.text import shortened, storable
@@ -16,6 +17,18 @@ from safelight.untrusted import UnsafeFile, kind_of, parse_json
 # the captions of one photo, as in a sidecar
 MAX_ROW_CHARACTERS = 2**20
 MAX_COLUMNS = 1000
+FILE_NAME_KEY, ORIGIN_KEY = "file_name", "caption_source"
+_KNOWN_KEYS = frozenset((*KEYS, FILE_NAME_KEY, ORIGIN_KEY))
+
+
+def in_our_case(names: Iterable[str]) -> list[str]:
+    """Return the names of columns, those that we know in lower case, however they are written: File_Name, TEXT.
+
+    A name that is there in lower case as well stays as it is.
+    """
+    names = list(names)
+    taken = set(names)
+    return [lower if (lower := name.lower()) in _KNOWN_KEYS and lower not in taken else name for name in names]
 
 
 def lines_of(text: str) -> Iterator[str]:
@@ -80,8 +93,8 @@ def csv_rows(text: str) -> Iterator[tuple[int, dict | UserError]]:
         if not any(cell.strip() for cell in cells):
             continue
         if names is None:
-            names = [cell.strip() for cell in cells]
-            if "file_name" not in names or len(names) > MAX_COLUMNS or len(set(names)) < len(names):
+            names = in_our_case(cell.strip() for cell in cells)
+            if FILE_NAME_KEY not in names or len(names) > MAX_COLUMNS or len(set(names)) < len(names):
                 yield 1, UserError("it is no header, which must name each column once, file_name among them")
                 return
             continue
@@ -104,7 +117,7 @@ def _csv_row(names: list[str], cells: list[str]) -> dict:
 
 def name_in_row(row: dict) -> str:
     """Return the file name in a row. Raises UserError if it has none."""
-    name = row.get("file_name")
+    name = row.get(FILE_NAME_KEY)
     if not isinstance(name, str) or not name.strip():
         raise UserError("it has no 'file_name'")
     return name

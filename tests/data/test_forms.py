@@ -245,6 +245,14 @@ def write_stream(table, path: Path, max_chunksize: int = 2) -> None:
         writer.write_table(table, max_chunksize=max_chunksize)
 
 
+def test_columns_of_a_parquet_table_may_be_written_in_any_letter_case(source, draw, prepare):
+    pa = pyarrow()
+    draw("a.png")
+    table = pa.table({"File_Name": ["a.png"], "TEXT": ["a dog"], "Tags": [["park"]]})
+    pa.parquet.write_table(table, source / "metadata.parquet")
+    assert described(prepare()["a.png"])[:2] == (("a dog",), (Tag("park"),))
+
+
 def test_a_parquet_table_of_an_imagefolder(source, draw, prepare):
     pa = pyarrow()
     draw("a.png", "b.png", "c.png")
@@ -478,6 +486,21 @@ def test_a_csv_table_of_a_spreadsheet(source, read):
     ):
         (source / "metadata.csv").write_bytes(content)
         assert read()[0][0] == ("ein Hund, schön",)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("metadata.csv", "File_Name;Text;TAGS\na.png;ein Hund;dog:2\n", "ein Hund"),
+        ("metadata.jsonl", '{"FILE_NAME": "a.png", "Text": "ein Hund", "Tags": {"dog": 2}}', "ein Hund"),
+        # what is written as we write it counts
+        ("metadata.csv", "file_name,Text,text,tags\na.png,no,ein Hund,dog:2\n", "ein Hund"),
+    ],
+)
+def test_names_of_columns_may_be_written_in_any_letter_case(source, read, name, content, expected):
+    (source / name).write_text(content)
+    captions, tags = read()[0][:2]
+    assert (captions, tags) == ((expected,), (Tag("dog", 2.0),))
 
 
 @pytest.mark.parametrize(

@@ -527,6 +527,29 @@ def test_photos_behind_a_link_that_leads_nowhere_are_not_pruned(source, dataset,
 
 
 @pytest.mark.parametrize("name", ["sources.json", "rejected.jsonl"])
+@pytest.mark.parametrize("name", ["@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found"])
+def test_thumbnails_and_deleted_files_of_a_network_drive_are_no_photographs(source, dataset, make_noise, name):
+    (source / "2024" / name / "IMG_1.jpg").mkdir(parents=True)
+    make_noise(1).save(source / "2024" / "IMG_1.jpg")
+    make_noise(2).save(source / "2024" / name / "IMG_1.jpg" / "SYNOPHOTO_THUMB_XL.jpg")
+    summary = ingest([source], dataset)
+    assert [photo.source for photo in summary.photos] == ["originals/2024/IMG_1.jpg"]
+    (item,) = summary.rejected
+    assert item.path.endswith(f"2024/{name}")
+    assert item.reason == "a folder for thumbnails or deleted files, which is not entered"
+    # earlier versions entered it
+    lines = (dataset / "manifest.jsonl").read_text()
+    lines = lines.replace("2024/IMG_1.jpg", f"2024/{name}/IMG_1.jpg/SYNOPHOTO_THUMB_XL.jpg")
+    (dataset / "manifest.jsonl").write_text(lines)
+    (source / "2024" / "IMG_1.jpg").unlink()
+    make_noise(3).save(source / "2024" / "IMG_3.jpg")
+    summary = ingest([source], dataset)
+    assert len(summary.photos) == 2
+    assert any("is in a folder for thumbnails or deleted files; the dataset keeps" in text for text in summary.warnings)
+    (photo,) = ingest([source], dataset, prune=True).photos
+    assert photo.source == "originals/2024/IMG_3.jpg"
+
+
 def test_lists_of_a_folder_that_is_no_dataset_are_not_overwritten(source, dataset, make_noise, name):
     make_noise(1).save(source / "a.png")
     dataset.mkdir(exist_ok=True)

@@ -151,6 +151,70 @@ def test_masks_that_cannot_be_used_are_named_with_their_photo(source, dataset, m
         assert found[f"{name}.png"].endswith("; mend or delete it")
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "a-mask.jpg",
+        "a_mask.png",
+        "a mask.webp",
+        "A_MASK.PNG",
+        "amask.png",
+        "a-masks.png",
+        "a_mask_1.png",
+        "a-mask (2).png",
+        "a.jpg_mask.png",
+        "mask_a.png",
+        "masks/a.png",
+        "near/Mask/a.jpg.png",
+    ],
+)
+@pytest.mark.parametrize("is_sideways", [False, True])
+def test_a_mask_of_a_slightly_wrong_name_is_no_photograph(source, dataset, make_noise, name, is_sideways):
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = 6 if is_sideways else 1
+    make_noise(1, (64, 48)).save(source / "a.jpg", exif=exif)
+    if name.startswith("near"):
+        (source / "near" / "photos").mkdir(parents=True)
+        make_noise(2, (64, 48)).save(source / "near" / "photos" / "a.jpg", exif=exif)
+    (source / name).parent.mkdir(exist_ok=True)
+    left_half((128, 96), "RGB").save(source / name)
+    summary = ingest([source], dataset)
+    assert all(photo.source.endswith("a.jpg") for photo in summary.photos)
+    (item,) = summary.rejected
+    assert item.path == str(source / name)
+    assert item.reason == (
+        "looks like the mask of a.jpg; to have it read as one, save it beside that as a-mask.png; if it is a "
+        "photograph itself, rename it"
+    )
+
+
+def test_what_does_not_look_like_a_mask_is_a_photograph(source, dataset, make_noise):
+    make_noise(1, (64, 48)).save(source / "carnival.jpg")
+    # in colours, of another shape, of no picture's name
+    make_noise(2, (64, 48)).save(source / "carnival_mask.jpg")
+    left_half((64, 64)).save(source / "carnival-mask2.png")
+    left_half((64, 48)).save(source / "venetian_mask.png")
+    left_half((48, 48)).save(source / "mask.png")
+    summary = ingest([source], dataset)
+    assert not summary.rejected
+    assert len(summary.photos) == 5
+
+
+def test_a_mask_that_was_taken_for_a_photograph_earlier_is_pruned(source, dataset, make_noise):
+    make_noise(1, (64, 48)).save(source / "a.jpg")
+    left_half((64, 48)).save(source / "venice.png")
+    ingest([source], dataset)
+    # as earlier versions have it in their manifests
+    lines = (dataset / "manifest.jsonl").read_text().replace("photos/venice.png", "photos/a_mask.png")
+    (dataset / "manifest.jsonl").write_text(lines)
+    (source / "venice.png").rename(source / "a_mask.png")
+    summary = ingest([source], dataset)
+    assert len(summary.photos) == 2
+    assert any("a_mask.png is no photograph but a mask; the dataset keeps" in note.text for note in summary.notes)
+    (photo,) = ingest([source], dataset, prune=True).photos
+    assert photo.source == "photos/a.jpg"
+
+
 def test_a_black_mask_is_noticed(source, dataset, make_noise):
     make_noise(1, (64, 48)).save(source / "a.png")
     Image.new("L", (64, 48)).save(source / "a-mask.png")

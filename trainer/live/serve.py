@@ -97,14 +97,19 @@ class LiveServer(ThreadingHTTPServer):
         if self._failure is not None:
             raise self._failure
 
-    def answer(self, path: str) -> tuple[HTTPStatus, str, str]:
-        """Return (status, type, body) for a path. One without the secret tells nothing."""
+    def answer(self, path: str) -> tuple[HTTPStatus, str, str, str]:
+        """Return (status, type, body, where to go instead) for a path. One without the secret tells nothing."""
         token, *names = path.partition("?")[0].removeprefix("/").split("/")
         if not hmac.compare_digest(token.encode("utf-8", "replace"), self._token.encode()):
-            return HTTPStatus.FORBIDDEN, TEXT, "forbidden\n"
+            return HTTPStatus.FORBIDDEN, TEXT, "forbidden\n", ""
         page: LivePage | None = self._first
         if names[:1] == ["runs"] and len(names) > 2:
             page, names = self._listed(names[1]), names[2:]
+        # an address without its last slash leads to the same with it: a page's own addresses are relative to it
+        if not names:
+            return HTTPStatus.TEMPORARY_REDIRECT, TEXT, "", f"/{self._token}/"
+        if names[:1] == ["runs"] and len(names) == 2 and self._listed(names[1]) is not None:
+            return HTTPStatus.TEMPORARY_REDIRECT, TEXT, "", f"/{self._token}/runs/{names[1]}/"
         body, kind = None, JSON
         if page is not None and names == [""]:
             body, kind = page.html(), HTML
@@ -113,8 +118,8 @@ class LiveServer(ThreadingHTTPServer):
         elif page is not None and len(names) == 2 and names[0] == "part":
             body = page.part(names[1])
         if body is None:
-            return HTTPStatus.NOT_FOUND, TEXT, "not found: this run is not, or no longer, in the folder\n"
-        return HTTPStatus.OK, kind, body
+            return HTTPStatus.NOT_FOUND, TEXT, "not found: this run is not, or no longer, in the folder\n", ""
+        return HTTPStatus.OK, kind, body, ""
 
     def _page_of(self, run: Path, home: str = "") -> LivePage:
         followed = FollowedRun(run)
@@ -177,13 +182,15 @@ class _Handler(BaseHTTPRequestHandler):
         is_method = code == HTTPStatus.NOT_IMPLEMENTED
         self._send(HTTPStatus.METHOD_NOT_ALLOWED if is_method else HTTPStatus(code), TEXT, "not allowed\n")
 
-    def _send(self, status: HTTPStatus, kind: str, body: str) -> None:
+    def _send(self, status: HTTPStatus, kind: str, body: str, location: str = "") -> None:
         content = body.encode("utf-8")
         self.send_response_only(status)
         for name, value in HEADERS.items():
             self.send_header(name, value)
         if status == HTTPStatus.METHOD_NOT_ALLOWED:
             self.send_header("Allow", "GET, HEAD")
+        if location:
+            self.send_header("Location", location)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()

@@ -82,6 +82,25 @@ def test_the_address_opens_the_report(run):
         assert other.ask(token=client.token).status == 403
 
 
+def test_an_address_without_its_last_slash_leads_to_the_page(run, tmp_path, capfd):
+    with serving(run) as client:
+        for target in (f"/{client.token}", f"/{client.token}?x=//example.org"):
+            moved = client.raw(target)
+            assert (moved.status, moved.headers["Location"], moved.body) == (307, f"/{client.token}/", b"")
+            assert moved.headers["Referrer-Policy"] == "no-referrer"
+        assert client.raw(f"/{client.token[:-1]}").status == 403
+        assert client.ask("runs/example.org").status == 404
+        # a link that a header could be made of
+        assert client.ask("runs/x%0d%0aSet-Cookie:%20a=b").status == 404
+    with serving(run.parent) as client:
+        key = re.search(r'href="runs/([0-9a-f]{12})/"', client.ask().text)[1]
+        moved = client.ask(f"runs/{key}")
+        assert (moved.status, moved.headers["Location"]) == (307, f"/{client.token}/runs/{key}/")
+        assert client.raw(moved.headers["Location"]).status == 200
+        assert client.ask("runs/0123456789ab").status == 404
+        assert client.token not in "".join(capfd.readouterr())
+
+
 def test_every_answer_carries_the_strict_headers(run):
     with serving(run) as client:
         for answer in (
@@ -426,7 +445,6 @@ def test_a_folder_of_runs_lists_them_with_links_to_their_pages(tmp_path):
             "runs/",
             "runs/one/",
             "runs/../",
-            f"runs/{keys['one']}",
             f"runs/{keys['one']}/x",
             "runs//",
             "runs/0/version",

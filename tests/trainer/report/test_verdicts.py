@@ -87,10 +87,15 @@ def test_density_above_that_of_photographs_is_no_better():
     assert which_is_better(metric("coverage", "higher", 8.0, step_60=8.0)) == "higher is better"
 
 
-@pytest.mark.parametrize(("text_encoder", "is_said"), [(UNTRAINED, True), ("the base's, frozen", False)])
-def test_the_top_says_that_a_base_is_untrained_and_compares_with_photographs(text_encoder, is_said):
+@pytest.mark.parametrize(
+    ("text_encoder", "is_trained", "is_said"),
+    [(UNTRAINED, False, True), (UNTRAINED, True, False), ("the base's, frozen", False, False)],
+)
+def test_the_top_says_that_a_base_is_untrained_and_compares_with_photographs(text_encoder, is_trained, is_said):
     run = run_of(metric("kid", "lower", 0.4, base=600.0, step_30=80.0, step_60=71.0))
-    scratch = dataclasses.replace(run, model={"from_scratch": True, "text_encoder": text_encoder})
+    model = {"from_scratch": True, "text_encoder": text_encoder}
+    settings = {**run.config, "text_encoder": {"train": is_trained}}
+    scratch = dataclasses.replace(run, model=model, config=settings)
     top = text_of(content_of(scratch).header)
     assert "That a checkpoint is better than it says little" in top
     assert "nearer to the photographs than the untrained base, beyond chance. Its pictures are still far from" in top

@@ -116,7 +116,7 @@ def test_too_few_things_are_said_once_and_their_map_is_folded():
     html = crop_section(with_evaluation(crops=tuple(few)))
     at_once, folded = html.split("<details>")
     assert text_of(html).count("Too few things were found.") == 1
-    assert "The same holds of step 60." in text_of(at_once)
+    assert "The same holds of epoch 3." in text_of(at_once)
     assert '<svg class="crop-map"' in folded
     assert 'data-name="photographs · dog"' in folded
     assert EXPLANATION not in html

@@ -44,7 +44,7 @@ from safelight.trainer.report.facts import (
 )
 from safelight.trainer.report.grids import grids_section
 from safelight.trainer.report.learned import learned_section
-from safelight.trainer.report.markup import Markup, heading_of, shorten, tag
+from safelight.trainer.report.markup import Markup, heading_of, kept_together, shorten, tag
 from safelight.trainer.report.measures import measures_section
 from safelight.trainer.report.memorisation_panel import memorisation_section
 from safelight.trainer.report.models import put_forward
@@ -156,7 +156,11 @@ def content_of(run: RunFolder) -> Content:
         tag("div", run.notes, class_="author", dir="auto") if run.notes else None,
         _grave_events(run),
         _from_scratch(run),
-        tag("p", " ".join(filter(None, [_lead(run, facts, verdict, end), *_evaluated(run)])), class_="lead"),
+        tag(
+            "p",
+            kept_together(" ".join(filter(None, [_lead(run, facts, verdict, end), *_evaluated(run)]))),
+            class_="lead",
+        ),
         _few_held_out(run),
         _problems(run.problems),
         tiles(run, facts),

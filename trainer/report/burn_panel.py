@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from safelight.trainer.report.bars import Axis, distribution_bar
 from safelight.trainer.report.evaluation import REAL, Burn, BurnScores, ShownPicture, is_worse_than_base, num_over
 from safelight.trainer.report.figures import Form
-from safelight.trainer.report.markup import Markup, details, join, shorten, table, tag
+from safelight.trainer.report.markup import Markup, details, join, kept_together, shorten, table, tag
 from safelight.trainer.report.models import name_of, put_forward
 from safelight.trainer.report.pictures import embed_all
 from safelight.trainer.report.records import BASE
@@ -114,7 +114,7 @@ def _share(one: BurnScores, score: str) -> Markup:
     if interval is None:
         return text
     low, high = (100 * value for value in interval)
-    return join(text, tag("span", f" {low:.0f} to {high:.0f} %", class_="meta"))
+    return join(text, tag("span", kept_together(f" {low:.0f} to {high:.0f} %"), class_="meta"))
 
 
 def _model_name(run: RunFolder, model: str) -> str:

@@ -16,7 +16,7 @@ from safelight.trainer.report.facts import (
     smooth,
     steps_averaged,
 )
-from safelight.trainer.report.markup import Markup, details, empty_state, join, table, tag
+from safelight.trainer.report.markup import Markup, details, empty_state, join, kept_together, table, tag
 from safelight.trainer.report.run_reader import (
     MAX_STAGES,
     Metrics,
@@ -63,7 +63,7 @@ def loss_section(run: RunFolder) -> Markup:
         is_log=is_wide(fitted),
     )
     verdict = run_verdict(run)
-    text = tag("p", verdict.text, class_="alert" if verdict.is_warning else None)
+    text = tag("p", kept_together(verdict.text), class_="alert" if verdict.is_warning else None)
     return tag("section", heading, text, drawn, id="loss")
 
 

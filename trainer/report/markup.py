@@ -65,6 +65,11 @@ def prompt_markup(prompt: str, cut_after: str, max_characters: int) -> Markup:
     return join(text, " " if cut_after else None, cut)
 
 
+def kept_together(text: str) -> str:
+    """Return a text with no line break between a number and its unit."""
+    return re.sub(r"(?<=\d) (?=(?:%|px|GiB|s|min|h|d)(?!\w))", "\u00a0", text)
+
+
 def heading_of(section: Markup) -> Markup:
     """Return what a section's first heading says, by which the page's contents name it."""
     return Markup(re.search(r"<h2>(.*?)</h2>", section, re.DOTALL)[1])

@@ -21,7 +21,7 @@ function draw(){var group=shown[at],row=document.createElement('div'),text=docum
   caption.textContent=source.dataset.label||'';figure.append(image,caption);row.append(figure)});
  row.querySelectorAll('img').forEach(function(image,i,all){var source=images[i],
   upright=innerHeight>innerWidth,across=upright?1:all.length,down=upright?all.length:1,
-  scale=Math.min(.94*innerWidth/across/source.naturalWidth,.8*innerHeight/down/source.naturalHeight);
+  scale=Math.min(.94*innerWidth/across/source.naturalWidth,(.96*innerHeight-96-30*down)/down/source.naturalHeight);
   image.style.width=Math.round(scale*source.naturalWidth)+'px'});
  text.textContent=group.text;content.replaceChildren(row,text,keys);
  turn.firstChild.hidden=turn.lastChild.hidden=shown.length<2}

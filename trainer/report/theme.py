@@ -7,7 +7,6 @@ A page is complete without JavaScript; the script adds what needs a pointer.
 
 import base64
 import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +29,6 @@ def asset(name: str, folder: Path = Path(__file__).parent) -> str:
 
 CSS = asset("theme.css")
 JS = asset("theme.js")
-# the space of "1 %" or "3 GiB", unless it stands in a tag
-_NUMBER_AND_UNIT = re.compile(r"(?<=\d) (?=(?:%|px|GiB|MiB|GB|MB|ms|s|min|h|d|images/s)(?![\w]))(?![^<>]*>)")
 # every page's
 THEME = Part(CSS, JS)
 
@@ -51,14 +48,8 @@ def page(title: str, *body: object, parts: Sequence[Part] = (THEME,), is_served:
         tag("title", f"{title} · Safelight"),
         tag("style", Markup(css)),
     )
-    shown = _kept_together(join(*body))
-    document = tag("html", tag("head", head), tag("body", shown, tag("script", Markup(js))), lang="en")
+    document = tag("html", tag("head", head), tag("body", *body, tag("script", Markup(js))), lang="en")
     return f"<!doctype html>\n{document}\n"
-
-
-def _kept_together(body: Markup) -> Markup:
-    """Return the same with no line break between a number and its unit, outside of tags."""
-    return Markup(_NUMBER_AND_UNIT.sub("\u00a0", body))
 
 
 def look(parts: Sequence[Part]) -> tuple[str, str]:

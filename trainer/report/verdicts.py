@@ -13,7 +13,7 @@ from safelight.trainer.report.figures import form_of_estimates
 from safelight.trainer.report.markup import shorten
 from safelight.trainer.report.models import name_of
 from safelight.trainer.report.records import BASE
-from safelight.trainer.report.run_reader import RunFolder
+from safelight.trainer.report.run_reader import RunFolder, table_of
 
 # of the metrics whose value for photographs is the best there is: beyond it, a higher one is no better
 BEST_AT_PHOTOGRAPHS = ("density",)
@@ -37,8 +37,9 @@ def is_from_scratch(run: RunFolder) -> bool:
 
 
 def reads_no_prompt(run: RunFolder) -> bool:
-    """Return whether the run's text encoder has random weights too, as far as model.json tells."""
-    return "untrained (random weights)" in str(run.model.get("text_encoder") or "")
+    """Return whether the run's text encoder kept random weights too, as far as its folder tells."""
+    is_trained = table_of(run.config, "text_encoder").get("train") is True
+    return "untrained (random weights)" in str(run.model.get("text_encoder") or "") and not is_trained
 
 
 def which_is_better(metric: Metric) -> str:

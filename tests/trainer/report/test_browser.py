@@ -433,11 +433,21 @@ def test_enlarged_pictures_are_turned_and_closed_by_tapping(open_report, reports
     assert not dialog.is_visible()
 
 
-def test_a_table_that_goes_on_is_shaded_at_its_edge(open_report, reports):
-    """The ground moves with the table, and so covers the shade, which stays, only where the table ends."""
-    page = open_report(reports["whole"], "phone").page
-    style = page.locator("main .scroll").first.evaluate("e => getComputedStyle(e).backgroundAttachment")
-    assert style == "local, local, scroll, scroll"
+@pytest.mark.parametrize("size", ["desk", "phone"])
+def test_a_table_fades_only_where_it_goes_on(open_report, reports, size):
+    page = open_report(reports["whole"], size).page
+    edges = """e => [e.scrollWidth > e.clientWidth + 1, e.classList.contains('more-right'),
+      e.classList.contains('fits'),
+      getComputedStyle(e).maskImage !== 'none']"""
+    shown = [box for box in page.locator("main .scroll").all() if box.is_visible()]
+    found = [box.evaluate(edges) for box in shown]
+    assert all(fades == more == masked != fits for more, fades, fits, masked in found)
+    wide = [box for box, (more, *_) in zip(shown, found, strict=True) if more]
+    assert bool(wide) == (size == "phone")
+    for box in wide[:1]:
+        box.evaluate("e => e.scrollTo(e.scrollWidth, 0)")
+        page.wait_for_timeout(100)
+        assert box.evaluate("e => [...e.classList].sort()") == ["more-left", "scroll"]
 
 
 def test_printing_uses_white_paper_even_in_dark_mode(open_report, reports):

@@ -126,8 +126,12 @@ def test_verdicts_without_a_training_subset(held_out: tuple[float, ...], kind: s
 
 def test_the_report_opens_with_the_verdict(full_report: Path) -> None:
     text = full_report.read_text(encoding="utf-8")
-    assert "was lowest at epoch 26: 6.0 % below that of the base model. The model has been overfitting since." in text
-    assert "Overfitting since epoch 26: held-out loss was lowest at epoch 26 (0.1302) and has risen by 3.4 %" in text
+    assert (
+        "was lowest at epoch 26: 6.0\u00a0% below that of the base model. The model has been overfitting since." in text
+    )
+    assert (
+        "Overfitting since epoch 26: held-out loss was lowest at epoch 26 (0.1302) and has risen by 3.4\u00a0%" in text
+    )
 
 
 def test_run_time_leaves_out_the_pause_before_a_resume() -> None:

@@ -8,7 +8,10 @@ import pytest
 from PIL import Image
 
 from safelight.trainer.report.burn_panel import burn_section
-from safelight.trainer.report.evaluation import Burn, ShownPicture, Suggestion
+from safelight.trainer.report.crop_map import EXPLANATION, crop_section
+from safelight.trainer.report.evaluation import Burn, CropDivergence, CropPoint, SetDivergence, ShownPicture, Suggestion
+from safelight.trainer.report.grid_record import Grid, GridAxis
+from safelight.trainer.report.grids import what_to_see
 from safelight.trainer.report.learned import TERMS, learned_section
 from safelight.trainer.report.measures import headline
 from safelight.trainer.report.run_reader import RunFolder
@@ -95,3 +98,59 @@ def test_the_note_explains_the_photograph_only_where_there_is_one(tmp_path, phot
     text = text_of(learned_section(dataclasses.replace(sound_run(), path=tmp_path, comparison=compared)))
     assert ("The photograph, where there is one, is the one whose caption is the prompt." in text) == photos
     assert text.count(TERMS) == 1
+
+
+def test_too_few_things_are_said_once_and_their_map_is_folded():
+    points = tuple(CropPoint(x=float(i), y=0.0, set="OD", name="dog") for i in range(3))
+    few = [
+        CropDivergence(
+            model=model,
+            detector="d",
+            features="f",
+            divergences=(SetDivergence(first="OD", second="TM", pooled=None),),
+            sentence="Too few things were found.",
+            points=points,
+        )
+        for model in ("step-30", "step-60")
+    ]
+    html = crop_section(with_evaluation(crops=tuple(few)))
+    at_once, folded = html.split("<details>")
+    assert text_of(html).count("Too few things were found.") == 1
+    assert "The same holds of epoch 3." in text_of(at_once)
+    assert '<svg class="crop-map"' in folded
+    assert 'data-name="photographs · dog"' in folded
+    assert EXPLANATION not in html
+
+
+@pytest.mark.parametrize(
+    ("trained", "base", "said"),
+    [
+        (0.4, 0.05, "Training made more pictures look burnt: 40 of 100 by epoch 3, 5 of 100 by the base."),
+        (
+            0.4,
+            0.38,
+            "was not added by training: 40 of 100 by epoch 3, 38 of 100 by the base, a difference within noise.",
+        ),
+        (0.4, 0.6, "was not added by training: 40 of 100 by epoch 3, 60 of 100 by the base."),
+    ],
+)
+def test_the_burn_check_says_whether_training_did_it(trained, base, said):
+    text = text_of(burn_section(with_burn(burn_scores("base", burnt=base), burn_scores("step-30", burnt=trained))))
+    assert said in text
+    assert "smoothed out was not added" not in text
+
+
+def test_a_grid_says_what_to_look_for_along_its_axes():
+    grid = Grid(
+        x=GridAxis(name="cfg", labels=("3", "5")),
+        y=GridAxis(name="a setting", labels=("1",)),
+        z=GridAxis(name="checkpoint", labels=("base",)),
+        cells=(),
+        prompt="p",
+    )
+    said = what_to_see(grid)
+    assert said.startswith("Across, more cfg follows the prompt more closely; look for where colours turn hard")
+    assert "down" not in said
+    assert said.endswith(
+        "; from table to table, look for when the subject appears, and for what later checkpoints spoil."
+    )

@@ -61,7 +61,7 @@ def section(page: str, key: str) -> str:
 
 
 def text_of(markup: str) -> str:
-    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", markup)).split())
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", markup.replace("<wbr>", ""))).split())
 
 
 def table_rows(markup: str) -> list[list[str]]:
@@ -96,8 +96,8 @@ def test_stages_are_compared_one_by_one_and_machines_too(runs):
     change(runs / "two", "epochs = 10\nlr = 5e-7", "epochs = 8\nlr = 5e-7\n\n[[stage]]\nepochs = 2")
     rewrite(runs / "two" / "environment.json", torch="2.11.0")
     rows = table_rows(section(page_of(runs, "one", "two"), "settings").split("<details>")[0])
-    assert ["stage.1.epochs", "10", "8"] in rows
-    assert ["stage.2.epochs", "", "2"] in rows
+    assert ["[[stage]] 2 epochs", "10", "8"] in rows
+    assert ["[[stage]] 3 epochs", "", "2"] in rows
     assert ["torch", "2.13.0", "2.11.0"] in rows
     assert not [row for row in rows if row[0] in ("started", "device name")]
 
@@ -250,6 +250,10 @@ def test_runs_that_were_measured_by_no_shared_features_are_said_to_be(runs):
     (runs / "two" / "evaluation.json").write_text(json.dumps(evaluation))
     text = text_of(section(page_of(runs, "one", "two"), "measures"))
     assert "by no features that they share" in text
+    # each is shown against its own base instead
+    for label in ("one", "two"):
+        shown = text.partition(f"{label} against its own base")[2]
+        assert re.search(rf"{label} base model .*{label} epoch 26 ", shown)
     assert "once two of the runs have been measured" not in text
 
 
@@ -262,6 +266,9 @@ def test_runs_that_share_no_prompt_are_said_to_share_none(runs):
     text = text_of(section(page_of(runs, "one", "two"), "pictures"))
     assert "none for the same prompt and seed as another" in text
     assert "as these commands draw them" not in text
+    for label in ("one", "two"):
+        shown = text.partition(f"{label} against its own base")[2]
+        assert f"Photograph Base {label}, epoch 26" in shown
 
 
 def test_few_pictures_are_said(runs):
@@ -296,12 +303,12 @@ def test_two_runs_autoencoders_are_not_the_same_features(runs):
     assert ">of one<" in part
     assert ">of two<" in part
     change(runs / "two", "[model]", '[model]\nvae = "another"')
-    assert "by the run's autoencoder" not in text_of(section(page_of(runs, "one", "two"), "measures"))
+    assert "by no features that they share" in text_of(section(page_of(runs, "one", "two"), "measures"))
     # without model.vae it is that of the base
     change(runs / "two", 'vae = "another"\n', "")
-    assert "by the run's autoencoder" in text_of(section(page_of(runs, "one", "two"), "measures"))
+    assert "by no features that they share" not in text_of(section(page_of(runs, "one", "two"), "measures"))
     rewrite(runs / "two" / "model.json", base="another")
-    assert "by the run's autoencoder" not in text_of(section(page_of(runs, "one", "two"), "measures"))
+    assert "by no features that they share" in text_of(section(page_of(runs, "one", "two"), "measures"))
 
 
 def figures(page: str) -> list[list[str]]:

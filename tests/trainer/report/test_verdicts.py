@@ -1,11 +1,13 @@
 """What an evaluation says beyond "better than the base": nearness to photographs, and measures that disagree."""
 
 import dataclasses
+import re
 
 import pytest
 
 from safelight.trainer.report.build import content_of
 from safelight.trainer.report.evaluation import Estimate, EvaluatedModel, Metric
+from safelight.trainer.report.markup import kept_together
 from safelight.trainer.report.measures import judge
 from safelight.trainer.report.verdicts import AS_PHOTOGRAPHS, disagreement, nearness, which_is_better
 from tests.trainer.report.test_advice import with_evaluation
@@ -40,7 +42,10 @@ def run_of(*metrics: Metric):
 @pytest.mark.parametrize(
     ("value", "said"),
     [
-        (71.0, "Its pictures are still far from photographs: KID × 1000 71 (70 to 72), against 0.4 (−0.6 to 1.4)"),
+        (
+            71.0,
+            "Its pictures are still far from photographs: KID × 1000 71.0 (70.0 to 72.0), against 0.4 (−0.6 to 1.4)",
+        ),
         (2.0, "By KID its pictures are not clearly farther from photographs than photographs from each other"),
     ],
 )
@@ -58,7 +63,7 @@ def test_another_checkpoint_that_is_better_is_named_clearly_or_within_noise():
     agreeing = metric("kid", "lower", 0.0, step_30=9.0, step_60=4.0)
     run = run_of(clear, near, agreeing)
     assert disagreement(run, run.evaluation, "step-60") == (
-        "Not all measures agree: by Coverage epoch 3 is better, 7 (6 to 8) against 3 (2 to 4). "
+        "Not all measures agree: by Coverage epoch 3 is better, 7.0 (6.0 to 8.0) against 3.0 (2.0 to 4.0). "
         "Ahead, but within noise: epoch 3 in Frechet."
     )
     assert disagreement(run, run.evaluation, "step-30").startswith("Not all measures agree: by KID epoch 6 is better")
@@ -82,10 +87,15 @@ def test_density_above_that_of_photographs_is_no_better():
     assert which_is_better(metric("coverage", "higher", 8.0, step_60=8.0)) == "higher is better"
 
 
-@pytest.mark.parametrize(("text_encoder", "is_said"), [(UNTRAINED, True), ("the base's, frozen", False)])
-def test_the_top_says_that_a_base_is_untrained_and_compares_with_photographs(text_encoder, is_said):
+@pytest.mark.parametrize(
+    ("text_encoder", "is_trained", "is_said"),
+    [(UNTRAINED, False, True), (UNTRAINED, True, False), ("the base's, frozen", False, False)],
+)
+def test_the_top_says_that_a_base_is_untrained_and_compares_with_photographs(text_encoder, is_trained, is_said):
     run = run_of(metric("kid", "lower", 0.4, base=600.0, step_30=80.0, step_60=71.0))
-    scratch = dataclasses.replace(run, model={"from_scratch": True, "text_encoder": text_encoder})
+    model = {"from_scratch": True, "text_encoder": text_encoder}
+    settings = {**run.config, "text_encoder": {"train": is_trained}}
+    scratch = dataclasses.replace(run, model=model, config=settings)
     top = text_of(content_of(scratch).header)
     assert "That a checkpoint is better than it says little" in top
     assert "nearer to the photographs than the untrained base, beyond chance. Its pictures are still far from" in top
@@ -93,6 +103,12 @@ def test_the_top_says_that_a_base_is_untrained_and_compares_with_photographs(tex
     usual = text_of(content_of(run).header)
     assert "untrained" not in usual
     assert "Its pictures are still far from photographs" in usual
+
+
+def test_a_number_and_its_unit_stay_on_one_line():
+    assert kept_together("by 79.7 % in 3 min, 2 pixels") == "by 79.7\u00a0% in 3\u00a0min, 2 pixels"
+    top = content_of(run_of()).header
+    assert not re.search(r"\d %", top.partition('class="lead"')[2].partition("</p>")[0])
 
 
 def test_the_contents_are_named_as_the_headings():

@@ -526,7 +526,6 @@ def test_photos_behind_a_link_that_leads_nowhere_are_not_pruned(source, dataset,
     assert len(ingest([source], dataset, prune=True).photos) == 1
 
 
-@pytest.mark.parametrize("name", ["sources.json", "rejected.jsonl"])
 @pytest.mark.parametrize("name", ["@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "lost+found"])
 def test_thumbnails_and_deleted_files_of_a_network_drive_are_no_photographs(source, dataset, make_noise, name):
     (source / "2024" / name / "IMG_1.jpg").mkdir(parents=True)
@@ -550,6 +549,7 @@ def test_thumbnails_and_deleted_files_of_a_network_drive_are_no_photographs(sour
     assert photo.source == "originals/2024/IMG_3.jpg"
 
 
+@pytest.mark.parametrize("name", ["sources.json", "rejected.jsonl"])
 def test_lists_of_a_folder_that_is_no_dataset_are_not_overwritten(source, dataset, make_noise, name):
     make_noise(1).save(source / "a.png")
     dataset.mkdir(exist_ok=True)

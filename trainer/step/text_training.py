@@ -45,7 +45,7 @@ class TextTraining:
         embeddings, pooled = [], None
         for number, text_encoder in enumerate(self.parts.values()):
             ids = tokens.ids_BEN[:, number].unflatten(1, (self.num_chunks, -1)).flatten(0, 1)
-            states, pooled = self.family.read_text(text_encoder, ids, self.clip_skip)
+            states, pooled = self.family.encode_ids(text_encoder, ids, self.clip_skip)
             embeddings.append(states.unflatten(0, (-1, self.num_chunks)).flatten(1, 2))
         if pooled is not None:
             pooled = pooled.unflatten(0, (-1, self.num_chunks))[:, 0]

@@ -142,10 +142,30 @@ def _unused(config: Config, device_type: str) -> Iterator[str]:
         yield f"sample.num_prompts {sample.num_prompts} has no effect: sample.prompts lists the prompts"
     if sample.negative_prompt and sample.cfg == 1:
         yield "sample.negative_prompt has no effect with sample.cfg 1"
+    yield from _of_text_encoder(config, num_epochs)
     if device_type == "cpu" and config.memory.limit_gib:
         yield f"memory.limit_gib {config.memory.limit_gib:g} has no effect on a CPU"
     if device_type == "cpu" and train.cudnn_benchmark:
         yield "train.cudnn_benchmark has no effect on a CPU"
+
+
+def _of_text_encoder(config: Config, num_epochs: int) -> Iterator[str]:
+    """Yield settings of [text_encoder] without effect, and what other settings do not do for it."""
+    text = config.text_encoder
+    if not text.train:
+        for name in type(text).model_fields:
+            if _is_changed(text, name):
+                yield f"text_encoder.{name} {getattr(text, name)} has no effect with text_encoder.train false"
+        return
+    if text.epochs >= num_epochs:
+        yield f"text_encoder.epochs {text.epochs} has no effect: the run has {counted(num_epochs, 'epoch')}"
+    if config.train.ema_decay:
+        yield (
+            f"train.ema_decay {config.train.ema_decay:g} averages the UNet's weights only: pictures and exports have "
+            "the text encoder of the last step"
+        )
+    if config.optimizer.fused_backward is True:
+        yield "optimizer.fused_backward true is for the UNet only: the text encoder is updated after backward"
 
 
 def _overridden(config: Config) -> Iterator[str]:
@@ -189,6 +209,13 @@ def _lengths(config: Config, contents: Contents) -> Iterator[str]:
                 f"train.max_steps {max_steps} ends the run before the {stage.schedule} schedule of {whole} steps does: "
                 "the learning rate does not fall to 0"
             )
+    text = config.text_encoder
+    trained = min(num_steps, timeline.steps_before(text.trained_epochs(timeline.num_epochs)))
+    if text.train and text.warmup_steps >= trained:
+        yield (
+            f"the text encoder is trained for {counted(trained, 'step')}, and its warm-up of {text.warmup_steps} does "
+            "not end before: its learning rate does not reach its peak; lower text_encoder.warmup_steps"
+        )
     decay, reached = config.train.ema_decay, (1 + num_steps) / (10 + num_steps)
     if decay > reached:
         yield (

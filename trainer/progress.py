@@ -16,7 +16,7 @@ from safelight.trainer.resolve import ResolvedRun
 from safelight.trainer.run_log.metrics import Metrics, peak_memory_gib
 from safelight.trainer.run_log.terminal import Terminal
 from safelight.trainer.run_log.unlogged_steps import UnloggedSteps
-from safelight.trainer.step.step import StepResult
+from safelight.trainer.step.step import StepResult, StepSettings
 
 # without a line due, steps are read after this many
 STEPS_BETWEEN_READS = 50
@@ -80,7 +80,12 @@ class Progress:
         self.terminal.update("training", position.step, self._timeline.num_steps, note or self._note)
 
     def log_step(
-        self, position: Position, result: StepResult, lr: float, optimizer: UNetOptimizer, photos: tuple[str, ...]
+        self,
+        position: Position,
+        result: StepResult,
+        settings: StepSettings,
+        optimizer: UNetOptimizer,
+        photos: tuple[str, ...],
     ) -> None:
         """Add a step to the unlogged ones; every log.every_steps, write a line. photos: one name per loss.
 
@@ -94,10 +99,10 @@ class Progress:
         if is_due or len(self.unlogged) % STEPS_BETWEEN_READS == 0:
             self._check_steps(position, is_due, optimizer)
         if is_due:
-            self._write_line(position, lr)
+            self._write_line(position, settings)
         self.show(position)
 
-    def _write_line(self, position: Position, lr: float) -> None:
+    def _write_line(self, position: Position, settings: StepSettings) -> None:
         now, memory_gib = time.monotonic(), peak_memory_gib(self._run.device)
         images_per_s = self._num_images / (now - self._began)
         self._began, self._num_images = now, 0
@@ -108,7 +113,8 @@ class Progress:
             epoch=self.epoch_fraction(position),
             stage=position.stage,
             loss=loss,
-            lr=lr,
+            lr=settings.lr,
+            **({} if settings.text_lr is None else {"text_lr": settings.text_lr}),
             grad_norm=grad_norm,
             images_per_s=round(images_per_s, 3),
             memory_gib=round(memory_gib, 3),

@@ -19,7 +19,7 @@ from safelight.data.manifest import has_manifest, holds_photos
 from safelight.data.photo import NO_CREDIT
 from safelight.errors import UserError
 from safelight.kernels.unet.attention import AttentionChoice
-from safelight.text import storable
+from safelight.text import counted, storable
 from safelight.trainer.config.schema import Config
 from safelight.trainer.config.timeline import Timeline
 from safelight.trainer.config.toml import to_toml
@@ -78,7 +78,7 @@ def write_start(
     )
     trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
     own_text = f"CLIP tokenizer {Path(config.model.tokenizer).name}" if config.model.tokenizer else "the base's"
-    untrained = "untrained (random weights), frozen" if base.from_scratch else "frozen"
+    untrained = "untrained (random weights), " if base.from_scratch else ""
     _write_json(
         run_dir / "model.json",
         {
@@ -87,7 +87,7 @@ def write_start(
             "unet_parameters": sum(p.numel() for p in unet.parameters()),
             "trained_parameters": trained,
             "vae": Path(config.model.vae).name if config.model.vae else "the base's",
-            "text_encoder": f"{own_text}, {untrained}",
+            "text_encoder": f"{own_text}, {untrained}{_text_training(config)}",
             "prediction_type": run.schedule.prediction_type,
             "precision": run.precision,
             "notes": notes,
@@ -122,6 +122,18 @@ def write_start(
         },
     )
     return rejected_note
+
+
+def _text_training(config: Config) -> str:
+    """Return what becomes of the text encoder in a run."""
+    text, num_epochs = config.text_encoder, sum(stage.epochs for stage in config.stages())
+    if not text.train:
+        return "frozen"
+    layers = "trained"
+    if text.last_layers:
+        layers = f"trained, its last {counted(text.last_layers, 'layer')} and its final norm"
+    last = text.trained_epochs(num_epochs)
+    return f"{layers}, stopped after epoch {last}" if last < num_epochs else layers
 
 
 def _caption_sources(dataset: Dataset) -> list[dict]:

@@ -189,7 +189,7 @@ def _train_epoch(job: Job, position: Position) -> Position:
     graphs = _prepare_graphs(job, stage, remaining, position)
     for micro_batches in _steps(remaining, stage.accumulate):
         lr = timeline.learning_rate(position.epoch, position.step_in_epoch)
-        text_lr = 0.0
+        text_lr = None
         if context.texts is not None:
             text_lr = timeline.text_learning_rate(config.text_encoder, position.epoch, position.step_in_epoch)
         num_samples = stage.batch_size * stage.accumulate
@@ -211,7 +211,7 @@ def _train_epoch(job: Job, position: Position) -> Position:
         position = replace(
             position, step=position.step + 1, step_in_epoch=position.step_in_epoch + 1, stage=stage_index
         )
-        job.progress.log_step(position, result, lr, context.optimizer, _photos_of(job, micro_batches))
+        job.progress.log_step(position, result, settings, context.optimizer, _photos_of(job, micro_batches))
         job.saver.check()
         if position.step >= timeline.num_steps or job.stop_requested():
             break

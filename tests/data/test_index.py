@@ -64,6 +64,7 @@ WRONG_VALUES = {
         "UPDATE shards SET file = 'text-1x2-float16-0001.bin'",
         "in place of text-1x2-float16-0000",
     ),
+    "token ids that are floats": ("UPDATE shards SET kind = 'tokens'", r"rows of kind tokens are never float"),
     "kind": ("UPDATE shards SET kind = '..'", r"kind '\.\.' is none of posterior, latent, text"),
     "dtype of pointers": ("UPDATE shards SET dtype = 'object'", "dtype 'object' is none of float16, float32"),
     "dtype that is bytes": ("UPDATE shards SET dtype = x'4f'", "dtype b'O' is none of"),

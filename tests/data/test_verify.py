@@ -143,3 +143,25 @@ def test_statistics_are_those_of_the_pixels_and_a_blank_photograph_is_far(tmp_pa
     assert (stats.num_latents, stats.rows) == (39, {"posterior": 39, "text": 1})
     assert (stats.unneeded_rows, stats.unneeded_bytes) == ({"text": 1}, {"text": 12})
     assert [(far.name, far.num_crops) for far in stats.outliers] == [("photos/blank.png", 3)]
+
+
+def test_token_ids_are_stored_as_whole_numbers_and_compared_exactly(tmp_path):
+    ids = np.arange(6).reshape(2, 1, 3) + 40_000
+    with Cache(tmp_path / "cache", "float16") as cache:
+        assert cache.append("tokens", ["a", "b"], ids) == 2
+        assert np.array_equal(cache.read(["a", "b"]), ids)
+        with pytest.raises(ValueError, match="token ids are never float32"):
+            cache.append("tokens", ["c"], ids[:1].astype(np.float32))
+        rows = {key: NeededRow("tokens", (1, 3), key, lambda row=row: row) for key, row in zip("ab", ids, strict=True)}
+        assert verify(cache, rows, 2, 1).is_sound
+        rows["b"] = NeededRow("tokens", (1, 3), "b", lambda: ids[1] + [[0, 0, 1]])
+        (problem,) = verify(cache, rows, 2, 1).problems
+        assert (problem.key, problem.what) == ("b", "differs from what is encoded now")
+        # rows of embeddings in their place are damage
+        assert cache.append("text", ["c"], np.zeros((1, 1, 3))) == 1
+        (error,) = cache.drop_damaged(["a", "c"], "tokens", (1, 3))
+        assert error.reason == "is not tokens 1x3 int32"
+        assert cache.missing(["a", "b", "c"]) == ["c"]
+    # another dtype of embeddings leaves them as they are
+    with Cache(tmp_path / "cache", "float32") as cache:
+        assert cache.drop_damaged(["a", "b"], "tokens", (1, 3)) == []

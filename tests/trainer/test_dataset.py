@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from safelight.data.batches import load_batch
+from safelight.data.epochs import EMPTY_CAPTION, plan_epoch
 from safelight.data.manifest import read_manifest
 from safelight.data.prepare.ingest import ingest
 from safelight.errors import UserError
@@ -19,7 +21,7 @@ from safelight.trainer import dataset as module
 from safelight.trainer import run_start
 from safelight.trainer.dataset import open_dataset
 from safelight.trainer.inference.sampling import settings_of
-from safelight.trainer.models.base import Base, bucket_multiple, resolve_base
+from safelight.trainer.models.base import Base, base_of, bucket_multiple, resolve_base
 from safelight.trainer.models.encoders import load_codec
 from safelight.trainer.run_start import _read_rejected
 from safelight.trainer.tiny.scenes import caption, draw, random_scene
@@ -245,3 +247,34 @@ def test_a_list_of_millions_of_rejected_files_takes_no_minutes(folder, monkeypat
         assert time.process_time() - start < 5
         assert len(rows) == num_rows
         assert note.startswith("the report lists the rejected files of the first 1,000 lines of") == (line != b"\n")
+
+
+def test_a_run_that_trains_the_text_encoder_reads_token_ids_until_it_stops(make_config, folder):
+    config = make_config(text_encoder={"train": True}, data={"caption_chunks": 2})
+    base = base_of(config.model)
+    encoder = module.load_caption_encoder(config, base, torch.device("cpu"))
+    dataset = module.open_dataset(config, base, torch.device("cpu"), encoder=encoder)
+    plan = plan_epoch(dataset.train, seed=1, epoch=0, batch_size=2, caption_dropout=0.5)
+    for micro_batch in plan:
+        batch = load_batch(dataset.rows(dataset.train), micro_batch)
+        texts = [
+            "" if ref.caption == EMPTY_CAPTION else dataset.train[ref.sample_index].captions[ref.caption]
+            for ref in micro_batch.refs
+        ]
+        assert torch.equal(batch.conditioning.ids_BEN, encoder.token_ids(texts))
+    assert any(ref.caption == EMPTY_CAPTION for micro_batch in plan for ref in micro_batch.refs)
+    keys = [sample.caption_keys for sample in dataset.train]
+    with torch.no_grad():
+        for parameter in encoder.text_encoders.parameters():
+            parameter.mul_(1.5)
+    encoder.take_fingerprint()
+    live = dataset.prompt_groups(settings_of(config), encoder)
+    dataset.read_embeddings(encoder, 8)
+    assert [sample.caption_keys for sample in dataset.train] == keys
+    batch = load_batch(dataset.rows(dataset.train), plan[0])
+    ref = plan[0].refs[0]
+    text = "" if ref.caption == EMPTY_CAPTION else dataset.train[ref.sample_index].captions[ref.caption]
+    torch.testing.assert_close(batch.conditioning.text_BTD[:1], encoder.encode([text]), rtol=1e-3, atol=1e-3)
+    for one, other in zip(live, dataset.prompt_groups(settings_of(config)), strict=True):
+        torch.testing.assert_close(one.positive.text_BTD, other.positive.text_BTD, rtol=1e-3, atol=1e-3)
+    dataset.cache.close()

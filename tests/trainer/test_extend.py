@@ -19,7 +19,7 @@ from safelight.trainer.disk_space import check_space, space_note
 from safelight.trainer.progress import Progress
 from safelight.trainer.run_log.course import doubt_about
 from safelight.trainer.run_log.unlogged_steps import UnloggedSteps
-from safelight.trainer.step.step import StepResult
+from safelight.trainer.step.step import StepResult, StepSettings
 from safelight.trainer.train import train
 from tests.called import call
 
@@ -87,7 +87,8 @@ def steps(make_config):
         said.clear()
         values, number = torch.tensor(list(losses.values())), next(numbers)
         result = StepResult(values, values.mean(), values.isfinite().all())
-        progress.log_step(Position(number), result, 1e-5, SimpleNamespace(is_fused=False), tuple(losses))
+        settings = StepSettings(2, 1e-5, 0.0, 1.0)
+        progress.log_step(Position(number), result, settings, SimpleNamespace(is_fused=False), tuple(losses))
         return list(said)
 
     return step

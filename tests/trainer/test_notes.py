@@ -215,3 +215,21 @@ def test_small_photographs_are_counted_and_named(make_config):
     assert said(resolution=64, max_aspect=4.0, upscale="always") == []
     with pytest.raises(ValueError, match=r"all photographs are too small to train at 72 px with data\.upscale skip"):
         said(upscale="skip")
+
+
+def test_settings_of_the_text_encoder_without_effect():
+    assert notes_for({"text_encoder": {"lr": 1e-6, "epochs": 3}}) == [
+        "text_encoder.lr 1e-06 has no effect with text_encoder.train false",
+        "text_encoder.epochs 3 has no effect with text_encoder.train false",
+    ]
+    assert notes_for({"text_encoder": {"train": True, "epochs": 29}}) == []
+    assert notes_for({"text_encoder": {"train": True, "epochs": 30}}) == [
+        "text_encoder.epochs 30 has no effect: the run has 30 epochs"
+    ]
+    (note,) = notes_for({"text_encoder": {"train": True, "epochs": 1, "warmup_steps": 10}})
+    assert note.startswith("the text encoder is trained for 10 steps, and its warm-up of 10 does not end before")
+    assert notes_for({"text_encoder": {"train": True, "epochs": 1, "warmup_steps": 9}}) == []
+    (note,) = notes_for({"text_encoder": {"train": True}, "train": {"ema_decay": 0.9}})
+    assert note.startswith("train.ema_decay 0.9 averages the UNet's weights only")
+    (note,) = notes_for({"text_encoder": {"train": True}, "optimizer": {"fused_backward": True}})
+    assert note.startswith("optimizer.fused_backward true is for the UNet only")

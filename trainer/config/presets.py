@@ -63,7 +63,7 @@ PRESETS: dict[str, tuple[str, dict]] = {
         },
     ),
     "everydream2": (
-        "the EveryDream2 run that this project started from, but with a frozen text encoder",
+        "the EveryDream2 run that this project started from: UNet at 1e-6 constant, text encoder at 5e-7 cosine",
         {
             "run": {"dir": "runs/everydream2", "seed": 555},
             # EveryDream2 counts from 1: its clip_skip 1 is the last layer's output, our 0
@@ -80,6 +80,7 @@ PRESETS: dict[str, tuple[str, dict]] = {
             },
             "train": {"batch_size": 6, "checkpointing": "full"},
             "optimizer": {"lr": 1e-6, "schedule": "constant"},
+            "text_encoder": {"train": True, "lr": 5e-7, "schedule": "cosine"},
             "stage": [{"epochs": 30}, {"epochs": 10}],
             "loss": {"offset_noise": 0.01},
             "save": {"every_epochs": 5},

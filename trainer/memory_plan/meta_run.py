@@ -122,7 +122,7 @@ class MetaRun:
 
     def _train_texts(self, base: Base, leader: LossScale) -> TextTraining:
         """Return the training of the text encoders, whose weights are held beside the UNet's."""
-        parts = meta_texts(base, self.config.model.tokenizer)
+        parts = meta_texts(base)
         self.live.hold((p for part in parts.values() for p in part.parameters()), WEIGHTS)
         self._num_tokens = next(iter(parts.values())).config.max_position_embeddings * self._caption_chunks
         zeros = None

@@ -122,7 +122,7 @@ def _text_bytes_of(config: Config, base: Base) -> dict[str, int]:
     """Return the fields of StaticBytes about the text encoders."""
     if not config.text_encoder.train:
         return {}
-    parts = meta_texts(base, config.model.tokenizer).values()
+    parts = meta_texts(base).values()
     mark(base.family, parts, config.model.clip_skip, config.text_encoder.last_layers)
     parameters = [p for part in parts for p in part.parameters()]
     trained = [tuple(p.shape) for p in parameters if p.requires_grad]

@@ -190,33 +190,33 @@ def load_texts(base: Base, tokenizer_override: str, seed: int) -> list[tuple[obj
     return [_load_text(base, part) for part in base.family.text_encoders]
 
 
-def meta_texts(base: Base, tokenizer_override: str) -> dict[str, nn.Module]:
-    """Return the text encoders on the meta device, which allocates no memory, by their folders."""
+def meta_texts(base: Base) -> dict[str, nn.Module]:
+    """Return the text encoders on the meta device, which allocates no memory, by their folders.
+
+    Those of a `random:` base as they are published: with more tokens than the tiny base's tokenizer has.
+    """
     import transformers
 
-    def config(part: str):
-        if base.folder is not None:
-            return text_config(base.config_of(part))
-        folder, name = (Path(tokenizer_override), "") if tokenizer_override else (tiny_folder(), "tokenizer")
-        return _random_text_config(base, part, load_tokenizer(folder, name))
-
     kinds = base.family.text_encoders
-    return {part: build(lambda part=part: getattr(transformers, kinds[part])(config(part)), part) for part in kinds}
+    return {
+        part: build(lambda part=part: getattr(transformers, kinds[part])(text_config(base.config_of(part))), part)
+        for part in kinds
+    }
 
 
 def num_trained_values(config: Config, base: Base) -> int:
     """Return how many values a run's checkpoints hold: of the UNet, and of the text encoders if they are trained."""
     modules = [meta_unet(base)]
     if config.text_encoder.train:
-        modules += meta_texts(base, config.model.tokenizer).values()
+        modules += meta_texts(base).values()
     return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 
-def _random_text_config(base: Base, part: str, tokenizer):
-    """Return the config of a text encoder with random weights. part: as in the family's text_encoders."""
+def _random_text_encoder(base: Base, part: str, tokenizer, seed: int) -> nn.Module:
+    """Return a text encoder with random weights. part: as in the family's text_encoders."""
     import transformers
 
-    return transformers.CLIPTextConfig(
+    config = transformers.CLIPTextConfig(
         **base.config_of(part),
         vocab_size=len(tokenizer),
         max_position_embeddings=tokenizer.model_max_length,
@@ -224,12 +224,6 @@ def _random_text_config(base: Base, part: str, tokenizer):
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-
-
-def _random_text_encoder(base: Base, part: str, tokenizer, seed: int) -> nn.Module:
-    import transformers
-
-    config = _random_text_config(base, part, tokenizer)
     # the first one's seed is that of runs which had only one
     with seeded_initialization(seed, part.replace("text_encoder", "text")):
         return getattr(transformers, base.family.text_encoders[part])(config).eval().requires_grad_(False)

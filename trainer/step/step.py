@@ -60,7 +60,9 @@ class StepContext:
 
 @dataclass(frozen=True)
 class StepSettings:
-    """The hyperparameters of one optimizer step. max_grad_norm: 0 disables clipping. text_lr: of the text encoders.
+    """The hyperparameters of one optimizer step. max_grad_norm: 0 disables clipping.
+
+    text_lr: of the text encoders, None if they are not trained.
 
     num_samples: samples in a full step (batch_size x accumulate). Every sample weighs 1 / num_samples, so accumulated
     micro-batches equal one larger batch, and the samples of a short last batch weigh no more than others.
@@ -70,7 +72,7 @@ class StepSettings:
     lr: float
     weight_decay: float
     max_grad_norm: float
-    text_lr: float = 0.0
+    text_lr: float | None = None
 
 
 @dataclass(frozen=True)

@@ -176,3 +176,22 @@ def test_an_older_checkpoint_carried_nothing_over():
     carried = identify(parse_config({**RUN, "data": {"short_batches": "carry"}}, "here"), "fp32")
     assert identify(parse_config(RUN, "here"), "fp32").difference(older, 0) == ""
     assert carried.difference(older, 0) == "data.short_batches is 'carry', but 'keep' in the checkpoint"
+
+
+def test_the_text_encoders_training_belongs_to_the_run_and_older_checkpoints_had_none():
+    def of(epochs: int = 2, **text) -> Identity:
+        config = parse_config({"train": {"epochs": epochs}, "text_encoder": text}, "here")
+        return identify(config, "fp32")
+
+    old = of()
+    without = Identity({k: v for k, v in old.settings.items() if not k.startswith("text_encoder")}, old.stages, "")
+    assert old.difference(without, 0) == ""
+    assert of(train=True).difference(without, 0).startswith("text_encoder.train is True, but False in the checkpoint")
+    # settings that have no effect are not compared
+    assert of(lr=1e-3).difference(old, 0) == ""
+    assert "text_encoder.lr" in of(train=True, lr=1e-3).difference(of(train=True), 0)
+    # at a constant rate a longer run trains it longer; a schedule spans the run
+    assert of(3, train=True).difference(of(2, train=True), 0) == ""
+    changed = of(3, train=True, schedule="cosine").difference(of(2, train=True, schedule="cosine"), 0)
+    assert changed == "text_encoder.epochs is 3, but 2 in the checkpoint"
+    assert of(3, train=True, schedule="cosine", epochs=2).difference(of(2, train=True, schedule="cosine"), 0) == ""

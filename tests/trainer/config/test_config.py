@@ -102,6 +102,11 @@ def test_an_unknown_name_is_shown_with_the_closest_valid_one(values, expected):
             {"loss": {"zero_terminal_snr": True, "prediction": "epsilon"}},
             ("zero_terminal_snr", "'v_prediction'", "not 'epsilon'"),
         ),
+        (
+            {"text_encoder": {"train": True}, "data": {"prompt_weights": True}},
+            ("data.prompt_weights true", "text_encoder.train true", "set one of them to false"),
+        ),
+        ({"text_encoder": {"lr": 0}}, ("text_encoder.lr = 0:", "expected more than 0")),
         ({"loss": {"kind": "l1"}}, ("loss.kind = 'l1':", "'mse' or 'huber'")),
         ({"loss": {"huber_delta": 0}}, ("loss.huber_delta = 0:", "expected more than 0")),
         ({"loss": {"weighting": "min_snr"}}, ("loss.weighting 'min_snr'", "loss.min_snr_gamma above 0", "5 is usual")),
@@ -390,7 +395,8 @@ def test_without_stages_there_is_one_with_train_epochs():
 
 def test_the_everydream2_preset_has_the_settings_of_the_original_run():
     """The run of 2023: SD1.5 at 512 px, batch 6, gradient checkpointing, 8-bit AdamW, lr 1e-6 constant, conditional
-    dropout 0.04, zero-frequency noise 0.01, clip_skip 1, plain MSE, no min-SNR; 30 epochs and then 10; 10 % held out
+    dropout 0.04, zero-frequency noise 0.01, clip_skip 1, plain MSE, no min-SNR; 30 epochs and then 10; the text
+    encoder trained whole and to the end at 5e-7 cosine; 10 % held out
     by seed 555, crop jitter 0.02, "unsplash photography" after every caption.
     """
     config = preset("everydream2")
@@ -408,6 +414,8 @@ def test_the_everydream2_preset_has_the_settings_of_the_original_run():
     assert config.loss.prediction in ("auto", "epsilon")
     assert not config.loss.zero_terminal_snr
     assert [stage.epochs for stage in config.stages()] == [30, 10]
+    text = config.text_encoder
+    assert (text.train, text.lr, text.schedule, text.last_layers, text.epochs) == (True, 5e-7, "cosine", 0, 0)
     for stage in config.stages():
         assert (stage.lr, stage.schedule, stage.warmup_steps) == (1e-6, "constant", 0)
         assert (stage.batch_size, stage.accumulate, stage.weight_decay) == (6, 1, 0.01)

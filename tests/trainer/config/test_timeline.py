@@ -180,3 +180,20 @@ def test_max_steps_does_not_change_the_schedule(samples):
     """A run that is stopped early and continued has the same learning rates as one that is not."""
     stages = [{**STAGE, "schedule": "cosine", "warmup_steps": 3}]
     assert rates(timeline_of(samples, stages, train={"max_steps": 10})) == rates(timeline_of(samples, stages))
+
+
+def test_the_text_encoders_schedule_spans_the_epochs_in_which_it_is_trained():
+    stages = [{"epochs": 2}, {"epochs": 2, "lr": 1e-5}]
+    config = parse_config(
+        {"stage": stages, "text_encoder": {"train": True, "lr": 4e-7, "schedule": "linear", "epochs": 3}}, "here"
+    )
+    stage_steps = (StageSteps(2, (2,)), StageSteps(2, (1, 2)))
+    timeline, text = Timeline(tuple(config.stages()), stage_steps, 0), config.text_encoder
+    assert [timeline.steps_before(epoch) for epoch in range(5)] == [0, 2, 4, 5, 7]
+    rates = [timeline.text_learning_rate(text, *place) for place in ((0, 0), (0, 1), (1, 0), (1, 1), (2, 0))]
+    assert rates == pytest.approx([4e-7 * (1 - step / 5) for step in range(5)])
+    assert [text.is_trained_at(epoch, 4) for epoch in range(5)] == [True, True, True, False, False]
+    whole = text.model_copy(update={"epochs": 0})
+    # a run that ends with it stays as it is, as long as it is not lengthened
+    assert all(whole.is_trained_at(epoch, 4) for epoch in range(5))
+    assert not text.model_copy(update={"train": False}).is_trained_at(0, 4)

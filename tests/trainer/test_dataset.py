@@ -105,7 +105,7 @@ def test_encoders_leave_the_memory(make_config, folder, monkeypatch):
     def spy(load):
         def loading(*args):
             loaded = load(*args)
-            seen.append(weakref.ref(getattr(loaded, "vae", None) or loaded.text_encoder))
+            seen.append(weakref.ref(getattr(loaded, "vae", None) or loaded.text_encoders))
             return loaded
 
         return loading

@@ -33,6 +33,7 @@ from safelight.trainer.config.schema import (
     Save,
     Section,
     Stage,
+    TextEncoder,
     Train,
     Validate,
 )
@@ -41,7 +42,7 @@ from safelight.trainer.registry.losses import KINDS, WEIGHTINGS
 from safelight.trainer.registry.optimizers import help_text
 from tests.trainer.damaged_text import replaced_setting
 
-SECTIONS = (Run, Model, Data, Train, Optimizer, Memory, Stage, Loss, Validate, Sample, Save, Log)
+SECTIONS = (Run, Model, Data, Train, Optimizer, TextEncoder, Memory, Stage, Loss, Validate, Sample, Save, Log)
 
 
 def message_for(values: dict) -> str:
@@ -69,7 +70,7 @@ def message_for(values: dict) -> str:
         ),
         (
             {"zzz": 1},
-            "run.toml: zzz is not a setting; known settings: run, model, data, train, optimizer, memory, stage, loss, ",
+            "run.toml: zzz is not a setting; known settings: run, model, data, train, optimizer, text_encoder, memory, ",
         ),
     ],
 )

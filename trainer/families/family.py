@@ -94,7 +94,7 @@ class Family:
         return inner.final_layer_norm(output.hidden_states[-1 - clip_skip]), None
 
     def read_parts(self, text_encoder: nn.Module, clip_skip: int) -> tuple[int, bool]:
-        """Return of how many layers, and whether of the final norm, what `read_text` returns depends."""
+        """Return of how many layers, and whether of the final norm, what `encode_ids` returns depends."""
         return text_encoder.config.num_hidden_layers - clip_skip, True
 
     def pooled_width(self, unet_config: Mapping) -> int:

@@ -166,12 +166,12 @@ def test_what_the_embeddings_do_not_depend_on_is_not_trained():
     mark(StableDiffusionXL(), [first, second], 0, 0)
     ids = tokens_of(0).ids_BEN[:, 0]
     for text, output in ((first, 0), (second, 1)):
-        states, pooled = StableDiffusionXL().read_text(text, ids, 0)
+        states, pooled = StableDiffusionXL().encode_ids(text, ids, 0)
         (states.sum() if output == 0 else states.sum() + pooled.sum()).backward()
         assert all((p.grad is not None) == p.requires_grad for p in text.parameters())
         text.zero_grad()
     mark(StableDiffusion1(), [first], 1, 0)
-    StableDiffusion1().read_text(first, ids, 1)[0].sum().backward()
+    StableDiffusion1().encode_ids(first, ids, 1)[0].sum().backward()
     assert all((p.grad is not None) == p.requires_grad for p in first.parameters())
 
 
